@@ -1,0 +1,29 @@
+"""lorax: an instrument for measuring rank in low-rank adaptation."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# The Python face, imported on first use: the command line must be able to answer before JAX loads.
+_FACE = {
+    "load": "lorax.models",
+    "method": "lorax.methods",
+    "merge": "lorax.methods",
+    "apply": "lorax.ops",
+    "sites": "lorax.ops",
+}
+_MODULES = ("analysis", "interop", "methods", "models", "ops", "tasks", "train", "tree")
+
+
+def __getattr__(name):
+    if name in _FACE:
+        return getattr(importlib.import_module(_FACE[name]), name)
+    if name == "runs":
+        return importlib.import_module("lorax.analysis.runs")
+    if name in _MODULES:
+        return importlib.import_module(f"lorax.{name}")
+    raise AttributeError(f"module 'lorax' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_FACE, *_MODULES, "runs"])

@@ -1,0 +1,367 @@
+"""Figures of a run: tables and arrays in, `matplotlib.figure.Figure` out, with no global state.
+
+Lines are in Okabe and Ito's colours with a marker and a dash each, so that they can be told apart
+without colour; maps are cividis, whose lightness rises evenly. Losses are nats per token.
+"""
+
+from collections.abc import Sequence
+
+import matplotlib
+import matplotlib.lines
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+from lorax.analysis.runs import Answer
+
+# Okabe & Ito's palette, without the yellow that vanishes on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (7, 2)), (0, (2, 2)), "-")
+GREY = "0.45"
+LOSS = "eval loss (nats per token)"
+NAMES = {"rank": "rank r of the adapter", "lr": "learning rate", "alpha": "α"}
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.linewidth": 0.8,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+
+
+def rank_curve(
+    settings: pd.DataFrame, points: pd.DataFrame, main: str, base: float, answer: Answer | None
+) -> Figure:
+    """Final eval loss against the sweep's main axis (normally the rank, on a log2 axis).
+
+    Args:
+      settings: rows of `runs.settings`: means, with standard errors where there are two seeds.
+      points: rows of `runs.summary`: the single seeds.
+      main: the column on the x axis.
+      base: the unadapted base's loss, or NaN where it is not known or differs between members.
+      answer: what to mark; the band is one standard error about the best.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+        axes = figure.add_subplot()
+        values, position = _axis(axes, settings[main], main)
+        for n, (line, rows) in enumerate(settings.groupby("line", sort=False)):
+            x = np.array([position[value] for value in rows[main].map(_key)])
+            style = {"color": _pick(COLOURS, n), "linestyle": _pick(DASHES, n)}
+            label = line or "mean of seeds" if (rows["n"] > 1).any() else line or "one seed"
+            # One seed has no bar: zero-length bars would look like certainty.
+            bars = rows["se"].to_numpy(float) if rows["se"].notna().any() else None
+            axes.errorbar(
+                x,
+                rows["mean"],
+                yerr=bars,
+                marker=_pick(MARKERS, n),
+                capsize=3,
+                label=label + (" ± standard error" if bars is not None and not line else ""),
+                **style,
+            )
+            of_line = points.merge(rows[_shared(rows, points, main)].drop_duplicates())
+            x = [position[value] for value in of_line[main].map(_key)]
+            axes.plot(x, of_line["final_loss"], ".", color=style["color"], alpha=0.45, markersize=6)
+        if answer is not None:
+            _mark(axes, position, main, answer)
+        _base_line(axes, base, settings, points)
+        axes.margins(y=0.25)  # room for the words below the marked point
+        axes.set_ylabel("final " + LOSS)
+        _legend(axes, outside=settings["line"].nunique() > 4)
+        return figure
+
+
+def learning_curves(metrics: pd.DataFrame, points: pd.DataFrame, main: str | None) -> Figure:
+    """Eval loss against step: a colour a value of the main axis, thin lines the members, thick
+    lines their means over seeds and the other axes. Diverged members are thin and dashed."""
+    evals = metrics[metrics["split"] == "eval"]
+    groups = list(points.groupby(main, dropna=False)) if main else [("all members", points)]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+        axes = figure.add_subplot()
+        for n, (value, members) in enumerate(groups):
+            colour = _pick(COLOURS, n)
+            kept = members.index[members["status"] != "diverged"]
+            for member in members.index:
+                curve = evals[evals["member"] == member].sort_values("step")
+                style = "-" if member in kept else (0, (2, 2))
+                axes.plot(
+                    curve["step"],
+                    curve["loss"],
+                    color=colour,
+                    alpha=0.35,
+                    linewidth=0.8,
+                    linestyle=style,
+                )
+            mean = evals[evals["member"].isin(kept)].groupby("step")["loss"].mean()
+            axes.plot(
+                mean.index,
+                mean,
+                color=colour,
+                linestyle=_pick(DASHES, n),
+                marker=_pick(MARKERS, n),
+                markersize=4,
+                markevery=max(1, len(mean) // 8),
+                label=f"{main} {_text(value)}" if main else value,
+            )
+        _clip_to_converged(axes, evals, points)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(LOSS)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        _legend(axes, outside=len(groups) > 5)
+        return figure
+
+
+def spectra(sigmas: pd.DataFrame, layers: Sequence[int], main: str = "rank") -> Figure:
+    """Singular values of dW by index: a row a layer, a column a target, a line a member.
+
+    Args:
+      sigmas: rows of `runs.spectra`, with a column `main`.
+      layers: which layers to draw.
+      main: the column that colours the lines, normally the rank.
+    """
+    targets = list(dict.fromkeys(sigmas["target"]))
+    values = sorted(set(sigmas[main]), key=lambda value: (isinstance(value, str), value))
+    drawn = sigmas[(sigmas["sigma"] > 0) & sigmas["layer"].isin(layers)]
+    with matplotlib.rc_context(STYLE):
+        size = (1.4 + 2.5 * len(targets), 0.9 + 1.7 * len(layers))
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(len(layers), len(targets), sharex=True, sharey=True, squeeze=False)
+        for row, layer in enumerate(layers):
+            for column, target in enumerate(targets):
+                axes = grid[row, column]
+                here = drawn[(drawn["layer"] == layer) & (drawn["target"] == target)]
+                for n, value in enumerate(values):
+                    for _, curve in here[here[main] == value].groupby("member"):
+                        axes.plot(
+                            curve["index"],
+                            curve["sigma"],
+                            color=_pick(COLOURS, n),
+                            marker=_pick(MARKERS, n),
+                            markersize=3,
+                            markevery=max(1, len(curve) // 8),
+                            linewidth=1,
+                            linestyle=_pick(DASHES, n),
+                        )
+                axes.set_title(_panel(layer, target))
+                axes.set_xscale("log", base=2)
+                axes.set_yscale("log")
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        figure.supxlabel("index of singular value", fontsize=9)
+        figure.supylabel("singular value of ΔW", fontsize=9)
+        # The legend lists every value, also where a panel lacks one.
+        lines = [
+            matplotlib.lines.Line2D(
+                [],
+                [],
+                color=_pick(COLOURS, n),
+                marker=_pick(MARKERS, n),
+                linestyle=_pick(DASHES, n),
+            )
+            for n in range(len(values))
+        ]
+        labels = [f"{_name(main)} = {_text(value)}" for value in values]
+        figure.legend(lines, labels, loc="outside right upper")
+        return figure
+
+
+def update_ranks(ranks: pd.DataFrame, main: str = "rank") -> Figure:
+    """Effective and stable rank of dW against the adapter's rank: means with single matrices.
+
+    Args:
+      ranks: rows of `runs.spectra`'s second table, with a column `main`.
+      main: the column on the x axis, normally the rank.
+    """
+    targets = list(dict.fromkeys(ranks["target"]))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.8, 3.3), layout="constrained")
+        for axes, column in zip(
+            figure.subplots(1, 2, sharey=True), ("effective", "stable"), strict=True
+        ):
+            _, position = _axis(axes, ranks[main], main)
+            nominal = ranks.groupby(ranks[main].map(position))["rank"].mean()
+            style = {"color": GREY, "linewidth": 1, "linestyle": (0, (6, 3))}
+            axes.plot(nominal.index, nominal, label="r of the adapter", **style)
+            for n, target in enumerate(targets):
+                here = ranks[(ranks["target"] == target) & (ranks[column] > 0)]
+                x = here[main].map(position)
+                mean = here.groupby(x)[column].mean()
+                colour = _pick(COLOURS, n)
+                style = {"color": colour, "marker": _pick(MARKERS, n), "label": str(target)}
+                axes.plot(mean.index, mean, linestyle=_pick(DASHES, n), **style)
+                axes.plot(x, here[column], ".", color=colour, alpha=0.3, markersize=4)
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axes.set_title(f"{column} rank of ΔW")
+        figure.axes[0].set_ylabel("rank")
+        figure.axes[0].legend()
+        return figure
+
+
+def similarity_maps(
+    phi: dict[tuple[int, str], np.ndarray], control: np.ndarray, y_label: str, x_label: str
+) -> Figure:
+    """Subspace similarity phi(i, j): a row a layer, a column a target, the Gaussian control last.
+
+    Args:
+      phi: (r1, r2) by (layer, target), from `basis_similarity`; missing pairs stay empty.
+      control: (r1, r2), the mean over random subspaces of the same space.
+      y_label, x_label: what i and j count ("i: top directions, r = 8").
+    """
+    layers = sorted({layer for layer, _ in phi})
+    targets = list(dict.fromkeys(target for _, target in phi))
+    with matplotlib.rc_context({**STYLE, "axes.spines.top": True, "axes.spines.right": True}):
+        size = (1.3 + 2.0 * (len(targets) + 1), 0.9 + 1.5 * len(layers))
+        figure = Figure(figsize=size, layout="constrained")
+        shape = (len(layers), len(targets) + 1)
+        grid = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False)
+        image = None
+        for row, layer in enumerate(layers):
+            for column, target in enumerate([*targets, None]):
+                axes = grid[row, column]
+                values = control if target is None else phi.get((layer, target))
+                if values is None or (target is None and row < len(layers) - 1):
+                    axes.set_axis_off()
+                    continue
+                r1, r2 = values.shape
+                image = axes.imshow(
+                    values,
+                    vmin=0,
+                    vmax=1,
+                    cmap="cividis",
+                    aspect="auto",
+                    interpolation="nearest",
+                    extent=(0.5, r2 + 0.5, r1 + 0.5, 0.5),
+                )
+                axes.set_title("Gaussian control" if target is None else _panel(layer, target))
+                axes.xaxis.set_major_locator(FixedLocator(_ticks(r2)))
+                axes.yaxis.set_major_locator(FixedLocator(_ticks(r1)))
+        figure.supxlabel(x_label, fontsize=9)
+        figure.supylabel(y_label, fontsize=9)
+        bar = figure.colorbar(image, ax=grid, shrink=0.9 if len(layers) == 1 else 0.6, pad=0.02)
+        bar.set_label("subspace similarity φ(i, j)")
+        return figure
+
+
+# ----------------------------------------------------------------------------------------- helpers
+
+
+def _pick(choices: Sequence, n: int):
+    return choices[n % len(choices)]
+
+
+def _name(main: str) -> str:
+    return main.replace("_", " ")
+
+
+def _key(value):
+    """A value that can be a dictionary key and equals itself: None for a missing one."""
+    return None if value is None or value != value else value
+
+
+def _text(value) -> str:
+    return (
+        "all" if _key(value) is None else f"{value:g}" if isinstance(value, float) else str(value)
+    )
+
+
+def _axis(axes: Axes, column: pd.Series, main: str) -> tuple[list, dict]:
+    """Set up the x axis; the values in order and where each lies on it."""
+    values = list(dict.fromkeys(column.map(_key)))
+    numeric = all(isinstance(v, (int, float, np.number)) and v > 0 for v in values)
+    axes.set_xlabel(NAMES.get(main, _name(main)))
+    if not numeric:
+        axes.set_xticks(range(len(values)), [_text(value) for value in values])
+        return values, {value: n for n, value in enumerate(values)}
+    values = sorted(values)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(values))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    # A single value has no span of its own.
+    axes.set_xlim(values[0] / 1.25, values[-1] * 1.25)
+    return values, {value: value for value in values}
+
+
+def _shared(rows: pd.DataFrame, points: pd.DataFrame, main: str) -> list[str]:
+    """The columns that say which points belong to a row: the axes."""
+    measured = {"line", "scale", "trainable_params", "mean", "se", "n", "diverged", main}
+    return [main, *(name for name in rows if name in points and name not in measured)]
+
+
+def _base_line(axes: Axes, base: float, settings: pd.DataFrame, points: pd.DataFrame) -> None:
+    """The base's loss as a dashed line; at the upper edge, in words, where it is far above."""
+    if not np.isfinite(base):
+        return
+    style = {"color": GREY, "linestyle": (0, (6, 3)), "linewidth": 1}
+    losses = np.concatenate([settings["mean"].dropna(), points["final_loss"].dropna()])
+    low, high = (losses.min(), losses.max()) if len(losses) else (base, base)
+    if base <= high + 1.5 * (high - low):
+        axes.axhline(base, label="base, unadapted", **style)
+        return
+    label = f"base, unadapted: {base:.3f}, above this scale"
+    axes.plot([0, 1], [1, 1], transform=axes.transAxes, clip_on=False, label=label, **style)
+
+
+def _mark(axes: Axes, position: dict, main: str, answer: Answer) -> None:
+    """Ring the answer, and shade one standard error about the best."""
+    best = answer.best
+    # Only a rank has a reason to be small.
+    ringed = answer.smallest if main == "rank" else best
+    words = "lowest mean"
+    if answer.known:
+        low, high = best["mean"] - best["se"], best["mean"] + best["se"]
+        label = "one standard error about the best"
+        axes.axhspan(low, high, color=GREY, alpha=0.18, linewidth=0, label=label)
+        words = "smallest within one standard error" if main == "rank" else words
+    x, y = position[_key(ringed[main])], ringed["mean"]
+    axes.plot([x], [y], "o", markersize=13, fillstyle="none", color="black", markeredgewidth=1.2)
+    # At either end of the axis the words run inwards.
+    places = sorted(position.values())
+    align = {places[-1]: "right", places[0]: "left"}.get(x, "center")
+    axes.annotate(
+        f"{_name(main)} {_text(ringed[main])}: {words}",
+        (x, y),
+        xytext=(0, -26),
+        textcoords="offset points",
+        ha=align if len(places) > 1 else "center",
+        fontsize=8,
+        arrowprops={"arrowstyle": "-", "color": "black", "linewidth": 0.6, "shrinkB": 7},
+    )
+
+
+def _clip_to_converged(axes: Axes, evals: pd.DataFrame, points: pd.DataFrame) -> None:
+    """Keep a diverging member from squashing all other curves."""
+    kept = points.index[points["status"] != "diverged"]
+    losses = evals.loc[evals["member"].isin(kept), "loss"].dropna()
+    if len(losses) and len(kept) < len(points):
+        low, high = losses.min(), losses.max()
+        margin = 0.05 * (high - low or 1.0)
+        axes.set_ylim(low - margin, high + margin)
+
+
+def _legend(axes: Axes, outside: bool) -> None:
+    if outside:
+        axes.figure.legend(loc="outside right upper")
+    else:
+        axes.legend()
+
+
+def _panel(layer: int, target: str) -> str:
+    return f"{target}, layer {layer}" if layer >= 0 else target
+
+
+def _ticks(r: int) -> list[int]:
+    """1 and r, and the quarters between where there is room."""
+    if r <= 4:
+        return list(range(1, r + 1))
+    return sorted({1, *(round(r * share) for share in (0.25, 0.5, 0.75)), r})

@@ -1,0 +1,358 @@
+"""Reading a run directory: the only thing between training and analysis.
+
+config.json      resolved config, package versions, device, git revision, hash of the base
+members.jsonl    a line a member: what it is
+metrics.jsonl    a line a measurement: member, step, split, loss in nats per completion token
+status.json      how far the run is and which members finished or diverged
+adapters/<n>/    each member's LoRA factors, in PEFT's format
+"""
+
+import json
+import os
+import pathlib
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from lorax.analysis import amplification as table7
+from lorax.analysis import spectrum, subspace
+from lorax.interop import peft
+from lorax.interop.peft import Factors
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, read.
+
+    Attributes:
+      directory: where it lies.
+      config: config.json; the resolved config itself is under its key "config".
+      members: a row a member, by its number: name, method, rank, scale, lr, seed...
+      metrics: a row a measurement: member, step, split, loss (NaN where it was not finite)...
+      status: status.json.
+    """
+
+    directory: pathlib.Path
+    config: dict[str, Any]
+    members: pd.DataFrame
+    metrics: pd.DataFrame
+    status: dict[str, Any]
+
+    def adapter(self, member: int) -> dict[str, Factors]:
+        """The member's factors by path ("h/0/attn/q"). FileNotFoundError where it has none."""
+        return peft.load(self.directory / "adapters" / str(member))
+
+
+def load(directory: str | os.PathLike) -> Run:
+    """Read a run directory, finished or not.
+
+    Raises FileNotFoundError that names the missing directory or file, ValueError that names the
+    file and line of a damaged one. A line that was torn off at the end of a .jsonl is ignored with
+    a warning: a run that is being written, or was killed, ends like that.
+    """
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such run directory")
+    members = pd.DataFrame(_lines(directory / "members.jsonl", {"member", "name", "method"}))
+    metrics = pd.DataFrame(_lines(directory / "metrics.jsonl", {"member", "step", "split", "loss"}))
+    if members.empty:
+        raise ValueError(f"{directory / 'members.jsonl'}: no members")
+    if members["member"].duplicated().any():
+        raise ValueError(f"{directory / 'members.jsonl'}: a member is listed twice")
+    if metrics.empty:
+        metrics = pd.DataFrame(columns=["member", "step", "split", "loss"])
+    metrics = metrics.astype({"member": int, "step": int, "loss": float})
+    return Run(
+        directory=directory,
+        config=_object(directory / "config.json"),
+        members=members.set_index("member", drop=False).rename_axis(None),
+        metrics=metrics,
+        status=_object(directory / "status.json"),
+    )
+
+
+def _object(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_text(file))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: need an object, got {type(value).__name__}")
+    return value
+
+
+def _lines(file: pathlib.Path, required: set[str]) -> list[dict[str, Any]]:
+    lines = [(n, line) for n, line in enumerate(_text(file).split("\n"), 1) if line.strip()]
+    rows = []
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == lines[-1][0]:
+                warnings.warn(f"{file}:{number}: torn last line ignored", stacklevel=3)
+                continue
+            raise ValueError(f"{file}:{number}: not JSON: {error}") from error
+        if not isinstance(row, dict) or not required <= set(row):
+            raise ValueError(
+                f"{file}:{number}: need the fields {sorted(required)}, got {line[:80]}"
+            )
+        rows.append(row)
+    return rows
+
+
+def _text(file: pathlib.Path) -> str:
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such file; is {file.parent} a run directory?")
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
+# ------------------------------------------------------------------------------------ eval losses
+
+# What members may differ in, the seed apart: the axes of a sweep that are fields of members.jsonl.
+AXES = (
+    "rank",
+    "targets",
+    "layers",
+    "alpha",
+    "scaling",
+    "init",
+    "method",
+    "lr",
+    "weight_decay",
+    "dropout",
+    "n_train",
+)
+KINDS = ("A", "B", "dW in", "dW out")  # whose directions a subspace similarity compares
+
+
+class Axes(NamedTuple):
+    """How a sweep is laid out: the axis of the curve, and the other fields that differ."""
+
+    main: str | None  # None: every member has the same setting, the seed apart
+    others: tuple[str, ...]
+
+
+class Answer(NamedTuple):
+    """The one-standard-error rule over a table of settings (rows of `settings`)."""
+
+    best: pd.Series  # lowest mean final eval loss
+    smallest: pd.Series  # smallest value of the axis within one standard error of the best
+    known: bool  # whether the best has a standard error; if not, smallest is best
+
+
+def summary(run: Run) -> pd.DataFrame:
+    """A row a member: its fields, then what came of it.
+
+    Adds status ("finished", "diverged", "running"), diverged_at, seconds, base_loss (eval at
+    step 0, before any update), final_step, final_loss and best_loss (evals after step 0), in nats
+    per completion token. A diverged member has no final loss (NaN). `setting` is the name without
+    its seed; fields that are lists (targets) read "q v".
+    """
+    evals = run.metrics[run.metrics["split"] == "eval"].sort_values("step", kind="stable")
+    rows = []
+    for member in run.members.index:
+        of_member = evals[evals["member"] == member]
+        after = of_member[of_member["step"] > 0]
+        status = run.status.get("members", {}).get(str(member), {})
+        state = status.get("status", "running")
+        if len(after) and state == "finished" and not np.isfinite(after["loss"].iloc[-1]):
+            state = "diverged"
+        base = of_member.loc[of_member["step"] == 0, "loss"]
+        usable = state != "diverged" and len(after) > 0
+        rows.append(
+            {
+                "status": state,
+                "diverged_at": status.get("diverged_at"),
+                "seconds": status.get("seconds"),
+                "base_loss": base.iloc[0] if len(base) else np.nan,
+                "final_step": int(after["step"].iloc[-1]) if len(after) else 0,
+                "final_loss": after["loss"].iloc[-1] if usable else np.nan,
+                "best_loss": after["loss"].min() if len(after) else np.nan,
+            }
+        )
+    table = run.members.copy()
+    for column in table.columns:
+        if table[column].map(lambda value: isinstance(value, list)).any():
+            table[column] = [_words(value) for value in table[column]]
+    table["setting"] = [
+        re.sub(r"(^|,\s*)seed=[^,]*", "", str(name)).strip(", ") for name in table["name"]
+    ]
+    return table.join(pd.DataFrame(rows, index=run.members.index))
+
+
+def axes(run: Run, table: pd.DataFrame) -> Axes:
+    """The rank where members differ in it, else the sweep's first axis with several values.
+
+    Fields that only follow from others (tied axes) are no axes of their own.
+    """
+    sweep = [name for name in run.config.get("config", {}).get("sweep") or {} if name != "zip"]
+    order = [name for name in (*sweep, *AXES) if name in table.columns and name != "seed"]
+    if any(name not in table.columns for name in sweep):
+        order.append("setting")  # an axis that members.jsonl does not list by itself
+    if table["rank"].nunique(dropna=False) > 1:
+        order.insert(0, "rank")
+    chosen: list[str] = []
+    for name in dict.fromkeys(order):
+        groups = len(table[chosen].drop_duplicates()) if chosen else 1
+        if len(table[[*chosen, name]].drop_duplicates()) > groups:
+            chosen.append(name)
+    return Axes(chosen[0], tuple(chosen[1:])) if chosen else Axes(None, ())
+
+
+def settings(table: pd.DataFrame, by: Axes) -> pd.DataFrame:
+    """Seeds averaged: a row a setting, with mean, se (standard error), n and diverged (counts).
+
+    Diverged members are counted and left out of the mean. `line` names the other axes' values, ""
+    where there are none. se is NaN for fewer than two seeds.
+    """
+    main = by.main or "rank"
+    rows = []
+    for _, group in table.groupby([main, *by.others], sort=True, dropna=False):
+        first = group.iloc[0]
+        losses = group["final_loss"].dropna()
+        rows.append(
+            {
+                main: first[main],
+                **{name: first[name] for name in by.others},
+                "line": ", ".join(f"{name}={_value(first[name])}" for name in by.others),
+                "scale": group["scale"].mean(),
+                "trainable_params": first["trainable_params"],
+                "mean": losses.mean() if len(losses) else np.nan,
+                "se": losses.std(ddof=1) / np.sqrt(len(losses)) if len(losses) > 1 else np.nan,
+                "n": len(losses),
+                "diverged": int((group["status"] == "diverged").sum()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def answer(table: pd.DataFrame, main: str) -> Answer | None:
+    """The smallest value of `main` whose mean is at most the best mean + the best's standard error.
+
+    Args:
+      table: from `settings`. None where no setting has a loss.
+    """
+    usable = table.dropna(subset=["mean"])
+    if usable.empty:
+        return None
+    best = usable.loc[usable["mean"].idxmin()]
+    if not np.isfinite(best["se"]):
+        return Answer(best, best, False)
+    within = usable[usable["mean"] <= best["mean"] + best["se"]]
+    return Answer(best, within.sort_values([main, "mean"]).iloc[0], True)
+
+
+# ---------------------------------------------------------------------------------------- updates
+
+
+def adapters(
+    run: Run, members: Iterable[int]
+) -> tuple[dict[int, dict[str, Factors]], dict[int, str]]:
+    """The factors of those members that have any, and for the others the reason."""
+    found, missing = {}, {}
+    for member in members:
+        try:
+            found[member] = run.adapter(member)
+        except (FileNotFoundError, ValueError) as error:
+            missing[member] = str(error)
+    return found, missing
+
+
+def place(path: str) -> tuple[int, str]:
+    """Layer and target of a path: "h/3/attn/q" -> (3, "q"); -1 for what is in no layer."""
+    numbers = re.findall(r"(?:^|/)(\d+)(?=/|$)", path)
+    return (int(numbers[0]) if numbers else -1), path.rsplit("/", 1)[-1]
+
+
+def spectra(found: dict[int, dict[str, Factors]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Spectra of all updates, and the ranks read off them.
+
+    Returns two tables: (member, path, layer, target, index from 1, sigma), and (member, path,
+    layer, target, rank, norm = ||dW||_F, effective, stable, energy90, numerical).
+    """
+    sigmas, ranks = [], []
+    for member, factors in found.items():
+        for path, (a, b, s) in factors.items():
+            _, sigma, _ = spectrum.factor_svd(a, b, s)
+            layer, target = place(path)
+            row = {"member": member, "path": path, "layer": layer, "target": target}
+            sigmas += [{**row, "index": i, "sigma": x} for i, x in enumerate(sigma, 1)]
+            ranks.append(
+                {
+                    **row,
+                    "rank": a.shape[1],
+                    "norm": float(np.linalg.norm(sigma)),
+                    "effective": float(spectrum.effective_rank(sigma)),
+                    "stable": float(spectrum.stable_rank(sigma)),
+                    "energy90": int(spectrum.energy_rank(sigma, 0.9)),
+                    "numerical": int(spectrum.numerical_rank(sigma, (a.shape[0], b.shape[1]))),
+                }
+            )
+    return pd.DataFrame(sigmas), pd.DataFrame(ranks)
+
+
+def bases(factors: dict[str, Factors]) -> dict[str, dict[str, np.ndarray]]:
+    """Orthonormal directions by path and kind: of A, of B, and dW's own, input and output side."""
+    found = {}
+    for path, (a, b, _) in factors.items():
+        inputs, outputs = subspace.update_directions(a, b)
+        both = (subspace.directions(a), subspace.directions(b.T), inputs, outputs)
+        found[path] = dict(zip(KINDS, both, strict=True))
+    return found
+
+
+def similarity(
+    pairs: list[tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, np.ndarray]]]],
+) -> dict[str, dict[str, np.ndarray]]:
+    """phi (r1, r2) by path and kind, averaged over pairs of `bases`; paths that all have."""
+    common = [path for path in pairs[0][0] if all(path in u and path in v for u, v in pairs)]
+    return {
+        path: {
+            kind: np.mean(
+                [subspace.basis_similarity(u[path][kind], v[path][kind]) for u, v in pairs], axis=0
+            )
+            for kind in KINDS
+        }
+        for path in common
+    }
+
+
+def amplifications(
+    found: dict[int, dict[str, Factors]], kernels: dict[str, np.ndarray]
+) -> pd.DataFrame:
+    """Table 7 for every member and matrix, with the adapter's own rank: member, path, layer,
+    target, rank, delta_norm, w_in_delta, w_in_w, w_in_random, factor.
+
+    Args:
+      kernels: the frozen (in, out) kernels by path. KeyError names a path that is missing.
+    """
+    rows = []
+    w_sigma: dict[str, np.ndarray] = {}
+    for member, factors in found.items():
+        for path, factor in factors.items():
+            if path not in kernels:
+                raise KeyError(f"{path}: adapted, but not among the base's kernels")
+            w = np.asarray(kernels[path], np.float64)
+            if path not in w_sigma:
+                w_sigma[path] = np.linalg.svd(w, compute_uv=False)
+            rank = min(factor.a.shape[1], *w.shape)
+            numbers = table7(w, factor, rank, w_sigma=w_sigma[path])
+            layer, target = place(path)
+            row = {"member": member, "path": path, "layer": layer, "target": target, "rank": rank}
+            rows.append({**row, **numbers._asdict()})
+    return pd.DataFrame(rows)
+
+
+def _words(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _value(value: Any) -> str:
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return "all"
+    return f"{value:g}" if isinstance(value, float) else str(value)

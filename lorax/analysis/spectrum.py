@@ -1,0 +1,90 @@
+"""Singular values of an update dW = s * a @ b, and the ranks that can be read off them.
+
+Everything works from the factors, a (in, r) and b (r, out): dW itself is never formed. Arrays may
+be numpy's or jax's; the arithmetic is numpy's, in float64. Leading axes are batch axes.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+
+def factor_svd(
+    a: ArrayLike, b: ArrayLike, s: ArrayLike = 1.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """SVD of s * a @ b: a QR of both factors, then an SVD of the small core in between.
+
+    Args:
+      a: (..., in, r).
+      b: (..., r, out).
+      s: scale, a number or (...,).
+
+    Returns u (..., in, k), sigma (..., k) descending, vt (..., k, out), float64, with
+    k = min(r, in, out): u @ diag(sigma) @ vt = s * a @ b. Directions whose sigma is 0 are an
+    arbitrary orthonormal completion.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape[-1] != b.shape[-2]:
+        raise ValueError(
+            f"factors: need a (..., in, r) and b (..., r, out), got {a.shape}, {b.shape}"
+        )
+    qa, ra = np.linalg.qr(a)
+    qb, rb = np.linalg.qr(np.swapaxes(b, -1, -2))
+    core = ra @ np.swapaxes(rb, -1, -2) * np.asarray(s, np.float64)[..., None, None]
+    u, sigma, vt = np.linalg.svd(core, full_matrices=False)
+    return qa @ u, sigma, vt @ np.swapaxes(qb, -1, -2)
+
+
+def existing(u: np.ndarray, sigma: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Columns of u (..., n, k) whose sigma (..., k) is not rounding, zeros for the others."""
+    # The factors are float32 data, so that is the rounding that counts.
+    floor = max(shape) * np.finfo(np.float32).eps * sigma.max(-1, keepdims=True, initial=0.0)
+    return u * (sigma > floor)[..., None, :]
+
+
+def effective_rank(sigma: ArrayLike) -> np.ndarray:
+    """exp of the entropy of p = sigma / sum(sigma) (Roy & Vetterli 2007): (..., k) -> (...).
+
+    k equal values give k, a single one gives 1, none at all gives 0.
+    """
+    sigma = np.asarray(sigma, np.float64)
+    total = sigma.sum(-1)
+    p = sigma / np.where(total > 0, total, 1.0)[..., None]
+    entropy = -np.sum(p * np.log(np.where(p > 0, p, 1.0)), axis=-1)
+    return np.where(total > 0, np.exp(entropy), 0.0)
+
+
+def stable_rank(sigma: ArrayLike) -> np.ndarray:
+    """||dW||_F^2 / ||dW||_2^2 = sum(sigma^2) / max(sigma)^2: (..., k) -> (...); 0 for no update."""
+    sigma = np.asarray(sigma, np.float64)
+    largest = sigma.max(-1, initial=0.0)
+    relative = sigma / np.where(largest > 0, largest, 1.0)[..., None]
+    return np.sum(relative**2, axis=-1)
+
+
+def energy_rank(sigma: ArrayLike, tau: float = 0.9) -> np.ndarray:
+    """Fewest singular values that hold a share tau of sum(sigma^2): (..., k) -> (...) int.
+
+    (arXiv 2405.09673, section 4.6, with "variance" read as sigma^2.) 0 for no update.
+    """
+    if not 0 < tau <= 1:
+        raise ValueError(f"tau {tau}: a share of the energy, above 0 and at most 1")
+    energy = np.sort(np.asarray(sigma, np.float64), axis=-1)[..., ::-1] ** 2
+    held = np.cumsum(energy, axis=-1)
+    # A rounding error in the sum must not ask for one value more.
+    enough = held >= tau * energy.sum(-1, keepdims=True) * (1 - 1e-12)
+    rank = np.argmax(enough, axis=-1) + 1 if energy.shape[-1] else np.zeros(energy.shape[:-1])
+    return np.where(energy.sum(-1) > 0, rank, 0).astype(int)
+
+
+def numerical_rank(
+    sigma: ArrayLike, shape: tuple[int, int], dtype: DTypeLike = np.float32
+) -> np.ndarray:
+    """#{sigma > max(shape) * eps * sigma_1}: (..., k) -> (...) int; 0 for no update.
+
+    Args:
+      shape: (in, out) of the update.
+      dtype: what the factors were stored in; its eps is the one that counts.
+    """
+    sigma = np.asarray(sigma, np.float64)
+    threshold = max(shape) * np.finfo(dtype).eps * sigma.max(-1, keepdims=True, initial=0.0)
+    return np.sum(sigma > threshold, axis=-1)

@@ -1,0 +1,123 @@
+"""How much two updates share their directions (LoRA, arXiv 2106.09685, section 7.2 and appendix G).
+
+phi(i, j) = ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j), from 0 (orthogonal) to 1 (one holds the
+other), U1 and U2 being orthonormal bases in order of importance. Appendix G says left singular
+vectors; for A (r, in), our a^T, only the right ones live in the input space, and those are meant.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lorax.analysis.spectrum import existing, factor_svd
+
+
+class Band(NamedTuple):
+    """What chance gives: mean and the 5% and 95% quantiles, each (r1, r2)."""
+
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def basis_similarity(u1: ArrayLike, u2: ArrayLike) -> np.ndarray:
+    """phi for all (i, j) at once, from one product of two orthonormal bases.
+
+    Args:
+      u1: (..., n, r1), orthonormal columns in order of importance.
+      u2: (..., n, r2), likewise.
+
+    Returns (..., r1, r2): phi(i, j) at [i - 1, j - 1]. A direction that does not exist (a column
+    of zeros) is shared with nobody.
+    """
+    u1, u2 = np.asarray(u1, np.float64), np.asarray(u2, np.float64)
+    if u1.shape[-2] != u2.shape[-2]:
+        raise ValueError(f"bases of different spaces: {u1.shape} and {u2.shape}, need (n, r) each")
+    squares = (np.swapaxes(u1, -1, -2) @ u2) ** 2
+    shared = np.cumsum(np.cumsum(squares, axis=-2), axis=-1)
+    i = np.arange(1, u1.shape[-1] + 1)[:, None]
+    j = np.arange(1, u2.shape[-1] + 1)[None, :]
+    return shared / np.minimum(i, j)
+
+
+def directions(a: ArrayLike) -> np.ndarray:
+    """The left singular vectors of a (..., n, r), by falling singular value: (..., n, min(n, r)).
+
+    These are the right singular vectors of the paper's A = a^T. Where the singular value is zero
+    to rounding there is no direction, and the column is zero.
+    """
+    a = np.asarray(a, np.float64)
+    u, sigma, _ = np.linalg.svd(a, full_matrices=False)
+    return existing(u, sigma, a.shape[-2:])
+
+
+def update_directions(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Directions of dW = a @ b: input (..., in, k) and output (..., out, k), k = min(r, in, out).
+
+    The scale does not turn them. Directions without a singular value are columns of zeros.
+    """
+    u, sigma, vt = factor_svd(a, b)
+    shape = (u.shape[-2], vt.shape[-1])
+    return existing(u, sigma, shape), existing(np.swapaxes(vt, -1, -2), sigma, shape)
+
+
+def subspace_similarity(a1: ArrayLike, a2: ArrayLike) -> np.ndarray:
+    """The paper's phi between two adapters' A: a1 (..., in, r1), a2 (..., in, r2) -> (..., r1, r2).
+
+    Section 7.2, equation 4, with a = A^T and the singular vectors of the factors themselves.
+    """
+    return basis_similarity(directions(a1), directions(a2))
+
+
+def output_similarity(b1: ArrayLike, b2: ArrayLike) -> np.ndarray:
+    """phi between two adapters' B: b1 (..., r1, out), b2 (..., r2, out) -> (..., r1, r2).
+
+    The paper's B is b^T (out, r); its left singular vectors span the output directions.
+    """
+    b1, b2 = np.asarray(b1, np.float64), np.asarray(b2, np.float64)
+    return subspace_similarity(np.swapaxes(b1, -1, -2), np.swapaxes(b2, -1, -2))
+
+
+def update_similarity(
+    factors1: tuple[ArrayLike, ...], factors2: tuple[ArrayLike, ...], side: str = "in"
+) -> np.ndarray:
+    """phi between the directions of two updates dW = a @ b, rather than of one factor alone.
+
+    A's directions hold whatever A was initialised to; dW's hold only what b makes use of.
+
+    Args:
+      factors1, factors2: (a, b) or (a, b, s), with a (..., in, r) and b (..., r, out).
+      side: "in" for the input directions, "out" for the output directions.
+    """
+    if side not in ("in", "out"):
+        raise ValueError(f"side {side!r}: 'in' or 'out'")
+    which = 0 if side == "in" else 1
+    one, other = update_directions(*factors1[:2]), update_directions(*factors2[:2])
+    return basis_similarity(one[which], other[which])
+
+
+def expected_similarity(i: ArrayLike, j: ArrayLike, n: int) -> np.ndarray:
+    """The mean of phi(i, j) over uniformly random subspaces of R^n: i j / n / min(i, j)."""
+    return np.maximum(i, j) / n
+
+
+def gaussian_similarity(
+    rng: int | np.random.Generator, n: int, r1: int, r2: int, draws: int = 100
+) -> Band:
+    """The paper's control: phi between Gaussian random (n, r1) and (n, r2), over many draws.
+
+    Args:
+      rng: a numpy generator or a seed.
+    """
+    rng = np.random.default_rng(rng)
+    k1, k2 = min(n, r1), min(n, r2)
+    # phi does not change when both bases turn together, so the first may be the unit vectors.
+    phi = np.stack(
+        [
+            basis_similarity(np.eye(n, k1), np.linalg.qr(rng.standard_normal((n, k2)))[0])
+            for _ in range(draws)
+        ]
+    )
+    low, high = np.quantile(phi, (0.05, 0.95), axis=0)
+    return Band(phi.mean(0), low, high)

@@ -1,0 +1,239 @@
+"""The config of a run: every key with its default, and the members that its sweep spells out.
+
+A config file is a script whose `get_config(arg)` takes `default()`, changes what its study changes
+and returns it. Nothing here imports JAX: a mistake is found before anything heavy starts.
+"""
+
+import hashlib
+import itertools
+import json
+from typing import NamedTuple
+
+from ml_collections import ConfigDict, config_dict
+
+from lorax.errors import nearest
+
+
+def default() -> ConfigDict:
+    """A locked ConfigDict with every key there is."""
+    c = ConfigDict()
+    c.base = "gpt2-nano"  # shipped name, Hugging Face directory or Hub id; "random:" for its shape alone
+    c.dtype = "float32"  # of the base's computation; adapters are float32
+    c.seed = 0  # of the adapter's start, its dropout and the order of the data
+
+    c.task = ConfigDict()
+    c.task.name = "restaurants"  # restaurants | e2e | text
+    c.task.path = config_dict.placeholder(str)  # file or folder, for tasks that read one
+    c.task.n_train = config_dict.placeholder(int)  # first n training examples; None: all
+    c.task.seed = 0  # of the data itself, where it is generated
+
+    c.method = ConfigDict()
+    c.method.name = "lora"
+    c.method.rank = 8
+    c.method.alpha = 16.0
+    c.method.scaling = "lora"  # s = alpha / r; "rslora": alpha / sqrt(r); "fixed": alpha
+    c.method.init = "kaiming"  # of a; or "gaussian"
+    c.method.targets = ("q", "v")  # q k v o up gate down embed head, attention mlp all-linear, re:REGEX
+    c.method.layers = config_dict.placeholder(tuple)  # indices; None: all
+    c.method.dropout = 0.0  # on the adapter's input
+
+    c.train = ConfigDict()
+    c.train.steps = 200
+    c.train.batch_size = 16  # sequences a step
+    c.train.seq_len = 128  # tokens a sequence
+    c.train.accumulate = 1  # parts in which a batch is worked off, gradients added
+    c.train.lr = 2e-3
+    c.train.schedule = "linear"  # to zero; or "cosine", "constant"
+    c.train.warmup = 10  # steps
+    c.train.optimizer = "adamw"  # or "sgd"
+    c.train.b1 = 0.9  # sgd: momentum
+    c.train.b2 = 0.999
+    c.train.eps = 1e-8
+    c.train.weight_decay = 0.0
+    c.train.clip = 1.0  # global gradient norm of a member; 0: off
+    c.train.remat = False  # make activations again in the backward pass
+    c.train.parallel = "auto"  # over devices: members | batch | pmap | none
+    c.train.width = 0  # members side by side in the program; 0: chosen
+    c.train.memory_gb = 0.0  # limit for one program; 0: what the device has
+
+    c.eval = ConfigDict()
+    c.eval.every = 50  # steps; checkpoints are written at the same points
+    c.eval.batch_size = 32
+    c.eval.examples = 256
+
+    c.analysis = ConfigDict()
+    c.analysis.report = True
+
+    c.sweep = ConfigDict()
+    for axis in AXES:
+        c.sweep[axis] = ()
+    c.sweep.zip = ()  # (("rank", "targets"),) moves along both at once
+    return c.lock()
+
+
+#: sweep axis -> the key that it sets
+AXES = {
+    "method": "method.name",
+    "base": "base",
+    "targets": "method.targets",
+    "layers": "method.layers",
+    "init": "method.init",
+    "scaling": "method.scaling",
+    "alpha": "method.alpha",
+    "rank": "method.rank",
+    "dropout": "method.dropout",
+    "lr": "train.lr",
+    "weight_decay": "train.weight_decay",
+    "steps": "train.steps",
+    "n_train": "task.n_train",
+    "seed": "seed",
+}
+
+
+class Member(NamedTuple):
+    """One point of a sweep. name: "rank=4,seed=1"; point: {axis: value}; config: its own, no sweep."""
+
+    index: int
+    name: str
+    point: dict
+    config: ConfigDict
+
+
+def members(config: ConfigDict) -> list[Member]:
+    """The product of the sweep's axes (tied ones move together), the last axis fastest.
+
+    Raises ValueError that names the key for an empty or malformed axis, a value of the wrong type,
+    and a value out of range.
+    """
+    _check_keys(config)
+    sweep = config.sweep
+    axes = {axis: _axis(config, axis) for axis in AXES if sweep[axis] != ()}
+    ties = [tuple(tie) if isinstance(tie, tuple | list) else (tie,) for tie in sweep.zip]
+    for tie in ties:
+        for axis in tie:
+            if axis not in axes:
+                raise ValueError(
+                    f"sweep.zip: {axis!r} is no axis of this sweep; there is {', '.join(axes)}"
+                )
+        if len({len(axes[axis]) for axis in tie}) != 1:
+            sizes = ", ".join(f"{axis} {len(axes[axis])}" for axis in tie)
+            raise ValueError(f"sweep.zip: {tie} must have as many values each; there are {sizes}")
+    tied = [axis for tie in ties for axis in tie]
+    if len(tied) != len(set(tied)):
+        raise ValueError(f"sweep.zip: an axis is tied twice in {sweep.zip}")
+    blocks = [tie for tie in ties] + [(axis,) for axis in axes if axis not in tied]
+    blocks.sort(key=lambda block: list(AXES).index(block[0]))
+    values = [list(zip(*(axes[axis] for axis in block), strict=True)) for block in blocks]
+    found = []
+    for index, chosen in enumerate(itertools.product(*values)):
+        point = {
+            axis: value
+            for block, tuple_ in zip(blocks, chosen, strict=True)
+            for axis, value in zip(block, tuple_, strict=True)
+        }
+        point = {axis: point[axis] for axis in AXES if axis in point}
+        own = ConfigDict(config.to_dict())
+        del own.sweep
+        for axis, value in point.items():
+            section, _, key = AXES[axis].rpartition(".")
+            (own[section] if section else own)[key] = value
+        _check_values(own)
+        name = ",".join(f"{axis}={_show(value)}" for axis, value in point.items()) or "only"
+        found.append(Member(index, name, point, own.lock()))
+    return found
+
+
+def group_key(member: Member) -> str:
+    """Members with the same key can share one compiled program: all that differs is data."""
+    c = member.config.to_dict()
+    for name in ("rank", "alpha", "scaling", "init", "targets", "layers", "dropout"):
+        del c["method"][name]
+    for section, name in (("train", "lr"), ("train", "weight_decay"), ("task", "n_train")):
+        del c[section][name]
+    del c["seed"]
+    return json.dumps(c, sort_keys=True)
+
+
+def digest(config: ConfigDict) -> str:
+    """Ten hexadecimal digits that change with any value of the config."""
+    text = json.dumps(config.to_dict(), sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _show(value) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(
+        value, float
+    ) else str(value)
+
+
+def _axis(config, axis) -> tuple:
+    values = config.sweep[axis]
+    if not isinstance(values, tuple | list):
+        raise ValueError(f"sweep.{axis}: a tuple of values is expected, {values!r} given")
+    section, _, key = AXES[axis].rpartition(".")
+    now = (config[section] if section else config)[key]
+    if axis == "targets":
+        values = tuple((v,) if isinstance(v, str) else tuple(v) for v in values)
+    kind = {"layers": tuple, "n_train": int}.get(axis, type(now))
+    for value in values:
+        fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+        fits = fits or (value is None and axis in ("layers", "n_train"))
+        if not fits or isinstance(value, bool):
+            raise ValueError(
+                f"sweep.{axis}: values of type {kind.__name__} are expected, {value!r} given "
+                f'(on the command line: --config.sweep.{axis}="(first, second)")'
+            )
+    if len(set(values)) != len(values):
+        raise ValueError(f"sweep.{axis}: a value stands twice in {values}")
+    return tuple(float(v) for v in values) if kind is float else tuple(values)
+
+
+def _check_keys(config) -> None:
+    """Every key of the default, and no other."""
+    want, have = _flat(default()), _flat(config)
+    for key in have:
+        if key not in want:
+            raise ValueError(f"config has an unknown key {key!r}{nearest(key, want)}")
+    for key in want:
+        if key not in have:
+            raise ValueError(f"config has no key {key!r}; start from lorax.config.default()")
+
+
+def _flat(config, prefix="") -> dict:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _check_values(c) -> None:
+    def need(field, value, ok, right):
+        if not ok:
+            raise ValueError(f"{field}: {value!r} given, {right}")
+
+    def one_of(field, value, known):
+        right = f"must be one of {', '.join(known)}{nearest(str(value), known)}"
+        need(field, value, value in known, right)
+
+    for name in ("steps", "batch_size", "seq_len", "accumulate"):
+        need(f"train.{name}", c.train[name], c.train[name] >= 1, "must be at least 1")
+    for name in ("every", "batch_size", "examples"):
+        need(f"eval.{name}", c.eval[name], c.eval[name] >= 1, "must be at least 1")
+    for name in ("warmup", "width", "memory_gb", "weight_decay", "clip", "lr", "eps"):
+        need(f"train.{name}", c.train[name], c.train[name] >= 0, "must not be negative")
+    for name in ("b1", "b2"):
+        need(f"train.{name}", c.train[name], 0 <= c.train[name] < 1, "must be in [0, 1)")
+    need("seed", c.seed, 0 <= c.seed < 2**31, "must be in [0, 2**31)")
+    need(
+        "train.accumulate",
+        c.train.accumulate,
+        c.train.batch_size % c.train.accumulate == 0,
+        f"must divide train.batch_size, {c.train.batch_size}",
+    )
+    one_of("dtype", c.dtype, ("float32", "bfloat16"))
+    one_of("train.schedule", c.train.schedule, ("linear", "cosine", "constant"))
+    one_of("train.optimizer", c.train.optimizer, ("adamw", "sgd"))
+    one_of("train.parallel", c.train.parallel, ("auto", "members", "batch", "pmap", "none"))

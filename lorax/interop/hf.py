@@ -1,0 +1,127 @@
+"""Hugging Face's model directory: config.json, model.safetensors (or shards), tokenizer.json.
+
+Weights are read leaf by leaf, so the peak memory is the tree itself and one leaf. Only safetensors
+are opened: a pickled `.bin` can run code and is refused.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+# {our path: (their name with "{}" for the layer, columns of a fused tensor, transposed)}
+Names = dict[str, tuple[str, slice | None, bool]]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises ValueError that names the file where it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON object is expected, not a {type(value).__name__}")
+    return value
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, shards in order.
+
+    Raises FileNotFoundError where there is none, with the way out if only pickles are there.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        missing = [name for name in names if not (directory / name).exists()]
+        if missing:
+            raise FileNotFoundError(f"{directory}: shards {missing} of {index.name} are missing")
+        return [directory / name for name in names]
+    if (directory / "model.safetensors").exists():
+        return [directory / "model.safetensors"]
+    if list(directory.glob("*.bin")):
+        raise FileNotFoundError(
+            f"{directory}: only pickled weights (*.bin), which can run code when opened. Convert: "
+            f"python -c \"from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained('{directory}').save_pretrained('{directory}')\""
+        )
+    raise FileNotFoundError(f"{directory}: no model.safetensors")
+
+
+def read(directory: Path, names: Names, shapes: dict[str, tuple], dtype=jnp.float32) -> dict:
+    """{path: array} of the parameters in `names`, in `dtype`.
+
+    shapes: {path: expected shape}; a leading layer axis is filled from one tensor a layer.
+    Raises ValueError that names file, tensor and shapes where they disagree or a file is corrupt.
+    """
+    handles, where = [], {}
+    for file in weight_files(directory):
+        try:
+            handle = safe_open(file, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
+        handles.append(handle)
+        where.update({key: (handle, file) for key in handle.keys()})  # noqa: SIM118
+
+    def tensor(name, columns, transpose, shape):
+        # A checkpoint of the bare model has no "transformer." in front.
+        key = name if name in where else name.split(".", 1)[1]
+        if key not in where:
+            raise ValueError(f"{directory}: no tensor {name!r} in its safetensors files")
+        handle, file = where[key]
+        piece = handle.get_slice(key)
+        value = piece[..., columns] if columns is not None else piece[:]
+        value = value.T if transpose else value
+        if value.shape != shape:
+            raise ValueError(f"{file}: {key} has shape {value.shape}, config.json says {shape}")
+        return value
+
+    params = {}
+    for path, (name, columns, transpose) in names.items():
+        shape = shapes[path]
+        if "{}" in name:
+            leaf = np.empty(shape, np.float32)
+            for layer in range(shape[0]):
+                leaf[layer] = tensor(name.format(layer), columns, transpose, shape[1:])
+        else:
+            leaf = tensor(name, columns, transpose, shape)
+        params[path] = jnp.asarray(leaf, dtype)
+    return params
+
+
+def write(directory: Path, config: dict, names: Names, params: dict) -> None:
+    """Write {path: array} and config.json so that transformers loads them; inverse of `read`."""
+    tensors: dict[str, dict[int, np.ndarray]] = {}
+    for path, (name, columns, transpose) in names.items():
+        leaf = np.asarray(params[path], np.float32)
+        for layer in range(leaf.shape[0]) if "{}" in name else [None]:
+            value = leaf if layer is None else leaf[layer]
+            start = columns.start if columns is not None else 0
+            parts = tensors.setdefault(name if layer is None else name.format(layer), {})
+            parts[start] = value.T if transpose else value
+    joined = {
+        name: np.ascontiguousarray(np.concatenate([parts[i] for i in sorted(parts)], axis=-1))
+        for name, parts in tensors.items()
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    atomically(
+        directory / "model.safetensors", lambda tmp: save_file(joined, tmp, metadata={"format": "pt"})
+    )
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    atomically(directory / "config.json", lambda tmp: tmp.write_text(text, encoding="utf-8"))
+
+
+def atomically(path: Path, write_to: Callable[[Path], object]) -> None:
+    """Call `write_to(temporary path)`, flush it to disk, and only then give it its name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write_to(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

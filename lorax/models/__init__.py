@@ -1,0 +1,5 @@
+"""Plain Linen modules that know nothing of adapters, and `load`."""
+
+from lorax.models.load import Base, kernels, load, save
+
+__all__ = ["Base", "kernels", "load", "save"]

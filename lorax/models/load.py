@@ -1,0 +1,149 @@
+"""`load`: a shipped model, a Hugging Face directory or a Hub id -> `Base`."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from tokenizers import Tokenizer
+
+from lorax import ops, tree
+from lorax.errors import nearest
+from lorax.interop import hf
+from lorax.models import gpt2
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+#: Hugging Face's model_type -> (family module, its Linen class)
+FAMILIES = {"gpt2": (gpt2, gpt2.GPT2)}
+
+
+class Base(NamedTuple):
+    """A frozen model.
+
+    module: Linen module; params: its "params" collection; config: the family's Config;
+    tokenizer: `tokenizers.Tokenizer` or None; sites: {path: `ops.Site`} of what can be adapted;
+    family: Hugging Face's model_type; name: as given to `load`; sha256: of the weight files
+    ("random" for random weights).
+    """
+
+    module: nn.Module
+    params: dict
+    config: object
+    tokenizer: Tokenizer | None
+    sites: dict[str, ops.Site]
+    family: str
+    name: str
+    sha256: str
+
+
+def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
+    """Load a base model.
+
+    name: a shipped model ("gpt2-nano"), a directory in Hugging Face's layout, or a Hub id. With
+    "random:" in front the architecture is taken and the weights are drawn (seed 0) as its authors
+    would have. dtype: of the computation. param_dtype: of the weights. run: further fields of the
+    family's Config that say how to run it (`remat`, `unroll`).
+
+    Raises ValueError or FileNotFoundError with what was given and what would be right.
+    """
+    random = name.startswith("random:")
+    directory = find(name.removeprefix("random:"), weights=not random)
+    raw = hf.read_json(directory / "config.json")
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"base: {name} is a {family!r} model; supported: {', '.join(FAMILIES)}")
+    source, model = FAMILIES[family]
+    config = source.config_from_hf(raw, dtype=dtype, **run)
+    module = model(config)
+    example = jnp.zeros((1, 1), jnp.int32)
+    init = lambda: module.init(jax.random.key(0), example)["params"]
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(jax.eval_shape(init)).items()}
+    if random:
+        params = jax.tree.map(lambda x: x.astype(param_dtype), jax.jit(init)())
+        sha256 = "random"
+    else:
+        params = hf.read(directory, source.hf_tensors(config), shapes, param_dtype)
+        params = tree.unflatten({path: params[path] for path in shapes})
+        sha256 = _sha256(hf.weight_files(directory))
+    file = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file)) if file.exists() else None
+    sites = ops.sites(module, params, example)
+    return Base(module, params, config, tokenizer, sites, family, name, sha256)
+
+
+def save(directory: str | Path, base: Base) -> None:
+    """Write a base model in Hugging Face's layout; inverse of `load`, and readable by transformers."""
+    source, _ = FAMILIES[base.family]
+    flat = tree.flatten(base.params)
+    hf.write(Path(directory), source.hf_config(base.config), source.hf_tensors(base.config), flat)
+    if base.tokenizer is not None:
+        hf.atomically(Path(directory) / "tokenizer.json", lambda tmp: base.tokenizer.save(str(tmp)))
+
+
+def kernels(base: Base) -> dict[str, np.ndarray]:
+    """{layer path without its last word: (in, out) float32} of every adaptable weight.
+
+    Stacked weights come apart: "h/attn/q/kernel" (L, in, out) gives "h/0/attn/q", "h/1/attn/q"...
+    """
+    flat = tree.flatten(base.params)
+    out = {}
+    for path, site in base.sites.items():
+        matrix = np.asarray(site.to_matrix(flat[path]), np.float32)
+        for name, index in layer_names(path, site, flat[path].shape).items():
+            out[name] = matrix[index]
+    return out
+
+
+def layer_names(path: str, site: ops.Site, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """{name of one layer's weight: its index in the stack}: "h/attn/q/kernel" -> "h/3/attn/q"."""
+    parents = path.rsplit("/", 1)[0]
+    if not site.stack:
+        return {parents: ()}
+    head, _, rest = parents.partition("/")
+    indices = np.ndindex(*shape[: site.stack])
+    return {"/".join((head, *map(str, i), *filter(None, [rest]))): i for i in indices}
+
+
+def find(name: str, weights: bool = True) -> Path:
+    """The directory of a shipped model, a local path or a Hub id (fetched or from its cache)."""
+    shipped = sorted(p.name for p in ASSETS.iterdir() if (p / "config.json").exists())
+    if name in shipped:
+        return ASSETS / name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise FileNotFoundError(f"base: {path} is a directory without config.json")
+        return path
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise FileNotFoundError(f"base: no directory {name}")
+    return _from_hub(name, weights, shipped)
+
+
+def _from_hub(name: str, weights: bool, shipped: list[str]) -> Path:
+    from huggingface_hub import snapshot_download  # a second of imports that local models don't need
+
+    files = ["config.json", "tokenizer.json"] + ["*.safetensors*"] * weights
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # the Hub's own, the network's and the cache's: all mean "not here"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = nearest(name, shipped)
+        raise FileNotFoundError(
+            f"base: {name!r} is neither shipped ({', '.join(shipped)}), nor a directory, and the Hub "
+            f"did not give it ({type(error).__name__}: {reason[:120]}){hint}. Download "
+            f"https://huggingface.co/{name} (config.json, model.safetensors, tokenizer.json) and "
+            f"pass that directory."
+        ) from None
+
+
+def _sha256(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as handle:
+            while chunk := handle.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,403 @@
+"""Operator leaves, what a layer does with one, and the interceptor that brings the two together.
+
+A model is a plain Linen module. `method.bind` puts an operator leaf where a kernel was, and
+`apply` runs the module under an interceptor that computes every `Dense`, `DenseGeneral`, `Einsum`,
+`Embed` and `Conv` whose kernel is such a leaf by the functions here. A call without the
+interceptor fails: Flax cannot multiply by a `LowRank`.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from lorax import tree
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Inverted dropout of an adapter's input: rate () float32, key () typed PRNG key."""
+
+    rate: Array
+    key: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """A frozen weight plus a low-rank update: dense(leaf) = w + s * reshape(a @ b, w.shape).
+
+    w: the kernel in its module's own shape, an array or another operator leaf.
+    a: (in, r) and b: (r, out) in the adapter's dtype; `in` and `out` are the products of the
+       kernel's contracted and produced axes, in kernel order.
+    s: () float32, the scale. dropout: on the input of `a`, None at evaluation.
+    merge: (static) whether a forward pass may make w + s a b instead of two thin products.
+    Every array has the kernel's leading layer axes in front where the module is `nn.scan`ned.
+    """
+
+    w: object
+    a: Array
+    b: Array
+    s: Array
+    dropout: Dropout | None = None
+    merge: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+def is_operator(leaf) -> bool:
+    """True for leaves that only the functions of this module can compute with."""
+    return isinstance(leaf, LowRank)
+
+
+def allow_merge(params):
+    """The same parameters, with leaves that may take the merged forward pass (see `linear`)."""
+    return jax.tree.map(
+        lambda leaf: dataclasses.replace(leaf, merge=True) if is_operator(leaf) else leaf,
+        params,
+        is_leaf=is_operator,
+    )
+
+
+# ---------------------------------------------------------------------------------------- products
+
+
+def linear(x, leaf, bias=None):
+    """y = x @ dense(leaf) + bias, with dense(leaf) seen as (in, out).
+
+    x: (..., in) in the compute dtype. Returns (..., out) in that dtype; the adapter's own dtype is
+    cast to it. leaf: an (in, out) array or operator leaf.
+
+    A `LowRank` leaf takes one of two ways that agree to rounding: x w + s (x a) b, or, where that
+    costs more than making w + s a b and the leaf allows it, the merged product with a factored
+    backward pass. Merging is for float32 only: in bfloat16 it would round small updates away.
+    """
+    if isinstance(leaf, LowRank):
+        y = _low_rank_linear(x, leaf)
+    else:
+        y = x @ leaf.astype(x.dtype)
+    return _add_bias(y, bias)
+
+
+def _add_bias(y, bias):
+    """y plus a bias over its last axes, or y where there is none."""
+    if bias is None:
+        return y
+    return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
+def _low_rank_linear(x, leaf):
+    a, b = leaf.a.astype(x.dtype), leaf.b.astype(x.dtype)
+    s = leaf.s.astype(x.dtype)
+    rows, (n_in, rank), n_out = x.size // x.shape[-1], a.shape, b.shape[-1]
+    worthwhile = rows * (n_in + n_out) > 2 * n_in * n_out
+    plain = isinstance(leaf.w, jax.Array) and leaf.dropout is None and x.dtype == jnp.float32
+    if leaf.merge and plain and worthwhile:
+        return merged_linear(x, leaf.w.astype(x.dtype), a, b, s)
+    return linear(x, leaf.w) + s * ((dropout(x, leaf.dropout) @ a) @ b)
+
+
+@jax.custom_vjp
+def merged_linear(x, w, a, b, s):
+    """x @ (w + s a b): one product forward, thin ones for the gradients of a and b.
+
+    x: (..., in); w: (in, out); a: (in, r); b: (r, out); s: (). The backward pass makes w + s a b
+    again rather than keep it: da = x^T (s dy b^T), db = s (x a)^T dy, dx = dy (w + s a b)^T.
+    """
+    return x @ (w + s * (a @ b))
+
+
+def _merged_linear_forward(x, w, a, b, s):
+    return merged_linear(x, w, a, b, s), (x, w, a, b, s)
+
+
+def _merged_linear_backward(saved, dy):
+    x, w, a, b, s = saved
+    rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    dx = dy @ (w + s * (a @ b)).T
+    t = dy_rows @ b.T  # (rows, r)
+    xa = rows @ a  # (rows, r)
+    da = s * (rows.T @ t)
+    db = s * (xa.T @ dy_rows)
+    # Dead code, and so free, wherever w and s are frozen, which is where this is used.
+    dw, ds = rows.T @ dy_rows, jnp.sum(xa * t)
+    return dx, dw, da, db, ds
+
+
+merged_linear.defvjp(_merged_linear_forward, _merged_linear_backward)
+
+
+def dropout(x, how: Dropout | None):
+    """x with each entry zeroed at `how.rate` and the rest scaled by 1 / (1 - rate)."""
+    if how is None:
+        return x
+    keep = jax.random.uniform(how.key, x.shape) >= how.rate
+    return jnp.where(keep, x / (1 - how.rate).astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+def embed(ids, leaf, dtype=None):
+    """Rows `ids` of dense(leaf) seen as (V, features): (...,) integers -> (..., features)."""
+    if isinstance(leaf, LowRank):
+        rows = embed(ids, leaf.w, dtype)
+        a, b = leaf.a.astype(rows.dtype), leaf.b.astype(rows.dtype)
+        return rows + leaf.s.astype(rows.dtype) * (jnp.take(a, ids, axis=0) @ b)
+    return jnp.take(leaf if dtype is None else leaf.astype(dtype), ids, axis=0)
+
+
+def attend(x, leaf):
+    """x @ dense(leaf)^T for an embedding leaf (V, features): (..., features) -> (..., V)."""
+    if isinstance(leaf, LowRank):
+        a, b = leaf.a.astype(x.dtype), leaf.b.astype(x.dtype)
+        return attend(x, leaf.w) + leaf.s.astype(x.dtype) * ((x @ b.T) @ a.T)
+    return x @ leaf.astype(x.dtype).T
+
+
+def dense(leaf, site: "Site"):
+    """The plain kernel that a leaf stands for, in the shape and dtype of its frozen weight.
+
+    The update is added in float32 and rounded once.
+    """
+    if not isinstance(leaf, LowRank):
+        return leaf
+    w = dense(leaf.w, site)
+    update = leaf.s[..., None, None].astype(jnp.float32) * jnp.matmul(
+        leaf.a.astype(jnp.float32), leaf.b.astype(jnp.float32)
+    )
+    return (w.astype(jnp.float32) + site.from_matrix(update, w.shape)).astype(w.dtype)
+
+
+# ------------------------------------------------------------------------------------------- sites
+
+
+class Site(NamedTuple):
+    """What the axes of one kernel mean, layer axes not counted.
+
+    kind: "linear", "conv" or "embed". stack: number of leading layer axes (`nn.scan`).
+    ins, outs: kernel axes that are contracted with the input, and that the layer produces.
+    """
+
+    kind: str
+    stack: int
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+
+    def matrix_shape(self, shape) -> tuple[tuple[int, ...], int, int]:
+        """(layer axes, in, out) of a kernel of the given full shape."""
+        own = shape[self.stack :]
+        size = lambda axes: int(np.prod([own[i] for i in axes], dtype=np.int64))
+        return tuple(shape[: self.stack]), size(self.ins), size(self.outs)
+
+    def to_matrix(self, w) -> Array:
+        """A kernel as (layers..., in, out)."""
+        layers, n_in, n_out = self.matrix_shape(w.shape)
+        order = (*range(self.stack), *(self.stack + i for i in self.ins + self.outs))
+        return jnp.transpose(w, order).reshape(*layers, n_in, n_out)
+
+    def from_matrix(self, m, shape) -> Array:
+        """(layers..., in, out) as a kernel of the given full shape; inverse of `to_matrix`."""
+        axes = (*range(self.stack), *(self.stack + i for i in self.ins + self.outs))
+        moved = m.reshape(*(shape[i] for i in axes))
+        return jnp.transpose(moved, np.argsort(axes))
+
+
+def sites(module: nn.Module, params: dict, *inputs, **kwargs) -> dict[str, Site]:
+    """{path: Site} of every kernel that `apply` knows how to adapt, found by tracing one call.
+
+    Nothing is computed: the call runs under `jax.eval_shape`. Layers with batch axes in their
+    kernel (`DenseGeneral.batch_dims`, expert einsums) and grouped convolutions are left out.
+    """
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(params).items()}
+    found: dict[str, Site] = {}
+
+    def record(next_fun, args, call_kwargs, context):
+        rule = _rule(context)
+        if rule is not None:
+            name = "embedding" if isinstance(context.module, nn.Embed) else "kernel"
+            axes = rule.axes(context.module, *args, **call_kwargs)
+            path = "/".join((*context.module.path, name))
+            if axes is not None and path in shapes:
+                own = context.module.get_variable("params", name)
+                found[path] = Site(rule.kind, len(shapes[path]) - own.ndim, *axes)
+        return next_fun(*args, **call_kwargs)
+
+    def trace(params, *inputs):
+        with nn.intercept_methods(record):
+            return module.apply({"params": params}, *inputs, **kwargs)
+
+    jax.eval_shape(trace, params, *inputs)
+    return found
+
+
+def sites_from_shapes(params: dict) -> dict[str, Site]:
+    """{path: Site} by the rule that holds for every model in `lorax.models`.
+
+    A kernel of two axes is (in, out), of three (layers, in, out), an embedding is (V, features).
+    For other models, whose kernels may have head or window axes, trace them with `sites`.
+    """
+    found = {}
+    for path, leaf in tree.flatten(params).items():
+        name, ndim = path.rsplit("/", 1)[-1], len(leaf.shape)
+        if name == "kernel" and ndim in (2, 3):
+            found[path] = Site("linear", ndim - 2, (0,), (1,))
+        elif name == "embedding" and ndim == 2:
+            found[path] = Site("embed", 0, (0,), (1,))
+    return found
+
+
+# ------------------------------------------------------------------------------------- interceptor
+
+
+def apply(module: nn.Module, params: dict, *inputs, **kwargs):
+    """`module.apply` on parameters whose leaves may be operators.
+
+    params: the "params" collection itself. Further keywords go to `module.apply` (`method`, `rngs`).
+    """
+    with interceptor():
+        return module.apply({"params": params}, *inputs, **kwargs)
+
+
+def interceptor() -> contextlib.AbstractContextManager:
+    """Context in which Linen layers compute with operator leaves; for calls that need their own
+    `module.apply` (mutable collections, several methods)."""
+    return nn.intercept_methods(_intercept)
+
+
+def _intercept(next_fun, args, kwargs, context):
+    rule = _rule(context)
+    if rule is None:
+        return next_fun(*args, **kwargs)
+    module = context.module
+    name = "embedding" if isinstance(module, nn.Embed) else "kernel"
+    leaf = module.get_variable("params", name)
+    if not is_operator(leaf):
+        return next_fun(*args, **kwargs)
+    bias = module.get_variable("params", "bias") if getattr(module, "use_bias", False) else None
+    return rule.call(module, leaf, bias, *args, **kwargs)
+
+
+class _Rule(NamedTuple):
+    """How one kind of layer call is understood: its Site's axes, and its product with a leaf."""
+
+    kind: str
+    axes: Callable  # (module, *args) -> (ins, outs) or None where it can't be adapted
+    call: Callable  # (module, leaf, bias, *args) -> y
+
+
+def _rule(context) -> _Rule | None:
+    for (layer, method), rule in _RULES.items():
+        if isinstance(context.module, layer) and context.method_name == method:
+            return rule
+    return None
+
+
+def _compute_dtype(module, x, leaf):
+    """What Flax's promote_dtype would choose for the input and the frozen weight."""
+    while isinstance(leaf, LowRank):
+        leaf = leaf.w
+    return module.dtype or jnp.promote_types(x.dtype, leaf.dtype)
+
+
+def _dense(module, leaf, bias, x):
+    return linear(x.astype(_compute_dtype(module, x, leaf)), leaf, bias)
+
+
+def _as_matrix(leaf: LowRank, site: Site) -> LowRank:
+    return dataclasses.replace(leaf, w=site.to_matrix(leaf.w))
+
+
+def _canonical(axis, ndim) -> tuple[int, ...]:
+    axes = axis if isinstance(axis, tuple | list) else (axis,)
+    return tuple(sorted(i % ndim for i in axes))
+
+
+def _dense_general_axes(module, x):
+    if module.batch_dims:
+        return None
+    n_in, n_out = len(_canonical(module.axis, x.ndim)), len(np.atleast_1d(module.features))
+    return tuple(range(n_in)), tuple(range(n_in, n_in + n_out))
+
+
+def _dense_general(module, leaf, bias, x):
+    axes = _canonical(module.axis, x.ndim)
+    ins, outs = _dense_general_axes(module, x)
+    features = leaf.w.shape[len(ins) :]
+    x = jnp.moveaxis(x, axes, tuple(range(-len(axes), 0)))  # (..., *in)
+    x = x.reshape(*x.shape[: x.ndim - len(axes)], -1).astype(_compute_dtype(module, x, leaf))
+    y = linear(x, _as_matrix(leaf, Site("linear", 0, ins, outs)))
+    y = y.reshape(*y.shape[:-1], *features)
+    return _add_bias(y, bias)
+
+
+def _einsum_letters(module, x, einsum_str):
+    """Letters of input, kernel and output, with '...' spelt out."""
+    text = (einsum_str or module.einsum_str).replace(" ", "")
+    operands, out = text.split("->")
+    left, kernel = operands.split(",")
+    extra = "".join(c for c in "zyxwvutsrqponm" if c not in text)[: x.ndim - len(left) + 3]
+    extra = extra if "..." in left else ""
+    return left.replace("...", extra), kernel, out.replace("...", extra)
+
+
+def _einsum_axes(module, x, einsum_str=None):
+    left, kernel, out = _einsum_letters(module, x, einsum_str)
+    if any(c in left and c in out for c in kernel):
+        return None  # a batch axis in the kernel: one matrix per index
+    ins = tuple(i for i, c in enumerate(kernel) if c in left)
+    return ins, tuple(i for i, c in enumerate(kernel) if c in out)
+
+
+def _einsum(module, leaf, bias, x, einsum_str=None):
+    left, kernel, out = _einsum_letters(module, x, einsum_str)
+    ins, outs = _einsum_axes(module, x, einsum_str)
+    free = [c for c in left if c not in kernel]
+    order = [left.index(c) for c in free] + [left.index(kernel[i]) for i in ins]
+    sizes = tuple(x.shape[left.index(c)] for c in free)
+    x = jnp.transpose(x, order).reshape(*sizes, -1).astype(_compute_dtype(module, x, leaf))
+    y = linear(x, _as_matrix(leaf, Site("linear", 0, ins, outs)))
+    y = y.reshape(*sizes, *(leaf.w.shape[i] for i in outs))
+    have = free + [kernel[i] for i in outs]
+    y = jnp.transpose(y, [have.index(c) for c in out])
+    if bias is None:
+        return y
+    return y + bias.reshape([leaf.w.shape[kernel.index(c)] if c in kernel else 1 for c in out])
+
+
+def _embed(module, leaf, bias, ids):
+    return embed(ids, leaf, module.dtype)
+
+
+def _attend(module, leaf, bias, x):
+    return attend(x.astype(_compute_dtype(module, x, leaf)), leaf)
+
+
+def _conv_axes(module, x):
+    if module.feature_group_count != 1:
+        return None
+    n = len(module.kernel_size)
+    return tuple(range(n + 1)), (n + 1,)
+
+
+def _conv(module, leaf, bias, x):
+    """conv(x, w) + s conv(x, a) b: `a` is a kernel with r output channels, b a 1 x 1 convolution."""
+    variables = {"kernel": leaf.w} | ({} if bias is None else {"bias": bias})
+    y = module.clone(parent=None).apply({"params": variables}, x)
+    down = module.clone(parent=None, features=leaf.a.shape[-1], use_bias=False)
+    a = leaf.a.astype(y.dtype).reshape(*leaf.w.shape[:-1], -1)
+    z = down.apply({"params": {"kernel": a}}, dropout(x, leaf.dropout))
+    return y + leaf.s.astype(y.dtype) * (z @ leaf.b.astype(y.dtype))
+
+
+_RULES = {
+    (nn.Dense, "__call__"): _Rule("linear", lambda module, x: ((0,), (1,)), _dense),
+    (nn.DenseGeneral, "__call__"): _Rule("linear", _dense_general_axes, _dense_general),
+    (nn.Einsum, "__call__"): _Rule("linear", _einsum_axes, _einsum),
+    (nn.Embed, "__call__"): _Rule("embed", lambda module, ids: ((0,), (1,)), _embed),
+    (nn.Embed, "attend"): _Rule("embed", lambda module, x: ((0,), (1,)), _attend),
+    (nn.Conv, "__call__"): _Rule("conv", _conv_axes, _conv),
+}

@@ -1,0 +1,232 @@
+"""Run a sweep: config -> run directory with metrics, adapters, analysis and a report.
+
+    python -m lorax.run --config=configs/gpt2_rank_sweep.py
+    python -m lorax.run --config=configs/gpt2_rank_sweep.py --config.sweep.rank="(1, 4, 16)" \\
+        --config.train.steps=50
+    python -m lorax.run --config=configs/gpt2_rank_sweep.py --config.task.name=e2e \\
+        --config.task.path=e2e-dataset.zip
+    python -m lorax.run --config=configs/gpt2_rank_sweep.py --config.method.targets="('attention',)"
+
+Any key of the config can be set so; lorax/config.py lists them all. The same command again
+resumes an unfinished run where its last checkpoint was, and leaves a finished one alone.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from lorax import __version__, config
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "The study: FILE or FILE:ARGUMENT.")
+flags.DEFINE_string("workdir", None, "Run directory (default: runs/<config>[-<hash of overrides>]).")
+
+
+def main(argv: list[str]) -> int:
+    """The command line; the exit code is 0, 1 for a failure under way, 2 for a mistake in the input."""
+    if {"--help", "-h", "-help"} & set(argv[1:]):
+        print(f"{__doc__}\n  --config   {FLAGS['config'].help}\n  --workdir  {FLAGS['workdir'].help}")
+        return 0
+    try:
+        settings, members, workdir = read_command_line(argv)
+    except Exception as error:  # whatever a config script or a flag raises is one line to its author
+        return _fail(error)
+    print(f"lorax {__version__}: {plan(settings, members)}", flush=True)
+    if finished(workdir):
+        print(f"{workdir} is finished. Report: {workdir / 'report.html'}")
+        return 0
+    try:
+        with lock(workdir):
+            return run(settings, members, workdir)
+    except (ValueError, FileNotFoundError, BlockingIOError) as error:
+        return _fail(error)
+    except (OSError, MemoryError) as error:
+        print(f"lorax: stopped: {error}. Mend that and run the same command to continue.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lorax: stopped. Run the same command to continue.", file=sys.stderr)
+        return 130
+
+
+def read_command_line(argv: list[str]):
+    """(config, members, run directory). Raises on anything wrong in the flags or the config."""
+    try:
+        rest = FLAGS(argv)
+    except AttributeError as error:  # how ConfigDict reports an unknown key
+        raise ValueError("config: unknown key " + str(error).strip("'\"").replace("\\n", "; ")) from None
+    if len(rest) > 1:
+        raise ValueError(f"unexpected argument {rest[1]!r}; did you mean --{rest[1].lstrip('-')}?")
+    if FLAGS.config is None:
+        raise ValueError("--config is missing, e.g. --config=configs/gpt2_rank_sweep.py")
+    settings = FLAGS.config
+    members = config.members(settings)
+    if FLAGS.workdir:
+        return settings, members, Path(FLAGS.workdir)
+    file, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")
+    name = Path(file).stem + (f"-{argument}" if argument else "")
+    overridden = config_flags.get_override_values(FLAGS["config"])
+    suffix = f"-{config.digest(overridden)}" if overridden else ""
+    return settings, members, Path("runs") / (name + suffix)
+
+
+def plan(settings, members) -> str:
+    """One line: how many members along which axes, on what."""
+    axes = [f"{axis} {_show(values)}" for axis, values in settings.sweep.items() if values and axis != "zip"]
+    swept = " x ".join(axes) or "one setting"
+    plural = "s" * (len(members) > 1)
+    return f"{len(members)} member{plural} ({swept}) of {settings.method.name} on {settings.base}, task {settings.task.name}"
+
+
+def finished(workdir: Path) -> bool:
+    """Whether status.json says that the run is done."""
+    try:
+        return json.loads((workdir / "status.json").read_text())["state"] == "finished"
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+
+
+class lock:
+    """Context in which no other process writes to the run directory. Raises BlockingIOError."""
+
+    def __init__(self, workdir: Path):
+        workdir.mkdir(parents=True, exist_ok=True)
+        self.workdir, self.file = workdir, open(workdir / ".lock", "w")
+
+    def __enter__(self):
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.close()
+            raise BlockingIOError(f"workdir: {self.workdir} is being written by another process") from None
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def run(settings, members, workdir: Path) -> int:
+    """Train, export, analyse, report."""
+    began = time.monotonic()
+    stored = _stored_config(workdir)
+    now = json.loads(settings.to_json())
+    if stored is not None and stored != now:
+        raise ValueError(
+            f"workdir: {workdir} holds a run of another config (it differs in "
+            f"{', '.join(_differences(stored, now))}); name another --workdir or delete it"
+        )
+
+    # Imported here: what is above answers at once.
+    import jax
+
+    from lorax import report, tensorboard
+    from lorax.models import kernels
+    from lorax.terminal import Screen
+    from lorax.train import loop
+
+    # ------------------------------------------------------------------------------- what is run
+    with Screen() as screen:
+        groups = loop.prepare(members, screen.say)
+        versions = {name: _version(name) for name in ("lorax-research", "jax", "jaxlib", "flax", "optax")}
+        device = jax.devices()[0]
+        head = {
+            "config": now,
+            "versions": versions | {"python": platform.python_version()},
+            "device": f"{len(jax.devices())} x {device.device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
+            "git": _git_revision(),
+            "base_sha256": groups[0].base.sha256,
+            "command": "python -m lorax.run " + " ".join(sys.argv[1:]),
+        }
+        if stored is None:
+            loop.write_json(workdir / "config.json", head)
+        lines = sorted((row for g in groups for row in loop.describe(g)), key=lambda r: r["member"])
+        loop.write_lines(workdir / "members.jsonl", lines)
+        previous = _seconds_so_far(workdir)
+        status = {"state": "running", "members": {}}
+        loop.write_json(workdir / "status.json", status | {"wall_seconds": previous})
+
+        # -------------------------------------------------------------------------------- train
+        rows = loop.train(workdir, groups, screen.terminal(lines))
+        wall = lambda: round(previous + time.monotonic() - began, 1)
+        status["members"] = {str(i): rows[i] for i in sorted(rows)}
+        loop.write_json(workdir / "status.json", status | {"wall_seconds": wall()})
+
+        # ------------------------------------------------------------------------------ analyse
+        page = None
+        if settings.analysis.report:
+            screen.say("taking the updates apart and drawing the report")
+            page = report.write(workdir, kernels(groups[0].base))
+        tensorboard.write(workdir)
+        status["state"] = "finished"
+        loop.write_json(workdir / "status.json", status | {"wall_seconds": wall()})
+        screen.table(lines, rows)
+    if page:
+        print(f"\nReport       {page}\nFigures      {workdir / 'figures'}\nNumbers      {workdir / 'analysis'}")
+    print(f"Adapters     {workdir / 'adapters'} (PEFT format)")
+    print(f"TensorBoard  tensorboard --logdir {workdir / 'tb'}")
+    return 0
+
+
+def _fail(error: Exception) -> int:
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"lorax: {text}", file=sys.stderr)
+    return 2
+
+
+def _show(values) -> str:
+    return "(" + ", ".join("+".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values) + ")"
+
+
+def _stored_config(workdir: Path) -> dict | None:
+    file = workdir / "config.json"
+    if not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text())["config"]
+    except (ValueError, KeyError):
+        raise ValueError(f"workdir: {file} is damaged; delete {workdir} to start anew") from None
+
+
+def _differences(old, new, prefix="") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted({*old, *new})
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{prefix}.{k}".strip("."))]
+    return [] if old == new else [prefix]
+
+
+def _seconds_so_far(workdir: Path) -> float:
+    try:
+        return json.loads((workdir / "status.json").read_text())["wall_seconds"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return 0.0
+
+
+def _version(name: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Revision of the source tree that lorax runs from, with "+" where it has changes."""
+    here = Path(__file__).parent
+    ask = lambda *words: subprocess.run(
+        ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=True
+    ).stdout.strip()
+    try:
+        return ask("rev-parse", "HEAD") + "+" * bool(ask("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

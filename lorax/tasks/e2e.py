@@ -1,0 +1,133 @@
+"""The E2E NLG challenge: restaurant descriptions from meaning representations.
+
+Novikova, Dusek and Rieser, "The E2E Dataset: New Challenges For End-to-End Generation"
+(SIGDIAL 2017, arXiv 1706.09254). Reads the challenge's own CSV files, which are not shipped.
+"""
+
+import csv
+import io
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from lorax.tasks.rows import Rows, check_n_train, check_path, encode_sets, linearise
+
+FILES = {"train": "trainset.csv", "eval": "devset.csv"}
+EXPECTED = "e2e-dataset.zip, or a folder, with trainset.csv and devset.csv in it"
+SLOT = re.compile(r"\s*([^\[\],]+?)\s*\[\s*([^\[\]]*[^\[\]\s])\s*\]\s*")
+
+
+def parse_mr(text: str) -> tuple[tuple[str, str], ...]:
+    """'name[The Vaults], eatType[pub]' -> (("name", "The Vaults"), ("eatType", "pub")).
+
+    Raises ValueError where anything is left over, empty or given twice.
+    """
+    slots, at = [], 0
+    while True:
+        match = SLOT.match(text, at)
+        if match is None:
+            raise ValueError(
+                f"malformed meaning representation {text!r} at character {at}: expected "
+                "'slot[value], slot[value], ...'"
+            )
+        slots.append((match[1], match[2]))
+        at = match.end()
+        if at == len(text):
+            break
+        if text[at] != ",":
+            raise ValueError(
+                f"malformed meaning representation {text!r} at character {at}: expected ',' or "
+                f"the end, found {text[at]!r}"
+            )
+        at += 1
+    names = [slot for slot, _ in slots]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"meaning representation {text!r} gives slot {name!r} twice")
+    return tuple(slots)
+
+
+def examples(path: str | Path, split: str) -> list[tuple[str, str]]:
+    """(prompt, completion) of every row, in the file's order; split is "train" or "eval".
+
+    path: the archive, or a folder; the CSV files may lie anywhere in it.
+    Raises FileNotFoundError, or ValueError naming the file and the line.
+    """
+    data, label = _read(Path(path), FILES[split])
+    try:
+        content = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{label}:{line}: bad byte 0x{data[error.start]:02x}; expected UTF-8"
+        ) from None
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+    pairs, line = [], 1  # the line that the row being read starts on
+    try:
+        header = next(reader, [])
+        if header != ["mr", "ref"]:
+            raise ValueError(f"the header is {','.join(header)!r}; expected 'mr,ref'")
+        line = reader.line_num + 1
+        for row in reader:
+            pairs.append(_pair(row))
+            line = reader.line_num + 1
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{label}:{line}: {error}") from None
+    if not pairs:
+        raise ValueError(f"{label}:{line}: no rows; expected a header 'mr,ref' and rows below it")
+    return pairs
+
+
+def load(config: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) -> tuple[Rows, Rows, str]:
+    """Trains on trainset.csv (its first n_train rows), evaluates on devset.csv."""
+    path = check_path(config, EXPECTED)
+    train = examples(path, "train")
+    train = train[: check_n_train(config, len(train))]
+    return encode_sets(train, examples(path, "eval"), tokenizer, seq_len)
+
+
+def _pair(row: list[str]) -> tuple[str, str]:
+    if len(row) != 2:
+        raise ValueError(f"the row has {len(row)} fields; expected 2, 'mr,ref'")
+    mr, ref = row[0], " ".join(row[1].split())
+    for field, value in (("mr", mr.strip()), ("ref", ref)):
+        if not value:
+            raise ValueError(f"field {field!r} is empty; expected text")
+    return linearise(parse_mr(mr)), ref
+
+
+def _read(path: Path, name: str) -> tuple[bytes, str]:
+    """Bytes of the one file called `name` in a folder or archive, and what to call it."""
+    if not path.exists():
+        raise FileNotFoundError(f"task.path: {str(path)!r} does not exist; expected {EXPECTED}")
+    if path.is_dir():
+        found = _only(sorted(path.rglob(name)), name, path)
+        return found.read_bytes(), str(found)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [m for m in archive.namelist() if PurePosixPath(m).name == name]
+            # macOS adds a resource fork of every file
+            members = [m for m in members if not m.startswith("__MACOSX/")]
+            member = _only(members, name, path)
+            return archive.read(member), f"{path}/{member}"
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error) as error:
+        raise ValueError(
+            f"task.path: {str(path)!r} is not a zip archive that can be read ({error}); "
+            f"expected {EXPECTED}"
+        ) from None
+
+
+def _only(found: list, name: str, path: Path) -> Any:
+    if not found:
+        raise FileNotFoundError(f"task.path: {str(path)!r} has no {name}; expected {EXPECTED}")
+    if len(found) > 1:
+        raise ValueError(
+            f"task.path: {str(path)!r} has {len(found)} files called {name} "
+            f"({', '.join(map(str, found))}); expected one"
+        )
+    return found[0]

@@ -1,0 +1,76 @@
+"""What a person sees while a sweep runs: lines, a bar with the time left, a table of members."""
+
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lorax.train.loop import Terminal
+
+
+class Screen:
+    """Context that owns the terminal; on anything but a terminal the bar becomes lines."""
+
+    def __enter__(self):
+        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.bar.start()
+        self.task, self.reported = None, -1
+        return self
+
+    def __exit__(self, *_):
+        self.bar.stop()
+
+    def say(self, line: str) -> None:
+        """Print one line above the bar."""
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def terminal(self, members: list[dict]) -> Terminal:
+        """What the training loop calls. members: the lines of members.jsonl."""
+        by_index = {row["member"]: row for row in members}
+        return Terminal(self.say, self.progress, lambda row: self._finished(by_index, row))
+
+    def progress(self, done: float, total: float) -> None:
+        """Member steps done of all; a line at every tenth where there is no bar."""
+        if self.task is None:
+            self.task = self.bar.add_task("", total=total)
+        self.bar.update(self.task, completed=done)
+        tenth = int(10 * done / total)
+        if not self.console.is_terminal and tenth > self.reported:
+            left = self.bar.tasks[0].time_remaining
+            self.say(f"{10 * tenth:3d}% trained" + ("" if left is None else f", {left:.0f} s left"))
+            self.reported = tenth
+
+    def _finished(self, by_index, row) -> None:
+        loss = "diverged" if row["eval_loss"] is None else f"eval loss {row['eval_loss']:.4f}"
+        params = by_index[row["member"]]["trainable_params"]
+        self.say(f"  {row['name']:28s} {params:>12,} parameters   {loss}")
+
+    def table(self, members: list[dict], rows: dict[int, dict]) -> None:
+        """All members, best first."""
+        table = Table(title="Members, best first", title_justify="left")
+        for name in ("member", "parameters", "scale s", "eval loss (nats/token)", "seconds", "status"):
+            table.add_column(name, justify="left" if name in ("member", "status") else "right")
+        worst = float("inf")
+        for row in sorted(members, key=lambda r: rows[r["member"]]["eval_loss"] or worst):
+            final = rows[row["member"]]
+            loss, at = final["eval_loss"], final["diverged_at"]
+            table.add_row(
+                row["name"],
+                f"{row['trainable_params']:,}",
+                f"{row['scale']:g}",
+                "-" if loss is None else f"{loss:.4f}",
+                f"{final['seconds']:.1f}",
+                final["status"] + (f" at step {at}" if at is not None else ""),
+            )
+        self.console.print(table)

@@ -1,0 +1,89 @@
+"""Checkpoints that are whole or refused: orbax writes them, a manifest of hashes seals them."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from lorax.interop.hf import atomically, read_json
+
+KEEP = 2
+MANIFEST = "manifest.json"
+
+
+def save(directory: Path, step: int, state, meta: dict) -> None:
+    """Write `directory/<step>` and keep the last two.
+
+    state: a tree of arrays. meta: JSON, e.g. how far metrics.jsonl had got. The folder gets its
+    name only after everything in it, and the SHA-256 of every file, lies on the disk.
+    Raises OSError (a full disk); earlier checkpoints are then untouched.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f".{step}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial.absolute() / "state", jax.device_get(state))
+    manifest = {"step": step, "meta": meta, "sha256": _hashes(partial)}
+    text = json.dumps(manifest, indent=1, sort_keys=True)
+    atomically(partial / MANIFEST, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+    target = directory / str(step)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    for old in steps(directory)[:-KEEP]:
+        shutil.rmtree(directory / str(old), ignore_errors=True)
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints in a directory, sound or not, ascending."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal())
+
+
+def restore(directory: Path, like, warn) -> tuple[int, object, dict] | None:
+    """(step, state, meta) of the newest sound checkpoint, or None where there is none.
+
+    like: a tree of arrays or `jax.ShapeDtypeStruct` with the state's structure. warn: called with
+    one line for every checkpoint that is torn or corrupt and so passed over.
+    """
+    for step in reversed(steps(directory)):
+        path = directory / str(step)
+        fault = _fault(path)
+        if fault:
+            warn(f"checkpoint {path} is not whole ({fault}); using the one before it")
+            continue
+        with ocp.StandardCheckpointer() as checkpointer:
+            state = checkpointer.restore(path.absolute() / "state", like)
+        return step, state, read_json(path / MANIFEST)["meta"]
+    return None
+
+
+def _fault(path: Path) -> str | None:
+    if not (path / MANIFEST).exists():
+        return f"no {MANIFEST}"
+    try:
+        expected = read_json(path / MANIFEST)["sha256"]
+    except (ValueError, KeyError):
+        return f"{MANIFEST} is damaged"
+    found = _hashes(path)
+    found.pop(MANIFEST, None)
+    for name in expected:
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != expected[name]:
+            return f"{name} has changed"
+    return None
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+# Orbax reports every save at INFO and some of its own defaults at WARNING; neither is news here.
+logging.getLogger("absl").setLevel(logging.ERROR)

@@ -1,0 +1,48 @@
+"""Optimisers whose learning rate and weight decay may be traced: members differ in them."""
+
+import optax
+
+from lorax import tree
+
+
+def schedule(train):
+    """step -> factor in [0, 1] on the learning rate: linear warm-up, then `train.schedule`.
+
+    train: the config's `train` section (`schedule`, `warmup`, `steps`). Without warm-up the first
+    step has the full rate.
+    """
+    rest = max(train.steps - train.warmup, 1)
+    after = {
+        "linear": optax.linear_schedule(1.0, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(1.0, rest),
+        "constant": optax.constant_schedule(1.0),
+    }[train.schedule]
+    if not train.warmup:
+        return after
+    up = optax.linear_schedule(0.0, 1.0, train.warmup)
+    return optax.join_schedules([up, after], [train.warmup])
+
+
+def optimizer(train, lr, weight_decay) -> optax.GradientTransformation:
+    """AdamW (arXiv:1711.05101) or SGD with momentum, with clipping by the global norm in front.
+
+    lr, weight_decay: numbers or traced scalars. Decay is decoupled, times the learning rate, and
+    spares biases and norms.
+    """
+    factor = schedule(train)
+    core = (
+        optax.scale_by_adam(train.b1, train.b2, train.eps)
+        if train.optimizer == "adamw"
+        else optax.trace(train.b1)
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(train.clip) if train.clip else optax.identity(),
+        core,
+        optax.masked(optax.add_decayed_weights(weight_decay), _decays),
+        optax.scale_by_learning_rate(lambda count: lr * factor(count)),
+    )
+
+
+def _decays(params) -> dict:
+    flat = tree.flatten(params)
+    return tree.unflatten({p: p.rsplit("/", 1)[-1] not in ("bias", "scale") for p in flat})

@@ -1,0 +1,317 @@
+"""Many members as one program: they are stacked on a leading axis M and share the frozen base.
+
+Inside the program `width` members run side by side (vmapped: every product with a frozen weight sees
+their rows as one batch), the rest one after the other under `lax.map`. Several devices each take a
+part of the members, or of every batch.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lorax import methods, tasks
+from lorax.config import Member
+from lorax.methods import Method
+from lorax.models import Base
+from lorax.train import step as train_step
+
+TOKEN_FEATURES = 1 << 18  # tokens x features side by side that a CPU's caches still like (measured)
+STEPS_PER_CALL = 10
+
+
+class Stack(NamedTuple):
+    """Members of one shape, each leaf with a leading member axis M (on the host: numpy).
+
+    methods: of each member. constants, hyper: untrained. state: `MemberState` at step 0.
+    """
+
+    members: tuple[Member, ...]
+    methods: tuple[Method, ...]
+    constants: dict
+    hyper: train_step.Hyper
+    state: train_step.MemberState
+
+
+def build_methods(members, base: Base) -> list[Method]:
+    """Each member's method, with targets, layers and rank checked against the base."""
+    built = []
+    for member in members:
+        hp = member.config.method.to_dict()
+        method = methods.method(hp.pop("name"), **hp)
+        method.count(base.params, base.sites)  # raises on what does not fit
+        built.append(method)
+    return built
+
+
+def stack(members, built: list[Method], base: Base) -> Stack:
+    """Start every member, padded to the largest rank and the union of the targets, and stack them.
+
+    Zero rows of b with zero columns of a have zero gradients, so padding stays exactly zero under
+    AdamW and weight decay, and a matrix that a member does not adapt is the same case.
+    """
+    targets = {}
+    for method in built:
+        targets |= methods.resolve(method.hp["targets"], base.sites)
+    pad = max(method.hp["rank"] for method in built)
+    states, constants, hypers = [], [], []
+    for member, method in zip(members, built, strict=True):
+        init_key, dropout_key = jax.random.split(jax.random.key(member.config.seed))
+        trainable, fixed = method.init(init_key, base.params, base.sites, targets, pad)
+        train = member.config.train
+        hyper = train_step.Hyper(
+            jnp.float32(train.lr), jnp.float32(train.weight_decay), dropout_key
+        )
+        states.append(train_step.start(trainable, train, hyper))
+        constants.append(fixed)
+        hypers.append(hyper)
+    together = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return Stack(
+        tuple(members), tuple(built), together(constants), together(hypers), together(states)
+    )
+
+
+class Layout(NamedTuple):
+    """How the member axis and the batches lie on the devices.
+
+    mode: "none", "members", "batch" or "pmap". devices: as many as are used. size: members in one
+    program, a multiple of the number of devices that share them. width: members side by side.
+    """
+
+    mode: str
+    devices: tuple
+    size: int
+    width: int
+
+
+def layout(n_members: int, train, base: Base, devices=None) -> Layout:
+    """The layout that config.train asks for, or a good one ("auto", width 0).
+
+    Raises ValueError where "batch" is asked for and the devices don't divide a batch.
+    """
+    devices = tuple(devices or jax.local_devices())
+    mode, part = train.parallel, train.batch_size // train.accumulate
+    if mode == "auto":
+        if len(devices) == 1:
+            mode = "none"
+        elif n_members >= len(devices):
+            mode = "members"
+        else:
+            mode = "batch" if part % len(devices) == 0 else "none"
+    if mode == "batch" and part % len(devices):
+        raise ValueError(
+            f"train.parallel: 'batch' over {len(devices)} devices, but a batch has {part} sequences"
+        )
+    if mode == "none":
+        devices = devices[:1]
+    shares = len(devices) if mode in ("members", "pmap") else 1
+    each = math.ceil(n_members / shares)
+    width = train.width or _good_width(part * train.seq_len, base, devices[0].platform)
+    width = min(width, each)
+    # Equal strides: 12 members at width 8 run as 6 and 6, not as 8 and 4.
+    width = math.ceil(each / math.ceil(each / width))
+    return Layout(mode, devices, each * shares, width)
+
+
+def _good_width(tokens: int, base: Base, platform: str) -> int:
+    """A CPU wants its working set in cache, an accelerator wants as many rows as there are."""
+    if platform != "cpu":
+        return 1 << 30
+    features = min(leaf.shape[-1] for leaf in jax.tree.leaves(base.params) if leaf.ndim > 1)
+    return max(1, min(8, TOKEN_FEATURES // (tokens * features)))
+
+
+class Programs(NamedTuple):
+    """Compiled for one shape of stack and one layout; host trees go in through `place*`.
+
+    train(params, constants, hyper, state, batches) -> (state, metrics (M, K)); the state is donated.
+    evaluate(params, constants, trainable, batches) -> (M,) float32, nats a token.
+    place_base(params), place(stacked tree), place_batches(batches).
+    bytes: of one call to train on one device: arguments + temporaries + outputs - aliases.
+    """
+
+    train: Callable
+    evaluate: Callable
+    place_base: Callable
+    place: Callable
+    place_batches: Callable
+    layout: Layout
+    bytes: int
+
+
+def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_batches) -> Programs:
+    """Compile for `layout.size` members, from shapes alone; nothing is allocated.
+
+    batches: {"tokens", "mask"} as `jax.ShapeDtypeStruct` (K, A, B, T + 1), of one member.
+    eval_batches: the same (N, B, T + 1), shared by all members.
+    """
+    program = train_step.Program(
+        base.module,
+        stacked.methods[0].bind,
+        stacked.members[0].config.train,
+        dropout=any(m.config.method.dropout > 0 for m in stacked.members),
+        merge=layout.width == 1,
+    )
+
+    def train(params, *member):
+        one = lambda *m: train_step.train_steps(program, params, *m)
+        return over_members(one, layout.width)(*member)
+
+    def evaluate(params, constants, trainable, batches):
+        one = lambda *m: train_step.evaluate(program, params, *m, batches)
+        return over_members(one, layout.width)(constants, trainable)
+
+    mesh = Mesh(np.array(layout.devices), ("devices",))
+    shared, apart = P(), P("devices") if layout.mode in ("members", "pmap") else P()
+    by_batch = P(None, None, None, "devices") if layout.mode == "batch" else apart
+    if layout.mode == "members":
+        share = lambda f, specs: jax.shard_map(
+            f, mesh=mesh, in_specs=specs, out_specs=apart, check_vma=False
+        )
+        train = share(train, (shared, apart, apart, apart, apart))
+        evaluate = share(evaluate, (shared, apart, apart, shared))
+    if layout.mode == "pmap":
+        train = _pmapped(train, layout.devices, (None, 0, 0, 0, 0), donate=3)
+        evaluate = _pmapped(evaluate, layout.devices, (None, 0, 0, None))
+
+    at = lambda spec: NamedSharding(mesh, spec)
+    size, n = layout.size, len(stacked.members)
+    every = np.minimum(np.arange(size), n - 1)  # copies of the last member fill up
+    fill = lambda tree: jax.tree.map(lambda x: x[every], tree)
+    place_base = lambda params: jax.device_put(params, at(shared))
+    place = lambda tree: jax.device_put(fill(tree), at(apart))
+    place_batches = lambda tree: jax.device_put(fill(tree), at(by_batch))
+    if layout.mode == "pmap":
+        return Programs(train, evaluate, place_base, place, place_batches, layout, 0)
+
+    def described(tree, spec, lead):
+        """Shapes of a tree with its first axis replaced by `lead`."""
+        struct = lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=at(spec))
+        return jax.tree.map(struct, tree)
+
+    member = jax.eval_shape(lambda t: jax.tree.map(lambda x: x[0], t), stacked[2:])
+    constants, hyper, state = described(member, apart, (size,))
+    params = described(base.params, shared, ())
+    train = (
+        jax.jit(train, donate_argnums=3)
+        .lower(params, constants, hyper, state, described(batches, by_batch, (size,)))
+        .compile()
+    )
+    evaluate = (
+        jax.jit(evaluate)
+        .lower(params, constants, state.trainable, described(eval_batches, shared, ()))
+        .compile()
+    )
+    return Programs(train, evaluate, place_base, place, place_batches, layout, program_bytes(train))
+
+
+def over_members(f, width: int):
+    """f on each index of a leading axis: `width` at a time vmapped, the rest under `lax.map`."""
+    if width == 1:
+        return lambda *trees: jax.lax.map(lambda member: f(*member), trees)
+    return lambda *trees: jax.lax.map(lambda member: f(*member), trees, batch_size=width)
+
+
+def _pmapped(f, devices, in_axes, donate=()):
+    n = len(devices)
+    mapped = jax.pmap(f, in_axes=in_axes, devices=devices, donate_argnums=donate)
+    split = lambda tree: jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), tree)
+    join = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    parts = lambda args: [split(a) if axis == 0 else a for a, axis in zip(args, in_axes, strict=True)]
+    return lambda *args: join(mapped(*parts(args)))
+
+
+def program_bytes(compiled) -> int:
+    """Peak bytes of a compiled program on one device, by the buffers that XLA laid out for it."""
+    m = compiled.memory_analysis()
+    return (
+        m.argument_size_in_bytes
+        + m.temp_size_in_bytes
+        + m.output_size_in_bytes
+        - m.alias_size_in_bytes
+    )
+
+
+def memory_limit(train, device) -> int:
+    """Bytes that one program may take: `train.memory_gb`, or most of what the device has free."""
+    if train.memory_gb:
+        return int(train.memory_gb * 1e9)
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats:
+        return int(0.9 * stats["bytes_limit"])
+    with open("/proc/meminfo") as file:
+        free = next(line for line in file if line.startswith("MemAvailable"))
+    return int(0.8 * 1024 * int(free.split()[1]))
+
+
+def fit(stacked: Stack, base: Base, train, batches, eval_batches, devices=None) -> Programs:
+    """`compile_programs` for as many members at once as memory holds, found by asking the compiler.
+
+    First the members side by side are halved, then the members in one program; the caller runs the
+    rest in further calls of the same program. Raises MemoryError where not even one fits.
+    """
+    n = len(stacked.members)
+    while True:
+        chosen = layout(n, train, base, devices)
+        programs = compile_programs(stacked, base, chosen, batches, eval_batches)
+        limit = memory_limit(train, chosen.devices[0])
+        if programs.bytes <= limit:
+            return programs
+        if chosen.width > 1:
+            train = train.copy_and_resolve_references()
+            train.width = chosen.width // 2
+        elif n > 1:
+            n = math.ceil(n / 2)
+        else:
+            raise MemoryError(
+                f"one member needs {programs.bytes / 1e9:.2f} GB and {limit / 1e9:.2f} GB are free: "
+                f"set train.remat=True, a larger train.accumulate or a smaller train.batch_size"
+            )
+
+
+def chunks(stacked: Stack, size: int) -> list[Stack]:
+    """The stack in parts of at most `size` members."""
+    part = lambda tree, i: jax.tree.map(lambda x: x[i : i + size], tree)
+    return [
+        Stack(stacked.members[i : i + size], stacked.methods[i : i + size], *part(stacked[2:], i))
+        for i in range(0, len(stacked.members), size)
+    ]
+
+
+def steps_per_call(every: int) -> int:
+    """Optimiser steps in one call: the largest divisor of `eval.every` up to `STEPS_PER_CALL`.
+
+    One call for several steps saves handing buffers over, which a small model notices.
+    """
+    return max(k for k in range(1, STEPS_PER_CALL + 1) if every % k == 0)
+
+
+def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
+    """The batches of steps first .. first + k - 1: leaves (M, K, A, B, T + 1), on the host.
+
+    Which rows a member sees is a function of its seed and the step alone.
+    """
+    c = stacked.members[0].config.train
+    shape = (k, c.accumulate, c.batch_size // c.accumulate)
+    rows = []
+    for member in stacked.members:
+        n = member.config.task.n_train or len(task.train["tokens"])
+        order = tasks.orders(n, c.batch_size, member.config.seed, range(first, first + k))
+        rows.append(order.reshape(shape))
+    return {name: values[np.stack(rows)] for name, values in task.train.items()}
+
+
+def eval_batches(task: tasks.Task, batch_size: int) -> dict:
+    """The evaluation rows as leaves (N, B, T + 1); rows without weight fill the last batch up."""
+    rows = task.eval["tokens"].shape[0]
+    size = min(batch_size, rows)
+    pad = -rows % size
+    return {
+        name: np.pad(values, ((0, pad), (0, 0))).reshape(-1, size, values.shape[-1])
+        for name, values in task.eval.items()
+    }

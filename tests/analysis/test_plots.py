@@ -1,0 +1,117 @@
+"""Figures say what the tables say: lines through the means, labelled axes, no global state."""
+
+import io
+
+import numpy as np
+import pytest
+from analysis.synthetic import BASE_LOSS, make_run
+from matplotlib.figure import Figure
+
+from lorax.analysis import plots, runs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    return runs.load(make_run(directory, ranks=(1, 2, 4, 8), diverged=(1,)))
+
+
+@pytest.fixture(scope="module")
+def tables(run):
+    table = runs.summary(run)
+    settings = runs.settings(table, runs.axes(run, table))
+    return table, settings, runs.answer(settings, "rank")
+
+
+def labels(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def draws(figure):
+    assert isinstance(figure, Figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=50)
+    return buffer.getvalue().startswith(b"\x89PNG")
+
+
+def test_rank_curve(tables):
+    table, settings, answer = tables
+    figure = plots.rank_curve(settings, table, "rank", BASE_LOSS, answer)
+    axes = figure.axes[0]
+    lines = [line.get_xydata() for line in axes.lines]
+    means = settings[["rank", "mean"]].to_numpy(float)
+    assert any(line.shape == means.shape and np.allclose(line, means) for line in lines)
+    assert "rank" in axes.get_xlabel() and "nats" in axes.get_ylabel()
+    assert axes.get_xscale() == "log"
+    assert any("base" in label for label in labels(axes))
+    # Ranks 4 and 8 lie alike, so the smaller is ringed.
+    assert [text.get_text() for text in axes.texts] == [
+        "rank 4: smallest within one standard error"
+    ]
+    assert draws(figure)
+
+
+def test_base_is_drawn_where_it_fits(tables):
+    table, settings, answer = tables
+    figure = plots.rank_curve(settings, table, "rank", 1.7, answer)
+    assert any(np.all(np.equal(line.get_ydata(), 1.7)) for line in figure.axes[0].lines)
+    figure = plots.rank_curve(settings, table, "rank", float("nan"), answer)
+    assert not any("base" in label for label in labels(figure.axes[0]))
+
+
+def test_one_seed_has_no_error_bars(tmp_path):
+    table = runs.summary(runs.load(make_run(tmp_path / "run", seeds=(0,))))
+    settings = runs.settings(table, runs.Axes("rank", ()))
+    figure = plots.rank_curve(settings, table, "rank", BASE_LOSS, runs.answer(settings, "rank"))
+    axes = figure.axes[0]
+    assert not axes.containers[0].has_yerr
+    assert "lowest mean" in axes.texts[0].get_text()
+    assert not any("standard error" in label for label in labels(axes))
+
+
+def test_an_axis_of_names(tables):
+    table, _, _ = tables
+    table = table.assign(init=["kaiming", "gaussian"] * 4)
+    settings = runs.settings(table, runs.Axes("init", ()))
+    figure = plots.rank_curve(settings, table, "init", BASE_LOSS, runs.answer(settings, "init"))
+    ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert ticks == ["gaussian", "kaiming"] and draws(figure)
+
+
+def test_learning_curves_leave_diverged_members_out_of_the_mean(run, tables):
+    figure = plots.learning_curves(run.metrics, tables[0], "rank")
+    axes = figure.axes[0]
+    mean = next(line for line in axes.lines if line.get_label() == "rank 1")
+    seed_0 = run.metrics[(run.metrics["member"] == 0) & (run.metrics["split"] == "eval")]
+    np.testing.assert_allclose(mean.get_ydata(), seed_0["loss"], atol=1e-12)
+    assert len(axes.lines) == 8 + 4 and draws(figure)
+
+
+def test_spectra_and_ranks(run, tables):
+    found, _ = runs.adapters(run, [0, 2, 3])
+    ranks_of = tables[0]["rank"]
+    sigmas, ranks = runs.spectra(found)
+    sigmas["rank"] = sigmas["member"].map(ranks_of)
+    figure = plots.spectra(sigmas, [0, 2])
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["q, layer 0", "v, layer 0", "q, layer 2", "v, layer 2"]
+    assert all(len(axes.lines) == 3 for axes in figure.axes) and draws(figure)
+    figure = plots.update_ranks(ranks)
+    mean = ranks[ranks["target"] == "q"].groupby("rank")["effective"].mean()
+    line = next(line for line in figure.axes[0].lines if line.get_label() == "q")
+    np.testing.assert_allclose(line.get_ydata(), mean, atol=1e-12)
+    assert draws(figure)
+
+
+def test_similarity_maps():
+    rng = np.random.default_rng(0)
+    phi = {(layer, target): rng.uniform(0, 1, (3, 6)) for layer in (0, 5) for target in "qv"}
+    del phi[5, "v"]
+    figure = plots.similarity_maps(phi, np.full((3, 6), 0.1), "i", "j")
+    images = {axes.get_title(): axes.images[0] for axes in figure.axes if axes.images}
+    assert set(images) == {"q, layer 0", "v, layer 0", "q, layer 5", "Gaussian control"}
+    np.testing.assert_array_equal(images["q, layer 5"].get_array(), phi[5, "q"])
+    assert all(image.get_clim() == (0, 1) for image in images.values())
+    # phi(1, 1) is centred on i = 1, j = 1, at the upper left.
+    assert list(images["q, layer 0"].get_extent()) == [0.5, 6.5, 3.5, 0.5]
+    assert draws(figure)

@@ -1,0 +1,219 @@
+"""A run directory as tables: what is read, what is refused, and the one-standard-error rule."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from analysis.synthetic import BASE_LOSS, LAYERS, TARGETS, WIDTH, kernels, make_run, planted_factors
+
+from lorax.analysis import amplification, runs, subspace_similarity, update_similarity
+
+
+def tables(run):
+    table = runs.summary(run)
+    by = runs.axes(run, table)
+    return table, by, runs.settings(table, by)
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+def test_load_reads_what_was_written(tmp_path):
+    run = runs.load(make_run(tmp_path / "run"))
+    assert list(run.members.index) == list(range(10))
+    assert run.config["config"]["base"] == "gpt2-nano" and run.status["state"] == "finished"
+    assert set(run.metrics["split"]) == {"train", "eval"}
+    assert run.metrics["loss"].dtype == float
+    for path, (a, b, s) in planted_factors(2, 1, 8.0).items():
+        got = run.adapter(3)[path]
+        np.testing.assert_array_equal(got.a, a)
+        np.testing.assert_array_equal(got.b, b)
+        assert got.s == s
+
+
+def test_torn_last_line_is_ignored_with_a_warning(tmp_path):
+    directory = make_run(tmp_path / "run")
+    whole = runs.load(directory).metrics
+    with open(directory / "metrics.jsonl", "a") as file:
+        file.write('{"member": 0, "step": 150, "spl')
+    with pytest.warns(UserWarning, match=r"metrics.jsonl:\d+: torn last line"):
+        torn = runs.load(directory).metrics
+    pd.testing.assert_frame_equal(torn, whole)
+
+
+def test_damage_is_named_by_file_and_line(tmp_path):
+    directory = make_run(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="nowhere: no such run directory"):
+        runs.load(tmp_path / "nowhere")
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    (directory / "metrics.jsonl").write_text("\n".join([lines[0], "{torn", *lines[1:]]))
+    with pytest.raises(ValueError, match="metrics.jsonl:2"):
+        runs.load(directory)
+    (directory / "metrics.jsonl").write_text(lines[0] + '\n{"member": 0}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl:2: need the fields"):
+        runs.load(directory)
+    (directory / "metrics.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="metrics.jsonl"):
+        runs.load(directory)
+
+
+@pytest.mark.parametrize("file", ["config.json", "status.json"])
+def test_damaged_json_is_named(tmp_path, file):
+    directory = make_run(tmp_path / "run", ranks=(1,))
+    (directory / file).write_text("[1, 2")
+    with pytest.raises(ValueError, match=file):
+        runs.load(directory)
+
+
+def test_missing_adapter_is_named(tmp_path):
+    run = runs.load(make_run(tmp_path / "run", ranks=(1,), adapters=False))
+    with pytest.raises(FileNotFoundError, match="adapters/0"):
+        run.adapter(0)
+    found, missing = runs.adapters(run, [0, 1])
+    assert not found and set(missing) == {0, 1}
+
+
+# ----------------------------------------------------------------------------------------- losses
+
+
+def test_means_and_standard_errors_are_those_of_the_seeds(tmp_path):
+    table, by, settings = tables(runs.load(make_run(tmp_path / "run")))
+    assert by == runs.Axes("rank", ())
+    assert (table["base_loss"] == BASE_LOSS).all() and (table["final_step"] == 100).all()
+    assert list(settings["rank"]) == [1, 2, 4, 8, 16] and (settings["n"] == 2).all()
+    for _, row in settings.iterrows():
+        losses = table.loc[table["rank"] == row["rank"], "final_loss"]
+        assert row["mean"] == pytest.approx(losses.mean(), abs=1e-12)
+        # Of two values, the standard error is half their distance.
+        assert row["se"] == pytest.approx(abs(losses.iloc[0] - losses.iloc[1]) / 2, abs=1e-12)
+
+
+def test_diverged_members_are_left_out_of_the_means(tmp_path):
+    table, _, settings = tables(runs.load(make_run(tmp_path / "run", diverged=(0, 6, 7))))
+    assert list(table.index[table["status"] == "diverged"]) == [0, 6, 7]
+    assert table.loc[[0, 6, 7], "final_loss"].isna().all()
+    settings = settings.set_index("rank")
+    assert settings.loc[1, "n"] == 1 and np.isnan(settings.loc[1, "se"])
+    assert settings.loc[1, "mean"] == pytest.approx(1.61, abs=1e-12)
+    assert settings.loc[8, "n"] == 0 and np.isnan(settings.loc[8, "mean"])
+    assert settings.loc[8, "diverged"] == 2
+
+
+def test_a_last_loss_that_is_not_finite_is_a_divergence(tmp_path):
+    directory = make_run(tmp_path / "run", ranks=(1, 2), diverged=(1,))
+    status = json.loads((directory / "status.json").read_text())
+    status["members"]["1"] = {"status": "finished", "diverged_at": None, "seconds": 1.0}
+    (directory / "status.json").write_text(json.dumps(status))
+    assert runs.summary(runs.load(directory)).loc[1, "status"] == "diverged"
+
+
+def settings_of(means, errors, ranks=(1, 2, 4, 8)):
+    return pd.DataFrame({"rank": ranks, "mean": means, "se": errors, "line": ""})
+
+
+def test_one_standard_error_rule():
+    # Rank 2 is 0.004 above the best, whose error is 0.005; rank 1 is 0.006 above it.
+    answer = runs.answer(settings_of([1.006, 1.004, 1.0, 1.002], [0.1, 0.1, 0.005, 0.001]), "rank")
+    assert answer.known and answer.best["rank"] == 4 and answer.smallest["rank"] == 2
+    # The limit itself is within.
+    answer = runs.answer(settings_of([1.5, 1.25, 1.0, 1.2], [0.1, 0.1, 0.5, 0.1]), "rank")
+    assert answer.smallest["rank"] == 1
+
+
+def test_one_seed_gives_the_lowest_and_no_more():
+    answer = runs.answer(settings_of([1.001, 1.0, 1.2, 1.2], [np.nan] * 4), "rank")
+    assert not answer.known and answer.smallest["rank"] == answer.best["rank"] == 2
+    assert runs.answer(settings_of([np.nan] * 4, [np.nan] * 4), "rank") is None
+
+
+def test_axes_of_several_kinds(tmp_path):
+    _, by, settings = tables(runs.load(make_run(tmp_path / "a", lrs=(1e-3, 3e-3), ranks=(1, 2))))
+    assert by == runs.Axes("rank", ("lr",))
+    assert set(settings["line"]) == {"lr=0.001", "lr=0.003"} and len(settings) == 4
+    _, by, _ = tables(runs.load(make_run(tmp_path / "b", ranks=(4,), alphas=(4.0, 8.0))))
+    assert by == runs.Axes("alpha", ())
+    _, by, settings = tables(runs.load(make_run(tmp_path / "c", ranks=(4,))))
+    assert by == runs.Axes(None, ()) and len(settings) == 1
+
+
+def test_tied_axes_are_one(tmp_path):
+    directory = make_run(tmp_path / "run", ranks=(1, 2))
+    rows = [json.loads(line) for line in (directory / "members.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["targets"] = ["q", "v"] if row["rank"] == 1 else ["q"]
+    (directory / "members.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table, by, _ = tables(runs.load(directory))
+    assert by == runs.Axes("rank", ()) and set(table["targets"]) == {"q v", "q"}
+
+
+def test_an_axis_that_is_no_field_is_not_averaged_over(tmp_path):
+    directory = make_run(tmp_path / "run", ranks=(1,), seeds=(0, 1, 2, 3))
+    config = json.loads((directory / "config.json").read_text())
+    config["config"]["sweep"] = {"quant": ["none", "nf4"], "seed": [0, 1]}
+    (directory / "config.json").write_text(json.dumps(config))
+    rows = [json.loads(line) for line in (directory / "members.jsonl").read_text().splitlines()]
+    for n, row in enumerate(rows):
+        row["name"] = f"quant={('none', 'nf4')[n // 2]},seed={n % 2}"
+    (directory / "members.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    _, by, settings = tables(runs.load(directory))
+    assert by.main == "setting" and list(settings["setting"]) == ["quant=nf4", "quant=none"]
+    assert list(settings["n"]) == [2, 2]
+
+
+# ---------------------------------------------------------------------------------------- updates
+
+
+@pytest.mark.parametrize(
+    ("path", "layer", "target"),
+    [("h/3/attn/q", 3, "q"), ("h/11/mlp/up", 11, "up"), ("wte", -1, "wte")],
+)
+def test_place(path, layer, target):
+    assert runs.place(path) == (layer, target)
+
+
+def test_spectra_are_those_of_the_dense_updates(tmp_path):
+    run = runs.load(make_run(tmp_path / "run", ranks=(1, 4)))
+    found, missing = runs.adapters(run, run.members.index)
+    sigmas, ranks = runs.spectra(found)
+    assert not missing and len(ranks) == 4 * LAYERS * len(TARGETS)
+    for (member, path), rows in sigmas.groupby(["member", "path"]):
+        a, b, s = found[member][path]
+        dense = np.linalg.svd(s * a.astype(float) @ b, compute_uv=False)[: a.shape[1]]
+        np.testing.assert_allclose(rows["sigma"], dense, rtol=0, atol=1e-5 * dense[0])
+        row = ranks[(ranks["member"] == member) & (ranks["path"] == path)].iloc[0]
+        assert row["norm"] == pytest.approx(np.linalg.norm(dense), rel=1e-6)
+        assert row["stable"] == pytest.approx(np.sum(dense**2) / dense[0] ** 2, rel=1e-6)
+        p = dense / dense.sum()
+        assert row["effective"] == pytest.approx(np.exp(-np.sum(p * np.log(p))), rel=1e-6)
+        assert row["numerical"] == a.shape[1]
+
+
+def test_similarity_is_the_mean_over_pairs(tmp_path):
+    run = runs.load(make_run(tmp_path / "run", ranks=(2, 4)))
+    found, _ = runs.adapters(run, run.members.index)
+    bases = {member: runs.bases(factors) for member, factors in found.items()}
+    phi = runs.similarity([(bases[0], bases[2]), (bases[1], bases[3])])
+    pairs = ((found[0], found[2]), (found[1], found[3]))
+    for path in found[0]:
+        expected = np.mean([subspace_similarity(f[path].a, g[path].a) for f, g in pairs], axis=0)
+        np.testing.assert_allclose(phi[path]["A"], expected, atol=1e-12)
+        expected = np.mean([update_similarity(f[path], g[path], "out") for f, g in pairs], axis=0)
+        np.testing.assert_allclose(phi[path]["dW out"], expected, atol=1e-12)
+        # The planted direction is everybody's first.
+        assert phi[path]["dW in"][0, 0] > 0.99
+
+
+def test_amplifications_are_table_seven(tmp_path):
+    run = runs.load(make_run(tmp_path / "run", ranks=(2,)))
+    found, _ = runs.adapters(run, run.members.index)
+    base = kernels()
+    rows = runs.amplifications(found, base)
+    assert len(rows) == 2 * LAYERS * len(TARGETS)
+    for _, row in rows.iterrows():
+        path = row["path"]
+        expected = amplification(base[path], found[row["member"]][path], 2)
+        for field, value in expected._asdict().items():
+            assert row[field] == pytest.approx(value, rel=1e-9)
+    with pytest.raises(KeyError, match="h/0/attn/q"):
+        runs.amplifications(found, {"other": np.ones((WIDTH, WIDTH))})

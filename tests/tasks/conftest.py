@@ -1,0 +1,42 @@
+import os
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from lorax.tasks import restaurants
+
+DATA = Path(os.environ.get("LORAX_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """A byte-level BPE of 512 tokens, trained on the task's own text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    pairs = restaurants.examples(500, seed=0)
+    tokenizer.train_from_iterator((f"{prompt} {text}" for prompt, text in pairs), trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def e2e_zip() -> Path:
+    path = DATA / "e2e" / "e2e-dataset.zip"
+    if not path.exists():
+        pytest.skip(f"no {path.name} in the data folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    path = DATA / "tinystories" / "tinystories_sample.txt"
+    if not path.exists():
+        pytest.skip(f"no {path.name} in the data folder")
+    return path

@@ -1,0 +1,257 @@
+"""The report: right numbers, one self-contained file, and something sensible for every run."""
+
+import base64
+import html.parser
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from analysis.synthetic import STEPS, WIDTH, kernels, make_run, planted_factors
+
+from lorax import report
+from lorax.analysis import amplification, runs, subspace_similarity
+
+
+class Page(html.parser.HTMLParser):
+    """What a reader's browser would make of it: tags, the text of tables, links."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.tables, self.headings, self.open = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        elif tag in ("h1", "h2", "h3"):
+            self.headings.append("")
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+        if self.open and self.open[-1] in ("h1", "h2", "h3"):
+            self.headings[-1] += data
+
+    def table(self, *columns):
+        """The first table whose header has these columns, a dictionary a row."""
+        for header, *rows in self.tables:
+            if set(columns) <= set(header):
+                return [dict(zip(header, row, strict=True)) for row in rows]
+        raise AssertionError(f"no table with {columns}")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A rank sweep with two seeds, one of them diverged at rank 1."""
+    directory = tmp_path_factory.mktemp("runs") / "sweep"
+    make_run(directory, ranks=(1, 2, 4, 8, 16), diverged=(0,))
+    path = report.write(directory, kernels())
+    return directory, path.read_text()
+
+
+def test_answer_and_tables_say_the_same(written):
+    directory, text = written
+    answer = re.search(r'class="answer"><p><strong>(.*?)</strong>', text)[1]
+    assert "r = 4" in answer and "1.200 ± 0.010" in answer and "base 3.456" in answer
+    rows = {row["rank"]: row for row in Page(text).table("rank", "standard error")}
+    assert rows["4"]["final eval loss"] == "1.2000" and rows["4"]["standard error"] == "0.0100"
+    assert rows["1"]["n"] == "1" and rows["1"]["standard error"] == "–"
+    stored = pd.read_csv(directory / "analysis" / "settings.csv").set_index("rank")
+    assert stored.loc[2, "mean"] == pytest.approx(1.4, abs=1e-12)
+    assert stored.loc[2, "trainable_params"] == 2 * WIDTH * 2 * 6
+
+
+def test_member_table(written):
+    page = Page(written[1])
+    rows = page.table("name", "status", "best eval loss")
+    assert len(rows) == 10
+    assert rows[0]["status"] == f"diverged at step {STEPS[1]}" and rows[0]["final eval loss"] == "–"
+    assert all(row["status"] == "finished" for row in rows[1:])
+    sortable = [a for tag, a in page.tags if tag == "th" and "aria-sort" in a]
+    buttons = [a for tag, a in page.tags if tag == "button"]
+    assert len(sortable) == len(buttons) == len(rows[0])
+
+
+def test_diverged_members_are_named(written):
+    assert re.search(
+        r"Diverged, and left out of every mean.*?rank=1,.*?seed=0 at step 50", written[1]
+    )
+
+
+def test_scale_confound_is_said_with_its_size(written, tmp_path):
+    assert "by a factor of 16 from largest" in written[1] and "scaling=fixed" in written[1]
+    fixed = make_run(tmp_path / "fixed", ranks=(1, 2), scaling="fixed", adapters=False)
+    assert "mix capacity with scale" not in report.write(fixed).read_text()
+
+
+def test_similarity_table_and_arrays(written):
+    directory, text = written
+    with np.load(directory / "analysis" / "similarity.npz") as stored:
+        phi = stored["ranks_across_seeds/h/1/attn/v/A"]
+        control = stored["ranks_across_seeds/gaussian/mean"]
+    small, large = ([planted_factors(rank, seed, 1.0) for seed in (0, 1)] for rank in (8, 16))
+    path = "h/1/attn/v"
+    pairs = ((small[0], large[1]), (small[1], large[0]))
+    expected = np.mean([subspace_similarity(f[path].a, g[path].a) for f, g in pairs], axis=0)
+    np.testing.assert_allclose(phi, expected, atol=1e-9)
+    i, j = np.arange(1, 9)[:, None], np.arange(1, 17)[None]
+    np.testing.assert_allclose(control, np.maximum(i, j) / WIDTH, rtol=0, atol=0.05)
+    rows = pd.read_csv(directory / "analysis" / "similarity.csv")
+    assert set(rows["comparison"]) == {"ranks_same_seed", "ranks_across_seeds", "between_seeds"}
+    row = rows[(rows["comparison"] == "ranks_across_seeds") & (rows["path"] == path)].iloc[0]
+    assert row["directions"] == "A" and row["phi_r1_r2"] == pytest.approx(phi[7, 15], abs=1e-9)
+    assert row["expected_r1_r2"] == pytest.approx(16 / WIDTH, abs=1e-12)
+    shown = Page(text).table("directions of", "φ(8, 16)")[0]
+    assert shown["target"] == "q" and shown["directions of"] == "A" and shown["φ(1, 1)"] == "1.000"
+
+
+def test_amplification_table(written):
+    directory, text = written
+    stored = pd.read_csv(directory / "analysis" / "amplification.csv")
+    assert len(stored) == 9 * 6 and set(stored["layer"]) == {0, 1, 2}
+    path = "h/1/attn/q"
+    factors = [planted_factors(4, seed, 4.0)[path] for seed in (0, 1)]
+    expected = np.mean([amplification(kernels()[path], f, 4).factor for f in factors])
+    rows = Page(text).table("amplification", "target", "rank")
+    row = next(row for row in rows if row["target"] == "q" and row["rank"] == "4")
+    assert float(row["amplification"]) == pytest.approx(expected, abs=5e-4)
+    assert "Frobenius norms for layer 1" in text
+
+
+def test_every_figure_is_a_file_and_in_the_page(written):
+    directory, text = written
+    files = {path.name: path.read_bytes() for path in (directory / "figures").iterdir()}
+    assert set(files) == {
+        "rank_curve.png",
+        "learning_curves.png",
+        "spectra.png",
+        "update_ranks.png",
+        "similarity_ranks_same_seed.png",
+        "similarity_ranks_across_seeds.png",
+        "similarity_between_seeds.png",
+    }
+    images = [attributes for tag, attributes in Page(text).tags if tag == "img"]
+    assert all(len(image["alt"]) > 10 for image in images)
+    embedded = {base64.b64decode(image["src"].split(",", 1)[1]) for image in images}
+    assert embedded == set(files.values())
+
+
+def test_page_needs_nothing_but_itself(written):
+    page = Page(written[1])
+    assert not page.open
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "srcset", "data", "action", "poster"):
+            target = attributes.get(name)
+            if target is None:
+                continue
+            link = tag == "a" and target.startswith(("https://arxiv.org/", "#"))
+            assert link or target.startswith("data:image/png;base64,"), (tag, target[:60])
+        assert tag not in ("link", "iframe", "object", "base")
+    style_and_script = "".join(re.findall(r"<(?:style|script)>(.*?)</", written[1], re.S))
+    assert not re.search(r"url\(|@import|fetch\(|import\s|XMLHttp", style_and_script)
+    assert "prefers-color-scheme: dark" in style_and_script and "@media print" in style_and_script
+
+
+def test_page_is_well_made(written):
+    page = Page(written[1])
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("h1") == tags.count("main") == 1
+    ids = {a["id"] for _, a in page.tags if "id" in a}
+    assert {a["href"][1:] for _, a in page.tags if a.get("href", "").startswith("#")} <= ids
+    assert all(a.get("scope") in ("col", "row") for tag, a in page.tags if tag == "th")
+    assert "Answer" in page.headings[1] and "Method notes" in page.headings[-1]
+
+
+def test_one_seed(tmp_path):
+    directory = make_run(tmp_path / "run", ranks=(1, 4), seeds=(0,))
+    text = report.write(directory, kernels()).read_text()
+    assert "Lowest final eval loss at r = 4" in text and "no error bar" in text
+    assert "Smallest rank within" not in text
+    assert "Between seeds: not available" in text
+    assert not (directory / "figures" / "similarity_between_seeds.png").exists()
+
+
+def test_no_rank_axis(tmp_path):
+    directory = make_run(tmp_path / "run", ranks=(4,), alphas=(8.0, 16.0))
+    text = report.write(directory).read_text()
+    assert "Loss against alpha" in text and "Lowest final eval loss at alpha = 8" in text
+    assert "Between ranks: not available" in text
+    assert "Not computed: the base model&#x27;s kernels were not given" in text
+
+
+def test_one_setting_and_kernels_that_do_not_fit(tmp_path):
+    directory = make_run(tmp_path / "run", ranks=(4,), seeds=(0,))
+    text = report.write(directory, {"h/0/attn/q": np.ones((3, 3))}).read_text()
+    assert "One setting: final eval loss 1.190; base 3.456." in text
+    assert "kernels do not fit the adapters" in text
+
+
+def test_torn_line_and_unfinished_run(tmp_path):
+    directory = make_run(tmp_path / "run", ranks=(1, 2), adapters=False)
+    status = json.loads((directory / "status.json").read_text())
+    status |= {"state": "running", "step": 50, "members": {}}
+    (directory / "status.json").write_text(json.dumps(status))
+    with open(directory / "metrics.jsonl", "a") as file:
+        file.write('{"member": 1, "st')
+    with pytest.warns(UserWarning, match="torn"):
+        text = report.write(directory).read_text()
+    assert "not finished (step 50 of 100)" in text and "Not analysed" in text
+
+
+def test_nothing_evaluated_yet(tmp_path):
+    directory = make_run(tmp_path / "run", ranks=(1, 2), adapters=False)
+    (directory / "metrics.jsonl").write_text("")
+    assert "There is no final eval loss yet" in report.write(directory).read_text()
+
+
+def test_all_diverged(tmp_path):
+    directory = make_run(tmp_path / "run", ranks=(1,), diverged=(0, 1))
+    text = report.write(directory).read_text()
+    assert "There is no final eval loss yet" in text and "Diverged, and left out" in text
+
+
+def test_names_from_outside_are_text(tmp_path):
+    directory = make_run(tmp_path / "run", ranks=(1,), adapters=False)
+    lines = (
+        (directory / "members.jsonl").read_text().replace("rank=1,", "<script>alert(1)</script>")
+    )
+    (directory / "members.jsonl").write_text(lines)
+    text = report.write(directory).read_text()
+    assert "<script>alert" not in text and "&lt;script&gt;alert" in text
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "_load_kernels", lambda config: (None, "not in this test"))
+    directory = make_run(tmp_path / "run", ranks=(1,), adapters=False)
+    assert report.main([str(directory)]) == 0
+    assert capsys.readouterr().out.strip() == str(directory / "report.html")
+    assert report.main([str(tmp_path / "nowhere")]) == 1
+    assert "nowhere: no such run directory" in capsys.readouterr().err
+
+
+def test_a_base_that_cannot_be_loaded_is_a_sentence():
+    kernels_, reason = report._load_kernels({"config": {"base": "no-such-model-anywhere"}})
+    assert kernels_ is None and "no-such-model-anywhere could not be loaded" in reason
+    assert report._load_kernels({}) == (None, "config.json names no base model")
+
+
+def test_tables_hold_every_member(written):
+    directory, _ = written
+    members = pd.read_csv(directory / "analysis" / "members.csv")
+    assert list(members["member"]) == list(range(10))
+    spectra = pd.read_csv(directory / "analysis" / "spectra.csv")
+    assert set(spectra["member"]) == set(range(1, 10))
+    run = runs.load(directory)
+    assert len(spectra) == sum(f.a.shape[1] for m in range(1, 10) for f in run.adapter(m).values())
