@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from matplotlib import image
 from tensorboardX import SummaryWriter
 
 from lorax.analysis import runs
@@ -35,6 +35,6 @@ def write(directory: Path) -> Path:
     figures = sorted((Path(directory) / "figures").glob("*.png"))
     with SummaryWriter(str(target / "figures")) as writer:
         for file in figures:
-            pixels = np.asarray(Image.open(file).convert("RGB"))
+            pixels = image.imread(file)[..., :3]
             writer.add_image(file.stem, pixels, dataformats="HWC")
     return target

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from analysis.synthetic import STEPS, WIDTH, kernels, make_run, planted_factors
+from synthetic import STEPS, WIDTH, kernels, make_run, planted_factors
 
 from lorax import report
 from lorax.analysis import amplification, runs, subspace_similarity

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from analysis.synthetic import BASE_LOSS, make_run
+from synthetic import BASE_LOSS, make_run
 from matplotlib.figure import Figure
 
 from lorax.analysis import plots, runs

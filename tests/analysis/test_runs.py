@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from analysis.synthetic import BASE_LOSS, LAYERS, TARGETS, WIDTH, kernels, make_run, planted_factors
+from synthetic import BASE_LOSS, LAYERS, TARGETS, WIDTH, kernels, make_run, planted_factors
 
 from lorax.analysis import amplification, runs, subspace_similarity, update_similarity
 

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import require
+from support import require
 
 from lorax.interop import peft
 from lorax.interop.peft import Factors

@@ -1,0 +1,33 @@
+"""Strict numerics for every test: 8 CPU devices, no silent promotion, warnings are errors."""
+
+import os
+import warnings
+
+# Before JAX starts. One thread for each of torch's and BLAS's pools: tests run side by side.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error")
+    # Other libraries' own business, each named as narrowly as it can be.
+    for line in (
+        "ignore:.*SwigPy.*:DeprecationWarning",
+        "ignore:.*swigvarlink.*:DeprecationWarning",
+        "ignore:unclosed.*<socket.*:ResourceWarning",
+    ):
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(autouse=True)
+def _warnings_stay_errors():
+    # Some libraries reset the filters when imported.
+    with warnings.catch_warnings():
+        yield

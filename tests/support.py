@@ -1,0 +1,23 @@
+"""What tests share: where the real data is, and libraries that only some machines have."""
+
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+
+DATA = Path(os.environ.get("LORAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def require(name: str):
+    """A library to compare with. Skips where it is missing, fails if LORAX_REQUIRE_PARITY=1."""
+    if os.environ.get("LORAX_REQUIRE_PARITY") == "1":
+        return importlib.import_module(name)
+    return pytest.importorskip(name)
+
+
+def data(path: str) -> Path:
+    """A file or folder of the real data. Skips where it is missing."""
+    if not (DATA / path).exists():
+        pytest.skip(f"no {path} in {DATA}")
+    return DATA / path
