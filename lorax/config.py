@@ -17,7 +17,9 @@ from lorax.errors import nearest
 def default() -> ConfigDict:
     """A locked ConfigDict with every key there is."""
     c = ConfigDict()
-    c.base = "gpt2-nano"  # shipped name, Hugging Face directory or Hub id; "random:" for its shape alone
+    c.base = (
+        "gpt2-nano"  # shipped name, Hugging Face directory or Hub id; "random:" for its shape alone
+    )
     c.dtype = "float32"  # of the base's computation; adapters are float32
     c.seed = 0  # of the adapter's start, its dropout and the order of the data
 
@@ -33,7 +35,10 @@ def default() -> ConfigDict:
     c.method.alpha = 16.0
     c.method.scaling = "lora"  # s = alpha / r; "rslora": alpha / sqrt(r); "fixed": alpha
     c.method.init = "kaiming"  # of a; or "gaussian"
-    c.method.targets = ("q", "v")  # q k v o up gate down embed head, attention mlp all-linear, re:REGEX
+    c.method.targets = (
+        "q",
+        "v",
+    )  # q k v o up gate down embed head, attention mlp all-linear, re:REGEX
     c.method.layers = config_dict.placeholder(tuple)  # indices; None: all
     c.method.dropout = 0.0  # on the adapter's input
 
@@ -161,9 +166,13 @@ def digest(config: ConfigDict) -> str:
 
 
 def _show(value) -> str:
-    return "+".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(
-        value, float
-    ) else str(value)
+    return (
+        "+".join(map(str, value))
+        if isinstance(value, tuple)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _axis(config, axis) -> tuple:

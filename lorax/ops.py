@@ -95,7 +95,7 @@ def _add_bias(y, bias):
 def _low_rank_linear(x, leaf):
     a, b = leaf.a.astype(x.dtype), leaf.b.astype(x.dtype)
     s = leaf.s.astype(x.dtype)
-    rows, (n_in, rank), n_out = x.size // x.shape[-1], a.shape, b.shape[-1]
+    rows, n_in, n_out = x.size // x.shape[-1], a.shape[0], b.shape[-1]
     worthwhile = rows * (n_in + n_out) > 2 * n_in * n_out
     plain = isinstance(leaf.w, jax.Array) and leaf.dropout is None and x.dtype == jnp.float32
     if leaf.merge and plain and worthwhile:
@@ -256,7 +256,7 @@ def sites_from_shapes(params: dict) -> dict[str, Site]:
 def apply(module: nn.Module, params: dict, *inputs, **kwargs):
     """`module.apply` on parameters whose leaves may be operators.
 
-    params: the "params" collection itself. Further keywords go to `module.apply` (`method`, `rngs`).
+    params: the "params" collection itself. Other keywords go to `module.apply`: `method`, `rngs`.
     """
     with interceptor():
         return module.apply({"params": params}, *inputs, **kwargs)
@@ -365,7 +365,8 @@ def _einsum(module, leaf, bias, x, einsum_str=None):
     y = jnp.transpose(y, [have.index(c) for c in out])
     if bias is None:
         return y
-    return y + bias.reshape([leaf.w.shape[kernel.index(c)] if c in kernel else 1 for c in out])
+    shape = [leaf.w.shape[kernel.index(c)] if c in kernel else 1 for c in out]
+    return y + bias.astype(y.dtype).reshape(shape)
 
 
 def _embed(module, leaf, bias, ids):
@@ -379,12 +380,12 @@ def _attend(module, leaf, bias, x):
 def _conv_axes(module, x):
     if module.feature_group_count != 1:
         return None
-    n = len(module.kernel_size)
+    n = np.size(module.kernel_size)  # an int is one axis
     return tuple(range(n + 1)), (n + 1,)
 
 
 def _conv(module, leaf, bias, x):
-    """conv(x, w) + s conv(x, a) b: `a` is a kernel with r output channels, b a 1 x 1 convolution."""
+    """conv(x, w) + s conv(x, a) b: a as a kernel with r output channels, b a 1 x 1 convolution."""
     variables = {"kernel": leaf.w} | ({} if bias is None else {"bias": bias})
     y = module.clone(parent=None).apply({"params": variables}, x)
     down = module.clone(parent=None, features=leaf.a.shape[-1], use_bias=False)

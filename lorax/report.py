@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 
 from lorax.analysis import Band, expected_similarity, gaussian_similarity, plots, runs
-from lorax.interop import write_atomic
+from lorax.files import write_bytes
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.tmpl")
 MAX_LAYERS = 4  # rows of a figure; the tables hold every layer
@@ -120,9 +120,9 @@ def _write(
 
     images = {name: _png(figure) for name, figure in figures.items()}
     for name, image in images.items():
-        write_atomic(run.directory / "figures" / f"{name}.png", image)
+        write_bytes(run.directory / "figures" / f"{name}.png", image)
     page = _page(run, sections, images)
-    return write_atomic(run.directory / "report.html", page.encode())
+    return write_bytes(run.directory / "report.html", page.encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -220,7 +220,7 @@ def _amplified(
 ) -> tuple[pd.DataFrame | None, str]:
     if kernels is None:
         return None, reason
-    if "base" in (run.config.get("config", {}).get("sweep") or {}):
+    if (run.config.get("config", {}).get("sweep") or {}).get("base"):
         return None, "the members of this sweep do not share a base model"
     try:
         return runs.amplifications(found, kernels), ""
@@ -268,11 +268,9 @@ def _answer_section(
     if answer is not None:
         parts.append(f"<p>{_escape(_strength(by, settings, answer))}</p>")
     parts.append("</div>")
-    unfinished = run.status.get("state") != "finished"
+    unfinished = run.status.get("state") == "running"
     if unfinished:
-        step, steps = run.status.get("step", "?"), run.status.get("steps", "?")
-        text = f"This run is not finished (step {step} of {steps}): all figures are provisional."
-        parts.append(_note(text))
+        parts.append(_note("This run is not finished: all figures are provisional."))
     diverged = table[table["status"] == "diverged"]
     if len(diverged):
         names = ", ".join(
@@ -473,9 +471,8 @@ def _similarity_section(comparisons: list[Comparison], shown: pd.DataFrame) -> s
     ]
     if any(c.name == "ranks_same_seed" for c in comparisons):
         text = (
-            "Members of one seed start from the same A (a smaller rank takes its first rows), so "
-            "the same-seed similarity of A holds what they share from the start. Across seeds "
-            "only what was learned can agree beyond chance."
+            "Every rank starts from an A of its own, within a seed too, so no overlap here is there "
+            "from the start. Members of one seed see the same batches in the same order."
         )
         parts.append(_note(text))
     for comparison in comparisons:
@@ -625,11 +622,11 @@ def _save_similarity(run: runs.Run, comparisons: list[Comparison]) -> None:
         _save_table(run, "similarity", pd.DataFrame(rows))
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
-        write_atomic(run.directory / "analysis" / "similarity.npz", buffer.getvalue())
+        write_bytes(run.directory / "analysis" / "similarity.npz", buffer.getvalue())
 
 
 def _save_table(run: runs.Run, name: str, table: pd.DataFrame) -> None:
-    write_atomic(run.directory / "analysis" / f"{name}.csv", table.to_csv(index=False).encode())
+    write_bytes(run.directory / "analysis" / f"{name}.csv", table.to_csv(index=False).encode())
 
 
 def _png(figure: Figure) -> bytes:

@@ -24,20 +24,28 @@ from absl import flags
 from ml_collections import config_flags
 
 from lorax import __version__, config
+from lorax.files import write_bytes, write_json
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The study: FILE or FILE:ARGUMENT.")
-flags.DEFINE_string("workdir", None, "Run directory (default: runs/<config>[-<hash of overrides>]).")
+flags.DEFINE_string(
+    "workdir", None, "Run directory (default: runs/<config>[-<hash of overrides>])."
+)
 
 
 def main(argv: list[str]) -> int:
     """The command line; the exit code is 0, 1 for a failure under way, 2 for a mistake in the input."""
     if {"--help", "-h", "-help"} & set(argv[1:]):
-        print(f"{__doc__}\n  --config   {FLAGS['config'].help}\n  --workdir  {FLAGS['workdir'].help}")
+        print(
+            f"{__doc__}\n  --config   {FLAGS['config'].help}\n  --workdir  {FLAGS['workdir'].help}"
+        )
         return 0
     try:
         settings, members, workdir = read_command_line(argv)
-    except Exception as error:  # whatever a config script or a flag raises is one line to its author
+        check_same_config(workdir, settings)
+    except (
+        Exception
+    ) as error:  # whatever a config script or a flag raises is one line to its author
         return _fail(error)
     print(f"lorax {__version__}: {plan(settings, members)}", flush=True)
     if finished(workdir):
@@ -49,7 +57,10 @@ def main(argv: list[str]) -> int:
     except (ValueError, FileNotFoundError, BlockingIOError) as error:
         return _fail(error)
     except (OSError, MemoryError) as error:
-        print(f"lorax: stopped: {error}. Mend that and run the same command to continue.", file=sys.stderr)
+        print(
+            f"lorax: stopped: {error}. Mend that and run the same command to continue.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("lorax: stopped. Run the same command to continue.", file=sys.stderr)
@@ -61,7 +72,9 @@ def read_command_line(argv: list[str]):
     try:
         rest = FLAGS(argv)
     except AttributeError as error:  # how ConfigDict reports an unknown key
-        raise ValueError("config: unknown key " + str(error).strip("'\"").replace("\\n", "; ")) from None
+        raise ValueError(
+            "config: unknown key " + str(error).strip("'\"").replace("\\n", "; ")
+        ) from None
     if len(rest) > 1:
         raise ValueError(f"unexpected argument {rest[1]!r}; did you mean --{rest[1].lstrip('-')}?")
     if FLAGS.config is None:
@@ -79,10 +92,31 @@ def read_command_line(argv: list[str]):
 
 def plan(settings, members) -> str:
     """One line: how many members along which axes, on what."""
-    axes = [f"{axis} {_show(values)}" for axis, values in settings.sweep.items() if values and axis != "zip"]
+    axes = [
+        f"{axis} {_show(values)}"
+        for axis, values in settings.sweep.items()
+        if values and axis != "zip"
+    ]
     swept = " x ".join(axes) or "one setting"
     plural = "s" * (len(members) > 1)
     return f"{len(members)} member{plural} ({swept}) of {settings.method.name} on {settings.base}, task {settings.task.name}"
+
+
+def check_same_config(workdir: Path, settings) -> None:
+    """Raises ValueError where the run directory holds a run of another config."""
+    file = workdir / "config.json"
+    if not file.exists():
+        return
+    try:
+        stored = json.loads(file.read_text())["config"]
+    except (ValueError, KeyError):
+        raise ValueError(f"workdir: {file} is damaged; delete {workdir} to start anew") from None
+    different = _differences(stored, json.loads(settings.to_json()))
+    if different:
+        raise ValueError(
+            f"workdir: {workdir} holds a run of another config (it differs in "
+            f"{', '.join(different)}); name another --workdir or delete it"
+        )
 
 
 def finished(workdir: Path) -> bool:
@@ -105,7 +139,9 @@ class lock:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.file.close()
-            raise BlockingIOError(f"workdir: {self.workdir} is being written by another process") from None
+            raise BlockingIOError(
+                f"workdir: {self.workdir} is being written by another process"
+            ) from None
 
     def __exit__(self, *_):
         self.file.close()
@@ -114,13 +150,6 @@ class lock:
 def run(settings, members, workdir: Path) -> int:
     """Train, export, analyse, report."""
     began = time.monotonic()
-    stored = _stored_config(workdir)
-    now = json.loads(settings.to_json())
-    if stored is not None and stored != now:
-        raise ValueError(
-            f"workdir: {workdir} holds a run of another config (it differs in "
-            f"{', '.join(_differences(stored, now))}); name another --workdir or delete it"
-        )
 
     # Imported here: what is above answers at once.
     import jax
@@ -133,29 +162,32 @@ def run(settings, members, workdir: Path) -> int:
     # ------------------------------------------------------------------------------- what is run
     with Screen() as screen:
         groups = loop.prepare(members, screen.say)
-        versions = {name: _version(name) for name in ("lorax-research", "jax", "jaxlib", "flax", "optax")}
+        versions = {
+            name: _version(name) for name in ("lorax-research", "jax", "jaxlib", "flax", "optax")
+        }
         device = jax.devices()[0]
         head = {
-            "config": now,
+            "config": json.loads(settings.to_json()),
             "versions": versions | {"python": platform.python_version()},
             "device": f"{len(jax.devices())} x {device.device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
             "git": _git_revision(),
             "base_sha256": groups[0].base.sha256,
             "command": "python -m lorax.run " + " ".join(sys.argv[1:]),
         }
-        if stored is None:
-            loop.write_json(workdir / "config.json", head)
+        if not (workdir / "config.json").exists():
+            write_json(workdir / "config.json", head)
         lines = sorted((row for g in groups for row in loop.describe(g)), key=lambda r: r["member"])
-        loop.write_lines(workdir / "members.jsonl", lines)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_bytes(workdir / "members.jsonl", text.encode())
         previous = _seconds_so_far(workdir)
         status = {"state": "running", "members": {}}
-        loop.write_json(workdir / "status.json", status | {"wall_seconds": previous})
+        write_json(workdir / "status.json", status | {"wall_seconds": previous})
 
         # -------------------------------------------------------------------------------- train
         rows = loop.train(workdir, groups, screen.terminal(lines))
         wall = lambda: round(previous + time.monotonic() - began, 1)
-        status["members"] = {str(i): rows[i] for i in sorted(rows)}
-        loop.write_json(workdir / "status.json", status | {"wall_seconds": wall()})
+        status |= {"state": "trained", "members": {str(i): rows[i] for i in sorted(rows)}}
+        write_json(workdir / "status.json", status | {"wall_seconds": wall()})
 
         # ------------------------------------------------------------------------------ analyse
         page = None
@@ -164,10 +196,12 @@ def run(settings, members, workdir: Path) -> int:
             page = report.write(workdir, kernels(groups[0].base))
         tensorboard.write(workdir)
         status["state"] = "finished"
-        loop.write_json(workdir / "status.json", status | {"wall_seconds": wall()})
+        write_json(workdir / "status.json", status | {"wall_seconds": wall()})
         screen.table(lines, rows)
     if page:
-        print(f"\nReport       {page}\nFigures      {workdir / 'figures'}\nNumbers      {workdir / 'analysis'}")
+        print(
+            f"\nReport       {page}\nFigures      {workdir / 'figures'}\nNumbers      {workdir / 'analysis'}"
+        )
     print(f"Adapters     {workdir / 'adapters'} (PEFT format)")
     print(f"TensorBoard  tensorboard --logdir {workdir / 'tb'}")
     return 0
@@ -180,23 +214,21 @@ def _fail(error: Exception) -> int:
 
 
 def _show(values) -> str:
-    return "(" + ", ".join("+".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values) + ")"
-
-
-def _stored_config(workdir: Path) -> dict | None:
-    file = workdir / "config.json"
-    if not file.exists():
-        return None
-    try:
-        return json.loads(file.read_text())["config"]
-    except (ValueError, KeyError):
-        raise ValueError(f"workdir: {file} is damaged; delete {workdir} to start anew") from None
+    return (
+        "("
+        + ", ".join("+".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values)
+        + ")"
+    )
 
 
 def _differences(old, new, prefix="") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted({*old, *new})
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{prefix}.{k}".strip("."))]
+        return [
+            d
+            for k in keys
+            for d in _differences(old.get(k), new.get(k), f"{prefix}.{k}".strip("."))
+        ]
     return [] if old == new else [prefix]
 
 

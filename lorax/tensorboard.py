@@ -23,7 +23,9 @@ def write(directory: Path) -> Path:
             for _, point in points.iterrows():
                 for name in ("loss", "grad_norm"):
                     if name in point and np.isfinite(point[name]):
-                        writer.add_scalar(f"{point['split']}/{name}", point[name], int(point["step"]))
+                        writer.add_scalar(
+                            f"{point['split']}/{name}", point[name], int(point["step"])
+                        )
             evals = points[points["split"] == "eval"]["loss"].dropna()
             hyper = {
                 name: value if isinstance(value, int | float | str | bool) else str(value)

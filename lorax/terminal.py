@@ -59,7 +59,14 @@ class Screen:
     def table(self, members: list[dict], rows: dict[int, dict]) -> None:
         """All members, best first."""
         table = Table(title="Members, best first", title_justify="left")
-        for name in ("member", "parameters", "scale s", "eval loss (nats/token)", "seconds", "status"):
+        for name in (
+            "member",
+            "parameters",
+            "scale s",
+            "eval loss (nats/token)",
+            "seconds",
+            "status",
+        ):
             table.add_column(name, justify="left" if name in ("member", "status") else "right")
         worst = float("inf")
         for row in sorted(members, key=lambda r: rows[r["member"]]["eval_loss"] or worst):

@@ -207,7 +207,7 @@ def test_torn_line_and_unfinished_run(tmp_path):
         file.write('{"member": 1, "st')
     with pytest.warns(UserWarning, match="torn"):
         text = report.write(directory).read_text()
-    assert "not finished (step 50 of 100)" in text and "Not analysed" in text
+    assert "not finished" in text and "Not analysed" in text
 
 
 def test_nothing_evaluated_yet(tmp_path):

@@ -51,7 +51,9 @@ def main(_):
         train.append(parts[:cut])
         held_out.append(parts[cut:])
     # Speeches are short: a scene of them is one document.
-    scenes = lambda speeches: ["\n\n".join(speeches[i : i + 20]) for i in range(0, len(speeches), 20)]
+    scenes = lambda speeches: [
+        "\n\n".join(speeches[i : i + 20]) for i in range(0, len(speeches), 20)
+    ]
     train, held_out = (part[0] + scenes(part[1]) for part in (train, held_out))
     np.random.default_rng(SEED).shuffle(train)
 
@@ -80,7 +82,9 @@ def main(_):
     module = gpt2.GPT2(CONFIG)
     params = jax.jit(module.init)(jax.random.key(SEED), jnp.zeros((1, 1), jnp.int32))["params"]
     n_params = sum(x.size for x in jax.tree.leaves(params))
-    schedule = optax.warmup_cosine_decay_schedule(0, LEARNING_RATE, WARMUP, STEPS, 0.05 * LEARNING_RATE)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0, LEARNING_RATE, WARMUP, STEPS, 0.05 * LEARNING_RATE
+    )
     decay = jax.tree.map(lambda x: x.ndim > 1, params)
     optimizer = optax.chain(
         optax.clip_by_global_norm(CLIP),
@@ -103,14 +107,20 @@ def main(_):
         (params, opt_state), losses = jax.lax.scan(step, (params, opt_state), batches)
         return params, opt_state, losses.mean()
 
-    evaluate = jax.jit(lambda params, rows: jax.lax.map(lambda r: loss_fn(params, r[None]), rows).mean())
+    evaluate = jax.jit(
+        lambda params, rows: jax.lax.map(lambda r: loss_fn(params, r[None]), rows).mean()
+    )
 
     # ------------------------------------------------------------------------------------------ baselines
     counts = Counter(train.tolist())
     total = len(train) + CONFIG.vocab_size  # add-one smoothing
-    unigram = -np.mean([math.log((counts[t] + 1) / total) for t in held_out[:, 1:].ravel().tolist()])
+    unigram = -np.mean(
+        [math.log((counts[t] + 1) / total) for t in held_out[:, 1:].ravel().tolist()]
+    )
     at_random = float(evaluate(params, held_out))
-    print(f"{n_params:,} parameters; held-out nats/token: unigram {unigram:.4f}, random {at_random:.4f}")
+    print(
+        f"{n_params:,} parameters; held-out nats/token: unigram {unigram:.4f}, random {at_random:.4f}"
+    )
 
     # ---------------------------------------------------------------------------------------------- train
     rng = np.random.default_rng(SEED)
@@ -122,7 +132,10 @@ def main(_):
         if step % 200 == 0:
             curve.append((step, float(loss), float(evaluate(params, held_out))))
             left = (time.time() - begin) / step * (STEPS - step)
-            print(f"step {step:5d}  train {loss:.4f}  held out {curve[-1][2]:.4f}  {left:5.0f} s left", flush=True)
+            print(
+                f"step {step:5d}  train {loss:.4f}  held out {curve[-1][2]:.4f}  {left:5.0f} s left",
+                flush=True,
+            )
         if FLAGS.checkpoints and step in (200, 600, 1200, 2400, STEPS):
             _save(Path(FLAGS.checkpoints) / f"step{step}", params, tokenizer)
 

@@ -190,7 +190,8 @@ def axes(run: Run, table: pd.DataFrame) -> Axes:
 
     Fields that only follow from others (tied axes) are no axes of their own.
     """
-    sweep = [name for name in run.config.get("config", {}).get("sweep") or {} if name != "zip"]
+    swept = run.config.get("config", {}).get("sweep") or {}
+    sweep = [name for name, values in swept.items() if values and name != "zip"]
     order = [name for name in (*sweep, *AXES) if name in table.columns and name != "seed"]
     if any(name not in table.columns for name in sweep):
         order.append("setting")  # an axis that members.jsonl does not list by itself

@@ -4,9 +4,6 @@ Weights are read leaf by leaf, so the peak memory is the tree itself and one lea
 are opened: a pickled `.bin` can run code and is refused.
 """
 
-import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,19 +11,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lorax.files import atomically, read_json, write_json
+
 # {our path: (their name with "{}" for the layer, columns of a fused tensor, transposed)}
 Names = dict[str, tuple[str, slice | None, bool]]
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises ValueError that names the file where it is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object is expected, not a {type(value).__name__}")
-    return value
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -46,7 +34,7 @@ def weight_files(directory: Path) -> list[Path]:
     if list(directory.glob("*.bin")):
         raise FileNotFoundError(
             f"{directory}: only pickled weights (*.bin), which can run code when opened. Convert: "
-            f"python -c \"from transformers import AutoModelForCausalLM as M; "
+            f'python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{directory}').save_pretrained('{directory}')\""
         )
     raise FileNotFoundError(f"{directory}: no model.safetensors")
@@ -107,21 +95,6 @@ def write(directory: Path, config: dict, names: Names, params: dict) -> None:
         name: np.ascontiguousarray(np.concatenate([parts[i] for i in sorted(parts)], axis=-1))
         for name, parts in tensors.items()
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    atomically(
-        directory / "model.safetensors", lambda tmp: save_file(joined, tmp, metadata={"format": "pt"})
-    )
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    atomically(directory / "config.json", lambda tmp: tmp.write_text(text, encoding="utf-8"))
-
-
-def atomically(path: Path, write_to: Callable[[Path], object]) -> None:
-    """Call `write_to(temporary path)`, flush it to disk, and only then give it its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write_to(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    weights = lambda temporary: save_file(joined, temporary, metadata={"format": "pt"})
+    atomically(directory / "model.safetensors", weights)
+    write_json(directory / "config.json", config)

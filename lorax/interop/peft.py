@@ -25,7 +25,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lorax.interop import write_atomic
+from lorax.files import write_bytes
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -160,9 +160,9 @@ def save(
         "lorax": json.dumps({"model_type": model_type, "factors": inverse}),
     }
     directory = pathlib.Path(directory)
-    write_atomic(directory / WEIGHTS, safetensors.numpy.save(tensors, metadata))
+    write_bytes(directory / WEIGHTS, safetensors.numpy.save(tensors, metadata))
     text = json.dumps(config, indent=2, sort_keys=True)
-    write_atomic(directory / CONFIG, text.encode())
+    write_bytes(directory / CONFIG, text.encode())
     return directory
 
 

@@ -11,6 +11,7 @@ A method is three pure functions and a formula:
 a file beside `lora.py` with such a function and enter it in `METHODS`.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -64,6 +65,13 @@ def method(name: str, **hp) -> Method:
         raise ValueError(
             f"method.name: {name!r} is not one of {', '.join(METHODS)}{nearest(name, METHODS)}"
         )
+    known = inspect.signature(METHODS[name]).parameters
+    for field in hp:
+        if field not in known:
+            raise ValueError(
+                f"method.{field}: {name} has no such hyperparameter, only {', '.join(known)}"
+                f"{nearest(field, known)}"
+            )
     return METHODS[name](**hp)
 
 
@@ -145,7 +153,8 @@ def active_layers(layers: tuple[int, ...] | None, targets: Mapping, shapes: Mapp
 
     stacked = {path: shapes[path][: site.stack] for path, site in targets.items()}
     depth = max(
-        [s[0] for s in stacked.values() if s] + [_layer(p) + 1 for p, s in stacked.items() if not s],
+        [s[0] for s in stacked.values() if s]
+        + [_layer(p) + 1 for p, s in stacked.items() if not s],
         default=0,
     )
     if layers is not None:

@@ -55,6 +55,7 @@ def lora(
     layers: indices of the layers to adapt, None for all. dropout: rate in [0, 1) on the input of a.
     Raises ValueError for a value out of range.
     """
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
     if rank < 1:
         raise ValueError(f"method.rank: {rank} given, must be at least 1")
     if not 0 <= dropout < 1:
@@ -114,7 +115,7 @@ def lora(
             total += int(active.sum()) * rank * (n_in + n_out)
         return total
 
-    hp = dict(rank=rank, alpha=alpha, scaling=scaling, init=init, targets=tuple(targets))
+    hp = dict(rank=rank, alpha=alpha, scaling=scaling, init=init, targets=targets)
     hp |= dict(layers=layers, dropout=dropout)
     return methods.Method("lora", hp | {"scale": scale}, start, bind, delta, count)
 

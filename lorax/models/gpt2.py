@@ -82,7 +82,9 @@ class GPT2(nn.Module):
 
     def setup(self):
         c = self.config
-        embed = functools.partial(nn.Embed, features=c.n_embd, dtype=c.dtype, embedding_init=_normal)
+        embed = functools.partial(
+            nn.Embed, features=c.n_embd, dtype=c.dtype, embedding_init=_normal
+        )
         block = nn.remat(Block, prevent_cse=False) if c.remat else Block
         self.wte = embed(c.vocab_size)
         self.wpe = embed(c.n_positions)
@@ -95,7 +97,9 @@ class GPT2(nn.Module):
         )(c)
         self.ln_f = LayerNorm(c.layer_norm_epsilon)
         if not c.tie_word_embeddings:
-            self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=c.dtype, kernel_init=_normal)
+            self.lm_head = nn.Dense(
+                c.vocab_size, use_bias=False, dtype=c.dtype, kernel_init=_normal
+            )
 
     def __call__(self, tokens):
         return self.logits(self.hidden(tokens))
@@ -119,7 +123,9 @@ _normal = nn.initializers.normal(0.02)
 
 # ------------------------------------------------------------------------------- Hugging Face layout
 
-_HF_FIELDS = [f.name for f in dataclasses.fields(Config) if f.name not in ("dtype", "remat", "unroll")]
+_HF_FIELDS = [
+    f.name for f in dataclasses.fields(Config) if f.name not in ("dtype", "remat", "unroll")
+]
 
 
 def config_from_hf(hf: dict, **run) -> Config:
@@ -165,7 +171,11 @@ def hf_tensors(config: Config) -> dict[str, tuple[str, slice | None, bool]]:
             columns = slice(i * d, (i + 1) * d)
             fused = f"transformer.h.{{}}.attn.c_attn.{theirs}"
             names[f"h/attn/{part}/{ours}"] = (fused, columns, False)
-        for layer, module in (("attn/o", "attn.c_proj"), ("mlp/up", "mlp.c_fc"), ("mlp/down", "mlp.c_proj")):
+        for layer, module in (
+            ("attn/o", "attn.c_proj"),
+            ("mlp/up", "mlp.c_fc"),
+            ("mlp/down", "mlp.c_proj"),
+        ):
             names[f"h/{layer}/{ours}"] = (f"transformer.h.{{}}.{module}.{theirs}", None, False)
     return names
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from lorax import ops, tree
 from lorax.errors import nearest
+from lorax.files import atomically, read_json
 from lorax.interop import hf
 from lorax.models import gpt2
 
@@ -52,7 +53,7 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
     """
     random = name.startswith("random:")
     directory = find(name.removeprefix("random:"), weights=not random)
-    raw = hf.read_json(directory / "config.json")
+    raw = read_json(directory / "config.json")
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"base: {name} is a {family!r} model; supported: {', '.join(FAMILIES)}")
@@ -81,7 +82,7 @@ def save(directory: str | Path, base: Base) -> None:
     flat = tree.flatten(base.params)
     hf.write(Path(directory), source.hf_config(base.config), source.hf_tensors(base.config), flat)
     if base.tokenizer is not None:
-        hf.atomically(Path(directory) / "tokenizer.json", lambda tmp: base.tokenizer.save(str(tmp)))
+        atomically(Path(directory) / "tokenizer.json", lambda tmp: base.tokenizer.save(str(tmp)))
 
 
 def kernels(base: Base) -> dict[str, np.ndarray]:
@@ -124,7 +125,9 @@ def find(name: str, weights: bool = True) -> Path:
 
 
 def _from_hub(name: str, weights: bool, shipped: list[str]) -> Path:
-    from huggingface_hub import snapshot_download  # a second of imports that local models don't need
+    from huggingface_hub import (
+        snapshot_download,
+    )  # a second of imports that local models don't need
 
     files = ["config.json", "tokenizer.json"] + ["*.safetensors*"] * weights
     try:

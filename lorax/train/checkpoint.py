@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from lorax.interop.hf import atomically, read_json
+from lorax.files import read_json, write_json
 
 KEEP = 2
 MANIFEST = "manifest.json"
@@ -29,8 +29,7 @@ def save(directory: Path, step: int, state, meta: dict) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(partial.absolute() / "state", jax.device_get(state))
     manifest = {"step": step, "meta": meta, "sha256": _hashes(partial)}
-    text = json.dumps(manifest, indent=1, sort_keys=True)
-    atomically(partial / MANIFEST, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+    write_json(partial / MANIFEST, manifest | {"seal": _seal(manifest)})
     target = directory / str(step)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
@@ -67,10 +66,12 @@ def _fault(path: Path) -> str | None:
     if not (path / MANIFEST).exists():
         return f"no {MANIFEST}"
     try:
-        expected = read_json(path / MANIFEST)["sha256"]
-    except (ValueError, KeyError):
+        manifest = read_json(path / MANIFEST)
+    except ValueError:
         return f"{MANIFEST} is damaged"
-    found = _hashes(path)
+    if manifest.pop("seal", None) != _seal(manifest):
+        return f"{MANIFEST} has changed"
+    expected, found = manifest["sha256"], _hashes(path)
     found.pop(MANIFEST, None)
     for name in expected:
         if name not in found:
@@ -78,6 +79,10 @@ def _fault(path: Path) -> str | None:
         if found[name] != expected[name]:
             return f"{name} has changed"
     return None
+
+
+def _seal(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _hashes(path: Path) -> dict[str, str]:

@@ -15,7 +15,6 @@ import numpy as np
 from lorax import tasks, tree
 from lorax.config import Member, group_key
 from lorax.interop import peft
-from lorax.interop.hf import atomically
 from lorax.models import Base, load
 from lorax.models.load import layer_names
 from lorax.train import checkpoint, sweep
@@ -65,11 +64,17 @@ def prepare(members: list[Member], say: Callable[[str], None]) -> list[Group]:
         key = json.dumps([settings, c.base, c.train.seq_len, c.eval.examples], sort_keys=True)
         if key not in task_cache:
             if base.tokenizer is None:
-                raise ValueError(f"base: {c.base} has no tokenizer.json, which task {c.task.name} needs")
+                raise ValueError(
+                    f"base: {c.base} has no tokenizer.json, which task {c.task.name} needs"
+                )
             most = getattr(base.config, "n_positions", math.inf)
             if c.train.seq_len > most:
-                raise ValueError(f"train.seq_len: {c.train.seq_len} given, {c.base} has {most} positions")
-            task_cache[key] = tasks.build(settings, base.tokenizer, c.train.seq_len, c.eval.examples)
+                raise ValueError(
+                    f"train.seq_len: {c.train.seq_len} given, {c.base} has {most} positions"
+                )
+            task_cache[key] = tasks.build(
+                settings, base.tokenizer, c.train.seq_len, c.eval.examples
+            )
             say(f"task {task_cache[key].note}")
         groups.append(Group(index, base, task_cache[key], sweep.stack(part, built, base)))
     return groups
@@ -81,7 +86,12 @@ def describe(group: Group) -> list[dict]:
     for member, method in zip(group.stack.members, group.stack.methods, strict=True):
         c, hp = member.config, method.hp
         rows.append(
-            {"member": member.index, "group": group.index, "name": member.name, "method": method.name}
+            {
+                "member": member.index,
+                "group": group.index,
+                "name": member.name,
+                "method": method.name,
+            }
             | hp
             | {"base": c.base, "lr": c.train.lr, "weight_decay": c.train.weight_decay}
             | {"steps": c.train.steps, "seed": c.seed, "n_train": c.task.n_train}
@@ -170,7 +180,9 @@ def _train_chunk(
             lines += _lines(chunk, step, "eval", loss=losses)
         now = np.asarray(state.diverged_at)[:m]
         for i in np.flatnonzero((now >= 0) & (diverged < 0)):
-            terminal.say(f"member {chunk.members[i].name} diverged at step {now[i]}; it stays there")
+            terminal.say(
+                f"member {chunk.members[i].name} diverged at step {now[i]}; it stays there"
+            )
         diverged = now
         seconds += time.monotonic() - began
         offset = _append(metrics, lines)
@@ -260,15 +272,3 @@ def _cut(path: Path, length: int) -> None:
     """Shorten a file to `length` bytes: what came after the checkpoint is done again."""
     with open(path, "ab") as file:
         file.truncate(length)
-
-
-def write_json(path: Path, value) -> None:
-    """Write JSON atomically, with a line break at the end."""
-    text = json.dumps(value, indent=1) + "\n"
-    atomically(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
-
-
-def write_lines(path: Path, rows: list[dict]) -> None:
-    """Write JSON lines atomically."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    atomically(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))

@@ -167,10 +167,11 @@ def train_step(program: Program, params, constants, hyper: Hyper, state: MemberS
         (total, weight, grads), _ = jax.lax.scan(add, zero, (jnp.arange(parts), batch))
     weight = jnp.maximum(weight, 1.0)
     grads = jax.tree.map(lambda g: g / weight, grads)
-    value, norm = total / weight, optax.global_norm(grads)
+    value, norm = total / weight, optax.tree.norm(grads)
 
     optimizer = optim.optimizer(program.train, hyper.lr, hyper.weight_decay)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
 
     due = (state.diverged_at < 0) & (state.step < program.train.steps)

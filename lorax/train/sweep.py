@@ -222,7 +222,9 @@ def _pmapped(f, devices, in_axes, donate=()):
     mapped = jax.pmap(f, in_axes=in_axes, devices=devices, donate_argnums=donate)
     split = lambda tree: jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), tree)
     join = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
-    parts = lambda args: [split(a) if axis == 0 else a for a, axis in zip(args, in_axes, strict=True)]
+    parts = lambda args: [
+        split(a) if axis == 0 else a for a, axis in zip(args, in_axes, strict=True)
+    ]
     return lambda *args: join(mapped(*parts(args)))
 
 

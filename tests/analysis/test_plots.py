@@ -4,8 +4,8 @@ import io
 
 import numpy as np
 import pytest
-from synthetic import BASE_LOSS, make_run
 from matplotlib.figure import Figure
+from synthetic import BASE_LOSS, make_run
 
 from lorax.analysis import plots, runs
 

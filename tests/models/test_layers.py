@@ -1,0 +1,120 @@
+"""Layers with a backward pass of their own, against the formula and what autodiff makes of it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from lorax.models import layers
+
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def normal(seed, *shape, scale=1.0):
+    return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def assert_same_with_gradients(f, formula, *args, rtol=1e-5, atol=1e-5):
+    """Value and gradients with respect to every argument, for a random cotangent."""
+
+    @functools.partial(jit, static_argnums=0)
+    def run(f, *args):
+        out, pull = jax.vjp(f, *args)
+        return out, *pull(normal(9, *out.shape).astype(out.dtype))
+
+    for i, (got, want) in enumerate(zip(run(f, *args), run(formula, *args), strict=True)):
+        assert got.shape == want.shape and got.dtype == want.dtype
+        got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+        message = f"gradient of argument {i - 1}" if i else "value"
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=atol, err_msg=message)
+
+
+def attention(q, k, v, scale):
+    """softmax(scale q k^T + mask) v, position by position: query t sees keys up to t + S - T."""
+    t, s = q.shape[1], k.shape[1]
+    rows = []
+    for i in range(t):
+        seen = slice(0, i + 1 + s - t)
+        scores = scale * jnp.einsum("bhd,bshd->bhs", q[:, i], k[:, seen])
+        rows.append(jnp.einsum("bhs,bshd->bhd", jax.nn.softmax(scores), v[:, seen]))
+    return jnp.stack(rows, axis=1)
+
+
+@pytest.mark.parametrize(("t", "s", "scale"), [(5, 5, 0.5), (1, 1, 0.5), (2, 5, 0.5), (4, 5, 3.0)])
+def test_causal_attention(t, s, scale):
+    q, k, v = normal(0, 2, t, 3, 4), normal(1, 2, s, 3, 4), normal(2, 2, s, 3, 4)
+    ours = lambda q, k, v: layers.causal_attention(q, k, v, scale)
+    assert_same_with_gradients(ours, lambda q, k, v: attention(q, k, v, scale), q, k, v)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_causal_attention_stands_large_scores_and_keeps_the_softmax_in_float32(dtype):
+    q, k, v = (normal(i, 1, 4, 1, 8, scale=s).astype(dtype) for i, s in enumerate((30, 30, 1)))
+
+    def run(attend, *qkv):
+        out, pull = jax.vjp(lambda *qkv: attend(*qkv, 0.1), *qkv)
+        return out, pull(jnp.ones_like(out))
+
+    out, grads = jit(functools.partial(run, layers.causal_attention))(q, k, v)
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    exact, _ = jit(functools.partial(run, attention))(*wide)
+    assert {x.dtype for x in (out, *grads)} == {q.dtype}
+    assert all(np.isfinite(np.float32(g)).all() for g in grads)
+    tolerance = 1e-5 if dtype == "float32" else 0.02
+    np.testing.assert_allclose(np.float32(out), exact, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
+@pytest.mark.parametrize("epsilon", [1e-5, 0.1])
+def test_layer_norm(shape, epsilon):
+    def formula(x, scale, bias):
+        wide = lambda p: jnp.broadcast_to(p, x.shape)
+        mean = jnp.mean(x, -1, keepdims=True)
+        variance = jnp.mean((x - mean) ** 2, -1, keepdims=True)
+        return (x - mean) / jnp.sqrt(variance + epsilon) * wide(scale) + wide(bias)
+
+    args = normal(0, *shape, scale=3) + 1, normal(1, 7), normal(2, 7)
+    assert_same_with_gradients(lambda *a: layers.layer_norm(*a, epsilon), formula, *args, atol=3e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layer_norm_module_has_the_parameters_and_values_of_flax(dtype):
+    x, params = normal(0, 3, 7).astype(dtype), {"scale": normal(1, 7), "bias": normal(2, 7)}
+    ours, theirs = layers.LayerNorm(1e-3), nn.LayerNorm(1e-3, dtype="float32")
+    wide = x.astype(jnp.float32)
+    assert jax.eval_shape(ours.init, jax.random.key(0), x) == jax.eval_shape(
+        theirs.init, jax.random.key(0), wide
+    )
+    out = jit(ours.apply)({"params": params}, x)
+    expected = jit(theirs.apply)({"params": params}, wide).astype(dtype)
+    assert out.dtype == x.dtype
+    np.testing.assert_allclose(np.float32(out), np.float32(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_gelu_tanh():
+    plain = lambda x: jax.nn.gelu(x, approximate=True)
+    x = jnp.concatenate([jnp.linspace(-6, 6, 241), jnp.array([-100.0, 0.0, 100.0])])
+    assert_same_with_gradients(layers.gelu_tanh, plain, x, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "at_one"),
+    [
+        ("gelu_new", 0.841192),
+        ("gelu_pytorch_tanh", 0.841192),
+        ("gelu", 0.841345),
+        ("relu", 1.0),
+        ("silu", 0.731059),
+    ],
+)
+def test_activations_by_hugging_faces_names(name, at_one):
+    f = layers.ACTIVATIONS[name]
+    np.testing.assert_allclose(f(jnp.array([1.0, 0.0])), [at_one, 0], rtol=0, atol=1e-6)
+
+
+def test_every_activation_is_tested():
+    (mark,) = test_activations_by_hugging_faces_names.pytestmark
+    assert {name for name, _ in mark.args[1]} == set(layers.ACTIVATIONS)

@@ -1,0 +1,228 @@
+"""Names, directories and what is wrong with them."""
+
+import hashlib
+import importlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+import lorax
+from lorax import models, tree
+from lorax.models import gpt2
+
+CONFIG = dict(vocab_size=20, n_positions=6, n_embd=8, n_layer=3, n_head=2)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random model with a tokenizer."""
+    directory = tmp_path_factory.mktemp("architecture")
+    fields = gpt2.hf_config(gpt2.Config(**CONFIG))
+    (directory / "config.json").write_text(json.dumps(fields))
+    Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(directory / "tokenizer.json"))
+    return lorax.load(f"random:{directory}")
+
+
+@pytest.fixture
+def directory(base, tmp_path):
+    """A sound model directory, to be damaged."""
+    models.save(tmp_path, base)
+    return tmp_path
+
+
+def edit_config(directory, **fields):
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def edit_tensors(directory, **tensors):
+    """Replace tensors, or remove those that are None."""
+    file = directory / "model.safetensors"
+    have = safetensors.numpy.load_file(file) | {k.replace("__", "."): v for k, v in tensors.items()}
+    safetensors.numpy.save_file({k: v for k, v in have.items() if v is not None}, file)
+
+
+def shard(directory):
+    """Two shards and their index, as transformers writes them."""
+    have = safetensors.numpy.load_file(directory / "model.safetensors")
+    names = sorted(have)
+    where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(where.values()):
+        part = {name: have[name] for name in names if where[name] == file}
+        safetensors.numpy.save_file(part, directory / file)
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+# -------------------------------------------------------------------------------------- what loads
+
+
+def test_random_draws_the_architecture_from_its_config_alone(base):
+    again = lorax.load(base.name)
+    assert base.sha256 == "random" and base.family == "gpt2"
+    assert base.config == gpt2.Config(**CONFIG)
+    kernel = np.asarray(base.params["h"]["mlp"]["up"]["kernel"])
+    assert kernel.shape == (3, 8, 32)
+    np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.1)
+    jax.tree.map(np.testing.assert_array_equal, again.params, base.params)
+
+
+def test_load_is_the_inverse_of_save(base, directory):
+    back = lorax.load(str(directory))
+    jax.tree.map(np.testing.assert_array_equal, back.params, base.params)
+    assert back.config == base.config and back.sites == base.sites
+    assert back.tokenizer.encode("b").ids == [1]
+    weights = (directory / "model.safetensors").read_bytes()
+    assert back.sha256 == hashlib.sha256(weights).hexdigest()
+
+
+def test_a_model_without_a_tokenizer_loads(directory):
+    (directory / "tokenizer.json").unlink()
+    assert lorax.load(str(directory)).tokenizer is None
+
+
+def test_how_to_run_a_model_is_a_matter_of_load(directory):
+    half = lorax.load(str(directory), "bfloat16", jnp.bfloat16, remat=True, unroll=3)
+    assert (half.config.dtype, half.config.remat, half.config.unroll) == ("bfloat16", True, 3)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("bfloat16")}
+
+
+def test_a_shipped_name_is_a_folder_of_the_assets(directory, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("lorax.models.load"), "ASSETS", directory.parent)
+    assert lorax.load(directory.name).config == gpt2.Config(**CONFIG)
+    with pytest.raises(FileNotFoundError, match=f"did you mean '{directory.name}'"):
+        lorax.load(directory.name + "x")
+
+
+def test_shards_load_as_the_whole(base, directory):
+    shard(directory)
+    jax.tree.map(np.testing.assert_array_equal, lorax.load(str(directory)).params, base.params)
+
+
+def test_kernels_take_stacked_layers_apart(base):
+    kernels, flat = models.kernels(base), tree.flatten(base.params)
+    words = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/up", "mlp/down")
+    names = {f"h/{layer}/{word}" for layer in range(3) for word in words}
+    assert set(kernels) == names | {"wte", "wpe"}
+    np.testing.assert_array_equal(kernels["h/2/mlp/up"], flat["h/mlp/up/kernel"][2])
+    np.testing.assert_array_equal(kernels["wte"], flat["wte/embedding"])
+    assert {kernel.dtype for kernel in kernels.values()} == {np.dtype("float32")}
+
+
+# ----------------------------------------------------------------------------------- what does not
+
+
+def damage_bytes(content):
+    return lambda directory: (directory / "model.safetensors").write_bytes(content)
+
+
+def truncate(directory):
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def only_pickles(directory):
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def lose_a_shard(directory):
+    shard(directory)
+    (directory / "model-00002-of-00002.safetensors").unlink()
+
+
+def index_without_map(directory):
+    (directory / "model.safetensors.index.json").write_text("{}")
+
+
+WRONG_SHAPE = np.zeros((8, 25), np.float32)
+DAMAGE = {
+    "no config": (
+        lambda d: (d / "config.json").unlink(),
+        (FileNotFoundError, "is a directory without config.json"),
+    ),
+    "config not JSON": (
+        lambda d: (d / "config.json").write_text("{"),
+        (ValueError, "config.json: not JSON"),
+    ),
+    "config no object": (
+        lambda d: (d / "config.json").write_text("[]"),
+        (ValueError, "config.json: a JSON object is expected, not a list"),
+    ),
+    "family": (
+        lambda d: edit_config(d, model_type="mamba"),
+        (ValueError, "is a 'mamba' model; supported: gpt2"),
+    ),
+    "option": (
+        lambda d: edit_config(d, scale_attn_by_inverse_layer_idx=True),
+        (ValueError, "scale_attn_by_inverse_layer_idx=true is not supported"),
+    ),
+    "no weights": (
+        lambda d: (d / "model.safetensors").unlink(),
+        (FileNotFoundError, "no model.safetensors"),
+    ),
+    "pickles": (
+        only_pickles,
+        (FileNotFoundError, "only pickled weights.*Convert: .*save_pretrained"),
+    ),
+    "empty": (
+        damage_bytes(b""),
+        (ValueError, "model.safetensors: not a readable safetensors file"),
+    ),
+    "garbage": (
+        damage_bytes(b"\x80\x02pickle" * 9),
+        (ValueError, "not a readable safetensors file"),
+    ),
+    "truncated": (truncate, (ValueError, "model.safetensors: not a readable safetensors file")),
+    "shard": (lose_a_shard, (FileNotFoundError, "shards .*model-00002-of-00002.*are missing")),
+    "index": (index_without_map, (ValueError, "model.safetensors.index.json: no 'weight_map'")),
+    "shape": (
+        lambda d: edit_tensors(d, transformer__h__1__attn__c_attn__weight=WRONG_SHAPE),
+        (ValueError, r"h.1.attn.c_attn.weight has shape \(8, 25\), config.json says \(8, 24\)"),
+    ),
+    "rank of shape": (
+        lambda d: edit_tensors(d, transformer__ln_f__weight=np.zeros((), np.float32)),
+        (ValueError, r"ln_f.weight has shape \(\), config.json says \(8,\)"),
+    ),
+    "tensor": (
+        lambda d: edit_tensors(d, transformer__h__2__mlp__c_fc__bias=None),
+        (ValueError, "no tensor 'transformer.h.2.mlp.c_fc.bias'"),
+    ),
+    "head": (
+        lambda d: edit_config(d, tie_word_embeddings=False),
+        (ValueError, "no tensor 'lm_head.weight'"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_directory_is_one_clear_error(directory, name):
+    damage, (kind, message) = DAMAGE[name]
+    damage(directory)
+    with pytest.raises(kind, match=message) as caught:
+        lorax.load(str(directory))
+    assert directory.name in str(caught.value) or name == "option"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "nobody/nothing",
+            r"neither shipped .*Download https://huggingface.co/nobody/nothing .*safe",
+        ),
+        ("gpt2-nothing", "https://huggingface.co/gpt2-nothing"),
+        ("random:nobody/nothing", "https://huggingface.co/nobody/nothing"),
+        ("/no/such/folder", "no directory /no/such/folder"),
+        ("./nothing", "no directory ./nothing"),
+        ("a/b/c", "no directory a/b/c"),
+    ],
+)
+def test_a_name_that_leads_nowhere_says_what_to_do(name, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        lorax.load(name)

@@ -1,0 +1,230 @@
+"""The main job from the outside: `python -m lorax.run` as a person starts, kills and repeats it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lorax
+from lorax.analysis import runs
+
+ROOT = Path(__file__).parents[1]
+CONFIG = "configs/gpt2_rank_sweep.py"
+SMALL = (
+    '--config.sweep.rank=(1,3)',
+    "--config.sweep.lr=(2e-3,1e30)",
+    "--config.sweep.seed=(0,)",
+    "--config.train.steps=12",
+    "--config.train.batch_size=4",
+    "--config.train.warmup=0",
+    "--config.eval.every=2",
+    "--config.eval.examples=8",
+    "--config.task.n_train=64",
+)  # fmt: skip
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "lorax.run", *arguments]
+
+
+def environment():
+    # The tests' eight devices are not what a person has.
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONUNBUFFERED": "1"}
+
+
+def run(*arguments, cwd=ROOT):
+    return subprocess.run(
+        command(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    done = run(f"--config={CONFIG}", f"--workdir={workdir}", *SMALL)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_the_run_directory_is_the_designs(finished):
+    workdir, done = finished
+    for name in ("config.json", "members.jsonl", "metrics.jsonl", "status.json", "report.html"):
+        assert (workdir / name).stat().st_size, name
+    assert sorted(p.name for p in (workdir / "adapters").iterdir()) == ["0", "1", "2", "3"]
+    assert {p.name for p in (workdir / "adapters/0").iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    }
+    assert list((workdir / "figures").glob("*.png")) and list((workdir / "analysis").glob("*.csv"))
+    assert list((workdir / "tb").rglob("events.out.tfevents.*"))
+    assert sorted(p.name for p in (workdir / "checkpoints/0-0").iterdir()) == ["10", "12"]
+    loaded = runs.load(workdir)
+    assert loaded.status["state"] == "finished"
+    assert set(loaded.config["versions"]) >= {"jax", "flax", "optax"}
+    assert re.fullmatch("[0-9a-f]{64}", loaded.config["base_sha256"])
+    assert "report.html" in done.stdout and "4 members" in done.stdout.splitlines()[0]
+
+
+def test_metrics_are_sound(finished):
+    loaded = runs.load(finished[0])
+    evals = loaded.metrics.query("split == 'eval'")
+    assert evals.groupby("member").size().tolist() == [7] * 4
+    at_start = evals.query("step == 0")["loss"]
+    assert at_start.nunique() == 1  # an adapter starts as its base
+    last = evals.query("step == 12").set_index("member")["loss"]
+    names = loaded.members.set_index("name")["member"]
+    assert last[names["rank=1,lr=0.002,seed=0"]] < at_start.iloc[0]
+
+
+def test_a_diverged_member_is_recorded_and_the_others_finish(finished):
+    workdir, done = finished
+    status = json.loads((workdir / "status.json").read_text())["members"]
+    states = {name["name"]: status[str(name["member"])] for name in members(workdir)}
+    for name, state in states.items():
+        diverged = "1e+30" in name
+        assert state["status"] == ("diverged" if diverged else "finished"), name
+        assert (state["diverged_at"] is not None) == diverged
+    assert "diverged at step" in done.stdout
+    assert "iverged" in (workdir / "report.html").read_text()
+
+
+def members(workdir):
+    return [json.loads(line) for line in (workdir / "members.jsonl").read_text().splitlines()]
+
+
+def test_trainable_parameters_equal_the_formula(finished):
+    for row in members(finished[0]):
+        assert row["trainable_params"] == 4 * 2 * row["rank"] * (128 + 128)
+        factors = runs.load(finished[0]).adapter(row["member"])
+        assert len(factors) == 8
+        assert sum(f.a.size + f.b.size for f in factors.values()) == row["trainable_params"]
+
+
+def test_a_finished_run_says_so_and_is_left_alone(finished):
+    workdir, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    again = run(f"--config={CONFIG}", f"--workdir={workdir}", *SMALL)
+    assert again.returncode == 0 and "is finished" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
+
+
+def result(workdir):
+    adapters = {p.relative_to(workdir): p.read_bytes() for p in workdir.glob("adapters/*/*")}
+    return adapters, (workdir / "metrics.jsonl").read_bytes()
+
+
+def kill_when(workdir, ready, arguments):
+    """Start the run and kill it (SIGKILL) as soon as ready(workdir)."""
+    with subprocess.Popen(
+        command(*arguments),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        limit = time.monotonic() + 200
+        while process.poll() is None and not ready(workdir) and time.monotonic() < limit:
+            time.sleep(0.005)
+        assert process.poll() is None, process.stdout.read().decode()
+        process.send_signal(signal.SIGKILL)
+
+
+def test_killed_and_damaged_and_continued_is_bit_identical(finished, tmp_path):
+    workdir = tmp_path / "killed"
+    arguments = (f"--config={CONFIG}", f"--workdir={workdir}", *SMALL)
+    exists = lambda step: lambda d: (d / "checkpoints/0-0" / str(step)).exists()
+    kill_when(workdir, lambda d: (d / "members.jsonl").exists(), arguments)  # nothing trained
+    kill_when(workdir, exists(2), arguments)  # just after a checkpoint
+    partial = lambda d: any((d / "checkpoints/0-0").glob(".*.partial"))
+    kill_when(workdir, lambda d: exists(6)(d) and partial(d), arguments)  # within one
+    newest = max((workdir / "checkpoints/0-0").glob("[0-9]*"), key=lambda p: int(p.name))
+    victim = next(p for p in sorted(newest.rglob("d/*")) if p.is_file())
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with open(workdir / "metrics.jsonl", "ab") as file:
+        file.write(b'{"member": 0, "step": 99')  # a torn line
+    last = run(*arguments)
+    assert last.returncode == 0, last.stderr
+    assert f"checkpoint {newest} is not whole" in last.stdout and "continues at step" in last.stdout
+    assert result(workdir) == result(finished[0])
+
+
+def test_another_config_in_the_same_workdir_is_refused(finished):
+    other = run(f"--config={CONFIG}", f"--workdir={finished[0]}", *SMALL, "--config.train.steps=14")
+    assert (
+        other.returncode == 2
+        and "train.steps" in other.stderr
+        and len(other.stderr.splitlines()) == 1
+    )
+
+
+MISTAKES = {
+    "key": (["--config.train.stepz=5"], "stepz"),
+    "type": (["--config.train.steps=many"], "train.steps"),
+    "axis type": (["--config.sweep.rank=('a',)"], "sweep.rank"),
+    "rank": (["--config.sweep.rank=(1,500)"], "at most 128"),
+    "target": (["--config.method.targets=('qq',)"], "'qq' matches nothing"),
+    "scaling": (["--config.method.scaling=rslorra"], "rslora"),
+    "base": (["--config.base=gpt2-nanoo"], "did you mean 'gpt2-nano'"),
+    "task": (["--config.task.name=restaurant"], "restaurants"),
+    "path": (["--config.task.name=e2e", "--config.task.path=/no/such.zip"], "task.path"),
+    "seq_len": (["--config.train.seq_len=1024"], "256 positions"),
+    "flag": (["--confg.train.steps=5"], "confg"),
+    "argument": (["train.steps=5"], "unexpected argument"),
+    "workdir": (["--workdir=README.md"], "README.md"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_every_mistake_is_one_clear_line_and_exit_code_2(mistake, tmp_path):
+    arguments, says = MISTAKES[mistake]
+    if mistake != "workdir":
+        arguments = [*arguments, f"--workdir={tmp_path / 'run'}"]
+    done = run(f"--config={CONFIG}", *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) == 1 and says in done.stderr, done.stderr
+    assert "Traceback" not in done.stdout
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [("no/such.py", "no/such.py"), ("README.md", "README.md"), (None, "--config is missing")],
+)
+def test_a_wrong_config_file_is_one_clear_line(config, says):
+    done = run(*([f"--config={config}"] if config else []))
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_help_shows_examples():
+    done = run("--help")
+    assert done.returncode == 0 and "--config=configs/gpt2_rank_sweep.py" in done.stdout
+
+
+def test_default_workdir_depends_on_the_overrides():
+    code = "import sys; from lorax import run; print(run.read_command_line(sys.argv)[2])"
+    ask = lambda *more: subprocess.run(
+        [sys.executable, "-c", code, f"--config={CONFIG}", *more],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    plain, one, other = ask(), ask("--config.train.steps=5"), ask("--config.train.steps=6")
+    assert plain == "runs/gpt2_rank_sweep"
+    assert re.fullmatch(r"runs/gpt2_rank_sweep-[0-9a-f]{10}", one) and one != other
+    assert ask("--config.train.steps=5") == one
+
+
+def test_gpt2_nano_is_worth_adapting(finished):
+    """Its loss, unadapted, on the restaurants task beats its own architecture with random weights."""
+    base, random = lorax.load("gpt2-nano"), lorax.load("random:gpt2-nano")
+    assert lorax.tree.count(base.params) <= 1_500_000
+    size = sum(p.stat().st_size for p in (ROOT / "lorax/assets/gpt2-nano").iterdir())
+    assert size <= 6_000_000
+    for name, leaf in lorax.tree.flatten(base.params).items():
+        assert leaf.shape == lorax.tree.flatten(random.params)[name].shape
+        assert np.isfinite(leaf).all()

@@ -1,0 +1,215 @@
+import jax
+import numpy as np
+import pytest
+
+from lorax import config, tasks, tree
+from lorax.models import Base, gpt2
+from lorax.ops import sites
+from lorax.train import sweep
+
+CONFIG = gpt2.Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+
+
+@pytest.fixture(scope="module")
+def base():
+    module = gpt2.GPT2(CONFIG)
+    tokens = np.zeros((1, 4), np.int32)
+    params = jax.jit(module.init)(jax.random.key(7), tokens)["params"]
+    params = jax.tree.map(lambda x: 3 * x, params)
+    return Base(module, params, CONFIG, None, sites(module, params, tokens), "gpt2", "tiny", "")
+
+
+@pytest.fixture(scope="module")
+def task():
+    rng = np.random.default_rng(0)
+
+    def rows(n):
+        tokens = np.cumsum(rng.integers(1, 3, (n, 13)), axis=1).astype(np.int32) % 50
+        mask = np.ones((n, 13), np.float32)
+        mask[:, :4] = 0
+        return {"tokens": tokens, "mask": mask}
+
+    return tasks.Task("count", rows(64), rows(10), "")
+
+
+def settings(**sweep_axes):
+    c = config.default()
+    c.train.update(steps=7, batch_size=8, seq_len=12, warmup=0, schedule="constant", lr=5e-3)
+    c.eval.update(every=4, batch_size=4)
+    for axis, values in sweep_axes.items():
+        c.sweep[axis] = values
+    return c
+
+
+def stack_of(c, base, pick=None):
+    members = config.members(c)
+    members = members if pick is None else [members[i] for i in pick]
+    return sweep.stack(members, sweep.build_methods(members, base), base)
+
+
+def run(c, base, task, pick=None, devices=None, steps=7, k=4):
+    """Final eval losses (M,), training losses (M, steps), final trainable trees (M leading)."""
+    stacked = stack_of(c, base, pick)
+    abstract = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), t)
+    evals = sweep.eval_batches(task, 4)
+    batches = jax.tree.map(lambda x: x[0], sweep.train_batches(stacked, task, 0, k))
+    devices = devices or jax.devices()[:1]
+    train = stacked.members[0].config.train
+    programs = sweep.fit(stacked, base, train, abstract(batches), abstract(evals), devices)
+    params, losses, finals, trees = programs.place_base(base.params), [], [], []
+    for chunk in sweep.chunks(stacked, programs.layout.size):
+        place, m = programs.place, len(chunk.members)
+        constants, hyper, state = place(chunk.constants), place(chunk.hyper), place(chunk.state)
+        curve = []
+        for first in range(0, steps, k):
+            host = sweep.train_batches(chunk, task, first, k)
+            state, logs = programs.train(
+                params, constants, hyper, state, programs.place_batches(host)
+            )
+            curve.append(np.asarray(logs["loss"])[:m, : steps - first])
+        final = programs.evaluate(params, constants, state.trainable, evals)
+        finals.append(np.asarray(final)[:m])
+        losses.append(np.concatenate(curve, axis=1))
+        trees.append(jax.tree.map(lambda x: np.asarray(x)[:m], state.trainable))
+    together = jax.tree.map(lambda *x: np.concatenate(x), *trees)
+    return np.concatenate(finals), np.concatenate(losses), together, programs, state
+
+
+MIXED = dict(
+    rank=(1, 3, 4),
+    targets=(("q", "v"), ("all-linear",)),
+    seed=(0, 1),
+)
+
+
+@pytest.fixture(scope="module")
+def reference(base, task):
+    return run(settings(**MIXED), base, task)
+
+
+def test_padding_is_exactly_zero_at_the_end(base, reference):
+    trainable = reference[2]
+    flat = tree.flatten(trainable)
+    for i, member in enumerate(config.members(settings(**MIXED))):
+        rank, targets = member.point["rank"], member.point["targets"]
+        for path, leaf in flat.items():
+            adapted = targets == ("all-linear",) or path.split("/")[2] in targets
+            own = leaf[i][..., rank:] if path.endswith("/a") else leaf[i][..., rank:, :]
+            assert not own.any(), (member.name, path)
+            assert leaf[i].any() == adapted, (member.name, path)
+
+
+@pytest.mark.parametrize("index", [0, 11])
+def test_a_member_alone_equals_itself_in_the_sweep(base, task, reference, index):
+    final, losses, trainable, *_ = run(settings(**MIXED), base, task, pick=[index])
+    np.testing.assert_allclose(losses[0], reference[1][index], rtol=1e-5)
+    np.testing.assert_allclose(final[0], reference[0][index], rtol=1e-5)
+
+
+def test_members_learn_and_differ(reference):
+    final, losses = reference[:2]
+    assert (losses[:, -1] < losses[:, 0] - 0.01).all()
+    assert len(np.unique(final)) == len(final)
+
+
+@pytest.mark.parametrize("width", [1, 5])
+def test_width_changes_nothing(base, task, reference, width):
+    c = settings(**MIXED)
+    c.train.width = width
+    final, losses, *_ = run(c, base, task)
+    np.testing.assert_allclose(losses, reference[1], rtol=1e-5)
+    np.testing.assert_allclose(final, reference[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["members", "batch", "pmap"])
+def test_eight_devices_equal_one(base, task, reference, parallel):
+    c = settings(**MIXED)
+    c.train.parallel = parallel
+    final, losses, _, programs, state = run(c, base, task, devices=jax.devices())
+    assert programs.layout.mode == parallel and len(programs.layout.devices) == 8
+    np.testing.assert_allclose(losses, reference[1], rtol=1e-5)
+    np.testing.assert_allclose(final, reference[0], rtol=1e-5)
+    if parallel == "members":
+        leaf = jax.tree.leaves(state.trainable)[0]
+        assert len(leaf.sharding.device_set) == 8 and not leaf.is_fully_replicated
+
+
+def test_auto_spreads_members_and_then_batches(base):
+    one = settings().train
+    assert sweep.layout(12, one, base).mode == "members"
+    assert sweep.layout(1, one, base).mode == "batch"
+    assert sweep.layout(1, one, base, jax.devices()[:1]).mode == "none"
+    odd = settings().train.copy_and_resolve_references()
+    odd.batch_size = 6
+    assert sweep.layout(1, odd, base).mode == "none"
+    odd.parallel = "batch"
+    with pytest.raises(ValueError, match="train.parallel: 'batch' over 8 devices, .* 6 sequences"):
+        sweep.layout(1, odd, base)
+
+
+def test_too_little_memory_means_parts_and_the_same_numbers(base, task, reference):
+    c = settings(**MIXED)
+    limit = 0.7 * reference[3].bytes
+    c.train.memory_gb = limit / 1e9
+    final, losses, _, programs, _ = run(c, base, task)
+    assert programs.layout.width == 1 and programs.layout.size < 12 and programs.bytes <= limit
+    np.testing.assert_allclose(losses, reference[1], rtol=1e-5)
+    np.testing.assert_allclose(final, reference[0], rtol=1e-5)
+
+
+def test_memory_for_not_even_one_is_an_error_before_any_allocation(base, task):
+    c = settings(**MIXED)
+    c.train.memory_gb = 1e-6
+    with pytest.raises(MemoryError, match="one member needs .* set train.remat=True"):
+        run(c, base, task)
+
+
+def test_a_diverging_member_stops_and_leaves_the_others_alone(base, task):
+    calm = run(settings(rank=(2,), lr=(5e-3, 1e-3)), base, task)
+    wild = run(settings(rank=(2,), lr=(5e-3, 1e38, 1e-3)), base, task)
+    at = np.asarray(wild[4].diverged_at)
+    assert at[0] == at[2] == -1 and 1 <= at[1] <= 3
+    np.testing.assert_allclose(wild[1][[0, 2]], calm[1], rtol=1e-5)
+    for leaf in jax.tree.leaves(wild[2]):
+        assert np.isfinite(leaf).all()
+
+
+def test_optimiser_state_has_no_frozen_leaf(base):
+    stacked = stack_of(settings(**MIXED), base)
+    trained = tree.nbytes(stacked.state.trainable)
+    m = len(stacked.members)
+    # Adam's two moments; a step counter each for Adam and for the schedule.
+    assert tree.nbytes(stacked.state.opt_state) == 2 * trained + 2 * 4 * m
+
+
+def test_one_program_serves_every_call(base, task):
+    stacked = stack_of(settings(**MIXED), base)
+    assert len({config.group_key(member) for member in stacked.members}) == 1
+
+
+def test_batches_are_a_function_of_seed_and_step(base, task):
+    stacked = stack_of(settings(rank=(1, 2), seed=(3, 4)), base)
+    a = sweep.train_batches(stacked, task, 8, 4)["tokens"]
+    b = sweep.train_batches(stacked, task, 4, 8)["tokens"]
+    np.testing.assert_array_equal(a, b[:, 4:])
+    np.testing.assert_array_equal(a[0], a[2])  # rank 1 and 2 of seed 3
+    assert (a[0] != a[1]).any()
+
+
+def test_n_train_members_see_only_their_rows(base, task):
+    stacked = stack_of(settings(n_train=(5, 64)), base)
+    seen = sweep.train_batches(stacked, task, 0, 16)["tokens"]
+    rows = {row.tobytes() for row in task.train["tokens"][:5]}
+    assert {row.tobytes() for row in seen[0].reshape(-1, 13)} == rows
+    assert len({row.tobytes() for row in seen[1].reshape(-1, 13)}) > 5
+
+
+def test_eval_batches_fill_up_without_weight(task):
+    batches = sweep.eval_batches(task, 4)
+    assert batches["tokens"].shape == (3, 4, 13)
+    assert batches["mask"].sum() == task.eval["mask"].sum()
+
+
+@pytest.mark.parametrize(("every", "k"), [(50, 10), (1, 1), (8, 8), (14, 7), (13, 1)])
+def test_steps_per_call_divide_the_distance_between_evaluations(every, k):
+    assert sweep.steps_per_call(every) == k
