@@ -48,6 +48,7 @@ class Shape(NamedTuple):
     config: gpt2.Config
     batch: int
     seq: int
+    steps: int  # in one timed call
 
 
 def _gpt2(d, layers, heads, vocab):
@@ -55,9 +56,9 @@ def _gpt2(d, layers, heads, vocab):
 
 
 SHAPES = {
-    "d64": Shape(_gpt2(64, 2, 4, 1024), 2, 128),
-    "nano": Shape(_gpt2(128, 4, 4, 1024), 16, 128),
-    "small": Shape(_gpt2(768, 12, 12, 50257), 1, 128),
+    "d64": Shape(_gpt2(64, 2, 4, 1024), 2, 128, 10),
+    "nano": Shape(_gpt2(128, 4, 4, 1024), 16, 128, 10),
+    "small": Shape(_gpt2(768, 12, 12, 50257), 1, 128, 2),
 }
 MEMBERS, RANK = 8, 8
 
@@ -74,7 +75,10 @@ def bench_sweep(shapes: list[str], rounds: int) -> list[Row]:
             sides["peft"] = peft
         seconds = _measure(sides, rounds)
         tokens = f"{shape.batch} x {shape.seq}"
-        for baseline, text in (("alone", "lorax, one by one"), ("peft", "PEFT float32, one by one")):
+        for baseline, text in (
+            ("alone", "lorax, one by one"),
+            ("peft", "PEFT float32, one by one"),
+        ):
             if baseline in seconds:
                 label = f"sweep of {MEMBERS}, {name} (d {shape.config.n_embd}, {tokens})"
                 rows.append(_row(label, seconds["together"], seconds[baseline], text))
@@ -90,7 +94,9 @@ def _ours(shape: Shape, members: int) -> Callable[[], float]:
     module = gpt2.GPT2(shape.config)
     example = np.zeros((1, 1), np.int32)
     params = jax.jit(module.init)(jax.random.key(0), example)["params"]
-    base = Base(module, params, shape.config, None, ops.sites(module, params, example), "gpt2", "", "")
+    base = Base(
+        module, params, shape.config, None, ops.sites(module, params, example), "gpt2", "", ""
+    )
     tokens = np.random.default_rng(0).integers(0, shape.config.vocab_size, (256, shape.seq + 1))
     rows = {"tokens": tokens.astype(np.int32), "mask": np.ones(tokens.shape, np.float32)}
     task = tasks.Task("random", rows, {name: x[:1] for name, x in rows.items()}, "")
@@ -98,7 +104,7 @@ def _ours(shape: Shape, members: int) -> Callable[[], float]:
     chosen = config.members(c)
     stacked = sweep.stack(chosen, sweep.build_methods(chosen, base), base)
     abstract = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), t)
-    k = sweep.STEPS_PER_CALL
+    k = shape.steps
     host = sweep.train_batches(stacked, task, 0, k)
     one = abstract(jax.tree.map(lambda x: x[0], host))
     evals = abstract(sweep.eval_batches(task, 1))
@@ -141,7 +147,7 @@ def _peft(shape: Shape) -> Callable[[], float] | None:
         logits = model(input_ids=tokens[:, :-1]).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
-    def run(steps=4) -> float:
+    def run(steps=shape.steps) -> float:
         begin = time.perf_counter()
         for _ in range(steps):
             loss().backward()
@@ -171,7 +177,8 @@ def _row(name, seconds, baseline, against) -> Row:
     middle = float(np.median(ratios))
     times = float(np.median(seconds)) * 1e3, float(np.median(baseline)) * 1e3
     return Row(
-        name, times[0], "ms", times[1], middle, float(ratios.min()), float(ratios.max()), against, _machine()
+        name, times[0], "ms", times[1], middle, float(ratios.min()), float(ratios.max()),
+        against, _machine(),
     )  # fmt: skip
 
 
@@ -182,7 +189,9 @@ def _machine() -> str:
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:
-            model = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+            model = next(
+                line.split(":")[1].strip() for line in file if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         pass
     return f"{model}, {os.cpu_count()} cores"

@@ -96,7 +96,7 @@ AXES = {
 
 
 class Member(NamedTuple):
-    """One point of a sweep. name: "rank=4,seed=1"; point: {axis: value}; config: its own, no sweep."""
+    """A point of a sweep. name: "rank=4,seed=1"; point: {axis: value}; config: its own, unswept."""
 
     index: int
     name: str
@@ -113,7 +113,9 @@ def members(config: ConfigDict) -> list[Member]:
     _check_keys(config)
     sweep = config.sweep
     axes = {axis: _axis(config, axis) for axis in AXES if sweep[axis] != ()}
-    ties = [tuple(tie) if isinstance(tie, tuple | list) else (tie,) for tie in sweep.zip]
+    ties = [tuple(tie) for tie in sweep.zip if isinstance(tie, tuple | list)]
+    if len(ties) != len(sweep.zip) or any(len(tie) < 2 for tie in ties):
+        raise ValueError(f'sweep.zip: {sweep.zip} given, a tuple of ties like (("rank", "alpha"),)')
     for tie in ties:
         for axis in tie:
             if axis not in axes:
@@ -182,7 +184,8 @@ def _axis(config, axis) -> tuple:
     section, _, key = AXES[axis].rpartition(".")
     now = (config[section] if section else config)[key]
     if axis == "targets":
-        values = tuple((v,) if isinstance(v, str) else tuple(v) for v in values)
+        values = tuple((v,) if isinstance(v, str) else v for v in values)
+    values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
     kind = {"layers": tuple, "n_train": int}.get(axis, type(now))
     for value in values:
         fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
@@ -236,6 +239,8 @@ def _check_values(c) -> None:
     for name in ("b1", "b2"):
         need(f"train.{name}", c.train[name], 0 <= c.train[name] < 1, "must be in [0, 1)")
     need("seed", c.seed, 0 <= c.seed < 2**31, "must be in [0, 2**31)")
+    n_train = c.task.n_train
+    need("task.n_train", n_train, n_train is None or n_train >= 1, "must be at least 1 or None")
     need(
         "train.accumulate",
         c.train.accumulate,

@@ -346,8 +346,9 @@ def _einsum_letters(module, x, einsum_str):
 
 def _einsum_axes(module, x, einsum_str=None):
     left, kernel, out = _einsum_letters(module, x, einsum_str)
-    if any(c in left and c in out for c in kernel):
-        return None  # a batch axis in the kernel: one matrix per index
+    letters = left + kernel + out
+    if any(letters.count(c) != 2 for c in letters):
+        return None  # a batch axis in the kernel is one matrix per index; sums over one operand
     ins = tuple(i for i, c in enumerate(kernel) if c in left)
     return ins, tuple(i for i, c in enumerate(kernel) if c in out)
 

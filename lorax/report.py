@@ -471,8 +471,8 @@ def _similarity_section(comparisons: list[Comparison], shown: pd.DataFrame) -> s
     ]
     if any(c.name == "ranks_same_seed" for c in comparisons):
         text = (
-            "Every rank starts from an A of its own, within a seed too, so no overlap here is there "
-            "from the start. Members of one seed see the same batches in the same order."
+            "Every rank starts from an A of its own, within a seed too, so no overlap here is "
+            "there from the start. Members of one seed see the same batches in the same order."
         )
         parts.append(_note(text))
     for comparison in comparisons:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from quick import jit
 
 import lorax
 from lorax import methods, ops, tree
@@ -172,8 +173,6 @@ ZOO = {
     "vmapped": Entry(Vmapped(), normal(1, 2, 3, 4), VMAPPED),
 }
 every_entry = pytest.mark.parametrize("name", ZOO)
-# Nothing here runs long enough to be worth optimising.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def start(name):
@@ -298,17 +297,18 @@ def test_bfloat16_computation_leaves_adapters_in_float32(name):
 
 
 class Unadaptable(nn.Module):
-    """Kernels with batch axes or groups, which are not one matrix."""
+    """Kernels that are many matrices, and a product that sums over its input."""
 
     @nn.compact
     def __call__(self, x):  # (2, 3, 4)
         x = nn.DenseGeneral(4, batch_dims=(0,), name="batched")(x)
         x = nn.Einsum((3, 4, 4), "btd,tdf->btf", name="experts")(x)
+        x = x + nn.Einsum((4, 4), "btd,df->bf", name="summed")(x)[:, None]
         x = nn.Conv(4, (3,), feature_group_count=2, name="grouped")(x)
         return nn.Dense(2, name="plain")(x)
 
 
-def test_sites_leave_out_kernels_that_are_many_matrices():
+def test_sites_leave_out_what_is_no_product_with_one_matrix():
     x = normal(1, 2, 3, 4)
     shapes = jax.eval_shape(Unadaptable().init, jax.random.key(0), x)["params"]
     assert lorax.sites(Unadaptable(), shapes, x) == {"plain/kernel": LINEAR}

@@ -220,7 +220,6 @@ def test_default_workdir_depends_on_the_overrides():
 
 
 def test_gpt2_nano_is_worth_adapting(finished):
-    """Its loss, unadapted, on the restaurants task beats its own architecture with random weights."""
     base, random = lorax.load("gpt2-nano"), lorax.load("random:gpt2-nano")
     assert lorax.tree.count(base.params) <= 1_500_000
     size = sum(p.stat().st_size for p in (ROOT / "lorax/assets/gpt2-nano").iterdir())

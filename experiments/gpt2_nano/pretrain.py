@@ -2,7 +2,7 @@
 
     python experiments/gpt2_nano/pretrain.py --data=DIR [--output=lorax/assets/gpt2-nano]
 
-DIR holds tinystories/tinystories_sample.txt (2,097,152 bytes, CDLA-Sharing-1.0) and
+DIR holds tinystories/tinystories_sample.txt (CDLA-Sharing-1.0) and
 tinyshakespeare/input.txt (1,115,394 bytes, MIT). Everything else is below: about 20 minutes on two
 CPU cores. Writes the model, its tokenizer, and `curve.csv` beside this file; five checkpoints on
 the way go to --checkpoints, where given.
@@ -39,7 +39,7 @@ END = "<|endoftext|>"
 
 
 def main(_):
-    # ---------------------------------------------------------------- text: train and held-out parts
+    # ------------------------------------------------------------ text:
     data = Path(FLAGS.data)
     stories = (data / "tinystories/tinystories_sample.txt").read_text(encoding="utf-8")
     plays = (data / "tinyshakespeare/input.txt").read_text(encoding="utf-8")
@@ -57,7 +57,7 @@ def main(_):
     train, held_out = (part[0] + scenes(part[1]) for part in (train, held_out))
     np.random.default_rng(SEED).shuffle(train)
 
-    # ------------------------------------------------------------------------------------- tokenizer
+    # ------------------------------------------------------------ tokenizer
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -78,7 +78,7 @@ def main(_):
     held_out = np.stack([held_out[i : i + SEQ + 1] for i in range(0, len(held_out) - SEQ, SEQ)])
     print(f"{len(train):,} training tokens, {held_out[:, 1:].size:,} held out", flush=True)
 
-    # ----------------------------------------------------------------------------- model and optimiser
+    # ------------------------------------------------------------ model and optimiser
     module = gpt2.GPT2(CONFIG)
     params = jax.jit(module.init)(jax.random.key(SEED), jnp.zeros((1, 1), jnp.int32))["params"]
     n_params = sum(x.size for x in jax.tree.leaves(params))
@@ -111,7 +111,7 @@ def main(_):
         lambda params, rows: jax.lax.map(lambda r: loss_fn(params, r[None]), rows).mean()
     )
 
-    # ------------------------------------------------------------------------------------------ baselines
+    # ------------------------------------------------------------ baselines
     counts = Counter(train.tolist())
     total = len(train) + CONFIG.vocab_size  # add-one smoothing
     unigram = -np.mean(
@@ -122,7 +122,7 @@ def main(_):
         f"{n_params:,} parameters; held-out nats/token: unigram {unigram:.4f}, random {at_random:.4f}"
     )
 
-    # ---------------------------------------------------------------------------------------------- train
+    # ------------------------------------------------------------ train
     rng = np.random.default_rng(SEED)
     begin, curve, k = time.time(), [(0, float("nan"), at_random)], 20
     for step in range(k, STEPS + 1, k):
@@ -139,7 +139,7 @@ def main(_):
         if FLAGS.checkpoints and step in (200, 600, 1200, 2400, STEPS):
             _save(Path(FLAGS.checkpoints) / f"step{step}", params, tokenizer)
 
-    # ---------------------------------------------------------------------------------------------- write
+    # ------------------------------------------------------------ write
     _save(Path(FLAGS.output), params, tokenizer)
     with open(Path(__file__).parent / "curve.csv", "w", newline="") as file:
         writer = csv.writer(file)

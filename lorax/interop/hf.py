@@ -24,7 +24,10 @@ def weight_files(directory: Path) -> list[Path]:
     """
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict):
+            raise ValueError(f"{index}: no 'weight_map' from tensors to files")
+        names = sorted(set(where.values()))
         missing = [name for name in names if not (directory / name).exists()]
         if missing:
             raise FileNotFoundError(f"{directory}: shards {missing} of {index.name} are missing")
@@ -55,18 +58,25 @@ def read(directory: Path, names: Names, shapes: dict[str, tuple], dtype=jnp.floa
         handles.append(handle)
         where.update({key: (handle, file) for key in handle.keys()})  # noqa: SIM118
 
-    def tensor(name, columns, transpose, shape):
+    widths: dict[str, int] = {}  # of fused tensors
+    for name, columns, _ in names.values():
+        if columns is not None:
+            widths[name] = max(columns.stop, widths.get(name, 0))
+
+    def tensor(name, layer, columns, transpose, shape):
+        full = name if layer is None else name.format(layer)
         # A checkpoint of the bare model has no "transformer." in front.
-        key = name if name in where else name.split(".", 1)[1]
+        key = full if full in where else full.split(".", 1)[1]
         if key not in where:
-            raise ValueError(f"{directory}: no tensor {name!r} in its safetensors files")
+            raise ValueError(f"{directory}: no tensor {full!r} in its safetensors files")
         handle, file = where[key]
         piece = handle.get_slice(key)
+        right = shape[::-1] if transpose else (*shape[:-1], widths.get(name, shape[-1]))
+        if tuple(piece.get_shape()) != right:
+            given = tuple(piece.get_shape())
+            raise ValueError(f"{file}: {key} has shape {given}, config.json says {right}")
         value = piece[..., columns] if columns is not None else piece[:]
-        value = value.T if transpose else value
-        if value.shape != shape:
-            raise ValueError(f"{file}: {key} has shape {value.shape}, config.json says {shape}")
-        return value
+        return value.T if transpose else value
 
     params = {}
     for path, (name, columns, transpose) in names.items():
@@ -74,9 +84,9 @@ def read(directory: Path, names: Names, shapes: dict[str, tuple], dtype=jnp.floa
         if "{}" in name:
             leaf = np.empty(shape, np.float32)
             for layer in range(shape[0]):
-                leaf[layer] = tensor(name.format(layer), columns, transpose, shape[1:])
+                leaf[layer] = tensor(name, layer, columns, transpose, shape[1:])
         else:
-            leaf = tensor(name, columns, transpose, shape)
+            leaf = tensor(name, None, columns, transpose, shape)
         params[path] = jnp.asarray(leaf, dtype)
     return params
 

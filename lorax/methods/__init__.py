@@ -2,13 +2,13 @@
 
 A method is three pure functions and a formula:
 
-    init(key, params, ...) -> State(trainable, constants)    what is trained, and what is only stored
-    bind(trainable, constants, params, key) -> params        the model's parameters, with operators
-    delta(trainable, constants, params) -> {path: dW}        the update, or None where there is none
-    count(params, ...) -> int                                trainable parameters, by the formula
+    init(key, params, ...) -> State(trainable, constants)  what is trained, what is only stored
+    bind(trainable, constants, params, key) -> params      the model's parameters, with operators
+    delta(trainable, constants, params) -> {path: dW}      the update
+    count(params, ...) -> int                              trainable parameters, by the formula
 
-`lorax.method("lora", rank=8)` gives the method with its hyperparameters filled in. To add one, write
-a file beside `lora.py` with such a function and enter it in `METHODS`.
+`lorax.method("lora", rank=8)` gives the method with its hyperparameters filled in. To add one,
+write a file beside `lora.py` with such a function and enter it in `METHODS`.
 """
 
 import inspect
@@ -125,7 +125,8 @@ def resolve(targets: tuple[str, ...], sites: Mapping[str, ops.Site]) -> dict[str
             hint = "" if word in known else nearest(word, known)
             tied = " (a tied head is adapted through 'embed')" if word == "head" else ""
             raise ValueError(
-                f"method.targets: {word!r} matches nothing{tied}; there is {_available(sites)}{hint}"
+                f"method.targets: {word!r} matches nothing{tied}; "
+                f"there is {_available(sites)}{hint}"
             )
         chosen.update(hits)
     return {path: site for path, site in sites.items() if path in chosen}

@@ -121,7 +121,7 @@ class GPT2(nn.Module):
 
 _normal = nn.initializers.normal(0.02)
 
-# ------------------------------------------------------------------------------- Hugging Face layout
+# ----------------------------------------------------------------------------- Hugging Face layout
 
 _HF_FIELDS = [
     f.name for f in dataclasses.fields(Config) if f.name not in ("dtype", "remat", "unroll")

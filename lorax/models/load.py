@@ -77,7 +77,7 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
 
 
 def save(directory: str | Path, base: Base) -> None:
-    """Write a base model in Hugging Face's layout; inverse of `load`, and readable by transformers."""
+    """Write a base model in Hugging Face's layout, as transformers reads it; inverse of `load`."""
     source, _ = FAMILIES[base.family]
     flat = tree.flatten(base.params)
     hf.write(Path(directory), source.hf_config(base.config), source.hf_tensors(base.config), flat)
@@ -136,8 +136,8 @@ def _from_hub(name: str, weights: bool, shipped: list[str]) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = nearest(name, shipped)
         raise FileNotFoundError(
-            f"base: {name!r} is neither shipped ({', '.join(shipped)}), nor a directory, and the Hub "
-            f"did not give it ({type(error).__name__}: {reason[:120]}){hint}. Download "
+            f"base: {name!r} is neither shipped ({', '.join(shipped)}), nor a directory, and the "
+            f"Hub did not give it ({type(error).__name__}: {reason[:120]}){hint}. Download "
             f"https://huggingface.co/{name} (config.json, model.safetensors, tokenizer.json) and "
             f"pass that directory."
         ) from None

@@ -21,7 +21,7 @@ from lorax.train import checkpoint, sweep
 
 
 class Terminal(NamedTuple):
-    """How the loop speaks: say(line), progress(steps done, steps in all), finished(row of a member)."""
+    """How the loop speaks: say(line), progress(steps done, in all), finished(row of a member)."""
 
     say: Callable[[str], None]
     progress: Callable[[float, float], None]
@@ -169,7 +169,7 @@ def _train_chunk(
         batches = programs.place_batches(sweep.train_batches(chunk, group.task, step, k))
         state, logs = programs.train(params, constants, hyper, state, batches)
         real = min(k, c.train.steps - step)  # steps past the last one change nothing
-        logs = jax.tree.map(lambda x: np.asarray(x)[:m, :real], logs)
+        logs = {name: np.asarray(x)[:m, :real] for name, x in logs.items()}
         step += real
         lines = _lines(
             chunk, step, "train", loss=logs["loss"].mean(1), grad_norm=logs["grad_norm"][:, -1]

@@ -1,4 +1,4 @@
-"""What one member does: its loss, a training step, an evaluation. Pure functions, no member axis.
+"""What one member does: its loss, a training step, an evaluation. No function has a member axis.
 
 Axes: B sequences, T tokens, D features, V vocabulary.
 """
@@ -17,7 +17,7 @@ ROWS = 256  # tokens whose logits exist at a time
 
 
 class Hyper(NamedTuple):
-    """What a member brings into the compiled step as data: () float32 each, key a typed PRNG key."""
+    """What a member brings into the compiled step as data: () float32 each, key a PRNG key."""
 
     lr: jax.Array
     weight_decay: jax.Array
@@ -101,7 +101,7 @@ def _sum_over_rows_forward(f, head, hidden, labels, weights):
 
 def _sum_over_rows_backward(f, saved, dtotal):
     # None in place of a frozen leaf is JAX's own sign for "no gradient"; tree.map passes it by.
-    dhead, dhidden = jax.tree.map(lambda g: (dtotal * g).astype(g.dtype), saved)
+    dhead, dhidden = jax.tree.map(lambda g: dtotal.astype(g.dtype) * g, saved)
     return dhead, dhidden, None, None
 
 
@@ -126,8 +126,9 @@ def lm_loss(module, params, batch):
 class Program(NamedTuple):
     """What is static for all members of a group.
 
-    module: Linen module; bind: the method's; train: the config's section, frozen; dropout: whether
-    any member has some; merge: whether leaves may take the merged forward pass (members run one at a time).
+    module: Linen module; bind: the method's; train: the config's section; dropout: whether any
+    member has some; merge: whether leaves may take the merged forward pass (members run one at a
+    time).
     """
 
     module: object

@@ -1,8 +1,8 @@
 """Many members as one program: they are stacked on a leading axis M and share the frozen base.
 
-Inside the program `width` members run side by side (vmapped: every product with a frozen weight sees
-their rows as one batch), the rest one after the other under `lax.map`. Several devices each take a
-part of the members, or of every batch.
+Inside the program `width` members run side by side (vmapped: every product with a frozen weight
+sees their rows as one batch), the rest one after the other under `lax.map`. Several devices each
+take a part of the members, or of every batch.
 """
 
 import math
@@ -15,13 +15,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorax import methods, tasks
+from lorax import methods, tasks, tree
 from lorax.config import Member
 from lorax.methods import Method
 from lorax.models import Base
 from lorax.train import step as train_step
 
 TOKEN_FEATURES = 1 << 18  # tokens x features side by side that a CPU's caches still like (measured)
+CPU_COPIES = 128e6  # bytes of the base, one copy for each of a CPU's devices, that "auto" spends
 STEPS_PER_CALL = 10
 
 
@@ -97,7 +98,8 @@ def layout(n_members: int, train, base: Base, devices=None) -> Layout:
     devices = tuple(devices or jax.local_devices())
     mode, part = train.parallel, train.batch_size // train.accumulate
     if mode == "auto":
-        if len(devices) == 1:
+        copies = tree.nbytes(base.params) * len(devices)
+        if len(devices) == 1 or (devices[0].platform == "cpu" and copies > CPU_COPIES):
             mode = "none"
         elif n_members >= len(devices):
             mode = "members"
@@ -129,7 +131,7 @@ def _good_width(tokens: int, base: Base, platform: str) -> int:
 class Programs(NamedTuple):
     """Compiled for one shape of stack and one layout; host trees go in through `place*`.
 
-    train(params, constants, hyper, state, batches) -> (state, metrics (M, K)); the state is donated.
+    train(params, constants, hyper, state, batches) -> (state, metrics (M, K)); donates the state.
     evaluate(params, constants, trainable, batches) -> (M,) float32, nats a token.
     place_base(params), place(stacked tree), place_batches(batches).
     bytes: of one call to train on one device: arguments + temporaries + outputs - aliases.
@@ -271,8 +273,8 @@ def fit(stacked: Stack, base: Base, train, batches, eval_batches, devices=None) 
             n = math.ceil(n / 2)
         else:
             raise MemoryError(
-                f"one member needs {programs.bytes / 1e9:.2f} GB and {limit / 1e9:.2f} GB are free: "
-                f"set train.remat=True, a larger train.accumulate or a smaller train.batch_size"
+                f"one member needs {programs.bytes / 1e9:.2f} GB and {limit / 1e9:.2f} GB are "
+                f"free: set train.remat=True, a larger train.accumulate or a smaller train.batch_size"
             )
 
 

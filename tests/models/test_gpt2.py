@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import jit
 from support import require
 
 import lorax
@@ -30,7 +31,7 @@ def reference(name):
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**TINY | VARIANTS[name])).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(5 * parameter + 0.2 * torch.randn_like(parameter))
+            parameter.copy_(5 * parameter + 0.1 * torch.randn_like(parameter))
     return model
 
 
@@ -42,7 +43,7 @@ def torch_logits(model):
 
 def assert_same_logits(base, expected):
     assert np.ptp(expected) > 5  # flat logits would agree with anything
-    logits = jax.jit(functools.partial(lorax.apply, base.module))(base.params, TOKENS)
+    logits = jit(functools.partial(lorax.apply, base.module))(base.params, TOKENS)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
@@ -93,8 +94,8 @@ def test_a_checkpoint_in_half_precision_loads(dtype, tmp_path):
 
 @functools.cache
 def start():
-    """(parameters, a method with random factors) of a model of four layers."""
-    module = gpt2.GPT2(gpt2.Config(**TINY | {"n_layer": 4}))
+    """(parameters, a method with random factors) of a model of three layers."""
+    module = gpt2.GPT2(gpt2.Config(**TINY | {"n_layer": 3}))
     params = jax.eval_shape(module.init, jax.random.key(0), TOKENS)["params"]
     method = lorax.method("lora", rank=2, targets=("q", "up", "embed"))
     state = method.init(jax.random.key(0), params)
@@ -111,16 +112,16 @@ def start():
 def logits_and_gradients(remat, unroll):
     """Logits, and the gradients of the adapter and of the base's weights."""
     params, method, (trainable, constants) = start()
-    module = gpt2.GPT2(gpt2.Config(**TINY | {"n_layer": 4}, remat=remat, unroll=unroll))
+    module = gpt2.GPT2(gpt2.Config(**TINY | {"n_layer": 3}, remat=remat, unroll=unroll))
 
     def loss(both):
         logits = lorax.apply(module, method.bind(both["lora"], constants, both["base"]), TOKENS)
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1)), logits
 
-    return jax.jit(jax.grad(loss, has_aux=True))({"lora": trainable, "base": params})
+    return jit(jax.grad(loss, has_aux=True))({"lora": trainable, "base": params})
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [(True, 1), (False, 2), (True, 4), (False, 3)])
+@pytest.mark.parametrize(("remat", "unroll"), [(True, 1), (False, 2), (True, 3)])
 def test_remat_and_unroll_change_nothing(remat, unroll):
     grads, logits = logits_and_gradients(remat, unroll)
     plain_grads, plain_logits = logits_and_gradients(False, 1)
@@ -145,7 +146,7 @@ def test_the_program_does_not_grow_with_depth():
 
 def test_bfloat16_computes_in_half_and_answers_in_float32():
     params, *_ = start()
-    run = lambda dtype: jax.jit(gpt2.GPT2(gpt2.Config(**TINY | {"n_layer": 4}, dtype=dtype)).apply)(
+    run = lambda dtype: jit(gpt2.GPT2(gpt2.Config(**TINY | {"n_layer": 3}, dtype=dtype)).apply)(
         {"params": params}, TOKENS
     )
     half, full = run("bfloat16"), run("float32")

@@ -64,13 +64,11 @@ def shard(directory):
 
 
 def test_random_draws_the_architecture_from_its_config_alone(base):
-    again = lorax.load(base.name)
     assert base.sha256 == "random" and base.family == "gpt2"
     assert base.config == gpt2.Config(**CONFIG)
     kernel = np.asarray(base.params["h"]["mlp"]["up"]["kernel"])
     assert kernel.shape == (3, 8, 32)
     np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.1)
-    jax.tree.map(np.testing.assert_array_equal, again.params, base.params)
 
 
 def test_load_is_the_inverse_of_save(base, directory):

@@ -70,8 +70,9 @@ def run(c, base, task, pick=None, devices=None, steps=7, k=4):
         final = programs.evaluate(params, constants, state.trainable, evals)
         finals.append(np.asarray(final)[:m])
         losses.append(np.concatenate(curve, axis=1))
-        trees.append(jax.tree.map(lambda x: np.asarray(x)[:m], state.trainable))
-    together = jax.tree.map(lambda *x: np.concatenate(x), *trees)
+        trees.append(jax.device_get(state.trainable))
+    n = len(stacked.members)
+    together = jax.tree.map(lambda *x: np.concatenate(x)[:n], *trees)
     return np.concatenate(finals), np.concatenate(losses), together, programs, state
 
 

@@ -1,0 +1,282 @@
+"""What a config may hold, and the members that its sweep spells out."""
+
+import importlib.util
+import itertools
+import math
+import pathlib
+import re
+
+import pytest
+
+from lorax import config
+from lorax.config import AXES
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def swept(zip_=(), **axes):
+    c = config.default()
+    for axis, values in axes.items():
+        c.sweep[axis] = values
+    c.sweep.zip = zip_
+    return c
+
+
+def changed(**values):
+    """A default config with keys like train__lr changed."""
+    c = config.default()
+    for key, value in values.items():
+        section, _, name = key.rpartition("__")
+        (c[section] if section else c)[name] = value
+    return c
+
+
+# ----------------------------------------------------------------------------------------- default
+
+
+def test_default_is_locked_and_whole():
+    c = config.default()
+    assert c.is_locked and all(c[s].is_locked for s in ("task", "method", "train", "eval", "sweep"))
+    for axis, key in AXES.items():
+        section, _, name = key.rpartition(".")
+        assert name in (c[section] if section else c) and c.sweep[axis] == ()
+    with pytest.raises(AttributeError, match="locked"):
+        c.train.learning_rate = 1.0
+    with pytest.raises(AttributeError, match='Did you mean "steps"'):
+        _ = c.train.stepss
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train__steps", "many"), ("train__steps", 1.5), ("sweep__rank", 4), ("method__layers", 3)],
+)
+def test_a_wrong_type_is_refused_on_assignment(key, value):
+    with pytest.raises(TypeError, match=key.rpartition("__")[2]):
+        changed(**{key: value})
+
+
+# ----------------------------------------------------------------------------------------- members
+
+
+def test_members_are_the_product_with_the_last_axis_fastest():
+    members = config.members(swept(seed=(0, 1), lr=(1e-3, 2), rank=(1, 4)))
+    points = [
+        dict(zip(("rank", "lr", "seed"), p, strict=True))
+        for p in itertools.product((1, 4), (1e-3, 2.0), (0, 1))
+    ]
+    assert [m.point for m in members] == points
+    assert [m.index for m in members] == list(range(8))
+    assert [m.name for m in members][:3] == [
+        "rank=1,lr=0.001,seed=0",
+        "rank=1,lr=0.001,seed=1",
+        "rank=1,lr=2,seed=0",
+    ]
+    for m in members:
+        c = m.config
+        assert (c.method.rank, c.train.lr, c.seed) == tuple(m.point.values())
+        assert isinstance(c.train.lr, float) and c.is_locked and "sweep" not in c
+        assert c.method.alpha == 16.0 and c.train.steps == 200  # the rest is as it was
+
+
+def test_no_sweep_is_one_member():
+    (member,) = config.members(config.default())
+    assert (member.index, member.name, member.point) == (0, "only", {})
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "names"),
+    [
+        ("targets", ("q", ("q", "v"), ["mlp"]), ["targets=q", "targets=q+v", "targets=mlp"]),
+        ("layers", (None, (0, -1)), ["layers=None", "layers=0+-1"]),
+        ("n_train", (None, 64), ["n_train=None", "n_train=64"]),
+        ("dropout", (0, 0.1), ["dropout=0", "dropout=0.1"]),
+        ("scaling", ("lora", "fixed"), ["scaling=lora", "scaling=fixed"]),
+    ],
+)
+def test_names_of_members(axis, values, names):
+    members = config.members(swept(**{axis: values}))
+    assert [m.name for m in members] == names
+    section, _, key = AXES[axis].rpartition(".")
+    own = [m.config[section][key] for m in members]
+    assert [m.point[axis] for m in members] == own
+    assert all(isinstance(v, tuple) for v in own if axis == "targets")
+
+
+def test_tied_axes_move_together():
+    c = swept(rank=(1, 2, 4), alpha=(2, 4, 8), seed=(0, 1), zip_=(("alpha", "rank"),))
+    names = [m.name for m in config.members(c)]
+    assert names == [f"alpha={2 * r},rank={r},seed={s}" for r in (1, 2, 4) for s in (0, 1)]
+
+
+def test_two_ties():
+    tie = (("rank", "targets"), ("lr", "weight_decay"))
+    c = swept(
+        rank=(8, 4), targets=("q", "attention"), lr=(0.1, 0.2), weight_decay=(0.0, 0.1), zip_=tie
+    )
+    points = [tuple(m.point.values()) for m in config.members(c)]
+    assert points == [
+        (targets, rank, lr, decay)
+        for targets, rank in ((("q",), 8), (("attention",), 4))
+        for lr, decay in ((0.1, 0.0), (0.2, 0.1))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("axes", "zip_", "message"),
+    [
+        (dict(rank=(1, 1)), (), r"sweep.rank: a value stands twice in \(1, 1\)"),
+        (dict(lr=(1, 1.0)), (), "sweep.lr: a value stands twice"),
+        (dict(rank=(1, 2.5)), (), "sweep.rank: values of type int are expected, 2.5 given"),
+        (dict(rank=("1",)), (), "expected, '1' given .*--config.sweep.rank=\""),
+        (dict(rank=(True,)), (), "sweep.rank: values of type int are expected, True given"),
+        (dict(rank=(None,)), (), "sweep.rank: values of type int are expected, None given"),
+        (dict(seed=((0, 1),)), (), r"sweep.seed: values of type int are expected, \(0, 1\) given"),
+        (dict(targets=(4,)), (), "sweep.targets: values of type tuple are expected, 4 given"),
+        (dict(layers=(0, 1)), (), "sweep.layers: values of type tuple are expected, 0 given"),
+        (dict(n_train=("all",)), (), "sweep.n_train: values of type int are expected, 'all' given"),
+        (dict(lr=("fast",)), (), "sweep.lr: values of type float are expected, 'fast' given"),
+        (dict(rank=(1, 2)), (("rank", "lr"),), "sweep.zip: 'lr' is no axis of this sweep.* rank"),
+        (dict(rank=(1, 2), seed=(0,)), (("rank", "seed"),), "as many values.*rank 2, seed 1"),
+        (dict(rank=(1,), seed=(0,)), (("rank", "seed"),) * 2, "sweep.zip: an axis is tied twice"),
+        (dict(rank=(1,)), (("rank", "rank"),), "sweep.zip: an axis is tied twice"),
+        (dict(rank=(1,), seed=(0,)), ("rank", "seed"), r"sweep.zip: .* a tuple of ties like \(\("),
+        (dict(rank=(1,)), (("rank",),), "sweep.zip: .* a tuple of ties like"),
+    ],
+)
+def test_a_malformed_sweep_is_one_clear_error(axes, zip_, message):
+    with pytest.raises(ValueError, match=message):
+        config.members(swept(zip_, **axes))
+
+
+# ------------------------------------------------------------------------------------------ values
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        *[
+            ({f"train__{k}": 0}, f"train.{k}: 0 given, must be at least 1")
+            for k in ("steps", "batch_size", "seq_len", "accumulate")
+        ],
+        *[
+            ({f"eval__{k}": 0}, f"eval.{k}: 0 given, must be at least 1")
+            for k in ("every", "batch_size", "examples")
+        ],
+        *[
+            ({f"train__{k}": -1}, f"train.{k}: -1.* given, must not be negative")
+            for k in ("warmup", "width", "memory_gb", "weight_decay", "clip", "lr", "eps")
+        ],
+        (dict(train__lr=math.nan), "train.lr: nan given"),
+        (dict(train__b1=1.0), r"train.b1: 1.0 given, must be in \[0, 1\)"),
+        (dict(train__b2=-0.1), "train.b2: -0.1 given"),
+        (dict(seed=-1), "seed: -1 given"),
+        (dict(seed=2**31), r"seed: 2147483648 given, must be in \[0, 2\*\*31\)"),
+        (dict(task__n_train=0), "task.n_train: 0 given, must be at least 1"),
+        (dict(train__accumulate=3), "train.accumulate: 3 given, must divide train.batch_size, 16"),
+        (dict(dtype="float16"), "dtype: 'float16' given, must be one of .*did you mean 'bfloat16'"),
+        (dict(train__schedule="linaer"), "train.schedule: 'linaer' .*did you mean 'linear'"),
+        (dict(train__optimizer="adam"), "train.optimizer: 'adam' .*did you mean 'adamw'"),
+        (dict(train__parallel="member"), "train.parallel: 'member' .*did you mean 'members'"),
+    ],
+)
+def test_a_value_out_of_range_is_one_clear_error(values, message):
+    with pytest.raises(ValueError, match=message):
+        config.members(changed(**values))
+
+
+def test_values_of_a_sweep_are_checked_too():
+    with pytest.raises(ValueError, match="train.lr: -1.0 given, must not be negative"):
+        config.members(swept(lr=(1.0, -1.0)))
+
+
+def test_keys_are_those_of_the_default():
+    c = config.default().unlock()
+    c.train.leanring_rate = 1.0
+    with pytest.raises(ValueError, match="unknown key 'train.leanring_rate'"):
+        config.members(c)
+    c = config.default().unlock()
+    c.train.warmpu = 3
+    with pytest.raises(ValueError, match="'train.warmpu'; did you mean 'train.warmup'"):
+        config.members(c)
+    c = config.default().unlock()
+    del c.train.steps
+    with pytest.raises(ValueError, match="no key 'train.steps'; start from"):
+        config.members(c)
+
+
+# ------------------------------------------------------------------------------------------ groups
+
+SHARED = {
+    "targets": ("q", "mlp"),
+    "layers": (None, (0,)),
+    "init": ("kaiming", "gaussian"),
+    "scaling": ("lora", "fixed"),
+    "alpha": (1.0, 2.0),
+    "rank": (1, 2),
+    "dropout": (0.0, 0.1),
+    "lr": (0.1, 0.2),
+    "weight_decay": (0.0, 0.1),
+    "n_train": (None, 64),
+    "seed": (0, 1),
+}
+SPLIT = {"method": ("lora", "vera"), "base": ("gpt2-nano", "gpt2"), "steps": (10, 20)}
+
+
+def test_every_axis_either_shares_a_program_or_does_not():
+    assert set(SHARED) | set(SPLIT) == set(AXES) and not set(SHARED) & set(SPLIT)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_groups(axis):
+    values = (SHARED | SPLIT)[axis]
+    keys = {config.group_key(m) for m in config.members(swept(**{axis: values}))}
+    assert len(keys) == (1 if axis in SHARED else 2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(train__batch_size=8),
+        dict(train__seq_len=64),
+        dict(train__optimizer="sgd"),
+        dict(train__clip=0.5),
+        dict(dtype="bfloat16"),
+        dict(task__seed=1),
+        dict(task__name="e2e"),
+    ],
+)
+def test_what_a_program_is_made_of_splits(changes):
+    keys = {config.group_key(*config.members(c)) for c in (config.default(), changed(**changes))}
+    assert len(keys) == 2
+
+
+def test_digest_changes_with_any_value_and_with_nothing_else():
+    variants = [
+        changed(),
+        changed(seed=1),
+        changed(train__lr=0.1),
+        changed(method__layers=(0,)),
+        swept(rank=(1, 2)),
+        swept(rank=(2, 1)),
+    ]
+    digests = [config.digest(c) for c in variants]
+    assert len(set(digests)) == len(digests)
+    assert digests[0] == config.digest(config.default())
+    assert re.fullmatch("[0-9a-f]{10}", digests[0])
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_shipped_config_names_its_command_and_expands(file):
+    """With no argument and with every one that its docstring shows."""
+    spec = importlib.util.spec_from_file_location(f"configs_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    command = rf"python -m lorax\.run --config=configs/{file.name}(?::([\w./-]+))?"
+    arguments = {match[1] for match in re.finditer(command, module.__doc__)}
+    assert arguments, "no command in the docstring"
+    for argument in {None, *arguments}:
+        members = config.members(module.get_config(argument))
+        assert len({m.name for m in members}) == len(members) >= 1

@@ -1,0 +1,90 @@
+"""Imports point one way, and what answers first does not wait for JAX."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import lorax
+
+ROOT = pathlib.Path(lorax.__file__).parent
+#: A module may import those to its left and its own package. What is not named here (the commands
+#: and what they show) stands on top: it may import anything, and nothing below may import it.
+LAYERS = (
+    {"errors", "files", "config", "tree"},
+    {"ops", "interop"},
+    {"quant", "methods", "models"},
+    {"tasks"},
+    {"train"},
+)
+NEVER = {
+    "analysis": {"train", "tasks", "methods", "models", "ops", "quant"},
+    "interop": {"train", "tasks", "methods", "models"},
+}
+TOP = len(LAYERS)
+
+
+def level(part: str) -> int:
+    return next((i for i, parts in enumerate(LAYERS) if part in parts), TOP)
+
+
+def imported(file: pathlib.Path) -> set[str]:
+    """First words below `lorax` of all that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    below = {name.split(".")[1] for name in names if name.startswith("lorax.")}
+    return {part for part in below if (ROOT / part).is_dir() or (ROOT / f"{part}.py").exists()}
+
+
+FILES = {
+    str(file.relative_to(ROOT)): (
+        file.relative_to(ROOT).parts[0].removesuffix(".py"),
+        imported(file),
+    )
+    for file in sorted(ROOT.rglob("*.py"))
+    if file.relative_to(ROOT).parts[0] not in ("__init__.py", "assets")
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_point_one_way(file):
+    part, others = FILES[file]
+    others = others - {part}
+    if level(part) < TOP:
+        assert {other for other in others if level(other) > level(part)} == set()
+    assert others & NEVER.get(part, set()) == set()
+
+
+def test_the_rule_is_about_modules_that_exist():
+    parts = {part for part, _ in FILES.values()}
+    assert set().union(*LAYERS) - parts <= {"quant"} and set(NEVER) <= parts
+    assert FILES["train/step.py"][1] == {"ops", "train"}  # and the reader reads
+    assert FILES["models/load.py"][1] >= {"ops", "tree", "errors", "interop", "models"}
+
+
+def in_a_fresh_process(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    ).stdout.strip()
+
+
+@pytest.mark.parametrize("module", ["lorax", "lorax.config", "lorax.run"])
+def test_import_without_jax(module):
+    heavy = ("jax", "flax", "optax", "pandas", "matplotlib", "torch")
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
+    assert in_a_fresh_process(code) == "[]"
+
+
+def test_every_name_of_the_python_face_is_there():
+    for name in ("load", "method", "merge", "apply", "sites"):
+        assert callable(getattr(lorax, name)) and name in dir(lorax)
+    assert lorax.runs.__name__ == "lorax.analysis.runs"
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        _ = lorax.laod

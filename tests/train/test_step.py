@@ -1,0 +1,288 @@
+"""One member: its loss, its step, and that nothing is computed for what is frozen."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from quick import jit
+
+import lorax
+from lorax import config, ops, tree
+from lorax.models import gpt2
+from lorax.train import step as steps
+
+CONFIG = dict(vocab_size=20, n_positions=8, n_embd=8, n_layer=2, n_head=2)
+TIED, UNTIED = (
+    gpt2.GPT2(gpt2.Config(**CONFIG, tie_word_embeddings=tied)) for tied in (True, False)
+)
+
+
+def normal(seed, *shape, scale=1.0):
+    return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def random(shapes, seed=0):
+    leaves, treedef = jax.tree.flatten(shapes)
+    values = [normal([seed, i], *leaf.shape, scale=0.3) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, values)
+
+
+def shapes_of(module):
+    return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    """Several rounds of rows, the last one not full."""
+    monkeypatch.setattr(steps, "ROWS", 8)
+
+
+# -------------------------------------------------------------------------------------------- loss
+
+N = 21
+HIDDEN, LABELS = (
+    normal(1, N, 8),
+    jnp.asarray(np.random.default_rng(2).integers(0, 20, N), jnp.int32),
+)
+WEIGHTS = jnp.asarray(np.random.default_rng(3).random(N) * (np.arange(N) % 3 > 0), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("module", "target", "trained"),
+    [(TIED, "q", 0), (UNTIED, "q", 0), (TIED, "embed", 2), (UNTIED, "head", 2), (UNTIED, None, 1)],
+)
+def test_weighted_loss_is_cross_entropy_in_value_and_gradients(module, target, trained):
+    """Head frozen, adapted (two factors) or trained as it is; embedding and head may be one."""
+    params = random(shapes_of(module))
+    if target is None:
+        trainable, bind = params, lambda trainable: trainable
+    else:
+        method = lorax.method("lora", rank=2, targets=target)
+        state, key = method.init(jax.random.key(0), params), jax.random.key(0)
+        trainable = random(state.trainable, seed=1)
+        bind = lambda trainable: method.bind(trainable, state.constants, params, key)
+
+    def ours(trainable, hidden):
+        return steps.weighted_loss(module, bind(trainable), hidden, LABELS, WEIGHTS)
+
+    def plain(trainable, hidden):
+        logits = lorax.apply(module, bind(trainable), hidden, method="logits")
+        return WEIGHTS @ optax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
+
+    @functools.partial(jit, static_argnums=0)
+    def run(loss):
+        twice = lambda *args: 2 * loss(*args)  # a cotangent other than one
+        grads = jax.grad(twice, argnums=(0, 1))(trainable, HIDDEN)
+        return loss(trainable, HIDDEN), grads
+
+    (value, grads), (expected, expected_grads) = run(ours), run(plain)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    moving = [g for g in jax.tree.leaves(expected_grads) if np.abs(g).max() > 1e-3]
+    assert len(moving) == 1 + trained
+    for ours, want in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-5)
+
+
+def test_no_logits_of_all_tokens_are_ever_made():
+    params = shapes_of(TIED)
+    loss = lambda hidden, params: steps.weighted_loss(TIED, params, hidden, LABELS, WEIGHTS)
+    text = str(jax.make_jaxpr(jax.grad(loss))(HIDDEN, params))
+    assert "f32[8,20]" in text and "f32[21,20]" not in text and "f32[24,20]" not in text
+
+
+def batches(n, seed=0):
+    """{"tokens": (n, 4, 7), "mask": (n, 4, 7)}; every row weighs differently."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 20, (n, 4, 7))
+    mask = rng.random((n, 4, 7)) * (rng.random((n, 4, 7)) > 0.3)
+    return {"tokens": jnp.asarray(tokens, jnp.int32), "mask": jnp.asarray(mask, jnp.float32)}
+
+
+def test_evaluate_is_the_mean_over_weighted_tokens():
+    member = start()
+    data = batches(3)
+    loss = jit(functools.partial(steps.evaluate, member.program))(
+        member.params, member.constants, member.state.trainable, data
+    )
+    bound = member.program.bind(member.state.trainable, member.constants, member.params)
+    tokens = data["tokens"].reshape(-1, 7)
+    logits = jit(functools.partial(lorax.apply, TIED))(bound, tokens[:, :-1])
+    nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[:, 1:, None], -1)
+    weights = np.asarray(data["mask"]).reshape(-1, 7)[:, 1:]
+    np.testing.assert_allclose(loss, np.sum(weights * nll[..., 0]) / weights.sum(), rtol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------- step
+
+
+class Member(NamedTuple):
+    program: steps.Program
+    params: dict
+    constants: dict
+    hyper: steps.Hyper
+    state: steps.MemberState
+    step: Callable  # (state, batch) -> (state, metrics)
+
+
+@functools.cache
+def start(dropout=0.0, merge=False, dtype="float32", **train):
+    """A member in the middle of training: both of its factors are off zero."""
+    section = config.default().train
+    plain = dict(steps=100, warmup=0, lr=0.1, schedule="constant", clip=0.0, weight_decay=0.1)
+    section.update(plain | train)
+    module = gpt2.GPT2(gpt2.Config(**CONFIG, dtype=dtype))
+    params = random(shapes_of(module))
+    method = lorax.method("lora", rank=2, targets=("q", "up", "embed"), dropout=dropout)
+    trainable, constants = method.init(jax.random.key(0), params)
+    hyper = steps.Hyper(
+        jnp.float32(section.lr), jnp.float32(section.weight_decay), jax.random.key(7)
+    )
+    program = steps.Program(module, method.bind, section, dropout > 0, merge)
+    state = steps.start(random(trainable, seed=1), section, hyper)
+    run = jit(functools.partial(steps.train_step, program))
+    step = lambda state, batch, hyper=hyper: run(params, constants, hyper, state, batch)
+    return Member(program, params, constants, hyper, state, step)
+
+
+def assert_same(one, two, rtol=0.0, atol=0.0):
+    """Trees of the same numbers; NaN is no number."""
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, equal_nan=False)
+
+
+SGD = dict(optimizer="sgd", b1=0.0, weight_decay=0.0, lr=1.0)
+
+
+def test_an_accumulated_batch_is_the_whole_batch():
+    whole, parts = batches(1), jax.tree.map(lambda x: x.reshape(2, 2, 7), batches(1))
+    member = start(**SGD)
+    (one, metrics), (two, in_parts) = (member.step(member.state, b) for b in (whole, parts))
+    assert_same(metrics, in_parts, rtol=1e-5)
+    assert_same(one.trainable, two.trainable, rtol=1e-4, atol=1e-5)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one.trainable, member.state.trainable)
+    assert min(jax.tree.leaves(moved)) > 1e-4
+
+
+def test_the_merged_forward_pass_trains_the_same():
+    plain, merged = start(**SGD), start(**SGD, merge=True)
+    (one, metrics), (two, merged_metrics) = (m.step(m.state, batches(1)) for m in (plain, merged))
+    assert_same(metrics, merged_metrics, rtol=1e-5)
+    assert_same(one.trainable, two.trainable, rtol=1e-4, atol=1e-5)
+    bound = merged.program.bind(merged.state.trainable, merged.constants, merged.params)
+    call = lambda params: lorax.apply(merged.program.module, params, batches(1)["tokens"][0])
+    assert "merged_linear" in str(jax.make_jaxpr(call)(ops.allow_merge(bound)))
+
+
+def test_clipping_bounds_the_step_and_not_the_metric():
+    (free, metrics), (clipped, clipped_metrics) = (
+        member.step(member.state, batches(1)) for member in (start(**SGD), start(**SGD, clip=0.01))
+    )
+    assert_same(metrics, clipped_metrics, rtol=1e-6)
+    length = lambda state: optax.tree.norm(
+        jax.tree.map(jnp.subtract, state.trainable, start(**SGD).state.trainable)
+    )
+    np.testing.assert_allclose(length(free), metrics["grad_norm"], rtol=1e-3)
+    np.testing.assert_allclose(length(clipped), 0.01, rtol=1e-2)
+
+
+def test_a_step_that_is_not_finite_ends_the_member_where_it_was():
+    member, good = start(), batches(1)
+    bad = good | {"mask": good["mask"].at[0, 1, 2].set(jnp.nan)}
+    first, metrics = member.step(member.state, good)
+    assert first.step == 1 and first.diverged_at == -1 and np.isfinite(metrics["loss"])
+    second, metrics = member.step(first, bad)
+    assert second.step == 2 and second.diverged_at == 2 and np.isnan(metrics["loss"])
+    assert_same(second[:2], first[:2])
+    third, _ = member.step(second, good)
+    assert_same(third[:2], first[:2])
+    assert third.diverged_at == 2
+
+
+def test_steps_past_the_last_change_nothing():
+    member, data = start(), batches(1)
+    for done, changes in ((99, True), (100, False), (101, False)):
+        before = member.state._replace(step=jnp.int32(done))
+        after, _ = member.step(before, data)
+        assert after.step == done + changes and after.diverged_at == -1
+        moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), after[:2], before[:2])
+        assert set(jax.tree.leaves(moved)) == {changes}
+
+
+def test_train_steps_is_step_after_step():
+    member, data = start(), batches(3)
+    one_by_one = member.state
+    for i in range(3):
+        one_by_one, last = member.step(one_by_one, jax.tree.map(lambda x, i=i: x[i : i + 1], data))
+    together, metrics = jit(functools.partial(steps.train_steps, member.program))(
+        member.params,
+        member.constants,
+        member.hyper,
+        member.state,
+        jax.tree.map(lambda x: x[:, None], data),
+    )
+    assert metrics["loss"].shape == (3,)
+    np.testing.assert_allclose(metrics["loss"][-1], last["loss"], rtol=1e-4)
+    assert_same(together.trainable, one_by_one.trainable, rtol=1e-3, atol=1e-4)
+
+
+def test_dropout_is_a_function_of_key_and_step():
+    member, data = start(dropout=0.5), batches(1)
+    loss = lambda state, key: float(
+        member.step(state, data, member.hyper._replace(key=jax.random.key(key)))[1]["loss"]
+    )
+    later = member.state._replace(step=jnp.int32(1))
+    assert loss(member.state, 7) == loss(member.state, 7)
+    assert len({loss(member.state, 7), loss(member.state, 8), loss(later, 7)}) == 3
+
+
+def test_bfloat16_computation_trains_float32_adapters():
+    full, half = start(), start(dtype="bfloat16")
+    (_, expected), (after, metrics) = (m.step(m.state, batches(1)) for m in (full, half))
+    assert {x.dtype for x in jax.tree.leaves(after.trainable)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=0.02)
+    np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=0.1)
+
+
+def test_the_loss_falls():
+    member, data = start(), batches(1)
+    state, hyper, losses = member.state, member.hyper._replace(lr=jnp.float32(0.02)), []
+    for _ in range(30):
+        state, metrics = member.step(state, data, hyper)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def temporaries(bind, trainable, constants, params, module):
+    """Bytes that the compiled step needs besides its arguments and results."""
+    section = config.default().train
+    hyper = steps.Hyper(jnp.float32(0.1), jnp.float32(0.1), jax.random.key(0))
+    program = steps.Program(module, bind, section, dropout=False, merge=False)
+    state = jax.eval_shape(lambda t: steps.start(t, section, hyper), trainable)
+    batch = {"tokens": jnp.zeros((1, 1, 7), jnp.int32), "mask": jnp.ones((1, 1, 7))}
+    compiled = (
+        jit(functools.partial(steps.train_step, program))
+        .lower(params, constants, hyper, state, batch)
+        .compile()
+    )
+    return compiled.memory_analysis().temp_size_in_bytes, state.opt_state
+
+
+def test_nothing_is_computed_or_kept_for_a_frozen_weight():
+    """Weights dwarf activations here, so a gradient of them would be seen."""
+    module = gpt2.GPT2(gpt2.Config(**CONFIG | dict(n_embd=128, n_layer=8, vocab_size=2000)))
+    params = shapes_of(module)
+    method = lorax.method("lora", rank=1, targets=("q", "v"))
+    trainable, constants = method.init(jax.random.key(0), params)
+    adapter, opt_state = temporaries(method.bind, trainable, constants, params, module)
+    full, _ = temporaries(lambda trainable, *_: trainable, params, {}, params, module)
+    assert full > 0.9 * tree.nbytes(params)  # so much would it take
+    assert adapter < 0.2 * tree.nbytes(params)
+    assert tree.nbytes(opt_state) == 2 * tree.nbytes(trainable) + 4 + 4  # and two counts
