@@ -64,8 +64,11 @@ MEMBERS, RANK = 8, 8
 
 
 def bench_sweep(shapes: list[str], rounds: int) -> list[Row]:
-    """Training time a member and step: 8 LoRA members (r = 8 on q and v) together, against the same
-    program for one member eight times over, and against PEFT in float32 where torch is installed."""
+    """Training time a member and step of 8 LoRA members (r = 8 on q and v) together.
+
+    Against the same program for one member eight times over, and against PEFT in float32 where
+    torch is installed.
+    """
     rows = []
     for name in shapes:
         shape = SHAPES[name]
@@ -214,6 +217,7 @@ def main(arguments: list[str]) -> int:
     shapes = given.shapes.split(",")
     if set(shapes) - set(SHAPES):
         parser.error(f"--shapes: {given.shapes!r} given; there is {', '.join(SHAPES)}")
+    sweep.split_cpu()
     rows = [row for name in given.name for row in BENCHES[name](shapes, given.rounds)]
     table = Table(title=f"{_machine()}, jax {jax.__version__}", title_justify="left")
     for heading in ("", "time", "against", "its time", "ratio"):

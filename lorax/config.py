@@ -96,7 +96,7 @@ AXES = {
 
 
 class Member(NamedTuple):
-    """A point of a sweep. name: "rank=4,seed=1"; point: {axis: value}; config: its own, unswept."""
+    """A point of a sweep. name: "rank=4,seed=1"; point: {axis: value}; config: its own."""
 
     index: int
     name: str

@@ -348,7 +348,7 @@ def _einsum_axes(module, x, einsum_str=None):
     left, kernel, out = _einsum_letters(module, x, einsum_str)
     letters = left + kernel + out
     if any(letters.count(c) != 2 for c in letters):
-        return None  # a batch axis in the kernel is one matrix per index; sums over one operand
+        return None  # a batch axis in the kernel (one matrix an index), or a sum over one operand
     ins = tuple(i for i, c in enumerate(kernel) if c in left)
     return ins, tuple(i for i, c in enumerate(kernel) if c in out)
 

@@ -156,12 +156,12 @@ def run(settings, members, workdir: Path) -> int:
     # Imported here: what is above answers at once.
     import jax
 
-    _split_cpu(jax)
-
     from lorax import report, tensorboard
     from lorax.models import kernels
     from lorax.terminal import Screen
-    from lorax.train import loop
+    from lorax.train import loop, sweep
+
+    sweep.split_cpu()
 
     # ------------------------------------------------------------------------------- what is run
     with Screen() as screen:
@@ -203,21 +203,11 @@ def run(settings, members, workdir: Path) -> int:
         write_json(workdir / "status.json", status | {"wall_seconds": wall()})
         screen.table(lines, rows)
     if page:
-        print(
-            f"\nReport       {page}\nFigures      {workdir / 'figures'}\nNumbers      {workdir / 'analysis'}"
-        )
+        print(f"\nReport       {page}\nFigures      {workdir / 'figures'}")
+        print(f"Numbers      {workdir / 'analysis'}")
     print(f"Adapters     {workdir / 'adapters'} (PEFT format)")
     print(f"TensorBoard  tensorboard --logdir {workdir / 'tb'}")
     return 0
-
-
-def _split_cpu(jax) -> None:
-    """Make a CPU as many devices as it has cores, up to 8, unless XLA_FLAGS already says.
-
-    Two members on a core each are faster than two cores on every small product of one.
-    """
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", min(8, os.cpu_count() or 1))
 
 
 def _fail(error: Exception) -> int:

@@ -20,7 +20,8 @@ class Config:
     """Hyperparameters by Hugging Face's names, and how to run the layers.
 
     remat: make the layers' activations again in the backward pass. unroll: layers in one step of
-    the loop over layers; more means fewer copies and a longer compilation.
+    the loop over layers, 0 for 4 where layers are small (the loop's copies then cost more than a
+    few layers' compilation) and 1 where they are not.
     """
 
     vocab_size: int = 50257
@@ -35,7 +36,7 @@ class Config:
     tie_word_embeddings: bool = True
     dtype: str = "float32"
     remat: bool = False
-    unroll: int = 1
+    unroll: int = 0
 
 
 class Attention(nn.Module):
@@ -93,7 +94,7 @@ class GPT2(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=c.n_layer,
-            unroll=c.unroll,
+            unroll=c.unroll or (min(4, c.n_layer) if c.n_embd <= 256 else 1),
         )(c)
         self.ln_f = LayerNorm(c.layer_norm_epsilon)
         if not c.tie_word_embeddings:

@@ -14,11 +14,17 @@ from flax import linen as nn
 # --------------------------------------------------------------------------------------- attention
 
 
-def _scores(q, k, scale):
+KEEP = 256 * 256  # queries x keys up to which a layer keeps its probabilities (measured on a CPU)
+
+
+def _probabilities(q, k, scale):
+    """Causal softmax of the scores: (B, H, T, S) float32."""
     scores = scale * jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
     t, s = scores.shape[-2:]
     future = jnp.arange(s)[None, :] > jnp.arange(t)[:, None] + (s - t)
-    return jnp.where(future, jnp.finfo(jnp.float32).min, scores)
+    scores = jnp.where(future, jnp.finfo(jnp.float32).min, scores)
+    p = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    return p / jnp.sum(p, axis=-1, keepdims=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -28,23 +34,22 @@ def causal_attention(q, k, v, scale):
     q: (B, T, H, D); k, v: (B, S, H, D) with S >= T (the queries are the last T positions); one
     floating dtype. scale: float. Returns (B, T, H, D) in that dtype; the softmax is in float32.
 
-    The backward pass keeps q, k, v, the output and the log-sum-exp of the scores (B, H, T), and
-    makes the probabilities again (FlashAttention, arXiv:2205.14135, algorithm 4, in one block).
+    The backward pass of a long sequence makes the probabilities again from q and k, as
+    FlashAttention does (arXiv:2205.14135, section 3.1); a short one's are cheaper kept.
     """
     return _attention_forward(q, k, v, scale)[0]
 
 
 def _attention_forward(q, k, v, scale):
-    scores = _scores(q, k, scale)
-    lse = jax.nn.logsumexp(scores, axis=-1)  # (B, H, T)
-    p = jnp.exp(scores - lse[..., None]).astype(v.dtype)
-    o = jnp.einsum("bhts,bshd->bthd", p, v)
-    return o, (q, k, v, o, lse)
+    p = _probabilities(q, k, scale)
+    o = jnp.einsum("bhts,bshd->bthd", p.astype(v.dtype), v)
+    kept = p if p.shape[-2] * p.shape[-1] <= KEEP else None
+    return o, (q, k, v, o, kept)
 
 
 def _attention_backward(scale, saved, do):
-    q, k, v, o, lse = saved
-    p = jnp.exp(_scores(q, k, scale) - lse[..., None])  # (B, H, T, S)
+    q, k, v, o, p = saved
+    p = _probabilities(q, k, scale) if p is None else p
     dv = jnp.einsum("bhts,bthd->bshd", p.astype(do.dtype), do)
     dp = jnp.einsum("bthd,bshd->bhts", do, v, preferred_element_type=jnp.float32)
     row = jnp.einsum("bthd,bthd->bht", do, o, preferred_element_type=jnp.float32)

@@ -13,7 +13,7 @@ import optax
 from lorax import ops
 from lorax.train import optim
 
-ROWS = 256  # tokens whose logits exist at a time
+ROWS = 256  # most tokens whose logits exist at a time
 
 
 class Hyper(NamedTuple):
@@ -51,13 +51,15 @@ def token_losses(module, params, hidden, labels):
 def weighted_loss(module, params, hidden, labels, weights):
     """sum(weights * nll) as float32 (): hidden (N, D), labels (N,), weights (N,) float32.
 
-    Logits are made `ROWS` tokens at a time, and the gradient with respect to what depends on the
-    trained parameters is made in the same pass, so that the backward pass has nothing to do but to
-    scale it, and no (N, V) array ever exists.
+    Logits are made at most `ROWS` tokens at a time, and the gradient with respect to what depends
+    on the trained parameters is made in the same pass, so that the backward pass has nothing to do
+    but to scale it, and no (N, V) array ever exists.
     """
-    pad = -len(labels) % ROWS
-    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, ROWS, hidden.shape[-1])
-    labels, weights = (jnp.pad(x, (0, pad)).reshape(-1, ROWS) for x in (labels, weights))
+    n = len(labels)
+    rows = -(-n // -(-n // ROWS))  # equal parts of at most ROWS
+    pad = -n % rows
+    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, rows, hidden.shape[-1])
+    labels, weights = (jnp.pad(x, (0, pad)).reshape(-1, rows) for x in (labels, weights))
     head = {name: params[name] for name in module.head if name in params}
 
     def one(head, hidden, labels, weights):

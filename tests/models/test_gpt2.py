@@ -1,5 +1,6 @@
 """GPT-2 is transformers' GPT-2, there and back, however its layers are run."""
 
+import copy
 import functools
 
 import jax
@@ -63,30 +64,39 @@ def test_logits_are_those_of_transformers_there_and_back(name, tmp_path):
     np.testing.assert_array_equal(torch_logits(back.eval()), expected)
 
 
-def test_a_checkpoint_of_the_bare_model_loads(tmp_path):
+def bare(model, directory):
     """Its names lack "transformer."; the head is tied."""
+    model.transformer.save_pretrained(directory)
+
+
+def sharded(model, directory):
+    model.save_pretrained(directory, max_shard_size="5KB")
+    assert len(list(directory.glob("*.safetensors"))) > 2
+
+
+def half(model, directory, dtype):
+    copy.deepcopy(model).to(getattr(require("torch"), dtype)).save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("save", "dtype"),
+    [
+        (bare, "float32"),
+        (sharded, "float32"),
+        (functools.partial(half, dtype="bfloat16"), "bfloat16"),
+        (functools.partial(half, dtype="float16"), "float16"),
+    ],
+    ids=["bare", "sharded", "bfloat16", "float16"],
+)
+def test_every_way_to_save_a_model_loads_the_same(save, dtype, tmp_path):
     model = reference("one-layer")
-    model.transformer.save_pretrained(tmp_path)
-    assert_same_logits(lorax.load(str(tmp_path)), torch_logits(model))
-
-
-def test_a_sharded_checkpoint_loads(tmp_path):
-    model = reference("deep-gelu")
-    model.save_pretrained(tmp_path, max_shard_size="40KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert_same_logits(lorax.load(str(tmp_path)), torch_logits(model))
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_checkpoint_in_half_precision_loads(dtype, tmp_path):
-    import copy
-
-    torch = require("torch")
-    half = copy.deepcopy(reference("one-layer")).to(getattr(torch, dtype))
-    half.save_pretrained(tmp_path)
-    base = lorax.load(str(tmp_path))
-    assert {leaf.dtype for leaf in jax.tree.leaves(base.params)} == {jnp.dtype("float32")}
-    assert_same_logits(base, torch_logits(half.float()))
+    model.save_pretrained(tmp_path / "plain")
+    save(model, tmp_path / "other")
+    plain, other = (lorax.load(str(tmp_path / name)).params for name in ("plain", "other"))
+    for path, leaf in tree.flatten(other).items():
+        want = np.asarray(tree.flatten(plain)[path]).astype(jnp.dtype(dtype))
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_array_equal(leaf, want.astype(np.float32), err_msg=path)
 
 
 # ------------------------------------------------------------------------------ how layers are run
@@ -134,14 +144,15 @@ def test_remat_and_unroll_change_nothing(remat, unroll):
         np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-6, err_msg=path)
 
 
-def test_the_program_does_not_grow_with_depth():
-    def size(n_layer):
-        module = gpt2.GPT2(gpt2.Config(**TINY | {"n_layer": n_layer}))
+@pytest.mark.parametrize(("unroll", "few", "many"), [(1, 2, 12), (4, 8, 24)])
+def test_the_program_does_not_grow_with_depth(unroll, few, many):
+    def lines(n_layer):
+        module = gpt2.GPT2(gpt2.Config(**TINY | {"n_layer": n_layer}, unroll=unroll))
         params = jax.eval_shape(module.init, jax.random.key(0), TOKENS)["params"]
         loss = lambda params: jnp.sum(module.apply({"params": params}, TOKENS))
         return len(jax.jit(jax.value_and_grad(loss)).lower(params).as_text().splitlines())
 
-    assert size(2) == size(12)
+    assert lines(few) == lines(many)
 
 
 def test_bfloat16_computes_in_half_and_answers_in_float32():
