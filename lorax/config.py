@@ -161,9 +161,9 @@ def group_key(member: Member) -> str:
     return json.dumps(c, sort_keys=True)
 
 
-def digest(config: ConfigDict) -> str:
-    """Ten hexadecimal digits that change with any value of the config."""
-    text = json.dumps(config.to_dict(), sort_keys=True, default=list)
+def digest(overrides: dict) -> str:
+    """Ten hexadecimal digits that change with any key or value of the overrides."""
+    text = json.dumps(overrides, sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 

@@ -259,9 +259,9 @@ def test_digest_changes_with_any_value_and_with_nothing_else():
         swept(rank=(1, 2)),
         swept(rank=(2, 1)),
     ]
-    digests = [config.digest(c) for c in variants]
+    digests = [config.digest(c.to_dict()) for c in variants]
     assert len(set(digests)) == len(digests)
-    assert digests[0] == config.digest(config.default())
+    assert digests[0] == config.digest(config.default().to_dict())
     assert re.fullmatch("[0-9a-f]{10}", digests[0])
 
 

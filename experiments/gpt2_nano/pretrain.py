@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lorax.models import Base, gpt2, save
@@ -78,7 +79,7 @@ def main(_):
     held_out = np.stack([held_out[i : i + SEQ + 1] for i in range(0, len(held_out) - SEQ, SEQ)])
     print(f"{len(train):,} training tokens, {held_out[:, 1:].size:,} held out", flush=True)
 
-    # ------------------------------------------------------------ model and optimiser
+    # -------------------------------------------------------------------------- model and optimiser
     module = gpt2.GPT2(CONFIG)
     params = jax.jit(module.init)(jax.random.key(SEED), jnp.zeros((1, 1), jnp.int32))["params"]
     n_params = sum(x.size for x in jax.tree.leaves(params))
@@ -145,7 +146,24 @@ def main(_):
         writer = csv.writer(file)
         writer.writerow(["step", "train_nats_per_token", "held_out_nats_per_token"])
         writer.writerows(curve)
+    draw(curve, unigram)
     print(f"unigram {unigram:.4f}  random weights {at_random:.4f}  gpt2-nano {curve[-1][2]:.4f}")
+
+
+def draw(curve, unigram):
+    """The training curve as curve.png; unigram in nats a token."""
+    steps, train, held_out = zip(*curve, strict=True)
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(unigram, color="0.5", ls="--", label=f"unigram, {unigram:.2f}")
+    axes.plot(
+        steps, train, color="#E69F00", ls=":", marker="s", ms=3, label="train, last 20 batches"
+    )
+    axes.plot(steps, held_out, color="#0072B2", marker="o", ms=3, label="held out")
+    axes.set(xlabel="optimiser step", ylabel="loss (nats per token)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(Path(__file__).parent / "curve.png", dpi=150)
 
 
 def _save(directory, params, tokenizer):
