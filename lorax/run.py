@@ -84,6 +84,8 @@ def read_command_line(argv: list[str]):
     settings = FLAGS.config
     members = config.members(settings)
     if FLAGS.workdir:
+        if Path(FLAGS.workdir).exists() and not Path(FLAGS.workdir).is_dir():
+            raise ValueError(f"--workdir: {FLAGS.workdir} is a file; name a directory")
         return settings, members, Path(FLAGS.workdir)
     file, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")
     name = Path(file).stem + (f"-{argument}" if argument else "")

@@ -160,7 +160,7 @@ def save(
         "lorax": json.dumps({"model_type": model_type, "factors": inverse}),
     }
     directory = pathlib.Path(directory)
-    write_bytes(directory / WEIGHTS, safetensors.numpy.save(tensors, metadata))
+    write_bytes(directory / WEIGHTS, _serialise(tensors, metadata))
     text = json.dumps(config, indent=2, sort_keys=True)
     write_bytes(directory / CONFIG, text.encode())
     return directory
@@ -290,6 +290,19 @@ def _take_apart(
         return parts
     except (KeyError, TypeError, ValueError, zlib.error) as error:
         raise ValueError(f"{file}: its metadata 'lorax' does not fit: {error}") from error
+
+
+def _serialise(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """A safetensors file whose bytes are a function of its content.
+
+    The library writes the metadata in a random order; here the header's keys are sorted. (The
+    format: 8 bytes of header length, the header as JSON padded with spaces, the data.)
+    """
+    data = safetensors.numpy.save(tensors, metadata)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def _rescale(block: np.ndarray, ratio: float) -> np.ndarray:

@@ -148,8 +148,9 @@ def _bound(program, trainable, constants, params, key=None):
 def train_step(program: Program, params, constants, hyper: Hyper, state: MemberState, batch):
     """One optimiser step: (new state, metrics {"loss": nats a token, "grad_norm"} () float32).
 
-    batch: leaves (A, B, T + 1), A parts whose gradients are added. A step whose loss or gradient is
-    not finite changes nothing, and neither does any after it or past `train.steps`.
+    batch: leaves (A, B, T + 1), A parts whose gradients are added. A step whose loss, gradient norm
+    or new parameter norm is not finite changes nothing, and neither does any after it or past
+    `train.steps`.
     """
 
     def loss(trainable, part, key):
@@ -178,7 +179,7 @@ def train_step(program: Program, params, constants, hyper: Hyper, state: MemberS
     trainable = optax.apply_updates(state.trainable, updates)
 
     due = (state.diverged_at < 0) & (state.step < program.train.steps)
-    finite = jnp.isfinite(value) & jnp.isfinite(norm)
+    finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(trainable))
     keep = lambda new, old: jnp.where(due & finite, new, old)
     new = MemberState(
         jax.tree.map(keep, trainable, state.trainable),

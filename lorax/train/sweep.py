@@ -315,7 +315,8 @@ def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
     shape = (k, c.accumulate, c.batch_size // c.accumulate)
     rows = []
     for member in stacked.members:
-        n = member.config.task.n_train or len(task.train["tokens"])
+        available = len(task.train["tokens"])  # fewer than asked for where some were too long
+        n = min(member.config.task.n_train or available, available)
         order = tasks.orders(n, c.batch_size, member.config.seed, range(first, first + k))
         rows.append(order.reshape(shape))
     return {name: values[np.stack(rows)] for name, values in task.train.items()}

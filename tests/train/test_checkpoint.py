@@ -49,7 +49,7 @@ def flip(path):
 
 DAMAGE = {
     "bit": flip,
-    "torn": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "torn": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "gone": lambda path: path.unlink(),
 }
 

@@ -110,7 +110,7 @@ def test_a_member_alone_equals_itself_in_the_sweep(base, task, reference, index)
 def test_members_learn_and_differ(reference):
     final, losses = reference[:2]
     assert (losses[:, -1] < losses[:, 0] - 0.01).all()
-    assert len(np.unique(final)) == len(final)
+    assert len(np.unique(losses, axis=0)) == len(final)
 
 
 @pytest.mark.parametrize("width", [1, 5])
@@ -150,16 +150,15 @@ def test_auto_spreads_members_and_then_batches(base):
 
 def test_too_little_memory_means_parts_and_the_same_numbers(base, task, reference):
     c = settings(**MIXED)
-    limit = 0.7 * reference[3].bytes
-    c.train.memory_gb = limit / 1e9
+    c.train.memory_gb = 1e-3  # one program for all 12 takes 1.1 MB even at width 1
     final, losses, _, programs, _ = run(c, base, task)
-    assert programs.layout.width == 1 and programs.layout.size < 12 and programs.bytes <= limit
+    assert programs.layout.width == 1 and programs.layout.size < 12 and programs.bytes <= 1e6
     np.testing.assert_allclose(losses, reference[1], rtol=1e-5)
     np.testing.assert_allclose(final, reference[0], rtol=1e-5)
 
 
 def test_memory_for_not_even_one_is_an_error_before_any_allocation(base, task):
-    c = settings(**MIXED)
+    c = settings(rank=(1, 2))
     c.train.memory_gb = 1e-6
     with pytest.raises(MemoryError, match="one member needs .* set train.remat=True"):
         run(c, base, task)
