@@ -317,6 +317,8 @@ def _strength(by: runs.Axes, settings: pd.DataFrame, answer: runs.Answer) -> str
     if n < 4:
         text += f"; from {n} values it is itself only a rough estimate"
     text += "."
+    if by.main == "rank" and best["rank"] == settings["rank"].max() and len(settings) > 1:
+        text += " The best is the largest rank tried, so a still larger one may do better."
     if by.main is not None and by.main != "rank":
         limit = best["mean"] + best["se"]
         within = settings[settings["mean"] <= limit]

@@ -64,4 +64,4 @@ def test_lora_from_it_beats_lora_from_random_weights(adapted):
     workdir, rows, finished = adapted
     assert [row["name"] for row in finished] == ["base=gpt2-nano", "base=random:gpt2-nano"]
     # Measured when the model was made: see experiments/gpt2_nano/README.md.
-    assert rows[0]["eval_loss"] < rows[1]["eval_loss"] - 1.0
+    assert rows[0]["eval_loss"] < rows[1]["eval_loss"] - 2.0

@@ -183,6 +183,12 @@ def test_one_seed(tmp_path):
     assert not (directory / "figures" / "similarity_between_seeds.png").exists()
 
 
+def test_a_curve_that_still_falls_at_its_end_is_said(tmp_path):
+    text = lambda ranks: report.write(make_run(tmp_path / str(ranks), ranks=ranks)).read_text()
+    assert "The best is the largest rank tried" in text((1, 2))
+    assert "The best is the largest rank tried" not in text((1, 2, 4, 8))
+
+
 def test_no_rank_axis(tmp_path):
     directory = make_run(tmp_path / "run", ranks=(4,), alphas=(8.0, 16.0))
     text = report.write(directory).read_text()

@@ -119,9 +119,7 @@ def main(_):
         [math.log((counts[t] + 1) / total) for t in held_out[:, 1:].ravel().tolist()]
     )
     at_random = float(evaluate(params, held_out))
-    print(
-        f"{n_params:,} parameters; held-out nats/token: unigram {unigram:.4f}, random {at_random:.4f}"
-    )
+    print(f"{n_params:,} parameters; held out: unigram {unigram:.4f}, random {at_random:.4f}")
 
     # ------------------------------------------------------------ train
     rng = np.random.default_rng(SEED)
@@ -134,7 +132,7 @@ def main(_):
             curve.append((step, float(loss), float(evaluate(params, held_out))))
             left = (time.time() - begin) / step * (STEPS - step)
             print(
-                f"step {step:5d}  train {loss:.4f}  held out {curve[-1][2]:.4f}  {left:5.0f} s left",
+                f"step {step:5d}  train {loss:.4f}  held out {curve[-1][2]:.4f}  {left:.0f} s left",
                 flush=True,
             )
         if FLAGS.checkpoints and step in (200, 600, 1200, 2400, STEPS):

@@ -1,10 +1,8 @@
 """Subspace similarity: planted overlaps, chance, and the paper's definition on real adapters."""
 
-import os
-import pathlib
-
 import numpy as np
 import pytest
+from support import DATA
 
 from lorax.analysis import (
     basis_similarity,
@@ -16,7 +14,6 @@ from lorax.analysis import (
 )
 from lorax.interop import peft
 
-DATA = pathlib.Path(os.environ.get("LORAX_DATA", pathlib.Path(__file__).parents[3] / "shared/data"))
 ROBERTA = DATA / "adapters" / "lora_roberta_mnli" / "roberta_base_lora_mnli.npz"
 GPT2 = DATA / "adapters" / "peft_gpt2_lora"
 

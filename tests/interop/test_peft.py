@@ -1,19 +1,17 @@
 """PEFT's on-disk format: exact there and back, and PEFT itself reads what we write."""
 
 import json
-import os
 import pathlib
 import shutil
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from support import require
+from support import DATA, require
 
 from lorax.interop import peft
 from lorax.interop.peft import Factors
 
-DATA = pathlib.Path(os.environ.get("LORAX_DATA", pathlib.Path(__file__).parents[3] / "shared/data"))
 FOREIGN = DATA / "adapters" / "peft_gpt2_lora"
 WIDTH, VOCABULARY, CONTEXT = 16, 40, 32
 

@@ -1,12 +1,10 @@
-import os
 from pathlib import Path
 
 import pytest
+from support import data
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lorax.tasks import restaurants
-
-DATA = Path(os.environ.get("LORAX_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 @pytest.fixture(scope="session")
@@ -28,15 +26,9 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def e2e_zip() -> Path:
-    path = DATA / "e2e" / "e2e-dataset.zip"
-    if not path.exists():
-        pytest.skip(f"no {path.name} in the data folder")
-    return path
+    return data("e2e/e2e-dataset.zip")
 
 
 @pytest.fixture(scope="session")
 def stories() -> Path:
-    path = DATA / "tinystories" / "tinystories_sample.txt"
-    if not path.exists():
-        pytest.skip(f"no {path.name} in the data folder")
-    return path
+    return data("tinystories/tinystories_sample.txt")

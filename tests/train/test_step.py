@@ -284,6 +284,6 @@ def test_nothing_is_computed_or_kept_for_a_frozen_weight():
     trainable, constants = method.init(jax.random.key(0), params)
     adapter, opt_state = temporaries(method.bind, trainable, constants, params, module)
     full, _ = temporaries(lambda trainable, *_: trainable, params, {}, params, module)
-    assert full > 0.9 * tree.nbytes(params)  # so much would it take
+    assert full > 0.8 * tree.nbytes(params)  # the control: so much would gradients of all take
     assert adapter < 0.2 * tree.nbytes(params)
     assert tree.nbytes(opt_state) == 2 * tree.nbytes(trainable) + 4 + 4  # and two counts
