@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from lorax import __version__, config
-from lorax.files import write_bytes, write_json
+from lorax.files import read_json, write_bytes, write_json
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The study: FILE or FILE:ARGUMENT.")
@@ -178,10 +179,15 @@ def run(settings, members, workdir: Path) -> int:
             "device": f"{len(devices)} x {devices[0].device_kind} ({cores})",
             "git": _git_revision(),
             "base_sha256": groups[0].base.sha256,
-            "command": "python -m lorax.run " + " ".join(sys.argv[1:]),
+            "command": "python -m lorax.run " + shlex.join(sys.argv[1:]),
         }
         if not (workdir / "config.json").exists():
             write_json(workdir / "config.json", head)
+        elif read_json(workdir / "config.json")["base_sha256"] != head["base_sha256"]:
+            raise ValueError(
+                f"base: the weights of {groups[0].base.name} are others than {workdir} began with; "
+                f"name another --workdir"
+            )
         lines = sorted((row for g in groups for row in loop.describe(g)), key=lambda r: r["member"])
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_bytes(workdir / "members.jsonl", text.encode())

@@ -123,7 +123,9 @@ def train(workdir: Path, groups: list[Group], terminal: Terminal) -> dict[int, d
         params = programs.place_base(group.base.params)
         eval_batches = jax.device_put(eval_batches)
         for number, chunk in enumerate(chunks):
-            where = workdir / "checkpoints" / f"{group.index}-{number}"
+            # Another division (less memory free than last time) must not read these.
+            parts = f"of{len(chunks)}" if len(chunks) > 1 else ""
+            where = workdir / "checkpoints" / f"{group.index}-{number}{parts}"
             offset, finals = _train_chunk(
                 workdir, where, chunk, group, programs, params, eval_batches, k, offset,
                 lambda steps, before=done: terminal.progress(before + steps, total), terminal,

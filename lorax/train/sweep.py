@@ -38,7 +38,7 @@ def split_cpu() -> None:
 
 
 class Stack(NamedTuple):
-    """Members of one shape, each leaf with a leading member axis M (on the host: numpy).
+    """Members of one shape, each leaf with a leading member axis M.
 
     methods: of each member. constants, hyper: untrained. state: `MemberState` at step 0.
     """
@@ -202,7 +202,7 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
         return Programs(train, evaluate, place_base, place, place_batches, layout, 0)
 
     def described(tree, spec, lead):
-        """Shapes of a tree with its first axis replaced by `lead`."""
+        """Shapes of a tree with the axes `lead` in front."""
         struct = lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=at(spec))
         return jax.tree.map(struct, tree)
 
@@ -251,16 +251,17 @@ def program_bytes(compiled) -> int:
     )
 
 
-def memory_limit(train, device) -> int:
-    """Bytes that one program may take: `train.memory_gb`, or most of what the device has free."""
+def memory_limit(train, devices) -> int:
+    """Bytes that one program may take on each of its devices: `train.memory_gb`, or most of what
+    is free; a CPU's devices share its memory."""
     if train.memory_gb:
         return int(train.memory_gb * 1e9)
-    stats = device.memory_stats() if device.platform != "cpu" else None
+    stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
     if stats:
         return int(0.9 * stats["bytes_limit"])
     with open("/proc/meminfo") as file:
         free = next(line for line in file if line.startswith("MemAvailable"))
-    return int(0.8 * 1024 * int(free.split()[1]))
+    return int(0.8 * 1024 * int(free.split()[1]) / len(devices))
 
 
 def fit(stacked: Stack, base: Base, train, batches, eval_batches, devices=None) -> Programs:
@@ -273,7 +274,7 @@ def fit(stacked: Stack, base: Base, train, batches, eval_batches, devices=None) 
     while True:
         chosen = layout(n, train, base, devices)
         programs = compile_programs(stacked, base, chosen, batches, eval_batches)
-        limit = memory_limit(train, chosen.devices[0])
+        limit = memory_limit(train, chosen.devices)
         if programs.bytes <= limit:
             return programs
         if chosen.width > 1:
