@@ -58,10 +58,11 @@ DAMAGE = {
 def test_damage_to_any_file_is_found_named_and_passed_over(three, damage):
     for i in itertools.count():
         checkpoint.save(three, 20, state(20), {"offset": 20})
-        if i == len(files(three / "20")):
+        written = files(three / "20")  # how many there are differs from one write to the next
+        if i >= len(written):
             assert i >= 4
             break
-        DAMAGE[damage](files(three / "20")[i])
+        DAMAGE[damage](written[i])
         (step, restored, _), said = restore(three)
         assert step == 10 and len(said) == 1
         assert str(three / "20") in said[0] and "is not whole" in said[0]
