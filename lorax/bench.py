@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lorax import config, ops, tasks
+from lorax import config, ops, tasks, tree
 from lorax.files import write_bytes
 from lorax.models import Base, gpt2
 from lorax.train import sweep
@@ -106,11 +106,10 @@ def _ours(shape: Shape, members: int) -> Callable[[], float]:
 
     chosen = config.members(c)
     stacked = sweep.stack(chosen, sweep.build_methods(chosen, base), base)
-    abstract = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), t)
     k = shape.steps
     host = sweep.train_batches(stacked, task, 0, k)
-    one = abstract(jax.tree.map(lambda x: x[0], host))
-    evals = abstract(sweep.eval_batches(task, 1))
+    one = tree.shapes({name: x[0] for name, x in host.items()})
+    evals = tree.shapes(sweep.eval_batches(task, 1))
     programs = sweep.fit(stacked, base, chosen[0].config.train, one, evals)
     params, batches = programs.place_base(base.params), programs.place_batches(host)
     constants, hyper = programs.place(stacked.constants), programs.place(stacked.hyper)
@@ -204,6 +203,7 @@ BENCHES = {"sweep": bench_sweep}
 
 
 def main(arguments: list[str]) -> int:
+    """The command line: measure, print a table and, where asked, write its rows as JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m lorax.bench",
         description=__doc__,

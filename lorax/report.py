@@ -126,6 +126,7 @@ def _write(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: write the report of each run named; 1 where one can't be read."""
     parser = argparse.ArgumentParser(prog="python -m lorax.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", nargs="+", help="a run directory")

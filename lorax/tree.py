@@ -97,6 +97,11 @@ def combine(*trees: dict) -> dict:
     return unflatten(merged)
 
 
+def shapes(tree):
+    """The tree with a `jax.ShapeDtypeStruct` for every array, to compile or restore with."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
 def count(tree) -> int:
     """Number of scalars in all array leaves (also of `jax.ShapeDtypeStruct`s)."""
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))

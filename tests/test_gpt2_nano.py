@@ -21,6 +21,10 @@ def test_it_is_as_small_as_it_says():
     assert tree.count(base.params) == 957_184 <= 1_500_000
     asset = ROOT / "lorax/assets/gpt2-nano"
     assert sum(p.stat().st_size for p in asset.iterdir()) <= 6_000_000
+    random = tree.flatten(lorax.load("random:gpt2-nano").params)
+    for name, leaf in tree.flatten(base.params).items():
+        assert leaf.shape == random[name].shape
+        assert np.isfinite(leaf).all()
     assert base.tokenizer.get_vocab_size() == base.config.vocab_size == 1024
 
 

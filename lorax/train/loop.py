@@ -113,11 +113,10 @@ def train(workdir: Path, groups: list[Group], terminal: Terminal) -> dict[int, d
         c = group.stack.members[0].config
         k = sweep.steps_per_call(c.eval.every)
         eval_batches = sweep.eval_batches(group.task, c.eval.batch_size)
-        abstract = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), t)
-        batches = abstract(sweep.train_batches(group.stack, group.task, 0, k))
-        batches = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches)
+        first = sweep.train_batches(group.stack, group.task, 0, k)
+        batches = tree.shapes({name: x[0] for name, x in first.items()})
         began = time.monotonic()
-        programs = sweep.fit(group.stack, group.base, c.train, batches, abstract(eval_batches))
+        programs = sweep.fit(group.stack, group.base, c.train, batches, tree.shapes(eval_batches))
         chunks = sweep.chunks(group.stack, programs.layout.size)
         terminal.say(_plan_line(group, programs, chunks, time.monotonic() - began))
         params = programs.place_base(group.base.params)
@@ -148,8 +147,7 @@ def _train_chunk(
     )[:m]
 
     # -------------------------------------------------------------------------- resume, or step 0
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    found = checkpoint.restore(where, like, terminal.say)
+    found = checkpoint.restore(where, tree.shapes(state), terminal.say)
     if found:
         step, saved, meta = found
         state = jax.device_put(saved, jax.tree.map(lambda x: x.sharding, state))

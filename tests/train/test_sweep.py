@@ -50,7 +50,7 @@ def stack_of(c, base, pick=None):
 def run(c, base, task, pick=None, devices=None, steps=7, k=4):
     """Final eval losses (M,), training losses (M, steps), final trainable trees (M leading)."""
     stacked = stack_of(c, base, pick)
-    abstract = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), t)
+    abstract = tree.shapes
     evals = sweep.eval_batches(task, 4)
     batches = jax.tree.map(lambda x: x[0], sweep.train_batches(stacked, task, 0, k))
     devices = devices or jax.devices()[:1]
