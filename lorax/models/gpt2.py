@@ -10,9 +10,19 @@ import functools
 from typing import ClassVar
 
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 
-from lorax.models.layers import ACTIVATIONS, LayerNorm, causal_attention
+from lorax.interop.hf import Source
+from lorax.models.layers import (
+    ACTIVATIONS,
+    Cache,
+    LayerNorm,
+    cached_attention,
+    causal_context,
+    empty_cache,
+    unrolled,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +53,14 @@ class Attention(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, mask, kv, at):
         c = self.config
         dense = functools.partial(nn.Dense, c.n_embd, dtype=c.dtype, kernel_init=_normal)
-        heads = (*x.shape[:-1], c.n_head, c.n_embd // c.n_head)
-        q, k, v = (dense(name=name)(x).reshape(heads) for name in "qkv")  # (B, T, H, D)
-        scale = heads[-1] ** -0.5 if c.scale_attn_weights else 1.0
-        return dense(name="o")(causal_attention(q, k, v, scale).reshape(x.shape))
+        heads = lambda x: rearrange(x, "b t (h d) -> b t h d", h=c.n_head)
+        q, k, v = (heads(dense(name=name)(x)) for name in "qkv")
+        scale = q.shape[-1] ** -0.5 if c.scale_attn_weights else 1.0
+        o, kv = cached_attention(q, k, v, mask, scale, kv, at)
+        return dense(name="o")(rearrange(o, "b t h d -> b t (h d)")), kv
 
 
 class MLP(nn.Module):
@@ -64,14 +75,20 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: (x, kv), its number, mask, column -> ((x, kv), None); see `cached_attention`."""
+
     config: Config
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, carry, layer, mask, column):
+        x, kv = carry
         epsilon = self.config.layer_norm_epsilon
-        x = x + Attention(self.config, name="attn")(LayerNorm(epsilon, name="ln_1")(x))
+        read, kv = Attention(self.config, name="attn")(
+            LayerNorm(epsilon, name="ln_1")(x), mask, kv, (layer, column)
+        )
+        x = x + read
         x = x + MLP(self.config, name="mlp")(LayerNorm(epsilon, name="ln_2")(x))
-        return x, None
+        return (x, kv), None
 
 
 class GPT2(nn.Module):
@@ -93,8 +110,9 @@ class GPT2(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.n_layer,
-            unroll=c.unroll or (min(4, c.n_layer) if c.n_embd <= 256 else 1),
+            unroll=unrolled(c.unroll, c.n_layer, c.n_embd),
         )(c)
         self.ln_f = LayerNorm(c.layer_norm_epsilon)
         if not c.tie_word_embeddings:
@@ -102,22 +120,39 @@ class GPT2(nn.Module):
                 c.vocab_size, use_bias=False, dtype=c.dtype, kernel_init=_normal
             )
 
-    def __call__(self, tokens):
-        return self.logits(self.hidden(tokens))
+    def __call__(self, tokens, segments=None):
+        return self.logits(self.hidden(tokens, segments))
 
-    def hidden(self, tokens):
-        """Final hidden states (B, T, n_embd), after the last layer norm."""
-        t = tokens.shape[-1]
-        if t > self.config.n_positions:
-            raise ValueError(f"{t} tokens, but n_positions is {self.config.n_positions}")
-        x = self.wte(tokens) + self.wpe(jnp.arange(t))[None]
-        x, _ = self.h(x)
-        return self.ln_f(x)
+    def hidden(self, tokens, segments=None, cache: Cache | None = None):
+        """Final hidden states (B, T, n_embd), after the last layer norm; with a cache, the pair
+        (hidden, cache with these tokens in it).
+
+        segments: (B, T) int32 or None, see `layers.causal_context`.
+        """
+        t, c = tokens.shape[-1], self.config
+        if t > c.n_positions:
+            raise ValueError(f"{t} tokens, but n_positions is {c.n_positions}")
+        context = causal_context(tokens, segments, cache)
+        x = self.wte(tokens) + self.wpe(context.positions)
+        layers = None if cache is None else jnp.arange(c.n_layer)
+        kv = None if cache is None else (cache.k, cache.v)
+        column = None if cache is None else cache.length
+        (x, kv), _ = self.h((x, kv), layers, context.mask, column)
+        hidden = self.ln_f(x)
+        if cache is None:
+            return hidden
+        return hidden, context.cache._replace(k=kv[0], v=kv[1])
 
     def logits(self, hidden):
         """Hidden states (..., n_embd) -> logits (..., V) float32."""
         out = self.wte.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
         return out.astype(jnp.float32)
+
+    @nn.nowrap
+    def empty_cache(self, batch: int, room: int) -> Cache:
+        """A `Cache` for `batch` rows of `room` tokens."""
+        c = self.config
+        return empty_cache(c.n_layer, batch, room, c.n_head, c.n_embd // c.n_head, c.dtype)
 
 
 _normal = nn.initializers.normal(0.02)
@@ -148,36 +183,29 @@ def config_from_hf(hf: dict, **run) -> Config:
     return config
 
 
-def hf_tensors(config: Config) -> dict[str, tuple[str, slice | None, bool]]:
-    """{parameter path: (Hugging Face name, columns, transpose)}.
-
-    "{}" in a name is the layer, and the parameter stacks all of them. columns: the part of a fused
-    tensor's last axis. GPT-2's `Conv1D` stores kernels (in, out), as we do; only the head is a
-    `Linear`, stored (out, in).
-    """
+def hf_tensors(config: Config) -> dict[str, Source]:
+    """{parameter path: where it lies}. GPT-2's `Conv1D` stores kernels (in, out), as we do; only
+    the head is a `Linear`, stored (out, in)."""
     d = config.n_embd
     names = {
-        "wte/embedding": ("transformer.wte.weight", None, False),
-        "wpe/embedding": ("transformer.wpe.weight", None, False),
-        "ln_f/scale": ("transformer.ln_f.weight", None, False),
-        "ln_f/bias": ("transformer.ln_f.bias", None, False),
+        "wte/embedding": Source("transformer.wte.weight"),
+        "wpe/embedding": Source("transformer.wpe.weight"),
+        "ln_f/scale": Source("transformer.ln_f.weight"),
+        "ln_f/bias": Source("transformer.ln_f.bias"),
     }
     if not config.tie_word_embeddings:
-        names["lm_head/kernel"] = ("lm_head.weight", None, True)
+        names["lm_head/kernel"] = Source("lm_head.weight", axes=(1, 0))
+    layer = "transformer.h.{}"
     for ours, theirs in (("scale", "weight"), ("bias", "bias")):
         for ln in ("ln_1", "ln_2"):
-            names[f"h/{ln}/{ours}"] = (f"transformer.h.{{}}.{ln}.{theirs}", None, False)
+            names[f"h/{ln}/{ours}"] = Source(f"{layer}.{ln}.{theirs}")
     for ours, theirs in (("kernel", "weight"), ("bias", "bias")):
         for i, part in enumerate("qkv"):
             columns = slice(i * d, (i + 1) * d)
-            fused = f"transformer.h.{{}}.attn.c_attn.{theirs}"
-            names[f"h/attn/{part}/{ours}"] = (fused, columns, False)
-        for layer, module in (
-            ("attn/o", "attn.c_proj"),
-            ("mlp/up", "mlp.c_fc"),
-            ("mlp/down", "mlp.c_proj"),
-        ):
-            names[f"h/{layer}/{ours}"] = (f"transformer.h.{{}}.{module}.{theirs}", None, False)
+            names[f"h/attn/{part}/{ours}"] = Source(f"{layer}.attn.c_attn.{theirs}", part=columns)
+        names[f"h/attn/o/{ours}"] = Source(f"{layer}.attn.c_proj.{theirs}")
+        names[f"h/mlp/up/{ours}"] = Source(f"{layer}.mlp.c_fc.{theirs}")
+        names[f"h/mlp/down/{ours}"] = Source(f"{layer}.mlp.c_proj.{theirs}")
     return names
 
 

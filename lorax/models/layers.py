@@ -1,14 +1,16 @@
 """Layers that the models share, with backward passes that keep no more than they need.
 
 Each has the parameters of its Flax counterpart. Axes: B batch, T positions (queries), S positions
-(keys), H heads, D features of one head.
+(keys), H heads, K heads of keys and values, G = H / K queries that share one, D features of a head.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 # --------------------------------------------------------------------------------------- attention
@@ -17,47 +19,141 @@ from flax import linen as nn
 KEEP = 256 * 256  # queries x keys up to which a layer keeps its probabilities (measured on a CPU)
 
 
-def _probabilities(q, k, scale):
-    """Causal softmax of the scores: (B, H, T, S) float32."""
-    scores = scale * jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
-    t, s = scores.shape[-2:]
-    future = jnp.arange(s)[None, :] > jnp.arange(t)[:, None] + (s - t)
-    scores = jnp.where(future, jnp.finfo(jnp.float32).min, scores)
+def _probabilities(q, k, mask, scale):
+    """Masked softmax of the scores: q (B, T, K, G, D), k (B, S, K, D) -> (B, K, G, T, S) float32."""
+    scores = scale * jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     p = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     return p / jnp.sum(p, axis=-1, keepdims=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def causal_attention(q, k, v, scale):
-    """Scaled dot-product attention in which a position sees itself and what came before.
+def attention(q, k, v, mask, scale):
+    """Scaled dot-product attention (arXiv:1706.03762, equation 1), grouped-query where K < H
+    (arXiv:2305.13245).
 
-    q: (B, T, H, D); k, v: (B, S, H, D) with S >= T (the queries are the last T positions); one
-    floating dtype. scale: float. Returns (B, T, H, D) in that dtype; the softmax is in float32.
+    q: (B, T, H, D); k, v: (B, S, K, D), K a divisor of H; one floating dtype. mask: (B or 1, T, S)
+    bool, True where a query may look (a row without any looks everywhere alike). scale: float.
+    Returns (B, T, H, D) in that dtype; the softmax is in float32.
 
     The backward pass of a long sequence makes the probabilities again from q and k, as
     FlashAttention does (arXiv:2205.14135, section 3.1); a short one's are cheaper kept.
     """
-    return _attention_forward(q, k, v, scale)[0]
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])  # (B, T, K, G, D)
+    return _attention(grouped, k, v, mask, scale).reshape(q.shape)
 
 
-def _attention_forward(q, k, v, scale):
-    p = _probabilities(q, k, scale)
-    o = jnp.einsum("bhts,bshd->bthd", p.astype(v.dtype), v)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q, k, v, mask, scale):
+    return _attention_forward(q, k, v, mask, scale)[0]
+
+
+def _attention_forward(q, k, v, mask, scale):
+    p = _probabilities(q, k, mask, scale)
+    o = jnp.einsum("bkgts,bskd->btkgd", p.astype(v.dtype), v)
     kept = p if p.shape[-2] * p.shape[-1] <= KEEP else None
-    return o, (q, k, v, o, kept)
+    return o, (q, k, v, mask, o, kept)
 
 
 def _attention_backward(scale, saved, do):
-    q, k, v, o, p = saved
-    p = _probabilities(q, k, scale) if p is None else p
-    dv = jnp.einsum("bhts,bthd->bshd", p.astype(do.dtype), do)
-    dp = jnp.einsum("bthd,bshd->bhts", do, v, preferred_element_type=jnp.float32)
-    row = jnp.einsum("bthd,bthd->bht", do, o, preferred_element_type=jnp.float32)
+    q, k, v, mask, o, p = saved
+    p = _probabilities(q, k, mask, scale) if p is None else p
+    dv = jnp.einsum("bkgts,btkgd->bskd", p.astype(do.dtype), do)
+    dp = jnp.einsum("btkgd,bskd->bkgts", do, v, preferred_element_type=jnp.float32)
+    row = jnp.einsum("btkgd,btkgd->bkgt", do, o, preferred_element_type=jnp.float32)
     ds = (scale * p * (dp - row[..., None])).astype(q.dtype)
-    return jnp.einsum("bhts,bshd->bthd", ds, k), jnp.einsum("bhts,bthd->bshd", ds, q), dv
+    dq = jnp.einsum("bkgts,bskd->btkgd", ds, k)
+    return dq, jnp.einsum("bkgts,btkgd->bskd", ds, q), dv, None
 
 
-causal_attention.defvjp(_attention_forward, _attention_backward)
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+class Cache(NamedTuple):
+    """Keys and values of what a causal model has read.
+
+    k, v: (L, B, S, K, D), S the room there is. real: (B, S) bool, False for padding and for what
+    is still empty. length: () int32, columns written so far, the same for all rows.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    real: jax.Array
+    length: jax.Array
+
+
+def empty_cache(layers: int, batch: int, room: int, heads: int, features: int, dtype) -> Cache:
+    """A cache of `room` columns with nothing in it."""
+    kv = jnp.zeros((layers, batch, room, heads, features), dtype)
+    return Cache(kv, kv, jnp.zeros((batch, room), bool), jnp.int32(0))
+
+
+def cached_attention(q, k, v, mask, scale, kv, at):
+    """`attention` to what a layer has read before as well: (o (B, T, H, D), kv with k and v in it).
+
+    kv: (k, v) of a `Cache`, of all layers, or None for no cache. at: (layer, column) () int32 each,
+    where k and v (B, T, K, D) go.
+    """
+    if kv is not None:
+        where = (at[0], 0, at[1], 0, 0)
+        put = lambda all_, new: jax.lax.dynamic_update_slice(
+            all_, new[None].astype(all_.dtype), where
+        )
+        kv = (put(kv[0], k), put(kv[1], v))
+        k, v = (jax.lax.dynamic_index_in_dim(x, at[0], keepdims=False).astype(q.dtype) for x in kv)
+    return attention(q, k, v, mask, scale), kv
+
+
+class Context(NamedTuple):
+    """Who stands where and sees whom, the same for every layer.
+
+    positions: (B or 1, T) int32, from 0 at the start of each text. mask: (B or 1, T, S) bool.
+    cache: the `Cache` with `real` and `length` as they are after this call, or None.
+    """
+
+    positions: jax.Array
+    mask: jax.Array
+    cache: Cache | None
+
+
+def causal_context(tokens, segments=None, cache: Cache | None = None, window: int | None = None):
+    """The `Context` of a model in which a token sees itself and what came before in its text.
+
+    tokens: (B, T). segments: (B, T) int32 or None; tokens of one text share a number above 0,
+    0 is padding, on either side. With a cache the new tokens continue the text of their row (any
+    number above 0 will do). window: a token sees only the last `window` tokens (Mistral).
+    """
+    b, t = tokens.shape
+    if cache is None:
+        at = jnp.arange(t)[None]
+        mask = at[:, :, None] >= at[:, None, :]  # (1, T, T)
+        positions = at
+        if segments is not None:
+            first = jnp.concatenate(
+                [jnp.ones((b, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1
+            )
+            start = jax.lax.cummax(jnp.where(first, at, 0), axis=1)
+            positions = at - start
+            mask = mask & (segments[:, :, None] == segments[:, None, :])
+    else:
+        own = jnp.ones((b, t), bool) if segments is None else segments > 0
+        real = jax.lax.dynamic_update_slice_in_dim(cache.real, own, cache.length, axis=1)
+        count = jnp.cumsum(real, axis=1, dtype=jnp.int32)  # (B, S)
+        columns = cache.length + jnp.arange(t)
+        positions = jnp.maximum(jnp.take(count, columns, axis=1) - 1, 0)  # (B, T)
+        mask = (jnp.arange(real.shape[1])[None, None] <= columns[None, :, None]) & real[:, None]
+        cache = cache._replace(real=real, length=cache.length + t)
+    if window is not None:
+        everyone = positions if cache is None else jnp.maximum(count - 1, 0)
+        mask = mask & (positions[:, :, None] - everyone[:, None, :] < window)
+    return Context(positions.astype(jnp.int32), mask, cache)
+
+
+def padding_mask(tokens, segments=None):
+    """(B or 1, T, T) bool: who sees whom in an encoder; `segments` as in `causal_context`."""
+    if segments is None:
+        return jnp.ones((1, tokens.shape[1], tokens.shape[1]), bool)
+    return segments[:, :, None] == segments[:, None, :]
+
 
 # ------------------------------------------------------------------------------------------- norms
 
@@ -109,6 +205,45 @@ class LayerNorm(nn.Module):
         return layer_norm(*wide, self.epsilon).astype(x.dtype)
 
 
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (arXiv:1910.07467), parameter "scale", in float32."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        wide = x.astype(jnp.float32)
+        mean = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * jax.lax.rsqrt(mean + self.epsilon) * scale).astype(x.dtype)
+
+
+# --------------------------------------------------------------------------------------- positions
+
+
+def rope_frequencies(features: int, theta: float):
+    """(features / 2,) float32 radians a position: theta^(-2i / features) (arXiv:2104.09864, 3.2)."""
+    return jnp.asarray(theta ** (-np.arange(0, features, 2) / features), jnp.float32)
+
+
+def rope(positions, frequencies, scale: float = 1.0):
+    """(cos, sin), each (B, T, 1, features / 2) float32, times `scale`, for `rotate`.
+
+    positions: (B, T) int32; frequencies: (features / 2,).
+    """
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return scale * jnp.cos(angles), scale * jnp.sin(angles)
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of queries or keys x (B, T, H, D): the first half of the features turns
+    with the second, as Hugging Face stores them."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
 # ------------------------------------------------------------------------------------- activations
 
 _GELU = math.sqrt(2 / math.pi)
@@ -137,3 +272,9 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+
+
+def unrolled(asked: int, layers: int, features: int) -> int:
+    """Layers in one turn of the loop over layers: as asked, or (0) 4 where layers are small, whose
+    copies cost more than a few layers' compilation, and 1 where they are not."""
+    return asked or (min(4, layers) if features <= 256 else 1)

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from tokenizers import Tokenizer
 
-from lorax import ops, tree
+from lorax import ops, tree, vocabulary
 from lorax.errors import nearest
 from lorax.files import atomically, read_json
 from lorax.interop import hf
 from lorax.models import gpt2
+from lorax.vocabulary import Vocabulary
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -26,19 +26,26 @@ class Base(NamedTuple):
     """A frozen model.
 
     module: Linen module; params: its "params" collection; config: the family's Config;
-    tokenizer: `tokenizers.Tokenizer` or None; sites: {path: `ops.Site`} of what can be adapted;
-    family: Hugging Face's model_type; name: as given to `load`; sha256: of the weight files
-    ("random" for random weights).
+    vocabulary: its tokenizer with the ids that mean something, or None; sites: {path: `ops.Site`}
+    of what can be adapted; family: Hugging Face's model_type; name: as given to `load`; sha256: of
+    the weight files ("random" for random weights); fresh: paths of a head that the files do not
+    hold and that was drawn at random.
     """
 
     module: nn.Module
     params: dict
     config: object
-    tokenizer: Tokenizer | None
+    vocabulary: Vocabulary | None
     sites: dict[str, ops.Site]
     family: str
     name: str
     sha256: str
+    fresh: tuple[str, ...] = ()
+
+    @property
+    def tokenizer(self):
+        """The `tokenizers.Tokenizer`, or None."""
+        return self.vocabulary and self.vocabulary.tokenizer
 
 
 def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
@@ -47,7 +54,8 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
     name: a shipped model ("gpt2-nano"), a directory in Hugging Face's layout, or a Hub id. With
     "random:" in front the architecture is taken and the weights are drawn (seed 0) as its authors
     would have. dtype: of the computation. param_dtype: of the weights. run: further fields of the
-    family's Config that say how to run it (`remat`, `unroll`).
+    family's Config: how to run it (`remat`, `unroll`) or, for an encoder, which head it has
+    (`head="classification"`, `labels=2`; drawn at random where the files have none).
 
     Raises ValueError or FileNotFoundError with what was given and what would be right.
     """
@@ -58,22 +66,32 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
     if family not in FAMILIES:
         raise ValueError(f"base: {name} is a {family!r} model; supported: {', '.join(FAMILIES)}")
     source, model = FAMILIES[family]
+    unknown = [field for field in run if field not in source.Config.__dataclass_fields__]
+    if unknown:
+        raise ValueError(f"base: {name} ({family}) has no {', '.join(unknown)} to set")
     config = source.config_from_hf(raw, dtype=dtype, **run)
     module = model(config)
     example = jnp.zeros((1, 1), jnp.int32)
     init = lambda: module.init(jax.random.key(0), example)["params"]
-    shapes = {path: leaf.shape for path, leaf in tree.flatten(jax.eval_shape(init)).items()}
+    shapes = tree.flatten(jax.eval_shape(init))
+    fresh = ()
     if random:
         params = jax.tree.map(lambda x: x.astype(param_dtype), jax.jit(init)())
         sha256 = "random"
     else:
-        params = hf.read(directory, source.hf_tensors(config), shapes, param_dtype)
-        params = tree.unflatten({path: params[path] for path in shapes})
+        head = [path for path in shapes if path.startswith("head/")]
+        sizes = {path: leaf.shape for path, leaf in shapes.items()}
+        flat = hf.read(directory, source.hf_tensors(config), sizes, param_dtype, optional=head)
+        fresh = tuple(path for path in head if path not in flat)
+        if fresh:
+            drawn = tree.flatten(jax.jit(lambda: init()["head"])())
+            flat |= {path: drawn[path.removeprefix("head/")].astype(param_dtype) for path in fresh}
+        params = tree.unflatten({path: flat[path] for path in shapes})
         sha256 = _sha256(hf.weight_files(directory))
-    file = directory / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(file)) if file.exists() else None
     sites = ops.sites(module, params, example)
-    return Base(module, params, config, tokenizer, sites, family, name, sha256)
+    return Base(
+        module, params, config, vocabulary.read(directory), sites, family, name, sha256, fresh
+    )
 
 
 def save(directory: str | Path, base: Base) -> None:
@@ -81,7 +99,7 @@ def save(directory: str | Path, base: Base) -> None:
     source, _ = FAMILIES[base.family]
     flat = tree.flatten(base.params)
     hf.write(Path(directory), source.hf_config(base.config), source.hf_tensors(base.config), flat)
-    if base.tokenizer is not None:
+    if base.vocabulary is not None:
         atomically(Path(directory) / "tokenizer.json", lambda tmp: base.tokenizer.save(str(tmp)))
 
 

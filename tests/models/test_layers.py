@@ -42,10 +42,16 @@ def attention(q, k, v, scale):
     return jnp.stack(rows, axis=1)
 
 
+def causal(q, k, v, scale):
+    t, s = q.shape[1], k.shape[1]
+    mask = jnp.arange(t)[None, :, None] + s - t >= jnp.arange(s)[None, None]
+    return layers.attention(q, k, v, mask, scale)
+
+
 @pytest.mark.parametrize(("t", "s", "scale"), [(5, 5, 0.5), (1, 1, 0.5), (2, 5, 0.5), (4, 5, 3.0)])
 def test_causal_attention(t, s, scale):
     q, k, v = normal(0, 2, t, 3, 4), normal(1, 2, s, 3, 4), normal(2, 2, s, 3, 4)
-    ours = lambda q, k, v: layers.causal_attention(q, k, v, scale)
+    ours = functools.partial(causal, scale=scale)
     assert_same_with_gradients(ours, lambda q, k, v: attention(q, k, v, scale), q, k, v)
 
 
@@ -57,13 +63,65 @@ def test_causal_attention_stands_large_scores_and_keeps_the_softmax_in_float32(d
         out, pull = jax.vjp(lambda *qkv: attend(*qkv, 0.1), *qkv)
         return out, pull(jnp.ones_like(out))
 
-    out, grads = jit(functools.partial(run, layers.causal_attention))(q, k, v)
+    out, grads = jit(functools.partial(run, causal))(q, k, v)
     wide = (x.astype(jnp.float32) for x in (q, k, v))
     exact, _ = jit(functools.partial(run, attention))(*wide)
     assert {x.dtype for x in (out, *grads)} == {q.dtype}
     assert all(np.isfinite(np.float32(g)).all() for g in grads)
     tolerance = 1e-5 if dtype == "float32" else 0.02
     np.testing.assert_allclose(np.float32(out), exact, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("keep", [1 << 30, 0])
+def test_grouped_attention_under_any_mask(monkeypatch, keep):
+    """Four query heads on two of keys: each pair is plain attention on a copy of its keys."""
+    monkeypatch.setattr(layers, "KEEP", keep)
+    q, k, v = normal(0, 2, 5, 4, 3), normal(1, 2, 6, 2, 3), normal(2, 2, 6, 2, 3)
+    mask = jnp.asarray(np.random.default_rng(3).random((2, 5, 6)) < 0.7).at[:, :, 0].set(True)
+
+    def formula(q, k, v):
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        scores = jnp.where(mask[:, None], 0.7 * jnp.einsum("bthd,bshd->bhts", q, k), -jnp.inf)
+        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v)
+
+    ours = lambda q, k, v: layers.attention(q, k, v, mask, 0.7)
+    assert_same_with_gradients(ours, formula, q, k, v)
+
+
+SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0], [0, 0, 1, 1, 1, 1]])
+
+
+def test_causal_context_keeps_texts_apart_and_counts_from_their_start():
+    context = layers.causal_context(SEGMENTS, SEGMENTS)
+    np.testing.assert_array_equal(context.positions, [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]])
+    seen = [[t >= s and row[t] == row[s] for s in range(6)] for row in SEGMENTS for t in range(6)]
+    np.testing.assert_array_equal(context.mask.reshape(12, 6), seen)
+    window = layers.causal_context(SEGMENTS, window=2).mask[0]
+    near = [[0 <= t - s < 2 for s in range(6)] for t in range(6)]
+    np.testing.assert_array_equal(window, near)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_context_of_a_cache_is_that_of_the_whole_text(window):
+    """Left-padded rows read in parts of 3, 1 and 2 tokens: the last columns of one pass."""
+    rows = jnp.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    whole = layers.causal_context(rows, rows, window=window)
+    cache = layers.empty_cache(1, 2, 8, 1, 1, "float32")
+    at = 0
+    for size in (3, 1, 2):
+        part = rows[:, at : at + size]
+        context = layers.causal_context(part, part, cache, window)
+        real = rows[:, at : at + size] > 0
+        np.testing.assert_array_equal(
+            np.where(real, context.positions, 0),
+            np.where(real, whole.positions[:, at : at + size], 0),
+        )
+        got = context.mask & real[..., None]
+        want = whole.mask[:, at : at + size] & real[..., None]
+        np.testing.assert_array_equal(got[..., :6], want)
+        assert not got[..., 6:].any()
+        cache, at = context.cache, at + size
+    assert int(cache.length) == 6
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
