@@ -20,12 +20,16 @@ def default() -> ConfigDict:
     c.base = (
         "gpt2-nano"  # shipped name, Hugging Face directory or Hub id; "random:" for its shape alone
     )
-    c.dtype = "float32"  # of the base's computation; adapters are float32
+    c.dtype = "float32"  # of the base's computation
+    c.param_dtype = "float32"  # in which the base is stored
     c.seed = 0  # of the adapter's start, its dropout and the order of the data
 
     c.task = ConfigDict()
-    c.task.name = "restaurants"  # restaurants | e2e | text
+    c.task.name = "restaurants"  # restaurants | e2e | text | glue | instruct | wikisql | samsum
     c.task.path = config_dict.placeholder(str)  # file or folder, for tasks that read one
+    c.task.subset = config_dict.placeholder(str)  # glue: cola sst2 mrpc qnli qqp rte mnli stsb
+    c.task.template = config_dict.placeholder(str)  # instruct: a Jinja template of a chat
+    c.task.packing = False  # several examples in a row, which do not see each other
     c.task.n_train = config_dict.placeholder(int)  # first n training examples; None: all
     c.task.seed = 0  # of the data itself, where it is generated
 
@@ -41,6 +45,8 @@ def default() -> ConfigDict:
     )  # q k v o up gate down embed head, attention mlp all-linear, re:REGEX
     c.method.layers = config_dict.placeholder(tuple)  # indices; None: all
     c.method.dropout = 0.0  # on the adapter's input
+    c.method.full = ()  # trained as they are: classifier biases norms, targets' words, re:REGEX
+    c.method.dtype = "float32"  # of what is trained
 
     c.train = ConfigDict()
     c.train.steps = 200
@@ -55,6 +61,7 @@ def default() -> ConfigDict:
     c.train.b2 = 0.999
     c.train.eps = 1e-8
     c.train.weight_decay = 0.0
+    c.train.label_smoothing = 0.0  # share of the target spread over all classes
     c.train.clip = 1.0  # global gradient norm of a member; 0: off
     c.train.remat = False  # make activations again in the backward pass
     c.train.parallel = "auto"  # over devices: members | batch | pmap | none
@@ -65,6 +72,11 @@ def default() -> ConfigDict:
     c.eval.every = 50  # steps; checkpoints are written at the same points
     c.eval.batch_size = 32
     c.eval.examples = 256
+    c.eval.generate = 0  # prompts that each member completes in the end, scored as text; 0: none
+    c.eval.beams = 1  # 1: the likeliest token
+    c.eval.new_tokens = 64
+    c.eval.length_penalty = 1.0
+    c.eval.no_repeat_ngram = 0
 
     c.analysis = ConfigDict()
     c.analysis.report = True
@@ -113,6 +125,8 @@ def members(config: ConfigDict) -> list[Member]:
     _check_keys(config)
     sweep = config.sweep
     axes = {axis: _axis(config, axis) for axis in AXES if sweep[axis] != ()}
+    if "n_train" in axes and config.task.packing:
+        raise ValueError("sweep.n_train: rows that are packed (task.packing) can't be counted off")
     ties = [tuple(tie) for tie in sweep.zip if isinstance(tie, tuple | list)]
     if len(ties) != len(sweep.zip) or any(len(tie) < 2 for tie in ties):
         raise ValueError(f'sweep.zip: {sweep.zip} given, a tuple of ties like (("rank", "alpha"),)')
@@ -238,6 +252,12 @@ def _check_values(c) -> None:
         need(f"train.{name}", c.train[name], c.train[name] >= 0, "must not be negative")
     for name in ("b1", "b2"):
         need(f"train.{name}", c.train[name], 0 <= c.train[name] < 1, "must be in [0, 1)")
+    for name in ("generate", "no_repeat_ngram"):
+        need(f"eval.{name}", c.eval[name], c.eval[name] >= 0, "must not be negative")
+    for name in ("beams", "new_tokens"):
+        need(f"eval.{name}", c.eval[name], c.eval[name] >= 1, "must be at least 1")
+    smoothing = c.train.label_smoothing
+    need("train.label_smoothing", smoothing, 0 <= smoothing < 1, "must be in [0, 1)")
     need("seed", c.seed, 0 <= c.seed < 2**31, "must be in [0, 2**31)")
     n_train = c.task.n_train
     need("task.n_train", n_train, n_train is None or n_train >= 1, "must be at least 1 or None")
@@ -247,7 +267,8 @@ def _check_values(c) -> None:
         c.train.batch_size % c.train.accumulate == 0,
         f"must divide train.batch_size, {c.train.batch_size}",
     )
-    one_of("dtype", c.dtype, ("float32", "bfloat16"))
+    for field in ("dtype", "param_dtype"):
+        one_of(field, c[field], ("float32", "bfloat16"))
     one_of("train.schedule", c.train.schedule, ("linear", "cosine", "constant"))
     one_of("train.optimizer", c.train.optimizer, ("adamw", "sgd"))
     one_of("train.parallel", c.train.parallel, ("auto", "members", "batch", "pmap", "none"))

@@ -77,11 +77,9 @@ def method(name: str, **hp) -> Method:
 
 def merge(method: Method, state: State, params: dict, sites=None) -> dict:
     """Plain parameters with the update added, in float32 and rounded once to their own dtype."""
-    deltas = method.delta(*state, params, sites)
-    flat = tree.flatten(params)
-    for path, delta in deltas.items():
-        flat[path] = (flat[path].astype(delta.dtype) + delta).astype(flat[path].dtype)
-    return tree.unflatten(flat)
+    sites = sites or ops.sites_from_shapes(params)
+    flat = tree.flatten(method.bind(*state, params))
+    return tree.unflatten({path: ops.dense(leaf, sites.get(path)) for path, leaf in flat.items()})
 
 
 # ----------------------------------------------------------------------------------------- targets
@@ -92,6 +90,8 @@ WORDS = {
     "embed": r"(.*/)?(wte|embed)/embedding",
     "head": r"(.*/)?lm_head/kernel",
 }
+#: Words for parameters that are trained as they are (`full`), beside those above.
+FULL_WORDS = {"classifier": r"head/(?!pooler/).*", "biases": r"(.*/)?bias", "norms": r"(.*/)?scale"}
 GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("up", "gate", "down")}
 
 
@@ -99,7 +99,7 @@ def resolve(targets: tuple[str, ...], sites: Mapping[str, ops.Site]) -> dict[str
     """{path: Site} of what the words of `targets` mean among `sites`.
 
     A word is canonical (`WORDS`), a group ("attention", "mlp", "all-linear": every linear and
-    convolution kernel but the head), or "re:" and a regex that a whole path matches.
+    convolution kernel but the heads), or "re:" and a regex that a whole path matches.
     Raises ValueError for a word that matches nothing and lists what there is.
     """
     if isinstance(targets, str):
@@ -112,7 +112,7 @@ def resolve(targets: tuple[str, ...], sites: Mapping[str, ops.Site]) -> dict[str
             hits = [
                 path
                 for path, site in sites.items()
-                if site.kind != "embed" and not re.fullmatch(WORDS["head"], path)
+                if site.kind != "embed" and not re.fullmatch(rf"head/.*|{WORDS['head']}", path)
             ]
         else:
             try:
@@ -132,10 +132,30 @@ def resolve(targets: tuple[str, ...], sites: Mapping[str, ops.Site]) -> dict[str
     return {path: site for path, site in sites.items() if path in chosen}
 
 
-def _patterns(word: str) -> list[str]:
+def resolve_full(words: tuple[str, ...], params: dict) -> list[str]:
+    """Paths of the parameters that the words name: those of `resolve`, "classifier", "biases",
+    "norms", or "re:" and a regex. Raises ValueError for a word that matches nothing."""
+    paths, chosen = list(tree.flatten(params)), set()
+    known = FULL_WORDS | WORDS
+    for word in words:
+        try:
+            patterns = [re.compile(p) for p in _patterns(word, known)]
+        except re.error as error:
+            raise ValueError(f"method.full: {word!r} is no regex ({error})") from None
+        hits = [path for path in paths if any(p.fullmatch(path) for p in patterns)]
+        if not hits:
+            hint = "" if word in known else nearest(word, known)
+            raise ValueError(
+                f"method.full: {word!r} matches nothing; there is {', '.join(paths)}{hint}"
+            )
+        chosen.update(hits)
+    return [path for path in paths if path in chosen]
+
+
+def _patterns(word: str, known=WORDS) -> list[str]:
     if word.startswith("re:"):
         return [word.removeprefix("re:")]
-    return [WORDS[w] for w in GROUPS.get(word, (word,)) if w in WORDS]
+    return [known[w] for w in GROUPS.get(word, (word,)) if w in known]
 
 
 def _available(sites) -> str:

@@ -47,20 +47,28 @@ def lora(
     targets: tuple[str, ...] = ("q", "v"),
     layers: tuple[int, ...] | None = None,
     dropout: float = 0.0,
+    full: tuple[str, ...] = (),
+    dtype: str = "float32",
 ) -> "methods.Method":
     """LoRA with the given hyperparameters; see `lorax.methods.Method` for what its functions take.
 
     rank: r >= 1, at most min(in, out) of every target. alpha, scaling: give the scale s.
     init: "kaiming" or "gaussian", the start of `a`. targets: see `lorax.methods.resolve`.
     layers: indices of the layers to adapt, None for all. dropout: rate in [0, 1) on the input of a.
+    full: parameters trained as they are beside the update (`lorax.methods.resolve_full`), such as a
+    classifier's head; stored as path/w. dtype: of a, b and these.
     Raises ValueError for a value out of range.
     """
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    full = (full,) if isinstance(full, str) else tuple(full)
     if rank < 1:
         raise ValueError(f"method.rank: {rank} given, must be at least 1")
     if not 0 <= dropout < 1:
         raise ValueError(f"method.dropout: {dropout} given, must be in [0, 1)")
-    for field, value, known in (("scaling", scaling, SCALINGS), ("init", init, INITS)):
+    dtypes = ("float32", "bfloat16")
+    for field, value, known in (
+        ("scaling", scaling, SCALINGS), ("init", init, INITS), ("dtype", dtype, dtypes)
+    ):  # fmt: skip
         if value not in known:
             hint = nearest(value, known)
             raise ValueError(f"method.{field}: {value!r} is not one of {', '.join(known)}{hint}")
@@ -78,6 +86,9 @@ def lora(
                     f"method.rank: {rank} given, but {path} is {n_in} x {n_out}: "
                     f"at most {min(n_in, n_out)}"
                 )
+        twice = [path for path in methods.resolve_full(full, params) if path in chosen]
+        if twice:
+            raise ValueError(f"method.full: {', '.join(twice)} are in method.targets as well")
         active = methods.active_layers(layers, chosen, shapes)
         return {path: (site, active[path]) for path, site in chosen.items()}
 
@@ -101,11 +112,13 @@ def lora(
                             b[layer][:rank] = jax.random.normal(layer_key, (rank, n_out))
                         else:
                             a[layer][:, :rank] = INITS[init](layer_key, n_in, rank)
-            trainable[path] = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
+            trainable[path] = {"a": jnp.asarray(a, dtype), "b": jnp.asarray(b, dtype)}
             constants[path] = {
                 "s": jnp.full(axes, scale, jnp.float32),
                 "dropout": jnp.full(axes, dropout, jnp.float32),
             }
+        for path in methods.resolve_full(full, params):
+            trainable[path] = {"w": flat[path].astype(dtype)}
         return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def count(params, sites=None):
@@ -113,10 +126,10 @@ def lora(
         for path, (site, active) in own_targets(params, sites).items():
             _, n_in, n_out = site.matrix_shape(flat[path].shape)
             total += int(active.sum()) * rank * (n_in + n_out)
-        return total
+        return total + sum(flat[path].size for path in methods.resolve_full(full, params))
 
     hp = dict(rank=rank, alpha=alpha, scaling=scaling, init=init, targets=targets)
-    hp |= dict(layers=layers, dropout=dropout)
+    hp |= dict(layers=layers, dropout=dropout, full=full, dtype=dtype)
     return methods.Method("lora", hp | {"scale": scale}, start, bind, delta, count)
 
 
@@ -124,6 +137,9 @@ def bind(trainable, constants, params, key=None):
     """`params` with a `LowRank` leaf at every adapted path; dropout where a key is given."""
     flat = tree.flatten(params)
     for path, factors in adapters(trainable, constants).items():
+        if "w" in factors:
+            flat[path] = factors["w"].astype(flat[path].dtype)
+            continue
         how = None
         if key is not None:
             keys = jax.random.split(methods.key_for(key, path), factors["s"].shape)
@@ -133,18 +149,21 @@ def bind(trainable, constants, params, key=None):
 
 
 def delta(trainable, constants, params, sites=None):
-    """{path: s a b in the kernel's shape, float32}."""
+    """{path: s a b in the kernel's shape, or how far a parameter trained in full has moved}."""
     sites = sites or ops.sites_from_shapes(params)
-    flat = tree.flatten(params)
-    update = lambda f: f["s"][..., None, None] * jnp.matmul(f["a"], f["b"])
-    return {
-        path: sites[path].from_matrix(update(factors), flat[path].shape)
-        for path, factors in adapters(trainable, constants).items()
-    }
+    flat, found = tree.flatten(params), {}
+    for path, factors in adapters(trainable, constants).items():
+        f = {name: x.astype(jnp.float32) for name, x in factors.items()}
+        if "w" in f:
+            found[path] = f["w"] - flat[path].astype(jnp.float32)
+        else:
+            update = f["s"][..., None, None] * jnp.matmul(f["a"], f["b"])
+            found[path] = sites[path].from_matrix(update, flat[path].shape)
+    return found
 
 
 def adapters(trainable, constants) -> dict[str, dict]:
-    """{path: {"a", "b", "s", "dropout"}} of the two trees."""
+    """{path: {"a", "b", "s", "dropout"} or {"w"}} of the two trees."""
     found: dict[str, dict] = {}
     for flat in (tree.flatten(trainable), tree.flatten(constants)):
         for path, leaf in flat.items():

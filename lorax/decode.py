@@ -1,0 +1,305 @@
+"""Text from a causal model: greedy, sampled or by beam search, with a cache of keys and values.
+
+Everything after the prompt is one compiled loop. Options mean what they mean in Hugging Face's
+`generate`, and greedy and beam search choose the same tokens. Axes: B prompts, K beams, N = B or
+B K rows that the model sees, S columns (prompt, then what is written), V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import ops
+from lorax.models import Base
+from lorax.models.load import positions
+
+NEVER = -1e9  # a score that no text has
+
+
+class How(NamedTuple):
+    """How the next tokens are chosen.
+
+    new_tokens: at most so many. ends: ids that end a text; pad: id behind an end. temperature: 0
+    for the likeliest token, else logits / temperature are sampled from; top_k: only among the k
+    likeliest (0: all); top_p: only among the fewest whose probabilities reach p (nucleus,
+    arXiv:1904.09751). beams: above 1, beam search, without sampling: the text with the best
+    (sum of log-probabilities) / length ** length_penalty. early_stopping: end when there are as
+    many finished texts as beams. no_repeat_ngram: no n tokens, the prompt's included, come twice
+    (0: off).
+    """
+
+    new_tokens: int = 64
+    ends: tuple[int, ...] = ()
+    pad: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+    no_repeat_ngram: int = 0
+
+
+def check(how: How) -> How:
+    """The same, or ValueError that names the field, what was given and what would be right."""
+    rules = (
+        ("new_tokens", how.new_tokens >= 1, "at least 1"),
+        ("temperature", how.temperature >= 0, "at least 0 (0: the likeliest token)"),
+        ("top_k", how.top_k >= 0, "at least 0 (0: all)"),
+        ("top_p", 0 < how.top_p <= 1, "in (0, 1]"),
+        ("beams", how.beams >= 1, "at least 1"),
+        ("beams", how.beams == 1 or how.temperature == 0, "1 where the temperature is not 0"),
+        ("no_repeat_ngram", how.no_repeat_ngram >= 0, "at least 0 (0: off)"),
+    )
+    for field, fine, right in rules:
+        if not fine:
+            raise ValueError(f"{field}: {getattr(how, field)} given, must be {right}")
+    return how
+
+
+def complete(
+    base: Base,
+    prompts: Sequence[str],
+    params=None,
+    how: How | None = None,
+    *,
+    rows: Sequence[int] | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress=lambda done, total: None,
+) -> list[str]:
+    """What the model writes after each prompt, special tokens left out.
+
+    params: for `lorax.apply` (default: the base's own). how: its `ends` and `pad` are the base's
+    where empty. rows: which adapter each prompt takes, where params has `ops.Mixed` leaves.
+    progress: called with (prompts done, prompts in all).
+    Raises ValueError where a prompt and the new tokens need more positions than the model has.
+    """
+    vocabulary = base.vocabulary
+    if vocabulary is None:
+        raise ValueError(f"base: {base.name} has no tokenizer.json, which prompts need")
+    how = check(how or How())
+    if not how.ends:
+        # LLaMA's little relatives begin the next story where this one ends.
+        ends = tuple(dict.fromkeys((*vocabulary.ends, *vocabulary.start)))
+        how = how._replace(ends=ends, pad=vocabulary.pad)
+    ids = [[*vocabulary.start, *vocabulary.encode(prompt)] for prompt in prompts]
+    empty = [i for i, tokens in enumerate(ids) if not tokens]
+    if empty:
+        raise ValueError(f"prompt {empty[0]}: it is empty, and {base.name} has no token to start")
+    longest = max(map(len, ids), default=0)
+    room = positions(base.config)
+    if room and longest + how.new_tokens > room:
+        raise ValueError(
+            f"new_tokens: a prompt of {longest} tokens and {how.new_tokens} new ones need more "
+            f"than the {room} positions of {base.name}"
+        )
+    width = min(-(-longest // 16) * 16, room - how.new_tokens) if room else longest
+    params = base.params if params is None else params
+    batch_size = min(batch_size, len(ids))
+    texts = []
+    for start in range(0, len(ids), batch_size):
+        part = ids[start : start + batch_size]
+        part = part + [part[-1]] * (batch_size - len(part))  # one shape, one program
+        tokens = np.full((batch_size, width), how.pad, np.int32)
+        segments = np.zeros((batch_size, width), np.int32)
+        for i, row in enumerate(part):
+            tokens[i, width - len(row) :] = row
+            segments[i, width - len(row) :] = 1
+        chosen = params
+        if rows is not None:
+            own = list(rows[start : start + batch_size])
+            own = np.asarray(own + own[-1:] * (batch_size - len(own)), np.int32)
+            chosen = _rows(params, lambda _, own=own: own)
+        key = jax.random.fold_in(jax.random.key(seed), start)
+        written = np.asarray(generate(base.module, chosen, tokens, segments, key, how))
+        left = len(ids) - start
+        texts += [vocabulary.decode(_until(row, how.ends)) for row in written[:left]]
+        progress(len(texts), len(ids))
+    return texts
+
+
+def _rows(params, new):
+    """`params` with the rows (..., B) of every `ops.Mixed` leaf replaced by new(rows)."""
+
+    def replace(leaf):
+        if not isinstance(leaf, ops.Mixed):
+            return leaf
+        own = new(leaf.rows)
+        return dataclasses.replace(
+            leaf, rows=jnp.broadcast_to(own, (*leaf.rows.shape[:-1], own.shape[-1]))
+        )
+
+    return jax.tree.map(replace, params, is_leaf=lambda leaf: isinstance(leaf, ops.Mixed))
+
+
+def _until(row, ends) -> list[int]:
+    at = np.flatnonzero(np.isin(row, ends))
+    return list(row[: at[0]] if len(at) else row)
+
+
+@functools.partial(jax.jit, static_argnames=("module", "how"))
+def generate(module, params, tokens, segments, key, how: How):
+    """(B, new_tokens) int32: what follows each prompt, `how.pad` behind an end.
+
+    tokens, segments: (B, T) int32, prompts padded on the left, segments 0 there and 1 on the text.
+    """
+    b, t = tokens.shape
+    cache = module.empty_cache(b, t + how.new_tokens)
+    logits, cache = _read(module, params, tokens, segments, cache)
+    if how.beams > 1:
+        return _beams(module, params, tokens, segments, logits, cache, how)
+
+    def write(state):
+        n, text, real, logits, cache, done, key = state
+        key, now = jax.random.split(key)
+        scores = _without_repeats(logits, text, real, t + n, how)
+        chosen = jnp.where(done, how.pad, _choose(scores, now, how))
+        text = jax.lax.dynamic_update_slice(text, chosen[:, None], (0, t + n))
+        real = jax.lax.dynamic_update_slice(real, ~done[:, None], (0, t + n))
+        done = done | jnp.isin(chosen, jnp.array(how.ends, jnp.int32))
+        logits, cache = _read(module, params, chosen[:, None], None, cache)
+        return n + 1, text, real, logits, cache, done, key
+
+    more = lambda state: (state[0] < how.new_tokens) & ~jnp.all(state[5])
+    text, real = _room(tokens, how.pad, how), _room(segments > 0, False, how)
+    state = (jnp.int32(0), text, real, logits, cache, jnp.zeros(b, bool), key)
+    return jax.lax.while_loop(more, write, state)[1][:, t:]
+
+
+def _read(module, params, tokens, segments, cache):
+    """Logits (N, V) after the last token, and the cache with the tokens in it."""
+    with ops.interceptor():
+        call = functools.partial(module.apply, {"params": params})
+        hidden, cache = call(tokens, segments, cache, method="hidden")
+        return call(hidden[:, -1], method="logits"), cache
+
+
+def _room(x, fill, how):
+    """(B, T) -> (B, S): columns for what will be written."""
+    return jnp.pad(x, ((0, 0), (0, how.new_tokens)), constant_values=fill)
+
+
+def _choose(logits, key, how):
+    if how.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / how.temperature
+    if how.top_k:
+        least = jax.lax.top_k(logits, min(how.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if how.top_p < 1:
+        rising = jnp.sort(logits, axis=-1)
+        below = jnp.cumsum(jax.nn.softmax(rising, axis=-1), axis=-1) <= 1 - how.top_p
+        below = below.at[:, -1].set(False)  # the likeliest always stays
+        least = jnp.min(jnp.where(below, jnp.inf, rising), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+def _without_repeats(scores, text, real, length, how):
+    """scores (N, V) with -inf for tokens that would repeat n tokens of text (N, S).
+
+    real: (N, S), False on padding. length: () columns of text so far.
+    """
+    n = how.no_repeat_ngram
+    if not n:
+        return scores
+    last = jax.lax.dynamic_slice_in_dim(text, length - (n - 1), n - 1, axis=1)
+    starts = text.shape[1] - n + 1
+    same = jnp.ones((text.shape[0], starts), bool)
+    for i in range(n - 1):
+        column = slice(i, i + starts)
+        same = same & (text[:, column] == last[:, i : i + 1]) & real[:, column]
+    follows = text[:, n - 1 :]  # (N, starts)
+    same = same & real[:, n - 1 :] & (jnp.arange(starts)[None] + n - 1 < length)
+    banned = jnp.where(same, follows, scores.shape[-1])  # out of range: dropped
+    rows = jnp.arange(text.shape[0])[:, None]
+    return scores.at[rows, banned].set(-jnp.inf, mode="drop")
+
+
+class _Beams(NamedTuple):
+    """n: tokens written. text, score: (B, K, S), (B, K) of beams that go on, logits (B, K, V) after
+    them; best, best_score, finished: the same of texts that ended, the best first. hopeful: (B,)
+    whether a beam may still get better than these."""
+
+    n: jax.Array
+    text: jax.Array
+    score: jax.Array
+    logits: jax.Array
+    cache: object
+    best: jax.Array
+    best_score: jax.Array
+    finished: jax.Array
+    hopeful: jax.Array
+    stuck: jax.Array
+
+
+def _beams(module, params, tokens, segments, logits, cache, how):
+    """Beam search as Hugging Face does it, which is Flax's: every step looks at the best
+    continuations, more than there are beams, so that as many go on when some end."""
+    (b, t), k, v = tokens.shape, how.beams, logits.shape[-1]
+    ends = jnp.array(how.ends, jnp.int32)
+    many = max(2, 1 + len(how.ends)) * k
+    copies = lambda x, axis=0: jnp.repeat(x, k, axis=axis)
+    params = _rows(params, lambda rows: jnp.repeat(rows, k, axis=-1))
+    cache = cache._replace(
+        k=copies(cache.k, 1), v=copies(cache.v, 1), real=copies(cache.real)
+    )  # (L, N, S, ...)
+    text = copies(_room(tokens, how.pad, how)[:, None], 1)  # (B, K, S)
+    real = copies(_room(segments > 0, True, how))  # (N, S); what is not written is cut by length
+    take = lambda x, index: jnp.take_along_axis(
+        x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1
+    )
+
+    def write(s: _Beams) -> _Beams:
+        # ------------------------------------------------------------- the best continuations
+        step = jax.nn.log_softmax(s.logits, axis=-1).reshape(b * k, v)
+        step = _without_repeats(step, s.text.reshape(b * k, -1), real, t + s.n, how)
+        total = (step.reshape(b, k, v) + s.score[..., None]).reshape(b, k * v)
+        score, index = jax.lax.top_k(total, many)
+        beam, token = index // v, (index % v).astype(jnp.int32)  # (B, many)
+        text = jax.lax.dynamic_update_slice(take(s.text, beam), token[..., None], (0, 0, t + s.n))
+        ended = jnp.isin(token, ends) | (s.n + 1 == how.new_tokens)
+
+        # ------------------------------------------------------------------ those that go on
+        running, go = jax.lax.top_k(score + jnp.where(ended, NEVER, 0.0), k)
+        chosen = take(beam, go)
+
+        # ------------------------------------------------------------------ those that ended
+        length = (s.n + 1).astype(jnp.float32)
+        final = score / length**how.length_penalty
+        new = ended & (jnp.arange(many) < k)[None]
+        if how.early_stopping:
+            final = final + jnp.where(jnp.all(s.finished, axis=1, keepdims=True), NEVER, 0.0)
+        final = final + jnp.where(s.hopeful, 0.0, NEVER)[:, None] + jnp.where(new, 0.0, NEVER)
+        best_score, keep = jax.lax.top_k(jnp.concatenate([s.best_score, final], axis=1), k)
+        best = take(jnp.concatenate([s.best, text], axis=1), keep)
+        finished = take(jnp.concatenate([s.finished, new], axis=1), keep)
+
+        # ---------------------------------------------------------------------- read and go on
+        flat = (chosen + k * jnp.arange(b)[:, None]).reshape(-1)  # (N,)
+        cache = s.cache._replace(k=s.cache.k[:, flat], v=s.cache.v[:, flat])
+        logits, cache = _read(module, params, take(token, go).reshape(-1, 1), None, cache)
+        worst = jnp.where(finished, jnp.min(best_score, axis=1, keepdims=True), NEVER)
+        possible = running[:, :1] / length**how.length_penalty
+        hopeful = s.hopeful & jnp.any(possible > worst, axis=1)
+        return _Beams(
+            s.n + 1, take(text, go), running, logits.reshape(b, k, v), cache, best, best_score,
+            finished, hopeful, jnp.all(ended),
+        )  # fmt: skip
+
+    def more(s: _Beams):
+        full = jnp.all(s.finished) & how.early_stopping
+        return (s.n < how.new_tokens) & jnp.any(s.hopeful) & ~full & ~s.stuck
+
+    first = jnp.full((b, k), NEVER).at[:, 0].set(0.0)  # copies of one prompt: only one counts
+    start = _Beams(
+        jnp.int32(0), text, first, copies(logits[:, None], 1), cache, text,
+        jnp.full((b, k), NEVER), jnp.zeros((b, k), bool), jnp.ones(b, bool), jnp.bool_(False),
+    )  # fmt: skip
+    return jax.lax.while_loop(more, write, start).best[:, 0, t:]

@@ -1,0 +1,125 @@
+"""Complete prompts with a base model, or with one or several adapters on it.
+
+    python -m lorax.generate --base gpt2-nano --prompt "Once upon a time"
+    python -m lorax.generate --base gpt2-nano --adapter runs/gpt2_rank_sweep/adapters/10 \\
+        --prompts prompts.txt --beams 4 --no-repeat-ngram 4 --out texts.jsonl
+
+Several --adapter run side by side in one batch: every prompt is completed with each of them
+("base" stands for the bare model). Adapters are directories in PEFT's format.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str]) -> int:
+    """The command line. Exit code 0, or 2 for a mistake in the input."""
+    given = _parser().parse_args(arguments)
+    try:
+        prompts = read_prompts(given.prompt, given.prompts)
+        print(f"loading {given.base}", file=sys.stderr, flush=True)
+        rows = run(given, prompts)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"lorax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if given.out:
+        from lorax.files import write_bytes
+
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_bytes(Path(given.out), lines.encode())
+        print(f"{len(rows)} texts in {given.out}", file=sys.stderr)
+        return 0
+    for row in rows:
+        print(f"[{row['adapter']}] " * (len(given.adapter) > 1) + row["prompt"] + row["text"])
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lorax.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--base", required=True, help="shipped name, Hugging Face directory or Hub id")
+    add("--adapter", action="append", default=[], help="PEFT directory, or base; repeatable")
+    add("--prompt", action="append", default=[], help="a prompt; repeatable")
+    add("--prompts", help='file of prompts: a line each, or .jsonl with a "prompt" each')
+    add("--out", help="file for the texts, as JSON lines (default: print them)")
+    add("--new-tokens", type=int, default=64, help="at most (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
+    add("--top-k", type=int, default=0, help="sample among the k likeliest; 0: all")
+    add("--top-p", type=float, default=1.0, help="sample among the likeliest that make up p")
+    add("--beams", type=int, default=1, help="above 1: beam search")
+    add("--length-penalty", type=float, default=1.0, help="of beam search")
+    add("--no-repeat-ngram", type=int, default=0, help="no n tokens come twice; 0: off")
+    add("--batch-size", type=int, default=32, help="prompts at a time")
+    add("--seed", type=int, default=0, help="of sampling")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
+    return parser
+
+
+def read_prompts(texts: list[str], file: str | None) -> list[str]:
+    """The prompts of the command line. Raises ValueError or FileNotFoundError naming the line."""
+    prompts = list(texts)
+    if file:
+        path = Path(file)
+        if not path.is_file():
+            raise FileNotFoundError(f"--prompts: no file {file}")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if path.suffix == ".jsonl":
+                try:
+                    line = json.loads(line)["prompt"]
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(
+                        f'{file}:{number}: expected a JSON object with a "prompt"'
+                    ) from None
+            if line:
+                prompts.append(line)
+    if not prompts:
+        raise ValueError("--prompt: none given; pass --prompt TEXT or --prompts FILE")
+    return prompts
+
+
+def run(given, prompts: list[str]) -> list[dict]:
+    """{"prompt", "adapter", "text"} of every prompt with every adapter."""
+    import lorax
+    from lorax import adapters, decode
+    from lorax.interop import peft
+    from lorax.models.load import sources
+
+    how = decode.check(
+        decode.How(
+            new_tokens=given.new_tokens,
+            temperature=given.temperature,
+            top_k=given.top_k,
+            top_p=given.top_p,
+            beams=given.beams,
+            length_penalty=given.length_penalty,
+            no_repeat_ngram=given.no_repeat_ngram,
+        )
+    )
+    base = lorax.load(given.base, dtype=given.dtype)
+    names = given.adapter or ["base"]
+    loaded = [None if name == "base" else peft.load(name, sources(base)) for name in names]
+    jobs = [(prompt, row) for prompt in prompts for row in range(len(loaded))]
+    if len(loaded) > 1:
+        rows = [row for _, row in jobs]
+        params = adapters.mixed(base, loaded, rows)
+    else:
+        rows, params = None, adapters.bind(base, loaded[0]) if loaded[0] else base.params
+    show = lambda done, total: print(f"{done} of {total} texts", file=sys.stderr, flush=True)
+    texts = decode.complete(
+        base, [prompt for prompt, _ in jobs], params, how,
+        rows=rows, batch_size=given.batch_size, seed=given.seed, progress=show,
+    )  # fmt: skip
+    return [
+        {"prompt": prompt, "adapter": names[row], "text": text}
+        for (prompt, row), text in zip(jobs, texts, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
