@@ -1,6 +1,7 @@
 """Measure lorax on this machine, beside what one would use without it.
 
     python -m lorax.bench sweep
+    python -m lorax.bench step mixed
     python -m lorax.bench sweep --shapes=nano --rounds=5 --json=sweep.json
 
 A row is a time, what it is compared with, and the median over rounds of their ratio (above 1 is
@@ -9,6 +10,8 @@ within a round, because a machine's speed drifts; compare rows of one run only.
 """
 
 import argparse
+import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -22,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lorax import config, ops, tasks, tree
+from lorax import config, decode, methods, ops, tasks, tree
 from lorax.files import write_bytes
 from lorax.models import Base, gpt2
 from lorax.train import sweep
@@ -60,6 +63,7 @@ SHAPES = {
     "nano": Shape(_gpt2(128, 4, 4, 1024), 16, 128, 10),
     "small": Shape(_gpt2(768, 12, 12, 50257), 1, 128, 2),
 }
+STEP = Shape(dataclasses.replace(SHAPES["small"].config, n_positions=256), 4, 256, 1)
 MEMBERS, RANK = 8, 8
 
 
@@ -72,34 +76,65 @@ def bench_sweep(shapes: list[str], rounds: int) -> list[Row]:
     rows = []
     for name in shapes:
         shape = SHAPES[name]
-        sides = {"together": _ours(shape, MEMBERS), "alone": _ours(shape, 1)}
-        peft = _peft(shape)
-        if peft:
-            sides["peft"] = peft
+        sides = {"together": _train(shape, MEMBERS), "alone": _train(shape, 1)}
+        if _torch():
+            sides["peft"] = _peft_train(shape)
         seconds = _measure(sides, rounds)
-        tokens = f"{shape.batch} x {shape.seq}"
-        for baseline, text in (
-            ("alone", "lorax, one by one"),
-            ("peft", "PEFT float32, one by one"),
-        ):
-            if baseline in seconds:
-                label = f"sweep of {MEMBERS}, {name} (d {shape.config.n_embd}, {tokens})"
-                rows.append(_row(label, seconds["together"], seconds[baseline], text))
+        label = f"sweep of {MEMBERS}, {name} (d {shape.config.n_embd}, {shape.batch} x {shape.seq})"
+        rows.append(_row(label, seconds["together"], seconds["alone"], "lorax, one by one"))
+        if "peft" in seconds:
+            rows.append(_row(label, seconds["together"], seconds["peft"], "PEFT, one by one"))
     return rows
 
 
-def _ours(shape: Shape, members: int) -> Callable[[], float]:
+def bench_step(shapes: list[str], rounds: int) -> list[Row]:
+    """Time of one LoRA training step (r = 8 on q and v), against PEFT's in float32.
+
+    Of GPT-2 small with 4 sequences of 256 tokens, in float32 and with bfloat16 operands.
+    """
+    shape = STEP
+    sides = {dtype: _train(shape, 1, dtype) for dtype in ("float32", "bfloat16")}
+    if not _torch():
+        raise SystemExit("bench step compares with PEFT: pip install torch peft transformers")
+    sides["peft"] = _peft_train(shape)
+    seconds = _measure(sides, rounds)
+    label = f"step, GPT-2 small, {shape.batch} x {shape.seq}"
+    return [
+        _row(f"{label}, {dtype}", seconds[dtype], seconds["peft"], "PEFT float32")
+        for dtype in ("float32", "bfloat16")
+    ]
+
+
+def bench_mixed(shapes: list[str], rounds: int) -> list[Row]:
+    """Forward pass of a batch whose 8 rows use 8 adapters (r = 8 on q, k, v, o, up, down), against
+    PEFT's mixed batch: reading a prompt, and one further token with a cache."""
+    if not _torch():
+        raise SystemExit("bench mixed compares with PEFT: pip install torch peft transformers")
+    rows = []
+    for name, shape in (("nano", SHAPES["nano"]), ("small", SHAPES["small"])):
+        for what, tokens in (("prompts of 32 tokens", 32), ("the next token", 1)):
+            sides = {"lorax": _mixed(shape, tokens), "peft": _peft_mixed(shape, tokens)}
+            seconds = _measure(sides, rounds)
+            label = f"8 rows with 8 adapters, {name}, {what}"
+            rows.append(_row(label, seconds["lorax"], seconds["peft"], "PEFT, mixed batch"))
+    return rows
+
+
+def _base(shape: Shape, dtype: str = "float32") -> Base:
+    config = dataclasses.replace(shape.config, dtype=dtype)
+    module = gpt2.GPT2(config)
+    example = np.zeros((1, 1), np.int32)
+    params = jax.jit(module.init)(jax.random.key(0), example)["params"]
+    return Base(module, params, config, None, ops.sites(module, params, example), "gpt2", "", "")
+
+
+def _train(shape: Shape, members: int, dtype="float32") -> Callable[[], float]:
     """Function that trains for a while and returns the seconds of a member's step."""
     c = config.default()
     c.train.update(batch_size=shape.batch, seq_len=shape.seq, steps=1_000_000, warmup=0)
     c.method.rank = RANK
     c.sweep.seed = tuple(range(members))
-    module = gpt2.GPT2(shape.config)
-    example = np.zeros((1, 1), np.int32)
-    params = jax.jit(module.init)(jax.random.key(0), example)["params"]
-    base = Base(
-        module, params, shape.config, None, ops.sites(module, params, example), "gpt2", "", ""
-    )
+    base = _base(shape, dtype)
     tokens = np.random.default_rng(0).integers(0, shape.config.vocab_size, (256, shape.seq + 1))
     rows = {"tokens": tokens.astype(np.int32), "mask": np.ones(tokens.shape, np.float32)}
     task = tasks.Task("random", rows, {name: x[:1] for name, x in rows.items()}, "")
@@ -124,26 +159,66 @@ def _ours(shape: Shape, members: int) -> Callable[[], float]:
     return run
 
 
-def _peft(shape: Shape) -> Callable[[], float] | None:
-    """The same for one member under PEFT (c_attn at the same rank has as many parameters)."""
-    try:
-        import peft
-        import torch
-        import transformers
-    except ImportError:
-        return None
+def _mixed(shape: Shape, tokens: int, adapters: int = 8) -> Callable[[], float]:
+    """Seconds of one pass over (8, tokens), row i with adapter i, behind a cache of 32 tokens."""
+    base, rng = _base(shape), np.random.default_rng(0)
+    flat, n = tree.flatten(base.params), adapters
+    for path, site in methods.resolve(("attention", "mlp"), base.sites).items():
+        (layers,), n_in, n_out = site.matrix_shape(flat[path].shape)
+        draw = lambda *shape: jax.numpy.asarray(0.02 * rng.standard_normal(shape), "float32")
+        a, b = draw(layers, n, n_in, RANK), draw(layers, n, RANK, n_out)
+        s, rows = (
+            np.ones((layers, n), np.float32),
+            np.tile(np.arange(n, dtype=np.int32), (layers, 1)),
+        )
+        flat[path] = ops.Mixed(flat[path], a, b, jax.numpy.asarray(s), jax.numpy.asarray(rows))
+    params = tree.unflatten(flat)
+    ids = rng.integers(0, shape.config.vocab_size, (n, 64)).astype(np.int32)
+    read = jax.jit(lambda params, ids, cache: decode.read(base.module, params, ids, None, cache))
+    cache = base.module.empty_cache(n, 64)
+    if tokens == 1:
+        _, cache = read(params, ids[:, :32], cache)
+    part = ids[:, -tokens:]
+
+    def run(times=4) -> float:
+        begin = time.perf_counter()
+        for _ in range(times):
+            jax.block_until_ready(read(params, part, cache)[0])
+        return (time.perf_counter() - begin) / times
+
+    return run
+
+
+def _torch() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("torch", "peft", "transformers"))
+
+
+def _peft_model(shape: Shape, targets):
+    import peft
+    import torch
+    import transformers
+
     transformers.logging.set_verbosity_error()
-    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+    on_gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
     c = shape.config
     hf = transformers.GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer,
         n_head=c.n_head, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    lora = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=["c_attn"], fan_in_fan_out=True)
-    model = peft.get_peft_model(transformers.GPT2LMHeadModel(hf).to(device), lora)
+    lora = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=targets, fan_in_fan_out=True)
+    model = transformers.GPT2LMHeadModel(hf).to("cuda" if on_gpu else "cpu")
+    return peft.get_peft_model(model, lora), lora
+
+
+def _peft_train(shape: Shape) -> Callable[[], float]:
+    """`_train` of one member under PEFT (c_attn of the same rank has as many parameters)."""
+    import torch
+
+    model, _ = _peft_model(shape, ["c_attn"])
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 2e-3)
-    tokens = torch.randint(0, c.vocab_size, (shape.batch, shape.seq + 1), device=device)
+    tokens = torch.randint(0, shape.config.vocab_size, (shape.batch, shape.seq + 1))
+    tokens = tokens.to(model.device)
 
     def loss():
         logits = model(input_ids=tokens[:, :-1]).logits
@@ -156,9 +231,41 @@ def _peft(shape: Shape) -> Callable[[], float] | None:
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        if device == "cuda":
+        if model.device.type == "cuda":
             torch.cuda.synchronize()
         return (time.perf_counter() - begin) / steps
+
+    return run
+
+
+def _peft_mixed(shape: Shape, tokens: int, adapters: int = 8) -> Callable[[], float]:
+    """`_mixed` under PEFT: `adapter_names` says which row takes which."""
+    import copy
+
+    import torch
+
+    model, lora = _peft_model(shape, ["c_attn", "c_proj", "c_fc"])
+    names = ["default"] + [f"adapter{i}" for i in range(1, adapters)]
+    for name in names[1:]:
+        model.add_adapter(name, lora)
+    model.eval()
+    ids = torch.randint(0, shape.config.vocab_size, (adapters, 64)).to(model.device)
+
+    @torch.no_grad()
+    def run(times=4) -> float:
+        past = None
+        if tokens == 1:
+            past = model(input_ids=ids[:, :32], adapter_names=names, use_cache=True).past_key_values
+        caches = [copy.deepcopy(past) for _ in range(times)]
+        begin = time.perf_counter()
+        for cache in caches:
+            model(
+                input_ids=ids[:, -tokens:], adapter_names=names, use_cache=True,
+                past_key_values=cache, logits_to_keep=1,
+            )  # fmt: skip
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / times
 
     return run
 
@@ -199,7 +306,7 @@ def _machine() -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
-BENCHES = {"sweep": bench_sweep}
+BENCHES = {"sweep": bench_sweep, "step": bench_step, "mixed": bench_mixed}
 
 
 def main(arguments: list[str]) -> int:

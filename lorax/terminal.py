@@ -59,14 +59,9 @@ class Screen:
     def table(self, members: list[dict], rows: dict[int, dict]) -> None:
         """All members, best first."""
         table = Table(title="Members, best first", title_justify="left")
-        for name in (
-            "member",
-            "parameters",
-            "scale s",
-            "eval loss (nats/token)",
-            "seconds",
-            "status",
-        ):
+        scores = list(dict.fromkeys(name for row in rows.values() for name in row["scores"]))
+        headings = ("member", "parameters", "scale s", "eval loss (nats)", *scores)
+        for name in (*headings, "seconds", "status"):
             table.add_column(name, justify="left" if name in ("member", "status") else "right")
         worst = float("inf")
         for row in sorted(members, key=lambda r: rows[r["member"]]["eval_loss"] or worst):
@@ -77,6 +72,7 @@ class Screen:
                 f"{row['trainable_params']:,}",
                 f"{row['scale']:g}",
                 "-" if loss is None else f"{loss:.4f}",
+                *(f"{final['scores'][n]:.4f}" if n in final["scores"] else "-" for n in scores),
                 f"{final['seconds']:.1f}",
                 final["status"] + (f" at step {at}" if at is not None else ""),
             )

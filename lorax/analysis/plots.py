@@ -1,7 +1,7 @@
 """Figures of a run: tables and arrays in, `matplotlib.figure.Figure` out, with no global state.
 
 Lines are in Okabe and Ito's colours with a marker and a dash each, so that they can be told apart
-without colour; maps are cividis, whose lightness rises evenly. Losses are nats per token.
+without colour; maps are cividis, whose lightness rises evenly. Losses are in nats.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (7, 2)), (0, (2, 2)), "-")
 GREY = "0.45"
-LOSS = "eval loss (nats per token)"
+LOSS = "eval loss (nats)"
 NAMES = {"rank": "rank r of the adapter", "lr": "learning rate", "alpha": "α"}
 STYLE = {
     "font.size": 9,

@@ -5,66 +5,80 @@ loader but a pure function of (seed, step), so that a run resumes anywhere witho
 member of a sweep sees the same batches alone and in company.
 """
 
-import difflib
 import functools
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
-from tokenizers import Tokenizer
 
-from lorax.tasks import e2e, restaurants, text
-from lorax.tasks.rows import Rows, count
+from lorax.errors import nearest
+from lorax.tasks import e2e, glue, instruct, restaurants, samsum, text, wikisql
+from lorax.tasks.rows import Prompt, Rows, Task, count
+from lorax.vocabulary import Vocabulary
 
+__all__ = ["TASKS", "Prompt", "Task", "build", "order", "orders", "spread"]
 
-class Task(NamedTuple):
-    """Rows for next-token prediction: read `tokens[:, :-1]`, predict `tokens[:, 1:]`, weighted
-    by `mask[:, 1:]`.
-
-    train, eval: {"tokens": (N, seq_len + 1) int32, "mask": (N, seq_len + 1) float32}; the mask is
-        1 where a token is a target (a completion and its end-of-text token), 0 on prompts, on
-        padding (end-of-text tokens) and on column 0.
-    note: one line for the terminal: counts, and what was dropped and why.
-    """
-
-    name: str
-    train: dict[str, np.ndarray]
-    eval: dict[str, np.ndarray]
-    note: str
-
-
-# name -> load(config, tokenizer, seq_len) -> (train rows, eval rows, note)
-TASKS = {"e2e": e2e.load, "restaurants": restaurants.load, "text": text.load}
+# name -> load(config, vocabulary, seq_len) -> Task, with all its evaluation rows
+TASKS = {
+    "restaurants": restaurants.load,
+    "e2e": e2e.load,
+    "wikisql": wikisql.load,
+    "samsum": samsum.load,
+    "instruct": instruct.load,
+    "text": text.load,
+    "glue": glue.load,
+}
+# settings that only some tasks have a use for
+ONLY = {
+    "packing": ("restaurants", "e2e", "wikisql", "samsum", "instruct"),
+    "template": ("instruct",),
+    "subset": ("glue",),
+}
 
 
 def build(
-    config: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int, eval_examples: int | None = None
+    config: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    seq_len: int,
+    eval_examples: int | None = None,
 ) -> Task:
     """Tokenises the task that `config` names.
 
-    config: `name` (a key of `TASKS`), `path` (None, or the file or folder that the task reads),
-        `n_train` (None: all; else the first n train examples), `seed` (int, of the data itself).
+    config: `name` (a key of `TASKS`), and where there is something to say: `path` (the file or
+        folder that the task reads), `n_train` (None: all; else the first n train examples),
+        `seed` (int, of the data itself), `packing` (True: several train examples a row),
+        `template` (of instruct: a chat template), `subset` (of glue).
     seq_len: tokens that a model reads; a row has one more. Longer examples are dropped.
-    eval_examples: evaluation rows to keep, evenly spaced over the set (None: all).
+    eval_examples: evaluation rows to keep, evenly spaced over the set (None: all). The prompts
+        stay as they are.
 
     Raises ValueError, or FileNotFoundError, naming the config field or the file and line at fault.
     """
     name = config["name"]
     if name not in TASKS:
-        near = difflib.get_close_matches(str(name), TASKS, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"task.name: {name!r} is no task; there is {', '.join(TASKS)} (nearest: {near})"
-        )
+        hint = nearest(str(name), TASKS)
+        raise ValueError(f"task.name: {name!r} is no task; there is {', '.join(TASKS)}{hint}")
     for field, value in (("train.seq_len", seq_len), ("eval.examples", eval_examples)):
         if value is not None and value < 1:
             raise ValueError(f"{field}: {value} was given; it must be at least 1")
-    train, evaluation, note = TASKS[name](config, tokenizer, seq_len)
-    kept = spread(evaluation, eval_examples)
-    if len(kept["tokens"]) < len(evaluation["tokens"]):
+    for field, names in ONLY.items():
+        if config.get(field) and name not in names:
+            raise ValueError(
+                f"task.{field}: {config.get(field)!r} was given; task {name!r} has no use for it, "
+                f"only {', '.join(names)}"
+            )
+    task = TASKS[name](config, vocabulary, seq_len)
+    kept, note = spread(task.eval, eval_examples), task.note
+    if len(kept["tokens"]) < len(task.eval["tokens"]):
         note += f"; evaluates on {count(len(kept['tokens']))} of these, evenly spaced"
-    return Task(name, train, kept, f"{name}: {note}")
+    return task._replace(eval=kept, note=f"{name}: {note}")
+
+
+def outputs(config: Mapping[str, Any]) -> int:
+    """Outputs of the classifier that the task needs, 0 where it needs a language model."""
+    return glue.outputs(config["subset"]) if config["name"] == "glue" else 0
 
 
 def spread(rows: Rows, n: int | None) -> Rows:

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tokenizers import Tokenizer
+from lorax.tasks.records import only
+from lorax.tasks.rows import Task, check_n_train, check_path, encode_pairs, linearise
+from lorax.vocabulary import Vocabulary
 
-from lorax.tasks.rows import Rows, check_n_train, check_path, encode_sets, linearise
-
-FILES = {"train": "trainset.csv", "eval": "devset.csv"}
+FILES = {"train": "trainset.csv", "eval": "devset.csv", "test": "testset_w_refs.csv"}
 EXPECTED = "e2e-dataset.zip, or a folder, with trainset.csv and devset.csv in it"
 SLOT = re.compile(r"\s*([^\[\],]+?)\s*\[\s*([^\[\]]*[^\[\]\s])\s*\]\s*")
 
@@ -53,7 +53,7 @@ def parse_mr(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def examples(path: str | Path, split: str) -> list[tuple[str, str]]:
-    """(prompt, completion) of every row, in the file's order; split is "train" or "eval".
+    """(prompt, completion) of every row, in the file's order; split is "train", "eval" or "test".
 
     path: the archive, or a folder; the CSV files may lie anywhere in it.
     Raises FileNotFoundError, or ValueError naming the file and the line.
@@ -83,12 +83,19 @@ def examples(path: str | Path, split: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def load(config: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) -> tuple[Rows, Rows, str]:
-    """Trains on trainset.csv (its first n_train rows), evaluates on devset.csv."""
+def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Task:
+    """Trains on trainset.csv (its first n_train rows), evaluates on devset.csv. The prompts are
+    the distinct meaning representations of testset_w_refs.csv with all their texts, or of
+    devset.csv where that is not there."""
     path = check_path(config, EXPECTED)
     train = examples(path, "train")
     train = train[: check_n_train(config, len(train))]
-    return encode_sets(train, examples(path, "eval"), tokenizer, seq_len)
+    evaluation = examples(path, "eval")
+    try:
+        prompts = examples(path, "test")
+    except FileNotFoundError:
+        prompts = evaluation
+    return encode_pairs(config, vocabulary, seq_len, train, evaluation, prompts)
 
 
 def _pair(row: list[str]) -> tuple[str, str]:
@@ -106,28 +113,17 @@ def _read(path: Path, name: str) -> tuple[bytes, str]:
     if not path.exists():
         raise FileNotFoundError(f"task.path: {str(path)!r} does not exist; expected {EXPECTED}")
     if path.is_dir():
-        found = _only(sorted(path.rglob(name)), name, path)
+        found = only(sorted(path.rglob(name)), name, path, EXPECTED)
         return found.read_bytes(), str(found)
     try:
         with zipfile.ZipFile(path) as archive:
             members = [m for m in archive.namelist() if PurePosixPath(m).name == name]
             # macOS adds a resource fork of every file
             members = [m for m in members if not m.startswith("__MACOSX/")]
-            member = _only(members, name, path)
+            member = only(members, name, path, EXPECTED)
             return archive.read(member), f"{path}/{member}"
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error) as error:
         raise ValueError(
             f"task.path: {str(path)!r} is not a zip archive that can be read ({error}); "
             f"expected {EXPECTED}"
         ) from None
-
-
-def _only(found: list, name: str, path: Path) -> Any:
-    if not found:
-        raise FileNotFoundError(f"task.path: {str(path)!r} has no {name}; expected {EXPECTED}")
-    if len(found) > 1:
-        raise ValueError(
-            f"task.path: {str(path)!r} has {len(found)} files called {name} "
-            f"({', '.join(map(str, found))}); expected one"
-        )
-    return found[0]

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from lorax.tasks.rows import Rows, encode_sets, linearise
+from lorax.tasks.rows import Task, encode_pairs, linearise
+from lorax.vocabulary import Vocabulary
 
 N_TRAIN, N_EVAL = 12_000, 512
 MEANINGS = 4_000  # distinct meaning representations among 12,000 train examples: three texts each
@@ -583,8 +583,9 @@ def examples(n: int, seed: int, split: str = "train") -> list[tuple[str, str]]:
     return list(pairs)
 
 
-def load(config: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) -> tuple[Rows, Rows, str]:
-    """12,000 train examples (or n_train, which may be more) and 512 for evaluation."""
+def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Task:
+    """12,000 train examples (or n_train, which may be more) and 512 for evaluation, whose meaning
+    representations are the prompts."""
     if config.get("path"):
         raise ValueError(
             f"task.path: {config['path']!r} was given; task 'restaurants' reads no file (None)"
@@ -595,4 +596,4 @@ def load(config: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) -> tuple
         raise ValueError(f"task.n_train: {n_train} was given; it must be at least 1 (None: all)")
     seed = config.get("seed", 0)
     train, evaluation = examples(n_train, seed, "train"), examples(N_EVAL, seed, "eval")
-    return encode_sets(train, evaluation, tokenizer, seq_len)
+    return encode_pairs(config, vocabulary, seq_len, train, evaluation)

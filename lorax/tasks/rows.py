@@ -1,16 +1,49 @@
-"""Prompt and completion pairs -> padded token rows with a loss mask."""
+"""What a task is, and how texts become its rows of tokens: padded or packed, with a loss mask."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
+from lorax.vocabulary import Vocabulary
 
-Rows = dict[str, np.ndarray]  # {"tokens": (N, seq_len + 1) int32, "mask": (N, seq_len + 1) float32}
+Rows = dict[str, np.ndarray]  # see `Task`
 Pairs = Sequence[tuple[str, str]]  # (prompt, completion)
+
+END = None  # in place of a piece's text: the end token
+Example = Sequence[tuple[str | None, bool]]  # pieces in order: (text, whether it is a target)
+
+
+class Prompt(NamedTuple):
+    """A text to complete, and the texts that would be right."""
+
+    text: str
+    references: tuple[str, ...]
+
+
+class Task(NamedTuple):
+    """What to train and evaluate on. Of a language model: read `tokens[:, :-1]`, predict
+    `tokens[:, 1:]`, weighted by `mask[:, 1:]`.
+
+    train, eval: {"tokens": (N, seq_len + 1) int32, "mask": (N, seq_len + 1) float32}; the mask is
+        1 where a token is a target (a completion and its end token), 0 on prompts, on padding, on
+        column 0 and on the first token of an example. Packed train rows have "segments" too:
+        (N, seq_len + 1) int32, the examples of a row counted from 1, 0 on padding; a token sees
+        its own segment alone, and its position counts from the segment's start.
+    note: one line for the terminal: counts, and what was dropped and why.
+    prompts: what to generate from and score; () where a task has nothing to generate.
+    outputs: how many a classifier has; 0 for language models.
+    scores: of a classifier: (outputs (N, k) float, labels (N,)) -> {metric: float}.
+    """
+
+    name: str
+    train: Rows
+    eval: Rows
+    note: str
+    prompts: tuple[Prompt, ...] = ()
+    outputs: int = 0
+    scores: Callable | None = None
 
 
 def count(n: int) -> str:
@@ -22,20 +55,21 @@ def linearise(slots: Iterable[tuple[str, str]]) -> str:
     return " ; ".join(f"{slot} = {value}" for slot, value in slots) + " =>"
 
 
-def end_of_text(tokenizer: Tokenizer) -> int:
-    """Id of the end-of-text token. Raises ValueError where the tokenizer can't serve a task."""
-    token = tokenizer.token_to_id(END_OF_TEXT)
-    if token is None:
-        raise ValueError(
-            f"tokenizer: it has no {END_OF_TEXT!r} token, which ends every example and pads it; "
-            f"add it with tokenizer.add_special_tokens([{END_OF_TEXT!r}])"
-        )
-    if tokenizer.truncation is not None or tokenizer.padding is not None:
-        raise ValueError(
-            "tokenizer: it truncates or pads, and tasks do that themselves; call "
-            "tokenizer.no_truncation() and tokenizer.no_padding() first"
-        )
-    return token
+def pair(prompt: str, completion: str) -> Example:
+    """Prompt, completion and the end token. A space parts the two where no white space does."""
+    parted = prompt[-1:].isspace() or completion[:1].isspace()
+    return (prompt, False), (completion if parted else " " + completion, True), (END, True)
+
+
+def group(pairs: Iterable[tuple[str, str]]) -> tuple[Prompt, ...]:
+    """The distinct prompts, in order, each with all its completions."""
+    references: dict[str, list[str]] = {}
+    for prompt, completion in pairs:
+        references.setdefault(prompt, []).append(completion)
+    return tuple(Prompt(prompt, tuple(texts)) for prompt, texts in references.items())
+
+
+# -------------------------------------------------------------------------------------- settings
 
 
 def check_path(config: Mapping[str, Any], expected: str) -> Path:
@@ -61,48 +95,141 @@ def check_n_train(config: Mapping[str, Any], available: int) -> int:
     return n
 
 
-def encode_pairs(pairs: Pairs, tokenizer: Tokenizer, seq_len: int, what: str) -> tuple[Rows, str]:
-    """Rows of prompt + " " + completion + end-of-text, and a note of what was dropped.
+# ------------------------------------------------------------------------------------------ rows
 
-    Prompt and completion are tokenised apart, as they are when a model is given a prompt to
-    complete. Examples of more than seq_len + 1 tokens are dropped, never cut.
-    what: "train" or "eval", for messages. Raises ValueError where no example fits.
+
+def encode_texts(
+    texts: Iterable[str], vocabulary: Vocabulary, inside: bool = False
+) -> dict[str, list[int]]:
+    """{text: ids}, nothing added. inside: for texts that follow others in a row.
+
+    SentencePiece takes every text for the start of one and puts a space in front. What follows
+    another text is tokenised behind a line break there, and the line break's tokens taken off:
+    put together, the ids decode to the texts put together.
     """
-    end = end_of_text(tokenizer)
-    encode = tokenizer.encode_batch_fast  # no offsets
-    prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))  # most come several times
-    ids = [encoding.ids for encoding in encode(prompts, add_special_tokens=False)]
-    prompt_ids = dict(zip(prompts, ids, strict=True))
-    completions = encode([" " + completion for _, completion in pairs], add_special_tokens=False)
-    encoded = [
-        (prompt_ids[prompt], completion.ids + [end])
-        for (prompt, _), completion in zip(pairs, completions, strict=True)
-    ]
-    lengths = [len(p) + len(c) for p, c in encoded]
+    texts = list(dict.fromkeys(texts))  # a prompt comes several times in most data
+    lead = "\n" if inside and _adds_space(vocabulary) else ""
+    encodings = vocabulary.tokenizer.encode_batch_fast(
+        [lead + text for text in texts], add_special_tokens=False
+    )
+    cut = vocabulary.encode(lead) if lead else []
+    for text, encoding in zip(texts, encodings, strict=True):
+        if encoding.ids[: len(cut)] != cut:
+            raise ValueError(
+                f"tokenizer: it puts a space in front of every text and joins a line break to "
+                f"what follows, so that {text!r} can't be tokenised as a part of a longer text"
+            )
+    return {text: e.ids[len(cut) :] for text, e in zip(texts, encodings, strict=True)}
+
+
+def _adds_space(vocabulary: Vocabulary) -> bool:
+    """Whether texts that are tokenised apart don't decode to the texts put together."""
+    first = vocabulary.encode("a")
+    return any(
+        vocabulary.decode(first + vocabulary.encode(text)) != vocabulary.decode(first) + text
+        for text in ("a", " a", "\n")
+    )
+
+
+def first_fit(lengths: Sequence[int], width: int) -> np.ndarray:
+    """Row of each example, (N,) int64, so that no row holds more than `width` tokens.
+
+    First-fit decreasing: the longest first, ties in order, each into the first row with room; at
+    most 11/9 of the fewest rows possible, and 6/9 of one more (Dosa, ESCAPE 2007).
+    """
+    lengths = np.asarray(lengths)
+    room = np.full(len(lengths), width)
+    row_of = np.zeros(len(lengths), np.int64)
+    used = 0
+    for i in np.argsort(-lengths, kind="stable"):
+        row = int(np.argmax(room[: used + 1] >= lengths[i]))
+        room[row] -= lengths[i]
+        row_of[i] = row
+        used = max(used, row + 1)
+    return row_of
+
+
+def encode(
+    examples: Sequence[Example],
+    vocabulary: Vocabulary,
+    seq_len: int,
+    what: str,
+    packing: bool = False,
+) -> tuple[Rows, str]:
+    """Rows of start + pieces, filled up with `vocabulary.pad`, and a note of what was dropped.
+
+    Pieces are tokenised apart, as they are when a model is given a prompt to complete. Examples of
+    more than seq_len + 1 tokens are dropped, never cut. packing: as many examples a row as fit,
+    else one. what: "train" or "eval", for messages. Raises ValueError where no example fits.
+    """
     width = seq_len + 1
-    fitting = [pair for pair, length in zip(encoded, lengths, strict=True) if length <= width]
+    firsts = encode_texts((example[0][0] for example in examples), vocabulary)
+    others = (text for example in examples for text, _ in example[1:] if text is not END)
+    others = encode_texts(others, vocabulary, inside=True)
+
+    encoded = []  # (ids, whether each is a target)
+    for example in examples:
+        ids, targets = list(vocabulary.start), [False] * len(vocabulary.start)
+        for i, (text, target) in enumerate(example):
+            piece = [vocabulary.end] if text is END else others[text] if i else firsts[text]
+            ids += piece
+            targets += [target] * len(piece)
+        encoded.append((ids, targets))
+    fitting = [(ids, targets) for ids, targets in encoded if len(ids) <= width]
     if not fitting:
+        lengths = [len(ids) - 1 for ids, _ in encoded]
         raise ValueError(
-            f"train.seq_len: none of the {count(len(pairs))} {what} examples fits {seq_len}; "
-            f"the shortest needs {min(lengths) - 1}, all of them {max(lengths) - 1}"
+            f"train.seq_len: none of the {count(len(examples))} {what} examples fits {seq_len}; "
+            f"the shortest needs {min(lengths)}, all of them {max(lengths)}"
         )
-    tokens = np.full((len(fitting), width), end, np.int32)
-    mask = np.zeros((len(fitting), width), np.float32)
-    for row, (prompt, completion) in enumerate(fitting):
-        stop = len(prompt) + len(completion)
-        tokens[row, :stop] = prompt + completion
-        mask[row, len(prompt) : stop] = 1.0
+
+    lengths = [len(ids) for ids, _ in fitting]
+    row_of = first_fit(lengths, width) if packing else np.arange(len(fitting))
+    shape = (int(row_of.max()) + 1, width)
+    tokens = np.full(shape, vocabulary.pad, np.int32)
+    mask, segments = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    filled = np.zeros(len(tokens), np.int64)
+    for row, (ids, targets) in zip(row_of, fitting, strict=True):
+        at = slice(filled[row], filled[row] + len(ids))
+        tokens[row, at], mask[row, at] = ids, targets
+        mask[row, at.start] = 0.0  # nothing before it to predict it from
+        segments[row, at] = segments[row, at.start - 1] + 1 if at.start else 1
+        filled[row] = at.stop
+
     note = f"{count(len(fitting))} {what} examples"
-    if len(fitting) < len(pairs):
-        dropped = len(pairs) - len(fitting)
-        note += f" ({count(dropped)} of {count(len(pairs))} dropped, longer than {width} tokens)"
-    return {"tokens": tokens, "mask": mask}, note
+    if packing:
+        note += f" packed into {count(len(tokens))} rows"
+    if len(fitting) < len(examples):
+        dropped = len(examples) - len(fitting)
+        note += f" ({count(dropped)} of {count(len(examples))} dropped, longer than {width} tokens)"
+    rows = {"tokens": tokens, "mask": mask}
+    return rows | {"segments": segments} if packing else rows, note
 
 
 def encode_sets(
-    train: Pairs, evaluation: Pairs, tokenizer: Tokenizer, seq_len: int
-) -> tuple[Rows, Rows, str]:
-    """`encode_pairs` of a train and an evaluation set, their notes joined."""
-    train_rows, train_note = encode_pairs(train, tokenizer, seq_len, "train")
-    eval_rows, eval_note = encode_pairs(evaluation, tokenizer, seq_len, "eval")
-    return train_rows, eval_rows, f"{train_note}, {eval_note}"
+    config: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    seq_len: int,
+    train: Sequence[Example],
+    evaluation: Sequence[Example],
+    prompts: tuple[Prompt, ...],
+) -> Task:
+    """The task of a train set, which `task.packing` packs, and an evaluation set, never packed."""
+    packing = bool(config.get("packing"))
+    train_rows, train_note = encode(train, vocabulary, seq_len, "train", packing)
+    eval_rows, eval_note = encode(evaluation, vocabulary, seq_len, "eval")
+    return Task(config["name"], train_rows, eval_rows, f"{train_note}, {eval_note}", prompts)
+
+
+def encode_pairs(
+    config: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    seq_len: int,
+    train: Pairs,
+    evaluation: Pairs,
+    prompts: Pairs | None = None,
+) -> Task:
+    """`encode_sets` of (prompt, completion) pairs. prompts: None for the evaluation set's."""
+    sets = ([pair(*x) for x in pairs] for pairs in (train, evaluation))
+    prompts = group(evaluation if prompts is None else prompts)
+    return encode_sets(config, vocabulary, seq_len, *sets, prompts)

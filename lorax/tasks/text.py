@@ -1,27 +1,27 @@
 """Any UTF-8 text file, packed into full rows: plain language modelling.
 
 An end-of-text marker in the file ("<|endoftext|>", as TinyStories has between stories) becomes
-the end-of-text token.
+the end token, whatever that is called in the tokenizer.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from lorax.tasks.rows import Rows, check_n_train, check_path, count, end_of_text
+from lorax.tasks.rows import Task, check_n_train, check_path, count, encode_texts
+from lorax.vocabulary import END_OF_TEXT, Vocabulary
 
 
-def load(config: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) -> tuple[Rows, Rows, str]:
+def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Task:
     """Rows of seq_len + 1 tokens, each beginning with the last token of the one before, so that
     every token but the file's first is predicted once. The last 5% of the rows (at least one) are
-    the evaluation set; the tokens left over at the end are dropped.
+    the evaluation set; the tokens left over at the end are dropped. What end-of-text markers part
+    are texts of their own, each led by the vocabulary's start, which is no target.
 
     Raises FileNotFoundError; ValueError where the file is not UTF-8 (with the byte offset) or
     holds less than two rows.
     """
-    end_of_text(tokenizer)
     path = check_path(config, "a UTF-8 text file")
     if not path.is_file():
         raise ValueError(f"task.path: {str(path)!r} is no file; expected a UTF-8 text file")
@@ -32,16 +32,25 @@ def load(config: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) -> tuple
             f"task.path: {str(path)!r} is not UTF-8: bad byte 0x{error.object[error.start]:02x} "
             f"at byte offset {error.start}; convert the file to UTF-8"
         ) from None
-    ids = np.array(tokenizer.encode(content, add_special_tokens=False).ids, np.int32)
+    texts = content.split(END_OF_TEXT) if content else []
+    encoded = encode_texts(texts, vocabulary)
+    ids, targets = [], []
+    for i, text in enumerate(texts):
+        for piece, target in (
+            ([vocabulary.end] * (i > 0), 1.0),
+            (vocabulary.start, 0.0),
+            (encoded[text], 1.0),
+        ):
+            ids += piece
+            targets += [target] * len(piece)
     rows = (len(ids) - 1) // seq_len
     if rows < 2:
         raise ValueError(
             f"task.path: {str(path)!r} is too short: it has {count(len(ids))} tokens, and a train "
             f"and an evaluation row of {seq_len} need {count(2 * seq_len + 1)}"
         )
-    starts = np.arange(rows) * seq_len
-    tokens = ids[starts[:, None] + np.arange(seq_len + 1)[None, :]]  # (rows, seq_len + 1)
-    mask = np.ones(tokens.shape, np.float32)
+    at = np.arange(rows)[:, None] * seq_len + np.arange(seq_len + 1)[None, :]
+    tokens, mask = np.array(ids, np.int32)[at], np.array(targets, np.float32)[at]
     mask[:, 0] = 0.0
     held_out = max(1, rows * 5 // 100)
     n_train = check_n_train(config, rows - held_out)
@@ -52,4 +61,4 @@ def load(config: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) -> tuple
         f"{count(n_train)} train rows, {count(held_out)} eval rows (the end of the file) of "
         f"{count(len(ids))} tokens in all; {count(left_over)} left over at the end dropped"
     )
-    return train, evaluation, note
+    return Task(config["name"], train, evaluation, note)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -12,11 +11,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lorax import tasks, tree
+from lorax import decode, tasks, tree
 from lorax.config import Member, group_key
+from lorax.files import write_bytes
 from lorax.interop import peft
+from lorax.methods import lora
 from lorax.models import Base, load
-from lorax.models.load import layer_names
+from lorax.models.load import layer_names, parameter_layers, positions, sources
+from lorax.tasks import metrics
 from lorax.train import checkpoint, sweep
 
 
@@ -50,33 +52,48 @@ def prepare(members: list[Member], say: Callable[[str], None]) -> list[Group]:
     parts.sort(key=lambda part: part[0].index)
     for index, part in enumerate(parts):
         c = part[0].config
-        key = json.dumps([c.base, c.dtype, c.train.remat])
+        # ------------------------------------------------------------------------------- base
+        labels = tasks.outputs(c.task)
+        head = {"head": "classification", "labels": labels} if labels else {}
+        run = {"dtype": c.dtype, "param_dtype": c.param_dtype, "remat": c.train.remat} | head
+        key = json.dumps([c.base, run])
         if key not in bases:
-            bases[key] = base = load(c.base, dtype=c.dtype, remat=c.train.remat)
+            bases[key] = base = load(c.base, **run)
             say(
                 f"base {c.base}: {base.family}, {tree.count(base.params):,} parameters, "
                 f"{tree.nbytes(base.params) / 1e6:.1f} MB"
             )
+            if base.fresh:
+                say(f"base {c.base}: no weights for {', '.join(base.fresh)}: drawn, and trained")
         base = bases[key]
+        if not labels and not hasattr(base.module, "empty_cache"):
+            raise ValueError(f"base: {c.base} ({base.family}) is no causal model: {c.task.name}")
+        if base.vocabulary is None:
+            raise ValueError(
+                f"base: {c.base} has no tokenizer.json, which task {c.task.name} needs"
+            )
+        most = positions(base.config) or c.train.seq_len
+        if c.train.seq_len > most:
+            raise ValueError(
+                f"train.seq_len: {c.train.seq_len} given, {c.base} has {most} positions"
+            )
         built = sweep.build_methods(part, base)
+
+        # ------------------------------------------------------------------------------- task
         asked = [member.config.task.n_train for member in part]
         settings = c.task.to_dict() | {"n_train": None if None in asked else max(asked)}
         key = json.dumps([settings, c.base, c.train.seq_len, c.eval.examples], sort_keys=True)
         if key not in task_cache:
-            if base.tokenizer is None:
-                raise ValueError(
-                    f"base: {c.base} has no tokenizer.json, which task {c.task.name} needs"
-                )
-            most = getattr(base.config, "n_positions", math.inf)
-            if c.train.seq_len > most:
-                raise ValueError(
-                    f"train.seq_len: {c.train.seq_len} given, {c.base} has {most} positions"
-                )
             task_cache[key] = tasks.build(
-                settings, base.tokenizer, c.train.seq_len, c.eval.examples
+                settings, base.vocabulary, c.train.seq_len, c.eval.examples
             )
             say(f"task {task_cache[key].note}")
-        groups.append(Group(index, base, task_cache[key], sweep.stack(part, built, base)))
+        task = task_cache[key]
+        if c.eval.generate and not task.prompts:
+            raise ValueError(
+                f"eval.generate: {c.eval.generate} given, task {c.task.name} has no prompts"
+            )
+        groups.append(Group(index, base, task, sweep.stack(part, built, base)))
     return groups
 
 
@@ -104,7 +121,8 @@ def train(workdir: Path, groups: list[Group], terminal: Terminal) -> dict[int, d
     """Train all groups in turn, from the newest checkpoints; {member: its final row}.
 
     A row has "status" ("finished" or "diverged"), "diverged_at" (step or None), "eval_loss" (nats a
-    completion token, None after divergence) and "seconds". Killed at any moment and called again,
+    completion token, or a classifier's, None after divergence), "seconds" and "scores" ({metric:
+    value} of a classifier, or of the texts that were asked for). Killed at any moment and called again,
     the metrics and adapters come out bit for bit as without the interruption.
     """
     total = sum(len(g.stack.members) * g.stack.members[0].config.train.steps for g in groups)
@@ -142,25 +160,29 @@ def _train_chunk(
     metrics, m = workdir / "metrics.jsonl", len(chunk.members)
     place = lambda t: programs.place(t)
     constants, hyper, state = place(chunk.constants), place(chunk.hyper), place(chunk.state)
-    evaluate = lambda: np.asarray(
-        programs.evaluate(params, constants, state.trainable, eval_batches)
-    )[:m]
+
+    def evaluate():
+        """Loss (m,) and {metric: (m,)} of every member as it is now."""
+        losses, outputs = programs.evaluate(params, constants, state.trainable, eval_batches)
+        return np.asarray(losses)[:m], _scores(group.task, outputs, m)
 
     # -------------------------------------------------------------------------- resume, or step 0
     found = checkpoint.restore(where, tree.shapes(state), terminal.say)
     if found:
         step, saved, meta = found
         state = jax.device_put(saved, jax.tree.map(lambda x: x.sharding, state))
-        offset, seconds, losses = meta["offset"], meta["seconds"], np.asarray(meta["eval_loss"])
-        losses = losses.astype(np.float32)
+        offset, seconds = meta["offset"], meta["seconds"]
+        losses = np.array(meta["eval_loss"], np.float32)
+        scores = {name: np.array(values, np.float32) for name, values in meta["scores"].items()}
         _cut(metrics, offset)
         if step:
             terminal.say(f"group {group.index}: continues at step {step} of {c.train.steps}")
     else:
-        step, seconds, losses = 0, 0.0, evaluate()
+        step, seconds = 0, 0.0
+        losses, scores = evaluate()
         _cut(metrics, offset)
-        offset = _append(metrics, _lines(chunk, 0, "eval", loss=losses))
-        checkpoint.save(where, 0, state, _meta(offset, seconds, losses))
+        offset = _append(metrics, _lines(chunk, 0, "eval", loss=losses, **scores))
+        checkpoint.save(where, 0, state, _meta(offset, seconds, losses, scores))
 
     # -------------------------------------------------------------------------------------- train
     diverged = np.asarray(state.diverged_at)[:m]
@@ -176,8 +198,8 @@ def _train_chunk(
         )
         at_checkpoint = step % c.eval.every == 0 or step == c.train.steps
         if at_checkpoint:
-            losses = evaluate()
-            lines += _lines(chunk, step, "eval", loss=losses)
+            losses, scores = evaluate()
+            lines += _lines(chunk, step, "eval", loss=losses, **scores)
         now = np.asarray(state.diverged_at)[:m]
         for i in np.flatnonzero((now >= 0) & (diverged < 0)):
             terminal.say(
@@ -187,7 +209,7 @@ def _train_chunk(
         seconds += time.monotonic() - began
         offset = _append(metrics, lines)
         if at_checkpoint:
-            checkpoint.save(where, step, state, _meta(offset, seconds, losses))
+            checkpoint.save(where, step, state, _meta(offset, seconds, losses, scores))
         progress(step * m)
 
     # ------------------------------------------------------------------------------------- export
@@ -195,13 +217,13 @@ def _train_chunk(
     trainable = jax.tree.map(lambda x: np.asarray(x)[:m], state.trainable)
     for i, (member, method) in enumerate(zip(chunk.members, chunk.methods, strict=True)):
         own = jax.tree.map(lambda x, i=i: x[i], trainable)
-        factors = adapter_factors(own, method.hp, group.base)
         peft.save(
             workdir / "adapters" / str(member.index),
-            factors,
+            exported(own, method.hp, group.base),
+            sources(group.base),
             member.config.base,
-            group.base.family,
-            method.hp["dropout"],
+            dropout=method.hp["dropout"],
+            task_type="SEQ_CLS" if group.task.outputs else "CAUSAL_LM",
         )
         at = int(diverged[i])
         rows[member.index] = {
@@ -209,25 +231,71 @@ def _train_chunk(
             "diverged_at": None if at < 0 else at,
             "eval_loss": _number(losses[i]) if at < 0 else None,
             "seconds": round(seconds / m, 3),
+            "scores": {name: _number(values[i]) for name, values in scores.items() if at < 0},
         }
+        if c.eval.generate and at < 0:
+            bound = method.bind(
+                own, jax.tree.map(lambda x, i=i: x[i], chunk.constants), group.base.params
+            )
+            rows[member.index]["scores"] |= write_texts(workdir, member, group, bound, terminal.say)
         terminal.finished({"member": member.index, "name": member.name} | rows[member.index])
     return offset, rows
 
 
-def adapter_factors(trainable: dict, hp: dict, base: Base) -> dict[str, peft.Factors]:
-    """{layer name: Factors (in, r), (r, out), s} of one member, padding cut off.
+def write_texts(workdir: Path, member: Member, group: Group, params, say) -> dict[str, float]:
+    """Complete the task's prompts with one member's parameters, keep the texts, score them.
+
+    Writes texts/<member>.jsonl: {"prompt", "text", "references"} a line. Returns {metric: value}.
+    """
+    c, prompts = member.config.eval, group.task.prompts[: member.config.eval.generate]
+    how = decode.How(
+        new_tokens=c.new_tokens,
+        beams=c.beams,
+        length_penalty=c.length_penalty,
+        no_repeat_ngram=c.no_repeat_ngram,
+    )
+    began = time.monotonic()
+    asked = [p.text for p in prompts]
+    texts = decode.complete(group.base, asked, params, how, batch_size=c.batch_size)
+    texts = [text.strip() for text in texts]
+    found = metrics.text_scores(texts, [p.references for p in prompts])
+    lines = [
+        {"prompt": p.text, "text": text, "references": p.references}
+        for p, text in zip(prompts, texts, strict=True)
+    ]
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_bytes(workdir / "texts" / f"{member.index}.jsonl", content.encode())
+    say(f"member {member.name}: {len(texts)} texts in {time.monotonic() - began:.0f} s")
+    return {name: round(float(value), 5) for name, value in found.items()}
+
+
+def _scores(task: tasks.Task, outputs, m: int) -> dict[str, np.ndarray]:
+    """{metric: (m,)} of a classifier's outputs (M, N, B, k); {} of a language model's None."""
+    if outputs is None:
+        return {}
+    labels = task.eval["label"]
+    rows = np.asarray(outputs)[:m].reshape(m, -1, outputs.shape[-1])[:, : len(labels)]
+    each = [task.scores(np.nan_to_num(row), labels) for row in rows]
+    return {name: np.array([scores[name] for scores in each], np.float32) for name in each[0]}
+
+
+def exported(trainable: dict, hp: dict, base: Base) -> peft.Adapter:
+    """What one member has learned, layer by layer, padding cut off.
 
     A layer that the member does not adapt (both factors zero) is left out.
     """
-    flat, rank, found = tree.flatten(trainable), hp["rank"], {}
+    factors, weights = {}, {}
     shapes = {path: leaf.shape for path, leaf in tree.flatten(base.params).items()}
-    for path in {p.rsplit("/", 1)[0]: None for p in flat}:
-        a, b = flat[f"{path}/a"], flat[f"{path}/b"]
+    for path, own in lora.adapters(trainable, {}).items():
+        own = {name: np.asarray(x, np.float32) for name, x in own.items()}
+        if "w" in own:
+            weights |= parameter_layers(path, own["w"], base)
+            continue
         for name, index in layer_names(path, base.sites[path], shapes[path]).items():
-            if a[index].any() or b[index].any():
-                a_own, b_own = a[index][:, :rank], b[index][:rank]
-                found[name] = peft.Factors(a_own, b_own, float(hp["scale"]))
-    return found
+            a, b = own["a"][index][:, : hp["rank"]], own["b"][index][: hp["rank"]]
+            if a.any() or b.any():
+                factors[name] = peft.Factors(a, b, float(hp["scale"]))
+    return peft.Adapter(factors, weights, {})
 
 
 def _plan_line(group, programs, chunks, seconds):
@@ -255,8 +323,10 @@ def _number(x) -> float | None:
     return float(str(np.float32(x))) if np.isfinite(x) else None
 
 
-def _meta(offset, seconds, losses) -> dict:
-    return {"offset": offset, "seconds": seconds, "eval_loss": [_number(x) for x in losses]}
+def _meta(offset, seconds, losses, scores) -> dict:
+    scores = {name: [_number(x) for x in values] for name, values in scores.items()}
+    losses = [_number(x) for x in losses]
+    return {"offset": offset, "seconds": seconds, "eval_loss": losses, "scores": scores}
 
 
 def _append(path: Path, lines: list[dict]) -> int:

@@ -44,5 +44,7 @@ def optimizer(train, lr, weight_decay) -> optax.GradientTransformation:
 
 
 def _decays(params) -> dict:
+    """False for biases and norms, also where they are trained in full: ".../bias/w"."""
+    words = lambda path: path.removesuffix("/w").rsplit("/", 1)[-1]
     flat = tree.flatten(params)
-    return tree.unflatten({p: p.rsplit("/", 1)[-1] not in ("bias", "scale") for p in flat})
+    return tree.unflatten({path: words(path) not in ("bias", "scale") for path in flat})

@@ -42,14 +42,21 @@ def start(trainable, train, hyper: Hyper) -> MemberState:
 # -------------------------------------------------------------------------------------------- loss
 
 
-def token_losses(module, params, hidden, labels):
-    """Negative log-likelihood in nats: hidden (N, D), labels (N,) int32 -> (N,) float32."""
+def token_losses(module, params, hidden, labels, smoothing=0.0):
+    """Negative log-likelihood in nats: hidden (N, D), labels (N,) int32 -> (N,) float32.
+
+    smoothing: share of the target that is spread over the vocabulary (arXiv:1512.00567, section 7).
+    """
     logits = ops.apply(module, params, hidden, method="logits")
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if not smoothing:
+        return nats
+    even = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
+    return (1 - smoothing) * nats + smoothing * even
 
 
-def weighted_loss(module, params, hidden, labels, weights):
-    """sum(weights * nll) as float32 (): hidden (N, D), labels (N,), weights (N,) float32.
+def weighted_loss(module, params, hidden, labels, weights, smoothing=0.0):
+    """sum(weights * nats) as float32 (): hidden (N, D), labels (N,), weights (N,) float32.
 
     Logits are made at most `ROWS` tokens at a time, and the gradient with respect to what depends
     on the trained parameters is made in the same pass, so that the backward pass has nothing to do
@@ -63,7 +70,7 @@ def weighted_loss(module, params, hidden, labels, weights):
     head = {name: params[name] for name in module.head if name in params}
 
     def one(head, hidden, labels, weights):
-        return jnp.sum(weights * token_losses(module, head, hidden, labels))
+        return jnp.sum(weights * token_losses(module, head, hidden, labels, smoothing))
 
     return _sum_over_rows(one, head, hidden, labels, weights)
 
@@ -110,16 +117,36 @@ def _sum_over_rows_backward(f, saved, dtotal):
 _sum_over_rows.defvjp(_sum_over_rows_forward, _sum_over_rows_backward, symbolic_zeros=True)
 
 
-def lm_loss(module, params, batch):
+def lm_loss(module, params, batch, smoothing=0.0):
     """(sum of weighted nats, sum of weights) of next-token prediction.
 
-    batch: {"tokens": (B, T + 1) int32, "mask": (B, T + 1) float32}, see `lorax.tasks.Task`.
+    batch: {"tokens": (B, T + 1) int32, "mask": (B, T + 1) float32} and, where a row holds several
+    texts, "segments" (B, T + 1) int32; see `lorax.tasks.Task`.
     """
-    tokens, weights = batch["tokens"], batch["mask"][:, 1:]
-    hidden = ops.apply(module, params, tokens[:, :-1], method="hidden")
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    total = weighted_loss(module, params, hidden, tokens[:, 1:].reshape(-1), weights.reshape(-1))
+    tokens, weights, segments = batch["tokens"], batch["mask"][:, 1:], batch.get("segments")
+    segments = None if segments is None else segments[:, :-1]
+    hidden = ops.apply(module, params, tokens[:, :-1], segments, method="hidden")
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
+    total = weighted_loss(module, params, hidden, labels, weights.reshape(-1), smoothing)
     return total, jnp.sum(weights)
+
+
+def class_loss(module, params, batch, smoothing=0.0):
+    """(sum of losses, number of examples, scores (B, k) float32) of a classifier.
+
+    batch: {"tokens", "segments", "types": (B, T) int32, "label": (B,)}. An int32 label is a class
+    (cross entropy in nats), a float32 one a value to be predicted (squared error). A row without
+    tokens does not count.
+    """
+    tokens, segments, label = batch["tokens"], batch["segments"], batch["label"]
+    scores = ops.apply(module, params, tokens, segments, batch["types"])
+    if jnp.issubdtype(label.dtype, jnp.integer):
+        target = optax.smooth_labels(jax.nn.one_hot(label, scores.shape[-1]), smoothing)
+        losses = optax.softmax_cross_entropy(scores, target)
+    else:
+        losses = jnp.square(scores[:, 0] - label)
+    weights = jnp.any(segments > 0, axis=1).astype(jnp.float32)
+    return jnp.sum(weights * losses), jnp.sum(weights), scores
 
 
 # --------------------------------------------------------------------------------- train, evaluate
@@ -146,16 +173,17 @@ def _bound(program, trainable, constants, params, key=None):
 
 
 def train_step(program: Program, params, constants, hyper: Hyper, state: MemberState, batch):
-    """One optimiser step: (new state, metrics {"loss": nats a token, "grad_norm"} () float32).
+    """One optimiser step: (new state, metrics {"loss", "grad_norm"} () float32).
 
-    batch: leaves (A, B, T + 1), A parts whose gradients are added. A step whose loss, gradient norm
+    batch: leaves (A, B, ...), A parts whose gradients are added. A step whose loss, gradient norm
     or new parameter norm is not finite changes nothing, and neither does any after it or past
     `train.steps`.
     """
 
     def loss(trainable, part, key):
         bound = _bound(program, trainable, constants, params, key if program.dropout else None)
-        return lm_loss(program.module, bound, part)
+        loss_of = class_loss if "label" in part else lm_loss
+        return loss_of(program.module, bound, part, program.train.label_smoothing)[:2]
 
     def add(carry, indexed):
         index, part = indexed
@@ -191,17 +219,23 @@ def train_step(program: Program, params, constants, hyper: Hyper, state: MemberS
 
 
 def train_steps(program: Program, params, constants, hyper, state, batches):
-    """Several steps: batches' leaves (K, A, B, T + 1) -> (state, metrics of shape (K,))."""
+    """Several steps: batches' leaves (K, A, B, ...) -> (state, metrics of shape (K,))."""
     step = functools.partial(train_step, program, params, constants, hyper)
     return jax.lax.scan(step, state, batches)
 
 
 def evaluate(program: Program, params, constants, trainable, batches):
-    """Mean nats a completion token over batches with leaves (N, B, T + 1), as () float32."""
+    """(mean loss () float32, scores) over batches with leaves (N, B, ...).
+
+    A language model's loss is in nats a completion token, and it has no scores (None); a
+    classifier's are (N, B, k) float32.
+    """
     bound = _bound(program, trainable, constants, params)
+    loss_of = class_loss if "label" in batches else lm_loss
 
     def add(carry, batch):
-        return jax.tree.map(jnp.add, carry, lm_loss(program.module, bound, batch)), None
+        total, weight, *scores = loss_of(program.module, bound, batch)
+        return jax.tree.map(jnp.add, carry, (total, weight)), scores
 
-    (total, weight), _ = jax.lax.scan(add, (jnp.float32(0), jnp.float32(0)), batches)
-    return total / weight
+    (total, weight), scores = jax.lax.scan(add, (jnp.float32(0), jnp.float32(0)), batches)
+    return total / weight, scores[0] if scores else None

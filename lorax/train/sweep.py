@@ -7,6 +7,7 @@ take a part of the members, or of every batch.
 
 import math
 import os
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -55,6 +56,10 @@ def build_methods(members, base: Base) -> list[Method]:
     built = []
     for member in members:
         hp = member.config.method.to_dict()
+        if base.fresh:  # a head of random weights says nothing before it is trained
+            known = re.compile(methods.FULL_WORDS["classifier"])
+            word = "classifier" if all(map(known.fullmatch, base.fresh)) else "re:head/.*"
+            hp["full"] = tuple(dict.fromkeys((*hp["full"], word)))
         method = methods.method(hp.pop("name"), **hp)
         method.count(base.params, base.sites)  # raises on what does not fit
         built.append(method)
@@ -142,7 +147,7 @@ class Programs(NamedTuple):
     """Compiled for one shape of stack and one layout; host trees go in through `place*`.
 
     train(params, constants, hyper, state, batches) -> (state, metrics (M, K)); donates the state.
-    evaluate(params, constants, trainable, batches) -> (M,) float32, nats a token.
+    evaluate(params, constants, trainable, batches) -> (losses (M,), scores (M, N, B, k) or None).
     place_base(params), place(stacked tree), place_batches(batches).
     bytes: of one call to train on one device: arguments + temporaries + outputs - aliases.
     """
@@ -159,8 +164,8 @@ class Programs(NamedTuple):
 def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_batches) -> Programs:
     """Compile for `layout.size` members, from shapes alone; nothing is allocated.
 
-    batches: {"tokens", "mask"} as `jax.ShapeDtypeStruct` (K, A, B, T + 1), of one member.
-    eval_batches: the same (N, B, T + 1), shared by all members.
+    batches: a task's rows as `jax.ShapeDtypeStruct` (K, A, B, ...), of one member.
+    eval_batches: the same (N, B, ...), shared by all members.
     """
     program = train_step.Program(
         base.module,
@@ -324,11 +329,8 @@ def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
 
 
 def eval_batches(task: tasks.Task, batch_size: int) -> dict:
-    """The evaluation rows as leaves (N, B, T + 1); rows without weight fill the last batch up."""
+    """The evaluation rows as leaves (N, B, ...); rows without weight fill the last batch up."""
     rows = task.eval["tokens"].shape[0]
     size = min(batch_size, rows)
-    pad = -rows % size
-    return {
-        name: np.pad(values, ((0, pad), (0, 0))).reshape(-1, size, values.shape[-1])
-        for name, values in task.eval.items()
-    }
+    fill = lambda x: np.pad(x, ((0, -rows % size), *((0, 0),) * (x.ndim - 1)))
+    return {name: fill(x).reshape(-1, size, *x.shape[1:]) for name, x in task.eval.items()}

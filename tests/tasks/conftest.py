@@ -4,7 +4,9 @@ import pytest
 from support import data
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from lorax import vocabulary as vocabularies
 from lorax.tasks import restaurants
+from lorax.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +24,18 @@ def tokenizer() -> Tokenizer:
     pairs = restaurants.examples(500, seed=0)
     tokenizer.train_from_iterator((f"{prompt} {text}" for prompt, text in pairs), trainer)
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tokenizer) -> Vocabulary:
+    """GPT-2's kind: no start, "<|endoftext|>" ends and pads."""
+    return vocabularies.from_tokenizer(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def llama() -> Vocabulary:
+    """LLaMA's kind, real: SentencePiece, <s> starts, </s> ends, no "<|endoftext|>"."""
+    return vocabularies.read(data("models/stories-llama-260k"))
 
 
 @pytest.fixture(scope="session")

@@ -98,9 +98,9 @@ def test_real_data(e2e_zip):
     )
 
 
-def test_build(tokenizer, e2e_zip):
+def test_build(vocabulary, e2e_zip):
     config = {"name": "e2e", "path": str(e2e_zip), "n_train": 50, "seed": 0}
-    task = tasks.build(config, tokenizer, 512, 20)
+    task = tasks.build(config, vocabulary, 512, 20)
     assert len(task.train["tokens"]) == 50 and len(task.eval["tokens"]) == 20
     assert task.note == (
         "e2e: 50 train examples, 4,672 eval examples; evaluates on 20 of these, evenly spaced"
@@ -111,10 +111,32 @@ def test_build(tokenizer, e2e_zip):
         for i, (row, weight) in enumerate(zip(rows["tokens"], rows["mask"], strict=True)):
             targets = row[1:][weight[1:] == np.float32(1)]
             if pairs:
-                assert tokenizer.decode(targets[:-1].tolist()) == " " + pairs[i][1]
+                assert vocabulary.decode(targets[:-1]) == " " + pairs[i][1]
             else:
                 prompts.add(tuple(row[: int(weight.argmax())]))
     assert len(prompts) == 20  # evenly spaced, so no meaning representation comes twice
+
+
+def test_prompts_are_the_distinct_meanings_with_all_their_texts(vocabulary, e2e_zip):
+    config = {"name": "e2e", "path": str(e2e_zip), "n_train": 1}
+    prompts = tasks.build(config, vocabulary, 512, 1).prompts
+    assert len(prompts) == 630 and sum(len(p.references) for p in prompts) == 4_693
+    assert prompts[0].text == "name = Blue Spice ; eatType = coffee shop ; area = city centre =>"
+    assert prompts[0].references[:2] == (
+        "A coffee shop in the city centre area called Blue Spice.",
+        "Blue Spice is a coffee shop in city centre.",
+    )
+    train = {prompt for prompt, _ in e2e.examples(e2e_zip, "train")}
+    assert train.isdisjoint(p.text for p in prompts)
+
+
+def test_prompts_of_the_dev_set_without_a_test_set(vocabulary, tmp_path):
+    dev = 'mr,ref\n"name[A], food[B]",One.\nname[C],Two.\n"name[A], food[B]",Three.\n'
+    config = {"name": "e2e", "path": str(write(tmp_path, dev=dev))}
+    assert tasks.build(config, vocabulary, 64).prompts == (
+        tasks.Prompt("name = A ; food = B =>", ("One.", "Three.")),
+        tasks.Prompt("name = C =>", ("Two.",)),
+    )
 
 
 # -------------------------------------------------------------------------------------- errors
@@ -148,9 +170,9 @@ def test_bad_csv_names_file_and_line(tmp_path, content, line, message):
         e2e.examples(packed, "eval")
 
 
-def test_path_errors(tmp_path, tokenizer):
+def test_path_errors(tmp_path, vocabulary):
     def build(path):
-        tasks.build({"name": "e2e", "path": path}, tokenizer, 64, 8)
+        tasks.build({"name": "e2e", "path": path}, vocabulary, 64, 8)
 
     expected = r"e2e-dataset\.zip, or a folder, with trainset\.csv and devset\.csv in it"
     with pytest.raises(ValueError, match=rf"^task\.path: task 'e2e' needs {expected}; none was"):
@@ -180,7 +202,7 @@ def test_damaged_archive(tmp_path):
         e2e.examples(packed, "train")
 
 
-def test_too_many_train_examples(tmp_path, tokenizer):
+def test_too_many_train_examples(tmp_path, vocabulary):
     config = {"name": "e2e", "path": str(write(tmp_path)), "n_train": 3}
     with pytest.raises(ValueError, match=r"^task\.n_train: 3 was given; .* has 2 examples"):
-        tasks.build(config, tokenizer, 64, 8)
+        tasks.build(config, vocabulary, 64, 8)

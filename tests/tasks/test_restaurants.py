@@ -161,13 +161,17 @@ def test_examples_fit_128_tokens_of_a_story_vocabulary(tokenizer, stories, train
     assert lengths[int(0.97 * len(lengths))] <= 128
 
 
-def test_build(tokenizer):
-    task = tasks.build({"name": "restaurants"}, tokenizer, 256, 128)  # all fields at their defaults
+def test_build(vocabulary, evaluation):
+    task = tasks.build(
+        {"name": "restaurants"}, vocabulary, 256, 128
+    )  # all fields at their defaults
     assert len(task.train["tokens"]) == 12_000 and len(task.eval["tokens"]) == 128
     assert task.note == (
         "restaurants: 12,000 train examples, 512 eval examples; evaluates on 128 of these, "
         "evenly spaced"
     )
+    assert task.prompts == tuple(tasks.Prompt(prompt, (text,)) for prompt, text in evaluation)
+    assert (task.outputs, task.scores) == (0, None)
 
 
 @pytest.mark.parametrize(
@@ -178,9 +182,9 @@ def test_build(tokenizer):
         ({"seed": -1}, r"^task\.seed: -1 was given; it must be at least 0"),
     ],
 )
-def test_errors(tokenizer, fields, message):
+def test_errors(vocabulary, fields, message):
     with pytest.raises(ValueError, match=message):
-        tasks.build({"name": "restaurants", **fields}, tokenizer, 128, 8)
+        tasks.build({"name": "restaurants", **fields}, vocabulary, 128, 8)
 
 
 def test_unknown_split():

@@ -4,10 +4,8 @@ import types
 import ml_collections
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
 
 from lorax import tasks
-from lorax.tasks import rows
 
 CONFIG = types.MappingProxyType({"name": "restaurants", "path": None, "n_train": 300, "seed": 0})
 
@@ -82,78 +80,39 @@ def test_order_takes_whole_numbers_only():
         tasks.order(10, 4, 0, 1.5)
 
 
-# -------------------------------------------------------------------------- rows and their masks
+# ----------------------------------------------------------------------------------- the build
 
 
-def test_masked_targets_are_the_completion(tokenizer):
-    task = tasks.build(CONFIG, tokenizer, 256, eval_examples=64)
-    end = tokenizer.token_to_id("<|endoftext|>")
-    for split, pairs in (
-        (task.train, tasks.restaurants.examples(300, 0, "train")),
-        (task.eval, tasks.restaurants.examples(512, 0, "eval")[::8]),
-    ):
-        tokens, mask = split["tokens"], split["mask"]
-        assert tokens.dtype == np.int32 and mask.dtype == np.float32
-        assert tokens.shape == mask.shape == (len(pairs), 257)
-        assert not mask[:, 0].any()
-        for (prompt, completion), row, weight in zip(pairs, tokens, mask, strict=True):
-            targets = row[1:][weight[1:] == 1.0]
-            assert targets[-1] == end
-            assert tokenizer.decode(targets[:-1].tolist()) == " " + completion
-            start = int(weight.argmax())
-            assert tokenizer.decode(row[:start].tolist()) == prompt
-            after = row[start + len(targets) :]
-            assert (after == end).all() and not weight[start + len(targets) :].any()
-
-
-def test_build_takes_a_config_dict_and_is_deterministic(tokenizer):
+def test_build_takes_a_config_dict_and_is_deterministic(vocabulary):
     config = ml_collections.ConfigDict(dict(CONFIG)).lock()
-    one = tasks.build(config, tokenizer, 256, 64)
-    two = tasks.build(CONFIG, tokenizer, 256, 64)
-    assert one.name == "restaurants" and one.note == two.note
+    one = tasks.build(config, vocabulary, 256, 64)
+    two = tasks.build(CONFIG, vocabulary, 256, 64)
+    assert one.name == "restaurants" and one.note == two.note and one.prompts == two.prompts
     for split in ("train", "eval"):
+        assert list(getattr(one, split)) == ["tokens", "mask"]
         for key in ("tokens", "mask"):
             np.testing.assert_array_equal(getattr(one, split)[key], getattr(two, split)[key])
 
 
-def test_long_examples_are_dropped_and_counted(tokenizer):
-    whole = tasks.build(CONFIG, tokenizer, 256, None)
-    end = tokenizer.token_to_id("<|endoftext|>")
-    lengths = (whole.train["tokens"] != end).sum(1) + 1
-    seq_len = int(np.median(lengths)) - 1
-    kept = lengths <= seq_len + 1
-    part = tasks.build(CONFIG, tokenizer, seq_len, None)
-    assert 0 < kept.sum() < 300
-    np.testing.assert_array_equal(
-        part.train["tokens"], whole.train["tokens"][kept][:, : seq_len + 1]
-    )
-    dropped = f"{300 - kept.sum()} of 300 dropped, longer than {seq_len + 1} tokens"
-    assert f"{kept.sum()} train examples ({dropped})" in part.note
-    assert whole.note == "restaurants: 300 train examples, 512 eval examples"
+def test_packing_is_for_train_rows_alone(vocabulary):
+    packed = tasks.build({**CONFIG, "packing": True}, vocabulary, 512, 64)
+    plain = tasks.build(CONFIG, vocabulary, 512, 64)
+    assert list(packed.eval) == ["tokens", "mask"]
+    np.testing.assert_array_equal(packed.eval["tokens"], plain.eval["tokens"])
+    n = len(packed.train["tokens"])
+    assert n < 150 and packed.train["segments"].shape == (n, 513)
+    assert f"300 train examples packed into {n} rows, 512 eval examples" in packed.note
 
 
-def test_no_example_fits(tokenizer):
-    whole = tasks.build(CONFIG, tokenizer, 256, None)
-    end = tokenizer.token_to_id("<|endoftext|>")
-    needed = (whole.train["tokens"] != end).sum(1)  # read all but the last, end-of-text
-    message = (
-        r"^train\.seq_len: none of the 300 train examples fits 8; "
-        f"the shortest needs {needed.min()}, all of them {needed.max()}$"
-    )
-    with pytest.raises(ValueError, match=message):
-        tasks.build(CONFIG, tokenizer, 8, None)
-    fitting = tasks.build(CONFIG, tokenizer, int(needed.max()), None)
-    assert len(fitting.train["tokens"]) == 300
-
-
-def test_evaluation_rows_are_evenly_spaced(tokenizer):
-    whole = tasks.build(CONFIG, tokenizer, 256, None)
-    part = tasks.build(CONFIG, tokenizer, 256, 5)
+def test_evaluation_rows_are_evenly_spaced(vocabulary):
+    whole = tasks.build(CONFIG, vocabulary, 256, None)
+    part = tasks.build(CONFIG, vocabulary, 256, 5)
     index = [0, 102, 204, 307, 409]
     np.testing.assert_array_equal(part.eval["tokens"], whole.eval["tokens"][index])
     np.testing.assert_array_equal(part.eval["mask"], whole.eval["mask"][index])
     assert part.note.endswith("; evaluates on 5 of these, evenly spaced")
-    assert len(tasks.build(CONFIG, tokenizer, 256, 10_000).eval["tokens"]) == 512
+    assert part.prompts == whole.prompts
+    assert len(tasks.build(CONFIG, vocabulary, 256, 10_000).eval["tokens"]) == 512
 
 
 # -------------------------------------------------------------------------------------- errors
@@ -163,14 +122,17 @@ def test_registry_is_complete():
     modules = [
         pkgutil.resolve_name(f"lorax.tasks.{x.name}") for x in pkgutil.iter_modules(tasks.__path__)
     ]
-    assert {x.load for x in modules if hasattr(x, "load")} == set(tasks.TASKS.values())
+    assert {x.__name__ for x in modules if hasattr(x, "load")} == {
+        f"lorax.tasks.{name}" for name in tasks.TASKS
+    }
 
 
-def test_unknown_task(tokenizer):
+def test_unknown_task(vocabulary):
     with pytest.raises(ValueError) as error:
-        tasks.build({**CONFIG, "name": "restaurant"}, tokenizer, 64, 8)
+        tasks.build({**CONFIG, "name": "restaurant"}, vocabulary, 64, 8)
     assert str(error.value) == (
-        "task.name: 'restaurant' is no task; there is e2e, restaurants, text (nearest: restaurants)"
+        f"task.name: 'restaurant' is no task; there is {', '.join(tasks.TASKS)}; "
+        "did you mean 'restaurants'?"
     )
 
 
@@ -181,27 +143,20 @@ def test_unknown_task(tokenizer):
         (64, 0, r"^eval\.examples: 0 was given; it must be at least 1"),
     ],
 )
-def test_sizes_must_be_positive(tokenizer, seq_len, eval_examples, message):
+def test_sizes_must_be_positive(vocabulary, seq_len, eval_examples, message):
     with pytest.raises(ValueError, match=message):
-        tasks.build(CONFIG, tokenizer, seq_len, eval_examples)
+        tasks.build(CONFIG, vocabulary, seq_len, eval_examples)
 
 
-@pytest.mark.parametrize("name", sorted(tasks.TASKS))
-def test_tokenizer_without_end_of_text(name, tmp_path):
-    path = tmp_path / "file"
-    path.write_text("once upon a time")
-    config = {"name": name, "path": str(path) if name == "text" else None}
-    if name == "e2e":
-        for file in ("trainset.csv", "devset.csv"):
-            (tmp_path / file).write_text("mr,ref\nname[A],B\n")
-        config["path"] = str(tmp_path)
-    with pytest.raises(ValueError, match=r"^tokenizer: it has no '<\|endoftext\|>' token"):
-        tasks.build(config, Tokenizer(models.BPE()), 64, 8)
-
-
-@pytest.mark.parametrize("setting", ["truncation", "padding"])
-def test_tokenizer_that_cuts_or_pads(tokenizer, setting):
-    copy = Tokenizer.from_str(tokenizer.to_str())
-    copy.enable_truncation(8) if setting == "truncation" else copy.enable_padding()
-    with pytest.raises(ValueError, match="^tokenizer: it truncates or pads"):
-        rows.end_of_text(copy)
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("text", "packing", True),
+        ("restaurants", "template", "{{ messages }}"),
+        ("e2e", "subset", "cola"),
+    ],
+)
+def test_settings_that_a_task_has_no_use_for(vocabulary, name, field, value):
+    config = {**CONFIG, "name": name, field: value}
+    with pytest.raises(ValueError, match=rf"^task\.{field}: .* task '{name}' has no use for it, o"):
+        tasks.build(config, vocabulary, 64, 8)

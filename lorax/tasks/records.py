@@ -1,0 +1,90 @@
+"""Records of JSON Lines and JSON array files, each with the place that an error names."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Record(NamedTuple):
+    """One JSON object. place: "FILE:LINE", or "FILE[INDEX]" (from 0) in an array."""
+
+    place: str
+    fields: dict[str, Any]
+
+    def get(self, name: str, kind: type = str) -> Any:
+        """The field of that name. Raises ValueError where it is missing or of another kind."""
+        if name not in self.fields:
+            has = ", ".join(self.fields) or "no field"
+            raise ValueError(f"{self.place}: field {name!r} is missing; the record has {has}")
+        value = self.fields[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(
+                f"{self.place}: field {name!r} is {_shown(value)}; expected {KINDS[kind]}"
+            )
+        return value
+
+
+KINDS = {str: "text", int: "a whole number", list: "an array", dict: "an object"}
+
+
+def read(path: Path) -> list[Record]:
+    """Every record of a file, in order: an array of objects, or one object a line.
+
+    Raises ValueError naming the file and the line or index where it is not UTF-8, not JSON, not
+    an object, or where there is nothing.
+    """
+    data = path.read_bytes()
+    try:
+        content = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}:{line}: bad byte 0x{data[error.start]:02x}; expected UTF-8"
+        ) from None
+    if content.lstrip().startswith("["):
+        values = [(f"{path}[{i}]", value) for i, value in enumerate(_parse(content, path, 1))]
+    else:
+        # str.splitlines would cut at U+2028 too, which JSON allows within a string
+        lines = enumerate(content.split("\n"), start=1)
+        values = [
+            (f"{path}:{line}", _parse(text, path, line)) for line, text in lines if text.strip()
+        ]
+    for place, value in values:
+        if not isinstance(value, dict):
+            raise ValueError(f"{place}: {_shown(value)}; expected an object, {{...}}")
+    if not values:
+        raise ValueError(f"{path}: no records; expected one JSON object a line, or an array")
+    return [Record(place, value) for place, value in values]
+
+
+def only(found: list, name: str, path: Path, expected: str) -> Any:
+    """The one thing that was found. Raises FileNotFoundError, ValueError naming `task.path`."""
+    if not found:
+        raise FileNotFoundError(f"task.path: {str(path)!r} has no {name}; expected {expected}")
+    if len(found) > 1:
+        raise ValueError(
+            f"task.path: {str(path)!r} has {len(found)} files called {name} "
+            f"({', '.join(map(str, found))}); expected one"
+        )
+    return found[0]
+
+
+def find(folder: Path, name: str, expected: str) -> Path:
+    """The one file of that name anywhere in a folder. Raises as `only` does."""
+    if not folder.is_dir():
+        raise ValueError(f"task.path: {str(folder)!r} is no folder; expected {expected}")
+    return only(sorted(folder.rglob(name)), name, folder, expected)
+
+
+def _parse(text: str, path: Path, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}:{line + error.lineno - 1}: not JSON ({error.msg} at character {error.colno})"
+        ) from None
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."

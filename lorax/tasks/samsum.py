@@ -1,0 +1,51 @@
+"""SAMSum: a messenger dialogue -> its summary.
+
+Gliwa, Mochol, Biesek and Wawer, "SAMSum Corpus: A Human-annotated Dialogue Dataset for Abstractive
+Summarization" (arXiv 1911.12237). Reads the corpus's own JSON files, which are not shipped.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorax.tasks import records
+from lorax.tasks.rows import Task, check_n_train, check_path, count, encode_pairs
+from lorax.vocabulary import Vocabulary
+
+FILES = {"train": "train.json", "eval": "val.json", "test": "test.json"}
+EXPECTED = "a folder with SAMSum's train.json and val.json in it"
+REQUEST = "Summarize the dialogue above:"
+
+
+def examples(path: str | Path, split: str) -> tuple[list[tuple[str, str]], int]:
+    """(prompt, completion) of every record in order, and how many were left out as empty.
+
+    The prompt is the dialogue, a turn a line, and `REQUEST` on a line of its own.
+    split: "train", "eval" or "test". Raises FileNotFoundError, or ValueError naming the file and
+    the record.
+    """
+    found = records.read(records.find(Path(path), FILES[split], EXPECTED))
+    pairs = []
+    for record in found:
+        dialogue, summary = record.get("dialogue").split("\n"), record.get("summary").split()
+        lines = [line.strip() for line in dialogue if line.strip()]
+        if lines and summary:  # the published train set has a dialogue without words
+            pairs.append(("\n".join([*lines, REQUEST]), " ".join(summary)))
+    return pairs, len(found) - len(pairs)
+
+
+def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Task:
+    """Trains on train.json (its first n_train dialogues), evaluates on val.json; the prompts are
+    those of test.json where it is there."""
+    path = check_path(config, EXPECTED)
+    train, empty = examples(path, "train")
+    train = train[: check_n_train(config, len(train))]
+    evaluation, empty_eval = examples(path, "eval")
+    try:
+        prompts, _ = examples(path, "test")
+    except FileNotFoundError:
+        prompts = evaluation
+    task = encode_pairs(config, vocabulary, seq_len, train, evaluation, prompts)
+    if empty + empty_eval:
+        task = task._replace(note=f"{task.note}; {count(empty + empty_eval)} empty ones left out")
+    return task
