@@ -353,6 +353,164 @@ def test_linear_merges_only_where_it_may_and_where_it_pays():
     assert not merges(x, dataclasses.replace(allowed, dropout=how))
 
 
+# ----------------------------------------------------------------------------------- other leaves
+
+
+def around(leaf, seed):
+    """Another update, of the same sizes, on top of a `LowRank`."""
+    like = lambda x, i: normal(seed + i, *x.shape, scale=0.5)
+    return ops.LowRank(leaf, like(leaf.a, 1), like(leaf.b, 2), jnp.full(leaf.s.shape, 0.7))
+
+
+def bound_leaves(name):
+    params, trainable, constants = start(name)
+    return params, tree.flatten(lora.bind(trainable, constants, params)), ZOO[name].sites
+
+
+NESTED = ("dense", "attention", "general-apart", "einsum-moved", "tied", "conv-2d", "scanned")
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_leaves_around_leaves_are_the_kernel_that_they_stand_for(name):
+    """Columns scaled of w + s a b + s' a' b', in value and gradients; biases are not scaled."""
+    module, inputs, _ = ZOO[name]
+    params, flat, sites = bound_leaves(name)
+    for path in sites:
+        nested = around(flat[path], 20)
+        flat[path] = ops.Scaled(nested, normal(30, *nested.b.shape[:-2], nested.b.shape[-1]))
+    leaves = {path: flat.pop(path) for path in sites}
+
+    def bound(leaves):
+        return lorax.apply(module, tree.unflatten(flat | leaves), inputs)
+
+    def plain(leaves):
+        kernels = {path: ops.dense(leaf, sites[path]) for path, leaf in leaves.items()}
+        return module.apply({"params": tree.unflatten(flat | kernels)}, inputs)
+
+    def run(f):
+        out, pull = jax.vjp(f, leaves)
+        return out, pull(normal(9, *out.shape))[0]
+
+    (one, grads), (two, expected) = (
+        jit(run, static_argnums=0)(bound),
+        jit(run, static_argnums=0)(plain),
+    )
+    np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-4)
+    pairs = zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True)
+    for (path, grad), want in pairs:
+        size = np.abs(want).max()
+        assert size > 1e-2, path
+        np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-5 * size, err_msg=str(path))
+
+
+ROWS = {"dense": 2, "attention": 2, "general-last": 2, "einsum-join": 2, "tied": 2, "scanned": 3}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_each_row_has_its_own_adapter(name):
+    """One call with three adapters, the second nothing, is three calls, row by row."""
+    module, inputs, _ = ZOO[name]
+    params, flat, sites = bound_leaves(name)
+    rows = jnp.array([2, 0, 1][: ROWS[name]], jnp.int32)
+    assert inputs.shape[0] == len(rows)
+    three = [dict(flat), dict(flat), dict(flat)]
+    for path in sites:
+        leaf = flat[path]
+        other = dataclasses.replace(around(leaf, 40), w=leaf.w)
+        own = [leaf, dataclasses.replace(leaf, s=0 * leaf.s), other]
+        for one, params_of in zip(own, three, strict=True):
+            params_of[path] = one
+        stack = leaf.s.ndim
+        a, b, s = (jnp.stack([getattr(x, k) for x in own], stack) for k in "abs")
+        every_layer = jnp.broadcast_to(rows, (*leaf.s.shape, len(rows)))
+        flat[path] = ops.Mixed(leaf.w, a, b, s, every_layer)
+    apply = lambda flat: lorax.apply(module, tree.unflatten(flat), inputs)
+    mixed, *separate = jit(lambda: [apply(x) for x in (flat, *three)])()
+    assert np.abs(separate[0] - separate[1]).max() > 0.1
+    for i, row in enumerate(rows):
+        np.testing.assert_allclose(mixed[i], separate[row][i], rtol=1e-5, atol=1e-5)
+
+
+def test_mixed_leaves_say_what_they_can_not():
+    w, a, b = normal(0, 3, 4), normal(1, 2, 3, 1), normal(2, 2, 1, 4)
+    leaf = ops.Mixed(w, a, b, jnp.ones(2), jnp.array([0, 1, 1], jnp.int32))
+    with pytest.raises(ValueError, match="a batch of 2 rows, but adapters for 3"):
+        ops.linear(normal(3, 2, 5, 3), leaf)
+    with pytest.raises(ValueError, match="a Mixed leaf is no single kernel"):
+        ops.dense(leaf, LINEAR)
+    with pytest.raises(ValueError, match="convolution with a Mixed"):
+        lorax.apply(nn.Conv(4, (3,)), {"kernel": leaf, "bias": b[0, 0]}, normal(3, 3, 5, 3))
+
+
+def test_positions_that_all_rows_share_still_differ_by_adapter():
+    w, a, b = normal(0, 5, 4), normal(1, 2, 5, 1), normal(2, 2, 1, 4)
+    leaf = ops.Mixed(w, a, b, jnp.array([1.0, 0.0]), jnp.array([0, 1, 0], jnp.int32))
+    out = jit(ops.embed)(jnp.array([[3, 1]]), leaf)
+    own = (w + a[0] @ b[0])[jnp.array([3, 1])]
+    np.testing.assert_allclose(
+        out, jnp.stack([own, w[jnp.array([3, 1])], own]), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_an_untied_embedding_reads_out_with_its_head():
+    params, flat, _ = bound_leaves("tied")
+    w, head = flat["wte/embedding"], normal(50, 11, 4)
+    x = normal(1, 2, 4)
+    leaf = ops.Untied(w, head)
+    np.testing.assert_allclose(ops.attend(x, leaf), x @ head.T, rtol=1e-6)
+    np.testing.assert_array_equal(ops.embed(TOKENS, leaf), ops.embed(TOKENS, w))
+    with pytest.raises(ValueError, match="Untied leaf is no single kernel"):
+        ops.dense(leaf, EMBED)
+
+
+@pytest.mark.parametrize("name", ["dense", "attention", "tied", "scanned", "conv-2d"])
+def test_dora_gives_the_columns_their_lengths(name):
+    params, flat, sites = bound_leaves(name)
+
+    @jit
+    def run():
+        out = {}
+        for path, site in sites.items():
+            *layers, _, n_out = flat[path].b.shape
+            m = 1 + jnp.abs(normal(60, *layers, n_out))
+            kernel = site.to_matrix(ops.dense(flat[path], site))
+            scaled = site.to_matrix(ops.dense(ops.dora(flat[path], m, site), site))
+            out[path] = kernel, scaled, ops.column_norms(flat[path], site), m
+        return out
+
+    for kernel, scaled, norms, m in run().values():
+        want = np.linalg.norm(kernel, axis=-2)
+        np.testing.assert_allclose(norms, want, rtol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(scaled, axis=-2), m, rtol=1e-5)
+        np.testing.assert_allclose(scaled / m[..., None, :], kernel / want[..., None, :], atol=1e-5)
+
+
+def test_dora_takes_the_lengths_it_divides_by_for_constants():
+    """Section 4.3 of the paper; and a column of zeros stays one."""
+    x, leaf = low_rank()
+    leaf = dataclasses.replace(leaf, w=leaf.w.at[:, 1].set(0), b=leaf.b.at[:, 1].set(0))
+    m = jnp.arange(1.0, 6.0)
+
+    def ours(a, b, m):
+        return jnp.sum(ops.linear(x, ops.dora(dataclasses.replace(leaf, a=a, b=b), m, LINEAR)) ** 2)
+
+    def formula(a, b, m):
+        kernel = leaf.w + leaf.s * a @ b
+        norms = jax.lax.stop_gradient(jnp.linalg.norm(kernel, axis=0))
+        return jnp.sum((x @ (kernel * (m / jnp.where(norms > 0, norms, 1))[None])) ** 2)
+
+    grads = [jit(jax.value_and_grad(f, (0, 1, 2)))(leaf.a, leaf.b, m) for f in (ours, formula)]
+    for one, two in zip(*map(jax.tree.leaves, grads), strict=True):
+        assert np.isfinite(one).all()
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-3)
+
+
+def test_merging_is_allowed_inside_a_scaled_leaf():
+    x, leaf = low_rank()
+    allowed = ops.allow_merge({"q": ops.Scaled(leaf, jnp.ones(5))})["q"]
+    assert "merged_linear" in str(jax.make_jaxpr(ops.linear)(x, allowed))
+
+
 # ----------------------------------------------------------------------------------------- dropout
 
 

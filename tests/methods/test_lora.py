@@ -302,3 +302,44 @@ def test_what_does_not_fit_the_model_is_one_clear_error(hp, message):
     for ask in (method.count, lambda shapes: method.init(jax.random.key(0), shapes)):
         with pytest.raises(ValueError, match=message):
             ask(STACKED)
+
+
+# -------------------------------------------------------------------- parameters trained in full
+
+
+def test_parameters_trained_in_full_start_at_the_base_and_merge_exactly():
+    method = lorax.method("lora", rank=2, targets="q", full=("biases", "re:wpe/.*"))
+    params = {
+        "h": {"q": {"kernel": jnp.ones((3, 4, 5)), "bias": jnp.full((3, 5), 0.3)}},
+        "wpe": {"embedding": jnp.ones((6, 4))},
+    }
+    state = method.init(jax.random.key(0), params)
+    full = {p for p in tree.flatten(state.trainable) if p.endswith("/w")}
+    assert full == {"h/q/bias/w", "wpe/embedding/w"}
+    assert method.count(params) == 3 * 2 * (4 + 5) + 3 * 5 + 6 * 4
+    moved = jax.tree.map(lambda x: x + 0.1, state.trainable)
+    bound = tree.flatten(method.bind(moved, state.constants, params))
+    merged = tree.flatten(lorax.merge(method, state._replace(trainable=moved), params))
+    delta = method.delta(moved, state.constants, params)
+    for path in ("h/q/bias", "wpe/embedding"):
+        np.testing.assert_array_equal(merged[path], tree.flatten(moved)[f"{path}/w"])
+        np.testing.assert_array_equal(bound[path], merged[path])
+        np.testing.assert_allclose(delta[path], 0.1, rtol=1e-6)
+
+
+def test_a_word_of_full_that_matches_nothing_or_a_target_is_an_error():
+    params = {"q": {"kernel": jnp.ones((4, 5))}}
+    with pytest.raises(ValueError, match="method.full: 'classifier' matches nothing; there is q/k"):
+        lorax.method("lora", rank=2, targets="q", full="classifier").init(jax.random.key(0), params)
+    with pytest.raises(ValueError, match="q/kernel are in method.targets as well"):
+        lorax.method("lora", rank=2, targets="q", full="q").init(jax.random.key(0), params)
+
+
+def test_the_dtype_of_what_is_trained():
+    params = {"q": {"kernel": jnp.ones((4, 5))}}
+    state = lorax.method("lora", rank=2, targets="q", dtype="bfloat16").init(
+        jax.random.key(0), params
+    )
+    assert {x.dtype for x in jax.tree.leaves(state.trainable)} == {jnp.dtype("bfloat16")}
+    with pytest.raises(ValueError, match="method.dtype: 'int8' is not one of float32, bfloat16"):
+        lorax.method("lora", dtype="int8")

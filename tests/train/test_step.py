@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from quick import jit
 
 import lorax
@@ -106,7 +107,7 @@ def batches(n, seed=0):
 def test_evaluate_is_the_mean_over_weighted_tokens():
     member = start()
     data = batches(3)
-    loss = jit(functools.partial(steps.evaluate, member.program))(
+    loss, scores = jit(functools.partial(steps.evaluate, member.program))(
         member.params, member.constants, member.state.trainable, data
     )
     bound = member.program.bind(member.state.trainable, member.constants, member.params)
@@ -114,7 +115,68 @@ def test_evaluate_is_the_mean_over_weighted_tokens():
     logits = jit(functools.partial(lorax.apply, TIED))(bound, tokens[:, :-1])
     nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[:, 1:, None], -1)
     weights = np.asarray(data["mask"]).reshape(-1, 7)[:, 1:]
+    assert scores is None
     np.testing.assert_allclose(loss, np.sum(weights * nll[..., 0]) / weights.sum(), rtol=1e-5)
+
+
+def test_label_smoothing_mixes_the_target_with_the_even_distribution():
+    params = random(shapes_of(TIED))
+    ours = jit(steps.weighted_loss, static_argnums=(0, 5))(
+        TIED, params, HIDDEN, LABELS, WEIGHTS, 0.1
+    )
+    logits = lorax.apply(TIED, params, HIDDEN, method="logits")
+    target = optax.smooth_labels(jax.nn.one_hot(LABELS, 20), 0.1)
+    want = WEIGHTS @ optax.softmax_cross_entropy(logits, target)
+    np.testing.assert_allclose(ours, want, rtol=1e-5)
+
+
+def test_packed_examples_have_the_loss_of_examples_apart():
+    params, rng = random(shapes_of(TIED)), np.random.default_rng(5)
+    first, second = rng.integers(0, 20, 4), rng.integers(0, 20, 3)
+    apart = {"tokens": np.zeros((2, 9), np.int32), "mask": np.zeros((2, 9), np.float32)}
+    for row, text in enumerate((first, second)):
+        apart["tokens"][row, : len(text)], apart["mask"][row, 1 : len(text)] = text, 1
+    packed = {
+        "tokens": np.concatenate([first, second, [0, 0]])[None].astype(np.int32),
+        "mask": np.array([[0, 1, 1, 1, 0, 1, 1, 0, 0]], np.float32),
+        "segments": np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]], np.int32),
+    }
+    loss = jit(functools.partial(steps.lm_loss, TIED))
+    (one, n), (other, m) = loss(params, packed), loss(params, apart)
+    assert n == m == 5
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    blind = {name: x for name, x in packed.items() if name != "segments"}
+    assert abs(loss(params, blind)[0] - other) > 1e-3
+
+
+class Classifier(nn.Module):
+    """The least that `class_loss` asks of an encoder."""
+
+    labels: int
+
+    @nn.compact
+    def __call__(self, tokens, segments, types):
+        x = nn.Embed(20, 8)(tokens) + nn.Embed(2, 8)(types)
+        return nn.Dense(self.labels)(jnp.sum(x * (segments > 0)[..., None].astype("float32"), 1))
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_class_loss_counts_rows_with_tokens(labels):
+    rng = np.random.default_rng(0)
+    batch = {name: rng.integers(0, 2, (5, 4)).astype(np.int32) for name in ("tokens", "types")}
+    batch["segments"] = np.ones((5, 4), np.int32)
+    batch["segments"][4] = 0
+    kind = np.float32 if labels == 1 else np.int32
+    batch["label"] = rng.integers(0, 3, 5).astype(kind)
+    module = Classifier(labels)
+    params = random(jax.eval_shape(module.init, jax.random.key(0), *[batch["tokens"]] * 3))
+    total, n, scores = jit(functools.partial(steps.class_loss, module))(params["params"], batch)
+    if labels == 1:
+        want = np.square(scores[:4, 0] - batch["label"][:4]).sum()
+    else:
+        want = -np.asarray(jax.nn.log_softmax(scores))[np.arange(4), batch["label"][:4]].sum()
+    assert n == 4 and scores.shape == (5, labels)
+    np.testing.assert_allclose(total, want, rtol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------- step

@@ -67,7 +67,7 @@ def run(c, base, task, pick=None, devices=None, steps=7, k=4):
                 params, constants, hyper, state, programs.place_batches(host)
             )
             curve.append(np.asarray(logs["loss"])[:m, : steps - first])
-        final = programs.evaluate(params, constants, state.trainable, evals)
+        final, _ = programs.evaluate(params, constants, state.trainable, evals)
         finals.append(np.asarray(final)[:m])
         losses.append(np.concatenate(curve, axis=1))
         trees.append(jax.device_get(state.trainable))

@@ -1,0 +1,379 @@
+"""LLaMA, Mistral and Qwen2 are transformers' own, there and back, in whatever way texts come."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from quick import jit
+from support import data, require
+
+import lorax
+from lorax import models, tree
+from lorax.models import layers, llama
+from lorax.models.load import FAMILIES
+
+TINY = dict(
+    vocab_size=40,
+    hidden_size=24,
+    intermediate_size=20,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=8,
+)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 |= dict(original_max_position_embeddings=16)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+LONG = dict(rope_type="longrope", original_max_position_embeddings=8)
+LONG |= dict(short_factor=[1.0, 1.5, 2.0], long_factor=[1.0, 3.0, 5.0])
+VARIANTS = {
+    "llama": ("Llama", dict(num_key_value_heads=4)),
+    "llama-biases": ("Llama", dict(head_dim=10, attention_bias=True, mlp_bias=True)),
+    "llama-3": (
+        "Llama",
+        dict(
+            tie_word_embeddings=True,
+            rms_norm_eps=0.01,
+            rope_parameters=LLAMA3,
+            max_position_embeddings=128,
+        ),
+    ),
+    "llama-dynamic": ("Llama", dict(rope_parameters=dict(rope_type="dynamic", factor=3.0))),
+    "llama-longrope": ("Llama", dict(rope_parameters=LONG, num_key_value_heads=1)),
+    "mistral": ("Mistral", dict(sliding_window=3, head_dim=4)),
+    "mistral-full": ("Mistral", dict(sliding_window=None, hidden_act="gelu")),
+    "qwen2": ("Qwen2", dict(rope_parameters=YARN, max_position_embeddings=64)),
+    "qwen2-mixed": ("Qwen2", dict(use_sliding_window=True, sliding_window=3, max_window_layers=1)),
+    "qwen2-sliding": (
+        "Qwen2",
+        dict(use_sliding_window=True, sliding_window=4, max_window_layers=0),
+    ),
+}
+TOKENS = np.random.default_rng(0).integers(0, TINY["vocab_size"], (3, 12), np.int32)
+LEFT = np.array([[1] * 12, [0] * 3 + [1] * 9, [0] * 8 + [1] * 4], np.int32)
+RIGHT = LEFT[:, ::-1].copy()
+
+
+@pytest.fixture(autouse=True)
+def _families(monkeypatch):
+    for family in ("llama", "mistral", "qwen2"):
+        monkeypatch.setitem(FAMILIES, family, (llama, llama.Llama))
+
+
+@functools.cache
+def reference(name):
+    """A random model of transformers, with weights and biases large enough to matter."""
+    torch, transformers = require("torch"), require("transformers")
+    torch.manual_seed(0)
+    family, options = VARIANTS[name]
+    config = getattr(transformers, f"{family}Config")(**TINY | options)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            by = 5 if parameter.ndim == 2 else 1
+            parameter.copy_(by * parameter + 0.2 * torch.randn_like(parameter))
+    return model
+
+
+def as_ours(config, tensors):
+    """{our path: array} of {transformers' name: torch tensor}, for two layers."""
+    flat = {}
+    for path, source in llama.hf_tensors(config).items():
+        layers = (0, 1) if "{}" in source.name else (None,)
+        parts = [tensors[source.name.format(i)].detach().numpy() for i in layers]
+        parts = [part.T if source.axes else part for part in parts]
+        flat[path] = np.stack(parts) if len(parts) == 2 else parts[0]
+    return flat
+
+
+@functools.cache
+def ours(name):
+    """The same model by way of memory."""
+    model = reference(name)
+    config = llama.config_from_hf(model.config.to_dict())
+    return llama.Llama(config), tree.unflatten(as_ours(config, model.state_dict()))
+
+
+def torch_logits(model, tokens=TOKENS, mask=None):
+    torch = require("torch")
+    with torch.no_grad():
+        mask = None if mask is None else torch.from_numpy(mask)
+        return model(torch.from_numpy(tokens).long(), attention_mask=mask).logits.numpy()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_are_those_of_transformers_there_and_back(name, tmp_path):
+    transformers, model = require("transformers"), reference(name)
+    model.save_pretrained(tmp_path / "theirs")
+    base = lorax.load(str(tmp_path / "theirs"))
+    expected = torch_logits(model)
+    assert np.ptp(expected) > 5  # flat logits would agree with anything
+    logits = jit(functools.partial(lorax.apply, base.module))(base.params, TOKENS)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+    models.save(tmp_path / "ours", base)
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert type(back) is type(model)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    np.testing.assert_array_equal(torch_logits(back.eval()), expected)
+    assert llama.config_from_hf(llama.hf_config(base.config)) == base.config
+
+
+# ------------------------------------------------------------------------------- texts in one batch
+
+
+@functools.cache
+def run(name):
+    module, params = ours(name)
+    apply = jit(lambda tokens, segments: module.apply({"params": params}, tokens, segments))
+    return lambda tokens, segments: np.asarray(apply(tokens, segments))
+
+
+@pytest.mark.parametrize("name", ["llama-3", "mistral", "qwen2-mixed"])
+def test_padding_on_either_side_is_not_seen(name):
+    for segments in (LEFT, RIGHT):
+        got, want = run(name)(TOKENS, segments), torch_logits(reference(name), TOKENS, segments)
+        real = segments > 0
+        np.testing.assert_allclose(got[real], want[real], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-3", "llama-dynamic", "llama-longrope", "qwen2-mixed"])
+def test_packed_texts_are_texts_apart(name):
+    """Also where one of them is so long that its own positions turn slower, and the other not."""
+    segments = np.array([[0, *[5] * 9, 1, 1], [2] * 3 + [3] * 9, [1] * 6 + [2] * 6], np.int32)
+    packed = run(name)(TOKENS, segments)
+    for row, number in ((0, 5), (0, 1), (1, 2), (1, 3), (2, 2)):
+        at = segments[row] == number
+        torch_logits(reference(name), TOKENS[:, :1])  # forgets the longest text it has seen
+        alone = torch_logits(reference(name), TOKENS[row : row + 1, at])[0]
+        np.testing.assert_allclose(packed[row, at], alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-3", "mistral", "qwen2-mixed"])
+def test_reading_in_parts_with_a_cache_is_one_pass(name):
+    module, params = ours(name)
+    hidden = jit(
+        lambda tokens, segments, cache: module.apply(
+            {"params": params}, tokens, segments, cache, method="hidden"
+        )
+    )
+    logits = lambda hidden: module.apply({"params": params}, hidden, method="logits")
+    cache, parts = module.empty_cache(3, 14), []
+    assert cache.k.shape == (2, 3, 14, 2, module.config.head_dim)
+    for part in (slice(0, 9), slice(9, 10), slice(10, 11), slice(11, 12)):
+        part, cache = hidden(TOKENS[:, part], LEFT[:, part], cache)
+        parts.append(part)
+    got = logits(jnp.concatenate(parts, axis=1))
+    np.testing.assert_allclose(got[LEFT > 0], run(name)(TOKENS, LEFT)[LEFT > 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-dynamic", "llama-longrope"])
+def test_a_cache_beyond_the_length_where_all_keys_turn_anew_is_refused(name):
+    module, params = ours(name)
+    hidden = lambda room: jax.eval_shape(
+        lambda: module.apply(
+            {"params": params}, TOKENS[:, :4], None, module.empty_cache(3, room), method="hidden"
+        )
+    )
+    hidden(8)
+    with pytest.raises(ValueError, match="a cache of 9 tokens: .* anew when it grows beyond 8"):
+        hidden(9)
+
+
+# ------------------------------------------------------------------------------ how layers are run
+
+
+@functools.cache
+def torch_gradients(name):
+    torch, model = require("torch"), reference(name)
+    model.zero_grad()
+    logits = model(torch.from_numpy(TOKENS).long()).logits
+    torch.logsumexp(logits, dim=-1).mean().backward()
+    return {key: value.grad for key, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("remat", "unroll"), [(False, 1), (True, 2)])
+def test_gradients_are_those_of_transformers(remat, unroll):
+    module, params = ours("llama-biases")
+    config = dataclasses.replace(module.config, remat=remat, unroll=unroll)
+    loss = lambda params: jnp.mean(
+        jax.nn.logsumexp(llama.Llama(config).apply({"params": params}, TOKENS), axis=-1)
+    )
+    grads = tree.flatten(jit(jax.grad(loss))(params))
+    for path, want in as_ours(config, torch_gradients("llama-biases")).items():
+        scale = np.abs(want).max()
+        assert scale > 1e-4, path
+        np.testing.assert_allclose(grads[path], want, rtol=1e-3, atol=1e-4 * scale, err_msg=path)
+
+
+def test_rms_norm_has_the_values_and_gradients_of_flax():
+    from flax import linen as nn
+
+    rng = np.random.default_rng(0)
+    x, scale, dy = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 3, 7), 7, (2, 3, 7)))
+
+    @functools.partial(jit, static_argnums=0)
+    def both(module, x, scale):
+        y, pull = jax.vjp(lambda x, s: module.apply({"params": {"scale": s}}, x), x, scale)
+        return y, *pull(dy)
+
+    pairs = zip(both(layers.RMSNorm(0.1), x, scale), both(nn.RMSNorm(0.1), x, scale), strict=True)
+    for got, want in pairs:
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    half = layers.RMSNorm(0.1).apply({"params": {"scale": scale}}, x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+
+
+# --------------------------------------------------------------------------------------- positions
+
+D8 = [float(i) for i in range(1, 5)]
+ROPES = {
+    "default": {},
+    "theta": dict(rope_theta=500000.0),
+    "linear": dict(rope_type="linear", factor=2.5),
+    "dynamic": dict(rope_type="dynamic", factor=3.0),
+    "llama3": LLAMA3 | dict(rope_theta=500000.0),
+    "yarn": YARN,
+    "yarn-smooth": YARN | dict(truncate=False, beta_fast=4.0, beta_slow=0.5),
+    "yarn-mscale": YARN | dict(mscale=0.7, mscale_all_dim=1.3),
+    "yarn-scaled": YARN | dict(attention_factor=1.7),
+    "yarn-by-length": dict(rope_type="yarn", factor=None, original_max_position_embeddings=16),
+    "longrope": LONG | dict(short_factor=D8, long_factor=D8[::-1], factor=5.0),
+    "longrope-by-length": LONG | dict(short_factor=D8, long_factor=D8[::-1]),
+    "longrope-scaled": LONG | dict(short_factor=D8, long_factor=D8[::-1], attention_factor=0.5),
+}
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("name", ROPES)
+def test_positions_turn_as_in_transformers(name, old):
+    """By the fields of transformers 5 and of those before it; texts of 50 and 99 of 64 tokens."""
+    transformers, torch = require("transformers"), require("torch")
+    fields = dict(hidden_size=32, num_attention_heads=4, max_position_embeddings=64)
+    rope = dict(ROPES[name])
+    if old:
+        fields["rope_theta"] = rope.pop("rope_theta", 10000.0)
+        rope["type"] = rope.pop("rope_type", "default")
+        fields["rope_scaling"] = rope if len(rope) > 1 else None
+    else:
+        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0} | rope
+    config = llama.config_from_hf(fields)
+    theirs = transformers.LlamaConfig(**fields)
+    embedding = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
+    for length in (50, 99):
+        at = np.arange(length)[None]
+        want = embedding(torch.zeros(1), torch.from_numpy(at))
+        lengths = None if length <= 64 and "longrope" not in name else jnp.full((1, length), length)
+        got = layers.rope(jnp.asarray(at), *llama.frequencies(config, lengths))
+        for ours, their in zip(got, want, strict=True):
+            np.testing.assert_allclose(ours[:, :, 0], their[..., :4].numpy(), rtol=0, atol=2e-5)
+
+
+# ------------------------------------------------------------------------------------ a real model
+
+
+@functools.cache
+def stories():
+    """(tokens, segments) (40, 512): the first 40 stories, stripped, each with BOS."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(data("models/stories-llama-260k") / "tokenizer.json"))
+    text = data("tinystories/tinystories_sample.txt").read_text()
+    tokens, segments = np.zeros((40, 512), np.int32), np.zeros((40, 512), np.int32)
+    for i, story in enumerate(text.split("<|endoftext|>")[:40]):
+        ids = tokenizer.encode(story.strip()).ids
+        tokens[i, : len(ids)], segments[i, : len(ids)] = ids, 1
+    return tokens, segments
+
+
+def nats(logits):
+    """Mean negative log-likelihood of every token but the first of its story; first 40 or fewer."""
+    tokens, segments = (x[: len(logits)] for x in stories())
+    likely = jax.nn.log_softmax(logits[:, :-1])
+    each = jnp.take_along_axis(likely, jnp.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
+    return -float(np.asarray(each)[segments[:, 1:] > 0].mean())
+
+
+@functools.cache
+def teller():
+    """(the model, its logits on the stories)."""
+    base = lorax.load(str(data("models/stories-llama-260k")))
+    return base, jax.jit(functools.partial(lorax.apply, base.module))(base.params, *stories())
+
+
+def test_a_model_that_learnt_stories_tells_them():
+    base, logits = teller()
+    tokens, segments = stories()
+    assert tree.count(base.params) == 260032 and base.vocabulary.start == (1,)
+    names = ["attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down"]
+    assert {*base.sites} == {"embed/embedding", *(f"h/{name}/kernel" for name in names)}
+    assert (segments[:, 1:] > 0).sum() == 12571
+    assert abs(nats(logits) - 1.2451) < 1e-3
+    model = require("transformers").AutoModelForCausalLM.from_pretrained(base.name)
+    real = segments[:6] > 0
+    expected = torch_logits(model.eval(), tokens[:6])[real]
+    np.testing.assert_allclose(np.asarray(logits)[:6][real], expected, rtol=0, atol=1e-4)
+
+
+def test_weights_in_bfloat16_tell_nearly_the_same():
+    exact, logits = teller()
+    base = lorax.load(exact.name, param_dtype=jnp.bfloat16)
+    for path, leaf in tree.flatten(base.params).items():
+        np.testing.assert_array_equal(leaf, tree.flatten(exact.params)[path].astype(jnp.bfloat16))
+    tokens, segments = (x[:4] for x in stories())
+    rounded = jit(functools.partial(lorax.apply, base.module))(base.params, tokens, segments)
+    assert rounded.dtype == jnp.float32
+    assert 1e-5 < abs(nats(rounded) - nats(logits[:4])) < 5e-3
+
+
+# ------------------------------------------------------------------------------------------- config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(model_type="gemma"), r"model_type 'gemma' is not one of .*'mistral'"),
+        (dict(model_type="mistral", attention_bias=True), "attention_bias=true .* for mistral"),
+        (dict(model_type="qwen2", mlp_bias=True), "mlp_bias=true is not supported for qwen2"),
+        (dict(quantization_config={"bits": 4}), "quantization_config: quantised weights are not"),
+        (dict(hidden_act="swish7"), "hidden_act 'swish7' is not one of .*silu"),
+        (dict(hidden_size=18), "hidden_size 18 is not a multiple of num_attention_heads 4"),
+        (dict(num_key_value_heads=3), "num_attention_heads 4 .* of num_key_value_heads 3"),
+        (dict(head_dim=5), "head_dim 5 is odd"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported"),
+        (dict(rope_scaling={"type": "su"}), "rope_type 'su' is not one of .*'longrope'"),
+        (dict(rope_parameters={"rope_type": "linear"}), "'linear' needs factor; there is"),
+        (dict(rope_parameters=LLAMA3 | {"low_freq_factor": None}), "needs low_freq_factor"),
+        (dict(rope_parameters=LONG | {"long_factor": [1.0]}), "long_factor has 1 numbers, .* 3"),
+        (dict(rope_parameters={llama.FULL: {"rope_theta": 1.0}}), "of each layer type .*full_att"),
+        (dict(model_type="mistral", sliding_window=0), "sliding_window 0 is not a number of tok"),
+        (dict(model_type="mistral", layer_types=[llama.FULL] * 2), "not supported for mistral"),
+        (dict(model_type="qwen2", layer_types=[llama.SLIDING] * 2), "sliding_window=None, where"),
+        (dict(model_type="qwen2", layer_types=[llama.FULL]), "are not 2 of 'full_attention'"),
+    ],
+)
+def test_what_the_module_does_not_compute_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        llama.config_from_hf(TINY | fields)
+
+
+def test_fields_that_a_file_leaves_out_are_those_of_transformers():
+    for family, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2")):
+        theirs = getattr(require("transformers"), f"{name}Config")().to_dict()
+        assert llama.config_from_hf({"model_type": family}) == llama.config_from_hf(theirs)
+    assert llama.config_from_hf({}) == llama.Config()
+
+
+def test_only_layers_from_max_window_layers_slide():
+    hf = TINY | dict(model_type="qwen2", use_sliding_window=True, num_hidden_layers=3)
+    config = llama.config_from_hf(hf | dict(max_window_layers=2))
+    assert config.layer_types == (llama.FULL, llama.FULL, llama.SLIDING)
+    assert config.sliding_window == 4096
+    assert llama.config_from_hf(hf).sliding_window is None  # 28 is beyond the last layer
+    named = llama.config_from_hf(hf | dict(layer_types=[llama.SLIDING, llama.FULL, llama.FULL]))
+    assert named.layer_types[0] == llama.SLIDING

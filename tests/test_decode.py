@@ -1,0 +1,158 @@
+"""Decoding writes what transformers writes, token by token."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from support import data, require
+
+import lorax
+from lorax import decode
+
+END, NEW = 5, 12
+ENDS = (END, 8, 13, 20)
+OPTIONS = {
+    "greedy": {},
+    "greedy-no-repeats": dict(no_repeat_ngram=2),
+    "beams": dict(beams=3),
+    "beams-no-repeats": dict(beams=4, length_penalty=0.8, no_repeat_ngram=3),
+    "beams-early": dict(beams=3, early_stopping=True, length_penalty=2.0),
+    "beams-short": dict(beams=2, length_penalty=-1.0),
+}
+
+
+def their_options(how):
+    found = dict(num_beams=how.beams, length_penalty=how.length_penalty)
+    found |= dict(early_stopping=how.early_stopping, do_sample=False)
+    return found | (dict(no_repeat_ngram_size=how.no_repeat_ngram) if how.no_repeat_ngram else {})
+
+
+@functools.cache
+def model():
+    """(transformers' GPT-2, ours): random, with an end that is likely enough to come up."""
+    import tempfile
+
+    torch, transformers = require("torch"), require("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=24, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0,
+        eos_token_id=END,
+    )  # fmt: skip
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(5 * parameter + 0.1 * torch.randn_like(parameter))
+    with tempfile.TemporaryDirectory() as directory:
+        theirs.save_pretrained(directory)
+        return theirs, lorax.load(directory)
+
+
+def prompts():
+    """Six prompts of 3 to 8 tokens, padded on the left."""
+    rng = np.random.default_rng(1)
+    tokens, segments = rng.integers(6, 24, (6, 8)).astype(np.int32), np.ones((6, 8), np.int32)
+    for row, pad in enumerate((0, 2, 5, 1, 3, 0)):
+        tokens[row, :pad], segments[row, :pad] = END, 0
+    return tokens, segments
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_greedy_and_beam_search_are_those_of_transformers(name):
+    torch, (theirs, base) = require("torch"), model()
+    tokens, segments = prompts()
+    how = decode.How(new_tokens=NEW, ends=ENDS, pad=END, **OPTIONS[name])
+    ours = decode.generate(base.module, base.params, tokens, segments, jax.random.key(0), how)
+    want = theirs.generate(
+        torch.tensor(tokens).long(), attention_mask=torch.tensor(segments), max_new_tokens=NEW,
+        eos_token_id=list(ENDS), pad_token_id=END, **their_options(how),
+    ).numpy()[:, 8:]  # fmt: skip
+    want = np.pad(want, ((0, 0), (0, NEW - want.shape[1])), constant_values=END)
+    np.testing.assert_array_equal(ours, want)
+    assert len({tuple(row) for row in want}) > 3 and len({tuple(row == END) for row in want}) > 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(temperature=0.7), dict(temperature=2.0, top_k=3), dict(temperature=1.5, top_p=0.6)],
+)
+def test_samples_have_the_distribution_that_the_options_describe(options):
+    """Of the first token, by 4,000 draws, against transformers' own warpers."""
+    torch, transformers, (theirs, base) = require("torch"), require("transformers"), model()
+    tokens, segments = (np.repeat(x[:1], 4000, axis=0) for x in prompts())
+    how = decode.How(new_tokens=1, ends=(END,), pad=END, **options)
+    drawn = decode.generate(base.module, base.params, tokens, segments, jax.random.key(3), how)
+    logits = theirs(torch.tensor(tokens[:1]).long()).logits[:, -1].detach() / how.temperature
+    warp = transformers.generation.logits_process
+    if how.top_k:
+        logits = warp.TopKLogitsWarper(how.top_k)(None, logits)
+    if how.top_p < 1:
+        logits = warp.TopPLogitsWarper(how.top_p)(None, logits)
+    want = torch.softmax(logits, -1)[0].numpy()
+    got = np.bincount(np.asarray(drawn)[:, 0], minlength=24) / 4000
+    assert not got[want == 0].any() and (want > 0.02).sum() > 1
+    np.testing.assert_allclose(got, want, rtol=0, atol=5 * np.sqrt(0.25 / 4000))
+
+
+REAL = ("Once upon a time", "Tom and Mia had a big", "The dog")
+
+
+@pytest.fixture(scope="module")
+def stories():
+    transformers = require("transformers")
+    where = str(data("models/stories-llama-260k"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(where).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(where), lorax.load(where)
+
+
+@pytest.mark.parametrize("options", [{}, dict(beams=4, no_repeat_ngram=4, length_penalty=0.8)])
+def test_texts_of_the_real_model_are_those_of_transformers(stories, options):
+    model, tokenizer, base = stories
+    how = decode.How(new_tokens=80, **options)
+    ours = decode.complete(base, REAL, how=how, batch_size=2)
+    for prompt, text in zip(REAL, ours, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(
+            ids.input_ids, attention_mask=ids.attention_mask, max_new_tokens=80,
+            eos_token_id=[2, 1], pad_token_id=2, **their_options(how),
+        )  # fmt: skip
+        new = out[0, ids.input_ids.shape[1] :]
+        assert text == tokenizer.decode(new, skip_special_tokens=True)
+        assert len(text) > 100
+
+
+def test_a_story_of_the_real_model_stops_where_the_next_begins(stories):
+    _, _, base = stories
+    (text,) = decode.complete(base, ["Once upon a time"], how=decode.How(new_tokens=400))
+    assert 300 < len(base.vocabulary.encode(text)) < 400
+
+
+# ------------------------------------------------------------------------------------------- input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(new_tokens=0), "new_tokens: 0 given, must be at least 1"),
+        (dict(temperature=-1.0), "temperature: -1.0 given"),
+        (dict(top_p=0.0), r"top_p: 0.0 given, must be in \(0, 1\]"),
+        (
+            dict(beams=2, temperature=1.0),
+            "beams: 2 given, must be 1 where the temperature is not 0",
+        ),
+        (dict(no_repeat_ngram=-1), "no_repeat_ngram: -1 given"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        decode.check(decode.How(**options))
+
+
+def test_what_can_not_be_completed_says_why():
+    base = lorax.load("gpt2-nano")
+    with pytest.raises(ValueError, match="new_tokens: a prompt of 1 tokens and 100000 new ones"):
+        decode.complete(base, ["a"], how=decode.How(new_tokens=100_000))
+    with pytest.raises(ValueError, match="prompt 1: it is empty, and gpt2-nano has no token"):
+        decode.complete(base, ["a", ""])
+    with pytest.raises(ValueError, match="has no tokenizer.json"):
+        decode.complete(base._replace(vocabulary=None), ["a"])
