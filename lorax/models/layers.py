@@ -20,7 +20,7 @@ KEEP = 256 * 256  # queries x keys up to which a layer keeps its probabilities (
 
 
 def _probabilities(q, k, mask, scale):
-    """Masked softmax of the scores: q (B, T, K, G, D), k (B, S, K, D) -> (B, K, G, T, S) float32."""
+    """Masked softmax of the scores, q (B, T, K, G, D), k (B, S, K, D): (B, K, G, T, S) float32."""
     scores = scale * jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     p = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
@@ -205,40 +205,72 @@ class LayerNorm(nn.Module):
         return layer_norm(*wide, self.epsilon).astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x, scale, epsilon):
+    """Root-mean-square normalisation over the last axis (arXiv:1910.07467, equation 4); keeps only
+    x for its gradient.
+
+    x: (..., D); scale: (D,); epsilon: float, added to the mean square. In x's dtype.
+    """
+    return x * _inverse_rms(x, epsilon) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _inverse_rms(x, epsilon):
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+
+
+def _rms_norm_forward(x, scale, epsilon):
+    return rms_norm(x, scale, epsilon), (x, scale)
+
+
+def _rms_norm_backward(epsilon, saved, dy):
+    x, scale = saved
+    rstd = _inverse_rms(x, epsilon)
+    normal = x * rstd
+    dn = dy * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    dx = rstd * (dn - normal * jnp.mean(dn * normal, axis=-1, keepdims=True))
+    return dx, jnp.sum(dy * normal, axis=tuple(range(x.ndim - 1)))
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (arXiv:1910.07467), parameter "scale", in float32."""
+    """`nn.RMSNorm` with the same parameter ("scale"), computed in float32."""
 
     epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
-        wide = x.astype(jnp.float32)
-        mean = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-        return (wide * jax.lax.rsqrt(mean + self.epsilon) * scale).astype(x.dtype)
+        wide = (t.astype(jnp.float32) for t in (x, scale))
+        return rms_norm(*wide, self.epsilon).astype(x.dtype)
 
 
 # --------------------------------------------------------------------------------------- positions
 
 
-def rope_frequencies(features: int, theta: float):
-    """(features / 2,) float32 radians a position: theta^(-2i / features) (arXiv:2104.09864, 3.2)."""
-    return jnp.asarray(theta ** (-np.arange(0, features, 2) / features), jnp.float32)
+def rope_frequencies(features: int, theta: float) -> np.ndarray:
+    """(features / 2,) radians that each pair of features turns in one position: theta^(-2i /
+    features) for i = 0, 1... (RoPE, arXiv:2104.09864, section 3.2.2)."""
+    return theta ** (-np.arange(0, features, 2) / features)
 
 
 def rope(positions, frequencies, scale: float = 1.0):
-    """(cos, sin), each (B, T, 1, features / 2) float32, times `scale`, for `rotate`.
+    """(cos, sin) of every position, each (B, T, 1, features / 2) float32, for `rotate`.
 
-    positions: (B, T) int32; frequencies: (features / 2,).
+    positions: (B, T) int32. frequencies: (features / 2,), or (B, T, features / 2) where they
+    depend on the text. scale: of both (YaRN's attention factor).
     """
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    frequencies = jnp.asarray(frequencies, jnp.float32)
+    frequencies = jnp.broadcast_to(frequencies, (*positions.shape, frequencies.shape[-1]))
+    angles = (positions[..., None].astype(jnp.float32) * frequencies)[:, :, None]
     return scale * jnp.cos(angles), scale * jnp.sin(angles)
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of queries or keys x (B, T, H, D): the first half of the features turns
-    with the second, as Hugging Face stores them."""
+    """Rotary embedding of queries or keys x (B, T, H, D): feature i turns with feature i + D / 2,
+    as Hugging Face stores them (the paper pairs neighbours); in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
