@@ -71,7 +71,8 @@ def read(
     """{path: array} of the parameters in `sources`, in `dtype`, one layer at a time.
 
     shapes: {path: expected shape}; a leading layer axis is filled from one tensor a layer.
-    optional: paths that may be missing from the files, and then are from the answer.
+    optional: paths that may be missing from the files, or have another shape there (a classifier
+    of other classes), and then are missing from the answer.
     Raises ValueError that names file, tensor and shapes where they disagree or a file is corrupt.
     """
     where = {}
@@ -87,6 +88,11 @@ def read(
         if source.part is not None:
             widths[source.name] = max(source.width(), widths.get(source.name, 0))
 
+    def stored(source, shape) -> list[int]:
+        """The shape of their tensor where ours has `shape`."""
+        whole = (*shape[:-1], widths.get(source.name, shape[-1]))
+        return [whole[i] for i in np.argsort(source.axes or range(len(whole)))]
+
     def tensor(source, layer, shape):
         key = next((key for key in _spellings(source.name.format(layer)) if key in where), None)
         if key is None:
@@ -94,24 +100,30 @@ def read(
             raise ValueError(f"{directory}: no tensor {name!r} in its safetensors files")
         handle, file = where[key]
         piece = handle.get_slice(key)
-        whole = (*shape[:-1], widths.get(source.name, shape[-1]))
-        axes = source.axes or range(len(whole))
-        right = tuple(whole[axes.index(i)] for i in range(len(whole)))
-        if tuple(piece.get_shape()) != right:
-            given = tuple(piece.get_shape())
-            raise ValueError(f"{file}: {key} has shape {given}, config.json says {right}")
+        given, right = piece.get_shape(), stored(source, shape)
+        if given != right:
+            raise ValueError(
+                f"{file}: {key} has shape {tuple(given)}, config.json says {tuple(right)}"
+            )
+        axes = source.axes or tuple(range(len(right)))
         if source.part is None:
             return piece[:].transpose(axes)
         if isinstance(source.part, slice):  # only what is ours leaves the disk
-            cut = [slice(None)] * len(whole)
+            cut = [slice(None)] * len(right)
             cut[axes[-1]] = source.part
             return piece[tuple(cut)].transpose(axes)
         return piece[:].transpose(axes)[..., source.part]
 
+    def fits(source, shape):
+        keys = [key for key in _spellings(source.name) if key in where]
+        return bool(keys) and where[keys[0]][0].get_slice(keys[0]).get_shape() == stored(
+            source, shape
+        )
+
     params = {}
     for path, source in sources.items():
         shape = shapes[path]
-        if path in optional and not any(k in where for k in _spellings(source.name.format(0))):
+        if path in optional and not fits(source, shape):
             continue
         if "{}" not in source.name:
             params[path] = jnp.asarray(tensor(source, None, shape), dtype)

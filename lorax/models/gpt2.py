@@ -49,6 +49,31 @@ class Config:
     unroll: int = 0
 
 
+def _size(n_layer, n_embd, n_head, n_positions):
+    return dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_positions=n_positions)
+
+
+#: Published sizes as fields of `Config`: GPT-2, and GPT-3 by Brown et al. 2020 (arXiv:2005.14165,
+#: table 2.1) with GPT-2's vocabulary. Departures: attention is dense in every layer, where GPT-3
+#: alternates with banded sparse ones (the parameters are the same); XL has 16 heads, because the
+#: table's 24 of 128 features do not make its 2048; 13B has 5120 features, 40 heads of 128, where
+#: the table says 5140.
+SIZES = {
+    "gpt2": _size(12, 768, 12, 1024),  # 124,439,808 parameters
+    "gpt2-medium": _size(24, 1024, 16, 1024),  # 354,823,168
+    "gpt2-large": _size(36, 1280, 20, 1024),  # 774,030,080
+    "gpt2-xl": _size(48, 1600, 25, 1024),  # 1,557,611,200
+    "gpt3-small": _size(12, 768, 12, 2048),  # 125,226,240 (125M)
+    "gpt3-medium": _size(24, 1024, 16, 2048),  # 355,871,744 (350M)
+    "gpt3-large": _size(24, 1536, 16, 2048),  # 760,300,032 (760M)
+    "gpt3-xl": _size(24, 2048, 16, 2048),  # 1,315,723,264 (1.3B)
+    "gpt3-2.7b": _size(32, 2560, 32, 2048),  # 2,651,553,280
+    "gpt3-6.7b": _size(32, 4096, 32, 2048),  # 6,658,404,352
+    "gpt3-13b": _size(40, 5120, 40, 2048),  # 12,853,386,240
+    "gpt3-175b": _size(96, 12288, 96, 2048),  # 174,604,259,328
+}
+
+
 class Attention(nn.Module):
     config: Config
 

@@ -13,13 +13,20 @@ from lorax import ops, tree, vocabulary
 from lorax.errors import nearest
 from lorax.files import atomically, read_json
 from lorax.interop import hf
-from lorax.models import gpt2
+from lorax.models import bert, deberta, falcon, gpt2, llama, vit
 from lorax.vocabulary import Vocabulary
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
 #: Hugging Face's model_type -> (family module, its Linen class)
-FAMILIES = {"gpt2": (gpt2, gpt2.GPT2)}
+FAMILIES = {
+    "gpt2": (gpt2, gpt2.GPT2),
+    **dict.fromkeys(("llama", "mistral", "qwen2"), (llama, llama.Llama)),
+    "falcon": (falcon, falcon.Falcon),
+    **dict.fromkeys(("bert", "roberta"), (bert, bert.BERT)),
+    "deberta-v2": (deberta, deberta.DeBERTa),
+    "vit": (vit, vit.ViT),
+}
 
 
 class Base(NamedTuple):
@@ -53,15 +60,19 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
 
     name: a shipped model ("gpt2-nano"), a directory in Hugging Face's layout, or a Hub id. With
     "random:" in front the architecture is taken and the weights are drawn (seed 0) as its authors
-    would have. dtype: of the computation. param_dtype: of the weights. run: further fields of the
+    would have; that goes for the names of `gpt2.SIZES` as well. dtype: of the computation. param_dtype: of the weights. run: further fields of the
     family's Config: how to run it (`remat`, `unroll`) or, for an encoder, which head it has
     (`head="classification"`, `labels=2`; drawn at random where the files have none).
 
     Raises ValueError or FileNotFoundError with what was given and what would be right.
     """
     random = name.startswith("random:")
-    directory = find(name.removeprefix("random:"), weights=not random)
-    raw = read_json(directory / "config.json")
+    bare = name.removeprefix("random:")
+    if random and bare in gpt2.SIZES and not Path(bare).is_dir():
+        directory, raw = None, {"model_type": "gpt2"} | gpt2.SIZES[bare]
+    else:
+        directory = find(bare, weights=not random)
+        raw = read_json(directory / "config.json")
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"base: {name} is a {family!r} model; supported: {', '.join(FAMILIES)}")
@@ -71,15 +82,15 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
         raise ValueError(f"base: {name} ({family}) has no {', '.join(unknown)} to set")
     config = source.config_from_hf(raw, dtype=dtype, **run)
     module = model(config)
-    example = jnp.zeros((1, 1), jnp.int32)
+    example = source.example(config) if hasattr(source, "example") else jnp.zeros((1, 1), jnp.int32)
     init = lambda: module.init(jax.random.key(0), example)["params"]
     shapes = tree.flatten(jax.eval_shape(init))
-    fresh = ()
+    head = tuple(path for path in shapes if path.startswith("head/"))
     if random:
+        fresh = head
         params = jax.tree.map(lambda x: x.astype(param_dtype), jax.jit(init)())
         sha256 = "random"
     else:
-        head = [path for path in shapes if path.startswith("head/")]
         sizes = {path: leaf.shape for path, leaf in shapes.items()}
         flat = hf.read(directory, source.hf_tensors(config), sizes, param_dtype, optional=head)
         fresh = tuple(path for path in head if path not in flat)
@@ -88,19 +99,31 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
             flat |= {path: drawn[path.removeprefix("head/")].astype(param_dtype) for path in fresh}
         params = tree.unflatten({path: flat[path] for path in shapes})
         sha256 = _sha256(hf.weight_files(directory))
+    words = vocabulary.read(directory) if directory else None
     sites = ops.sites(module, params, example)
-    return Base(
-        module, params, config, vocabulary.read(directory), sites, family, name, sha256, fresh
-    )
+    return Base(module, params, config, words, sites, family, name, sha256, fresh)
 
 
 def save(directory: str | Path, base: Base) -> None:
     """Write a base model in Hugging Face's layout, as transformers reads it; inverse of `load`."""
     source, _ = FAMILIES[base.family]
     flat = tree.flatten(base.params)
-    hf.write(Path(directory), source.hf_config(base.config), source.hf_tensors(base.config), flat)
+    config = _special_ids(base.vocabulary) | source.hf_config(base.config)
+    hf.write(Path(directory), config, source.hf_tensors(base.config), flat)
     if base.vocabulary is not None:
         atomically(Path(directory) / "tokenizer.json", lambda tmp: base.tokenizer.save(str(tmp)))
+
+
+def _special_ids(vocabulary: Vocabulary | None) -> dict:
+    """The fields of a config.json that say what ids mean; inverse of `vocabulary.read`."""
+    if vocabulary is None:
+        return {}
+    found = {"pad_token_id": vocabulary.pad}
+    if vocabulary.ends:
+        found["eos_token_id"] = vocabulary.end if len(vocabulary.ends) == 1 else [*vocabulary.ends]
+    if vocabulary.start:
+        found["bos_token_id"] = vocabulary.start[0]
+    return found
 
 
 def kernels(base: Base) -> dict[str, np.ndarray]:
@@ -125,6 +148,27 @@ def layer_names(path: str, site: ops.Site, shape: tuple[int, ...]) -> dict[str, 
     head, _, rest = parents.partition("/")
     indices = np.ndindex(*shape[: site.stack])
     return {"/".join((head, *map(str, i), *filter(None, [rest]))): i for i in indices}
+
+
+def parameter_layers(path: str, value, base: Base) -> dict[str, np.ndarray]:
+    """{path with the layer in it: its own part} of any parameter: "h/attn/q/bias" (L, out) gives
+    "h/0/attn/q/bias" ...; one that is not stacked keeps its path."""
+    if "{}" not in sources(base)[path].name:
+        return {path: value}
+    head, rest = path.split("/", 1)
+    return {f"{head}/{i}/{rest}": value[i] for i in range(len(value))}
+
+
+def sources(base: Base) -> dict[str, hf.Source]:
+    """{parameter path: where it lies in Hugging Face's tensors}."""
+    return FAMILIES[base.family][0].hf_tensors(base.config)
+
+
+def positions(config) -> int | None:
+    """Most tokens that a model of this config reads, None where nothing limits them."""
+    names = ("n_positions", "max_position_embeddings")
+    rows = next((getattr(config, name) for name in names if hasattr(config, name)), None)
+    return rows and rows - getattr(config, "first_position", 0)
 
 
 def find(name: str, weights: bool = True) -> Path:

@@ -105,29 +105,27 @@ def start(name):
 @pytest.mark.parametrize("name", ["40b", "alibi-groups"])
 def test_a_cache_and_packing_change_nothing(name):
     module, params = start(name)
-    whole = jit(functools.partial(lorax.apply, module))
-    padded = np.asarray([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 10], np.int32)
-    want = whole(params, TOKENS[:2], padded)
+    whole = functools.partial(jit(functools.partial(lorax.apply, module)), params)
+    padded = np.asarray([[0] * 3 + [1] * 7, [1] * 10, [0] + [1] * 9], np.int32)
+    want = whole(TOKENS, padded)
 
     @jit
     def step(params, tokens, segments, cache):
         hidden, cache = lorax.apply(module, params, tokens, segments, cache, method="hidden")
         return lorax.apply(module, params, hidden, method="logits"), cache
 
-    cache = module.empty_cache(2, 12)
-    logits, cache = step(params, TOKENS[:2, :7], padded[:, :7], cache)
-    got = [logits]
-    for t in range(7, 10):
-        logits, cache = step(params, TOKENS[:2, t : t + 1], padded[:, t : t + 1], cache)
+    cache, got = module.empty_cache(3, 12), []
+    for part in (slice(0, 7), slice(7, 8), slice(8, 9), slice(9, 10)):
+        logits, cache = step(params, TOKENS[:, part], padded[:, part], cache)
         got.append(logits)
     got = np.concatenate(got, axis=1)
     np.testing.assert_allclose(got[padded > 0], want[padded > 0], rtol=0, atol=1e-4)
 
-    packed = np.asarray([[1, 1, 1, 1, 2, 2, 2, 2, 2, 2]] * 3, np.int32)
-    together = whole(params, TOKENS, packed)
+    packed = np.asarray([[1] * 4 + [2] * 6] * 3, np.int32)
     apart = np.where(packed == 2, packed, 0)  # the second text alone, what is before it padding
-    np.testing.assert_allclose(together[:, 4:], whole(params, TOKENS, apart)[:, 4:], atol=1e-4)
-    assert np.abs(together - whole(params, TOKENS))[:, 4:].max() > 0.1
+    second = whole(TOKENS, packed)[:, 4:]
+    np.testing.assert_allclose(second, whole(TOKENS, apart)[:, 4:], rtol=0, atol=1e-4)
+    assert np.abs(second - whole(TOKENS, np.ones_like(packed))[:, 4:]).max() > 0.1
 
 
 def test_remat_and_unroll_change_nothing_and_half_is_near():

@@ -1,0 +1,336 @@
+"""Falcon (Almazrouei et al. 2023, arXiv:2311.16867) as a plain Linen module, and its Hugging Face
+layout.
+
+One file for its three designs: Falcon-7B (one norm, then attention with a single head of keys and
+the feed-forward in parallel), Falcon-40B, 180B and 11B (`new_decoder_architecture`: groups of heads
+share keys, one or two norms) and Falcon-RW (one after the other, a head of keys a query head,
+ALiBi in place of rotary positions). Axes as in `layers`, and V vocabulary.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+
+from lorax.interop.hf import Source
+from lorax.models.layers import (
+    ACTIVATIONS,
+    Cache,
+    LayerNorm,
+    cached_attention,
+    causal_context,
+    empty_cache,
+    rope,
+    rope_frequencies,
+    rotate,
+    unrolled,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Hyperparameters by Hugging Face's names, and how to run the layers (see `gpt2.Config`).
+
+    num_ln_in_parallel_attn: of the new architecture, None for 2. num_kv_heads: of the new
+    architecture, None for one a query head; the old one has 1 (`multi_query`) or one a query head.
+    """
+
+    vocab_size: int = 65024
+    hidden_size: int = 4544
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 71
+    num_ln_in_parallel_attn: int | None = None
+    layer_norm_epsilon: float = 1e-5
+    num_kv_heads: int | None = None
+    alibi: bool = False
+    new_decoder_architecture: bool = False
+    multi_query: bool = True
+    parallel_attn: bool = True
+    bias: bool = False
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    ffn_hidden_size: int | None = None
+    activation: str = "gelu"
+    tie_word_embeddings: bool = True
+    dtype: str = "float32"
+    remat: bool = False
+    unroll: int = 0
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values that there are: K."""
+        if self.new_decoder_architecture:
+            return self.num_kv_heads or self.num_attention_heads
+        return 1 if self.multi_query else self.num_attention_heads
+
+    @property
+    def two_norms(self) -> bool:
+        """Whether the feed-forward has a norm of its own."""
+        if self.new_decoder_architecture:
+            return self.num_ln_in_parallel_attn != 1
+        return not self.parallel_attn
+
+
+class Attention(nn.Module):
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, mask, place, kv, at):
+        c = self.config
+        features = c.hidden_size // c.num_attention_heads
+
+        def heads(name, n):
+            y = _dense(c, n * features, name)(x)
+            return rearrange(y, "b t (h d) -> b t h d", h=n)
+
+        q, k, v = heads("q", c.num_attention_heads), heads("k", c.kv_heads), heads("v", c.kv_heads)
+        if c.alibi:
+            q, k, v = _with_alibi(q, k, v, place)
+        else:
+            q, k = rotate(q, *place), rotate(k, *place)
+        o, kv = cached_attention(q, k, v, mask, features**-0.5, kv, at)
+        o = rearrange(o[..., :features], "b t h d -> b t (h d)")
+        return _dense(c, c.hidden_size, "o")(o), kv
+
+
+class MLP(nn.Module):
+    config: Config
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        x = _dense(c, c.ffn_hidden_size or 4 * c.hidden_size, "up")(x)
+        return _dense(c, c.hidden_size, "down")(ACTIVATIONS[c.activation](x))
+
+
+class Block(nn.Module):
+    """One layer: (x, kv), its number, mask, place, column -> ((x, kv), None); place: what `_place`
+    says of the positions, the rest as in `gpt2.Block`."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, carry, layer, mask, place, column):
+        x, kv = carry
+        c = self.config
+        norm = functools.partial(LayerNorm, c.layer_norm_epsilon)
+        seen = norm(name="norm_1")(x)
+        read, kv = Attention(c, name="attn")(seen, mask, place, kv, (layer, column))
+        if not (c.parallel_attn or c.new_decoder_architecture):
+            x = x + read
+            return (x + MLP(c, name="mlp")(norm(name="norm_2")(x)), kv), None
+        if c.two_norms:
+            seen = norm(name="norm_2")(x)
+        return (x + read + MLP(c, name="mlp")(seen), kv), None
+
+
+class Falcon(nn.Module):
+    """Tokens (B, T) int32 -> logits (B, T, V) float32."""
+
+    config: Config
+    #: What `logits` reads of the parameters.
+    head: ClassVar[tuple[str, ...]] = ("embed", "lm_head")
+
+    def setup(self):
+        c = self.config
+        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        self.embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=c.dtype, embedding_init=_normal)
+        self.h = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_hidden_layers,
+            unroll=unrolled(c.unroll, c.num_hidden_layers, c.hidden_size),
+        )(c)
+        self.norm = LayerNorm(c.layer_norm_epsilon)
+        if not c.tie_word_embeddings:
+            self.lm_head = nn.Dense(
+                c.vocab_size, use_bias=False, dtype=c.dtype, kernel_init=_normal
+            )
+
+    def __call__(self, tokens, segments=None):
+        return self.logits(self.hidden(tokens, segments))
+
+    def hidden(self, tokens, segments=None, cache: Cache | None = None):
+        """Final hidden states (B, T, hidden_size), after the last layer norm; with a cache, the
+        pair (hidden, cache with these tokens in it).
+
+        segments: (B, T) int32 or None, see `layers.causal_context`.
+        """
+        c = self.config
+        context = causal_context(tokens, segments, cache)
+        layers = None if cache is None else jnp.arange(c.num_hidden_layers)
+        kv = None if cache is None else (cache.k, cache.v)
+        column = None if cache is None else cache.length
+        place = _place(c, context.positions)
+        (x, kv), _ = self.h((self.embed(tokens), kv), layers, context.mask, place, column)
+        hidden = self.norm(x)
+        if cache is None:
+            return hidden
+        return hidden, context.cache._replace(k=kv[0], v=kv[1])
+
+    def logits(self, hidden):
+        """Hidden states (..., hidden_size) -> logits (..., V) float32."""
+        out = self.embed.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
+        return out.astype(jnp.float32)
+
+    @nn.nowrap
+    def empty_cache(self, batch: int, room: int) -> Cache:
+        """A `Cache` for `batch` rows of `room` tokens."""
+        c = self.config
+        features = c.hidden_size // c.num_attention_heads
+        if c.alibi:
+            features += c.num_attention_heads // c.kv_heads  # see `_with_alibi`
+        return empty_cache(c.num_hidden_layers, batch, room, c.kv_heads, features, c.dtype)
+
+
+_normal = nn.initializers.normal(0.02)
+
+
+def _dense(config, features, name):
+    return nn.Dense(
+        features, use_bias=config.bias, dtype=config.dtype, kernel_init=_normal, name=name
+    )
+
+
+# --------------------------------------------------------------------------------------- positions
+
+
+def _place(config: Config, positions):
+    """What attention needs of positions (B, T): ALiBi's (B, T, K, G), or a `rope` pair."""
+    if config.alibi:
+        return alibi(positions, config.num_attention_heads, config.kv_heads)
+    features = config.hidden_size // config.num_attention_heads
+    return rope(positions, rope_frequencies(features, config.rope_theta))
+
+
+def slopes(heads: int) -> np.ndarray:
+    """ALiBi's slope of each head, (heads,) float32: 2^(-8i / n) for i = 1..n where n is a power of
+    two; else those of the power below, then every other one of the power above (arXiv:2108.12409,
+    section 3 and the authors' code)."""
+    n = 2 ** int(math.log2(heads))
+    all_ = [2 ** (-8 * i / n) for i in range(1, n + 1)]
+    all_ += [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
+    return np.asarray(all_, np.float32)
+
+
+def alibi(positions, heads: int, kv_heads: int):
+    """Slope times position of a key, (B, T, K, G) bfloat16, to add to the scores before they are
+    scaled. Rounded to bfloat16 as Falcon was trained; a softmax over keys sees only differences,
+    so the query's own position drops out.
+    """
+    each = jnp.asarray(slopes(heads), jnp.bfloat16).reshape(1, 1, kv_heads, -1)
+    return each * positions[..., None, None].astype(jnp.bfloat16)
+
+
+def _with_alibi(q, k, v, bias):
+    """q, k and v with G further features whose products are the bias: keys carry a bias for each
+    query head that reads them, queries choose theirs, values carry zeros."""
+    groups = bias.shape[-1]
+    mine = jnp.tile(jnp.eye(groups, dtype=q.dtype), (k.shape[2], 1))  # (H, G)
+    mine = jnp.broadcast_to(mine, (*q.shape[:3], groups))
+    bias = jnp.broadcast_to(bias.astype(k.dtype), (*k.shape[:3], groups))
+    extended = ((q, mine), (k, bias), (v, jnp.zeros_like(bias)))
+    return tuple(jnp.concatenate(pair, axis=-1) for pair in extended)
+
+
+# ----------------------------------------------------------------------------- Hugging Face layout
+
+_HF_FIELDS = [
+    f.name for f in dataclasses.fields(Config) if f.name not in ("dtype", "remat", "unroll")
+]
+
+
+def config_from_hf(hf: dict, **run) -> Config:
+    """Config from the fields of a `config.json`; run: `dtype`, `remat`, `unroll`.
+
+    Raises ValueError for options that this module does not compute.
+    """
+    if hf.get("n_embed") is not None:
+        raise ValueError(f"n_embed={hf['n_embed']} is not supported for Falcon: say hidden_size")
+    rotary = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    kind = rotary.get("rope_type", rotary.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"rope_type {kind!r} is not supported for Falcon, only 'default'")
+    theta = {"rope_theta": rotary["rope_theta"]} if "rope_theta" in rotary else {}
+    config = Config(**{name: hf[name] for name in _HF_FIELDS if name in hf} | theta, **run)
+    _check(config)
+    return config
+
+
+def _check(c: Config) -> None:
+    heads = c.num_attention_heads
+    if c.activation not in ACTIVATIONS:
+        raise ValueError(f"activation {c.activation!r} is not one of {[*ACTIVATIONS]}")
+    if c.hidden_size % heads:
+        raise ValueError(
+            f"hidden_size {c.hidden_size} is not a multiple of num_attention_heads {heads}"
+        )
+    if not c.alibi and c.hidden_size // heads % 2:
+        raise ValueError(
+            f"hidden_size {c.hidden_size} gives each of num_attention_heads {heads} "
+            f"{c.hidden_size // heads} features: rotary positions need an even number"
+        )
+    if heads % c.kv_heads:
+        raise ValueError(f"num_attention_heads {heads} is not a multiple of {c.kv_heads} key heads")
+    norms, new = c.num_ln_in_parallel_attn, c.new_decoder_architecture
+    if not (new or c.multi_query) and c.num_kv_heads not in (None, heads):
+        raise ValueError(
+            f"num_kv_heads {c.num_kv_heads} needs new_decoder_architecture=true; without it and "
+            f"without multi_query it is num_attention_heads, {heads}"
+        )
+    if norms not in ((None, 1, 2) if new else (None, 1)):
+        raise ValueError(
+            f"num_ln_in_parallel_attn {norms} is not supported: 1, or 2 with "
+            f"new_decoder_architecture=true"
+        )
+    if new and not c.parallel_attn:
+        raise ValueError("parallel_attn=false is not supported with new_decoder_architecture=true")
+
+
+def hf_tensors(config: Config) -> dict[str, Source]:
+    """{parameter path: where it lies}. All kernels are `Linear`s, stored (out, in).
+
+    The rows of the fused `query_key_value` go by head of keys: for each its G query heads, itself
+    and its values. With one such head (multi-query) that is all of q, then k, then v; with as many
+    as query heads it is q, k, v of the first head, of the second and so on.
+    """
+    c = config
+    d, k = c.hidden_size // c.num_attention_heads, c.kv_heads
+    rows = np.arange((c.num_attention_heads + 2 * k) * d).reshape(k, -1, d)  # (K, G + 2, D)
+    parts = {"q": rows[:, :-2].ravel(), "k": rows[:, -2].ravel(), "v": rows[:, -1].ravel()}
+    names = {"embed/embedding": Source("transformer.word_embeddings.weight")}
+    if not c.tie_word_embeddings:
+        names["lm_head/kernel"] = Source("lm_head.weight", axes=(1, 0))
+    layer = "transformer.h.{}"
+    norms = {"norm_1": "input_layernorm"}
+    if c.two_norms and c.new_decoder_architecture:
+        norms = {"norm_1": "ln_attn", "norm_2": "ln_mlp"}
+    elif c.two_norms:
+        norms["norm_2"] = "post_attention_layernorm"
+    for ours, theirs in (("scale", "weight"), ("bias", "bias")):
+        names[f"norm/{ours}"] = Source(f"transformer.ln_f.{theirs}")
+        for name, source in norms.items():
+            names[f"h/{name}/{ours}"] = Source(f"{layer}.{source}.{theirs}")
+    linear = [("kernel", "weight", (1, 0))] + [("bias", "bias", None)] * c.bias
+    for ours, theirs, axes in linear:
+        fused = f"{layer}.self_attention.query_key_value.{theirs}"
+        for name, part in parts.items():
+            names[f"h/attn/{name}/{ours}"] = Source(fused, axes, part)
+        names[f"h/attn/o/{ours}"] = Source(f"{layer}.self_attention.dense.{theirs}", axes)
+        names[f"h/mlp/up/{ours}"] = Source(f"{layer}.mlp.dense_h_to_4h.{theirs}", axes)
+        names[f"h/mlp/down/{ours}"] = Source(f"{layer}.mlp.dense_4h_to_h.{theirs}", axes)
+    return names
+
+
+def hf_config(config: Config) -> dict:
+    """The fields of a `config.json` that transformers reads as the same model."""
+    fields = {name: getattr(config, name) for name in _HF_FIELDS}
+    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return fields | {"model_type": "falcon", "architectures": ["FalconForCausalLM"]}
