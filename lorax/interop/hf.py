@@ -1,10 +1,11 @@
 """Hugging Face's model directory: config.json, model.safetensors (or shards), tokenizer.json.
 
-Weights are read leaf by leaf, so the peak memory is the tree itself and one leaf. Only safetensors
-are opened: a pickled `.bin` can run code and is refused.
+Weights are read in small parts into the arrays that stay, so the peak memory is the tree itself.
+Only safetensors are opened: a pickled `.bin` can run code and is refused.
 """
 
 import functools
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lorax.files import atomically, read_json, write_json
+
+BLOCK = 1 << 24  # bytes that are read at a time
 
 
 class Source(NamedTuple):
@@ -68,7 +71,7 @@ def read(
     dtype=jnp.float32,
     optional: Collection[str] = (),
 ) -> dict[str, jax.Array]:
-    """{path: array} of the parameters in `sources`, in `dtype`, one layer at a time.
+    """{path: array} of the parameters in `sources`, in `dtype`, a part of a layer at a time.
 
     shapes: {path: expected shape}; a leading layer axis is filled from one tensor a layer.
     optional: paths that may be missing from the files, or have another shape there (a classifier
@@ -93,10 +96,11 @@ def read(
         whole = (*shape[:-1], widths.get(source.name, shape[-1]))
         return [whole[i] for i in np.argsort(source.axes or range(len(whole)))]
 
-    def tensor(source, layer, shape):
-        key = next((key for key in _spellings(source.name.format(layer)) if key in where), None)
+    def find(source, layer, shape):
+        """The tensor of one layer, to be sliced."""
+        name = source.name.format(layer)
+        key = next((key for key in _spellings(name) if key in where), None)
         if key is None:
-            name = source.name.format(layer)
             raise ValueError(f"{directory}: no tensor {name!r} in its safetensors files")
         handle, file = where[key]
         piece = handle.get_slice(key)
@@ -105,14 +109,7 @@ def read(
             raise ValueError(
                 f"{file}: {key} has shape {tuple(given)}, config.json says {tuple(right)}"
             )
-        axes = source.axes or tuple(range(len(right)))
-        if source.part is None:
-            return piece[:].transpose(axes)
-        if isinstance(source.part, slice):  # only what is ours leaves the disk
-            cut = [slice(None)] * len(right)
-            cut[axes[-1]] = source.part
-            return piece[tuple(cut)].transpose(axes)
-        return piece[:].transpose(axes)[..., source.part]
+        return piece
 
     def fits(source, shape):
         keys = [key for key in _spellings(source.name) if key in where]
@@ -122,23 +119,41 @@ def read(
 
     params = {}
     for path, source in sources.items():
-        shape = shapes[path]
+        shape = tuple(shapes[path])
         if path in optional and not fits(source, shape):
             continue
-        if "{}" not in source.name:
-            params[path] = jnp.asarray(tensor(source, None, shape), dtype)
-            continue
-        leaf = jnp.zeros(shape, dtype)
-        for layer in range(shape[0]):
-            leaf = _put(leaf, tensor(source, layer, shape[1:]), layer)
+        leaf, stacked = jnp.zeros(shape, dtype), "{}" in source.name
+        for layer in range(shape[0]) if stacked else [None]:
+            own = shape[1:] if stacked else shape
+            piece = find(source, layer, own)
+            for start, value in _blocks(piece, source, own):
+                at = (start, *(0,) * (len(own) - 1))
+                if stacked:
+                    value, at = value[None], (layer, *at)
+                leaf = _put(leaf, value, at)
         params[path] = leaf
     return params
 
 
+def _blocks(piece, source: Source, shape):
+    """(first row, rows) of our array, as many rows at a time as `BLOCK` bytes hold. Only what is
+    ours leaves the disk, but for parts that are scattered."""
+    axes = source.axes or tuple(range(len(shape)))
+    many = max(1, BLOCK // (4 * math.prod(shape[1:]))) if len(shape) > 1 else max(shape, default=1)
+    for start in range(0, shape[0] if shape else 1, many):
+        cut = [slice(None)] * len(shape)
+        if len(shape) > 1:
+            cut[axes[0]] = slice(start, min(start + many, shape[0]))
+        if isinstance(source.part, slice):
+            cut[axes[-1]] = source.part
+        value = (piece[tuple(cut)] if shape else piece[:]).transpose(axes)
+        yield start, value[..., source.part] if isinstance(source.part, np.ndarray) else value
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(leaf, value, layer):
-    """The stacked leaf with one layer filled in, in the leaf's own memory."""
-    return jax.lax.dynamic_update_index_in_dim(leaf, value.astype(leaf.dtype), layer, 0)
+def _put(leaf, value, at):
+    """The leaf with a block filled in, in the leaf's own memory."""
+    return jax.lax.dynamic_update_slice(leaf, value.astype(leaf.dtype), at)
 
 
 def _spellings(name: str) -> list[str]:

@@ -3,6 +3,9 @@
 import hashlib
 import importlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -224,3 +227,52 @@ def test_a_damaged_directory_is_one_clear_error(directory, name):
 def test_a_name_that_leads_nowhere_says_what_to_do(name, message):
     with pytest.raises(FileNotFoundError, match=message):
         lorax.load(name)
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+PEAK = """
+import sys, threading, time
+import jax
+import lorax
+from lorax import tree
+
+def anonymous():  # not the pages of the mapped files, which the system takes back at will
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+lorax.load("gpt2-nano")
+before, peak, done = anonymous(), [0], threading.Event()
+
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.001)
+
+thread = threading.Thread(target=watch)
+thread.start()
+base = lorax.load(sys.argv[1])
+jax.block_until_ready(base.params)
+done.set()
+thread.join()
+print((peak[0] - before) / tree.nbytes(base.params))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_peak_memory_of_loading_is_at_most_a_fifth_above_the_tree(tmp_path):
+    """GPT-2 small: 498 MB, of them 154 in one array."""
+    models.save(tmp_path, lorax.load("random:gpt2"))
+    out = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert 1 <= float(out.stdout) < 1.2
+
+
+@pytest.mark.parametrize(("name", "count"), [("gpt2", 124_439_808), ("gpt3-175b", 174_604_259_328)])
+def test_published_sizes(name, count):
+    module = gpt2.GPT2(gpt2.Config(**gpt2.SIZES[name]))
+    params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    assert tree.count(params) == count
+    if name == "gpt3-175b":  # LoRA paper, table 4
+        assert lorax.method("lora", rank=1, targets=("q", "v")).count(params) == 4_718_592
