@@ -151,7 +151,7 @@ def generate(module, params, tokens, segments, key, how: How):
     """
     b, t = tokens.shape
     cache = module.empty_cache(b, t + how.new_tokens)
-    logits, cache = _read(module, params, tokens, segments, cache)
+    logits, cache = read(module, params, tokens, segments, cache)
     if how.beams > 1:
         return _beams(module, params, tokens, segments, logits, cache, how)
 
@@ -163,7 +163,7 @@ def generate(module, params, tokens, segments, key, how: How):
         text = jax.lax.dynamic_update_slice(text, chosen[:, None], (0, t + n))
         real = jax.lax.dynamic_update_slice(real, ~done[:, None], (0, t + n))
         done = done | jnp.isin(chosen, jnp.array(how.ends, jnp.int32))
-        logits, cache = _read(module, params, chosen[:, None], None, cache)
+        logits, cache = read(module, params, chosen[:, None], None, cache)
         return n + 1, text, real, logits, cache, done, key
 
     more = lambda state: (state[0] < how.new_tokens) & ~jnp.all(state[5])
@@ -172,8 +172,8 @@ def generate(module, params, tokens, segments, key, how: How):
     return jax.lax.while_loop(more, write, state)[1][:, t:]
 
 
-def _read(module, params, tokens, segments, cache):
-    """Logits (N, V) after the last token, and the cache with the tokens in it."""
+def read(module, params, tokens, segments, cache):
+    """Logits (N, V) after the last token of (N, T), and the cache with the tokens in it."""
     with ops.interceptor():
         call = functools.partial(module.apply, {"params": params})
         hidden, cache = call(tokens, segments, cache, method="hidden")
@@ -284,7 +284,7 @@ def _beams(module, params, tokens, segments, logits, cache, how):
         # ---------------------------------------------------------------------- read and go on
         flat = (chosen + k * jnp.arange(b)[:, None]).reshape(-1)  # (N,)
         cache = s.cache._replace(k=s.cache.k[:, flat], v=s.cache.v[:, flat])
-        logits, cache = _read(module, params, take(token, go).reshape(-1, 1), None, cache)
+        logits, cache = read(module, params, take(token, go).reshape(-1, 1), None, cache)
         worst = jnp.where(finished, jnp.min(best_score, axis=1, keepdims=True), NEVER)
         possible = running[:, :1] / length**how.length_penalty
         hopeful = s.hopeful & jnp.any(possible > worst, axis=1)

@@ -51,18 +51,66 @@ class LowRank:
     merge: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """A weight whose output columns are scaled: dense(leaf) = dense(w) * g; a bias is not scaled.
+
+    w: a kernel or another operator leaf. g: (out,) float32, layer axes in front.
+    """
+
+    w: object
+    g: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    """A frozen weight with n low-rank updates, row i of a batch seeing update rows[i]:
+    y[i] = x[i] w + s[rows[i]] (x[i] a[rows[i]]) b[rows[i]].
+
+    w: a kernel or another operator leaf. a: (n, in, r), b: (n, r, out), s: (n,) float32, rows: (B,)
+    int32, layer axes in front of each (rows repeated). B is the first axis of the layer's input.
+    """
+
+    w: object
+    a: Array
+    b: Array
+    s: Array
+    rows: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Untied:
+    """An embedding (V, features) that looks tokens up in `w` and reads out with `head`, where an
+    update of one of the two is none of the other. Both are arrays or operator leaves."""
+
+    w: object
+    head: object
+
+
 def is_operator(leaf) -> bool:
     """True for leaves that only the functions of this module can compute with."""
-    return isinstance(leaf, LowRank)
+    return isinstance(leaf, LowRank | Scaled | Mixed | Untied)
+
+
+def frozen(leaf):
+    """The weight at the bottom of a leaf, in its module's own shape: what Flax would have seen."""
+    while is_operator(leaf):
+        leaf = leaf.w
+    return leaf
 
 
 def allow_merge(params):
     """The same parameters, with leaves that may take the merged forward pass (see `linear`)."""
-    return jax.tree.map(
-        lambda leaf: dataclasses.replace(leaf, merge=True) if is_operator(leaf) else leaf,
-        params,
-        is_leaf=is_operator,
-    )
+
+    def allow(leaf):
+        if isinstance(leaf, Scaled):
+            return dataclasses.replace(leaf, w=allow(leaf.w))
+        return dataclasses.replace(leaf, merge=True) if isinstance(leaf, LowRank) else leaf
+
+    return jax.tree.map(allow, params, is_leaf=is_operator)
 
 
 # ---------------------------------------------------------------------------------------- products
@@ -80,6 +128,11 @@ def linear(x, leaf, bias=None):
     """
     if isinstance(leaf, LowRank):
         y = _low_rank_linear(x, leaf)
+    elif isinstance(leaf, Scaled):
+        y = _over_last(linear(x, leaf.w), leaf.g)
+    elif isinstance(leaf, Mixed):
+        a, b, s = _chosen(leaf, x)
+        y = linear(x, leaf.w) + s * _batched(_batched(x, a), b)
     else:
         y = x @ leaf.astype(x.dtype)
     return _add_bias(y, bias)
@@ -90,6 +143,24 @@ def _add_bias(y, bias):
     if bias is None:
         return y
     return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
+def _over_last(y, g):
+    """y times g over its last axis."""
+    return y * g.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def _chosen(leaf: Mixed, x):
+    """Each row's own factors in x's dtype: a (B, in, r), b (B, r, out), s (B, 1...) like x."""
+    if x.shape[0] != leaf.rows.shape[0]:
+        raise ValueError(f"a batch of {x.shape[0]} rows, but adapters for {leaf.rows.shape[0]}")
+    a, b, s = (jnp.take(t, leaf.rows, axis=0).astype(x.dtype) for t in (leaf.a, leaf.b, leaf.s))
+    return a, b, s.reshape((-1,) + (1,) * (x.ndim - 1))
+
+
+def _batched(x, m):
+    """x[i] @ m[i]: (B, ..., in), (B, in, out) -> (B, ..., out)."""
+    return jnp.einsum("b...i,bio->b...o", x, m)
 
 
 def _low_rank_linear(x, leaf):
@@ -147,6 +218,17 @@ def embed(ids, leaf, dtype=None):
         rows = embed(ids, leaf.w, dtype)
         a, b = leaf.a.astype(rows.dtype), leaf.b.astype(rows.dtype)
         return rows + leaf.s.astype(rows.dtype) * (jnp.take(a, ids, axis=0) @ b)
+    if isinstance(leaf, Scaled):
+        return _over_last(embed(ids, leaf.w, dtype), leaf.g)
+    if isinstance(leaf, Mixed):
+        rows = embed(ids, leaf.w, dtype)  # (B or 1, ..., features): positions are the same for all
+        rows = jnp.broadcast_to(rows, (leaf.rows.shape[0], *rows.shape[1:]))
+        _, b, s = _chosen(leaf, rows)
+        own = jnp.broadcast_to(ids, (rows.shape[0], *ids.shape[1:]))
+        a = leaf.a[leaf.rows.reshape((-1,) + (1,) * (ids.ndim - 1)), own].astype(rows.dtype)
+        return rows + s * _batched(a, b)
+    if isinstance(leaf, Untied):
+        return embed(ids, leaf.w, dtype)
     return jnp.take(leaf if dtype is None else leaf.astype(dtype), ids, axis=0)
 
 
@@ -155,21 +237,62 @@ def attend(x, leaf):
     if isinstance(leaf, LowRank):
         a, b = leaf.a.astype(x.dtype), leaf.b.astype(x.dtype)
         return attend(x, leaf.w) + leaf.s.astype(x.dtype) * ((x @ b.T) @ a.T)
+    if isinstance(leaf, Scaled):
+        return attend(_over_last(x, leaf.g), leaf.w)
+    if isinstance(leaf, Mixed):
+        a, b, s = _chosen(leaf, x)
+        turned = lambda m: jnp.swapaxes(m, 1, 2)
+        return attend(x, leaf.w) + s * _batched(_batched(x, turned(b)), turned(a))
+    if isinstance(leaf, Untied):
+        return attend(x, leaf.head)
     return x @ leaf.astype(x.dtype).T
 
 
 def dense(leaf, site: "Site"):
     """The plain kernel that a leaf stands for, in the shape and dtype of its frozen weight.
 
-    The update is added in float32 and rounded once.
+    It is computed in float32 and rounded once. Raises ValueError for a leaf that is more than one
+    kernel (`Mixed`, `Untied`).
     """
-    if not isinstance(leaf, LowRank):
-        return leaf
-    w = dense(leaf.w, site)
+    return _wide(leaf, site).astype(frozen(leaf).dtype) if is_operator(leaf) else leaf
+
+
+def _wide(leaf, site: "Site") -> Array:
+    """`dense` in float32."""
+    if not is_operator(leaf):
+        return leaf.astype(jnp.float32)
+    if isinstance(leaf, Mixed | Untied):
+        raise ValueError(f"a {type(leaf).__name__} leaf is no single kernel")
+    w = _wide(leaf.w, site)
+    if isinstance(leaf, Scaled):
+        g = leaf.g[..., None, :].astype(jnp.float32)
+        return site.from_matrix(site.to_matrix(w) * g, w.shape)
     update = leaf.s[..., None, None].astype(jnp.float32) * jnp.matmul(
         leaf.a.astype(jnp.float32), leaf.b.astype(jnp.float32)
     )
-    return (w.astype(jnp.float32) + site.from_matrix(update, w.shape)).astype(w.dtype)
+    return w + site.from_matrix(update, w.shape)
+
+
+def column_norms(leaf: LowRank, site: "Site") -> Array:
+    """Euclidean norms of the columns of w + s a b, (layers..., out) float32, without making a b:
+    the squares are ||w||^2 + 2 s <a^T w, b> + s^2 <(a^T a) b, b>."""
+    w = site.to_matrix(_wide(leaf.w, site))
+    a, b = leaf.a.astype(jnp.float32), leaf.b.astype(jnp.float32)
+    s, turned = leaf.s.astype(jnp.float32)[..., None], jnp.swapaxes(a, -1, -2)
+    cross = jnp.sum(jnp.matmul(turned, w) * b, axis=-2)
+    own = jnp.sum(jnp.matmul(jnp.matmul(turned, a), b) * b, axis=-2)
+    square = jnp.sum(jnp.square(w), axis=-2) + 2 * s * cross + s * s * own
+    return jnp.sqrt(jnp.maximum(square, 0))
+
+
+def dora(leaf: LowRank, m, site: "Site") -> Scaled:
+    """DoRA (arXiv:2402.09353, equation 5): w + s a b with columns of length m (layers..., out).
+
+    The norms that m is divided by are constants to the gradient (section 4.3). A column that is
+    zero stays zero.
+    """
+    norms = jax.lax.stop_gradient(column_norms(leaf, site))
+    return Scaled(leaf, jnp.where(norms > 0, m / jnp.where(norms > 0, norms, 1), 1))
 
 
 # ------------------------------------------------------------------------------------------- sites
@@ -298,17 +421,18 @@ def _rule(context) -> _Rule | None:
 
 def _compute_dtype(module, x, leaf):
     """What Flax's promote_dtype would choose for the input and the frozen weight."""
-    while isinstance(leaf, LowRank):
-        leaf = leaf.w
-    return module.dtype or jnp.promote_types(x.dtype, leaf.dtype)
+    return module.dtype or jnp.promote_types(x.dtype, frozen(leaf).dtype)
 
 
 def _dense(module, leaf, bias, x):
     return linear(x.astype(_compute_dtype(module, x, leaf)), leaf, bias)
 
 
-def _as_matrix(leaf: LowRank, site: Site) -> LowRank:
-    return dataclasses.replace(leaf, w=site.to_matrix(leaf.w))
+def _as_matrix(leaf, site: Site):
+    """The leaf with the weight at its bottom as (in, out)."""
+    if is_operator(leaf):
+        return dataclasses.replace(leaf, w=_as_matrix(leaf.w, site))
+    return site.to_matrix(leaf)
 
 
 def _canonical(axis, ndim) -> tuple[int, ...]:
@@ -326,7 +450,7 @@ def _dense_general_axes(module, x):
 def _dense_general(module, leaf, bias, x):
     axes = _canonical(module.axis, x.ndim)
     ins, outs = _dense_general_axes(module, x)
-    features = leaf.w.shape[len(ins) :]
+    features = frozen(leaf).shape[len(ins) :]
     x = jnp.moveaxis(x, axes, tuple(range(-len(axes), 0)))  # (..., *in)
     x = x.reshape(*x.shape[: x.ndim - len(axes)], -1).astype(_compute_dtype(module, x, leaf))
     y = linear(x, _as_matrix(leaf, Site("linear", 0, ins, outs)))
@@ -361,13 +485,14 @@ def _einsum(module, leaf, bias, x, einsum_str=None):
     sizes = tuple(x.shape[left.index(c)] for c in free)
     x = jnp.transpose(x, order).reshape(*sizes, -1).astype(_compute_dtype(module, x, leaf))
     y = linear(x, _as_matrix(leaf, Site("linear", 0, ins, outs)))
-    y = y.reshape(*sizes, *(leaf.w.shape[i] for i in outs))
+    shape = frozen(leaf).shape
+    y = y.reshape(*sizes, *(shape[i] for i in outs))
     have = free + [kernel[i] for i in outs]
     y = jnp.transpose(y, [have.index(c) for c in out])
     if bias is None:
         return y
-    shape = [leaf.w.shape[kernel.index(c)] if c in kernel else 1 for c in out]
-    return y + bias.astype(y.dtype).reshape(shape)
+    like_y = [shape[kernel.index(c)] if c in kernel else 1 for c in out]
+    return y + bias.astype(y.dtype).reshape(like_y)
 
 
 def _embed(module, leaf, bias, ids):
@@ -386,11 +511,20 @@ def _conv_axes(module, x):
 
 
 def _conv(module, leaf, bias, x):
+    return _add_bias(_convolve(module.clone(parent=None, use_bias=False), leaf, x), bias)
+
+
+def _convolve(module, leaf, x):
     """conv(x, w) + s conv(x, a) b: a as a kernel with r output channels, b a 1 x 1 convolution."""
-    variables = {"kernel": leaf.w} | ({} if bias is None else {"bias": bias})
-    y = module.clone(parent=None).apply({"params": variables}, x)
-    down = module.clone(parent=None, features=leaf.a.shape[-1], use_bias=False)
-    a = leaf.a.astype(y.dtype).reshape(*leaf.w.shape[:-1], -1)
+    if isinstance(leaf, Scaled):
+        return _over_last(_convolve(module, leaf.w, x), leaf.g)
+    if not is_operator(leaf):
+        return module.apply({"params": {"kernel": leaf}}, x)
+    if not isinstance(leaf, LowRank):
+        raise ValueError(f"a convolution with a {type(leaf).__name__} leaf is not supported")
+    y = _convolve(module, leaf.w, x)
+    down = module.clone(features=leaf.a.shape[-1])
+    a = leaf.a.astype(y.dtype).reshape(*frozen(leaf).shape[:-1], -1)
     z = down.apply({"params": {"kernel": a}}, dropout(x, leaf.dropout))
     return y + leaf.s.astype(y.dtype) * (z @ leaf.b.astype(y.dtype))
 

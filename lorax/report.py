@@ -69,7 +69,8 @@ def _write(
     table = runs.summary(run)
     by = runs.axes(run, table)
     main = by.main or "rank"
-    settings = runs.settings(table, by)
+    scores = runs.scores(run)
+    settings = runs.settings(table, by, scores)
     answer = runs.answer(settings, main)
 
     # What the figures of updates show: the best setting's neighbours along the main axis.
@@ -92,9 +93,9 @@ def _write(
         ("What was run", _facts_section(run, table, by)),
         (
             "Loss" if by.main is None else "Loss against " + _words(main),
-            _curve_section(settings, by, answer),
+            _curve_section(settings, by, answer, scores),
         ),
-        ("Members", _members_section(table)),
+        ("Members", _members_section(table, scores)),
         ("Learning curves", _learning_section(table)),
     ]
     if found:
@@ -398,7 +399,9 @@ def _facts_section(run: runs.Run, table: pd.DataFrame, by: runs.Axes) -> str:
     return f"<p>{_escape(lead)}</p><dl>{''.join(rows)}</dl>"
 
 
-def _curve_section(settings: pd.DataFrame, by: runs.Axes, answer: runs.Answer | None) -> str:
+def _curve_section(
+    settings: pd.DataFrame, by: runs.Axes, answer: runs.Answer | None, scores: list[str]
+) -> str:
     main = by.main or "rank"
     chosen = None
     if answer is not None:
@@ -411,28 +414,28 @@ def _curve_section(settings: pd.DataFrame, by: runs.Axes, answer: runs.Answer | 
         figure = _figure("rank_curve", caption, f"Line chart of final eval loss by {_words(main)}.")
     names = [main, *by.others]
     header = [*(_words(name) for name in names), "scale s", "trainable parameters"]
-    header += ["final eval loss", "standard error", "n", "diverged"]
+    header += ["final eval loss", "standard error", *scores, "n", "diverged"]
     rows = [
         [*(row[name] for name in names), row["scale"], row["trainable_params"]]
-        + [_Fixed(row["mean"]), _Fixed(row["se"]), row["n"], row["diverged"]]
+        + [_Fixed(row["mean"]), _Fixed(row["se"]), *(_Fixed(row[name]) for name in scores)]
+        + [row["n"], row["diverged"]]
         for _, row in settings.iterrows()
     ]
     classes = ["chosen" if index == chosen else "" for index in settings.index]
-    caption = "Means over seeds, in nats per token; the shaded row is the answer above."
+    caption = "Means over seeds, losses in nats; the shaded row is the answer above."
     return figure + _table(header, rows, caption, classes=classes)
 
 
-def _members_section(table: pd.DataFrame) -> str:
+def _members_section(table: pd.DataFrame, scores: list[str]) -> str:
     header = ["name", "trainable parameters", "scale s", "final eval loss", "best eval loss"]
-    header += ["status"]
+    header += [*scores, "status"]
     rows = [
         [m["name"], m["trainable_params"], m["scale"], _Fixed(m["final_loss"])]
-        + [_Fixed(m["best_loss"]), m["status"] + _at_step(m["diverged_at"])]
+        + [_Fixed(m["best_loss"]), *(_Fixed(m[name]) for name in scores)]
+        + [m["status"] + _at_step(m["diverged_at"])]
         for _, m in table.iterrows()
     ]
-    caption = (
-        "Every member; press a heading to sort. Losses in nats per token, best over all evals."
-    )
+    caption = "Every member; press a heading to sort. Losses in nats, best over all evals."
     return _table(header, rows, caption, sortable=True, classes=list(table["status"]))
 
 
@@ -549,7 +552,8 @@ NOTES = """
 lowest mean plus that mean's standard error (standard deviation over seeds, n − 1, divided by √n).
 It asks for the simplest setting that the data can't tell from the best, and is no test of
 equality.</li>
-<li><b>Loss.</b> Cross entropy in nats per completion token; the base's is the eval at step 0.</li>
+<li><b>Loss.</b> Cross entropy in nats, per completion token or, of a classifier, per example (squared
+error where it predicts a value); the base's is the eval at step 0.</li>
 <li><b>Subspace similarity.</b> LoRA,
 <a href="https://arxiv.org/abs/2106.09685">arXiv 2106.09685</a>, section 7.2: singular vectors of A
 on the input side (appendix G says left; for A (r × in) the right ones are meant). Control:

@@ -266,9 +266,13 @@ def test_dense_rounds_the_update_once():
     """In bfloat16 the sum is made in float32: w + s a b rounded, not rounded parts added."""
     w, a, b = normal(0, 8, 8).astype(jnp.bfloat16), normal(1, 8, 2, scale=0.01), normal(2, 2, 8)
     kernel = ops.dense(ops.LowRank(w, a, b, jnp.float32(1)), LINEAR)
-    exact = (w.astype(np.float32) + a @ b).astype(jnp.bfloat16)
+    exact = w.astype(np.float32) + a @ b
     assert kernel.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(np.float32(kernel), np.float32(exact))
+    np.testing.assert_array_equal(np.float32(kernel), np.float32(exact.astype(jnp.bfloat16)))
+    g = normal(3, 8)
+    scaled = ops.dense(ops.Scaled(ops.LowRank(w, a, b, jnp.float32(1)), g), LINEAR)
+    exact = (exact * g[None]).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.float32(scaled), np.float32(exact))
 
 
 HALF = ("dense", "attention", "general-apart", "einsum-moved", "embed", "conv-batches")

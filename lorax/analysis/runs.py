@@ -45,7 +45,7 @@ class Run:
 
     def adapter(self, member: int) -> dict[str, Factors]:
         """The member's factors by path ("h/0/attn/q"). FileNotFoundError where it has none."""
-        return peft.load(self.directory / "adapters" / str(member))
+        return peft.load(self.directory / "adapters" / str(member)).factors
 
 
 def load(directory: str | os.PathLike) -> Run:
@@ -150,7 +150,8 @@ def summary(run: Run) -> pd.DataFrame:
 
     Adds status ("finished", "diverged", "running"), diverged_at, seconds, base_loss (eval at
     step 0, before any update), final_step, final_loss and best_loss (evals after step 0), in nats
-    per completion token. A diverged member has no final loss (NaN). `setting` is the name without
+    per completion token, and a column a score (`scores`: accuracy, bleu...). A diverged member has
+    no final loss (NaN). `setting` is the name without
     its seed; fields that are lists (targets) read "q v".
     """
     evals = run.metrics[run.metrics["split"] == "eval"].sort_values("step", kind="stable")
@@ -173,6 +174,7 @@ def summary(run: Run) -> pd.DataFrame:
                 "final_step": int(after["step"].iloc[-1]) if len(after) else 0,
                 "final_loss": after["loss"].iloc[-1] if usable else np.nan,
                 "best_loss": after["loss"].min() if len(after) else np.nan,
+                **status.get("scores", {}),
             }
         )
     table = run.members.copy()
@@ -183,6 +185,12 @@ def summary(run: Run) -> pd.DataFrame:
         re.sub(r"(^|,\s*)seed=[^,]*", "", str(name)).strip(", ") for name in table["name"]
     ]
     return table.join(pd.DataFrame(rows, index=run.members.index))
+
+
+def scores(run: Run) -> list[str]:
+    """Names of what is measured beside the loss: a classifier's metrics, or those of texts."""
+    of_members = run.status.get("members", {}).values()
+    return list(dict.fromkeys(name for m in of_members for name in m.get("scores", {})))
 
 
 def axes(run: Run, table: pd.DataFrame) -> Axes:
@@ -205,8 +213,9 @@ def axes(run: Run, table: pd.DataFrame) -> Axes:
     return Axes(chosen[0], tuple(chosen[1:])) if chosen else Axes(None, ())
 
 
-def settings(table: pd.DataFrame, by: Axes) -> pd.DataFrame:
-    """Seeds averaged: a row a setting, with mean, se (standard error), n and diverged (counts).
+def settings(table: pd.DataFrame, by: Axes, scores: Iterable[str] = ()) -> pd.DataFrame:
+    """Seeds averaged: a row a setting, with mean, se (standard error), n and diverged (counts), and
+    the mean of each of `scores`.
 
     Diverged members are counted and left out of the mean. `line` names the other axes' values, ""
     where there are none. se is NaN for fewer than two seeds.
@@ -227,6 +236,7 @@ def settings(table: pd.DataFrame, by: Axes) -> pd.DataFrame:
                 "se": losses.std(ddof=1) / np.sqrt(len(losses)) if len(losses) > 1 else np.nan,
                 "n": len(losses),
                 "diverged": int((group["status"] == "diverged").sum()),
+                **{name: group[name].mean() for name in scores},
             }
         )
     return pd.DataFrame(rows)
@@ -278,7 +288,7 @@ def spectra(found: dict[int, dict[str, Factors]]) -> tuple[pd.DataFrame, pd.Data
     """
     sigmas, ranks = [], []
     for member, factors in found.items():
-        for path, (a, b, s) in factors.items():
+        for path, (a, b, s, _) in factors.items():
             _, sigma, _ = spectrum.factor_svd(a, b, s)
             layer, target = place(path)
             row = {"member": member, "path": path, "layer": layer, "target": target}
@@ -300,7 +310,7 @@ def spectra(found: dict[int, dict[str, Factors]]) -> tuple[pd.DataFrame, pd.Data
 def bases(factors: dict[str, Factors]) -> dict[str, dict[str, np.ndarray]]:
     """Orthonormal directions by path and kind: of A, of B, and dW's own, input and output side."""
     found = {}
-    for path, (a, b, _) in factors.items():
+    for path, (a, b, *_) in factors.items():
         inputs, outputs = subspace.update_directions(a, b)
         both = (subspace.directions(a), subspace.directions(b.T), inputs, outputs)
         found[path] = dict(zip(KINDS, both, strict=True))
@@ -342,7 +352,7 @@ def amplifications(
             if path not in w_sigma:
                 w_sigma[path] = np.linalg.svd(w, compute_uv=False)
             rank = min(factor.a.shape[1], *w.shape)
-            numbers = table7(w, factor, rank, w_sigma=w_sigma[path])
+            numbers = table7(w, factor[:3], rank, w_sigma=w_sigma[path])
             layer, target = place(path)
             row = {"member": member, "path": path, "layer": layer, "target": target, "rank": rank}
             rows.append({**row, **numbers._asdict()})

@@ -1,4 +1,4 @@
-"""LoRA adapters in Hugging Face PEFT's on-disk format.
+"""LoRA and DoRA adapters in Hugging Face PEFT's on-disk format.
 
 A directory holds `adapter_model.safetensors` and `adapter_config.json`. PEFT stores, for a module
 with y = W x, `lora_A.weight` (r, in) and `lora_B.weight` (out, r) and scales by lora_alpha / r;
@@ -6,44 +6,36 @@ ours are y = x @ w + s * (x @ a) @ b, so A = a^T, B = b^T and lora_alpha = s * r
 stored transposed, whatever `fan_in_fan_out` says about the base's own weight.
 
 A fused module (GPT-2's c_attn holds q, k and v side by side) is joined exactly: the rows of A are
-those of its parts one after the other and B is block-diagonal, so the rank is the sum of theirs.
-PEFT reads that as one module; the file's own metadata says how to take it apart again, bit for bit.
+those of its parts one after the other (once where parts share them) and B is block-diagonal. PEFT
+reads that as one module; the file's own metadata says how to take it apart again.
+
+A head that is tied to the embedding shares its update here. PEFT adapts modules, not weights, so
+such an update is written for both, and read as one where both say the same.
 """
 
-import base64
+from __future__ import annotations
+
 import json
 import math
 import os
 import pathlib
 import re
 import warnings
-import zlib
 from collections import Counter
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lorax.files import write_bytes
+from lorax.files import read_json, write_bytes
+
+if TYPE_CHECKING:
+    from lorax.interop.hf import Source  # it imports JAX, which reading an adapter can do without
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-
-# Module of the Hugging Face model -> our paths, in the order in which they lie along its outputs.
-# A further family is a further entry here and in the two constants below.
-MODULES: dict[str, dict[str, tuple[str, ...]]] = {
-    "gpt2": {
-        "transformer.h.{}.attn.c_attn": ("h/{}/attn/q", "h/{}/attn/k", "h/{}/attn/v"),
-        "transformer.h.{}.attn.c_proj": ("h/{}/attn/o",),
-        "transformer.h.{}.mlp.c_fc": ("h/{}/mlp/up",),
-        "transformer.h.{}.mlp.c_proj": ("h/{}/mlp/down",),
-        "transformer.wte": ("wte",),
-        "transformer.wpe": ("wpe",),
-    },
-}
-EMBEDDINGS = frozenset({"transformer.wte", "transformer.wpe"})
-CONV1D = frozenset({"gpt2"})  # families whose linear layers store (in, out): fan_in_fan_out
 
 # Fields of PEFT's LoraConfig (0.21), and those among them that, when set, make the stored tensors
 # mean something else than W + s B A on the named base.
@@ -57,7 +49,6 @@ _KNOWN = frozenset(
     use_dora use_qalora use_rslora velora_config""".split()
 )
 _REFUSED = (
-    "use_dora",
     "use_qalora",
     "use_bdlora",
     "lora_bias",
@@ -67,77 +58,125 @@ _REFUSED = (
     "kasa_config",
     "monteclora_config",
     "target_parameters",
+    "trainable_token_indices",
 )
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-_KEY = re.compile(
-    r"base_model\.model\.(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(\.weight)?"
+#: First words of the modules that PEFT itself adds to `modules_to_save`, as a whole, by task type.
+_HEADS = ("classifier", "score", "qa_outputs")
+_HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_HEAD = "lm_head"  # what every causal model calls the module that reads out
+_TYING = "ensure_weight_tying"
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(
+    r"(?P<module>.+)\."
+    r"(lora_(embedding_)?(?P<side>[AB])(\.weight)?|(?P<m>lora_magnitude_vector)(\.weight)?)"
 )
-_NUMBER = re.compile(r"(?<=[./])\d+(?=[./])")
+_OWN = re.compile(r"(?P<module>.+?)(\.base_layer)?\.(?P<name>weight|bias)")
+_COPY = re.compile(r"\.(original_module|modules_to_save)\.")  # bias="all" stores a head's twice
 
 
 class Factors(NamedTuple):
-    """The update of one matrix, dW = s * a @ b: a (in, r) and b (r, out), float32; s a float."""
+    """The update of one matrix, dW = s * a @ b: a (in, r) and b (r, out), float32; s a float.
+
+    m: (out,) float32, the lengths that DoRA gives the columns of w + dW, or None.
+    """
 
     a: np.ndarray
     b: np.ndarray
     s: float
+    m: np.ndarray | None = None
+
+
+class Adapter(NamedTuple):
+    """What an adapter file holds.
+
+    factors: {path of a layer without "/kernel": Factors}, e.g. "h/0/attn/q".
+    weights: {path of a parameter with its layer: float32 array as we orient it}, of what was
+        trained in full: "h/0/attn/q/bias", "head/dense/kernel".
+    config: what the file says beside: base_model_name_or_path, task_type, ... Its
+        "ensure_weight_tying" says whether an update of the embedding is one of a tied head as well;
+        without that field it is.
+    """
+
+    factors: dict[str, Factors]
+    weights: dict[str, np.ndarray]
+    config: dict[str, Any]
 
 
 def save(
     directory: str | os.PathLike,
-    factors: dict[str, Factors],
+    adapter: Adapter | Mapping[str, Factors],
+    sources: Mapping[str, Source],
     base_name: str,
-    model_type: str = "gpt2",
     dropout: float = 0.0,
+    task_type: str | None = "CAUSAL_LM",
 ) -> pathlib.Path:
-    """Write an adapter that PEFT loads as it is and that `load` reads back bit for bit.
+    """Write an adapter that PEFT loads as it is, and `load` reads back.
+
+    It comes back bit for bit where the parts of each fused module have one scale; otherwise the
+    ratio of the scales went into B and out again, at the rounding of float32.
 
     Args:
-      factors: by path without "/kernel" ("h/0/attn/q"); a (in, r), b (r, out), float32.
+      adapter: an `Adapter` or its factors alone. Its config is not written.
+      sources: where the base's parameters lie in Hugging Face's tensors (`hf_tensors` of a family).
       base_name: what PEFT should load as the base model (a Hub id or a directory).
-      model_type: the family, a key of `MODULES`.
       dropout: on the adapter's input in training; recorded, without effect on the weights.
+      task_type: PEFT's word for the kind of model: "CAUSAL_LM", "SEQ_CLS"... or None.
 
-    Returns the directory. Raises ValueError for an unknown family or path, shapes that do not fit
-    together, a rank of 0 or a scale that is not finite, naming the path.
+    Returns the directory. Raises ValueError that names the path for one that the base does not
+    have, shapes that do not fit together, a rank of 0, a scale that is not finite, or something
+    that PEFT has no way to store.
     """
-    if model_type not in MODULES:
-        raise ValueError(f"model_type {model_type!r}: PEFT names are known for {sorted(MODULES)}")
-    if not factors:
+    if not isinstance(adapter, Adapter):
+        adapter = Adapter(dict(adapter), {}, {})
+    if not adapter.factors:
         raise ValueError("factors: nothing to save, no matrix is adapted")
-    module_of = {path: module for module, paths in MODULES[model_type].items() for path in paths}
+    places = Places(sources)
+    factors, weights = adapter.factors, adapter.weights
+    tied = places.tied
+    if tied and adapter.config.get(_TYING, True):
+        if tied in factors and "head/bias" in sources:
+            raise ValueError(
+                f"{tied}: an update of an embedding that a masked language model's head shares "
+                "can't be stored: PEFT would adapt the embedding alone"
+            )
+        tied = tied if task_type == "CAUSAL_LM" else ""
+        factors, weights = _with_head(factors, weights, tied)
     modules: dict[str, dict[str, Factors]] = {}
     for path, factor in factors.items():
-        template, number = _split(path)
-        if template not in module_of:
-            raise ValueError(f"{path}: no path of a {model_type}; there are {sorted(module_of)}")
         _check(path, factor)
-        modules.setdefault(module_of[template].format(number), {})[path] = factor
+        modules.setdefault(places.module(path), {})[path] = factor
+    plain = sorted(path for path, factor in factors.items() if factor.m is None)
+    dora = len(plain) < len(factors)
+    if dora and plain:
+        raise ValueError(
+            f"{plain[0]}: no magnitudes, but others have: PEFT has DoRA in all or none"
+        )
+    joined = {module: _join(module, places, parts) for module, parts in sorted(modules.items())}
+    whole = _whole(weights, places)
+    saved, bias = _kinds(whole, set(modules), places, task_type)
 
     tensors: dict[str, np.ndarray] = {}
-    inverse: dict[str, dict[str, Any]] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for module, parts in sorted(modules.items()):
-        template, number = _split(module)
-        paths = [path.format(number) for path in MODULES[model_type][template]]
-        A, B, scale, entries = _join(paths, parts)
-        embedding = template in EMBEDDINGS
-        names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-        for name, tensor in zip(names, (A, B), strict=True):
-            key = f"base_model.model.{module}.{name}" + ("" if embedding else ".weight")
-            tensors[key] = np.ascontiguousarray(tensor)
-        inverse.update(entries)
-        ranks[module] = A.shape[0]
-        alphas[module] = scale * A.shape[0]
-
+    for module, one in joined.items():
+        tensors |= {f"{module}.{name}": tensor for name, tensor in one.tensors.items()}
+    for name, tensor in whole.items():
+        module, _, last = name.rpartition(".")
+        tensors[f"{module}.base_layer.{last}" if module in modules else name] = tensor
+    own = {
+        "factors": {path: entry for one in joined.values() for path, entry in one.parts.items()},
+        "weights": {path: _place_as_json(places.of(path)) for path in weights},
+        "tied": tied,
+    }
     # The commonest rank and alpha are the defaults; whatever differs goes into the patterns.
+    ranks = {module: one.rank for module, one in joined.items()}
+    alphas = {module: one.alpha for module, one in joined.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "auto_mapping": None,
         "base_model_name_or_path": base_name,
         "revision": None,
@@ -147,149 +186,336 @@ def save(
         "alpha_pattern": {m: _number(x) for m, x in alphas.items() if x != alpha},
         "lora_dropout": float(dropout),
         "target_modules": sorted(modules),
-        "fan_in_fan_out": model_type in CONV1D,
-        "bias": "none",
-        "modules_to_save": None,
+        "fan_in_fan_out": any(one.conv1d for one in joined.values()),
+        "bias": bias,
+        "modules_to_save": saved or None,
         "init_lora_weights": True,
         "inference_mode": True,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": dora,
     }
-    metadata = {
-        "format": "pt",
-        "lorax": json.dumps({"model_type": model_type, "factors": inverse}),
-    }
+    tensors = {_PREFIX + key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
     directory = pathlib.Path(directory)
-    write_bytes(directory / WEIGHTS, _serialise(tensors, metadata))
-    text = json.dumps(config, indent=2, sort_keys=True)
-    write_bytes(directory / CONFIG, text.encode())
+    data = _serialise(tensors, {"format": "pt", "lorax": json.dumps(own)})
+    write_bytes(directory / WEIGHTS, data)
+    write_bytes(directory / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
     return directory
 
 
-def load(directory: str | os.PathLike) -> dict[str, Factors]:
-    """Read a PEFT LoRA adapter: our own exports bit for bit, and anybody's for a known family.
+def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = None) -> Adapter:
+    """Read a PEFT adapter: LoRA or DoRA, with whatever weights were trained in full beside it.
 
-    A fused module of a foreign adapter is split: every part gets the shared `a` and its own
-    columns of `b`, so the parts have one row space in common. `rank_pattern`, `alpha_pattern` and
-    `use_rslora` are honoured.
+    `rank_pattern`, `alpha_pattern` and `use_rslora` are honoured. The parts of a fused module each
+    get the shared `a` and their own columns of `b`, so they have one row space in common.
 
-    Returns factors by path without "/kernel", float32. Raises FileNotFoundError, or ValueError
-    that names the file for a damaged file, another kind of adapter (DoRA, AdaLoRA...), factors
-    that belong to a changed base (PiSSA, OLoRA...) or a module of an unknown family. Warns about
-    config fields it does not know and tensors it leaves out.
+    Args:
+      sources: where the base's parameters lie in Hugging Face's tensors (`hf_tensors` of a family).
+        Without them an adapter that `save` wrote still comes by its own paths; a foreign one by its
+        modules' and tensors' own names, unsplit, full weights as they are stored.
+
+    Raises FileNotFoundError, or ValueError that names the file for a damaged file, another kind of
+    adapter (AdaLoRA...), factors that belong to a changed base (PiSSA, OLoRA...) or a module that
+    `sources` do not have. Warns about config fields it does not know and tensors it leaves out.
     """
     directory = pathlib.Path(directory)
-    config = _read_config(directory / CONFIG)
-    tensors, metadata = _read_tensors(directory / WEIGHTS)
     file = directory / WEIGHTS
-
-    sides: dict[str, dict[str, np.ndarray]] = {}
-    left_out = []
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match:
-            sides.setdefault(match["module"], {})[match["side"]] = tensor
-        else:
-            left_out.append(key)
-    if left_out:
-        warnings.warn(f"{file}: left out, not LoRA factors: {sorted(left_out)}", stacklevel=2)
-    if not sides:
-        raise ValueError(f"{file}: holds no lora_A and lora_B tensors")
-    family = _family(sides, file)
-
-    own = None
+    config = _read_config(directory / CONFIG)
+    stored, metadata = _read_tensors(file)
+    modules, whole = _sort(stored, file)
+    updates = {
+        module: _update(module, sides, config, directory)
+        for module, sides in sorted(modules.items(), key=lambda item: natural(item[0]))
+    }
+    places = Places(sources or {})
+    tied = places.tied
     if "lorax" in metadata:
-        try:
-            own = {path: dict(e) for path, e in json.loads(metadata["lorax"])["factors"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file}: damaged metadata 'lorax': {error!r}") from error
-
-    factors: dict[str, Factors] = {}
-    for module, pair in sorted(sides.items(), key=lambda item: _order(item[0], family)):
-        A, B = pair.get("A"), pair.get("B")
-        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-            shapes = {side: tensor.shape for side, tensor in pair.items()}
-            raise ValueError(f"{file}: {module}: need A (r, in) and B (out, r), got {shapes}")
-        scale = _scale(config, module, A.shape[0], directory / CONFIG)
-        template, number = _split(module)
-        paths = [path.format(number) for path in MODULES[family][template]]
-        if B.shape[0] % len(paths):
-            raise ValueError(f"{file}: {module}: {B.shape[0]} outputs do not split into {paths}")
-        if own is None:
-            blocks = np.split(B, len(paths))
-            parts = {p: (A.T, block.T, scale) for p, block in zip(paths, blocks, strict=True)}
-        else:
-            parts = _take_apart(paths, A, B, scale, own, file)
-        for path, (a, b, s) in parts.items():
-            factors[path] = Factors(np.ascontiguousarray(a), np.ascontiguousarray(b), s)
-    if own is not None and set(own) != set(factors):
-        raise ValueError(f"{file}: metadata 'lorax' and tensors differ: {set(own) ^ set(factors)}")
-    return factors
+        factors, weights, own_tied = _take_apart(updates, whole, metadata["lorax"], file)
+        tied = own_tied if tied or sources is None else ""
+        for path in factors if sources is not None else ():
+            places.module(path, f"{file}: ")
+    elif sources is None:
+        return Adapter(updates, whole, config)
+    else:
+        factors, weights = {}, {}
+        for module, update in updates.items():
+            factors |= _split(module, update, places, file)
+        for name, tensor in whole.items():
+            weights |= oriented(name, tensor, places, file)
+    adapter = Adapter(factors, weights, config)
+    return _without_head(adapter, tied) if tied else adapter
 
 
-# ---------------------------------------------------------------------------------------- joining
+# ------------------------------------------------------------------------------------------ names
 
 
-def _join(
-    paths: list[str], parts: dict[str, Factors]
-) -> tuple[np.ndarray, np.ndarray, float, dict[str, dict[str, Any]]]:
-    """One module's A (r', in), B (out', r') and scale, and the metadata that undoes it."""
-    parts = {path: parts[path] for path in paths if path in parts}
+class Places:
+    """Parameters and the tensors of Hugging Face that hold them, each by one layer's name.
+
+    tied: path of the embedding whose weight a causal model's head shares ("wte"), "" where the
+    head has its own. A tied head has a place here as well, "lm_head/kernel": PEFT adapts modules.
+    """
+
+    def __init__(self, sources: Mapping[str, Source]):
+        embeddings = (
+            path for path in sources if re.fullmatch(r"(.*/)?(wte|embed)/embedding", path)
+        )
+        own = f"{_HEAD}/kernel" in sources or "head/out/kernel" in sources
+        self.tied = "" if own else next(embeddings, "").removesuffix("/embedding")
+        if self.tied:
+            linear = sources[f"{self.tied}/embedding"]._replace(name=f"{_HEAD}.weight", axes=(1, 0))
+            sources = {**sources, f"{_HEAD}/kernel": linear}
+        self.sources: dict[str, Source] = {}  # by "h/{}/attn/q/kernel"
+        self.tensors: dict[str, dict[str, Source]] = {}  # by "transformer.h.{}.attn.c_attn.weight"
+        for path, source in sources.items():
+            first, _, rest = path.partition("/")
+            path = f"{first}/{{}}/{rest}" if "{}" in source.name else path
+            self.sources[path] = source
+            self.tensors.setdefault(source.name, {})[path] = source
+        self.bare = {name.partition(".")[2]: name for name in self.tensors}
+
+    def of(self, path: str) -> Source | None:
+        """Where the parameter of one layer lies: "h/3/attn/q/kernel" -> its `Source`, or None."""
+        for template, number in _templates(path, "/"):
+            if template in self.sources:
+                source = self.sources[template]
+                return source._replace(name=source.name.format(number))
+        return None
+
+    def at(self, tensor: str) -> dict[str, Source]:
+        """{path: Source} of the parameters in a tensor, as they lie along its last axis; {} for one
+        that is not known. A checkpoint of the bare model lacks the first word of its names."""
+        for template, number in _templates(tensor, "."):
+            for name in (template, self.bare.get(template)):
+                if name in self.tensors:
+                    found = {
+                        path.format(number): source._replace(name=source.name.format(number))
+                        for path, source in self.tensors[name].items()
+                    }
+                    return dict(sorted(found.items(), key=lambda item: _first(item[1].part)))
+        return {}
+
+    def module(self, path: str, where: str = "") -> str:
+        """Hugging Face's module of an adaptable layer, "transformer.h.3.attn.c_attn" for
+        "h/3/attn/q". Raises ValueError, which begins with `where`, for a layer that is not there.
+        """
+        for last in ("kernel", "embedding"):
+            source = self.of(f"{path}/{last}")
+            if source is not None:
+                return source.name.removesuffix(".weight")
+        known = [p.rpartition("/") for p in self.sources]
+        known = [layer for layer, _, last in known if last in ("kernel", "embedding")]
+        raise ValueError(f"{where}{path}: the base has no such layer; there is {', '.join(known)}")
+
+    def below(self, module: str) -> list[str]:
+        """All tensors of one module."""
+        return [
+            name.format(number)
+            for template, number in _templates(module, ".")
+            for name in self.tensors
+            if name.startswith(f"{template}.")
+        ]
+
+
+def _templates(name: str, separator: str) -> Iterator[tuple[str, str]]:
+    """A name, and what it is with a "{}" for each of its numbers in turn: (template, number)."""
+    yield name, ""
+    words = name.split(separator)
+    for i, word in enumerate(words):
+        if word.isdigit():
+            yield separator.join((*words[:i], "{}", *words[i + 1 :])), word
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in name.split(".")]
+
+
+def _first(part: slice | np.ndarray | None) -> int:
+    """The first column of a part."""
+    if part is None:
+        return 0
+    return part.start or 0 if isinstance(part, slice) else int(np.min(part))
+
+
+def _width(found: Mapping[str, Source]) -> int:
+    """Columns of a fused tensor with these parameters in it, 0 of one that is not fused."""
+    return max((source.width() for source in found.values() if source.part is not None), default=0)
+
+
+def _place_as_json(source: Source) -> dict[str, Any]:
+    columns = _columns_as_json(source.part)
+    return {"tensor": source.name, "axes": source.axes, "columns": columns}
+
+
+def _columns_as_json(part: slice | np.ndarray | None) -> str | list[int] | None:
+    if isinstance(part, slice):
+        return f"{part.start or 0}:{part.stop}"
+    return None if part is None else [int(i) for i in part]
+
+
+def _columns(part) -> slice | np.ndarray:
+    """A part, or what `_columns_as_json` made of one, as an index."""
+    if isinstance(part, str):
+        start, stop = map(int, part.split(":"))
+        return slice(start, stop)
+    if part is None:
+        return slice(None)
+    return part if isinstance(part, slice) else np.asarray(part, int)
+
+
+# -------------------------------------------------------------------------------------- tied heads
+
+
+def _with_head(factors, weights, embedding: str):
+    """(factors, weights) of an embedding and of the head that shares its weight."""
+    factors, weights = dict(factors), dict(weights)
+    if embedding in factors and _HEAD not in factors:
+        a, b, s, m = factors[embedding]
+        if m is not None:
+            raise ValueError(
+                f"{embedding}: DoRA of an embedding that is the head as well can't be stored: PEFT "
+                "would give lengths to the head's columns, not to the embedding's"
+            )
+        factors[_HEAD] = Factors(b.T, a.T, s)
+    if f"{embedding}/embedding" in weights and f"{_HEAD}/kernel" not in weights:
+        weights[f"{_HEAD}/kernel"] = weights[f"{embedding}/embedding"].T
+    return factors, weights
+
+
+def _without_head(adapter: Adapter, embedding: str) -> Adapter:
+    """Inverse of `_with_head` where the head has the embedding's update and weight; where it has
+    its own or none, the config says that they are not tied."""
+    factors, weights = dict(adapter.factors), dict(adapter.weights)
+    tied = bool(adapter.config.get(_TYING))
+    same = lambda x, y: x is y if x is None or y is None else np.array_equal(x, y)
+    head, own = factors.get(_HEAD), factors.get(embedding)
+    w_head, w_own = weights.get(f"{_HEAD}/kernel"), weights.get(f"{embedding}/embedding")
+    if head is not None or w_head is not None:
+        tied = same(w_head, None if w_own is None else w_own.T) and (head is None) == (own is None)
+        if tied and head is not None:
+            plain = head.m is None and own.m is None and math.isclose(head.s, own.s)
+            tied = plain and same(head.a, own.b.T) and same(head.b, own.a.T)
+    if tied:
+        factors.pop(_HEAD, None)
+        weights.pop(f"{_HEAD}/kernel", None)
+    return Adapter(factors, weights, adapter.config | {_TYING: tied})
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+class _Joined(NamedTuple):
+    """A module as it is stored. tensors: {name below the module: value}. rank, alpha: its own.
+    conv1d: whether its weight is (in, out). parts: {our layer: how to take it out again}."""
+
+    tensors: dict[str, np.ndarray]
+    rank: int
+    alpha: float
+    conv1d: bool
+    parts: dict[str, dict[str, Any]]
+
+
+def _join(module: str, places: Places, parts: dict[str, Factors]) -> _Joined:
+    """One module of PEFT's from the layers in it."""
+    found = places.at(f"{module}.weight")
+    embedding = next(iter(found)).endswith("/embedding")
+    layers = {path.rsplit("/", 1)[0]: source for path, source in found.items()}
+    if any(source.axes not in (None, (1, 0)) for source in layers.values()):
+        raise ValueError(f"{', '.join(parts)}: {module} is a convolution, which can't be stored")
+    n_in, n_out = next(iter(parts.values())).a.shape[0], _width(found)
     # The largest scale is kept and the others' ratios to it, at most 1, go into B.
-    scale = max((float(factor.s) for factor in parts.values()), key=abs)
-    d_out = next(iter(parts.values())).b.shape[1]
-    for path, (a, b, _) in parts.items():
-        first = next(iter(parts))
-        if a.shape[0] != parts[first].a.shape[0] or b.shape[1] != d_out:
-            raise ValueError(f"{path} and {first} are one module but differ in shape")
-    A = np.concatenate([_float32(factor.a).T for factor in parts.values()])
-    B = np.zeros((len(paths) * d_out, A.shape[0]), np.float32)
-    entries = {}
-    start = 0
-    for path, (_, b, s) in parts.items():
-        b, rank = _float32(b), b.shape[0]
-        rows = slice(paths.index(path) * d_out, (paths.index(path) + 1) * d_out)
-        entries[path] = {"rank": rank, "scale": float(s)}
-        block = b.T
-        if float(s) != scale:
-            block = _rescale(b.T, float(s) / scale)
-            # A rounded product can't be undone by division alone: keep the few bits that it lost.
-            entries[path]["bits"] = _lost_bits(b.T, _undo(block, float(s), scale))
-        B[rows, start : start + rank] = block
-        start += rank
-    return A, B, scale, entries
+    scale = max((float(parts[layer].s) for layer in layers if layer in parts), key=abs)
+    A: list[np.ndarray] = []
+    blocks: list[tuple[slice | np.ndarray, slice, np.ndarray]] = []  # rows and columns of B, values
+    entries: dict[str, dict[str, Any]] = {}
+    rank = 0
+    for layer in (layer for layer in layers if layer in parts):
+        a, b, s, _ = parts[layer]
+        part = layers[layer].part
+        own = b.shape[1] if part is None else np.empty(n_out)[part].size
+        if a.shape[0] != n_in or b.shape[1] != own:
+            want = f"a ({n_in}, r) and b (r, {own})"
+            raise ValueError(f"{layer}: need {want} in {module}, got {a.shape} and {b.shape}")
+        same = next((other for other in entries if np.array_equal(parts[other].a, a)), None)
+        rows = entries[same]["rows"] if same else f"{rank}:{rank + a.shape[1]}"
+        if not same:
+            A.append(_float32(a).T)
+            rank += a.shape[1]
+        entries[layer] = {"module": module, "rows": rows, "scale": float(s)}
+        entries[layer]["columns"] = _columns_as_json(part)
+        blocks.append((_columns(part), _columns(rows), _rescale(b, float(s), scale).T))
+    B = np.zeros((n_out or blocks[0][2].shape[0], rank), np.float32)
+    for rows, columns, values in blocks:
+        B[rows, columns] = values
+    if embedding:
+        tensors = {"lora_embedding_A": np.concatenate(A), "lora_embedding_B": B}
+    else:
+        tensors = {"lora_A.weight": np.concatenate(A), "lora_B.weight": B}
+    if next(iter(parts.values())).m is not None:
+        tensors["lora_magnitude_vector"] = _magnitudes(module, layers, parts)
+    conv1d = not embedding and all(source.axes is None for source in layers.values())
+    return _Joined(tensors, rank, scale * rank, conv1d, entries)
 
 
-def _take_apart(
-    paths: list[str],
-    A: np.ndarray,
-    B: np.ndarray,
-    scale: float,
-    own: dict[str, dict[str, Any]],
-    file: pathlib.Path,
-) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
-    """Undo `_join` with the metadata that it left."""
-    try:
-        entries = {path: own[path] for path in paths if path in own}
-        common = max((float(entry["scale"]) for entry in entries.values()), key=abs)
-        if sum(int(entry["rank"]) for entry in entries.values()) != A.shape[0]:
-            raise ValueError(f"ranks of {sorted(entries)} do not add up to {A.shape[0]}")
-        if not math.isclose(common, scale, rel_tol=1e-9):
-            raise ValueError(f"scale {common} of {sorted(entries)}, but {CONFIG} says {scale}")
-        d_out = B.shape[0] // len(paths)
-        parts = {}
-        start = 0
-        for path, entry in entries.items():
-            rank, s = int(entry["rank"]), float(entry["scale"])
-            row = paths.index(path) * d_out
-            block = B[row : row + d_out, start : start + rank]
-            if "bits" in entry:
-                block = _restore_bits(_undo(block, s, common), entry["bits"])
-            parts[path] = (A[start : start + rank].T, block.T, s)
-            start += rank
-        return parts
-    except (KeyError, TypeError, ValueError, zlib.error) as error:
-        raise ValueError(f"{file}: its metadata 'lorax' does not fit: {error}") from error
+def _magnitudes(module: str, layers: dict[str, Source], parts: dict[str, Factors]) -> np.ndarray:
+    """DoRA's lengths of all columns of a module."""
+    missing = [layer for layer in layers if layer not in parts]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)}: not adapted, but a part of {module}: the lengths that DoRA "
+            "would store for its columns are those of the base's weight. Adapt all parts"
+        )
+    m = np.zeros(sum(parts[layer].m.size for layer in layers), np.float32)
+    for layer, source in layers.items():
+        m[_columns(source.part)] = parts[layer].m
+    return m
+
+
+def _whole(weights: Mapping[str, np.ndarray], places: Places) -> dict[str, np.ndarray]:
+    """{Hugging Face's tensor: value} of parameters trained in full, fused ones joined."""
+    tensors: dict[str, np.ndarray] = {}
+    for path in weights:
+        source = places.of(path)
+        if source is None:
+            raise ValueError(f"{path}: the base has no such parameter")
+        if source.name in tensors:
+            continue
+        found = places.at(source.name)
+        missing = [other for other in found if other not in weights]
+        if missing:
+            raise ValueError(f"{path}: PEFT can only store it with {', '.join(missing)}")
+        whole = _float32(weights[path])
+        if source.part is not None:
+            whole = np.zeros((*whole.shape[:-1], _width(found)), np.float32)
+            for part, own in found.items():
+                whole[..., own.part] = weights[part]
+        tensors[source.name] = whole.transpose(np.argsort(source.axes or range(whole.ndim)))
+    return tensors
+
+
+def _kinds(whole: Mapping[str, np.ndarray], targets: set[str], places: Places, task_type):
+    """(modules_to_save, bias) of PEFT's config for tensors trained in full."""
+    heads = lambda module: module.split(".")[0] in _HEADS
+    saved, biases = [], []
+    for module, _, last in (name.rpartition(".") for name in whole):
+        if module in targets:
+            biases += [module] * (last == "bias")
+        elif last == "bias" and f"{module}.weight" not in whole and not heads(module):
+            biases.append(module)
+        else:
+            saved.append(module.split(".")[0] if heads(module) else module)
+    saved = sorted(set(saved))
+    for module in saved:
+        missing = sorted(set(places.below(module)) - set(whole))
+        if missing:
+            raise ValueError(f"{module}: PEFT stores the whole module; missing is {missing}")
+    if task_type in _HEAD_TASKS and not any(heads(module) for module in saved):
+        raise ValueError(
+            f"task_type {task_type}: PEFT reads the head ({' or '.join(_HEADS)}) from the adapter, "
+            "and its weights are not among those to save"
+        )
+    bias = "none" if not biases else "lora_only" if set(biases) <= targets else "all"
+    return saved, bias
 
 
 def _serialise(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
@@ -305,47 +531,11 @@ def _serialise(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> byte
     return len(header).to_bytes(8, "little") + header + data[end:]
 
 
-def _rescale(block: np.ndarray, ratio: float) -> np.ndarray:
-    return (block.astype(np.float64) * ratio).astype(np.float32)
-
-
-def _undo(block: np.ndarray, s: float, common: float) -> np.ndarray:
-    return _rescale(block, common / s) if s else np.zeros_like(block)
-
-
-def _lost_bits(exact: np.ndarray, guess: np.ndarray) -> str:
-    """What turns `guess` into `exact`, as text: the xor of two float32 arrays, compressed."""
-    bits = np.ascontiguousarray(exact).view(np.uint32) ^ np.ascontiguousarray(guess).view(np.uint32)
-    return base64.b64encode(zlib.compress(bits.astype("<u4").tobytes())).decode()
-
-
-def _restore_bits(guess: np.ndarray, text: str) -> np.ndarray:
-    bits = np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u4").reshape(guess.shape)
-    return (np.ascontiguousarray(guess).view(np.uint32) ^ bits.astype(np.uint32)).view(np.float32)
-
-
-# ------------------------------------------------------------------------------------------ names
-
-
-def _split(name: str) -> tuple[str, str]:
-    """A path or module name's template and layer number: h/3/attn/q -> h/{}/attn/q, 3."""
-    numbers = _NUMBER.findall(name)
-    return _NUMBER.sub("{}", name), numbers[0] if numbers else ""
-
-
-def _order(module: str, family: str) -> tuple[int, int]:
-    template, number = _split(module)
-    return int(number or -1), list(MODULES[family]).index(template)
-
-
-def _family(modules: dict[str, Any], file: pathlib.Path) -> str:
-    templates = {_split(module)[0] for module in modules}
-    for family, known in MODULES.items():
-        if templates <= set(known):
-            return family
-    families = {family: sorted(known) for family, known in MODULES.items()}
-    unknown = sorted(m for m in modules if not any(_split(m)[0] in k for k in MODULES.values()))
-    raise ValueError(f"{file}: modules {unknown[:4]} are of no known family; known are {families}")
+def _rescale(block: np.ndarray, s: float, common: float) -> np.ndarray:
+    """float32 block * s / common, the block itself where the two are equal, 0 where one is 0."""
+    if s == common:
+        return _float32(block)
+    return (np.asarray(block, np.float64) * (s / common if common else 0)).astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -354,18 +544,13 @@ def _family(modules: dict[str, Any], file: pathlib.Path) -> str:
 def _read_config(file: pathlib.Path) -> dict[str, Any]:
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; a PEFT adapter is {CONFIG} and {WEIGHTS}")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: need an object, got {type(config).__name__}")
+    config = read_json(file)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type {config.get('peft_type')!r}; only LORA can be read")
     for field in _REFUSED:
         if config.get(field):
             raise ValueError(
-                f"{file}: {field} {config[field]!r} can't be read; only plain LoRA can"
+                f"{file}: {field} {config[field]!r} can't be read; only LoRA and DoRA can"
             )
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(_CHANGES_BASE):
@@ -390,6 +575,45 @@ def _read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, 
         raise ValueError(f"{file}: not a readable safetensors file: {error}") from error
 
 
+def _sort(stored: Mapping[str, np.ndarray], file: pathlib.Path):
+    """({module: {"A", "B", "m"}}, {tensor trained in full: value}) by Hugging Face's names."""
+    modules: dict[str, dict[str, np.ndarray]] = {}
+    whole: dict[str, np.ndarray] = {}
+    left_out = []
+    for key, tensor in stored.items():
+        name = key.removeprefix(_PREFIX)
+        if match := _FACTOR.fullmatch(name):
+            modules.setdefault(match["module"], {})[match["side"] or "m"] = tensor
+        elif match := not _COPY.search(name) and _OWN.fullmatch(name):
+            whole[f"{match['module']}.{match['name']}"] = tensor
+        elif not _COPY.search(name):
+            left_out.append(key)
+    if left_out:
+        warnings.warn(f"{file}: left out, nothing of LoRA: {sorted(left_out)}", stacklevel=3)
+    if not modules:
+        raise ValueError(f"{file}: holds no lora_A and lora_B tensors")
+    return modules, whole
+
+
+def _update(module: str, sides: dict, config: dict, directory: pathlib.Path) -> Factors:
+    """The factors of one module of Hugging Face, oriented as ours."""
+    A, B, m = (sides.get(side) for side in ("A", "B", "m"))
+    if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+        shapes = {side: tensor.shape for side, tensor in sides.items()}
+        raise ValueError(
+            f"{directory / WEIGHTS}: {module}: need A (r, in) and B (out, r), got {shapes}"
+        )
+    if bool(config.get("use_dora")) != (m is not None) or m is not None and m.size != len(B):
+        given = "no magnitudes" if m is None else f"magnitudes {m.shape}"
+        raise ValueError(
+            f"{directory / WEIGHTS}: {module}: {given} for {len(B)} outputs, but {CONFIG} says "
+            f"use_dora={bool(config.get('use_dora'))}"
+        )
+    scale = _scale(config, module, A.shape[0], directory / CONFIG)
+    a, b = np.ascontiguousarray(A.T), np.ascontiguousarray(B.T)
+    return Factors(a, b, scale, None if m is None else m.reshape(-1))
+
+
 def _scale(config: dict[str, Any], module: str, rank: int, file: pathlib.Path) -> float:
     """PEFT's own rule: alpha / r, or alpha / sqrt(r), after the first pattern that matches."""
     try:
@@ -409,8 +633,79 @@ def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
     return default
 
 
+def _take_apart(updates, whole, text: str, file: pathlib.Path):
+    """(factors, weights, path of the tied embedding or "") by the metadata that `save` left."""
+    try:
+        own = json.loads(text)
+        factors: dict[str, Factors] = {}
+        common: dict[str, float] = {}
+        for entry in own["factors"].values():
+            module, s = entry["module"], float(entry["scale"])
+            common[module] = max(common.get(module, 0.0), s, key=abs)
+        for path, entry in own["factors"].items():
+            module, s = entry["module"], float(entry["scale"])
+            a, b, scale, m = updates[module]
+            if not math.isclose(common[module], scale, rel_tol=1e-9):
+                raise ValueError(f"scale {common[module]} of {path}, but {CONFIG} says {scale}")
+            columns, rows = _columns(entry["columns"]), _columns(entry["rows"])
+            factors[path] = Factors(
+                np.ascontiguousarray(a[:, rows]),
+                _rescale(np.ascontiguousarray(b[rows, columns]), common[module], s),
+                s,
+                None if m is None else m[columns],
+            )
+        weights = {
+            path: _ours(whole[entry["tensor"]], entry["axes"], _columns(entry["columns"]))
+            for path, entry in own["weights"].items()
+        }
+        extra = set(updates) - set(common) | set(whole) - {
+            entry["tensor"] for entry in own["weights"].values()
+        }
+        if extra:
+            raise ValueError(f"it says nothing of {sorted(extra)}")
+        return factors, weights, str(own["tied"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(f"{file}: its metadata 'lorax' does not fit: {error!r}") from error
+
+
+def _split(module: str, update: Factors, places: Places, file: pathlib.Path) -> dict[str, Factors]:
+    """The factors of a module's parts, by our paths."""
+    found = places.at(f"{module}.weight")
+    if not found:
+        known = ", ".join(sorted(name.removesuffix(".weight") for name in places.tensors))
+        raise ValueError(f"{file}: {module}: the base has no such module; it has {known}")
+    a, b, s, m = update
+    width = _width(found)
+    if width not in (0, b.shape[1]):
+        raise ValueError(f"{file}: {module}: {b.shape[1]} outputs, the base's has {width}")
+    parts = {}
+    for path, source in found.items():
+        columns = _columns(source.part)
+        own = None if m is None else m[columns]
+        parts[path.rsplit("/", 1)[0]] = Factors(a, np.ascontiguousarray(b[:, columns]), s, own)
+    return parts
+
+
+def oriented(name: str, tensor: np.ndarray, places: Places, file: pathlib.Path):
+    """{path: value} of the parameters in a tensor that was trained in full."""
+    found = places.at(name)
+    if not found:
+        raise ValueError(
+            f"{file}: {name} was trained in full, and the base has no such parameter"
+            + (": load it with its head" if name.split(".")[0] in _HEADS else "")
+        )
+    return {
+        path: _ours(tensor, source.axes, _columns(source.part)) for path, source in found.items()
+    }
+
+
+def _ours(tensor: np.ndarray, axes, columns: slice | np.ndarray) -> np.ndarray:
+    axes = range(tensor.ndim) if axes is None else axes
+    return np.ascontiguousarray(tensor.transpose(tuple(axes))[..., columns])
+
+
 def _check(path: str, factor: Factors) -> None:
-    a, b, s = factor
+    a, b, s, m = factor
     if np.ndim(a) != 2 or np.ndim(b) != 2 or np.shape(a)[1] != np.shape(b)[0]:
         shapes = f"{np.shape(a)} and {np.shape(b)}"
         raise ValueError(f"{path}: need a (in, r) and b (r, out), got {shapes}")
@@ -418,6 +713,8 @@ def _check(path: str, factor: Factors) -> None:
         raise ValueError(f"{path}: rank 0; leave out a matrix that is not adapted")
     if not math.isfinite(s):
         raise ValueError(f"{path}: scale {s}; it must be finite")
+    if m is not None and np.shape(m) != (np.shape(b)[1],):
+        raise ValueError(f"{path}: need magnitudes m ({np.shape(b)[1]},), got {np.shape(m)}")
 
 
 def _float32(array: Any) -> np.ndarray:

@@ -91,7 +91,7 @@ WORDS = {
     "head": r"(.*/)?lm_head/kernel",
 }
 #: Words for parameters that are trained as they are (`full`), beside those above.
-FULL_WORDS = {"classifier": r"head/(?!pooler/).*", "biases": r"(.*/)?bias", "norms": r"(.*/)?scale"}
+FULL_WORDS = {"classifier": r"head/.*", "biases": r"(.*/)?bias", "norms": r"(.*/)?scale"}
 GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("up", "gate", "down")}
 
 

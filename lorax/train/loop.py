@@ -217,13 +217,16 @@ def _train_chunk(
     trainable = jax.tree.map(lambda x: np.asarray(x)[:m], state.trainable)
     for i, (member, method) in enumerate(zip(chunk.members, chunk.methods, strict=True)):
         own = jax.tree.map(lambda x, i=i: x[i], trainable)
+        adapter = exported(own, method.hp, group.base)
+        # PEFT takes the whole head from a classifier's adapter, so only one that has it is called so.
+        classifier = "SEQ_CLS" if any(p.startswith("head/") for p in adapter.weights) else None
         peft.save(
             workdir / "adapters" / str(member.index),
-            exported(own, method.hp, group.base),
+            adapter,
             sources(group.base),
             member.config.base,
             dropout=method.hp["dropout"],
-            task_type="SEQ_CLS" if group.task.outputs else "CAUSAL_LM",
+            task_type=classifier if group.task.outputs else "CAUSAL_LM",
         )
         at = int(diverged[i])
         rows[member.index] = {

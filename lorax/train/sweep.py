@@ -7,7 +7,6 @@ take a part of the members, or of every batch.
 
 import math
 import os
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -57,9 +56,7 @@ def build_methods(members, base: Base) -> list[Method]:
     for member in members:
         hp = member.config.method.to_dict()
         if base.fresh:  # a head of random weights says nothing before it is trained
-            known = re.compile(methods.FULL_WORDS["classifier"])
-            word = "classifier" if all(map(known.fullmatch, base.fresh)) else "re:head/.*"
-            hp["full"] = tuple(dict.fromkeys((*hp["full"], word)))
+            hp["full"] = tuple(dict.fromkeys((*hp["full"], "classifier")))
         method = methods.method(hp.pop("name"), **hp)
         method.count(base.params, base.sites)  # raises on what does not fit
         built.append(method)

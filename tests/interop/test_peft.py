@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from quick import jit
-from support import DATA, data, require
+from support import data, require
 
 import lorax
 from lorax import adapters
@@ -23,7 +23,7 @@ TINY = dict(n_embd=WIDTH, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_position
 UNTIED = gpt2.hf_tensors(gpt2.Config(**TINY, tie_word_embeddings=False))
 TIED = gpt2.hf_tensors(gpt2.Config(**TINY))
 
-FOREIGN = DATA / "adapters" / "peft_gpt2_lora"
+FOREIGN = "adapters/peft_gpt2_lora"
 
 
 def factor(n_in, rank, n_out, s, seed=0, m=False):
@@ -309,9 +309,9 @@ def test_a_classifier_is_saved_whole_or_not_at_all(tmp_path):
 def test_real_adapter(tmp_path):
     """What PEFT trained on GPT-2 small: r = 8, alpha = 32 on c_attn, attn.c_proj, mlp.c_proj."""
     small = gpt2.hf_tensors(gpt2.Config())
-    loaded = peft.load(data("adapters/peft_gpt2_lora"), small)
+    loaded = peft.load(data(FOREIGN), small)
     assert len(loaded.factors) == 12 * 5 and not loaded.weights
-    stored = safetensors.numpy.load_file(FOREIGN / "adapter_model.safetensors")
+    stored = safetensors.numpy.load_file(data(FOREIGN) / "adapter_model.safetensors")
     key = "base_model.model.transformer.h.7.attn.c_attn."
     update = 4.0 * stored[key + "lora_B.weight"] @ stored[key + "lora_A.weight"]  # (2304, 768)
     ours = np.concatenate([dense(loaded.factors[f"h/7/attn/{part}"]) for part in "qkv"], axis=1)
@@ -346,22 +346,21 @@ MODELS = {
     "llama": Model("llama", "Llama", "ForCausalLM", LLAMA),
     "llama-tied": Model("llama", "Llama", "ForCausalLM", LLAMA | {"tie_word_embeddings": True}),
     "roberta": Model("roberta", "Roberta", "ForSequenceClassification", ROBERTA),
+    "bert": Model("bert", "Bert", "ForMaskedLM", ROBERTA),
     "falcon": Model("falcon", "Falcon", "ForCausalLM", FALCON),
 }
 ALL = ["c_attn", "c_proj", "c_fc"]
 PATTERNS = dict(rank_pattern={"c_attn": 3, "h.1.mlp.c_proj": 1}, alpha_pattern={"h.0.*": 5})
+FUSED = dict(modules_to_save=["h.1.self_attention.query_key_value"], bias="lora_only")
 CASES = {
     "plain": ("gpt2", dict(target_modules=["c_attn"])),
     "patterns": ("gpt2", dict(target_modules=ALL, r=2, lora_alpha=3, **PATTERNS)),
-    "rslora": ("gpt2", dict(target_modules=ALL, r=4, use_rslora=True)),
     "dora": ("gpt2", dict(target_modules=[*ALL, "wte"], r=2, use_dora=True)),
-    "lm-head": ("gpt2", dict(target_modules=["c_attn", "lm_head"])),
     "save-head": ("gpt2", dict(target_modules=["c_attn"], modules_to_save=["lm_head", "ln_f"])),
     "bias-all": ("gpt2", dict(target_modules=["c_attn", "c_fc"], bias="all")),
     "bias-targets": ("gpt2", dict(target_modules=["c_attn", "c_fc"], bias="lora_only")),
     "embeddings": ("gpt2", dict(target_modules=["wte", "wpe", "c_proj"])),
     "tied-lookup": ("gpt2-tied", dict(target_modules=["wte", "c_attn"])),
-    "tied-head": ("gpt2-tied", dict(target_modules=["lm_head", "c_attn"])),
     "tied-apart": ("gpt2-tied", dict(target_modules=["lm_head", "wte"])),
     "tied-save": ("gpt2-tied", dict(target_modules=["c_attn"], modules_to_save=["lm_head"])),
     "llama": ("llama", dict(target_modules="all-linear", use_rslora=True)),
@@ -372,9 +371,9 @@ CASES = {
         dict(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),
     ),
     "llama-save": ("llama", dict(target_modules=["v_proj"], modules_to_save=["embed_tokens"])),
-    "roberta": ("roberta", dict(target_modules=["query", "value"])),
     "roberta-bias": ("roberta", dict(target_modules=["query", "dense"], bias="all")),
-    "falcon": ("falcon", dict(target_modules=["query_key_value"], bias="lora_only")),
+    "bert-lookup": ("bert", dict(target_modules=["query", "word_embeddings"], task_type=None)),
+    "falcon": ("falcon", dict(target_modules=["h.0.self_attention.query_key_value"], **FUSED)),
 }
 TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (3, 9), np.int32)
 
@@ -428,6 +427,7 @@ def test_peft_and_we_compute_the_same_with_each_others_files(case, made, tmp_pat
     torch.manual_seed(1)
     task = "SEQ_CLS" if "Classification" in MODELS[name].kind else "CAUSAL_LM"
     config = library.LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": task} | options)
+    task = config.task_type
     model = library.get_peft_model(reference(name, directory), config)
     before = torch_logits(model)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,295 @@
+"""Adapters on a base model: bound to it, merged into it, many of them in one batch.
+
+An `Adapter` is what a file holds (see `lorax.interop`): factors layer by layer, by path. Here they
+become leaves of a base's parameters, stacked as the base stacks its layers and padded with zeros to
+the largest rank of the stack, which changes nothing in what they compute.
+
+Where a model reads out with its embedding, an adapter from PEFT may update one of the two uses
+alone, or each by itself: such an embedding becomes an `ops.Untied` leaf.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import methods, ops, tree
+from lorax.errors import nearest
+from lorax.interop.peft import Adapter, Factors, Places
+from lorax.methods import lora
+from lorax.models.load import Base, layer_names, sources
+
+
+def bind(base: Base, adapter: Adapter) -> dict:
+    """The base's parameters with the adapter in them, for `lorax.apply`.
+
+    Adapted matrices become `ops.LowRank` leaves (DoRA: `ops.Scaled` ones around them), parameters
+    that were trained in full are replaced, in the dtype of the base's own.
+
+    Raises ValueError that names path and shapes for a layer that the base does not have or factors
+    that do not fit it.
+    """
+    own, head = _uses(base, adapter)
+    flat = _replaced(base, own.weights)
+    for path, stack in _stacks(base, own.factors).items():
+        flat[path] = ops.LowRank(flat[path], *map(jnp.asarray, (stack.a, stack.b, stack.s)))
+        if stack.has_m.any():
+            g = _gain(flat[path], jnp.asarray(stack.m), jnp.asarray(stack.has_m), base.sites[path])
+            flat[path] = ops.Scaled(flat[path], g)
+    if head is not None:
+        flat[head.path] = ops.Untied(flat[head.path], head.leaf)
+    return tree.unflatten(flat)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _gain(leaf, m, has_m, site):
+    """DoRA's scales of a stack's columns, 1 in a layer without lengths."""
+    return jnp.where(has_m[..., None], ops.dora(leaf, m, site).g, 1)
+
+
+def mixed(base: Base, adapters: Sequence[Adapter | None], rows) -> dict:
+    """Parameters for one forward pass in which row i of the batch has adapter rows[i], and a None
+    among the adapters is the bare base.
+
+    rows: (B,) integers below len(adapters), with values (not traced): B is the batch size of the
+    calls that these parameters are for. Raises ValueError for an adapter that does not fit, or that
+    is more than low-rank factors (DoRA, biases, a head): those are not a row's own.
+    """
+    rows = np.asarray(rows)
+    if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
+        raise ValueError(f"rows: (B,) integers are needed, not {rows.dtype} of shape {rows.shape}")
+    if rows.size and not 0 <= rows.min() <= rows.max() < len(adapters):
+        raise ValueError(f"rows: {rows.min()} to {rows.max()} given for {len(adapters)} adapters")
+    stacks = []
+    for i, adapter in enumerate(adapters):
+        own, head = _uses(base, adapter or Adapter({}, {}, {}))
+        stacks.append(_stacks(base, own.factors))
+        if own.weights or head is not None or any(s.has_m.any() for s in stacks[-1].values()):
+            raise ValueError(
+                f"adapters[{i}]: only low-rank factors can differ from row to row, and it has "
+                "DoRA magnitudes or weights of its own"
+            )
+    flat = tree.flatten(base.params)
+    for path in dict.fromkeys(path for own in stacks for path in own):
+        layers, n_in, n_out = base.sites[path].matrix_shape(flat[path].shape)
+        rank = max(own[path].a.shape[-1] for own in stacks if path in own)
+        a = np.zeros((*layers, len(stacks), n_in, rank), np.float32)
+        b = np.zeros((*layers, len(stacks), rank, n_out), np.float32)
+        s = np.zeros((*layers, len(stacks)), np.float32)
+        for i, own in enumerate(stacks):
+            if path in own:
+                r = own[path].a.shape[-1]
+                a[..., i, :, :r], b[..., i, :r, :] = own[path].a, own[path].b
+                s[..., i] = own[path].s
+        every_layer = np.broadcast_to(rows.astype(np.int32), (*layers, len(rows)))
+        flat[path] = ops.Mixed(flat[path], *map(jnp.asarray, (a, b, s, every_layer)))
+    return tree.unflatten(flat)
+
+
+# ----------------------------------------------------------------------------------------- merging
+
+
+class Merged(NamedTuple):
+    """params: plain parameters with the adapter in them. kept: {path: leaf} of the base's that it
+    replaced. error: {layer: largest |merged - exact| over largest |exact|}, of rounding alone."""
+
+    params: dict
+    kept: dict
+    error: dict[str, float]
+
+
+def merge(base: Base, adapter: Adapter) -> Merged:
+    """The adapter merged: w + s a b, or DoRA's columns of it at length m.
+
+    The sum is made in float64 and rounded once, to the dtype of the base's weight. Raises
+    ValueError as `bind` does, and for an adapter that gives a tied head another weight than the
+    embedding.
+    """
+    own, head = _uses(base, adapter)
+    if head is not None:
+        raise ValueError(
+            f"{head.path}: the model reads out with its embedding, and the adapter updates the "
+            "two differently: they can't be one weight"
+        )
+    flat, error = _replaced(base, own.weights), {}
+    changed = {path for path, leaf in tree.flatten(base.params).items() if flat[path] is not leaf}
+    for path, layers in _by_path(base, own.factors).items():
+        site, changed = base.sites[path], changed | {path}
+        matrices = np.array(site.to_matrix(flat[path]))
+        for name, index, (a, b, s, m) in layers:
+            exact = matrices[index].astype(np.float64)
+            exact += s * (np.asarray(a, np.float64) @ np.asarray(b, np.float64))
+            if m is not None:
+                norms = np.linalg.norm(exact, axis=0)
+                exact *= np.where(norms > 0, m / np.where(norms > 0, norms, 1), 1)
+            matrices[index] = exact.astype(matrices.dtype)
+            off = np.abs(matrices[index].astype(np.float64) - exact).max(initial=0)
+            error[name] = float(off / (np.abs(exact).max(initial=0) or 1))
+        flat[path] = site.from_matrix(jnp.asarray(matrices), flat[path].shape)
+    kept = {path: leaf for path, leaf in tree.flatten(base.params).items() if path in changed}
+    return Merged(tree.unflatten(flat), kept, error)
+
+
+def unmerge(merged: Merged) -> dict:
+    """The base's parameters again, bit for bit: those that were kept, not a subtraction."""
+    return tree.unflatten(tree.flatten(merged.params) | merged.kept)
+
+
+# --------------------------------------------------------------------------- to and from training
+
+
+def state(base: Base, adapter: Adapter) -> methods.State:
+    """The trees of `lorax.methods.lora` that start where the adapter is, without dropout.
+
+    Its weights, if it has any, are not in them. Raises ValueError for DoRA, and as `bind`.
+    """
+    trainable, constants = {}, {}
+    for path, stack in _stacks(base, adapter.factors).items():
+        if stack.has_m.any():
+            raise ValueError(f"{path}: has DoRA magnitudes, which LoRA does not train")
+        trainable[path] = {"a": jnp.asarray(stack.a), "b": jnp.asarray(stack.b)}
+        constants[path] = {"s": jnp.asarray(stack.s), "dropout": jnp.zeros(stack.s.shape)}
+    return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
+
+
+def from_state(base: Base, state: methods.State) -> Adapter:
+    """Inverse of `state`: padding is cut off, a layer whose factors are both zero left out."""
+    factors = {}
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(base.params).items()}
+    for path, found in lora.adapters(*state).items():
+        a, b, s = (np.asarray(found[name], np.float32) for name in ("a", "b", "s"))
+        for name, index in layer_names(path, base.sites[path], shapes[path]).items():
+            used = np.flatnonzero(a[index].any(axis=0) | b[index].any(axis=1))
+            if used.size:
+                rank = used[-1] + 1
+                factors[name] = Factors(a[index][:, :rank], b[index][:rank], float(s[index]))
+    return Adapter(factors, {}, {})
+
+
+# ------------------------------------------------------------------------------------ where it is
+
+
+class _Stack(NamedTuple):
+    """The factors of a base's parameter, float32: a (layers..., in, r), b (layers..., r, out),
+    s (layers...), m (layers..., out) where has_m (layers...) bool."""
+
+    a: np.ndarray
+    b: np.ndarray
+    s: np.ndarray
+    m: np.ndarray
+    has_m: np.ndarray
+
+
+def _stacks(base: Base, factors: Mapping[str, Factors]) -> dict[str, _Stack]:
+    """{parameter path: its layers' factors}; layers without any have zeros."""
+    flat, stacks = tree.flatten(base.params), {}
+    for path, layers in _by_path(base, factors).items():
+        axes, n_in, n_out = base.sites[path].matrix_shape(flat[path].shape)
+        rank = max(factor.a.shape[1] for _, _, factor in layers)
+        zeros = lambda *shape, axes=axes, dtype=np.float32: np.zeros((*axes, *shape), dtype)
+        stack = _Stack(
+            zeros(n_in, rank), zeros(rank, n_out), zeros(), zeros(n_out), zeros(dtype=bool)
+        )
+        for _, index, (a, b, s, m) in layers:
+            r = a.shape[1]
+            stack.a[index][:, :r], stack.b[index][:r], stack.s[index] = a, b, s
+            if m is not None:
+                stack.m[index], stack.has_m[index] = m, True
+        stacks[path] = stack
+    return stacks
+
+
+def _by_path(base: Base, factors: Mapping[str, Factors]) -> dict[str, list]:
+    """{parameter path: [(layer, its index in the stack, factors)]}, shapes checked."""
+    flat = tree.flatten(base.params)
+    where = {
+        name: (path, index)
+        for path, site in base.sites.items()
+        for name, index in layer_names(path, site, flat[path].shape).items()
+    }
+    found: dict[str, list] = {}
+    for name, factor in factors.items():
+        if name not in where:
+            raise ValueError(f"{name}: {_none(base, 'layer', name, where)}")
+        path, index = where[name]
+        _, n_in, n_out = base.sites[path].matrix_shape(flat[path].shape)
+        a, b, _, m = factor
+        r = np.shape(a)[-1]
+        if (
+            np.shape(a) != (n_in, r)
+            or np.shape(b) != (r, n_out)
+            or np.shape(m) not in ((), (n_out,))
+        ):
+            lengths = "" if m is None else f", m {np.shape(m)}"
+            raise ValueError(
+                f"{name}: a {np.shape(a)}, b {np.shape(b)}{lengths} do not fit the base's "
+                f"{n_in} x {n_out} matrix"
+            )
+        found.setdefault(path, []).append((name, index, factor))
+    return found
+
+
+def _replaced(base: Base, weights: Mapping[str, np.ndarray]) -> dict:
+    """{path: leaf} of the base with `weights`, named by layer, in place of its own."""
+    flat = tree.flatten(base.params)
+    where: dict[str, tuple[str, int | None]] = {}
+    for path, source in sources(base).items() if weights else ():
+        first, _, rest = path.partition("/")
+        stacked = "{}" in source.name
+        for i in range(len(flat[path])) if stacked else [None]:
+            where[f"{first}/{i}/{rest}" if stacked else path] = path, i
+    for name, value in weights.items():
+        if name not in where:
+            raise ValueError(f"{name}: {_none(base, 'parameter', name, where)}")
+        path, i = where[name]
+        leaf = flat[path]
+        shape = leaf.shape if i is None else leaf.shape[1:]
+        if np.shape(value) != shape:
+            raise ValueError(f"{name}: {np.shape(value)} given, the base's has {shape}")
+        value = jnp.asarray(value).astype(leaf.dtype)
+        flat[path] = value if i is None else leaf.at[i].set(value)
+    return flat
+
+
+def _none(base: Base, kind: str, name: str, known: Iterable[str]) -> str:
+    """What to say of a name that the base does not have."""
+    return f"{base.name} has no such {kind}{nearest(name, known)}"
+
+
+# --------------------------------------------------------------------------------------- tied heads
+
+
+class _Head(NamedTuple):
+    """path: of the embedding that reads out as well. leaf: what it reads out with."""
+
+    path: str
+    leaf: object
+
+
+def _uses(base: Base, adapter: Adapter) -> tuple[Adapter, _Head | None]:
+    """(the adapter without a tied head's own, that head where it is not the embedding)."""
+    embedding = "" if getattr(base.config, "head", "") == "none" else Places(sources(base)).tied
+    path = f"{embedding}/embedding"
+    head, w_head = adapter.factors.get("lm_head"), adapter.weights.get("lm_head/kernel")
+    own = head is not None or w_head is not None
+    touched = embedding in adapter.factors or path in adapter.weights
+    apart = touched and not adapter.config.get("ensure_weight_tying", True)
+    if not embedding or not (own or apart):
+        return adapter, None
+    without = lambda named, name: {key: value for key, value in named.items() if key != name}
+    weights = without(adapter.weights, "lm_head/kernel")
+    rest = Adapter(without(adapter.factors, "lm_head"), weights, adapter.config)
+    leaf = tree.flatten(base.params)[path]
+    if w_head is not None:
+        if w_head.T.shape != leaf.shape:
+            raise ValueError(f"lm_head/kernel: {w_head.shape} given, the base's {leaf.shape[::-1]}")
+        leaf = jnp.asarray(w_head.T).astype(leaf.dtype)
+    if head is not None:
+        if head.m is not None:
+            raise ValueError("lm_head: DoRA of a head that is the embedding is not supported")
+        twin = _stacks(base, {embedding: Factors(head.b.T, head.a.T, head.s)})[path]
+        leaf = ops.LowRank(leaf, *map(jnp.asarray, (twin.a, twin.b, twin.s)))
+    return rest, _Head(path, leaf)

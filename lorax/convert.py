@@ -1,0 +1,218 @@
+"""Look at adapters, and carry them from one format to another.
+
+    python -m lorax.convert show ADAPTER                        spectrum and rank of every update
+    python -m lorax.convert peft ADAPTER OUT --base BASE        an adapter as PEFT stores it
+    python -m lorax.convert merge BASE ADAPTER OUT              a base model with the update in it
+
+ADAPTER is a directory in PEFT's format (`runs/NAME/adapters/0` is one) or a checkpoint of loralib,
+the LoRA authors' own code, as .npz or .safetensors; the latter does not say what it was scaled by:
+give --alpha. BASE is a shipped name, a Hugging Face directory or a Hub id. OUT must be new.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+SHOWN = 16  # singular values in a row of `show`
+
+
+def main(arguments: list[str]) -> int:
+    """The command line. Exit code 0, or 2 for a mistake in the input."""
+    given = _parser().parse_args(arguments)
+    try:
+        given.command(given)
+    except (ValueError, OSError) as error:
+        print(f"lorax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lorax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, function, *positional, base):
+        sub = commands.add_parser(name, help=function.__doc__.splitlines()[0])
+        sub.set_defaults(command=function)
+        for argument in positional:
+            sub.add_argument(argument.lower(), metavar=argument)
+        if base is not None:
+            sub.add_argument("--base", required=base, help="the model that it was made for")
+        sub.add_argument("--alpha", type=float, help="lora_alpha of a loralib checkpoint")
+        return sub
+
+    sub = command("show", show, "ADAPTER", base=False)
+    sub.add_argument("--csv", help="file for all singular values: path, index, sigma")
+    command("peft", to_peft, "ADAPTER", "OUT", base=True)
+    command("merge", merge, "BASE", "ADAPTER", "OUT", base=None)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+
+def show(given) -> None:
+    """Every update: its shape, scale, size, singular values and ranks."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lorax.analysis import spectrum
+    from lorax.files import write_bytes
+
+    sources = model_of(given).sources if given.base else None
+    adapter = read(given, sources)
+    table = Table(title=f"{given.adapter}: dW = s a b of every layer", title_justify="left")
+    for name in ("layer", "in x out", "r", "s", "||dW||_F", "effective", "stable", "90 % energy"):
+        table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
+    table.add_column("singular values")
+    lines = ["path,index,sigma\n"]
+    for path, (a, b, s, _) in adapter.factors.items():
+        _, sigma, _ = spectrum.factor_svd(a, b, s)
+        more = f" ... {len(sigma) - SHOWN} more" if len(sigma) > SHOWN else ""
+        table.add_row(
+            path,
+            f"{a.shape[0]} x {b.shape[1]}",
+            str(a.shape[1]),
+            f"{s:g}",
+            f"{(sigma**2).sum() ** 0.5:.4g}",
+            f"{spectrum.effective_rank(sigma):.2f}",
+            f"{spectrum.stable_rank(sigma):.2f}",
+            f"{spectrum.energy_rank(sigma, 0.9)}",
+            " ".join(f"{x:.3g}" for x in sigma[:SHOWN]) + more,
+        )
+        lines += [f"{path},{i},{x:.9g}\n" for i, x in enumerate(sigma, 1)]
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+    console.print(table)
+    if any(factors.m is not None for factors in adapter.factors.values()):
+        console.print("DoRA: the columns of w + dW are scaled as well, which is not in dW.")
+    for path, weight in adapter.weights.items():
+        console.print(f"trained in full: {path} {' x '.join(map(str, weight.shape))}", markup=False)
+    if given.csv:
+        write_bytes(given.csv, "".join(lines).encode())
+        console.print(f"all singular values: {given.csv}", markup=False, soft_wrap=True)
+
+
+def to_peft(given) -> None:
+    """An adapter of any kind that can be read, as a directory that PEFT loads."""
+    from lorax.interop import peft
+
+    model = model_of(given)
+    adapter = read(given, model.sources)
+    dropout = float(adapter.config.get("lora_dropout") or 0)
+    with whole(given.out) as directory:
+        peft.save(directory, adapter, model.sources, given.base, dropout, model.task_type)
+    print(f"{given.out}: {len(adapter.factors)} adapted matrices")
+
+
+def merge(given) -> None:
+    """A base model with an adapter merged into it, as a directory that transformers loads."""
+    model = model_of(given)
+    from lorax import adapters, models
+
+    adapter = read(given, model.sources)
+    base = models.load(given.base, **model.run)
+    unset = [path for path in base.fresh if path not in adapter.weights]
+    if unset:
+        raise ValueError(f"{', '.join(unset)}: neither {given.base} nor {given.adapter} has them")
+    merged = adapters.merge(base, adapter)
+    with whole(given.out) as directory:
+        models.save(directory, base._replace(params=merged.params))
+    worst = max(merged.error, key=merged.error.get)
+    print(
+        f"{given.out}: {len(merged.error)} matrices merged; largest rounding error "
+        f"{merged.error[worst]:.2g} of the largest weight, in {worst}"
+    )
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+class Model(NamedTuple):
+    """What is known of a base without its weights.
+
+    sources: {parameter path: where it lies in Hugging Face's tensors}. task_type: PEFT's word for
+    it. run: the fields of its Config that the adapter decides, for `lorax.load`.
+    """
+
+    sources: dict
+    task_type: str | None
+    run: dict
+
+
+def read(given, sources=None):
+    """The `Adapter` of the command line. Raises ValueError or FileNotFoundError."""
+    from lorax.interop import loralib, peft
+
+    path = Path(given.adapter)
+    if path.name == peft.WEIGHTS:
+        path = path.parent
+    if path.suffix in (".npz", ".safetensors"):
+        if given.alpha is None:
+            raise ValueError(f"--alpha: {path} does not say by what its updates are scaled")
+        return loralib.load(path, given.alpha, sources)
+    if given.alpha is not None:
+        raise ValueError(f"--alpha: {path} is PEFT's, which says itself how it is scaled")
+    return peft.load(path, sources)
+
+
+def model_of(given) -> Model:
+    """The base of the command line, an encoder with the head that the adapter has weights for.
+
+    Raises ValueError or FileNotFoundError.
+    """
+    from lorax.errors import nearest
+    from lorax.files import read_json
+    from lorax.models.load import FAMILIES, find
+
+    config = read_json(find(given.base, weights=False) / "config.json")
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        hint = nearest(str(family), FAMILIES)
+        raise ValueError(f"base: {given.base} is a {family!r} model; {', '.join(FAMILIES)}{hint}")
+    source, run = FAMILIES[family][0], {}
+    fields = source.Config.__dataclass_fields__
+    task_type = "CAUSAL_LM" if "vocab_size" in fields else None
+    if "head" in fields:  # an encoder, which has one of several
+        labels = _labels(read(given).weights)
+        run = {"head": "classification", "labels": labels} if labels else {}
+        task_type = "SEQ_CLS" if labels else None
+    return Model(source.hf_tensors(source.config_from_hf(config, **run)), task_type, run)
+
+
+def _labels(weights: dict) -> int | None:
+    """Classes that the classifier among an adapter's weights tells apart, None without one."""
+    for path in ("classifier.weight", "classifier.out_proj.weight"):
+        if path in weights:
+            return len(weights[path])
+    return weights["head/out/kernel"].shape[1] if "head/out/kernel" in weights else None
+
+
+@contextlib.contextmanager
+def whole(out: str) -> Iterator[Path]:
+    """A directory to write into that takes the name `out` when all is written, or is gone.
+
+    Raises FileExistsError where there is something of that name already.
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out}: is there already; give a new directory")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,128 @@
+"""Checkpoints of loralib, the LoRA authors' own code (github.com/microsoft/LoRA), as .npz or
+.safetensors: `lora_state_dict` of a model, which is what was trained and nothing else.
+
+A layer stores `<module>.lora_A` (r, in) and `lora_B` (out, r); the scale alpha / r is in the script
+that trained it and not in the file. A fused layer (loralib's `MergedLinear`, on GPT-2's c_attn)
+adapts some of its parts, each with r rows of one lora_A and its own rows of one lora_B: n of them
+make lora_A (n r, in) and lora_B (n d, r), and which they are is not in the file either.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import zipfile
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from lorax.interop.peft import Adapter, Factors, Places, natural, oriented
+
+if TYPE_CHECKING:
+    from lorax.interop.hf import Source
+
+_KEY = re.compile(r"(module\.)?(?P<module>.+)\.(?P<name>lora_[AB]|weight|bias)")
+_DAMAGED = (
+    safetensors.SafetensorError,
+    zipfile.BadZipFile,
+    ValueError,
+    TypeError,
+    EOFError,
+    OSError,
+)
+FUSED = ("q", "v")  # what the authors adapt of GPT-2's c_attn
+
+
+def load(
+    file: str | os.PathLike,
+    alpha: float,
+    sources: Mapping[str, Source] | None = None,
+    fused: tuple[str, ...] = FUSED,
+) -> Adapter:
+    """Read a loralib checkpoint.
+
+    Args:
+      alpha: `lora_alpha` of the script; the scale of each layer is alpha over its rank. (The
+        authors' GPT-2 runs have 32, their RoBERTa scripts 16.)
+      sources: where the base's parameters lie in Hugging Face's tensors. Without them layers and
+        weights come by the modules' own names, weights as they are stored.
+      fused: last words of the parts that a fused layer adapts, where it does not adapt all.
+
+    Raises FileNotFoundError, or ValueError that names the file for one that is damaged, has pickled
+    objects or no factors, for factors that do not fit together and modules that `sources` lack.
+    """
+    file = pathlib.Path(file)
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    whole: dict[str, np.ndarray] = {}
+    for key, tensor in _read(file).items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{file}: {key!r} is no factor, weight or bias of a module")
+        module, name = match["module"], match["name"]
+        if name.startswith("lora"):
+            layers.setdefault(module, {})[name[-1]] = tensor
+        else:
+            whole[f"{module}.{name}"] = tensor
+    if not layers:
+        raise ValueError(f"{file}: holds no lora_A and lora_B tensors")
+
+    places = None if sources is None else Places(sources)
+    factors: dict[str, Factors] = {}
+    for module, sides in sorted(layers.items(), key=lambda item: natural(item[0])):
+        try:
+            factors |= _updates(module, sides, alpha, places, fused)
+        except ValueError as error:
+            shapes = {f"lora_{side}": tensor.shape for side, tensor in sides.items()}
+            raise ValueError(f"{file}: {module} has {shapes}: {error}") from None
+    weights = whole
+    if places is not None:
+        weights = {}
+        for name, tensor in whole.items():
+            weights |= oriented(name, tensor, places, file)
+    return Adapter(factors, weights, {"lora_alpha": alpha})
+
+
+def _updates(module, sides, alpha, places: Places | None, fused) -> dict[str, Factors]:
+    """{layer: Factors} of one module's lora_A and lora_B."""
+    A, B = sides.get("A"), sides.get("B")
+    if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] % (B.shape[1] or 2):
+        raise ValueError("need lora_A (r, in) and lora_B (out, r)")
+    groups, names = A.shape[0] // B.shape[1], [module]
+    if places is not None:
+        names = [path.rsplit("/", 1)[0] for path in places.at(f"{module}.weight")]
+        if not names:
+            raise ValueError("the base has no such module")
+        if groups < len(names):
+            names = [name for name in names if name.rsplit("/", 1)[-1] in fused]
+    elif groups > 1:
+        raise ValueError(f"{groups} updates of a fused layer: only its base can tell them apart")
+    if groups != len(names) or B.shape[0] % groups:
+        raise ValueError(f"{groups} updates are no fit for {', '.join(names)}")
+    found = {}
+    for name, part_A, part_B in zip(names, np.split(A, groups), np.split(B, groups), strict=True):
+        a, b = np.ascontiguousarray(part_A.T), np.ascontiguousarray(part_B.T)
+        found[name] = Factors(a, b, float(alpha) / b.shape[0])
+    return found
+
+
+def _read(file: pathlib.Path) -> dict[str, np.ndarray]:
+    """{key: float32 array}."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        if file.suffix == ".npz":
+            with open(file, "rb") as handle, np.load(handle, allow_pickle=False) as stored:
+                return {key: np.asarray(stored[key], np.float32) for key in stored.files}
+        if file.suffix == ".safetensors":
+            stored = safetensors.numpy.load_file(file)
+            return {key: np.asarray(tensor, np.float32) for key, tensor in stored.items()}
+    except _DAMAGED as error:
+        raise ValueError(f"{file}: not a readable {file.suffix} file ({error})") from None
+    raise ValueError(
+        f"{file}: only .npz and .safetensors are read: a pickled checkpoint (.bin, .pt) can run "
+        "code when opened; save its state dict as one of the two"
+    )

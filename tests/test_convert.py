@@ -1,0 +1,207 @@
+"""The command line that looks at adapters and carries them from one format to another."""
+
+import functools
+import json
+import re
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from quick import jit
+from support import data, require
+
+import lorax
+from lorax import adapters, convert
+from lorax.analysis import factor_svd
+from lorax.interop import loralib, peft
+from lorax.interop.peft import Adapter, Factors
+from lorax.models.load import FAMILIES, sources
+
+MNLI = "adapters/lora_roberta_mnli/roberta_base_lora_mnli.npz"
+WIDTH = 16
+
+
+def run(*arguments):
+    return convert.main([str(argument) for argument in arguments])
+
+
+def draw(*shape, seed=0):
+    return 0.3 * np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A directory with the configuration of a GPT-2 and random weights."""
+    directory = tmp_path_factory.mktemp("models")
+    sizes = dict(n_embd=WIDTH, n_head=2, n_layer=2, vocab_size=40, n_positions=12)
+    (directory / "config.json").write_text(json.dumps({"model_type": "gpt2"} | sizes))
+    base = lorax.load(f"random:{directory}")
+    lorax.models.save(directory, base)
+    return directory, base
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """A PEFT directory for it."""
+    own = {
+        "h/0/attn/q": Factors(draw(WIDTH, 2), draw(2, WIDTH), 2.0),
+        "h/1/mlp/down": Factors(draw(4 * WIDTH, 20), draw(20, WIDTH), 0.5),
+        "wte": Factors(draw(40, 2), draw(2, WIDTH), 1.0),
+    }
+    weights = {"ln_f/bias": draw(WIDTH), "ln_f/scale": 1 + draw(WIDTH, seed=1)}
+    peft.save(tmp_path / "adapter", Adapter(own, weights, {}), sources(base[1]), "x", dropout=0.25)
+    return tmp_path / "adapter"
+
+
+# -------------------------------------------------------------------------------------------- show
+
+
+def shown(capsys) -> dict[str, list[str]]:
+    """{layer: the other cells of its row} of the table on the terminal."""
+    lines = [
+        line.strip("│ \n").split("│")
+        for line in capsys.readouterr().out.splitlines()
+        if "│" in line
+    ]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "count"),
+    [(MNLI, ("--alpha", 16), 24), ("adapters/peft_gpt2_lora", (), 36)],
+)
+def test_the_spectrum_of_every_layer_of_the_real_adapters(path, options, count, tmp_path, capsys):
+    assert run("show", data(path), *options, "--csv", tmp_path / "sigma.csv") == 0
+    rows = shown(capsys)
+    assert len(rows) == count
+    loaded = loralib.load(data(path), 16) if options else peft.load(data(path))
+    lines = (tmp_path / "sigma.csv").read_text().splitlines()
+    assert lines[0] == "path,index,sigma" and len(lines) == 1 + 8 * count
+    table = [line.split(",") for line in lines[1:]]
+    for layer, (a, b, s, _) in loaded.factors.items():
+        _, sigma, _ = factor_svd(a, b, s)
+        written = [float(x) for name, _, x in table if name == layer]
+        np.testing.assert_allclose(written, sigma, rtol=1e-6)
+        cells = rows[layer]
+        assert cells[:3] == [f"{a.shape[0]} x {b.shape[1]}", "8", f"{s:g}"]
+        np.testing.assert_allclose([float(x) for x in cells[-1].split()], sigma, rtol=6e-3)
+        np.testing.assert_allclose(float(cells[3]), np.linalg.norm(s * a @ b), rtol=1e-3)
+
+
+def test_with_its_base_an_adapter_is_shown_by_our_paths(base, tmp_path, capsys):
+    tensors = {"transformer.h.1.attn.c_attn.lora_A": draw(4, WIDTH)}
+    tensors |= {"transformer.h.1.attn.c_attn.lora_B": draw(2 * WIDTH, 2)}
+    np.savez(tmp_path / "x.npz", **tensors)
+    assert run("show", tmp_path / "x.npz", "--alpha", 32, "--base", base[0]) == 0
+    assert list(shown(capsys)) == ["h/1/attn/q", "h/1/attn/v"]
+
+
+def test_long_spectra_are_cut_and_full_weights_named(adapter, tmp_path, capsys):
+    np.savez(tmp_path / "x.npz", **{"x.lora_A": draw(20, 40), "x.lora_B": draw(30, 20)})
+    assert run("show", tmp_path / "x.npz", "--alpha", 1) == 0
+    assert shown(capsys)["x"][-1].endswith(" ... 4 more")
+    assert run("show", adapter / "adapter_model.safetensors") == 0
+    assert "trained in full: ln_f/bias 16\n" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------- peft
+
+
+def test_a_checkpoint_of_the_authors_becomes_one_of_peft(base, tmp_path, capsys):
+    module = "transformer.h.1.attn.c_attn"
+    A, B = draw(4, WIDTH), draw(2 * WIDTH, 2)
+    safetensors.numpy.save_file(
+        {f"{module}.lora_A": A, f"{module}.lora_B": B}, tmp_path / "x.safetensors"
+    )
+    out = tmp_path / "new" / "out"
+    assert run("peft", tmp_path / "x.safetensors", out, "--base", base[0], "--alpha", 32) == 0
+    assert capsys.readouterr().out == f"{out}: 2 adapted matrices\n"
+    assert sorted(file.name for file in out.iterdir()) == [peft.CONFIG, peft.WEIGHTS]
+    stored = safetensors.numpy.load_file(out / peft.WEIGHTS)
+    update = 16 * stored[f"base_model.model.{module}.lora_B.weight"]
+    update = update @ stored[f"base_model.model.{module}.lora_A.weight"]  # (3 d, d)
+    want = np.zeros((3 * WIDTH, WIDTH))
+    want[:WIDTH], want[2 * WIDTH :] = 16 * B[:WIDTH] @ A[:2], 16 * B[WIDTH:] @ A[2:]
+    np.testing.assert_allclose(update, want, rtol=0, atol=1e-5)
+    config = json.loads((out / peft.CONFIG).read_text())
+    assert config["lora_alpha"] / config["r"] == 16 and config["task_type"] == "CAUSAL_LM"
+
+
+def test_the_authors_mnli_adapter_becomes_one_of_peft_with_its_head(tmp_path):
+    if "roberta" not in FAMILIES:
+        pytest.skip("no roberta")
+    roberta = {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"], "pad_token_id": 1}
+    roberta |= {"max_position_embeddings": 514, "type_vocab_size": 1, "vocab_size": 50265}
+    (tmp_path / "config.json").write_text(json.dumps(roberta))
+    out = tmp_path / "out"
+    assert run("peft", data(MNLI), out, "--base", tmp_path, "--alpha", 16) == 0
+    config = json.loads((out / peft.CONFIG).read_text())
+    assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["classifier"]
+    stored = safetensors.numpy.load_file(out / peft.WEIGHTS)
+    with np.load(data(MNLI)) as theirs:
+        assert len(stored) == len(theirs.files)
+        for key in theirs.files:
+            name = key if "lora" not in key else f"{key}.weight"
+            np.testing.assert_array_equal(stored[f"base_model.model.{name}"], theirs[key])
+
+
+def test_peft_to_peft_keeps_everything(base, adapter, tmp_path):
+    assert run("peft", adapter, tmp_path / "again", "--base", base[0]) == 0
+    first, again = (peft.load(directory) for directory in (adapter, tmp_path / "again"))
+    assert list(first.factors) == list(again.factors) and list(first.weights) == list(again.weights)
+    assert again.config == first.config | {"base_model_name_or_path": str(base[0])}
+    assert (adapter / peft.WEIGHTS).read_bytes() == (tmp_path / "again" / peft.WEIGHTS).read_bytes()
+
+
+# ------------------------------------------------------------------------------------------- merge
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_computes_with_what_was_merged(base, adapter, tmp_path, capsys):
+    torch, transformers = require("torch"), require("transformers")
+    directory, ours = base
+    assert run("merge", directory, adapter, tmp_path / "out") == 0
+    text = capsys.readouterr().out
+    assert "3 matrices merged; largest rounding error" in text
+    assert 0 < float(text.split("error ")[1].split()[0]) < 1e-7
+    tokens = np.arange(12, dtype=np.int32)[None] + 3
+    bound = adapters.bind(ours, peft.load(adapter))
+    expected = jit(functools.partial(lorax.apply, ours.module))(bound, tokens)
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens).long()).logits.numpy()
+    assert np.ptp(logits) > 1
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("show {tmp}/nothing", "adapter_config.json: no such file"),
+        ("show {tmp}/nothing.npz --alpha 3", "nothing.npz: no such file"),
+        ("show {tmp}/nothing.npz", "--alpha: .* does not say"),
+        ("show {adapter} --alpha 3", "--alpha: .* says itself"),
+        ("show {adapter} --base {tmp}/none", "no directory"),
+        ("peft {adapter} {adapter} --base {base}", "is there already"),
+        ("peft {tmp}/wide.npz {tmp}/out --alpha 3 --base {base}", "wide.npz: .*no such module"),
+        ("merge {base} {adapter} {adapter}", "is there already"),
+        ("merge {base} {tmp}/wide {tmp}/out", "h/0/attn/q: a .8, 1.* do not fit"),
+        ("merge {base} {adapter}/adapter_config.json/x {tmp}/out", "no such file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(
+    arguments, words, base, adapter, tmp_path, capsys
+):
+    np.savez(tmp_path / "wide.npz", **{"x.lora_A": draw(1, 8), "x.lora_B": draw(8, 1)})
+    wide = {"h/0/attn/q": Factors(draw(8, 1), draw(1, WIDTH), 1.0)}
+    peft.save(tmp_path / "wide", wide, sources(base[1]), "x")
+    before = sorted(tmp_path.rglob("*"))
+    places = dict(tmp=tmp_path, adapter=adapter, base=base[0])
+    assert run(*(word.format(**places) for word in arguments.split())) == 2
+    text = capsys.readouterr()
+    assert text.err.startswith("lorax: ") and text.err.count("\n") == 1 and not text.out
+    assert re.search(words, text.err), text.err
+    assert sorted(tmp_path.rglob("*")) == before
