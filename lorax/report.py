@@ -552,8 +552,8 @@ NOTES = """
 lowest mean plus that mean's standard error (standard deviation over seeds, n − 1, divided by √n).
 It asks for the simplest setting that the data can't tell from the best, and is no test of
 equality.</li>
-<li><b>Loss.</b> Cross entropy in nats, per completion token or, of a classifier, per example (squared
-error where it predicts a value); the base's is the eval at step 0.</li>
+<li><b>Loss.</b> Cross entropy in nats, per completion token or, of a classifier, per example
+(squared error where it predicts a value); the base's is the eval at step 0.</li>
 <li><b>Subspace similarity.</b> LoRA,
 <a href="https://arxiv.org/abs/2106.09685">arXiv 2106.09685</a>, section 7.2: singular vectors of A
 on the input side (appendix G says left; for A (r × in) the right ones are meant). Control:

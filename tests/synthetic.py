@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 
 from lorax.interop import peft
+from lorax.models import gpt2
 
 WIDTH = 24
 LAYERS = 3
 TARGETS = ("q", "v")
 BASE_LOSS = 3.456
 STEPS = (0, 50, 100)
+SOURCES = gpt2.hf_tensors(gpt2.Config(n_embd=WIDTH))
 
 
 def planted_loss(rank: int, seed: int) -> float:
@@ -105,7 +107,9 @@ def make_run(
                     }
                     if adapters:
                         factors = planted_factors(rank, seed, scale)
-                        peft.save(directory / "adapters" / str(member), factors, "gpt2-nano")
+                        peft.save(
+                            directory / "adapters" / str(member), factors, SOURCES, "gpt2-nano"
+                        )
     sweep = {"rank": ranks, "alpha": alphas, "lr": lrs, "seed": seeds}
     config = {"base": "gpt2-nano", "sweep": sweep, "task": {"name": "restaurants"}}
     about = {

@@ -43,7 +43,7 @@ def amplification(
     """
     w = np.asarray(w, np.float64)
     if isinstance(delta, tuple):
-        u, sigma, vt = factor_svd(*delta)
+        u, sigma, vt = factor_svd(*delta[:3])
     else:
         u, sigma, vt = np.linalg.svd(np.asarray(delta, np.float64), full_matrices=False)
     if w.ndim != 2 or (u.shape[0], vt.shape[1]) != w.shape:

@@ -122,8 +122,8 @@ def train(workdir: Path, groups: list[Group], terminal: Terminal) -> dict[int, d
 
     A row has "status" ("finished" or "diverged"), "diverged_at" (step or None), "eval_loss" (nats a
     completion token, or a classifier's, None after divergence), "seconds" and "scores" ({metric:
-    value} of a classifier, or of the texts that were asked for). Killed at any moment and called again,
-    the metrics and adapters come out bit for bit as without the interruption.
+    value} of a classifier, or of the texts that were asked for). Killed at any moment and called
+    again, the metrics and adapters come out bit for bit as without the interruption.
     """
     total = sum(len(g.stack.members) * g.stack.members[0].config.train.steps for g in groups)
     done, offset, rows = 0.0, 0, {}
@@ -218,7 +218,7 @@ def _train_chunk(
     for i, (member, method) in enumerate(zip(chunk.members, chunk.methods, strict=True)):
         own = jax.tree.map(lambda x, i=i: x[i], trainable)
         adapter = exported(own, method.hp, group.base)
-        # PEFT takes the whole head from a classifier's adapter, so only one that has it is called so.
+        # PEFT takes the whole head from a classifier's adapter: only one that has it is called so.
         classifier = "SEQ_CLS" if any(p.startswith("head/") for p in adapter.weights) else None
         peft.save(
             workdir / "adapters" / str(member.index),

@@ -25,7 +25,7 @@ def test_load_reads_what_was_written(tmp_path):
     assert run.config["config"]["base"] == "gpt2-nano" and run.status["state"] == "finished"
     assert set(run.metrics["split"]) == {"train", "eval"}
     assert run.metrics["loss"].dtype == float
-    for path, (a, b, s) in planted_factors(2, 1, 8.0).items():
+    for path, (a, b, s, _) in planted_factors(2, 1, 8.0).items():
         got = run.adapter(3)[path]
         np.testing.assert_array_equal(got.a, a)
         np.testing.assert_array_equal(got.b, b)
@@ -178,7 +178,7 @@ def test_spectra_are_those_of_the_dense_updates(tmp_path):
     sigmas, ranks = runs.spectra(found)
     assert not missing and len(ranks) == 4 * LAYERS * len(TARGETS)
     for (member, path), rows in sigmas.groupby(["member", "path"]):
-        a, b, s = found[member][path]
+        a, b, s, _ = found[member][path]
         dense = np.linalg.svd(s * a.astype(float) @ b, compute_uv=False)[: a.shape[1]]
         np.testing.assert_allclose(rows["sigma"], dense, rtol=0, atol=1e-5 * dense[0])
         row = ranks[(ranks["member"] == member) & (ranks["path"] == path)].iloc[0]

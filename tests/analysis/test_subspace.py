@@ -13,6 +13,7 @@ from lorax.analysis import (
     update_similarity,
 )
 from lorax.interop import peft
+from lorax.models import gpt2
 
 ROBERTA = DATA / "adapters" / "lora_roberta_mnli" / "roberta_base_lora_mnli.npz"
 GPT2 = DATA / "adapters" / "peft_gpt2_lora"
@@ -148,7 +149,7 @@ def test_definition_on_the_authors_own_adapter():
 
 @pytest.mark.skipif(not GPT2.exists(), reason="needs the shared data folder")
 def test_definition_on_a_peft_adapter():
-    factors = peft.load(GPT2)
+    factors = peft.load(GPT2, gpt2.hf_tensors(gpt2.Config())).factors
     a1, a2 = factors["h/0/attn/q"].a, factors["h/5/attn/q"].a
     got = subspace_similarity(a1, a2)
     np.testing.assert_allclose(got, from_definition(a1.T, a2.T), rtol=0, atol=1e-5)
