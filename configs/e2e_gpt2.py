@@ -4,7 +4,7 @@
 
 Hyperparameters of Hu et al. 2021 (arXiv:2106.09685), table 11, with their code's length penalty
 (0.8; the table has 0.9). Published for r = 4: BLEU 70.4 +- 0.1, NIST 8.85 (table 3); validation
-loss 1.23, 1.21, 1.18, 1.17, 1.16, 1.16 at r = 1, 2, 4, 8, 16, 64 (table 18; their loss is smoothed).
+loss 1.23, 1.21, 1.18, 1.17, 1.16, 1.16 at r = 1, 2, 4, 8, 16, 64 (table 18, with smoothed labels).
 A GPU's work: 18 members of 26,290 steps. The data is at https://github.com/tuetschek/e2e-dataset.
 
     --config=configs/e2e_gpt2.py:DIR_OR_HUB_ID    another GPT-2, "random:DIR" for its shape alone

@@ -215,3 +215,72 @@ def test_default_workdir_depends_on_the_overrides():
     assert plain == "runs/gpt2_rank_sweep"
     assert re.fullmatch(r"runs/gpt2_rank_sweep-[0-9a-f]{10}", one) and one != other
     assert ask("--config.train.steps=5") == one
+
+
+def test_members_write_texts_that_are_scored(tmp_path):
+    done = run(
+        f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", *SMALL[:1], *SMALL[2:],
+        "--config.eval.generate=5", "--config.eval.new_tokens=6", "--config.analysis.report=False",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    loaded = runs.load(tmp_path / "run")
+    for member in ("0", "1"):
+        lines = (tmp_path / "run/texts" / f"{member}.jsonl").read_text().splitlines()
+        texts = [json.loads(line) for line in lines]
+        assert len(texts) == 5 and all(t["prompt"].endswith("=>") and t["text"] for t in texts)
+        assert loaded.status["members"][member]["scores"]["nist"] >= 0
+    assert {"nist"} <= set(runs.summary(loaded)) and "nist" in done.stdout
+
+
+def test_a_classifier_learns_sentences_and_its_metric_is_logged(tmp_path):
+    """A little RoBERTa of random weights, whose head and embeddings are trained beside LoRA."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = [
+        "<s>",
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "good",
+        "fine",
+        "bad",
+        "poor",
+        "a",
+        "film",
+        "is",
+        "it",
+    ]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    base = tmp_path / "base"
+    base.mkdir()
+    tokenizer.save(str(base / "tokenizer.json"))
+    config = dict(
+        model_type="roberta", vocab_size=12, hidden_size=32, num_hidden_layers=2, pad_token_id=1,
+        num_attention_heads=2, intermediate_size=64, max_position_embeddings=20, type_vocab_size=1,
+        architectures=["RobertaForMaskedLM"], eos_token_id=2, bos_token_id=0,
+    )  # fmt: skip
+    (base / "config.json").write_text(json.dumps(config))
+    glue = tmp_path / "SST-2"
+    glue.mkdir()
+    rows = [(f"a film is {w}", int(w in ("good", "fine"))) for w in words[4:8]] * 16
+    text = "sentence\tlabel\n" + "".join(f"{s}\t{label}\n" for s, label in rows)
+    for name in ("train", "dev"):
+        (glue / f"{name}.tsv").write_text(text)
+    workdir = tmp_path / "run"
+    done = run(
+        "--config=configs/glue_roberta.py:sst2", f"--config.base=random:{base}",
+        f"--config.task.path={glue}", f"--workdir={workdir}", "--config.sweep.seed=(0,1)",
+        "--config.method.full=('embed',)", "--config.train.steps=60", "--config.train.seq_len=8",
+        "--config.train.batch_size=16", "--config.train.accumulate=2", "--config.eval.every=20",
+        "--config.train.warmup=4", "--config.train.lr=1e-2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    loaded = runs.load(workdir)
+    evals = loaded.metrics.query("split == 'eval' and step == 60")
+    assert (evals["accuracy"] == 1).all() and "accuracy" in done.stdout
+    first = loaded.metrics.query("split == 'eval' and step == 0")
+    assert (first["accuracy"] < 1).all()
+    stored = json.loads((workdir / "adapters/0/adapter_config.json").read_text())
+    assert stored["task_type"] == "SEQ_CLS" and "classifier" in stored["modules_to_save"]

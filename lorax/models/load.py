@@ -60,9 +60,10 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
 
     name: a shipped model ("gpt2-nano"), a directory in Hugging Face's layout, or a Hub id. With
     "random:" in front the architecture is taken and the weights are drawn (seed 0) as its authors
-    would have; that goes for the names of `gpt2.SIZES` as well. dtype: of the computation. param_dtype: of the weights. run: further fields of the
-    family's Config: how to run it (`remat`, `unroll`) or, for an encoder, which head it has
-    (`head="classification"`, `labels=2`; drawn at random where the files have none).
+    would have; that goes for the names of `gpt2.SIZES` as well. dtype: of the computation.
+    param_dtype: of the weights. run: further fields of the family's Config: how to run it
+    (`remat`, `unroll`) or, for an encoder, which head it has (`head="classification"`, `labels=2`;
+    drawn at random where the files have none).
 
     Raises ValueError or FileNotFoundError with what was given and what would be right.
     """

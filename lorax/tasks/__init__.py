@@ -50,7 +50,8 @@ def build(
         folder that the task reads), `n_train` (None: all; else the first n train examples),
         `seed` (int, of the data itself), `packing` (True: several train examples a row),
         `template` (of instruct: a chat template), `subset` (of glue).
-    seq_len: tokens that a model reads; a row has one more. Longer examples are dropped.
+    seq_len: tokens that a model reads at most; a row of a language model has one more. Longer
+        examples are dropped, or cut for a classifier. Columns that no row needs are left out.
     eval_examples: evaluation rows to keep, evenly spaced over the set (None: all). The prompts
         stay as they are.
 
@@ -70,10 +71,10 @@ def build(
                 f"only {', '.join(names)}"
             )
     task = TASKS[name](config, vocabulary, seq_len)
-    kept, note = spread(task.eval, eval_examples), task.note
+    kept, note = spread(trim(task.eval), eval_examples), task.note
     if len(kept["tokens"]) < len(task.eval["tokens"]):
         note += f"; evaluates on {count(len(kept['tokens']))} of these, evenly spaced"
-    return task._replace(eval=kept, note=f"{name}: {note}")
+    return task._replace(train=trim(task.train), eval=kept, note=f"{name}: {note}")
 
 
 def outputs(config: Mapping[str, Any]) -> int:
@@ -88,6 +89,16 @@ def spread(rows: Rows, n: int | None) -> Rows:
         return rows
     index = np.arange(n) * total // n
     return {key: value[index] for key, value in rows.items()}
+
+
+def trim(rows: Rows) -> Rows:
+    """Rows without the columns at their end that count in none of them: padding, which a model
+    would read for nothing. A model then reads a multiple of 8 tokens, or as many as before."""
+    counts = (rows["segments"] if "segments" in rows else rows["mask"]) > 0
+    ahead = int("mask" in rows)  # a language model does not read the last column
+    last = int(np.flatnonzero(counts.any(axis=0)).max(initial=0))
+    width = -(-(last + 1 - ahead) // 8) * 8 + ahead
+    return {name: x[:, :width] if x.ndim == 2 else x for name, x in rows.items()}
 
 
 @functools.lru_cache(maxsize=256)

@@ -257,9 +257,17 @@ def write_texts(workdir: Path, member: Member, group: Group, params, say) -> dic
         length_penalty=c.length_penalty,
         no_repeat_ngram=c.no_repeat_ngram,
     )
-    began = time.monotonic()
+    began = told = time.monotonic()
+
+    def tell(done, total):
+        nonlocal told
+        if time.monotonic() - told > 10 and done < total:
+            told = time.monotonic()
+            left = (told - began) * (total - done) / done
+            say(f"member {member.name}: {done} of {total} texts, {left:.0f} s left")
+
     asked = [p.text for p in prompts]
-    texts = decode.complete(group.base, asked, params, how, batch_size=c.batch_size)
+    texts = decode.complete(group.base, asked, params, how, batch_size=c.batch_size, progress=tell)
     texts = [text.strip() for text in texts]
     found = metrics.text_scores(texts, [p.references for p in prompts])
     lines = [
@@ -278,7 +286,7 @@ def _scores(task: tasks.Task, outputs, m: int) -> dict[str, np.ndarray]:
         return {}
     labels = task.eval["label"]
     rows = np.asarray(outputs)[:m].reshape(m, -1, outputs.shape[-1])[:, : len(labels)]
-    each = [task.scores(np.nan_to_num(row), labels) for row in rows]
+    each = [task.scores(row, labels) for row in rows]
     return {name: np.array([scores[name] for scores in each], np.float32) for name in each[0]}
 
 

@@ -160,3 +160,16 @@ def test_settings_that_a_task_has_no_use_for(vocabulary, name, field, value):
     config = {**CONFIG, "name": name, field: value}
     with pytest.raises(ValueError, match=rf"^task\.{field}: .* task '{name}' has no use for it, o"):
         tasks.build(config, vocabulary, 64, 8)
+
+
+def test_columns_that_no_row_needs_are_left_out():
+    rows = {"tokens": np.arange(66).reshape(2, 33), "mask": np.zeros((2, 33), np.float32)}
+    rows["mask"][0, 3:12] = rows["mask"][1, 5] = 1
+    cut = tasks.trim(rows)
+    assert {x.shape for x in cut.values()} == {(2, 17)}  # 11 predicted, 16 read
+    np.testing.assert_array_equal(cut["tokens"], rows["tokens"][:, :17])
+    classes = {"tokens": rows["tokens"], "label": np.arange(2)}
+    classes["segments"] = (np.arange(33) < [[9], [2]]).astype(np.int32)
+    assert tasks.trim(classes)["tokens"].shape == (2, 16) and len(tasks.trim(classes)["label"]) == 2
+    full = rows | {"mask": np.ones((2, 33), np.float32)}
+    assert tasks.trim(full)["tokens"].shape == (2, 33)

@@ -1,0 +1,100 @@
+"""Texts from the command line, with several adapters in one batch."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import lorax
+from lorax import adapters, decode, generate
+from lorax.interop import peft
+from lorax.models.load import sources
+
+PROMPTS = ["Near the river", "name = The Red Fox ; food = Thai =>", "Once upon a time", "The"]
+
+
+@pytest.fixture(scope="module")
+def base():
+    return lorax.load("gpt2-nano")
+
+
+@pytest.fixture(scope="module")
+def directories(base, tmp_path_factory):
+    """Two adapters of unlike rank and targets, strong enough to change every text."""
+    found = []
+    for seed, (rank, targets) in enumerate(((4, ("q", "v", "o")), (2, ("up", "down")))):
+        method = lorax.method("lora", rank=rank, targets=targets, alpha=8)
+        state = method.init(jax.random.key(seed), base.params, base.sites)
+        rng = np.random.default_rng(seed)
+        trainable = jax.tree.map(
+            lambda x, rng=rng: rng.normal(0, 0.15, x.shape).astype(np.float32), state.trainable
+        )
+        adapter = adapters.from_state(base, state._replace(trainable=trainable))
+        found.append(tmp_path_factory.mktemp("adapter") / str(seed))
+        peft.save(found[-1], adapter, sources(base), "gpt2-nano")
+    return found
+
+
+def texts(base, prompts, params, how):
+    return decode.complete(base, prompts, params, how, batch_size=3)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_rows_with_adapters_of_their_own_are_what_separate_runs_write(base, directories, beams):
+    how = decode.How(new_tokens=12, beams=beams)
+    loaded = [None, *(peft.load(path, sources(base)) for path in directories)]
+    rows = [0, 1, 2, 1, 2, 0, 2]
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(rows))]
+    mixed = adapters.mixed(base, loaded, rows)
+    together = decode.complete(base, prompts, mixed, how, rows=rows, batch_size=3)
+    apart = {
+        which: texts(base, prompts, adapters.bind(base, a) if a else base.params, how)
+        for which, a in enumerate(loaded)
+    }
+    assert together == [apart[row][i] for i, row in enumerate(rows)]
+    assert all(len({apart[which][i] for which in apart}) == 3 for i in range(len(rows)))
+
+
+def test_the_command_line_writes_every_prompt_with_every_adapter(base, directories, tmp_path):
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS[:2]))
+    code = generate.main(
+        ["--base", "gpt2-nano", "--adapter", "base", "--adapter", str(directories[0])]
+        + ["--prompts", str(file), "--new-tokens", "8", "--out", str(out)]
+    )
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert code == 0
+    wanted = [(p, a) for p in PROMPTS[:2] for a in ("base", str(directories[0]))]
+    assert [(row["prompt"], row["adapter"]) for row in rows] == wanted
+    how = decode.How(new_tokens=8)
+    assert [r["text"] for r in rows[::2]] == texts(base, PROMPTS[:2], base.params, how)
+
+
+def test_one_adapter_is_printed_after_its_prompt(base, directories, capsys):
+    assert generate.main(["--base", "gpt2-nano", "--prompt", "The fox", "--new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("The fox")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--prompt: none given"),
+        (["--prompts", "nowhere.txt"], "--prompts: no file nowhere.txt"),
+        (["--prompt", "a", "--beams", "0"], "beams: 0 given, must be at least 1"),
+        (["--prompt", "a", "--adapter", "nowhere"], "nowhere/adapter_config.json: no such file"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys):
+    assert generate.main(["--base", "gpt2-nano", *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert message in error[-1] and error[-1].startswith("lorax: ")
+
+
+def test_a_line_that_is_no_prompt_is_named(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(
+        ValueError, match=r'prompts.jsonl:2: expected a JSON object with a "prompt"'
+    ):
+        generate.read_prompts([], str(file))
