@@ -93,15 +93,15 @@ def bench_step(shapes: list[str], rounds: int) -> list[Row]:
     Of GPT-2 small with 4 sequences of 256 tokens, in float32 and with bfloat16 operands.
     """
     shape = STEP
-    sides = {dtype: _train(shape, 1, dtype) for dtype in ("float32", "bfloat16")}
+    sides = {operands: _train(shape, 1, operands) for operands in ("float32", "bfloat16")}
     if not _torch():
         raise SystemExit("bench step compares with PEFT: pip install torch peft transformers")
     sides["peft"] = _peft_train(shape)
     seconds = _measure(sides, rounds)
     label = f"step, GPT-2 small, {shape.batch} x {shape.seq}"
     return [
-        _row(f"{label}, {dtype}", seconds[dtype], seconds["peft"], "PEFT float32")
-        for dtype in ("float32", "bfloat16")
+        _row(f"{label}, {operands}", seconds[operands], seconds["peft"], "PEFT float32")
+        for operands in ("float32", "bfloat16")
     ]
 
 
@@ -120,21 +120,22 @@ def bench_mixed(shapes: list[str], rounds: int) -> list[Row]:
     return rows
 
 
-def _base(shape: Shape, dtype: str = "float32") -> Base:
-    config = dataclasses.replace(shape.config, dtype=dtype)
+def _base(shape: Shape, param_dtype: str = "float32") -> Base:
+    config = shape.config
     module = gpt2.GPT2(config)
     example = np.zeros((1, 1), np.int32)
     params = jax.jit(module.init)(jax.random.key(0), example)["params"]
+    params = jax.tree.map(lambda x: x.astype(param_dtype), params)
     return Base(module, params, config, None, ops.sites(module, params, example), "gpt2", "", "")
 
 
-def _train(shape: Shape, members: int, dtype="float32") -> Callable[[], float]:
+def _train(shape: Shape, members: int, operands="float32") -> Callable[[], float]:
     """Function that trains for a while and returns the seconds of a member's step."""
     c = config.default()
     c.train.update(batch_size=shape.batch, seq_len=shape.seq, steps=1_000_000, warmup=0)
-    c.method.rank = RANK
+    c.method.rank, c.operands, c.param_dtype = RANK, operands, operands
     c.sweep.seed = tuple(range(members))
-    base = _base(shape, dtype)
+    base = _base(shape, operands)
     tokens = np.random.default_rng(0).integers(0, shape.config.vocab_size, (256, shape.seq + 1))
     rows = {"tokens": tokens.astype(np.int32), "mask": np.ones(tokens.shape, np.float32)}
     task = tasks.Task("random", rows, {name: x[:1] for name, x in rows.items()}, "")

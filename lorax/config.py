@@ -22,6 +22,7 @@ def default() -> ConfigDict:
     )
     c.dtype = "float32"  # of the base's computation
     c.param_dtype = "float32"  # in which the base is stored
+    c.operands = "float32"  # of products with frozen weights; "bfloat16" still sums in float32
     c.seed = 0  # of the adapter's start, its dropout and the order of the data
 
     c.task = ConfigDict()
@@ -267,7 +268,7 @@ def _check_values(c) -> None:
         c.train.batch_size % c.train.accumulate == 0,
         f"must divide train.batch_size, {c.train.batch_size}",
     )
-    for field in ("dtype", "param_dtype"):
+    for field in ("dtype", "param_dtype", "operands"):
         one_of(field, c[field], ("float32", "bfloat16"))
     one_of("train.schedule", c.train.schedule, ("linear", "cosine", "constant"))
     one_of("train.optimizer", c.train.optimizer, ("adamw", "sgd"))

@@ -8,7 +8,8 @@ interceptor fails: Flax cannot multiply by a `LowRank`.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -90,9 +91,29 @@ class Untied:
     head: object
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Half:
+    """A frozen weight that multiplies in bfloat16 with float32 sums: y = bf16(x) @ w.
+
+    w: bfloat16, (in, out), or an embedding (V, features). No gradient goes to w.
+    """
+
+    w: Array
+
+
 def is_operator(leaf) -> bool:
     """True for leaves that only the functions of this module can compute with."""
-    return isinstance(leaf, LowRank | Scaled | Mixed | Untied)
+    return isinstance(leaf, LowRank | Scaled | Mixed | Untied | Half)
+
+
+def halve(params, sites: "Mapping[str, Site]"):
+    """The same parameters, with `Half` leaves for the linear and embedding kernels of `sites`."""
+    flat = tree.flatten(params)
+    for path, site in sites.items():
+        if site.kind in ("linear", "embed"):
+            flat[path] = Half(flat[path].astype(jnp.bfloat16))
+    return tree.unflatten(flat)
 
 
 def frozen(leaf):
@@ -133,6 +154,8 @@ def linear(x, leaf, bias=None):
     elif isinstance(leaf, Mixed):
         a, b, s = _chosen(leaf, x)
         y = linear(x, leaf.w) + s * _batched(_batched(x, a), b)
+    elif isinstance(leaf, Half):
+        y = half_product(x, leaf.w, 0)
     else:
         y = x @ leaf.astype(x.dtype)
     return _add_bias(y, bias)
@@ -204,6 +227,23 @@ def _merged_linear_backward(saved, dy):
 merged_linear.defvjp(_merged_linear_forward, _merged_linear_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def half_product(x, w, axis: int):
+    """The product of x (..., n) with axis `axis` of a bfloat16 matrix w: operands in bfloat16, sums
+    in float32, in both directions. Returns x's dtype. w gets no gradient."""
+    dimensions = (((x.ndim - 1,), (axis,)), ((), ()))
+    y = jax.lax.dot_general(
+        x.astype(jnp.bfloat16), w, dimensions, preferred_element_type=jnp.float32
+    )
+    return y.astype(x.dtype)
+
+
+half_product.defvjp(
+    lambda x, w, axis: (half_product(x, w, axis), w),
+    lambda axis, w, dy: (half_product(dy, w, 1 - axis), None),
+)
+
+
 def dropout(x, how: Dropout | None):
     """x with each entry zeroed at `how.rate` and the rest scaled by 1 / (1 - rate)."""
     if how is None:
@@ -229,7 +269,8 @@ def embed(ids, leaf, dtype=None):
         return rows + s * _batched(a, b)
     if isinstance(leaf, Untied):
         return embed(ids, leaf.w, dtype)
-    return jnp.take(leaf if dtype is None else leaf.astype(dtype), ids, axis=0)
+    rows = jnp.take(frozen(leaf), ids, axis=0)
+    return rows if dtype is None else rows.astype(dtype)
 
 
 def attend(x, leaf):
@@ -245,6 +286,8 @@ def attend(x, leaf):
         return attend(x, leaf.w) + s * _batched(_batched(x, turned(b)), turned(a))
     if isinstance(leaf, Untied):
         return attend(x, leaf.head)
+    if isinstance(leaf, Half):
+        return half_product(x, leaf.w, 1)
     return x @ leaf.astype(x.dtype).T
 
 
@@ -264,6 +307,8 @@ def _wide(leaf, site: "Site") -> Array:
     if isinstance(leaf, Mixed | Untied):
         raise ValueError(f"a {type(leaf).__name__} leaf is no single kernel")
     w = _wide(leaf.w, site)
+    if isinstance(leaf, Half):
+        return leaf.w.astype(jnp.float32)
     if isinstance(leaf, Scaled):
         g = leaf.g[..., None, :].astype(jnp.float32)
         return site.from_matrix(site.to_matrix(w) * g, w.shape)

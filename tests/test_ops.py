@@ -592,3 +592,34 @@ def test_a_site_takes_any_kernel_to_a_matrix_and_back(layers):
         assert (axes, n_in) == (layers, math.prod(shape[i] for i in site.ins))
         np.testing.assert_array_equal(matrix, moved.reshape(*layers, n_in, n_out))
         np.testing.assert_array_equal(back, kernel)
+
+
+# ---------------------------------------------------------------------------- bfloat16 operands
+
+
+def test_half_multiplies_in_bfloat16_and_sums_in_float32():
+    rng = np.random.default_rng(0)
+    x, w, dy = (
+        jnp.asarray(rng.standard_normal(s), "float32") for s in ((3, 5, 64), (64, 7), (3, 5, 7))
+    )
+    wide = lambda t: np.asarray(t.astype(jnp.bfloat16), np.float64)
+    leaf = ops.Half(w.astype(jnp.bfloat16))
+    y, pull = jax.vjp(lambda x: ops.linear(x, leaf), x)
+    assert y.dtype == pull(dy)[0].dtype == jnp.float32
+    np.testing.assert_allclose(y, wide(x) @ wide(w), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(pull(dy)[0], wide(dy) @ wide(w).T, rtol=0, atol=1e-5)
+    head, pull = jax.vjp(lambda y: ops.attend(y, leaf), dy)
+    np.testing.assert_allclose(head, wide(dy) @ wide(w).T, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(pull(x)[0], wide(x) @ wide(w), rtol=0, atol=1e-5)
+    rows = ops.embed(jnp.array([3, 0]), leaf, "float32")
+    np.testing.assert_array_equal(rows, wide(w)[[3, 0]])
+
+
+def test_an_adapter_on_a_half_weight_is_added_in_float32():
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), "float32")
+    x, w, a, b = draw(4, 16), draw(16, 6), draw(16, 2), 1e-3 * draw(2, 6)
+    plain = ops.Half(w.astype(jnp.bfloat16))
+    adapted = ops.LowRank(plain, a, b, jnp.float32(0.5), merge=True)
+    update = ops.linear(x, adapted) - ops.linear(x, plain)
+    np.testing.assert_allclose(update, 0.5 * x @ a @ b, rtol=0, atol=1e-5)

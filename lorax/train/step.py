@@ -4,6 +4,8 @@ Axes: B sequences, T tokens, D features, V vocabulary.
 """
 
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -157,7 +159,7 @@ class Program(NamedTuple):
 
     module: Linen module; bind: the method's; train: the config's section; dropout: whether any
     member has some; merge: whether leaves may take the merged forward pass (members run one at a
-    time).
+    time); halved: {path: Site} of the frozen kernels that multiply in bfloat16.
     """
 
     module: object
@@ -165,9 +167,11 @@ class Program(NamedTuple):
     train: object
     dropout: bool
     merge: bool
+    halved: Mapping[str, ops.Site] = MappingProxyType({})
 
 
 def _bound(program, trainable, constants, params, key=None):
+    params = ops.halve(params, program.halved)
     bound = program.bind(trainable, constants, params, key)
     return ops.allow_merge(bound) if program.merge else bound
 

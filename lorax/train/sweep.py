@@ -170,6 +170,7 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
         stacked.members[0].config.train,
         dropout=any(m.config.method.dropout > 0 for m in stacked.members),
         merge=layout.width == 1,
+        halved=_halved(stacked, base),
     )
 
     def train(params, *member):
@@ -222,6 +223,14 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
         .compile()
     )
     return Programs(train, evaluate, place_base, place, place_batches, layout, program_bytes(train))
+
+
+def _halved(stacked: Stack, base: Base) -> dict:
+    """The frozen kernels, where the config asks for bfloat16 operands."""
+    if stacked.members[0].config.operands == "float32":
+        return {}
+    full = {p.removesuffix("/w") for p in tree.flatten(stacked.state.trainable) if p.endswith("/w")}
+    return {path: site for path, site in base.sites.items() if path not in full}
 
 
 def over_members(f, width: int):
