@@ -12,7 +12,10 @@ _FACE = {
     "apply": "lorax.ops",
     "sites": "lorax.ops",
 }
-_MODULES = ("analysis", "interop", "methods", "models", "ops", "tasks", "train", "tree")
+_MODULES = (
+    *("adapters", "analysis", "decode", "interop", "methods", "models", "ops", "tasks", "train"),
+    "tree",
+)
 
 
 def __getattr__(name):

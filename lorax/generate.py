@@ -88,7 +88,7 @@ def run(given, prompts: list[str]) -> list[dict]:
     import lorax
     from lorax import adapters, decode
     from lorax.interop import peft
-    from lorax.models.load import sources
+    from lorax.models import sources
 
     how = decode.check(
         decode.How(

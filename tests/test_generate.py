@@ -9,7 +9,7 @@ import pytest
 import lorax
 from lorax import adapters, decode, generate
 from lorax.interop import peft
-from lorax.models.load import sources
+from lorax.models import sources
 
 PROMPTS = ["Near the river", "name = The Red Fox ; food = Thai =>", "Once upon a time", "The"]
 

@@ -1,5 +1,5 @@
 """Plain Linen modules that know nothing of adapters, and `load`."""
 
-from lorax.models.load import Base, kernels, load, save
+from lorax.models.load import Base, kernels, load, save, sources
 
-__all__ = ["Base", "kernels", "load", "save"]
+__all__ = ["Base", "kernels", "load", "save", "sources"]

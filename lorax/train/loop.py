@@ -16,8 +16,8 @@ from lorax.config import Member, group_key
 from lorax.files import write_bytes
 from lorax.interop import peft
 from lorax.methods import lora
-from lorax.models import Base, load
-from lorax.models.load import layer_names, parameter_layers, positions, sources
+from lorax.models import Base, load, sources
+from lorax.models.load import layer_names, parameter_layers, positions
 from lorax.tasks import metrics
 from lorax.train import checkpoint, sweep
 
