@@ -72,6 +72,17 @@ def test_causal_attention_stands_large_scores_and_keeps_the_softmax_in_float32(d
     np.testing.assert_allclose(np.float32(out), exact, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 4, 9])
+def test_causal_attention_in_blocks(tokens):
+    """Also where the mask hides more than the future, and where blocks are uneven or one token."""
+    q, k, v = (normal(i, 2, tokens, h, 3) for i, h in enumerate((4, 2, 2)))
+    mask = np.random.default_rng(3).random((2, tokens, tokens)) < 0.6
+    mask = jnp.asarray(np.tril(mask) | np.eye(tokens, dtype=bool))
+    ours = lambda q, k, v: layers.causal_attention(q, k, v, mask, 0.7)
+    whole = lambda q, k, v: layers.attention(q, k, v, mask, 0.7)
+    assert_same_with_gradients(ours, whole, q, k, v)
+
+
 @pytest.mark.parametrize("keep", [1 << 30, 0])
 def test_grouped_attention_under_any_mask(monkeypatch, keep):
     """Four query heads on two of keys: each pair is plain attention on a copy of its keys."""
