@@ -19,7 +19,6 @@ import numpy as np
 from lorax import methods, ops, tree
 from lorax.errors import nearest
 from lorax.interop.peft import Adapter, Factors, Places
-from lorax.methods import lora
 from lorax.models.load import Base, layer_names, sources
 
 
@@ -159,7 +158,7 @@ def from_state(base: Base, state: methods.State) -> Adapter:
     """Inverse of `state`: padding is cut off, a layer whose factors are both zero left out."""
     factors = {}
     shapes = {path: leaf.shape for path, leaf in tree.flatten(base.params).items()}
-    for path, found in lora.adapters(*state).items():
+    for path, found in methods.joined(*state).items():
         a, b, s = (np.asarray(found[name], np.float32) for name in ("a", "b", "s"))
         for name, index in layer_names(path, base.sites[path], shapes[path]).items():
             used = np.flatnonzero(a[index].any(axis=0) | b[index].any(axis=1))

@@ -63,7 +63,7 @@ SHAPES = {
     "nano": Shape(_gpt2(128, 4, 4, 1024), 16, 128, 10),
     "small": Shape(_gpt2(768, 12, 12, 50257), 1, 128, 2),
 }
-STEP = Shape(dataclasses.replace(SHAPES["small"].config, n_positions=256), 4, 256, 1)
+STEP = Shape(dataclasses.replace(SHAPES["small"].config, n_positions=256), 4, 256, 3)
 MEMBERS, RANK = 8, 8
 
 

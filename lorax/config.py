@@ -35,7 +35,7 @@ def default() -> ConfigDict:
     c.task.seed = 0  # of the data itself, where it is generated
 
     c.method = ConfigDict()
-    c.method.name = "lora"
+    c.method.name = "lora"  # see lorax.methods.METHODS; a key that it does not have is left alone
     c.method.rank = 8
     c.method.alpha = 16.0
     c.method.scaling = "lora"  # s = alpha / r; "rslora": alpha / sqrt(r); "fixed": alpha
@@ -48,6 +48,18 @@ def default() -> ConfigDict:
     c.method.dropout = 0.0  # on the adapter's input
     c.method.full = ()  # trained as they are: classifier biases norms, targets' words, re:REGEX
     c.method.dtype = "float32"  # of what is trained
+    # None: the method's own default.
+    c.method.parameters = config_dict.placeholder(tuple)  # full: which are trained
+    c.method.ratio = config_dict.placeholder(float)  # lora+: learning rate of b over that of a
+    c.method.target_rank = config_dict.placeholder(int)  # adalora: mean rank in the end
+    c.method.tinit = config_dict.placeholder(int)  # adalora: steps before the budget shrinks
+    c.method.tfinal = config_dict.placeholder(int)  # adalora: steps after it has shrunk
+    c.method.every = config_dict.placeholder(int)  # adalora: steps between two prunings
+    c.method.orthogonal = config_dict.placeholder(float)  # adalora: weight of the penalty
+    c.method.factor = config_dict.placeholder(int)  # lokr: size of the first factor
+    c.method.tokens = config_dict.placeholder(int)  # prefix, prompt, llama-adapter: virtual tokens
+    c.method.activation = config_dict.placeholder(str)  # houlsby, pfeiffer
+    c.method.batches = config_dict.placeholder(int)  # starts that read data: how many
 
     c.train = ConfigDict()
     c.train.steps = 200
@@ -165,10 +177,23 @@ def members(config: ConfigDict) -> list[Member]:
     return found
 
 
+#: method -> hyperparameters in which members of one program may differ, because they are data or
+#: padding. Any other difference makes another group, and so does every one of a method not here.
+VARIES = {
+    **dict.fromkeys(
+        ("lora", "rslora", "dora", "lora-fa", "lora+"),
+        ("rank", "alpha", "scaling", "init", "targets", "layers", "dropout", "ratio"),
+    ),
+}
+#: Starts of `method.init` that are taken off the base: their members carry two factors more.
+TAKEN_OFF = ("pissa", "olora", "corda", "lora-ga", "loftq", "eva")
+
+
 def group_key(member: Member) -> str:
     """Members with the same key can share one compiled program: all that differs is data."""
     c = member.config.to_dict()
-    for name in ("rank", "alpha", "scaling", "init", "targets", "layers", "dropout"):
+    c["method"]["taken_off"] = c["method"]["init"] in TAKEN_OFF
+    for name in VARIES.get(c["method"]["name"], ()):
         del c["method"][name]
     for section, name in (("train", "lr"), ("train", "weight_decay"), ("task", "n_train")):
         del c[section][name]

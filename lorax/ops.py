@@ -318,25 +318,37 @@ def _wide(leaf, site: "Site") -> Array:
     return w + site.from_matrix(update, w.shape)
 
 
-def column_norms(leaf: LowRank, site: "Site") -> Array:
-    """Euclidean norms of the columns of w + s a b, (layers..., out) float32, without making a b:
-    the squares are ||w||^2 + 2 s <a^T w, b> + s^2 <(a^T a) b, b>."""
-    w = site.to_matrix(_wide(leaf.w, site))
-    a, b = leaf.a.astype(jnp.float32), leaf.b.astype(jnp.float32)
-    s, turned = leaf.s.astype(jnp.float32)[..., None], jnp.swapaxes(a, -1, -2)
-    cross = jnp.sum(jnp.matmul(turned, w) * b, axis=-2)
-    own = jnp.sum(jnp.matmul(jnp.matmul(turned, a), b) * b, axis=-2)
-    square = jnp.sum(jnp.square(w), axis=-2) + 2 * s * cross + s * s * own
-    return jnp.sqrt(jnp.maximum(square, 0))
+def column_squares(leaf, site: "Site") -> Array:
+    """Squared Euclidean lengths of the columns of dense(leaf), (layers..., out) float32."""
+    return jnp.sum(jnp.square(site.to_matrix(_wide(leaf, site))), axis=-2)
 
 
-def dora(leaf: LowRank, m, site: "Site") -> Scaled:
+def column_norms(leaf: LowRank, site: "Site", squares=None) -> Array:
+    """Euclidean lengths of the columns of w + s a b, (layers..., out) float32, without making a b:
+    their squares are ||w||^2 + 2 s <a^T w, b> + s^2 <(a^T a) b, b>.
+
+    squares: `column_squares` of w, where they are at hand.
+    """
+    squares = column_squares(leaf.w, site) if squares is None else squares
+
+    def one(w, a, b, s, squares):
+        a, b, s = (x.astype(squares.dtype) for x in (a, b, s))
+        cross = jnp.sum(linear(a.T, w) * b, axis=0)
+        own = jnp.sum(((a.T @ a) @ b) * b, axis=0)
+        return jnp.sqrt(jnp.maximum(squares + 2 * s * cross + s * s * own, 0))
+
+    for _ in range(site.stack):
+        one = jax.vmap(one)
+    return one(_as_matrix(leaf.w, site), leaf.a, leaf.b, leaf.s, squares)
+
+
+def dora(leaf: LowRank, m, site: "Site", squares=None) -> Scaled:
     """DoRA (arXiv:2402.09353, equation 5): w + s a b with columns of length m (layers..., out).
 
-    The norms that m is divided by are constants to the gradient (section 4.3). A column that is
-    zero stays zero.
+    The lengths that m is divided by are constants to the gradient (section 4.3). A column that is
+    zero stays zero. squares: `column_squares` of w, where they are at hand.
     """
-    norms = jax.lax.stop_gradient(column_norms(leaf, site))
+    norms = jax.lax.stop_gradient(column_norms(leaf, site, squares))
     return Scaled(leaf, jnp.where(norms > 0, m / jnp.where(norms > 0, norms, 1), 1))
 
 

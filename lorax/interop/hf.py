@@ -130,7 +130,7 @@ def read(
                 at = (start, *(0,) * (len(own) - 1))
                 if stacked:
                     value, at = value[None], (layer, *at)
-                leaf = _put(leaf, value, at)
+                leaf = _put(leaf, value, at).block_until_ready()  # or blocks in flight pile up
         params[path] = leaf
     return params
 

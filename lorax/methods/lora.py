@@ -1,19 +1,30 @@
-"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), with rsLoRA's scale
-(Kalajdzievski 2023, arXiv:2312.03732).
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), and what differs from it by a line.
 
     y = x w + s dropout(x) a b        a (in, r), b (r, out), s = alpha / r  (section 4.1)
 
-s is alpha / sqrt(r) with scaling="rslora" and alpha itself with scaling="fixed". One of the two
-factors starts at zero, so that an adapted model is its base at step 0. The paper draws A from a
-Gaussian without giving its width; its released code, PEFT and this file's default use
-`kaiming_uniform(sqrt 5)`, which is U(-1/sqrt(in), 1/sqrt(in)).
+- rsLoRA (Kalajdzievski 2023, arXiv:2312.03732): s = alpha / sqrt(r).
+- DoRA (Liu et al. 2024, arXiv:2402.09353, equation 5): the columns of w + s a b are brought to
+  trained lengths m (out,). Their present lengths n are constants to the gradient (section 4.3), and
+  come from ||w||^2 + 2 s <a^T w, b> + s^2 <a^T a b, b>: no a b is made. The bias is not scaled.
+  With dropout PEFT gives (m / n - 1) x w the dropped-out x as well, at the price of a second
+  product; here, as in LoRA, dropout is on the input of `a` alone.
+- LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): a stays as drawn.
+- LoRA+ (Hayou et al. 2024, arXiv:2402.12354): b learns `ratio` times as fast as a.
+
+One of the two factors starts at zero, so that an adapted model is its base at step 0. The paper
+draws A from a Gaussian without giving its width; its released code, PEFT and this file's default
+use `kaiming_uniform(sqrt 5)`, which is U(-1/sqrt(in), 1/sqrt(in)). Starts that read the base or
+data (`lorax.methods.starts`) begin with a0 b0 in the adapter and take it off the base: the leaf
+computes x w + s (x a b - x a0 b0), the base itself stays as it is.
 """
 
+import inspect
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from lorax import methods, ops, tree
 from lorax.errors import nearest
@@ -47,126 +58,231 @@ def lora(
     targets: tuple[str, ...] = ("q", "v"),
     layers: tuple[int, ...] | None = None,
     dropout: float = 0.0,
-    full: tuple[str, ...] = (),
-    dtype: str = "float32",
 ) -> "methods.Method":
     """LoRA with the given hyperparameters; see `lorax.methods.Method` for what its functions take.
 
     rank: r >= 1, at most min(in, out) of every target. alpha, scaling: give the scale s.
     init: "kaiming" or "gaussian", the start of `a`. targets: see `lorax.methods.resolve`.
     layers: indices of the layers to adapt, None for all. dropout: rate in [0, 1) on the input of a.
-    full: parameters trained as they are beside the update (`lorax.methods.resolve_full`), such as a
-    classifier's head; stored as path/w. dtype: of a, b and these.
     Raises ValueError for a value out of range.
     """
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    full = (full,) if isinstance(full, str) else tuple(full)
     if rank < 1:
         raise ValueError(f"method.rank: {rank} given, must be at least 1")
     if not 0 <= dropout < 1:
         raise ValueError(f"method.dropout: {dropout} given, must be in [0, 1)")
-    dtypes = ("float32", "bfloat16")
-    for field, value, known in (
-        ("scaling", scaling, SCALINGS), ("init", init, INITS), ("dtype", dtype, dtypes)
-    ):  # fmt: skip
+    for field, value, known in (("scaling", scaling, SCALINGS), ("init", init, INITS)):
         if value not in known:
             hint = nearest(value, known)
             raise ValueError(f"method.{field}: {value!r} is not one of {', '.join(known)}{hint}")
     scale = SCALINGS[scaling](alpha, rank)
+    chosen = lambda params, sites: methods.own(params, sites, targets, layers, rank)
 
-    def own_targets(params, sites):
-        """{path: (Site, active layers)} of what this method adapts, ranks checked."""
-        sites = sites or ops.sites_from_shapes(params)
-        chosen = methods.resolve(targets, sites)
-        shapes = {path: leaf.shape for path, leaf in tree.flatten(params).items()}
-        for path, site in chosen.items():
-            _, n_in, n_out = site.matrix_shape(shapes[path])
-            if rank > min(n_in, n_out):
-                raise ValueError(
-                    f"method.rank: {rank} given, but {path} is {n_in} x {n_out}: "
-                    f"at most {min(n_in, n_out)}"
-                )
-        twice = [path for path in methods.resolve_full(full, params) if path in chosen]
-        if twice:
-            raise ValueError(f"method.full: {', '.join(twice)} are in method.targets as well")
-        active = methods.active_layers(layers, chosen, shapes)
-        return {path: (site, active[path]) for path, site in chosen.items()}
-
-    def start(key, params, sites=None, targets=None, pad=None):
-        own = own_targets(params, sites)
-        flat = tree.flatten(params)
-        pad_to = pad or rank
-        trainable, constants = {}, {}
+    def start(key, params, sites=None, targets=None, pad=None, evidence=None):
+        own = chosen(params, sites)
+        flat, trainable, constants = tree.flatten(params), {}, {}
         for path, site in (targets or {path: site for path, (site, _) in own.items()}).items():
             axes, n_in, n_out = site.matrix_shape(flat[path].shape)
-            a = np.zeros((*axes, n_in, pad_to), np.float32)
-            b = np.zeros((*axes, pad_to, n_out), np.float32)
-            if path in own:
-                # Not a slice of one draw for all ranks: ranks of one seed would share the first
-                # columns of `a`, and a similarity between their subspaces would start above chance.
-                own_key = jax.random.fold_in(methods.key_for(key, path), rank)
-                keys = jax.random.split(own_key, max(1, math.prod(axes)))
-                for layer, layer_key in zip(np.ndindex(*axes), keys, strict=True):
-                    if own[path][1][layer]:
-                        if site.kind == "embed":  # as loralib and PEFT: the rows start at zero
-                            b[layer][:rank] = jax.random.normal(layer_key, (rank, n_out))
-                        else:
-                            a[layer][:, :rank] = INITS[init](layer_key, n_in, rank)
-            trainable[path] = {"a": jnp.asarray(a, dtype), "b": jnp.asarray(b, dtype)}
+            active = own[path][1] if path in own else None
+
+            def draw(key, index, site=site, n_in=n_in, n_out=n_out):
+                if site.kind == "embed":  # as loralib and PEFT: the rows start at zero
+                    return {"b": jax.random.normal(key, (rank, n_out))}
+                return {"a": INITS[init](key, n_in, rank)}
+
+            # Not a slice of one draw for all ranks: ranks of one seed would share the first
+            # columns of `a`, and a similarity between their subspaces would start above chance.
+            own_key = jax.random.fold_in(methods.key_for(key, path), rank)
+            shapes = {"a": (n_in, pad or rank), "b": (pad or rank, n_out)}
+            trainable[path] = methods.fill(own_key, axes, active, shapes, draw)
             constants[path] = {
                 "s": jnp.full(axes, scale, jnp.float32),
                 "dropout": jnp.full(axes, dropout, jnp.float32),
             }
-        for path in methods.resolve_full(full, params):
-            trainable[path] = {"w": flat[path].astype(dtype)}
         return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def count(params, sites=None):
         flat, total = tree.flatten(params), 0
-        for path, (site, active) in own_targets(params, sites).items():
+        for path, (site, active) in chosen(params, sites).items():
             _, n_in, n_out = site.matrix_shape(flat[path].shape)
             total += int(active.sum()) * rank * (n_in + n_out)
-        return total + sum(flat[path].size for path in methods.resolve_full(full, params))
+        return total
 
     hp = dict(rank=rank, alpha=alpha, scaling=scaling, init=init, targets=targets)
-    hp |= dict(layers=layers, dropout=dropout, full=full, dtype=dtype)
-    return methods.Method("lora", hp | {"scale": scale}, start, bind, delta, count)
+    hp |= dict(layers=layers, dropout=dropout, scale=scale)
+    return methods.Method("lora", hp, start, bind, delta, count, factors)
 
 
-def bind(trainable, constants, params, key=None):
+def bind(trainable, constants, params, key=None, sites=None):
     """`params` with a `LowRank` leaf at every adapted path; dropout where a key is given."""
     flat = tree.flatten(params)
-    for path, factors in adapters(trainable, constants).items():
-        if "w" in factors:
-            flat[path] = factors["w"].astype(flat[path].dtype)
-            continue
+    for path, own in methods.joined(trainable, constants).items():
         how = None
         if key is not None:
-            keys = jax.random.split(methods.key_for(key, path), factors["s"].shape)
-            how = ops.Dropout(factors["dropout"], keys)
-        flat[path] = ops.LowRank(flat[path], factors["a"], factors["b"], factors["s"], how)
+            keys = jax.random.split(methods.key_for(key, path), own["s"].shape)
+            how = ops.Dropout(own["dropout"], keys)
+        flat[path] = ops.LowRank(flat[path], *_update(own), how)
     return tree.unflatten(flat)
 
 
+def _update(own):
+    """(a, b, s) with s a b the update; twice as wide where a start is taken off the base."""
+    if "a0" not in own:
+        return own["a"], own["b"], own["s"]
+    a = jnp.concatenate([own["a"], own["a0"].astype(own["a"].dtype)], axis=-1)
+    b = jnp.concatenate([own["b"], -own["b0"].astype(own["b"].dtype)], axis=-2)
+    return a, b, own["s"]
+
+
+def factors(trainable, constants, params, sites=None):
+    """{path: (a, b, s, m)} of the update s a b; m is None."""
+    own = methods.joined(trainable, constants)
+    return {path: (*_update(f), None) for path, f in own.items()}
+
+
 def delta(trainable, constants, params, sites=None):
-    """{path: s a b in the kernel's shape, or how far a parameter trained in full has moved}."""
+    """{path: s a b in the kernel's shape}."""
+    return products(factors(trainable, constants, params), params, sites)
+
+
+def products(factors: dict, params, sites=None) -> dict:
+    """{path: s a b in the kernel's shape, float32} of {path: (a, b, s, ...)}."""
     sites = sites or ops.sites_from_shapes(params)
     flat, found = tree.flatten(params), {}
-    for path, factors in adapters(trainable, constants).items():
-        f = {name: x.astype(jnp.float32) for name, x in factors.items()}
-        if "w" in f:
-            found[path] = f["w"] - flat[path].astype(jnp.float32)
-        else:
-            update = f["s"][..., None, None] * jnp.matmul(f["a"], f["b"])
-            found[path] = sites[path].from_matrix(update, flat[path].shape)
+    for path, (a, b, s, *_) in factors.items():
+        a, b, s = (x.astype(jnp.float32) for x in (a, b, s))
+        update = s[..., None, None] * jnp.matmul(a, b)
+        found[path] = sites[path].from_matrix(update, flat[path].shape)
     return found
 
 
-def adapters(trainable, constants) -> dict[str, dict]:
-    """{path: {"a", "b", "s", "dropout"} or {"w"}} of the two trees."""
-    found: dict[str, dict] = {}
-    for flat in (tree.flatten(trainable), tree.flatten(constants)):
-        for path, leaf in flat.items():
-            parent, name = path.rsplit("/", 1)
-            found.setdefault(parent, {})[name] = leaf
-    return found
+# ---------------------------------------------------------------------------------------- variants
+
+
+def _variant(**more):
+    """Give a variant the hyperparameters of `lora` and its own, {name: default}, as signature."""
+
+    def give(variant):
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        own = [inspect.Parameter(name, keyword, default=value) for name, value in more.items()]
+        shared = [
+            p.replace(kind=keyword)
+            for name, p in inspect.signature(lora).parameters.items()
+            if name not in more
+        ]
+        variant.__signature__ = inspect.Signature([*shared, *own])
+        return variant
+
+    return give
+
+
+@_variant(scaling="rslora")
+def rslora(**hp) -> "methods.Method":
+    """rsLoRA: LoRA with s = alpha / sqrt(r), whose learning does not slow down with the rank."""
+    return lora(**{"scaling": "rslora"} | hp)
+
+
+@_variant()
+def dora(**hp) -> "methods.Method":
+    """DoRA: LoRA whose columns have trained lengths m, (layers..., out); see the module's head."""
+    method = lora(**hp)
+
+    def init(key, params, sites=None, *args, **kwargs):
+        sites = sites or ops.sites_from_shapes(params)
+        state = method.init(key, params, sites, *args, **kwargs)
+        flat = tree.flatten(params)
+        active = methods.own(params, sites, method.hp["targets"], method.hp["layers"])
+        lengths, squares = {}, {}
+        for path, own in methods.joined(*state).items():
+            squares[f"{path}/squares"] = ops.column_squares(flat[path], sites[path])
+            lengths[f"{path}/m"] = jnp.sqrt(squares[f"{path}/squares"])
+            on = active[path][1] if path in active else np.zeros(own["s"].shape, bool)
+            squares[f"{path}/on"] = jnp.asarray(on, jnp.float32)
+        more = lambda tree_, leaves: tree.unflatten(tree.flatten(tree_) | leaves)
+        return methods.State(more(state.trainable, lengths), more(state.constants, squares))
+
+    def bind_columns(trainable, constants, params, key=None, sites=None):
+        sites = sites or ops.sites_from_shapes(params)
+        flat = tree.flatten(bind(trainable, constants, params, key))
+        for path, own in methods.joined(trainable, constants).items():
+            scaled = ops.dora(flat[path], own["m"], sites[path], own["squares"])
+            g = jnp.where(own["on"][..., None] > 0, scaled.g, 1)  # 1 where a sweep only pads
+            flat[path] = ops.Scaled(flat[path], g)
+        return tree.unflatten(flat)
+
+    def delta(trainable, constants, params, sites=None):
+        sites = sites or ops.sites_from_shapes(params)
+        bound = tree.flatten(bind_columns(trainable, constants, params, sites=sites))
+        flat = tree.flatten(params)
+        wide = lambda leaf, path: ops.dense(leaf, sites[path]).astype(jnp.float32)
+        return {p: wide(bound[p], p) - wide(flat[p], p) for p in methods.joined(trainable)}
+
+    def count(params, sites=None):
+        chosen = methods.own(params, sites, method.hp["targets"], method.hp["layers"])
+        flat = tree.flatten(params)
+        lengths = sum(
+            int(active.sum()) * site.matrix_shape(flat[path].shape)[2]
+            for path, (site, active) in chosen.items()
+        )
+        return method.count(params, sites) + lengths
+
+    def factors_and_lengths(trainable, constants, params, sites=None):
+        own = methods.joined(trainable, constants)
+        return {path: (*_update(f), f["m"]) for path, f in own.items()}
+
+    return method._replace(
+        init=init, bind=bind_columns, delta=delta, count=count, factors=factors_and_lengths
+    )
+
+
+@_variant()
+def lora_fa(**hp) -> "methods.Method":
+    """LoRA-FA: LoRA that trains b alone."""
+    method = lora(**hp)
+
+    def init(*args, **kwargs):
+        trainable, constants = (tree.flatten(t) for t in method.init(*args, **kwargs))
+        fixed = {path: x for path, x in trainable.items() if path.endswith("/a")}
+        moving = {path: x for path, x in trainable.items() if path not in fixed}
+        return methods.State(tree.unflatten(moving), tree.unflatten(constants | fixed))
+
+    def count(params, sites=None):
+        chosen = methods.own(params, sites, method.hp["targets"], method.hp["layers"])
+        flat = tree.flatten(params)
+        return sum(
+            int(active.sum()) * method.hp["rank"] * site.matrix_shape(flat[path].shape)[2]
+            for path, (site, active) in chosen.items()
+        )
+
+    return method._replace(init=init, count=count)
+
+
+@_variant(ratio=16.0)
+def lora_plus(ratio: float = 16.0, **hp) -> "methods.Method":
+    """LoRA+: LoRA whose b has the learning rate `ratio` lr, weight decay included."""
+    if ratio <= 0:
+        raise ValueError(f"method.ratio: {ratio} given, must be positive")
+    method = lora(**hp)
+
+    def init(*args, **kwargs):
+        trainable, constants = method.init(*args, **kwargs)
+        flat = tree.flatten(constants)
+        ratios = {
+            path.removesuffix("s") + "ratio": jnp.full_like(s, ratio)
+            for path, s in flat.items()
+            if path.endswith("/s")
+        }
+        return methods.State(trainable, tree.unflatten(flat | ratios))
+
+    def optimizer(inner, constants, train):
+        ratios = {path: own["ratio"] for path, own in methods.joined(constants).items()}
+
+        def faster(updates, params=None):
+            flat = tree.flatten(updates)
+            for path, ratio in ratios.items():
+                flat[f"{path}/b"] = flat[f"{path}/b"] * ratio[..., None, None]
+            return tree.unflatten(flat)
+
+        return optax.chain(inner, optax.stateless(faster))
+
+    return method._replace(init=init, optimizer=optimizer, hp=method.hp | {"ratio": ratio})

@@ -22,7 +22,7 @@ BLOCKS = 4  # of queries in causal attention; 8 are slower below 1024 tokens (me
 
 
 def _probabilities(q, k, mask, scale):
-    """Masked softmax of the scores, q (B, K, G * T, D), k (B, K, S, D): (B, K, G * T, S) float32."""
+    """Masked softmax of q (B, K, G * T, D) with k (B, K, S, D): (B, K, G * T, S) float32."""
     scores = scale * jnp.einsum("bkmd,bksd->bkms", q, k, preferred_element_type=jnp.float32)
     apart = scores.reshape(*scores.shape[:2], -1, *mask.shape[1:])  # (B, K, G, T, S)
     apart = jnp.where(mask[:, None, None], apart, jnp.finfo(jnp.float32).min)

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from safetensors.numpy import save_file
 
-from lorax import decode, tasks, tree
+from lorax import decode, methods, tasks, tree
 from lorax.config import Member, group_key
-from lorax.files import write_bytes
+from lorax.files import atomically, write_bytes, write_json
 from lorax.interop import peft
-from lorax.methods import lora
 from lorax.models import Base, load, sources
 from lorax.models.load import layer_names, parameter_layers, positions
 from lorax.tasks import metrics
@@ -216,18 +216,9 @@ def _train_chunk(
     rows = {}
     trainable = jax.tree.map(lambda x: np.asarray(x)[:m], state.trainable)
     for i, (member, method) in enumerate(zip(chunk.members, chunk.methods, strict=True)):
-        own = jax.tree.map(lambda x, i=i: x[i], trainable)
-        adapter = exported(own, method.hp, group.base)
-        # PEFT takes the whole head from a classifier's adapter: only one that has it is called so.
-        classifier = "SEQ_CLS" if any(p.startswith("head/") for p in adapter.weights) else None
-        peft.save(
-            workdir / "adapters" / str(member.index),
-            adapter,
-            sources(group.base),
-            member.config.base,
-            dropout=method.hp["dropout"],
-            task_type=classifier if group.task.outputs else "CAUSAL_LM",
-        )
+        take = lambda t, i=i: jax.tree.map(lambda x: x[i], t)
+        own, fixed = take(trainable), take(chunk.constants)
+        export(workdir / "adapters" / str(member.index), member, method, own, fixed, group)
         at = int(diverged[i])
         rows[member.index] = {
             "status": "finished" if at < 0 else "diverged",
@@ -237,9 +228,7 @@ def _train_chunk(
             "scores": {name: _number(values[i]) for name, values in scores.items() if at < 0},
         }
         if c.eval.generate and at < 0:
-            bound = method.bind(
-                own, jax.tree.map(lambda x, i=i: x[i], chunk.constants), group.base.params
-            )
+            bound = method.bind(own, fixed, group.base.params, sites=group.base.sites)
             rows[member.index]["scores"] |= write_texts(workdir, member, group, bound, terminal.say)
         terminal.finished({"member": member.index, "name": member.name} | rows[member.index])
     return offset, rows
@@ -290,22 +279,66 @@ def _scores(task: tasks.Task, outputs, m: int) -> dict[str, np.ndarray]:
     return {name: np.array([scores[name] for scores in each], np.float32) for name in each[0]}
 
 
-def exported(trainable: dict, hp: dict, base: Base) -> peft.Adapter:
-    """What one member has learned, layer by layer, padding cut off.
+def export(directory: Path, member: Member, method, trainable, constants, group: Group) -> None:
+    """Write what one member has learned.
+
+    An update of low rank becomes an adapter in PEFT's format. Any other method leaves its own
+    arrays, `state.safetensors` (path/name of `lorax.methods.State`) with `method.json`, and where
+    it is a change of weights `delta.safetensors`, {layer: dW (in, out) float32} of the matrices.
+    """
+    base, state = group.base, methods.State(trainable, constants)
+    if method.factors is not None:
+        adapter = exported(method, state, base)
+        # PEFT takes the whole head from a classifier's adapter: only one that has it is called so.
+        classifier = "SEQ_CLS" if any(p.startswith("head/") for p in adapter.weights) else None
+        peft.save(
+            directory,
+            adapter,
+            sources(base),
+            member.config.base,
+            dropout=method.hp.get("dropout", 0.0),
+            task_type=classifier if group.task.outputs else "CAUSAL_LM",
+        )
+        return
+    arrays = {
+        f"{kind}/{path}": np.asarray(x)
+        for kind, t in state._asdict().items()
+        for path, x in tree.flatten(t).items()
+    }
+    atomically(directory / "state.safetensors", lambda file: save_file(arrays, file))
+    write_json(directory / "method.json", {"name": method.name, "hp": method.hp})
+    if method.delta is not None:
+        found = method.delta(trainable, constants, base.params, base.sites)
+        matrices = {}
+        for path, update in found.items():
+            if path in base.sites:
+                matrix = np.asarray(base.sites[path].to_matrix(update))
+                for name, index in layer_names(path, base.sites[path], update.shape).items():
+                    if matrix[index].any():
+                        matrices[name] = matrix[index]
+        atomically(directory / "delta.safetensors", lambda file: save_file(matrices, file))
+
+
+def exported(method, state: methods.State, base: Base) -> peft.Adapter:
+    """The low-rank update and the weights of one member, layer by layer, padding cut off.
 
     A layer that the member does not adapt (both factors zero) is left out.
     """
     factors, weights = {}, {}
     shapes = {path: leaf.shape for path, leaf in tree.flatten(base.params).items()}
-    for path, own in lora.adapters(trainable, {}).items():
-        own = {name: np.asarray(x, np.float32) for name, x in own.items()}
-        if "w" in own:
-            weights |= parameter_layers(path, own["w"], base)
-            continue
+    for path, own in method.factors(*state, base.params, base.sites).items():
+        a, b, s, m = (None if x is None else np.asarray(x, np.float32) for x in own)
         for name, index in layer_names(path, base.sites[path], shapes[path]).items():
-            a, b = own["a"][index][:, : hp["rank"]], own["b"][index][: hp["rank"]]
-            if a.any() or b.any():
-                factors[name] = peft.Factors(a, b, float(hp["scale"]))
+            used = a[index].any(axis=0) | b[index].any(axis=1)
+            if used.any():
+                scale = method.hp.get("scale", s[index])  # as given, where s is it in float32
+                lengths = None if m is None else m[index]
+                factors[name] = peft.Factors(
+                    a[index][:, used], b[index][used], float(scale), lengths
+                )
+    for path, own in methods.joined(state.trainable).items():
+        if "w" in own:
+            weights |= parameter_layers(path, np.asarray(own["w"], np.float32), base)
     return peft.Adapter(factors, weights, {})
 
 

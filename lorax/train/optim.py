@@ -26,8 +26,8 @@ def schedule(train):
 def optimizer(train, lr, weight_decay) -> optax.GradientTransformation:
     """AdamW (arXiv:1711.05101) or SGD with momentum, with clipping by the global norm in front.
 
-    lr, weight_decay: numbers or traced scalars. Decay is decoupled, times the learning rate, and
-    spares biases and norms.
+    A method may put its own around it (`Method.optimizer`). lr, weight_decay: numbers or traced
+    scalars. Decay is decoupled, times the learning rate, and spares biases and norms.
     """
     factor = schedule(train)
     core = (

@@ -35,9 +35,14 @@ class MemberState(NamedTuple):
     diverged_at: jax.Array
 
 
-def start(trainable, train, hyper: Hyper) -> MemberState:
+def optimizer(method, constants, train, hyper: Hyper) -> optax.GradientTransformation:
+    """The method's own around what `train`, the config's section, asks for."""
+    return method.optimizer(optim.optimizer(train, hyper.lr, hyper.weight_decay), constants, train)
+
+
+def start(method, trainable, constants, train, hyper: Hyper) -> MemberState:
     """State at step 0. train: the config's `train` section."""
-    opt_state = optim.optimizer(train, hyper.lr, hyper.weight_decay).init(trainable)
+    opt_state = optimizer(method, constants, train, hyper).init(trainable)
     return MemberState(trainable, opt_state, jnp.int32(0), jnp.int32(-1))
 
 
@@ -157,13 +162,15 @@ def class_loss(module, params, batch, smoothing=0.0):
 class Program(NamedTuple):
     """What is static for all members of a group.
 
-    module: Linen module; bind: the method's; train: the config's section; dropout: whether any
-    member has some; merge: whether leaves may take the merged forward pass (members run one at a
-    time); halved: {path: Site} of the frozen kernels that multiply in bfloat16.
+    module: Linen module; method: of any member; sites: the base's; train: the config's section;
+    dropout: whether any member has some; merge: whether leaves may take the merged forward pass
+    (members run one at a time); halved: {path: Site} of the frozen kernels that multiply in
+    bfloat16.
     """
 
     module: object
-    bind: object
+    method: object
+    sites: Mapping[str, ops.Site]
     train: object
     dropout: bool
     merge: bool
@@ -172,7 +179,7 @@ class Program(NamedTuple):
 
 def _bound(program, trainable, constants, params, key=None):
     params = ops.halve(params, program.halved)
-    bound = program.bind(trainable, constants, params, key)
+    bound = program.method.bind(trainable, constants, params, key, program.sites)
     return ops.allow_merge(bound) if program.merge else bound
 
 
@@ -203,11 +210,14 @@ def train_step(program: Program, params, constants, hyper: Hyper, state: MemberS
         (total, weight, grads), _ = jax.lax.scan(add, zero, (jnp.arange(parts), batch))
     weight = jnp.maximum(weight, 1.0)
     grads = jax.tree.map(lambda g: g / weight, grads)
+    if program.method.penalty is not None:
+        more = jax.grad(program.method.penalty)(state.trainable, constants)
+        grads = jax.tree.map(jnp.add, grads, more)
     value, norm = total / weight, optax.tree.norm(grads)
 
-    optimizer = optim.optimizer(program.train, hyper.lr, hyper.weight_decay)
+    transformation = optimizer(program.method, constants, program.train, hyper)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        updates, opt_state = transformation.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
 
     due = (state.diverged_at < 0) & (state.step < program.train.steps)

@@ -55,9 +55,13 @@ def build_methods(members, base: Base) -> list[Method]:
     built = []
     for member in members:
         hp = member.config.method.to_dict()
+        name = hp.pop("name")
         if base.fresh:  # a head of random weights says nothing before it is trained
             hp["full"] = tuple(dict.fromkeys((*hp["full"], "classifier")))
-        method = methods.method(hp.pop("name"), **hp)
+        # In a sweep over methods a key is for those that have it; None is a method's own default.
+        known = methods.hyperparameters(name) if name in methods.METHODS else ()
+        hp = {key: value for key, value in hp.items() if key in known and value is not None}
+        method = methods.method(name, **hp)
         method.count(base.params, base.sites)  # raises on what does not fit
         built.append(method)
     return built
@@ -66,13 +70,16 @@ def build_methods(members, base: Base) -> list[Method]:
 def stack(members, built: list[Method], base: Base) -> Stack:
     """Start every member, padded to the largest rank and the union of the targets, and stack them.
 
-    Zero rows of b with zero columns of a have zero gradients, so padding stays exactly zero under
-    AdamW and weight decay, and a matrix that a member does not adapt is the same case.
+    For LoRA and its like: zero rows of b with zero columns of a have zero gradients, so padding
+    stays exactly zero under AdamW and weight decay, and a matrix that a member does not adapt is
+    the same case.
     """
-    targets = {}
-    for method in built:
-        targets |= methods.resolve(method.hp["targets"], base.sites)
-    pad = max(method.hp["rank"] for method in built)
+    targets, pad = None, None
+    if "targets" in built[0].hp:
+        words = tuple(dict.fromkeys(word for m in built for word in m.hp["targets"]))
+        targets = methods.resolve(words, base.sites)
+    if "rank" in built[0].hp:
+        pad = max(method.hp["rank"] for method in built)
     states, constants, hypers = [], [], []
     for member, method in zip(members, built, strict=True):
         init_key, dropout_key = jax.random.split(jax.random.key(member.config.seed))
@@ -81,7 +88,7 @@ def stack(members, built: list[Method], base: Base) -> Stack:
         hyper = train_step.Hyper(
             jnp.float32(train.lr), jnp.float32(train.weight_decay), dropout_key
         )
-        states.append(train_step.start(trainable, train, hyper))
+        states.append(train_step.start(method, trainable, fixed, train, hyper))
         constants.append(fixed)
         hypers.append(hyper)
     together = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
@@ -166,7 +173,8 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
     """
     program = train_step.Program(
         base.module,
-        stacked.methods[0].bind,
+        stacked.methods[0],
+        base.sites,
         stacked.members[0].config.train,
         dropout=any(m.config.method.dropout > 0 for m in stacked.members),
         merge=layout.width == 1,

@@ -13,7 +13,7 @@ from flax import linen as nn
 from quick import jit
 
 import lorax
-from lorax import config, tree
+from lorax import config, ops, tree
 from lorax.models import gpt2
 from lorax.train import step as steps
 
@@ -110,7 +110,7 @@ def test_evaluate_is_the_mean_over_weighted_tokens():
     loss, scores = jit(functools.partial(steps.evaluate, member.program))(
         member.params, member.constants, member.state.trainable, data
     )
-    bound = member.program.bind(member.state.trainable, member.constants, member.params)
+    bound = member.program.method.bind(member.state.trainable, member.constants, member.params)
     tokens = data["tokens"].reshape(-1, 7)
     logits = jit(functools.partial(lorax.apply, TIED))(bound, tokens[:, :-1])
     nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[:, 1:, None], -1)
@@ -204,8 +204,10 @@ def start(dropout=0.0, merge=False, dtype="float32", **train):
     hyper = steps.Hyper(
         jnp.float32(section.lr), jnp.float32(section.weight_decay), jax.random.key(7)
     )
-    program = steps.Program(module, method.bind, section, dropout > 0, merge)
-    state = steps.start(random(trainable, seed=1), section, hyper)
+    program = steps.Program(
+        module, method, ops.sites_from_shapes(params), section, dropout > 0, merge
+    )
+    state = steps.start(method, random(trainable, seed=1), constants, section, hyper)
     run = jit(functools.partial(steps.train_step, program))
     step = lambda state, batch, hyper=hyper: run(params, constants, hyper, state, batch)
     return Member(program, params, constants, hyper, state, step)
@@ -323,12 +325,12 @@ def test_the_loss_falls():
 # ------------------------------------------------------------------------------------------ memory
 
 
-def temporaries(bind, trainable, constants, params, module):
+def temporaries(method, trainable, constants, params, module):
     """Bytes that the compiled step needs besides its arguments and results."""
     section = config.default().train
     hyper = steps.Hyper(jnp.float32(0.1), jnp.float32(0.1), jax.random.key(0))
-    program = steps.Program(module, bind, section, dropout=False, merge=False)
-    state = jax.eval_shape(lambda t: steps.start(t, section, hyper), trainable)
+    program = steps.Program(module, method, {}, section, dropout=False, merge=False)
+    state = jax.eval_shape(lambda t: steps.start(method, t, constants, section, hyper), trainable)
     batch = {"tokens": jnp.zeros((1, 1, 7), jnp.int32), "mask": jnp.ones((1, 1, 7))}
     compiled = (
         jit(functools.partial(steps.train_step, program))
@@ -344,8 +346,9 @@ def test_nothing_is_computed_or_kept_for_a_frozen_weight():
     params = shapes_of(module)
     method = lorax.method("lora", rank=1, targets=("q", "v"))
     trainable, constants = method.init(jax.random.key(0), params)
-    adapter, opt_state = temporaries(method.bind, trainable, constants, params, module)
-    full, _ = temporaries(lambda trainable, *_: trainable, params, {}, params, module)
+    adapter, opt_state = temporaries(method, trainable, constants, params, module)
+    everything = method._replace(bind=lambda trainable, *_: trainable)
+    full, _ = temporaries(everything, params, {}, params, module)
     assert full > 0.8 * tree.nbytes(params)  # the control: so much would gradients of all take
     assert adapter < 0.2 * tree.nbytes(params)
     assert tree.nbytes(opt_state) == 2 * tree.nbytes(trainable) + 4 + 4  # and two counts

@@ -1,0 +1,207 @@
+"""Which parameters a method is for: canonical words, layers, and arrays of one shape for all.
+
+Nothing here knows a method. `resolve` says which kernels words mean, `own` adds the layers, `fill`
+makes the stacked, padded arrays in which members of one sweep agree.
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import ops, tree
+from lorax.errors import nearest
+
+#: Canonical words -> parameter paths (regex). Every model of `lorax.models` uses these names.
+WORDS = {
+    **{w: rf"(.*/)?{w}/kernel" for w in ("q", "k", "v", "o", "up", "gate", "down")},
+    "embed": r"(.*/)?(wte|embed)/embedding",
+    "head": r"(.*/)?lm_head/kernel",
+}
+#: Words for parameters that are trained as they are (`full`), beside those above; "norms" are the
+#: scale and bias of every norm.
+FULL_WORDS = {"all": r".*", "classifier": r"head/.*", "biases": r"(.*/)?bias", "norms": None}
+GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("up", "gate", "down")}
+
+
+def resolve(targets: tuple[str, ...], sites: Mapping[str, ops.Site]) -> dict[str, ops.Site]:
+    """{path: Site} of what the words of `targets` mean among `sites`.
+
+    A word is canonical (`WORDS`), a group ("attention", "mlp", "all-linear": every linear and
+    convolution kernel but the heads), or "re:" and a regex that a whole path matches.
+    Raises ValueError for a word that matches nothing and lists what there is.
+    """
+    if isinstance(targets, str):
+        targets = (targets,)
+    if not targets:
+        raise ValueError(f"method.targets: empty; there is {_available(sites)}")
+    chosen = set()
+    for word in targets:
+        if word == "all-linear":
+            hits = [
+                path
+                for path, site in sites.items()
+                if site.kind != "embed" and not re.fullmatch(rf"head/.*|{WORDS['head']}", path)
+            ]
+        else:
+            try:
+                patterns = [re.compile(p) for p in _patterns(word)]
+            except re.error as error:
+                raise ValueError(f"method.targets: {word!r} is no regex ({error})") from None
+            hits = [path for path in sites if any(p.fullmatch(path) for p in patterns)]
+        if not hits:
+            known = [*WORDS, *GROUPS, "all-linear"]
+            hint = "" if word in known else nearest(word, known)
+            tied = " (a tied head is adapted through 'embed')" if word == "head" else ""
+            raise ValueError(
+                f"method.targets: {word!r} matches nothing{tied}; "
+                f"there is {_available(sites)}{hint}"
+            )
+        chosen.update(hits)
+    return {path: site for path, site in sites.items() if path in chosen}
+
+
+def resolve_full(words: tuple[str, ...], params: dict) -> list[str]:
+    """Paths of the parameters that the words name: those of `resolve`, of `FULL_WORDS`, or "re:"
+    and a regex. Raises ValueError for a word that matches nothing."""
+    paths, chosen = list(tree.flatten(params)), set()
+    known = FULL_WORDS | WORDS
+    parent = lambda path: path.rpartition("/")[0]
+    norms = {parent(path) for path in paths if re.fullmatch(r"(.*/)?scale", path)}
+    for word in words:
+        try:
+            patterns = [] if word == "norms" else [re.compile(p) for p in _patterns(word, known)]
+        except re.error as error:
+            raise ValueError(f"method.full: {word!r} is no regex ({error})") from None
+        hits = [path for path in paths if any(p.fullmatch(path) for p in patterns)]
+        if word == "norms":
+            hits = [path for path in paths if parent(path) in norms]
+        if not hits:
+            hint = "" if word in known else nearest(word, known)
+            raise ValueError(
+                f"method.full: {word!r} matches nothing; there is {', '.join(paths)}{hint}"
+            )
+        chosen.update(hits)
+    return [path for path in paths if path in chosen]
+
+
+def _patterns(word: str, known=WORDS) -> list[str]:
+    if word.startswith("re:"):
+        return [word.removeprefix("re:")]
+    return [known[w] for w in GROUPS.get(word, (word,)) if w in known]
+
+
+def _available(sites) -> str:
+    words = [w for w, p in WORDS.items() if any(re.fullmatch(p, path) for path in sites)]
+    return f"{', '.join(words)} and paths {', '.join(sites)}"
+
+
+def active_layers(layers: tuple[int, ...] | None, targets: Mapping, shapes: Mapping) -> dict:
+    """{path: boolean numpy array over the site's layer axes}: which layers a member adapts.
+
+    layers: indices, negative ones from the end, or None for all. For a stacked weight they index
+    its first axis; otherwise a weight's layer is the first number in its path ("h_3/attn/q").
+    Raises ValueError for an index that no target has.
+    """
+    stacked = {path: shapes[path][: site.stack] for path, site in targets.items()}
+    depth = max(
+        [s[0] for s in stacked.values() if s]
+        + [layer_of(p) + 1 for p, s in stacked.items() if not s],
+        default=0,
+    )
+    if layers is not None:
+        bad = [i for i in layers if not -depth <= i < depth]
+        if bad or not layers:
+            raise ValueError(f"method.layers: {bad or '()'} given, the targets have {depth} layers")
+        layers = {i % depth for i in layers}
+    active = {}
+    for path, axes in stacked.items():
+        mask = np.ones(axes, bool)
+        if layers is not None and axes:
+            mask[[i for i in range(axes[0]) if i not in layers]] = False
+        elif layers is not None:
+            mask = np.asarray(layer_of(path) in layers)
+        active[path] = mask
+    if not any(mask.any() for mask in active.values()):
+        raise ValueError(f"method.layers: {sorted(layers)} leave nothing of {', '.join(targets)}")
+    return active
+
+
+def layer_of(path: str) -> int:
+    """The layer that a path names, its first number ("h_3/attn/q": 3); -1 where it names none."""
+    number = re.search(r"(?:^|[/_])(\d+)(?=/|$)", path)
+    return int(number.group(1)) if number else -1
+
+
+def stack_depths(params: dict, sites: Mapping[str, ops.Site]) -> dict[str, int]:
+    """{path: number of layers} of the parameters that are stacks: all those below a name that a
+    stacked kernel is below ("h/")."""
+    flat = tree.flatten(params)
+    stacks = {
+        path.partition("/")[0]: len(flat[path])
+        for path, site in sites.items()
+        if site.stack and path in flat
+    }
+    return {p: stacks[p.partition("/")[0]] for p in flat if p.partition("/")[0] in stacks}
+
+
+def key_for(key: jax.Array, path: str) -> jax.Array:
+    """A key of its own for each path, the same whatever other paths there are."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+# ------------------------------------------------------------------------------------ what to adapt
+
+
+def own(params: dict, sites, targets, layers, rank: int | None = None) -> dict:
+    """{path: (Site, active)} of what a method with these hyperparameters adapts in `params`.
+
+    sites: {path: Site}, None for `ops.sites_from_shapes`. active: boolean numpy array over the
+    site's layer axes. Raises ValueError as `resolve` and `active_layers` do, and for a rank above
+    min(in, out) of a target.
+    """
+    sites = sites or ops.sites_from_shapes(params)
+    chosen = resolve(targets, sites)
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(params).items()}
+    for path, site in chosen.items():
+        _, n_in, n_out = site.matrix_shape(shapes[path])
+        if rank is not None and rank > min(n_in, n_out):
+            raise ValueError(
+                f"method.rank: {rank} given, but {path} is {n_in} x {n_out}: "
+                f"at most {min(n_in, n_out)}"
+            )
+    active = active_layers(layers, chosen, shapes)
+    return {path: (site, active[path]) for path, site in chosen.items()}
+
+
+def fill(key, axes, active, shapes: Mapping[str, tuple], draw: Callable) -> dict:
+    """{name: float32 array (*axes, *shape)}, zero but for what `draw` gives each active layer.
+
+    axes: layer axes, () for a weight that is not stacked. active: boolean numpy array over them,
+    None for no layer at all. draw(key, index) -> {name: array at most as large as shapes[name]},
+    written into the first rows and columns: the rest is padding. index: of the layer, a tuple.
+    Each layer has a key of its own, which does not depend on how many are active.
+    """
+    found = {name: np.zeros((*axes, *shape), np.float32) for name, shape in shapes.items()}
+    if active is not None:
+        keys = jax.random.split(key, max(1, math.prod(axes)))
+        for index, layer_key in zip(np.ndindex(*axes), keys, strict=True):
+            for name, value in draw(layer_key, index).items() if active[index] else ():
+                corner = tuple(slice(n) for n in np.shape(value))
+                found[name][index][corner] = value
+    return {name: jnp.asarray(x) for name, x in found.items()}
+
+
+def joined(*trees: dict) -> dict[str, dict]:
+    """{path: {name: leaf}} of trees whose leaves lie at path/name: a method's trainable and
+    constants beside each other."""
+    found: dict[str, dict] = {}
+    for flat in map(tree.flatten, trees):
+        for path, leaf in flat.items():
+            parent, _, name = path.rpartition("/")
+            found.setdefault(parent, {})[name] = leaf
+    return found
