@@ -22,7 +22,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 
-from lorax.analysis import Band, expected_similarity, gaussian_similarity, plots, runs
+from lorax.analysis import Band, compare, expected_similarity, gaussian_similarity, plots, runs
 from lorax.files import write_bytes
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.tmpl")
@@ -78,8 +78,10 @@ def _write(
     found, missing = runs.adapters(run, usable.index)
     line = "" if answer is None else answer.best["line"]
     shown = usable.loc[[m for m in found if _on_line(usable.loc[m], answer, by)]]
-    sigmas, ranks = runs.spectra(found)
-    comparisons = _comparisons(shown, found)
+    dense = runs.deltas(run, missing)
+    missing = {member: why for member, why in missing.items() if member not in dense}
+    sigmas, ranks = runs.spectra(found, dense)
+    comparisons = [] if main == "method" else _comparisons(shown, found)
 
     _save_table(run, "members", table.drop(columns="setting"))
     _save_table(run, "settings", settings.drop(columns="line"))
@@ -95,6 +97,7 @@ def _write(
             "Loss" if by.main is None else "Loss against " + _words(main),
             _curve_section(settings, by, answer, scores),
         ),
+        *_methods_section(run, table, settings, by, ranks, figures),
         ("Members", _members_section(table, scores)),
         ("Learning curves", _learning_section(table)),
     ]
@@ -437,6 +440,29 @@ def _members_section(table: pd.DataFrame, scores: list[str]) -> str:
     ]
     caption = "Every member; press a heading to sort. Losses in nats, best over all evals."
     return _table(header, rows, caption, sortable=True, classes=list(table["status"]))
+
+
+def _methods_section(run, table, settings, by, ranks, figures: dict) -> list[tuple[str, str]]:
+    """The methods side by side, where the sweep has several; adds its figure and its table."""
+    if by.main != "method" or settings["mean"].isna().all():
+        return []
+    compared = compare.methods(table, settings, by, ranks)
+    _save_table(run, "methods", compared)
+    figures["methods"] = plots.methods(compared)
+    bars = " Bars: one standard error." if compared["se"].notna().any() else ""
+    caption = f"Each method at its best setting.{bars} Dashed: full fine-tuning, where it was run."
+    figure = _figure("methods", caption, "Dot chart of final eval loss by method.")
+    header = ["method", "trainable parameters", *(f"best {_words(name)}" for name in by.others)]
+    header += ["eval loss (nats)", "standard error", "n", "diverged", "optimiser bytes"]
+    header += ["step (ms)", "effective rank of ΔW"]
+    rows = [
+        [row["method"], row["trainable_params"], *(row[name] for name in by.others)]
+        + [_Fixed(row["mean"]), _Fixed(row["se"]), row["n"], row["diverged"]]
+        + [row["optimizer_bytes"], _Fixed(row["step_ms"], 1), _Fixed(row["effective"], 1)]
+        for _, row in compared.iterrows()
+    ]
+    caption = "Best first. Time and optimiser bytes are one member's share of its group's."
+    return [("Methods", figure + _table(header, rows, caption, sortable=True))]
 
 
 def _learning_section(table: pd.DataFrame) -> str:

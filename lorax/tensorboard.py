@@ -31,6 +31,7 @@ def write(directory: Path) -> Path:
                 name: value if isinstance(value, int | float | str | bool) else str(value)
                 for name, value in member.items()
                 if name not in ("member", "group", "name")
+                and not (isinstance(value, float) and np.isnan(value))  # a method's without it
             }
             final = {"eval/final_loss": float(evals.iloc[-1])} if len(evals) else {}
             writer.add_hparams(hyper, final, name=".")

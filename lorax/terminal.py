@@ -13,7 +13,7 @@ class Screen:
     """Context that owns the terminal; on anything but a terminal the bar becomes lines."""
 
     def __enter__(self):
-        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
         self.bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -62,7 +62,8 @@ class Screen:
         scores = list(dict.fromkeys(name for row in rows.values() for name in row["scores"]))
         headings = ("member", "parameters", "scale s", "eval loss (nats)", *scores)
         for name in (*headings, "seconds", "status"):
-            table.add_column(name, justify="left" if name in ("member", "status") else "right")
+            left = name in ("member", "status")
+            table.add_column(name, justify="left" if left else "right", no_wrap=name == "member")
         worst = float("inf")
         for row in sorted(members, key=lambda r: rows[r["member"]]["eval_loss"] or worst):
             final = rows[row["member"]]
@@ -70,7 +71,7 @@ class Screen:
             table.add_row(
                 row["name"],
                 f"{row['trainable_params']:,}",
-                f"{row['scale']:g}",
+                "-" if row["scale"] is None else f"{row['scale']:g}",
                 "-" if loss is None else f"{loss:.4f}",
                 *(f"{final['scores'][n]:.4f}" if n in final["scores"] else "-" for n in scores),
                 f"{final['seconds']:.1f}",

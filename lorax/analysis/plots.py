@@ -79,6 +79,30 @@ def rank_curve(
         return figure
 
 
+def methods(compared: pd.DataFrame) -> Figure:
+    """Each method's best final eval loss with its standard error, best on top; a dashed line at
+    full fine-tuning's. compared: of `compare.methods`."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 0.9 + 0.28 * len(compared)), layout="constrained")
+        axes = figure.add_subplot()
+        rows = range(len(compared))
+        errors = compared["se"].fillna(0) if compared["se"].notna().any() else None
+        axes.errorbar(
+            compared["mean"], rows, xerr=errors, fmt=MARKERS[0], color=COLOURS[0], capsize=3
+        )
+        names = [
+            f"{row.method} ({row.trainable_params:,})" for row in compared.itertuples(index=False)
+        ]
+        axes.set_yticks(rows, names)
+        axes.invert_yaxis()
+        full = compared.loc[compared["method"] == "full", "mean"]
+        if len(full):
+            axes.axvline(full.iloc[0], color=GREY, linestyle=(0, (4, 3)), linewidth=1)
+        axes.set_xlabel("final " + LOSS)
+        axes.set_ylabel("method (trainable parameters)")
+        return figure
+
+
 def learning_curves(metrics: pd.DataFrame, points: pd.DataFrame, main: str | None) -> Figure:
     """Eval loss against step: a colour a value of the main axis, thin lines the members, thick
     lines their means over seeds and the other axes. Diverged members are thin and dashed."""

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from safetensors.numpy import load_file
 
 from lorax.analysis import amplification as table7
 from lorax.analysis import spectrum, subspace
@@ -45,7 +46,13 @@ class Run:
 
     def adapter(self, member: int) -> dict[str, Factors]:
         """The member's factors by path ("h/0/attn/q"). FileNotFoundError where it has none."""
-        return peft.load(self.directory / "adapters" / str(member)).factors
+        factors = peft.load(self.directory / "adapters" / str(member)).factors
+        return {path: f for path, f in factors.items() if f.a.shape[1]}  # DoRA's lengths have none
+
+    def delta(self, member: int) -> dict[str, np.ndarray]:
+        """{path: dW (in, out)} of a member whose update is not of low rank. FileNotFoundError where
+        it left none: prefixes and bottlenecks are no change of weights."""
+        return load_file(self.directory / "adapters" / str(member) / "delta.safetensors")
 
 
 def load(directory: str | os.PathLike) -> Run:
@@ -148,11 +155,11 @@ class Answer(NamedTuple):
 def summary(run: Run) -> pd.DataFrame:
     """A row a member: its fields, then what came of it.
 
-    Adds status ("finished", "diverged", "running"), diverged_at, seconds, base_loss (eval at
-    step 0, before any update), final_step, final_loss and best_loss (evals after step 0), in nats
-    per completion token, and a column a score (`scores`: accuracy, bleu...). A diverged member has
-    no final loss (NaN). `setting` is the name without
-    its seed; fields that are lists (targets) read "q v".
+    Adds status ("finished", "diverged", "running"), diverged_at, seconds, step_ms (of training
+    alone), base_loss (eval at step 0, before any update), final_step, final_loss and best_loss
+    (evals after step 0), in nats per completion token, and a column a score (`scores`: accuracy,
+    bleu...). A diverged member has no final loss (NaN). `setting` is the name without its seed;
+    fields that are lists (targets) read "q v".
     """
     evals = run.metrics[run.metrics["split"] == "eval"].sort_values("step", kind="stable")
     rows = []
@@ -170,6 +177,7 @@ def summary(run: Run) -> pd.DataFrame:
                 "status": state,
                 "diverged_at": status.get("diverged_at"),
                 "seconds": status.get("seconds"),
+                "step_ms": status.get("step_ms"),
                 "base_loss": base.iloc[0] if len(base) else np.nan,
                 "final_step": int(after["step"].iloc[-1]) if len(after) else 0,
                 "final_loss": after["loss"].iloc[-1] if usable else np.nan,
@@ -194,7 +202,8 @@ def scores(run: Run) -> list[str]:
 
 
 def axes(run: Run, table: pd.DataFrame) -> Axes:
-    """The rank where members differ in it, else the sweep's first axis with several values.
+    """The method where members differ in it, else the rank, else the sweep's first axis with
+    several values.
 
     Fields that only follow from others (tied axes) are no axes of their own.
     """
@@ -205,6 +214,8 @@ def axes(run: Run, table: pd.DataFrame) -> Axes:
         order.append("setting")  # an axis that members.jsonl does not list by itself
     if table["rank"].nunique(dropna=False) > 1:
         order.insert(0, "rank")
+    if table["method"].nunique() > 1:
+        order.insert(0, "method")
     chosen: list[str] = []
     for name in dict.fromkeys(order):
         groups = len(table[chosen].drop_duplicates()) if chosen else 1
@@ -230,7 +241,7 @@ def settings(table: pd.DataFrame, by: Axes, scores: Iterable[str] = ()) -> pd.Da
                 main: first[main],
                 **{name: first[name] for name in by.others},
                 "line": ", ".join(f"{name}={_value(first[name])}" for name in by.others),
-                "scale": group["scale"].mean(),
+                "scale": pd.to_numeric(group["scale"]).mean(),
                 "trainable_params": first["trainable_params"],
                 "mean": losses.mean() if len(losses) else np.nan,
                 "se": losses.std(ddof=1) / np.sqrt(len(losses)) if len(losses) > 1 else np.nan,
@@ -274,37 +285,59 @@ def adapters(
     return found, missing
 
 
+def deltas(run: Run, members: Iterable[int]) -> dict[int, dict[str, np.ndarray]]:
+    """The dense updates of those members that have left one, for those without factors."""
+    found = {}
+    for member in members:
+        try:
+            found[member] = run.delta(member)
+        except FileNotFoundError:
+            continue
+    return found
+
+
 def place(path: str) -> tuple[int, str]:
     """Layer and target of a path: "h/3/attn/q" -> (3, "q"); -1 for what is in no layer."""
     numbers = re.findall(r"(?:^|/)(\d+)(?=/|$)", path)
     return (int(numbers[0]) if numbers else -1), path.rsplit("/", 1)[-1]
 
 
-def spectra(found: dict[int, dict[str, Factors]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def spectra(
+    found: dict[int, dict[str, Factors]], dense: dict[int, dict[str, np.ndarray]] | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Spectra of all updates, and the ranks read off them.
 
+    found: factors of members by path. dense: updates (in, out) of those that have no factors.
     Returns two tables: (member, path, layer, target, index from 1, sigma), and (member, path,
     layer, target, rank, norm = ||dW||_F, effective, stable, energy90, numerical).
     """
     sigmas, ranks = [], []
-    for member, factors in found.items():
-        for path, (a, b, s, _) in factors.items():
-            _, sigma, _ = spectrum.factor_svd(a, b, s)
+    for member, updates in (found | (dense or {})).items():
+        for path, update in updates.items():
+            sigma, shape, rank = _singular_values(update)
             layer, target = place(path)
             row = {"member": member, "path": path, "layer": layer, "target": target}
             sigmas += [{**row, "index": i, "sigma": x} for i, x in enumerate(sigma, 1)]
             ranks.append(
                 {
                     **row,
-                    "rank": a.shape[1],
+                    "rank": rank,
                     "norm": float(np.linalg.norm(sigma)),
                     "effective": float(spectrum.effective_rank(sigma)),
                     "stable": float(spectrum.stable_rank(sigma)),
                     "energy90": int(spectrum.energy_rank(sigma, 0.9)),
-                    "numerical": int(spectrum.numerical_rank(sigma, (a.shape[0], b.shape[1]))),
+                    "numerical": int(spectrum.numerical_rank(sigma, shape)),
                 }
             )
     return pd.DataFrame(sigmas), pd.DataFrame(ranks)
+
+
+def _singular_values(update: Factors | np.ndarray):
+    """(singular values, (in, out), width of the factors or of the matrix)."""
+    if isinstance(update, np.ndarray):
+        return np.linalg.svd(update, compute_uv=False), update.shape, min(update.shape)
+    a, b, s, _ = update
+    return spectrum.factor_svd(a, b, s)[1], (a.shape[0], b.shape[1]), a.shape[1]
 
 
 def bases(factors: dict[str, Factors]) -> dict[str, dict[str, np.ndarray]]:

@@ -709,7 +709,7 @@ def _check(path: str, factor: Factors) -> None:
     if np.ndim(a) != 2 or np.ndim(b) != 2 or np.shape(a)[1] != np.shape(b)[0]:
         shapes = f"{np.shape(a)} and {np.shape(b)}"
         raise ValueError(f"{path}: need a (in, r) and b (r, out), got {shapes}")
-    if np.shape(a)[1] == 0:
+    if np.shape(a)[1] == 0 and m is None:
         raise ValueError(f"{path}: rank 0; leave out a matrix that is not adapted")
     if not math.isfinite(s):
         raise ValueError(f"{path}: scale {s}; it must be finite")

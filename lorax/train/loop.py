@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from lorax import decode, methods, tasks, tree
+from lorax import decode, methods, ops, tasks, tree
 from lorax.config import Member, group_key
 from lorax.files import atomically, write_bytes, write_json
 from lorax.interop import peft
@@ -100,8 +101,9 @@ def prepare(members: list[Member], say: Callable[[str], None]) -> list[Group]:
 def describe(group: Group) -> list[dict]:
     """The lines of members.jsonl for a group's members."""
     rows = []
+    opt_bytes = tree.nbytes(group.stack.state.opt_state) // len(group.stack.members)
     for member, method in zip(group.stack.members, group.stack.methods, strict=True):
-        c, hp = member.config, method.hp
+        c, hp = member.config, {"rank": None, "scale": None} | method.hp
         rows.append(
             {
                 "member": member.index,
@@ -113,6 +115,7 @@ def describe(group: Group) -> list[dict]:
             | {"base": c.base, "lr": c.train.lr, "weight_decay": c.train.weight_decay}
             | {"steps": c.train.steps, "seed": c.seed, "n_train": c.task.n_train}
             | {"trainable_params": method.count(group.base.params, group.base.sites)}
+            | {"optimizer_bytes": opt_bytes}
         )
     return rows
 
@@ -121,8 +124,9 @@ def train(workdir: Path, groups: list[Group], terminal: Terminal) -> dict[int, d
     """Train all groups in turn, from the newest checkpoints; {member: its final row}.
 
     A row has "status" ("finished" or "diverged"), "diverged_at" (step or None), "eval_loss" (nats a
-    completion token, or a classifier's, None after divergence), "seconds" and "scores" ({metric:
-    value} of a classifier, or of the texts that were asked for). Killed at any moment and called
+    completion token, or a classifier's, None after divergence), "seconds", "step_ms" (of training
+    alone, both a member's share) and "scores" ({metric: value} of a classifier, or of the texts
+    that were asked for). Killed at any moment and called
     again, the metrics and adapters come out bit for bit as without the interruption.
     """
     total = sum(len(g.stack.members) * g.stack.members[0].config.train.steps for g in groups)
@@ -171,18 +175,18 @@ def _train_chunk(
     if found:
         step, saved, meta = found
         state = jax.device_put(saved, jax.tree.map(lambda x: x.sharding, state))
-        offset, seconds = meta["offset"], meta["seconds"]
+        offset, seconds, in_steps = meta["offset"], meta["seconds"], meta["in_steps"]
         losses = np.array(meta["eval_loss"], np.float32)
         scores = {name: np.array(values, np.float32) for name, values in meta["scores"].items()}
         _cut(metrics, offset)
         if step:
             terminal.say(f"group {group.index}: continues at step {step} of {c.train.steps}")
     else:
-        step, seconds = 0, 0.0
+        step, seconds, in_steps = 0, 0.0, 0.0
         losses, scores = evaluate()
         _cut(metrics, offset)
         offset = _append(metrics, _lines(chunk, 0, "eval", loss=losses, **scores))
-        checkpoint.save(where, 0, state, _meta(offset, seconds, losses, scores))
+        checkpoint.save(where, 0, state, _meta(offset, seconds, in_steps, losses, scores))
 
     # -------------------------------------------------------------------------------------- train
     diverged = np.asarray(state.diverged_at)[:m]
@@ -192,6 +196,7 @@ def _train_chunk(
         state, logs = programs.train(params, constants, hyper, state, batches)
         real = min(k, c.train.steps - step)  # steps past the last one change nothing
         logs = {name: np.asarray(x)[:m, :real] for name, x in logs.items()}
+        in_steps += time.monotonic() - began
         step += real
         lines = _lines(
             chunk, step, "train", loss=logs["loss"].mean(1), grad_norm=logs["grad_norm"][:, -1]
@@ -209,7 +214,7 @@ def _train_chunk(
         seconds += time.monotonic() - began
         offset = _append(metrics, lines)
         if at_checkpoint:
-            checkpoint.save(where, step, state, _meta(offset, seconds, losses, scores))
+            checkpoint.save(where, step, state, _meta(offset, seconds, in_steps, losses, scores))
         progress(step * m)
 
     # ------------------------------------------------------------------------------------- export
@@ -225,6 +230,7 @@ def _train_chunk(
             "diverged_at": None if at < 0 else at,
             "eval_loss": _number(losses[i]) if at < 0 else None,
             "seconds": round(seconds / m, 3),
+            "step_ms": round(1e3 * in_steps / (m * c.train.steps), 3),
             "scores": {name: _number(values[i]) for name, values in scores.items() if at < 0},
         }
         if c.eval.generate and at < 0:
@@ -336,10 +342,32 @@ def exported(method, state: methods.State, base: Base) -> peft.Adapter:
                 factors[name] = peft.Factors(
                     a[index][:, used], b[index][used], float(scale), lengths
                 )
+    if any(factor.m is not None for factor in factors.values()):
+        factors |= _lengths_beside(factors, base)
     for path, own in methods.joined(state.trainable).items():
         if "w" in own:
             weights |= parameter_layers(path, np.asarray(own["w"], np.float32), base)
     return peft.Adapter(factors, weights, {})
+
+
+def _lengths_beside(factors: dict[str, peft.Factors], base: Base) -> dict[str, peft.Factors]:
+    """Factors of no rank with the base's own lengths, for what is not adapted but lies in one
+    tensor with what is (GPT-2's k beside q and v): DoRA's file has the lengths of whole modules."""
+    where, flat, found = sources(base), tree.flatten(base.params), {}
+    at = {}  # (Hugging Face's name, index in the stack) -> the names of its parts
+    for path, site in base.sites.items():
+        for name, index in layer_names(path, site, flat[path].shape).items():
+            at.setdefault((where[path].name, index), {})[name] = path
+    for (_, index), parts in at.items():
+        adapted = [name for name in parts if name in factors]
+        for name, path in parts.items() if adapted else ():
+            if name not in factors:
+                site = base.sites[path]
+                _, n_in, n_out = site.matrix_shape(flat[path].shape)
+                a, b = np.zeros((n_in, 0), np.float32), np.zeros((0, n_out), np.float32)
+                lengths = np.asarray(jnp.sqrt(ops.column_squares(flat[path], site))[index])
+                found[name] = peft.Factors(a, b, factors[adapted[0]].s, lengths)
+    return found
 
 
 def _plan_line(group, programs, chunks, seconds):
@@ -367,10 +395,11 @@ def _number(x) -> float | None:
     return float(str(np.float32(x))) if np.isfinite(x) else None
 
 
-def _meta(offset, seconds, losses, scores) -> dict:
+def _meta(offset, seconds, in_steps, losses, scores) -> dict:
     scores = {name: [_number(x) for x in values] for name, values in scores.items()}
     losses = [_number(x) for x in losses]
-    return {"offset": offset, "seconds": seconds, "eval_loss": losses, "scores": scores}
+    times = {"seconds": seconds, "in_steps": in_steps}
+    return {"offset": offset, **times, "eval_loss": losses, "scores": scores}
 
 
 def _append(path: Path, lines: list[dict]) -> int:
