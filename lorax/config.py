@@ -39,27 +39,31 @@ def default() -> ConfigDict:
     c.method.rank = 8
     c.method.alpha = 16.0
     c.method.scaling = "lora"  # s = alpha / r; "rslora": alpha / sqrt(r); "fixed": alpha
-    c.method.init = "kaiming"  # of a; or "gaussian"
-    c.method.targets = (
-        "q",
-        "v",
-    )  # q k v o up gate down embed head, attention mlp all-linear, re:REGEX
+    c.method.init = (
+        "kaiming"  # of a; "gaussian", or a start that reads the base: pissa, pissa-fast,
+    )
+    # olora; or the first batches of training: eva, corda, corda-kpm, lora-ga, lora-ga-paper
+    # q k v o up gate down embed head, attention mlp all-linear, re:REGEX; None: the method's own
+    c.method.targets = config_dict.placeholder(tuple)
     c.method.layers = config_dict.placeholder(tuple)  # indices; None: all
     c.method.dropout = 0.0  # on the adapter's input
     c.method.full = ()  # trained as they are: classifier biases norms, targets' words, re:REGEX
     c.method.dtype = "float32"  # of what is trained
     # None: the method's own default.
     c.method.parameters = config_dict.placeholder(tuple)  # full: which are trained
+    c.method.feedforward = config_dict.placeholder(tuple)  # ia3: targets that scale their input
     c.method.ratio = config_dict.placeholder(float)  # lora+: learning rate of b over that of a
     c.method.target_rank = config_dict.placeholder(int)  # adalora: mean rank in the end
     c.method.tinit = config_dict.placeholder(int)  # adalora: steps before the budget shrinks
     c.method.tfinal = config_dict.placeholder(int)  # adalora: steps after it has shrunk
     c.method.every = config_dict.placeholder(int)  # adalora: steps between two prunings
+    c.method.beta1 = config_dict.placeholder(float)  # adalora: of the mean sensitivity
+    c.method.beta2 = config_dict.placeholder(float)  # adalora: of its deviation
     c.method.orthogonal = config_dict.placeholder(float)  # adalora: weight of the penalty
     c.method.factor = config_dict.placeholder(int)  # lokr: size of the first factor
     c.method.tokens = config_dict.placeholder(int)  # prefix, prompt, llama-adapter: virtual tokens
     c.method.activation = config_dict.placeholder(str)  # houlsby, pfeiffer
-    c.method.batches = config_dict.placeholder(int)  # starts that read data: how many
+    c.method.batches = config_dict.placeholder(int)  # training batches that a start reads; None: 8
 
     c.train = ConfigDict()
     c.train.steps = 200
@@ -111,6 +115,8 @@ AXES = {
     "scaling": "method.scaling",
     "alpha": "method.alpha",
     "rank": "method.rank",
+    "target_rank": "method.target_rank",
+    "tokens": "method.tokens",
     "dropout": "method.dropout",
     "lr": "train.lr",
     "weight_decay": "train.weight_decay",
@@ -158,6 +164,10 @@ def members(config: ConfigDict) -> list[Member]:
     blocks = [tie for tie in ties] + [(axis,) for axis in axes if axis not in tied]
     blocks.sort(key=lambda block: list(AXES).index(block[0]))
     values = [list(zip(*(axes[axis] for axis in block), strict=True)) for block in blocks]
+    for block, rows in zip(blocks, values, strict=True):
+        if len(set(rows)) != len(rows):
+            shown = rows if len(block) > 1 else tuple(row[0] for row in rows)
+            raise ValueError(f"sweep.{' and '.join(block)}: a value stands twice in {shown}")
     found = []
     for index, chosen in enumerate(itertools.product(*values)):
         point = {
@@ -184,9 +194,14 @@ VARIES = {
         ("lora", "rslora", "dora", "lora-fa", "lora+"),
         ("rank", "alpha", "scaling", "init", "targets", "layers", "dropout", "ratio"),
     ),
+    "adalora": ("rank", "alpha", "target_rank", "targets", "layers", "dropout")
+    + ("tinit", "tfinal", "every", "orthogonal", "beta1", "beta2"),
+    "ia3": ("targets", "layers"),
+    **dict.fromkeys(("houlsby", "pfeiffer"), ("rank", "targets", "layers")),
 }
 #: Starts of `method.init` that are taken off the base: their members carry two factors more.
-TAKEN_OFF = ("pissa", "olora", "corda", "lora-ga", "loftq", "eva")
+TAKEN_OFF = ("pissa", "pissa-fast", "olora", "eva", "corda", "corda-kpm", "lora-ga")
+TAKEN_OFF += ("lora-ga-paper",)
 
 
 def group_key(member: Member) -> str:
@@ -226,17 +241,17 @@ def _axis(config, axis) -> tuple:
     if axis == "targets":
         values = tuple((v,) if isinstance(v, str) else v for v in values)
     values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
-    kind = {"layers": tuple, "n_train": int}.get(axis, type(now))
+    optional = {"layers": tuple, "n_train": int, "targets": tuple, "target_rank": int}
+    optional |= {"tokens": int}
+    kind = optional.get(axis, type(now))
     for value in values:
         fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
-        fits = fits or (value is None and axis in ("layers", "n_train"))
+        fits = fits or (value is None and axis in optional)
         if not fits or isinstance(value, bool):
             raise ValueError(
                 f"sweep.{axis}: values of type {kind.__name__} are expected, {value!r} given "
                 f'(on the command line: --config.sweep.{axis}="(first, second)")'
             )
-    if len(set(values)) != len(values):
-        raise ValueError(f"sweep.{axis}: a value stands twice in {values}")
     return tuple(float(v) for v in values) if kind is float else tuple(values)
 
 

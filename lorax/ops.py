@@ -66,6 +66,36 @@ class Scaled:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class ScaledInput:
+    """A weight whose input rows are scaled: dense(leaf) = g[:, None] * dense(w).
+
+    w: a kernel, no convolution's, or another operator leaf. g: (in,) float32, layer axes in front.
+    """
+
+    w: object
+    g: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Follow:
+    """A weight with a bottleneck adapter behind its layer, whose bias is part of what it reads:
+    h = x w + bias, y = h + f(h down + down_bias) up + up_bias. No single kernel.
+
+    w: a kernel, of a linear layer, or another operator leaf. down: (out, m), down_bias: (m,),
+    up: (m, out), up_bias: (out,), layer axes in front of each. f: (static) elementwise.
+    """
+
+    w: object
+    down: Array
+    down_bias: Array
+    up: Array
+    up_bias: Array
+    f: Callable = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Mixed:
     """A frozen weight with n low-rank updates, row i of a batch seeing update rows[i]:
     y[i] = x[i] w + s[rows[i]] (x[i] a[rows[i]]) b[rows[i]].
@@ -93,6 +123,34 @@ class Untied:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Kronecker:
+    """A frozen weight plus a Kronecker product: dense(leaf) = w + s * reshape(kron(w1, w2)).
+
+    w: a kernel or another operator leaf. w1: (m, l), w2: (n, k) with in = m n and out = l k.
+    s: () float32. dropout: on the input of the product. Layer axes in front of each.
+    """
+
+    w: object
+    w1: Array
+    w2: Array
+    s: Array
+    dropout: Dropout | None = None
+
+
+def kron(w1, w2):
+    """(..., m, l), (..., n, k) -> (..., m n, l k): blocks w1[i, j] w2."""
+    blocks = jnp.einsum("...ml,...nk->...mnlk", w1, w2)
+    return blocks.reshape(*w1.shape[:-2], w1.shape[-2] * w2.shape[-2], -1)
+
+
+def kron_product(x, w1, w2):
+    """x @ kron(w1, w2), which is not made: (..., m n), (m, l), (n, k) -> (..., l k)."""
+    y = x.reshape(*x.shape[:-1], w1.shape[0], w2.shape[0]) @ w2  # (..., m, k)
+    return jnp.einsum("...mk,ml->...lk", y, w1).reshape(*x.shape[:-1], -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Half:
     """A frozen weight that multiplies in bfloat16 with float32 sums: y = bf16(x) @ w.
 
@@ -104,7 +162,9 @@ class Half:
 
 def is_operator(leaf) -> bool:
     """True for leaves that only the functions of this module can compute with."""
-    return isinstance(leaf, LowRank | Scaled | Mixed | Untied | Half)
+    return isinstance(
+        leaf, LowRank | Kronecker | Scaled | ScaledInput | Follow | Mixed | Untied | Half
+    )
 
 
 def halve(params, sites: "Mapping[str, Site]"):
@@ -127,7 +187,7 @@ def allow_merge(params):
     """The same parameters, with leaves that may take the merged forward pass (see `linear`)."""
 
     def allow(leaf):
-        if isinstance(leaf, Scaled):
+        if isinstance(leaf, Scaled | ScaledInput | Follow):
             return dataclasses.replace(leaf, w=allow(leaf.w))
         return dataclasses.replace(leaf, merge=True) if isinstance(leaf, LowRank) else leaf
 
@@ -149,8 +209,16 @@ def linear(x, leaf, bias=None):
     """
     if isinstance(leaf, LowRank):
         y = _low_rank_linear(x, leaf)
+    elif isinstance(leaf, Kronecker):
+        w1, w2, s = (t.astype(x.dtype) for t in (leaf.w1, leaf.w2, leaf.s))
+        y = linear(x, leaf.w) + s * kron_product(dropout(x, leaf.dropout), w1, w2)
     elif isinstance(leaf, Scaled):
         y = _over_last(linear(x, leaf.w), leaf.g)
+    elif isinstance(leaf, ScaledInput):
+        y = linear(_over_last(x, leaf.g), leaf.w)
+    elif isinstance(leaf, Follow):
+        y = linear(x, leaf.w, bias)
+        return y + linear(leaf.f(linear(y, leaf.down, leaf.down_bias)), leaf.up, leaf.up_bias)
     elif isinstance(leaf, Mixed):
         a, b, s = _chosen(leaf, x)
         y = linear(x, leaf.w) + s * _batched(_batched(x, a), b)
@@ -169,8 +237,11 @@ def _add_bias(y, bias):
 
 
 def _over_last(y, g):
-    """y times g over its last axis."""
-    return y * g.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    """y times g over its last axis, in the wider of their dtypes: bfloat16 would round a g near 1
+    to 1. Returns y's dtype."""
+    wide = np.promote_types(y.dtype, g.dtype)
+    g = g.astype(wide).reshape((1,) * (y.ndim - 1) + (-1,))
+    return (y.astype(wide) * g).astype(y.dtype)
 
 
 def _chosen(leaf: Mixed, x):
@@ -258,8 +329,15 @@ def embed(ids, leaf, dtype=None):
         rows = embed(ids, leaf.w, dtype)
         a, b = leaf.a.astype(rows.dtype), leaf.b.astype(rows.dtype)
         return rows + leaf.s.astype(rows.dtype) * (jnp.take(a, ids, axis=0) @ b)
+    if isinstance(leaf, Kronecker):
+        rows = embed(ids, leaf.w, dtype)
+        w1, w2, s = (t.astype(rows.dtype) for t in (leaf.w1, leaf.w2, leaf.s))
+        first, second = jnp.take(w1, ids // len(w2), axis=0), jnp.take(w2, ids % len(w2), axis=0)
+        return rows + s * (first[..., :, None] * second[..., None, :]).reshape(rows.shape)
     if isinstance(leaf, Scaled):
         return _over_last(embed(ids, leaf.w, dtype), leaf.g)
+    if isinstance(leaf, ScaledInput | Follow):
+        raise _no_embedding(leaf)
     if isinstance(leaf, Mixed):
         rows = embed(ids, leaf.w, dtype)  # (B or 1, ..., features): positions are the same for all
         rows = jnp.broadcast_to(rows, (leaf.rows.shape[0], *rows.shape[1:]))
@@ -278,8 +356,13 @@ def attend(x, leaf):
     if isinstance(leaf, LowRank):
         a, b = leaf.a.astype(x.dtype), leaf.b.astype(x.dtype)
         return attend(x, leaf.w) + leaf.s.astype(x.dtype) * ((x @ b.T) @ a.T)
+    if isinstance(leaf, Kronecker):
+        w1, w2, s = (t.astype(x.dtype) for t in (leaf.w1, leaf.w2, leaf.s))
+        return attend(x, leaf.w) + s * kron_product(x, w1.T, w2.T)
     if isinstance(leaf, Scaled):
         return attend(_over_last(x, leaf.g), leaf.w)
+    if isinstance(leaf, ScaledInput | Follow):
+        raise _no_embedding(leaf)
     if isinstance(leaf, Mixed):
         a, b, s = _chosen(leaf, x)
         turned = lambda m: jnp.swapaxes(m, 1, 2)
@@ -291,30 +374,40 @@ def attend(x, leaf):
     return x @ leaf.astype(x.dtype).T
 
 
+def _no_embedding(leaf) -> ValueError:
+    return ValueError(f"an embedding with a {type(leaf).__name__} leaf is not supported")
+
+
 def dense(leaf, site: "Site"):
     """The plain kernel that a leaf stands for, in the shape and dtype of its frozen weight.
 
     It is computed in float32 and rounded once. Raises ValueError for a leaf that is more than one
-    kernel (`Mixed`, `Untied`).
+    kernel (`Mixed`, `Untied`, `Follow`).
     """
     return _wide(leaf, site).astype(frozen(leaf).dtype) if is_operator(leaf) else leaf
 
 
 def _wide(leaf, site: "Site") -> Array:
-    """`dense` in float32."""
+    """`dense` in float32, or float64 where the weight is."""
+    dtype = jnp.float64 if frozen(leaf).dtype == jnp.float64 else jnp.float32
+    wide = lambda x: x.astype(dtype)
     if not is_operator(leaf):
-        return leaf.astype(jnp.float32)
-    if isinstance(leaf, Mixed | Untied):
+        return wide(leaf)
+    if isinstance(leaf, Mixed | Untied | Follow):
         raise ValueError(f"a {type(leaf).__name__} leaf is no single kernel")
     w = _wide(leaf.w, site)
     if isinstance(leaf, Half):
-        return leaf.w.astype(jnp.float32)
+        return wide(leaf.w)
     if isinstance(leaf, Scaled):
-        g = leaf.g[..., None, :].astype(jnp.float32)
+        g = wide(leaf.g[..., None, :])
         return site.from_matrix(site.to_matrix(w) * g, w.shape)
-    update = leaf.s[..., None, None].astype(jnp.float32) * jnp.matmul(
-        leaf.a.astype(jnp.float32), leaf.b.astype(jnp.float32)
-    )
+    if isinstance(leaf, ScaledInput):
+        g = wide(leaf.g[..., None])
+        return site.from_matrix(site.to_matrix(w) * g, w.shape)
+    if isinstance(leaf, Kronecker):
+        w1, w2, s = (wide(t) for t in (leaf.w1, leaf.w2, leaf.s))
+        return w + site.from_matrix(s[..., None, None] * kron(w1, w2), w.shape)
+    update = wide(leaf.s[..., None, None]) * jnp.matmul(wide(leaf.a), wide(leaf.b))
     return w + site.from_matrix(update, w.shape)
 
 
@@ -448,7 +541,24 @@ def interceptor() -> contextlib.AbstractContextManager:
     return nn.intercept_methods(_intercept)
 
 
+#: Name of a leaf that stands beside a module's parameters and takes a call of it over. It has
+#: `method`, the name of what it takes over, and is called as leaf(module, call, *args, **kwargs),
+#: where call(*args, **kwargs) is what the module would have given, operator leaves included.
+AROUND = "around"
+
+
 def _intercept(next_fun, args, kwargs, context):
+    call = functools.partial(_computed, next_fun, context)
+    module = context.module
+    if module.scope is not None and module.has_variable("params", AROUND):
+        leaf = module.get_variable("params", AROUND)
+        if leaf.method == context.method_name:
+            return leaf(module, call, *args, **kwargs)
+    return call(*args, **kwargs)
+
+
+def _computed(next_fun, context, *args, **kwargs):
+    """What a layer gives: by its rule where its kernel is an operator leaf, else its own call."""
     rule = _rule(context)
     if rule is None:
         return next_fun(*args, **kwargs)
@@ -510,9 +620,9 @@ def _dense_general(module, leaf, bias, x):
     features = frozen(leaf).shape[len(ins) :]
     x = jnp.moveaxis(x, axes, tuple(range(-len(axes), 0)))  # (..., *in)
     x = x.reshape(*x.shape[: x.ndim - len(axes)], -1).astype(_compute_dtype(module, x, leaf))
-    y = linear(x, _as_matrix(leaf, Site("linear", 0, ins, outs)))
-    y = y.reshape(*y.shape[:-1], *features)
-    return _add_bias(y, bias)
+    bias = None if bias is None else bias.reshape(-1)
+    y = linear(x, _as_matrix(leaf, Site("linear", 0, ins, outs)), bias)
+    return y.reshape(*y.shape[:-1], *features)
 
 
 def _einsum_letters(module, x, einsum_str):
@@ -535,6 +645,8 @@ def _einsum_axes(module, x, einsum_str=None):
 
 
 def _einsum(module, leaf, bias, x, einsum_str=None):
+    if isinstance(leaf, Follow) and bias is not None:
+        raise ValueError("an einsum with a bias and a Follow leaf is not supported")
     left, kernel, out = _einsum_letters(module, x, einsum_str)
     ins, outs = _einsum_axes(module, x, einsum_str)
     free = [c for c in left if c not in kernel]

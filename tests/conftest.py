@@ -22,6 +22,7 @@ def pytest_configure(config):
         "ignore:.*SwigPy.*:DeprecationWarning",
         "ignore:.*swigvarlink.*:DeprecationWarning",
         "ignore:unclosed.*<socket.*:ResourceWarning",
+        "ignore:.*is_gradient_checkpointing.*:FutureWarning",
     ):
         config.addinivalue_line("filterwarnings", line)
 

@@ -79,7 +79,7 @@ class Method(NamedTuple):
     penalty: Callable | None = None
 
 
-from lorax.methods import full, lora  # noqa: E402  (their functions return what stands above)
+from lorax.methods import adalora, bottleneck, full, lora, scaling  # noqa: E402  (their functions return what stands above)
 
 #: name -> function of hyperparameters that returns the `Method`.
 METHODS: dict[str, Callable[..., Method]] = {
@@ -88,9 +88,13 @@ METHODS: dict[str, Callable[..., Method]] = {
     "dora": lora.dora,
     "lora-fa": lora.lora_fa,
     "lora+": lora.lora_plus,
+    "adalora": adalora.adalora,
     "full": full.full,
     "bitfit": full.bitfit,
     "ln-tuning": full.ln_tuning,
+    "ia3": scaling.ia3,
+    "houlsby": bottleneck.houlsby,
+    "pfeiffer": bottleneck.pfeiffer,
 }
 
 

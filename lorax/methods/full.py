@@ -134,18 +134,21 @@ def beside(method: "methods.Method", words: tuple[str, ...], dtype: str) -> "met
     if rest is None:
         return method._replace(init=init)
 
+    # The method comes after: it may change what is trained here as well, (IA)3 a trained bias.
     def bind_both(trainable, constants, params, key=None, sites=None):
         own, more = _apart(trainable)
-        return bind(more, {}, method.bind(own, constants, params, key, sites))
+        return method.bind(own, constants, bind(more, {}, params), key, sites)
 
     def delta_both(trainable, constants, params, sites=None):
         own, more = _apart(trainable)
-        return method.delta(own, constants, params, sites) | delta(more, {}, params)
+        moved = delta(more, {}, params)
+        then = method.delta(own, constants, bind(more, {}, params), sites)
+        return then | {path: dw + then.get(path, 0) for path, dw in moved.items()}
 
     def count(params, sites=None):
         return method.count(params, sites) + rest.count(params)
 
-    on_own = lambda f: f and (lambda trainable, *args: f(_apart(trainable)[0], *args))
+    on_own = lambda f: f and (lambda trainable, *args, **kw: f(_apart(trainable)[0], *args, **kw))
     return method._replace(
         init=init,
         bind=bind_both,

@@ -20,6 +20,7 @@ computes x w + s (x a b - x a0 b0), the base itself stays as it is.
 
 import inspect
 import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ import optax
 
 from lorax import methods, ops, tree
 from lorax.errors import nearest
+from lorax.methods.starts import NEEDS, STARTS
 
 SCALINGS = {
     "lora": lambda alpha, rank: alpha / rank,
@@ -58,12 +60,17 @@ def lora(
     targets: tuple[str, ...] = ("q", "v"),
     layers: tuple[int, ...] | None = None,
     dropout: float = 0.0,
+    ranks: Mapping | None = None,
 ) -> "methods.Method":
     """LoRA with the given hyperparameters; see `lorax.methods.Method` for what its functions take.
 
     rank: r >= 1, at most min(in, out) of every target. alpha, scaling: give the scale s.
-    init: "kaiming" or "gaussian", the start of `a`. targets: see `lorax.methods.resolve`.
-    layers: indices of the layers to adapt, None for all. dropout: rate in [0, 1) on the input of a.
+    init: of `a`, "kaiming" or "gaussian", or one of `lorax.methods.starts.STARTS` of a and b; those
+    that read data need `evidence`. targets: see `lorax.methods.resolve`. layers: indices of the
+    layers to adapt, None for all. dropout: rate in [0, 1) on the input of a.
+    ranks: {path: rank, or nested lists of ranks over the layer axes}, 0 where a matrix is not
+    adapted, in place of `rank`, which then only gives s (as PEFT scales after EVA has redistributed
+    ranks); a target that it does not name is not adapted. `hp["widest"]` is the largest, to pad to.
     Raises ValueError for a value out of range.
     """
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
@@ -71,46 +78,99 @@ def lora(
         raise ValueError(f"method.rank: {rank} given, must be at least 1")
     if not 0 <= dropout < 1:
         raise ValueError(f"method.dropout: {dropout} given, must be in [0, 1)")
-    for field, value, known in (("scaling", scaling, SCALINGS), ("init", init, INITS)):
+    known_inits = {**INITS, **STARTS}
+    for field, value, known in (("scaling", scaling, SCALINGS), ("init", init, known_inits)):
         if value not in known:
             hint = nearest(value, known)
             raise ValueError(f"method.{field}: {value!r} is not one of {', '.join(known)}{hint}")
     scale = SCALINGS[scaling](alpha, rank)
-    chosen = lambda params, sites: methods.own(params, sites, targets, layers, rank)
+    if init in STARTS and scale <= 0:
+        raise ValueError(f"method.alpha: {alpha} given, must be positive with init {init!r}")
+    widest = max((int(np.max(r)) for r in ranks.values()), default=0) if ranks else rank
+    hp = dict(rank=rank, alpha=alpha, scaling=scaling, init=init, targets=targets)
+    hp |= dict(layers=layers, dropout=dropout, ranks=ranks, scale=scale, widest=widest)
 
     def start(key, params, sites=None, targets=None, pad=None, evidence=None):
-        own = chosen(params, sites)
+        own = _matrices(hp, params, sites)
         flat, trainable, constants = tree.flatten(params), {}, {}
         for path, site in (targets or {path: site for path, (site, _) in own.items()}).items():
             axes, n_in, n_out = site.matrix_shape(flat[path].shape)
-            active = own[path][1] if path in own else None
-
-            def draw(key, index, site=site, n_in=n_in, n_out=n_out):
-                if site.kind == "embed":  # as loralib and PEFT: the rows start at zero
-                    return {"b": jax.random.normal(key, (rank, n_out))}
-                return {"a": INITS[init](key, n_in, rank)}
-
+            r = own[path][1] if path in own else np.zeros(axes, int)
+            factors = _factors(hp, site, flat[path], r, path, (evidence or {}).get(path, {}))
             # Not a slice of one draw for all ranks: ranks of one seed would share the first
             # columns of `a`, and a similarity between their subspaces would start above chance.
             own_key = jax.random.fold_in(methods.key_for(key, path), rank)
-            shapes = {"a": (n_in, pad or rank), "b": (pad or rank, n_out)}
-            trainable[path] = methods.fill(own_key, axes, active, shapes, draw)
+            shapes = {"a": (n_in, pad or widest), "b": (pad or widest, n_out)}
+            trainable[path] = methods.fill(own_key, axes, r > 0, shapes, factors)
             constants[path] = {
                 "s": jnp.full(axes, scale, jnp.float32),
                 "dropout": jnp.full(axes, dropout, jnp.float32),
             }
+            if init in STARTS:
+                a, b = trainable[path]["a"], trainable[path]["b"]
+                off = jnp.any(b != 0, axis=(-2, -1), keepdims=True)  # else there is nothing to take
+                constants[path] |= {"a0": jnp.where(off, a, 0), "b0": b}
         return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def count(params, sites=None):
         flat, total = tree.flatten(params), 0
-        for path, (site, active) in chosen(params, sites).items():
+        for path, (site, r) in _matrices(hp, params, sites).items():
             _, n_in, n_out = site.matrix_shape(flat[path].shape)
-            total += int(active.sum()) * rank * (n_in + n_out)
+            total += int(r.sum()) * (n_in + n_out)
         return total
 
-    hp = dict(rank=rank, alpha=alpha, scaling=scaling, init=init, targets=targets)
-    hp |= dict(layers=layers, dropout=dropout, scale=scale)
     return methods.Method("lora", hp, start, bind, delta, count, factors)
+
+
+def _matrices(hp: dict, params, sites) -> dict:
+    """{path: (Site, rank of each layer, 0 where none is adapted)} of the targets."""
+    nominal = hp["rank"] if hp["ranks"] is None else None
+    own = methods.own(params, sites, hp["targets"], hp["layers"], nominal)
+    if hp["ranks"] is None:
+        return {path: (site, hp["rank"] * on) for path, (site, on) in own.items()}
+    flat, found = tree.flatten(params), {}
+    unknown = [path for path in hp["ranks"] if path not in own]
+    if unknown:
+        raise ValueError(f"method.ranks: {', '.join(unknown)} are not among method.targets")
+    for path, (site, on) in own.items():
+        r = np.asarray(hp["ranks"].get(path, 0))
+        most = min(site.matrix_shape(flat[path].shape)[1:])
+        if r.shape not in ((), on.shape) or r.dtype.kind != "i" or r.min() < 0 or r.max() > most:
+            raise ValueError(
+                f"method.ranks: {path}: {r.tolist()} given, should be integers from 0 to {most}, "
+                f"one or {on.shape} of them"
+            )
+        found[path] = site, r * on
+    return found
+
+
+def _factors(hp: dict, site, leaf, ranks, path: str, evidence) -> Callable:
+    """The function of a layer's key and index that `methods.fill` asks for its a and b."""
+    start = STARTS.get(hp["init"])
+    if start is None:
+
+        def draw(key, index):
+            _, n_in, n_out = site.matrix_shape(leaf.shape)
+            rank = int(ranks[index])
+            if site.kind == "embed":  # as loralib and PEFT: the rows start at zero
+                return {"b": jax.random.normal(key, (rank, n_out))}
+            return {"a": INITS[hp["init"]](key, n_in, rank)}
+
+        return draw
+    kind = NEEDS.get(hp["init"])
+    if kind not in (None, *evidence) and ranks.any():
+        raise ValueError(
+            f"method.init: {hp['init']!r} reads data: pass evidence with {kind!r} of {path}, "
+            f"lorax.methods.sensitivity.evidence(base, batches, paths, ({kind!r},))"
+        )
+    w = site.to_matrix(ops.dense(leaf, site)).astype(jnp.float32) if ranks.any() else None
+
+    def draw(key, index):
+        own = {name: value[index] for name, value in evidence.items()}
+        a, b = start(key, w[index], int(ranks[index]), hp["scale"], own)
+        return {"a": a, "b": b}
+
+    return draw
 
 
 def bind(trainable, constants, params, key=None, sites=None):
@@ -191,12 +251,12 @@ def dora(**hp) -> "methods.Method":
         sites = sites or ops.sites_from_shapes(params)
         state = method.init(key, params, sites, *args, **kwargs)
         flat = tree.flatten(params)
-        active = methods.own(params, sites, method.hp["targets"], method.hp["layers"])
+        ranks = _matrices(method.hp, params, sites)
         lengths, squares = {}, {}
         for path, own in methods.joined(*state).items():
             squares[f"{path}/squares"] = ops.column_squares(flat[path], sites[path])
             lengths[f"{path}/m"] = jnp.sqrt(squares[f"{path}/squares"])
-            on = active[path][1] if path in active else np.zeros(own["s"].shape, bool)
+            on = ranks[path][1] > 0 if path in ranks else np.zeros(own["s"].shape, bool)
             squares[f"{path}/on"] = jnp.asarray(on, jnp.float32)
         more = lambda tree_, leaves: tree.unflatten(tree.flatten(tree_) | leaves)
         return methods.State(more(state.trainable, lengths), more(state.constants, squares))
@@ -218,11 +278,10 @@ def dora(**hp) -> "methods.Method":
         return {p: wide(bound[p], p) - wide(flat[p], p) for p in methods.joined(trainable)}
 
     def count(params, sites=None):
-        chosen = methods.own(params, sites, method.hp["targets"], method.hp["layers"])
         flat = tree.flatten(params)
         lengths = sum(
-            int(active.sum()) * site.matrix_shape(flat[path].shape)[2]
-            for path, (site, active) in chosen.items()
+            int((ranks > 0).sum()) * site.matrix_shape(flat[path].shape)[2]
+            for path, (site, ranks) in _matrices(method.hp, params, sites).items()
         )
         return method.count(params, sites) + lengths
 
@@ -247,11 +306,10 @@ def lora_fa(**hp) -> "methods.Method":
         return methods.State(tree.unflatten(moving), tree.unflatten(constants | fixed))
 
     def count(params, sites=None):
-        chosen = methods.own(params, sites, method.hp["targets"], method.hp["layers"])
         flat = tree.flatten(params)
         return sum(
-            int(active.sum()) * method.hp["rank"] * site.matrix_shape(flat[path].shape)[2]
-            for path, (site, active) in chosen.items()
+            int(ranks.sum()) * site.matrix_shape(flat[path].shape)[2]
+            for path, (site, ranks) in _matrices(method.hp, params, sites).items()
         )
 
     return method._replace(init=init, count=count)

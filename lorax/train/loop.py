@@ -94,7 +94,7 @@ def prepare(members: list[Member], say: Callable[[str], None]) -> list[Group]:
             raise ValueError(
                 f"eval.generate: {c.eval.generate} given, task {c.task.name} has no prompts"
             )
-        groups.append(Group(index, base, task, sweep.stack(part, built, base)))
+        groups.append(Group(index, base, task, sweep.stack(part, built, base, task)))
     return groups
 
 

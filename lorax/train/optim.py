@@ -47,4 +47,5 @@ def _decays(params) -> dict:
     """False for biases and norms, also where they are trained in full: ".../bias/w"."""
     words = lambda path: path.removesuffix("/w").rsplit("/", 1)[-1]
     flat = tree.flatten(params)
-    return tree.unflatten({path: words(path) not in ("bias", "scale") for path in flat})
+    spared = lambda word: word == "scale" or word.endswith("bias")  # "down_bias" as well
+    return tree.unflatten({path: not spared(words(path)) for path in flat})

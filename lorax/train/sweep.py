@@ -18,13 +18,14 @@ from jax.sharding import PartitionSpec as P
 
 from lorax import methods, tasks, tree
 from lorax.config import Member
-from lorax.methods import Method
+from lorax.methods import Method, sensitivity, starts
 from lorax.models import Base
 from lorax.train import step as train_step
 
 TOKEN_FEATURES = 200_000  # tokens x features that a CPU likes side by side (lorax.bench sweep)
 CPU_COPIES = 128e6  # bytes of the base, one copy for each of a CPU's devices, that "auto" spends
 STEPS_PER_CALL = 10
+BATCHES = 8  # that a start which reads data sees, where the config does not say
 
 
 def split_cpu() -> None:
@@ -67,23 +68,25 @@ def build_methods(members, base: Base) -> list[Method]:
     return built
 
 
-def stack(members, built: list[Method], base: Base) -> Stack:
+def stack(members, built: list[Method], base: Base, task: tasks.Task | None = None) -> Stack:
     """Start every member, padded to the largest rank and the union of the targets, and stack them.
 
     For LoRA and its like: zero rows of b with zero columns of a have zero gradients, so padding
     stays exactly zero under AdamW and weight decay, and a matrix that a member does not adapt is
-    the same case.
+    the same case. task: for starts that read training batches; the others need none.
     """
     targets, pad = None, None
     if "targets" in built[0].hp:
         words = tuple(dict.fromkeys(word for m in built for word in m.hp["targets"]))
         targets = methods.resolve(words, base.sites)
     if "rank" in built[0].hp:
-        pad = max(method.hp["rank"] for method in built)
+        pad = max(method.hp.get("widest", method.hp["rank"]) for method in built)
+    seen: dict = {}
     states, constants, hypers = [], [], []
     for member, method in zip(members, built, strict=True):
         init_key, dropout_key = jax.random.split(jax.random.key(member.config.seed))
-        trainable, fixed = method.init(init_key, base.params, base.sites, targets, pad)
+        evidence = _evidence(member, method, base, task, seen)
+        trainable, fixed = method.init(init_key, base.params, base.sites, targets, pad, evidence)
         train = member.config.train
         hyper = train_step.Hyper(
             jnp.float32(train.lr), jnp.float32(train.weight_decay), dropout_key
@@ -95,6 +98,26 @@ def stack(members, built: list[Method], base: Base) -> Stack:
     return Stack(
         tuple(members), tuple(built), together(constants), together(hypers), together(states)
     )
+
+
+def _evidence(member, method: Method, base: Base, task: tasks.Task | None, seen: dict):
+    """What the first batches of a member's training show its start, if that reads any.
+
+    seen: what has been found for members before, who may share it.
+    """
+    kind = starts.NEEDS.get(method.hp.get("init"))
+    if kind is None or task is None:
+        return None
+    c, available = member.config, len(task.train["tokens"])
+    n, size = c.method.batches or BATCHES, c.train.batch_size
+    paths = tuple(methods.own(base.params, base.sites, method.hp["targets"], method.hp["layers"]))
+    rows = min(c.task.n_train or available, available)
+    key = (kind, c.seed, rows, n, paths)
+    if key not in seen:
+        order = tasks.orders(rows, size, c.seed, range(n)).reshape(n, size)
+        batches = {name: x[order] for name, x in task.train.items()}
+        seen[key] = sensitivity.evidence(base, batches, paths, (kind,))
+    return seen[key]
 
 
 class Layout(NamedTuple):

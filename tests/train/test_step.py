@@ -13,7 +13,7 @@ from flax import linen as nn
 from quick import jit
 
 import lorax
-from lorax import config, ops, tree
+from lorax import config, losses, ops, tree
 from lorax.models import gpt2
 from lorax.train import step as steps
 
@@ -40,7 +40,7 @@ def shapes_of(module):
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):
     """Several rounds of rows, the last one not full."""
-    monkeypatch.setattr(steps, "ROWS", 8)
+    monkeypatch.setattr(losses, "ROWS", 8)
 
 
 # -------------------------------------------------------------------------------------------- loss
@@ -69,7 +69,7 @@ def test_weighted_loss_is_cross_entropy_in_value_and_gradients(module, target, t
         bind = lambda trainable: method.bind(trainable, state.constants, params, key)
 
     def ours(trainable, hidden):
-        return steps.weighted_loss(module, bind(trainable), hidden, LABELS, WEIGHTS)
+        return losses.weighted_loss(module, bind(trainable), hidden, LABELS, WEIGHTS)
 
     def plain(trainable, hidden):
         logits = lorax.apply(module, bind(trainable), hidden, method="logits")
@@ -91,7 +91,7 @@ def test_weighted_loss_is_cross_entropy_in_value_and_gradients(module, target, t
 
 def test_no_logits_of_all_tokens_are_ever_made():
     params = shapes_of(TIED)
-    loss = lambda hidden, params: steps.weighted_loss(TIED, params, hidden, LABELS, WEIGHTS)
+    loss = lambda hidden, params: losses.weighted_loss(TIED, params, hidden, LABELS, WEIGHTS)
     text = str(jax.make_jaxpr(jax.grad(loss))(HIDDEN, params))
     assert "f32[8,20]" in text and "f32[21,20]" not in text and "f32[24,20]" not in text
 
@@ -121,7 +121,7 @@ def test_evaluate_is_the_mean_over_weighted_tokens():
 
 def test_label_smoothing_mixes_the_target_with_the_even_distribution():
     params = random(shapes_of(TIED))
-    ours = jit(steps.weighted_loss, static_argnums=(0, 5))(
+    ours = jit(losses.weighted_loss, static_argnums=(0, 5))(
         TIED, params, HIDDEN, LABELS, WEIGHTS, 0.1
     )
     logits = lorax.apply(TIED, params, HIDDEN, method="logits")
@@ -141,7 +141,7 @@ def test_packed_examples_have_the_loss_of_examples_apart():
         "mask": np.array([[0, 1, 1, 1, 0, 1, 1, 0, 0]], np.float32),
         "segments": np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]], np.int32),
     }
-    loss = jit(functools.partial(steps.lm_loss, TIED))
+    loss = jit(functools.partial(losses.lm_loss, TIED))
     (one, n), (other, m) = loss(params, packed), loss(params, apart)
     assert n == m == 5
     np.testing.assert_allclose(one, other, rtol=1e-5)
@@ -170,7 +170,7 @@ def test_class_loss_counts_rows_with_tokens(labels):
     batch["label"] = rng.integers(0, 3, 5).astype(kind)
     module = Classifier(labels)
     params = random(jax.eval_shape(module.init, jax.random.key(0), *[batch["tokens"]] * 3))
-    total, n, scores = jit(functools.partial(steps.class_loss, module))(params["params"], batch)
+    total, n, scores = jit(functools.partial(losses.class_loss, module))(params["params"], batch)
     if labels == 1:
         want = np.square(scores[:4, 0] - batch["label"][:4]).sum()
     else:

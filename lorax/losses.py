@@ -1,0 +1,126 @@
+"""Losses of a batch: next-token prediction that never holds all logits, and classification.
+
+Axes: B sequences, T tokens, D features, V vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorax import ops
+
+ROWS = 256  # most tokens whose logits exist at a time
+
+
+def of(batch):
+    """`class_loss` for rows with a label, `lm_loss` for the others."""
+    return class_loss if "label" in batch else lm_loss
+
+
+def token_losses(module, params, hidden, labels, smoothing=0.0):
+    """Negative log-likelihood in nats: hidden (N, D), labels (N,) int32 -> (N,) float32.
+
+    smoothing: share of the target that is spread over the vocabulary (arXiv:1512.00567, section 7).
+    """
+    logits = ops.apply(module, params, hidden, method="logits")
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if not smoothing:
+        return nats
+    even = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
+    return (1 - smoothing) * nats + smoothing * even
+
+
+def weighted_loss(module, params, hidden, labels, weights, smoothing=0.0):
+    """sum(weights * nats) as float32 (): hidden (N, D), labels (N,), weights (N,) float32.
+
+    Logits are made at most `ROWS` tokens at a time, and the gradient with respect to what depends
+    on the trained parameters is made in the same pass, so that the backward pass has nothing to do
+    but to scale it, and no (N, V) array ever exists.
+    """
+    n = len(labels)
+    rows = -(-n // -(-n // ROWS))  # equal parts of at most ROWS
+    pad = -n % rows
+    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, rows, hidden.shape[-1])
+    labels, weights = (jnp.pad(x, (0, pad)).reshape(-1, rows) for x in (labels, weights))
+    head = {name: params[name] for name in module.head if name in params}
+
+    def one(head, hidden, labels, weights):
+        return jnp.sum(weights * token_losses(module, head, hidden, labels, smoothing))
+
+    return _sum_over_rows(one, head, hidden, labels, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_over_rows(f, head, hidden, labels, weights):
+    add = lambda total, rows: (total + f(head, *rows), None)
+    return jax.lax.scan(add, jnp.float32(0), (hidden, labels, weights))[0]
+
+
+def _sum_over_rows_forward(f, head, hidden, labels, weights):
+    # symbolic_zeros says which leaves are trained: a frozen head costs no gradient.
+    leaves, treedef = jax.tree.flatten(head, is_leaf=lambda x: hasattr(x, "perturbed"))
+    values = [leaf.value for leaf in leaves]
+    trained = [i for i, leaf in enumerate(leaves) if leaf.perturbed]
+
+    def loss(moving, hidden, labels, weights):
+        full = list(values)
+        for i, value in zip(trained, moving, strict=True):
+            full[i] = value
+        return f(jax.tree.unflatten(treedef, full), hidden, labels, weights)
+
+    def add(carry, rows):
+        total, grads = carry
+        value, (more, dhidden) = jax.value_and_grad(loss, argnums=(0, 1))(moving, *rows)
+        return (total + value, jax.tree.map(jnp.add, grads, more)), dhidden
+
+    moving = [values[i] for i in trained]
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, moving))
+    rows = tuple(x.value for x in (hidden, labels, weights))
+    (total, grads), dhidden = jax.lax.scan(add, zero, rows)
+    dhead = [None] * len(leaves)
+    for i, grad in zip(trained, grads, strict=True):
+        dhead[i] = grad
+    return total, (jax.tree.unflatten(treedef, dhead), dhidden)
+
+
+def _sum_over_rows_backward(f, saved, dtotal):
+    # None in place of a frozen leaf is JAX's own sign for "no gradient"; tree.map passes it by.
+    dhead, dhidden = jax.tree.map(lambda g: dtotal.astype(g.dtype) * g, saved)
+    return dhead, dhidden, None, None
+
+
+_sum_over_rows.defvjp(_sum_over_rows_forward, _sum_over_rows_backward, symbolic_zeros=True)
+
+
+def lm_loss(module, params, batch, smoothing=0.0):
+    """(sum of weighted nats, sum of weights) of next-token prediction.
+
+    batch: {"tokens": (B, T + 1) int32, "mask": (B, T + 1) float32} and, where a row holds several
+    texts, "segments" (B, T + 1) int32; see `lorax.tasks.Task`.
+    """
+    tokens, weights, segments = batch["tokens"], batch["mask"][:, 1:], batch.get("segments")
+    segments = None if segments is None else segments[:, :-1]
+    hidden = ops.apply(module, params, tokens[:, :-1], segments, method="hidden")
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
+    total = weighted_loss(module, params, hidden, labels, weights.reshape(-1), smoothing)
+    return total, jnp.sum(weights)
+
+
+def class_loss(module, params, batch, smoothing=0.0):
+    """(sum of losses, number of examples, scores (B, k) float32) of a classifier.
+
+    batch: {"tokens", "segments", "types": (B, T) int32, "label": (B,)}. An int32 label is a class
+    (cross entropy in nats), a float32 one a value to be predicted (squared error). A row without
+    tokens does not count.
+    """
+    tokens, segments, label = batch["tokens"], batch["segments"], batch["label"]
+    scores = ops.apply(module, params, tokens, segments, batch["types"])
+    if jnp.issubdtype(label.dtype, jnp.integer):
+        target = optax.smooth_labels(jax.nn.one_hot(label, scores.shape[-1]), smoothing)
+        losses = optax.softmax_cross_entropy(scores, target)
+    else:
+        losses = jnp.square(scores[:, 0] - label)
+    weights = jnp.any(segments > 0, axis=1).astype(jnp.float32)
+    return jnp.sum(weights * losses), jnp.sum(weights), scores

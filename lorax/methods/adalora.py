@@ -1,0 +1,269 @@
+"""AdaLoRA: one budget of rank that matrices compete for (Zhang et al. 2023, arXiv:2303.10512).
+
+    y = x w + s dropout(x) a diag(e) b      a (in, r), e (r,), b (r, out), s = alpha / (r + 1e-5)
+
+Column k of a, e[k] and row k of b are a triplet (section 3.1). e starts at zero, a and b at
+N(0, 0.02^2), and a penalty, orthogonal mean |P^T P - 1|, P = a and b^T of every matrix, keeps the
+columns of each close to orthonormal, so that e are singular values. After step t = 1, 2... every
+entry p of the three, with gradient g, has (section 3.2)
+
+    I = |p g|,    average += (1 - beta1) (I - average),
+    deviation += (1 - beta2) (|I - average| - deviation),    score = average deviation
+
+and a triplet that of its e, plus the mean over its column of a, plus the mean over its row of b.
+The e outside the `budget` highest of all matrices and layers become zero. Where n matrices are
+adapted, the budget is r n until step tinit, target_rank n from step steps - tfinal on and falls
+with a cube between the two (section 3.3); pruning happens at multiples of `every`, and what is zero
+may grow again until the next, but from steps - tfinal on the averages stay and every step prunes:
+the choice of triplets is final.
+
+Where paper and PEFT differ this file follows PEFT (0.21, `peft.tuners.adalora`):
+
+- p in I is the parameter after the optimiser's step, g the gradient before it; the paper has both
+  before. g includes the penalty's gradient and is not clipped yet (PEFT sees what the caller has
+  left in `.grad`).
+- The paper's update has no s (equation 3). r in it is the rank at the start, whatever is pruned.
+- The penalty is a mean of Frobenius norms; the paper has a sum of their squares (equation 4).
+- The budget falls as (1 - (t - tinit) / (steps - tfinal - tinit))^3, rounded down, in float64.
+
+It departs from PEFT in three points. Steps count from 1, `update_and_allocate(step + 1)`: the final
+pruning of tfinal = 0 happens after the last step, where counting from 0 never gets to it. Of equal
+scores the first by path, layer and column are kept, so that the number of triplets is the budget;
+PEFT drops all that equal its threshold. target_rank may equal the rank, which prunes nothing.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lorax import methods, tree
+from lorax.methods import lora
+
+
+def adalora(
+    rank: int = 12,
+    alpha: float = 8.0,
+    target_rank: int | None = None,
+    targets: tuple[str, ...] = ("q", "v"),
+    layers: tuple[int, ...] | None = None,
+    dropout: float = 0.0,
+    tinit: int = 0,
+    tfinal: int = 0,
+    every: int = 1,
+    orthogonal: float = 0.5,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+) -> "methods.Method":
+    """AdaLoRA with the given hyperparameters; see `lorax.methods.Method` for its functions.
+
+    rank: r >= 1 of every matrix at the start, at most min(in, out) of every target.
+    target_rank: mean rank in the end, 1 to rank; None for two thirds of it (PEFT's 8 of 12).
+    alpha: gives the scale s. targets, layers, dropout: as for `lora.lora`. tinit, tfinal: steps
+    before the budget falls and after it has fallen; at least one of `train.steps` must be between
+    them. every: steps between two prunings.
+    orthogonal: weight of the penalty. beta1, beta2: of the averages, in (0, 1).
+    Raises ValueError for a value out of range.
+    """
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    target_rank = max(1, round(2 * rank / 3)) if target_rank is None else target_rank
+    for field, value, ok, right in (
+        ("rank", rank, rank >= 1, "at least 1"),
+        ("target_rank", target_rank, 1 <= target_rank <= rank, f"from 1 to the rank, {rank}"),
+        ("dropout", dropout, 0 <= dropout < 1, "in [0, 1)"),
+        ("tinit", tinit, tinit >= 0, "at least 0"),
+        ("tfinal", tfinal, tfinal >= 0, "at least 0"),
+        ("every", every, every >= 1, "at least 1"),
+        ("orthogonal", orthogonal, orthogonal >= 0, "at least 0"),
+        ("beta1", beta1, 0 < beta1 < 1, "in (0, 1)"),
+        ("beta2", beta2, 0 < beta2 < 1, "in (0, 1)"),
+    ):
+        if not ok:
+            raise ValueError(f"method.{field}: {value} given, must be {right}")
+    scale = alpha / (rank + 1e-5)
+    chosen = lambda params, sites: methods.own(params, sites, targets, layers, rank)
+
+    def init(key, params, sites=None, targets=None, pad=None, evidence=None):
+        own = chosen(params, sites)
+        flat, trainable, constants = tree.flatten(params), {}, {}
+        for path, site in (targets or {path: site for path, (site, _) in own.items()}).items():
+            axes, n_in, n_out = site.matrix_shape(flat[path].shape)
+            active = own[path][1] if path in own else np.zeros(axes, bool)
+
+            def draw(key, index, n_in=n_in, n_out=n_out):
+                for_a, for_b = jax.random.split(key)
+                a = 0.02 * jax.random.normal(for_a, (n_in, rank), jnp.float32)
+                return {"a": a, "b": 0.02 * jax.random.normal(for_b, (rank, n_out), jnp.float32)}
+
+            own_key = jax.random.fold_in(methods.key_for(key, path), rank)
+            r = pad or rank
+            shapes = {"a": (n_in, r), "e": (r,), "b": (r, n_out)}
+            trainable[path] = methods.fill(own_key, axes, active, shapes, draw)
+            each = dict(s=scale, dropout=dropout, orthogonal=orthogonal, beta1=beta1, beta2=beta2)
+            steps = dict(tinit=tinit, tfinal=tfinal, every=every)
+            constants[path] = {
+                **{name: jnp.full(axes, value, jnp.float32) for name, value in each.items()},
+                **{name: jnp.full(axes, value, jnp.int32) for name, value in steps.items()},
+                "target": jnp.asarray(active * target_rank, jnp.int32),
+                "real": jnp.asarray(active[..., None] & (np.arange(r) < rank)),
+            }
+        return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
+
+    def count(params, sites=None):
+        flat, total = tree.flatten(params), 0
+        for path, (site, active) in chosen(params, sites).items():
+            _, n_in, n_out = site.matrix_shape(flat[path].shape)
+            total += int(active.sum()) * rank * (n_in + n_out + 1)
+        return total
+
+    hp = dict(rank=rank, alpha=alpha, target_rank=target_rank, targets=targets, layers=layers)
+    hp |= dict(dropout=dropout, tinit=tinit, tfinal=tfinal, every=every, orthogonal=orthogonal)
+    hp |= dict(beta1=beta1, beta2=beta2, scale=scale)
+    return methods.Method("adalora", hp, init, bind, delta, count, factors, optimizer, penalty)
+
+
+def _as_lora(f):
+    """A function of `lora` for the update s (a diag(e)) b."""
+
+    def of_both(trainable, *args, **kwargs):
+        own = methods.joined(trainable)
+        folded = {p: {"a": x["a"] * x["e"][..., None, :], "b": x["b"]} for p, x in own.items()}
+        return f(tree.unflatten(folded), *args, **kwargs)
+
+    return of_both
+
+
+#: `LowRank` leaves, and s a diag(e) b.
+bind, delta = _as_lora(lora.bind), _as_lora(lora.delta)
+
+
+def factors(trainable, constants, params, sites=None):
+    """{path: (a diag(e), b, s, None)}, a pruned triplet's column and row both zero."""
+    found = {}
+    for path, (a, b, s, _) in _as_lora(lora.factors)(trainable, constants, params).items():
+        found[path] = a, b * jnp.any(a != 0, axis=-2)[..., None], s, None
+    return found
+
+
+def penalty(trainable, constants):
+    """() orthogonal times the mean of |P^T P - 1| over P = a and b^T of what is adapted."""
+    total, n = 0.0, 0
+    for own in methods.joined(trainable, constants).values():
+        n += 2 * jnp.sum(own["real"][..., 0])
+        for p in (own["a"], jnp.swapaxes(own["b"], -1, -2)):
+            p = p.astype(np.promote_types(p.dtype, np.float32))
+            gram = jnp.swapaxes(p, -1, -2) @ p
+            one = jnp.broadcast_to(jnp.eye(p.shape[-1], dtype=p.dtype), gram.shape)
+            one = one * own["real"][..., None, :].astype(p.dtype)
+            squares = jnp.sum(jnp.square(gram - one), axis=(-2, -1))
+            # The root's gradient at zero is infinite: nothing is adapted there, or P is perfect.
+            norms = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+            total = total + jnp.sum(norms)
+    return _of_member(constants, "orthogonal").astype(total.dtype) * total / n.astype(total.dtype)
+
+
+# --------------------------------------------------------------------------------------- allocation
+
+
+class Allocation(NamedTuple):
+    """State of `optimizer`. inner: the inner one's. step: () int32, steps done.
+
+    budgets: (train.steps + 1,) int32, see `schedule`. average, deviation: {path: {"a", "e", "b"}},
+    float32.
+    """
+
+    inner: object
+    step: jax.Array
+    budgets: jax.Array
+    average: dict
+    deviation: dict
+
+
+def schedule(full: int, target: int, tinit: int, tfinal: int, every: int, steps: int):
+    """(steps + 1,) int32: triplets that are kept after each step, `full` where none is pruned.
+
+    full, target: number of triplets at the start and in the end.
+    Raises ValueError where tinit and tfinal leave no step between them.
+    """
+    last = steps - tfinal
+    if tinit >= last:
+        raise ValueError(
+            f"method.tinit: {tinit} given, with method.tfinal {tfinal} must leave at least one of "
+            f"the {steps} steps of train.steps"
+        )
+    budgets = np.full(steps + 1, full, np.int32)
+    for t in range(tinit + 1, last):
+        if t % every == 0:
+            budgets[t] = int((full - target) * (1 - (t - tinit) / (last - tinit)) ** 3 + target)
+    budgets[last:] = target
+    return budgets
+
+
+def optimizer(inner, constants, train):
+    """`inner`, and after each of its steps the e of the triplets beyond the budget set to zero.
+
+    Its `init` takes the constants' values, so it can't be traced; its `update` can.
+    """
+    fixed = methods.joined(constants)
+
+    def init(trainable):
+        total = lambda name: int(sum(np.sum(own[name]) for own in fixed.values()))
+        phases = (int(_of_member(constants, name)) for name in ("tinit", "tfinal", "every"))
+        budgets = jnp.asarray(schedule(total("real"), total("target"), *phases, train.steps))
+        zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), _own(trainable))
+        return Allocation(inner.init(trainable), jnp.int32(0), budgets, zeros(), zeros())
+
+    def _own(tree_):
+        """{path: {"a", "e", "b"}}, without what is trained in full beside them."""
+        return {path: own for path, own in methods.joined(tree_).items() if path in fixed}
+
+    def update(grads, state, params):
+        updates, inner_state = inner.update(grads, state.inner, params)
+        step = state.step + 1
+        beta1, beta2, tfinal = (_of_member(constants, n) for n in ("beta1", "beta2", "tfinal"))
+        sensitivity = jax.tree.map(
+            lambda p, g: jnp.abs(p.astype(jnp.float32) * g.astype(jnp.float32)),
+            _own(optax.apply_updates(params, updates)),
+            _own(grads),
+        )
+        smooth = lambda beta, old, new: jnp.where(
+            step < train.steps - tfinal, beta * old + (1 - beta) * new, old
+        )
+        average = jax.tree.map(lambda m, i: smooth(beta1, m, i), state.average, sensitivity)
+        deviation = jax.tree.map(
+            lambda d, i, m: smooth(beta2, d, jnp.abs(i - m)), state.deviation, sensitivity, average
+        )
+        kept = keep(jax.tree.map(jnp.multiply, average, deviation), fixed, state.budgets[step])
+        flat, old = tree.flatten(updates), tree.flatten(params)
+        for path, mask in kept.items():
+            u, e = flat[f"{path}/e"], old[f"{path}/e"]
+            flat[f"{path}/e"] = jnp.where(mask, u, -e.astype(u.dtype))
+        new = Allocation(inner_state, step, state.budgets, average, deviation)
+        return tree.unflatten(flat), new
+
+    return optax.GradientTransformation(init, update)
+
+
+def keep(scores, fixed, budget):
+    """{path: (layers..., r) bool}: the `budget` triplets of the highest score, the first of equals.
+
+    scores: {path: {"a", "e", "b"}}, of each entry. fixed: {path: constants}. budget: () int32.
+    """
+    triplets = {}
+    for path, own in scores.items():
+        score = own["e"] + jnp.mean(own["a"], axis=-2) + jnp.mean(own["b"], axis=-1)
+        # Padding and what this member does not adapt come last.
+        triplets[path] = jnp.where(fixed[path]["real"], score, -jnp.inf)
+    flat = jnp.concatenate([score.ravel() for score in triplets.values()])
+    order = jnp.argsort(-flat, stable=True)
+    mask = jnp.zeros(flat.shape, bool).at[order].set(jnp.arange(len(flat)) < budget)
+    ends = np.cumsum([score.size for score in triplets.values()])
+    parts = jnp.split(mask, ends[:-1])
+    return {p: m.reshape(triplets[p].shape) for p, m in zip(triplets, parts, strict=True)}
+
+
+def _of_member(constants, name):
+    """() a constant that is one number for the whole member; every matrix has a copy."""
+    return next(iter(methods.joined(constants).values()))[name].ravel()[0]

@@ -1,0 +1,109 @@
+"""(IA)3: activations scaled by learned vectors (Liu et al. 2022, arXiv:2205.05638, section 3.3).
+
+    y = l * (x w + bias)        l (out,), on keys and values
+    y = (l * x) w + bias        l (in,), on the feed-forward's inner activation, the input of "down"
+
+l is one at the start, so that an adapted model is its base. Both are changes of weights: l scales
+the columns of w and the bias, or the rows of w. The formulas, the start and the weight decay, which
+draws l towards zero and not towards one, are PEFT's as well; its `feedforward_modules` are what
+`feedforward` names here. The paper trains with Adafactor without weight decay.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import methods, ops, tree
+
+
+def ia3(
+    targets: tuple[str, ...] = ("k", "v", "down"),
+    feedforward: tuple[str, ...] = ("down",),
+    layers: tuple[int, ...] | None = None,
+) -> "methods.Method":
+    """(IA)3 with the given hyperparameters; see `lorax.methods.Method` for what its functions take.
+
+    targets: see `lorax.methods.resolve`. feedforward: words for those whose input is scaled, all
+    others' output is; what it names beside the targets counts for nothing. layers: indices of the
+    layers to adapt, None for all.
+    Raises ValueError, at `init` and `count`, for a word that the base does not have and for an
+    embedding or a convolution whose input would be scaled.
+    """
+    words = (targets,) if isinstance(targets, str) else tuple(targets)
+    feedforward = (feedforward,) if isinstance(feedforward, str) else tuple(feedforward)
+
+    def sizes(chosen, params, sites):
+        """{path: (layer axes, name of the vector, its length)}"""
+        sites = sites or ops.sites_from_shapes(params)
+        inner = methods.resolve(feedforward, sites) if feedforward else {}
+        flat, found = tree.flatten(params), {}
+        for path, site in chosen.items():
+            axes, n_in, n_out = site.matrix_shape(flat[path].shape)
+            if path in inner and site.kind != "linear":
+                raise ValueError(f"method.feedforward: {path} is no linear layer's kernel")
+            found[path] = (axes, "l_in", n_in) if path in inner else (axes, "l", n_out)
+        return found
+
+    def init(key, params, sites=None, targets=None, pad=None, evidence=None):
+        own = methods.own(params, sites, words, layers)
+        trainable, constants = {}, {}
+        chosen = targets or {path: site for path, (site, _) in own.items()}
+        for path, (axes, name, n) in sizes(chosen, params, sites).items():
+            active = own[path][1] if path in own else None
+            draw = lambda key, index, name=name, n=n: {name: jnp.ones(n)}
+            # Zero, which weight decay leaves alone, and not one where a sweep only pads.
+            trainable[path] = methods.fill(key, axes, active, {name: (n,)}, draw)
+            on = jnp.zeros(axes) if active is None else jnp.asarray(active)
+            constants[path] = {"on": on.astype(jnp.float32)}
+        return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
+
+    def count(params, sites=None):
+        own = methods.own(params, sites, words, layers)
+        vectors = sizes({path: site for path, (site, _) in own.items()}, params, sites)
+        return sum(int(own[path][1].sum()) * n for path, (_, _, n) in vectors.items())
+
+    hp = dict(targets=words, feedforward=feedforward, layers=layers)
+    return methods.Method("ia3", hp, init, bind, delta, count)
+
+
+def _vector(own):
+    """(l, whether it scales the input), l being one where the member adapts nothing."""
+    inner = "l_in" in own
+    return jnp.where(own["on"][..., None] > 0, own["l_in" if inner else "l"], 1), inner
+
+
+def _bias(path: str, flat: dict) -> str | None:
+    """The path of the bias beside a kernel, None where there is none."""
+    bias = path.rpartition("/")[0] + "/bias"
+    return bias if bias in flat else None
+
+
+def bind(trainable, constants, params, key=None, sites=None):
+    """`params` with a `Scaled` or `ScaledInput` leaf at every adapted path, and scaled biases."""
+    flat = tree.flatten(params)
+    for path, own in methods.joined(trainable, constants).items():
+        vector, inner = _vector(own)
+        flat[path] = (ops.ScaledInput if inner else ops.Scaled)(flat[path], vector)
+        if not inner and (bias := _bias(path, flat)):
+            flat[bias] = _scaled(flat[bias], vector).astype(flat[bias].dtype)
+    return tree.unflatten(flat)
+
+
+def _scaled(bias, vector):
+    """A bias of any shape times as many entries, in the wider of their dtypes."""
+    wide = np.promote_types(bias.dtype, vector.dtype)
+    return bias.astype(wide) * vector.astype(wide).reshape(bias.shape)
+
+
+def delta(trainable, constants, params, sites=None):
+    """{path: (l - 1) times the weight}, of kernels and of the biases that are scaled."""
+    sites = sites or ops.sites_from_shapes(params)
+    flat, found = tree.flatten(params), {}
+    for path, own in methods.joined(trainable, constants).items():
+        vector, inner = _vector(own)
+        more = vector.astype(jnp.float32) - 1
+        w = sites[path].to_matrix(ops.dense(flat[path], sites[path]).astype(jnp.float32))
+        update = w * (more[..., None] if inner else more[..., None, :])
+        found[path] = sites[path].from_matrix(update, flat[path].shape)
+        if not inner and (bias := _bias(path, flat)):
+            found[bias] = _scaled(flat[bias], more).astype(jnp.float32)
+    return found

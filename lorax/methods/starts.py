@@ -1,0 +1,217 @@
+"""Starts of LoRA that read the base's weight or data, for `lora(init=...)`.
+
+A start gives a matrix w (in, out) its first factors a (in, r), b (r, out). The base is shared by
+all members of a sweep and never changes: what the papers subtract from w, s a b as it was at the
+start, is stored as constants a0, b0 and taken off in the product, x w + s (x a b - x a0 b0). An
+adapted model is therefore its base at step 0, to rounding. w = u diag(sigma) v^T throughout:
+
+- pissa (Meng et al. 2024, arXiv:2404.02948, equations 2 and 3): the r largest singular values,
+  a = u sqrt(sigma / s), b = sqrt(sigma / s) v^T. pissa-fast: the same by randomised SVD.
+- olora (Büyükakyüz 2024, arXiv:2406.01775): w^T = q r; b the first columns of q, a the first rows
+  of r, transposed. As in PEFT s is not divided out.
+- eva (Paischer et al. 2024, arXiv:2410.07170): a = the r principal directions of the layer's
+  inputs, b = 0; nothing is taken off. The inputs are centred, as by PEFT's incremental PCA.
+- corda (Yang et al. 2024, arXiv:2406.05223): of c w, c = E[x x^T], the r largest singular values;
+  a = c^-1 u sqrt(sigma / s), b = sqrt(sigma / s) v^T (instruction-previewed). corda-kpm: the r
+  smallest (knowledge-preserved). c is damped, and x scaled, as in the authors' code and PEFT.
+- lora-ga (Wang et al. 2024, arXiv:2407.05000, algorithm 1) by the gradient g = u diag(sigma) v^T:
+  a = u_1..r, b = diag(sigma) v^T_r+1..2r out^(1/4) / 4 as PEFT 0.21 has it; lora-ga-paper as the
+  paper and its code: no sigma, and a times out^(1/4) / 4 as well (gamma = 16).
+
+Where PEFT takes a randomised SVD (EVA, LoRA-GA), here it is exact, but for pissa-fast.
+
+LoftQ (Li et al. 2023, arXiv:2310.08659) does not keep the base: its w becomes another matrix, of
+full rank apart. It is the function `loftq` and no value of `init`.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+GAMMA = 16  # LoRA-GA's default of `stable_gamma`
+DAMP = 0.01  # CorDA: of the mean of c's diagonal; doubled until c can be inverted
+
+
+def pissa(key, w, rank: int, scale: float, evidence=None):
+    return _halves(*jnp.linalg.svd(w, full_matrices=False), rank, scale)
+
+
+def pissa_fast(key, w, rank: int, scale: float, evidence=None):
+    return _halves(*randomised_svd(key, w, rank), rank, scale)
+
+
+def olora(key, w, rank: int, scale: float, evidence=None):
+    q, r = jnp.linalg.qr(w.T)
+    return r[:rank].T, q[:, :rank].T
+
+
+def eva(key, w, rank: int, scale: float, evidence=None):
+    _, directions = principal(evidence["moments"])
+    return directions[:, :rank], jnp.zeros((rank, w.shape[1]), w.dtype)
+
+
+def corda(key, w, rank: int, scale: float, evidence=None, part=slice(None)):
+    c, damp = evidence["covariance"].astype(w.dtype), DAMP
+    one = jnp.eye(len(c), dtype=w.dtype)
+    while True:
+        damped = c + damp * jnp.mean(jnp.diag(c)) * one
+        inverse = jnp.linalg.inv(damped)
+        if jnp.linalg.norm(damped @ inverse - one) < 0.05:
+            break
+        if damp > 1e6:  # not a number, or no input at all
+            raise ValueError("method.init: 'corda': the inputs' covariance can't be inverted")
+        damp *= 2
+    u, sigma, vt = jnp.linalg.svd(damped @ w, full_matrices=False)
+    a, b = _halves(u[:, part], sigma[part], vt[part], rank, scale)
+    return jax.scipy.linalg.solve(damped, a, assume_a="pos"), b  # closer than inverse @ a
+
+
+def corda_kpm(key, w, rank: int, scale: float, evidence=None):
+    return corda(key, w, rank, scale, evidence, part=slice(min(w.shape) - rank, None))
+
+
+def lora_ga(key, w, rank: int, scale: float, evidence=None):
+    u, sigma, vt = _gradient_svd(w, rank, evidence)
+    stable = w.shape[1] ** 0.25 / GAMMA**0.5
+    return u[:, :rank], stable * sigma[rank : 2 * rank, None] * vt[rank : 2 * rank]
+
+
+def lora_ga_paper(key, w, rank: int, scale: float, evidence=None):
+    u, _, vt = _gradient_svd(w, rank, evidence)
+    stable = w.shape[1] ** 0.25 / GAMMA**0.5
+    return stable * u[:, :rank], stable * vt[rank : 2 * rank]
+
+
+#: Value of `method.init` -> (key, w (in, out) float32, rank, s > 0, evidence of that matrix) ->
+#: (a (in, rank), b (rank, out)) float32. evidence: {kind: array}, see `NEEDS`.
+STARTS: dict[str, Callable] = {
+    "pissa": pissa,
+    "pissa-fast": pissa_fast,
+    "olora": olora,
+    "eva": eva,
+    "corda": corda,
+    "corda-kpm": corda_kpm,
+    "lora-ga": lora_ga,
+    "lora-ga-paper": lora_ga_paper,
+}
+#: Those that read data -> the kind of evidence (`lorax.methods.sensitivity.evidence`).
+NEEDS = {
+    "eva": "moments",
+    "corda": "covariance",
+    "corda-kpm": "covariance",
+    "lora-ga": "gradient",
+    "lora-ga-paper": "gradient",
+}
+
+
+# ---------------------------------------------------------------------------------------- quantised
+
+
+def loftq(w, rank: int, scale: float, quantise: Callable, iterations: int = 1):
+    """LoftQ (arXiv:2310.08659, algorithm 1): (a, b, q) with q + s a b close to w (in, out).
+
+    quantise: (in, out) -> (in, out), quantised and dequantised again. `iterations` times in turn:
+    q = quantise(w - s a b), then s a b = the best rank-r approximation of w - q. The adapter
+    starts at a, b, nothing is taken off, and the base's weight has to be q, so step 0 is not
+    exactly the base. After one iteration q = quantise(w), the same for every rank. PEFT does not
+    divide s out of a b, which is right for s = 1 alone; here it is right for any.
+    """
+    a = b = None
+    for _ in range(iterations):
+        q = quantise(w if a is None else w - scale * (a @ b))
+        a, b = pissa(None, w - q, rank, scale)
+    return a, b, q
+
+
+# -------------------------------------------------------------------------------- ranks by evidence
+
+
+def redistribute(spectra: Mapping, rank: int, rho: float = 2.0) -> dict:
+    """{matrix: its rank, 0 too}: `rank` a matrix on average, where it says most.
+
+    spectra: {matrix: what each further direction is worth, non-increasing}. The rank * len(spectra)
+    directions that are worth most are taken, of no matrix more than round(rho * rank); the first
+    of equals in order. With `explained` of each matrix's inputs this is EVA's (arXiv:2410.07170,
+    equation 4), whose s stays alpha / rank as with PEFT's `adjust_scaling_factors`; with
+    `sensitivity.spectra` it is by the gradient. Raises ValueError for rank or rho below 1.
+    """
+    if rank < 1 or rho < 1:
+        raise ValueError(f"rank, rho: {rank}, {rho} given, must be at least 1")
+    most = round(rho * rank)
+    matrices = [m for m, worth in spectra.items() for _ in range(min(most, len(worth)))]
+    worths = np.concatenate([np.asarray(worth)[:most] for worth in spectra.values()])
+    found = dict.fromkeys(spectra, 0)
+    for i in np.argsort(-worths, kind="stable")[: rank * len(spectra)]:
+        found[matrices[i]] += 1
+    return found
+
+
+def by_path(ranks: Mapping[tuple, int]) -> dict:
+    """{(path, layer index): rank} as `lora(ranks=...)` takes it: {path: rank, or nested lists of
+    ranks over the layer axes}. Every layer of a path must be there; paths without any rank go."""
+    layers: dict[str, dict] = {}
+    for (path, index), rank in ranks.items():
+        layers.setdefault(path, {})[index] = rank
+    found = {}
+    for path, own in layers.items():
+        array = np.zeros(np.max([*own], axis=0, initial=-1).astype(int) + 1, int)
+        for index, rank in own.items():
+            array[index] = rank
+        if array.any():
+            found[path] = array.tolist()
+    return found
+
+
+def principal(moments):
+    """(shares of the variance, non-increasing (in,), directions as columns (in, in)) of inputs
+    whose `moments` (`sensitivity.evidence`) are given. As PEFT, the inputs are centred."""
+    n = moments[-1, -1]
+    mean = moments[:-1, -1] / n
+    variances, directions = jnp.linalg.eigh(moments[:-1, :-1] / n - jnp.outer(mean, mean))
+    variances = jnp.maximum(variances[::-1], 0)
+    return variances / jnp.sum(variances), directions[:, ::-1]
+
+
+def explained(evidence: Mapping[str, Mapping]) -> dict:
+    """{(path, layer index): shares of the variance} of evidence with "moments"."""
+    found = {}
+    for path, kinds in evidence.items():
+        moments = kinds["moments"]
+        for index in np.ndindex(*moments.shape[:-2]):
+            found[path, index] = np.asarray(principal(moments[index])[0])
+    return found
+
+
+# ------------------------------------------------------------------------------------------ algebra
+
+
+def randomised_svd(key, w, rank: int, more: int = 10, powers: int = 8):
+    """(u, sigma, v^T) of the largest singular values of w (in, out), at least `rank` of them.
+
+    Halko et al. 2009, arXiv:0909.4061, algorithms 4.4 and 5.1: `more` columns beyond the rank,
+    `powers` iterations, orthonormal in between. PEFT's `pissa_niter_k` has no more columns.
+    """
+    orthonormal = lambda y: jnp.linalg.qr(y)[0]
+    columns = min(rank + more, *w.shape)
+    y = orthonormal(w @ jax.random.normal(key, (w.shape[1], columns), w.dtype))
+    for _ in range(powers):
+        y = orthonormal(w @ orthonormal(w.T @ y))
+    u, sigma, vt = jnp.linalg.svd(y.T @ w, full_matrices=False)
+    return y @ u, sigma, vt
+
+
+def _halves(u, sigma, vt, rank: int, scale: float):
+    """(a, b) with s a b = the first `rank` terms of u diag(sigma) v^T, sqrt(sigma / s) in each."""
+    root = jnp.sqrt(sigma[:rank] / scale)
+    return u[:, :rank] * root[None], root[:, None] * vt[:rank]
+
+
+def _gradient_svd(w, rank: int, evidence):
+    if 2 * rank > min(w.shape):
+        raise ValueError(
+            f"method.rank: {rank} given, but LoRA-GA reads 2 rank singular vectors of a gradient "
+            f"that is {w.shape[0]} x {w.shape[1]}: at most {min(w.shape) // 2}"
+        )
+    return jnp.linalg.svd(evidence["gradient"].astype(w.dtype), full_matrices=False)

@@ -1,0 +1,222 @@
+"""What holds for every registered method, on one small GPT-2 and one table."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from quick import jit
+
+import lorax
+from lorax import config, methods, ops, tasks, tree
+from lorax.models import Base, gpt2
+from lorax.train import step as steps
+from lorax.train import sweep
+
+#: method -> hyperparameters of two members that share a program.
+CASES = {
+    "lora": (dict(rank=2), dict(rank=3, targets=("q", "up"))),
+    "rslora": (dict(rank=2), dict(rank=3, layers=(1,))),
+    "dora": (dict(rank=2), dict(rank=3, targets=("v", "down"), layers=(0,))),
+    "lora-fa": (dict(rank=2), dict(rank=3)),
+    "lora+": (dict(rank=2, ratio=4.0), dict(rank=3)),
+    "full": (dict(), dict()),
+    "bitfit": (dict(), dict()),
+    "ln-tuning": (dict(), dict()),
+}
+#: Methods that do not start as the base, and why.
+NOT_THE_IDENTITY: dict[str, str] = {}
+#: Methods whose arrays have no padding between members: members that differ are other groups.
+UNPADDED = ("full", "bitfit", "ln-tuning")
+
+CONFIG = gpt2.Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 7)), jnp.int32)
+
+
+@functools.cache
+def base() -> Base:
+    """Random weights, biases and norms too, large enough to be felt."""
+    module = gpt2.GPT2(CONFIG)
+    params = module.init(jax.random.key(0), TOKENS)["params"]
+    leaves, treedef = jax.tree.flatten(params)
+    draw = lambda i, x: x + 0.1 * jax.random.normal(jax.random.key(i), x.shape)
+    params = jax.tree.unflatten(treedef, [draw(i, x) for i, x in enumerate(leaves)])
+    sites = ops.sites(module, params, TOKENS)
+    return Base(module, params, CONFIG, None, sites, "gpt2", "tiny", "")
+
+
+def started(name, hp, seed=1, **kwargs):
+    method = lorax.method(name, **hp)
+    return method, method.init(jax.random.key(seed), base().params, base().sites, **kwargs)
+
+
+def moved(state, seed=2):
+    """The state with noise on what is trained and not padding: wherever a gradient would be is
+    not known here, so only what is not exactly zero or stands alone moves."""
+    flat = tree.flatten(state.trainable)
+    draw = lambda i, x: x + 0.1 * jax.random.normal(jax.random.key(seed + i), x.shape)
+    noisy = {path: draw(i, x) for i, (path, x) in enumerate(flat.items())}
+    return methods.State(tree.unflatten(noisy), state.constants)
+
+
+def logits(params, tokens=TOKENS):
+    return np.asarray(jit(functools.partial(lorax.apply, base().module))(params, tokens))
+
+
+def bound(method, state):
+    return method.bind(*state, base().params, sites=base().sites)
+
+
+def test_every_method_is_in_the_table():
+    assert set(CASES) == set(methods.METHODS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_method_starts_as_its_base(name):
+    for hp in CASES[name]:
+        method, state = started(name, hp)
+        off = np.abs(logits(bound(method, state)) - logits(base().params)).max()
+        assert (off > 1e-4) if name in NOT_THE_IDENTITY else (off < 1e-5), off
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_merged_is_bound_and_the_update_is_what_was_added(name):
+    method, state = started(name, CASES[name][0])
+    state = moved(state)
+    if method.delta is None:
+        with pytest.raises(ValueError, match="can't be merged"):
+            lorax.merge(method, state, base().params, base().sites)
+        return
+    merged = lorax.merge(method, state, base().params, base().sites)
+    want = logits(bound(method, state))
+    np.testing.assert_allclose(logits(merged), want, rtol=0, atol=1e-5 * np.abs(want).max())
+    assert np.abs(want - logits(base().params)).max() > 1e-3
+    before, after = tree.flatten(base().params), tree.flatten(merged)
+    deltas = method.delta(*state, base().params, base().sites)
+    for path, leaf in after.items():
+        change = np.asarray(deltas[path]) if path in deltas else np.zeros(leaf.shape)
+        np.testing.assert_allclose(leaf, before[path] + change, rtol=0, atol=1e-5, err_msg=path)
+    if method.factors is not None:
+        for path, (a, b, s, m) in method.factors(*state, base().params, base().sites).items():
+            if m is None:
+                product = np.asarray(s)[..., None, None] * (np.asarray(a) @ np.asarray(b))
+                site = base().sites[path]
+                np.testing.assert_allclose(site.to_matrix(deltas[path]), product, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_count_is_what_is_trained(name):
+    for hp in CASES[name]:
+        method, state = started(name, hp)
+        if hp.get("layers") is None:  # other layers' arrays are there, and zero
+            assert tree.count(state.trainable) == method.count(base().params, base().sites)
+    assert not set(tree.flatten(state.trainable)) & set(tree.flatten(state.constants))
+
+
+def section(**changes):
+    found = config.default().train
+    found.update(steps=20, warmup=0, schedule="constant", lr=0.02, weight_decay=0.05, **changes)
+    return found
+
+
+def trained(method, state, count=6):
+    """Trainable tree after a few AdamW steps, losses, and the logits then."""
+    part = section()
+    hyper = steps.Hyper(jnp.float32(part.lr), jnp.float32(part.weight_decay), jax.random.key(3))
+    program = steps.Program(base().module, method, base().sites, part, dropout=False, merge=False)
+    member = steps.start(method, *state, part, hyper)
+    tokens = np.random.default_rng(4).integers(0, 40, (count, 1, 4, 9)).astype(np.int32)
+    batches = {"tokens": tokens, "mask": np.ones(tokens.shape, np.float32)}
+    run = jit(functools.partial(steps.train_steps, program))
+    member, logs = run(base().params, state.constants, hyper, member, batches)
+    after = methods.State(member.trainable, state.constants)
+    return after, np.asarray(logs["loss"]), logits(bound(method, after))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in UNPADDED])
+def test_padding_and_other_members_targets_change_nothing(name):
+    """Alone, and in arrays for a larger rank and for more matrices."""
+    hp = CASES[name][1]
+    method, alone = started(name, hp)
+    union = methods.resolve(("all-linear",), base().sites)
+    _, padded = started(name, hp, targets=union, pad=5 if "rank" in method.hp else None)
+    assert tree.count(padded.trainable) > tree.count(alone.trainable)
+    _, losses, out = trained(method, alone)
+    _, padded_losses, padded_out = trained(method, padded)
+    np.testing.assert_allclose(losses, padded_losses, rtol=2e-6)
+    np.testing.assert_allclose(out, padded_out, rtol=0, atol=2e-5)
+    assert losses[-1] != losses[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_alone_is_in_the_sweep(name):
+    """Two members in one program, vmapped, and each by itself."""
+    c = config.default()
+    c.train.update(section().to_dict())
+    c.train.update(batch_size=4, seq_len=8, parallel="none", width=2, steps=5)
+    c.method.name = name
+    c.sweep.seed = (0, 1)
+    members = config.members(c)
+    built = [lorax.method(name, **hp) for hp in CASES[name]]
+    tokens = np.random.default_rng(4).integers(0, 40, (32, 9)).astype(np.int32)
+    rows = {"tokens": tokens, "mask": np.ones(tokens.shape, np.float32)}
+    task = tasks.Task("random", rows, {key: x[:4] for key, x in rows.items()}, "")
+
+    def losses(pick):
+        stacked = sweep.stack([members[i] for i in pick], [built[i] for i in pick], base())
+        batches = sweep.train_batches(stacked, task, 0, 5)
+        evals = sweep.eval_batches(task, 4)
+        shapes = tree.shapes({key: x[0] for key, x in batches.items()})
+        devices = jax.devices()[:1]
+        programs = sweep.fit(stacked, base(), c.train, shapes, tree.shapes(evals), devices)
+        place = programs.place
+        state, logs = programs.train(
+            programs.place_base(base().params), place(stacked.constants), place(stacked.hyper),
+            place(stacked.state), programs.place_batches(batches),
+        )  # fmt: skip
+        return np.asarray(logs["loss"])
+
+    together = losses((0, 1))
+    alone = np.concatenate([losses((0,)), losses((1,))])
+    np.testing.assert_allclose(together, alone, rtol=5e-6)
+    assert np.all(np.isfinite(together))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_gradient_is_that_of_finite_differences(name):
+    """In float64, along a random direction of all that is trained."""
+    with jax.enable_x64(True):
+        wide = lambda t: jax.tree.map(
+            lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, t
+        )
+        method, state = started(name, CASES[name][0])
+        state = moved(state)
+        trainable, constants, params = (
+            wide(state.trainable),
+            wide(state.constants),
+            wide(base().params),
+        )
+        module = gpt2.GPT2(gpt2.Config(**{**vars(CONFIG), "dtype": "float64"}))
+
+        def loss(trainable):
+            leaves = method.bind(trainable, constants, params, sites=base().sites)
+            out = lorax.apply(module, leaves, TOKENS, method="hidden")
+            return jnp.sum(jnp.sin(out.astype(jnp.float64)))
+
+        keys = jax.random.split(jax.random.key(9), len(jax.tree.leaves(trainable)))
+        leaves, treedef = jax.tree.flatten(trainable)
+        direction = [
+            jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)
+        ]
+        at = jit(
+            lambda t: loss(
+                jax.tree.unflatten(
+                    treedef, [x + t * d for x, d in zip(leaves, direction, strict=True)]
+                )
+            )
+        )
+        slope = jit(jax.grad(lambda t: at(t)))(0.0)
+        h = 1e-5
+        numeric = (at(h) - at(-h)) / (2 * h)
+        np.testing.assert_allclose(slope, numeric, rtol=1e-5)

@@ -1,0 +1,286 @@
+"""(IA)3: PEFT's formulas, a base unchanged at the start and where a member adapts nothing."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parity
+import pytest
+from flax import linen as nn
+from quick import jit
+from support import require
+
+import lorax
+from lorax import config, methods, ops, tree
+from lorax.methods.scaling import ia3
+from lorax.models import gpt2
+from lorax.train import step as steps
+from lorax.train import sweep
+
+TOKENS = np.random.default_rng(1).integers(0, 20, (2, 6), np.int32)
+HP = [{}, dict(targets=("mlp", "o"), layers=(0, -1)), dict(targets=("q", "embed"), feedforward=())]
+
+
+class Words(nn.Module):
+    """Two layers, heads in one and a bias in both, that compute in the dtype of their input."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.DenseGeneral((2, 3), name="k")(x))
+        return nn.Dense(4, name="down")(x.reshape(*x.shape[:-2], -1))
+
+
+def noisy(params, scale=0.2):
+    """The same tree with random numbers added to every leaf."""
+    rng = np.random.default_rng(3)
+    return jax.tree.map(
+        lambda x: x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), params
+    )
+
+
+@functools.cache
+def tiny():
+    """A base of three layers whose biases are not zero."""
+    c = gpt2.Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=3, n_head=2, n_inner=12)
+    module = gpt2.GPT2(c)
+    params = noisy(jit(module.init)(jax.random.key(0), TOKENS)["params"])
+    return types.SimpleNamespace(
+        module=module, params=params, sites=ops.sites(module, params, TOKENS)
+    )
+
+
+def moved(state):
+    """The state with noise on what this member trains: what is zero is padding."""
+    noise = noisy(state.trainable)
+    return state._replace(
+        trainable=jax.tree.map(lambda x, y: jnp.where(x == 0, x, y), state.trainable, noise)
+    )
+
+
+def logits(base, params):
+    return np.asarray(jit(functools.partial(lorax.apply, base.module))(params, TOKENS))
+
+
+# ---------------------------------------------------------------------------------------- contract
+
+
+@pytest.mark.parametrize("hp", HP)
+def test_it_starts_as_its_base_and_merges_to_what_is_bound(hp):
+    base, method = tiny(), ia3(**hp)
+    state = method.init(jax.random.key(0), base.params, base.sites)
+    merged = lorax.merge(method, state, base.params, base.sites)
+    jax.tree.map(np.testing.assert_array_equal, merged, base.params)
+    plain = logits(base, base.params)
+    np.testing.assert_array_equal(
+        logits(base, method.bind(*state, base.params, sites=base.sites)), plain
+    )
+
+    state = moved(state)
+    bound = logits(base, method.bind(*state, base.params, sites=base.sites))
+    merged = lorax.merge(method, state, base.params, base.sites)
+    assert np.abs(bound - plain).max() > 0.01
+    np.testing.assert_allclose(logits(base, merged), bound, rtol=0, atol=1e-5)
+    flat, whole = tree.flatten(base.params), tree.flatten(merged)
+    delta = method.delta(*state, base.params, base.sites)
+    assert {p for p in flat if np.any(whole[p] != flat[p])} == set(delta)
+    for path, dw in delta.items():
+        assert dw.dtype == jnp.float32
+        np.testing.assert_allclose(dw, whole[path] - flat[path], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("hp", "expected"),
+    [
+        ({}, 3 * (8 + 8 + 12)),
+        (dict(targets="down", feedforward=()), 3 * 8),
+        (dict(targets=("up", "down"), feedforward="mlp"), 3 * (8 + 12)),
+        (dict(layers=(0, -1)), 2 * (8 + 8 + 12)),
+        (dict(targets=("k", "embed"), layers=(1,)), 8),
+        (dict(targets="embed"), 8),
+    ],
+)
+def test_count_is_the_formula_and_what_starts_at_one(hp, expected):
+    base, method = tiny(), ia3(**hp)
+    state = method.init(jax.random.key(0), base.params, base.sites)
+    assert method.count(base.params, base.sites) == expected
+    leaves = [np.asarray(x) for x in jax.tree.leaves(state.trainable)]
+    assert sum(int(x.sum()) for x in leaves) == sum(np.count_nonzero(x) for x in leaves) == expected
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    x = np.random.default_rng(2).normal(size=(5, 4))
+    with jax.enable_x64(True):
+        params = jit(Words().init)(jax.random.key(0), jnp.asarray(x, jnp.float32))["params"]
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), noisy(params))
+        sites = ops.sites(Words(), params, x)
+        method = ia3(("k", "down"))
+        trainable, constants = method.init(jax.random.key(0), params, sites)
+        start = jax.tree.map(lambda x: x.astype(jnp.float64), noisy(trainable))
+
+        @jax.jit
+        def loss(trainable):
+            bound = method.bind(trainable, constants, params, sites=sites)
+            return jnp.sum(jnp.sin(lorax.apply(Words(), bound, x)))
+
+        grads = tree.flatten(jax.jit(jax.grad(loss))(start))
+        assert grads.keys() == {"k/kernel/l", "down/kernel/l_in"}
+        for path, grad in grads.items():
+            for i in (0, len(grad) - 1):
+                flat = tree.flatten(start)
+                at = lambda h, i=i, path=path, flat=flat: loss(
+                    tree.unflatten(flat | {path: flat[path].at[i].add(h)})
+                )
+                np.testing.assert_allclose((at(1e-5) - at(-1e-5)) / 2e-5, grad[i], rtol=1e-7)
+        # A kernel with head axes and its bias: merging is the reference.
+        merged = lorax.merge(method, methods.State(start, constants), params, sites)
+        bound = method.bind(start, constants, params, sites=sites)
+        both = [lorax.apply(Words(), p, jnp.asarray(x)) for p in (merged, bound)]
+        np.testing.assert_allclose(*both, rtol=0, atol=1e-6)  # dense leaves are float32
+
+
+def test_a_vector_near_one_is_felt_in_bfloat16():
+    """bfloat16 has no number between 1 and 1.0078."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 8)), jnp.bfloat16)
+    w = jnp.asarray(np.random.default_rng(1).normal(size=(8, 16)), jnp.bfloat16)
+    for leaf in (ops.Scaled(w, jnp.full(16, 1.003)), ops.ScaledInput(w, jnp.full(8, 1.003))):
+        y = ops.linear(x, leaf)
+        assert y.dtype == jnp.bfloat16
+        ratio = np.float32(y).ravel() @ np.float32(x @ w).ravel() / np.sum(np.float32(x @ w) ** 2)
+        assert abs(ratio - 1.003) < 0.001
+
+
+# ------------------------------------------------------------------------------------------- sweep
+
+
+def trained(built, base, n=4):
+    """The members of a sweep after n steps: (state, losses (M, n)), as `lorax.train.sweep` has
+    them side by side."""
+    c = config.default()
+    c.train.update(lr=0.01, weight_decay=0.1, warmup=0)
+    members = [config.Member(i, str(i), {}, c) for i in range(len(built))]
+    stacked = sweep.stack(members, built, base)
+    program = steps.Program(base.module, built[0], base.sites, c.train, False, False)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 20, (n, 1, 2, 7), np.int32))
+    batches = {"tokens": tokens, "mask": jnp.ones(tokens.shape, jnp.float32)}
+    run = lambda *member: steps.train_steps(program, base.params, *member, batches)
+    state, logs = jit(jax.vmap(run))(stacked.constants, stacked.hyper, stacked.state)
+    return state, np.asarray(logs["loss"])
+
+
+def test_a_member_learns_the_same_alone_and_in_a_sweep():
+    built = [ia3(), ia3(targets=("q", "down"), layers=(0, 2))]
+    state, losses = trained(built, tiny())
+    assert np.all(losses[:, 0] == losses[0, 0]) and np.all(np.diff(losses[0]) != 0)
+    together = tree.flatten(state.trainable)
+    assert len(together) == 4
+    for i, method in enumerate(built):
+        alone, loss = trained([method], tiny())
+        np.testing.assert_allclose(losses[i], loss[0], rtol=1e-6)
+        own = tree.flatten(alone.trainable)
+        for path, leaf in together.items():
+            expected = own[path][0] if path in own else np.zeros_like(leaf[i])
+            np.testing.assert_allclose(leaf[i], expected, rtol=0, atol=1e-6)
+            if path in own and method.hp["layers"] is not None:
+                out = [k for k in range(3) if k not in method.hp["layers"]]
+                assert not np.any(leaf[i][np.array(out)]) and np.all(np.delete(leaf[i], out, 0))
+
+
+def test_a_trained_bias_is_scaled_as_well():
+    base = tiny()
+    method = methods.full.beside(ia3(), ("biases",), "float32")
+    state = method.init(jax.random.key(0), base.params, base.sites)
+    state = state._replace(trainable=noisy(state.trainable))
+    bound = method.bind(*state, base.params, sites=base.sites)
+    scale, w = (tree.flatten(state.trainable)[f"h/attn/k/{n}"] for n in ("kernel/l", "bias/w"))
+    np.testing.assert_allclose(bound["h"]["attn"]["k"]["bias"], scale * w, rtol=1e-6)
+    merged = lorax.merge(method, state, base.params, base.sites)
+    np.testing.assert_allclose(logits(base, merged), logits(base, bound), rtol=0, atol=1e-5)
+    whole, flat = tree.flatten(merged), tree.flatten(base.params)
+    for path, dw in method.delta(*state, base.params, base.sites).items():
+        np.testing.assert_allclose(dw, whole[path] - flat[path], rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("hp", "message"),
+    [
+        (dict(targets="qq"), "'qq' matches nothing"),
+        (dict(feedforward="doun"), "'doun' matches nothing"),
+        (dict(targets="embed", feedforward="embed"), "method.feedforward: wte/embedding is no"),
+        (dict(layers=(3,)), r"method.layers: \[3\] given, the targets have 3 layers"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_one_clear_error(hp, message):
+    base, method = tiny(), ia3(**hp)
+    for ask in (method.count, functools.partial(method.init, jax.random.key(0))):
+        with pytest.raises(ValueError, match=message):
+            ask(base.params, base.sites)
+
+
+def test_an_embedding_has_no_scaled_input():
+    leaf = ops.ScaledInput(jnp.ones((5, 2)), jnp.ones(5))
+    for ask in (lambda: ops.embed(jnp.arange(2), leaf), lambda: ops.attend(jnp.ones((3, 2)), leaf)):
+        with pytest.raises(ValueError, match="an embedding with a ScaledInput leaf"):
+            ask()
+
+
+# ------------------------------------------------------------------------------------------ parity
+
+#: family -> (ours, PEFT's modules, those of the feed-forward)
+PEFT = {
+    "llama": (("k", "v", "down"), ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "gpt2": (
+        ("q", "k", "v", "o", "up", "down"),
+        ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+        ["mlp.c_proj"],
+    ),
+}
+_HERE = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "c_fc": "up", "down_proj": "down"}
+
+
+def ours(arrays, family):
+    """PEFT's vectors as leaves of our state; the fused c_attn in three."""
+    rows = {}
+    for name, x in arrays.items():
+        layer, block, module = name.split(".")[-5:-2]
+        x = x.reshape(-1)
+        if module == "c_proj":
+            module = "o" if block == "attn" else "down"
+        parts = {"c_attn": zip("qkv", np.split(x, 3), strict=True)} if module == "c_attn" else {}
+        for word, part in parts.get(module, [(_HERE.get(module, module), x)]):
+            block_ = "attn" if word in "qkvo" else "mlp"
+            leaf = "l_in" if word == "down" else "l"
+            rows.setdefault(f"h/{block_}/{word}/kernel/{leaf}", {})[int(layer)] = part
+    return {path: np.stack([x[i] for i in range(len(x))]) for path, x in rows.items()}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("family", PEFT)
+def test_peft_computes_and_learns_the_same(family, tmp_path):
+    peft = require("peft")
+    targets, modules, feedforward = PEFT[family]
+    base, theirs = parity.pair(family, tmp_path)
+    model = peft.get_peft_model(
+        theirs,
+        peft.IA3Config(
+            target_modules=modules, feedforward_modules=feedforward, fan_in_fan_out=family == "gpt2"
+        ),
+    )
+    parity.disturb(model)
+    method = ia3(targets)
+    state = method.init(jax.random.key(0), base.params, base.sites)
+    state = parity.filled(state, ours(parity.arrays(model), family))
+    assert all(np.all(x != 1) for x in jax.tree.leaves(state.trainable))
+    assert method.count(base.params, base.sites) == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+    expected = parity.logits_torch(model)
+    assert np.ptp(expected) > 1
+    np.testing.assert_allclose(parity.logits(base, method, state), expected, rtol=0, atol=1e-5)
+    losses = parity.train_torch(model)
+    assert losses[-1] != losses[0]
+    np.testing.assert_allclose(parity.train(base, method, state), losses, rtol=1e-4)

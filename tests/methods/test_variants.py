@@ -1,0 +1,169 @@
+"""LoRA's variants beside PEFT's: rsLoRA, DoRA, LoRA-FA, LoRA+."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import parity
+import pytest
+from quick import jit
+from support import require
+
+import lorax
+from lorax import config, methods, ops, tree
+from lorax.models import gpt2
+from lorax.train import step as steps
+
+# PEFT's names of the modules and where they lie in our stacks.
+MODULES = {
+    "gpt2": {"attn.c_proj": "h/attn/o", "mlp.c_fc": "h/mlp/up", "mlp.c_proj": "h/mlp/down"},
+    "llama": {
+        "self_attn.q_proj": "h/attn/q", "self_attn.v_proj": "h/attn/v",
+        "self_attn.o_proj": "h/attn/o", "mlp.gate_proj": "h/mlp/gate",
+        "mlp.up_proj": "h/mlp/up", "mlp.down_proj": "h/mlp/down",
+    },
+}  # fmt: skip
+LAYER = {"gpt2": "transformer.h", "llama": "model.layers"}
+HP = dict(rank=3, alpha=6.0)
+
+
+def from_peft(found: dict[str, np.ndarray], family: str) -> dict[str, np.ndarray]:
+    """{our path/name: array with a layer axis} of PEFT's tensors."""
+    names = {"lora_A.default.weight": "a", "lora_B.default.weight": "b",
+             "lora_magnitude_vector.default.weight": "m"}  # fmt: skip
+    ours = {}
+    for module, path in MODULES[family].items():
+        for theirs, name in names.items():
+            layers = [
+                found.get(f"base_model.model.{LAYER[family]}.{i}.{module}.{theirs}")
+                for i in range(parity.LAYERS)
+            ]
+            if layers[0] is not None:
+                ours[f"{path}/kernel/{name}"] = np.stack([x.T for x in layers])
+    return ours
+
+
+def both(name, family, tmp_path, peft_fields, hp=HP):
+    """(base, our method, our state, PEFT's model) with the same arrays, off the identity."""
+    peft = require("peft")
+    base, theirs = parity.pair(family, tmp_path)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules=list(MODULES[family]), lora_dropout=0.0,
+        fan_in_fan_out=family == "gpt2", **peft_fields,
+    )  # fmt: skip
+    model = peft.get_peft_model(theirs, config)
+    parity.disturb(model)
+    words = tuple(path.rsplit("/", 1)[-1] for path in MODULES[family].values())
+    method = lorax.method(name, targets=words, **hp)
+    state = method.init(jax.random.key(0), base.params, base.sites)
+    return base, method, parity.filled(state, from_peft(parity.arrays(model), family)), model
+
+
+def plus(model):
+    """PEFT's LoRA+ optimiser at the rates of `parity`."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    torch = require("torch")
+    return create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=parity.LR, loraplus_lr_ratio=4.0,
+        loraplus_weight_decay=parity.DECAY, weight_decay=parity.DECAY,
+    )  # fmt: skip
+
+
+def frozen_a(model):
+    for name, p in model.named_parameters():
+        if "lora_A" in name:
+            p.requires_grad = False
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("name", "fields", "hp"),
+    [
+        ("lora", {}, HP),
+        ("rslora", {"use_rslora": True}, HP),
+        ("dora", {"use_dora": True}, HP),
+        ("lora-fa", {}, HP),
+        ("lora+", {}, HP | {"ratio": 4.0}),
+    ],
+)
+def test_same_as_peft_in_logits_and_over_twenty_steps(name, fields, hp, family, tmp_path):
+    base, method, state, model = both(name, family, tmp_path, fields, hp)
+    ours = parity.logits(base, method, state)
+    np.testing.assert_allclose(ours, parity.logits_torch(model), rtol=0, atol=1e-5)
+    if name == "lora-fa":
+        frozen_a(model)
+    losses = parity.train_torch(model, plus(model) if name == "lora+" else None)
+    np.testing.assert_allclose(parity.train(base, method, state), losses, rtol=1e-4)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert method.count(base.params, base.sites) == trained
+
+
+def test_dora_keeps_the_lengths_as_constants_to_the_gradient():
+    """Against the formula with dense matrices, in float64."""
+    with jax.enable_x64(True):
+        draw = lambda i, *shape: jnp.asarray(np.random.default_rng(i).standard_normal(shape))
+        x, w, a, b, m = draw(0, 5, 6), draw(1, 6, 4), draw(2, 6, 2), draw(3, 2, 4), draw(4, 4)
+        site, s = ops.Site("linear", 0, (0,), (1,)), jnp.asarray(0.7)
+
+        def ours(a, b, m):
+            return jnp.sum(ops.linear(x, ops.dora(ops.LowRank(w, a, b, s), m, site)) ** 2)
+
+        def formula(a, b, m):
+            full = w + s * (a @ b)
+            n = jax.lax.stop_gradient(jnp.linalg.norm(full, axis=0))
+            return jnp.sum((x @ (full * (m / n)[None])) ** 2)
+
+        for got, want in zip(
+            jax.grad(ours, (0, 1, 2))(a, b, m), jax.grad(formula, (0, 1, 2))(a, b, m), strict=True
+        ):
+            np.testing.assert_allclose(got, want, rtol=1e-9)
+
+
+def test_no_variant_makes_an_update_of_full_size():
+    """Memory that a compiled step needs beyond LoRA's; one dense update would be 33 MB."""
+    module = gpt2.GPT2(gpt2.Config(vocab_size=64, n_positions=8, n_embd=512, n_layer=8, n_head=4))
+    params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
+    section = config.default().train
+    used = {}
+    for name in ("lora", "dora", "lora-fa", "lora+"):
+        method = lorax.method(name, rank=2, targets=("up", "down"))
+        state = method.init(jax.random.key(0), zeros)
+        hyper = steps.Hyper(jnp.float32(0.1), jnp.float32(0.1), jax.random.key(0))
+        sites = ops.sites_from_shapes(params)
+        program = steps.Program(module, method, sites, section, dropout=False, merge=False)
+        member = steps.start(method, *state, section, hyper)
+        batch = {"tokens": jnp.zeros((1, 1, 8), jnp.int32), "mask": jnp.ones((1, 1, 8))}
+        compiled = (
+            jit(functools.partial(steps.train_step, program))
+            .lower(params, state.constants, hyper, member, batch)
+            .compile()
+        )
+        used[name] = compiled.memory_analysis().temp_size_in_bytes
+    update = 4 * 8 * 512 * 2048
+    assert all(used[name] < used["lora"] + update / 4 for name in used), used
+
+
+def test_lora_plus_moves_b_as_much_faster_as_it_says():
+    """The inner optimiser's update, b's times the ratio."""
+    base = {"q": {"kernel": jnp.ones((4, 6))}}
+    method = lorax.method("lora+", rank=2, targets=("q",), ratio=5.0)
+    state = method.init(jax.random.key(0), base)
+    inner = optax.sgd(1.0)
+    grads = jax.tree.map(jnp.ones_like, state.trainable)
+    wrapped = method.optimizer(inner, state.constants, None)
+    updates, _ = wrapped.update(grads, wrapped.init(state.trainable), state.trainable)
+    flat = tree.flatten(updates)
+    assert np.all(np.asarray(flat["q/kernel/a"]) == -1)
+    assert np.all(np.asarray(flat["q/kernel/b"]) == -5)
+    with pytest.raises(ValueError, match="method.ratio: 0 given"):
+        lorax.method("lora+", ratio=0)
+
+
+def test_unknown_hyperparameters_of_a_variant_are_named():
+    with pytest.raises(ValueError, match="method.ratio: lora has no such hyperparameter"):
+        lorax.method("lora", ratio=2.0)
+    assert "ratio" in methods.hyperparameters("lora+")
