@@ -61,6 +61,10 @@ def default() -> ConfigDict:
     c.method.beta2 = config_dict.placeholder(float)  # adalora: of its deviation
     c.method.orthogonal = config_dict.placeholder(float)  # adalora: weight of the penalty
     c.method.factor = config_dict.placeholder(int)  # lokr: size of the first factor
+    c.method.decompose_both = config_dict.placeholder(bool)  # lokr: the first factor as well
+    c.method.d_initial = config_dict.placeholder(float)  # vera: start of the scale of a's columns
+    c.method.projection_seed = config_dict.placeholder(int)  # vera: of its shared matrices
+    c.method.std = config_dict.placeholder(float)  # prefix, prompt: of the start
     c.method.tokens = config_dict.placeholder(int)  # prefix, prompt, llama-adapter: virtual tokens
     c.method.activation = config_dict.placeholder(str)  # houlsby, pfeiffer
     c.method.batches = config_dict.placeholder(int)  # training batches that a start reads; None: 8
@@ -198,6 +202,11 @@ VARIES = {
     + ("tinit", "tfinal", "every", "orthogonal", "beta1", "beta2"),
     "ia3": ("targets", "layers"),
     **dict.fromkeys(("houlsby", "pfeiffer"), ("rank", "targets", "layers")),
+    **dict.fromkeys(("loha", "lokr"), ("rank", "alpha", "scaling", "targets", "layers", "dropout")),
+    "vera": ("rank", "targets", "layers", "dropout", "d_initial", "projection_seed"),
+    "prefix": ("layers", "std"),
+    "prompt": ("std",),
+    "llama-adapter": ("layers",),
 }
 #: Starts of `method.init` that are taken off the base: their members carry two factors more.
 TAKEN_OFF = ("pissa", "pissa-fast", "olora", "eva", "corda", "corda-kpm", "lora-ga")

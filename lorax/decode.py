@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import ops
+from lorax.methods import prefix
 from lorax.models import Base
 from lorax.models.load import positions
 
@@ -93,14 +94,15 @@ def complete(
     if empty:
         raise ValueError(f"prompt {empty[0]}: it is empty, and {base.name} has no token to start")
     longest = max(map(len, ids), default=0)
+    params = base.params if params is None else params
     room = positions(base.config)
+    room = room and room - prefix.ahead(params).tokens
     if room and longest + how.new_tokens > room:
         raise ValueError(
             f"new_tokens: a prompt of {longest} tokens and {how.new_tokens} new ones need more "
             f"than the {room} positions of {base.name}"
         )
     width = min(-(-longest // 16) * 16, room - how.new_tokens) if room else longest
-    params = base.params if params is None else params
     batch_size = min(batch_size, len(ids))
     texts = []
     for start in range(0, len(ids), batch_size):
@@ -150,8 +152,10 @@ def generate(module, params, tokens, segments, key, how: How):
     tokens, segments: (B, T) int32, prompts padded on the left, segments 0 there and 1 on the text.
     """
     b, t = tokens.shape
-    cache = module.empty_cache(b, t + how.new_tokens)
-    logits, cache = read(module, params, tokens, segments, cache)
+    ahead = prefix.ahead(params)
+    begun = ahead.before(tokens, segments)
+    cache = module.empty_cache(b, begun[0].shape[1] + how.new_tokens)
+    logits, cache = read(module, params, *begun, cache)
     if how.beams > 1:
         return _beams(module, params, tokens, segments, logits, cache, how)
 

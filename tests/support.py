@@ -21,3 +21,13 @@ def data(path: str) -> Path:
     if not (DATA / path).exists():
         pytest.skip(f"no {path} in {DATA}")
     return DATA / path
+
+
+def few(values, keep) -> list:
+    """Parameters of a test: those in `keep` as they are, the others marked slow."""
+    mark = lambda v: v if v in keep else pytest.param(*_tuple(v), marks=pytest.mark.slow)
+    return [mark(value) for value in values]
+
+
+def _tuple(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)

@@ -79,7 +79,7 @@ class Method(NamedTuple):
     penalty: Callable | None = None
 
 
-from lorax.methods import adalora, bottleneck, full, lora, scaling  # noqa: E402  (their functions return what stands above)
+from lorax.methods import adalora, bottleneck, full, kronecker, lora, prefix, scaling, vera  # noqa: E402  (their functions return what stands above)
 
 #: name -> function of hyperparameters that returns the `Method`.
 METHODS: dict[str, Callable[..., Method]] = {
@@ -89,12 +89,18 @@ METHODS: dict[str, Callable[..., Method]] = {
     "lora-fa": lora.lora_fa,
     "lora+": lora.lora_plus,
     "adalora": adalora.adalora,
+    "loha": kronecker.loha,
+    "lokr": kronecker.lokr,
+    "vera": vera.vera,
     "full": full.full,
     "bitfit": full.bitfit,
     "ln-tuning": full.ln_tuning,
     "ia3": scaling.ia3,
     "houlsby": bottleneck.houlsby,
     "pfeiffer": bottleneck.pfeiffer,
+    "prefix": prefix.prefix,
+    "prompt": prefix.prompt,
+    "llama-adapter": prefix.llama_adapter,
 }
 
 

@@ -143,7 +143,7 @@ def factors(trainable, constants, params, sites=None):
     """{path: (a diag(e), b, s, None)}, a pruned triplet's column and row both zero."""
     found = {}
     for path, (a, b, s, _) in _as_lora(lora.factors)(trainable, constants, params).items():
-        found[path] = a, b * jnp.any(a != 0, axis=-2)[..., None], s, None
+        found[path] = a, jnp.where(jnp.any(a != 0, axis=-2)[..., None], b, 0), s, None
     return found
 
 

@@ -18,8 +18,8 @@ from flax import linen as nn
 from lorax.interop.hf import Source
 from lorax.models.layers import (
     ACTIVATIONS,
+    Attend,
     LayerNorm,
-    attention,
     causal_context,
     padding_mask,
     unrolled,
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         dense = functools.partial(nn.Dense, c.hidden_size, dtype=c.dtype, kernel_init=normal)
         heads = lambda x: rearrange(x, "b t (h d) -> b t h d", h=c.num_attention_heads)
         q, k, v = (heads(dense(name=name)(x)) for name in "qkv")
-        o = attention(q, k, v, mask, q.shape[-1] ** -0.5)
+        o, _ = Attend(causal=False, name="attend")(q, k, v, mask, q.shape[-1] ** -0.5)
         return dense(name="o")(rearrange(o, "b t h d -> b t (h d)"))
 
 
@@ -196,21 +196,21 @@ class BERT(Encoder):
         elif c.head == "classification":
             self.classify = Classifier(c, jnp.tanh, name="head")
 
-    def hidden(self, tokens, segments=None, types=None):
+    def hidden(self, tokens, segments=None, types=None, first: int = 0):
         """Final hidden states (B, T, hidden_size).
 
         segments: (B, T) int32 or None; tokens of one text share a number above 0 and see each
         other, 0 is padding: an attention mask of 0 and 1 is one. types: (B, T) int32 or None for
-        zeros, the token types (sentence A or B).
+        zeros, the token types (sentence A or B). first: see `layers.causal_context`.
 
         Positions count from the first token of each text. So do Hugging Face's where padding is on
         the right, and RoBERTa's always; its BERT counts the padding on the left as well.
         """
         c = self.config
-        room = c.max_position_embeddings - c.first_position
+        room = c.max_position_embeddings - c.first_position - first
         check_length(tokens, room, "max_position_embeddings leaves room for")
         types = jnp.zeros_like(tokens) if types is None else types
-        positions = causal_context(tokens, segments).positions + c.first_position
+        positions = causal_context(tokens, segments, first=first + c.first_position).positions
         x = self.embed(tokens) + self.type_embed(types) + self.position_embed(positions)
         return self.h(self.embed_norm(x), padding_mask(tokens, segments))[0]
 

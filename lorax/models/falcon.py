@@ -20,9 +20,9 @@ from flax import linen as nn
 from lorax.interop.hf import Source
 from lorax.models.layers import (
     ACTIVATIONS,
+    Attend,
     Cache,
     LayerNorm,
-    cached_attention,
     causal_context,
     empty_cache,
     rope,
@@ -93,7 +93,7 @@ class Attention(nn.Module):
             q, k, v = _with_alibi(q, k, v, place)
         else:
             q, k = rotate(q, *place), rotate(k, *place)
-        o, kv = cached_attention(q, k, v, mask, features**-0.5, kv, at)
+        o, kv = Attend(name="attend")(q, k, v, mask, features**-0.5, kv, at)
         o = rearrange(o[..., :features], "b t h d -> b t (h d)")
         return _dense(c, c.hidden_size, "o")(o), kv
 
@@ -157,14 +157,14 @@ class Falcon(nn.Module):
     def __call__(self, tokens, segments=None):
         return self.logits(self.hidden(tokens, segments))
 
-    def hidden(self, tokens, segments=None, cache: Cache | None = None):
+    def hidden(self, tokens, segments=None, cache: Cache | None = None, first: int = 0):
         """Final hidden states (B, T, hidden_size), after the last layer norm; with a cache, the
         pair (hidden, cache with these tokens in it).
 
-        segments: (B, T) int32 or None, see `layers.causal_context`.
+        segments: (B, T) int32 or None, first: see `layers.causal_context`.
         """
         c = self.config
-        context = causal_context(tokens, segments, cache)
+        context = causal_context(tokens, segments, cache, first=first)
         layers = None if cache is None else jnp.arange(c.num_hidden_layers)
         kv = None if cache is None else (cache.k, cache.v)
         column = None if cache is None else cache.length

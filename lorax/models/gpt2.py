@@ -16,9 +16,9 @@ from flax import linen as nn
 from lorax.interop.hf import Source
 from lorax.models.layers import (
     ACTIVATIONS,
+    Attend,
     Cache,
     LayerNorm,
-    cached_attention,
     causal_context,
     empty_cache,
     unrolled,
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         heads = lambda x: rearrange(x, "b t (h d) -> b t h d", h=c.n_head)
         q, k, v = (heads(dense(name=name)(x)) for name in "qkv")
         scale = q.shape[-1] ** -0.5 if c.scale_attn_weights else 1.0
-        o, kv = cached_attention(q, k, v, mask, scale, kv, at)
+        o, kv = Attend(name="attend")(q, k, v, mask, scale, kv, at)
         return dense(name="o")(rearrange(o, "b t h d -> b t (h d)")), kv
 
 
@@ -148,16 +148,17 @@ class GPT2(nn.Module):
     def __call__(self, tokens, segments=None):
         return self.logits(self.hidden(tokens, segments))
 
-    def hidden(self, tokens, segments=None, cache: Cache | None = None):
+    def hidden(self, tokens, segments=None, cache: Cache | None = None, first: int = 0):
         """Final hidden states (B, T, n_embd), after the last layer norm; with a cache, the pair
         (hidden, cache with these tokens in it).
 
-        segments: (B, T) int32 or None, see `layers.causal_context`.
+        segments: (B, T) int32 or None, first: see `layers.causal_context`.
         """
         t, c = tokens.shape[-1], self.config
-        if t > c.n_positions:
-            raise ValueError(f"{t} tokens, but n_positions is {c.n_positions}")
-        context = causal_context(tokens, segments, cache)
+        if first + t > c.n_positions:
+            after = f" after {first} more" * bool(first)
+            raise ValueError(f"{t} tokens{after}, but n_positions is {c.n_positions}")
+        context = causal_context(tokens, segments, cache, first=first)
         x = self.wte(tokens) + self.wpe(context.positions)
         layers = None if cache is None else jnp.arange(c.n_layer)
         kv = None if cache is None else (cache.k, cache.v)

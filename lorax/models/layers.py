@@ -119,11 +119,34 @@ def cached_attention(q, k, v, mask, scale, kv, at):
     """
     if kv is None:
         return causal_attention(q, k, v, mask, scale), None
+    k, v, kv = remember(k, v, kv, at)
+    return attention(q, k, v, mask, scale), kv
+
+
+def remember(k, v, kv, at):
+    """(k, v, kv): keys and values (B, S, K, D) of all that a layer has read, and `kv` with the new
+    ones in it; without a cache they are what is given. Arguments as in `cached_attention`."""
+    if kv is None:
+        return k, v, None
     where = (at[0], 0, at[1], 0, 0)
     put = lambda all_, new: jax.lax.dynamic_update_slice(all_, new[None].astype(all_.dtype), where)
     kv = (put(kv[0], k), put(kv[1], v))
-    k, v = (jax.lax.dynamic_index_in_dim(x, at[0], keepdims=False).astype(q.dtype) for x in kv)
-    return attention(q, k, v, mask, scale), kv
+    own = lambda all_, new: jax.lax.dynamic_index_in_dim(all_, at[0], keepdims=False).astype(
+        new.dtype
+    )
+    return own(kv[0], k), own(kv[1], v), kv
+
+
+class Attend(nn.Module):
+    """Attention between a layer's projections as a module of its own, without parameters: (o, kv)
+    of `cached_attention`, or where it is not causal (an encoder) of `attention` and None."""
+
+    causal: bool = True
+
+    def __call__(self, q, k, v, mask, scale, kv=None, at=None):
+        if self.causal:
+            return cached_attention(q, k, v, mask, scale, kv, at)
+        return attention(q, k, v, mask, scale), None
 
 
 class Context(NamedTuple):
@@ -138,12 +161,20 @@ class Context(NamedTuple):
     cache: Cache | None
 
 
-def causal_context(tokens, segments=None, cache: Cache | None = None, window: int | None = None):
+def causal_context(
+    tokens,
+    segments=None,
+    cache: Cache | None = None,
+    window: int | None = None,
+    first: int = 0,
+):
     """The `Context` of a model in which a token sees itself and what came before in its text.
 
     tokens: (B, T). segments: (B, T) int32 or None; tokens of one text share a number above 0,
-    0 is padding, on either side. With a cache the new tokens continue the text of their row (any
-    number above 0 will do). window: a token sees only the last `window` tokens (Mistral).
+    0 is padding, on either side; a negative one stands at the head of a row for what begins each of
+    its texts. With a cache the new tokens continue the text of their row (any number but 0 will
+    do). window: a token sees only the last `window` tokens (Mistral). first: position of a text's
+    first token.
     """
     b, t = tokens.shape
     if cache is None:
@@ -151,14 +182,16 @@ def causal_context(tokens, segments=None, cache: Cache | None = None, window: in
         mask = at[:, :, None] >= at[:, None, :]  # (1, T, T)
         positions = at
         if segments is not None:
-            first = jnp.concatenate(
+            begins = jnp.concatenate(
                 [jnp.ones((b, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1
             )
-            start = jax.lax.cummax(jnp.where(first, at, 0), axis=1)
+            start = jax.lax.cummax(jnp.where(begins, at, 0), axis=1)
+            common = segments < 0
             positions = at - start
-            mask = mask & (segments[:, :, None] == segments[:, None, :])
+            positions += jnp.where(common, 0, jnp.sum(common, axis=1, keepdims=True))
+            mask = mask & padding_mask(tokens, segments)
     else:
-        own = jnp.ones((b, t), bool) if segments is None else segments > 0
+        own = jnp.ones((b, t), bool) if segments is None else segments != 0
         real = jax.lax.dynamic_update_slice_in_dim(cache.real, own, cache.length, axis=1)
         count = jnp.cumsum(real, axis=1, dtype=jnp.int32)  # (B, S)
         columns = cache.length + jnp.arange(t)
@@ -168,14 +201,15 @@ def causal_context(tokens, segments=None, cache: Cache | None = None, window: in
     if window is not None:
         everyone = positions if cache is None else jnp.maximum(count - 1, 0)
         mask = mask & (positions[:, :, None] - everyone[:, None, :] < window)
-    return Context(positions.astype(jnp.int32), mask, cache)
+    return Context(positions.astype(jnp.int32) + first, mask, cache)
 
 
 def padding_mask(tokens, segments=None):
     """(B or 1, T, T) bool: who sees whom in an encoder; `segments` as in `causal_context`."""
     if segments is None:
         return jnp.ones((1, tokens.shape[1], tokens.shape[1]), bool)
-    return segments[:, :, None] == segments[:, None, :]
+    mine, other = segments[:, :, None], segments[:, None, :]
+    return (mine == other) | (other < 0) | ((mine < 0) & (other != 0))
 
 
 # ------------------------------------------------------------------------------------------- norms

@@ -20,9 +20,9 @@ from flax import linen as nn
 from lorax.interop.hf import Source
 from lorax.models.layers import (
     ACTIVATIONS,
+    Attend,
     Cache,
     RMSNorm,
-    cached_attention,
     causal_context,
     empty_cache,
     rope,
@@ -111,7 +111,7 @@ class Attention(nn.Module):
         q = rotate(heads("q", c.num_attention_heads), *turn)
         k = rotate(heads("k", c.num_key_value_heads), *turn)
         v = heads("v", c.num_key_value_heads)
-        o, kv = cached_attention(q, k, v, mask, c.head_dim**-0.5, kv, at)
+        o, kv = Attend(name="attend")(q, k, v, mask, c.head_dim**-0.5, kv, at)
         o = rearrange(o, "b t h d -> b t (h d)")
         return dense(c.hidden_size, use_bias=c.attention_bias, name="o")(o), kv
 
@@ -186,16 +186,16 @@ class Llama(nn.Module):
     def __call__(self, tokens, segments=None):
         return self.logits(self.hidden(tokens, segments))
 
-    def hidden(self, tokens, segments=None, cache: Cache | None = None):
+    def hidden(self, tokens, segments=None, cache: Cache | None = None, first: int = 0):
         """Final hidden states (B, T, hidden_size), after the last norm; with a cache, the pair
         (hidden, cache with these tokens in it).
 
-        segments: (B, T) int32 or None, see `layers.causal_context`. Raises ValueError for a cache
-        with more room than the length up to which a text's keys do not depend on what follows
+        segments: (B, T) int32 or None, first: see `layers.causal_context`. Raises ValueError for a
+        cache with more room than the length up to which a text's keys do not depend on what follows
         ("dynamic" and "longrope" RoPE only).
         """
         c = self.config
-        context = causal_context(tokens, segments, cache)
+        context = causal_context(tokens, segments, cache, first=first)
         masks, kinds = context.mask, None
         if c.sliding_window is not None:
             near = causal_context(tokens, segments, cache, c.sliding_window).mask
@@ -206,7 +206,7 @@ class Llama(nn.Module):
                 kinds = jnp.array([kind == SLIDING for kind in c.layer_types], jnp.int32)
 
         lengths, limit = None, _limit(c)
-        room = tokens.shape[1] if cache is None else cache.k.shape[2]
+        room = first + (tokens.shape[1] if cache is None else cache.k.shape[2])
         if limit is not None and room > limit:
             if cache is not None:
                 raise ValueError(

@@ -11,7 +11,7 @@ import parity
 import pytest
 from flax import linen as nn
 from quick import jit
-from support import require
+from support import few, require
 
 import lorax
 from lorax import config, methods, ops, tree
@@ -327,6 +327,7 @@ def test_training_ends_at_the_target_budget_spread_unevenly():
 # ------------------------------------------------------------------------------------------- sweep
 
 
+@pytest.mark.slow
 def test_members_of_one_program_are_themselves_alone(monkeypatch):
     """Other ranks, targets, layers, budgets, schedules, averages and scales, side by side."""
     monkeypatch.setitem(methods.METHODS, "adalora", adalora)
@@ -386,7 +387,7 @@ PHASES = dict(
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", few(("gpt2", "llama"), ("llama",)))
 def test_twenty_steps_with_pruning_are_pefts(family, tmp_path):
     torch, peft = require("torch"), require("peft")
     ours, theirs = parity.pair(family, tmp_path)

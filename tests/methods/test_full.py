@@ -9,7 +9,7 @@ import numpy as np
 import parity
 import pytest
 from quick import jit
-from support import require
+from support import few, require
 
 import lorax
 from lorax import config, ops, tree
@@ -185,7 +185,7 @@ TORCH = {
 }
 
 
-@pytest.mark.parametrize("name", TORCH)
+@pytest.mark.parametrize("name", few(TORCH, ("gpt2-full", "gpt2-bitfit")))
 def test_torch_learns_the_same(name, tmp_path):
     require("torch")
     family, method, trains = TORCH[name]

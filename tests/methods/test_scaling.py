@@ -10,7 +10,7 @@ import parity
 import pytest
 from flax import linen as nn
 from quick import jit
-from support import require
+from support import few, require
 
 import lorax
 from lorax import config, methods, ops, tree
@@ -169,6 +169,7 @@ def trained(built, base, n=4):
     return state, np.asarray(logs["loss"])
 
 
+@pytest.mark.slow
 def test_a_member_learns_the_same_alone_and_in_a_sweep():
     built = [ia3(), ia3(targets=("q", "down"), layers=(0, 2))]
     state, losses = trained(built, tiny())
@@ -259,7 +260,7 @@ def ours(arrays, family):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-@pytest.mark.parametrize("family", PEFT)
+@pytest.mark.parametrize("family", few(PEFT, ("llama",)))
 def test_peft_computes_and_learns_the_same(family, tmp_path):
     peft = require("peft")
     targets, modules, feedforward = PEFT[family]

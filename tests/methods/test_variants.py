@@ -9,7 +9,7 @@ import optax
 import parity
 import pytest
 from quick import jit
-from support import require
+from support import few, require
 
 import lorax
 from lorax import config, methods, ops, tree
@@ -78,7 +78,7 @@ def frozen_a(model):
             p.requires_grad = False
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", few(("gpt2", "llama"), ("llama",)))
 @pytest.mark.parametrize(
     ("name", "fields", "hp"),
     [

@@ -1,0 +1,294 @@
+"""Virtual tokens: prefix tuning, prompt tuning and LLaMA-Adapter. The weights stay as they are.
+
+    prefix           o = attention(q, [k'; k], [v'; v])        k', v' (tokens, K D) of each layer
+    prompt           the text is read behind `tokens` trained rows (tokens, features) of embedding
+    llama-adapter    o = attention(q, k, v) + g softmax(q (p wk + bk)^T / sqrt D) (p wv + bv)
+                     p (tokens, features) and the scalar g of each adapted layer
+
+- Prefix tuning (Li & Liang 2021, arXiv:2101.00190, section 4.2). k' and v' themselves are trained,
+  as by PEFT without `prefix_projection`: the MLP that makes them during the paper's training
+  (section 4.3) is left out. k' are not rotated where the model has RoPE, and the text's first token
+  has position `tokens`, both as in PEFT. Where the model departs from plain attention: a sliding
+  window never leaves the prefix behind (in PEFT it does), and with ALiBi all of the prefix stands
+  at position 0 (in PEFT at 0, 1...).
+- Prompt tuning (Lester et al. 2021, arXiv:2104.08691). As in PEFT the virtual tokens have the
+  positions 0 to `tokens` - 1. A classifier reads the text's first token, as without them (PEFT's
+  reads the first virtual one). Several texts in a row of a causal model share one copy in front of
+  the row: what a virtual token says doesn't depend on the text behind it.
+- LLaMA-Adapter (Zhang et al. 2023, arXiv:2303.16199, section 3). The keys of p are not rotated, and
+  p goes through the base's own frozen projections. As in PEFT one scalar gate a layer, without a
+  tanh (the released code has tanh(g) of each head). g is zero at first: the identity. The sum goes
+  through the layer's output projection in every model (PEFT leaves that out for GPT-2).
+
+A prefix or a prompt is no identity at step 0, whatever its values: even zero keys take a share of
+the softmax, and positions move by `tokens`. For the same reason none of the three can be merged.
+All are for causal models and BERT; a model without `layers.Attend` raises ValueError.
+"""
+
+import dataclasses
+import inspect
+import re
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lorax import methods, ops, tree
+from lorax.models import layers as model_layers
+
+# ------------------------------------------------------------------------------------------- leaves
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """Around a model's `hidden`: virtual tokens ahead of every text.
+
+    tokens: (static) positions that they take. read: (static) whether they are read, as the ids -1,
+    -2... ahead of a row, or stand in each layer's attention.
+    """
+
+    tokens: int = dataclasses.field(default=0, metadata={"static": True})
+    read: bool = dataclasses.field(default=False, metadata={"static": True})
+    method: ClassVar[str] = "hidden"
+
+    def __call__(self, module, call, *args, **kwargs):
+        signature = inspect.signature(type(module).hidden)
+        if "first" not in signature.parameters:
+            raise ValueError(
+                f"method.name: {type(module).__name__} has no place for virtual tokens; causal "
+                f"models and BERT have"
+            )
+        given = dict(signature.bind(module, *args, **kwargs).arguments)
+        del given["self"]
+        if not self.read:
+            return call(**given, first=self.tokens)
+        if given.get("cache") is not None:  # who fills it puts them in, once (`before`)
+            return call(**given)
+        given["tokens"] = self._with_ids(given["tokens"])
+        for name, value in (("segments", -1), ("types", 0)):
+            if given.get(name) is not None:
+                given[name] = self._padded(given[name], value)
+        return call(**given)[:, self.tokens :]
+
+    def before(self, tokens, segments):
+        """(tokens, segments) of rows with one text each (B, T), with the virtual ids to read."""
+        if not self.read:
+            return tokens, segments
+        return self._with_ids(tokens), self._padded(segments, 1)
+
+    def _with_ids(self, tokens):
+        ids = jnp.broadcast_to(-1 - jnp.arange(self.tokens), (tokens.shape[0], self.tokens))
+        return jnp.concatenate([ids.astype(tokens.dtype), tokens], axis=1)
+
+    def _padded(self, x, value):
+        return jnp.pad(x, ((0, 0), (self.tokens, 0)), constant_values=value)
+
+
+def ahead(params: dict) -> Ahead:
+    """The `Ahead` leaf of bound parameters, one of no tokens where there is none."""
+    return params.get(ops.AROUND, Ahead())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Around an embedding: rows (tokens, features) of the ids -1, -2..."""
+
+    rows: jax.Array
+    method: ClassVar[str] = "__call__"
+
+    def __call__(self, module, call, ids):
+        known = call(jnp.maximum(ids, 0))
+        own = jnp.take(self.rows.astype(known.dtype), jnp.maximum(-1 - ids, 0), axis=0)
+        return jnp.where((ids < 0)[..., None], own, known)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Around `layers.Attend`: keys and values that every query sees, (tokens, K D) each.
+
+    on: () float32, 1, or 0 where the layer has no prefix. Layer axes are in front of all three.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    on: jax.Array
+    method: ClassVar[str] = "__call__"
+
+    def __call__(self, module, call, q, k, v, mask, scale, kv=None, at=None):
+        k, v, kv = model_layers.remember(k, v, kv, at)
+        k, v = (
+            jnp.concatenate([_heads(new, x), x], axis=1) for new, x in ((self.k, k), (self.v, v))
+        )
+        seen = jnp.broadcast_to(self.on > 0, (*mask.shape[:2], len(self.k)))
+        return model_layers.attention(q, k, v, jnp.concatenate([seen, mask], -1), scale), kv
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gated:
+    """Around `layers.Attend`: attention to keys and values (tokens, K D) of their own softmax,
+    added `gate` () times. Layer axes are in front of all three."""
+
+    k: jax.Array
+    v: jax.Array
+    gate: jax.Array
+    method: ClassVar[str] = "__call__"
+
+    def __call__(self, module, call, q, k, v, mask, scale, kv=None, at=None):
+        o, kv = call(q, k, v, mask, scale, kv, at)
+        everyone = jnp.ones((1, q.shape[1], len(self.k)), bool)
+        more = model_layers.attention(q, _heads(self.k, k), _heads(self.v, v), everyone, scale)
+        return o + self.gate.astype(o.dtype) * more, kv
+
+
+def _heads(x, like):
+    """x (tokens, K D) as (B, tokens, K, D), cast and, where ALiBi gives `like` (B, S, K, D + G)
+    further features, padded with zeros."""
+    x = x.astype(like.dtype).reshape(1, len(x), like.shape[2], -1)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, like.shape[3] - x.shape[3])))
+    return jnp.broadcast_to(x, (like.shape[0], *x.shape[1:]))
+
+
+# ------------------------------------------------------------------------------------------ methods
+
+
+def prefix(
+    tokens: int = 10, std: float = 1.0, layers: tuple[int, ...] | None = None
+) -> "methods.Method":
+    """Prefix tuning. tokens: of the prefix (PEFT has no default). std: of its Gaussian start (1 is
+    torch's default for the embedding in which PEFT keeps it). layers: indices, None for all.
+
+    Raises ValueError for a value out of range.
+    """
+    _check(tokens, std)
+
+    def init(key, params, sites=None, targets=None, pad=None, evidence=None):
+        trainable, constants = {}, {}
+        for path, (axes, active, _, width) in _attention(params, sites, layers).items():
+            draw = lambda key, index, width=width: {
+                name: std * jax.random.normal(part, (tokens, width))
+                for name, part in zip("kv", jax.random.split(key), strict=True)
+            }
+            shapes = {"k": (tokens, width), "v": (tokens, width)}
+            trainable[path] = methods.fill(methods.key_for(key, path), axes, active, shapes, draw)
+            constants[path] = {"on": jnp.asarray(active, jnp.float32)}
+        return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
+
+    def bind(trainable, constants, params, key=None, sites=None):
+        own = methods.joined(trainable, constants)
+        more = {path: Prefix(x["k"], x["v"], x["on"]) for path, x in own.items()}
+        return _bound(params, more, Ahead(tokens))
+
+    def count(params, sites=None):
+        found = _attention(params, sites, layers).values()
+        return sum(2 * int(active.sum()) * tokens * width for _, active, _, width in found)
+
+    hp = dict(tokens=tokens, std=std, layers=layers)
+    return methods.Method("prefix", hp, init, bind, None, count)
+
+
+def prompt(tokens: int = 10, std: float | None = None) -> "methods.Method":
+    """Prompt tuning. tokens: virtual ones. std: of a Gaussian start (PEFT's "RANDOM" is 1), None to
+    start from rows of the base's embedding (PEFT's "SAMPLE_VOCAB": of the whole vocabulary, where
+    the paper takes the 5,000 most common tokens).
+
+    Raises ValueError for a value out of range and a model with no one embedding of tokens.
+    """
+    _check(tokens, 0 if std is None else std)
+
+    def init(key, params, sites=None, targets=None, pad=None, evidence=None):
+        path, rows, features = _embedding(params, sites)
+        key = methods.key_for(key, path)
+        if std is None:
+            ids = jax.random.randint(key, (tokens,), 0, rows)
+            start = ops.embed(ids, tree.flatten(params)[path]).astype(jnp.float32)
+        else:
+            start = std * jax.random.normal(key, (tokens, features))
+        return methods.State(tree.unflatten({_beside(path, "prompt"): start}), {})
+
+    def bind(trainable, constants, params, key=None, sites=None):
+        ((parent, own),) = methods.joined(trainable).items()
+        return _bound(params, {parent: Rows(own["prompt"])}, Ahead(tokens, read=True))
+
+    def count(params, sites=None):
+        return tokens * _embedding(params, sites)[2]
+
+    return methods.Method("prompt", dict(tokens=tokens, std=std), init, bind, None, count)
+
+
+def llama_adapter(tokens: int = 10, layers: tuple[int, ...] | None = None) -> "methods.Method":
+    """LLaMA-Adapter. tokens: prompts of each adapted layer. layers: indices, None for all (the
+    paper adapts the last 30 of 32; -1, -2... count from the end).
+
+    Raises ValueError for a value out of range.
+    """
+    _check(tokens, 0)
+
+    def init(key, params, sites=None, targets=None, pad=None, evidence=None):
+        trainable, constants = {}, {}
+        for path, (axes, active, features, _) in _attention(params, sites, layers).items():
+            draw = lambda key, index, features=features: {
+                "prompt": jax.random.normal(key, (tokens, features))
+            }
+            shapes = {"prompt": (tokens, features), "gate": ()}
+            trainable[path] = methods.fill(methods.key_for(key, path), axes, active, shapes, draw)
+            constants[path] = {"on": jnp.asarray(active, jnp.float32)}
+        return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
+
+    def bind(trainable, constants, params, key=None, sites=None):
+        sites, flat = sites or ops.sites_from_shapes(params), tree.flatten(params)
+        more = {}
+        for path, own in methods.joined(trainable, constants).items():
+            seen = []
+            for name in "kv":
+                kernel, bias = (_beside(path, f"{name}/{part}") for part in ("kernel", "bias"))
+                project = ops.linear
+                for _ in range(sites[kernel].stack):
+                    project = jax.vmap(project)
+                seen.append(project(own["prompt"], flat[kernel], flat.get(bias)))
+            more[path] = Gated(*seen, own["gate"] * own["on"].astype(own["gate"].dtype))
+        return _bound(params, more, Ahead())
+
+    def count(params, sites=None):
+        found = _attention(params, sites, layers).values()
+        return sum(int(active.sum()) * (tokens * n_in + 1) for _, active, n_in, _ in found)
+
+    hp = dict(tokens=tokens, layers=layers)
+    return methods.Method("llama-adapter", hp, init, bind, None, count)
+
+
+def _check(tokens, std):
+    if tokens < 1:
+        raise ValueError(f"method.tokens: {tokens} given, must be at least 1")
+    if std < 0:
+        raise ValueError(f"method.std: {std} given, must not be negative")
+
+
+def _attention(params, sites, layers) -> dict:
+    """{path of a layer's `Attend`: (layer axes, active layers, features, K D)}."""
+    flat, found = tree.flatten(params), {}
+    for path, (site, active) in methods.own(params, sites, ("re:.*attn/k/kernel",), layers).items():
+        axes, n_in, n_out = site.matrix_shape(flat[path].shape)
+        found[re.sub("k/kernel$", "attend", path)] = (axes, active, n_in, n_out)
+    return found
+
+
+def _embedding(params, sites) -> tuple:
+    """(path, V, features) of the embedding of tokens."""
+    paths = list(methods.resolve(("embed",), sites or ops.sites_from_shapes(params)))
+    if len(paths) != 1:
+        raise ValueError(f"method.name: a prompt needs one embedding; there is {', '.join(paths)}")
+    return paths[0], *tree.flatten(params)[paths[0]].shape
+
+
+def _beside(path: str, name: str) -> str:
+    return f"{path.rpartition('/')[0]}/{name}".removeprefix("/")
+
+
+def _bound(params, more: dict, root: Ahead) -> dict:
+    """The parameters with a leaf around each path of `more`, and around the model itself."""
+    around = {f"{path}/{ops.AROUND}": leaf for path, leaf in more.items()}
+    return tree.unflatten(tree.flatten(params) | around | {ops.AROUND: root})
