@@ -202,6 +202,18 @@ def test_alone_is_in_the_sweep(name):
     assert np.all(np.isfinite(together))
 
 
+class Norm(nn.Module):
+    """Flax's own has its statistics in float32 under strict promotion."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (8,), jnp.float64)
+        bias = self.param("bias", nn.initializers.zeros, (8,), jnp.float64)
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        rstd = jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 0.1)
+        return centred * rstd * scale[None] + bias[None]
+
+
 class Words(nn.Module):
     """Layers by their canonical names, in the precision of the parameters."""
 
@@ -209,7 +221,7 @@ class Words(nn.Module):
     def __call__(self, x):
         for word in ("q", "k", "v", "o", "up", "down"):
             wide = dict(dtype=jnp.float64, param_dtype=jnp.float64)
-            normal = nn.LayerNorm(name=f"norm_{word}", **wide)(x)
+            normal = Norm(name=f"norm_{word}")(x)
             x = x + nn.tanh(nn.Dense(8, name=word, **wide)(normal))
         return x
 
