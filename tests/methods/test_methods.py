@@ -29,7 +29,7 @@ CASES = {
     "pfeiffer": (dict(rank=2), dict(rank=3, layers=(1,))),
     "loha": (dict(rank=2), dict(rank=3, layers=(1,))),
     "lokr": (dict(rank=2), dict(rank=3, layers=(1,))),
-    "vera": (dict(rank=4), dict(rank=6, layers=(1,))),
+    "vera": (dict(rank=3), dict(rank=4, layers=(1,))),
     "prefix": (dict(tokens=2), dict(tokens=2, layers=(1,))),
     "prompt": (dict(tokens=2), dict(tokens=2)),
     "llama-adapter": (dict(tokens=2), dict(tokens=2, layers=(1,))),
