@@ -19,6 +19,7 @@ import numpy as np
 from lorax import methods, ops, tree
 from lorax.errors import nearest
 from lorax.interop.peft import Adapter, Factors, Places
+from lorax.methods import lora
 from lorax.models.load import Base, layer_names, sources
 
 
@@ -158,8 +159,8 @@ def from_state(base: Base, state: methods.State) -> Adapter:
     """Inverse of `state`: padding is cut off, a layer whose factors are both zero left out."""
     factors = {}
     shapes = {path: leaf.shape for path, leaf in tree.flatten(base.params).items()}
-    for path, found in methods.joined(*state).items():
-        a, b, s = (np.asarray(found[name], np.float32) for name in ("a", "b", "s"))
+    for path, found in lora.factors(*state, base.params).items():
+        a, b, s = (np.asarray(x, np.float32) for x in found[:3])
         for name, index in layer_names(path, base.sites[path], shapes[path]).items():
             used = np.flatnonzero(a[index].any(axis=0) | b[index].any(axis=1))
             if used.size:
