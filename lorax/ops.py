@@ -149,21 +149,49 @@ def kron_product(x, w1, w2):
     return jnp.einsum("...mk,ml->...lk", y, w1).reshape(*x.shape[:-1], -1)
 
 
+class Stored:
+    """A frozen weight that is held in another form than an array. Subclasses have
+
+    shape, dtype: of the kernel that it stands for, in its module's own shape.
+    product(x, axis): x (..., n) times the kernel's axis `axis`, in x's dtype; no gradient to the
+        weight. That of a linear kernel (in, out) or an embedding (V, features).
+    rows(ids): the kernel's rows, (...,) integers -> (..., columns).
+    decoded(): the kernel as an array.
+    """
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Half:
+class Half(Stored):
     """A frozen weight that multiplies in bfloat16 with float32 sums: y = bf16(x) @ w.
 
-    w: bfloat16, (in, out), or an embedding (V, features). No gradient goes to w.
+    w: bfloat16, (in, out), or an embedding (V, features), layer axes in front.
     """
 
     w: Array
+
+    @property
+    def shape(self):
+        return self.w.shape
+
+    @property
+    def dtype(self):
+        return self.w.dtype
+
+    def product(self, x, axis: int):
+        return half_product(x, self.w, axis)
+
+    def rows(self, ids):
+        return jnp.take(self.w, ids, axis=0)
+
+    def decoded(self):
+        return self.w
 
 
 def is_operator(leaf) -> bool:
     """True for leaves that only the functions of this module can compute with."""
     return isinstance(
-        leaf, LowRank | Kronecker | Scaled | ScaledInput | Follow | Mixed | Untied | Half
+        leaf, LowRank | Kronecker | Scaled | ScaledInput | Follow | Mixed | Untied | Stored
     )
 
 
@@ -177,8 +205,8 @@ def halve(params, sites: "Mapping[str, Site]"):
 
 
 def frozen(leaf):
-    """The weight at the bottom of a leaf, in its module's own shape: what Flax would have seen."""
-    while is_operator(leaf):
+    """The weight at the bottom of a leaf, an array or `Stored`, in its module's own shape."""
+    while is_operator(leaf) and not isinstance(leaf, Stored):
         leaf = leaf.w
     return leaf
 
@@ -222,8 +250,8 @@ def linear(x, leaf, bias=None):
     elif isinstance(leaf, Mixed):
         a, b, s = _chosen(leaf, x)
         y = linear(x, leaf.w) + s * _batched(_batched(x, a), b)
-    elif isinstance(leaf, Half):
-        y = half_product(x, leaf.w, 0)
+    elif isinstance(leaf, Stored):
+        y = leaf.product(x, 0)
     else:
         y = x @ leaf.astype(x.dtype)
     return _add_bias(y, bias)
@@ -347,7 +375,7 @@ def embed(ids, leaf, dtype=None):
         return rows + s * _batched(a, b)
     if isinstance(leaf, Untied):
         return embed(ids, leaf.w, dtype)
-    rows = jnp.take(frozen(leaf), ids, axis=0)
+    rows = leaf.rows(ids) if isinstance(leaf, Stored) else jnp.take(leaf, ids, axis=0)
     return rows if dtype is None else rows.astype(dtype)
 
 
@@ -369,8 +397,8 @@ def attend(x, leaf):
         return attend(x, leaf.w) + s * _batched(_batched(x, turned(b)), turned(a))
     if isinstance(leaf, Untied):
         return attend(x, leaf.head)
-    if isinstance(leaf, Half):
-        return half_product(x, leaf.w, 1)
+    if isinstance(leaf, Stored):
+        return leaf.product(x, 1)
     return x @ leaf.astype(x.dtype).T
 
 
@@ -393,11 +421,11 @@ def _wide(leaf, site: "Site") -> Array:
     wide = lambda x: x.astype(dtype)
     if not is_operator(leaf):
         return wide(leaf)
+    if isinstance(leaf, Stored):
+        return wide(leaf.decoded())
     if isinstance(leaf, Mixed | Untied | Follow):
         raise ValueError(f"a {type(leaf).__name__} leaf is no single kernel")
     w = _wide(leaf.w, site)
-    if isinstance(leaf, Half):
-        return wide(leaf.w)
     if isinstance(leaf, Scaled):
         g = wide(leaf.g[..., None, :])
         return site.from_matrix(site.to_matrix(w) * g, w.shape)
@@ -597,8 +625,10 @@ def _dense(module, leaf, bias, x):
 
 def _as_matrix(leaf, site: Site):
     """The leaf with the weight at its bottom as (in, out)."""
-    if is_operator(leaf):
+    if is_operator(leaf) and hasattr(leaf, "w"):
         return dataclasses.replace(leaf, w=_as_matrix(leaf.w, site))
+    if isinstance(leaf, Stored):  # a matrix already
+        return leaf
     return site.to_matrix(leaf)
 
 
