@@ -36,15 +36,17 @@ def default() -> ConfigDict:
 
     c.method = ConfigDict()
     c.method.name = "lora"  # see lorax.methods.METHODS; a key that it does not have is left alone
-    c.method.rank = 8
+    c.method.rank = config_dict.FieldReference(8, field_type=object)  # "auto": by evidence
     c.method.alpha = 16.0
     c.method.scaling = "lora"  # s = alpha / r; "rslora": alpha / sqrt(r); "fixed": alpha
     c.method.init = (
         "kaiming"  # of a; "gaussian", or a start that reads the base: pissa, pissa-fast,
     )
     # olora; or the first batches of training: eva, corda, corda-kpm, lora-ga, lora-ga-paper
-    # q k v o up gate down embed head, attention mlp all-linear, re:REGEX; None: the method's own
+    # q k v o up gate down embed head, attention mlp all-linear, re:REGEX; None: the method's own;
+    # auto:N, of the matrices that the other words mean the N that the first batches speak for
     c.method.targets = config_dict.placeholder(tuple)
+    c.method.budget = config_dict.placeholder(int)  # trainable parameters, for auto
     c.method.layers = config_dict.placeholder(tuple)  # indices; None: all
     c.method.dropout = 0.0  # on the adapter's input
     c.method.full = ()  # trained as they are: classifier biases norms, targets' words, re:REGEX
@@ -196,7 +198,8 @@ def members(config: ConfigDict) -> list[Member]:
 VARIES = {
     **dict.fromkeys(
         ("lora", "rslora", "dora", "lora-fa", "lora+"),
-        ("rank", "alpha", "scaling", "init", "targets", "layers", "dropout", "ratio"),
+        ("rank", "alpha", "scaling", "init", "targets", "layers", "dropout", "ratio")
+        + ("budget", "batches"),
     ),
     "adalora": ("rank", "alpha", "target_rank", "targets", "layers", "dropout")
     + ("tinit", "tfinal", "every", "orthogonal", "beta1", "beta2"),
@@ -252,7 +255,7 @@ def _axis(config, axis) -> tuple:
     values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
     optional = {"layers": tuple, "n_train": int, "targets": tuple, "target_rank": int}
     optional |= {"tokens": int}
-    kind = optional.get(axis, type(now))
+    kind = int if axis == "rank" else optional.get(axis, type(now))
     for value in values:
         fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
         fits = fits or (value is None and axis in optional)
@@ -309,6 +312,10 @@ def _check_values(c) -> None:
     smoothing = c.train.label_smoothing
     need("train.label_smoothing", smoothing, 0 <= smoothing < 1, "must be in [0, 1)")
     need("seed", c.seed, 0 <= c.seed < 2**31, "must be in [0, 2**31)")
+    rank, budget = c.method.rank, c.method.budget
+    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    need("method.rank", rank, whole or rank == "auto", 'must be at least 1, or "auto"')
+    need("method.budget", budget, budget is None or budget >= 1, "must be at least 1 or None")
     n_train = c.task.n_train
     need("task.n_train", n_train, n_train is None or n_train >= 1, "must be at least 1 or None")
     need(

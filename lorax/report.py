@@ -98,6 +98,7 @@ def _write(
             _curve_section(settings, by, answer, scores),
         ),
         *_methods_section(run, table, settings, by, ranks, figures),
+        *_evidence_section(run, table, figures),
         ("Members", _members_section(table, scores)),
         ("Learning curves", _learning_section(table)),
     ]
@@ -463,6 +464,37 @@ def _methods_section(run, table, settings, by, ranks, figures: dict) -> list[tup
     ]
     caption = "Best first. Time and optimiser bytes are one member's share of its group's."
     return [("Methods", figure + _table(header, rows, caption, sortable=True))]
+
+
+def _evidence_section(run, table: pd.DataFrame, figures: dict) -> list[tuple[str, str]]:
+    """What evidence said of each matrix, where it chose targets or ranks; adds its figure."""
+    ranking = runs.sensitivity(run)
+    if ranking is None:
+        return []
+    first = ranking["member"].iloc[0]
+    shown = ranking[ranking["member"] == first].sort_values("score", ascending=False)
+    figures["sensitivity"] = plots.sensitivity(shown)
+    name = table.loc[first, "name"]
+    caption = (
+        "Squared gradient that an adapter can reach, for each parameter that it trains, as a share "
+        f"of all matrices'; the numbers are the ranks that were chosen. Member {name}."
+    )
+    figure = _figure("sensitivity", caption, "Heat map of scores by layer and target.")
+    rows = [
+        [row["path"], row["rank"], row["energy"], _Fixed(row["share"], 3), row["score"]]
+        for _, row in shown.iterrows()
+    ]
+    header = [
+        "matrix",
+        "rank",
+        "gradient energy ‖g‖²",
+        "low-rank share",
+        "energy × share ÷ parameters",
+    ]
+    note = (
+        "Before training, on the member's first batches. analysis/sensitivity.csv has all members."
+    )
+    return [("Which matrices matter", figure + _table(header, rows, note, sortable=True))]
 
 
 def _learning_section(table: pd.DataFrame) -> str:

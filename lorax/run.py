@@ -191,6 +191,7 @@ def run(settings, members, workdir: Path) -> int:
         lines = sorted((row for g in groups for row in loop.describe(g)), key=lambda r: r["member"])
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_bytes(workdir / "members.jsonl", text.encode())
+        loop.write_rankings(workdir, groups)
         previous = _seconds_so_far(workdir)
         status = {"state": "running", "members": {}}
         write_json(workdir / "status.json", status | {"wall_seconds": previous})

@@ -275,6 +275,31 @@ def similarity_maps(
         return figure
 
 
+def sensitivity(ranking: pd.DataFrame) -> Figure:
+    """Score of every matrix as a share of all, with the rank that it was given: rows of
+    `runs.sensitivity` of one member."""
+    layers, targets = sorted(set(ranking["layer"])), list(dict.fromkeys(ranking["target"]))
+    share, ranks = np.full((2, len(targets), len(layers)), np.nan)
+    for _, row in ranking.iterrows():
+        at = targets.index(row["target"]), layers.index(row["layer"])
+        share[at], ranks[at] = row["score"] / ranking["score"].sum(), row["rank"]
+    with matplotlib.rc_context({**STYLE, "axes.spines.top": True, "axes.spines.right": True}):
+        size = (2.2 + 0.45 * len(layers), 1.0 + 0.35 * len(targets))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(share, vmin=0, cmap="cividis", aspect="auto")
+        for (i, j), rank in np.ndenumerate(ranks):
+            if rank == rank:
+                dark = share[i, j] < 0.6 * np.nanmax(share)
+                colour = "white" if dark else "black"
+                axes.text(j, i, f"{rank:g}", ha="center", va="center", fontsize=8, color=colour)
+        axes.set_xticks(range(len(layers)), layers)
+        axes.set_yticks(range(len(targets)), targets)
+        axes.set_xlabel("layer")
+        figure.colorbar(image, ax=axes, pad=0.02).set_label("share of the score")
+        return figure
+
+
 # ----------------------------------------------------------------------------------------- helpers
 
 

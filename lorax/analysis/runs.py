@@ -296,6 +296,17 @@ def deltas(run: Run, members: Iterable[int]) -> dict[int, dict[str, np.ndarray]]
     return found
 
 
+def sensitivity(run: Run) -> pd.DataFrame | None:
+    """A row a member and matrix: what evidence said before training, and the rank it chose (member,
+    path, layer, target, energy, share, score, rank). None where it chose nothing."""
+    file = run.directory / "analysis" / "sensitivity.csv"
+    if not file.exists():
+        return None
+    table = pd.read_csv(file)
+    table[["layer", "target"]] = [place(path) for path in table["path"]]
+    return table
+
+
 def place(path: str) -> tuple[int, str]:
     """Layer and target of a path: "h/3/attn/q" -> (3, "q"); -1 for what is in no layer."""
     numbers = re.findall(r"(?:^|/)(\d+)(?=/|$)", path)

@@ -111,10 +111,6 @@ def method(name: str, **hp) -> Method:
     (`resolve_full`), such as a classifier's head; dtype, of what is trained.
     Raises ValueError for an unknown name, an unknown hyperparameter or a value out of range.
     """
-    if name not in METHODS:
-        raise ValueError(
-            f"method.name: {name!r} is not one of {', '.join(METHODS)}{nearest(name, METHODS)}"
-        )
     known = hyperparameters(name)
     for field in hp:
         if field not in known:
@@ -129,7 +125,11 @@ def method(name: str, **hp) -> Method:
 
 
 def hyperparameters(name: str) -> tuple[str, ...]:
-    """The names of the hyperparameters that a method takes."""
+    """The names of the hyperparameters of a method. Raises ValueError for an unknown name."""
+    if name not in METHODS:
+        raise ValueError(
+            f"method.name: {name!r} is not one of {', '.join(METHODS)}{nearest(name, METHODS)}"
+        )
     return tuple(dict.fromkeys((*inspect.signature(METHODS[name]).parameters, "full", "dtype")))
 
 

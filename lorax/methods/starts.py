@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 GAMMA = 16  # LoRA-GA's default of `stable_gamma`
+RHO = 2.0  # EVA: no matrix gets more than this times the mean rank
 DAMP = 0.01  # CorDA: of the mean of c's diagonal; doubled until c can be inverted
 
 
@@ -128,24 +129,35 @@ def loftq(w, rank: int, scale: float, quantise: Callable, iterations: int = 1):
 # -------------------------------------------------------------------------------- ranks by evidence
 
 
-def redistribute(spectra: Mapping, rank: int, rho: float = 2.0) -> dict:
+def allot(worth: Mapping, costs: Mapping, budget: int, most: int) -> dict:
+    """{matrix: its rank, 0 too}: within a budget, the directions that are worth most.
+
+    worth: {matrix: what each further direction is worth, non-increasing}. costs: {matrix: what a
+    direction costs}. No matrix gets more than `most`; of equals the first in order is taken; what
+    no longer fits is passed over.
+    """
+    matrices = [m for m, own in worth.items() for _ in range(min(most, len(own)))]
+    worths = np.concatenate([np.asarray(own)[:most] for own in worth.values()])
+    found = dict.fromkeys(worth, 0)
+    for i in np.argsort(-worths, kind="stable"):
+        if costs[matrices[i]] <= budget:
+            found[matrices[i]] += 1
+            budget -= costs[matrices[i]]
+    return found
+
+
+def redistribute(spectra: Mapping, rank: int, rho: float = RHO) -> dict:
     """{matrix: its rank, 0 too}: `rank` a matrix on average, where it says most.
 
     spectra: {matrix: what each further direction is worth, non-increasing}. The rank * len(spectra)
-    directions that are worth most are taken, of no matrix more than round(rho * rank); the first
-    of equals in order. With `explained` of each matrix's inputs this is EVA's (arXiv:2410.07170,
-    equation 4), whose s stays alpha / rank as with PEFT's `adjust_scaling_factors`; with
-    `sensitivity.spectra` it is by the gradient. Raises ValueError for rank or rho below 1.
+    directions that are worth most are taken, of no matrix more than round(rho * rank). With
+    `explained` of each matrix's inputs this is EVA's (arXiv:2410.07170, equation 4), whose s stays
+    alpha / rank as with PEFT's `adjust_scaling_factors`; with `sensitivity.spectra` it is by the
+    gradient. Raises ValueError for rank or rho below 1.
     """
     if rank < 1 or rho < 1:
         raise ValueError(f"rank, rho: {rank}, {rho} given, must be at least 1")
-    most = round(rho * rank)
-    matrices = [m for m, worth in spectra.items() for _ in range(min(most, len(worth)))]
-    worths = np.concatenate([np.asarray(worth)[:most] for worth in spectra.values()])
-    found = dict.fromkeys(spectra, 0)
-    for i in np.argsort(-worths, kind="stable")[: rank * len(spectra)]:
-        found[matrices[i]] += 1
-    return found
+    return allot(spectra, dict.fromkeys(spectra, 1), rank * len(spectra), round(rho * rank))
 
 
 def by_path(ranks: Mapping[tuple, int]) -> dict:

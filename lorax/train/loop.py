@@ -20,7 +20,7 @@ from lorax.interop import peft
 from lorax.models import Base, load, sources
 from lorax.models.load import layer_names, parameter_layers, positions
 from lorax.tasks import metrics
-from lorax.train import checkpoint, sweep
+from lorax.train import checkpoint, evidence, sweep
 
 
 class Terminal(NamedTuple):
@@ -32,12 +32,16 @@ class Terminal(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Members that share a compiled program, with what they are trained on."""
+    """Members that share a compiled program, with what they are trained on.
+
+    rankings: {member: rows of `evidence.decide`} of those whose targets or ranks evidence chose.
+    """
 
     index: int
     base: Base
     task: tasks.Task
     stack: sweep.Stack
+    rankings: dict[int, list[dict]] = {}
 
 
 def prepare(members: list[Member], say: Callable[[str], None]) -> list[Group]:
@@ -78,7 +82,9 @@ def prepare(members: list[Member], say: Callable[[str], None]) -> list[Group]:
             raise ValueError(
                 f"train.seq_len: {c.train.seq_len} given, {c.base} has {most} positions"
             )
-        built = sweep.build_methods(part, base)
+        hps = {member.index: sweep.hyperparameters(member, base) for member in part}
+        automatic = [member for member in part if evidence.is_automatic(member, hps[member.index])]
+        sweep.build_methods([m for m in part if m not in automatic], base)  # a mistake shows here
 
         # ------------------------------------------------------------------------------- task
         asked = [member.config.task.n_train for member in part]
@@ -94,7 +100,18 @@ def prepare(members: list[Member], say: Callable[[str], None]) -> list[Group]:
             raise ValueError(
                 f"eval.generate: {c.eval.generate} given, task {c.task.name} has no prompts"
             )
-        groups.append(Group(index, base, task, sweep.stack(part, built, base, task)))
+        # -------------------------------------------------------------------------- evidence
+        if automatic:
+            say(f"group {index}: choosing targets and ranks of {len(automatic)} members")
+        rankings, seen = {}, {}
+        for member in automatic:
+            hp = hps[member.index]
+            hps[member.index], rankings[member.index] = evidence.decide(
+                member, hp, base, task, seen
+            )
+        built = sweep.build_methods(part, base, hps)
+        stacked = sweep.stack(part, built, base, task, seen)
+        groups.append(Group(index, base, task, stacked, rankings))
     return groups
 
 
@@ -112,12 +129,26 @@ def describe(group: Group) -> list[dict]:
                 "method": method.name,
             }
             | hp
+            | ({"targets": c.method.targets} if member.index in group.rankings else {})
             | {"base": c.base, "lr": c.train.lr, "weight_decay": c.train.weight_decay}
             | {"steps": c.train.steps, "seed": c.seed, "n_train": c.task.n_train}
             | {"trainable_params": method.count(group.base.params, group.base.sites)}
             | {"optimizer_bytes": opt_bytes}
         )
     return rows
+
+
+def write_rankings(workdir: Path, groups: list[Group]) -> None:
+    """analysis/sensitivity.csv: what evidence said of every matrix, where it chose any."""
+    lines = [
+        {"member": member} | row
+        for group in groups
+        for member, rows in group.rankings.items()
+        for row in rows
+    ]
+    if lines:
+        text = [",".join(lines[0]), *(",".join(map(str, line.values())) for line in lines)]
+        write_bytes(workdir / "analysis" / "sensitivity.csv", ("\n".join(text) + "\n").encode())
 
 
 def train(workdir: Path, groups: list[Group], terminal: Terminal) -> dict[int, dict]:

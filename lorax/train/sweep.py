@@ -18,14 +18,14 @@ from jax.sharding import PartitionSpec as P
 
 from lorax import methods, tasks, tree
 from lorax.config import Member
-from lorax.methods import Method, sensitivity, starts
+from lorax.methods import Method, starts
 from lorax.models import Base
+from lorax.train import evidence
 from lorax.train import step as train_step
 
 TOKEN_FEATURES = 200_000  # tokens x features that a CPU likes side by side (lorax.bench sweep)
 CPU_COPIES = 128e6  # bytes of the base, one copy for each of a CPU's devices, that "auto" spends
 STEPS_PER_CALL = 10
-BATCHES = 8  # that a start which reads data sees, where the config does not say
 
 
 def split_cpu() -> None:
@@ -51,29 +51,45 @@ class Stack(NamedTuple):
     state: train_step.MemberState
 
 
-def build_methods(members, base: Base) -> list[Method]:
-    """Each member's method, with targets, layers and rank checked against the base."""
+def hyperparameters(member, base: Base) -> dict:
+    """What the member's config gives its method: {name: value}, of those that the method has.
+
+    In a sweep over methods a key is for those that have it; None is a method's own default.
+    """
+    hp = member.config.method.to_dict()
+    known = methods.hyperparameters(hp["name"])
+    if base.fresh:  # a head of random weights says nothing before it is trained
+        hp["full"] = tuple(dict.fromkeys((*hp["full"], "classifier")))
+    return {key: value for key, value in hp.items() if key in known and value is not None}
+
+
+def build_methods(members, base: Base, decided: dict | None = None) -> list[Method]:
+    """Each member's method, with targets, layers and rank checked against the base.
+
+    decided: {member index: hyperparameters} of those that evidence chose (`lorax.train.evidence`).
+    """
     built = []
     for member in members:
-        hp = member.config.method.to_dict()
-        name = hp.pop("name")
-        if base.fresh:  # a head of random weights says nothing before it is trained
-            hp["full"] = tuple(dict.fromkeys((*hp["full"], "classifier")))
-        # In a sweep over methods a key is for those that have it; None is a method's own default.
-        known = methods.hyperparameters(name) if name in methods.METHODS else ()
-        hp = {key: value for key, value in hp.items() if key in known and value is not None}
-        method = methods.method(name, **hp)
+        hp = (decided or {}).get(member.index) or hyperparameters(member, base)
+        method = methods.method(member.config.method.name, **hp)
         method.count(base.params, base.sites)  # raises on what does not fit
         built.append(method)
     return built
 
 
-def stack(members, built: list[Method], base: Base, task: tasks.Task | None = None) -> Stack:
+def stack(
+    members,
+    built: list[Method],
+    base: Base,
+    task: tasks.Task | None = None,
+    seen: dict | None = None,
+) -> Stack:
     """Start every member, padded to the largest rank and the union of the targets, and stack them.
 
     For LoRA and its like: zero rows of b with zero columns of a have zero gradients, so padding
     stays exactly zero under AdamW and weight decay, and a matrix that a member does not adapt is
-    the same case. task: for starts that read training batches; the others need none.
+    the same case. task, seen: for starts that read training batches (`lorax.train.evidence`); the
+    others need none.
     """
     targets, pad = None, None
     if "targets" in built[0].hp:
@@ -81,12 +97,15 @@ def stack(members, built: list[Method], base: Base, task: tasks.Task | None = No
         targets = methods.resolve(words, base.sites)
     if "rank" in built[0].hp:
         pad = max(method.hp.get("widest", method.hp["rank"]) for method in built)
-    seen: dict = {}
+    seen = {} if seen is None else seen
     states, constants, hypers = [], [], []
     for member, method in zip(members, built, strict=True):
         init_key, dropout_key = jax.random.split(jax.random.key(member.config.seed))
-        evidence = _evidence(member, method, base, task, seen)
-        trainable, fixed = method.init(init_key, base.params, base.sites, targets, pad, evidence)
+        kind, found = starts.NEEDS.get(method.hp.get("init")), None
+        if kind is not None and task is not None:
+            own = methods.own(base.params, base.sites, method.hp["targets"], method.hp["layers"])
+            found = evidence.read(member, base, task, own, kind, seen)
+        trainable, fixed = method.init(init_key, base.params, base.sites, targets, pad, found)
         train = member.config.train
         hyper = train_step.Hyper(
             jnp.float32(train.lr), jnp.float32(train.weight_decay), dropout_key
@@ -98,26 +117,6 @@ def stack(members, built: list[Method], base: Base, task: tasks.Task | None = No
     return Stack(
         tuple(members), tuple(built), together(constants), together(hypers), together(states)
     )
-
-
-def _evidence(member, method: Method, base: Base, task: tasks.Task | None, seen: dict):
-    """What the first batches of a member's training show its start, if that reads any.
-
-    seen: what has been found for members before, who may share it.
-    """
-    kind = starts.NEEDS.get(method.hp.get("init"))
-    if kind is None or task is None:
-        return None
-    c, available = member.config, len(task.train["tokens"])
-    n, size = c.method.batches or BATCHES, c.train.batch_size
-    paths = tuple(methods.own(base.params, base.sites, method.hp["targets"], method.hp["layers"]))
-    rows = min(c.task.n_train or available, available)
-    key = (kind, c.seed, rows, n, paths)
-    if key not in seen:
-        order = tasks.orders(rows, size, c.seed, range(n)).reshape(n, size)
-        batches = {name: x[order] for name, x in task.train.items()}
-        seen[key] = sensitivity.evidence(base, batches, paths, (kind,))
-    return seen[key]
 
 
 class Layout(NamedTuple):

@@ -1,0 +1,141 @@
+"""What a member's first training batches decide before it is trained: its start, targets, ranks."""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from lorax import methods, tasks, tree
+from lorax.methods import sensitivity, starts
+from lorax.models import Base
+from lorax.models.load import layer_names
+
+BATCHES = 8  # that evidence is taken from, where `method.batches` says nothing
+AUTO = "auto"
+
+
+def read(member, base: Base, task: tasks.Task, paths, kind: str, seen: dict) -> dict:
+    """{path: {kind: array}} (`sensitivity.evidence`) from the member's own first batches.
+
+    seen: what has been read for members before, who may share it; what is new is put in.
+    """
+    c, available, paths = member.config, len(task.train["tokens"]), tuple(paths)
+    n, size = c.method.batches or BATCHES, c.train.batch_size
+    rows = min(c.task.n_train or available, available)
+    key = (id(base), id(task), kind, c.seed, rows, n, size, paths)
+    if key not in seen:
+        order = tasks.orders(rows, size, c.seed, range(n)).reshape(n, size)
+        batches = {name: x[order] for name, x in task.train.items()}
+        seen[key] = sensitivity.evidence(base, batches, paths, (kind,))
+    return seen[key]
+
+
+def is_automatic(member, hp: Mapping) -> bool:
+    """Whether hyperparameters leave targets or ranks to evidence: "auto:N" or rank "auto".
+
+    Raises ValueError for a malformed word, a method that has one rank for all its matrices, and
+    rank "auto" without a budget.
+    """
+    name, auto = member.config.method.name, hp.get("rank") == AUTO
+    if not auto and not _automatic(hp):
+        return False
+    if "ranks" not in methods.hyperparameters(name):
+        field = "rank" if auto else "targets"
+        able = [known for known in methods.METHODS if "ranks" in methods.hyperparameters(known)]
+        raise ValueError(f"method.{field}: {name} can't leave it to evidence; {', '.join(able)} do")
+    if auto and member.config.method.budget is None:
+        raise ValueError("method.budget: needed with method.rank='auto', in trainable parameters")
+    return True
+
+
+def decide(member, hp: Mapping, base: Base, task: tasks.Task, seen: dict) -> tuple[dict, list]:
+    """(hp with targets, rank and ranks filled in, the ranking as rows of analysis/sensitivity.csv).
+
+    targets ("auto:N", words...): of all matrices that the words mean (without any: all-linear) the
+    N with the largest `sensitivity.Matrix.score`, as far as they fit in `method.budget`, a number
+    of trainable parameters. A matrix is one layer's.
+    rank "auto": a rank for each matrix, such that all of them together take `method.budget`: the
+    directions that are worth most for each parameter, of no matrix more than twice as many as if
+    all had the same rank. That rank gives the scale. Worth is a squared singular value of the
+    gradient; with init "eva", a share of the inputs' variance, as in EVA. The ranking is then for
+    rank 1.
+
+    Raises ValueError for a budget that is too small.
+    """
+    n, budget, layers = _automatic(hp), member.config.method.budget, hp.get("layers")
+    words = hp.get("targets") or methods.method(member.config.method.name).hp["targets"]
+    words = tuple(w for w in words if not w.startswith(f"{AUTO}:")) or ("all-linear",)
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(base.params).items()}
+    known = None if hp["rank"] == AUTO else hp["rank"]
+    own = methods.own(base.params, base.sites, words, layers, known)
+    active = {(path, i) for path, (_, on) in own.items() for i in np.ndindex(on.shape) if on[i]}
+    cost = {m: sum(own[m[0]][0].matrix_shape(shapes[m[0]])[1:]) for m in sorted(active)}
+
+    gradient = read(member, base, task, own, "gradient", seen)
+    rank = known or _even(budget, list(cost.values()), n)
+    ranking = [
+        m
+        for m in sensitivity.rank_matrices(gradient, rank if known else 1)
+        if (m.path, m.index) in active
+    ]
+    chosen = dict.fromkeys(cost, rank)
+    if n:
+        try:
+            chosen = sensitivity.choose(ranking, rank if known else 1, n, budget)
+        except ValueError:
+            least = min(m.parameters for m in ranking)
+            raise ValueError(f"method.budget: {budget} given, one matrix takes {least}") from None
+    if known is None:
+        worth = _worth(member, hp, base, task, own, gradient, seen)
+        worth = {m: worth[m] for m, r in chosen.items() if r}
+        chosen |= starts.allot(worth, cost, budget, most=round(starts.RHO * rank))
+    everything = {(m, i): 0 for m, (_, on) in own.items() for i in np.ndindex(on.shape)}
+    ranks = starts.by_path(everything | chosen)
+    found = dict(hp) | {"rank": rank, "ranks": ranks}
+    found["targets"] = tuple(f"re:{re.escape(path)}" for path in ranks)
+    return found, _rows(ranking, chosen, base, shapes)
+
+
+def _even(budget: int, costs: list[int], n: int) -> int:
+    """The rank at which n matrices of mean cost, or all of them (n = 0), take the budget."""
+    least = min(n or len(costs), len(costs)) * sum(costs) / len(costs)
+    if budget < least:
+        raise ValueError(f"method.budget: {budget} given, rank 1 takes {least:.0f}")
+    return int(budget // least)
+
+
+def _worth(member, hp, base, task, own, gradient, seen) -> dict:
+    if hp.get("init") == "eva":
+        return starts.explained(read(member, base, task, own, "moments", seen))
+    return sensitivity.spectra(gradient)
+
+
+def _automatic(hp: Mapping) -> int:
+    """N of the word "auto:N" among the targets, 0 without it."""
+    words = [w for w in hp.get("targets", ()) if w.partition(":")[0] == AUTO]
+    if not words:
+        return 0
+    number = words[0].partition(":")[2]
+    if len(words) > 1 or not number.isdigit() or int(number) < 1:
+        raise ValueError(
+            f"method.targets: {', '.join(words)} given; 'auto:6' takes the 6 matrices that "
+            "matter most, 'auto:6' beside 'attention' those of attention"
+        )
+    return int(number)
+
+
+def _rows(ranking, chosen, base: Base, shapes) -> list[dict]:
+    names = {}
+    for path in {m.path for m in ranking}:
+        for name, index in layer_names(path, base.sites[path], shapes[path]).items():
+            names[path, index] = name
+    return [
+        {
+            "path": names[m.path, m.index],
+            "energy": m.energy,
+            "share": m.share,
+            "score": m.score,
+            "rank": int(chosen[m.path, m.index]),
+        }
+        for m in ranking
+    ]
