@@ -238,6 +238,22 @@ def test_names_from_outside_are_text(tmp_path):
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text
 
 
+def test_what_evidence_chose_is_shown(tmp_path):
+    make_run(tmp_path, ranks=(2,), seeds=(0,))
+    (tmp_path / "analysis").mkdir(exist_ok=True)
+    (tmp_path / "analysis" / "sensitivity.csv").write_text(
+        "member,path,energy,share,score,rank\n"
+        "0,h/1/attn/v,3.0,0.9,0.006,4\n0,h/0/attn/q,1.0,0.5,0.002,0\n"
+        "1,h/0/attn/q,9.0,0.9,0.9,4\n"
+    )
+    page = Page(report.write(tmp_path).read_text())
+    rows = page.table("matrix", "low-rank share")
+    assert [row["matrix"] for row in rows] == ["h/1/attn/v", "h/0/attn/q"]
+    assert [row["rank"] for row in rows] == ["4", "0"] and rows[0]["low-rank share"] == "0.900"
+    assert "Which matrices matter" in page.headings
+    assert (tmp_path / "figures" / "sensitivity.png").exists()
+
+
 def test_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, "_load_kernels", lambda config: (None, "not in this test"))
     directory = make_run(tmp_path / "run", ranks=(1,), adapters=False)
