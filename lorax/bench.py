@@ -105,6 +105,16 @@ def bench_step(shapes: list[str], rounds: int) -> list[Row]:
     ]
 
 
+def bench_dora(shapes: list[str], rounds: int) -> list[Row]:
+    """Time of one DoRA training step against LoRA's (r = 8 on q and v), one member."""
+    rows = []
+    for name in shapes:
+        sides = {method: _train(SHAPES[name], 1, method=method) for method in ("dora", "lora")}
+        seconds = _measure(sides, rounds)
+        rows.append(_row(f"DoRA step, {name}", seconds["dora"], seconds["lora"], "LoRA"))
+    return rows
+
+
 def bench_mixed(shapes: list[str], rounds: int) -> list[Row]:
     """Forward pass of a batch whose 8 rows use 8 adapters (r = 8 on q, k, v, o, up, down), against
     PEFT's mixed batch: reading a prompt, and one further token with a cache."""
@@ -129,11 +139,12 @@ def _base(shape: Shape, param_dtype: str = "float32") -> Base:
     return Base(module, params, config, None, ops.sites(module, params, example), "gpt2", "", "")
 
 
-def _train(shape: Shape, members: int, operands="float32") -> Callable[[], float]:
+def _train(shape: Shape, members: int, operands="float32", method="lora") -> Callable[[], float]:
     """Function that trains for a while and returns the seconds of a member's step."""
     c = config.default()
     c.train.update(batch_size=shape.batch, seq_len=shape.seq, steps=1_000_000, warmup=0)
-    c.method.rank, c.operands, c.param_dtype = RANK, operands, operands
+    c.method.name, c.method.rank = method, RANK
+    c.operands = c.param_dtype = operands
     c.sweep.seed = tuple(range(members))
     base = _base(shape, operands)
     tokens = np.random.default_rng(0).integers(0, shape.config.vocab_size, (256, shape.seq + 1))
@@ -307,7 +318,12 @@ def _machine() -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
-BENCHES = {"sweep": bench_sweep, "step": bench_step, "mixed": bench_mixed}
+BENCHES = {
+    "sweep": bench_sweep,
+    "step": bench_step,
+    "dora": bench_dora,
+    "mixed": bench_mixed,
+}
 
 
 def main(arguments: list[str]) -> int:
