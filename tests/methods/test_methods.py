@@ -256,3 +256,34 @@ def test_the_gradient_is_that_of_finite_differences(name):
         h = 1e-6
         numeric = (run(h) - run(-h)) / (2 * h)
         np.testing.assert_allclose(jit(jax.grad(loss))(0.0), numeric, rtol=1e-6)
+
+
+WIDE = gpt2.Config(vocab_size=64, n_positions=32, n_embd=512, n_layer=8, n_head=4)
+
+
+@functools.cache
+def step_bytes(name: str) -> int:
+    """Memory that a compiled step needs beside its arguments and results."""
+    module, example = gpt2.GPT2(WIDE), jnp.zeros((1, 1), jnp.int32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), example)["params"]
+    params, section = jax.tree.map(lambda x: jnp.ones(x.shape), shapes), config.default().train
+    sites = ops.sites(module, shapes, example)
+    known = methods.hyperparameters(name)
+    hp = {"rank": 2, "targets": ("up", "down"), "target_rank": 1}
+    method = lorax.method(name, **{key: value for key, value in hp.items() if key in known})
+    state = method.init(jax.random.key(0), params, sites)
+    hyper = steps.Hyper(jnp.float32(0.1), jnp.float32(0.1), jax.random.key(0))
+    program = steps.Program(module, method, sites, section, dropout=False, merge=False)
+    member = steps.start(method, *state, section, hyper)
+    batch = {"tokens": jnp.zeros((1, 1, 8), jnp.int32), "mask": jnp.ones((1, 1, 8))}
+    step = jit(functools.partial(steps.train_step, program))
+    compiled = step.lower(shapes, state.constants, hyper, member, batch).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("name", few([n for n in methods.METHODS if n != "full"], ("dora", "lokr")))
+def test_no_step_holds_an_update_of_full_size(name):
+    """The update of all layers of one target would be 33 MB; LoHa's own is made layer by layer."""
+    update = 4 * WIDE.n_layer * 512 * 2048
+    assert step_bytes(name) < step_bytes("lora") + update / 4
+    assert step_bytes("lora") < update
