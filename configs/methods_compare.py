@@ -12,24 +12,24 @@ from lorax.config import default
 
 #: method, rank, virtual tokens, middle learning rate; the comments give the trainable parameters
 METHODS = (
-    ("lora", 4, None, 5e-3),  # 8,192
-    ("rslora", 4, None, 5e-3),  # 8,192
-    ("dora", 4, None, 5e-3),  # 9,216
-    ("lora-fa", 8, None, 5e-3),  # 8,192
-    ("lora+", 4, None, 2e-3),  # 8,192
-    ("adalora", 4, None, 1e-2),  # 8,224
-    ("loha", 2, None, 1e-2),  # 8,192
-    ("lokr", 32, None, 5e-3),  # 8,320: whole factors of 4 x 4 and 32 x 32
-    ("vera", 896, None, 2e-2),  # 8,192
-    ("ia3", 8, None, 2e-2),  # 3,072
-    ("houlsby", 2, None, 5e-3),  # 7,440
-    ("pfeiffer", 7, None, 5e-3),  # 7,708
-    ("bitfit", 8, None, 1e-2),  # 5,760
-    ("ln-tuning", 8, None, 1e-2),  # 2,304
-    ("prefix", 8, 8, 2e-2),  # 8,192
-    ("prompt", 8, 64, 1e-1),  # 8,192
-    ("llama-adapter", 8, 16, 2e-2),  # 8,196
-    ("full", 8, None, 1e-3),  # 957,184
+    ("lora", 4, None, 2e-2),  # 8,192
+    ("rslora", 4, None, 2e-2),  # 8,192
+    ("dora", 4, None, 2e-2),  # 9,216
+    ("lora-fa", 8, None, 8e-2),  # 8,192
+    ("lora+", 4, None, 8e-3),  # 8,192
+    ("adalora", 4, None, 8e-2),  # 8,224
+    ("loha", 2, None, 4e-2),  # 8,192
+    ("lokr", 32, None, 2e-2),  # 8,320: whole factors of 4 x 4 and 32 x 32
+    ("vera", 896, None, 8e-2),  # 8,192
+    ("ia3", 8, None, 8e-2),  # 3,072
+    ("houlsby", 2, None, 2e-2),  # 7,440
+    ("pfeiffer", 7, None, 2e-2),  # 7,708
+    ("bitfit", 8, None, 4e-2),  # 5,760
+    ("ln-tuning", 8, None, 4e-2),  # 2,304
+    ("prefix", 8, 8, 8e-2),  # 8,192
+    ("prompt", 8, 64, 4e-1),  # 8,192
+    ("llama-adapter", 8, 16, 8e-2),  # 8,196
+    ("full", 8, None, 4e-3),  # 957,184
 )
 FACTORS = (0.25, 1, 4)  # of the learning rate
 

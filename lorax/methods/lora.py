@@ -219,8 +219,9 @@ def products(factors: dict, params, sites=None) -> dict:
 # ---------------------------------------------------------------------------------------- variants
 
 
-def _variant(**more):
-    """Give a variant the hyperparameters of `lora` and its own, {name: default}, as signature."""
+def _variant(without: tuple[str, ...] = (), **more):
+    """Give a variant as signature the hyperparameters of `lora`, those in `without` left out, and
+    its own, {name: default}."""
 
     def give(variant):
         keyword = inspect.Parameter.KEYWORD_ONLY
@@ -228,7 +229,7 @@ def _variant(**more):
         shared = [
             p.replace(kind=keyword)
             for name, p in inspect.signature(lora).parameters.items()
-            if name not in more
+            if name not in (*more, *without)
         ]
         variant.__signature__ = inspect.Signature([*shared, *own])
         return variant
@@ -236,10 +237,10 @@ def _variant(**more):
     return give
 
 
-@_variant(scaling="rslora")
+@_variant(without=("scaling",))
 def rslora(**hp) -> "methods.Method":
     """rsLoRA: LoRA with s = alpha / sqrt(r), whose learning does not slow down with the rank."""
-    return lora(**{"scaling": "rslora"} | hp)
+    return lora(**hp, scaling="rslora")
 
 
 @_variant()

@@ -1,6 +1,5 @@
 """LoRA's variants beside PEFT's: rsLoRA, DoRA, LoRA-FA, LoRA+."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +10,8 @@ from support import few, require
 
 import lorax
 from lorax import methods, ops, tree
+from lorax.config import default, members
+from lorax.train import sweep
 
 # PEFT's names of the modules and where they lie in our stacks.
 MODULES = {
@@ -138,3 +139,13 @@ def test_unknown_hyperparameters_of_a_variant_are_named():
     with pytest.raises(ValueError, match="method.ratio: lora has no such hyperparameter"):
         lorax.method("lora", ratio=2.0)
     assert "ratio" in methods.hyperparameters("lora+")
+
+
+def test_a_config_of_loras_scaling_leaves_rslora_its_own():
+    """The config's `method.scaling` is for methods that have a choice."""
+    assert "scaling" not in methods.hyperparameters("rslora")
+    c = default()
+    c.sweep.method = ("lora", "rslora")
+    base = lorax.load("gpt2-nano")
+    plain, stabilised = sweep.build_methods(members(c), base)
+    assert plain.hp["scale"] == 16 / 8 and stabilised.hp["scale"] == 16 / 8**0.5
