@@ -14,6 +14,7 @@ from lorax.errors import nearest
 from lorax.files import atomically, read_json
 from lorax.interop import hf
 from lorax.models import bert, deberta, falcon, gpt2, llama, vit
+from lorax.models.shapes import ARCHITECTURES
 from lorax.vocabulary import Vocabulary
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -60,19 +61,48 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
 
     name: a shipped model ("gpt2-nano"), a directory in Hugging Face's layout, or a Hub id. With
     "random:" in front the architecture is taken and the weights are drawn (seed 0) as its authors
-    would have; that goes for the names of `gpt2.SIZES` as well. dtype: of the computation.
-    param_dtype: of the weights. run: further fields of the family's Config: how to run it
-    (`remat`, `unroll`) or, for an encoder, which head it has (`head="classification"`, `labels=2`;
-    drawn at random where the files have none).
+    would have; that goes for the names of `shapes.ARCHITECTURES` as well. dtype: of the
+    computation. param_dtype: of the weights. run: further fields of the family's Config: how to run
+    it (`remat`, `unroll`) or, for an encoder, which head it has (`head="classification"`,
+    `labels=2`; drawn at random where the files have none).
 
     Raises ValueError or FileNotFoundError with what was given and what would be right.
     """
     random = name.startswith("random:")
-    bare = name.removeprefix("random:")
-    if random and bare in gpt2.SIZES and not Path(bare).is_dir():
-        directory, raw = None, {"model_type": "gpt2"} | gpt2.SIZES[bare]
+    base, directory, init = _build(name, not random, dtype, param_dtype, run)
+    shapes, fresh = tree.flatten(base.params), base.fresh
+    if random:
+        params = jax.tree.map(lambda x: x.astype(param_dtype), jax.jit(init)())
+        sha256 = "random"
     else:
-        directory = find(bare, weights=not random)
+        head = tuple(path for path in shapes if path.startswith("head/"))
+        sizes = {path: leaf.shape for path, leaf in shapes.items()}
+        source, _ = FAMILIES[base.family]
+        flat = hf.read(directory, source.hf_tensors(base.config), sizes, param_dtype, optional=head)
+        fresh = tuple(path for path in head if path not in flat)
+        if fresh:
+            drawn = tree.flatten(jax.jit(lambda: init()["head"])())
+            flat |= {path: drawn[path.removeprefix("head/")].astype(param_dtype) for path in fresh}
+        params = tree.unflatten({path: flat[path] for path in shapes})
+        sha256 = _sha256(hf.weight_files(directory))
+    words = vocabulary.read(directory) if directory else None
+    return base._replace(params=params, vocabulary=words, sha256=sha256, fresh=fresh)
+
+
+def skeleton(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
+    """`load` without the weights: of the files only config.json is read, `params` is a tree of
+    `jax.ShapeDtypeStruct`, and `fresh` is what config.json lets expect. Arguments and errors as for
+    `load`."""
+    return _build(name, False, dtype, param_dtype, run)[0]
+
+
+def _build(name: str, weights: bool, dtype, param_dtype, run: dict):
+    """(`Base` whose params are shapes, its directory or None, init() -> float32 params)."""
+    bare = name.removeprefix("random:")
+    if bare != name and bare in ARCHITECTURES and not Path(bare).is_dir():
+        directory, raw = None, ARCHITECTURES[bare]
+    else:
+        directory = find(bare, weights)
         raw = read_json(directory / "config.json")
     family = raw.get("model_type")
     if family not in FAMILIES:
@@ -85,24 +115,13 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
     module = model(config)
     example = source.example(config) if hasattr(source, "example") else jnp.zeros((1, 1), jnp.int32)
     init = lambda: module.init(jax.random.key(0), example)["params"]
-    shapes = tree.flatten(jax.eval_shape(init))
-    head = tuple(path for path in shapes if path.startswith("head/"))
-    if random:
-        fresh = head
-        params = jax.tree.map(lambda x: x.astype(param_dtype), jax.jit(init)())
-        sha256 = "random"
-    else:
-        sizes = {path: leaf.shape for path, leaf in shapes.items()}
-        flat = hf.read(directory, source.hf_tensors(config), sizes, param_dtype, optional=head)
-        fresh = tuple(path for path in head if path not in flat)
-        if fresh:
-            drawn = tree.flatten(jax.jit(lambda: init()["head"])())
-            flat |= {path: drawn[path.removeprefix("head/")].astype(param_dtype) for path in fresh}
-        params = tree.unflatten({path: flat[path] for path in shapes})
-        sha256 = _sha256(hf.weight_files(directory))
-    words = vocabulary.read(directory) if directory else None
+    stored = lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype)
+    params = jax.tree.map(stored, jax.eval_shape(init))
     sites = ops.sites(module, params, example)
-    return Base(module, params, config, words, sites, family, name, sha256, fresh)
+    in_files = "SequenceClassification" in str(raw.get("architectures"))
+    found = bare == name and (in_files or getattr(config, "head", None) != "classification")
+    fresh = () if found else tuple(p for p in tree.flatten(params) if p.startswith("head/"))
+    return Base(module, params, config, None, sites, family, name, "", fresh), directory, init
 
 
 def save(directory: str | Path, base: Base) -> None:
@@ -135,7 +154,7 @@ def kernels(base: Base) -> dict[str, np.ndarray]:
     flat = tree.flatten(base.params)
     out = {}
     for path, site in base.sites.items():
-        matrix = np.asarray(site.to_matrix(flat[path]), np.float32)
+        matrix = np.asarray(site.to_matrix(ops.dense(flat[path], site)), np.float32)
         for name, index in layer_names(path, site, flat[path].shape).items():
             out[name] = matrix[index]
     return out

@@ -1,0 +1,710 @@
+"""What a config would take, before it takes it: parameters, bytes, FLOPs, time, members that fit.
+
+    python -m lorax.plan --config=configs/gpt2_rank_sweep.py
+    python -m lorax.plan --config=configs/gpt2_rank_sweep.py --config.base=random:gpt3-175b \\
+        --config.param_dtype=bfloat16 --config.dtype=bfloat16 --config.train.remat=True
+    python -m lorax.plan --config=FILE --device=h200,cpu
+    python -m lorax.plan --table --markdown
+
+Nothing is allocated: shapes go through `jax.eval_shape`, and the training step is compiled ahead of
+time, for one member and for a group's members side by side, to see what buffers it needs. A base is
+read from its config.json alone; "random:NAME" takes an architecture of lorax/models/shapes.py.
+
+Exact numbers follow from shapes. Estimated ones: temporaries, activations among them, are those
+that XLA lays out for a CPU (bfloat16 weights are not widened ahead, as it does only there); FLOPs
+are those of matrix products, bytes moved what these read and write and what the optimiser touches;
+rows are taken to be `train.seq_len` long. Time is a roofline: no device runs faster than that.
+
+--table compares the field's models instead: trainable parameters by rank, and full fine-tuning
+against LoRA and QLoRA. --markdown prints tables as Markdown.
+"""
+
+import bisect
+import contextlib
+import itertools
+import math
+import os
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from absl import flags
+
+from lorax import __version__, config, run
+from lorax.errors import nearest
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("device", "h200,a100,tpu-v5p,cpu", "Devices to plan for, by name.")
+flags.DEFINE_bool("table", False, "Compare the field's models; needs no --config.")
+flags.DEFINE_bool("markdown", False, "Print tables as Markdown.")
+
+
+class Device(NamedTuple):
+    """memory: bytes. half, full: FLOP/s of products of bfloat16 and of float32 as JAX multiplies
+    them by default. bandwidth: of the memory, bytes/s. source: of these figures."""
+
+    memory: float
+    half: float
+    full: float
+    bandwidth: float
+    source: str
+
+
+_CORES = os.cpu_count() or 1
+#: Peaks by the makers' data sheets, for dense matrices (the H100's and H200's give twice that, for
+#: sparse ones).
+DEVICES = {
+    "h200": Device(
+        141e9, 1979e12 / 2, 989e12 / 2, 4.8e12, "NVIDIA H200 SXM data sheet; float32 as TF32"
+    ),
+    "h100": Device(
+        80e9, 1979e12 / 2, 989e12 / 2, 3.35e12, "NVIDIA H100 SXM data sheet; float32 as TF32"
+    ),
+    "a100": Device(
+        80e9, 312e12, 156e12, 2.039e12, "NVIDIA A100 80GB SXM data sheet; float32 as TF32"
+    ),
+    "tpu-v5p": Device(
+        95e9, 459e12, 459e12, 2.765e12, "cloud.google.com/tpu/docs/v5p; float32 as bfloat16"
+    ),
+    "tpu-v5e": Device(
+        16e9, 197e12, 197e12, 0.819e12, "cloud.google.com/tpu/docs/v5e; float32 as bfloat16"
+    ),
+    # 2.4 GHz, two 256-bit fused multiply-adds a cycle, and a 96th of twelve channels of DDR5-4800.
+    "cpu": Device(
+        0,  # this machine's, see `memory_of`
+        _CORES * 2.4e9 * 64,
+        _CORES * 2.4e9 * 32,
+        _CORES * 460.8e9 / 96,
+        f"AMD EPYC 9654 data sheet, {_CORES} of its 96 cores",
+    ),
+}
+SHARE = 0.9  # of an accelerator's memory that a program may take, as `sweep.memory_limit`
+
+
+def main(argv: list[str]) -> int:
+    """The command line. Exit code 0, or 2 for a mistake in the input."""
+    if {"--help", "-h", "-help"} & set(argv[1:]):
+        print(__doc__)
+        for name in ("config", "device", "table", "markdown"):
+            print(f"  --{name:9s} {FLAGS[name].help}")
+        print(f"  devices: {', '.join(DEVICES)}")
+        return 0
+    try:
+        if any(argument.lstrip("-") in ("table", "table=true") for argument in argv[1:]):
+            FLAGS(argv)
+            print(f"lorax {__version__}: the field's models, from their shapes", flush=True)
+            _show(tables(), FLAGS.markdown)
+            return 0
+        settings, members, _ = run.read_command_line(argv)
+        devices = FLAGS.device.split(",")
+        for name in devices:
+            if name not in DEVICES:
+                raise ValueError(
+                    f"--device: {name!r} is not one of {', '.join(DEVICES)}{nearest(name, DEVICES)}"
+                )
+        print(f"lorax {__version__}: {run.plan(settings, members)}", flush=True)
+        for index, group in enumerate(grouped(members)):
+            _show(describe(index, plan(group, devices), devices), FLAGS.markdown)
+    except Exception as error:  # a config script may raise anything: one line to its author
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"lorax: {text}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# -------------------------------------------------------------------------------- one group's plan
+
+
+class Cost(NamedTuple):
+    """Of `width` members side by side. temporaries: bytes of the program beside its arguments.
+    half, full: FLOPs of one step in products of bfloat16 and of float32. moved: bytes a step."""
+
+    width: int
+    temporaries: float
+    half: float
+    full: float
+    moved: float
+
+
+class Plan(NamedTuple):
+    """What one group takes, in bytes; of one member where not said otherwise.
+
+    members: how many. width: of them side by side. name: what the group is. parameters: of the
+    base. trainable: of each member, padding not counted. weights: of the base, shared. adapters,
+    constants, gradients, optimizer: padded as in the sweep. rest: counters, learning rate, batches
+    of one call. files: arrays of each member's export. costs: by width, ascending. cpu: that of
+    the width that a CPU takes, or None where none was asked for.
+    """
+
+    members: int
+    width: int
+    name: str
+    remat: bool
+    parameters: int
+    trainable: list[int]
+    weights: int
+    adapters: int
+    constants: int
+    gradients: int
+    optimizer: int
+    rest: int
+    files: list[int]
+    files_exact: bool
+    costs: list[Cost]
+    cpu: Cost | None
+
+    @property
+    def state(self) -> int:
+        """Bytes of what training changes, and a checkpoint holds, of one member."""
+        return self.adapters + self.optimizer
+
+    def at(self, width: int) -> Cost:
+        """The cost of a width: as compiled, or on the line through the two nearest that were; in
+        proportion where one alone was."""
+        known = self.costs
+        i = min(max(bisect.bisect([c.width for c in known], width), 1), len(known) - 1)
+        a, b = known[i - 1 : i + 1] if i else (Cost(0, 0, 0, 0, 0), known[0])
+        t = (width - a.width) / (b.width - a.width)
+        return Cost(width, *((1 - t) * x + t * y for x, y in zip(a[1:], b[1:], strict=True)))
+
+    def peak(self, members: int, cost: Cost) -> int:
+        """Bytes of a program of so many members, `cost.width` of them side by side."""
+        each = self.state + self.constants + self.rest
+        total = self.weights + members * each + cost.temporaries
+        if cost.width < members:  # the loop keeps old and new states, and those at work
+            total += members * self.state + cost.width * each
+        return math.ceil(total)
+
+    def most(self, memory: float, side_by_side: bool) -> int:
+        """Members that fit into so many bytes, side by side or one after the other."""
+        fits = lambda n: self.peak(n, self.at(n if side_by_side else 1)) <= memory
+        low, high = 0, 1
+        while fits(high) and high < 1 << 20:
+            low, high = high, 2 * high
+        return bisect.bisect_left(range(low + 1, high), True, key=lambda n: not fits(n)) + low
+
+
+def grouped(members) -> list[list]:
+    """Members that share a program, in the order in which they run (`loop.prepare`)."""
+    parts = itertools.groupby(sorted(members, key=config.group_key), key=config.group_key)
+    return sorted((list(part) for _, part in parts), key=lambda part: part[0].index)
+
+
+def plan(members, devices: Iterable[str] = ()) -> Plan:
+    """Plan one group of members. devices: names in `DEVICES`; only "cpu" makes a difference, in
+    what is compiled. Raises ValueError or FileNotFoundError for what a user can mend."""
+    from lorax import tree
+    from lorax.train import sweep
+
+    c, n = members[0].config, len(members)
+    base, stacked = shapes(members)
+    batch = rows(c)
+    one = lambda t: tree.nbytes(t) // n
+    gradients, state = one(stacked.state.trainable), stacked.state
+    widest = lambda most: max(w for w in range(1, min(most, n) + 1) if n % w == 0)  # `sweep.layout`
+    width = widest(c.train.width or n)
+    wide = "bfloat16" in (c.dtype, c.operands, c.param_dtype) and not c.get("quant")
+    widths, slow = {1, width}, []
+    if "cpu" in devices:
+        tokens = c.train.batch_size // c.train.accumulate * c.train.seq_len
+        slow = [widest(c.train.width or sweep._good_width(tokens, base, "cpu"))]
+    wanted = [(w, False) for w in widths] + [(w, wide) for w in slow]
+    found = _compiled(stacked, base, batch, dict.fromkeys(wanted))
+    touched = 2 * (one((state.trainable, state.opt_state)) + gradients)
+    more = 0
+    weights = tree.nbytes(base.params)
+    if c.get("quant"):
+        weights, more = quantised(base, c.quant, bool(c.get("double_quant")), c.dtype)
+
+    def cost(w, widened):
+        temporaries, half, full, moved = found[w, widened]
+        return Cost(w, temporaries + more, half, full, moved + w * touched)
+
+    trainable = [method.count(base.params, base.sites) for method in stacked.methods]
+    exported = _exported(stacked, base)
+    rest = tree.nbytes(batch) + 24  # step, divergence, learning rate, decay and a key
+    return Plan(
+        members=n,
+        width=width,
+        name=f"{stacked.methods[0].name} on {c.base}, {c.train.batch_size} x {c.train.seq_len} "
+        "tokens a step" + f" in {c.train.accumulate} parts" * (c.train.accumulate > 1),
+        remat=c.train.remat,
+        parameters=tree.count(base.params),
+        trainable=trainable,
+        weights=weights,
+        adapters=gradients,
+        constants=one(stacked.constants),
+        gradients=gradients,
+        optimizer=one(state.opt_state),
+        rest=rest,
+        files=[round(4 * exported * count) for count in trainable],
+        files_exact=exported == 1,
+        costs=[cost(w, False) for w in sorted(widths)],
+        cpu=cost(slow[0], wide) if slow else None,
+    )
+
+
+def shapes(members):
+    """(`Base`, `sweep.Stack`) of a group, every array of both a `jax.ShapeDtypeStruct`."""
+    import jax
+
+    from lorax import tasks
+    from lorax.models.load import positions, skeleton
+    from lorax.models.shapes import ARCHITECTURES
+    from lorax.train import evidence, sweep
+
+    c = members[0].config
+    labels = tasks.outputs(c.task)
+    head = {"head": "classification", "labels": labels} if labels else {}
+    how = {"dtype": c.dtype, "param_dtype": c.param_dtype, "remat": c.train.remat} | head
+    try:
+        base = skeleton(c.base, **how)
+    except FileNotFoundError as error:
+        known = c.base.rpartition("/")[2]
+        hint = f" To plan without its files: --config.base=random:{known}"
+        raise FileNotFoundError(f"{error}{hint * (known in ARCHITECTURES)}") from None
+    if not labels and not hasattr(base.module, "empty_cache"):
+        raise ValueError(f"base: {c.base} ({base.family}) is no causal model: {c.task.name}")
+    if c.train.seq_len > (positions(base.config) or c.train.seq_len):
+        most = positions(base.config)
+        raise ValueError(f"train.seq_len: {c.train.seq_len} given, {c.base} has {most} positions")
+    for member in members:
+        if evidence.is_automatic(member, sweep.hyperparameters(member, base)):
+            raise ValueError(
+                "method.rank, method.targets: 'auto' is decided by training batches, which a plan "
+                "does not read; give a rank and targets"
+            )
+    built = sweep.build_methods(members, base)
+    start = lambda params: sweep.stack(members, untraced, base._replace(params=params))[2:]
+    untraced = [_with_constants_at_hand(method) for method in built]
+    with _nothing_drawn():
+        arrays = jax.eval_shape(start, base.params)
+    return base, sweep.Stack(tuple(members), tuple(built), *arrays)
+
+
+def _exported(stacked, base) -> float:
+    """How many numbers a member exports (`loop.export`) for each that it trains: 1 for LoRA, more
+    where factors were not trained or a start is taken off the base. Changes dW of weights, which
+    methods without factors leave as well, are not counted."""
+    import jax
+
+    from lorax import tree
+
+    method = stacked.methods[0]
+    state = jax.eval_shape(
+        lambda t: jax.tree.map(lambda x: x[0], t), (stacked.state.trainable, stacked.constants)
+    )
+    if method.factors is None:
+        return tree.count(state) / tree.count(state[0])
+    factors = jax.eval_shape(lambda *s: method.factors(*s, base.params, base.sites), *state)
+    parts = {path: (a, b, *m) for path, (a, b, _, *m) in factors.items()}
+    whole = {path: x for path, x in tree.flatten(state[0]).items() if path.endswith("/w")}
+    return (tree.count(parts) + tree.count(whole)) / tree.count(state[0])
+
+
+def _with_constants_at_hand(method):
+    """The method, with an optimiser that sees ones for constants: AdaLoRA's reads their values when
+    it starts, and none says anything of a shape."""
+    import jax
+    import numpy as np
+
+    ones = lambda x: np.broadcast_to(np.ones((), x.dtype), x.shape)
+    return method._replace(
+        optimizer=lambda inner, constants, train: method.optimizer(
+            inner, jax.tree.map(ones, constants), train
+        )
+    )
+
+
+@contextlib.contextmanager
+def _nothing_drawn():
+    """Context in which methods start from zeros: `methods.fill` draws with NumPy, not traceably."""
+    import jax.numpy as jnp
+
+    from lorax import methods
+
+    fill = methods.fill
+    methods.fill = lambda key, axes, active, shapes, draw: {
+        name: jnp.zeros((*axes, *shape), jnp.float32) for name, shape in shapes.items()
+    }
+    try:
+        yield
+    finally:
+        methods.fill = fill
+
+
+def rows(c) -> dict:
+    """The batches of one call of the training program, of one member: leaves (K, A, B, ...)."""
+    import jax
+    import numpy as np
+
+    from lorax import tasks
+    from lorax.train import sweep
+
+    k, t, parts = sweep.steps_per_call(c.eval.every), c.train.seq_len, c.train.accumulate
+    lead = (k, parts, c.train.batch_size // parts)
+    labels = tasks.outputs(c.task)
+    if labels:
+        row = jax.ShapeDtypeStruct((*lead, t), np.int32)
+        label = jax.ShapeDtypeStruct(lead, np.float32 if labels == 1 else np.int32)
+        return {"tokens": row, "segments": row, "types": row, "label": label}
+    tokens, mask = (jax.ShapeDtypeStruct((*lead, t + 1), x) for x in (np.int32, np.float32))
+    return {"tokens": tokens, "mask": mask} | ({"segments": tokens} if c.task.packing else {})
+
+
+#: Of the CPU's compiler: code not worth running, but the same buffers, in a third of the time.
+_QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+#: It would hoist float32 copies of all bfloat16 weights out of the loop over layers.
+_NARROW = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+
+
+def _compiled(stacked, base, batch, wanted) -> dict:
+    """{(width, widened): (temporaries, FLOPs in half and full precision, bytes moved by products)}
+    of the training program. widened: with copies that only a CPU makes of bfloat16 weights."""
+    import jax
+
+    from lorax.train import step, sweep
+
+    train = stacked.members[0].config.train
+    k = jax.tree.leaves(batch)[0].shape[0]
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    put = lambda x, lead=(): jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=device)
+    params = jax.tree.map(put, base.params)
+    one = jax.eval_shape(lambda t: jax.tree.map(lambda x: x[0], t), stacked[2:])
+    lowered, works, compiled = {}, {}, {}
+    with ThreadPoolExecutor(2) as pool:
+        for width, widened in wanted:
+            if width not in lowered:
+                program = step.Program(
+                    base.module,
+                    stacked.methods[0],
+                    base.sites,
+                    train,
+                    dropout=any(m.config.method.dropout > 0 for m in stacked.members),
+                    merge=width == 1,
+                    halved=sweep._halved(stacked, base),
+                )
+                member = lambda params, *m, program=program: step.train_steps(program, params, *m)
+                f = lambda params, *m, member=member, width=width: sweep.over_members(
+                    lambda *one: member(params, *one), width
+                )(*m)
+                members = jax.tree.map(lambda x, w=width: put(x, (w,)), (*one, batch))
+                traced = jax.jit(f, donate_argnums=3).trace(params, *members)
+                lowered[width], works[width] = traced.lower(), work(traced.jaxpr) / k
+            options = _QUICK if widened else _QUICK | _NARROW
+            compiled[width, widened] = pool.submit(lowered[width].compile, compiler_options=options)
+    found = {}
+    for (width, widened), job in compiled.items():
+        m = job.result().memory_analysis()
+        more = m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+        found[width, widened] = (more, *works[width])
+    return found
+
+
+def work(closed):
+    """(3,) float64: FLOPs in products of 16-bit numbers, in others, and bytes that products read
+    and write, of a `ClosedJaxpr` without what nothing reads. A loop counts as often as it turns."""
+    from jax.interpreters import partial_eval
+
+    live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return _work(live)
+
+
+def _work(jaxpr):
+    import jax
+    import numpy as np
+
+    total = np.zeros(3)
+    for equation in jaxpr.eqns:
+        name, given = equation.primitive.name, equation.params
+        avals = [v.aval for v in (*equation.invars, *equation.outvars)]
+        if name in ("dot_general", "conv_general_dilated"):
+            out = equation.outvars[0].aval
+            if name == "dot_general":
+                (contracted, _), _ = given["dimension_numbers"]
+                each = math.prod(avals[0].shape[i] for i in contracted)
+            else:
+                channels = given["dimension_numbers"].rhs_spec[0]
+                each = avals[1].size // avals[1].shape[channels]
+            half = avals[0].dtype.itemsize <= 2 and avals[1].dtype.itemsize <= 2
+            total[0 if half else 1] += 2 * out.size * each
+            total[2] += sum(aval.size * aval.dtype.itemsize for aval in avals)
+        elif name == "cond":
+            total += np.max([_work(branch.jaxpr) for branch in given["branches"]], axis=0)
+        else:
+            turns = given["length"] if name == "scan" else 1
+            inner = [getattr(x, "jaxpr", x) for x in given.values()]
+            total += turns * sum(_work(x) for x in inner if isinstance(x, jax.extend.core.Jaxpr))
+    return total
+
+
+#: Bits of a parameter, without its share of the scales.
+_BITS = {"nf4": 4, "fp4": 4, "int8": 8}
+
+
+def quantised(base, kind: str, double: bool, dtype: str) -> tuple[int, int]:
+    """(bytes of the weights with the linear kernels, but heads, quantised; bytes of the largest
+    one of a layer as it is decoded to be multiplied).
+
+    4 bits: a float32 for every 64 parameters, or with double quantisation (QLoRA,
+    arXiv:2305.14314, section 3) 8 bits for them and a float32 for every 256 of those. 8 bits: a
+    float32 for each column (LLM.int8(), arXiv:2208.07339).
+    """
+    import numpy as np
+
+    from lorax import methods, tree
+
+    flat, total, widest = tree.flatten(base.params), tree.nbytes(base.params), 0
+    for path, site in methods.resolve(("all-linear",), base.sites).items():
+        if site.kind != "linear":
+            continue
+        leaf = flat[path]
+        axes, n_in, n_out = site.matrix_shape(leaf.shape)
+        each = n_in * n_out
+        scales = n_out if kind == "int8" else -(-each // 64)
+        spare = scales + 4 * -(-scales // 256) if double and kind != "int8" else 4 * scales
+        stored = -(-each * _BITS[kind] // 8) + spare
+        total += math.prod(axes) * stored - tree.nbytes(leaf)
+        widest = max(widest, each * np.dtype(dtype).itemsize)
+    return total, widest
+
+
+# ----------------------------------------------------------------------------------------- to read
+
+
+class Table(NamedTuple):
+    """title, headings and rows of text, and what stands below."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+
+def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
+    """The two tables of a group: what it takes, and how that goes on each device."""
+    n, one, wide = p.members, p.at(1), p.at(p.width)
+    exact, estimated = "exact", "estimated"
+    export = exact if p.files_exact else estimated
+    each = lambda x: (_bytes(x), _bytes(n * x))
+    activations = lambda cost: _bytes(max(cost.temporaries - cost.width * p.gradients, 0))
+    remat = "made again in the backward pass" if p.remat else "kept for the backward pass"
+    steps = (one, wide._replace(half=n / p.width * wide.half, full=n / p.width * wide.full))
+    lines = [
+        ("parameters of the base", f"{p.parameters:,}", "shared", exact),
+        ("trainable parameters", _range(p.trainable, "{:,}"), f"{sum(p.trainable):,}", exact),
+        ("weights", _bytes(p.weights), "shared", exact),
+        ("adapters, padded alike", *each(p.adapters), exact),
+        ("constants of the method", *each(p.constants), exact),
+        ("optimiser state", *each(p.optimizer), exact),
+        ("batches and counters", *each(p.rest), exact),
+        ("gradients", _bytes(p.gradients), _bytes(p.width * p.gradients), exact),
+        (f"activations, {remat}", activations(one), activations(wide), estimated),
+        ("peak of training", _bytes(p.peak(1, one)), _bytes(p.peak(n, wide)), estimated),
+        ("exported arrays", _range(p.files, _bytes), _bytes(sum(p.files)), export),
+        ("checkpoint", *each(p.state), exact),
+        ("FLOPs a step", *(_si(c.half + c.full) for c in steps), estimated),
+        ("bytes moved a step", _bytes(one.moved), _bytes(n / p.width * wide.moved), estimated),
+    ]
+    title = f"Group {index}: {n} member{'s' * (n > 1)}, {p.name}"
+    headings = ("", "one member", f"all {n}, {p.width} side by side", "")
+    if n == 1:
+        headings, lines = ("", "one member", ""), [(a, b, d) for a, b, _, d in lines]
+    reached = [_on_device(p, name) for name in devices]
+    columns = ("device", "memory to use", "fit side by side", "fit one at a time", "compute")
+    columns += ("memory traffic", "a step of all members, at least")
+    note = f"All estimated. Memory to use: {SHARE:.0%} of an accelerator's, 80% of what is free "
+    note += "on this machine. Peaks: "
+    note += "; ".join(f"{name}: {DEVICES[name].source}" for name in devices) + "."
+    what = Table(title, headings, lines)
+    return [what, Table(f"Group {index} on devices", columns, reached, note)]
+
+
+def _on_device(p: Plan, name: str) -> tuple[str, ...]:
+    """A device's row: what fits, and the roofline of a step of all members."""
+    device, memory, cost, extra = DEVICES[name], memory_of(name), None, 0
+    if name == "cpu" and p.cpu is not None:
+        cost = p.cpu
+        extra = cost.temporaries - p.at(cost.width).temporaries
+    most = [p.most(memory - extra, side_by_side) for side_by_side in (True, False)]
+    cost = cost or p.at(max(1, min(p.width, most[0])))
+    turns = p.members / cost.width
+    compute = turns * (cost.half / device.half + cost.full / device.full)
+    moving = turns * cost.moved / device.bandwidth
+    least = f"{_seconds(max(compute, moving))} ({'compute' if compute > moving else 'memory'})"
+    fit = [f"{x:,}" if most[1] else "none" for x in most]
+    end = least if most[1] else "does not fit"
+    return name, _bytes(memory), *fit, _seconds(compute), _seconds(moving), end
+
+
+def memory_of(name: str) -> float:
+    """Bytes that a program may take on a device: of a CPU 80 % of what is free."""
+    from lorax.train import sweep
+
+    if name != "cpu":
+        return SHARE * DEVICES[name].memory
+    import jax
+
+    default = config.default().train
+    return sweep.memory_limit(default, jax.local_devices(backend="cpu")[:1])
+
+
+def _range(values, show) -> str:
+    show = show.format if isinstance(show, str) else show
+    low, high = show(min(values)), show(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _short(x: int) -> str:
+    """A number of parameters as the field writes it: 6.74B."""
+    return _si(x).replace(" ", "").replace("G", "B")
+
+
+def _si(x: float, unit: str = "") -> str:
+    """Three digits and a prefix: 1.23 T."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if x >= 0.9995 * size:
+            return f"{x / size:.{4 if x >= 999.5 * size else 3}g} {prefix}{unit}"
+    return f"{x:.3g} {unit}".strip()
+
+
+def _bytes(x: float) -> str:
+    return _si(x, "B")
+
+
+def _seconds(x: float) -> str:
+    return f"{x:.3g} s" if x >= 1 else f"{1e3 * x:.3g} ms"
+
+
+def _show(found: Iterable[Table], markdown: bool) -> None:
+    if markdown:
+        for t in found:
+            lines = [t.headings, ["---"] + ["---:"] * (len(t.headings) - 1), *t.rows]
+            print(f"\n**{t.title}**\n")
+            print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+            print(f"\n{t.note}" * bool(t.note), flush=True)
+        return
+    from rich import box, table
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    for t in found:
+        drawn = table.Table(title=t.title, title_justify="left", box=box.SIMPLE_HEAD)
+        for i, name in enumerate(t.headings):
+            drawn.add_column(name, justify="right" if i else "left")
+        for row in t.rows:
+            drawn.add_row(*row)
+        console.print(drawn)
+        if t.note:
+            console.print(t.note, markup=False)
+
+
+# ------------------------------------------------------------------------------- the field's tables
+
+RANKS = (1, 2, 4, 8, 16, 64, 256)
+SIZES = {"7B": "llama-7b", "13B": "llama-13b", "70B": "llama2-70b", "180B": "falcon-180b"}
+ADAPTED = ("llama-7b", "llama-13b", "llama2-70b", "falcon-7b", "falcon-40b", "falcon-180b")
+_QV = ("q", "v")
+#: architecture -> [(name, rank, targets, quantised)], beside full fine-tuning
+COMPARED = {
+    "gpt3-175b": [("LoRA", 1, _QV, False), ("LoRA", 4, _QV, False)],
+    **dict.fromkeys(
+        ("llama-7b", "llama-13b", "llama-30b", "llama-65b", "falcon-40b"),
+        [("LoRA", 8, _QV, False), ("QLoRA", 64, ("all-linear",), True)],
+    ),
+    **dict.fromkeys(("roberta-base", "roberta-large"), [("LoRA", 8, _QV, False)]),
+    "deberta-v2-xxlarge": [("LoRA", 16, _QV, False)],
+}
+
+
+def tables() -> Iterable[Table]:
+    """The comparisons of the field, one after the other as they are found."""
+    from lorax import methods, tree
+
+    share = lambda part, whole: f"{_short(part)} {100 * part / whole:.2g}%"
+    ranks = tuple(f"r = {r}" for r in RANKS)
+    matrices, adapted = [], []
+    for size, name in SIZES.items():
+        d = _skeleton(name).params["embed"]["embedding"].shape[1]
+        each = [share(2 * d * r, d * d) for r in RANKS]
+        matrices.append((f"{size}, d = {d:,}", *each))
+    yield Table("LoRA of one d x d matrix: trainable, of its parameters", ("", *ranks), matrices)
+
+    for name in ADAPTED:
+        base = _skeleton(name)
+        whole = tree.count(base.params)
+        for targets in (_QV, ("all-linear",)):
+            count = lambda r, t=targets, b=base: methods.method("lora", rank=r, targets=t).count(
+                b.params, b.sites
+            )
+            shown = (_fitting(count, r) for r in RANKS)
+            each = ["-" if x is None else share(x, whole) for x in shown]
+            adapted.append((f"{name}, {'+'.join(targets)}", *each))
+    yield Table("LoRA: trainable, of all parameters", ("", *ranks), adapted)
+
+    headings = ("", "trainable", "weights", "gradients", "Adam, 32 bits", "total")
+    headings += ("Adam, 16 bits", "total", "checkpoint")
+    lines = []
+    for name in COMPARED:
+        for label, row in compare(name).items():
+            shown = [_bytes(x) for x in row[1:]]
+            lines.append((label, f"{row.trainable:,}", *shown))
+    note = "All exact, without activations. Weights, gradients and checkpoints are in 16 bits, "
+    note += (
+        "QLoRA's frozen weights in NF4 with double quantisation. The LoRA paper says 1.2 TB for "
+    )
+    note += "GPT-3 and not what is in it; the closest here is Adam in 16 bits, 1.27 TiB. QLoRA's "
+    note += "780 GB for LLaMA 65B are those with Adam in 32 bits."
+    yield Table("Full fine-tuning, LoRA and QLoRA", headings, lines, note)
+
+
+class Training(NamedTuple):
+    """Bytes of training without activations, in the order of the table; trainable: a number."""
+
+    trainable: int
+    weights: int
+    gradients: int
+    adam32: int
+    total32: int
+    adam16: int
+    total16: int
+    checkpoint: int
+
+
+def compare(name: str) -> dict[str, Training]:
+    """{what is trained: its bytes} of an architecture, everything but QLoRA's weights in 16 bits
+    and Adam's two moments in 32 or 16."""
+    from lorax import methods, tree
+
+    base = _skeleton(name)
+    whole = tree.count(base.params)
+    rows = {f"{name}, full": (whole, 2 * whole)}
+    for kind, rank, targets, packed in COMPARED[name]:
+        method = methods.method("lora", rank=rank, targets=targets)
+        weights = quantised(base, "nf4", True, "bfloat16")[0] if packed else 2 * whole
+        label = f"{name}, {kind} r = {rank}, {'+'.join(targets)}"
+        n = method.count(base.params, base.sites)
+        rows[label] = n, weights + 2 * n
+    return {
+        label: Training(n, w, 2 * n, 8 * n, w + 10 * n, 4 * n, w + 6 * n, 2 * n)
+        for label, (n, w) in rows.items()
+    }
+
+
+def _fitting(count, rank):
+    """count(rank), or None where a matrix is too small for the rank."""
+    try:
+        return count(rank)
+    except ValueError:
+        return None
+
+
+def _skeleton(name: str):
+    from lorax.models.load import skeleton
+
+    return skeleton(f"random:{name}", param_dtype="bfloat16")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,440 @@
+"""A plan says what the real thing takes: arrays, the compiled program, memory, FLOPs."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import quick
+from support import few, require
+
+import lorax
+from lorax import config, methods, plan, tree
+from lorax.models import shapes
+from lorax.models.load import skeleton
+from lorax.train import sweep
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "tiny-gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 512,
+        "n_positions": 128,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 2,
+    },
+    "tiny-llama": {
+        "model_type": "llama",
+        "vocab_size": 500,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 172,
+    },
+    "wide-llama": {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 688,
+    },
+    "tiny-roberta": {
+        "model_type": "roberta",
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 130,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch):
+    for name, fields in TINY.items():
+        monkeypatch.setitem(shapes.ARCHITECTURES, name, fields)
+
+
+def members_of(base="tiny-gpt2", ranks=(8,), **changes):
+    c = config.default()
+    c.base = f"random:{base}"
+    c.train.batch_size, c.train.seq_len, c.eval.every = 4, 64, 2
+    c.sweep.rank = ranks
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        (c[section] if section else c)[name] = value
+    return config.members(c)
+
+
+def real_stack(members):
+    """(`Base`, `Stack`) with arrays in place of shapes."""
+    base, _ = plan.shapes(members)
+    base = base._replace(params=jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), base.params))
+    return base, sweep.stack(members, sweep.build_methods(members, base), base)
+
+
+# ------------------------------------------------------------------------------------------- exact
+
+
+FAST = ["dora", "adalora", "bitfit", "houlsby", "llama-adapter"]
+
+
+@pytest.mark.parametrize("name", few(methods.METHODS, FAST))
+def test_shapes_are_those_of_the_arrays(name):
+    """Of every method: the same trees, so that every exact number is exact."""
+    base = "tiny-llama" if name == "llama-adapter" else "tiny-gpt2"
+    changes = {"method__target_rank": 2} if name == "adalora" else {}
+    members = members_of(base, ranks=(2, 3), method__name=name, **changes)
+    _, shaped = plan.shapes(members)
+    _, stacked = real_stack(members)
+    for found, want in zip(shaped[2:], stacked[2:], strict=True):
+        assert found == jax.eval_shape(lambda t: t, want)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        ("tiny-gpt2", {}),
+        ("tiny-llama", {"method__targets": ("all-linear",), "param_dtype": "bfloat16"}),
+        ("tiny-llama", {"method__init": "pissa"}),
+        ("tiny-gpt2", {"train__optimizer": "sgd"}),
+        ("tiny-roberta", {"task__name": "glue", "task__subset": "cola"}),
+    ],
+)
+def test_exact_numbers_are_the_arrays(base, changes, monkeypatch):
+    monkeypatch.setattr(plan, "_compiled", lambda *_: {(1, False): (0,) * 4, (2, False): (0,) * 4})
+    members = members_of(base, ranks=(2, 8), **changes)
+    p = plan.plan(members)
+    base, stacked = real_stack(members)
+    assert p.weights == tree.nbytes(base.params) and p.parameters == tree.count(base.params)
+    assert 2 * p.adapters == 2 * p.gradients == tree.nbytes(stacked.state.trainable)
+    assert 2 * p.optimizer == tree.nbytes(stacked.state.opt_state)
+    assert 2 * p.constants == tree.nbytes(stacked.constants)
+    assert p.trainable == [m.count(base.params, base.sites) for m in stacked.methods]
+    assert p.trainable[1] == tree.count(stacked.state.trainable) // 2  # the largest has no padding
+    method = stacked.methods[1]
+    if method.hp["init"] == "kaiming":
+        state = jax.tree.map(lambda x: x[1], (stacked.state.trainable, stacked.constants))
+        factors = method.factors(*state, base.params, base.sites)
+        whole = {path: x for path, x in tree.flatten(state[0]).items() if path.endswith("/w")}
+        arrays = [x for a, b, *_ in factors.values() for x in (a, b)] + [*whole.values()]
+        assert p.files_exact and p.files[1] == 4 * tree.count(arrays)
+    else:
+        assert not p.files_exact and p.files[1] == 8 * p.trainable[1]  # also what is taken off
+
+
+def test_weights_that_are_not_there_are_planned_all_the_same(tmp_path):
+    """Of a directory only config.json is read, and a head that it does not name is new."""
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "roberta", "architectures": ["RobertaForMaskedLM"], "num_hidden_layers": 1}'
+    )
+    base = skeleton(str(tmp_path), head="classification", labels=3)
+    assert {path.split("/")[0] for path in base.fresh} == {"head"} and base.vocabulary is None
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base.params))
+    assert skeleton(str(tmp_path)).fresh == ()
+    assert skeleton("gpt2-nano").sites == lorax.load("gpt2-nano").sites
+
+
+# --------------------------------------------------------------------------------------- estimated
+
+
+def compiled_sweep(members, width, monkeypatch, options=quick.OPTIONS):
+    """The training program that a run compiles for these members."""
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
+    kept = []
+    monkeypatch.setattr(sweep, "program_bytes", lambda x: kept.append(x) or program_bytes(x))
+    base, stacked = plan.shapes(members)
+    batch = plan.rows(members[0].config)
+    evaluation = {
+        name: jax.ShapeDtypeStruct((1, *x.shape[2:]), x.dtype) for name, x in batch.items()
+    }
+    layout = sweep.Layout("none", tuple(jax.devices()[:1]), len(members), width)
+    programs = sweep.compile_programs(stacked, base, layout, batch, evaluation)
+    return programs.bytes, kept[0]
+
+
+program_bytes = sweep.program_bytes
+HALF = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
+PEAKS = [
+    ("tiny-gpt2", 1, 1, {}),
+    ("tiny-gpt2", 3, 3, {"train__remat": True, "train__accumulate": 2}),
+    ("tiny-gpt2", 4, 4, {"train__remat": True, "method__dropout": 0.1}),
+    ("tiny-gpt2", 2, 2, {"method__init": "pissa"}),
+    ("tiny-llama", 2, 2, {"train__remat": True}),
+    ("tiny-llama", 4, 2, {"train__accumulate": 2}),
+    ("tiny-llama", 4, 2, HALF),
+    ("tiny-llama", 2, 1, {"operands": "bfloat16"}),
+]
+
+
+@pytest.mark.parametrize(("base", "n", "width", "changes"), few(PEAKS, [PEAKS[1], PEAKS[6]]))
+def test_peak_is_the_compiled_programs(base, n, width, changes, monkeypatch):
+    """Within 3 %, of the program that a CPU would run; temporaries dominate it."""
+    members = members_of(base, ranks=(8, 4, 2, 1)[:n], train__width=width, **changes)
+    p = plan.plan(members, ["cpu"])
+    found, _ = compiled_sweep(members, width, monkeypatch)
+    assert p.cpu.width == p.width == width and p.cpu.temporaries > found / 3
+    assert p.peak(n, p.cpu) == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.parametrize("changes", few([{}, {"method__name": "full"}], [{}]))
+def test_flops_are_the_compiled_programs(changes, monkeypatch):
+    """Of a program without loops, which XLA counts whole. Of the first layer it computes less: what
+    is before it does not ask for a gradient."""
+    members = members_of("wide-llama", eval__every=1, **changes)
+    cost = plan.plan(members).at(1)
+    _, program = compiled_sweep(members, 1, monkeypatch)
+    assert cost.half == 0
+    assert cost.full == pytest.approx(program.cost_analysis()["flops"], rel=0.06)
+
+
+def test_work_counts_loops_what_is_made_again_and_nothing_dead():
+    n, turns = 8, 5
+    w, x = jnp.ones((turns, n, n)), jnp.ones((3, n))
+    one = lambda x, w: (jnp.sin(x @ w), jnp.sum(x @ (2 * w)))  # the second is never read
+    run = lambda x, w: jax.lax.scan(one, x, w)[0]
+    again = lambda x, w: jax.lax.scan(jax.checkpoint(one, prevent_cse=False), x, w)[0]
+    product = 2 * 3 * n * n
+    flops = lambda f, *args: plan.work(jax.make_jaxpr(f)(*args))[:2].tolist()
+    assert flops(run, x, w) == [0, turns * product]
+    loss = lambda f: jax.grad(lambda x: jnp.sum(f(x, w)))
+    assert flops(loss(run), x) == [0, 2 * turns * product]
+    assert flops(loss(again), x) == [0, 3 * turns * product]
+    half = lambda t: t.astype(jnp.bfloat16)
+    assert flops(run, half(x), half(w)) == [turns * product, 0]
+    assert plan.work(jax.make_jaxpr(jnp.matmul)(x, w[0]))[2] == 4 * (2 * 3 * n + n * n)
+    kernel = jnp.ones((3, n, 4))  # a window of 3 over 4 groups of features
+    wide = lambda x, k: jax.lax.conv_general_dilated(
+        x, k, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    assert flops(wide, jnp.ones((2, 7, n)), kernel) == [0, 2 * (2 * 7 * 4) * (3 * n)]
+
+
+def test_members_that_fit_are_the_most_that_fit():
+    line = plan.Cost(1, 100.0, 1.0, 0.0, 1.0), plan.Cost(5, 460.0, 5.0, 0.0, 5.0)
+    p = plan.Plan(5, 5, "", False, 0, [1], 1000, 3, 1, 3, 6, 2, [1], True, list(line), None)
+    assert p.at(3).temporaries == 280 and p.at(9).temporaries == 820
+    assert p._replace(costs=[line[0]]).at(3).temporaries == 300
+    for side_by_side in (True, False):
+        peak = lambda n, s=side_by_side: p.peak(n, p.at(n if s else 1))
+        for memory in (1000, 1112, 1113, 1500, 12345, 123456):
+            n = p.most(memory, side_by_side)
+            assert (n == 0 or peak(n) <= memory) and peak(n + 1) > memory
+    assert p.most(1500, False) > p.most(1500, True) > 0
+
+
+RSS = """
+import os, resource, sys
+sys.path.insert(0, "tests")
+import jax, jax.numpy as jnp
+from lorax import config, plan
+from lorax.models import shapes
+from lorax.train import sweep
+
+shapes.ARCHITECTURES["gpt2-of-8"] = {
+    "model_type": "gpt2", "n_layer": 8, "n_embd": 512, "n_head": 8, "vocab_size": 8192
+}
+c = config.default()
+c.base, c.train.batch_size, c.train.seq_len, c.eval.every = "random:gpt2-of-8", 8, 256, 1
+members = config.members(c)
+expected = plan.plan(members, ["cpu"])
+base, shaped = plan.shapes(members)
+batch = plan.rows(c)
+layout = sweep.Layout("none", tuple(jax.devices()[:1]), 1, 1)
+evaluation = {name: jax.ShapeDtypeStruct((1, *x.shape[2:]), x.dtype) for name, x in batch.items()}
+programs = sweep.compile_programs(shaped, base, layout, batch, evaluation)
+resident = lambda key: next(
+    1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)
+)
+filled = lambda t: jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype), t)
+stacked = sweep.stack(members, shaped.methods, base)  # adapters alone; reads no weights
+before = resident("VmRSS")
+base = base._replace(params=filled(base.params))
+batches = jax.tree.map(lambda x: jnp.ones((1, *x.shape), x.dtype), batch)
+state, logs = programs.train(base.params, stacked.constants, stacked.hyper, stacked.state, batches)
+assert jnp.isfinite(logs["loss"]).all()
+print(resident("VmHWM") - before, expected.peak(1, expected.cpu))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_peak_is_the_memory_that_a_step_takes():
+    out = run_python("-c", RSS)
+    grown, expected = map(int, out.stdout.split())
+    assert expected == pytest.approx(grown, rel=0.1) and grown > 300e6
+
+
+# ---------------------------------------------------------------------------------- known numbers
+
+
+def run_python(*arguments, check=True):
+    plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=plain,
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "targets", "count"),
+    [
+        ("gpt3-175b", 1, ("q", "v"), 4_718_592),  # LoRA, arXiv:2106.09685, table 4
+        ("gpt3-175b", 4, ("q", "v"), 18_874_368),  # table 5
+        ("gpt3-175b", 8, ("q",), 18_874_368),
+        ("gpt3-175b", 2, ("attention",), 18_874_368),
+        ("gpt3-175b", 8, ("q", "v"), 37_748_736),  # table 4
+        ("gpt2-medium", 4, ("q", "v"), 393_216),  # table 3 has 0.35M
+        ("gpt2-large", 4, ("q", "v"), 737_280),
+        ("roberta-base", 8, ("q", "v"), 294_912),  # table 2: 0.3M
+        ("roberta-large", 8, ("q", "v"), 786_432),  # 0.8M
+        ("deberta-v2-xxlarge", 16, ("q", "v"), 4_718_592),  # 4.7M
+    ],
+)
+def test_trainable_parameters_of_the_lora_paper(name, rank, targets, count):
+    base = plan._skeleton(name)
+    assert lorax.method("lora", rank=rank, targets=targets).count(base.params, base.sites) == count
+
+
+def test_bytes_of_the_lora_and_qlora_papers():
+    full, _, lora = plan.compare("gpt3-175b").values()
+    # "from 1.2TB ...": the paper does not say of what. In 16 bits all of it is 1.27 TiB, 1.40 TB.
+    assert full.total16 == 8 * full.trainable
+    assert full.total16 / 2**40 == pytest.approx(1.2, rel=0.07)
+    assert lora.total32 == 2 * full.trainable + 12 * lora.trainable
+    assert lora.total32 / 1e9 == pytest.approx(350, rel=0.01)  # "... to 350GB"
+    assert lora.checkpoint / 2**20 == pytest.approx(35, rel=0.03)  # "from 350GB to 35MB"
+    assert full.checkpoint / lora.checkpoint == pytest.approx(10_000, rel=0.08)
+    full, _, qlora = plan.compare("llama-65b").values()
+    assert full.total32 / 1e9 == pytest.approx(780, rel=0.01)  # "> 780 GB"
+    assert qlora.total32 < 48e9  # "a single 48GB GPU"
+
+
+def test_bits_of_a_quantised_parameter():
+    """4.5 bits, 4.127 with double quantisation (QLoRA, section 3), of the linear kernels alone."""
+    base = plan._skeleton("llama-65b")
+    kernels = sum(
+        leaf.size for path, leaf in tree.flatten(base.params).items() if path.startswith("h/")
+        and path.endswith("kernel")
+    )  # fmt: skip
+    rest = 2 * (tree.count(base.params) - kernels)
+    size = lambda kind, double: plan.quantised(base, kind, double, "bfloat16")[0] - rest
+    assert size("nf4", False) * 8 / kernels == 4.5
+    assert size("nf4", True) * 8 / kernels == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-6)
+    saved = size("nf4", False) - size("nf4", True)
+    assert saved / 1e9 == pytest.approx(3.03, rel=0.01)  # "approximately 3 GB for a 65B model"
+    assert size("fp4", True) == size("nf4", True) < size("int8", False) < kernels * 1.001
+    assert plan.quantised(base, "nf4", True, "bfloat16")[1] == 2 * 8192 * 22016
+
+
+CLASSES = {
+    "roberta": "RobertaForMaskedLM",
+    "deberta-v2": "DebertaV2ForMaskedLM",
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "falcon": "FalconForCausalLM",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2-xl", "llama-65b", "llama2-70b", "falcon-7b", "falcon-180b", "roberta-large"]
+    + ["deberta-v2-xxlarge"],
+)
+def test_architectures_are_as_large_as_in_transformers(name):
+    torch, transformers = require("torch"), require("transformers")
+    fields = shapes.ARCHITECTURES[name]
+    model = getattr(transformers, CLASSES[fields["model_type"]])
+    with torch.device("meta"):
+        theirs = model(model.config_class(**fields | {"num_hidden_layers": 2, "n_layer": 2}))
+    ours = dict(fields, **{"n_layer" if "n_layer" in fields else "num_hidden_layers": 2})
+    shapes.ARCHITECTURES[name] = ours
+    try:
+        count = tree.count(skeleton(f"random:{name}").params)
+    finally:
+        shapes.ARCHITECTURES[name] = fields
+    assert count == sum(p.numel() for p in theirs.parameters())
+
+
+# -------------------------------------------------------------------------------- the command line
+
+CONFIG = "--config=configs/gpt2_rank_sweep.py"
+GPT3 = """
+import resource, sys
+from lorax import plan
+code = plan.main(["plan", *sys.argv[1:]])
+used = resource.getrusage(resource.RUSAGE_SELF)
+resident = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(code, used.ru_utime + used.ru_stime, 1024 * int(resident.split()[1]))
+"""
+
+
+def test_gpt3_takes_seconds_and_little_memory():
+    """Time of the processor, which others on the machine don't lengthen: on its own it is less."""
+    changes = {"base": "random:gpt3-175b", "dtype": "bfloat16", "param_dtype": "bfloat16"}
+    changes |= {"train.remat": "True", "train.batch_size": 1, "train.seq_len": 2048}
+    changes |= {"sweep.rank": "(4,)", "sweep.seed": "(0,)"}
+    given = [f"--config.{key}={value}" for key, value in changes.items()]
+    out = run_python("-c", GPT3, CONFIG, *given).stdout
+    code, seconds, peak = map(float, out.splitlines()[-1].split())
+    assert code == 0 and seconds < 10 and peak < 1e9
+    for line in ("18,874,368", "174,604,259,328", "349 GB", "75.5 MB", "151 MB", "does not fit"):
+        assert line in out, line
+    assert out.count("exact") >= 10 and out.count("estimated") >= 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "lorax: --config is missing"),
+        (
+            [CONFIG, "--device=h20"],
+            "lorax: --device: 'h20' is not one of h200.*did you mean 'h200'",
+        ),
+        ([CONFIG, "--config.base=random:lama-7b"], "lorax: base: 'lama-7b' is neither shipped"),
+        ([CONFIG, "--tabel"], "lorax: Unknown command line flag 'tabel'"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message):
+    done = run_python("-m", "lorax.plan", *arguments, check=False)
+    assert done.returncode == 2 and re.match(message, done.stderr), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "message"),
+    [
+        ("tiny-gpt2", {"train__seq_len": 4096}, "train.seq_len: 4096 given, .* has 128 positions"),
+        ("tiny-gpt2", {"ranks": (512,)}, "method.rank: 512 given, but .* at most 64"),
+        ("tiny-gpt2", {"method__targets": ("auto:3",)}, "decided by training batches"),
+        ("tiny-roberta", {}, "is no causal model: restaurants"),
+    ],
+)
+def test_what_does_not_fit_the_base_is_an_error(base, changes, message):
+    with pytest.raises(ValueError, match=message):
+        plan.shapes(members_of(base, **changes))
+
+
+def test_tables_in_markdown():
+    out = run_python("-m", "lorax.plan", "--table", "--markdown").stdout
+    assert "| gpt3-175b, LoRA r = 4, q+v | 18,874,368 | 349 GB |" in out
+    assert "| falcon-7b, q+v |" in out and out.count("\n| --- |") == 3
+
+
+def test_help_helps():
+    out = run_python("-m", "lorax.plan", "--help").stdout
+    assert all(word in out for word in ("--config", "--device", "--table", "h200", "Estimated"))
