@@ -1,12 +1,19 @@
 """Strict numerics for every test: 8 CPU devices, no silent promotion, warnings are errors."""
 
 import os
+import shutil
+import tempfile
 import warnings
 
 # Before JAX starts. One thread for each of torch's and BLAS's pools: tests run side by side.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests that start a run anew compile the same programs: the second one reads the first one's.
+COMPILED = (
+    tempfile.mkdtemp(prefix="lorax-tests-") if "PYTEST_XDIST_WORKER" not in os.environ else ""
+)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -25,6 +32,10 @@ def pytest_configure(config):
         "ignore:.*is_gradient_checkpointing.*:FutureWarning",
     ):
         config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
