@@ -68,13 +68,13 @@ _HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _HEAD = "lm_head"  # what every causal model calls the module that reads out
 _TYING = "ensure_weight_tying"
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _FACTOR = re.compile(
     r"(?P<module>.+)\."
     r"(lora_(embedding_)?(?P<side>[AB])(\.weight)?|(?P<m>lora_magnitude_vector)(\.weight)?)"
 )
-_OWN = re.compile(r"(?P<module>.+?)(\.base_layer)?\.(?P<name>weight|bias)")
-_COPY = re.compile(r"\.(original_module|modules_to_save)\.")  # bias="all" stores a head's twice
+WHOLE = re.compile(r"(?P<module>.+?)(\.base_layer)?\.(?P<name>weight|bias)")
+COPY = re.compile(r"\.(original_module|modules_to_save)\.")  # bias="all" stores a head's twice
 
 
 class Factors(NamedTuple):
@@ -143,7 +143,7 @@ def save(
                 "can't be stored: PEFT would adapt the embedding alone"
             )
         tied = tied if task_type == "CAUSAL_LM" else ""
-        factors, weights = _with_head(factors, weights, tied)
+        factors, weights = with_head(factors, weights, tied)
     modules: dict[str, dict[str, Factors]] = {}
     for path, factor in factors.items():
         _check(path, factor)
@@ -155,8 +155,8 @@ def save(
             f"{plain[0]}: no magnitudes, but others have: PEFT has DoRA in all or none"
         )
     joined = {module: _join(module, places, parts) for module, parts in sorted(modules.items())}
-    whole = _whole(weights, places)
-    saved, bias = _kinds(whole, set(modules), places, task_type)
+    whole = stored_weights(weights, places)
+    saved, bias = how_saved(whole, set(modules), places, task_type)
 
     tensors: dict[str, np.ndarray] = {}
     for module, one in joined.items():
@@ -181,9 +181,9 @@ def save(
         "base_model_name_or_path": base_name,
         "revision": None,
         "r": r,
-        "lora_alpha": _number(alpha),
+        "lora_alpha": as_number(alpha),
         "rank_pattern": {m: rank for m, rank in ranks.items() if rank != r},
-        "alpha_pattern": {m: _number(x) for m, x in alphas.items() if x != alpha},
+        "alpha_pattern": {m: as_number(x) for m, x in alphas.items() if x != alpha},
         "lora_dropout": float(dropout),
         "target_modules": sorted(modules),
         "fan_in_fan_out": any(one.conv1d for one in joined.values()),
@@ -194,9 +194,9 @@ def save(
         "use_rslora": False,
         "use_dora": dora,
     }
-    tensors = {_PREFIX + key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
+    tensors = {PREFIX + key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
     directory = pathlib.Path(directory)
-    data = _serialise(tensors, {"format": "pt", "lorax": json.dumps(own)})
+    data = serialise(tensors, {"format": "pt", "lorax": json.dumps(own)})
     write_bytes(directory / WEIGHTS, data)
     write_bytes(directory / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
     return directory
@@ -220,7 +220,7 @@ def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = No
     directory = pathlib.Path(directory)
     file = directory / WEIGHTS
     config = _read_config(directory / CONFIG)
-    stored, metadata = _read_tensors(file)
+    stored, metadata = read_tensors(file)
     modules, whole = _sort(stored, file)
     updates = {
         module: _update(module, sides, config, directory)
@@ -242,7 +242,7 @@ def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = No
         for name, tensor in whole.items():
             weights |= oriented(name, tensor, places, file)
     adapter = Adapter(factors, weights, config)
-    return _without_head(adapter, tied) if tied else adapter
+    return without_head(adapter, tied) if tied else adapter
 
 
 # ------------------------------------------------------------------------------------------ names
@@ -337,7 +337,7 @@ def _first(part: slice | np.ndarray | None) -> int:
     return part.start or 0 if isinstance(part, slice) else int(np.min(part))
 
 
-def _width(found: Mapping[str, Source]) -> int:
+def fused_width(found: Mapping[str, Source]) -> int:
     """Columns of a fused tensor with these parameters in it, 0 of one that is not fused."""
     return max((source.width() for source in found.values() if source.part is not None), default=0)
 
@@ -353,7 +353,7 @@ def _columns_as_json(part: slice | np.ndarray | None) -> str | list[int] | None:
     return None if part is None else [int(i) for i in part]
 
 
-def _columns(part) -> slice | np.ndarray:
+def as_index(part) -> slice | np.ndarray:
     """A part, or what `_columns_as_json` made of one, as an index."""
     if isinstance(part, str):
         start, stop = map(int, part.split(":"))
@@ -366,7 +366,7 @@ def _columns(part) -> slice | np.ndarray:
 # -------------------------------------------------------------------------------------- tied heads
 
 
-def _with_head(factors, weights, embedding: str):
+def with_head(factors, weights, embedding: str):
     """(factors, weights) of an embedding and of the head that shares its weight."""
     factors, weights = dict(factors), dict(weights)
     if embedding in factors and _HEAD not in factors:
@@ -382,8 +382,8 @@ def _with_head(factors, weights, embedding: str):
     return factors, weights
 
 
-def _without_head(adapter: Adapter, embedding: str) -> Adapter:
-    """Inverse of `_with_head` where the head has the embedding's update and weight; where it has
+def without_head(adapter: Adapter, embedding: str) -> Adapter:
+    """Inverse of `with_head` where the head has the embedding's update and weight; where it has
     its own or none, the config says that they are not tied."""
     factors, weights = dict(adapter.factors), dict(adapter.weights)
     tied = bool(adapter.config.get(_TYING))
@@ -422,7 +422,7 @@ def _join(module: str, places: Places, parts: dict[str, Factors]) -> _Joined:
     layers = {path.rsplit("/", 1)[0]: source for path, source in found.items()}
     if any(source.axes not in (None, (1, 0)) for source in layers.values()):
         raise ValueError(f"{', '.join(parts)}: {module} is a convolution, which can't be stored")
-    n_in, n_out = next(iter(parts.values())).a.shape[0], _width(found)
+    n_in, n_out = next(iter(parts.values())).a.shape[0], fused_width(found)
     # The largest scale is kept and the others' ratios to it, at most 1, go into B.
     scale = max((float(parts[layer].s) for layer in layers if layer in parts), key=abs)
     A: list[np.ndarray] = []
@@ -443,7 +443,7 @@ def _join(module: str, places: Places, parts: dict[str, Factors]) -> _Joined:
             rank += a.shape[1]
         entries[layer] = {"module": module, "rows": rows, "scale": float(s)}
         entries[layer]["columns"] = _columns_as_json(part)
-        blocks.append((_columns(part), _columns(rows), _rescale(b, float(s), scale).T))
+        blocks.append((as_index(part), as_index(rows), _rescale(b, float(s), scale).T))
     B = np.zeros((n_out or blocks[0][2].shape[0], rank), np.float32)
     for rows, columns, values in blocks:
         B[rows, columns] = values
@@ -467,11 +467,11 @@ def _magnitudes(module: str, layers: dict[str, Source], parts: dict[str, Factors
         )
     m = np.zeros(sum(parts[layer].m.size for layer in layers), np.float32)
     for layer, source in layers.items():
-        m[_columns(source.part)] = parts[layer].m
+        m[as_index(source.part)] = parts[layer].m
     return m
 
 
-def _whole(weights: Mapping[str, np.ndarray], places: Places) -> dict[str, np.ndarray]:
+def stored_weights(weights: Mapping[str, np.ndarray], places: Places) -> dict[str, np.ndarray]:
     """{Hugging Face's tensor: value} of parameters trained in full, fused ones joined."""
     tensors: dict[str, np.ndarray] = {}
     for path in weights:
@@ -486,14 +486,14 @@ def _whole(weights: Mapping[str, np.ndarray], places: Places) -> dict[str, np.nd
             raise ValueError(f"{path}: PEFT can only store it with {', '.join(missing)}")
         whole = _float32(weights[path])
         if source.part is not None:
-            whole = np.zeros((*whole.shape[:-1], _width(found)), np.float32)
+            whole = np.zeros((*whole.shape[:-1], fused_width(found)), np.float32)
             for part, own in found.items():
                 whole[..., own.part] = weights[part]
         tensors[source.name] = whole.transpose(np.argsort(source.axes or range(whole.ndim)))
     return tensors
 
 
-def _kinds(whole: Mapping[str, np.ndarray], targets: set[str], places: Places, task_type):
+def how_saved(whole: Mapping[str, np.ndarray], targets: set[str], places: Places, task_type):
     """(modules_to_save, bias) of PEFT's config for tensors trained in full."""
     heads = lambda module: module.split(".")[0] in _HEADS
     saved, biases = [], []
@@ -518,7 +518,7 @@ def _kinds(whole: Mapping[str, np.ndarray], targets: set[str], places: Places, t
     return saved, bias
 
 
-def _serialise(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+def serialise(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
     """A safetensors file whose bytes are a function of its content.
 
     The library writes the metadata in a random order; here the header's keys are sorted. (The
@@ -564,7 +564,7 @@ def _read_config(file: pathlib.Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; a PEFT adapter is {CONFIG} and {WEIGHTS}")
     try:
@@ -581,12 +581,12 @@ def _sort(stored: Mapping[str, np.ndarray], file: pathlib.Path):
     whole: dict[str, np.ndarray] = {}
     left_out = []
     for key, tensor in stored.items():
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         if match := _FACTOR.fullmatch(name):
             modules.setdefault(match["module"], {})[match["side"] or "m"] = tensor
-        elif match := not _COPY.search(name) and _OWN.fullmatch(name):
+        elif match := not COPY.search(name) and WHOLE.fullmatch(name):
             whole[f"{match['module']}.{match['name']}"] = tensor
-        elif not _COPY.search(name):
+        elif not COPY.search(name):
             left_out.append(key)
     if left_out:
         warnings.warn(f"{file}: left out, nothing of LoRA: {sorted(left_out)}", stacklevel=3)
@@ -609,12 +609,12 @@ def _update(module: str, sides: dict, config: dict, directory: pathlib.Path) -> 
             f"{directory / WEIGHTS}: {module}: {given} for {len(B)} outputs, but {CONFIG} says "
             f"use_dora={bool(config.get('use_dora'))}"
         )
-    scale = _scale(config, module, A.shape[0], directory / CONFIG)
+    scale = scale_of(config, module, A.shape[0], directory / CONFIG)
     a, b = np.ascontiguousarray(A.T), np.ascontiguousarray(B.T)
     return Factors(a, b, scale, None if m is None else m.reshape(-1))
 
 
-def _scale(config: dict[str, Any], module: str, rank: int, file: pathlib.Path) -> float:
+def scale_of(config: dict[str, Any], module: str, rank: int, file: pathlib.Path) -> float:
     """PEFT's own rule: alpha / r, or alpha / sqrt(r), after the first pattern that matches."""
     try:
         r = int(_pattern(config.get("rank_pattern"), module, config.get("r", 8)))
@@ -647,7 +647,7 @@ def _take_apart(updates, whole, text: str, file: pathlib.Path):
             a, b, scale, m = updates[module]
             if not math.isclose(common[module], scale, rel_tol=1e-9):
                 raise ValueError(f"scale {common[module]} of {path}, but {CONFIG} says {scale}")
-            columns, rows = _columns(entry["columns"]), _columns(entry["rows"])
+            columns, rows = as_index(entry["columns"]), as_index(entry["rows"])
             factors[path] = Factors(
                 np.ascontiguousarray(a[:, rows]),
                 _rescale(np.ascontiguousarray(b[rows, columns]), common[module], s),
@@ -655,7 +655,7 @@ def _take_apart(updates, whole, text: str, file: pathlib.Path):
                 None if m is None else m[columns],
             )
         weights = {
-            path: _ours(whole[entry["tensor"]], entry["axes"], _columns(entry["columns"]))
+            path: _ours(whole[entry["tensor"]], entry["axes"], as_index(entry["columns"]))
             for path, entry in own["weights"].items()
         }
         extra = set(updates) - set(common) | set(whole) - {
@@ -675,12 +675,12 @@ def _split(module: str, update: Factors, places: Places, file: pathlib.Path) -> 
         known = ", ".join(sorted(name.removesuffix(".weight") for name in places.tensors))
         raise ValueError(f"{file}: {module}: the base has no such module; it has {known}")
     a, b, s, m = update
-    width = _width(found)
+    width = fused_width(found)
     if width not in (0, b.shape[1]):
         raise ValueError(f"{file}: {module}: {b.shape[1]} outputs, the base's has {width}")
     parts = {}
     for path, source in found.items():
-        columns = _columns(source.part)
+        columns = as_index(source.part)
         own = None if m is None else m[columns]
         parts[path.rsplit("/", 1)[0]] = Factors(a, np.ascontiguousarray(b[:, columns]), s, own)
     return parts
@@ -695,7 +695,7 @@ def oriented(name: str, tensor: np.ndarray, places: Places, file: pathlib.Path):
             + (": load it with its head" if name.split(".")[0] in _HEADS else "")
         )
     return {
-        path: _ours(tensor, source.axes, _columns(source.part)) for path, source in found.items()
+        path: _ours(tensor, source.axes, as_index(source.part)) for path, source in found.items()
     }
 
 
@@ -721,5 +721,5 @@ def _float32(array: Any) -> np.ndarray:
     return np.asarray(array, dtype=np.float32)
 
 
-def _number(x: float) -> int | float:
+def as_number(x: float) -> int | float:
     return int(x) if float(x).is_integer() else float(x)
