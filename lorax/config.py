@@ -23,6 +23,8 @@ def default() -> ConfigDict:
     c.dtype = "float32"  # of the base's computation
     c.param_dtype = "float32"  # in which the base is stored
     c.operands = "float32"  # of products with frozen weights; "bfloat16" still sums in float32
+    c.quant = config_dict.placeholder(str)  # of the frozen linear weights: nf4, fp4, int8
+    c.double_quant = True  # the quantisation's scales are quantised too
     c.seed = 0  # of the adapter's start, its dropout and the order of the data
 
     c.task = ConfigDict()
@@ -115,6 +117,7 @@ def default() -> ConfigDict:
 AXES = {
     "method": "method.name",
     "base": "base",
+    "quant": "quant",
     "targets": "method.targets",
     "layers": "method.layers",
     "init": "method.init",
@@ -254,7 +257,7 @@ def _axis(config, axis) -> tuple:
         values = tuple((v,) if isinstance(v, str) else v for v in values)
     values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
     optional = {"layers": tuple, "n_train": int, "targets": tuple, "target_rank": int}
-    optional |= {"tokens": int}
+    optional |= {"tokens": int, "quant": str}
     kind = int if axis == "rank" else optional.get(axis, type(now))
     for value in values:
         fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
@@ -326,6 +329,8 @@ def _check_values(c) -> None:
     )
     for field in ("dtype", "param_dtype", "operands"):
         one_of(field, c[field], ("float32", "bfloat16"))
+    if c.quant is not None:
+        one_of("quant", c.quant, ("nf4", "fp4", "int8"))
     one_of("train.schedule", c.train.schedule, ("linear", "cosine", "constant"))
     one_of("train.optimizer", c.train.optimizer, ("adamw", "sgd"))
     one_of("train.parallel", c.train.parallel, ("auto", "members", "batch", "pmap", "none"))

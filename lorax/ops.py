@@ -199,7 +199,7 @@ def halve(params, sites: "Mapping[str, Site]"):
     """The same parameters, with `Half` leaves for the linear and embedding kernels of `sites`."""
     flat = tree.flatten(params)
     for path, site in sites.items():
-        if site.kind in ("linear", "embed"):
+        if site.kind in ("linear", "embed") and not isinstance(flat[path], Stored):
             flat[path] = Half(flat[path].astype(jnp.bfloat16))
     return tree.unflatten(flat)
 

@@ -103,8 +103,10 @@ def shapes(tree):
 
 
 def count(tree) -> int:
-    """Number of scalars in all array leaves (also of `jax.ShapeDtypeStruct`s)."""
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+    """Number of scalars in all leaves that have a shape: arrays, `jax.ShapeDtypeStruct`s, and
+    weights that are held in another form, for what they stand for."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return sum(int(np.prod(x.shape)) for x in leaves)
 
 
 def nbytes(tree) -> int:

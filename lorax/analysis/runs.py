@@ -123,6 +123,7 @@ def _text(file: pathlib.Path) -> str:
 # What members may differ in, the seed apart: the axes of a sweep that are fields of members.jsonl.
 AXES = (
     "rank",
+    "quant",
     "targets",
     "layers",
     "alpha",

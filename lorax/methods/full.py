@@ -35,7 +35,14 @@ def full(
         paths = resolve_full(words, params)
         found = dict.fromkeys(paths) if layers is None else of_layers(paths, params, sites)
         found |= dict.fromkeys(resolve_full(besides, params))
-        return {path: found[path] for path in tree.flatten(params) if path in found}
+        flat = tree.flatten(params)
+        coded = [path for path in found if ops.is_operator(flat[path])]
+        if coded:
+            raise ValueError(
+                f"quant: {', '.join(coded)} would be trained as they are, but are held quantised; "
+                "leave quant at None or name other parameters"
+            )
+        return {path: found[path] for path in flat if path in found}
 
     def of_layers(paths, params, sites):
         stacks = stack_depths(params, sites or ops.sites_from_shapes(params))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lorax import losses, tree
+from lorax import losses, ops, tree
 from lorax.models import Base
 
 KINDS = ("gradient", "moments", "covariance")
@@ -45,7 +45,9 @@ def evidence(base: Base, batches: Mapping, paths, kinds=("gradient",)) -> dict[s
     for path in paths:
         if path not in base.sites:
             raise ValueError(f"paths: {path} can't be adapted; there is {', '.join(base.sites)}")
-    probes = {path: flat[path] for path in paths if "gradient" in kinds}
+    # What is held in 4 bits is decoded for this: a gradient is of numbers.
+    probe = lambda path: ops.dense(flat[path], base.sites[path])
+    probes = {path: probe(path) for path in paths if "gradient" in kinds}
     for kind in kinds:
         probes |= {} if kind == "gradient" else _taps(base, flat, paths, kind)
 

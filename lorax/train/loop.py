@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from lorax import decode, methods, ops, tasks, tree
+from lorax import decode, methods, ops, quant, tasks, tree
 from lorax.config import Member, group_key
 from lorax.files import atomically, write_bytes, write_json
 from lorax.interop import peft
@@ -61,9 +61,13 @@ def prepare(members: list[Member], say: Callable[[str], None]) -> list[Group]:
         labels = tasks.outputs(c.task)
         head = {"head": "classification", "labels": labels} if labels else {}
         run = {"dtype": c.dtype, "param_dtype": c.param_dtype, "remat": c.train.remat} | head
-        key = json.dumps([c.base, run])
+        key = json.dumps([c.base, run, c.quant, c.double_quant])
         if key not in bases:
-            bases[key] = base = load(c.base, **run)
+            base = load(c.base, **run)
+            if c.quant:
+                params = quant.quantize(base.params, c.quant, c.double_quant, sites=base.sites)
+                base = base._replace(params=params)
+            bases[key] = base
             say(
                 f"base {c.base}: {base.family}, {tree.count(base.params):,} parameters, "
                 f"{tree.nbytes(base.params) / 1e6:.1f} MB"
@@ -130,7 +134,12 @@ def describe(group: Group) -> list[dict]:
             }
             | hp
             | ({"targets": c.method.targets} if member.index in group.rankings else {})
-            | {"base": c.base, "lr": c.train.lr, "weight_decay": c.train.weight_decay}
+            | {
+                "base": c.base,
+                "quant": c.quant,
+                "lr": c.train.lr,
+                "weight_decay": c.train.weight_decay,
+            }
             | {"steps": c.train.steps, "seed": c.seed, "n_train": c.task.n_train}
             | {"trainable_params": method.count(group.base.params, group.base.sites)}
             | {"optimizer_bytes": opt_bytes}
