@@ -1,0 +1,135 @@
+"""The product with a quantised weight: decoded a tile at a time, for all members at once.
+
+    y = x w    w (in, out) held as codes of W (out, in), `lorax.quant.nf4`
+
+Nothing of w is kept, and no gradient goes to it: the backward pass decodes again. Members of a
+sweep that share w are rows of one product (`custom_vmap`), so that it is decoded once for all.
+
+On a CPU a tile of outputs that fits a cache is decoded and used before the next one. A byte holds
+one or two neighbouring inputs, which are kept apart rather than interleaved: with w_0 the weights
+of the even and w_1 those of the odd inputs, y = x[0::2] w_0 + x[1::2] w_1. A value of 4 bits is
+found by a tree of 15 selections, which becomes vector instructions where a look-up in a table would
+not. Elsewhere w is decoded whole and multiplied by the library's product.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+TILE = 512  # outputs decoded at a time on a CPU
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x, leaf, axis: int):
+    """x @ w for axis 0, x @ w^T for axis 1: (..., n) -> (..., the other), in x's dtype.
+
+    leaf: a `nf4.Quantised` of one matrix. Operands have x's dtype, sums are in float32. Only x
+    gets a gradient.
+    """
+    return _folded(axis)(x, leaf)
+
+
+product.defvjp(
+    lambda x, leaf, axis: (product(x, leaf, axis), leaf),
+    lambda axis, leaf, dy: (product(dy, leaf, 1 - axis), None),
+)
+
+
+@functools.cache
+def _folded(axis: int):
+    """The product whose batching puts members among the rows."""
+
+    @custom_vmap
+    def folded(x, leaf):
+        # Without the barrier XLA decodes ahead of a loop over micro-batches, and keeps all of it.
+        x, leaf = jax.lax.optimization_barrier((x, leaf))
+        rows = x.reshape(-1, x.shape[-1])
+        whole = functools.partial(_whole, axis=axis)
+        tiled = functools.partial(_tiled, axis=axis) if can_tile(leaf) else whole
+        y = jax.lax.platform_dependent(rows, leaf, cpu=tiled, default=whole)
+        return y.reshape(*x.shape[:-1], -1)
+
+    @folded.def_vmap
+    def members(size, batched, x, leaf):
+        x_batched, leaf_batched = batched
+        if not any(jax.tree.leaves(leaf_batched)):
+            return folded(x, leaf), True
+        # Weights of their own: one member after the other, each decoded when its turn comes.
+        each = lambda member: folded(member[0] if x_batched else x, member[1])
+        return jax.lax.map(each, (x if x_batched else jnp.zeros(size), leaf)), True
+
+    return folded
+
+
+def can_tile(leaf) -> bool:
+    """Whether an output's weights are whole bytes and whole blocks."""
+    return leaf.n_in % math.lcm(leaf.block, leaf.code.per_byte) == 0
+
+
+def _dot(x, w, axes, dtype=jnp.float32):
+    return jax.lax.dot_general(x, w, ((axes[:1], axes[1:]), ((), ())), preferred_element_type=dtype)
+
+
+def _whole(x, leaf, axis: int):
+    """(rows, n) -> (rows, the other): w decoded, then multiplied."""
+    w = leaf.rows_of_outputs().astype(x.dtype)  # (out, in)
+    return _dot(x, w, (1, 1 - axis)).astype(x.dtype)
+
+
+def _tiled(x, leaf, axis: int):
+    """`_whole`, some outputs at a time."""
+    n_in, n_out, per_byte = leaf.n_in, leaf.n_out, leaf.code.per_byte
+    tile = _divisor(n_out, TILE)
+    tiles = leaf.codes.reshape(-1, tile, n_in // per_byte)
+    scales = leaf.scales().reshape(-1, tile, n_in // leaf.block)
+
+    def decode(codes, scales):
+        """[(tile, in / per_byte) for each code of a byte] in x's dtype."""
+        each = jnp.repeat(scales, leaf.block // per_byte, axis=1)
+        rounded = lambda values: (values * each).astype(leaf.dtype).astype(x.dtype)
+        return [rounded(values) for values in _values(codes, leaf.code)]
+
+    if axis == 0:
+        parts = [x[:, i::per_byte] for i in range(per_byte)]
+
+        def outputs(coded):
+            # (tile, rows) and not (rows, tile): with one row it is a product of W and a vector.
+            pairs = zip(decode(*coded), parts, strict=True)
+            return sum(_dot(w, part, (1, 1)) for w, part in pairs)
+
+        y = jax.lax.map(outputs, (tiles, scales))
+        return y.reshape(n_out, len(x)).T.astype(x.dtype)
+
+    def add(sums, coded):
+        dy, *coded = coded
+        return [s + _dot(dy, w, (1, 0)) for s, w in zip(sums, decode(*coded), strict=True)], None
+
+    zeros = [jnp.zeros((len(x), n_in // per_byte), jnp.float32)] * per_byte
+    dy = jnp.moveaxis(x.reshape(len(x), -1, tile), 1, 0)
+    parts, _ = jax.lax.scan(add, zeros, (dy, tiles, scales))
+    return jnp.stack(parts, axis=-1).reshape(len(x), n_in).astype(x.dtype)
+
+
+def _values(codes, code) -> list:
+    """The values that bytes stand for, float32: [those of the high halves, those of the low]."""
+    if code.per_byte == 1:
+        return [jnp.take(jnp.asarray(code.values), codes, mode="clip")]
+    return [_select(codes >> 4, code.values), _select(codes, code.values)]
+
+
+def _select(codes, values):
+    """values[codes & 15] by a tree of selections on one bit after the other."""
+    values = [jnp.float32(v) for v in values]
+    for bit in range(4):
+        on = (codes & (1 << bit)) != 0
+        values = [jnp.where(on, values[i + 1], values[i]) for i in range(0, len(values), 2)]
+    return values[0]
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of n up to `most`, n itself where only small ones are."""
+    found = max(d for d in range(1, most + 1) if n % d == 0)
+    return found if found >= min(n, 64) else n

@@ -1,0 +1,337 @@
+"""Weights in 4 or 8 bits a number: codes of a fixed table of values, one scale for every block.
+
+    w = table[code] * scale    scale = the largest |w| of 64 neighbours
+
+A weight (in, out) is held as bitsandbytes (0.50) holds it, bit for bit: the values of W (out, in),
+one after the other, two codes in a byte, the first in the high half. Its rule, checked on ties,
+blocks of zeros and tails: the code is that of the nearest value of x * (1 / s), ties go to the
+smaller value, and the last block, where it is short, divides by s instead. Numbers below 1.2e-38
+are zero here, as they are to XLA on a CPU.
+
+nf4: 4 bits, the values are quantiles of a normal distribution (QLoRA, arXiv:2305.14314, section 3;
+equation 4 there gives others than the authors' table, which is the one used here and everywhere).
+fp4: 4 bits, a sign, two of exponent, one of mantissa. int8: 8 bits, 255 equidistant values.
+
+Double quantisation (QLoRA, section 3): the scales less their mean are held in 8 bits, in blocks of
+256 with a float32 scale each: 0.127 bits a parameter in place of 0.5. The paper says FP8; this is
+the 8-bit dynamic map of bitsandbytes (arXiv:2110.02861). Its own quantiser is off by one code in
+0.2 % of the cases; here the code is the nearest.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import ops, tree
+from lorax.methods.targets import resolve
+from lorax.quant import matmul
+
+Array = jax.Array
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCK = 256  # scales that share a scale
+_MOST = 2.0**126  # beyond it 1 / s is subnormal, and XLA takes it for zero
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Code:
+    """bits: of one code. values: (2^bits,) float32 by code."""
+
+    bits: int
+    values: np.ndarray
+
+    @property
+    def per_byte(self) -> int:
+        return 8 // self.bits
+
+    def nearest(self, x: Array) -> Array:
+        """Codes uint8 of the values next to x float32 in [-1, 1]; ties to the smaller value."""
+        order = np.argsort(self.values, kind="stable").astype(np.uint8)
+        values = self.values[order]
+        between = (values[:-1] + values[1:]) / np.float32(2)
+        ranks = _rank(x, between) if self.bits == 4 else jnp.searchsorted(between, x)
+        if np.array_equal(order, np.arange(len(order))):
+            return ranks.astype(jnp.uint8)
+        return jnp.take(order, ranks, mode="clip")
+
+
+def _rank(x: Array, bounds: np.ndarray) -> Array:
+    """How many of 15 ascending bounds lie below x: a binary search whose bounds are selected and
+    not looked up, which makes it vector instructions."""
+    bits = []
+    for step in (8, 4, 2, 1):
+        candidates = [jnp.float32(bound) for bound in bounds[step - 1 :: 2 * step]]
+        for bit in reversed(bits):
+            pairs = zip(candidates[::2], candidates[1::2], strict=True)
+            candidates = [jnp.where(bit, high, low) for low, high in pairs]
+        bits.append(x > candidates[0])
+    return sum(bit.astype(jnp.int32) << (3 - i) for i, bit in enumerate(bits))
+
+
+def _evenly(start: float, stop: float, n: int) -> np.ndarray:
+    """n values from start to stop, rounded as `torch.linspace` rounds them in float32."""
+    start, stop = np.float32(start), np.float32(stop)
+    step, i = float((stop - start) / np.float32(n - 1)), np.arange(n)
+    up, down = float(start) + step * i, float(stop) - step * (n - 1 - i)
+    return np.where(i < n // 2, up, down).astype(np.float32)
+
+
+def _dynamic_map() -> np.ndarray:
+    """(256,) float32, ascending: 2^i values in each of seven decades, and their negatives."""
+    found = [np.zeros(1), np.ones(1)]
+    for i in range(7):
+        edges = _evenly(0.1, 1, 2**i + 1)
+        middles = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
+        found += [middles, -middles]
+    return np.sort(np.concatenate(found)).astype(np.float32)
+
+
+_NF4 = (
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
+    + [-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0]
+    + [0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
+    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+)
+_FP4 = [0, 1 / 16, 8, 12, 4, 6, 2, 3]  # in twelfths; the upper half of the codes is negative
+
+#: The kinds of `quantise`.
+CODES = {
+    "nf4": Code(4, np.float32(_NF4)),
+    "fp4": Code(4, np.float32(_FP4 + [-x for x in _FP4]) / np.float32(12)),
+    "int8": Code(8, np.append(np.arange(-127, 128), 127).astype(np.float32) / np.float32(127)),
+}
+DYNAMIC = Code(8, _dynamic_map())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    """Scales in 8 bits: values[codes] * absmax + offset.
+
+    codes: uint8 (layers..., blocks). absmax: float32 (layers..., ceil(blocks / 256)). offset:
+    float32 (layers...), the mean of the scales. values: float32 (layers..., 256), the table.
+    """
+
+    codes: Array
+    absmax: Array
+    offset: Array
+
+    def decoded(self) -> Array:
+        """(layers..., blocks) float32."""
+        blocks = self.codes.shape[-1]
+        each = jnp.repeat(self.absmax, NESTED_BLOCK, axis=-1)[..., :blocks]
+        return (
+            _rounded(jnp.take(DYNAMIC.values, self.codes, mode="clip") * each)
+            + (self.offset[..., None])
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantised(ops.Stored):
+    """A linear layer's frozen kernel as codes. Its product: `lorax.quant.matmul`.
+
+    codes: uint8 (layers..., ceil(in out / codes in a byte)), of W (out, in) row by row.
+    absmax: the scales, float32 (layers..., ceil(in out / block)) or `Nested`.
+    kernel: (static) the kernel's own shape, its inputs' axes first. n_in: (static) their product.
+    kind: (static) of `CODES`. block: (static). dtype: (static) to which decoded values are rounded.
+    """
+
+    codes: Array
+    absmax: Array | Nested
+    kernel: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    n_in: int = dataclasses.field(metadata={"static": True})
+    kind: str = dataclasses.field(metadata={"static": True})
+    block: int = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.codes.shape[:-1], *self.kernel)
+
+    @property
+    def code(self) -> Code:
+        return CODES[self.kind]
+
+    @property
+    def n_out(self) -> int:
+        return math.prod(self.kernel) // self.n_in
+
+    def scales(self) -> Array:
+        """(layers..., blocks) float32."""
+        return self.absmax.decoded() if isinstance(self.absmax, Nested) else self.absmax
+
+    def rows_of_outputs(self) -> Array:
+        """W, (layers..., out, in) in `dtype`: table[code] * scale in float32, rounded once."""
+        return _decode(
+            self.codes, self.scales(), self.n_in, self.n_out, self.kind, self.block
+        ).astype(self.dtype)
+
+    def decoded(self) -> Array:
+        return jnp.swapaxes(self.rows_of_outputs(), -1, -2).reshape(self.shape)
+
+    def product(self, x, axis: int):
+        return matmul.product(x, self, axis)
+
+
+# --------------------------------------------------------------------------------------- to codes
+
+
+def quantize(params, kind: str = "nf4", double: bool = False, block: int = 64, sites=None):
+    """The same parameters with `Quantised` leaves for the kernels of linear layers.
+
+    Heads and embeddings stay as they are, as everything does that is no matrix (QLoRA, section 3).
+    sites: {path: `ops.Site`}, `ops.sites_from_shapes` where None. Kernels are done one at a time.
+    Raises ValueError for a kind or a block that there is not, a kernel whose outputs' axes come
+    before its inputs', and one that is not finite, each by its path.
+    """
+    flat = tree.flatten(params)
+    sites = ops.sites_from_shapes(params) if sites is None else sites
+    linear = {path: site for path, site in sites.items() if site.kind == "linear"}
+    for path, site in resolve(("all-linear",), linear).items():
+        w = flat[path]
+        if site.ins + site.outs != tuple(range(len(site.ins + site.outs))):
+            raise ValueError(f"quant: {path}: axes {site.outs} are outputs, before its inputs")
+        try:
+            leaf = quantise(site.to_matrix(w), kind, block, double)
+        except ValueError as error:
+            raise ValueError(f"quant: {path}: {error}") from error
+        flat[path] = dataclasses.replace(leaf, kernel=w.shape[site.stack :])
+    return tree.unflatten(flat)
+
+
+def quantise(w, kind: str = "nf4", block: int = 64, double: bool = False) -> Quantised:
+    """(in, out), or (layers..., in, out), in float32, bfloat16 or float16, as codes.
+
+    Raises ValueError for a kind or a block that there is not, and for numbers that are not finite
+    or so large that their inverse is subnormal.
+    """
+    if kind not in CODES:
+        raise ValueError(f"{kind!r} is not one of {', '.join(CODES)}")
+    if block not in BLOCKS:
+        raise ValueError(f"blocks of {block} are not one of {', '.join(map(str, BLOCKS))}")
+    w, code = jnp.asarray(w), CODES[kind]
+    *layers, n_in, n_out = w.shape
+    stack = w.reshape(-1, n_in, n_out)
+    if n_in % block == 0:
+        # Several programs and not one: together XLA would make the scales anew for every number.
+        scales = _scales(stack, block)
+        codes = _turned(_pack(stack, scales, code, block))
+        absmax = jnp.swapaxes(scales, 1, 2)
+    else:
+        codes, absmax = jax.lax.map(lambda one: _flat(one, code, block), stack)
+    codes, absmax = (x.reshape(len(stack), -1) for x in (codes, absmax))
+    fits = jnp.all(absmax < _MOST)
+    if not isinstance(fits, jax.core.Tracer) and not fits:
+        raise ValueError(f"holds numbers that are not finite, or above {_MOST:.0e}")
+    held = (codes, jax.vmap(_nest)(absmax) if double else absmax)
+    held = jax.tree.map(lambda x: x.reshape(*layers, *x.shape[1:]), held)
+    return Quantised(*held, (n_in, n_out), n_in, kind, block, w.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="block")
+def _scales(w, block: int):
+    """(layers, in, out) -> (layers, in / block, out) float32. Halves of a block against each other:
+    XLA reduces an inner axis slowly."""
+    x = jnp.abs(_blocks(w, block))
+    while x.shape[2] > 1:
+        half = x.shape[2] // 2
+        x = jnp.maximum(x[:, :, :half], x[:, :, half:])
+    return x[:, :, 0]
+
+
+@functools.partial(jax.jit, static_argnames=("code", "block"))
+def _pack(w, scales, code: Code, block: int):
+    """(layers, in, out) -> (layers, in / codes in a word, out): 32 bits of codes, the first ones in
+    its lowest byte and there in the high half."""
+    x = _blocks(w, block) * (1 / _or_one(scales))[:, :, None]
+    per_word = 4 * code.per_byte
+    x = x.reshape(len(w), -1, per_word, w.shape[2])
+    words = 0
+    for i in range(per_word):
+        byte, place = divmod(i, code.per_byte)
+        shift = 8 * byte + (8 - code.bits * (place + 1))
+        words |= code.nearest(x[:, :, i]).astype(jnp.uint32) << shift
+    return words
+
+
+@jax.jit
+def _turned(words):
+    """(layers, words, out) -> (layers, out, bytes) uint8. Words are turned, which is faster."""
+    return jax.lax.bitcast_convert_type(jnp.swapaxes(words, 1, 2), jnp.uint8)
+
+
+def _blocks(w, block: int):
+    """(layers, in, out) -> (layers, in / block, block, out) float32."""
+    return w.astype(jnp.float32).reshape(len(w), -1, block, w.shape[2])
+
+
+@functools.partial(jax.jit, static_argnames=("code", "block"))
+def _flat(w, code: Code, block: int):
+    """(codes, scales) of a matrix whose outputs are no whole blocks."""
+    codes, absmax = _nearest(code, w.astype(jnp.float32).T.reshape(-1), block)
+    if code.per_byte == 2:
+        nothing = code.nearest(jnp.zeros(codes.size % 2))
+        high, low = jnp.concatenate([codes, nothing]).reshape(-1, 2).T
+        codes = high << 4 | low
+    return codes, absmax
+
+
+def _nearest(code: Code, x, block: int):
+    """(codes (n,) uint8, scales (ceil(n / block),) float32) of x (n,) float32."""
+    full = x.size // block * block
+    blocks, tail = x[:full].reshape(-1, block), x[full:]
+    absmax = jnp.max(jnp.abs(blocks), axis=1)
+    scaled = blocks * (1 / _or_one(absmax))[:, None]
+    codes = code.nearest(scaled.reshape(-1))
+    if not tail.size:
+        return codes, absmax
+    last = jnp.max(jnp.abs(tail))
+    # XLA makes a division by one scalar a product with its inverse, which rounds differently.
+    divisor = jax.lax.optimization_barrier(jnp.broadcast_to(_or_one(last), tail.shape))
+    codes = jnp.concatenate([codes, code.nearest(tail / divisor)])
+    return codes, jnp.append(absmax, last)
+
+
+def _or_one(scale):
+    return jnp.where(scale > 0, scale, 1)
+
+
+@jax.jit
+def _nest(absmax) -> Nested:
+    offset = jnp.mean(absmax)
+    codes, outer = _nearest(DYNAMIC, absmax - offset, NESTED_BLOCK)
+    return Nested(codes, outer, offset)
+
+
+# ------------------------------------------------------------------------------------- from codes
+
+
+def _decode(codes, scales, n_in: int, n_out: int, kind: str, block: int):
+    """(layers..., out, in) float32."""
+    if codes.ndim > 1:
+        one = lambda c, s: _decode(c, s, n_in, n_out, kind, block)
+        return jax.vmap(one)(codes, scales)
+    n = n_in * n_out
+    values = jnp.take(jnp.asarray(pairs(kind)), codes, axis=0, mode="clip").reshape(-1)[:n]
+    each = jnp.repeat(scales, block)[:n]
+    return (values * each).reshape(n_out, n_in)
+
+
+@functools.cache
+def pairs(kind: str) -> np.ndarray:
+    """(256, codes in a byte) float32: the values that each byte stands for."""
+    code = CODES[kind]
+    byte = np.arange(256)
+    if code.per_byte == 1:
+        return code.values[:, None]
+    return np.stack([code.values[byte >> 4], code.values[byte & 15]], axis=1)
+
+
+def _rounded(x):
+    """x as it is. A compiler that sees a product in a sum rounds once, after both; through this it
+    does not see it."""
+    return jnp.where(x == x, x, 0)
