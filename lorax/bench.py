@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lorax import config, decode, methods, ops, tasks, tree
+from lorax import config, decode, methods, ops, quant, tasks, tree
 from lorax.files import write_bytes
 from lorax.models import Base, gpt2
 from lorax.train import sweep
@@ -128,6 +128,70 @@ def bench_mixed(shapes: list[str], rounds: int) -> list[Row]:
             label = f"8 rows with 8 adapters, {name}, {what}"
             rows.append(_row(label, seconds["lorax"], seconds["peft"], "PEFT, mixed batch"))
     return rows
+
+
+def bench_nf4(shapes: list[str], rounds: int) -> list[Row]:
+    """A 4096 x 4096 weight in NF4, blocks of 64: to codes and back, and its product with 1 to 4096
+    rows in float32, against bitsandbytes and against the product with the weight itself."""
+    if not importlib.util.find_spec("bitsandbytes"):
+        raise SystemExit("bench nf4 compares with bitsandbytes: pip install bitsandbytes torch")
+    import bitsandbytes
+    import torch
+
+    n, rng = 4096, np.random.default_rng(0)
+    w = rng.standard_normal((n, n)).astype(np.float32)  # (out, in)
+    ours, theirs = jax.numpy.asarray(w.T), torch.tensor(w)
+    leaf = quant.quantise(ours)
+    codes, state = bitsandbytes.functional.quantize_4bit(theirs, quant_type="nf4")
+    # Its layer repacks the codes for evaluation.
+    layer = bitsandbytes.nn.Linear4bit(n, n, bias=False, quant_type="nf4")
+    layer.weight = bitsandbytes.nn.Params4bit(theirs, quant_type="nf4", requires_grad=False)
+    layer = layer.to("cpu").eval()
+    decode = jax.jit(quant.Quantised.rows_of_outputs)
+    sides = {
+        "quantise": lambda: quant.quantise(ours).codes,
+        "quantise, theirs": lambda: bitsandbytes.functional.quantize_4bit(theirs, quant_type="nf4"),
+        "dequantise": lambda: decode(leaf),
+        "dequantise, theirs": lambda: bitsandbytes.functional.dequantize_4bit(codes, state),
+    }
+    rows = []
+    with torch.no_grad():
+        seconds = _measure({name: _timed(run) for name, run in sides.items()}, rounds)
+        for name in ("quantise", "dequantise"):
+            other = seconds[f"{name}, theirs"]
+            rows.append(_row(f"NF4, 4096 x 4096, {name}", seconds[name], other, "bitsandbytes"))
+        product = jax.jit(lambda x, leaf: leaf.product(x, 0))
+        dense = jax.jit(lambda x, w: x @ w)
+        for count in (1, 16, 256, 4096):
+            x = rng.standard_normal((count, n)).astype(np.float32)
+            own, other = jax.numpy.asarray(x), torch.tensor(x)
+            against = {
+                "bitsandbytes, matmul_4bit": lambda x=other: bitsandbytes.matmul_4bit(
+                    x, codes.t(), state
+                ),
+                "bitsandbytes, layer in evaluation": lambda x=other: layer(x),
+                "JAX, float32 weight": lambda x=own: dense(x, ours),
+            }
+            sides = {"lorax": lambda x=own: product(x, leaf)} | against
+            seconds = _measure({name: _timed(run) for name, run in sides.items()}, rounds)
+            for name in against:
+                label = f"NF4, product with {count} rows"
+                rows.append(_row(label, seconds["lorax"], seconds[name], name))
+    return rows
+
+
+def _timed(run: Callable) -> Callable[[], float]:
+    """Seconds of one call, the least of three."""
+
+    def seconds():
+        found = []
+        for _ in range(3):
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    return seconds
 
 
 def _base(shape: Shape, param_dtype: str = "float32") -> Base:
@@ -323,6 +387,7 @@ BENCHES = {
     "step": bench_step,
     "dora": bench_dora,
     "mixed": bench_mixed,
+    "nf4": bench_nf4,
 }
 
 
