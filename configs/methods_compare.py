@@ -16,19 +16,19 @@ METHODS = (
     ("rslora", 4, None, 2e-2),  # 8,192
     ("dora", 4, None, 2e-2),  # 9,216
     ("lora-fa", 8, None, 8e-2),  # 8,192
-    ("lora+", 4, None, 8e-3),  # 8,192
+    ("lora+", 4, None, 4e-3),  # 8,192
     ("adalora", 4, None, 8e-2),  # 8,224
     ("loha", 2, None, 4e-2),  # 8,192
-    ("lokr", 32, None, 2e-2),  # 8,320: whole factors of 4 x 4 and 32 x 32
-    ("vera", 896, None, 8e-2),  # 8,192
-    ("ia3", 8, None, 8e-2),  # 3,072
+    ("lokr", 32, None, 8e-2),  # 8,320: whole factors of 4 x 4 and 32 x 32
+    ("vera", 896, None, 3e-1),  # 8,192
+    ("ia3", 8, None, 3e-1),  # 3,072
     ("houlsby", 2, None, 2e-2),  # 7,440
     ("pfeiffer", 7, None, 2e-2),  # 7,708
     ("bitfit", 8, None, 4e-2),  # 5,760
     ("ln-tuning", 8, None, 4e-2),  # 2,304
-    ("prefix", 8, 8, 8e-2),  # 8,192
-    ("prompt", 8, 64, 4e-1),  # 8,192
-    ("llama-adapter", 8, 16, 8e-2),  # 8,196
+    ("prefix", 8, 8, 3e-1),  # 8,192
+    ("prompt", 8, 64, 2e-1),  # 8,192
+    ("llama-adapter", 8, 16, 1.6e-1),  # 8,196
     ("full", 8, None, 4e-3),  # 957,184
 )
 FACTORS = (0.25, 1, 4)  # of the learning rate
