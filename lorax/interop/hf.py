@@ -64,6 +64,20 @@ def weight_files(directory: Path) -> list[Path]:
     raise FileNotFoundError(f"{directory}: no model.safetensors")
 
 
+def tensors(directory: Path) -> dict[str, tuple]:
+    """{tensor's name: (open handle, its file)} of all safetensors files of a model directory.
+
+    Raises FileNotFoundError as `weight_files`, ValueError that names a file that is damaged."""
+    where = {}
+    for file in weight_files(directory):
+        try:
+            handle = safe_open(file, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
+        where.update({key: (handle, file) for key in handle.keys()})  # noqa: SIM118
+    return where
+
+
 def read(
     directory: Path,
     sources: Mapping[str, Source],
@@ -78,14 +92,7 @@ def read(
     of other classes), and then are missing from the answer.
     Raises ValueError that names file, tensor and shapes where they disagree or a file is corrupt.
     """
-    where = {}
-    for file in weight_files(directory):
-        try:
-            handle = safe_open(file, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
-        where.update({key: (handle, file) for key in handle.keys()})  # noqa: SIM118
-
+    where = tensors(directory)
     widths: dict[str, int] = {}  # of fused tensors
     for source in sources.values():
         if source.part is not None:
@@ -99,7 +106,7 @@ def read(
     def find(source, layer, shape):
         """The tensor of one layer, to be sliced."""
         name = source.name.format(layer)
-        key = next((key for key in _spellings(name) if key in where), None)
+        key = next((key for key in spellings(name) if key in where), None)
         if key is None:
             raise ValueError(f"{directory}: no tensor {name!r} in its safetensors files")
         handle, file = where[key]
@@ -112,7 +119,7 @@ def read(
         return piece
 
     def fits(source, shape):
-        keys = [key for key in _spellings(source.name) if key in where]
+        keys = [key for key in spellings(source.name) if key in where]
         return bool(keys) and where[keys[0]][0].get_slice(keys[0]).get_shape() == stored(
             source, shape
         )
@@ -156,7 +163,7 @@ def _put(leaf, value, at):
     return jax.lax.dynamic_update_slice(leaf, value.astype(leaf.dtype), at)
 
 
-def _spellings(name: str) -> list[str]:
+def spellings(name: str) -> list[str]:
     """Names under which a tensor may lie: a checkpoint of the bare model has no "transformer." in
     front, and BERT's oldest call a norm's weight and bias gamma and beta."""
     names = [name, name.split(".", 1)[-1]]

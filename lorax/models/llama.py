@@ -370,11 +370,6 @@ def config_from_hf(hf: dict, **run) -> Config:
     for option in ("attention_bias", "mlp_bias"):
         if option in _FOREIGN[family] and hf.get(option):
             raise ValueError(f"{option}=true is not supported for {family}")
-    if hf.get("quantization_config"):
-        raise ValueError(
-            "quantization_config: quantised weights are not supported; give the model in float32, "
-            "float16 or bfloat16"
-        )
     own = [field for field in _HF_FIELDS if field not in _FOREIGN[family]]
     fields = _DEFAULTS[family] | {name: hf[name] for name in own if name in hf}
     if family == "qwen2" and not hf.get("use_sliding_window"):

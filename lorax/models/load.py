@@ -12,7 +12,7 @@ from flax import linen as nn
 from lorax import ops, tree, vocabulary
 from lorax.errors import nearest
 from lorax.files import atomically, read_json
-from lorax.interop import hf
+from lorax.interop import bnb, hf
 from lorax.models import bert, deberta, falcon, gpt2, llama, vit
 from lorax.models.shapes import ARCHITECTURES
 from lorax.vocabulary import Vocabulary
@@ -78,7 +78,10 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
         head = tuple(path for path in shapes if path.startswith("head/"))
         sizes = {path: leaf.shape for path, leaf in shapes.items()}
         source, _ = FAMILIES[base.family]
-        flat = hf.read(directory, source.hf_tensors(base.config), sizes, param_dtype, optional=head)
+        where = source.hf_tensors(base.config)
+        flat = bnb.read(directory, where, sizes)
+        where = {path: own for path, own in where.items() if path not in flat}
+        flat |= hf.read(directory, where, sizes, param_dtype, optional=head)
         fresh = tuple(path for path in head if path not in flat)
         if fresh:
             drawn = tree.flatten(jax.jit(lambda: init()["head"])())
@@ -107,6 +110,12 @@ def _build(name: str, weights: bool, dtype, param_dtype, run: dict):
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"base: {name} is a {family!r} model; supported: {', '.join(FAMILIES)}")
+    coded = raw.get("quantization_config") or {}
+    if coded and not coded.get("load_in_4bit"):
+        raise ValueError(
+            f"base: {name}: quantization_config: {coded.get('quant_method', coded)!r} is not "
+            "supported; bitsandbytes' 4 bits are, and weights in float32, float16 or bfloat16"
+        )
     source, model = FAMILIES[family]
     unknown = [field for field in run if field not in source.Config.__dataclass_fields__]
     if unknown:

@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import ops, tree
-from lorax.methods.targets import resolve
 from lorax.quant import matmul
 
 Array = jax.Array
@@ -183,14 +182,23 @@ class Quantised(ops.Stored):
 def quantize(params, kind: str = "nf4", double: bool = False, block: int = 64, sites=None):
     """The same parameters with `Quantised` leaves for the kernels of linear layers.
 
-    Heads and embeddings stay as they are, as everything does that is no matrix (QLoRA, section 3).
+    Heads and embeddings stay as they are, as does everything that is no matrix (QLoRA, section 3),
+    or is quantised already.
     sites: {path: `ops.Site`}, `ops.sites_from_shapes` where None. Kernels are done one at a time.
     Raises ValueError for a kind or a block that there is not, a kernel whose outputs' axes come
     before its inputs', and one that is not finite, each by its path.
     """
+    from lorax.methods.targets import resolve  # which needs models, and they what is here
+
     flat = tree.flatten(params)
     sites = ops.sites_from_shapes(params) if sites is None else sites
-    linear = {path: site for path, site in sites.items() if site.kind == "linear"}
+    linear = {
+        path: site
+        for path, site in sites.items()
+        if site.kind == "linear" and not isinstance(flat[path], Quantised)
+    }
+    if not linear:
+        return params
     for path, site in resolve(("all-linear",), linear).items():
         w = flat[path]
         if site.ins + site.outs != tuple(range(len(site.ins + site.outs))):

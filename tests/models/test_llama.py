@@ -340,7 +340,6 @@ def test_weights_in_bfloat16_tell_nearly_the_same():
         (dict(model_type="gemma"), r"model_type 'gemma' is not one of .*'mistral'"),
         (dict(model_type="mistral", attention_bias=True), "attention_bias=true .* for mistral"),
         (dict(model_type="qwen2", mlp_bias=True), "mlp_bias=true is not supported for qwen2"),
-        (dict(quantization_config={"bits": 4}), "quantization_config: quantised weights are not"),
         (dict(hidden_act="swish7"), "hidden_act 'swish7' is not one of .*silu"),
         (dict(hidden_size=18), "hidden_size 18 is not a multiple of num_attention_heads 4"),
         (dict(num_key_value_heads=3), "num_attention_heads 4 .* of num_key_value_heads 3"),

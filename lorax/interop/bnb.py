@@ -1,0 +1,107 @@
+"""Checkpoints whose linear layers bitsandbytes has quantised, as transformers saves them.
+
+Beside `NAME.weight`, uint8 codes (n / 2, 1), lie
+
+    NAME.weight.absmax                              the scales, float32, or codes of nested ones
+    NAME.weight.nested_absmax, .nested_quant_map    their scales and the table of their values
+    NAME.weight.quant_map                           the table of the 16 values
+    NAME.weight.quant_state.bitsandbytes__nf4       JSON: blocksize, dtype, shape (out, in), offset
+
+Codes and scales are taken as they are: nothing is decoded, and what they stand for is the same bit
+for bit.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax.interop import hf
+from lorax.quant import nf4
+
+_STATE = ".quant_state.bitsandbytes__"
+
+
+def read(
+    directory: Path, sources: Mapping[str, hf.Source], shapes: Mapping[str, tuple]
+) -> dict[str, nf4.Quantised]:
+    """{path: leaf} of the parameters that the directory holds in 4 bits; {} where none are.
+
+    sources, shapes: as for `hf.read`. Raises ValueError that names the file and the tensor for a
+    state that can't be read, a table of other values, a shape that is not config.json's, a kernel
+    of which only some layers are quantised, and a part of a fused one that is no whole blocks.
+    """
+    where = hf.tensors(directory)
+    if not any(_STATE in key for key in where):
+        return {}
+    found = {}
+    for path, source in sources.items():
+        stacked = "{}" in source.name
+        layers = range(shapes[path][0]) if stacked else [None]
+        names = [_stored(source.name.format(layer), where) for layer in layers]
+        if not any(names):
+            continue
+        if not all(names):
+            raise ValueError(f"{directory}: {path}: some of its layers are quantised, others not")
+        own = tuple(shapes[path][1:] if stacked else shapes[path])
+        leaves = [_leaf(name, where, source, own) for name in names]
+        if len({jax.tree.structure(leaf) for leaf in leaves}) > 1:
+            raise ValueError(f"{directory}: {path}: its layers are quantised in different ways")
+        found[path] = jax.tree.map(lambda *x: jnp.stack(x), *leaves) if stacked else leaves[0]
+    return found
+
+
+def _stored(name: str, where) -> str | None:
+    """The name under which a quantised tensor lies, None for one that is not quantised."""
+    for key in hf.spellings(name):
+        if any(f"{key}{_STATE}{kind}" in where for kind in ("nf4", "fp4")):
+            return key
+    return None
+
+
+def _leaf(name: str, where, source: hf.Source, shape: tuple) -> nf4.Quantised:
+    """One layer's kernel (in, out), or its part of a fused one."""
+    kind = next(kind for kind in ("nf4", "fp4") if f"{name}{_STATE}{kind}" in where)
+    get = lambda suffix: where[name + suffix][0].get_tensor(name + suffix)
+    file = where[name][1]
+    try:
+        state = json.loads(get(f"{_STATE}{kind}").tobytes())
+        block, dtype, given = state["blocksize"], jnp.dtype(state["dtype"]), tuple(state["shape"])
+        codes, absmax, table = get("").view(np.uint8).reshape(-1), get(".absmax"), get(".quant_map")
+        nested = "nested_offset" in state
+        if nested:
+            outer, map_ = get(".nested_absmax"), get(".nested_quant_map")
+            offset, outer_block = np.float32(state["nested_offset"]), state["nested_blocksize"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {name}: no state of bitsandbytes ({error!r})") from None
+    n_in, n_out = shape
+    width = given[0] if source.part is not None else n_out
+    if given != (width, n_in) or codes.size != -(-width * n_in // 2):
+        raise ValueError(f"{file}: {name}: (out, in) = {given}, config.json says {(n_out, n_in)}")
+    if not np.array_equal(table, nf4.CODES[kind].values):
+        raise ValueError(f"{file}: {name}: its {kind} values are not the ones that are known")
+    if block not in nf4.BLOCKS:
+        raise ValueError(f"{file}: {name}: blocks of {block}; there are {nf4.BLOCKS}")
+    if nested:
+        if outer_block != nf4.NESTED_BLOCK or not np.array_equal(map_, nf4.DYNAMIC.values):
+            raise ValueError(f"{file}: {name}: scales nested in another way than is known")
+        scales = nf4.Nested(*map(jnp.asarray, (absmax, outer, offset)))
+    else:
+        scales = jnp.asarray(absmax, jnp.float32)
+    if source.part is not None:
+        first, last = _rows(source.part, f"{file}: {name}")
+        if first * n_in % block or (last * n_in % block and last != width):
+            raise ValueError(f"{file}: {name}: outputs {first} to {last} are no whole blocks")
+        codes = codes[first * n_in // 2 : -(-last * n_in // 2)]
+        scales = scales.decoded() if nested else scales  # blocks of 256 may go across the parts
+        scales = scales[first * n_in // block : -(-last * n_in // block)]
+    return nf4.Quantised(jnp.asarray(codes), scales, shape, n_in, kind, block, dtype)
+
+
+def _rows(part, where: str) -> tuple[int, int]:
+    if not isinstance(part, slice):
+        raise ValueError(f"{where}: its parts are interleaved: only a model in full can be read")
+    return part.start or 0, part.stop
