@@ -160,6 +160,17 @@ def decode(word, planes, permute) -> list:
     return pairs
 
 
+def register_moves(i: int):
+    """(register of a word, the 4 registers of its weights) for all words of operand i of a step.
+
+    Registers of a thread are (1, tiles of columns, 1, 1, halves of 8 rows): a column tile is 4
+    words, or 8 weights of which a thread has 2.
+    """
+    for chunk, rows in itertools.product(range(BLOCK // 32), range(2)):
+        weights = [(0, 4 * chunk + tile, 0, 0, rows) for tile in range(4)]
+        yield (0, BLOCK // 32 * i + chunk, 0, 0, rows), weights
+
+
 class _Word:
     """A 32-bit value of the kernel with the operators that `decode` needs."""
 
@@ -201,13 +212,11 @@ def _decoded(words, scales_ref, i: int, table):
     def body(_, words, scales_ref):
         tables = tuple(tuple(_Word.of(w) for w in plane) for plane in planes(table))
         pair = ir.VectorType.get((2,), ir.BF16Type.get())
-        # Registers: (1, tiles of 8 columns, 1, 1, halves of 8 rows, 1, 1, 1, 1).
         registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape((64, BLOCK)), dtype=object)
-        for chunk, rows in itertools.product(range(BLOCK // 32), range(2)):
-            held = words.registers[0, BLOCK // 32 * i + chunk, 0, 0, rows].item()
+        for source, places in register_moves(i):
+            held = words.registers[source].item()
             word = _Word(vector.extract(held, dynamic_position=[], static_position=[0]))
-            for tile, value in enumerate(decode(word, tables, _Word.permute)):
-                place = (0, 4 * chunk + tile, 0, 0, rows)
+            for place, value in zip(places, decode(word, tables, _Word.permute), strict=True):
                 registers[place] = mgpu_utils.bitcast(value.value, pair)
         codes = mgpu.FragmentedArray(
             _registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None
