@@ -90,7 +90,9 @@ def repack(codes, absmax, n_in: int, n_out: int) -> tuple[Array, Array]:
         raise ValueError(f"n_in, n_out: {why}")
     each = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(n_out, n_in // 32, 4, 4, 2)
     nibbles = each.swapaxes(2, 3).reshape(n_out, n_in // 8, 8).astype(jnp.uint32)
-    words = (nibbles << jnp.arange(0, 32, 4, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
+    words = (nibbles << jnp.arange(0, 32, 4, dtype=jnp.uint32)[None, None]).sum(
+        -1, dtype=jnp.uint32
+    )
     scales = absmax.reshape(n_out, n_in // BLOCK).T
     return jax.lax.bitcast_convert_type(words, jnp.int32), scales
 
@@ -103,7 +105,7 @@ def unpack(words, scales) -> tuple[Array, Array]:
 
 def codes_of(words) -> Array:
     """The codes (n_out, n_in) int32, in their order, of words (n_out, n_in / 8) int32."""
-    nibbles = (words[..., None] >> jnp.arange(0, 32, 4, dtype=jnp.int32)) & 15
+    nibbles = (words[..., None] >> jnp.arange(0, 32, 4, dtype=jnp.int32)[None, None]) & 15
     n_out = words.shape[0]
     return nibbles.reshape(n_out, -1, 4, 4, 2).swapaxes(2, 3).reshape(n_out, -1)
 

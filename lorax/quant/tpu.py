@@ -62,7 +62,7 @@ def repack(codes, absmax, n_in: int, n_out: int) -> tuple[Array, Array]:
         raise ValueError(f"n_in, n_out: {why}")
     each = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(n_out, n_in).T
     nibbles = each.reshape(n_in // GROUP, 8, WORDS, n_out).astype(jnp.uint32)
-    shifts = jnp.arange(0, 32, 4, dtype=jnp.uint32)[:, None, None]
+    shifts = jnp.arange(0, 32, 4, dtype=jnp.uint32)[None, :, None, None]
     words = (nibbles << shifts).sum(1, dtype=jnp.uint32).reshape(n_in // 8, n_out)
     scales = absmax.reshape(n_out, n_in // BLOCK).T
     return jax.lax.bitcast_convert_type(words, jnp.int32), scales
@@ -76,7 +76,7 @@ def unpack(words, scales) -> tuple[Array, Array]:
 
 def codes_of(words) -> Array:
     """The codes (n_in, n_out) int32, in their order, of words (n_in / 8, n_out) int32."""
-    shifts = jnp.arange(0, 32, 4, dtype=jnp.int32)[:, None, None]
+    shifts = jnp.arange(0, 32, 4, dtype=jnp.int32)[None, :, None, None]
     nibbles = (words.reshape(-1, 1, WORDS, words.shape[1]) >> shifts) & 15
     return nibbles.reshape(-1, words.shape[1])
 

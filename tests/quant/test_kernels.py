@@ -104,7 +104,9 @@ def register(layout, shape, warp, lane, place):
     held = np.arange(np.prod(shape)).reshape(shape)
     for tile in layout.tiling.tiles:
         lead, last = held.shape[: -len(tile)], held.shape[-len(tile) :]
-        held = held.reshape(*lead, *(n for s, t in zip(last, tile) for n in (s // t, t)))
+        held = held.reshape(
+            *lead, *(n for s, t in zip(last, tile, strict=True) for n in (s // t, t))
+        )
         axes = range(len(lead), held.ndim)
         held = held.transpose(*range(len(lead)), *axes[::2], *axes[1::2])
     at = [*place, *[0] * (held.ndim - len(place))]
