@@ -12,8 +12,9 @@ A block of 128 columns of y has two warpgroups that decode and multiply, 64 colu
 that keeps copies of x, codes and scales on their way. The loop over k is inside the kernel; where
 there are too few blocks for the machine it is split, and XLA adds the float32 parts, in order.
 
-It has been lowered for CUDA and its decoding emulated, bit for bit; it has not run on a GPU so far.
-Numbers of clock cycles below are estimates.
+It has been lowered for CUDA, assembled for sm_90a (no register spills, no `wgmma` made to wait) and
+its decoding emulated, bit for bit. It has not run on a GPU so far; numbers of clock cycles below
+are estimates.
 """
 
 import itertools
@@ -281,7 +282,7 @@ def matmul(x, words, scales, table, out_dtype=jnp.bfloat16, cut: Blocks | None =
     `repack`. table: 16 float32, known when the kernel is compiled. out_dtype: bfloat16 or float32.
     cut: in place of `blocks(M, n_in, n_out)`. Weights are `weight(words, scales, table)`.
 
-    It needs a Hopper GPU; it has been lowered for one, and not run so far.
+    It needs a Hopper GPU; it has been lowered and assembled for one, and not run so far.
     """
     n_out, n_in = words.shape[0], 8 * words.shape[1]
     rows = x.shape[0]
