@@ -12,8 +12,8 @@ A block of 128 columns of y has two warpgroups that decode and multiply, 64 colu
 that keeps copies of x, codes and scales on their way. The loop over k is inside the kernel; where
 there are too few blocks for the machine it is split, and XLA adds the float32 parts, in order.
 
-It has been lowered for CUDA and assembled for sm_90a (no register spills), and its decoding emulated,
-bit for bit. It has not run on a GPU so far; numbers of clock cycles below are estimates.
+It has been lowered for CUDA and assembled for sm_90a (no register spills); its decoding has been
+emulated, bit for bit. It has not run on a GPU so far; numbers of clock cycles below are estimates.
 """
 
 import itertools
