@@ -2,7 +2,7 @@
 
     python -m lorax.plan --config=configs/gpt2_rank_sweep.py
     python -m lorax.plan --config=configs/gpt2_rank_sweep.py --config.base=random:gpt3-175b \\
-        --config.param_dtype=bfloat16 --config.dtype=bfloat16 --config.train.remat=True
+        --config.param_dtype=bfloat16 --config.dtype=bfloat16 --config.train.remat=full
     python -m lorax.plan --config=FILE --device=h200,cpu
     python -m lorax.plan --table --markdown
 
@@ -140,7 +140,7 @@ class Plan(NamedTuple):
     members: int
     width: int
     name: str
-    remat: bool
+    remat: str
     parameters: int
     trainable: list[int]
     weights: int
@@ -489,7 +489,11 @@ def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
     export = exact if p.files_exact else estimated
     each = lambda x: (_bytes(x), _bytes(n * x))
     activations = lambda cost: _bytes(max(cost.temporaries - cost.width * p.gradients, 0))
-    remat = "made again in the backward pass" if p.remat else "kept for the backward pass"
+    remat = {
+        "none": "kept for the backward pass",
+        "full": "made again in the backward pass",
+        "dots": "made again but for products",
+    }[p.remat]
     steps = (one, wide._replace(half=n / p.width * wide.half, full=n / p.width * wide.full))
     lines = [
         ("parameters of the base", f"{p.parameters:,}", "shared", exact),

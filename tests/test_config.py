@@ -176,6 +176,9 @@ def test_a_malformed_sweep_is_one_clear_error(axes, zip_, message):
         (dict(dtype="float16"), "dtype: 'float16' given, must be one of .*did you mean 'bfloat16'"),
         (dict(train__schedule="linaer"), "train.schedule: 'linaer' .*did you mean 'linear'"),
         (dict(train__optimizer="adam"), "train.optimizer: 'adam' .*did you mean 'adamw'"),
+        (dict(train__remat="ful"), "train.remat: 'ful' .*none, full, dots; did you mean 'full'"),
+        (dict(train__remat=True), 'train.remat: True given, .* did you mean "full"'),
+        (dict(train__remat=False), 'train.remat: False given, .* did you mean "none"'),
         (dict(train__parallel="member"), "train.parallel: 'member' .*did you mean 'members'"),
     ],
 )

@@ -326,7 +326,7 @@ def fit(stacked: Stack, base: Base, train, batches, eval_batches, devices=None) 
         else:
             raise MemoryError(
                 f"one member needs {programs.bytes / 1e9:.2f} GB and {limit / 1e9:.2f} GB are "
-                "free: set train.remat=True, a larger train.accumulate or a smaller "
+                "free: set train.remat to full, a larger train.accumulate or a smaller "
                 "train.batch_size"
             )
 

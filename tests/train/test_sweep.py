@@ -160,7 +160,7 @@ def test_too_little_memory_means_parts_and_the_same_numbers(base, task, referenc
 def test_memory_for_not_even_one_is_an_error_before_any_allocation(base, task):
     c = settings(rank=(1, 2))
     c.train.memory_gb = 1e-6
-    with pytest.raises(MemoryError, match="one member needs .* set train.remat=True"):
+    with pytest.raises(MemoryError, match="one member needs .* set train.remat to full"):
         run(c, base, task)
 
 
