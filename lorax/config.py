@@ -91,6 +91,8 @@ def default() -> ConfigDict:
     # Activations that the backward pass makes again: none | full (all of a layer's) | dots (all but
     # what products give)
     c.train.remat = config_dict.FieldReference("none", field_type=object)
+    # "optimizer": its state lies in the host's memory but for the update, at one step a call
+    c.train.offload = config_dict.placeholder(str)
     c.train.parallel = "auto"  # over devices: members | batch | pmap | none
     c.train.width = 0  # members side by side in the program; 0: chosen
     c.train.memory_gb = 0.0  # limit for one program; 0: what the device has
@@ -340,6 +342,9 @@ def _check_values(c) -> None:
     meant = f'; did you mean "{"full" if remat else "none"}"?' if isinstance(remat, bool) else ""
     right = f"must be one of {', '.join(REMAT)}{meant or nearest(str(remat), REMAT)}"
     need("train.remat", remat, isinstance(remat, str) and remat in REMAT, right)
+    offload, pmap = c.train.offload, c.train.parallel == "pmap"
+    need("train.offload", offload, offload in (None, "optimizer"), "must be optimizer or None")
+    need("train.offload", offload, not (offload and pmap), 'needs a train.parallel but "pmap"')
     one_of("train.schedule", c.train.schedule, ("linear", "cosine", "constant"))
     one_of("train.optimizer", c.train.optimizer, ("adamw", "sgd"))
     one_of("train.parallel", c.train.parallel, ("auto", "members", "batch", "pmap", "none"))

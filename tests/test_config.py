@@ -179,6 +179,8 @@ def test_a_malformed_sweep_is_one_clear_error(axes, zip_, message):
         (dict(train__remat="ful"), "train.remat: 'ful' .*none, full, dots; did you mean 'full'"),
         (dict(train__remat=True), 'train.remat: True given, .* did you mean "full"'),
         (dict(train__remat=False), 'train.remat: False given, .* did you mean "none"'),
+        (dict(train__offload="adam"), "train.offload: 'adam' given, must be optimizer or None"),
+        (dict(train__offload="optimizer", train__parallel="pmap"), "train.offload: .* but .pmap"),
         (dict(train__parallel="member"), "train.parallel: 'member' .*did you mean 'members'"),
     ],
 )

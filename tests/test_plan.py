@@ -172,6 +172,8 @@ PEAKS = [
     ("tiny-llama", 2, 2, {"train__remat": "full"}),
     ("tiny-llama", 2, 2, {"train__remat": "dots"}),
     ("tiny-gpt2", 2, 1, {"train__remat": "dots", "train__accumulate": 2}),
+    ("tiny-llama", 3, 3, {"train__offload": "optimizer"}),
+    ("tiny-gpt2", 4, 2, {"train__offload": "optimizer", "train__remat": "full"}),
     ("tiny-llama", 4, 2, {"train__accumulate": 2}),
     ("tiny-llama", 4, 2, HALF),
     ("tiny-llama", 2, 1, {"operands": "bfloat16"}),
@@ -179,7 +181,7 @@ PEAKS = [
 
 
 @pytest.mark.parametrize(
-    ("base", "n", "width", "changes"), few(PEAKS, [PEAKS[1], PEAKS[5], PEAKS[8]])
+    ("base", "n", "width", "changes"), few(PEAKS, [PEAKS[1], PEAKS[5], PEAKS[8], PEAKS[10]])
 )
 def test_peak_is_the_compiled_programs(base, n, width, changes, monkeypatch):
     """Within 3 %, of the program that a CPU would run; temporaries dominate it."""
@@ -204,6 +206,21 @@ def test_what_is_made_again_costs_work_and_saves_memory():
         "made again but for products",
         "made again in the backward pass",
     ]
+
+
+def test_an_offloaded_state_is_shown_and_not_on_the_device(monkeypatch):
+    monkeypatch.setattr(plan, "_compiled", lambda *_: {(1, False): (10**7, 0, 0, 0)})
+    here, away = (
+        plan.plan(members_of(ranks=(8,), train__offload=where)) for where in (None, "optimizer")
+    )
+    rest = here.rest - away.rest  # of batches: one step a call and not two
+    assert here.optimizer == away.optimizer > 2 * here.adapters and here.state == away.state
+    peak = lambda p: p.peak(1, p.at(1))
+    assert peak(here) - peak(away) - rest == here.optimizer
+    small = away.at(1)._replace(temporaries=0)  # then the update takes the most
+    assert away.peak(1, small) == away.weights + away.state + away.gradients + away.constants
+    lines = {row[0]: row[1] for row in plan.describe(0, away, [])[0].rows}
+    assert lines["optimiser state, in the host memory"] == plan._bytes(away.optimizer)
 
 
 @pytest.mark.parametrize("changes", few([{}, {"method__name": "full"}], [{}]))
@@ -241,7 +258,7 @@ def test_work_counts_loops_what_is_made_again_and_nothing_dead():
 
 def test_members_that_fit_are_the_most_that_fit():
     line = plan.Cost(1, 100.0, 1.0, 0.0, 1.0), plan.Cost(5, 460.0, 5.0, 0.0, 5.0)
-    p = plan.Plan(5, 5, "", "none", 0, [1], 1000, 3, 1, 3, 6, 2, [1], True, list(line), None)
+    p = plan.Plan(5, 5, "", "none", False, 0, [1], 1000, 3, 1, 3, 6, 2, [1], True, list(line), None)
     assert p.at(3).temporaries == 280 and p.at(9).temporaries == 820
     assert p._replace(costs=[line[0]]).at(3).temporaries == 300
     for side_by_side in (True, False):

@@ -26,6 +26,7 @@ from lorax.train import step as train_step
 TOKEN_FEATURES = 200_000  # tokens x features that a CPU likes side by side (lorax.bench sweep)
 CPU_COPIES = 128e6  # bytes of the base, one copy for each of a CPU's devices, that "auto" spends
 STEPS_PER_CALL = 10
+HOST = "pinned_host"  # kind of memory that holds what is offloaded
 
 
 def split_cpu() -> None:
@@ -172,9 +173,15 @@ def _good_width(tokens: int, base: Base, platform: str) -> int:
 class Programs(NamedTuple):
     """Compiled for one shape of stack and one layout; host trees go in through `place*`.
 
+    With `train.offload` the optimiser's state lies in the host's memory whenever no step updates
+    it. A call is two programs: one takes the gradients; then the state comes to the device, the
+    other updates, and the state goes back, so that activations and state are never on a device
+    together. QLoRA pages for the same end (arXiv:2305.14314, section 3, "Paged Optimizers"). Moving
+    changes no bit; two programs for one may round the last one otherwise.
+
     train(params, constants, hyper, state, batches) -> (state, metrics (M, K)); donates the state.
     evaluate(params, constants, trainable, batches) -> (losses (M,), scores (M, N, B, k) or None).
-    place_base(params), place(stacked tree), place_batches(batches).
+    place_base(params), place(stacked tree), place_state(a stack's state), place_batches(batches).
     bytes: of one call to train on one device: arguments + temporaries + outputs - aliases.
     """
 
@@ -182,6 +189,7 @@ class Programs(NamedTuple):
     evaluate: Callable
     place_base: Callable
     place: Callable
+    place_state: Callable
     place_batches: Callable
     layout: Layout
     bytes: int
@@ -214,12 +222,13 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
     mesh = Mesh(np.array(layout.devices), ("devices",))
     shared, apart = P(), P("devices") if layout.mode in ("members", "pmap") else P()
     by_batch = P(None, None, None, "devices") if layout.mode == "batch" else apart
+    share = lambda f, specs: f
     if layout.mode == "members":
         share = lambda f, specs: jax.shard_map(
             f, mesh=mesh, in_specs=specs, out_specs=apart, check_vma=False
         )
-        train = share(train, (shared, apart, apart, apart, apart))
-        evaluate = share(evaluate, (shared, apart, apart, shared))
+    train = share(train, (shared, apart, apart, apart, apart))
+    evaluate = share(evaluate, (shared, apart, apart, shared))
     if layout.mode == "pmap":
         train = _pmapped(train, layout.devices, (None, 0, 0, 0, 0), donate=3)
         evaluate = _pmapped(evaluate, layout.devices, (None, 0, 0, None))
@@ -232,7 +241,7 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
     place = lambda tree: jax.device_put(fill(tree), at(apart))
     place_batches = lambda tree: jax.device_put(fill(tree), at(by_batch))
     if layout.mode == "pmap":
-        return Programs(train, evaluate, place_base, place, place_batches, layout, 0)
+        return Programs(train, evaluate, place_base, place, place, place_batches, layout, 0)
 
     def described(tree, spec, lead):
         """Shapes of a tree with the axes `lead` in front."""
@@ -242,17 +251,50 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
     member = jax.eval_shape(lambda t: jax.tree.map(lambda x: x[0], t), stacked[2:])
     constants, hyper, state = described(member, apart, (size,))
     params = described(base.params, shared, ())
-    train = (
-        jax.jit(train, donate_argnums=3)
-        .lower(params, constants, hyper, state, described(batches, by_batch, (size,)))
-        .compile()
-    )
+    batches = described(batches, by_batch, (size,))
     evaluate = (
         jax.jit(evaluate)
         .lower(params, constants, state.trainable, described(eval_batches, shared, ()))
         .compile()
     )
-    return Programs(train, evaluate, place_base, place, place_batches, layout, program_bytes(train))
+    places = place_base, place, place, place_batches
+    if program.train.offload is None:
+        train = (
+            jax.jit(train, donate_argnums=3)
+            .lower(params, constants, hyper, state, batches)
+            .compile()
+        )
+        return Programs(train, evaluate, *places, layout, program_bytes(train))
+
+    # ----------------------------------------------------------- the optimiser's state, offloaded
+    def gradients(params, constants, hyper, trainable, step, batches):
+        one = lambda *m: train_step.gradients(program, params, *m)
+        only = jax.tree.map(lambda x: x[:, 0], batches)  # one step a call
+        return over_members(one, layout.width)(constants, hyper, trainable, step, only)
+
+    def update(*member):
+        one = lambda *m: train_step.update(program, *m)
+        return over_members(one, layout.width)(*member)
+
+    given = params, constants, hyper, state.trainable, state.step, batches
+    gradients = share(gradients, (shared, *[apart] * 5))
+    gradients = jax.jit(gradients, out_shardings=at(apart)).lower(*given).compile()
+    value = jax.ShapeDtypeStruct((size,), jnp.float32, sharding=at(apart))
+    update = jax.jit(share(update, (apart,) * 5), donate_argnums=2, out_shardings=at(apart))
+    update = update.lower(constants, hyper, state, value, state.trainable).compile()
+
+    def train(params, constants, hyper, state, batches):
+        found = gradients(params, constants, hyper, state.trainable, state.step, batches)
+        jax.block_until_ready(found)  # the activations are gone before the state comes
+        here = state._replace(opt_state=jax.device_put(state.opt_state, at(apart)))
+        state, logs = update(constants, hyper, here, *found)
+        return away(state), jax.tree.map(lambda x: x[:, None], logs)
+
+    host = at(apart).with_memory_kind(HOST)
+    away = lambda s: s._replace(opt_state=jax.block_until_ready(jax.device_put(s.opt_state, host)))
+    places = place_base, place, lambda state: away(place(state)), place_batches
+    needs = program_bytes(gradients), tree.nbytes(base.params) + program_bytes(update)
+    return Programs(train, evaluate, *places, layout, max(needs))
 
 
 def _halved(stacked: Stack, base: Base) -> dict:
@@ -340,12 +382,13 @@ def chunks(stacked: Stack, size: int) -> list[Stack]:
     ]
 
 
-def steps_per_call(every: int) -> int:
-    """Optimiser steps in one call: the largest divisor of `eval.every` up to `STEPS_PER_CALL`.
+def steps_per_call(every: int, offload: str | None = None) -> int:
+    """Optimiser steps in one call: the largest divisor of `eval.every` up to `STEPS_PER_CALL`, or
+    one where something is offloaded between steps (`train.offload`).
 
     One call for several steps saves handing buffers over, which a small model notices.
     """
-    return max(k for k in range(1, STEPS_PER_CALL + 1) if every % k == 0)
+    return 1 if offload else max(k for k in range(1, STEPS_PER_CALL + 1) if every % k == 0)
 
 
 def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
