@@ -33,6 +33,8 @@ def default() -> ConfigDict:
     c.task.subset = config_dict.placeholder(str)  # glue: cola sst2 mrpc qnli qqp rte mnli stsb
     c.task.template = config_dict.placeholder(str)  # instruct: a Jinja template of a chat
     c.task.packing = False  # several examples in a row, which do not see each other
+    # Rows of like length in a batch, which is cut to the nearest quarter of the longest row
+    c.task.group_by_length = False
     c.task.n_train = config_dict.placeholder(int)  # first n training examples; None: all
     c.task.seed = 0  # of the data itself, where it is generated
 

@@ -248,6 +248,9 @@ def test_groups(axis):
         dict(train__clip=0.5),
         dict(dtype="bfloat16"),
         dict(task__seed=1),
+        dict(task__group_by_length=True),
+        dict(train__remat="full"),
+        dict(train__offload="optimizer"),
         dict(task__name="e2e"),
     ],
 )

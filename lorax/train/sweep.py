@@ -5,6 +5,7 @@ sees their rows as one batch), the rest one after the other under `lax.map`. Sev
 take a part of the members, or of every batch.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -182,6 +183,7 @@ class Programs(NamedTuple):
     train(params, constants, hyper, state, batches) -> (state, metrics (M, K)); donates the state.
     evaluate(params, constants, trainable, batches) -> (losses (M,), scores (M, N, B, k) or None).
     place_base(params), place(stacked tree), place_state(a stack's state), place_batches(batches).
+    narrow(width): compile train for batches cut to so many columns; else the first call does.
     bytes: of one call to train on one device: arguments + temporaries + outputs - aliases.
     """
 
@@ -191,6 +193,7 @@ class Programs(NamedTuple):
     place: Callable
     place_state: Callable
     place_batches: Callable
+    narrow: Callable
     layout: Layout
     bytes: int
 
@@ -241,7 +244,8 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
     place = lambda tree: jax.device_put(fill(tree), at(apart))
     place_batches = lambda tree: jax.device_put(fill(tree), at(by_batch))
     if layout.mode == "pmap":
-        return Programs(train, evaluate, place_base, place, place, place_batches, layout, 0)
+        narrow = lambda width: None  # it compiles by itself
+        return Programs(train, evaluate, place_base, place, place, place_batches, narrow, layout, 0)
 
     def described(tree, spec, lead):
         """Shapes of a tree with the axes `lead` in front."""
@@ -251,7 +255,13 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
     member = jax.eval_shape(lambda t: jax.tree.map(lambda x: x[0], t), stacked[2:])
     constants, hyper, state = described(member, apart, (size,))
     params = described(base.params, shared, ())
-    batches = described(batches, by_batch, (size,))
+    columns = batches["tokens"].shape[-1]
+
+    def cut(width):
+        """Shapes of batches with so many columns; labels have none."""
+        narrower = lambda x: jax.ShapeDtypeStruct((*x.shape[:3], *[width] * (x.ndim > 3)), x.dtype)
+        return described(jax.tree.map(narrower, batches), by_batch, (size,))
+
     evaluate = (
         jax.jit(evaluate)
         .lower(params, constants, state.trainable, described(eval_batches, shared, ()))
@@ -259,12 +269,15 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
     )
     places = place_base, place, place, place_batches
     if program.train.offload is None:
-        train = (
-            jax.jit(train, donate_argnums=3)
-            .lower(params, constants, hyper, state, batches)
-            .compile()
-        )
-        return Programs(train, evaluate, *places, layout, program_bytes(train))
+        train = jax.jit(train, donate_argnums=3)
+
+        @functools.cache
+        def compiled(width):
+            return train.lower(params, constants, hyper, state, cut(width)).compile()
+
+        call = lambda *given: compiled(given[-1]["tokens"].shape[-1])(*given)
+        bytes_ = program_bytes(compiled(columns))
+        return Programs(call, evaluate, *places, compiled, layout, bytes_)
 
     # ----------------------------------------------------------- the optimiser's state, offloaded
     def gradients(params, constants, hyper, trainable, step, batches):
@@ -276,25 +289,29 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
         one = lambda *m: train_step.update(program, *m)
         return over_members(one, layout.width)(*member)
 
-    given = params, constants, hyper, state.trainable, state.step, batches
-    gradients = share(gradients, (shared, *[apart] * 5))
-    gradients = jax.jit(gradients, out_shardings=at(apart)).lower(*given).compile()
+    gradients = jax.jit(share(gradients, (shared, *[apart] * 5)), out_shardings=at(apart))
     value = jax.ShapeDtypeStruct((size,), jnp.float32, sharding=at(apart))
     update = jax.jit(share(update, (apart,) * 5), donate_argnums=2, out_shardings=at(apart))
     update = update.lower(constants, hyper, state, value, state.trainable).compile()
+    host = at(apart).with_memory_kind(HOST)
+    away = lambda s: s._replace(opt_state=jax.block_until_ready(jax.device_put(s.opt_state, host)))
 
-    def train(params, constants, hyper, state, batches):
-        found = gradients(params, constants, hyper, state.trainable, state.step, batches)
+    @functools.cache
+    def compiled(width):
+        given = params, constants, hyper, state.trainable, state.step, cut(width)
+        return gradients.lower(*given).compile()
+
+    def call(params, constants, hyper, state, batches):
+        take = compiled(batches["tokens"].shape[-1])
+        found = take(params, constants, hyper, state.trainable, state.step, batches)
         jax.block_until_ready(found)  # the activations are gone before the state comes
         here = state._replace(opt_state=jax.device_put(state.opt_state, at(apart)))
         state, logs = update(constants, hyper, here, *found)
         return away(state), jax.tree.map(lambda x: x[:, None], logs)
 
-    host = at(apart).with_memory_kind(HOST)
-    away = lambda s: s._replace(opt_state=jax.block_until_ready(jax.device_put(s.opt_state, host)))
     places = place_base, place, lambda state: away(place(state)), place_batches
-    needs = program_bytes(gradients), tree.nbytes(base.params) + program_bytes(update)
-    return Programs(train, evaluate, *places, layout, max(needs))
+    needs = program_bytes(compiled(columns)), tree.nbytes(base.params) + program_bytes(update)
+    return Programs(call, evaluate, *places, compiled, layout, max(needs))
 
 
 def _halved(stacked: Stack, base: Base) -> dict:
@@ -394,17 +411,30 @@ def steps_per_call(every: int, offload: str | None = None) -> int:
 def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
     """The batches of steps first .. first + k - 1: leaves (M, K, A, B, T + 1), on the host.
 
-    Which rows a member sees is a function of its seed and the step alone.
+    Which rows a member sees is a function of its seed and the step alone. Rows that are grouped by
+    length are cut to the narrowest of `tasks.widths` that holds the longest of them.
     """
-    c = stacked.members[0].config.train
+    c, lengths = stacked.members[0].config.train, task.lengths
     shape = (k, c.accumulate, c.batch_size // c.accumulate)
     rows = []
     for member in stacked.members:
         available = len(task.train["tokens"])  # fewer than asked for where some were too long
         n = min(member.config.task.n_train or available, available)
-        order = tasks.orders(n, c.batch_size, member.config.seed, range(first, first + k))
+        own = None if lengths is None else lengths[:n]
+        order = tasks.orders(n, c.batch_size, member.config.seed, range(first, first + k), own)
         rows.append(order.reshape(shape))
-    return {name: values[np.stack(rows)] for name, values in task.train.items()}
+    rows, width = np.stack(rows), tasks.widths(task)[-1]
+    if lengths is not None:
+        width = min(w for w in tasks.widths(task) if w >= lengths[rows].max())
+    return {name: x[rows, :width] if x.ndim > 1 else x[rows] for name, x in task.train.items()}
+
+
+def batch_shapes(train, task: tasks.Task, k: int) -> dict:
+    """Shapes of one member's batches of k steps at their widest: leaves (K, A, B, T + 1)."""
+    lead = k, train.accumulate, train.batch_size // train.accumulate
+    return {
+        name: jax.ShapeDtypeStruct((*lead, *x.shape[1:]), x.dtype) for name, x in task.train.items()
+    }
 
 
 def eval_batches(task: tasks.Task, batch_size: int) -> dict:

@@ -53,7 +53,7 @@ def run(c, base, task, pick=None, devices=None, steps=7, k=4):
     stacked = stack_of(c, base, pick)
     abstract = tree.shapes
     evals = sweep.eval_batches(task, 4)
-    batches = jax.tree.map(lambda x: x[0], sweep.train_batches(stacked, task, 0, k))
+    batches = sweep.batch_shapes(stacked.members[0].config.train, task, k)
     devices = devices or jax.devices()[:1]
     train = stacked.members[0].config.train
     programs = sweep.fit(stacked, base, train, abstract(batches), abstract(evals), devices)
@@ -173,6 +173,26 @@ def test_an_offloaded_optimiser_changes_no_bit(
     jax.tree.map(same, here[4], state)
     np.testing.assert_allclose(away[1], reference[1], rtol=1e-5)
     np.testing.assert_allclose(away[0], reference[0], rtol=1e-5)
+
+
+def test_batches_grouped_by_length_are_cut_and_lose_nothing(base, task, monkeypatch):
+    """Two thirds of the rows are short: the losses are those of the same rows at full width."""
+    mask = task.train["mask"].copy()
+    mask[np.arange(64) % 3 > 0, 8:] = 0
+    rows = {"tokens": task.train["tokens"], "mask": mask}
+    rows = {name: np.pad(x, ((0, 0), (0, 4))) for name, x in rows.items()}
+    grouped = task._replace(train=rows, lengths=tasks.lengths(rows))
+    assert tasks.widths(grouped) == (9, 17)
+    c = settings(seed=(0, 1))
+    c.train.update(steps=8, batch_size=4, seq_len=16)
+    stacked = stack_of(c, base)
+    widths = [sweep.train_batches(stacked, grouped, i, 1)["tokens"].shape[-1] for i in range(8)]
+    assert widths[0] == 17 and 9 in widths
+    cut = run(c, base, grouped, steps=8, k=1)
+    monkeypatch.setattr(tasks, "widths", lambda task: (17,))
+    whole = run(c, base, grouped, steps=8, k=1)
+    np.testing.assert_allclose(cut[1], whole[1], rtol=1e-5)
+    np.testing.assert_allclose(cut[0], whole[0], rtol=1e-5)
 
 
 def test_auto_spreads_members_and_then_batches(base):
