@@ -16,10 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from lorax import tree
 
 Array = jax.Array
+
+#: What remat policies know a product by that is no `dot_general` to them (see `models.layers`).
+PRODUCT = "product"
 
 
 @jax.tree_util.register_dataclass
@@ -251,7 +255,7 @@ def linear(x, leaf, bias=None):
         a, b, s = _chosen(leaf, x)
         y = linear(x, leaf.w) + s * _batched(_batched(x, a), b)
     elif isinstance(leaf, Stored):
-        y = leaf.product(x, 0)
+        y = checkpoint_name(leaf.product(x, 0), PRODUCT)
     else:
         y = x @ leaf.astype(x.dtype)
     return _add_bias(y, bias)
@@ -331,10 +335,6 @@ merged_linear.defvjp(_merged_linear_forward, _merged_linear_backward)
 def half_product(x, w, axis: int):
     """The product of x (..., n) with axis `axis` of a bfloat16 matrix w: operands in bfloat16, sums
     in float32, in both directions. Returns x's dtype. w gets no gradient."""
-    return _half_product(x, w, axis)
-
-
-def _half_product(x, w, axis: int):
     dimensions = (((x.ndim - 1,), (axis,)), ((), ()))
     y = jax.lax.dot_general(
         x.astype(jnp.bfloat16), w, dimensions, preferred_element_type=jnp.float32
@@ -343,7 +343,7 @@ def _half_product(x, w, axis: int):
 
 
 half_product.defvjp(
-    lambda x, w, axis: (_half_product(x, w, axis), w),
+    lambda x, w, axis: (half_product(x, w, axis), w),
     lambda axis, w, dy: (half_product(dy, w, 1 - axis), None),
 )
 

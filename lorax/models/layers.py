@@ -14,6 +14,7 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from lorax import ops
 from lorax.errors import nearest
 
 # --------------------------------------------------------------------------------------- attention
@@ -367,11 +368,15 @@ ACTIVATIONS = {
 
 # ---------------------------------------------------------------------------- the loop over layers
 
+_policies = jax.checkpoint_policies
 #: What the backward pass keeps of a layer beside its input: nothing, or the products that have no
-#: batch axes. Attention's have some, so "dots" grows with the length of a text, not its square.
+#: batch axes, those with weights held in another form among them. Attention's have some, so "dots"
+#: grows with the length of a text, not its square.
 POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _policies.nothing_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ops.PRODUCT)
+    ),
 }
 
 
@@ -386,10 +391,8 @@ def over_layers(block, config, layers: int, features: int, in_axes=0):
     compilation, and 1 where they are not or are made again: in a turn of all layers XLA finds the
     second computation equal to the first, and keeps the first.
 
-    A frozen weight that is held in another form (`ops.Stored`) is decoded inside its product:
-    "dots" keeps the product's output and never the decoded weight, as long as no matrix product
-    decodes it. A product inside a kernel, or behind a `custom_vjp` whose forward rule calls the
-    function itself, is none that "dots" sees: it is made again.
+    A frozen weight that is held in another form (`ops.Stored`) is decoded inside its product, which
+    no policy looks into: "dots" keeps what the product gives, and neither the decoded weight.
 
     Raises ValueError for another remat.
     """

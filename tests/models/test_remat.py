@@ -8,7 +8,7 @@ from quick import OPTIONS
 from support import few
 
 import lorax
-from lorax import methods, ops, tree
+from lorax import methods, ops, quant, tree
 from lorax.models import layers
 from lorax.models.load import FAMILIES
 
@@ -94,35 +94,31 @@ def test_another_word_is_an_error_that_says_which_there_are(remat, hint):
         lorax.load("random:gpt2-nano", remat=remat)
 
 
-@jax.custom_vjp
-def coded_product(x, codes):
-    return x @ (codes.astype(x.dtype) / 127)
-
-
-coded_product.defvjp(
-    lambda x, codes: (x @ (codes.astype(x.dtype) / 127), codes),
-    lambda codes, dy: (dy @ (codes.astype(dy.dtype) / 127).T, None),
-)
-a, b = jnp.ones((20, 2)), jnp.ones((2, 12))
+a, b = jnp.ones((64, 2)), jnp.ones((2, 32))
+KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), jnp.float32)
 PRODUCTS = {
-    "coded": (coded_product, jnp.arange(240, dtype=jnp.int8).reshape(20, 12)),
-    "half": (lambda x, w: ops.half_product(x, w, 0), jnp.ones((20, 12), jnp.bfloat16)),
-    "merged": (lambda x, w: ops.merged_linear(x, w, a, b, jnp.float32(2)), jnp.ones((20, 12))),
+    "nf4": (ops.linear, quant.quantise(KERNEL, "nf4", double=True)),
+    "half": (ops.linear, ops.Half(KERNEL.astype(jnp.bfloat16))),
+    "merged": (lambda x, w: ops.merged_linear(x, w, a, b, jnp.float32(2)), KERNEL),
 }
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_product_is_kept_and_what_it_makes_of_a_weight_is_not(name):
     """With "dots" the output of a product with a backward pass of its own, and with neither policy
-    a second array in the weight's shape: decoded, or with an update added."""
+    a weight decoded or with an update added: beside the weight itself nothing has its size."""
     product, w = PRODUCTS[name]
     f = lambda x: jnp.sum(jnp.sin(product(jnp.cos(x), w)))
 
     def kept(remat):
-        _, pull = jax.vjp(jax.checkpoint(f, policy=layers.POLICIES[remat]), jnp.ones((3, 20)))
-        return [(x.shape, x.dtype) for x in jax.tree.leaves(pull)]
+        """Shapes and types of what the backward pass holds, and the gradient."""
+        _, pull = jax.vjp(jax.checkpoint(f, policy=layers.POLICIES[remat]), jnp.ones((3, 64)))
+        return [(x.shape, x.dtype) for x in jax.tree.leaves(pull)], pull(jnp.float32(1))
 
-    full, dots = kept("full"), kept("dots")
-    assert [x for x in full if x[0] == (20, 12)] == [(w.shape, w.dtype)]
-    assert [x for x in dots if x[0] == (20, 12)] == [(w.shape, w.dtype)]
-    assert ((3, 12), jnp.float32) in dots and ((3, 12), jnp.float32) not in full
+    (full, again), (dots, gradient) = kept("full"), kept("dots")
+    own = [(x.shape, x.dtype) for x in jax.tree.leaves(w)]
+    for found in (full, dots):
+        large = [x for x in found if np.prod(x[0]) >= KERNEL.size // 2]
+        assert large == [x for x in own if np.prod(x[0]) >= KERNEL.size // 2]
+    assert ((3, 32), jnp.float32) in dots and ((3, 32), jnp.float32) not in full
+    np.testing.assert_array_equal(again, gradient)
