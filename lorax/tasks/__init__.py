@@ -123,12 +123,14 @@ def lengths(rows: Rows) -> np.ndarray:
 
 def widths(task: Task) -> tuple[int, ...]:
     """Columns that a batch of train rows may be cut to, ascending: all of them, and where rows are
-    grouped by length about three, two and one quarter. A program is compiled for each."""
+    grouped by length about three, two and one quarter, as far as any row is so short. A program is
+    compiled for each."""
     columns, ahead = task.train["tokens"].shape[1], int("mask" in task.train)
     if task.lengths is None:
         return (columns,)
     quarters = {_eights((columns - ahead) * i / QUARTERS) + ahead for i in range(1, QUARTERS)}
-    return (*sorted(width for width in quarters if width < columns), columns)
+    shortest = task.lengths.min()
+    return (*sorted(width for width in quarters if shortest <= width < columns), columns)
 
 
 def _eights(n: float) -> int:
