@@ -33,6 +33,8 @@ def default() -> ConfigDict:
     c.task.subset = config_dict.placeholder(str)  # glue: cola sst2 mrpc qnli qqp rte mnli stsb
     c.task.template = config_dict.placeholder(str)  # instruct: a Jinja template of a chat
     c.task.packing = False  # several examples in a row, which do not see each other
+    # Rows of like length in a batch, which is cut to the nearest quarter of the longest row
+    c.task.group_by_length = False
     c.task.n_train = config_dict.placeholder(int)  # first n training examples; None: all
     c.task.seed = 0  # of the data itself, where it is generated
 
@@ -88,7 +90,11 @@ def default() -> ConfigDict:
     c.train.weight_decay = 0.0
     c.train.label_smoothing = 0.0  # share of the target spread over all classes
     c.train.clip = 1.0  # global gradient norm of a member; 0: off
-    c.train.remat = False  # make activations again in the backward pass
+    # Activations that the backward pass makes again: none | full (all of a layer's) | dots (all but
+    # what products give)
+    c.train.remat = config_dict.FieldReference("none", field_type=object)
+    # "optimizer": its state lies in the host's memory but for the update, at one step a call
+    c.train.offload = config_dict.placeholder(str)
     c.train.parallel = "auto"  # over devices: members | batch | pmap | none
     c.train.width = 0  # members side by side in the program; 0: chosen
     c.train.memory_gb = 0.0  # limit for one program; 0: what the device has
@@ -231,6 +237,9 @@ def group_key(member: Member) -> str:
     return json.dumps(c, sort_keys=True)
 
 
+REMAT = ("none", "full", "dots")  # see `lorax.models.layers.over_layers`
+
+
 def digest(overrides: dict) -> str:
     """Ten hexadecimal digits that change with any key or value of the overrides."""
     text = json.dumps(overrides, sort_keys=True, default=list)
@@ -331,6 +340,13 @@ def _check_values(c) -> None:
         one_of(field, c[field], ("float32", "bfloat16"))
     if c.quant is not None:
         one_of("quant", c.quant, ("nf4", "fp4", "int8"))
+    remat = c.train.remat
+    meant = f'; did you mean "{"full" if remat else "none"}"?' if isinstance(remat, bool) else ""
+    right = f"must be one of {', '.join(REMAT)}{meant or nearest(str(remat), REMAT)}"
+    need("train.remat", remat, isinstance(remat, str) and remat in REMAT, right)
+    offload, pmap = c.train.offload, c.train.parallel == "pmap"
+    need("train.offload", offload, offload in (None, "optimizer"), "must be optimizer or None")
+    need("train.offload", offload, not (offload and pmap), 'needs a train.parallel but "pmap"')
     one_of("train.schedule", c.train.schedule, ("linear", "cosine", "constant"))
     one_of("train.optimizer", c.train.optimizer, ("adamw", "sgd"))
     one_of("train.parallel", c.train.parallel, ("auto", "members", "batch", "pmap", "none"))

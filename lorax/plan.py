@@ -2,7 +2,7 @@
 
     python -m lorax.plan --config=configs/gpt2_rank_sweep.py
     python -m lorax.plan --config=configs/gpt2_rank_sweep.py --config.base=random:gpt3-175b \\
-        --config.param_dtype=bfloat16 --config.dtype=bfloat16 --config.train.remat=True
+        --config.param_dtype=bfloat16 --config.dtype=bfloat16 --config.train.remat=full
     python -m lorax.plan --config=FILE --device=h200,cpu
     python -m lorax.plan --table --markdown
 
@@ -21,6 +21,7 @@ against LoRA and QLoRA. --markdown prints tables as Markdown.
 
 import bisect
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -133,14 +134,16 @@ class Plan(NamedTuple):
     members: how many. width: of them side by side. name: what the group is. parameters: of the
     base. trainable: of each member, padding not counted. weights: of the base, shared. adapters,
     constants, gradients, optimizer: padded as in the sweep. rest: counters, learning rate, batches
-    of one call. files: arrays of each member's export. costs: by width, ascending. cpu: that of
-    the width that a CPU takes, or None where none was asked for.
+    of one call. offload: whether the optimiser's state lies in the host's memory. files: arrays of
+    each member's export. costs: by width, ascending. cpu: that of the width that a CPU takes, or
+    None where none was asked for.
     """
 
     members: int
     width: int
     name: str
-    remat: bool
+    remat: str
+    offload: bool
     parameters: int
     trainable: list[int]
     weights: int
@@ -159,6 +162,11 @@ class Plan(NamedTuple):
         """Bytes of what training changes, and a checkpoint holds, of one member."""
         return self.adapters + self.optimizer
 
+    @property
+    def resident(self) -> int:
+        """Bytes of that on the device while gradients are taken."""
+        return self.adapters + (0 if self.offload else self.optimizer)
+
     def at(self, width: int) -> Cost:
         """The cost of a width: as compiled, or on the line through the two nearest that were; in
         proportion where one alone was."""
@@ -170,10 +178,15 @@ class Plan(NamedTuple):
 
     def peak(self, members: int, cost: Cost) -> int:
         """Bytes of a program of so many members, `cost.width` of them side by side."""
-        each = self.state + self.constants + self.rest
+        each = self.resident + self.constants + self.rest
         total = self.weights + members * each + cost.temporaries
-        if cost.width < members:  # the loop keeps old and new states, and those at work
-            total += members * self.state + cost.width * each
+        if cost.width < members:  # the loop keeps what it has made, and those at work
+            total += cost.width * each
+            made = (members - cost.width) * self.gradients
+            total += made if self.offload else members * self.state
+        if self.offload:  # the update is a program of its own
+            own = self.state + self.constants + self.gradients
+            total = max(total, self.weights + members * own)
         return math.ceil(total)
 
     def most(self, memory: float, side_by_side: bool) -> int:
@@ -230,6 +243,7 @@ def plan(members, devices: Iterable[str] = ()) -> Plan:
         name=f"{stacked.methods[0].name} on {c.base}, {c.train.batch_size} x {c.train.seq_len} "
         "tokens a step" + f" in {c.train.accumulate} parts" * (c.train.accumulate > 1),
         remat=c.train.remat,
+        offload=bool(c.train.offload),
         parameters=tree.count(base.params),
         trainable=trainable,
         weights=weights,
@@ -342,7 +356,11 @@ def rows(c) -> dict:
     from lorax import tasks
     from lorax.train import sweep
 
-    k, t, parts = sweep.steps_per_call(c.eval.every), c.train.seq_len, c.train.accumulate
+    k, t, parts = (
+        sweep.steps_per_call(c.eval.every, c.train.offload),
+        c.train.seq_len,
+        c.train.accumulate,
+    )
     lead = (k, parts, c.train.batch_size // parts)
     labels = tasks.outputs(c.task)
     if labels:
@@ -385,12 +403,15 @@ def _compiled(stacked, base, batch, wanted) -> dict:
                     merge=width == 1,
                     halved=sweep._halved(stacked, base),
                 )
-                member = lambda params, *m, program=program: step.train_steps(program, params, *m)
+                member = functools.partial(
+                    _gradients if train.offload else step.train_steps, program
+                )
                 f = lambda params, *m, member=member, width=width: sweep.over_members(
                     lambda *one: member(params, *one), width
                 )(*m)
                 members = jax.tree.map(lambda x, w=width: put(x, (w,)), (*one, batch))
-                traced = jax.jit(f, donate_argnums=3).trace(params, *members)
+                donated = () if train.offload else 3
+                traced = jax.jit(f, donate_argnums=donated).trace(params, *members)
                 lowered[width], works[width] = traced.lower(), work(traced.jaxpr) / k
             options = _QUICK if widened else _QUICK | _NARROW
             compiled[width, widened] = pool.submit(lowered[width].compile, compiler_options=options)
@@ -400,6 +421,16 @@ def _compiled(stacked, base, batch, wanted) -> dict:
         more = m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
         found[width, widened] = (more, *works[width])
     return found
+
+
+def _gradients(program, params, constants, hyper, state, batches):
+    """The program that takes gradients where the optimiser's state is not there."""
+    import jax
+
+    from lorax.train import step
+
+    batch = jax.tree.map(lambda x: x[0], batches)
+    return step.gradients(program, params, constants, hyper, state.trainable, state.step, batch)
 
 
 def work(closed):
@@ -489,7 +520,11 @@ def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
     export = exact if p.files_exact else estimated
     each = lambda x: (_bytes(x), _bytes(n * x))
     activations = lambda cost: _bytes(max(cost.temporaries - cost.width * p.gradients, 0))
-    remat = "made again in the backward pass" if p.remat else "kept for the backward pass"
+    remat = {
+        "none": "kept for the backward pass",
+        "full": "made again in the backward pass",
+        "dots": "made again but for products",
+    }[p.remat]
     steps = (one, wide._replace(half=n / p.width * wide.half, full=n / p.width * wide.full))
     lines = [
         ("parameters of the base", f"{p.parameters:,}", "shared", exact),
@@ -497,7 +532,7 @@ def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
         ("weights", _bytes(p.weights), "shared", exact),
         ("adapters, padded alike", *each(p.adapters), exact),
         ("constants of the method", *each(p.constants), exact),
-        ("optimiser state", *each(p.optimizer), exact),
+        (f"optimiser state{', in the host memory' * p.offload}", *each(p.optimizer), exact),
         ("batches and counters", *each(p.rest), exact),
         ("gradients", _bytes(p.gradients), _bytes(p.width * p.gradients), exact),
         (f"activations, {remat}", activations(one), activations(wide), estimated),

@@ -176,6 +176,11 @@ def test_a_malformed_sweep_is_one_clear_error(axes, zip_, message):
         (dict(dtype="float16"), "dtype: 'float16' given, must be one of .*did you mean 'bfloat16'"),
         (dict(train__schedule="linaer"), "train.schedule: 'linaer' .*did you mean 'linear'"),
         (dict(train__optimizer="adam"), "train.optimizer: 'adam' .*did you mean 'adamw'"),
+        (dict(train__remat="ful"), "train.remat: 'ful' .*none, full, dots; did you mean 'full'"),
+        (dict(train__remat=True), 'train.remat: True given, .* did you mean "full"'),
+        (dict(train__remat=False), 'train.remat: False given, .* did you mean "none"'),
+        (dict(train__offload="adam"), "train.offload: 'adam' given, must be optimizer or None"),
+        (dict(train__offload="optimizer", train__parallel="pmap"), "train.offload: .* but .pmap"),
         (dict(train__parallel="member"), "train.parallel: 'member' .*did you mean 'members'"),
     ],
 )
@@ -243,6 +248,9 @@ def test_groups(axis):
         dict(train__clip=0.5),
         dict(dtype="bfloat16"),
         dict(task__seed=1),
+        dict(task__group_by_length=True),
+        dict(train__remat="full"),
+        dict(train__offload="optimizer"),
         dict(task__name="e2e"),
     ],
 )

@@ -166,17 +166,23 @@ program_bytes = sweep.program_bytes
 HALF = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
 PEAKS = [
     ("tiny-gpt2", 1, 1, {}),
-    ("tiny-gpt2", 3, 3, {"train__remat": True, "train__accumulate": 2}),
-    ("tiny-gpt2", 4, 4, {"train__remat": True, "method__dropout": 0.1}),
+    ("tiny-gpt2", 3, 3, {"train__remat": "full", "train__accumulate": 2}),
+    ("tiny-gpt2", 4, 4, {"train__remat": "full", "method__dropout": 0.1}),
     ("tiny-gpt2", 2, 2, {"method__init": "pissa"}),
-    ("tiny-llama", 2, 2, {"train__remat": True}),
+    ("tiny-llama", 2, 2, {"train__remat": "full"}),
+    ("tiny-llama", 2, 2, {"train__remat": "dots"}),
+    ("tiny-gpt2", 2, 1, {"train__remat": "dots", "train__accumulate": 2}),
+    ("tiny-llama", 3, 3, {"train__offload": "optimizer"}),
+    ("tiny-gpt2", 4, 2, {"train__offload": "optimizer", "train__remat": "full"}),
     ("tiny-llama", 4, 2, {"train__accumulate": 2}),
     ("tiny-llama", 4, 2, HALF),
     ("tiny-llama", 2, 1, {"operands": "bfloat16"}),
 ]
 
 
-@pytest.mark.parametrize(("base", "n", "width", "changes"), few(PEAKS, [PEAKS[1], PEAKS[6]]))
+@pytest.mark.parametrize(
+    ("base", "n", "width", "changes"), few(PEAKS, [PEAKS[1], PEAKS[5], PEAKS[8], PEAKS[10]])
+)
 def test_peak_is_the_compiled_programs(base, n, width, changes, monkeypatch):
     """Within 3 %, of the program that a CPU would run; temporaries dominate it."""
     members = members_of(base, ranks=(8, 4, 2, 1)[:n], train__width=width, **changes)
@@ -184,6 +190,37 @@ def test_peak_is_the_compiled_programs(base, n, width, changes, monkeypatch):
     found, _ = compiled_sweep(members, width, monkeypatch)
     assert p.cpu.width == p.width == width and p.cpu.temporaries > found / 3
     assert p.peak(n, p.cpu) == pytest.approx(found, rel=0.03)
+
+
+def test_what_is_made_again_costs_work_and_saves_memory():
+    """Activations as the plan shows them: none > dots > full, and FLOPs the other way round."""
+    words = ("none", "dots", "full")
+    plans = [plan.plan(members_of("wide-llama", train__remat=word)) for word in words]
+    none, dots, full = (p.at(1) for p in plans)
+    assert none.temporaries > dots.temporaries > full.temporaries
+    assert none.full < dots.full < full.full
+    shown = [plan.describe(0, p, [])[0].rows for p in plans]
+    labels = [next(row[0] for row in rows if row[0].startswith("activations")) for rows in shown]
+    assert [label.split(", ")[1] for label in labels] == [
+        "kept for the backward pass",
+        "made again but for products",
+        "made again in the backward pass",
+    ]
+
+
+def test_an_offloaded_state_is_shown_and_not_on_the_device(monkeypatch):
+    monkeypatch.setattr(plan, "_compiled", lambda *_: {(1, False): (10**7, 0, 0, 0)})
+    here, away = (
+        plan.plan(members_of(ranks=(8,), train__offload=where)) for where in (None, "optimizer")
+    )
+    rest = here.rest - away.rest  # of batches: one step a call and not two
+    assert here.optimizer == away.optimizer > 2 * here.adapters and here.state == away.state
+    peak = lambda p: p.peak(1, p.at(1))
+    assert peak(here) - peak(away) - rest == here.optimizer
+    small = away.at(1)._replace(temporaries=0)  # then the update takes the most
+    assert away.peak(1, small) == away.weights + away.state + away.gradients + away.constants
+    lines = {row[0]: row[1] for row in plan.describe(0, away, [])[0].rows}
+    assert lines["optimiser state, in the host memory"] == plan._bytes(away.optimizer)
 
 
 @pytest.mark.parametrize("changes", few([{}, {"method__name": "full"}], [{}]))
@@ -221,7 +258,7 @@ def test_work_counts_loops_what_is_made_again_and_nothing_dead():
 
 def test_members_that_fit_are_the_most_that_fit():
     line = plan.Cost(1, 100.0, 1.0, 0.0, 1.0), plan.Cost(5, 460.0, 5.0, 0.0, 5.0)
-    p = plan.Plan(5, 5, "", False, 0, [1], 1000, 3, 1, 3, 6, 2, [1], True, list(line), None)
+    p = plan.Plan(5, 5, "", "none", False, 0, [1], 1000, 3, 1, 3, 6, 2, [1], True, list(line), None)
     assert p.at(3).temporaries == 280 and p.at(9).temporaries == 820
     assert p._replace(costs=[line[0]]).at(3).temporaries == 300
     for side_by_side in (True, False):
@@ -386,7 +423,7 @@ print(code, used.ru_utime + used.ru_stime, 1024 * int(resident.split()[1]))
 def test_gpt3_takes_seconds_and_little_memory():
     """Time of the processor, which others on the machine don't lengthen: on its own it is less."""
     changes = {"base": "random:gpt3-175b", "dtype": "bfloat16", "param_dtype": "bfloat16"}
-    changes |= {"train.remat": "True", "train.batch_size": 1, "train.seq_len": 2048}
+    changes |= {"train.remat": "full", "train.batch_size": 1, "train.seq_len": 2048}
     changes |= {"sweep.rank": "(4,)", "sweep.seed": "(0,)"}
     given = [f"--config.{key}={value}" for key, value in changes.items()]
     out = run_python("-c", GPT3, CONFIG, *given).stdout

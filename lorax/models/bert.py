@@ -21,8 +21,8 @@ from lorax.models.layers import (
     Attend,
     LayerNorm,
     causal_context,
+    over_layers,
     padding_mask,
-    unrolled,
 )
 
 
@@ -50,7 +50,7 @@ class Config:
     head: str = "mlm"
     labels: int = 2
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     unroll: int = 0
 
     @property
@@ -182,14 +182,7 @@ class BERT(Encoder):
         self.position_embed = embed(c.max_position_embeddings)
         self.type_embed = embed(c.type_vocab_size)
         self.embed_norm = LayerNorm(c.layer_norm_eps)
-        self.h = nn.scan(
-            nn.remat(Block, prevent_cse=False) if c.remat else Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=c.num_hidden_layers,
-            unroll=unrolled(c.unroll, c.num_hidden_layers, c.hidden_size),
-        )(c)
+        self.h = over_layers(Block, c, c.num_hidden_layers, c.hidden_size, nn.broadcast)
         if c.head == "mlm":
             activation = "gelu" if c.model_type == "roberta" else c.hidden_act
             self.predict = MLMHead(c, c.hidden_size, activation, name="head")

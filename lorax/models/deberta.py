@@ -22,8 +22,8 @@ from lorax.models.layers import (
     LayerNorm,
     causal_context,
     layer_norm,
+    over_layers,
     padding_mask,
-    unrolled,
 )
 
 
@@ -64,7 +64,7 @@ class Config:
     head: str = "mlm"
     labels: int = 2
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     unroll: int = 0
 
     @property
@@ -190,14 +190,7 @@ class DeBERTa(bert.Encoder):
             # Only the parameters: a module made here can't be called inside the loop over layers.
             norm = {"scale": jnp.ones(c.hidden_size), "bias": jnp.zeros(c.hidden_size)}
             self.conv_norm = self.param("conv_norm", lambda key: norm)
-        self.h = nn.scan(
-            nn.remat(Block, prevent_cse=False) if c.remat else Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, *[nn.broadcast] * 5),
-            length=c.num_hidden_layers,
-            unroll=unrolled(c.unroll, c.num_hidden_layers, c.hidden_size),
-        )(c)
+        self.h = over_layers(Block, c, c.num_hidden_layers, c.hidden_size, (0, *[nn.broadcast] * 5))
         if c.head == "mlm":
             self.predict = bert.MLMHead(c, c.embed_features, c.hidden_act, name="head")
         elif c.head == "classification":

@@ -25,10 +25,10 @@ from lorax.models.layers import (
     LayerNorm,
     causal_context,
     empty_cache,
+    over_layers,
     rope,
     rope_frequencies,
     rotate,
-    unrolled,
 )
 
 
@@ -58,7 +58,7 @@ class Config:
     activation: str = "gelu"
     tie_word_embeddings: bool = True
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     unroll: int = 0
 
     @property
@@ -138,16 +138,8 @@ class Falcon(nn.Module):
 
     def setup(self):
         c = self.config
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
         self.embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=c.dtype, embedding_init=_normal)
-        self.h = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.num_hidden_layers,
-            unroll=unrolled(c.unroll, c.num_hidden_layers, c.hidden_size),
-        )(c)
+        self.h = over_layers(Block, c, c.num_hidden_layers, c.hidden_size, (0, *[nn.broadcast] * 3))
         self.norm = LayerNorm(c.layer_norm_epsilon)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Dense(

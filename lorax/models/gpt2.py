@@ -21,7 +21,7 @@ from lorax.models.layers import (
     LayerNorm,
     causal_context,
     empty_cache,
-    unrolled,
+    over_layers,
 )
 
 
@@ -29,9 +29,10 @@ from lorax.models.layers import (
 class Config:
     """Hyperparameters by Hugging Face's names, and how to run the layers.
 
-    remat: make the layers' activations again in the backward pass. unroll: layers in one step of
-    the loop over layers, 0 for 4 where layers are small (the loop's copies then cost more than a
-    few layers' compilation) and 1 where they are not.
+    remat: which activations the backward pass makes again, "none", "full" or "dots" (see
+    `layers.over_layers`). unroll: layers in one step of the loop over layers, 0 for 4 where
+    layers are small (the loop's copies then cost more than a few layers' compilation) and 1 where
+    they are not.
     """
 
     vocab_size: int = 50257
@@ -45,7 +46,7 @@ class Config:
     scale_attn_weights: bool = True
     tie_word_embeddings: bool = True
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     unroll: int = 0
 
 
@@ -128,17 +129,9 @@ class GPT2(nn.Module):
         embed = functools.partial(
             nn.Embed, features=c.n_embd, dtype=c.dtype, embedding_init=_normal
         )
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
         self.wte = embed(c.vocab_size)
         self.wpe = embed(c.n_positions)
-        self.h = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=c.n_layer,
-            unroll=unrolled(c.unroll, c.n_layer, c.n_embd),
-        )(c)
+        self.h = over_layers(Block, c, c.n_layer, c.n_embd, (0, nn.broadcast, nn.broadcast))
         self.ln_f = LayerNorm(c.layer_norm_epsilon)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Dense(

@@ -14,6 +14,9 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from lorax import ops
+from lorax.errors import nearest
+
 # --------------------------------------------------------------------------------------- attention
 
 
@@ -363,7 +366,52 @@ ACTIVATIONS = {
 }
 
 
-def unrolled(asked: int, layers: int, features: int) -> int:
-    """Layers in one turn of the loop over layers: as asked, or (0) 4 where layers are small, whose
-    copies cost more than a few layers' compilation, and 1 where they are not."""
-    return asked or (min(4, layers) if features <= 256 else 1)
+# ---------------------------------------------------------------------------- the loop over layers
+
+_policies = jax.checkpoint_policies
+#: What the backward pass keeps of a layer beside its input: nothing, or the products that have no
+#: batch axes, those with weights held in another form among them. Attention's have some, so "dots"
+#: grows with the length of a text, not its square.
+POLICIES = {
+    "full": _policies.nothing_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ops.PRODUCT)
+    ),
+}
+
+
+def over_layers(block, config, layers: int, features: int, in_axes=0):
+    """`block(config)` as many times as there are layers, each with parameters of its own: a module
+    whose parameters have the layers as a leading axis. in_axes: `nn.scan`'s, of what it is given.
+
+    config.remat: whether a layer's activations are kept for the backward pass ("none"), made again
+    ("full": Chen et al. 2016, arXiv:1604.06174, a layer a segment), or made again but for the
+    outputs of its products ("dots": what is cheap is done twice). config.unroll: layers in one turn
+    of the loop; 0 for 4 where layers are small, whose copies cost more than a few layers'
+    compilation, and 1 where they are not or are made again: in a turn of all layers XLA finds the
+    second computation equal to the first, and keeps the first.
+
+    A frozen weight that is held in another form (`ops.Stored`) is decoded inside its product, which
+    no policy looks into: "dots" keeps what the product gives, and neither the decoded weight.
+
+    Raises ValueError for another remat.
+    """
+    remat = config.remat
+    if remat == "none":
+        turn = config.unroll or (min(4, layers) if features <= 256 else 1)
+    elif isinstance(remat, str) and remat in POLICIES:
+        turn = config.unroll or 1
+        block = nn.remat(block, prevent_cse=False, policy=POLICIES[remat])
+    else:
+        meant = {True: '; did you mean "full"?', False: '; did you mean "none"?'}
+        hint = meant[remat] if isinstance(remat, bool) else nearest(str(remat), POLICIES)
+        known = ", ".join(("none", *POLICIES))
+        raise ValueError(f"remat: {remat!r} given, must be one of {known}{hint}")
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=layers,
+        unroll=turn,
+    )(config)

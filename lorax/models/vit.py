@@ -13,7 +13,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from lorax.interop.hf import Source
-from lorax.models.layers import ACTIVATIONS, LayerNorm, attention, unrolled
+from lorax.models.layers import ACTIVATIONS, LayerNorm, attention, over_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Config:
     qkv_bias: bool = True
     labels: int = 2
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     unroll: int = 0
 
     @property
@@ -105,14 +105,7 @@ class ViT(nn.Module):
         )
         self.cls = self.param("cls", _normal, (1, 1, d), jnp.float32)
         self.positions = self.param("positions", _normal, (1, c.positions, d), jnp.float32)
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
-        self.h = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=c.num_hidden_layers,
-            unroll=unrolled(c.unroll, c.num_hidden_layers, d),
-        )(c)
+        self.h = over_layers(Block, c, c.num_hidden_layers, d)
         self.norm = LayerNorm(c.layer_norm_eps)
         self.head = nn.Dense(c.labels, dtype=c.dtype, kernel_init=_normal)
 

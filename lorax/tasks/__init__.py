@@ -6,6 +6,7 @@ member of a sweep sees the same batches alone and in company.
 """
 
 import functools
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from lorax.tasks import e2e, glue, instruct, restaurants, samsum, text, wikisql
 from lorax.tasks.rows import Prompt, Rows, Task, count
 from lorax.vocabulary import Vocabulary
 
-__all__ = ["TASKS", "Prompt", "Task", "build", "order", "orders", "spread"]
+__all__ = ["TASKS", "Prompt", "Task", "build", "lengths", "order", "orders", "spread", "widths"]
 
 # name -> load(config, vocabulary, seq_len) -> Task, with all its evaluation rows
 TASKS = {
@@ -30,9 +31,12 @@ TASKS = {
     "text": text.load,
     "glue": glue.load,
 }
+STRETCH = 50  # batches in which rows are sorted by length
+QUARTERS = 4  # widths of batches of rows that are grouped by length
 # settings that only some tasks have a use for
 ONLY = {
     "packing": ("restaurants", "e2e", "wikisql", "samsum", "instruct"),
+    "group_by_length": ("restaurants", "e2e", "wikisql", "samsum", "instruct", "glue"),
     "template": ("instruct",),
     "subset": ("glue",),
 }
@@ -49,7 +53,8 @@ def build(
     config: `name` (a key of `TASKS`), and where there is something to say: `path` (the file or
         folder that the task reads), `n_train` (None: all; else the first n train examples),
         `seed` (int, of the data itself), `packing` (True: several train examples a row),
-        `template` (of instruct: a chat template), `subset` (of glue).
+        `template` (of instruct: a chat template), `subset` (of glue), `group_by_length` (True:
+        the task has `lengths`; not with packing, whose rows are all full).
     seq_len: tokens that a model reads at most; a row of a language model has one more. Longer
         examples are dropped, or cut for a classifier. Columns that no row needs are left out.
     eval_examples: evaluation rows to keep, evenly spaced over the set (None: all). The prompts
@@ -70,11 +75,21 @@ def build(
                 f"task.{field}: {config.get(field)!r} was given; task {name!r} has no use for it, "
                 f"only {', '.join(names)}"
             )
+    if config.get("group_by_length") and config.get("packing"):
+        raise ValueError(
+            "task.group_by_length: True was given with task.packing, whose rows are all full; it "
+            "must be False there"
+        )
     task = TASKS[name](config, vocabulary, seq_len)
     kept, note = spread(trim(task.eval), eval_examples), task.note
     if len(kept["tokens"]) < len(task.eval["tokens"]):
         note += f"; evaluates on {count(len(kept['tokens']))} of these, evenly spaced"
-    return task._replace(train=trim(task.train), eval=kept, note=f"{name}: {note}")
+    task = task._replace(train=trim(task.train), eval=kept, note=f"{name}: {note}")
+    if config.get("group_by_length"):
+        task = task._replace(lengths=lengths(task.train))
+        share = task.lengths.mean() / task.train["tokens"].shape[1]
+        task = task._replace(note=f"{task.note}; rows are {share:.0%} full, grouped by length")
+    return task
 
 
 def outputs(config: Mapping[str, Any]) -> int:
@@ -94,11 +109,32 @@ def spread(rows: Rows, n: int | None) -> Rows:
 def trim(rows: Rows) -> Rows:
     """Rows without the columns at their end that count in none of them: padding, which a model
     would read for nothing. A model then reads a multiple of 8 tokens, or as many as before."""
-    counts = (rows["segments"] if "segments" in rows else rows["mask"]) > 0
     ahead = int("mask" in rows)  # a language model does not read the last column
-    last = int(np.flatnonzero(counts.any(axis=0)).max(initial=0))
-    width = -(-(last + 1 - ahead) // 8) * 8 + ahead
+    width = _eights(lengths(rows).max() - ahead) + ahead
     return {name: x[:, :width] if x.ndim == 2 else x for name, x in rows.items()}
+
+
+def lengths(rows: Rows) -> np.ndarray:
+    """Columns of each row up to its last that counts, at least one: (N,) int64."""
+    counts = (rows["segments"] if "segments" in rows else rows["mask"]) > 0
+    last = counts.shape[1] - np.argmax(counts[:, ::-1], axis=1)
+    return np.where(counts.any(axis=1), last, 1)
+
+
+def widths(task: Task) -> tuple[int, ...]:
+    """Columns that a batch of train rows may be cut to, ascending: all of them, and where rows are
+    grouped by length about three, two and one quarter, as far as any row is so short. A program is
+    compiled for each."""
+    columns, ahead = task.train["tokens"].shape[1], int("mask" in task.train)
+    if task.lengths is None:
+        return (columns,)
+    quarters = {_eights((columns - ahead) * i / QUARTERS) + ahead for i in range(1, QUARTERS)}
+    shortest = task.lengths.min()
+    return (*sorted(width for width in quarters if shortest <= width < columns), columns)
+
+
+def _eights(n: float) -> int:
+    return 8 * math.ceil(n / 8)
 
 
 @functools.lru_cache(maxsize=256)
@@ -134,7 +170,41 @@ def order(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     return _order(*(operator.index(x) for x in (n, batch_size, seed, step)))
 
 
-def orders(n: int, batch_size: int, seed: int, steps: Sequence[int]) -> np.ndarray:
-    """`order` of several steps: (len(steps), batch_size) int64."""
-    rows = [order(n, batch_size, seed, step) for step in steps]
-    return np.array(rows, np.int64).reshape(len(rows), batch_size)
+def orders(
+    n: int,
+    batch_size: int,
+    seed: int,
+    steps: Sequence[int],
+    lengths: np.ndarray | None = None,
+) -> np.ndarray:
+    """`order` of several steps: (len(steps), batch_size) int64.
+
+    lengths: (n,) of the rows, to have rows of like length in one batch, as the `group_by_length`
+    of transformers has: the epoch's shuffled rows are cut into stretches of 50 batches (fewer where
+    the rows are less than four stretches), each sorted by length, the longest first, and the
+    longest row of all changes places with the very first, so that what does not fit shows at once.
+    A batch of two epochs has the first one's shortest and the second one's longest.
+    """
+    if lengths is None:
+        rows = [order(n, batch_size, seed, step) for step in steps]
+        return np.array(rows, np.int64).reshape(len(rows), batch_size)
+    at = np.array(steps, np.int64)[:, None] * batch_size + np.arange(batch_size)
+    key = n, batch_size, seed, np.asarray(lengths, np.int64).tobytes()
+    rows = np.empty(at.shape, np.int64)
+    for epoch in np.unique(at // n):
+        here = at // n == epoch
+        rows[here] = _grouped(*key, int(epoch))[at[here] % n]
+    return rows
+
+
+@functools.lru_cache(maxsize=64)
+def _grouped(n: int, batch_size: int, seed: int, lengths: bytes, epoch: int) -> np.ndarray:
+    """An epoch's rows in the order of `orders`: (n,) int64."""
+    rows, length = order(n, n, seed, epoch), np.frombuffer(lengths, np.int64)
+    size = batch_size * max(1, min(STRETCH, n // (4 * batch_size)))
+    parts = (rows[start : start + size] for start in range(0, n, size))
+    found = np.concatenate([part[np.argsort(-length[part], kind="stable")] for part in parts])
+    longest = int(np.argmax(length[found]))
+    found[[0, longest]] = found[[longest, 0]]
+    found.flags.writeable = False
+    return found

@@ -35,6 +35,7 @@ class Task(NamedTuple):
     prompts: what to generate from and score; () where a task has nothing to generate.
     outputs: how many a classifier has; 0 for language models.
     scores: of a classifier: (outputs (N, k) float, labels (N,)) -> {metric: float}.
+    lengths: (N,) int64, the columns that each train row needs, where batches are grouped by them.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Task(NamedTuple):
     prompts: tuple[Prompt, ...] = ()
     outputs: int = 0
     scores: Callable | None = None
+    lengths: np.ndarray | None = None
 
 
 def count(n: int) -> str:

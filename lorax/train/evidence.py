@@ -15,7 +15,8 @@ AUTO = "auto"
 
 
 def read(member, base: Base, task: tasks.Task, paths, kind: str, seen: dict) -> dict:
-    """{path: {kind: array}} (`sensitivity.evidence`) from the member's own first batches.
+    """{path: {kind: array}} (`sensitivity.evidence`) from the member's own first batches,
+    in shuffled order also where training groups rows by length.
 
     seen: what has been read for members before, who may share it; what is new is put in.
     """

@@ -173,12 +173,13 @@ def train(workdir: Path, groups: list[Group], terminal: Terminal) -> dict[int, d
     done, offset, rows = 0.0, 0, {}
     for group in groups:
         c = group.stack.members[0].config
-        k = sweep.steps_per_call(c.eval.every)
+        k = sweep.steps_per_call(c.eval.every, c.train.offload)
         eval_batches = sweep.eval_batches(group.task, c.eval.batch_size)
-        first = sweep.train_batches(group.stack, group.task, 0, k)
-        batches = tree.shapes({name: x[0] for name, x in first.items()})
+        batches = sweep.batch_shapes(c.train, group.task, k)
         began = time.monotonic()
         programs = sweep.fit(group.stack, group.base, c.train, batches, tree.shapes(eval_batches))
+        for width in tasks.widths(group.task):
+            programs.narrow(width)
         chunks = sweep.chunks(group.stack, programs.layout.size)
         terminal.say(_plan_line(group, programs, chunks, time.monotonic() - began))
         params = programs.place_base(group.base.params)
@@ -202,8 +203,8 @@ def _train_chunk(
     """One call of the compiled programs after another; (offset in metrics.jsonl, {member: row})."""
     c = chunk.members[0].config
     metrics, m = workdir / "metrics.jsonl", len(chunk.members)
-    place = lambda t: programs.place(t)
-    constants, hyper, state = place(chunk.constants), place(chunk.hyper), place(chunk.state)
+    constants, hyper = programs.place(chunk.constants), programs.place(chunk.hyper)
+    state = programs.place_state(chunk.state)
 
     def evaluate():
         """Loss (m,) and {metric: (m,)} of every member as it is now."""

@@ -75,6 +75,13 @@ def train_step(program: Program, params, constants, hyper: Hyper, state: MemberS
     or new parameter norm is not finite changes nothing, and neither does any after it or past
     `train.steps`.
     """
+    at = state.trainable, state.step
+    value, grads = gradients(program, params, constants, hyper, *at, batch)
+    return update(program, constants, hyper, state, value, grads)
+
+
+def gradients(program: Program, params, constants, hyper: Hyper, trainable, step, batch):
+    """The half of a step that reads the base: (mean loss () float32, gradients like trainable)."""
 
     def loss(trainable, part, key):
         bound = _bound(program, trainable, constants, params, key if program.dropout else None)
@@ -82,12 +89,12 @@ def train_step(program: Program, params, constants, hyper: Hyper, state: MemberS
 
     def add(carry, indexed):
         index, part = indexed
-        key = jax.random.fold_in(jax.random.fold_in(hyper.key, state.step), index)
-        (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable, part, key)
+        key = jax.random.fold_in(jax.random.fold_in(hyper.key, step), index)
+        (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(trainable, part, key)
         return jax.tree.map(jnp.add, carry, (total, weight, grads)), None
 
     parts = jax.tree.leaves(batch)[0].shape[0]
-    zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
+    zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
     if parts == 1:
         (total, weight, grads), _ = add(zero, (0, jax.tree.map(lambda x: x[0], batch)))
     else:
@@ -95,10 +102,14 @@ def train_step(program: Program, params, constants, hyper: Hyper, state: MemberS
     weight = jnp.maximum(weight, 1.0)
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     if program.method.penalty is not None:
-        more = jax.grad(program.method.penalty)(state.trainable, constants)
+        more = jax.grad(program.method.penalty)(trainable, constants)
         grads = jax.tree.map(jnp.add, grads, more)
-    value, norm = total / weight, optax.tree.norm(grads)
+    return total / weight, grads
 
+
+def update(program: Program, constants, hyper: Hyper, state: MemberState, value, grads):
+    """The half of a step that reads the optimiser's state; value, grads: what `gradients` gave."""
+    norm = optax.tree.norm(grads)
     transformation = optimizer(program.method, constants, program.train, hyper)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
         updates, opt_state = transformation.update(grads, state.opt_state, state.trainable)

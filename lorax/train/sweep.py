@@ -5,6 +5,7 @@ sees their rows as one batch), the rest one after the other under `lax.map`. Sev
 take a part of the members, or of every batch.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from lorax.train import step as train_step
 TOKEN_FEATURES = 200_000  # tokens x features that a CPU likes side by side (lorax.bench sweep)
 CPU_COPIES = 128e6  # bytes of the base, one copy for each of a CPU's devices, that "auto" spends
 STEPS_PER_CALL = 10
+HOST = "pinned_host"  # kind of memory that holds what is offloaded
 
 
 def split_cpu() -> None:
@@ -172,9 +174,16 @@ def _good_width(tokens: int, base: Base, platform: str) -> int:
 class Programs(NamedTuple):
     """Compiled for one shape of stack and one layout; host trees go in through `place*`.
 
+    With `train.offload` the optimiser's state lies in the host's memory whenever no step updates
+    it. A call is two programs: one takes the gradients; then the state comes to the device, the
+    other updates, and the state goes back, so that activations and state are never on a device
+    together. QLoRA pages for the same end (arXiv:2305.14314, section 3, "Paged Optimizers"). Moving
+    changes no bit; two programs for one may round the last one otherwise.
+
     train(params, constants, hyper, state, batches) -> (state, metrics (M, K)); donates the state.
     evaluate(params, constants, trainable, batches) -> (losses (M,), scores (M, N, B, k) or None).
-    place_base(params), place(stacked tree), place_batches(batches).
+    place_base(params), place(stacked tree), place_state(a stack's state), place_batches(batches).
+    narrow(width): compile train for batches cut to so many columns; else the first call does.
     bytes: of one call to train on one device: arguments + temporaries + outputs - aliases.
     """
 
@@ -182,7 +191,9 @@ class Programs(NamedTuple):
     evaluate: Callable
     place_base: Callable
     place: Callable
+    place_state: Callable
     place_batches: Callable
+    narrow: Callable
     layout: Layout
     bytes: int
 
@@ -214,12 +225,13 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
     mesh = Mesh(np.array(layout.devices), ("devices",))
     shared, apart = P(), P("devices") if layout.mode in ("members", "pmap") else P()
     by_batch = P(None, None, None, "devices") if layout.mode == "batch" else apart
+    share = lambda f, specs: f
     if layout.mode == "members":
         share = lambda f, specs: jax.shard_map(
             f, mesh=mesh, in_specs=specs, out_specs=apart, check_vma=False
         )
-        train = share(train, (shared, apart, apart, apart, apart))
-        evaluate = share(evaluate, (shared, apart, apart, shared))
+    train = share(train, (shared, apart, apart, apart, apart))
+    evaluate = share(evaluate, (shared, apart, apart, shared))
     if layout.mode == "pmap":
         train = _pmapped(train, layout.devices, (None, 0, 0, 0, 0), donate=3)
         evaluate = _pmapped(evaluate, layout.devices, (None, 0, 0, None))
@@ -232,7 +244,8 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
     place = lambda tree: jax.device_put(fill(tree), at(apart))
     place_batches = lambda tree: jax.device_put(fill(tree), at(by_batch))
     if layout.mode == "pmap":
-        return Programs(train, evaluate, place_base, place, place_batches, layout, 0)
+        narrow = lambda width: None  # it compiles by itself
+        return Programs(train, evaluate, place_base, place, place, place_batches, narrow, layout, 0)
 
     def described(tree, spec, lead):
         """Shapes of a tree with the axes `lead` in front."""
@@ -242,17 +255,63 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
     member = jax.eval_shape(lambda t: jax.tree.map(lambda x: x[0], t), stacked[2:])
     constants, hyper, state = described(member, apart, (size,))
     params = described(base.params, shared, ())
-    train = (
-        jax.jit(train, donate_argnums=3)
-        .lower(params, constants, hyper, state, described(batches, by_batch, (size,)))
-        .compile()
-    )
+    columns = batches["tokens"].shape[-1]
+
+    def cut(width):
+        """Shapes of batches with so many columns; labels have none."""
+        narrower = lambda x: jax.ShapeDtypeStruct((*x.shape[:3], *[width] * (x.ndim > 3)), x.dtype)
+        return described(jax.tree.map(narrower, batches), by_batch, (size,))
+
     evaluate = (
         jax.jit(evaluate)
         .lower(params, constants, state.trainable, described(eval_batches, shared, ()))
         .compile()
     )
-    return Programs(train, evaluate, place_base, place, place_batches, layout, program_bytes(train))
+    places = place_base, place, place, place_batches
+    if program.train.offload is None:
+        train = jax.jit(train, donate_argnums=3)
+
+        @functools.cache
+        def compiled(width):
+            return train.lower(params, constants, hyper, state, cut(width)).compile()
+
+        call = lambda *given: compiled(given[-1]["tokens"].shape[-1])(*given)
+        bytes_ = program_bytes(compiled(columns))
+        return Programs(call, evaluate, *places, compiled, layout, bytes_)
+
+    # ----------------------------------------------------------- the optimiser's state, offloaded
+    def gradients(params, constants, hyper, trainable, step, batches):
+        one = lambda *m: train_step.gradients(program, params, *m)
+        only = jax.tree.map(lambda x: x[:, 0], batches)  # one step a call
+        return over_members(one, layout.width)(constants, hyper, trainable, step, only)
+
+    def update(*member):
+        one = lambda *m: train_step.update(program, *m)
+        return over_members(one, layout.width)(*member)
+
+    gradients = jax.jit(share(gradients, (shared, *[apart] * 5)), out_shardings=at(apart))
+    value = jax.ShapeDtypeStruct((size,), jnp.float32, sharding=at(apart))
+    update = jax.jit(share(update, (apart,) * 5), donate_argnums=2, out_shardings=at(apart))
+    update = update.lower(constants, hyper, state, value, state.trainable).compile()
+    host = at(apart).with_memory_kind(HOST)
+    away = lambda s: s._replace(opt_state=jax.block_until_ready(jax.device_put(s.opt_state, host)))
+
+    @functools.cache
+    def compiled(width):
+        given = params, constants, hyper, state.trainable, state.step, cut(width)
+        return gradients.lower(*given).compile()
+
+    def call(params, constants, hyper, state, batches):
+        take = compiled(batches["tokens"].shape[-1])
+        found = take(params, constants, hyper, state.trainable, state.step, batches)
+        jax.block_until_ready(found)  # the activations are gone before the state comes
+        here = state._replace(opt_state=jax.device_put(state.opt_state, at(apart)))
+        state, logs = update(constants, hyper, here, *found)
+        return away(state), jax.tree.map(lambda x: x[:, None], logs)
+
+    places = place_base, place, lambda state: away(place(state)), place_batches
+    needs = program_bytes(compiled(columns)), tree.nbytes(base.params) + program_bytes(update)
+    return Programs(call, evaluate, *places, compiled, layout, max(needs))
 
 
 def _halved(stacked: Stack, base: Base) -> dict:
@@ -326,7 +385,7 @@ def fit(stacked: Stack, base: Base, train, batches, eval_batches, devices=None) 
         else:
             raise MemoryError(
                 f"one member needs {programs.bytes / 1e9:.2f} GB and {limit / 1e9:.2f} GB are "
-                "free: set train.remat=True, a larger train.accumulate or a smaller "
+                "free: set train.remat to full, a larger train.accumulate or a smaller "
                 "train.batch_size"
             )
 
@@ -340,28 +399,42 @@ def chunks(stacked: Stack, size: int) -> list[Stack]:
     ]
 
 
-def steps_per_call(every: int) -> int:
-    """Optimiser steps in one call: the largest divisor of `eval.every` up to `STEPS_PER_CALL`.
+def steps_per_call(every: int, offload: str | None = None) -> int:
+    """Optimiser steps in one call: the largest divisor of `eval.every` up to `STEPS_PER_CALL`, or
+    one where something is offloaded between steps (`train.offload`).
 
     One call for several steps saves handing buffers over, which a small model notices.
     """
-    return max(k for k in range(1, STEPS_PER_CALL + 1) if every % k == 0)
+    return 1 if offload else max(k for k in range(1, STEPS_PER_CALL + 1) if every % k == 0)
 
 
 def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
     """The batches of steps first .. first + k - 1: leaves (M, K, A, B, T + 1), on the host.
 
-    Which rows a member sees is a function of its seed and the step alone.
+    Which rows a member sees is a function of its seed and the step alone. Rows that are grouped by
+    length are cut to the narrowest of `tasks.widths` that holds the longest of them.
     """
-    c = stacked.members[0].config.train
+    c, lengths = stacked.members[0].config.train, task.lengths
     shape = (k, c.accumulate, c.batch_size // c.accumulate)
     rows = []
     for member in stacked.members:
         available = len(task.train["tokens"])  # fewer than asked for where some were too long
         n = min(member.config.task.n_train or available, available)
-        order = tasks.orders(n, c.batch_size, member.config.seed, range(first, first + k))
+        own = None if lengths is None else lengths[:n]
+        order = tasks.orders(n, c.batch_size, member.config.seed, range(first, first + k), own)
         rows.append(order.reshape(shape))
-    return {name: values[np.stack(rows)] for name, values in task.train.items()}
+    rows, width = np.stack(rows), tasks.widths(task)[-1]
+    if lengths is not None:
+        width = min(w for w in tasks.widths(task) if w >= lengths[rows].max())
+    return {name: x[rows, :width] if x.ndim > 1 else x[rows] for name, x in task.train.items()}
+
+
+def batch_shapes(train, task: tasks.Task, k: int) -> dict:
+    """Shapes of one member's batches of k steps at their widest: leaves (K, A, B, T + 1)."""
+    lead = k, train.accumulate, train.batch_size // train.accumulate
+    return {
+        name: jax.ShapeDtypeStruct((*lead, *x.shape[1:]), x.dtype) for name, x in task.train.items()
+    }
 
 
 def eval_batches(task: tasks.Task, batch_size: int) -> dict:

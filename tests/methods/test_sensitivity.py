@@ -94,7 +94,7 @@ def test_remat_and_segments_change_nothing(pair, found):
     segments = np.zeros_like(batches["tokens"])
     for row, end in enumerate((10, 7, 4)):
         segments[:, row, :end] = 1
-    module = base.module.clone(config=dataclasses.replace(base.config, remat=True))
+    module = base.module.clone(config=dataclasses.replace(base.config, remat="full"))
     base, batches = base._replace(module=module), batches | {"segments": segments}
     again = sensitivity.evidence(base, batches, PATHS, sensitivity.KINDS)
     for path, kinds in found.items():

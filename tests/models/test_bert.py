@@ -196,7 +196,7 @@ def test_remat_and_unroll_change_nothing():
         return jit(jax.value_and_grad(loss))(params)
 
     loss, grads = loss_and_gradients(unroll=1)
-    again, same = loss_and_gradients(unroll=2, remat=True)
+    again, same = loss_and_gradients(unroll=2, remat="full")
     np.testing.assert_allclose(again, loss, rtol=1e-6)
     for path, grad in tree.flatten(same).items():
         want = tree.flatten(grads)[path]

@@ -141,7 +141,7 @@ def test_remat_and_unroll_change_nothing_and_half_is_near():
         return jit(jax.grad(loss, has_aux=True))(params)
 
     grads, logits = gradients(unroll=1)
-    other_grads, other_logits = gradients(remat=True, unroll=2)
+    other_grads, other_logits = gradients(remat="full", unroll=2)
     np.testing.assert_allclose(other_logits, logits, rtol=1e-5, atol=1e-5)
     for path, want in tree.flatten(grads).items():
         assert np.abs(want).max() > 1e-5, path

@@ -196,7 +196,7 @@ def torch_gradients(name):
     return {key: value.grad for key, value in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [(False, 1), (True, 2)])
+@pytest.mark.parametrize(("remat", "unroll"), [("none", 1), ("full", 2)])
 def test_gradients_are_those_of_transformers(remat, unroll):
     module, params = ours("llama-biases")
     config = dataclasses.replace(module.config, remat=remat, unroll=unroll)

@@ -90,8 +90,8 @@ def test_a_model_without_a_tokenizer_loads(directory):
 
 
 def test_how_to_run_a_model_is_a_matter_of_load(directory):
-    half = lorax.load(str(directory), "bfloat16", jnp.bfloat16, remat=True, unroll=3)
-    assert (half.config.dtype, half.config.remat, half.config.unroll) == ("bfloat16", True, 3)
+    half = lorax.load(str(directory), "bfloat16", jnp.bfloat16, remat="full", unroll=3)
+    assert (half.config.dtype, half.config.remat, half.config.unroll) == ("bfloat16", "full", 3)
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("bfloat16")}
 
 

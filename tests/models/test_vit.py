@@ -121,7 +121,7 @@ def test_however_the_layers_are_run_and_adapted():
     apply = jit(lorax.apply, static_argnums=0)
     merged = apply(module, methods.merge(method, state, params, sites), images)
     np.testing.assert_allclose(merged, scores, rtol=0, atol=1e-4)
-    other = vit.ViT(dataclasses.replace(config, remat=True, unroll=2))
+    other = vit.ViT(dataclasses.replace(config, remat="full", unroll=2))
     other_grads, other_scores = run(other, state.trainable, params)
     np.testing.assert_allclose(other_scores, scores, rtol=1e-5, atol=1e-5)
     for path, want in tree.flatten(grads).items():

@@ -4,6 +4,7 @@ import types
 import ml_collections
 import numpy as np
 import pytest
+from support import require
 
 from lorax import tasks
 
@@ -80,7 +81,68 @@ def test_order_takes_whole_numbers_only():
         tasks.order(10, 4, 0, 1.5)
 
 
+# --------------------------------------------------------------------------- grouped by length
+
+
+def lengths_of(n):
+    return np.random.default_rng(1).integers(1, 60, n)
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(2000, 8), (1003, 4), (10, 4)])
+def test_grouped_order_is_that_of_transformers(n, batch_size, monkeypatch):
+    """`get_length_grouped_indices` with our shuffle in place of torch's, in every epoch."""
+    torch = require("torch")
+    utils = pytest.importorskip("transformers.trainer_pt_utils")
+    lengths = lengths_of(n)
+    steps = -(-3 * n // batch_size)
+    ours = tasks.orders(n, batch_size, 5, range(steps), lengths).reshape(-1)
+    for epoch, rows in enumerate(ours[: 3 * n].reshape(3, n)):
+        shuffled = torch.from_numpy(tasks.order(n, n, 5, epoch).copy())
+        monkeypatch.setattr(utils.torch, "randperm", lambda n, generator, s=shuffled: s)
+        assert rows.tolist() == utils.get_length_grouped_indices(lengths.tolist(), batch_size)
+
+
+def test_grouped_order_is_a_pure_function_and_pads_less():
+    n, lengths = 4000, lengths_of(4000)
+    rows = tasks.orders(n, 16, 3, range(500), lengths)  # two epochs
+    tasks._grouped.cache_clear()
+    np.testing.assert_array_equal(tasks.orders(n, 16, 3, [7, 260], lengths), rows[[7, 260]])
+    for epoch in rows.reshape(2, -1):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(n))
+    assert lengths[rows[0]].max() == lengths[rows[250]].max() == lengths.max()
+    padded = lambda rows: 16 * lengths[rows].max(axis=1).sum() / lengths[rows].sum() - 1
+    assert padded(rows) < 0.05 < 0.5 < padded(tasks.orders(n, 16, 3, range(500)))
+    other = tasks.orders(n, 16, 4, range(500), lengths)
+    assert (other != rows).any() and tasks.orders(n, 16, 3, [], lengths).shape == (0, 16)
+
+
+def test_lengths_and_widths():
+    mask = np.zeros((3, 33), np.float32)
+    mask[0, 3:12] = mask[1, 5] = 1
+    rows = {"tokens": np.zeros((3, 33), np.int32), "mask": mask}
+    assert tasks.lengths(rows).tolist() == [12, 6, 1]
+    task = tasks.Task("", rows, rows, "")
+    assert tasks.widths(task) == (33,)
+    assert tasks.widths(task._replace(lengths=tasks.lengths(rows))) == (9, 17, 25, 33)
+    segments = (np.arange(24) < [[9], [24]]).astype(np.int32)
+    classes = {"tokens": segments, "segments": segments, "label": np.arange(2)}
+    task = tasks.Task("", classes, classes, "", lengths=tasks.lengths(classes))
+    assert task.lengths.tolist() == [9, 24] and tasks.widths(task) == (16, 24)
+
+
 # ----------------------------------------------------------------------------------- the build
+
+
+def test_a_task_has_lengths_where_they_are_asked_for(vocabulary):
+    plain = tasks.build(CONFIG, vocabulary, 256, 64)
+    grouped = tasks.build({**CONFIG, "group_by_length": True}, vocabulary, 256, 64)
+    assert plain.lengths is None and 2 < len(tasks.widths(grouped)) <= 4
+    np.testing.assert_array_equal(grouped.train["tokens"], plain.train["tokens"])
+    for row, n in zip(grouped.train["mask"], grouped.lengths, strict=True):
+        assert row[n - 1] == 1 and not row[n:].any()
+    assert grouped.note.endswith("% full, grouped by length")
+    with pytest.raises(ValueError, match="task.group_by_length: True was given with task.packing"):
+        tasks.build({**CONFIG, "group_by_length": True, "packing": True}, vocabulary, 256, 64)
 
 
 def test_build_takes_a_config_dict_and_is_deterministic(vocabulary):
@@ -152,6 +214,7 @@ def test_sizes_must_be_positive(vocabulary, seq_len, eval_examples, message):
     ("name", "field", "value"),
     [
         ("text", "packing", True),
+        ("text", "group_by_length", True),
         ("restaurants", "template", "{{ messages }}"),
         ("e2e", "subset", "cola"),
     ],

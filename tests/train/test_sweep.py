@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 import pytest
+from support import few
 
 from lorax import config, tasks, tree
 from lorax.models import Base, gpt2
@@ -52,14 +53,15 @@ def run(c, base, task, pick=None, devices=None, steps=7, k=4):
     stacked = stack_of(c, base, pick)
     abstract = tree.shapes
     evals = sweep.eval_batches(task, 4)
-    batches = jax.tree.map(lambda x: x[0], sweep.train_batches(stacked, task, 0, k))
+    batches = sweep.batch_shapes(stacked.members[0].config.train, task, k)
     devices = devices or jax.devices()[:1]
     train = stacked.members[0].config.train
     programs = sweep.fit(stacked, base, train, abstract(batches), abstract(evals), devices)
     params, losses, finals, trees = programs.place_base(base.params), [], [], []
     for chunk in sweep.chunks(stacked, programs.layout.size):
         place, m = programs.place, len(chunk.members)
-        constants, hyper, state = place(chunk.constants), place(chunk.hyper), place(chunk.state)
+        constants, hyper = place(chunk.constants), place(chunk.hyper)
+        state = programs.place_state(chunk.state)
         curve = []
         for first in range(0, steps, k):
             host = sweep.train_batches(chunk, task, first, k)
@@ -135,6 +137,64 @@ def test_eight_devices_equal_one(base, task, reference, parallel):
         assert len(leaf.sharding.device_set) == 8 and not leaf.is_fully_replicated
 
 
+OFFLOADED = [
+    ("none", 1, {"width": 1}),
+    ("members", 8, {"accumulate": 2}),
+    ("batch", 8, {"width": 5}),
+    ("none", 1, {}),
+]
+
+
+@pytest.mark.parametrize(("parallel", "devices", "changes"), few(OFFLOADED, OFFLOADED[:1]))
+def test_an_offloaded_optimiser_changes_no_bit(
+    base, task, reference, parallel, devices, changes, monkeypatch
+):
+    """Against the same two programs with the state on the device all the time; and against the one
+    program of a plain step within rounding."""
+    c = settings(**MIXED)
+    c.train.parallel, c.train.offload = parallel, "optimizer"
+    c.train.update(**changes)
+    away = run(c, base, task, devices=jax.devices()[:devices], k=1)
+    kinds = lambda t: {leaf.sharding.memory_kind for leaf in jax.tree.leaves(t)}
+    state = away[4]
+    assert kinds(state.opt_state) == {"pinned_host"}
+    assert kinds((state.trainable, state.step)) == {"device"}
+    assert (
+        parallel != "members"
+        or not state.opt_state[1].mu["h"]["attn"]["q"]["kernel"]["a"].is_fully_replicated
+    )
+
+    monkeypatch.setattr(sweep, "HOST", "device")
+    here = run(c, base, task, devices=jax.devices()[:devices], k=1)
+    assert kinds(here[4]) == {"device"}
+    for mine, other in zip(here[:2], away[:2], strict=True):
+        np.testing.assert_array_equal(mine, other)
+    same = lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    jax.tree.map(same, here[4], state)
+    np.testing.assert_allclose(away[1], reference[1], rtol=1e-5)
+    np.testing.assert_allclose(away[0], reference[0], rtol=1e-5)
+
+
+def test_batches_grouped_by_length_are_cut_and_lose_nothing(base, task, monkeypatch):
+    """Two thirds of the rows are short: the losses are those of the same rows at full width."""
+    mask = task.train["mask"].copy()
+    mask[np.arange(64) % 3 > 0, 8:] = 0
+    rows = {"tokens": task.train["tokens"], "mask": mask}
+    rows = {name: np.pad(x, ((0, 0), (0, 4))) for name, x in rows.items()}
+    grouped = task._replace(train=rows, lengths=tasks.lengths(rows))
+    assert tasks.widths(grouped) == (9, 17)
+    c = settings(seed=(0, 1))
+    c.train.update(steps=8, batch_size=4, seq_len=16)
+    stacked = stack_of(c, base)
+    widths = [sweep.train_batches(stacked, grouped, i, 1)["tokens"].shape[-1] for i in range(8)]
+    assert widths[0] == 17 and 9 in widths
+    cut = run(c, base, grouped, steps=8, k=1)
+    monkeypatch.setattr(tasks, "widths", lambda task: (17,))
+    whole = run(c, base, grouped, steps=8, k=1)
+    np.testing.assert_allclose(cut[1], whole[1], rtol=1e-5)
+    np.testing.assert_allclose(cut[0], whole[0], rtol=1e-5)
+
+
 def test_auto_spreads_members_and_then_batches(base):
     one = settings().train
     assert sweep.layout(12, one, base).mode == "members"
@@ -160,7 +220,7 @@ def test_too_little_memory_means_parts_and_the_same_numbers(base, task, referenc
 def test_memory_for_not_even_one_is_an_error_before_any_allocation(base, task):
     c = settings(rank=(1, 2))
     c.train.memory_gb = 1e-6
-    with pytest.raises(MemoryError, match="one member needs .* set train.remat=True"):
+    with pytest.raises(MemoryError, match="one member needs .* set train.remat to full"):
         run(c, base, task)
 
 
@@ -213,3 +273,4 @@ def test_eval_batches_fill_up_without_weight(task):
 @pytest.mark.parametrize(("every", "k"), [(50, 10), (1, 1), (8, 8), (14, 7), (13, 1)])
 def test_steps_per_call_divide_the_distance_between_evaluations(every, k):
     assert sweep.steps_per_call(every) == k
+    assert sweep.steps_per_call(every, offload="optimizer") == 1
