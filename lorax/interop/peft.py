@@ -617,8 +617,8 @@ def _update(module: str, sides: dict, config: dict, directory: pathlib.Path) -> 
 def scale_of(config: dict[str, Any], module: str, rank: int, file: pathlib.Path) -> float:
     """PEFT's own rule: alpha / r, or alpha / sqrt(r), after the first pattern that matches."""
     try:
-        r = int(_pattern(config.get("rank_pattern"), module, config.get("r", 8)))
-        alpha = float(_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+        r = int(pattern(config.get("rank_pattern"), module, config.get("r", 8)))
+        alpha = float(pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
     except (TypeError, ValueError, AttributeError, re.error) as error:
         raise ValueError(f"{file}: r, lora_alpha or a pattern can't be read: {error}") from error
     if r != rank:
@@ -626,9 +626,10 @@ def scale_of(config: dict[str, Any], module: str, rank: int, file: pathlib.Path)
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
-def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+def pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first of PEFT's patterns, regexes of a name's end, that a module matches."""
+    for end, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({end})$", module):
             return value
     return default
 
