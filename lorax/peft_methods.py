@@ -168,11 +168,11 @@ def _causal(base: Base) -> bool:
 
 
 def _write_matrices(method, state, base: Base, places):
-    kind, matrices = peft_matrices.KINDS[method.name], _matrices(base)
+    kind = peft_matrices.KINDS[method.name]
     own, trained = methods.joined(*state), methods.joined(state.trainable)
     shared = {name: np.asarray(x) for name, x in own.pop(SHARED, {}).items()}
     modules: dict[str, tuple[Place, dict[str, Arrays]]] = {}
-    for layer, (path, index) in matrices.items():
+    for layer, (path, index) in _layers(base).items():
         here = {name: np.asarray(x)[index] for name, x in own.get(path, {}).items()}
         if not here or "w" in here:
             continue
@@ -208,7 +208,7 @@ def _read_matrices(name: str, stored, config, base: Base, places, directory: pat
         for module in sorted(modules, key=peft.natural)
     ]
     hp, layers, shared = kind.read(found, shared, config, directory)
-    matrices, indices = _matrices(base), set()
+    matrices, indices = _layers(base), set()
     arrays = {f"{SHARED}/{name}": {(): x} for name, x in shared.items()}
     for layer, own in layers.items():
         path, index = matrices[layer]
@@ -229,13 +229,12 @@ def _read_matrices(name: str, stored, config, base: Base, places, directory: pat
     return hp, arrays, rest
 
 
-def _matrices(base: Base) -> dict[str, tuple[str, tuple]]:
-    """{linear layer: (path of its kernel, its index in the stack)}"""
+def _layers(base: Base) -> dict[str, tuple[str, tuple]]:
+    """{layer: (path of its kernel, its index in the stack)} of all that can be adapted."""
     flat = tree.flatten(base.params)
     return {
         layer: (path, index)
         for path, site in base.sites.items()
-        if site.kind == "linear"
         for layer, index in layer_names(path, site, flat[path].shape).items()
     }
 
@@ -243,12 +242,15 @@ def _matrices(base: Base) -> dict[str, tuple[str, tuple]]:
 def _place(module: str, base: Base, places: peft.Places, where: str) -> Place:
     """What is known of a linear module. Raises ValueError, which begins with `where`, for one that
     is none."""
-    matrices, flat = _matrices(base), tree.flatten(base.params)
+    flat, layers = tree.flatten(base.params), _layers(base)
+    linear = {
+        layer: path for layer, (path, _) in layers.items() if base.sites[path].kind == "linear"
+    }
     found = {p.rpartition("/")[0]: s for p, s in places.at(f"{module}.weight").items()}
-    if not found or not found.keys() <= matrices.keys():
-        known = sorted({places.module(layer) for layer in matrices}, key=peft.natural)
+    if not found or not found.keys() <= linear.keys():
+        known = sorted({re.sub(r"\.\d+\.", ".{}.", places.module(layer)) for layer in linear})
         raise ValueError(f"{where}: {module} is none of the linear layers, {', '.join(known)}")
-    path, _ = matrices[next(iter(found))]
+    path = linear[next(iter(found))]
     _, inputs, outputs = base.sites[path].matrix_shape(flat[path].shape)
     fused = any(source.part is not None for source in found.values())
     return Place(
@@ -271,7 +273,7 @@ def _write_tokens(method, state, base: Base, places):
 
 
 def _attention(base: Base, places: peft.Places) -> peft_tokens.Attention:
-    keys = [layer for layer in _matrices(base) if layer.endswith("attn/k")]
+    keys = [layer for layer in _layers(base) if layer.endswith("attn/k")]
     modules = tuple(places.module(layer).rpartition(".")[0] for layer in keys)
     raw = FAMILIES[base.family][0].hf_config(base.config)
     return peft_tokens.Attention(base.family, _causal(base), raw, modules)

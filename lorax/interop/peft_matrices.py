@@ -428,9 +428,11 @@ def read_ia3(modules, shared, config, where):
         shape = (1, place.inputs) if inner else (place.outputs, 1)
         fit(f"{where / peft.WEIGHTS}: {place.name}", tensors, ia3_l=shape)
         x = tensors["ia3_l"].reshape(-1)
-        for layer, columns in place.columns.items():
-            layers[layer] = {"l_in": x} if inner else {"l": x[columns]}
-            layers[layer]["on"] = np.float32(1)
+        parts = {layer: x if inner else x[columns] for layer, columns in place.columns.items()}
+        # Ones in some parts of a fused module stand for what is not adapted.
+        moved = [layer for layer, own in parts.items() if np.any(own != 1)] or [*parts]
+        for layer in moved:
+            layers[layer] = {"l_in" if inner else "l": parts[layer], "on": np.float32(1)}
     return {}, layers, {}
 
 
