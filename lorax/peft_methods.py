@@ -217,7 +217,7 @@ def _read_matrices(name: str, stored, config, base: Base, places, directory: pat
             arrays.setdefault(f"{path}/{leaf}", {})[index] = value
     paths = {matrices[layer][0] for layer in layers}
     exactly = lambda paths: tuple(f"re:{re.escape(path)}" for path in sorted(paths))
-    depth = max((len(x) for p, x in tree.flatten(base.params).items() if p in paths), default=0)
+    depth = max((x.shape[0] for p, x in tree.flatten(base.params).items() if p in paths), default=0)
     hp |= {"targets": exactly(paths)}
     hp |= {"layers": None if len(indices) in (0, depth) else tuple(sorted(indices))}
     if name == "ia3":
@@ -338,7 +338,7 @@ def _parameters(base: Base) -> dict[str, tuple[str, int | None]]:
     return {
         name: (path, None if name == path else i)
         for path, leaf in tree.flatten(base.params).items()
-        for name, i in parameter_layers(path, range(len(leaf)), base).items()
+        for name, i in parameter_layers(path, range(leaf.shape[0]), base).items()
     }
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from lorax import decode, methods, ops, quant, tasks, tree
+from lorax import decode, methods, ops, peft_methods, quant, tasks, tree
 from lorax.config import Member, group_key
 from lorax.files import atomically, write_bytes, write_json
 from lorax.interop import peft
@@ -258,12 +258,15 @@ def _train_chunk(
         progress(step * m)
 
     # ------------------------------------------------------------------------------------- export
-    rows = {}
+    rows, said = {}, set()
     trainable = jax.tree.map(lambda x: np.asarray(x)[:m], state.trainable)
     for i, (member, method) in enumerate(zip(chunk.members, chunk.methods, strict=True)):
         take = lambda t, i=i: jax.tree.map(lambda x: x[i], t)
         own, fixed = take(trainable), take(chunk.constants)
-        export(workdir / "adapters" / str(member.index), member, method, own, fixed, group)
+        why = export(workdir / "adapters" / str(member.index), member, method, own, fixed, group)
+        if why and why not in said:
+            terminal.say(f"member {member.name}: kept in lorax's own format alone: {why}")
+            said.add(why)
         at = int(diverged[i])
         rows[member.index] = {
             "status": "finished" if at < 0 else "diverged",
@@ -325,27 +328,32 @@ def _scores(task: tasks.Task, outputs, m: int) -> dict[str, np.ndarray]:
     return {name: np.array([scores[name] for scores in each], np.float32) for name in each[0]}
 
 
-def export(directory: Path, member: Member, method, trainable, constants, group: Group) -> None:
-    """Write what one member has learned.
+def export(directory: Path, member: Member, method, trainable, constants, group: Group) -> str:
+    """Write what one member has learned; "", or why PEFT can't read it.
 
-    An update of low rank becomes an adapter in PEFT's format. Any other method leaves its own
+    An update of low rank becomes a LoRA adapter in PEFT's format. Any other method leaves its own
     arrays, `state.safetensors` (path/name of `lorax.methods.State`) with `method.json`, and where
-    it is a change of weights `delta.safetensors`, {layer: dW (in, out) float32} of the matrices.
+    it is a change of weights `delta.safetensors`, {layer: dW (in, out) float32} of the matrices;
+    beside them, where PEFT has the method, its files of it.
     """
     base, state = group.base, methods.State(trainable, constants)
+    why = ""
     if method.factors is not None:
         adapter = exported(method, state, base)
         # PEFT takes the whole head from a classifier's adapter: only one that has it is called so.
         classifier = "SEQ_CLS" if any(p.startswith("head/") for p in adapter.weights) else None
-        peft.save(
-            directory,
-            adapter,
-            sources(base),
-            member.config.base,
-            dropout=method.hp.get("dropout", 0.0),
-            task_type=classifier if group.task.outputs else "CAUSAL_LM",
-        )
-        return
+        try:
+            peft.save(
+                directory,
+                adapter,
+                sources(base),
+                member.config.base,
+                dropout=method.hp.get("dropout", 0.0),
+                task_type=classifier if group.task.outputs else "CAUSAL_LM",
+            )
+            return ""
+        except Exception as error:  # what was learned is kept all the same
+            why = _reason(error)
     arrays = {
         f"{kind}/{path}": np.asarray(x)
         for kind, t in state._asdict().items()
@@ -363,6 +371,16 @@ def export(directory: Path, member: Member, method, trainable, constants, group:
                     if matrix[index].any():
                         matrices[name] = matrix[index]
         atomically(directory / "delta.safetensors", lambda file: save_file(matrices, file))
+    if method.factors is None:
+        try:
+            peft_methods.save(directory, method, state, base, member.config.base)
+        except Exception as error:
+            why = _reason(error)
+    return why
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else repr(error)
 
 
 def exported(method, state: methods.State, base: Base) -> peft.Adapter:
