@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import methods, tree
-from lorax.files import read_json, write_bytes
+from lorax.files import write_bytes
 from lorax.interop import peft, peft_matrices, peft_tokens
 from lorax.interop.peft_matrices import Arrays, Place
 from lorax.methods.vera import SHARED
@@ -35,23 +35,6 @@ from lorax.models.load import FAMILIES, Base, layer_names, parameter_layers, sou
 #: Our name -> PEFT's peft_type.
 TYPES = {"ln-tuning": "LN_TUNING"}
 TYPES |= {name: kind.type for name, kind in (peft_matrices.KINDS | peft_tokens.KINDS).items()}
-
-
-def kind_of(directory: str | os.PathLike) -> str:
-    """PEFT's name of the adapter in a directory, "LORA" or one of `TYPES`'s values.
-
-    Raises FileNotFoundError, or ValueError that names the file for one that can't be read.
-    """
-    file = pathlib.Path(directory) / peft.CONFIG
-    if not file.exists():
-        raise FileNotFoundError(
-            f"{file}: no such file; a PEFT adapter is {peft.CONFIG} and {peft.WEIGHTS}"
-        )
-    kind = read_json(file).get("peft_type")
-    known = ("LORA", *sorted(TYPES.values()))
-    if kind not in known:
-        raise ValueError(f"{file}: peft_type {kind!r} can't be read, only {', '.join(known)}")
-    return kind
 
 
 def save(
@@ -129,11 +112,15 @@ def load(directory: str | os.PathLike, base: Base) -> tuple[methods.Method, meth
     damaged file, and modules or shapes that the base does not have.
     """
     directory = pathlib.Path(directory)
-    kind = kind_of(directory)
-    if kind == "LORA":
-        raise ValueError(f"{directory / peft.CONFIG}: LORA is read by lorax.interop.peft.load")
-    (name,) = (name for name, theirs in TYPES.items() if theirs == kind)
-    config = read_json(directory / peft.CONFIG)
+    config = peft.read_config(directory / peft.CONFIG)
+    kind = config.get("peft_type")
+    name = next((name for name, theirs in TYPES.items() if theirs == kind), None)
+    if name is None:
+        hint = ", and LORA by lorax.interop.peft" if kind == "LORA" else ""
+        known = ", ".join(sorted(TYPES.values()))
+        raise ValueError(
+            f"{directory / peft.CONFIG}: peft_type {kind!r} can't be read, {known} can{hint}"
+        )
     stored, _ = peft.read_tensors(directory / peft.WEIGHTS)
     stored = {key.removeprefix(peft.PREFIX): x for key, x in stored.items()}
     stored = {key: x for key, x in stored.items() if not peft.COPY.search(key)}

@@ -219,7 +219,7 @@ def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = No
     """
     directory = pathlib.Path(directory)
     file = directory / WEIGHTS
-    config = _read_config(directory / CONFIG)
+    config = _lora_config(directory / CONFIG)
     stored, metadata = read_tensors(file)
     modules, whole = _sort(stored, file)
     updates = {
@@ -541,10 +541,15 @@ def _rescale(block: np.ndarray, s: float, common: float) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- reading
 
 
-def _read_config(file: pathlib.Path) -> dict[str, Any]:
+def read_config(file: pathlib.Path) -> dict[str, Any]:
+    """The fields of an adapter of any kind; its `peft_type` says which ("LORA", "VERA"...)."""
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; a PEFT adapter is {CONFIG} and {WEIGHTS}")
-    config = read_json(file)
+    return read_json(file)
+
+
+def _lora_config(file: pathlib.Path) -> dict[str, Any]:
+    config = read_config(file)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type {config.get('peft_type')!r}; only LORA can be read")
     for field in _REFUSED:

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from lorax import decode, methods, ops, peft_methods, quant, tasks, tree
+from lorax import adapters, decode, methods, peft_methods, quant, tasks, tree
 from lorax.config import Member, group_key
 from lorax.files import atomically, write_bytes, write_json
 from lorax.interop import peft
 from lorax.models import Base, load, sources
-from lorax.models.load import layer_names, parameter_layers, positions
+from lorax.models.load import layer_names, positions
 from lorax.tasks import metrics
 from lorax.train import checkpoint, evidence, sweep
 
@@ -339,7 +338,7 @@ def export(directory: Path, member: Member, method, trainable, constants, group:
     base, state = group.base, methods.State(trainable, constants)
     why = ""
     if method.factors is not None:
-        adapter = exported(method, state, base)
+        adapter = adapters.exported(method, state, base)
         # PEFT takes the whole head from a classifier's adapter: only one that has it is called so.
         classifier = "SEQ_CLS" if any(p.startswith("head/") for p in adapter.weights) else None
         try:
@@ -381,51 +380,6 @@ def export(directory: Path, member: Member, method, trainable, constants, group:
 
 def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else repr(error)
-
-
-def exported(method, state: methods.State, base: Base) -> peft.Adapter:
-    """The low-rank update and the weights of one member, layer by layer, padding cut off.
-
-    A layer that the member does not adapt (both factors zero) is left out.
-    """
-    factors, weights = {}, {}
-    shapes = {path: leaf.shape for path, leaf in tree.flatten(base.params).items()}
-    for path, own in method.factors(*state, base.params, base.sites).items():
-        a, b, s, m = (None if x is None else np.asarray(x, np.float32) for x in own)
-        for name, index in layer_names(path, base.sites[path], shapes[path]).items():
-            used = a[index].any(axis=0) | b[index].any(axis=1)
-            if used.any():
-                scale = method.hp.get("scale", s[index])  # as given, where s is it in float32
-                lengths = None if m is None else m[index]
-                factors[name] = peft.Factors(
-                    a[index][:, used], b[index][used], float(scale), lengths
-                )
-    if any(factor.m is not None for factor in factors.values()):
-        factors |= _lengths_beside(factors, base)
-    for path, own in methods.joined(state.trainable).items():
-        if "w" in own:
-            weights |= parameter_layers(path, np.asarray(own["w"], np.float32), base)
-    return peft.Adapter(factors, weights, {})
-
-
-def _lengths_beside(factors: dict[str, peft.Factors], base: Base) -> dict[str, peft.Factors]:
-    """Factors of no rank with the base's own lengths, for what is not adapted but lies in one
-    tensor with what is (GPT-2's k beside q and v): DoRA's file has the lengths of whole modules."""
-    where, flat, found = sources(base), tree.flatten(base.params), {}
-    at = {}  # (Hugging Face's name, index in the stack) -> the names of its parts
-    for path, site in base.sites.items():
-        for name, index in layer_names(path, site, flat[path].shape).items():
-            at.setdefault((where[path].name, index), {})[name] = path
-    for (_, index), parts in at.items():
-        adapted = [name for name in parts if name in factors]
-        for name, path in parts.items() if adapted else ():
-            if name not in factors:
-                site = base.sites[path]
-                _, n_in, n_out = site.matrix_shape(flat[path].shape)
-                a, b = np.zeros((n_in, 0), np.float32), np.zeros((0, n_out), np.float32)
-                lengths = np.asarray(jnp.sqrt(ops.column_squares(flat[path], site))[index])
-                found[name] = peft.Factors(a, b, factors[adapted[0]].s, lengths)
-    return found
 
 
 def _plan_line(group, programs, chunks, seconds):

@@ -160,7 +160,6 @@ def test_peft_computes_with_our_file_what_we_do(name, made, tmp_path):
     assert_close(torch_logits(model, case), expected)
     again, own = peft_methods.load(tmp_path, base)
     assert again.name == case.name
-    assert peft_methods.kind_of(tmp_path) == peft_methods.TYPES[case.name]
     if name in OTHERWISE:
         assert_close(parity.logits(base, again, own), expected)
     else:
@@ -429,8 +428,8 @@ def test_a_config_of_nonsense_is_read_or_named(name, stored, tmp_path):
 @pytest.mark.parametrize(
     ("name", "config", "tensors", "words"),
     [
-        ("loha", {"peft_type": "OFT"}, {}, "peft_type 'OFT' can't be read, only LORA, ADALORA"),
-        ("loha", {"peft_type": "LORA"}, {}, "LORA is read by lorax.interop.peft.load"),
+        ("loha", {"peft_type": "OFT"}, {}, "peft_type 'OFT' can't be read, ADALORA, ADAPT"),
+        ("loha", {"peft_type": "LORA"}, {}, "'LORA' can't be read, .* LORA by lorax.interop.peft"),
         ("loha", {"peft_type": "VERA"}, {}, "holds no tensors of VERA"),
         ("loha", {"r": 7, "rank_pattern": {}}, {}, "has rank 7 here and 3 in"),
         ("adalora", {"init_r": 7}, {}, "rank 4, but 7 in adapter_config.json"),
