@@ -8,7 +8,8 @@ PEFT knows modules. Where one is several matrices here (GPT-2's c_attn is q, k a
                     zero: a rank of as many times as there are copies
     LoKr            can't be stored: there is one Kronecker product for the whole
 
-which is exact. Read back, a part keeps the inner ranks that do something in it.
+which is exact. Read back, a part keeps the inner ranks that do something in it, and a part in which
+nothing does is not adapted.
 
 Of every method there are two functions,
 
@@ -360,10 +361,11 @@ def read_vera(modules, shared, config, where):
     for place, tensors in modules:
         own = dict(vera_lambda_d=(r,), vera_lambda_b=(place.outputs,))
         fit(f"{file}: {place.name}", tensors, **own)
-        for layer, columns in place.columns.items():
+        v = {layer: tensors["vera_lambda_b"][columns] for layer, columns in place.columns.items()}
+        for layer in [layer for layer, own in v.items() if own.any()] or v:
             key, rows = _copy(place, layer)
             most, layers = copies.setdefault(key, (rows, {}))
-            layers[layer] = {"d": tensors["vera_lambda_d"], "v": tensors["vera_lambda_b"][columns]}
+            layers[layer] = {"d": tensors["vera_lambda_d"], "v": v[layer]}
             copies[key] = max(most, rows, key=len), layers
     # Every copy begins with the first output here; what it does not use of the pair is left out.
     widest, rank = max(len(rows) for rows, _ in copies.values()), 0
