@@ -74,9 +74,9 @@ def save(
     saved, bias = peft.how_saved(whole, targets, places, task_type)
     if method.name not in peft_tokens.KINDS:
         config["modules_to_save"] = saved or None
-    kinds = {"lora_only": getattr(peft_matrices.KINDS.get(method.name), "bias", None)}
-    if kinds["lora_only"]:
-        config["bias"] = kinds.get(bias, bias)
+    beside = getattr(peft_matrices.KINDS.get(method.name), "bias", None)
+    if beside is not None:
+        config["bias"] = beside if bias == "lora_only" else bias
     elif bias != "none":
         raise ValueError(f"{method.name}: PEFT trains no biases beside it, but whole modules")
     for name, tensor in whole.items():
@@ -204,7 +204,8 @@ def _read_matrices(name: str, stored, config, base: Base, places, directory: pat
             arrays.setdefault(f"{path}/{leaf}", {})[index] = value
     paths = {matrices[layer][0] for layer in layers}
     exactly = lambda paths: tuple(f"re:{re.escape(path)}" for path in sorted(paths))
-    depth = max((x.shape[0] for p, x in tree.flatten(base.params).items() if p in paths), default=0)
+    flat = tree.flatten(base.params)
+    depth = max((flat[path].shape[0] for path in paths if base.sites[path].stack), default=0)
     hp |= {"targets": exactly(paths)}
     hp |= {"layers": None if len(indices) in (0, depth) else tuple(sorted(indices))}
     if name == "ia3":

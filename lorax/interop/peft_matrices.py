@@ -87,23 +87,28 @@ def fit(where: str, tensors: Mapping[str, np.ndarray], **shapes: tuple) -> dict[
 
 def _joined(place: Place, parts: Mapping[str, Arrays], inner: tuple, outer: tuple) -> Arrays:
     """A module's arrays from its parts': `inner`, (..., r) each, become (R, ...), one part's after
-    the other's; `outer`, (r, out), become (outputs, R). Parts with the same inner ones share them.
-    """
-    spans, rank = {}, 0
+    the other's; `outer`, (r, out), become (outputs, R). Parts with the same inner ones share them;
+    ranks that are zero in all of `outer`, padding, are left out."""
+    spans, rank, cut = {}, 0, {}
     for layer, own in parts.items():
-        same = lambda other, own=own: all(np.array_equal(parts[other][n], own[n]) for n in inner)
+        used = np.any([own[name].any(axis=1) for name in outer], axis=0)
+        used[:1] |= not used.any()  # PEFT knows no rank 0
+        cut[layer] = {name: own[name][..., used].T for name in inner}
+        cut[layer] |= {name: own[name][used].T for name in outer}
+        same = lambda other, layer=layer: all(
+            np.array_equal(cut[other][name], cut[layer][name]) for name in inner
+        )
         twin = next((other for other in spans if same(other)), None)
-        width = own[inner[0]].shape[-1]
-        spans[layer] = spans[twin] if twin else slice(rank, rank + width)
-        rank += 0 if twin else width
-    first = next(iter(parts.values()))
-    found = {name: np.zeros((rank, *first[name].shape[:-1]), np.float32) for name in inner}
+        spans[layer] = spans[twin] if twin else slice(rank, rank + int(used.sum()))
+        rank = max(rank, spans[layer].stop)
+    first = next(iter(cut.values()))
+    found = {name: np.zeros((rank, *first[name].shape[1:]), np.float32) for name in inner}
     found |= {name: np.zeros((place.outputs, rank), np.float32) for name in outer}
-    for layer, own in parts.items():
+    for layer, own in cut.items():
         for name in inner:
-            found[name][spans[layer]] = own[name].T
+            found[name][spans[layer]] = own[name]
         for name in outer:
-            found[name][place.columns[layer], spans[layer]] = own[name].T
+            found[name][place.columns[layer], spans[layer]] = own[name]
     return found
 
 
@@ -133,14 +138,7 @@ def write_adalora(modules, shared, hp):
     """All triplets, those that the budget has made zero as well: what PEFT prunes it leaves out."""
     if hp["scale"] <= 0:
         raise ValueError(f"method.alpha: {hp['alpha']} given; PEFT takes the rank for one below 0")
-    joined = {}
-    for place, parts in modules:
-        real = {
-            layer: {"a": own["a"][:, own["real"]], "e": own["e"][own["real"]]}
-            | {"b": own["b"][own["real"]]}
-            for layer, own in parts.items()
-        }
-        joined[place.name] = _joined(place, real, ("a", "e"), ("b",))
+    joined = {place.name: _joined(place, parts, ("a", "e"), ("b",)) for place, parts in modules}
     rank = max(len(own["e"]) for own in joined.values())
     tensors = {}
     for name, own in joined.items():
@@ -196,16 +194,7 @@ def write_loha(modules, shared, hp):
     for place, parts in modules:
         if place.conv1d:
             raise ValueError(f"{place.name}: PEFT has no LoHa of GPT-2's Conv1D; store it as LoRA")
-        used = {
-            layer: np.any([own[b].any(axis=1) for b in ("b1", "b2")], axis=0)
-            for layer, own in parts.items()
-        }
-        cut = {
-            layer: {name: own[name][:, used[layer]] for name in ("a1", "a2")}
-            | {name: own[name][used[layer]] for name in ("b1", "b2")}
-            for layer, own in parts.items()
-        }
-        own = _joined(place, cut, ("a1", "a2"), ("b1", "b2"))
+        own = _joined(place, parts, ("a1", "a2"), ("b1", "b2"))
         tensors |= {f"{place.name}.{HADA[name]}": x for name, x in own.items()}
         ranks[place.name], scales[place.name] = len(own["a1"]), _scale(parts, hp)
     return tensors, _lycoris(ranks, scales) | {"rank_dropout": 0.0, "module_dropout": 0.0}
