@@ -9,8 +9,8 @@ LN-tuning is here: norms that are trained whole are PEFT's `ln_tuning_layers`.
 Parameters trained in full beside a method become PEFT's `modules_to_save` or biases. A parameter of
 which a file has some layers alone (one norm of a stack) has the base's own values in the others.
 
-PEFT has no LoHa or LoKr of GPT-2's Conv1D, and a name of its own for LoRA's kin alone: bottleneck
-adapters, BitFit and full fine-tuning have no counterpart.
+PEFT has no LoHa or LoKr of GPT-2's Conv1D, and nothing like bottleneck adapters, BitFit and full
+fine-tuning.
 """
 
 from __future__ import annotations
