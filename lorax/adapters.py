@@ -20,7 +20,7 @@ from lorax import methods, ops, tree
 from lorax.errors import nearest
 from lorax.interop.peft import Adapter, Factors, Places
 from lorax.methods import lora
-from lorax.models.load import Base, layer_names, sources
+from lorax.models.load import Base, layer_names, parameter_layers, sources
 
 
 def bind(base: Base, adapter: Adapter) -> dict:
@@ -167,6 +167,49 @@ def from_state(base: Base, state: methods.State) -> Adapter:
                 rank = used[-1] + 1
                 factors[name] = Factors(a[index][:, :rank], b[index][:rank], float(s[index]))
     return Adapter(factors, {}, {})
+
+
+def exported(method, state: methods.State, base: Base) -> Adapter:
+    """The low-rank update and the weights of one member, layer by layer, padding cut off.
+
+    A layer that the member does not adapt (both factors zero) is left out.
+    """
+    factors, weights = {}, {}
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(base.params).items()}
+    for path, own in method.factors(*state, base.params, base.sites).items():
+        a, b, s, m = (None if x is None else np.asarray(x, np.float32) for x in own)
+        for name, index in layer_names(path, base.sites[path], shapes[path]).items():
+            used = a[index].any(axis=0) | b[index].any(axis=1)
+            if used.any():
+                scale = method.hp.get("scale", s[index])  # as given, where s is it in float32
+                lengths = None if m is None else m[index]
+                factors[name] = Factors(a[index][:, used], b[index][used], float(scale), lengths)
+    if any(factor.m is not None for factor in factors.values()):
+        factors |= _lengths_beside(factors, base)
+    for path, own in methods.joined(state.trainable).items():
+        if "w" in own:
+            weights |= parameter_layers(path, np.asarray(own["w"], np.float32), base)
+    return Adapter(factors, weights, {})
+
+
+def _lengths_beside(factors: dict[str, Factors], base: Base) -> dict[str, Factors]:
+    """Factors of no rank with the base's own lengths, for what is not adapted but lies in one
+    tensor with what is (GPT-2's k beside q and v): DoRA's file has the lengths of whole modules."""
+    where, flat, found = sources(base), tree.flatten(base.params), {}
+    at = {}  # (Hugging Face's name, index in the stack) -> the names of its parts
+    for path, site in base.sites.items():
+        for name, index in layer_names(path, site, flat[path].shape).items():
+            at.setdefault((where[path].name, index), {})[name] = path
+    for (_, index), parts in at.items():
+        adapted = [name for name in parts if name in factors]
+        for name, path in parts.items() if adapted else ():
+            if name not in factors:
+                site = base.sites[path]
+                _, n_in, n_out = site.matrix_shape(flat[path].shape)
+                a, b = np.zeros((n_in, 0), np.float32), np.zeros((0, n_out), np.float32)
+                lengths = np.asarray(jnp.sqrt(ops.column_squares(flat[path], site))[index])
+                found[name] = Factors(a, b, factors[adapted[0]].s, lengths)
+    return found
 
 
 # ------------------------------------------------------------------------------------ where it is

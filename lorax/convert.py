@@ -6,7 +6,9 @@
 
 ADAPTER is a directory in PEFT's format (`runs/NAME/adapters/0` is one) or a checkpoint of loralib,
 the LoRA authors' own code, as .npz or .safetensors; the latter does not say what it was scaled by:
-give --alpha. BASE is a shipped name, a Hugging Face directory or a Hub id. OUT must be new.
+give --alpha. PEFT's AdaLoRA, LoHa and VeRA are taken for the LoRA with the same update; its LoKr,
+(IA)3 and LN-tuning can be shown and merged, virtual tokens can be shown; all these need their base
+to be read. BASE is a shipped name, a Hugging Face directory or a Hub id. OUT must be new.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SHOWN = 16  # singular values in a row of `show`
+CHECKPOINTS = (".npz", ".safetensors")  # of loralib
 
 
 def main(arguments: list[str]) -> int:
@@ -68,21 +71,22 @@ def show(given) -> None:
     from lorax.analysis import spectrum
     from lorax.files import write_bytes
 
-    sources = model_of(given).sources if given.base else None
-    adapter = read(given, sources)
+    if kind(given) == "LORA":
+        updates, notes = _of_adapter(read(given, model_of(given).sources if given.base else None))
+    else:
+        updates, notes = _of_method(*trained(given))
     table = Table(title=f"{given.adapter}: dW = s a b of every layer", title_justify="left")
     for name in ("layer", "in x out", "r", "s", "||dW||_F", "effective", "stable", "90 % energy"):
         table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
     table.add_column("singular values")
     lines = ["path,index,sigma\n"]
-    for path, (a, b, s, _) in adapter.factors.items():
-        _, sigma, _ = spectrum.factor_svd(a, b, s)
+    for path, shape, rank, s, sigma in updates:
         more = f" ... {len(sigma) - SHOWN} more" if len(sigma) > SHOWN else ""
         table.add_row(
             path,
-            f"{a.shape[0]} x {b.shape[1]}",
-            str(a.shape[1]),
-            f"{s:g}",
+            f"{shape[0]} x {shape[1]}",
+            rank,
+            s,
             f"{(sigma**2).sum() ** 0.5:.4g}",
             f"{spectrum.effective_rank(sigma):.2f}",
             f"{spectrum.stable_rank(sigma):.2f}",
@@ -92,13 +96,52 @@ def show(given) -> None:
         lines += [f"{path},{i},{x:.9g}\n" for i, x in enumerate(sigma, 1)]
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
     console.print(table)
-    if any(factors.m is not None for factors in adapter.factors.values()):
-        console.print("DoRA: the columns of w + dW are scaled as well, which is not in dW.")
-    for path, weight in adapter.weights.items():
-        console.print(f"trained in full: {path} {' x '.join(map(str, weight.shape))}", markup=False)
+    for note in notes:
+        console.print(note, markup=False)
     if given.csv:
         write_bytes(given.csv, "".join(lines).encode())
         console.print(f"all singular values: {given.csv}", markup=False, soft_wrap=True)
+
+
+def _of_adapter(adapter) -> tuple[list[tuple], list[str]]:
+    """([(layer, (in, out), rank, scale, singular values of s a b)], what more there is to say)."""
+    from lorax.analysis import spectrum
+
+    found = [
+        (path, (len(a), b.shape[1]), str(a.shape[1]), f"{s:g}", spectrum.factor_svd(a, b, s)[1])
+        for path, (a, b, s, _) in adapter.factors.items()
+    ]
+    lengths = any(factors.m is not None for factors in adapter.factors.values())
+    notes = ["DoRA: the columns of w + dW are scaled as well, which is not in dW."] * lengths
+    for path, weight in adapter.weights.items():
+        notes.append(f"trained in full: {path} {' x '.join(map(str, weight.shape))}")
+    return found, notes
+
+
+def _of_method(base, method, state) -> tuple[list[tuple], list[str]]:
+    """As `_of_adapter`, of a method of any kind."""
+    import numpy as np
+
+    from lorax import adapters, tree
+    from lorax.models.load import layer_names
+
+    if method.factors is not None:
+        return _of_adapter(adapters.exported(method, state, base))
+    size = lambda x: " x ".join(map(str, x.shape)) or "1"
+    if method.delta is None:
+        leaves = tree.flatten(state.trainable).items()
+        return [], [f"no change of weights: {path} {size(x)}" for path, x in leaves]
+    found, notes = [], []
+    for path, update in method.delta(*state, base.params, base.sites).items():
+        if path not in base.sites:
+            notes.append(f"changed as well: {path} {size(update)}")
+            continue
+        matrix = np.asarray(base.sites[path].to_matrix(update))
+        for layer, index in layer_names(path, base.sites[path], update.shape).items():
+            if matrix[index].any():
+                sigma = np.linalg.svd(matrix[index], compute_uv=False)
+                found.append((layer, matrix[index].shape, "", "", sigma))
+    return found, notes
 
 
 def to_peft(given) -> None:
@@ -115,14 +158,21 @@ def to_peft(given) -> None:
 
 def merge(given) -> None:
     """A base model with an adapter merged into it, as a directory that transformers loads."""
-    model = model_of(given)
-    from lorax import adapters, models
+    from lorax import adapters, methods, models
 
+    if kind(given) != "LORA":
+        base, method, state = trained(given)
+        if method.factors is None:
+            _check_head(given, base, methods.joined(state.trainable))
+            merged = methods.merge(method, state, base.params, base.sites)
+            with whole(given.out) as directory:
+                models.save(directory, base._replace(params=merged))
+            print(f"{given.out}: {method.name} merged")
+            return
+    model = model_of(given)
     adapter = read(given, model.sources)
     base = models.load(given.base, **model.run)
-    unset = [path for path in base.fresh if path not in adapter.weights]
-    if unset:
-        raise ValueError(f"{', '.join(unset)}: neither {given.base} nor {given.adapter} has them")
+    _check_head(given, base, adapter.weights)
     merged = adapters.merge(base, adapter)
     with whole(given.out) as directory:
         models.save(directory, base._replace(params=merged.params))
@@ -131,6 +181,13 @@ def merge(given) -> None:
         f"{given.out}: {len(merged.error)} matrices merged; largest rounding error "
         f"{merged.error[worst]:.2g} of the largest weight, in {worst}"
     )
+
+
+def _check_head(given, base, trained) -> None:
+    """Raises ValueError for a head that is neither in the base's files nor was trained."""
+    unset = [path for path in base.fresh if path not in trained]
+    if unset:
+        raise ValueError(f"{', '.join(unset)}: neither {given.base} nor {given.adapter} has them")
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -152,16 +209,52 @@ def read(given, sources=None):
     """The `Adapter` of the command line. Raises ValueError or FileNotFoundError."""
     from lorax.interop import loralib, peft
 
-    path = Path(given.adapter)
-    if path.name == peft.WEIGHTS:
-        path = path.parent
-    if path.suffix in (".npz", ".safetensors"):
+    path = _path(given)
+    if path.suffix in CHECKPOINTS:
         if given.alpha is None:
             raise ValueError(f"--alpha: {path} does not say by what its updates are scaled")
         return loralib.load(path, given.alpha, sources)
+    if kind(given) == "LORA":
+        return peft.load(path, sources)
+    from lorax import adapters
+
+    base, method, state = trained(given)
+    if method.factors is None:
+        raise ValueError(f"{path}: {method.name} is no update of low rank, and no LoRA has it")
+    return adapters.exported(method, state, base)
+
+
+def kind(given) -> str:
+    """PEFT's word for the adapter of the command line; "LORA" for a checkpoint of loralib.
+
+    Raises ValueError or FileNotFoundError.
+    """
+    from lorax.interop import peft
+
+    path = _path(given)
+    if path.suffix in CHECKPOINTS:
+        return "LORA"
+    found = peft.read_config(path / peft.CONFIG).get("peft_type")
     if given.alpha is not None:
         raise ValueError(f"--alpha: {path} is PEFT's, which says itself how it is scaled")
-    return peft.load(path, sources)
+    return found
+
+
+def trained(given):
+    """(Base, Method, State) of an adapter of PEFT's that is not LoRA."""
+    from lorax import models, peft_methods
+
+    if given.base is None:
+        raise ValueError(f"--base: needed to read {given.adapter}, which is {kind(given)}")
+    base = models.load(given.base, **model_of(given).run)
+    return base, *peft_methods.load(_path(given), base)
+
+
+def _path(given) -> Path:
+    from lorax.interop.peft import WEIGHTS
+
+    path = Path(given.adapter)
+    return path.parent if path.name == WEIGHTS else path
 
 
 def model_of(given) -> Model:
@@ -182,14 +275,21 @@ def model_of(given) -> Model:
     fields = source.Config.__dataclass_fields__
     task_type = "CAUSAL_LM" if "vocab_size" in fields else None
     if "head" in fields:  # an encoder, which has one of several
-        labels = _labels(read(given).weights)
+        labels = _labels(given)
         run = {"head": "classification", "labels": labels} if labels else {}
         task_type = "SEQ_CLS" if labels else None
     return Model(source.hf_tensors(source.config_from_hf(config, **run)), task_type, run)
 
 
-def _labels(weights: dict) -> int | None:
-    """Classes that the classifier among an adapter's weights tells apart, None without one."""
+def _labels(given) -> int | None:
+    """Classes that the classifier in an adapter's files tells apart, None without one."""
+    from lorax.interop import peft
+
+    if kind(given) == "LORA":
+        weights = read(given).weights
+    else:
+        stored, _ = peft.read_tensors(_path(given) / peft.WEIGHTS)
+        weights = {name.removeprefix(peft.PREFIX): x for name, x in stored.items()}
     for path in ("classifier.weight", "classifier.out_proj.weight"):
         if path in weights:
             return len(weights[path])

@@ -5,7 +5,8 @@
         --prompts prompts.txt --beams 4 --no-repeat-ngram 4 --out texts.jsonl
 
 Several --adapter run side by side in one batch: every prompt is completed with each of them
-("base" stands for the bare model). Adapters are directories in PEFT's format.
+("base" stands for the bare model). Adapters are directories in PEFT's format: LoRA and DoRA, or
+one alone of any other method.
 """
 
 import argparse
@@ -87,8 +88,6 @@ def run(given, prompts: list[str]) -> list[dict]:
     """{"prompt", "adapter", "text"} of every prompt with every adapter."""
     import lorax
     from lorax import adapters, decode
-    from lorax.interop import peft
-    from lorax.models import sources
 
     how = decode.check(
         decode.How(
@@ -103,13 +102,19 @@ def run(given, prompts: list[str]) -> list[dict]:
     )
     base = lorax.load(given.base, dtype=given.dtype)
     names = given.adapter or ["base"]
-    loaded = [None if name == "base" else peft.load(name, sources(base)) for name in names]
+    loaded = [None if name == "base" else load(name, base) for name in names]
     jobs = [(prompt, row) for prompt in prompts for row in range(len(loaded))]
+    rows, first = None, loaded[0]
     if len(loaded) > 1:
         rows = [row for _, row in jobs]
+        others = [name for name, own in zip(names, loaded, strict=True) if isinstance(own, dict)]
+        if others:
+            raise ValueError(f"--adapter: {', '.join(others)} can't run beside others in a batch")
         params = adapters.mixed(base, loaded, rows)
+    elif isinstance(first, adapters.Adapter):
+        params = adapters.bind(base, first)
     else:
-        rows, params = None, adapters.bind(base, loaded[0]) if loaded[0] else base.params
+        params = first or base.params
     show = lambda done, total: print(f"{done} of {total} texts", file=sys.stderr, flush=True)
     texts = decode.complete(
         base, [prompt for prompt, _ in jobs], params, how,
@@ -119,6 +124,21 @@ def run(given, prompts: list[str]) -> list[dict]:
         {"prompt": prompt, "adapter": names[row], "text": text}
         for (prompt, row), text in zip(jobs, texts, strict=True)
     ]
+
+
+def load(directory: str, base):
+    """The `Adapter` in a directory of PEFT's: its own, or the one with the same update; for a
+    method whose update is not of low rank the base's parameters with it."""
+    from lorax import adapters, peft_methods
+    from lorax.interop import peft
+    from lorax.models import sources
+
+    if peft.read_config(Path(directory) / peft.CONFIG).get("peft_type") == "LORA":
+        return peft.load(directory, sources(base))
+    method, state = peft_methods.load(directory, base)
+    if method.factors is not None:
+        return adapters.exported(method, state, base)
+    return method.bind(*state, base.params, sites=base.sites)
 
 
 if __name__ == "__main__":

@@ -299,8 +299,8 @@ def shapes(members):
 
 def _exported(stacked, base) -> float:
     """How many numbers a member exports (`loop.export`) for each that it trains: 1 for LoRA, more
-    where factors were not trained or a start is taken off the base. Changes dW of weights, which
-    methods without factors leave as well, are not counted."""
+    where factors were not trained or a start is taken off the base. What methods without factors
+    leave as well, the changes dW of weights and a copy for PEFT, is not counted."""
     import jax
 
     from lorax import tree

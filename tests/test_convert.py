@@ -4,6 +4,7 @@ import functools
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -11,7 +12,7 @@ from quick import jit
 from support import data, require
 
 import lorax
-from lorax import adapters, convert
+from lorax import adapters, convert, peft_methods
 from lorax.analysis import factor_svd
 from lorax.interop import loralib, peft
 from lorax.interop.peft import Adapter, Factors
@@ -56,13 +57,9 @@ def adapter(base, tmp_path):
 # -------------------------------------------------------------------------------------------- show
 
 
-def shown(capsys) -> dict[str, list[str]]:
+def shown(text: str) -> dict[str, list[str]]:
     """{layer: the other cells of its row} of the table on the terminal."""
-    lines = [
-        line.strip("│ \n").split("│")
-        for line in capsys.readouterr().out.splitlines()
-        if "│" in line
-    ]
+    lines = [line.strip("│ \n").split("│") for line in text.splitlines() if "│" in line]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
 
 
@@ -72,7 +69,7 @@ def shown(capsys) -> dict[str, list[str]]:
 )
 def test_the_spectrum_of_every_layer_of_the_real_adapters(path, options, count, tmp_path, capsys):
     assert run("show", data(path), *options, "--csv", tmp_path / "sigma.csv") == 0
-    rows = shown(capsys)
+    rows = shown(capsys.readouterr().out)
     assert len(rows) == count
     loaded = loralib.load(data(path), 16) if options else peft.load(data(path))
     lines = (tmp_path / "sigma.csv").read_text().splitlines()
@@ -93,13 +90,13 @@ def test_with_its_base_an_adapter_is_shown_by_our_paths(base, tmp_path, capsys):
     tensors |= {"transformer.h.1.attn.c_attn.lora_B": draw(2 * WIDTH, 2)}
     np.savez(tmp_path / "x.npz", **tensors)
     assert run("show", tmp_path / "x.npz", "--alpha", 32, "--base", base[0]) == 0
-    assert list(shown(capsys)) == ["h/1/attn/q", "h/1/attn/v"]
+    assert list(shown(capsys.readouterr().out)) == ["h/1/attn/q", "h/1/attn/v"]
 
 
 def test_long_spectra_are_cut_and_full_weights_named(adapter, tmp_path, capsys):
     np.savez(tmp_path / "x.npz", **{"x.lora_A": draw(20, 40), "x.lora_B": draw(30, 20)})
     assert run("show", tmp_path / "x.npz", "--alpha", 1) == 0
-    assert shown(capsys)["x"][-1].endswith(" ... 4 more")
+    assert shown(capsys.readouterr().out)["x"][-1].endswith(" ... 4 more")
     assert run("show", adapter / "adapter_model.safetensors") == 0
     assert "trained in full: ln_f/bias 16\n" in capsys.readouterr().out
 
@@ -172,6 +169,104 @@ def test_transformers_computes_with_what_was_merged(base, adapter, tmp_path, cap
         logits = model(torch.from_numpy(tokens).long()).logits.numpy()
     assert np.ptp(logits) > 1
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------- other methods
+
+OTHERS = {
+    "adalora": dict(rank=2, targets=("q", "o")),
+    "vera": dict(rank=4, targets=("v", "up"), full=("norms",)),
+    "ia3": dict(),
+    "ln-tuning": dict(),
+    "prompt": dict(tokens=3),
+    "prefix": dict(tokens=2),
+}
+
+
+@pytest.fixture
+def other(base, tmp_path):
+    """name -> (PEFT directory of one of `OTHERS` off its start, method, state)."""
+
+    def make(name):
+        method = lorax.method(name, **OTHERS[name])
+        state = method.init(jax.random.key(0), base[1].params, base[1].sites)
+        moved = jax.tree.map(lambda x: x + draw(*x.shape), state.trainable)
+        state = state._replace(trainable=moved)
+        peft_methods.save(tmp_path / name, method, state, base[1], "x")
+        return tmp_path / name, method, state
+
+    return make
+
+
+def logits_of(ours, params):
+    tokens = np.arange(9, dtype=np.int32)[None] + 3
+    return jit(functools.partial(lorax.apply, ours.module))(params, tokens)
+
+
+@pytest.mark.parametrize("name", ["adalora", "vera", "ia3", "ln-tuning"])
+def test_other_methods_are_shown_and_merged(name, other, base, tmp_path, capsys):
+    directory, method, state = other(name)
+    assert run("show", directory, "--base", base[0], "--csv", tmp_path / "sigma.csv") == 0
+    text = capsys.readouterr().out
+    rows = shown(text)
+    updates = method.delta(*state, base[1].params, base[1].sites)
+    matrices = {path: x for path, x in updates.items() if path in base[1].sites}
+    assert len(rows) == 2 * len(matrices)
+    for path, update in matrices.items():
+        for i in (0, 1):
+            cells = rows[path.removesuffix("/kernel").replace("h/", f"h/{i}/")]
+            np.testing.assert_allclose(float(cells[3]), np.linalg.norm(update[i]), rtol=1e-3)
+    table = [line.split(",") for line in (tmp_path / "sigma.csv").read_text().splitlines()[1:]]
+    squares = sum(float(sigma) ** 2 for _, _, sigma in table)
+    np.testing.assert_allclose(squares, sum(np.sum(x**2) for x in matrices.values()), rtol=1e-4)
+    if name in ("vera", "ln-tuning"):
+        assert ("trained in full: ln_f/bias" in text) == (name == "vera")
+        assert ("changed as well: ln_f/bias 16\n" in text) == (name == "ln-tuning")
+    assert run("merge", base[0], directory, tmp_path / "out") == 0
+    assert "merged" in capsys.readouterr().out
+    merged = lorax.load(str(tmp_path / "out"))
+    bound = method.bind(*state, base[1].params, sites=base[1].sites)
+    want = logits_of(base[1], bound)
+    np.testing.assert_allclose(logits_of(merged, merged.params), want, rtol=0, atol=1e-5)
+    assert np.abs(want - logits_of(base[1], base[1].params)).max() > 1e-3
+
+
+def test_methods_of_low_rank_become_lora(other, base, tmp_path):
+    directory, method, state = other("adalora")
+    assert run("peft", directory, tmp_path / "lora", "--base", base[0]) == 0
+    assert json.loads((tmp_path / "lora" / peft.CONFIG).read_text())["peft_type"] == "LORA"
+    bound = adapters.bind(base[1], peft.load(tmp_path / "lora", sources(base[1])))
+    want = logits_of(base[1], method.bind(*state, base[1].params, sites=base[1].sites))
+    np.testing.assert_allclose(logits_of(base[1], bound), want, rtol=0, atol=1e-5)
+
+
+def test_virtual_tokens_are_shown_and_not_merged(other, base, tmp_path, capsys):
+    directory, _, _ = other("prompt")
+    assert run("show", directory, "--base", base[0]) == 0
+    assert "no change of weights: wte/prompt 3 x 16\n" in capsys.readouterr().out
+    assert run("merge", base[0], directory, tmp_path / "out") == 2
+    assert "prompt: is no change of weights" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("ia3", "show {own}", "--base: needed to read .*ia3, which is IA3"),
+        ("ia3", "show {own} --alpha 3 --base {base}", "--alpha: .* says itself"),
+        ("ia3", "peft {own} {tmp}/out --base {base}", "ia3 is no update of low rank"),
+        ("prefix", "peft {own} {tmp}/out --base {base}", "prefix is no update of low rank"),
+    ],
+)
+def test_what_other_methods_can_not_do_is_one_line(
+    name, arguments, words, other, base, tmp_path, capsys
+):
+    own, _, _ = other(name)
+    places = dict(tmp=tmp_path, own=own, base=base[0])
+    assert run(*(word.format(**places) for word in arguments.split())) == 2
+    err = capsys.readouterr().err
+    assert re.search(words, err) and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------ errors

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import lorax
-from lorax import adapters, decode, generate
+from lorax import adapters, decode, generate, peft_methods
 from lorax.interop import peft
 from lorax.models import sources
 
@@ -69,6 +69,27 @@ def test_the_command_line_writes_every_prompt_with_every_adapter(base, directori
     assert [(row["prompt"], row["adapter"]) for row in rows] == wanted
     how = decode.How(new_tokens=8)
     assert [r["text"] for r in rows[::2]] == texts(base, PROMPTS[:2], base.params, how)
+
+
+@pytest.mark.parametrize("name", ["ia3", "prefix", "adalora"])
+def test_adapters_of_other_methods_write_what_their_method_does(base, directories, tmp_path, name):
+    hp = dict(rank=2) if name == "adalora" else dict(tokens=3) if name == "prefix" else {}
+    method = lorax.method(name, **hp)
+    state = method.init(jax.random.key(0), base.params, base.sites)
+    rng = np.random.default_rng(2)
+    noise = lambda x: x + rng.normal(0, 0.5, x.shape).astype(np.float32)
+    state = state._replace(trainable=jax.tree.map(noise, state.trainable))
+    own, out = str(tmp_path / "own"), tmp_path / "texts.jsonl"
+    peft_methods.save(own, method, state, base, "gpt2-nano")
+    asked = ["--base", "gpt2-nano", "--prompt", PROMPTS[0], "--new-tokens", "8", "--out", str(out)]
+    assert generate.main([*asked, "--adapter", own]) == 0
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    bound = method.bind(*state, base.params, sites=base.sites)
+    how = decode.How(new_tokens=8)
+    assert [row["text"]] == texts(base, PROMPTS[:1], bound, how)
+    assert [row["text"]] != texts(base, PROMPTS[:1], base.params, how)
+    beside = [*asked, "--adapter", own, "--adapter", str(directories[0])]
+    assert generate.main(beside) == (0 if name == "adalora" else 2)
 
 
 def test_one_adapter_is_printed_after_its_prompt(base, directories, capsys):

@@ -17,7 +17,7 @@ LAYERS = (
     {"ops", "interop"},
     {"losses"},
     {"quant", "methods", "models"},
-    {"adapters", "decode"},
+    {"adapters", "decode", "peft_methods"},
     {"tasks"},
     {"train"},
 )

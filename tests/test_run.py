@@ -284,3 +284,23 @@ def test_a_classifier_learns_sentences_and_its_metric_is_logged(tmp_path):
     assert (first["accuracy"] < 1).all()
     stored = json.loads((workdir / "adapters/0/adapter_config.json").read_text())
     assert stored["task_type"] == "SEQ_CLS" and "classifier" in stored["modules_to_save"]
+
+
+@pytest.mark.slow  # two programs and a report
+def test_methods_that_peft_has_leave_its_files_and_others_say_why(tmp_path):
+    done = run(
+        f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", *SMALL[2:],
+        "--config.sweep.rank=(2,)", "--config.sweep.lr=(2e-3,)",
+        "--config.sweep.method=('ia3','lokr')", "--config.train.steps=2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if "own format alone" in line]
+    assert "method=lokr" in line and "PEFT has no LoKr of GPT-2's Conv1D" in line
+    peft = {"adapter_model.safetensors", "adapter_config.json"}
+    own = {"state.safetensors", "method.json", "delta.safetensors"}
+    for member, files in (("0", own | peft), ("1", own)):
+        stored = {file.name for file in (tmp_path / "run/adapters" / member).iterdir()}
+        assert stored == files
+    assert (tmp_path / "run/report.html").stat().st_size
+    found, missing = runs.adapters(runs.load(tmp_path / "run"), (0, 1))
+    assert not found and "IA3" in missing[0] and "no such file" in missing[1]

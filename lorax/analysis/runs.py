@@ -4,7 +4,7 @@ config.json      resolved config, package versions, device, git revision, hash o
 members.jsonl    a line a member: what it is
 metrics.jsonl    a line a measurement: member, step, split, loss in nats per completion token
 status.json      how far the run is and which members finished or diverged
-adapters/<n>/    each member's LoRA factors, in PEFT's format
+adapters/<n>/    what each member has learned, LoRA factors in PEFT's format
 """
 
 import json
@@ -45,7 +45,8 @@ class Run:
     status: dict[str, Any]
 
     def adapter(self, member: int) -> dict[str, Factors]:
-        """The member's factors by path ("h/0/attn/q"). FileNotFoundError where it has none."""
+        """The member's factors by path ("h/0/attn/q"). FileNotFoundError where it has none,
+        ValueError where PEFT's file is of a method without any."""
         factors = peft.load(self.directory / "adapters" / str(member)).factors
         return {path: f for path, f in factors.items() if f.a.shape[1]}  # DoRA's lengths have none
 

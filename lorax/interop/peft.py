@@ -219,7 +219,7 @@ def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = No
     """
     directory = pathlib.Path(directory)
     file = directory / WEIGHTS
-    config = _read_config(directory / CONFIG)
+    config = _lora_config(directory / CONFIG)
     stored, metadata = read_tensors(file)
     modules, whole = _sort(stored, file)
     updates = {
@@ -541,10 +541,15 @@ def _rescale(block: np.ndarray, s: float, common: float) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- reading
 
 
-def _read_config(file: pathlib.Path) -> dict[str, Any]:
+def read_config(file: pathlib.Path) -> dict[str, Any]:
+    """The fields of an adapter of any kind; its `peft_type` says which ("LORA", "VERA"...)."""
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; a PEFT adapter is {CONFIG} and {WEIGHTS}")
-    config = read_json(file)
+    return read_json(file)
+
+
+def _lora_config(file: pathlib.Path) -> dict[str, Any]:
+    config = read_config(file)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type {config.get('peft_type')!r}; only LORA can be read")
     for field in _REFUSED:
@@ -617,8 +622,8 @@ def _update(module: str, sides: dict, config: dict, directory: pathlib.Path) -> 
 def scale_of(config: dict[str, Any], module: str, rank: int, file: pathlib.Path) -> float:
     """PEFT's own rule: alpha / r, or alpha / sqrt(r), after the first pattern that matches."""
     try:
-        r = int(_pattern(config.get("rank_pattern"), module, config.get("r", 8)))
-        alpha = float(_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+        r = int(pattern(config.get("rank_pattern"), module, config.get("r", 8)))
+        alpha = float(pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
     except (TypeError, ValueError, AttributeError, re.error) as error:
         raise ValueError(f"{file}: r, lora_alpha or a pattern can't be read: {error}") from error
     if r != rank:
@@ -626,9 +631,10 @@ def scale_of(config: dict[str, Any], module: str, rank: int, file: pathlib.Path)
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
-def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+def pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first of PEFT's patterns, regexes of a name's end, that a module matches."""
+    for end, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({end})$", module):
             return value
     return default
 

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from lorax import decode, methods, ops, quant, tasks, tree
+from lorax import adapters, decode, methods, peft_methods, quant, tasks, tree
 from lorax.config import Member, group_key
 from lorax.files import atomically, write_bytes, write_json
 from lorax.interop import peft
 from lorax.models import Base, load, sources
-from lorax.models.load import layer_names, parameter_layers, positions
+from lorax.models.load import layer_names, positions
 from lorax.tasks import metrics
 from lorax.train import checkpoint, evidence, sweep
 
@@ -259,12 +258,15 @@ def _train_chunk(
         progress(step * m)
 
     # ------------------------------------------------------------------------------------- export
-    rows = {}
+    rows, said = {}, set()
     trainable = jax.tree.map(lambda x: np.asarray(x)[:m], state.trainable)
     for i, (member, method) in enumerate(zip(chunk.members, chunk.methods, strict=True)):
         take = lambda t, i=i: jax.tree.map(lambda x: x[i], t)
         own, fixed = take(trainable), take(chunk.constants)
-        export(workdir / "adapters" / str(member.index), member, method, own, fixed, group)
+        why = export(workdir / "adapters" / str(member.index), member, method, own, fixed, group)
+        if why and why not in said:
+            terminal.say(f"member {member.name}: kept in lorax's own format alone: {why}")
+            said.add(why)
         at = int(diverged[i])
         rows[member.index] = {
             "status": "finished" if at < 0 else "diverged",
@@ -326,27 +328,32 @@ def _scores(task: tasks.Task, outputs, m: int) -> dict[str, np.ndarray]:
     return {name: np.array([scores[name] for scores in each], np.float32) for name in each[0]}
 
 
-def export(directory: Path, member: Member, method, trainable, constants, group: Group) -> None:
-    """Write what one member has learned.
+def export(directory: Path, member: Member, method, trainable, constants, group: Group) -> str:
+    """Write what one member has learned; "", or why PEFT can't read it.
 
-    An update of low rank becomes an adapter in PEFT's format. Any other method leaves its own
+    An update of low rank becomes a LoRA adapter in PEFT's format. Any other method leaves its own
     arrays, `state.safetensors` (path/name of `lorax.methods.State`) with `method.json`, and where
-    it is a change of weights `delta.safetensors`, {layer: dW (in, out) float32} of the matrices.
+    it is a change of weights `delta.safetensors`, {layer: dW (in, out) float32} of the matrices;
+    beside them, where PEFT has the method, its files of it.
     """
     base, state = group.base, methods.State(trainable, constants)
+    why = ""
     if method.factors is not None:
-        adapter = exported(method, state, base)
+        adapter = adapters.exported(method, state, base)
         # PEFT takes the whole head from a classifier's adapter: only one that has it is called so.
         classifier = "SEQ_CLS" if any(p.startswith("head/") for p in adapter.weights) else None
-        peft.save(
-            directory,
-            adapter,
-            sources(base),
-            member.config.base,
-            dropout=method.hp.get("dropout", 0.0),
-            task_type=classifier if group.task.outputs else "CAUSAL_LM",
-        )
-        return
+        try:
+            peft.save(
+                directory,
+                adapter,
+                sources(base),
+                member.config.base,
+                dropout=method.hp.get("dropout", 0.0),
+                task_type=classifier if group.task.outputs else "CAUSAL_LM",
+            )
+            return ""
+        except Exception as error:  # what was learned is kept all the same
+            why = _reason(error)
     arrays = {
         f"{kind}/{path}": np.asarray(x)
         for kind, t in state._asdict().items()
@@ -364,51 +371,16 @@ def export(directory: Path, member: Member, method, trainable, constants, group:
                     if matrix[index].any():
                         matrices[name] = matrix[index]
         atomically(directory / "delta.safetensors", lambda file: save_file(matrices, file))
+    if method.factors is None:
+        try:
+            peft_methods.save(directory, method, state, base, member.config.base)
+        except Exception as error:
+            why = _reason(error)
+    return why
 
 
-def exported(method, state: methods.State, base: Base) -> peft.Adapter:
-    """The low-rank update and the weights of one member, layer by layer, padding cut off.
-
-    A layer that the member does not adapt (both factors zero) is left out.
-    """
-    factors, weights = {}, {}
-    shapes = {path: leaf.shape for path, leaf in tree.flatten(base.params).items()}
-    for path, own in method.factors(*state, base.params, base.sites).items():
-        a, b, s, m = (None if x is None else np.asarray(x, np.float32) for x in own)
-        for name, index in layer_names(path, base.sites[path], shapes[path]).items():
-            used = a[index].any(axis=0) | b[index].any(axis=1)
-            if used.any():
-                scale = method.hp.get("scale", s[index])  # as given, where s is it in float32
-                lengths = None if m is None else m[index]
-                factors[name] = peft.Factors(
-                    a[index][:, used], b[index][used], float(scale), lengths
-                )
-    if any(factor.m is not None for factor in factors.values()):
-        factors |= _lengths_beside(factors, base)
-    for path, own in methods.joined(state.trainable).items():
-        if "w" in own:
-            weights |= parameter_layers(path, np.asarray(own["w"], np.float32), base)
-    return peft.Adapter(factors, weights, {})
-
-
-def _lengths_beside(factors: dict[str, peft.Factors], base: Base) -> dict[str, peft.Factors]:
-    """Factors of no rank with the base's own lengths, for what is not adapted but lies in one
-    tensor with what is (GPT-2's k beside q and v): DoRA's file has the lengths of whole modules."""
-    where, flat, found = sources(base), tree.flatten(base.params), {}
-    at = {}  # (Hugging Face's name, index in the stack) -> the names of its parts
-    for path, site in base.sites.items():
-        for name, index in layer_names(path, site, flat[path].shape).items():
-            at.setdefault((where[path].name, index), {})[name] = path
-    for (_, index), parts in at.items():
-        adapted = [name for name in parts if name in factors]
-        for name, path in parts.items() if adapted else ():
-            if name not in factors:
-                site = base.sites[path]
-                _, n_in, n_out = site.matrix_shape(flat[path].shape)
-                a, b = np.zeros((n_in, 0), np.float32), np.zeros((0, n_out), np.float32)
-                lengths = np.asarray(jnp.sqrt(ops.column_squares(flat[path], site))[index])
-                found[name] = peft.Factors(a, b, factors[adapted[0]].s, lengths)
-    return found
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else repr(error)
 
 
 def _plan_line(group, programs, chunks, seconds):

@@ -1,0 +1,436 @@
+"""AdaLoRA, LoHa, LoKr, VeRA and (IA)3 as PEFT's modules hold them: arrays of numpy on both sides.
+
+PEFT knows modules. Where one is several matrices here (GPT-2's c_attn is q, k and v side by side)
+
+    AdaLoRA, LoHa   the parts' inner ranks stand one after the other, each with outputs of its own
+    (IA)3           one vector beside the other, ones for a part that is not adapted
+    VeRA            every part has a copy of the shared pair in which the other parts' outputs are
+                    zero: a rank of as many times as there are copies
+    LoKr            can't be stored: there is one Kronecker product for the whole
+
+which is exact. Read back, a part keeps the inner ranks that do something in it, and a part in which
+nothing does is not adapted.
+
+Of every method there are two functions,
+
+    write(modules, shared, hp) -> (tensors, config)
+    read(modules, shared, config, where) -> (hp, layers, shared)
+
+modules: [(`Place`, {layer: its arrays} as `lorax.methods` names them to write, {name below the
+module: tensor} to read)]. shared: arrays of no one layer, VeRA's pair {"a", "b"}. tensors: {PEFT's
+name: float32}. config: the fields of the method's own. where: the directory, which an error names.
+Both raise ValueError for what the other side has no way to hold.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lorax.interop import peft
+
+Arrays = dict[str, np.ndarray]
+
+
+class Place(NamedTuple):
+    """A linear module of PEFT's. inputs, outputs: its sizes. columns: {layer: those of its outputs
+    that are the layer's}, slice or integers. fused: whether several layers are in it. conv1d:
+    whether it is GPT-2's `Conv1D`, whose weight is (in, out)."""
+
+    name: str
+    inputs: int
+    outputs: int
+    columns: dict[str, slice | np.ndarray]
+    fused: bool
+    conv1d: bool
+
+
+class Kind(NamedTuple):
+    """type: PEFT's word for a method. names: of its tensors in a module, a regex. bias: what PEFT
+    calls biases trained with their modules ("lora_only"), None where it stores none."""
+
+    type: str
+    names: str
+    write: Callable
+    read: Callable
+    bias: str | None = None
+
+
+def fit(where: str, tensors: Mapping[str, np.ndarray], **shapes: tuple) -> dict[str, int]:
+    """The sizes that shapes leave open, by the word that stands for them.
+
+    Raises ValueError, which begins with `where`, for a tensor that is missing, has another shape or
+    should not be there.
+    """
+    sizes: dict[str, int] = {}
+    for name, shape in shapes.items():
+        got = tensors.get(name)
+        right = got is not None and got.ndim == len(shape)
+        for want, n in zip(shape, got.shape if right else (), strict=False):
+            right &= n == (sizes.setdefault(want, n) if isinstance(want, str) else want)
+        if not right:
+            given = "there is none" if got is None else f"it is {got.shape}"
+            want = ", ".join(str(sizes.get(n, n)) for n in shape)
+            raise ValueError(f"{where}: {name} should be ({want}), {given}")
+    more = sorted(set(tensors) - set(shapes))
+    if more:
+        raise ValueError(f"{where}: {', '.join(more)} can't be read")
+    return sizes
+
+
+# ------------------------------------------------------------------------------------ fused modules
+
+
+def _joined(place: Place, parts: Mapping[str, Arrays], inner: tuple, outer: tuple) -> Arrays:
+    """A module's arrays from its parts': `inner`, (..., r) each, become (R, ...), one part's after
+    the other's; `outer`, (r, out), become (outputs, R). Parts with the same inner ones share them;
+    ranks that are zero in all of `outer`, padding, are left out."""
+    spans, rank, cut = {}, 0, {}
+    for layer, own in parts.items():
+        used = np.any([own[name].any(axis=1) for name in outer], axis=0)
+        used[:1] |= not used.any()  # PEFT knows no rank 0
+        cut[layer] = {name: own[name][..., used].T for name in inner}
+        cut[layer] |= {name: own[name][used].T for name in outer}
+        same = lambda other, layer=layer: all(
+            np.array_equal(cut[other][name], cut[layer][name]) for name in inner
+        )
+        twin = next((other for other in spans if same(other)), None)
+        spans[layer] = spans[twin] if twin else slice(rank, rank + int(used.sum()))
+        rank = max(rank, spans[layer].stop)
+    first = next(iter(cut.values()))
+    found = {name: np.zeros((rank, *first[name].shape[1:]), np.float32) for name in inner}
+    found |= {name: np.zeros((place.outputs, rank), np.float32) for name in outer}
+    for layer, own in cut.items():
+        for name in inner:
+            found[name][spans[layer]] = own[name]
+        for name in outer:
+            found[name][place.columns[layer], spans[layer]] = own[name]
+    return found
+
+
+def _apart(place: Place, own: Arrays, inner: tuple, outer: tuple) -> dict[str, Arrays]:
+    """Inverse of `_joined`: {layer: its arrays}, without ranks that are zero in all of `outer`."""
+    found = {}
+    for layer, columns in place.columns.items():
+        cut = {name: own[name].T[:, columns] for name in outer}
+        used = np.any([x.any(axis=1) for x in cut.values()], axis=0)
+        if used.any():
+            found[layer] = {name: own[name].T[..., used] for name in inner}
+            found[layer] |= {name: x[used] for name, x in cut.items()}
+    return found
+
+
+def _widest(layers: Mapping[str, Arrays], name: str, where) -> int:
+    """The largest rank of the layers' arrays `name`, (..., r)."""
+    if not layers:
+        raise ValueError(f"{where}: there is no update, all is zero")
+    return max(own[name].shape[-1] for own in layers.values())
+
+
+# ---------------------------------------------------------------------------------------- AdaLoRA
+
+
+def write_adalora(modules, shared, hp):
+    """All triplets, those that the budget has made zero as well: what PEFT prunes it leaves out."""
+    if hp["scale"] <= 0:
+        raise ValueError(f"method.alpha: {hp['alpha']} given; PEFT takes the rank for one below 0")
+    joined = {place.name: _joined(place, parts, ("a", "e"), ("b",)) for place, parts in modules}
+    rank = max(len(own["e"]) for own in joined.values())
+    tensors = {}
+    for name, own in joined.items():
+        more = rank - len(own["e"])  # PEFT has one rank for all
+        tensors[f"{name}.lora_A"] = np.pad(own["a"], ((0, more), (0, 0)))
+        tensors[f"{name}.lora_E"] = np.pad(own["e"], (0, more))[:, None]
+        tensors[f"{name}.lora_B"] = np.pad(own["b"], ((0, 0), (0, more)))
+    alpha = hp["alpha"] if rank == hp["rank"] else hp["scale"] * (rank + 1e-5)
+    config = {ADALORA[name]: hp[name] for name in ADALORA}
+    # The schedule counts in training alone, but PEFT wants one with a step to prune in.
+    config |= {"init_r": rank, "target_r": hp["target_rank"], "rank_pattern": None}
+    config |= {"lora_alpha": peft.as_number(alpha), "total_step": hp["tinit"] + hp["tfinal"] + 1}
+    return tensors, config | {"init_lora_weights": True}
+
+
+#: Our hyperparameters -> PEFT's fields.
+ADALORA = {"dropout": "lora_dropout", "tinit": "tinit", "tfinal": "tfinal", "every": "deltaT"}
+ADALORA |= {"orthogonal": "orth_reg_weight", "beta1": "beta1", "beta2": "beta2"}
+
+
+def read_adalora(modules, shared, config, where):
+    init_r, alpha = int(config.get("init_r", 12)), float(config.get("lora_alpha", 8))
+    alpha = alpha if alpha > 0 else float(init_r)
+    patterns = config.get("rank_pattern") or {}
+    layers = {}
+    for place, tensors in modules:
+        here = f"{where / peft.WEIGHTS}: {place.name}"
+        shapes = {"lora_A": ("r", place.inputs), "lora_B": (place.outputs, "r")}
+        rank = fit(here, tensors, **shapes, lora_E=("r", 1))["r"]
+        name = f"{place.name}.lora_E"
+        kept = patterns.get(name, patterns.get(f"{name}.default", [True] * init_r))
+        if rank != sum(map(bool, kept)):
+            raise ValueError(f"{here}: rank {rank}, but {sum(map(bool, kept))} in {peft.CONFIG}")
+        own = {"a": tensors["lora_A"], "e": tensors["lora_E"][:, 0], "b": tensors["lora_B"]}
+        layers |= _apart(place, own, ("a", "e"), ("b",))
+    for own in layers.values():
+        own["real"] = np.ones(len(own["e"]), bool)
+    rank = _widest(layers, "e", where)
+    scale = alpha / (init_r + 1e-5)  # PEFT keeps it, whatever is pruned
+    hp = {"rank": rank, "alpha": alpha if rank == init_r else scale * (rank + 1e-5)}
+    hp["target_rank"] = max(1, min(int(config.get("target_r", 8)), rank))
+    return hp | {n: config[field] for n, field in ADALORA.items() if field in config}, layers, {}
+
+
+# ----------------------------------------------------------------------------------- LoHa and LoKr
+
+#: Our names, each (in, r) or (r, out) -> PEFT's, transposed.
+HADA = {"a1": "hada_w1_b", "a2": "hada_w2_b", "b1": "hada_w1_a", "b2": "hada_w2_a"}
+
+
+def write_loha(modules, shared, hp):
+    tensors, ranks, scales = {}, {}, {}
+    for place, parts in modules:
+        if place.conv1d:
+            raise ValueError(f"{place.name}: PEFT has no LoHa of GPT-2's Conv1D; store it as LoRA")
+        own = _joined(place, parts, ("a1", "a2"), ("b1", "b2"))
+        tensors |= {f"{place.name}.{HADA[name]}": x for name, x in own.items()}
+        ranks[place.name], scales[place.name] = len(own["a1"]), _scale(parts, hp)
+    return tensors, _lycoris(ranks, scales) | {"rank_dropout": 0.0, "module_dropout": 0.0}
+
+
+def read_loha(modules, shared, config, where):
+    layers = {}
+    for place, tensors in modules:
+        shapes = {
+            theirs: ("r", place.inputs) if ours[0] == "a" else (place.outputs, "r")
+            for ours, theirs in HADA.items()
+        }
+        rank = fit(f"{where / peft.WEIGHTS}: {place.name}", tensors, **shapes)["r"]
+        own = {ours: tensors[theirs] for ours, theirs in HADA.items()}
+        parts = _apart(place, own, ("a1", "a2"), ("b1", "b2"))
+        for part in parts.values():
+            part["s"] = _lycoris_scale(config, place.name, rank, where)
+        layers |= parts
+    rank = _widest(layers, "a1", where)
+    return _alpha_of(rank, layers), layers, {}
+
+
+#: Our names -> PEFT's, transposed.
+KRON = {"w": "lokr_w{}", "a": "lokr_w{}_b", "b": "lokr_w{}_a"}
+
+
+def write_lokr(modules, shared, hp):
+    tensors, ranks, scales = {}, {}, {}
+    for place, parts in modules:
+        if place.conv1d or place.fused:
+            what = "of GPT-2's Conv1D" if place.conv1d else f"of parts of it, {', '.join(parts)}"
+            raise ValueError(f"{place.name}: PEFT has no LoKr {what}")
+        (own,) = parts.values()
+        for i in "12":
+            whole = own.get(f"on{i}", 0) > 0
+            for name in ("w",) if whole else ("a", "b"):
+                x = own[f"{name}{i}"]  # padded, where a sweep has larger ranks
+                x = x[:, : hp["rank"]] if name == "a" else x[: hp["rank"]] if name == "b" else x
+                tensors[f"{place.name}.{KRON[name].format(i)}"] = x.T
+        ranks[place.name], scales[place.name] = hp["rank"], _scale(parts, hp)
+    config = {"decompose_both": hp["decompose_both"], "decompose_factor": hp["factor"]}
+    config |= {"rank_dropout": 0.0, "module_dropout": 0.0, "rank_dropout_scale": False}
+    return tensors, _lycoris(ranks, scales) | config
+
+
+def read_lokr(modules, shared, config, where):
+    layers, ranks = {}, set()
+    for place, tensors in modules:
+        here = f"{where / peft.WEIGHTS}: {place.name}"
+        if place.fused:
+            raise ValueError(f"{here}: one Kronecker product for {', '.join(place.columns)}")
+        rank = int(peft.pattern(config.get("rank_pattern"), place.name, config.get("r", 8)))
+        shapes: dict[str, tuple] = {}
+        for i in "12":
+            if f"lokr_w{i}" in tensors:
+                shapes[f"lokr_w{i}"] = (f"out {i}", f"in {i}")
+            else:
+                shapes |= {f"lokr_w{i}_a": (f"out {i}", rank), f"lokr_w{i}_b": (rank, f"in {i}")}
+        sizes = fit(here, tensors, **shapes)
+        n_in, n_out = (sizes[f"{side} 1"] * sizes[f"{side} 2"] for side in ("in", "out"))
+        if (n_in, n_out) != (place.inputs, place.outputs):
+            want = f"{place.outputs} x {place.inputs}"
+            raise ValueError(f"{here}: the factors make {n_out} x {n_in}, the base has {want}")
+        own = {
+            f"{ours}{i}": tensors[theirs.format(i)].T
+            for i in "12"
+            for ours, theirs in KRON.items()
+            if theirs.format(i) in tensors
+        }
+        (layer,) = place.columns
+        layers[layer] = own | {"s": _lycoris_scale(config, place.name, rank, where)}
+        ranks.add(rank)
+    if len(ranks) > 1:
+        raise ValueError(f"{where / peft.CONFIG}: rank_pattern: one rank can be read, not {ranks}")
+    hp = {"factor": int(config.get("decompose_factor", -1))}
+    hp["decompose_both"] = bool(config.get("decompose_both", False))
+    return hp | _alpha_of(ranks.pop(), layers), layers, {}
+
+
+def _scale(parts: Mapping[str, Arrays], hp) -> float:
+    """The scale of a module's layers, as given where it is that in float32."""
+    scales = {float(own["s"]) for own in parts.values()}
+    if len(scales) > 1:
+        raise ValueError(f"{', '.join(parts)}: one module in PEFT, with one scale and not {scales}")
+    (s,) = scales
+    return hp["scale"] if np.float32(hp["scale"]) == np.float32(s) else s
+
+
+def _lycoris(ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str, Any]:
+    """The fields of a config for {module: rank} and {module: alpha / rank}: the commonest, and
+    patterns for what differs from it."""
+    alphas = {module: scales[module] * rank for module, rank in ranks.items()}
+    config = {"init_weights": True, "use_effective_conv2d": False}
+    for name, values in (("r", ranks), ("alpha", alphas)):
+        common = Counter(values.values()).most_common(1)[0][0]
+        rest = {module: peft.as_number(x) for module, x in values.items() if x != common}
+        pattern = "rank_pattern" if name == "r" else "alpha_pattern"
+        config |= {name: peft.as_number(common), pattern: rest}
+    return config
+
+
+def _lycoris_scale(config, module: str, rank: int, where) -> np.ndarray:
+    fields = {"r": config.get("r", 8), "lora_alpha": config.get("alpha", 8)}
+    fields |= {name: config.get(name) for name in ("rank_pattern", "alpha_pattern")}
+    return np.float64(peft.scale_of(fields, module, rank, where / peft.CONFIG))
+
+
+def _alpha_of(rank: int, layers: Mapping[str, Arrays]) -> dict[str, Any]:
+    """The rank, and the alpha that gives the commonest scale with it."""
+    s = Counter(float(own["s"]) for own in layers.values()).most_common(1)[0][0]
+    return {"rank": rank, "alpha": peft.as_number(s * rank)}
+
+
+# ------------------------------------------------------------------------------------------- VeRA
+
+
+def write_vera(modules, shared, hp):
+    used = shared["a"].any(axis=0) | shared["b"].any(axis=1)  # the rest is padding
+    a, b = shared["a"][:, used], shared["b"][used]
+    copies: dict[bytes, np.ndarray] = {}  # the outputs that see a copy
+    for place, parts in modules:
+        for layer in parts:
+            key, rows = _copy(place, layer)
+            copies[key] = max(copies.get(key, rows), rows, key=len)
+    spans = {key: slice(i * len(b), (i + 1) * len(b)) for i, key in enumerate(copies)}
+    inputs, outputs = (max(getattr(p, x) for p, _ in modules) for x in ("inputs", "outputs"))
+    B = np.zeros((outputs, len(copies) * len(b)), np.float32)
+    for key, rows in copies.items():
+        B[rows, spans[key]] = b[:, : len(rows)].T
+    tensors = {"base_model.vera_A": np.tile(a[:inputs].T, (len(copies), 1)), "base_model.vera_B": B}
+    for place, parts in modules:
+        d, v = np.zeros(B.shape[1], np.float32), np.zeros(place.outputs, np.float32)
+        for layer, own in parts.items():
+            d[spans[_copy(place, layer)[0]]] = own["d"][used]
+            v[place.columns[layer]] = own["v"]
+        tensors |= {f"{place.name}.vera_lambda_d": d, f"{place.name}.vera_lambda_b": v}
+    config = {"r": B.shape[1], "projection_prng_key": hp["projection_seed"]}
+    config |= {"save_projection": True, "vera_dropout": hp["dropout"], "init_weights": True}
+    return tensors, config | {"d_initial": hp["d_initial"]}
+
+
+def read_vera(modules, shared, config, where):
+    file = where / peft.WEIGHTS
+    if set(shared) != {"vera_A", "vera_B"}:
+        raise ValueError(
+            f"{file}: vera_A and vera_B are missing, which torch's generator would draw again; "
+            "save with save_projection=True"
+        )
+    inputs, outputs = (max(getattr(p, x) for p, _ in modules) for x in ("inputs", "outputs"))
+    r = fit(str(file), shared, vera_A=("r", inputs), vera_B=(outputs, "r"))["r"]
+    a, b = shared["vera_A"].T, shared["vera_B"].T
+    copies: dict[bytes, tuple[np.ndarray, dict[str, Arrays]]] = {}  # outputs, and who sees them
+    for place, tensors in modules:
+        own = dict(vera_lambda_d=(r,), vera_lambda_b=(place.outputs,))
+        fit(f"{file}: {place.name}", tensors, **own)
+        v = {layer: tensors["vera_lambda_b"][columns] for layer, columns in place.columns.items()}
+        for layer in [layer for layer, own in v.items() if own.any()] or v:
+            key, rows = _copy(place, layer)
+            most, layers = copies.setdefault(key, (rows, {}))
+            layers[layer] = {"d": tensors["vera_lambda_d"], "v": v[layer]}
+            copies[key] = max(most, rows, key=len), layers
+    # Every copy begins with the first output here; what it does not use of the pair is left out.
+    widest, rank = max(len(rows) for rows, _ in copies.values()), 0
+    inner, outer, spans = [], [], {}
+    for rows, layers in copies.values():
+        own = b[:, rows]
+        kept = own.any(axis=1) & np.any([x["d"] for x in layers.values()], axis=0)
+        inner.append(a[:, kept])
+        outer.append(np.pad(own[kept], ((0, 0), (0, widest - len(rows)))))
+        for layer, x in layers.items():
+            spans[layer] = slice(rank, rank + int(kept.sum())), x["d"][kept], x["v"]
+        rank += int(kept.sum())
+    found = {}
+    for layer, (span, d, v) in spans.items():
+        found[layer] = {"d": np.zeros(max(rank, 1), np.float32), "v": v}
+        found[layer]["d"][span] = d
+    hp = {"rank": max(rank, 1), "projection_seed": int(config.get("projection_prng_key") or 0)}
+    hp |= {"dropout": config.get("vera_dropout", 0.0), "d_initial": config.get("d_initial", 0.1)}
+    return hp, found, {"a": np.concatenate(inner, axis=1), "b": np.concatenate(outer)}
+
+
+def _copy(place: Place, layer: str) -> tuple[bytes, np.ndarray]:
+    """(name of the copy of VeRA's pair that a layer sees, the outputs that it has there): whole
+    modules see one and the same."""
+    rows = np.arange(place.outputs)[place.columns[layer]]
+    return rows.tobytes() if place.fused else b"", rows
+
+
+# ------------------------------------------------------------------------------------------ (IA)3
+
+
+def write_ia3(modules, shared, hp):
+    tensors, inner = {}, []
+    for place, parts in modules:
+        first = next(iter(parts.values()))
+        if "l_in" in first:
+            if any(not np.array_equal(own.get("l_in"), first["l_in"]) for own in parts.values()):
+                raise ValueError(f"{', '.join(parts)}: PEFT scales the input of {place.name} once")
+            if len(parts) < len(place.columns):
+                raise ValueError(f"{', '.join(parts)}: PEFT scales the input of all {place.name}")
+            tensors[f"{place.name}.ia3_l"] = first["l_in"][None]
+            inner.append(place.name)
+        else:
+            whole = np.ones(place.outputs, np.float32)
+            for layer, own in parts.items():
+                if "l" not in own:
+                    raise ValueError(f"{place.name}: PEFT scales its input or its output")
+                whole[place.columns[layer]] = own["l"]
+            tensors[f"{place.name}.ia3_l"] = whole[:, None]
+    return tensors, {"feedforward_modules": sorted(inner), "init_ia3_weights": True}
+
+
+def read_ia3(modules, shared, config, where):
+    layers, named = {}, config.get("feedforward_modules")
+    for place, tensors in modules:
+        if isinstance(named, str):
+            inner = re.fullmatch(named, place.name) is not None
+        elif named is None:  # left to PEFT's own table: the shape says it
+            inner = tensors["ia3_l"].shape[:1] == (1,)
+        else:
+            inner = any(place.name.endswith(name) for name in named)
+        shape = (1, place.inputs) if inner else (place.outputs, 1)
+        fit(f"{where / peft.WEIGHTS}: {place.name}", tensors, ia3_l=shape)
+        x = tensors["ia3_l"].reshape(-1)
+        parts = {layer: x if inner else x[columns] for layer, columns in place.columns.items()}
+        # Ones in some parts of a fused module stand for what is not adapted.
+        moved = [layer for layer, own in parts.items() if np.any(own != 1)] or [*parts]
+        for layer in moved:
+            layers[layer] = {"l_in" if inner else "l": parts[layer], "on": np.float32(1)}
+    return {}, layers, {}
+
+
+KINDS = {
+    "adalora": Kind("ADALORA", "lora_[ABE]", write_adalora, read_adalora, "lora_only"),
+    "loha": Kind("LOHA", "hada_[a-z0-9_]+", write_loha, read_loha),
+    "lokr": Kind("LOKR", "lokr_[a-z0-9_]+", write_lokr, read_lokr),
+    "vera": Kind("VERA", "vera_lambda_[bd]", write_vera, read_vera, "vera_only"),
+    "ia3": Kind("IA3", "ia3_l", write_ia3, read_ia3),
+}

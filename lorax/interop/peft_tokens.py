@@ -1,0 +1,154 @@
+"""Prefixes, prompts and LLaMA-Adapter as PEFT stores them: arrays of numpy on both sides.
+
+    prefix          prompt_embeddings (tokens, 2 L K D): k of layer 0, v of layer 0, k of layer 1...
+    prompt          prompt_embeddings (tokens, features)
+    llama-adapter   adaption_prompt (1, tokens, features) and adaption_gate (1,) of each attention
+
+Of every method there are two functions,
+
+    write(own, base) -> (tensors, config)
+    read(stored, config, base, where) -> (hp, own)
+
+own: {last word of a leaf's path: array}, layers stacked. base: an `Attention`. tensors, stored:
+{PEFT's name: float32}. where: the directory, which an error names. Both raise ValueError for a base
+for which PEFT's method is another one, and for what the other side has no way to hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lorax.interop import peft
+from lorax.interop.peft_matrices import fit
+
+Arrays = dict[str, np.ndarray]
+
+#: Families whose keys and values PEFT puts a prefix before as we do.
+PREFIX_FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
+#: Families for which PEFT has LLaMA-Adapter. Its GPT-2 leaves out the output projection.
+ADAPTER_FAMILIES = ("llama", "mistral")
+
+
+class Attention(NamedTuple):
+    """What has to be known of a base. family: Hugging Face's model_type. causal: whether it writes
+    texts. raw: its config.json. modules: PEFT's name of each layer's attention."""
+
+    family: str
+    causal: bool
+    raw: Mapping[str, Any]
+    modules: tuple[str, ...]
+
+    def field(self, *names: str) -> Any:
+        """The first of the fields of config.json that says something."""
+        return next((self.raw[name] for name in names if self.raw.get(name) is not None), None)
+
+    def need(self, method: str, families: tuple[str, ...] | None = None) -> None:
+        """Raises ValueError for a base that is not causal, or of none of the families."""
+        if not self.causal or families and self.family not in families:
+            known = ", ".join(families or ("causal models",))
+            raise ValueError(f"{method}: PEFT has the same for {known}, not for {self.family}")
+
+    def sizes(self, heads: int, width: int) -> dict[str, Any]:
+        """The fields of a config that say what virtual tokens are made for."""
+        sizes = {"num_layers": len(self.modules), "num_transformer_submodules": 1}
+        return sizes | {"num_attention_heads": heads, "token_dim": width}
+
+    @property
+    def heads(self) -> int:
+        return self.field("num_attention_heads", "n_head")
+
+
+class Kind(NamedTuple):
+    """type: PEFT's word for a method. write, read: see above."""
+
+    type: str
+    write: Callable
+    read: Callable
+
+
+def write_prefix(own, base):
+    _check_prefix(base)
+    if not own["on"].all():
+        raise ValueError("method.layers: PEFT has a prefix in all layers or in none")
+    both = np.stack([own["k"], own["v"]], axis=1)  # (L, 2, tokens, K D)
+    tokens, width = both.shape[2:]
+    config = {"num_virtual_tokens": tokens, "prefix_projection": False}
+    config |= {"encoder_hidden_size": width}
+    config |= base.sizes(base.field("num_key_value_heads") or base.heads, width)
+    return {"prompt_embeddings": both.transpose(2, 0, 1, 3).reshape(tokens, -1)}, config
+
+
+def read_prefix(stored, config, base, where):
+    _check_prefix(base)
+    n = fit(str(where / peft.WEIGHTS), stored, prompt_embeddings=("tokens", "all"))
+    layers = len(base.modules)
+    if n["all"] % (2 * layers):
+        raise ValueError(f"{where / peft.WEIGHTS}: {n['all']} features are none of {layers} layers")
+    both = stored["prompt_embeddings"].reshape(n["tokens"], layers, 2, -1)
+    k, v = (both[:, :, i].swapaxes(0, 1) for i in (0, 1))
+    return {"tokens": n["tokens"]}, {"k": k, "v": v}
+
+
+def _check_prefix(base: Attention) -> None:
+    base.need("prefix", PREFIX_FAMILIES)
+    if base.raw.get("sliding_window") is not None and base.raw.get("use_sliding_window", True):
+        raise ValueError("prefix: PEFT's sliding window leaves the prefix behind, ours does not")
+
+
+def write_prompt(own, base):
+    base.need("prompt")
+    tokens, width = own["prompt"].shape
+    config = {"num_virtual_tokens": tokens, "prompt_tuning_init": "RANDOM"}
+    return {"prompt_embeddings": own["prompt"]}, config | base.sizes(base.heads, width)
+
+
+def read_prompt(stored, config, base, where):
+    base.need("prompt")
+    n = fit(str(where / peft.WEIGHTS), stored, prompt_embeddings=("tokens", "features"))
+    return {"tokens": n["tokens"]}, {"prompt": stored["prompt_embeddings"]}
+
+
+def write_adapter(own, base):
+    base.need("llama-adapter", ADAPTER_FAMILIES)
+    on, depth = np.flatnonzero(own["on"]), len(own["on"])
+    if list(on) != list(range(depth - len(on), depth)):
+        raise ValueError(f"method.layers: {on.tolist()}; PEFT adapts the last layers alone")
+    tensors = {}
+    for i in on:
+        tensors[f"{base.modules[i]}.adaption_prompt"] = own["prompt"][i][None]
+        tensors[f"{base.modules[i]}.adaption_gate"] = own["gate"][i][None]
+    config = {"adapter_len": own["prompt"].shape[1], "adapter_layers": len(on)}
+    return tensors, config | {"target_modules": base.modules[0].rpartition(".")[2]}
+
+
+def read_adapter(stored, config, base, where):
+    base.need("llama-adapter", ADAPTER_FAMILIES)
+    file, found = where / peft.WEIGHTS, {}
+    for name, x in stored.items():
+        module, _, last = name.rpartition(".")
+        if module not in base.modules:
+            known = ", ".join(base.modules)
+            raise ValueError(f"{file}: {name}: the base has no such attention, it has {known}")
+        found.setdefault(base.modules.index(module), {})[last] = x
+    if not found:
+        raise ValueError(f"{file}: holds no tensors of ADAPTION_PROMPT")
+    for i, x in found.items():
+        shapes = dict(adaption_prompt=(1, "tokens", "features"), adaption_gate=(1,))
+        shape = fit(f"{file}: {base.modules[i]}", x, **shapes)
+    own = {"prompt": np.zeros((len(base.modules), *shape.values()), np.float32)}
+    own["gate"] = np.zeros(len(base.modules), np.float32)
+    for i, x in found.items():
+        if x["adaption_prompt"].shape[1:] != own["prompt"].shape[1:]:
+            raise ValueError(f"{file}: {base.modules[i]}: not as many tokens as in other layers")
+        own["prompt"][i], own["gate"][i] = x["adaption_prompt"][0], x["adaption_gate"][0]
+    return {"tokens": shape["tokens"], "layers": tuple(sorted(found))}, own
+
+
+KINDS = {
+    "prefix": Kind("PREFIX_TUNING", write_prefix, read_prefix),
+    "prompt": Kind("PROMPT_TUNING", write_prompt, read_prompt),
+    "llama-adapter": Kind("ADAPTION_PROMPT", write_adapter, read_adapter),
+}
