@@ -225,7 +225,7 @@ SHARED = {
     "seed": (0, 1),
 }
 SPLIT = {"method": ("lora", "vera"), "base": ("gpt2-nano", "gpt2"), "steps": (10, 20)}
-SPLIT |= {"target_rank": (2, 3), "tokens": (4, 5)}
+SPLIT |= {"quant": ("nf4", "fp4"), "target_rank": (2, 3), "tokens": (4, 5)}
 
 
 def test_every_axis_either_shares_a_program_or_does_not():

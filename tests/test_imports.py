@@ -66,7 +66,7 @@ def test_imports_point_one_way(file):
 
 def test_the_rule_is_about_modules_that_exist():
     parts = {part for part, _ in FILES.values()}
-    assert set().union(*LAYERS) - parts <= {"quant"} and set(NEVER) <= parts
+    assert set().union(*LAYERS) | set(NEVER) <= parts
     assert FILES["train/step.py"][1] == {"losses", "ops", "train"}  # and the reader reads
     assert FILES["models/load.py"][1] >= {"ops", "tree", "errors", "interop", "models"}
 

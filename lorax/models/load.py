@@ -12,9 +12,10 @@ from flax import linen as nn
 from lorax import ops, tree, vocabulary
 from lorax.errors import nearest
 from lorax.files import atomically, read_json
-from lorax.interop import bnb, hf
+from lorax.interop import hf
 from lorax.models import bert, deberta, falcon, gpt2, llama, vit
 from lorax.models.shapes import ARCHITECTURES
+from lorax.quant import bnb
 from lorax.vocabulary import Vocabulary
 
 ASSETS = Path(__file__).parent.parent / "assets"

@@ -192,14 +192,10 @@ def quantize(params, kind: str = "nf4", double: bool = False, block: int = 64, s
 
     flat = tree.flatten(params)
     sites = ops.sites_from_shapes(params) if sites is None else sites
-    linear = {
-        path: site
-        for path, site in sites.items()
-        if site.kind == "linear" and not isinstance(flat[path], Quantised)
-    }
-    if not linear:
-        return params
+    linear = {path: site for path, site in sites.items() if site.kind == "linear"}
     for path, site in resolve(("all-linear",), linear).items():
+        if isinstance(flat[path], Quantised):
+            continue
         w = flat[path]
         if site.ins + site.outs != tuple(range(len(site.ins + site.outs))):
             raise ValueError(f"quant: {path}: axes {site.outs} are outputs, before its inputs")
