@@ -470,35 +470,19 @@ def _work(jaxpr):
     return total
 
 
-#: Bits of a parameter, without its share of the scales.
-_BITS = {"nf4": 4, "fp4": 4, "int8": 8}
-
-
 def quantised(base, kind: str, double: bool, dtype: str) -> tuple[int, int]:
-    """(bytes of the weights with the linear kernels, but heads, quantised; bytes of the largest
-    one of a layer as it is decoded to be multiplied).
-
-    4 bits: a float32 for every 64 parameters, or with double quantisation (QLoRA,
-    arXiv:2305.14314, section 3) 8 bits for them and a float32 for every 256 of those. 8 bits: a
-    float32 for each column (LLM.int8(), arXiv:2208.07339).
-    """
+    """(bytes of the weights with the linear kernels, but heads, as `quant.quantize` holds them;
+    bytes of the largest one of a layer as it is decoded to be multiplied)."""
+    import jax
     import numpy as np
 
-    from lorax import methods, tree
+    from lorax import quant, tree
 
-    flat, total, widest = tree.flatten(base.params), tree.nbytes(base.params), 0
-    for path, site in methods.resolve(("all-linear",), base.sites).items():
-        if site.kind != "linear":
-            continue
-        leaf = flat[path]
-        axes, n_in, n_out = site.matrix_shape(leaf.shape)
-        each = n_in * n_out
-        scales = n_out if kind == "int8" else -(-each // 64)
-        spare = scales + 4 * -(-scales // 256) if double and kind != "int8" else 4 * scales
-        stored = -(-each * _BITS[kind] // 8) + spare
-        total += math.prod(axes) * stored - tree.nbytes(leaf)
-        widest = max(widest, each * np.dtype(dtype).itemsize)
-    return total, widest
+    quantize = lambda params: quant.quantize(params, kind, double, sites=base.sites)
+    params = jax.eval_shape(quantize, base.params)
+    coded = [x for x in tree.flatten(params).values() if isinstance(x, quant.Quantised)]
+    widest = max(leaf.n_in * leaf.n_out for leaf in coded)
+    return tree.nbytes(params), widest * np.dtype(dtype).itemsize
 
 
 # ----------------------------------------------------------------------------------------- to read

@@ -9,7 +9,8 @@ On a CPU a tile of outputs that fits a cache is decoded and used before the next
 one or two neighbouring inputs, which are kept apart rather than interleaved: with w_0 the weights
 of the even and w_1 those of the odd inputs, y = x[0::2] w_0 + x[1::2] w_1. A value of 4 bits is
 found by a tree of 15 selections, which becomes vector instructions where a look-up in a table would
-not. Elsewhere w is decoded whole and multiplied by the library's product.
+not. Elsewhere w is decoded whole and multiplied by the library's product (`lorax.quant.packed` has
+what a kernel does).
 """
 
 import functools
@@ -26,8 +27,8 @@ TILE = 512  # outputs decoded at a time on a CPU
 def product(x, leaf, axis: int):
     """x @ w for axis 0, x @ w^T for axis 1: (..., n) -> (..., the other), in x's dtype.
 
-    leaf: a `nf4.Quantised` of one matrix. Operands have x's dtype, sums are in float32. Only x
-    gets a gradient.
+    leaf: of one matrix, with of_rows(x (rows, n), axis). Operands have x's dtype, sums are in
+    float32. Only x gets a gradient.
     """
     return _folded(axis)(x, leaf)
 
@@ -46,10 +47,7 @@ def _folded(axis: int):
     def folded(x, leaf):
         # Without the barrier XLA decodes ahead of a loop over micro-batches, and keeps all of it.
         x, leaf = jax.lax.optimization_barrier((x, leaf))
-        rows = x.reshape(-1, x.shape[-1])
-        whole = functools.partial(_whole, axis=axis)
-        tiled = functools.partial(_tiled, axis=axis) if can_tile(leaf) else whole
-        y = jax.lax.platform_dependent(rows, leaf, cpu=tiled, default=whole)
+        y = leaf.of_rows(x.reshape(-1, x.shape[-1]), axis)
         return y.reshape(*x.shape[:-1], -1)
 
     @folded.def_vmap
@@ -64,19 +62,32 @@ def _folded(axis: int):
     return folded
 
 
+def of_rows(x, leaf, axis: int):
+    """(rows, n) -> (rows, the other) for a `nf4.Quantised` of one matrix."""
+    whole = functools.partial(_whole, axis=axis)
+    tiled = functools.partial(_tiled, axis=axis) if can_tile(leaf) else whole
+    return jax.lax.platform_dependent(x, leaf, cpu=tiled, default=whole)
+
+
 def can_tile(leaf) -> bool:
     """Whether an output's weights are whole bytes and whole blocks."""
     return leaf.n_in % math.lcm(leaf.block, leaf.code.per_byte) == 0
 
 
-def _dot(x, w, axes, dtype=jnp.float32):
-    return jax.lax.dot_general(x, w, ((axes[:1], axes[1:]), ((), ())), preferred_element_type=dtype)
+def dot(x, w, axes):
+    """The product over axis axes[0] of x and axes[1] of w: sums in float32, in x's dtype."""
+    return _dot(x, w, axes).astype(x.dtype)
+
+
+def _dot(x, w, axes):
+    dimensions = ((axes[:1], axes[1:]), ((), ()))
+    return jax.lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32)
 
 
 def _whole(x, leaf, axis: int):
     """(rows, n) -> (rows, the other): w decoded, then multiplied."""
     w = leaf.rows_of_outputs().astype(x.dtype)  # (out, in)
-    return _dot(x, w, (1, 1 - axis)).astype(x.dtype)
+    return dot(x, w, (1, 1 - axis))
 
 
 def _tiled(x, leaf, axis: int):

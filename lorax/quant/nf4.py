@@ -175,6 +175,9 @@ class Quantised(ops.Stored):
     def product(self, x, axis: int):
         return matmul.product(x, self, axis)
 
+    def of_rows(self, x, axis: int):
+        return matmul.of_rows(x, self, axis)
+
 
 # --------------------------------------------------------------------------------------- to codes
 

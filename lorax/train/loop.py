@@ -65,6 +65,7 @@ def prepare(members: list[Member], say: Callable[[str], None]) -> list[Group]:
             base = load(c.base, **run)
             if c.quant:
                 params = quant.quantize(base.params, c.quant, c.double_quant, sites=base.sites)
+                params = quant.placed(params, jax.local_devices()[0], c.dtype)
                 base = base._replace(params=params)
             bases[key] = base
             say(

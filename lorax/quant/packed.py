@@ -1,0 +1,135 @@
+"""Quantised weights in the order that a GPU's or TPU's kernel reads them.
+
+`placed` turns a model's leaves once, when its base is put on a device: bitsandbytes' order is what
+files have, and no kernel's. A product with few rows is the kernel's (fused: codes are decoded on
+their way into the matrix unit); one with many decodes w to bfloat16 once and takes the library's
+product (two passes), and so does the backward pass. Values are in bfloat16 in either case.
+"""
+
+import dataclasses
+import functools
+import math
+import warnings
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import ops, tree
+from lorax.quant import matmul, nf4
+
+FUSED_ROWS = 512  # more are taken in two passes
+_TRIED = 16  # rows of the product that is compiled to see whether the kernel does
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed(ops.Stored):
+    """A linear layer's frozen kernel in 4 bits, for products in bfloat16.
+
+    words: int32, scales: float32, layer axes in front, as the `repack` of `on` gives them. kernel,
+    n_in, kind: (static) as of `nf4.Quantised`. on: (static) "gpu" or "tpu", the kernel.
+    """
+
+    words: jax.Array
+    scales: jax.Array
+    kernel: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    n_in: int = dataclasses.field(metadata={"static": True})
+    kind: str = dataclasses.field(metadata={"static": True})
+    on: str = dataclasses.field(metadata={"static": True})
+
+    dtype = np.dtype(jnp.bfloat16)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.words.shape[:-2], *self.kernel)
+
+    @property
+    def table(self) -> np.ndarray:
+        return nf4.CODES[self.kind].values
+
+    def decoded(self):
+        weight = lambda words, scales: kernels(self.on).weight(words, scales, self.table)
+        for _ in self.words.shape[:-2]:
+            weight = jax.vmap(weight)
+        return weight(self.words, self.scales).reshape(self.shape)
+
+    def product(self, x, axis: int):
+        return matmul.product(x, self, axis)
+
+    def of_rows(self, x, axis: int):
+        """(rows, n) -> (rows, the other), in x's dtype."""
+        kernel, n_out = kernels(self.on), math.prod(self.kernel) // self.n_in
+        small = jnp.bfloat16
+        if axis == 0 and len(x) <= FUSED_ROWS and not kernel.can_use(len(x), self.n_in, n_out, 64):
+            fused = lambda x: kernel.matmul(
+                x.astype(small), self.words, self.scales, self.table, jnp.float32
+            ).astype(x.dtype)
+            two_passes = lambda x: matmul.dot(x, self.decoded().astype(x.dtype), (1, 0))
+            # Elsewhere (a run that goes on without the device) it is still the product.
+            on = {"cuda" if self.on == "gpu" else "tpu": fused}
+            return jax.lax.platform_dependent(x, **on, default=two_passes)
+        w = self.decoded().reshape(self.n_in, n_out).astype(x.dtype)
+        return matmul.dot(x, w, (1, axis))
+
+
+def kernels(on: str) -> ModuleType:
+    """The module of a kernel; they take a second to import, which few need."""
+    if on == "gpu":
+        from lorax.quant import mosaic as module
+    else:
+        from lorax.quant import tpu as module
+    return module
+
+
+def placed(params, device: jax.Device, dtype) -> dict:
+    """The same parameters for products in `dtype` on a device: leaves that its kernel can multiply
+    by are `Packed`, all others as they were.
+
+    A kernel that does not compile for the device is left, with one warning that says why.
+    """
+    on = device.platform
+    if jnp.dtype(dtype) != jnp.bfloat16 or on not in ("gpu", "tpu"):
+        return params
+    if on == "gpu" and not kernels(on).hopper(device):
+        return params
+    flat = tree.flatten(params)
+    for path, leaf in flat.items():
+        if not isinstance(leaf, nf4.Quantised) or leaf.code.bits != 4:
+            continue
+        if kernels(on).can_use(_TRIED, leaf.n_in, leaf.n_out, leaf.block):
+            continue
+        if why := _fails(on, leaf.n_in, leaf.n_out, leaf.kind, device):
+            warnings.warn(f"4-bit products are decoded first, {on} kernel: {why}", stacklevel=2)
+            return params
+        flat[path] = pack(leaf, on)
+    return tree.unflatten(flat)
+
+
+def pack(leaf: nf4.Quantised, on: str) -> Packed:
+    """The leaf in the order of a kernel, double-quantised scales as float32."""
+    repack = functools.partial(kernels(on).repack, n_in=leaf.n_in, n_out=leaf.n_out)
+    for _ in leaf.codes.shape[:-1]:
+        repack = jax.vmap(repack)
+    words, scales = jax.jit(repack)(leaf.codes, leaf.scales())
+    return Packed(words, scales, leaf.kernel, leaf.n_in, leaf.kind, on)
+
+
+@functools.cache
+def _fails(on: str, n_in: int, n_out: int, kind: str, device) -> str:
+    """Why the kernel does not compile for a device, '' where it does."""
+    module, at = kernels(on), jax.sharding.SingleDeviceSharding(device)
+    shape = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=at)
+    packed = jax.eval_shape(
+        functools.partial(module.repack, n_in=n_in, n_out=n_out),
+        jax.ShapeDtypeStruct((n_in * n_out // 2,), jnp.uint8),
+        jax.ShapeDtypeStruct((n_in * n_out // 64,), jnp.float32),
+    )
+    words, scales = (shape(x.shape, x.dtype) for x in packed)
+    run = lambda x, words, scales: module.matmul(x, words, scales, nf4.CODES[kind].values)
+    try:
+        jax.jit(run).lower(shape((_TRIED, n_in), jnp.bfloat16), words, scales).compile()
+    except Exception as error:  # whatever a compiler raises
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""
