@@ -29,7 +29,7 @@ import optax
 
 from lorax import methods, ops, tree
 from lorax.errors import nearest
-from lorax.methods.starts import NEEDS, STARTS
+from lorax.methods.starts import KEPT, NEEDS, STARTS
 
 SCALINGS = {
     "lora": lambda alpha, rank: alpha / rank,
@@ -106,7 +106,7 @@ def lora(
                 "s": jnp.full(axes, scale, jnp.float32),
                 "dropout": jnp.full(axes, dropout, jnp.float32),
             }
-            if init in STARTS:
+            if init in STARTS and init not in KEPT:
                 a, b = trainable[path]["a"], trainable[path]["b"]
                 off = jnp.any(b != 0, axis=(-2, -1), keepdims=True)  # else there is nothing to take
                 constants[path] |= {"a0": jnp.where(off, a, 0), "b0": b}
@@ -160,8 +160,12 @@ def _factors(hp: dict, site, leaf, ranks, path: str, evidence) -> Callable:
     kind = NEEDS.get(hp["init"])
     if kind not in (None, *evidence) and ranks.any():
         raise ValueError(
-            f"method.init: {hp['init']!r} reads data: pass evidence with {kind!r} of {path}, "
-            f"lorax.methods.sensitivity.evidence(base, batches, paths, ({kind!r},))"
+            f"method.init: {hp['init']!r} reads data: pass evidence with {kind!r} of {path}"
+            + (
+                ", what quantising took from it"
+                if kind == "residual"
+                else f", lorax.methods.sensitivity.evidence(base, batches, paths, ({kind!r},))"
+            )
         )
     w = site.to_matrix(ops.dense(leaf, site)).astype(jnp.float32) if ranks.any() else None
 

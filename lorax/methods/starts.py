@@ -20,8 +20,9 @@ adapted model is therefore its base at step 0, to rounding. w = u diag(sigma) v^
 
 Where PEFT takes a randomised SVD (EVA, LoRA-GA), here it is exact, but for pissa-fast.
 
-LoftQ (Li et al. 2023, arXiv:2310.08659) does not keep the base: its w becomes another matrix, of
-full rank apart. It is the function `loftq` and no value of `init`.
+- loftq (Li et al. 2023, arXiv:2310.08659, algorithm 1 with one iteration) on a quantised base q:
+  s a b = the best rank-r approximation of w - q. Nothing is taken off: step 0 is closer to w than
+  q is. More iterations would make a base of its own for every rank: the function `loftq`.
 """
 
 from collections.abc import Callable, Mapping
@@ -85,6 +86,10 @@ def lora_ga_paper(key, w, rank: int, scale: float, evidence=None):
     return stable * u[:, :rank], stable * vt[rank : 2 * rank]
 
 
+def loftq_once(key, w, rank: int, scale: float, evidence):
+    return pissa(key, evidence["residual"], rank, scale)
+
+
 #: Value of `method.init` -> (key, w (in, out) float32, rank, s > 0, evidence of that matrix) ->
 #: (a (in, rank), b (rank, out)) float32. evidence: {kind: array}, see `NEEDS`.
 STARTS: dict[str, Callable] = {
@@ -96,14 +101,19 @@ STARTS: dict[str, Callable] = {
     "corda-kpm": corda_kpm,
     "lora-ga": lora_ga,
     "lora-ga-paper": lora_ga_paper,
+    "loftq": loftq_once,
 }
-#: Those that read data -> the kind of evidence (`lorax.methods.sensitivity.evidence`).
+#: Those whose a b stays where it starts, and is not taken off the base.
+KEPT = ("loftq",)
+#: Those that read more than w -> the kind of evidence: of `lorax.methods.sensitivity.evidence`, or
+#: "residual", (layers..., in, out) float32, what quantising took from a matrix.
 NEEDS = {
     "eva": "moments",
     "corda": "covariance",
     "corda-kpm": "covariance",
     "lora-ga": "gradient",
     "lora-ga-paper": "gradient",
+    "loftq": "residual",
 }
 
 

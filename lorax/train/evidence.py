@@ -3,12 +3,13 @@
 import re
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
-from lorax import methods, tasks, tree
+from lorax import methods, ops, tasks, tree
 from lorax.methods import sensitivity, starts
 from lorax.models import Base
-from lorax.models.load import layer_names
+from lorax.models.load import layer_names, load
 
 BATCHES = 8  # that evidence is taken from, where `method.batches` says nothing
 AUTO = "auto"
@@ -24,11 +25,29 @@ def read(member, base: Base, task: tasks.Task, paths, kind: str, seen: dict) -> 
     n, size = c.method.batches or BATCHES, c.train.batch_size
     rows = min(c.task.n_train or available, available)
     key = (id(base), id(task), kind, c.seed, rows, n, size, paths)
-    if key not in seen:
+    if key not in seen and kind == "residual":
+        seen[key] = residual(base, c.base, paths)
+    elif key not in seen:
         order = tasks.orders(rows, size, c.seed, range(n)).reshape(n, size)
         batches = {name: x[order] for name, x in task.train.items()}
         seen[key] = sensitivity.evidence(base, batches, paths, (kind,))
     return seen[key]
+
+
+def residual(base: Base, name: str, paths) -> dict:
+    """{path: {"residual": (layers..., in, out) float32}}: what quantising took from the matrices of
+    the base that `lorax.load(name)` gives. Raises ValueError where nothing is quantised."""
+    found, coded, plain = {}, tree.flatten(base.params), tree.flatten(load(name).params)
+    for path in paths:
+        site = base.sites[path]
+        if not ops.is_operator(coded[path]) or ops.is_operator(plain[path]):
+            raise ValueError(
+                f"method.init: 'loftq' makes up for what quantising takes from {path}: set quant, "
+                "and give a base that is not quantised yet"
+            )
+        wide = lambda leaf, site=site: site.to_matrix(ops.dense(leaf, site)).astype(jnp.float32)
+        found[path] = {"residual": wide(plain[path]) - wide(coded[path])}
+    return found
 
 
 def is_automatic(member, hp: Mapping) -> bool:

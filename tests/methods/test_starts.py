@@ -25,6 +25,8 @@ MODULES = {
     "h/mlp/down/kernel": "mlp.down_proj",
 }
 TARGETS = ("q", "o", "down")
+#: LoftQ's start makes up for what quantising took, and is tested with it (test_evidence).
+EXACT = [init for init in starts.STARTS if init not in starts.KEPT]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,9 +65,7 @@ def base_logits(base):
 # ------------------------------------------------------------------------------------- identities
 
 
-@pytest.mark.parametrize(
-    ("name", "init"), [*(("lora", init) for init in starts.STARTS), ("dora", "pissa")]
-)
+@pytest.mark.parametrize(("name", "init"), [*(("lora", init) for init in EXACT), ("dora", "pissa")])
 def test_an_adapted_model_starts_as_its_base(pair, evidence, name, init):
     base, targets = pair[0], ("attention", "mlp")
     method = of(init, name, targets=targets)
@@ -80,7 +80,7 @@ def test_an_adapted_model_starts_as_its_base(pair, evidence, name, init):
         np.testing.assert_allclose(leaves[path], leaf, atol=1e-5)
 
 
-@pytest.mark.parametrize("init", starts.STARTS)
+@pytest.mark.parametrize("init", EXACT)
 def test_a_member_starts_the_same_whatever_it_is_padded_to(pair, evidence, init):
     base = pair[0]
     method = of(init, rank=2, targets=("q", "down"), layers=(1,))

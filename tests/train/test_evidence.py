@@ -1,14 +1,16 @@
 """Targets and ranks that a member's first batches choose."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax import config, tasks, tree
+import lorax
+from lorax import config, ops, tasks, tree
 from lorax.methods import sensitivity, starts
 from lorax.models import Base, gpt2
 from lorax.ops import sites
-from lorax.train import evidence, sweep
+from lorax.train import evidence, loop, sweep
 
 CONFIG = gpt2.Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
 
@@ -126,3 +128,26 @@ def test_a_sweep_reads_each_members_own_batches_once(base, task):
 def test_what_is_wrong_is_said(base, task, method, message):
     with pytest.raises(ValueError, match=message):
         decided(base, task, **method)
+
+
+# ------------------------------------------------------------------------------------------- LoftQ
+
+
+def test_loftq_starts_closer_to_the_base_than_its_codes_are():
+    """On gpt2-nano in 4 bits; a base as it is has nothing to make up for."""
+    c = config.default()
+    c.base, c.quant, c.method.init = "gpt2-nano", "nf4", "loftq"
+    c.method.update(rank=32, targets=("all-linear",))
+    c.task.n_train, c.train.batch_size = 64, 4
+    (group,) = loop.prepare(config.members(c), lambda line: None)
+    plain = lorax.load("gpt2-nano")
+    state = jax.tree.map(lambda x: x[0], group.stack.state.trainable)
+    constants = jax.tree.map(lambda x: x[0], group.stack.constants)
+    bound = group.stack.methods[0].bind(state, constants, group.base.params)
+    tokens = jnp.arange(24).reshape(2, 12)
+    exact = ops.apply(plain.module, plain.params, tokens)
+    off = lambda params: float(jnp.linalg.norm(ops.apply(plain.module, params, tokens) - exact))
+    assert off(bound) < 0.8 * off(group.base.params)
+    c.quant = None
+    with pytest.raises(ValueError, match="method.init: 'loftq' makes up for .*: set quant"):
+        loop.prepare(config.members(c), lambda line: None)
