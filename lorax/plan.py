@@ -217,7 +217,7 @@ def plan(members, devices: Iterable[str] = ()) -> Plan:
     gradients, state = one(stacked.state.trainable), stacked.state
     widest = lambda most: max(w for w in range(1, min(most, n) + 1) if n % w == 0)  # `sweep.layout`
     width = widest(c.train.width or n)
-    wide = "bfloat16" in (c.dtype, c.operands, c.param_dtype) and not c.get("quant")
+    wide = "bfloat16" in (c.dtype, c.operands, c.param_dtype) and not c.quant
     widths, slow = {1, width}, []
     if "cpu" in devices:
         tokens = c.train.batch_size // c.train.accumulate * c.train.seq_len
@@ -225,12 +225,9 @@ def plan(members, devices: Iterable[str] = ()) -> Plan:
     wanted = [(w, False) for w in widths] + [(w, wide) for w in slow]
     found = _compiled(stacked, base, batch, dict.fromkeys(wanted))
     touched = 2 * (one((state.trainable, state.opt_state)) + gradients)
-    more = 0
-    weights = tree.nbytes(base.params)
-    if c.get("quant"):
-        weights, more = quantised(base, c.quant, bool(c.get("double_quant")), c.dtype)
+    decoded = _widest(base.params, c.dtype)  # whole but on a CPU, where it goes by tiles
 
-    def cost(w, widened):
+    def cost(w, widened, more=0):
         temporaries, half, full, moved = found[w, widened]
         return Cost(w, temporaries + more, half, full, moved + w * touched)
 
@@ -246,7 +243,7 @@ def plan(members, devices: Iterable[str] = ()) -> Plan:
         offload=bool(c.train.offload),
         parameters=tree.count(base.params),
         trainable=trainable,
-        weights=weights,
+        weights=tree.nbytes(base.params),
         adapters=gradients,
         constants=one(stacked.constants),
         gradients=gradients,
@@ -254,7 +251,7 @@ def plan(members, devices: Iterable[str] = ()) -> Plan:
         rest=rest,
         files=[round(4 * exported * count) for count in trainable],
         files_exact=exported == 1,
-        costs=[cost(w, False) for w in sorted(widths)],
+        costs=[cost(w, False, decoded) for w in sorted(widths)],
         cpu=cost(slow[0], wide) if slow else None,
     )
 
@@ -280,6 +277,7 @@ def shapes(members):
         raise FileNotFoundError(f"{error}{hint * (known in ARCHITECTURES)}") from None
     if not labels and not hasattr(base.module, "empty_cache"):
         raise ValueError(f"base: {c.base} ({base.family}) is no causal model: {c.task.name}")
+    base = _quantised(base, c.quant, c.double_quant) if c.quant else base
     if c.train.seq_len > (positions(base.config) or c.train.seq_len):
         most = positions(base.config)
         raise ValueError(f"train.seq_len: {c.train.seq_len} given, {c.base} has {most} positions")
@@ -470,19 +468,25 @@ def _work(jaxpr):
     return total
 
 
-def quantised(base, kind: str, double: bool, dtype: str) -> tuple[int, int]:
-    """(bytes of the weights with the linear kernels, but heads, as `quant.quantize` holds them;
-    bytes of the largest one of a layer as it is decoded to be multiplied)."""
+def _quantised(base, kind: str, double: bool):
+    """A base of shapes with its linear kernels, but heads, as `quant.quantize` holds them."""
     import jax
+
+    from lorax import quant
+
+    quantize = lambda params: quant.quantize(params, kind, double, sites=base.sites)
+    return base._replace(params=jax.eval_shape(quantize, base.params))
+
+
+def _widest(params, dtype: str) -> int:
+    """Bytes of the largest quantised weight of one layer when it is decoded, 0 without any."""
     import numpy as np
 
     from lorax import quant, tree
 
-    quantize = lambda params: quant.quantize(params, kind, double, sites=base.sites)
-    params = jax.eval_shape(quantize, base.params)
     coded = [x for x in tree.flatten(params).values() if isinstance(x, quant.Quantised)]
-    widest = max(leaf.n_in * leaf.n_out for leaf in coded)
-    return tree.nbytes(params), widest * np.dtype(dtype).itemsize
+    widest = max((leaf.n_in * leaf.n_out for leaf in coded), default=0)
+    return widest * np.dtype(dtype).itemsize
 
 
 # ----------------------------------------------------------------------------------------- to read
@@ -701,7 +705,7 @@ def compare(name: str) -> dict[str, Training]:
     rows = {f"{name}, full": (whole, 2 * whole)}
     for kind, rank, targets, packed in COMPARED[name]:
         method = methods.method("lora", rank=rank, targets=targets)
-        weights = quantised(base, "nf4", True, "bfloat16")[0] if packed else 2 * whole
+        weights = tree.nbytes(_quantised(base, "nf4", True).params) if packed else 2 * whole
         label = f"{name}, {kind} r = {rank}, {'+'.join(targets)}"
         n = method.count(base.params, base.sites)
         rows[label] = n, weights + 2 * n

@@ -177,11 +177,14 @@ PEAKS = [
     ("tiny-llama", 4, 2, {"train__accumulate": 2}),
     ("tiny-llama", 4, 2, HALF),
     ("tiny-llama", 2, 1, {"operands": "bfloat16"}),
+    ("tiny-llama", 2, 2, {"quant": "nf4", "train__remat": "full"}),
+    ("tiny-gpt2", 3, 1, {"quant": "nf4", **HALF}),
+    ("tiny-llama", 1, 1, {"quant": "int8", "double_quant": False}),
 ]
 
 
 @pytest.mark.parametrize(
-    ("base", "n", "width", "changes"), few(PEAKS, [PEAKS[1], PEAKS[5], PEAKS[8], PEAKS[10]])
+    ("base", "n", "width", "changes"), few(PEAKS, [PEAKS[i] for i in (1, 5, 8, 10, 12)])
 )
 def test_peak_is_the_compiled_programs(base, n, width, changes, monkeypatch):
     """Within 3 %, of the program that a CPU would run; temporaries dominate it."""
@@ -369,14 +372,15 @@ def test_bits_of_a_quantised_parameter():
         and path.endswith("kernel")
     )  # fmt: skip
     rest = 2 * (tree.count(base.params) - kernels)
-    size = lambda kind, double: plan.quantised(base, kind, double, "bfloat16")[0] - rest
+    size = lambda kind, double: tree.nbytes(plan._quantised(base, kind, double).params) - rest
     assert size("nf4", False) * 8 / kernels == 4.5
     assert size("nf4", True) * 8 / kernels == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-6)
     saved = size("nf4", False) - size("nf4", True)
     assert saved / 1e9 == pytest.approx(3.03, rel=0.01)  # "approximately 3 GB for a 65B model"
     assert size("fp4", True) == size("nf4", True)
     assert size("int8", False) * 8 / kernels == 8.5
-    assert plan.quantised(base, "nf4", True, "bfloat16")[1] == 2 * 8192 * 22016
+    coded = plan._quantised(base, "nf4", True)
+    assert plan._widest(coded.params, "bfloat16") == 2 * 8192 * 22016
 
 
 CLASSES = {
