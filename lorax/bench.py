@@ -407,6 +407,8 @@ def main(arguments: list[str]) -> int:
     if set(shapes) - set(SHAPES):
         parser.error(f"--shapes: {given.shapes!r} given; there is {', '.join(SHAPES)}")
     sweep.split_cpu()
+    # torch's threads would spin after each of its calls, on the cores of the side that is next.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     rows = [row for name in given.name for row in BENCHES[name](shapes, given.rounds)]
     table = Table(title=f"{_machine()}, jax {jax.__version__}", title_justify="left")
     for heading in ("", "time", "against", "its time", "ratio"):
