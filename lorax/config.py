@@ -195,7 +195,8 @@ def members(config: ConfigDict) -> list[Member]:
         del own.sweep
         for axis, value in point.items():
             section, _, key = AXES[axis].rpartition(".")
-            (own[section] if section else own)[key] = value
+            with own.ignore_type():  # `_axis` has looked; a rank may be a number or a word
+                (own[section] if section else own)[key] = value
         _check_values(own)
         name = ",".join(f"{axis}={_show(value)}" for axis, value in point.items()) or "only"
         found.append(Member(index, name, point, own.lock()))
@@ -270,7 +271,7 @@ def _axis(config, axis) -> tuple:
     kind = int if axis == "rank" else optional.get(axis, type(now))
     for value in values:
         fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
-        fits = fits or (value is None and axis in optional)
+        fits = fits or (value is None and axis in optional) or (axis, value) == ("rank", "auto")
         if not fits or isinstance(value, bool):
             raise ValueError(
                 f"sweep.{axis}: values of type {kind.__name__} are expected, {value!r} given "

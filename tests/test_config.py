@@ -239,6 +239,13 @@ def test_groups(axis):
     assert len(keys) == (1 if axis in SHARED else 2)
 
 
+def test_a_rank_is_a_number_or_left_to_evidence():
+    names = [m.name for m in config.members(swept(rank=(4, "auto")))]
+    assert names == ["rank=4", "rank=auto"]
+    with pytest.raises(ValueError, match="sweep.rank: values of type int are expected, 'most'"):
+        config.members(swept(rank=("most",)))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
