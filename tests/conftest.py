@@ -30,6 +30,7 @@ def pytest_configure(config):
         "ignore:.*swigvarlink.*:DeprecationWarning",
         "ignore:unclosed.*<socket.*:ResourceWarning",
         "ignore:.*is_gradient_checkpointing.*:FutureWarning",
+        "ignore:.*past_key_values.*is deprecated.*:FutureWarning",  # PEFT's prefixes
     ):
         config.addinivalue_line("filterwarnings", line)
 
