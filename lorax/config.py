@@ -28,7 +28,8 @@ def default() -> ConfigDict:
     c.seed = 0  # of the adapter's start, its dropout and the order of the data
 
     c.task = ConfigDict()
-    c.task.name = "restaurants"  # restaurants | e2e | text | glue | instruct | wikisql | samsum
+    # restaurants | e2e | text | glue | instruct | wikisql | samsum; images: mnist | digits; planted
+    c.task.name = "restaurants"
     c.task.path = config_dict.placeholder(str)  # file or folder, for tasks that read one
     c.task.subset = config_dict.placeholder(str)  # glue: cola sst2 mrpc qnli qqp rte mnli stsb
     c.task.template = config_dict.placeholder(str)  # instruct: a Jinja template of a chat
@@ -37,6 +38,14 @@ def default() -> ConfigDict:
     c.task.group_by_length = False
     c.task.n_train = config_dict.placeholder(int)  # first n training examples; None: all
     c.task.seed = 0  # of the data itself, where it is generated
+    c.task.shuffle = False  # images: their pixels in a random order, one for all
+    # planted: rank of the update to be found, or one for each kernel; None: full
+    c.task.rank = config_dict.FieldReference(None, field_type=object)
+    c.task.spectrum = "flat"  # planted: of the update; or "linear", "geometric" (halves)
+    c.task.strength = 1.0  # planted: norm of the update over that of its kernel
+    c.task.noise = 0.0  # planted: deviation of the targets' noise over that of what is planted
+    c.task.inputs = config_dict.placeholder(int)  # planted: dimension that inputs span; None: all
+    c.task.examples = 4096  # planted: for training
 
     c.method = ConfigDict()
     c.method.name = "lora"  # see lorax.methods.METHODS; a key that it does not have is left alone
@@ -72,6 +81,10 @@ def default() -> ConfigDict:
     c.method.projection_seed = config_dict.placeholder(int)  # vera: of its shared matrices
     c.method.std = config_dict.placeholder(float)  # prefix, prompt: of the start
     c.method.tokens = config_dict.placeholder(int)  # prefix, prompt, llama-adapter: virtual tokens
+    c.method.dim = config_dict.placeholder(int)  # subspace and its kin: the dimension d
+    c.method.projection = config_dict.placeholder(str)  # subspace: fastfood | sparse | dense
+    c.method.granularity = config_dict.placeholder(str)  # subspace: one P, global | tensor
+    c.method.scales = config_dict.placeholder(str)  # said: a trained scale a layer | tensor
     c.method.activation = config_dict.placeholder(str)  # houlsby, pfeiffer
     c.method.batches = config_dict.placeholder(int)  # training batches that a start reads; None: 8
 
@@ -132,11 +145,19 @@ AXES = {
     "rank": "method.rank",
     "target_rank": "method.target_rank",
     "tokens": "method.tokens",
+    "dim": "method.dim",
+    "projection": "method.projection",
+    "granularity": "method.granularity",
     "dropout": "method.dropout",
     "lr": "train.lr",
     "weight_decay": "train.weight_decay",
     "steps": "train.steps",
     "n_train": "task.n_train",
+    "shuffle": "task.shuffle",
+    "planted_rank": "task.rank",
+    "noise": "task.noise",
+    "inputs": "task.inputs",
+    "data_seed": "task.seed",
     "seed": "seed",
 }
 
@@ -220,6 +241,7 @@ VARIES = {
     "prefix": ("layers", "std"),
     "prompt": ("std",),
     "llama-adapter": ("layers",),
+    **dict.fromkeys(("subspace", "said", "lora-subspace"), ("dim",)),
 }
 #: Starts of `method.init` that are taken off the base: their members carry two factors more.
 TAKEN_OFF = ("pissa", "pissa-fast", "olora", "eva", "corda", "corda-kpm", "lora-ga")
@@ -267,14 +289,16 @@ def _axis(config, axis) -> tuple:
         values = tuple((v,) if isinstance(v, str) else v for v in values)
     values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
     optional = {"layers": tuple, "n_train": int, "targets": tuple, "target_rank": int}
-    optional |= {"tokens": int, "quant": str}
+    optional |= {"tokens": int, "quant": str, "dim": int, "projection": str, "granularity": str}
+    optional |= {"inputs": int, "planted_rank": int | tuple}
     kind = int if axis == "rank" else optional.get(axis, type(now))
     for value in values:
         fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
         fits = fits or (value is None and axis in optional) or (axis, value) == ("rank", "auto")
-        if not fits or isinstance(value, bool):
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            name = getattr(kind, "__name__", kind)
             raise ValueError(
-                f"sweep.{axis}: values of type {kind.__name__} are expected, {value!r} given "
+                f"sweep.{axis}: values of type {name} are expected, {value!r} given "
                 f'(on the command line: --config.sweep.{axis}="(first, second)")'
             )
     return tuple(float(v) for v in values) if kind is float else tuple(values)

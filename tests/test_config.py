@@ -226,6 +226,9 @@ SHARED = {
 }
 SPLIT = {"method": ("lora", "vera"), "base": ("gpt2-nano", "gpt2"), "steps": (10, 20)}
 SPLIT |= {"quant": ("nf4", "fp4"), "target_rank": (2, 3), "tokens": (4, 5)}
+SPLIT |= {"dim": (10, 20), "projection": ("dense", "sparse"), "granularity": ("global", "tensor")}
+SPLIT |= {"shuffle": (False, True), "planted_rank": (2, (1, 3)), "noise": (0.0, 0.1)}
+SPLIT |= {"inputs": (2, 4), "data_seed": (0, 1)}
 
 
 def test_every_axis_either_shares_a_program_or_does_not():

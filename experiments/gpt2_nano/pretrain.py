@@ -23,6 +23,7 @@ from absl import app, flags
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from lorax import vocabulary
 from lorax.models import Base, gpt2, save
 
 FLAGS = flags.FLAGS
@@ -165,7 +166,8 @@ def draw(curve, unigram):
 
 
 def _save(directory, params, tokenizer):
-    save(directory, Base(None, params, CONFIG, tokenizer, {}, "gpt2", "gpt2-nano", ""))
+    words = vocabulary.from_tokenizer(tokenizer)
+    save(directory, Base(None, params, CONFIG, words, {}, "gpt2", "gpt2-nano", ""))
 
 
 if __name__ == "__main__":
