@@ -109,9 +109,28 @@ def bench_dora(shapes: list[str], rounds: int) -> list[Row]:
     """Time of one DoRA training step against LoRA's (r = 8 on q and v), one member."""
     rows = []
     for name in shapes:
-        sides = {method: _train(SHAPES[name], 1, method=method) for method in ("dora", "lora")}
+        sides = {method: _train(SHAPES[name], 1, name=method) for method in ("dora", "lora")}
         seconds = _measure(sides, rounds)
         rows.append(_row(f"DoRA step, {name}", seconds["dora"], seconds["lora"], "LoRA"))
+    return rows
+
+
+def bench_subspace(shapes: list[str], rounds: int) -> list[Row]:
+    """Time of a step of training in a random subspace (d = 1000) against one of full fine-tuning of
+    the same model, at gpt2-nano's shape with 16 x 128 tokens and GPT-2 small's with 4 x 256."""
+    rows = []
+    for name, shape in (("gpt2-nano", SHAPES["nano"]), ("GPT-2 small", STEP)):
+        method = {
+            "Fastfood": dict(name="subspace"),
+            "Fastfood a tensor": dict(name="subspace", granularity="tensor"),
+            "sparse": dict(name="subspace", projection="sparse"),
+        }
+        sides = {what: _train(shape, 1, dim=1000, **hp) for what, hp in method.items()}
+        sides["full"] = _train(shape, 1, name="full")
+        seconds = _measure(sides, rounds)
+        for what in method:
+            label = f"subspace step, {what}, {name}, {shape.batch} x {shape.seq}"
+            rows.append(_row(label, seconds[what], seconds["full"], "full fine-tuning"))
     return rows
 
 
@@ -203,11 +222,12 @@ def _base(shape: Shape, param_dtype: str = "float32") -> Base:
     return Base(module, params, config, None, ops.sites(module, params, example), "gpt2", "", "")
 
 
-def _train(shape: Shape, members: int, operands="float32", method="lora") -> Callable[[], float]:
-    """Function that trains for a while and returns the seconds of a member's step."""
+def _train(shape: Shape, members: int, operands="float32", **method) -> Callable[[], float]:
+    """Function that trains for a while and returns the seconds of a member's step. method: keys of
+    the config's section."""
     c = config.default()
     c.train.update(batch_size=shape.batch, seq_len=shape.seq, steps=1_000_000, warmup=0)
-    c.method.name, c.method.rank = method, RANK
+    c.method.update({"rank": RANK} | method)
     c.operands = c.param_dtype = operands
     c.sweep.seed = tuple(range(members))
     base = _base(shape, operands)
@@ -386,6 +406,7 @@ BENCHES = {
     "sweep": bench_sweep,
     "step": bench_step,
     "dora": bench_dora,
+    "subspace": bench_subspace,
     "mixed": bench_mixed,
     "nf4": bench_nf4,
 }

@@ -46,6 +46,10 @@ def _unchanged(inner, constants, train):
     return inner
 
 
+def _as_stored(constants, params, sites=None):
+    return constants
+
+
 class Method(NamedTuple):
     """A method with its hyperparameters.
 
@@ -66,6 +70,8 @@ class Method(NamedTuple):
         the one that the config asks for. train: the config's section.
     penalty(trainable, constants) -> () float32, added to the loss that is differentiated; None for
         nothing.
+    expand(constants, params, sites=None) -> constants, with what is made of them for many steps and
+        not worth storing (`lorax.methods.subspace`). `bind` takes either.
     """
 
     name: str
@@ -77,9 +83,20 @@ class Method(NamedTuple):
     factors: Callable | None = None
     optimizer: Callable = _unchanged
     penalty: Callable | None = None
+    expand: Callable = _as_stored
 
 
-from lorax.methods import adalora, bottleneck, full, kronecker, lora, prefix, scaling, vera  # noqa: E402  (their functions return what stands above)
+from lorax.methods import (  # noqa: E402  (their functions return what stands above)
+    adalora,
+    bottleneck,
+    full,
+    kronecker,
+    lora,
+    prefix,
+    scaling,
+    subspace,
+    vera,
+)
 
 #: name -> function of hyperparameters that returns the `Method`.
 METHODS: dict[str, Callable[..., Method]] = {
@@ -101,6 +118,9 @@ METHODS: dict[str, Callable[..., Method]] = {
     "prefix": prefix.prefix,
     "prompt": prefix.prompt,
     "llama-adapter": prefix.llama_adapter,
+    "subspace": subspace.subspace,
+    "said": subspace.said,
+    "lora-subspace": subspace.lora_subspace,
 }
 
 

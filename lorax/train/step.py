@@ -129,6 +129,7 @@ def update(program: Program, constants, hyper: Hyper, state: MemberState, value,
 
 def train_steps(program: Program, params, constants, hyper, state, batches):
     """Several steps: batches' leaves (K, A, B, ...) -> (state, metrics of shape (K,))."""
+    constants = program.method.expand(constants, params, program.sites)
     step = functools.partial(train_step, program, params, constants, hyper)
     return jax.lax.scan(step, state, batches)
 

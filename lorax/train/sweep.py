@@ -86,7 +86,8 @@ def stack(
     task: tasks.Task | None = None,
     seen: dict | None = None,
 ) -> Stack:
-    """Start every member, padded to the largest rank and the union of the targets, and stack them.
+    """Start every member, padded to the largest rank (or dimension of a subspace) and the union of
+    the targets, and stack them.
 
     For LoRA and its like: zero rows of b with zero columns of a have zero gradients, so padding
     stays exactly zero under AdamW and weight decay, and a matrix that a member does not adapt is
@@ -99,6 +100,8 @@ def stack(
         targets = methods.resolve(words, base.sites)
     if "rank" in built[0].hp:
         pad = max(method.hp.get("widest", method.hp["rank"]) for method in built)
+    if "dim" in built[0].hp:
+        pad = max(method.hp["dim"] for method in built)
     seen = {} if seen is None else seen
     states, constants, hypers = [], [], []
     for member, method in zip(members, built, strict=True):

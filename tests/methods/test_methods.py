@@ -36,6 +36,9 @@ CASES = {
     "full": (dict(), dict()),
     "bitfit": (dict(), dict()),
     "ln-tuning": (dict(), dict()),
+    "subspace": (dict(dim=5), dict(dim=9)),
+    "said": (dict(dim=14), dict(dim=20)),
+    "lora-subspace": (dict(dim=5, rank=2), dict(dim=9, rank=2)),
 }
 #: Methods that do not start as the base, and why.
 NOT_THE_IDENTITY = {
@@ -159,7 +162,9 @@ def test_padding_and_other_members_targets_change_nothing(name):
     hp = CASES[name][1]
     method, alone = started(name, hp)
     union = methods.resolve(("all-linear",), base().sites)
-    _, padded = started(name, hp, targets=union, pad=5 if "rank" in method.hp else None)
+    wider = 5 if "rank" in method.hp else None
+    wider = 24 if "dim" in method.hp else wider
+    _, padded = started(name, hp, targets=union, pad=wider)
     assert tree.count(padded.trainable) > tree.count(alone.trainable)
     _, losses, out = trained(method, alone)
     _, padded_losses, padded_out = trained(method, padded)
@@ -281,7 +286,9 @@ def step_bytes(name: str) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("name", few([n for n in methods.METHODS if n != "full"], ("dora", "lokr")))
+@pytest.mark.parametrize(
+    "name", few([n for n in CASES if n not in ("full", "subspace", "said")], ("dora", "lokr"))
+)
 def test_no_step_holds_an_update_of_full_size(name):
     """The update of all layers of one target would be 33 MB; LoHa's own is made layer by layer."""
     update = 4 * WIDE.n_layer * 512 * 2048

@@ -1,0 +1,328 @@
+"""Training in a random subspace: how many dimensions does a task need?
+
+    theta = theta0 + P z            z (d,) trained from zero, P (D, d) random and frozen
+
+the direct intrinsic dimension (DID) of Li et al. 2018 (arXiv:1804.08838), and
+
+    theta_i = theta0_i + lambda_i (P z)_i       one scale a layer or tensor i, trained from one
+
+the structure-aware one (SAID) of Aghajanyan et al. 2020 (arXiv:2012.13255, section 3.1), whose m
+scales are counted in d: z has d - m entries. theta0 are parameters of the base, or the factors of a
+LoRA. P is a function of a key, which is all that is stored; its columns have unit norm:
+
+    dense       N(0, 1), each column divided by its norm
+    sparse      each entry nonzero with probability 1 / sqrt(D) and then +1 or -1 (Li et al. 2006,
+                "Very sparse random projections"), each column divided by its norm
+    fastfood    the first D of the L = 2^k >= max(D, d) rows of H G Pi H B / sqrt(D sum g^2), with H
+                the Walsh-Hadamard matrix, B random signs, Pi a permutation, G = diag(g), g from
+                N(0, 1) (Le et al. 2013, arXiv:1408.3060); O(D log D) time, O(D) memory
+
+With `granularity="tensor"` every tensor (of a stack, every layer's) has a P of its own that reads
+the same z, as the authors of SAID have it; each is scaled by sqrt(D_i / D), so that the columns of
+all together have unit norm again.
+
+Departures. d only says how much of P is used: the columns of a smaller d are the first ones of a
+larger. B z has d entries that are not zero, so H B z repeats itself after 2^ceil(log2 d) entries
+and only that much is computed. Pi permutes blocks of 2^14 entries, one by one: by one uniform
+permutation, turned by a random offset a block (for L <= 2^14, which is one block, it is uniform).
+Two layouts of the authors' code are not kept: tensors with L < d, which saw the first L entries of
+z alone, and a gradient that was not P^T.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import methods, ops, tree
+from lorax.methods.full import full as full_fine_tuning
+from lorax.methods.hadamard import at_least, hadamard
+from lorax.methods.lora import lora
+from lorax.methods.targets import key_for, stack_depths
+
+OWN = "subspace"  # where z, the scales and the key lie
+BLOCK = 1 << 14  # entries that Pi permutes among themselves
+PROJECTIONS = ("fastfood", "sparse", "dense")
+GRANULARITIES = ("global", "tensor")
+SCALES = ("layer", "tensor")
+
+
+def subspace(
+    dim: int = 100,
+    projection: str = "fastfood",
+    granularity: str = "global",
+    parameters: tuple[str, ...] = ("all",),
+    layers: tuple[int, ...] | None = None,
+    full: tuple[str, ...] = (),
+) -> "methods.Method":
+    """DID: the parameters that the words name move in a random subspace of dimension dim.
+
+    projection: fastfood, sparse or dense. granularity: one P for all ("global") or one a "tensor".
+    parameters, layers: see `lorax.methods.full.full`, which raises for them. full: more words; what
+    other methods train beside their own moves in the subspace here.
+    Raises ValueError for an unknown word and for a dim that is not in 1 to D.
+    """
+    inner = full_fine_tuning((*_words(parameters), *_words(full)), layers)
+    own = dict(parameters=_words(parameters), layers=layers, full=_words(full))
+    return _within("subspace", inner, False, dim, projection, granularity, None, own)
+
+
+def said(
+    dim: int = 100,
+    projection: str = "fastfood",
+    granularity: str = "global",
+    scales: str = "layer",
+    parameters: tuple[str, ...] = ("all",),
+    layers: tuple[int, ...] | None = None,
+    full: tuple[str, ...] = (),
+) -> "methods.Method":
+    """SAID: `subspace` with a trained scale for each layer or tensor, dim counting these.
+
+    scales: "layer": a layer of a stack is one, and so is a module outside of it; or "tensor".
+    Raises ValueError as `subspace`, and where dim does not exceed the number of scales.
+    """
+    inner = full_fine_tuning((*_words(parameters), *_words(full)), layers)
+    own = dict(parameters=_words(parameters), layers=layers, full=_words(full))
+    return _within("said", inner, False, dim, projection, granularity, scales, own)
+
+
+def lora_subspace(
+    dim: int = 100,
+    projection: str = "fastfood",
+    granularity: str = "global",
+    rank: int = 8,
+    alpha: float = 16.0,
+    scaling: str = "lora",
+    init: str = "kaiming",
+    targets: tuple[str, ...] = ("q", "v"),
+) -> "methods.Method":
+    """The factors of a LoRA move in a random subspace of dimension dim, from where they start.
+
+    rank, alpha, scaling, init, targets: see `lorax.methods.lora.lora`, which raises for them.
+    Raises ValueError as `subspace`, D being LoRA's own number of parameters.
+    """
+    inner = lora(rank, alpha, scaling=scaling, init=init, targets=targets)
+    if inner.hp["init"] not in ("kaiming", "gaussian"):
+        raise ValueError(f"method.init: {init!r} given, lora-subspace has kaiming and gaussian")
+    return _within("lora-subspace", inner, True, dim, projection, granularity, None, inner.hp)
+
+
+def _words(words) -> tuple[str, ...]:
+    return (words,) if isinstance(words, str) else tuple(words)
+
+
+# -------------------------------------------------------------------------------------- the method
+
+
+def _within(name, inner, stored, dim, projection, granularity, scales, hp) -> "methods.Method":
+    """The method whose trainable tree is theta0 + P z, theta0 that of `inner` at its start.
+
+    stored: whether theta0 is drawn, and so lies in the constants, or can be read off the base.
+    """
+    known = (("projection", projection, PROJECTIONS), ("granularity", granularity, GRANULARITIES))
+    known += (("scales", scales, SCALES),) * (scales is not None)
+    for field, value, words in known:
+        if value not in words:
+            raise ValueError(f"method.{field}: {value!r} is not one of {', '.join(words)}")
+    if dim < 1:
+        raise ValueError(f"method.dim: {dim} given, must be at least 1")
+
+    def check(size: int, n_scales: int):
+        if dim > size:
+            raise ValueError(f"method.dim: {dim} given, there are {size:,} parameters to move")
+        if dim <= n_scales:
+            raise ValueError(
+                f"method.dim: {dim} given, of which {n_scales} would be scales; must be larger"
+            )
+
+    def start(own, params, sites):
+        return own["theta0"] if stored else inner.init(None, params, sites).trainable
+
+    def init(key, params, sites=None, targets=None, pad=None, evidence=None):
+        theta, constants = inner.init(key, params, sites)
+        parts = _parts(theta, params, sites, scales)
+        n_scales = _scales(parts)
+        check(_size(parts), n_scales)
+        width = (pad or dim) - n_scales
+        own = {"key": jax.random.key_data(key_for(key, OWN))}
+        own |= {"active": (jnp.arange(width) < dim - n_scales).astype(jnp.float32)}
+        own |= {"theta0": theta} if stored else {}
+        trained = {"z": jnp.zeros(width, jnp.float32)}
+        trained |= {"scale": jnp.ones(n_scales, jnp.float32)} if scales else {}
+        return methods.State({OWN: trained}, constants | {OWN: own})
+
+    def expand(constants, params, sites=None):
+        own = constants[OWN]
+        parts = _parts(start(own, params, sites), params, sites, scales)
+        key, d = jax.random.wrap_key_data(own["key"]), own["active"].shape[-1]
+        return constants | {OWN: own | {"drawn": draw(key, parts, projection, granularity, d)}}
+
+    def moved(trainable, constants, params, sites):
+        """(theta0 + P z, the constants of the inner method)."""
+        if "drawn" not in constants[OWN]:
+            constants = expand(constants, params, sites)
+        own, rest = constants[OWN], {k: v for k, v in constants.items() if k != OWN}
+        theta = start(own, params, sites)
+        parts = _parts(theta, params, sites, scales)
+        wide = np.promote_types(trainable[OWN]["z"].dtype, np.float32)
+        z = trainable[OWN]["z"].astype(wide) * own["active"].astype(wide)
+        real = lambda x: x.astype(wide) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        drawn = jax.tree.map(real, own["drawn"])
+        steps = project(z, drawn, parts, projection, granularity)
+        flat = tree.flatten(theta)
+        for part, step in zip(parts, steps, strict=True):
+            if scales:
+                scale = trainable[OWN]["scale"].astype(wide)
+                step = step * scale[np.array(part.scales), None]
+            origin = flat[part.path].astype(wide)
+            flat[part.path] = origin + step.reshape(origin.shape)
+        return tree.unflatten(flat), rest
+
+    def bind(trainable, constants, params, key=None, sites=None):
+        return inner.bind(*moved(trainable, constants, params, sites), params, key, sites)
+
+    def delta(trainable, constants, params, sites=None):
+        return inner.delta(*moved(trainable, constants, params, sites), params, sites)
+
+    def factors(trainable, constants, params, sites=None):
+        return inner.factors(*moved(trainable, constants, params, sites), params, sites)
+
+    def count(params, sites=None):
+        n_scales = 0
+        if scales:
+            theta = jax.eval_shape(lambda p: inner.init(None, p, sites).trainable, params)
+            n_scales = _scales(_parts(theta, params, sites, scales))
+        check(inner.count(params, sites), n_scales)
+        return dim
+
+    hp = dict(dim=dim, projection=projection, granularity=granularity) | hp
+    hp |= {"scales": scales} if scales else {}
+    low_rank = factors if inner.factors else None
+    return methods.Method(name, hp, init, bind, delta, count, low_rank, expand=expand)
+
+
+class Part(NamedTuple):
+    """A leaf of theta as `count` tensors of `size` entries, the layers of a stack, with the index
+    of each one's scale."""
+
+    path: str
+    count: int
+    size: int
+    scales: tuple[int, ...]
+
+
+def _parts(theta, params, sites, scales: str | None) -> list[Part]:
+    stacks = stack_depths(params, sites or ops.sites_from_shapes(params))
+    numbers: dict[tuple, int] = {}  # what has a scale -> its index
+    found = []
+    for path, leaf in tree.flatten(theta).items():
+        parameter = path.rpartition("/")[0]
+        count = leaf.shape[0] if parameter in stacks else 1
+        stack = parameter.partition("/")[0] if parameter in stacks else None
+        module = stack or parameter.rpartition("/")[0]
+        ids = [(path if scales == "tensor" else module, i) for i in range(count)]
+        own = tuple(numbers.setdefault(i, len(numbers)) for i in ids) if scales else ()
+        found.append(Part(path, count, math.prod(leaf.shape) // count, own))
+    return found
+
+
+def _size(parts: list[Part]) -> int:
+    return sum(part.count * part.size for part in parts)
+
+
+def _scales(parts: list[Part]) -> int:
+    return 1 + max((i for part in parts for i in part.scales), default=-1)
+
+
+# ---------------------------------------------------------------------------------- the projection
+
+
+def draw(key, parts: list[Part], projection: str, granularity: str, d: int) -> list:
+    """What P is made of, for `project`: one entry for all parts, or one for each, with an axis for
+    its tensors in front. d: columns. The first columns do not depend on how many there are."""
+    if granularity == "global":
+        return [jax.tree.map(lambda x: x[None], DRAW[projection](key, _size(parts), d))]
+    drawn = []
+    for part in parts:
+        keys = jax.random.split(key_for(key, part.path), part.count)
+        drawn.append(jax.vmap(lambda k, n=part.size: DRAW[projection](k, n, d))(keys))
+    return drawn
+
+
+def project(z, drawn: list, parts: list[Part], projection: str, granularity: str) -> list:
+    """P z, cut into the parts: [(count, size)]. z: (d,) float32."""
+    total = _size(parts)
+    if granularity == "global":
+        whole = APPLY[projection](z, jax.tree.map(lambda x: x[0], drawn[0]), total)
+        ends = itertools.accumulate(part.count * part.size for part in parts[:-1])
+        pieces = jnp.split(whole, list(ends))  # whose gradient is a concatenation
+        return [x.reshape(p.count, p.size) for x, p in zip(pieces, parts, strict=True)]
+    found = []
+    for part, own in zip(parts, drawn, strict=True):
+        each = jax.vmap(lambda one, n=part.size: APPLY[projection](z, one, n))(own)
+        found.append(each * math.sqrt(part.size / total))
+    return found
+
+
+def _draw_dense(key, n: int, d: int):
+    columns = jax.random.normal(key, (d, n), jnp.float32)
+    return columns / jnp.linalg.norm(columns, axis=1, keepdims=True)
+
+
+def _apply_dense(z, columns, n: int):
+    return z @ columns
+
+
+def _draw_sparse(key, n: int, d: int):
+    """Positions and values (d, most) of each column's nonzeros: gaps between the successes of
+    Bernoulli trials are geometric, so that no (n, d) array has to be drawn."""
+    density = 1 / math.sqrt(n)
+    mean, deviation = n * density, math.sqrt(n * density * (1 - density))
+    most = min(n, math.ceil(mean + 6 * deviation + 6))
+    gap_key, sign_key = jax.random.split(key)
+    gaps = jax.random.geometric(gap_key, density, (d, most), jnp.int32)
+    positions = jnp.cumsum(gaps, axis=1) - 1
+    inside = positions < n
+    counts = jnp.maximum(jnp.sum(inside, axis=1, keepdims=True), 1).astype(jnp.float32)
+    signs = jax.random.rademacher(sign_key, (d, most), jnp.float32)
+    return positions, jnp.where(inside, signs, 0) / jnp.sqrt(counts)
+
+
+def _apply_sparse(z, drawn, n: int):
+    positions, values = drawn
+    return jnp.zeros(n, z.dtype).at[positions].add(z[:, None] * values, mode="drop")
+
+
+def _draw_fastfood(key, n: int, d: int):
+    """Signs of B (d,), a block's permutation and every block's offset for Pi, g (L,)."""
+    rows = at_least(max(n, d))
+    block = min(rows, BLOCK)
+    b, pi, turn, g = jax.random.split(key, 4)
+    return {
+        "signs": jax.random.rademacher(b, (d,), jnp.float32),
+        "order": jax.random.permutation(pi, block),
+        "offsets": jax.random.randint(turn, (rows // block,), 0, block),
+        "g": jax.random.normal(g, (rows,), jnp.float32),
+    }
+
+
+def _apply_fastfood(z, drawn, n: int):
+    g, order, offsets = drawn["g"], drawn["order"], drawn["offsets"]
+    period, block = at_least(len(z)), len(order)
+    repeated = hadamard(jnp.pad(z * drawn["signs"], (0, period - len(z))))  # H B z, its first part
+    if period < block:
+        repeated = jnp.tile(repeated, block // period)
+    blocks = repeated.reshape(-1, block)[:, order]
+    doubled = jnp.concatenate([blocks, blocks], axis=1)  # a block turned is a slice of two
+    which = jnp.arange(len(offsets)) % len(blocks)
+    cut = lambda i, at: jax.lax.dynamic_slice(doubled, (i, at), (1, block))[0]
+    permuted = jax.vmap(cut)(which, offsets).reshape(-1)
+    rows = hadamard(g * permuted)[:n]
+    return rows / jnp.sqrt(n * jnp.sum(g * g))
+
+
+DRAW = {"dense": _draw_dense, "sparse": _draw_sparse, "fastfood": _draw_fastfood}
+APPLY = {"dense": _apply_dense, "sparse": _apply_sparse, "fastfood": _apply_fastfood}
