@@ -208,8 +208,9 @@ def run(settings, members, workdir: Path) -> int:
         wall = lambda: round(previous + time.monotonic() - began, 1)
         lines, rows, offset, started = [], {}, 0, 0
 
-        # ---------------------------------------------------- train: the sweep, then what it asks for
+        # --------------------------------------------- train the sweep, then what a search asks for
         rounds = 1 + search.rounds * bool(search.threshold)
+        most = config.most_members(settings, members) * settings.train.steps
         for number in range(rounds):
             lines += [row for group in groups for row in loop.describe(group)]
             lines.sort(key=lambda row: row["member"])
@@ -218,15 +219,9 @@ def run(settings, members, workdir: Path) -> int:
             loop.write_rankings(workdir, groups)
             status = {"state": "running", "members": _by_number(rows)}
             write_json(workdir / "status.json", status | {"wall_seconds": wall()})
-            most = config.most_members(settings, members) * settings.train.steps
-            fresh, offset = loop.train(
-                workdir,
-                groups,
-                screen.terminal(lines),
-                offset,
-                started,
-                most * (rounds - 1 - number),
-            )
+            later = (rounds - 1 - number) * most
+            terminal = screen.terminal(lines)
+            fresh, offset = loop.train(workdir, groups, terminal, offset, started, later)
             rows, started, first = rows | fresh, loop.member_steps(members), groups[-1].index + 1
             status |= {"members": _by_number(rows)}
             write_json(workdir / "status.json", status | {"wall_seconds": wall()})

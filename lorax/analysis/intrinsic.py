@@ -49,10 +49,9 @@ class Crossing(NamedTuple):
 def points(run: runs.Run) -> pd.DataFrame:
     """The table of points of a search's run directory, members that are not done left out."""
     config = run.config["config"]
-    metric, swept = config["search"]["metric"], config["sweep"]
+    metric = config["search"]["metric"]
     table = runs.summary(run)
-    axes = [axis for axis in AXES if swept.get(axis) and axis not in ("dim", "lr", "seed")]
-    axes = [axis for axis in axes if axis in table]
+    axes = conditions(run, table)
     shared = shared_axes(axes)
     dims = table["dim"] if "dim" in table else pd.Series(np.nan, table.index)
     kind = table["method"].where(table["method"] == "full", "lora").where(dims.isna(), "subspace")
@@ -79,6 +78,13 @@ def points(run: runs.Run) -> pd.DataFrame:
         found["value"] = table[metric].astype(float) if metric in table else np.nan
     found["value"] = found["value"].fillna(found["start"])
     return found[table["status"] != "running"]
+
+
+def conditions(run: runs.Run, table: pd.DataFrame) -> list[str]:
+    """The axes that tell one d90 from another, of those that `table` (of `runs.summary`) has."""
+    swept = run.config["config"]["sweep"]
+    axes = [axis for axis in AXES if swept.get(axis) and axis not in ("dim", "lr", "seed")]
+    return [axis for axis in axes if axis in table]
 
 
 def _at_start(run: runs.Run, metric: str) -> pd.Series:
@@ -317,47 +323,54 @@ def name(threshold: float) -> str:
     return f"d{100 * threshold:g}"
 
 
+def brief(row: pd.Series) -> str:
+    """ "d90 = 612", "d90 > 1,000"... row: of `estimate`."""
+    called = name(row["threshold"])
+    return {
+        "reached": f"{called} = {count(row['d'])}",
+        "partly reached": f"{called} ≈ {count(row['d'])}",
+        "below": f"{called} ≤ {count(row['tested_min'])}",
+        "not reached": f"{called} > {count(row['tested_max'])}",
+        "no baseline": f"{called} unknown",
+    }[row["verdict"]]
+
+
 def headline(row: pd.Series) -> str:
     """One sentence on a condition. row: of `estimate`."""
-    called, total = name(row["threshold"]), f"of D = {count(row['full_params'])}"
-    if row["verdict"] == "no baseline":
-        return f"{called} unknown: full fine-tuning is missing, or no better than no training."
-    if row["verdict"] == "below":
-        return f"{called} ≤ {count(row['tested_min'])} {total}: the smallest d tested reaches it."
-    if row["verdict"] == "not reached":
-        return f"{called} > {count(row['tested_max'])} {total}: no d tested reaches it."
-    share = f"{100 / row['full_over_d']:.2g}% of the parameters"
-    if row["verdict"] == "partly reached":
-        seeds = f"the mean's curve; only {row['n']} of {row['seeds']} seeds cross, so no interval"
-        return f"{called} ≈ {count(row['d'])} ({seeds}) {total}: {share}."
-    spread = "one seed, so no interval"
-    if row["n"] > 1:
-        spread = f"95% CI {count(row['low'])} to {count(row['high'])}, {row['n']} seeds"
-    return f"{called} = {count(row['d'])} ({spread}) {total}: {share}."
+    of_all = f"of D = {count(row['full_params'])}"
+    share = f"{of_all}: {100 / row['full_over_d']:.2g}% of the parameters"
+    spread = f"95% CI {count(row['low'])} to {count(row['high'])}, {row['n']} seeds"
+    spread = spread if row["n"] > 1 else "one seed, so no interval"
+    partly = f"where the mean's curve crosses; {row['n']} of {row['seeds']} seeds do, no interval"
+    return (
+        f"{brief(row)}"
+        + {
+            "reached": f" ({spread}) {share}.",
+            "partly reached": f" ({partly}) {share}.",
+            "below": f" {of_all}: the smallest d tested reaches it.",
+            "not reached": f" {of_all}: no curve over the d tested reaches it.",
+            "no baseline": ": full fine-tuning is missing, or no better than no training.",
+        }[row["verdict"]]
+    )
 
 
 def shown(row: pd.Series) -> dict[str, str]:
     """What a table says of a condition, by heading. row: of `estimate`."""
-    called, metric = name(row["threshold"]), row["metric"]
-    bounded = {"below": f"≤ {count(row['tested_min'])}"}
-    bounded |= {"not reached": f"> {count(row['tested_max'])}", "no baseline": "–"}
-    partly = "≈ " * (row["verdict"] == "partly reached")
+    called, known = name(row["threshold"]), row["verdict"] != "no baseline"
     seeds = f" ({row['n']} of {row['seeds']} seeds)" if row["seeds"] > 1 else " (one seed)"
     both = f"{count(row['low'])} to {count(row['high'])}" if row["low"] == row["low"] else "–"
-    lora = f"{row['lora_verdict'] or '–'}"
-    if row["lora_params"] == row["lora_params"]:
-        lora = count(row["lora_params"])
+    lora = count(row["lora_params"])
     return {
         "condition": row["condition"] or row["method"],
-        f"{metric} of full fine-tuning": f"{row['baseline']:.4f}",
-        "needed": f"{row['needed']:.4f}",
-        called: bounded.get(row["verdict"], partly + count(row["d"])),
+        f"{row['metric']} of full fine-tuning": f"{row['baseline']:.4f}" if known else "–",
+        "needed": f"{row['needed']:.4f}" if known else "–",
+        called: brief(row).removeprefix(called).removeprefix(" = ").strip(),
         "95% interval": both,
         "smallest d tested": count(row["smallest"]),
-        "verdict": row["verdict"] + seeds * (row["verdict"] != "no baseline"),
+        "verdict": row["verdict"] + seeds * known,
         "D": count(row["full_params"]),
         f"D/{called}": count(row["full_over_d"]),
-        "LoRA parameters": lora,
+        "LoRA parameters": (row["lora_verdict"] or "–") if lora == "–" else lora,
     }
 
 
