@@ -161,12 +161,13 @@ def interval(sizes) -> tuple[float, float, float]:
 
 
 def _t975(degrees: int) -> float:
-    """Past the table, the first two terms in 1 / degrees (Abramowitz and Stegun, 26.7.5)."""
+    """Past the table, the first terms in 1 / degrees (Abramowitz and Stegun, 26.7.5)."""
     if degrees <= len(T975):
         return T975[degrees - 1]
     z = 1.959964
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return z + (z**3 + z) / (4 * degrees) + second / degrees**2
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3
 
 
 def crossings(rows: pd.DataFrame, by: str, level: float, metric: str) -> dict[str, Any]:
@@ -367,7 +368,7 @@ def shown(row: pd.Series) -> dict[str, str]:
         called: brief(row).removeprefix(called).removeprefix(" = ").strip(),
         "95% interval": both,
         "smallest d tested": count(row["smallest"]),
-        "verdict": row["verdict"] + seeds * known,
+        "verdict": row["verdict"] + seeds * row["verdict"].endswith("reached") * (row["n"] > 0),
         "D": count(row["full_params"]),
         f"D/{called}": count(row["full_over_d"]),
         "LoRA parameters": (row["lora_verdict"] or "–") if lora == "–" else lora,

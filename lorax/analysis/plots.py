@@ -119,7 +119,7 @@ def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame) -> Figure:
     rows = -(-len(estimates) // columns)
     lora = (table["kind"] == "lora").any()
     with matplotlib.rc_context(STYLE):
-        size = (6.4, 3.8) if columns == 1 else (1.0 + 2.7 * columns, 1.3 + 2.3 * rows)
+        size = (6.8, 3.4) if columns == 1 else (2.3 + 2.5 * columns, 0.9 + 2.4 * rows)
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for axes in grid[len(estimates) :]:
@@ -139,7 +139,9 @@ def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame) -> Figure:
                 )
                 axes.axhline(row["needed"], linestyle=DASHES[2], label="needed", **style)
             if row["d"] == row["d"]:
-                axes.axvline(row["d"], color=GREY, linewidth=1.2, label=called)
+                axes.axvline(row["d"], color=GREY, linewidth=1.2)
+                ring = {"fillstyle": "none", "markersize": 11, "linestyle": "none"}
+                axes.plot([row["d"]], [row["needed"]], "o", color="black", label=called, **ring)
                 if row["low"] == row["low"]:
                     style = {"color": GREY, "alpha": 0.25, "linewidth": 0}
                     axes.axvspan(row["low"], row["high"], label="95% interval", **style)
@@ -154,17 +156,16 @@ def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame) -> Figure:
         handles = {}
         for axes in grid:
             handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper")
         return figure
 
 
 def _against_size(axes: Axes, best: pd.DataFrame, by: str, n: int, label: str) -> None:
     """A line through the means over seeds with standard errors, and the seeds as dots."""
     values = best.groupby(by)["value"]
-    errors = values.sem().fillna(0)  # of one seed there is none
     style = {"color": _pick(COLOURS, n), "linestyle": _pick(DASHES, n), "marker": _pick(MARKERS, n)}
     mean = values.mean()
-    bars = errors if (errors > 0).any() else None
+    bars = values.sem() if values.sem().notna().any() else None  # of one seed there is none
     axes.errorbar(mean.index, mean, yerr=bars, capsize=2, label=label, **style)
     axes.plot(best[by], best["value"], ".", color=style["color"], alpha=0.45, markersize=4)
 
