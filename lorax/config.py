@@ -125,6 +125,16 @@ def default() -> ConfigDict:
     c.analysis = ConfigDict()
     c.analysis.report = True
 
+    # The smallest dimension that is nearly as good as full fine-tuning, over sweep.dim
+    c.search = ConfigDict()
+    c.search.threshold = 0.0  # share of full fine-tuning to be reached: 0.9 for d90; 0: no search
+    c.search.metric = "loss"  # or a score of the task, such as accuracy
+    c.search.baseline_lr = ()  # learning rates that full fine-tuning tries; (): the sweep's
+    c.search.seeds = ()  # of full fine-tuning, LoRA and refinement; (): the sweep's
+    c.search.points = 4  # dimensions that a round of refinement puts between two of the last
+    c.search.rounds = 1  # of refinement, after the sweep itself
+    c.search.lora_ranks = ()  # LoRA to compare with, at every learning rate of the sweep
+
     c.sweep = ConfigDict()
     for axis in AXES:
         c.sweep[axis] = ()
@@ -174,6 +184,10 @@ class Member(NamedTuple):
 def members(config: ConfigDict) -> list[Member]:
     """The product of the sweep's axes (tied ones move together), the last axis fastest.
 
+    In a search they are followed by what it compares with, `search.seeds` of each: full fine-tuning
+    at its learning rates, then LoRA. Methods, and conditions that differ in a hyperparameter of
+    theirs alone, share these. `more_members` are those of later rounds.
+
     Raises ValueError that names the key for an empty or malformed axis, a value of the wrong type,
     and a value out of range.
     """
@@ -204,6 +218,7 @@ def members(config: ConfigDict) -> list[Member]:
         if len(set(rows)) != len(rows):
             shown = rows if len(block) > 1 else tuple(row[0] for row in rows)
             raise ValueError(f"sweep.{' and '.join(block)}: a value stands twice in {shown}")
+    _check_search(config, axes, tied)
     found = []
     for index, chosen in enumerate(itertools.product(*values)):
         point = {
@@ -211,17 +226,128 @@ def members(config: ConfigDict) -> list[Member]:
             for block, tuple_ in zip(blocks, chosen, strict=True)
             for axis, value in zip(block, tuple_, strict=True)
         }
-        point = {axis: point[axis] for axis in AXES if axis in point}
-        own = ConfigDict(config.to_dict())
-        del own.sweep
-        for axis, value in point.items():
-            section, _, key = AXES[axis].rpartition(".")
-            with own.ignore_type():  # `_axis` has looked; a rank may be a number or a word
-                (own[section] if section else own)[key] = value
-        _check_values(own)
-        name = ",".join(f"{axis}={_show(value)}" for axis, value in point.items()) or "only"
-        found.append(Member(index, name, point, own.lock()))
+        found.append(_member(config, index, point))
+    if config.search.threshold:
+        for point in _compared(config, found):
+            found.append(_member(config, len(found), point))
     return found
+
+
+def _member(config, index: int, point: dict) -> Member:
+    """The member at {axis: value}; ValueError for a value out of range."""
+    point = {axis: point[axis] for axis in AXES if axis in point}
+    own = ConfigDict(config.to_dict())
+    for section in ("sweep", "search"):  # what only the run as a whole has
+        if section in own:
+            del own[section]
+    for axis, value in point.items():
+        section, _, key = AXES[axis].rpartition(".")
+        with own.ignore_type():  # `_axis` has looked; a rank may be a number or a word
+            (own[section] if section else own)[key] = value
+    _check_values(own)
+    name = ",".join(f"{axis}={_show(value)}" for axis, value in point.items()) or "only"
+    return Member(index, name, point, own.lock())
+
+
+# ------------------------------------------------------------------------------------------ search
+
+REFINED_LRS = 2  # learning rates at which a dimension between two others is tried
+
+
+def shared_axes(axes) -> tuple[str, ...]:
+    """Those of the axes in which full fine-tuning differs as well: not the hyperparameters of a
+    method, but layers; neither learning rate nor seed, of which a search has its own."""
+    own = lambda axis: AXES[axis].startswith("method.") and axis != "layers"
+    return tuple(axis for axis in axes if not own(axis) and axis not in ("lr", "seed"))
+
+
+def search_seeds(config: ConfigDict) -> tuple[int, ...]:
+    """The seeds of what a search trains beside its first dimensions."""
+    return tuple(config.search.seeds or config.sweep.seed or (config.seed,))
+
+
+def _compared(config, swept: list[Member]) -> list[dict]:
+    """The points of full fine-tuning and LoRA that a search compares with."""
+    search, lrs = config.search, config.sweep.lr or (config.train.lr,)
+    conditions, points = [], []
+    for member in swept:
+        condition = {axis: member.point[axis] for axis in shared_axes(member.point)}
+        if condition not in conditions:
+            conditions.append(condition)
+    settings = [{"method": "full", "lr": float(lr)} for lr in search.baseline_lr or lrs]
+    settings += [
+        {"method": "lora", "rank": rank, "lr": float(lr)}
+        for rank in search.lora_ranks
+        for lr in lrs
+    ]
+    for setting, condition in itertools.product(settings, conditions):
+        points += [condition | setting | {"seed": seed} for seed in search_seeds(config)]
+    return points
+
+
+def more_members(config: ConfigDict, members: list[Member], asked: list[dict]) -> list[Member]:
+    """The members of a search's next round, counted on from those there are.
+
+    asked: {"like": number of a member, axis: value of those in which the new one differs} each, as
+    `lorax.analysis.intrinsic.refine` gives them. What has been trained is not trained again.
+    """
+    key = lambda member: json.dumps(member.config.to_dict(), sort_keys=True)
+    known, found = {key(member) for member in members}, []
+    for wanted in asked:
+        changes = {axis: value for axis, value in wanted.items() if axis != "like"}
+        point = members[wanted["like"]].point | changes
+        member = _member(config, len(members) + len(found), point)
+        if key(member) not in known:
+            known.add(key(member))
+            found.append(member)
+    return found
+
+
+def most_members(config: ConfigDict, members: list[Member]) -> int:
+    """As many as one round of a search's refinement can add: to tell how long it may take."""
+    fixed = lambda p: {
+        axis: value for axis, value in p.items() if axis not in ("dim", "lr", "seed")
+    }
+    conditions = {str(fixed(member.point)) for member in members if "dim" in member.point}
+    each = (config.search.points + 2) * REFINED_LRS * len(search_seeds(config))  # and both ends
+    return each * len(conditions)
+
+
+def _check_search(config, axes: dict, tied: list[str]) -> None:
+    """Raises ValueError for a key of config.search that is out of range or does not fit."""
+    search = config.search
+
+    def need(field, ok, right):
+        if not ok:
+            raise ValueError(f"search.{field}: {search[field]!r} given, {right}")
+
+    def all_are(field, kind, ok, right):
+        number = lambda v: isinstance(v, kind) and not isinstance(v, bool)
+        need(field, all(number(v) and ok(v) for v in search[field]), right)
+
+    need("threshold", 0 <= search.threshold <= 1, "must be in [0, 1]: 0.9 for d90, 0 for no search")
+    need("points", search.points >= 1, "must be at least 1")
+    need("rounds", search.rounds >= 0, "must not be negative")
+    all_are("baseline_lr", int | float, lambda v: v >= 0, "must be a tuple of learning rates")
+    all_are("seeds", int, lambda v: 0 <= v < 2**31, "must be a tuple of integers in [0, 2**31)")
+    all_are("lora_ranks", int, lambda v: v >= 1, "must be a tuple of integers of at least 1")
+    for field in ("baseline_lr", "seeds", "lora_ranks"):
+        need(field, len(set(search[field])) == len(search[field]), "a value stands twice")
+    if not search.threshold:
+        return
+    dims = axes.get("dim", ())
+    need("threshold", len(dims) > 1, f"needs a sweep.dim of at least two values, not {dims}")
+    need("threshold", None not in dims, f"needs a sweep.dim of numbers alone, not {dims}")
+    for axis in ("dim", "seed"):
+        if axis in tied:
+            raise ValueError(f"sweep.zip: {axis} is tied, but a search (search.threshold) moves it")
+    for name in axes.get("method", (config.method.name,)):
+        right = ", ".join(name for name, varies in VARIES.items() if "dim" in varies)
+        without = name == "full" or "dim" not in VARIES.get(name, ("dim",))
+        need("threshold", not without, f"but method {name!r} has no dim; {right} have")
+    seeds = axes.get("seed", (config.seed,))
+    if search.seeds:
+        need("seeds", set(seeds) <= set(search.seeds), f"must hold the sweep's own, {seeds}")
 
 
 #: method -> hyperparameters in which members of one program may differ, because they are data or

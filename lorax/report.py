@@ -22,7 +22,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 
-from lorax.analysis import Band, compare, expected_similarity, gaussian_similarity, plots, runs
+from lorax.analysis import (
+    Band,
+    compare,
+    expected_similarity,
+    gaussian_similarity,
+    intrinsic,
+    plots,
+    runs,
+)
 from lorax.files import write_bytes
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.tmpl")
@@ -60,7 +68,10 @@ def write(
     """
     # The matrices are small and many: threads of the linear algebra only wait for each other.
     with threadpool_limits(1, user_api="blas"):
-        return _write(runs.load(run_directory), base_kernels, no_kernels)
+        run = runs.load(run_directory)
+        if (run.config.get("config", {}).get("search") or {}).get("threshold"):
+            return _write_search(run)
+        return _write(run, base_kernels, no_kernels)
 
 
 def _write(
@@ -122,7 +133,36 @@ def _write(
     if missing:
         sections.append(("Not analysed", _missing_section(table, missing)))
     sections.append(("Method notes", NOTES))
+    return _save_page(run, sections, figures)
 
+
+def _write_search(run: runs.Run) -> pathlib.Path:
+    """The report of a search for the intrinsic dimension."""
+    search = run.config["config"]["search"]
+    table = runs.summary(run)
+    by = runs.Axes("method", tuple(intrinsic.conditions(run, table)))
+    points = intrinsic.points(run)
+    found = pd.DataFrame()
+    figures = {"learning_curves": plots.learning_curves(run.metrics, table, by.main)}
+    if (points["kind"] == "subspace").any():
+        found = intrinsic.estimate(points, search["threshold"], search["metric"])
+        figures["intrinsic"] = plots.intrinsic(points, found)
+    _save_table(run, "members", table.drop(columns="setting"))
+    _save_table(run, "intrinsic", found)
+    _save_table(run, "intrinsic_points", points)
+    sections = [
+        ("Intrinsic dimension", _intrinsic_section(run, table, points, found)),
+        ("What was run", _facts_section(run, table, by)),
+        ("Members", _members_section(table, runs.scores(run))),
+        ("Learning curves", _learning_section(table)),
+        ("Method notes", SEARCH_NOTES),
+    ]
+    return _save_page(run, sections, figures)
+
+
+def _save_page(
+    run: runs.Run, sections: list[tuple[str, str]], figures: dict[str, Figure]
+) -> pathlib.Path:
     images = {name: _png(figure) for name, figure in figures.items()}
     for name, image in images.items():
         write_bytes(run.directory / "figures" / f"{name}.png", image)
@@ -355,6 +395,53 @@ def _scale_note(by: runs.Axes, settings: pd.DataFrame) -> str:
         "sweep over <code>scaling</code>, or sweep the learning rate at every rank."
     )
     return f'<p class="note">{text}</p>'
+
+
+def _intrinsic_section(
+    run: runs.Run, table: pd.DataFrame, points: pd.DataFrame, found: pd.DataFrame
+) -> str:
+    if found.empty:
+        return '<div class="answer"><p><strong>No subspace has been trained yet.</strong></p></div>'
+    lines = []
+    for _, row in found.iterrows():
+        about = f"{row['condition']}: " if row["condition"] else ""
+        lines.append(f"<p><strong>{_escape(about + intrinsic.headline(row))}</strong></p>")
+    parts = [f'<div class="answer">{"".join(lines)}</div>']
+    if run.status.get("state") == "running":
+        parts.append(_note("This run is not finished: all figures are provisional."))
+    diverged = int((points["status"] == "diverged").sum())
+    if diverged:
+        parts.append(
+            _note(
+                f"{diverged} member{_s(diverged)} diverged and count{'s' * (diverged == 1)} as if "
+                "nothing had been learned; the table of members names them."
+            )
+        )
+    called, metric = intrinsic.name(found["threshold"].iloc[0]), found["metric"].iloc[0]
+    caption = (
+        f"{'Eval loss (nats)' if metric == 'loss' else _words(metric).capitalize()} against the "
+        "dimension of the subspace, at the best learning rate of each dimension. Dots are single "
+        "seeds, bars one standard error. Dashed: full fine-tuning; dotted: what is needed; "
+        f"upright: {called}, with its 95% interval shaded."
+    )
+    parts.append(_figure("intrinsic", caption, f"Line charts of {metric} by dimension."))
+    cells = [intrinsic.shown(row) for _, row in found.iterrows()]
+    caption = (
+        f"{called} is the geometric mean of the seeds' own crossings; the smallest d tested whose "
+        "mean over seeds reaches what is needed is the published definition. LoRA parameters: how "
+        "many LoRA needs for the same."
+    )
+    parts.append(_table(list(cells[0]), [list(row.values()) for row in cells], caption))
+    seeds = [
+        f"<li>{_escape(row['condition'] or row['method'])}: {_escape(row['by_seed'])}</li>"
+        for _, row in found.iterrows()
+        if row["by_seed"]
+    ]
+    parts.append(f"<p>{called} of each seed:</p><ul>{''.join(seeds)}</ul>" if seeds else "")
+    parts.append(
+        "<p>analysis/intrinsic_points.csv has every dimension, learning rate and seed.</p>"
+    )
+    return "".join(parts)
 
 
 def _facts_section(run: runs.Run, table: pd.DataFrame, by: runs.Axes) -> str:
@@ -625,6 +712,25 @@ The random column is about r‖W‖/√(in·out).</li>
 <li><b>Scale.</b> ΔW = s·a·b with s = α/r, or α/√r
 (<a href="https://arxiv.org/abs/2312.03732">arXiv 2312.03732</a>), or fixed; spectra and norms
 include it, directions do not depend on it.</li>
+</ul>
+"""
+
+SEARCH_NOTES = """
+<ul>
+<li><b>Intrinsic dimension.</b> θ = θ₀ + Pθ_d with P frozen and random: the smallest d that reaches
+a share (90% for d90) of full fine-tuning (Li et al.,
+<a href="https://arxiv.org/abs/1804.08838">arXiv 1804.08838</a>, section 2; Aghajanyan et al.,
+<a href="https://arxiv.org/abs/2012.13255">arXiv 2012.13255</a>). Of a score the share is that of
+its value; of a loss, that of its improvement over no training, which is our reading.</li>
+<li><b>Full fine-tuning.</b> The best of its learning rates by the mean over seeds.</li>
+<li><b>Learning rate.</b> Chosen for each dimension by the mean over seeds, on the same eval set, so
+it flatters both sides a little.</li>
+<li><b>Crossing.</b> Each seed's values are made monotone in d by isotonic regression and followed
+linearly in log d to what is needed. Estimate: geometric mean over seeds; interval: Student's t on
+log d, n − 1 degrees of freedom. It covers the seeds alone, not the choice of the data or of the
+learning rates.</li>
+<li><b>Refinement.</b> Dimensions between the largest up to which every seed fails and the smallest
+from which on every seed succeeds, at the two best learning rates of the nearest one before.</li>
 </ul>
 """
 

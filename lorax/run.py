@@ -9,6 +9,9 @@
 
 Any key of the config can be set so; lorax/config.py lists them all. The same command again
 resumes an unfinished run where its last checkpoint was, and leaves a finished one alone.
+
+With `config.search.threshold` (0.9 for d90) the run looks for the intrinsic dimension: it trains
+`config.sweep.dim` beside full fine-tuning, then round after round of what lies between.
 """
 
 import contextlib
@@ -21,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from absl import flags
@@ -105,6 +109,12 @@ def plan(settings, members) -> str:
     swept = " x ".join(axes) or "one setting"
     plural = "s" * (len(members) > 1)
     what = f"{settings.method.name} on {settings.base}, task {settings.task.name}"
+    if settings.search.threshold:
+        full, lora = (sum(m.config.method.name == n for m in members) for n in ("full", "lora"))
+        most = config.most_members(settings, members)
+        beside = f"; {full} of full fine-tuning" + f", {lora} of LoRA" * bool(lora)
+        rounds = f", then up to {settings.search.rounds} x {most}" * bool(settings.search.rounds)
+        swept, what = swept + beside, what + rounds
     return f"{len(members)} member{plural} ({swept}) of {what}"
 
 
@@ -153,22 +163,28 @@ def locked(workdir: Path):
 
 
 def run(settings, members, workdir: Path) -> int:
-    """Train, export, analyse, report."""
+    """Train, export, analyse, report; a search trains round after round."""
     began = time.monotonic()
 
     # Imported here: what is above answers at once.
     import jax
 
     from lorax import report, tensorboard
+    from lorax.analysis import intrinsic
     from lorax.models import kernels
     from lorax.terminal import Screen
     from lorax.train import loop, sweep
 
     sweep.split_cpu()
+    search, members = settings.search, list(members)
 
     # ------------------------------------------------------------------------------- what is run
     with Screen() as screen:
-        groups = loop.prepare(members, screen.say)
+        loaded = loop.Loaded({}, {})
+        groups = loop.prepare(members, screen.say, loaded=loaded)
+        if search.threshold:
+            loop.check_metric(groups, search.metric)
+        base = groups[0].base
         versions = {
             name: _version(name) for name in ("lorax-research", "jax", "jaxlib", "flax", "optax")
         }
@@ -178,45 +194,92 @@ def run(settings, members, workdir: Path) -> int:
             "versions": versions | {"python": platform.python_version()},
             "device": f"{len(devices)} x {devices[0].device_kind} ({cores})",
             "git": _git_revision(),
-            "base_sha256": groups[0].base.sha256,
+            "base_sha256": base.sha256,
             "command": "python -m lorax.run " + shlex.join(sys.argv[1:]),
         }
         if not (workdir / "config.json").exists():
             write_json(workdir / "config.json", head)
         elif read_json(workdir / "config.json")["base_sha256"] != head["base_sha256"]:
             raise ValueError(
-                f"base: the weights of {groups[0].base.name} are others than {workdir} began with; "
+                f"base: the weights of {base.name} are others than {workdir} began with; "
                 f"name another --workdir"
             )
-        lines = sorted((row for g in groups for row in loop.describe(g)), key=lambda r: r["member"])
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_bytes(workdir / "members.jsonl", text.encode())
-        loop.write_rankings(workdir, groups)
         previous = _seconds_so_far(workdir)
-        status = {"state": "running", "members": {}}
-        write_json(workdir / "status.json", status | {"wall_seconds": previous})
-
-        # -------------------------------------------------------------------------------- train
-        rows = loop.train(workdir, groups, screen.terminal(lines))
         wall = lambda: round(previous + time.monotonic() - began, 1)
-        status |= {"state": "trained", "members": {str(i): rows[i] for i in sorted(rows)}}
+        lines, rows, offset, started = [], {}, 0, 0
+
+        # --------------------------------------------- train the sweep, then what a search asks for
+        rounds = 1 + search.rounds * bool(search.threshold)
+        most = config.most_members(settings, members) * settings.train.steps
+        for number in range(rounds):
+            lines += [row for group in groups for row in loop.describe(group)]
+            lines.sort(key=lambda row: row["member"])
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            write_bytes(workdir / "members.jsonl", text.encode())
+            loop.write_rankings(workdir, groups)
+            status = {"state": "running", "members": _by_number(rows)}
+            write_json(workdir / "status.json", status | {"wall_seconds": wall()})
+            later = (rounds - 1 - number) * most
+            terminal = screen.terminal(lines)
+            fresh, offset = loop.train(workdir, groups, terminal, offset, started, later)
+            rows, started, first = rows | fresh, loop.member_steps(members), groups[-1].index + 1
+            status |= {"members": _by_number(rows)}
+            write_json(workdir / "status.json", status | {"wall_seconds": wall()})
+            if number + 1 < rounds:
+                asked = _next_round(workdir, search, config.search_seeds(settings), screen.say)
+                more = config.more_members(settings, members, asked)
+                if not more:
+                    screen.say("search: nothing is left to try")
+                    break
+                screen.say(f"search: round {number + 1} of {rounds - 1}, {len(more)} members")
+                groups = loop.prepare(more, screen.say, first, loaded)
+                members += more
+        del groups, loaded
+        status["state"] = "trained"
         write_json(workdir / "status.json", status | {"wall_seconds": wall()})
 
         # ------------------------------------------------------------------------------ analyse
         page = None
         if settings.analysis.report:
             screen.say("taking the updates apart and drawing the report")
-            page = report.write(workdir, kernels(groups[0].base))
+            page = report.write(workdir, kernels(base))
         tensorboard.write(workdir)
         status["state"] = "finished"
         write_json(workdir / "status.json", status | {"wall_seconds": wall()})
         screen.table(lines, rows)
+        if search.threshold:
+            found = intrinsic.estimate(_points(workdir), search.threshold, search.metric)
+            screen.dimensions(found)
     if page:
         print(f"\nReport       {page}\nFigures      {workdir / 'figures'}")
         print(f"Numbers      {workdir / 'analysis'}")
     print(f"Adapters     {workdir / 'adapters'} (PEFT format)")
     print(f"TensorBoard  tensorboard --logdir {workdir / 'tb'}")
     return 0
+
+
+def _next_round(workdir: Path, search, seeds: tuple[int, ...], say) -> list[dict]:
+    """What a search asks for next, of all that the run directory holds; says how far it is."""
+    from lorax.analysis import intrinsic
+
+    table = _points(workdir)
+    for _, row in intrinsic.estimate(table, search.threshold, search.metric).iterrows():
+        about = f"{row['condition']}: " if row["condition"] else ""
+        say(f"search: {about}{intrinsic.headline(row)}")
+    return intrinsic.refine(table, search.threshold, search.metric, search.points, seeds)
+
+
+def _points(workdir: Path):
+    """`intrinsic.points` of the run directory as it is."""
+    from lorax.analysis import intrinsic, runs
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a torn line of the round that is to be continued
+        return intrinsic.points(runs.load(workdir))
+
+
+def _by_number(rows: dict[int, dict]) -> dict[str, dict]:
+    return {str(i): rows[i] for i in sorted(rows)}
 
 
 def _fail(error: Exception) -> int:

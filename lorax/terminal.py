@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lorax.analysis import intrinsic
 from lorax.train.loop import Terminal
 
 
@@ -44,7 +45,7 @@ class Screen:
         """Member steps done of all; a line at every tenth where there is no bar."""
         if self.task is None:
             self.task = self.bar.add_task("", total=total)
-        self.bar.update(self.task, completed=done)
+        self.bar.update(self.task, completed=done, total=total)
         tenth = int(10 * done / total)
         if not self.console.is_terminal and tenth > self.reported:
             left = self.bar.tasks[0].time_remaining
@@ -77,4 +78,16 @@ class Screen:
                 f"{final['seconds']:.1f}",
                 final["status"] + (f" at step {at}" if at is not None else ""),
             )
+        self.console.print(table)
+
+    def dimensions(self, found) -> None:
+        """What a search has found: rows of `lorax.analysis.intrinsic.estimate`."""
+        rows = [intrinsic.shown(row) for _, row in found.iterrows()]
+        title = f"Intrinsic dimension ({intrinsic.name(found['threshold'].iloc[0])})"
+        table = Table(title=title, title_justify="left")
+        for heading in rows[0]:
+            left = heading in ("condition", "verdict")
+            table.add_column(heading, justify="left" if left else "right")
+        for row in rows:
+            table.add_row(*row.values())
         self.console.print(table)

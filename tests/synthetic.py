@@ -132,3 +132,81 @@ def make_run(
     (directory / "members.jsonl").write_text("".join(json.dumps(m) + "\n" for m in members))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
     return directory
+
+
+SEARCH = {"threshold": 0.9, "metric": "accuracy", "seeds": (0, 1, 2), "points": 4, "rounds": 1}
+FULL = 1000  # parameters of the base
+
+
+def planted_accuracy(dim: float, lr: float, shift: float = 0.0) -> float:
+    """0.1 at d = 1, 0.3 more for every factor of 10, up to 1; at the right learning rate."""
+    return min(1.0, 0.1 + 0.3 * (np.log10(dim) + shift)) - 0.05 * (lr != 0.1)
+
+
+def make_search(
+    directory: pathlib.Path,
+    dims: tuple[int, ...] = (10, 100, 1000),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    conditions: tuple[bool, ...] = (False,),
+    lora_ranks: tuple[int, ...] = (),
+    diverged: tuple[int, ...] = (),
+    full: float = 1.0,
+) -> pathlib.Path:
+    """A run that looked for d90 with learning rates 0.1 and 0.2: 10^(7/3), about 464, where full
+    fine-tuning reaches 1 and the seed is 0; a tenth of a decade less for every seed after it, and a
+    decade more where pixels are shuffled. LoRA needs twice as many parameters."""
+    members: list[dict[str, Any]] = []
+    metrics: list[dict[str, Any]] = []
+    status: dict[str, Any] = {}
+
+    def member(method, lr, seed, shuffle, params, accuracy, **more):
+        index, swept = len(members), {"shuffle": shuffle} if len(conditions) > 1 else {}
+        kept = {k: v for k, v in more.items() if v is not None}
+        point = swept | kept | {"lr": lr, "seed": seed}
+        name = ",".join(f"{k}={v}" for k, v in point.items())
+        own = {"method": method, "rank": more.get("rank"), "scale": None, "lr": lr, "seed": seed}
+        members.append(
+            {"member": index, "group": 0, "name": name} | own | swept | kept
+            | {"trainable_params": params, "n_train": None}
+        )  # fmt: skip
+        broken = index in diverged
+        for step in STEPS:
+            value = 0.1 + (accuracy - 0.1) * step / STEPS[-1]
+            point = {"member": index, "step": step, "split": "eval"}
+            lost = broken and step > 0
+            metrics.append(
+                {**point, "loss": None if lost else 2 - value, "accuracy": None if lost else value}
+            )
+        status[str(index)] = {
+            "status": "diverged" if broken else "finished",
+            "diverged_at": 50 if broken else None,
+            "eval_loss": None if broken else 2 - accuracy,
+            "seconds": 1.0,
+            "scores": {} if broken else {"accuracy": accuracy},
+        }
+
+    for shuffle in conditions:
+        for dim in dims:
+            for lr in (0.1, 0.2):
+                for seed in seeds:
+                    value = planted_accuracy(dim, lr, 0.1 * seed - shuffle)
+                    member("subspace", lr, seed, shuffle, dim, value, dim=dim)
+    for shuffle in conditions:
+        for lr, lost in ((0.01, 0.0), (0.02, 0.2)):
+            for seed in seeds:
+                member("full", lr, seed, shuffle, FULL, full - lost)
+        for rank in lora_ranks:
+            for lr in (0.1, 0.2):
+                for seed in seeds:
+                    value = planted_accuracy(10 * rank, lr, 0.1 * seed - shuffle)
+                    member("lora", lr, seed, shuffle, 20 * rank, value, rank=rank)
+    sweep = {"dim": dims, "lr": (0.1, 0.2), "seed": seeds}
+    sweep |= {"shuffle": conditions if len(conditions) > 1 else ()}
+    config = {"base": "random:mlp", "sweep": sweep, "task": {"name": "digits"}, "search": SEARCH}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({"config": config, "versions": {}}))
+    state = {"state": "finished", "members": status, "wall_seconds": 12.5}
+    (directory / "status.json").write_text(json.dumps(state))
+    (directory / "members.jsonl").write_text("".join(json.dumps(m) + "\n" for m in members))
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    return directory

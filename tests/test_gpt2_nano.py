@@ -61,7 +61,7 @@ def adapted(tmp_path_factory):
     workdir, said, finished = tmp_path_factory.mktemp("run"), [], []
     groups = loop.prepare(config.members(c), said.append)
     terminal = loop.Terminal(said.append, lambda done, total: None, finished.append)
-    return workdir, loop.train(workdir, groups, terminal), finished
+    return workdir, loop.train(workdir, groups, terminal)[0], finished
 
 
 def test_lora_from_it_beats_lora_from_random_weights(adapted):

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import STEPS, WIDTH, kernels, make_run, planted_factors
+from synthetic import STEPS, WIDTH, kernels, make_run, make_search, planted_factors
 
 from lorax import report
 from lorax.analysis import amplification, runs, subspace_similarity
@@ -252,6 +252,40 @@ def test_what_evidence_chose_is_shown(tmp_path):
     assert [row["rank"] for row in rows] == ["4", "0"] and rows[0]["low-rank share"] == "0.900"
     assert "Which matrices matter" in page.headings
     assert (tmp_path / "figures" / "sensitivity.png").exists()
+
+
+def test_a_search_is_reported_by_its_dimension(tmp_path):
+    make_search(tmp_path, conditions=(False, True), lora_ranks=(1, 10, 100), diverged=(1,))
+    text = report.write(tmp_path).read_text()
+    page = Page(text)
+    assert not page.open and page.headings[1:] == [
+        "Intrinsic dimension", "What was run", "Members", "Learning curves", "Method notes"
+    ]  # fmt: skip
+    stored = pd.read_csv(tmp_path / "analysis" / "intrinsic.csv").set_index("condition")
+    plain = stored.loc["shuffle=False"]
+    assert plain["n"] == 3 and plain["low"] < plain["d"] < plain["high"]
+    answer = re.search(r'class="answer">(.*?)</div>', text)[1]
+    assert f"shuffle=False: d90 = {plain['d']:.0f} (95% CI {plain['low']:.0f} to" in answer
+    assert "shuffle=True: d90 &gt; 1,000 of D = 1,000" in answer
+    rows = {row["condition"]: row for row in page.table("d90", "95% interval", "D/d90")}
+    assert rows["shuffle=False"]["d90"] == f"{plain['d']:.0f}"
+    assert rows["shuffle=False"]["verdict"] == "reached (3 of 3 seeds)"
+    assert rows["shuffle=False"]["LoRA parameters"] == f"{plain['lora_params']:.0f}"
+    assert rows["shuffle=True"]["d90"] == "> 1,000"
+    assert rows["shuffle=True"]["LoRA parameters"] == rows["shuffle=True"]["verdict"]
+    assert "1 member diverged and counts as if" in text
+    points = pd.read_csv(tmp_path / "analysis" / "intrinsic_points.csv")
+    assert len(points) == len((tmp_path / "members.jsonl").read_text().splitlines())
+    assert {"dim", "lr", "seed", "value", "params"} <= set(points)
+    files = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert files == {"intrinsic.png", "learning_curves.png"}
+
+
+def test_a_search_that_has_just_begun(tmp_path):
+    make_search(tmp_path)
+    status = {"state": "running", "members": {}}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    assert "No subspace has been trained yet" in report.write(tmp_path).read_text()
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 
 from lorax import adapters, decode, methods, peft_methods, quant, tasks, tree
 from lorax.config import AXES, Member, group_key
+from lorax.errors import nearest
 from lorax.files import atomically, write_bytes, write_json
 from lorax.interop import peft
 from lorax.models import Base, load, sources
@@ -43,18 +45,30 @@ class Group(NamedTuple):
     rankings: dict[int, list[dict]] = {}
 
 
-def prepare(members: list[Member], say: Callable[[str], None]) -> list[Group]:
+class Loaded(NamedTuple):
+    """Bases and tasks by what was asked for, which the rounds of a run share."""
+
+    bases: dict[str, Base]
+    tasks: dict[str, tasks.Task]
+
+
+def prepare(
+    members: list[Member],
+    say: Callable[[str], None],
+    first: int = 0,
+    loaded: Loaded | None = None,
+) -> list[Group]:
     """Load bases and tasks, check every member against its base, and start all members.
 
+    first: number of the first group. loaded: what is there already; what is read is added.
     Raises ValueError or FileNotFoundError for what a user can mend, before anything is trained.
     """
-    bases: dict[str, Base] = {}
-    task_cache: dict[str, tasks.Task] = {}
+    bases, task_cache = loaded or Loaded({}, {})
     groups = []
     ordered = sorted(members, key=group_key)
     parts = [list(part) for _, part in itertools.groupby(ordered, key=group_key)]
     parts.sort(key=lambda part: part[0].index)
-    for index, part in enumerate(parts):
+    for index, part in enumerate(parts, first):
         c = part[0].config
         # ------------------------------------------------------------------------------- base
         labels = tasks.outputs(c.task)
@@ -139,11 +153,27 @@ def describe(group: Group) -> list[dict]:
                 "weight_decay": c.train.weight_decay,
             }
             | {"steps": c.train.steps, "seed": c.seed, "n_train": c.task.n_train}
-            | {a: x for a, x in member.point.items() if AXES[a].startswith("task.")}
+            | {axis: v for axis, v in member.point.items() if not AXES[axis].startswith("method.")}
             | {"trainable_params": method.count(group.base.params, group.base.sites)}
             | {"optimizer_bytes": opt_bytes}
         )
     return rows
+
+
+def check_metric(groups: list[Group], metric: str) -> None:
+    """Raises ValueError where a group's task does not measure what a search goes by."""
+    for group in groups:
+        c, task, names = group.stack.members[0].config, group.task, ["loss"]
+        if task.scores is not None:
+            rows = np.zeros((1, len(task.eval["label"]), task.outputs), np.float32)
+            names += _scores(task, rows, 1)
+        if c.eval.generate:
+            names += metrics.text_scores(["a"], [("a",)])
+        if metric not in names:
+            raise ValueError(
+                f"search.metric: {metric!r} given, task {c.task.name} measures "
+                f"{', '.join(names)}{nearest(metric, names)}"
+            )
 
 
 def write_rankings(workdir: Path, groups: list[Group]) -> None:
@@ -159,8 +189,19 @@ def write_rankings(workdir: Path, groups: list[Group]) -> None:
         write_bytes(workdir / "analysis" / "sensitivity.csv", ("\n".join(text) + "\n").encode())
 
 
-def train(workdir: Path, groups: list[Group], terminal: Terminal) -> dict[int, dict]:
-    """Train all groups in turn, from the newest checkpoints; {member: its final row}.
+def train(
+    workdir: Path,
+    groups: list[Group],
+    terminal: Terminal,
+    offset: int = 0,
+    before: float = 0,
+    after: float = 0,
+) -> tuple[dict[int, dict], int]:
+    """Train all groups in turn, from the newest checkpoints; ({member: its final row}, bytes of
+    metrics.jsonl up to their end).
+
+    offset: bytes of metrics.jsonl that groups of earlier calls have filled. before, after: steps of
+    members that other calls have trained or may train, to tell the progress of the whole.
 
     A row has "status" ("finished" or "diverged"), "diverged_at" (step or None), "eval_loss" (nats a
     completion token, or a classifier's, None after divergence), "seconds", "step_ms" (of training
@@ -168,8 +209,8 @@ def train(workdir: Path, groups: list[Group], terminal: Terminal) -> dict[int, d
     that were asked for). Killed at any moment and called
     again, the metrics and adapters come out bit for bit as without the interruption.
     """
-    total = sum(len(g.stack.members) * g.stack.members[0].config.train.steps for g in groups)
-    done, offset, rows = 0.0, 0, {}
+    total = before + member_steps([m for g in groups for m in g.stack.members]) + after
+    done, rows = before, {}
     for group in groups:
         c = group.stack.members[0].config
         k = sweep.steps_per_call(c.eval.every, c.train.offload)
@@ -193,7 +234,12 @@ def train(workdir: Path, groups: list[Group], terminal: Terminal) -> dict[int, d
             )  # fmt: skip
             rows |= finals
             done += len(chunk.members) * c.train.steps
-    return rows
+    return rows, offset
+
+
+def member_steps(members: list[Member]) -> int:
+    """Steps of all members together."""
+    return sum(member.config.train.steps for member in members)
 
 
 def _train_chunk(
@@ -212,13 +258,17 @@ def _train_chunk(
 
     # -------------------------------------------------------------------------- resume, or step 0
     found = checkpoint.restore(where, tree.shapes(state), terminal.say)
+    if found and found[2]["offset"] > _size(metrics):  # an earlier group had to go back
+        shutil.rmtree(where)
+        found = None
     if found:
         step, saved, meta = found
         state = jax.device_put(saved, jax.tree.map(lambda x: x.sharding, state))
         offset, seconds, in_steps = meta["offset"], meta["seconds"], meta["in_steps"]
         losses = np.array(meta["eval_loss"], np.float32)
         scores = {name: np.array(values, np.float32) for name, values in meta["scores"].items()}
-        _cut(metrics, offset)
+        if step < c.train.steps:  # else what comes after may be later groups'
+            _cut(metrics, offset)
         if step:
             terminal.say(f"group {group.index}: continues at step {step} of {c.train.steps}")
     else:
@@ -425,6 +475,10 @@ def _append(path: Path, lines: list[dict]) -> int:
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _cut(path: Path, length: int) -> None:

@@ -5,9 +5,9 @@ import io
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from synthetic import BASE_LOSS, make_run
+from synthetic import BASE_LOSS, make_run, make_search
 
-from lorax.analysis import plots, runs
+from lorax.analysis import intrinsic, plots, runs
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +115,40 @@ def test_similarity_maps():
     # phi(1, 1) is centred on i = 1, j = 1, at the upper left.
     assert list(images["q, layer 0"].get_extent()) == [0.5, 6.5, 3.5, 0.5]
     assert draws(figure)
+
+
+def test_intrinsic(tmp_path):
+    run = runs.load(make_search(tmp_path, conditions=(False, True), lora_ranks=(1, 10)))
+    points = intrinsic.points(run)
+    found = intrinsic.estimate(points, 0.9, "accuracy")
+    figure = plots.intrinsic(points, found)
+    plain, shuffled = figure.axes
+    assert plain.get_title() == f"shuffle=False\nd90 = {found['d'].iloc[0]:.0f}"
+    assert shuffled.get_title() == "shuffle=True\nd90 > 1,000"
+    assert plain.get_xscale() == "log"
+    assert figure.get_supxlabel().startswith("dimension d of the subspace")
+    assert figure.get_supylabel() == "final eval accuracy (fraction)"
+    mean = plain.containers[0].lines[0].get_xydata()
+    np.testing.assert_allclose(mean, [(10, 0.43), (100, 0.73), (1000, 1.0)], atol=1e-9)
+    levels = {line.get_label(): line.get_ydata()[0] for line in plain.lines}
+    assert levels["full fine-tuning"] == 1 and levels["needed"] == pytest.approx(0.9)
+    ring = next(line for line in plain.lines if line.get_label() == "d90")
+    np.testing.assert_allclose(ring.get_xydata(), [(found["d"].iloc[0], 0.9)], atol=1e-9)
+    (band,) = plain.patches
+    assert band.get_x() == pytest.approx(found["low"].iloc[0])
+    assert not shuffled.patches and len(shuffled.containers) == 2
+    words = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert words == {"random subspace", "LoRA", "full fine-tuning", "needed", "d90", "95% interval"}
+    assert draws(figure)
+
+
+def test_a_search_by_loss_with_one_seed(tmp_path):
+    run = runs.load(make_search(tmp_path, seeds=(0,)))
+    run.config["config"]["search"]["metric"] = "loss"
+    points = intrinsic.points(run)
+    figure = plots.intrinsic(points, intrinsic.estimate(points, 0.95, "loss"))
+    (axes,) = figure.axes
+    assert figure.get_supylabel() == "final eval loss (nats)" and axes.get_title().startswith(
+        "d95 ="
+    )
+    assert not axes.containers[0].has_yerr and not axes.patches and draws(figure)

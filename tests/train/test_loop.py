@@ -24,7 +24,7 @@ def train(workdir, c):
     said = []
     groups = loop.prepare(config.members(c), said.append)
     terminal = loop.Terminal(said.append, lambda done, total: None, lambda row: None)
-    return loop.train(workdir, groups, terminal), said
+    return loop.train(workdir, groups, terminal)[0], said
 
 
 def contents(workdir):
@@ -45,4 +45,19 @@ def test_an_offloaded_optimiser_resumes_bit_for_bit(members, tmp_path):
     shutil.rmtree(torn / "adapters")
     _, said = train(torn, members)
     assert any("continues at step 4 of 6" in line for line in said)
+    assert contents(torn) == contents(whole)
+
+
+def test_groups_that_are_done_keep_their_lines_when_a_later_one_continues(members, tmp_path):
+    members.train.steps = 4
+    members.sweep.seed, members.sweep.method = (), ("lora", "bitfit")
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    whole.mkdir()
+    train(whole, members)
+    shutil.copytree(whole, torn)
+    shutil.rmtree(torn / "checkpoints/1-0/4")
+    train(torn, members)
+    assert contents(torn) == contents(whole)
+    shutil.rmtree(torn / "checkpoints/0-0/4")  # what comes after it is cut off, and done again
+    train(torn, members)
     assert contents(torn) == contents(whole)

@@ -1,0 +1,35 @@
+"""How many dimensions does a network need to read digits? d90 of 8 x 8 images, on a laptop's CPU.
+
+    python -m lorax.run --config=configs/intrinsic_dimension_digits.py
+
+Training in random subspaces (Li et al. 2018, arXiv:1804.08838) of growing dimension d, beside full
+fine-tuning and LoRA; d90 is the smallest d with 90% of full fine-tuning's accuracy. First a grid of
+d at three learning rates and one seed, then dimensions inside the bracket with three seeds. The
+images are scikit-learn's, which ship with it. Expected: see experiments/intrinsic_dimension.
+"""
+
+from lorax.config import default
+
+
+def get_config(arg=None):
+    config = default()
+    config.base = "random:mlp-64-64-64-10"  # 8,970 parameters
+    config.task.name = "digits"
+    config.method.name = "subspace"
+    config.method.targets = ("all-linear",)  # LoRA's
+    config.train.batch_size = 64
+    config.train.steps = 600
+    config.train.schedule = "constant"
+    config.train.warmup = 0
+    config.train.clip = 0.0
+    config.eval.every = 300
+    config.eval.examples = 10_000  # all
+    config.eval.batch_size = 64
+    config.sweep.dim = (10, 25, 63, 160, 400, 1000)
+    config.sweep.lr = (3e-3, 1e-2, 3e-2)
+    config.search.threshold = 0.9
+    config.search.metric = "accuracy"
+    config.search.baseline_lr = (3e-4, 1e-3, 3e-3)
+    config.search.seeds = (0, 1, 2)
+    config.search.lora_ranks = (1, 2, 4)
+    return config

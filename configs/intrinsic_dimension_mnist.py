@@ -1,0 +1,65 @@
+"""The intrinsic dimension of MNIST: published d90 is 750 (fully connected) and 290 (LeNet).
+
+    python -m lorax.run --config=configs/intrinsic_dimension_mnist.py \\
+        --config.task.path=mnist.npz
+
+After Li et al. 2018 (arXiv:1804.08838), sections 3.1 and 3.2: both networks on plain and on
+shuffled pixels. Shuffled, the fully connected one needs no more, LeNet 1,400. `:width` takes fully
+connected networks of 2 hidden layers of 50 to 400 units, `:depth` those of 1 to 5 layers of 200,
+`:grid` all combinations: over these 20 networks the parameters differ by a factor of 24, d90 by
+1.33 (figure 3). The first command needs no path where LORAX_DATA names a folder with
+mnist/mnist.npz in it.
+
+    python -m lorax.run --config=configs/intrinsic_dimension_mnist.py:width
+    python -m lorax.run --config=configs/intrinsic_dimension_mnist.py:depth
+    python -m lorax.run --config=configs/intrinsic_dimension_mnist.py:grid
+
+Expected: see experiments/intrinsic_dimension.
+"""
+
+import os
+
+from lorax.config import default
+
+WIDTHS = (50, 100, 200, 400)
+DEPTHS = (1, 2, 3, 4, 5)  # hidden layers
+
+
+def mlp(width, depth):
+    return "-".join(map(str, ("random:mlp", 784, *[width] * depth, 10)))
+
+
+#: argument -> (bases, whether pixels are shuffled)
+VARIANTS = {
+    None: (("random:mnist-fc", "random:mnist-lenet"), (False, True)),
+    "width": (tuple(mlp(width, 2) for width in WIDTHS), ()),
+    "depth": (tuple(mlp(200, depth) for depth in DEPTHS), ()),
+    "grid": (tuple(mlp(width, depth) for width in WIDTHS for depth in DEPTHS), ()),
+}
+
+
+def get_config(arg=None):
+    if arg not in VARIANTS:
+        known = ", ".join(filter(None, VARIANTS))
+        raise ValueError(f"configs/intrinsic_dimension_mnist.py:{arg}: one of {known} is expected")
+    config = default()
+    config.task.name = "mnist"
+    data = os.environ.get("LORAX_DATA")
+    config.task.path = os.path.join(data, "mnist", "mnist.npz") if data else None
+    config.method.name = "subspace"
+    config.train.batch_size = 128
+    config.train.steps = 4690  # 10 epochs
+    config.train.schedule = "constant"
+    config.train.warmup = 0
+    config.train.clip = 0.0
+    config.eval.every = 469
+    config.eval.examples = 10_000  # all
+    config.eval.batch_size = 500
+    config.sweep.base, config.sweep.shuffle = VARIANTS[arg]
+    config.sweep.dim = (50, 125, 300, 750, 1800, 4500)
+    config.sweep.lr = (1e-3, 3e-3, 1e-2)
+    config.search.threshold = 0.9
+    config.search.metric = "accuracy"
+    config.search.baseline_lr = (3e-4, 1e-3, 3e-3)
+    config.search.seeds = (0, 1, 2)
+    return config

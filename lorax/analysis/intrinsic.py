@@ -1,0 +1,386 @@
+"""The intrinsic dimension: the smallest random subspace in which training is nearly as good.
+
+Li et al. 2018 (arXiv:1804.08838, section 2) train theta = theta_0 + P theta_d and call d_int90 the
+smallest d whose validation accuracy is 90% of the best direct baseline's; Aghajanyan et al. 2020
+(arXiv:2012.13255, section 3) carry it over to fine-tuning, as d90. Both tried a grid of d. Here
+the curve between the tested d is made monotone and followed, which gives d90 an interval; "the
+smallest tested d" stands beside it.
+
+The functions go from table to table. A table of points has a row a member:
+
+    member     its number
+    kind       "subspace", "full" (the baseline) or "lora"
+    condition  "base=..., shuffle=True": what tells one d90 from another, "" where there is one
+    shared     that part of it in which the baseline differs too
+    method, dim (NaN where there is none), lr, seed
+    params     trainable parameters
+    status     "finished" or "diverged"
+    start      the metric before training
+    value      the metric after it; of a diverged member `start`, as if it had learned nothing
+
+A loss is better where it is lower, any other metric where it is higher.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from sklearn.isotonic import IsotonicRegression
+
+from lorax.analysis import runs
+from lorax.config import AXES, REFINED_LRS, shared_axes
+
+#: 97.5% quantiles of Student's t for 1 to 30 degrees of freedom
+T975 = (
+    (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+    + (2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860)
+    + (2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423)
+)
+
+
+class Crossing(NamedTuple):
+    """Where a curve reaches a level. verdict: "reached", "below" (the smallest size reaches it
+    already) or "not reached" (the largest does not). size: where, NaN but for "reached"."""
+
+    verdict: str
+    size: float
+
+
+def points(run: runs.Run) -> pd.DataFrame:
+    """The table of points of a search's run directory, members that are not done left out."""
+    config = run.config["config"]
+    metric = config["search"]["metric"]
+    table = runs.summary(run)
+    axes = conditions(run, table)
+    shared = shared_axes(axes)
+    dims = table["dim"] if "dim" in table else pd.Series(np.nan, table.index)
+    kind = table["method"].where(table["method"] == "full", "lora").where(dims.isna(), "subspace")
+    labels = [_label(row, axes if k == "subspace" else shared)
+              for k, (_, row) in zip(kind, table.iterrows(), strict=True)]  # fmt: skip
+    found = pd.DataFrame(
+        {
+            "member": table["member"],
+            "kind": kind,
+            "condition": labels,
+            "shared": [_label(row, shared) for _, row in table.iterrows()],
+            "method": table["method"],
+            "dim": dims.astype(float),
+            "lr": table["lr"].astype(float),
+            "seed": table["seed"],
+            "params": table["trainable_params"],
+            "status": table["status"],
+        }
+    )
+    if metric == "loss":
+        found["start"], found["value"] = table["base_loss"], table["final_loss"]
+    else:
+        found["start"] = _at_start(run, metric).reindex(table.index).fillna(0.0)
+        found["value"] = table[metric].astype(float) if metric in table else np.nan
+    found["value"] = found["value"].fillna(found["start"])
+    return found[table["status"] != "running"]
+
+
+def conditions(run: runs.Run, table: pd.DataFrame) -> list[str]:
+    """The axes that tell one d90 from another, of those that `table` (of `runs.summary`) has."""
+    swept = run.config["config"]["sweep"]
+    axes = [axis for axis in AXES if swept.get(axis) and axis not in ("dim", "lr", "seed")]
+    return [axis for axis in axes if axis in table]
+
+
+def _at_start(run: runs.Run, metric: str) -> pd.Series:
+    """{member: score at step 0}; scores of texts are not measured then."""
+    if metric not in run.metrics:
+        return pd.Series(dtype=float)
+    first = run.metrics[(run.metrics["split"] == "eval") & (run.metrics["step"] == 0)]
+    return first.groupby("member")[metric].last()
+
+
+def _label(row: pd.Series, axes) -> str:
+    return ", ".join(f"{axis}={_text(row[axis])}" for axis in axes)
+
+
+def _text(value: Any) -> str:
+    if value is None or value != value:
+        return "all"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# ---------------------------------------------------------------------------------------- estimate
+
+
+def needed(start: float, full: float, threshold: float, metric: str) -> float:
+    """The value to be reached, when full fine-tuning leads from `start` to `full`.
+
+    Of a score it is the share `threshold` of `full` (Li et al., section 2). A loss has no zero to
+    take a share from: here it is `start` - `threshold` (`start` - `full`), that share of the
+    improvement. That is our reading, in the spirit of Li et al.'s rewards, which they shift so that
+    the worst is 0.
+    """
+    return start - threshold * (start - full) if metric == "loss" else threshold * full
+
+
+def rates(rows: pd.DataFrame, metric: str) -> list[float]:
+    """The learning rates of points of one size, best first: by the mean over seeds, those with the
+    most seeds before the others, which a lucky seed might favour."""
+    by = rows.groupby("lr")["value"].agg(["mean", "size"]).reset_index()
+    by["mean"] *= _sign(metric)
+    return by.sort_values(["size", "mean", "lr"], ascending=[False, False, True])["lr"].tolist()
+
+
+def tuned(rows: pd.DataFrame, by: str, metric: str) -> pd.DataFrame:
+    """The points at the best learning rate of each size. by: "dim" or "params"."""
+    best = {size: rates(group, metric)[0] for size, group in rows.groupby(by)}
+    return rows[rows["lr"] == rows[by].map(best)].sort_values([by, "seed"])
+
+
+def crossing(sizes, values, level: float, metric: str) -> Crossing:
+    """Where values (n,) at ascending sizes (n,) reach a level.
+
+    The values are made monotone in size by isotonic regression, since a larger subspace holds no
+    less, and followed linearly in log(size).
+    """
+    x, sign = np.log(np.asarray(sizes, float)), _sign(metric)
+    y = IsotonicRegression().fit_transform(x, sign * np.asarray(values, float))
+    reached = np.flatnonzero(y >= sign * level)
+    if not len(reached):
+        return Crossing("not reached", np.nan)
+    i = reached[0]
+    if i == 0:
+        return Crossing("below", np.nan)
+    t = (sign * level - y[i - 1]) / (y[i] - y[i - 1])
+    return Crossing("reached", float(np.exp(x[i - 1] + t * (x[i] - x[i - 1]))))
+
+
+def interval(sizes) -> tuple[float, float, float]:
+    """Geometric mean of sizes (n,) with its 95% confidence interval: Student's t on log(size). NaN
+    for the interval of one."""
+    logs = np.log(np.asarray(sizes, float))
+    n, mean = len(logs), logs.mean()
+    half = _t975(n - 1) * logs.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
+    return tuple(float(np.exp(x)) for x in (mean, mean - half, mean + half))
+
+
+def _t975(degrees: int) -> float:
+    """Past the table, the first terms in 1 / degrees (Abramowitz and Stegun, 26.7.5)."""
+    if degrees <= len(T975):
+        return T975[degrees - 1]
+    z = 1.959964
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3
+
+
+def crossings(rows: pd.DataFrame, by: str, level: float, metric: str) -> dict[str, Any]:
+    """What points at their best learning rates say of the size that reaches a level.
+
+    Each seed's own curve crosses it somewhere, and the estimate is the geometric mean over seeds.
+    Where only some do, it is where the curve of the means crosses, without an interval, and the
+    verdict is "partly reached". Returns verdict, size, low and high (95%; NaN for one seed), n (how
+    many seeds cross), seeds (of how many), by_seed (in words), smallest (tested size whose mean
+    reaches the level, the published definition; NaN where none does), tested_min, tested_max.
+    """
+    means = rows.groupby(by)["value"].mean()
+    passing = means.index[_sign(metric) * means >= _sign(metric) * level]
+    of_means = crossing(means.index, means, level, metric)
+    each = {
+        seed: crossing(own[by], own["value"], level, metric) for seed, own in rows.groupby("seed")
+    }
+    found = [c.size for c in each.values() if c.verdict == "reached"]
+    verdict, size, low, high = of_means.verdict, of_means.size, np.nan, np.nan
+    if len(found) == len(each):
+        verdict, (size, low, high) = "reached", interval(found)
+    elif verdict == "reached":
+        verdict = "partly reached"
+    words = lambda c: f"{c.size:.4g}" if c.verdict == "reached" else c.verdict
+    return {
+        "verdict": verdict,
+        "size": size,
+        "low": low,
+        "high": high,
+        "n": len(found),
+        "seeds": len(each),
+        "by_seed": "; ".join(f"seed {seed}: {words(c)}" for seed, c in each.items()),
+        "smallest": passing.min() if len(passing) else np.nan,
+        "tested_min": means.index.min(),
+        "tested_max": means.index.max(),
+    }
+
+
+def baseline(table: pd.DataFrame, shared: str, metric: str) -> dict[str, float]:
+    """What full fine-tuning reaches: start, baseline (best over learning rates of the mean over
+    seeds), its baseline_lr, baseline_n (seeds), full_params. NaN where there is none."""
+    full = table[(table["kind"] == "full") & (table["shared"] == shared)]
+    names = ("start", "baseline", "baseline_lr", "baseline_n", "full_params")
+    if full.empty:
+        return dict.fromkeys(names, np.nan)
+    best = tuned(full, "params", metric)
+    row = best.iloc[0]
+    values = best["start"].mean(), best["value"].mean(), row["lr"], len(best), row["params"]
+    return dict(zip(names, values, strict=True))
+
+
+def estimate(table: pd.DataFrame, threshold: float, metric: str) -> pd.DataFrame:
+    """The intrinsic dimension of every condition: a row each.
+
+    table: of points. Columns: condition, method, metric, threshold; those of `baseline`; needed;
+    those of `crossings` over dim, `size` called d; full_over_d = full_params / d; and for LoRA, the
+    trainable parameters at which it reaches the same: lora_params, lora_low, lora_high,
+    lora_verdict ("" where it was not tried). The verdict is "no baseline" where full fine-tuning
+    is missing or no better than no training.
+    """
+    rows = []
+    subspaces = table[table["kind"] == "subspace"]
+    for condition, own in subspaces.groupby("condition", sort=False):
+        shared = own["shared"].iloc[0]
+        reference = baseline(table, shared, metric)
+        level = needed(reference["start"], reference["baseline"], threshold, metric)
+        found = crossings(tuned(own, "dim", metric), "dim", level, metric)
+        gain = _sign(metric) * (reference["baseline"] - reference["start"])
+        if not gain > 0:
+            found |= dict.fromkeys(("size", "low", "high", "smallest"), np.nan)
+            found |= {"verdict": "no baseline", "n": 0, "by_seed": ""}
+        lora = table[(table["kind"] == "lora") & (table["shared"] == shared)]
+        other = {"verdict": "", "size": np.nan, "low": np.nan, "high": np.nan}
+        if len(lora) and gain > 0:
+            other = crossings(tuned(lora, "params", metric), "params", level, metric)
+        d = found.pop("size")
+        rows.append(
+            {
+                "condition": condition,
+                "method": own["method"].iloc[0],
+                "metric": metric,
+                "threshold": threshold,
+                **reference,
+                "needed": level,
+                "d": d,
+                **found,
+                "full_over_d": reference["full_params"] / d,
+                "lora_params": other["size"],
+                "lora_low": other["low"],
+                "lora_high": other["high"],
+                "lora_verdict": other["verdict"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+# ------------------------------------------------------------------------------------------ refine
+
+
+def refine(
+    table: pd.DataFrame, threshold: float, metric: str, inside: int, seeds: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """What the next round should train: {"like": a member of the condition, "dim", "lr", "seed"}.
+
+    A condition's bracket is the largest d up to which every seed fails, and the smallest from which
+    on every seed succeeds. Into it go `inside` dimensions, evenly spaced in log(d), and both its
+    ends, so that these get all the seeds as well. Where the smallest d succeeds already (or the
+    largest fails), one d beyond it is tried, at the ratio of the two outermost, but at least 1 (at
+    most the baseline's parameters). Each is trained at the two best learning rates of the nearest
+    d there is. A pure function of the table; what it asks for may have been trained already.
+    """
+    asked = []
+    for _, own in table[table["kind"] == "subspace"].groupby("condition", sort=False):
+        reference = baseline(table, own["shared"].iloc[0], metric)
+        gain = _sign(metric) * (reference["baseline"] - reference["start"])
+        if not gain > 0:
+            continue
+        level = needed(reference["start"], reference["baseline"], threshold, metric)
+        best = tuned(own, "dim", metric)
+        for dim in _next_dims(best, level, metric, inside, reference["full_params"]):
+            nearest = min(best["dim"].unique(), key=lambda d: (abs(np.log(d / dim)), d))
+            lrs = rates(own[own["dim"] == nearest], metric)[:REFINED_LRS]
+            like = int(own["member"].iloc[0])
+            asked += [
+                {"like": like, "dim": dim, "lr": lr, "seed": seed}
+                for lr in sorted(lrs)
+                for seed in seeds
+            ]
+    return asked
+
+
+def _next_dims(best, level, metric, inside, most) -> list[int]:
+    """Dimensions in and at the ends of the bracket, ascending, or one beyond the tested ones."""
+    succeeds = _sign(metric) * best["value"] >= _sign(metric) * level
+    some, all_ = (succeeds.groupby(best["dim"]).agg(how) for how in ("any", "all"))
+    dims = some.index.to_numpy(int)
+    fails = np.cumsum(some.to_numpy()) == 0  # here and at every smaller d
+    holds = np.cumprod(all_.to_numpy()[::-1])[::-1] == 1  # here and at every larger d
+    if not fails.any():
+        down = round(dims[0] * dims[0] / dims[1]) if len(dims) > 1 else dims[0] // 2
+        return [max(1, down), int(dims[0])] if dims[0] > 1 else []
+    if not holds.any():
+        up = round(dims[-1] * dims[-1] / dims[-2]) if len(dims) > 1 else 2 * dims[-1]
+        return [int(dims[-1]), up] if up <= most else []
+    low, high = dims[fails].max(), dims[holds].min()
+    return sorted({round(d) for d in np.geomspace(low, high, inside + 2).tolist()})
+
+
+# ------------------------------------------------------------------------------------------- words
+
+
+def name(threshold: float) -> str:
+    """ "d90" for 0.9."""
+    return f"d{100 * threshold:g}"
+
+
+def brief(row: pd.Series) -> str:
+    """ "d90 = 612", "d90 > 1,000"... row: of `estimate`."""
+    called = name(row["threshold"])
+    return {
+        "reached": f"{called} = {count(row['d'])}",
+        "partly reached": f"{called} ≈ {count(row['d'])}",
+        "below": f"{called} ≤ {count(row['tested_min'])}",
+        "not reached": f"{called} > {count(row['tested_max'])}",
+        "no baseline": f"{called} unknown",
+    }[row["verdict"]]
+
+
+def headline(row: pd.Series) -> str:
+    """One sentence on a condition. row: of `estimate`."""
+    of_all = f"of D = {count(row['full_params'])}"
+    share = f"{of_all}: {100 / row['full_over_d']:.2g}% of the parameters"
+    spread = f"95% CI {count(row['low'])} to {count(row['high'])}, {row['n']} seeds"
+    spread = spread if row["n"] > 1 else "one seed, so no interval"
+    partly = f"where the mean's curve crosses; {row['n']} of {row['seeds']} seeds do, no interval"
+    return (
+        f"{brief(row)}"
+        + {
+            "reached": f" ({spread}) {share}.",
+            "partly reached": f" ({partly}) {share}.",
+            "below": f" {of_all}: the smallest d tested reaches it.",
+            "not reached": f" {of_all}: no curve over the d tested reaches it.",
+            "no baseline": ": full fine-tuning is missing, or no better than no training.",
+        }[row["verdict"]]
+    )
+
+
+def shown(row: pd.Series) -> dict[str, str]:
+    """What a table says of a condition, by heading. row: of `estimate`."""
+    called, known = name(row["threshold"]), row["verdict"] != "no baseline"
+    seeds = f" ({row['n']} of {row['seeds']} seeds)" if row["seeds"] > 1 else " (one seed)"
+    both = f"{count(row['low'])} to {count(row['high'])}" if row["low"] == row["low"] else "–"
+    lora = count(row["lora_params"])
+    return {
+        "condition": row["condition"] or row["method"],
+        f"{row['metric']} of full fine-tuning": f"{row['baseline']:.4f}" if known else "–",
+        "needed": f"{row['needed']:.4f}" if known else "–",
+        called: brief(row).removeprefix(called).removeprefix(" = ").strip(),
+        "95% interval": both,
+        "smallest d tested": count(row["smallest"]),
+        "verdict": row["verdict"] + seeds * row["verdict"].endswith("reached") * (row["n"] > 0),
+        "D": count(row["full_params"]),
+        f"D/{called}": count(row["full_over_d"]),
+        "LoRA parameters": (row["lora_verdict"] or "–") if lora == "–" else lora,
+    }
+
+
+def count(size: float) -> str:
+    """A number of dimensions: "1,234", "3.27", "–" for NaN."""
+    if size != size:
+        return "–"
+    return f"{size:,.0f}" if size >= 100 or size == round(size) else f"{size:.3g}"
+
+
+def _sign(metric: str) -> int:
+    return -1 if metric == "loss" else 1
