@@ -1,0 +1,44 @@
+"""How many dimensions does fine-tuning a language model need? d90 of gpt2-nano on `restaurants`.
+
+    python -m lorax.run --config=configs/intrinsic_dimension_gpt2_nano.py
+
+After Aghajanyan et al. 2020 (arXiv:2012.13255): fine-tuning in a random subspace of all parameters
+(DID) and with a scale a layer (SAID), beside full fine-tuning and LoRA, whose own number of
+parameters for the same loss stands in the last column. d90 is the smallest d with 90% of the fall
+of the loss that full fine-tuning reaches. With a folder of checkpoints, d90 over pretraining:
+
+    python experiments/gpt2_nano/pretrain.py --data=DIR --output=CHECKPOINTS/final \\
+        --checkpoints=CHECKPOINTS
+    python -m lorax.run --config=configs/intrinsic_dimension_gpt2_nano.py:CHECKPOINTS
+
+Expected: see experiments/intrinsic_dimension.
+"""
+
+from pathlib import Path
+
+from lorax.config import default
+
+
+def get_config(arg=None):
+    config = default()
+    config.method.name = "subspace"
+    config.method.targets = ("all-linear",)  # LoRA's
+    config.train.batch_size = 8
+    config.train.steps = 150
+    config.eval.every = 150
+    config.eval.examples = 128
+    config.sweep.dim = (1_000, 4_000, 16_000, 64_000)
+    config.sweep.lr = (3e-2, 1e-1)
+    config.search.threshold = 0.9
+    config.search.metric = "loss"
+    config.search.baseline_lr = (2e-3, 4e-3)
+    config.search.seeds = (0, 1, 2)
+    config.search.points = 2
+    if arg is None:
+        config.sweep.method = ("subspace", "said")
+        config.search.lora_ranks = (4, 16, 64)
+    else:
+        steps = lambda path: int(path.name.removeprefix("step"))
+        config.sweep.base = tuple(map(str, sorted(Path(arg).glob("step*"), key=steps)))
+        config.sweep.base += ("gpt2-nano",)
+    return config
