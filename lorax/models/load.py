@@ -127,7 +127,8 @@ def _build(name: str, weights: bool, dtype, param_dtype, run: dict):
     source, model = FAMILIES[family]
     unknown = [field for field in run if field not in config_fields(family)]
     if unknown:
-        raise ValueError(f"base: {name} ({family}) has no {', '.join(unknown)} to set")
+        why = ": only encoders take a head for texts with labels" if "head" in unknown else ""
+        raise ValueError(f"base: {name} ({family}) has no {', '.join(unknown)} to set{why}")
     config = source.config_from_hf(raw, dtype=dtype, **run)
     module = model(config)
     example = source.example(config) if hasattr(source, "example") else jnp.zeros((1, 1), jnp.int32)
