@@ -112,6 +112,8 @@ def _build(name: str, weights: bool, dtype, param_dtype, run: dict):
     shaped = architecture(bare) if random and not Path(bare).is_dir() else None
     if shaped:
         directory, raw = None, shaped
+    elif not Path(bare).is_dir() and (architecture(bare) or {}).get("model_type") in WHOLE:
+        raise FileNotFoundError(f"base: {name} has no weights to load; random:{name} draws some")
     else:
         directory = find(bare, weights)
         raw = read_json(directory / "config.json")
@@ -163,7 +165,7 @@ def _seeded(name: str) -> tuple[str, int]:
 def config_fields(family: str) -> tuple[str, ...]:
     """Names of the fields of a family's Config."""
     _, model = FAMILIES[family]
-    return tuple(model.__annotations__["config"].__dataclass_fields__)
+    return tuple(model.__dataclass_fields__["config"].type.__dataclass_fields__)
 
 
 def save(directory: str | Path, base: Base) -> None:

@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 import lorax
 from lorax import models, tree
 from lorax.models import gpt2
-from lorax.models.load import positions, skeleton
+from lorax.models.load import FAMILIES, WHOLE, config_fields, positions, skeleton
 
 CONFIG = dict(vocab_size=20, n_positions=6, n_embd=8, n_layer=3, n_head=2)
 
@@ -221,6 +221,13 @@ def test_a_lenet_of_too_small_images(tmp_path):
     assert lorax.load(f"random:{tmp_path}").params["dense_1"]["kernel"].shape == (16, 120)
 
 
+def test_every_family_says_what_can_be_set():
+    for family, (source, _) in FAMILIES.items():
+        fields = config_fields(family)
+        assert "dtype" in fields and (family in WHOLE) == ("remat" not in fields), family
+        assert family in WHOLE or fields == tuple(source.Config.__dataclass_fields__)
+
+
 # ----------------------------------------------------------------------------------- what does not
 
 
@@ -327,6 +334,7 @@ def test_a_damaged_directory_is_one_clear_error(directory, name):
         ("/no/such/folder", "no directory /no/such/folder"),
         ("./nothing", "no directory ./nothing"),
         ("a/b/c", "no directory a/b/c"),
+        ("mnist-fc", "base: mnist-fc has no weights to load; random:mnist-fc draws some"),
     ],
 )
 def test_a_name_that_leads_nowhere_says_what_to_do(name, message):
