@@ -304,3 +304,93 @@ def test_methods_that_peft_has_leave_its_files_and_others_say_why(tmp_path):
     assert (tmp_path / "run/report.html").stat().st_size
     found, missing = runs.adapters(runs.load(tmp_path / "run"), (0, 1))
     assert not found and "IA3" in missing[0] and "no such file" in missing[1]
+
+
+SEARCH = """
+import jax
+import jax.numpy as jnp
+
+from lorax import methods, tree
+from lorax.config import default
+
+
+def subspace(dim=8):
+    \"\"\"The biases in a random subspace: stands in where lorax has no such method.\"\"\"
+    most = 512
+
+    def init(key, params, sites=None, targets=None, pad=None, evidence=None):
+        flat = {p: x for p, x in tree.flatten(params).items() if p.endswith("bias")}
+        keys = jax.random.split(key, len(flat))
+        draw = lambda key, x: jax.random.normal(key, (most, x.size)) / jnp.sqrt(x.size)
+        fixed = {p: {"p": draw(k, x)} for k, (p, x) in zip(keys, flat.items())}
+        fixed["theta"] = {"mask": (jnp.arange(most) < dim).astype(jnp.float32)}
+        return methods.State({"theta": {"z": jnp.zeros(most)}}, tree.unflatten(fixed))
+
+    def bind(trainable, constants, params, key=None, sites=None):
+        flat = tree.flatten(params)
+        own = methods.joined(trainable, constants)
+        z = own["theta"]["z"] * own["theta"]["mask"]
+        for path in sorted(set(own) - {"theta"}):
+            flat[path] = flat[path] + (z @ own[path]["p"]).reshape(flat[path].shape)
+        return tree.unflatten(flat)
+
+    count = lambda params, sites=None: dim
+    return methods.Method("subspace", {"dim": dim}, init, bind, None, count)
+
+
+methods.METHODS.setdefault("subspace", subspace)
+
+
+def get_config(arg=None):
+    c = default()
+    c.method.name = "subspace"
+    c.train.update(steps=8, batch_size=4, seq_len=96, warmup=0)
+    c.eval.update(every=2, examples=8, batch_size=8)
+    c.task.n_train = 64
+    c.sweep.dim, c.sweep.lr, c.sweep.shuffle = (8, 64), (2e-2, 1e30), ()
+    c.search.update(threshold=0.9, baseline_lr=(1e-3,), seeds=(0, 1), points=2, rounds=1)
+    return c
+"""
+
+
+@pytest.mark.slow  # a search, and another that is killed
+def test_a_search_that_is_killed_in_its_second_round_is_bit_identical(tmp_path):
+    (tmp_path / "search.py").write_text(SEARCH)
+    arguments = lambda name: (f"--config={tmp_path / 'search.py'}", f"--workdir={tmp_path / name}")
+    whole = run(*arguments("whole"))
+    assert whole.returncode == 0, whole.stderr
+    assert "6 members" in whole.stdout.splitlines()[0] and "search: round 1 of 1" in whole.stdout
+    assert "Intrinsic dimension (d90)" in whole.stdout
+    listed = members(tmp_path / "whole")
+    assert [m["member"] for m in listed] == list(range(len(listed))) and len(listed) > 6
+    assert [m["method"] for m in listed[:6]] == ["subspace"] * 4 + ["full"] * 2
+    groups = [m["group"] for m in listed]
+    assert groups[:6] == [0] * 4 + [1] * 2 and set(groups[6:]) == {2}
+    settings = [(m["method"], m["dim"], m["lr"], m["seed"]) for m in listed if "dim" in m]
+    assert len(set(settings)) == len(settings)
+    status = json.loads((tmp_path / "whole/status.json").read_text())
+    assert set(status["members"]) == {str(m["member"]) for m in listed}
+    page = (tmp_path / "whole/report.html").read_text()
+    assert page.index("Intrinsic dimension") < page.index("What was run")
+
+    killed = tmp_path / "killed"
+    in_round_1 = lambda d: (d / "checkpoints/2-0/2").exists()
+    kill_when(killed, in_round_1, arguments("killed"))
+    assert json.loads((killed / "status.json").read_text())["state"] == "running"
+    last = run(*arguments("killed"))
+    assert last.returncode == 0, last.stderr
+    assert "group 2: continues at step" in last.stdout and not last.stderr
+    assert result(killed) == result(tmp_path / "whole")
+    read = lambda name, file: (tmp_path / name / file).read_bytes()
+    for file in ("members.jsonl", "analysis/intrinsic.csv", "analysis/intrinsic_points.csv"):
+        assert read("killed", file) == read("whole", file)
+
+
+def test_a_search_goes_by_what_the_task_measures(tmp_path):
+    (tmp_path / "search.py").write_text(SEARCH)
+    done = run(
+        f"--config={tmp_path / 'search.py'}", "--config.search.metric=acuracy",
+        f"--workdir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert done.returncode == 2 and "search.metric: 'acuracy' given" in done.stderr
+    assert "measures loss" in done.stderr and not (tmp_path / "run").exists()
