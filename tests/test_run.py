@@ -337,3 +337,60 @@ def test_a_network_of_random_weights_learns_images(tmp_path):
     assert stored("1") == {"adapter_model.safetensors", "adapter_config.json"}
     assert {*loaded.adapter(1)} == {"dense_1", "head"}
     assert (workdir / "report.html").stat().st_size and list((workdir / "figures").glob("*.png"))
+
+
+SEARCH = """
+from lorax.config import default
+
+def get_config(arg=None):
+    c = default()
+    c.base, c.task.name, c.method.name = "random:mlp-64-16-10", "digits", "subspace"
+    c.train.update(steps=8, batch_size=64, warmup=0)
+    c.eval.update(every=2, batch_size=120, examples=360)
+    c.sweep.dim, c.sweep.lr = (8, 64), (0.3, 1e30)
+    c.search.update(threshold=0.9, baseline_lr=(1e-2,), seeds=(0, 1), points=2, rounds=1)
+    c.search.metric = "accuracy"
+    return c
+"""
+
+
+def test_a_search_that_is_killed_in_its_second_round_is_bit_identical(tmp_path):
+    (tmp_path / "search.py").write_text(SEARCH)
+    arguments = lambda name: (f"--config={tmp_path / 'search.py'}", f"--workdir={tmp_path / name}")
+    whole = run(*arguments("whole"))
+    assert whole.returncode == 0, whole.stderr
+    assert "6 members" in whole.stdout.splitlines()[0] and "search: round 1 of 1" in whole.stdout
+    assert "Intrinsic dimension (d90)" in whole.stdout
+    listed = members(tmp_path / "whole")
+    assert [m["member"] for m in listed] == list(range(len(listed))) and len(listed) > 6
+    assert [m["method"] for m in listed[:6]] == ["subspace"] * 4 + ["full"] * 2
+    groups = [m["group"] for m in listed]
+    assert groups[:6] == [0] * 4 + [1] * 2 and set(groups[6:]) == {2}
+    settings = [(m["method"], m["dim"], m["lr"], m["seed"]) for m in listed if "dim" in m]
+    assert len(set(settings)) == len(settings)
+    status = json.loads((tmp_path / "whole/status.json").read_text())
+    assert set(status["members"]) == {str(m["member"]) for m in listed}
+    page = (tmp_path / "whole/report.html").read_text()
+    assert page.index("Intrinsic dimension") < page.index("What was run")
+
+    killed = tmp_path / "killed"
+    in_round_1 = lambda d: (d / "checkpoints/2-0/2").exists()
+    kill_when(killed, in_round_1, arguments("killed"))
+    assert json.loads((killed / "status.json").read_text())["state"] == "running"
+    last = run(*arguments("killed"))
+    assert last.returncode == 0, last.stderr
+    assert "group 2: continues at step" in last.stdout and not last.stderr
+    assert result(killed) == result(tmp_path / "whole")
+    read = lambda name, file: (tmp_path / name / file).read_bytes()
+    for file in ("members.jsonl", "analysis/intrinsic.csv", "analysis/intrinsic_points.csv"):
+        assert read("killed", file) == read("whole", file)
+
+
+def test_a_search_goes_by_what_the_task_measures(tmp_path):
+    (tmp_path / "search.py").write_text(SEARCH)
+    done = run(
+        f"--config={tmp_path / 'search.py'}", "--config.search.metric=acuracy",
+        f"--workdir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert done.returncode == 2 and "search.metric: 'acuracy' given" in done.stderr
+    assert "measures loss" in done.stderr and not (tmp_path / "run").exists()
