@@ -82,16 +82,32 @@ class LeNet(nn.Module):
                 f"images of {images.shape[1:]}, but image_size and num_channels say {c.image_shape}"
             )
         conv = functools.partial(
-            nn.Conv, kernel_size=(5, 5), padding="VALID", dtype=c.dtype, kernel_init=_he_normal
-        )
+            nn.Conv, kernel_size=(5, 5), padding="VALID", dtype=c.dtype, kernel_init=_he_normal,
+            conv_general_dilated=_as_product,
+        )  # fmt: skip
         dense = functools.partial(nn.Dense, dtype=c.dtype, kernel_init=_he_normal)
-        pool = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
-        x = pool(nn.relu(conv(6, name="conv_1")(images)))
-        x = pool(nn.relu(conv(16, name="conv_2")(x)))
+        x = _halved(nn.relu(conv(6, name="conv_1")(images)))
+        x = _halved(nn.relu(conv(16, name="conv_2")(x)))
         x = x.reshape(len(x), -1)
         x = nn.relu(dense(120, name="dense_1")(x))
         x = nn.relu(dense(84, name="dense_2")(x))
         return dense(c.labels, name="head")(x).astype(jnp.float32)
+
+
+def _as_product(x, kernel, strides, padding, **unused):
+    """`jax.lax.conv_general_dilated` without strides or padding, as one product with all patches:
+    x (B, height, width, C), kernel (k, k, C, F). With so few channels a step of training takes a
+    quarter of the time on a CPU."""
+    k, _, channels, features = kernel.shape
+    height, width = x.shape[1] - k + 1, x.shape[2] - k + 1
+    patches = [x[:, i : i + height, j : j + width] for i in range(k) for j in range(k)]
+    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(k * k * channels, features)
+
+
+def _halved(x):
+    """Maximum over squares of 2 x 2: (B, height, width, C) -> (B, height / 2, width / 2, C)."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
 
 
 _he_normal = nn.initializers.he_normal()
