@@ -163,10 +163,10 @@ def train(workdir: Path, groups: list[Group], terminal: Terminal) -> dict[int, d
     """Train all groups in turn, from the newest checkpoints; {member: its final row}.
 
     A row has "status" ("finished" or "diverged"), "diverged_at" (step or None), "eval_loss" (nats a
-    completion token, or a classifier's, None after divergence), "seconds", "step_ms" (of training
-    alone, both a member's share) and "scores" ({metric: value} of a classifier, or of the texts
-    that were asked for). Killed at any moment and called
-    again, the metrics and adapters come out bit for bit as without the interruption.
+    completion token, or a classifier's, or the squared error of values; None after divergence),
+    "seconds", "step_ms" (of training alone, both a member's share) and "scores" ({metric: value} of
+    a classifier, or of the texts that were asked for). Killed at any moment and called again, the
+    metrics and adapters come out bit for bit as without the interruption.
     """
     total = sum(len(g.stack.members) * g.stack.members[0].config.train.steps for g in groups)
     done, offset, rows = 0.0, 0, {}
