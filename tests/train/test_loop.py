@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from support import data
 
 from lorax import adapters, config, losses, tasks
 from lorax.interop import peft
@@ -91,6 +92,16 @@ def test_adapters_of_an_mlp_are_pefts(base, tmp_path):
     np.testing.assert_allclose(total / weight, rows[0]["eval_loss"], rtol=1e-5)
     assert rows[0]["scores"] == pytest.approx(task.scores(scores, task.eval["label"]))
     assert weight == 50
+
+
+def test_all_of_mnist_is_evaluated(tmp_path):
+    c = images("random:mnist-fc", "mnist")
+    c.task.path = str(data("mnist/mnist.npz"))
+    c.eval.update(every=4, examples=10_000, batch_size=600)  # the last batch is not full
+    rows, said = train(tmp_path, c)
+    assert any("32 train and 10,000 eval images of mnist.npz" in line for line in said)
+    right = rows[0]["scores"]["accuracy"] * 10_000
+    assert right == pytest.approx(round(right), abs=0.01) and right > 500
 
 
 @pytest.mark.parametrize("method", ["full", "bitfit"])
