@@ -97,7 +97,7 @@ def _patterns(word: str, known=WORDS) -> list[str]:
 
 def _available(sites) -> str:
     words = [w for w, p in WORDS.items() if any(re.fullmatch(p, path) for path in sites)]
-    return f"{', '.join(words)} and paths {', '.join(sites)}"
+    return f"{', '.join(words)}{' and ' * bool(words)}paths {', '.join(sites)}"
 
 
 def active_layers(layers: tuple[int, ...] | None, targets: Mapping, shapes: Mapping) -> dict:

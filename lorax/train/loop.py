@@ -204,10 +204,10 @@ def train(
     members that other calls have trained or may train, to tell the progress of the whole.
 
     A row has "status" ("finished" or "diverged"), "diverged_at" (step or None), "eval_loss" (nats a
-    completion token, or a classifier's, None after divergence), "seconds", "step_ms" (of training
-    alone, both a member's share) and "scores" ({metric: value} of a classifier, or of the texts
-    that were asked for). Killed at any moment and called
-    again, the metrics and adapters come out bit for bit as without the interruption.
+    completion token, or a classifier's, or the squared error of values; None after divergence),
+    "seconds", "step_ms" (of training alone, both a member's share) and "scores" ({metric: value} of
+    a classifier, or of the texts that were asked for). Killed at any moment and called again, the
+    metrics and adapters come out bit for bit as without the interruption.
     """
     total = before + member_steps([m for g in groups for m in g.stack.members]) + after
     done, rows = before, {}

@@ -170,3 +170,26 @@ def test_a_budget_passes_over_what_does_not_fit():
 def test_what_can_not_be_read_is_one_clear_error(pair, paths, kinds, message):
     with pytest.raises(ValueError, match=message):
         sensitivity.evidence(pair[0], rows(), paths, kinds)
+
+
+def test_of_arrays_the_inputs_are_the_scaled_pixels():
+    base = lorax.load("random:mlp-12-6-3")
+    rng = np.random.default_rng(0)
+    batches = {
+        "inputs": rng.integers(0, 256, (2, 5, 2, 6, 1)).astype(np.uint8),
+        "label": rng.integers(0, 3, (2, 5)).astype(np.int32),
+        "weight": np.ones((2, 5), np.float32),
+    }
+    paths = ("dense_1/kernel", "head/kernel")
+    read = sensitivity.evidence(base, batches, paths, ("gradient", "moments"))
+    pixels = batches["inputs"].reshape(10, 12).astype(np.float32) / 255
+    x = np.column_stack([pixels, np.ones(10)])
+    np.testing.assert_allclose(read["dense_1/kernel"]["moments"], x.T @ x, rtol=1e-5)
+
+    def loss(kernel):
+        params = base.params | {"head": base.params["head"] | {"kernel": kernel}}
+        nats = jax.nn.log_softmax(lorax.apply(base.module, params, pixels))
+        return -jnp.mean(nats[jnp.arange(10), batches["label"].reshape(10)])
+
+    want = jax.jit(jax.grad(loss))(base.params["head"]["kernel"])
+    np.testing.assert_allclose(read["head/kernel"]["gradient"], want, rtol=1e-4, atol=1e-7)

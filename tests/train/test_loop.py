@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from support import data
 
 from lorax import adapters, config, losses, tasks
 from lorax.interop import peft
@@ -108,6 +109,16 @@ def test_adapters_of_an_mlp_are_pefts(base, tmp_path):
     assert weight == 50
 
 
+def test_all_of_mnist_is_evaluated(tmp_path):
+    c = images("random:mnist-fc", "mnist")
+    c.task.path = str(data("mnist/mnist.npz"))
+    c.eval.update(every=4, examples=10_000, batch_size=600)  # the last batch is not full
+    rows, said = train(tmp_path, c)
+    assert any("32 train and 10,000 eval images of mnist.npz" in line for line in said)
+    right = rows[0]["scores"]["accuracy"] * 10_000
+    assert right == pytest.approx(round(right), abs=0.01) and right > 500
+
+
 @pytest.mark.parametrize("method", ["full", "bitfit"])
 def test_a_method_trains_what_it_says_and_no_head_beside(method):
     c = images("random:mlp-64-12-10")
@@ -146,7 +157,7 @@ def test_a_base_and_a_task_that_do_not_fit(base, task, message):
     [
         ("eval.generate", 3, "eval.generate: 3 given, task digits has no prompts"),
         ("train.remat", "full", r"random:mlp-64-10 \(mlp\) has no remat to set"),
-        ("method.targets", ("q",), "method.targets: 'q' matches nothing"),
+        ("method.targets", ("q",), "'q' matches nothing; there is paths head/kernel"),
         ("method.rank", 11, "method.rank: 11 given, but head/kernel is 64 x 10"),
     ],
 )
