@@ -264,7 +264,7 @@ def model_of(given) -> Model:
     """
     from lorax.errors import nearest
     from lorax.files import read_json
-    from lorax.models.load import FAMILIES, find
+    from lorax.models.load import FAMILIES, config_fields, find
 
     config = read_json(find(given.base, weights=False) / "config.json")
     family = config.get("model_type")
@@ -272,7 +272,7 @@ def model_of(given) -> Model:
         hint = nearest(str(family), FAMILIES)
         raise ValueError(f"base: {given.base} is a {family!r} model; {', '.join(FAMILIES)}{hint}")
     source, run = FAMILIES[family][0], {}
-    fields = source.Config.__dataclass_fields__
+    fields = config_fields(family)
     task_type = "CAUSAL_LM" if "vocab_size" in fields else None
     if "head" in fields:  # an encoder, which has one of several
         labels = _labels(given)

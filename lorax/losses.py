@@ -1,4 +1,4 @@
-"""Losses of a batch: next-token prediction that never holds all logits, and classification.
+"""Losses of a batch: next-token prediction that never holds all logits, classification, and values.
 
 Axes: B sequences, T tokens, D features, V vocabulary.
 """
@@ -15,7 +15,9 @@ ROWS = 256  # most tokens whose logits exist at a time
 
 
 def of(batch):
-    """`class_loss` for rows with a label, `lm_loss` for the others."""
+    """`array_loss` for rows with inputs, `class_loss` for texts with a label, else `lm_loss`."""
+    if "inputs" in batch:
+        return array_loss
     return class_loss if "label" in batch else lm_loss
 
 
@@ -118,9 +120,33 @@ def class_loss(module, params, batch, smoothing=0.0):
     tokens, segments, label = batch["tokens"], batch["segments"], batch["label"]
     scores = ops.apply(module, params, tokens, segments, batch["types"])
     if jnp.issubdtype(label.dtype, jnp.integer):
-        target = optax.smooth_labels(jax.nn.one_hot(label, scores.shape[-1]), smoothing)
-        losses = optax.softmax_cross_entropy(scores, target)
+        losses = _cross_entropy(scores, label, smoothing)
     else:
         losses = jnp.square(scores[:, 0] - label)
     weights = jnp.any(segments > 0, axis=1).astype(jnp.float32)
     return jnp.sum(weights * losses), jnp.sum(weights), scores
+
+
+def array_loss(module, params, batch, smoothing=0.0):
+    """(sum of weighted losses, sum of weights) of a model that reads arrays, and where labels are
+    classes, as a third, scores (B, k) float32.
+
+    batch: {"inputs": (B, ...) uint8, scaled to [0, 1] here, or float32; "label": (B,) int32, a
+    class (cross entropy in nats), or (B, k) float32, values (squared error, the mean over the k);
+    "weight": (B,) float32}.
+    """
+    inputs, label, weights = batch["inputs"], batch["label"], batch["weight"]
+    if inputs.dtype == jnp.uint8:
+        inputs = inputs.astype(jnp.float32) / 255
+    scores = ops.apply(module, params, inputs)
+    if jnp.issubdtype(label.dtype, jnp.integer):
+        losses = _cross_entropy(scores, label, smoothing)
+        return jnp.sum(weights * losses), jnp.sum(weights), scores
+    losses = jnp.mean(jnp.square(scores - label), axis=-1)
+    return jnp.sum(weights * losses), jnp.sum(weights)
+
+
+def _cross_entropy(scores, classes, smoothing):
+    """Nats of each row: scores (B, k) float32, classes (B,) int32 -> (B,) float32."""
+    target = optax.smooth_labels(jax.nn.one_hot(classes, scores.shape[-1]), smoothing)
+    return optax.softmax_cross_entropy(scores, target)

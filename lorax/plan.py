@@ -207,20 +207,21 @@ def grouped(members) -> list[list]:
 def plan(members, devices: Iterable[str] = ()) -> Plan:
     """Plan one group of members. devices: names in `DEVICES`; only "cpu" makes a difference, in
     what is compiled. Raises ValueError or FileNotFoundError for what a user can mend."""
-    from lorax import tree
+    from lorax import tasks, tree
     from lorax.train import sweep
 
     c, n = members[0].config, len(members)
     base, stacked = shapes(members)
-    batch = rows(c)
+    batch = rows(c, base)
     one = lambda t: tree.nbytes(t) // n
     gradients, state = one(stacked.state.trainable), stacked.state
     widest = lambda most: max(w for w in range(1, min(most, n) + 1) if n % w == 0)  # `sweep.layout`
     width = widest(c.train.width or n)
     wide = "bfloat16" in (c.dtype, c.operands, c.param_dtype) and not c.quant
     widths, slow = {1, width}, []
+    length = sweep.row_tokens(c.train, base)
     if "cpu" in devices:
-        tokens = c.train.batch_size // c.train.accumulate * c.train.seq_len
+        tokens = c.train.batch_size // c.train.accumulate * length
         slow = [widest(c.train.width or sweep._good_width(tokens, base, "cpu"))]
     wanted = [(w, False) for w in widths] + [(w, wide) for w in slow]
     found = _compiled(stacked, base, batch, dict.fromkeys(wanted))
@@ -237,8 +238,10 @@ def plan(members, devices: Iterable[str] = ()) -> Plan:
     return Plan(
         members=n,
         width=width,
-        name=f"{stacked.methods[0].name} on {c.base}, {c.train.batch_size} x {c.train.seq_len} "
-        "tokens a step" + f" in {c.train.accumulate} parts" * (c.train.accumulate > 1),
+        name=f"{stacked.methods[0].name} on {c.base}, {c.train.batch_size} "
+        + (f"x {length} tokens" if c.task.name in tasks.TASKS else "arrays")
+        + " a step"
+        + f" in {c.train.accumulate} parts" * (c.train.accumulate > 1),
         remat=c.train.remat,
         offload=bool(c.train.offload),
         parameters=tree.count(base.params),
@@ -261,26 +264,23 @@ def shapes(members):
     import jax
 
     from lorax import tasks
-    from lorax.models.load import positions, skeleton
+    from lorax.models.load import skeleton
     from lorax.models.shapes import ARCHITECTURES
     from lorax.train import evidence, sweep
 
     c = members[0].config
     labels = tasks.outputs(c.task)
     head = {"head": "classification", "labels": labels} if labels else {}
-    how = {"dtype": c.dtype, "param_dtype": c.param_dtype, "remat": c.train.remat} | head
+    how = {"dtype": c.dtype, "param_dtype": c.param_dtype} | head
+    how |= {} if c.train.remat == "none" else {"remat": c.train.remat}
     try:
         base = skeleton(c.base, **how)
     except FileNotFoundError as error:
         known = c.base.rpartition("/")[2]
         hint = f" To plan without its files: --config.base=random:{known}"
         raise FileNotFoundError(f"{error}{hint * (known in ARCHITECTURES)}") from None
-    if not labels and not hasattr(base.module, "empty_cache"):
-        raise ValueError(f"base: {c.base} ({base.family}) is no causal model: {c.task.name}")
+    tasks.check_base(c.task, base, c.train.seq_len)
     base = _quantised(base, c.quant, c.double_quant) if c.quant else base
-    if c.train.seq_len > (positions(base.config) or c.train.seq_len):
-        most = positions(base.config)
-        raise ValueError(f"train.seq_len: {c.train.seq_len} given, {c.base} has {most} positions")
     for member in members:
         if evidence.is_automatic(member, sweep.hyperparameters(member, base)):
             raise ValueError(
@@ -346,7 +346,7 @@ def _nothing_drawn():
         methods.fill = fill
 
 
-def rows(c) -> dict:
+def rows(c, base=None) -> dict:
     """The batches of one call of the training program, of one member: leaves (K, A, B, ...)."""
     import jax
     import numpy as np
@@ -360,6 +360,10 @@ def rows(c) -> dict:
         c.train.accumulate,
     )
     lead = (k, parts, c.train.batch_size // parts)
+    if c.task.name in tasks.ARRAYS:
+        image = jax.ShapeDtypeStruct((*lead, *base.config.image_shape), np.uint8)
+        label, weight = (jax.ShapeDtypeStruct(lead, x) for x in (np.int32, np.float32))
+        return {"inputs": image, "label": label, "weight": weight}
     labels = tasks.outputs(c.task)
     if labels:
         row = jax.ShapeDtypeStruct((*lead, t), np.int32)

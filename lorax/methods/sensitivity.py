@@ -25,7 +25,7 @@ KINDS = ("gradient", "moments", "covariance")
 def evidence(base: Base, batches: Mapping, paths, kinds=("gradient",)) -> dict[str, dict]:
     """{path: {kind: float32 array, the layer axes first}} of the kernels at `paths`.
 
-    batches: the leaves of a task's rows, (N, B, ...): N batches of `lm_loss` or `class_loss`.
+    batches: the leaves of a task's rows, (N, B, ...): N batches of a loss of `lorax.losses`.
     kinds:
       "gradient" (in, out): of the loss by the kernel, the mean over all weighted tokens of all
           batches (PEFT's LoRA-GA takes the mean of the batches' means, the same for equal weights).
@@ -34,7 +34,7 @@ def evidence(base: Base, batches: Mapping, paths, kinds=("gradient",)) -> dict[s
       "covariance" (in, in): CorDA's, the mean over rows of the batch of x^T x, x the row's real
           inputs over the absolute value of their largest entry.
     Real tokens are those of a segment; without segments, those that some weighted token stands
-    after or at. What is no row per token (a classifier's pooled head) counts as it is.
+    after or at. What is no row per token (a classifier's pooled head, an array) counts as it is.
     Raises ValueError for an unknown kind or path, and for inputs of what is no plain linear layer.
     """
     paths, kinds = tuple(paths), tuple(kinds)
@@ -134,7 +134,9 @@ def _listen(real):
 
 
 def _real(batch):
-    """(B, T) bool: the positions that the model reads and that are no padding."""
+    """(B, T) bool: the positions that the model reads and that are no padding; an array is one."""
+    if "inputs" in batch:
+        return batch["weight"][:, None] > 0
     if "label" in batch:
         return batch["segments"] > 0
     if "segments" in batch:

@@ -13,8 +13,8 @@ from lorax import ops, tree, vocabulary
 from lorax.errors import nearest
 from lorax.files import atomically, read_json
 from lorax.interop import hf
-from lorax.models import bert, deberta, falcon, gpt2, llama, vit
-from lorax.models.shapes import ARCHITECTURES
+from lorax.models import bert, deberta, falcon, gpt2, llama, vision, vit
+from lorax.models.shapes import architecture
 from lorax.quant import bnb
 from lorax.vocabulary import Vocabulary
 
@@ -28,7 +28,12 @@ FAMILIES = {
     **dict.fromkeys(("bert", "roberta"), (bert, bert.BERT)),
     "deberta-v2": (deberta, deberta.DeBERTa),
     "vit": (vit, vit.ViT),
+    "mlp": (vision, vision.MLP),
+    "lenet": (vision, vision.LeNet),
 }
+#: Families without a body that others have trained: their networks are drawn, and then trained, as
+#: a whole, and no head is newer than the rest.
+WHOLE = ("mlp", "lenet")
 
 
 class Base(NamedTuple):
@@ -61,11 +66,12 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
     """Load a base model.
 
     name: a shipped model ("gpt2-nano"), a directory in Hugging Face's layout, or a Hub id. With
-    "random:" in front the architecture is taken and the weights are drawn (seed 0) as its authors
-    would have; that goes for the names of `shapes.ARCHITECTURES` as well. dtype: of the
-    computation. param_dtype: of the weights. run: further fields of the family's Config: how to run
-    it (`remat`, `unroll`) or, for an encoder, which head it has (`head="classification"`,
-    `labels=2`; drawn at random where the files have none).
+    "random:" in front the architecture is taken and the weights are drawn as its authors would
+    have, from seed 0, or from seed 3 for "random:mnist-fc@3"; that goes for the names that
+    `shapes.architecture` knows as well. dtype: of the computation. param_dtype: of the weights.
+    run: further fields of the family's Config: how to run it (`remat`, `unroll`) or, for an
+    encoder, which head it has (`head="classification"`, `labels=2`; drawn at random where the files
+    have none).
 
     Raises ValueError or FileNotFoundError with what was given and what would be right.
     """
@@ -102,9 +108,10 @@ def skeleton(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) 
 
 def _build(name: str, weights: bool, dtype, param_dtype, run: dict):
     """(`Base` whose params are shapes, its directory or None, init() -> float32 params)."""
-    bare = name.removeprefix("random:")
-    if bare != name and bare in ARCHITECTURES and not Path(bare).is_dir():
-        directory, raw = None, ARCHITECTURES[bare]
+    random, (bare, seed) = name.startswith("random:"), _seeded(name)
+    shaped = architecture(bare) if random and not Path(bare).is_dir() else None
+    if shaped:
+        directory, raw = None, shaped
     else:
         directory = find(bare, weights)
         raw = read_json(directory / "config.json")
@@ -118,20 +125,44 @@ def _build(name: str, weights: bool, dtype, param_dtype, run: dict):
             "supported; bitsandbytes' 4 bits are, and weights in float32, float16 or bfloat16"
         )
     source, model = FAMILIES[family]
-    unknown = [field for field in run if field not in source.Config.__dataclass_fields__]
+    unknown = [field for field in run if field not in config_fields(family)]
     if unknown:
         raise ValueError(f"base: {name} ({family}) has no {', '.join(unknown)} to set")
     config = source.config_from_hf(raw, dtype=dtype, **run)
     module = model(config)
     example = source.example(config) if hasattr(source, "example") else jnp.zeros((1, 1), jnp.int32)
-    init = lambda: module.init(jax.random.key(0), example)["params"]
+    init = lambda: module.init(jax.random.key(seed), example)["params"]
     stored = lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype)
     params = jax.tree.map(stored, jax.eval_shape(init))
     sites = ops.sites(module, params, example)
     in_files = "SequenceClassification" in str(raw.get("architectures"))
-    found = bare == name and (in_files or getattr(config, "head", None) != "classification")
-    fresh = () if found else tuple(p for p in tree.flatten(params) if p.startswith("head/"))
+    found = not random and (in_files or getattr(config, "head", None) != "classification")
+    head = tuple(p for p in tree.flatten(params) if p.startswith("head/"))
+    fresh = () if found or family in WHOLE else head
     return Base(module, params, config, None, sites, family, name, "", fresh), directory, init
+
+
+def _seeded(name: str) -> tuple[str, int]:
+    """(name without "random:" and "@3", 3) of "random:gpt2@3"; seed 0 of a name without one.
+
+    A directory that is called so is one. Raises ValueError for a seed that is none.
+    """
+    bare = name.removeprefix("random:")
+    before, at, seed = bare.rpartition("@")
+    if not at or bare == name or Path(bare).is_dir():
+        return bare, 0
+    if not seed.isdecimal() or int(seed) >= 2**31:
+        raise ValueError(
+            f"base: {name}: {seed!r} given as the seed behind @, it must be a whole number below "
+            "2**31"
+        )
+    return before, int(seed)
+
+
+def config_fields(family: str) -> tuple[str, ...]:
+    """Names of the fields of a family's Config."""
+    _, model = FAMILIES[family]
+    return tuple(model.__annotations__["config"].__dataclass_fields__)
 
 
 def save(directory: str | Path, base: Base) -> None:

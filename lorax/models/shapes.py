@@ -1,10 +1,13 @@
-"""Public architectures by name, as the fields of Hugging Face's `config.json` that shape them.
+"""Architectures by name, as the fields of Hugging Face's `config.json` that shape them.
 
 `load("random:llama-7b")` and `skeleton` build them without a file. Sources: `gpt2.SIZES` names its
 own; LLaMA arXiv:2302.13971, table 2; LLaMA 2 arXiv:2307.09288, table 1, with the widths of the
 released models; Falcon arXiv:2311.16867, table 16; RoBERTa arXiv:1907.11692, section 5; DeBERTa v2
-XXL as its authors released it (arXiv:2006.03654).
+XXL as its authors released it (arXiv:2006.03654); the fully connected networks and LeNets
+arXiv:1804.08838, sections 3.1 and 3.2. Any other fully connected network is named by its widths.
 """
+
+import re
 
 from lorax.models import gpt2
 
@@ -75,4 +78,19 @@ ARCHITECTURES: dict[str, dict] = {
     "roberta-base": _roberta(12, 768, 12),
     "roberta-large": _roberta(24, 1024, 16),
     "deberta-v2-xxlarge": _DEBERTA,
+    "mnist-fc": {"model_type": "mlp", "widths": [784, 200, 200, 10]},  # 199,210
+    "cifar-fc": {"model_type": "mlp", "widths": [3072, 200, 200, 10]},  # 656,810
+    "mnist-lenet": {"model_type": "lenet"},  # 44,426
+    "cifar-lenet": {"model_type": "lenet", "image_size": 32, "num_channels": 3},  # 62,006
 }
+
+
+def architecture(name: str) -> dict | None:
+    """The fields of a name's architecture, None where there is none of that name.
+
+    A name is a key of `ARCHITECTURES`, or "mlp-64-32-10": a fully connected network of 64 inputs,
+    32 hidden units and 10 scores; with two widths it has one layer.
+    """
+    if re.fullmatch(r"mlp(-\d+)+", name):
+        return {"model_type": "mlp", "widths": [int(x) for x in name.split("-")[1:]]}
+    return ARCHITECTURES.get(name)

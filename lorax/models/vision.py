@@ -3,6 +3,9 @@ the LeNet of Li et al. 2018 (arXiv:1804.08838, sections 3.1 and 3.2).
 
 Images (B, height, width, channels) float32 -> scores (B, labels) float32. Kernels start as in the
 paper's code, He-normal, and biases at zero. Axes: B batch.
+
+Hugging Face has neither; `save` and adapters use its layout with names of our own, those of a torch
+module whose layers are called as ours are.
 """
 
 import dataclasses
@@ -10,6 +13,8 @@ import functools
 
 import jax.numpy as jnp
 from flax import linen as nn
+
+from lorax.interop.hf import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +29,11 @@ class MLPConfig:
     def image_shape(self) -> tuple[int, int, int]:
         """An image that fits, as one row of pixels; any other of as many values fits as well."""
         return 1, self.widths[0], 1
+
+    @property
+    def labels(self) -> int:
+        """Scores."""
+        return self.widths[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,3 +100,46 @@ _he_normal = nn.initializers.he_normal()
 def example(config: MLPConfig | LeNetConfig):
     """One black image (1, height, width, channels) float32, to trace the module with."""
     return jnp.zeros((1, *config.image_shape), jnp.float32)
+
+
+# ------------------------------------------------------------------------------ files and adapters
+
+
+def config_from_hf(hf: dict, **run) -> MLPConfig | LeNetConfig:
+    """Config from the fields of a `config.json`, of model_type "mlp" or "lenet"; run: `dtype`.
+
+    Raises ValueError for sizes of which no network can be made.
+    """
+    kind = {"mlp": MLPConfig, "lenet": LeNetConfig}[hf["model_type"]]
+    given = {f.name: hf[f.name] for f in dataclasses.fields(kind) if f.name in hf}
+    if kind is MLPConfig and "widths" in given:
+        given["widths"] = tuple(given["widths"])
+    config = kind(**given | run)
+    if kind is MLPConfig and (len(config.widths) < 2 or min(config.widths) < 1):
+        raise ValueError(
+            f"base: widths {config.widths} of an MLP: at least two are needed, of the input and of "
+            "the scores, each at least 1"
+        )
+    if kind is LeNetConfig and config.image_size < 16:
+        raise ValueError(
+            f"base: image_size {config.image_size} of a LeNet: at least 16 is needed, of which two "
+            "convolutions of 5 x 5 and two poolings leave one pixel"
+        )
+    return config
+
+
+def hf_config(config: MLPConfig | LeNetConfig) -> dict:
+    """The fields of a `config.json`; inverse of `config_from_hf`."""
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k != "dtype"}
+    return fields | {"model_type": "mlp" if isinstance(config, MLPConfig) else "lenet"}
+
+
+def hf_tensors(config: MLPConfig | LeNetConfig) -> dict[str, Source]:
+    """{parameter path: where it lies}. Kernels are stored (out, in), a convolution's (out, in,
+    height, width). LeNet's dense_1 reads the pixels as Flax lays them in a row, channels last."""
+    hidden = len(config.widths) - 2 if isinstance(config, MLPConfig) else 2
+    axes = {f"dense_{i}": (1, 0) for i in range(1, hidden + 1)} | {"head": (1, 0)}
+    if isinstance(config, LeNetConfig):
+        axes |= {"conv_1": (2, 3, 1, 0), "conv_2": (2, 3, 1, 0)}
+    names = {f"{layer}/kernel": Source(f"{layer}.weight", x) for layer, x in axes.items()}
+    return names | {f"{layer}/bias": Source(f"{layer}.bias") for layer in axes}

@@ -1,4 +1,7 @@
-"""Tasks: token arrays to train and evaluate on, and the order in which they are visited.
+"""Tasks: arrays to train and evaluate on, and the order in which their rows are visited.
+
+A text task has rows of tokens and is made with a base's vocabulary; an array task has rows of
+pixels or other numbers that fit a base. `columns` tells their rows apart.
 
 A task is two sets of rows, built once and kept in memory. The order of the rows is no state of a
 loader but a pure function of (seed, step), so that a run resumes anywhere without replay, and a
@@ -14,12 +17,16 @@ from typing import Any
 import grain
 import numpy as np
 
+from lorax import config as configs
 from lorax.errors import nearest
-from lorax.tasks import e2e, glue, instruct, restaurants, samsum, text, wikisql
+from lorax.models import Base
+from lorax.models.load import positions
+from lorax.tasks import e2e, glue, instruct, restaurants, samsum, text, vision, wikisql
 from lorax.tasks.rows import Prompt, Rows, Task, count
 from lorax.vocabulary import Vocabulary
 
-__all__ = ["TASKS", "Prompt", "Task", "build", "lengths", "order", "orders", "spread", "widths"]
+__all__ = ["ARRAYS", "TASKS", "Prompt", "Task", "build", "check_base", "columns", "lengths"]
+__all__ += ["order", "orders", "outputs", "size", "spread", "widths"]
 
 # name -> load(config, vocabulary, seq_len) -> Task, with all its evaluation rows
 TASKS = {
@@ -31,6 +38,11 @@ TASKS = {
     "text": text.load,
     "glue": glue.load,
 }
+# name -> load(config, base) -> Task, with all its evaluation rows
+ARRAYS = {
+    "mnist": vision.mnist,
+    "digits": vision.digits,
+}
 STRETCH = 50  # batches in which rows are sorted by length
 QUARTERS = 4  # widths of batches of rows that are grouped by length
 # settings that only some tasks have a use for
@@ -39,38 +51,42 @@ ONLY = {
     "group_by_length": ("restaurants", "e2e", "wikisql", "samsum", "instruct", "glue"),
     "template": ("instruct",),
     "subset": ("glue",),
+    "shuffle": ("mnist", "digits"),
 }
+_DEFAULTS = configs.default().task
 
 
 def build(
     config: Mapping[str, Any],
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary | None,
     seq_len: int,
     eval_examples: int | None = None,
+    base: Base | None = None,
 ) -> Task:
-    """Tokenises the task that `config` names.
+    """Makes the rows of the task that `config` names.
 
-    config: `name` (a key of `TASKS`), and where there is something to say: `path` (the file or
-        folder that the task reads), `n_train` (None: all; else the first n train examples),
+    config: `name` (a key of `TASKS` or `ARRAYS`), and where there is something to say: `path` (the
+        file or folder that the task reads), `n_train` (None: all; else the first n train examples),
         `seed` (int, of the data itself), `packing` (True: several train examples a row),
         `template` (of instruct: a chat template), `subset` (of glue), `group_by_length` (True:
-        the task has `lengths`; not with packing, whose rows are all full).
+        the task has `lengths`; not with packing, whose rows are all full), `shuffle` (of images:
+        True puts their pixels in a random order).
+    vocabulary: of a text task, for which it is needed.
     seq_len: tokens that a model reads at most; a row of a language model has one more. Longer
         examples are dropped, or cut for a classifier. Columns that no row needs are left out.
+        Without meaning for an array task.
     eval_examples: evaluation rows to keep, evenly spaced over the set (None: all). The prompts
         stay as they are.
+    base: what an array task's rows must fit; a text task needs none.
 
     Raises ValueError, or FileNotFoundError, naming the config field or the file and line at fault.
     """
-    name = config["name"]
-    if name not in TASKS:
-        hint = nearest(str(name), TASKS)
-        raise ValueError(f"task.name: {name!r} is no task; there is {', '.join(TASKS)}{hint}")
+    name = _known(config)
     for field, value in (("train.seq_len", seq_len), ("eval.examples", eval_examples)):
         if value is not None and value < 1:
             raise ValueError(f"{field}: {value} was given; it must be at least 1")
     for field, names in ONLY.items():
-        if config.get(field) and name not in names:
+        if config.get(field) not in (None, _DEFAULTS[field]) and name not in names:
             raise ValueError(
                 f"task.{field}: {config.get(field)!r} was given; task {name!r} has no use for it, "
                 f"only {', '.join(names)}"
@@ -80,11 +96,15 @@ def build(
             "task.group_by_length: True was given with task.packing, whose rows are all full; it "
             "must be False there"
         )
-    task = TASKS[name](config, vocabulary, seq_len)
-    kept, note = spread(trim(task.eval), eval_examples), task.note
-    if len(kept["tokens"]) < len(task.eval["tokens"]):
-        note += f"; evaluates on {count(len(kept['tokens']))} of these, evenly spaced"
-    task = task._replace(train=trim(task.train), eval=kept, note=f"{name}: {note}")
+    if name in ARRAYS:
+        task = ARRAYS[name](config, base)
+    else:
+        task = TASKS[name](config, vocabulary, seq_len)
+        task = task._replace(train=trim(task.train), eval=trim(task.eval))
+    kept, note = spread(task.eval, eval_examples), task.note
+    if size(kept) < size(task.eval):
+        note += f"; evaluates on {count(size(kept))} of these, evenly spaced"
+    task = task._replace(eval=kept, note=f"{name}: {note}")
     if config.get("group_by_length"):
         task = task._replace(lengths=lengths(task.train))
         share = task.lengths.mean() / task.train["tokens"].shape[1]
@@ -93,13 +113,53 @@ def build(
 
 
 def outputs(config: Mapping[str, Any]) -> int:
-    """Outputs of the classifier that the task needs, 0 where it needs a language model."""
+    """Outputs of the head that an encoder is given for the task; 0 where a base is taken as it is:
+    for a task that needs a language model, and for array tasks."""
     return glue.outputs(config["subset"]) if config["name"] == "glue" else 0
+
+
+def check_base(config: Mapping[str, Any], base: Base, seq_len: int) -> None:
+    """Raises ValueError where a base is not of the kind that the task `config` names needs."""
+    name, what = _known(config), f"base: {base.name} ({base.family})"
+    if name in ARRAYS and not hasattr(base.config, "image_shape"):
+        raise ValueError(
+            f"{what} reads tokens, and task {name!r} has arrays: it needs a base like "
+            "random:mnist-fc, random:mnist-lenet or random:mlp-64-32-10"
+        )
+    if name in ARRAYS:
+        return
+    if hasattr(base.config, "image_shape"):
+        raise ValueError(f"{what} reads images, and task {name!r} has texts: it needs another base")
+    if not outputs(config) and not hasattr(base.module, "empty_cache"):
+        raise ValueError(f"{what} is no causal model: {name}")
+    most = positions(base.config) or seq_len
+    if seq_len > most:
+        raise ValueError(f"train.seq_len: {seq_len} given, {base.name} has {most} positions")
+
+
+def _known(config: Mapping[str, Any]) -> str:
+    """The name of the task. Raises ValueError for one that there is not."""
+    name, names = config["name"], [*TASKS, *ARRAYS]
+    if name not in names:
+        hint = nearest(str(name), names)
+        raise ValueError(f"task.name: {name!r} is no task; there is {', '.join(names)}{hint}")
+    return name
+
+
+def size(rows: Rows) -> int:
+    """How many rows there are."""
+    return len(next(iter(rows.values())))
+
+
+def columns(rows: Rows) -> int | None:
+    """Columns of rows, or of batches, of tokens: all that has any has as many, and can be cut to
+    fewer. None for those of an array task, which have none."""
+    return rows["tokens"].shape[-1] if "tokens" in rows else None
 
 
 def spread(rows: Rows, n: int | None) -> Rows:
     """At most n rows, evenly spaced from the first on: the same rows whatever the seed."""
-    total = len(rows["tokens"])
+    total = size(rows)
     if n is None or n >= total:
         return rows
     index = np.arange(n) * total // n
@@ -121,16 +181,16 @@ def lengths(rows: Rows) -> np.ndarray:
     return np.where(counts.any(axis=1), last, 1)
 
 
-def widths(task: Task) -> tuple[int, ...]:
+def widths(task: Task) -> tuple[int | None, ...]:
     """Columns that a batch of train rows may be cut to, ascending: all of them, and where rows are
     grouped by length about three, two and one quarter, as far as any row is so short. A program is
-    compiled for each."""
-    columns, ahead = task.train["tokens"].shape[1], int("mask" in task.train)
+    compiled for each. (None,) for an array task."""
+    whole, ahead = columns(task.train), int("mask" in task.train)
     if task.lengths is None:
-        return (columns,)
-    quarters = {_eights((columns - ahead) * i / QUARTERS) + ahead for i in range(1, QUARTERS)}
+        return (whole,)
+    quarters = {_eights((whole - ahead) * i / QUARTERS) + ahead for i in range(1, QUARTERS)}
     shortest = task.lengths.min()
-    return (*sorted(width for width in quarters if shortest <= width < columns), columns)
+    return (*sorted(width for width in quarters if shortest <= width < whole), whole)
 
 
 def _eights(n: float) -> int:

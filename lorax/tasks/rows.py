@@ -25,16 +25,20 @@ class Prompt(NamedTuple):
 
 class Task(NamedTuple):
     """What to train and evaluate on. Of a language model: read `tokens[:, :-1]`, predict
-    `tokens[:, 1:]`, weighted by `mask[:, 1:]`.
+    `tokens[:, 1:]`, weighted by `mask[:, 1:]`. Of arrays: read `inputs`, predict `label`.
 
     train, eval: {"tokens": (N, seq_len + 1) int32, "mask": (N, seq_len + 1) float32}; the mask is
         1 where a token is a target (a completion and its end token), 0 on prompts, on padding, on
         column 0 and on the first token of an example. Packed train rows have "segments" too:
         (N, seq_len + 1) int32, the examples of a row counted from 1, 0 on padding; a token sees
-        its own segment alone, and its position counts from the segment's start.
+        its own segment alone, and its position counts from the segment's start. Rows of a text
+        classifier are `glue.encode`'s.
+        Rows of an array task: {"inputs": (N, ...) uint8, pixels that the device scales to [0, 1],
+        or float32 as they are; "label": (N,) int32, a class, or (N, k) float32, values; "weight":
+        (N,) float32, ones, so that zero rows that fill up a batch do not count}.
     note: one line for the terminal: counts, and what was dropped and why.
     prompts: what to generate from and score; () where a task has nothing to generate.
-    outputs: how many a classifier has; 0 for language models.
+    outputs: how many a classifier has; 0 for language models and where labels are values.
     scores: of a classifier: (outputs (N, k) float, labels (N,)) -> {metric: float}.
     lengths: (N,) int64, the columns that each train row needs, where batches are grouped by them.
     facts: of a generated task: {name: value} of what was put into it; the members' lines have them.

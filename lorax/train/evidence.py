@@ -21,7 +21,7 @@ def read(member, base: Base, task: tasks.Task, paths, kind: str, seen: dict) -> 
 
     seen: what has been read for members before, who may share it; what is new is put in.
     """
-    c, available, paths = member.config, len(task.train["tokens"]), tuple(paths)
+    c, available, paths = member.config, tasks.size(task.train), tuple(paths)
     n, size = c.method.batches or BATCHES, c.train.batch_size
     rows = min(c.task.n_train or available, available)
     key = (id(base), id(task), kind, c.seed, rows, n, size, paths)

@@ -13,11 +13,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lorax import adapters, decode, methods, peft_methods, quant, tasks, tree
-from lorax.config import Member, group_key
+from lorax.config import AXES, Member, group_key
 from lorax.files import atomically, write_bytes, write_json
 from lorax.interop import peft
 from lorax.models import Base, load, sources
-from lorax.models.load import layer_names, positions
+from lorax.models.load import layer_names
 from lorax.tasks import metrics
 from lorax.train import checkpoint, evidence, sweep
 
@@ -59,7 +59,9 @@ def prepare(members: list[Member], say: Callable[[str], None]) -> list[Group]:
         # ------------------------------------------------------------------------------- base
         labels = tasks.outputs(c.task)
         head = {"head": "classification", "labels": labels} if labels else {}
-        run = {"dtype": c.dtype, "param_dtype": c.param_dtype, "remat": c.train.remat} | head
+        run = {"dtype": c.dtype, "param_dtype": c.param_dtype} | head
+        if c.train.remat != "none":  # not every family has it
+            run["remat"] = c.train.remat
         key = json.dumps([c.base, run, c.quant, c.double_quant])
         if key not in bases:
             base = load(c.base, **run)
@@ -75,16 +77,11 @@ def prepare(members: list[Member], say: Callable[[str], None]) -> list[Group]:
             if base.fresh:
                 say(f"base {c.base}: no weights for {', '.join(base.fresh)}: drawn, and trained")
         base = bases[key]
-        if not labels and not hasattr(base.module, "empty_cache"):
-            raise ValueError(f"base: {c.base} ({base.family}) is no causal model: {c.task.name}")
-        if base.vocabulary is None:
+        tasks.check_base(c.task, base, c.train.seq_len)
+        reads_text = c.task.name in tasks.TASKS
+        if reads_text and base.vocabulary is None:
             raise ValueError(
                 f"base: {c.base} has no tokenizer.json, which task {c.task.name} needs"
-            )
-        most = positions(base.config) or c.train.seq_len
-        if c.train.seq_len > most:
-            raise ValueError(
-                f"train.seq_len: {c.train.seq_len} given, {c.base} has {most} positions"
             )
         hps = {member.index: sweep.hyperparameters(member, base) for member in part}
         automatic = [member for member in part if evidence.is_automatic(member, hps[member.index])]
@@ -93,10 +90,11 @@ def prepare(members: list[Member], say: Callable[[str], None]) -> list[Group]:
         # ------------------------------------------------------------------------------- task
         asked = [member.config.task.n_train for member in part]
         settings = c.task.to_dict() | {"n_train": None if None in asked else max(asked)}
-        key = json.dumps([settings, c.base, c.train.seq_len, c.eval.examples], sort_keys=True)
+        made_for = [c.base, c.train.seq_len] if reads_text else key
+        key = json.dumps([settings, made_for, c.eval.examples], sort_keys=True)
         if key not in task_cache:
             task_cache[key] = tasks.build(
-                settings, base.vocabulary, c.train.seq_len, c.eval.examples
+                settings, base.vocabulary, c.train.seq_len, c.eval.examples, base
             )
             say(f"task {task_cache[key].note}")
         task = task_cache[key]
@@ -141,6 +139,7 @@ def describe(group: Group) -> list[dict]:
                 "weight_decay": c.train.weight_decay,
             }
             | {"steps": c.train.steps, "seed": c.seed, "n_train": c.task.n_train}
+            | {a: x for a, x in member.point.items() if AXES[a].startswith("task.")}
             | {"trainable_params": method.count(group.base.params, group.base.sites)}
             | {"optimizer_bytes": opt_bytes}
         )
@@ -343,6 +342,9 @@ def export(directory: Path, member: Member, method, trainable, constants, group:
         adapter = adapters.exported(method, state, base)
         # PEFT takes the whole head from a classifier's adapter: only one that has it is called so.
         classifier = "SEQ_CLS" if any(p.startswith("head/") for p in adapter.weights) else None
+        kind = classifier if group.task.outputs else "CAUSAL_LM"
+        if tasks.columns(group.task.train) is None:
+            kind = None  # it has no word for models that read no text
         try:
             peft.save(
                 directory,
@@ -350,7 +352,7 @@ def export(directory: Path, member: Member, method, trainable, constants, group:
                 sources(base),
                 member.config.base,
                 dropout=method.hp.get("dropout", 0.0),
-                task_type=classifier if group.task.outputs else "CAUSAL_LM",
+                task_type=kind,
             )
             return ""
         except Exception as error:  # what was learned is kept all the same

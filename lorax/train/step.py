@@ -136,8 +136,8 @@ def train_steps(program: Program, params, constants, hyper, state, batches):
 def evaluate(program: Program, params, constants, trainable, batches):
     """(mean loss () float32, scores) over batches with leaves (N, B, ...).
 
-    A language model's loss is in nats a completion token, and it has no scores (None); a
-    classifier's are (N, B, k) float32.
+    A language model's loss is in nats a completion token, and it has no scores (None), nor has
+    what predicts values; a classifier's are (N, B, k) float32.
     """
     bound = _bound(program, trainable, constants, params)
     loss_of = losses.of(batches)

@@ -157,10 +157,18 @@ def layout(n_members: int, train, base: Base, devices=None) -> Layout:
         devices = devices[:1]
     shares = len(devices) if mode in ("members", "pmap") else 1
     each = math.ceil(n_members / shares)
-    width = train.width or _good_width(part * train.seq_len, base, devices[0].platform)
+    tokens = part * row_tokens(train, base)
+    width = train.width or _good_width(tokens, base, devices[0].platform)
     # A divisor: 12 members at width 8 run as 6 and 6, and no remainder is compiled by itself.
     width = max(w for w in range(1, min(width, each) + 1) if each % w == 0)
     return Layout(mode, devices, each * shares, width)
+
+
+def row_tokens(train, base: Base) -> int:
+    """Tokens of a row, at most: an image is one, or as many as it has patches."""
+    if hasattr(base.config, "image_shape"):
+        return getattr(base.config, "positions", 1)
+    return train.seq_len
 
 
 def _good_width(tokens: int, base: Base, platform: str) -> int:
@@ -183,7 +191,8 @@ class Programs(NamedTuple):
     train(params, constants, hyper, state, batches) -> (state, metrics (M, K)); donates the state.
     evaluate(params, constants, trainable, batches) -> (losses (M,), scores (M, N, B, k) or None).
     place_base(params), place(stacked tree), place_state(a stack's state), place_batches(batches).
-    narrow(width): compile train for batches cut to so many columns; else the first call does.
+    narrow(width): compile train for batches cut to so many columns (`tasks.widths`); else the
+    first call does.
     bytes: of one call to train on one device: arguments + temporaries + outputs - aliases.
     """
 
@@ -255,12 +264,13 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
     member = jax.eval_shape(lambda t: jax.tree.map(lambda x: x[0], t), stacked[2:])
     constants, hyper, state = described(member, apart, (size,))
     params = described(base.params, shared, ())
-    columns = batches["tokens"].shape[-1]
+    columns = tasks.columns(batches)
 
     def cut(width):
-        """Shapes of batches with so many columns; labels have none."""
+        """Shapes of batches with so many columns; labels have none, and None leaves all alone."""
         narrower = lambda x: jax.ShapeDtypeStruct((*x.shape[:3], *[width] * (x.ndim > 3)), x.dtype)
-        return described(jax.tree.map(narrower, batches), by_batch, (size,))
+        narrow = batches if width is None else jax.tree.map(narrower, batches)
+        return described(narrow, by_batch, (size,))
 
     evaluate = (
         jax.jit(evaluate)
@@ -275,7 +285,7 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
         def compiled(width):
             return train.lower(params, constants, hyper, state, cut(width)).compile()
 
-        call = lambda *given: compiled(given[-1]["tokens"].shape[-1])(*given)
+        call = lambda *given: compiled(tasks.columns(given[-1]))(*given)
         bytes_ = program_bytes(compiled(columns))
         return Programs(call, evaluate, *places, compiled, layout, bytes_)
 
@@ -302,7 +312,7 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
         return gradients.lower(*given).compile()
 
     def call(params, constants, hyper, state, batches):
-        take = compiled(batches["tokens"].shape[-1])
+        take = compiled(tasks.columns(batches))
         found = take(params, constants, hyper, state.trainable, state.step, batches)
         jax.block_until_ready(found)  # the activations are gone before the state comes
         here = state._replace(opt_state=jax.device_put(state.opt_state, at(apart)))
@@ -409,7 +419,7 @@ def steps_per_call(every: int, offload: str | None = None) -> int:
 
 
 def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
-    """The batches of steps first .. first + k - 1: leaves (M, K, A, B, T + 1), on the host.
+    """The batches of steps first .. first + k - 1: leaves (M, K, A, B, ...), on the host.
 
     Which rows a member sees is a function of its seed and the step alone. Rows that are grouped by
     length are cut to the narrowest of `tasks.widths` that holds the longest of them.
@@ -418,7 +428,7 @@ def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
     shape = (k, c.accumulate, c.batch_size // c.accumulate)
     rows = []
     for member in stacked.members:
-        available = len(task.train["tokens"])  # fewer than asked for where some were too long
+        available = tasks.size(task.train)  # fewer than asked for where some were too long
         n = min(member.config.task.n_train or available, available)
         own = None if lengths is None else lengths[:n]
         order = tasks.orders(n, c.batch_size, member.config.seed, range(first, first + k), own)
@@ -430,7 +440,7 @@ def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
 
 
 def batch_shapes(train, task: tasks.Task, k: int) -> dict:
-    """Shapes of one member's batches of k steps at their widest: leaves (K, A, B, T + 1)."""
+    """Shapes of one member's batches of k steps at their widest: leaves (K, A, B, ...)."""
     lead = k, train.accumulate, train.batch_size // train.accumulate
     return {
         name: jax.ShapeDtypeStruct((*lead, *x.shape[1:]), x.dtype) for name, x in task.train.items()
@@ -439,7 +449,7 @@ def batch_shapes(train, task: tasks.Task, k: int) -> dict:
 
 def eval_batches(task: tasks.Task, batch_size: int) -> dict:
     """The evaluation rows as leaves (N, B, ...); rows without weight fill the last batch up."""
-    rows = task.eval["tokens"].shape[0]
+    rows = tasks.size(task.eval)
     size = min(batch_size, rows)
     fill = lambda x: np.pad(x, ((0, -rows % size), *((0, 0),) * (x.ndim - 1)))
     return {name: fill(x).reshape(-1, size, *x.shape[1:]) for name, x in task.eval.items()}

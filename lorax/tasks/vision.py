@@ -1,0 +1,149 @@
+"""Images to classify: MNIST, and the digits that scikit-learn ships.
+
+Pixels are uint8 and scaled to [0, 1] where the loss is made. With `task.shuffle` the pixels of all
+images, train and evaluation alike, are permuted by one permutation: what a fully connected network
+can learn stays the same, what a convolution gains from neighbours is gone (Li et al. 2018,
+arXiv:1804.08838, section 3.2).
+"""
+
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorax.models import Base
+from lorax.tasks.rows import Rows, Task, check_n_train, check_path, count
+
+CLASSES = 10
+EXPECTED = "MNIST as Keras has it, mnist.npz with x_train, y_train, x_test and y_test"
+DIGITS_EVAL = 360  # of 1,797
+
+
+def mnist(config: Mapping[str, Any], base: Base) -> Task:
+    """Handwritten digits of 28 x 28 pixels (LeCun et al. 1998): 60,000 to train on, of which the
+    first n_train, and 10,000 to evaluate.
+
+    config: `path` is an .npz file of x_train (N, 28, 28) uint8, y_train (N,) integers from 0 to 9,
+        x_test and y_test; any other images of these shapes and classes do as well.
+    Raises FileNotFoundError; ValueError naming the field, or the file.
+    """
+    file = check_path(config, EXPECTED)
+    x_train, y_train, x_test, y_test = read(file)
+    train, evaluation = (x_train, y_train), (x_test, y_test)
+    return _task(config, base, train, evaluation, file.name)
+
+
+def digits(config: Mapping[str, Any], base: Base) -> Task:
+    """The 1,797 digits of 8 x 8 pixels of scikit-learn (a part of UCI's "Optical Recognition of
+    Handwritten Digits"): 1,437 to train on, of which the first n_train, and 360 to evaluate.
+
+    Pixels of 0 to 16 are scaled to 0 to 255. The split is always the same: `train_test_split` with
+    random_state 0, stratified, so that both parts have all classes in equal shares; train images
+    are in its random order.
+    """
+    from sklearn.datasets import load_digits  # a second of imports
+    from sklearn.model_selection import train_test_split
+
+    found = load_digits()
+    images, labels = np.round(found.images * (255 / 16)).astype(np.uint8), found.target
+    split = dict(test_size=DIGITS_EVAL, stratify=labels, random_state=0)
+    train, evaluation = train_test_split(np.arange(len(labels)), **split)
+    sets = ((images[index], labels[index]) for index in (train, evaluation))
+    return _task(config, base, *sets, "scikit-learn's digits")
+
+
+def report(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """{"accuracy": share of the images whose largest score is their class's, in [0, 1]}, nan where
+    a score is not finite: a model that has diverged does not predict class 0.
+
+    scores: (N, classes) float; labels: (N,) integers. Raises ValueError for other shapes.
+    """
+    scores = np.asarray(scores)
+    if scores.ndim != 2 or len(scores) != len(labels):
+        raise ValueError(f"scores: shape {scores.shape} was given for {len(labels)} labels")
+    if not np.isfinite(scores).all():
+        return {"accuracy": math.nan}
+    return {"accuracy": float(np.mean(scores.argmax(axis=1) == labels))}
+
+
+def permutation(pixels: int, seed: int) -> np.ndarray:
+    """The order of `task.shuffle`: (pixels,) int64; pixel i of what is trained on is pixel
+    permutation[i] of the image. A function of `task.seed` alone."""
+    return np.random.default_rng(seed).permutation(pixels)
+
+
+def read(file: Path) -> tuple[np.ndarray, ...]:
+    """x_train, y_train, x_test, y_test of an .npz file. Raises ValueError that names the file where
+    it is none, damaged, or has something else in it; pickles in it are not opened."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            # An .npy file gives an array, which has no names.
+            names = ("x_train", "y_train", "x_test", "y_test")
+            arrays = tuple(stored[name] for name in names)
+    except (ValueError, KeyError, EOFError, OSError, TypeError, IndexError) as error:
+        raise _unreadable(file, error) from None
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise _unreadable(file, error) from None
+    for (x, y), part in zip((arrays[:2], arrays[2:]), ("train", "test"), strict=True):
+        if x.dtype != np.uint8 or x.ndim != 3 or x.shape[1:] != (28, 28) or not len(x):
+            raise ValueError(
+                f"task.path: {file}: x_{part} is {x.dtype} of shape {x.shape}; expected uint8 of "
+                "(N, 28, 28)"
+            )
+        whole = np.issubdtype(y.dtype, np.integer) and y.shape == (len(x),)
+        if not whole or not 0 <= y.min() <= y.max() < CLASSES:
+            raise ValueError(
+                f"task.path: {file}: y_{part} is {y.dtype} of shape {y.shape}; expected "
+                f"{count(len(x))} integers from 0 to {CLASSES - 1}"
+            )
+    return arrays
+
+
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"task.path: {file} can't be read ({error}); expected {EXPECTED}")
+
+
+def _task(config, base, train, evaluation, source: str) -> Task:
+    """The task of two sets of (images (N, height, width) uint8, labels (N,) integers)."""
+    shape = (*train[0].shape[1:], 1)
+    _check_fits(config["name"], base, shape)
+    n = check_n_train(config, len(train[0]))
+    shuffle, seed = config.get("shuffle"), config.get("seed") or 0
+    order = permutation(math.prod(shape), seed) if shuffle else None
+    rows = [_rows(x, y, order) for x, y in ((train[0][:n], train[1][:n]), evaluation)]
+    note = f"{count(n)} train and {count(len(evaluation[0]))} eval images of {source}"
+    note += ", pixels shuffled" * (order is not None)
+    return Task(config["name"], *rows, note, outputs=CLASSES, scores=report)
+
+
+def _rows(images: np.ndarray, labels: np.ndarray, order: np.ndarray | None) -> Rows:
+    if order is not None:
+        images = images.reshape(len(images), -1)[:, order].reshape(images.shape)
+    weight = np.ones(len(images), np.float32)
+    return {"inputs": images[..., None], "label": labels.astype(np.int32), "weight": weight}
+
+
+def _check_fits(name: str, base: Base, shape: tuple[int, int, int]) -> None:
+    """Raises ValueError where a base reads other images, or has another number of scores."""
+    reads, scores = base.config.image_shape, base.config.labels
+    # An MLP takes any image of as many values, which it lays in a row.
+    fits = reads == shape or (base.family == "mlp" and math.prod(reads) == math.prod(shape))
+    if not fits:
+        given = f"{reads[1]} values" if base.family == "mlp" else f"images of {_times(reads)}"
+        raise ValueError(
+            f"base: {base.name} ({base.family}) reads {given}; task {name!r} has images of "
+            f"{_times(shape)}, {math.prod(shape)} values"
+        )
+    if scores != CLASSES:
+        raise ValueError(
+            f"base: {base.name} ({base.family}) has {scores} scores; task {name!r} has "
+            f"{CLASSES} classes"
+        )
+
+
+def _times(shape) -> str:
+    return " x ".join(map(str, shape))
