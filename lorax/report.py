@@ -22,7 +22,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 
-from lorax.analysis import Band, compare, expected_similarity, gaussian_similarity, plots, runs
+from lorax.analysis import (
+    Band,
+    calibration,
+    compare,
+    expected_similarity,
+    gaussian_similarity,
+    plot_calibration,
+    plots,
+    runs,
+)
 from lorax.files import write_bytes
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.tmpl")
@@ -99,6 +108,7 @@ def _write(
         ),
         *_methods_section(run, table, settings, by, ranks, figures),
         *_evidence_section(run, table, figures),
+        *_calibration_section(run, table, sigmas, ranks, figures),
         ("Members", _members_section(table, scores)),
         ("Learning curves", _learning_section(table)),
     ]
@@ -495,6 +505,19 @@ def _evidence_section(run, table: pd.DataFrame, figures: dict) -> list[tuple[str
         "Before training, on the member's first batches. analysis/sensitivity.csv has all members."
     )
     return [("Which matrices matter", figure + _table(header, rows, note, sortable=True))]
+
+
+def _calibration_section(run, table, sigmas, ranks, figures: dict) -> list[tuple[str, str]]:
+    """What the estimators say of a planted task against the truth; adds its figure and table."""
+    found = calibration.estimates(run, table, sigmas, ranks)
+    if found.empty:
+        return []
+    _save_table(run, "calibration", found)
+    figures["calibration"] = plot_calibration.calibration(found)
+    alt = "Scatter plots of estimate against planted truth, one an estimator."
+    figure = _figure("calibration", calibration.CAPTION, alt)
+    header, rows = calibration.shown(calibration.summary(found))
+    return [("Calibration", figure + _table(header, rows, calibration.NOTE, sortable=True))]
 
 
 def _learning_section(table: pd.DataFrame) -> str:

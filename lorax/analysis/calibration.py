@@ -25,6 +25,17 @@ RANKS = {
 #: in the order in which they are shown
 ESTIMATORS = ("knee", *RANKS, "numerical rank", "AdaLoRA", "d90 / 0.9", "search")
 
+CAPTION = (
+    "Estimate against planted truth. Dashed: where they agree. A point is one task and seed, and "
+    "one matrix for what looks at single ones; levels of noise stand side by side."
+)
+NOTE = (
+    "Relative error against the planted r* or d*. A knee is the smallest rank with 99% of the best "
+    "improvement; the ranks of an update are those of the largest rank that was trained, and mean "
+    "r* only where the spectrum is flat; d90 is divided by 0.9, the share of d* that it is. "
+    "analysis/calibration.csv has every estimate."
+)
+
 
 # ------------------------------------------------------------------------------------- estimators
 
@@ -80,7 +91,7 @@ def dimension(curve: pd.DataFrame, base: float, best: float = 0.0, share: float 
     return float(np.interp(share, reached[at], dims[at])) / share
 
 
-# --------------------------------------------------------------------------------- against the truth
+# -------------------------------------------------------------------------------- against the truth
 
 
 def estimates(
@@ -225,3 +236,17 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def shown(summary: pd.DataFrame) -> tuple[list[str], list[list[Any]]]:
+    """(headings, rows) of the report's table, percentages in words. summary: of `summary`."""
+    headings = ["estimator", "method", "spectrum", "noise", "estimates", "none found"]
+    headings += ["rounds to the truth", "median error", "worst error", "mean signed error"]
+    percent = lambda x: "–" if x != x else f"{x:+.1%}" if x < 0 else f"{x:.1%}"
+    names = ("exact", "relative", "worst", "bias")
+    rows = [
+        [row["estimator"], row["method"], row["spectrum"], row["noise"], row["n"], row["missing"]]
+        + [percent(row[name]) for name in names]
+        for _, row in summary.iterrows()
+    ]
+    return headings, rows

@@ -51,16 +51,18 @@ def calibration(found: pd.DataFrame) -> Figure:
 
 
 def _square(axes, own: pd.DataFrame) -> None:
-    """The same range on both axes, ticks at the planted values, and the line of agreement."""
+    """The same range on both axes, ticks at the planted values and at doublings of the largest, and
+    the line of agreement."""
     truths = sorted(set(own["truth"].clip(lower=ZERO)))
     values = np.concatenate([truths, own["estimate"].dropna().clip(lower=ZERO)])
     low, high = values.min() / 1.4, values.max() * 1.4
+    ticks = truths + [truths[-1] * 2**n for n in range(1, 12) if truths[-1] * 2**n < high]
     axes.plot(
         [low, high], [low, high], color=GREY, linewidth=1, linestyle=(0, (6, 3)), label="truth"
     )
     for axis, set_scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
         set_scale("log", base=2)
-        axis.set_major_locator(FixedLocator(truths))
+        axis.set_major_locator(FixedLocator(ticks))
         axis.set_major_formatter(FuncFormatter(lambda x, _: "0" if x == ZERO else f"{x:g}"))
         axis.set_minor_locator(NullLocator())
         axis.set_minor_formatter(NullFormatter())

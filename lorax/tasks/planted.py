@@ -52,8 +52,9 @@ def load(config: Mapping[str, Any], base: Base) -> Task:
     base: any whose config has an `image_shape`; kernels that are no linear layer's stay.
 
     Rows: "inputs" (N, *image_shape), "label" (N, k), "weight" (N,), all float32. `Task.facts` has
-    the truth: "planted" {layer: the r* singular values of its dW*}, "planted_dim" (d* of all parameters together; None where
-    there is more than one linear layer, whose solutions are no linear space).
+    the truth: "planted" {layer: the r* singular values of its dW*}, "planted_dim" (d* of all
+    parameters together; None where there is more than one layer, whose solutions are no linear
+    space).
 
     Raises ValueError that names the config field.
     """

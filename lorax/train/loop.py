@@ -140,6 +140,7 @@ def describe(group: Group) -> list[dict]:
             }
             | {"steps": c.train.steps, "seed": c.seed, "n_train": c.task.n_train}
             | {a: x for a, x in member.point.items() if AXES[a].startswith("task.")}
+            | dict(group.task.facts)
             | {"trainable_params": method.count(group.base.params, group.base.sites)}
             | {"optimizer_bytes": opt_bytes}
         )
@@ -169,14 +170,17 @@ def train(workdir: Path, groups: list[Group], terminal: Terminal) -> dict[int, d
     again, the metrics and adapters come out bit for bit as without the interruption.
     """
     total = sum(len(g.stack.members) * g.stack.members[0].config.train.steps for g in groups)
-    done, offset, rows = 0.0, 0, {}
+    done, offset, rows, key, programs = 0.0, 0, {}, None, None
     for group in groups:
         c = group.stack.members[0].config
         k = sweep.steps_per_call(c.eval.every, c.train.offload)
         eval_batches = sweep.eval_batches(group.task, c.eval.batch_size)
         batches = sweep.batch_shapes(c.train, group.task, k)
         began = time.monotonic()
-        programs = sweep.fit(group.stack, group.base, c.train, batches, tree.shapes(eval_batches))
+        shapes = tree.shapes(eval_batches)
+        before, key = key, _program_key(group, batches, shapes)
+        if key != before:  # groups that differ in their data alone run in turn, and share one
+            programs = sweep.fit(group.stack, group.base, c.train, batches, shapes)
         for width in tasks.widths(group.task):
             programs.narrow(width)
         chunks = sweep.chunks(group.stack, programs.layout.size)
@@ -384,6 +388,15 @@ def export(directory: Path, member: Member, method, trainable, constants, group:
 
 def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else repr(error)
+
+
+def _program_key(group: Group, batches, eval_batches) -> str:
+    """All that `sweep.fit` compiles for; what the task's rows hold is no part of it."""
+    settings = json.loads(group_key(group.stack.members[0]))
+    del settings["task"]
+    dropout = any(member.config.method.dropout > 0 for member in group.stack.members)
+    shapes = tree.shapes(group.stack[2:]), batches, eval_batches
+    return json.dumps([settings, dropout, str(shapes)], sort_keys=True)
 
 
 def _plan_line(group, programs, chunks, seconds):

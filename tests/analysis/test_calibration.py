@@ -82,7 +82,7 @@ def member(index, **fields):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """LoRA on an update of rank 2 and one of rank 3, AdaLoRA on two kernels, subspaces, a search."""
+    """LoRA on updates of rank 2 and of rank 3, AdaLoRA on two kernels, subspaces, a search."""
     directory = tmp_path_factory.mktemp("runs") / "planted"
     lines, losses, deltas = [], [], []
     rng = np.random.default_rng(0)
