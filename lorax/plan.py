@@ -265,7 +265,7 @@ def shapes(members):
 
     from lorax import tasks
     from lorax.models.load import skeleton
-    from lorax.models.shapes import ARCHITECTURES
+    from lorax.models.shapes import architecture
     from lorax.train import evidence, sweep
 
     c = members[0].config
@@ -278,7 +278,7 @@ def shapes(members):
     except FileNotFoundError as error:
         known = c.base.rpartition("/")[2]
         hint = f" To plan without its files: --config.base=random:{known}"
-        raise FileNotFoundError(f"{error}{hint * (known in ARCHITECTURES)}") from None
+        raise FileNotFoundError(f"{error}{hint * bool(architecture(known))}") from None
     tasks.check_base(c.task, base, c.train.seq_len)
     base = _quantised(base, c.quant, c.double_quant) if c.quant else base
     for member in members:

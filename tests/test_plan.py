@@ -14,7 +14,7 @@ import quick
 from support import few, require
 
 import lorax
-from lorax import config, methods, plan, tree
+from lorax import config, methods, plan, tasks, tree
 from lorax.models import shapes
 from lorax.models.load import skeleton
 from lorax.train import sweep
@@ -85,6 +85,7 @@ def real_stack(members):
 # ------------------------------------------------------------------------------------------- exact
 
 
+IMAGES = {"task__name": "mnist", "method__targets": ("re:(conv|dense)_2/kernel",)}
 FAST = ["dora", "adalora", "bitfit", "houlsby", "llama-adapter"]
 
 
@@ -108,6 +109,7 @@ def test_shapes_are_those_of_the_arrays(name):
         ("tiny-llama", {"method__init": "pissa"}),
         ("tiny-gpt2", {"train__optimizer": "sgd"}),
         ("tiny-roberta", {"task__name": "glue", "task__subset": "cola"}),
+        ("mnist-lenet", IMAGES),
     ],
 )
 def test_exact_numbers_are_the_arrays(base, changes, monkeypatch):
@@ -132,6 +134,18 @@ def test_exact_numbers_are_the_arrays(base, changes, monkeypatch):
         assert not p.files_exact and p.files[1] == 8 * p.trainable[1]  # also what is taken off
 
 
+def test_batches_of_images_are_planned_without_reading_them():
+    (member,) = members_of("mlp-64-12-10", task__name="digits", method__targets=("re:.*",))
+    c, base = member.config, skeleton("random:mlp-64-12-10")
+    task = tasks.build(c.task, None, c.train.seq_len, None, base)
+    k = sweep.steps_per_call(c.eval.every)
+    planned, real = plan.rows(c, base), sweep.batch_shapes(c.train, task, k)
+    flat = lambda batch: {name: (x.shape[:3], x.size, x.dtype) for name, x in batch.items()}
+    assert flat(planned) == flat(real)
+    p = plan.plan([member])
+    assert p.name == "lora on random:mlp-64-12-10, 4 arrays a step" and p.parameters == 910
+
+
 def test_weights_that_are_not_there_are_planned_all_the_same(tmp_path):
     """Of a directory only config.json is read, and a head that it does not name is new."""
     (tmp_path / "config.json").write_text(
@@ -153,7 +167,7 @@ def compiled_sweep(members, width, monkeypatch, options=quick.OPTIONS):
     kept = []
     monkeypatch.setattr(sweep, "program_bytes", lambda x: kept.append(x) or program_bytes(x))
     base, stacked = plan.shapes(members)
-    batch = plan.rows(members[0].config)
+    batch = plan.rows(members[0].config, base)
     evaluation = {
         name: jax.ShapeDtypeStruct((1, *x.shape[2:]), x.dtype) for name, x in batch.items()
     }
@@ -180,6 +194,7 @@ PEAKS = [
     ("tiny-llama", 2, 2, {"quant": "nf4", "train__remat": "full"}),
     ("tiny-gpt2", 3, 1, {"quant": "nf4", **HALF}),
     ("tiny-llama", 1, 1, {"quant": "int8", "double_quant": False}),
+    ("mnist-lenet", 2, 2, IMAGES),
 ]
 
 
@@ -464,6 +479,9 @@ def test_a_mistake_is_one_line(arguments, message):
         ("tiny-gpt2", {"ranks": (512,)}, "method.rank: 512 given, but .* at most 64"),
         ("tiny-gpt2", {"method__targets": ("auto:3",)}, "decided by training batches"),
         ("tiny-roberta", {}, "is no causal model: restaurants"),
+        ("mnist-fc", {}, "reads images, and task 'restaurants' has texts"),
+        ("tiny-gpt2", {"task__name": "mnist"}, "reads tokens, and task 'mnist' has arrays"),
+        ("mnist-fc", {"task__name": "mnist", "train__remat": "full"}, "has no remat to set"),
     ],
 )
 def test_what_does_not_fit_the_base_is_an_error(base, changes, message):

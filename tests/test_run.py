@@ -304,3 +304,36 @@ def test_methods_that_peft_has_leave_its_files_and_others_say_why(tmp_path):
     assert (tmp_path / "run/report.html").stat().st_size
     found, missing = runs.adapters(runs.load(tmp_path / "run"), (0, 1))
     assert not found and "IA3" in missing[0] and "no such file" in missing[1]
+
+
+STUDY = """
+from lorax.config import default
+
+def get_config(arg=None):
+    c = default()
+    c.base, c.task.name, c.method.targets = "random:mlp-64-32-10", "digits", ("re:.*/kernel",)
+    c.method.rank = 4
+    c.train.update(steps=100, batch_size=64, lr=2e-2, warmup=0)
+    c.eval.update(every=50, batch_size=100, examples=360)
+    c.sweep.method = ("full", "lora")
+    return c
+"""
+
+
+def test_a_network_of_random_weights_learns_images(tmp_path):
+    study, workdir = tmp_path / "digits.py", tmp_path / "run"
+    study.write_text(STUDY)
+    done = run(f"--config={study}", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    assert "1,437 train and 360 eval images of scikit-learn's digits" in done.stdout
+    loaded = runs.load(workdir)
+    last = loaded.metrics.query("split == 'eval' and step == 100").set_index("member")["accuracy"]
+    first = loaded.metrics.query("split == 'eval' and step == 0")["accuracy"]
+    assert last[0] > 0.9 and last[1] > 0.85 and first.nunique() == 1 and first.max() < 0.3
+    assert loaded.status["members"]["0"]["scores"]["accuracy"] == last[0]
+    assert [row["trainable_params"] for row in members(workdir)] == [2410, 4 * (96 + 42)]
+    stored = lambda member: {p.name for p in (workdir / "adapters" / member).iterdir()}
+    assert stored("0") == {"state.safetensors", "method.json", "delta.safetensors"}
+    assert stored("1") == {"adapter_model.safetensors", "adapter_config.json"}
+    assert {*loaded.adapter(1)} == {"dense_1", "head"}
+    assert (workdir / "report.html").stat().st_size and list((workdir / "figures").glob("*.png"))

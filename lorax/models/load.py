@@ -112,6 +112,8 @@ def _build(name: str, weights: bool, dtype, param_dtype, run: dict):
     shaped = architecture(bare) if random and not Path(bare).is_dir() else None
     if shaped:
         directory, raw = None, shaped
+    elif not Path(bare).is_dir() and (architecture(bare) or {}).get("model_type") in WHOLE:
+        raise FileNotFoundError(f"base: {name} has no weights to load; random:{name} draws some")
     else:
         directory = find(bare, weights)
         raw = read_json(directory / "config.json")
@@ -127,7 +129,8 @@ def _build(name: str, weights: bool, dtype, param_dtype, run: dict):
     source, model = FAMILIES[family]
     unknown = [field for field in run if field not in config_fields(family)]
     if unknown:
-        raise ValueError(f"base: {name} ({family}) has no {', '.join(unknown)} to set")
+        why = ": only encoders take a head for texts with labels" if "head" in unknown else ""
+        raise ValueError(f"base: {name} ({family}) has no {', '.join(unknown)} to set{why}")
     config = source.config_from_hf(raw, dtype=dtype, **run)
     module = model(config)
     example = source.example(config) if hasattr(source, "example") else jnp.zeros((1, 1), jnp.int32)
@@ -162,7 +165,7 @@ def _seeded(name: str) -> tuple[str, int]:
 def config_fields(family: str) -> tuple[str, ...]:
     """Names of the fields of a family's Config."""
     _, model = FAMILIES[family]
-    return tuple(model.__annotations__["config"].__dataclass_fields__)
+    return tuple(model.__dataclass_fields__["config"].type.__dataclass_fields__)
 
 
 def save(directory: str | Path, base: Base) -> None:

@@ -79,12 +79,12 @@ def permutation(pixels: int, seed: int) -> np.ndarray:
 def read(file: Path) -> tuple[np.ndarray, ...]:
     """x_train, y_train, x_test, y_test of an .npz file. Raises ValueError that names the file where
     it is none, damaged, or has something else in it; pickles in it are not opened."""
+    names = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            # An .npy file gives an array, which has no names.
-            names = ("x_train", "y_train", "x_test", "y_test")
+        with open(file, "rb") as handle, np.load(handle, allow_pickle=False) as stored:
             arrays = tuple(stored[name] for name in names)
-    except (ValueError, KeyError, EOFError, OSError, TypeError, IndexError) as error:
+    # TypeError: an .npy file's array can't be entered.
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(file, error) from None
     except (zipfile.BadZipFile, zlib.error) as error:
         raise _unreadable(file, error) from None

@@ -19,6 +19,7 @@ from tokenizers.models import WordLevel
 import lorax
 from lorax import models, tree
 from lorax.models import gpt2
+from lorax.models.load import FAMILIES, WHOLE, config_fields, positions, skeleton
 
 CONFIG = dict(vocab_size=20, n_positions=6, n_embd=8, n_layer=3, n_head=2)
 
@@ -115,6 +116,116 @@ def test_kernels_take_stacked_layers_apart(base):
     np.testing.assert_array_equal(kernels["h/2/mlp/up"], flat["h/mlp/up/kernel"][2])
     np.testing.assert_array_equal(kernels["wte"], flat["wte/embedding"])
     assert {kernel.dtype for kernel in kernels.values()} == {np.dtype("float32")}
+
+
+# --------------------------------------------------------------------------------- drawn, by name
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "count", "reads"),
+    [
+        ("mnist-fc", "mlp", 199_210, (1, 784, 1)),
+        ("cifar-fc", "mlp", 656_810, (1, 3072, 1)),
+        ("mnist-lenet", "lenet", 44_426, (28, 28, 1)),
+        ("cifar-lenet", "lenet", 62_006, (32, 32, 3)),
+        ("mlp-64-32-10", "mlp", 65 * 32 + 33 * 10, (1, 64, 1)),
+        ("mlp-64-10", "mlp", 650, (1, 64, 1)),
+        ("mlp-8-7-6-5-4", "mlp", 63 + 48 + 35 + 24, (1, 8, 1)),
+    ],
+)
+def test_small_image_classifiers_by_name(name, family, count, reads):
+    base = skeleton(f"random:{name}")
+    assert (base.family, tree.count(base.params)) == (family, count)
+    assert base.config.image_shape == reads and base.fresh == ()
+    assert base.config.labels == base.params["head"]["kernel"].shape[1]
+    kernels = {path for path in tree.flatten(base.params) if path.endswith("kernel")}
+    assert {*base.sites} == kernels and base.vocabulary is None
+
+
+def test_a_seed_behind_the_name_draws_other_weights():
+    load = lambda name: tree.flatten(lorax.load(name).params)["dense_1/kernel"]
+    zero, three = load("random:mlp-64-32-10"), load("random:mlp-64-32-10@3")
+    module = lorax.load("random:mlp-64-32-10").module
+    image = jnp.zeros((1, 64), jnp.float32)
+    for seed, drawn in ((0, zero), (3, three)):
+        again = jax.jit(module.init)(jax.random.key(seed), image)["params"]["dense_1"]["kernel"]
+        np.testing.assert_array_equal(drawn, again)
+    assert (zero != three).mean() > 0.99
+    np.testing.assert_array_equal(zero, load("random:mlp-64-32-10@0"))
+    np.testing.assert_array_equal(three, load("random:mlp-64-32-10@3"))
+
+
+def test_a_seed_goes_with_any_random_name_and_a_directory_comes_first(base, directory):
+    kernel = lambda name: np.asarray(tree.flatten(lorax.load(name).params)["h/mlp/up/kernel"])
+    drawn = kernel(f"random:{directory}@1")
+    assert (drawn != np.asarray(base.params["h"]["mlp"]["up"]["kernel"])).mean() > 0.99
+    named = directory.parent / f"{directory.name}@1"
+    directory.rename(named)
+    np.testing.assert_array_equal(
+        kernel(f"random:{named}"), base.params["h"]["mlp"]["up"]["kernel"]
+    )
+    np.testing.assert_array_equal(kernel(f"random:{named}@1"), drawn)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("random:mnist-fc@x", r"base: random:mnist-fc@x: 'x' given as the seed behind @"),
+        ("random:mnist-fc@", "'' given as the seed behind @"),
+        ("random:mnist-fc@-1", "'-1' given as the seed"),
+        ("random:mnist-fc@2147483648", "a whole number below"),
+        ("random:mlp-64", r"base: widths \(64,\) of an MLP: at least two"),
+        ("random:mlp-64-0-10", r"base: widths \(64, 0, 10\) of an MLP: .* each at least 1"),
+    ],
+)
+def test_names_that_mean_no_network(name, message):
+    with pytest.raises(ValueError, match=message):
+        lorax.load(name)
+
+
+@pytest.mark.parametrize("name", ["mlp-64-12-10", "mlp-64-10", "mnist-lenet"])
+def test_image_classifiers_are_saved_and_loaded(name, tmp_path):
+    base = lorax.load(f"random:{name}@1")
+    models.save(tmp_path, base)
+    back = lorax.load(str(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, back.params, base.params)
+    assert (back.config, back.sites, back.fresh) == (base.config, base.sites, ())
+    assert {*models.sources(base)} == {*tree.flatten(base.params)}
+    drawn = lorax.load(f"random:{tmp_path}@1")
+    jax.tree.map(np.testing.assert_array_equal, drawn.params, base.params)
+    assert positions(base.config) is None
+
+
+def test_kernels_of_a_convolution_are_matrices_of_windows():
+    base = lorax.load("random:mnist-lenet")
+    kernels, flat = models.kernels(base), tree.flatten(base.params)
+    shapes = {name: kernel.shape for name, kernel in kernels.items()}
+    assert shapes == {
+        "conv_1": (25, 6),
+        "conv_2": (150, 16),
+        "dense_1": (256, 120),
+        "dense_2": (120, 84),
+        "head": (84, 10),
+    }
+    # A window's values in the kernel's order: row by row, pixel by pixel, its channels together.
+    windows = flat["conv_2/kernel"].reshape(150, 16)
+    np.testing.assert_array_equal(kernels["conv_2"], windows)
+    np.testing.assert_array_equal(kernels["dense_1"], flat["dense_1/kernel"])
+
+
+def test_a_lenet_of_too_small_images(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "lenet", "image_size": 15}')
+    with pytest.raises(ValueError, match="image_size 15 of a LeNet: at least 16"):
+        lorax.load(f"random:{tmp_path}")
+    (tmp_path / "config.json").write_text('{"model_type": "lenet", "image_size": 16}')
+    assert lorax.load(f"random:{tmp_path}").params["dense_1"]["kernel"].shape == (16, 120)
+
+
+def test_every_family_says_what_can_be_set():
+    for family, (source, _) in FAMILIES.items():
+        fields = config_fields(family)
+        assert "dtype" in fields and (family in WHOLE) == ("remat" not in fields), family
+        assert family in WHOLE or fields == tuple(source.Config.__dataclass_fields__)
 
 
 # ----------------------------------------------------------------------------------- what does not
@@ -223,6 +334,7 @@ def test_a_damaged_directory_is_one_clear_error(directory, name):
         ("/no/such/folder", "no directory /no/such/folder"),
         ("./nothing", "no directory ./nothing"),
         ("a/b/c", "no directory a/b/c"),
+        ("mnist-fc", "base: mnist-fc has no weights to load; random:mnist-fc draws some"),
     ],
 )
 def test_a_name_that_leads_nowhere_says_what_to_do(name, message):

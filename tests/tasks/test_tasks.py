@@ -184,16 +184,19 @@ def test_registry_is_complete():
     modules = [
         pkgutil.resolve_name(f"lorax.tasks.{x.name}") for x in pkgutil.iter_modules(tasks.__path__)
     ]
-    assert {x.__name__ for x in modules if hasattr(x, "load")} == {
-        f"lorax.tasks.{name}" for name in tasks.TASKS
-    }
+    with_tasks = {f"lorax.tasks.{name}" for name in tasks.TASKS}
+    with_tasks |= {load.__module__ for load in tasks.ARRAYS.values()}
+    helpers = {f"lorax.tasks.{name}" for name in ("metrics", "records", "rows")}
+    assert {x.__name__ for x in modules} == with_tasks | helpers
+    assert not {*tasks.TASKS} & {*tasks.ARRAYS}
 
 
 def test_unknown_task(vocabulary):
     with pytest.raises(ValueError) as error:
         tasks.build({**CONFIG, "name": "restaurant"}, vocabulary, 64, 8)
     assert str(error.value) == (
-        f"task.name: 'restaurant' is no task; there is {', '.join(tasks.TASKS)}; "
+        "task.name: 'restaurant' is no task; there is "
+        f"{', '.join([*tasks.TASKS, *tasks.ARRAYS])}; "
         "did you mean 'restaurants'?"
     )
 
@@ -217,6 +220,7 @@ def test_sizes_must_be_positive(vocabulary, seq_len, eval_examples, message):
         ("text", "group_by_length", True),
         ("restaurants", "template", "{{ messages }}"),
         ("e2e", "subset", "cola"),
+        ("restaurants", "shuffle", True),
     ],
 )
 def test_settings_that_a_task_has_no_use_for(vocabulary, name, field, value):

@@ -3,9 +3,12 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
-from lorax import config
+from lorax import adapters, config, losses, tasks
+from lorax.interop import peft
+from lorax.models import load, sources
 from lorax.train import loop
 
 
@@ -46,3 +49,102 @@ def test_an_offloaded_optimiser_resumes_bit_for_bit(members, tmp_path):
     _, said = train(torn, members)
     assert any("continues at step 4 of 6" in line for line in said)
     assert contents(torn) == contents(whole)
+
+
+# ------------------------------------------------------------------------------------------ arrays
+
+
+def images(base="random:mlp-64-10", task="digits", **axes):
+    c = config.default()
+    c.base, c.task.name, c.method.targets = base, task, ("re:.*/kernel",)
+    c.method.rank, c.task.n_train = 2, 32
+    c.train.update(steps=4, batch_size=8, warmup=0, parallel="none")
+    c.eval.update(every=2, examples=50, batch_size=20)
+    for axis, values in axes.items():
+        c.sweep[axis] = values
+    return c
+
+
+def test_every_axis_of_the_data_is_in_members_jsonl():
+    c = images(shuffle=(False, True), data_seed=(0, 1), seed=(3,))
+    groups = loop.prepare(config.members(c), lambda line: None)
+    assert len(groups) == 4  # data that differ are no data of one program
+    rows = [row for group in groups for row in loop.describe(group)]
+    assert [(r["shuffle"], r["data_seed"], r["seed"]) for r in rows] == [
+        (False, 0, 3), (False, 1, 3), (True, 0, 3), (True, 1, 3),
+    ]  # fmt: skip
+    a, b = groups[0].task.train["inputs"], groups[2].task.train["inputs"]
+    assert (a != b).any() and (a.sum(axis=(1, 2)) == b.sum(axis=(1, 2))).all()
+
+
+@pytest.mark.parametrize("base", ["random:mlp-64-10", "random:mlp-64-12-10"])
+def test_adapters_of_an_mlp_are_pefts(base, tmp_path):
+    """And they are the update: the exported factors give the loss that was logged."""
+    rows, said = train(tmp_path, images(base))
+    assert not any("own format" in line for line in said)
+    stored = json.loads((tmp_path / "adapters/0/adapter_config.json").read_text())
+    assert stored["task_type"] is None and "head" in stored["target_modules"]
+    own = load(base)
+    adapter = peft.load(tmp_path / "adapters/0", sources(own))
+    task = tasks.build({"name": "digits", "n_train": 32}, None, 1, 50, own)
+    total, weight, scores = losses.array_loss(own.module, adapters.bind(own, adapter), task.eval)
+    np.testing.assert_allclose(total / weight, rows[0]["eval_loss"], rtol=1e-5)
+    assert rows[0]["scores"] == pytest.approx(task.scores(scores, task.eval["label"]))
+    assert weight == 50
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit"])
+def test_a_method_trains_what_it_says_and_no_head_beside(method):
+    c = images("random:mlp-64-12-10")
+    c.method.name = method
+    (group,) = loop.prepare(config.members(c), lambda line: None)
+    (row,) = loop.describe(group)
+    assert row["trainable_params"] == (910 if method == "full" else 22)
+
+
+@pytest.mark.parametrize(
+    ("base", "task", "message"),
+    [
+        (
+            "random:mnist-fc",
+            "restaurants",
+            r"mnist-fc \(mlp\) reads images, .*'restaurants' has te",
+        ),
+        (
+            "gpt2-nano",
+            "digits",
+            r"base: gpt2-nano \(gpt2\) reads tokens, and task 'digits' has arr",
+        ),
+        ("random:mnist-lenet", "digits", r"reads images of 28 x 28 x 1; task 'digits' has images"),
+        ("random:mnist-fc", "mnist", "task.path: task 'mnist' needs"),
+        ("random:mnist-fc", "mnits", "'mnits' is no task; .* did you mean 'mnist'"),
+    ],
+)
+def test_a_base_and_a_task_that_do_not_fit(base, task, message):
+    c = images(base, task)
+    with pytest.raises(ValueError, match=message):
+        loop.prepare(config.members(c), lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("eval.generate", 3, "eval.generate: 3 given, task digits has no prompts"),
+        ("train.remat", "full", r"random:mlp-64-10 \(mlp\) has no remat to set"),
+        ("method.targets", ("q",), "method.targets: 'q' matches nothing"),
+        ("method.rank", 11, "method.rank: 11 given, but head/kernel is 64 x 10"),
+    ],
+)
+def test_settings_that_images_have_no_use_for(key, value, message):
+    c = images()
+    section, _, name = key.partition(".")
+    c[section][name] = value
+    with pytest.raises(ValueError, match=message):
+        loop.prepare(config.members(c), lambda line: None)
+
+
+def test_glue_needs_an_encoder():
+    c = images("random:mlp-64-10", "glue")
+    c.task.subset = "sst2"
+    with pytest.raises(ValueError, match=r"mlp-64-10 \(mlp\) has no head, .*only encoders"):
+        loop.prepare(config.members(c), lambda line: None)

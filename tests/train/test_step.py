@@ -14,7 +14,7 @@ from quick import jit
 
 import lorax
 from lorax import config, losses, ops, tree
-from lorax.models import gpt2
+from lorax.models import gpt2, vision
 from lorax.train import step as steps
 
 CONFIG = dict(vocab_size=20, n_positions=8, n_embd=8, n_layer=2, n_head=2, unroll=1)
@@ -177,6 +177,65 @@ def test_class_loss_counts_rows_with_tokens(labels):
         want = -np.asarray(jax.nn.log_softmax(scores))[np.arange(4), batch["label"][:4]].sum()
     assert n == 4 and scores.shape == (5, labels)
     np.testing.assert_allclose(total, want, rtol=1e-5)
+
+
+MLP = vision.MLP(vision.MLPConfig((12, 6, 3)))
+
+
+def arrays(labels, n=7):
+    """Images (n, 2, 2, 3) uint8 with classes, or (n, 12) float32 with 3 values; the last row of
+    either has no weight. And an MLP's parameters."""
+    rng = np.random.default_rng(0)
+    batch = {"weight": np.array([1.0] * (n - 1) + [0], np.float32)}
+    if labels == "classes":
+        batch["inputs"] = rng.integers(0, 256, (n, 2, 2, 3)).astype(np.uint8)
+        batch["label"] = rng.integers(0, 3, n).astype(np.int32)
+    else:
+        batch["inputs"] = rng.standard_normal((n, 12)).astype(np.float32)
+        batch["label"] = rng.standard_normal((n, 3)).astype(np.float32)
+    example = jnp.zeros((1, 12), jnp.float32)
+    return batch, random(jax.eval_shape(MLP.init, jax.random.key(0), example)["params"])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_array_loss_of_classes_is_the_cross_entropy_of_scaled_pixels(smoothing):
+    batch, params = arrays("classes")
+    assert losses.of(batch) is losses.array_loss
+    loss = jit(functools.partial(losses.array_loss, MLP, smoothing=smoothing))
+    total, weight, scores = loss(params, batch)
+    pixels = jnp.asarray(batch["inputs"] / 255, jnp.float32)
+    np.testing.assert_allclose(scores, MLP.apply({"params": params}, pixels), rtol=1e-5)
+    nats = -np.asarray(jax.nn.log_softmax(scores))[:6]
+    right = nats[np.arange(6), batch["label"][:6]]
+    want = (1 - smoothing) * right.sum() + smoothing * nats.mean(axis=1).sum()
+    assert weight == 6 and scores.shape == (7, 3)
+    np.testing.assert_allclose(total, want, rtol=1e-5)
+    same = loss(params, batch | {"inputs": pixels})  # floats are taken as they are
+    assert_same(same, (total, weight, scores), rtol=1e-6)
+
+
+def test_array_loss_of_values_is_the_mean_squared_error():
+    batch, params = arrays("values")
+    found = jit(functools.partial(losses.array_loss, MLP))(params, batch)
+    outputs = np.asarray(MLP.apply({"params": params}, batch["inputs"]))
+    assert len(found) == 2 and found[1] == 6  # values have no scores
+    np.testing.assert_allclose(
+        found[0], np.square(outputs - batch["label"])[:6].mean(axis=1).sum(), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("labels", ["classes", "values"])
+def test_evaluation_of_arrays_does_not_count_rows_without_weight(labels):
+    batch, params = arrays(labels)
+    method = lorax.method("full")
+    trainable, constants = method.init(jax.random.key(0), params)
+    program = steps.Program(MLP, method, {}, config.default().train, False, False)
+    run = jit(functools.partial(steps.evaluate, program))
+    lead = lambda *index: {name: x[list(index)][None] for name, x in batch.items()}
+    loss, scores = run(params, constants, trainable, lead(0, 1, 2, 3, 4, 5, 6))
+    fewer, _ = run(params, constants, trainable, lead(0, 1, 2, 3, 4, 5))
+    np.testing.assert_allclose(loss, fewer, rtol=1e-6)
+    assert (scores is None) if labels == "values" else scores.shape == (1, 7, 3)
 
 
 # -------------------------------------------------------------------------------------------- step

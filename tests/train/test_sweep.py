@@ -1,11 +1,16 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
+from quick import jit
 from support import few
 
+import lorax
 from lorax import config, tasks, tree
 from lorax.models import Base, gpt2
 from lorax.ops import sites
+from lorax.train import step as train_step
 from lorax.train import sweep
 
 CONFIG = gpt2.Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
@@ -268,6 +273,95 @@ def test_eval_batches_fill_up_without_weight(task):
     batches = sweep.eval_batches(task, 4)
     assert batches["tokens"].shape == (3, 4, 13)
     assert batches["mask"].sum() == task.eval["mask"].sum()
+
+
+# ------------------------------------------------------------------------------------------ arrays
+
+
+@pytest.fixture(scope="module")
+def mlp():
+    return lorax.load("random:mlp-64-12-10")
+
+
+@pytest.fixture(scope="module")
+def images(mlp):
+    return tasks.build({"name": "digits", "n_train": 60}, None, 1, 10, mlp)
+
+
+IMAGES = dict(rank=(1, 3), seed=(0, 1))
+
+
+def image_settings(**axes):
+    c = settings(**axes)
+    c.base, c.task.name, c.method.targets = "random:mlp-64-12-10", "digits", ("re:.*/kernel",)
+    return c
+
+
+@pytest.fixture(scope="module")
+def image_reference(mlp, images):
+    return run(image_settings(**IMAGES), mlp, images)
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_an_array_member_alone_equals_itself_in_the_sweep(mlp, images, image_reference, index):
+    final, losses, *_ = run(image_settings(**IMAGES), mlp, images, pick=[index])
+    np.testing.assert_allclose(losses[0], image_reference[1][index], rtol=1e-5)
+    np.testing.assert_allclose(final[0], image_reference[0][index], rtol=1e-5)
+    assert len(np.unique(image_reference[1], axis=0)) == 4
+
+
+@pytest.mark.parametrize("parallel", ["members", "batch"])
+def test_arrays_on_eight_devices_equal_those_on_one(mlp, images, image_reference, parallel):
+    c = image_settings(**IMAGES)
+    c.train.parallel = parallel
+    final, losses, _, programs, _ = run(c, mlp, images, devices=jax.devices())
+    assert programs.layout.mode == parallel
+    np.testing.assert_allclose(losses, image_reference[1], rtol=1e-5)
+    np.testing.assert_allclose(final, image_reference[0], rtol=1e-5)
+
+
+def test_arrays_with_an_offloaded_optimiser(mlp, images, image_reference):
+    c = image_settings(**IMAGES)
+    c.train.offload = "optimizer"
+    final, losses, *_ = run(c, mlp, images, k=1)
+    np.testing.assert_allclose(losses, image_reference[1], rtol=1e-5)
+    np.testing.assert_allclose(final, image_reference[0], rtol=1e-5)
+
+
+def test_batches_of_arrays(mlp, images):
+    stacked = stack_of(image_settings(n_train=(5, 60)), mlp)
+    batches = sweep.train_batches(stacked, images, 0, 3)
+    assert {name: x.shape for name, x in batches.items()} == {
+        "inputs": (2, 3, 1, 8, 8, 8, 1),
+        "label": (2, 3, 1, 8),
+        "weight": (2, 3, 1, 8),
+    }
+    assert batches["inputs"].dtype == np.uint8
+    first = {row.tobytes() for row in images.train["inputs"][:5]}
+    assert {row.tobytes() for row in batches["inputs"][0].reshape(-1, 64)} == first
+    own = sweep.batch_shapes(stacked.members[0].config.train, images, 3)
+    assert {name: (2, *x.shape) for name, x in own.items()} == {
+        name: x.shape for name, x in batches.items()
+    }
+    # an image counts as one token: as many members side by side as a CPU ever has
+    train = stacked.members[0].config.train
+    assert sweep.layout(8, train, mlp, jax.devices()[:1]).width == 8
+    evals = sweep.eval_batches(images, 4)
+    assert evals["inputs"].shape == (3, 4, 8, 8, 1) and evals["weight"].sum() == 10
+    assert (evals["weight"][2] == [1, 1, 0, 0]).all() and not evals["inputs"][2, 2:].any()
+
+
+def test_the_loss_of_an_evaluation_does_not_depend_on_its_batches(mlp, images):
+    """The last of three batches is half empty, and one of ten is full."""
+    stacked = stack_of(image_settings(), mlp)
+    program = train_step.Program(
+        mlp.module, stacked.methods[0], mlp.sites, stacked.members[0].config.train, False, False
+    )
+    one = lambda t: jax.tree.map(lambda x: x[0], t)
+    state = mlp.params, one(stacked.constants), one(stacked.state.trainable)
+    run = jit(functools.partial(train_step.evaluate, program))
+    losses = [run(*state, sweep.eval_batches(images, size))[0] for size in (4, 10)]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("every", "k"), [(50, 10), (1, 1), (8, 8), (14, 7), (13, 1)])
