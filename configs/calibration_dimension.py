@@ -35,7 +35,7 @@ def get_config(arg=None):
 
     sweep = config.sweep
     sweep.inputs = (1, 9, 39)
-    sweep.dim = (2, 5, 8, 9, 10, 12, 20, 30, 40, 45, 50, 60, 100, 160, 180, 200, 240)
+    sweep.dim = (2, 5, 9, 10, 12, 20, 30, 40, 45, 50, 60, 100, 160, 180, 200, 240)
     sweep.seed = (0, 1, 2, 3, 4)
     if arg == "noise":
         sweep.noise = (0.1, 0.3, 1.0)

@@ -110,6 +110,8 @@ def estimates(
         return pd.DataFrame()
     usable = table[table["final_loss"].notna()].copy()
     usable["mean"] = usable["final_loss"]
+    if "parameters" in usable:  # planted_dim counts every parameter; of fewer it is another
+        usable = usable[usable["dim"].isna() | usable["parameters"].isin([np.nan, None, "all"])]
     task = [name for name in TASK if name in usable]
     rows: list[dict[str, Any]] = []
     for keys, members in usable.groupby([*task, "method", "seed"], sort=True, dropna=False):
