@@ -13,7 +13,9 @@ r* and every seed. `noise` adds noise to the labels, of which 1.0 is as large as
 count; `deep` plants rank r* in each of two and of three kernels with ReLU between them; `adalora`
 gives AdaLoRA the sum of the ranks of two kernels, and it must divide it as planted.
 
-Groups differ in what is planted alone, and so share one program.
+Two minutes on two cores; `noise` six, `deep` seven. experiments/calibration has the results: the
+knee is r* in 140 of 140 runs with a flat spectrum, AdaLoRA's division right in 49 of 50. Groups
+differ in what is planted alone, and so share one program.
 """
 
 from lorax.config import default
@@ -64,4 +66,5 @@ def get_config(arg=None):
         sweep.rank = (12,)
         sweep.planted_rank = ((1, 5), (2, 4), (3, 3), (4, 2), (5, 1))
         sweep.noise = (0.0, 0.3)
+        config.train.parallel = "none"  # a group is one member, and a small one
     return config

@@ -110,7 +110,9 @@ def estimates(
         return pd.DataFrame()
     usable = table[table["final_loss"].notna()].copy()
     usable["mean"] = usable["final_loss"]
-    if "parameters" in usable:  # planted_dim counts every parameter; of fewer it is another
+    if {"parameters", "dim"} <= set(
+        usable
+    ):  # planted_dim counts every parameter; of fewer it is another
         usable = usable[usable["dim"].isna() | usable["parameters"].isin([np.nan, None, "all"])]
     task = [name for name in TASK if name in usable]
     rows: list[dict[str, Any]] = []
@@ -146,7 +148,9 @@ def _ranks(truth, members: pd.DataFrame, sigmas: pd.DataFrame, ranks: pd.DataFra
     best = members.loc[members.groupby("rank")["mean"].idxmin()]  # over learning rates and the like
     largest = max(len(sigma) for sigma in truth.values())
     expected = max(int(spectrum.energy_rank(sigma, SHARE)) for sigma in truth.values())
-    rows = [_row("knee", "", largest, knee(best, best["base_loss"].iloc[0]), expected)]
+    base = best["base_loss"].iloc[0]
+    found = knee(best, base) if best["mean"].min() < base else np.nan
+    rows = [_row("knee", "", largest, found, expected)]
     last = best.loc[best["rank"].idxmax()].name
     learned = sigmas[sigmas["member"] == last] if len(sigmas) else sigmas
     for path, of_path in learned.groupby("path", sort=False) if len(learned) else ():

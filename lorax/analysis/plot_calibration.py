@@ -27,9 +27,10 @@ def calibration(found: pd.DataFrame) -> Figure:
         for axes, name in zip(grid.flat, names, strict=False):
             own = found[found["estimator"] == name]
             unit = "d*" if own["quantity"].iloc[0] == "dimension" else "r*"
-            for n, noise in enumerate(noises):
+            levels = [noise for noise in noises if noise in set(own["noise"])]
+            for i, noise in enumerate(levels):
                 here = own[(own["noise"] == noise) & own["estimate"].notna()]
-                beside = 1.08 ** (n - (len(noises) - 1) / 2)
+                n, beside = noises.index(noise), 1.07 ** (i - (len(levels) - 1) / 2)
                 axes.plot(
                     here["truth"].clip(lower=ZERO) * beside,
                     here["estimate"].clip(lower=ZERO),
@@ -45,8 +46,14 @@ def calibration(found: pd.DataFrame) -> Figure:
             axes.set_ylabel(f"estimate of {unit}")
         for axes in list(grid.flat)[len(names) :]:
             axes.set_axis_off()
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        shown = {  # not every panel has every level
+            label: handle
+            for axes in figure.axes
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        names = [*(f"noise {noise:g}" for noise in noises), "truth"]
+        handles = [shown[name] for name in names]
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names))
         return figure
 
 

@@ -2,12 +2,14 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 from safetensors.numpy import save_file
 
+from lorax import report
 from lorax.analysis import calibration, plot_calibration, runs
 
 # ---------------------------------------------------------------------------------------- the knee
@@ -77,7 +79,8 @@ def member(index, **fields):
     about = {"member": index, "group": 0, "name": f"m{index}", "method": "lora", "rank": None}
     about |= {"dim": None, "scale": 1.0, "base": "random:mlp-12-12", "lr": 0.1, "seed": 0}
     about |= {"planted_rank": None, "spectrum": "flat", "noise": 0.0, "inputs": None}
-    return about | {"data_seed": 0, "planted_dim": None, "trainable_params": 10} | fields
+    about |= {"trainable_params": 10, "optimizer_bytes": 100}
+    return about | {"data_seed": 0, "planted_dim": None} | fields
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +181,19 @@ def test_no_planted_task_has_no_estimates(run):
     assert calibration.estimates(plain, table, pd.DataFrame(), pd.DataFrame()).empty
 
 
+def test_members_that_learn_nothing_have_no_knee(run):
+    table = runs.summary(run)
+    table["base_loss"] = 0.0
+    found = calibration.estimates(run, table[table["method"] == "lora"], *[pd.DataFrame()] * 2)
+    assert found.loc[found["estimator"] == "knee", "estimate"].isna().all()
+
+
+def test_a_subspace_of_some_parameters_has_another_d_star(run):
+    table = runs.summary(run).assign(parameters="re:.*/kernel")
+    found = calibration.estimates(run, table, pd.DataFrame(), pd.DataFrame())
+    assert "d90 / 0.9" not in set(found["estimator"]) and "knee" in set(found["estimator"])
+
+
 def test_estimates_without_any_update(run):
     table = runs.summary(run)
     found = calibration.estimates(run, table, pd.DataFrame(), pd.DataFrame())
@@ -206,3 +222,20 @@ def test_figure(found):
     assert first.get_marker() != second.get_marker()
     assert np.isclose(second.get_ydata()[0], 3) and 3 < second.get_xdata()[0] < 3.3
     assert figure.savefig(io.BytesIO(), format="png", dpi=50) is None
+
+
+def test_the_report_of_a_planted_task_has_it(run, tmp_path):
+    """Of the LoRA members alone, as a rank sweep leaves them."""
+    directory = tmp_path / "run"
+    shutil.copytree(run.directory, directory)
+    (directory / "analysis" / "intrinsic.csv").unlink()
+    for name in ("members", "metrics"):
+        lines = (directory / f"{name}.jsonl").read_text().splitlines()
+        kept = [line for line in lines if json.loads(line)["member"] < 8]
+        (directory / f"{name}.jsonl").write_text("\n".join(kept) + "\n")
+    page = report.write(directory).read_text()
+    assert ">Calibration</h2>" in page and "numerical rank" in page
+    kept = pd.read_csv(directory / "analysis" / "calibration.csv")
+    knees = kept[kept["estimator"] == "knee"]
+    assert knees["truth"].tolist() == knees["estimate"].tolist() == [2, 3]
+    assert (directory / "figures" / "calibration.png").stat().st_size > 10_000
