@@ -178,8 +178,8 @@ def train(workdir: Path, groups: list[Group], terminal: Terminal) -> dict[int, d
         batches = sweep.batch_shapes(c.train, group.task, k)
         began = time.monotonic()
         shapes = tree.shapes(eval_batches)
-        before, key = key, _program_key(group, batches, shapes)
-        if key != before:  # groups that differ in their data alone run in turn, and share one
+        last, key = key, _program_key(group, batches, shapes)
+        if key != last:  # groups that differ in their data alone run in turn, and share one
             programs = sweep.fit(group.stack, group.base, c.train, batches, shapes)
         for width in tasks.widths(group.task):
             programs.narrow(width)
