@@ -52,6 +52,7 @@ def get_config(arg=None):
     config.train.schedule = "linear"
     config.train.warmup = 0
     config.train.clip = 0.0
+    config.train.width = 1  # a member's parameters fill a CPU's cache
     config.eval.every = 500
     config.eval.examples = 10_000  # all
     config.eval.batch_size = 500

@@ -24,10 +24,12 @@ from threadpoolctl import threadpool_limits
 
 from lorax.analysis import (
     Band,
+    calibration,
     compare,
     expected_similarity,
     gaussian_similarity,
     intrinsic,
+    plot_calibration,
     plots,
     runs,
 )
@@ -110,6 +112,7 @@ def _write(
         ),
         *_methods_section(run, table, settings, by, ranks, figures),
         *_evidence_section(run, table, figures),
+        *_calibration_section(run, table, sigmas, ranks, figures),
         ("Members", _members_section(table, scores)),
         ("Learning curves", _learning_section(table)),
     ]
@@ -152,6 +155,7 @@ def _write_search(run: runs.Run) -> pathlib.Path:
     _save_table(run, "intrinsic_points", points)
     sections = [
         ("Intrinsic dimension", _intrinsic_section(run, table, points, found)),
+        *_calibration_section(run, table, pd.DataFrame(), pd.DataFrame(), figures),
         ("What was run", _facts_section(run, table, by)),
         ("Members", _members_section(table, runs.scores(run))),
         ("Learning curves", _learning_section(table)),
@@ -582,6 +586,19 @@ def _evidence_section(run, table: pd.DataFrame, figures: dict) -> list[tuple[str
         "Before training, on the member's first batches. analysis/sensitivity.csv has all members."
     )
     return [("Which matrices matter", figure + _table(header, rows, note, sortable=True))]
+
+
+def _calibration_section(run, table, sigmas, ranks, figures: dict) -> list[tuple[str, str]]:
+    """What the estimators say of a planted task against the truth; adds its figure and table."""
+    found = calibration.estimates(run, table, sigmas, ranks)
+    if found.empty:
+        return []
+    _save_table(run, "calibration", found)
+    figures["calibration"] = plot_calibration.calibration(found)
+    alt = "Scatter plots of estimate against planted truth, one an estimator."
+    figure = _figure("calibration", calibration.CAPTION, alt)
+    header, rows = calibration.shown(calibration.summary(found))
+    return [("Calibration", figure + _table(header, rows, calibration.NOTE, sortable=True))]
 
 
 def _learning_section(table: pd.DataFrame) -> str:

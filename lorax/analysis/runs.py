@@ -136,6 +136,7 @@ AXES = (
     "dropout",
     "n_train",
 )
+SEEDS = ("seed", "data_seed")  # over which the settings are averaged
 KINDS = ("A", "B", "dW in", "dW out")  # whose directions a subspace similarity compares
 
 
@@ -160,7 +161,7 @@ def summary(run: Run) -> pd.DataFrame:
     Adds status ("finished", "diverged", "running"), diverged_at, seconds, step_ms (of training
     alone), base_loss (eval at step 0, before any update), final_step, final_loss and best_loss
     (evals after step 0), in nats per completion token, and a column a score (`scores`: accuracy,
-    bleu...). A diverged member has no final loss (NaN). `setting` is the name without its seed;
+    bleu...). A diverged member has no final loss (NaN). `setting` is the name without its seeds;
     fields that are lists (targets) read "q v".
     """
     evals = run.metrics[run.metrics["split"] == "eval"].sort_values("step", kind="stable")
@@ -187,12 +188,13 @@ def summary(run: Run) -> pd.DataFrame:
                 **status.get("scores", {}),
             }
         )
-    table = run.members.copy()
+    # What was planted in a task (`calibration`) is no field that members are told apart by.
+    table = run.members.drop(columns="planted", errors="ignore")
     for column in table.columns:
         if table[column].map(lambda value: isinstance(value, list)).any():
             table[column] = [_words(value) for value in table[column]]
     table["setting"] = [
-        re.sub(r"(^|,\s*)seed=[^,]*", "", str(name)).strip(", ") for name in table["name"]
+        re.sub(r"(^|,\s*)(data_)?seed=[^,]*", "", str(name)).strip(", ") for name in table["name"]
     ]
     return table.join(pd.DataFrame(rows, index=run.members.index))
 
@@ -211,7 +213,7 @@ def axes(run: Run, table: pd.DataFrame) -> Axes:
     """
     swept = run.config.get("config", {}).get("sweep") or {}
     sweep = [name for name, values in swept.items() if values and name != "zip"]
-    order = [name for name in (*sweep, *AXES) if name in table.columns and name != "seed"]
+    order = [name for name in (*sweep, *AXES) if name in table.columns and name not in SEEDS]
     if any(name not in table.columns for name in sweep):
         order.append("setting")  # an axis that members.jsonl does not list by itself
     if table["rank"].nunique(dropna=False) > 1:

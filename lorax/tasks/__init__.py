@@ -21,7 +21,7 @@ from lorax import config as configs
 from lorax.errors import nearest
 from lorax.models import Base
 from lorax.models.load import positions
-from lorax.tasks import e2e, glue, instruct, restaurants, samsum, text, vision, wikisql
+from lorax.tasks import e2e, glue, instruct, planted, restaurants, samsum, text, vision, wikisql
 from lorax.tasks.rows import Prompt, Rows, Task, count
 from lorax.vocabulary import Vocabulary
 
@@ -42,6 +42,7 @@ TASKS = {
 ARRAYS = {
     "mnist": vision.mnist,
     "digits": vision.digits,
+    "planted": planted.load,
 }
 STRETCH = 50  # batches in which rows are sorted by length
 QUARTERS = 4  # widths of batches of rows that are grouped by length
@@ -52,6 +53,7 @@ ONLY = {
     "template": ("instruct",),
     "subset": ("glue",),
     "shuffle": ("mnist", "digits"),
+    **dict.fromkeys(("rank", "spectrum", "strength", "noise", "inputs", "examples"), ("planted",)),
 }
 _DEFAULTS = configs.default().task
 

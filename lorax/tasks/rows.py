@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +41,7 @@ class Task(NamedTuple):
     outputs: how many a classifier has; 0 for language models and where labels are values.
     scores: of a classifier: (outputs (N, k) float, labels (N,)) -> {metric: float}.
     lengths: (N,) int64, the columns that each train row needs, where batches are grouped by them.
+    facts: of a generated task: {name: value} of what was put into it; the members' lines have them.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Task(NamedTuple):
     outputs: int = 0
     scores: Callable | None = None
     lengths: np.ndarray | None = None
+    facts: Mapping[str, Any] = MappingProxyType({})
 
 
 def count(n: int) -> str:

@@ -154,6 +154,7 @@ def describe(group: Group) -> list[dict]:
             }
             | {"steps": c.train.steps, "seed": c.seed, "n_train": c.task.n_train}
             | {axis: v for axis, v in member.point.items() if not AXES[axis].startswith("method.")}
+            | dict(group.task.facts)
             | {"trainable_params": method.count(group.base.params, group.base.sites)}
             | {"optimizer_bytes": opt_bytes}
         )
@@ -210,14 +211,17 @@ def train(
     metrics and adapters come out bit for bit as without the interruption.
     """
     total = before + member_steps([m for g in groups for m in g.stack.members]) + after
-    done, rows = before, {}
+    done, rows, key, programs = before, {}, None, None
     for group in groups:
         c = group.stack.members[0].config
         k = sweep.steps_per_call(c.eval.every, c.train.offload)
         eval_batches = sweep.eval_batches(group.task, c.eval.batch_size)
         batches = sweep.batch_shapes(c.train, group.task, k)
         began = time.monotonic()
-        programs = sweep.fit(group.stack, group.base, c.train, batches, tree.shapes(eval_batches))
+        shapes = tree.shapes(eval_batches)
+        last, key = key, _program_key(group, batches, shapes)
+        if key != last:  # groups that differ in their data alone run in turn, and share one
+            programs = sweep.fit(group.stack, group.base, c.train, batches, shapes)
         for width in tasks.widths(group.task):
             programs.narrow(width)
         chunks = sweep.chunks(group.stack, programs.layout.size)
@@ -434,6 +438,15 @@ def export(directory: Path, member: Member, method, trainable, constants, group:
 
 def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else repr(error)
+
+
+def _program_key(group: Group, batches, eval_batches) -> str:
+    """All that `sweep.fit` compiles for; what the task's rows hold is no part of it."""
+    settings = json.loads(group_key(group.stack.members[0]))
+    del settings["task"]
+    dropout = any(member.config.method.dropout > 0 for member in group.stack.members)
+    shapes = tree.shapes(group.stack[2:]), batches, eval_batches
+    return json.dumps([settings, dropout, str(shapes)], sort_keys=True)
 
 
 def _plan_line(group, programs, chunks, seconds):

@@ -174,3 +174,51 @@ def test_glue_needs_an_encoder():
     c.task.subset = "sst2"
     with pytest.raises(ValueError, match=r"mlp-64-10 \(mlp\) has no head, .*only encoders"):
         loop.prepare(config.members(c), lambda line: None)
+
+
+# ----------------------------------------------------------------------------------- planted tasks
+
+
+def test_groups_that_differ_in_their_data_share_one_program(tmp_path, monkeypatch):
+    c = images("random:mlp-8-6", "planted", planted_rank=(1, 2), data_seed=(0, 1), rank=(1, 2))
+    c.task.n_train, c.task.examples, c.task.noise = None, 40, 0.1
+    fitted, fit = [], loop.sweep.fit
+    monkeypatch.setattr(loop.sweep, "fit", lambda *a: fitted.append(fit(*a)) or fitted[-1])
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    for workdir in (together, alone):
+        workdir.mkdir()
+    train(together, c)
+    assert len(fitted) == 1
+    # The last group by itself, in a program of its own, comes to the same.
+    c.sweep.planted_rank, c.sweep.data_seed = (2,), (1,)
+    train(alone, c)
+    assert len(fitted) == 2
+    lines, files = contents(alone)
+    all_lines, all_files = contents(together)
+    number = {0: 3, 1: 7}  # rank is slowest, data_seed fastest
+    for member, other in number.items():
+        name = "adapters/{}/adapter_model.safetensors"
+        assert files[name.format(member)] == all_files[name.format(other)]
+    of = lambda lines, member: [x | {"member": 0} for x in lines if x["member"] == member]
+    for member, other in number.items():
+        assert of(lines, member) == of(all_lines, other)
+
+
+def test_another_shape_or_setting_is_another_program(tmp_path, monkeypatch):
+    fitted, fit = [], loop.sweep.fit
+    monkeypatch.setattr(loop.sweep, "fit", lambda *a: fitted.append(fit(*a)) or fitted[-1])
+    c = images("random:mlp-8-6", "planted", rank=(1,), steps=(2, 4))
+    c.task.n_train, c.task.examples, c.task.rank = None, 40, 1
+    train(tmp_path, c)
+    assert len(fitted) == 2
+
+
+def test_members_of_a_planted_task_carry_the_truth():
+    c = images("random:mlp-8-6", "planted", planted_rank=(1, (2,)), noise=(0.0, 0.5))
+    c.task.n_train, c.task.examples = None, 40
+    rows = [r for g in loop.prepare(config.members(c), lambda line: None) for r in loop.describe(g)]
+    assert [(len(r["planted"]["head"]), r["planted_rank"], r["noise"]) for r in rows] == [
+        (1, 1, 0.0), (1, 1, 0.5), (2, (2,), 0.0), (2, (2,), 0.5),
+    ]  # fmt: skip
+    assert {r["planted_dim"] for r in rows} == {54} and {r["data_seed"] for r in rows} == {0}
+    json.dumps(rows)

@@ -1,0 +1,77 @@
+"""The figure of a calibration: what the estimators say against the truth that was planted."""
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+from lorax.analysis.calibration import ESTIMATORS
+from lorax.analysis.plots import COLOURS, GREY, MARKERS, STYLE
+
+COLUMNS = 4
+ZERO = 0.5  # where a logarithmic axis has its zero
+
+
+def calibration(found: pd.DataFrame) -> Figure:
+    """Estimate against truth, a panel an estimator, on logarithmic axes with the line on which the
+    two agree. Noise levels differ in colour and marker and stand side by side; every seed is a
+    point. found: of `calibration.estimates`, not empty."""
+    names = [name for name in ESTIMATORS if name in set(found["estimator"])]
+    noises = sorted(set(found["noise"]))
+    columns = min(COLUMNS, len(names))
+    lines = -(-len(names) // columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(0.8 + 2.3 * columns, 1.0 + 2.2 * lines), layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False)
+        for axes, name in zip(grid.flat, names, strict=False):
+            own = found[found["estimator"] == name]
+            unit = "d*" if own["quantity"].iloc[0] == "dimension" else "r*"
+            levels = [noise for noise in noises if noise in set(own["noise"])]
+            for i, noise in enumerate(levels):
+                here = own[(own["noise"] == noise) & own["estimate"].notna()]
+                n, beside = noises.index(noise), 1.07 ** (i - (len(levels) - 1) / 2)
+                axes.plot(
+                    here["truth"].clip(lower=ZERO) * beside,
+                    here["estimate"].clip(lower=ZERO),
+                    linestyle="",
+                    marker=MARKERS[n % len(MARKERS)],
+                    color=COLOURS[n % len(COLOURS)],
+                    fillstyle="none",
+                    label=f"noise {noise:g}",
+                )
+            _square(axes, own)
+            axes.set_title(name)
+            axes.set_xlabel(f"planted {unit}")
+            axes.set_ylabel(f"estimate of {unit}")
+        for axes in list(grid.flat)[len(names) :]:
+            axes.set_axis_off()
+        shown = {  # not every panel has every level
+            label: handle
+            for axes in figure.axes
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        names = [*(f"noise {noise:g}" for noise in noises), "truth"]
+        handles = [shown[name] for name in names]
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+        return figure
+
+
+def _square(axes, own: pd.DataFrame) -> None:
+    """The same range on both axes, ticks at the planted values and at doublings of the largest, and
+    the line of agreement."""
+    truths = sorted(set(own["truth"].clip(lower=ZERO)))
+    values = np.concatenate([truths, own["estimate"].dropna().clip(lower=ZERO)])
+    low, high = values.min() / 1.4, values.max() * 1.4
+    ticks = truths + [truths[-1] * 2**n for n in range(1, 12) if truths[-1] * 2**n < high]
+    axes.plot(
+        [low, high], [low, high], color=GREY, linewidth=1, linestyle=(0, (6, 3)), label="truth"
+    )
+    for axis, set_scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+        set_scale("log", base=2)
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: "0" if x == ZERO else f"{x:g}"))
+        axis.set_minor_locator(NullLocator())
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_xlim(low, high)
+    axes.set_ylim(low, high)

@@ -1,0 +1,209 @@
+"""Planted tasks: regression onto a base that was changed by an update of known rank, so that what
+an estimator of rank or of intrinsic dimension says can be held against the truth.
+
+    teacher = base with w + dW* for every kernel w (in, out) of a linear layer
+    dW* = u diag(sigma) v^T, of rank r*, |dW*|_F = strength |w|_F
+    x = Q xi, xi ~ N(0, I_p), Q (n, p) orthonormal;  label = teacher(x) + noise
+
+Rank. With isotropic inputs the excess loss of an update dW of one linear layer is |dW - dW*|_F^2
+over the number of outputs, and the least that rank r leaves of it is the energy of the singular
+values after the r-th (Eckart & Young 1936): with a flat spectrum a share 1 - r / r*, and nothing
+from r* on.
+
+Dimension. Li et al. 2018 (arXiv:1804.08838, section 2) call d* the codimension of the set of
+solutions: D = d_solution + d*. One linear layer with k outputs, on inputs that span p directions,
+computes (Q^T w, bias): the loss depends on p k functionals of the kernel and k of the bias, all
+with the same weight, and on nothing else. So d* = (p + 1) k where the bias is trained as well, as
+in a random subspace of all parameters, and p k where it is not. (The paper's own example, 10 groups
+of 100 parameters that must each add up to a given sum, is of this kind.)
+
+Evaluation rows are without noise: their loss is the distance to the truth.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import ops, tree
+from lorax.errors import nearest
+from lorax.models import Base
+from lorax.models.load import layer_names
+from lorax.tasks.rows import Rows, Task, check_n_train, count
+
+#: singular values of a planted update of rank r, before it is scaled to its norm
+SPECTRA = {
+    "flat": lambda r: np.ones(r),
+    "linear": lambda r: np.arange(r, 0, -1.0),
+    "geometric": lambda r: 0.5 ** np.arange(r),
+}
+EVAL_ROWS = 1024
+
+
+def load(config: Mapping[str, Any], base: Base) -> Task:
+    """The task that `config` plants in `base`, a function of the two alone.
+
+    config: `rank` (of every dW*, or a tuple with one for each kernel, 0 for none; None: full),
+        `spectrum` (a key of `SPECTRA`), `strength` (|dW*|_F over |w|_F, > 0), `noise` (its standard
+        deviation over that of teacher(x) - base(x), >= 0), `inputs` (the p that inputs span; None:
+        all), `examples` (train rows), `n_train` (the first so many of them), `seed` (of all that
+        is drawn: updates, inputs and noise each have a stream of their own).
+    base: any whose config has an `image_shape`; kernels that are no linear layer's stay.
+
+    Rows: "inputs" (N, *image_shape), "label" (N, k), "weight" (N,), all float32. `Task.facts` has
+    the truth: "planted" {layer: the r* singular values of its dW*}, "planted_dim" (d* of all
+    parameters together; None where there is more than one layer, whose solutions are no linear
+    space).
+
+    Raises ValueError that names the config field.
+    """
+    seed, examples = config["seed"], config["examples"]
+    kernels = _kernels(base)
+    ranks = _check(config, base, kernels)
+    stream = lambda *words: np.random.default_rng((seed, *words))
+
+    # ---------------------------------------------------------------------------------- teacher
+    flat = tree.flatten(base.params)
+    changed, sigmas = dict(flat), {}
+    for path, site in _linear(base).items():
+        matrix = np.array(site.to_matrix(ops.dense(flat[path], site)), np.float64)
+        for name, index in layer_names(path, site, flat[path].shape).items():
+            rng = stream(0, list(kernels).index(name))
+            norm = config["strength"] * np.linalg.norm(matrix[index])
+            sigma = singular_values(config["spectrum"], ranks[name], norm)
+            matrix[index] += update(rng, kernels[name], sigma)
+            sigmas[name] = [float(f"{x:.6g}") for x in sigma]
+        # float32 also where the base is stored in less: rounded, it would have another rank
+        changed[path] = site.from_matrix(jnp.asarray(matrix, jnp.float32), flat[path].shape)
+    teacher = tree.unflatten(changed)
+
+    # ------------------------------------------------------------------------------------- rows
+    n = int(np.prod(base.config.image_shape))
+    p = n if config["inputs"] is None else config["inputs"]
+    q = np.eye(n) if p == n else _orthonormal(stream(1), n, p)
+    xi = stream(2).standard_normal((EVAL_ROWS + examples, p))  # the eval rows first: they stay
+    inputs = (xi @ q.T).astype(np.float32)
+    images = inputs.reshape(-1, *base.config.image_shape)
+    right = np.asarray(ops.apply(base.module, teacher, images), np.float32)
+    if right.ndim != 2:
+        raise ValueError(
+            f"base: {base.name} gives outputs of shape {right.shape}; task 'planted' needs (N, k)"
+        )
+    before = np.asarray(ops.apply(base.module, base.params, images), np.float32)
+    sigma = config["noise"] * float(np.std(right - before))
+    noise = sigma * stream(3).standard_normal(right.shape)
+    noise[:EVAL_ROWS] = 0
+    label = (right + noise).astype(np.float32)
+
+    n_train = check_n_train(config, examples)
+    cut = lambda part: {
+        "inputs": images[part],
+        "label": label[part],
+        "weight": np.ones(len(label[part]), np.float32),
+    }
+    train: Rows = cut(slice(EVAL_ROWS, EVAL_ROWS + n_train))
+    evaluation: Rows = cut(slice(EVAL_ROWS))
+
+    # ------------------------------------------------------------------------------------ truth
+    d = _dimension(base, inputs[EVAL_ROWS : EVAL_ROWS + n_train], right.shape[1])
+    facts = {
+        "planted": sigmas,
+        "planted_dim": d,
+        "planted_rank": config["rank"],
+        "spectrum": config["spectrum"],
+        "noise": float(config["noise"]),
+        "inputs": config["inputs"],
+        "data_seed": seed,
+    }
+    note = (
+        f"an update of rank {', '.join(f'{r} in {name}' for name, r in ranks.items())} "
+        f"({config['spectrum']} spectrum, {config['strength']:g} |w|) to be found; inputs span "
+        f"{p} of {n} dimensions" + (f", so d* = {d}" if d else "") + f"; noise {config['noise']:g} "
+        f"of what is planted; {count(n_train)} train rows, {count(EVAL_ROWS)} eval rows without "
+        f"noise; seed {seed}"
+    )
+    return Task(config["name"], train, evaluation, note, facts=facts)
+
+
+def singular_values(spectrum: str, rank: int, norm: float) -> np.ndarray:
+    """(rank,) float64, descending, whose squares add up to norm squared."""
+    sigma = SPECTRA[spectrum](rank)
+    return norm * sigma / np.linalg.norm(sigma) if rank else np.zeros(0)
+
+
+def update(rng: np.random.Generator, shape: tuple[int, int], sigma: np.ndarray) -> np.ndarray:
+    """dW* (in, out) float64 = u diag(sigma) v^T, u and v random with orthonormal columns."""
+    u, v = (_orthonormal(rng, size, len(sigma)) for size in shape)
+    return (u * sigma) @ v.T
+
+
+def _orthonormal(rng, n: int, r: int) -> np.ndarray:
+    """(n, r) with orthonormal columns, uniform among all such (the signs of R's diagonal apart,
+    which turn columns over: their space is what counts)."""
+    return np.linalg.qr(rng.standard_normal((n, r)))[0]
+
+
+def _linear(base: Base) -> dict[str, ops.Site]:
+    return {path: site for path, site in base.sites.items() if site.kind == "linear"}
+
+
+def _kernels(base: Base) -> dict[str, tuple[int, int]]:
+    """{layer: (in, out)} of the linear layers' kernels, in the order of their paths."""
+    flat, found = tree.flatten(base.params), {}
+    for path, site in _linear(base).items():
+        shape = flat[path].shape
+        size = site.matrix_shape(shape)[1:]
+        found |= dict.fromkeys(layer_names(path, site, shape), size)
+    return found
+
+
+def _check(config, base: Base, kernels: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """{layer: planted rank}. Raises ValueError that names the field at fault."""
+
+    def need(field, ok, right):
+        if not ok:
+            raise ValueError(f"task.{field}: {config[field]!r} given, {right}")
+
+    whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
+    if not kernels:
+        raise ValueError(f"base: {base.name} has no linear layer to plant an update in")
+    if not hasattr(base.config, "image_shape"):
+        raise ValueError(
+            f"base: {base.name} ({base.family}) reads no arrays; task 'planted' needs a base that "
+            "does, such as random:mlp-64-64"
+        )
+    n = int(np.prod(base.config.image_shape))
+    known = ", ".join(SPECTRA)
+    hint = nearest(str(config["spectrum"]), SPECTRA)
+    need("spectrum", config["spectrum"] in SPECTRA, f"must be one of {known}{hint}")
+    need("strength", config["strength"] > 0, "must be positive")
+    need("noise", config["noise"] >= 0, "must not be negative")
+    need("examples", config["examples"] >= 1, "must be at least 1")
+    need("seed", whole(config["seed"]) and config["seed"] >= 0, "must be an integer of at least 0")
+    p = config["inputs"]
+    need("inputs", p is None or 1 <= p <= n, f"must be 1 to {n}, the inputs of {base.name}")
+
+    rank, sizes = config["rank"], "; ".join(f"{k} {i} x {o}" for k, (i, o) in kernels.items())
+    if rank is None:
+        return {name: min(size) for name, size in kernels.items()}
+    several = isinstance(rank, tuple | list)
+    need("rank", several or whole(rank), "must be an integer, a tuple of integers or None")
+    ranks = tuple(rank) if several else (rank,) * len(kernels)
+    if len(ranks) != len(kernels):
+        need("rank", False, f"{base.name} has {len(kernels)} linear kernels: {sizes}")
+    for r, size in zip(ranks, kernels.values(), strict=True):
+        ok = whole(r) and (0 if several else 1) <= r <= min(size)
+        need("rank", ok, f"must be {0 if several else 1} to min(in, out) of the kernels: {sizes}")
+    need("rank", any(ranks), "at least one must be above 0: nothing is planted")
+    return dict(zip(kernels, ranks, strict=True))
+
+
+def _dimension(base: Base, inputs: np.ndarray, outputs: int) -> int | None:
+    """d* of one linear layer and its bias: functionals of a column of weights, times columns."""
+    (path, site), *others = base.sites.items()
+    if others or site.kind != "linear":
+        return None
+    bias = path.rsplit("/", 1)[0] + "/bias" in tree.flatten(base.params)
+    seen = np.hstack([inputs, np.ones((len(inputs), int(bias)), np.float32)])
+    return int(np.linalg.matrix_rank(seen)) * outputs
