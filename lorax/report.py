@@ -81,7 +81,7 @@ def _write(
 ) -> pathlib.Path:
     table = runs.summary(run)
     by = runs.axes(run, table)
-    main = by.main or "rank"
+    main, loss = by.main or "rank", runs.loss_name(run)
     scores = runs.scores(run)
     settings = runs.settings(table, by, scores)
     answer = runs.answer(settings, main)
@@ -100,21 +100,29 @@ def _write(
     _save_table(run, "settings", settings.drop(columns="line"))
     base = _base_loss(table)
     context = (run, table, by, settings, answer, base)
-    figures = {"learning_curves": plots.learning_curves(run.metrics, table, by.main)}
+    figures = {"learning_curves": plots.learning_curves(run.metrics, table, by.main, loss)}
     if by.main is not None:
-        figures["rank_curve"] = plots.rank_curve(settings, table, main, base, answer)
+        figures["rank_curve"] = plots.rank_curve(settings, table, main, base, answer, loss)
+    planted = _calibration_section(run, table, sigmas, ranks, figures)
+    facts = ("What was run", _facts_section(run, table, by))
+    listed = [("Members", _members_section(table, scores))]
+    listed += [("Learning curves", _learning_section(table))]
+    if (
+        planted and len(calibration.tasks(table)) > 1
+    ):  # whose losses have nothing to do with another
+        figures.pop("rank_curve", None)
+        return _save_page(run, [*planted, facts, *listed], figures)
     sections = [
         ("Answer", _answer_section(*context)),
-        ("What was run", _facts_section(run, table, by)),
+        facts,
         (
             "Loss" if by.main is None else "Loss against " + _words(main),
             _curve_section(settings, by, answer, scores),
         ),
         *_methods_section(run, table, settings, by, ranks, figures),
         *_evidence_section(run, table, figures),
-        *_calibration_section(run, table, sigmas, ranks, figures),
-        ("Members", _members_section(table, scores)),
-        ("Learning curves", _learning_section(table)),
+        *planted,
+        *listed,
     ]
     if found:
         _save_table(run, "spectra", sigmas)
@@ -144,12 +152,13 @@ def _write_search(run: runs.Run) -> pathlib.Path:
     search = run.config["config"]["search"]
     table = runs.summary(run)
     by = runs.Axes("method", tuple(intrinsic.conditions(run, table)))
+    loss = runs.loss_name(run)
     points = intrinsic.points(run)
     found = pd.DataFrame()
-    figures = {"learning_curves": plots.learning_curves(run.metrics, table, by.main)}
+    figures = {"learning_curves": plots.learning_curves(run.metrics, table, by.main, loss)}
     if (points["kind"] == "subspace").any():
         found = intrinsic.estimate(points, search["threshold"], search["metric"])
-        figures["intrinsic"] = plots.intrinsic(points, found)
+        figures["intrinsic"] = plots.intrinsic(points, found, loss)
     _save_table(run, "members", table.drop(columns="setting"))
     _save_table(run, "intrinsic", found)
     _save_table(run, "intrinsic_points", points)
@@ -517,7 +526,7 @@ def _curve_section(
         for _, row in settings.iterrows()
     ]
     classes = ["chosen" if index == chosen else "" for index in settings.index]
-    caption = "Means over seeds, losses in nats; the shaded row is the answer above."
+    caption = "Means over seeds; the shaded row is the answer above."
     return figure + _table(header, rows, caption, classes=classes)
 
 
@@ -530,7 +539,7 @@ def _members_section(table: pd.DataFrame, scores: list[str]) -> str:
         + [m["status"] + _at_step(m["diverged_at"])]
         for _, m in table.iterrows()
     ]
-    caption = "Every member; press a heading to sort. Losses in nats, best over all evals."
+    caption = "Every member; press a heading to sort. The best loss is that over all evals."
     return _table(header, rows, caption, sortable=True, classes=list(table["status"]))
 
 
@@ -715,7 +724,7 @@ lowest mean plus that mean's standard error (standard deviation over seeds, n âˆ
 It asks for the simplest setting that the data can't tell from the best, and is no test of
 equality.</li>
 <li><b>Loss.</b> Cross entropy in nats, per completion token or, of a classifier, per example
-(squared error where it predicts a value); the base's is the eval at step 0.</li>
+(squared error where it predicts values); the base's is the eval at step 0.</li>
 <li><b>Subspace similarity.</b> LoRA,
 <a href="https://arxiv.org/abs/2106.09685">arXiv 2106.09685</a>, section 7.2: singular vectors of A
 on the input side (appendix G says left; for A (r Ã— in) the right ones are meant). Control:

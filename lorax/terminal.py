@@ -61,7 +61,7 @@ class Screen:
         """All members, best first."""
         table = Table(title="Members, best first", title_justify="left")
         scores = list(dict.fromkeys(name for row in rows.values() for name in row["scores"]))
-        headings = ("member", "parameters", "scale s", "eval loss (nats)", *scores)
+        headings = ("member", "parameters", "scale s", "eval loss", *scores)
         for name in (*headings, "seconds", "status"):
             left = name in ("member", "status")
             table.add_column(name, justify="left" if left else "right", no_wrap=name == "member")

@@ -94,6 +94,11 @@ def dimension(curve: pd.DataFrame, base: float, best: float = 0.0, share: float 
 # -------------------------------------------------------------------------------- against the truth
 
 
+def tasks(table: pd.DataFrame) -> pd.DataFrame:
+    """The planted tasks that members were trained on, a row each. table: of `runs.summary`."""
+    return table[[name for name in TASK if name in table]].astype(str).drop_duplicates()
+
+
 def estimates(
     run: runs.Run, table: pd.DataFrame, sigmas: pd.DataFrame, ranks: pd.DataFrame
 ) -> pd.DataFrame:

@@ -22,7 +22,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (7, 2)), (0, (2, 2)), "-")
 GREY = "0.45"
-LOSS = "eval loss (nats)"
+LOSS = "eval loss (nats)"  # of what predicts tokens or classes
 NAMES = {"rank": "rank r of the adapter", "lr": "learning rate", "alpha": "α"}
 STYLE = {
     "font.size": 9,
@@ -38,7 +38,12 @@ STYLE = {
 
 
 def rank_curve(
-    settings: pd.DataFrame, points: pd.DataFrame, main: str, base: float, answer: Answer | None
+    settings: pd.DataFrame,
+    points: pd.DataFrame,
+    main: str,
+    base: float,
+    answer: Answer | None,
+    loss: str = LOSS,
 ) -> Figure:
     """Final eval loss against the sweep's main axis (normally the rank, on a log2 axis).
 
@@ -48,6 +53,7 @@ def rank_curve(
       main: the column on the x axis.
       base: the unadapted base's loss, or NaN where it is not known or differs between members.
       answer: what to mark; the band is one standard error about the best.
+      loss: its name and unit (`runs.loss_name`).
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
@@ -75,7 +81,7 @@ def rank_curve(
             _mark(axes, position, main, answer)
         _base_line(axes, base, settings, points)
         axes.margins(y=0.25)  # room for the words below the marked point
-        axes.set_ylabel("final " + LOSS)
+        axes.set_ylabel("final " + loss)
         _legend(axes, outside=settings["line"].nunique() > 4)
         return figure
 
@@ -104,7 +110,7 @@ def methods(compared: pd.DataFrame) -> Figure:
         return figure
 
 
-def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame) -> Figure:
+def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, loss: str = LOSS) -> Figure:
     """The metric against the dimension of the subspace, a panel a condition: means over seeds at
     each dimension's best learning rate with standard errors, single seeds as dots, LoRA beside it
     where it was run. Level lines are full fine-tuning's and the one to be reached, the upright line
@@ -151,7 +157,7 @@ def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame) -> Figure:
         what = "dimension d of the subspace"
         figure.supxlabel(what + ("; trainable parameters of LoRA" if lora else ""), fontsize=9)
         unit = " (fraction)" * (metric == "accuracy")
-        label = LOSS if metric == "loss" else f"eval {_name(metric)}{unit}"
+        label = loss if metric == "loss" else f"eval {_name(metric)}{unit}"
         figure.supylabel("final " + label, fontsize=9)
         handles = {}
         for axes in grid:
@@ -170,7 +176,9 @@ def _against_size(axes: Axes, best: pd.DataFrame, by: str, n: int, label: str) -
     axes.plot(best[by], best["value"], ".", color=style["color"], alpha=0.45, markersize=4)
 
 
-def learning_curves(metrics: pd.DataFrame, points: pd.DataFrame, main: str | None) -> Figure:
+def learning_curves(
+    metrics: pd.DataFrame, points: pd.DataFrame, main: str | None, loss: str = LOSS
+) -> Figure:
     """Eval loss against step: a colour a value of the main axis, thin lines the members, thick
     lines their means over seeds and the other axes. Diverged members are thin and dashed."""
     evals = metrics[metrics["split"] == "eval"]
@@ -205,7 +213,7 @@ def learning_curves(metrics: pd.DataFrame, points: pd.DataFrame, main: str | Non
             )
         _clip_to_converged(axes, evals, points)
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel(LOSS)
+        axes.set_ylabel(loss)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         _legend(axes, outside=len(groups) > 5)
         return figure

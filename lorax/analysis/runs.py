@@ -205,6 +205,12 @@ def scores(run: Run) -> list[str]:
     return list(dict.fromkeys(name for m in of_members for name in m.get("scores", {})))
 
 
+def loss_name(run: Run) -> str:
+    """What the loss is called, with its unit: in nats but for a planted task, whose labels are
+    values."""
+    return f"eval loss ({'squared error' if 'planted' in run.members else 'nats'})"
+
+
 def axes(run: Run, table: pd.DataFrame) -> Axes:
     """The method where members differ in it, else the rank, else the sweep's first axis with
     several values.

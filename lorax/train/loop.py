@@ -387,8 +387,8 @@ def export(directory: Path, member: Member, method, trainable, constants, group:
 
     An update of low rank becomes a LoRA adapter in PEFT's format. Any other method leaves its own
     arrays, `state.safetensors` (path/name of `lorax.methods.State`) with `method.json`, and where
-    it is a change of weights `delta.safetensors`, {layer: dW (in, out) float32} of the matrices;
-    beside them, where PEFT has the method, its files of it.
+    it is a change of weights `delta.safetensors`, {layer: dW (in, out) float32} of the matrices
+    (but for random subspaces); beside them, where PEFT has the method, its files of it.
     """
     base, state = group.base, methods.State(trainable, constants)
     why = ""
@@ -418,7 +418,8 @@ def export(directory: Path, member: Member, method, trainable, constants, group:
     }
     atomically(directory / "state.safetensors", lambda file: save_file(arrays, file))
     write_json(directory / "method.json", {"name": method.name, "hp": method.hp})
-    if method.delta is not None:
+    # That of a random subspace says no more than z and the key, and is a thousand times as large.
+    if method.delta is not None and "dim" not in method.hp:
         found = method.delta(trainable, constants, base.params, base.sites)
         matrices = {}
         for path, update in found.items():

@@ -37,7 +37,8 @@ def finished(base, name, **hp):
 
 def export(directory, base, method, state):
     member = SimpleNamespace(config=SimpleNamespace(base="some/base"), name="m")
-    group = SimpleNamespace(base=base, task=SimpleNamespace(outputs=None))
+    rows = {"tokens": np.zeros((1, 2), np.int32)}
+    group = SimpleNamespace(base=base, task=SimpleNamespace(outputs=None, train=rows))
     return loop.export(directory, member, method, *state, group)
 
 
@@ -78,6 +79,8 @@ def test_peft_gets_its_files(name, hp, files, base, tmp_path):
     [
         ("houlsby", {}, "houlsby: PEFT has no such method"),
         ("full", {"parameters": ("norms",)}, "full: PEFT has no such method"),
+        ("subspace", {"dim": 9}, "subspace: PEFT has no such method"),
+        ("lora-subspace", {"dim": 9}, ""),
         ("prefix", {"layers": (1,)}, "method.layers: PEFT has a prefix in all layers or in none"),
         ("lora", {"rank": 2, "full": ("re:h/attn/o/kernel",)}, ""),
     ],
@@ -86,6 +89,7 @@ def test_what_peft_does_not_have_is_kept_with_a_reason(name, hp, why, base, tmp_
     method, state = finished(base, name, **hp)
     assert export(tmp_path, base, method, state) == why
     stored = {file.name for file in tmp_path.iterdir()}
+    assert ("delta.safetensors" in stored) == (name == "full")
     assert set(OWN if why else LORA) <= stored and (peft.CONFIG in stored) == (why == "")
 
 
