@@ -24,20 +24,21 @@ def get_config(arg=None):
     config.method.name = "subspace"
     config.method.targets = ("all-linear",)  # LoRA's
     config.train.batch_size = 8
-    config.train.steps = 150
-    config.eval.every = 150
+    config.train.steps = 100
+    config.eval.every = 100
     config.eval.examples = 128
-    config.sweep.dim = (1_000, 4_000, 16_000, 64_000)
-    config.sweep.lr = (3e-2, 1e-1)
+    config.sweep.dim = (16_000, 64_000, 256_000)
+    config.sweep.lr = (1e-2, 3e-2)
     config.search.threshold = 0.9
     config.search.metric = "loss"
-    config.search.baseline_lr = (2e-3, 4e-3)
+    config.search.baseline_lr = (4e-3,)
     config.search.seeds = (0, 1, 2)
-    config.search.points = 2
+    config.search.points = 1
     if arg is None:
         config.sweep.method = ("subspace", "said")
         config.search.lora_ranks = (4, 16, 64)
     else:
+        config.search.seeds = (0, 1)
         steps = lambda path: int(path.name.removeprefix("step"))
         config.sweep.base = tuple(map(str, sorted(Path(arg).glob("step*"), key=steps)))
         config.sweep.base += ("gpt2-nano",)
