@@ -1,6 +1,7 @@
 """Random subspaces: P is what the formulas say, its gradient P^T, and it comes of a key alone."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -187,6 +188,29 @@ def test_only_what_the_words_name_moves():
     assert set(delta) == {"h/attn/q/kernel", *norms}
     _, _, delta = moved("subspace", dim=7, parameters=("q",), layers=(1,))
     assert not delta["h/attn/q/kernel"][0].any() and delta["h/attn/q/kernel"][1].any()
+
+
+LLAMA = dict(
+    model_type="llama", hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+    intermediate_size=20, vocab_size=40, max_position_embeddings=12,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "mnist-lenet"])
+@pytest.mark.parametrize("method", ["subspace", "said"])
+def test_other_models_move_as_a_whole(name, method, tmp_path):
+    """A stack without biases, and convolutions in no stack."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    loaded = lorax.load(f"random:{tmp_path if name == 'llama' else name}")
+    made = lorax.method(method, dim=200)
+    state = made.init(jax.random.key(0), loaded.params, loaded.sites)
+    own = state.trainable["subspace"]
+    own["z"] = jax.random.normal(jax.random.key(1), own["z"].shape)
+    bound = jit(lambda: made.bind(*state, loaded.params, None, loaded.sites))()
+    moves = jax.tree.map(lambda x, y: float(jnp.linalg.norm(x - y)), bound, loaded.params)
+    assert min(jax.tree.leaves(moves)) > 0
+    total = np.linalg.norm(jax.tree.leaves(moves))
+    np.testing.assert_allclose(total, np.linalg.norm(own["z"]), rtol=0.15)
 
 
 @pytest.mark.parametrize("scales", subspace.SCALES)
