@@ -1,12 +1,26 @@
-"""Taking learned updates apart: spectra, subspaces, amplification. numpy only, no training code."""
+"""Taking learned updates apart: spectra, subspaces, amplification, intruders; CKA of activations.
+
+No training code, and numpy for the arithmetic.
+"""
 
 from lorax.analysis.amplification import Amplification, amplification
+from lorax.analysis.cka import linear_cka
+from lorax.analysis.intruder import (
+    Intervention,
+    Intruders,
+    intervene,
+    intruders,
+    norm_matched,
+)
 from lorax.analysis.spectrum import (
+    RandomisedSVD,
     effective_rank,
     energy_rank,
     factor_svd,
     numerical_rank,
+    randomised_svd,
     stable_rank,
+    update_svd,
 )
 from lorax.analysis.subspace import (
     Band,
@@ -14,6 +28,7 @@ from lorax.analysis.subspace import (
     expected_similarity,
     gaussian_similarity,
     output_similarity,
+    principal_angles,
     subspace_similarity,
     update_similarity,
 )
@@ -21,6 +36,9 @@ from lorax.analysis.subspace import (
 __all__ = [
     "Amplification",
     "Band",
+    "Intervention",
+    "Intruders",
+    "RandomisedSVD",
     "amplification",
     "basis_similarity",
     "effective_rank",
@@ -28,9 +46,16 @@ __all__ = [
     "expected_similarity",
     "factor_svd",
     "gaussian_similarity",
+    "intervene",
+    "intruders",
+    "linear_cka",
+    "norm_matched",
     "numerical_rank",
     "output_similarity",
+    "principal_angles",
+    "randomised_svd",
     "stable_rank",
     "subspace_similarity",
     "update_similarity",
+    "update_svd",
 ]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lorax.analysis.spectrum import existing, factor_svd
+from lorax.analysis.spectrum import existing, update_svd
 
 
 class Amplification(NamedTuple):
@@ -42,10 +42,7 @@ def amplification(
     Raises ValueError where the shapes or the rank do not fit.
     """
     w = np.asarray(w, np.float64)
-    if isinstance(delta, tuple):
-        u, sigma, vt = factor_svd(*delta[:3])
-    else:
-        u, sigma, vt = np.linalg.svd(np.asarray(delta, np.float64), full_matrices=False)
+    u, sigma, vt = update_svd(delta)
     if w.ndim != 2 or (u.shape[0], vt.shape[1]) != w.shape:
         raise ValueError(
             f"w {w.shape} and delta {(u.shape[0], vt.shape[1])} need the same (in, out)"

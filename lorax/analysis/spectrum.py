@@ -1,8 +1,11 @@
 """Singular values of an update dW = s * a @ b, and the ranks that can be read off them.
 
-Everything works from the factors, a (in, r) and b (r, out): dW itself is never formed. Arrays may
-be numpy's or jax's; the arithmetic is numpy's, in float64. Leading axes are batch axes.
+Everything works from the factors, a (in, r) and b (r, out): dW itself is never formed. (An update
+that has no factors, full fine-tuning's, has `randomised_svd`.) Arrays may be numpy's or jax's; the
+arithmetic is numpy's, in float64. Leading axes are batch axes.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -32,6 +35,73 @@ def factor_svd(
     core = ra @ np.swapaxes(rb, -1, -2) * np.asarray(s, np.float64)[..., None, None]
     u, sigma, vt = np.linalg.svd(core, full_matrices=False)
     return qa @ u, sigma, vt @ np.swapaxes(qb, -1, -2)
+
+
+def update_svd(
+    delta: ArrayLike | tuple[ArrayLike, ...],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Thin SVD of an update: `factor_svd` of a tuple (a, b) or (a, b, s), numpy's of an array."""
+    if isinstance(delta, tuple):
+        return factor_svd(*delta[:3])
+    return np.linalg.svd(np.asarray(delta, np.float64), full_matrices=False)
+
+
+class RandomisedSVD(NamedTuple):
+    """The leading k singular values and vectors of A (in, out), with their errors."""
+
+    u: np.ndarray  # (in, k)
+    sigma: np.ndarray  # (k,), descending; never above A's own
+    vt: np.ndarray  # (k, out)
+    upper: np.ndarray  # (k,): A's own are never above these
+    residual: float  # ||A - u @ diag(sigma) @ vt||_F
+
+
+def randomised_svd(
+    matrix: ArrayLike,
+    k: int,
+    *,
+    oversamples: int = 10,
+    iterations: int = 4,
+    rng: int | np.random.Generator = 0,
+) -> RandomisedSVD:
+    """The k leading singular values of a dense update, by projection onto a random range.
+
+    Halko, Martinsson & Tropp 2011 (arXiv 0909.4061), algorithms 4.4 and 5.1, are scikit-learn's
+    `randomized_svd`. The errors are exact, not the paper's probable ones (its equation 4.3 is some
+    eight times ||R||_F): with Q the range found, of k + oversamples directions, A splits into
+    Q Q^T A and R = A - Q Q^T A at right angles, so ||R||_F^2 is ||A||_F^2 less the sum of all
+    sigma^2, and A^T A = (Q^T A)^T (Q^T A) + R^T R puts A's own values between sigma and
+    upper = sqrt(sigma^2 + ||R||_F^2). All this to rounding, which is 1e-8 of ||A||_F for R.
+
+    Args:
+      matrix: (in, out), dense.
+      k: 1 to min(in, out). Near that, numpy's own SVD is the faster one.
+      oversamples: further directions that the range gets; they are dropped at the end.
+      iterations: power iterations. More help where the singular values fall slowly.
+      rng: a numpy generator or a seed.
+
+    Raises ValueError where the shape or a number does not fit.
+    """
+    from sklearn.utils.extmath import randomized_svd  # a second of imports
+
+    matrix = np.asarray(matrix, np.float64)
+    if matrix.ndim != 2:
+        raise ValueError(f"matrix {matrix.shape}: need (in, out)")
+    if not 1 <= k <= min(matrix.shape):
+        raise ValueError(f"k {k}: from 1 to {min(matrix.shape)} for a {matrix.shape} matrix")
+    if oversamples < 0 or iterations < 0:
+        raise ValueError(f"oversamples {oversamples} and iterations {iterations}: 0 or more")
+    seed = int(np.random.default_rng(rng).integers(2**31))
+    # All directions as components and none as scikit-learn's oversamples: R needs all of sigma.
+    wide = min(k + oversamples, *matrix.shape)
+    u, sigma, vt = randomized_svd(
+        matrix, wide, n_oversamples=0, n_iter=iterations, random_state=seed
+    )
+    energy = np.sum(matrix**2)
+    missed = max(energy - np.sum(sigma**2), 0.0)
+    residual = np.sqrt(max(energy - np.sum(sigma[:k] ** 2), 0.0))
+    upper = np.sqrt(sigma[:k] ** 2 + missed)
+    return RandomisedSVD(u[:, :k], sigma[:k], vt[:k], upper, float(residual))
 
 
 def existing(u: np.ndarray, sigma: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -41,6 +41,37 @@ def basis_similarity(u1: ArrayLike, u2: ArrayLike) -> np.ndarray:
     return shared / np.minimum(i, j)
 
 
+def principal_angles(u1: ArrayLike, u2: ArrayLike) -> np.ndarray:
+    """The angles between the spans of two orthonormal bases, in radians.
+
+    Björck & Golub 1973: the cosines are the singular values of u1^T u2; below 45 degrees the angle
+    is taken from its sine, which rounding spares there. phi(r1, r2) is sum(cos^2) / min(r1, r2), so
+    phi(i, i) is the mean of cos^2 over the angles of the first i columns.
+
+    Args:
+      u1: (..., n, r1), orthonormal columns.
+      u2: (..., n, r2), likewise.
+
+    Returns (..., min(r1, r2)), ascending, from 0 (a direction in common) to pi / 2. A direction
+    that does not exist (a column of zeros) is orthogonal to all.
+    """
+    u1, u2 = np.asarray(u1, np.float64), np.asarray(u2, np.float64)
+    if u1.shape[-2] != u2.shape[-2]:
+        raise ValueError(f"bases of different spaces: {u1.shape} and {u2.shape}, need (n, r) each")
+    if u1.shape[-1] < u2.shape[-1]:
+        u1, u2 = u2, u1
+    cross = np.swapaxes(u1, -1, -2) @ u2
+    cosines = np.linalg.svd(cross, compute_uv=False)
+    # Of u2 what u1 does not reach; a row of its own makes a column of zeros a direction apart.
+    missing = np.linalg.norm(u2, axis=-2) < 0.5
+    apart = np.concatenate([u2 - u1 @ cross, missing[..., None] * np.eye(u2.shape[-1])], axis=-2)
+    sines = np.linalg.svd(apart, compute_uv=False)[..., ::-1]
+    small = cosines**2 > 0.5
+    return np.where(
+        small, np.arcsin(np.where(small, sines, 0.0)), np.arccos(np.where(small, 0.0, cosines))
+    )
+
+
 def directions(a: ArrayLike) -> np.ndarray:
     """The left singular vectors of a (..., n, r), by falling singular value: (..., n, min(n, r)).
 

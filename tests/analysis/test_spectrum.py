@@ -4,8 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import data
 
-from lorax.analysis import effective_rank, energy_rank, factor_svd, numerical_rank, stable_rank
+from lorax.analysis import (
+    effective_rank,
+    energy_rank,
+    factor_svd,
+    numerical_rank,
+    randomised_svd,
+    stable_rank,
+)
 
 
 def planted(sigma, d_in=12, d_out=9, seed=0):
@@ -96,3 +104,58 @@ def test_bad_input_is_named():
         factor_svd(np.ones((4, 2)), np.ones((3, 4)))
     with pytest.raises(ValueError, match="tau"):
         energy_rank(np.ones(3), 90)
+
+
+@pytest.mark.parametrize("shape", [(60, 45), (45, 60)])
+def test_randomised_svd_finds_a_planted_low_rank_exactly(shape):
+    a, b, u, v = planted(np.array([5.0, 2.0, 0.5]), *shape)
+    got = randomised_svd(a @ b, 3)
+    np.testing.assert_allclose(got.sigma, [5, 2, 0.5], atol=1e-9)
+    np.testing.assert_allclose(np.abs(np.sum(got.u * u, axis=0)), 1, atol=1e-9)
+    np.testing.assert_allclose(np.abs(np.sum(got.vt.T * v, axis=0)), 1, atol=1e-9)
+    np.testing.assert_allclose(got.upper, got.sigma, atol=1e-7)
+    assert got.residual < 1e-7 * 5.4
+
+
+@pytest.mark.parametrize("iterations, oversamples", [(0, 0), (0, 10), (4, 10)])
+@pytest.mark.parametrize("fall", [0.0, 0.5, 2.0])
+def test_randomised_svd_knows_its_errors(fall, iterations, oversamples):
+    """Spectra i^-fall: whatever it found, the true values lie between sigma and upper."""
+    rng = np.random.default_rng(3)
+    u, v = (np.linalg.qr(rng.standard_normal((n, 50)))[0] for n in (80, 50))
+    true = np.arange(1.0, 51) ** -fall
+    matrix = u * true @ v.T
+    for seed in range(10):
+        got = randomised_svd(matrix, 6, oversamples=oversamples, iterations=iterations, rng=seed)
+        assert np.all(got.sigma <= true[:6] + 1e-12) and np.all(true[:6] <= got.upper + 1e-12)
+        dense = np.linalg.norm(matrix - got.u * got.sigma @ got.vt)
+        assert got.residual == pytest.approx(dense, abs=1e-7)
+        np.testing.assert_allclose(got.u.T @ got.u, np.eye(6), atol=1e-9)
+    if fall == 2 and iterations:
+        np.testing.assert_allclose(got.sigma, true[:6], atol=1e-5)
+
+
+def test_randomised_svd_of_all_directions_is_exact():
+    matrix = np.random.default_rng(4).standard_normal((9, 7))
+    got = randomised_svd(matrix, 7, iterations=0)
+    np.testing.assert_allclose(got.sigma, np.linalg.svd(matrix, compute_uv=False), atol=1e-9)
+    again = randomised_svd(matrix, 7, iterations=0, rng=np.random.default_rng(0))
+    np.testing.assert_array_equal(got.u, again.u)
+
+
+def test_both_svds_agree_on_a_trained_update():
+    with np.load(data("adapters/lora_roberta_mnli/roberta_base_lora_mnli.npz")) as stored:
+        name = "roberta.encoder.layer.0.attention.self.value.lora_"
+        a, b = stored[name + "A"].T, stored[name + "B"].T  # (768, 8), (8, 768)
+    got = randomised_svd(a.astype(float) @ b, 8)
+    np.testing.assert_allclose(got.sigma, factor_svd(a, b)[1], rtol=0, atol=1e-5)
+    assert got.residual < 1e-5
+
+
+def test_randomised_svd_names_bad_input():
+    with pytest.raises(ValueError, match="k 8: from 1 to 7"):
+        randomised_svd(np.ones((9, 7)), 8)
+    with pytest.raises(ValueError, match="matrix"):
+        randomised_svd(np.ones((2, 9, 7)), 2)
+    with pytest.raises(ValueError, match="oversamples -1"):
+        randomised_svd(np.ones((9, 7)), 2, oversamples=-1)

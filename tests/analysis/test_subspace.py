@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.linalg import subspace_angles
 from support import DATA
 
 from lorax.analysis import (
@@ -9,6 +10,7 @@ from lorax.analysis import (
     expected_similarity,
     gaussian_similarity,
     output_similarity,
+    principal_angles,
     subspace_similarity,
     update_similarity,
 )
@@ -64,6 +66,51 @@ def test_planted_angle():
     u1 = np.eye(6)[:, :1]
     u2 = np.cos(angle) * np.eye(6)[:, :1] + np.sin(angle) * np.eye(6)[:, 1:2]
     assert basis_similarity(u1, u2)[0, 0] == pytest.approx(np.cos(angle) ** 2, abs=1e-9)
+
+
+@pytest.mark.parametrize("r1", [4, 6])
+def test_planted_principal_angles(r1):
+    """Small angles as well, where a cosine has lost them: 1e-7 is 5e-15 below 1."""
+    rng = np.random.default_rng(10)
+    angles = np.array([0.0, 1e-7, 0.3, np.pi / 2])
+    q = np.linalg.qr(rng.standard_normal((15, 12)))[0]
+    u1, u2 = q[:, :r1], np.cos(angles) * q[:, :4] + np.sin(angles) * q[:, 8:]
+    # Any bases of the two spans.
+    u1 = u1 @ np.linalg.qr(rng.standard_normal((r1, r1)))[0]
+    u2 = u2 @ np.linalg.qr(rng.standard_normal((4, 4)))[0]
+    np.testing.assert_allclose(principal_angles(u1, u2), angles, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(principal_angles(u2, u1), angles, rtol=0, atol=1e-12)
+
+
+def test_principal_angles_are_scipys():
+    rng = np.random.default_rng(11)
+    u1 = np.linalg.qr(rng.standard_normal((2, 3, 20, 5)))[0]
+    u2 = np.linalg.qr(rng.standard_normal((2, 3, 20, 8)))[0]
+    got = principal_angles(u1, u2)
+    assert got.shape == (2, 3, 5)
+    for i, j in np.ndindex(2, 3):
+        expected = subspace_angles(u1[i, j], u2[i, j])[::-1]
+        np.testing.assert_allclose(got[i, j], expected, rtol=0, atol=1e-9)
+
+
+def test_phi_is_the_mean_squared_cosine():
+    rng = np.random.default_rng(12)
+    u1, u2 = (np.linalg.qr(rng.standard_normal((20, 6)))[0] for _ in range(2))
+    phi = basis_similarity(u1, u2)
+    for i in range(1, 7):
+        mean = np.mean(np.cos(principal_angles(u1[:, :i], u2[:, :i])) ** 2)
+        assert phi[i - 1, i - 1] == pytest.approx(mean, abs=1e-12)
+
+
+def test_a_direction_that_does_not_exist_is_orthogonal_to_all():
+    u1, u2 = np.eye(8, 3), np.eye(8, 4)
+    u2[:, 1] = 0
+    np.testing.assert_allclose(principal_angles(u1, u2), [0, 0, np.pi / 2], atol=1e-12)
+    expected = [0, 0, np.pi / 2, np.pi / 2]
+    np.testing.assert_allclose(principal_angles(np.eye(8, 6)[:, :5], u2 * [1, 1, 1, 0]), expected,
+                               atol=1e-12)  # fmt: skip
+    with pytest.raises(ValueError, match="different spaces"):
+        principal_angles(np.eye(4, 2), np.eye(5, 2))
 
 
 def test_batched_equals_one_by_one():
@@ -156,3 +203,6 @@ def test_definition_on_a_peft_adapter():
     # q and k of a split c_attn share one A: the same input space.
     shared = subspace_similarity(a1, factors["h/0/attn/k"].a)
     np.testing.assert_allclose(np.diag(shared), 1, atol=1e-9)
+    q1, q2 = np.linalg.qr(a1.astype(float))[0], np.linalg.qr(a2.astype(float))[0]
+    expected = subspace_angles(a1.astype(float), a2.astype(float))[::-1]
+    np.testing.assert_allclose(principal_angles(q1, q2), expected, rtol=0, atol=1e-5)

@@ -1,0 +1,181 @@
+"""Intruder dimensions: leading directions of W + dW that W does not have.
+
+Shuttleworth et al., LoRA vs Full Fine-tuning (arXiv 2410.21228): y_j, one of the k leading left
+singular vectors of W + dW, is an intruder if max_i |cos(y_j, x_i)| < epsilon over all left singular
+vectors x_i of W. Their W is (out, in), so their left vectors are directions of the output. Our
+kernels are the transpose, (in, out): the same vectors are the right ones here, the rows of vt.
+
+What the paper's definition leaves open, and what is done here:
+- It has no absolute value, though a singular vector has no sign. The authors' code takes it; so do
+  we.
+- "All" vectors of a rectangular W are those of its thin SVD, min(in, out) of them, as in the
+  authors' code. Where in < out they do not span the output space. A vector outside of their span
+  has cosine 0 with each and is an intruder. A random direction is one as well, in any case: its
+  largest |cosine| is about sqrt(2 ln(out) / out).
+- Where W's singular values are equal or zero their vectors are an arbitrary basis, and so are the
+  cosines. The directions of W's zeros count as W's, as in the authors' code.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lorax.analysis.spectrum import update_svd
+
+
+class Intruders(NamedTuple):
+    """The k leading singular vectors of W + dW. Leading axes (...) are those of W and dW.
+
+    A smaller k asks for no more work: np.cumsum(mask, -1)[..., j - 1] is the count for k = j.
+    """
+
+    similarity: np.ndarray  # (..., k): the largest |cosine| with a vector of W, 0 to 1
+    mask: np.ndarray  # (..., k) bool, or (..., e, k) for e epsilons: similarity < epsilon
+    count: np.ndarray  # (...) int, or (..., e): how many of the k; the paper sums over matrices
+    u: np.ndarray  # (..., in, k): W + dW is u @ diag(sigma) @ vt and the rest of its SVD
+    sigma: np.ndarray  # (..., k), descending
+    vt: np.ndarray  # (..., k, out)
+
+
+class Intervention(NamedTuple):
+    """What scaling the top intruder does to the update: dW becomes dW + a @ b."""
+
+    index: np.ndarray  # (...) int: which of the k leading vectors it is; -1 where there is none
+    a: np.ndarray  # (..., in, 1); zeros where there is none
+    b: np.ndarray  # (..., 1, out)
+    norm: np.ndarray  # (...): ||dW + a @ b||_F
+    scale: np.ndarray  # (...): the control is scale * dW, an update of that same norm
+
+
+def intruders(
+    w: ArrayLike,
+    delta: ArrayLike | tuple[ArrayLike, ...],
+    k: int = 10,
+    epsilon: float | ArrayLike = 0.5,
+    *,
+    side: str = "out",
+    w_svd: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
+) -> Intruders:
+    """The intruders among the k leading singular vectors of w + delta (definition above).
+
+    Args:
+      w: the frozen kernel, (..., in, out).
+      delta: the update: factors (a, b) or (a, b, s) with a (..., in, r), b (..., r, out) and s a
+        number or (...,); or dense, (..., in, out).
+      k: how many leading vectors, 1 to min(in, out); the paper takes 10.
+      epsilon: a threshold above 0 and at most 1, or (e,) of them: all from the same cosines.
+      side: "out" for the output directions, the paper's; "in" for the input directions.
+      w_svd: (u, sigma, vt) of w, thin, where it is at hand: half of the work.
+
+    Raises ValueError where shapes, k, epsilon or side do not fit.
+    """
+    w, dense = np.asarray(w, np.float64), _dense(delta)
+    if w.ndim < 2 or dense.shape[-2:] != w.shape[-2:]:
+        raise ValueError(f"w {w.shape} and delta {dense.shape} need the same (..., in, out)")
+    if not 1 <= k <= min(w.shape[-2:]):
+        raise ValueError(f"k {k}: from 1 to {min(w.shape[-2:])} for a {w.shape[-2:]} matrix")
+    epsilon = np.asarray(epsilon, np.float64)
+    if epsilon.ndim > 1 or not np.all((epsilon > 0) & (epsilon <= 1)):
+        raise ValueError(f"epsilon {epsilon}: a cosine above 0 and at most 1, or (e,) of them")
+    if side not in ("in", "out"):
+        raise ValueError(f"side {side!r}: 'in' or 'out'")
+    w_u, _, w_vt = np.linalg.svd(w, full_matrices=False) if w_svd is None else w_svd
+
+    u, sigma, vt = np.linalg.svd(w + dense, full_matrices=False)
+    u, sigma, vt = u[..., :k], sigma[..., :k], vt[..., :k, :]
+    if side == "out":
+        cosines = vt @ np.swapaxes(np.asarray(w_vt, np.float64), -1, -2)
+    else:
+        cosines = np.swapaxes(u, -1, -2) @ np.asarray(w_u, np.float64)
+    similarity = np.abs(cosines).max(-1)  # (..., k)
+    mask = (similarity[..., None, :] if epsilon.ndim else similarity) < epsilon[..., None]
+    return Intruders(similarity, mask, mask.sum(-1), u, sigma, vt)
+
+
+def norm_matched(
+    rng: int | np.random.Generator, delta: ArrayLike | tuple[ArrayLike, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Control: an update with delta's singular values, and so its norm, in random directions.
+
+    Both sides' directions are Haar distributed: uniform, as everywhere on a sphere.
+
+    Args:
+      rng: a numpy generator or a seed.
+      delta: factors (a, b) or (a, b, s), or dense, as in `intruders`.
+
+    Returns factors a (..., in, k), b (..., k, out) with k the number of delta's singular values.
+    """
+    rng = np.random.default_rng(rng)
+    u, sigma, vt = update_svd(delta)
+    u, v = _haar(rng, u.shape), _haar(rng, np.swapaxes(vt, -1, -2).shape)
+    return u * sigma[..., None, :], np.swapaxes(v, -1, -2)
+
+
+def intervene(
+    w: ArrayLike,
+    delta: ArrayLike | tuple[ArrayLike, ...],
+    lam: float | ArrayLike,
+    k: int = 10,
+    epsilon: float = 0.5,
+    *,
+    side: str = "out",
+    w_svd: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
+    found: Intruders | None = None,
+) -> Intervention:
+    """Scale the top intruder by lam: W + dW + (lam - 1) sigma u v^T, as a change of the update.
+
+    u, sigma, v are singular vectors and value of W + dW, so the change takes from W what W has
+    there as well. The top one is that of the largest sigma. W's other singular values stay.
+
+    `scale` gives the control that any claim about lam needs: the whole update, shrunk (or, where
+    the change lengthens it, stretched) to the norm that it has after the change.
+
+    Args:
+      w, delta, k, epsilon, side, w_svd: as in `intruders`; one epsilon.
+      lam: a number, or an array that broadcasts with the leading axes: (l,) for a sweep over one
+        matrix, (l, 1) for one over a stack. 0 removes the intruder, 1 changes nothing.
+      found: `intruders` of the same w, delta and side, where they are at hand: all of the work.
+    """
+    if found is None:
+        found = intruders(w, delta, k, epsilon, side=side, w_svd=w_svd)
+    mask = found.similarity < epsilon
+    any_, first = mask.any(-1), mask.argmax(-1)
+    sigma = np.take_along_axis(found.sigma, first[..., None], -1)[..., 0]
+    u = np.take_along_axis(found.u, first[..., None, None], -1)  # (..., in, 1)
+    vt = np.take_along_axis(found.vt, first[..., None, None], -2)  # (..., 1, out)
+
+    change = np.where(any_, (np.asarray(lam, np.float64) - 1) * sigma, 0.0)
+    if isinstance(delta, tuple):
+        a, b, s = _factors(delta)
+        along = s * ((np.swapaxes(u, -1, -2) @ a) @ (b @ np.swapaxes(vt, -1, -2)))[..., 0, 0]
+        before = np.linalg.norm(update_svd(delta)[1], axis=-1)
+    else:
+        dense = np.asarray(delta, np.float64)
+        along = (np.swapaxes(u, -1, -2) @ dense @ np.swapaxes(vt, -1, -2))[..., 0, 0]
+        before = np.linalg.norm(dense, axis=(-2, -1))
+    # ||dW + c u v^T||^2, and rounding may take it below 0.
+    after = np.sqrt(np.maximum(before**2 + 2 * change * along + change**2, 0.0))
+    scale = np.where(before > 0, after / np.where(before > 0, before, 1.0), 1.0)
+    index = np.where(any_, first, -1)
+    b = np.broadcast_to(vt * any_[..., None, None], change.shape + vt.shape[-2:])
+    return Intervention(index, change[..., None, None] * u, b, after, scale)
+
+
+def _factors(delta):
+    a, b, s = delta if len(delta) == 3 else (*delta, 1.0)
+    return np.asarray(a, np.float64), np.asarray(b, np.float64), np.asarray(s, np.float64)
+
+
+def _dense(delta) -> np.ndarray:
+    """The update as one array (..., in, out): W + dW has to be formed, so dW may be."""
+    if not isinstance(delta, tuple):
+        return np.asarray(delta, np.float64)
+    a, b, s = _factors(delta)
+    return s[..., None, None] * (a @ b)
+
+
+def _haar(rng, shape) -> np.ndarray:
+    q, r = np.linalg.qr(rng.standard_normal(shape))
+    # LAPACK's signs depend on the draw; those of a positive diagonal make q uniform.
+    return q * np.where(np.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)[..., None, :]
