@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lorax import config, decode, methods, ops, quant, tasks, tree
+from lorax import analysis, config, decode, methods, ops, quant, tasks, tree
 from lorax.files import write_bytes
 from lorax.models import Base, gpt2
 from lorax.train import sweep
@@ -65,6 +65,7 @@ SHAPES = {
 }
 STEP = Shape(dataclasses.replace(SHAPES["small"].config, n_positions=256), 4, 256, 3)
 MEMBERS, RANK = 8, 8
+SVD_WIDTHS = (768, 1024, 2048, 4096)
 
 
 def bench_sweep(shapes: list[str], rounds: int) -> list[Row]:
@@ -199,18 +200,39 @@ def bench_nf4(shapes: list[str], rounds: int) -> list[Row]:
     return rows
 
 
+def bench_svd(shapes: list[str], rounds: int) -> list[Row]:
+    """SVD of an update dW = a @ b from its factors (r = 8 and 64), against numpy's of the dense
+    product. A dense one of 4096 x 4096 takes so long that one round of it has to do."""
+    rows, rng = [], np.random.default_rng(0)
+    for n in SVD_WIDTHS:
+        for r in (8, 64):
+            a, b = rng.standard_normal((n, r)), rng.standard_normal((r, n))
+            sides = {
+                "factors": _timed(lambda a=a, b=b: analysis.factor_svd(a, b)),
+                "dense": _once(lambda a=a, b=b: np.linalg.svd(a @ b, full_matrices=False)),
+            }
+            seconds = _measure(sides, min(rounds, 1) if n >= 4096 else rounds)
+            label = f"SVD of dW, {n} x {n}, r = {r}"
+            rows.append(_row(label, seconds["factors"], seconds["dense"], "numpy, dense"))
+    return rows
+
+
+def _once(run: Callable) -> Callable[[], float]:
+    """Seconds of one call."""
+
+    def seconds():
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        return time.perf_counter() - start
+
+    return seconds
+
+
 def _timed(run: Callable) -> Callable[[], float]:
     """Seconds of one call, the least of three."""
 
-    def seconds():
-        found = []
-        for _ in range(3):
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            found.append(time.perf_counter() - start)
-        return min(found)
-
-    return seconds
+    once = _once(run)
+    return lambda: min(once() for _ in range(3))
 
 
 def _base(shape: Shape, param_dtype: str = "float32") -> Base:
@@ -409,6 +431,7 @@ BENCHES = {
     "subspace": bench_subspace,
     "mixed": bench_mixed,
     "nf4": bench_nf4,
+    "svd": bench_svd,
 }
 
 
