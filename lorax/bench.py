@@ -202,7 +202,8 @@ def bench_nf4(shapes: list[str], rounds: int) -> list[Row]:
 
 def bench_svd(shapes: list[str], rounds: int) -> list[Row]:
     """SVD of an update dW = a @ b from its factors (r = 8 and 64), against numpy's of the dense
-    product. A dense one of 4096 x 4096 takes so long that one round of it has to do."""
+    product, both in float64. The first is the least of three calls, the second one call; a dense
+    one of 4096 x 4096 takes so long that one round has to do."""
     rows, rng = [], np.random.default_rng(0)
     for n in SVD_WIDTHS:
         for r in (8, 64):

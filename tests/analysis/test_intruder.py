@@ -147,7 +147,7 @@ def test_norm_matched_is_uniform():
 def test_intervention_scales_one_singular_value(lam):
     w, delta, sigma = planted()
     dW = delta[0] @ delta[1]
-    for update in (delta, dW):
+    for update in (delta, (2 * delta[0], delta[1], 0.5), dW):
         got = intervene(w, update, lam, 8, 0.6)
         assert got.index == 2  # the strongest of the four
         after = dW + got.a @ got.b

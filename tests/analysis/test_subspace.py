@@ -103,12 +103,12 @@ def test_phi_is_the_mean_squared_cosine():
 
 
 def test_a_direction_that_does_not_exist_is_orthogonal_to_all():
-    u1, u2 = np.eye(8, 3), np.eye(8, 4)
-    u2[:, 1] = 0
-    np.testing.assert_allclose(principal_angles(u1, u2), [0, 0, np.pi / 2], atol=1e-12)
-    expected = [0, 0, np.pi / 2, np.pi / 2]
-    np.testing.assert_allclose(principal_angles(np.eye(8, 6)[:, :5], u2 * [1, 1, 1, 0]), expected,
-                               atol=1e-12)  # fmt: skip
+    e = np.eye(8)
+    one = np.stack([e[0], np.cos(0.3) * e[1] + np.sin(0.3) * e[7], 0 * e[0]], axis=1)
+    for other in (e[:, :2], e[:, :3], e[:, :5]):
+        expected = [0, 0.3, np.pi / 2][: other.shape[1]]
+        np.testing.assert_allclose(principal_angles(one, other), expected, atol=1e-12)
+        np.testing.assert_allclose(principal_angles(other, one), expected, atol=1e-12)
     with pytest.raises(ValueError, match="different spaces"):
         principal_angles(np.eye(4, 2), np.eye(5, 2))
 
