@@ -126,7 +126,7 @@ def intervene(
     """Scale the top intruder by lam: W + dW + (lam - 1) sigma u v^T, as a change of the update.
 
     u, sigma, v are singular vectors and value of W + dW, so the change takes from W what W has
-    there as well. The top one is that of the largest sigma. W's other singular values stay.
+    there as well. The top one has the largest sigma. W + dW's other singular values stay.
 
     `scale` gives the control that any claim about lam needs: the whole update, shrunk (or, where
     the change lengthens it, stretched) to the norm that it has after the change.
