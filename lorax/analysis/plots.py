@@ -121,7 +121,7 @@ def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, loss: str = LOSS) ->
       estimates: of `intrinsic.estimate`.
     """
     metric = estimates["metric"].iloc[0]
-    columns = min(3, len(estimates))
+    columns = 2 if len(estimates) == 4 else min(3, len(estimates))
     rows = -(-len(estimates) // columns)
     lora = (table["kind"] == "lora").any()
     with matplotlib.rc_context(STYLE):
@@ -130,6 +130,8 @@ def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, loss: str = LOSS) ->
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for axes in grid[len(estimates) :]:
             axes.set_axis_off()
+        for axes in grid[: len(estimates)][-columns:]:  # those with none below
+            axes.tick_params(labelbottom=True)
         for axes, (_, row) in zip(grid, estimates.iterrows(), strict=False):
             own = table[(table["kind"] == "subspace") & (table["condition"] == row["condition"])]
             _against_size(axes, search.tuned(own, "dim", metric), "dim", 0, "random subspace")
