@@ -12,7 +12,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    EngFormatter,
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from lorax.analysis import intrinsic as search
 from lorax.analysis.runs import Answer
@@ -154,6 +162,9 @@ def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, loss: str = LOSS) ->
                     style = {"color": GREY, "alpha": 0.25, "linewidth": 0}
                     axes.axvspan(row["low"], row["high"], label="95% interval", **style)
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500, 1k, 2k
+            axes.xaxis.set_minor_formatter(NullFormatter())
             words = [*row["condition"].split(", "), search.brief(row)]
             axes.set_title("\n".join(word for word in words if word))
         what = "dimension d of the subspace"
