@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BITS = 6  # of the index that one product works on: a 64 x 64 matrix
+BITS = 4  # of the index that one product works on: a 16 x 16 matrix
 
 
 def hadamard(x: jax.Array) -> jax.Array:
