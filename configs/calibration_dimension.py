@@ -10,7 +10,7 @@ output: d* = 5 (p + 1) = 10, 50 and 200. A subspace of dimension d reaches the s
 improvement on average (`lorax.analysis.calibration.dimension`), so d90 is 0.9 d*. The last command
 lets the search look for d90 itself.
 
-Five minutes on two busy cores. experiments/calibration has the result: 9.5, 50.7 and 204.9, means
+A minute and a half on two cores. experiments/calibration has the result: 9.5, 50.7 and 204.9, means
 of five seeds. A group is a p, with all its dimensions and seeds together.
 """
 

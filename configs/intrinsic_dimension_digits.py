@@ -5,7 +5,7 @@
 Training in random subspaces (Li et al. 2018, arXiv:1804.08838) of growing dimension d, beside full
 fine-tuning and LoRA; d90 is the smallest d with 90% of full fine-tuning's accuracy. First a grid of
 d at three learning rates and one seed, then dimensions inside the bracket with three seeds. The
-images are scikit-learn's, which ship with it. Expected: see experiments/intrinsic_dimension.
+images are scikit-learn's, which ship with it. Two minutes; expected: d90 = 120 of 8,970.
 """
 
 from lorax.config import default
@@ -26,10 +26,10 @@ def get_config(arg=None):
     config.eval.examples = 10_000  # all
     config.eval.batch_size = 64
     config.sweep.dim = (10, 25, 63, 160, 400, 1000)
-    config.sweep.lr = (3e-3, 1e-2, 3e-2)
+    config.sweep.lr = (1e-2, 3e-2, 1e-1)
     config.search.threshold = 0.9
     config.search.metric = "accuracy"
-    config.search.baseline_lr = (3e-4, 1e-3, 3e-3)
+    config.search.baseline_lr = (1e-3, 3e-3)
     config.search.seeds = (0, 1, 2)
     config.search.lora_ranks = (1, 2, 4)
     return config

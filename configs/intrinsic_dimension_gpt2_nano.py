@@ -11,7 +11,8 @@ of the loss that full fine-tuning reaches. With a folder of checkpoints, d90 ove
         --checkpoints=CHECKPOINTS
     python -m lorax.run --config=configs/intrinsic_dimension_gpt2_nano.py:CHECKPOINTS
 
-Expected: see experiments/intrinsic_dimension.
+Ten and twelve minutes on two cores. Expected: 110,000 for DID, 63,000 for SAID
+(experiments/intrinsic_dimension).
 """
 
 from pathlib import Path

@@ -14,7 +14,8 @@ mnist/mnist.npz in it.
     python -m lorax.run --config=configs/intrinsic_dimension_mnist.py:depth
     python -m lorax.run --config=configs/intrinsic_dimension_mnist.py:grid
 
-Expected: see experiments/intrinsic_dimension.
+36 minutes on two cores. Expected: 514, shuffled 519; LeNet 230, shuffled 723
+(experiments/intrinsic_dimension).
 """
 
 import os
