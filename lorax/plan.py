@@ -361,8 +361,11 @@ def rows(c, base=None) -> dict:
     )
     lead = (k, parts, c.train.batch_size // parts)
     if c.task.name in tasks.ARRAYS:
-        image = jax.ShapeDtypeStruct((*lead, *base.config.image_shape), np.uint8)
-        label, weight = (jax.ShapeDtypeStruct(lead, x) for x in (np.int32, np.float32))
+        values = c.task.name == "planted"  # and not pixels and classes
+        pixel, kind = (np.float32, np.float32) if values else (np.uint8, np.int32)
+        image = jax.ShapeDtypeStruct((*lead, *base.config.image_shape), pixel)
+        label = jax.ShapeDtypeStruct((*lead, base.config.labels) if values else lead, kind)
+        weight = jax.ShapeDtypeStruct(lead, np.float32)
         return {"inputs": image, "label": label, "weight": weight}
     labels = tasks.outputs(c.task)
     if labels:

@@ -134,9 +134,10 @@ def test_exact_numbers_are_the_arrays(base, changes, monkeypatch):
         assert not p.files_exact and p.files[1] == 8 * p.trainable[1]  # also what is taken off
 
 
-def test_batches_of_images_are_planned_without_reading_them():
-    (member,) = members_of("mlp-64-12-10", task__name="digits", method__targets=("re:.*",))
-    c, base = member.config, skeleton("random:mlp-64-12-10")
+@pytest.mark.parametrize("name", ["digits", "planted"])
+def test_batches_of_arrays_are_planned_without_reading_them(name):
+    (member,) = members_of("mlp-64-12-10", task__name=name, method__targets=("re:.*",))
+    c, base = member.config, lorax.load("random:mlp-64-12-10")
     task = tasks.build(c.task, None, c.train.seq_len, None, base)
     k = sweep.steps_per_call(c.eval.every)
     planned, real = plan.rows(c, base), sweep.batch_shapes(c.train, task, k)
