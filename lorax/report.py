@@ -107,9 +107,8 @@ def _write(
     facts = ("What was run", _facts_section(run, table, by))
     listed = [("Members", _members_section(table, scores))]
     listed += [("Learning curves", _learning_section(table))]
-    if (
-        planted and len(calibration.tasks(table)) > 1
-    ):  # whose losses have nothing to do with another
+    # Of several planted tasks no loss says anything of another.
+    if planted and len(calibration.tasks(table)) > 1:
         figures.pop("rank_curve", None)
         return _save_page(run, [*planted, facts, *listed], figures)
     sections = [
@@ -431,8 +430,9 @@ def _intrinsic_section(
             )
         )
     called, metric = intrinsic.name(found["threshold"].iloc[0]), found["metric"].iloc[0]
+    measured = runs.loss_name(run) if metric == "loss" else _words(metric)
     caption = (
-        f"{'Eval loss (nats)' if metric == 'loss' else _words(metric).capitalize()} against the "
+        f"{measured[0].upper()}{measured[1:]} against the "
         "dimension of the subspace, at the best learning rate of each dimension. Dots are single "
         "seeds, bars one standard error. Dashed: full fine-tuning; dotted: what is needed; "
         f"upright: {called}, with its 95% interval shaded."

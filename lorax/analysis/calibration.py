@@ -115,9 +115,8 @@ def estimates(
         return pd.DataFrame()
     usable = table[table["final_loss"].notna()].copy()
     usable["mean"] = usable["final_loss"]
-    if {"parameters", "dim"} <= set(
-        usable
-    ):  # planted_dim counts every parameter; of fewer it is another
+    # planted_dim counts every parameter; of fewer it is another
+    if {"parameters", "dim"} <= set(usable):
         usable = usable[usable["dim"].isna() | usable["parameters"].isin([np.nan, None, "all"])]
     task = [name for name in TASK if name in usable]
     rows: list[dict[str, Any]] = []
@@ -200,7 +199,7 @@ def _search(run: runs.Run, table: pd.DataFrame, task: list[str]) -> list[dict]:
         for part in filter(None, str(of["condition"]).split(", ")):
             axis, _, value = part.partition("=")
             if axis in table:
-                same &= table[axis].map(_text) == value
+                same &= table[axis].map(runs.in_words) == value
         size = pd.to_numeric(of["d"], errors="coerce")
         if not same.any():
             continue
@@ -216,12 +215,6 @@ def _row(estimator, path, truth, estimate, expected, quantity="rank") -> dict[st
     names = "estimator", "quantity", "path", "truth", "estimate", "expected"
     values = estimator, quantity, path, truth, estimate, expected
     return dict(zip(names, values, strict=True))
-
-
-def _text(value: Any) -> str:
-    if value is None or value != value:
-        return "all"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def summary(found: pd.DataFrame) -> pd.DataFrame:

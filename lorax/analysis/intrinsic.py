@@ -96,13 +96,7 @@ def _at_start(run: runs.Run, metric: str) -> pd.Series:
 
 
 def _label(row: pd.Series, axes) -> str:
-    return ", ".join(f"{axis}={_text(row[axis])}" for axis in axes)
-
-
-def _text(value: Any) -> str:
-    if value is None or value != value:
-        return "all"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return ", ".join(f"{axis}={runs.in_words(row[axis])}" for axis in axes)
 
 
 # ---------------------------------------------------------------------------------------- estimate

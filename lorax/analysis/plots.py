@@ -23,7 +23,7 @@ from matplotlib.ticker import (
 )
 
 from lorax.analysis import intrinsic as search
-from lorax.analysis.runs import Answer
+from lorax.analysis.runs import Answer, in_words
 
 # Okabe & Ito's palette, without the yellow that vanishes on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -222,7 +222,7 @@ def learning_curves(
                 marker=_pick(MARKERS, n),
                 markersize=4,
                 markevery=max(1, len(mean) // 8),
-                label=f"{main} {_text(value)}" if main else value,
+                label=f"{main} {in_words(value)}" if main else value,
             )
         _clip_to_converged(axes, evals, points)
         axes.set_xlabel("optimizer step")
@@ -280,7 +280,7 @@ def spectra(sigmas: pd.DataFrame, layers: Sequence[int], main: str = "rank") -> 
             )
             for n in range(len(values))
         ]
-        labels = [f"{_name(main)} = {_text(value)}" for value in values]
+        labels = [f"{_name(main)} = {in_words(value)}" for value in values]
         figure.legend(lines, labels, loc="outside right upper")
         return figure
 
@@ -404,19 +404,13 @@ def _key(value):
     return None if value is None or value != value else value
 
 
-def _text(value) -> str:
-    return (
-        "all" if _key(value) is None else f"{value:g}" if isinstance(value, float) else str(value)
-    )
-
-
 def _axis(axes: Axes, column: pd.Series, main: str) -> tuple[list, dict]:
     """Set up the x axis; the values in order and where each lies on it."""
     values = list(dict.fromkeys(column.map(_key)))
     numeric = all(isinstance(v, (int, float, np.number)) and v > 0 for v in values)
     axes.set_xlabel(NAMES.get(main, _name(main)))
     if not numeric:
-        axes.set_xticks(range(len(values)), [_text(value) for value in values])
+        axes.set_xticks(range(len(values)), [in_words(value) for value in values])
         return values, {value: n for n, value in enumerate(values)}
     values = sorted(values)
     axes.set_xscale("log", base=2)
@@ -466,7 +460,7 @@ def _mark(axes: Axes, position: dict, main: str, answer: Answer) -> None:
     places = sorted(position.values())
     align = {places[-1]: "right", places[0]: "left"}.get(x, "center")
     axes.annotate(
-        f"{_name(main)} {_text(ringed[main])}: {words}",
+        f"{_name(main)} {in_words(ringed[main])}: {words}",
         (x, y),
         xytext=(0, -26),
         textcoords="offset points",

@@ -250,7 +250,7 @@ def settings(table: pd.DataFrame, by: Axes, scores: Iterable[str] = ()) -> pd.Da
             {
                 main: first[main],
                 **{name: first[name] for name in by.others},
-                "line": ", ".join(f"{name}={_value(first[name])}" for name in by.others),
+                "line": ", ".join(f"{name}={in_words(first[name])}" for name in by.others),
                 "scale": pd.to_numeric(group["scale"]).mean(),
                 "trainable_params": first["trainable_params"],
                 "mean": losses.mean() if len(losses) else np.nan,
@@ -417,7 +417,8 @@ def _words(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _value(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """A field's value as labels have it; "all" for a missing one."""
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return "all"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -65,8 +65,7 @@ def subspace(
     other methods train beside their own moves in the subspace here.
     Raises ValueError for an unknown word and for a dim that is not in 1 to D.
     """
-    inner = full_fine_tuning((*_words(parameters), *_words(full)), layers)
-    own = dict(parameters=_words(parameters), layers=layers, full=_words(full))
+    inner, own = _parameters(parameters, layers, full)
     return _within("subspace", inner, False, dim, projection, granularity, None, own)
 
 
@@ -84,8 +83,7 @@ def said(
     scales: "layer": a layer of a stack is one, and so is a module outside of it; or "tensor".
     Raises ValueError as `subspace`, and where dim does not exceed the number of scales.
     """
-    inner = full_fine_tuning((*_words(parameters), *_words(full)), layers)
-    own = dict(parameters=_words(parameters), layers=layers, full=_words(full))
+    inner, own = _parameters(parameters, layers, full)
     return _within("said", inner, False, dim, projection, granularity, scales, own)
 
 
@@ -110,8 +108,11 @@ def lora_subspace(
     return _within("lora-subspace", inner, True, dim, projection, granularity, None, inner.hp)
 
 
-def _words(words) -> tuple[str, ...]:
-    return (words,) if isinstance(words, str) else tuple(words)
+def _parameters(parameters, layers, full) -> tuple["methods.Method", dict]:
+    """(full fine-tuning of what the words of both name, the hyperparameters)."""
+    tupled = lambda words: (words,) if isinstance(words, str) else tuple(words)
+    own = dict(parameters=tupled(parameters), layers=layers, full=tupled(full))
+    return full_fine_tuning((*own["parameters"], *own["full"]), layers), own
 
 
 # -------------------------------------------------------------------------------------- the method
