@@ -162,6 +162,7 @@ AXES = {
     "lr": "train.lr",
     "weight_decay": "train.weight_decay",
     "steps": "train.steps",
+    "batch_size": "train.batch_size",
     "n_train": "task.n_train",
     "shuffle": "task.shuffle",
     "planted_rank": "task.rank",

@@ -1,0 +1,21 @@
+"""Is alpha anything but a learning rate? LoRA (arXiv:2106.09685, section 4.1) tunes one of the two.
+
+    python -m lorax.run --config=configs/alpha_sweep.py
+
+alpha 2 to 128 at r = 8, each at three learning rates a factor of four apart. What the start's small
+steps see is alpha times the rate of b.
+
+    --config=configs/alpha_sweep.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/alpha_sweep.py:gpt2-medium --config.task.path=ZIP
+"""
+
+from lorax.scales import scale
+
+
+def get_config(arg=None):
+    config = scale(arg)
+    config.train.steps = min(config.train.steps, 2_000)
+    config.sweep.alpha = (2.0, 8.0, 32.0, 128.0)
+    config.sweep.lr = tuple(config.train.lr * factor for factor in (0.25, 1, 4))
+    config.sweep.seed = (0, 1, 2)
+    return config

@@ -1,0 +1,36 @@
+"""Does LoRA suffer from large batches? Ranks and full fine-tuning at three batch sizes.
+
+    python -m lorax.run --config=configs/batch_size.py
+
+"LoRA Without Regret" (Thinking Machines 2025): on a given number of examples the loss of LoRA falls
+behind that of full fine-tuning as the batch grows, whatever the rank. Every batch size sees as many
+examples, each method at the best of two learning rates. Here: experiments/batch_size.
+
+    --config=configs/batch_size.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/batch_size.py:gpt2-medium --config.task.path=ZIP
+"""
+
+from lorax.scales import scale
+
+BATCHES = (2, 8, 32)
+
+
+def get_config(arg=None):
+    config = scale(arg)
+    config.method.targets = ("all-linear",)
+    config.train.schedule = "constant"
+    config.train.warmup = 0
+    examples = 8 * min(config.train.steps, 150)
+    config.eval.every = examples // 2  # in the end alone
+    lr = config.train.lr / 2
+    points = [
+        (method, rank, rate * factor, batch, examples // batch)
+        for batch in BATCHES
+        for method, rank, rate in (("lora", 4, lr), ("lora", 32, lr), ("full", 8, lr / 10))
+        for factor in (1, 3)
+    ]
+    sweep = config.sweep
+    sweep.method, sweep.rank, sweep.lr, sweep.batch_size, sweep.steps = zip(*points, strict=True)
+    sweep.zip = (("method", "rank", "lr", "batch_size", "steps"),)
+    sweep.seed = (0, 1, 2)
+    return config

@@ -1,0 +1,27 @@
+"""When does a rank run out? LoRA of rank 1 to 32 and full fine-tuning over a long run of new data.
+
+    python -m lorax.run --config=configs/capacity.py
+
+"LoRA Without Regret" (Thinking Machines 2025): each rank follows full fine-tuning until its capacity
+binds, at a number of steps that grows with the rank. Here: experiments/capacity.
+
+    --config=configs/capacity.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/capacity.py:gpt2-medium --config.task.path=ZIP
+"""
+
+from lorax.scales import scale
+
+
+def get_config(arg=None):
+    config = scale(arg)
+    config.method.targets = ("all-linear",)
+    config.train.schedule = "constant"
+    config.train.steps = max(config.train.steps, 600)
+    config.eval.every = config.train.steps // 15
+    lr = config.train.lr / 2
+    points = [("lora", r, lr) for r in (1, 2, 4, 8, 32)] + [("full", 8, lr / 10)]
+    sweep = config.sweep
+    sweep.method, sweep.rank, sweep.lr = zip(*points, strict=True)
+    sweep.zip = (("method", "rank", "lr"),)
+    sweep.seed = (0, 1, 2)
+    return config

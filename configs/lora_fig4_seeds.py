@@ -1,0 +1,20 @@
+"""Do two seeds find the same subspace? Figure 4 of LoRA (arXiv:2106.09685).
+
+    python -m lorax.run --config=configs/lora_fig4_seeds.py
+
+phi(i, j) between seeds at one large rank, beside two Gaussian matrices. Published: q shares more
+directions than v, the Gaussian control none. Here: experiments/subspaces.
+
+    --config=configs/lora_fig4_seeds.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/lora_fig4_seeds.py:gpt2-medium --config.task.path=ZIP
+"""
+
+from lorax.scales import scale
+
+
+def get_config(arg=None):
+    config = scale(arg)
+    config.method.targets = ("q", "v")
+    config.method.rank = 32 if arg == "stories" else 64  # its v is 64 x 32
+    config.sweep.seed = (0, 1, 2, 3)
+    return config

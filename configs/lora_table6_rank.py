@@ -1,0 +1,21 @@
+"""How much rank does adaptation need? Table 6 of LoRA (arXiv:2106.09685).
+
+    python -m lorax.run --config=configs/lora_table6_rank.py
+
+Rank 1 to 64 on q, on q and v, and on all of attention. Published (GPT-3): accuracy is flat from
+r = 1 or 2 on (WikiSQL, q and v: 73.4, 73.3, 73.7, 73.8, 73.5), and q alone stays below
+(68.8 to 70.5). Here: experiments/rank.
+
+    --config=configs/lora_table6_rank.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/lora_table6_rank.py:gpt2-medium --config.task.path=ZIP
+"""
+
+from lorax.scales import scale
+
+
+def get_config(arg=None):
+    config = scale(arg)
+    config.sweep.targets = (("q",), ("q", "v"), ("q", "k", "v", "o"))
+    config.sweep.rank = (1, 2, 4, 8, 32 if arg == "stories" else 64)  # its v is 64 x 32
+    config.sweep.seed = (0, 1, 2)
+    return config

@@ -1,0 +1,33 @@
+"""Does the best learning rate depend on the rank? LoRA at five rates and full fine-tuning at five.
+
+    python -m lorax.run --config=configs/lr_vs_rank.py
+
+"LoRA Without Regret" (Thinking Machines 2025): with s = alpha / r the best rate moves by less than a
+factor of two from r = 4 to 512, and is about ten times that of full fine-tuning.
+Here: experiments/learning_rate.
+
+    --config=configs/lr_vs_rank.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/lr_vs_rank.py:gpt2-medium --config.task.path=ZIP
+"""
+
+from lorax.scales import scale
+
+FACTORS = (0.1, 10**-0.5, 1, 10**0.5, 10)  # of the learning rate
+
+
+def get_config(arg=None):
+    config = scale(arg)
+    config.method.targets = ("all-linear",)
+    config.train.steps = min(config.train.steps, 100)
+    config.train.schedule = "constant"
+    config.train.lr = {"gpt2-medium": 5e-4}.get(arg, 5e-3)
+    config.eval.every = config.train.steps
+    ranks = (1, 4, 16, 32 if arg == "stories" else 64)  # its k and v are 64 x 32
+    lr = config.train.lr
+    points = [("lora", r, lr * factor) for r in ranks for factor in FACTORS]
+    points += [("full", 8, lr / 10 * factor) for factor in FACTORS]
+    sweep = config.sweep
+    sweep.method, sweep.rank, sweep.lr = zip(*points, strict=True)
+    sweep.zip = (("method", "rank", "lr"),)
+    sweep.seed = (0, 1, 2)
+    return config

@@ -1,0 +1,26 @@
+"""Where do parameters count for more, in attention or in the feed-forward layers?
+
+    python -m lorax.run --config=configs/mlp_vs_attention.py
+
+"LoRA Without Regret" (Thinking Machines 2025) and Biderman et al. (arXiv:2405.09673): at as many
+parameters the feed-forward layers win, and all layers are about as good. Here: experiments/layers.
+
+    --config=configs/mlp_vs_attention.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/mlp_vs_attention.py:gpt2-medium --config.task.path=ZIP
+"""
+
+from lorax.scales import scale
+
+#: ranks of attention, mlp and all-linear that make as many parameters, within 4%
+RANKS = {None: (10, 8, 4), "stories": (11, 7, 4), "gpt2-medium": (10, 8, 4)}
+
+
+def get_config(arg=None):
+    config = scale(arg)
+    sweep = config.sweep
+    sweep.targets = (("attention",), ("mlp",), ("all-linear",))
+    sweep.rank = RANKS[arg]
+    sweep.zip = (("targets", "rank"),)
+    sweep.lr = tuple(config.train.lr * factor for factor in (0.3, 1))
+    sweep.seed = (0, 1, 2)
+    return config

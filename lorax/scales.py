@@ -1,0 +1,77 @@
+"""The three sizes at which the studies of configs/ run: base, task, batch, steps and learning rate.
+
+A config file starts from `scale(argument)` and changes what its study is about.
+"""
+
+from ml_collections import ConfigDict
+
+from lorax.config import default
+from lorax.errors import nearest
+
+
+def nano() -> ConfigDict:
+    """gpt2-nano on the shipped data-to-text task: minutes on two CPU cores, nothing to download."""
+    config = default()
+    config.train.batch_size = 8
+    config.train.steps = 150
+    config.train.lr = 1e-2
+    config.eval.every = 50
+    config.eval.examples = 128
+    return config
+
+
+def stories() -> ConfigDict:
+    """E2E from a real pretrained model of 260,032 parameters, karpathy/tinyllamas' stories260K.
+
+    Its 512 tokens make long texts of short ones: examples of up to 128 tokens are kept, a third.
+    """
+    config = default()
+    config.base = "stories-llama-260k"
+    config.task.name = "e2e"
+    config.task.path = "e2e-dataset.zip"
+    config.train.batch_size = 8
+    config.train.seq_len = 128
+    config.train.steps = 200
+    config.train.lr = 1e-2
+    config.train.warmup = 20
+    config.eval.every = 100
+    config.eval.examples = 256
+    return config
+
+
+def gpt2_medium() -> ConfigDict:
+    """E2E from GPT-2 medium with the LoRA paper's hyperparameters (arXiv:2106.09685, table 11)."""
+    config = default()
+    config.base = "openai-community/gpt2-medium"
+    config.task.name = "e2e"
+    config.task.path = "e2e-dataset.zip"
+    config.method.alpha = 32.0
+    config.method.dropout = 0.1
+    config.train.batch_size = 8
+    config.train.seq_len = 512
+    config.train.steps = 26_290  # 5 epochs of 42,061 examples
+    config.train.lr = 2e-4
+    config.train.warmup = 500
+    config.train.eps = 1e-6
+    config.train.weight_decay = 0.01
+    config.train.label_smoothing = 0.1
+    config.train.clip = 0.0
+    config.eval.every = 1000
+    config.eval.batch_size = 16
+    config.eval.examples = 1024
+    return config
+
+
+SCALES = {None: nano, "stories": stories, "gpt2-medium": gpt2_medium}
+
+
+def scale(name: str | None) -> ConfigDict:
+    """The config of a size by the argument of --config=FILE:ARGUMENT; None is `nano`.
+
+    Raises ValueError for a name that there is not.
+    """
+    if name not in SCALES:
+        names = [known for known in SCALES if known]
+        hint = nearest(name, names)
+        raise ValueError(f"--config=FILE:{name}: there is no such size; {', '.join(names)}{hint}")
+    return SCALES[name]()
