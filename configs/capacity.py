@@ -2,8 +2,8 @@
 
     python -m lorax.run --config=configs/capacity.py
 
-"LoRA Without Regret" (Thinking Machines 2025): each rank follows full fine-tuning until its capacity
-binds, at a number of steps that grows with the rank. Here: experiments/capacity.
+"LoRA Without Regret" (Thinking Machines 2025): each rank follows full fine-tuning until its
+capacity binds, at a number of steps that grows with the rank. Here: experiments/capacity.
 
     --config=configs/capacity.py:stories --config.base=DIR --config.task.path=ZIP
     --config=configs/capacity.py:gpt2-medium --config.task.path=ZIP

@@ -2,8 +2,8 @@
 
     python -m lorax.run --config=configs/lora_table7_amplification.py
 
-||U^T W V||_F for U, V from dW, from W and from a random matrix, at r = 4 and r = 64. Published (q of
-layer 48): dW's directions carry 0.32 of W's 61.95 at r = 4, and dW is 21.5 times that; at r = 64
+||U^T W V||_F for U, V from dW, from W and from a random matrix, at r = 4 and r = 64. Published (q
+of layer 48): dW's directions carry 0.32 of W's 61.95 at r = 4, and dW is 21.5 times that; at r = 64
 about twice. Here: experiments/amplification.
 
     --config=configs/lora_table7_amplification.py:stories --config.base=DIR --config.task.path=ZIP

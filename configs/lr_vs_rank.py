@@ -2,8 +2,8 @@
 
     python -m lorax.run --config=configs/lr_vs_rank.py
 
-"LoRA Without Regret" (Thinking Machines 2025): with s = alpha / r the best rate moves by less than a
-factor of two from r = 4 to 512, and is about ten times that of full fine-tuning.
+"LoRA Without Regret" (Thinking Machines 2025): with s = alpha / r the best rate moves by less than
+a factor of two from r = 4 to 512, and is about ten times that of full fine-tuning.
 Here: experiments/learning_rate.
 
     --config=configs/lr_vs_rank.py:stories --config.base=DIR --config.task.path=ZIP
@@ -12,7 +12,7 @@ Here: experiments/learning_rate.
 
 from lorax.scales import scale
 
-FACTORS = (0.1, 10**-0.5, 1, 10**0.5, 10)  # of the learning rate
+FACTORS = (0.1, 0.3, 1, 3, 10)  # of the learning rate
 
 
 def get_config(arg=None):
@@ -24,8 +24,9 @@ def get_config(arg=None):
     config.eval.every = config.train.steps
     ranks = (1, 4, 16, 32 if arg == "stories" else 64)  # its k and v are 64 x 32
     lr = config.train.lr
-    points = [("lora", r, lr * factor) for r in ranks for factor in FACTORS]
-    points += [("full", 8, lr / 10 * factor) for factor in FACTORS]
+    rates = [float(f"{lr * factor:.2g}") for factor in FACTORS]
+    points = [("lora", r, rate) for r in ranks for rate in rates]
+    points += [("full", 8, rate / 10) for rate in rates]
     sweep = config.sweep
     sweep.method, sweep.rank, sweep.lr = zip(*points, strict=True)
     sweep.zip = (("method", "rank", "lr"),)

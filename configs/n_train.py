@@ -16,7 +16,8 @@ from lorax.scales import scale
 def get_config(arg=None):
     config = scale(arg)
     config.method.tokens = 8
-    config.eval.every = config.train.steps // 5  # a small set is soon learned by heart: the best point counts
+    # A small set is soon learned by heart, and the best point counts.
+    config.eval.every = config.train.steps // 5
     lr = config.train.lr
     sweep = config.sweep
     sweep.method, sweep.lr = ("lora", "full", "prefix"), (lr, lr / 5, lr * 30)
