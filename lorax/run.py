@@ -101,11 +101,10 @@ def read_command_line(argv: list[str]):
 
 def plan(settings, members) -> str:
     """One line: how many members along which axes, on what."""
-    axes = [
-        f"{axis} {_show(values)}"
-        for axis, values in settings.sweep.items()
-        if values and axis != "zip"
-    ]
+    sweep, ties = settings.sweep, settings.sweep.zip
+    single = [a for a in config.AXES if sweep[a] and not any(a in tie for tie in ties)]
+    axes = [f"{len(sweep[tie[0]])} points of ({', '.join(tie)})" for tie in ties]
+    axes += [f"{axis} {_show(sweep[axis])}" for axis in single]
     swept = " x ".join(axes) or "one setting"
     plural = "s" * (len(members) > 1)
     what = f"{settings.method.name} on {settings.base}, task {settings.task.name}"
