@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from lorax import config
+from lorax import config, scales
 from lorax.config import AXES
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -228,7 +228,7 @@ SPLIT = {"method": ("lora", "vera"), "base": ("gpt2-nano", "gpt2"), "steps": (10
 SPLIT |= {"quant": ("nf4", "fp4"), "target_rank": (2, 3), "tokens": (4, 5)}
 SPLIT |= {"dim": (10, 20), "projection": ("dense", "sparse"), "granularity": ("global", "tensor")}
 SPLIT |= {"shuffle": (False, True), "planted_rank": (2, (1, 3)), "noise": (0.0, 0.1)}
-SPLIT |= {"inputs": (2, 4), "data_seed": (0, 1)}
+SPLIT |= {"inputs": (2, 4), "data_seed": (0, 1), "batch_size": (4, 8)}
 
 
 def test_every_axis_either_shares_a_program_or_does_not():
@@ -387,15 +387,21 @@ def test_a_search_that_can_not_be_is_one_clear_error(search, axes, message):
 # ------------------------------------------------------------------------------------------- files
 
 
+def test_a_size_that_there_is_not_is_one_clear_error():
+    with pytest.raises(ValueError, match="no such size; stories, gpt2-medium; did you mean"):
+        scales.scale("storys")
+
+
+
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_shipped_config_names_its_command_and_expands(file):
     """With no argument and with every one that its docstring shows."""
     spec = importlib.util.spec_from_file_location(f"configs_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    command = rf"python -m lorax\.run --config=configs/{file.name}(?::([\w./-]+))?"
-    arguments = {match[1] for match in re.finditer(command, module.__doc__)}
-    assert arguments, "no command in the docstring"
+    assert f"python -m lorax.run --config=configs/{file.name}" in module.__doc__
+    shown = rf"--config=configs/{file.name}(?::([\w./-]+))?"
+    arguments = {match[1] for match in re.finditer(shown, module.__doc__)}
     for argument in {None, *arguments}:
         members = config.members(module.get_config(argument))
         assert len({m.name for m in members}) == len(members) >= 1
