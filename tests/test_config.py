@@ -392,7 +392,6 @@ def test_a_size_that_there_is_not_is_one_clear_error():
         scales.scale("storys")
 
 
-
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_shipped_config_names_its_command_and_expands(file):
     """With no argument and with every one that its docstring shows."""
