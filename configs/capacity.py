@@ -1,4 +1,4 @@
-"""When does a rank run out? LoRA of rank 1, 4 and 16 and full fine-tuning over a long run of new data.
+"""When does a rank run out? LoRA of rank 1, 4, 16 and full fine-tuning over many steps of new data.
 
     python -m lorax.run --config=configs/capacity.py
 
