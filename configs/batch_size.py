@@ -4,7 +4,7 @@
 
 "LoRA Without Regret" (Thinking Machines 2025): on a given number of examples the loss of LoRA falls
 behind that of full fine-tuning as the batch grows, whatever the rank. Every batch size sees as many
-examples, each method at the best of two learning rates. Here: experiments/batch_size.
+examples, each method at the best of three learning rates. Here: experiments/batch_size.
 
     --config=configs/batch_size.py:stories --config.base=DIR --config.task.path=ZIP
     --config=configs/batch_size.py:gpt2-medium --config.task.path=ZIP
@@ -27,7 +27,7 @@ def get_config(arg=None):
         (method, rank, rate * factor, batch, examples // batch)
         for batch in BATCHES
         for method, rank, rate in (("lora", 4, lr), ("lora", 32, lr), ("full", 8, lr / 10))
-        for factor in (1, 3)
+        for factor in (0.3, 1, 3)
     ]
     sweep = config.sweep
     sweep.method, sweep.rank, sweep.lr, sweep.batch_size, sweep.steps = zip(*points, strict=True)
