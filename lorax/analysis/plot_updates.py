@@ -212,18 +212,17 @@ def against_base(
     return figure
 
 
-def layer_grid(values: pd.DataFrame, label: str, number: str = ".3g", log: bool = False) -> Figure:
+def layer_grid(values: pd.DataFrame, label: str, log: bool = False) -> Figure:
     """One number for every matrix: a row a target, a column a layer, the numbers in the cells.
 
     Args:
       values: columns layer, target, value; several of one matrix are averaged.
       label: what the number is, with its unit.
-      number: how it is written, a format.
       log: colours by its logarithm, for what spans decades; only of positive numbers.
     """
     table = values.pivot_table(index="target", columns="layer", values="value", dropna=False)
     table = table.reindex(dict.fromkeys(values["target"]))
-    return _grid(table, table.map(lambda value: f"{value:{number}}"), label, log)
+    return _grid(table, table.map(_short), label, log)
 
 
 def sensitivity(ranking: pd.DataFrame) -> Figure:
@@ -450,6 +449,10 @@ def _legend(
     lines += [matplotlib.lines.Line2D([], [], **style) for style in (more or {}).values()]
     labels = [f"{named(main)} = {in_words(value)}" for value in values]
     figure.legend(lines, [*labels, *(more or {})], loc="outside right upper")
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if 100 <= abs(value) < np.inf else f"{value:.2g}"
 
 
 def _map(axes: Axes, values: np.ndarray):
