@@ -165,7 +165,7 @@ def figure3(phi: dict[tuple[int, str], np.ndarray], control: np.ndarray | None =
         for (full, zoom), (title, values) in zip(grid, rows, strict=True):
             image = _map(full, values)
             corner = np.array(values[:, :r1], float)
-            corner[np.triu_indices(r1, 1)] = np.nan
+            corner[np.triu_indices(r1, 1, corner.shape[1])] = np.nan
             zoom.set_facecolor("0.8")
             _map(zoom, corner)
             full.set_title(title)
@@ -503,7 +503,7 @@ def _grid(table: pd.DataFrame, words: pd.DataFrame, label: str, log: bool = Fals
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         axes.set_facecolor("0.9")
-        low, high = (np.nanmin(coloured), np.nanmax(coloured)) if shown.any() else (0.0, 1.0)
+        low, high = (np.nanmin(coloured), np.nanmax(coloured)) if shown.any() else (0.1, 1.0)
         norm = LogNorm(low, high) if log else Normalize(min(low, 0.0), high)
         image = axes.imshow(coloured, norm=norm, cmap="cividis", aspect="auto")
         for (i, j), value in np.ndenumerate(values):
