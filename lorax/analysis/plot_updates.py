@@ -244,7 +244,8 @@ def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> Figure:
 
     Args:
       phi: (r1, r2) by name.
-      band: of `gaussian_similarity`, in the space that the comparisons share.
+      band: of `gaussian_similarity`, in the space that the comparisons share (an MLP's kernels and
+        attention's may lie in different ones).
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -364,7 +365,7 @@ def base_spectrum(sigmas: pd.DataFrame, layers: Sequence[int] | None = None) -> 
             axes.set_yscale("log")
         figure.supxlabel("index of singular value", fontsize=9)
         figure.supylabel("singular value of W", fontsize=9)
-        _legend(figure, layers, "layer")
+        _legend(figure, ["none" if layer < 0 else layer for layer in layers], "layer")
         return figure
 
 

@@ -181,6 +181,8 @@ def test_base_spectrum_leaves_rounding_out():
         assert len(axes.lines) == plot_updates.MOST_LINES
         np.testing.assert_allclose(axes.lines[0].get_ydata(), [4, 2, 1])
     assert words(figure)[0] == "layer = 0" and words(figure)[-1] == "layer = 8" and draws(figure)
+    embedding = plot_updates.base_spectrum(updates.base_spectra({"wte": w})[0])
+    assert words(embedding) == ["layer = none"]
 
 
 def test_trajectory_is_the_mean_over_matrices():
