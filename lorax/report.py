@@ -30,8 +30,10 @@ from lorax.analysis import (
     gaussian_similarity,
     intrinsic,
     plot_calibration,
+    plot_updates,
     plots,
     runs,
+    updates,
 )
 from lorax.files import write_bytes
 
@@ -88,12 +90,12 @@ def _write(
 
     # What the figures of updates show: the best setting's neighbours along the main axis.
     usable = table[table["status"] != "diverged"]
-    found, missing = runs.adapters(run, usable.index)
+    found, missing = updates.adapters(run, usable.index)
     line = "" if answer is None else answer.best["line"]
     shown = usable.loc[[m for m in found if _on_line(usable.loc[m], answer, by)]]
-    dense = runs.deltas(run, missing)
+    dense = updates.deltas(run, missing)
     missing = {member: why for member, why in missing.items() if member not in dense}
-    sigmas, ranks = runs.spectra(found, dense)
+    sigmas, ranks = updates.spectra(found, dense)
     comparisons = [] if main == "method" else _comparisons(shown, found)
 
     _save_table(run, "members", table.drop(columns="setting"))
@@ -129,8 +131,8 @@ def _write(
         if len(shown):
             labelled = _label(sigmas, shown, main), _label(ranks, shown, main)
             layers = _spread(sorted(set(ranks["layer"])))
-            figures["spectra"] = plots.spectra(labelled[0], layers, main)
-            figures["update_ranks"] = plots.update_ranks(labelled[1], main)
+            figures["spectra"] = plot_updates.spectra(labelled[0], layers, main)
+            figures["update_ranks"] = plot_updates.update_ranks(labelled[1], main)
             sections.append(("Spectra of the updates", _spectra_section(line, layers)))
             sections.append(("Effective rank", _ranks_section(labelled[1], main)))
         figures |= _similarity_figures(comparisons)
@@ -250,7 +252,7 @@ def _comparisons(shown: pd.DataFrame, found: dict[int, Any]) -> list[Comparison]
 
     def basis(member: int) -> Bases:
         if member not in cache:
-            cache[member] = runs.bases(found[member])
+            cache[member] = updates.bases(found[member])
         return cache[member]
 
     comparisons = []
@@ -259,10 +261,10 @@ def _comparisons(shown: pd.DataFrame, found: dict[int, Any]) -> list[Comparison]
         if not pairs:
             continue
         members = [(basis(m), basis(n)) for m, n in pairs]
-        phi = runs.similarity(members)
+        phi = updates.similarity(members)
         if phi:
             one = members[0][0]
-            size = {path: {kind: one[path][kind].shape[0] for kind in runs.KINDS} for path in phi}
+            size = {path: {kind: u.shape[0] for kind, u in one[path].items()} for path in phi}
             first_path = next(iter(phi))
             control = gaussian_similarity(0, size[first_path]["A"], *phi[first_path]["A"].shape)
             ranks = (rank, large)
@@ -281,7 +283,7 @@ def _amplified(
     if (run.config.get("config", {}).get("sweep") or {}).get("base"):
         return None, "the members of this sweep do not share a base model"
     try:
-        return runs.amplifications(found, kernels), ""
+        return updates.amplifications(found, kernels), ""
     except (KeyError, ValueError) as error:
         return None, f"the base's kernels do not fit the adapters: {error.args[0]}"
 
@@ -568,12 +570,12 @@ def _methods_section(run, table, settings, by, ranks, figures: dict) -> list[tup
 
 def _evidence_section(run, table: pd.DataFrame, figures: dict) -> list[tuple[str, str]]:
     """What evidence said of each matrix, where it chose targets or ranks; adds its figure."""
-    ranking = runs.sensitivity(run)
+    ranking = updates.sensitivity(run)
     if ranking is None:
         return []
     first = ranking["member"].iloc[0]
     shown = ranking[ranking["member"] == first].sort_values("score", ascending=False)
-    figures["sensitivity"] = plots.sensitivity(shown)
+    figures["sensitivity"] = plot_updates.sensitivity(shown)
     name = table.loc[first, "name"]
     caption = (
         "Squared gradient that an adapter can reach, for each parameter that it trains, as a share "
@@ -664,10 +666,10 @@ def _similarity_section(comparisons: list[Comparison], shown: pd.DataFrame) -> s
         for i, j in points:
             header += [f"φ({i}, {j})", "by chance"]
         rows = []
-        targets = dict.fromkeys(runs.place(path)[1] for path in comparison.phi)
+        targets = dict.fromkeys(updates.place(path)[1] for path in comparison.phi)
         for target in targets:
-            paths = [path for path in comparison.phi if runs.place(path)[1] == target]
-            for kind in runs.KINDS:
+            paths = [path for path in comparison.phi if updates.place(path)[1] == target]
+            for kind in updates.KINDS:
                 row: list[Any] = [target, kind.replace("dW", "ΔW")]
                 for i, j in points:
                     phi = np.mean([_at(comparison.phi[path][kind], i, j) for path in paths])
@@ -768,14 +770,14 @@ def _similarity_figures(comparisons: list[Comparison]) -> dict[str, Figure]:
     figures = {}
     for comparison in comparisons:
         paths = list(comparison.phi)
-        layers = _spread(sorted({runs.place(path)[0] for path in paths}))
+        layers = _spread(sorted({updates.place(path)[0] for path in paths}))
         maps = {
-            runs.place(path): comparison.phi[path]["A"]
+            updates.place(path): comparison.phi[path]["A"]
             for path in paths
-            if runs.place(path)[0] in layers
+            if updates.place(path)[0] in layers
         }
         one, other = comparison.ranks
-        figures[f"similarity_{comparison.name}"] = plots.similarity_maps(
+        figures[f"similarity_{comparison.name}"] = plot_updates.similarity_maps(
             maps,
             comparison.control.mean,
             f"i: top directions, r = {one}",
@@ -794,7 +796,7 @@ def _save_similarity(run: runs.Run, comparisons: list[Comparison]) -> None:
                 arrays[f"{comparison.name}/{path}/{kind}"] = phi
                 r1, r2 = phi.shape
                 n = comparison.size[path][kind]
-                layer, target = runs.place(path)
+                layer, target = updates.place(path)
                 rows.append(
                     {
                         "comparison": comparison.name,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lorax.analysis import runs
+from lorax.analysis import runs, updates
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/gpt2_rank_sweep.py"
@@ -302,7 +302,7 @@ def test_methods_that_peft_has_leave_its_files_and_others_say_why(tmp_path):
         stored = {file.name for file in (tmp_path / "run/adapters" / member).iterdir()}
         assert stored == files
     assert (tmp_path / "run/report.html").stat().st_size
-    found, missing = runs.adapters(runs.load(tmp_path / "run"), (0, 1))
+    found, missing = updates.adapters(runs.load(tmp_path / "run"), (0, 1))
     assert not found and "IA3" in missing[0] and "no such file" in missing[1]
 
 

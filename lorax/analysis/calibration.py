@@ -104,7 +104,7 @@ def estimates(
 ) -> pd.DataFrame:
     """A row an estimator, task, seed and, where it looks at one, kernel.
 
-    table: of `runs.summary`. sigmas, ranks: of `runs.spectra`; empty where no member has left an
+    table: of `runs.summary`. sigmas, ranks: of `updates.spectra`; empty where no member has left an
     update. Columns: estimator, quantity ("rank" or "dimension"), path ("" for all kernels), truth
     (r* of the kernel, the largest of all where path is "", or d*), estimate, error (estimate -
     truth), relative (error / truth, NaN for a truth of 0), expected (what the estimator says of the

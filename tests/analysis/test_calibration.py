@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lorax import report
-from lorax.analysis import calibration, plot_calibration, runs
+from lorax.analysis import calibration, plot_calibration, runs, updates
 
 # ---------------------------------------------------------------------------------------- the knee
 
@@ -137,7 +137,8 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(run):
     table = runs.summary(run)
-    return calibration.estimates(run, table, *runs.spectra({}, runs.deltas(run, table.index)))
+    learned = updates.spectra({}, updates.deltas(run, table.index))
+    return calibration.estimates(run, table, *learned)
 
 
 def test_every_estimator_meets_its_truth(found):

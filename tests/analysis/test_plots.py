@@ -87,36 +87,6 @@ def test_learning_curves_leave_diverged_members_out_of_the_mean(run, tables):
     assert len(axes.lines) == 8 + 4 and draws(figure)
 
 
-def test_spectra_and_ranks(run, tables):
-    found, _ = runs.adapters(run, [0, 2, 3])
-    ranks_of = tables[0]["rank"]
-    sigmas, ranks = runs.spectra(found)
-    sigmas["rank"] = sigmas["member"].map(ranks_of)
-    figure = plots.spectra(sigmas, [0, 2])
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles == ["q, layer 0", "v, layer 0", "q, layer 2", "v, layer 2"]
-    assert all(len(axes.lines) == 3 for axes in figure.axes) and draws(figure)
-    figure = plots.update_ranks(ranks)
-    mean = ranks[ranks["target"] == "q"].groupby("rank")["effective"].mean()
-    line = next(line for line in figure.axes[0].lines if line.get_label() == "q")
-    np.testing.assert_allclose(line.get_ydata(), mean, atol=1e-12)
-    assert draws(figure)
-
-
-def test_similarity_maps():
-    rng = np.random.default_rng(0)
-    phi = {(layer, target): rng.uniform(0, 1, (3, 6)) for layer in (0, 5) for target in "qv"}
-    del phi[5, "v"]
-    figure = plots.similarity_maps(phi, np.full((3, 6), 0.1), "i", "j")
-    images = {axes.get_title(): axes.images[0] for axes in figure.axes if axes.images}
-    assert set(images) == {"q, layer 0", "v, layer 0", "q, layer 5", "Gaussian control"}
-    np.testing.assert_array_equal(images["q, layer 5"].get_array(), phi[5, "q"])
-    assert all(image.get_clim() == (0, 1) for image in images.values())
-    # phi(1, 1) is centred on i = 1, j = 1, at the upper left.
-    assert list(images["q, layer 0"].get_extent()) == [0.5, 6.5, 3.5, 0.5]
-    assert draws(figure)
-
-
 def test_intrinsic(tmp_path):
     run = runs.load(make_search(tmp_path, conditions=(False, True), lora_ranks=(1, 10)))
     points = intrinsic.points(run)

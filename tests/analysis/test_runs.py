@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import BASE_LOSS, LAYERS, TARGETS, WIDTH, kernels, make_run, planted_factors
+from synthetic import BASE_LOSS, make_run, planted_factors
 
-from lorax.analysis import amplification, runs, subspace_similarity, update_similarity
+from lorax.analysis import runs, updates
 
 
 def tables(run):
@@ -70,7 +70,7 @@ def test_missing_adapter_is_named(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(1,), adapters=False))
     with pytest.raises(FileNotFoundError, match="adapters/0"):
         run.adapter(0)
-    found, missing = runs.adapters(run, [0, 1])
+    found, missing = updates.adapters(run, [0, 1])
     assert not found and set(missing) == {0, 1}
 
 
@@ -159,61 +159,3 @@ def test_an_axis_that_is_no_field_is_not_averaged_over(tmp_path):
     _, by, settings = tables(runs.load(directory))
     assert by.main == "setting" and list(settings["setting"]) == ["quant=nf4", "quant=none"]
     assert list(settings["n"]) == [2, 2]
-
-
-# ---------------------------------------------------------------------------------------- updates
-
-
-@pytest.mark.parametrize(
-    ("path", "layer", "target"),
-    [("h/3/attn/q", 3, "q"), ("h/11/mlp/up", 11, "up"), ("wte", -1, "wte")],
-)
-def test_place(path, layer, target):
-    assert runs.place(path) == (layer, target)
-
-
-def test_spectra_are_those_of_the_dense_updates(tmp_path):
-    run = runs.load(make_run(tmp_path / "run", ranks=(1, 4)))
-    found, missing = runs.adapters(run, run.members.index)
-    sigmas, ranks = runs.spectra(found)
-    assert not missing and len(ranks) == 4 * LAYERS * len(TARGETS)
-    for (member, path), rows in sigmas.groupby(["member", "path"]):
-        a, b, s, _ = found[member][path]
-        dense = np.linalg.svd(s * a.astype(float) @ b, compute_uv=False)[: a.shape[1]]
-        np.testing.assert_allclose(rows["sigma"], dense, rtol=0, atol=1e-5 * dense[0])
-        row = ranks[(ranks["member"] == member) & (ranks["path"] == path)].iloc[0]
-        assert row["norm"] == pytest.approx(np.linalg.norm(dense), rel=1e-6)
-        assert row["stable"] == pytest.approx(np.sum(dense**2) / dense[0] ** 2, rel=1e-6)
-        p = dense / dense.sum()
-        assert row["effective"] == pytest.approx(np.exp(-np.sum(p * np.log(p))), rel=1e-6)
-        assert row["numerical"] == a.shape[1]
-
-
-def test_similarity_is_the_mean_over_pairs(tmp_path):
-    run = runs.load(make_run(tmp_path / "run", ranks=(2, 4)))
-    found, _ = runs.adapters(run, run.members.index)
-    bases = {member: runs.bases(factors) for member, factors in found.items()}
-    phi = runs.similarity([(bases[0], bases[2]), (bases[1], bases[3])])
-    pairs = ((found[0], found[2]), (found[1], found[3]))
-    for path in found[0]:
-        expected = np.mean([subspace_similarity(f[path].a, g[path].a) for f, g in pairs], axis=0)
-        np.testing.assert_allclose(phi[path]["A"], expected, atol=1e-12)
-        expected = np.mean([update_similarity(f[path], g[path], "out") for f, g in pairs], axis=0)
-        np.testing.assert_allclose(phi[path]["dW out"], expected, atol=1e-12)
-        # The planted direction is everybody's first.
-        assert phi[path]["dW in"][0, 0] > 0.99
-
-
-def test_amplifications_are_table_seven(tmp_path):
-    run = runs.load(make_run(tmp_path / "run", ranks=(2,)))
-    found, _ = runs.adapters(run, run.members.index)
-    base = kernels()
-    rows = runs.amplifications(found, base)
-    assert len(rows) == 2 * LAYERS * len(TARGETS)
-    for _, row in rows.iterrows():
-        path = row["path"]
-        expected = amplification(base[path], found[row["member"]][path], 2)
-        for field, value in expected._asdict().items():
-            assert row[field] == pytest.approx(value, rel=1e-9)
-    with pytest.raises(KeyError, match="h/0/attn/q"):
-        runs.amplifications(found, {"other": np.ones((WIDTH, WIDTH))})
