@@ -117,9 +117,8 @@ def test_cka_on_the_device_is_numpys_of_the_real_tokens():
 
 
 def stacked(method, base, n=2):
-    start = lambda key: method.init(key, base.params, base.sites)
-    keys = [jax.random.key(i) for i in range(n)]
-    return jit(lambda: jax.tree.map(lambda *x: jnp.stack(x), *map(start, keys)))()
+    states = [method.init(jax.random.key(i), base.params, base.sites) for i in range(n)]
+    return jax.tree.map(lambda *x: jnp.stack(x), *states)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
