@@ -124,6 +124,11 @@ def default() -> ConfigDict:
 
     c.analysis = ConfigDict()
     c.analysis.report = True
+    # Spectrum and leading directions of every update at each evaluation: analysis/trajectory.csv
+    c.analysis.trajectory = False
+    # Evaluation rows on which the residual stream after each layer of a trained model is compared
+    # with the base's, by linear CKA: analysis/cka.csv; 0: none
+    c.analysis.cka = 0
 
     # The smallest dimension that is nearly as good as full fine-tuning, over sweep.dim
     c.search = ConfigDict()
@@ -471,6 +476,7 @@ def _check_values(c) -> None:
         need(f"train.{name}", c.train[name], 0 <= c.train[name] < 1, "must be in [0, 1)")
     for name in ("generate", "no_repeat_ngram"):
         need(f"eval.{name}", c.eval[name], c.eval[name] >= 0, "must not be negative")
+    need("analysis.cka", c.analysis.cka, c.analysis.cka >= 0, "must not be negative")
     for name in ("beams", "new_tokens"):
         need(f"eval.{name}", c.eval[name], c.eval[name] >= 1, "must be at least 1")
     smoothing = c.train.label_smoothing

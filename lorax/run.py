@@ -239,6 +239,7 @@ def run(settings, members, workdir: Path) -> int:
 
         # ------------------------------------------------------------------------------ analyse
         page = None
+        _write_tables(workdir)
         if settings.analysis.report:
             screen.say("taking the updates apart and drawing the report")
             page = report.write(workdir, kernels(base))
@@ -255,6 +256,17 @@ def run(settings, members, workdir: Path) -> int:
     print(f"Adapters     {workdir / 'adapters'} (PEFT format)")
     print(f"TensorBoard  tensorboard --logdir {workdir / 'tb'}")
     return 0
+
+
+def _write_tables(workdir: Path) -> None:
+    """analysis/trajectory.csv and analysis/cka.csv, of what training has left of them."""
+    from lorax.analysis import cka, runs, trajectory
+
+    found = runs.load(workdir)
+    for name, table in (("trajectory", trajectory.table(found)), ("cka", cka.table(found))):
+        if table is not None:
+            file = workdir / "analysis" / f"{name}.csv"
+            write_bytes(file, table.to_csv(index=False).encode())
 
 
 def _next_round(workdir: Path, search, seeds: tuple[int, ...], say) -> list[dict]:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from lorax.analysis import runs, updates
@@ -25,6 +26,8 @@ SMALL = (
     "--config.eval.every=2",
     "--config.eval.examples=8",
     "--config.task.n_train=64",
+    "--config.analysis.trajectory=True",
+    "--config.analysis.cka=8",
 )  # fmt: skip
 
 
@@ -97,6 +100,20 @@ def members(workdir):
     return [json.loads(line) for line in (workdir / "members.jsonl").read_text().splitlines()]
 
 
+def test_what_was_watched_lies_beside_the_other_numbers(finished):
+    """config.analysis.trajectory and .cka, as the report reads them."""
+    analysis = finished[0] / "analysis"
+    head = "member,step,path,layer,target,norm,effective,stable,energy90,overlap_final"
+    lines = (analysis / "trajectory.csv").read_text().splitlines()
+    assert lines[0] == head and len(lines) == 1 + 4 * 7 * 8  # members, evaluations, matrices
+    alike = pd.read_csv(analysis / "cka.csv")
+    assert list(alike.columns) == ["member", "layer", "cka"]
+    learnt = [row["member"] for row in members(finished[0]) if "1e+30" not in row["name"]]
+    assert list(alike["member"].unique()) == learnt
+    assert list(alike["layer"]) == [0, 1, 2, 3] * len(learnt)
+    assert alike["cka"].between(0.5, 0.99999).all()
+
+
 def test_trainable_parameters_equal_the_formula(finished):
     for row in members(finished[0]):
         assert row["trainable_params"] == 4 * 2 * row["rank"] * (128 + 128)
@@ -114,8 +131,10 @@ def test_a_finished_run_says_so_and_is_left_alone(finished):
 
 
 def result(workdir):
-    adapters = {p.relative_to(workdir): p.read_bytes() for p in workdir.glob("adapters/*/*")}
-    return adapters, (workdir / "metrics.jsonl").read_bytes()
+    files = [*workdir.glob("adapters/*/*"), *workdir.glob("trajectory/*/*")]
+    files += [workdir / "analysis" / f"{name}.csv" for name in ("trajectory", "cka")]
+    files += [workdir / "metrics.jsonl"]
+    return {p.relative_to(workdir): p.read_bytes() for p in files if p.exists()}
 
 
 def kill_when(workdir, ready, arguments):

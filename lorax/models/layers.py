@@ -409,7 +409,8 @@ def over_layers(block, config, layers: int, features: int, in_axes=0):
         raise ValueError(f"remat: {remat!r} given, must be one of {known}{hint}")
     return nn.scan(
         block,
-        variable_axes={"params": 0},
+        # A layer's output, where a caller asks to see it (`capture_intermediates`).
+        variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=in_axes,
         length=layers,

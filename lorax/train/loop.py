@@ -21,7 +21,7 @@ from lorax.interop import peft
 from lorax.models import Base, load, sources
 from lorax.models.load import layer_names
 from lorax.tasks import metrics
-from lorax.train import checkpoint, evidence, sweep
+from lorax.train import activations, checkpoint, evidence, sweep, trajectory
 
 
 class Terminal(NamedTuple):
@@ -92,6 +92,7 @@ def prepare(
                 say(f"base {c.base}: no weights for {', '.join(base.fresh)}: drawn, and trained")
         base = bases[key]
         tasks.check_base(c.task, base, c.train.seq_len)
+        activations.check(base, c.analysis.cka)
         reads_text = c.task.name in tasks.TASKS
         if reads_text and base.vocabulary is None:
             raise ValueError(
@@ -206,9 +207,10 @@ def train(
 
     A row has "status" ("finished" or "diverged"), "diverged_at" (step or None), "eval_loss" (nats a
     completion token, or a classifier's, or the squared error of values; None after divergence),
-    "seconds", "step_ms" (of training alone, both a member's share) and "scores" ({metric: value} of
-    a classifier, or of the texts that were asked for). Killed at any moment and called again, the
-    metrics and adapters come out bit for bit as without the interruption.
+    "seconds", "step_ms" (of training alone, both a member's share), "scores" ({metric: value} of
+    a classifier, or of the texts that were asked for) and, where `analysis.cka` asks for it and it
+    has not diverged, "cka" (of each layer). Killed at any moment and called again, the metrics,
+    adapters and trajectories come out bit for bit as without the interruption.
     """
     total = before + member_steps([m for g in groups for m in g.stack.members]) + after
     done, rows, key, programs = before, {}, None, None
@@ -226,6 +228,11 @@ def train(
             programs.narrow(width)
         chunks = sweep.chunks(group.stack, programs.layout.size)
         terminal.say(_plan_line(group, programs, chunks, time.monotonic() - began))
+        if c.analysis.trajectory:
+            one = jax.tree.map(lambda x: x[0], (group.stack.constants, group.stack.state.trainable))
+            why = trajectory.left_out(group.stack.methods[0], group.base, *one)
+            if why:
+                terminal.say(f"group {group.index}: analysis.trajectory: {why}")
         params = programs.place_base(group.base.params)
         eval_batches = jax.device_put(eval_batches)
         for number, chunk in enumerate(chunks):
@@ -260,6 +267,13 @@ def _train_chunk(
         losses, outputs = programs.evaluate(params, constants, state.trainable, eval_batches)
         return np.asarray(losses)[:m], _scores(group.task, outputs, m)
 
+    def look():
+        """The spectra of all updates as they are now: trajectory/<chunk>/<step>.safetensors."""
+        found = programs.spectra(params, constants, state.trainable)
+        if found:
+            file = workdir / "trajectory" / where.name / f"{step}.safetensors"
+            trajectory.write(file, found, chunk.members, group.base)
+
     # -------------------------------------------------------------------------- resume, or step 0
     found = checkpoint.restore(where, tree.shapes(state), terminal.say)
     if found and found[2]["offset"] > _size(metrics):  # an earlier group had to go back
@@ -278,6 +292,8 @@ def _train_chunk(
     else:
         step, seconds, in_steps = 0, 0.0, 0.0
         losses, scores = evaluate()
+        if c.analysis.trajectory:
+            look()
         _cut(metrics, offset)
         offset = _append(metrics, _lines(chunk, 0, "eval", loss=losses, **scores))
         checkpoint.save(where, 0, state, _meta(offset, seconds, in_steps, losses, scores))
@@ -299,6 +315,8 @@ def _train_chunk(
         if at_checkpoint:
             losses, scores = evaluate()
             lines += _lines(chunk, step, "eval", loss=losses, **scores)
+            if c.analysis.trajectory:
+                look()
         now = np.asarray(state.diverged_at)[:m]
         for i in np.flatnonzero((now >= 0) & (diverged < 0)):
             terminal.say(
@@ -314,6 +332,11 @@ def _train_chunk(
     # ------------------------------------------------------------------------------------- export
     rows, said = {}, set()
     trainable = jax.tree.map(lambda x: np.asarray(x)[:m], state.trainable)
+    if c.analysis.cka:
+        alike = activations.similarity(
+            group.base, chunk.methods[0], trainable, chunk.constants, group.task,
+            c.analysis.cka, c.eval.batch_size,
+        )  # fmt: skip
     for i, (member, method) in enumerate(zip(chunk.members, chunk.methods, strict=True)):
         take = lambda t, i=i: jax.tree.map(lambda x: x[i], t)
         own, fixed = take(trainable), take(chunk.constants)
@@ -330,6 +353,8 @@ def _train_chunk(
             "step_ms": round(1e3 * in_steps / (m * c.train.steps), 3),
             "scores": {name: _number(values[i]) for name, values in scores.items() if at < 0},
         }
+        if c.analysis.cka and at < 0:
+            rows[member.index]["cka"] = [_number(value) for value in alike[i]]
         if c.eval.generate and at < 0:
             bound = method.bind(own, fixed, group.base.params, sites=group.base.sites)
             rows[member.index]["scores"] |= write_texts(workdir, member, group, bound, terminal.say)

@@ -21,7 +21,7 @@ from lorax import methods, tasks, tree
 from lorax.config import Member
 from lorax.methods import Method, starts
 from lorax.models import Base
-from lorax.train import evidence
+from lorax.train import evidence, trajectory
 from lorax.train import step as train_step
 
 TOKEN_FEATURES = 200_000  # tokens x features that a CPU likes side by side (lorax.bench sweep)
@@ -193,6 +193,8 @@ class Programs(NamedTuple):
 
     train(params, constants, hyper, state, batches) -> (state, metrics (M, K)); donates the state.
     evaluate(params, constants, trainable, batches) -> (losses (M,), scores (M, N, B, k) or None).
+    spectra(params, constants, trainable) -> {path: `trajectory.Spectrum`}, leaves (M, ...);
+    compiled at its first call.
     place_base(params), place(stacked tree), place_state(a stack's state), place_batches(batches).
     narrow(width): compile train for batches cut to so many columns (`tasks.widths`); else the
     first call does.
@@ -201,6 +203,7 @@ class Programs(NamedTuple):
 
     train: Callable
     evaluate: Callable
+    spectra: Callable
     place_base: Callable
     place: Callable
     place_state: Callable
@@ -234,6 +237,10 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
         one = lambda *m: train_step.evaluate(program, params, *m, batches)
         return over_members(one, layout.width)(constants, trainable)
 
+    def spectra(params, *member):
+        one = lambda *m: trajectory.spectra(program.method, base.sites, params, *m)
+        return over_members(one, layout.width)(*member)
+
     mesh = Mesh(np.array(layout.devices), ("devices",))
     shared, apart = P(), P("devices") if layout.mode in ("members", "pmap") else P()
     by_batch = P(None, None, None, "devices") if layout.mode == "batch" else apart
@@ -244,9 +251,11 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
         )
     train = share(train, (shared, apart, apart, apart, apart))
     evaluate = share(evaluate, (shared, apart, apart, shared))
+    spectra = jax.jit(share(spectra, (shared, apart, apart)))
     if layout.mode == "pmap":
         train = _pmapped(train, layout.devices, (None, 0, 0, 0, 0), donate=3)
         evaluate = _pmapped(evaluate, layout.devices, (None, 0, 0, None))
+        spectra = _pmapped(spectra, layout.devices, (None, 0, 0))
 
     at = lambda spec: NamedSharding(mesh, spec)
     size, n = layout.size, len(stacked.members)
@@ -257,7 +266,8 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
     place_batches = lambda tree: jax.device_put(fill(tree), at(by_batch))
     if layout.mode == "pmap":
         narrow = lambda width: None  # it compiles by itself
-        return Programs(train, evaluate, place_base, place, place, place_batches, narrow, layout, 0)
+        places = place_base, place, place, place_batches
+        return Programs(train, evaluate, spectra, *places, narrow, layout, 0)
 
     def described(tree, spec, lead):
         """Shapes of a tree with the axes `lead` in front."""
@@ -290,7 +300,7 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
 
         call = lambda *given: compiled(tasks.columns(given[-1]))(*given)
         bytes_ = program_bytes(compiled(columns))
-        return Programs(call, evaluate, *places, compiled, layout, bytes_)
+        return Programs(call, evaluate, spectra, *places, compiled, layout, bytes_)
 
     # ----------------------------------------------------------- the optimiser's state, offloaded
     def gradients(params, constants, hyper, trainable, step, batches):
@@ -324,7 +334,7 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
 
     places = place_base, place, lambda state: away(place(state)), place_batches
     needs = program_bytes(compiled(columns)), tree.nbytes(base.params) + program_bytes(update)
-    return Programs(call, evaluate, *places, compiled, layout, max(needs))
+    return Programs(call, evaluate, spectra, *places, compiled, layout, max(needs))
 
 
 def _halved(stacked: Stack, base: Base) -> dict:

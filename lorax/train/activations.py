@@ -1,0 +1,100 @@
+"""How far adapters move what the layers hand on: linear CKA of the residual stream.
+
+Kornblith et al. 2019 (arXiv 1905.00414, section 3), as `lorax.analysis.linear_cka` has it, but on
+the device and in float32: activations are the largest thing there is, and never leave it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import ops, tasks
+from lorax.models import Base
+from lorax.train import sweep
+
+
+def check(base: Base, rows: int) -> None:
+    """Raises ValueError where `config.analysis.cka` asks for what a base doesn't have."""
+    if rows and (hasattr(base.config, "image_shape") or not hasattr(base.module, "hidden")):
+        raise ValueError(
+            f"analysis.cka: {rows} given, but {base.name} ({base.family}) reads images; what is "
+            "compared is the residual stream of models that read texts; leave it at 0"
+        )
+
+
+def similarity(
+    base: Base, method, trainable, constants, task: tasks.Task, rows: int, batch_size: int
+) -> np.ndarray:
+    """CKA (M, L) float32 of the residual stream after each of L layers, adapted and as it was.
+
+    trainable, constants: of M members of one method, leaves (M, ...). rows: of the task's
+    evaluation, evenly spaced, `batch_size` at a time; their real tokens are the examples. They
+    should be more than the model has features: with fewer, CKA is near 1 whatever is compared.
+    """
+    some = task._replace(eval=tasks.spread(task.eval, rows))
+    batches = jax.device_put(sweep.eval_batches(some, batch_size))
+
+    @jax.jit
+    def compared(params, trainable, constants, batches, before):
+        bound = method.bind(trainable, constants, params, sites=base.sites)
+        return cka(before, residuals(base.module, bound, batches), real(batches))
+
+    before = jax.jit(lambda params, b: residuals(base.module, params, b))(base.params, batches)
+    found = []
+    for i in range(len(jax.tree.leaves(trainable)[0])):
+        own, fixed = jax.tree.map(lambda x, i=i: x[i], (trainable, constants))
+        found.append(np.asarray(compared(base.params, own, fixed, batches, before)))
+    return np.stack(found)
+
+
+def residuals(module, params, batches) -> jax.Array:
+    """What every layer hands on: (L, N B T, D) float32 of rows with leaves (N, B, ...).
+
+    params: may have operator leaves. The T positions are those that the loss reads.
+    """
+
+    def one(batch):
+        inputs = batch["tokens"], batch.get("segments"), batch.get("types")
+        if "label" not in batch:  # a language model is not shown the last token
+            inputs = [x[:, :-1] for x in inputs[:2] if x is not None]
+        with ops.interceptor():
+            _, kept = module.apply(
+                {"params": params},
+                *inputs,
+                method="hidden",
+                mutable="intermediates",
+                capture_intermediates=lambda m, name: m.path == ("h",) and name == "__call__",
+            )
+        x = jax.tree.leaves(kept)[0]  # (L, B, T, D), of a layer's (x, cache) or x
+        return x[:, :, -inputs[0].shape[1] :].astype(jnp.float32)  # no virtual tokens ahead
+
+    x = jnp.moveaxis(jax.lax.map(one, batches), 0, 1)
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+def real(batches) -> jax.Array:
+    """(N B T,) float32: 1 for a text's tokens, 0 for padding."""
+    if "label" in batches:
+        return (batches["segments"] > 0).astype(jnp.float32).reshape(-1)
+    # A text of a language model goes on for as long as there are targets to come.
+    mask = batches["mask"][..., 1:]
+    return jax.lax.cummax(mask, axis=mask.ndim - 1, reverse=True).reshape(-1)
+
+
+def cka(x, y, weights) -> jax.Array:
+    """Linear CKA (L,) float32 of activations x (L, n, p) and y (L, n, q); the examples count by
+    weights (n,) of 0 and 1. 0 where x or y is the same for all examples."""
+    exact = jax.lax.Precision.HIGHEST
+    norm = lambda x, y: jnp.linalg.norm(jnp.matmul(x.T, y, precision=exact))
+
+    def centred(x):
+        x = weights[:, None] * (x - (weights @ x / jnp.sum(weights))[None])
+        whole = jnp.linalg.norm(x)
+        return x / jnp.where(whole > 0, whole, 1)
+
+    def one(pair):
+        x, y = map(centred, pair)
+        own = norm(x, x) * norm(y, y)
+        return jnp.where(own > 0, norm(x, y) ** 2 / jnp.where(own > 0, own, 1), 0)
+
+    return jax.lax.map(one, (x, y))

@@ -1,0 +1,202 @@
+"""Spectra taken on the device: of factors as they are, and of a run from its start to its end."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+from quick import jit
+
+import lorax
+from lorax import config, ops, tree
+from lorax.analysis import runs, spectrum, subspace
+from lorax.analysis import trajectory as tables
+from lorax.models import Base, gpt2
+from lorax.train import loop, sweep, trajectory
+
+CONFIG = gpt2.Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=3, n_head=2)
+
+
+@pytest.fixture(scope="module")
+def base():
+    module = gpt2.GPT2(CONFIG)
+    tokens = np.zeros((1, 4), np.int32)
+    params = jit(module.init)(jax.random.key(7), tokens)["params"]
+    sites = ops.sites(module, params, tokens)
+    return Base(module, params, CONFIG, None, sites, "gpt2", "tiny", "")
+
+
+def moved(tree_, seed=0):
+    """The tree with noise wherever something is trained: padding stays zero, as in training."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, x):
+        a = flat.get(path.removesuffix("/b") + "/a")
+        noise = rng.standard_normal(x.shape).astype(np.float32)
+        if a is None or path.endswith("/a"):
+            return x
+        return noise * np.asarray(a != 0).any(-2)[..., None]
+
+    flat = tree.flatten(tree_)
+    return tree.unflatten({path: jnp.asarray(fill(path, x)) for path, x in flat.items()})
+
+
+def test_spectra_of_padded_members_are_those_of_their_own_factors(base):
+    """Ranks 1 and 6, and one without v, in one stack: padding has no singular values."""
+    hps = dict(rank=1, targets=("q", "v")), dict(rank=6, targets=("q", "v")), dict(rank=2)
+    built = [lorax.method("lora", **{"targets": ("q",), "alpha": 3.0, **hp}) for hp in hps]
+    c = config.default()
+    members = [config.Member(i, "", {}, c) for i in range(3)]
+    stack = sweep.stack(members, built, base)
+    trainable = moved(stack.state.trainable)
+    one = lambda *m: trajectory.spectra(built[0], base.sites, base.params, *m)
+    found = jit(sweep.over_members(one, 3))(stack.constants, trainable)
+    assert set(found) == {"h/attn/q/kernel", "h/attn/v/kernel"}
+    for path, (sigma, directions, used) in found.items():
+        own = tree.flatten(trainable)
+        a, b = (np.asarray(own[f"{path}/{name}"]) for name in "ab")
+        s = np.asarray(tree.flatten(stack.constants)[f"{path}/s"])
+        for m, rank in enumerate((1, 6, 2)):
+            if m == 2 and "/v/" in path:
+                assert not used[m].any() and not sigma[m].any() and not directions[m].any()
+                continue
+            assert used[m].all()
+            cut = a[m][..., :rank], b[m][:, :rank]
+            expected = spectrum.factor_svd(*cut, s[m])[1]
+            np.testing.assert_allclose(sigma[m][:, :rank], expected, rtol=1e-5)
+            assert np.all(sigma[m][:, rank:] <= 1e-6 * expected[:, :1])
+            k = min(rank, trajectory.DIRECTIONS)
+            assert not directions[m][..., k:].any()
+            inputs = subspace.update_directions(*cut)[0][..., :k]
+            phi = subspace.basis_similarity(directions[m][..., :k], inputs)
+            np.testing.assert_allclose(phi[:, range(k), range(k)], 1, atol=1e-5)
+
+
+def test_an_update_without_factors_is_taken_apart_where_it_is_small(base, monkeypatch):
+    method = lorax.method("full", parameters=("q", "embed"))
+    trainable, constants = method.init(jax.random.key(0), base.params, base.sites)
+    noise = lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape)
+    trainable = jax.tree.map(noise, trainable)
+    found = trajectory.spectra(method, base.sites, base.params, constants, trainable)
+    delta = method.delta(trainable, constants, base.params, base.sites)
+    assert "h/attn/q/kernel" in found and "wte/embedding" in found
+    for path, (sigma, directions, used) in found.items():
+        u, expected, _ = np.linalg.svd(np.asarray(delta[path]), full_matrices=False)
+        np.testing.assert_allclose(sigma, expected, rtol=1e-4, atol=1e-5)
+        cosines = np.abs(np.sum(np.asarray(directions) * u[..., : directions.shape[-1]], axis=-2))
+        np.testing.assert_allclose(cosines, 1, atol=1e-4)
+        assert used.all()
+    assert trajectory.left_out(method, base, constants, trainable) == ""
+    monkeypatch.setattr(trajectory, "WIDEST", 15)
+    assert trajectory.spectra(method, base.sites, base.params, constants, trainable) == {}
+    said = trajectory.left_out(method, base, constants, trainable)
+    assert "h/attn/q/kernel" in said and "wider than 15" in said
+    prefix = lorax.method("prefix")
+    assert "prefix is no change of weights" in trajectory.left_out(prefix, base, {}, {})
+    assert trajectory.spectra(prefix, base.sites, base.params, {}, {}) == {}
+
+
+# -------------------------------------------------------------------------------- run directories
+
+
+def study(on, **method):
+    c = config.default()
+    c.base, c.task.name, c.task.n_train = "random:mlp-64-12-10", "digits", 32
+    c.method.targets = ("re:.*/kernel",)
+    c.train.update(steps=5, batch_size=8, warmup=0, lr=1e-2, parallel="none")
+    c.eval.update(every=2, examples=50, batch_size=25)
+    c.method.update(**method)
+    c.sweep.seed = (0, 1)
+    c.analysis.trajectory = on
+    return c
+
+
+def train(workdir, c):
+    """(`runs.Run` of what training leaves, what was said)."""
+    said = []
+    workdir.mkdir(exist_ok=True)
+    groups = loop.prepare(config.members(c), said.append)
+    loop.train(workdir, groups, loop.Terminal(said.append, lambda *_: None, lambda row: None))
+    members = pd.DataFrame([row for group in groups for row in loop.describe(group)])
+    return runs.Run(workdir, {}, members, pd.DataFrame(), {}), said
+
+
+def contents(workdir, *folders):
+    files = [p for folder in folders for p in (workdir / folder).rglob("*") if p.is_file()]
+    found = {str(p.relative_to(workdir)): p.read_bytes() for p in files}
+    return found | {"metrics": (workdir / "metrics.jsonl").read_bytes()}
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "full"])
+def test_a_trajectory_ends_in_the_exported_update_and_survives_a_kill(name, tmp_path):
+    c = study(True, name=name, rank=3)
+    if name != "full":
+        c.sweep.rank = (1, 3)
+    run, said = train(tmp_path / "whole", c)
+    assert not any("analysis.trajectory" in line for line in said)
+    table = tables.table(run)
+    assert tuple(table.columns) == tables.COLUMNS
+    assert list(table["step"].unique()) == [0, 2, 4, 5]
+    assert len(table) == len(run.members) * 4 * 2  # kernels of two layers
+
+    # At step 0 there is no update, and the last step is the one that was exported.
+    start = table[table["step"] == 0]
+    numbers = ["norm", "effective", "stable", "energy90", "overlap_final"]
+    assert not start[numbers].to_numpy().any()
+    final = table[table["step"] == 5].set_index(["member", "path"])
+    np.testing.assert_allclose(final["overlap_final"], 1, atol=1e-5)
+    found, missing = runs.adapters(run, run.members["member"])
+    dense = runs.deltas(run, missing)
+    expected = runs.spectra(found, dense)[1].set_index(["member", "path"])
+    assert set(final.index) == set(expected.index)
+    for field in numbers[:-1]:
+        np.testing.assert_allclose(final[field], expected.loc[final.index, field], rtol=1e-4)
+    assert list(final["layer"]) == list(expected.loc[final.index, "layer"])
+    between = table[table["step"] == 2]
+    assert (between["overlap_final"] > 0.05).all() and (between["overlap_final"] < 1).all()
+
+    # Killed between a spectrum and its checkpoint, then continued: the same bytes.
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    shutil.copytree(whole, torn)
+    shutil.rmtree(torn / "checkpoints/0-0/5")
+    shutil.rmtree(torn / "adapters")
+    (torn / "trajectory/0-0/5.safetensors").write_bytes(b"torn")
+    _, said = train(torn, c)
+    assert any("continues at step 4 of 5" in line for line in said)
+    same = "trajectory", "adapters"
+    assert contents(torn, *same) == contents(whole, *same)
+
+    if name != "lora":
+        return
+    # And training itself takes no notice of being watched.
+    c.analysis.trajectory = False
+    run, _ = train(tmp_path / "off", c)
+    assert not (tmp_path / "off/trajectory").exists() and tables.table(run) is None
+    assert contents(tmp_path / "off", "adapters") == contents(whole, "adapters")
+
+
+def test_devices_that_share_the_members_see_what_one_sees(tmp_path):
+    """Three members on two devices, or one after the other: the copy that fills up has no rows."""
+    found = []
+    for mode, devices in (("none", 1), ("members", 2), ("pmap", 2)):
+        c = study(True, rank=2)
+        c.sweep.seed = (0, 1, 2)
+        (group,) = loop.prepare(config.members(c), lambda line: None)
+        stack, train_ = group.stack, c.train.copy_and_resolve_references()
+        train_.parallel = mode
+        batches = sweep.batch_shapes(c.train, group.task, 1)
+        evals = tree.shapes(sweep.eval_batches(group.task, 25))
+        chosen = sweep.layout(3, train_, group.base, jax.devices()[:devices])
+        programs = sweep.compile_programs(stack, group.base, chosen, batches, evals)
+        trainable = programs.place(moved(stack.state.trainable))
+        constants = programs.place(stack.constants)
+        params = programs.place_base(group.base.params)
+        file = tmp_path / mode / "trajectory" / "0-0" / "1.safetensors"
+        spectra = programs.spectra(params, constants, trainable)
+        trajectory.write(file, spectra, stack.members, group.base)
+        found.append(tables.table(runs.Run(tmp_path / mode, {}, None, None, {})))
+    assert list(found[0]["member"].unique()) == [0, 1, 2]
+    for other in found[1:]:
+        pd.testing.assert_frame_equal(other, found[0], rtol=1e-5)
