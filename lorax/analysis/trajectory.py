@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
-from lorax.analysis import runs, spectrum, subspace
+from lorax.analysis import runs, spectrum, subspace, updates
 
 COLUMNS = ("member", "step", "path", "layer", "target", "norm", "effective", "stable", "energy90")
 COLUMNS += ("overlap_final",)
@@ -58,7 +58,7 @@ def _rows(member: int, path: str, steps: dict) -> list[tuple]:
         spectrum.energy_rank(sigma, 0.9),
         overlap,
     )
-    place = runs.place(path)
+    place = updates.place(path)
     return [
         (member, step, path, *place, *values) for step, *values in zip(order, *numbers, strict=True)
     ]

@@ -11,7 +11,7 @@ from quick import jit
 
 import lorax
 from lorax import config, ops, tree
-from lorax.analysis import runs, spectrum, subspace
+from lorax.analysis import runs, spectrum, subspace, updates
 from lorax.analysis import trajectory as tables
 from lorax.models import Base, gpt2
 from lorax.train import loop, sweep, trajectory
@@ -147,9 +147,9 @@ def test_a_trajectory_ends_in_the_exported_update_and_survives_a_kill(name, tmp_
     assert not start[numbers].to_numpy().any()
     final = table[table["step"] == 5].set_index(["member", "path"])
     np.testing.assert_allclose(final["overlap_final"], 1, atol=1e-5)
-    found, missing = runs.adapters(run, run.members["member"])
-    dense = runs.deltas(run, missing)
-    expected = runs.spectra(found, dense)[1].set_index(["member", "path"])
+    found, missing = updates.adapters(run, run.members["member"])
+    dense = updates.deltas(run, missing)
+    expected = updates.spectra(found, dense)[1].set_index(["member", "path"])
     assert set(final.index) == set(expected.index)
     for field in numbers[:-1]:
         np.testing.assert_allclose(final[field], expected.loc[final.index, field], rtol=1e-4)
