@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lorax.analysis.spectrum import update_svd
+from lorax.analysis.spectrum import leading_svd, update_svd
 
 
 class Intruders(NamedTuple):
@@ -82,8 +82,7 @@ def intruders(
         raise ValueError(f"side {side!r}: 'in' or 'out'")
     w_u, _, w_vt = np.linalg.svd(w, full_matrices=False) if w_svd is None else w_svd
 
-    u, sigma, vt = np.linalg.svd(w + dense, full_matrices=False)
-    u, sigma, vt = u[..., :k], sigma[..., :k], vt[..., :k, :]
+    u, sigma, vt = leading_svd(w + dense, k)
     if side == "out":
         cosines = vt @ np.swapaxes(np.asarray(w_vt, np.float64), -1, -2)
     else:
