@@ -12,6 +12,8 @@ from synthetic import STEPS, WIDTH, kernels, make_run, make_search, planted_fact
 
 from lorax import report
 from lorax.analysis import amplification, runs, subspace_similarity
+from lorax.report import bases
+from lorax.report.__main__ import main
 
 
 class Page(html.parser.HTMLParser):
@@ -133,19 +135,24 @@ def test_amplification_table(written):
 def test_every_figure_is_a_file_and_in_the_page(written):
     directory, text = written
     files = {path.name: path.read_bytes() for path in (directory / "figures").iterdir()}
-    assert set(files) == {
-        "rank_curve.png",
-        "learning_curves.png",
-        "spectra.png",
-        "update_ranks.png",
-        "similarity_ranks_same_seed.png",
-        "similarity_ranks_across_seeds.png",
-        "similarity_between_seeds.png",
+    names = {
+        "rank_curve",
+        "learning_curves",
+        "spectra",
+        "update_ranks",
+        "similarity_ranks_same_seed",
+        "similarity_ranks_across_seeds",
+        "similarity_between_seeds",
     }
-    images = [attributes for tag, attributes in Page(text).tags if tag == "img"]
-    assert all(len(image["alt"]) > 10 for image in images)
+    assert set(files) == {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf", "csv")}
+    page = Page(text)
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert all(len(image["alt"]) > 10 and int(image["width"]) > 300 for image in images)
     embedded = {base64.b64decode(image["src"].split(",", 1)[1]) for image in images}
-    assert embedded == set(files.values())
+    assert embedded == {data for name, data in files.items() if name.endswith(".png")}
+    linked = {a["href"] for tag, a in page.tags if tag == "a" and "figures/" in a["href"]}
+    assert linked == {f"figures/{name}" for name in files}
+    assert all(b"/CreationDate" not in d for name, d in files.items() if name.endswith(".pdf"))
 
 
 def test_page_needs_nothing_but_itself(written):
@@ -156,7 +163,7 @@ def test_page_needs_nothing_but_itself(written):
             target = attributes.get(name)
             if target is None:
                 continue
-            link = tag == "a" and target.startswith(("https://arxiv.org/", "#"))
+            link = tag == "a" and target.startswith(("https://arxiv.org/", "#", "figures/"))
             assert link or target.startswith("data:image/png;base64,"), (tag, target[:60])
         assert tag not in ("link", "iframe", "object", "base")
     style_and_script = "".join(re.findall(r"<(?:style|script)>(.*?)</", written[1], re.S))
@@ -289,18 +296,18 @@ def test_a_search_that_has_just_begun(tmp_path):
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "_load_kernels", lambda config: (None, "not in this test"))
+    monkeypatch.setattr(bases, "of_config", lambda config: (None, "not in this test"))
     directory = make_run(tmp_path / "run", ranks=(1,), adapters=False)
-    assert report.main([str(directory)]) == 0
+    assert main([str(directory)]) == 0
     assert capsys.readouterr().out.strip() == str(directory / "report.html")
-    assert report.main([str(tmp_path / "nowhere")]) == 1
+    assert main([str(tmp_path / "nowhere")]) == 1
     assert "nowhere: no such run directory" in capsys.readouterr().err
 
 
 def test_a_base_that_cannot_be_loaded_is_a_sentence():
-    kernels_, reason = report._load_kernels({"config": {"base": "no-such-model-anywhere"}})
+    kernels_, reason = bases.of_config({"config": {"base": "no-such-model-anywhere"}})
     assert kernels_ is None and "no-such-model-anywhere could not be loaded" in reason
-    assert report._load_kernels({}) == (None, "config.json names no base model")
+    assert bases.of_config({}) == (None, "config.json names no base model")
 
 
 def test_tables_hold_every_member(written):

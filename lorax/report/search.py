@@ -84,11 +84,11 @@ def headline(row: pd.Series) -> str:
 
 
 def curves(
-    points: pd.DataFrame, found: pd.DataFrame, measured: str, loss: str
+    points: pd.DataFrame, found: pd.DataFrame, measured: str, loss: str, name: str = "intrinsic"
 ) -> tuple[str, Picture]:
     """The figure of the metric against the dimension, a panel a condition; and its HTML.
 
-    measured: what the metric is called. loss: name and unit of the eval loss.
+    measured: what the metric is called. loss: name and unit of the eval loss. name: the figure's.
     """
     called, metric = intrinsic.name(found["threshold"].iloc[0]), found["metric"].iloc[0]
     caption = (
@@ -101,7 +101,7 @@ def curves(
         headline(row) + "." for _, row in found.iterrows()
     )
     content = page.aid("The dimension is read off where the line crosses what is needed.")
-    content += page.figure("intrinsic", caption, alt)
+    content += page.figure(name, caption, alt)
     return content, Picture(plots.intrinsic(points, found, loss), _numbers(points, found, metric))
 
 

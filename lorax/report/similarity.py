@@ -30,7 +30,7 @@ class Comparison(NamedTuple):
     size: dict[str, dict[str, int]]  # dimension of the space, by path and kind
     pairs: int
     ranks: tuple[int, int]
-    control: Band  # of A's directions
+    control: Band  # of the first matrix's first kind
 
 
 def of_sweep(shown: pd.DataFrame, found: dict[int, dict[str, Factors]]) -> list[Comparison]:
@@ -102,6 +102,47 @@ def section(comparisons: Sequence[Comparison], absent: Sequence[str] = ()) -> Se
         parts.append(page.figure(name, caption, _seen(comparison)))
         parts.append(_table(comparison))
         pictures[name] = maps(comparison)
+    parts += [page.paragraph(text) for text in absent]
+    files = _files(comparisons) if comparisons else {}
+    return Section("Subspace similarity", "".join(parts), pictures, files)
+
+
+def across(comparisons: Sequence[Comparison], absent: Sequence[str]) -> Section:
+    """Of several runs or adapters: one table of all comparisons, the maps behind a line each."""
+    parts = [
+        page.paragraph(
+            f"{EXPLANATION} Directions are those of ΔW itself, which every method has: its input "
+            "side, and its output side."
+        ),
+        page.aid(
+            "What two runs share beyond what two seeds of one run share is owed to what they have "
+            "in common; what lies by chance is shared by any two updates."
+        ),
+    ]
+    rows = []
+    for comparison in comparisons:
+        for kind in updates.KINDS[2:]:
+            found = [phi[kind] for phi in comparison.phi.values()]
+            n = np.mean([size[kind] for size in comparison.size.values()])
+            i, j = found[0].shape
+            first, last = (np.mean([phi[c] for phi in found]) for c in ((0, 0), (-1, -1)))
+            rows.append(
+                [comparison.title, "input" if kind.endswith("in") else "output", len(found)]
+                + [comparison.pairs, page.Fixed(first, 3), page.Fixed(1 / n, 3), f"{i}, {j}"]
+                + [page.Fixed(last, 3), page.Fixed(max(i, j) / n, 3)]
+            )
+    header = ["between", "side", "matrices", "pairs", "φ(1, 1)", "by chance", "i, j of all"]
+    header += ["φ of all", "by chance"]
+    if rows:
+        caption = "Means over matrices and pairs of members, at each run's best setting."
+        parts.append(page.table(header, rows, caption, sortable=True))
+    pictures = {}
+    for comparison in comparisons:
+        name = f"similarity_{comparison.name}"
+        caption = f"φ(i, j) of ΔW's input side between {comparison.title}; last panel: chance."
+        unfold = f"Layer by layer: {comparison.title}"
+        parts.append(page.figure(name, caption, _seen(comparison, "dW in"), folded=unfold))
+        pictures[name] = maps(comparison, "dW in")
     parts += [page.paragraph(text) for text in absent]
     files = _files(comparisons) if comparisons else {}
     return Section("Subspace similarity", "".join(parts), pictures, files)
