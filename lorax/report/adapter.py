@@ -201,7 +201,9 @@ def _about(given: list[Given], ranks: pd.DataFrame, directory: pathlib.Path) -> 
     redraw = "python -m lorax.report " + " ".join(str(one.path) for one in given)
     for one in given:
         parts.append(page.facts(one.facts, code=["Adapter"]))
-    parts.append(page.facts({"Redraw this page": f"{redraw} --out={directory}"}, ["Redraw this page"]))
+    parts.append(
+        page.facts({"Redraw this page": f"{redraw} --out={directory}"}, ["Redraw this page"])
+    )
     return Section("What it is", "".join(parts))
 
 
@@ -220,10 +222,14 @@ def _layers(ranks: pd.DataFrame) -> Section:
         + [page.Fixed(r["effective"], 2), page.Fixed(r["stable"], 2), r["energy90"], r["numerical"]]
         for _, r in ranks.iterrows()
     ]
-    content = page.aid("High lines are where the adapter does most; low ranks, where it needs little.")
+    content = page.aid(
+        "High lines are where the adapter does most; low ranks, where it needs little."
+    )
     content += page.figure("layers", caption, alt)
     content += page.table(header, rows, "Every matrix; press a heading to sort.", sortable=True)
-    return Section("Layer by layer", content, {"layers": Picture(plot_compare.by_layer(ranks), ranks)})
+    return Section(
+        "Layer by layer", content, {"layers": Picture(plot_compare.by_layer(ranks), ranks)}
+    )
 
 
 def _both(given: list[Given]) -> Section:
@@ -239,7 +245,7 @@ def _both(given: list[Given]) -> Section:
 
 
 def _between_layers(given: Given, several_given: bool) -> Section | None:
-    """Whether layers are changed in the same directions; None where no target has two of a shape."""
+    """Whether layers are changed in the same directions; None where no target has two alike."""
     maps: dict[tuple[str, str], tuple[list[int], np.ndarray]] = {}
     own, rows = updates.bases(given.factors), []
     targets: dict[str, list[str]] = {}
@@ -278,7 +284,9 @@ def _between_layers(given: Given, several_given: bool) -> Section | None:
         "the output side; the diagonal is 1. By chance r/n."
     )
     slug = f"between_layers_{page.slug(given.name)}" if several_given else "between_layers"
-    content = page.aid("Blocks off the diagonal are layers that are changed in the same directions.")
+    content = page.aid(
+        "Blocks off the diagonal are layers that are changed in the same directions."
+    )
     content += page.figure(slug, caption, alt)
     pictures = {slug: Picture(plot_compare.between_layers(drawn), numbers)}
     title = "Between layers" + f" of {given.name}" * several_given

@@ -16,6 +16,11 @@ on the input side (appendix G says left; for A (r × in) the right ones are mean
 Gaussian matrices of the same shape.</li>
 <li><b>Amplification.</b> The same paper, section 7.3 and table 7, with the adapter's own rank.
 The random column is about r‖W‖/√(in·out).</li>
+<li><b>ΔW against W.</b> The same paper's figure 8: φ between the directions of ΔW and of W.</li>
+<li><b>Intruder dimensions.</b> Shuttleworth et al.,
+<a href="https://arxiv.org/abs/2410.21228">arXiv 2410.21228</a>: leading output directions of W + ΔW
+whose cosine with every direction of W is below ε. Control: ΔW's singular values with random
+directions on both sides, so of the same norm.</li>
 <li><b>Effective rank.</b> exp of the entropy of σ/Σσ (Roy and Vetterli, EUSIPCO 2007).
 <b>Stable rank.</b> Σσ²/σ₁². <b>90% energy rank.</b> Fewest σ that hold 90% of Σσ²
 (<a href="https://arxiv.org/abs/2405.09673">arXiv 2405.09673</a>, section 4.6).

@@ -2,12 +2,13 @@
 
 import os
 import pathlib
+from collections.abc import Iterable
 
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
-from lorax.analysis import calibration, runs, updates
-from lorax.report import against_base, notes, page, search, similarity, sweep
+from lorax.analysis import calibration, compare, runs, updates
+from lorax.report import against_base, notes, page, search, similarity, sweep, training
 from lorax.report import updates as of_updates
 from lorax.report.bases import Kernels
 from lorax.report.page import Section
@@ -64,8 +65,8 @@ def of_sweep(of: Sweep, kernels: Kernels | None, no_kernels: str) -> list[Sectio
         *planted,
         *listed,
     ]
-    if found:
-        sections += _of_updates(of, found, sigmas, ranks, kernels, no_kernels)
+    if found or dense:
+        sections += _of_updates(of, found, dense, sigmas, ranks, kernels, no_kernels)
     if missing:
         items = [f"{table['name'][member]}: {why}" for member, why in missing.items()]
         lead = "<p>Members without LoRA factors that could be read:</p>"
@@ -74,38 +75,46 @@ def of_sweep(of: Sweep, kernels: Kernels | None, no_kernels: str) -> list[Sectio
 
 
 def _of_updates(
-    of: Sweep, found: dict, sigmas: pd.DataFrame, ranks: pd.DataFrame, kernels, no_kernels: str
+    of: Sweep,
+    found: dict,
+    dense: dict,
+    sigmas: pd.DataFrame,
+    ranks: pd.DataFrame,
+    kernels,
+    why: str,
 ) -> list[Section]:
     """Sections on what was learned."""
-    main = of.main
-    # What the figures show: the best setting's neighbours along the main axis.
-    shown = of.table.loc[[m for m in found if _on_line(of.table.loc[m], of.answer, of.by)]]
-    line = "" if of.answer is None else of.answer.best["line"]
-    sections = []
+    main, answer, sections = of.main, of.answer, []
+    shown = of.table.loc[_shown(of, [*found, *dense])]
     if len(shown):
+        where = "" if answer is None or main == "method" else answer.best["line"]
+        where = "each method's best setting" if main == "method" else where
         labelled = [of_updates.label(rows, shown, main) for rows in (sigmas, ranks)]
-        sections.append(of_updates.spectra(labelled[0], main, line))
-        sections.append(of_updates.ranks(labelled[1], main))
+        sections.append(of_updates.spectra(labelled[0], main, where))
         sections[0] = sections[0]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
-    comparisons = [] if main == "method" else similarity.of_sweep(shown, found)
+        sections.append(of_updates.ranks(labelled[1], main))
+    factors = shown[shown.index.isin(list(found))]
+    comparisons = [] if main == "method" else similarity.of_sweep(factors, found)
     absent = similarity.absent_of_sweep(comparisons)
     sections.append(similarity.section(comparisons, absent))
-    reason = no_kernels
     if kernels is not None and (of.run.config.get("config", {}).get("sweep") or {}).get("base"):
-        kernels, reason = None, "the members of this sweep do not share a base model"
-    if kernels is None:
-        sections.append(Section("Amplification", page.paragraph(f"Not computed: {reason}.")))
-        return sections
-    try:
-        sections.append(against_base.amplification(found, kernels, shown, main))
-    except (KeyError, ValueError) as error:
-        text = f"Not computed: the base's kernels do not fit the adapters: {error.args[0]}."
-        sections.append(Section("Amplification", page.paragraph(text)))
-    return sections
+        kernels, why = None, "the members of this sweep do not share a base model"
+    sections += against_base.sections(found, dense, kernels, why, shown, main)
+    return sections + training.sections(of.run, shown, main)
+
+
+def _shown(of: Sweep, members: Iterable[int]) -> list[int]:
+    """The members that figures of updates show: those that differ from the best setting in the
+    main axis and the seed alone, or each method's best."""
+    if of.main == "method":
+        reached = of.settings.dropna(subset=["mean"])
+        best = reached.loc[reached.groupby("method")["mean"].idxmin()]
+        kept = [compare.of_setting(of.table, setting, of.by) for _, setting in best.iterrows()]
+        return [member for member in members if any(same[member] for same in kept)]
+    return [member for member in members if _on_line(of.table.loc[member], of.answer, of.by)]
 
 
 def _on_line(member: pd.Series, answer: runs.Answer | None, by: runs.Axes) -> bool:
-    """Whether the member differs from the best setting in the main axis and the seed alone."""
     if answer is None:
         return True
     return all(_same(member[name], answer.best[name]) for name in by.others)

@@ -10,9 +10,10 @@ from lorax.analysis import Band, expected_similarity, gaussian_similarity, plot_
 from lorax.interop.peft import Factors
 from lorax.report import page
 from lorax.report.page import Picture, Section
-from lorax.report.updates import spread
+from lorax.report.updates import MAX_LAYERS, MAX_TARGETS, spread
 
 MAX_PAIRS = 16  # of seeds, that a mean similarity is taken over
+MAX_MAPS = 6  # comparisons that get maps of their own; the tables have all
 SMALL_RANK = 8  # the paper's figure 3 compares r = 8 with r = 64
 EXPLANATION = (
     "φ(i, j) = ‖U₁ᵢᵀ U₂ⱼ‖²/min(i, j): 1 where the top i directions of one update lie within the "
@@ -85,7 +86,7 @@ def section(comparisons: Sequence[Comparison], absent: Sequence[str] = ()) -> Se
             f"{EXPLANATION} The maps show A's directions, as the paper does; the tables add B's "
             "and those of ΔW itself."
         ),
-        page.aid("Bright cells left of the control's are directions that both updates share."),
+        page.aid("Brighter than the control: directions that both updates share beyond chance."),
     ]
     if any(c.name == "ranks_same_seed" for c in comparisons):
         text = (
@@ -94,14 +95,36 @@ def section(comparisons: Sequence[Comparison], absent: Sequence[str] = ()) -> Se
         )
         parts.append(page.note(text))
     pictures = {}
+    if comparisons:
+        pictures["similarity"] = _diagonals(comparisons)
+        caption = "φ(i, i) of A, mean over matrices; the band is what random directions give."
+        alt = "Line chart of φ(i, i): " + "; ".join(map(_corners, comparisons)) + "."
+        parts.append(page.figure("similarity", caption, alt))
     for comparison in comparisons:
         name = f"similarity_{comparison.name}"
-        many = f", mean over {comparison.pairs} pairs" if comparison.pairs > 1 else ", one pair"
-        caption = f"φ(i, j) of A between {comparison.title}{many}; last panel: chance."
+        pictures[name], layer = paper(comparison)
+        pictures[f"{name}_layers"] = maps(comparison)
+        many = f"mean over {comparison.pairs} pairs" if comparison.pairs > 1 else "one pair"
+        place = f"layer {layer}" if layer >= 0 else "the embeddings"
+        which = "Figure 4" if comparison.ranks[0] == comparison.ranks[1] else "Figure 3"
+        caption = f"{which}: φ(i, j) of A between {comparison.title}, {many}, in {place}."
         parts.append(f"<h3>Between {page.escape(comparison.title)}</h3>")
-        parts.append(page.figure(name, caption, _seen(comparison)))
+        parts.append(page.figure(name, caption, f"Heat maps of φ: {_corners(comparison)}."))
         parts.append(_table(comparison))
-        pictures[name] = maps(comparison)
+        caption = f"The same layer by layer, between {comparison.title}; last panel: chance."
+        alt = f"Heat maps of φ by layer: {_corners(comparison)}."
+        parts.append(page.figure(f"{name}_layers", caption, alt, folded="Layer by layer"))
+    if comparisons and len({updates.place(path)[0] for path in comparisons[0].phi}) > 1:
+        first = comparisons[0]
+        values = updates.corners(first.phi, "A")
+        top = values.loc[values["value"].idxmax()]
+        caption = f"φ(1, 1) of A for every matrix, between {first.title}."
+        alt = (
+            f"Grid of φ(1, 1) by target and layer: highest, {top['value']:.2f}, for {top['path']}."
+        )
+        parts.append(page.figure("similarity_grid", caption, alt, folded="Every matrix"))
+        grid = plot_updates.layer_grid(values, "φ(1, 1)", ".2f")
+        pictures["similarity_grid"] = Picture(grid, values)
     parts += [page.paragraph(text) for text in absent]
     files = _files(comparisons) if comparisons else {}
     return Section("Subspace similarity", "".join(parts), pictures, files)
@@ -137,11 +160,18 @@ def across(comparisons: Sequence[Comparison], absent: Sequence[str]) -> Section:
         caption = "Means over matrices and pairs of members, at each run's best setting."
         parts.append(page.table(header, rows, caption, sortable=True))
     pictures = {}
-    for comparison in comparisons:
+    if comparisons:
+        pictures["similarity"] = _diagonals(comparisons, "dW in")
+        caption = "φ(i, i) of ΔW's input side, mean over matrices; the band is chance."
+        alt = "Line chart of φ(i, i): "
+        alt += "; ".join(_corners(comparison, "dW in") for comparison in comparisons) + "."
+        parts.append(page.figure("similarity", caption, alt))
+    for comparison in comparisons[:MAX_MAPS]:
         name = f"similarity_{comparison.name}"
         caption = f"φ(i, j) of ΔW's input side between {comparison.title}; last panel: chance."
+        alt = f"Heat maps of φ by layer: {_corners(comparison, 'dW in')}."
         unfold = f"Layer by layer: {comparison.title}"
-        parts.append(page.figure(name, caption, _seen(comparison, "dW in"), folded=unfold))
+        parts.append(page.figure(name, caption, alt, folded=unfold))
         pictures[name] = maps(comparison, "dW in")
     parts += [page.paragraph(text) for text in absent]
     files = _files(comparisons) if comparisons else {}
@@ -158,15 +188,23 @@ def absent_of_sweep(comparisons: Sequence[Comparison]) -> list[str]:
     return said
 
 
+def paper(comparison: Comparison) -> tuple[Picture, int]:
+    """The paper's figure of a layer halfway, with that layer: 3 between two ranks, 4 between two
+    seeds."""
+    layers = sorted({updates.place(path)[0] for path in comparison.phi})
+    layer = layers[len(layers) // 2]
+    drawn = _chosen(comparison, "A", [layer])
+    if comparison.ranks[0] == comparison.ranks[1]:
+        figure = plot_updates.figure4(drawn, comparison.control.mean)
+    else:
+        figure = plot_updates.figure3(drawn, comparison.control.mean)
+    return Picture(figure, _cells(drawn, comparison.control.mean)), layer
+
+
 def maps(comparison: Comparison, kind: str = "A") -> Picture:
-    """Heat maps by layer and target, and their numbers."""
-    paths = list(comparison.phi)
-    layers = spread(sorted({updates.place(path)[0] for path in paths}))
-    drawn = {
-        updates.place(path): comparison.phi[path][kind]
-        for path in paths
-        if updates.place(path)[0] in layers
-    }
+    """Heat maps by layer and target."""
+    layers = sorted({updates.place(path)[0] for path in comparison.phi})
+    drawn = _chosen(comparison, kind, spread(layers, MAX_LAYERS))
     one, other = comparison.ranks
     figure = plot_updates.similarity_maps(
         drawn,
@@ -174,9 +212,42 @@ def maps(comparison: Comparison, kind: str = "A") -> Picture:
         f"i: top directions, r = {one}",
         f"j: top directions, r = {other}",
     )
+    return Picture(figure, _cells(drawn, comparison.control.mean))
+
+
+def _chosen(comparison: Comparison, kind: str, layers: Sequence[int]) -> dict:
+    """phi by (layer, target) of these layers, and of as many targets as a figure takes."""
+    every = [updates.place(path) for path in comparison.phi]
+    targets = spread(list(dict.fromkeys(target for _, target in every)), MAX_TARGETS)
+    return {
+        place: kinds[kind]
+        for place, kinds in zip(every, comparison.phi.values(), strict=True)
+        if place[0] in layers and place[1] in targets
+    }
+
+
+def _cells(drawn: dict, control: np.ndarray) -> pd.DataFrame:
     rows = [long(phi, layer=layer, target=target) for (layer, target), phi in drawn.items()]
-    rows.append(long(comparison.control.mean, layer=None, target="Gaussian control"))
-    return Picture(figure, pd.concat(rows, ignore_index=True))
+    rows.append(long(control, layer=np.nan, target="Gaussian control"))
+    return pd.concat(rows, ignore_index=True)
+
+
+def _diagonals(comparisons: Sequence[Comparison], kind: str = "A") -> Picture:
+    """phi(i, i) of all comparisons in one figure, with the band of the one that goes furthest."""
+    lines, rows = {}, []
+    for comparison in comparisons:
+        length = min(min(phi[kind].shape) for phi in comparison.phi.values())
+        every = [np.diagonal(phi[kind])[:length] for phi in comparison.phi.values()]
+        mean = np.mean(every, axis=0)
+        lines[comparison.title] = np.diag(mean)
+        i = np.arange(1, length + 1)
+        rows.append(pd.DataFrame({"shows": comparison.title, "i": i, "phi": mean}))
+    band = max((c.control for c in comparisons), key=lambda band: min(band.mean.shape))
+    for name, part in band._asdict().items():
+        own = np.diagonal(part)
+        i = np.arange(1, len(own) + 1)
+        rows.append(pd.DataFrame({"shows": f"chance, {name}", "i": i, "phi": own}))
+    return Picture(plot_updates.diagonal(lines, band), pd.concat(rows, ignore_index=True))
 
 
 def long(phi: np.ndarray, **about: Any) -> pd.DataFrame:
@@ -190,15 +261,14 @@ def at(phi: np.ndarray, i: int, j: int) -> float:
     return float(phi[min(i, phi.shape[0]) - 1, min(j, phi.shape[1]) - 1])
 
 
-def _seen(comparison: Comparison, kind: str = "A") -> str:
-    """What the maps show, in words."""
+def _corners(comparison: Comparison, kind: str = "A") -> str:
+    """What a comparison comes to, in words."""
     first = np.mean([phi[kind][0, 0] for phi in comparison.phi.values()])
     last = np.mean([phi[kind][-1, -1] for phi in comparison.phi.values()])
     mean = comparison.control.mean
     return (
-        f"Heat maps of subspace similarity between {comparison.title}: on average φ(1, 1) is "
-        f"{first:.2f} ({mean[0, 0]:.2f} by chance) and φ of all directions {last:.2f} "
-        f"({mean[-1, -1]:.2f} by chance)."
+        f"between {comparison.title} φ(1, 1) is {first:.2f} on average ({mean[0, 0]:.2f} by "
+        f"chance) and φ of all directions {last:.2f} ({mean[-1, -1]:.2f} by chance)"
     )
 
 

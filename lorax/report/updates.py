@@ -10,6 +10,7 @@ from lorax.report import page, words
 from lorax.report.page import Picture, Section
 
 MAX_LAYERS = 4  # rows of a figure; the tables hold every layer
+MAX_TARGETS = 4  # columns
 
 
 def spectra(sigmas: pd.DataFrame, main: str, where: str = "") -> Section:
@@ -18,8 +19,9 @@ def spectra(sigmas: pd.DataFrame, main: str, where: str = "") -> Section:
     sigmas: of `updates.spectra`, with a column `main` that tells the lines apart. where: which
     members these are, where not all.
     """
-    layers = spread(sorted(set(sigmas["layer"])))
-    drawn = sigmas[sigmas["layer"].isin(layers)]
+    layers = spread(sorted(set(sigmas["layer"])), MAX_LAYERS)
+    targets = spread(list(dict.fromkeys(sigmas["target"])), MAX_TARGETS)
+    drawn = sigmas[sigmas["layer"].isin(layers) & sigmas["target"].isin(targets)]
     caption = "Singular values of ΔW = s·a·b, computed from the factors." + (
         f" Shown for {where}; analysis/spectra.csv has all." if where else ""
     )
@@ -31,7 +33,7 @@ def spectra(sigmas: pd.DataFrame, main: str, where: str = "") -> Section:
         "A line that falls steeply is an update that lives in few directions, whatever its rank."
     )
     content += page.figure("spectra", caption, alt + ".")
-    pictures = {"spectra": Picture(plot_updates.spectra(sigmas, layers, main), drawn)}
+    pictures = {"spectra": Picture(plot_updates.spectra(drawn, layers, main), drawn)}
     return Section("Spectra of the updates", content, pictures)
 
 
@@ -72,8 +74,11 @@ def label(rows: pd.DataFrame, shown: pd.DataFrame, main: str) -> pd.DataFrame:
     return labelled
 
 
-def spread(layers: Sequence[int]) -> list[int]:
-    """At most MAX_LAYERS of them, evenly spread, the first and the last among them."""
-    if len(layers) <= MAX_LAYERS:
-        return list(layers)
-    return [layers[round(x)] for x in np.linspace(0, len(layers) - 1, MAX_LAYERS)]
+def spread(values: Sequence, most: int) -> list:
+    """At most so many of them, evenly spread, the first and the last among them; of one the middle
+    one."""
+    if len(values) <= most:
+        return list(values)
+    if most == 1:
+        return [values[len(values) // 2]]
+    return [values[round(x)] for x in np.linspace(0, len(values) - 1, most)]
