@@ -12,6 +12,7 @@ import matplotlib.lines
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
@@ -36,7 +37,7 @@ QUANTITIES = {
     "effective": "effective rank of ΔW",
     "stable": "stable rank of ΔW",
     "energy90": "90% energy rank of ΔW",
-    "overlap_final": "overlap with the final ΔW (0 to 1)",
+    "overlap_final": "overlap with final ΔW",
 }
 
 
@@ -168,7 +169,7 @@ def figure3(phi: dict[tuple[int, str], np.ndarray], control: np.ndarray | None =
             zoom.set_facecolor("0.8")
             _map(zoom, corner)
             full.set_title(title)
-            zoom.set_title(f"{title}: j ≤ {r1}, lower triangle j ≤ i")
+            zoom.set_title("zoom: the triangle j ≤ i")
             full.set_ylabel(f"i (r = {r1})")
         for axes in grid[-1]:
             axes.set_xlabel(f"j (r = {r2})")
@@ -203,7 +204,7 @@ def against_base(
     """
     maps = [(title, np.transpose(values)) for title, values in phi.items()]
     maps += [("random directions", np.transpose(chance))] if chance is not None else []
-    label = "i: directions of W, by falling singular value"
+    label = "i: directions of W"
     figure = _row_of_maps(maps, "j: directions of ΔW", label, PHI, sharex=False)
     for axes, (_, values) in zip(figure.axes, maps, strict=False):
         line = {"color": "white", "linewidth": 1, "linestyle": (0, (4, 2))}
@@ -211,17 +212,18 @@ def against_base(
     return figure
 
 
-def layer_grid(values: pd.DataFrame, label: str, number: str = ".2g") -> Figure:
+def layer_grid(values: pd.DataFrame, label: str, number: str = ".3g", log: bool = False) -> Figure:
     """One number for every matrix: a row a target, a column a layer, the numbers in the cells.
 
     Args:
       values: columns layer, target, value; several of one matrix are averaged.
       label: what the number is, with its unit.
       number: how it is written, a format.
+      log: colours by its logarithm, for what spans decades; only of positive numbers.
     """
     table = values.pivot_table(index="target", columns="layer", values="value", dropna=False)
     table = table.reindex(dict.fromkeys(values["target"]))
-    return _grid(table, table.map(lambda value: f"{value:{number}}"), label)
+    return _grid(table, table.map(lambda value: f"{value:{number}}"), label, log)
 
 
 def sensitivity(ranking: pd.DataFrame) -> Figure:
@@ -324,7 +326,7 @@ def intruder_counts(table: pd.DataFrame, k: int = 10, main: str = "rank") -> Fig
                 dotted = {"color": pick(COLOURS, n), "linestyle": (0, (1, 2)), "linewidth": 1}
                 axes.plot(control.index, control, **dotted)
         axes.set_xlabel("ε: an intruder's largest |cosine| with a direction of W")
-        axes.set_ylabel(f"intruders, of {k} directions in each of {matrices} matrices")
+        axes.set_ylabel(f"intruders in the top {k} of {matrices} matrices")
         dotted = {"color": "black", "linestyle": (0, (1, 2)), "linewidth": 1}
         _legend(figure, values, main, {"norm-matched control": dotted})
         return figure
@@ -440,12 +442,14 @@ def _values(column: pd.Series) -> list:
     return sorted(set(column), key=lambda value: (isinstance(value, str), value))
 
 
-def _legend(figure: Figure, values: Sequence, main: str, more: Mapping[str, dict] = {}) -> None:  # noqa: B006
+def _legend(
+    figure: Figure, values: Sequence, main: str, more: Mapping[str, dict] | None = None
+) -> None:
     """Every value, also those that a panel lacks, and lines of other kinds."""
     lines = [matplotlib.lines.Line2D([], [], **_style(n)) for n in range(len(values))]
-    lines += [matplotlib.lines.Line2D([], [], **style) for style in more.values()]
+    lines += [matplotlib.lines.Line2D([], [], **style) for style in (more or {}).values()]
     labels = [f"{named(main)} = {in_words(value)}" for value in values]
-    figure.legend(lines, [*labels, *more], loc="outside right upper")
+    figure.legend(lines, [*labels, *(more or {})], loc="outside right upper")
 
 
 def _map(axes: Axes, values: np.ndarray):
@@ -475,7 +479,7 @@ def _map(axes: Axes, values: np.ndarray):
 
 def _row_of_maps(maps, x_label: str, y_label: str, label: str, sharex: bool = True) -> Figure:
     with matplotlib.rc_context(MAP):
-        figure = Figure(figsize=(1.4 + 2.1 * len(maps), 2.7), layout="constrained")
+        figure = Figure(figsize=(1.4 + 2.1 * len(maps), 3.0), layout="constrained")
         grid = figure.subplots(1, len(maps), sharex=sharex, sharey=True, squeeze=False)[0]
         for axes, (title, values) in zip(grid, maps, strict=True):
             image = _map(axes, values)
@@ -486,23 +490,24 @@ def _row_of_maps(maps, x_label: str, y_label: str, label: str, sharex: bool = Tr
         return figure
 
 
-def _grid(table: pd.DataFrame, words: pd.DataFrame, label: str) -> Figure:
+def _grid(table: pd.DataFrame, words: pd.DataFrame, label: str, log: bool = False) -> Figure:
     """A cell a matrix, coloured by `table` with `words` in it: targets (rows) x layers."""
     values = table.to_numpy(float)
-    finite = np.where(np.isfinite(values), values, np.nan)
+    shown = np.isfinite(values) & ((values > 0) | (not log))
+    coloured = np.where(shown, values, np.nan)
     with matplotlib.rc_context(MAP):
-        size = (2.2 + 0.45 * values.shape[1], 1.0 + 0.35 * values.shape[0])
+        size = (2.2 + 0.55 * values.shape[1], 1.0 + 0.35 * values.shape[0])
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         axes.set_facecolor("0.9")
-        low = min(0.0, np.nanmin(finite))
-        image = axes.imshow(finite, vmin=low, cmap="cividis", aspect="auto")
-        middle = low + 0.6 * (np.nanmax(finite) - low)
+        low, high = (np.nanmin(coloured), np.nanmax(coloured)) if shown.any() else (0.0, 1.0)
+        norm = LogNorm(low, high) if log else Normalize(min(low, 0.0), high)
+        image = axes.imshow(coloured, norm=norm, cmap="cividis", aspect="auto")
         for (i, j), value in np.ndenumerate(values):
-            if value == value:
-                colour = "white" if value < middle else "black"
-                text = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
-                axes.text(j, i, words.iloc[i, j], **text)
+            if value == value:  # also an infinite one, in black on grey
+                dark = shown[i, j] and norm(value) < 0.6
+                text = {"ha": "center", "va": "center", "fontsize": 8}
+                axes.text(j, i, words.iloc[i, j], color="white" if dark else "black", **text)
         axes.set_xticks(range(len(table.columns)), table.columns)
         axes.set_yticks(range(len(table.index)), table.index)
         axes.set_xlabel("layer")

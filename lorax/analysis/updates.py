@@ -4,7 +4,8 @@ Updates are {member: {path: Factors}}, and {member: {path: dW (in, out)}} of met
 has no factors. A "member" is any name: members of several runs, or adapters from elsewhere, go
 together as long as they call their layers by the same paths. kernels are the frozen (in, out)
 weights by path. Matrices of one shape go through the array functions together, over layers and
-members; `base_svds` decomposes each kernel once for all that asks for it.
+members; `base_svds` decomposes each kernel once for all that asks for it. Small matrices want one
+thread of the linear algebra (`threadpoolctl`): more of them only wait for each other.
 """
 
 import math
