@@ -1,6 +1,8 @@
 """The report of an adapter from anywhere, or of two: PEFT's directories, loralib's checkpoints."""
 
 import pathlib
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -101,6 +103,7 @@ def read(name: str, path: pathlib.Path, sources=None, alpha: float | None = None
             adapter = adapter._replace(factors=unscaled)
         known = {"Kind": "LoRA, loralib's checkpoint", "α": NO_SCALE if alpha is None else alpha}
     factors = {path: f for path, f in adapter.factors.items() if f.a.shape[1]}
+    factors = factors if sources is not None else _told_apart(factors)
     if not factors:
         raise ValueError(f"{path}: this adapter has no low-rank factors")
     ranks = sorted({f.a.shape[1] for f in factors.values()})
@@ -118,6 +121,18 @@ def read(name: str, path: pathlib.Path, sources=None, alpha: float | None = None
         + f" and {len(adapter.weights) - 8} more" * (len(adapter.weights) > 8),
     }
     return Given(name, path, factors, facts)
+
+
+def _told_apart(factors: dict[str, Factors]) -> dict[str, Factors]:
+    """Modules of one layer that have the same last word get the one before it as well:
+    "h.0.attn.c_proj" and "h.0.mlp.c_proj" become "h.0.attn:c_proj" and "h.0.mlp:c_proj"."""
+    counts = Counter(updates.place(path) for path in factors)
+    words = {target for (_, target), count in counts.items() if count > 1}
+    longer = lambda path: re.sub(r"[./](?=[^./]+$)", ":", path)
+    return {
+        longer(path) if updates.place(path)[1] in words else path: factor
+        for path, factor in factors.items()
+    }
 
 
 def _name(path: pathlib.Path) -> str:
@@ -181,7 +196,7 @@ def _sections(
     sections += [of for one in given if (of := _between_layers(one, len(given) > 1)) is not None]
     shown = pd.DataFrame({"member": list(found), "adapter": list(found)}, index=list(found))
     sections += against_base.sections(found, {}, kernels, why, shown, "adapter")
-    return [*sections, notes.section(notes.NOTES)]
+    return [*sections, notes.section(notes.UPDATES)]
 
 
 def _about(given: list[Given], ranks: pd.DataFrame, directory: pathlib.Path) -> Section:
@@ -215,10 +230,12 @@ def _layers(ranks: pd.DataFrame) -> Section:
         f"{low:.1f} and {high:.1f}, of {ranks['rank'].max()} given."
     )
     caption = "Norm and ranks of ΔW = s·B·A by layer, a line a target."
-    header = ["matrix", "adapter", "layer", "target", "rank", "‖ΔW‖", "effective rank"]
-    header += ["stable rank", "90% energy rank", "numerical rank"]
+    several_given = ranks["member"].nunique() > 1
+    header = ["matrix", *["adapter"] * several_given, "layer", "target", "rank", "‖ΔW‖"]
+    header += ["effective rank", "stable rank", "90% energy rank", "numerical rank"]
     rows = [
-        [r["path"], r["member"], r["layer"], r["target"], r["rank"], page.Fixed(r["norm"], 4)]
+        [r["path"], *[r["member"]] * several_given, r["layer"], r["target"], r["rank"]]
+        + [page.Fixed(r["norm"], 4)]
         + [page.Fixed(r["effective"], 2), page.Fixed(r["stable"], 2), r["energy90"], r["numerical"]]
         for _, r in ranks.iterrows()
     ]

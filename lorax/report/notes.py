@@ -2,14 +2,16 @@
 
 from lorax.report.page import Section
 
-NOTES = """
-<ul>
+LOSSES = """
 <li><b>One-standard-error rule.</b> The smallest rank whose mean final eval loss is at most the
 lowest mean plus that mean's standard error (standard deviation over seeds, n − 1, divided by √n).
 It asks for the simplest setting that the data can't tell from the best, and is no test of
 equality.</li>
 <li><b>Loss.</b> Cross entropy in nats, per completion token or, of a classifier, per example
 (squared error where it predicts values); the base's is the eval at step 0.</li>
+"""
+
+UPDATES = """
 <li><b>Subspace similarity.</b> LoRA,
 <a href="https://arxiv.org/abs/2106.09685">arXiv 2106.09685</a>, section 7.2: singular vectors of A
 on the input side (appendix G says left; for A (r × in) the right ones are meant). Control:
@@ -28,11 +30,9 @@ directions on both sides, so of the same norm.</li>
 <li><b>Scale.</b> ΔW = s·a·b with s = α/r, or α/√r
 (<a href="https://arxiv.org/abs/2312.03732">arXiv 2312.03732</a>), or fixed; spectra and norms
 include it, directions do not depend on it.</li>
-</ul>
 """
 
-SEARCH_NOTES = """
-<ul>
+SEARCHES = """
 <li><b>Intrinsic dimension.</b> θ = θ₀ + Pθ_d with P frozen and random: the smallest d that reaches
 a share (90% for d90) of full fine-tuning (Li et al.,
 <a href="https://arxiv.org/abs/1804.08838">arXiv 1804.08838</a>, section 2; Aghajanyan et al.,
@@ -47,9 +47,8 @@ log d, n − 1 degrees of freedom. It covers the seeds alone, not the choice of 
 learning rates.</li>
 <li><b>Refinement.</b> Dimensions between the largest up to which every seed fails and the smallest
 from which on every seed succeeds, at the two best learning rates of the nearest one before.</li>
-</ul>
 """
 
 
-def section(text: str) -> Section:
-    return Section("Method notes", text)
+def section(*texts: str) -> Section:
+    return Section("Method notes", f"<ul>{''.join(texts)}</ul>")

@@ -71,7 +71,7 @@ def of_sweep(of: Sweep, kernels: Kernels | None, no_kernels: str) -> list[Sectio
         items = [f"{table['name'][member]}: {why}" for member, why in missing.items()]
         lead = "<p>Members without LoRA factors that could be read:</p>"
         sections.append(Section("Not analysed", lead + page.listing(items)))
-    return [*sections, notes.section(notes.NOTES)]
+    return [*sections, notes.section(notes.LOSSES, notes.UPDATES)]
 
 
 def _of_updates(

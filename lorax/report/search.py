@@ -28,7 +28,7 @@ def write(run: runs.Run) -> pathlib.Path:
         sweep.facts(run, table, by),
         sweep.members(table, runs.scores(run)),
         sweep.learning(run, table, by.main),
-        notes.section(notes.SEARCH_NOTES),
+        notes.section(notes.SEARCHES),
     ]
     return page.save(run.directory, run.directory.resolve().name, LEAD, sections)
 

@@ -44,7 +44,7 @@ def write(
             *_dimensions(searches),
             _members(sweeps),
             *_similarity(trained),
-            notes.section(notes.NOTES + (notes.SEARCH_NOTES if searches else "")),
+            notes.section(notes.LOSSES, notes.UPDATES, *[notes.SEARCHES] * bool(searches)),
         ]
         return page.save(directory, ", ".join(named), LEAD, sections)
 
@@ -84,17 +84,22 @@ def _overview(
     for name, of in sweeps.items():
         config = of.run.config.get("config", {})
         configs[name], best = config, None if of.answer is None else of.answer.best
+        reached = "–" if best is None else words.setting(best, of.by)
+        if name in searches:  # its members stand for no one setting
+            best, reached = None, "; ".join(map(intrinsic.brief, _found(of.run)))
         task = config.get("task", "")
         rows.append(
             {
                 "run": name,
-                "base": config.get("base"),
+                "base": words.listed(of.table["base"])
+                if "base" in of.table
+                else config.get("base"),
                 "task": task.get("name", "") if isinstance(task, dict) else task,
                 "methods": words.listed(of.table["method"]),
                 "members": len(of.table),
                 "seeds": of.table["seed"].nunique(),
                 "steps": of.run.status.get("steps", of.table["final_step"].max()),
-                "best setting": "–" if best is None else words.setting(best, of.by),
+                "best setting": reached,
                 "final eval loss": page.Fixed(np.nan if best is None else best["mean"]),
                 "standard error": page.Fixed(np.nan if best is None else best["se"]),
                 "base's loss": page.Fixed(of.base),
@@ -142,17 +147,24 @@ def _headlines(sweeps: dict[str, Sweep], searches: dict[str, runs.Run]) -> list[
     lines = []
     for name, of in sweeps.items():
         if name in searches:
-            _, found = search.read(of.run)
-            said = [search.headline(row) for _, row in found.iterrows()]
-            text = "; ".join(said) or "no subspace has been trained yet"
+            text = (
+                "; ".join(map(search.headline, _found(of.run)))
+                or "no subspace has been trained yet"
+            )
         elif of.answer is None:
             text = "no member has been evaluated after step 0"
         else:
             best = of.answer.best
             text = f"final eval loss {words.mean(best)}"
             text += f" at {words.setting(best, of.by)}" * (of.by.main is not None)
-        lines.append(f"<p><strong>{page.escape(name)}</strong>: {page.escape(text)}.</p>")
+        text = page.escape(text.rstrip("."))
+        lines.append(f"<p><strong>{page.escape(name)}</strong>: {text}.</p>")
     return lines
+
+
+def _found(run: runs.Run) -> list[pd.Series]:
+    """What a search has found: a row a condition."""
+    return [row for _, row in search.read(run)[1].iterrows()]
 
 
 def _members(sweeps: dict[str, Sweep]) -> Section:
@@ -248,8 +260,7 @@ def _methods(sweeps: dict[str, Sweep]) -> list[Section]:
     names_of = ["run", "method", "setting", "trainable_params", "mean", "se", "n", "diverged"]
     names_of += ["optimizer_bytes", "step_ms"]
     numbers = pd.concat([rows[names_of] for rows in found], ignore_index=True)
-    numbers = numbers.sort_values("mean", kind="stable", ignore_index=True)
-    best = numbers.iloc[0]
+    best = numbers.loc[numbers["mean"].idxmin()]
     caption = "Each method of each run at its best setting; bars are one standard error."
     alt = (
         f"Dot chart of final eval loss by method and run: {best['method']} of {best['run']} is "
@@ -261,7 +272,7 @@ def _methods(sweeps: dict[str, Sweep]) -> list[Section]:
         [r["method"], r["run"], r["setting"], r["trainable_params"], page.Fixed(r["mean"])]
         + [page.Fixed(r["se"]), r["n"], r["diverged"], r["optimizer_bytes"]]
         + [page.Fixed(r["step_ms"], 1)]
-        for _, r in numbers.iterrows()
+        for _, r in numbers.sort_values("mean", kind="stable").iterrows()
     ]
     content = page.aid("A method is ahead where its bar ends before another's begins.")
     content += page.figure("methods", caption, alt)
