@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
-from lorax.analysis import compare, plot_compare, runs, updates
+from lorax.analysis import compare, intrinsic, plot_compare, runs, updates
 from lorax.report import notes, page, search, similarity, sweep, words
 from lorax.report.page import Picture, Section
 from lorax.report.sweep import Sweep
@@ -88,12 +88,11 @@ def _overview(
         if name in searches:  # its members stand for no one setting
             best, reached = None, "; ".join(map(intrinsic.brief, _found(of.run)))
         task = config.get("task", "")
+        base = words.listed(of.table["base"]) if "base" in of.table else config.get("base")
         rows.append(
             {
                 "run": name,
-                "base": words.listed(of.table["base"])
-                if "base" in of.table
-                else config.get("base"),
+                "base": base,
                 "task": task.get("name", "") if isinstance(task, dict) else task,
                 "methods": words.listed(of.table["method"]),
                 "members": len(of.table),
@@ -147,10 +146,8 @@ def _headlines(sweeps: dict[str, Sweep], searches: dict[str, runs.Run]) -> list[
     lines = []
     for name, of in sweeps.items():
         if name in searches:
-            text = (
-                "; ".join(map(search.headline, _found(of.run)))
-                or "no subspace has been trained yet"
-            )
+            text = "; ".join(map(search.headline, _found(of.run)))
+            text = text or "no subspace has been trained yet"
         elif of.answer is None:
             text = "no member has been evaluated after step 0"
         else:
