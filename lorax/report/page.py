@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 
 from lorax.files import write_bytes
@@ -94,13 +96,13 @@ def csv(table: pd.DataFrame) -> bytes:
 def draw(figure: Figure) -> tuple[bytes, bytes]:
     """PNG and PDF of a figure, the same bytes every time."""
     png, pdf = io.BytesIO(), io.BytesIO()
-    # Once laid out at its resolution it stays so: drawing would find the same layout, twice.
+    # Laid out once, then by the canvases themselves: figure.savefig draws everything twice.
     figure.set_dpi(DPI)
     figure.get_layout_engine().execute(figure)
     figure.set_layout_engine("none")
-    figure.savefig(png, format="png", dpi=DPI)
+    FigureCanvasAgg(figure).print_png(png)
     with matplotlib.rc_context({"pdf.fonttype": 42}):  # TrueType: text stays text
-        figure.savefig(pdf, format="pdf", dpi=DPI, metadata={"CreationDate": None})
+        FigureCanvasPdf(figure).print_pdf(pdf, metadata={"CreationDate": None})
     return png.getvalue(), pdf.getvalue()
 
 
