@@ -1,62 +1,18 @@
 """The report: right numbers, one self-contained file, and something sensible for every run."""
 
 import base64
-import html.parser
 import json
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
+from reading import Page
 from synthetic import STEPS, WIDTH, kernels, make_run, make_search, planted_factors
 
 from lorax import report
 from lorax.analysis import amplification, runs, subspace_similarity
-from lorax.report import bases, page
-from lorax.report.__main__ import main
-
-ONE_PIXEL = (
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJ"
-    "AAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
-)
-
-
-class Page(html.parser.HTMLParser):
-    """What a reader's browser would make of it: tags, the text of tables, links."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.tables, self.headings, self.open = [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-        elif tag in ("h1", "h2", "h3"):
-            self.headings.append("")
-        if tag not in ("img", "meta"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if {"td", "th"} & set(self.open):
-            self.tables[-1][-1][-1] += data
-        if self.open and self.open[-1] in ("h1", "h2", "h3"):
-            self.headings[-1] += data
-
-    def table(self, *columns):
-        """The first table whose header has these columns, a dictionary a row."""
-        for header, *rows in self.tables:
-            if set(columns) <= set(header):
-                return [dict(zip(header, row, strict=True)) for row in rows]
-        raise AssertionError(f"no table with {columns}")
+from lorax.report import bases
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +22,6 @@ def written(tmp_path_factory):
     make_run(directory, ranks=(1, 2, 4, 8, 16), diverged=(0,))
     path = report.write(directory, kernels())
     return directory, path.read_text()
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Figures are made and not drawn, which is most of the time: for tests that read the words."""
-    image = base64.b64decode(ONE_PIXEL)
-    monkeypatch.setattr(page, "draw", lambda figure: (image, b"%PDF"))
 
 
 def test_answer_and_tables_say_the_same(written):
@@ -316,15 +265,6 @@ def test_a_search_that_has_just_begun(tmp_path, undrawn):
     status = {"state": "running", "members": {}}
     (tmp_path / "status.json").write_text(json.dumps(status))
     assert "No subspace has been trained yet" in report.write(tmp_path).read_text()
-
-
-def test_command_line(tmp_path, capsys, monkeypatch, undrawn):
-    monkeypatch.setattr(bases, "of_config", lambda config: (None, "not in this test"))
-    directory = make_run(tmp_path / "run", ranks=(1,), adapters=False)
-    assert main([str(directory)]) == 0
-    assert capsys.readouterr().out.strip() == str(directory / "report.html")
-    assert main([str(tmp_path / "nowhere")]) == 2
-    assert "nowhere: no such run directory" in capsys.readouterr().err
 
 
 def test_a_base_that_cannot_be_loaded_is_a_sentence():
