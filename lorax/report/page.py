@@ -66,8 +66,9 @@ def save(
     for section in sections:
         files |= section.files
         for name, picture in section.pictures.items():
-            png, pdf = draw(picture.figure)
-            drawn[name] = {"png": png, "pdf": pdf, "csv": csv(picture.numbers)}
+            lay_out(picture.figure)
+            images = {"png": png(picture.figure), "pdf": pdf(picture.figure)}
+            drawn[name] = {**images, "csv": csv(picture.numbers)}
     page = put_together(title, lead, sections, {name: of["png"] for name, of in drawn.items()})
     for name, of in drawn.items():
         for suffix, data in of.items():
@@ -93,17 +94,27 @@ def csv(table: pd.DataFrame) -> bytes:
     return table.to_csv(index=False).encode()
 
 
-def draw(figure: Figure) -> tuple[bytes, bytes]:
-    """PNG and PDF of a figure, the same bytes every time."""
-    png, pdf = io.BytesIO(), io.BytesIO()
-    # Laid out once, then by the canvases themselves: figure.savefig draws everything twice.
+def lay_out(figure: Figure) -> None:
+    """Find where everything goes, once: drawing would find the same, every time."""
     figure.set_dpi(DPI)
     figure.get_layout_engine().execute(figure)
     figure.set_layout_engine("none")
-    FigureCanvasAgg(figure).print_png(png)
+
+
+# The canvases draw once, where figure.savefig draws twice; the same bytes every time.
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def pdf(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
     with matplotlib.rc_context({"pdf.fonttype": 42}):  # TrueType: text stays text
-        FigureCanvasPdf(figure).print_pdf(pdf, metadata={"CreationDate": None})
-    return png.getvalue(), pdf.getvalue()
+        FigureCanvasPdf(figure).print_pdf(buffer, metadata={"CreationDate": None})
+    return buffer.getvalue()
 
 
 def put_together(

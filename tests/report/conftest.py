@@ -14,4 +14,6 @@ ONE_PIXEL = (
 def undrawn(monkeypatch):
     """Figures are made and not drawn, which is most of the time: for tests that read the words."""
     image = base64.b64decode(ONE_PIXEL)
-    monkeypatch.setattr(page, "draw", lambda figure: (image, b"%PDF"))
+    monkeypatch.setattr(page, "lay_out", lambda figure: None)
+    monkeypatch.setattr(page, "png", lambda figure: image)
+    monkeypatch.setattr(page, "pdf", lambda figure: b"%PDF")
