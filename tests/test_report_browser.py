@@ -8,6 +8,7 @@ from support import require
 from synthetic import kernels, make_run, make_search
 
 from lorax import report
+from lorax.report import page as page_module
 from lorax.report import several
 
 FLAGS = (
@@ -20,7 +21,7 @@ TABLE = "section[aria-labelledby=members] table.sortable"
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """One for all tests. Where there is none they are skipped, or fail if LORAX_REQUIRE_PARITY=1."""
+    """One for all tests. Without it they are skipped, or fail if LORAX_REQUIRE_PARITY=1."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
         missing = "no chromium or chromedriver here: apt-get install chromium chromium-driver"
@@ -41,13 +42,15 @@ def browser(tmp_path_factory):
 def pages(tmp_path_factory):
     """{name: the page of a sweep, of several runs with a search among them}."""
     folder = tmp_path_factory.mktemp("runs")
-    run = make_run(folder / "run", ranks=(2, 8), diverged=(0,))
+    run = make_run(folder / "run", ranks=(2, 4, 8), seeds=(0,), diverged=(0,))
     bare = make_run(folder / "bare", ranks=(1, 4), seeds=(0,), lrs=(1e-3, 2e-3), adapters=False)
     search = make_search(folder / "search", dims=(10, 1000))
-    return {
-        "sweep": report.write(run, kernels()),
-        "several": several.write([bare, search], folder / "compared"),
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_module, "pdf", lambda figure: b"%PDF")  # no browser shows them
+        return {
+            "sweep": report.write(run, kernels()),
+            "several": several.write([bare, search], folder / "compared"),
+        }
 
 
 @pytest.fixture(params=("sweep", "several"))
@@ -93,9 +96,8 @@ def test_print_shows_all_and_hides_what_is_for_the_screen(page):
     set_media(page, "print")
     page.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 50))")
     assert all(height > 50 for _, _, height, _ in images(page))
-    hidden = (
-        "return ['nav', '.skip', '.files'].map(s => document.querySelector(s).checkVisibility())"
-    )
+    seen = "document.querySelector(s).checkVisibility()"
+    hidden = f"return ['nav', '.skip', '.files'].map(s => {seen})"
     assert page.execute_script(hidden) == [False, False, False]
     set_media(page)
     page.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 50))")
