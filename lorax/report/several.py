@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,7 +68,7 @@ def names(directories: Sequence[str | os.PathLike]) -> list[str]:
 
 def default_name(sort: str, of: Sequence[str]) -> str:
     """A directory's name: what sort of report and of what."""
-    name = f"{sort}-" + "-".join(of).replace("/", "_")
+    name = re.sub(r"[^\w.-]+", "_", f"{sort}-" + "-".join(of))
     if len(name) <= MAX_LENGTH:
         return name
     return name[: MAX_LENGTH - 9] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
