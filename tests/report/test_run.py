@@ -1,18 +1,20 @@
 """The report: right numbers, one self-contained file, and something sensible for every run."""
 
 import base64
+import itertools
 import json
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from reading import Page
 from synthetic import STEPS, WIDTH, kernels, make_run, make_search, planted_factors
 
 from lorax import report
 from lorax.analysis import amplification, runs, subspace_similarity
-from lorax.report import bases
+from lorax.report import bases, page
 
 
 @pytest.fixture(scope="module")
@@ -281,3 +283,34 @@ def test_tables_hold_every_member(written):
     assert set(spectra["member"]) == set(range(1, 10))
     run = runs.load(directory)
     assert len(spectra) == sum(f.a.shape[1] for m in range(1, 10) for f in run.adapter(m).values())
+
+
+def test_what_training_left_is_drawn(tmp_path, undrawn):
+    make_run(tmp_path, ranks=(1, 2), seeds=(0,))
+    points = [
+        (m, step, path) for m in (0, 1) for step in (0, 50) for path in planted_factors(1, 0, 1)
+    ]
+    table = pd.DataFrame(points, columns=["member", "step", "path"])
+    table = table.assign(norm=table["step"] / 10, effective=1.5, stable=1.0, energy90=1)
+    (tmp_path / "analysis").mkdir()
+    table.assign(overlap_final=0.5).to_csv(tmp_path / "analysis" / "trajectory.csv", index=False)
+    cka = pd.DataFrame({"member": [0, 1], "layer": [0, 0], "cka": [0.9, 0.7]})
+    cka.to_csv(tmp_path / "analysis" / "cka.csv", index=False)
+    text = report.write(tmp_path).read_text()
+    assert {"While it was trained", "Activations"} <= set(Page(text).headings)
+    assert "the effective rank is 1.5 on average" in text
+    assert "lowest, 0.700, in layer 0 at rank 2" in text
+    drawn = pd.read_csv(tmp_path / "figures" / "cka.csv")
+    assert drawn[["member", "cka", "rank"]].to_numpy().tolist() == [[0, 0.9, 1], [1, 0.7, 2]]
+
+
+def test_figures_are_the_same_bytes_every_time():
+    def draw():
+        figure = Figure(layout="constrained")
+        figure.subplots().plot([1, 2], label="φ(i, j)")
+        page.lay_out(figure)
+        return page.png(figure), page.pdf(figure)
+
+    png, pdf = draw()
+    assert (png, pdf) == draw()
+    assert b"/FontType 42" in pdf or b"/CIDFontType2" in pdf or b"/TrueType" in pdf
