@@ -1,7 +1,6 @@
 """The report: right numbers, one self-contained file, and something sensible for every run."""
 
 import base64
-import itertools
 import json
 import re
 
