@@ -161,6 +161,18 @@ def locked(workdir: Path):
                 shutil.rmtree(workdir)
 
 
+def formats(folder: Path) -> str:
+    """In which format the members below a folder lie: PEFT's, or lorax's own, which PEFT can't
+    read."""
+    members = [path for path in folder.glob("*") if path.is_dir()]
+    own = sum(not (path / "adapter_config.json").exists() for path in members)
+    if not own:
+        return "PEFT format"
+    if own == len(members):
+        return "lorax's own format"
+    return f"PEFT format, but for {own} of {len(members)} in lorax's own alone"
+
+
 def run(settings, members, workdir: Path) -> int:
     """Train, export, analyse, report; a search trains round after round."""
     began = time.monotonic()
@@ -253,7 +265,7 @@ def run(settings, members, workdir: Path) -> int:
     if page:
         print(f"\nReport       {page}\nFigures      {workdir / 'figures'}")
         print(f"Numbers      {workdir / 'analysis'}")
-    print(f"Adapters     {workdir / 'adapters'} (PEFT format)")
+    print(f"Adapters     {workdir / 'adapters'} ({formats(workdir / 'adapters')})")
     print(f"TensorBoard  tensorboard --logdir {workdir / 'tb'}")
     return 0
 

@@ -134,6 +134,21 @@ def make_run(
     return directory
 
 
+def make_adapter(
+    directory: pathlib.Path, seed: int, rank: int = 4, base: str = "gpt2-nano", width: int = 128
+) -> dict[str, peft.Factors]:
+    """A PEFT adapter of two layers' q and v, with Gaussian factors; as wide as gpt2-nano."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    factors = {
+        f"h/{layer}/attn/{target}": peft.Factors(draw(width, rank), draw(rank, width), 0.5)
+        for layer in range(2)
+        for target in TARGETS
+    }
+    peft.save(directory, factors, gpt2.hf_tensors(gpt2.Config(n_embd=width)), base)
+    return factors
+
+
 SEARCH = {"threshold": 0.9, "metric": "accuracy", "seeds": (0, 1, 2), "points": 4, "rounds": 1}
 FULL = 1000  # parameters of the base
 

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from lorax.analysis import runs, updates
+from lorax.run import formats
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/gpt2_rank_sweep.py"
@@ -413,3 +414,14 @@ def test_a_search_goes_by_what_the_task_measures(tmp_path):
     )  # fmt: skip
     assert done.returncode == 2 and "search.metric: 'acuracy' given" in done.stderr
     assert "measures loss" in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_what_is_said_of_the_adapters_is_so(tmp_path):
+    for n in range(3):
+        (tmp_path / str(n)).mkdir()
+    assert formats(tmp_path) == "lorax's own format"
+    (tmp_path / "1" / "adapter_config.json").write_text("{}")
+    assert formats(tmp_path) == "PEFT format, but for 2 of 3 in lorax's own alone"
+    for n in (0, 2):
+        (tmp_path / str(n) / "adapter_config.json").write_text("{}")
+    assert formats(tmp_path) == "PEFT format"

@@ -1,8 +1,20 @@
-"""Methods side by side: each at its own best learning rate."""
+"""Methods and runs side by side: each at its own best setting."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 
+from lorax.analysis import runs
 from lorax.analysis.runs import Axes
+
+CURVES = (
+    "rank",
+    "alpha",
+    "lr",
+    "trainable_params",
+)  # that a loss is drawn against, of several runs
 
 
 def methods(
@@ -20,14 +32,13 @@ def methods(
     loss (nats), n, diverged, optimizer_bytes and step_ms (a member's), effective (rank of dW, mean
     over its matrices; NaN where there is none). Diverged settings have no mean and are left out.
     """
+    if "optimizer_bytes" not in table:  # of an older run
+        table = table.assign(optimizer_bytes=None)
     reached = settings.dropna(subset=["mean"])
     best = reached.loc[reached.groupby("method")["mean"].idxmin()]
     rows = []
     for _, setting in best.sort_values("mean").iterrows():
-        same = table["method"] == setting["method"]
-        for name in by.others:
-            same &= table[name] == setting[name]
-        members = table[same]
+        members = table[of_setting(table, setting, by)]
         of_members = ranks[ranks["member"].isin(members.index)] if len(ranks) else ranks
         rows.append(
             {
@@ -41,3 +52,46 @@ def methods(
             }
         )
     return pd.DataFrame(rows)
+
+
+def of_setting(table: pd.DataFrame, setting: pd.Series, by: Axes) -> pd.Series:
+    """Which members (rows of `runs.summary`) a row of `runs.settings` is about: (members,) bool."""
+    same = pd.Series(True, index=table.index)
+    for name in (by.main or "rank", *by.others):
+        missing = pd.isna(setting[name])
+        same &= table[name].isna() if missing else table[name] == setting[name]
+    return same
+
+
+def curve(table: pd.DataFrame, by: Axes, x: str) -> pd.DataFrame:
+    """The loss against one field of a run's members: a row a value, at the best of all that else
+    differs: x, mean and se of the final eval loss over n seeds, and `line`, what the best was.
+
+    Args:
+      table: of `runs.summary`.
+      by: the run's own axes.
+      x: a column of numbers. No rows where the members have none.
+    """
+    if x not in table or not pd.to_numeric(table[x], errors="coerce").notna().any():
+        return pd.DataFrame(columns=["x", "mean", "se", "n", "line"])
+    others = tuple(name for name in (by.main, *by.others) if name and name != x)
+    reached = runs.settings(table, Axes(x, others)).dropna(subset=["mean", x])
+    best = reached.loc[reached.groupby(x)["mean"].idxmin()]
+    return best.rename(columns={x: "x"})[["x", "mean", "se", "n", "line"]].sort_values("x")
+
+
+def differences(configs: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
+    """What configs differ in: a row a key ("method.alpha"), a column a config, values as JSON; ""
+    where a config lacks the key."""
+    flat = {name: _flat(config) for name, config in configs.items()}
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    rows = [{"key": key, **{n: values.get(key, "") for n, values in flat.items()}} for key in keys]
+    kept = [row for row in rows if len({row[name] for name in flat}) > 1]
+    return pd.DataFrame(kept, columns=["key", *flat])
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(config, dict) and config:
+        parts = (_flat(value, f"{prefix}.{key}".strip(".")) for key, value in config.items())
+        return {key: value for part in parts for key, value in part.items()}
+    return {prefix: json.dumps(config)}

@@ -1,55 +1,19 @@
 """The report: right numbers, one self-contained file, and something sensible for every run."""
 
 import base64
-import html.parser
 import json
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
+from reading import Page
 from synthetic import STEPS, WIDTH, kernels, make_run, make_search, planted_factors
 
 from lorax import report
 from lorax.analysis import amplification, runs, subspace_similarity
-
-
-class Page(html.parser.HTMLParser):
-    """What a reader's browser would make of it: tags, the text of tables, links."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.tables, self.headings, self.open = [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-        elif tag in ("h1", "h2", "h3"):
-            self.headings.append("")
-        if tag not in ("img", "meta"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if {"td", "th"} & set(self.open):
-            self.tables[-1][-1][-1] += data
-        if self.open and self.open[-1] in ("h1", "h2", "h3"):
-            self.headings[-1] += data
-
-    def table(self, *columns):
-        """The first table whose header has these columns, a dictionary a row."""
-        for header, *rows in self.tables:
-            if set(columns) <= set(header):
-                return [dict(zip(header, row, strict=True)) for row in rows]
-        raise AssertionError(f"no table with {columns}")
+from lorax.report import bases, page
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +38,14 @@ def test_answer_and_tables_say_the_same(written):
 
 
 def test_member_table(written):
-    page = Page(written[1])
-    rows = page.table("name", "status", "best eval loss")
+    seen = Page(written[1])
+    rows = seen.table("name", "status", "best eval loss")
     assert len(rows) == 10
     assert rows[0]["status"] == f"diverged at step {STEPS[1]}" and rows[0]["final eval loss"] == "–"
     assert all(row["status"] == "finished" for row in rows[1:])
-    sortable = [a for tag, a in page.tags if tag == "th" and "aria-sort" in a]
-    buttons = [a for tag, a in page.tags if tag == "button"]
-    assert len(sortable) == len(buttons) == len(rows[0])
+    sortable = [a for tag, a in seen.tags if tag == "th" and "aria-sort" in a]
+    buttons = [a for tag, a in seen.tags if tag == "button"]
+    assert len(sortable) == len(buttons) >= len(rows[0])
 
 
 def test_diverged_members_are_named(written):
@@ -90,7 +54,7 @@ def test_diverged_members_are_named(written):
     )
 
 
-def test_scale_confound_is_said_with_its_size(written, tmp_path):
+def test_scale_confound_is_said_with_its_size(written, tmp_path, undrawn):
     assert "by a factor of 16 from largest" in written[1] and "scaling=fixed" in written[1]
     fixed = make_run(tmp_path / "fixed", ranks=(1, 2), scaling="fixed", adapters=False)
     assert "mix capacity with scale" not in report.write(fixed).read_text()
@@ -121,42 +85,57 @@ def test_amplification_table(written):
     directory, text = written
     stored = pd.read_csv(directory / "analysis" / "amplification.csv")
     assert len(stored) == 9 * 6 and set(stored["layer"]) == {0, 1, 2}
-    path = "h/1/attn/q"
-    factors = [planted_factors(4, seed, 4.0)[path] for seed in (0, 1)]
-    expected = np.mean([amplification(kernels()[path], f, 4).factor for f in factors])
-    rows = Page(text).table("amplification", "target", "rank")
-    row = next(row for row in rows if row["target"] == "q" and row["rank"] == "4")
-    assert float(row["amplification"]) == pytest.approx(expected, abs=5e-4)
-    assert "Frobenius norms for layer 1" in text
+    expected = {}
+    for layer in range(3):
+        path = f"h/{layer}/attn/q"
+        factors = [planted_factors(4, seed, 4.0)[path] for seed in (0, 1)]
+        expected[layer] = np.mean([amplification(kernels()[path], f, 4).factor for f in factors])
+    of_q = lambda rows: [r for r in rows if r["target"] == "q" and r["rank"] == "4"]
+    rows = of_q(Page(text).table("amplification", "target", "layer", "rank"))
+    shown = {int(row["layer"]): float(row["amplification"]) for row in rows}
+    assert shown == pytest.approx(expected, abs=5e-4)
+    (mean,) = of_q(Page(text).table("amplification", "target", "rank", "W's own"))
+    assert float(mean["amplification"]) == pytest.approx(np.mean([*expected.values()]), abs=1e-3)
 
 
 def test_every_figure_is_a_file_and_in_the_page(written):
     directory, text = written
     files = {path.name: path.read_bytes() for path in (directory / "figures").iterdir()}
-    assert set(files) == {
-        "rank_curve.png",
-        "learning_curves.png",
-        "spectra.png",
-        "update_ranks.png",
-        "similarity_ranks_same_seed.png",
-        "similarity_ranks_across_seeds.png",
-        "similarity_between_seeds.png",
+    names = {
+        "rank_curve",
+        "learning_curves",
+        "spectra",
+        "update_ranks",
+        "similarity",
+        "similarity_grid",
+        "amplification",
+        "amplification_layers",
+        "against_base",
+        "intruders",
+        "base_spectrum",
     }
-    images = [attributes for tag, attributes in Page(text).tags if tag == "img"]
-    assert all(len(image["alt"]) > 10 for image in images)
+    for which in ("ranks_same_seed", "ranks_across_seeds", "between_seeds"):
+        names |= {f"similarity_{which}", f"similarity_{which}_layers"}
+    assert set(files) == {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf", "csv")}
+    seen = Page(text)
+    images = [attributes for tag, attributes in seen.tags if tag == "img"]
+    assert all(len(image["alt"]) > 10 and int(image["width"]) > 300 for image in images)
     embedded = {base64.b64decode(image["src"].split(",", 1)[1]) for image in images}
-    assert embedded == set(files.values())
+    assert embedded == {data for name, data in files.items() if name.endswith(".png")}
+    linked = {a["href"] for tag, a in seen.tags if tag == "a" and "figures/" in a["href"]}
+    assert linked == {f"figures/{name}" for name in files}
+    assert all(b"/CreationDate" not in d for name, d in files.items() if name.endswith(".pdf"))
 
 
 def test_page_needs_nothing_but_itself(written):
-    page = Page(written[1])
-    assert not page.open
-    for tag, attributes in page.tags:
+    seen = Page(written[1])
+    assert not seen.open
+    for tag, attributes in seen.tags:
         for name in ("src", "href", "srcset", "data", "action", "poster"):
             target = attributes.get(name)
             if target is None:
                 continue
-            link = tag == "a" and target.startswith(("https://arxiv.org/", "#"))
+            link = tag == "a" and target.startswith(("https://arxiv.org/", "#", "figures/"))
             assert link or target.startswith("data:image/png;base64,"), (tag, target[:60])
         assert tag not in ("link", "iframe", "object", "base")
     style_and_script = "".join(re.findall(r"<(?:style|script)>(.*?)</", written[1], re.S))
@@ -165,16 +144,16 @@ def test_page_needs_nothing_but_itself(written):
 
 
 def test_page_is_well_made(written):
-    page = Page(written[1])
-    tags = [tag for tag, _ in page.tags]
+    seen = Page(written[1])
+    tags = [tag for tag, _ in seen.tags]
     assert tags.count("h1") == tags.count("main") == 1
-    ids = {a["id"] for _, a in page.tags if "id" in a}
-    assert {a["href"][1:] for _, a in page.tags if a.get("href", "").startswith("#")} <= ids
-    assert all(a.get("scope") in ("col", "row") for tag, a in page.tags if tag == "th")
-    assert "Answer" in page.headings[1] and "Method notes" in page.headings[-1]
+    ids = {a["id"] for _, a in seen.tags if "id" in a}
+    assert {a["href"][1:] for _, a in seen.tags if a.get("href", "").startswith("#")} <= ids
+    assert all(a.get("scope") in ("col", "row") for tag, a in seen.tags if tag == "th")
+    assert "Answer" in seen.headings[1] and "Method notes" in seen.headings[-1]
 
 
-def test_one_seed(tmp_path):
+def test_one_seed(tmp_path, undrawn):
     directory = make_run(tmp_path / "run", ranks=(1, 4), seeds=(0,))
     text = report.write(directory, kernels()).read_text()
     assert "Lowest final eval loss at r = 4" in text and "no error bar" in text
@@ -183,28 +162,28 @@ def test_one_seed(tmp_path):
     assert not (directory / "figures" / "similarity_between_seeds.png").exists()
 
 
-def test_a_curve_that_still_falls_at_its_end_is_said(tmp_path):
+def test_a_curve_that_still_falls_at_its_end_is_said(tmp_path, undrawn):
     text = lambda ranks: report.write(make_run(tmp_path / str(ranks), ranks=ranks)).read_text()
     assert "The best is the largest rank tried" in text((1, 2))
     assert "The best is the largest rank tried" not in text((1, 2, 4, 8))
 
 
-def test_no_rank_axis(tmp_path):
+def test_no_rank_axis(tmp_path, undrawn):
     directory = make_run(tmp_path / "run", ranks=(4,), alphas=(8.0, 16.0))
     text = report.write(directory).read_text()
     assert "Loss against alpha" in text and "Lowest final eval loss at alpha = 8" in text
     assert "Between ranks: not available" in text
-    assert "Not computed: the base model&#x27;s kernels were not given" in text
+    assert "Not computed: the base model&#x27;s kernels were not given. Amplification" in text
 
 
-def test_one_setting_and_kernels_that_do_not_fit(tmp_path):
+def test_one_setting_and_kernels_that_do_not_fit(tmp_path, undrawn):
     directory = make_run(tmp_path / "run", ranks=(4,), seeds=(0,))
     text = report.write(directory, {"h/0/attn/q": np.ones((3, 3))}).read_text()
     assert "One setting: final eval loss 1.190; base 3.456." in text
     assert "kernels do not fit the adapters" in text
 
 
-def test_torn_line_and_unfinished_run(tmp_path):
+def test_torn_line_and_unfinished_run(tmp_path, undrawn):
     directory = make_run(tmp_path / "run", ranks=(1, 2), adapters=False)
     status = json.loads((directory / "status.json").read_text())
     status |= {"state": "running", "step": 50, "members": {}}
@@ -216,19 +195,19 @@ def test_torn_line_and_unfinished_run(tmp_path):
     assert "not finished" in text and "Not analysed" in text
 
 
-def test_nothing_evaluated_yet(tmp_path):
+def test_nothing_evaluated_yet(tmp_path, undrawn):
     directory = make_run(tmp_path / "run", ranks=(1, 2), adapters=False)
     (directory / "metrics.jsonl").write_text("")
     assert "There is no final eval loss yet" in report.write(directory).read_text()
 
 
-def test_all_diverged(tmp_path):
+def test_all_diverged(tmp_path, undrawn):
     directory = make_run(tmp_path / "run", ranks=(1,), diverged=(0, 1))
     text = report.write(directory).read_text()
     assert "There is no final eval loss yet" in text and "Diverged, and left out" in text
 
 
-def test_names_from_outside_are_text(tmp_path):
+def test_names_from_outside_are_text(tmp_path, undrawn):
     directory = make_run(tmp_path / "run", ranks=(1,), adapters=False)
     lines = (
         (directory / "members.jsonl").read_text().replace("rank=1,", "<script>alert(1)</script>")
@@ -238,7 +217,7 @@ def test_names_from_outside_are_text(tmp_path):
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text
 
 
-def test_what_evidence_chose_is_shown(tmp_path):
+def test_what_evidence_chose_is_shown(tmp_path, undrawn):
     make_run(tmp_path, ranks=(2,), seeds=(0,))
     (tmp_path / "analysis").mkdir(exist_ok=True)
     (tmp_path / "analysis" / "sensitivity.csv").write_text(
@@ -246,19 +225,19 @@ def test_what_evidence_chose_is_shown(tmp_path):
         "0,h/1/attn/v,3.0,0.9,0.006,4\n0,h/0/attn/q,1.0,0.5,0.002,0\n"
         "1,h/0/attn/q,9.0,0.9,0.9,4\n"
     )
-    page = Page(report.write(tmp_path).read_text())
-    rows = page.table("matrix", "low-rank share")
+    seen = Page(report.write(tmp_path).read_text())
+    rows = seen.table("matrix", "low-rank share")
     assert [row["matrix"] for row in rows] == ["h/1/attn/v", "h/0/attn/q"]
     assert [row["rank"] for row in rows] == ["4", "0"] and rows[0]["low-rank share"] == "0.900"
-    assert "Which matrices matter" in page.headings
+    assert "Which matrices matter" in seen.headings
     assert (tmp_path / "figures" / "sensitivity.png").exists()
 
 
 def test_a_search_is_reported_by_its_dimension(tmp_path):
     make_search(tmp_path, conditions=(False, True), lora_ranks=(1, 10, 100), diverged=(1,))
     text = report.write(tmp_path).read_text()
-    page = Page(text)
-    assert not page.open and page.headings[1:] == [
+    seen = Page(text)
+    assert not seen.open and seen.headings[1:] == [
         "Intrinsic dimension", "What was run", "Members", "Learning curves", "Method notes"
     ]  # fmt: skip
     stored = pd.read_csv(tmp_path / "analysis" / "intrinsic.csv").set_index("condition")
@@ -267,7 +246,7 @@ def test_a_search_is_reported_by_its_dimension(tmp_path):
     answer = re.search(r'class="answer">(.*?)</div>', text)[1]
     assert f"shuffle=False: d90 = {plain['d']:.0f} (95% CI {plain['low']:.0f} to" in answer
     assert "shuffle=True: d90 &gt; 1,000 of D = 1,000" in answer
-    rows = {row["condition"]: row for row in page.table("d90", "95% interval", "D/d90")}
+    rows = {row["condition"]: row for row in seen.table("d90", "95% interval", "D/d90")}
     assert rows["shuffle=False"]["d90"] == f"{plain['d']:.0f}"
     assert rows["shuffle=False"]["verdict"] == "reached (3 of 3 seeds)"
     assert rows["shuffle=False"]["LoRA parameters"] == f"{plain['lora_params']:.0f}"
@@ -278,29 +257,21 @@ def test_a_search_is_reported_by_its_dimension(tmp_path):
     assert len(points) == len((tmp_path / "members.jsonl").read_text().splitlines())
     assert {"dim", "lr", "seed", "value", "params"} <= set(points)
     files = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert files == {"intrinsic.png", "learning_curves.png"}
+    names = ("intrinsic", "learning_curves")
+    assert files == {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf", "csv")}
 
 
-def test_a_search_that_has_just_begun(tmp_path):
+def test_a_search_that_has_just_begun(tmp_path, undrawn):
     make_search(tmp_path)
     status = {"state": "running", "members": {}}
     (tmp_path / "status.json").write_text(json.dumps(status))
     assert "No subspace has been trained yet" in report.write(tmp_path).read_text()
 
 
-def test_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "_load_kernels", lambda config: (None, "not in this test"))
-    directory = make_run(tmp_path / "run", ranks=(1,), adapters=False)
-    assert report.main([str(directory)]) == 0
-    assert capsys.readouterr().out.strip() == str(directory / "report.html")
-    assert report.main([str(tmp_path / "nowhere")]) == 1
-    assert "nowhere: no such run directory" in capsys.readouterr().err
-
-
 def test_a_base_that_cannot_be_loaded_is_a_sentence():
-    kernels_, reason = report._load_kernels({"config": {"base": "no-such-model-anywhere"}})
+    kernels_, reason = bases.of_config({"config": {"base": "no-such-model-anywhere"}})
     assert kernels_ is None and "no-such-model-anywhere could not be loaded" in reason
-    assert report._load_kernels({}) == (None, "config.json names no base model")
+    assert bases.of_config({}) == (None, "config.json names no base model")
 
 
 def test_tables_hold_every_member(written):
@@ -311,3 +282,34 @@ def test_tables_hold_every_member(written):
     assert set(spectra["member"]) == set(range(1, 10))
     run = runs.load(directory)
     assert len(spectra) == sum(f.a.shape[1] for m in range(1, 10) for f in run.adapter(m).values())
+
+
+def test_what_training_left_is_drawn(tmp_path, undrawn):
+    make_run(tmp_path, ranks=(1, 2), seeds=(0,))
+    points = [
+        (m, step, path) for m in (0, 1) for step in (0, 50) for path in planted_factors(1, 0, 1)
+    ]
+    table = pd.DataFrame(points, columns=["member", "step", "path"])
+    table = table.assign(norm=table["step"] / 10, effective=1.5, stable=1.0, energy90=1)
+    (tmp_path / "analysis").mkdir()
+    table.assign(overlap_final=0.5).to_csv(tmp_path / "analysis" / "trajectory.csv", index=False)
+    cka = pd.DataFrame({"member": [0, 1], "layer": [0, 0], "cka": [0.9, 0.7]})
+    cka.to_csv(tmp_path / "analysis" / "cka.csv", index=False)
+    text = report.write(tmp_path).read_text()
+    assert {"While it was trained", "Activations"} <= set(Page(text).headings)
+    assert "the effective rank is 1.5 on average" in text
+    assert "lowest, 0.700, in layer 0 at rank 2" in text
+    drawn = pd.read_csv(tmp_path / "figures" / "cka.csv")
+    assert drawn[["member", "cka", "rank"]].to_numpy().tolist() == [[0, 0.9, 1], [1, 0.7, 2]]
+
+
+def test_figures_are_the_same_bytes_every_time():
+    def draw():
+        figure = Figure(layout="constrained")
+        figure.subplots().plot([1, 2], label="φ(i, j)")
+        page.lay_out(figure)
+        return page.png(figure), page.pdf(figure)
+
+    png, pdf = draw()
+    assert (png, pdf) == draw()
+    assert b"/FontType 42" in pdf or b"/CIDFontType2" in pdf or b"/TrueType" in pdf

@@ -1,0 +1,118 @@
+"""What runs or adapters have learned, as one page to look at.
+
+    python -m lorax.report RUN                its own report, in the run directory
+    python -m lorax.report RUN RUN...         a page that compares them
+    python -m lorax.report ADAPTER            a PEFT adapter from anywhere
+    python -m lorax.report ADAPTER ADAPTER    two of them, and what they have in common
+
+Writes report.html, a single file that opens from disk; analysis/*.csv and *.npz, every number
+shown; figures/ with each figure as PNG, PDF and the CSV that it draws. It reads nothing but the
+directories named, and the base model where it can be loaded; so a report can be redrawn at any
+time.
+"""
+
+import argparse
+import pathlib
+import sys
+import warnings
+from collections.abc import Sequence
+
+from lorax.analysis import runs
+from lorax.errors import nearest
+from lorax.report import adapter, bases, run, several
+
+RUN, ADAPTER = "a run", "an adapter"
+OF_A_RUN = ("members.jsonl", "metrics.jsonl", "status.json")  # any of them: what is torn is a run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Exit code 0; 1 for a failure under way; 2 for a mistake in the input."""
+    parser = argparse.ArgumentParser(prog="python -m lorax.report", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("what", nargs="+", help="run directories, or one adapter or two")
+    parser.add_argument(
+        "--base",
+        help="the model that an adapter (or a run) belongs to: a shipped one, a directory, a Hub "
+        "id; by default the one that it names",
+    )
+    parser.add_argument("--out", help="where the page goes (runs/compare-..., runs/adapter-...)")
+    parser.add_argument(
+        "--alpha", type=float, help="lora_alpha of a loralib checkpoint, which does not hold it"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _say
+            print(write(given.what, given.base, given.out, given.alpha))
+    except (FileNotFoundError, ValueError) as error:
+        return _fail(error, 2)
+    except (OSError, MemoryError) as error:
+        return _fail(error, 1)
+    return 0
+
+
+def write(
+    what: Sequence[str],
+    base: str | None = None,
+    out: str | None = None,
+    alpha: float | None = None,
+) -> pathlib.Path:
+    """The report of what is named; the path of its page. The arguments are the command line's.
+
+    Raises FileNotFoundError or ValueError that names what was given and what would be right.
+    """
+    sorts = {name: sort(name) for name in what}
+    if len(set(sorts.values())) > 1:
+        listed = ", ".join(f"{name} is {of}" for name, of in sorts.items())
+        raise ValueError(f"{listed}: give runs or adapters, not both")
+    if ADAPTER in sorts.values():
+        return adapter.write(what, base, out, alpha)
+    if alpha is not None:
+        raise ValueError("--alpha is for loralib's checkpoints; a run's adapters have their scale")
+    if len(what) > 1:
+        if base is not None:
+            raise ValueError("--base is for adapters or one run; to compare runs needs no base")
+        return several.write(what, out)
+    if out is not None:
+        raise ValueError(f"--out: the report of one run goes into it, here {what[0]}")
+    config = runs.load(what[0]).config
+    kernels = bases.of_config(config) if base is None else (bases.load(base), "")
+    return run.write(what[0], *kernels)
+
+
+def sort(name: str) -> str:
+    """Whether a path is a run or an adapter.
+
+    Raises FileNotFoundError where there is nothing, ValueError where it is something else.
+    """
+    path = pathlib.Path(name)
+    if not path.exists():
+        near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"{name}: no such run directory or adapter{nearest(name, near)}")
+    if adapter.is_adapter(path):
+        return ADAPTER
+    if any((path / file).exists() for file in OF_A_RUN):
+        return RUN
+    hint = ""
+    if (path / "method.json").exists():
+        hint = "; it holds lorax's own format, whose report is that of its run"
+    elif (path / "config.json").exists():
+        hint = "; it looks like a model: that is for --base"
+    raise ValueError(
+        f"{name}: neither a run directory (with members.jsonl) nor an adapter (with "
+        f"adapter_config.json){hint}"
+    )
+
+
+def _say(message, *_, **__) -> None:
+    print(f"lorax.report: {message}", file=sys.stderr)
+
+
+def _fail(error: Exception, code: int) -> int:
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"lorax.report: {text}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+"""The report of an adapter from anywhere, or of two: PEFT's directories, loralib's checkpoints."""
+
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from threadpoolctl import threadpool_limits
+
+from lorax.analysis import basis_similarity, plot_compare, updates
+from lorax.interop import loralib, peft
+from lorax.interop.peft import Factors
+from lorax.report import against_base, bases, notes, page, several, similarity
+from lorax.report import updates as of_updates
+from lorax.report.bases import Kernels
+from lorax.report.page import Picture, Section
+
+LEAD = "A low-rank update taken apart: how large it is, in how many directions, and in which."
+MAX_TARGETS = 8  # columns of a figure
+NO_SCALE = "none in the file: s = 1, so norms are those of BA; give --alpha"
+
+
+class Given(NamedTuple):
+    """An adapter as it was read."""
+
+    name: str
+    path: pathlib.Path
+    factors: dict[str, Factors]
+    facts: dict[str, Any]
+
+
+def is_adapter(path: pathlib.Path) -> bool:
+    """A PEFT directory, a checkpoint of loralib, or a directory with one such and nothing else to
+    tell it by."""
+    return (path / peft.CONFIG).exists() or checkpoint(path) is not None
+
+
+def checkpoint(path: pathlib.Path) -> pathlib.Path | None:
+    """loralib's file at a path, or None."""
+    if path.is_file() and path.suffix in (".npz", ".safetensors"):
+        return path
+    files = sorted(path.glob("*.npz")) if path.is_dir() else []
+    return files[0] if len(files) == 1 else None
+
+
+def write(
+    paths: Sequence[str | pathlib.Path],
+    base: str | None = None,
+    out: str | pathlib.Path | None = None,
+    alpha: float | None = None,
+) -> pathlib.Path:
+    """Analyse one adapter or two and write their report; the path of report.html.
+
+    Args:
+      paths: PEFT directories, or loralib's checkpoints.
+      base: the model they belong to, as `lorax.models.load` takes it. Without it the one that the
+        adapter names is used if it is on this machine; else what needs it is left out.
+      out: where the page goes; without it runs/adapter-<name>.
+      alpha: lora_alpha of loralib's checkpoints, which they do not hold.
+
+    Raises FileNotFoundError or ValueError for an adapter that can't be read, a base that can't be
+    loaded and one that does not fit, before anything is written.
+    """
+    paths = [pathlib.Path(path) for path in paths]
+    if len(paths) > 2:
+        raise ValueError(f"{len(paths)} adapters given: a page takes one, or two to compare")
+    if alpha is not None and not any(checkpoint(path) for path in paths):
+        raise ValueError("--alpha is for loralib's checkpoints; PEFT's adapter_config.json has it")
+    with threadpool_limits(1, user_api="blas"):
+        kernels, sources, why = _base(paths, base)
+        names = [_name(path) for path in paths]
+        names = names if len(set(names)) == len(names) else several.names(paths)
+        given = [read(*of, sources, alpha) for of in zip(names, paths, strict=True)]
+        for one in given:
+            if kernels is not None:
+                _check(one, kernels, base or "its base")
+        out = pathlib.Path("runs") / several.default_name("adapter", names) if out is None else out
+        directory = pathlib.Path(out)
+        sections = _sections(given, kernels, why, directory)
+        return page.save(directory, " and ".join(names), LEAD, sections)
+
+
+def read(name: str, path: pathlib.Path, sources=None, alpha: float | None = None) -> Given:
+    """An adapter's factors, and what is known of it. sources: where the base's parameters lie in
+    Hugging Face's tensors; without them paths are the modules' own names."""
+    file = None if (path / peft.CONFIG).exists() else checkpoint(path)
+    if file is None:
+        adapter = peft.load(path, sources)
+        known = {
+            "Base": adapter.config.get("base_model_name_or_path"),
+            "Kind": "DoRA" if adapter.config.get("use_dora") else "LoRA",
+            "Task type": adapter.config.get("task_type"),
+            "α": adapter.config.get("lora_alpha"),
+            "rsLoRA": "yes" if adapter.config.get("use_rslora") else None,
+        }
+    else:
+        adapter = loralib.load(file, 1.0 if alpha is None else alpha, sources)
+        if alpha is None:
+            unscaled = {p: f._replace(s=1.0) for p, f in adapter.factors.items()}
+            adapter = adapter._replace(factors=unscaled)
+        known = {"Kind": "LoRA, loralib's checkpoint", "α": NO_SCALE if alpha is None else alpha}
+    factors = {path: f for path, f in adapter.factors.items() if f.a.shape[1]}
+    factors = factors if sources is not None else _told_apart(factors)
+    if not factors:
+        raise ValueError(f"{path}: this adapter has no low-rank factors")
+    ranks = sorted({f.a.shape[1] for f in factors.values()})
+    targets = list(dict.fromkeys(updates.place(p)[1] for p in factors))
+    layers = {updates.place(p)[0] for p in factors}
+    facts = {
+        "Adapter": str(path),
+        **known,
+        "Ranks": ", ".join(map(str, ranks)),
+        "Targets": ", ".join(targets),
+        "Layers": len(layers - {-1}),
+        "Matrices": len(factors),
+        "Parameters in factors": sum(f.a.size + f.b.size for f in factors.values()),
+        "Trained in full beside them": ", ".join(list(adapter.weights)[:8])
+        + f" and {len(adapter.weights) - 8} more" * (len(adapter.weights) > 8),
+    }
+    return Given(name, path, factors, facts)
+
+
+def _told_apart(factors: dict[str, Factors]) -> dict[str, Factors]:
+    """Modules of one layer that have the same last word get the one before it as well:
+    "h.0.attn.c_proj" and "h.0.mlp.c_proj" become "h.0.attn:c_proj" and "h.0.mlp:c_proj"."""
+    counts = Counter(updates.place(path) for path in factors)
+    words = {target for (_, target), count in counts.items() if count > 1}
+    longer = lambda path: re.sub(r"[./](?=[^./]+$)", ":", path)
+    return {
+        longer(path) if updates.place(path)[1] in words else path: factor
+        for path, factor in factors.items()
+    }
+
+
+def _name(path: pathlib.Path) -> str:
+    """What to call an adapter: its directory; of a run, the run and the member."""
+    path = path.resolve()
+    if path.parent.name == "adapters" and path.name.isdigit():
+        return f"{path.parent.parent.name}-{path.name}"
+    return path.stem if path.is_file() else path.name
+
+
+def _base(paths: Sequence[pathlib.Path], name: str | None) -> tuple[Kernels | None, Any, str]:
+    """(kernels, sources, "") of the base; or (None, None, the reason) where none was named and none
+    is here."""
+    give = "give it with --base=DIRECTORY"
+    if name is None:
+        configs = [path / peft.CONFIG for path in paths if (path / peft.CONFIG).exists()]
+        named = {peft.read_config(file).get("base_model_name_or_path") for file in configs}
+        if len(named) != 1 or len(configs) < len(paths) or not (called := named.pop()):
+            return None, None, f"the adapter's file names no one base; {give}"
+        name = bases.here(called)
+        if name is None:
+            return None, None, f"its base {called} is not on this machine; {give}"
+        try:
+            return *bases.with_sources(name), ""
+        except Exception as error:  # the rest of the report stands without
+            return None, None, f"its base {name} could not be loaded ({error}); {give}"
+    try:
+        return *bases.with_sources(name), ""
+    except (FileNotFoundError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"--base={name}: no model that can be loaded: {error}") from error
+
+
+def _check(given: Given, kernels: Kernels, base: str) -> None:
+    """Raises ValueError where an update does not fit its kernel."""
+    for path, (a, b, *_) in given.factors.items():
+        shape = (a.shape[0], b.shape[1])
+        if path not in kernels or kernels[path].shape != shape:
+            has = f"is {kernels[path].shape}" if path in kernels else "is not"
+            raise ValueError(
+                f"{given.path}: its {path} is {shape}, which {has} in {base}; --base needs the "
+                "model that the adapter was trained on"
+            )
+
+
+# ----------------------------------------------------------------------------------------- sections
+
+
+def _sections(
+    given: list[Given], kernels: Kernels | None, why: str, directory: pathlib.Path
+) -> list[Section]:
+    found = {one.name: one.factors for one in given}
+    sigmas, ranks = updates.spectra(found)
+    sigmas, ranks = sigmas.assign(adapter=sigmas["member"]), ranks.assign(adapter=ranks["member"])
+    sections = [_about(given, ranks, directory), _layers(ranks)]
+    sections.append(of_updates.spectra(sigmas, "adapter"))
+    sections[-1] = sections[-1]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
+    if len(given) == 2:
+        sections.append(_both(given))
+    sections += [of for one in given if (of := _between_layers(one, len(given) > 1)) is not None]
+    shown = pd.DataFrame({"member": list(found), "adapter": list(found)}, index=list(found))
+    sections += against_base.sections(found, {}, kernels, why, shown, "adapter")
+    return [*sections, notes.section(notes.UPDATES)]
+
+
+def _about(given: list[Given], ranks: pd.DataFrame, directory: pathlib.Path) -> Section:
+    """What they are, and every matrix."""
+    lines = []
+    for one in given:
+        own = ranks[ranks["member"] == one.name]
+        largest = own.loc[own["norm"].idxmax()]
+        text = (
+            f"{one.name}: {len(own)} matrices of rank {one.facts['Ranks']} make use of "
+            f"{own['effective'].mean():.1f} directions on average (effective rank; stable rank "
+            f"{own['stable'].mean():.1f}). The largest update is that of {largest['path']}, "
+            f"‖ΔW‖ = {largest['norm']:.3g}."
+        )
+        lines.append(f"<p><strong>{page.escape(text)}</strong></p>")
+    parts = [f'<div class="answer">{"".join(lines)}</div>']
+    redraw = "python -m lorax.report " + " ".join(str(one.path) for one in given)
+    for one in given:
+        parts.append(page.facts(one.facts, code=["Adapter"]))
+    parts.append(
+        page.facts({"Redraw this page": f"{redraw} --out={directory}"}, ["Redraw this page"])
+    )
+    return Section("What it is", "".join(parts))
+
+
+def _layers(ranks: pd.DataFrame) -> Section:
+    """Size and rank layer by layer, and a table of every matrix."""
+    low, high = ranks["effective"].min(), ranks["effective"].max()
+    alt = (
+        f"Line charts of norm, effective and stable rank by layer: the effective rank lies between "
+        f"{low:.1f} and {high:.1f}, of {ranks['rank'].max()} given."
+    )
+    caption = "Norm and ranks of ΔW = s·B·A by layer, a line a target."
+    several_given = ranks["member"].nunique() > 1
+    header = ["matrix", *["adapter"] * several_given, "layer", "target", "rank", "‖ΔW‖"]
+    header += ["effective rank", "stable rank", "90% energy rank", "numerical rank"]
+    rows = [
+        [r["path"], *[r["member"]] * several_given, r["layer"], r["target"], r["rank"]]
+        + [page.Fixed(r["norm"], 4)]
+        + [page.Fixed(r["effective"], 2), page.Fixed(r["stable"], 2), r["energy90"], r["numerical"]]
+        for _, r in ranks.iterrows()
+    ]
+    content = page.aid(
+        "High lines are where the adapter does most; low ranks, where it needs little."
+    )
+    content += page.figure("layers", caption, alt)
+    content += page.table(header, rows, "Every matrix; press a heading to sort.", sortable=True)
+    return Section(
+        "Layer by layer", content, {"layers": Picture(plot_compare.by_layer(ranks), ranks)}
+    )
+
+
+def _both(given: list[Given]) -> Section:
+    """What two adapters have in common."""
+    one, other = (updates.bases(of.factors) for of in given)
+    one, other = several.fitting(one, other)
+    title = f"{given[0].name} and {given[1].name}"
+    found = similarity.compare("adapters", title, [(one, other)] if one else [])
+    if found is not None:
+        return similarity.section([found])
+    text = "Not computed: the two adapters have no matrix of one name and shape."
+    return Section("Subspace similarity", page.paragraph(text))
+
+
+def _between_layers(given: Given, several_given: bool) -> Section | None:
+    """Whether layers are changed in the same directions; None where no target has two alike."""
+    maps: dict[tuple[str, str], tuple[list[int], np.ndarray]] = {}
+    own, rows = updates.bases(given.factors), []
+    targets: dict[str, list[str]] = {}
+    for path in own:
+        targets.setdefault(updates.place(path)[1], []).append(path)
+    for target, paths in targets.items():
+        for kind, side in (("dW in", "input"), ("dW out", "output")):
+            shape = own[paths[0]][kind].shape
+            same = [path for path in paths if own[path][kind].shape == shape]
+            if len(same) < 2:
+                continue
+            basis = np.stack([own[path][kind] for path in same])  # (layers, n, r)
+            phi = basis_similarity(basis[:, None], basis[None])[..., -1, -1]
+            layers = [updates.place(path)[0] for path in same]
+            maps[target, side] = layers, phi
+            chance = shape[1] / shape[0]
+            about = {"target": target, "side": side, "chance": chance}
+            rows += [
+                {**about, "layer": layers[i], "other": layers[j], "phi": phi[i, j]}
+                for i, j in np.ndindex(phi.shape)
+            ]
+    if not maps:
+        return None
+    kept = list(dict.fromkeys(target for target, _ in maps))[:MAX_TARGETS]
+    numbers = pd.DataFrame(rows)
+    drawn = {key: value for key, value in maps.items() if key[0] in kept}
+    apart = numbers[numbers["layer"] != numbers["other"]]
+    top = apart.loc[apart["phi"].idxmax()]
+    alt = (
+        f"Heat maps of φ(r, r) between layers: on average {apart['phi'].mean():.2f}, by chance "
+        f"{apart['chance'].mean():.2f}; the most alike are layers {top['layer']} and "
+        f"{top['other']} of {top['target']} ({top['side']} side), {top['phi']:.2f}."
+    )
+    caption = (
+        "How far the directions of one layer's ΔW lie within those of another's, for the input and "
+        "the output side; the diagonal is 1. By chance r/n."
+    )
+    slug = f"between_layers_{page.slug(given.name)}" if several_given else "between_layers"
+    content = page.aid(
+        "Blocks off the diagonal are layers that are changed in the same directions."
+    )
+    content += page.figure(slug, caption, alt)
+    pictures = {slug: Picture(plot_compare.between_layers(drawn), numbers)}
+    title = "Between layers" + f" of {given.name}" * several_given
+    return Section(title, content, pictures)

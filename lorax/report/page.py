@@ -1,0 +1,273 @@
+"""One self-contained page of HTML: its tables, figures and sections, and how it is saved.
+
+A report directory holds report.html, figures/NAME.png, NAME.pdf and NAME.csv (the very numbers that
+the figure draws) and analysis/ (all numbers: .csv tables, .npz arrays). The page has its images in
+itself; only the links below a figure lead to the files beside it.
+"""
+
+import base64
+import html
+import io
+import json
+import pathlib
+import re
+import string
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.figure import Figure
+
+from lorax.files import write_bytes
+
+TEMPLATE = pathlib.Path(__file__).with_name("page.html.tmpl")
+DPI = 150  # of the images
+PER_INCH = 100  # CSS pixels for an inch of a figure: its 9 points read as 12.5 pixels
+
+
+class Picture(NamedTuple):
+    """A figure and the numbers that it draws."""
+
+    figure: Figure
+    numbers: pd.DataFrame
+
+
+class Section(NamedTuple):
+    """A part of a page, with all that it brings along."""
+
+    title: str
+    content: str  # HTML; a figure in it stands as src="NAME" until the page is put together
+    pictures: dict[str, Picture] = {}
+    files: dict[
+        str, pd.DataFrame | dict[str, np.ndarray]
+    ] = {}  # of analysis/, NAME.csv or NAME.npz
+
+
+class Fixed(NamedTuple):
+    """A number to show with so many digits after the point."""
+
+    value: Any
+    digits: int = 4
+
+
+# ------------------------------------------------------------------------------------------ saving
+
+
+def save(
+    directory: pathlib.Path, title: str, lead: str, sections: Sequence[Section]
+) -> pathlib.Path:
+    """Draw all figures, then write them, the numbers and the page; the path of report.html."""
+    drawn, files = {}, {}
+    for section in sections:
+        files |= section.files
+        for name, picture in section.pictures.items():
+            lay_out(picture.figure)
+            images = {"png": png(picture.figure), "pdf": pdf(picture.figure)}
+            drawn[name] = {**images, "csv": csv(picture.numbers)}
+    page = put_together(title, lead, sections, {name: of["png"] for name, of in drawn.items()})
+    for name, of in drawn.items():
+        for suffix, data in of.items():
+            write_bytes(directory / "figures" / f"{name}.{suffix}", data)
+    save_files(directory, files)
+    return write_bytes(directory / "report.html", page.encode())
+
+
+def save_files(
+    directory: pathlib.Path, files: dict[str, pd.DataFrame | dict[str, np.ndarray]]
+) -> None:
+    """Write tables (NAME.csv) and dictionaries of arrays (NAME.npz) into analysis/."""
+    for name, value in files.items():
+        buffer = io.BytesIO()
+        if isinstance(value, pd.DataFrame):
+            buffer.write(csv(value))
+        else:
+            np.savez_compressed(buffer, **value)
+        write_bytes(directory / "analysis" / name, buffer.getvalue())
+
+
+def csv(table: pd.DataFrame) -> bytes:
+    return table.to_csv(index=False).encode()
+
+
+def lay_out(figure: Figure) -> None:
+    """Find where everything goes, once: drawing would find the same, every time."""
+    figure.set_dpi(DPI)
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")
+
+
+# The canvases draw once, where figure.savefig draws twice; the same bytes every time.
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def pdf(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"pdf.fonttype": 42}):  # TrueType: text stays text
+        FigureCanvasPdf(figure).print_pdf(buffer, metadata={"CreationDate": None})
+    return buffer.getvalue()
+
+
+def put_together(
+    title: str, lead: str, sections: Sequence[Section], images: dict[str, bytes]
+) -> str:
+    """The page's HTML. images: PNG by the name that stands in a section's src."""
+    contents = "".join(
+        f'<li><a href="#{slug(section.title)}">{escape(section.title)}</a></li>'
+        for section in sections
+    )
+    body = "".join(
+        f'<section aria-labelledby="{slug(section.title)}">'
+        f'<h2 id="{slug(section.title)}">{escape(section.title)}</h2>{section.content}</section>\n'
+        for section in sections
+    )
+    for name, image in images.items():
+        width, height = (PER_INCH * x // DPI for x in struct.unpack(">II", image[16:24]))
+        data = base64.b64encode(image).decode()
+        size = f'width="{width}" height="{height}"'
+        body = body.replace(f'src="{name}"', f'{size} src="data:image/png;base64,{data}"')
+    return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=escape(title),
+        lead=escape(lead),
+        contents=contents,
+        sections=body,
+        footer="Written by lorax.report. analysis/ has all numbers; figures/ has each figure as "
+        "PNG and PDF, with the numbers that it draws as CSV.",
+    )
+
+
+def slug(title: str) -> str:
+    return re.sub(r"\W+", "-", title.lower()).strip("-")
+
+
+# ------------------------------------------------------------------------------- parts of a section
+
+
+def table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    caption: str,
+    sortable: bool = False,
+    classes: Sequence[str] | None = None,
+) -> str:
+    """A table; numbers stand to the right. sortable: with headings to press.
+
+    rows: their values; `Fixed` sets the digits, what is missing (None, NaN) reads "–".
+    """
+    rows = [list(row) for row in rows]
+    numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(header))]
+    cells = []
+    for title, number in zip(header, numeric, strict=True):
+        text = f'<button type="button">{escape(title)}</button>' if sortable else escape(title)
+        sort = ' aria-sort="none"' if sortable else ""
+        cells.append(f'<th scope="col"{_class(number)}{sort}>{text}</th>')
+    body = []
+    for row, name in zip(rows, classes or [""] * len(rows), strict=True):
+        line = []
+        for column, value in enumerate(row):
+            tag, scope = ("th", ' scope="row"') if column == 0 else ("td", "")
+            # Full precision is what sorting goes by; nothing for a missing number.
+            plain = value.value if isinstance(value, Fixed) else value
+            data = f' data-value="{escape(_plain(plain))}"' if sortable else ""
+            attributes = scope + _class(numeric[column]) + data
+            line.append(f"<{tag}{attributes}>{escape(show(value))}</{tag}>")
+        named = f' class="{escape(name)}"' if name else ""
+        body.append(f"<tr{named}>{''.join(line)}</tr>")
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
+        f"<table{' class=sortable' if sortable else ''}><caption>{escape(caption)}</caption>"
+        f"<thead><tr>{''.join(cells)}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def figure(name: str, caption: str, alt: str, folded: str = "") -> str:
+    """A figure with links to its files. alt: what one would see. folded: the words to unfold it
+    by, where it is not there at once; print has it in any case."""
+    files = ", ".join(
+        f'<a href="figures/{name}.{suffix}">{suffix.upper()}</a>'
+        for suffix in ("png", "pdf", "csv")
+    )
+    shown = (
+        f'<figure id="figure-{name}"><div><img src="{name}" alt="{escape(alt)}"></div>'
+        f"<figcaption>{escape(caption)} "
+        f'<span class="files">{files}</span></figcaption></figure>'
+    )
+    return fold(folded, shown) if folded else shown
+
+
+def fold(summary: str, content: str) -> str:
+    """HTML behind a line to press."""
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def aid(text: str) -> str:
+    """How to read what follows, in a sentence."""
+    return f'<p class="aid">{escape(text)}</p>'
+
+
+def note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def paragraph(text: str) -> str:
+    return f"<p>{escape(text)}</p>"
+
+
+def listing(items: Iterable[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
+
+
+def facts(pairs: dict[str, Any], code: Iterable[str] = ()) -> str:
+    """Names and values, those that there are. code: names whose values are set as code."""
+    rows = []
+    for name, value in pairs.items():
+        if value in (None, "", {}):
+            continue
+        text = f"<code>{escape(value)}</code>" if name in code else escape(value)
+        rows.append(f"<dt>{escape(name)}</dt><dd>{text}</dd>")
+    return f"<dl>{''.join(rows)}</dl>"
+
+
+# ------------------------------------------------------------------------------------------- values
+
+
+def escape(value: Any) -> str:
+    return html.escape(value if isinstance(value, str) else show(value), quote=True)
+
+
+def show(value: Any) -> str:
+    """A value as a table has it."""
+    if isinstance(value, Fixed):
+        return "–" if is_missing(value.value) else f"{value.value:.{value.digits}f}"
+    if is_missing(value):
+        return "–"
+    if isinstance(value, (int, np.integer)):
+        return f"{value:,}"
+    if isinstance(value, (float, np.floating)):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return str(value) if not isinstance(value, (dict, list)) else json.dumps(value)
+
+
+def is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, (float, np.floating)) and np.isnan(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (Fixed, int, float, np.number)) or value is None
+
+
+def _class(number: bool) -> str:
+    return ' class="n"' if number else ""
+
+
+def _plain(value: Any) -> str:
+    return "" if is_missing(value) else str(value)

@@ -1,0 +1,124 @@
+"""The report of one run, into its own directory."""
+
+import os
+import pathlib
+from collections.abc import Iterable
+
+import pandas as pd
+from threadpoolctl import threadpool_limits
+
+from lorax.analysis import calibration, compare, runs, updates
+from lorax.report import against_base, notes, page, search, similarity, sweep, training
+from lorax.report import updates as of_updates
+from lorax.report.bases import Kernels
+from lorax.report.page import Section
+from lorax.report.sweep import Sweep
+
+LEAD = "Low-rank adaptation: what was learned, and in how many directions."
+
+
+def write(
+    run_directory: str | os.PathLike,
+    base_kernels: Kernels | None = None,
+    no_kernels: str = "the base model's kernels were not given",
+) -> pathlib.Path:
+    """Analyse a run directory and write its report; the path of report.html.
+
+    Args:
+      run_directory: see `lorax.analysis.runs`; the run need not be finished.
+      base_kernels: frozen kernels (in, out) by path ("h/0/attn/q"), for the amplification table.
+      no_kernels: why there are none, said in their place.
+
+    Raises what `lorax.analysis.runs.load` raises.
+    """
+    # The matrices are small and many: threads of the linear algebra only wait for each other.
+    with threadpool_limits(1, user_api="blas"):
+        run = runs.load(run_directory)
+        if search.is_search(run):
+            return search.write(run)
+        sections = of_sweep(sweep.read(run), base_kernels, no_kernels)
+        return page.save(run.directory, run.directory.resolve().name, LEAD, sections)
+
+
+def of_sweep(of: Sweep, kernels: Kernels | None, no_kernels: str) -> list[Section]:
+    """All sections on a sweep, in their order."""
+    run, table, by = of.run, of.table, of.by
+    usable = table[table["status"] != "diverged"]
+    found, missing = updates.adapters(run, usable.index)
+    dense = updates.deltas(run, missing)
+    missing = {member: why for member, why in missing.items() if member not in dense}
+    sigmas, ranks = updates.spectra(found, dense)
+
+    planted = sweep.planted(run, table, sigmas, ranks)
+    facts = sweep.facts(run, table, by)
+    listed = [sweep.members(table, of.scores), sweep.learning(run, table, by.main)]
+    settings = {"settings.csv": of.settings.drop(columns="line")}
+    # Of several planted tasks no loss says anything of another.
+    if planted and len(calibration.tasks(table)) > 1:
+        return [*planted, facts._replace(files=settings), *listed]
+    sections = [
+        sweep.answer(of)._replace(files=settings),
+        facts,
+        sweep.curve(of),
+        *sweep.methods(of, ranks),
+        *sweep.evidence(run, table),
+        *planted,
+        *listed,
+    ]
+    if found or dense:
+        sections += _of_updates(of, found, dense, sigmas, ranks, kernels, no_kernels)
+    if missing:
+        items = [f"{table['name'][member]}: {why}" for member, why in missing.items()]
+        lead = "<p>Members without LoRA factors that could be read:</p>"
+        sections.append(Section("Not analysed", lead + page.listing(items)))
+    return [*sections, notes.section(notes.LOSSES, notes.UPDATES)]
+
+
+def _of_updates(
+    of: Sweep,
+    found: dict,
+    dense: dict,
+    sigmas: pd.DataFrame,
+    ranks: pd.DataFrame,
+    kernels,
+    why: str,
+) -> list[Section]:
+    """Sections on what was learned."""
+    main, answer, sections = of.main, of.answer, []
+    shown = of.table.loc[_shown(of, [*found, *dense])]
+    if len(shown):
+        where = "" if answer is None or main == "method" else answer.best["line"]
+        where = "each method's best setting" if main == "method" else where
+        labelled = [of_updates.label(rows, shown, main) for rows in (sigmas, ranks)]
+        sections.append(of_updates.spectra(labelled[0], main, where))
+        sections[0] = sections[0]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
+        sections.append(of_updates.ranks(labelled[1], main))
+    factors = shown[shown.index.isin(list(found))]
+    comparisons = [] if main == "method" else similarity.of_sweep(factors, found)
+    absent = similarity.absent_of_sweep(comparisons)
+    sections.append(similarity.section(comparisons, absent))
+    if kernels is not None and (of.run.config.get("config", {}).get("sweep") or {}).get("base"):
+        kernels, why = None, "the members of this sweep do not share a base model"
+    sections += against_base.sections(found, dense, kernels, why, shown, main)
+    return sections + training.sections(of.run, shown, main)
+
+
+def _shown(of: Sweep, members: Iterable[int]) -> list[int]:
+    """The members that figures of updates show: those that differ from the best setting in the
+    main axis and the seed alone, or each method's best."""
+    if of.main == "method":
+        reached = of.settings.dropna(subset=["mean"])
+        best = reached.loc[reached.groupby("method")["mean"].idxmin()]
+        kept = [compare.of_setting(of.table, setting, of.by) for _, setting in best.iterrows()]
+        return [member for member in members if any(same[member] for same in kept)]
+    return [member for member in members if _on_line(of.table.loc[member], of.answer, of.by)]
+
+
+def _on_line(member: pd.Series, answer: runs.Answer | None, by: runs.Axes) -> bool:
+    if answer is None:
+        return True
+    return all(_same(member[name], answer.best[name]) for name in by.others)
+
+
+def _same(x, y) -> bool:
+    return x == y or (pd.isna(x) and pd.isna(y))

@@ -1,0 +1,132 @@
+"""The report of a search for the intrinsic dimension."""
+
+import pathlib
+
+import pandas as pd
+
+from lorax.analysis import intrinsic, plots, runs
+from lorax.report import notes, page, sweep, words
+from lorax.report.page import Picture, Section
+
+LEAD = "How many dimensions it takes to learn this task."
+
+
+def is_search(run: runs.Run) -> bool:
+    return bool((run.config.get("config", {}).get("search") or {}).get("threshold"))
+
+
+def write(run: runs.Run) -> pathlib.Path:
+    table = runs.summary(run)
+    by = runs.Axes("method", tuple(intrinsic.conditions(run, table)))
+    points, found = read(run)
+    files = {"intrinsic.csv": found, "intrinsic_points.csv": points}
+    page.save_files(run.directory, files)  # what calibration reads
+    empty = pd.DataFrame()
+    sections = [
+        dimension(run, points, found),
+        *sweep.planted(run, table, empty, empty),
+        sweep.facts(run, table, by),
+        sweep.members(table, runs.scores(run)),
+        sweep.learning(run, table, by.main),
+        notes.section(notes.SEARCHES),
+    ]
+    return page.save(run.directory, run.directory.resolve().name, LEAD, sections)
+
+
+def read(run: runs.Run) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`intrinsic.points`, and `intrinsic.estimate` of them: empty where no subspace was trained."""
+    asked, points = run.config["config"]["search"], intrinsic.points(run)
+    if not (points["kind"] == "subspace").any():
+        return points, pd.DataFrame()
+    return points, intrinsic.estimate(points, asked["threshold"], asked["metric"])
+
+
+def dimension(run: runs.Run, points: pd.DataFrame, found: pd.DataFrame) -> Section:
+    """d90 by condition, with the curves that it is read off."""
+    title = "Intrinsic dimension"
+    if found.empty:
+        text = '<div class="answer"><p><strong>No subspace has been trained yet.</strong></p></div>'
+        return Section(title, text)
+    lines = "".join(
+        f"<p><strong>{page.escape(headline(row))}</strong></p>" for _, row in found.iterrows()
+    )
+    parts = [f'<div class="answer">{lines}</div>']
+    if run.status.get("state") == "running":
+        parts.append(page.note("This run is not finished: all figures are provisional."))
+    diverged = int((points["status"] == "diverged").sum())
+    if diverged:
+        text = (
+            f"{diverged} member{words.plural(diverged)} diverged and "
+            f"count{'s' * (diverged == 1)} as if nothing had been learned; the table of members "
+            "names them."
+        )
+        parts.append(page.note(text))
+    called, metric = intrinsic.name(found["threshold"].iloc[0]), found["metric"].iloc[0]
+    measured = runs.loss_name(run) if metric == "loss" else words.axis(metric)
+    content, picture = curves(points, found, measured, runs.loss_name(run))
+    parts.append(content)
+    parts.append(estimates(found))
+    seeds = [
+        f"{row['condition'] or row['method']}: {row['by_seed']}"
+        for _, row in found.iterrows()
+        if row["by_seed"]
+    ]
+    parts.append(f"<p>{called} of each seed:</p>{page.listing(seeds)}" if seeds else "")
+    parts.append(
+        "<p>analysis/intrinsic_points.csv has every dimension, learning rate and seed.</p>"
+    )
+    return Section(title, "".join(parts), {"intrinsic": picture})
+
+
+def headline(row: pd.Series) -> str:
+    about = f"{row['condition']}: " if row["condition"] else ""
+    return about + intrinsic.headline(row)
+
+
+def curves(
+    points: pd.DataFrame, found: pd.DataFrame, measured: str, loss: str, name: str = "intrinsic"
+) -> tuple[str, Picture]:
+    """The figure of the metric against the dimension, a panel a condition; and its HTML.
+
+    measured: what the metric is called. loss: name and unit of the eval loss. name: the figure's.
+    """
+    called, metric = intrinsic.name(found["threshold"].iloc[0]), found["metric"].iloc[0]
+    caption = (
+        f"{measured[0].upper()}{measured[1:]} against the "
+        "dimension of the subspace, at the best learning rate of each dimension. Dots are single "
+        "seeds, bars one standard error. Dashed: full fine-tuning; dotted: what is needed; "
+        f"upright: {called}, with its 95% interval shaded."
+    )
+    alt = f"Line charts of {metric} by dimension. " + " ".join(
+        headline(row) + "." for _, row in found.iterrows()
+    )
+    content = page.aid("The dimension is read off where the line crosses what is needed.")
+    content += page.figure(name, caption, alt)
+    return content, Picture(plots.intrinsic(points, found, loss), _numbers(points, found, metric))
+
+
+def estimates(found: pd.DataFrame) -> str:
+    """The table of estimates, a row a condition."""
+    cells = [intrinsic.shown(row) for _, row in found.iterrows()]
+    caption = (
+        f"{intrinsic.name(found['threshold'].iloc[0])} is the geometric mean of the seeds' own "
+        "crossings; the smallest d tested whose mean over seeds reaches what is needed is the "
+        "published definition. LoRA parameters: how many LoRA needs for the same."
+    )
+    return page.table(list(cells[0]), [list(row.values()) for row in cells], caption)
+
+
+def _numbers(points: pd.DataFrame, found: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """What `plots.intrinsic` draws: a row a dimension and seed at the best learning rate, with mean
+    and standard error over seeds, and the levels of its panel."""
+    drawn, levels = [], ["baseline", "needed", "d", "low", "high"]
+    for _, row in found.iterrows():
+        own = points[(points["kind"] == "subspace") & (points["condition"] == row["condition"])]
+        lora = points[(points["kind"] == "lora") & (points["shared"] == own["shared"].iloc[0])]
+        for rows, by in ((own, "dim"), (lora, "params")):
+            if len(rows):
+                best = intrinsic.tuned(rows, by, metric)
+                values = best.groupby(by)["value"]
+                best = best.assign(mean=values.transform("mean"), se=values.transform("sem"))
+                drawn.append(best.assign(panel=row["condition"], **row[levels]))
+    return pd.concat(drawn, ignore_index=True)

@@ -1,0 +1,376 @@
+"""The report of several runs: what they differ in, and what came of it."""
+
+import hashlib
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from threadpoolctl import threadpool_limits
+
+from lorax.analysis import compare, intrinsic, plot_compare, runs, updates
+from lorax.report import notes, page, search, similarity, sweep, words
+from lorax.report.page import Picture, Section
+from lorax.report.sweep import Sweep
+
+LEAD = "Several runs side by side."
+MAX_LENGTH = 60  # of a directory's name
+
+
+def write(
+    directories: Sequence[str | os.PathLike], out: str | os.PathLike | None = None
+) -> pathlib.Path:
+    """Analyse runs and write the page that compares them; the path of report.html.
+
+    Args:
+      directories: of the runs, two or more.
+      out: where the page goes; without it runs/compare-<their names>.
+
+    Raises what `lorax.analysis.runs.load` raises, before anything is written.
+    """
+    with threadpool_limits(1, user_api="blas"):
+        named = dict(zip(names(directories), map(runs.load, directories), strict=True))
+        directory = pathlib.Path("runs") / default_name("compare", named) if out is None else out
+        directory = pathlib.Path(directory)
+        sweeps = {name: sweep.read(run) for name, run in named.items()}
+        searches = {name: run for name, run in named.items() if search.is_search(run)}
+        trained = {name: of for name, of in sweeps.items() if name not in searches}
+        sections = [
+            _overview(sweeps, searches, directory),
+            *_curves(trained),
+            *_methods(trained),
+            *_dimensions(searches),
+            _members(sweeps),
+            *_similarity(trained),
+            notes.section(notes.LOSSES, notes.UPDATES, *[notes.SEARCHES] * bool(searches)),
+        ]
+        return page.save(directory, ", ".join(named), LEAD, sections)
+
+
+def names(directories: Sequence[str | os.PathLike]) -> list[str]:
+    """What to call the runs: their directories' last words, as many as tell them apart.
+
+    Raises ValueError where a directory is named twice.
+    """
+    parts = [pathlib.Path(directory).resolve().parts for directory in directories]
+    if len(set(parts)) < len(parts):
+        twice = next(directory for directory, own in zip(directories, parts, strict=True)
+                     if parts.count(own) > 1)  # fmt: skip
+        raise ValueError(f"{twice}: given twice; a comparison takes different directories")
+    for length in itertools.count(1):
+        found = ["/".join(own[-length:]) for own in parts]
+        if len(set(found)) == len(found):
+            return found
+
+
+def default_name(sort: str, of: Sequence[str]) -> str:
+    """A directory's name: what sort of report and of what."""
+    name = re.sub(r"[^\w.-]+", "_", f"{sort}-" + "-".join(of))
+    if len(name) <= MAX_LENGTH:
+        return name
+    return name[: MAX_LENGTH - 9] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
+# --------------------------------------------------------------------------------- runs and members
+
+
+def _overview(
+    sweeps: dict[str, Sweep], searches: dict[str, runs.Run], directory: pathlib.Path
+) -> Section:
+    """The runs, and what their configs differ in."""
+    rows, configs, own = [], {}, []
+    for name, of in sweeps.items():
+        config = of.run.config.get("config", {})
+        configs[name], best = config, None if of.answer is None else of.answer.best
+        reached = "–" if best is None else words.setting(best, of.by)
+        if name in searches:  # its members stand for no one setting
+            best, reached = None, "; ".join(map(intrinsic.brief, _found(of.run)))
+        task = config.get("task", "")
+        base = words.listed(of.table["base"]) if "base" in of.table else config.get("base")
+        rows.append(
+            {
+                "run": name,
+                "base": base,
+                "task": task.get("name", "") if isinstance(task, dict) else task,
+                "methods": words.listed(of.table["method"]),
+                "members": len(of.table),
+                "seeds": of.table["seed"].nunique(),
+                "steps": of.run.status.get("steps", of.table["final_step"].max()),
+                "best setting": reached,
+                "final eval loss": page.Fixed(np.nan if best is None else best["mean"]),
+                "standard error": page.Fixed(np.nan if best is None else best["se"]),
+                "base's loss": page.Fixed(of.base),
+                "state": of.run.status.get("state", "unknown"),
+            }
+        )
+        if (of.run.directory / "report.html").exists():
+            link = os.path.relpath(of.run.directory / "report.html", directory)
+            own.append(f'<li><a href="{page.escape(link)}">{page.escape(name)}</a></li>')
+    parts = ['<div class="answer">', *_headlines(sweeps, searches), "</div>"]
+    if len({(row["task"], row["base"]) for row in rows}) > 1:
+        text = (
+            "These runs are of different tasks or bases. Losses of different tasks are no measure "
+            "of one another: compare where a curve bends, not how high it lies."
+        )
+        parts.append(page.note(text))
+    unfinished = [row["run"] for row in rows if row["state"] == "running"]
+    if unfinished:
+        parts.append(page.note(f"Not finished, so provisional: {', '.join(unfinished)}."))
+    caption = "The runs, each at its best setting: the lowest mean over seeds."
+    parts.append(page.table(list(rows[0]), [list(row.values()) for row in rows], caption))
+    differences = compare.differences(configs)
+    parts.append("<h3>What they differ in</h3>")
+    if len(differences):
+        caption = "Keys of config.json that differ; the others are the same in all runs."
+        cells = differences.to_numpy().tolist()
+        parts.append(page.table(list(differences.columns), cells, caption))
+    else:
+        parts.append(page.paragraph("Nothing: their configs are the same."))
+    if own:
+        parts.append(f"<p>Their own reports:</p><ul>{''.join(own)}</ul>")
+    redraw = "python -m lorax.report " + " ".join(str(of.run.directory) for of in sweeps.values())
+    parts.append(
+        page.facts({"Redraw this page": f"{redraw} --out={directory}"}, ["Redraw this page"])
+    )
+    values = [
+        {name: x.value if isinstance(x, page.Fixed) else x for name, x in row.items()}
+        for row in rows
+    ]
+    files = {"runs.csv": pd.DataFrame(values), "differences.csv": differences}
+    return Section("Runs", "".join(parts), files=files)
+
+
+def _headlines(sweeps: dict[str, Sweep], searches: dict[str, runs.Run]) -> list[str]:
+    lines = []
+    for name, of in sweeps.items():
+        if name in searches:
+            text = "; ".join(map(search.headline, _found(of.run)))
+            text = text or "no subspace has been trained yet"
+        elif of.answer is None:
+            text = "no member has been evaluated after step 0"
+        else:
+            best = of.answer.best
+            text = f"final eval loss {words.mean(best)}"
+            text += f" at {words.setting(best, of.by)}" * (of.by.main is not None)
+        text = page.escape(text.rstrip("."))
+        lines.append(f"<p><strong>{page.escape(name)}</strong>: {text}.</p>")
+    return lines
+
+
+def _found(run: runs.Run) -> list[pd.Series]:
+    """What a search has found: a row a condition."""
+    return [row for _, row in search.read(run)[1].iterrows()]
+
+
+def _members(sweeps: dict[str, Sweep]) -> Section:
+    """Every member of every run."""
+    every = pd.concat(
+        [of.table.drop(columns="setting").assign(run=name) for name, of in sweeps.items()],
+        ignore_index=True,
+    )
+    scores = list(dict.fromkeys(name for of in sweeps.values() for name in of.scores))
+    every = every[["run", *(name for name in every if name != "run")]]
+    header = ["name", "run", "method", "rank", "learning rate", "trainable parameters", "scale s"]
+    header += ["final eval loss", "best eval loss", *scores, "status"]
+    for name in ("rank", "lr", "scale"):
+        every[name] = every.get(name)
+    rows = [
+        [m["name"], m["run"], m["method"], m["rank"], m["lr"], m["trainable_params"], m["scale"]]
+        + [page.Fixed(m["final_loss"]), page.Fixed(m["best_loss"])]
+        + [*(page.Fixed(m[name]) for name in scores), m["status"] + words.at_step(m["diverged_at"])]
+        for _, m in every.iterrows()
+    ]
+    caption = "Every member of every run; press a heading to sort."
+    content = page.table(header, rows, caption, sortable=True, classes=list(every["status"]))
+    return Section("Members", content, files={"members.csv": every})
+
+
+# ------------------------------------------------------------------------------------------- losses
+
+
+def _loss(sweeps: dict[str, Sweep]) -> str:
+    """What the losses are called: with their unit where it is the same in all."""
+    units = {runs.loss_name(of.run) for of in sweeps.values()}
+    return units.pop() if len(units) == 1 else "eval loss"
+
+
+def _curves(sweeps: dict[str, Sweep]) -> list[Section]:
+    """Loss against rank, alpha, learning rate and size, wherever the runs have several values."""
+    found = []
+    for axis in compare.CURVES:
+        of_axis = [
+            compare.curve(of.table, of.by, axis).assign(run=name, axis=axis)
+            for name, of in sweeps.items()
+        ]
+        of_axis = pd.concat([rows for rows in of_axis if len(rows)] or [pd.DataFrame({"x": []})])
+        if of_axis["x"].nunique() > 1:
+            found.append(of_axis)
+    if not found:
+        return []
+    numbers = pd.concat(found, ignore_index=True)[["axis", "run", "x", "mean", "se", "n", "line"]]
+    drawn = ", ".join(words.axis(axis) for axis in dict.fromkeys(numbers["axis"]))
+    lowest = numbers.loc[numbers["mean"].idxmin()]
+    caption = (
+        "Final eval loss, a line a run, at the best of everything else for each value; bars are "
+        "one standard error over seeds."
+    )
+    alt = (
+        f"Line charts of final eval loss against {drawn}: the lowest is {lowest['mean']:.3f} of "
+        f"{lowest['run']} at {words.axis(lowest['axis'])} {page.show(lowest['x'])}."
+    )
+    content = page.aid(
+        "Lower is better; where a line turns flat, more of what is on its axis buys nothing."
+    ) + page.figure("curves", caption, alt)
+    header = ["run", "against", "value", "final eval loss", "standard error", "n", "at its best"]
+    rows = [
+        [
+            r["run"],
+            words.axis(r["axis"]),
+            r["x"],
+            page.Fixed(r["mean"]),
+            page.Fixed(r["se"]),
+            r["n"],
+        ]
+        + [r["line"] or "–"]
+        for _, r in numbers.iterrows()
+    ]
+    table = page.table(header, rows, "The points of the curves.", sortable=True)
+    content += page.fold("The points as a table", table)
+    figure = plot_compare.curves(numbers, _loss(sweeps))
+    return [Section("Curves", content, {"curves": Picture(figure, numbers)})]
+
+
+def _methods(sweeps: dict[str, Sweep]) -> list[Section]:
+    """Every method of every run at its best setting."""
+    found = []
+    for name, of in sweeps.items():
+        others = tuple(axis for axis in (of.by.main, *of.by.others) if axis and axis != "method")
+        by = runs.Axes("method", others)
+        settings = runs.settings(of.table, by)
+        if settings["mean"].notna().any():
+            compared = compare.methods(of.table, settings, by, pd.DataFrame())
+            found.append(compared.assign(run=name, setting=_said(compared, others)))
+    if not found:
+        return []
+    names_of = ["run", "method", "setting", "trainable_params", "mean", "se", "n", "diverged"]
+    names_of += ["optimizer_bytes", "step_ms"]
+    numbers = pd.concat([rows[names_of] for rows in found], ignore_index=True)
+    best = numbers.loc[numbers["mean"].idxmin()]
+    caption = "Each method of each run at its best setting; bars are one standard error."
+    alt = (
+        f"Dot chart of final eval loss by method and run: {best['method']} of {best['run']} is "
+        f"lowest, {words.mean(best)}."
+    )
+    header = ["method", "run", "best setting", "trainable parameters", "final eval loss"]
+    header += ["standard error", "n", "diverged", "optimiser bytes", "step (ms)"]
+    rows = [
+        [r["method"], r["run"], r["setting"], r["trainable_params"], page.Fixed(r["mean"])]
+        + [page.Fixed(r["se"]), r["n"], r["diverged"], r["optimizer_bytes"]]
+        + [page.Fixed(r["step_ms"], 1)]
+        for _, r in numbers.sort_values("mean", kind="stable").iterrows()
+    ]
+    content = page.aid("A method is ahead where its bar ends before another's begins.")
+    content += page.figure("methods", caption, alt)
+    content += page.table(header, rows, "Best first; press a heading to sort.", sortable=True)
+    figure = plot_compare.methods(numbers, _loss(sweeps))
+    pictures = {"methods": Picture(figure, numbers)}
+    return [Section("Methods", content, pictures, {"methods.csv": numbers})]
+
+
+def _said(settings: pd.DataFrame, axes: Sequence[str]) -> list[str]:
+    said = [
+        ", ".join(f"{axis}={runs.in_words(row[axis])}" for axis in axes)
+        for _, row in settings.iterrows()
+    ]
+    return [text or "–" for text in said]
+
+
+def _dimensions(searches: dict[str, runs.Run]) -> list[Section]:
+    """d90 of every search, panel beside panel."""
+    every: list[tuple[pd.DataFrame, pd.DataFrame]] = []
+    for name, run in searches.items():
+        points, found = search.read(run)
+        if len(found):
+            label = lambda text, name=name: f"{name}, {text}" if text else name
+            points = points.assign(shared=points["shared"].map(label))
+            points["condition"] = points["condition"].map(label)
+            every.append((points, found.assign(condition=found["condition"].map(label))))
+    if not every:
+        return []
+    points, found = (pd.concat(of, ignore_index=True) for of in zip(*every, strict=True))
+    sections = []
+    for metric, of_metric in found.groupby("metric", sort=False):
+        loss = " and ".join(dict.fromkeys(runs.loss_name(run) for run in searches.values()))
+        measured = loss if metric == "loss" else words.axis(metric)
+        name = "intrinsic" if found["metric"].nunique() == 1 else f"intrinsic_{metric}"
+        content, picture = search.curves(points, of_metric, measured, loss, name)
+        content += search.estimates(of_metric)
+        title = "Intrinsic dimension" + f" by {metric}" * (found["metric"].nunique() > 1)
+        files = {"intrinsic.csv": found, "intrinsic_points.csv": points}
+        sections.append(Section(title, content, {name: picture}, files))
+    return sections
+
+
+# --------------------------------------------------------------------------------------- directions
+
+
+def _similarity(sweeps: dict[str, Sweep]) -> list[Section]:
+    """Which directions the runs' best members have in common; two seeds of one run beside it."""
+    bases, absent = {}, []
+    for name, of in sweeps.items():
+        bases[name], why = _best_bases(of)
+        if not bases[name]:
+            absent.append(f"{name}: {why}.")
+    present = [name for name in bases if bases[name]]
+    if not present:
+        return []
+    comparisons = []
+    for one, other in itertools.combinations_with_replacement(present, 2):
+        if one == other:
+            pairs = list(itertools.combinations(bases[one], 2))
+            title = f"two seeds of {one}"
+        else:
+            pairs = list(itertools.product(bases[one], bases[other]))
+            title = f"{one} and {other}"
+        common = [fitting(u, v) for u, v in pairs[: similarity.MAX_PAIRS]]
+        name = default_name("similarity", [one, other]).removeprefix("similarity-")
+        found = similarity.compare(name, title, [pair for pair in common if pair[0]])
+        if found is not None:
+            comparisons.append(found)
+        elif one != other:
+            absent.append(f"{title}: no matrix of one shape that both adapt.")
+        else:
+            absent.append(f"{title}: not available, its best setting has one seed.")
+    bases_of = {of.run.config.get("base_sha256") for of in sweeps.values()}
+    if len(bases_of) > 1:
+        absent.append(
+            "The runs' bases have different weights: their directions are those of different "
+            "networks, and agree by chance alone where nothing ties them."
+        )
+    return [similarity.across(comparisons, absent)]
+
+
+def _best_bases(of: Sweep) -> tuple[list[updates.Bases], str]:
+    """Directions of the members of the best setting, or none and the reason."""
+    if of.answer is None:
+        return [], "no member has been evaluated after step 0"
+    same = compare.of_setting(of.table, of.answer.best, of.by)
+    best = of.table.index[same & (of.table["status"] != "diverged")]
+    found, missing = updates.adapters(of.run, best)
+    found = found | updates.deltas(of.run, missing)
+    why = next(iter(missing.values()), "its best setting has no member with an update")
+    return [updates.bases(own) for own in found.values()], why
+
+
+def fitting(one: updates.Bases, other: updates.Bases) -> tuple[updates.Bases, updates.Bases]:
+    """The matrices that both have in one shape."""
+    kinds = updates.KINDS[2:]
+    paths = [
+        path
+        for path in one
+        if path in other and all(len(one[path][kind]) == len(other[path][kind]) for kind in kinds)
+    ]
+    return {path: one[path] for path in paths}, {path: other[path] for path in paths}

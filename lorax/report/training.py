@@ -1,0 +1,57 @@
+"""Sections on how the updates came about: their growth, and what became of the activations. Where
+the run was asked for it (`config.analysis.trajectory`, `config.analysis.cka`)."""
+
+import pandas as pd
+
+from lorax.analysis import plot_updates, runs
+from lorax.report import page, words
+from lorax.report.page import Picture, Section
+from lorax.report.updates import label
+
+
+def sections(run: runs.Run, shown: pd.DataFrame, main: str) -> list[Section]:
+    """Of the members that are shown, wherever analysis/ has the file."""
+    tables = {name: _read(run, name, shown, main) for name in ("trajectory", "cka")}
+    made = []
+    if tables["trajectory"] is not None:
+        made.append(_trajectory(tables["trajectory"], main))
+    if tables["cka"] is not None:
+        made.append(_cka(tables["cka"], main))
+    return made
+
+
+def _read(run: runs.Run, name: str, shown: pd.DataFrame, main: str) -> pd.DataFrame | None:
+    file = run.directory / "analysis" / f"{name}.csv"
+    table = label(pd.read_csv(file), shown, main) if file.exists() else pd.DataFrame()
+    return table if len(table) else None
+
+
+def _trajectory(table: pd.DataFrame, main: str) -> Section:
+    last = table[table["step"] == table["step"].max()]
+    half = table[table["norm"] >= 0.5 * last["norm"].mean()]["step"].min()
+    caption = "The updates along training: thick lines are means over matrices and members."
+    alt = (
+        f"Line charts of ΔW along training: at the last step the effective rank is "
+        f"{last['effective'].mean():.1f} on average, and half of the final norm is first reached "
+        f"by step {half}."
+    )
+    content = page.aid(
+        "The overlap says when the final directions were found: a line that rises early and then "
+        "stays high is an update that soon knew where to go."
+    )
+    content += page.figure("trajectory", caption, alt)
+    figure = plot_updates.trajectory(table, main)
+    return Section("While it was trained", content, {"trajectory": Picture(figure, table)})
+
+
+def _cka(table: pd.DataFrame, main: str) -> Section:
+    lowest = table.loc[table["cka"].idxmin()]
+    caption = "Linear CKA between the residual stream with the adapter and without it, by layer."
+    alt = (
+        f"Line chart of CKA by layer: lowest, {lowest['cka']:.3f}, in layer {lowest['layer']:.0f} "
+        f"at {words.axis(main)} {page.show(lowest[main])}."
+    )
+    content = page.aid("1: the layer says the same as before; the lower, the more it has changed.")
+    content += page.figure("cka", caption, alt)
+    figure = plot_updates.cka(table, main)
+    return Section("Activations", content, {"cka": Picture(figure, table)})

@@ -1,0 +1,84 @@
+"""Sections on the updates themselves: singular values, and the ranks that they make use of."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from lorax.analysis import plot_updates
+from lorax.report import page, words
+from lorax.report.page import Picture, Section
+
+MAX_LAYERS = 4  # rows of a figure; the tables hold every layer
+MAX_TARGETS = 4  # columns
+
+
+def spectra(sigmas: pd.DataFrame, main: str, where: str = "") -> Section:
+    """Singular values by index.
+
+    sigmas: of `updates.spectra`, with a column `main` that tells the lines apart. where: which
+    members these are, where not all.
+    """
+    layers = spread(sorted(set(sigmas["layer"])), MAX_LAYERS)
+    targets = spread(list(dict.fromkeys(sigmas["target"])), MAX_TARGETS)
+    drawn = sigmas[sigmas["layer"].isin(layers) & sigmas["target"].isin(targets)]
+    caption = "Singular values of ΔW = s·a·b, computed from the factors." + (
+        f" Shown for {where}; analysis/spectra.csv has all." if where else ""
+    )
+    first, last = (drawn[drawn["index"] == i]["sigma"] for i in (1, 2))
+    alt = f"Log-log line charts of singular values for layers {', '.join(map(str, layers))}"
+    if len(last):
+        alt += f": the second is {last.mean() / first.mean():.2f} of the first on average"
+    content = page.aid(
+        "A line that falls steeply is an update that lives in few directions, whatever its rank."
+    )
+    content += page.figure("spectra", caption, alt + ".")
+    pictures = {"spectra": Picture(plot_updates.spectra(drawn, layers, main), drawn)}
+    return Section("Spectra of the updates", content, pictures)
+
+
+def ranks(table: pd.DataFrame, main: str) -> Section:
+    """The ranks read off the spectra; table: of `updates.spectra`, with a column `main`."""
+    columns = ["norm", "effective", "stable", "energy90", "numerical"]
+    means = table.groupby([main, "target"], sort=True, dropna=False)[columns].mean().reset_index()
+    ends = means.groupby(main, dropna=False)["effective"].mean()
+    alt = (
+        "Line charts of effective and stable rank: the effective rank is "
+        f"{ends.iloc[0]:.1f} at {words.axis(main)} {page.show(ends.index[0])}"
+    )
+    if len(ends) > 1:
+        alt += f" and {ends.iloc[-1]:.1f} at {page.show(ends.index[-1])}"
+    caption = "Ranks that ΔW makes use of; lines are means, dots single matrices (layers, seeds)."
+    rows = [
+        [row[main], row["target"], page.Fixed(row["norm"], 3)]
+        + [page.Fixed(row[name], 2) for name in columns[1:]]
+        for _, row in means.iterrows()
+    ]
+    header = [words.axis(main), "target", "‖ΔW‖", "effective rank", "stable rank"]
+    header += ["90% energy rank", "numerical rank"]
+    content = page.aid("A rank that stays below the dashed line was given and is not used.")
+    content += page.figure("update_ranks", caption, alt + ".")
+    content += page.table(header, rows, "Means over layers and seeds.")
+    pictures = {"update_ranks": Picture(plot_updates.update_ranks(table, main), table)}
+    return Section("Effective rank", content, pictures)
+
+
+def label(rows: pd.DataFrame, shown: pd.DataFrame, main: str) -> pd.DataFrame:
+    """The rows of members that are shown, with their value of `main` as a column."""
+    kept = rows[rows["member"].isin(shown.index)].drop(columns=[main], errors="ignore")
+    labelled = kept.merge(shown[["member", main]], on="member")
+    if labelled[main].isna().any():
+        labelled[main] = [
+            "all" if page.is_missing(value) else value for value in labelled[main].astype(object)
+        ]
+    return labelled
+
+
+def spread(values: Sequence, most: int) -> list:
+    """At most so many of them, evenly spread, the first and the last among them; of one the middle
+    one."""
+    if len(values) <= most:
+        return list(values)
+    if most == 1:
+        return [values[len(values) // 2]]
+    return [values[round(x)] for x in np.linspace(0, len(values) - 1, most)]

@@ -1,0 +1,49 @@
+"""How the report says settings, axes and amounts."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lorax.analysis import runs
+from lorax.report.page import is_missing, show
+
+
+def mean(row: pd.Series) -> str:
+    """Mean and standard error of a setting (a row of `runs.settings`)."""
+    spread = f" ± {row['se']:.3f}" if np.isfinite(row["se"]) else ""
+    return f"{row['mean']:.3f}{spread}"
+
+
+def setting(row: pd.Series, by: runs.Axes) -> str:
+    """Where a setting lies on the sweep's axes: "r = 4 with alpha=8"."""
+    main = by.main or "rank"
+    value = "all" if is_missing(row[main]) else show(row[main])
+    name = "r" if main == "rank" else axis(main)
+    return f"{name} = {value}" + (f" with {row['line']}" if row["line"] else "")
+
+
+def axis(name: str) -> str:
+    return {"lr": "learning rate", "n_train": "training examples"}.get(name, name.replace("_", " "))
+
+
+def listed(column: pd.Series) -> str:
+    """The different values of a column, in order."""
+    values = list(dict.fromkeys("all" if is_missing(value) else show(value) for value in column))
+    return ", ".join(values)
+
+
+def at_step(step: Any) -> str:
+    return "" if is_missing(step) else f" at step {int(step)}"
+
+
+def duration(seconds: Any) -> str:
+    if is_missing(seconds):
+        return ""
+    minutes, seconds = divmod(round(float(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def plural(count: int) -> str:
+    return "" if count == 1 else "s"

@@ -1,0 +1,115 @@
+"""Several runs on a page: what they differ in, and what they have in common."""
+
+import itertools
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from reading import Page
+from synthetic import WIDTH, make_run, make_search, planted_factors
+
+from lorax.analysis import compare, runs, update_similarity
+from lorax.report import several
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """Two sweeps over rank and alpha, the second with one rank; a search."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_run(folder / "one", ranks=(1, 4, 8))
+    make_run(folder / "two", ranks=(4,), alphas=(8.0, 32.0))
+    make_search(folder / "search", dims=(10, 1000))
+    return folder / "one", folder / "two", folder / "search"
+
+
+@pytest.fixture
+def written(directories, tmp_path, undrawn):
+    return tmp_path, several.write(directories, tmp_path).read_text()
+
+
+def test_everything_is_on_the_page(written, directories):
+    directory, text = written
+    page = Page(text)
+    assert not page.open and page.headings[0] == "one, two, search"
+    titles = ["Runs", "What they differ in", "Curves", "Methods", "Intrinsic dimension", "Members"]
+    assert page.headings[1:] == [*titles, "Subspace similarity", "Method notes"]
+    rows = {row["run"]: row for row in page.table("run", "best setting", "state")}
+    assert rows["one"]["best setting"] == "r = 4" and rows["one"]["final eval loss"] == "1.2000"
+    assert rows["two"]["best setting"] == "alpha = 8" and rows["search"]["task"] == "digits"
+    assert rows["search"]["best setting"].startswith("d90")
+    differ = {row["key"]: row for row in page.table("key", "one", "two")}
+    assert differ["sweep.rank"]["one"] == "[1, 4, 8]" and differ["sweep.rank"]["two"] == "[4]"
+    assert "search.threshold" in differ and "sweep.seed" in differ
+    members = page.table("run", "name", "status")
+    count = lambda d: len((d / "members.jsonl").read_text().splitlines())
+    assert len(members) == sum(map(count, directories))
+    stored = pd.read_csv(directory / "analysis" / "members.csv")
+    assert stored["run"].value_counts().to_dict() == {d.name: count(d) for d in directories}
+    assert "of different tasks or bases" in text and "d90 = " in text
+    # Nothing was written into the runs.
+    assert not (directories[0] / "report.html").exists()
+
+
+def test_every_figure_has_its_numbers(written):
+    figures = written[0] / "figures"
+    names = {path.stem for path in figures.iterdir()}
+    pairs = {"similarity_one-one", "similarity_one-two", "similarity_two-two"}
+    assert names == {"curves", "methods", "intrinsic", "similarity"} | pairs
+    assert {p.name for p in figures.iterdir()} == {
+        f"{name}.{suffix}" for name in names for suffix in ("png", "pdf", "csv")
+    }
+    curves = pd.read_csv(figures / "curves.csv")
+    assert set(curves["axis"]) == {"rank", "alpha", "trainable_params"}
+    of = lambda run, axis: curves[(curves["run"] == run) & (curves["axis"] == axis)]
+    assert of("one", "rank")["x"].tolist() == [1, 4, 8] and of("two", "rank")["x"].tolist() == [4]
+    np.testing.assert_allclose(of("one", "rank")["mean"], [1.6, 1.2, 1.2], atol=1e-12)
+    # At a rank it is the best alpha that counts.
+    np.testing.assert_allclose(of("two", "rank")["mean"], [1.2], atol=1e-12)
+    np.testing.assert_allclose(of("two", "alpha")["mean"], [1.2, 1.4], atol=1e-12)
+
+
+def test_similarity_between_runs_is_that_of_their_best(written):
+    with np.load(written[0] / "analysis" / "similarity.npz") as stored:
+        phi = stored["one-two/h/1/attn/v/dW out"]
+    one, two = ([planted_factors(4, seed, s) for seed in (0, 1)] for s in (4.0, 2.0))
+    path = "h/1/attn/v"
+    pairs = itertools.product(one, two)
+    expected = np.mean([update_similarity(f[path], g[path], "out") for f, g in pairs], axis=0)
+    np.testing.assert_allclose(phi, expected, atol=1e-9)
+    rows = {(r["between"], r["side"]): r for r in Page(written[1]).table("between", "side")}
+    row = rows["one and two", "output"]
+    assert row["matrices"] == "6" and row["pairs"] == "4"
+    assert row["by chance"] == f"{4 / WIDTH:.3f}" and float(row["φ(1, 1)"]) > 0.9
+
+
+def test_nothing_in_common_is_said(tmp_path, undrawn):
+    make_run(tmp_path / "a", ranks=(2,), seeds=(0,))
+    make_run(tmp_path / "b", ranks=(2,), seeds=(0,), adapters=False)
+    text = several.write([tmp_path / "a", tmp_path / "b"], tmp_path / "out").read_text()
+    assert "two seeds of a: not available, its best setting has one seed." in text
+    assert "b: " in text and "no such file" in text
+    assert "Curves" not in Page(text).headings  # one value on every axis
+
+
+def test_names_tell_runs_apart(tmp_path):
+    assert several.names([tmp_path / "a/x", tmp_path / "b/x"]) == ["a/x", "b/x"]
+    with pytest.raises(ValueError, match="given twice"):
+        several.names([tmp_path / "a", tmp_path / "b" / ".." / "a"])
+    name = several.default_name("compare", [f"run_{i}" for i in range(40)])
+    assert len(name) <= several.MAX_LENGTH and name.startswith("compare-run_0-run_1-")
+
+
+def test_curve_takes_the_best_of_the_rest(tmp_path):
+    run = runs.load(make_run(tmp_path, ranks=(1, 4), lrs=(1e-3, 2e-3), adapters=False))
+    table = runs.summary(run)
+    found = compare.curve(table, runs.axes(run, table), "lr")
+    np.testing.assert_allclose(found["mean"], [1.2, 1.3], atol=1e-12)
+    assert set(found["line"]) == {"rank=4"}
+    assert compare.curve(table, runs.axes(run, table), "dim").empty
+
+
+def test_differences():
+    found = compare.differences({"x": {"a": 1, "b": {"c": [1]}}, "y": {"a": 1, "b": {"c": [2]}}})
+    assert json.loads(found.to_json(orient="records")) == [{"key": "b.c", "x": "[1]", "y": "[2]"}]
+    assert compare.differences({"x": {"a": 1}, "y": {"a": 1}}).empty
