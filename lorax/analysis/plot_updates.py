@@ -165,7 +165,7 @@ def figure3(phi: dict[tuple[int, str], np.ndarray], control: np.ndarray | None =
         for (full, zoom), (title, values) in zip(grid, rows, strict=True):
             image = _map(full, values)
             corner = np.array(values[:, :r1], float)
-            corner[np.triu_indices(r1, 1)] = np.nan
+            corner[np.triu_indices(r1, 1, corner.shape[1])] = np.nan
             zoom.set_facecolor("0.8")
             _map(zoom, corner)
             full.set_title(title)
@@ -212,18 +212,17 @@ def against_base(
     return figure
 
 
-def layer_grid(values: pd.DataFrame, label: str, number: str = ".3g", log: bool = False) -> Figure:
+def layer_grid(values: pd.DataFrame, label: str, log: bool = False) -> Figure:
     """One number for every matrix: a row a target, a column a layer, the numbers in the cells.
 
     Args:
       values: columns layer, target, value; several of one matrix are averaged.
       label: what the number is, with its unit.
-      number: how it is written, a format.
       log: colours by its logarithm, for what spans decades; only of positive numbers.
     """
     table = values.pivot_table(index="target", columns="layer", values="value", dropna=False)
     table = table.reindex(dict.fromkeys(values["target"]))
-    return _grid(table, table.map(lambda value: f"{value:{number}}"), label, log)
+    return _grid(table, table.map(_short), label, log)
 
 
 def sensitivity(ranking: pd.DataFrame) -> Figure:
@@ -245,7 +244,8 @@ def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> Figure:
 
     Args:
       phi: (r1, r2) by name.
-      band: of `gaussian_similarity`, in the space that the comparisons share.
+      band: of `gaussian_similarity`, in the space that the comparisons share (an MLP's kernels and
+        attention's may lie in different ones).
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -365,7 +365,7 @@ def base_spectrum(sigmas: pd.DataFrame, layers: Sequence[int] | None = None) -> 
             axes.set_yscale("log")
         figure.supxlabel("index of singular value", fontsize=9)
         figure.supylabel("singular value of W", fontsize=9)
-        _legend(figure, layers, "layer")
+        _legend(figure, ["none" if layer < 0 else layer for layer in layers], "layer")
         return figure
 
 
@@ -452,6 +452,10 @@ def _legend(
     figure.legend(lines, [*labels, *(more or {})], loc="outside right upper")
 
 
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if 100 <= abs(value) < np.inf else f"{value:.2g}"
+
+
 def _map(axes: Axes, values: np.ndarray):
     """phi as an image, from 0 to 1, (1, 1) at the upper left; numbers where there are few cells,
     else contours."""
@@ -500,7 +504,7 @@ def _grid(table: pd.DataFrame, words: pd.DataFrame, label: str, log: bool = Fals
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         axes.set_facecolor("0.9")
-        low, high = (np.nanmin(coloured), np.nanmax(coloured)) if shown.any() else (0.0, 1.0)
+        low, high = (np.nanmin(coloured), np.nanmax(coloured)) if shown.any() else (0.1, 1.0)
         norm = LogNorm(low, high) if log else Normalize(min(low, 0.0), high)
         image = axes.imshow(coloured, norm=norm, cmap="cividis", aspect="auto")
         for (i, j), value in np.ndenumerate(values):

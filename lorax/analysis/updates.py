@@ -68,7 +68,7 @@ def sensitivity(run: Run) -> pd.DataFrame | None:
 
 
 def place(path: str) -> tuple[int, str]:
-    """Layer and target of a path: "h/3/attn/q" -> (3, "q"), as well of another library's module,
+    """Layer and target of a path: "h/3/attn/q" -> (3, "q"), and of another library's module
     "encoder.layer.3.attention.query" -> (3, "query"); -1 for what is in no layer."""
     parts = re.split(r"[/.]", path)
     return next((int(part) for part in parts if part.isdecimal()), -1), parts[-1]
@@ -472,7 +472,10 @@ def interventions(
         most = min(k, *w.shape[1:])
         top = intruder.intruders(w, update, most, epsilon, side=side, w_svd=w_svd)
         swept = intruder.intervene(w, update, np.array(lam)[:, None], most, epsilon, found=top)
-        before = np.linalg.norm(spectrum.update_svd(update)[1], axis=-1)
+        if isinstance(update, tuple):
+            before = np.linalg.norm(spectrum.factor_svd(*update)[1], axis=-1)
+        else:
+            before = np.linalg.norm(update, axis=(-2, -1))
         for n, key in enumerate(keys):
             done[key] = swept.index[n], before[n], *(x[:, n] for x in swept[1:])
     rows = []

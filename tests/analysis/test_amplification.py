@@ -77,3 +77,16 @@ def test_bad_input_is_named():
         amplification(W, FACTORS, 31)
     with pytest.raises(ValueError, match=r"\(30, 40\)"):
         amplification(W.T, FACTORS, 4)
+
+
+def test_batched_equals_one_by_one():
+    w = RNG.standard_normal((2, 3, 12, 9))
+    a, b = RNG.standard_normal((2, 3, 12, 2)), RNG.standard_normal((2, 3, 2, 9))
+    s = RNG.uniform(0.5, 2, (2, 3))
+    s[1, 0] = 0
+    got = amplification(w, (a, b, s), 2)
+    for at in np.ndindex(2, 3):
+        alone = amplification(w[at], (a[at], b[at], s[at]), 2)
+        for one, other in zip(got, alone, strict=True):
+            assert one[at] == pytest.approx(other, abs=1e-9)
+    assert got.factor[1, 0] == 0

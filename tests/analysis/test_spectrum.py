@@ -10,6 +10,7 @@ from lorax.analysis import (
     effective_rank,
     energy_rank,
     factor_svd,
+    leading_svd,
     numerical_rank,
     randomised_svd,
     stable_rank,
@@ -159,3 +160,28 @@ def test_randomised_svd_names_bad_input():
         randomised_svd(np.ones((2, 9, 7)), 2)
     with pytest.raises(ValueError, match="oversamples -1"):
         randomised_svd(np.ones((9, 7)), 2, oversamples=-1)
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12), (3, 2, 10, 10)])
+def test_leading_svd_is_the_svds(shape):
+    matrix = np.random.default_rng(0).standard_normal(shape)
+    for k in (1, 5, min(shape[-2:])):
+        u, sigma, vt = leading_svd(matrix, k)
+        np.testing.assert_allclose(sigma, np.linalg.svd(matrix)[1][..., :k], atol=1e-9)
+        back = np.swapaxes(u, -1, -2) @ matrix @ np.swapaxes(vt, -1, -2)
+        np.testing.assert_allclose(back, sigma[..., None] * np.eye(k), atol=1e-9)
+        for basis in (np.swapaxes(u, -1, -2) @ u, vt @ np.swapaxes(vt, -1, -2)):
+            np.testing.assert_allclose(basis, np.broadcast_to(np.eye(k), basis.shape), atol=1e-9)
+
+
+def test_leading_svd_of_small_singular_values():
+    """Below sqrt(eps) of the first, where a Gram matrix knows nothing."""
+    rng = np.random.default_rng(1)
+    u, v = (np.linalg.qr(rng.standard_normal((n, 6)))[0] for n in (20, 15))
+    sigma = np.array([1, 1e-3, 1e-5, 1e-8, 1e-10, 1e-12])
+    found = leading_svd(u * sigma @ v.T, 6)
+    np.testing.assert_allclose(found[1], sigma, rtol=1e-3)
+    np.testing.assert_allclose(np.abs(np.sum(found[0] * u, 0))[:5], 1, atol=1e-5)
+    assert not leading_svd(np.zeros((4, 3)), 2)[1].any()
+    with pytest.raises(ValueError, match="k 4: from 1 to 3"):
+        leading_svd(np.zeros((4, 3)), 4)
