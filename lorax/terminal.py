@@ -14,7 +14,7 @@ class Screen:
     """Context that owns the terminal; on anything but a terminal the bar becomes lines."""
 
     def __enter__(self):
-        # A notebook asks its subprocesses for colour (FORCE_COLOR), and rich then draws bars as well.
+        # A notebook asks subprocesses for colour (FORCE_COLOR), and rich then draws bars too.
         given = {} if sys.stdout.isatty() else {"force_terminal": False, "width": 140}
         self.console = Console(highlight=False, **given)
         self.bar = Progress(
