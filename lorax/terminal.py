@@ -14,7 +14,9 @@ class Screen:
     """Context that owns the terminal; on anything but a terminal the bar becomes lines."""
 
     def __enter__(self):
-        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+        # A notebook asks subprocesses for colour (FORCE_COLOR), and rich then draws bars too.
+        given = {} if sys.stdout.isatty() else {"force_terminal": False, "width": 140}
+        self.console = Console(highlight=False, **given)
         self.bar = Progress(
             TextColumn("training"),
             BarColumn(),
