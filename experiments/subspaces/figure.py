@@ -40,10 +40,24 @@ def table(found: list[dict], shape: tuple[int, int]) -> list[dict]:
         own = [row for row in found if row["kind"] == kind and row["target"] == target]
         phi, n = np.stack([row["phi"] for row in own]), own[0]["n"]
         row = {"directions of": kind, "target": target, "n": n}
-        for i, j in dict.fromkeys([(1, 1), (2, 2), (4, 4), (8, 8), shape]):
+        for i, j in dict.fromkeys([(1, 1), (1, 8), (2, 2), (4, 4), (8, 8), shape]):
             words = sweeps.words(phi[:, i - 1, j - 1], 2)
             row[f"phi({i}, {j})"] = f"{words} ({expected_similarity(i, j, n):.2f})"
         rows.append(row | {"above chance": f"{(phi[:, 0, 0] > high[n]).sum()} of {len(phi)}"})
+    return rows
+
+
+def q_against_v(found: list[dict]) -> list[dict]:
+    """A row a kind: phi(i, i) of q minus that of v, pair by pair and layer by layer, where both are
+    of one space."""
+    rows = []
+    for kind in runs.KINDS:
+        own = [row for row in found if row["kind"] == kind]
+        if len({row["n"] for row in own}) > 1:
+            continue
+        q, v = (np.stack([x["phi"] for x in own if x["target"] == target]) for target in "qv")
+        words = {f"phi({i}, {i})": sweeps.words((q - v)[:, i - 1, i - 1], 2) for i in (1, 2, 4, 8)}
+        rows.append({"directions of": kind} | words)
     return rows
 
 
@@ -110,6 +124,8 @@ for sweep in found:
             some = {f"phi_{i}_{i}": row["phi"][i - 1, i - 1] for i in (1, 2, 4, 8)}
             about = {"base": sweep.size, "comparison": name}
             pairs.append(about | {k: v for k, v in row.items() if k != "phi"} | some)
+    print(f"{sweep.size}: q minus v, {words['seeds']}\n")
+    sweeps.markdown(q_against_v(results[sweep.size, "seeds"]))
     print(f"{sweep.size}: singular values of A above those of a random start\n")
     rows = []
     for r in (SMALL, large):
