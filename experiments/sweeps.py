@@ -59,9 +59,8 @@ def name(method: str, rank: int) -> str:
 def best_rates(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """The members of each setting (`by`) at its best learning rate: that of the lowest mean of
     final_loss over seeds. A rate at which a seed diverged is not the best."""
-    means = table.groupby([*by, "lr"], dropna=False)["final_loss"].agg(
-        lambda losses: losses.mean(skipna=False)
-    )
+    losses = table.groupby([*by, "lr"], dropna=False)["final_loss"]
+    means = losses.agg(lambda loss: loss.mean(skipna=False)).dropna()
     best = means.groupby(level=by, dropna=False).idxmin()
     return table.set_index([*by, "lr"]).loc[best.tolist()].reset_index()
 
@@ -82,11 +81,12 @@ def standard_error(values) -> float:
 
 
 def markdown(rows: list[dict]) -> None:
-    """Print the rows as a table in Markdown, under their keys."""
-    print("| " + " | ".join(rows[0]) + " |")
-    print("|" + "---|" * len(rows[0]))
+    """Print the rows as a table in Markdown, under their keys; a row may lack some."""
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    print("| " + " | ".join(heads) + " |")
+    print("|" + "---|" * len(heads))
     for row in rows:
-        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+        print("| " + " | ".join(str(row.get(head, "")) for head in heads) + " |")
     print()
 
 

@@ -34,7 +34,8 @@ for sweep in found:
         of_targets = losses[own.targets]
         row = {"targets": own.targets, "r": own.rank, "parameters": f"{own.trainable_params:,}"}
         row["eval loss"] = sweeps.words(of_targets)
-        row[f"minus {best} alone, seed by seed"] = sweeps.words(of_targets - losses[best])
+        for other in (best, "q v"):
+            row[f"minus {other}, seed by seed"] = sweeps.words(of_targets - losses[other])
         rows.append(row | {f"seed {seed}": f"{loss:.3f}" for seed, loss in of_targets.items()})
     sweeps.markdown(rows)
 
