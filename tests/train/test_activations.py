@@ -146,7 +146,10 @@ def test_an_adapter_at_its_start_is_its_base_and_a_moved_one_is_not(family):
     np.testing.assert_allclose(found[1], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["prompt", "prefix", "houlsby"])
+@pytest.mark.parametrize(
+    "name",
+    ["prompt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("prefix", "houlsby"))],
+)
 def test_methods_that_are_no_change_of_weights_are_compared_token_by_token(base, name):
     more = {"tokens": 3} if name != "houlsby" else {"rank": 2}
     method = lorax.method(name, **more)

@@ -129,7 +129,9 @@ def contents(workdir, *folders):
     return found | {"metrics": (workdir / "metrics.jsonl").read_bytes()}
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "full"])
+@pytest.mark.parametrize(
+    "name", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "full"))]
+)
 def test_a_trajectory_ends_in_the_exported_update_and_survives_a_kill(name, tmp_path):
     c = study(True, name=name, rank=3)
     if name != "full":
@@ -177,6 +179,7 @@ def test_a_trajectory_ends_in_the_exported_update_and_survives_a_kill(name, tmp_
     assert contents(tmp_path / "off", "adapters") == contents(whole, "adapters")
 
 
+@pytest.mark.slow
 def test_devices_that_share_the_members_see_what_one_sees(tmp_path):
     """Three members on two devices, or one after the other: the copy that fills up has no rows."""
     found = []
