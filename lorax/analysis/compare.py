@@ -70,14 +70,16 @@ def curve(table: pd.DataFrame, by: Axes, x: str) -> pd.DataFrame:
     Args:
       table: of `runs.summary`.
       by: the run's own axes.
-      x: a column of numbers. No rows where the members have none.
+      x: a column of numbers. No rows where the members have none. Of trainable_params, a budget
+        that need not be used up, only rows that are better than all with fewer.
     """
     if x not in table or not pd.to_numeric(table[x], errors="coerce").notna().any():
         return pd.DataFrame(columns=["x", "mean", "se", "n", "line"])
     others = tuple(name for name in (by.main, *by.others) if name and name != x)
     reached = runs.settings(table, Axes(x, others)).dropna(subset=["mean", x])
     best = reached.loc[reached.groupby(x)["mean"].idxmin()]
-    return best.rename(columns={x: "x"})[["x", "mean", "se", "n", "line"]].sort_values("x")
+    best = best.rename(columns={x: "x"})[["x", "mean", "se", "n", "line"]].sort_values("x")
+    return best[best["mean"] <= best["mean"].cummin()] if x == "trainable_params" else best
 
 
 def differences(configs: Mapping[str, dict[str, Any]]) -> pd.DataFrame:

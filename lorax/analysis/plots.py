@@ -32,6 +32,7 @@ DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (7, 2)), (0, (
 GREY = "0.45"
 LOSS = "eval loss (nats)"  # of what predicts tokens or classes
 NAMES = {"rank": "rank r of the adapter", "lr": "learning rate", "alpha": "α"}
+NAMES |= {"trainable_params": "trainable parameters", "n_train": "training examples"}
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,

@@ -214,8 +214,8 @@ def _curves(sweeps: dict[str, Sweep]) -> list[Section]:
     drawn = ", ".join(words.axis(axis) for axis in dict.fromkeys(numbers["axis"]))
     lowest = numbers.loc[numbers["mean"].idxmin()]
     caption = (
-        "Final eval loss, a line a run, at the best of everything else for each value; bars are "
-        "one standard error over seeds."
+        "Final eval loss, a line a run, at the best of everything else for each value (of numbers "
+        "of parameters, those that beat all smaller ones); bars are one standard error over seeds."
     )
     alt = (
         f"Line charts of final eval loss against {drawn}: the lowest is {lowest['mean']:.3f} of "

@@ -109,6 +109,16 @@ def test_curve_takes_the_best_of_the_rest(tmp_path):
     assert compare.curve(table, runs.axes(run, table), "dim").empty
 
 
+def test_more_parameters_are_on_the_curve_only_where_they_are_better(tmp_path):
+    run = runs.load(make_run(tmp_path, ranks=(1, 4), lrs=(1e-3,), adapters=False))
+    table = runs.summary(run)
+    by = runs.axes(run, table)
+    assert len(compare.curve(table, by, "trainable_params")) == 2
+    worse = table.assign(final_loss=table["final_loss"] + (table["rank"] == 4))
+    (kept,) = compare.curve(worse, by, "trainable_params")["x"]
+    assert kept == table.loc[table["rank"] == 1, "trainable_params"].iloc[0]
+
+
 def test_differences():
     found = compare.differences({"x": {"a": 1, "b": {"c": [1]}}, "y": {"a": 1, "b": {"c": [2]}}})
     assert json.loads(found.to_json(orient="records")) == [{"key": "b.c", "x": "[1]", "y": "[2]"}]
