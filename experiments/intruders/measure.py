@@ -6,7 +6,7 @@ The runs are of configs/intruders.py, or of configs/lr_vs_rank.py for five learn
 linear layers in both). DIR holds tinystories/tinystories_sample.txt and tinyshakespeare/input.txt,
 which the bases were trained on: stories-llama-260k on the first, gpt2-nano on both.
 
-Writes beside itself, for figure.py:
+Writes beside itself, for figure.py (rows of runs that are not named stay as they are):
 
 members.csv   a row a member: the task's loss and that on the pretraining text, in nats a token,
               and the same of the control: an update with the same singular values in random
@@ -51,8 +51,8 @@ LAMBDAS = (0.0, 0.25, 0.5, 0.7, 0.9, 1.0, 1.1, 1.3)
 SCALED = (1, 8)  # the ranks whose intruders are scaled, at alpha = 8 and the better learning rate
 
 
-def text_rows(file, separator, together, vocabulary):
-    """The first TOKENS tokens of each text in the last twentieth of a file, as a task's rows. Texts
+def text_batches(file, separator, together, vocabulary):
+    """The first TOKENS tokens of each text in the last twentieth of a file, (N, B, ...). Texts
     begin as in pretraining, with the start token; gpt2-nano's is the end of the text before."""
     parts = [part.strip() for part in file.read_text(encoding="utf-8").split(separator)]
     held_out = parts[round(len(parts) * 0.95) :]
@@ -60,7 +60,14 @@ def text_rows(file, separator, together, vocabulary):
     start = [*vocabulary.start] or [vocabulary.end]
     rows = [start + ids[:TOKENS] for ids in encode_texts(texts, vocabulary).values()]
     tokens = np.array([row for row in rows if len(row) == TOKENS + len(start)], np.int32)
-    return {"tokens": tokens, "mask": np.ones(tokens.shape, np.float32)}
+    rows = {"tokens": tokens, "mask": np.ones(tokens.shape, np.float32)}
+    return eval_batches(tasks.Task("text", rows, rows, ""), 64)
+
+
+def task_batches(config, vocabulary):
+    """The rows on which the run evaluated, (N, B, ...)."""
+    length, examples = config["train"]["seq_len"], config["eval"]["examples"]
+    return eval_batches(tasks.build(config["task"], vocabulary, length, examples), 64)
 
 
 def loss_with(module):
@@ -128,14 +135,9 @@ for directory in flags.runs:
         raise ValueError(f"{directory}: trained from other weights than {base.name} has now")
     w = {path: kernel for path, kernel in kernels(base).items() if path.startswith("h/")}
     svds = {path: np.linalg.svd(kernel, full_matrices=False) for path, kernel in w.items()}
-    config = run.config["config"]
-    task = tasks.build(
-        config["task"], base.vocabulary, config["train"]["seq_len"], config["eval"]["examples"]
-    )
-    texts = [text_rows(flags.data / file, *how, base.vocabulary) for file, *how in TEXTS[size]]
-    of_task, *of_texts = (
-        eval_batches(t, 64) for t in (task, *(task._replace(eval=r) for r in texts))
-    )
+    of_texts = [
+        text_batches(flags.data / file, *how, base.vocabulary) for file, *how in TEXTS[size]
+    ]
     loss = loss_with(base.module)
     on_text = lambda params, loss=loss, of_texts=of_texts: np.mean(
         [float(loss(params, batches)) for batches in of_texts]
@@ -144,8 +146,11 @@ for directory in flags.runs:
     before = on_text(base.params)
 
     # ---------------------------------------------------------- every member: intruders, forgetting
-    lora = table[(table["method"] == "lora") & (table["alpha"] == 8) & table["rank"].isin(SCALED)]
-    of_scaling = sweeps.best_rates(lora, ["rank"])["member"].tolist()
+    lora, of_scaling = table[(table["method"] == "lora") & (table["alpha"] == 8)], []
+    if name == "intruders":
+        own = sweeps.best_rates(lora[lora["rank"].isin(SCALED)], ["rank"])
+        of_scaling = own["member"].tolist()
+        of_task = task_batches(run.config["config"], base.vocabulary)
     for member, row in table[table["status"] == "finished"].iterrows():
         update, params = update_of(run, member, row["method"], base)
         control = {path: norm_matched(member, dw) for path, dw in update.items()}
@@ -175,7 +180,7 @@ for directory in flags.runs:
         print(members[-1], flush=True)
 
         # ------------------------------------------------------------------ scaling the intruders
-        if member not in of_scaling or name != "intruders":
+        if member not in of_scaling:
             continue
         for kind in ("intruder", "matched", "whole"):
             for lam in LAMBDAS:
@@ -187,4 +192,12 @@ for directory in flags.runs:
             raise ValueError(f"{directory}: member {member} has {again}, not {row['final_loss']}")
 
 for file, rows in (("members", members), ("counts", counts), ("scaled", trials)):
-    pd.DataFrame(rows).to_csv(HERE / f"{file}.csv", index=False, float_format="%.6g")
+    rows, path = pd.DataFrame(rows), HERE / f"{file}.csv"
+    if path.exists() and len(rows):
+        kept = pd.read_csv(path)
+        measured = kept.set_index(["base", "config"]).index.isin(
+            rows.set_index(["base", "config"]).index
+        )
+        rows = pd.concat([kept[~measured], rows])
+    if len(rows):
+        rows.to_csv(path, index=False, float_format="%.6g")
