@@ -27,8 +27,8 @@ FULL = "full fine-tuning"
 FORGOTTEN = "forgetting (nats a token)"
 WAYS = {
     "intruder": "top intruder scaled by λ",
-    "matched": "dW shrunk to the same norm",
-    "whole": "dW scaled by λ",
+    "matched": "dW scaled to the same norm",
+    "whole": "every dW scaled by λ",
 }
 
 
@@ -52,7 +52,8 @@ def spearman(table, a, b, given=None) -> float:
 def correlations(table, names=("count", "control", "norm", "task")) -> dict[str, str]:
     """Spearman's with forgetting, in words."""
     own = {f"with {name}": f"{spearman(table, name, 'forgotten'):.2f}" for name in names}
-    return own | {"count, norm held": f"{spearman(table, 'count', 'forgotten', 'norm'):.2f}"}
+    held = {name: spearman(table, name, "forgotten", "norm") for name in names[:2]}
+    return own | {f"{name}, norm held": f"{value:.2f}" for name, value in held.items()}
 
 
 # --------------------------------------------------------------------------------------- read
@@ -102,6 +103,17 @@ for size, own in main.groupby("base", sort=False):
         row = {"": line, "r": r or "-", "lr": f"{lr:.2g}"}
         in_words = lambda pair: f"{pair['count']:.0f} ({pair['control']:.0f})"
         rows.append(row | {name: in_words(mean.loc[where]) for name, where in pick.items()})
+    sweeps.markdown(rows)
+
+    print(f"{size}: α = 8 minus α = 2r, seed by seed\n")
+    lora = own[own["method"] == "lora"].set_index(["factor", "rank", "seed"])
+    values = lora[["count", "forgotten", "task"]]
+    gap = values[lora["line"] == "LoRA, α = 8"] - values[lora["line"] == "LoRA, α = 2r"]
+    rows = []
+    for (factor, r), seeds in gap.groupby(["factor", "rank"]):
+        row = {"lr": f"x {factor}", "r": r, "intruders": sweeps.words(seeds["count"], 1)}
+        row["forgetting"] = sweeps.words(seeds["forgotten"])
+        rows.append(row | {"eval loss": sweeps.words(seeds["task"])})
     sweeps.markdown(rows)
 
     print(f"{size}: Spearman's correlation with forgetting\n")
@@ -196,8 +208,10 @@ with matplotlib.rc_context(STYLE):
         right.axvline(0, color="0.7", linewidth=0.8)
         right.set(xlabel="change of eval loss on the task (nats)", title="α = 8, 3 seeds")
         right.set_ylabel("change of loss on pretraining text (nats)")
-        right.legend(fontsize=6)
-    figure.axes[0].legend(fontsize=6.5)
+        right.set_xlim(-0.1, 1.3)  # what shrinks on costs the task far more
+    small = {"ncols": 3, "fontsize": 6.5, "columnspacing": 1}
+    for panel, where in ((figure.axes[0], "left"), (figure.axes[2], "right")):
+        figure.legend(*panel.get_legend_handles_labels(), loc=f"outside lower {where}", **small)
     figure.savefig(HERE / "intruders.png", dpi=150)
 
     if len(rates):

@@ -46,7 +46,8 @@ PLAYS = "tinyshakespeare/input.txt", "\n\n", 3  # three speeches are one text
 TEXTS = {"stories-llama-260k": (STORIES,), "gpt2-nano": (STORIES, PLAYS)}
 TOKENS = 128
 KS = (1, 2, 5, 10)
-EPSILONS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+EPSILONS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # for the largest k; the other k at this one:
+EPSILON = 0.5
 LAMBDAS = (0.0, 0.25, 0.5, 0.7, 0.9, 1.0, 1.1, 1.3)
 SCALED = (1, 8)  # the ranks whose intruders are scaled, at alpha = 8 and the better learning rate
 
@@ -170,6 +171,7 @@ for directory in flags.runs:
             | {kind: int(total[k - 1, i]) for kind, total in totals.items()}
             for k in KS
             for i, e in enumerate(EPSILONS)
+            if k == max(KS) or e == EPSILON
         ]
         members.append(
             own
