@@ -154,7 +154,8 @@ for directory in flags.runs:
         of_task = task_batches(run.config["config"], base.vocabulary)
     for member, row in table[table["status"] == "finished"].iterrows():
         update, params = update_of(run, member, row["method"], base)
-        control = {path: norm_matched(member, dw) for path, dw in update.items()}
+        rng = np.random.default_rng(member)
+        control = {path: norm_matched(rng, dw) for path, dw in update.items()}
         found, totals = {}, {"count": 0, "control": 0}
         for path, dw in update.items():
             for kind, change in (("count", dw), ("control", control[path])):
