@@ -1,5 +1,5 @@
-"""LoRA under Adam has fewer hyperparameters than it seems: the scale, the width of A's start and two
-learning rates, changed together, change nothing.
+"""LoRA under Adam has fewer hyperparameters than it seems: the scale, the width of A's start and
+both learning rates, changed together, change nothing.
 
     python experiments/adam_invariance/run.py [--data=DIR]
 
