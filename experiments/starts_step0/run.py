@@ -8,7 +8,9 @@ alone is measured. Writes starts.csv, training.csv and figure.png beside this fi
 """
 
 import argparse
+import functools
 import os
+import tempfile
 from pathlib import Path
 
 import jax
@@ -23,9 +25,8 @@ from lorax.analysis import plots
 from lorax.train import loop, sweep
 
 HERE = Path(__file__).parent
-STARTS = ("kaiming", "pissa", "pissa-fast", "olora", "eva", "corda", "corda-kpm")
-STARTS += ("lora-ga", "lora-ga-paper")
-ON_NF4 = ("kaiming", "pissa", "loftq")  # of a base in 4 bits
+STARTS = ("kaiming", "pissa", "olora", "eva", "corda", "lora-ga")
+ON_NF4 = ("kaiming", "loftq")  # of a base in 4 bits
 STEPS, LRS, SEEDS, PART = 60, (1e-3, 3e-3, 1e-2, 3e-2), (0, 1, 2), 10
 TOLERANCE = 1e-5  # of the largest logit
 
@@ -35,11 +36,14 @@ def main():
     parser.add_argument("--data", default=os.environ.get("LORAX_DATA"))
     data = parser.parse_args().data
     sweep.split_cpu()
+    # Starts that read data compile one program for every seed: the same one.
+    cache = tempfile.TemporaryDirectory()
+    jax.config.update("jax_compilation_cache_dir", cache.name)
 
     # ---------------------------------------------------------------------------------- settings
     nano = config.default()
     nano.method.update(rank=8, alpha=8.0, targets=("all-linear",))  # s = 1, as PiSSA's authors
-    nano.train.update(steps=STEPS, batch_size=8, schedule="constant", warmup=5)
+    nano.train.update(steps=STEPS, batch_size=4, schedule="constant", warmup=5)
     nano.eval.examples = 8
     nano.sweep.seed = SEEDS
     settings = [nano]
@@ -51,34 +55,38 @@ def main():
     else:
         print("no stories-llama-260k in --data: gpt2-nano alone")
 
-    starts, training = [], []
+    # ------------------------------------------------------------------------------------ step 0
+    write = dict(index=False, float_format="%.6g", lineterminator="\n")
+    starts, training, loaded = [], [], loop.Loaded({}, {})
     for c in settings:
-        name, loaded = Path(c.base).name, loop.Loaded({}, {})
-        # -------------------------------------------------------------------------------- step 0
+        forward = jax.jit(functools.partial(lorax.apply, lorax.load(c.base).module))
         for quantised, inits in ((None, STARTS), ("nf4", ON_NF4)):
             c.update(quant=quantised)
             c.sweep.update(init=inits, lr=())
             for group in loop.prepare(config.members(c), print, loaded=loaded):
-                starts += [{"base": name} | row for row in step_0(group, c.base)]
-        # --------------------------------------------------------------- PiSSA beside LoRA's own
+                starts += step_0(group, c.base, forward)
+    starts = pd.DataFrame(starts)
+    starts.to_csv(HERE / "starts.csv", **write)
+    pd.set_option("display.width", 200)
+    each = starts.groupby(["base", "quant", "init"], sort=False)[["largest", "rms", "of_quantised"]]
+    print(each.agg(["mean", "sem"]).to_string(float_format=lambda x: f"{x:.3g}"))
+
+    # ------------------------------------------------------------------- PiSSA beside LoRA's own
+    for c in settings:
         c.update(quant=None)
         c.sweep.update(init=("kaiming", "pissa"), lr=LRS)
         for group in loop.prepare(config.members(c), print, loaded=loaded):
             losses = train(group)  # (M, STEPS)
             for member, own in zip(group.stack.members, losses, strict=True):
-                row = {"base": name} | {key: member.point[key] for key in ("init", "lr", "seed")}
+                row = {"base": Path(c.base).name} | {
+                    key: member.point[key] for key in ("init", "lr", "seed")
+                }
                 parts = own.reshape(-1, PART).mean(axis=1)
                 row |= {f"to_{PART * (i + 1)}": loss for i, loss in enumerate(parts)}
                 training.append(row | {"mean": own.mean()})
 
-    # ------------------------------------------------------------------------------------ results
-    starts, training = pd.DataFrame(starts), pd.DataFrame(training)
-    write = dict(index=False, float_format="%.6g", lineterminator="\n")
-    starts.to_csv(HERE / "starts.csv", **write)
+    training = pd.DataFrame(training)
     training.to_csv(HERE / "training.csv", **write)
-    pd.set_option("display.width", 200)
-    each = starts.groupby(["base", "quant", "init"], sort=False)[["largest", "rms", "of_quantised"]]
-    print(each.agg(["mean", "sem"]).to_string(float_format=lambda x: f"{x:.3g}"))
     each = training.groupby(["base", "init", "lr"], sort=False)[["mean", f"to_{STEPS}"]]
     print(each.agg(["mean", "sem"]).to_string(float_format=lambda x: f"{x:.4f}"))
     for base in starts["base"].unique():
@@ -90,14 +98,13 @@ def main():
     figure(starts, training).savefig(HERE / "figure.png", dpi=110)
 
 
-def step_0(group, name):
+def step_0(group, name, forward):
     """A row for each member: how far its logits at step 0 are from the base's own in float32.
 
     largest: of the largest logit; rms: root mean square over that of the logits. Of a base in 4
     bits also of_quantised: rms over what it is for that base without an adapter.
     """
     base, stack = group.base, group.stack
-    forward = jax.jit(lambda params, tokens: lorax.apply(base.module, params, tokens))
     tokens = group.task.eval["tokens"][:, :-1]
     rms = lambda x: float(np.sqrt(np.mean(np.square(x, dtype=float))))
     quantised = stack.members[0].config.quant
@@ -110,6 +117,7 @@ def step_0(group, name):
         target = exact if member.point["init"] == "loftq" else own
         off = logits - target
         yield {
+            "base": Path(name).name,
             "quant": quantised or "none",
             "init": member.point["init"],
             "seed": member.point["seed"],
