@@ -106,11 +106,8 @@ def figure(table) -> Figure:
             for n, side in enumerate(sides):
                 own = table[(table["base"] == base) & (table["side"] == side)]
                 found = own.groupby("shape", sort=False)["ratio"]
-                x, y = (
-                    np.array([list(SHAPES).index(shape) for shape in found.groups])
-                    + 0.18 * (n - 1.5),
-                    found.median(),
-                )
+                y = found.median()
+                x = np.array([list(SHAPES).index(shape) for shape in y.index]) + 0.18 * (n - 1.5)
                 style = {"color": plots.COLOURS[n], "linestyle": ""}
                 quartiles = [y - found.quantile(0.25), found.quantile(0.75) - y]
                 axes.vlines(x, found.min(), found.max(), color=plots.COLOURS[n], linewidth=0.6)
