@@ -281,6 +281,41 @@ def assert_same(one, two, rtol=0.0, atol=0.0):
 SGD = dict(optimizer="sgd", b1=0.0, weight_decay=0.0, lr=1.0)
 
 
+def test_adam_does_not_see_how_scale_and_rates_are_shared():
+    """alpha / (p q), p times A and its rate, q times B and its rate: the same training (LoRA
+    Without Regret), bit for bit where p and q are powers of two; eps = 0, no clipping, no decay."""
+    params, section = random(shapes_of(TIED)), config.default().train
+    section.update(steps=9, warmup=0, schedule="constant", clip=0.0)
+    sites = ops.sites_from_shapes(params)
+    several = jax.tree.map(lambda x: jnp.repeat(x[None], 3, axis=0), batches(1))
+
+    @functools.cache
+    def program(eps):  # one for all: the scale and the ratio are data to it
+        own = section.copy_and_resolve_references()
+        own.eps = eps
+        method = lorax.method("lora+", rank=2, targets=("q", "v"))
+        made = steps.Program(TIED, method, sites, own, dropout=False, merge=False)
+        return made, jit(functools.partial(steps.train_steps, made))
+
+    def run(p, q, eps=0.0):
+        made, go = program(eps)
+        hp = dict(rank=2, alpha=4 / (p * q), targets=("q", "v"), ratio=q / p)
+        method = lorax.method("lora+", **hp)
+        trainable, constants = method.init(jax.random.key(0), params)
+        flat = tree.flatten(random(trainable, seed=1))  # B off zero: eps = 0 makes 0 / 0 of it
+        flat = {path: (p if path.endswith("/a") else q) * x for path, x in flat.items()}
+        hyper = steps.Hyper(jnp.float32(0.1 * p), jnp.float32(0), jax.random.key(0))
+        state = steps.start(method, tree.unflatten(flat), constants, made.train, hyper)
+        state, logs = go(params, constants, hyper, state, several)
+        return logs["loss"], method.delta(state.trainable, constants, params)
+
+    plain = run(1, 1)
+    assert plain[0][0] > plain[0][-1]
+    assert_same(plain, run(8, 0.5))
+    assert_same(plain, run(0.25, 16))
+    assert np.abs(plain[0] - run(8, 0.5, eps=1e-3)[0]).max() > 1e-4
+
+
 def test_an_accumulated_batch_is_the_whole_batch():
     whole, parts = batches(1), jax.tree.map(lambda x: x.reshape(2, 2, 7), batches(1))
     member = start(**SGD)

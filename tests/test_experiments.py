@@ -1,0 +1,58 @@
+"""Every experiment says what it claims, how it was run and what came of it; its files are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = sorted(
+    path.name
+    for path in (ROOT / "experiments").iterdir()
+    if path.is_dir() and path.name[0] not in "._"
+)
+#: How gpt2-nano was made: no claim from the literature.
+NO_CLAIM = ("gpt2_nano",)
+HEADINGS = ("Claim", "Command", "Result", "Verdict")
+IMAGES, TABLES = r"!\[[^\]]*\]\(([^)]+)\)", r"`([\w./-]+\.csv)`"
+
+
+def readme(folder) -> str:
+    return (ROOT / "experiments" / folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_an_experiment_has_claim_command_result_and_verdict(folder):
+    text = readme(folder)
+    assert text.startswith("# ")
+    if folder in NO_CLAIM:
+        return
+    at = []
+    for heading in HEADINGS:  # "**Claim.**", "**Claims.**", "**Verdict: reproduced.**"
+        found = re.search(rf"^\*\*{heading}s?\b", text, flags=re.MULTILINE)
+        assert found, f"{folder}: no **{heading}.**"
+        at.append(found.start())
+    assert at == sorted(at), f"{folder}: {', '.join(HEADINGS)} in this order"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_command_names_files_that_are_there(folder):
+    commands = re.findall(r"^ {4}python .*(?:\\\n.*)*", readme(folder), flags=re.MULTILINE)
+    assert commands, f"{folder}: no command"
+    for command in commands:
+        files = re.findall(r"(?:configs|experiments)/[\w/]+\.py", command)
+        assert files or "-m lorax." in command, f"{folder}: {command}"
+        for file in files:
+            assert (ROOT / file).is_file(), f"{folder}: {file}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_what_a_readme_names_is_there_and_what_is_there_is_named(folder):
+    text, here = readme(folder), ROOT / "experiments" / folder
+    images, tables = re.findall(IMAGES, text), re.findall(TABLES, text)
+    assert images, f"{folder}: no figure"
+    for name in [*images, *(name for name in tables if "/" not in name)]:
+        assert (here / name).is_file(), f"{folder}: {name}"
+    unnamed = {path.name for path in here.glob("*.csv")} - set(tables)
+    unnamed |= {path.name for path in here.glob("*.png")} - set(images)
+    assert not unnamed, f"{folder}: README.md does not name {unnamed}"
