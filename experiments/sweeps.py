@@ -1,0 +1,96 @@
+"""What the figures of experiments/ that are made of sweeps have in common."""
+
+import argparse
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from lorax.analysis import runs
+from lorax.analysis.plots import COLOURS, DASHES, MARKERS
+
+
+class Sweep(NamedTuple):
+    """A run of a config at one size."""
+
+    size: str  # "gpt2-nano", "stories-llama-260k": the base
+    run: runs.Run
+    table: pd.DataFrame  # a row a member, of `runs.summary`; full fine-tuning has rank 0 here
+
+
+def read(config: str, about: str) -> list[Sweep]:
+    """The runs of configs/`config`.py that the command line names, one a size.
+
+    about: the calling script's docstring, for --help. Raises ValueError for a run of another
+    config; prints a line for one that is not finished, of which there is what it has so far.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"run of configs/{config}.py")
+    return [load(directory, config) for directory in parser.parse_args().runs]
+
+
+def load(directory: str, config: str) -> Sweep:
+    """A run of configs/`config`.py; see `read`."""
+    run = runs.load(directory)
+    command = run.config.get("command", "")
+    if f"configs/{config}.py" not in command:
+        raise ValueError(f"{directory}: need a run of configs/{config}.py, got one of {command!r}")
+    table = runs.summary(run)
+    if run.status.get("state") != "finished":
+        done = (table["status"] == "finished").sum()
+        print(f"{directory}: not finished, {done} of {len(table)} members are\n")
+    table["rank"] = table["rank"].fillna(0).astype(int)
+    return Sweep(pathlib.Path(run.config["config"]["base"]).name, run, table)
+
+
+def evals(sweep: Sweep, split: str = "eval") -> pd.DataFrame:
+    """A row a member and evaluation (or call of training): step and loss beside its fields."""
+    rows = sweep.run.metrics[sweep.run.metrics["split"] == split]
+    return rows[["member", "step", "loss"]].merge(sweep.table.reset_index(drop=True), on="member")
+
+
+def name(method: str, rank: int) -> str:
+    """What a line is called: "LoRA, r = 4", "full fine-tuning"."""
+    return {"full": "full fine-tuning", "prefix": "prefix"}.get(method, f"LoRA, r = {rank}")
+
+
+def best_rates(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """The members of each setting (`by`) at its best learning rate: that of the lowest mean of
+    final_loss over seeds. A rate at which a seed diverged is not the best."""
+    losses = table.groupby([*by, "lr"], dropna=False)["final_loss"]
+    means = losses.agg(lambda loss: loss.mean(skipna=False)).dropna()
+    best = means.groupby(level=by, dropna=False).idxmin()
+    return table.set_index([*by, "lr"]).loc[best.tolist()].reset_index()
+
+
+def words(values, digits: int = 3) -> str:
+    """Mean and standard error of seeds: "1.234 ± 0.005"; "-" where there is none."""
+    values = np.asarray(values, float)
+    if not len(values) or not np.isfinite(values).all():
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{values.mean():.{digits}f} ± {standard_error(values):.{digits}f}"
+
+
+def standard_error(values) -> float:
+    """Of the mean of `values`, one a seed."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def markdown(rows: list[dict]) -> None:
+    """Print the rows as a table in Markdown, under their keys; a row may lack some."""
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    print("| " + " | ".join(heads) + " |")
+    print("|" + "---|" * len(heads))
+    for row in rows:
+        print("| " + " | ".join(str(row.get(head, "")) for head in heads) + " |")
+    print()
+
+
+def line(axes: Axes, n: int, x, means, errors, label: str) -> None:
+    """The n-th line of a panel: means with standard errors."""
+    style = {"color": COLOURS[n], "marker": MARKERS[n], "linestyle": DASHES[n]}
+    axes.errorbar(x, means, yerr=errors, capsize=3, label=label, **style)
