@@ -4,7 +4,7 @@
 
 "LoRA Without Regret" (Thinking Machines 2025): on a given number of examples the loss of LoRA falls
 behind that of full fine-tuning as the batch grows, whatever the rank. Every batch size sees as many
-examples, each method at the best of two learning rates. Here: experiments/batch_size.
+examples, each method at the best of three learning rates. Here: experiments/batch_size.
 
     --config=configs/batch_size.py:stories --config.base=DIR --config.task.path=ZIP
     --config=configs/batch_size.py:gpt2-medium --config.task.path=ZIP
@@ -13,6 +13,7 @@ examples, each method at the best of two learning rates. Here: experiments/batch
 from lorax.scales import scale
 
 BATCHES = (2, 8, 32)
+FACTORS = (0.3, 1, 3)  # of the learning rate: the best one moves with the batch
 
 
 def get_config(arg=None):
@@ -23,11 +24,12 @@ def get_config(arg=None):
     examples = 8 * min(config.train.steps, 150)
     config.eval.every = examples // 2  # in the end alone
     lr = config.train.lr / 2
+    full = lr * {"gpt2-medium": 0.1}.get(arg, 0.3)  # of small ones: experiments/learning_rate
     points = [
-        (method, rank, rate * factor, batch, examples // batch)
+        (method, rank, float(f"{rate * factor:.2g}"), batch, examples // batch)
         for batch in BATCHES
-        for method, rank, rate in (("lora", 4, lr), ("lora", 32, lr), ("full", 8, lr / 10))
-        for factor in (1, 3)
+        for method, rank, rate in (("lora", 4, lr), ("lora", 32, lr), ("full", 8, full))
+        for factor in FACTORS
     ]
     sweep = config.sweep
     sweep.method, sweep.rank, sweep.lr, sweep.batch_size, sweep.steps = zip(*points, strict=True)

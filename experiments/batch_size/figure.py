@@ -57,7 +57,7 @@ with matplotlib.rc_context(STYLE):
         axes.set_title(sweep.size)
         axes.legend()
         small, large = min(slopes), max(slopes)
-        print(f"{sweep.size}: final eval loss, each at the better of its two learning rates\n")
+        print(f"{sweep.size}: final eval loss, each at the best of its learning rates\n")
         sweeps.markdown(rows)
         print(
             f"A doubling's widening at r = {large} less that at r = {small}: "
