@@ -22,32 +22,31 @@ FIRST = 20  # steps, a third of the run: what "the first steps" means here
 SCALINGS = {"lora": "α / r", "rslora": "α / √r"}
 
 
+def spreads(losses: pd.DataFrame) -> pd.DataFrame:
+    """A row a scaling, step and seed: the highest less the lowest loss over ranks (`spread`, nats),
+    that over how far the ranks' mean has fallen from the base's (`share`), and the largest rank's
+    loss less the smallest's (`signed`). All ranks of a seed have seen the same batches."""
+    after = losses[losses["step"] > 0]
+    wide = after.pivot_table(
+        index=["scaling", "step", "seed", "base_loss"], columns="rank", values="loss"
+    )
+    table = pd.DataFrame({"spread": wide.max(axis=1) - wide.min(axis=1)})
+    fall = wide.index.get_level_values("base_loss") - wide.mean(axis=1)
+    table["share"] = table["spread"] / fall
+    table["signed"] = wide[wide.columns.max()] - wide[wide.columns.min()]
+    return table.droplevel("base_loss")
+
+
 def by_rank(losses: pd.DataFrame) -> list[dict]:
-    """A row a scaling and step: the loss of each rank, mean over seeds."""
-    rows = []
+    """A row a scaling and step: the loss of each rank, and their spread."""
+    rows, apart = [], spreads(losses)
     for scaling, title in SCALINGS.items():
         for step in (5, 10, FIRST, losses["step"].max()):
             at = losses[(losses["scaling"] == scaling) & (losses["step"] == step)]
             means = {f"r = {r}": sweeps.words(own["loss"]) for r, own in at.groupby("rank")}
-            rows.append({"s": title, "step": step} | means)
+            share = sweeps.words(100 * apart.loc[scaling, step]["share"], 1) + " %"
+            rows.append({"s": title, "step": step} | means | {"spread, of the fall": share})
     return rows
-
-
-def spreads(losses: pd.DataFrame) -> pd.DataFrame:
-    """A row a scaling and seed, each a mean over the first steps: the highest less the lowest loss
-    over ranks at the same step (`spread`, nats), that over how far the ranks' mean has fallen from
-    the base's (`share`), and the largest rank's loss less the smallest's (`signed`). All ranks of a
-    seed have seen the same batches."""
-    early = losses[(losses["step"] > 0) & (losses["step"] <= FIRST)]
-    wide = early.pivot_table(
-        index=["scaling", "seed", "step", "base_loss"], columns="rank", values="loss"
-    )
-    table = pd.DataFrame({"spread": wide.max(axis=1) - wide.min(axis=1)})
-    table["share"] = table["spread"] / (
-        wide.index.get_level_values("base_loss") - wide.mean(axis=1)
-    )
-    table["signed"] = wide[wide.columns.max()] - wide[wide.columns.min()]
-    return table.groupby(["scaling", "seed"]).mean()
 
 
 found = sweeps.read("rslora_vs_lora", __doc__)
@@ -73,7 +72,8 @@ with matplotlib.rc_context(STYLE):
         sweeps.markdown(by_rank(losses))
         rows = []
         for split in ("eval", "train"):
-            table = spreads(sweeps.evals(sweep, split))
+            table = spreads(sweeps.evals(sweep, split)).sort_index()
+            table = table.loc[:, :FIRST, :].groupby(["scaling", "seed"]).mean()
             for scaling, title in SCALINGS.items():
                 own = table.loc[scaling]
                 times = table.loc["rslora", "spread"] / table.loc["lora", "spread"]
