@@ -3,7 +3,9 @@
     python -m lorax.run --config=configs/mlp_vs_attention.py
 
 "LoRA Without Regret" (Thinking Machines 2025) and Biderman et al. (arXiv:2405.09673): at as many
-parameters the feed-forward layers win, and all layers are about as good. Here: experiments/layers.
+parameters the feed-forward layers win, and all layers are about as good. Here: experiments/layers;
+stories, 5 minutes on two busy cores with the first two rates: mlp 1.260, all-linear 1.276,
+attention 1.494.
 
     --config=configs/mlp_vs_attention.py:stories --config.base=DIR --config.task.path=ZIP
     --config=configs/mlp_vs_attention.py:gpt2-medium --config.task.path=ZIP
@@ -11,7 +13,7 @@ parameters the feed-forward layers win, and all layers are about as good. Here: 
 
 from lorax.scales import scale
 
-#: ranks of attention, mlp and all-linear that make as many parameters, within 4%
+#: ranks of attention and mlp that make as many parameters within 1%, of all-linear 6 to 10% fewer
 RANKS = {None: (10, 8, 4), "stories": (11, 7, 4), "gpt2-medium": (10, 8, 4)}
 
 
@@ -21,6 +23,6 @@ def get_config(arg=None):
     sweep.targets = (("attention",), ("mlp",), ("all-linear",))
     sweep.rank = RANKS[arg]
     sweep.zip = (("targets", "rank"),)
-    sweep.lr = tuple(config.train.lr * factor for factor in (0.3, 1))
+    sweep.lr = tuple(float(f"{config.train.lr * factor:.2g}") for factor in (0.3, 1, 3))
     sweep.seed = (0, 1, 2)
     return config
