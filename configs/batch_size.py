@@ -13,7 +13,6 @@ examples, each method at the best of three learning rates. Here: experiments/bat
 from lorax.scales import scale
 
 BATCHES = (2, 8, 32)
-FACTORS = (0.3, 1, 3)  # of the learning rate: the best one moves with the batch
 
 
 def get_config(arg=None):
@@ -21,15 +20,14 @@ def get_config(arg=None):
     config.method.targets = ("all-linear",)
     config.train.schedule = "constant"
     config.train.warmup = 0
-    examples = 8 * min(config.train.steps, 150)
+    examples = 8 * min(config.train.steps, 100)
     config.eval.every = examples // 2  # in the end alone
     lr = config.train.lr / 2
-    full = lr * {"gpt2-medium": 0.1}.get(arg, 0.3)  # of small ones: experiments/learning_rate
     points = [
-        (method, rank, float(f"{rate * factor:.2g}"), batch, examples // batch)
+        (method, rank, rate * factor, batch, examples // batch)
         for batch in BATCHES
-        for method, rank, rate in (("lora", 4, lr), ("lora", 32, lr), ("full", 8, full))
-        for factor in FACTORS
+        for method, rank, rate in (("lora", 4, lr), ("lora", 32, lr), ("full", 8, lr / 10))
+        for factor in (0.3, 1, 3)
     ]
     sweep = config.sweep
     sweep.method, sweep.rank, sweep.lr, sweep.batch_size, sweep.steps = zip(*points, strict=True)

@@ -21,6 +21,13 @@ HERE = pathlib.Path(__file__).parent
 LARGE = 0.02  # of the loss compared with: less is not called behind
 
 
+def after(sweep: sweeps.Sweep, split: str) -> pd.Series:
+    """Losses after step 0 by (rank, seed, step): of evaluations, or means over calls of training,
+    which are more often."""
+    rows = sweeps.evals(sweep, split)
+    return rows[rows["step"] > 0].set_index(["rank", "seed", "step"])["loss"].sort_index()
+
+
 def behind(losses: pd.DataFrame, of: int, than: int) -> pd.DataFrame:
     """By how much rank `of` is worse than rank `than` (0: full fine-tuning) at each evaluation,
     in pairs of the same seed, which see the same batches.
@@ -49,8 +56,7 @@ with matplotlib.rc_context(STYLE):
     figure = Figure(figsize=(7.2, 3.2 * len(found)), layout="constrained")
     panels = figure.subplots(len(found), 2, squeeze=False)
     for (curves, apart), sweep in zip(panels, found, strict=True):
-        evals = sweeps.evals(sweep)
-        losses = evals[evals["step"] > 0].set_index(["rank", "seed", "step"])["loss"].sort_index()
+        losses, trained = after(sweep, "eval"), after(sweep, "train")
         ranks = [rank for rank in losses.index.unique("rank") if rank]
         last, largest = losses.index.get_level_values("step").max(), max(ranks)
         rows = []
@@ -70,8 +76,10 @@ with matplotlib.rc_context(STYLE):
                     losses.loc[rank, :, last] - losses.loc[0, :, last]
                 )
                 row["leaves full at step"] = leaves(full["so"])
+                row["by training loss"] = leaves(behind(trained, rank, 0)["so"])
             if rank and rank != largest:
                 row[f"leaves r = {largest} at"] = leaves(behind(losses, rank, largest)["so"])
+                row["so by training loss"] = leaves(behind(trained, rank, largest)["so"])
             rows.append(row)
             drawn.append(points.reset_index().assign(base=sweep.size, rank=rank))
         apart.axhline(0, color=GREY, linewidth=1)
