@@ -4,7 +4,8 @@
 
 "LoRA Without Regret" (Thinking Machines 2025): with s = alpha / r the best rate moves by less than
 a factor of two from r = 4 to 512, and is about ten times that of full fine-tuning.
-Here: experiments/learning_rate.
+Here: experiments/learning_rate; stories, 21 minutes on two busy cores: 2.8e-3 at r = 1, 3.7e-3 at
+r = 32, 2.1 to 2.8 times full fine-tuning's.
 
     --config=configs/lr_vs_rank.py:stories --config.base=DIR --config.task.path=ZIP
     --config=configs/lr_vs_rank.py:gpt2-medium --config.task.path=ZIP
