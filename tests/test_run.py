@@ -374,6 +374,7 @@ def get_config(arg=None):
 """
 
 
+@pytest.mark.slow
 def test_a_search_that_is_killed_in_its_second_round_is_bit_identical(tmp_path):
     (tmp_path / "search.py").write_text(SEARCH)
     arguments = lambda name: (f"--config={tmp_path / 'search.py'}", f"--workdir={tmp_path / name}")

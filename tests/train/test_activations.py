@@ -72,7 +72,14 @@ def batches(n=6, size=3):
 
 
 @pytest.mark.parametrize(
-    ("family", "remat"), [*((family, "none") for family in FAMILIES), ("gpt2", "full")]
+    ("family", "remat"),
+    [
+        ("gpt2", "none"),
+        ("llama", "none"),
+        pytest.param("falcon", "none", marks=pytest.mark.slow),
+        pytest.param("bert", "none", marks=pytest.mark.slow),
+        pytest.param("gpt2", "full", marks=pytest.mark.slow),
+    ],
 )
 def test_the_stream_after_a_layer_is_what_a_model_of_so_many_layers_ends_in(family, remat):
     base, depth = make(family, remat=remat), "n_layer" if family == "gpt2" else "num_hidden_layers"
