@@ -1,5 +1,8 @@
 """Every experiment says what it claims, how it was run and what came of it; its files are there."""
 
+import ast
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -11,6 +14,7 @@ FOLDERS = sorted(
     for path in (ROOT / "experiments").iterdir()
     if path.is_dir() and path.name[0] not in "._"
 )
+SCRIPTS = sorted((ROOT / "experiments").rglob("*.py"))
 #: How gpt2-nano was made: no claim from the literature.
 NO_CLAIM = ("gpt2_nano",)
 HEADINGS = ("Claim", "Command", "Result", "Verdict")
@@ -56,3 +60,22 @@ def test_what_a_readme_names_is_there_and_what_is_there_is_named(folder):
     unnamed = {path.name for path in here.glob("*.csv")} - set(tables)
     unnamed |= {path.name for path in here.glob("*.png")} - set(images)
     assert not unnamed, f"{folder}: README.md does not name {unnamed}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_what_a_script_takes_from_lorax_is_there(script):
+    """Scripts run when somebody redraws a figure; what they call may have moved since."""
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    modules = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "lorax":
+            package = importlib.import_module(node.module)
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                found = getattr(package, alias.name, None) or importlib.import_module(name)
+                if inspect.ismodule(found):
+                    modules[alias.asname or alias.name] = found
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = modules.get(node.value.id)
+            assert module is None or hasattr(module, node.attr), f"{node.value.id}.{node.attr}"

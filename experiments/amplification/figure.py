@@ -19,7 +19,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
 
 import lorax
-from lorax.analysis import amplification, runs
+from lorax.analysis import amplification, updates
 from lorax.analysis.plots import STYLE
 
 HERE = pathlib.Path(__file__).parent
@@ -44,7 +44,7 @@ def matrices(sweep: sweeps.Sweep) -> pd.DataFrame:
     rows = []
     for member in table[table["rank"].isin((SMALL, large))].itertuples():
         for path, (a, b, s, *_) in sweep.run.adapter(member.member).items():
-            w, (layer, target) = kernels[path], runs.place(path)
+            w, (layer, target) = kernels[path], updates.place(path)
             for k in dict.fromkeys((member.rank, SMALL)):
                 # A seed of its own for each, or all random columns would be one draw.
                 rng = np.random.default_rng([member.member, layer, ord(target), k])

@@ -16,7 +16,7 @@ from matplotlib.ticker import EngFormatter, NullFormatter, NullLocator
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
 
-from lorax.analysis import calibration, runs
+from lorax.analysis import calibration, runs, updates
 from lorax.analysis.plots import COLOURS, STYLE
 
 HERE = pathlib.Path(__file__).parent
@@ -31,7 +31,7 @@ def losses(sweep: sweeps.Sweep) -> pd.DataFrame:
 
 
 found = sweeps.read("lora_table6_rank", __doc__)
-curves, updates = [], []
+curves, of_updates = [], []
 for sweep in found:
     table, by_seed = sweep.table, losses(sweep)
     ranks = sorted(set(table["rank"]))
@@ -61,7 +61,7 @@ for sweep in found:
 
     print(f"{sweep.size}: dW of the q, v members, mean over layers and seeds\n")
     pair = table[table["targets"] == "q v"]
-    _, ranked = runs.spectra({member: sweep.run.adapter(member) for member in pair.index})
+    _, ranked = updates.spectra({member: sweep.run.adapter(member) for member in pair.index})
     ranked["seed"] = ranked["member"].map(pair["seed"])
     rows = []
     for r, own in ranked.groupby("rank"):
@@ -72,14 +72,14 @@ for sweep in found:
 
     each = by_seed.T.rename(columns=lambda seed: f"seed{seed}").reset_index()
     curves.append(means.merge(each).assign(base=sweep.size))
-    updates.append(ranked.assign(base=sweep.size))
+    of_updates.append(ranked.assign(base=sweep.size))
 
-curves, updates = pd.concat(curves), pd.concat(updates)
+curves, of_updates = pd.concat(curves), pd.concat(of_updates)
 seeds = [name for name in curves if name.startswith("seed")]
 columns = ["base", "targets", "rank", "trainable_params", "scale", "mean", "se", *seeds]
 curves[columns].to_csv(HERE / "losses.csv", index=False, float_format="%.6g")
 columns = ["base", "rank", "seed", "layer", "target", *UPDATE, "stable"]
-updates[columns].to_csv(HERE / "updates.csv", index=False, float_format="%.6g")
+of_updates[columns].to_csv(HERE / "updates.csv", index=False, float_format="%.6g")
 
 with matplotlib.rc_context(STYLE):
     figure = Figure(figsize=(1.2 + 3.1 * len(found), 5.6), layout="constrained")
