@@ -10,30 +10,13 @@ A GPU's work: 18 members of 26,290 steps. The data is at https://github.com/tuet
     --config=configs/e2e_gpt2.py:DIR_OR_HUB_ID    another GPT-2, "random:DIR" for its shape alone
 """
 
-from lorax.config import default
+from lorax.scales import gpt2_medium
 
 
 def get_config(base=None):
-    config = default()
-    config.base = base or "openai-community/gpt2-medium"
-    config.task.name = "e2e"
-    config.task.path = "e2e-dataset.zip"
-    config.method.alpha = 32.0
-    config.method.scaling = "lora"
-    config.method.dropout = 0.1
+    config = gpt2_medium()
+    config.base = base or config.base
     config.method.targets = ("q", "v")
-    config.train.batch_size = 8
-    config.train.seq_len = 512
-    config.train.steps = 26_290  # 5 epochs of 42,061 examples
-    config.train.lr = 2e-4
-    config.train.warmup = 500
-    config.train.eps = 1e-6
-    config.train.weight_decay = 0.01
-    config.train.label_smoothing = 0.1
-    config.train.clip = 0.0
-    config.eval.every = 1000
-    config.eval.batch_size = 16
-    config.eval.examples = 1024
     config.eval.generate = 630  # all meaning representations of the test set
     config.eval.beams = 10
     config.eval.length_penalty = 0.8

@@ -12,14 +12,14 @@ many for random directions of the same singular values.
     --config=configs/intruders.py:gpt2-medium --config.task.path=ZIP
 """
 
-from lorax.scales import scale
+from lorax.scales import LARGEST_RANK, scale
 
 
 def get_config(arg=None):
     config = scale(arg)
     config.method.targets = ("all-linear",)
     lr = config.train.lr / 2
-    ranks = (1, 8, 32 if arg == "stories" else 64)  # its k and v are 64 x 32
+    ranks = (1, 8, LARGEST_RANK[arg])
     # alpha times the learning rate is the same everywhere, as in the paper
     points = [("lora", r, 8.0, lr) for r in ranks]
     points += [("lora", r, 2.0 * r, lr * 8 / (2 * r)) for r in ranks]

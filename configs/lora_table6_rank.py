@@ -11,12 +11,12 @@ r = 1 or 2 on (WikiSQL, q and v: 73.4, 73.3, 73.7, 73.8, 73.5), and q alone stay
     --config=configs/lora_table6_rank.py:gpt2-medium --config.task.path=ZIP
 """
 
-from lorax.scales import scale
+from lorax.scales import LARGEST_RANK, scale
 
 
 def get_config(arg=None):
     config = scale(arg)
     config.sweep.targets = (("q",), ("q", "v"), ("q", "k", "v", "o"))
-    config.sweep.rank = (1, 2, 4, 8, 32 if arg == "stories" else 64)  # its v is 64 x 32
+    config.sweep.rank = (1, 2, 4, 8, LARGEST_RANK[arg])
     config.sweep.seed = (0, 1, 2)
     return config

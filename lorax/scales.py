@@ -63,6 +63,8 @@ def gpt2_medium() -> ConfigDict:
 
 
 SCALES = {None: nano, "stories": stories, "gpt2-medium": gpt2_medium}
+#: What the studies take for a large rank; k and v of stories are 64 x 32.
+LARGEST_RANK = {None: 64, "stories": 32, "gpt2-medium": 64}
 
 
 def scale(name: str | None) -> ConfigDict:
