@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from lorax.analysis.plots import COLOURS, DASHES, MARKERS, NAMES, STYLE, named, pick
+from lorax.analysis.plots import COLOURS, DASHES, MARKERS, NAMES, STYLE, line_style, named, pick
 
 
 def curves(found: pd.DataFrame, loss: str) -> Figure:
@@ -30,10 +30,7 @@ def curves(found: pd.DataFrame, loss: str) -> Figure:
             for n, run in enumerate(of_runs):
                 line = here[here["run"] == run]
                 bars = line["se"] if line["se"].notna().any() else None
-                style = {"color": pick(COLOURS, n), "linestyle": pick(DASHES, n)}
-                axes.errorbar(
-                    line["x"], line["mean"], yerr=bars, marker=pick(MARKERS, n), capsize=2, **style
-                )
+                axes.errorbar(line["x"], line["mean"], yerr=bars, capsize=2, **line_style(n))
             axes.set_xlabel(NAMES.get(axis, named(axis)))
             _logarithmic(axes, axis, here["x"])
         figure.supylabel("final " + loss, fontsize=9)
@@ -134,12 +131,7 @@ def between_layers(maps: dict[tuple[str, str], tuple[list[int], np.ndarray]]) ->
 
 def _handles(count: int) -> list[matplotlib.lines.Line2D]:
     """Lines for a legend: it lists every one, also those that a panel lacks."""
-    return [
-        matplotlib.lines.Line2D(
-            [], [], color=pick(COLOURS, n), marker=pick(MARKERS, n), linestyle=pick(DASHES, n)
-        )
-        for n in range(count)
-    ]
+    return [matplotlib.lines.Line2D([], [], **line_style(n)) for n in range(count)]
 
 
 def _logarithmic(axes, axis: str, x: pd.Series) -> None:

@@ -16,7 +16,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from lorax.analysis.plots import COLOURS, DASHES, GREY, MARKERS, STYLE, main_axis, named, pick
+from lorax.analysis.plots import COLOURS, GREY, STYLE, line_style, main_axis, named, pick
 from lorax.analysis.runs import in_words
 from lorax.analysis.subspace import Band
 
@@ -64,7 +64,7 @@ def spectra(sigmas: pd.DataFrame, layers: Sequence[int], main: str = "rank") -> 
                     for _, curve in here[here[main] == value].groupby("member"):
                         often = max(1, len(curve) // 8)
                         thin = {"markersize": 3, "markevery": often, "linewidth": 1}
-                        axes.plot(curve["index"], curve["sigma"], **_style(n) | thin)
+                        axes.plot(curve["index"], curve["sigma"], **line_style(n) | thin)
                 axes.set_title(_panel(layer, target))
                 axes.set_xscale("log", base=2)
                 axes.set_yscale("log")
@@ -97,8 +97,7 @@ def update_ranks(ranks: pd.DataFrame, main: str = "rank") -> Figure:
                 x = here[main].map(position)
                 mean = here.groupby(x)[column].mean()
                 colour = pick(COLOURS, n)
-                style = {"color": colour, "marker": pick(MARKERS, n), "label": str(target)}
-                axes.plot(mean.index, mean, linestyle=pick(DASHES, n), **style)
+                axes.plot(mean.index, mean, label=str(target), **line_style(n))
                 axes.plot(x, here[column], ".", color=colour, alpha=0.3, markersize=4)
             axes.set_yscale("log", base=2)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -258,7 +257,7 @@ def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> Figure:
             own = np.diagonal(values)
             often = max(1, len(own) // 8)
             i = np.arange(1, len(own) + 1)
-            axes.plot(i, own, label=name, markevery=often, **_style(n))
+            axes.plot(i, own, label=name, markevery=often, **line_style(n))
         axes.set_xlabel("i: top directions of both")
         axes.set_ylabel("subspace similarity φ(i, i)")
         axes.set_ylim(0, 1.03)
@@ -297,7 +296,7 @@ def _quartiles(axes: Axes, table: pd.DataFrame, main: str, column: str, n: int, 
     if len(parts):
         middle = parts[0.5]
         around = [middle - parts[0.25], parts[0.75] - middle]
-        axes.errorbar(parts.index, middle, yerr=around, capsize=3, label=label, **_style(n))
+        axes.errorbar(parts.index, middle, yerr=around, capsize=3, label=label, **line_style(n))
         axes.set_yscale("log")
 
 
@@ -320,7 +319,7 @@ def intruder_counts(table: pd.DataFrame, k: int = 10, main: str = "rank") -> Fig
             of = sums[sums[main] == value].groupby("epsilon")
             mean, bars = of["intruders"].mean(), of["intruders"].sem()
             bars = bars if bars.notna().any() else None
-            axes.errorbar(mean.index, mean, yerr=bars, capsize=3, **_style(n))
+            axes.errorbar(mean.index, mean, yerr=bars, capsize=3, **line_style(n))
             control = of["control"].mean()
             if control.notna().any():
                 dotted = {"color": pick(COLOURS, n), "linestyle": (0, (1, 2)), "linewidth": 1}
@@ -360,7 +359,7 @@ def base_spectrum(sigmas: pd.DataFrame, layers: Sequence[int] | None = None) -> 
                 curve = drawn[(drawn["layer"] == layer) & (drawn["target"] == target)]
                 often = max(1, len(curve) // 6)
                 thin = {"markersize": 3, "markevery": often, "linewidth": 1}
-                axes.plot(curve["index"], curve["sigma"], **_style(n) | thin)
+                axes.plot(curve["index"], curve["sigma"], **line_style(n) | thin)
             axes.set_title(target)
             axes.set_yscale("log")
         figure.supxlabel("index of singular value", fontsize=9)
@@ -398,7 +397,7 @@ def trajectory(
                     axes.plot(of.index, of, color=pick(COLOURS, n), alpha=0.3, linewidth=0.7)
                 mean = here.groupby("step")[name].mean()
                 often = max(1, len(mean) // 8)
-                axes.plot(mean.index, mean, markevery=often, **_style(n))
+                axes.plot(mean.index, mean, markevery=often, **line_style(n))
             axes.set_ylabel(QUANTITIES.get(name, named(name)))
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             axes.tick_params(labelbottom=True)
@@ -422,7 +421,7 @@ def cka(table: pd.DataFrame, main: str = "rank") -> Figure:
             of = table[table[main] == value].groupby("layer")["cka"]
             mean, bars = of.mean(), of.sem()
             bars = bars if bars.notna().any() else None
-            axes.errorbar(mean.index, mean, yerr=bars, capsize=3, **_style(n))
+            axes.errorbar(mean.index, mean, yerr=bars, capsize=3, **line_style(n))
         axes.set_xlabel("layer")
         axes.set_ylabel("linear CKA with the base (0 to 1)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -431,10 +430,6 @@ def cka(table: pd.DataFrame, main: str = "rank") -> Figure:
 
 
 # ----------------------------------------------------------------------------------------- helpers
-
-
-def _style(n: int) -> dict:
-    return {"color": pick(COLOURS, n), "marker": pick(MARKERS, n), "linestyle": pick(DASHES, n)}
 
 
 def _values(column: pd.Series) -> list:
@@ -446,7 +441,7 @@ def _legend(
     figure: Figure, values: Sequence, main: str, more: Mapping[str, dict] | None = None
 ) -> None:
     """Every value, also those that a panel lacks, and lines of other kinds."""
-    lines = [matplotlib.lines.Line2D([], [], **_style(n)) for n in range(len(values))]
+    lines = [matplotlib.lines.Line2D([], [], **line_style(n)) for n in range(len(values))]
     lines += [matplotlib.lines.Line2D([], [], **style) for style in (more or {}).values()]
     labels = [f"{named(main)} = {in_words(value)}" for value in values]
     figure.legend(lines, [*labels, *(more or {})], loc="outside right upper")

@@ -183,7 +183,7 @@ def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, loss: str = LOSS) ->
 def _against_size(axes: Axes, best: pd.DataFrame, by: str, n: int, label: str) -> None:
     """A line through the means over seeds with standard errors, and the seeds as dots."""
     values = best.groupby(by)["value"]
-    style = {"color": pick(COLOURS, n), "linestyle": pick(DASHES, n), "marker": pick(MARKERS, n)}
+    style = line_style(n)
     mean = values.mean()
     bars = values.sem() if values.sem().notna().any() else None  # of one seed there is none
     axes.errorbar(mean.index, mean, yerr=bars, capsize=2, label=label, **style)
@@ -238,6 +238,11 @@ def learning_curves(
 
 def pick(choices: Sequence, n: int):
     return choices[n % len(choices)]
+
+
+def line_style(n: int) -> dict:
+    """Colour, marker and dash of the nth line, which is told by any one of them."""
+    return {"color": pick(COLOURS, n), "marker": pick(MARKERS, n), "linestyle": pick(DASHES, n)}
 
 
 def named(main: str) -> str:
