@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from lorax.analysis import runs
-from lorax.analysis.plots import COLOURS, DASHES, MARKERS
+from lorax.analysis.plots import line_style
 
 
 class Sweep(NamedTuple):
@@ -92,5 +92,4 @@ def markdown(rows: list[dict]) -> None:
 
 def line(axes: Axes, n: int, x, means, errors, label: str) -> None:
     """The n-th line of a panel: means with standard errors."""
-    style = {"color": COLOURS[n], "marker": MARKERS[n], "linestyle": DASHES[n]}
-    axes.errorbar(x, means, yerr=errors, capsize=3, label=label, **style)
+    axes.errorbar(x, means, yerr=errors, capsize=3, label=label, **line_style(n))
