@@ -107,7 +107,8 @@ def plan(settings, members) -> str:
     axes += [f"{axis} {_show(sweep[axis])}" for axis in single]
     swept = " x ".join(axes) or "one setting"
     plural = "s" * (len(members) > 1)
-    what = f"{settings.method.name} on {settings.base}, task {settings.task.name}"
+    methods = ", ".join(dict.fromkeys(sweep.method or [settings.method.name]))
+    what = f"{methods} on {settings.base}, task {settings.task.name}"
     if settings.search.threshold:
         full, lora = (sum(m.config.method.name == n for m in members) for n in ("full", "lora"))
         most = config.most_members(settings, members)

@@ -8,6 +8,7 @@ flows, and whose "gradient" is defined as x^T x of the layer's inputs. So they p
 `nn.scan` and remat as gradients do, stacked by layer and added over batches.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -51,22 +52,8 @@ def evidence(base: Base, batches: Mapping, paths, kinds=("gradient",)) -> dict[s
     for kind in kinds:
         probes |= {} if kind == "gradient" else _taps(base, flat, paths, kind)
 
-    @jax.jit
-    def run(flat, probes, batches):
-        def loss(probes, batch):
-            with nn.intercept_methods(_listen(_real(batch))):
-                return _loss(base, flat | probes, batch)
-
-        def add(carry, batch):
-            grads, weight = jax.grad(loss, has_aux=True)(probes, batch)
-            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-            rows = jnp.sum(jnp.any(_real(batch), axis=1).astype(jnp.float32))
-            return jax.tree.map(jnp.add, carry, (grads, weight, rows)), None
-
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), probes)
-        return jax.lax.scan(add, (zero, jnp.float32(0), jnp.float32(0)), batches)[0]
-
-    total, weight, rows = run(flat, probes, jax.tree.map(jnp.asarray, dict(batches)))
+    batches = jax.tree.map(jnp.asarray, dict(batches))
+    total, weight, rows = _summed(base.module, flat, probes, batches)
     read = {
         "gradient": lambda path: base.sites[path].to_matrix(total[path] / jnp.maximum(weight, 1)),
         "moments": lambda path: total[_beside(path, "moments")],
@@ -75,9 +62,22 @@ def evidence(base: Base, batches: Mapping, paths, kinds=("gradient",)) -> dict[s
     return {path: {kind: read[kind](path) for kind in kinds} for path in paths}
 
 
-def _loss(base: Base, flat: dict, batch):
-    """(loss, weight) of `lorax.losses`, summed over the batch."""
-    return losses.of(batch)(base.module, tree.unflatten(flat), batch)[:2]
+@functools.partial(jax.jit, static_argnames="module")  # once for all seeds and members
+def _summed(module, flat: dict, probes: dict, batches: dict):
+    """(the probes' gradients, weights, rows with a real token), each summed over the batches."""
+
+    def loss(probes, batch):
+        with nn.intercept_methods(_listen(_real(batch))):
+            return losses.of(batch)(module, tree.unflatten(flat | probes), batch)[:2]
+
+    def add(carry, batch):
+        grads, weight = jax.grad(loss, has_aux=True)(probes, batch)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        rows = jnp.sum(jnp.any(_real(batch), axis=1).astype(jnp.float32))
+        return jax.tree.map(jnp.add, carry, (grads, weight, rows)), None
+
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), probes)
+    return jax.lax.scan(add, (zero, jnp.float32(0), jnp.float32(0)), batches)[0]
 
 
 # ------------------------------------------------------------------------------------------- inputs

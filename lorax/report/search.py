@@ -12,10 +12,12 @@ LEAD = "How many dimensions it takes to learn this task."
 
 
 def is_search(run: runs.Run) -> bool:
+    """Whether the run's config asks for a dimension (`search.threshold`)."""
     return bool((run.config.get("config", {}).get("search") or {}).get("threshold"))
 
 
 def write(run: runs.Run) -> pathlib.Path:
+    """report.html of a search in its run directory, with its tables and figures; where it is."""
     table = runs.summary(run)
     by = runs.Axes("method", tuple(intrinsic.conditions(run, table)))
     points, found = read(run)
@@ -79,6 +81,7 @@ def dimension(run: runs.Run, points: pd.DataFrame, found: pd.DataFrame) -> Secti
 
 
 def headline(row: pd.Series) -> str:
+    """The answer of one condition (a row of `intrinsic.estimate`) in a sentence."""
     about = f"{row['condition']}: " if row["condition"] else ""
     return about + intrinsic.headline(row)
 

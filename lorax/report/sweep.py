@@ -36,6 +36,7 @@ class Sweep(NamedTuple):
 
 
 def read(run: runs.Run) -> Sweep:
+    """The tables of a run that its sections are made of."""
     table = runs.summary(run)
     by, scores = runs.axes(run, table), runs.scores(run)
     settings = runs.settings(table, by, scores)
@@ -50,6 +51,8 @@ def read(run: runs.Run) -> Sweep:
 
 
 def answer(sweep: Sweep) -> Section:
+    """What came out, in a sentence, with how strong it is and what is missing: diverged members, an
+    unfinished run, a scale that differs between ranks."""
     run, table, by, _, settings, found, base = sweep
     parts = [
         f'<div class="answer"><p><strong>{page.escape(_headline(by, found, base))}</strong></p>'
@@ -142,6 +145,7 @@ def _scale_note(by: runs.Axes, settings: pd.DataFrame) -> str:
 
 
 def facts(run: runs.Run, table: pd.DataFrame, by: runs.Axes) -> Section:
+    """What was run: base, task, axes, device, versions, and the command that repeats it."""
     config = run.config.get("config", {})
     task = config.get("task", "")
     task = task.get("name", "") if isinstance(task, dict) else task
@@ -182,6 +186,8 @@ def facts(run: runs.Run, table: pd.DataFrame, by: runs.Axes) -> Section:
 
 
 def members(table: pd.DataFrame, scores: list[str]) -> Section:
+    """The sortable table of `runs.summary`, a row a member; scores: columns of it that the task
+    measures."""
     header = ["name", "trainable parameters", "scale s", "final eval loss", "best eval loss"]
     header += [*scores, "status"]
     rows = [
@@ -245,6 +251,7 @@ def _curve_numbers(sweep: Sweep) -> pd.DataFrame:
 
 
 def learning(run: runs.Run, table: pd.DataFrame, main: str | None) -> Section:
+    """Eval loss against step: each member, and means over seeds for each value of the main axis."""
     figure = plots.learning_curves(run.metrics, table, main, runs.loss_name(run))
     kept = [name for name in ("name", main, "status") if name]
     evals = run.metrics[run.metrics["split"] == "eval"][["member", "step", "loss"]]
