@@ -1,6 +1,6 @@
 """When does a rank fall behind full fine-tuning? Reads runs of configs/capacity.py.
 
-    python experiments/capacity/figure.py runs/capacity-stories
+    python experiments/capacity/figure.py runs/capacity runs/capacity-stories
 
 Writes capacity.csv and capacity.png beside itself and prints the table of the README.
 """
@@ -72,9 +72,9 @@ with matplotlib.rc_context(STYLE):
                 full = behind(losses, rank, 0)
                 sweeps.line(apart, n, full.index, full["mean"], full["sem"], label)
                 points = points.assign(behind=full["mean"], behind_sem=full["sem"], so=full["so"])
-                row["behind full at the end"] = sweeps.words(
-                    losses.loc[rank, :, last] - losses.loc[0, :, last]
-                )
+                gaps = (losses.loc[rank] - losses.loc[0]).unstack("step")
+                row["behind full at the end"] = sweeps.words(gaps[last])
+                row[f"more than at {gaps.columns[0]}"] = sweeps.words(gaps[last] - gaps.iloc[:, 0])
                 row["leaves full at step"] = leaves(full["so"])
                 row["by training loss"] = leaves(behind(trained, rank, 0)["so"])
             if rank and rank != largest:
