@@ -436,15 +436,21 @@ def _axis(config, axis) -> tuple:
     return tuple(float(v) for v in values) if kind is float else tuple(values)
 
 
+def check_key(key: str) -> None:
+    """Raises ValueError, with the nearest that there is, where no config has the key "train.lr"."""
+    known = _flat(default())
+    if key not in known:
+        raise ValueError(f"config has no key {key!r}{nearest(key, known)}")
+
+
 def _check_keys(config) -> None:
     """Every key of the default, and no other."""
-    want, have = _flat(default()), _flat(config)
+    have = _flat(config)
     for key in have:
-        if key not in want:
-            raise ValueError(f"config has an unknown key {key!r}{nearest(key, want)}")
-    for key in want:
+        check_key(key)
+    for key in _flat(default()):
         if key not in have:
-            raise ValueError(f"config has no key {key!r}; start from lorax.config.default()")
+            raise ValueError(f"config lacks the key {key!r}; start from lorax.config.default()")
 
 
 def _flat(config, prefix="") -> dict:

@@ -19,6 +19,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -76,12 +77,10 @@ def main(argv: list[str]) -> int:
 
 def read_command_line(argv: list[str]):
     """(config, members, run directory). Raises on anything wrong in the flags or the config."""
-    try:
-        rest = FLAGS(argv)
-    except AttributeError as error:  # how ConfigDict reports an unknown key
-        raise ValueError(
-            "config: unknown key " + str(error).strip("'\"").replace("\\n", "; ")
-        ) from None
+    for flag in argv[1:]:  # before ConfigDict does, whose errors lack the rest of the path
+        if key := re.match(r"--?(?:no)?config\.([\w.]+)", flag):
+            config.check_key(key[1])
+    rest = FLAGS(argv)
     if len(rest) > 1:
         raise ValueError(f"unexpected argument {rest[1]!r}; did you mean --{rest[1].lstrip('-')}?")
     if FLAGS.config is None:

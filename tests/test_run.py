@@ -12,8 +12,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lorax import config
 from lorax.analysis import runs, updates
-from lorax.run import formats
+from lorax.run import formats, plan
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/gpt2_rank_sweep.py"
@@ -183,7 +184,8 @@ def test_another_config_in_the_same_workdir_is_refused(finished):
 
 
 MISTAKES = {
-    "key": (["--config.train.stepz=5"], "stepz"),
+    "key": (["--config.train.stepz=5"], "no key 'train.stepz'; did you mean 'train.steps'?"),
+    "group": (["--config.trian.steps=5"], "no key 'trian.steps'; did you mean 'train.steps'?"),
     "type": (["--config.train.steps=many"], "train.steps"),
     "axis type": (["--config.sweep.rank=('a',)"], "sweep.rank"),
     "rank": (["--config.sweep.rank=(1,500)"], "at most 128"),
@@ -223,6 +225,16 @@ def test_a_wrong_config_file_is_one_clear_line(config, says):
 def test_help_shows_examples():
     done = run("--help")
     assert done.returncode == 0 and "--config=configs/gpt2_rank_sweep.py" in done.stdout
+
+
+def test_the_first_line_names_the_methods_that_are_trained():
+    settings = config.default()
+    assert plan(settings, config.members(settings)).startswith("1 member (one setting) of lora on ")
+    settings.sweep.method, settings.sweep.rank = ("lora", "full", "lora"), (1, 8, 4)
+    settings.sweep.zip = (("method", "rank"),)
+    assert "(3 points of (method, rank)) of lora, full on " in plan(
+        settings, config.members(settings)
+    )
 
 
 def test_default_workdir_depends_on_the_overrides():
