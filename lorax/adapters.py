@@ -18,7 +18,8 @@ import numpy as np
 
 from lorax import methods, ops, tree
 from lorax.errors import nearest
-from lorax.interop.peft import Adapter, Factors, Places
+from lorax.interop.peft import Adapter, Factors
+from lorax.interop.places import Places
 from lorax.methods import lora
 from lorax.models.load import Base, layer_names, parameter_layers, sources
 

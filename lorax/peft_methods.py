@@ -29,6 +29,7 @@ from lorax import methods, tree
 from lorax.files import write_bytes
 from lorax.interop import peft, peft_matrices, peft_tokens
 from lorax.interop.peft_matrices import Arrays, Place
+from lorax.interop.places import Places, as_index, fused_width, natural
 from lorax.methods.vera import SHARED
 from lorax.models.load import FAMILIES, Base, layer_names, parameter_layers, sources
 
@@ -53,7 +54,7 @@ def save(
     if method.name not in TYPES:
         hint = "" if method.factors is None else "; store it as LoRA, lorax.interop.peft.save"
         raise ValueError(f"{method.name}: PEFT has no such method{hint}")
-    places = peft.Places(sources(base))
+    places = Places(sources(base))
     weights = _weights(state, base)
     causal = _causal(base)
     if causal and places.tied:
@@ -124,7 +125,7 @@ def load(directory: str | os.PathLike, base: Base) -> tuple[methods.Method, meth
     stored, _ = peft.read_tensors(directory / peft.WEIGHTS)
     stored = {key.removeprefix(peft.PREFIX): x for key, x in stored.items()}
     stored = {key: x for key, x in stored.items() if not peft.COPY.search(key)}
-    places = peft.Places(sources(base))
+    places = Places(sources(base))
     try:
         if name in peft_matrices.KINDS:
             hp, arrays, rest = _read_matrices(name, stored, config, base, places, directory)
@@ -192,7 +193,7 @@ def _read_matrices(name: str, stored, config, base: Base, places, directory: pat
         raise ValueError(f"{file}: holds no tensors of {kind.type}")
     found = [
         (_place(module, base, places, f"{file}: {name}"), modules[module])
-        for module in sorted(modules, key=peft.natural)
+        for module in sorted(modules, key=natural)
     ]
     hp, layers, shared = kind.read(found, shared, config, directory)
     matrices, indices = _layers(base), set()
@@ -227,7 +228,7 @@ def _layers(base: Base) -> dict[str, tuple[str, tuple]]:
     }
 
 
-def _place(module: str, base: Base, places: peft.Places, where: str) -> Place:
+def _place(module: str, base: Base, places: Places, where: str) -> Place:
     """What is known of a linear module. Raises ValueError, which begins with `where`, for one that
     is none."""
     flat, layers = tree.flatten(base.params), _layers(base)
@@ -244,8 +245,8 @@ def _place(module: str, base: Base, places: peft.Places, where: str) -> Place:
     return Place(
         module,
         inputs,
-        peft.fused_width(found) if fused else outputs,
-        {layer: peft.as_index(source.part) for layer, source in found.items()},
+        fused_width(found) if fused else outputs,
+        {layer: as_index(source.part) for layer, source in found.items()},
         fused,
         conv1d=all(source.axes is None for source in found.values()),
     )
@@ -260,14 +261,14 @@ def _write_tokens(method, state, base: Base, places):
     return peft_tokens.KINDS[method.name].write(own, _attention(base, places))
 
 
-def _attention(base: Base, places: peft.Places) -> peft_tokens.Attention:
+def _attention(base: Base, places: Places) -> peft_tokens.Attention:
     keys = [layer for layer in _layers(base) if layer.endswith("attn/k")]
     modules = tuple(places.module(layer).rpartition(".")[0] for layer in keys)
     raw = FAMILIES[base.family][0].hf_config(base.config)
     return peft_tokens.Attention(base.family, _causal(base), raw, modules)
 
 
-def _write_norms(whole: Arrays, places: peft.Places):
+def _write_norms(whole: Arrays, places: Places):
     """(tensors, config, what is not of a norm that is trained whole)."""
     parent = lambda name: name.rpartition(".")[0]
     scales = {s.name for path, s in places.sources.items() if path.endswith("/scale")}
@@ -300,7 +301,7 @@ def _weights(state, base: Base) -> Arrays:
     return found
 
 
-def _whole(rest: Arrays, config, places: peft.Places, base: Base, file) -> Arrays:
+def _whole(rest: Arrays, config, places: Places, base: Base, file) -> Arrays:
     """{layer's parameter: value} of the tensors that belong to the base itself."""
     weights: Arrays = {}
     for name, tensor in rest.items():

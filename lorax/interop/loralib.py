@@ -20,7 +20,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lorax.interop.peft import Adapter, Factors, Places, natural, oriented
+from lorax.interop.peft import Adapter, Factors, oriented
+from lorax.interop.places import Places, natural
 
 if TYPE_CHECKING:
     from lorax.interop.hf import Source

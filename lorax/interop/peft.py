@@ -22,7 +22,7 @@ import pathlib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,15 @@ import safetensors
 import safetensors.numpy
 
 from lorax.files import read_json, write_bytes
+from lorax.interop.places import (
+    HEAD,
+    Places,
+    as_index,
+    columns_as_json,
+    fused_width,
+    natural,
+    place_as_json,
+)
 
 if TYPE_CHECKING:
     from lorax.interop.hf import Source  # it imports JAX, which reading an adapter can do without
@@ -65,7 +74,6 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 #: First words of the modules that PEFT itself adds to `modules_to_save`, as a whole, by task type.
 _HEADS = ("classifier", "score", "qa_outputs")
 _HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-_HEAD = "lm_head"  # what every causal model calls the module that reads out
 _TYING = "ensure_weight_tying"
 
 PREFIX = "base_model.model."
@@ -166,7 +174,7 @@ def save(
         tensors[f"{module}.base_layer.{last}" if module in modules else name] = tensor
     own = {
         "factors": {path: entry for one in joined.values() for path, entry in one.parts.items()},
-        "weights": {path: _place_as_json(places.of(path)) for path in weights},
+        "weights": {path: place_as_json(places.of(path)) for path in weights},
         "tied": tied,
     }
     # The commonest rank and alpha are the defaults; whatever differs goes into the patterns.
@@ -245,140 +253,22 @@ def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = No
     return without_head(adapter, tied) if tied else adapter
 
 
-# ------------------------------------------------------------------------------------------ names
-
-
-class Places:
-    """Parameters and the tensors of Hugging Face that hold them, each by one layer's name.
-
-    tied: path of the embedding whose weight a causal model's head shares ("wte"), "" where the
-    head has its own. A tied head has a place here as well, "lm_head/kernel": PEFT adapts modules.
-    """
-
-    def __init__(self, sources: Mapping[str, Source]):
-        embeddings = (
-            path for path in sources if re.fullmatch(r"(.*/)?(wte|embed)/embedding", path)
-        )
-        own = f"{_HEAD}/kernel" in sources or "head/out/kernel" in sources
-        self.tied = "" if own else next(embeddings, "").removesuffix("/embedding")
-        if self.tied:
-            linear = sources[f"{self.tied}/embedding"]._replace(name=f"{_HEAD}.weight", axes=(1, 0))
-            sources = {**sources, f"{_HEAD}/kernel": linear}
-        self.sources: dict[str, Source] = {}  # by "h/{}/attn/q/kernel"
-        self.tensors: dict[str, dict[str, Source]] = {}  # by "transformer.h.{}.attn.c_attn.weight"
-        for path, source in sources.items():
-            first, _, rest = path.partition("/")
-            path = f"{first}/{{}}/{rest}" if "{}" in source.name else path
-            self.sources[path] = source
-            self.tensors.setdefault(source.name, {})[path] = source
-        self.bare = {name.partition(".")[2]: name for name in self.tensors}
-
-    def of(self, path: str) -> Source | None:
-        """Where the parameter of one layer lies: "h/3/attn/q/kernel" -> its `Source`, or None."""
-        for template, number in _templates(path, "/"):
-            if template in self.sources:
-                source = self.sources[template]
-                return source._replace(name=source.name.format(number))
-        return None
-
-    def at(self, tensor: str) -> dict[str, Source]:
-        """{path: Source} of the parameters in a tensor, as they lie along its last axis; {} for one
-        that is not known. A checkpoint of the bare model lacks the first word of its names."""
-        for template, number in _templates(tensor, "."):
-            for name in (template, self.bare.get(template)):
-                if name in self.tensors:
-                    found = {
-                        path.format(number): source._replace(name=source.name.format(number))
-                        for path, source in self.tensors[name].items()
-                    }
-                    return dict(sorted(found.items(), key=lambda item: _first(item[1].part)))
-        return {}
-
-    def module(self, path: str, where: str = "") -> str:
-        """Hugging Face's module of an adaptable layer, "transformer.h.3.attn.c_attn" for
-        "h/3/attn/q". Raises ValueError, which begins with `where`, for a layer that is not there.
-        """
-        for last in ("kernel", "embedding"):
-            source = self.of(f"{path}/{last}")
-            if source is not None:
-                return source.name.removesuffix(".weight")
-        known = [p.rpartition("/") for p in self.sources]
-        known = [layer for layer, _, last in known if last in ("kernel", "embedding")]
-        raise ValueError(f"{where}{path}: the base has no such layer; there is {', '.join(known)}")
-
-    def below(self, module: str) -> list[str]:
-        """All tensors of one module."""
-        return [
-            name.format(number)
-            for template, number in _templates(module, ".")
-            for name in self.tensors
-            if name.startswith(f"{template}.")
-        ]
-
-
-def _templates(name: str, separator: str) -> Iterator[tuple[str, str]]:
-    """A name, and what it is with a "{}" for each of its numbers in turn: (template, number)."""
-    yield name, ""
-    words = name.split(separator)
-    for i, word in enumerate(words):
-        if word.isdigit():
-            yield separator.join((*words[:i], "{}", *words[i + 1 :])), word
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """A sort key that puts layer 2 before layer 10."""
-    return [(int(word), "") if word.isdigit() else (-1, word) for word in name.split(".")]
-
-
-def _first(part: slice | np.ndarray | None) -> int:
-    """The first column of a part."""
-    if part is None:
-        return 0
-    return part.start or 0 if isinstance(part, slice) else int(np.min(part))
-
-
-def fused_width(found: Mapping[str, Source]) -> int:
-    """Columns of a fused tensor with these parameters in it, 0 of one that is not fused."""
-    return max((source.width() for source in found.values() if source.part is not None), default=0)
-
-
-def _place_as_json(source: Source) -> dict[str, Any]:
-    columns = _columns_as_json(source.part)
-    return {"tensor": source.name, "axes": source.axes, "columns": columns}
-
-
-def _columns_as_json(part: slice | np.ndarray | None) -> str | list[int] | None:
-    if isinstance(part, slice):
-        return f"{part.start or 0}:{part.stop}"
-    return None if part is None else [int(i) for i in part]
-
-
-def as_index(part) -> slice | np.ndarray:
-    """A part, or what `_columns_as_json` made of one, as an index."""
-    if isinstance(part, str):
-        start, stop = map(int, part.split(":"))
-        return slice(start, stop)
-    if part is None:
-        return slice(None)
-    return part if isinstance(part, slice) else np.asarray(part, int)
-
-
 # -------------------------------------------------------------------------------------- tied heads
 
 
 def with_head(factors, weights, embedding: str):
     """(factors, weights) of an embedding and of the head that shares its weight."""
     factors, weights = dict(factors), dict(weights)
-    if embedding in factors and _HEAD not in factors:
+    if embedding in factors and HEAD not in factors:
         a, b, s, m = factors[embedding]
         if m is not None:
             raise ValueError(
                 f"{embedding}: DoRA of an embedding that is the head as well can't be stored: PEFT "
                 "would give lengths to the head's columns, not to the embedding's"
             )
-        factors[_HEAD] = Factors(b.T, a.T, s)
-    if f"{embedding}/embedding" in weights and f"{_HEAD}/kernel" not in weights:
-        weights[f"{_HEAD}/kernel"] = weights[f"{embedding}/embedding"].T
+        factors[HEAD] = Factors(b.T, a.T, s)
+    if f"{embedding}/embedding" in weights and f"{HEAD}/kernel" not in weights:
+        weights[f"{HEAD}/kernel"] = weights[f"{embedding}/embedding"].T
     return factors, weights
 
 
@@ -388,16 +278,16 @@ def without_head(adapter: Adapter, embedding: str) -> Adapter:
     factors, weights = dict(adapter.factors), dict(adapter.weights)
     tied = bool(adapter.config.get(_TYING))
     same = lambda x, y: x is y if x is None or y is None else np.array_equal(x, y)
-    head, own = factors.get(_HEAD), factors.get(embedding)
-    w_head, w_own = weights.get(f"{_HEAD}/kernel"), weights.get(f"{embedding}/embedding")
+    head, own = factors.get(HEAD), factors.get(embedding)
+    w_head, w_own = weights.get(f"{HEAD}/kernel"), weights.get(f"{embedding}/embedding")
     if head is not None or w_head is not None:
         tied = same(w_head, None if w_own is None else w_own.T) and (head is None) == (own is None)
         if tied and head is not None:
             plain = head.m is None and own.m is None and math.isclose(head.s, own.s)
             tied = plain and same(head.a, own.b.T) and same(head.b, own.a.T)
     if tied:
-        factors.pop(_HEAD, None)
-        weights.pop(f"{_HEAD}/kernel", None)
+        factors.pop(HEAD, None)
+        weights.pop(f"{HEAD}/kernel", None)
     return Adapter(factors, weights, adapter.config | {_TYING: tied})
 
 
@@ -442,7 +332,7 @@ def _join(module: str, places: Places, parts: dict[str, Factors]) -> _Joined:
             A.append(_float32(a).T)
             rank += a.shape[1]
         entries[layer] = {"module": module, "rows": rows, "scale": float(s)}
-        entries[layer]["columns"] = _columns_as_json(part)
+        entries[layer]["columns"] = columns_as_json(part)
         blocks.append((as_index(part), as_index(rows), _rescale(b, float(s), scale).T))
     B = np.zeros((n_out or blocks[0][2].shape[0], rank), np.float32)
     for rows, columns, values in blocks:

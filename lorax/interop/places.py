@@ -1,0 +1,134 @@
+"""Where Hugging Face keeps each of our parameters: names of tensors, parts of fused ones.
+
+"h/3/attn/q/kernel" is columns 0 to 767 of "transformer.h.3.attn.c_attn.weight" in GPT-2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from lorax.interop.hf import Source  # it imports JAX, which reading an adapter can do without
+
+HEAD = "lm_head"  # what every causal model calls the module that reads out
+
+
+class Places:
+    """Parameters and the tensors of Hugging Face that hold them, each by one layer's name.
+
+    tied: path of the embedding whose weight a causal model's head shares ("wte"), "" where the
+    head has its own. A tied head has a place here as well, "lm_head/kernel": PEFT adapts modules.
+    """
+
+    def __init__(self, sources: Mapping[str, Source]):
+        embeddings = (
+            path for path in sources if re.fullmatch(r"(.*/)?(wte|embed)/embedding", path)
+        )
+        own = f"{HEAD}/kernel" in sources or "head/out/kernel" in sources
+        self.tied = "" if own else next(embeddings, "").removesuffix("/embedding")
+        if self.tied:
+            linear = sources[f"{self.tied}/embedding"]._replace(name=f"{HEAD}.weight", axes=(1, 0))
+            sources = {**sources, f"{HEAD}/kernel": linear}
+        self.sources: dict[str, Source] = {}  # by "h/{}/attn/q/kernel"
+        self.tensors: dict[str, dict[str, Source]] = {}  # by "transformer.h.{}.attn.c_attn.weight"
+        for path, source in sources.items():
+            first, _, rest = path.partition("/")
+            path = f"{first}/{{}}/{rest}" if "{}" in source.name else path
+            self.sources[path] = source
+            self.tensors.setdefault(source.name, {})[path] = source
+        self.bare = {name.partition(".")[2]: name for name in self.tensors}
+
+    def of(self, path: str) -> Source | None:
+        """Where the parameter of one layer lies: "h/3/attn/q/kernel" -> its `Source`, or None."""
+        for template, number in _templates(path, "/"):
+            if template in self.sources:
+                source = self.sources[template]
+                return source._replace(name=source.name.format(number))
+        return None
+
+    def at(self, tensor: str) -> dict[str, Source]:
+        """{path: Source} of the parameters in a tensor, as they lie along its last axis; {} for one
+        that is not known. A checkpoint of the bare model lacks the first word of its names."""
+        for template, number in _templates(tensor, "."):
+            for name in (template, self.bare.get(template)):
+                if name in self.tensors:
+                    found = {
+                        path.format(number): source._replace(name=source.name.format(number))
+                        for path, source in self.tensors[name].items()
+                    }
+                    return dict(sorted(found.items(), key=lambda item: _first(item[1].part)))
+        return {}
+
+    def module(self, path: str, where: str = "") -> str:
+        """Hugging Face's module of an adaptable layer, "transformer.h.3.attn.c_attn" for
+        "h/3/attn/q". Raises ValueError, which begins with `where`, for a layer that is not there.
+        """
+        for last in ("kernel", "embedding"):
+            source = self.of(f"{path}/{last}")
+            if source is not None:
+                return source.name.removesuffix(".weight")
+        known = [p.rpartition("/") for p in self.sources]
+        known = [layer for layer, _, last in known if last in ("kernel", "embedding")]
+        raise ValueError(f"{where}{path}: the base has no such layer; there is {', '.join(known)}")
+
+    def below(self, module: str) -> list[str]:
+        """All tensors of one module."""
+        return [
+            name.format(number)
+            for template, number in _templates(module, ".")
+            for name in self.tensors
+            if name.startswith(f"{template}.")
+        ]
+
+
+def _templates(name: str, separator: str) -> Iterator[tuple[str, str]]:
+    """A name, and what it is with a "{}" for each of its numbers in turn: (template, number)."""
+    yield name, ""
+    words = name.split(separator)
+    for i, word in enumerate(words):
+        if word.isdigit():
+            yield separator.join((*words[:i], "{}", *words[i + 1 :])), word
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in name.split(".")]
+
+
+def _first(part: slice | np.ndarray | None) -> int:
+    """The first column of a part."""
+    if part is None:
+        return 0
+    return part.start or 0 if isinstance(part, slice) else int(np.min(part))
+
+
+def fused_width(found: Mapping[str, Source]) -> int:
+    """Columns of a fused tensor with these parameters in it, 0 of one that is not fused."""
+    return max((source.width() for source in found.values() if source.part is not None), default=0)
+
+
+def place_as_json(source: Source) -> dict[str, Any]:
+    """A source as the metadata of a file says it."""
+    columns = columns_as_json(source.part)
+    return {"tensor": source.name, "axes": source.axes, "columns": columns}
+
+
+def columns_as_json(part: slice | np.ndarray | None) -> str | list[int] | None:
+    """A part of a tensor's last axis: "0:64", [0, 3, 5], or None for all of it."""
+    if isinstance(part, slice):
+        return f"{part.start or 0}:{part.stop}"
+    return None if part is None else [int(i) for i in part]
+
+
+def as_index(part) -> slice | np.ndarray:
+    """A part, or what `columns_as_json` made of one, as an index."""
+    if isinstance(part, str):
+        start, stop = map(int, part.split(":"))
+        return slice(start, stop)
+    if part is None:
+        return slice(None)
+    return part if isinstance(part, slice) else np.asarray(part, int)
