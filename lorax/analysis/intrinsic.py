@@ -55,14 +55,14 @@ def points(run: runs.Run) -> pd.DataFrame:
     shared = shared_axes(axes)
     dims = table["dim"] if "dim" in table else pd.Series(np.nan, table.index)
     kind = table["method"].where(table["method"] == "full", "lora").where(dims.isna(), "subspace")
-    labels = [_label(row, axes if k == "subspace" else shared)
+    labels = [runs.fields(row, axes if k == "subspace" else shared)
               for k, (_, row) in zip(kind, table.iterrows(), strict=True)]  # fmt: skip
     found = pd.DataFrame(
         {
             "member": table["member"],
             "kind": kind,
             "condition": labels,
-            "shared": [_label(row, shared) for _, row in table.iterrows()],
+            "shared": [runs.fields(row, shared) for _, row in table.iterrows()],
             "method": table["method"],
             "dim": dims.astype(float),
             "lr": table["lr"].astype(float),
@@ -93,10 +93,6 @@ def _at_start(run: runs.Run, metric: str) -> pd.Series:
         return pd.Series(dtype=float)
     first = run.metrics[(run.metrics["split"] == "eval") & (run.metrics["step"] == 0)]
     return first.groupby("member")[metric].last()
-
-
-def _label(row: pd.Series, axes) -> str:
-    return ", ".join(f"{axis}={runs.in_words(row[axis])}" for axis in axes)
 
 
 # ---------------------------------------------------------------------------------------- estimate

@@ -16,7 +16,16 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from lorax.analysis.plots import COLOURS, GREY, STYLE, line_style, main_axis, named, pick
+from lorax.analysis.plots import (
+    COLOURS,
+    GREY,
+    STYLE,
+    has_no_order,
+    line_style,
+    main_axis,
+    named,
+    pick,
+)
 from lorax.analysis.runs import in_words
 from lorax.analysis.subspace import Band
 
@@ -60,6 +69,12 @@ def spectra(sigmas: pd.DataFrame, layers: Sequence[int], main: str = "rank") -> 
             for column, target in enumerate(targets):
                 axes = grid[row, column]
                 here = drawn[(drawn["layer"] == layer) & (drawn["target"] == target)]
+                if here.empty:  # an embedding is in no layer, and no layer has one
+                    axes.set_axis_off()
+                    continue
+                below = drawn["layer"].isin(layers[row + 1 :]) & (drawn["target"] == target)
+                left = drawn["target"].isin(targets[:column]) & (drawn["layer"] == layer)
+                axes.tick_params(labelbottom=not below.any(), labelleft=not left.any())
                 for n, value in enumerate(values):
                     for _, curve in here[here[main] == value].groupby("member"):
                         often = max(1, len(curve) // 8)
@@ -88,16 +103,18 @@ def update_ranks(ranks: pd.DataFrame, main: str = "rank") -> Figure:
         for axes, column in zip(
             figure.subplots(1, 2, sharey=True), ("effective", "stable"), strict=True
         ):
-            _, position = main_axis(axes, ranks[main], main)
+            values, position = main_axis(axes, ranks[main], main)
+            joined = {"linestyle": "none"} if has_no_order(values) else {}
             nominal = ranks.groupby(ranks[main].map(position))["rank"].mean()
-            style = {"color": GREY, "linewidth": 1, "linestyle": (0, (6, 3))}
+            style = {"color": GREY, "linewidth": 1, "linestyle": (0, (6, 3))} | joined
+            style |= {"marker": "_", "markersize": 20} if joined else {}
             axes.plot(nominal.index, nominal, label="r of the adapter", **style)
             for n, target in enumerate(targets):
                 here = ranks[(ranks["target"] == target) & (ranks[column] > 0)]
                 x = here[main].map(position)
                 mean = here.groupby(x)[column].mean()
                 colour = pick(COLOURS, n)
-                axes.plot(mean.index, mean, label=str(target), **line_style(n))
+                axes.plot(mean.index, mean, label=str(target), **line_style(n) | joined)
                 axes.plot(x, here[column], ".", color=colour, alpha=0.3, markersize=4)
             axes.set_yscale("log", base=2)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))

@@ -68,10 +68,16 @@ def rank_curve(
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.add_subplot()
         values, position = main_axis(axes, settings[main], main)
+        several = settings["line"].nunique() > 1
+        # Dots of more settings than there are colours are told apart by the table.
+        alike = has_no_order(values) and settings["line"].nunique() > len(COLOURS)
         for n, (line, rows) in enumerate(settings.groupby("line", sort=False)):
+            n = 0 if alike else n
             x = np.array([position[value] for value in rows[main].map(_key)])
-            style = {"color": pick(COLOURS, n), "linestyle": pick(DASHES, n)}
-            label = line or "mean of seeds" if (rows["n"] > 1).any() else line or "one seed"
+            style = {"color": pick(COLOURS, n)}
+            style["linestyle"] = "none" if has_no_order(values) else pick(DASHES, n)
+            label = line or ("mean of seeds" if (rows["n"] > 1).any() else "one seed")
+            label = None if alike or (not line and several) else label
             # One seed has no bar: zero-length bars would look like certainty.
             bars = rows["se"].to_numpy(float) if rows["se"].notna().any() else None
             axes.errorbar(
@@ -80,7 +86,7 @@ def rank_curve(
                 yerr=bars,
                 marker=pick(MARKERS, n),
                 capsize=3,
-                label=label + (" ± standard error" if bars is not None and not line else ""),
+                label=label and label + " ± standard error" * (bars is not None and not line),
                 **style,
             )
             of_line = points.merge(rows[_shared(rows, points, main)].drop_duplicates())
@@ -91,7 +97,7 @@ def rank_curve(
         _base_line(axes, base, settings, points)
         axes.margins(y=0.25)  # room for the words below the marked point
         axes.set_ylabel("final " + loss)
-        _legend(axes, outside=settings["line"].nunique() > 4)
+        _legend(axes, outside=settings["line"].nunique() > 4 and not alike)
         return figure
 
 
@@ -271,6 +277,12 @@ def main_axis(axes: Axes, column: pd.Series, main: str) -> tuple[list, dict]:
     # A single value has no span of its own.
     axes.set_xlim(values[0] / 1.25, values[-1] * 1.25)
     return values, {value: value for value in values}
+
+
+def has_no_order(values: Sequence) -> bool:
+    """Whether the values of an axis are names (of methods, of targets), which no line leads
+    through."""
+    return all(isinstance(value, str) for value in values)
 
 
 def _shared(rows: pd.DataFrame, points: pd.DataFrame, main: str) -> list[str]:

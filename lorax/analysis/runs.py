@@ -247,7 +247,7 @@ def settings(table: pd.DataFrame, by: Axes, scores: Iterable[str] = ()) -> pd.Da
             {
                 main: first[main],
                 **{name: first[name] for name in by.others},
-                "line": ", ".join(f"{name}={in_words(first[name])}" for name in by.others),
+                "line": fields(first, by.others),
                 "scale": pd.to_numeric(group["scale"]).mean(),
                 "trainable_params": first["trainable_params"],
                 "mean": losses.mean() if len(losses) else np.nan,
@@ -282,6 +282,17 @@ def _words(value: Any) -> Any:
 
 def in_words(value: Any) -> str:
     """A field's value as labels have it; "all" for a missing one."""
-    if value is None or (isinstance(value, float) and np.isnan(value)):
+    if _is_missing(value):
         return "all"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def fields(row: pd.Series, names: Iterable[str]) -> str:
+    """Several of a member's fields: "alpha=8, n_train=all". Those that its method has no use for (a
+    rank, of full fine-tuning) are left out."""
+    kept = [name for name in names if name == "n_train" or not _is_missing(row[name])]
+    return ", ".join(f"{name}={in_words(row[name])}" for name in kept)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and np.isnan(value))

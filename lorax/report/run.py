@@ -95,7 +95,7 @@ def _of_updates(
         sections.append(of_updates.ranks(labelled[1], main))
     factors = shown[shown.index.isin(list(found))]
     comparisons = [] if main == "method" else similarity.of_sweep(factors, found)
-    absent = similarity.absent_of_sweep(comparisons)
+    absent = similarity.absent_of_sweep(comparisons, main)
     sections.append(similarity.section(comparisons, absent))
     if kernels is not None and (of.run.config.get("config", {}).get("sweep") or {}).get("base"):
         kernels, why = None, "the members of this sweep do not share a base model"

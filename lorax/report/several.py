@@ -281,11 +281,7 @@ def _methods(sweeps: dict[str, Sweep]) -> list[Section]:
 
 
 def _said(settings: pd.DataFrame, axes: Sequence[str]) -> list[str]:
-    said = [
-        ", ".join(f"{axis}={runs.in_words(row[axis])}" for axis in axes)
-        for _, row in settings.iterrows()
-    ]
-    return [text or "–" for text in said]
+    return [runs.fields(row, axes) or "–" for _, row in settings.iterrows()]
 
 
 def _dimensions(searches: dict[str, runs.Run]) -> list[Section]:

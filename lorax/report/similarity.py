@@ -178,8 +178,13 @@ def across(comparisons: Sequence[Comparison], absent: Sequence[str]) -> Section:
     return Section("Subspace similarity", "".join(parts), pictures, files)
 
 
-def absent_of_sweep(comparisons: Sequence[Comparison]) -> list[str]:
-    """Which of a sweep's comparisons there are not."""
+def absent_of_sweep(comparisons: Sequence[Comparison], main: str) -> list[str]:
+    """Which of a sweep's comparisons there are not. main: its main axis."""
+    if main == "method":
+        return [
+            "Not available in a sweep over methods; python -m lorax.report RUN RUN compares the "
+            "directions of two runs."
+        ]
     names, said = {comparison.name for comparison in comparisons}, []
     if not names & {"ranks_same_seed", "ranks_across_seeds"}:
         said.append("Between ranks: not available, the sweep has one rank.")

@@ -227,7 +227,7 @@ def curve(sweep: Sweep) -> Section:
     header = [*(words.axis(name) for name in names), "scale s", "trainable parameters"]
     header += ["final eval loss", "standard error", *scores, "n", "diverged"]
     rows = [
-        [*(row[name] for name in names), row["scale"], row["trainable_params"]]
+        [*(words.cell(name, row[name]) for name in names), row["scale"], row["trainable_params"]]
         + [page.Fixed(row["mean"]), page.Fixed(row["se"])]
         + [*(page.Fixed(row[name]) for name in scores), row["n"], row["diverged"]]
         for _, row in settings.iterrows()
@@ -288,7 +288,11 @@ def methods(sweep: Sweep, ranks: pd.DataFrame) -> list[Section]:
     header += ["eval loss (nats)", "standard error", "n", "diverged", "optimiser bytes"]
     header += ["step (ms)", "effective rank of ΔW"]
     rows = [
-        [row["method"], row["trainable_params"], *(row[name] for name in by.others)]
+        [
+            row["method"],
+            row["trainable_params"],
+            *(words.cell(name, row[name]) for name in by.others),
+        ]
         + [page.Fixed(row["mean"]), page.Fixed(row["se"]), row["n"], row["diverged"]]
         + [row["optimizer_bytes"], page.Fixed(row["step_ms"], 1), page.Fixed(row["effective"], 1)]
         for _, row in compared.iterrows()

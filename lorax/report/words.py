@@ -18,7 +18,7 @@ def mean(row: pd.Series) -> str:
 def setting(row: pd.Series, by: runs.Axes) -> str:
     """Where a setting lies on the sweep's axes: "r = 4 with alpha=8"."""
     main = by.main or "rank"
-    value = "all" if is_missing(row[main]) else show(row[main])
+    value = show(cell(main, row[main]))
     name = "r" if main == "rank" else axis(main)
     return f"{name} = {value}" + (f" with {row['line']}" if row["line"] else "")
 
@@ -27,10 +27,15 @@ def axis(name: str) -> str:
     return {"lr": "learning rate", "n_train": "training examples"}.get(name, name.replace("_", " "))
 
 
+def cell(name: str, value: Any) -> Any:
+    """A field's value for a table: no number of examples is all of them."""
+    return "all" if name == "n_train" and is_missing(value) else value
+
+
 def listed(column: pd.Series) -> str:
-    """The different values of a column, in order."""
-    values = list(dict.fromkeys("all" if is_missing(value) else show(value) for value in column))
-    return ", ".join(values)
+    """The different values of a column of members, in order."""
+    values = (cell(column.name, value) for value in column)
+    return ", ".join(dict.fromkeys(show(value) for value in values if not is_missing(value)))
 
 
 def at_step(step: Any) -> str:

@@ -27,6 +27,11 @@ def test_spectra_and_ranks(tmp_path):
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["q, layer 0", "v, layer 0", "q, layer 2", "v, layer 2"]
     assert all(len(axes.lines) == 3 for axes in figure.axes) and draws(figure)
+    # A panel of a layer that has no such matrix is not there, its neighbours have their numbers.
+    figure = plot_updates.spectra(sigmas[sigmas["path"] != "h/2/attn/v"], [0, 2])
+    assert [axes.axison for axes in figure.axes] == [True, True, True, False]
+    numbers = [axes.xaxis.get_tick_params()["labelbottom"] for axes in figure.axes[:3]]
+    assert numbers == [False, True, True] and draws(figure)
     figure = plot_updates.update_ranks(ranks)
     mean = ranks[ranks["target"] == "q"].groupby("rank")["effective"].mean()
     line = next(line for line in figure.axes[0].lines if line.get_label() == "q")

@@ -76,6 +76,10 @@ def test_an_axis_of_names(tables):
     figure = plots.rank_curve(settings, table, "init", BASE_LOSS, runs.answer(settings, "init"))
     ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
     assert ticks == ["gaussian", "kaiming"] and draws(figure)
+    # No line leads from one name to another.
+    means = settings["mean"].to_list()
+    drawn = [line for line in figure.axes[0].lines if list(line.get_ydata()) == means]
+    assert [line.get_linestyle() for line in drawn] == ["None"]
 
 
 def test_learning_curves_leave_diverged_members_out_of_the_mean(run, tables):

@@ -8,6 +8,7 @@ import pytest
 from synthetic import BASE_LOSS, make_run, planted_factors
 
 from lorax.analysis import runs, updates
+from lorax.report import words
 
 
 def tables(run):
@@ -135,6 +136,24 @@ def test_axes_of_several_kinds(tmp_path):
     assert by == runs.Axes("alpha", ())
     _, by, settings = tables(runs.load(make_run(tmp_path / "c", ranks=(4,))))
     assert by == runs.Axes(None, ()) and len(settings) == 1
+
+
+def test_a_field_that_a_method_has_no_use_for_is_not_said(tmp_path):
+    directory = make_run(tmp_path / "run", ranks=(4, 8, 16))
+    rows = [json.loads(line) for line in (directory / "members.jsonl").read_text().splitlines()]
+    for n, row in enumerate(rows):
+        row |= {"n_train": (100, None)[n % 2]} | ({"method": "full", "rank": None} if n > 3 else {})
+    (directory / "members.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table, by, settings = tables(runs.load(directory))
+    assert by == runs.Axes("method", ("rank", "n_train"))
+    assert set(settings["line"]) == {
+        "n_train=100", "n_train=all", "rank=4, n_train=100", "rank=4, n_train=all",
+        "rank=8, n_train=100", "rank=8, n_train=all",
+    }  # fmt: skip
+    full = settings[(settings["method"] == "full") & settings["n_train"].isna()].iloc[0]
+    assert words.setting(full, by) == "method = full with n_train=all"
+    assert words.listed(table["rank"]) == "4, 8" and words.listed(table["n_train"]) == "100, all"
+    assert words.cell("n_train", None) == "all" and words.cell("rank", None) is None
 
 
 def test_tied_axes_are_one(tmp_path):
