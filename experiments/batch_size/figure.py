@@ -1,6 +1,6 @@
 """Does LoRA fall behind as the batch grows? Reads runs of configs/batch_size.py.
 
-    python experiments/batch_size/figure.py runs/batch_size-stories
+    python experiments/batch_size/figure.py runs/batch_size runs/batch_size-stories
 
 Writes batch_size.csv and batch_size.png beside itself and prints the tables of the README.
 """
@@ -53,9 +53,8 @@ with matplotlib.rc_context(STYLE):
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(batches), list(batches))
         axes.set_xlabel("batch size (examples)")
-        axes.set_ylabel("final eval loss less full fine-tuning's (nats)")
+        axes.set_ylabel("loss less full fine-tuning's (nats)")
         axes.set_title(sweep.size)
-        axes.legend()
         small, large = min(slopes), max(slopes)
         print(f"{sweep.size}: final eval loss, each at the best of its learning rates\n")
         sweeps.markdown(rows)
@@ -63,6 +62,7 @@ with matplotlib.rc_context(STYLE):
             f"A doubling's widening at r = {large} less that at r = {small}: "
             f"{sweeps.words(slopes[large] - slopes[small])}\n"
         )
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncol=2)
     figure.savefig(HERE / "batch_size.png", dpi=150)
 columns = ["base", "rank", "batch_size", "mean", "sem"]
 pd.concat(drawn)[columns].to_csv(HERE / "batch_size.csv", index=False, float_format="%.5f")
