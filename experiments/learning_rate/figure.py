@@ -1,6 +1,7 @@
 """Where is the best learning rate, at each rank? Reads runs of configs/lr_vs_rank.py.
 
-    python experiments/learning_rate/figure.py runs/lr_vs_rank runs/lr_vs_rank-stories
+    python experiments/learning_rate/figure.py runs/lr_vs_rank runs/lr_vs_rank-alpha4 \\
+        runs/lr_vs_rank-stories
 
 Writes curves.csv, optima.csv and learning_rate.png beside itself and prints the tables of the
 README.
@@ -59,7 +60,7 @@ def factor(logs) -> str:
 found = sweeps.read("lr_vs_rank", __doc__)
 curves, bests = [], []
 with matplotlib.rc_context(STYLE):
-    figure = Figure(figsize=(4.2 * len(found), 3.6), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(found), 3.6), layout="constrained")
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     for axes, sweep in zip(panels, found, strict=True):
         means = runs.settings(sweep.table, runs.Axes("lr", ("method", "rank")))
@@ -68,13 +69,15 @@ with matplotlib.rc_context(STYLE):
         for n, ((method, rank), own) in enumerate(lines):
             sweeps.line(axes, n, own["lr"], own["mean"], own["se"], sweeps.name(method, rank))
         axes.set_xscale("log")
-        axes.set_title(sweep.size)
+        alpha = sweep.table["alpha"].max()  # full fine-tuning has none
+        axes.set_title(f"{sweep.size}, α = {alpha:g}")
         axes.set_xlabel("learning rate")
         axes.set_ylabel("final eval loss (nats)")
         axes.legend()
-        curves.append(means.assign(base=sweep.size))
+        curves.append(means.assign(base=sweep.size, alpha=alpha))
 
-        print(f"{sweep.size}: final eval loss; {sweep.table['base_loss'].iloc[0]:.3f} before\n")
+        before = sweep.table["base_loss"].iloc[0]
+        print(f"{sweep.size}, α = {alpha:g}: final eval loss; {before:.3f} before\n")
         rates = [f"{rate:.2g}" for rate in lines[0][1]["lr"]]  # LoRA's
         rows = []
         for (method, rank), own in lines:
@@ -98,11 +101,11 @@ with matplotlib.rc_context(STYLE):
         sweeps.markdown(rows)
         lora = best[best["method"] == "lora"].groupby("seed")["best"]
         print(f"LoRA's largest over its smallest, per seed: {factor(lora.max() - lora.min())}\n")
-        bests.append(best.reset_index().assign(base=sweep.size))
+        bests.append(best.reset_index().assign(base=sweep.size, alpha=alpha))
     figure.savefig(HERE / "learning_rate.png", dpi=150)
-columns = ["base", "method", "rank", "lr", "mean", "se", "n", "diverged"]
+columns = ["base", "alpha", "method", "rank", "lr", "mean", "se", "n", "diverged"]
 pd.concat(curves)[columns].to_csv(HERE / "curves.csv", index=False, float_format="%.5g")
 table = pd.concat(bests)
 table["best"] = 10 ** table["best"]
-columns = ["base", "method", "rank", "seed", "best", "edge"]
+columns = ["base", "alpha", "method", "rank", "seed", "best", "edge"]
 table[columns].to_csv(HERE / "optima.csv", index=False, float_format="%.4g")
