@@ -229,5 +229,5 @@ with matplotlib.rc_context(STYLE):
                     panel.set(xlabel="learning rate", title=size)
             panels[0].set_ylabel(f"intruders (k = {K}, ε = {EPSILON})")
             panels[1].set_ylabel(FORGOTTEN)
-        figure.axes[0].legend(fontsize=7)
+            panels[0].legend(fontsize=7)
         figure.savefig(HERE / "rates.png", dpi=150)
