@@ -4,6 +4,7 @@ A config file is a script whose `get_config(arg)` takes `default()`, changes wha
 and returns it. Nothing here imports JAX: a mistake is found before anything heavy starts.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -438,9 +439,8 @@ def _axis(config, axis) -> tuple:
 
 def check_key(key: str) -> None:
     """Raises ValueError, with the nearest that there is, where no config has the key "train.lr"."""
-    known = _flat(default())
-    if key not in known:
-        raise ValueError(f"config has no key {key!r}{nearest(key, known)}")
+    if key not in _keys():
+        raise ValueError(f"config has no key {key!r}{nearest(key, _keys())}")
 
 
 def _check_keys(config) -> None:
@@ -448,9 +448,14 @@ def _check_keys(config) -> None:
     have = _flat(config)
     for key in have:
         check_key(key)
-    for key in _flat(default()):
+    for key in _keys():
         if key not in have:
             raise ValueError(f"config lacks the key {key!r}; start from lorax.config.default()")
+
+
+@functools.cache
+def _keys() -> tuple[str, ...]:
+    return tuple(_flat(default()))
 
 
 def _flat(config, prefix="") -> dict:

@@ -135,6 +135,7 @@ AXES = (
     "n_train",
 )
 SEEDS = ("seed", "data_seed")  # over which the settings are averaged
+ALL = ("n_train", "layers")  # fields of which none means all there are
 
 
 class Axes(NamedTuple):
@@ -290,7 +291,7 @@ def in_words(value: Any) -> str:
 def fields(row: pd.Series, names: Iterable[str]) -> str:
     """Several of a member's fields: "alpha=8, n_train=all". Those that its method has no use for (a
     rank, of full fine-tuning) are left out."""
-    kept = [name for name in names if name == "n_train" or not _is_missing(row[name])]
+    kept = [name for name in names if name in ALL or not _is_missing(row[name])]
     return ", ".join(f"{name}={in_words(row[name])}" for name in kept)
 
 

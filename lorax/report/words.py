@@ -28,8 +28,8 @@ def axis(name: str) -> str:
 
 
 def cell(name: str, value: Any) -> Any:
-    """A field's value for a table: no number of examples is all of them."""
-    return "all" if name == "n_train" and is_missing(value) else value
+    """A field's value for a table."""
+    return "all" if name in runs.ALL and is_missing(value) else value
 
 
 def listed(column: pd.Series) -> str:

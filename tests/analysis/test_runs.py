@@ -153,7 +153,7 @@ def test_a_field_that_a_method_has_no_use_for_is_not_said(tmp_path):
     full = settings[(settings["method"] == "full") & settings["n_train"].isna()].iloc[0]
     assert words.setting(full, by) == "method = full with n_train=all"
     assert words.listed(table["rank"]) == "4, 8" and words.listed(table["n_train"]) == "100, all"
-    assert words.cell("n_train", None) == "all" and words.cell("rank", None) is None
+    assert words.cell("layers", None) == "all" and words.cell("rank", None) is None
 
 
 def test_tied_axes_are_one(tmp_path):
