@@ -251,7 +251,7 @@ def _curve_numbers(sweep: Sweep) -> pd.DataFrame:
 
 
 def learning(run: runs.Run, table: pd.DataFrame, main: str | None) -> Section:
-    """Eval loss against step: each member, and means over seeds for each value of the main axis."""
+    """Eval loss against step: each member, and means for each value of the main axis."""
     figure = plots.learning_curves(run.metrics, table, main, runs.loss_name(run))
     kept = [name for name in ("name", main, "status") if name]
     evals = run.metrics[run.metrics["split"] == "eval"][["member", "step", "loss"]]
@@ -262,7 +262,8 @@ def learning(run: runs.Run, table: pd.DataFrame, main: str | None) -> Section:
         groups = [main, "step"] if main else ["step"]
         means = means.groupby(groups, dropna=False)["loss"].mean().reset_index()
         numbers = pd.concat([numbers, means.assign(shows="mean")], ignore_index=True)
-    caption = "Eval loss against step. Thick: means over seeds; thin: members."
+    alike = f"all members of the same {words.axis(main)}" if main else "seeds"
+    caption = f"Eval loss against step. Thick: means over {alike}; thin: members."
     if (table["status"] == "diverged").any():
         caption += " Diverged members are dashed and may leave the frame."
     alt = "Line chart of eval loss by step"
