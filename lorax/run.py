@@ -251,6 +251,7 @@ def run(settings, members, workdir: Path) -> int:
 
         # ------------------------------------------------------------------------------ analyse
         page = None
+        screen.end_bar()
         _write_tables(workdir)
         if settings.analysis.report:
             screen.say("taking the updates apart and drawing the report")

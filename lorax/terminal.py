@@ -54,6 +54,11 @@ class Screen:
             self.say(f"{10 * tenth:3d}% trained" + ("" if left is None else f", {left:.0f} s left"))
             self.reported = tenth
 
+    def end_bar(self) -> None:
+        """Training is over; what follows may draw a bar of its own."""
+        if self.console.is_terminal:
+            self.bar.stop()
+
     def _finished(self, by_index, row) -> None:
         loss = "diverged" if row["eval_loss"] is None else f"eval loss {row['eval_loss']:.4f}"
         params = by_index[row["member"]]["trainable_params"]

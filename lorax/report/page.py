@@ -22,11 +22,14 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
 
 from lorax.files import write_bytes
 
 TEMPLATE = pathlib.Path(__file__).with_name("page.html.tmpl")
 DPI = 150  # of the images
+CONSOLE = Console(stderr=True)  # where a person sees how far the drawing is
 PER_INCH = 100  # CSS pixels for an inch of a figure: its 9 points read as 12.5 pixels
 
 
@@ -61,19 +64,22 @@ class Fixed(NamedTuple):
 def save(
     directory: pathlib.Path, title: str, lead: str, sections: Sequence[Section]
 ) -> pathlib.Path:
-    """Draw all figures, then write them, the numbers and the page; the path of report.html."""
-    drawn, files = {}, {}
-    for section in sections:
-        files |= section.files
-        for name, picture in section.pictures.items():
-            lay_out(picture.figure)
-            images = {"png": png(picture.figure), "pdf": pdf(picture.figure)}
-            drawn[name] = {**images, "csv": csv(picture.numbers)}
+    """Draw all figures, then write them, the numbers and the page; the path of report.html. On a
+    terminal a bar has the time left."""
+    pictures = [picture for section in sections for picture in section.pictures.items()]
+    if CONSOLE.is_terminal:
+        pictures = track(pictures, "drawing", console=CONSOLE, transient=True)
+    drawn = {}
+    for name, picture in pictures:
+        lay_out(picture.figure)
+        images = {"png": png(picture.figure), "pdf": pdf(picture.figure)}
+        drawn[name] = {**images, "csv": csv(picture.numbers)}
     page = put_together(title, lead, sections, {name: of["png"] for name, of in drawn.items()})
     for name, of in drawn.items():
         for suffix, data in of.items():
             write_bytes(directory / "figures" / f"{name}.{suffix}", data)
-    save_files(directory, files)
+    for section in sections:
+        save_files(directory, section.files)
     return write_bytes(directory / "report.html", page.encode())
 
 
