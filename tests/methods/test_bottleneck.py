@@ -1,21 +1,21 @@
 """Houlsby and Pfeiffer: a plain torch implementation, padding that learns nothing, no merging."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+import small
 from flax import linen as nn
 from quick import jit
+from small import three_layers
 from support import few, require
 
 import lorax
 from lorax import config, ops, tree
 from lorax.methods.bottleneck import houlsby, pfeiffer
-from lorax.models import gpt2
 from lorax.models.layers import ACTIVATIONS
 from lorax.train import optim, sweep
 from lorax.train import step as steps
@@ -33,22 +33,7 @@ class Words(nn.Module):
         return nn.Dense(4, name="down")(x.reshape(*x.shape[:-2], -1))
 
 
-def noisy(params, scale=0.2):
-    """The same tree with random numbers added to every leaf."""
-    rng = np.random.default_rng(3)
-    return jax.tree.map(
-        lambda x: x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), params
-    )
-
-
-@functools.cache
-def tiny():
-    """A base of three layers whose biases are not zero."""
-    c = gpt2.Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=3, n_head=2, n_inner=12)
-    module = gpt2.GPT2(c)
-    params = noisy(jit(module.init)(jax.random.key(0), TOKENS)["params"])
-    sites = ops.sites(module, params, TOKENS)
-    return types.SimpleNamespace(module=module, params=params, sites=sites)
+noisy = functools.partial(small.noisy, scale=0.2, seed=3)
 
 
 def logits(base, params):
@@ -60,7 +45,7 @@ def logits(base, params):
 
 @pytest.mark.parametrize("method", [houlsby(rank=2), pfeiffer(rank=3, layers=(0, -1))])
 def test_it_starts_as_its_base_and_cannot_be_merged(method):
-    base = tiny()
+    base = three_layers()
     state = method.init(jax.random.key(0), base.params, base.sites)
     bound = method.bind(*state, base.params, sites=base.sites)
     np.testing.assert_array_equal(logits(base, bound), logits(base, base.params))
@@ -99,7 +84,7 @@ NORMS = (3 * 2 + 1) * 2 * 8  # two a layer and the last, scale and bias
     ],
 )
 def test_count_is_the_formula_and_the_size_of_the_tree(method, expected):
-    base = tiny()
+    base = three_layers()
     assert method.count(base.params, base.sites) == expected
     if method.hp["layers"] is None:
         state = method.init(jax.random.key(0), base.params, base.sites)
@@ -168,11 +153,11 @@ def trained(built, base, n=4):
 @pytest.mark.slow
 def test_a_member_learns_the_same_alone_and_in_a_sweep():
     built = [houlsby(rank=4, targets="o"), houlsby(rank=2, layers=(0, 2), targets=("o", "down"))]
-    state, losses = trained(built, tiny())
+    state, losses = trained(built, three_layers())
     assert np.all(losses[:, 0] == losses[0, 0]) and np.all(losses[0, 1:] != losses[1, 1:])
     together = tree.flatten(state.trainable)
     for i, method in enumerate(built):
-        alone, loss = trained([method], tiny())
+        alone, loss = trained([method], three_layers())
         np.testing.assert_allclose(losses[i], loss[0], rtol=1e-5)
         own = tree.flatten(alone.trainable)
         for path, leaf in together.items():
@@ -202,7 +187,7 @@ def test_a_member_learns_the_same_alone_and_in_a_sweep():
 def test_a_wrong_hyperparameter_is_one_clear_error(hp, message):
     for method in (houlsby, pfeiffer):
         with pytest.raises(ValueError, match=message):
-            method(**hp).count(tiny().params, tiny().sites)
+            method(**hp).count(three_layers().params, three_layers().sites)
 
 
 # ------------------------------------------------------------------------------------------ parity

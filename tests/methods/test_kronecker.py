@@ -6,12 +6,13 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import parity
 import pytest
+import small
 from flax import linen as nn
 from jax.extend.core import jaxprs_in_params
 from quick import jit
+from small import noisy
 from support import few, require
 
 import lorax
@@ -58,11 +59,6 @@ case = pytest.mark.parametrize("name", CASES)
 def base():
     params = jit(MODULE.init)(jax.random.key(1), TOKENS)["params"]
     return noisy(params), ops.sites_from_shapes(params)
-
-
-def noisy(tree_, scale=0.1, seed=0):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), tree_)
 
 
 forward = jit(functools.partial(lorax.apply, MODULE))
@@ -146,25 +142,7 @@ def test_the_gradient_is_that_of_finite_differences(name):
 # ---------------------------------------------------------------------------------------- members
 
 
-def trained(method, trainable, constants, n=6):
-    """The trainables after n steps of AdamW with weight decay, on what any base would learn."""
-    params, sites = base()
-    # The large eps keeps Adam from making steps of the rounding errors of vanishing gradients.
-    optimizer = optax.adamw(1e-2, eps=1e-4, weight_decay=0.1)
-
-    def loss(trainable):
-        bound = method.bind(trainable, constants, params, None, sites)
-        logits = lorax.apply(MODULE, bound, TOKENS)[:, :-1]
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, TOKENS[:, 1:])
-        return jnp.mean(nats)
-
-    def step(carry, _):
-        trainable, state = carry
-        with jax.numpy_dtype_promotion("standard"):
-            updates, state = optimizer.update(jax.grad(loss)(trainable), state, trainable)
-        return (optax.apply_updates(trainable, updates), state), None
-
-    return jax.lax.scan(step, (trainable, optimizer.init(trainable)), None, n)[0][0]
+trained = functools.partial(small.trained, MODULE, base, TOKENS, 6)
 
 
 MEMBERS = {

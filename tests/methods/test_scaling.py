@@ -1,21 +1,21 @@
 """(IA)3: PEFT's formulas, a base unchanged at the start and where a member adapts nothing."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+import small
 from flax import linen as nn
 from quick import jit
+from small import three_layers
 from support import few, require
 
 import lorax
 from lorax import config, methods, ops, tree
 from lorax.methods.scaling import ia3
-from lorax.models import gpt2
 from lorax.train import step as steps
 from lorax.train import sweep
 
@@ -32,23 +32,7 @@ class Words(nn.Module):
         return nn.Dense(4, name="down")(x.reshape(*x.shape[:-2], -1))
 
 
-def noisy(params, scale=0.2):
-    """The same tree with random numbers added to every leaf."""
-    rng = np.random.default_rng(3)
-    return jax.tree.map(
-        lambda x: x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), params
-    )
-
-
-@functools.cache
-def tiny():
-    """A base of three layers whose biases are not zero."""
-    c = gpt2.Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=3, n_head=2, n_inner=12)
-    module = gpt2.GPT2(c)
-    params = noisy(jit(module.init)(jax.random.key(0), TOKENS)["params"])
-    return types.SimpleNamespace(
-        module=module, params=params, sites=ops.sites(module, params, TOKENS)
-    )
+noisy = functools.partial(small.noisy, scale=0.2, seed=3)
 
 
 def moved(state):
@@ -68,7 +52,7 @@ def logits(base, params):
 
 @pytest.mark.parametrize("hp", HP)
 def test_it_starts_as_its_base_and_merges_to_what_is_bound(hp):
-    base, method = tiny(), ia3(**hp)
+    base, method = three_layers(), ia3(**hp)
     state = method.init(jax.random.key(0), base.params, base.sites)
     merged = lorax.merge(method, state, base.params, base.sites)
     jax.tree.map(np.testing.assert_array_equal, merged, base.params)
@@ -102,7 +86,7 @@ def test_it_starts_as_its_base_and_merges_to_what_is_bound(hp):
     ],
 )
 def test_count_is_the_formula_and_what_starts_at_one(hp, expected):
-    base, method = tiny(), ia3(**hp)
+    base, method = three_layers(), ia3(**hp)
     state = method.init(jax.random.key(0), base.params, base.sites)
     assert method.count(base.params, base.sites) == expected
     leaves = [np.asarray(x) for x in jax.tree.leaves(state.trainable)]
@@ -172,12 +156,12 @@ def trained(built, base, n=4):
 @pytest.mark.slow
 def test_a_member_learns_the_same_alone_and_in_a_sweep():
     built = [ia3(), ia3(targets=("q", "down"), layers=(0, 2))]
-    state, losses = trained(built, tiny())
+    state, losses = trained(built, three_layers())
     assert np.all(losses[:, 0] == losses[0, 0]) and np.all(np.diff(losses[0]) != 0)
     together = tree.flatten(state.trainable)
     assert len(together) == 4
     for i, method in enumerate(built):
-        alone, loss = trained([method], tiny())
+        alone, loss = trained([method], three_layers())
         np.testing.assert_allclose(losses[i], loss[0], rtol=1e-6)
         own = tree.flatten(alone.trainable)
         for path, leaf in together.items():
@@ -189,7 +173,7 @@ def test_a_member_learns_the_same_alone_and_in_a_sweep():
 
 
 def test_a_trained_bias_is_scaled_as_well():
-    base = tiny()
+    base = three_layers()
     method = methods.full.beside(ia3(), ("biases",), "float32")
     state = method.init(jax.random.key(0), base.params, base.sites)
     state = state._replace(trainable=noisy(state.trainable))
@@ -216,7 +200,7 @@ def test_a_trained_bias_is_scaled_as_well():
     ],
 )
 def test_what_does_not_fit_the_model_is_one_clear_error(hp, message):
-    base, method = tiny(), ia3(**hp)
+    base, method = three_layers(), ia3(**hp)
     for ask in (method.count, functools.partial(method.init, jax.random.key(0))):
         with pytest.raises(ValueError, match=message):
             ask(base.params, base.sites)

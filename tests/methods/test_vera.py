@@ -6,11 +6,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import parity
 import pytest
+import small
 from flax import linen as nn
 from quick import jit
+from small import noisy
 from support import few, require
 
 import lorax
@@ -46,11 +47,6 @@ forward = jit(functools.partial(lorax.apply, MODULE))
 def base():
     params = noisy(jit(MODULE.init)(jax.random.key(1), TOKENS)["params"])
     return params, ops.sites_from_shapes(params)
-
-
-def noisy(tree_, scale=0.1, seed=0):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), tree_)
 
 
 # ---------------------------------------------------------------------------------------- contract
@@ -155,25 +151,7 @@ def test_constants_hold_the_pair_once():
 # ---------------------------------------------------------------------------------------- members
 
 
-def trained(method, trainable, constants, n=4):
-    """The trainables after n steps of AdamW with weight decay."""
-    params, sites = base()
-    # The large eps keeps Adam from making steps of the rounding errors of vanishing gradients.
-    optimizer = optax.adamw(1e-2, eps=1e-4, weight_decay=0.1)
-
-    def loss(trainable):
-        bound = method.bind(trainable, constants, params, None, sites)
-        logits = lorax.apply(MODULE, bound, TOKENS)[:, :-1]
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, TOKENS[:, 1:])
-        return jnp.mean(nats)
-
-    def step(carry, _):
-        trainable, state = carry
-        with jax.numpy_dtype_promotion("standard"):
-            updates, state = optimizer.update(jax.grad(loss)(trainable), state, trainable)
-        return (optax.apply_updates(trainable, updates), state), None
-
-    return jax.lax.scan(step, (trainable, optimizer.init(trainable)), None, n)[0][0]
+trained = functools.partial(small.trained, MODULE, base, TOKENS, 4)
 
 
 @pytest.mark.slow
