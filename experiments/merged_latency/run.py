@@ -1,12 +1,13 @@
 """What does an adapter cost in inference? LoRA merged and not, Houlsby's and Pfeiffer's adapters.
 
-    python experiments/merged_latency/run.py [--clock=cpu|wall]
+    python experiments/merged_latency/run.py [DIR...] [--clock=cpu|wall]
 
-Times of gpt2-nano and of a GPT-2 small with random weights: reading a prompt of 128 tokens, one and
-eight at a time, and the next token behind it. The sides run in turn within a round, because a
-machine's speed drifts, and a round's ratio is of neighbours in time. On one thread, whose CPU time
-is what it would take on a machine that does nothing else; --clock=wall is for such a machine.
-Writes numbers.csv and figure.png beside this file.
+Times of gpt2-nano, of models in Hugging Face's layout (DIR) and of a GPT-2 small with random
+weights: reading a prompt of 128 tokens, one and eight at a time, and the next token behind it. The
+sides run in turn within a round, because a machine's speed drifts, and a round's ratio is of
+neighbours in time. On one thread, whose CPU time is what it would take on a machine that does
+nothing else; --clock=wall is for such a machine. Writes numbers.csv and figure.png beside this
+file.
 """
 
 import argparse
@@ -33,22 +34,22 @@ PROMPT = 128
 #: What is measured: sequences, tokens of each.
 SHAPES = {"1 x 128": (1, PROMPT), "8 x 128": (8, PROMPT), "1 x 1": (1, 1)}
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
-#: Base -> rounds of each of them.
-BASES = {
-    "gpt2-nano": {"1 x 128": 15, "1 x 1": 30, "8 x 128": 7},
-    "random:gpt2": {"1 x 128": 5, "1 x 1": 10, "8 x 128": 2},
-}
+#: Rounds of each of them.
+SMALL = {"1 x 128": 40, "1 x 1": 100, "8 x 128": 20}
+LARGE = {"1 x 128": 12, "1 x 1": 30, "8 x 128": 6}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
-    clock = CLOCKS[parser.parse_args().clock]
+    parser.add_argument("bases", nargs="*", metavar="DIR", help="small models")
+    flags = parser.parse_args()
+    clock, bases = CLOCKS[flags.clock], ["gpt2-nano", *flags.bases]
 
     rows = []
-    for name, rounds in BASES.items():
+    for name, rounds in {**dict.fromkeys(bases, SMALL), "random:gpt2": LARGE}.items():
         base = lorax.load(name)
-        d = base.config.n_embd
+        d = width(base)
         # r of LoRA is the usual one; Pfeiffer's m is d / 16, and Houlsby's here as well.
         lora = lorax.method("lora", rank=8, targets=("q", "v"))
         state = start(lora, base)
@@ -67,7 +68,8 @@ def main():
             sides = {side: make(own) for side, own in params.items()}
             seconds = bench._measure(sides, n)
             for side, own in seconds.items():
-                about = {"base": name.removeprefix("random:"), "shape": shape, "side": side}
+                short = Path(name).name.removeprefix("random:")
+                about = {"base": short, "shape": shape, "side": side}
                 pairs = enumerate(zip(own, own / seconds["base"], strict=True))
                 rows += [about | {"round": i, "ms": 1e3 * s, "ratio": r} for i, (s, r) in pairs]
             print(f"{name}, {shape}: done", flush=True)
@@ -89,6 +91,10 @@ def main():
     figure(table).savefig(HERE / "figure.png", dpi=110)
 
 
+def width(base) -> int:
+    return getattr(base.config, "n_embd", None) or base.config.hidden_size
+
+
 def start(method, base):
     """The method's state with normal numbers on what it trains: its start has zeros."""
     state = method.init(jax.random.key(0), base.params, base.sites)
@@ -105,7 +111,7 @@ def forward(base, read, clock, batch, tokens, params):
     if tokens == 1:
         _, cache = read(params, ids[:, :PROMPT], cache)
     part = ids[:, -tokens:]
-    calls = 1 if batch * tokens * base.config.n_embd > 5e4 else 3
+    calls = 1 if batch * tokens * width(base) > 5e4 else 3
 
     def seconds():
         found = []
@@ -123,7 +129,7 @@ def figure(table) -> Figure:
     sides = [side for side in table["side"].unique() if side != "base"]
     bases = list(table["base"].unique())
     with matplotlib.rc_context(plots.STYLE):
-        drawn = Figure(figsize=(7.6, 3.4), layout="constrained")
+        drawn = Figure(figsize=(0.4 + 3.4 * len(bases), 3.6), layout="constrained")
         panels = drawn.subplots(1, len(bases))
         for base, axes in zip(bases, panels, strict=True):
             for n, side in enumerate(sides):
@@ -143,7 +149,7 @@ def figure(table) -> Figure:
             low, high = shown.quantile(0.05).min(), shown.quantile(0.95).max()
             axes.set_ylim(min(0.8, low - 0.05), max(1.3, high + 0.05))
         panels[0].set_ylabel("time / base's time")
-        panels[0].legend(loc="upper left", ncols=2)
+        drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         return drawn
 
 
