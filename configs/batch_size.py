@@ -12,7 +12,7 @@ minutes: not at all).
     --config=configs/batch_size.py:gpt2-medium --config.task.path=ZIP
 """
 
-from lorax.scales import scale
+from lorax.scales import scale, two_digits
 
 BATCHES = (2, 8, 32)
 
@@ -27,7 +27,7 @@ def get_config(arg=None):
     lr = config.train.lr / 2
     points = [
         # Adam's best rate grows with about the square root of the batch.
-        (method, rank, float(f"{rate * factor * (batch / 8) ** 0.5:.2g}"), batch, examples // batch)
+        (method, rank, two_digits(rate * factor * (batch / 8) ** 0.5), batch, examples // batch)
         for batch in BATCHES
         for method, rank, rate in (("lora", 4, lr), ("lora", 32, lr), ("full", 8, lr / 5))
         for factor in (0.3, 1, 3)

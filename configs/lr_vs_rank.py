@@ -11,7 +11,7 @@ Here: experiments/learning_rate, 12 minutes on two busy cores: 5.3e-3 at r = 4, 
     --config=configs/lr_vs_rank.py:gpt2-medium --config.task.path=ZIP
 """
 
-from lorax.scales import LARGEST_RANK, scale
+from lorax.scales import LARGEST_RANK, scale, two_digits
 
 FACTORS = (0.1, 0.3, 1, 3, 10)  # of the learning rate
 
@@ -25,7 +25,7 @@ def get_config(arg=None):
     config.eval.every = config.train.steps
     ranks = (1, 4, 16, LARGEST_RANK[arg])
     lr = config.train.lr
-    rates = [float(f"{lr * factor:.2g}") for factor in FACTORS]
+    rates = [two_digits(lr * factor) for factor in FACTORS]
     points = [("lora", r, rate) for r in ranks for rate in rates]
     points += [("full", 8, rate / 10) for rate in rates]
     sweep = config.sweep

@@ -67,6 +67,11 @@ SCALES = {None: nano, "stories": stories, "gpt2-medium": gpt2_medium}
 LARGEST_RANK = {None: 64, "stories": 32, "gpt2-medium": 64}
 
 
+def two_digits(rate: float) -> float:
+    """A learning rate as one writes it: 0.0035 for 0.0035355."""
+    return float(f"{rate:.2g}")
+
+
 def scale(name: str | None) -> ConfigDict:
     """The config of a size by the argument of --config=FILE:ARGUMENT; None is `nano`.
 

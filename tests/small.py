@@ -10,8 +10,10 @@ import optax
 from quick import jit
 
 import lorax
-from lorax import ops
+from lorax import config, ops
 from lorax.models import gpt2
+from lorax.train import step as steps
+from lorax.train import sweep
 
 
 def noisy(tree, scale=0.1, seed=0):
@@ -50,3 +52,18 @@ def trained(module, base, tokens, n, method, trainable, constants):
         return (optax.apply_updates(trainable, updates), state), None
 
     return jax.lax.scan(step, (trainable, optimizer.init(trainable)), None, n)[0][0]
+
+
+def swept(built, base, n=4):
+    """The members of a sweep after n steps: (state, losses (M, n)), as `lorax.train.sweep` has
+    them side by side."""
+    c = config.default()
+    c.train.update(lr=0.01, weight_decay=0.1, warmup=0)
+    members = [config.Member(i, str(i), {}, c) for i in range(len(built))]
+    stacked = sweep.stack(members, built, base)
+    program = steps.Program(base.module, built[0], base.sites, c.train, False, False)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 20, (n, 1, 2, 7), np.int32))
+    batches = {"tokens": tokens, "mask": jnp.ones(tokens.shape, jnp.float32)}
+    run = lambda *member: steps.train_steps(program, base.params, *member, batches)
+    state, logs = jit(jax.vmap(run))(stacked.constants, stacked.hyper, stacked.state)
+    return state, np.asarray(logs["loss"])

@@ -68,25 +68,26 @@ def rank_curve(
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.add_subplot()
         values, position = main_axis(axes, settings[main], main)
-        several = settings["line"].nunique() > 1
+        lines, names = settings["line"].nunique(), has_no_order(values)
         # Dots of more settings than there are colours are told apart by the table.
-        alike = has_no_order(values) and settings["line"].nunique() > len(COLOURS)
+        alike = names and lines > len(COLOURS)
         for n, (line, rows) in enumerate(settings.groupby("line", sort=False)):
             n = 0 if alike else n
             x = np.array([position[value] for value in rows[main].map(_key)])
             style = {"color": pick(COLOURS, n)}
-            style["linestyle"] = "none" if has_no_order(values) else pick(DASHES, n)
-            label = line or ("mean of seeds" if (rows["n"] > 1).any() else "one seed")
-            label = None if alike or (not line and several) else label
+            style["linestyle"] = "none" if names else pick(DASHES, n)
             # One seed has no bar: zero-length bars would look like certainty.
             bars = rows["se"].to_numpy(float) if rows["se"].notna().any() else None
+            what = "mean of seeds" if (rows["n"] > 1).any() else "one seed"
+            what += " ± standard error" * (bars is not None)
+            label = line or (what if lines == 1 else None)
             axes.errorbar(
                 x,
                 rows["mean"],
                 yerr=bars,
                 marker=pick(MARKERS, n),
                 capsize=3,
-                label=label and label + " ± standard error" * (bars is not None and not line),
+                label=None if alike else label,
                 **style,
             )
             of_line = points.merge(rows[_shared(rows, points, main)].drop_duplicates())
@@ -97,7 +98,7 @@ def rank_curve(
         _base_line(axes, base, settings, points)
         axes.margins(y=0.25)  # room for the words below the marked point
         axes.set_ylabel("final " + loss)
-        _legend(axes, outside=settings["line"].nunique() > 4 and not alike)
+        _legend(axes, outside=lines > 4 and not alike)
         return figure
 
 

@@ -283,7 +283,7 @@ def _words(value: Any) -> Any:
 
 def in_words(value: Any) -> str:
     """A field's value as labels have it; "all" for a missing one."""
-    if _is_missing(value):
+    if is_missing(value):
         return "all"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -291,9 +291,10 @@ def in_words(value: Any) -> str:
 def fields(row: pd.Series, names: Iterable[str]) -> str:
     """Several of a member's fields: "alpha=8, n_train=all". Those that its method has no use for (a
     rank, of full fine-tuning) are left out."""
-    kept = [name for name in names if name in ALL or not _is_missing(row[name])]
+    kept = [name for name in names if name in ALL or not is_missing(row[name])]
     return ", ".join(f"{name}={in_words(row[name])}" for name in kept)
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and np.isnan(value))
+def is_missing(value: Any) -> bool:
+    """Whether a field has no value: None, or the NaN that a table makes of it."""
+    return value is None or (isinstance(value, (float, np.floating)) and np.isnan(value))

@@ -460,6 +460,8 @@ def _lora_config(file: pathlib.Path) -> dict[str, Any]:
 
 
 def read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """({name: float32 array}, the file's metadata) of a safetensors file. Raises FileNotFoundError,
+    or ValueError for a file that is none."""
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; a PEFT adapter is {CONFIG} and {WEIGHTS}")
     try:
@@ -618,4 +620,5 @@ def _float32(array: Any) -> np.ndarray:
 
 
 def as_number(x: float) -> int | float:
+    """A number as PEFT's JSON has it: 16, not 16.0."""
     return int(x) if float(x).is_integer() else float(x)

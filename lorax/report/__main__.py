@@ -19,8 +19,7 @@ from collections.abc import Sequence
 
 from lorax.analysis import runs
 from lorax.errors import nearest
-from lorax.report import adapter, bases, run, several
-from lorax.report.page import CONSOLE
+from lorax.report import adapter, bases, page, run, several
 
 RUN, ADAPTER = "a run", "an adapter"
 OF_A_RUN = ("members.jsonl", "metrics.jsonl", "status.json")  # any of them: what is torn is a run
@@ -41,8 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--alpha", type=float, help="lora_alpha of a loralib checkpoint, which does not hold it"
     )
     given = parser.parse_args(arguments)
-    if CONSOLE.is_terminal:
-        CONSOLE.print(f"taking {' and '.join(given.what)} apart", highlight=False, markup=False)
+    if page.CONSOLE.is_terminal:
+        words = f"taking {' and '.join(given.what)} apart"
+        page.CONSOLE.print(words, highlight=False, markup=False)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _say

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
+from lorax.analysis.runs import is_missing
 from lorax.files import write_bytes
 
 TEMPLATE = pathlib.Path(__file__).with_name("page.html.tmpl")
@@ -261,10 +262,6 @@ def show(value: Any) -> str:
     if isinstance(value, (float, np.floating)):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return str(value) if not isinstance(value, (dict, list)) else json.dumps(value)
-
-
-def is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, (float, np.floating)) and np.isnan(value))
 
 
 def _is_number(value: Any) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from lorax.analysis import plot_updates
+from lorax.analysis import plot_updates, runs
 from lorax.report import page, words
 from lorax.report.page import Picture, Section
 
@@ -69,7 +69,7 @@ def label(rows: pd.DataFrame, shown: pd.DataFrame, main: str) -> pd.DataFrame:
     labelled = kept.merge(shown[["member", main]], on="member")
     if labelled[main].isna().any():
         labelled[main] = [
-            "all" if page.is_missing(value) else value for value in labelled[main].astype(object)
+            "all" if runs.is_missing(value) else value for value in labelled[main].astype(object)
         ]
     return labelled
 

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from lorax.analysis import runs
-from lorax.report.page import is_missing, show
+from lorax.analysis.runs import is_missing
+from lorax.report.page import show
 
 
 def mean(row: pd.Series) -> str:

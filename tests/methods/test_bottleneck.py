@@ -10,15 +10,14 @@ import pytest
 import small
 from flax import linen as nn
 from quick import jit
-from small import three_layers
+from small import swept, three_layers
 from support import few, require
 
 import lorax
-from lorax import config, ops, tree
+from lorax import ops, tree
 from lorax.methods.bottleneck import houlsby, pfeiffer
 from lorax.models.layers import ACTIVATIONS
-from lorax.train import optim, sweep
-from lorax.train import step as steps
+from lorax.train import optim
 
 TOKENS = np.random.default_rng(1).integers(0, 20, (2, 6), np.int32)
 NAMES = ("down", "down_bias", "up", "up_bias")
@@ -135,29 +134,14 @@ def test_the_gradient_is_that_of_finite_differences_and_zero_for_padding(activat
 # ------------------------------------------------------------------------------------------- sweep
 
 
-def trained(built, base, n=4):
-    """The members of a sweep after n steps: (state, losses (M, n)), as `lorax.train.sweep` has
-    them side by side."""
-    c = config.default()
-    c.train.update(lr=0.01, weight_decay=0.1, warmup=0)
-    members = [config.Member(i, str(i), {}, c) for i in range(len(built))]
-    stacked = sweep.stack(members, built, base)
-    program = steps.Program(base.module, built[0], base.sites, c.train, False, False)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 20, (n, 1, 2, 7), np.int32))
-    batches = {"tokens": tokens, "mask": jnp.ones(tokens.shape, jnp.float32)}
-    run = lambda *member: steps.train_steps(program, base.params, *member, batches)
-    state, logs = jit(jax.vmap(run))(stacked.constants, stacked.hyper, stacked.state)
-    return state, np.asarray(logs["loss"])
-
-
 @pytest.mark.slow
 def test_a_member_learns_the_same_alone_and_in_a_sweep():
     built = [houlsby(rank=4, targets="o"), houlsby(rank=2, layers=(0, 2), targets=("o", "down"))]
-    state, losses = trained(built, three_layers())
+    state, losses = swept(built, three_layers())
     assert np.all(losses[:, 0] == losses[0, 0]) and np.all(losses[0, 1:] != losses[1, 1:])
     together = tree.flatten(state.trainable)
     for i, method in enumerate(built):
-        alone, loss = trained([method], three_layers())
+        alone, loss = swept([method], three_layers())
         np.testing.assert_allclose(losses[i], loss[0], rtol=1e-5)
         own = tree.flatten(alone.trainable)
         for path, leaf in together.items():

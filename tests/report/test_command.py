@@ -8,7 +8,6 @@ import pytest
 from rich.console import Console
 from synthetic import make_adapter, make_run
 
-from lorax.report import __main__ as command
 from lorax.report import bases, page
 from lorax.report.__main__ import main
 
@@ -51,9 +50,8 @@ def test_several_go_where_it_says(here, capsys, monkeypatch, tmp_path, undrawn):
 
 def test_a_terminal_sees_how_far_it_is(here, capsys, monkeypatch, tmp_path, undrawn):
     said = io.StringIO()
-    for module in (page, command):
-        console = Console(file=said, force_terminal=True, width=100)
-        monkeypatch.setattr(module, "CONSOLE", console)
+    console = Console(file=said, force_terminal=True, width=100)
+    monkeypatch.setattr(page, "CONSOLE", console)
     assert main([str(here / "adapter"), f"--out={tmp_path / 'out'}"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "report.html")
     assert f"taking {here / 'adapter'} apart" in said.getvalue().replace("\n", "")
