@@ -106,7 +106,8 @@ def methods(compared: pd.DataFrame) -> Figure:
     """Each method's best final eval loss with its standard error, best on top; a dashed line at
     full fine-tuning's. compared: of `compare.methods`."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 0.9 + 0.28 * len(compared)), layout="constrained")
+        height = max(2.1, 0.9 + 0.28 * len(compared))  # room for the label beside two methods
+        figure = Figure(figsize=(6.4, height), layout="constrained")
         axes = figure.add_subplot()
         rows = range(len(compared))
         errors = compared["se"].fillna(0) if compared["se"].notna().any() else None
@@ -117,12 +118,12 @@ def methods(compared: pd.DataFrame) -> Figure:
             f"{row.method} ({row.trainable_params:,})" for row in compared.itertuples(index=False)
         ]
         axes.set_yticks(rows, names)
-        axes.invert_yaxis()
+        axes.set_ylim(len(compared) - 0.5, -0.5)
         full = compared.loc[compared["method"] == "full", "mean"]
         if len(full):
             axes.axvline(full.iloc[0], color=GREY, linestyle=(0, (4, 3)), linewidth=1)
         axes.set_xlabel("final " + LOSS)
-        axes.set_ylabel("method (trainable parameters)")
+        axes.set_ylabel("method\n(trainable parameters)")
         return figure
 
 
