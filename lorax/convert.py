@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from lorax.errors import fail
+
 SHOWN = 16  # singular values in a row of `show`
 CHECKPOINTS = (".npz", ".safetensors")  # of loralib
 
@@ -30,8 +32,7 @@ def main(arguments: list[str]) -> int:
     try:
         given.command(given)
     except (ValueError, OSError) as error:
-        print(f"lorax: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 

@@ -1,9 +1,12 @@
-"""Files that are whole or not there, and JSON that says which file is wrong."""
+"""Files that are whole or not there, and texts and JSON that say which file is wrong."""
 
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+LFS = b"version https://git-lfs"  # how a pointer begins
 
 
 def atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> Path:
@@ -35,12 +38,63 @@ def write_json(path: str | os.PathLike, value) -> Path:
     return write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises ValueError that names the file where it is none."""
+def read_text(path: str | os.PathLike) -> str:
+    """A text file's content, without the byte order mark that some editors put in front.
+
+    Raises ValueError that names file and line where it is not UTF-8, OSError where it can't be
+    read.
+    """
+    data = Path(path).read_bytes()
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}:{line}: bad byte 0x{data[error.start]:02x}; expected UTF-8"
+        ) from None
+
+
+def parse_json(text: str, path: str | os.PathLike, line: int = 1) -> Any:
+    """JSON that someone else wrote, as Python's objects. path, line: where `text` begins.
+
+    Raises ValueError that names file and line for what is not JSON, for nesting and numbers that
+    Python has no room for, and for half of a surrogate pair ("\\ud83d"), which is no text.
+    """
+    place = path if "\n" in text.strip() else f"{path}:{line}"
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}:{line + error.lineno - 1}: not JSON ({error.msg} at character {error.colno})"
+        ) from None
+    except RecursionError:
+        raise ValueError(f"{place}: JSON nested too deep to be read") from None
+    except ValueError:  # more digits than `sys.get_int_max_str_digits()`
+        raise ValueError(f"{place}: a number of too many digits to be read") from None
+    if "\\u" in text:
+        check_unicode(json.dumps(value, ensure_ascii=False), place)
+    return value
+
+
+def check_unicode(text: str, place: str | os.PathLike) -> None:
+    """Raises ValueError for a text with half of a surrogate pair in it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"{place}: {half} is half of a character; expected both halves") from None
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """A JSON object from a file. Raises ValueError that names the file where it is none."""
+    value = parse_json(read_text(path), path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object is expected, not a {type(value).__name__}")
     return value
+
+
+def pointer_hint(path: str | os.PathLike) -> str:
+    """What to add to an error where a file is not itself but Git LFS's pointer to it, else ""."""
+    with open(path, "rb") as file:
+        pointer = file.read(len(LFS)) == LFS
+    return "; it is a pointer of Git LFS: fetch the file itself with `git lfs pull`" * pointer

@@ -14,6 +14,8 @@ import json
 import sys
 from pathlib import Path
 
+from lorax.errors import fail
+
 
 def main(arguments: list[str]) -> int:
     """The command line. Exit code 0, or 2 for a mistake in the input."""
@@ -23,8 +25,7 @@ def main(arguments: list[str]) -> int:
         print(f"loading {given.base}", file=sys.stderr, flush=True)
         rows = run(given, prompts)
     except (ValueError, FileNotFoundError) as error:
-        print(f"lorax: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return fail(error)
     if given.out:
         from lorax.files import write_bytes
 

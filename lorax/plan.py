@@ -33,7 +33,7 @@ from typing import NamedTuple
 from absl import flags
 
 from lorax import __version__, config, run
-from lorax.errors import nearest
+from lorax.errors import fail, nearest
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("device", "h200,a100,tpu-v5p,cpu", "Devices to plan for, by name.")
@@ -108,9 +108,7 @@ def main(argv: list[str]) -> int:
         for index, group in enumerate(grouped(members)):
             _show(describe(index, plan(group, devices), devices), FLAGS.markdown)
     except Exception as error:  # a config script may raise anything: one line to its author
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"lorax: {text}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 

@@ -32,6 +32,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from lorax import __version__, config
+from lorax.errors import fail
 from lorax.files import read_json, write_bytes, write_json
 
 FLAGS = flags.FLAGS
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     except (
         Exception
     ) as error:  # whatever a config script or a flag raises is one line to its author
-        return _fail(error)
+        return fail(error)
     print(f"lorax {__version__}: {plan(settings, members)}", flush=True)
     if finished(workdir):
         print(f"{workdir} is finished. Report: {workdir / 'report.html'}")
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
         with locked(workdir):
             return run(settings, members, workdir)
     except (ValueError, FileNotFoundError, BlockingIOError) as error:
-        return _fail(error)
+        return fail(error)
     except (OSError, MemoryError) as error:
         print(
             f"lorax: stopped: {error}. Mend that and run the same command to continue.",
@@ -304,12 +305,6 @@ def _points(workdir: Path):
 
 def _by_number(rows: dict[int, dict]) -> dict[str, dict]:
     return {str(i): rows[i] for i in sorted(rows)}
-
-
-def _fail(error: Exception) -> int:
-    text = " ".join(str(error).split()) or type(error).__name__
-    print(f"lorax: {text}", file=sys.stderr)
-    return 2
 
 
 def _show(values) -> str:

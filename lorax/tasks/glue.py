@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from tokenizers import Tokenizer
 
 from lorax.errors import nearest
+from lorax.files import read_text
 from lorax.tasks import metrics
 from lorax.tasks.rows import Rows, Task, check_n_train, check_path, count
 from lorax.vocabulary import Vocabulary
@@ -131,14 +132,7 @@ def examples(file: Path, subset: str) -> tuple[list[Texts], np.ndarray, int]:
     the file and the line.
     """
     spec = SUBSETS[canonical(subset)]
-    data = file.read_bytes()
-    try:
-        content = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{file}:{line}: bad byte 0x{data[error.start]:02x}; expected UTF-8"
-        ) from None
+    content = read_text(file)
     # not splitlines: a sentence may hold U+0085 or U+2028
     lines = [line.removesuffix("\r") for line in content.removesuffix("\n").split("\n")]
     columns, first = spec.columns, 0

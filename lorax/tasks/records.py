@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorax.files import parse_json, read_text
+
 
 class Record(NamedTuple):
     """One JSON object. place: "FILE:LINE", or "FILE[INDEX]" (from 0) in an array."""
@@ -33,21 +35,14 @@ def read(path: Path) -> list[Record]:
     Raises ValueError naming the file and the line or index where it is not UTF-8, not JSON, not
     an object, or where there is nothing.
     """
-    data = path.read_bytes()
-    try:
-        content = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}:{line}: bad byte 0x{data[error.start]:02x}; expected UTF-8"
-        ) from None
+    content = read_text(path)
     if content.lstrip().startswith("["):
-        values = [(f"{path}[{i}]", value) for i, value in enumerate(_parse(content, path, 1))]
+        values = [(f"{path}[{i}]", value) for i, value in enumerate(parse_json(content, path))]
     else:
         # str.splitlines would cut at U+2028 too, which JSON allows within a string
         lines = enumerate(content.split("\n"), start=1)
         values = [
-            (f"{path}:{line}", _parse(text, path, line)) for line, text in lines if text.strip()
+            (f"{path}:{line}", parse_json(text, path, line)) for line, text in lines if text.strip()
         ]
     for place, value in values:
         if not isinstance(value, dict):
@@ -74,15 +69,6 @@ def find(folder: Path, name: str, expected: str) -> Path:
     if not folder.is_dir():
         raise ValueError(f"task.path: {str(folder)!r} is no folder; expected {expected}")
     return only(sorted(folder.rglob(name)), name, folder, expected)
-
-
-def _parse(text: str, path: Path, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}:{line + error.lineno - 1}: not JSON ({error.msg} at character {error.colno})"
-        ) from None
 
 
 def _shown(value: Any) -> str:
