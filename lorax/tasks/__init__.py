@@ -22,11 +22,12 @@ from lorax.errors import nearest
 from lorax.models import Base
 from lorax.models.load import positions
 from lorax.tasks import e2e, glue, instruct, planted, restaurants, samsum, text, vision, wikisql
-from lorax.tasks.rows import Prompt, Rows, Task, count
+from lorax.tasks.rows import Prompt, Rows, Task, check_n_train, count
 from lorax.vocabulary import Vocabulary
 
 __all__ = ["ARRAYS", "TASKS", "Prompt", "Task", "build", "check_base", "columns", "lengths"]
-__all__ += ["order", "orders", "outputs", "size", "spread", "widths"]
+__all__ += ["order", "orders", "outputs", "prompts", "size", "spread", "train_examples"]
+__all__ += ["train_size", "widths"]
 
 # name -> load(config, vocabulary, seq_len) -> Task, with all its evaluation rows
 TASKS = {
@@ -68,11 +69,11 @@ def build(
     """Makes the rows of the task that `config` names.
 
     config: `name` (a key of `TASKS` or `ARRAYS`), and where there is something to say: `path` (the
-        file or folder that the task reads), `n_train` (None: all; else the first n train examples),
-        `seed` (int, of the data itself), `packing` (True: several train examples a row),
-        `template` (of instruct: a chat template), `subset` (of glue), `group_by_length` (True:
-        the task has `lengths`; not with packing, whose rows are all full), `shuffle` (of images:
-        True puts their pixels in a random order).
+        file or folder that the task reads), `n_train` (None: all; else the first n train examples,
+        not counting those that are dropped), `seed` (int, of the data itself), `packing` (True:
+        several train examples a row), `template` (of instruct: a chat template), `subset` (of
+        glue), `group_by_length` (True: the task has `lengths`; not with packing, whose rows are all
+        full), `shuffle` (of images: True puts their pixels in a random order).
     vocabulary: of a text task, for which it is needed.
     seq_len: tokens that a model reads at most; a row of a language model has one more. Longer
         examples are dropped, or cut for a classifier. Columns that no row needs are left out.
@@ -84,7 +85,9 @@ def build(
     Raises ValueError, or FileNotFoundError, naming the config field or the file and line at fault.
     """
     name = _known(config)
-    for field, value in (("train.seq_len", seq_len), ("eval.examples", eval_examples)):
+    at_least_one = {"train.seq_len": seq_len, "eval.examples": eval_examples}
+    at_least_one["task.n_train"] = config.get("n_train")
+    for field, value in at_least_one.items():
         if value is not None and value < 1:
             raise ValueError(f"{field}: {value} was given; it must be at least 1")
     for field, names in ONLY.items():
@@ -161,11 +164,36 @@ def columns(rows: Rows) -> int | None:
 
 def spread(rows: Rows, n: int | None) -> Rows:
     """At most n rows, evenly spaced from the first on: the same rows whatever the seed."""
-    total = size(rows)
-    if n is None or n >= total:
-        return rows
-    index = np.arange(n) * total // n
+    index = _spaced(size(rows), n)
     return {key: value[index] for key, value in rows.items()}
+
+
+def prompts(task: Task, n: int) -> tuple[Prompt, ...]:
+    """At most n of a task's prompts, evenly spaced as `spread` spaces rows: E2E's are sorted by
+    restaurant, and the first 64 of its 630 are about 5 of its 18."""
+    return tuple(task.prompts[i] for i in _spaced(len(task.prompts), n))
+
+
+def _spaced(total: int, n: int | None) -> np.ndarray:
+    n = total if n is None else min(n, total)
+    return np.arange(n) * total // max(n, 1)
+
+
+def train_size(settings: Mapping[str, Any], task: Task) -> int:
+    """How many train rows, from the first on, a member with `settings` as its config.task visits.
+
+    A task may hold more: the members of a sweep over n_train share it. Rows that are packed hold
+    the examples that n_train counts already. Raises ValueError where the task has fewer.
+    """
+    total = size(task.train)
+    return total if settings["packing"] else check_n_train(settings["n_train"], total)
+
+
+def train_examples(settings: Mapping[str, Any], task: Task) -> int:
+    """How many examples are in the rows of `train_size`: as many, but for rows that are packed."""
+    if "segments" in task.train and settings["packing"]:
+        return int(task.train["segments"].max(axis=1).sum())
+    return train_size(settings, task)
 
 
 def trim(rows: Rows) -> Rows:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lorax.tasks.records import only
-from lorax.tasks.rows import Task, check_n_train, check_path, encode_pairs, linearise
+from lorax.tasks.rows import Task, check_path, encode_pairs, linearise
 from lorax.vocabulary import Vocabulary
 
 FILES = {"train": "trainset.csv", "eval": "devset.csv", "test": "testset_w_refs.csv"}
@@ -89,7 +89,6 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Tas
     devset.csv where that is not there."""
     path = check_path(config, EXPECTED)
     train = examples(path, "train")
-    train = train[: check_n_train(config, len(train))]
     evaluation = examples(path, "eval")
     try:
         prompts = examples(path, "test")

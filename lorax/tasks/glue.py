@@ -114,7 +114,7 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Tas
     name = canonical(config["subset"])
     train_file, eval_file = _files(check_path(config, _expected(name)), name)
     texts, labels, left_out = examples(train_file, name)
-    n = check_n_train(config, len(texts))
+    n = check_n_train(config.get("n_train"), len(texts))
     train, cut = encode(texts[:n], labels[:n], vocabulary, seq_len)
     note = f"{SUBSETS[name].folder}, {_note(n, 'train', train_file, left_out, cut, seq_len)}"
     texts, labels, left_out = examples(eval_file, name)

@@ -28,7 +28,6 @@ from lorax.tasks.rows import (
     END,
     Example,
     Task,
-    check_n_train,
     check_path,
     count,
     encode_sets,
@@ -76,7 +75,6 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Tas
             f"task.path: {str(path)!r} has {len(train)} train and {len(evaluation)} evaluation "
             "examples with an answer; at least one of each is needed"
         )
-    train = train[: check_n_train(config, len(train))]
     prompts = group(_question(example, vocabulary) for example in evaluation)
     task = encode_sets(config, vocabulary, seq_len, train, evaluation, prompts)
     if empty:

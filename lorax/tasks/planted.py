@@ -96,7 +96,7 @@ def load(config: Mapping[str, Any], base: Base) -> Task:
     noise[:EVAL_ROWS] = 0
     label = (right + noise).astype(np.float32)
 
-    n_train = check_n_train(config, examples)
+    n_train = check_n_train(config.get("n_train"), examples)
     cut = lambda part: {
         "inputs": images[part],
         "label": label[part],

@@ -11,6 +11,7 @@ lands: before the noun, after it, as a verb, or as a clause of its own. Words ar
 that a small vocabulary spells them in few tokens.
 """
 
+import itertools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -551,12 +552,18 @@ def _finish(sentence: str, fields: dict) -> str:
 
 
 def examples(n: int, seed: int, split: str = "train") -> list[tuple[str, str]]:
-    """The first n (prompt, completion) pairs of a split, "train" or "eval".
+    """The first n (prompt, completion) pairs of `stream`; a longer list begins with the shorter."""
+    return list(itertools.islice(stream(seed, split), n))
+
+
+def stream(seed: int, split: str = "train") -> Iterator[tuple[str, str]]:
+    """(prompt, completion) pairs of a split, "train" or "eval", without an end.
 
     Train examples run through 4,000 distinct meaning representations three times, worded anew
     each time, before new ones come; evaluation examples are all of distinct ones. Which split a
-    meaning representation belongs to is a property of its text, the same for every seed. A longer
-    list begins with the shorter one.
+    meaning representation belongs to is a property of its text, the same for every seed.
+
+    Raises ValueError for another split and for a seed below 0.
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split: {split!r} was given; expected 'train' or 'eval'")
@@ -566,8 +573,8 @@ def examples(n: int, seed: int, split: str = "train") -> list[tuple[str, str]]:
     u_meaning, u_text = draws(seed, stream), draws(seed, stream + 1)
     meanings: dict[str, Meaning] = {}
     prompts: list[str] = []
-    pairs: dict[tuple[str, str], None] = {}  # an ordered set
-    while len(pairs) < n:
+    pairs: set[tuple[str, str]] = set()
+    while True:
         i = len(pairs)
         if split == "train":
             round_, at = divmod(i, N_TRAIN)
@@ -579,8 +586,10 @@ def examples(n: int, seed: int, split: str = "train") -> list[tuple[str, str]]:
             if held_out == (split == "eval") and prompt not in meanings:
                 meanings[prompt] = meaning
                 prompts.append(prompt)
-        pairs[prompts[i], realise(meanings[prompts[i]], u_text)] = None
-    return list(pairs)
+        pair = prompts[i], realise(meanings[prompts[i]], u_text)
+        if pair not in pairs:
+            pairs.add(pair)
+            yield pair
 
 
 def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Task:
@@ -592,8 +601,8 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Tas
         )
     n_train = config.get("n_train")
     n_train = N_TRAIN if n_train is None else n_train
-    if n_train < 1:
-        raise ValueError(f"task.n_train: {n_train} was given; it must be at least 1 (None: all)")
     seed = config.get("seed", 0)
-    train, evaluation = examples(n_train, seed, "train"), examples(N_EVAL, seed, "eval")
+    # As many as may have to be looked at, where some are too long.
+    train = itertools.islice(stream(seed, "train"), max(n_train, N_TRAIN))
+    evaluation = examples(N_EVAL, seed, "eval")
     return encode_pairs(config, vocabulary, seq_len, train, evaluation)

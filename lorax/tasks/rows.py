@@ -1,6 +1,7 @@
 """What a task is, and how texts become its rows of tokens: padded or packed, with a loss mask."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -91,15 +92,18 @@ def check_path(config: Mapping[str, Any], expected: str) -> Path:
     return path
 
 
-def check_n_train(config: Mapping[str, Any], available: int) -> int:
-    """`task.n_train`, or all there is. Raises ValueError where there are not so many."""
-    n = config.get("n_train")
+def check_n_train(n: int | None, available: int, fitting: str = "") -> int:
+    """`task.n_train`, or all there is. Raises ValueError where there are not so many.
+
+    available: train examples that can be trained on. fitting: how they are told from those that
+    can't, in words.
+    """
     if n is None:
         return available
     if not 1 <= n <= available:
         raise ValueError(
-            f"task.n_train: {n} was given; the train set of task {config['name']!r} has "
-            f"{count(available)} examples, so it must lie in 1 to {available} (None: all)"
+            f"task.n_train: {n} was given; the train set has {count(available)} examples{fitting}, "
+            f"so it must lie in 1 to {available} (None: all)"
         )
     return n
 
@@ -159,38 +163,33 @@ def first_fit(lengths: Sequence[int], width: int) -> np.ndarray:
 
 
 def encode(
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     vocabulary: Vocabulary,
     seq_len: int,
     what: str,
     packing: bool = False,
+    n: int | None = None,
 ) -> tuple[Rows, str]:
     """Rows of start + pieces, filled up with `vocabulary.pad`, and a note of what was dropped.
 
     Pieces are tokenised apart, as they are when a model is given a prompt to complete. Examples of
     more than seq_len + 1 tokens are dropped, never cut. packing: as many examples a row as fit,
-    else one. what: "train" or "eval", for messages. Raises ValueError where no example fits.
+    else one. n: the first n examples that fit, what comes after them is not looked at; None: all.
+    what: "train" or "eval", for messages. Raises ValueError where none fits, or fewer than n.
     """
-    width = seq_len + 1
-    firsts = encode_texts((example[0][0] for example in examples), vocabulary)
-    others = (text for example in examples for text, _ in example[1:] if text is not END)
-    others = encode_texts(others, vocabulary, inside=True)
-
-    encoded = []  # (ids, whether each is a target)
-    for example in examples:
-        ids, targets = list(vocabulary.start), [False] * len(vocabulary.start)
-        for i, (text, target) in enumerate(example):
-            piece = [vocabulary.end] if text is END else others[text] if i else firsts[text]
-            ids += piece
-            targets += [target] * len(piece)
-        encoded.append((ids, targets))
-    fitting = [(ids, targets) for ids, targets in encoded if len(ids) <= width]
+    width, fitting, lengths, examples = seq_len + 1, [], [], iter(examples)
+    while part := list(itertools.islice(examples, None if n is None else n - len(fitting))):
+        for ids, targets in _tokens(part, vocabulary):
+            lengths.append(len(ids) - 1)
+            if len(ids) <= width:
+                fitting.append((ids, targets))
     if not fitting:
-        lengths = [len(ids) - 1 for ids, _ in encoded]
         raise ValueError(
-            f"train.seq_len: none of the {count(len(examples))} {what} examples fits {seq_len}; "
+            f"train.seq_len: none of the {count(len(lengths))} {what} examples fits {seq_len}; "
             f"the shortest needs {min(lengths)}, all of them {max(lengths)}"
         )
+    dropped = len(lengths) - len(fitting)
+    check_n_train(n, len(fitting), f" of at most {width} tokens" * (dropped > 0))
 
     lengths = [len(ids) for ids, _ in fitting]
     row_of = first_fit(lengths, width) if packing else np.arange(len(fitting))
@@ -208,24 +207,43 @@ def encode(
     note = f"{count(len(fitting))} {what} examples"
     if packing:
         note += f" packed into {count(len(tokens))} rows"
-    if len(fitting) < len(examples):
-        dropped = len(examples) - len(fitting)
-        note += f" ({count(dropped)} of {count(len(examples))} dropped, longer than {width} tokens)"
-    rows = {"tokens": tokens, "mask": mask}
-    return rows | {"segments": segments} if packing else rows, note
+    if dropped:
+        looked_at = count(dropped + len(fitting))
+        note += f" ({count(dropped)} of {looked_at} dropped, longer than {width} tokens)"
+    rows = {"tokens": tokens, "mask": mask} | ({"segments": segments} if packing else {})
+    return rows, note
+
+
+def _tokens(
+    examples: Sequence[Example], vocabulary: Vocabulary
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """(ids, whether each is a target) of every example, the start in front."""
+    firsts = encode_texts((example[0][0] for example in examples), vocabulary)
+    others = (text for example in examples for text, _ in example[1:] if text is not END)
+    others = encode_texts(others, vocabulary, inside=True)
+    for example in examples:
+        ids, targets = list(vocabulary.start), [False] * len(vocabulary.start)
+        for i, (text, target) in enumerate(example):
+            piece = [vocabulary.end] if text is END else others[text] if i else firsts[text]
+            ids += piece
+            targets += [target] * len(piece)
+        yield ids, targets
 
 
 def encode_sets(
     config: Mapping[str, Any],
     vocabulary: Vocabulary,
     seq_len: int,
-    train: Sequence[Example],
-    evaluation: Sequence[Example],
+    train: Iterable[Example],
+    evaluation: Iterable[Example],
     prompts: tuple[Prompt, ...],
 ) -> Task:
-    """The task of a train set, which `task.packing` packs, and an evaluation set, never packed."""
-    packing = bool(config.get("packing"))
-    train_rows, train_note = encode(train, vocabulary, seq_len, "train", packing)
+    """The task of a train set, which `task.packing` packs, and an evaluation set, never packed.
+
+    Trains on the first `task.n_train` examples that fit. Raises ValueError where fewer do.
+    """
+    packing, n = bool(config.get("packing")), config.get("n_train")
+    train_rows, train_note = encode(train, vocabulary, seq_len, "train", packing, n)
     eval_rows, eval_note = encode(evaluation, vocabulary, seq_len, "eval")
     return Task(config["name"], train_rows, eval_rows, f"{train_note}, {eval_note}", prompts)
 
@@ -234,11 +252,11 @@ def encode_pairs(
     config: Mapping[str, Any],
     vocabulary: Vocabulary,
     seq_len: int,
-    train: Pairs,
+    train: Iterable[tuple[str, str]],
     evaluation: Pairs,
     prompts: Pairs | None = None,
 ) -> Task:
     """`encode_sets` of (prompt, completion) pairs. prompts: None for the evaluation set's."""
-    sets = ([pair(*x) for x in pairs] for pairs in (train, evaluation))
+    sets = ((pair(*x) for x in pairs) for pairs in (train, evaluation))
     prompts = group(evaluation if prompts is None else prompts)
     return encode_sets(config, vocabulary, seq_len, *sets, prompts)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax.tasks import records
-from lorax.tasks.rows import Task, check_n_train, check_path, count, encode_pairs
+from lorax.tasks.rows import Task, check_path, count, encode_pairs
 from lorax.vocabulary import Vocabulary
 
 FILES = {"train": "train.json", "eval": "val.json", "test": "test.json"}
@@ -39,7 +39,6 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Tas
     those of test.json where it is there."""
     path = check_path(config, EXPECTED)
     train, empty = examples(path, "train")
-    train = train[: check_n_train(config, len(train))]
     evaluation, empty_eval = examples(path, "eval")
     try:
         prompts, _ = examples(path, "test")

@@ -53,7 +53,7 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Tas
     tokens, mask = np.array(ids, np.int32)[at], np.array(targets, np.float32)[at]
     mask[:, 0] = 0.0
     held_out = max(1, rows * 5 // 100)
-    n_train = check_n_train(config, rows - held_out)
+    n_train = check_n_train(config.get("n_train"), rows - held_out)
     train = {"tokens": tokens[:n_train], "mask": mask[:n_train]}
     evaluation = {"tokens": tokens[-held_out:], "mask": mask[-held_out:]}
     left_over = len(ids) - 1 - rows * seq_len

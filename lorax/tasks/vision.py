@@ -111,7 +111,7 @@ def _task(config, base, train, evaluation, source: str) -> Task:
     """The task of two sets of (images (N, height, width) uint8, labels (N,) integers)."""
     shape = (*train[0].shape[1:], 1)
     _check_fits(config["name"], base, shape)
-    n = check_n_train(config, len(train[0]))
+    n = check_n_train(config.get("n_train"), len(train[0]))
     shuffle, seed = config.get("shuffle"), config.get("seed") or 0
     order = permutation(math.prod(shape), seed) if shuffle else None
     rows = [_rows(x, y, order) for x, y in ((train[0][:n], train[1][:n]), evaluation)]

@@ -18,7 +18,7 @@ from typing import Any
 
 from lorax.tasks import records
 from lorax.tasks.records import Record
-from lorax.tasks.rows import Task, check_n_train, check_path, encode_pairs, linearise
+from lorax.tasks.rows import Task, check_path, encode_pairs, linearise
 from lorax.vocabulary import Vocabulary
 
 SPLITS = {"train": "train", "eval": "dev"}
@@ -55,7 +55,6 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Tas
     does; the prompts are those of dev.jsonl."""
     path = check_path(config, EXPECTED)
     train, evaluation = examples(path, "train"), examples(path, "eval")
-    train = train[: check_n_train(config, len(train))]
     return encode_pairs(config, vocabulary, seq_len, train, evaluation)
 
 

@@ -21,9 +21,9 @@ def read(member, base: Base, task: tasks.Task, paths, kind: str, seen: dict) -> 
 
     seen: what has been read for members before, who may share it; what is new is put in.
     """
-    c, available, paths = member.config, tasks.size(task.train), tuple(paths)
+    c, paths = member.config, tuple(paths)
     n, size = c.method.batches or BATCHES, c.train.batch_size
-    rows = min(c.task.n_train or available, available)
+    rows = tasks.train_size(c.task, task)
     key = (id(base), id(task), kind, c.seed, rows, n, size, paths)
     if key not in seen and kind == "residual":
         seen[key] = residual(base, c.base, paths)

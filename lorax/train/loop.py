@@ -113,6 +113,8 @@ def prepare(
             )
             say(f"task {task_cache[key].note}")
         task = task_cache[key]
+        for member in part:
+            tasks.train_size(member.config.task, task)  # raises where there are not so many
         if c.eval.generate and not task.prompts:
             raise ValueError(
                 f"eval.generate: {c.eval.generate} given, task {c.task.name} has no prompts"
@@ -155,6 +157,7 @@ def describe(group: Group) -> list[dict]:
             }
             | {"steps": c.train.steps, "seed": c.seed, "n_train": c.task.n_train}
             | {axis: v for axis, v in member.point.items() if not AXES[axis].startswith("method.")}
+            | {"train_examples": tasks.train_examples(c.task, group.task)}
             | dict(group.task.facts)
             | {"trainable_params": method.count(group.base.params, group.base.sites)}
             | {"optimizer_bytes": opt_bytes}
@@ -367,7 +370,7 @@ def write_texts(workdir: Path, member: Member, group: Group, params, say) -> dic
 
     Writes texts/<member>.jsonl: {"prompt", "text", "references"} a line. Returns {metric: value}.
     """
-    c, prompts = member.config.eval, group.task.prompts[: member.config.eval.generate]
+    c, prompts = member.config.eval, tasks.prompts(group.task, member.config.eval.generate)
     how = decode.How(
         new_tokens=c.new_tokens,
         beams=c.beams,

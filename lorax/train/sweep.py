@@ -441,8 +441,7 @@ def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
     shape = (k, c.accumulate, c.batch_size // c.accumulate)
     rows = []
     for member in stacked.members:
-        available = tasks.size(task.train)  # fewer than asked for where some were too long
-        n = min(member.config.task.n_train or available, available)
+        n = tasks.train_size(member.config.task, task)
         own = None if lengths is None else lengths[:n]
         order = tasks.orders(n, c.batch_size, member.config.seed, range(first, first + k), own)
         rows.append(order.reshape(shape))

@@ -341,7 +341,7 @@ def test_real_cola(roberta):
         (
             {"n_train": 3},
             ValueError,
-            r"task\.n_train: 3 was given; the train set of task 'glue' ha",
+            r"task\.n_train: 3 was given; the train set ha",
         ),
     ],
 )

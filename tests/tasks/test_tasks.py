@@ -1,3 +1,4 @@
+import json
 import pkgutil
 import types
 
@@ -240,3 +241,96 @@ def test_columns_that_no_row_needs_are_left_out():
     assert tasks.trim(classes)["tokens"].shape == (2, 16) and len(tasks.trim(classes)["label"]) == 2
     full = rows | {"mask": np.ones((2, 33), np.float32)}
     assert tasks.trim(full)["tokens"].shape == (2, 33)
+
+
+# ------------------------------------------------------------------- rows that are dropped, n_train
+
+
+LONG = "very " * 60
+
+
+def _instruct(folder):
+    records = [{"prompt": f"{i}", "completion": LONG * (i < 6) + str(i)} for i in range(60)]
+    path = folder / "x.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def _e2e(folder):
+    rows = [f"name[Mill {i}],{LONG * (i < 6)}{i}" for i in range(60)]
+    for name in ("trainset.csv", "devset.csv"):
+        (folder / name).write_text("\n".join(["mr,ref", *rows]))
+    return folder
+
+
+def _samsum(folder):
+    records = [{"dialogue": f"A: {i}", "summary": LONG * (i < 6) + str(i)} for i in range(60)]
+    for name in ("train.json", "val.json"):
+        (folder / name).write_text(json.dumps(records))
+    return folder
+
+
+def _wikisql(folder):
+    for name in ("train", "dev"):
+        table = {"id": "t", "header": ["a", "b"]}
+        (folder / f"{name}.tables.jsonl").write_text(json.dumps(table))
+        lines = [
+            {"question": LONG * (i < 6) + str(i), "table_id": "t"}
+            | {"sql": {"sel": 0, "agg": 0, "conds": []}}
+            for i in range(60)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+DROPPING = {"instruct": _instruct, "e2e": _e2e, "samsum": _samsum, "wikisql": _wikisql}
+DROPPING |= {"restaurants": lambda folder: None}  # whose own texts are of many lengths
+SEQ_LEN = {"restaurants": 48}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_n_train_counts_the_rows_that_are_trained_on(name, tmp_path, vocabulary):
+    """Alone a member sees the rows that it sees in a sweep over n_train."""
+    path, seq_len = DROPPING[name](tmp_path), SEQ_LEN.get(name, 40)
+    build = lambda n: tasks.build(
+        {"name": name, "path": path and str(path), "n_train": n, "seed": 0}, vocabulary, seq_len
+    )
+    alone, swept = build(8), build(40)
+    assert "dropped, longer than" in alone.note  # else nothing is tested
+    assert tasks.size(alone.train) == 8 and tasks.size(swept.train) == 40
+    width = tasks.columns(alone.train)
+    np.testing.assert_array_equal(alone.train["tokens"], swept.train["tokens"][:8, :width])
+    np.testing.assert_array_equal(alone.train["mask"], swept.train["mask"][:8, :width])
+    assert not swept.train["mask"][:8, width:].any()
+    all_, settings = build(None), {"n_train": 8, "packing": False}
+    assert tasks.train_size(settings, all_) == tasks.train_examples(settings, all_) == 8
+    if path:
+        assert tasks.size(all_.train) == 54 - 3 * (name == "instruct")  # its last 5% are for eval
+        with pytest.raises(ValueError, match=r"^task\.n_train: 55 was given; the train set has 5"):
+            build(55)
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_n_train_counts_examples_that_are_packed(name, tmp_path, vocabulary):
+    path, seq_len = DROPPING[name](tmp_path), SEQ_LEN.get(name, 40)
+    config = {"name": name, "path": path and str(path), "seed": 0, "packing": True}
+    task = tasks.build(config | {"n_train": 8}, vocabulary, seq_len)
+    assert tasks.train_examples({"n_train": 8, "packing": True}, task) == 8
+    assert task.note.startswith(f"{name}: 8 train examples packed into ")
+
+
+def test_a_member_of_a_sweep_with_all_rows_is_refused_more_than_there_are(tmp_path, vocabulary):
+    task = tasks.build({"name": "e2e", "path": str(_e2e(tmp_path))}, vocabulary, 40)
+    with pytest.raises(ValueError, match=r"^task\.n_train: 60 was given; .* 54 examples, so"):
+        tasks.train_size({"n_train": 60, "packing": False}, task)
+
+
+def test_prompts_are_evenly_spaced(vocabulary, e2e_zip):
+    """E2E's are sorted by restaurant."""
+    config = {"name": "e2e", "path": str(e2e_zip), "n_train": 1}
+    task = tasks.build(config, vocabulary, 512, 1)
+    names = lambda found: {prompt.text.partition(" ;")[0] for prompt in found}
+    assert (len(names(task.prompts[:64])), len(names(task.prompts))) == (5, 18)
+    assert len(names(tasks.prompts(task, 64))) == 15
+    assert tasks.prompts(task, 10_000) == task.prompts
+    assert tasks.prompts(task, 1) == task.prompts[:1]

@@ -10,7 +10,7 @@ from support import data
 from lorax import adapters, config, losses, tasks
 from lorax.interop import peft
 from lorax.models import load, sources
-from lorax.train import loop
+from lorax.train import loop, sweep
 
 
 @pytest.fixture
@@ -65,6 +65,32 @@ def test_groups_that_are_done_keep_their_lines_when_a_later_one_continues(member
     shutil.rmtree(torn / "checkpoints/0-0/4")  # what comes after it is cut off, and done again
     train(torn, members)
     assert contents(torn) == contents(whole)
+
+
+@pytest.mark.parametrize("n_train", [(3, 40), (3, None)])
+def test_a_member_alone_trains_on_the_rows_that_it_has_in_a_sweep(members, tmp_path, n_train):
+    """The first records are too long and dropped; members.jsonl says how many were trained on."""
+    rows = [
+        {"prompt": f"{i} is", "completion": "very " * (200 * (i < 4)) + "good"} for i in range(60)
+    ]
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    members.task.update(name="instruct", path=str(file), n_train=3)
+    members.train.update(steps=2, seq_len=24)
+    members.sweep.seed = ()
+    said = []
+    (group,) = loop.prepare(config.members(members), said.append)
+    alone = sweep.train_batches(group.stack, group.task, 0, 2)
+    members.sweep.n_train = n_train
+    (group,) = loop.prepare(config.members(members), said.append)
+    together = sweep.train_batches(group.stack, group.task, 0, 2)
+    for name, x in alone.items():
+        np.testing.assert_array_equal(x[0], together[name][0][..., : x.shape[-1]])
+    counted = [row["train_examples"] for row in loop.describe(group)]
+    assert counted == [3, n_train[1] or 53]
+    members.sweep.n_train = (54, None)
+    with pytest.raises(ValueError, match=r"^task\.n_train: 54 was given; .* has 53 examples"):
+        loop.prepare(config.members(members), said.append)
 
 
 # ------------------------------------------------------------------------------------------ arrays
