@@ -48,12 +48,12 @@ def save(
     """Write a trained method as PEFT's files; the directory.
 
     base_name: what PEFT should load as the base model (a Hub id or a directory).
-    Raises ValueError for a method without a counterpart in PEFT, and for what PEFT could not
+    Raises ValueError for a method that lorax can't write for PEFT, and for what PEFT could not
     compute the same with: it says what, and nothing is written.
     """
     if method.name not in TYPES:
         hint = "" if method.factors is None else "; store it as LoRA, lorax.interop.peft.save"
-        raise ValueError(f"{method.name}: PEFT has no such method{hint}")
+        raise ValueError(f"{method.name}: lorax does not write it in PEFT's format{hint}")
     places = Places(sources(base))
     weights = _weights(state, base)
     causal = _causal(base)

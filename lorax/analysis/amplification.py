@@ -19,7 +19,7 @@ class Amplification(NamedTuple):
     w_in_delta: np.ndarray  # ||U^T W V||, U and V from dW
     w_in_w: np.ndarray  # the same from W itself: sqrt(sum of its `rank` largest sigma^2)
     w_in_random: np.ndarray  # the same from a Gaussian matrix: about rank ||W|| / sqrt(in out)
-    factor: np.ndarray  # delta_norm / w_in_delta; 0 for no update, inf where W has nothing there
+    factor: np.ndarray  # delta_norm / w_in_delta; NaN for no update, inf where W has nothing there
 
 
 def amplification(
@@ -66,5 +66,5 @@ def amplification(
     delta_norm = np.linalg.norm(sigma, axis=-1)
     some = w_in_delta > 0
     factor = np.where(some, delta_norm / np.where(some, w_in_delta, 1.0), np.inf)
-    factor = np.where(delta_norm > 0, factor, 0.0)[()]
+    factor = np.where(delta_norm > 0, factor, np.nan)[()]
     return Amplification(delta_norm, w_in_delta, w_in_w, w_in_random, factor)

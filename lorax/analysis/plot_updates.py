@@ -228,7 +228,7 @@ def against_base(
     return figure
 
 
-def layer_grid(values: pd.DataFrame, label: str, log: bool = False) -> Figure:
+def layer_grid(values: pd.DataFrame, label: str, *, log: bool = False) -> Figure:
     """One number for every matrix: a row a target, a column a layer, the numbers in the cells.
 
     Args:
@@ -238,7 +238,7 @@ def layer_grid(values: pd.DataFrame, label: str, log: bool = False) -> Figure:
     """
     table = values.pivot_table(index="target", columns="layer", values="value", dropna=False)
     table = table.reindex(dict.fromkeys(values["target"]))
-    return _grid(table, table.map(_short), label, log)
+    return _grid(table, table.map(_short), label, log=log)
 
 
 def sensitivity(ranking: pd.DataFrame) -> Figure:
@@ -493,7 +493,7 @@ def _map(axes: Axes, values: np.ndarray):
     return image
 
 
-def _row_of_maps(maps, x_label: str, y_label: str, label: str, sharex: bool = True) -> Figure:
+def _row_of_maps(maps, x_label: str, y_label: str, label: str, *, sharex: bool = True) -> Figure:
     with matplotlib.rc_context(MAP):
         figure = Figure(figsize=(1.4 + 2.1 * len(maps), 3.0), layout="constrained")
         grid = figure.subplots(1, len(maps), sharex=sharex, sharey=True, squeeze=False)[0]
@@ -506,7 +506,7 @@ def _row_of_maps(maps, x_label: str, y_label: str, label: str, sharex: bool = Tr
         return figure
 
 
-def _grid(table: pd.DataFrame, words: pd.DataFrame, label: str, log: bool = False) -> Figure:
+def _grid(table: pd.DataFrame, words: pd.DataFrame, label: str, *, log: bool = False) -> Figure:
     """A cell a matrix, coloured by `table` with `words` in it: targets (rows) x layers."""
     values = table.to_numpy(float)
     shown = np.isfinite(values) & ((values > 0) | (not log))

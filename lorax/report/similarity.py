@@ -123,7 +123,7 @@ def section(comparisons: Sequence[Comparison], absent: Sequence[str] = ()) -> Se
             f"Grid of φ(1, 1) by target and layer: highest, {top['value']:.2f}, for {top['path']}."
         )
         parts.append(page.figure("similarity_grid", caption, alt, folded="Every matrix"))
-        grid = plot_updates.layer_grid(values, "φ(1, 1)", ".2f")
+        grid = plot_updates.layer_grid(values, "φ(1, 1)")
         pictures["similarity_grid"] = Picture(grid, values)
     parts += [page.paragraph(text) for text in absent]
     files = _files(comparisons) if comparisons else {}

@@ -1,5 +1,6 @@
 """Figures of updates say what the tables say."""
 
+import inspect
 import io
 
 import numpy as np
@@ -7,7 +8,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 from synthetic import kernels, make_run
 
-from lorax.analysis import gaussian_similarity, plot_updates, runs, updates
+from lorax.analysis import (
+    gaussian_similarity,
+    plot_calibration,
+    plot_compare,
+    plot_updates,
+    plots,
+    runs,
+    updates,
+)
 
 
 def draws(figure):
@@ -109,7 +118,7 @@ def test_layer_grid_has_every_number():
     rows = [(0, "q", 1.5), (0, "q", 2.5), (3, "q", 120.0), (3, "v", np.inf)]
     values = pd.DataFrame(rows, columns=["layer", "target", "value"])
     for log in (False, True):
-        figure = plot_updates.layer_grid(values, "amplification", log)
+        figure = plot_updates.layer_grid(values, "amplification", log=log)
         axes, bar = figure.axes
         assert [text.get_text() for text in axes.texts] == ["2", "120", "inf"]
         assert [label.get_text() for label in axes.get_yticklabels()] == ["q", "v"]
@@ -216,3 +225,12 @@ def test_cka_is_the_mean_over_members():
     axes = figure.axes[0]
     np.testing.assert_allclose(axes.containers[0].lines[0].get_xydata()[:, 1], [1, 0.85, 0.7])
     assert words(figure) == ["method = lora"] and "CKA" in axes.get_ylabel() and draws(figure)
+
+
+def test_flags_of_figures_are_named_where_they_are_given():
+    """A flag that goes by its place takes any value that stands there for yes."""
+    for module in (plots, plot_updates, plot_compare, plot_calibration):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            for given in inspect.signature(function).parameters.values():
+                flag = isinstance(given.default, bool)
+                assert not flag or given.kind is given.KEYWORD_ONLY, (name, given.name)

@@ -77,9 +77,9 @@ def test_peft_gets_its_files(name, hp, files, base, tmp_path):
 @pytest.mark.parametrize(
     ("name", "hp", "why"),
     [
-        ("houlsby", {}, "houlsby: PEFT has no such method"),
-        ("full", {"parameters": ("norms",)}, "full: PEFT has no such method"),
-        ("subspace", {"dim": 9}, "subspace: PEFT has no such method"),
+        ("houlsby", {}, "houlsby: lorax does not write it in PEFT's format"),
+        ("full", {"parameters": ("norms",)}, "full: lorax does not write it in PEFT's format"),
+        ("subspace", {"dim": 9}, "subspace: lorax does not write it in PEFT's format"),
         ("lora-subspace", {"dim": 9}, ""),
         ("prefix", {"layers": (1,)}, "method.layers: PEFT has a prefix in all layers or in none"),
         ("lora", {"rank": 2, "full": ("re:h/attn/o/kernel",)}, ""),
