@@ -84,6 +84,16 @@ def test_import_without_jax(module):
     assert in_a_fresh_process(code) == "[]"
 
 
+def test_bfloat16_is_read_without_jax(tmp_path):
+    """numpy has no such type of its own: safetensors know it only once ml_dtypes is there."""
+    file = tmp_path / "adapter_model.safetensors"
+    header = b'{"x":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}'
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"\x80\x3f\x00\xc0")
+    code = f"import sys, pathlib; from lorax.interop import peft; f = pathlib.Path({str(file)!r}); "
+    code += "print(peft.read_tensors(f)[0]['x'].tolist(), 'jax' in sys.modules)"
+    assert in_a_fresh_process(code) == "[1.0, -2.0] False"
+
+
 def test_every_name_of_the_python_face_is_there():
     for name in ("load", "method", "merge", "apply", "sites"):
         assert callable(getattr(lorax, name)) and name in dir(lorax)

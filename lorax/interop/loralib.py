@@ -12,29 +12,19 @@ from __future__ import annotations
 import os
 import pathlib
 import re
-import zipfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from lorax.interop.peft import Adapter, Factors, oriented
 from lorax.interop.places import Places, natural
+from lorax.interop.tensors import read_npz_weights, read_safetensors
 
 if TYPE_CHECKING:
     from lorax.interop.hf import Source
 
 _KEY = re.compile(r"(module\.)?(?P<module>.+)\.(?P<name>lora_[AB]|weight|bias)")
-_DAMAGED = (
-    safetensors.SafetensorError,
-    zipfile.BadZipFile,
-    ValueError,
-    TypeError,
-    EOFError,
-    OSError,
-)
 FUSED = ("q", "v")  # what the authors adapt of GPT-2's c_attn
 
 
@@ -114,15 +104,10 @@ def _read(file: pathlib.Path) -> dict[str, np.ndarray]:
     """{key: float32 array}."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
-    try:
-        if file.suffix == ".npz":
-            with open(file, "rb") as handle, np.load(handle, allow_pickle=False) as stored:
-                return {key: np.asarray(stored[key], np.float32) for key in stored.files}
-        if file.suffix == ".safetensors":
-            stored = safetensors.numpy.load_file(file)
-            return {key: np.asarray(tensor, np.float32) for key, tensor in stored.items()}
-    except _DAMAGED as error:
-        raise ValueError(f"{file}: not a readable {file.suffix} file ({error})") from None
+    if file.suffix == ".npz":
+        return read_npz_weights(file)
+    if file.suffix == ".safetensors":
+        return read_safetensors(file)[0]
     raise ValueError(
         f"{file}: only .npz and .safetensors are read: a pickled checkpoint (.bin, .pt) can run "
         "code when opened; save its state dict as one of the two"

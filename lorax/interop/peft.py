@@ -26,7 +26,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from lorax.files import read_json, write_bytes
@@ -39,6 +38,7 @@ from lorax.interop.places import (
     natural,
     place_as_json,
 )
+from lorax.interop.tensors import read_safetensors
 
 if TYPE_CHECKING:
     from lorax.interop.hf import Source  # it imports JAX, which reading an adapter can do without
@@ -461,15 +461,10 @@ def _lora_config(file: pathlib.Path) -> dict[str, Any]:
 
 def read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """({name: float32 array}, the file's metadata) of a safetensors file. Raises FileNotFoundError,
-    or ValueError for a file that is none."""
+    or ValueError for a file that is none and a tensor of something else than finite floats."""
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; a PEFT adapter is {CONFIG} and {WEIGHTS}")
-    try:
-        with safetensors.safe_open(file, framework="np") as stored:
-            tensors = {key: _float32(stored.get_tensor(key)) for key in stored.keys()}
-            return tensors, stored.metadata() or {}
-    except (safetensors.SafetensorError, TypeError, KeyError) as error:
-        raise ValueError(f"{file}: not a readable safetensors file: {error}") from error
+    return read_safetensors(file)
 
 
 def _sort(stored: Mapping[str, np.ndarray], file: pathlib.Path):

@@ -1,0 +1,111 @@
+"""Weights from outside, .safetensors and .npz: data, checked as it comes in.
+
+Nothing is unpickled. What no model can compute with is refused by file and tensor: numbers of a
+type that is no float of 16 bits or more, NaN and infinity.
+"""
+
+import os
+from collections.abc import Iterable
+
+import ml_dtypes  # noqa: F401  numpy has its bfloat16 from it, in which safetensors answer
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lorax.files import pointer_hint
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors call them
+
+
+def opened(file: str | os.PathLike):
+    """A safetensors file, open to be read a tensor at a time.
+
+    Raises FileNotFoundError, ValueError that names a file that is damaged or no such one.
+    """
+    try:
+        return safe_open(file, framework="numpy")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file}: not a readable safetensors file ({error}){pointer_hint(file)}"
+        ) from None
+
+
+def weight(stored, key: str, file: str | os.PathLike):
+    """The slice of a tensor of floats in an open file, of which nothing is read yet.
+
+    Raises ValueError that names file, tensor and type for anything else.
+    """
+    piece = stored.get_slice(key)
+    if piece.get_dtype() not in FLOATS:
+        raise _no_floats(file, key, piece.get_dtype())
+    return piece
+
+
+def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """({name: float32 array}, the file's metadata).
+
+    Raises FileNotFoundError; ValueError that names the file, and the tensor that is no weight.
+    """
+    with opened(file) as stored:
+        found = {}
+        for key in stored.keys():
+            weight(stored, key, file)
+            found[key] = _finite(stored.get_tensor(key), key, file)
+        return found, stored.metadata() or {}
+
+
+def read_npz(file: str | os.PathLike, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """{name: array as it is stored}, all or those of `names`.
+
+    Raises FileNotFoundError; ValueError that names the file where it is no archive of arrays, is
+    damaged, lacks a name, or says of an array that it is larger than the memory.
+    """
+    try:
+        with open(file, "rb") as handle:
+            found = np.load(handle, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                raise ValueError("a single array")
+            with found:
+                return {key: found[key] for key in (found.files if names is None else names)}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file") from None
+    except (
+        Exception
+    ) as error:  # zipfile, zlib, numpy, tokenize, ast: a dozen kinds, all of the file
+        why = str(error) or type(error).__name__
+        raise ValueError(f"{file}: not a readable .npz file ({why}){pointer_hint(file)}") from None
+
+
+def read_npz_weights(file: str | os.PathLike) -> dict[str, np.ndarray]:
+    """{name: float32 array} of an .npz file. Raises as `read_npz`, and for what is no weight."""
+    found = {}
+    for key, value in read_npz(file).items():
+        if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+            raise _no_floats(file, key, getattr(value, "dtype", "no array"))
+        found[key] = _finite(value, key, file)
+    return found
+
+
+def not_finite(value: np.ndarray, key: str, file: str | os.PathLike, dtype=np.float32):
+    """The error for an array in which something is not finite once it is in `dtype`."""
+    value = np.asarray(value, np.float64)
+    bad = np.count_nonzero(~np.isfinite(value))
+    what = f"{bad} of {value.size} numbers are NaN or infinite"
+    if not bad:
+        what = f"{np.abs(value).max():.4g} is beyond what {np.dtype(dtype)} holds"
+    return ValueError(f"{file}: {key}: {what}; all weights must be finite")
+
+
+def _finite(value: np.ndarray, key: str, file: str | os.PathLike) -> np.ndarray:
+    with np.errstate(over="ignore"):  # of float64
+        found = np.asarray(value, np.float32)
+    if not np.isfinite(found).all():
+        raise not_finite(value, key, file)
+    return found
+
+
+def _no_floats(file, key, given) -> ValueError:
+    return ValueError(
+        f"{file}: {key}: {given} given where weights belong; expected float32, float16 or bfloat16"
+    )
