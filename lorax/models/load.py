@@ -55,6 +55,7 @@ class Base(NamedTuple):
     name: str
     sha256: str
     fresh: tuple[str, ...] = ()
+    directory: Path | None = None
 
     @property
     def tokenizer(self):
@@ -96,7 +97,8 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
         params = tree.unflatten({path: flat[path] for path in shapes})
         sha256 = _sha256(hf.weight_files(directory))
     words = vocabulary.read(directory) if directory else None
-    return base._replace(params=params, vocabulary=words, sha256=sha256, fresh=fresh)
+    own = None if random else directory
+    return base._replace(params=params, vocabulary=words, sha256=sha256, fresh=fresh, directory=own)
 
 
 def skeleton(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
