@@ -179,6 +179,20 @@ AXES = {
 }
 
 
+#: Keys that a run may be continued with other values of: they are read when a member is trained, or
+#: limit how much of it is at work at once. What was trained and measured until then stays as it is.
+REVISABLE = (
+    "eval.generate",
+    "eval.beams",
+    "eval.new_tokens",
+    "eval.length_penalty",
+    "eval.no_repeat_ngram",
+    "analysis.report",
+    "analysis.cka",
+    "train.memory_gb",
+)
+
+
 class Member(NamedTuple):
     """A point of a sweep. name: "rank=4,seed=1"; point: {axis: value}; config: its own."""
 
@@ -333,9 +347,14 @@ def _check_search(config, axes: dict, tied: list[str]) -> None:
         need(field, all(number(v) and ok(v) for v in search[field]), right)
 
     need("threshold", 0 <= search.threshold <= 1, "must be in [0, 1]: 0.9 for d90, 0 for no search")
-    need("points", search.points >= 1, "must be at least 1")
-    need("rounds", search.rounds >= 0, "must not be negative")
-    all_are("baseline_lr", int | float, lambda v: v >= 0, "must be a tuple of learning rates")
+    need("points", 1 <= search.points < 2**31, "must be at least 1, and less than 2**31")
+    need("rounds", 0 <= search.rounds < 2**31, "must not be negative, and less than 2**31")
+    all_are(
+        "baseline_lr",
+        int | float,
+        lambda v: 0 <= v <= FLOAT32_MAX,
+        "must be a tuple of learning rates",
+    )
     all_are("seeds", int, lambda v: 0 <= v < 2**31, "must be a tuple of integers in [0, 2**31)")
     all_are("lora_ranks", int, lambda v: v >= 1, "must be a tuple of integers of at least 1")
     for field in ("baseline_lr", "seeds", "lora_ranks"):
@@ -393,6 +412,8 @@ def group_key(member: Member) -> str:
     return json.dumps(c, sort_keys=True)
 
 
+FLOAT32_MAX, FLOAT32_MIN = 3.4028234e38, 1.1754944e-38  # the smallest of full precision
+BELOW_1 = 1 - 2**-24  # the largest
 REMAT = ("none", "full", "dots")  # see `lorax.models.layers.over_layers`
 
 
@@ -454,8 +475,12 @@ def _check_keys(config) -> None:
 
 
 @functools.cache
+def _usual() -> dict:
+    return _flat(default())
+
+
 def _keys() -> tuple[str, ...]:
-    return tuple(_flat(default()))
+    return tuple(_usual())
 
 
 def _flat(config, prefix="") -> dict:
@@ -481,18 +506,25 @@ def _check_values(c) -> None:
         need(f"train.{name}", c.train[name], c.train[name] >= 1, "must be at least 1")
     for name in ("every", "batch_size", "examples"):
         need(f"eval.{name}", c.eval[name], c.eval[name] >= 1, "must be at least 1")
-    for name in ("warmup", "width", "memory_gb", "weight_decay", "clip", "lr", "eps"):
+    for name in ("warmup", "width", "memory_gb", "weight_decay", "clip", "lr"):
         need(f"train.{name}", c.train[name], c.train[name] >= 0, "must not be negative")
+    # A gradient that is always zero, as that of padding is, would be divided by it.
+    need("train.eps", c.train.eps, c.train.eps >= FLOAT32_MIN, f"must be at least {FLOAT32_MIN}")
     for name in ("b1", "b2"):
-        need(f"train.{name}", c.train[name], 0 <= c.train[name] < 1, "must be in [0, 1)")
+        need(f"train.{name}", c.train[name], 0 <= c.train[name] <= BELOW_1, "must be in [0, 1)")
     for name in ("generate", "no_repeat_ngram"):
         need(f"eval.{name}", c.eval[name], c.eval[name] >= 0, "must not be negative")
     need("analysis.cka", c.analysis.cka, c.analysis.cka >= 0, "must not be negative")
     for name in ("beams", "new_tokens"):
         need(f"eval.{name}", c.eval[name], c.eval[name] >= 1, "must be at least 1")
     smoothing = c.train.label_smoothing
-    need("train.label_smoothing", smoothing, 0 <= smoothing < 1, "must be in [0, 1)")
-    need("seed", c.seed, 0 <= c.seed < 2**31, "must be in [0, 2**31)")
+    need("train.label_smoothing", smoothing, 0 <= smoothing <= BELOW_1, "must be in [0, 1)")
+    for key, seed in (("seed", c.seed), ("task.seed", c.task.seed)):
+        need(key, seed, 0 <= seed < 2**31, "must be in [0, 2**31)")
+    dropout = c.method.dropout
+    need("method.dropout", dropout, 0 <= dropout <= BELOW_1, "must be in [0, 1)")
+    batches = c.method.batches
+    need("method.batches", batches, batches is None or batches >= 1, "must be at least 1 or None")
     rank, budget = c.method.rank, c.method.budget
     whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
     need("method.rank", rank, whole or rank == "auto", 'must be at least 1, or "auto"')
@@ -519,3 +551,11 @@ def _check_values(c) -> None:
     one_of("train.schedule", c.train.schedule, ("linear", "cosine", "constant"))
     one_of("train.optimizer", c.train.optimizer, ("adamw", "sgd"))
     one_of("train.parallel", c.train.parallel, ("auto", "members", "batch", "pmap", "none"))
+    for key, value in _flat(c).items():
+        if isinstance(value, bool) and type(_usual()[key]) in (int, float):
+            need(key, value, False, "must be a number")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float):
+                need(key, value, abs(number) <= FLOAT32_MAX, "must be finite (in float32)")
+            elif isinstance(number, int) and key != "method.budget":
+                need(key, value, abs(number) < 2**31, "must be less than 2**31")

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lorax.errors import of_machine
+
 LFS = b"version https://git-lfs"  # how a pointer begins
 
 
@@ -13,6 +15,7 @@ def atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> Path
     """Call `write(temporary path)`, get it onto the disk, and only then give it its name.
 
     A reader sees the old file or the whole new one. The folder is made where it is missing.
+    Raises OSError (a full disk), also where a library has words of its own for it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,6 +26,11 @@ def atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> Path
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except Exception as error:
+        cause = of_machine(error)
+        if isinstance(cause, OSError) and cause.errno:
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return path

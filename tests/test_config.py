@@ -164,8 +164,15 @@ def test_a_malformed_sweep_is_one_clear_error(axes, zip_, message):
         ],
         *[
             ({f"train__{k}": -1}, f"train.{k}: -1.* given, must not be negative")
-            for k in ("warmup", "width", "memory_gb", "weight_decay", "clip", "lr", "eps")
+            for k in ("warmup", "width", "memory_gb", "weight_decay", "clip", "lr")
         ],
+        (dict(train__eps=0.0), "train.eps: 0.0 given, must be at least"),
+        (dict(train__b2=0.99999999), r"train.b2: 0.99999999 given, must be in \[0, 1\)"),
+        (dict(task__seed=-1), "task.seed: -1 given"),
+        (dict(method__dropout=1.0), r"method.dropout: 1.0 given, must be in \[0, 1\)"),
+        (dict(method__batches=0), "method.batches: 0 given, must be at least 1"),
+        (dict(method__layers=(0, 2**31)), "method.layers: .* must be less than"),
+        (dict(train__steps=True), "train.steps: True given, must be a number"),
         (dict(train__lr=math.nan), "train.lr: nan given"),
         (dict(train__b1=1.0), r"train.b1: 1.0 given, must be in \[0, 1\)"),
         (dict(train__b2=-0.1), "train.b2: -0.1 given"),
@@ -187,6 +194,42 @@ def test_a_malformed_sweep_is_one_clear_error(axes, zip_, message):
 def test_a_value_out_of_range_is_one_clear_error(values, message):
     with pytest.raises(ValueError, match=message):
         config.members(changed(**values))
+
+
+FLOATS = [key for key, value in config._flat(config.default()).items() if type(value) is float]
+FLOATS += [
+    f"method.{name}" for name in ("ratio", "beta1", "beta2", "orthogonal", "d_initial", "std")
+]
+INTEGERS = [key for key, value in config._flat(config.default()).items() if type(value) is int]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e39])
+@pytest.mark.parametrize("key", FLOATS)
+def test_every_number_is_finite(key, value):
+    with pytest.raises(ValueError, match=rf"{key}: .* given"):
+        config.members(changed(**{key.replace(".", "__"): value}))
+
+
+@pytest.mark.parametrize("key", INTEGERS)
+def test_every_integer_has_room_in_32_bits(key):
+    with pytest.raises(ValueError, match=rf"{key}: 2147483648 given"):
+        config.members(changed(**{key.replace(".", "__"): 2**31}))
+
+
+@pytest.mark.parametrize("axis", ["lr", "weight_decay", "alpha", "dropout", "noise"])
+def test_every_number_of_an_axis_is_finite(axis):
+    with pytest.raises(ValueError, match=rf"{AXES[axis]}: inf given, must be"):
+        config.members(swept(**{axis: (0.1, math.inf)}))
+
+
+def test_every_rate_of_a_search_is_finite():
+    with pytest.raises(ValueError, match="search.baseline_lr: .inf,. given"):
+        config.members(changed(search__baseline_lr=(math.inf,)))
+
+
+@pytest.mark.parametrize("key", config.REVISABLE)
+def test_what_may_change_later_is_a_key(key):
+    config.check_key(key)
 
 
 def test_values_of_a_sweep_are_checked_too():

@@ -1,6 +1,10 @@
+import errno
 import re
+import resource
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from lorax import files
 
@@ -39,3 +43,17 @@ def test_a_pointer_of_git_lfs_is_told_from_the_file_itself(tmp_path):
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     real.write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
     assert "git lfs pull" in files.pointer_hint(pointer) and not files.pointer_hint(real)
+
+
+def test_a_full_disk_is_the_systems_error_in_whatever_words(tmp_path):
+    """safetensors has an exception of its own for it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            arrays = {"a": np.zeros(10_000, np.float32)}
+            files.atomically(tmp_path / "x", lambda file: save_file(arrays, file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG and caught.value.filename == str(tmp_path / "x")
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """Checkpoints that are whole or refused: orbax writes them, a manifest of hashes seals them."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -10,6 +11,8 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from lorax import tree
+from lorax.errors import of_machine
 from lorax.files import read_json, write_json
 
 KEEP = 2
@@ -21,18 +24,27 @@ def save(directory: Path, step: int, state, meta: dict) -> None:
 
     state: a tree of arrays. meta: JSON, e.g. how far metrics.jsonl had got. The folder gets its
     name only after everything in it, and the SHA-256 of every file, lies on the disk.
-    Raises OSError (a full disk); earlier checkpoints are then untouched.
+    Raises OSError (a full disk); earlier checkpoints are then untouched, and nothing of this one
+    stays.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".{step}.partial"
+    partial, target = directory / f".{step}.partial", directory / str(step)
     shutil.rmtree(partial, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial.absolute() / "state", jax.device_get(state))
-    manifest = {"step": step, "meta": meta, "sha256": _hashes(partial)}
-    write_json(partial / MANIFEST, manifest | {"seal": _seal(manifest)})
-    target = directory / str(step)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
+    if tree.nbytes(state) > shutil.disk_usage(directory).free:  # else orbax says so in 200 lines
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial.absolute() / "state", jax.device_get(state))
+        manifest = {"step": step, "meta": meta, "sha256": _hashes(partial)}
+        write_json(partial / MANIFEST, manifest | {"seal": _seal(manifest)})
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+    except Exception as error:  # orbax wraps the system's in a ValueError, or others
+        shutil.rmtree(partial, ignore_errors=True)
+        cause = of_machine(error)
+        if isinstance(cause, OSError) and cause.errno:
+            raise OSError(cause.errno, cause.strerror, str(target)) from error
+        raise
     for old in steps(directory)[:-KEEP]:
         shutil.rmtree(directory / str(old), ignore_errors=True)
 
@@ -90,5 +102,6 @@ def _hashes(path: Path) -> dict[str, str]:
     return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-# Orbax reports every save at INFO and some of its own defaults at WARNING; neither is news here.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax reports every save at INFO and some of its own defaults at WARNING; neither is news here. Of
+# a write that fails `save` tells.
+logging.getLogger("absl").setLevel(logging.CRITICAL)

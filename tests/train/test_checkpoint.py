@@ -1,4 +1,6 @@
+import errno
 import itertools
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +79,31 @@ def test_a_write_that_fails_leaves_the_others(three, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(three, 30, state(30), {})
     assert checkpoint.steps(three) == [10, 20]
+    assert restore(three)[0][0] == 20
+
+
+def test_a_full_disk_is_the_systems_error_and_leaves_nothing(three, monkeypatch):
+    """As the system says it, not with orbax's words: a run that stops so can be continued."""
+    free = checkpoint.shutil.disk_usage(three)._replace(free=10)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(OSError) as caught:
+        checkpoint.save(three, 30, state(30), {})
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(three / "30")
+    assert sorted(p.name for p in three.iterdir()) == ["10", "20"]
+
+
+def test_a_write_that_the_system_refuses_under_way_is_the_systems_error(three):
+    """Orbax raises a ValueError with kilobytes of its own settings."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = {"a": jnp.asarray(np.random.default_rng(0).normal(size=100_000), jnp.float32)}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            checkpoint.save(three, 30, large, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG and len(str(caught.value)) < 200
+    assert sorted(p.name for p in three.iterdir()) == ["10", "20"]
     assert restore(three)[0][0] == 20
 
 
