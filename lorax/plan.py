@@ -385,6 +385,7 @@ def _compiled(stacked, base, batch, wanted) -> dict:
     of the training program. widened: with copies that only a CPU makes of bfloat16 weights."""
     import jax
 
+    from lorax import xla
     from lorax.train import step, sweep
 
     train = stacked.members[0].config.train
@@ -416,7 +417,7 @@ def _compiled(stacked, base, batch, wanted) -> dict:
                 donated = () if train.offload else 3
                 traced = jax.jit(f, donate_argnums=donated).trace(params, *members)
                 lowered[width], works[width] = traced.lower(), work(traced.jaxpr) / k
-            options = _QUICK if widened else _QUICK | _NARROW
+            options = xla.known(_QUICK if widened else _QUICK | _NARROW)
             compiled[width, widened] = pool.submit(lowered[width].compile, compiler_options=options)
     found = {}
     for (width, widened), job in compiled.items():

@@ -4,5 +4,7 @@ import functools
 
 import jax
 
-OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+from lorax import xla
+
+OPTIONS = xla.known({"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False})
 jit = functools.partial(jax.jit, compiler_options=OPTIONS)

@@ -23,6 +23,14 @@ def data(path: str) -> Path:
     return DATA / path
 
 
+def traced(monkeypatch, module, name: str) -> list:
+    """A list that grows by one with every call of `module.name`; what JAX prints of a program is no
+    witness, it may inline what was called."""
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: calls.append(name) or function(*args))
+    return calls
+
+
 def few(values, keep) -> list:
     """Parameters of a test: those in `keep` as they are, the others marked slow."""
     mark = lambda v: v if v in keep else pytest.param(*_tuple(v), marks=pytest.mark.slow)

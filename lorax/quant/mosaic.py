@@ -16,6 +16,7 @@ It has been lowered for CUDA and assembled for sm_90a (no register spills); its 
 emulated, bit for bit. It has not run on a GPU so far; numbers of clock cycles below are estimates.
 """
 
+import inspect
 import itertools
 import math
 from typing import NamedTuple
@@ -47,6 +48,8 @@ _WORDS = plgpu.Layout.TILED(
     lane_dims=(-3, -2),
     vector_dim=-1,
 )
+# Until jax 0.11 `load` wanted an index; () is all of a reference.
+_WHOLE = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
 
 
 # ------------------------------------------------------------------------------------------ layout
@@ -318,7 +321,7 @@ def _product(x, words, scales, table, out_dtype, cut: Blocks) -> Array:
         def step(_, x_smem, words_smem, scales_smem, sums):
             if operands == 1:
                 plgpu.wgmma_wait(0)  # the registers of the step before are about to be overwritten
-            held = plgpu.load(words_smem.at[mine], (), layout=_WORDS)
+            held = plgpu.load(words_smem.at[mine], *_WHOLE, layout=_WORDS)
             for i in range(operands):
                 w = _decoded(held, scales_smem.at[i, mine], i, table)
                 plgpu.wgmma(sums, w, x_smem.at[:, pl.ds(i * BLOCK, BLOCK)].T)
