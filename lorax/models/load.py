@@ -96,7 +96,8 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
             flat |= {path: drawn[path.removeprefix("head/")].astype(param_dtype) for path in fresh}
         params = tree.unflatten({path: flat[path] for path in shapes})
         sha256 = _sha256(hf.weight_files(directory))
-    words = vocabulary.read(directory) if directory else None
+    rows = getattr(base.config, "vocab_size", None)
+    words = vocabulary.read(directory, rows) if directory else None
     own = None if random else directory
     return base._replace(params=params, vocabulary=words, sha256=sha256, fresh=fresh, directory=own)
 
@@ -257,7 +258,7 @@ def _from_hub(name: str, weights: bool, shipped: list[str]) -> Path:
         snapshot_download,
     )  # a second of imports that local models don't need
 
-    files = ["config.json", "tokenizer.json"] + ["*.safetensors*"] * weights
+    files = [*vocabulary.FILES, "tokenizer.json"] + ["*.safetensors*"] * weights
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the Hub's own, the network's and the cache's: all mean "not here"

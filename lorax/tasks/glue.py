@@ -182,7 +182,8 @@ def encode(
     Returns {"tokens": (N, seq_len) int32, padded with `vocabulary.pad`; "segments": (N, seq_len)
     int32, 1 on tokens and 0 on padding; "types": (N, seq_len) int32, the tokenizer's type ids (0
     and 1 for the two sentences of BERT, 0 for RoBERTa) and 0 on padding; "label": labels}.
-    Raises ValueError for a tokenizer without a template, and where seq_len leaves no room.
+    Raises ValueError for a tokenizer without a template, where seq_len leaves no room, and for a
+    token that the model has no embedding for.
     """
     tokenizer = Tokenizer.from_str(vocabulary.tokenizer.to_str())  # a copy, to set it up
     sentences = len(texts[0])
@@ -206,7 +207,7 @@ def encode(
         batch = [pair if sentences == 2 else pair[0] for pair in texts[start : start + 10_000]]
         for row, encoding in enumerate(tokenizer.encode_batch_fast(batch), start):
             length = len(encoding.ids)
-            tokens[row, :length] = encoding.ids
+            tokens[row, :length] = vocabulary.check(encoding.ids)
             segments[row, :length] = 1
             types[row, :length] = encoding.type_ids
             cut += bool(encoding.overflowing)

@@ -132,7 +132,9 @@ def encode_texts(
                 f"tokenizer: it puts a space in front of every text and joins a line break to "
                 f"what follows, so that {text!r} can't be tokenised as a part of a longer text"
             )
-    return {text: e.ids[len(cut) :] for text, e in zip(texts, encodings, strict=True)}
+    return {
+        text: vocabulary.check(e.ids[len(cut) :]) for text, e in zip(texts, encodings, strict=True)
+    }
 
 
 def _adds_space(vocabulary: Vocabulary) -> bool:

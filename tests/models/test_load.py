@@ -261,7 +261,7 @@ DAMAGE = {
     ),
     "config not JSON": (
         lambda d: (d / "config.json").write_text("{"),
-        (ValueError, "config.json: not JSON"),
+        (ValueError, "config.json:1: not JSON"),
     ),
     "config no object": (
         lambda d: (d / "config.json").write_text("[]"),
