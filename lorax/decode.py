@@ -20,6 +20,8 @@ from lorax.models import Base
 from lorax.models.load import positions
 
 NEVER = -1e9  # a score that no text has
+TINY = 1e-30
+SEEDS = 2**32  # JAX's keys keep 32 bits of a seed
 
 
 class How(NamedTuple):
@@ -46,20 +48,27 @@ class How(NamedTuple):
     no_repeat_ngram: int = 0
 
 
-def check(how: How) -> How:
-    """The same, or ValueError that names the field, what was given and what would be right."""
+def check(how: How, batch_size: int = 1, seed: int = 0) -> How:
+    """The same `how`, or ValueError that names what is wrong, what was given and what would be
+    right; of `batch_size` and `seed` of `complete` too."""
+    given = {**how._asdict(), "batch_size": batch_size, "seed": seed}
     rules = (
         ("new_tokens", how.new_tokens >= 1, "at least 1"),
-        ("temperature", how.temperature >= 0, "at least 0 (0: the likeliest token)"),
+        # in float32: what is not 0 must neither vanish nor overflow
+        ("temperature", how.temperature == 0 or TINY <= how.temperature <= 1 / TINY,
+         f"0 (the likeliest token) or from {TINY} to {1 / TINY}"),
         ("top_k", how.top_k >= 0, "at least 0 (0: all)"),
         ("top_p", 0 < how.top_p <= 1, "in (0, 1]"),
         ("beams", how.beams >= 1, "at least 1"),
         ("beams", how.beams == 1 or how.temperature == 0, "1 where the temperature is not 0"),
+        ("length_penalty", -10 <= how.length_penalty <= 10, "from -10 to 10"),
         ("no_repeat_ngram", how.no_repeat_ngram >= 0, "at least 0 (0: off)"),
-    )
+        ("batch_size", batch_size >= 1, "at least 1"),
+        ("seed", 0 <= seed < SEEDS, f"from 0 to {SEEDS - 1}"),
+    )  # fmt: skip
     for field, fine, right in rules:
         if not fine:
-            raise ValueError(f"{field}: {getattr(how, field)} given, must be {right}")
+            raise ValueError(f"{field}: {given[field]} given, must be {right}")
     return how
 
 
@@ -74,7 +83,8 @@ def complete(
     seed: int = 0,
     progress=lambda done, total: None,
 ) -> list[str]:
-    """What the model writes after each prompt, special tokens left out.
+    """What the model writes after each prompt, special tokens left out: put behind the prompt, it
+    reads as the whole does. A first word so begins with its space.
 
     params: for `lorax.apply` (default: the base's own). how: its `ends` and `pad` are the base's
     where empty. rows: which adapter each prompt takes, where params has `ops.Mixed` leaves.
@@ -84,7 +94,7 @@ def complete(
     vocabulary = base.vocabulary
     if vocabulary is None:
         raise ValueError(f"base: {base.name} has no tokenizer.json, which prompts need")
-    how = check(how or How())
+    how = check(how or How(), batch_size, seed)
     if not how.ends:
         # LLaMA's little relatives begin the next story where this one ends.
         ends = tuple(dict.fromkeys((*vocabulary.ends, *vocabulary.start)))
@@ -121,7 +131,10 @@ def complete(
         key = jax.random.fold_in(jax.random.key(seed), start)
         written = np.asarray(generate(base.module, chosen, tokens, segments, key, how))
         left = len(ids) - start
-        texts += [vocabulary.decode(_until(row, how.ends)) for row in written[:left]]
+        texts += [
+            _continuation(vocabulary, own, _until(row, how.ends))
+            for own, row in zip(part[:left], written, strict=False)
+        ]
         progress(len(texts), len(ids))
     return texts
 
@@ -138,6 +151,13 @@ def _rows(params, new):
         )
 
     return jax.tree.map(replace, params, is_leaf=lambda leaf: isinstance(leaf, ops.Mixed))
+
+
+def _continuation(vocabulary, prompt: list[int], written: list[int]) -> str:
+    """The text of ids as it reads behind a prompt's ids: SentencePiece's decoders, and others,
+    take a space off the first word of a text."""
+    before, whole = vocabulary.decode(prompt), vocabulary.decode(prompt + written)
+    return whole[len(before) :] if whole.startswith(before) else vocabulary.decode(written)
 
 
 def _until(row, ends) -> list[int]:
@@ -211,7 +231,7 @@ def _without_repeats(scores, text, real, length, how):
     real: (N, S), False on padding. length: () columns of text so far.
     """
     n = how.no_repeat_ngram
-    if not n:
+    if not n or n > text.shape[1]:  # so long a text is never written
         return scores
     last = jax.lax.dynamic_slice_in_dim(text, length - (n - 1), n - 1, axis=1)
     starts = text.shape[1] - n + 1

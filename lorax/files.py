@@ -52,7 +52,11 @@ def read_text(path: str | os.PathLike) -> str:
     Raises ValueError that names file and line where it is not UTF-8, OSError where it can't be
     read.
     """
-    data = Path(path).read_bytes()
+    return as_text(Path(path).read_bytes(), path)
+
+
+def as_text(data: bytes, path: str | os.PathLike) -> str:
+    """`read_text` of a file whose bytes have been read, out of an archive say."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

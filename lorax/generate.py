@@ -11,30 +11,38 @@ one alone of any other method.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 from lorax.errors import fail
+from lorax.files import read_text, write_bytes
 
 
 def main(arguments: list[str]) -> int:
-    """The command line. Exit code 0, or 2 for a mistake in the input."""
+    """The command line. Exit code 0, 2 for a mistake in the input, or 1 where the texts could not
+    be written to --out; they are printed then."""
     given = _parser().parse_args(arguments)
     try:
         prompts = read_prompts(given.prompt, given.prompts)
+        if given.out is not None:
+            check_out(given.out)
         print(f"loading {given.base}", file=sys.stderr, flush=True)
         rows = run(given, prompts)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         return fail(error)
-    if given.out:
-        from lorax.files import write_bytes
-
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_bytes(Path(given.out), lines.encode())
-        print(f"{len(rows)} texts in {given.out}", file=sys.stderr)
+    if given.out is None:
+        for row in rows:
+            print(f"[{row['adapter']}] " * (len(given.adapter) > 1) + row["prompt"] + row["text"])
         return 0
-    for row in rows:
-        print(f"[{row['adapter']}] " * (len(given.adapter) > 1) + row["prompt"] + row["text"])
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        write_bytes(given.out, lines.encode())
+    except OSError as error:
+        print(lines, end="")
+        fail(OSError(f"--out: {error}; the {len(rows)} texts are printed instead"))
+        return 1
+    print(f"{len(rows)} texts in {given.out}", file=sys.stderr)
     return 0
 
 
@@ -48,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--base", required=True, help="shipped name, Hugging Face directory or Hub id")
     add("--adapter", action="append", default=[], help="PEFT directory, or base; repeatable")
     add("--prompt", action="append", default=[], help="a prompt; repeatable")
-    add("--prompts", help='file of prompts: a line each, or .jsonl with a "prompt" each')
+    add("--prompts", help='file of prompts: a line each, or .jsonl or .json with a "prompt" each')
     add("--out", help="file for the texts, as JSON lines (default: print them)")
     add("--new-tokens", type=int, default=64, help="at most (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
@@ -58,31 +66,51 @@ def _parser() -> argparse.ArgumentParser:
     add("--length-penalty", type=float, default=1.0, help="of beam search")
     add("--no-repeat-ngram", type=int, default=0, help="no n tokens come twice; 0: off")
     add("--batch-size", type=int, default=32, help="prompts at a time")
-    add("--seed", type=int, default=0, help="of sampling")
+    add("--seed", type=int, default=0, help="of sampling, from 0 to 2^32 - 1")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
     return parser
 
 
 def read_prompts(texts: list[str], file: str | None) -> list[str]:
-    """The prompts of the command line. Raises ValueError or FileNotFoundError naming the line."""
+    """The prompts of the command line, then those of a file: the "prompt" of each record of a
+    .jsonl or .json file (`lorax.tasks.records`), or each line that is not empty of any other.
+
+    Only "\\n" and "\\r\\n" end a line. Raises ValueError or OSError naming file and line.
+    """
     prompts = list(texts)
-    if file:
+    for text in prompts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"--prompt: {text!r} is no UTF-8 at character {error.start + 1}; expected UTF-8"
+            ) from None
+    if file is not None:
         path = Path(file)
         if not path.is_file():
             raise FileNotFoundError(f"--prompts: no file {file}")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if path.suffix == ".jsonl":
-                try:
-                    line = json.loads(line)["prompt"]
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(
-                        f'{file}:{number}: expected a JSON object with a "prompt"'
-                    ) from None
-            if line:
-                prompts.append(line)
+        if path.suffix in (".jsonl", ".json"):
+            from lorax.tasks import records
+
+            prompts += [record.get("prompt") for record in records.read(path)]
+        else:
+            lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
+            prompts += [line for line in lines if line]
     if not prompts:
         raise ValueError("--prompt: none given; pass --prompt TEXT or --prompts FILE")
     return prompts
+
+
+def check_out(file: str) -> None:
+    """Raises ValueError where no file can be written to that path."""
+    path = Path(file).absolute()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--out: {file!r} is no file that can be replaced; expected a file's path")
+    folder = next(folder for folder in path.parents if folder.exists())
+    if not folder.is_dir():
+        raise ValueError(f"--out: {str(folder)!r} is no folder, so that {file!r} can't lie in it")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"--out: {file!r} can't be written, the folder {str(folder)!r} is closed")
 
 
 def run(given, prompts: list[str]) -> list[dict]:
@@ -99,7 +127,9 @@ def run(given, prompts: list[str]) -> list[dict]:
             beams=given.beams,
             length_penalty=given.length_penalty,
             no_repeat_ngram=given.no_repeat_ngram,
-        )
+        ),
+        given.batch_size,
+        given.seed,
     )
     base = lorax.load(given.base, dtype=given.dtype)
     names = given.adapter or ["base"]

@@ -1,6 +1,7 @@
 """Decoding writes what transformers writes, token by token."""
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -116,9 +117,24 @@ def test_texts_of_the_real_model_are_those_of_transformers(stories, options):
             ids.input_ids, attention_mask=ids.attention_mask, max_new_tokens=80,
             eos_token_id=[2, 1], pad_token_id=2, **their_options(how),
         )  # fmt: skip
-        new = out[0, ids.input_ids.shape[1] :]
-        assert text == tokenizer.decode(new, skip_special_tokens=True)
+        assert prompt + text == tokenizer.decode(out[0], skip_special_tokens=True)
         assert len(text) > 100
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("One day, the", " little girl named"),  # SentencePiece takes the space off a first word
+        ("Once upon a time", ", there was a"),
+        ("Once upon a time ", "Anna and her mommy went"),
+        ("The dog\n", "One day, a little"),
+    ],
+)
+def test_the_first_word_keeps_its_space(stories, prompt, text):
+    _, tokenizer, base = stories
+    (written,) = decode.complete(base, [prompt], how=decode.How(new_tokens=12))
+    assert written.startswith(text)
+    assert tokenizer.decode(tokenizer(prompt + written).input_ids[1:]) == prompt + written
 
 
 def test_a_story_of_the_real_model_stops_where_the_next_begins(stories):
@@ -141,6 +157,14 @@ def test_a_story_of_the_real_model_stops_where_the_next_begins(stories):
             "beams: 2 given, must be 1 where the temperature is not 0",
         ),
         (dict(no_repeat_ngram=-1), "no_repeat_ngram: -1 given"),
+        (dict(temperature=math.nan), "temperature: nan given, must be 0"),
+        (dict(temperature=math.inf), "temperature: inf given, must be 0"),
+        (dict(temperature=1e-40), "temperature: 1e-40 given, must be 0"),
+        (dict(top_p=math.nan), "top_p: nan given"),
+        (dict(length_penalty=math.nan), "length_penalty: nan given, must be from -10 to 10"),
+        (dict(length_penalty=-math.inf), "length_penalty: -inf given, must be from -10 to 10"),
+        (dict(top_k=-1), "top_k: -1 given"),
+        (dict(beams=-1), "beams: -1 given"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -156,3 +180,23 @@ def test_what_can_not_be_completed_says_why():
         decode.complete(base, ["a", ""])
     with pytest.raises(ValueError, match="has no tokenizer.json"):
         decode.complete(base._replace(vocabulary=None), ["a"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(seed=99999999999999999999), "seed: 99999999999999999999 given, must be from 0 to 42"),
+        (dict(seed=-1), "seed: -1 given, must be from 0 to 4294967295"),
+        (dict(batch_size=0), "batch_size: 0 given, must be at least 1"),
+    ],
+)
+def test_a_seed_or_batch_size_out_of_range_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        decode.complete(lorax.load("gpt2-nano"), ["a"], **options)
+
+
+def test_the_largest_seed_and_repeats_longer_than_any_text_are_fine():
+    base = lorax.load("gpt2-nano")
+    how = decode.How(new_tokens=2, no_repeat_ngram=1000)
+    plain = decode.complete(base, ["a"], how=how._replace(no_repeat_ngram=0))
+    assert decode.complete(base, ["a"], how=how, seed=2**32 - 1) == plain

@@ -104,6 +104,11 @@ def test_one_adapter_is_printed_after_its_prompt(base, directories, capsys):
         (["--prompts", "nowhere.txt"], "--prompts: no file nowhere.txt"),
         (["--prompt", "a", "--beams", "0"], "beams: 0 given, must be at least 1"),
         (["--prompt", "a", "--adapter", "nowhere"], "nowhere/adapter_config.json: no such file"),
+        (["--prompt", "a", "--batch-size", "0"], "batch_size: 0 given, must be at least 1"),
+        (["--prompt", "a", "--seed", str(10**20)], f"seed: {10**20} given, must be from 0 to 42"),
+        (["--prompt", "a", "--length-penalty", "nan"], "length_penalty: nan given, must be"),
+        (["--prompt", "a", "--temperature", "inf"], "temperature: inf given, must be 0"),
+        (["--prompt", "caf\udce9"], r"--prompt: 'caf\udce9' is no UTF-8 at character 4; expected"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):
@@ -116,6 +121,82 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(
-        ValueError, match=r'prompts.jsonl:2: expected a JSON object with a "prompt"'
+        ValueError, match=r"prompts.jsonl:2: field 'prompt' is missing; the record has text"
     ):
         generate.read_prompts([], str(file))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt": 3}', "field 'prompt' is 3; expected text"),
+        (b'{"prompt": ["a"]}', "field 'prompt' is ["),
+        (b'{"prompt": "\\ud83d"}', "half of a character"),
+        (b'"a"', "expected an object"),
+        (b'{"prompt": "\xe9"}', "bad byte 0xe9; expected UTF-8"),
+    ],
+)
+def test_a_prompt_that_is_no_text_is_named(tmp_path, line, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b'{"prompt": "a"}\n' + line + b"\n")
+    with pytest.raises(ValueError) as error:
+        generate.read_prompts([], str(file))
+    assert str(error.value).startswith(f"{file}:2: ") and message in str(error.value)
+
+
+ODD = "a\u2028b\x85c\x0bd\x0ce\x1cf"  # str.splitlines cuts at each of these
+
+
+def test_only_line_feeds_part_prompts(tmp_path):
+    for name, content in (
+        ("p.txt", f"\ufeff{ODD}\r\n\ng\n"),
+        (
+            "p.jsonl",
+            f'\ufeff{{"prompt": {json.dumps(ODD, ensure_ascii=False)}}}\n{{"prompt": "g"}}',
+        ),
+        ("p.json", json.dumps([{"prompt": ODD}, {"prompt": "g"}])),
+    ):
+        (tmp_path / name).write_bytes(content.encode())
+        assert generate.read_prompts(["first"], str(tmp_path / name)) == ["first", ODD, "g"]
+    (tmp_path / "p.txt").write_bytes(b"a\n\xe9")
+    with pytest.raises(ValueError, match=r"p\.txt:2: bad byte 0xe9; expected UTF-8"):
+        generate.read_prompts([], str(tmp_path / "p.txt"))
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """What a run writes, made at once."""
+    rows = [{"prompt": ODD, "adapter": "base", "text": "\u2028 b"}]
+    monkeypatch.setattr(generate, "run", lambda given, prompts: rows)
+    return rows
+
+
+def test_the_texts_written_can_be_read_as_prompts(written, tmp_path):
+    out = str(tmp_path / "new" / "out.jsonl")
+    assert generate.main(["--base", "x", "--prompt", ODD, "--out", out]) == 0
+    assert generate.read_prompts([], out) == [ODD]
+
+
+def test_a_place_that_can_not_be_written_is_found_before_the_work(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(generate, "run", lambda given, prompts: pytest.fail("it ran"))
+    (tmp_path / "file").touch()
+    for out, message in (
+        (tmp_path, "is no file that can be replaced"),
+        (tmp_path / "file" / "out.jsonl", "is no folder"),
+        ("/dev/null", "is no file that can be replaced"),
+        ("", "is no file that can be replaced"),
+    ):
+        assert generate.main(["--base", "x", "--prompt", "a", "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("lorax: --out: ") and message in error
+
+
+def test_texts_that_can_not_be_written_are_printed(written, monkeypatch, tmp_path, capsys):
+    def full(path, data):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(generate, "write_bytes", full)
+    code = generate.main(["--base", "x", "--prompt", "a", "--out", str(tmp_path / "out.jsonl")])
+    shown = capsys.readouterr()
+    assert code == 1 and [json.loads(shown.out)] == written
+    assert "No space left on device" in shown.err and "printed instead" in shown.err

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lorax.files import as_text
 from lorax.tasks.records import only
 from lorax.tasks.rows import Task, check_path, encode_pairs, linearise
 from lorax.vocabulary import Vocabulary
@@ -59,14 +60,7 @@ def examples(path: str | Path, split: str) -> list[tuple[str, str]]:
     Raises FileNotFoundError, or ValueError naming the file and the line.
     """
     data, label = _read(Path(path), FILES[split])
-    try:
-        content = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{label}:{line}: bad byte 0x{data[error.start]:02x}; expected UTF-8"
-        ) from None
-    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(as_text(data, label), newline=""), strict=True)
     pairs, line = [], 1  # the line that the row being read starts on
     try:
         header = next(reader, [])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lorax.files import read_text
 from lorax.tasks.rows import Task, check_n_train, check_path, count, encode_texts
 from lorax.vocabulary import END_OF_TEXT, Vocabulary
 
@@ -19,19 +20,13 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Tas
     the evaluation set; the tokens left over at the end are dropped. What end-of-text markers part
     are texts of their own, each led by the vocabulary's start, which is no target.
 
-    Raises FileNotFoundError; ValueError where the file is not UTF-8 (with the byte offset) or
+    Raises FileNotFoundError; ValueError where the file is not UTF-8 (with the line) or
     holds less than two rows.
     """
     path = check_path(config, "a UTF-8 text file")
     if not path.is_file():
         raise ValueError(f"task.path: {str(path)!r} is no file; expected a UTF-8 text file")
-    try:
-        content = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"task.path: {str(path)!r} is not UTF-8: bad byte 0x{error.object[error.start]:02x} "
-            f"at byte offset {error.start}; convert the file to UTF-8"
-        ) from None
+    content = read_text(path)
     texts = content.split(END_OF_TEXT) if content else []
     encoded = encode_texts(texts, vocabulary)
     ids, targets = [], []

@@ -106,5 +106,12 @@ def test_path_errors(tmp_path, vocabulary):
 def test_not_utf8(tmp_path, vocabulary):
     path = tmp_path / "latin1.txt"
     path.write_bytes("Zoë ".encode() + "café".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"is not UTF-8: bad byte 0xe9 at byte offset 8; convert"):
+    with pytest.raises(ValueError, match=r"latin1\.txt:1: bad byte 0xe9; expected UTF-8$"):
         build(path, vocabulary)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, vocabulary):
+    (tmp_path / "plain.txt").write_text("One day. " * 60)
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + b"One day. " * 60)
+    plain, marked = (build(tmp_path / f"{name}.txt", vocabulary) for name in ("plain", "marked"))
+    np.testing.assert_array_equal(plain.train["tokens"], marked.train["tokens"])
