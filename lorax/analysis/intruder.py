@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lorax.analysis import spectrum
 from lorax.analysis.spectrum import leading_svd, update_svd
 
 
@@ -70,9 +71,9 @@ def intruders(
 
     Raises ValueError where shapes, k, epsilon or side do not fit.
     """
-    w, dense = np.asarray(w, np.float64), _dense(delta)
-    if w.ndim < 2 or dense.shape[-2:] != w.shape[-2:]:
-        raise ValueError(f"w {w.shape} and delta {dense.shape} need the same (..., in, out)")
+    w, shape = np.asarray(w, np.float64), _shape(delta)
+    if w.ndim < 2 or shape[-2:] != w.shape[-2:]:
+        raise ValueError(f"w {w.shape} and delta {shape} need the same (..., in, out)")
     if not 1 <= k <= min(w.shape[-2:]):
         raise ValueError(f"k {k}: from 1 to {min(w.shape[-2:])} for a {w.shape[-2:]} matrix")
     epsilon = np.asarray(epsilon, np.float64)
@@ -80,9 +81,9 @@ def intruders(
         raise ValueError(f"epsilon {epsilon}: a cosine above 0 and at most 1, or (e,) of them")
     if side not in ("in", "out"):
         raise ValueError(f"side {side!r}: 'in' or 'out'")
-    w_u, _, w_vt = np.linalg.svd(w, full_matrices=False) if w_svd is None else w_svd
+    w_u, w_sigma, w_vt = np.linalg.svd(w, full_matrices=False) if w_svd is None else w_svd
 
-    u, sigma, vt = leading_svd(w + dense, k)
+    u, sigma, vt = _leading(w, delta, k, (w_u, w_sigma, w_vt))
     if side == "out":
         cosines = vt @ np.swapaxes(np.asarray(w_vt, np.float64), -1, -2)
     else:
@@ -93,7 +94,9 @@ def intruders(
 
 
 def norm_matched(
-    rng: int | np.random.Generator, delta: ArrayLike | tuple[ArrayLike, ...]
+    rng: int | np.random.Generator,
+    delta: ArrayLike | tuple[ArrayLike, ...],
+    sigma: ArrayLike | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Control: an update with delta's singular values, and so its norm, in random directions.
 
@@ -102,12 +105,16 @@ def norm_matched(
     Args:
       rng: a numpy generator or a seed.
       delta: factors (a, b) or (a, b, s), or dense, as in `intruders`.
+      sigma: delta's singular values (..., k), where they are at hand: of a dense one most of the
+        work.
 
     Returns factors a (..., in, k), b (..., k, out) with k the number of delta's singular values.
     """
     rng = np.random.default_rng(rng)
-    u, sigma, vt = update_svd(delta)
-    u, v = _haar(rng, u.shape), _haar(rng, np.swapaxes(vt, -1, -2).shape)
+    sigma = update_svd(delta)[1] if sigma is None else np.asarray(sigma, np.float64)
+    *lead, rows, columns = _shape(delta)
+    k = sigma.shape[-1]
+    u, v = _haar(rng, (*lead, rows, k)), _haar(rng, (*lead, columns, k))
     return u * sigma[..., None, :], np.swapaxes(v, -1, -2)
 
 
@@ -166,8 +173,38 @@ def _factors(delta):
     return np.asarray(a, np.float64), np.asarray(b, np.float64), np.asarray(s, np.float64)
 
 
+def _leading(w, delta, k, w_svd):
+    """The k leading singular vectors and values of W + dW. Of a large W with an update of low rank
+    they come from W's SVD, one matrix after another."""
+    n = min(w.shape[-2:])
+    if not isinstance(delta, tuple) or n < spectrum.LARGE or 8 * max(k, _width(delta)) > n:
+        return leading_svd(w + _dense(delta), k)
+    lead = np.broadcast_shapes(w.shape[:-2], _shape(delta)[:-2])
+    a, b, s = _factors(delta)
+    every = *w_svd, a, b, s
+    axes = (2, 1, 2, 2, 2, 0)  # of one matrix's own
+    every = [
+        np.broadcast_to(x, (*lead, *x.shape[x.ndim - own :])).reshape(-1, *x.shape[x.ndim - own :])
+        for x, own in zip(map(np.asarray, every), axes, strict=True)
+    ]
+    found = [spectrum.updated_svd(one[:3], one[3:], k) for one in zip(*every, strict=True)]
+    return tuple(np.stack(x).reshape(*lead, *x[0].shape) for x in zip(*found, strict=True))
+
+
+def _width(delta: tuple) -> int:
+    return np.shape(delta[0])[-1]
+
+
+def _shape(delta) -> tuple[int, ...]:
+    """(..., in, out) of an update."""
+    if not isinstance(delta, tuple):
+        return np.shape(delta)
+    a, b = np.shape(delta[0]), np.shape(delta[1])
+    return (*np.broadcast_shapes(a[:-2], b[:-2]), a[-2], b[-1])
+
+
 def _dense(delta) -> np.ndarray:
-    """The update as one array (..., in, out): W + dW has to be formed, so dW may be."""
+    """The update as one array (..., in, out)."""
     if not isinstance(delta, tuple):
         return np.asarray(delta, np.float64)
     a, b, s = _factors(delta)

@@ -10,6 +10,7 @@ thread of the linear algebra (`threadpoolctl`): more of them only wait for each 
 
 import math
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ KINDS = ("A", "B", "dW in", "dW out")  # whose directions a subspace similarity 
 EPSILONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # thresholds of an intruder's cosine
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 EXACT = 512  # a dense update with more rows and columns is not decomposed as a whole
+LEADING = 64  # directions of a dense update that are looked at
 TOGETHER = 2**22  # numbers in a stack of matrices: 32 MB in float64
 
 Updates = Mapping[str, Factors] | Mapping[str, np.ndarray]  # of one member, by path
@@ -90,7 +92,7 @@ def spectra(
     """
     every = _all(found, dense)
     values = {}
-    for keys in _stacks({key: _shape(update) for key, update in every.items()}):
+    for keys in stacks({key: _shape(update) for key, update in every.items()}):
         update = _stacked([every[key] for key in keys])
         if isinstance(update, tuple):
             sigma = spectrum.factor_svd(*update)[1]
@@ -118,7 +120,7 @@ def base_svds(
     """
     chosen = list(kernels) if paths is None else list(dict.fromkeys(paths))
     found = {}
-    for keys in _stacks({path: kernels[path].shape for path in chosen}):
+    for keys in stacks({path: kernels[path].shape for path in chosen}):
         stack = np.stack([np.asarray(kernels[path], np.float64) for path in keys])
         svd = np.linalg.svd(stack, full_matrices=False)
         found |= dict(zip(keys, zip(*svd, strict=True), strict=True))
@@ -165,12 +167,12 @@ def _ranks(sigma: np.ndarray, shape: tuple[int, int]) -> dict[str, float | int]:
 # --------------------------------------------------------------------------------------- directions
 
 
-def bases(updates: Updates, k: int = 64) -> Bases:
+def bases(updates: Updates, k: int = LEADING) -> Bases:
     """Orthonormal directions by path and kind: of A, of B, and dW's own, input and output side. Of
     dense updates those of dW, the leading k of them (`leading` has their errors)."""
     found: Bases = {}
     factors = {path: update for path, update in updates.items() if isinstance(update, Factors)}
-    for paths in _stacks({path: _shape(update) for path, update in factors.items()}):
+    for paths in stacks({path: _shape(update) for path, update in factors.items()}):
         a, b, _ = _stacked([factors[path] for path in paths])
         inputs, outputs = subspace.update_directions(a, b)
         own = subspace.directions(a), subspace.directions(np.swapaxes(b, -1, -2))
@@ -181,7 +183,7 @@ def bases(updates: Updates, k: int = 64) -> Bases:
     return {path: found[path] for path in updates}
 
 
-def leading(dense: Mapping[str, np.ndarray], k: int = 64) -> tuple[Bases, pd.DataFrame]:
+def leading(dense: Mapping[str, np.ndarray], k: int = LEADING) -> tuple[Bases, pd.DataFrame]:
     """The leading k directions of dense updates, as `bases` has them, and what is known of them.
 
     Up to EXACT rows or columns they are exact, above it `randomised_svd`'s. The table says which:
@@ -197,7 +199,7 @@ def leading(dense: Mapping[str, np.ndarray], k: int = 64) -> tuple[Bases, pd.Dat
     """
     found = {}
     small = {path: dw for path, dw in dense.items() if min(dw.shape) <= EXACT}
-    for paths in _stacks({path: dw.shape for path, dw in small.items()}):
+    for paths in stacks({path: dw.shape for path, dw in small.items()}):
         stack = np.stack([dense[path] for path in paths])
         u, sigma, vt = spectrum.leading_svd(stack, min(k, *stack.shape[1:]))
         found |= dict(zip(paths, zip(u, sigma, vt, sigma, strict=True), strict=True))
@@ -229,15 +231,18 @@ def similarity(pairs: Sequence[tuple[Bases, Bases]]) -> dict[str, dict[str, np.n
 
     Raises ValueError that names the path where the two sides lie in different spaces.
     """
-    values: dict[tuple, list] = {}
-    for key, phi in _over_pairs(pairs, subspace.basis_similarity).items():
-        values.setdefault(key[:2], []).append(phi)
+    sums: dict[tuple[str, str], np.ndarray] = {}
+    counts: Counter = Counter()
+    for pair in pairs:  # one at a time: phi of all of them at once is large
+        for (path, kind, _), phi in _over_pairs([pair], subspace.basis_similarity).items():
+            so_far = sums.get((path, kind), phi * 0)
+            r1, r2 = np.minimum(so_far.shape, phi.shape)
+            sums[path, kind] = so_far[:r1, :r2] + phi[:r1, :r2]
+            counts[path, kind] += 1
     found: dict[str, dict[str, np.ndarray]] = {}
-    for (path, kind), phis in values.items():
-        if len(phis) == len(pairs):
-            r1, r2 = (min(phi.shape[axis] for phi in phis) for axis in (0, 1))
-            mean = np.mean([phi[:r1, :r2] for phi in phis], axis=0)
-            found.setdefault(path, {})[kind] = mean
+    for (path, kind), total in sums.items():
+        if counts[path, kind] == len(pairs):
+            found.setdefault(path, {})[kind] = total / len(pairs)
     return found
 
 
@@ -292,7 +297,7 @@ def _over_pairs(pairs, compare) -> dict[tuple[str, str, int], np.ndarray]:
                     both[path, kind, n] = one, other
                     shapes[path, kind, n] = (*one.shape, other.shape[1])
     found = {}
-    for keys in _stacks(shapes):
+    for keys in stacks(shapes):
         one, other = (np.stack([both[key][side] for key in keys]) for side in (0, 1))
         found |= dict(zip(keys, compare(one, other), strict=True))
     return {key: found[key] for key in both}
@@ -305,7 +310,7 @@ def against_base(
     found: Mapping[Hashable, Updates],
     kernels: Mapping[str, np.ndarray],
     members: Iterable[Hashable],
-    k: int = 64,
+    k: int = LEADING,
     svds: SVDs | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:
     """LoRA's figure 8: phi(i, j) between dW's i leading directions and W's j, mean over members.
@@ -357,7 +362,7 @@ def amplifications(
         if path not in sigma:
             sigma[path] = np.linalg.svd(np.asarray(kernels[path], np.float64), compute_uv=False)
     values = {}
-    for keys in _stacks({key: _shape(update) for key, update in every.items()}):
+    for keys in stacks({key: _shape(update) for key, update in every.items()}):
         *shape, rank = _shape(every[keys[0]])
         got = amplification(
             np.stack([kernels[path] for _, path in keys]),
@@ -403,14 +408,15 @@ def intruder_table(
     svds = base_svds(kernels, (path for _, path in every)) if svds is None else svds
     epsilon = np.asarray(epsilon, np.float64)
     counts = {}
-    for keys in _stacks({key: _shape(update) for key, update in every.items()}):
+    for keys in stacks({key: _shape(update) for key, update in every.items()}):
         update, w, w_svd = _with_base(every, kernels, svds, keys)
         ks = np.array([n for n in k if n <= min(w.shape[1:])], int)
         if not len(ks):
             continue
         own = _counts(w, update, ks, epsilon, side, w_svd)  # (matrices, k's, epsilons)
+        sigma = spectrum.update_svd(update)[1] if draws else None
         random = [
-            _counts(w, intruder.norm_matched(rng, update), ks, epsilon, side, w_svd)
+            _counts(w, intruder.norm_matched(rng, update, sigma), ks, epsilon, side, w_svd)
             for _ in range(draws)
         ]
         control = np.mean(random, axis=0) if draws else np.full(own.shape, np.nan)
@@ -467,7 +473,7 @@ def interventions(
     svds = base_svds(kernels, (path for _, path in every)) if svds is None else svds
     lam = [float(x) for x in lam]
     done = {}
-    for keys in _stacks({key: _shape(update) for key, update in every.items()}):
+    for keys in stacks({key: _shape(update) for key, update in every.items()}):
         update, w, w_svd = _with_base(every, kernels, svds, keys)
         most = min(k, *w.shape[1:])
         top = intruder.intruders(w, update, most, epsilon, side=side, w_svd=w_svd)
@@ -513,7 +519,7 @@ def _key(member: Hashable, path: str) -> dict:
     return {"member": member, "path": path, "layer": layer, "target": target}
 
 
-def _stacks(shapes: Mapping[Hashable, tuple[int, ...]]) -> Iterator[list]:
+def stacks(shapes: Mapping[Hashable, tuple[int, ...]]) -> Iterator[list]:
     """Keys of one shape together, as many as make a stack of `TOGETHER` numbers.
 
     shapes: what has to be alike; its two largest numbers say how large a matrix is.

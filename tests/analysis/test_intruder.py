@@ -227,3 +227,21 @@ def test_definition_on_a_peft_adapter():
     one = factors["h/5/attn/v"]
     w = 0.01 * np.random.default_rng(9).standard_normal((768, 768))
     check_definition(w, one.a, one.b, float(one.s))
+
+
+def test_large_matrices_have_the_intruders_of_the_definition():
+    """From W's own decomposition, stacked, with factors and without."""
+    rng = np.random.default_rng(5)
+    w, a, b = (rng.standard_normal(s) for s in ((2, 260, 270), (2, 260, 4), (2, 4, 270)))
+    s = np.array([0.5, 2.0])
+    got = intruders(w, (a, b, s), 6, w_svd=np.linalg.svd(w, full_matrices=False))
+    dense = intruders(w, s[:, None, None] * (a @ b), 6)
+    for n in range(2):
+        expected = from_definition(w[n].T, (s[n] * a[n] @ b[n]).T, 6)
+        np.testing.assert_allclose(got.similarity[n], expected, atol=1e-8)
+    np.testing.assert_allclose(got.similarity, dense.similarity, atol=1e-8)
+    np.testing.assert_allclose(got.sigma, dense.sigma, rtol=1e-10)
+    assert got.u.shape == (2, 260, 6) and got.vt.shape == (2, 6, 270)
+    with_values = norm_matched(0, a @ b, np.linalg.svd(a @ b, compute_uv=False))
+    for one, other in zip(with_values, norm_matched(0, a @ b), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-9)

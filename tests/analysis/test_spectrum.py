@@ -15,6 +15,7 @@ from lorax.analysis import (
     randomised_svd,
     stable_rank,
 )
+from lorax.analysis.spectrum import updated_svd
 
 
 def planted(sigma, d_in=12, d_out=9, seed=0):
@@ -185,3 +186,19 @@ def test_leading_svd_of_small_singular_values():
     assert not leading_svd(np.zeros((4, 3)), 2)[1].any()
     with pytest.raises(ValueError, match="k 4: from 1 to 3"):
         leading_svd(np.zeros((4, 3)), 4)
+
+
+@pytest.mark.parametrize("shape", [(260, 260), (260, 320), (320, 260)])
+@pytest.mark.parametrize("strength", [0.0, 0.1, 3.0, 1e6])
+def test_an_updated_matrix_needs_no_decomposition_of_its_own(shape, strength):
+    rng = np.random.default_rng(0)
+    w, a, b = (rng.standard_normal(s) for s in (shape, (shape[0], 3), (3, shape[1])))
+    w_svd = np.linalg.svd(w, full_matrices=False)
+    u, sigma, vt = updated_svd(w_svd, (a, b, strength), 5)
+    expected = np.linalg.svd(w + strength * a @ b, full_matrices=False)
+    np.testing.assert_allclose(sigma, expected[1][:5], rtol=1e-10)
+    same = np.sum(u * expected[0][:, :5], axis=0) * np.sum(vt * expected[2][:5], axis=1)
+    np.testing.assert_allclose(same, 1, atol=1e-8)  # of one sign on both sides, too
+    few = leading_svd(w + strength * a @ b, 5)  # of few in a large matrix
+    np.testing.assert_allclose(few[1], expected[1][:5], rtol=1e-10)
+    np.testing.assert_allclose(np.abs(np.sum(few[2] * vt, axis=1)), 1, atol=1e-8)
