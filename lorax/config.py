@@ -130,6 +130,8 @@ def default() -> ConfigDict:
     # Evaluation rows on which the residual stream after each layer of a trained model is compared
     # with the base's, by linear CKA: analysis/cka.csv; 0: none
     c.analysis.cka = 0
+    # Layers of the base that the report sets the updates against, evenly spread; None: all
+    c.analysis.layers = config_dict.placeholder(int)
 
     # The smallest dimension that is nearly as good as full fine-tuning, over sweep.dim
     c.search = ConfigDict()
@@ -515,6 +517,8 @@ def _check_values(c) -> None:
     for name in ("generate", "no_repeat_ngram"):
         need(f"eval.{name}", c.eval[name], c.eval[name] >= 0, "must not be negative")
     need("analysis.cka", c.analysis.cka, c.analysis.cka >= 0, "must not be negative")
+    few = c.analysis.layers
+    need("analysis.layers", few, few is None or few >= 0, "must not be negative, or None for all")
     for name in ("beams", "new_tokens"):
         need(f"eval.{name}", c.eval[name], c.eval[name] >= 1, "must be at least 1")
     smoothing = c.train.label_smoothing

@@ -92,7 +92,7 @@ def spectra(
     """
     every = _all(found, dense)
     values = {}
-    for keys in stacks({key: _shape(update) for key, update in every.items()}):
+    for keys in stacks({key: shape_of(update) for key, update in every.items()}):
         update = _stacked([every[key] for key in keys])
         if isinstance(update, tuple):
             sigma = spectrum.factor_svd(*update)[1]
@@ -101,7 +101,7 @@ def spectra(
         values |= dict(zip(keys, sigma, strict=True))
     sigmas, ranks = [], []
     for key in every:
-        row, shape, sigma = _key(*key), _shape(every[key]), values[key]
+        row, shape, sigma = _key(*key), shape_of(every[key]), values[key]
         sigmas += [{**row, "index": i, "sigma": x} for i, x in enumerate(sigma, 1)]
         width = shape[2] if len(shape) == 3 else min(shape)
         ranks.append({**row, "rank": width, **_ranks(sigma, shape[:2])})
@@ -172,7 +172,7 @@ def bases(updates: Updates, k: int = LEADING) -> Bases:
     dense updates those of dW, the leading k of them (`leading` has their errors)."""
     found: Bases = {}
     factors = {path: update for path, update in updates.items() if isinstance(update, Factors)}
-    for paths in stacks({path: _shape(update) for path, update in factors.items()}):
+    for paths in stacks({path: shape_of(update) for path, update in factors.items()}):
         a, b, _ = _stacked([factors[path] for path in paths])
         inputs, outputs = subspace.update_directions(a, b)
         own = subspace.directions(a), subspace.directions(np.swapaxes(b, -1, -2))
@@ -362,8 +362,8 @@ def amplifications(
         if path not in sigma:
             sigma[path] = np.linalg.svd(np.asarray(kernels[path], np.float64), compute_uv=False)
     values = {}
-    for keys in stacks({key: _shape(update) for key, update in every.items()}):
-        *shape, rank = _shape(every[keys[0]])
+    for keys in stacks({key: shape_of(update) for key, update in every.items()}):
+        *shape, rank = shape_of(every[keys[0]])
         got = amplification(
             np.stack([kernels[path] for _, path in keys]),
             _stacked([every[key] for key in keys]),
@@ -373,7 +373,7 @@ def amplifications(
         values |= dict(zip(keys, zip(*got, strict=True), strict=True))
     rows = []
     for key, update in every.items():
-        *shape, rank = _shape(update)
+        *shape, rank = shape_of(update)
         rows.append(
             {**_key(*key), "rank": min(rank, *shape)}
             | dict(zip(Amplification._fields, map(float, values[key]), strict=True))
@@ -408,7 +408,7 @@ def intruder_table(
     svds = base_svds(kernels, (path for _, path in every)) if svds is None else svds
     epsilon = np.asarray(epsilon, np.float64)
     counts = {}
-    for keys in stacks({key: _shape(update) for key, update in every.items()}):
+    for keys in stacks({key: shape_of(update) for key, update in every.items()}):
         update, w, w_svd = _with_base(every, kernels, svds, keys)
         ks = np.array([n for n in k if n <= min(w.shape[1:])], int)
         if not len(ks):
@@ -473,7 +473,7 @@ def interventions(
     svds = base_svds(kernels, (path for _, path in every)) if svds is None else svds
     lam = [float(x) for x in lam]
     done = {}
-    for keys in stacks({key: _shape(update) for key, update in every.items()}):
+    for keys in stacks({key: shape_of(update) for key, update in every.items()}):
         update, w, w_svd = _with_base(every, kernels, svds, keys)
         most = min(k, *w.shape[1:])
         top = intruder.intruders(w, update, most, epsilon, side=side, w_svd=w_svd)
@@ -532,7 +532,7 @@ def stacks(shapes: Mapping[Hashable, tuple[int, ...]]) -> Iterator[list]:
         yield from (keys[n : n + most] for n in range(0, len(keys), most))
 
 
-def _shape(update: Factors | np.ndarray) -> tuple[int, ...]:
+def shape_of(update: Factors | np.ndarray) -> tuple[int, ...]:
     """(in, out, r) of factors, (in, out) of a dense update."""
     if isinstance(update, Factors):
         return (update.a.shape[0], update.b.shape[1], update.a.shape[1])
@@ -555,10 +555,9 @@ def _all(found: Mapping, dense: Mapping | None, kernels: Mapping | None = None) 
     for (_, path), update in every.items() if kernels is not None else ():
         if path not in kernels:
             raise KeyError(f"{path}: adapted, but not among the base's kernels")
-        if _shape(update)[:2] != kernels[path].shape:
-            raise ValueError(
-                f"{path}: an update of {_shape(update)[:2]}, but a kernel of {kernels[path].shape}"
-            )
+        shape = shape_of(update)[:2]
+        if shape != kernels[path].shape:
+            raise ValueError(f"{path}: an update of {shape}, but a kernel of {kernels[path].shape}")
     return every
 
 

@@ -39,6 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--alpha", type=float, help="lora_alpha of a loralib checkpoint, which does not hold it"
     )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="how many of the base's layers the updates are set against, evenly spread (all); each "
+        "of their matrices is decomposed once, which takes long where they are wide",
+    )
     given = parser.parse_args(arguments)
     if page.CONSOLE.is_terminal:
         words = f"taking {' and '.join(given.what)} apart"
@@ -46,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _say
-            print(write(given.what, given.base, given.out, given.alpha))
+            print(write(given.what, given.base, given.out, given.alpha, given.layers))
     except (FileNotFoundError, ValueError) as error:
         return _fail(error, 2)
     except (OSError, MemoryError) as error:
@@ -59,20 +66,25 @@ def write(
     base: str | None = None,
     out: str | None = None,
     alpha: float | None = None,
+    layers: int | None = None,
 ) -> pathlib.Path:
     """The report of what is named; the path of its page. The arguments are the command line's.
 
     Raises FileNotFoundError or ValueError that names what was given and what would be right.
     """
+    if layers is not None and layers < 0:
+        raise ValueError(f"--layers={layers}: a number of layers, 0 for none")
     sorts = {name: sort(name) for name in what}
     if len(set(sorts.values())) > 1:
         listed = ", ".join(f"{name} is {of}" for name, of in sorts.items())
         raise ValueError(f"{listed}: give runs or adapters, not both")
     if ADAPTER in sorts.values():
-        return adapter.write(what, base, out, alpha)
+        return adapter.write(what, base, out, alpha, layers)
     if alpha is not None:
         raise ValueError("--alpha is for loralib's checkpoints; a run's adapters have their scale")
     if len(what) > 1:
+        if layers is not None:
+            raise ValueError("--layers is for adapters or one run; to compare runs needs no base")
         if base is not None:
             raise ValueError("--base is for adapters or one run; to compare runs needs no base")
         return several.write(what, out)
@@ -80,7 +92,7 @@ def write(
         raise ValueError(f"--out: the report of one run goes into it, here {what[0]}")
     config = runs.load(what[0]).config
     kernels = bases.of_config(config) if base is None else (bases.load(base), "")
-    return run.write(what[0], *kernels)
+    return run.write(what[0], *kernels, layers)
 
 
 def sort(name: str) -> str:

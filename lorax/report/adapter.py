@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -51,6 +52,7 @@ def write(
     base: str | None = None,
     out: str | pathlib.Path | None = None,
     alpha: float | None = None,
+    layers: int | None = None,
 ) -> pathlib.Path:
     """Analyse one adapter or two and write their report; the path of report.html.
 
@@ -60,6 +62,7 @@ def write(
         adapter names is used if it is on this machine; else what needs it is left out.
       out: where the page goes; without it runs/adapter-<name>.
       alpha: lora_alpha of loralib's checkpoints, which they do not hold.
+      layers: how many of the base's layers it is set against, evenly spread; all without it.
 
     Raises FileNotFoundError or ValueError for an adapter that can't be read, a base that can't be
     loaded and one that does not fit, before anything is written.
@@ -79,7 +82,7 @@ def write(
                 _check(one, kernels, base or "its base")
         out = pathlib.Path("runs") / several.default_name("adapter", names) if out is None else out
         directory = pathlib.Path(out)
-        sections = _sections(given, kernels, why, directory)
+        sections = _sections(given, kernels, why, directory, layers)
         return page.save(directory, " and ".join(names), LEAD, sections)
 
 
@@ -183,7 +186,11 @@ def _check(given: Given, kernels: Kernels, base: str) -> None:
 
 
 def _sections(
-    given: list[Given], kernels: Kernels | None, why: str, directory: pathlib.Path
+    given: list[Given],
+    kernels: Kernels | None,
+    why: str,
+    directory: pathlib.Path,
+    layers: int | None,
 ) -> list[Section]:
     found = {one.name: one.factors for one in given}
     sigmas, ranks = updates.spectra(found)
@@ -195,7 +202,7 @@ def _sections(
         sections.append(_both(given))
     sections += [of for one in given if (of := _between_layers(one, len(given) > 1)) is not None]
     shown = pd.DataFrame({"member": list(found), "adapter": list(found)}, index=list(found))
-    sections += against_base.sections(found, {}, kernels, why, shown, "adapter")
+    sections += against_base.sections(found, {}, kernels, why, shown, "adapter", layers)
     return [*sections, notes.section(notes.UPDATES)]
 
 
@@ -204,6 +211,12 @@ def _about(given: list[Given], ranks: pd.DataFrame, directory: pathlib.Path) -> 
     lines = []
     for one in given:
         own = ranks[ranks["member"] == one.name]
+        none = of_updates.unchanged(own)
+        if none:
+            warnings.warn(f"{one.path}: {none}", stacklevel=2)
+        if (own["norm"] == 0).all():
+            lines.append(f"<p><strong>{page.escape(f'{one.name}: {none}')}</strong></p>")
+            continue
         largest = own.loc[own["norm"].idxmax()]
         text = (
             f"{one.name}: {len(own)} matrices of rank {one.facts['Ranks']} make use of "
@@ -211,6 +224,7 @@ def _about(given: list[Given], ranks: pd.DataFrame, directory: pathlib.Path) -> 
             f"{own['stable'].mean():.1f}). The largest update is that of {largest['path']}, "
             f"‖ΔW‖ = {largest['norm']:.3g}."
         )
+        text += f" {none}" if none else ""
         lines.append(f"<p><strong>{page.escape(text)}</strong></p>")
     parts = [f'<div class="answer">{"".join(lines)}</div>']
     redraw = "python -m lorax.report " + " ".join(str(one.path) for one in given)
@@ -286,7 +300,8 @@ def _between_layers(given: Given, several_given: bool) -> Section | None:
             ]
     if not maps:
         return None
-    kept = list(dict.fromkeys(target for target, _ in maps))[:MAX_TARGETS]
+    every = list(dict.fromkeys(target for target, _ in maps))
+    kept = of_updates.spread(every, MAX_TARGETS)
     numbers = pd.DataFrame(rows)
     drawn = {key: value for key, value in maps.items() if key[0] in kept}
     apart = numbers[numbers["layer"] != numbers["other"]]
@@ -299,7 +314,7 @@ def _between_layers(given: Given, several_given: bool) -> Section | None:
     caption = (
         "How far the directions of one layer's ΔW lie within those of another's, for the input and "
         "the output side; the diagonal is 1. By chance r/n."
-    )
+    ) + of_updates.drawn_of([], [], kept, every, "the CSV has all")
     slug = f"between_layers_{page.slug(given.name)}" if several_given else "between_layers"
     content = page.aid(
         "Blocks off the diagonal are layers that are changed in the same directions."

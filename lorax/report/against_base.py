@@ -1,7 +1,15 @@
 """Sections that set the updates against the frozen weights: table 7, figure 8, intruders, and the
-spectrum of W itself."""
+spectrum of W itself.
 
+Every kernel is decomposed once, for all members; it is dropped before the next, so that no more of
+them are in memory than there are cores.
+"""
+
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,14 +20,16 @@ from lorax.report import page, words
 from lorax.report.bases import Kernels
 from lorax.report.page import Fixed, Picture, Section
 from lorax.report.similarity import long
-from lorax.report.updates import label, spread
+from lorax.report.updates import label, shown_of, spread, unchanged
 
-SECONDS = 10.0  # for the decompositions of W; where all layers take longer, some are chosen
-FLOPS = 4e9  # of a singular value decomposition, a second, on one core
-MAX_VALUES = 4  # of the main axis, whose members are looked at one by one
+MAX_PANELS = 4  # values of the main axis that figure 8 draws; its tables have all
 INTRUDERS_OF = (1, 10)  # leading directions of W + dW
 EPSILON = 0.5  # of the table; the figure has all
 TOP = 0.1  # W's leading directions, as a share; figure 8's text speaks of them
+FIRST = 4  # dW's directions that figure 8's text speaks of
+SVD = 5e-10  # seconds on one core for short^2 * wide, of the thin SVD of a kernel
+LEADING = 5e-8  # seconds for short * wide, of W + dW's leading directions
+LONG = 60.0  # seconds from which on a person is told beforehand
 TITLE = "Against the base"
 NEEDS = (
     "Amplification (the paper's table 7), ΔW against W (figure 8), intruder dimensions and the "
@@ -32,15 +42,29 @@ COLUMNS = {
     "w_in_random": "random",
     "factor": "amplification",
 }
+Found = Mapping[object, Mapping[str, Factors]]
+Dense = Mapping[object, Mapping[str, np.ndarray]]
+
+
+class Compared(NamedTuple):
+    """What the kernels say of the updates. `member` and `path` lead every table but W's own."""
+
+    amplified: pd.DataFrame  # of `updates.amplifications`: every member with factors
+    held: pd.DataFrame  # phi of dW's first directions and W's top ones, by side; members shown
+    phi: dict[object, dict[str, np.ndarray]]  # of one matrix, by member: all of figure 8
+    intruders: pd.DataFrame  # of `updates.intruder_table`; members shown
+    sigmas: pd.DataFrame  # of `updates.base_spectra`
+    ranks: pd.DataFrame
 
 
 def sections(
-    found: Mapping[object, Mapping[str, Factors]],
-    dense: Mapping[object, Mapping[str, np.ndarray]],
+    found: Found,
+    dense: Dense,
     kernels: Kernels | None,
     why: str,
     shown: pd.DataFrame,
     main: str,
+    layers: int | None = None,
 ) -> list[Section]:
     """All of them, or one that says what is missing.
 
@@ -48,77 +72,190 @@ def sections(
       found, dense: updates by member, with and without factors.
       kernels: the base's, or None and `why` there are none.
       shown: a row a member that figures show: member, and the column `main`.
+      layers: how many to take, evenly spread; all without it.
     """
     if kernels is None:
         return [Section(TITLE, page.paragraph(f"Not computed: {why}. {NEEDS}"))]
-    if not len(shown):
+    members = {**found, **dense}
+    paths = list(dict.fromkeys(path for member in shown.index for path in members[member]))
+    if not paths:
         text = "Not computed: no member of the best setting's line has an update."
         return [Section(TITLE, page.paragraph(text))]
-    members = {**found, **dense}
-    paths = dict.fromkeys(path for member in shown.index for path in members[member])
-    strange = next((path for path in paths if path not in kernels), None)
-    if strange is not None:
-        text = f"{strange}: adapted, but not among the base's kernels"
-        return [Section(TITLE, page.paragraph(_unfit(text)))]
-    layers = affordable(paths, kernels)
-    paths = [path for path in paths if updates.place(path)[0] in layers]
-    chosen = {
-        member: {path: own[path] for path in paths if path in own}
-        for member, own in members.items()
+    if reason := _misfit(members, kernels):
+        text = f"Not computed: the base's kernels do not fit the adapters: {reason}."
+        return [Section(TITLE, page.paragraph(text))]
+    paths, limit = limited(paths, layers)
+    if limit:
+        page.CONSOLE.print(f"against the base: {limit}", highlight=False, markup=False)
+    if not paths:
+        return [Section(TITLE, page.paragraph(f"Not computed: {limit}. {NEEDS}"))]
+    _announce(paths, kernels, len(shown))
+    drawn = _middle({member: members[member] for member in shown.index}, paths)
+    compared = compare(found, dense, kernels, paths, shown, drawn)
+    made = [
+        *_amplification(compared.amplified, found, dense, shown, main),
+        _figure8(compared, drawn, shown, main),
+        *_intruders(compared.intruders, shown, main),
+        _spectrum(compared.sigmas, compared.ranks),
+    ]
+    return [_limited(section, limit) for section in made] if limit else made
+
+
+def _misfit(members: Mapping, kernels: Kernels) -> str:
+    """The first path whose kernel is none of its shape; "" where all fit."""
+    for own in members.values():
+        for path, update in own.items():
+            if path not in kernels:
+                return f"{path}: adapted, but not among the base's kernels"
+            shape = updates.shape_of(update)[:2]
+            if shape != kernels[path].shape:
+                return f"{path}: an update of {shape}, but a kernel of {kernels[path].shape}"
+    return ""
+
+
+def limited(paths: Sequence[str], layers: int | None) -> tuple[list[str], str]:
+    """The paths of so many layers, evenly spread, and which these are; all and "" without a limit.
+    What lies in no layer (an embedding) counts as one."""
+    every = sorted({updates.place(path)[0] for path in paths})
+    if layers is None or layers >= len(every):
+        return list(paths), ""
+    if layers == 0:
+        return [], f"0 of {len(every)} layers asked for"
+    chosen = spread(every, layers)
+    named = ", ".join("none" if layer < 0 else str(layer) for layer in chosen)
+    limit = f"{layers} of {len(every)} layers, as asked for: {named}"
+    return [path for path in paths if updates.place(path)[0] in chosen], limit
+
+
+def _limited(section: Section, limit: str) -> Section:
+    """The section with its limit said: in every caption, on top, and in its tables."""
+    content = page.note(f"Of {limit}.") + section.content
+    for end in ("</caption>", '<span class="files">'):
+        content = content.replace(end, f" Of {page.escape(limit)}.{end}")
+    files = {name: table.assign(limit=limit) for name, table in section.files.items()}
+    pictures = {
+        name: picture._replace(numbers=picture.numbers.assign(limit=limit))
+        for name, picture in section.pictures.items()
     }
-    factors = {member: chosen[member] for member in found}
-    few = _few(shown, main)
-    try:
-        svds = updates.base_svds(kernels, paths)
-        return [
-            *_amplification(factors, kernels, svds, shown, main),
-            _figure8({m: chosen[m] for m in few.index}, kernels, svds, few, main),
-            *_intruders({m: chosen[m] for m in few.index}, kernels, svds, few, main),
-            _spectrum({path: kernels[path] for path in paths}, svds),
-        ]
-    except (KeyError, ValueError) as error:
-        return [Section(TITLE, page.paragraph(_unfit(error.args[0])))]
+    return section._replace(content=content, files=files, pictures=pictures)
 
 
-def _unfit(reason: str) -> str:
-    return f"Not computed: the base's kernels do not fit the adapters: {reason}."
-
-
-def affordable(paths: Sequence[str], kernels: Kernels) -> list[int]:
-    """The layers whose kernels can be decomposed within SECONDS, evenly spread; one at least."""
-    cost: dict[int, float] = {}
+def _announce(paths: Sequence[str], kernels: Kernels, members: int) -> None:
+    """Says beforehand what takes long, and how to have less of it."""
+    seconds = 0.0
     for path in paths:
         short, wide = sorted(kernels[path].shape)
-        layer = updates.place(path)[0]
-        cost[layer] = cost.get(layer, 0.0) + 12 * short**2 * wide / FLOPS
-    layers = sorted(cost)
-    for most in (len(layers), 4, 2, 1):
-        chosen = spread(layers, most)
-        if sum(cost[layer] for layer in chosen) <= SECONDS or most == 1:
-            return chosen
-    return layers
+        seconds += SVD * short**2 * wide + LEADING * 3 * members * short * wide
+    seconds /= os.cpu_count() or 1
+    if seconds > LONG:
+        text = (
+            f"{len(paths)} matrices of the base are decomposed and set against {members} members, "
+            f"about {words.duration(seconds)}; --layers=N of lorax.report, analysis.layers of a "
+            "config, takes fewer layers"
+        )
+        page.CONSOLE.print(text, highlight=False, markup=False)
 
 
-def _few(shown: pd.DataFrame, main: str) -> pd.DataFrame:
-    """One member, the first, of a few values of the main axis."""
-    first = shown.drop_duplicates(main)
-    order = first.sort_values(main).index if first[main].notna().all() else first.index
-    return first.loc[spread(list(order), MAX_VALUES)]
+def compare(
+    found: Found,
+    dense: Dense,
+    kernels: Kernels,
+    paths: Sequence[str],
+    shown: pd.DataFrame,
+    drawn: str,
+) -> Compared:
+    """All comparisons of the paths, a stack of kernels after another, on all cores.
+
+    drawn: the path whose phi is kept as a whole.
+    """
+    members = {**found, **dense}
+    looked_at = {member: members[member] for member in shown.index}
+
+    def of(numbered: tuple[int, list[str]]) -> Compared:
+        number, chunk = numbered
+        part = lambda some: {
+            member: {path: own[path] for path in chunk if path in own}
+            for member, own in some.items()
+        }
+        own, here = part(found), part(looked_at)
+        few = {member: own for member, own in here.items() if member in found}
+        full = {member: own for member, own in here.items() if member in dense}
+        svds = updates.base_svds(kernels, chunk)
+        phi = {
+            member: updates.against_base({member: of}, kernels, [member], svds=svds)
+            for member, of in here.items()
+            if of
+        }
+        held = [row for member, of in phi.items() for row in _held(member, of)]
+        rng = np.random.default_rng([0, number])
+        return Compared(
+            updates.amplifications(own, kernels, svds),
+            pd.DataFrame(held),
+            {member: of[drawn] for member, of in phi.items() if drawn in of},
+            updates.intruder_table(few, full, kernels, INTRUDERS_OF, rng=rng, svds=svds),
+            *updates.base_spectra({path: kernels[path] for path in chunk}, svds),
+        )
+
+    stacks = list(updates.stacks({path: kernels[path].shape for path in paths}))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = pool.map(of, enumerate(stacks))
+        parts = list(page.progress(parts, "against the base", len(stacks)))
+    order = {name: n for n, name in enumerate([*members, *paths])}
+    joined = []
+    for field in zip(*parts, strict=True):
+        if isinstance(field[0], dict):
+            joined.append({member: phi for of in field for member, phi in of.items()})
+            continue
+        table = pd.concat([part for part in field if len(part)] or field[:1], ignore_index=True)
+        keys = [name for name in ("member", "path") if name in table]
+        ordered = (
+            table.sort_values(keys, key=lambda x: x.map(order), kind="stable") if keys else table
+        )
+        joined.append(ordered.reset_index(drop=True))
+    return Compared(*joined)
+
+
+def _held(member: object, phi: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict]:
+    """phi(j, i) of dW's first directions and W's top ones, a row a matrix and side."""
+    rows = []
+    for path, of in phi.items():
+        layer, target = updates.place(path)
+        for side, name in (("in", "input"), ("out", "output")):
+            j = min(FIRST, len(of[side]))
+            i = max(1, round(TOP * of[side].shape[1]))
+            row = {"member": member, "path": path, "layer": layer, "target": target, "side": name}
+            row |= {"j_of_dW": j, "i_of_W": i, "phi": of[side][j - 1, i - 1]}
+            rows.append({**row, "by_chance": of[f"{side} chance"][j - 1, i - 1]})
+    return rows
+
+
+def _middle(members: Mapping[object, Mapping], paths: Sequence[str]) -> str:
+    """A matrix of a layer halfway, the first of its targets, of those that most members have."""
+    counts = Counter(path for own in members.values() for path in own if path in paths)
+    common = [path for path in paths if counts[path] == max(counts.values())]
+    layers = sorted({updates.place(path)[0] for path in common})
+    layer = layers[len(layers) // 2]
+    return next(path for path in common if updates.place(path)[0] == layer)
 
 
 # ------------------------------------------------------------------------------------ amplification
 
 
-def _amplification(factors, kernels, svds, shown: pd.DataFrame, main: str) -> list[Section]:
+def _amplification(
+    amplified: pd.DataFrame, found: Found, dense: Dense, shown: pd.DataFrame, main: str
+) -> list[Section]:
     """Table 7 for every member with factors, of which the shown ones' are in the page."""
-    amplified = updates.amplifications(factors, kernels, svds)
-    if not len(amplified):
-        return []
-    here = label(amplified, shown, main)
+    without = [member for member in shown.index if member in dense]
+    lacking = (
+        f"Not computed for {len(without)} of {len(shown)} members: U and V are as many directions "
+        "as the adapter has ranks, and an update without factors has no rank of its own."
+    )
+    here = label(amplified, shown, main) if len(amplified) else amplified
     if not len(here):
-        return []
+        return [Section("Amplification", page.paragraph(lacking))] if without else []
     columns = list(COLUMNS)
     finite = here.assign(factor=here["factor"].replace(np.inf, np.nan))
+    infinite = int(np.isinf(here["factor"]).sum())
     means = finite.groupby(["target", main], sort=True)[columns].mean().reset_index()
     by_layer = finite.groupby(["target", main, "layer"], sort=True)[columns].mean().reset_index()
     heads = [words.axis(main), *COLUMNS.values()]
@@ -137,20 +274,28 @@ def _amplification(factors, kernels, svds, shown: pd.DataFrame, main: str) -> li
         sortable=True,
     )
     median = here["factor"].median()
-    content = page.aid(
+    content = page.paragraph(lacking) if without else ""
+    content += page.aid(
         "Amplification = ‖ΔW‖/‖UᵀWV‖ with ΔW's own directions: large where the update strengthens "
         "what the base hardly has; W in random directions is what chance would give."
     )
+    if text := unchanged(here.assign(norm=here["delta_norm"])):
+        content += page.note(f"{text} Their amplification is 0/0: no number, and in no mean.")
+    if infinite:
+        content += page.note(
+            f"W has nothing in ΔW's directions in {infinite} of {len(here)} matrices: their "
+            "amplification is infinite, and in no mean."
+        )
     pictures = {}
     if here[main].nunique() > 1:
         caption = "Table 7 drawn: medians over matrices and seeds, bars from quartile to quartile."
         alt = (
             f"Line charts of norms and of amplification by {words.axis(main)}: the median "
-            f"amplification is {median:.3g}."
+            f"amplification is {page.show(float(f'{median:.3g}'))}."
         )
         content += page.figure("amplification", caption, alt)
         pictures["amplification"] = Picture(plot_updates.table7(here, main), here)
-    content += whole + page.fold("Every layer", single)
+    content += whole + page.fold("By layer", single)
     best = by_layer.groupby(["layer", "target"])["factor"].mean().reset_index(name="value")
     if best["value"].notna().any() and best["layer"].nunique() > 1:
         top = best.loc[best["value"].idxmax()]
@@ -168,42 +313,28 @@ def _amplification(factors, kernels, svds, shown: pd.DataFrame, main: str) -> li
 # ----------------------------------------------------------------------------------------- figure 8
 
 
-def _figure8(chosen, kernels, svds, few: pd.DataFrame, main: str) -> Section:
-    """How much of dW's directions W's leading ones hold."""
-    phi = {
-        member: updates.against_base({member: own}, kernels, [member], svds=svds)
-        for member, own in chosen.items()
-    }
-    path = _middle([path for of in phi.values() for path in of])
-    titles = {member: _title(main, few.loc[member, main]) for member in phi}
-    drawn = {titles[m]: of[path]["in"] for m, of in phi.items() if path in of}
-    widest = max((of[path] for of in phi.values() if path in of), key=lambda x: len(x["in"]))
-    figure = plot_updates.against_base(drawn, widest["in chance"], TOP)
-    numbers = [long(values, shows=title) for title, values in drawn.items()]
-    numbers.append(long(widest["in chance"], shows="random directions"))
+def _figure8(compared: Compared, path: str, shown: pd.DataFrame, main: str) -> Section:
+    """How much of dW's directions W's leading ones hold; all of it for one path."""
+    held = label(compared.held, shown, main)
+    keys = ["target", main, "side", "j_of_dW", "i_of_W"]
+    means = held.groupby(keys, sort=False)[["phi", "by_chance"]].mean().reset_index()
+    drawn, chance = _by_value(compared.phi, held, main)
+    titles = spread(list(drawn), MAX_PANELS)
+    figure = plot_updates.against_base({title: drawn[title] for title in titles}, chance, TOP)
+    numbers = [long(phi, shows=title, path=path) for title, phi in drawn.items()]
+    numbers.append(long(chance, shows="random directions", path=path))
     renamed = {"i": "j_of_dW", "j": "i_of_W"}
     numbers = pd.concat(numbers, ignore_index=True).rename(columns=renamed)
-    rows, held = [], []
-    for member, of in phi.items():
-        for target in dict.fromkeys(updates.place(p)[1] for p in of):
-            own = [of[p] for p in of if updates.place(p)[1] == target]
-            for side in ("in", "out"):
-                j = min(4, len(own[0][side]))
-                i = max(1, round(TOP * own[0][side].shape[1]))
-                value = np.mean([x[side][j - 1, i - 1] for x in own])
-                chance = np.mean([x[f"{side} chance"][j - 1, i - 1] for x in own])
-                held.append((value, chance))
-                name = "input" if side == "in" else "output"
-                rows.append([target, few.loc[member, main], name, f"{j}, {i}"])
-                rows[-1] += [Fixed(value, 3), Fixed(chance, 3)]
-    value, chance = np.mean(held, axis=0)
     caption = (
-        f"Figure 8: φ between the directions of ΔW and those of W for {path}, input side; W's top "
-        f"{TOP:.0%} lie above the dashed line."
+        f"Figure 8: φ between the directions of ΔW and those of W for {path}, input side, means "
+        f"over seeds; W's top {TOP:.0%} lie above the dashed line."
     )
+    if len(titles) < len(drawn):
+        caption += f" Drawn: {shown_of(titles, drawn)}; the CSV has all."
+    value, by_chance = held["phi"].mean(), held["by_chance"].mean()
     alt = (
-        f"Heat maps of φ between ΔW and W: W's top {TOP:.0%} of directions and ΔW's first four "
-        f"have {value:.2f} in common on average, {chance:.2f} by chance."
+        f"Heat maps of φ between ΔW and W: W's top {TOP:.0%} of directions and ΔW's first "
+        f"{FIRST} have {value:.2f} in common on average, {by_chance:.2f} by chance."
     )
     content = page.aid(
         "Dark above the dashed line: the update does not repeat the directions that are strongest "
@@ -211,16 +342,34 @@ def _figure8(chosen, kernels, svds, few: pd.DataFrame, main: str) -> Section:
     )
     content += page.figure("against_base", caption, alt)
     header = ["target", words.axis(main), "side", "ΔW's j, W's i", "φ", "by chance"]
-    caption = f"ΔW's first directions against W's top {TOP:.0%}, means over layers."
+    rows = [
+        [r["target"], r[main], r["side"], f"{r['j_of_dW']}, {r['i_of_W']}"]
+        + [Fixed(r["phi"], 3), Fixed(r["by_chance"], 3)]
+        for _, r in means.iterrows()
+    ]
+    caption = (
+        f"ΔW's first directions against W's top {TOP:.0%}, means over layers and seeds; "
+        "analysis/against_base.csv has every matrix."
+    )
     content += page.table(header, rows, caption)
-    return Section("ΔW against W", content, {"against_base": Picture(figure, numbers)})
+    pictures = {"against_base": Picture(figure, numbers)}
+    return Section("ΔW against W", content, pictures, {"against_base.csv": compared.held})
 
 
-def _middle(paths: Sequence[str]) -> str:
-    """A matrix of a layer halfway, the first of its targets."""
-    layers = sorted({updates.place(path)[0] for path in paths})
-    layer = layers[len(layers) // 2]
-    return next(path for path in paths if updates.place(path)[0] == layer)
+def _by_value(
+    phi: Mapping[object, Mapping[str, np.ndarray]], held: pd.DataFrame, main: str
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Figure 8's input side by value of the main axis, means over members (as far as all go), and
+    what chance gives, as far as any goes."""
+    values: dict[str, list[np.ndarray]] = {}
+    of = held[held["member"].isin(list(phi))].drop_duplicates("member")
+    of = of.sort_values(main) if pd.api.types.is_numeric_dtype(of[main]) else of
+    for _, row in of.iterrows():
+        values.setdefault(_title(main, row[main]), []).append(phi[row["member"]]["in"])
+    means = {
+        title: np.mean([x[: min(map(len, of))] for x in of], axis=0) for title, of in values.items()
+    }
+    return means, max((x["in chance"] for x in phi.values()), key=len)
 
 
 def _title(main: str, value: object) -> str:
@@ -230,28 +379,32 @@ def _title(main: str, value: object) -> str:
 # ---------------------------------------------------------------------------------------- intruders
 
 
-def _intruders(chosen, kernels, svds, few: pd.DataFrame, main: str) -> list[Section]:
+def _intruders(table: pd.DataFrame, shown: pd.DataFrame, main: str) -> list[Section]:
     """Intruder dimensions over epsilon, with the norm-matched control."""
-    found = {m: own for m, own in chosen.items() if isinstance(next(iter(own.values())), Factors)}
-    dense = {m: own for m, own in chosen.items() if m not in found}
-    table = updates.intruder_table(found, dense, kernels, INTRUDERS_OF, svds=svds)
     if not len(table):
         return []
-    table = label(table, few, main)
+    labelled = label(table, shown, main)
     k = int(table["k"].max())
-    sums = table[(table["k"] == k) & np.isclose(table["epsilon"], EPSILON)]
+    sums = labelled[(labelled["k"] == k) & np.isclose(labelled["epsilon"], EPSILON)]
     sums = sums.groupby([main, "member"], sort=True)
     sums = sums.agg(
         intruders=("intruders", "sum"), control=("control", "sum"), matrices=("path", "nunique")
-    ).reset_index()
+    )
+    sums = sums.groupby(main).agg(
+        intruders=("intruders", "mean"),
+        control=("control", "mean"),
+        matrices=("matrices", "mean"),
+        members=("matrices", "size"),
+    )
+    sums = sums.reset_index()
     most = sums.loc[sums["intruders"].idxmax()]
     caption = (
-        f"Intruders among the {k} leading output directions of W + ΔW, summed over matrices; "
-        "dotted: an update of the same singular values in random directions."
+        f"Intruders among the {k} leading output directions of W + ΔW, summed over matrices, means "
+        "over seeds; dotted: an update of the same singular values in random directions."
     )
     alt = (
         f"Line chart of intruder dimensions by epsilon: at {EPSILON} there are up to "
-        f"{most['intruders']:.0f} of {k * most['matrices']:.0f}, with random directions "
+        f"{most['intruders']:.1f} of {k * most['matrices']:.0f}, with random directions "
         f"{most['control']:.1f}."
     )
     content = page.aid(
@@ -259,15 +412,22 @@ def _intruders(chosen, kernels, svds, few: pd.DataFrame, main: str) -> list[Sect
         "direction of W: 0 means that the update only turned what was there."
     )
     content += page.figure("intruders", caption, alt)
-    header = [words.axis(main), f"intruders at ε = {EPSILON}", "norm-matched control", "of"]
+    header = [
+        words.axis(main),
+        f"intruders at ε = {EPSILON}",
+        "norm-matched control",
+        "of",
+        "members",
+    ]
     rows = [
-        [r[main], int(r["intruders"]), Fixed(r["control"], 1), int(k * r["matrices"])]
+        [r[main], Fixed(r["intruders"], 1), Fixed(r["control"], 1), round(k * r["matrices"])]
+        + [int(r["members"])]
         for _, r in sums.iterrows()
     ]
-    note = "One member for each; analysis/intruders.csv has every matrix, ε and k."
+    note = "Means over seeds; analysis/intruders.csv has every member, matrix, ε and k."
     content += page.table(header, rows, note)
-    drawn = table[table["k"] == k]
-    figure = plot_updates.intruder_counts(table, k, main)
+    drawn = labelled[labelled["k"] == k]
+    figure = plot_updates.intruder_counts(labelled, k, main)
     pictures = {"intruders": Picture(figure, drawn)}
     return [Section("Intruder dimensions", content, pictures, {"intruders.csv": table})]
 
@@ -275,9 +435,8 @@ def _intruders(chosen, kernels, svds, few: pd.DataFrame, main: str) -> list[Sect
 # -------------------------------------------------------------------------------------- W by itself
 
 
-def _spectrum(kernels: Kernels, svds) -> Section:
+def _spectrum(sigmas: pd.DataFrame, ranks: pd.DataFrame) -> Section:
     """The spectrum of W, and the rank that it lacks."""
-    sigmas, ranks = updates.base_spectra(kernels, svds)
     columns = ["effective", "stable", "energy90", "numerical", "deficiency"]
     means = ranks.groupby("target", sort=False)[columns].mean().reset_index()
     most = ranks.loc[ranks["deficiency"].idxmax()]
@@ -286,7 +445,13 @@ def _spectrum(kernels: Kernels, svds) -> Section:
         f"Line charts of the singular values of W by target: {lacking} of {len(ranks)} matrices "
         f"lack rank, at most {most['deficiency']}."
     )
+    every = sorted(set(sigmas["layer"]))
+    layers = spread(every, plot_updates.MOST_LINES)
     caption = "Singular values of the base's adapted matrices, a line a layer."
+    if len(layers) < len(every):
+        caption += (
+            f" Drawn: {shown_of(layers, every, 'layers')}; analysis/base_spectra.csv has all."
+        )
     content = page.aid(
         "Deficiency is how many directions W lacks in float32: an update into those is new to it."
     )
@@ -296,7 +461,6 @@ def _spectrum(kernels: Kernels, svds) -> Section:
     rows = [[r["target"], *(Fixed(r[c], 1) for c in columns)] for _, r in means.iterrows()]
     note = "Means over layers; analysis/base_ranks.csv has every matrix."
     content += page.table(header, rows, note)
-    layers = spread(sorted(set(sigmas["layer"])), plot_updates.MOST_LINES)
     drawn = sigmas[sigmas["layer"].isin(layers)]
     pictures = {"base_spectrum": Picture(plot_updates.base_spectrum(sigmas, layers), drawn)}
     files = {"base_spectra.csv": sigmas, "base_ranks.csv": ranks}

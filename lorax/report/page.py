@@ -68,10 +68,8 @@ def save(
     """Draw all figures, then write them, the numbers and the page; the path of report.html. On a
     terminal a bar has the time left."""
     pictures = [picture for section in sections for picture in section.pictures.items()]
-    if CONSOLE.is_terminal:
-        pictures = track(pictures, "drawing", console=CONSOLE, transient=True)
     drawn = {}
-    for name, picture in pictures:
+    for name, picture in progress(pictures, "drawing", len(pictures)):
         lay_out(picture.figure)
         images = {"png": png(picture.figure), "pdf": pdf(picture.figure)}
         drawn[name] = {**images, "csv": csv(picture.numbers)}
@@ -82,6 +80,13 @@ def save(
     for section in sections:
         save_files(directory, section.files)
     return write_bytes(directory / "report.html", page.encode())
+
+
+def progress(steps: Iterable, doing: str, total: int) -> Iterable:
+    """The steps, with a bar of the time left on a terminal."""
+    if not CONSOLE.is_terminal:
+        return steps
+    return track(steps, doing, total, console=CONSOLE, transient=True)
 
 
 def save_files(

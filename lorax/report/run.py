@@ -21,6 +21,7 @@ def write(
     run_directory: str | os.PathLike,
     base_kernels: Kernels | None = None,
     no_kernels: str = "the base model's kernels were not given",
+    layers: int | None = None,
 ) -> pathlib.Path:
     """Analyse a run directory and write its report; the path of report.html.
 
@@ -28,6 +29,8 @@ def write(
       run_directory: see `lorax.analysis.runs`; the run need not be finished.
       base_kernels: frozen kernels (in, out) by path ("h/0/attn/q"), for the amplification table.
       no_kernels: why there are none, said in their place.
+      layers: how many of the base's layers the updates are set against, evenly spread; by default
+        what the run's config says (analysis.layers), which is all.
 
     Raises what `lorax.analysis.runs.load` raises.
     """
@@ -36,11 +39,15 @@ def write(
         run = runs.load(run_directory)
         if search.is_search(run):
             return search.write(run)
-        sections = of_sweep(sweep.read(run), base_kernels, no_kernels)
+        asked = run.config.get("config", {}).get("analysis") or {}
+        layers = asked.get("layers") if layers is None else layers
+        sections = of_sweep(sweep.read(run), base_kernels, no_kernels, layers)
         return page.save(run.directory, run.directory.resolve().name, LEAD, sections)
 
 
-def of_sweep(of: Sweep, kernels: Kernels | None, no_kernels: str) -> list[Section]:
+def of_sweep(
+    of: Sweep, kernels: Kernels | None, no_kernels: str, layers: int | None = None
+) -> list[Section]:
     """All sections on a sweep, in their order."""
     run, table, by = of.run, of.table, of.by
     usable = table[table["status"] != "diverged"]
@@ -66,7 +73,7 @@ def of_sweep(of: Sweep, kernels: Kernels | None, no_kernels: str) -> list[Sectio
         *listed,
     ]
     if found or dense:
-        sections += _of_updates(of, found, dense, sigmas, ranks, kernels, no_kernels)
+        sections += _of_updates(of, found, dense, sigmas, ranks, kernels, no_kernels, layers)
     if missing:
         items = [f"{table['name'][member]}: {why}" for member, why in missing.items()]
         lead = "<p>Members without LoRA factors that could be read:</p>"
@@ -82,6 +89,7 @@ def _of_updates(
     ranks: pd.DataFrame,
     kernels,
     why: str,
+    layers: int | None,
 ) -> list[Section]:
     """Sections on what was learned."""
     main, answer, sections = of.main, of.answer, []
@@ -93,13 +101,13 @@ def _of_updates(
         sections.append(of_updates.spectra(labelled[0], main, where))
         sections[0] = sections[0]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
         sections.append(of_updates.ranks(labelled[1], main))
-    factors = shown[shown.index.isin(list(found))]
-    comparisons = [] if main == "method" else similarity.of_sweep(factors, found)
-    absent = similarity.absent_of_sweep(comparisons, main)
+    apart = [name for name in (of.by.main, *of.by.others) if name]
+    comparisons = [] if main == "method" else similarity.of_sweep(shown, {**found, **dense}, apart)
+    absent = similarity.absent_of_sweep(comparisons, main, of.table, shown)
     sections.append(similarity.section(comparisons, absent))
     if kernels is not None and (of.run.config.get("config", {}).get("sweep") or {}).get("base"):
         kernels, why = None, "the members of this sweep do not share a base model"
-    sections += against_base.sections(found, dense, kernels, why, shown, main)
+    sections += against_base.sections(found, dense, kernels, why, shown, main, layers)
     return sections + training.sections(of.run, shown, main)
 
 

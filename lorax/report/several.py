@@ -331,7 +331,7 @@ def _similarity(sweeps: dict[str, Sweep]) -> list[Section]:
         else:
             pairs = list(itertools.product(bases[one], bases[other]))
             title = f"{one} and {other}"
-        common = [fitting(u, v) for u, v in pairs[: similarity.MAX_PAIRS]]
+        common = [fitting(u, v) for u, v in pairs]
         name = default_name("similarity", [one, other]).removeprefix("similarity-")
         found = similarity.compare(name, title, [pair for pair in common if pair[0]])
         if found is not None:

@@ -1,18 +1,16 @@
 """Sections on subspace similarity: whether two updates make use of the same directions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from lorax.analysis import Band, expected_similarity, gaussian_similarity, plot_updates, updates
-from lorax.interop.peft import Factors
-from lorax.report import page
+from lorax.report import page, words
 from lorax.report.page import Picture, Section
-from lorax.report.updates import MAX_LAYERS, MAX_TARGETS, spread
+from lorax.report.updates import MAX_LAYERS, MAX_TARGETS, drawn_of, spread
 
-MAX_PAIRS = 16  # of seeds, that a mean similarity is taken over
 MAX_MAPS = 6  # comparisons that get maps of their own; the tables have all
 SMALL_RANK = 8  # the paper's figure 3 compares r = 8 with r = 64
 EXPLANATION = (
@@ -20,6 +18,8 @@ EXPLANATION = (
     "top j of the other (or the reverse), and max(i, j)/n on average for random subspaces of an "
     "n-dimensional space."
 )
+DENSE = f"Of an update without factors these are its leading {updates.LEADING}."
+OF = {"A": "A", "dW in": "ΔW's input side"}  # kinds, as captions name them
 
 
 class Comparison(NamedTuple):
@@ -33,33 +33,59 @@ class Comparison(NamedTuple):
     ranks: tuple[int, int]
     control: Band  # of the first matrix's first kind
 
+    @property
+    def kind(self) -> str:
+        """Whose directions its maps show: A's, as the paper does, where all updates have one."""
+        return "A" if all("A" in kinds for kinds in self.phi.values()) else "dW in"
 
-def of_sweep(shown: pd.DataFrame, found: dict[int, dict[str, Factors]]) -> list[Comparison]:
-    """Small against large rank, same seed and across seeds, and two seeds at the largest."""
-    available = sorted(shown["rank"].unique())
-    if not available:
-        return []
-    large = available[-1]
-    below = [rank for rank in available if rank < large]
+
+def of_sweep(
+    shown: pd.DataFrame, found: Mapping[int, updates.Updates], apart: Sequence[str] = ()
+) -> list[Comparison]:
+    """Small against large rank, same seed and across seeds, and two seeds at the largest.
+
+    Args:
+      shown: the members, a row each; `rank` is missing for methods that have none.
+      found: their updates, factors or dense.
+      apart: fields that pairs agree in, the rank and the seed aside: a comparison for each of their
+        values.
+    """
+    bases = {member: updates.bases(found[member]) for member in shown.index}
+    fields = [name for name in apart if name != "rank" and shown[name].astype(str).nunique() > 1]
+    if not fields:
+        return _of_setting(shown, bases)
+    made = []
+    for _, members in shown.groupby([shown[name].astype(str) for name in fields], sort=False):
+        first = members.iloc[0]
+        where = ", ".join(f"{words.axis(n)} = {page.show(words.cell(n, first[n]))}" for n in fields)
+        for one in _of_setting(members, bases):
+            name = f"{one.name}_{page.slug(where)}"
+            made.append(one._replace(name=name, title=f"{one.title}, {where}"))
+    return made
+
+
+def _of_setting(shown: pd.DataFrame, bases: Mapping[int, updates.Bases]) -> list[Comparison]:
+    """The comparisons of members that differ in the rank and the seed alone."""
+    available = sorted(shown["rank"].dropna().unique())
+    large = available[-1] if available else None
+    below = available[:-1]
     small = max([rank for rank in below if 1 < rank <= SMALL_RANK], default=0)
     small = small or next((rank for rank in below if rank > 1), 0) or (below[-1] if below else 0)
-
     first = shown[shown["rank"] == small]
-    second = shown[shown["rank"] == large]
+    second = shown[shown["rank"] == large] if available else shown
+    seed, of_large = shown["seed"], f" at r = {large:g}" if available else ""
     crossed = [(m, n) for m in first.index for n in second.index]
-    seed = shown["seed"]
     seeds = [(m, n) for m in second.index for n in second.index if seed[m] < seed[n]]
+    ranks = f"r = {small:g} and r = {large:g}" if crossed else ""
     plan = (
-        ("ranks_same_seed", f"r = {small} and r = {large}, same seed",
+        ("ranks_same_seed", f"{ranks}, same seed",
          [(m, n) for m, n in crossed if seed[m] == seed[n]]),
-        ("ranks_across_seeds", f"r = {small} and r = {large}, across seeds",
+        ("ranks_across_seeds", f"{ranks}, across seeds",
          [(m, n) for m, n in crossed if seed[m] != seed[n]]),
-        ("between_seeds", f"two seeds at r = {large}", seeds),
+        ("between_seeds", f"two seeds{of_large}", seeds),
     )  # fmt: skip
-    needed = {member for *_, pairs in plan for pair in pairs[:MAX_PAIRS] for member in pair}
-    bases = {member: updates.bases(found[member]) for member in sorted(needed)}
     made = (
-        compare(name, title, [(bases[m], bases[n]) for m, n in pairs[:MAX_PAIRS]])
+        compare(name, title, [(bases[m], bases[n]) for m, n in pairs])
         for name, title, pairs in plan
     )
     return [comparison for comparison in made if comparison is not None]
@@ -81,14 +107,15 @@ def compare(name: str, title: str, pairs: Sequence[tuple[dict, dict]]) -> Compar
 
 def section(comparisons: Sequence[Comparison], absent: Sequence[str] = ()) -> Section:
     """Maps and tables of every comparison. absent: what there is not, and why."""
+    which = {comparison.kind for comparison in comparisons}
+    lead = "The maps show A's directions, as the paper does; the tables add B's and those of ΔW."
+    if "dW in" in which:
+        lead = f"The maps show the directions of {OF['dW in']}; the tables have both. {DENSE}"
     parts = [
-        page.paragraph(
-            f"{EXPLANATION} The maps show A's directions, as the paper does; the tables add B's "
-            "and those of ΔW itself."
-        ),
+        page.paragraph(f"{EXPLANATION} {lead}"),
         page.aid("Brighter than the control: directions that both updates share beyond chance."),
     ]
-    if any(c.name == "ranks_same_seed" for c in comparisons):
+    if any(c.name.startswith("ranks_same_seed") for c in comparisons):
         text = (
             "Every rank starts from an A of its own, within a seed too, so no overlap here is "
             "there from the start. Members of one seed see the same batches in the same order."
@@ -97,28 +124,22 @@ def section(comparisons: Sequence[Comparison], absent: Sequence[str] = ()) -> Se
     pictures = {}
     if comparisons:
         pictures["similarity"] = _diagonals(comparisons)
-        caption = "φ(i, i) of A, mean over matrices; the band is what random directions give."
+        kinds = " and ".join(OF[kind] for kind in sorted(which))
+        caption = f"φ(i, i) of {kinds}, mean over matrices; the band is what chance gives."
         alt = "Line chart of φ(i, i): " + "; ".join(map(_corners, comparisons)) + "."
         parts.append(page.figure("similarity", caption, alt))
-    for comparison in comparisons:
-        name = f"similarity_{comparison.name}"
-        pictures[name], layer = paper(comparison)
-        pictures[f"{name}_layers"] = maps(comparison)
-        many = f"mean over {comparison.pairs} pairs" if comparison.pairs > 1 else "one pair"
-        place = f"layer {layer}" if layer >= 0 else "the embeddings"
-        which = "Figure 4" if comparison.ranks[0] == comparison.ranks[1] else "Figure 3"
-        caption = f"{which}: φ(i, j) of A between {comparison.title}, {many}, in {place}."
+    for number, comparison in enumerate(comparisons):
         parts.append(f"<h3>Between {page.escape(comparison.title)}</h3>")
-        parts.append(page.figure(name, caption, f"Heat maps of φ: {_corners(comparison)}."))
+        if number < MAX_MAPS:
+            parts.append(_maps(comparison, pictures))
         parts.append(_table(comparison))
-        caption = f"The same layer by layer, between {comparison.title}; last panel: chance."
-        alt = f"Heat maps of φ by layer: {_corners(comparison)}."
-        parts.append(page.figure(f"{name}_layers", caption, alt, folded="Layer by layer"))
+    if len(comparisons) > MAX_MAPS:
+        parts.append(page.note(_fewer_maps(comparisons)))
     if comparisons and len({updates.place(path)[0] for path in comparisons[0].phi}) > 1:
         first = comparisons[0]
-        values = updates.corners(first.phi, "A")
+        values = updates.corners(first.phi, first.kind)
         top = values.loc[values["value"].idxmax()]
-        caption = f"φ(1, 1) of A for every matrix, between {first.title}."
+        caption = f"φ(1, 1) of {OF[first.kind]} for every matrix, between {first.title}."
         alt = (
             f"Grid of φ(1, 1) by target and layer: highest, {top['value']:.2f}, for {top['path']}."
         )
@@ -130,12 +151,34 @@ def section(comparisons: Sequence[Comparison], absent: Sequence[str] = ()) -> Se
     return Section("Subspace similarity", "".join(parts), pictures, files)
 
 
+def _maps(comparison: Comparison, pictures: dict[str, Picture]) -> str:
+    """The figures of one comparison, whose pictures are put with the others."""
+    name, kind = f"similarity_{comparison.name}", comparison.kind
+    pictures[name], layer, cut = paper(comparison)
+    pictures[f"{name}_layers"], cut_layers = maps(comparison, kind)
+    many = f"mean over {comparison.pairs} pairs" if comparison.pairs > 1 else "one pair"
+    place = f"layer {layer}" if layer >= 0 else "the embeddings"
+    which = "Figure 4" if comparison.ranks[0] == comparison.ranks[1] else "Figure 3"
+    caption = f"{which}: φ(i, j) of {OF[kind]} between {comparison.title}, {many}, in {place}.{cut}"
+    drawn = page.figure(name, caption, f"Heat maps of φ: {_corners(comparison)}.")
+    caption = f"The same by layer, between {comparison.title}; last panel: chance.{cut_layers}"
+    alt = f"Heat maps of φ by layer: {_corners(comparison)}."
+    return drawn + page.figure(f"{name}_layers", caption, alt, folded="Layer by layer")
+
+
+def _fewer_maps(comparisons: Sequence[Comparison]) -> str:
+    return (
+        f"Maps are drawn of the first {MAX_MAPS} of {len(comparisons)} comparisons; the tables, "
+        "analysis/similarity.csv and similarity.npz have all."
+    )
+
+
 def across(comparisons: Sequence[Comparison], absent: Sequence[str]) -> Section:
     """Of several runs or adapters: one table of all comparisons, the maps behind a line each."""
     parts = [
         page.paragraph(
             f"{EXPLANATION} Directions are those of ΔW itself, which every method has: its input "
-            "side, and its output side."
+            f"side, and its output side. {DENSE}"
         ),
         page.aid(
             "What two runs share beyond what two seeds of one run share is owed to what they have "
@@ -154,8 +197,8 @@ def across(comparisons: Sequence[Comparison], absent: Sequence[str]) -> Section:
                 + [comparison.pairs, page.Fixed(first, 3), page.Fixed(1 / n, 3), f"{i}, {j}"]
                 + [page.Fixed(last, 3), page.Fixed(max(i, j) / n, 3)]
             )
-    header = ["between", "side", "matrices", "pairs", "φ(1, 1)", "by chance", "i, j of all"]
-    header += ["φ of all", "by chance"]
+    header = ["between", "side", "matrices", "pairs", "φ(1, 1)", "by chance", "i, j at most"]
+    header += ["φ(i, j)", "by chance"]
     if rows:
         caption = "Means over matrices and pairs of members, at each run's best setting."
         parts.append(page.table(header, rows, caption, sortable=True))
@@ -168,48 +211,77 @@ def across(comparisons: Sequence[Comparison], absent: Sequence[str]) -> Section:
         parts.append(page.figure("similarity", caption, alt))
     for comparison in comparisons[:MAX_MAPS]:
         name = f"similarity_{comparison.name}"
-        caption = f"φ(i, j) of ΔW's input side between {comparison.title}; last panel: chance."
+        pictures[name], cut = maps(comparison, "dW in")
+        caption = f"φ(i, j) of ΔW's input side between {comparison.title}; last panel: chance.{cut}"
         alt = f"Heat maps of φ by layer: {_corners(comparison, 'dW in')}."
         unfold = f"Layer by layer: {comparison.title}"
         parts.append(page.figure(name, caption, alt, folded=unfold))
-        pictures[name] = maps(comparison, "dW in")
+    if len(comparisons) > MAX_MAPS:
+        parts.append(page.note(_fewer_maps(comparisons)))
     parts += [page.paragraph(text) for text in absent]
     files = _files(comparisons) if comparisons else {}
     return Section("Subspace similarity", "".join(parts), pictures, files)
 
 
-def absent_of_sweep(comparisons: Sequence[Comparison], main: str) -> list[str]:
-    """Which of a sweep's comparisons there are not. main: its main axis."""
+def absent_of_sweep(
+    comparisons: Sequence[Comparison], main: str, table: pd.DataFrame, shown: pd.DataFrame
+) -> list[str]:
+    """Which of a sweep's comparisons there are not, and why.
+
+    Args:
+      main: the sweep's main axis.
+      table: all members; shown: those whose updates were compared.
+    """
     if main == "method":
         return [
             "Not available in a sweep over methods; python -m lorax.report RUN RUN compares the "
             "directions of two runs."
         ]
     names, said = {comparison.name for comparison in comparisons}, []
-    if not names & {"ranks_same_seed", "ranks_across_seeds"}:
-        said.append("Between ranks: not available, the sweep has one rank.")
-    if "between_seeds" not in names:
-        said.append("Between seeds: not available, there is one seed at the largest rank.")
+    if not any(name.startswith("ranks_") for name in names):
+        said.append(f"Between ranks: not available, {_one_rank(table, shown)}.")
+    if not any(name.startswith("between_seeds") for name in names):
+        said.append(f"Between seeds: not available, {_one_seed(table, shown)}.")
     return said
 
 
-def paper(comparison: Comparison) -> tuple[Picture, int]:
-    """The paper's figure of a layer halfway, with that layer: 3 between two ranks, 4 between two
-    seeds."""
+def _one_rank(table: pd.DataFrame, shown: pd.DataFrame) -> str:
+    if table["rank"].isna().all():
+        return f"{words.listed(table['method'])} has no rank"
+    if table["rank"].nunique() == 1:
+        return "the sweep has one rank"
+    if shown["rank"].nunique() > 1:
+        return "the updates of its ranks have no matrix in common"
+    return f"{len(shown)} of {len(table)} members are compared here, which have one rank"
+
+
+def _one_seed(table: pd.DataFrame, shown: pd.DataFrame) -> str:
+    if table["seed"].nunique() == 1:
+        return "the sweep has one seed"
+    large = shown[shown["rank"] == shown["rank"].max()] if shown["rank"].notna().any() else shown
+    if large["seed"].nunique() > 1:
+        return "their updates have no matrix in common"
+    at = " of the largest rank" * bool(shown["rank"].nunique() > 1)
+    return f"{len(shown)} of {len(table)} members are compared here, those{at} have one seed"
+
+
+def paper(comparison: Comparison) -> tuple[Picture, int, str]:
+    """The paper's figure of a layer halfway, 3 between two ranks and 4 between two seeds; with that
+    layer, and what of it is drawn where not all is."""
     layers = sorted({updates.place(path)[0] for path in comparison.phi})
     layer = layers[len(layers) // 2]
-    drawn = _chosen(comparison, "A", [layer])
+    drawn, cut = _chosen(comparison, comparison.kind, [layer])
     if comparison.ranks[0] == comparison.ranks[1]:
         figure = plot_updates.figure4(drawn, comparison.control.mean)
     else:
         figure = plot_updates.figure3(drawn, comparison.control.mean)
-    return Picture(figure, _cells(drawn, comparison.control.mean)), layer
+    return Picture(figure, _cells(drawn, comparison.control.mean)), layer, cut
 
 
-def maps(comparison: Comparison, kind: str = "A") -> Picture:
-    """Heat maps by layer and target."""
+def maps(comparison: Comparison, kind: str) -> tuple[Picture, str]:
+    """Heat maps by layer and target, and what is drawn where not all is."""
     layers = sorted({updates.place(path)[0] for path in comparison.phi})
-    drawn = _chosen(comparison, kind, spread(layers, MAX_LAYERS))
+    drawn, cut = _chosen(comparison, kind, spread(layers, MAX_LAYERS), layers)
     one, other = comparison.ranks
     figure = plot_updates.similarity_maps(
         drawn,
@@ -217,18 +289,20 @@ def maps(comparison: Comparison, kind: str = "A") -> Picture:
         f"i: top directions, r = {one}",
         f"j: top directions, r = {other}",
     )
-    return Picture(figure, _cells(drawn, comparison.control.mean))
+    return Picture(figure, _cells(drawn, comparison.control.mean)), cut
 
 
-def _chosen(comparison: Comparison, kind: str, layers: Sequence[int]) -> dict:
-    """phi by (layer, target) of these layers, and of as many targets as a figure takes."""
-    every = [updates.place(path) for path in comparison.phi]
-    targets = spread(list(dict.fromkeys(target for _, target in every)), MAX_TARGETS)
-    return {
-        place: kinds[kind]
-        for place, kinds in zip(every, comparison.phi.values(), strict=True)
-        if place[0] in layers and place[1] in targets
-    }
+def _chosen(
+    comparison: Comparison, kind: str, layers: Sequence[int], of: Sequence[int] = ()
+) -> tuple[dict, str]:
+    """phi by (layer, target) of these layers, and of as many targets as a figure takes; with a
+    sentence on what is left out. of: all layers, where it is to be said which are drawn."""
+    every = [(updates.place(path), kinds[kind]) for path, kinds in comparison.phi.items()]
+    here = [target for (layer, target), _ in every if layer in layers or of]
+    here = list(dict.fromkeys(here))
+    targets = spread(here, MAX_TARGETS)
+    drawn = {place: phi for place, phi in every if place[0] in layers and place[1] in targets}
+    return drawn, drawn_of(layers, of or layers, targets, here)
 
 
 def _cells(drawn: dict, control: np.ndarray) -> pd.DataFrame:
@@ -237,12 +311,13 @@ def _cells(drawn: dict, control: np.ndarray) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def _diagonals(comparisons: Sequence[Comparison], kind: str = "A") -> Picture:
+def _diagonals(comparisons: Sequence[Comparison], kind: str = "") -> Picture:
     """phi(i, i) of all comparisons in one figure, with the band of the one that goes furthest."""
     lines, rows = {}, []
     for comparison in comparisons:
-        length = min(min(phi[kind].shape) for phi in comparison.phi.values())
-        every = [np.diagonal(phi[kind])[:length] for phi in comparison.phi.values()]
+        found = [phi[kind or comparison.kind] for phi in comparison.phi.values()]
+        length = min(min(phi.shape) for phi in found)
+        every = [np.diagonal(phi)[:length] for phi in found]
         mean = np.mean(every, axis=0)
         lines[comparison.title] = np.diag(mean)
         i = np.arange(1, length + 1)
@@ -266,8 +341,9 @@ def at(phi: np.ndarray, i: int, j: int) -> float:
     return float(phi[min(i, phi.shape[0]) - 1, min(j, phi.shape[1]) - 1])
 
 
-def _corners(comparison: Comparison, kind: str = "A") -> str:
+def _corners(comparison: Comparison, kind: str = "") -> str:
     """What a comparison comes to, in words."""
+    kind = kind or comparison.kind
     first = np.mean([phi[kind][0, 0] for phi in comparison.phi.values()])
     last = np.mean([phi[kind][-1, -1] for phi in comparison.phi.values()])
     mean = comparison.control.mean

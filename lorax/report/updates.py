@@ -22,12 +22,14 @@ def spectra(sigmas: pd.DataFrame, main: str, where: str = "") -> Section:
     layers = spread(sorted(set(sigmas["layer"])), MAX_LAYERS)
     targets = spread(list(dict.fromkeys(sigmas["target"])), MAX_TARGETS)
     drawn = sigmas[sigmas["layer"].isin(layers) & sigmas["target"].isin(targets)]
-    caption = "Singular values of ΔW = s·a·b, computed from the factors." + (
+    caption = "Singular values of ΔW (of s·a·b, where an update has factors)." + (
         f" Shown for {where}; analysis/spectra.csv has all." if where else ""
     )
+    every = sorted(set(sigmas["layer"])), list(dict.fromkeys(sigmas["target"]))
+    caption += drawn_of(layers, every[0], targets, every[1], "analysis/spectra.csv has all")
     first, last = (drawn[drawn["index"] == i]["sigma"] for i in (1, 2))
     alt = f"Log-log line charts of singular values for layers {', '.join(map(str, layers))}"
-    if len(last):
+    if len(last) and first.mean() > 0:
         alt += f": the second is {last.mean() / first.mean():.2f} of the first on average"
     content = page.aid(
         "A line that falls steeply is an update that lives in few directions, whatever its rank."
@@ -57,6 +59,8 @@ def ranks(table: pd.DataFrame, main: str) -> Section:
     header = [words.axis(main), "target", "‖ΔW‖", "effective rank", "stable rank"]
     header += ["90% energy rank", "numerical rank"]
     content = page.aid("A rank that stays below the dashed line was given and is not used.")
+    if text := unchanged(table):
+        content += page.note(text)
     content += page.figure("update_ranks", caption, alt + ".")
     content += page.table(header, rows, "Means over layers and seeds.")
     pictures = {"update_ranks": Picture(plot_updates.update_ranks(table, main), table)}
@@ -68,10 +72,49 @@ def label(rows: pd.DataFrame, shown: pd.DataFrame, main: str) -> pd.DataFrame:
     kept = rows[rows["member"].isin(shown.index)].drop(columns=[main], errors="ignore")
     labelled = kept.merge(shown[["member", main]], on="member")
     if labelled[main].isna().any():
+        missing = "all" if main in runs.ALL else "none"
         labelled[main] = [
-            "all" if runs.is_missing(value) else value for value in labelled[main].astype(object)
+            missing if runs.is_missing(value) else value for value in labelled[main].astype(object)
         ]
     return labelled
+
+
+def shown_of(some: Sequence, every: Sequence, what: str = "") -> str:
+    """What a figure shows of what there is: "layers 0, 4, 11 (3 of 12)"."""
+    named = ", ".join("none" if what == "layers" and x == -1 else str(x) for x in some)
+    return f"{what} {named} ({len(some)} of {len(every)})".strip()
+
+
+def drawn_of(
+    layers: Sequence[int],
+    all_layers: Sequence[int],
+    targets: Sequence[str],
+    all_targets: Sequence[str],
+    where: str = "the tables have all",
+) -> str:
+    """The end of a caption of a figure that leaves layers or targets out; "" where it has all."""
+    said = []
+    if len(layers) < len(all_layers):
+        said.append(shown_of(layers, all_layers, "layers"))
+    if len(targets) < len(all_targets):
+        said.append(shown_of(targets, all_targets, "targets"))
+    return f" Drawn: {' and '.join(said)}; {where}." if said else ""
+
+
+def unchanged(ranks: pd.DataFrame) -> str:
+    """Which members' matrices have no update at all, in a sentence; "" where each has one.
+
+    ranks: a row a member and matrix, with norm = ||dW||_F.
+    """
+    none = ranks[ranks["norm"] == 0]
+    if not len(none):
+        return ""
+    if len(none) == len(ranks):
+        return f"No update: ΔW = 0 in all {len(ranks)} matrices."
+    counts = none.groupby("member", sort=False).size()
+    of = ranks.groupby("member", sort=False).size()
+    named = "; ".join(f"{n} of {of[member]} of member {member}" for member, n in counts.items())
+    return f"No update: ΔW = 0 in {len(none)} of {len(ranks)} matrices ({named})."
 
 
 def spread(values: Sequence, most: int) -> list:
