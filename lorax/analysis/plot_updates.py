@@ -105,10 +105,12 @@ def update_ranks(ranks: pd.DataFrame, main: str = "rank") -> Figure:
         ):
             values, position = main_axis(axes, ranks[main], main)
             joined = {"linestyle": "none"} if has_no_order(values) else {}
-            nominal = ranks.groupby(ranks[main].map(position))["rank"].mean()
+            given = pd.to_numeric(ranks["rank"], errors="coerce").dropna()
+            nominal = given.groupby(ranks[main].map(position)).mean()
             style = {"color": GREY, "linewidth": 1, "linestyle": (0, (6, 3))} | joined
             style |= {"marker": "_", "markersize": 20} if joined else {}
-            axes.plot(nominal.index, nominal, label="r of the adapter", **style)
+            if len(nominal):  # a method without a rank has none to fall short of
+                axes.plot(nominal.index, nominal, label="rank at most", **style)
             for n, target in enumerate(targets):
                 here = ranks[(ranks["target"] == target) & (ranks[column] > 0)]
                 x = here[main].map(position)
