@@ -72,6 +72,30 @@ def check(how: How, batch_size: int = 1, seed: int = 0) -> How:
     return how
 
 
+def encode(base: Base, prompts: Sequence[str], new_tokens: int, ahead: int = 0) -> list[list[int]]:
+    """The ids of each prompt, the start of a text in front.
+
+    ahead: positions that virtual tokens take. Raises ValueError where the base has no tokenizer, a
+    prompt is empty, or a prompt and the new tokens need more positions than the model has.
+    """
+    vocabulary = base.vocabulary
+    if vocabulary is None:
+        raise ValueError(f"base: {base.name} has no tokenizer.json, which prompts need")
+    ids = [[*vocabulary.start, *vocabulary.encode(prompt)] for prompt in prompts]
+    empty = [i for i, tokens in enumerate(ids) if not tokens]
+    if empty:
+        raise ValueError(f"prompt {empty[0]}: it is empty, and {base.name} has no token to start")
+    longest, most = max(map(len, ids), default=0), positions(base.config)
+    if most and longest + new_tokens + ahead > most:
+        virtual = f" beside {ahead} virtual ones" if ahead else ""
+        raise ValueError(
+            f"new_tokens: a prompt of {longest} tokens and {new_tokens} new ones need more "
+            f"than the {most} positions of {base.name}{virtual}; at most "
+            f"{max(most - longest - ahead, 0)} have room"
+        )
+    return ids
+
+
 def complete(
     base: Base,
     prompts: Sequence[str],
@@ -89,29 +113,18 @@ def complete(
     params: for `lorax.apply` (default: the base's own). how: its `ends` and `pad` are the base's
     where empty. rows: which adapter each prompt takes, where params has `ops.Mixed` leaves.
     progress: called with (prompts done, prompts in all).
-    Raises ValueError where a prompt and the new tokens need more positions than the model has.
+    Raises ValueError as `encode` does.
     """
-    vocabulary = base.vocabulary
-    if vocabulary is None:
-        raise ValueError(f"base: {base.name} has no tokenizer.json, which prompts need")
-    how = check(how or How(), batch_size, seed)
+    params = base.params if params is None else params
+    how, vocabulary = check(how or How(), batch_size, seed), base.vocabulary
+    ahead = prefix.ahead(params).tokens
+    ids = encode(base, prompts, how.new_tokens, ahead)
     if not how.ends:
         # LLaMA's little relatives begin the next story where this one ends.
         ends = tuple(dict.fromkeys((*vocabulary.ends, *vocabulary.start)))
         how = how._replace(ends=ends, pad=vocabulary.pad)
-    ids = [[*vocabulary.start, *vocabulary.encode(prompt)] for prompt in prompts]
-    empty = [i for i, tokens in enumerate(ids) if not tokens]
-    if empty:
-        raise ValueError(f"prompt {empty[0]}: it is empty, and {base.name} has no token to start")
-    longest = max(map(len, ids), default=0)
-    params = base.params if params is None else params
-    room = positions(base.config)
-    room = room and room - prefix.ahead(params).tokens
-    if room and longest + how.new_tokens > room:
-        raise ValueError(
-            f"new_tokens: a prompt of {longest} tokens and {how.new_tokens} new ones need more "
-            f"than the {room} positions of {base.name}"
-        )
+    longest, most = max(map(len, ids), default=0), positions(base.config)
+    room = most and most - ahead
     width = min(-(-longest // 16) * 16, room - how.new_tokens) if room else longest
     batch_size = min(batch_size, len(ids))
     texts = []

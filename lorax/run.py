@@ -32,7 +32,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from lorax import __version__, config
-from lorax.errors import fail
+from lorax.errors import fail, keep, of_machine, reason
 from lorax.files import read_json, write_bytes, write_json
 
 FLAGS = flags.FLAGS
@@ -51,29 +51,32 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         settings, members, workdir = read_command_line(argv)
-        check_same_config(workdir, settings)
+        check_paths(workdir)
+        changed = check_same_config(workdir, settings)
     except (
         Exception
     ) as error:  # whatever a config script or a flag raises is one line to its author
         return fail(error)
     print(f"lorax {__version__}: {plan(settings, members)}", flush=True)
-    if finished(workdir):
+    if finished(workdir) and not changed:
         print(f"{workdir} is finished. Report: {workdir / 'report.html'}")
         return 0
     try:
-        with locked(workdir):
+        with locked(workdir), recorded(workdir):
             return run(settings, members, workdir)
-    except (ValueError, FileNotFoundError, BlockingIOError) as error:
-        return fail(error)
-    except (OSError, MemoryError) as error:
-        print(
-            f"lorax: stopped: {error}. Mend that and run the same command to continue.",
-            file=sys.stderr,
-        )
-        return 1
     except KeyboardInterrupt:
         print("lorax: stopped. Run the same command to continue.", file=sys.stderr)
         return 130
+    except (ValueError, FileNotFoundError, BlockingIOError) as error:
+        return fail(error)
+    except Exception as error:
+        if not of_machine(error):
+            raise
+        line = (
+            f"stopped: {reason(of_machine(error))}. Mend that and run the same command to continue."
+        )
+        print(f"lorax: {line}", file=sys.stderr)
+        return 1
 
 
 def read_command_line(argv: list[str]):
@@ -89,8 +92,6 @@ def read_command_line(argv: list[str]):
     settings = FLAGS.config
     members = config.members(settings)
     if FLAGS.workdir:
-        if Path(FLAGS.workdir).exists() and not Path(FLAGS.workdir).is_dir():
-            raise ValueError(f"--workdir: {FLAGS.workdir} is a file; name a directory")
         return settings, members, Path(FLAGS.workdir)
     file, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")
     name = Path(file).stem + (f"-{argument}" if argument else "")
@@ -118,39 +119,125 @@ def plan(settings, members) -> str:
     return f"{len(members)} member{plural} ({swept}) of {what}"
 
 
-def check_same_config(workdir: Path, settings) -> None:
-    """Raises ValueError where the run directory holds a run of another config."""
+#: What a run directory has in it, and is written.
+FILES = (".lock", "config.json", "members.jsonl", "metrics.jsonl", "status.json", "report.html")
+FOLDERS = ("adapters", "analysis", "checkpoints", "figures", "tb", "texts", "trajectory")
+
+
+def check_paths(workdir: Path) -> None:
+    """Raises ValueError where the run directory, or what it is to hold, can't be written."""
+    for path, folder in (
+        *((parent, True) for parent in reversed(workdir.parents)),
+        (workdir, True),
+        *((workdir / name, False) for name in FILES),
+        *((workdir / name, True) for name in FOLDERS),
+    ):
+        if not path.exists():
+            continue
+        if path.is_dir() != folder:
+            kinds = ("a folder", "a file") if folder else ("a file", "a folder")
+            raise ValueError(
+                f"--workdir: {path} is {kinds[1]} and should be {kinds[0]}; move it away or name "
+                f"another --workdir"
+            )
+        if path.parent == workdir and not os.access(path, os.W_OK):
+            raise ValueError(f"--workdir: {path} can't be written to; name another --workdir")
+
+
+def check_same_config(workdir: Path, settings) -> list[str]:
+    """The keys of `config.REVISABLE` in which the run that the directory holds differs.
+
+    Raises ValueError where it is a run of another config, and where it has nothing left to make
+    something else of.
+    """
     file = workdir / "config.json"
     if not file.exists():
-        return
+        return []
     try:
-        stored = json.loads(file.read_text())["config"]
+        stored = read_json(file)["config"]
     except (ValueError, KeyError):
         raise ValueError(f"workdir: {file} is damaged; delete {workdir} to start anew") from None
     different = _differences(stored, json.loads(settings.to_json()))
-    if different:
+    others = [key for key in different if key not in config.REVISABLE]
+    if others:
         raise ValueError(
             f"workdir: {workdir} holds a run of another config (it differs in "
-            f"{', '.join(different)}); name another --workdir or delete it"
+            f"{', '.join(others)}); name another --workdir or delete it"
+        )
+    if different and finished(workdir) and not (workdir / "checkpoints").exists():
+        raise ValueError(
+            f"workdir: {workdir} holds a finished run with other {', '.join(different)}, and its "
+            f"checkpoints are gone; name another --workdir"
+        )
+    return different
+
+
+def check_disk(workdir: Path, groups) -> None:
+    """Raises ValueError where checkpoints and adapters of the groups have no room on the disk."""
+    from lorax import tree
+
+    states = [tree.nbytes(group.stack.state) for group in groups]
+    learned = [tree.nbytes(group.stack.state.trainable) for group in groups]
+    # Two checkpoints of each group stay, while one is being written.
+    needs = sum(learned) + 2 * sum(states) + max(states)
+    there = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
+    free = shutil.disk_usage(workdir).free
+    if needs > free + there:
+        count = sum(len(group.stack.members) for group in groups)
+        raise ValueError(
+            f"--workdir: {workdir} needs {needs / 1e9:.2f} GB for checkpoints and adapters of "
+            f"{count} members, and {(free + there) / 1e9:.2f} GB are free there; name another "
+            f"--workdir, or train fewer members in one run"
         )
 
 
 def finished(workdir: Path) -> bool:
     """Whether status.json says that the run is done."""
+    return _status(workdir).get("state") == "finished"
+
+
+def _status(workdir: Path) -> dict:
+    """status.json, {} where there is none or it is damaged."""
     try:
-        return json.loads((workdir / "status.json").read_text())["state"] == "finished"
-    except (FileNotFoundError, ValueError, KeyError):
-        return False
+        return read_json(workdir / "status.json")
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+@contextlib.contextmanager
+def recorded(workdir: Path):
+    """Context in which an error that ends the run is written to status.json with its reason.
+
+    The state is then "stopped" where the same command may continue, "failed" for anything else;
+    that of a run that has been trained stays.
+    """
+    try:
+        yield
+    except BaseException as error:
+        status = _status(workdir)
+        if status:
+            machine = of_machine(error)
+            stopped = machine or isinstance(error, KeyboardInterrupt)
+            if status.get("state") == "running":
+                status["state"] = "stopped" if stopped else "failed"
+            with contextlib.suppress(OSError):  # the disk may be full
+                write_json(workdir / "status.json", status | {"reason": reason(machine or error)})
+        raise
 
 
 @contextlib.contextmanager
 def locked(workdir: Path):
-    """Context in which no other process writes to the run directory. Raises BlockingIOError.
+    """Context in which no other process writes to the run directory.
 
-    A directory that nothing was written to does not stay.
+    A directory that nothing was written to does not stay. Raises BlockingIOError, or ValueError
+    where it can't be written to.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / ".lock", "w") as file:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / ".lock", "w")
+    except OSError as error:
+        raise ValueError(f"--workdir: {reason(error)}; name another") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -209,14 +296,17 @@ def run(settings, members, workdir: Path) -> int:
             "base_sha256": base.sha256,
             "command": "python -m lorax.run " + shlex.join(sys.argv[1:]),
         }
-        if not (workdir / "config.json").exists():
-            write_json(workdir / "config.json", head)
-        elif read_json(workdir / "config.json")["base_sha256"] != head["base_sha256"]:
+        check_disk(workdir, groups)
+        begun = read_json(workdir / "config.json") if (workdir / "config.json").exists() else head
+        if begun["base_sha256"] != head["base_sha256"]:
             raise ValueError(
                 f"base: the weights of {base.name} are others than {workdir} began with; "
                 f"name another --workdir"
             )
-        previous = _seconds_so_far(workdir)
+        if begun is head or begun["config"] != head["config"]:  # in what may change alone
+            now = {key: head[key] for key in ("config", "command")}
+            write_json(workdir / "config.json", begun | now)
+        previous = _status(workdir).get("wall_seconds", 0.0)
         wall = lambda: round(previous + time.monotonic() - began, 1)
         lines, rows, offset, started = [], {}, 0, 0
 
@@ -250,25 +340,51 @@ def run(settings, members, workdir: Path) -> int:
         status["state"] = "trained"
         write_json(workdir / "status.json", status | {"wall_seconds": wall()})
 
-        # ------------------------------------------------------------------------------ analyse
+        # ------------------------------- analyse: what fails here costs nothing of what was trained
+        failed = {
+            f"{key} of member {member}": why
+            for member, row in rows.items()
+            for key, why in row.get("failed", {}).items()
+        }
+
+        def attempt(what, work):
+            """work(), or None where it fails, which is said and stands in status.json."""
+            try:
+                return work()
+            except OSError:
+                raise
+            except Exception as error:
+                failed[what] = reason(error)
+                screen.say(f"{what}: {keep(workdir, error)}")
+
         page = None
         screen.end_bar()
-        _write_tables(workdir)
+        attempt("tables", lambda: _write_tables(workdir))
         if settings.analysis.report:
             screen.say("taking the updates apart and drawing the report")
-            page = report.write(workdir, kernels(base))
-        tensorboard.write(workdir)
-        status["state"] = "finished"
+            page = attempt("report", lambda: report.write(workdir, kernels(base)))
+        attempt("TensorBoard", lambda: tensorboard.write(workdir))
+        if failed:
+            status["failed"] = failed
+        else:
+            status["state"] = "finished"
         write_json(workdir / "status.json", status | {"wall_seconds": wall()})
         screen.table(lines, rows)
         if search.threshold:
-            found = intrinsic.estimate(_points(workdir), search.threshold, search.metric)
-            screen.dimensions(found)
+            estimate = lambda: intrinsic.estimate(_points(workdir), search.threshold, search.metric)
+            attempt("dimensions", lambda: screen.dimensions(estimate()))
     if page:
         print(f"\nReport       {page}\nFigures      {workdir / 'figures'}")
         print(f"Numbers      {workdir / 'analysis'}")
     print(f"Adapters     {workdir / 'adapters'} ({formats(workdir / 'adapters')})")
     print(f"TensorBoard  tensorboard --logdir {workdir / 'tb'}")
+    if failed:
+        print(
+            f"lorax: all members are trained, but {', '.join(failed)} failed; run the same command "
+            f"to do that again, or python -m lorax.report {workdir} to draw the report alone",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -278,8 +394,10 @@ def _write_tables(workdir: Path) -> None:
 
     found = runs.load(workdir)
     for name, table in (("trajectory", trajectory.table(found)), ("cka", cka.table(found))):
-        if table is not None:
-            file = workdir / "analysis" / f"{name}.csv"
+        file = workdir / "analysis" / f"{name}.csv"
+        if table is None:
+            file.unlink(missing_ok=True)  # of an analysis that is no longer asked for
+        else:
             write_bytes(file, table.to_csv(index=False).encode())
 
 
@@ -324,13 +442,6 @@ def _differences(old, new, prefix="") -> list[str]:
             for d in _differences(old.get(k), new.get(k), f"{prefix}.{k}".strip("."))
         ]
     return [] if old == new else [prefix]
-
-
-def _seconds_so_far(workdir: Path) -> float:
-    try:
-        return json.loads((workdir / "status.json").read_text())["wall_seconds"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return 0.0
 
 
 def _version(name: str) -> str | None:

@@ -24,6 +24,9 @@ from lorax.interop import peft
 from lorax.interop.peft import Factors
 
 
+UNFINISHED = ("running", "stopped", "failed")  # states in which not all has been trained
+
+
 @dataclass(frozen=True)
 class Run:
     """A run directory, read.

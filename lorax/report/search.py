@@ -53,7 +53,7 @@ def dimension(run: runs.Run, points: pd.DataFrame, found: pd.DataFrame) -> Secti
         f"<p><strong>{page.escape(headline(row))}</strong></p>" for _, row in found.iterrows()
     )
     parts = [f'<div class="answer">{lines}</div>']
-    if run.status.get("state") == "running":
+    if run.status.get("state") in runs.UNFINISHED:
         parts.append(page.note("This run is not finished: all figures are provisional."))
     diverged = int((points["status"] == "diverged").sum())
     if diverged:

@@ -116,7 +116,7 @@ def _overview(
             "of one another: compare where a curve bends, not how high it lies."
         )
         parts.append(page.note(text))
-    unfinished = [row["run"] for row in rows if row["state"] == "running"]
+    unfinished = [row["run"] for row in rows if row["state"] in runs.UNFINISHED]
     if unfinished:
         parts.append(page.note(f"Not finished, so provisional: {', '.join(unfinished)}."))
     caption = "The runs, each at its best setting: the lowest mean over seeds."

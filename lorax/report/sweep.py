@@ -60,7 +60,7 @@ def answer(sweep: Sweep) -> Section:
     if found is not None:
         parts.append(f"<p>{page.escape(_strength(by, settings, found))}</p>")
     parts.append("</div>")
-    if run.status.get("state") == "running":
+    if run.status.get("state") in runs.UNFINISHED:
         parts.append(page.note("This run is not finished: all figures are provisional."))
     diverged = table[table["status"] == "diverged"]
     if len(diverged):

@@ -14,7 +14,7 @@ import operator
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -207,17 +207,20 @@ def meteor(hypotheses: Texts, references: Sequence[Texts]) -> float:
     return float(np.mean(scores))
 
 
-def text_scores(hypotheses: Texts, references: Sequence[Texts]) -> dict[str, float]:
+def text_scores(
+    hypotheses: Texts, references: Sequence[Texts], say: Callable[[str], object] = lambda line: None
+) -> dict[str, float]:
     """{"bleu", "nist", "rouge1", "rouge2", "rougeL", "meteor"} as the functions above give them.
 
-    Those whose library is not installed are left out; "nist" needs none. Raises ValueError for
-    bad texts.
+    Those whose library is not installed are left out, and say(line) told of it; "nist" needs none.
+    Raises ValueError for bad texts.
     """
     scores = {}
     for metric in (bleu, nist, rouge, meteor):
         try:
             score = metric(hypotheses, references)
-        except ImportError:
+        except ImportError as error:
+            say(f"without {error}")
             continue
         scores |= score if isinstance(score, dict) else {metric.__name__: score}
     return scores

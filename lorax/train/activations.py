@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import ops, tasks
+from lorax.errors import reason
 from lorax.models import Base
 from lorax.train import sweep
 
@@ -31,20 +32,47 @@ def similarity(
     evaluation, evenly spaced, `batch_size` at a time; their real tokens are the examples. They
     should be more than the model has features: with fewer, CKA is near 1 whatever is compared.
     """
-    some = task._replace(eval=tasks.spread(task.eval, rows))
-    batches = jax.device_put(sweep.eval_batches(some, batch_size))
+    before, compared = _programs(base, method)
+    batches = jax.device_put(_batches(task, rows, batch_size))
+    first = before(base.params, batches)
+    found = []
+    for i in range(len(jax.tree.leaves(trainable)[0])):
+        own, fixed = jax.tree.map(lambda x, i=i: x[i], (trainable, constants))
+        found.append(np.asarray(compared(base.params, own, fixed, batches, first)))
+    return np.stack(found)
+
+
+def rehearse(
+    base: Base, method, trainable, constants, task: tasks.Task, rows: int, batch_size: int
+) -> None:
+    """Raises ValueError where `similarity` can't be computed; by shapes alone, before training."""
+    before, compared = _programs(base, method)
+    batches = _batches(task, rows, batch_size)
+    one = jax.tree.map(lambda x: x[0], (trainable, constants))
+    try:
+        first = jax.eval_shape(before, base.params, batches)
+        jax.eval_shape(compared, base.params, *one, batches, first)
+    except Exception as error:
+        raise ValueError(
+            f"analysis.cka: {rows} given, but it can't be computed for method {method.name} on "
+            f"{base.name} ({reason(error)}); leave it at 0"
+        ) from error
+
+
+def _batches(task, rows, batch_size):
+    return sweep.eval_batches(task._replace(eval=tasks.spread(task.eval, rows)), batch_size)
+
+
+def _programs(base, method):
+    """before(params, batches): the base's `residuals`. compared(params, trainable, constants,
+    batches, before): CKA (L,) of one member with them."""
 
     @jax.jit
     def compared(params, trainable, constants, batches, before):
         bound = method.bind(trainable, constants, params, sites=base.sites)
         return cka(before, residuals(base.module, bound, batches), real(batches))
 
-    before = jax.jit(lambda params, b: residuals(base.module, params, b))(base.params, batches)
-    found = []
-    for i in range(len(jax.tree.leaves(trainable)[0])):
-        own, fixed = jax.tree.map(lambda x, i=i: x[i], (trainable, constants))
-        found.append(np.asarray(compared(base.params, own, fixed, batches, before)))
-    return np.stack(found)
+    return jax.jit(lambda params, batches: residuals(base.module, params, batches)), compared
 
 
 def residuals(module, params, batches) -> jax.Array:

@@ -1,5 +1,6 @@
 """From members to a run directory: train every group, checkpoint, log, export the adapters."""
 
+import functools
 import itertools
 import json
 import os
@@ -15,11 +16,12 @@ from safetensors.numpy import save_file
 
 from lorax import adapters, decode, methods, peft_methods, quant, tasks, tree
 from lorax.config import AXES, Member, group_key
-from lorax.errors import nearest
+from lorax.errors import keep, nearest, reason
 from lorax.files import atomically, write_bytes, write_json
 from lorax.interop import peft
+from lorax.methods import prefix
 from lorax.models import Base, load, sources
-from lorax.models.load import layer_names
+from lorax.models.load import layer_names, positions
 from lorax.tasks import metrics
 from lorax.train import activations, checkpoint, evidence, sweep, trajectory
 
@@ -131,7 +133,91 @@ def prepare(
         built = sweep.build_methods(part, base, hps)
         stacked = sweep.stack(part, built, base, task, seen)
         groups.append(Group(index, base, task, stacked, rankings))
+        # ------------------------------------------------- what would only show when it is trained
+        check_positions(groups[-1])
+        if c.eval.generate:
+            check_texts(groups[-1], say)
+        if c.analysis.cka:
+            state = stacked.state.trainable, stacked.constants
+            activations.rehearse(base, built[0], *state, task, c.analysis.cka, c.eval.batch_size)
+    for line in idle(groups):
+        say(line)
     return groups
+
+
+def virtual_tokens(group: Group) -> int:
+    """Positions that a group's method takes ahead of every text."""
+    method, base = group.stack.methods[0], group.base
+    one = jax.tree.map(lambda x: x[0], (group.stack.state.trainable, group.stack.constants))
+    bound = jax.eval_shape(lambda s, p: method.bind(*s, p, sites=base.sites), one, base.params)
+    return prefix.ahead(bound).tokens
+
+
+def check_positions(group: Group) -> None:
+    """Raises ValueError where virtual tokens leave a base no positions for its texts."""
+    c, most = group.stack.members[0].config, positions(group.base.config)
+    columns, ahead = tasks.columns(group.task.train), virtual_tokens(group)
+    if most and columns and ahead:
+        columns -= "mask" in group.task.train  # a language model does not read the last one
+        if columns + ahead > most:
+            raise ValueError(
+                f"method.tokens: {ahead} given, but texts of {columns} tokens (train.seq_len "
+                f"{c.train.seq_len}) leave {max(most - columns, 0)} of the {most} positions of "
+                f"{group.base.name}"
+            )
+
+
+def _how(c) -> decode.How:
+    """How texts are written by config.eval; ValueError for what is out of range."""
+    how = decode.How(
+        new_tokens=c.new_tokens,
+        beams=c.beams,
+        length_penalty=c.length_penalty,
+        no_repeat_ngram=c.no_repeat_ngram,
+    )
+    return decode.check(how, c.batch_size)
+
+
+def check_texts(group: Group, say: Callable[[str], None]) -> None:
+    """Raises ValueError where a group's members can't complete or score what `eval.generate` asks
+    for; says which scores are missing."""
+    c = group.stack.members[0].config.eval
+    prompts = tasks.prompts(group.task, c.generate)
+    if len(prompts) < c.generate:
+        say(
+            f"eval.generate: {c.generate} given, the task has {len(prompts)} prompts: all are taken"
+        )
+    asked, references = [p.text for p in prompts], [p.references for p in prompts]
+    try:
+        decode.encode(group.base, asked, _how(c).new_tokens, virtual_tokens(group))
+        metrics.text_scores(asked, references, lambda line: say(f"eval.generate: {line}"))
+    except ValueError as error:
+        raise ValueError(f"eval.generate: {error}") from None
+
+
+def idle(groups: list[Group]) -> list[str]:
+    """A line for every reason for which members can't change their base, with their names."""
+    whys = {
+        "train.lr: 0": lambda m, _: m.config.train.lr == 0,
+        "method.alpha: 0": lambda _, method: method.hp.get("scale", method.hp.get("alpha")) == 0,
+    }
+    lines = []
+    for field, found in whys.items():
+        names = [
+            member.name
+            for group in groups
+            for member, method in zip(group.stack.members, group.stack.methods, strict=True)
+            if found(member, method)
+        ]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            what = (
+                "nothing is learned"
+                if field.startswith("train")
+                else "the update counts for nothing"
+            )
+            lines.append(f"{field} in member {', '.join(names[:3])}{more}: {what}")
+    return lines
 
 
 def describe(group: Group) -> list[dict]:
@@ -212,7 +298,8 @@ def train(
     completion token, or a classifier's, or the squared error of values; None after divergence),
     "seconds", "step_ms" (of training alone, both a member's share), "scores" ({metric: value} of
     a classifier, or of the texts that were asked for) and, where `analysis.cka` asks for it and it
-    has not diverged, "cka" (of each layer). Killed at any moment and called again, the metrics,
+    has not diverged, "cka" (of each layer); "failed" ({key of the config: why}) where the texts or
+    the CKA of a trained member failed. Killed at any moment and called again, the metrics,
     adapters and trajectories come out bit for bit as without the interruption.
     """
     total = before + member_steps([m for g in groups for m in g.stack.members]) + after
@@ -332,18 +419,12 @@ def _train_chunk(
             checkpoint.save(where, step, state, _meta(offset, seconds, in_steps, losses, scores))
         progress(step * m)
 
-    # ------------------------------------------------------------------------------------- export
+    # ------------------------------------------- export all of them before anything else can fail
     rows, said = {}, set()
     trainable = jax.tree.map(lambda x: np.asarray(x)[:m], state.trainable)
-    if c.analysis.cka:
-        alike = activations.similarity(
-            group.base, chunk.methods[0], trainable, chunk.constants, group.task,
-            c.analysis.cka, c.eval.batch_size,
-        )  # fmt: skip
+    take = lambda i: jax.tree.map(lambda x: x[i], (trainable, chunk.constants))
     for i, (member, method) in enumerate(zip(chunk.members, chunk.methods, strict=True)):
-        take = lambda t, i=i: jax.tree.map(lambda x: x[i], t)
-        own, fixed = take(trainable), take(chunk.constants)
-        why = export(workdir / "adapters" / str(member.index), member, method, own, fixed, group)
+        why = export(workdir / "adapters" / str(member.index), member, method, *take(i), group)
         if why and why not in said:
             terminal.say(f"member {member.name}: kept in lorax's own format alone: {why}")
             said.add(why)
@@ -356,11 +437,36 @@ def _train_chunk(
             "step_ms": round(1e3 * in_steps / (m * c.train.steps), 3),
             "scores": {name: _number(values[i]) for name, values in scores.items() if at < 0},
         }
-        if c.analysis.cka and at < 0:
-            rows[member.index]["cka"] = [_number(value) for value in alike[i]]
-        if c.eval.generate and at < 0:
-            bound = method.bind(own, fixed, group.base.params, sites=group.base.sites)
-            rows[member.index]["scores"] |= write_texts(workdir, member, group, bound, terminal.say)
+
+    # ------------------------------------ what is measured of them may fail, and the rest goes on
+    learnt = [i for i in range(m) if diverged[i] < 0]
+
+    def measured(what, members, work):
+        """work(), or None where it fails, which is said and stands in the members' rows."""
+        try:
+            return work()
+        except OSError:  # a full disk stops all
+            raise
+        except Exception as error:
+            terminal.say(f"{what} of member {members[0].name}: {keep(workdir, error)}")
+            for member in members:
+                rows[member.index].setdefault("failed", {})[what] = reason(error)
+
+    if c.analysis.cka and learnt:
+        look_alike = lambda: activations.similarity(
+            group.base, chunk.methods[0], trainable, chunk.constants, group.task,
+            c.analysis.cka, c.eval.batch_size,
+        )  # fmt: skip
+        alike = measured("analysis.cka", [chunk.members[i] for i in learnt], look_alike)
+        for i in learnt if alike is not None else ():
+            rows[chunk.members[i].index]["cka"] = [_number(value) for value in alike[i]]
+    for i, (member, method) in enumerate(zip(chunk.members, chunk.methods, strict=True)):
+        if c.eval.generate and i in learnt:
+            bound = method.bind(*take(i), group.base.params, sites=group.base.sites)
+            write = functools.partial(write_texts, workdir, member, group, bound, terminal.say)
+            rows[member.index]["scores"] |= measured("eval.generate", [member], write) or {}
+        else:  # those of an evaluation that is no longer asked for
+            (workdir / "texts" / f"{member.index}.jsonl").unlink(missing_ok=True)
         terminal.finished({"member": member.index, "name": member.name} | rows[member.index])
     return offset, rows
 
@@ -371,12 +477,7 @@ def write_texts(workdir: Path, member: Member, group: Group, params, say) -> dic
     Writes texts/<member>.jsonl: {"prompt", "text", "references"} a line. Returns {metric: value}.
     """
     c, prompts = member.config.eval, tasks.prompts(group.task, member.config.eval.generate)
-    how = decode.How(
-        new_tokens=c.new_tokens,
-        beams=c.beams,
-        length_penalty=c.length_penalty,
-        no_repeat_ngram=c.no_repeat_ngram,
-    )
+    how = _how(c)
     began = told = time.monotonic()
 
     def tell(done, total):
@@ -437,6 +538,8 @@ def export(directory: Path, member: Member, method, trainable, constants, group:
                 task_type=kind,
             )
             return ""
+        except OSError:  # the disk's, and no peculiarity of the method
+            raise
         except Exception as error:  # what was learned is kept all the same
             why = _reason(error)
     arrays = {
@@ -460,6 +563,8 @@ def export(directory: Path, member: Member, method, trainable, constants, group:
     if method.factors is None:
         try:
             peft_methods.save(directory, method, state, base, member.config.base)
+        except OSError:
+            raise
         except Exception as error:
             why = _reason(error)
     return why
