@@ -23,7 +23,6 @@ from safetensors.numpy import load_file
 from lorax.interop import peft
 from lorax.interop.peft import Factors
 
-
 UNFINISHED = ("running", "stopped", "failed")  # states in which not all has been trained
 
 

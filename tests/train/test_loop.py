@@ -1,6 +1,7 @@
 """From members to files: what the loop adds to the programs it calls."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -248,3 +249,99 @@ def test_members_of_a_planted_task_carry_the_truth():
     ]  # fmt: skip
     assert {r["planted_dim"] for r in rows} == {54} and {r["data_seed"] for r in rows} == {0}
     json.dumps(rows)
+
+
+# ------------------------------------------------------- what may fail after training, and does not
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(eval__new_tokens=250), r"eval.generate: new_tokens: .* at most 200 have room"),
+        (dict(eval__length_penalty=1e9), "eval.generate: length_penalty: 1000000000.0 given"),
+        (
+            dict(eval__new_tokens=150, method__name="prefix", method__tokens=100),
+            "than the 256 positions of gpt2-nano beside 100 virtual ones",
+        ),
+    ],
+)
+def test_texts_that_can_not_be_written_are_refused_before_training(members, changes, message):
+    members.eval.generate = 2
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        members[section][name] = value
+    with pytest.raises(ValueError, match=message):
+        loop.prepare(config.members(members), lambda line: None)
+
+
+def test_virtual_tokens_without_positions_are_refused_before_training(members):
+    members.method.name, members.method.tokens = "prompt", 200
+    with pytest.raises(ValueError, match="method.tokens: 200 given, but texts of 96 tokens .* 160"):
+        loop.prepare(config.members(members), lambda line: None)
+
+
+def test_cka_that_can_not_be_computed_is_refused_before_training(members, monkeypatch):
+    members.analysis.cka = 4
+
+    def none(*_):
+        raise IndexError("no layers")
+
+    monkeypatch.setattr(loop.activations, "residuals", none)
+    with pytest.raises(ValueError, match="analysis.cka: 4 given, .* lora on gpt2-nano .*no layers"):
+        loop.prepare(config.members(members), lambda line: None)
+
+
+def test_scores_and_prompts_that_are_missing_are_said(members, monkeypatch):
+    members.eval.generate = 10_000
+
+    def missing(module, what):
+        raise ImportError(f"{what}: needs a library")
+
+    monkeypatch.setattr(loop.metrics, "_library", missing)
+    said = []
+    loop.prepare(config.members(members), said.append)
+    assert "eval.generate: without bleu: needs a library" in said
+    assert any(line.startswith("eval.generate: 10000 given, the task has 5") for line in said)
+
+
+def test_all_adapters_are_there_before_texts_and_cka_fail(members, tmp_path, monkeypatch):
+    """And a later group is trained all the same."""
+    members.train.steps = 2
+    members.sweep.method = ("lora", "bitfit")
+    members.eval.generate, members.eval.new_tokens, members.analysis.cka = 1, 2, 4
+    there = []
+
+    def fails(workdir, member, *_):
+        there.append(sorted(p.name for p in (workdir / "adapters").iterdir()))
+        raise RuntimeError("no texts")
+
+    monkeypatch.setattr(loop, "write_texts", fails)
+    monkeypatch.setattr(loop.activations, "similarity", lambda *_: 1 / 0)
+    rows, said = train(tmp_path, members)
+    assert there == [["0", "1"]] * 2 + [["0", "1", "2", "3"]] * 2
+    why = {"analysis.cka": "ZeroDivisionError: division by zero", "eval.generate": "no texts"}
+    assert [row["failed"] for row in rows.values()] == [why] * 4
+    assert any(
+        "eval.generate of member" in line and "errors.txt says where" in line for line in said
+    )
+    assert "no texts" in (tmp_path / "errors.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("axes", "line"),
+    [
+        (
+            dict(lr=(0.0, 1e-2)),
+            "train.lr: 0 in member lr=0,seed=0, lr=0,seed=1: nothing is learned",
+        ),
+        (dict(alpha=(0.0, 8.0)), "method.alpha: 0 in member .*: the update counts for nothing"),
+        (dict(lr=(1e-3,)), None),
+    ],
+)
+def test_a_member_that_can_change_nothing_is_said_to(members, axes, line):
+    members.sweep.update(axes)
+    said = []
+    loop.prepare(config.members(members), said.append)
+    found = [text for text in said if text.startswith(("train.", "method."))]
+    assert len(found) == (line is not None)
+    assert line is None or re.fullmatch(line, found[0])
