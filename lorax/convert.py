@@ -289,8 +289,8 @@ def _labels(given) -> int | None:
     if kind(given) == "LORA":
         weights = read(given).weights
     else:
-        stored, _ = peft.read_tensors(_path(given) / peft.WEIGHTS)
-        weights = {name.removeprefix(peft.PREFIX): x for name, x in stored.items()}
+        file = _path(given) / peft.WEIGHTS
+        weights = peft.own_names(peft.read_tensors(file)[0], file)
     for path in ("classifier.weight", "classifier.out_proj.weight"):
         if path in weights:
             return len(weights[path])

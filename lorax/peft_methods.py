@@ -114,17 +114,14 @@ def load(directory: str | os.PathLike, base: Base) -> tuple[methods.Method, meth
     """
     directory = pathlib.Path(directory)
     config = peft.read_config(directory / peft.CONFIG)
-    kind = config.get("peft_type")
+    kind = config["peft_type"]
     name = next((name for name, theirs in TYPES.items() if theirs == kind), None)
     if name is None:
-        hint = ", and LORA by lorax.interop.peft" if kind == "LORA" else ""
+        given = f"{directory / peft.CONFIG}: peft_type {kind!r} given"
         known = ", ".join(sorted(TYPES.values()))
-        raise ValueError(
-            f"{directory / peft.CONFIG}: peft_type {kind!r} can't be read, {known} can{hint}"
-        )
+        raise ValueError(f"{given}; {known} are read here, LORA by lorax.interop.peft")
     stored, _ = peft.read_tensors(directory / peft.WEIGHTS)
-    stored = {key.removeprefix(peft.PREFIX): x for key, x in stored.items()}
-    stored = {key: x for key, x in stored.items() if not peft.COPY.search(key)}
+    stored = peft.own_names(stored, directory / peft.WEIGHTS)
     places = Places(sources(base))
     try:
         if name in peft_matrices.KINDS:
@@ -135,14 +132,9 @@ def load(directory: str | os.PathLike, base: Base) -> tuple[methods.Method, meth
             arrays = {last: {(): x} for last, x in arrays.items()}
         else:
             hp, arrays = {}, {}
-            rest = {key.replace(".ln_tuning_layers.", "."): x for key, x in stored.items()}
-            if not rest.keys() - stored.keys():
-                raise ValueError(f"{directory / peft.WEIGHTS}: holds no tensors of {kind}")
+            rest = _read_norms(stored, config, directory)
         weights = _whole(rest, config, places, base, directory / peft.WEIGHTS)
         return _state(name, hp, arrays, weights, base)
-    except (KeyError, TypeError, AttributeError, re.error) as error:
-        file = directory / peft.CONFIG
-        raise ValueError(f"{file}: a field is missing or can't be read: {error!r}") from error
     except ValueError as error:
         named = str(error).startswith(str(directory))
         raise ValueError(str(error) if named else f"{directory}: {error}") from error
@@ -191,6 +183,7 @@ def _read_matrices(name: str, stored, config, base: Base, places, directory: pat
             rest[key] = tensor
     if not modules:
         raise ValueError(f"{file}: holds no tensors of {kind.type}")
+    peft.check_targets(config, modules, directory / peft.CONFIG)
     found = [
         (_place(module, base, places, f"{file}: {name}"), modules[module])
         for module in sorted(modules, key=natural)
@@ -285,6 +278,20 @@ def _write_norms(whole: Arrays, places: Places):
     return tensors, {"target_modules": sorted(norms)}, rest
 
 
+def _read_norms(stored: Arrays, config, directory: pathlib.Path) -> Arrays:
+    """The tensors with those of norms by the names that the base has for them."""
+    file, word = directory / peft.WEIGHTS, ".ln_tuning_layers."
+    norms = {key: key.replace(word, ".") for key in stored if word in key}
+    if not norms:
+        raise ValueError(f"{file}: holds no tensors of {TYPES['ln-tuning']}")
+    for key, name in norms.items():
+        if name in stored:
+            raise ValueError(f"{file}: {name} stands there twice, once as {key}")
+    modules = [key.partition(word)[0] for key in norms]
+    peft.check_targets(config, modules, directory / peft.CONFIG)
+    return {norms.get(key, key): x for key, x in stored.items()}
+
+
 # ------------------------------------------------------------------------------------------- state
 
 
@@ -304,11 +311,11 @@ def _weights(state, base: Base) -> Arrays:
 def _whole(rest: Arrays, config, places: Places, base: Base, file) -> Arrays:
     """{layer's parameter: value} of the tensors that belong to the base itself."""
     weights: Arrays = {}
+    peft.check_saved(config, rest, places, file)
     for name, tensor in rest.items():
-        match = peft.WHOLE.fullmatch(name)
-        if match is None:
-            raise ValueError(f"{file}: {name} can't be read")
-        weights |= peft.oriented(f"{match['module']}.{match['name']}", tensor, places, file)
+        if peft.WHOLE.fullmatch(name) is None:
+            raise ValueError(f"{file}: {name}: no tensor of {config['peft_type']}, weight or bias")
+        weights |= peft.oriented(name, tensor, places, file)
     if places.tied and weights:
         weights = peft.without_head(peft.Adapter({}, weights, config), places.tied).weights
     here, flat = _parameters(base), tree.flatten(base.params)

@@ -20,15 +20,22 @@ import math
 import os
 import pathlib
 import re
-import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
 
-from lorax.files import read_json, write_bytes
+from lorax.files import parse_json, write_bytes
+from lorax.interop.peft_config import (
+    CONFIG,
+    NUMBER,
+    WEIGHTS,
+    check_targets,
+    missing,
+    read_config,
+)
 from lorax.interop.places import (
     HEAD,
     Places,
@@ -43,34 +50,6 @@ from lorax.interop.tensors import read_safetensors
 if TYPE_CHECKING:
     from lorax.interop.hf import Source  # it imports JAX, which reading an adapter can do without
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-
-# Fields of PEFT's LoraConfig (0.21), and those among them that, when set, make the stored tensors
-# mean something else than W + s B A on the named base.
-_KNOWN = frozenset(
-    """alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias
-    corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode
-    init_lora_weights kasa_config layer_replication layers_pattern layers_to_transform loftq_config
-    lora_alpha lora_bias lora_dropout lora_ga_config megatron_config megatron_core modules_to_save
-    monteclora_config peft_type peft_version qalora_group_size r rank_pattern revision
-    runtime_config target_modules target_parameters task_type trainable_token_indices use_bdlora
-    use_dora use_qalora use_rslora velora_config""".split()
-)
-_REFUSED = (
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-)
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
 #: First words of the modules that PEFT itself adds to `modules_to_save`, as a whole, by task type.
 _HEADS = ("classifier", "score", "qa_outputs")
 _HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -81,8 +60,15 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\."
     r"(lora_(embedding_)?(?P<side>[AB])(\.weight)?|(?P<m>lora_magnitude_vector)(\.weight)?)"
 )
-WHOLE = re.compile(r"(?P<module>.+?)(\.base_layer)?\.(?P<name>weight|bias)")
-COPY = re.compile(r"\.(original_module|modules_to_save)\.")  # bias="all" stores a head's twice
+WHOLE = re.compile(r"(?!.*lora_)(.+)\.(weight|bias)")
+# A tensor of an adapter in a module: in a running model an adapter's name stands behind the word.
+_OWN = re.compile(
+    r"(?P<start>(.+\.)?(lora_(embedding_)?[ABE]|lora_magnitude_vector|hada_\w+|lokr_\w+"
+    r"|vera_lambda_[bd]|vera_[AB]|ia3_l|ln_tuning_layers))"
+    r"(\.(?P<name>[^.]+))??(?P<end>(\.(weight|bias))?)"
+)
+# A module trained whole: the one that was trained, and the base's own, which nothing computes with.
+_COPY = re.compile(r"(?P<module>.+)\.(?P<which>modules_to_save|original_module)\.(?P<rest>.+)")
 
 
 class Factors(NamedTuple):
@@ -227,20 +213,23 @@ def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = No
     """
     directory = pathlib.Path(directory)
     file = directory / WEIGHTS
-    config = _lora_config(directory / CONFIG)
+    config = read_config(directory / CONFIG)
+    if config["peft_type"] != "LORA":
+        given = f"{directory / CONFIG}: peft_type {config['peft_type']!r} given"
+        raise ValueError(f"{given}; LORA is read here, others by lorax.peft_methods")
     stored, metadata = read_tensors(file)
     modules, whole = _sort(stored, file)
+    check_targets(config, modules, directory / CONFIG)
     updates = {
         module: _update(module, sides, config, directory)
         for module, sides in sorted(modules.items(), key=lambda item: natural(item[0]))
     }
     places = Places(sources or {})
+    check_saved(config, whole, places, file)
     tied = places.tied
     if "lorax" in metadata:
-        factors, weights, own_tied = _take_apart(updates, whole, metadata["lorax"], file)
+        factors, weights, own_tied = _take_apart(updates, whole, metadata["lorax"], places, file)
         tied = own_tied if tied or sources is None else ""
-        for path in factors if sources is not None else ():
-            places.module(path, f"{file}: ")
     elif sources is None:
         return Adapter(updates, whole, config)
     else:
@@ -431,66 +420,93 @@ def _rescale(block: np.ndarray, s: float, common: float) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- reading
 
 
-def read_config(file: pathlib.Path) -> dict[str, Any]:
-    """The fields of an adapter of any kind; its `peft_type` says which ("LORA", "VERA"...)."""
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: no such file; a PEFT adapter is {CONFIG} and {WEIGHTS}")
-    return read_json(file)
-
-
-def _lora_config(file: pathlib.Path) -> dict[str, Any]:
-    config = read_config(file)
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{file}: peft_type {config.get('peft_type')!r}; only LORA can be read")
-    for field in _REFUSED:
-        if config.get(field):
-            raise ValueError(
-                f"{file}: {field} {config[field]!r} can't be read; only LoRA and DoRA can"
-            )
-    init = str(config.get("init_lora_weights", True)).lower()
-    if init.startswith(_CHANGES_BASE):
-        raise ValueError(
-            f"{file}: init_lora_weights {init!r}: the factors belong to a changed base; save them "
-            "with PEFT's path_initial_model_for_weight_conversion as plain LoRA first"
-        )
-    unknown = sorted(set(config) - _KNOWN)
-    if unknown:
-        warnings.warn(f"{file}: fields without a meaning here are ignored: {unknown}", stacklevel=3)
-    return config
-
-
 def read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """({name: float32 array}, the file's metadata) of a safetensors file. Raises FileNotFoundError,
     or ValueError for a file that is none and a tensor of something else than finite floats."""
     if not file.exists():
-        raise FileNotFoundError(f"{file}: no such file; a PEFT adapter is {CONFIG} and {WEIGHTS}")
+        raise missing(file)
     return read_safetensors(file)
+
+
+def own_names(stored: Mapping[str, np.ndarray], file: pathlib.Path) -> dict[str, np.ndarray]:
+    """{name as `save_pretrained` writes it, without "base_model.model.": tensor}.
+
+    Written by hand, a running model's names have the adapter's in them ("lora_A.default.weight")
+    and a module trained whole twice, "modules_to_save" and "original_module". Of the two the first
+    is the module; the second is the base's own and left out.
+
+    Raises ValueError that names the file for several adapters in it, a name that stands there twice
+    with unlike values, and a base's own module without the trained one.
+    """
+    matches = {key: _OWN.fullmatch(key.removeprefix(PREFIX)) for key in stored}
+    adapters = {match["name"] for match in matches.values() if match}
+    if len(adapters) > 1:
+        named = ", ".join(sorted(name or "one without a name" for name in adapters))
+        raise ValueError(
+            f"{file}: several adapters, {named}; one can be read: save it by itself with PEFT's "
+            "save_pretrained(folder, selected_adapters=[name])"
+        )
+    found: dict[str, np.ndarray] = {}
+    originals = {}
+    for key, tensor in stored.items():
+        name = key.removeprefix(PREFIX)
+        if match := matches[key]:
+            name = match["start"] + match["end"]
+        elif match := _COPY.fullmatch(name):
+            first, _, rest = match["rest"].partition(".")
+            rest = rest if rest and first in adapters | {"default"} else match["rest"]
+            name = f"{match['module']}.{rest}"
+            if match["which"] == "original_module":
+                originals[f"{match['module']}.{match['rest']}"] = key
+                continue
+        name = re.sub(r"\.base_layer\.(\w+)$", r".\1", name)
+        if name in found and not np.array_equal(found[name], tensor):
+            raise ValueError(f"{file}: {name} stands there twice, with unlike values; {key} is one")
+        found[name] = tensor
+    for name, key in originals.items():
+        if name not in found:
+            raise ValueError(f"{file}: {key}: the base's own module, the trained one is missing")
+    return found
 
 
 def _sort(stored: Mapping[str, np.ndarray], file: pathlib.Path):
     """({module: {"A", "B", "m"}}, {tensor trained in full: value}) by Hugging Face's names."""
     modules: dict[str, dict[str, np.ndarray]] = {}
     whole: dict[str, np.ndarray] = {}
-    left_out = []
-    for key, tensor in stored.items():
-        name = key.removeprefix(PREFIX)
+    for name, tensor in own_names(stored, file).items():
         if match := _FACTOR.fullmatch(name):
             modules.setdefault(match["module"], {})[match["side"] or "m"] = tensor
-        elif match := not COPY.search(name) and WHOLE.fullmatch(name):
-            whole[f"{match['module']}.{match['name']}"] = tensor
-        elif not COPY.search(name):
-            left_out.append(key)
-    if left_out:
-        warnings.warn(f"{file}: left out, nothing of LoRA: {sorted(left_out)}", stacklevel=3)
+        elif WHOLE.fullmatch(name):
+            whole[name] = tensor
+        else:
+            raise ValueError(f"{file}: {name}: no factor of LoRA, and no module's weight or bias")
     if not modules:
         raise ValueError(f"{file}: holds no lora_A and lora_B tensors")
     return modules, whole
 
 
+def check_saved(config, names: Iterable[str], places: Places, file: pathlib.Path) -> None:
+    """Raises ValueError for a parameter of the base that belongs to one of the config's
+    `modules_to_save`, modules that PEFT stores whole, and is not among a file's `names`."""
+    template = lambda name: re.sub(r"(^|\.)\d+(?=\.)", r"\1{}", name)
+    stored = {template(name) for name in names}
+    stored |= {places.bare[name] for name in stored & places.bare.keys()}
+    tied = {f"{HEAD}.weight", getattr(places.sources.get(f"{places.tied}/embedding"), "name", "")}
+    if config.get(_TYING) and stored & tied:
+        stored |= tied
+    for module in config.get("modules_to_save") or ():
+        inside = re.compile(rf".*{re.escape(template(module))}\..+")  # in PEFT the end of a name
+        for name in places.tensors:
+            if inside.fullmatch(name) and name not in stored:
+                given = f"{CONFIG} says that {module} was trained whole (modules_to_save)"
+                raise ValueError(f"{file}: {given}, and {name} is missing")
+
+
 def _update(module: str, sides: dict, config: dict, directory: pathlib.Path) -> Factors:
     """The factors of one module of Hugging Face, oriented as ours."""
     A, B, m = (sides.get(side) for side in ("A", "B", "m"))
-    if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+    fits = A is not None and B is not None and A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
+    if not fits or A.size == 0 or B.size == 0:
         shapes = {side: tensor.shape for side, tensor in sides.items()}
         raise ValueError(
             f"{directory / WEIGHTS}: {module}: need A (r, in) and B (out, r), got {shapes}"
@@ -508,13 +524,10 @@ def _update(module: str, sides: dict, config: dict, directory: pathlib.Path) -> 
 
 def scale_of(config: dict[str, Any], module: str, rank: int, file: pathlib.Path) -> float:
     """PEFT's own rule: alpha / r, or alpha / sqrt(r), after the first pattern that matches."""
-    try:
-        r = int(pattern(config.get("rank_pattern"), module, config.get("r", 8)))
-        alpha = float(pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
-    except (TypeError, ValueError, AttributeError, re.error) as error:
-        raise ValueError(f"{file}: r, lora_alpha or a pattern can't be read: {error}") from error
+    r = pattern(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha = pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     if r != rank:
-        raise ValueError(f"{file}: {module} has rank {r} here and {rank} in {WEIGHTS}")
+        raise ValueError(f"{file}: r: {module} has rank {r} here and {rank} in {WEIGHTS}")
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
@@ -526,39 +539,98 @@ def pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
     return default
 
 
-def _take_apart(updates, whole, text: str, file: pathlib.Path):
-    """(factors, weights, path of the tied embedding or "") by the metadata that `save` left."""
+def _take_apart(updates, whole, text: str, places: Places, file: pathlib.Path):
+    """(factors, weights, path of the tied embedding or "") by the metadata that `save` left, which
+    is checked as all that a file says: it leaves out nothing and agrees with the base."""
+    where = f"{file}: its metadata 'lorax'"
     try:
-        own = json.loads(text)
-        factors: dict[str, Factors] = {}
-        common: dict[str, float] = {}
+        own = parse_json(text, "line")
+        scales: dict[str, list[float]] = {}
         for entry in own["factors"].values():
-            module, s = entry["module"], float(entry["scale"])
-            common[module] = max(common.get(module, 0.0), s, key=abs)
+            scales.setdefault(entry["module"], []).append(_number(entry["scale"]))
+        factors: dict[str, Factors] = {}
+        # What of b is taken, and in a last row which of its columns.
+        taken = {name: np.zeros((len(x.b) + 1, x.b.shape[1]), bool) for name, x in updates.items()}
         for path, entry in own["factors"].items():
-            module, s = entry["module"], float(entry["scale"])
+            module, s = entry["module"], _number(entry["scale"])
             a, b, scale, m = updates[module]
-            if not math.isclose(common[module], scale, rel_tol=1e-9):
-                raise ValueError(f"scale {common[module]} of {path}, but {CONFIG} says {scale}")
-            columns, rows = as_index(entry["columns"]), as_index(entry["rows"])
+            common = max(scales[module], key=abs)
+            if not math.isclose(common, scale, rel_tol=1e-9):
+                raise ValueError(f"scale {common} of {path}, but {CONFIG} says {scale}")
+            _agree(path, (module, entry["columns"]), places)
+            columns, rows = _index(entry["columns"], b.shape[1]), _index(entry["rows"], len(b))
+            taken[module][rows, columns] = taken[module][-1, columns] = True
             factors[path] = Factors(
                 np.ascontiguousarray(a[:, rows]),
-                _rescale(np.ascontiguousarray(b[rows, columns]), common[module], s),
+                _rescale(np.ascontiguousarray(b[rows, columns]), common, s),
                 s,
                 None if m is None else m[columns],
             )
-        weights = {
-            path: _ours(whole[entry["tensor"]], entry["axes"], as_index(entry["columns"]))
-            for path, entry in own["weights"].items()
-        }
-        extra = set(updates) - set(common) | set(whole) - {
-            entry["tensor"] for entry in own["weights"].values()
-        }
-        if extra:
-            raise ValueError(f"it says nothing of {sorted(extra)}")
-        return factors, weights, str(own["tied"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(f"{file}: its metadata 'lorax' does not fit: {error!r}") from error
+        for module, part in taken.items():
+            b, lengths = updates[module].b, updates[module].m
+            left = np.any(b[~part[:-1]]) or not part[:-1].any(axis=1).all()
+            if left or lengths is not None and not part[-1].all():
+                raise ValueError(f"it leaves out a part of {module}")
+        weights, seen = {}, {name: np.zeros(tensor.shape, bool) for name, tensor in whole.items()}
+        for path, entry in own["weights"].items():
+            name, axes = entry["tensor"], entry["axes"]
+            _agree(path, (name, entry["columns"], axes), places)
+            if axes is not None and sorted(axes) != [*range(whole[name].ndim)]:
+                raise ValueError(f"axes {axes} of {path}")
+            width = whole[name].shape[-1 if axes is None else axes[-1]]
+            columns = _index(entry["columns"], width)
+            seen[name].transpose(axes or range(seen[name].ndim))[..., columns] = True
+            weights[path] = _ours(whole[name], axes, columns)
+        missing = [name for name, part in seen.items() if not part.all()]
+        if missing:
+            raise ValueError(f"it leaves out a part of {missing[0]}")
+        if not isinstance(own["tied"], str):
+            raise ValueError("tied should be a path")
+        return factors, weights, own["tied"]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} does not fit: {error!r}") from error
+    except ValueError as error:
+        raise ValueError(f"{where} does not fit: {error}") from error
+
+
+def _number(x: Any) -> float:
+    """A scale of the metadata. Raises ValueError for what is no number of float32."""
+    if not NUMBER.fits(x):
+        raise ValueError(f"scale {x!r}; it should be {NUMBER.words}")
+    return float(x)
+
+
+def _index(part: Any, size: int) -> slice | np.ndarray:
+    """`as_index` of what the metadata says of an axis. Raises ValueError for what is no part."""
+    if isinstance(part, str) and re.fullmatch(r"\d{1,9}:\d{1,9}", part):
+        index = as_index(part)
+        if index.start <= index.stop <= size:
+            return index
+    elif part is None:
+        return slice(None)
+    elif isinstance(part, list) and all(type(i) is int and 0 <= i < size for i in part):
+        if part and len(set(part)) == len(part):
+            return as_index(part)
+    raise ValueError(f"{str(part)[:60]} is no part of {size}")
+
+
+def _agree(path: str, said: tuple, places: Places) -> None:
+    """Raises ValueError where a base is known that has a parameter elsewhere than the metadata
+    says: (module, columns) of a layer, (tensor, columns, axes) of a parameter."""
+    if not places.sources:
+        return
+    if len(said) == 2:
+        module = places.module(path)
+        source = next(s for s in map(places.of, (f"{path}/kernel", f"{path}/embedding")) if s)
+        have = module, columns_as_json(source.part)
+    else:
+        source = places.of(path)
+        if source is None:
+            raise ValueError(f"{path}: the base has no such parameter")
+        axes = None if source.axes is None else [*source.axes]
+        have = source.name, columns_as_json(source.part), axes
+    if have != said:
+        raise ValueError(f"{path} is {have} in the base, not {said}")
 
 
 def _split(module: str, update: Factors, places: Places, file: pathlib.Path) -> dict[str, Factors]:

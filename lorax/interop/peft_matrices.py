@@ -160,8 +160,8 @@ ADALORA |= {"orthogonal": "orth_reg_weight", "beta1": "beta1", "beta2": "beta2"}
 
 
 def read_adalora(modules, shared, config, where):
-    init_r, alpha = int(config.get("init_r", 12)), float(config.get("lora_alpha", 8))
-    alpha = alpha if alpha > 0 else float(init_r)
+    init_r, alpha = config.get("init_r", 12), config.get("lora_alpha", 8)
+    alpha = float(alpha if alpha > 0 else init_r)
     patterns = config.get("rank_pattern") or {}
     layers = {}
     for place, tensors in modules:
@@ -169,9 +169,10 @@ def read_adalora(modules, shared, config, where):
         shapes = {"lora_A": ("r", place.inputs), "lora_B": (place.outputs, "r")}
         rank = fit(here, tensors, **shapes, lora_E=("r", 1))["r"]
         name = f"{place.name}.lora_E"
-        kept = patterns.get(name, patterns.get(f"{name}.default", [True] * init_r))
-        if rank != sum(map(bool, kept)):
-            raise ValueError(f"{here}: rank {rank}, but {sum(map(bool, kept))} in {peft.CONFIG}")
+        kept = patterns.get(name, patterns.get(f"{name}.default"))
+        said, field = (init_r, "init_r") if kept is None else (sum(kept), "rank_pattern")
+        if rank != said:
+            raise ValueError(f"{here}: rank {rank}, but {said} in {peft.CONFIG}, {field}")
         own = {"a": tensors["lora_A"], "e": tensors["lora_E"][:, 0], "b": tensors["lora_B"]}
         layers |= _apart(place, own, ("a", "e"), ("b",))
     for own in layers.values():
@@ -179,7 +180,7 @@ def read_adalora(modules, shared, config, where):
     rank = _widest(layers, "e", where)
     scale = alpha / (init_r + 1e-5)  # PEFT keeps it, whatever is pruned
     hp = {"rank": rank, "alpha": alpha if rank == init_r else scale * (rank + 1e-5)}
-    hp["target_rank"] = max(1, min(int(config.get("target_r", 8)), rank))
+    hp["target_rank"] = min(config.get("target_r", 8), rank)
     return hp | {n: config[field] for n, field in ADALORA.items() if field in config}, layers, {}
 
 
@@ -246,7 +247,7 @@ def read_lokr(modules, shared, config, where):
         here = f"{where / peft.WEIGHTS}: {place.name}"
         if place.fused:
             raise ValueError(f"{here}: one Kronecker product for {', '.join(place.columns)}")
-        rank = int(peft.pattern(config.get("rank_pattern"), place.name, config.get("r", 8)))
+        rank = peft.pattern(config.get("rank_pattern"), place.name, config.get("r", 8))
         shapes: dict[str, tuple] = {}
         for i in "12":
             if f"lokr_w{i}" in tensors:
@@ -269,8 +270,8 @@ def read_lokr(modules, shared, config, where):
         ranks.add(rank)
     if len(ranks) > 1:
         raise ValueError(f"{where / peft.CONFIG}: rank_pattern: one rank can be read, not {ranks}")
-    hp = {"factor": int(config.get("decompose_factor", -1))}
-    hp["decompose_both"] = bool(config.get("decompose_both", False))
+    hp = {"factor": config.get("decompose_factor", -1)}
+    hp["decompose_both"] = config.get("decompose_both", False)
     return hp | _alpha_of(ranks.pop(), layers), layers, {}
 
 
@@ -345,6 +346,8 @@ def read_vera(modules, shared, config, where):
         )
     inputs, outputs = (max(getattr(p, x) for p, _ in modules) for x in ("inputs", "outputs"))
     r = fit(str(file), shared, vera_A=("r", inputs), vera_B=(outputs, "r"))["r"]
+    if r != config.get("r", 256):
+        raise ValueError(f"{where / peft.CONFIG}: r: {config.get('r', 256)}, but {r} in vera_A")
     a, b = shared["vera_A"].T, shared["vera_B"].T
     copies: dict[bytes, tuple[np.ndarray, dict[str, Arrays]]] = {}  # outputs, and who sees them
     for place, tensors in modules:
@@ -371,7 +374,7 @@ def read_vera(modules, shared, config, where):
     for layer, (span, d, v) in spans.items():
         found[layer] = {"d": np.zeros(max(rank, 1), np.float32), "v": v}
         found[layer]["d"][span] = d
-    hp = {"rank": max(rank, 1), "projection_seed": int(config.get("projection_prng_key") or 0)}
+    hp = {"rank": max(rank, 1), "projection_seed": config.get("projection_prng_key", 0)}
     hp |= {"dropout": config.get("vera_dropout", 0.0), "d_initial": config.get("d_initial", 0.1)}
     return hp, found, {"a": np.concatenate(inner, axis=1), "b": np.concatenate(outer)}
 

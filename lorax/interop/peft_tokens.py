@@ -89,6 +89,8 @@ def read_prefix(stored, config, base, where):
         raise ValueError(f"{where / peft.WEIGHTS}: {n['all']} features are none of {layers} layers")
     both = stored["prompt_embeddings"].reshape(n["tokens"], layers, 2, -1)
     k, v = (both[:, :, i].swapaxes(0, 1) for i in (0, 1))
+    heads = base.field("num_key_value_heads") or base.heads
+    _agree(config, where, num_virtual_tokens=n["tokens"], **base.sizes(heads, k.shape[-1]))
     return {"tokens": n["tokens"]}, {"k": k, "v": v}
 
 
@@ -108,6 +110,8 @@ def write_prompt(own, base):
 def read_prompt(stored, config, base, where):
     base.need("prompt")
     n = fit(str(where / peft.WEIGHTS), stored, prompt_embeddings=("tokens", "features"))
+    sizes = dict(num_virtual_tokens=n["tokens"], token_dim=n["features"])
+    _agree(config, where, num_transformer_submodules=1, **sizes)
     return {"tokens": n["tokens"]}, {"prompt": stored["prompt_embeddings"]}
 
 
@@ -138,6 +142,9 @@ def read_adapter(stored, config, base, where):
     for i, x in found.items():
         shapes = dict(adaption_prompt=(1, "tokens", "features"), adaption_gate=(1,))
         shape = fit(f"{file}: {base.modules[i]}", x, **shapes)
+    word = base.modules[0].rpartition(".")[2]
+    said = dict(adapter_len=shape["tokens"], adapter_layers=len(found), target_modules=word)
+    _agree(config, where, **said)
     own = {"prompt": np.zeros((len(base.modules), *shape.values()), np.float32)}
     own["gate"] = np.zeros(len(base.modules), np.float32)
     for i, x in found.items():
@@ -145,6 +152,14 @@ def read_adapter(stored, config, base, where):
             raise ValueError(f"{file}: {base.modules[i]}: not as many tokens as in other layers")
         own["prompt"][i], own["gate"][i] = x["adaption_prompt"][0], x["adaption_gate"][0]
     return {"tokens": shape["tokens"], "layers": tuple(sorted(found))}, own
+
+
+def _agree(config: Mapping[str, Any], where, **right) -> None:
+    """Raises ValueError for a field that says something else than the tensors and the base do."""
+    for field, value in right.items():
+        if config.get(field) not in (None, value):
+            given = f"{config[field]!r} given, the tensors and the base have {value!r}"
+            raise ValueError(f"{where / peft.CONFIG}: {field}: {given}")
 
 
 KINDS = {

@@ -233,6 +233,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, tensors, words):
         peft.load(foreign(tmp_path / "x", tensors), UNTIED)
 
 
+@pytest.mark.filterwarnings("ignore:.*no fields of LOHA")
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -241,7 +242,8 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, tensors, words):
         ({"lora_bias": True}, "lora_bias"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa.*path_initial_model"),
-        ({"r": 3, "rank_pattern": {}}, "rank 3"),
+        ({"init_lora_weights": "lora_ga"}, "lora_ga.*path_initial_model"),
+        ({"r": 3, "rank_pattern": {}}, "r: .* rank 3"),
         ({"lora_alpha": "many", "alpha_pattern": {}}, "lora_alpha"),
         ({"lora_alpha": 77, "alpha_pattern": {}}, "scale"),
     ],

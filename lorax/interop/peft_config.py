@@ -1,0 +1,241 @@
+"""What PEFT's adapter_config.json may say: the fields of every kind of adapter that can be read.
+
+Each field has a type. Some mean that the tensors are something else than what is read here: those
+are refused where they are set. The fields, their meanings and defaults are those of PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import reprlib
+import warnings
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lorax.files import read_json
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+MOST = 2**31 - 1  # of a whole number
+LARGEST = float(np.finfo(np.float32).max)
+_SHORT = reprlib.Repr()  # of a value in an error
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
+class Want(NamedTuple):
+    """What a field should be. words: for an error. fits: whether a value is that."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def _or_null(want: Want) -> Want:
+    return Want(f"{want.words} or null", lambda x: x is None or want.fits(x))
+
+
+def _whole(words: str, least: int) -> Want:
+    return Want(words, lambda x: type(x) is int and least <= x <= MOST)
+
+
+def _list(want: Want, words: str) -> Want:
+    return Want(words, lambda x: isinstance(x, list) and all(map(want.fits, x)))
+
+
+def _either(words: str, *wants: Want) -> Want:
+    return Want(words, lambda x: any(want.fits(x) for want in wants))
+
+
+def _map(want: Want, words: str) -> Want:
+    fits = lambda x: isinstance(x, dict) and all(map(want.fits, x.values()))
+    return Want(words, lambda x: x is None or fits(x) and all(map(_compiles, x)))
+
+
+def _one_of(*values) -> Want:
+    words = ", ".join("null" if value is None else value for value in values)
+    return Want(f"one of {words}", lambda x: x is None or isinstance(x, str) and x in values)
+
+
+def _compiles(pattern: str) -> bool:
+    """Whether a text is a regex, which PEFT takes names in patterns for."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+ANY = Want("anything", lambda x: True)
+FLAG = Want("true or false", lambda x: isinstance(x, bool))
+TEXT = Want("a text", lambda x: isinstance(x, str))
+NUMBER = Want("a finite number", lambda x: type(x) in (int, float) and abs(x) <= LARGEST)
+SHARE = Want("a number from 0 to below 1", lambda x: NUMBER.fits(x) and 0 <= x < 1)
+COUNT = _whole("a whole number of at least 1", 1)
+INDEX = _whole("a whole number of at least 0", 0)
+WHOLE = _whole("a whole number", -MOST)
+REGEX = Want("a regex", lambda x: isinstance(x, str) and _compiles(x))
+NAMES = _or_null(_either("a list of names, a regex", _list(TEXT, "a list of names"), REGEX))
+LIST = _or_null(_list(TEXT, "a list of names"))
+LAYERS = _or_null(_either("a list of layers' numbers, one", _list(INDEX, ""), INDEX))
+PATTERNS = _or_null(_either("a list of regexes, one", _list(REGEX, ""), REGEX))
+RANKS = _map(COUNT, "names of modules with whole numbers of at least 1")
+ALPHAS = _map(NUMBER, "names of modules with finite numbers")
+KEPT = _map(_list(FLAG, ""), "names of modules with lists of true and false")
+BIAS = lambda own: Want(f"none, all or {own}", lambda x: x in ("none", "all", own))
+TASKS = "SEQ_CLS SEQ_2_SEQ_LM CAUSAL_LM TOKEN_CLS QUESTION_ANS FEATURE_EXTRACTION".split()
+
+_EACH = {"peft_type": TEXT, "task_type": _one_of(*TASKS, None)}
+_EACH |= {"base_model_name_or_path": _or_null(TEXT), "revision": _or_null(TEXT)}
+_EACH |= {"inference_mode": FLAG} | dict.fromkeys(("auto_mapping", "peft_version"), ANY)
+_TARGETS = _EACH | {"target_modules": NAMES, "modules_to_save": LIST}
+_LAYERS = _TARGETS | {"layers_to_transform": LAYERS, "layers_pattern": PATTERNS}
+
+# What a start or training alone reads, and how a base is laid out in memory, changes nothing here.
+_LORA = _LAYERS | {"exclude_modules": NAMES, "fan_in_fan_out": FLAG, "bias": BIAS("lora_only")}
+_LORA |= {"r": COUNT, "rank_pattern": RANKS, "lora_alpha": NUMBER, "alpha_pattern": ALPHAS}
+_LORA |= {"use_rslora": FLAG, "use_dora": FLAG, "lora_dropout": SHARE}
+_LORA |= {"init_lora_weights": _either("true, false or a text", FLAG, TEXT)}
+_LORA |= {"ensure_weight_tying": FLAG}
+_LORA |= dict.fromkeys(
+    """corda_config eva_config loftq_config lora_ga_config megatron_config megatron_core
+    merge_weights qalora_group_size runtime_config velora_config""".split(),
+    ANY,
+)
+_LYCORIS = _LAYERS | {"exclude_modules": NAMES, "r": COUNT, "rank_pattern": RANKS}
+_LYCORIS |= {"alpha": NUMBER, "alpha_pattern": ALPHAS, "use_effective_conv2d": FLAG}
+_LYCORIS |= {"rank_dropout": SHARE, "module_dropout": SHARE, "init_weights": ANY}
+_TOKENS = _EACH | {"num_virtual_tokens": COUNT, "modules_to_save": LIST} | dict.fromkeys(
+    "token_dim num_transformer_submodules num_attention_heads num_layers".split(), _or_null(COUNT)
+)  # fmt: skip
+
+#: Fields that, when set, make the tensors mean something else than is read here.
+_REFUSED = {
+    "LORA": """alora_invocation_tokens arrow_config enable_lora kasa_config layer_replication
+    lora_bias monteclora_config target_parameters trainable_token_indices use_bdlora
+    use_qalora""".split()
+}
+_REFUSED["ADALORA"] = [*_REFUSED["LORA"], "use_dora"]
+_REFUSED["LOHA"] = _REFUSED["LOKR"] = ["use_effective_conv2d"]
+_LORA |= dict.fromkeys(_REFUSED["LORA"], ANY)
+#: Starts that take something out of the base, so that the factors are an update of what is left.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+#: Last words of what PEFT adapts together, whichever is named, with ensure_weight_tying.
+_TIED = ("lm_head", "embed_tokens", "word_embeddings", "wte")
+
+#: {peft_type: {field: what it should be}}
+FIELDS: dict[str, dict[str, Want]] = {
+    "LORA": _LORA,
+    "ADALORA": _LORA
+    | {"init_r": COUNT, "target_r": COUNT, "rank_pattern": KEPT}
+    | {"tinit": INDEX, "tfinal": INDEX, "deltaT": COUNT, "total_step": _or_null(COUNT)}
+    | {"beta1": SHARE, "beta2": SHARE, "orth_reg_weight": NUMBER},
+    "LOHA": _LYCORIS,
+    "LOKR": _LYCORIS
+    | {"decompose_both": FLAG, "decompose_factor": WHOLE, "rank_dropout_scale": FLAG},
+    "VERA": _LAYERS
+    | {"r": COUNT, "projection_prng_key": INDEX, "save_projection": FLAG, "init_weights": ANY}
+    | {"vera_dropout": SHARE, "d_initial": NUMBER, "fan_in_fan_out": FLAG}
+    | {"bias": BIAS("vera_only")},
+    "IA3": _TARGETS
+    | {"exclude_modules": NAMES, "feedforward_modules": NAMES, "fan_in_fan_out": FLAG}
+    | {"init_ia3_weights": ANY},
+    "LN_TUNING": _TARGETS | {"exclude_modules": NAMES},
+    "PREFIX_TUNING": _TOKENS
+    | {"encoder_hidden_size": _or_null(COUNT), "prefix_projection": FLAG, "init_weights": ANY},
+    "PROMPT_TUNING": _TOKENS
+    | dict.fromkeys(("prompt_tuning_init", "prompt_tuning_init_text"), ANY)
+    | dict.fromkeys(("tokenizer_name_or_path", "tokenizer_kwargs"), ANY),
+    "ADAPTION_PROMPT": _EACH
+    | {"target_modules": _or_null(TEXT), "adapter_len": COUNT, "adapter_layers": COUNT},
+}
+
+
+def read_config(file: pathlib.Path) -> dict[str, Any]:
+    """The fields of an adapter of any kind; its `peft_type` says which ("LORA", "VERA"...).
+
+    Raises FileNotFoundError, or ValueError that names file and field for a kind that can't be read,
+    a value of another type than PEFT has there, and a field that makes the tensors mean something
+    else than is read here. Warns about fields that PEFT does not have and that are set.
+    """
+    if not file.exists():
+        raise missing(file)
+    config = read_json(file)
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in FIELDS:
+        given = "is missing" if kind is None else f"{kind!r} can't be read"
+        raise ValueError(f"{file}: peft_type {given}; what can be read is {', '.join(FIELDS)}")
+    fields = FIELDS[kind]
+    for field, value in config.items():
+        if field in fields and not fields[field].fits(value):
+            words = fields[field].words
+            raise ValueError(f"{file}: {field}: {_SHORT.repr(value)} given; it should be {words}")
+    for field in _REFUSED.get(kind, ()):
+        if config.get(field):
+            given = _SHORT.repr(config[field])
+            raise ValueError(f"{file}: {field}: {given} given; {kind} can be read without it alone")
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init.startswith(_CHANGES_BASE):
+        raise ValueError(
+            f"{file}: init_lora_weights: {init!r} given; the factors belong to a changed base. Save"
+            " them with PEFT's path_initial_model_for_weight_conversion as plain LoRA first"
+        )
+    unknown = sorted(field for field in set(config) - set(fields) if config[field])
+    if unknown:
+        warnings.warn(
+            f"{file}: {', '.join(unknown)}: no fields of {kind} in PEFT 0.21; ignored, as there",
+            stacklevel=2,
+        )
+    return config
+
+
+def missing(file: pathlib.Path) -> FileNotFoundError:
+    """The error for one of an adapter's two files that is not there."""
+    pickled = [path.name for path in file.parent.glob("adapter_model.*")]
+    pickled = [name for name in pickled if name.endswith((".bin", ".pt", ".pth"))]
+    if file.name == WEIGHTS and pickled:
+        return FileNotFoundError(
+            f"{file}: no such file; {pickled[0]} is a pickle, which can run code when opened: "
+            "it is not read. PEFT writes it as safetensors: "
+            "PeftModel.from_pretrained(base, folder).save_pretrained(new folder)"
+        )
+    return FileNotFoundError(f"{file}: no such file; a PEFT adapter is {CONFIG} and {WEIGHTS}")
+
+
+def check_targets(config: dict[str, Any], modules: Collection[str], file: pathlib.Path) -> None:
+    """Raises ValueError for a module with tensors in the file that the config does not adapt: PEFT
+    would leave it out. file: the config."""
+    for module in modules:
+        field = _left_out_by(config, module)
+        if field:
+            given = f"{_SHORT.repr(config[field])} leaves out {module}"
+            raise ValueError(f"{file}: {field}: {given}, of which {WEIGHTS} has an update")
+
+
+def _left_out_by(config: dict[str, Any], module: str) -> str:
+    """The field by which PEFT does not adapt a module, "" where it does."""
+    ends = lambda names: any(f".{module}".endswith(f".{name}") for name in names)
+    excluded = config.get("exclude_modules") or []
+    if re.fullmatch(excluded, module) if isinstance(excluded, str) else ends(excluded):
+        return "exclude_modules"
+    if any(f".{name}." in f".{module}." for name in config.get("modules_to_save") or []):
+        return "modules_to_save"
+    targets = config.get("target_modules")
+    if targets is None or targets == "all-linear":  # PEFT's own choice, by the model
+        return ""
+    if isinstance(targets, str):
+        return "" if re.fullmatch(targets, module) else "target_modules"
+    if not ends(targets):
+        tied = config.get("ensure_weight_tying") and module.split(".")[-1] in _TIED
+        return "" if tied and any(x.split(".")[-1] in _TIED for x in targets) else "target_modules"
+    layers = config.get("layers_to_transform")
+    if module in targets or layers in (None, []):
+        return ""
+    patterns = config.get("layers_pattern") or []
+    patterns = [rf"(?:^|.*?\.){x}" for x in ([patterns] if isinstance(patterns, str) else patterns)]
+    matches = (re.match(rf"{x}\.(?P<i>\d+)\.", module) for x in patterns or [r".*?\.[^.]*"])
+    match = next(filter(None, matches), None)
+    layers = [layers] if isinstance(layers, int) else layers
+    return "" if match and int(match["i"]) in layers else "layers_to_transform"
