@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorax.interop.peft import Adapter, Factors, oriented
+from lorax.interop.peft_config import NUMBER
 from lorax.interop.places import Places, natural
 from lorax.interop.tensors import read_npz_weights, read_safetensors
 
@@ -47,6 +48,8 @@ def load(
     objects or no factors, for factors that do not fit together and modules that `sources` lack.
     """
     file = pathlib.Path(file)
+    if not NUMBER.fits(alpha):
+        raise ValueError(f"alpha: {alpha} given; it should be {NUMBER.words}")
     layers: dict[str, dict[str, np.ndarray]] = {}
     whole: dict[str, np.ndarray] = {}
     for key, tensor in _read(file).items():
@@ -54,10 +57,11 @@ def load(
         if match is None:
             raise ValueError(f"{file}: {key!r} is no factor, weight or bias of a module")
         module, name = match["module"], match["name"]
-        if name.startswith("lora"):
-            layers.setdefault(module, {})[name[-1]] = tensor
-        else:
-            whole[f"{module}.{name}"] = tensor
+        own = layers.setdefault(module, {}) if name.startswith("lora") else whole
+        name = name[-1] if name.startswith("lora") else f"{module}.{name}"
+        if name in own:
+            raise ValueError(f"{file}: {key} stands there twice, with and without 'module.'")
+        own[name] = tensor
     if not layers:
         raise ValueError(f"{file}: holds no lora_A and lora_B tensors")
 
@@ -80,7 +84,8 @@ def load(
 def _updates(module, sides, alpha, places: Places | None, fused) -> dict[str, Factors]:
     """{layer: Factors} of one module's lora_A and lora_B."""
     A, B = sides.get("A"), sides.get("B")
-    if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] % (B.shape[1] or 2):
+    fits = A is not None and B is not None and A.ndim == B.ndim == 2 and A.size and B.size
+    if not fits or A.shape[0] % B.shape[1]:
         raise ValueError("need lora_A (r, in) and lora_B (out, r)")
     groups, names = A.shape[0] // B.shape[1], [module]
     if places is not None:

@@ -414,7 +414,8 @@ def _rescale(block: np.ndarray, s: float, common: float) -> np.ndarray:
     """float32 block * s / common, the block itself where the two are equal, 0 where one is 0."""
     if s == common:
         return _float32(block)
-    return (np.asarray(block, np.float64) * (s / common if common else 0)).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # of a scale that does not fit the file's
+        return (np.asarray(block, np.float64) * (s / common if common else 0)).astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -527,7 +528,9 @@ def scale_of(config: dict[str, Any], module: str, rank: int, file: pathlib.Path)
     r = pattern(config.get("rank_pattern"), module, config.get("r", 8))
     alpha = pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     if r != rank:
-        raise ValueError(f"{file}: r: {module} has rank {r} here and {rank} in {WEIGHTS}")
+        raise ValueError(
+            f"{file}: r or rank_pattern: {module} has rank {r} here and {rank} in {WEIGHTS}"
+        )
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
@@ -560,12 +563,12 @@ def _take_apart(updates, whole, text: str, places: Places, file: pathlib.Path):
             _agree(path, (module, entry["columns"]), places)
             columns, rows = _index(entry["columns"], b.shape[1]), _index(entry["rows"], len(b))
             taken[module][rows, columns] = taken[module][-1, columns] = True
-            factors[path] = Factors(
-                np.ascontiguousarray(a[:, rows]),
-                _rescale(np.ascontiguousarray(b[rows, columns]), common, s),
-                s,
-                None if m is None else m[columns],
-            )
+            part = np.ascontiguousarray(b[rows, columns])
+            own_b = _rescale(part, common, s)
+            if not np.isfinite(own_b).all() or part.any() and not own_b.any():
+                raise ValueError(f"scale {s} of {path} beside {common}")
+            own_m = None if m is None else m[columns]
+            factors[path] = Factors(np.ascontiguousarray(a[:, rows]), own_b, s, own_m)
         for module, part in taken.items():
             b, lengths = updates[module].b, updates[module].m
             left = np.any(b[~part[:-1]]) or not part[:-1].any(axis=1).all()
@@ -584,8 +587,8 @@ def _take_apart(updates, whole, text: str, places: Places, file: pathlib.Path):
         missing = [name for name, part in seen.items() if not part.all()]
         if missing:
             raise ValueError(f"it leaves out a part of {missing[0]}")
-        if not isinstance(own["tied"], str):
-            raise ValueError("tied should be a path")
+        if not isinstance(own["tied"], str) or places.tied and own["tied"] not in ("", places.tied):
+            raise ValueError(f"tied is {str(own['tied'])[:60]}")
         return factors, weights, own["tied"]
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} does not fit: {error!r}") from error

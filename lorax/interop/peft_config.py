@@ -19,6 +19,7 @@ from lorax.files import read_json
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 MOST = 2**31 - 1  # of a whole number
 LARGEST = float(np.finfo(np.float32).max)
 _SHORT = reprlib.Repr()  # of a value in an error
@@ -70,7 +71,10 @@ def _compiles(pattern: str) -> bool:
 ANY = Want("anything", lambda x: True)
 FLAG = Want("true or false", lambda x: isinstance(x, bool))
 TEXT = Want("a text", lambda x: isinstance(x, str))
-NUMBER = Want("a finite number", lambda x: type(x) in (int, float) and abs(x) <= LARGEST)
+NUMBER = Want(
+    "a finite number",
+    lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= LARGEST,
+)
 SHARE = Want("a number from 0 to below 1", lambda x: NUMBER.fits(x) and 0 <= x < 1)
 COUNT = _whole("a whole number of at least 1", 1)
 INDEX = _whole("a whole number of at least 0", 0)
@@ -193,13 +197,12 @@ def read_config(file: pathlib.Path) -> dict[str, Any]:
 
 def missing(file: pathlib.Path) -> FileNotFoundError:
     """The error for one of an adapter's two files that is not there."""
-    pickled = [path.name for path in file.parent.glob("adapter_model.*")]
-    pickled = [name for name in pickled if name.endswith((".bin", ".pt", ".pth"))]
-    if file.name == WEIGHTS and pickled:
+    folder = file.parent
+    pickled = [path for path in (folder, *sorted(folder.glob("*"))) if path.suffix in PICKLES]
+    if pickled and (file.name == WEIGHTS or pickled[0] == folder):
         return FileNotFoundError(
-            f"{file}: no such file; {pickled[0]} is a pickle, which can run code when opened: "
-            "it is not read. PEFT writes it as safetensors: "
-            "PeftModel.from_pretrained(base, folder).save_pretrained(new folder)"
+            f"{pickled[0]}: a pickle can run code when opened, so it is not read; PEFT writes what "
+            f"is in it as {WEIGHTS}: PeftModel.from_pretrained(base, folder).save_pretrained(new)"
         )
     return FileNotFoundError(f"{file}: no such file; a PEFT adapter is {CONFIG} and {WEIGHTS}")
 
