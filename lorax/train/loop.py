@@ -359,7 +359,7 @@ def _train_chunk(
 
     def look():
         """The spectra of all updates as they are now: trajectory/<chunk>/<step>.safetensors."""
-        found = programs.spectra(params, constants, state.trainable)
+        found = programs.spectra(params, constants, state.trainable, m)
         if found:
             file = workdir / "trajectory" / where.name / f"{step}.safetensors"
             trajectory.write(file, found, chunk.members, group.base)

@@ -193,8 +193,8 @@ class Programs(NamedTuple):
 
     train(params, constants, hyper, state, batches) -> (state, metrics (M, K)); donates the state.
     evaluate(params, constants, trainable, batches) -> (losses (M,), scores (M, N, B, k) or None).
-    spectra(params, constants, trainable) -> {path: `trajectory.Spectrum`}, leaves (M, ...);
-    compiled at its first call.
+    spectra(params, constants, trainable, n) -> {path: `trajectory.Spectrum`} of the first n
+    members, leaves (n, ...) on the host; compiled at its first call.
     place_base(params), place(stacked tree), place_state(a stack's state), place_batches(batches).
     narrow(width): compile train for batches cut to so many columns (`tasks.widths`); else the
     first call does.
@@ -237,10 +237,11 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
         one = lambda *m: train_step.evaluate(program, params, *m, batches)
         return over_members(one, layout.width)(constants, trainable)
 
-    def spectra(params, *member):
-        one = lambda *m: trajectory.spectra(program.method, base.sites, params, *m)
-        return over_members(one, layout.width)(*member)
+    def spectra(params, constants, trainable, i):
+        member = jax.tree.map(lambda x: x[i], (constants, trainable))
+        return trajectory.spectra(program.method, base.sites, params, *member)
 
+    spectra = functools.partial(trajectory.of_members, jax.jit(spectra))
     mesh = Mesh(np.array(layout.devices), ("devices",))
     shared, apart = P(), P("devices") if layout.mode in ("members", "pmap") else P()
     by_batch = P(None, None, None, "devices") if layout.mode == "batch" else apart
@@ -251,11 +252,9 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
         )
     train = share(train, (shared, apart, apart, apart, apart))
     evaluate = share(evaluate, (shared, apart, apart, shared))
-    spectra = jax.jit(share(spectra, (shared, apart, apart)))
     if layout.mode == "pmap":
         train = _pmapped(train, layout.devices, (None, 0, 0, 0, 0), donate=3)
         evaluate = _pmapped(evaluate, layout.devices, (None, 0, 0, None))
-        spectra = _pmapped(spectra, layout.devices, (None, 0, 0))
 
     at = lambda spec: NamedSharding(mesh, spec)
     size, n = layout.size, len(stacked.members)

@@ -5,6 +5,7 @@ between: dW is never formed. An update without factors is one matrix after the o
 small. What is kept of a step is one file; `lorax.analysis.trajectory` reads them.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +46,28 @@ def spectra(method, sites, params, constants, trainable) -> dict[str, Spectrum]:
     return {path: _of_matrix(dw) for path, dw in found.items() if _is_small(dw)}
 
 
+def of_members(one: Callable, params, constants, trainable, n: int) -> dict[str, Spectrum]:
+    """`spectra` of the first n members of stacked trees, leaves (n, ...) on the host.
+
+    one(params, constants, trainable, i): `spectra` of member i, compiled.
+
+    Members are taken apart one after the other, each on the device where it is, and not in one
+    program over all devices. A CPU's devices share a pool of as many threads as there are cores;
+    batched LAPACK calls wait there for parts of theirs, and where every thread waits, none is left
+    to do the parts.
+    """
+    found = []
+    shards = [x for x in jax.tree.leaves(trainable)[0].addressable_shards if x.replica_id == 0]
+    for shard in sorted(shards, key=lambda x: x.index[0].start or 0):
+        here = lambda x, on=shard.device: next(
+            y.data for y in x.addressable_shards if y.device == on
+        )
+        stacked = jax.tree.map(here, (params, constants, trainable))
+        for i in range(min(len(shard.data), n - len(found))):
+            found.append(jax.device_get(one(*stacked, i)))
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *found)
+
+
 def left_out(method, base: Base, constants, trainable) -> str:
     """What `spectra` leaves out of an update without factors, in words; "" for nothing."""
     if method.factors is not None:
@@ -58,18 +81,17 @@ def left_out(method, base: Base, constants, trainable) -> str:
 
 
 def write(file: Path, found: dict[str, Spectrum], members, base: Base) -> None:
-    """Write the spectra of many members, leaves with a leading member axis M, as one file.
+    """Write the spectra of many members, leaves (M, ...) on the host, as one file.
 
     Arrays: "members" (M,) int32, the numbers of `members`, and of every layer's matrix
-    "h/3/attn/q/sigma" (M, k), ".../directions" (M, in, d), ".../used" (M,). Members that fill up
-    the axis are left out.
+    "h/3/attn/q/sigma" (M, k), ".../directions" (M, in, d), ".../used" (M,).
     """
     arrays = {"members": np.array([member.index for member in members], np.int32)}
-    for path, spectrum in jax.device_get(found).items():
+    for path, spectrum in found.items():
         shape = spectrum.used.shape[1:]
         for name, index in layer_names(path, base.sites[path], shape).items():
             for kind, x in spectrum._asdict().items():
-                arrays[f"{name}/{kind}"] = np.ascontiguousarray(x[: len(members)][:, *index])
+                arrays[f"{name}/{kind}"] = np.ascontiguousarray(x[:, *index])
     atomically(file, lambda temporary: save_file(arrays, temporary))
 
 

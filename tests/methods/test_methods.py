@@ -173,6 +173,21 @@ def test_padding_and_other_members_targets_change_nothing(name):
     assert losses[-1] != losses[0]
 
 
+@pytest.mark.parametrize("name", few(CASES, ("lora", "adalora", "lokr", "subspace")))
+def test_no_step_calls_lapack(name):
+    """Steps run on all of a CPU's devices at once, where LAPACK's batched calls can wait for each
+    other for ever."""
+    method, state = started(name, CASES[name][0])
+    program = steps.Program(base().module, method, base().sites, section(), False, False)
+    hyper = steps.Hyper(jnp.float32(1e-2), jnp.float32(0.1), jax.random.key(3))
+    member = steps.start(method, *state, section(), hyper)
+    batch = {"tokens": TOKENS[None, None], "mask": jnp.ones((1, 1, *TOKENS.shape))}
+    given = base().params, state.constants, hyper, member, batch
+    step = jax.jit(functools.partial(steps.train_steps, program)).lower(*given)
+    assert "lapack" not in step.as_text()
+    assert "lapack" in jax.jit(jnp.linalg.svd).lower(jnp.ones((3, 3))).as_text()  # so it is called
+
+
 @pytest.mark.parametrize("name", few(CASES, ("dora",)))
 def test_alone_is_in_the_sweep(name):
     """Two members in one program, vmapped, and each by itself."""

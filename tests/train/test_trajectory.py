@@ -1,6 +1,9 @@
 """Spectra taken on the device: of factors as they are, and of a run from its start to its end."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +99,54 @@ def test_an_update_without_factors_is_taken_apart_where_it_is_small(base, monkey
     prefix = lorax.method("prefix")
     assert "prefix is no change of weights" in trajectory.left_out(prefix, base, {}, {})
     assert trajectory.spectra(prefix, base.sites, base.params, {}, {}) == {}
+
+
+# ------------------------------------------------------------------------------------- many devices
+
+#: As many devices as there are cores. As one program over the devices this hung in two of three
+#: tries: batched LAPACK calls wait for each other's threads.
+LOOP = """
+import os
+import jax
+
+jax.config.update("jax_num_cpu_devices", os.cpu_count())
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+import lorax
+from lorax.ops import Site
+from lorax.train import trajectory
+
+n = 2 * len(jax.devices())
+sites = {"h/q/kernel": Site("linear", 1, (0,), (1,))}
+params = {"h": {"q": {"kernel": jnp.zeros((4, 128, 128))}}}
+method = lorax.method("full", parameters=("re:h/q/kernel",))
+trainable, constants = method.init(jax.random.key(0), params, sites)
+noise = np.random.default_rng(0).standard_normal((n, 4, 128, 128), np.float32)
+many = lambda x: jnp.broadcast_to(x, (n, *x.shape))
+stacked = jax.tree.map(many, constants), jax.tree.map(lambda x: noise, trainable)
+mesh = jax.make_mesh((len(jax.devices()),), ("devices",))
+put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
+params, (constants, trainable) = put(params, P()), put(stacked, P("devices"))
+
+
+@jax.jit
+def one(params, constants, trainable, i):
+    member = jax.tree.map(lambda x: x[i], (constants, trainable))
+    return trajectory.spectra(method, sites, params, *member)
+
+
+for _ in range(200):
+    found = trajectory.of_members(one, params, constants, trainable, n)
+sigma = np.linalg.svd(noise, compute_uv=False)
+np.testing.assert_allclose(found["h/q/kernel"].sigma, sigma, rtol=1e-4, atol=1e-4)
+"""
+
+
+def test_spectra_of_members_on_every_core_do_not_hang():
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    subprocess.run([sys.executable, "-c", LOOP], env=environment, timeout=300, check=True)
 
 
 # -------------------------------------------------------------------------------- run directories
