@@ -263,23 +263,19 @@ def model_of(given) -> Model:
 
     Raises ValueError or FileNotFoundError.
     """
-    from lorax.errors import nearest
     from lorax.files import read_json
-    from lorax.models.load import FAMILIES, config_fields, find
+    from lorax.models.load import FAMILIES, config_fields, config_of, family_of, find
 
-    config = read_json(find(given.base, weights=False) / "config.json")
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        hint = nearest(str(family), FAMILIES)
-        raise ValueError(f"base: {given.base} is a {family!r} model; {', '.join(FAMILIES)}{hint}")
-    source, run = FAMILIES[family][0], {}
+    raw = read_json(find(given.base, weights=False) / "config.json")
+    family, run = family_of(given.base, raw), {}
     fields = config_fields(family)
     task_type = "CAUSAL_LM" if "vocab_size" in fields else None
     if "head" in fields:  # an encoder, which has one of several
         labels = _labels(given)
         run = {"head": "classification", "labels": labels} if labels else {}
         task_type = "SEQ_CLS" if labels else None
-    return Model(source.hf_tensors(source.config_from_hf(config, **run)), task_type, run)
+    sources = FAMILIES[family][0].hf_tensors(config_of(given.base, raw, **run))
+    return Model(sources, task_type, run)
 
 
 def _labels(given) -> int | None:

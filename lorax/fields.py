@@ -7,17 +7,20 @@ A reader lists the fields that it reads, each with a `Kind`, and sees no others:
 """
 
 import json
-import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+TINY = 1e-37  # less is zero in float32, more than its inverse infinite
+
 
 class Kind(NamedTuple):
-    """fits(value): whether a value is of this kind; right: what it must be, in words."""
+    """right: what a value must be, in words. fits(value): whether it is; read(value): the same as
+    who computes with it wants it."""
 
     right: str
     fits: Callable[[Any], bool]
+    read: Callable[[Any], Any] = lambda x: x
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Kind:
@@ -26,10 +29,10 @@ def whole(least: int, most: int = 2**31 - 1) -> Kind:
     return Kind(f"a whole number from {least} to {most}", fits)
 
 
-def number(right: str, fits: Callable[[float], bool]) -> Kind:
-    """Finite numbers that fit, whole ones among them."""
-    within = lambda x: abs(x) < 1e38 if type(x) is int else math.isfinite(x)
-    return Kind(right, lambda x: type(x) in (int, float) and within(x) and fits(x))
+def above(limit: float) -> Kind:
+    """Numbers above a limit, in float32: not below it by rounding, and not infinite."""
+    fits = lambda x: type(x) in (int, float) and TINY <= x - limit and x <= 1 / TINY
+    return Kind(f"a number above {limit}", fits, float)
 
 
 def one_of(names: Collection[str]) -> Kind:
@@ -40,20 +43,24 @@ def one_of(names: Collection[str]) -> Kind:
 
 def optional(kind: Kind) -> Kind:
     """`kind`, or null."""
-    return Kind(f"{kind.right}, or null", lambda x: x is None or kind.fits(x))
+    return either(kind, Kind("null", lambda x: x is None))
 
 
 def either(one: Kind, other: Kind) -> Kind:
     """Values of two kinds."""
-    return Kind(f"{one.right}, or {other.right}", lambda x: one.fits(x) or other.fits(x))
+    fits = lambda x: one.fits(x) or other.fits(x)
+    read = lambda x: (one if one.fits(x) else other).read(x)
+    return Kind(f"{one.right}, or {other.right}", fits, read)
 
 
 def each(kind: Kind, least: int = 0, most: int = 2**20) -> Kind:
-    """Lists of `least` to `most` values of a kind."""
+    """Lists of `least` to `most` values of a kind, read as tuples."""
     many = f"{least}" if least == most else f"{least} or more" * bool(least)
     right = " ".join(filter(None, ("a list of", many, f"values, each {kind.right}")))
     sized = lambda x: isinstance(x, list | tuple) and least <= len(x) <= most
-    return Kind(right, lambda x: sized(x) and all(map(kind.fits, x)))
+    return Kind(
+        right, lambda x: sized(x) and all(map(kind.fits, x)), lambda x: tuple(map(kind.read, x))
+    )
 
 
 #: Axes of a weight, heads and layers: the largest model known has less than a tenth of it.
@@ -62,8 +69,7 @@ SIZE = whole(1, 2**20)
 ROWS = whole(1)
 COUNT = whole(0)
 ID = whole(0)
-POSITIVE = number("a number above 0", lambda x: x > 0)
-NUMBER = number("a number", lambda x: True)
+POSITIVE = above(0)
 FLAG = Kind("true or false", lambda x: isinstance(x, bool))
 TEXT = Kind("a string", lambda x: isinstance(x, str))
 OBJECT = Kind("an object", lambda x: isinstance(x, dict))
@@ -76,13 +82,16 @@ def read(given: Mapping, kinds: Mapping[str, Kind], place: str | Path = "") -> d
     place: the file, or the field that holds them, for messages. Raises ValueError that names the
     field, what was given and what would be right.
     """
-    found = {name: given[name] for name in kinds if name in given}
-    for name, value in found.items():
-        if not kinds[name].fits(value):
+    found = {}
+    for name, kind in kinds.items():
+        if name not in given:
+            continue
+        if not kind.fits(given[name]):
             raise ValueError(
-                f"{place}{': ' * bool(place)}{name}: {shown(value)} given, must be "
-                f"{kinds[name].right}"
+                f"{place}{': ' * bool(place)}{name}: {shown(given[name])} given, must be "
+                f"{kind.right}"
             )
+        found[name] = kind.read(given[name])
     return found
 
 

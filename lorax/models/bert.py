@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from lorax import fields
 from lorax.interop.hf import Source
 from lorax.models.layers import (
+    ACTIVATION,
     ACTIVATIONS,
     Attend,
     LayerNorm,
@@ -227,6 +229,26 @@ HEADS = {
 #: Fields of an encoder's Config that are not Hugging Face's.
 OURS = ("head", "labels", "dtype", "remat", "unroll")
 _STEMS = {"bert": "Bert", "roberta": "Roberta"}  # of Hugging Face's class names
+#: What encoders read of a config.json.
+COMMON = {
+    **dict.fromkeys(("vocab_size", "max_position_embeddings"), fields.ROWS),
+    **dict.fromkeys(("hidden_size", "intermediate_size"), fields.SIZE),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads"), fields.SIZE),
+    "hidden_act": ACTIVATION,
+    "layer_norm_eps": fields.POSITIVE,
+    "tie_word_embeddings": fields.FLAG,
+    "architectures": fields.optional(fields.TEXTS),
+    "num_labels": fields.optional(fields.SIZE),
+    "id2label": fields.optional(fields.OBJECT),
+}
+FIELDS = COMMON | {
+    "model_type": fields.TEXT,
+    "type_vocab_size": fields.ROWS,
+    "pad_token_id": fields.optional(fields.ID),
+    "is_decoder": fields.FLAG,
+    "add_cross_attention": fields.FLAG,
+    "position_embedding_type": fields.TEXT,
+}
 _DEFAULTS = {"bert": {}, "roberta": {"vocab_size": 50265, "pad_token_id": 1}}
 
 
@@ -235,8 +257,9 @@ def config_from_hf(hf: dict, **run) -> Config:
 
     run: `dtype`, `remat`, `unroll`, and `head` and `labels`, which otherwise are as "architectures"
     and "num_labels" or "id2label" say. Raises ValueError for options that this module does not
-    compute.
+    compute, and as `fields.read` does.
     """
+    hf = fields.read(hf, FIELDS)
     kind = hf.get("model_type", "bert")
     if kind not in _STEMS:
         raise ValueError(f"model_type {kind!r} is not one of {', '.join(_STEMS)}")
@@ -249,7 +272,12 @@ def config_from_hf(hf: dict, **run) -> Config:
     config = Config(**fields_from_hf(Config, _DEFAULTS[kind] | hf, _STEMS[kind], run))
     if kind == "roberta" and config.pad_token_id is None:
         raise ValueError("pad_token_id null is not supported for Roberta: positions start after it")
-    check(config, "hidden_act")
+    if config.first_position >= config.max_position_embeddings:
+        raise ValueError(
+            f"pad_token_id {config.pad_token_id} leaves none of max_position_embeddings "
+            f"{config.max_position_embeddings}: positions start after it"
+        )
+    check(config)
     return config
 
 
@@ -259,7 +287,7 @@ def fields_from_hf(config: type, hf: dict, stem: str, run: dict) -> dict:
     Raises ValueError where a head is asked for, or in the files, that there is none of.
     """
     names = [f.name for f in dataclasses.fields(config) if f.name not in OURS]
-    fields = {name: hf[name] for name in names if name in hf} | run
+    found = {name: hf[name] for name in names if name in hf} | run
     if "head" not in run and hf.get("architectures"):
         known = {stem + suffix: head for suffix, head in HEADS.items()} | {f"{stem}Model": "none"}
         heads = [known[name] for name in hf["architectures"] if name in known]
@@ -268,18 +296,15 @@ def fields_from_hf(config: type, hf: dict, stem: str, run: dict) -> dict:
                 f"architectures {hf['architectures']} is not one of {', '.join(known)}; set head "
                 f"('mlm', 'classification', 'none') to take the encoder with another"
             )
-        fields["head"] = heads[0]
+        found["head"] = heads[0]
     if "labels" not in run:
-        fields["labels"] = hf.get("num_labels") or len(hf.get("id2label") or ()) or 2
-    return fields
+        found["labels"] = hf.get("num_labels") or len(hf.get("id2label") or ()) or 2
+    return found
 
 
-def check(config, *activations: str) -> None:
-    """ValueError where a field that encoders share has no sense; activations: fields with one."""
+def check(config) -> None:
+    """ValueError where fields that encoders share don't fit each other, or `run` has none such."""
     c = config
-    for field in activations:
-        if getattr(c, field) not in ACTIVATIONS:
-            raise ValueError(f"{field} {getattr(c, field)!r} is not one of {[*ACTIVATIONS]}")
     if c.hidden_size % c.num_attention_heads:
         raise ValueError(
             f"hidden_size {c.hidden_size} is not a multiple of num_attention_heads "
@@ -361,8 +386,8 @@ def fields_to_hf(config, stem: str) -> dict:
     """Inverse of `fields_from_hf`."""
     names = [f.name for f in dataclasses.fields(config) if f.name not in OURS]
     suffix = next((suffix for suffix, head in HEADS.items() if head == config.head), "Model")
-    fields = {name: getattr(config, name) for name in names} | {"architectures": [stem + suffix]}
+    found = {name: getattr(config, name) for name in names} | {"architectures": [stem + suffix]}
     if config.head == "classification":
-        fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
-        fields["label2id"] = {label: int(i) for i, label in fields["id2label"].items()}
-    return fields
+        found["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
+        found["label2id"] = {label: int(i) for i, label in found["id2label"].items()}
+    return found

@@ -15,9 +15,11 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from lorax import fields
 from lorax.interop.hf import Source
 from lorax.models import bert
 from lorax.models.layers import (
+    ACTIVATION,
     ACTIVATIONS,
     LayerNorm,
     causal_context,
@@ -238,16 +240,32 @@ class DeBERTa(bert.Encoder):
 _ACTIVATIONS = ACTIVATIONS | {"tanh": jnp.tanh}
 
 # ----------------------------------------------------------------------------- Hugging Face layout
+#: What is read of a config.json.
+FIELDS = bert.COMMON | {
+    "embedding_size": fields.optional(fields.SIZE),
+    "type_vocab_size": fields.COUNT,
+    "max_position_embeddings": fields.SIZE,  # twice as many relative ones are numbered in int32
+    **dict.fromkeys(("max_relative_positions", "position_buckets"), fields.whole(-1, 2**20)),
+    "pos_att_type": fields.optional(fields.either(fields.TEXT, fields.TEXTS)),
+    **dict.fromkeys(("relative_attention", "share_att_key", "legacy"), fields.FLAG),
+    "position_biased_input": fields.FLAG,
+    "norm_rel_ebd": fields.one_of(("none", "layer_norm")),
+    "conv_kernel_size": fields.whole(0, 2**20),
+    "conv_act": fields.TEXT,
+    "pooler_hidden_act": ACTIVATION,
+    **dict.fromkeys(("attention_head_size", "pooler_hidden_size", "conv_groups"), fields.SIZE),
+}
 
 
 def config_from_hf(hf: dict, **run) -> Config:
     """Config from the fields of a `config.json`; run and errors as in `bert.config_from_hf`."""
-    fields = bert.fields_from_hf(Config, hf, "DebertaV2", run)
-    terms = fields.get("pos_att_type") or ()
+    hf = fields.read(hf, FIELDS)
+    given = bert.fields_from_hf(Config, hf, "DebertaV2", run)
+    terms = given.get("pos_att_type") or ()
     terms = terms.lower().split("|") if isinstance(terms, str) else terms
-    fields["pos_att_type"] = tuple(dict.fromkeys(term.strip() for term in terms))
-    c = Config(**fields)
-    bert.check(c, "hidden_act", "pooler_hidden_act")
+    given["pos_att_type"] = tuple(dict.fromkeys(term.strip() for term in terms))
+    c = Config(**given)
+    bert.check(c)
     for field, other in (
         ("attention_head_size", c.hidden_size // c.num_attention_heads),
         ("pooler_hidden_size", c.hidden_size),
@@ -259,12 +277,10 @@ def config_from_hf(hf: dict, **run) -> Config:
         raise ValueError(f"pos_att_type {[*c.pos_att_type]} is not of 'c2p' and 'p2c'")
     if c.relative_attention and not c.pos_att_type:
         raise ValueError("relative_attention=true needs 'c2p', 'p2c' or both in pos_att_type")
-    if c.norm_rel_ebd not in ("none", "layer_norm"):
-        raise ValueError(f"norm_rel_ebd {c.norm_rel_ebd!r} is not one of 'none', 'layer_norm'")
     if c.position_buckets > 0 and not 0 < c.position_buckets // 2 < c.furthest - 1:
         raise ValueError(
             f"position_buckets {c.position_buckets} is not from 2 to below twice "
-            f"max_relative_positions - 1 ({c.furthest - 1})"
+            f"max_relative_positions - 1, {c.furthest - 1} (max_position_embeddings where it is -1)"
         )
     if c.conv_kernel_size > 0 and (c.conv_kernel_size % 2 == 0 or c.conv_act not in _ACTIVATIONS):
         raise ValueError(
@@ -327,6 +343,6 @@ def hf_tensors(config: Config) -> dict[str, Source]:
 
 def hf_config(config: Config) -> dict:
     """The fields of a `config.json` that transformers reads as the same model."""
-    fields = bert.fields_to_hf(config, "DebertaV2") | {"model_type": "deberta-v2"}
-    fields["pos_att_type"] = [*config.pos_att_type]
-    return {name: value for name, value in fields.items() if value is not None}
+    found = bert.fields_to_hf(config, "DebertaV2") | {"model_type": "deberta-v2"}
+    found["pos_att_type"] = [*config.pos_att_type]
+    return {name: value for name, value in found.items() if value is not None}

@@ -17,8 +17,10 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from lorax import fields
 from lorax.interop.hf import Source
 from lorax.models.layers import (
+    ACTIVATION,
     ACTIVATIONS,
     Attend,
     Cache,
@@ -237,16 +239,34 @@ def _with_alibi(q, k, v, bias):
 _HF_FIELDS = [
     f.name for f in dataclasses.fields(Config) if f.name not in ("dtype", "remat", "unroll")
 ]
+#: What is read of a config.json.
+FIELDS = {
+    "vocab_size": fields.ROWS,
+    "max_position_embeddings": fields.ROWS,
+    **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), fields.SIZE),
+    **dict.fromkeys(("num_kv_heads", "ffn_hidden_size", "n_embed"), fields.optional(fields.SIZE)),
+    "num_ln_in_parallel_attn": fields.optional(fields.SIZE),
+    "layer_norm_epsilon": fields.POSITIVE,
+    **dict.fromkeys(("alibi", "bias", "multi_query", "parallel_attn"), fields.FLAG),
+    **dict.fromkeys(("new_decoder_architecture", "tie_word_embeddings"), fields.FLAG),
+    "activation": ACTIVATION,
+    "rope_theta": fields.above(1),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), fields.optional(fields.OBJECT)),
+}
+#: What is read of its "rope_parameters" or "rope_scaling".
+ROPE_FIELDS = {"rope_type": fields.TEXT, "type": fields.TEXT, "rope_theta": fields.above(1)}
 
 
 def config_from_hf(hf: dict, **run) -> Config:
     """Config from the fields of a `config.json`; run: `dtype`, `remat`, `unroll`.
 
-    Raises ValueError for options that this module does not compute.
+    Raises ValueError for options that this module does not compute, and as `fields.read` does.
     """
+    hf = fields.read(hf, FIELDS)
     if hf.get("n_embed") is not None:
         raise ValueError(f"n_embed={hf['n_embed']} is not supported for Falcon: say hidden_size")
-    rotary = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    place = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    rotary = fields.read(hf.get(place) or {}, ROPE_FIELDS, place)
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     if kind != "default":
         raise ValueError(f"rope_type {kind!r} is not supported for Falcon, only 'default'")
@@ -258,8 +278,6 @@ def config_from_hf(hf: dict, **run) -> Config:
 
 def _check(c: Config) -> None:
     heads = c.num_attention_heads
-    if c.activation not in ACTIVATIONS:
-        raise ValueError(f"activation {c.activation!r} is not one of {[*ACTIVATIONS]}")
     if c.hidden_size % heads:
         raise ValueError(
             f"hidden_size {c.hidden_size} is not a multiple of num_attention_heads {heads}"
@@ -270,7 +288,9 @@ def _check(c: Config) -> None:
             f"{c.hidden_size // heads} features: rotary positions need an even number"
         )
     if heads % c.kv_heads:
-        raise ValueError(f"num_attention_heads {heads} is not a multiple of {c.kv_heads} key heads")
+        raise ValueError(
+            f"num_attention_heads {heads} is not a multiple of {c.kv_heads} key heads, num_kv_heads"
+        )
     norms, new = c.num_ln_in_parallel_attn, c.new_decoder_architecture
     if not (new or c.multi_query) and c.num_kv_heads not in (None, heads):
         raise ValueError(
@@ -323,6 +343,6 @@ def hf_tensors(config: Config) -> dict[str, Source]:
 
 def hf_config(config: Config) -> dict:
     """The fields of a `config.json` that transformers reads as the same model."""
-    fields = {name: getattr(config, name) for name in _HF_FIELDS}
-    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    return fields | {"model_type": "falcon", "architectures": ["FalconForCausalLM"]}
+    found = {name: getattr(config, name) for name in _HF_FIELDS}
+    found["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return found | {"model_type": "falcon", "architectures": ["FalconForCausalLM"]}

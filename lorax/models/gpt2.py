@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from lorax import fields
 from lorax.interop.hf import Source
 from lorax.models.layers import (
+    ACTIVATION,
     ACTIVATIONS,
     Attend,
     Cache,
@@ -181,22 +183,32 @@ _normal = nn.initializers.normal(0.02)
 _HF_FIELDS = [
     f.name for f in dataclasses.fields(Config) if f.name not in ("dtype", "remat", "unroll")
 ]
+#: What is read of a config.json.
+FIELDS = {
+    "vocab_size": fields.ROWS,
+    "n_positions": fields.ROWS,
+    **dict.fromkeys(("n_embd", "n_layer", "n_head"), fields.SIZE),
+    "n_inner": fields.optional(fields.SIZE),
+    "activation_function": ACTIVATION,
+    "layer_norm_epsilon": fields.POSITIVE,
+    "scale_attn_weights": fields.FLAG,
+    "scale_attn_by_inverse_layer_idx": fields.FLAG,
+    "add_cross_attention": fields.FLAG,
+    "tie_word_embeddings": fields.FLAG,
+}
 
 
 def config_from_hf(hf: dict, **run) -> Config:
     """Config from the fields of a `config.json`; run: `dtype`, `remat`, `unroll`.
 
-    Raises ValueError for options that this module does not compute.
+    Raises ValueError for options that this module does not compute, and as `fields.read` does.
     """
+    hf = fields.read(hf, FIELDS)
     if hf.get("scale_attn_by_inverse_layer_idx"):
         raise ValueError("scale_attn_by_inverse_layer_idx=true is not supported for GPT-2")
     if hf.get("add_cross_attention"):
         raise ValueError("add_cross_attention=true is not supported for GPT-2")
     config = Config(**{name: hf[name] for name in _HF_FIELDS if name in hf}, **run)
-    if config.activation_function not in ACTIVATIONS:
-        raise ValueError(
-            f"activation_function {config.activation_function!r} is not one of {[*ACTIVATIONS]}"
-        )
     if config.n_embd % config.n_head:
         raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
     return config
@@ -230,5 +242,5 @@ def hf_tensors(config: Config) -> dict[str, Source]:
 
 def hf_config(config: Config) -> dict:
     """The fields of a `config.json` that transformers reads as the same model."""
-    fields = {name: getattr(config, name) for name in _HF_FIELDS}
-    return fields | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    found = {name: getattr(config, name) for name in _HF_FIELDS}
+    return found | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}

@@ -14,7 +14,7 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
-from lorax import ops
+from lorax import fields, ops
 from lorax.errors import nearest
 
 # --------------------------------------------------------------------------------------- attention
@@ -364,6 +364,8 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+#: What a config.json may name.
+ACTIVATION = fields.one_of(ACTIVATIONS)
 
 
 # ---------------------------------------------------------------------------- the loop over layers

@@ -17,8 +17,10 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from lorax import fields
 from lorax.interop.hf import Source
 from lorax.models.layers import (
+    ACTIVATION,
     ACTIVATIONS,
     Attend,
     Cache,
@@ -341,6 +343,44 @@ _FOREIGN = {
     "qwen2": ("attention_bias", "mlp_bias"),
 }
 
+#: What is read of a config.json.
+FIELDS = {
+    "model_type": fields.TEXT,
+    "vocab_size": fields.ROWS,
+    "max_position_embeddings": fields.ROWS,
+    **dict.fromkeys(("hidden_size", "intermediate_size"), fields.SIZE),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads"), fields.SIZE),
+    **dict.fromkeys(("num_key_value_heads", "head_dim"), fields.optional(fields.SIZE)),
+    "hidden_act": ACTIVATION,
+    "rms_norm_eps": fields.POSITIVE,
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), fields.FLAG),
+    "sliding_window": fields.optional(fields.ROWS),
+    "use_sliding_window": fields.optional(fields.FLAG),
+    "max_window_layers": fields.COUNT,
+    "layer_types": fields.optional(fields.each(fields.one_of((FULL, SLIDING)))),
+    "rope_theta": fields.optional(fields.above(1)),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), fields.optional(fields.OBJECT)),
+    "original_max_position_embeddings": fields.optional(fields.whole(2)),
+    "partial_rotary_factor": fields.optional(fields.POSITIVE),
+}
+#: What is read of its "rope_parameters" or "rope_scaling".
+ROPE_FIELDS = {
+    "rope_type": fields.TEXT,
+    "type": fields.TEXT,
+    **{
+        name: FIELDS[name]
+        for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    },
+    **dict.fromkeys(
+        ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "mscale")
+        + ("mscale_all_dim", "beta_fast", "beta_slow"),
+        fields.optional(fields.POSITIVE),
+    ),
+    "truncate": fields.optional(fields.FLAG),
+    "short_factor": fields.optional(fields.each(fields.POSITIVE)),
+    "long_factor": fields.optional(fields.each(fields.POSITIVE)),
+}
+
 # rope_type: the fields of `Rope` that it cannot do without.
 _ROPE_NEEDS = {
     "default": (),
@@ -356,8 +396,9 @@ def config_from_hf(hf: dict, **run) -> Config:
     """Config from the fields of a `config.json`; run: `dtype`, `remat`, `unroll`.
 
     Reads RoPE from `rope_parameters` (transformers 5) or `rope_scaling` and `rope_theta` (before).
-    Raises ValueError for options that this module does not compute.
+    Raises ValueError for options that this module does not compute, and as `fields.read` does.
     """
+    hf = fields.read(hf, FIELDS)
     family = hf.get("model_type", "llama")
     if family not in _DEFAULTS:
         raise ValueError(f"model_type {family!r} is not one of {[*_DEFAULTS]}")
@@ -365,19 +406,20 @@ def config_from_hf(hf: dict, **run) -> Config:
         if option in _FOREIGN[family] and hf.get(option):
             raise ValueError(f"{option}=true is not supported for {family}")
     own = [field for field in _HF_FIELDS if field not in _FOREIGN[family]]
-    fields = _DEFAULTS[family] | {name: hf[name] for name in own if name in hf}
+    given = _DEFAULTS[family] | {name: hf[name] for name in own if name in hf}
     if family == "qwen2" and not hf.get("use_sliding_window"):
-        fields["sliding_window"] = None
-    config = Config(**fields, **run)
-    if config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act {config.hidden_act!r} is not one of {[*ACTIVATIONS]}")
+        given["sliding_window"] = None
+    config = Config(**given, **run)
     heads = config.num_attention_heads
     if hf.get("head_dim") is None and config.hidden_size % heads:
         raise ValueError(
             f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {heads}"
         )
     if config.head_dim % 2:
-        raise ValueError(f"head_dim {config.head_dim} is odd; RoPE turns pairs of features")
+        raise ValueError(
+            f"head_dim {config.head_dim} is odd; RoPE turns pairs of features (where there is none "
+            f"it is hidden_size {config.hidden_size} / num_attention_heads {heads})"
+        )
     if heads % config.num_key_value_heads:
         raise ValueError(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads "
@@ -388,12 +430,15 @@ def config_from_hf(hf: dict, **run) -> Config:
 
 
 def _rope_from_hf(hf: dict, config: Config) -> Rope:
-    given = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    place = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    given = hf.get(place) or {}
+    nested = [key for key, x in given.items() if isinstance(x, dict) and key not in ROPE_FIELDS]
+    if nested:
+        raise ValueError(f"{place} by layer type are not supported: {fields.shown(nested)}")
+    given = fields.read(given, ROPE_FIELDS, place)
     given.setdefault("rope_type", given.get("type", "default"))
     given.setdefault("rope_theta", hf.get("rope_theta", Rope.rope_theta))
     kind = given["rope_type"]
-    if any(isinstance(value, dict) for value in given.values()):
-        raise ValueError(f"rope_parameters by layer type are not supported: {given}")
     if kind not in _ROPE_NEEDS:
         raise ValueError(f"rope_type {kind!r} is not one of {[*_ROPE_NEEDS]}")
     part = given.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
@@ -402,18 +447,27 @@ def _rope_from_hf(hf: dict, config: Config) -> Rope:
     if kind in ("llama3", "yarn", "longrope"):
         name, most = "original_max_position_embeddings", config.max_position_embeddings
         given[name] = hf.get(name) or given.get(name) or most
+        if given[name] < 2:
+            raise ValueError(f"{place}: {name}, or max_position_embeddings, is {given[name]}")
         if kind != "llama3" and given.get("factor") is None:
             given["factor"] = most / given[name]
     for name in _ROPE_NEEDS[kind]:
         if given.get(name) is None:
-            raise ValueError(f"rope_parameters: {kind!r} needs {name}; there is {sorted(given)}")
+            raise ValueError(f"{place}: {kind!r} needs {name}; there is {sorted(given)}")
+    if kind == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
+        raise ValueError(
+            f"{place}: high_freq_factor {given['high_freq_factor']} is not above low_freq_factor "
+            f"{given['low_freq_factor']}"
+        )
+    if kind == "dynamic" and config.head_dim < 4:
+        raise ValueError(f"{place}: 'dynamic' needs a head_dim of 4 or more, not {config.head_dim}")
     for name in ("short_factor", "long_factor"):
         if given.get(name) is not None:
-            given[name] = tuple(given[name])
             if len(given[name]) != config.head_dim // 2:
                 raise ValueError(
-                    f"rope_parameters: {name} has {len(given[name])} numbers, should have "
-                    f"{config.head_dim // 2}, half of a head's features"
+                    f"{place}: {name} has {len(given[name])} numbers, should have "
+                    f"{config.head_dim // 2}, half of head_dim or "
+                    "hidden_size / num_attention_heads"
                 )
     known = [field.name for field in dataclasses.fields(Rope)]
     return Rope(**{name: given[name] for name in known if given.get(name) is not None})
@@ -422,17 +476,15 @@ def _rope_from_hf(hf: dict, config: Config) -> Rope:
 def _with_layer_types(hf: dict, config: Config) -> Config:
     """The config with the `layer_types` that hf means; `sliding_window` None if no layer slides."""
     family, window, count = config.model_type, config.sliding_window, config.num_hidden_layers
-    if window is not None and window < 1:
-        raise ValueError(f"sliding_window {window} is not a number of tokens above 0 (or null)")
     first = hf.get("max_window_layers", 28) if family == "qwen2" else 0
     implied = [SLIDING if window is not None and i >= first else FULL for i in range(count)]
     types = list(hf.get("layer_types") or implied)
-    if len(types) != count or not {*types} <= {FULL, SLIDING}:
-        raise ValueError(f"layer_types {types} are not {count} of {FULL!r} and {SLIDING!r}")
+    if len(types) != count:
+        raise ValueError(f"layer_types: {len(types)} given for num_hidden_layers {count}")
     if types != implied and (family != "qwen2" or window is None):
         raise ValueError(
-            f"layer_types {types} are not supported for {family} with sliding_window={window}, "
-            f"where they are {implied}"
+            f"layer_types {fields.shown(types)} are not supported for {family} with "
+            f"sliding_window={window}, where they are {fields.shown(implied)}"
         )
     if SLIDING not in types:
         return dataclasses.replace(config, sliding_window=None)
@@ -465,12 +517,12 @@ def hf_tensors(config: Config) -> dict[str, Source]:
 def hf_config(config: Config) -> dict:
     """The fields of a `config.json` that transformers 5 reads as the same model."""
     family, window = config.model_type, config.sliding_window
-    fields = {f: getattr(config, f) for f in _HF_FIELDS if f not in _FOREIGN[family]}
+    found = {f: getattr(config, f) for f in _HF_FIELDS if f not in _FOREIGN[family]}
     turning = dataclasses.asdict(config.rope_parameters)
-    fields["rope_parameters"] = {k: v for k, v in turning.items() if v is not None}
+    found["rope_parameters"] = {k: v for k, v in turning.items() if v is not None}
     if family == "qwen2":
         one = FULL if window is None else SLIDING
         types = config.layer_types or (one,) * config.num_hidden_layers
-        fields |= {"use_sliding_window": window is not None, "layer_types": list(types)}
+        found |= {"use_sliding_window": window is not None, "layer_types": list(types)}
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[family]
-    return fields | {"architectures": [f"{name}ForCausalLM"]}
+    return found | {"architectures": [f"{name}ForCausalLM"]}

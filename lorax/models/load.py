@@ -1,6 +1,8 @@
 """`load`: a shipped model, a Hugging Face directory or a Hub id -> `Base`."""
 
+import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lorax import ops, tree, vocabulary
+from lorax import fields, ops, tree, vocabulary
 from lorax.errors import nearest
 from lorax.files import atomically, read_json
 from lorax.interop import hf
@@ -31,6 +33,13 @@ FAMILIES = {
     "mlp": (vision, vision.MLP),
     "lenet": (vision, vision.LeNet),
 }
+#: What is read of a config.json of any family, and of its "quantization_config".
+DESCRIBED = {
+    "model_type": fields.TEXT,
+    "architectures": fields.optional(fields.TEXTS),
+    "quantization_config": fields.optional(fields.OBJECT),
+}
+CODED = {"load_in_4bit": fields.FLAG, "quant_method": fields.TEXT}
 #: Families without a body that others have trained: their networks are drawn, and then trained, as
 #: a whole, and no head is newer than the rest.
 WHOLE = ("mlp", "lenet")
@@ -85,6 +94,7 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
     else:
         head = tuple(path for path in shapes if path.startswith("head/"))
         sizes = {path: leaf.shape for path, leaf in shapes.items()}
+        _check_size(base, directory)
         source, _ = FAMILIES[base.family]
         where = source.hf_tensors(base.config)
         flat = bnb.read(directory, where, sizes)
@@ -120,24 +130,14 @@ def _build(name: str, weights: bool, dtype, param_dtype, run: dict):
     else:
         directory = find(bare, weights)
         raw = read_json(directory / "config.json")
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"base: {name} is a {family!r} model; supported: {', '.join(FAMILIES)}")
-    coded = raw.get("quantization_config") or {}
-    if coded and not coded.get("load_in_4bit"):
-        raise ValueError(
-            f"base: {name}: quantization_config: {coded.get('quant_method', coded)!r} is not "
-            "supported; bitsandbytes' 4 bits are, and weights in float32, float16 or bfloat16"
-        )
+    family = family_of(name, raw)
+    config = config_of(name, raw, dtype=dtype, **run)
     source, model = FAMILIES[family]
-    unknown = [field for field in run if field not in config_fields(family)]
-    if unknown:
-        why = ": only encoders take a head for texts with labels" if "head" in unknown else ""
-        raise ValueError(f"base: {name} ({family}) has no {', '.join(unknown)} to set{why}")
-    config = source.config_from_hf(raw, dtype=dtype, **run)
     module = model(config)
-    example = source.example(config) if hasattr(source, "example") else jnp.zeros((1, 1), jnp.int32)
-    init = lambda: module.init(jax.random.key(seed), example)["params"]
+    # Traced, not made: images may be large.
+    inputs = getattr(source, "example", lambda config: jnp.zeros((1, 1), jnp.int32))
+    example = jax.eval_shape(lambda: inputs(config))
+    init = lambda: module.init(jax.random.key(seed), inputs(config))["params"]
     stored = lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype)
     params = jax.tree.map(stored, jax.eval_shape(init))
     sites = ops.sites(module, params, example)
@@ -146,6 +146,57 @@ def _build(name: str, weights: bool, dtype, param_dtype, run: dict):
     head = tuple(p for p in tree.flatten(params) if p.startswith("head/"))
     fresh = () if found or family in WHOLE else head
     return Base(module, params, config, None, sites, family, name, "", fresh), directory, init
+
+
+def family_of(name: str, raw: Mapping) -> str:
+    """Hugging Face's model_type of a `config.json`'s fields, one of `FAMILIES`.
+
+    Raises ValueError for any other, and for weights in a form that can't be read."""
+    place = f"base: {name}"
+    found = fields.read(raw, DESCRIBED, place)
+    family = found.get("model_type")
+    if family not in FAMILIES:
+        known = f"{', '.join(FAMILIES)}{nearest(str(family), FAMILIES)}"
+        raise ValueError(f"{place}: model_type {family!r} is not one of {known}")
+    coded = found.get("quantization_config") or {}
+    coded = fields.read(coded, CODED, f"{place}: quantization_config")
+    if found.get("quantization_config") and not coded.get("load_in_4bit"):
+        raise ValueError(
+            f"{place}: quantization_config: {coded.get('quant_method')!r} is not supported; "
+            "bitsandbytes' 4 bits are, and weights in float32, float16 or bfloat16"
+        )
+    return family
+
+
+def config_of(name: str, raw: Mapping, **run):
+    """The family's Config of a `config.json`'s fields; run: as for `load`, with `dtype`.
+
+    Raises ValueError that names the base, the field, what was given and what would be right.
+    """
+    family = family_of(name, raw)
+    unknown = [field for field in run if field not in config_fields(family)]
+    if unknown:
+        why = ": only encoders take a head for texts with labels" if "head" in unknown else ""
+        raise ValueError(f"base: {name} ({family}) has no {', '.join(unknown)} to set{why}")
+    try:
+        return FAMILIES[family][0].config_from_hf(raw, **run)
+    except ValueError as error:
+        raise ValueError(f"base: {name}: {error}") from None
+
+
+def _check_size(base: Base, directory: Path) -> None:
+    """ValueError where the files can't hold as many parameters as config.json says, before any of
+    them is allocated."""
+    flat = tree.flatten(base.params)
+    expected = sum(leaf.size for path, leaf in flat.items() if path not in base.fresh)
+    held = 2 * sum(file.stat().st_size for file in hf.weight_files(directory))  # 4 bits each
+    if expected > held:
+        sizes = dataclasses.asdict(base.config).items()
+        sizes = ", ".join(f"{k} {v}" for k, v in sizes if isinstance(v, int | tuple) and v)
+        raise ValueError(
+            f"{directory / 'config.json'}: its sizes make {expected:,} parameters, more than "
+            f"{held:,}, the most that the weight files have bytes for ({sizes})"
+        )
 
 
 def _seeded(name: str) -> tuple[str, int]:

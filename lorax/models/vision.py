@@ -14,6 +14,7 @@ import functools
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lorax import fields
 from lorax.interop.hf import Source
 
 
@@ -124,33 +125,30 @@ def example(config: MLPConfig | LeNetConfig):
 # ------------------------------------------------------------------------------ files and adapters
 
 
+#: What is read of a config.json. Two convolutions of 5 x 5 and two poolings leave one of 16 pixels.
+FIELDS = {
+    "mlp": {"widths": fields.each(fields.ROWS, 2, 1000)},
+    "lenet": {
+        "image_size": fields.whole(16, 2**20),
+        **dict.fromkeys(("num_channels", "labels"), fields.SIZE),
+    },
+}
+
+
 def config_from_hf(hf: dict, **run) -> MLPConfig | LeNetConfig:
     """Config from the fields of a `config.json`, of model_type "mlp" or "lenet"; run: `dtype`.
 
-    Raises ValueError for sizes of which no network can be made.
+    Raises ValueError as `fields.read` does.
     """
     kind = {"mlp": MLPConfig, "lenet": LeNetConfig}[hf["model_type"]]
-    given = {f.name: hf[f.name] for f in dataclasses.fields(kind) if f.name in hf}
-    if kind is MLPConfig and "widths" in given:
-        given["widths"] = tuple(given["widths"])
-    config = kind(**given | run)
-    if kind is MLPConfig and (len(config.widths) < 2 or min(config.widths) < 1):
-        raise ValueError(
-            f"base: widths {config.widths} of an MLP: at least two are needed, of the input and of "
-            "the scores, each at least 1"
-        )
-    if kind is LeNetConfig and config.image_size < 16:
-        raise ValueError(
-            f"base: image_size {config.image_size} of a LeNet: at least 16 is needed, of which two "
-            "convolutions of 5 x 5 and two poolings leave one pixel"
-        )
-    return config
+    given = fields.read(hf, FIELDS[hf["model_type"]])
+    return kind(**given | run)
 
 
 def hf_config(config: MLPConfig | LeNetConfig) -> dict:
     """The fields of a `config.json`; inverse of `config_from_hf`."""
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k != "dtype"}
-    return fields | {"model_type": "mlp" if isinstance(config, MLPConfig) else "lenet"}
+    found = {k: v for k, v in dataclasses.asdict(config).items() if k != "dtype"}
+    return found | {"model_type": "mlp" if isinstance(config, MLPConfig) else "lenet"}
 
 
 def hf_tensors(config: MLPConfig | LeNetConfig) -> dict[str, Source]:

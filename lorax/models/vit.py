@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from lorax import fields
 from lorax.interop.hf import Source
-from lorax.models.layers import ACTIVATIONS, LayerNorm, attention, over_layers
+from lorax.models.layers import ACTIVATION, ACTIVATIONS, LayerNorm, attention, over_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,30 +147,37 @@ _HF_FIELDS = [
     for f in dataclasses.fields(Config)
     if f.name not in ("labels", "dtype", "remat", "unroll")
 ]
+_PIXELS = fields.either(fields.SIZE, fields.each(fields.SIZE, 2, 2))
+#: What is read of a config.json.
+FIELDS = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_channels"), fields.SIZE),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads"), fields.SIZE),
+    "hidden_act": ACTIVATION,
+    "layer_norm_eps": fields.POSITIVE,
+    **dict.fromkeys(("image_size", "patch_size"), _PIXELS),
+    "qkv_bias": fields.FLAG,
+    **dict.fromkeys(("num_labels", "head_dim"), fields.optional(fields.SIZE)),
+    "id2label": fields.optional(fields.OBJECT),
+}
 
 
 def config_from_hf(hf: dict, **run) -> Config:
     """Config from the fields of a `config.json`; run: `dtype`, `remat`, `unroll`, and `labels`,
     which otherwise are as "num_labels" or "id2label" say.
 
-    Raises ValueError for options that this module does not compute.
+    Raises ValueError for options that this module does not compute, and as `fields.read` does.
     """
+    hf = fields.read(hf, FIELDS)
     given = {name: hf[name] for name in _HF_FIELDS if name in hf}
-    fields = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
-    if hf.get("num_labels") is not None:
-        fields["labels"] = hf["num_labels"]
-    elif hf.get("id2label") is not None:
-        fields["labels"] = len(hf["id2label"])
-    config = Config(**fields | run)
-    if config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act {config.hidden_act!r} is not one of {[*ACTIVATIONS]}")
+    given["labels"] = hf.get("num_labels") or len(hf.get("id2label") or ()) or Config.labels
+    config = Config(**given | run)
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
             f"{config.num_attention_heads}"
         )
     features = config.hidden_size // config.num_attention_heads
-    if hf.get("head_dim", features) != features:
+    if hf.get("head_dim") not in (None, features):
         raise ValueError(
             f"head_dim {hf['head_dim']} is not supported for ViT, only hidden_size / "
             f"num_attention_heads, {features}"
@@ -221,7 +229,7 @@ def hf_tensors(config: Config) -> dict[str, Source]:
 
 def hf_config(config: Config) -> dict:
     """The fields of a `config.json` that transformers reads as the same model."""
-    fields = {name: getattr(config, name) for name in _HF_FIELDS}
-    fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
-    fields["label2id"] = {f"LABEL_{i}": i for i in range(config.labels)}
-    return fields | {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
+    found = {name: getattr(config, name) for name in _HF_FIELDS}
+    found["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
+    found["label2id"] = {f"LABEL_{i}": i for i in range(config.labels)}
+    return found | {"model_type": "vit", "architectures": ["ViTForImageClassification"]}

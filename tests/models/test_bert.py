@@ -243,7 +243,7 @@ def test_more_tokens_than_positions_are_an_error(kind, room):
         ({"is_decoder": True}, "is_decoder=true is not supported for Bert"),
         ({"add_cross_attention": True}, "add_cross_attention=true"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'"),
-        ({"hidden_act": "swish7"}, "hidden_act 'swish7' is not one of .*gelu_new"),
+        ({"hidden_act": "swish7"}, "hidden_act: .swish7. given, must be one of .*gelu_new"),
         ({"num_attention_heads": 3}, "hidden_size 16 is not a multiple of num_attention_heads 3"),
         ({"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification.*set head"),
         ({"model_type": "albert"}, "model_type 'albert' is not one of bert, roberta"),

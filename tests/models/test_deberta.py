@@ -244,8 +244,8 @@ def test_only_absolute_positions_limit_the_length():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_act": "swish7"}, "hidden_act 'swish7' is not one of .*gelu_new"),
-        ({"pooler_hidden_act": "swish7"}, "pooler_hidden_act 'swish7'"),
+        ({"hidden_act": "swish7"}, "hidden_act: .swish7. given, must be one of .*gelu_new"),
+        ({"pooler_hidden_act": "swish7"}, "pooler_hidden_act: .swish7."),
         ({"num_attention_heads": 3}, "hidden_size 16 is not a multiple of num_attention_heads 3"),
         ({"attention_head_size": 4}, "attention_head_size 4 is not supported, only 8"),
         ({"pooler_hidden_size": 8}, "pooler_hidden_size 8 is not supported, only 16"),
@@ -254,7 +254,7 @@ def test_only_absolute_positions_limit_the_length():
         ({"conv_kernel_size": 3, "conv_act": "swish7"}, "conv_act 'swish7'"),
         ({"pos_att_type": ["c2p", "p2p"]}, r"pos_att_type \['c2p', 'p2p'\]"),
         ({"relative_attention": True}, "relative_attention=true needs 'c2p'"),
-        ({"norm_rel_ebd": "batch_norm"}, "norm_rel_ebd 'batch_norm'"),
+        ({"norm_rel_ebd": "batch_norm"}, "norm_rel_ebd: .batch_norm. given, must be one of"),
         ({"position_buckets": 256}, "position_buckets 256"),
         ({"legacy": False, "embedding_size": 8}, "legacy=false .* embedding_size 8"),
         ({"legacy": False, "tie_word_embeddings": False}, "legacy=false .*tie_word_embeddings"),

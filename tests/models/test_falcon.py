@@ -160,7 +160,7 @@ def test_remat_and_unroll_change_nothing_and_half_is_near():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(activation="swish7"), "activation 'swish7' is not one of .*gelu"),
+        (dict(activation="swish7"), "activation: .swish7. given, must be one of .*gelu"),
         (dict(num_attention_heads=5), "hidden_size 24 is not a multiple of num_attention_heads 5"),
         (dict(num_attention_heads=8), "3 features: rotary positions need an even number"),
         (NEW | dict(num_kv_heads=4), "num_attention_heads 6 is not a multiple of 4 key heads"),

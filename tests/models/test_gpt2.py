@@ -182,7 +182,11 @@ def test_more_tokens_than_positions_are_an_error():
     [
         ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx=true"),
         ("add_cross_attention", True, "add_cross_attention=true"),
-        ("activation_function", "swish7", "activation_function 'swish7' is not one of .*gelu_new"),
+        (
+            "activation_function",
+            "swish7",
+            "activation_function: .swish7. given, .*gelu_new",
+        ),
         ("n_head", 3, "n_embd 16 is not a multiple of n_head 3"),
     ],
 )

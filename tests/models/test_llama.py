@@ -340,7 +340,7 @@ def test_weights_in_bfloat16_tell_nearly_the_same():
         (dict(model_type="gemma"), r"model_type 'gemma' is not one of .*'mistral'"),
         (dict(model_type="mistral", attention_bias=True), "attention_bias=true .* for mistral"),
         (dict(model_type="qwen2", mlp_bias=True), "mlp_bias=true is not supported for qwen2"),
-        (dict(hidden_act="swish7"), "hidden_act 'swish7' is not one of .*silu"),
+        (dict(hidden_act="swish7"), "hidden_act: .swish7. given, must be one of .*silu"),
         (dict(hidden_size=18), "hidden_size 18 is not a multiple of num_attention_heads 4"),
         (dict(num_key_value_heads=3), "num_attention_heads 4 .* of num_key_value_heads 3"),
         (dict(head_dim=5), "head_dim 5 is odd"),
@@ -350,13 +350,16 @@ def test_weights_in_bfloat16_tell_nearly_the_same():
         (dict(rope_parameters=LLAMA3 | {"low_freq_factor": None}), "needs low_freq_factor"),
         (dict(rope_parameters=LONG | {"long_factor": [1.0]}), "long_factor has 1 numbers, .* 3"),
         (
-            dict(rope_parameters={llama.FULL: {"rope_theta": 1.0}}),
+            dict(rope_parameters={llama.FULL: {"rope_theta": 2.0}}),
             "by layer type are not .*full_att",
         ),
-        (dict(model_type="mistral", sliding_window=0), "sliding_window 0 is not a number of tok"),
+        (dict(model_type="mistral", sliding_window=0), "sliding_window: 0 given, must be a whole"),
         (dict(model_type="mistral", layer_types=[llama.FULL] * 2), "not supported for mistral"),
         (dict(model_type="qwen2", layer_types=[llama.SLIDING] * 2), "sliding_window=None, where"),
-        (dict(model_type="qwen2", layer_types=[llama.FULL]), "are not 2 of 'full_attention'"),
+        (
+            dict(model_type="qwen2", layer_types=[llama.FULL]),
+            "layer_types: 1 given for num_h",
+        ),
     ],
 )
 def test_what_the_module_does_not_compute_is_refused(fields, message):

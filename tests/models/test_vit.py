@@ -140,11 +140,11 @@ def test_however_the_layers_are_run_and_adapted():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(hidden_act="swish7"), "hidden_act 'swish7' is not one of .*gelu"),
+        (dict(hidden_act="swish7"), "hidden_act: .swish7. given, must be one of .*gelu"),
         (dict(num_attention_heads=5), "hidden_size 24 is not a multiple of num_attention_heads 5"),
         (dict(head_dim=8), "head_dim 8 is not supported for ViT"),
         (dict(patch_size=[4, 16]), r"patch_size \(4, 16\) is larger than image_size 12"),
-        (dict(num_labels=0), "labels 0 is less than 1"),
+        (dict(num_labels=0), "num_labels: 0 given, must be a whole number from 1"),
     ],
 )
 def test_what_the_module_does_not_compute_is_refused(fields, message):
