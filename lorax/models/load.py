@@ -94,10 +94,10 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
     else:
         head = tuple(path for path in shapes if path.startswith("head/"))
         sizes = {path: leaf.shape for path, leaf in shapes.items()}
-        _check_size(base, directory)
         source, _ = FAMILIES[base.family]
         where = source.hf_tensors(base.config)
         flat = bnb.read(directory, where, sizes)
+        _check_size(base, directory)
         where = {path: own for path, own in where.items() if path not in flat}
         flat |= hf.read(directory, where, sizes, param_dtype, optional=head)
         fresh = tuple(path for path in head if path not in flat)

@@ -116,7 +116,7 @@ def test_every_field_of_a_family_that_a_file_sets_is_in_its_table():
         assert {*config_fields(family)} <= table, family
 
 
-# ------------------------------------------------------------------------------------ in a directory
+# ----------------------------------------------------------------------------------- in a directory
 
 
 @pytest.fixture
@@ -142,16 +142,13 @@ def edit(directory, **given):
         ({"architectures": "GPT2LMHeadModel"}, "architectures: .* given, must be a list of values"),
         ({"quantization_config": [4]}, r"quantization_config: \[4\] given, must be an object"),
         ({"quantization_config": True}, "quantization_config: true given, must be an object"),
-        ({"quantization_config": {"load_in_4bit": "yes"}}, 'load_in_4bit: "yes" given, must be tr'),
+        ({"quantization_config": {"load_in_4bit": "yes"}}, 'load_in_4bit: "yes" given, must be t'),
         ({"quantization_config": {"quant_method": 4}}, "quant_method: 4 given, must be a string"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: None is not supported"),
-        ({"bos_token_id": "x", "eos_token_id": "0"}, None),  # without a tokenizer they mean nothing
     ],
 )
 def test_a_wrong_field_is_named_with_the_base(directory, given, message):
     edit(directory, **given)
-    if message is None:
-        return lorax.load(str(directory))
     for read in (lorax.load, skeleton):
         with pytest.raises(ValueError, match=f"base: {directory}: .*{message}"):
             read(str(directory))
