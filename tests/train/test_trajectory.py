@@ -248,7 +248,7 @@ def test_devices_that_share_the_members_see_what_one_sees(tmp_path):
         constants = programs.place(stack.constants)
         params = programs.place_base(group.base.params)
         file = tmp_path / mode / "trajectory" / "0-0" / "1.safetensors"
-        spectra = programs.spectra(params, constants, trainable)
+        spectra = programs.spectra(params, constants, trainable, 3)
         trajectory.write(file, spectra, stack.members, group.base)
         found.append(tables.table(runs.Run(tmp_path / mode, {}, None, None, {})))
     assert list(found[0]["member"].unique()) == [0, 1, 2]
