@@ -545,55 +545,70 @@ def pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
 def _take_apart(updates, whole, text: str, places: Places, file: pathlib.Path):
     """(factors, weights, path of the tied embedding or "") by the metadata that `save` left, which
     is checked as all that a file says: it leaves out nothing and agrees with the base."""
-    where = f"{file}: its metadata 'lorax'"
+    where = f"{file}: its metadata 'lorax' does not fit"
     try:
         own = parse_json(text, "line")
-        scales: dict[str, list[float]] = {}
-        for entry in own["factors"].values():
-            scales.setdefault(entry["module"], []).append(_number(entry["scale"]))
-        factors: dict[str, Factors] = {}
-        # What of b is taken, and in a last row which of its columns.
-        taken = {name: np.zeros((len(x.b) + 1, x.b.shape[1]), bool) for name, x in updates.items()}
-        for path, entry in own["factors"].items():
-            module, s = entry["module"], _number(entry["scale"])
-            a, b, scale, m = updates[module]
-            common = max(scales[module], key=abs)
-            if not math.isclose(common, scale, rel_tol=1e-9):
-                raise ValueError(f"scale {common} of {path}, but {CONFIG} says {scale}")
-            _agree(path, (module, entry["columns"]), places)
-            columns, rows = _index(entry["columns"], b.shape[1]), _index(entry["rows"], len(b))
-            taken[module][rows, columns] = taken[module][-1, columns] = True
-            part = np.ascontiguousarray(b[rows, columns])
-            own_b = _rescale(part, common, s)
-            if not np.isfinite(own_b).all() or part.any() and not own_b.any():
-                raise ValueError(f"scale {s} of {path} beside {common}")
-            own_m = None if m is None else m[columns]
-            factors[path] = Factors(np.ascontiguousarray(a[:, rows]), own_b, s, own_m)
-        for module, part in taken.items():
-            b, lengths = updates[module].b, updates[module].m
-            left = np.any(b[~part[:-1]]) or not part[:-1].any(axis=1).all()
-            if left or lengths is not None and not part[-1].all():
-                raise ValueError(f"it leaves out a part of {module}")
-        weights, seen = {}, {name: np.zeros(tensor.shape, bool) for name, tensor in whole.items()}
-        for path, entry in own["weights"].items():
-            name, axes = entry["tensor"], entry["axes"]
-            _agree(path, (name, entry["columns"], axes), places)
-            if axes is not None and sorted(axes) != [*range(whole[name].ndim)]:
-                raise ValueError(f"axes {axes} of {path}")
-            width = whole[name].shape[-1 if axes is None else axes[-1]]
-            columns = _index(entry["columns"], width)
-            seen[name].transpose(axes or range(seen[name].ndim))[..., columns] = True
-            weights[path] = _ours(whole[name], axes, columns)
-        missing = [name for name, part in seen.items() if not part.all()]
-        if missing:
-            raise ValueError(f"it leaves out a part of {missing[0]}")
+        factors = _own_factors(own["factors"], updates, places)
+        weights = _own_weights(own["weights"], whole, places)
         if not isinstance(own["tied"], str) or places.tied and own["tied"] not in ("", places.tied):
             raise ValueError(f"tied is {str(own['tied'])[:60]}")
         return factors, weights, own["tied"]
     except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} does not fit: {error!r}") from error
+        raise ValueError(f"{where}: {error!r}") from error
     except ValueError as error:
-        raise ValueError(f"{where} does not fit: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _own_factors(own: dict, updates: Mapping[str, Factors], places: Places) -> dict[str, Factors]:
+    """{layer: its factors} from the modules' by the metadata's entries."""
+    scales: dict[str, list[float]] = {}
+    for entry in own.values():
+        scales.setdefault(entry["module"], []).append(_number(entry["scale"]))
+    factors: dict[str, Factors] = {}
+    # What of b is taken, and in a last row which of its columns.
+    taken = {name: np.zeros((len(x.b) + 1, x.b.shape[1]), bool) for name, x in updates.items()}
+    for path, entry in own.items():
+        module, s = entry["module"], _number(entry["scale"])
+        a, b, scale, m = updates[module]
+        common = max(scales[module], key=abs)
+        if not math.isclose(common, scale, rel_tol=1e-9):
+            raise ValueError(f"scale {common} of {path}, but {CONFIG} says {scale}")
+        last = "kernel" if places.of(f"{path}/kernel") else "embedding"
+        _agree(f"{path}/{last}", f"{module}.weight", entry["columns"], b.shape[1], places)
+        columns, rows = _index(entry["columns"], b.shape[1]), _index(entry["rows"], len(b))
+        taken[module][rows, columns] = taken[module][-1, columns] = True
+        part = np.ascontiguousarray(b[rows, columns])
+        own_b, own_m = _rescale(part, common, s), None if m is None else m[columns]
+        if not np.isfinite(own_b).all() or part.any() and not own_b.any():
+            raise ValueError(f"scale {s} of {path} beside {common}")
+        factors[path] = Factors(np.ascontiguousarray(a[:, rows]), own_b, s, own_m)
+    for module, (_, b, _, m) in updates.items():
+        *part, columns = taken[module]
+        part = np.array(part)
+        if b[~part].any() or not part.any(axis=1).all() or m is not None and not columns.all():
+            raise ValueError(f"it leaves out a part of {module}")
+    return factors
+
+
+def _own_weights(own: dict, whole: Mapping[str, np.ndarray], places: Places):
+    """{path: value} of what was trained in full, by the metadata's entries."""
+    weights, taken = {}, {name: np.zeros(tensor.shape, bool) for name, tensor in whole.items()}
+    for path, entry in own.items():
+        name, axes = entry["tensor"], entry["axes"]
+        tensor, source = whole[name], places.of(path)
+        if axes is not None and sorted(axes) != [*range(tensor.ndim)]:
+            raise ValueError(f"axes {axes} of {path}")
+        width = tensor.shape[-1 if axes is None else axes[-1]]
+        _agree(path, name, entry["columns"], width, places)
+        if source is not None and (source.axes and [*source.axes]) != axes:
+            raise ValueError(f"axes {axes} of {path}, in the base they are {source.axes}")
+        columns = _index(entry["columns"], width)
+        taken[name].transpose(axes or range(tensor.ndim))[..., columns] = True
+        weights[path] = _ours(tensor, axes, columns)
+    for name, part in taken.items():
+        if not part.all():
+            raise ValueError(f"it leaves out a part of {name}")
+    return weights
 
 
 def _number(x: Any) -> float:
@@ -617,23 +632,20 @@ def _index(part: Any, size: int) -> slice | np.ndarray:
     raise ValueError(f"{str(part)[:60]} is no part of {size}")
 
 
-def _agree(path: str, said: tuple, places: Places) -> None:
-    """Raises ValueError where a base is known that has a parameter elsewhere than the metadata
-    says: (module, columns) of a layer, (tensor, columns, axes) of a parameter."""
+def _agree(path: str, name: str, columns: Any, width: int, places: Places) -> None:
+    """Raises ValueError where a base is known in which the parameter `path` does not lie in the
+    tensor `name`, or in other columns of it. A base of another width is left to the check of
+    shapes that all adapters get."""
     if not places.sources:
         return
-    if len(said) == 2:
-        module = places.module(path)
-        source = next(s for s in map(places.of, (f"{path}/kernel", f"{path}/embedding")) if s)
-        have = module, columns_as_json(source.part)
-    else:
-        source = places.of(path)
-        if source is None:
-            raise ValueError(f"{path}: the base has no such parameter")
-        axes = None if source.axes is None else [*source.axes]
-        have = source.name, columns_as_json(source.part), axes
-    if have != said:
-        raise ValueError(f"{path} is {have} in the base, not {said}")
+    source = places.of(path)
+    if source is None:
+        raise ValueError(f"{path}: the base has no such parameter")
+    have = columns_as_json(source.part)
+    same = fused_width(places.at(source.name)) not in (0, width) or have == columns
+    if source.name != name or not same:
+        said = f"{name}, columns {columns}"
+        raise ValueError(f"{path} is {source.name}, columns {have} in the base, not {said}")
 
 
 def _split(module: str, update: Factors, places: Places, file: pathlib.Path) -> dict[str, Factors]:
