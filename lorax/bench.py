@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from lorax import analysis, config, decode, methods, ops, quant, tasks, tree
+from lorax.console import console
 from lorax.files import write_bytes
 from lorax.models import Base, gpt2
 from lorax.train import sweep
@@ -464,7 +464,7 @@ def main(arguments: list[str]) -> int:
     for row in rows:
         times = (f"{row.value:.2f} {row.unit}", row.against, f"{row.baseline:.2f} {row.unit}")
         table.add_row(row.name, *times, f"{row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]")
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
+    console(width=None if sys.stdout.isatty() else 130).print(table)
     if given.json:
         text = json.dumps([row._asdict() for row in rows], indent=1) + "\n"
         write_bytes(given.json, text.encode())

@@ -435,6 +435,12 @@ def _show(value) -> str:
     )
 
 
+# Axes of which None is a value as well, with the type of the others.
+OPTIONAL = {"layers": tuple, "n_train": int, "targets": tuple, "target_rank": int}
+OPTIONAL |= {"tokens": int, "quant": str, "dim": int, "projection": str, "granularity": str}
+OPTIONAL |= {"inputs": int, "planted_rank": int | tuple}
+
+
 def _axis(config, axis) -> tuple:
     values = config.sweep[axis]
     if not isinstance(values, tuple | list):
@@ -444,13 +450,10 @@ def _axis(config, axis) -> tuple:
     if axis == "targets":
         values = tuple((v,) if isinstance(v, str) else v for v in values)
     values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
-    optional = {"layers": tuple, "n_train": int, "targets": tuple, "target_rank": int}
-    optional |= {"tokens": int, "quant": str, "dim": int, "projection": str, "granularity": str}
-    optional |= {"inputs": int, "planted_rank": int | tuple}
-    kind = int if axis == "rank" else optional.get(axis, type(now))
+    kind = int if axis == "rank" else OPTIONAL.get(axis, type(now))
     for value in values:
         fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
-        fits = fits or (value is None and axis in optional) or (axis, value) == ("rank", "auto")
+        fits = fits or (value is None and axis in OPTIONAL) or (axis, value) == ("rank", "auto")
         if not fits or (isinstance(value, bool) and kind is not bool):
             name = getattr(kind, "__name__", kind)
             raise ValueError(

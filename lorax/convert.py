@@ -66,10 +66,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def show(given) -> None:
     """Every update: its shape, scale, size, singular values and ranks."""
-    from rich.console import Console
     from rich.table import Table
 
     from lorax.analysis import spectrum
+    from lorax.console import console
     from lorax.files import write_bytes
 
     if kind(given) == "LORA":
@@ -95,13 +95,13 @@ def show(given) -> None:
             " ".join(f"{x:.3g}" for x in sigma[:SHOWN]) + more,
         )
         lines += [f"{path},{i},{x:.9g}\n" for i, x in enumerate(sigma, 1)]
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
-    console.print(table)
+    screen = console(width=None if sys.stdout.isatty() else 1000)
+    screen.print(table)
     for note in notes:
-        console.print(note, markup=False)
+        screen.print(note)
     if given.csv:
         write_bytes(given.csv, "".join(lines).encode())
-        console.print(f"all singular values: {given.csv}", markup=False, soft_wrap=True)
+        screen.print(f"all singular values: {given.csv}", soft_wrap=True)
 
 
 def _of_adapter(adapter) -> tuple[list[tuple], list[str]]:

@@ -610,23 +610,29 @@ def _show(found: Iterable[Table], markdown: bool) -> None:
     if markdown:
         for t in found:
             lines = [t.headings, ["---"] + ["---:"] * (len(t.headings) - 1), *t.rows]
-            print(f"\n**{t.title}**\n")
-            print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+            print(f"\n**{_cell(t.title)}**\n")
+            print("\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines))
             print(f"\n{t.note}" * bool(t.note), flush=True)
         return
     from rich import box, table
-    from rich.console import Console
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    from lorax.console import console
+
+    screen = console(width=None if sys.stdout.isatty() else 140)
     for t in found:
         drawn = table.Table(title=t.title, title_justify="left", box=box.SIMPLE_HEAD)
         for i, name in enumerate(t.headings):
             drawn.add_column(name, justify="right" if i else "left")
         for row in t.rows:
             drawn.add_row(*row)
-        console.print(drawn)
+        screen.print(drawn)
         if t.note:
-            console.print(t.note, markup=False)
+            screen.print(t.note)
+
+
+def _cell(text: str) -> str:
+    """Text in a table of Markdown, to which a bar ends the cell."""
+    return text.replace("|", "\\|")
 
 
 # ------------------------------------------------------------------------------- the field's tables

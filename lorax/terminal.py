@@ -2,11 +2,11 @@
 
 import sys
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lorax.analysis import intrinsic
+from lorax.console import console
 from lorax.train.loop import Terminal
 
 
@@ -16,7 +16,7 @@ class Screen:
     def __enter__(self):
         # A notebook asks subprocesses for colour (FORCE_COLOR), and rich then draws bars too.
         given = {} if sys.stdout.isatty() else {"force_terminal": False, "width": 140}
-        self.console = Console(highlight=False, **given)
+        self.console = console(**given)
         self.bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -36,7 +36,7 @@ class Screen:
 
     def say(self, line: str) -> None:
         """Print one line above the bar."""
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(line, soft_wrap=True)
 
     def terminal(self, members: list[dict]) -> Terminal:
         """What the training loop calls. members: the lines of members.jsonl."""

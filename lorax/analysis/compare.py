@@ -15,6 +15,8 @@ CURVES = (
     "lr",
     "trainable_params",
 )  # that a loss is drawn against, of several runs
+# Fields between whose values no line of a figure leads: other methods, other networks, other tasks.
+UNLIKE = ("method", "base", "n_train", "shuffle", "planted_rank", "noise", "inputs")
 
 
 def methods(
@@ -64,8 +66,9 @@ def of_setting(table: pd.DataFrame, setting: pd.Series, by: Axes) -> pd.Series:
 
 
 def curve(table: pd.DataFrame, by: Axes, x: str) -> pd.DataFrame:
-    """The loss against one field of a run's members: a row a value, at the best of all that else
-    differs: x, mean and se of the final eval loss over n seeds, and `line`, what the best was.
+    """The loss against one field of a run's members: a row a value and part, at the best of all
+    that else differs: part, x, mean and se of the final eval loss over n seeds, and `line`, what
+    the best was. Parts are what no line may join: members that differ in a field of `UNLIKE`.
 
     Args:
       table: of `runs.summary`.
@@ -74,12 +77,18 @@ def curve(table: pd.DataFrame, by: Axes, x: str) -> pd.DataFrame:
         that need not be used up, only rows that are better than all with fewer.
     """
     if x not in table or not pd.to_numeric(table[x], errors="coerce").notna().any():
-        return pd.DataFrame(columns=["x", "mean", "se", "n", "line"])
-    others = tuple(name for name in (by.main, *by.others) if name and name != x)
-    reached = runs.settings(table, Axes(x, others)).dropna(subset=["mean", x])
-    best = reached.loc[reached.groupby(x)["mean"].idxmin()]
-    best = best.rename(columns={x: "x"})[["x", "mean", "se", "n", "line"]].sort_values("x")
-    return best[best["mean"] <= best["mean"].cummin()] if x == "trainable_params" else best
+        return pd.DataFrame(columns=["part", "x", "mean", "se", "n", "line"])
+    axes = [name for name in (by.main, *by.others) if name and name != x]
+    apart, others = ([n for n in axes if (n in UNLIKE) == unlike] for unlike in (True, False))
+    reached = runs.settings(table, Axes(x, tuple(axes))).dropna(subset=["mean", x])
+    for name, of in (("part", apart), ("line", others)):
+        reached[name] = [runs.fields(row, of) for _, row in reached.iterrows()]
+    best = reached.loc[reached.groupby(["part", x], sort=False)["mean"].idxmin()]
+    best = best.rename(columns={x: "x"})[["part", "x", "mean", "se", "n", "line"]]
+    best = best.sort_values(["part", "x"])
+    if x != "trainable_params":
+        return best
+    return best[best["mean"] <= best.groupby("part")["mean"].cummin()]
 
 
 def differences(configs: Mapping[str, dict[str, Any]]) -> pd.DataFrame:

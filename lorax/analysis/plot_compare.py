@@ -6,17 +6,30 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from lorax.analysis.plots import COLOURS, DASHES, MARKERS, NAMES, STYLE, line_style, named, pick
+from lorax.analysis.plots import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    NAMES,
+    STYLE,
+    line_style,
+    named,
+    pick,
+    plain,
+    style_of,
+)
 
 
 def curves(found: pd.DataFrame, loss: str) -> Figure:
-    """Final eval loss against what runs were swept over: a panel an axis, a line a run.
+    """Final eval loss against what runs were swept over: a panel an axis, a line a part of a run.
 
     Args:
-      found: run, axis, x, mean, se (rows of `compare.curve`).
+      found: run, axis, part, x, mean, se (rows of `compare.curve`).
       loss: its name and unit.
     """
-    axes_of, of_runs = (list(dict.fromkeys(found[name])) for name in ("axis", "run"))
+    axes_of = list(dict.fromkeys(found["axis"]))
+    lines = list(dict.fromkeys(zip(found["run"], found["part"], strict=True)))
+    styles = [style_of(n, len(lines)) for n in range(len(lines))]
     columns = min(2, len(axes_of))
     rows = -(-len(axes_of) // columns)
     with matplotlib.rc_context(STYLE):
@@ -27,14 +40,16 @@ def curves(found: pd.DataFrame, loss: str) -> Figure:
             axes.set_axis_off()
         for axes, axis in zip(grid, axes_of, strict=False):
             here = found[found["axis"] == axis]
-            for n, run in enumerate(of_runs):
-                line = here[here["run"] == run]
+            for (run, part), style in zip(lines, styles, strict=True):
+                line = here[(here["run"] == run) & (here["part"] == part)]
                 bars = line["se"] if line["se"].notna().any() else None
-                axes.errorbar(line["x"], line["mean"], yerr=bars, capsize=2, **line_style(n))
+                axes.errorbar(line["x"], line["mean"], yerr=bars, capsize=2, **style)
             axes.set_xlabel(NAMES.get(axis, named(axis)))
             _logarithmic(axes, axis, here["x"])
         figure.supylabel("final " + loss, fontsize=9)
-        figure.legend(_handles(len(of_runs)), of_runs, loc="outside upper center", ncols=2)
+        handles = [matplotlib.lines.Line2D([], [], **style) for style in styles]
+        labels = [plain(", ".join(filter(None, line))) for line in lines]
+        figure.legend(handles, labels, loc="outside upper center", ncols=2)
         return figure
 
 
@@ -52,8 +67,8 @@ def methods(found: pd.DataFrame, loss: str) -> Figure:
             rows = own["method"].map(of_methods.index) + shift
             errors = own["se"].fillna(0) if own["se"].notna().any() else None
             style = {"fmt": pick(MARKERS, n), "color": pick(COLOURS, n), "capsize": 3}
-            axes.errorbar(own["mean"], rows, xerr=errors, label=run, **style)
-        axes.set_yticks(range(len(of_methods)), of_methods)
+            axes.errorbar(own["mean"], rows, xerr=errors, label=plain(run), **style)
+        axes.set_yticks(range(len(of_methods)), map(plain, of_methods))
         axes.set_ylim(len(of_methods) - 0.5, -0.5)
         axes.set_xlabel("final " + loss)
         figure.legend(loc="outside upper center", ncols=2)
@@ -86,13 +101,13 @@ def by_layer(ranks: pd.DataFrame) -> Figure:
             axes.set_ylim(bottom=0)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.supxlabel("layer", fontsize=9)
-        handles, labels = _handles(len(targets)), [str(target) for target in targets]
+        handles, labels = _handles(len(targets)), [plain(target) for target in targets]
         if len(adapters) > 1:
             handles += [
                 matplotlib.lines.Line2D([], [], color="0.3", linestyle=pick(DASHES, m))
                 for m in range(len(adapters))
             ]
-            labels += [str(adapter) for adapter in adapters]
+            labels += [plain(adapter) for adapter in adapters]
         figure.legend(handles, labels, loc="outside right upper")
         return figure
 
@@ -118,7 +133,7 @@ def between_layers(maps: dict[tuple[str, str], tuple[list[int], np.ndarray]]) ->
                     continue
                 layers, phi = found
                 image = axes.imshow(phi, vmin=0, vmax=1, cmap="cividis", interpolation="nearest")
-                axes.set_title(f"{target}, {side}", fontsize=8)
+                axes.set_title(plain(f"{target}, {side}"), fontsize=8)
                 ticks = sorted({0, len(layers) // 2, len(layers) - 1})
                 axes.set_xticks(ticks, [layers[tick] for tick in ticks])
                 axes.set_yticks(ticks, [layers[tick] for tick in ticks])

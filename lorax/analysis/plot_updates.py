@@ -25,6 +25,7 @@ from lorax.analysis.plots import (
     main_axis,
     named,
     pick,
+    plain,
 )
 from lorax.analysis.runs import in_words
 from lorax.analysis.subspace import Band
@@ -80,7 +81,7 @@ def spectra(sigmas: pd.DataFrame, layers: Sequence[int], main: str = "rank") -> 
                         often = max(1, len(curve) // 8)
                         thin = {"markersize": 3, "markevery": often, "linewidth": 1}
                         axes.plot(curve["index"], curve["sigma"], **line_style(n) | thin)
-                axes.set_title(_panel(layer, target))
+                axes.set_title(plain(_panel(layer, target)))
                 axes.set_xscale("log", base=2)
                 axes.set_yscale("log")
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -103,20 +104,20 @@ def update_ranks(ranks: pd.DataFrame, main: str = "rank") -> Figure:
         for axes, column in zip(
             figure.subplots(1, 2, sharey=True), ("effective", "stable"), strict=True
         ):
-            values, position = main_axis(axes, ranks[main], main)
+            values, place = main_axis(axes, ranks[main], main)
             joined = {"linestyle": "none"} if has_no_order(values) else {}
-            given = pd.to_numeric(ranks["rank"], errors="coerce").dropna()
-            nominal = given.groupby(ranks[main].map(position)).mean()
+            given = pd.to_numeric(ranks["rank"], errors="coerce")
+            nominal = given.groupby(place(ranks[main])).mean().dropna()
             style = {"color": GREY, "linewidth": 1, "linestyle": (0, (6, 3))} | joined
             style |= {"marker": "_", "markersize": 20} if joined else {}
             if len(nominal):  # a method without a rank has none to fall short of
                 axes.plot(nominal.index, nominal, label="rank at most", **style)
             for n, target in enumerate(targets):
                 here = ranks[(ranks["target"] == target) & (ranks[column] > 0)]
-                x = here[main].map(position)
+                x = place(here[main])
                 mean = here.groupby(x)[column].mean()
                 colour = pick(COLOURS, n)
-                axes.plot(mean.index, mean, label=str(target), **line_style(n) | joined)
+                axes.plot(mean.index, mean, label=plain(target), **line_style(n) | joined)
                 axes.plot(x, here[column], ".", color=colour, alpha=0.3, markersize=4)
             axes.set_yscale("log", base=2)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -155,7 +156,8 @@ def similarity_maps(
                     axes.set_axis_off()
                     continue
                 image = _map(axes, values)
-                axes.set_title("Gaussian control" if target is None else _panel(layer, target))
+                title = "Gaussian control" if target is None else _panel(layer, target)
+                axes.set_title(plain(title))
         figure.supxlabel(x_label, fontsize=9)
         figure.supylabel(y_label, fontsize=9)
         bar = figure.colorbar(image, ax=grid, shrink=0.9 if len(layers) == 1 else 0.6, pad=0.02)
@@ -186,7 +188,7 @@ def figure3(phi: dict[tuple[int, str], np.ndarray], control: np.ndarray | None =
             corner[np.triu_indices(r1, 1, corner.shape[1])] = np.nan
             zoom.set_facecolor("0.8")
             _map(zoom, corner)
-            full.set_title(title)
+            full.set_title(plain(title))
             zoom.set_title("zoom: the triangle j ≤ i")
             full.set_ylabel(f"i (r = {r1})")
         for axes in grid[-1]:
@@ -276,7 +278,7 @@ def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> Figure:
             own = np.diagonal(values)
             often = max(1, len(own) // 8)
             i = np.arange(1, len(own) + 1)
-            axes.plot(i, own, label=name, markevery=often, **line_style(n))
+            axes.plot(i, own, label=plain(name), markevery=often, **line_style(n))
         axes.set_xlabel("i: top directions of both")
         axes.set_ylabel("subspace similarity φ(i, i)")
         axes.set_ylim(0, 1.03)
@@ -308,10 +310,10 @@ def table7(amplified: pd.DataFrame, main: str = "rank") -> Figure:
 
 
 def _quartiles(axes: Axes, table: pd.DataFrame, main: str, column: str, n: int, label) -> None:
-    values, position = main_axis(axes, table[main], main)
+    values, place = main_axis(axes, table[main], main)
     # A factor is infinite where W has nothing; a log axis has no zero.
     usable = table[np.isfinite(table[column]) & (table[column] > 0)]
-    parts = usable.groupby(usable[main].map(position))[column].quantile([0.25, 0.5, 0.75]).unstack()
+    parts = usable.groupby(place(usable[main]))[column].quantile([0.25, 0.5, 0.75]).unstack()
     if len(parts):
         middle = parts[0.5]
         around = [middle - parts[0.25], parts[0.75] - middle]
@@ -379,7 +381,7 @@ def base_spectrum(sigmas: pd.DataFrame, layers: Sequence[int] | None = None) -> 
                 often = max(1, len(curve) // 6)
                 thin = {"markersize": 3, "markevery": often, "linewidth": 1}
                 axes.plot(curve["index"], curve["sigma"], **line_style(n) | thin)
-            axes.set_title(target)
+            axes.set_title(plain(target))
             axes.set_yscale("log")
         figure.supxlabel("index of singular value", fontsize=9)
         figure.supylabel("singular value of W", fontsize=9)
@@ -462,7 +464,7 @@ def _legend(
     """Every value, also those that a panel lacks, and lines of other kinds."""
     lines = [matplotlib.lines.Line2D([], [], **line_style(n)) for n in range(len(values))]
     lines += [matplotlib.lines.Line2D([], [], **style) for style in (more or {}).values()]
-    labels = [f"{named(main)} = {in_words(value)}" for value in values]
+    labels = [f"{named(main)} = {plain(in_words(value, main))}" for value in values]
     figure.legend(lines, [*labels, *(more or {})], loc="outside right upper")
 
 
@@ -501,7 +503,7 @@ def _row_of_maps(maps, x_label: str, y_label: str, label: str, *, sharex: bool =
         grid = figure.subplots(1, len(maps), sharex=sharex, sharey=True, squeeze=False)[0]
         for axes, (title, values) in zip(grid, maps, strict=True):
             image = _map(axes, values)
-            axes.set_title(title)
+            axes.set_title(plain(title))
         figure.supxlabel(x_label, fontsize=9)
         grid[0].set_ylabel(y_label)
         figure.colorbar(image, ax=grid, pad=0.02).set_label(label)
@@ -527,7 +529,7 @@ def _grid(table: pd.DataFrame, words: pd.DataFrame, label: str, *, log: bool = F
                 text = {"ha": "center", "va": "center", "fontsize": 8}
                 axes.text(j, i, words.iloc[i, j], color="white" if dark else "black", **text)
         axes.set_xticks(range(len(table.columns)), table.columns)
-        axes.set_yticks(range(len(table.index)), table.index)
+        axes.set_yticks(range(len(table.index)), map(plain, table.index))
         axes.set_xlabel("layer")
         axes.set_ylabel("target")
         figure.colorbar(image, ax=axes, pad=0.02).set_label(label)

@@ -4,7 +4,7 @@ Lines are in Okabe and Ito's colours with a marker and a dash each, so that they
 without colour; maps are cividis, whose lightness rises evenly. Losses are in nats.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import matplotlib
 import matplotlib.lines
@@ -23,7 +23,8 @@ from matplotlib.ticker import (
 )
 
 from lorax.analysis import intrinsic as search
-from lorax.analysis.runs import Answer, in_words
+from lorax.analysis import runs
+from lorax.analysis.runs import Answer
 
 # Okabe & Ito's palette, without the yellow that vanishes on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -67,22 +68,21 @@ def rank_curve(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.add_subplot()
-        values, position = main_axis(axes, settings[main], main)
+        values, place = main_axis(axes, settings[main], main)
         lines, names = settings["line"].nunique(), has_no_order(values)
         # Dots of more settings than there are colours are told apart by the table.
         alike = names and lines > len(COLOURS)
         for n, (line, rows) in enumerate(settings.groupby("line", sort=False)):
             n = 0 if alike else n
-            x = np.array([position[value] for value in rows[main].map(_key)])
             style = {"color": pick(COLOURS, n)}
             style["linestyle"] = "none" if names else pick(DASHES, n)
             # One seed has no bar: zero-length bars would look like certainty.
             bars = rows["se"].to_numpy(float) if rows["se"].notna().any() else None
             what = "mean of seeds" if (rows["n"] > 1).any() else "one seed"
             what += " ± standard error" * (bars is not None)
-            label = line or (what if lines == 1 else None)
+            label = plain(line) or (what if lines == 1 else None)
             axes.errorbar(
-                x,
+                place(rows[main]),
                 rows["mean"],
                 yerr=bars,
                 marker=pick(MARKERS, n),
@@ -91,10 +91,10 @@ def rank_curve(
                 **style,
             )
             of_line = points.merge(rows[_shared(rows, points, main)].drop_duplicates())
-            x = [position[value] for value in of_line[main].map(_key)]
-            axes.plot(x, of_line["final_loss"], ".", color=style["color"], alpha=0.45, markersize=6)
+            dots = {"color": style["color"], "alpha": 0.45, "markersize": 6}
+            axes.plot(place(of_line[main]), of_line["final_loss"], ".", **dots)
         if answer is not None:
-            _mark(axes, position, main, answer)
+            _mark(axes, place(settings[main]), main, answer, place)
         _base_line(axes, base, settings, points)
         axes.margins(y=0.25)  # room for the words below the marked point
         axes.set_ylabel("final " + loss)
@@ -115,7 +115,8 @@ def methods(compared: pd.DataFrame) -> Figure:
             compared["mean"], rows, xerr=errors, fmt=MARKERS[0], color=COLOURS[0], capsize=3
         )
         names = [
-            f"{row.method} ({row.trainable_params:,})" for row in compared.itertuples(index=False)
+            f"{plain(row.method)} ({row.trainable_params:,})"
+            for row in compared.itertuples(index=False)
         ]
         axes.set_yticks(rows, names)
         axes.set_ylim(len(compared) - 0.5, -0.5)
@@ -175,11 +176,11 @@ def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, loss: str = LOSS) ->
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500, 1k, 2k
             axes.xaxis.set_minor_formatter(NullFormatter())
             words = [*row["condition"].split(", "), search.brief(row)]
-            axes.set_title("\n".join(word for word in words if word))
+            axes.set_title("\n".join(plain(word) for word in words if word))
         what = "dimension d of the subspace"
         figure.supxlabel(what + ("; trainable parameters of LoRA" if lora else ""), fontsize=9)
         unit = " (fraction)" * (metric == "accuracy")
-        label = loss if metric == "loss" else f"eval {named(metric)}{unit}"
+        label = loss if metric == "loss" else f"eval {plain(named(metric))}{unit}"
         figure.supylabel("final " + label, fontsize=9)
         handles = {}
         for axes in grid:
@@ -199,46 +200,76 @@ def _against_size(axes: Axes, best: pd.DataFrame, by: str, n: int, label: str) -
 
 
 def learning_curves(
-    metrics: pd.DataFrame, points: pd.DataFrame, main: str | None, loss: str = LOSS
+    metrics: pd.DataFrame, points: pd.DataFrame, by: runs.Axes, loss: str = LOSS
 ) -> Figure:
-    """Eval loss against step: a colour a value of the main axis, thin lines the members, thick
-    lines their means over seeds and the other axes. Diverged members are thin and dashed."""
-    evals = metrics[metrics["split"] == "eval"]
-    groups = list(points.groupby(main, dropna=False)) if main else [("all members", points)]
+    """Eval loss against step: a panel a setting of the other axes, in it a colour a value of the
+    main one. Thin lines are members, thick ones their means over seeds, of members that differ in
+    nothing else. Diverged members are thin and dashed.
+
+    Args:
+      metrics: of a run.
+      points: rows of `runs.summary`, of the members to draw.
+      by: the axes in which these differ.
+    """
+    evals = metrics[(metrics["split"] == "eval") & metrics["member"].isin(points.index)]
+    lines = [runs.fields(row, by.others) for _, row in points.iterrows()]
+    panels = list(dict.fromkeys(lines))
+    of_axis = points[by.main] if by.main else [None] * len(points)
+    values = _ordered(of_axis)
+    which = np.array([values.index(None if runs.is_missing(v) else v) for v in of_axis])
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-        axes = figure.add_subplot()
-        for n, (value, members) in enumerate(groups):
-            colour = pick(COLOURS, n)
-            kept = members.index[members["status"] != "diverged"]
-            for member in members.index:
-                curve = evals[evals["member"] == member].sort_values("step")
-                style = "-" if member in kept else (0, (2, 2))
-                axes.plot(
-                    curve["step"],
-                    curve["loss"],
-                    color=colour,
-                    alpha=0.35,
-                    linewidth=0.8,
-                    linestyle=style,
-                )
-            mean = evals[evals["member"].isin(kept)].groupby("step")["loss"].mean()
-            axes.plot(
-                mean.index,
-                mean,
-                color=colour,
-                linestyle=pick(DASHES, n),
-                marker=pick(MARKERS, n),
-                markersize=4,
-                markevery=max(1, len(mean) // 8),
-                label=f"{main} {in_words(value)}" if main else value,
-            )
-        _clip_to_converged(axes, evals, points)
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel(loss)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        _legend(axes, outside=len(groups) > 5)
+        size = (6.4, 3.8) if len(panels) == 1 else (1.9 + 2.3 * columns, 0.8 + 2.1 * rows)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        handles = {}
+        for axes, panel in zip(grid, panels, strict=False):
+            here = np.array([line == panel for line in lines])
+            for n in sorted(set(which[here])):
+                members = points[here & (which == n)]
+                handles[n] = _with_mean(axes, evals, members, style_of(n, len(values)))
+                if by.main:
+                    value = plain(runs.in_words(values[n], by.main))
+                    handles[n].set_label(f"{named(by.main)} {value}")
+                else:
+                    handles[n].set_label("mean over seeds")
+            axes.set_title(plain(panel).replace(", ", "\n"))
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
+            axes.tick_params(labelbottom=True)
+        _clip_to_converged(grid[0], evals, points)
+        figure.supxlabel("optimizer step", fontsize=9)
+        figure.supylabel(loss, fontsize=9)
+        handles = [handles[n] for n in sorted(handles)]
+        if len(panels) > 1 or len(handles) > 5:
+            figure.legend(handles=handles, loc="outside right upper")
+        else:
+            grid[0].legend(handles=handles)
         return figure
+
+
+def _with_mean(axes: Axes, evals: pd.DataFrame, members: pd.DataFrame, style: dict):
+    """Thin lines for members that differ in the seed alone, a thick one for the mean of those that
+    did not diverge; the thick line."""
+    kept = members.index[members["status"] != "diverged"]
+    for member in members.index:
+        curve = evals[evals["member"] == member].sort_values("step")
+        thin = {"color": style["color"], "alpha": 0.35, "linewidth": 0.8}
+        thin["linestyle"] = "-" if member in kept else (0, (2, 2))
+        axes.plot(curve["step"], curve["loss"], **thin)
+    mean = evals[evals["member"].isin(kept)].groupby("step")["loss"].mean()
+    often = max(1, len(mean) // 8)
+    (line,) = axes.plot(mean.index, mean, markersize=4, markevery=often, **style)
+    return line
+
+
+def _ordered(column: Iterable) -> list:
+    """The values of an axis: numbers by size, then names as they come, then none."""
+    values = distinct(column)
+    numbers = sorted(v for v in values if isinstance(v, (int, float, np.number)))
+    return [*numbers, *(v for v in values if isinstance(v, str)), *[None] * (None in values)]
 
 
 # ----------------------------------------------------------------------------------------- helpers
@@ -253,23 +284,44 @@ def line_style(n: int) -> dict:
     return {"color": pick(COLOURS, n), "marker": pick(MARKERS, n), "linestyle": pick(DASHES, n)}
 
 
+def style_of(n: int, count: int) -> dict:
+    """The style of the nth of so many lines; of more than there are colours, from dark to light."""
+    if count <= len(COLOURS):
+        return line_style(n)
+    return line_style(n) | {"color": matplotlib.colormaps["cividis"](0.95 * n / (count - 1))}
+
+
 def named(main: str) -> str:
     return main.replace("_", " ")
 
 
-def _key(value):
-    """A value that can be a dictionary key and equals itself: None for a missing one."""
-    return None if value is None or value != value else value
+def plain(name: object) -> str:
+    """A name from outside as a figure shows it: without the mathematics that matplotlib sees
+    between dollars, nor the underscore in front that keeps a line out of its legend."""
+    text = str(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
-def main_axis(axes: Axes, column: pd.Series, main: str) -> tuple[list, dict]:
-    """Set up the x axis; the values in order and where each lies on it."""
-    values = list(dict.fromkeys(column.map(_key)))
+def distinct(column: Iterable) -> list:
+    """The values of a column, each once, in their order; None for what is missing.
+
+    Python's own: `Series.map` makes NaN of None, which equals nothing.
+    """
+    return list(dict.fromkeys(None if runs.is_missing(value) else value for value in column))
+
+
+def main_axis(
+    axes: Axes, column: pd.Series, main: str
+) -> tuple[list, Callable[[Iterable], np.ndarray]]:
+    """Set up the x axis; the values in order, and what finds the places (n,) of a column (n,)."""
+    values = distinct(column)
     numeric = all(isinstance(v, (int, float, np.number)) and v > 0 for v in values)
     axes.set_xlabel(NAMES.get(main, named(main)))
     if not numeric:
-        axes.set_xticks(range(len(values)), [in_words(value) for value in values])
-        return values, {value: n for n, value in enumerate(values)}
+        axes.set_xticks(range(len(values)), [plain(runs.in_words(v, main)) for v in values])
+        at = {value: n for n, value in enumerate(values)}
+        found = lambda column: [at[None if runs.is_missing(value) else value] for value in column]
+        return values, lambda column: np.array(found(column), int)
     values = sorted(values)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(values))
@@ -278,13 +330,13 @@ def main_axis(axes: Axes, column: pd.Series, main: str) -> tuple[list, dict]:
     axes.xaxis.set_minor_formatter(NullFormatter())
     # A single value has no span of its own.
     axes.set_xlim(values[0] / 1.25, values[-1] * 1.25)
-    return values, {value: value for value in values}
+    return values, lambda column: np.array(list(column), float)
 
 
 def has_no_order(values: Sequence) -> bool:
-    """Whether the values of an axis are names (of methods, of targets), which no line leads
-    through."""
-    return all(isinstance(value, str) for value in values)
+    """Whether the values of an axis are names (of methods, of targets, or none), which no line
+    leads through."""
+    return all(value is None or isinstance(value, str) for value in values)
 
 
 def _shared(rows: pd.DataFrame, points: pd.DataFrame, main: str) -> list[str]:
@@ -307,8 +359,8 @@ def _base_line(axes: Axes, base: float, settings: pd.DataFrame, points: pd.DataF
     axes.plot([0, 1], [1, 1], transform=axes.transAxes, clip_on=False, label=label, **style)
 
 
-def _mark(axes: Axes, position: dict, main: str, answer: Answer) -> None:
-    """Ring the answer, and shade one standard error about the best."""
+def _mark(axes: Axes, places: np.ndarray, main: str, answer: Answer, place: Callable) -> None:
+    """Ring the answer, and shade one standard error about the best. places: of all settings."""
     best = answer.best
     # Only a rank has a reason to be small.
     ringed = answer.smallest if main == "rank" else best
@@ -318,17 +370,16 @@ def _mark(axes: Axes, position: dict, main: str, answer: Answer) -> None:
         label = "one standard error about the best"
         axes.axhspan(low, high, color=GREY, alpha=0.18, linewidth=0, label=label)
         words = "smallest within one standard error" if main == "rank" else words
-    x, y = position[_key(ringed[main])], ringed["mean"]
+    (x,), y = place([ringed[main]]), ringed["mean"]
     axes.plot([x], [y], "o", markersize=13, fillstyle="none", color="black", markeredgewidth=1.2)
     # At either end of the axis the words run inwards.
-    places = sorted(position.values())
-    align = {places[-1]: "right", places[0]: "left"}.get(x, "center")
+    align = {places.max(): "right", places.min(): "left"}.get(x, "center")
     axes.annotate(
-        f"{named(main)} {in_words(ringed[main])}: {words}",
+        f"{named(main)} {plain(runs.in_words(ringed[main], main))}: {words}",
         (x, y),
         xytext=(0, -26),
         textcoords="offset points",
-        ha=align if len(places) > 1 else "center",
+        ha=align if places.min() < places.max() else "center",
         fontsize=8,
         arrowprops={"arrowstyle": "-", "color": "black", "linewidth": 0.6, "shrinkB": 7},
     )

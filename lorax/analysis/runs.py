@@ -137,7 +137,8 @@ AXES = (
     "n_train",
 )
 SEEDS = ("seed", "data_seed")  # over which the settings are averaged
-ALL = ("n_train", "layers")  # fields of which none means all there are
+# What a field without a value means: all that there are, or not quantised.
+MISSING = {"n_train": "all", "layers": "all", "inputs": "all", "quant": "none"}
 
 
 class Axes(NamedTuple):
@@ -276,25 +277,31 @@ def answer(table: pd.DataFrame, main: str) -> Answer | None:
     if not np.isfinite(best["se"]):
         return Answer(best, best, False)
     within = usable[usable["mean"] <= best["mean"] + best["se"]]
-    return Answer(best, within.sort_values([main, "mean"]).iloc[0], True)
+    return Answer(best, within.sort_values([main, "mean"], key=in_order).iloc[0], True)
+
+
+def in_order(column: pd.Series) -> pd.Series:
+    """What to sort a column by that may hold numbers and words: numbers by size, then the rest."""
+    return pd.to_numeric(column, errors="coerce")
 
 
 def _words(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def in_words(value: Any) -> str:
-    """A field's value as labels have it; "all" for a missing one."""
+def in_words(value: Any, name: str = "") -> str:
+    """A field's value as labels have it. name: of the field, which says what a missing one means;
+    "none" where that is nothing in particular."""
     if is_missing(value):
-        return "all"
+        return MISSING.get(name, "none")
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def fields(row: pd.Series, names: Iterable[str]) -> str:
     """Several of a member's fields: "alpha=8, n_train=all". Those that its method has no use for (a
     rank, of full fine-tuning) are left out."""
-    kept = [name for name in names if name in ALL or not is_missing(row[name])]
-    return ", ".join(f"{name}={in_words(row[name])}" for name in kept)
+    kept = [name for name in names if name in MISSING or not is_missing(row[name])]
+    return ", ".join(f"{name}={in_words(row[name], name)}" for name in kept)
 
 
 def is_missing(value: Any) -> bool:

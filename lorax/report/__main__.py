@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if page.CONSOLE.is_terminal:
         words = f"taking {' and '.join(given.what)} apart"
-        page.CONSOLE.print(words, highlight=False, markup=False)
+        page.CONSOLE.print(words)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _say

@@ -86,7 +86,7 @@ def sections(
         return [Section(TITLE, page.paragraph(text))]
     paths, limit = limited(paths, layers)
     if limit:
-        page.CONSOLE.print(f"against the base: {limit}", highlight=False, markup=False)
+        page.CONSOLE.print(f"against the base: {limit}")
     if not paths:
         return [Section(TITLE, page.paragraph(f"Not computed: {limit}. {NEEDS}"))]
     _announce(paths, kernels, len(shown))
@@ -153,7 +153,7 @@ def _announce(paths: Sequence[str], kernels: Kernels, members: int) -> None:
             f"about {words.duration(seconds)}; --layers=N of lorax.report, analysis.layers of a "
             "config, takes fewer layers"
         )
-        page.CONSOLE.print(text, highlight=False, markup=False)
+        page.CONSOLE.print(text)
 
 
 def compare(

@@ -22,15 +22,15 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import track
 
 from lorax.analysis.runs import is_missing
+from lorax.console import console
 from lorax.files import write_bytes
 
 TEMPLATE = pathlib.Path(__file__).with_name("page.html.tmpl")
 DPI = 150  # of the images
-CONSOLE = Console(stderr=True)  # where a person sees how far the drawing is
+CONSOLE = console(stderr=True)  # where a person sees how far the drawing is
 PER_INCH = 100  # CSS pixels for an inch of a figure: its 9 points read as 12.5 pixels
 
 

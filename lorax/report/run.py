@@ -58,7 +58,7 @@ def of_sweep(
 
     planted = sweep.planted(run, table, sigmas, ranks)
     facts = sweep.facts(run, table, by)
-    listed = [sweep.members(table, of.scores), sweep.learning(run, table, by.main)]
+    listed = [sweep.members(table, of.scores), sweep.learning(run, table, by)]
     settings = {"settings.csv": of.settings.drop(columns="line")}
     # Of several planted tasks no loss says anything of another.
     if planted and len(calibration.tasks(table)) > 1:

@@ -8,6 +8,7 @@ from lorax.analysis import intrinsic, plots, runs
 from lorax.report import notes, page, sweep, words
 from lorax.report.page import Picture, Section
 
+SIZES = {"subspace": "dim"}  # what a kind of point is as large as; the others by parameters
 LEAD = "How many dimensions it takes to learn this task."
 
 
@@ -29,10 +30,25 @@ def write(run: runs.Run) -> pathlib.Path:
         *sweep.planted(run, table, empty, empty),
         sweep.facts(run, table, by),
         sweep.members(table, runs.scores(run)),
-        sweep.learning(run, table, by.main),
+        *_learning(run, table, points, by),
         notes.section(notes.SEARCHES),
     ]
     return page.save(run.directory, run.directory.resolve().name, LEAD, sections)
+
+
+def _learning(
+    run: runs.Run, table: pd.DataFrame, points: pd.DataFrame, by: runs.Axes
+) -> list[Section]:
+    """Learning curves at the best learning rate of each size, a colour a size."""
+    if points.empty:
+        return []
+    metric = run.config["config"]["search"]["metric"]
+    each = points.groupby(["kind", "condition"], sort=False)
+    best = [intrinsic.tuned(own, SIZES.get(kind, "params"), metric) for (kind, _), own in each]
+    shown = table.loc[sorted(pd.concat(best)["member"])]
+    which = " Each dimension, and each baseline, at its best learning rate."
+    by = runs.Axes("trainable_params", ("method", *by.others))
+    return [sweep.learning(run, shown, by, which)]
 
 
 def read(run: runs.Run) -> tuple[pd.DataFrame, pd.DataFrame]:

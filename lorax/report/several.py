@@ -18,6 +18,8 @@ from lorax.report.sweep import Sweep
 
 LEAD = "Several runs side by side."
 MAX_LENGTH = 60  # of a directory's name
+EVALUATED = ("eval.examples", "train.seq_len")  # keys that with task.* choose the rows of a loss
+TRAINED = ("train.batch_size", "task.n_train")  # keys that with the steps say how much it is
 
 
 def write(
@@ -116,12 +118,14 @@ def _overview(
             "of one another: compare where a curve bends, not how high it lies."
         )
         parts.append(page.note(text))
+    differences = compare.differences(configs)
+    steps = {row["run"]: row["steps"] for row in rows}
+    parts += map(page.note, _unlike(differences, steps))
     unfinished = [row["run"] for row in rows if row["state"] in runs.UNFINISHED]
     if unfinished:
         parts.append(page.note(f"Not finished, so provisional: {', '.join(unfinished)}."))
     caption = "The runs, each at its best setting: the lowest mean over seeds."
     parts.append(page.table(list(rows[0]), [list(row.values()) for row in rows], caption))
-    differences = compare.differences(configs)
     parts.append("<h3>What they differ in</h3>")
     if len(differences):
         caption = "Keys of config.json that differ; the others are the same in all runs."
@@ -141,6 +145,33 @@ def _overview(
     ]
     files = {"runs.csv": pd.DataFrame(values), "differences.csv": differences}
     return Section("Runs", "".join(parts), files=files)
+
+
+def _unlike(differences: pd.DataFrame, steps: dict[str, int]) -> list[str]:
+    """What makes losses of runs of one task no fair comparison: other rows, or more training.
+
+    differences: of `compare.differences`. steps: of each run.
+    """
+    said = []
+    listed = lambda of: "; ".join(
+        f"{name}: {page.show(value) or '–'}" for name, value in of.items()
+    )
+    rows = differences.set_index("key").to_dict("index")
+    for key in [
+        key for key in rows if key in EVALUATED or re.match(r"task\.(?!name|n_train)", key)
+    ]:
+        said.append(
+            f"The runs differ in {key} ({listed(rows[key])}), so their losses may be measured on "
+            "different rows: a difference between them need not be one of what was learned."
+        )
+    trained = {key: rows[key] for key in TRAINED if key in rows}
+    trained |= {"steps": steps} if len(set(steps.values())) > 1 else {}
+    for key, values in trained.items():
+        said.append(
+            f"The runs differ in {key} ({listed(values)}): a lower loss may be owed to more "
+            "training alone."
+        )
+    return said
 
 
 def _headlines(sweeps: dict[str, Sweep], searches: dict[str, runs.Run]) -> list[str]:
@@ -210,12 +241,14 @@ def _curves(sweeps: dict[str, Sweep]) -> list[Section]:
             found.append(of_axis)
     if not found:
         return []
-    numbers = pd.concat(found, ignore_index=True)[["axis", "run", "x", "mean", "se", "n", "line"]]
+    columns = ["axis", "run", "part", "x", "mean", "se", "n", "line"]
+    numbers = pd.concat(found, ignore_index=True)[columns]
     drawn = ", ".join(words.axis(axis) for axis in dict.fromkeys(numbers["axis"]))
     lowest = numbers.loc[numbers["mean"].idxmin()]
     caption = (
-        "Final eval loss, a line a run, at the best of everything else for each value (of numbers "
-        "of parameters, those that beat all smaller ones); bars are one standard error over seeds."
+        "Final eval loss, a line for each method (and each other base, task or number of training "
+        "examples) of each run, at the best of everything else for each value (of numbers of "
+        "parameters, those that beat all smaller ones); bars are one standard error over seeds."
     )
     alt = (
         f"Line charts of final eval loss against {drawn}: the lowest is {lowest['mean']:.3f} of "
@@ -224,10 +257,12 @@ def _curves(sweeps: dict[str, Sweep]) -> list[Section]:
     content = page.aid(
         "Lower is better; where a line turns flat, more of what is on its axis buys nothing."
     ) + page.figure("curves", caption, alt)
-    header = ["run", "against", "value", "final eval loss", "standard error", "n", "at its best"]
+    header = ["run", "of", "against", "value", "final eval loss", "standard error", "n"]
+    header += ["at its best"]
     rows = [
         [
             r["run"],
+            r["part"] or "–",
             words.axis(r["axis"]),
             r["x"],
             page.Fixed(r["mean"]),
@@ -272,7 +307,11 @@ def _methods(sweeps: dict[str, Sweep]) -> list[Section]:
         + [page.Fixed(r["step_ms"], 1)]
         for _, r in numbers.sort_values("mean", kind="stable").iterrows()
     ]
-    content = page.aid("A method is ahead where its bar ends before another's begins.")
+    content = page.aid(
+        "Lower is better. Bars that end apart are no proof: those of two equal methods do so by "
+        "chance in one case of three with two seeds, of four with three, and of six with many. "
+        "Means that differ by twice both bars together do in one of twenty with three seeds."
+    )
     content += page.figure("methods", caption, alt)
     content += page.table(header, rows, "Best first; press a heading to sort.", sortable=True)
     figure = plot_compare.methods(numbers, _loss(sweeps))

@@ -1,5 +1,6 @@
 """Sections of a sweep: what came out of it, what was run, its members."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from lorax.analysis import (
 )
 from lorax.report import page, words
 from lorax.report.page import Picture, Section
+
+MAX_PANELS = 12  # of learning curves
 
 
 class Sweep(NamedTuple):
@@ -250,28 +253,45 @@ def _curve_numbers(sweep: Sweep) -> pd.DataFrame:
     return pd.concat([means.assign(shows="mean"), seeds.assign(shows="seed")], ignore_index=True)
 
 
-def learning(run: runs.Run, table: pd.DataFrame, main: str | None) -> Section:
-    """Eval loss against step: each member, and means for each value of the main axis."""
-    figure = plots.learning_curves(run.metrics, table, main, runs.loss_name(run))
-    kept = [name for name in ("name", main, "status") if name]
+def learning(run: runs.Run, table: pd.DataFrame, by: runs.Axes, which: str = "") -> Section:
+    """Eval loss against step: each member, and the mean over seeds of each setting.
+
+    table: rows of `runs.summary`, of the members to show; which: what these are, where not all.
+    """
+    lines = pd.Series([runs.fields(row, by.others) for _, row in table.iterrows()], table.index)
+    if lines.nunique() > MAX_PANELS:
+        best = table["final_loss"].groupby(lines).min().nsmallest(MAX_PANELS).index
+        which += f" Of {lines.nunique()} settings of {_and(map(words.axis, by.others))} the "
+        which += f"{len(best)} that reach the lowest loss; members.csv has all."
+        table = table[lines.isin(best)]
+    figure = plots.learning_curves(run.metrics, table, by, runs.loss_name(run))
+    axes = [name for name in (by.main, *by.others) if name]
+    kept = table[["name", *axes, "status"]].rename(columns={"name": "member_name"})
     evals = run.metrics[run.metrics["split"] == "eval"][["member", "step", "loss"]]
-    evals = evals.join(table[kept].rename(columns={"name": "member_name"}), on="member")
+    evals = evals.join(kept, on="member", how="inner")
     numbers = evals.assign(shows="member")
     means = evals[evals["status"] != "diverged"]
     if len(means):
-        groups = [main, "step"] if main else ["step"]
-        means = means.groupby(groups, dropna=False)["loss"].mean().reset_index()
+        means = means.groupby([*axes, "step"], dropna=False)["loss"].mean().reset_index()
         numbers = pd.concat([numbers, means.assign(shows="mean")], ignore_index=True)
-    alike = f"all members of the same {words.axis(main)}" if main else "seeds"
-    caption = f"Eval loss against step. Thick: means over {alike}; thin: members."
+    caption = "Eval loss against step. Thick: means over seeds; thin: members."
+    if by.others:
+        caption += f" A panel each: {_and(map(words.axis, by.others))}."
+    caption += which
     if (table["status"] == "diverged").any():
         caption += " Diverged members are dashed and may leave the frame."
-    alt = "Line chart of eval loss by step"
+    alt = "Line charts of eval loss by step"
     if table["final_loss"].notna().any():
         low, high = table["final_loss"].min(), table["final_loss"].max()
         alt += f": the members end between {low:.3f} and {high:.3f}"
     content = page.figure("learning_curves", caption, alt + ".")
     return Section("Learning curves", content, {"learning_curves": Picture(figure, numbers)})
+
+
+def _and(names: Iterable[str]) -> str:
+    """ "a, b and c"."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def methods(sweep: Sweep, ranks: pd.DataFrame) -> list[Section]:

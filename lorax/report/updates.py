@@ -76,9 +76,9 @@ def label(rows: pd.DataFrame, shown: pd.DataFrame, main: str) -> pd.DataFrame:
     kept = rows[rows["member"].isin(shown.index)].drop(columns=[main], errors="ignore")
     labelled = kept.merge(shown[["member", main]], on="member")
     if labelled[main].isna().any():
-        missing = "all" if main in runs.ALL else "none"
         labelled[main] = [
-            missing if runs.is_missing(value) else value for value in labelled[main].astype(object)
+            runs.in_words(value, main) if runs.is_missing(value) else value
+            for value in labelled[main].astype(object)
         ]
     return labelled
 

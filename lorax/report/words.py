@@ -19,7 +19,7 @@ def mean(row: pd.Series) -> str:
 def setting(row: pd.Series, by: runs.Axes) -> str:
     """Where a setting lies on the sweep's axes: "r = 4 with alpha=8"."""
     main = by.main or "rank"
-    value = show(cell(main, row[main]))
+    value = "none" if cell(main, row[main]) is None else show(cell(main, row[main]))
     name = "r" if main == "rank" else axis(main)
     return f"{name} = {value}" + (f" with {row['line']}" if row["line"] else "")
 
@@ -30,7 +30,7 @@ def axis(name: str) -> str:
 
 def cell(name: str, value: Any) -> Any:
     """A field's value for a table."""
-    return "all" if name in runs.ALL and is_missing(value) else value
+    return runs.MISSING.get(name) if is_missing(value) else value
 
 
 def listed(column: pd.Series) -> str:

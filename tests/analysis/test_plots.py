@@ -83,7 +83,7 @@ def test_an_axis_of_names(tables):
 
 
 def test_learning_curves_leave_diverged_members_out_of_the_mean(run, tables):
-    figure = plots.learning_curves(run.metrics, tables[0], "rank")
+    figure = plots.learning_curves(run.metrics, tables[0], runs.Axes("rank", ()))
     axes = figure.axes[0]
     mean = next(line for line in axes.lines if line.get_label() == "rank 1")
     seed_0 = run.metrics[(run.metrics["member"] == 0) & (run.metrics["split"] == "eval")]

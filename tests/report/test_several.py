@@ -9,7 +9,7 @@ import pytest
 from reading import Page
 from synthetic import WIDTH, make_run, make_search, planted_factors
 
-from lorax.analysis import compare, runs, update_similarity
+from lorax.analysis import compare, plot_compare, runs, update_similarity
 from lorax.report import several
 
 
@@ -117,6 +117,50 @@ def test_more_parameters_are_on_the_curve_only_where_they_are_better(tmp_path):
     worse = table.assign(final_loss=table["final_loss"] + (table["rank"] == 4))
     (kept,) = compare.curve(worse, by, "trainable_params")["x"]
     assert kept == table.loc[table["rank"] == 1, "trainable_params"].iloc[0]
+
+
+def test_no_line_joins_unlike_methods(tmp_path, undrawn):
+    """Rank 1 is lora's, rank 4 dora's: two points, and nothing between them."""
+    for name in ("one", "two"):
+        directory = make_run(tmp_path / name, ranks=(1, 4), adapters=False)
+        edit(directory, lambda row: row | {"method": "lora" if row["rank"] == 1 else "dora"})
+    several.write([tmp_path / "one", tmp_path / "two"], tmp_path / "out")
+    numbers = pd.read_csv(tmp_path / "out" / "figures" / "curves.csv")
+    lines = numbers[numbers["axis"] == "rank"].groupby(["run", "part"])["x"].apply(list).to_dict()
+    assert lines == {(run, f"method={method}"): [rank] for run in ("one", "two")
+                     for method, rank in (("lora", 1), ("dora", 4))}  # fmt: skip
+    figure = plot_compare.curves(numbers, "loss")
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert set(labels) == {", ".join(line) for line in lines}
+    assert all(len(bar.lines[0].get_xdata()) <= 1 for bar in figure.axes[0].containers)
+
+
+def test_losses_of_unlike_runs_are_not_compared_in_silence(tmp_path, undrawn):
+    one, two = (make_run(tmp_path / name, ranks=(1,), adapters=False) for name in ("one", "two"))
+    text = several.write([one, two], tmp_path / "out").read_text()
+    assert "The runs differ in" not in text and "is ahead where" not in text
+    assert "Bars that end apart are no proof" in text
+    config = json.loads((two / "config.json").read_text())
+    config["config"] |= {"eval": {"examples": 64}, "train": {"batch_size": 4}}
+    config["config"]["task"] |= {"path": "other.txt"}
+    (two / "config.json").write_text(json.dumps(config))
+    status = json.loads((two / "status.json").read_text())
+    (two / "status.json").write_text(json.dumps(status | {"steps": 200}))
+    text = several.write([one, two], tmp_path / "out").read_text()
+    for said in (
+        "The runs differ in eval.examples (one: –; two: 64), so their losses may be measured on",
+        "The runs differ in task.path (one: –; two: &quot;other.txt&quot;), so",
+        "The runs differ in train.batch_size (one: –; two: 4): a lower loss may be owed to more",
+        "The runs differ in steps (one: 100; two: 200): a lower loss",
+    ):
+        assert said in text, said
+
+
+def edit(directory, change):
+    """Change every member of a run."""
+    rows = [json.loads(line) for line in (directory / "members.jsonl").read_text().splitlines()]
+    lines = (json.dumps(change(row)) + "\n" for row in rows)
+    (directory / "members.jsonl").write_text("".join(lines))
 
 
 def test_differences():

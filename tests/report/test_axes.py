@@ -1,0 +1,92 @@
+"""Sweeps over fields that may be None: trained is not the same as lost in a figure."""
+
+import json
+
+import pandas as pd
+import pytest
+from reading import Page
+from synthetic import kernels, make_run
+
+from lorax import report
+from lorax.analysis import runs
+from lorax.config import OPTIONAL
+from lorax.report import several
+
+#: axis -> a value beside None, as members.jsonl has it
+VALUES = {
+    "layers": [0],
+    "n_train": 64,
+    "targets": ["q"],
+    "target_rank": 2,
+    "tokens": 4,
+    "quant": "nf4",
+    "dim": 10,
+    "projection": "dense",
+    "granularity": "tensor",
+    "inputs": 9,
+    "planted_rank": [1, 2],
+}
+
+
+def swept(directory, axis, values, **more):
+    """A run over two values of `axis` (and two seeds), of which the first is the best."""
+    make_run(directory, lrs=(1e-3, 2e-3), **{"ranks": (4,)} | more)
+    lines = (directory / "members.jsonl").read_text().splitlines()
+    members = [json.loads(line) for line in lines]
+    for member in members:
+        value = values[member["lr"] == 2e-3]
+        name = f"{axis}={value},rank={member['rank']},seed={member['seed']}"
+        member |= {"lr": 1e-3, "name": name, axis: value}
+    (directory / "members.jsonl").write_text("".join(json.dumps(m) + "\n" for m in members))
+    config = json.loads((directory / "config.json").read_text())
+    config["config"]["sweep"] = {axis: values, "seed": [0, 1]}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_every_optional_axis_is_tried():
+    assert set(VALUES) == set(OPTIONAL)
+
+
+@pytest.mark.parametrize("axis", VALUES)
+def test_an_axis_may_hold_none(axis, tmp_path, undrawn):
+    """With None as the best value and as another."""
+    values = [None, VALUES[axis]]
+    for name, order in (("best", values), ("other", values[::-1])):
+        directory = swept(tmp_path / name, axis, order)
+        text = report.write(directory, kernels()).read_text()
+        said = runs.in_words(values[0], axis)
+        assert f"Loss against {axis.replace('_', ' ').replace('n train', 'training ex')}" in text
+        settings = pd.read_csv(directory / "analysis" / "settings.csv")
+        assert sorted(settings["mean"].round(9)) == [1.2, 1.3] and (settings["n"] == 2).all()
+        best = said if name == "best" else runs.in_words(runs._words(VALUES[axis]))
+        headline = text.split('class="answer"><p><strong>')[1].split("<")[0]
+        assert f"= {best}: 1.200" in headline or f"= {best} (" in headline, headline
+        for figure in ("rank_curve", "learning_curves", "spectra", "update_ranks", "intruders"):
+            assert (directory / "figures" / f"{figure}.csv").exists(), figure
+    text = several.write([tmp_path / "best", tmp_path / "other"], tmp_path / "both").read_text()
+    assert "Methods" in Page(text).headings
+
+
+def test_numbers_and_words_on_one_axis(tmp_path, undrawn):
+    directory = swept(tmp_path, "planted_rank", [3, [1, 2]])
+    assert "planted rank = 3" in report.write(directory, kernels()).read_text()
+
+
+@pytest.mark.parametrize("axis", ["quant", "n_train"])
+def test_none_beside_other_axes(axis, tmp_path, undrawn):
+    directory = swept(tmp_path, axis, [None, VALUES[axis]], ranks=(2, 4))
+    text = report.write(directory).read_text()
+    word = {"quant": "none", "n_train": "all"}[axis]
+    assert f"r = 4 with {axis}={word}" in text
+    points = pd.read_csv(directory / "figures" / "learning_curves.csv", keep_default_na=False)
+    last = points[(points["shows"] == "mean") & (points["step"] == points["step"].max())]
+    said = {"quant": "nf4", "n_train": "64.0"}[axis]
+    assert len(last) == 4 and set(last[axis].astype(str)) == {"", said}
+
+
+def test_what_a_missing_value_means():
+    assert runs.in_words(None, "n_train") == runs.in_words(float("nan"), "layers") == "all"
+    assert runs.in_words(None, "quant") == runs.in_words(None, "dim") == "none"
+    row = pd.Series({"quant": None, "rank": None, "n_train": float("nan")})
+    assert runs.fields(row, row.index) == "quant=none, n_train=all"
