@@ -5,9 +5,9 @@ import re
 import shutil
 
 import pytest
-from rich.console import Console
 from synthetic import make_adapter, make_run
 
+from lorax.console import console
 from lorax.report import bases, page
 from lorax.report.__main__ import main
 
@@ -50,8 +50,8 @@ def test_several_go_where_it_says(here, capsys, monkeypatch, tmp_path, undrawn):
 
 def test_a_terminal_sees_how_far_it_is(here, capsys, monkeypatch, tmp_path, undrawn):
     said = io.StringIO()
-    console = Console(file=said, force_terminal=True, width=100)
-    monkeypatch.setattr(page, "CONSOLE", console)
+    screen = console(file=said, force_terminal=True, width=100)
+    monkeypatch.setattr(page, "CONSOLE", screen)
     assert main([str(here / "adapter"), f"--out={tmp_path / 'out'}"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "report.html")
     assert f"taking {here / 'adapter'} apart" in said.getvalue().replace("\n", "")
