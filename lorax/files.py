@@ -107,6 +107,9 @@ def read_json(path: str | os.PathLike) -> dict:
 
 def pointer_hint(path: str | os.PathLike) -> str:
     """What to add to an error where a file is not itself but Git LFS's pointer to it, else ""."""
-    with open(path, "rb") as file:
-        pointer = file.read(len(LFS)) == LFS
+    try:
+        with open(path, "rb") as file:
+            pointer = file.read(len(LFS)) == LFS
+    except OSError:  # which the error itself speaks of
+        return ""
     return "; it is a pointer of Git LFS: fetch the file itself with `git lfs pull`" * pointer

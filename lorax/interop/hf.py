@@ -6,6 +6,7 @@ Only safetensors are opened: a pickled `.bin` can run code and is refused.
 
 import functools
 import math
+import reprlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -13,12 +14,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lorax.files import atomically, read_json, write_json
+from lorax.interop.tensors import not_finite, opened, weight
 
 BLOCK = 1 << 24  # bytes that are read at a time
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 class Source(NamedTuple):
@@ -26,12 +29,14 @@ class Source(NamedTuple):
 
     name: theirs, "{}" in it for the layer where ours stacks all layers. axes: the order of their
     axes in ours, None for the same; (1, 0) for a torch `Linear`. part: slice or integer array,
-    the columns of a fused tensor that are ours; None for all.
+    the columns of a fused tensor that are ours; None for all. tied: another tensor that is the same
+    weight, read where the files have that one alone.
     """
 
     name: str
     axes: tuple[int, ...] | None = None
     part: slice | np.ndarray | None = None
+    tied: str | None = None
 
     def width(self) -> int:
         """Columns that a fused tensor must have at least to hold this part."""
@@ -39,42 +44,68 @@ class Source(NamedTuple):
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, shards in order.
+    """The safetensors files of a model directory: the single one, as transformers has it, or the
+    shards of an index in order.
 
-    Raises FileNotFoundError where there is none, with the way out if only pickles are there.
+    Raises FileNotFoundError where there is none, with the way out if only pickles are there, and
+    ValueError for an index that says anything but names of files in the folder.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        where = read_json(index).get("weight_map")
-        if not isinstance(where, dict):
-            raise ValueError(f"{index}: no 'weight_map' from tensors to files")
-        names = sorted(set(where.values()))
-        missing = [name for name in names if not (directory / name).exists()]
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    if (directory / INDEX).exists():
+        names = sorted(set(_weight_map(directory).values()))
+        missing = [name for name in names if not (directory / name).is_file()]
         if missing:
-            raise FileNotFoundError(f"{directory}: shards {missing} of {index.name} are missing")
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise FileNotFoundError(
+                f"{directory}: shards {missing[:3]}{more} of {INDEX} are missing"
+            )
         return [directory / name for name in names]
-    if (directory / "model.safetensors").exists():
-        return [directory / "model.safetensors"]
     if list(directory.glob("*.bin")):
         raise FileNotFoundError(
             f"{directory}: only pickled weights (*.bin), which can run code when opened. Convert: "
             f'python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{directory}').save_pretrained('{directory}')\""
         )
-    raise FileNotFoundError(f"{directory}: no model.safetensors")
+    raise FileNotFoundError(f"{directory}: no {SINGLE}")
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """{tensor: name of its file} of an index. A name may be that of a symbolic link, as in the
+    Hub's cache, but leads out of the folder in no other way."""
+    index = directory / INDEX
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{index}: no 'weight_map' from tensors to files")
+    for key, name in where.items():
+        plain = isinstance(name, str) and name not in ("", "..") and Path(name).name == name
+        if not plain or "\0" in name or len(name.encode()) > 255:
+            raise ValueError(
+                f"{index}: weight_map: {key[:80]}: {reprlib.repr(name)} given; it must be the name "
+                "of a file in this folder"
+            )
+    return where
 
 
 def tensors(directory: Path) -> dict[str, tuple]:
     """{tensor's name: (open handle, its file)} of all safetensors files of a model directory.
 
-    Raises FileNotFoundError as `weight_files`, ValueError that names a file that is damaged."""
+    Raises as `weight_files`; ValueError that names a file that is damaged, and a tensor that lies
+    in two files or in another than the index says."""
     where = {}
-    for file in weight_files(directory):
-        try:
-            handle = safe_open(file, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
-        where.update({key: (handle, file) for key in handle.keys()})  # noqa: SIM118
+    files = weight_files(directory)
+    for file in files:
+        handle = opened(file)
+        for key in handle.keys():
+            if key in where:
+                raise ValueError(f"{directory}: {key} is in {where[key][1].name} and {file.name}")
+            where[key] = handle, file
+    listed = {} if files == [directory / SINGLE] else _weight_map(directory)
+    for key, name in listed.items():
+        if key in where and where[key][1].name != name:
+            raise ValueError(
+                f"{directory}: {key} is in {where[key][1].name}, and {INDEX} says in {name}"
+            )
     return where
 
 
@@ -90,7 +121,8 @@ def read(
     shapes: {path: expected shape}; a leading layer axis is filled from one tensor a layer.
     optional: paths that may be missing from the files, or have another shape there (a classifier
     of other classes), and then are missing from the answer.
-    Raises ValueError that names file, tensor and shapes where they disagree or a file is corrupt.
+    Raises ValueError that names file and tensor where shapes disagree, a file is corrupt, a number
+    is NaN, infinite or too large for `dtype`, or two tied tensors differ.
     """
     where = tensors(directory)
     widths: dict[str, int] = {}  # of fused tensors
@@ -103,26 +135,28 @@ def read(
         whole = (*shape[:-1], widths.get(source.name, shape[-1]))
         return [whole[i] for i in np.argsort(source.axes or range(len(whole)))]
 
+    def key_of(source, layer=None) -> str | None:
+        names = (*spellings(source.name.format(layer)), source.tied)
+        return next((key for key in names if key in where), None)
+
     def find(source, layer, shape):
-        """The tensor of one layer, to be sliced."""
-        name = source.name.format(layer)
-        key = next((key for key in spellings(name) if key in where), None)
+        """(the tensor of one layer, to be sliced, its name, its file)."""
+        key = key_of(source, layer)
         if key is None:
+            name = source.name.format(layer)
             raise ValueError(f"{directory}: no tensor {name!r} in its safetensors files")
         handle, file = where[key]
-        piece = handle.get_slice(key)
+        piece = weight(handle, key, file)
         given, right = piece.get_shape(), stored(source, shape)
         if given != right:
             raise ValueError(
                 f"{file}: {key} has shape {tuple(given)}, config.json says {tuple(right)}"
             )
-        return piece
+        return piece, key, file
 
     def fits(source, shape):
-        keys = [key for key in spellings(source.name) if key in where]
-        return bool(keys) and where[keys[0]][0].get_slice(keys[0]).get_shape() == stored(
-            source, shape
-        )
+        key = key_of(source)
+        return key and where[key][0].get_slice(key).get_shape() == stored(source, shape)
 
     params = {}
     for path, source in sources.items():
@@ -132,12 +166,16 @@ def read(
         leaf, stacked = jnp.zeros(shape, dtype), "{}" in source.name
         for layer in range(shape[0]) if stacked else [None]:
             own = shape[1:] if stacked else shape
-            piece = find(source, layer, own)
+            piece, key, file = find(source, layer, own)
+            if source.tied in where and source.tied != key:
+                _check_equal(piece, key, source.tied, *where[source.tied])
             for start, value in _blocks(piece, source, own):
                 at = (start, *(0,) * (len(own) - 1))
                 if stacked:
                     value, at = value[None], (layer, *at)
-                leaf = _put(leaf, value, at).block_until_ready()  # or blocks in flight pile up
+                leaf, finite = _put(leaf, _narrow(value), at)
+                if not finite:  # this waits; otherwise blocks in flight would pile up
+                    raise not_finite(value, key, file, dtype)
         params[path] = leaf
     return params
 
@@ -159,8 +197,28 @@ def _blocks(piece, source: Source, shape):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(leaf, value, at):
-    """The leaf with a block filled in, in the leaf's own memory."""
-    return jax.lax.dynamic_update_slice(leaf, value.astype(leaf.dtype), at)
+    """(the leaf with a block filled in, in the leaf's own memory; whether all of it is finite)."""
+    value = value.astype(leaf.dtype)
+    return jax.lax.dynamic_update_slice(leaf, value, at), jnp.isfinite(value).all()
+
+
+def _narrow(value: np.ndarray) -> np.ndarray:
+    """float64 as float32, infinite where it is too large for it; JAX would warn of that."""
+    with np.errstate(over="ignore"):
+        return value.astype(np.float32) if value.dtype == np.float64 else value
+
+
+def _check_equal(piece, key: str, other: str, handle, file: Path) -> None:
+    """Raises ValueError where the file of a tied model has two weights that are not the same."""
+    twin, shape = weight(handle, other, file), piece.get_shape()
+    rows = max(1, BLOCK // max(1, 4 * math.prod(shape[1:])))
+    cuts = [slice(i, min(i + rows, shape[0])) for i in range(0, shape[0], rows)]
+    same = twin.get_shape() == shape and all(np.array_equal(piece[x], twin[x]) for x in cuts)
+    if not same:
+        raise ValueError(
+            f"{file}: {other} differs from {key}, to which config.json ties it; "
+            "tie_word_embeddings must be false there"
+        )
 
 
 def spellings(name: str) -> list[str]:
@@ -190,5 +248,5 @@ def write(directory: Path, config: dict, sources: Mapping[str, Source], params: 
                 whole[..., source.part] = value
         tensors[name] = np.ascontiguousarray(whole.transpose(np.argsort(axes)))
     weights = lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"})
-    atomically(directory / "model.safetensors", weights)
+    atomically(directory / SINGLE, weights)
     write_json(directory / "config.json", config)

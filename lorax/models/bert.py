@@ -342,11 +342,11 @@ def hf_tensors(config: Config) -> dict[str, Source]:
     if config.head == "mlm" and model == "bert":
         linears["head/dense"] = "cls.predictions.transform.dense"
         norms["head/norm"] = "cls.predictions.transform.LayerNorm"
-        head = decoder("cls.predictions", config)
+        head = decoder("cls.predictions", embeds["embed"], config)
     elif config.head == "mlm":
         linears["head/dense"] = "lm_head.dense"
         norms["head/norm"] = "lm_head.layer_norm"
-        head = decoder("lm_head", config)
+        head = decoder("lm_head", embeds["embed"], config)
     elif config.head == "classification" and model == "bert":
         linears |= {"head/pooler": "bert.pooler.dense", "head/out": "classifier"}
     elif config.head == "classification":
@@ -366,11 +366,15 @@ def sources(embeds: Mapping, norms: Mapping, linears: Mapping) -> dict[str, Sour
     return found
 
 
-def decoder(name: str, config) -> dict[str, Source]:
+def decoder(name: str, embed: str, config) -> dict[str, Source]:
     """Sources of an MLM head's last layer. Its bias has two names, equal only where it is tied:
-    then the file has the outer one; untied, transformers computes with the inner one."""
+    then the file has the outer one as a rule; untied, transformers computes with the inner one.
+    embed: the embedding to which its weight is tied."""
     if config.tie_word_embeddings:
-        return {"head/bias": Source(f"{name}.bias")}
+        return {
+            "embed/embedding": Source(f"{embed}.weight", tied=f"{name}.decoder.weight"),
+            "head/bias": Source(f"{name}.bias", tied=f"{name}.decoder.bias"),
+        }
     return {
         "head/out/kernel": Source(f"{name}.decoder.weight", axes=(1, 0)),
         "head/bias": Source(f"{name}.decoder.bias"),

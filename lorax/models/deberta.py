@@ -335,7 +335,7 @@ def hf_tensors(config: Config) -> dict[str, Source]:
         outer = "cls.predictions" if c.legacy else "lm_predictions.lm_head"
         inner = f"{outer}.transform" if c.legacy else outer
         linears["head/dense"], norms["head/norm"] = f"{inner}.dense", f"{inner}.LayerNorm"
-        more |= bert.decoder(outer, c)
+        more |= bert.decoder(outer, embeds["embed"], c)
     elif c.head == "classification":
         linears |= {"head/pooler": "pooler.dense", "head/out": "classifier"}
     return bert.sources(embeds, norms, linears) | more

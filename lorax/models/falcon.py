@@ -317,7 +317,8 @@ def hf_tensors(config: Config) -> dict[str, Source]:
     d, k = c.hidden_size // c.num_attention_heads, c.kv_heads
     rows = np.arange((c.num_attention_heads + 2 * k) * d).reshape(k, -1, d)  # (K, G + 2, D)
     parts = {"q": rows[:, :-2].ravel(), "k": rows[:, -2].ravel(), "v": rows[:, -1].ravel()}
-    names = {"embed/embedding": Source("transformer.word_embeddings.weight")}
+    head = "lm_head.weight" if c.tie_word_embeddings else None
+    names = {"embed/embedding": Source("transformer.word_embeddings.weight", tied=head)}
     if not c.tie_word_embeddings:
         names["lm_head/kernel"] = Source("lm_head.weight", axes=(1, 0))
     layer = "transformer.h.{}"

@@ -218,8 +218,9 @@ def hf_tensors(config: Config) -> dict[str, Source]:
     """{parameter path: where it lies}. GPT-2's `Conv1D` stores kernels (in, out), as we do; only
     the head is a `Linear`, stored (out, in)."""
     d = config.n_embd
+    head = "lm_head.weight" if config.tie_word_embeddings else None
     names = {
-        "wte/embedding": Source("transformer.wte.weight"),
+        "wte/embedding": Source("transformer.wte.weight", tied=head),
         "wpe/embedding": Source("transformer.wpe.weight"),
         "ln_f/scale": Source("transformer.ln_f.weight"),
         "ln_f/bias": Source("transformer.ln_f.bias"),

@@ -493,8 +493,9 @@ def _with_layer_types(hf: dict, config: Config) -> Config:
 
 def hf_tensors(config: Config) -> dict[str, Source]:
     """{parameter path: where it lies}. torch's `Linear` stores kernels (out, in)."""
+    head = "lm_head.weight" if config.tie_word_embeddings else None
     names = {
-        "embed/embedding": Source("model.embed_tokens.weight"),
+        "embed/embedding": Source("model.embed_tokens.weight", tied=head),
         "norm/scale": Source("model.norm.weight"),
     }
     if not config.tie_word_embeddings:

@@ -7,14 +7,13 @@ arXiv:1804.08838, section 3.2).
 """
 
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lorax.interop.tensors import read_npz
 from lorax.models import Base
 from lorax.tasks.rows import Rows, Task, check_n_train, check_path, count
 
@@ -81,13 +80,10 @@ def read(file: Path) -> tuple[np.ndarray, ...]:
     it is none, damaged, or has something else in it; pickles in it are not opened."""
     names = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with open(file, "rb") as handle, np.load(handle, allow_pickle=False) as stored:
-            arrays = tuple(stored[name] for name in names)
-    # TypeError: an .npy file's array can't be entered.
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(file, error) from None
-    except (zipfile.BadZipFile, zlib.error) as error:
-        raise _unreadable(file, error) from None
+        found = read_npz(file, names)
+    except ValueError as error:
+        raise ValueError(f"task.path: {error}; expected {EXPECTED}") from None
+    arrays = tuple(found[name] for name in names)
     for (x, y), part in zip((arrays[:2], arrays[2:]), ("train", "test"), strict=True):
         if x.dtype != np.uint8 or x.ndim != 3 or x.shape[1:] != (28, 28) or not len(x):
             raise ValueError(
@@ -101,10 +97,6 @@ def read(file: Path) -> tuple[np.ndarray, ...]:
                 f"{count(len(x))} integers from 0 to {CLASSES - 1}"
             )
     return arrays
-
-
-def _unreadable(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"task.path: {file} can't be read ({error}); expected {EXPECTED}")
 
 
 def _task(config, base, train, evaluation, source: str) -> Task:

@@ -48,10 +48,10 @@ def with_one(value, dtype=np.float32):
 
 
 NONE = {
-    "nan": (with_one(np.nan), "1 of 8 numbers are NaN or infinite"),
-    "inf": (with_one(-np.inf), "1 of 8 numbers are NaN or infinite"),
-    "half": (with_one(np.inf, np.float16), "1 of 8 numbers are NaN or infinite"),
-    "double": (with_one(1e300, np.float64), r"1e\+300 is beyond what float32 holds"),
+    "nan": (with_one(np.nan), "NaN or infinity in it"),
+    "inf": (with_one(-np.inf), "NaN or infinity in it"),
+    "half": (with_one(np.inf, np.float16), "NaN or infinity in it"),
+    "double": (with_one(1e300, np.float64), r"1e\+300 in it is too large for float32"),
     "int32": (with_one(1, np.int32), "(int32|I32) given where weights belong"),
     "uint8": (with_one(1, np.uint8), "(uint8|U8) given where weights belong"),
     "bool": (with_one(1, bool), "(bool|BOOL) given where weights belong"),
@@ -155,5 +155,5 @@ def test_a_pointer_of_git_lfs_as_weights_is_told(tmp_path, suffix):
         reader(suffix)(file)
     with pytest.raises(FileNotFoundError, match="nothing: no such file"):
         reader(suffix)(tmp_path / "nothing")
-    with pytest.raises((ValueError, OSError), match=tmp_path.name):
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: not a readable .*file"):
         reader(suffix)(tmp_path)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from support import require
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -106,6 +107,85 @@ def test_a_shipped_name_is_a_folder_of_the_assets(directory, monkeypatch):
 def test_shards_load_as_the_whole(base, directory):
     shard(directory)
     jax.tree.map(np.testing.assert_array_equal, lorax.load(str(directory)).params, base.params)
+
+
+def test_a_single_file_is_taken_before_the_shards_of_an_index(base, directory):
+    whole = (directory / "model.safetensors").read_bytes()
+    shard(directory)
+    for file in directory.glob("model-*.safetensors"):
+        other = {name: x + 1 for name, x in safetensors.numpy.load_file(file).items()}
+        safetensors.numpy.save_file(other, file)
+    (directory / "model.safetensors").write_bytes(whole)
+    jax.tree.map(np.testing.assert_array_equal, lorax.load(str(directory)).params, base.params)
+    for file in directory.glob("model-*.safetensors"):
+        file.unlink()
+    assert lorax.load(str(directory)).sha256 == hashlib.sha256(whole).hexdigest()
+
+
+def test_shards_that_are_links_load_as_in_the_hubs_cache(base, directory):
+    shard(directory)
+    (directory / "blobs").mkdir()
+    for i, file in enumerate(directory.glob("model-*.safetensors")):
+        file.rename(directory / "blobs" / str(i))
+        file.symlink_to(Path("blobs") / str(i))
+    jax.tree.map(np.testing.assert_array_equal, lorax.load(str(directory)).params, base.params)
+
+
+def test_weights_too_large_for_the_type_they_are_asked_in(directory):
+    with_one(70000.0, "transformer.wpe.weight")(directory)
+    assert np.isfinite(lorax.load(str(directory)).params["wpe"]["embedding"]).all()
+    with pytest.raises(ValueError, match="wpe.weight: 7e.04 in it is too large for float16"):
+        lorax.load(str(directory), param_dtype=jnp.float16)
+
+
+def test_what_the_model_does_not_read_may_be_anything(base, directory):
+    """GPT-2's first checkpoints hold the masks of attention, of bytes."""
+    edit_tensors(directory, transformer__h__0__attn__bias=np.ones((6, 6), np.uint8))
+    jax.tree.map(np.testing.assert_array_equal, lorax.load(str(directory)).params, base.params)
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["both", "head alone"])
+def test_a_tied_weight_is_read_under_either_name(base, directory, keep):
+    embedding = np.asarray(base.params["wte"]["embedding"])
+    kept = {} if keep else {"transformer__wte__weight": None}
+    edit_tensors(directory, lm_head__weight=embedding, **kept)
+    jax.tree.map(np.testing.assert_array_equal, lorax.load(str(directory)).params, base.params)
+
+
+TIED = {
+    "gpt2": ("GPT2LMHeadModel", dict(vocab_size=20, n_embd=8, n_layer=1, n_head=2)),
+    "llama": ("LlamaForCausalLM", {}),
+    "qwen2": ("Qwen2ForCausalLM", dict(num_key_value_heads=2)),
+    "falcon": ("FalconForCausalLM", {}),
+    "bert": ("BertForMaskedLM", {}),
+    "roberta": ("RobertaForMaskedLM", {}),
+    "deberta-v2": ("DebertaV2ForMaskedLM", {}),
+}
+SMALL = dict(
+    vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2
+)
+
+
+@pytest.mark.parametrize("family", TIED)
+def test_tied_weights_have_the_names_of_transformers(family, tmp_path):
+    """A file with the head's name alone for each tied weight gives transformers' own logits."""
+    transformers, torch = require("transformers"), require("torch")
+    name, fields = TIED[family]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **(SMALL | fields), tie_word_embeddings=True)
+    model = getattr(transformers, name)(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    have = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    for head, embedding in model.all_tied_weights_keys.items():
+        have[head] = have.pop(embedding)
+    safetensors.numpy.save_file(have, tmp_path / "model.safetensors", {"format": "pt"})
+    tokens = np.array([[3, 7, 5, 9]])
+    expected = model(torch.tensor(tokens)).logits.detach().numpy()
+    base = lorax.load(str(tmp_path))
+    logits = base.module.apply({"params": base.params}, jnp.asarray(tokens))
+    np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
 
 
 def test_kernels_take_stacked_layers_apart(base):
@@ -252,8 +332,72 @@ def lose_a_shard(directory):
     (directory / "model-00002-of-00002.safetensors").unlink()
 
 
-def index_without_map(directory):
-    (directory / "model.safetensors.index.json").write_text("{}")
+def index(content=None, **where):
+    """Damage to the index of shards: `content`, or other files for some of its tensors."""
+
+    def damage(directory):
+        shard(directory)
+        file = directory / "model.safetensors.index.json"
+        named = json.loads(file.read_text())["weight_map"]
+        named |= {name.replace("__", "."): other for name, other in where.items()}
+        file.write_text(json.dumps({"weight_map": named} if content is None else content))
+
+    return damage
+
+
+def elsewhere(directory):
+    """The index leads to a sound shard outside the folder."""
+    shard(directory)
+    file = directory / "model-00002-of-00002.safetensors"
+    file.rename(directory.parent / f"{directory.name}-{file.name}")
+    index = directory / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(file.name, f"../{directory.name}-{file.name}"))
+
+
+def twice(directory):
+    """A tensor of the second shard in the first as well."""
+    shard(directory)
+    one, two = sorted(directory.glob("model-*.safetensors"))
+    (name, value), *_ = safetensors.numpy.load_file(two).items()
+    more = {name: value.copy()}
+    more |= {name: x.copy() for name, x in safetensors.numpy.load_file(one).items()}
+    safetensors.numpy.save_file(more, one)
+
+
+def swapped(directory):
+    """Two shards under each other's names."""
+    shard(directory)
+    one, two = sorted(directory.glob("model-*.safetensors"))
+    one.rename(directory / "one")
+    two.rename(one)
+    (directory / "one").rename(two)
+
+
+def with_one(value, name="transformer.h.1.mlp.c_fc.weight", dtype=np.float32):
+    """Damage to one number of a tensor, or to the type of all."""
+
+    def damage(directory):
+        have = safetensors.numpy.load_file(directory / "model.safetensors")
+        have[name] = have[name].astype(dtype)
+        have[name][-1] = value
+        safetensors.numpy.save_file(have, directory / "model.safetensors")
+
+    return damage
+
+
+def float8(directory):
+    """A tensor in 8 bits, which numpy has no type for."""
+    torch = require("torch")
+    from safetensors.torch import load_file, save_file
+
+    have = load_file(directory / "model.safetensors")
+    have["transformer.ln_f.bias"] = have["transformer.ln_f.bias"].to(torch.float8_e4m3fn)
+    save_file(have, directory / "model.safetensors")
+
+
+def pointer(directory):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (directory / "model.safetensors").write_text(text)
 
 
 WRONG_SHAPE = np.zeros((8, 25), np.float32)
@@ -296,7 +440,54 @@ DAMAGE = {
     ),
     "truncated": (truncate, (ValueError, "model.safetensors: not a readable safetensors file")),
     "shard": (lose_a_shard, (FileNotFoundError, "shards .*model-00002-of-00002.*are missing")),
-    "index": (index_without_map, (ValueError, "model.safetensors.index.json: no 'weight_map'")),
+    "pointer": (pointer, (ValueError, "model.safetensors: not a readable .* pointer of Git LFS")),
+    "index": (index({}), (ValueError, "model.safetensors.index.json: no 'weight_map'")),
+    "index of a list": (index({"weight_map": ["x"]}), (ValueError, "json: no 'weight_map'")),
+    "index of nothing": (index({"weight_map": {}}), (ValueError, "json: no 'weight_map'")),
+    "shard in a list": (index(x=["a"]), (ValueError, r"weight_map: x: \['a'\] given")),
+    "shard of a number": (index(x=3), (ValueError, "weight_map: x: 3 given.*in this folder")),
+    "shard of no name": (index(x=""), (ValueError, "weight_map: x: '' given")),
+    "shard with NUL": (index(x="a\0b"), (ValueError, "weight_map: x: .* given")),
+    "shard of a long name": (index(x="a" * 5000), (ValueError, "weight_map: x: 'a{12}.* given")),
+    "shard above": (index(x=".."), (ValueError, r"weight_map: x: '\.\.' given")),
+    "shard elsewhere": (
+        elsewhere,
+        (ValueError, r"weight_map: .*: '\.\./.*' given; it must be the"),
+    ),
+    "absolute shard": (index(x="/etc/x"), (ValueError, "weight_map: x: '/etc/x' given")),
+    "shard in a folder": (index(x="a/b"), (ValueError, "weight_map: x: 'a/b' given")),
+    "tensor twice": (twice, (ValueError, "transformer.* is in model-00001-of-.* and model-00002")),
+    "swapped shards": (
+        swapped,
+        (ValueError, "transformer.* is in model-0.*, and model.safetensors.index.json says in mod"),
+    ),
+    "nan": (
+        with_one(np.nan),
+        (ValueError, "model.safetensors: transformer.h.1.mlp.c_fc.weight: NaN or infinity in it"),
+    ),
+    "infinity": (
+        with_one(np.inf, "transformer.wte.weight", np.float16),
+        (ValueError, "model.safetensors: transformer.wte.weight: NaN or infinity in it"),
+    ),
+    "double": (
+        with_one(-1e300, dtype=np.float64),
+        (ValueError, r"c_fc.weight: 1e\+300 in it is too large for float32"),
+    ),
+    "int32": (with_one(1, dtype=np.int32), (ValueError, "c_fc.weight: I32 .*expected float32")),
+    "uint8": (with_one(1, dtype=np.uint8), (ValueError, "c_fc.weight: U8 given where weights")),
+    "bool": (with_one(1, dtype=bool), (ValueError, "c_fc.weight: BOOL given where weights")),
+    "float8": (
+        float8,
+        (ValueError, "model.safetensors: transformer.ln_f.bias: F8_E4M3 given where weights"),
+    ),
+    "tied apart": (
+        lambda d: edit_tensors(d, lm_head__weight=np.ones((20, 8), np.float32)),
+        (ValueError, "lm_head.weight differs from .*wte.weight.*tie_word_embeddings must be false"),
+    ),
+    "tied of another shape": (
+        lambda d: edit_tensors(d, lm_head__weight=np.ones((21, 8), np.float32)),
+        (ValueError, "lm_head.weight differs from transformer.wte.weight"),
+    ),
     "shape": (
         lambda d: edit_tensors(d, transformer__h__1__attn__c_attn__weight=WRONG_SHAPE),
         (ValueError, r"h.1.attn.c_attn.weight has shape \(8, 25\), config.json says \(8, 24\)"),
