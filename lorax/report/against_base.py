@@ -1,8 +1,7 @@
 """Sections that set the updates against the frozen weights: table 7, figure 8, intruders, and the
 spectrum of W itself.
 
-Every kernel is decomposed once, for all members; it is dropped before the next, so that no more of
-them are in memory than there are cores.
+Every kernel is decomposed once, for all members, and dropped before the next.
 """
 
 import os
@@ -29,6 +28,7 @@ TOP = 0.1  # W's leading directions, as a share; figure 8's text speaks of them
 FIRST = 4  # dW's directions that figure 8's text speaks of
 SVD = 5e-10  # seconds on one core for short^2 * wide, of the thin SVD of a kernel
 LEADING = 3e-8  # seconds for short * wide, of W + dW's leading directions
+CORES = min(8, os.cpu_count() or 1)  # each has a stack of kernels and their SVDs in memory
 LONG = 60.0  # seconds from which on a person is told beforehand
 TITLE = "Against the base"
 NEEDS = (
@@ -130,7 +130,7 @@ def limited(paths: Sequence[str], layers: int | None) -> tuple[list[str], str]:
 def _limited(section: Section, limit: str) -> Section:
     """The section with its limit said: in every caption, on top, and in its tables."""
     content = page.note(f"Of {limit}.") + section.content
-    for end in ("</caption>", '<span class="files">'):
+    for end in ("</caption>", ' <span class="files">'):
         content = content.replace(end, f" Of {page.escape(limit)}.{end}")
     files = {name: table.assign(limit=limit) for name, table in section.files.items()}
     pictures = {
@@ -146,7 +146,7 @@ def _announce(paths: Sequence[str], kernels: Kernels, members: int) -> None:
     for path in paths:
         short, wide = sorted(kernels[path].shape)
         seconds += SVD * short**2 * wide + LEADING * 3 * members * short * wide
-    seconds /= os.cpu_count() or 1
+    seconds /= CORES
     if seconds > LONG:
         text = (
             f"{len(paths)} matrices of the base are decomposed and set against {members} members, "
@@ -164,7 +164,7 @@ def compare(
     shown: pd.DataFrame,
     drawn: str,
 ) -> Compared:
-    """All comparisons of the paths, a stack of kernels after another, on all cores.
+    """All comparisons of the paths, a stack of kernels after another, on several cores.
 
     drawn: the path whose phi is kept as a whole.
     """
@@ -197,7 +197,7 @@ def compare(
         )
 
     stacks = list(updates.stacks({path: kernels[path].shape for path in paths}))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(CORES) as pool:
         parts = pool.map(of, enumerate(stacks))
         parts = list(page.progress(parts, "against the base", len(stacks)))
     order = {name: n for n, name in enumerate([*members, *paths])}

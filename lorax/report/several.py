@@ -378,7 +378,9 @@ def _similarity(sweeps: dict[str, Sweep]) -> list[Section]:
         elif one != other:
             absent.append(f"{title}: no matrix of one shape that both adapt.")
         else:
-            absent.append(f"{title}: not available, its best setting has one seed.")
+            absent.append(
+                f"{title}: not available, its best setting has one member with an update."
+            )
     bases_of = {of.run.config.get("base_sha256") for of in sweeps.values()}
     if len(bases_of) > 1:
         absent.append(

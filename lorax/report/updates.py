@@ -59,7 +59,7 @@ def ranks(table: pd.DataFrame, main: str) -> Section:
     header = [words.axis(main), "target", "‖ΔW‖", "effective rank", "stable rank"]
     header += ["90% energy rank", "numerical rank"]
     content = page.aid(
-        "A rank that stays below the dashed line was given and is not used."
+        "A rank that stays below the dashed line is there to be used and is not."
         if pd.to_numeric(table["rank"], errors="coerce").notna().any()
         else "Low: the update lives in few directions, though nothing held it to them."
     )
