@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -82,7 +83,10 @@ def write(
                 _check(one, kernels, base or "its base")
         out = pathlib.Path("runs") / several.default_name("adapter", names) if out is None else out
         directory = pathlib.Path(out)
-        sections = _sections(given, kernels, why, directory, layers)
+        flags = {"base": base, "alpha": alpha, "layers": layers, "out": directory}
+        flags = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+        redraw = shlex.join(["python", "-m", "lorax.report", *map(str, paths), *flags])
+        sections = _sections(given, kernels, why, redraw, layers)
         return page.save(directory, " and ".join(names), LEAD, sections)
 
 
@@ -189,13 +193,13 @@ def _sections(
     given: list[Given],
     kernels: Kernels | None,
     why: str,
-    directory: pathlib.Path,
+    redraw: str,
     layers: int | None,
 ) -> list[Section]:
     found = {one.name: one.factors for one in given}
     sigmas, ranks = updates.spectra(found)
     sigmas, ranks = sigmas.assign(adapter=sigmas["member"]), ranks.assign(adapter=ranks["member"])
-    sections = [_about(given, ranks, directory), _layers(ranks)]
+    sections = [_about(given, ranks, redraw), _layers(ranks)]
     sections.append(of_updates.spectra(sigmas, "adapter"))
     sections[-1] = sections[-1]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
     if len(given) == 2:
@@ -206,7 +210,7 @@ def _sections(
     return [*sections, notes.section(notes.UPDATES)]
 
 
-def _about(given: list[Given], ranks: pd.DataFrame, directory: pathlib.Path) -> Section:
+def _about(given: list[Given], ranks: pd.DataFrame, redraw: str) -> Section:
     """What they are, and every matrix."""
     lines = []
     for one in given:
@@ -227,12 +231,9 @@ def _about(given: list[Given], ranks: pd.DataFrame, directory: pathlib.Path) -> 
         text += f" {none}" if none else ""
         lines.append(f"<p><strong>{page.escape(text)}</strong></p>")
     parts = [f'<div class="answer">{"".join(lines)}</div>']
-    redraw = "python -m lorax.report " + " ".join(str(one.path) for one in given)
     for one in given:
         parts.append(page.facts(one.facts, code=["Adapter"]))
-    parts.append(
-        page.facts({"Redraw this page": f"{redraw} --out={directory}"}, ["Redraw this page"])
-    )
+    parts.append(page.facts({"Redraw this page": redraw}, ["Redraw this page"]))
     return Section("What it is", "".join(parts))
 
 

@@ -85,6 +85,7 @@ def test_a_checkpoint_of_loralib(tmp_path, undrawn):
     rows = Page(text).table("matrix", "effective rank", "layer")
     assert len(rows) == 24 and "s = 1, so norms are those of BA; give --alpha" in text
     scaled = adapter.write([path], out=tmp_path / "scaled", alpha=16).read_text()
+    assert f"python -m lorax.report {path} --alpha=16 --out={tmp_path / 'scaled'}" in scaled
     scaled = Page(scaled).table("matrix", "effective rank", "layer")
     norm = lambda row: float(row["‖ΔW‖"])
     rank = int(rows[0]["rank"])

@@ -107,6 +107,7 @@ def test_a_limit_is_said_wherever_it_holds(tmp_path, monkeypatch, capsys, undraw
     limit = "1 of 2 layers, as asked for: 1"
     assert f"against the base: {limit}" in said.getvalue()
     text = (out / "report.html").read_text()
+    assert f"python -m lorax.report {tmp_path}/adapter --layers=1 --out={out}" in text
     limited = [c for c in captions(text) if limit in c]
     assert len(limited) == len(captions(text.split('<h2 id="amplification">')[1]))
     for name in ("amplification", "against_base", "intruders", "base_spectra", "base_ranks"):
