@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import ops
+from lorax.files import check_unicode
 from lorax.methods import prefix
 from lorax.models import Base
 from lorax.models.load import positions
@@ -76,11 +77,15 @@ def encode(base: Base, prompts: Sequence[str], new_tokens: int, ahead: int = 0) 
     """The ids of each prompt, the start of a text in front.
 
     ahead: positions that virtual tokens take. Raises ValueError where the base has no tokenizer, a
-    prompt is empty, or a prompt and the new tokens need more positions than the model has.
+    prompt is empty or no text, or a prompt and the new tokens need more positions than the model has.
     """
     vocabulary = base.vocabulary
     if vocabulary is None:
         raise ValueError(f"base: {base.name} has no tokenizer.json, which prompts need")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt {i}: {prompt!r} given, must be text")
+        check_unicode(prompt, f"prompt {i}")
     ids = [[*vocabulary.start, *vocabulary.encode(prompt)] for prompt in prompts]
     empty = [i for i, tokens in enumerate(ids) if not tokens]
     if empty:

@@ -33,17 +33,23 @@ def main(arguments: list[str]) -> int:
         return fail(error)
     if given.out is None:
         for row in rows:
-            print(f"[{row['adapter']}] " * (len(given.adapter) > 1) + row["prompt"] + row["text"])
+            show(f"[{row['adapter']}] " * (len(given.adapter) > 1) + row["prompt"] + row["text"])
         return 0
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
         write_bytes(given.out, lines.encode())
     except OSError as error:
-        print(lines, end="")
+        show(lines.removesuffix("\n"))
         fail(OSError(f"--out: {error}; the {len(rows)} texts are printed instead"))
         return 1
     print(f"{len(rows)} texts in {given.out}", file=sys.stderr)
     return 0
+
+
+def show(text: str) -> None:
+    """Print what a model wrote, where the terminal lacks its characters too."""
+    coding = sys.stdout.encoding or "utf-8"
+    print(text.encode(coding, "backslashreplace").decode(coding))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -178,6 +178,10 @@ def test_what_can_not_be_completed_says_why():
         decode.complete(base, ["a"], how=decode.How(new_tokens=100_000))
     with pytest.raises(ValueError, match="prompt 1: it is empty, and gpt2-nano has no token"):
         decode.complete(base, ["a", ""])
+    with pytest.raises(ValueError, match="prompt 1: 3 given, must be text"):
+        decode.complete(base, ["a", 3])
+    with pytest.raises(ValueError, match=r"prompt 0: \\ud83d is half of a character"):
+        decode.complete(base, ["a\ud83d"])
     with pytest.raises(ValueError, match="has no tokenizer.json"):
         decode.complete(base._replace(vocabulary=None), ["a"])
 

@@ -1,5 +1,6 @@
 """Texts from the command line, with several adapters in one batch."""
 
+import io
 import json
 
 import jax
@@ -189,6 +190,14 @@ def test_a_place_that_can_not_be_written_is_found_before_the_work(monkeypatch, t
         assert generate.main(["--base", "x", "--prompt", "a", "--out", str(out)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("lorax: --out: ") and message in error
+
+
+def test_texts_are_printed_where_the_terminal_lacks_their_characters(written, monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    assert generate.main(["--base", "x", "--prompt", "a"]) == 0
+    shown.flush()
+    assert shown.buffer.getvalue().endswith(b"\\u2028 b\n")
 
 
 def test_texts_that_can_not_be_written_are_printed(written, monkeypatch, tmp_path, capsys):

@@ -15,14 +15,28 @@ A prompt is taken as it is, an Alpaca record in Alpaca's wording, and a conversa
 with the vocabulary's end token for <end>. The loss is on the assistant's words and ends, in every
 turn. With `task.template`, a chat template in Jinja as Hugging Face models have, that renders all
 three forms instead; instruction and input are then a user's turn, parted by an empty line.
+
+What else a record may say:
+- `weight` of an assistant's message: 0, its words are read and not learnt; 1, as without it.
+- `system` of a conversation or an Alpaca record: the first message, or what stands in place of
+  Alpaca's opening sentence. `history` of an Alpaca record: [[question, answer], ...], the turns
+  before, whose answers are learnt too (LLaMA-Factory's format).
+- `tools` and `documents` of a conversation, and `name`, `tool_calls`, `tool_call_id`,
+  `function_call` and the reasoning (`reasoning_content`, `thinking`, `reasoning`) of a message:
+  for a template. Refused where there is none, or where it reads the same without them (but for
+  `tool_call_id`, and the `name` of a tool's answer, which only repeat what the call says).
+- `prompt` of a conversation that is the first user's words, as UltraChat has it: nothing more.
+
+The fields in `MEANT` and `MEANT_OF_MESSAGES` mean something that is not done here, and are refused
+unless they are empty, as is a field that belongs to another form. All others (ids, sources,
+categories...) have no part in training; the task's note names them.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lorax.tasks import records
+from lorax.tasks import records, templates
 from lorax.tasks.records import Record
 from lorax.tasks.rows import (
     END,
@@ -34,24 +48,50 @@ from lorax.tasks.rows import (
     group,
     pair,
 )
+from lorax.tasks.templates import Chat
 from lorax.vocabulary import Vocabulary
 
 EXPECTED = (
     "a file of JSON Lines or a JSON array, or a folder with train.jsonl and eval.jsonl (or "
     "test.jsonl) in it"
 )
-ALPACA = (  # github.com/tatsu-lab/stanford_alpaca, train.py: PROMPT_DICT; with an input, without
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
+OPENINGS = (  # github.com/tatsu-lab/stanford_alpaca, train.py: PROMPT_DICT; without an input, with
     "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:",
+    "Write a response that appropriately completes the request.",
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.",
 )
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
-Messages = list[dict[str, Any]]
-Render = Callable[[Messages], Example]  # raises ValueError for messages that it can't render
+# by the field that a record of the form is told by: all that it may have
+FORMS = {
+    "messages": ("messages", "system", "tools", "documents"),
+    "instruction": ("instruction", "input", "output", "system", "history"),
+    "prompt": ("prompt", "completion"),
+}
+IMAGES = ("image", "images", "video", "videos", "audio", "audios")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+WEIGHTS = ("train", "training", "trainable", "mask", "loss", "loss_mask")
+MEANT = {
+    *(name for names in FORMS.values() for name in names),
+    *("conversations", "conversation", "functions", "context", "suffix", "chosen", "rejected"),
+    *("kto_tag", "weight", "labels", "input_ids", "chat_template_kwargs"),
+    *(*IMAGES, *REASONING, *WEIGHTS),
+}
+EXTRA = ("tools", "documents")  # by a template, of a conversation
+KEPT = ("role", "content", "weight")
+CARRIED = ("name", "tool_calls", "tool_call_id", "function_call", *REASONING)  # by a template
+CALLED = ("tool_call_id", "name")  # of a tool's answer: what calls it says so already
+MEANT_OF_MESSAGES = {"prefix", "refusal", "tools", "documents", *IMAGES, *WEIGHTS}
+
+
+class Read(NamedTuple):
+    """A record that was read. plain: its pieces where there is no template, None for those of
+    `plain`. unused: its fields without a part in training."""
+
+    chat: Chat
+    plain: Example | None
+    unused: set[str]
 
 
 def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Task:
@@ -60,14 +100,14 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Tas
     Records whose answers are empty are left out. A prompt is an evaluation record up to its last
     answer."""
     path = check_path(config, EXPECTED)
-    source = config.get("template")
-    render = template(source, vocabulary) if source else None
+    of_template = (vocabulary, config.get("template"))
     if path.is_dir():
-        train, empty = _examples(_beside(path, "train.jsonl"), render)
-        evaluation, empty_eval = _examples(_beside(path, "eval.jsonl", "test.jsonl"), render)
-        empty += empty_eval
+        train, empty, unused = _examples(_beside(path, "train.jsonl"), *of_template)
+        beside = _beside(path, "eval.jsonl", "test.jsonl")
+        evaluation, empty_eval, unused_eval = _examples(beside, *of_template)
+        empty, unused = empty + empty_eval, unused | unused_eval
     else:
-        found, empty = _examples(path, render)
+        found, empty, unused = _examples(path, *of_template)
         held_out = max(1, len(found) * 5 // 100)
         train, evaluation = found[:-held_out], found[-held_out:]
     if not train or not evaluation:
@@ -77,148 +117,100 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Tas
         )
     prompts = group(_question(example, vocabulary) for example in evaluation)
     task = encode_sets(config, vocabulary, seq_len, train, evaluation, prompts)
-    if empty:
-        task = task._replace(note=f"{task.note}; {count(empty)} without an answer left out")
-    return task
+    note = f"; {count(empty)} without an answer left out" * bool(empty)
+    note += f"; fields without a part in training: {', '.join(sorted(unused))}" * bool(unused)
+    return task._replace(note=task.note + note)
 
 
-def example(record: Record, render: Render | None = None) -> Example:
-    """Pieces of a record, () where its answers are empty. render: of a chat template.
+def examples(
+    found: Iterable[Read], vocabulary: Vocabulary, template: str | None = None
+) -> list[Example]:
+    """Pieces of every record, () where it has nothing to learn. template: as `task.template`.
 
     Raises ValueError naming the record's place and what is wrong.
     """
+    found = list(found)
+    if template is None:
+        return [_worded(read) if read.chat.learnt else () for read in found]
+    chats = [read.chat for read in found if read.chat.learnt]
+    rendered = iter(templates.render(templates.source(template), _spelled(vocabulary), chats))
+    return [next(rendered) if read.chat.learnt else () for read in found]
+
+
+def read(record: Record) -> Read:
+    """Raises ValueError naming the record's place and the field that is wrong."""
     fields = record.fields
-    if "messages" in fields:
-        messages = _messages(record)
-    elif "instruction" in fields:
-        slots = {"instruction": record.get("instruction"), "input": ""}
-        if "input" in fields:
-            slots["input"] = record.get("input")
-        answer = record.get("output").strip()
-        prompt = ALPACA[not slots["input"]].format_map(slots)
-        messages = _turns("\n\n".join(filter(None, slots.values())), answer)
-    elif "prompt" in fields:
-        prompt, answer = record.get("prompt"), record.get("completion").strip()
-        if not prompt:
-            raise ValueError(f"{record.place}: field 'prompt' is empty; expected text")
-        messages = _turns(prompt, answer)
-    else:
+    form = next((form for form in FORMS if form in fields), None)
+    if form is None:
         raise ValueError(
             f"{record.place}: the record has the fields {', '.join(fields) or '(none)'}; expected "
             "prompt and completion, instruction and output, or messages"
         )
-    if not any(m["content"].strip() for m in messages if m["role"] == "assistant"):
-        return ()
-    if render is None and "messages" not in fields:
-        return pair(prompt, answer)
-    try:
-        return (render or plain)(messages)
-    except ValueError as error:
-        raise ValueError(f"{record.place}: {error}") from None
+    said = {name for name, value in fields.items() if value not in (None, "", [], {})}
+    said -= set(FORMS[form])
+    if form == "messages" and "prompt" in said and fields["prompt"] == _first_words(fields):
+        said.remove("prompt")
+    if fields.get("weight") == 1:
+        said.remove("weight")
+    for name in fields:
+        if name in said & MEANT:
+            raise ValueError(
+                f"{record.place}: field {name!r} has no part in a record with {form!r}; such a "
+                f"record has {', '.join(FORMS[form])}. Leave it out, or rename it if it is a remark"
+            )
+    unused = said - MEANT
+    if form == "messages":
+        return _conversation(record, unused)
+    if form == "instruction":
+        return _alpaca(record, unused)
+    prompt, answer = record.get("prompt"), record.get("completion").strip()
+    if not prompt:
+        raise ValueError(f"{record.place}: field 'prompt' is empty; expected text")
+    return Read(_told(record, [(prompt, answer)]), pair(prompt, answer), unused)
 
 
-def plain(messages: Messages) -> Example:
+def _worded(read: Read) -> Example:
+    return plain(read.chat) if read.plain is None else read.plain
+
+
+def plain(chat: Chat) -> Example:
     """Pieces of a conversation without a template, in the form that this module begins with.
 
-    Raises ValueError for a role that the form has no name for.
+    Raises ValueError for a role or a field that the form has no place for.
     """
-    pieces, before = [], ""
-    for message in messages:
+    if chat.carried or chat.extra:
+        raise ValueError(
+            f"{chat.place}: {', '.join((*chat.extra, *chat.carried))} has no place in a "
+            "conversation without a template; leave it out, or set task.template"
+        )
+    pieces, before, last = [], "", 0
+    for i, message in enumerate(chat.messages):
         role, content = message["role"], message["content"].strip()
         if role not in ROLES:
             raise ValueError(
-                f"role {role!r} has no place in a conversation without a template; expected "
-                f"{', '.join(ROLES)}, or set task.template"
+                f"{chat.place}: role {role!r} has no place in a conversation without a template; "
+                f"expected {', '.join(ROLES)}, or set task.template"
             )
         before += f"{ROLES[role]}:"
         if role == "assistant" and content:
-            pieces += pair(before, content)
+            learnt = i in chat.learnt
+            pieces += [(text, target and learnt) for text, target in pair(before, content)]
+            last = len(pieces) if learnt else last
             before = "\n"
         else:
             before += f" {content}\n"
-    return tuple(pieces)
+    return tuple(pieces[:last])
 
 
-def template(source: str, vocabulary: Vocabulary) -> Render:
-    """Pieces of a conversation by a Jinja chat template: the template's text, or a file of it.
-
-    As `transformers` renders it, with `bos_token` empty (rows have their start already). A turn
-    is what rendering the conversation up to it adds to rendering what came before and the
-    generation prompt. A turn that the template doesn't end gets the end token.
-
-    Raises ValueError where Jinja is not installed, the template is wrong, or it renders what came
-    before in another way once more follows.
-    """
-    try:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise ValueError(
-            "task.template: a chat template needs Jinja; install it (pip install jinja2), or "
-            "leave task.template out"
-        ) from None
-    if "{{" not in source and "{%" not in source:
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise ValueError(
-                f"task.template: {source!r} is neither a Jinja template nor a file of one"
-            )
-        source = path.read_text(encoding="utf-8")
-
-    def refuse(message: str):
-        raise jinja2.TemplateError(message)
-
-    # A template comes with a model: it may not reach beyond what it is given.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(
-        x, ensure_ascii=False, indent=indent
-    )
-    ends = _spelled(vocabulary)
-    try:
-        compiled = environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"task.template: {error}") from None
-
-    def text(messages: Messages, cue: bool) -> str:
-        try:
-            return compiled.render(
-                messages=messages,
-                add_generation_prompt=cue,
-                bos_token="",
-                eos_token=ends[0],
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"task.template: {error}") from None
-
-    def render(messages: Messages) -> Example:
-        whole, pieces, at = text(messages, cue=False), [], 0
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant" or not message["content"].strip():
-                continue
-            before, after = text(messages[:i], cue=True), text(messages[: i + 1], cue=False)
-            if not (len(before) >= at and after.startswith(before) and whole.startswith(after)):
-                raise ValueError(
-                    f"task.template: it does not render message {i} as the continuation of those "
-                    "before it and the generation prompt, so its words can't be told apart"
-                )
-            turn = after[len(before) :]
-            pieces += [(whole[at : len(before)], False), (turn, True)]
-            if not any(end in turn for end in ends):
-                pieces.append((END, True))
-            at = len(after)
-        return tuple(piece for piece in pieces if piece[0] != "")
-
-    return render
-
-
-def _examples(path: Path, render: Render | None) -> tuple[list[Example], int]:
-    """The examples of a file, and how many records were left out as empty."""
-    found = [example(record, render) for record in records.read(path)]
-    kept = [pieces for pieces in found if pieces]
-    return kept, len(found) - len(kept)
+def _examples(
+    path: Path, vocabulary: Vocabulary, template: str | None
+) -> tuple[list[Example], int, set[str]]:
+    """The examples of a file, how many records were left out as empty, and the fields without a
+    part in training."""
+    found = [read(record) for record in records.read(path)]
+    pieces = examples(found, vocabulary, template or None)
+    kept = [example for example in pieces if example]
+    return kept, len(pieces) - len(kept), set().union(*(read.unused for read in found))
 
 
 def _beside(folder: Path, *names: str) -> Path:
@@ -231,25 +223,94 @@ def _beside(folder: Path, *names: str) -> Path:
     )
 
 
-def _messages(record: Record) -> Messages:
-    messages = record.get("messages", list)
-    for i, message in enumerate(messages):
+def _conversation(record: Record, unused: set[str]) -> Read:
+    messages, learnt, carried = [], [], []
+    for i, message in enumerate(record.get("messages", list)):
         if not isinstance(message, dict):
             raise ValueError(f"{record.place}: messages[{i}] is no object with role and content")
+        message = {name: value for name, value in message.items() if value is not None}
         turn = Record(f"{record.place}: messages[{i}]", message)
-        turn.get("role"), turn.get("content")
+        if message.get("tool_calls"):
+            message.setdefault("content", "")
+        role, content = turn.get("role"), turn.get("content")
+        for name, value in message.items():
+            if name in MEANT_OF_MESSAGES and value not in ("", [], {}):
+                mend = (
+                    "what is not to be learnt has weight 0" if name in WEIGHTS else "leave it out"
+                )
+                raise ValueError(f"{turn.place}: field {name!r} is not read; {mend}")
+        if _weight(turn, role) and (content.strip() or message.get("tool_calls")):
+            learnt.append(i)
+        kept = {k: v for k, v in message.items() if k in CARRIED and v not in ("", [], {})}
+        carried += [k for k in kept if k not in (CALLED if role == "tool" else CALLED[:1])]
+        unused = unused | {f"messages.{k}" for k in message if k not in (*KEPT, *CARRIED)}
+        messages.append({"role": role, "content": content} | kept)
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"{record.place}: no message of role 'assistant', so nothing to learn")
-    return messages
+    if record.fields.get("system"):
+        if messages[0]["role"] == "system":
+            raise ValueError(f"{record.place}: field 'system' and messages[0] are both the system")
+        messages.insert(0, {"role": "system", "content": record.get("system")})
+        learnt = [i + 1 for i in learnt]
+    extra = {name: record.get(name, list) for name in EXTRA if record.fields.get(name)}
+    chat = Chat(record.place, messages, learnt, extra, list(dict.fromkeys(carried)))
+    return Read(chat, None, unused)
 
 
-def _turns(question: str, answer: str) -> Messages:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+def _weight(turn: Record, role: str) -> bool:
+    """Whether a message is a target. Raises ValueError for a weight that says something else."""
+    weight = turn.fields.get("weight", int(role == "assistant"))
+    if weight not in ((0, 1) if role == "assistant" else (0,)):
+        raise ValueError(
+            f"{turn.place}: field 'weight' is {records.shown(weight)}; expected 0 (not to be "
+            f"learnt){', or 1' * (role == 'assistant')}"
+        )
+    return bool(weight)
+
+
+def _alpaca(record: Record, unused: set[str]) -> Read:
+    instruction, answer = record.get("instruction"), record.get("output").strip()
+    given = record.get("input") if "input" in record.fields else ""
+    system = record.get("system") if record.fields.get("system") else ""
+    history = record.get("history", list) if record.fields.get("history") else []
+    for i, turn in enumerate(history):
+        fine = isinstance(turn, list) and len(turn) == 2
+        if not fine or not all(isinstance(text, str) and text.strip() for text in turn):
+            raise ValueError(
+                f"{record.place}: history[{i}] is {records.shown(turn)}; expected [question, "
+                "answer], two texts"
+            )
+    turns = [(question, answer.strip()) for question, answer in history]
+    pieces, before = (), f"{system.strip() or OPENINGS[bool(given)]}\n\n"
+    asked = [f"### Instruction:\n{question}" for question, _ in turns]
+    asked += [f"### Instruction:\n{instruction}" + f"\n\n### Input:\n{given}" * bool(given)]
+    turns += [("\n\n".join(filter(None, (instruction, given))), answer)]
+    for question, (_, words) in zip(asked, turns, strict=True):
+        pieces += pair(f"{before}{question}\n\n### Response:", words)
+        before = "\n\n"
+    return Read(_told(record, turns, system), pieces, unused)
+
+
+def _told(record: Record, turns: Sequence[tuple[str, str]], system: str = "") -> Chat:
+    """Questions and answers as a conversation; nothing is learnt where the last answer is empty."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for question, answer in turns:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    learnt = [i for i, m in enumerate(messages) if m["role"] == "assistant"] if answer else []
+    return Chat(record.place, messages, learnt, {}, [])
+
+
+def _first_words(fields: Mapping[str, Any]) -> Any:
+    """What the first user says, of messages that may be anything yet."""
+    messages = fields["messages"] if isinstance(fields["messages"], list) else []
+    turns = (m for m in messages if isinstance(m, dict) and m.get("role") == "user")
+    return next(turns, {}).get("content")
 
 
 def _spelled(vocabulary: Vocabulary) -> list[str]:
-    """The tokens that end a text, as they are written in one."""
-    return [vocabulary.tokenizer.id_to_token(i) for i in vocabulary.ends]
+    """The tokens that end a text, as they are written in one; `end` first, which is needed."""
+    return [vocabulary.tokenizer.id_to_token(i) for i in (vocabulary.end, *vocabulary.ends[1:])]
 
 
 def _question(example: Example, vocabulary: Vocabulary) -> tuple[str, str]:

@@ -21,7 +21,7 @@ class Record(NamedTuple):
         value = self.fields[name]
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(
-                f"{self.place}: field {name!r} is {_shown(value)}; expected {KINDS[kind]}"
+                f"{self.place}: field {name!r} is {shown(value)}; expected {KINDS[kind]}"
             )
         return value
 
@@ -46,7 +46,7 @@ def read(path: Path) -> list[Record]:
         ]
     for place, value in values:
         if not isinstance(value, dict):
-            raise ValueError(f"{place}: {_shown(value)}; expected an object, {{...}}")
+            raise ValueError(f"{place}: {shown(value)}; expected an object, {{...}}")
     if not values:
         raise ValueError(f"{path}: no records; expected one JSON object a line, or an array")
     return [Record(place, value) for place, value in values]
@@ -71,6 +71,7 @@ def find(folder: Path, name: str, expected: str) -> Path:
     return only(sorted(folder.rglob(name)), name, folder, expected)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of JSON as an error shows it."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else text[:37] + "..."

@@ -1,13 +1,13 @@
+import importlib.metadata
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
 from support import require
 
 from lorax import tasks
-from lorax.tasks import instruct, rows
+from lorax.tasks import instruct, rows, templates
 from lorax.tasks.records import Record
 from lorax.tasks.rows import END
 
@@ -23,6 +23,7 @@ CHAT = {
         {"role": "assistant", "content": "7"},
     ]
 }
+USER, ANSWER = CHAT["messages"][1:3]
 CHATML = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -33,8 +34,9 @@ ENDED = (  # in the manner of Zephyr, with the vocabulary's own end
 )
 
 
-def pieces(record, render=None):
-    return list(instruct.example(Record("f:1", record), render))
+def pieces(record, vocabulary=None, template=None):
+    (found,) = instruct.examples([instruct.read(Record("f:1", record))], vocabulary, template)
+    return list(found)
 
 
 def write(path, records):
@@ -120,8 +122,7 @@ def test_rows_of_a_conversation(kind, request):
 
 
 def test_template_by_hand(vocabulary):
-    render = instruct.template(ENDED, vocabulary)
-    assert pieces(CHAT, render) == [
+    assert pieces(CHAT, vocabulary, ENDED) == [
         (
             "<|system|>\nBe brief.<|endoftext|>\n<|user|>\n2 + 2?<|endoftext|>\n<|assistant|>\n",
             False,
@@ -130,13 +131,13 @@ def test_template_by_hand(vocabulary):
         ("<|user|>\nAnd 3?<|endoftext|>\n<|assistant|>\n", False),
         ("7<|endoftext|>\n", True),
     ]
-    assert pieces(ALPACA, render) == [
+    assert pieces(ALPACA, vocabulary, ENDED) == [
         ("<|user|>\nAdd.\n\n2 and 2<|endoftext|>\n<|assistant|>\n", False),
         ("4<|endoftext|>\n", True),
     ]
-    assert pieces(PAIR, render)[0][0].startswith("<|user|>\n2 + 2 =<|")
+    assert pieces(PAIR, vocabulary, ENDED)[0][0].startswith("<|user|>\n2 + 2 =<|")
     # ChatML's end is no end of this vocabulary's
-    assert pieces(CHAT, instruct.template(CHATML, vocabulary))[1:3] == [
+    assert pieces(CHAT, vocabulary, CHATML)[1:3] == [
         ("4<|im_end|>\n", True),
         (END, True),
     ]
@@ -160,7 +161,7 @@ def test_template_against_transformers(source, vocabulary):
         bos_token="",
         eos_token="<|endoftext|>",
     )
-    found = [x for x in pieces(CHAT, instruct.template(source, vocabulary)) if x[0] is not END]
+    found = [x for x in pieces(CHAT, vocabulary, source) if x[0] is not END]
     assert "".join(x for x, _ in found) == text
     assert len(spans) == 2
     assert [x for x, target in found if target] == [text[a:b] for a, b in spans]
@@ -196,7 +197,7 @@ def test_template_from_a_file(tmp_path, vocabulary):
 )
 def test_template_errors(vocabulary, source, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
-        pieces(CHAT, instruct.template(source, vocabulary))
+        pieces(CHAT, vocabulary, source)
 
 
 def test_template_whose_turns_overlap(vocabulary):
@@ -206,13 +207,319 @@ def test_template_whose_turns_overlap(vocabulary):
     )
     messages = [*CHAT["messages"][1:3], {"role": "assistant", "content": "5"}]
     with pytest.raises(ValueError, match="it does not render message 2 as the continuation"):
-        pieces({"messages": messages}, instruct.template(source, vocabulary))
+        pieces({"messages": messages}, vocabulary, source)
 
 
 def test_template_without_jinja(vocabulary, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ValueError, match=r"^task\.template: a chat template needs Jinja; install"):
-        instruct.template(CHATML, vocabulary)
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(ValueError, match=r"^task\.template: a chat template needs Jinja 3\.1\.6"):
+        pieces(CHAT, vocabulary, CHATML)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.1.5")
+    with pytest.raises(ValueError, match=r" 3\.1\.6 or later, not 3\.1\.5; install it"):
+        pieces(CHAT, vocabulary, CHATML)
+
+
+# ----------------------------------------------------------------- templates that others render
+
+NAMED = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"function": {"name": "add", "arguments": {"b": 2, "a": "\u00e9 <"}}}],
+}
+TOOLS = [{"function": {"name": "add"}, "type": "function"}]
+USES = {
+    "generation": CHATML.replace(
+        "{{ m['content'] }}<|im_end|>\n",
+        "{% if m.role == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>"
+        "{%- endgeneration -%}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n",
+    ),
+    "of the day": "{{ strftime_now('%Y-%m') }}" + CHATML,
+    "json": "{% for m in messages %}{{ m.content }}{{ m | tojson(sort_keys=true) }}"
+    "{{ m | tojson(ensure_ascii=true, separators=(',', ':')) }}{{ [1] | tojson(indent=2) }}"
+    "{% endfor %}",
+    "names": "{% set n = namespace(k=0) %}{% for m in messages %}{% set n.k = n.k + 1 %}{{ n.k }}"
+    "{{ dict(a=n.k) }}{{ m.content }}{% if n.k > 4 %}{% break %}{% endif %}{% endfor %}",
+    "tools": "{% if tools is not none %}{{ tools | tojson }}{% endif %}{{ documents }}"
+    "{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}",
+    "reasoning": "{% for m in messages %}<{{ m.reasoning_content }}|{{ m.thinking }}>"
+    "{{ m.content }}{% endfor %}",
+}
+USED = {
+    "tools": {"messages": [*CHAT["messages"][:2], NAMED], "tools": TOOLS},
+    "reasoning": {
+        "messages": [
+            CHAT["messages"][1],
+            {**CHAT["messages"][2], "reasoning": "2 and 2", "name": None},
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_whatever_transformers_renders_is_rendered_alike(name, vocabulary):
+    utils = require("transformers.utils.chat_template_utils")
+    record = USED.get(name, CHAT)
+    normal = [utils._normalize_chat_messages(record["messages"])]
+    (text,), *spans = utils.render_jinja_template(
+        [utils._alias_reasoning_fields(normal[0])],
+        tools=record.get("tools"),
+        chat_template=USES[name],
+        return_assistant_tokens_mask=name == "generation",
+        bos_token="",
+        eos_token="<|endoftext|>",
+    )
+    found = [x for x in pieces(record, vocabulary, USES[name]) if x[0] is not END]
+    ours = "".join(x for x, _ in found)
+    assert text.startswith(ours) and found[-1][1]
+    if name == "generation":
+        (spans,) = spans[0]
+        assert [x for x, target in found if target] == [text[a:b] for a, b in spans]
+        assert [x for x, target in found if target] == ["4<|im_end|>", "7<|im_end|>"]
+    else:
+        assert ours == text
+
+
+def test_a_template_that_marks_the_words_may_drop_what_came_before(vocabulary):
+    last = (
+        "{{ messages[-2].content }}={% generation %}{{ messages[-1].content }}{% endgeneration %}"
+    )
+    weighted = [*CHAT["messages"][:2], {**ANSWER, "weight": 0}, *CHAT["messages"][3:]]
+    assert pieces(CHAT, vocabulary, last) == [("And 3?=", False), ("7", True)]
+    with pytest.raises(ValueError, match="it marks 1 parts with generation, and the record has 2"):
+        pieces({"messages": weighted}, vocabulary, last)
+    found = pieces({"messages": weighted}, vocabulary, USES["generation"])
+    assert [text for text, target in found if target] == ["7<|im_end|>"]
+    with pytest.raises(ValueError, match="f:1: task.template: its generation blocks have no word"):
+        pieces(CHAT, vocabulary, "{% if 0 %}{% generation %}{% endgeneration %}{% endif %}x")
+    with pytest.raises(ValueError, match="its generation blocks lie within a macro"):
+        pieces(
+            CHAT,
+            vocabulary,
+            "{% set x %}a{% generation %}b{% endgeneration %}{% endset %}{{ x * 2 }}",
+        )
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+HOSTILE = {
+    "{{ 1/0 }}": "ZeroDivisionError: division by zero",
+    "{{ {}['a'].b.c }}": "'dict object' has no attribute 'a'",
+    "{{ 'a'.index('b') }}": "ValueError: substring not found",
+    "{{ '%d' % 'a' }}": "TypeError: ",
+    "{{ range(10**9) }}": "OverflowError: Range too big",
+    "{% include '/etc/passwd' %}": "TypeError: no loader for this environment specified",
+    "{{ '\\ud83d' }}": "it renders half of a character",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "it is nested too deep, or a macro calls",
+    "{{ " + "(" * 5000 + ")" * 5000 + " }}": "it is nested too deep, or a macro calls",
+    ENDLESS: "rendering takes more than 0.5 s; does a loop or a macro have no end?",
+    "{{ 9**(9**9) }}": "rendering takes more than 0.5 s",
+    "{% set x = 'x' * 10**9 %}{{ (x ~ x) | length }}": "it needs more than 256 MiB",
+    "{{ 'x' * 10**8 }}": "it needs more than 256 MiB",
+    "{% set n = 10**7 + 1 %}{{ messages and 'x' * n }}": "it renders more than 10,000,000 chara",
+    "{{ lipsum(n=10**7) }}": "rendering takes more than 0.5 s",
+    "{% for i in range(9999) %}{{ 'y' * 9999 }}{% endfor %}": "it renders more than 10,000,000 ch",
+    "{% set n = namespace(__class__=1) %}": "a namespace may not hold '__class__'",
+    "{{ dict.mro() }}": "has no attribute 'mro'",
+    "no word": "it renders no word of message 2",
+}
+
+
+@pytest.mark.parametrize("source", HOSTILE)
+def test_a_template_without_end_or_bounds_is_one_line(source, vocabulary, monkeypatch):
+    monkeypatch.setattr(templates, "SECONDS", 0.5)
+    monkeypatch.setattr(templates, "MEMORY", 2**28)
+    with pytest.raises(ValueError) as error:
+        pieces(CHAT, vocabulary, source if "{" in source else "{% raw %}" + source + "{% endraw %}")
+    text = str(error.value)
+    assert "task.template: " in text and "\n" not in text and len(text) < 400
+    assert HOSTILE[source] in text
+
+
+def test_a_record_that_takes_too_long_is_named(vocabulary, monkeypatch):
+    monkeypatch.setattr(templates, "SECONDS", 0.5)
+    source = "{% if messages[0].content == 'slow' %}" + ENDLESS + "{% endif %}" + CHATML
+    turns = [{"role": "user", "content": "fast"}, ANSWER]
+    slow = [{"role": "user", "content": "slow"}, ANSWER]
+    found = [
+        instruct.read(Record(f"f:{i}", {"messages": slow if i == 3 else turns})) for i in range(5)
+    ]
+    with pytest.raises(ValueError, match=r"^f:3: task\.template: rendering takes more than 0\.5 s"):
+        instruct.examples(found, vocabulary, source)
+
+
+def test_a_template_stands_in_several_kinds_of_files(tmp_path, vocabulary):
+    want = pieces(CHAT, vocabulary, CHATML)
+    several = [{"name": "rag", "template": "x"}, {"name": "default", "template": CHATML}]
+    for name, content in (
+        ("chat.jinja", "\ufeff" + CHATML),
+        ("tokenizer_config.json", json.dumps({"chat_template": CHATML, "eos_token": "</s>"})),
+        ("several.json", "\ufeff" + json.dumps({"chat_template": several})),
+    ):
+        (tmp_path / name).write_bytes(content.encode())
+        assert pieces(CHAT, vocabulary, str(tmp_path / name)) == want
+    for name, content, message in (
+        ("tokenizer_config.json", b'{"eos_token": "</s>"}', "has no text as its chat_template"),
+        ("list.json", b'{"chat_template": [{"name": "rag", "template": "x"}]}', "has no text as"),
+        ("array.json", b"[]", "has no text as its chat_template"),
+        ("chat.jinja", b"{{ a }}\n\xe9", "chat.jinja:2: bad byte 0xe9; expected UTF-8"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            pieces(CHAT, vocabulary, str(tmp_path / name))
+    for given in (str(tmp_path), "x" * 5000, "a\0b"):
+        with pytest.raises(ValueError, match="^task.template: .* is neither a Jinja template nor"):
+            pieces(CHAT, vocabulary, given)
+
+
+# ----------------------------------------------------------------------- what else a record may say
+
+WEIGHTED = {
+    "messages": [*CHAT["messages"][:2], {**ANSWER, "weight": 0}, *CHAT["messages"][3:]],
+    "id": 7,
+    "source": "by hand",
+}
+
+
+def test_an_answer_of_weight_0_is_read_and_not_learnt(vocabulary):
+    learnt = [(text, target) for text, target in pieces(CHAT) if target][2:]
+    assert pieces(WEIGHTED) == [
+        ("System: Be brief.\nUser: 2 + 2?\nAssistant:", False),
+        (" 4", False),
+        (END, False),
+        ("\nUser: And 3?\nAssistant:", False),
+        *learnt,
+    ]
+    built, _ = rows.encode([pieces(WEIGHTED)], vocabulary, 400, "train")
+    targets = built["tokens"][0][built["mask"][0] == 1.0]
+    assert vocabulary.decode(targets[:-1]) == " 7" and targets[-1] == vocabulary.end
+    found = pieces(WEIGHTED, vocabulary, CHATML)
+    assert [text for text, target in found if target] == ["7<|im_end|>\n", END]
+    assert found[0][0].endswith(
+        "4<|im_end|>\n<|im_start|>user\nAnd 3?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    # what follows the last words to learn is left out, and a conversation without any
+    last = {"messages": [*CHAT["messages"][:4], {**ANSWER, "weight": 0}]}
+    assert pieces(last) == pieces(CHAT)[:3]
+    assert pieces({"messages": [*CHAT["messages"][:2], {**ANSWER, "weight": 0}]}) == []
+    assert pieces(
+        {"messages": [*CHAT["messages"][:4], {**ANSWER, "weight": 1, "content": "7"}]}
+    ) == pieces(CHAT)
+
+
+def test_system_and_history_of_an_alpaca_record(vocabulary):
+    record = {**ALPACA, "system": "Be brief.", "history": [["1 + 1?", "2"], ["And 1?", " 3 "]]}
+    assert pieces(record) == [
+        ("Be brief.\n\n### Instruction:\n1 + 1?\n\n### Response:", False),
+        (" 2", True),
+        (END, True),
+        ("\n\n### Instruction:\nAnd 1?\n\n### Response:", False),
+        (" 3", True),
+        (END, True),
+        ("\n\n### Instruction:\nAdd.\n\n### Input:\n2 and 2\n\n### Response:", False),
+        (" 4", True),
+        (END, True),
+    ]
+    turns = [("1 + 1?", "2"), ("And 1?", "3"), ("Add.\n\n2 and 2", "4")]
+    messages = [CHAT["messages"][0]]
+    for question, answer in turns:
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    assert pieces(record, vocabulary, CHATML) == pieces({"messages": messages}, vocabulary, CHATML)
+    assert pieces({**ALPACA, "system": "", "history": []}) == pieces(ALPACA)
+    assert pieces({**record, "output": " "}) == []
+
+
+def test_system_and_a_repeated_prompt_of_a_conversation():
+    rest = CHAT["messages"][1:]
+    assert pieces({"messages": rest, "system": "Be brief."}) == pieces(CHAT)
+    assert pieces({**CHAT, "prompt": "2 + 2?", "prompt_id": "x"}) == pieces(CHAT)
+
+
+def test_fields_without_a_part_in_training_are_named(tmp_path, vocabulary):
+    dated = {"messages": [{**x, "timestamp": 5} for x in CHAT["messages"]], "category": "sums"}
+    path = write(tmp_path / "x.jsonl", [WEIGHTED, dated, PAIR])
+    assert build(path, vocabulary).note.endswith(
+        "; fields without a part in training: category, id, messages.timestamp, source"
+    )
+
+
+def _with(fields, i=2):
+    messages = [dict(x) for x in CHAT["messages"]]
+    messages[i] |= fields
+    return {"messages": messages}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            _with({"weight": 0.5}),
+            "messages[2]: field 'weight' is 0.5; expected 0 (not to be learnt), ",
+        ),
+        (_with({"weight": "0"}), "messages[2]: field 'weight' is \"0\"; expected 0 "),
+        (
+            _with({"weight": 1}, 1),
+            "messages[1]: field 'weight' is 1; expected 0 (not to be learnt)",
+        ),
+        (
+            _with({"train": False}),
+            "messages[2]: field 'train' is not read; what is not to be learnt",
+        ),
+        (_with({"loss": 0}), "messages[2]: field 'loss' is not read; what is not to be learnt has"),
+        (_with({"images": ["a.png"]}), "messages[2]: field 'images' is not read; leave it out"),
+        (_with({"content": [{"type": "text", "text": "4"}]}), "messages[2]: field 'content' is [{"),
+        (_with({"content": None}), "messages[2]: field 'content' is missing"),
+        (_with({"name": "Ann"}, 1), "name has no place in a conversation without a template"),
+        (_with({"reasoning_content": "hm"}), "reasoning_content has no place in a conversation "),
+        ({"messages": [USER, NAMED]}, "tool_calls has no place in a conversation without a templ"),
+        ({**CHAT, "tools": TOOLS}, "tools has no place in a conversation without a template"),
+        ({**CHAT, "tools": "[]"}, "field 'tools' is \"[]\"; expected an array"),
+        ({**CHAT, "system": "x"}, "field 'system' and messages[0] are both the system"),
+        ({**CHAT, "prompt": "other"}, "field 'prompt' has no part in a record with 'messages'; "),
+        ({**CHAT, "images": ["a.png"]}, "field 'images' has no part in a record with 'messages'"),
+        ({**CHAT, "history": [["a", "b"]]}, "field 'history' has no part in a record with 'messag"),
+        ({**ALPACA, "history": ["a"]}, 'history[0] is "a"; expected [question, answer], two text'),
+        ({**ALPACA, "history": [["a", ""]]}, 'history[0] is ["a", ""]; expected [question, an'),
+        ({**ALPACA, "history": "a"}, "field 'history' is \"a\"; expected an array"),
+        ({**ALPACA, "system": 3}, "field 'system' is 3; expected text"),
+        ({**ALPACA, "context": "x"}, "field 'context' has no part in a record with 'instruction'"),
+        ({**ALPACA, "tools": "[x]"}, "field 'tools' has no part in a record with 'instruction'"),
+        ({**PAIR, "system": "x"}, "field 'system' has no part in a record with 'prompt'; such a "),
+        ({**PAIR, "weight": 0}, "field 'weight' has no part in a record with 'prompt'; such a rec"),
+        ({**PAIR, "mask": False}, "field 'mask' has no part in a record with 'prompt'"),
+        ({**PAIR, "thinking": "x"}, "field 'thinking' has no part in a record with 'prompt'"),
+        ({"prompt": [USER], "completion": [ANSWER]}, "field 'prompt' is ["),
+        ({"conversations": [{"from": "human", "value": "x"}]}, "the record has the fields conver"),
+    ],
+)
+def test_a_field_that_means_something_is_done_or_refused(record, message):
+    with pytest.raises(ValueError, match="^" + re.escape("f:1: " + message)):
+        pieces(record)
+
+
+def test_a_template_must_have_a_use_for_what_a_record_has(vocabulary):
+    calls = {"messages": [USER, NAMED], "tools": TOOLS}
+    assert pieces(calls, vocabulary, USES["tools"])[-2][1]
+    answers = {"role": "tool", "content": "5", "tool_call_id": "c1", "name": "add"}
+    said = {"messages": [USER, ANSWER, answers, ANSWER]}
+    assert [text for text, target in pieces(said, vocabulary, CHATML) if target][
+        0
+    ] == "4<|im_end|>\n"
+    for record, name in ((calls, "tool_calls"), ({**CHAT, "tools": TOOLS}, "tools")):
+        with pytest.raises(
+            ValueError, match=f"it has no use for the field '{name}', which the rec"
+        ):
+            pieces(record, vocabulary, CHATML)
+
+
+def test_a_vocabulary_without_an_end_is_refused(vocabulary):
+    for template in (None, CHATML):
+        with pytest.raises(ValueError, match="tokenizer: no token ends a text"):
+            instruct._question(pieces(CHAT, vocabulary, template), vocabulary._replace(ends=()))
 
 
 # ------------------------------------------------------------------------------------- the sets
@@ -256,9 +563,6 @@ def test_nothing_left_for_evaluation(tmp_path, vocabulary):
     path = write(tmp_path / "x.jsonl", [PAIR])
     with pytest.raises(ValueError, match=r"^task\.path: .* has 0 train and 1 evaluation examples"):
         build(path, vocabulary)
-
-
-USER, ANSWER = CHAT["messages"][1:3]
 
 
 @pytest.mark.parametrize(

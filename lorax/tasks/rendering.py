@@ -1,0 +1,252 @@
+"""The process that renders a chat template: `python rendering.py`, started by `templates.render`.
+
+Reads JSON lines: settings with the template, then a conversation each (`templates.Chat`). Answers
+each with a line: {"pieces": [[text, target], ...]}, null for the end token's text, or {"error":
+why}. What takes too long, the system ends. Imports nothing of lorax, so that it starts at once.
+"""
+
+import datetime
+import json
+import resource
+import signal
+import sys
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing
+
+
+def main() -> None:
+    settings = json.loads(sys.stdin.buffer.readline())
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    memory = settings["memory"] if most == resource.RLIM_INFINITY else min(settings["memory"], most)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, most))
+    template = None
+
+    def compiled():
+        nonlocal template
+        template = environment(settings["longest"]).from_string(settings["source"])
+        return []
+
+    answer(settings, compiled)
+    for line in sys.stdin.buffer:
+        answer(settings, lambda line=line: pieces(template, json.loads(line), settings["ends"]))
+
+
+def answer(settings: dict, work) -> None:
+    """Write what `work` finds, or its error and end. A template may raise anything."""
+    signal.setitimer(signal.ITIMER_PROF, settings["seconds"])
+    try:
+        line, ended = {"pieces": work()}, False
+    except MemoryError:
+        line, ended = {"error": f"it needs more than {settings['memory'] >> 20} MiB"}, True
+    except RecursionError:
+        line, ended = {"error": "it is nested too deep, or a macro calls itself without end"}, True
+    except Exception as error:
+        line, ended = {"error": said(error)}, True
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+    if ended:
+        sys.exit()
+
+
+def said(error: Exception) -> str:
+    text = str(error)[:300]
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f"{text} (line {error.lineno})"
+    ours = isinstance(error, jinja2.TemplateError | RefusedError)
+    return text if ours and text else f"{type(error).__name__}: {text}"
+
+
+class RefusedError(Exception):
+    """The template is no use for a conversation; the text says why."""
+
+
+# ------------------------------------------------------------------------------------- a template
+
+
+class Generation(Extension):
+    """{% generation %}...{% endgeneration %} around the words that a model is to learn.
+
+    spans: (start, text) of each in what is rendered. length: characters rendered so far.
+    """
+
+    tags = {"generation"}
+
+    def __init__(self, environment):
+        super().__init__(environment)
+        self.used, self.spans, self.length = False, [], 0
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        self.used = True
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller) -> str:
+        text = caller()
+        self.spans.append((self.length, text))
+        return text
+
+
+class Namespace(jinja2.utils.Namespace):
+    """Jinja's, without names that reach into Python."""
+
+    def __init__(*args, **kwargs):
+        self, args = args[0], args[1:]
+        values = dict(*args, **kwargs)
+        for name in values:
+            Namespace.check(name)
+        jinja2.utils.Namespace.__init__(self, values)
+
+    def __setitem__(self, name, value):
+        Namespace.check(name)
+        jinja2.utils.Namespace.__setitem__(self, name, value)
+
+    @staticmethod
+    def check(name):
+        if isinstance(name, str) and name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace may not hold {name!r}")
+
+
+class Dict:
+    """`dict(...)` and `dict.fromkeys`, and no other way into the type."""
+
+    def __call__(self, *args, **kwargs):
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args, **kwargs):
+        return dict.fromkeys(*args, **kwargs)
+
+
+def environment(longest: int) -> ImmutableSandboxedEnvironment:
+    """What transformers gives a chat template (utils/chat_template_utils.py)."""
+
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(
+            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    now = datetime.datetime.now()  # one day for all rows
+    found = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    found.extend(longest=longest)
+    found.filters["tojson"] = tojson
+    found.globals["raise_exception"] = raise_exception
+    found.globals["strftime_now"] = now.strftime
+    found.globals["dict"] = Dict()
+    found.globals["namespace"] = Namespace
+    return found
+
+
+def written(template, messages: list, eos: str, extra: dict, cue: bool = False) -> str:
+    """What the template makes of messages; its marks are left in the extension."""
+    environment = template.environment
+    marks = environment.extensions[Generation.identifier]
+    marks.spans, marks.length, parts = [], 0, []
+    given = {"messages": messages, "add_generation_prompt": cue, "bos_token": "", "eos_token": eos}
+    given |= {"tools": extra.get("tools"), "documents": extra.get("documents")}
+    for part in template.root_render_func(template.new_context(given)):
+        parts.append(part)
+        marks.length += len(part)
+        if marks.length > environment.longest:
+            raise RefusedError(f"it renders more than {environment.longest:,} characters")
+    return "".join(parts)
+
+
+def aliased(message: dict) -> dict:
+    """A message whose reasoning stands under the names that templates read."""
+    reasoning = next((message[name] for name in REASONING if name in message), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+# ---------------------------------------------------------------------------------- conversations
+
+
+def pieces(template, chat: dict, ends: list[str]) -> list:
+    messages, learnt, extra = chat["messages"], set(chat["learnt"]), chat["extra"]
+
+    def text(messages: list, cue: bool = False, extra: dict = extra) -> str:
+        if not set(REASONING).isdisjoint(chat["carried"]):
+            messages = [aliased(message) for message in messages]
+        return written(template, messages, ends[0], extra, cue)
+
+    whole = text(messages)
+    try:
+        whole.encode()
+    except UnicodeEncodeError:
+        raise RefusedError("it renders half of a character") from None
+    marks = template.environment.extensions[Generation.identifier]
+    spans = marks.spans
+    for name in chat["carried"]:
+        without = [{k: v for k, v in message.items() if k != name} for message in messages]
+        check_used(lambda without=without: text(without), whole, name)
+    for name in extra:
+        without = {k: v for k, v in extra.items() if k != name}
+        check_used(lambda without=without: text(messages, extra=without), whole, name)
+    if marks.used:
+        return marked(whole, spans, messages, learnt)
+    found, at = [], 0
+    for i in sorted(learnt):
+        before = text(messages[:i], cue=True)
+        after = text(messages[: i + 1]) if i + 1 < len(messages) else whole
+        if not (len(before) >= at and after.startswith(before) and whole.startswith(after)):
+            raise RefusedError(
+                f"it does not render message {i} as the continuation of those before it and the "
+                "generation prompt, so its words can't be told apart"
+            )
+        turn = after[len(before) :]
+        if not turn.strip():
+            raise RefusedError(f"it renders no word of message {i}")
+        found += [(whole[at : len(before)], False), (turn, True)]
+        if not any(end in turn for end in ends):
+            found.append((None, True))
+        at = len(after)
+    return [piece for piece in found if piece[0] != ""]
+
+
+def check_used(render, whole: str, name: str) -> None:
+    """Raises RefusedError where the conversation reads the same without a field."""
+    try:
+        used = render() != whole
+    except (jinja2.TemplateError, TypeError):
+        used = True
+    if not used:
+        raise RefusedError(
+            f"it has no use for the field {name!r}, which the record has; leave it out"
+        )
+
+
+def marked(whole: str, spans: list, messages: list, learnt: set[int]) -> list:
+    """The template's own marks as targets, but for those of turns that are not to be learnt."""
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(spans) == len(turns):
+        spans = [span for span, i in zip(spans, turns, strict=True) if i in learnt]
+    elif learnt != set(turns):
+        raise RefusedError(
+            f"it marks {len(spans)} parts with generation, and the record has {len(turns)} "
+            "turns of the assistant, so that those not to be learnt can't be told apart"
+        )
+    found, at = [], 0
+    for start, text in spans:
+        if start < at or not whole.startswith(text, start):
+            raise RefusedError(
+                "its generation blocks lie within a macro, a set block or each other"
+            )
+        found += [(whole[at:start], False), (text, True)]
+        at = start + len(text)
+    if not any(text.strip() for text, target in found if target):
+        raise RefusedError("its generation blocks have no word of the assistant's in them")
+    return [piece for piece in found if piece[0] != ""]
+
+
+if __name__ == "__main__":
+    main()
