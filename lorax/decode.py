@@ -77,7 +77,8 @@ def encode(base: Base, prompts: Sequence[str], new_tokens: int, ahead: int = 0) 
     """The ids of each prompt, the start of a text in front.
 
     ahead: positions that virtual tokens take. Raises ValueError where the base has no tokenizer, a
-    prompt is empty or no text, or a prompt and the new tokens need more positions than the model has.
+    prompt is empty or no text, or a prompt and the new tokens need more positions than the model
+    has.
     """
     vocabulary = base.vocabulary
     if vocabulary is None:
@@ -131,7 +132,7 @@ def complete(
     longest, most = max(map(len, ids), default=0), positions(base.config)
     room = most and most - ahead
     width = min(-(-longest // 16) * 16, room - how.new_tokens) if room else longest
-    batch_size = min(batch_size, len(ids))
+    batch_size = min(batch_size, max(len(ids), 1))
     texts = []
     for start in range(0, len(ids), batch_size):
         part = ids[start : start + batch_size]

@@ -199,6 +199,10 @@ def test_a_seed_or_batch_size_out_of_range_is_refused(options, message):
         decode.complete(lorax.load("gpt2-nano"), ["a"], **options)
 
 
+def test_no_prompts_are_no_texts():
+    assert decode.complete(lorax.load("gpt2-nano"), []) == []
+
+
 def test_the_largest_seed_and_repeats_longer_than_any_text_are_fine():
     base = lorax.load("gpt2-nano")
     how = decode.How(new_tokens=2, no_repeat_ngram=1000)
