@@ -14,6 +14,7 @@ With `config.search.threshold` (0.9 for d90) the run looks for the intrinsic dim
 `config.sweep.dim` beside full fine-tuning, then round after round of what lies between.
 """
 
+import ast
 import contextlib
 import fcntl
 import json
@@ -24,16 +25,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
+import traceback
 import warnings
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from lorax import __version__, config
 from lorax.errors import fail, keep, of_machine, reason
-from lorax.files import read_json, write_bytes, write_json
+from lorax.files import read_json, read_text, write_bytes, write_json
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The study: FILE or FILE:ARGUMENT.")
@@ -84,20 +87,71 @@ def read_command_line(argv: list[str]):
     for flag in argv[1:]:  # before ConfigDict does, whose errors lack the rest of the path
         if key := re.match(r"--?(?:no)?config\.([\w.]+)", flag):
             config.check_key(key[1])
-    rest = FLAGS(argv)
+    try:
+        rest = FLAGS(argv)
+        settings = FLAGS.config
+        if failure := getattr(settings, "__dict__", {}).get("_error"):
+            raise failure  # an OSError, which ml_collections keeps to itself
+    except Exception as error:
+        raise ValueError(in_script(error)) from error
     if len(rest) > 1:
         raise ValueError(f"unexpected argument {rest[1]!r}; did you mean --{rest[1].lstrip('-')}?")
-    if FLAGS.config is None:
+    if not FLAGS["config"].present:
         raise ValueError("--config is missing, e.g. --config=configs/gpt2_rank_sweep.py")
-    settings = FLAGS.config
+    file, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")
+    if not isinstance(settings, ConfigDict):
+        raise ValueError(
+            f"{file}: get_config returns {type(settings).__name__}; expected the ConfigDict that "
+            f"lorax.config.default() gives, changed"
+        )
+    if argument and ignores_argument(file):
+        raise ValueError(
+            f"--config={file}:{argument}: the script makes nothing of {argument!r}; expected "
+            f"--config={file}"
+        )
     members = config.members(settings)
     if FLAGS.workdir:
         return settings, members, Path(FLAGS.workdir)
-    file, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")
     name = Path(file).stem + (f"-{argument}" if argument else "")
     overridden = config_flags.get_override_values(FLAGS["config"])
     suffix = f"-{config.digest(overridden)}" if overridden else ""
     return settings, members, Path("runs") / (name + suffix)
+
+
+def in_script(error: BaseException) -> str:
+    """What went wrong as a config script was read, behind the FILE:LINE of it where it did."""
+    installed = sysconfig.get_paths()
+    others = [installed[name] for name in ("stdlib", "purelib", "platlib")]
+    others.append(str(Path(__file__).parent))
+    place, deepest = "", error
+    while error is not None:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename[0] != "<"]
+        names = [frame.filename for frame in frames]
+        below = [i for i, name in enumerate(names) if "ml_collections" in Path(name).parts]
+        own = [
+            frame
+            for frame in frames[min(below, default=len(frames)) :]
+            if not any(frame.filename.startswith(folder + os.sep) for folder in others)
+        ]
+        if isinstance(error, SyntaxError) and error.filename:
+            return f"{error.filename}:{error.lineno}: {error.msg}"
+        if own or "Traceback" in str(deepest):
+            place = f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
+            deepest = error
+        error = error.__cause__ or error.__context__
+    # ConfigDict lists all its keys before it says which is near.
+    text = re.sub(r' Other fields present: "\{.*\}"', "", reason(deepest))
+    return place + text.replace("config_config", "--config")
+
+
+def ignores_argument(file: str) -> bool:
+    """Whether a config script's get_config never looks at its argument."""
+    for node in ast.parse(read_text(file)).body:
+        if isinstance(node, ast.FunctionDef) and node.name == "get_config":
+            given = [*node.args.posonlyargs, *node.args.args][:1]
+            read = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            return bool(given) and given[0].arg not in read
+    return False
 
 
 def plan(settings, members) -> str:
