@@ -191,6 +191,7 @@ REVISABLE = (
     "eval.no_repeat_ngram",
     "analysis.report",
     "analysis.cka",
+    "analysis.layers",
     "train.memory_gb",
 )
 

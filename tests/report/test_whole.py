@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.numpy import save_file
 from synthetic import SOURCES, TARGETS, kernels, make_adapter, make_run, planted_factors
 
-from lorax import report
+from lorax import config, report
 from lorax.analysis import basis_similarity, updates
 from lorax.interop import peft
 from lorax.interop.peft import Factors
@@ -124,12 +124,20 @@ def test_a_limit_is_said_wherever_it_holds(tmp_path, monkeypatch, capsys, undraw
 
 def test_a_run_takes_its_limit_from_its_config(tmp_path, undrawn):
     directory = make_run(tmp_path / "run", ranks=(1, 2))
-    config = json.loads((directory / "config.json").read_text())
-    config["config"]["analysis"] = {"layers": 2}
-    (directory / "config.json").write_text(json.dumps(config))
+    about = json.loads((directory / "config.json").read_text())
+    about["config"]["analysis"] = {"layers": 2}
+    (directory / "config.json").write_text(json.dumps(about))
     text = report.write(directory, kernels()).read_text()
     stored = pd.read_csv(directory / "analysis" / "amplification.csv")
     assert set(stored["layer"]) == {0, 2} and "Of 2 of 3 layers, as asked for: 0, 2." in text
+
+
+def test_a_limit_of_a_config_is_checked_and_may_change():
+    c = config.default()
+    c.analysis.layers = -1
+    with pytest.raises(ValueError, match="analysis.layers: -1 given, must not be negative"):
+        config.members(c)
+    assert "analysis.layers" in config.REVISABLE
 
 
 def test_long_work_is_announced_with_a_way_out(monkeypatch):
