@@ -176,7 +176,7 @@ def test_keys_that_only_evaluate_or_draw_may_change(tmp_path, key):
     (tmp_path / "checkpoints").mkdir()
     section, _, name = key.partition(".")
     value = config.default()[section][name]
-    other = not value if isinstance(value, bool) else value + 1
+    other = not value if isinstance(value, bool) else (value or 0) + 1
     assert revised(tmp_path, **{f"{section}__{name}": value}) == []
     assert revised(tmp_path, **{f"{section}__{name}": other}) == [key]
 

@@ -68,10 +68,12 @@ MISTAKES = {
     "mixed": (["run", "adapter"], "run is a run, .*adapter is an adapter: give runs or adapters"),
     "twice": (["run", "run"], "run: given twice"),
     "no such base": (["adapter", "--base=./nowhere"], "base: no directory ./nowhere"),
-    "another base": (
-        ["narrow", "--base=gpt2-nano"],
-        r"h/0/attn/q is .*0:128.* in the base, not .*0:64",
+    "another base": (["narrow", "--base=gpt2-nano"], r"is \(64, 64\), .* is \(128, 128\)"),
+    "layers below none": (
+        ["adapter", "--layers=-1"],
+        "--layers=-1: a number of layers, 0 for none",
     ),
+    "layers of several": (["run", "other", "--layers=1"], "--layers is for adapters or one run"),
     "three adapters": (["adapter", "narrow", "adapter"], "takes one, or two to compare"),
     "alpha of PEFT": (["adapter", "--alpha=8"], "--alpha is for loralib's checkpoints"),
     "alpha of a run": (["run", "--alpha=8"], "--alpha is for loralib's checkpoints"),
