@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import safetensors.numpy
@@ -76,3 +77,18 @@ def assert_same(got: Adapter, want: Adapter) -> None:
             np.testing.assert_array_equal(ours, theirs, err_msg=path)
     for path, weight in want.weights.items():
         np.testing.assert_array_equal(got.weights[path], weight, err_msg=path)
+
+
+def as_running(directory: pathlib.Path, model, to: pathlib.Path) -> pathlib.Path:
+    """A copy of what PEFT saved of a model, with the names that its tensors have in the model:
+    "lora_A.default.weight", "modules_to_save.default.weight", "original_module.weight"."""
+    shutil.copytree(directory, to)
+    file = to / "adapter_model.safetensors"
+    saved, here = safetensors.numpy.load_file(file), model.state_dict()
+    own = ("lora_", "hada_", "lokr_", "vera_lambda_", "base_model.vera_", "ia3_", "ln_tuning_")
+    own += ("modules_to_save", "original_module")
+    running = [key for key in here if any(word in key for word in own)]
+    assert any(".default" in key for key in running)
+    tensors = {key: np.ascontiguousarray(here[key].numpy()) for key in running}
+    safetensors.numpy.save_file({key: x for key, x in saved.items() if key in here} | tensors, file)
+    return to

@@ -75,6 +75,7 @@ NUMBER = Want(
     "a finite number",
     lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= LARGEST,
 )
+POSITIVE = Want("a finite number of at least 0", lambda x: NUMBER.fits(x) and x >= 0)
 SHARE = Want("a number from 0 to below 1", lambda x: NUMBER.fits(x) and 0 <= x < 1)
 COUNT = _whole("a whole number of at least 1", 1)
 INDEX = _whole("a whole number of at least 0", 0)
@@ -135,7 +136,7 @@ FIELDS: dict[str, dict[str, Want]] = {
     "ADALORA": _LORA
     | {"init_r": COUNT, "target_r": COUNT, "rank_pattern": KEPT}
     | {"tinit": INDEX, "tfinal": INDEX, "deltaT": COUNT, "total_step": _or_null(COUNT)}
-    | {"beta1": SHARE, "beta2": SHARE, "orth_reg_weight": NUMBER},
+    | {"beta1": SHARE, "beta2": SHARE, "orth_reg_weight": POSITIVE},
     "LOHA": _LYCORIS,
     "LOKR": _LYCORIS
     | {"decompose_both": FLAG, "decompose_factor": WHOLE, "rank_dropout_scale": FLAG},

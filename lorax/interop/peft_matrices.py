@@ -375,7 +375,8 @@ def read_vera(modules, shared, config, where):
         found[layer] = {"d": np.zeros(max(rank, 1), np.float32), "v": v}
         found[layer]["d"][span] = d
     hp = {"rank": max(rank, 1), "projection_seed": config.get("projection_prng_key", 0)}
-    hp |= {"dropout": config.get("vera_dropout", 0.0), "d_initial": config.get("d_initial", 0.1)}
+    hp |= {"dropout": config.get("vera_dropout", 0.0)}
+    hp |= {"d_initial": float(config.get("d_initial", 0.1))}
     return hp, found, {"a": np.concatenate(inner, axis=1), "b": np.concatenate(outer)}
 
 
@@ -420,7 +421,8 @@ def read_ia3(modules, shared, config, where):
         else:
             inner = any(place.name.endswith(name) for name in named)
         shape = (1, place.inputs) if inner else (place.outputs, 1)
-        fit(f"{where / peft.WEIGHTS}: {place.name}", tensors, ia3_l=shape)
+        said = f"{place.name}, {'in' if inner else 'not in'} feedforward_modules"
+        fit(f"{where / peft.WEIGHTS}: {said}", tensors, ia3_l=shape)
         x = tensors["ia3_l"].reshape(-1)
         parts = {layer: x if inner else x[columns] for layer, columns in place.columns.items()}
         # Ones in some parts of a fused module stand for what is not adapted.

@@ -14,6 +14,7 @@ from peft_files import (
     UNTIED,
     VOCABULARY,
     WIDTH,
+    as_running,
     assert_same,
     dense,
     edit,
@@ -318,9 +319,14 @@ CASES = {
         "llama-tied",
         dict(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),
     ),
+    "llama-tied-save": (
+        "llama-tied",
+        dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    ),
     "llama-save": ("llama", dict(target_modules=["v_proj"], modules_to_save=["embed_tokens"])),
     "roberta-bias": ("roberta", dict(target_modules=["query", "dense"], bias="all")),
     "bert-lookup": ("bert", dict(target_modules=["query", "word_embeddings"], task_type=None)),
+    "roberta-head": ("roberta", dict(target_modules=["value"], task_type="SEQ_CLS")),
     "falcon": ("falcon", dict(target_modules=["h.0.self_attention.query_key_value"], **FUSED)),
 }
 TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (3, 9), np.int32)
@@ -391,6 +397,9 @@ def test_peft_and_we_compute_the_same_with_each_others_files(case, made, tmp_pat
     adapter = peft.load(tmp_path / "theirs", sources(base))
     ours = jit(functools.partial(lorax.apply, base.module))(adapters.bind(base, adapter), TOKENS)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+
+    running = as_running(tmp_path / "theirs", model, tmp_path / "running")
+    assert_same(peft.load(running, sources(base)), adapter)
 
     peft.save(tmp_path / "ours", adapter, sources(base), str(directory), task_type=task)
     again = library.PeftModel.from_pretrained(reference(name, directory), tmp_path / "ours").eval()

@@ -12,11 +12,13 @@ import numpy as np
 import parity
 import pytest
 import safetensors.numpy
+from peft_files import as_running
 from support import few, require
 
 import lorax
 from lorax import methods, peft_methods, tree
 from lorax.interop import peft as peft_files
+from lorax.interop import peft_config
 
 LLAMA = dict(target_modules=["q_proj", "v_proj", "down_proj"])
 GPT2 = dict(target_modules=["c_attn", "attn.c_proj", "c_fc"])
@@ -95,6 +97,8 @@ CASES = {
 #: its own beside the one of the whole modules, and a norm of one layer comes with its stack.
 OTHERWISE = ("vera-fused", "tied-beside", "ln-tuning-some")
 TWICE = ("loha-patterns", "lokr-both", "prefix-gpt2", "prompt-llama", "ln-tuning-some")
+#: Methods of which PEFT has one adapter in a model, without a name.
+TOKENS_OF_THEIR_OWN = ("prefix", "prompt", "llama-adapter")
 QUICK = [name for name in CASES if name not in TWICE]
 
 
@@ -183,6 +187,9 @@ def test_we_compute_with_pefts_file_what_it_does(name, made, tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     method, state = peft_methods.load(tmp_path / "theirs", base)
     assert_close(parity.logits(base, method, state), expected)
+    if case.name not in TOKENS_OF_THEIR_OWN:
+        running = as_running(tmp_path / "theirs", model, tmp_path / "running")
+        assert_same_state(peft_methods.load(running, base)[1], state)
     peft_methods.save(tmp_path / "ours", method, state, base, str(directory))
     again = peft.PeftModel.from_pretrained(reference(directory), tmp_path / "ours").eval()
     assert_close(torch_logits(again, case), expected)
@@ -382,6 +389,7 @@ def edited(stored, name, directory, config=None, tensors=lambda tensors: tensors
     return base
 
 
+LAST_LAYER = dict(LLAMA, layers_to_transform=[1])
 EACH = ("adalora", "loha", "lokr", "vera", "ia3", "ln-tuning", "prefix", "prompt", "llama-adapter")
 
 
@@ -430,17 +438,21 @@ def test_wrong_shapes_and_unknown_modules_are_named(name, stored, tmp_path):
 
 @pytest.mark.parametrize("name", EACH)
 def test_a_config_of_nonsense_is_read_or_named(name, stored, tmp_path):
-    """Every field in turn is something else: no other error than one that names the directory."""
-    fields, refused = json.loads(stored(name)[1][peft_files.CONFIG]), 0
-    for field in fields:
-        for value in ("x", -1, {"a": "b"}):
+    """Every field in turn is something else: no other error than one that names file and field."""
+    own = json.loads(stored(name)[1][peft_files.CONFIG])
+    fields = peft_config.FIELDS[own["peft_type"]]
+    for field in own:
+        for value in ("x", -1, {"a": "b"}, 10**30, float("nan"), None, [], 2**31 - 1, True):
+            if fields[field].fits(value) and fields[field] is peft_config.ANY:
+                continue
             base = edited(stored, name, tmp_path, {field: value})
             try:
                 peft_methods.load(tmp_path, base)
             except ValueError as error:
                 assert str(error).startswith(str(tmp_path)), (field, value)
-                refused += 1
-    assert refused >= 3  # of peft_type at least
+                assert field in str(error) or field in ("r", "decompose_both"), (field, value)
+            else:
+                assert fields[field].fits(value), (field, value)
 
 
 @pytest.mark.filterwarnings("ignore:.*no fields of")
@@ -453,9 +465,26 @@ def test_a_config_of_nonsense_is_read_or_named(name, stored, tmp_path):
         ("loha", {"r": 7, "rank_pattern": {}}, {}, "has rank 7 here and 3 in"),
         ("adalora", {"init_r": 7}, {}, "rank 4, but 7 in adapter_config.json, init_r"),
         ("lokr", {"rank_pattern": {"q_proj": 1}}, {}, "one rank can be read, not {"),
-        ("ia3", {"feedforward_modules": []}, {}, r"down_proj: ia3_l should be \(16, 1\), it is"),
+        ("ia3", {"feedforward_modules": []}, {}, r"down_proj, not in .*should be \(16, 1\), "),
         ("ia3", {"feedforward_modules": ["0.mlp.down_proj", "v_proj"]}, {}, "ia3_l should be"),
         ("vera", {}, {"base_model.vera_A": None}, "save with save_projection=True"),
+        ("vera", {"r": 7}, {}, "adapter_config.json: r: 7, but 24 in vera_A"),
+        ("vera", {"target_modules": ["q_proj"]}, {}, "target_modules: .* leaves out .*_proj"),
+        ("loha", LAST_LAYER, {}, r"layers_to_transform: \[1\] leaves out model.layers.0"),
+        ("loha", {"use_effective_conv2d": True}, {}, "use_effective_conv2d: True given"),
+        ("ia3", {"exclude_modules": ["v_proj"]}, {}, "exclude_modules: .* leaves out .*v_proj"),
+        ("ia3", {"modules_to_save": ["lm_head"]}, {}, "lm_head.weight is missing"),
+        ("ln-tuning", {"target_modules": ["norm"]}, {}, "target_modules: .* leaves out"),
+        ("adalora", {"trainable_token_indices": [1]}, {}, "trainable_token_indices: "),
+        ("prefix", {"num_virtual_tokens": 5}, {}, "num_virtual_tokens: 5 given, the tensors and"),
+        ("prefix", {"num_layers": 3}, {}, "num_layers: 3 given, the tensors and the base have 2"),
+        ("prefix", {"num_attention_heads": 8}, {}, "num_attention_heads: 8 given"),
+        ("prefix", {"num_transformer_submodules": 2}, {}, "num_transformer_submodules: 2 given"),
+        ("prompt", {"num_virtual_tokens": 5}, {}, "num_virtual_tokens: 5 given"),
+        ("prompt", {"num_transformer_submodules": 2}, {}, "num_transformer_submodules: 2 given"),
+        ("llama-adapter", {"adapter_len": 5}, {}, "adapter_len: 5 given"),
+        ("llama-adapter", {"adapter_layers": 2}, {}, "adapter_layers: 2 given"),
+        ("llama-adapter", {"target_modules": "attn"}, {}, "target_modules: 'attn' given"),
     ],
 )  # fmt: skip
 def test_fields_and_tensors_that_contradict_each_other_are_named(
@@ -465,6 +494,36 @@ def test_fields_and_tensors_that_contradict_each_other_are_named(
     base = edited(stored, name, tmp_path, config, less)
     with pytest.raises(ValueError, match=words):
         peft_methods.load(tmp_path, base)
+
+
+@pytest.mark.parametrize("name", ["adalora", "loha", "vera", "ia3", "ln-tuning"])
+def test_several_adapters_and_names_that_stand_there_twice_are_named(name, stored, tmp_path):
+    def both(tensors):
+        (key, x), *_ = ((k, x) for k, x in tensors.items() if k.startswith("base_model.model."))
+        start, _, end = key.partition(".weight")
+        return tensors | {f"{start}.other{'.weight' * bool(_)}{end}": x}
+
+    def twice(tensors):
+        key, x = next((k, x) for k, x in tensors.items() if k.startswith("base_model.model."))
+        return tensors | {key.removeprefix("base_model.model."): 1 + x}
+
+    for change, words in ((both, "several adapters, one without a name, other"), (twice, "twice")):
+        base = edited(stored, name, tmp_path, tensors=change)
+        with pytest.raises(ValueError, match=f"{peft_files.WEIGHTS}: .*{words}"):
+            peft_methods.load(tmp_path, base)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_projected_prefix_is_read_as_what_it_became(made, tmp_path):
+    """PEFT stores a prefix behind its projection, and computes with it without one."""
+    peft = require("peft")
+    directory, base, reference = made("llama")
+    options = TOKENS | dict(prefix_projection=True, encoder_hidden_size=8)
+    model = peft.get_peft_model(reference(directory), peft.PrefixTuningConfig(**options)).eval()
+    parity.disturb(model)
+    model.save_pretrained(tmp_path)
+    method, state = peft_methods.load(tmp_path, base)
+    assert_close(parity.logits(base, method, state), parity.logits_torch(model))
 
 
 def test_one_kronecker_product_of_q_k_and_v_can_not_be_read(made, tmp_path):
