@@ -363,6 +363,20 @@ def run(settings, members, workdir: Path) -> int:
         previous = _status(workdir).get("wall_seconds", 0.0)
         wall = lambda: round(previous + time.monotonic() - began, 1)
         lines, rows, offset, started = [], {}, 0, 0
+        failed, events = {}, tensorboard.Events(workdir)
+
+        def attempt(what, work):
+            """work(), or None where it fails, which is said and stands in status.json."""
+            try:
+                return work()
+            except Exception as error:
+                failed[what] = reason(error)
+                screen.say(f"{what}: {keep(workdir, error)}")
+
+        def progress(done, total):
+            screen.progress(done, total)
+            if "TensorBoard" not in failed:
+                attempt("TensorBoard", events.update)
 
         # --------------------------------------------- train the sweep, then what a search asks for
         rounds = 1 + search.rounds * bool(search.threshold)
@@ -376,7 +390,7 @@ def run(settings, members, workdir: Path) -> int:
             status = {"state": "running", "members": _by_number(rows)}
             write_json(workdir / "status.json", status | {"wall_seconds": wall()})
             later = (rounds - 1 - number) * most
-            terminal = screen.terminal(lines)
+            terminal = screen.terminal(lines)._replace(progress=progress)
             fresh, offset = loop.train(workdir, groups, terminal, offset, started, later)
             rows, started, first = rows | fresh, loop.member_steps(members), groups[-1].index + 1
             status |= {"members": _by_number(rows)}
@@ -395,29 +409,17 @@ def run(settings, members, workdir: Path) -> int:
         write_json(workdir / "status.json", status | {"wall_seconds": wall()})
 
         # ------------------------------- analyse: what fails here costs nothing of what was trained
-        failed = {
-            f"{key} of member {member}": why
-            for member, row in rows.items()
-            for key, why in row.get("failed", {}).items()
-        }
-
-        def attempt(what, work):
-            """work(), or None where it fails, which is said and stands in status.json."""
-            try:
-                return work()
-            except OSError:
-                raise
-            except Exception as error:
-                failed[what] = reason(error)
-                screen.say(f"{what}: {keep(workdir, error)}")
-
+        for member, row in rows.items():
+            failed |= {
+                f"{key} of member {member}": why for key, why in row.get("failed", {}).items()
+            }
         page = None
         screen.end_bar()
         attempt("tables", lambda: _write_tables(workdir))
         if settings.analysis.report:
             screen.say("taking the updates apart and drawing the report")
             page = attempt("report", lambda: report.write(workdir, kernels(base)))
-        attempt("TensorBoard", lambda: tensorboard.write(workdir))
+        attempt("TensorBoard", events.finish)
         if failed:
             status["failed"] = failed
         else:

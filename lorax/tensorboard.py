@@ -1,43 +1,146 @@
-"""A run directory as TensorBoard events: scalars and hyperparameters a member, and the figures."""
+"""A run directory as TensorBoard events: scalars and hyperparameters a member, and the figures.
 
+They follow the run directory, not the training: tb/ has what metrics.jsonl and trajectory/ have,
+and where a run that is continued has cut some of that off, all is written anew. So no point comes
+twice.
+"""
+
+import functools
+import json
+import math
 import shutil
+import struct
+import time
+import types
 from pathlib import Path
 
 import numpy as np
 from matplotlib import image
+from safetensors.numpy import load_file
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.summary import hparams
 
-from lorax.analysis import runs
+from lorax.analysis import runs, spectrum
+from lorax.train import optim
 
 
-def write(directory: Path) -> Path:
-    """Write `directory/tb` anew from metrics.jsonl, members.jsonl and figures/*.png; its path.
+class Events:
+    """The events of a run that is under way: `update` adds what is new, `finish` the rest."""
 
-    Made from the run directory and not while training, so that a resumed run has no point twice.
-    """
-    run, target = runs.load(directory), Path(directory) / "tb"
-    shutil.rmtree(target, ignore_errors=True)
-    for _, member in run.members.iterrows():
-        with SummaryWriter(str(target / member["name"]), write_to_disk=True) as writer:
-            points = run.metrics[run.metrics["member"] == member["member"]]
-            for _, point in points.iterrows():
-                for name in ("loss", "grad_norm"):
-                    if name in point and np.isfinite(point[name]):
-                        writer.add_scalar(
-                            f"{point['split']}/{name}", point[name], int(point["step"])
-                        )
-            evals = points[points["split"] == "eval"]["loss"].dropna()
+    def __init__(self, directory: Path):
+        self.directory, self.target = Path(directory), Path(directory) / "tb"
+        self._begin()
+
+    def _begin(self):
+        shutil.rmtree(self.target, ignore_errors=True)
+        self.read, self.seen, self.members = 0, set(), {}
+        self.file = f"events.out.tfevents.{int(time.time())}.lorax"
+
+    def update(self) -> None:
+        """Add the lines that metrics.jsonl has gained, and the spectra beside it."""
+        metrics = self.directory / "metrics.jsonl"
+        if metrics.stat().st_size < self.read:
+            self._begin()
+        with open(metrics, "rb") as file:
+            file.seek(self.read)
+            new = file.read()
+        new = new[: new.rfind(b"\n") + 1]
+        self.read += len(new)
+        found = {}
+        for line in new.splitlines():
+            point = json.loads(line)
+            found.setdefault(point["member"], []).append((point["step"], self._scalars(point)))
+        for file in sorted((self.directory / "trajectory").glob("*/*.safetensors")):
+            if file not in self.seen:
+                self.seen.add(file)
+                for member, values in _effective_ranks(load_file(file)).items():
+                    found.setdefault(member, []).append((int(file.stem), values))
+        for member, points in found.items():
+            self._append(member, [(step, _summary(values)) for step, values in points if values])
+
+    def finish(self) -> Path:
+        """Add what the run came to, its hyperparameters and figures/*.png; the folder."""
+        self.update()
+        run = runs.load(self.directory)
+        for member, row in runs.summary(run).iterrows():
+            own = self._member(member)
             hyper = {
                 name: value if isinstance(value, int | float | str | bool) else str(value)
-                for name, value in member.items()
-                if name not in ("member", "group", "name")
-                and not (isinstance(value, float) and np.isnan(value))  # a method's without it
+                for name, value in own.items()
+                if name not in ("member", "group", "name") and value is not None
             }
-            final = {"eval/final_loss": float(evals.iloc[-1])} if len(evals) else {}
-            writer.add_hparams(hyper, final, name=".")
-    figures = sorted((Path(directory) / "figures").glob("*.png"))
-    with SummaryWriter(str(target / "figures")) as writer:
-        for file in figures:
-            pixels = image.imread(file)[..., :3]
-            writer.add_image(file.stem, pixels, dataformats="HWC")
-    return target
+            final = {"final/eval_loss": row["final_loss"]}
+            final |= {f"final/{name}": row[name] for name in runs.scores(run)}
+            final = {name: float(x) for name, x in final.items() if np.isfinite(x)}
+            step = int(row["final_step"])
+            self._append(member, [(step, _summary(final))] if final else [])
+            self._append(member, [(0, summary) for summary in hparams(hyper, final)])
+        figures = sorted((self.directory / "figures").glob("*.png"))
+        shutil.rmtree(self.target / "figures", ignore_errors=True)
+        with SummaryWriter(str(self.target / "figures")) as writer:
+            for file in figures:
+                pixels = image.imread(file)[..., :3]
+                writer.add_image(file.stem, pixels, dataformats="HWC")
+        return self.target
+
+    def _scalars(self, point: dict) -> dict[str, float]:
+        numbers = {
+            f"{point['split']}/{name}": value
+            for name, value in point.items()
+            if name not in ("member", "step", "split") and value is not None
+        }
+        if point["split"] == "train":
+            member = self._member(point["member"])
+            factors = _factors(*self.schedule, member["steps"])
+            numbers["train/learning_rate"] = member["lr"] * factors[point["step"] - 1]
+        return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
+
+    def _member(self, member: int) -> dict:
+        """Its line of members.jsonl, to which a search adds."""
+        if member not in self.members:
+            lines = (self.directory / "members.jsonl").read_text().splitlines()
+            self.members = {row["member"]: row for row in map(json.loads, lines)}
+            train = json.loads((self.directory / "config.json").read_text())["config"]["train"]
+            self.schedule = train["schedule"], train["warmup"]
+        return self.members[member]
+
+    def _append(self, member: int, events: list[tuple[int, Summary]]) -> None:
+        file = self.target / self._member(member)["name"] / self.file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "ab") as out:
+            if not out.tell():
+                out.write(_record(Event(wall_time=time.time(), file_version="brain.Event:2")))
+            for step, summary in events:
+                out.write(_record(Event(wall_time=time.time(), step=step, summary=summary)))
+
+
+def _effective_ranks(arrays: dict) -> dict[int, dict[str, float]]:
+    """{member: {"effective_rank/PATH": value}} of a file of `lorax.train.trajectory`."""
+    members, found = arrays["members"].tolist(), {}
+    for path in [key.removesuffix("/used") for key in arrays if key.endswith("/used")]:
+        ranks = spectrum.effective_rank(arrays[f"{path}/sigma"])
+        for i in np.flatnonzero(arrays[f"{path}/used"]):
+            found.setdefault(members[i], {})[f"effective_rank/{path}"] = float(ranks[i])
+    return found
+
+
+@functools.cache
+def _factors(schedule: str, warmup: int, steps: int) -> np.ndarray:
+    """The factors (steps,) on the learning rate."""
+    train = types.SimpleNamespace(schedule=schedule, warmup=warmup, steps=steps)
+    return np.broadcast_to(np.asarray(optim.schedule(train)(np.arange(steps))), (steps,))
+
+
+def _summary(values: dict[str, float]) -> Summary:
+    return Summary(value=[Summary.Value(tag=tag, simple_value=x) for tag, x in values.items()])
+
+
+def _record(event: Event) -> bytes:
+    """An event with its length and both checksums, as TFRecord frames it."""
+    data = event.SerializeToString()
+    head = struct.pack("<Q", len(data))
+    checked = lambda part: part + struct.pack("<I", masked_crc32c(part))
+    return checked(head) + checked(data)

@@ -445,8 +445,6 @@ def _train_chunk(
         """work(), or None where it fails, which is said and stands in the members' rows."""
         try:
             return work()
-        except OSError:  # a full disk stops all
-            raise
         except Exception as error:
             terminal.say(f"{what} of member {members[0].name}: {keep(workdir, error)}")
             for member in members:
