@@ -201,11 +201,11 @@ def pieces(template, chat: dict, ends: list[str]) -> list:
         if not (len(before) >= at and after.startswith(before) and whole.startswith(after)):
             raise RefusedError(
                 f"it does not render message {i} as the continuation of those before it and the "
-                "generation prompt, so its words can't be told apart"
+                "generation prompt, so its words can't be told apart; it could mark them with "
+                "{% generation %}"
             )
         turn = after[len(before) :]
-        if not turn.strip():
-            raise RefusedError(f"it renders no word of message {i}")
+        check_words(turn, messages, [i])
         found += [(whole[at : len(before)], False), (turn, True)]
         if not any(end in turn for end in ends):
             found.append((None, True))
@@ -223,6 +223,15 @@ def check_used(render, whole: str, name: str) -> None:
         raise RefusedError(
             f"it has no use for the field {name!r}, which the record has; leave it out"
         )
+
+
+def check_words(targets: str, messages: list, learnt: list[int]) -> None:
+    """Raises RefusedError where what is to be learnt has no word of the messages: a template that
+    expects parts of a content, images say, makes nothing of a text."""
+    words = [word for i in learnt for word in messages[i]["content"].split()]
+    if not (any(word in targets for word in words) if words else targets.strip()):
+        which = ", ".join(map(str, learnt))
+        raise RefusedError(f"it renders no word of message {which} as what is to be learnt")
 
 
 def marked(whole: str, spans: list, messages: list, learnt: set[int]) -> list:
@@ -243,8 +252,7 @@ def marked(whole: str, spans: list, messages: list, learnt: set[int]) -> list:
             )
         found += [(whole[at:start], False), (text, True)]
         at = start + len(text)
-    if not any(text.strip() for text, target in found if target):
-        raise RefusedError("its generation blocks have no word of the assistant's in them")
+    check_words("".join(text for text, target in found if target), messages, sorted(learnt))
     return [piece for piece in found if piece[0] != ""]
 
 

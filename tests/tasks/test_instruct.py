@@ -292,7 +292,7 @@ def test_a_template_that_marks_the_words_may_drop_what_came_before(vocabulary):
         pieces({"messages": weighted}, vocabulary, last)
     found = pieces({"messages": weighted}, vocabulary, USES["generation"])
     assert [text for text, target in found if target] == ["7<|im_end|>"]
-    with pytest.raises(ValueError, match="f:1: task.template: its generation blocks have no word"):
+    with pytest.raises(ValueError, match="f:1: task.template: it renders no word of message 2, 4 "):
         pieces(CHAT, vocabulary, "{% if 0 %}{% generation %}{% endgeneration %}{% endif %}x")
     with pytest.raises(ValueError, match="its generation blocks lie within a macro"):
         pieces(
@@ -322,7 +322,10 @@ HOSTILE = {
     "{% for i in range(9999) %}{{ 'y' * 9999 }}{% endfor %}": "it renders more than 10,000,000 ch",
     "{% set n = namespace(__class__=1) %}": "a namespace may not hold '__class__'",
     "{{ dict.mro() }}": "has no attribute 'mro'",
-    "no word": "it renders no word of message 2",
+    "no word": "it renders no word of message 2 as what is to be learnt",
+    # a model of images expects parts where a text stands
+    "{% for m in messages %}{{ m.role }}: {% for part in m.content %}{{ part.text }}{% endfor %}"
+    "<end>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}": "it renders no word",
 }
 
 
