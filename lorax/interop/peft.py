@@ -207,9 +207,12 @@ def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = No
         Without them an adapter that `save` wrote still comes by its own paths; a foreign one by its
         modules' and tensors' own names, unsplit, full weights as they are stored.
 
+    Names of tensors may be a running model's, with one adapter's name in them (`own_names`).
+
     Raises FileNotFoundError, or ValueError that names the file for a damaged file, another kind of
-    adapter (AdaLoRA...), factors that belong to a changed base (PiSSA, OLoRA...) or a module that
-    `sources` do not have. Warns about config fields it does not know and tensors it leaves out.
+    adapter (AdaLoRA...), factors that belong to a changed base (PiSSA, OLoRA...), fields and
+    tensors that contradict each other or have no meaning here, and a module that `sources` do not
+    have. Warns about config fields that PEFT does not have.
     """
     directory = pathlib.Path(directory)
     file = directory / WEIGHTS

@@ -69,7 +69,7 @@ def _compiles(pattern: str) -> bool:
 
 
 ANY = Want("anything", lambda x: True)
-FLAG = Want("true or false", lambda x: isinstance(x, bool))
+FLAG = Want("true or false", lambda x: x is None or isinstance(x, bool))  # null is false in PEFT
 TEXT = Want("a text", lambda x: isinstance(x, str))
 NUMBER = Want(
     "a finite number",
@@ -87,7 +87,10 @@ LAYERS = _or_null(_either("a list of layers' numbers, one", _list(INDEX, ""), IN
 PATTERNS = _or_null(_either("a list of regexes, one", _list(REGEX, ""), REGEX))
 RANKS = _map(COUNT, "names of modules with whole numbers of at least 1")
 ALPHAS = _map(NUMBER, "names of modules with finite numbers")
-KEPT = _map(_list(FLAG, ""), "names of modules with lists of true and false")
+KEPT = _map(
+    _list(Want("", lambda x: isinstance(x, bool)), ""),
+    "names of modules with lists of true and false",
+)
 BIAS = lambda own: Want(f"none, all or {own}", lambda x: x in ("none", "all", own))
 TASKS = "SEQ_CLS SEQ_2_SEQ_LM CAUSAL_LM TOKEN_CLS QUESTION_ANS FEATURE_EXTRACTION".split()
 

@@ -271,7 +271,7 @@ def read_lokr(modules, shared, config, where):
     if len(ranks) > 1:
         raise ValueError(f"{where / peft.CONFIG}: rank_pattern: one rank can be read, not {ranks}")
     hp = {"factor": config.get("decompose_factor", -1)}
-    hp["decompose_both"] = config.get("decompose_both", False)
+    hp["decompose_both"] = bool(config.get("decompose_both"))
     return hp | _alpha_of(ranks.pop(), layers), layers, {}
 
 
