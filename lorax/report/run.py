@@ -54,6 +54,8 @@ def of_sweep(
     found, missing = updates.adapters(run, usable.index)
     dense = updates.deltas(run, missing)
     missing = {member: why for member, why in missing.items() if member not in dense}
+    missing |= {m: "no update: ΔW = 0 in all matrices" for m, own in dense.items() if not own}
+    dense = {member: own for member, own in dense.items() if own}
     sigmas, ranks = updates.spectra(found, dense)
 
     planted = sweep.planted(run, table, sigmas, ranks)
@@ -76,7 +78,7 @@ def of_sweep(
         sections += _of_updates(of, found, dense, sigmas, ranks, kernels, no_kernels, layers)
     if missing:
         items = [f"{table['name'][member]}: {why}" for member, why in missing.items()]
-        lead = "<p>Members without LoRA factors that could be read:</p>"
+        lead = "<p>Members without an update that could be taken apart:</p>"
         sections.append(Section("Not analysed", lead + page.listing(items)))
     return [*sections, notes.section(notes.LOSSES, notes.UPDATES)]
 

@@ -272,3 +272,14 @@ def test_no_update_of_a_run_is_said(tmp_path, undrawn):
     text = report.write(directory, kernels()).read_text()
     assert "No update: ΔW = 0 in 6 of 12 matrices (6 of 6 of member 1)." in text
     assert not re.search(r"\bnan\b", re.sub(r"<script>.*?</script>", "", text, flags=re.S))
+
+
+@pytest.mark.parametrize("members", [(0,), (0, 1)])
+def test_an_empty_update_is_said(tmp_path, members, undrawn):
+    """What an export leaves of dense updates that are all zero: a file without any matrix."""
+    make_dense(tmp_path / "run")
+    for member in members:
+        save_file({}, tmp_path / "run" / "adapters" / str(member) / "delta.safetensors")
+    text = report.write(tmp_path / "run", kernels()).read_text()
+    assert text.count("no update: ΔW = 0 in all matrices") == len(members)
+    assert ("Spectra of the updates" in Page(text).headings) == (len(members) == 1)
