@@ -18,6 +18,7 @@ import numpy as np
 
 from lorax import methods, ops, tree
 from lorax.errors import nearest
+from lorax.interop.hf import check_finite
 from lorax.interop.peft import Adapter, Factors
 from lorax.interop.places import Places
 from lorax.methods import lora
@@ -41,8 +42,33 @@ def bind(base: Base, adapter: Adapter) -> dict:
             g = _gain(flat[path], jnp.asarray(stack.m), jnp.asarray(stack.has_m), base.sites[path])
             flat[path] = ops.Scaled(flat[path], g)
     if head is not None:
-        flat[head.path] = ops.Untied(flat[head.path], head.leaf)
+        flat[head.path] = ops.Untied(flat[head.path], _read_out(base, head))
     return tree.unflatten(flat)
+
+
+def check(base: Base, adapter: Adapter) -> None:
+    """Raises ValueError, as `bind` does, for an adapter that does not fit. A skeleton will do for
+    base: no weight is looked at."""
+    own, head = _uses(base, adapter)
+    _by_path(base, own.factors)
+    _placed(base, own.weights)
+    if head is not None and head.factors is not None:
+        _by_path(base, {head.path.removesuffix("/embedding"): head.factors})
+
+
+def check_task(base: Base, task_type: str | None, where: str = "") -> None:
+    """Raises ValueError, which begins with `where`, for a task type of PEFT's whose head the base
+    does not have. None, and features without a head, are for every base."""
+    known = ["FEATURE_EXTRACTION"]
+    if hasattr(base.module, "empty_cache"):
+        known.append("CAUSAL_LM")
+    elif getattr(base.config, "head", "classification") == "classification":
+        known.append("SEQ_CLS")
+    if task_type is not None and task_type not in known:
+        raise ValueError(
+            f"{where}task_type {task_type!r}: {base.name} is no model with such a head; adapters "
+            f"for it say {' or '.join(known[::-1])}, or null"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -94,20 +120,22 @@ def mixed(base: Base, adapters: Sequence[Adapter | None], rows) -> dict:
 
 
 class Merged(NamedTuple):
-    """params: plain parameters with the adapter in them. kept: {path: leaf} of the base's that it
-    replaced. error: {layer: largest |merged - exact| over largest |exact|}, of rounding alone."""
+    """params: parameters with the adapter in them, plain where it changes them. kept: {path: leaf}
+    of the base's that it replaced. error: {layer: largest |merged - exact| over largest |exact|},
+    of rounding alone."""
 
     params: dict
     kept: dict
     error: dict[str, float]
 
 
-def merge(base: Base, adapter: Adapter) -> Merged:
+def merge(base: Base, adapter: Adapter, dtypes: Mapping[str, np.dtype] | None = None) -> Merged:
     """The adapter merged: w + s a b, or DoRA's columns of it at length m.
 
-    The sum is made in float64 and rounded once, to the dtype of the base's weight. Raises
-    ValueError as `bind` does, and for an adapter that gives a tied head another weight than the
-    embedding.
+    The sum is made in float64 and rounded once, to the dtype of the base's weight, or that which
+    `dtypes` has for its path. A weight in codes is decoded first. Raises ValueError as `bind` does,
+    for an adapter that gives a tied head another weight than the embedding, and for a layer whose
+    weights come out as NaN, or too large for their dtype.
     """
     own, head = _uses(base, adapter)
     if head is not None:
@@ -119,19 +147,34 @@ def merge(base: Base, adapter: Adapter) -> Merged:
     changed = {path for path, leaf in tree.flatten(base.params).items() if flat[path] is not leaf}
     for path, layers in _by_path(base, own.factors).items():
         site, changed = base.sites[path], changed | {path}
-        matrices = np.array(site.to_matrix(flat[path]))
+        leaf = ops.dense(flat[path], site)
+        exactly = np.asarray(site.to_matrix(leaf))
+        matrices = exactly.astype((dtypes or {}).get(path, leaf.dtype))
         for name, index, (a, b, s, m) in layers:
-            exact = matrices[index].astype(np.float64)
+            exact = exactly[index].astype(np.float64)
             exact += s * (np.asarray(a, np.float64) @ np.asarray(b, np.float64))
             if m is not None:
                 norms = np.linalg.norm(exact, axis=0)
                 exact *= np.where(norms > 0, m / np.where(norms > 0, norms, 1), 1)
-            matrices[index] = exact.astype(matrices.dtype)
+            matrices[index] = _rounded(exact, matrices.dtype)
+            check_finite(name, exact, matrices[index])
             off = np.abs(matrices[index].astype(np.float64) - exact).max(initial=0)
             error[name] = float(off / (np.abs(exact).max(initial=0) or 1))
-        flat[path] = site.from_matrix(jnp.asarray(matrices), flat[path].shape)
+        flat[path] = site.from_matrix(jnp.asarray(matrices), leaf.shape)
     kept = {path: leaf for path, leaf in tree.flatten(base.params).items() if path in changed}
     return Merged(tree.unflatten(flat), kept, error)
+
+
+def _rounded(exact: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """float64 rounded once. To bfloat16 a cast goes by way of float32, which rounds twice: there
+    the last bit of what is cut off is made odd, so that no tie comes of it."""
+    with np.errstate(over="ignore"):  # whoever calls looks for infinities
+        if dtype != jnp.bfloat16:
+            return exact.astype(dtype)
+        near = exact.astype(np.float32)
+        below = np.where(abs(near) > abs(exact), np.nextafter(near, np.float32(0)), near)
+        odd = below.view(np.uint32) | (below != exact)
+        return odd.view(np.float32).astype(dtype)
 
 
 def unmerge(merged: Merged) -> dict:
@@ -279,23 +322,32 @@ def _by_path(base: Base, factors: Mapping[str, Factors]) -> dict[str, list]:
 def _replaced(base: Base, weights: Mapping[str, np.ndarray]) -> dict:
     """{path: leaf} of the base with `weights`, named by layer, in place of its own."""
     flat = tree.flatten(base.params)
+    for path, i, value in _placed(base, weights):
+        leaf = ops.dense(flat[path], base.sites.get(path))
+        value = jnp.asarray(value).astype(leaf.dtype)
+        flat[path] = value if i is None else leaf.at[i].set(value)
+    return flat
+
+
+def _placed(base: Base, weights: Mapping[str, np.ndarray]) -> list[tuple]:
+    """[(parameter path, its layer or None, value)] of `weights`, shapes checked."""
+    flat = tree.flatten(base.params)
     where: dict[str, tuple[str, int | None]] = {}
     for path, source in sources(base).items() if weights else ():
         first, _, rest = path.partition("/")
         stacked = "{}" in source.name
-        for i in range(len(flat[path])) if stacked else [None]:
+        for i in range(flat[path].shape[0]) if stacked else [None]:
             where[f"{first}/{i}/{rest}" if stacked else path] = path, i
+    found = []
     for name, value in weights.items():
         if name not in where:
             raise ValueError(f"{name}: {_none(base, 'parameter', name, where)}")
         path, i = where[name]
-        leaf = flat[path]
-        shape = leaf.shape if i is None else leaf.shape[1:]
+        shape = flat[path].shape if i is None else flat[path].shape[1:]
         if np.shape(value) != shape:
             raise ValueError(f"{name}: {np.shape(value)} given, the base's has {shape}")
-        value = jnp.asarray(value).astype(leaf.dtype)
-        flat[path] = value if i is None else leaf.at[i].set(value)
-    return flat
+        found.append((path, i, value))
+    return found
 
 
 def _none(base: Base, kind: str, name: str, known: Iterable[str]) -> str:
@@ -307,14 +359,20 @@ def _none(base: Base, kind: str, name: str, known: Iterable[str]) -> str:
 
 
 class _Head(NamedTuple):
-    """path: of the embedding that reads out as well. leaf: what it reads out with."""
+    """What a tied model reads out with where it is not its embedding: path: of the embedding.
+    weight: (V, features) in its place, or None. factors: of an update of it, or None."""
 
     path: str
-    leaf: object
+    weight: np.ndarray | None
+    factors: Factors | None
 
 
 def _uses(base: Base, adapter: Adapter) -> tuple[Adapter, _Head | None]:
-    """(the adapter without a tied head's own, that head where it is not the embedding)."""
+    """(the adapter without a tied head's own, that head where it is not the embedding).
+
+    Raises ValueError for a task that the base has no head for.
+    """
+    check_task(base, adapter.config.get("task_type"))
     embedding = "" if getattr(base.config, "head", "") == "none" else Places(sources(base)).tied
     path = f"{embedding}/embedding"
     head, w_head = adapter.factors.get("lm_head"), adapter.weights.get("lm_head/kernel")
@@ -326,14 +384,22 @@ def _uses(base: Base, adapter: Adapter) -> tuple[Adapter, _Head | None]:
     without = lambda named, name: {key: value for key, value in named.items() if key != name}
     weights = without(adapter.weights, "lm_head/kernel")
     rest = Adapter(without(adapter.factors, "lm_head"), weights, adapter.config)
-    leaf = tree.flatten(base.params)[path]
-    if w_head is not None:
-        if w_head.T.shape != leaf.shape:
-            raise ValueError(f"lm_head/kernel: {w_head.shape} given, the base's {leaf.shape[::-1]}")
-        leaf = jnp.asarray(w_head.T).astype(leaf.dtype)
-    if head is not None:
-        if head.m is not None:
-            raise ValueError("lm_head: DoRA of a head that is the embedding is not supported")
-        twin = _stacks(base, {embedding: Factors(head.b.T, head.a.T, head.s)})[path]
+    shape = tree.flatten(base.params)[path].shape
+    if w_head is not None and w_head.T.shape != shape:
+        raise ValueError(f"lm_head/kernel: {w_head.shape} given, the base's {shape[::-1]}")
+    if head is not None and head.m is not None:
+        raise ValueError("lm_head: DoRA of a head that is the embedding is not supported")
+    twin = None if head is None else Factors(head.b.T, head.a.T, head.s)
+    return rest, _Head(path, None if w_head is None else w_head.T, twin)
+
+
+def _read_out(base: Base, head: _Head):
+    """The leaf that a tied model with a head of its own reads out with."""
+    leaf = tree.flatten(base.params)[head.path]
+    if head.weight is not None:
+        leaf = jnp.asarray(head.weight).astype(leaf.dtype)
+    if head.factors is not None:
+        own = {head.path.removesuffix("/embedding"): head.factors}
+        twin = _stacks(base, own)[head.path]
         leaf = ops.LowRank(leaf, *map(jnp.asarray, (twin.a, twin.b, twin.s)))
-    return rest, _Head(path, leaf)
+    return leaf

@@ -9,6 +9,9 @@ the LoRA authors' own code, as .npz or .safetensors; the latter does not say wha
 give --alpha. PEFT's AdaLoRA, LoHa and VeRA are taken for the LoRA with the same update; its LoKr,
 (IA)3 and LN-tuning can be shown and merged, virtual tokens can be shown; all these need their base
 to be read. BASE is a shipped name, a Hugging Face directory or a Hub id. OUT must be new.
+
+Of a BASE in 4 bits the weights are decoded and stay so; --onto DIR merges into the 16-bit model
+that they were made from.
 """
 
 import argparse
@@ -22,6 +25,7 @@ from typing import NamedTuple
 
 from lorax.errors import fail
 
+NOTHING = "nothing changes"
 SHOWN = 16  # singular values in a row of `show`
 CHECKPOINTS = (".npz", ".safetensors")  # of loralib
 
@@ -57,7 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("show", show, "ADAPTER", base=False)
     sub.add_argument("--csv", help="file for all singular values: path, index, sigma")
     command("peft", to_peft, "ADAPTER", "OUT", base=True)
-    command("merge", merge, "BASE", "ADAPTER", "OUT", base=None)
+    sub = command("merge", merge, "BASE", "ADAPTER", "OUT", base=None)
+    sub.add_argument(
+        "--onto",
+        metavar="decoded|DIR",
+        help="of a BASE in 4 bits: its decoded weights (default), or the model that it was made of",
+    )
     return parser
 
 
@@ -72,10 +81,12 @@ def show(given) -> None:
     from lorax.console import console
     from lorax.files import write_bytes
 
-    if kind(given) == "LORA":
-        updates, notes = _of_adapter(read(given, model_of(given).sources if given.base else None))
-    else:
+    if kind(given) != "LORA":
         updates, notes = _of_method(*trained(given))
+    elif given.base:
+        updates, notes = _of_adapter(read_for(given, model_of(given)))
+    else:
+        updates, notes = _of_adapter(read(given))
     table = Table(title=f"{given.adapter}: dW = s a b of every layer", title_justify="left")
     for name in ("layer", "in x out", "r", "s", "||dW||_F", "effective", "stable", "90 % energy"):
         table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
@@ -116,7 +127,20 @@ def _of_adapter(adapter) -> tuple[list[tuple], list[str]]:
     notes = ["DoRA: the columns of w + dW are scaled as well, which is not in dW."] * lengths
     for path, weight in adapter.weights.items():
         notes.append(f"trained in full: {path} {' x '.join(map(str, weight.shape))}")
-    return found, notes
+    why = _idle(adapter)
+    return found, notes + [f"{NOTHING}: {why}"] * bool(why)
+
+
+def _idle(adapter) -> str:
+    """Why an adapter changes nothing, "" where it does, or may."""
+    if adapter.weights or any(factors.m is not None for factors in adapter.factors.values()):
+        return ""
+    if all(factors.s == 0 for factors in adapter.factors.values()):
+        return "alpha is 0, which scales every update to 0"
+    if not any(factors.b.any() for factors in adapter.factors.values()):
+        return "every B is 0, as before the first step of a training"
+    moves = (a.any() and b.any() and s for a, b, s, _ in adapter.factors.values())
+    return "" if any(moves) else "alpha, A or B of every layer is 0"
 
 
 def _of_method(base, method, state) -> tuple[list[tuple], list[str]]:
@@ -133,7 +157,8 @@ def _of_method(base, method, state) -> tuple[list[tuple], list[str]]:
         leaves = tree.flatten(state.trainable).items()
         return [], [f"no change of weights: {path} {size(x)}" for path, x in leaves]
     found, notes = [], []
-    for path, update in method.delta(*state, base.params, base.sites).items():
+    updates = method.delta(*state, base.params, base.sites)
+    for path, update in updates.items():
         if path not in base.sites:
             notes.append(f"changed as well: {path} {size(update)}")
             continue
@@ -142,46 +167,117 @@ def _of_method(base, method, state) -> tuple[list[tuple], list[str]]:
             if matrix[index].any():
                 sigma = np.linalg.svd(matrix[index], compute_uv=False)
                 found.append((layer, matrix[index].shape, "", "", sigma))
-    return found, notes
+    changes = found or any(update.any() for path, update in updates.items())
+    return found, notes if changes else [*notes, f"{NOTHING}: every update is 0"]
 
 
 def to_peft(given) -> None:
     """An adapter of any kind that can be read, as a directory that PEFT loads."""
     from lorax.interop import peft
+    from lorax.models import sources
 
+    _check_new(given.out)
     model = model_of(given)
-    adapter = read(given, model.sources)
+    adapter = read_for(given, model)
     dropout = float(adapter.config.get("lora_dropout") or 0)
     with whole(given.out) as directory:
-        peft.save(directory, adapter, model.sources, given.base, dropout, model.task_type)
+        peft.save(directory, adapter, sources(model.base), given.base, dropout, model.task_type)
     print(f"{given.out}: {len(adapter.factors)} adapted matrices")
+    if why := _idle(adapter):
+        print(f"{NOTHING}: {why}")
 
 
 def merge(given) -> None:
     """A base model with an adapter merged into it, as a directory that transformers loads."""
     from lorax import adapters, methods, models
+    from lorax.models.saving import stored_dtypes
 
-    if kind(given) != "LORA":
+    _check_new(given.out)
+    given.base = _onto(given)
+    if kind(given) == "LORA":
+        model = model_of(given)
+        adapter = read_for(given, model)
+        base = models.load(given.base, **model.run)
+    else:
         base, method, state = trained(given)
-        if method.factors is None:
-            _check_head(given, base, methods.joined(state.trainable))
-            merged = methods.merge(method, state, base.params, base.sites)
-            with whole(given.out) as directory:
-                models.save(directory, base._replace(params=merged))
-            print(f"{given.out}: {method.name} merged")
-            return
-    model = model_of(given)
-    adapter = read(given, model.sources)
-    base = models.load(given.base, **model.run)
-    _check_head(given, base, adapter.weights)
-    merged = adapters.merge(base, adapter)
+        adapter = None if method.factors is None else adapters.exported(method, state, base)
+    dtypes = stored_dtypes(base)
+    if adapter is None:
+        _check_head(given, base, methods.joined(state.trainable))
+        params = methods.merge(method, state, base.params, base.sites)
+        done = f"{method.name} merged"
+    else:
+        _check_head(given, base, adapter.weights)
+        params, _, error = adapters.merge(base, adapter, dtypes)
+        worst = max(error, key=error.get)
+        done = (
+            f"{len(error)} matrices merged; largest rounding error {error[worst]:.2g} of the "
+            f"largest weight, in {worst}"
+        )
     with whole(given.out) as directory:
-        models.save(directory, base._replace(params=merged.params))
-    worst = max(merged.error, key=merged.error.get)
-    print(
-        f"{given.out}: {len(merged.error)} matrices merged; largest rounding error "
-        f"{merged.error[worst]:.2g} of the largest weight, in {worst}"
+        models.save(directory, base._replace(params=params))
+    print(f"{given.out}: {done}")
+    coded = _dtypes_of_codes(base)
+    if coded:
+        print(
+            f"the 4-bit weights of {given.base} were decoded to {coded}, and are so in {given.out}"
+        )
+    if _unchanged(base, params, dtypes):
+        why = adapter and _idle(adapter) or "what the adapter adds is lost in rounding, or is 0"
+        print(f"{NOTHING}: every weight is that of {given.base}: {why}")
+
+
+def _onto(given) -> str:
+    """What to merge into: the base of the command line, or for one in 4 bits the model that --onto
+    names. Raises ValueError for an --onto that makes no sense."""
+    from lorax import tree
+    from lorax.files import read_json
+    from lorax.models.load import find, skeleton
+
+    if given.onto is None:
+        return given.base
+    config = lambda name: read_json(find(name, weights=False) / "config.json")
+    coded = lambda name: bool(config(name).get("quantization_config"))
+    if not coded(given.base):
+        raise ValueError(f"--onto: {given.base} is not in 4 bits; leave --onto out")
+    if given.onto == "decoded":
+        return given.base
+    if coded(given.onto):
+        raise ValueError(f"--onto: {given.onto} is quantised too; expected the model before that")
+    run = model_of(given).run
+    theirs, ours = (
+        {path: leaf.shape for path, leaf in tree.flatten(skeleton(name, **run).params).items()}
+        for name in (given.base, given.onto)
     )
+    for path in theirs | ours:
+        if theirs.get(path) != ours.get(path):
+            raise ValueError(
+                f"--onto: {given.onto} is not the model that {given.base} was made of: {path} has "
+                f"shape {ours.get(path)} there, {theirs.get(path)} here"
+            )
+    return given.onto
+
+
+def _dtypes_of_codes(base) -> str:
+    """The dtypes that a base's 4-bit weights are decoded to, "" where it has none."""
+    from lorax import ops, tree
+
+    leaves = tree.flatten(base.params).values()
+    return ", ".join(sorted({leaf.dtype.name for leaf in leaves if isinstance(leaf, ops.Stored)}))
+
+
+def _unchanged(base, params, dtypes) -> bool:
+    """Whether all parameters, in the dtypes that they are written in, are those of the base."""
+    import numpy as np
+
+    from lorax import ops, tree
+
+    old, new = tree.flatten(base.params), tree.flatten(params)
+    for path in (path for path in new if new[path] is not old[path]):
+        pair = (ops.dense(leaf, base.sites.get(path)) for leaf in (old[path], new[path]))
+        if not np.array_equal(*(np.asarray(leaf).astype(dtypes[path]) for leaf in pair)):
+            return False
+    return True
 
 
 def _check_head(given, base, trained) -> None:
@@ -197,11 +293,11 @@ def _check_head(given, base, trained) -> None:
 class Model(NamedTuple):
     """What is known of a base without its weights.
 
-    sources: {parameter path: where it lies in Hugging Face's tensors}. task_type: PEFT's word for
-    it. run: the fields of its Config that the adapter decides, for `lorax.load`.
+    base: a `skeleton`. task_type: PEFT's word for it. run: the fields of its Config that the
+    adapter decides, for `lorax.load`.
     """
 
-    sources: dict
+    base: object
     task_type: str | None
     run: dict
 
@@ -223,6 +319,19 @@ def read(given, sources=None):
     if method.factors is None:
         raise ValueError(f"{path}: {method.name} is no update of low rank, and no LoRA has it")
     return adapters.exported(method, state, base)
+
+
+def read_for(given, model: Model):
+    """`read` for a base. Raises ValueError where its layers or their shapes are others."""
+    from lorax import adapters
+    from lorax.models import sources
+
+    adapter = read(given, sources(model.base))
+    try:
+        adapters.check(model.base, adapter)
+    except ValueError as error:
+        raise ValueError(f"{_path(given)}: {error}") from None
+    return adapter
 
 
 def kind(given) -> str:
@@ -263,19 +372,29 @@ def model_of(given) -> Model:
 
     Raises ValueError or FileNotFoundError.
     """
+    from lorax.adapters import check_task
     from lorax.files import read_json
-    from lorax.models.load import FAMILIES, config_fields, config_of, family_of, find
+    from lorax.interop import peft
+    from lorax.models.load import config_fields, family_of, find, skeleton
 
-    raw = read_json(find(given.base, weights=False) / "config.json")
-    family, run = family_of(given.base, raw), {}
+    family = family_of(given.base, read_json(find(given.base, weights=False) / "config.json"))
+    path, run, stated = _path(given), {}, None
+    if path.suffix not in CHECKPOINTS:
+        stated = peft.read_config(path / peft.CONFIG).get("task_type")
     fields = config_fields(family)
-    task_type = "CAUSAL_LM" if "vocab_size" in fields else None
+    own = "CAUSAL_LM" if "vocab_size" in fields else None
     if "head" in fields:  # an encoder, which has one of several
         labels = _labels(given)
         run = {"head": "classification", "labels": labels} if labels else {}
-        task_type = "SEQ_CLS" if labels else None
-    sources = FAMILIES[family][0].hf_tensors(config_of(given.base, raw, **run))
-    return Model(sources, task_type, run)
+        own = "SEQ_CLS" if labels else None
+    base = skeleton(given.base, **run)
+    check_task(base, stated, f"{path / peft.CONFIG}: ")
+    if run and stated is None:  # then the classifier is for the head that the base says it has
+        try:
+            skeleton(given.base)
+        except ValueError as error:
+            raise ValueError(f"{path}: has a classifier, but no task_type; {error}") from None
+    return Model(base, own, run)
 
 
 def _labels(given) -> int | None:
@@ -293,15 +412,20 @@ def _labels(given) -> int | None:
     return weights["head/out/kernel"].shape[1] if "head/out/kernel" in weights else None
 
 
+def _check_new(out: str) -> None:
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out}: is there already; give a new directory")
+
+
 @contextlib.contextmanager
 def whole(out: str) -> Iterator[Path]:
     """A directory to write into that takes the name `out` when all is written, or is gone.
 
     Raises FileExistsError where there is something of that name already.
     """
+    _check_new(out)
     out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out}: is there already; give a new directory")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)

@@ -170,7 +170,9 @@ def load(directory: str, base):
     from lorax.interop import peft
     from lorax.models import sources
 
-    if peft.read_config(Path(directory) / peft.CONFIG).get("peft_type") == "LORA":
+    config = peft.read_config(Path(directory) / peft.CONFIG)
+    adapters.check_task(base, config.get("task_type"), f"{Path(directory) / peft.CONFIG}: ")
+    if config.get("peft_type") == "LORA":
         return peft.load(directory, sources(base))
     method, state = peft_methods.load(directory, base)
     if method.factors is not None:

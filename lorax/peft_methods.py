@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import methods, tree
+from lorax.adapters import check_task
 from lorax.files import write_bytes
 from lorax.interop import peft, peft_matrices, peft_tokens
 from lorax.interop.peft_matrices import Arrays, Place
@@ -120,6 +121,7 @@ def load(directory: str | os.PathLike, base: Base) -> tuple[methods.Method, meth
         given = f"{directory / peft.CONFIG}: peft_type {kind!r} given"
         known = ", ".join(sorted(TYPES.values()))
         raise ValueError(f"{given}; {known} are read here, LORA by lorax.interop.peft")
+    check_task(base, config.get("task_type"), f"{directory / peft.CONFIG}: ")
     stored, _ = peft.read_tensors(directory / peft.WEIGHTS)
     stored = peft.own_names(stored, directory / peft.WEIGHTS)
     places = Places(sources(base))

@@ -224,3 +224,20 @@ def test_a_tied_embedding_can_be_updated_in_one_use_alone(name, base):
     )
     with pytest.raises(ValueError, match="wte/embedding: the model reads out with its embedding"):
         adapters.merge(base, adapter)
+
+
+def test_a_merged_weight_is_rounded_once_where_twice_gives_another(base):
+    """1 + 2^-8 + 2^-40 lies above the middle of two numbers of bfloat16, and on it in float32."""
+    half = jax.tree.map(lambda x: jnp.ones_like(x, jnp.bfloat16), base.params)
+    a = np.zeros((WIDTH, 2), np.float32)
+    a[0], a[1] = (2**-8, 2**-20), (2**-8, -(2**-20))
+    b = np.float32([[1] * WIDTH, [2**-20] * WIDTH])
+    adapter = Adapter({"h/0/attn/q": Factors(a, b, 1.0)}, {}, {})
+    wide = base._replace(params=jax.tree.map(jnp.ones_like, base.params))
+    for own, dtypes in (
+        (base._replace(params=half), None),
+        (wide, {"h/attn/q/kernel": jnp.bfloat16}),
+    ):
+        merged = adapters.merge(own, adapter, dtypes).params["h"]["attn"]["q"]["kernel"]
+        assert merged.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(np.float32(merged)[0, :2, 0], [1 + 2**-7, 1])

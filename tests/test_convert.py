@@ -5,6 +5,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -12,11 +13,12 @@ from quick import jit
 from support import data, require
 
 import lorax
-from lorax import adapters, convert, peft_methods
+from lorax import adapters, convert, ops, peft_methods, quant, tree
 from lorax.analysis import factor_svd
-from lorax.interop import loralib, peft
+from lorax.interop import hf, loralib, peft
 from lorax.interop.peft import Adapter, Factors
-from lorax.models.load import FAMILIES, sources
+from lorax.models.load import FAMILIES, skeleton, sources
+from lorax.quant import nf4
 
 MNLI = "adapters/lora_roberta_mnli/roberta_base_lora_mnli.npz"
 WIDTH = 16
@@ -264,6 +266,340 @@ def test_what_other_methods_can_not_do_is_one_line(
     own, _, _ = other(name)
     places = dict(tmp=tmp_path, own=own, base=base[0])
     assert run(*(word.format(**places) for word in arguments.split())) == 2
+    err = capsys.readouterr().err
+    assert re.search(words, err) and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------- what must fit together
+
+ENCODER = dict(
+    model_type="bert", vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+    num_attention_heads=2, max_position_embeddings=12,
+)  # fmt: skip
+LLAMA = dict(
+    model_type="llama", vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+    num_attention_heads=2, max_position_embeddings=32, eos_token_id=3,
+)  # fmt: skip
+
+
+def model(where, config, dtype="float32"):
+    """A model directory with random weights."""
+    where.mkdir()
+    (where / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}))
+    base = skeleton(str(where))
+    flat = {path: draw(*leaf.shape) for path, leaf in tree.flatten(base.params).items()}
+    written = config | {"torch_dtype": dtype}
+    hf.write(where, written, sources(base), flat, dict.fromkeys(flat, jnp.dtype(dtype)))
+    return where
+
+
+def lora(where, modules, config=None, **weights):
+    """A directory as PEFT writes it: {module: (A, B)}, and tensors that were trained in full."""
+    where.mkdir()
+    tensors = {f"{peft.PREFIX}{name}": x for name, x in weights.items()}
+    for module, (a, b) in modules.items():
+        tensors[f"{peft.PREFIX}{module}.lora_A.weight"] = a
+        tensors[f"{peft.PREFIX}{module}.lora_B.weight"] = b
+    safetensors.numpy.save_file(tensors, where / peft.WEIGHTS)
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "task_type": "CAUSAL_LM"}
+    (where / peft.CONFIG).write_text(json.dumps(fields | (config or {})))
+    return where
+
+
+def arguments_of(command, own, base, out):
+    return {
+        "show": ("show", own, "--base", base),
+        "peft": ("peft", own, out, "--base", base),
+        "merge": ("merge", base, own, out),
+    }[command]
+
+
+TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+#: Heads, and the task types of adapters for them.
+HEADS = {
+    "GPT2": {"CAUSAL_LM"},
+    "BertForMaskedLM": set(),
+    "BertForSequenceClassification": {"SEQ_CLS"},
+}
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    """{head: (model directory, the model, module to adapt)}."""
+    where, found = tmp_path_factory.mktemp("heads"), {}
+    gpt2 = dict(n_embd=8, n_head=2, n_layer=2, vocab_size=20, n_positions=12, model_type="gpt2")
+    for name in HEADS:
+        config = gpt2 if name == "GPT2" else ENCODER | {"architectures": [name]}
+        module = "transformer.h.0.attn.c_proj"
+        if name != "GPT2":
+            module = "bert.encoder.layer.0.attention.self.query"
+        base = model(where / name, config)
+        found[name] = base, lorax.load(str(base)), module
+    return found
+
+
+@pytest.mark.parametrize("task", [*TASKS, None])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_task_whose_head_is_not_there_is_refused(head, task, heads, tmp_path, capsys):
+    base, ours, module = heads[head]
+    own = lora(tmp_path / "own", {module: (draw(2, 8), draw(8, 2))}, {"task_type": task})
+    right = task in {*HEADS[head], "FEATURE_EXTRACTION", None}
+    for command in ("show", "peft", "merge") if not right else ("peft",):
+        out = tmp_path / command
+        assert run(*arguments_of(command, own, base, out)) == (0 if right else 2)
+        err = capsys.readouterr().err
+        assert out.exists() == right
+        if not right:
+            assert f"adapter_config.json: task_type {task!r}: " in err
+            assert "FEATURE_EXTRACTION" in err and err.count("\n") == 1
+    adapter = peft.load(own, sources(ours))
+    for make in (adapters.bind, adapters.merge, lambda b, a: adapters.mixed(b, [a], [0])):
+        if right:
+            make(ours, adapter)
+        else:
+            with pytest.raises(ValueError, match=f"task_type '{task}'"):
+                make(ours, adapter)
+
+
+@pytest.mark.parametrize("task", ["TOKEN_CLS", None])
+def test_a_classifier_of_tokens_is_not_taken_for_one_of_texts(task, tmp_path, capsys):
+    base = model(tmp_path / "base", ENCODER | {"architectures": ["BertForMaskedLM"]})
+    config = json.loads((base / "config.json").read_text())
+    config |= {"architectures": ["BertForTokenClassification"]}
+    (base / "config.json").write_text(json.dumps(config))
+    module = "bert.encoder.layer.0.attention.self.query"
+    head = {"classifier.weight": draw(3, 8), "classifier.bias": draw(3)}
+    own = lora(tmp_path / "own", {module: (draw(2, 8), draw(8, 2))}, {"task_type": task}, **head)
+    for command in ("show", "peft", "merge"):
+        assert run(*arguments_of(command, own, base, tmp_path / "out")) == 2
+        words = f"task_type {task!r}" if task else "no task_type; .*BertForTokenClassification"
+        assert re.search(words, capsys.readouterr().err)
+        assert not (tmp_path / "out").exists()
+
+
+def test_generate_refuses_a_task_without_its_head(heads, tmp_path, capsys):
+    from lorax import generate
+
+    _, ours, module = heads["GPT2"]
+    own = lora(tmp_path / "own", {module: (draw(2, 8), draw(8, 2))}, {"task_type": "SEQ_CLS"})
+    with pytest.raises(ValueError, match="adapter_config.json: task_type 'SEQ_CLS'"):
+        generate.load(str(own), ours)
+
+
+def test_other_methods_are_refused_for_a_task_without_its_head(other, base, tmp_path, capsys):
+    directory, _, _ = other("ia3")
+    config = json.loads((directory / peft.CONFIG).read_text())
+    (directory / peft.CONFIG).write_text(json.dumps(config | {"task_type": "TOKEN_CLS"}))
+    assert run("merge", base[0], directory, tmp_path / "out") == 2
+    assert "task_type 'TOKEN_CLS'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="task_type 'TOKEN_CLS'"):
+        peft_methods.load(directory, base[1])
+
+
+@pytest.mark.parametrize("command", ["show", "peft", "merge"])
+@pytest.mark.parametrize(
+    ("module", "a", "b", "words"),
+    [
+        ("layers.0.self_attn.q_proj", (2, 64), (64, 2), "h/0/attn/q: .* do not fit .* 16 x 16"),
+        ("layers.0.self_attn.q_proj", (2, 16), (32, 2), "h/0/attn/q: .* do not fit .* 16 x 16"),
+        ("layers.2.self_attn.q_proj", (2, 16), (16, 2), "has no such layer|no such module"),
+    ],
+)
+def test_shapes_and_layers_are_checked_and_not_names_alone(
+    module, a, b, words, command, tmp_path, capsys
+):
+    base = model(tmp_path / "base", LLAMA)
+    own = lora(tmp_path / "own", {f"model.{module}": (draw(*a), draw(*b))})
+    assert run(*arguments_of(command, own, base, tmp_path / "out")) == 2
+    text = capsys.readouterr()
+    assert re.search(words, text.err) and text.err.count("\n") == 1 and not text.out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["show", "peft", "merge"])
+def test_weights_trained_in_full_are_checked_too(command, tmp_path, capsys):
+    base = model(tmp_path / "base", LLAMA)
+    own = lora(
+        tmp_path / "own", {"model.layers.0.self_attn.q_proj": (draw(2, 16), draw(16, 2))},
+        **{"model.norm.weight": draw(12)},
+    )  # fmt: skip
+    assert run(*arguments_of(command, own, base, tmp_path / "out")) == 2
+    assert re.search(r"norm/scale: \(12,\) given, the base's has \(16,\)", capsys.readouterr().err)
+
+
+# ---------------------------------------------------------------------------- what changes nothing
+
+
+@pytest.mark.parametrize(
+    ("alpha", "b", "words"),
+    [(0, draw(16, 2), "alpha is 0"), (4, 0 * draw(16, 2), "every B is 0")],
+)
+def test_an_adapter_that_changes_nothing_says_so(alpha, b, words, tmp_path, capsys):
+    base = model(tmp_path / "base", LLAMA)
+    modules = {"model.layers.0.self_attn.q_proj": (draw(2, 16), b)}
+    own = lora(tmp_path / "own", modules, {"lora_alpha": alpha})
+    for command in ("show", "peft", "merge"):
+        assert run(*arguments_of(command, own, base, tmp_path / command)) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "nothing changes" in line]
+        assert len(lines) == 1 and words in lines[0], command
+    assert run("show", own) == 0 and words in capsys.readouterr().out
+
+
+def test_an_update_that_rounding_loses_says_so(tmp_path, capsys):
+    base = model(tmp_path / "base", LLAMA, "bfloat16")
+    modules = {"model.layers.0.self_attn.q_proj": (draw(2, 16), 1e-9 * draw(16, 2))}
+    assert run("merge", base, lora(tmp_path / "own", modules), tmp_path / "out") == 0
+    assert "nothing changes: every weight is that of" in capsys.readouterr().out
+    files = [where / "model.safetensors" for where in (base, tmp_path / "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_another_method_that_changes_nothing_says_so(base, tmp_path, capsys):
+    method = lorax.method("ia3")
+    state = method.init(jax.random.key(0), base[1].params, base[1].sites)
+    peft_methods.save(tmp_path / "own", method, state, base[1], "x")
+    assert run("show", tmp_path / "own", "--base", base[0]) == 0
+    assert "nothing changes: every update is 0" in capsys.readouterr().out
+    assert run("merge", base[0], tmp_path / "own", tmp_path / "out") == 0
+    assert "nothing changes" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------ numbers of merged models
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_merged_weight_is_rounded_once_to_the_dtype_of_the_files(dtype, tmp_path, capsys):
+    base = model(tmp_path / "base", LLAMA, dtype)
+    a, b = draw(2, 16), draw(16, 2)
+    own = lora(tmp_path / "own", {"model.layers.1.self_attn.q_proj": (a, b)})
+    assert run("merge", base, own, tmp_path / "out") == 0
+    error = float(capsys.readouterr().out.split("error ")[1].split()[0])
+    assert 0 < error < 2**-8
+    before, after = (
+        safetensors.numpy.load_file(where / "model.safetensors")
+        for where in (base, tmp_path / "out")
+    )
+    name = "model.layers.1.self_attn.q_proj.weight"
+    exact = before[name].astype(np.float64) + 2 * (b.astype(np.float64) @ a.astype(np.float64))
+    assert after[name].dtype == before[name].dtype
+    near = after[name].astype(np.float64)
+    step = lambda way: np.nextafter(after[name], after[name].dtype.type(way)).astype(np.float64)
+    assert (np.abs(near - exact) <= np.abs(step(np.inf) - exact)).all()
+    assert (np.abs(near - exact) <= np.abs(step(-np.inf) - exact)).all()
+    assert all((before[key] == after[key]).all() for key in before.keys() - {name})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == config["dtype"] == dtype and config["eos_token_id"] == 3
+
+
+@pytest.mark.parametrize("change", ["too large", "NaN"])
+def test_no_merged_model_has_numbers_that_are_none(change, tmp_path, capsys):
+    base = model(tmp_path / "base", LLAMA, "float16")
+    size = 1e4 if change == "too large" else np.float32(1)
+    modules = {"model.layers.1.self_attn.q_proj": (draw(2, 16), size * draw(16, 2))}
+    own = lora(tmp_path / "own", modules, {"lora_alpha": 400})
+    if change == "NaN":  # as factors would bring it that no file had
+        ours = lorax.load(str(base))
+        adapter = peft.load(own, sources(ours))
+        adapter.factors["h/1/attn/q"].a[0, 0] = np.nan
+        with pytest.raises(ValueError, match="h/1/attn/q: holds NaN"):
+            adapters.merge(ours, adapter)
+        return
+    assert run("merge", base, own, tmp_path / "out") == 2
+    err = capsys.readouterr().err
+    assert "h/1/attn/q: " in err and "too large for the model's float16" in err
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------- bases in 4 bits
+
+
+def in_4_bits(where, plain):
+    """The model of a directory as transformers saves it with bitsandbytes, but for its embeddings
+    and norms."""
+    base = lorax.load(str(plain))
+    linear = {path: site for path, site in base.sites.items() if site.kind == "linear"}
+    coded = tree.flatten(quant.quantize(base.params, sites=linear))
+    tensors = safetensors.numpy.load_file(plain / "model.safetensors")
+    for path in linear:
+        if "{}" not in (name := sources(base)[path].name):
+            continue
+        for i in range(LLAMA["num_hidden_layers"]):
+            key, leaf = name.format(i), jax.tree.map(lambda x, i=i: x[i], coded[path])
+            state = {"blocksize": leaf.block, "dtype": str(tensors[key].dtype)}
+            state = json.dumps(state | {"shape": tensors[key].shape}).encode()
+            tensors[key] = np.asarray(leaf.codes)[:, None]
+            tensors[f"{key}.absmax"] = np.asarray(leaf.absmax)
+            tensors[f"{key}.quant_map"] = nf4.CODES["nf4"].values
+            tensors[f"{key}.quant_state.bitsandbytes__nf4"] = np.frombuffer(state, np.uint8)
+    where.mkdir()
+    safetensors.numpy.save_file(tensors, where / "model.safetensors")
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (where / "config.json").write_text(json.dumps(config))
+    return where
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory):
+    """(a model in bfloat16, the same in 4 bits, an adapter)."""
+    where = tmp_path_factory.mktemp("coded")
+    plain = model(where / "plain", LLAMA, "bfloat16")
+    modules = {"model.layers.1.self_attn.q_proj": (draw(2, 16), draw(16, 2))}
+    return plain, in_4_bits(where / "coded", plain), lora(where / "own", modules)
+
+
+@pytest.mark.parametrize("options", [(), ("--onto", "decoded"), ("--onto", "{plain}")])
+def test_a_base_in_4_bits_is_decoded_or_its_model_is_given(options, coded, tmp_path, capsys):
+    plain, base, own = coded
+    options = [option.format(plain=plain) for option in options]
+    assert run("merge", base, own, tmp_path / "out", *options) == 0
+    text = capsys.readouterr().out
+    onto = plain if str(plain) in options else base
+    assert ("were decoded to bfloat16" in text) == (onto == base)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "bfloat16"
+    back, ours = lorax.load(str(tmp_path / "out")), lorax.load(str(onto))
+    merged = adapters.merge(ours, peft.load(own, sources(ours))).params
+    plainly = lambda leaf, site: np.asarray(ops.dense(leaf, site)).astype(jnp.bfloat16)
+    for path, leaf in tree.flatten(back.params).items():
+        want = plainly(tree.flatten(merged)[path], ours.sites.get(path))
+        np.testing.assert_array_equal(leaf, want.astype(np.float32))
+    kinds = {
+        x.dtype.name
+        for x in safetensors.numpy.load_file(tmp_path / "out/model.safetensors").values()
+    }
+    assert kinds == {"bfloat16"}
+
+
+def test_another_method_is_merged_into_decoded_weights(coded, tmp_path, capsys):
+    _, where, _ = coded
+    base = lorax.load(str(where))
+    method = lorax.method("ia3")
+    state = method.init(jax.random.key(0), base.params, base.sites)
+    state = state._replace(trainable=jax.tree.map(lambda x: x + draw(*x.shape), state.trainable))
+    peft_methods.save(tmp_path / "own", method, state, base, "x")
+    assert run("merge", where, tmp_path / "own", tmp_path / "out") == 0
+    assert "were decoded to bfloat16" in capsys.readouterr().out
+    back = lorax.load(str(tmp_path / "out"))
+    want = logits_of(base, method.bind(*state, base.params, sites=base.sites))
+    np.testing.assert_allclose(logits_of(back, back.params), want, atol=0.02 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("base", "onto", "words"),
+    [
+        ("{plain}", "decoded", "is not in 4 bits; leave --onto out"),
+        ("{coded}", "{coded}", "is quantised too"),
+        ("{coded}", "{other}", "is not the model that .* was made of: .* has shape"),
+        ("{coded}", "{tmp}/nothing", "no directory"),
+    ],
+)
+def test_an_onto_without_sense_is_one_line(base, onto, words, coded, tmp_path, capsys):
+    other = model(tmp_path / "other", LLAMA | {"hidden_size": 32})
+    places = dict(plain=coded[0], coded=coded[1], other=other, tmp=tmp_path)
+    base, onto = base.format(**places), onto.format(**places)
+    assert run("merge", base, coded[2], tmp_path / "out", "--onto", onto) == 2
     err = capsys.readouterr().err
     assert re.search(words, err) and err.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -23,6 +23,18 @@ BLOCK = 1 << 24  # bytes that are read at a time
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+#: What lies beside config.json and the weights, and says how texts and pictures become a model's
+#: input, what it is asked like, how it generates, and what one may do with it.
+SIDE = (
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.*"),
+    *("additional_chat_templates/*.jinja", "vocab.json", "vocab.txt", "merges.txt", "*.model"),
+    *("preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*"),
+)
+
+#: Dtypes that weights are written in again where they were read, by safetensors' names.
+_DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+
 
 class Source(NamedTuple):
     """Where a parameter lies in Hugging Face's tensors: ours = theirs.transpose(axes)[..., part].
@@ -135,13 +147,9 @@ def read(
         whole = (*shape[:-1], widths.get(source.name, shape[-1]))
         return [whole[i] for i in np.argsort(source.axes or range(len(whole)))]
 
-    def key_of(source, layer=None) -> str | None:
-        names = (*spellings(source.name.format(layer)), source.tied)
-        return next((key for key in names if key in where), None)
-
     def find(source, layer, shape):
         """(the tensor of one layer, to be sliced, its name, its file)."""
-        key = key_of(source, layer)
+        key = _key(source, layer, where)
         if key is None:
             name = source.name.format(layer)
             raise ValueError(f"{directory}: no tensor {name!r} in its safetensors files")
@@ -155,7 +163,7 @@ def read(
         return piece, key, file
 
     def fits(source, shape):
-        key = key_of(source)
+        key = _key(source, None, where)
         return key and where[key][0].get_slice(key).get_shape() == stored(source, shape)
 
     params = {}
@@ -221,6 +229,12 @@ def _check_equal(piece, key: str, other: str, handle, file: Path) -> None:
         )
 
 
+def _key(source: Source, layer: int | None, where: Collection[str]) -> str | None:
+    """The name under which one layer's tensor lies, None where it does not."""
+    names = (*spellings(source.name.format(layer)), source.tied)
+    return next((key for key in names if key in where), None)
+
+
 def spellings(name: str) -> list[str]:
     """Names under which a tensor may lie: a checkpoint of the bare model has no "transformer." in
     front, and BERT's oldest call a norm's weight and bias gamma and beta."""
@@ -229,24 +243,66 @@ def spellings(name: str) -> list[str]:
     return names + [n.replace("LayerNorm.bias", "LayerNorm.beta") for n in old]
 
 
-def write(directory: Path, config: dict, sources: Mapping[str, Source], params: Mapping) -> None:
-    """Write {path: array} and config.json so that transformers loads them; inverse of `read`."""
-    tensors: dict[str, np.ndarray] = {}
-    fused: dict[str, list] = {}
+def dtypes(
+    directory: Path, sources: Mapping[str, Source], shapes: Mapping[str, tuple]
+) -> dict[str, np.dtype]:
+    """{path: dtype} of the parameters that a model directory holds as floating point numbers, the
+    widest where layers differ. sources, shapes: as for `read`."""
+    where, found = tensors(directory), {}
     for path, source in sources.items():
-        leaf = np.asarray(params[path], np.float32)
-        for layer in range(leaf.shape[0]) if "{}" in source.name else [None]:
-            value = leaf if layer is None else leaf[layer]
-            fused.setdefault(source.name.format(layer), []).append((source, value))
-    for name, parts in fused.items():
-        axes = parts[0][0].axes or tuple(range(parts[0][1].ndim))
-        whole = parts[0][1]
-        if parts[0][0].part is not None:
-            width = max(source.width() for source, _ in parts)
-            whole = np.zeros((*whole.shape[:-1], width), np.float32)
-            for source, value in parts:
+        layers = range(shapes[path][0]) if "{}" in source.name else [None]
+        keys = [key for layer in layers if (key := _key(source, layer, where)) is not None]
+        kinds = {where[key][0].get_slice(key).get_dtype() for key in keys}
+        if kinds and kinds <= _DTYPES.keys():
+            found[path] = np.dtype(functools.reduce(jnp.promote_types, map(_DTYPES.get, kinds)))
+    return found
+
+
+def write(
+    directory: Path,
+    config: dict,
+    sources: Mapping[str, Source],
+    params: Mapping,
+    dtypes: Mapping | None = None,
+) -> None:
+    """Write {path: array} and config.json so that transformers loads them; inverse of `read`.
+
+    dtypes: {path: dtype} to round to, float32 for all without it. Raises ValueError that names the
+    tensor, before anything is written, for numbers that are none, or are too large for the dtype.
+    """
+    parts: dict[str, list] = {}  # of each tensor
+    for path, source in sources.items():
+        leaf = np.asarray(params[path])
+        with np.errstate(over="ignore"):  # `check_finite` says it with the tensor's name
+            rounded = leaf.astype(np.float32 if dtypes is None else dtypes[path])
+        for layer in range(len(leaf)) if "{}" in source.name else [None]:
+            name = source.name.format(layer)
+            at = ... if layer is None else layer
+            check_finite(name, leaf[at], rounded[at])
+            parts.setdefault(name, []).append((source, rounded[at]))
+    tensors: dict[str, np.ndarray] = {}
+    for name, found in parts.items():
+        source, whole = found[0]
+        axes = source.axes or range(whole.ndim)
+        if source.part is not None:
+            width = max(source.width() for source, _ in found)
+            whole = np.zeros((*whole.shape[:-1], width), whole.dtype)
+            for source, value in found:
                 whole[..., source.part] = value
         tensors[name] = np.ascontiguousarray(whole.transpose(np.argsort(axes)))
     weights = lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"})
     atomically(directory / SINGLE, weights)
     write_json(directory / "config.json", config)
+
+
+def check_finite(name: str, exact: np.ndarray, rounded: np.ndarray) -> None:
+    """Raises ValueError for numbers that are none, and those that rounding made infinite."""
+    if np.isfinite(rounded).all():
+        return
+    if not np.isfinite(exact).all():
+        raise ValueError(f"{name}: holds NaN or infinite numbers; every weight must be finite")
+    most = float(jnp.finfo(rounded.dtype).max)
+    raise ValueError(
+        f"{name}: {float(np.abs(exact).max()):.4g} is too large for the model's {rounded.dtype}, "
+        f"which ends at {most:.5g}; take a base in bfloat16 or float32"
+    )

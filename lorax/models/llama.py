@@ -516,11 +516,16 @@ def hf_tensors(config: Config) -> dict[str, Source]:
 
 
 def hf_config(config: Config) -> dict:
-    """The fields of a `config.json` that transformers 5 reads as the same model."""
+    """The fields of a `config.json` that transformers 5 reads as the same model, and 4 does."""
     family, window = config.model_type, config.sliding_window
     found = {f: getattr(config, f) for f in _HF_FIELDS if f not in _FOREIGN[family]}
-    turning = dataclasses.asdict(config.rope_parameters)
-    found["rope_parameters"] = {k: v for k, v in turning.items() if v is not None}
+    turning = {k: v for k, v in dataclasses.asdict(config.rope_parameters).items() if v is not None}
+    stretch = {k: v for k, v in turning.items() if k != "rope_theta"}
+    found |= {"rope_parameters": turning, "rope_theta": turning["rope_theta"]}
+    found["rope_scaling"] = None if stretch == {"rope_type": "default"} else stretch
+    if turning["rope_type"] == "longrope":  # transformers 4 has no other place for it
+        name = "original_max_position_embeddings"
+        found[name] = turning[name]
     if family == "qwen2":
         one = FULL if window is None else SLIDING
         types = config.layer_types or (one,) * config.num_hidden_layers

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from lorax import fields, ops, tree, vocabulary
 from lorax.errors import nearest
-from lorax.files import atomically, read_json
+from lorax.files import read_json
 from lorax.interop import hf
 from lorax.models import bert, deberta, falcon, gpt2, llama, vision, vit
 from lorax.models.shapes import architecture
@@ -222,28 +222,6 @@ def config_fields(family: str) -> tuple[str, ...]:
     return tuple(model.__dataclass_fields__["config"].type.__dataclass_fields__)
 
 
-def save(directory: str | Path, base: Base) -> None:
-    """Write a base model in Hugging Face's layout, as transformers reads it; inverse of `load`."""
-    source, _ = FAMILIES[base.family]
-    flat = tree.flatten(base.params)
-    config = _special_ids(base.vocabulary) | source.hf_config(base.config)
-    hf.write(Path(directory), config, source.hf_tensors(base.config), flat)
-    if base.vocabulary is not None:
-        atomically(Path(directory) / "tokenizer.json", lambda tmp: base.tokenizer.save(str(tmp)))
-
-
-def _special_ids(vocabulary: Vocabulary | None) -> dict:
-    """The fields of a config.json that say what ids mean; inverse of `vocabulary.read`."""
-    if vocabulary is None:
-        return {}
-    found = {"pad_token_id": vocabulary.pad}
-    if vocabulary.ends:
-        found["eos_token_id"] = vocabulary.end if len(vocabulary.ends) == 1 else [*vocabulary.ends]
-    if vocabulary.start:
-        found["bos_token_id"] = vocabulary.start[0]
-    return found
-
-
 def kernels(base: Base) -> dict[str, np.ndarray]:
     """{layer path without its last word: (in, out) float32} of every adaptable weight.
 
@@ -309,7 +287,7 @@ def _from_hub(name: str, weights: bool, shipped: list[str]) -> Path:
         snapshot_download,
     )  # a second of imports that local models don't need
 
-    files = [*vocabulary.FILES, "tokenizer.json"] + ["*.safetensors*"] * weights
+    files = [*vocabulary.FILES, *hf.SIDE] + ["*.safetensors*"] * weights
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the Hub's own, the network's and the cache's: all mean "not here"
