@@ -35,9 +35,23 @@ class Dropout:
     key: Array
 
 
+class Leaf:
+    """Base of what stands where a kernel was, and is none to Flax."""
+
+    def __jax_array__(self):
+        raise TypeError(
+            f"a {type(self).__name__} leaf is no array: parameters that a method or an adapter is "
+            "bound to are for lorax.apply(module, params, ...), or module.apply inside "
+            "lorax.ops.interceptor()"
+        )
+
+    def __repr__(self):  # Flax and JAX put it into their errors, and arrays would fill a screen
+        return f"<{type(self).__name__} leaf, for lorax.apply>"
+
+
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LowRank:
+@dataclasses.dataclass(frozen=True, repr=False)
+class LowRank(Leaf):
     """A frozen weight plus a low-rank update: dense(leaf) = w + s * reshape(a @ b, w.shape).
 
     w: the kernel in its module's own shape, an array or another operator leaf.
@@ -57,8 +71,8 @@ class LowRank:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Scaled:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Scaled(Leaf):
     """A weight whose output columns are scaled: dense(leaf) = dense(w) * g; a bias is not scaled.
 
     w: a kernel or another operator leaf. g: (out,) float32, layer axes in front.
@@ -69,8 +83,8 @@ class Scaled:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ScaledInput:
+@dataclasses.dataclass(frozen=True, repr=False)
+class ScaledInput(Leaf):
     """A weight whose input rows are scaled: dense(leaf) = g[:, None] * dense(w).
 
     w: a kernel, no convolution's, or another operator leaf. g: (in,) float32, layer axes in front.
@@ -81,8 +95,8 @@ class ScaledInput:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Follow:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Follow(Leaf):
     """A weight with a bottleneck adapter behind its layer, whose bias is part of what it reads:
     h = x w + bias, y = h + f(h down + down_bias) up + up_bias. No single kernel.
 
@@ -99,8 +113,8 @@ class Follow:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Mixed:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Mixed(Leaf):
     """A frozen weight with n low-rank updates, row i of a batch seeing update rows[i]:
     y[i] = x[i] w + s[rows[i]] (x[i] a[rows[i]]) b[rows[i]].
 
@@ -116,8 +130,8 @@ class Mixed:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Untied:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Untied(Leaf):
     """An embedding (V, features) that looks tokens up in `w` and reads out with `head`, where an
     update of one of the two is none of the other. Both are arrays or operator leaves."""
 
@@ -126,8 +140,8 @@ class Untied:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Kronecker:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Kronecker(Leaf):
     """A frozen weight plus a Kronecker product: dense(leaf) = w + s * reshape(kron(w1, w2)).
 
     w: a kernel or another operator leaf. w1: (m, l), w2: (n, k) with in = m n and out = l k.
@@ -153,7 +167,16 @@ def kron_product(x, w1, w2):
     return jnp.einsum("...mk,ml->...lk", y, w1).reshape(*x.shape[:-1], -1)
 
 
-class Stored:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Same(Leaf):
+    """`w` as it is, an array or another leaf. It makes a call fail that is not `apply`'s, where one
+    would go past what stands around modules (`AROUND`)."""
+
+    w: object
+
+
+class Stored(Leaf):
     """A frozen weight that is held in another form than an array. Subclasses have
 
     shape, dtype: of the kernel that it stands for, in its module's own shape.
@@ -194,9 +217,7 @@ class Half(Stored):
 
 def is_operator(leaf) -> bool:
     """True for leaves that only the functions of this module can compute with."""
-    return isinstance(
-        leaf, LowRank | Kronecker | Scaled | ScaledInput | Follow | Mixed | Untied | Stored
-    )
+    return isinstance(leaf, Leaf)
 
 
 def halve(params, sites: "Mapping[str, Site]"):
@@ -431,6 +452,8 @@ def _wide(leaf, site: "Site") -> Array:
     if isinstance(leaf, Mixed | Untied | Follow):
         raise ValueError(f"a {type(leaf).__name__} leaf is no single kernel")
     w = _wide(leaf.w, site)
+    if isinstance(leaf, Same):
+        return w
     if isinstance(leaf, Scaled):
         g = wide(leaf.g[..., None, :])
         return site.from_matrix(site.to_matrix(w) * g, w.shape)
@@ -515,10 +538,11 @@ class Site(NamedTuple):
 def sites(module: nn.Module, params: dict, *inputs, **kwargs) -> dict[str, Site]:
     """{path: Site} of every kernel that `apply` knows how to adapt, found by tracing one call.
 
-    Nothing is computed: the call runs under `jax.eval_shape`. Layers with batch axes in their
-    kernel (`DenseGeneral.batch_dims`, expert einsums) and grouped convolutions are left out.
+    params: as for `apply`. Nothing is computed: the call runs under `jax.eval_shape`. Layers with
+    batch axes in their kernel (`DenseGeneral.batch_dims`, expert einsums) and grouped convolutions
+    are left out.
     """
-    shapes = {path: leaf.shape for path, leaf in tree.flatten(params).items()}
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(inner(params)).items()}
     found: dict[str, Site] = {}
 
     def record(next_fun, args, call_kwargs, context):
@@ -547,7 +571,7 @@ def sites_from_shapes(params: dict) -> dict[str, Site]:
     For other models, whose kernels may have head or window axes, trace them with `sites`.
     """
     found = {}
-    for path, leaf in tree.flatten(params).items():
+    for path, leaf in tree.flatten(inner(params)).items():
         name, ndim = path.rsplit("/", 1)[-1], len(leaf.shape)
         if name == "kernel" and ndim in (2, 3):
             found[path] = Site("linear", ndim - 2, (0,), (1,))
@@ -563,15 +587,27 @@ def apply(module: nn.Module, params: dict, *inputs, **kwargs):
     """`module.apply` on parameters whose leaves may be operators.
 
     params: the "params" collection itself. Other keywords go to `module.apply`: `method`, `rngs`.
+    Raises ValueError for parameters with a leaf that the module has no use for: virtual tokens of a
+    model that is not of `lorax.models`.
     """
+    params = inner(params)
     with interceptor():
         return module.apply({"params": params}, *inputs, **kwargs)
+
+
+def inner(params: dict) -> dict:
+    """The same. Raises ValueError for {"params": ...}, as `module.init` returns it."""
+    if {*params} == {"params"}:
+        raise ValueError(
+            'params: {"params": ...} given, must be the tree inside: variables["params"]'
+        )
+    return params
 
 
 def interceptor() -> contextlib.AbstractContextManager:
     """Context in which Linen layers compute with operator leaves; for calls that need their own
     `module.apply` (mutable collections, several methods)."""
-    return nn.intercept_methods(_intercept)
+    return nn.intercept_methods(functools.partial(_intercept, set()))
 
 
 #: Name of a leaf that stands beside a module's parameters and takes a call of it over. It has
@@ -580,14 +616,34 @@ def interceptor() -> contextlib.AbstractContextManager:
 AROUND = "around"
 
 
-def _intercept(next_fun, args, kwargs, context):
+def _intercept(called: set, next_fun, args, kwargs, context):
+    """called: paths of the modules whose `AROUND` leaf has been."""
     call = functools.partial(_computed, next_fun, context)
     module = context.module
-    if module.scope is not None and module.has_variable("params", AROUND):
-        leaf = module.get_variable("params", AROUND)
-        if leaf.method == context.method_name:
-            return leaf(module, call, *args, **kwargs)
-    return call(*args, **kwargs)
+    if module.scope is None or not module.has_variable("params", AROUND):
+        return call(*args, **kwargs)
+    leaf = module.get_variable("params", AROUND)
+    if leaf.method == context.method_name:
+        called.add(module.path)
+        y = leaf(module, call, *args, **kwargs)
+    else:
+        y = call(*args, **kwargs)
+    last = context.method_name in ("__call__", leaf.method) or not hasattr(module, leaf.method)
+    if last and not module.path:
+        _check_called(module, called)
+    return y
+
+
+def _check_called(module: nn.Module, called: set) -> None:
+    """ValueError where a model has gone past a leaf that should have taken a call over."""
+    for path in tree.flatten(module.variables["params"]):
+        *parent, name = path.split("/")
+        if name == AROUND and tuple(parent) not in called:
+            raise ValueError(
+                f"method.name: {type(module).__name__} makes no call that virtual tokens could go "
+                f"into at {'/'.join(parent) or 'its `hidden`'}; causal models and BERT of "
+                "lorax.models do"
+            )
 
 
 def _computed(next_fun, context, *args, **kwargs):
@@ -600,6 +656,7 @@ def _computed(next_fun, context, *args, **kwargs):
     leaf = module.get_variable("params", name)
     if not is_operator(leaf):
         return next_fun(*args, **kwargs)
+    leaf = leaf.w if isinstance(leaf, Same) else leaf
     bias = module.get_variable("params", "bias") if getattr(module, "use_bias", False) else None
     return rule.call(module, leaf, bias, *args, **kwargs)
 

@@ -633,3 +633,26 @@ def test_an_adapter_on_a_half_weight_is_added_in_float32():
     adapted = ops.LowRank(plain, a, b, jnp.float32(0.5), merge=True)
     update = ops.linear(x, adapted) - ops.linear(x, plain)
     np.testing.assert_allclose(update, 0.5 * x @ a @ b, rtol=0, atol=1e-5)
+
+
+LAYERS = {
+    "Dense": (nn.Dense(4), jnp.ones((2, 3))),
+    "DenseGeneral": (nn.DenseGeneral((2, 2)), jnp.ones((2, 3))),
+    "Einsum": (nn.Einsum((3, 4), "bi,io->bo"), jnp.ones((2, 3))),
+    "Embed": (nn.Embed(5, 3), jnp.ones(2, jnp.int32)),
+    "Conv": (nn.Conv(4, (3,)), jnp.ones((2, 8, 3))),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("how", ["plain", "jit"])
+def test_a_call_without_lorax_apply_is_one_short_error(name, how):
+    layer, x = LAYERS[name]
+    params = layer.init(jax.random.key(0), x)["params"]
+    kernel = "embedding" if name == "Embed" else "kernel"
+    low = ops.LowRank(params[kernel], jnp.ones((9, 2)), jnp.ones((2, 4)), jnp.float32(1))
+    for leaf in (low, ops.Scaled(low, jnp.ones(4)), ops.Same(params[kernel])):
+        call = jax.jit(layer.apply) if how == "jit" else layer.apply
+        with pytest.raises((TypeError, ValueError), match=r"lorax\.apply") as caught:
+            call({"params": params | {kernel: leaf}}, x)
+        assert len(str(caught.value)) < 250 and "\n" not in str(caught.value)

@@ -21,13 +21,16 @@ from lorax.methods.targets import (  # noqa: F401
     FULL_WORDS,
     GROUPS,
     WORDS,
+    Default,
     active_layers,
     fill,
     joined,
     key_for,
+    matching,
     own,
     resolve,
     resolve_full,
+    words_of,
 )
 
 

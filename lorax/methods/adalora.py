@@ -41,13 +41,14 @@ import optax
 
 from lorax import methods, tree
 from lorax.methods import lora
+from lorax.methods.targets import Default, words_of
 
 
 def adalora(
     rank: int = 12,
     alpha: float = 8.0,
     target_rank: int | None = None,
-    targets: tuple[str, ...] = ("q", "v"),
+    targets: tuple[str, ...] = Default(("q", "v")),
     layers: tuple[int, ...] | None = None,
     dropout: float = 0.0,
     tinit: int = 0,
@@ -67,7 +68,7 @@ def adalora(
     orthogonal: weight of the penalty. beta1, beta2: of the averages, in (0, 1).
     Raises ValueError for a value out of range.
     """
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    targets = words_of(targets)
     target_rank = max(1, round(2 * rank / 3)) if target_rank is None else target_rank
     for field, value, ok, right in (
         ("rank", rank, rank >= 1, "at least 1"),

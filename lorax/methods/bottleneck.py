@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from lorax import methods, ops, tree
 from lorax.errors import nearest
 from lorax.methods.full import beside
+from lorax.methods.targets import Default, words_of
 from lorax.models.layers import ACTIVATIONS
 
 WIDTH = 1e-3  # standard deviation of `down` at the start, before the cut
@@ -28,7 +29,7 @@ WIDTH = 1e-3  # standard deviation of `down` at the start, before the cut
 def houlsby(
     rank: int = 64,
     activation: str = "gelu",
-    targets: tuple[str, ...] = ("o", "down"),
+    targets: tuple[str, ...] = Default(("o", "down")),
     layers: tuple[int, ...] | None = None,
     full: tuple[str, ...] = (),
 ) -> "methods.Method":
@@ -48,7 +49,7 @@ def houlsby(
 def pfeiffer(
     rank: int = 48,
     activation: str = "relu",
-    targets: tuple[str, ...] = ("down",),
+    targets: tuple[str, ...] = Default(("down",)),
     layers: tuple[int, ...] | None = None,
 ) -> "methods.Method":
     """Pfeiffer's adapters; hyperparameters and errors as of `houlsby`."""
@@ -56,7 +57,7 @@ def pfeiffer(
 
 
 def _bottleneck(name, rank, activation, words, layers) -> "methods.Method":
-    words = (words,) if isinstance(words, str) else tuple(words)
+    words = words_of(words)
     if rank < 1:
         raise ValueError(f"method.rank: {rank} given, must be at least 1")
     if activation not in ACTIVATIONS:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import methods, ops, tree
-from lorax.methods.targets import layer_of, resolve_full, stack_depths
+from lorax.methods.targets import Default, layer_of, resolve_full, stack_depths, words_of
 
 
 def full(
@@ -27,12 +27,12 @@ def full(
     full: words for parameters that are trained in any layer, as beside any other method.
     Raises ValueError for a word that matches nothing and a layer that does not exist.
     """
-    words = (parameters,) if isinstance(parameters, str) else tuple(parameters)
+    words = words_of(parameters)
     besides = (full,) if isinstance(full, str) else tuple(full)
 
     def chosen(params, sites):
         """{path: trained layers of a stacked parameter, (n,) integers, or None for all of it}."""
-        paths = resolve_full(words, params)
+        paths = resolve_full(words, params, "method.parameters")
         found = dict.fromkeys(paths) if layers is None else of_layers(paths, params, sites)
         found |= dict.fromkeys(resolve_full(besides, params))
         flat = tree.flatten(params)
@@ -82,14 +82,14 @@ def full(
 
 def bitfit(layers: tuple[int, ...] | None = None, full: tuple[str, ...] = ()) -> "methods.Method":
     """BitFit: every bias, of norms as well, of the layers that are given (None: of all)."""
-    return _full(("biases",), layers, full)
+    return _full(Default(("biases",)), layers, full)
 
 
 def ln_tuning(
     layers: tuple[int, ...] | None = None, full: tuple[str, ...] = ()
 ) -> "methods.Method":
     """LN-tuning: scale and bias of every norm. PEFT's wraps the modules that it is told to."""
-    return _full(("norms",), layers, full)
+    return _full(Default(("norms",)), layers, full)
 
 
 _full = full  # whose name the argument takes
@@ -122,10 +122,10 @@ def beside(method: "methods.Method", words: tuple[str, ...], dtype: str) -> "met
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"method.dtype: {dtype!r} is not one of float32, bfloat16")
     method = method._replace(hp={"full": words} | method.hp | {"dtype": dtype})
-    rest = _full(words) if words else None
+    rest = _full((), full=words) if words else None
 
     def init(key, params, *args, **kwargs):
-        trainable, constants = method.init(key, params, *args, **kwargs)
+        trainable, constants = method.init(key, ops.inner(params), *args, **kwargs)
         flat = tree.flatten(trainable)
         if rest is not None:
             more = rest.init(key, params).trainable

@@ -32,13 +32,14 @@ import jax.numpy as jnp
 
 from lorax import methods, ops, tree
 from lorax.methods import lora
+from lorax.methods.targets import Default
 
 
 def loha(
     rank: int = 8,
     alpha: float = 8.0,
     scaling: str = "lora",
-    targets: tuple[str, ...] = ("q", "v"),
+    targets: tuple[str, ...] = Default(("q", "v")),
     layers: tuple[int, ...] | None = None,
     dropout: float = 0.0,
 ) -> "methods.Method":
@@ -83,7 +84,7 @@ def lokr(
     scaling: str = "lora",
     factor: int = -1,
     decompose_both: bool = False,
-    targets: tuple[str, ...] = ("q", "v"),
+    targets: tuple[str, ...] = Default(("q", "v")),
     layers: tuple[int, ...] | None = None,
     dropout: float = 0.0,
 ) -> "methods.Method":

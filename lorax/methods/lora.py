@@ -30,6 +30,7 @@ import optax
 from lorax import methods, ops, tree
 from lorax.errors import nearest
 from lorax.methods.starts import KEPT, NEEDS, STARTS
+from lorax.methods.targets import Default, words_of
 
 SCALINGS = {
     "lora": lambda alpha, rank: alpha / rank,
@@ -57,7 +58,7 @@ def lora(
     alpha: float = 8.0,
     scaling: str = "lora",
     init: str = "kaiming",
-    targets: tuple[str, ...] = ("q", "v"),
+    targets: tuple[str, ...] = Default(("q", "v")),
     layers: tuple[int, ...] | None = None,
     dropout: float = 0.0,
     ranks: Mapping | None = None,
@@ -73,7 +74,7 @@ def lora(
     ranks); a target that it does not name is not adapted. `hp["widest"]` is the largest, to pad to.
     Raises ValueError for a value out of range.
     """
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    targets = words_of(targets)
     if rank < 1:
         raise ValueError(f"method.rank: {rank} given, must be at least 1")
     if not 0 <= dropout < 1:

@@ -180,7 +180,7 @@ def prefix(
     def bind(trainable, constants, params, key=None, sites=None):
         own = methods.joined(trainable, constants)
         more = {path: Prefix(x["k"], x["v"], x["on"]) for path, x in own.items()}
-        return _bound(params, more, Ahead(tokens))
+        return _bound(params, more, "k/kernel", Ahead(tokens))
 
     def count(params, sites=None):
         found = _attention(params, sites, layers).values()
@@ -211,7 +211,9 @@ def prompt(tokens: int = 10, std: float | None = None) -> "methods.Method":
 
     def bind(trainable, constants, params, key=None, sites=None):
         ((parent, own),) = methods.joined(trainable).items()
-        return _bound(params, {parent: Rows(own["prompt"])}, Ahead(tokens, read=True))
+        leaf = Rows(own["prompt"])
+        name = f"{parent.rpartition('/')[2]}/embedding"
+        return _bound(params, {parent: leaf}, name, Ahead(tokens, read=True))
 
     def count(params, sites=None):
         return tokens * _embedding(params, sites)[2]
@@ -250,7 +252,7 @@ def llama_adapter(tokens: int = 10, layers: tuple[int, ...] | None = None) -> "m
                     project = jax.vmap(project)
                 seen.append(project(own["prompt"], flat[kernel], flat.get(bias)))
             more[path] = Gated(*seen, own["gate"] * own["on"].astype(own["gate"].dtype))
-        return _bound(params, more, Ahead())
+        return _bound(params, more, "k/kernel", Ahead())
 
     def count(params, sites=None):
         found = _attention(params, sites, layers).values()
@@ -258,6 +260,9 @@ def llama_adapter(tokens: int = 10, layers: tuple[int, ...] | None = None) -> "m
 
     hp = dict(tokens=tokens, layers=layers)
     return methods.Method("llama-adapter", hp, init, bind, None, count)
+
+
+KEYS = "re:(.*/)?attn/k/kernel"  # of the attention that virtual tokens go into
 
 
 def _check(tokens, std):
@@ -269,8 +274,14 @@ def _check(tokens, std):
 
 def _attention(params, sites, layers) -> dict:
     """{path of a layer's `Attend`: (layer axes, active layers, features, K D)}."""
-    flat, found = tree.flatten(params), {}
-    for path, (site, active) in methods.own(params, sites, ("re:.*attn/k/kernel",), layers).items():
+    flat, found = tree.flatten(ops.inner(params)), {}
+    sites = sites or ops.sites_from_shapes(params)
+    if not methods.matching(KEYS, sites):
+        raise ValueError(
+            "method.name: virtual tokens go into attention whose keys come from .../attn/k/kernel, "
+            f"as those of lorax.models do; there is {', '.join(sites)}"
+        )
+    for path, (site, active) in methods.own(params, sites, (KEYS,), layers).items():
         axes, n_in, n_out = site.matrix_shape(flat[path].shape)
         found[re.sub("k/kernel$", "attend", path)] = (axes, active, n_in, n_out)
     return found
@@ -278,9 +289,13 @@ def _attention(params, sites, layers) -> dict:
 
 def _embedding(params, sites) -> tuple:
     """(path, V, features) of the embedding of tokens."""
-    paths = list(methods.resolve(("embed",), sites or ops.sites_from_shapes(params)))
+    sites = sites or ops.sites_from_shapes(ops.inner(params))
+    paths = methods.matching("embed", sites)
     if len(paths) != 1:
-        raise ValueError(f"method.name: a prompt needs one embedding; there is {', '.join(paths)}")
+        raise ValueError(
+            "method.name: a prompt needs one embedding of tokens, .../wte/embedding or "
+            f".../embed/embedding; there is {', '.join(paths or sites)}"
+        )
     return paths[0], *tree.flatten(params)[paths[0]].shape
 
 
@@ -288,7 +303,14 @@ def _beside(path: str, name: str) -> str:
     return f"{path.rpartition('/')[0]}/{name}".removeprefix("/")
 
 
-def _bound(params, more: dict, root: Ahead) -> dict:
-    """The parameters with a leaf around each path of `more`, and around the model itself."""
-    around = {f"{path}/{ops.AROUND}": leaf for path, leaf in more.items()}
-    return tree.unflatten(tree.flatten(params) | around | {ops.AROUND: root})
+def _bound(params, more: dict, beside: str, root: Ahead) -> dict:
+    """The parameters with a leaf around each path of `more`, and around the model itself.
+
+    beside: the kernel next to each path that needs `lorax.apply` as well: a plain `module.apply`
+    knows nothing of leaves around modules, and would compute without them.
+    """
+    flat = tree.flatten(params)
+    for path, leaf in more.items():
+        kernel = _beside(path, beside)
+        flat |= {f"{path}/{ops.AROUND}": leaf, kernel: ops.Same(flat[kernel])}
+    return tree.unflatten(flat | {ops.AROUND: root})

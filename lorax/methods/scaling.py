@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import methods, ops, tree
+from lorax.methods.targets import Default, words_of
 
 
 def ia3(
-    targets: tuple[str, ...] = ("k", "v", "down"),
-    feedforward: tuple[str, ...] = ("down",),
+    targets: tuple[str, ...] = Default(("k", "v", "down")),
+    feedforward: tuple[str, ...] = Default(("down",)),
     layers: tuple[int, ...] | None = None,
 ) -> "methods.Method":
     """(IA)3 with the given hyperparameters; see `lorax.methods.Method` for what its functions take.
@@ -28,13 +29,15 @@ def ia3(
     Raises ValueError, at `init` and `count`, for a word that the base does not have and for an
     embedding or a convolution whose input would be scaled.
     """
-    words = (targets,) if isinstance(targets, str) else tuple(targets)
-    feedforward = (feedforward,) if isinstance(feedforward, str) else tuple(feedforward)
+    words = words_of(targets)
+    feedforward = words_of(feedforward)
 
     def sizes(chosen, params, sites):
         """{path: (layer axes, name of the vector, its length)}"""
         sites = sites or ops.sites_from_shapes(params)
-        inner = methods.resolve(feedforward, sites) if feedforward else {}
+        if feedforward and not isinstance(feedforward, Default):
+            methods.resolve(feedforward, sites, "method.feedforward")
+        inner = {path for word in feedforward for path in methods.matching(word, sites)}
         flat, found = tree.flatten(params), {}
         for path, site in chosen.items():
             axes, n_in, n_out = site.matrix_shape(flat[path].shape)

@@ -41,7 +41,7 @@ from lorax import methods, ops, tree
 from lorax.methods.full import full as full_fine_tuning
 from lorax.methods.hadamard import at_least, hadamard
 from lorax.methods.lora import lora
-from lorax.methods.targets import key_for, stack_depths
+from lorax.methods.targets import Default, key_for, stack_depths
 
 OWN = "subspace"  # where z, the scales and the key lie
 BLOCK = 1 << 14  # entries that Pi permutes among themselves
@@ -95,7 +95,7 @@ def lora_subspace(
     alpha: float = 16.0,
     scaling: str = "lora",
     init: str = "kaiming",
-    targets: tuple[str, ...] = ("q", "v"),
+    targets: tuple[str, ...] = Default(("q", "v")),
 ) -> "methods.Method":
     """The factors of a LoRA move in a random subspace of dimension dim, from where they start.
 

@@ -7,7 +7,7 @@ makes the stacked, padded arrays in which members of one sweep agree.
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -28,62 +28,104 @@ FULL_WORDS = {"all": r".*", "classifier": r"head/.*", "biases": r"(.*/)?bias", "
 GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("up", "gate", "down")}
 
 
-def resolve(targets: tuple[str, ...], sites: Mapping[str, ops.Site]) -> dict[str, ops.Site]:
+class Default(tuple):
+    """Words that a method has where none are given, so that no error blames them on the user."""
+
+
+def words_of(given: str | Iterable[str]) -> tuple[str, ...]:
+    """One word or several as a tuple, a method's own still marked as such."""
+    if isinstance(given, tuple):
+        return given
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def resolve(
+    targets: tuple[str, ...], sites: Mapping[str, ops.Site], field: str = "method.targets"
+) -> dict[str, ops.Site]:
     """{path: Site} of what the words of `targets` mean among `sites`.
 
     A word is canonical (`WORDS`), a group ("attention", "mlp", "all-linear": every linear and
     convolution kernel but the heads), or "re:" and a regex that a whole path matches.
-    Raises ValueError for a word that matches nothing and lists what there is.
+    Raises ValueError for a word that matches nothing and lists what there is. field: which has the
+    words, for messages.
     """
     if isinstance(targets, str):
         targets = (targets,)
     if not targets:
-        raise ValueError(f"method.targets: empty; there is {_available(sites)}")
+        raise ValueError(f"{field}: empty; there is {_available(sites)}")
     chosen = set()
     for word in targets:
-        if word == "all-linear":
-            hits = [
-                path
-                for path, site in sites.items()
-                if site.kind != "embed" and not re.fullmatch(rf"head/.*|{WORDS['head']}", path)
-            ]
-        else:
-            try:
-                patterns = [re.compile(p) for p in _patterns(word)]
-            except re.error as error:
-                raise ValueError(f"method.targets: {word!r} is no regex ({error})") from None
-            hits = [path for path in sites if any(p.fullmatch(path) for p in patterns)]
+        hits = matching(word, sites, field)
+        if not hits and isinstance(targets, Default):
+            raise ValueError(
+                f"{field}: none given, and of the method's own, {', '.join(targets)}, the base has "
+                f"no {word}; give some of what there is, {_available(sites)}"
+            )
         if not hits:
-            known = [*WORDS, *GROUPS, "all-linear"]
-            hint = "" if word in known else nearest(word, known)
             tied = " (a tied head is adapted through 'embed')" if word == "head" else ""
             raise ValueError(
-                f"method.targets: {word!r} matches nothing{tied}; "
-                f"there is {_available(sites)}{hint}"
+                f"{field}: {word!r} matches nothing{tied}; there is {_available(sites)}"
+                f"{_hint(word, sites, (*WORDS, *GROUPS, 'all-linear'))}"
             )
         chosen.update(hits)
     return {path: site for path, site in sites.items() if path in chosen}
 
 
-def resolve_full(words: tuple[str, ...], params: dict) -> list[str]:
+def matching(word: str, sites: Mapping[str, ops.Site], field: str = "method.targets") -> list[str]:
+    """Paths among `sites` that a word of `resolve` means, none where it means nothing there."""
+    if word == "all-linear":
+        return [
+            path
+            for path, site in sites.items()
+            if site.kind != "embed" and not re.fullmatch(rf"head/.*|{WORDS['head']}", path)
+        ]
+    return _matches(_patterns(word), sites, f"{field}: {word!r}")
+
+
+def _matches(patterns: list[str], paths: Iterable[str], place: str = "") -> list[str]:
+    """The paths that one of the regexes matches as a whole. Raises ValueError for one that is none;
+    place: for the message."""
+    try:
+        compiled = [re.compile(p) for p in patterns]
+    except re.error as error:
+        raise ValueError(f"{place} is no regex ({error})") from None
+    return [path for path in paths if any(p.fullmatch(path) for p in compiled)]
+
+
+def _hint(word: str, paths: Iterable[str], known: Iterable[str]) -> str:
+    """What to add to the error of a word that matches nothing: the word, or the regex, that was
+    probably meant."""
+    if not word.startswith("re:"):
+        return "" if word in known else nearest(word, known)
+    regex = word.removeprefix("re:")
+    regex = f"({regex})" if "|" in regex else regex
+    for longer in (f".*/{regex}", f"{regex}.*", f".*{regex}.*"):
+        if hits := _matches([longer], paths):
+            return f"; a regex must match a whole path: 're:{longer}' matches {hits[0]}"
+    return "; a regex must match a whole path"
+
+
+def resolve_full(words: tuple[str, ...], params: dict, field: str = "method.full") -> list[str]:
     """Paths of the parameters that the words name: those of `resolve`, of `FULL_WORDS`, or "re:"
-    and a regex. Raises ValueError for a word that matches nothing."""
+    and a regex. Raises ValueError, which names `field`, for a word that matches nothing."""
     paths, chosen = list(tree.flatten(params)), set()
     known = FULL_WORDS | WORDS
     parent = lambda path: path.rpartition("/")[0]
     norms = {parent(path) for path in paths if re.fullmatch(r"(.*/)?scale", path)}
     for word in words:
-        try:
-            patterns = [] if word == "norms" else [re.compile(p) for p in _patterns(word, known)]
-        except re.error as error:
-            raise ValueError(f"method.full: {word!r} is no regex ({error})") from None
-        hits = [path for path in paths if any(p.fullmatch(path) for p in patterns)]
         if word == "norms":
             hits = [path for path in paths if parent(path) in norms]
-        if not hits:
-            hint = "" if word in known else nearest(word, known)
+        else:
+            hits = _matches(_patterns(word, known), paths, f"{field}: {word!r}")
+        if not hits and isinstance(words, Default):
             raise ValueError(
-                f"method.full: {word!r} matches nothing; there is {', '.join(paths)}{hint}"
+                f"method.name: it trains {', '.join(words)}, and the base has no {word}; there is "
+                f"{', '.join(paths)}"
+            )
+        if not hits:
+            raise ValueError(
+                f"{field}: {word!r} matches nothing; there is {', '.join(paths)}"
+                f"{_hint(word, paths, known)}"
             )
         chosen.update(hits)
     return [path for path in paths if path in chosen]
@@ -164,7 +206,7 @@ def own(params: dict, sites, targets, layers, rank: int | None = None) -> dict:
     site's layer axes. Raises ValueError as `resolve` and `active_layers` do, and for a rank above
     min(in, out) of a target.
     """
-    sites = sites or ops.sites_from_shapes(params)
+    sites = sites or ops.sites_from_shapes(ops.inner(params))
     chosen = resolve(targets, sites)
     shapes = {path: leaf.shape for path, leaf in tree.flatten(params).items()}
     for path, site in chosen.items():

@@ -21,6 +21,7 @@ import numpy as np
 
 from lorax import methods, ops, tree
 from lorax.methods import lora
+from lorax.methods.targets import Default
 
 SHARED = "vera"  # a and b lie at vera/a and vera/b of the constants, once for all targets
 
@@ -29,7 +30,7 @@ def vera(
     rank: int = 256,
     d_initial: float = 0.1,
     projection_seed: int = 0,
-    targets: tuple[str, ...] = ("q", "v"),
+    targets: tuple[str, ...] = Default(("q", "v")),
     layers: tuple[int, ...] | None = None,
     dropout: float = 0.0,
 ) -> "methods.Method":

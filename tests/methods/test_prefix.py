@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+from flax import linen as nn
 from quick import jit
 from support import require
 
@@ -365,13 +366,79 @@ def test_a_model_without_a_place_for_them_says_so(kind):
         jax.eval_shape(functools.partial(lorax.apply, module), adapted, TOKENS)
 
 
+class Keys(nn.Module):
+    """Called as attention is, and none."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="k")(x) + nn.Dense(4, name="v")(x)
+
+
+class Foreign(nn.Module):
+    """A language model of someone else."""
+
+    def setup(self):
+        self.embed, self.attn = nn.Embed(24, 4), Keys()
+
+    def __call__(self, tokens):
+        return self.attn(self.embed(tokens))
+
+
+class WithHidden(Foreign):
+    """The same with a `hidden` that knows of a first position."""
+
+    def __call__(self, tokens):
+        return self.hidden(tokens)
+
+    def hidden(self, tokens, first=0):
+        return self.attn(self.embed(tokens))
+
+
+class PastHidden(WithHidden):
+    def __call__(self, tokens):
+        return self.attn(self.embed(tokens))
+
+
+FOREIGN = [(kind, Foreign()) for kind in METHODS] + [(kind, PastHidden()) for kind in METHODS]
+FOREIGN += [("prefix", WithHidden()), ("llama-adapter", WithHidden())]
+
+
+@pytest.mark.parametrize(("kind", "module"), FOREIGN)
+def test_a_model_that_makes_none_of_the_calls_is_refused(kind, module):
+    """It would be trained without them, and its gradient be zero."""
+    params, method = module.init(jax.random.key(0), TOKENS)["params"], METHODS[kind](tokens=2)
+    adapted = method.bind(*method.init(jax.random.key(0), params), params)
+    with pytest.raises(ValueError, match=f"method.name: {type(module).__name__} makes no call"):
+        lorax.apply(module, adapted, TOKENS)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_plain_apply_does_not_compute_without_them(kind):
+    with pytest.raises(TypeError, match="lorax.apply"):
+        MODULES["gpt2"].apply({"params": bound("gpt2", METHODS[kind](tokens=2))}, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("prefix", "method.name: virtual tokens go into attention .*there is dense/kernel"),
+        ("llama-adapter", "method.name: virtual tokens go into attention .*there is dense/kernel"),
+        ("prompt", "method.name: a prompt needs one embedding .*there is dense/kernel"),
+    ],
+)
+def test_no_word_is_blamed_that_nobody_gave(kind, message):
+    params = {"dense": {"kernel": jnp.ones((3, 2))}}
+    with pytest.raises(ValueError, match=message):
+        METHODS[kind]().init(jax.random.key(0), params)
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_a_text_has_room_beside_them_and_they_can_not_be_merged(kind):
     nano, method = lorax.load("gpt2-nano"), METHODS[kind](tokens=60)
     state = method.init(jax.random.key(0), nano.params, nano.sites)
     adapted = method.bind(*state, nano.params, sites=nano.sites)
     room = nano.config.n_positions - (0 if kind == "llama-adapter" else 60)
-    with pytest.raises(ValueError, match=f"more than the {room} positions of gpt2-nano"):
+    with pytest.raises(ValueError, match=f"256 positions of gpt2-nano.*; at most {room - 1} have"):
         decode.complete(nano, ["a"], adapted, decode.How(new_tokens=room))
     with pytest.raises(ValueError, match=f"{kind}: is no change of weights"):
         methods.merge(method, state, nano.params)

@@ -189,6 +189,16 @@ def test_what_does_not_fit_the_model_is_one_clear_error(hp, message):
             ask(base.params, base.sites)
 
 
+def test_feedforward_that_nobody_named_counts_for_nothing():
+    base = three_layers()
+    flat = {path: leaf for path, leaf in tree.flatten(base.params).items() if "down" not in path}
+    params = tree.unflatten(flat)
+    sites = {path: site for path, site in base.sites.items() if path in flat}
+    assert ia3(targets=("q",)).count(params, sites) == 3 * 8
+    with pytest.raises(ValueError, match="method.feedforward: 'down' matches nothing"):
+        ia3(targets=("q",), feedforward=("down",)).count(params, sites)
+
+
 def test_an_embedding_has_no_scaled_input():
     leaf = ops.ScaledInput(jnp.ones((5, 2)), jnp.ones(5))
     for ask in (lambda: ops.embed(jnp.arange(2), leaf), lambda: ops.attend(jnp.ones((3, 2)), leaf)):

@@ -64,13 +64,44 @@ def test_resolve(sites, targets, expected):
         (("query",), "'query' matches nothing; there is q, k, v, o, up, down, embed and paths"),
         (("atention",), "'atention' matches nothing.*did you mean 'attention'"),
         (("head",), r"'head' matches nothing \(a tied head is adapted through 'embed'\)"),
-        (("re:h/attn/q",), "'re:h/attn/q' matches nothing"),  # a whole path is matched
+        (
+            ("re:h/attn/q",),
+            r"'re:h/attn/q' matches nothing.*: 're:h/attn/q\.\*' matches h/",
+        ),
+        (("re:attn/q/kernel",), r"whole path: 're:\.\*/attn/q/kernel' matches h/attn/q/kernel"),
+        (("re:q|v",), r"whole path: 're:\.\*\(q\|v\)\.\*' matches h/attn/q/kernel"),
+        (("re:nothing",), "a regex must match a whole path$"),
         (("re:(",), r"'re:\(' is no regex"),
     ],
 )
 def test_a_target_that_matches_nothing_lists_what_there_is(targets, message):
     with pytest.raises(ValueError, match=message):
         methods.resolve(targets, TIED)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_no_error_blames_words_that_nobody_gave(name):
+    params = {"other": {"weight": jnp.ones((3, 4))}}
+    hp = {"dim": 2} if "dim" in methods.hyperparameters(name) else {}
+    try:
+        methods.method(name, **hp).init(jax.random.key(0), params)
+    except ValueError as error:
+        assert "matches nothing" not in str(error) and "re:" not in str(error)
+        assert str(error).startswith(("method.targets: none given", "method.name: ")), error
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_the_tree_around_the_parameters_is_refused(name):
+    params = {"params": gpt2_shapes(True)}
+    hp = {"dim": 2} if "dim" in methods.hyperparameters(name) else {}
+    with pytest.raises(
+        ValueError, match=r'params: \{"params": ...\} given, must be the tree inside'
+    ):
+        methods.method(name, **hp).init(jax.random.key(0), params, TIED)
+    module = gpt2.GPT2(gpt2.Config(20, 4, 8, 3, 2))
+    for ask in (ops.sites, ops.apply):
+        with pytest.raises(ValueError, match="must be the tree inside"):
+            ask(module, params, jnp.zeros((1, 1), jnp.int32))
 
 
 @pytest.mark.parametrize("tied", [True, False])
