@@ -322,7 +322,7 @@ def run(settings, members, workdir: Path) -> int:
     # Imported here: what is above answers at once.
     import jax
 
-    from lorax import report, tensorboard
+    from lorax import tensorboard
     from lorax.analysis import intrinsic
     from lorax.models import kernels
     from lorax.terminal import Screen
@@ -418,7 +418,7 @@ def run(settings, members, workdir: Path) -> int:
         attempt("tables", lambda: _write_tables(workdir))
         if settings.analysis.report:
             screen.say("taking the updates apart and drawing the report")
-            page = attempt("report", lambda: report.write(workdir, kernels(base)))
+            page = attempt("report", lambda: _report(workdir, kernels(base), screen.say))
         attempt("TensorBoard", events.finish)
         if failed:
             status["failed"] = failed
@@ -442,6 +442,16 @@ def run(settings, members, workdir: Path) -> int:
         )
         return 1
     return 0
+
+
+def _report(workdir: Path, kernels, say) -> Path:
+    """The path of the report. A section that fails is a line on the screen and in its place, and
+    does not fail the run."""
+    from lorax import report
+
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say(f"report: {message}")
+        return report.write(workdir, kernels)
 
 
 def _write_tables(workdir: Path) -> None:

@@ -26,7 +26,8 @@ OF_A_RUN = ("members.jsonl", "metrics.jsonl", "status.json")  # any of them: wha
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Exit code 0; 1 for a failure under way; 2 for a mistake in the input."""
+    """The command line. Exit code 0; 1 for a failure under way, of a section too; 2 for a mistake
+    in the input."""
     parser = argparse.ArgumentParser(prog="python -m lorax.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("what", nargs="+", help="run directories, or one adapter or two")
@@ -50,15 +51,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if page.CONSOLE.is_terminal:
         words = f"taking {' and '.join(given.what)} apart"
         page.CONSOLE.print(words)
+    failed = []
+
+    def say(message, category, *_, **__) -> None:
+        print(f"lorax.report: {message}", file=sys.stderr)
+        failed.extend([message] * issubclass(category, page.SectionFailed))
+
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _say
+            warnings.showwarning = say
             print(write(given.what, given.base, given.out, given.alpha, given.layers))
     except (FileNotFoundError, ValueError) as error:
         return _fail(error, 2)
     except (OSError, MemoryError) as error:
         return _fail(error, 1)
-    return 0
+    return 1 if failed else 0
 
 
 def write(
@@ -92,7 +99,7 @@ def write(
         raise ValueError(f"--out: the report of one run goes into it, here {what[0]}")
     config = runs.load(what[0]).config
     kernels = bases.of_config(config) if base is None else (bases.load(base), "")
-    return run.write(what[0], *kernels, layers)
+    return run.write(what[0], *kernels, layers, base)
 
 
 def sort(name: str) -> str:
@@ -117,10 +124,6 @@ def sort(name: str) -> str:
         f"{name}: neither a run directory (with members.jsonl) nor an adapter (with "
         f"adapter_config.json){hint}"
     )
-
-
-def _say(message, *_, **__) -> None:
-    print(f"lorax.report: {message}", file=sys.stderr)
 
 
 def _fail(error: Exception, code: int) -> int:

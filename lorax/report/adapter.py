@@ -2,7 +2,6 @@
 
 import pathlib
 import re
-import shlex
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -83,11 +82,10 @@ def write(
                 _check(one, kernels, base or "its base")
         out = pathlib.Path("runs") / several.default_name("adapter", names) if out is None else out
         directory = pathlib.Path(out)
-        flags = {"base": base, "alpha": alpha, "layers": layers, "out": directory}
-        flags = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-        redraw = shlex.join(["python", "-m", "lorax.report", *map(str, paths), *flags])
-        sections = _sections(given, kernels, why, redraw, layers)
-        return page.save(directory, " and ".join(names), LEAD, sections)
+        options = {"base": base, "alpha": alpha, "layers": layers, "out": directory}
+        command = page.command(paths, **options)
+        sections = _sections(given, kernels, why, command, layers)
+        return page.save(directory, " and ".join(names), LEAD, sections, command)
 
 
 def read(name: str, path: pathlib.Path, sources=None, alpha: float | None = None) -> Given:
@@ -193,24 +191,27 @@ def _sections(
     given: list[Given],
     kernels: Kernels | None,
     why: str,
-    redraw: str,
+    command: str,
     layers: int | None,
 ) -> list[Section]:
     found = {one.name: one.factors for one in given}
     sigmas, ranks = updates.spectra(found)
     sigmas, ranks = sigmas.assign(adapter=sigmas["member"]), ranks.assign(adapter=ranks["member"])
-    sections = [_about(given, ranks, redraw), _layers(ranks)]
-    sections.append(of_updates.spectra(sigmas, "adapter"))
-    sections[-1] = sections[-1]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
+    sections = page.attempt("What it is", _about, given, ranks, command)
+    sections[0] = sections[0]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
+    sections += page.attempt("Layer by layer", _layers, ranks)
+    sections += page.attempt("Spectra of the updates", of_updates.spectra, sigmas, "adapter")
     if len(given) == 2:
-        sections.append(_both(given))
-    sections += [of for one in given if (of := _between_layers(one, len(given) > 1)) is not None]
+        sections += page.attempt("Subspace similarity", _both, given)
+    for one in given:
+        sections += page.attempt("Between layers", _between_layers, one, len(given) > 1)
     shown = pd.DataFrame({"member": list(found), "adapter": list(found)}, index=list(found))
-    sections += against_base.sections(found, {}, kernels, why, shown, "adapter", layers)
+    of = (found, {}, kernels, why, shown, "adapter", layers)
+    sections += page.attempt(against_base.TITLE, against_base.sections, *of)
     return [*sections, notes.section(notes.UPDATES)]
 
 
-def _about(given: list[Given], ranks: pd.DataFrame, redraw: str) -> Section:
+def _about(given: list[Given], ranks: pd.DataFrame, command: str) -> Section:
     """What they are, and every matrix."""
     lines = []
     for one in given:
@@ -233,7 +234,7 @@ def _about(given: list[Given], ranks: pd.DataFrame, redraw: str) -> Section:
     parts = [f'<div class="answer">{"".join(lines)}</div>']
     for one in given:
         parts.append(page.facts(one.facts, code=["Adapter"]))
-    parts.append(page.facts({"Redraw this page": redraw}, ["Redraw this page"]))
+    parts.append(page.facts({"Redraw this page": command}, ["Redraw this page"]))
     return Section("What it is", "".join(parts))
 
 
@@ -276,8 +277,8 @@ def _both(given: list[Given]) -> Section:
     return Section("Subspace similarity", page.paragraph(text))
 
 
-def _between_layers(given: Given, several_given: bool) -> Section | None:
-    """Whether layers are changed in the same directions; None where no target has two alike."""
+def _between_layers(given: Given, several_given: bool) -> list[Section]:
+    """Whether layers are changed in the same directions; none where no target has two alike."""
     maps: dict[tuple[str, str], tuple[list[int], np.ndarray]] = {}
     own, rows = updates.bases(given.factors), []
     targets: dict[str, list[str]] = {}
@@ -300,7 +301,7 @@ def _between_layers(given: Given, several_given: bool) -> Section | None:
                 for i, j in np.ndindex(phi.shape)
             ]
     if not maps:
-        return None
+        return []
     every = list(dict.fromkeys(target for target, _ in maps))
     kept = of_updates.spread(every, MAX_TARGETS)
     numbers = pd.DataFrame(rows)
@@ -323,4 +324,4 @@ def _between_layers(given: Given, several_given: bool) -> Section | None:
     content += page.figure(slug, caption, alt)
     pictures = {slug: Picture(plot_compare.between_layers(drawn), numbers)}
     title = "Between layers" + f" of {given.name}" * several_given
-    return Section(title, content, pictures)
+    return [Section(title, content, pictures)]

@@ -1,7 +1,8 @@
 """One self-contained page of HTML: its tables, figures and sections, and how it is saved.
 
 A report directory holds report.html, figures/NAME.png, NAME.pdf and NAME.csv (the very numbers that
-the figure draws) and analysis/ (all numbers: .csv tables, .npz arrays). The page has its images in
+the figure draws) and analysis/ (all numbers: .csv tables, .npz arrays); .report.json lists what the
+page wrote. The page has its images in
 itself; only the links below a figure lead to the files beside it.
 """
 
@@ -11,9 +12,11 @@ import io
 import json
 import pathlib
 import re
+import shlex
 import string
 import struct
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -26,11 +29,13 @@ from rich.progress import track
 
 from lorax.analysis.runs import is_missing
 from lorax.console import console
-from lorax.files import write_bytes
+from lorax.errors import keep, reason
+from lorax.files import read_json, write_bytes, write_json
 
 TEMPLATE = pathlib.Path(__file__).with_name("page.html.tmpl")
 DPI = 150  # of the images
 CONSOLE = console(stderr=True)  # where a person sees how far the drawing is
+MANIFEST = ".report.json"  # lists what a page wrote
 PER_INCH = 100  # CSS pixels for an inch of a figure: its 9 points read as 12.5 pixels
 
 
@@ -50,6 +55,7 @@ class Section(NamedTuple):
     files: dict[
         str, pd.DataFrame | dict[str, np.ndarray]
     ] = {}  # of analysis/, NAME.csv or NAME.npz
+    error: Exception | None = None  # why it could not be made
 
 
 class Fixed(NamedTuple):
@@ -63,23 +69,78 @@ class Fixed(NamedTuple):
 
 
 def save(
-    directory: pathlib.Path, title: str, lead: str, sections: Sequence[Section]
+    directory: pathlib.Path, title: str, lead: str, sections: Sequence[Section], command: str
 ) -> pathlib.Path:
-    """Draw all figures, then write them, the numbers and the page; the path of report.html. On a
-    terminal a bar has the time left."""
-    pictures = [picture for section in sections for picture in section.pictures.items()]
-    drawn = {}
-    for name, picture in progress(pictures, "drawing", len(pictures)):
-        lay_out(picture.figure)
-        images = {"png": png(picture.figure), "pdf": pdf(picture.figure)}
-        drawn[name] = {**images, "csv": csv(picture.numbers)}
-    page = put_together(title, lead, sections, {name: of["png"] for name, of in drawn.items()})
-    for name, of in drawn.items():
-        for suffix, data in of.items():
-            write_bytes(directory / "figures" / f"{name}.{suffix}", data)
+    """Draw all figures, then write them, the numbers and the page; the path of report.html.
+
+    What an earlier page wrote here and this one does not is removed: no figure of another page lies
+    beside this one. What is not a page's (a run's own files, a person's) stays.
+
+    A section or figure that failed is a line in its place, which says how to draw the page again
+    (`command`), and a warning (`SectionFailed`); errors.txt has where it failed. All else is
+    written.
+    """
+    failed = {section.title: section.error for section in sections if section.error is not None}
+    files: dict[str, bytes] = {}
+    images: dict[str, bytes | Exception] = {}
+    pictures = [(of.title, *picture) for of in sections for picture in of.pictures.items()]
+    for of, name, picture in progress(pictures, "drawing", len(pictures)):
+        files[f"figures/{name}.csv"] = csv(picture.numbers)
+        try:
+            lay_out(picture.figure)
+            images[name] = png(picture.figure)
+            files[f"figures/{name}.pdf"] = pdf(picture.figure)
+            files[f"figures/{name}.png"] = images[name]
+        except Exception as error:  # whatever a figure does not take, the rest stands
+            failed[f"{of}, figure {name}"] = images[name] = error
     for section in sections:
-        save_files(directory, section.files)
-    return write_bytes(directory / "report.html", page.encode())
+        files |= {f"analysis/{name}": _data(value) for name, value in section.files.items()}
+    page = put_together(title, lead, sections, images, command)
+
+    earlier = _written(directory)
+    _write_manifest(directory, earlier | set(files))
+    for name, data in files.items():
+        write_bytes(directory / name, data)
+    written = write_bytes(directory / "report.html", page.encode())
+    for name in earlier - set(files):
+        (directory / name).unlink(missing_ok=True)
+    _write_manifest(directory, set(files))
+    for what, error in failed.items():
+        warnings.warn(f"{what}: {keep(directory, error)}", SectionFailed, stacklevel=2)
+    return written
+
+
+class SectionFailed(UserWarning):
+    """A section or a figure of a page could not be made; the others were."""
+
+
+def attempt(title: str, make: Callable[..., Section | list[Section]], *given) -> list[Section]:
+    """The sections that `make(*given)` makes; where it fails, one of this title with the error."""
+    try:
+        made = make(*given)
+    except Exception as error:  # a page shows what it can
+        return [Section(title, "", error=error)]
+    return [made] if isinstance(made, Section) else made
+
+
+def command(what: Iterable[object], **options: object) -> str:
+    """The command that draws a page again, as a shell takes it; options that are None are left
+    out."""
+    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    names = [f"./{name}" if str(name).startswith("-") else str(name) for name in what]
+    return shlex.join(["python", "-m", "lorax.report", *names, *given])
+
+
+def _written(directory: pathlib.Path) -> set[str]:
+    """The files that an earlier page wrote here."""
+    file = directory / MANIFEST
+    listed = read_json(file).get("files", []) if file.exists() else []
+    # A directory may come from elsewhere: nothing but a page's files can be meant.
+    return {name for name in listed if re.fullmatch(r"(figures|analysis)/[^/\0]+", str(name))}
+
+
+def _write_manifest(directory: pathlib.Path, names: set[str]) -> None:
+    write_json(directory / MANIFEST, {"files": sorted(names)})
 
 
 def progress(steps: Iterable, doing: str, total: int) -> Iterable:
@@ -94,12 +155,16 @@ def save_files(
 ) -> None:
     """Write tables (NAME.csv) and dictionaries of arrays (NAME.npz) into analysis/."""
     for name, value in files.items():
-        buffer = io.BytesIO()
-        if isinstance(value, pd.DataFrame):
-            buffer.write(csv(value))
-        else:
-            np.savez_compressed(buffer, **value)
-        write_bytes(directory / "analysis" / name, buffer.getvalue())
+        write_bytes(directory / "analysis" / name, _data(value))
+
+
+def _data(value: pd.DataFrame | dict[str, np.ndarray]) -> bytes:
+    """A table as CSV, arrays as npz."""
+    if isinstance(value, pd.DataFrame):
+        return csv(value)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **value)
+    return buffer.getvalue()
 
 
 def csv(table: pd.DataFrame) -> bytes:
@@ -130,9 +195,25 @@ def pdf(figure: Figure) -> bytes:
 
 
 def put_together(
-    title: str, lead: str, sections: Sequence[Section], images: dict[str, bytes]
+    title: str,
+    lead: str,
+    sections: Sequence[Section],
+    images: dict[str, bytes | Exception],
+    command: str,
 ) -> str:
-    """The page's HTML. images: PNG by the name that stands in a section's src."""
+    """The page's HTML. images: PNG by the name that stands in a section's src, or why there is
+    none. command: what draws the page again, said where something failed."""
+    lost = lambda what, error: (
+        f'<p class="note">{what} could not be made: {escape(reason(error))}. errors.txt, beside '
+        "this page, has where it failed. To draw the page again: "
+        f"<code>{escape(command)}</code></p>"
+    )
+    sections = [
+        section._replace(content=lost("This section", section.error) + section.content)
+        if section.error is not None
+        else section
+        for section in sections
+    ]
     contents = "".join(
         f'<li><a href="#{slug(section.title)}">{escape(section.title)}</a></li>'
         for section in sections
@@ -143,6 +224,11 @@ def put_together(
         for section in sections
     )
     for name, image in images.items():
+        if isinstance(image, Exception):
+            shown = rf'<figure id="figure-{re.escape(name)}">.*?</figure>'
+            text = lost(f"Figure {escape(name)}", image)
+            body = re.sub(shown, lambda _, text=text: text, body, flags=re.DOTALL)
+            continue
         width, height = (PER_INCH * x // DPI for x in struct.unpack(">II", image[16:24]))
         data = base64.b64encode(image).decode()
         size = f'width="{width}" height="{height}"'

@@ -22,6 +22,7 @@ def write(
     base_kernels: Kernels | None = None,
     no_kernels: str = "the base model's kernels were not given",
     layers: int | None = None,
+    base: str | None = None,
 ) -> pathlib.Path:
     """Analyse a run directory and write its report; the path of report.html.
 
@@ -31,51 +32,65 @@ def write(
       no_kernels: why there are none, said in their place.
       layers: how many of the base's layers the updates are set against, evenly spread; by default
         what the run's config says (analysis.layers), which is all.
+      base: what named the kernels, where it was not the run's config; for the command that draws
+        the page again.
 
-    Raises what `lorax.analysis.runs.load` raises.
+    A section that fails is an error in its place (`lorax.report.page.save`). Raises what
+    `lorax.analysis.runs.load` raises.
     """
     # The matrices are small and many: threads of the linear algebra only wait for each other.
     with threadpool_limits(1, user_api="blas"):
         run = runs.load(run_directory)
         if search.is_search(run):
-            return search.write(run)
+            return search.write(run, base)
+        command = page.command([run.directory], base=base, layers=layers)
         asked = run.config.get("config", {}).get("analysis") or {}
         layers = asked.get("layers") if layers is None else layers
-        sections = of_sweep(sweep.read(run), base_kernels, no_kernels, layers)
-        return page.save(run.directory, run.directory.resolve().name, LEAD, sections)
+        given = (base_kernels, no_kernels, layers, command)
+        sections = page.attempt("Answer", lambda: of_sweep(sweep.read(run), *given))
+        return page.save(run.directory, run.directory.resolve().name, LEAD, sections, command)
 
 
 def of_sweep(
-    of: Sweep, kernels: Kernels | None, no_kernels: str, layers: int | None = None
+    of: Sweep, kernels: Kernels | None, no_kernels: str, layers: int | None, command: str
 ) -> list[Section]:
-    """All sections on a sweep, in their order."""
-    run, table, by = of.run, of.table, of.by
-    usable = table[table["status"] != "diverged"]
-    found, missing = updates.adapters(run, usable.index)
-    dense = updates.deltas(run, missing)
-    missing = {member: why for member, why in missing.items() if member not in dense}
-    missing |= {m: "no update: ΔW = 0 in all matrices" for m, own in dense.items() if not own}
-    dense = {member: own for member, own in dense.items() if own}
-    sigmas, ranks = updates.spectra(found, dense)
+    """All sections on a sweep, in their order. command: what draws the page again."""
+    run, table, by, attempt = of.run, of.table, of.by, page.attempt
+    found, dense, missing, failed = {}, {}, {}, []
+    sigmas, ranks = pd.DataFrame(), pd.DataFrame()
+    try:
+        usable = table[table["status"] != "diverged"]
+        found, missing = updates.adapters(run, usable.index)
+        dense = updates.deltas(run, missing)
+        missing = {member: why for member, why in missing.items() if member not in dense}
+        missing |= {m: "no update: ΔW = 0 in all matrices" for m, own in dense.items() if not own}
+        dense = {member: own for member, own in dense.items() if own}
+        sigmas, ranks = updates.spectra(found, dense)
+    except Exception as error:
+        found, dense, failed = {}, {}, [Section("Updates", "", error=error)]
 
-    planted = sweep.planted(run, table, sigmas, ranks)
-    facts = sweep.facts(run, table, by)
-    listed = [sweep.members(table, of.scores), sweep.learning(run, table, by)]
+    planted = attempt("Calibration", sweep.planted, run, table, sigmas, ranks)
+    facts = attempt("What was run", sweep.facts, run, table, by, command)
     settings = {"settings.csv": of.settings.drop(columns="line")}
+    facts[0] = facts[0]._replace(files=settings)
+    listed = attempt("Members", sweep.members, table, of.scores)
+    listed += attempt("Learning curves", sweep.learning, run, table, by)
     # Of several planted tasks no loss says anything of another.
     if planted and len(calibration.tasks(table)) > 1:
-        return [*planted, facts._replace(files=settings), *listed]
+        return [*planted, *facts, *listed]
     sections = [
-        sweep.answer(of)._replace(files=settings),
-        facts,
-        sweep.curve(of),
-        *sweep.methods(of, ranks),
-        *sweep.evidence(run, table),
+        *attempt("Answer", sweep.answer, of),
+        *facts,
+        *attempt("Loss", sweep.curve, of),
+        *attempt("Methods", sweep.methods, of, ranks),
+        *attempt("Which matrices matter", sweep.evidence, run, table),
         *planted,
         *listed,
+        *failed,
     ]
     if found or dense:
-        sections += _of_updates(of, found, dense, sigmas, ranks, kernels, no_kernels, layers)
+        given = (of, found, dense, sigmas, ranks, kernels, no_kernels, layers)
+        sections += attempt("Updates", _of_updates, *given)
     if missing:
         items = [f"{table['name'][member]}: {why}" for member, why in missing.items()]
         lead = "<p>Members without an update that could be taken apart:</p>"
@@ -100,17 +115,25 @@ def _of_updates(
         where = "" if answer is None or main == "method" else answer.best["line"]
         where = "each method's best setting" if main == "method" else where
         labelled = [of_updates.label(rows, shown, main) for rows in (sigmas, ranks)]
-        sections.append(of_updates.spectra(labelled[0], main, where))
+        title = "Spectra of the updates"
+        sections += page.attempt(title, of_updates.spectra, labelled[0], main, where)
         sections[0] = sections[0]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
-        sections.append(of_updates.ranks(labelled[1], main))
-    apart = [name for name in (of.by.main, *of.by.others) if name]
-    comparisons = [] if main == "method" else similarity.of_sweep(shown, {**found, **dense}, apart)
-    absent = similarity.absent_of_sweep(comparisons, main, of.table, shown)
-    sections.append(similarity.section(comparisons, absent))
+        sections += page.attempt("Effective rank", of_updates.ranks, labelled[1], main)
+    sections += page.attempt("Subspace similarity", _similarity, of, {**found, **dense}, shown)
     if kernels is not None and (of.run.config.get("config", {}).get("sweep") or {}).get("base"):
         kernels, why = None, "the members of this sweep do not share a base model"
-    sections += against_base.sections(found, dense, kernels, why, shown, main, layers)
-    return sections + training.sections(of.run, shown, main)
+    given = (found, dense, kernels, why, shown, main, layers)
+    sections += page.attempt(against_base.TITLE, against_base.sections, *given)
+    title = "While it was trained"
+    return sections + page.attempt(title, training.sections, of.run, shown, main)
+
+
+def _similarity(of: Sweep, members: dict, shown: pd.DataFrame) -> Section:
+    """What updates of several members have in common."""
+    main, apart = of.main, [name for name in (of.by.main, *of.by.others) if name]
+    comparisons = [] if main == "method" else similarity.of_sweep(shown, members, apart)
+    absent = similarity.absent_of_sweep(comparisons, main, of.table, shown)
+    return similarity.section(comparisons, absent)
 
 
 def _shown(of: Sweep, members: Iterable[int]) -> list[int]:

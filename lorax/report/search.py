@@ -17,8 +17,16 @@ def is_search(run: runs.Run) -> bool:
     return bool((run.config.get("config", {}).get("search") or {}).get("threshold"))
 
 
-def write(run: runs.Run) -> pathlib.Path:
-    """report.html of a search in its run directory, with its tables and figures; where it is."""
+def write(run: runs.Run, base: str | None = None) -> pathlib.Path:
+    """report.html of a search in its run directory, with its tables and figures; where it is. base:
+    what --base named."""
+    command = page.command([run.directory], base=base)
+    sections = page.attempt("Intrinsic dimension", _sections, run, command)
+    return page.save(run.directory, run.directory.resolve().name, LEAD, sections, command)
+
+
+def _sections(run: runs.Run, command: str) -> list[Section]:
+    attempt = page.attempt
     table = runs.summary(run)
     by = runs.Axes("method", tuple(intrinsic.conditions(run, table)))
     points, found = read(run)
@@ -26,14 +34,15 @@ def write(run: runs.Run) -> pathlib.Path:
     page.save_files(run.directory, files)  # what calibration reads
     empty = pd.DataFrame()
     sections = [
-        dimension(run, points, found),
-        *sweep.planted(run, table, empty, empty),
-        sweep.facts(run, table, by),
-        sweep.members(table, runs.scores(run)),
-        *_learning(run, table, points, by),
+        *attempt("Intrinsic dimension", dimension, run, points, found),
+        *attempt("Calibration", sweep.planted, run, table, empty, empty),
+        *attempt("What was run", sweep.facts, run, table, by, command),
+        *attempt("Members", sweep.members, table, runs.scores(run)),
+        *attempt("Learning curves", _learning, run, table, points, by),
         notes.section(notes.SEARCHES),
     ]
-    return page.save(run.directory, run.directory.resolve().name, LEAD, sections)
+    sections[0] = sections[0]._replace(files=files)
+    return sections
 
 
 def _learning(

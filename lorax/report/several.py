@@ -40,16 +40,17 @@ def write(
         sweeps = {name: sweep.read(run) for name, run in named.items()}
         searches = {name: run for name, run in named.items() if search.is_search(run)}
         trained = {name: of for name, of in sweeps.items() if name not in searches}
+        command = page.command(directories, out=directory)
         sections = [
-            _overview(sweeps, searches, directory),
-            *_curves(trained),
-            *_methods(trained),
-            *_dimensions(searches),
-            _members(sweeps),
-            *_similarity(trained),
+            *page.attempt("Runs", _overview, sweeps, searches, directory, command),
+            *page.attempt("Curves", _curves, trained),
+            *page.attempt("Methods", _methods, trained),
+            *page.attempt("Intrinsic dimension", _dimensions, searches),
+            *page.attempt("Members", _members, sweeps),
+            *page.attempt("Subspace similarity", _similarity, trained),
             notes.section(notes.LOSSES, notes.UPDATES, *[notes.SEARCHES] * bool(searches)),
         ]
-        return page.save(directory, ", ".join(named), LEAD, sections)
+        return page.save(directory, ", ".join(named), LEAD, sections, command)
 
 
 def names(directories: Sequence[str | os.PathLike]) -> list[str]:
@@ -80,9 +81,12 @@ def default_name(sort: str, of: Sequence[str]) -> str:
 
 
 def _overview(
-    sweeps: dict[str, Sweep], searches: dict[str, runs.Run], directory: pathlib.Path
+    sweeps: dict[str, Sweep],
+    searches: dict[str, runs.Run],
+    directory: pathlib.Path,
+    command: str,
 ) -> Section:
-    """The runs, and what their configs differ in."""
+    """The runs, and what their configs differ in. command: what draws the page again."""
     rows, configs, own = [], {}, []
     for name, of in sweeps.items():
         config = of.run.config.get("config", {})
@@ -135,10 +139,7 @@ def _overview(
         parts.append(page.paragraph("Nothing: their configs are the same."))
     if own:
         parts.append(f"<p>Their own reports:</p><ul>{''.join(own)}</ul>")
-    redraw = "python -m lorax.report " + " ".join(str(of.run.directory) for of in sweeps.values())
-    parts.append(
-        page.facts({"Redraw this page": f"{redraw} --out={directory}"}, ["Redraw this page"])
-    )
+    parts.append(page.facts({"Redraw this page": command}, ["Redraw this page"]))
     values = [
         {name: x.value if isinstance(x, page.Fixed) else x for name, x in row.items()}
         for row in rows

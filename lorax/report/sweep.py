@@ -147,8 +147,9 @@ def _scale_note(by: runs.Axes, settings: pd.DataFrame) -> str:
 # ------------------------------------------------------------------------------------- what was run
 
 
-def facts(run: runs.Run, table: pd.DataFrame, by: runs.Axes) -> Section:
-    """What was run: base, task, axes, device, versions, and the command that repeats it."""
+def facts(run: runs.Run, table: pd.DataFrame, by: runs.Axes, redraw: str) -> Section:
+    """What was run: base, task, axes, device, versions, and the command that repeats it. redraw:
+    the one that draws the page again."""
     config = run.config.get("config", {})
     task = config.get("task", "")
     task = task.get("name", "") if isinstance(task, dict) else task
@@ -181,7 +182,7 @@ def facts(run: runs.Run, table: pd.DataFrame, by: runs.Axes) -> Section:
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "Git revision": run.config.get("git"),
         "Command": command,
-        "Redraw this page": f"python -m lorax.report {run.directory}",
+        "Redraw this page": redraw,
         "Resolved config": "config.json, beside this page",
     }
     code = ("Command", "Redraw this page", "Git revision", "Base weights (sha256)")
