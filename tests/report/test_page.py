@@ -1,8 +1,8 @@
 """A page of parts: what fails is said in its place, what is redrawn leaves nothing behind."""
 
 import json
+import pathlib
 import shlex
-import shutil
 
 import numpy as np
 import pytest
@@ -164,12 +164,12 @@ def test_the_command_that_redraws_a_page_draws_the_same(tmp_path, undrawn, monke
         ["a run", "./-run", "--out=of two"],
     ):
         assert main(arguments) == 0
-        written = capsys.readouterr().out.strip()
-        text = open(written).read()
+        written = pathlib.Path(capsys.readouterr().out.strip())
+        text = written.read_text()
         said = text.split("<dt>Redraw this page</dt><dd><code>")[1].split("</code>")[0]
         command = shlex.split(page.html.unescape(said))
         assert command[:3] == ["python", "-m", "lorax.report"]
         assert sorted(command[3:]) == sorted(arguments)
-        shutil.move(written, "before")
-        assert main(command[3:]) == 0 and capsys.readouterr().out.strip() == written
-        assert open(written).read() == open("before").read()
+        written.unlink()
+        assert main(command[3:]) == 0 and capsys.readouterr().out.strip() == str(written)
+        assert written.read_text() == text
