@@ -217,7 +217,7 @@ def learning_curves(
     of_axis = points[by.main] if by.main else [None] * len(points)
     values = _ordered(of_axis)
     which = np.array([values.index(None if runs.is_missing(v) else v) for v in of_axis])
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     with matplotlib.rc_context(STYLE):
         size = (6.4, 3.8) if len(panels) == 1 else (1.9 + 2.3 * columns, 0.8 + 2.1 * rows)

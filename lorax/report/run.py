@@ -112,7 +112,8 @@ def _of_updates(
     main, answer, sections = of.main, of.answer, []
     shown = of.table.loc[_shown(of, [*found, *dense])]
     if len(shown):
-        where = "" if answer is None or main == "method" else answer.best["line"]
+        first = runs.fields(shown.iloc[0], of.by.others)
+        where = first if answer is None else answer.best["line"]
         where = "each method's best setting" if main == "method" else where
         labelled = [of_updates.label(rows, shown, main) for rows in (sigmas, ranks)]
         title = "Spectra of the updates"
@@ -144,13 +145,13 @@ def _shown(of: Sweep, members: Iterable[int]) -> list[int]:
         best = reached.loc[reached.groupby("method")["mean"].idxmin()]
         kept = [compare.of_setting(of.table, setting, of.by) for _, setting in best.iterrows()]
         return [member for member in members if any(same[member] for same in kept)]
-    return [member for member in members if _on_line(of.table.loc[member], of.answer, of.by)]
+    # Where nothing has been evaluated, no setting is the best: the first stands for all.
+    best = of.table.loc[min(members)] if of.answer is None else of.answer.best
+    return [member for member in members if _on_line(of.table.loc[member], best, of.by)]
 
 
-def _on_line(member: pd.Series, answer: runs.Answer | None, by: runs.Axes) -> bool:
-    if answer is None:
-        return True
-    return all(_same(member[name], answer.best[name]) for name in by.others)
+def _on_line(member: pd.Series, best: pd.Series, by: runs.Axes) -> bool:
+    return all(_same(member[name], best[name]) for name in by.others)
 
 
 def _same(x, y) -> bool:

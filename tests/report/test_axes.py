@@ -5,10 +5,10 @@ import json
 import pandas as pd
 import pytest
 from reading import Page
-from synthetic import kernels, make_run
+from synthetic import kernels, make_run, make_search
 
 from lorax import report
-from lorax.analysis import runs
+from lorax.analysis import plots, runs
 from lorax.config import OPTIONAL
 from lorax.report import several
 
@@ -83,6 +83,55 @@ def test_none_beside_other_axes(axis, tmp_path, undrawn):
     last = points[(points["shows"] == "mean") & (points["step"] == points["step"].max())]
     said = {"quant": "nf4", "n_train": "64.0"}[axis]
     assert len(last) == 4 and set(last[axis].astype(str)) == {"", said}
+
+
+def test_a_mean_is_over_seeds_alone(tmp_path, undrawn):
+    """Learning curves of a sweep over ranks, rates and alphas: a thick line a setting."""
+    directory = make_run(
+        tmp_path, ranks=(2, 4), lrs=(1e-3, 2e-3), alphas=(8.0, 16.0), adapters=False
+    )
+    text = report.write(directory).read_text()
+    assert "Thick: means over seeds; thin: members. A panel each: " in text
+    points = pd.read_csv(directory / "figures" / "learning_curves.csv")
+    means = points[points["shows"] == "mean"].set_index(["rank", "alpha", "lr", "step"])["loss"]
+    members = points[points["shows"] == "member"]
+    assert len(means) == 8 * 3 and len(members) == 16 * 3
+    each = members.groupby(["rank", "alpha", "lr", "step"])["loss"]
+    assert (each.size() == 2).all()
+    pd.testing.assert_series_equal(means.sort_index(), each.mean().sort_index(), atol=1e-12)
+    run = runs.load(directory)
+    table = runs.summary(run)
+    figure = plots.learning_curves(run.metrics, table, runs.axes(run, table))
+    titles = {axes.get_title() for axes in figure.axes}
+    assert titles == {f"alpha={a}\nlr={lr}" for a in (8, 16) for lr in (0.001, 0.002)}
+    assert all(len(axes.lines) == 2 * (2 + 1) for axes in figure.axes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["rank 2", "rank 4"]
+
+
+def test_learning_curves_of_a_search_keep_sizes_and_rates_apart(tmp_path, undrawn):
+    """At the best rate of each size: what learns at no other rate is in no mean."""
+    directory = make_search(tmp_path, lora_ranks=(1, 10))
+    report.write(directory)
+    points = pd.read_csv(directory / "figures" / "learning_curves.csv")
+    members = points[points["shows"] == "member"]
+    means = points[points["shows"] == "mean"]
+    sizes = members.groupby(["method", "trainable_params"])["member"].nunique()
+    assert sizes.to_dict() == {
+        ("full", 1000): 3, ("lora", 20): 3, ("lora", 200): 3,
+        ("subspace", 10): 3, ("subspace", 100): 3, ("subspace", 1000): 3,
+    }  # fmt: skip
+    names = members["member_name"]
+    assert names.str.contains("lr=0.1,").sum() + names.str.contains("lr=0.01,").sum() == len(names)
+    assert len(means) == 6 * 3
+
+
+def test_panels_that_are_left_out_are_counted(tmp_path, undrawn):
+    lrs = tuple(n * 1e-3 for n in range(1, 15))
+    directory = make_run(tmp_path, ranks=(2, 4), seeds=(0,), lrs=lrs, adapters=False)
+    text = report.write(directory).read_text()
+    assert "Of 14 settings of learning rate the 12 that reach the lowest loss" in text
+    points = pd.read_csv(directory / "figures" / "learning_curves.csv")
+    assert points["lr"].nunique() == 12 and 14e-3 not in set(points["lr"].round(6))
 
 
 def test_what_a_missing_value_means():
