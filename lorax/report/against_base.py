@@ -296,10 +296,12 @@ def _amplification(
         content += page.figure("amplification", caption, alt)
         pictures["amplification"] = Picture(plot_updates.table7(here, main), here)
     content += whole + page.fold("By layer", single)
-    best = by_layer.groupby(["layer", "target"])["factor"].mean().reset_index(name="value")
+    last = by_layer[main].iloc[-1]  # of ranks the largest: a mean over ranks would be of none
+    best = by_layer.loc[by_layer[main] == last, ["layer", "target", "factor"]]
+    best = best.rename(columns={"factor": "value"})
     if best["value"].notna().any() and best["layer"].nunique() > 1:
         top = best.loc[best["value"].idxmax()]
-        caption = "Amplification of every matrix, mean over what is in the table above."
+        caption = f"Amplification of every matrix at {_title(main, last)}, mean over seeds."
         alt = (
             f"Grid of amplification by target and layer: highest, {top['value']:.3g}, for "
             f"{top['target']} in layer {top['layer']}."

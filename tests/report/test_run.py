@@ -94,6 +94,12 @@ def test_amplification_table(written):
     rows = of_q(Page(text).table("amplification", "target", "layer", "rank"))
     shown = {int(row["layer"]): float(row["amplification"]) for row in rows}
     assert shown == pytest.approx(expected, abs=5e-4)
+    drawn = pd.read_csv(directory / "figures" / "amplification_layers.csv")
+    largest = stored[stored["member"].isin([8, 9])].groupby(["target", "layer"])["factor"].mean()
+    pd.testing.assert_series_equal(
+        drawn.set_index(["target", "layer"])["value"].sort_index(), largest, check_names=False
+    )
+    assert "Amplification of every matrix at r = 16, mean over seeds." in text
     (mean,) = of_q(Page(text).table("amplification", "target", "rank", "W's own"))
     assert float(mean["amplification"]) == pytest.approx(np.mean([*expected.values()]), abs=1e-3)
 
