@@ -73,6 +73,18 @@ def test_a_report_that_fails_fails_no_run(go, tmp_path):
     assert (workdir / "report.html").exists() and (workdir / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_section_that_fails_fails_no_run(go, tmp_path):
+    """The page has the error in its place, the screen a line; the run is done."""
+    boom = "def boom(*_): raise KeyError('x')\nfrom lorax.report import sweep\n"
+    done = go(boom + "sweep.members = boom")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "report: Members: failed (KeyError: 'x'" in done.stdout
+    assert status(tmp_path / "run")["state"] == "finished"
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert text.count("could not be made: KeyError: &#x27;x&#x27;") == 1
+    assert "Learning curves" in text and "in boom" in (tmp_path / "run/errors.txt").read_text()
+
+
 def test_a_full_disk_stops_a_run_in_one_line_and_the_same_command_goes_on(go, tmp_path):
     full = """
 from lorax.train import checkpoint
