@@ -576,7 +576,7 @@ def memory_of(name: str) -> float:
     import jax
 
     default = config.default().train
-    return sweep.memory_limit(default, jax.local_devices(backend="cpu")[:1])
+    return sweep.memory_limit(default, jax.local_devices(backend="cpu")[:1]).bytes
 
 
 def _range(values, show) -> str:

@@ -213,7 +213,7 @@ def check_same_config(workdir: Path, settings) -> list[str]:
         raise ValueError(f"workdir: {file} is damaged; delete {workdir} to start anew") from None
     different = _differences(stored, json.loads(settings.to_json()))
     others = [key for key in different if key not in config.REVISABLE]
-    if others:
+    if others and has_begun(workdir):
         raise ValueError(
             f"workdir: {workdir} holds a run of another config (it differs in "
             f"{', '.join(others)}); name another --workdir or delete it"
@@ -224,6 +224,12 @@ def check_same_config(workdir: Path, settings) -> list[str]:
             f"checkpoints are gone; name another --workdir"
         )
     return different
+
+
+def has_begun(workdir: Path) -> bool:
+    """Whether anything was trained or measured there; else it is as good as empty."""
+    metrics, known = workdir / "metrics.jsonl", (workdir / "config.json").exists()
+    return known and metrics.exists() and metrics.stat().st_size > 0
 
 
 def check_disk(workdir: Path, groups) -> None:
@@ -351,7 +357,7 @@ def run(settings, members, workdir: Path) -> int:
             "command": "python -m lorax.run " + shlex.join(sys.argv[1:]),
         }
         check_disk(workdir, groups)
-        begun = read_json(workdir / "config.json") if (workdir / "config.json").exists() else head
+        begun = read_json(workdir / "config.json") if has_begun(workdir) else head
         if begun["base_sha256"] != head["base_sha256"]:
             raise ValueError(
                 f"base: the weights of {base.name} are others than {workdir} began with; "

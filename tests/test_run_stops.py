@@ -172,10 +172,11 @@ def test_a_disk_without_room_is_refused_before_training(tmp_path, monkeypatch):
     run.check_disk(tmp_path, groups)
 
 
-def revised(tmp_path, state="finished", **changes):
+def revised(tmp_path, state="finished", begun=True, **changes):
     """What `check_same_config` says of a run that began with the default config."""
     write_json(tmp_path / "config.json", {"config": json.loads(config.default().to_json())})
     write_json(tmp_path / "status.json", {"state": state})
+    (tmp_path / "metrics.jsonl").write_text("{}\n" * begun)
     c = config.default()
     for key, value in changes.items():
         section, _, name = key.partition("__")
@@ -199,3 +200,8 @@ def test_other_keys_may_not_and_nothing_is_trained_anew(tmp_path):
     with pytest.raises(ValueError, match="finished run with other eval.beams, and its checkpoints"):
         revised(tmp_path, eval__beams=2)
     assert revised(tmp_path, "running", eval__beams=2) == ["eval.beams"]
+
+
+def test_a_run_that_trained_nothing_yet_may_get_any_config(tmp_path):
+    """Such as what would fit, where memory was short."""
+    assert revised(tmp_path, "stopped", False, train__accumulate=4) == ["train.accumulate"]

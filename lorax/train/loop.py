@@ -14,14 +14,14 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from lorax import adapters, decode, methods, peft_methods, quant, tasks, tree
+from lorax import adapters, decode, memory, methods, peft_methods, quant, tasks, tree
 from lorax.config import AXES, Member, group_key
 from lorax.errors import keep, nearest, reason
 from lorax.files import atomically, write_bytes, write_json
 from lorax.interop import peft
 from lorax.methods import prefix
 from lorax.models import Base, load, sources
-from lorax.models.load import layer_names, positions
+from lorax.models.load import layer_names, positions, skeleton
 from lorax.tasks import metrics
 from lorax.train import activations, checkpoint, evidence, sweep, trajectory
 
@@ -80,6 +80,7 @@ def prepare(
             run["remat"] = c.train.remat
         key = json.dumps([c.base, run, c.quant, c.double_quant])
         if key not in bases:
+            check_weights(c.base, run)
             base = load(c.base, **run)
             if c.quant:
                 params = quant.quantize(base.params, c.quant, c.double_quant, sites=base.sites)
@@ -143,6 +144,18 @@ def prepare(
     for line in idle(groups):
         say(line)
     return groups
+
+
+def check_weights(name: str, run: dict) -> None:
+    """Raises MemoryError where a base's weights have no room; nothing is allocated."""
+    needs, there = tree.nbytes(skeleton(name, **run).params), memory.free()
+    if needs > there.bytes:
+        raise MemoryError(
+            f"base: {name} has {needs / 1e9:.2f} GB of weights in {run['param_dtype']} and "
+            f"{there.bytes / 1e9:.2f} GB {there.limit}; take a smaller base"
+            + ", or param_dtype=bfloat16"
+            * (run["param_dtype"] == "float32")
+        )
 
 
 def virtual_tokens(group: Group) -> int:
@@ -304,16 +317,17 @@ def train(
     """
     total = before + member_steps([m for g in groups for m in g.stack.members]) + after
     done, rows, key, programs = before, {}, None, None
+    # What has no room is found before anything is trained.
+    first = max(groups, key=_largest)
+    fitted = {_program_key(first): _fit(first)}
     for group in groups:
         c = group.stack.members[0].config
         k = sweep.steps_per_call(c.eval.every, c.train.offload)
         eval_batches = sweep.eval_batches(group.task, c.eval.batch_size)
-        batches = sweep.batch_shapes(c.train, group.task, k)
         began = time.monotonic()
-        shapes = tree.shapes(eval_batches)
-        last, key = key, _program_key(group, batches, shapes)
+        last, key = key, _program_key(group)
         if key != last:  # groups that differ in their data alone run in turn, and share one
-            programs = sweep.fit(group.stack, group.base, c.train, batches, shapes)
+            programs = fitted.pop(key, None) or _fit(group)
         for width in tasks.widths(group.task):
             programs.narrow(width)
         chunks = sweep.chunks(group.stack, programs.layout.size)
@@ -572,12 +586,34 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else repr(error)
 
 
-def _program_key(group: Group, batches, eval_batches) -> str:
+def _shapes(group: Group):
+    """Shapes of the batches of one call to train, and of the evaluation's."""
+    c = group.stack.members[0].config
+    k = sweep.steps_per_call(c.eval.every, c.train.offload)
+    batches = sweep.batch_shapes(c.train, group.task, k)
+    return batches, tree.shapes(sweep.eval_batches(group.task, c.eval.batch_size))
+
+
+def _fit(group: Group) -> sweep.Programs:
+    train = group.stack.members[0].config.train
+    return sweep.fit(group.stack, group.base, train, *_shapes(group))
+
+
+def _largest(group: Group) -> float:
+    """About how many bytes one member needs: what is there, and what its layers put out."""
+    c, params = group.stack.members[0].config, jax.tree.leaves(group.base.params)
+    put_out = sum(x.size / x.shape[-2] for x in params if x.ndim > 1)
+    rows = c.train.batch_size // c.train.accumulate * sweep.row_tokens(c.train, group.base)
+    state = tree.nbytes(group.stack.state) / len(group.stack.members)
+    return tree.nbytes(group.base.params) + state + 4 * rows * put_out
+
+
+def _program_key(group: Group) -> str:
     """All that `sweep.fit` compiles for; what the task's rows hold is no part of it."""
     settings = json.loads(group_key(group.stack.members[0]))
     del settings["task"]
     dropout = any(member.config.method.dropout > 0 for member in group.stack.members)
-    shapes = tree.shapes(group.stack[2:]), batches, eval_batches
+    shapes = tree.shapes(group.stack[2:]), *_shapes(group)
     return json.dumps([settings, dropout, str(shapes)], sort_keys=True)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorax import methods, tasks, tree
+from lorax import memory, methods, tasks, tree
 from lorax.config import Member
 from lorax.methods import Method, starts
 from lorax.models import Base
@@ -373,31 +373,34 @@ def program_bytes(compiled) -> int:
     )
 
 
-def memory_limit(train, devices) -> int:
-    """Bytes that one program may take on each of its devices: `train.memory_gb`, or most of what
-    is free; a CPU's devices share its memory."""
-    if train.memory_gb:
-        return int(train.memory_gb * 1e9)
+def memory_limit(train, devices) -> memory.Free:
+    """Bytes that one program may take on each of its devices, and whose limit that is: at most
+    `train.memory_gb`, or else most of what is free. A CPU's devices share its memory."""
     stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
     if stats:
-        return int(0.9 * stats["bytes_limit"])
-    with open("/proc/meminfo") as file:
-        free = next(line for line in file if line.startswith("MemAvailable"))
-    return int(0.8 * 1024 * int(free.split()[1]) / len(devices))
+        there, most = memory.Free(stats["bytes_limit"], "has the device"), 0.9
+    else:
+        there, most = memory.free(), 0.8
+        there = there._replace(bytes=there.bytes // len(devices))
+    own = memory.Free(int(train.memory_gb * 1e9), "are given by train.memory_gb")
+    if own.bytes:
+        return min(own, there)
+    return there._replace(bytes=int(most * there.bytes))
 
 
 def fit(stacked: Stack, base: Base, train, batches, eval_batches, devices=None) -> Programs:
     """`compile_programs` for as many members at once as memory holds, found by asking the compiler.
 
     First the members side by side are halved, then the members in one program; the caller runs the
-    rest in further calls of the same program. Raises MemoryError where not even one fits.
+    rest in further calls of the same program. Raises MemoryError where not even one fits, and says
+    what would.
     """
     n = len(stacked.members)
     while True:
         chosen = layout(n, train, base, devices)
         programs = compile_programs(stacked, base, chosen, batches, eval_batches)
         limit = memory_limit(train, chosen.devices)
-        if programs.bytes <= limit:
+        if programs.bytes <= limit.bytes:
             return programs
         if chosen.width > 1:
             train = train.copy_and_resolve_references()
@@ -405,11 +408,42 @@ def fit(stacked: Stack, base: Base, train, batches, eval_batches, devices=None) 
         elif n > 1:
             n = math.ceil(n / 2)
         else:
+            ask = functools.partial(compile_programs, stacked, base, chosen)
+            needs = lambda batches, ask=ask: ask(batches, eval_batches).bytes
             raise MemoryError(
-                f"one member needs {programs.bytes / 1e9:.2f} GB and {limit / 1e9:.2f} GB are "
-                "free: set train.remat to full, a larger train.accumulate or a smaller "
-                "train.batch_size"
+                f"one member needs {programs.bytes / 1e9:.2f} GB and {limit.bytes / 1e9:.2f} GB "
+                f"{limit.limit}: {would_fit(train, batches, needs, limit.bytes)}"
+                + (", or set train.remat to full" if train.remat == "none" else "")
             )
+
+
+def would_fit(train, batches, needs: Callable[[dict], int], limit: int) -> str:
+    """What of a batch would fit, by asking the compiler: needs(shapes of batches) -> bytes.
+
+    First the batch is worked off in more parts, up to a row at a time; then its rows are halved.
+    """
+    size = train.batch_size
+    parts = [a for a in range(train.accumulate + 1, size + 1) if size % a == 0]
+
+    def divided(a, width=None):
+        def shape(x):
+            columns = (width,) if width and x.ndim > 3 else x.shape[3:]
+            return jax.ShapeDtypeStruct((x.shape[0], a, size // a, *columns), x.dtype)
+
+        return jax.tree.map(shape, batches)
+
+    least = parts[-1] if parts else train.accumulate
+    if parts and needs(divided(least)) <= limit:
+        # The need falls as the parts get more.
+        a = next(a for a in parts if a == least or needs(divided(a)) <= limit)
+        return f"train.accumulate={a} would fit"
+    ahead = int("mask" in batches)  # a language model does not read the last column
+    length = (tasks.columns(batches) or 0) - ahead
+    while length >= 16:
+        length //= 2
+        if needs(divided(least, length + ahead)) <= limit:
+            return f"train.seq_len={length} with train.accumulate={least} would fit"
+    return "nor would a smaller batch fit; take a smaller base, or param_dtype=bfloat16"
 
 
 def chunks(stacked: Stack, size: int) -> list[Stack]:

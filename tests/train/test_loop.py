@@ -345,3 +345,36 @@ def test_a_member_that_can_change_nothing_is_said_to(members, axes, line):
     found = [text for text in said if text.startswith(("train.", "method."))]
     assert len(found) == (line is not None)
     assert line is None or re.fullmatch(line, found[0])
+
+
+# --------------------------------------------------------------------------------------- memory
+
+
+def test_the_largest_group_is_fitted_before_anything_is_trained(tmp_path, monkeypatch):
+    """And compiled once: what has no room would else show after the others are trained."""
+    c = images("random:mlp-64-10", batch_size=(8, 64, 16))
+    fit, sizes = loop.sweep.fit, []
+
+    def short(stacked, base, train, *shapes):
+        sizes.append(train.batch_size)
+        if train.batch_size == 64 and limit:
+            raise MemoryError("one member needs")
+        return fit(stacked, base, train, *shapes)
+
+    monkeypatch.setattr(loop.sweep, "fit", short)
+    limit = True
+    with pytest.raises(MemoryError):
+        train(tmp_path, c)
+    assert sizes == [64] and not (tmp_path / "metrics.jsonl").exists()
+    limit = False
+    train(tmp_path, c)
+    assert sizes == [64, 64, 8, 16]
+
+
+def test_a_base_without_room_is_refused_before_it_is_read(monkeypatch):
+    free = loop.memory.Free(1000, "are left by ulimit -v")
+    monkeypatch.setattr(loop.memory, "free", lambda: free)
+    with pytest.raises(
+        MemoryError, match="base: random:mlp-64-10 has 0.00 GB .* by ulimit -v; tak"
+    ):
+        loop.prepare(config.members(images()), lambda line: None)

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import numpy as np
@@ -225,8 +226,44 @@ def test_too_little_memory_means_parts_and_the_same_numbers(base, task, referenc
 def test_memory_for_not_even_one_is_an_error_before_any_allocation(base, task):
     c = settings(rank=(1, 2))
     c.train.memory_gb = 1e-6
-    with pytest.raises(MemoryError, match="one member needs .* set train.remat to full"):
+    with pytest.raises(MemoryError, match="one member needs .* nor would a smaller batch fit"):
         run(c, base, task)
+
+
+def fitted(base, task, accumulate=1, seq_len=12, memory_gb=0.0):
+    """Programs of one member."""
+    c = settings(rank=(2,))
+    c.train.update(accumulate=accumulate, memory_gb=memory_gb)
+    cut = tasks.Task("cut", {k: x[:, : seq_len + 1] for k, x in task.train.items()}, task.eval, "")
+    batches = tree.shapes(sweep.batch_shapes(c.train, cut, 4))
+    evals = tree.shapes(sweep.eval_batches(task, 4))
+    return sweep.fit(stack_of(c, base), base, c.train, batches, evals, jax.devices()[:1])
+
+
+def test_what_would_fit_is_said_and_fits(base, task):
+    """First in more parts; then in shorter rows; and where nothing of a batch helps, that."""
+    whole, least = fitted(base, task).bytes, fitted(base, task, 8).bytes
+    assert least < whole
+    with pytest.raises(MemoryError, match="given by train.memory_gb: .*accumulate=. would") as one:
+        fitted(base, task, memory_gb=(whole - 1) / 1e9)
+    a = int(re.search(r"train.accumulate=(\d)", str(one.value))[1])
+    assert fitted(base, task, a, memory_gb=(whole - 1) / 1e9).bytes < whole
+    wide = task._replace(train={k: np.tile(x, (1, 2))[:, :17] for k, x in task.train.items()})
+    short = fitted(base, wide, 8, 8).bytes
+    with pytest.raises(MemoryError, match="train.seq_len=8 with train.accumulate=8 would fit"):
+        fitted(base, wide, 1, 16, memory_gb=(short + 1) / 1e9)
+
+
+def test_a_limit_by_the_user_is_no_more_than_there_is(monkeypatch):
+    one = jax.devices()[:1]
+    monkeypatch.setattr(sweep.memory, "free", lambda: sweep.memory.Free(10**9, "are free"))
+    train = settings().train
+    assert sweep.memory_limit(train, one) == (800_000_000, "are free")
+    train.memory_gb = 0.5
+    assert sweep.memory_limit(train, one) == (500_000_000, "are given by train.memory_gb")
+    train.memory_gb = 2.0
+    assert sweep.memory_limit(train, one) == (1_000_000_000, "are free")
+    assert sweep.memory_limit(train, jax.devices()[:2]) == (500_000_000, "are free")
 
 
 def test_a_diverging_member_stops_and_leaves_the_others_alone(base, task):
