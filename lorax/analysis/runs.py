@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file
 
 from lorax.interop import peft
 from lorax.interop.peft import Factors
+from lorax.interop.tensors import read_arrays
 
 UNFINISHED = ("running", "stopped", "failed")  # states in which not all has been trained
 
@@ -52,8 +52,9 @@ class Run:
 
     def delta(self, member: int) -> dict[str, np.ndarray]:
         """{path: dW (in, out)} of a member whose update is not of low rank. FileNotFoundError where
-        it left none: prefixes and bottlenecks are no change of weights."""
-        return load_file(self.directory / "adapters" / str(member) / "delta.safetensors")
+        it left none: prefixes and bottlenecks are no change of weights. ValueError that names a
+        damaged file."""
+        return read_arrays(self.directory / "adapters" / str(member) / "delta.safetensors")
 
 
 def load(directory: str | os.PathLike) -> Run:

@@ -6,9 +6,9 @@ for it: the singular values and the leading input directions of every update at 
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file
 
 from lorax.analysis import runs, spectrum, subspace, updates
+from lorax.interop.tensors import read_arrays
 
 COLUMNS = ("member", "step", "path", "layer", "target", "norm", "effective", "stable", "energy90")
 COLUMNS += ("overlap_final",)
@@ -25,7 +25,7 @@ def table(run: runs.Run) -> pd.DataFrame | None:
     kept: dict[tuple[int, str], dict[int, tuple[np.ndarray, np.ndarray]]] = {}
     adapted = set()
     for file in sorted((run.directory / "trajectory").glob("*/*.safetensors")):
-        arrays = load_file(file)
+        arrays = read_arrays(file)
         members = arrays.pop("members").tolist()
         for path in [key.removesuffix("/used") for key in arrays if key.endswith("/used")]:
             sigma, directions, used = (

@@ -38,8 +38,28 @@ def weight(stored, key: str, file: str | os.PathLike):
     """
     piece = stored.get_slice(key)
     if piece.get_dtype() not in FLOATS:
-        raise _no_floats(file, key, piece.get_dtype())
+        raise _no_weight(file, key, piece.get_dtype())
     return piece
+
+
+def floats(stored, key: str, file: str | os.PathLike) -> np.ndarray:
+    """A tensor of finite floats in an open file, as float32. Raises as `weight`."""
+    weight(stored, key, file)
+    return _finite(stored.get_tensor(key), key, file)
+
+
+def array(stored, key: str, file: str | os.PathLike) -> np.ndarray:
+    """A tensor in an open file as it is stored. Raises ValueError for types that numpy lacks."""
+    try:
+        return stored.get_tensor(key)
+    except (SafetensorError, AttributeError, TypeError):
+        raise _no_weight(file, key, stored.get_slice(key).get_dtype()) from None
+
+
+def read_arrays(file: str | os.PathLike) -> dict[str, np.ndarray]:
+    """{name: array as it is stored} of a safetensors file. Raises as `opened` and `array`."""
+    with opened(file) as stored:
+        return {key: array(stored, key, file) for key in stored.keys()}
 
 
 def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -48,11 +68,7 @@ def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
     Raises FileNotFoundError; ValueError that names the file, and the tensor that is no weight.
     """
     with opened(file) as stored:
-        found = {}
-        for key in stored.keys():
-            weight(stored, key, file)
-            found[key] = _finite(stored.get_tensor(key), key, file)
-        return found, stored.metadata() or {}
+        return {key: floats(stored, key, file) for key in stored.keys()}, stored.metadata() or {}
 
 
 def read_npz(file: str | os.PathLike, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
@@ -82,7 +98,7 @@ def read_npz_weights(file: str | os.PathLike) -> dict[str, np.ndarray]:
     found = {}
     for key, value in read_npz(file).items():
         if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-            raise _no_floats(file, key, getattr(value, "dtype", "no array"))
+            raise _no_weight(file, key, getattr(value, "dtype", "no array"))
         found[key] = _finite(value, key, file)
     return found
 
@@ -104,7 +120,7 @@ def _finite(value: np.ndarray, key: str, file: str | os.PathLike) -> np.ndarray:
     return found
 
 
-def _no_floats(file, key, given) -> ValueError:
+def _no_weight(file, key, given) -> ValueError:
     return ValueError(
         f"{file}: {key}: {given} given where weights belong; expected float32, float16 or bfloat16"
     )

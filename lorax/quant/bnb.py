@@ -11,7 +11,6 @@ Codes and scales are taken as they are: nothing is decoded, and what they stand 
 for bit.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax.files import parse_json
 from lorax.interop import hf
+from lorax.interop.tensors import array, floats
 from lorax.quant import nf4
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -65,32 +66,53 @@ def _stored(name: str, where) -> str | None:
 def _leaf(name: str, where, source: hf.Source, shape: tuple) -> nf4.Quantised:
     """One layer's kernel (in, out), or its part of a fused one."""
     kind = next(kind for kind in ("nf4", "fp4") if f"{name}{_STATE}{kind}" in where)
-    get = lambda suffix: where[name + suffix][0].get_tensor(name + suffix)
     file = where[name][1]
+
+    def get(suffix: str, read=array) -> np.ndarray:
+        if name + suffix not in where:
+            raise ValueError(f"{file}: no tensor {name}{suffix} beside its codes")
+        handle, shard = where[name + suffix]
+        return read(handle, name + suffix, shard)
+
+    packed = get(f"{_STATE}{kind}").tobytes()
     try:
-        state = json.loads(get(f"{_STATE}{kind}").tobytes())
+        state = parse_json(packed.decode(), "JSON")
         block, dtype, given = state["blocksize"], jnp.dtype(state["dtype"]), tuple(state["shape"])
-        codes, absmax, table = get("").view(np.uint8).reshape(-1), get(".absmax"), get(".quant_map")
         nested = "nested_offset" in state
         if nested:
-            outer, map_ = get(".nested_absmax"), get(".nested_quant_map")
             offset, outer_block = np.float32(state["nested_offset"]), state["nested_blocksize"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: {name}: no state of bitsandbytes ({error!r})") from None
+    codes, table = get("").view(np.uint8).reshape(-1), get(".quant_map")
+    absmax = get(".absmax", array if nested else floats).reshape(-1)
     n_in, n_out = shape
-    width = given[0] if source.part is not None else n_out
-    if given != (width, n_in) or codes.size != -(-width * n_in // 2):
+    whole = len(given) == 2 and all(type(n) is int for n in given)
+    width = given[0] if whole and source.part is not None else n_out
+    if not whole or given != (width, n_in) or codes.size != -(-width * n_in // 2):
         raise ValueError(f"{file}: {name}: (out, in) = {given}, config.json says {(n_out, n_in)}")
     if not np.array_equal(table, nf4.CODES[kind].values):
         raise ValueError(f"{file}: {name}: its {kind} values are not the ones that are known")
-    if block not in nf4.BLOCKS:
+    if type(block) is not int or block not in nf4.BLOCKS:
         raise ValueError(f"{file}: {name}: blocks of {block}; there are {nf4.BLOCKS}")
+    if dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
+        raise ValueError(f"{file}: {name}: decoded to {dtype}; expected float32, float16, bfloat16")
+    blocks = -(-width * n_in // block)
+    if absmax.size != blocks:
+        raise ValueError(f"{file}: {name}.absmax: {absmax.size} scales; expected {blocks}")
     if nested:
+        outer, map_ = get(".nested_absmax", floats).reshape(-1), get(".nested_quant_map")
         if outer_block != nf4.NESTED_BLOCK or not np.array_equal(map_, nf4.DYNAMIC.values):
             raise ValueError(f"{file}: {name}: scales nested in another way than is known")
+        if absmax.dtype != np.uint8 or outer.size != -(-blocks // outer_block):
+            given = f"{absmax.dtype} with {outer.size} scales of their own"
+            raise ValueError(
+                f"{file}: {name}.absmax: {given}; expected uint8 with one for each 256"
+            )
+        if not np.isfinite(offset):
+            raise ValueError(f"{file}: {name}: nested_offset {offset}; it must be finite")
         scales = nf4.Nested(*map(jnp.asarray, (absmax, outer, offset)))
     else:
-        scales = jnp.asarray(absmax, jnp.float32)
+        scales = jnp.asarray(absmax)
     if source.part is not None:
         first, last = _rows(source.part, f"{file}: {name}")
         if first * n_in % block or (last * n_in % block and last != width):

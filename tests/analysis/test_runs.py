@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from synthetic import BASE_LOSS, make_run, planted_factors
 
-from lorax.analysis import runs, updates
+from lorax.analysis import runs, trajectory, updates
 from lorax.report import words
 
 
@@ -73,6 +73,19 @@ def test_missing_adapter_is_named(tmp_path):
         run.adapter(0)
     found, missing = updates.adapters(run, [0, 1])
     assert not found and set(missing) == {0, 1}
+
+
+def test_a_damaged_update_is_named(tmp_path):
+    run = runs.load(make_run(tmp_path / "run", ranks=(1,), adapters=False))
+    assert updates.deltas(run, [0]) == {}
+    for name in ("adapters/0/delta.safetensors", "trajectory/0-1/5.safetensors"):
+        file = run.directory / name
+        file.parent.mkdir(parents=True)
+        file.write_bytes(bytes(20))
+    with pytest.raises(ValueError, match="delta.safetensors: not a readable safetensors file"):
+        run.delta(0)
+    with pytest.raises(ValueError, match="5.safetensors: not a readable safetensors file"):
+        trajectory.table(run)
 
 
 # ----------------------------------------------------------------------------------------- losses

@@ -77,7 +77,7 @@ def test_logits_are_those_of_the_quantised_model(saved, family, kind, double):
 def damaged(directory, tmp_path, change):
     shutil.copytree(directory, tmp_path / "copy")
     file = tmp_path / "copy/model.safetensors"
-    tensors = load_file(file)
+    tensors = {name: tensor.copy() for name, tensor in load_file(file).items()}
     change(tensors)
     save_file(tensors, file)
     return tmp_path / "copy"
@@ -102,11 +102,43 @@ def test_damaged_states_are_refused(saved, tmp_path):
         r"\(out, in\) = \(64, 32\)": rewrite(shape=[64, 32]),
         "blocks of 48": rewrite(blocksize=48),
         "nested in another way": rewrite(nested_blocksize=128),
+        "JSON nested too deep": lambda t: t.update(
+            {state: np.frombuffer(b"[" * 200_000, np.uint8)}
+        ),
+        r"\(out, in\) = \(64.0, 64\)": rewrite(shape=[64.0, 64]),
+        "blocks of 64.0": rewrite(blocksize=64.0),
+        "decoded to int32": rewrite(dtype="int32"),
+        "nested_offset nan; it must be finite": rewrite(nested_offset=float("nan")),
+        "no tensor .*absmax beside its codes": lambda t: t.pop(f"{name}.absmax"),
+        "absmax: 3 scales; expected 64": lambda t: t.update(
+            {f"{name}.absmax": t[f"{name}.absmax"][:3]}
+        ),
+        "absmax: int8 with 1 scales of their own; expected uint8": lambda t: t.update(
+            {f"{name}.absmax": t[f"{name}.absmax"].view(np.int8)}
+        ),
+        "nested_absmax: NaN or infinity in it": lambda t: t[f"{name}.nested_absmax"].fill(np.nan),
+        "nested_absmax: I32 given where weights belong": lambda t: t.update(
+            {f"{name}.nested_absmax": np.ones(1, np.int32)}
+        ),
+        "norm.weight: NaN or infinity in it": lambda t: t["model.norm.weight"].fill(np.inf),
     }
     for i, (message, change) in enumerate(cases.items()):
         copy = damaged(directory, tmp_path / str(i), change)
         with pytest.raises(ValueError, match=message):
             lorax.load(str(copy))
+
+
+def test_scales_that_are_none_are_refused(saved, tmp_path):
+    """Without nested scales `absmax` itself holds floats."""
+    directory, _ = saved("llama", "fp4", False)
+    key = "model.layers.0.mlp.up_proj.weight.absmax"
+    changes = {
+        "NaN or infinity in it": lambda t: t[key].fill(np.inf),
+        "U8 given where weights belong": lambda t: t.update({key: t[key].astype(np.uint8)}),
+    }
+    for i, (message, change) in enumerate(changes.items()):
+        with pytest.raises(ValueError, match=f"model.safetensors: {key}: {message}"):
+            lorax.load(str(damaged(directory, tmp_path / str(i), change)))
 
 
 def test_other_quantisers_are_refused(saved, tmp_path):
