@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -636,3 +637,28 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(
     assert text.err.startswith("lorax: ") and text.err.count("\n") == 1 and not text.out
     assert re.search(words, text.err), text.err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [("show", "adapter"), ("peft", "adapter"), ("merge", "adapter"), ("merge", "base")],
+)
+def test_numbers_that_are_none_are_refused_before_anything_is_written(
+    command, where, base, adapter, tmp_path, capsys
+):
+    """A NaN in an adapter, an infinity in the base: no spectrum, no model, one line."""
+    own = shutil.copytree(base[0], tmp_path / "base")
+    file = adapter / peft.WEIGHTS if where == "adapter" else own / "model.safetensors"
+    tensors = {name: x.copy() for name, x in safetensors.numpy.load_file(file).items()}
+    name = next(name for name in tensors if name.endswith(("lora_B.weight", "c_fc.weight")))
+    tensors[name][0, 0] = np.nan if where == "adapter" else np.inf
+    safetensors.numpy.save_file(tensors, file)
+    given = {
+        "show": ("show", adapter),
+        "peft": ("peft", adapter, tmp_path / "out", "--base", own),
+        "merge": ("merge", own, adapter, tmp_path / "out"),
+    }[command]
+    assert run(*given) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{file}: {name}: NaN or infinity in it" in error
+    assert not (tmp_path / "out").exists()

@@ -83,7 +83,11 @@ def read_npz(file: str | os.PathLike, names: Iterable[str] | None = None) -> dic
             if isinstance(found, np.ndarray):
                 raise ValueError("a single array")
             with found:
-                return {key: found[key] for key in (found.files if names is None else names)}
+                arrays = {key: found[key] for key in (found.files if names is None else names)}
+            for key, value in arrays.items():
+                if not isinstance(value, np.ndarray):
+                    raise ValueError(f"{key} is no array")
+            return arrays
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file") from None
     except (
@@ -97,8 +101,8 @@ def read_npz_weights(file: str | os.PathLike) -> dict[str, np.ndarray]:
     """{name: float32 array} of an .npz file. Raises as `read_npz`, and for what is no weight."""
     found = {}
     for key, value in read_npz(file).items():
-        if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-            raise _no_weight(file, key, getattr(value, "dtype", "no array"))
+        if value.dtype.kind != "f":
+            raise _no_weight(file, key, value.dtype)
         found[key] = _finite(value, key, file)
     return found
 

@@ -1,6 +1,7 @@
 """Images as tasks: the rows, the split, the order of the pixels, and what does not fit."""
 
 import math
+import zipfile
 
 import numpy as np
 import pytest
@@ -187,6 +188,22 @@ FILES = {
     "other names": (lambda path: small(path, y_test=None), ValueError, "y_test"),
     "truncated": (lambda path: truncate(path), ValueError, "not a readable .npz file"),
     "damaged": (lambda path: damage(path), ValueError, "not a readable .npz file"),
+    "cut header": (
+        lambda path: member(path, b"\x93NUMPY\x01\x00\x0a\x00{'descr': "),
+        ValueError,
+        "not a readable .npz file .*; expected MNIST",
+    ),
+    "larger than memory": (
+        lambda path: member(path, huge()),
+        ValueError,
+        "not a readable .npz file .*; expected MNIST",
+    ),
+    "no array": (lambda path: member(path, b"text"), ValueError, "x_train is no array"),
+    "pointer": (
+        lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+        ValueError,
+        "a pointer of Git LFS",
+    ),
     "size": (
         lambda path: small(path, x_train=np.zeros((12, 32, 32), np.uint8)),
         ValueError,
@@ -218,6 +235,19 @@ FILES = {
 def one_array(path):
     with open(path, "wb") as file:
         np.save(file, np.zeros(3))
+
+
+def member(path, content):
+    """An archive with something else under the name of an array."""
+    small(path, x_train=None)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("x_train.npy", content)
+
+
+def huge():
+    """The beginning of an array of 10^15 bytes."""
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000000,)}\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
 
 
 def truncate(path):
