@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lorax.files import atomically, read_json, write_json
-from lorax.interop.tensors import not_finite, opened, weight
+from lorax.interop.tensors import check_finite, opened, weight
 
 BLOCK = 1 << 24  # bytes that are read at a time
 SINGLE = "model.safetensors"
@@ -181,9 +181,8 @@ def read(
                 at = (start, *(0,) * (len(own) - 1))
                 if stacked:
                     value, at = value[None], (layer, *at)
-                leaf, finite = _put(leaf, _narrow(value), at)
-                if not finite:  # this waits; otherwise blocks in flight would pile up
-                    raise not_finite(value, key, file, dtype)
+                check_finite(value, key, file, dtype)
+                leaf = _put(leaf, value, at).block_until_ready()  # or blocks in flight pile up
         params[path] = leaf
     return params
 
@@ -205,15 +204,8 @@ def _blocks(piece, source: Source, shape):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(leaf, value, at):
-    """(the leaf with a block filled in, in the leaf's own memory; whether all of it is finite)."""
-    value = value.astype(leaf.dtype)
-    return jax.lax.dynamic_update_slice(leaf, value, at), jnp.isfinite(value).all()
-
-
-def _narrow(value: np.ndarray) -> np.ndarray:
-    """float64 as float32, infinite where it is too large for it; JAX would warn of that."""
-    with np.errstate(over="ignore"):
-        return value.astype(np.float32) if value.dtype == np.float64 else value
+    """The leaf with a block filled in, in the leaf's own memory."""
+    return jax.lax.dynamic_update_slice(leaf, value.astype(leaf.dtype), at)
 
 
 def _check_equal(piece, key: str, other: str, handle, file: Path) -> None:
