@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lorax.files import atomically, read_json, write_json
-from lorax.interop.tensors import check_finite, opened, weight
+from lorax.interop.tensors import check_weight, opened, weight
 
 BLOCK = 1 << 24  # bytes that are read at a time
 SINGLE = "model.safetensors"
@@ -181,7 +181,7 @@ def read(
                 at = (start, *(0,) * (len(own) - 1))
                 if stacked:
                     value, at = value[None], (layer, *at)
-                check_finite(value, key, file, dtype)
+                check_weight(value, key, file, dtype)
                 leaf = _put(leaf, value, at).block_until_ready()  # or blocks in flight pile up
         params[path] = leaf
     return params

@@ -105,7 +105,7 @@ def read_npz_weights(file: str | os.PathLike) -> dict[str, np.ndarray]:
     return found
 
 
-def check_finite(value: np.ndarray, key: str, file: str | os.PathLike, dtype=np.float32) -> None:
+def check_weight(value: np.ndarray, key: str, file: str | os.PathLike, dtype=np.float32) -> None:
     """Raises ValueError where a number of a tensor is NaN, infinite, or too large for `dtype`."""
     with np.errstate(over="ignore"):
         narrow = ml_dtypes.finfo(value.dtype).maxexp > ml_dtypes.finfo(np.dtype(dtype)).maxexp
@@ -126,7 +126,7 @@ def _finite(value: np.ndarray) -> bool:
 
 
 def _float32(value: np.ndarray, key: str, file: str | os.PathLike) -> np.ndarray:
-    check_finite(value, key, file)
+    check_weight(value, key, file)
     return np.asarray(value, np.float32)
 
 
