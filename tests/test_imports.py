@@ -1,9 +1,12 @@
 """Imports point one way, and what answers first does not wait for JAX."""
 
 import ast
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 
@@ -100,3 +103,28 @@ def test_every_name_of_the_python_face_is_there():
     assert lorax.runs.__name__ == "lorax.analysis.runs"
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
         _ = lorax.laod
+
+
+def test_beside_a_clone_that_is_called_lorax_the_package_is_found(tmp_path):
+    """Installed with pip install -e; the clone's own folder is none, though Python might say so."""
+    backend = pytest.importorskip("setuptools.build_meta")
+    clone, site = tmp_path / "lorax", tmp_path / "site"
+    shutil.copytree(ROOT, clone / "lorax", ignore=shutil.ignore_patterns("*.safetensors"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT.parent / name, clone)
+    code = f"from {backend.__name__} import build_editable as build; print(build({str(site)!r}))"
+    built = subprocess.run(
+        [sys.executable, "-c", code], cwd=clone, capture_output=True, text=True, check=True
+    )
+    with zipfile.ZipFile(site / built.stdout.split()[-1]) as wheel:
+        wheel.extractall(site)
+    code = f"import importlib.util, site; site.addsitedir({str(site)!r}); "
+    code += "print(importlib.util.find_spec('lorax').origin)"
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", code],  # without what else is installed
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.strip() == str(clone / "lorax/__init__.py"), found.stderr
