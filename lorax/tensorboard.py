@@ -15,9 +15,7 @@ import types
 from pathlib import Path
 
 import numpy as np
-from matplotlib import image
 from safetensors.numpy import load_file
-from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
@@ -78,12 +76,9 @@ class Events:
             step = int(row["final_step"])
             self._append(member, [(step, _summary(final))] if final else [])
             self._append(member, [(0, summary) for summary in hparams(hyper, final)])
-        figures = sorted((self.directory / "figures").glob("*.png"))
         shutil.rmtree(self.target / "figures", ignore_errors=True)
-        with SummaryWriter(str(self.target / "figures")) as writer:
-            for file in figures:
-                pixels = image.imread(file)[..., :3]
-                writer.add_image(file.stem, pixels, dataformats="HWC")
+        figures = sorted((self.directory / "figures").glob("*.png"))
+        self._write("figures", [(0, _image(file)) for file in figures])
         return self.target
 
     def _scalars(self, point: dict) -> dict[str, float]:
@@ -108,7 +103,12 @@ class Events:
         return self.members[member]
 
     def _append(self, member: int, events: list[tuple[int, Summary]]) -> None:
-        file = self.target / self._member(member)["name"] / self.file
+        self._write(self._member(member)["name"], events)
+
+    def _write(self, folder: str, events: list[tuple[int, Summary]]) -> None:
+        # Not tensorboardX's SummaryWriter: a disk that is full ends its thread, and it then waits
+        # for that for ever.
+        file = self.target / folder / self.file
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "ab") as out:
             if not out.tell():
@@ -136,6 +136,14 @@ def _factors(schedule: str, warmup: int, steps: int) -> np.ndarray:
 
 def _summary(values: dict[str, float]) -> Summary:
     return Summary(value=[Summary.Value(tag=tag, simple_value=x) for tag, x in values.items()])
+
+
+def _image(file: Path) -> Summary:
+    """A PNG file as it is."""
+    data = file.read_bytes()
+    width, height = struct.unpack(">II", data[16:24])
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+    return Summary(value=[Summary.Value(tag=file.stem, image=image)])
 
 
 def _record(event: Event) -> bytes:

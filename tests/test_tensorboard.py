@@ -1,11 +1,13 @@
 """What TensorBoard reads, read back: every point once, hyperparameters beside it."""
 
 import json
+import resource
 import struct
 
 import numpy as np
 import pytest
 import synthetic
+from matplotlib import image
 from safetensors.numpy import save_file
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
@@ -134,3 +136,28 @@ def test_effective_ranks_of_a_trajectory_are_among_the_points(run):
     points = [p for p in scalars(first) if p[0].startswith("effective_rank")]
     assert points == [("effective_rank/h/0/attn/q", 50, pytest.approx(2, rel=1e-5))]
     assert not [p for p in scalars(second) if p[0].startswith("effective_rank")]
+
+
+def test_figures_are_there_as_they_are(run):
+    (run / "figures").mkdir()
+    pixels = np.random.default_rng(0).random((5, 7, 3))
+    image.imsave(run / "figures/curve.png", pixels)
+    tensorboard.Events(run).finish()
+    tensorboard.Events(run).finish()
+    _, event = events(run / "tb/figures")
+    (value,) = event.summary.value
+    assert (value.tag, value.image.height, value.image.width) == ("curve", 5, 7)
+    assert value.image.encoded_image_string == (run / "figures/curve.png").read_bytes()
+
+
+def test_a_full_disk_is_an_error_and_no_hang(run):
+    """A thread of tensorboardX's died of it, and the run waited for it for ever."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (run / "figures").mkdir()
+    image.imsave(run / "figures/curve.png", np.random.default_rng(0).random((50, 70, 3)))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(OSError):
+            tensorboard.Events(run).finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
