@@ -30,6 +30,18 @@ def free(root: str = "/") -> Free:
     return min(found)
 
 
+def check() -> None:
+    """Raises MemoryError where there is no room for JAX itself, which would end the process without
+    a word that says so. Measured on two cores: more cores have more threads."""
+    there = free()
+    needs = 2.2e9 if "ulimit" in there.limit else 0.6e9  # of addresses, or of memory
+    if there.bytes < needs:
+        raise MemoryError(
+            f"JAX and its kin need at least {needs / 1e9:.1f} GB and {there.bytes / 1e9:.1f} GB "
+            f"{there.limit}"
+        )
+
+
 def _groups(root: Path) -> list[tuple[Path, str, str, str]]:
     """(folder, names of its limit and use, and in memory.stat of its cache) of the process' own
     group and those around it, of cgroups of version 1 and 2."""

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from lorax import __version__, config, run
+from lorax import __version__, config, memory, run
 from lorax.errors import fail, nearest
 
 FLAGS = flags.FLAGS
@@ -105,6 +105,7 @@ def main(argv: list[str]) -> int:
                     f"--device: {name!r} is not one of {', '.join(DEVICES)}{nearest(name, DEVICES)}"
                 )
         print(f"lorax {__version__}: {run.plan(settings, members)}", flush=True)
+        memory.check()
         for index, group in enumerate(grouped(members)):
             _show(describe(index, plan(group, devices), devices), FLAGS.markdown)
     except Exception as error:  # a config script may raise anything: one line to its author

@@ -34,7 +34,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from lorax import __version__, config
+from lorax import __version__, config, memory
 from lorax.errors import fail, keep, of_machine, reason
 from lorax.files import read_json, read_text, write_bytes, write_json
 
@@ -324,6 +324,7 @@ def formats(folder: Path) -> str:
 def run(settings, members, workdir: Path) -> int:
     """Train, export, analyse, report; a search trains round after round."""
     began = time.monotonic()
+    memory.check()
 
     # Imported here: what is above answers at once.
     import jax

@@ -136,6 +136,15 @@ def test_an_error_before_there_is_a_run_leaves_no_status(tmp_path):
 # --------------------------------------------------------------------------------- before training
 
 
+def test_a_short_ulimit_is_one_line_and_no_crash_of_a_library(go, tmp_path):
+    """XLA's threads would end the process with a stack of C++."""
+    done = go("import resource\nresource.setrlimit(resource.RLIMIT_AS, (1_500_000_000,) * 2)")
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("lorax: stopped: JAX and its kin need at least 2.2 GB and 1.")
+    assert "GB are left by ulimit -v" in line and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "folder"),
     [
