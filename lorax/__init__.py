@@ -2,7 +2,7 @@
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # The Python face, imported on first use: the command line must be able to answer before JAX loads.
 _FACE = {
