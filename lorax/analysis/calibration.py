@@ -199,7 +199,7 @@ def _search(run: runs.Run, table: pd.DataFrame, task: list[str]) -> list[dict]:
         for part in filter(None, str(of["condition"]).split(", ")):
             axis, _, value = part.partition("=")
             if axis in table:
-                same &= [runs.in_words(x, axis) == value for x in table[axis]]
+                same &= np.array([runs.in_words(x, axis) == value for x in table[axis]])
         size = pd.to_numeric(of["d"], errors="coerce")
         if not same.any():
             continue
