@@ -12,7 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg  # noqa: F401  JAX calls its LAPACK, whose threads are limited below
 from safetensors.numpy import save_file
+from threadpoolctl import threadpool_limits
 
 from lorax.files import atomically
 from lorax.models import Base
@@ -54,7 +56,8 @@ def of_members(one: Callable, params, constants, trainable, n: int) -> dict[str,
     Members are taken apart one after the other, each on the device where it is, and not in one
     program over all devices. A CPU's devices share a pool of as many threads as there are cores;
     batched LAPACK calls wait there for parts of theirs, and where every thread waits, none is left
-    to do the parts.
+    to do the parts. Each call has one BLAS thread: more wait for each other on a busy machine, and
+    matrices of 128 x 128 then take fifty times as long.
     """
     found = []
     shards = [x for x in jax.tree.leaves(trainable)[0].addressable_shards if x.replica_id == 0]
@@ -63,8 +66,9 @@ def of_members(one: Callable, params, constants, trainable, n: int) -> dict[str,
             y.data for y in x.addressable_shards if y.device == on
         )
         stacked = jax.tree.map(here, (params, constants, trainable))
-        for i in range(min(len(shard.data), n - len(found))):
-            found.append(jax.device_get(one(*stacked, i)))
+        with threadpool_limits(1, user_api="blas"):
+            for i in range(min(len(shard.data), n - len(found))):
+                found.append(jax.device_get(one(*stacked, i)))
     return jax.tree.map(lambda *leaves: np.stack(leaves), *found)
 
 

@@ -188,6 +188,7 @@ def test_registry_is_complete():
     with_tasks = {f"lorax.tasks.{name}" for name in tasks.TASKS}
     with_tasks |= {load.__module__ for load in tasks.ARRAYS.values()}
     helpers = {f"lorax.tasks.{name}" for name in ("metrics", "records", "rows")}
+    helpers |= {f"lorax.tasks.{name}" for name in ("rendering", "templates")}
     assert {x.__name__ for x in modules} == with_tasks | helpers
     assert not {*tasks.TASKS} & {*tasks.ARRAYS}
 
