@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
+from lorax import catalogue
 from lorax.errors import nearest
 
 
@@ -49,45 +50,10 @@ def default() -> ConfigDict:
     c.task.examples = 4096  # planted: for training
 
     c.method = ConfigDict()
-    c.method.name = "lora"  # see lorax.methods.METHODS; a key that it does not have is left alone
-    c.method.rank = config_dict.FieldReference(8, field_type=object)  # "auto": by evidence
-    c.method.alpha = 16.0
-    c.method.scaling = "lora"  # s = alpha / r; "rslora": alpha / sqrt(r); "fixed": alpha
-    c.method.init = (
-        "kaiming"  # of a; "gaussian", or a start that reads the base: pissa, pissa-fast,
-    )
-    # olora; or the first batches of training: eva, corda, corda-kpm, lora-ga, lora-ga-paper
-    # q k v o up gate down embed head, attention mlp all-linear, re:REGEX; None: the method's own;
-    # auto:N, of the matrices that the other words mean the N that the first batches speak for
-    c.method.targets = config_dict.placeholder(tuple)
-    c.method.budget = config_dict.placeholder(int)  # trainable parameters, for auto
-    c.method.layers = config_dict.placeholder(tuple)  # indices; None: all
-    c.method.dropout = 0.0  # on the adapter's input
-    c.method.full = ()  # trained as they are: classifier biases norms, targets' words, re:REGEX
-    c.method.dtype = "float32"  # of what is trained
-    # None: the method's own default.
-    c.method.parameters = config_dict.placeholder(tuple)  # full: which are trained
-    c.method.feedforward = config_dict.placeholder(tuple)  # ia3: targets that scale their input
-    c.method.ratio = config_dict.placeholder(float)  # lora+: learning rate of b over that of a
-    c.method.target_rank = config_dict.placeholder(int)  # adalora: mean rank in the end
-    c.method.tinit = config_dict.placeholder(int)  # adalora: steps before the budget shrinks
-    c.method.tfinal = config_dict.placeholder(int)  # adalora: steps after it has shrunk
-    c.method.every = config_dict.placeholder(int)  # adalora: steps between two prunings
-    c.method.beta1 = config_dict.placeholder(float)  # adalora: of the mean sensitivity
-    c.method.beta2 = config_dict.placeholder(float)  # adalora: of its deviation
-    c.method.orthogonal = config_dict.placeholder(float)  # adalora: weight of the penalty
-    c.method.factor = config_dict.placeholder(int)  # lokr: size of the first factor
-    c.method.decompose_both = config_dict.placeholder(bool)  # lokr: the first factor as well
-    c.method.d_initial = config_dict.placeholder(float)  # vera: start of the scale of a's columns
-    c.method.projection_seed = config_dict.placeholder(int)  # vera: of its shared matrices
-    c.method.std = config_dict.placeholder(float)  # prefix, prompt: of the start
-    c.method.tokens = config_dict.placeholder(int)  # prefix, prompt, llama-adapter: virtual tokens
-    c.method.dim = config_dict.placeholder(int)  # subspace and its kin: the dimension d
-    c.method.projection = config_dict.placeholder(str)  # subspace: fastfood | sparse | dense
-    c.method.granularity = config_dict.placeholder(str)  # subspace: one P, global | tensor
-    c.method.scales = config_dict.placeholder(str)  # said: a trained scale a layer | tensor
-    c.method.activation = config_dict.placeholder(str)  # houlsby, pfeiffer
-    c.method.batches = config_dict.placeholder(int)  # training batches that a start reads; None: 8
+    c.method.name = "lora"  # see lorax.catalogue, also for what follows; a key that it does not
+    # have is left alone, and None is the method's own default
+    for name, key in catalogue.keys().items():
+        c.method[name] = _field(key)
 
     c.train = ConfigDict()
     c.train.steps = 200
@@ -144,29 +110,27 @@ def default() -> ConfigDict:
     c.search.lora_ranks = ()  # LoRA to compare with, at every learning rate of the sweep
 
     c.sweep = ConfigDict()
-    for axis in AXES:
+    for axis in axes():
         c.sweep[axis] = ()
     c.sweep.zip = ()  # (("rank", "targets"),) moves along both at once
     return c.lock()
 
 
-#: sweep axis -> the key that it sets
-AXES = {
-    "method": "method.name",
-    "base": "base",
-    "quant": "quant",
-    "targets": "method.targets",
-    "layers": "method.layers",
-    "init": "method.init",
-    "scaling": "method.scaling",
-    "alpha": "method.alpha",
-    "rank": "method.rank",
-    "target_rank": "method.target_rank",
-    "tokens": "method.tokens",
-    "dim": "method.dim",
-    "projection": "method.projection",
-    "granularity": "method.granularity",
-    "dropout": "method.dropout",
+def _field(key: catalogue.Key):
+    """What a key of a method holds in a ConfigDict, which then takes values of its type alone."""
+    if key.words:
+        return config_dict.FieldReference(key.default, field_type=object)
+    return config_dict.placeholder(key.kind) if key.default is None else key.default
+
+
+def axes() -> dict[str, str]:
+    """{sweep axis: the key that it sets}, the one that turns fastest last."""
+    first = {"method": "method.name", "base": "base", "quant": "quant"}
+    return first | catalogue.axes() | LAST
+
+
+#: The axes that turn faster than those of a method's hyperparameters.
+LAST = {
     "lr": "train.lr",
     "weight_decay": "train.weight_decay",
     "steps": "train.steps",
@@ -217,32 +181,33 @@ def members(config: ConfigDict) -> list[Member]:
     """
     _check_keys(config)
     sweep = config.sweep
-    axes = {axis: _axis(config, axis) for axis in AXES if sweep[axis] != ()}
-    if "n_train" in axes and config.task.packing:
+    swept = {axis: _axis(config, axis) for axis in axes() if sweep[axis] != ()}
+    if "n_train" in swept and config.task.packing:
         raise ValueError("sweep.n_train: rows that are packed (task.packing) can't be counted off")
     ties = [tuple(tie) for tie in sweep.zip if isinstance(tie, tuple | list)]
     if len(ties) != len(sweep.zip) or any(len(tie) < 2 for tie in ties):
         raise ValueError(f'sweep.zip: {sweep.zip} given, a tuple of ties like (("rank", "alpha"),)')
     for tie in ties:
         for axis in tie:
-            if axis not in axes:
+            if axis not in swept:
                 raise ValueError(
-                    f"sweep.zip: {axis!r} is no axis of this sweep; there is {', '.join(axes)}"
+                    f"sweep.zip: {axis!r} is no axis of this sweep; there is {', '.join(swept)}"
                 )
-        if len({len(axes[axis]) for axis in tie}) != 1:
-            sizes = ", ".join(f"{axis} {len(axes[axis])}" for axis in tie)
+        if len({len(swept[axis]) for axis in tie}) != 1:
+            sizes = ", ".join(f"{axis} {len(swept[axis])}" for axis in tie)
             raise ValueError(f"sweep.zip: {tie} must have as many values each; there are {sizes}")
     tied = [axis for tie in ties for axis in tie]
     if len(tied) != len(set(tied)):
         raise ValueError(f"sweep.zip: an axis is tied twice in {sweep.zip}")
-    blocks = [tie for tie in ties] + [(axis,) for axis in axes if axis not in tied]
-    blocks.sort(key=lambda block: list(AXES).index(block[0]))
-    values = [list(zip(*(axes[axis] for axis in block), strict=True)) for block in blocks]
+    blocks = [tie for tie in ties] + [(axis,) for axis in swept if axis not in tied]
+    order = list(axes())
+    blocks.sort(key=lambda block: order.index(block[0]))
+    values = [list(zip(*(swept[axis] for axis in block), strict=True)) for block in blocks]
     for block, rows in zip(blocks, values, strict=True):
         if len(set(rows)) != len(rows):
             shown = rows if len(block) > 1 else tuple(row[0] for row in rows)
             raise ValueError(f"sweep.{' and '.join(block)}: a value stands twice in {shown}")
-    _check_search(config, axes, tied)
+    _check_search(config, swept, tied)
     found = []
     for index, chosen in enumerate(itertools.product(*values)):
         point = {
@@ -259,13 +224,13 @@ def members(config: ConfigDict) -> list[Member]:
 
 def _member(config, index: int, point: dict) -> Member:
     """The member at {axis: value}; ValueError for a value out of range."""
-    point = {axis: point[axis] for axis in AXES if axis in point}
+    point = {axis: point[axis] for axis in axes() if axis in point}
     own = ConfigDict(config.to_dict())
     for section in ("sweep", "search"):  # what only the run as a whole has
         if section in own:
             del own[section]
     for axis, value in point.items():
-        section, _, key = AXES[axis].rpartition(".")
+        section, _, key = axes()[axis].rpartition(".")
         with own.ignore_type():  # `_axis` has looked; a rank may be a number or a word
             (own[section] if section else own)[key] = value
     _check_values(own)
@@ -278,11 +243,11 @@ def _member(config, index: int, point: dict) -> Member:
 REFINED_LRS = 2  # learning rates at which a dimension between two others is tried
 
 
-def shared_axes(axes) -> tuple[str, ...]:
+def shared_axes(names) -> tuple[str, ...]:
     """Those of the axes in which full fine-tuning differs as well: not the hyperparameters of a
     method, but layers; neither learning rate nor seed, of which a search has its own."""
-    own = lambda axis: AXES[axis].startswith("method.") and axis != "layers"
-    return tuple(axis for axis in axes if not own(axis) and axis not in ("lr", "seed"))
+    others = {axis for axis, key in axes().items() if not key.startswith("method.")} | {"layers"}
+    return tuple(name for name in names if name in others - {"lr", "seed"})
 
 
 def search_seeds(config: ConfigDict) -> tuple[int, ...]:
@@ -337,7 +302,7 @@ def most_members(config: ConfigDict, members: list[Member]) -> int:
     return each * len(conditions)
 
 
-def _check_search(config, axes: dict, tied: list[str]) -> None:
+def _check_search(config, swept: dict, tied: list[str]) -> None:
     """Raises ValueError for a key of config.search that is out of range or does not fit."""
     search = config.search
 
@@ -364,50 +329,28 @@ def _check_search(config, axes: dict, tied: list[str]) -> None:
         need(field, len(set(search[field])) == len(search[field]), "a value stands twice")
     if not search.threshold:
         return
-    dims = axes.get("dim", ())
+    dims = swept.get("dim", ())
     need("threshold", len(dims) > 1, f"needs a sweep.dim of at least two values, not {dims}")
     need("threshold", None not in dims, f"needs a sweep.dim of numbers alone, not {dims}")
     for axis in ("dim", "seed"):
         if axis in tied:
             raise ValueError(f"sweep.zip: {axis} is tied, but a search (search.threshold) moves it")
-    for name in axes.get("method", (config.method.name,)):
-        right = ", ".join(name for name, varies in VARIES.items() if "dim" in varies)
-        without = name == "full" or "dim" not in VARIES.get(name, ("dim",))
+    for name in swept.get("method", (config.method.name,)):
+        rows = catalogue.ROWS
+        right = ", ".join(of for of, row in rows.items() if "dim" in row.varies)
+        without = name in rows and "dim" not in rows[name].varies
         need("threshold", not without, f"but method {name!r} has no dim; {right} have")
-    seeds = axes.get("seed", (config.seed,))
+    seeds = swept.get("seed", (config.seed,))
     if search.seeds:
         need("seeds", set(seeds) <= set(search.seeds), f"must hold the sweep's own, {seeds}")
-
-
-#: method -> hyperparameters in which members of one program may differ, because they are data or
-#: padding. Any other difference makes another group, and so does every one of a method not here.
-VARIES = {
-    **dict.fromkeys(
-        ("lora", "rslora", "dora", "lora-fa", "lora+"),
-        ("rank", "alpha", "scaling", "init", "targets", "layers", "dropout", "ratio")
-        + ("budget", "batches"),
-    ),
-    "adalora": ("rank", "alpha", "target_rank", "targets", "layers", "dropout")
-    + ("tinit", "tfinal", "every", "orthogonal", "beta1", "beta2"),
-    "ia3": ("targets", "layers"),
-    **dict.fromkeys(("houlsby", "pfeiffer"), ("rank", "targets", "layers")),
-    **dict.fromkeys(("loha", "lokr"), ("rank", "alpha", "scaling", "targets", "layers", "dropout")),
-    "vera": ("rank", "targets", "layers", "dropout", "d_initial", "projection_seed"),
-    "prefix": ("layers", "std"),
-    "prompt": ("std",),
-    "llama-adapter": ("layers",),
-    **dict.fromkeys(("subspace", "said", "lora-subspace"), ("dim",)),
-}
-#: Starts of `method.init` that are taken off the base: their members carry two factors more.
-TAKEN_OFF = ("pissa", "pissa-fast", "olora", "eva", "corda", "corda-kpm", "lora-ga")
-TAKEN_OFF += ("lora-ga-paper",)
 
 
 def group_key(member: Member) -> str:
     """Members with the same key can share one compiled program: all that differs is data."""
     c = member.config.to_dict()
-    c["method"]["taken_off"] = c["method"]["init"] in TAKEN_OFF
-    for name in VARIES.get(c["method"]["name"], ()):
+    row = catalogue.ROWS.get(c["method"]["name"], catalogue.Row("", "", ()))
+    c["splits"] = [[key, c["method"][key] in values] for key, values in row.splits.items()]
+    for name in row.varies:
         del c["method"][name]
     for section, name in (("train", "lr"), ("train", "weight_decay"), ("task", "n_train")):
         del c[section][name]
@@ -436,32 +379,33 @@ def _show(value) -> str:
     )
 
 
-# Axes of which None is a value as well, with the type of the others.
-OPTIONAL = {"layers": tuple, "n_train": int, "targets": tuple, "target_rank": int}
-OPTIONAL |= {"tokens": int, "quant": str, "dim": int, "projection": str, "granularity": str}
-OPTIONAL |= {"inputs": int, "planted_rank": int | tuple}
+# Axes of which None is a value as well, with the type of the others; and see `catalogue.Key`.
+OPTIONAL = {"quant": str, "n_train": int, "inputs": int, "planted_rank": int | tuple}
 
 
 def _axis(config, axis) -> tuple:
     values = config.sweep[axis]
     if not isinstance(values, tuple | list):
         raise ValueError(f"sweep.{axis}: a tuple of values is expected, {values!r} given")
-    section, _, key = AXES[axis].rpartition(".")
-    now = (config[section] if section else config)[key]
+    section, _, name = axes()[axis].rpartition(".")
+    key = catalogue.keys().get(name) if section == "method" else None
     if axis == "targets":
         values = tuple((v,) if isinstance(v, str) else v for v in values)
     values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
-    kind = int if axis == "rank" else OPTIONAL.get(axis, type(now))
+    now = type((config[section] if section else config)[name])
+    kind = key.kind if key else OPTIONAL.get(axis, now)
+    optional = key.default is None if key else axis in OPTIONAL
     for value in values:
         fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
-        fits = fits or (value is None and axis in OPTIONAL) or (axis, value) == ("rank", "auto")
+        fits = fits or (value is None and optional) or (key is not None and value in key.words)
         if not fits or (isinstance(value, bool) and kind is not bool):
             name = getattr(kind, "__name__", kind)
             raise ValueError(
                 f"sweep.{axis}: values of type {name} are expected, {value!r} given "
                 f'(on the command line: --config.sweep.{axis}="(first, second)")'
             )
-    return tuple(float(v) for v in values) if kind is float else tuple(values)
+    as_float = lambda v: v if v is None else float(v)
+    return tuple(map(as_float, values)) if kind is float else tuple(values)
 
 
 def check_key(key: str) -> None:
@@ -480,8 +424,13 @@ def _check_keys(config) -> None:
             raise ValueError(f"config lacks the key {key!r}; start from lorax.config.default()")
 
 
-@functools.cache
 def _usual() -> dict:
+    """{"train.lr": its default} of every key, made anew where a method was registered since."""
+    return _usual_with(tuple(catalogue.keys()))
+
+
+@functools.cache
+def _usual_with(keys: tuple[str, ...]) -> dict:
     return _flat(default())
 
 

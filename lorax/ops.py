@@ -36,7 +36,43 @@ class Dropout:
 
 
 class Leaf:
-    """Base of what stands where a kernel was, and is none to Flax."""
+    """What stands where a kernel was, and is none to Flax.
+
+    A subclass is a frozen dataclass, registered with JAX, whose field `w` is the kernel in its
+    module's own shape, an array or another leaf; its other fields have the kernel's layer axes in
+    front, which are gone where `linear`, `embed`, `attend` and `convolve` see them. It has
+
+    linear(x): x @ dense(leaf), (..., in) in the compute dtype -> (..., out) in that dtype; w is
+        then (in, out), an array, a `Stored` or another leaf: for `ops.linear(x, self.w)`, or
+        `ops.matrix(self.w)` where its entries are needed.
+    dense(w, site): the kernel that it stands for, in the shape and dtype of w, an array: what
+        `self.w` stands for, in float32 or float64. `site.to_matrix` and `from_matrix` go between
+        the kernel's shape and (layers..., in, out).
+
+    and, where it can, what is said to be missing here: `embed`, `attend`, `convolve`.
+    """
+
+    def linear(self, x):
+        raise ValueError(f"a linear layer with a {type(self).__name__} leaf is not supported")
+
+    def affine(self, x, bias):
+        """`linear` plus a bias (out,), or None; for leaves whose bias is more than a sum."""
+        return add_bias(self.linear(x), bias)
+
+    def embed(self, ids, dtype=None):
+        """Rows `ids` of a kernel (V, features): (...,) integers -> (..., features)."""
+        raise ValueError(f"an embedding with a {type(self).__name__} leaf is not supported")
+
+    def attend(self, x):
+        """x @ dense(leaf)^T of a kernel (V, features): (..., features) -> (..., V)."""
+        raise ValueError(f"an embedding with a {type(self).__name__} leaf is not supported")
+
+    def convolve(self, module, x):
+        """What a `flax.linen.Conv` without bias gives for x; see `convolve`."""
+        raise ValueError(f"a convolution with a {type(self).__name__} leaf is not supported")
+
+    def dense(self, w, site: "Site"):
+        raise ValueError(f"a {type(self).__name__} leaf is no single kernel")
 
     def __jax_array__(self):
         raise TypeError(
@@ -69,6 +105,39 @@ class LowRank(Leaf):
     dropout: Dropout | None = None
     merge: bool = dataclasses.field(default=False, metadata={"static": True})
 
+    def linear(self, x):
+        """One of two ways that agree to rounding: x w + s (x a) b, or, where that costs more than
+        making w + s a b and `merge` allows it, the merged product with a factored backward pass.
+        Merging is for float32 only: in bfloat16 it would round small updates away."""
+        a, b, s = (t.astype(x.dtype) for t in (self.a, self.b, self.s))
+        rows, n_in, n_out = x.size // x.shape[-1], a.shape[0], b.shape[-1]
+        worthwhile = rows * (n_in + n_out) > 2 * n_in * n_out
+        plain = isinstance(self.w, jax.Array) and self.dropout is None and x.dtype == jnp.float32
+        if self.merge and plain and worthwhile:
+            return merged_linear(x, self.w.astype(x.dtype), a, b, s)
+        return linear(x, self.w) + s * ((dropout(x, self.dropout) @ a) @ b)
+
+    def embed(self, ids, dtype=None):
+        rows = embed(ids, self.w, dtype)
+        a, b = self.a.astype(rows.dtype), self.b.astype(rows.dtype)
+        return rows + self.s.astype(rows.dtype) * (jnp.take(a, ids, axis=0) @ b)
+
+    def attend(self, x):
+        a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
+        return attend(x, self.w) + self.s.astype(x.dtype) * ((x @ b.T) @ a.T)
+
+    def convolve(self, module, x):
+        """conv(x, w) + s conv(x, a) b: a as a kernel with r output channels, b a 1 x 1 one."""
+        y = convolve(module, self.w, x)
+        down = module.clone(features=self.a.shape[-1])
+        a = self.a.astype(y.dtype).reshape(*frozen(self).shape[:-1], -1)
+        z = down.apply({"params": {"kernel": a}}, dropout(x, self.dropout))
+        return y + self.s.astype(y.dtype) * (z @ self.b.astype(y.dtype))
+
+    def dense(self, w, site):
+        a, b, s = (t.astype(w.dtype) for t in (self.a, self.b, self.s))
+        return w + site.from_matrix(s[..., None, None] * jnp.matmul(a, b), w.shape)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -81,6 +150,22 @@ class Scaled(Leaf):
     w: object
     g: Array
 
+    def linear(self, x):
+        return _over_last(linear(x, self.w), self.g)
+
+    def embed(self, ids, dtype=None):
+        return _over_last(embed(ids, self.w, dtype), self.g)
+
+    def attend(self, x):
+        return attend(_over_last(x, self.g), self.w)
+
+    def convolve(self, module, x):
+        return _over_last(convolve(module, self.w, x), self.g)
+
+    def dense(self, w, site):
+        g = self.g[..., None, :].astype(w.dtype)
+        return site.from_matrix(site.to_matrix(w) * g, w.shape)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -92,6 +177,13 @@ class ScaledInput(Leaf):
 
     w: object
     g: Array
+
+    def linear(self, x):
+        return linear(_over_last(x, self.g), self.w)
+
+    def dense(self, w, site):
+        g = self.g[..., None].astype(w.dtype)
+        return site.from_matrix(site.to_matrix(w) * g, w.shape)
 
 
 @jax.tree_util.register_dataclass
@@ -111,6 +203,13 @@ class Follow(Leaf):
     up_bias: Array
     f: Callable = dataclasses.field(metadata={"static": True})
 
+    def affine(self, x, bias):
+        y = linear(x, self.w, bias)
+        return y + linear(self.f(linear(y, self.down, self.down_bias)), self.up, self.up_bias)
+
+    def linear(self, x):
+        return self.affine(x, None)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -128,6 +227,30 @@ class Mixed(Leaf):
     s: Array
     rows: Array
 
+    def linear(self, x):
+        a, b, s = self._chosen(x)
+        return linear(x, self.w) + s * _batched(_batched(x, a), b)
+
+    def embed(self, ids, dtype=None):
+        rows = embed(ids, self.w, dtype)  # (B or 1, ..., features): positions are the same for all
+        rows = jnp.broadcast_to(rows, (self.rows.shape[0], *rows.shape[1:]))
+        _, b, s = self._chosen(rows)
+        own = jnp.broadcast_to(ids, (rows.shape[0], *ids.shape[1:]))
+        a = self.a[self.rows.reshape((-1,) + (1,) * (ids.ndim - 1)), own].astype(rows.dtype)
+        return rows + s * _batched(a, b)
+
+    def attend(self, x):
+        a, b, s = self._chosen(x)
+        turned = lambda m: jnp.swapaxes(m, 1, 2)
+        return attend(x, self.w) + s * _batched(_batched(x, turned(b)), turned(a))
+
+    def _chosen(self, x):
+        """Each row's factors in x's dtype: a (B, in, r), b (B, r, out), s (B, 1...) like x."""
+        if x.shape[0] != self.rows.shape[0]:
+            raise ValueError(f"a batch of {x.shape[0]} rows, but adapters for {self.rows.shape[0]}")
+        a, b, s = (jnp.take(t, self.rows, axis=0).astype(x.dtype) for t in (self.a, self.b, self.s))
+        return a, b, s.reshape((-1,) + (1,) * (x.ndim - 1))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -137,6 +260,12 @@ class Untied(Leaf):
 
     w: object
     head: object
+
+    def embed(self, ids, dtype=None):
+        return embed(ids, self.w, dtype)
+
+    def attend(self, x):
+        return attend(x, self.head)
 
 
 @jax.tree_util.register_dataclass
@@ -153,6 +282,27 @@ class Kronecker(Leaf):
     w2: Array
     s: Array
     dropout: Dropout | None = None
+
+    def linear(self, x):
+        w1, w2, s = self._as(x.dtype)
+        return linear(x, self.w) + s * kron_product(dropout(x, self.dropout), w1, w2)
+
+    def embed(self, ids, dtype=None):
+        rows = embed(ids, self.w, dtype)
+        w1, w2, s = self._as(rows.dtype)
+        first, second = jnp.take(w1, ids // len(w2), axis=0), jnp.take(w2, ids % len(w2), axis=0)
+        return rows + s * (first[..., :, None] * second[..., None, :]).reshape(rows.shape)
+
+    def attend(self, x):
+        w1, w2, s = self._as(x.dtype)
+        return attend(x, self.w) + s * kron_product(x, w1.T, w2.T)
+
+    def dense(self, w, site):
+        w1, w2, s = self._as(w.dtype)
+        return w + site.from_matrix(s[..., None, None] * kron(w1, w2), w.shape)
+
+    def _as(self, dtype):
+        return self.w1.astype(dtype), self.w2.astype(dtype), self.s.astype(dtype)
 
 
 def kron(w1, w2):
@@ -175,6 +325,24 @@ class Same(Leaf):
 
     w: object
 
+    def linear(self, x):
+        return linear(x, self.w)
+
+    def affine(self, x, bias):
+        return linear(x, self.w, bias)
+
+    def embed(self, ids, dtype=None):
+        return embed(ids, self.w, dtype)
+
+    def attend(self, x):
+        return attend(x, self.w)
+
+    def convolve(self, module, x):
+        return convolve(module, self.w, x)
+
+    def dense(self, w, site):
+        return w
+
 
 class Stored(Leaf):
     """A frozen weight that is held in another form than an array. Subclasses have
@@ -185,6 +353,19 @@ class Stored(Leaf):
     rows(ids): the kernel's rows, (...,) integers -> (..., columns).
     decoded(): the kernel as an array.
     """
+
+    def linear(self, x):
+        return checkpoint_name(self.product(x, 0), PRODUCT)
+
+    def embed(self, ids, dtype=None):
+        rows = self.rows(ids)
+        return rows if dtype is None else rows.astype(dtype)
+
+    def attend(self, x):
+        return self.product(x, 1)
+
+    def dense(self, w, site):
+        return w
 
 
 @jax.tree_util.register_dataclass
@@ -237,12 +418,13 @@ def frozen(leaf):
 
 
 def allow_merge(params):
-    """The same parameters, with leaves that may take the merged forward pass (see `linear`)."""
+    """The same parameters, with `LowRank` leaves that may take the merged forward pass."""
 
     def allow(leaf):
-        if isinstance(leaf, Scaled | ScaledInput | Follow):
-            return dataclasses.replace(leaf, w=allow(leaf.w))
-        return dataclasses.replace(leaf, merge=True) if isinstance(leaf, LowRank) else leaf
+        if isinstance(leaf, LowRank):
+            return dataclasses.replace(leaf, merge=True)
+        within = is_operator(leaf) and not isinstance(leaf, Stored)
+        return dataclasses.replace(leaf, w=allow(leaf.w)) if within else leaf
 
     return jax.tree.map(allow, params, is_leaf=is_operator)
 
@@ -255,34 +437,16 @@ def linear(x, leaf, bias=None):
 
     x: (..., in) in the compute dtype. Returns (..., out) in that dtype; the adapter's own dtype is
     cast to it. leaf: an (in, out) array or operator leaf.
-
-    A `LowRank` leaf takes one of two ways that agree to rounding: x w + s (x a) b, or, where that
-    costs more than making w + s a b and the leaf allows it, the merged product with a factored
-    backward pass. Merging is for float32 only: in bfloat16 it would round small updates away.
     """
-    if isinstance(leaf, LowRank):
-        y = _low_rank_linear(x, leaf)
-    elif isinstance(leaf, Kronecker):
-        w1, w2, s = (t.astype(x.dtype) for t in (leaf.w1, leaf.w2, leaf.s))
-        y = linear(x, leaf.w) + s * kron_product(dropout(x, leaf.dropout), w1, w2)
-    elif isinstance(leaf, Scaled):
-        y = _over_last(linear(x, leaf.w), leaf.g)
-    elif isinstance(leaf, ScaledInput):
-        y = linear(_over_last(x, leaf.g), leaf.w)
-    elif isinstance(leaf, Follow):
-        y = linear(x, leaf.w, bias)
-        return y + linear(leaf.f(linear(y, leaf.down, leaf.down_bias)), leaf.up, leaf.up_bias)
-    elif isinstance(leaf, Mixed):
-        a, b, s = _chosen(leaf, x)
-        y = linear(x, leaf.w) + s * _batched(_batched(x, a), b)
-    elif isinstance(leaf, Stored):
-        y = checkpoint_name(leaf.product(x, 0), PRODUCT)
-    else:
-        y = x @ leaf.astype(x.dtype)
-    return _add_bias(y, bias)
+    return leaf.affine(x, bias) if is_operator(leaf) else add_bias(x @ leaf.astype(x.dtype), bias)
 
 
-def _add_bias(y, bias):
+def matrix(leaf):
+    """The (in, out) array that a linear layer's leaf stands for, in the dtype of its weight."""
+    return dense(leaf, Site("linear", 0, (0,), (1,)))
+
+
+def add_bias(y, bias):
     """y plus a bias over its last axes, or y where there is none."""
     if bias is None:
         return y
@@ -297,28 +461,9 @@ def _over_last(y, g):
     return (y.astype(wide) * g).astype(y.dtype)
 
 
-def _chosen(leaf: Mixed, x):
-    """Each row's own factors in x's dtype: a (B, in, r), b (B, r, out), s (B, 1...) like x."""
-    if x.shape[0] != leaf.rows.shape[0]:
-        raise ValueError(f"a batch of {x.shape[0]} rows, but adapters for {leaf.rows.shape[0]}")
-    a, b, s = (jnp.take(t, leaf.rows, axis=0).astype(x.dtype) for t in (leaf.a, leaf.b, leaf.s))
-    return a, b, s.reshape((-1,) + (1,) * (x.ndim - 1))
-
-
 def _batched(x, m):
     """x[i] @ m[i]: (B, ..., in), (B, in, out) -> (B, ..., out)."""
     return jnp.einsum("b...i,bio->b...o", x, m)
-
-
-def _low_rank_linear(x, leaf):
-    a, b = leaf.a.astype(x.dtype), leaf.b.astype(x.dtype)
-    s = leaf.s.astype(x.dtype)
-    rows, n_in, n_out = x.size // x.shape[-1], a.shape[0], b.shape[-1]
-    worthwhile = rows * (n_in + n_out) > 2 * n_in * n_out
-    plain = isinstance(leaf.w, jax.Array) and leaf.dropout is None and x.dtype == jnp.float32
-    if leaf.merge and plain and worthwhile:
-        return merged_linear(x, leaf.w.astype(x.dtype), a, b, s)
-    return linear(x, leaf.w) + s * ((dropout(x, leaf.dropout) @ a) @ b)
 
 
 @jax.custom_vjp
@@ -379,57 +524,22 @@ def dropout(x, how: Dropout | None):
 
 def embed(ids, leaf, dtype=None):
     """Rows `ids` of dense(leaf) seen as (V, features): (...,) integers -> (..., features)."""
-    if isinstance(leaf, LowRank):
-        rows = embed(ids, leaf.w, dtype)
-        a, b = leaf.a.astype(rows.dtype), leaf.b.astype(rows.dtype)
-        return rows + leaf.s.astype(rows.dtype) * (jnp.take(a, ids, axis=0) @ b)
-    if isinstance(leaf, Kronecker):
-        rows = embed(ids, leaf.w, dtype)
-        w1, w2, s = (t.astype(rows.dtype) for t in (leaf.w1, leaf.w2, leaf.s))
-        first, second = jnp.take(w1, ids // len(w2), axis=0), jnp.take(w2, ids % len(w2), axis=0)
-        return rows + s * (first[..., :, None] * second[..., None, :]).reshape(rows.shape)
-    if isinstance(leaf, Scaled):
-        return _over_last(embed(ids, leaf.w, dtype), leaf.g)
-    if isinstance(leaf, ScaledInput | Follow):
-        raise _no_embedding(leaf)
-    if isinstance(leaf, Mixed):
-        rows = embed(ids, leaf.w, dtype)  # (B or 1, ..., features): positions are the same for all
-        rows = jnp.broadcast_to(rows, (leaf.rows.shape[0], *rows.shape[1:]))
-        _, b, s = _chosen(leaf, rows)
-        own = jnp.broadcast_to(ids, (rows.shape[0], *ids.shape[1:]))
-        a = leaf.a[leaf.rows.reshape((-1,) + (1,) * (ids.ndim - 1)), own].astype(rows.dtype)
-        return rows + s * _batched(a, b)
-    if isinstance(leaf, Untied):
-        return embed(ids, leaf.w, dtype)
-    rows = leaf.rows(ids) if isinstance(leaf, Stored) else jnp.take(leaf, ids, axis=0)
+    if is_operator(leaf):
+        return leaf.embed(ids, dtype)
+    rows = jnp.take(leaf, ids, axis=0)
     return rows if dtype is None else rows.astype(dtype)
 
 
 def attend(x, leaf):
     """x @ dense(leaf)^T for an embedding leaf (V, features): (..., features) -> (..., V)."""
-    if isinstance(leaf, LowRank):
-        a, b = leaf.a.astype(x.dtype), leaf.b.astype(x.dtype)
-        return attend(x, leaf.w) + leaf.s.astype(x.dtype) * ((x @ b.T) @ a.T)
-    if isinstance(leaf, Kronecker):
-        w1, w2, s = (t.astype(x.dtype) for t in (leaf.w1, leaf.w2, leaf.s))
-        return attend(x, leaf.w) + s * kron_product(x, w1.T, w2.T)
-    if isinstance(leaf, Scaled):
-        return attend(_over_last(x, leaf.g), leaf.w)
-    if isinstance(leaf, ScaledInput | Follow):
-        raise _no_embedding(leaf)
-    if isinstance(leaf, Mixed):
-        a, b, s = _chosen(leaf, x)
-        turned = lambda m: jnp.swapaxes(m, 1, 2)
-        return attend(x, leaf.w) + s * _batched(_batched(x, turned(b)), turned(a))
-    if isinstance(leaf, Untied):
-        return attend(x, leaf.head)
-    if isinstance(leaf, Stored):
-        return leaf.product(x, 1)
-    return x @ leaf.astype(x.dtype).T
+    return leaf.attend(x) if is_operator(leaf) else x @ leaf.astype(x.dtype).T
 
 
-def _no_embedding(leaf) -> ValueError:
-    return ValueError(f"an embedding with a {type(leaf).__name__} leaf is not supported")
+def convolve(module, leaf, x):
+    """What `module`, a `flax.linen.Conv` without bias, gives for x with dense(leaf) as kernel."""
+    if is_operator(leaf):
+        return leaf.convolve(module, x)
+    return module.apply({"params": {"kernel": leaf}}, x)
 
 
 def dense(leaf, site: "Site"):
@@ -444,27 +554,10 @@ def dense(leaf, site: "Site"):
 def _wide(leaf, site: "Site") -> Array:
     """`dense` in float32, or float64 where the weight is."""
     dtype = jnp.float64 if frozen(leaf).dtype == jnp.float64 else jnp.float32
-    wide = lambda x: x.astype(dtype)
     if not is_operator(leaf):
-        return wide(leaf)
-    if isinstance(leaf, Stored):
-        return wide(leaf.decoded())
-    if isinstance(leaf, Mixed | Untied | Follow):
-        raise ValueError(f"a {type(leaf).__name__} leaf is no single kernel")
-    w = _wide(leaf.w, site)
-    if isinstance(leaf, Same):
-        return w
-    if isinstance(leaf, Scaled):
-        g = wide(leaf.g[..., None, :])
-        return site.from_matrix(site.to_matrix(w) * g, w.shape)
-    if isinstance(leaf, ScaledInput):
-        g = wide(leaf.g[..., None])
-        return site.from_matrix(site.to_matrix(w) * g, w.shape)
-    if isinstance(leaf, Kronecker):
-        w1, w2, s = (wide(t) for t in (leaf.w1, leaf.w2, leaf.s))
-        return w + site.from_matrix(s[..., None, None] * kron(w1, w2), w.shape)
-    update = wide(leaf.s[..., None, None]) * jnp.matmul(wide(leaf.a), wide(leaf.b))
-    return w + site.from_matrix(update, w.shape)
+        return leaf.astype(dtype)
+    w = leaf.decoded().astype(dtype) if isinstance(leaf, Stored) else _wide(leaf.w, site)
+    return leaf.dense(w, site)
 
 
 def column_squares(leaf, site: "Site") -> Array:
@@ -737,8 +830,8 @@ def _einsum_axes(module, x, einsum_str=None):
 
 
 def _einsum(module, leaf, bias, x, einsum_str=None):
-    if isinstance(leaf, Follow) and bias is not None:
-        raise ValueError("an einsum with a bias and a Follow leaf is not supported")
+    if bias is not None and type(leaf).affine is not Leaf.affine:
+        raise ValueError(f"an einsum with a bias and a {type(leaf).__name__} leaf is not supported")
     left, kernel, out = _einsum_letters(module, x, einsum_str)
     ins, outs = _einsum_axes(module, x, einsum_str)
     free = [c for c in left if c not in kernel]
@@ -772,22 +865,7 @@ def _conv_axes(module, x):
 
 
 def _conv(module, leaf, bias, x):
-    return _add_bias(_convolve(module.clone(parent=None, use_bias=False), leaf, x), bias)
-
-
-def _convolve(module, leaf, x):
-    """conv(x, w) + s conv(x, a) b: a as a kernel with r output channels, b a 1 x 1 convolution."""
-    if isinstance(leaf, Scaled):
-        return _over_last(_convolve(module, leaf.w, x), leaf.g)
-    if not is_operator(leaf):
-        return module.apply({"params": {"kernel": leaf}}, x)
-    if not isinstance(leaf, LowRank):
-        raise ValueError(f"a convolution with a {type(leaf).__name__} leaf is not supported")
-    y = _convolve(module, leaf.w, x)
-    down = module.clone(features=leaf.a.shape[-1])
-    a = leaf.a.astype(y.dtype).reshape(*frozen(leaf).shape[:-1], -1)
-    z = down.apply({"params": {"kernel": a}}, dropout(x, leaf.dropout))
-    return y + leaf.s.astype(y.dtype) * (z @ leaf.b.astype(y.dtype))
+    return add_bias(convolve(module.clone(parent=None, use_bias=False), leaf, x), bias)
 
 
 _RULES = {

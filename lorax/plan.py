@@ -20,7 +20,6 @@ against LoRA and QLoRA. --markdown prints tables as Markdown.
 """
 
 import bisect
-import contextlib
 import functools
 import itertools
 import math
@@ -287,10 +286,12 @@ def shapes(members):
                 "does not read; give a rank and targets"
             )
     built = sweep.build_methods(members, base)
-    start = lambda params: sweep.stack(members, untraced, base._replace(params=params))[2:]
-    untraced = [_with_constants_at_hand(method) for method in built]
-    with _nothing_drawn():
-        arrays = jax.eval_shape(start, base.params)
+    pad = sweep.padding(built, base)
+    # All members have arrays of the same shapes.
+    method, member, n = _with_constants_at_hand(built[0]), members[0], len(members)
+    start = lambda params: sweep.start(member, method, base._replace(params=params), pad)
+    many = lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype)
+    arrays = jax.tree.map(many, jax.eval_shape(start, base.params))
     return base, sweep.Stack(tuple(members), tuple(built), *arrays)
 
 
@@ -326,23 +327,6 @@ def _with_constants_at_hand(method):
             inner, jax.tree.map(ones, constants), train
         )
     )
-
-
-@contextlib.contextmanager
-def _nothing_drawn():
-    """Context in which methods start from zeros: `methods.fill` draws with NumPy, not traceably."""
-    import jax.numpy as jnp
-
-    from lorax import methods
-
-    fill = methods.fill
-    methods.fill = lambda key, axes, active, shapes, draw: {
-        name: jnp.zeros((*axes, *shape), jnp.float32) for name, shape in shapes.items()
-    }
-    try:
-        yield
-    finally:
-        methods.fill = fill
 
 
 def rows(c, base=None) -> dict:

@@ -7,8 +7,9 @@
         --config.task.path=e2e-dataset.zip
     python -m lorax.run --config=configs/gpt2_rank_sweep.py --config.method.targets="('attention',)"
 
-Any key of the config can be set so; lorax/config.py lists them all. The same command again
-resumes an unfinished run where its last checkpoint was, and leaves a finished one alone.
+Any key of the config can be set so; lorax/config.py lists them all, lorax/catalogue.py those of the
+methods. The same command again resumes an unfinished run where its last checkpoint was, and leaves
+a finished one alone.
 
 With `config.search.threshold` (0.9 for d90) the run looks for the intrinsic dimension: it trains
 `config.sweep.dim` beside full fine-tuning, then round after round of what lies between.
@@ -34,7 +35,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from lorax import __version__, config, memory
+from lorax import __version__, catalogue, config, memory
 from lorax.errors import fail, keep, of_machine, reason
 from lorax.files import read_json, read_text, write_bytes, write_json
 
@@ -84,16 +85,20 @@ def main(argv: list[str]) -> int:
 
 def read_command_line(argv: list[str]):
     """(config, members, run directory). Raises on anything wrong in the flags or the config."""
-    for flag in argv[1:]:  # before ConfigDict does, whose errors lack the rest of the path
-        if key := re.match(r"--?(?:no)?config\.([\w.]+)", flag):
-            config.check_key(key[1])
+    script = re.search(r"\0--?config[=\0]([^:\0]+)", "\0".join(["", *argv[1:]]))
+    if script:
+        catalogue.reach(script[1])
     try:
         rest = FLAGS(argv)
         settings = FLAGS.config
         if failure := getattr(settings, "__dict__", {}).get("_error"):
             raise failure  # an OSError, which ml_collections keeps to itself
     except Exception as error:
-        raise ValueError(in_script(error)) from error
+        place, text = in_script(error)
+        if not place:  # the script is right: ConfigDict's errors lack the rest of a flag's path
+            check_flags(argv)
+        raise ValueError(place + text) from error
+    check_flags(argv)
     if len(rest) > 1:
         raise ValueError(f"unexpected argument {rest[1]!r}; did you mean --{rest[1].lstrip('-')}?")
     if not FLAGS["config"].present:
@@ -118,8 +123,15 @@ def read_command_line(argv: list[str]):
     return settings, members, Path("runs") / (name + suffix)
 
 
-def in_script(error: BaseException) -> str:
-    """What went wrong as a config script was read, behind the FILE:LINE of it where it did."""
+def check_flags(argv: list[str]) -> None:
+    """Raises ValueError for a flag of a key that the config does not have."""
+    for flag in argv[1:]:
+        if key := re.match(r"--?(?:no)?config\.([\w.]+)", flag):
+            config.check_key(key[1])
+
+
+def in_script(error: BaseException) -> tuple[str, str]:
+    """(FILE:LINE of a config script where it fails, "" where it does not, what went wrong)."""
     installed = sysconfig.get_paths()
     others = [installed[name] for name in ("stdlib", "purelib", "platlib")]
     others.append(str(Path(__file__).parent))
@@ -134,14 +146,14 @@ def in_script(error: BaseException) -> str:
             if not any(frame.filename.startswith(folder + os.sep) for folder in others)
         ]
         if isinstance(error, SyntaxError) and error.filename:
-            return f"{error.filename}:{error.lineno}: {error.msg}"
+            return f"{error.filename}:{error.lineno}: ", error.msg
         if own or "Traceback" in str(deepest):
             place = f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
             deepest = error
         error = error.__cause__ or error.__context__
     # ConfigDict lists all its keys before it says which is near.
     text = re.sub(r' Other fields present: "\{.*\}"', "", reason(deepest))
-    return place + text.replace("config_config", "--config")
+    return place, text.replace("config_config", "--config")
 
 
 def ignores_argument(file: str) -> bool:
@@ -157,7 +169,7 @@ def ignores_argument(file: str) -> bool:
 def plan(settings, members) -> str:
     """One line: how many members along which axes, on what."""
     sweep, ties = settings.sweep, settings.sweep.zip
-    single = [a for a in config.AXES if sweep[a] and not any(a in tie for tie in ties)]
+    single = [a for a in config.axes() if sweep[a] and not any(a in tie for tie in ties)]
     axes = [f"{len(sweep[tie[0]])} points of ({', '.join(tie)})" for tie in ties]
     axes += [f"{axis} {_show(sweep[axis])}" for axis in single]
     swept = " x ".join(axes) or "one setting"
@@ -514,7 +526,8 @@ def _differences(old, new, prefix="") -> list[str]:
             for k in keys
             for d in _differences(old.get(k), new.get(k), f"{prefix}.{k}".strip("."))
         ]
-    return [] if old == new else [prefix]
+    blank = (None, [])  # a key that one of the two does not have, and its default
+    return [] if old == new or (old in blank and new in blank) else [prefix]
 
 
 def _version(name: str) -> str | None:

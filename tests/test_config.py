@@ -9,8 +9,8 @@ import re
 import pytest
 
 from lorax import config, scales
-from lorax.config import AXES
 
+AXES = config.axes()
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
 

@@ -28,7 +28,7 @@ import pandas as pd
 from sklearn.isotonic import IsotonicRegression
 
 from lorax.analysis import runs
-from lorax.config import AXES, REFINED_LRS, shared_axes
+from lorax.config import REFINED_LRS, axes, shared_axes
 
 #: 97.5% quantiles of Student's t for 1 to 30 degrees of freedom
 T975 = (
@@ -83,8 +83,9 @@ def points(run: runs.Run) -> pd.DataFrame:
 def conditions(run: runs.Run, table: pd.DataFrame) -> list[str]:
     """The axes that tell one d90 from another, of those that `table` (of `runs.summary`) has."""
     swept = run.config["config"]["sweep"]
-    axes = [axis for axis in AXES if swept.get(axis) and axis not in ("dim", "lr", "seed")]
-    return [axis for axis in axes if axis in table]
+    # Those of a method that is not registered here, which has left its name alone, come last.
+    order = [axis for axis in (*axes(), *swept) if swept.get(axis) and axis in table]
+    return [axis for axis in dict.fromkeys(order) if axis not in ("dim", "lr", "seed")]
 
 
 def _at_start(run: runs.Run, metric: str) -> pd.Series:

@@ -84,7 +84,7 @@ def adalora(
         if not ok:
             raise ValueError(f"method.{field}: {value} given, must be {right}")
     scale = alpha / (rank + 1e-5)
-    chosen = lambda params, sites: methods.own(params, sites, targets, layers, rank)
+    chosen = lambda params, sites=None: methods.own(params, sites, targets, layers, rank)
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
         own = chosen(params, sites)
@@ -122,7 +122,10 @@ def adalora(
     hp = dict(rank=rank, alpha=alpha, target_rank=target_rank, targets=targets, layers=layers)
     hp |= dict(dropout=dropout, tinit=tinit, tfinal=tfinal, every=every, orthogonal=orthogonal)
     hp |= dict(beta1=beta1, beta2=beta2, scale=scale)
-    return methods.Method("adalora", hp, init, bind, delta, count, factors, optimizer, penalty)
+    return methods.Method(
+        "adalora", hp, init, bind, delta, count, factors, optimizer, penalty,
+        adapts=chosen, width=rank,
+    )  # fmt: skip
 
 
 def _as_lora(f):

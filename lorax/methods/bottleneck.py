@@ -65,7 +65,7 @@ def _bottleneck(name, rank, activation, words, layers) -> "methods.Method":
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"method.activation: {activation!r} is not one of {known}{hint}")
 
-    def chosen(params, sites):
+    def chosen(params, sites=None):
         own = methods.own(params, sites, words, layers)
         for path, (site, _) in own.items():
             if site.kind != "linear":
@@ -107,4 +107,4 @@ def _bottleneck(name, rank, activation, words, layers) -> "methods.Method":
         return total
 
     hp = dict(rank=rank, activation=activation, targets=words, layers=layers)
-    return methods.Method(name, hp, init, bind, None, count)
+    return methods.Method(name, hp, init, bind, None, count, adapts=chosen, width=rank)

@@ -11,15 +11,23 @@ arXiv:2211.08682) the norms' scales and biases. Training the last layers alone i
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import methods, ops, tree
-from lorax.methods.targets import Default, layer_of, resolve_full, stack_depths, words_of
+from lorax import ops, tree
+from lorax.methods.contract import Method, State
+from lorax.methods.targets import (
+    Default,
+    joined,
+    layer_of,
+    resolve_full,
+    stack_depths,
+    words_of,
+)
 
 
 def full(
     parameters: tuple[str, ...] = ("all",),
     layers: tuple[int, ...] | None = None,
     full: tuple[str, ...] = (),
-) -> "methods.Method":
+) -> Method:
     """Train the parameters that the words `parameters` name (`lorax.methods.resolve_full`).
 
     layers: indices of the layers whose parameters are trained, negative ones from the end; what
@@ -65,7 +73,7 @@ def full(
             trainable[path] = {"w": w if index is None else w[index]}
             if index is not None:
                 constants[path] = {"layers": jnp.asarray(index, jnp.int32)}
-        return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
+        return State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def count(params, sites=None):
         flat = tree.flatten(params)
@@ -77,17 +85,15 @@ def full(
         return sum(sizes.values())
 
     hp = dict(parameters=words, layers=layers, full=besides)
-    return methods.Method("full", hp, init, bind, delta, count)
+    return Method("full", hp, init, bind, delta, count)
 
 
-def bitfit(layers: tuple[int, ...] | None = None, full: tuple[str, ...] = ()) -> "methods.Method":
+def bitfit(layers: tuple[int, ...] | None = None, full: tuple[str, ...] = ()) -> Method:
     """BitFit: every bias, of norms as well, of the layers that are given (None: of all)."""
     return _full(Default(("biases",)), layers, full)
 
 
-def ln_tuning(
-    layers: tuple[int, ...] | None = None, full: tuple[str, ...] = ()
-) -> "methods.Method":
+def ln_tuning(layers: tuple[int, ...] | None = None, full: tuple[str, ...] = ()) -> Method:
     """LN-tuning: scale and bias of every norm. PEFT's wraps the modules that it is told to."""
     return _full(Default(("norms",)), layers, full)
 
@@ -98,7 +104,7 @@ _full = full  # whose name the argument takes
 def bind(trainable, constants, params, key=None, sites=None):
     """`params` with the trained ones in place of the base's, in the dtype of the base's."""
     flat = tree.flatten(params)
-    for path, own in methods.joined(trainable, constants).items():
+    for path, own in joined(trainable, constants).items():
         w = own["w"].astype(flat[path].dtype)
         flat[path] = flat[path].at[own["layers"]].set(w) if "layers" in own else w
     return tree.unflatten(flat)
@@ -108,11 +114,11 @@ def delta(trainable, constants, params, sites=None):
     """{path: how far the parameter has moved, float32}."""
     flat = tree.flatten(params)
     bound = tree.flatten(bind(trainable, constants, params))
-    paths = methods.joined(trainable)
+    paths = joined(trainable)
     return {p: bound[p].astype(jnp.float32) - flat[p].astype(jnp.float32) for p in paths}
 
 
-def beside(method: "methods.Method", words: tuple[str, ...], dtype: str) -> "methods.Method":
+def beside(method: Method, words: tuple[str, ...], dtype: str) -> Method:
     """The method, with the parameters that `words` name trained in full as well, all in `dtype`.
 
     Raises ValueError for an unknown dtype; the method's `init` and `count` then raise for words
@@ -129,14 +135,14 @@ def beside(method: "methods.Method", words: tuple[str, ...], dtype: str) -> "met
         flat = tree.flatten(trainable)
         if rest is not None:
             more = rest.init(key, params).trainable
-            twice = methods.joined(trainable).keys() & methods.joined(more).keys()
+            twice = joined(trainable).keys() & joined(more).keys()
             if twice:
                 raise ValueError(
                     f"method.full: {', '.join(sorted(twice))} are in method.targets as well"
                 )
             flat |= tree.flatten(more)
         cast = {path: leaf.astype(dtype) for path, leaf in flat.items()}
-        return methods.State(tree.unflatten(cast), constants)
+        return State(tree.unflatten(cast), constants)
 
     if rest is None:
         return method._replace(init=init)

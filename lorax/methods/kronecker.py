@@ -63,8 +63,8 @@ def loha(
     def factors(trainable, constants, params, sites=None):
         return lora.factors(_as_lora(trainable, constants), {}, params, sites)
 
-    init, count = _from_arrays(arrays, ("a2",), hp, most=rank)
-    return methods.Method("loha", hp, init, bind, delta, count, factors)
+    init, more = _from_arrays(arrays, ("a2",), hp, most=rank)
+    return methods.Method("loha", hp, init, bind, delta, factors=factors, **more)
 
 
 def _as_lora(trainable, constants) -> dict:
@@ -113,8 +113,8 @@ def lokr(
                 found |= {f"a{i}": (rows, width), f"b{i}": (width, columns)}
         return found
 
-    init, count = _from_arrays(arrays, ("w1", "b1"), hp)
-    return methods.Method("lokr", hp, init, _bind_kronecker, _delta_kronecker, count)
+    init, more = _from_arrays(arrays, ("w1", "b1"), hp)
+    return methods.Method("lokr", hp, init, _bind_kronecker, _delta_kronecker, **more)
 
 
 def _bind_kronecker(trainable, constants, params, key=None, sites=None):
@@ -174,13 +174,15 @@ def _checked(*values) -> dict:
 
 
 def _from_arrays(arrays, zero, hp, most=None):
-    """(init, count) of a method whose trainables of a target are `arrays`.
+    """(init, {count, adapts, width}) of a method whose trainables of a target are `arrays`.
 
     arrays(in, out, pad=None) -> {name: shape}, layer axes not counted. zero: those that start at
     zero; the others start as PEFT's `kaiming_uniform_(a=sqrt 5)`, U(-1/sqrt(rows), 1/sqrt(rows)).
     most: the rank that min(in, out) must not be below.
     """
-    chosen = lambda params, sites: methods.own(params, sites, hp["targets"], hp["layers"], most)
+    chosen = lambda params, sites=None: methods.own(
+        params, sites, hp["targets"], hp["layers"], most
+    )
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
         own = chosen(params, sites)
@@ -213,4 +215,4 @@ def _from_arrays(arrays, zero, hp, most=None):
             total += int(active.sum()) * sum(sizes)
         return total
 
-    return init, count
+    return init, dict(count=count, adapts=chosen, width=hp["rank"])

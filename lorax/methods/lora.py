@@ -120,7 +120,11 @@ def lora(
             total += int(r.sum()) * (n_in + n_out)
         return total
 
-    return methods.Method("lora", hp, start, bind, delta, count, factors)
+    return methods.Method(
+        "lora", hp, start, bind, delta, count, factors,
+        adapts=lambda params, sites=None: methods.own(params, sites, targets, layers),
+        width=widest, needs=NEEDS.get(init),
+    )  # fmt: skip
 
 
 def _matrices(hp: dict, params, sites) -> dict:

@@ -65,7 +65,8 @@ def ia3(
         return sum(int(own[path][1].sum()) * n for path, (_, _, n) in vectors.items())
 
     hp = dict(targets=words, feedforward=feedforward, layers=layers)
-    return methods.Method("ia3", hp, init, bind, delta, count)
+    chosen = lambda params, sites=None: methods.own(params, sites, words, layers)
+    return methods.Method("ia3", hp, init, bind, delta, count, adapts=chosen)
 
 
 def _vector(own):

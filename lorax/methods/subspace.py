@@ -202,7 +202,9 @@ def _within(name, inner, stored, dim, projection, granularity, scales, hp) -> "m
     hp = dict(dim=dim, projection=projection, granularity=granularity) | hp
     hp |= {"scales": scales} if scales else {}
     low_rank = factors if inner.factors else None
-    return methods.Method(name, hp, init, bind, delta, count, low_rank, expand=expand)
+    # dW follows from z and the key, and is a thousand times as large.
+    more = dict(expand=expand, width=dim, stores_delta=False)
+    return methods.Method(name, hp, init, bind, delta, count, low_rank, **more)
 
 
 class Part(NamedTuple):

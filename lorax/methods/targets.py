@@ -4,7 +4,6 @@ Nothing here knows a method. `resolve` says which kernels words mean, `own` adds
 makes the stacked, padded arrays in which members of one sweep agree.
 """
 
-import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -226,16 +225,24 @@ def fill(key, axes, active, shapes: Mapping[str, tuple], draw: Callable) -> dict
     axes: layer axes, () for a weight that is not stacked. active: boolean numpy array over them,
     None for no layer at all. draw(key, index) -> {name: array at most as large as shapes[name]},
     written into the first rows and columns: the rest is padding. index: of the layer, a tuple.
-    Each layer has a key of its own, which does not depend on how many are active.
+    Each layer has a key of its own, which does not depend on how many are active. Can be traced.
     """
-    found = {name: np.zeros((*axes, *shape), np.float32) for name, shape in shapes.items()}
+    indices = list(np.ndindex(*axes))
+    layers = [{} for _ in indices]
     if active is not None:
-        keys = jax.random.split(key, max(1, math.prod(axes)))
-        for index, layer_key in zip(np.ndindex(*axes), keys, strict=True):
-            for name, value in draw(layer_key, index).items() if active[index] else ():
-                corner = tuple(slice(n) for n in np.shape(value))
-                found[name][index][corner] = value
-    return {name: jnp.asarray(x) for name, x in found.items()}
+        keys = jax.random.split(key, max(1, len(indices)))
+        layers = [draw(keys[n], i) if active[i] else {} for n, i in enumerate(indices)]
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(layers))
+    array = jnp if traced else np  # which is quicker
+
+    def padded(layer, name, shape):
+        value = layer.get(name, np.zeros((0,) * len(shape), np.float32))
+        after = [(0, most - n) for most, n in zip(shape, np.shape(value), strict=True)]
+        return array.pad(array.asarray(value, np.float32), after or 0)
+
+    found = {n: [padded(own, n, shape) for own in layers] for n, shape in shapes.items()}
+    whole = lambda name: array.stack(found[name]).reshape(*axes, *shapes[name])
+    return {name: jnp.asarray(whole(name)) for name in shapes}
 
 
 def joined(*trees: dict) -> dict[str, dict]:

@@ -43,7 +43,7 @@ def vera(
     checked = lora.lora(rank, targets=targets, layers=layers, dropout=dropout).hp
     hp = {name: checked[name] for name in ("rank", "targets", "layers", "dropout")}
     hp |= {"d_initial": d_initial, "projection_seed": projection_seed}
-    chosen = lambda params, sites: methods.own(params, sites, hp["targets"], layers)
+    chosen = lambda params, sites=None: methods.own(params, sites, hp["targets"], layers)
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
         own = chosen(params, sites)
@@ -79,7 +79,8 @@ def vera(
             total += int(active.sum()) * (rank + site.matrix_shape(flat[path].shape)[2])
         return total
 
-    return methods.Method("vera", hp, init, bind, delta, count, factors)
+    more = dict(adapts=chosen, width=rank)
+    return methods.Method("vera", hp, init, bind, delta, count, factors, **more)
 
 
 def bind(trainable, constants, params, key=None, sites=None):

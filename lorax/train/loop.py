@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lorax import adapters, decode, memory, methods, peft_methods, quant, tasks, tree
-from lorax.config import AXES, Member, group_key
+from lorax.config import Member, axes, group_key
 from lorax.errors import keep, nearest, reason
 from lorax.files import atomically, write_bytes, write_json
 from lorax.interop import peft
@@ -255,7 +255,11 @@ def describe(group: Group) -> list[dict]:
                 "weight_decay": c.train.weight_decay,
             }
             | {"steps": c.train.steps, "seed": c.seed, "n_train": c.task.n_train}
-            | {axis: v for axis, v in member.point.items() if not AXES[axis].startswith("method.")}
+            | {
+                axis: v
+                for axis, v in member.point.items()
+                if not axes()[axis].startswith("method.")
+            }
             | {"train_examples": tasks.train_examples(c.task, group.task)}
             | dict(group.task.facts)
             | {"trainable_params": method.count(group.base.params, group.base.sites)}
@@ -561,8 +565,7 @@ def export(directory: Path, member: Member, method, trainable, constants, group:
     }
     atomically(directory / "state.safetensors", lambda file: save_file(arrays, file))
     write_json(directory / "method.json", {"name": method.name, "hp": method.hp})
-    # That of a random subspace says no more than z and the key, and is a thousand times as large.
-    if method.delta is not None and "dim" not in method.hp:
+    if method.delta is not None and method.stores_delta:
         found = method.delta(trainable, constants, base.params, base.sites)
         matrices = {}
         for path, update in found.items():

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from lorax import memory, methods, tasks, tree
 from lorax.config import Member
-from lorax.methods import Method, starts
+from lorax.methods import Method
 from lorax.models import Base
 from lorax.train import evidence, trajectory
 from lorax.train import step as train_step
@@ -79,6 +79,39 @@ def build_methods(members, base: Base, decided: dict | None = None) -> list[Meth
     return built
 
 
+class Padding(NamedTuple):
+    """What members of one program have arrays for: the matrices that any of them adapts, and the
+    widest of them; None where the method makes no use of it."""
+
+    targets: dict | None
+    width: int | None
+
+
+def padding(built: list[Method], base: Base) -> Padding:
+    """The padding of members with these methods."""
+    targets, width = None, None
+    if built[0].adapts is not None:
+        any_of_them = {path for m in built for path in m.adapts(base.params, base.sites)}
+        targets = {path: site for path, site in base.sites.items() if path in any_of_them}
+    if built[0].width is not None:
+        width = max(method.width for method in built)
+    return Padding(targets, width)
+
+
+def start(member, method: Method, base: Base, pad: Padding, task=None, seen=None) -> tuple:
+    """(constants, hyper, state) of one member at step 0, of which a `Stack` is made. It can be
+    traced. task, seen: as for `stack`."""
+    init_key, dropout_key = jax.random.split(jax.random.key(member.config.seed))
+    found = None
+    if method.needs is not None and task is not None:
+        own = method.adapts(base.params, base.sites)
+        found = evidence.read(member, base, task, own, method.needs, {} if seen is None else seen)
+    trainable, fixed = method.init(init_key, base.params, base.sites, *pad, found)
+    train = member.config.train
+    hyper = train_step.Hyper(jnp.float32(train.lr), jnp.float32(train.weight_decay), dropout_key)
+    return fixed, hyper, train_step.start(method, trainable, fixed, train, hyper)
+
+
 def stack(
     members,
     built: list[Method],
@@ -86,42 +119,19 @@ def stack(
     task: tasks.Task | None = None,
     seen: dict | None = None,
 ) -> Stack:
-    """Start every member, padded to the largest rank (or dimension of a subspace) and the union of
-    the targets, and stack them.
+    """Start every member, padded to the largest width (rank, or dimension of a subspace) and the
+    union of the targets, and stack them.
 
     For LoRA and its like: zero rows of b with zero columns of a have zero gradients, so padding
     stays exactly zero under AdamW and weight decay, and a matrix that a member does not adapt is
     the same case. task, seen: for starts that read training batches (`lorax.train.evidence`); the
     others need none.
     """
-    targets, pad = None, None
-    if "targets" in built[0].hp:
-        words = tuple(dict.fromkeys(word for m in built for word in m.hp["targets"]))
-        targets = methods.resolve(words, base.sites)
-    if "rank" in built[0].hp:
-        pad = max(method.hp.get("widest", method.hp["rank"]) for method in built)
-    if "dim" in built[0].hp:
-        pad = max(method.hp["dim"] for method in built)
-    seen = {} if seen is None else seen
-    states, constants, hypers = [], [], []
-    for member, method in zip(members, built, strict=True):
-        init_key, dropout_key = jax.random.split(jax.random.key(member.config.seed))
-        kind, found = starts.NEEDS.get(method.hp.get("init")), None
-        if kind is not None and task is not None:
-            own = methods.own(base.params, base.sites, method.hp["targets"], method.hp["layers"])
-            found = evidence.read(member, base, task, own, kind, seen)
-        trainable, fixed = method.init(init_key, base.params, base.sites, targets, pad, found)
-        train = member.config.train
-        hyper = train_step.Hyper(
-            jnp.float32(train.lr), jnp.float32(train.weight_decay), dropout_key
-        )
-        states.append(train_step.start(method, trainable, fixed, train, hyper))
-        constants.append(fixed)
-        hypers.append(hyper)
-    together = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-    return Stack(
-        tuple(members), tuple(built), together(constants), together(hypers), together(states)
-    )
+    pad, seen = padding(built, base), {} if seen is None else seen
+    pairs = zip(members, built, strict=True)
+    started = [start(member, method, base, pad, task, seen) for member, method in pairs]
+    together = lambda *leaves: jnp.stack(leaves)
+    return Stack(tuple(members), tuple(built), *jax.tree.map(together, *started))
 
 
 class Layout(NamedTuple):

@@ -328,9 +328,8 @@ def test_training_ends_at_the_target_budget_spread_unevenly():
 
 
 @pytest.mark.slow
-def test_members_of_one_program_are_themselves_alone(monkeypatch):
+def test_members_of_one_program_are_themselves_alone():
     """Other ranks, targets, layers, budgets, schedules, averages and scales, side by side."""
-    monkeypatch.setitem(methods.METHODS, "adalora", adalora)
     points = [
         dict(rank=4, target_rank=1, targets=("q", "v"), tinit=1, tfinal=2, alpha=8.0),
         dict(rank=2, target_rank=1, targets=("q", "up"), every=2, layers=(0, 2), orthogonal=0.1),

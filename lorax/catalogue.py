@@ -1,0 +1,325 @@
+"""The methods, one row each, and the config keys of their hyperparameters. Nothing imports JAX.
+
+A row says where a method's function is, what it takes, and in what the members of one compiled
+program may differ. `lorax.config` makes the keys of `config.method` and the axes of `config.sweep`
+from these rows, so a method that a user's file registers gets its keys like any other:
+
+    @methods.register("hira", varies=("rank", "gain", "targets", "layers"))
+    def hira(rank: int = 8, gain: float = 1.0, targets: tuple[str, ...] = ("q", "v"), layers=None):
+        ...  # returns a `lorax.methods.Method`
+
+adds --config.method.gain and config.sweep.gain, and a column `gain` to the tables of a run.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from lorax.errors import nearest, reason
+
+
+class Key(NamedTuple):
+    """A key of `config.method`: the type of its values, their default (None: the method's own),
+    one line of help, and words that may stand in place of a value."""
+
+    kind: type
+    default: object = None
+    help: str = ""
+    words: tuple[str, ...] = ()
+
+
+class Row(NamedTuple):
+    """A method.
+
+    where: its function of hyperparameters, which returns the `Method`, or "module:name" of it.
+    hyperparameters: what that function takes. varies: keys of `config.method` in which members of
+    one program may differ, because they are data or padding; any other difference makes another
+    program. splits: {key among these: values that need a program of their own}. peft: PEFT's word
+    for the method, None where it has none. keys: those of `config.method` that come with the
+    method.
+    """
+
+    name: str
+    where: Callable | str
+    hyperparameters: tuple[str, ...]
+    varies: tuple[str, ...] = ()
+    splits: Mapping[str, tuple] = types.MappingProxyType({})
+    peft: str | None = None
+    keys: Mapping[str, Key] = types.MappingProxyType({})
+
+    @property
+    def function(self) -> Callable:
+        """The method's function; imported where only its place is known."""
+        if callable(self.where):
+            return self.where
+        module, _, name = self.where.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    @property
+    def file(self) -> str | None:
+        """The file that registered the method, None for lorax's own."""
+        return None if isinstance(self.where, str) else inspect.getsourcefile(self.where)
+
+
+#: The keys of `config.method` that are there whatever is registered.
+KEYS = {
+    "rank": Key(int, 8, "of the update", words=("auto",)),  # "auto": by evidence
+    "alpha": Key(float, 16.0, "gives the scale s with the rank"),
+    "scaling": Key(str, "lora", "lora: s = alpha / r; rslora: alpha / sqrt(r); fixed: alpha"),
+    "init": Key(
+        str,
+        "kaiming",
+        "of a: kaiming, gaussian; or a start that reads the base: pissa, pissa-fast, olora, loftq; "
+        "or the first batches of training: eva, corda, corda-kpm, lora-ga, lora-ga-paper",
+    ),
+    "targets": Key(
+        tuple,
+        None,
+        "q k v o up gate down embed head, attention mlp all-linear, re:REGEX; auto:N: the N "
+        "highest-ranked by the first batches, among those that the other words select",
+    ),
+    "budget": Key(int, None, "trainable parameters, for auto"),
+    "layers": Key(tuple, None, "indices; None: all"),
+    "dropout": Key(float, 0.0, "on the adapter's input"),
+    "full": Key(
+        tuple, (), "trained as they are: classifier biases norms, targets' words, re:REGEX"
+    ),
+    "dtype": Key(str, "float32", "of what is trained"),
+    "parameters": Key(tuple, None, "full: which are trained"),
+    "feedforward": Key(tuple, None, "ia3: targets that scale their input"),
+    "ratio": Key(float, None, "lora+: learning rate of b over that of a"),
+    "target_rank": Key(int, None, "adalora: mean rank in the end"),
+    "tinit": Key(int, None, "adalora: steps before the budget shrinks"),
+    "tfinal": Key(int, None, "adalora: steps after it has shrunk"),
+    "every": Key(int, None, "adalora: steps between two prunings"),
+    "beta1": Key(float, None, "adalora: of the mean sensitivity"),
+    "beta2": Key(float, None, "adalora: of its deviation"),
+    "orthogonal": Key(float, None, "adalora: weight of the penalty"),
+    "factor": Key(int, None, "lokr: size of the first factor"),
+    "decompose_both": Key(bool, None, "lokr: the first factor is a product as well"),
+    "d_initial": Key(float, None, "vera: start of the scale of a's columns"),
+    "projection_seed": Key(int, None, "vera: of its shared matrices"),
+    "std": Key(float, None, "prefix, prompt: of the start"),
+    "tokens": Key(int, None, "prefix, prompt, llama-adapter: virtual tokens"),
+    "dim": Key(int, None, "subspace and its kin: the dimension d"),
+    "projection": Key(str, None, "subspace: fastfood | sparse | dense"),
+    "granularity": Key(str, None, "subspace: one P, global | tensor"),
+    "scales": Key(str, None, "said: a trained scale for each layer | tensor"),
+    "activation": Key(str, None, "houlsby, pfeiffer"),
+    "batches": Key(int, None, "training batches that a start reads; None: 8"),
+}
+#: Those of them that are axes of a sweep, in the axes' order; further keys follow.
+SWEPT = ("targets", "layers", "init", "scaling", "alpha", "rank", "target_rank", "tokens", "dim")
+SWEPT += ("projection", "granularity", "dropout")
+#: Names that no hyperparameter may have: a member's other fields, and axes that set other keys.
+RESERVED = ("member", "name", "group", "method", "setting", "status", "zip", "axes", "scale")
+RESERVED += ("base", "quant", "lr", "weight_decay", "steps", "batch_size", "n_train", "shuffle")
+RESERVED += ("planted_rank", "noise", "inputs", "data_seed", "seed", "trainable_params")
+
+#: Starts that are taken off the base: their members carry two factors more.
+TAKEN_OFF = ("pissa", "pissa-fast", "olora", "eva", "corda", "corda-kpm", "lora-ga")
+TAKEN_OFF += ("lora-ga-paper",)
+
+
+def _lora(name, function, takes, peft="LORA"):
+    varies = ("rank", "alpha", "scaling", "init", "targets", "layers", "dropout", "ratio")
+    varies += ("budget", "batches")
+    return Row(name, f"lorax.methods.lora:{function}", takes, varies, {"init": TAKEN_OFF}, peft)
+
+
+_LORA = ("rank", "alpha", "scaling", "init", "targets", "layers", "dropout", "ranks")
+_LOHA = ("rank", "alpha", "scaling", "targets", "layers", "dropout")
+_LOKR = ("rank", "alpha", "scaling", "factor", "decompose_both", "targets", "layers", "dropout")
+_ADALORA = ("rank", "alpha", "target_rank", "targets", "layers", "dropout")
+_ADALORA += ("tinit", "tfinal", "every", "orthogonal", "beta1", "beta2")
+_VERA = ("rank", "d_initial", "projection_seed", "targets", "layers", "dropout")
+_WHOLE = ("parameters", "layers", "full")
+_BOTTLENECK = ("rank", "targets", "layers", "activation")
+_SUBSPACE = ("dim", "projection", "granularity")
+_FACTORS = ("rank", "alpha", "scaling", "init", "targets")
+
+#: name -> row, of every method that there is.
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        _lora("lora", "lora", _LORA),
+        _lora("rslora", "rslora", tuple(key for key in _LORA if key != "scaling")),
+        _lora("dora", "dora", _LORA),
+        _lora("lora-fa", "lora_fa", _LORA),
+        _lora("lora+", "lora_plus", (*_LORA, "ratio")),
+        Row("adalora", "lorax.methods.adalora:adalora", _ADALORA, _ADALORA, peft="ADALORA"),
+        Row("loha", "lorax.methods.kronecker:loha", _LOHA, _LOHA, peft="LOHA"),
+        Row("lokr", "lorax.methods.kronecker:lokr", _LOKR, _LOHA, peft="LOKR"),
+        Row("vera", "lorax.methods.vera:vera", _VERA, _VERA, peft="VERA"),
+        Row("full", "lorax.methods.full:full", _WHOLE),
+        Row("bitfit", "lorax.methods.full:bitfit", ("layers", "full")),
+        Row("ln-tuning", "lorax.methods.full:ln_tuning", ("layers", "full"), peft="LN_TUNING"),
+        Row(
+            "ia3",
+            "lorax.methods.scaling:ia3",
+            ("targets", "feedforward", "layers"),
+            ("targets", "layers"),
+            peft="IA3",
+        ),
+        Row("houlsby", "lorax.methods.bottleneck:houlsby", _BOTTLENECK, _BOTTLENECK[:3]),
+        Row("pfeiffer", "lorax.methods.bottleneck:pfeiffer", _BOTTLENECK, _BOTTLENECK[:3]),
+        Row(
+            "prefix",
+            "lorax.methods.prefix:prefix",
+            ("tokens", "std", "layers"),
+            ("layers", "std"),
+            peft="PREFIX_TUNING",
+        ),
+        Row(
+            "prompt",
+            "lorax.methods.prefix:prompt",
+            ("tokens", "std"),
+            ("std",),
+            peft="PROMPT_TUNING",
+        ),
+        Row(
+            "llama-adapter",
+            "lorax.methods.prefix:llama_adapter",
+            ("tokens", "layers"),
+            ("layers",),
+            peft="ADAPTION_PROMPT",
+        ),
+        Row("subspace", "lorax.methods.subspace:subspace", (*_SUBSPACE, *_WHOLE), ("dim",)),
+        Row("said", "lorax.methods.subspace:said", (*_SUBSPACE, "scales", *_WHOLE), ("dim",)),
+        Row(
+            "lora-subspace",
+            "lorax.methods.subspace:lora_subspace",
+            (*_SUBSPACE, *_FACTORS),
+            ("dim",),
+        ),
+    )
+}
+
+
+def keys() -> dict[str, Key]:
+    """{name: Key} of `config.method`, with those that users' methods bring."""
+    return KEYS | {name: key for row in ROWS.values() for name, key in row.keys.items()}
+
+
+def axes() -> dict[str, str]:
+    """{axis of a sweep: the key that it sets}, of the hyperparameters of methods."""
+    more = [name for row in ROWS.values() for name in row.keys]
+    return {name: f"method.{name}" for name in dict.fromkeys((*SWEPT, *more))}
+
+
+def row(name: str) -> Row:
+    """The row of a method. Raises ValueError for a name that nothing is registered as."""
+    if name not in ROWS:
+        raise ValueError(
+            f"method.name: {name!r} is not one of {', '.join(ROWS)}{nearest(name, ROWS)}"
+        )
+    return ROWS[name]
+
+
+# ------------------------------------------------------------------------------- a user's method
+
+TYPES = (bool, int, float, str, tuple)  # of a hyperparameter's values
+
+
+def register(
+    name: str,
+    varies: tuple[str, ...] = (),
+    splits: Mapping[str, tuple] | None = None,
+    help: Mapping[str, str] | None = None,
+) -> Callable[[Callable], Callable]:
+    """Decorator that registers a function of hyperparameters as the method `name`.
+
+    Every hyperparameter has a default. One that is not among `KEYS` becomes a key of
+    `config.method`, where None means the function's own default, and an axis of `config.sweep`; its
+    type is its annotation's, or else its default's: int, float, bool, str or tuple.
+
+    varies, splits: see `Row`. What members of one program differ in has to be in the trees of
+    `State`: `bind`, `optimizer`, `penalty` and `expand` of one member's `Method` are called with
+    the trees of all. help: {hyperparameter: one line}.
+
+    The same name again replaces the method. Raises ValueError that names method and hyperparameter
+    for a name that lorax has itself, and for a name, type or default that no key can have.
+    """
+
+    def enter(function: Callable) -> Callable:
+        if name in ROWS and isinstance(ROWS[name].where, str):
+            raise ValueError(f"method {name!r}: lorax has one of this name; choose another")
+        parameters, hints = inspect.signature(function).parameters, typing.get_type_hints(function)
+        kinds = {field: _kind(name, of, hints.get(field)) for field, of in parameters.items()}
+        for field in (*varies, *(splits or {}), *(help or {})):
+            if field not in parameters:
+                raise ValueError(
+                    f"method {name!r}: has no hyperparameter {field!r}, only "
+                    f"{', '.join(parameters)}{nearest(field, parameters)}"
+                )
+        others = {
+            key: of for row in ROWS.values() if row.name != name for key, of in row.keys.items()
+        }
+        for field, kind in kinds.items():
+            known = (KEYS | others).get(field, Key(kind)).kind
+            if kind not in (None, known) and (kind, known) != (int, float):
+                raise ValueError(
+                    f"method {name!r}: {field} is {kind.__name__}, but config.method.{field} is "
+                    f"{known.__name__}; choose another name or type"
+                )
+        lines = help or {}
+        own = {f: Key(kind, None, lines.get(f, "")) for f, kind in kinds.items() if f not in KEYS}
+        ROWS[name] = Row(name, function, tuple(parameters), varies, splits or {}, keys=own)
+        return function
+
+    return enter
+
+
+def _kind(method: str, parameter: inspect.Parameter, hint) -> type | None:
+    """The type of a hyperparameter's values; None where `KEYS` alone says it."""
+    field, default = parameter.name, parameter.default
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        raise ValueError(f"method {method!r}: *{field} is no hyperparameter; name each of them")
+    if default is parameter.empty:
+        raise ValueError(f"method {method!r}: {field} has no default; give it one")
+    if field in RESERVED:
+        raise ValueError(f"method {method!r}: {field!r} is taken by lorax; choose another name")
+    if hint is None and default is not None:
+        hint = next((kind for kind in TYPES if isinstance(default, kind)), type(default))
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = [typing.get_origin(t) or t for t in (typing.get_args(hint) if union else (hint,))]
+    kinds = [kind for kind in kinds if kind not in (None, types.NoneType)]
+    if not kinds and field in KEYS:
+        return None
+    if len(kinds) != 1 or kinds[0] not in TYPES:
+        known = ", ".join(kind.__name__ for kind in TYPES)
+        raise ValueError(
+            f"method {method!r}: {field} needs a type of {known}, as in {field}: float = 1.0"
+        )
+    return kinds[0]
+
+
+def read(file: str) -> None:
+    """Run a Python file, so that the methods that it registers are there.
+
+    Raises FileNotFoundError, and ValueError where the file fails.
+    """
+    path = Path(file)
+    if not path.is_file() or path.suffix != ".py":
+        raise FileNotFoundError(f"--method: {file!r} is no Python file; expected FILE.py")
+    reach(path)
+    spec = importlib.util.spec_from_file_location(f"lorax_method_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for what annotations name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"--method: {file}: {reason(error)}") from error
+
+
+def reach(file: str | Path) -> None:
+    """Let a script import what lies beside it, as `python FILE` does."""
+    folder = str(Path(file).absolute().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)

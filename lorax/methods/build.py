@@ -1,0 +1,44 @@
+"""A method by its name, and its update merged into a model."""
+
+from lorax import catalogue, ops, tree
+from lorax.errors import nearest
+from lorax.methods import full
+from lorax.methods.contract import Method, State
+
+
+def method(name: str, **hp) -> Method:
+    """The method of that name, e.g. `method("lora", rank=8, alpha=8, targets=("q", "v"))`.
+
+    Every method takes two more: full, parameters trained as they are beside its own
+    (`resolve_full`), such as a classifier's head; dtype, of what is trained.
+    Raises ValueError for an unknown name, an unknown hyperparameter or a value out of range.
+    """
+    known = hyperparameters(name)
+    for field in hp:
+        if field not in known:
+            raise ValueError(
+                f"method.{field}: {name} has no such hyperparameter, only {', '.join(known)}"
+                f"{nearest(field, known)}"
+            )
+    dtype = hp.pop("dtype", "float32")
+    # Methods of `full` see to such words themselves: what both name is trained once.
+    row = catalogue.row(name)
+    words = () if "full" in row.hyperparameters else hp.pop("full", ())
+    return full.beside(row.function(**hp)._replace(name=name), words, dtype)
+
+
+def hyperparameters(name: str) -> tuple[str, ...]:
+    """The names of the hyperparameters of a method. Raises ValueError for an unknown name."""
+    return tuple(dict.fromkeys((*catalogue.row(name).hyperparameters, "full", "dtype")))
+
+
+def merge(method: Method, state: State, params: dict, sites=None) -> dict:
+    """Plain parameters with the update added, in float32 and rounded once to their own dtype.
+
+    Raises ValueError for a method that is no change of weights (prefixes, bottleneck adapters).
+    """
+    if method.delta is None:
+        raise ValueError(f"{method.name}: is no change of weights and can't be merged")
+    sites = sites or ops.sites_from_shapes(params)
+    flat = tree.flatten(method.bind(*state, params, sites=sites))
+    return tree.unflatten({path: ops.dense(leaf, sites.get(path)) for path, leaf in flat.items()})
