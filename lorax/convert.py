@@ -8,7 +8,9 @@ ADAPTER is a directory in PEFT's format (`runs/NAME/adapters/0` is one) or a che
 the LoRA authors' own code, as .npz or .safetensors; the latter does not say what it was scaled by:
 give --alpha. PEFT's AdaLoRA, LoHa and VeRA are taken for the LoRA with the same update; its LoKr,
 (IA)3 and LN-tuning can be shown and merged, virtual tokens can be shown; all these need their base
-to be read. BASE is a shipped name, a Hugging Face directory or a Hub id. OUT must be new.
+to be read. So does a directory in lorax's own format (method.json), which also needs --method FILE
+where the method is not lorax's: the Python file that registers it. BASE is a shipped name, a
+Hugging Face directory or a Hub id. OUT must be new.
 
 Of a BASE in 4 bits the weights are decoded and stay so; --onto DIR merges into the 16-bit model
 that they were made from.
@@ -23,9 +25,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from lorax import catalogue
 from lorax.errors import fail
 
 NOTHING = "nothing changes"
+OWN = "lorax's own format"
 SHOWN = 16  # singular values in a row of `show`
 CHECKPOINTS = (".npz", ".safetensors")  # of loralib
 
@@ -34,6 +38,8 @@ def main(arguments: list[str]) -> int:
     """The command line. Exit code 0, or 2 for a mistake in the input."""
     given = _parser().parse_args(arguments)
     try:
+        if given.method:
+            catalogue.read(given.method)
         given.command(given)
     except (ValueError, OSError) as error:
         return fail(error)
@@ -56,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         if base is not None:
             sub.add_argument("--base", required=base, help="the model that it was made for")
         sub.add_argument("--alpha", type=float, help="lora_alpha of a loralib checkpoint")
+        sub.add_argument(
+            "--method", metavar="FILE", help="Python file that registers the adapter's method"
+        )
         return sub
 
     sub = command("show", show, "ADAPTER", base=False)
@@ -335,7 +344,8 @@ def read_for(given, model: Model):
 
 
 def kind(given) -> str:
-    """PEFT's word for the adapter of the command line; "LORA" for a checkpoint of loralib.
+    """PEFT's word for the adapter of the command line; "LORA" for a checkpoint of loralib, `OWN`
+    for a directory in lorax's own format alone.
 
     Raises ValueError or FileNotFoundError.
     """
@@ -344,20 +354,28 @@ def kind(given) -> str:
     path = _path(given)
     if path.suffix in CHECKPOINTS:
         return "LORA"
-    found = peft.read_config(path / peft.CONFIG).get("peft_type")
+    found = OWN if _is_own(path) else peft.read_config(path / peft.CONFIG).get("peft_type")
     if given.alpha is not None:
-        raise ValueError(f"--alpha: {path} is PEFT's, which says itself how it is scaled")
+        raise ValueError(f"--alpha: {path} says itself how it is scaled")
     return found
 
 
+def _is_own(path: Path) -> bool:
+    """Whether a directory holds a method that PEFT can't read, in lorax's own format."""
+    from lorax import states
+    from lorax.interop import peft
+
+    return not (path / peft.CONFIG).exists() and states.is_here(path)
+
+
 def trained(given):
-    """(Base, Method, State) of an adapter of PEFT's that is not LoRA."""
-    from lorax import models, peft_methods
+    """(Base, Method, State) of an adapter that is not LoRA."""
+    from lorax import models, peft_methods, states
 
     if given.base is None:
         raise ValueError(f"--base: needed to read {given.adapter}, which is {kind(given)}")
     base = models.load(given.base, **model_of(given).run)
-    return base, *peft_methods.load(_path(given), base)
+    return base, *(states if _is_own(_path(given)) else peft_methods).load(_path(given), base)
 
 
 def _path(given) -> Path:
@@ -379,7 +397,7 @@ def model_of(given) -> Model:
 
     family = family_of(given.base, read_json(find(given.base, weights=False) / "config.json"))
     path, run, stated = _path(given), {}, None
-    if path.suffix not in CHECKPOINTS:
+    if path.suffix not in CHECKPOINTS and not _is_own(path):
         stated = peft.read_config(path / peft.CONFIG).get("task_type")
     fields = config_fields(family)
     own = "CAUSAL_LM" if "vocab_size" in fields else None
@@ -389,8 +407,8 @@ def model_of(given) -> Model:
         own = "SEQ_CLS" if labels else None
     base = skeleton(given.base, **run)
     check_task(base, stated, f"{path / peft.CONFIG}: ")
-    if run and stated is None:  # then the classifier is for the head that the base says it has
-        try:
+    if run and stated is None and not _is_own(path):
+        try:  # the classifier is for the head that the base says it has
             skeleton(given.base)
         except ValueError as error:
             raise ValueError(f"{path}: has a classifier, but no task_type; {error}") from None
@@ -399,8 +417,11 @@ def model_of(given) -> Model:
 
 def _labels(given) -> int | None:
     """Classes that the classifier in an adapter's files tells apart, None without one."""
+    from lorax import states
     from lorax.interop import peft
 
+    if _is_own(_path(given)):
+        return states.classes(_path(given))
     if kind(given) == "LORA":
         weights = read(given).weights
     else:

@@ -6,7 +6,8 @@
 
 Several --adapter run side by side in one batch: every prompt is completed with each of them
 ("base" stands for the bare model). Adapters are directories in PEFT's format: LoRA and DoRA, or
-one alone of any other method.
+one alone of any other method; or one alone in lorax's own format, where --method FILE names the
+Python file of a method that is not lorax's.
 """
 
 import argparse
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--base", required=True, help="shipped name, Hugging Face directory or Hub id")
     add("--adapter", action="append", default=[], help="PEFT directory, or base; repeatable")
+    add("--method", metavar="FILE", help="Python file that registers the adapter's method")
     add("--prompt", action="append", default=[], help="a prompt; repeatable")
     add("--prompts", help='file of prompts: a line each, or .jsonl or .json with a "prompt" each')
     add("--out", help="file for the texts, as JSON lines (default: print them)")
@@ -122,7 +124,7 @@ def check_out(file: str) -> None:
 def run(given, prompts: list[str]) -> list[dict]:
     """{"prompt", "adapter", "text"} of every prompt with every adapter."""
     import lorax
-    from lorax import adapters, decode
+    from lorax import adapters, catalogue, decode
 
     how = decode.check(
         decode.How(
@@ -137,6 +139,8 @@ def run(given, prompts: list[str]) -> list[dict]:
         given.batch_size,
         given.seed,
     )
+    if given.method:
+        catalogue.read(given.method)
     base = lorax.load(given.base, dtype=given.dtype)
     names = given.adapter or ["base"]
     loaded = [None if name == "base" else load(name, base) for name in names]
@@ -164,17 +168,24 @@ def run(given, prompts: list[str]) -> list[dict]:
 
 
 def load(directory: str, base):
-    """The `Adapter` in a directory of PEFT's: its own, or the one with the same update; for a
-    method whose update is not of low rank the base's parameters with it."""
-    from lorax import adapters, peft_methods
+    """The `Adapter` in a directory: PEFT's, or the one with the same update; for a method whose
+    update is not of low rank the base's parameters with it."""
+    from lorax import adapters, peft_methods, states
     from lorax.interop import peft
     from lorax.models import sources
 
+    if not (Path(directory) / peft.CONFIG).exists() and states.is_here(directory):
+        return _of_method(*states.load(directory, base), base)
     config = peft.read_config(Path(directory) / peft.CONFIG)
     adapters.check_task(base, config.get("task_type"), f"{Path(directory) / peft.CONFIG}: ")
     if config.get("peft_type") == "LORA":
         return peft.load(directory, sources(base))
-    method, state = peft_methods.load(directory, base)
+    return _of_method(*peft_methods.load(directory, base), base)
+
+
+def _of_method(method, state, base):
+    from lorax import adapters
+
     if method.factors is not None:
         return adapters.exported(method, state, base)
     return method.bind(*state, base.params, sites=base.sites)

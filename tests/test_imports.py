@@ -21,7 +21,7 @@ LAYERS = (
     {"ops", "interop"},
     {"losses"},
     {"quant", "methods", "models"},
-    {"adapters", "decode", "peft_methods"},
+    {"adapters", "decode", "peft_methods", "states"},
     {"tasks"},
     {"train"},
 )

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from lorax.interop import peft
+from lorax.interop import peft, states
 from lorax.interop.peft import Factors
 from lorax.interop.tensors import read_arrays
 
@@ -54,7 +54,7 @@ class Run:
         """{path: dW (in, out)} of a member whose update is not of low rank. FileNotFoundError where
         it left none: prefixes and bottlenecks are no change of weights. ValueError that names a
         damaged file."""
-        return read_arrays(self.directory / "adapters" / str(member) / "delta.safetensors")
+        return read_arrays(self.directory / "adapters" / str(member) / states.DELTA)
 
 
 def load(directory: str | os.PathLike) -> Run:

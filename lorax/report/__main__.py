@@ -2,7 +2,7 @@
 
     python -m lorax.report RUN                its own report, in the run directory
     python -m lorax.report RUN RUN...         a page that compares them
-    python -m lorax.report ADAPTER            a PEFT adapter from anywhere
+    python -m lorax.report ADAPTER            a PEFT adapter from anywhere, or a run's in any format
     python -m lorax.report ADAPTER ADAPTER    two of them, and what they have in common
 
 Writes report.html, a single file that opens from disk; analysis/*.csv and *.npz, every number
@@ -122,7 +122,7 @@ def sort(name: str) -> str:
         hint = "; it looks like a model: that is for --base"
     raise ValueError(
         f"{name}: neither a run directory (with members.jsonl) nor an adapter (with "
-        f"adapter_config.json){hint}"
+        f"adapter_config.json or delta.safetensors){hint}"
     )
 
 

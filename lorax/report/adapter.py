@@ -1,4 +1,5 @@
-"""The report of an adapter from anywhere, or of two: PEFT's directories, loralib's checkpoints."""
+"""The report of an adapter from anywhere, or of two: PEFT's directories, loralib's checkpoints, and
+the dense updates that lorax leaves of any other method."""
 
 import pathlib
 import re
@@ -12,7 +13,7 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from lorax.analysis import basis_similarity, plot_compare, updates
-from lorax.interop import loralib, peft
+from lorax.interop import loralib, peft, states
 from lorax.interop.peft import Factors
 from lorax.report import against_base, bases, notes, page, several, similarity
 from lorax.report import updates as of_updates
@@ -29,14 +30,15 @@ class Given(NamedTuple):
 
     name: str
     path: pathlib.Path
-    factors: dict[str, Factors]
+    updates: dict[str, Factors] | dict[str, np.ndarray]
     facts: dict[str, Any]
 
 
 def is_adapter(path: pathlib.Path) -> bool:
-    """A PEFT directory, a checkpoint of loralib, or a directory with one such and nothing else to
-    tell it by."""
-    return (path / peft.CONFIG).exists() or checkpoint(path) is not None
+    """A PEFT directory, one with dense updates, a checkpoint of loralib, or a directory with one
+    such and nothing else to tell it by."""
+    known = (path / peft.CONFIG).exists() or (path / states.DELTA).exists()
+    return known or checkpoint(path) is not None
 
 
 def checkpoint(path: pathlib.Path) -> pathlib.Path | None:
@@ -89,8 +91,10 @@ def write(
 
 
 def read(name: str, path: pathlib.Path, sources=None, alpha: float | None = None) -> Given:
-    """An adapter's factors, and what is known of it. sources: where the base's parameters lie in
+    """An adapter's updates, and what is known of it. sources: where the base's parameters lie in
     Hugging Face's tensors; without them paths are the modules' own names."""
+    if (path / states.DELTA).exists():
+        return _dense(name, path)
     file = None if (path / peft.CONFIG).exists() else checkpoint(path)
     if file is None:
         adapter = peft.load(path, sources)
@@ -112,20 +116,33 @@ def read(name: str, path: pathlib.Path, sources=None, alpha: float | None = None
     if not factors:
         raise ValueError(f"{path}: this adapter has no low-rank factors")
     ranks = sorted({f.a.shape[1] for f in factors.values()})
-    targets = list(dict.fromkeys(updates.place(p)[1] for p in factors))
-    layers = {updates.place(p)[0] for p in factors}
     facts = {
         "Adapter": str(path),
         **known,
         "Ranks": ", ".join(map(str, ranks)),
-        "Targets": ", ".join(targets),
-        "Layers": len(layers - {-1}),
-        "Matrices": len(factors),
+        **_places(factors),
         "Parameters in factors": sum(f.a.size + f.b.size for f in factors.values()),
         "Trained in full beside them": ", ".join(list(adapter.weights)[:8])
         + f" and {len(adapter.weights) - 8} more" * (len(adapter.weights) > 8),
     }
     return Given(name, path, factors, facts)
+
+
+def _dense(name: str, path: pathlib.Path) -> Given:
+    """What lorax has left of a method whose update has no factors."""
+    found, what = states.deltas(path), states.about(path)
+    if not found:
+        raise ValueError(f"{path}: no update, ΔW = 0 in all matrices")
+    values = [f"{key}={value}" for key, value in what["hp"].items() if value not in (None, [])]
+    facts = {"Adapter": str(path), "Kind": what["name"], "Hyperparameters": ", ".join(values)}
+    return Given(name, path, found, facts | _places(found))
+
+
+def _places(found) -> dict[str, Any]:
+    """Facts on which matrices have an update."""
+    targets = list(dict.fromkeys(updates.place(path)[1] for path in found))
+    layers = {updates.place(path)[0] for path in found} - {-1}
+    return {"Targets": ", ".join(targets), "Layers": len(layers), "Matrices": len(found)}
 
 
 def _told_apart(factors: dict[str, Factors]) -> dict[str, Factors]:
@@ -174,8 +191,8 @@ def _base(paths: Sequence[pathlib.Path], name: str | None) -> tuple[Kernels | No
 
 def _check(given: Given, kernels: Kernels, base: str) -> None:
     """Raises ValueError where an update does not fit its kernel."""
-    for path, (a, b, *_) in given.factors.items():
-        shape = (a.shape[0], b.shape[1])
+    for path, update in given.updates.items():
+        shape = updates.shape_of(update)[:2]
         if path not in kernels or kernels[path].shape != shape:
             has = f"is {kernels[path].shape}" if path in kernels else "is not"
             raise ValueError(
@@ -194,8 +211,10 @@ def _sections(
     command: str,
     layers: int | None,
 ) -> list[Section]:
-    found = {one.name: one.factors for one in given}
-    sigmas, ranks = updates.spectra(found)
+    is_dense = {one.name: "Ranks" not in one.facts for one in given}
+    found = {one.name: one.updates for one in given if not is_dense[one.name]}
+    dense = {one.name: one.updates for one in given if is_dense[one.name]}
+    sigmas, ranks = updates.spectra(found, dense)
     sigmas, ranks = sigmas.assign(adapter=sigmas["member"]), ranks.assign(adapter=ranks["member"])
     sections = page.attempt("What it is", _about, given, ranks, command)
     sections[0] = sections[0]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
@@ -205,8 +224,9 @@ def _sections(
         sections += page.attempt("Subspace similarity", _both, given)
     for one in given:
         sections += page.attempt("Between layers", _between_layers, one, len(given) > 1)
-    shown = pd.DataFrame({"member": list(found), "adapter": list(found)}, index=list(found))
-    of = (found, {}, kernels, why, shown, "adapter", layers)
+    names = list(is_dense)
+    shown = pd.DataFrame({"member": names, "adapter": names}, index=names)
+    of = (found, dense, kernels, why, shown, "adapter", layers)
     sections += page.attempt(against_base.TITLE, against_base.sections, *of)
     return [*sections, notes.section(notes.UPDATES)]
 
@@ -223,11 +243,11 @@ def _about(given: list[Given], ranks: pd.DataFrame, command: str) -> Section:
             lines.append(f"<p><strong>{page.escape(f'{one.name}: {none}')}</strong></p>")
             continue
         largest = own.loc[own["norm"].idxmax()]
+        of_rank = f" of rank {one.facts['Ranks']}" if "Ranks" in one.facts else ""
         text = (
-            f"{one.name}: {len(own)} matrices of rank {one.facts['Ranks']} make use of "
-            f"{own['effective'].mean():.1f} directions on average (effective rank; stable rank "
-            f"{own['stable'].mean():.1f}). The largest update is that of {largest['path']}, "
-            f"‖ΔW‖ = {largest['norm']:.3g}."
+            f"{one.name}: {len(own)} matrices{of_rank} make use of {own['effective'].mean():.1f} "
+            f"directions on average (effective rank; stable rank {own['stable'].mean():.1f}). The "
+            f"largest update is that of {largest['path']}, ‖ΔW‖ = {largest['norm']:.3g}."
         )
         text += f" {none}" if none else ""
         lines.append(f"<p><strong>{page.escape(text)}</strong></p>")
@@ -245,7 +265,7 @@ def _layers(ranks: pd.DataFrame) -> Section:
         f"Line charts of norm, effective and stable rank by layer: the effective rank lies between "
         f"{low:.1f} and {high:.1f}, of {ranks['rank'].max()} given."
     )
-    caption = "Norm and ranks of ΔW = s·B·A by layer, a line a target."
+    caption = "Norm and ranks of ΔW by layer, a line a target."
     several_given = ranks["member"].nunique() > 1
     header = ["matrix", *["adapter"] * several_given, "layer", "target", "rank", "‖ΔW‖"]
     header += ["effective rank", "stable rank", "90% energy rank", "numerical rank"]
@@ -267,7 +287,7 @@ def _layers(ranks: pd.DataFrame) -> Section:
 
 def _both(given: list[Given]) -> Section:
     """What two adapters have in common."""
-    one, other = (updates.bases(of.factors) for of in given)
+    one, other = (updates.bases(of.updates) for of in given)
     one, other = several.fitting(one, other)
     title = f"{given[0].name} and {given[1].name}"
     found = similarity.compare("adapters", title, [(one, other)] if one else [])
@@ -280,7 +300,7 @@ def _both(given: list[Given]) -> Section:
 def _between_layers(given: Given, several_given: bool) -> list[Section]:
     """Whether layers are changed in the same directions; none where no target has two alike."""
     maps: dict[tuple[str, str], tuple[list[int], np.ndarray]] = {}
-    own, rows = updates.bases(given.factors), []
+    own, rows = updates.bases(given.updates), []
     targets: dict[str, list[str]] = {}
     for path in own:
         targets.setdefault(updates.place(path)[1], []).append(path)

@@ -12,16 +12,15 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
-from lorax import adapters, decode, memory, methods, peft_methods, quant, tasks, tree
+from lorax import adapters, decode, memory, methods, peft_methods, quant, states, tasks, tree
 from lorax.config import Member, axes, group_key
 from lorax.errors import keep, nearest, reason
-from lorax.files import atomically, write_bytes, write_json
+from lorax.files import write_bytes
 from lorax.interop import peft
 from lorax.methods import prefix
 from lorax.models import Base, load, sources
-from lorax.models.load import layer_names, positions, skeleton
+from lorax.models.load import positions, skeleton
 from lorax.tasks import metrics
 from lorax.train import activations, checkpoint, evidence, sweep, trajectory
 
@@ -530,10 +529,9 @@ def _scores(task: tasks.Task, outputs, m: int) -> dict[str, np.ndarray]:
 def export(directory: Path, member: Member, method, trainable, constants, group: Group) -> str:
     """Write what one member has learned; "", or why PEFT can't read it.
 
-    An update of low rank becomes a LoRA adapter in PEFT's format. Any other method leaves its own
-    arrays, `state.safetensors` (path/name of `lorax.methods.State`) with `method.json`, and where
-    it is a change of weights `delta.safetensors`, {layer: dW (in, out) float32} of the matrices
-    (but for random subspaces); beside them, where PEFT has the method, its files of it.
+    An update of low rank becomes a LoRA adapter in PEFT's format. Any other method leaves its
+    arrays in lorax's own format (`lorax.states`); beside them, where PEFT has the method, its files
+    of it.
     """
     base, state = group.base, methods.State(trainable, constants)
     why = ""
@@ -558,23 +556,7 @@ def export(directory: Path, member: Member, method, trainable, constants, group:
             raise
         except Exception as error:  # what was learned is kept all the same
             why = _reason(error)
-    arrays = {
-        f"{kind}/{path}": np.asarray(x)
-        for kind, t in state._asdict().items()
-        for path, x in tree.flatten(t).items()
-    }
-    atomically(directory / "state.safetensors", lambda file: save_file(arrays, file))
-    write_json(directory / "method.json", {"name": method.name, "hp": method.hp})
-    if method.delta is not None and method.stores_delta:
-        found = method.delta(trainable, constants, base.params, base.sites)
-        matrices = {}
-        for path, update in found.items():
-            if path in base.sites:
-                matrix = np.asarray(base.sites[path].to_matrix(update))
-                for name, index in layer_names(path, base.sites[path], update.shape).items():
-                    if matrix[index].any():
-                        matrices[name] = matrix[index]
-        atomically(directory / "delta.safetensors", lambda file: save_file(matrices, file))
+    states.save(directory, method, state, base)
     if method.factors is None:
         try:
             peft_methods.save(directory, method, state, base, member.config.base)
