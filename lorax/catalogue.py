@@ -140,7 +140,7 @@ _ADALORA = ("rank", "alpha", "target_rank", "targets", "layers", "dropout")
 _ADALORA += ("tinit", "tfinal", "every", "orthogonal", "beta1", "beta2")
 _VERA = ("rank", "d_initial", "projection_seed", "targets", "layers", "dropout")
 _WHOLE = ("parameters", "layers", "full")
-_BOTTLENECK = ("rank", "targets", "layers", "activation")
+_BOTTLENECK = ("rank", "activation", "targets", "layers")
 _SUBSPACE = ("dim", "projection", "granularity")
 _FACTORS = ("rank", "alpha", "scaling", "init", "targets")
 
@@ -167,8 +167,18 @@ ROWS: dict[str, Row] = {
             ("targets", "layers"),
             peft="IA3",
         ),
-        Row("houlsby", "lorax.methods.bottleneck:houlsby", _BOTTLENECK, _BOTTLENECK[:3]),
-        Row("pfeiffer", "lorax.methods.bottleneck:pfeiffer", _BOTTLENECK, _BOTTLENECK[:3]),
+        Row(
+            "houlsby",
+            "lorax.methods.bottleneck:houlsby",
+            (*_BOTTLENECK, "full"),
+            ("rank", "targets", "layers"),
+        ),
+        Row(
+            "pfeiffer",
+            "lorax.methods.bottleneck:pfeiffer",
+            _BOTTLENECK,
+            ("rank", "targets", "layers"),
+        ),
         Row(
             "prefix",
             "lorax.methods.prefix:prefix",

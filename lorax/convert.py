@@ -96,7 +96,9 @@ def show(given) -> None:
         updates, notes = _of_adapter(read_for(given, model_of(given)))
     else:
         updates, notes = _of_adapter(read(given))
-    table = Table(title=f"{given.adapter}: dW = s a b of every layer", title_justify="left")
+    factored = any(rank for _, _, rank, _, _ in updates)
+    what = "dW = s a b" if factored or not updates else "dW"
+    table = Table(title=f"{given.adapter}: {what} of every layer", title_justify="left")
     for name in ("layer", "in x out", "r", "s", "||dW||_F", "effective", "stable", "90 % energy"):
         table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
     table.add_column("singular values")

@@ -41,7 +41,9 @@ def save(
     }
     atomically(directory / STATE, lambda file: save_file(arrays, file))
     file = catalogue.row(method.name).file
-    what = {"name": method.name, "hp": method.hp} | ({} if file is None else {"file": file})
+    what = {"name": method.name, "hp": method.hp} | (
+        {} if file is None else {"file": Path(file).name}
+    )
     write_json(directory / METHOD, what)
     if method.delta is None or not method.stores_delta:
         return

@@ -18,6 +18,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED)
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from lorax import catalogue  # noqa: E402
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -44,3 +46,12 @@ def _warnings_stay_errors():
     # Some libraries reset the filters when imported.
     with warnings.catch_warnings():
         yield
+
+
+@pytest.fixture
+def registry():
+    """What a test registers is gone after it."""
+    before = dict(catalogue.ROWS)
+    yield catalogue.ROWS
+    catalogue.ROWS.clear()
+    catalogue.ROWS.update(before)

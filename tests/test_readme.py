@@ -1,20 +1,24 @@
 """The README's own method: it is what the README says it is."""
 
 import re
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from quick import jit
+from strangers import assert_same_update, small, trained
 
 import lorax
-from lorax import methods, tree
+from lorax import config, methods, plan, tree
+from lorax.train import loop
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_method_of_the_readme_runs(monkeypatch, tmp_path):
+def lora_xs():
+    """Run the README's method, which registers itself."""
     (code,) = (
         block
         for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -22,9 +26,11 @@ def test_the_method_of_the_readme_runs(monkeypatch, tmp_path):
     )
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) < 40
-    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
     exec(compile(code, "README", "exec"), {})
 
+
+def test_the_method_of_the_readme_runs(registry):
+    lora_xs()
     base = lorax.load("gpt2-nano")
     method = lorax.method("lora-xs", rank=3, targets=("q", "down"))
     state = method.init(jax.random.key(0), base.params, base.sites)
@@ -40,3 +46,27 @@ def test_the_method_of_the_readme_runs(monkeypatch, tmp_path):
     merged = run(lorax.merge(method, moved, base.params))
     np.testing.assert_allclose(merged, bound, rtol=0, atol=1e-4)
     assert np.abs(bound - plain).max() > 0.01
+
+
+def test_the_method_of_the_readme_sweeps_in_one_group(registry, tmp_path):
+    """Ranks, seeds, layers and targets: one program, whose members are themselves alone."""
+    lora_xs()
+    c = small("lora-xs")
+    c.sweep.rank, c.sweep.targets, c.sweep.seed = (2, 5), (("q",), ("v", "up")), (0, 1)
+    members, together = config.members(c), trained(c, tmp_path / "together")
+    (group,) = loop.prepare(members, lambda line: None)
+    assert len(group.stack.members) == 8
+    rows = loop.describe(group)
+    assert [row["trainable_params"] for row in rows] == [16, 16, 100, 100, 32, 32, 200, 200]
+    for member in (members[0], members[7]):
+        alone = small("lora-xs")
+        for axis, value in member.point.items():
+            alone.sweep[axis] = (value,)
+        assert_same_update(
+            together.adapter(member.index), trained(alone, tmp_path / "a").adapter(0)
+        )
+        shutil.rmtree(tmp_path / "a")
+    factors = together.adapter(7)
+    assert {path.rpartition("/")[2] for path in factors} == {"v", "up"}
+    assert all(f.a.shape[1] == 5 for f in factors.values())
+    plan.shapes(members)

@@ -8,6 +8,7 @@ take a part of the members, or of every batch.
 import functools
 import math
 import os
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorax import memory, methods, tasks, tree
+from lorax import catalogue, memory, methods, tasks, tree
 from lorax.config import Member
 from lorax.methods import Method
 from lorax.models import Base
@@ -130,8 +131,49 @@ def stack(
     pad, seen = padding(built, base), {} if seen is None else seen
     pairs = zip(members, built, strict=True)
     started = [start(member, method, base, pad, task, seen) for member, method in pairs]
+    if isinstance(catalogue.row(built[0].name).where, Callable):
+        check_alike(built, base, started)
     together = lambda *leaves: jnp.stack(leaves)
     return Stack(tuple(members), tuple(built), *jax.tree.map(together, *started))
+
+
+def check_alike(built: list[Method], base: Base, started: list[tuple]) -> None:
+    """Raises ValueError where members that could share a program by their method's `varies` can't:
+    their trees have other shapes, or other things are computed with them. For a user's method:
+    lorax's own are known to hold to it."""
+    seen = {}  # what members differ in from the first -> (shapes, what `bind` and `penalty` do)
+    for method, (constants, _, state) in zip(built, started, strict=True):
+        own = {key: value for key, value in method.hp.items() if value != built[0].hp.get(key)}
+        if str(own) in seen:
+            continue
+        trees = state.trainable, constants
+        named = tree.flatten(dict(zip(("trainable", "constants"), trees, strict=True)))
+        shapes = {path: tuple(x.shape) for path, x in named.items()}
+        first, does = next(iter(seen.values()), (shapes, None))
+        problem = f"method {method.name!r}: members that differ in {', '.join(own)} can't share a "
+        problem += "program, though it varies"
+        for path in sorted(shapes.keys() | first.keys()):
+            if shapes.get(path) != first.get(path):
+                raise ValueError(
+                    f"{problem}: {path} is {first.get(path)} and {shapes.get(path)}; `init` has to "
+                    "pad to the width and have arrays for all targets that it is given"
+                )
+        bind = lambda *trees, of=method: of.bind(*trees, sites=base.sites)
+        penalty = lambda *trees, of=method: of.penalty and of.penalty(*trees[:2])
+        what = "".join(_computation(f, *trees, base.params) for f in (bind, penalty))
+        if does not in (None, what):
+            raise ValueError(
+                f"{problem}: `bind` or `penalty` takes them from elsewhere than the trees; put "
+                "them into the constants, or leave them out of `varies`"
+            )
+        seen[str(own)] = shapes, what
+
+
+def _computation(f, *trees) -> str:
+    """What f computes, its constants and static fields included, the same for the same thing."""
+    traced, shape = jax.make_jaxpr(f, return_shape=True)(*trees)
+    text = f"{traced.jaxpr} {[*map(str, traced.consts)]} {jax.tree.structure(shape)}"
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 class Layout(NamedTuple):
