@@ -250,8 +250,8 @@ def register(
     type is its annotation's, or else its default's: int, float, bool, str or tuple.
 
     varies, splits: see `Row`. What members of one program differ in has to be in the trees of
-    `State`: `bind`, `optimizer`, `penalty` and `expand` of one member's `Method` are called with
-    the trees of all. help: {hyperparameter: one line}.
+    `State`: the functions of one member's `Method` are called with the trees of all. help:
+    {hyperparameter: one line}.
 
     The same name again replaces the method. Raises ValueError that names method and hyperparameter
     for a name that lorax has itself, and for a name, type or default that no key can have.
@@ -260,7 +260,11 @@ def register(
     def enter(function: Callable) -> Callable:
         if name in ROWS and isinstance(ROWS[name].where, str):
             raise ValueError(f"method {name!r}: lorax has one of this name; choose another")
-        parameters, hints = inspect.signature(function).parameters, typing.get_type_hints(function)
+        parameters = inspect.signature(function).parameters
+        try:
+            hints = typing.get_type_hints(function)
+        except NameError as error:  # in an annotation
+            raise ValueError(f"method {name!r}: {error}") from None
         kinds = {field: _kind(name, of, hints.get(field)) for field, of in parameters.items()}
         for field in (*varies, *(splits or {}), *(help or {})):
             if field not in parameters:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import methods, tree
+from lorax import catalogue, methods, tree
 from lorax.adapters import check_task
 from lorax.files import write_bytes
 from lorax.interop import peft, peft_matrices, peft_tokens
@@ -34,9 +34,8 @@ from lorax.interop.places import Places, as_index, fused_width, natural
 from lorax.methods.vera import SHARED
 from lorax.models.load import FAMILIES, Base, layer_names, parameter_layers, sources
 
-#: Our name -> PEFT's peft_type.
-TYPES = {"ln-tuning": "LN_TUNING"}
-TYPES |= {name: kind.type for name, kind in (peft_matrices.KINDS | peft_tokens.KINDS).items()}
+#: Our name -> PEFT's peft_type, of what is not written as LoRA.
+TYPES = {row.name: row.peft for row in catalogue.ROWS.values() if row.peft not in (None, "LORA")}
 
 
 def save(
@@ -184,7 +183,7 @@ def _read_matrices(name: str, stored, config, base: Base, places, directory: pat
         else:
             rest[key] = tensor
     if not modules:
-        raise ValueError(f"{file}: holds no tensors of {kind.type}")
+        raise ValueError(f"{file}: holds no tensors of {TYPES[name]}")
     peft.check_targets(config, modules, directory / peft.CONFIG)
     found = [
         (_place(module, base, places, f"{file}: {name}"), modules[module])

@@ -20,7 +20,7 @@ from lorax import catalogue, methods, tree
 from lorax.errors import nearest
 from lorax.files import atomically, write_json
 from lorax.interop.states import DELTA, METHOD, STATE, about
-from lorax.interop.tensors import opened
+from lorax.interop.tensors import opened, read_arrays
 from lorax.models.load import Base, layer_names
 
 
@@ -79,12 +79,11 @@ def load(directory: str | os.PathLike, base: Base) -> tuple[methods.Method, meth
     except (TypeError, ValueError) as error:
         raise ValueError(f"{directory / METHOD}: {error}") from None
     file, found = directory / STATE, {"trainable": {}, "constants": {}}
-    with opened(file) as stored:
-        for key in stored.keys():
-            kind, _, path = key.partition("/")
-            if kind not in found or not path:
-                raise ValueError(f"{file}: {key} is neither trainable/... nor constants/...")
-            found[kind][path] = jnp.asarray(stored.get_tensor(key))
+    for key, value in read_arrays(file).items():
+        kind, _, path = key.partition("/")
+        if kind not in found or not path:
+            raise ValueError(f"{file}: {key} is neither trainable/... nor constants/...")
+        found[kind][path] = jnp.asarray(value)
     state = methods.State(*map(tree.unflatten, found.values()))
     _check(file, method, state, base)
     return method, state

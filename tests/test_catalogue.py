@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from lorax import catalogue, config, methods
+from lorax import catalogue, config, methods, run
+from lorax.files import write_json
 from lorax.interop import peft_matrices, peft_tokens
 
 DEFAULT = {  # as every run directory has them
@@ -30,10 +31,25 @@ def test_a_row_says_what_the_function_takes(name):
     assert row.file is None and not row.keys
 
 
-def test_peft_words_are_those_that_are_written():
-    kinds = {name: kind.type for name, kind in (peft_matrices.KINDS | peft_tokens.KINDS).items()}
-    said = {row.name: row.peft for row in catalogue.ROWS.values() if row.peft not in (None, "LORA")}
-    assert said == kinds | {"ln-tuning": "LN_TUNING"}
+def test_every_method_with_a_word_of_peft_is_written():
+    said = {row.name for row in catalogue.ROWS.values() if row.peft not in (None, "LORA")}
+    assert said == {*peft_matrices.KINDS, *peft_tokens.KINDS, "ln-tuning"}
+
+
+def test_a_run_from_before_a_registration_continues(registry, tmp_path):
+    """Keys that the run's config did not have yet, and that are at their defaults, are no change;
+    nor are those of a method that the script no longer registers."""
+    before = config.default()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    write_json(tmp_path / "config.json", {"config": json.loads(before.to_json())})
+    registered(gain=(1.0, PLAIN))
+    now = config.default()
+    assert run.check_same_config(tmp_path, now) == []
+    write_json(tmp_path / "config.json", {"config": json.loads(now.to_json())})
+    assert run.check_same_config(tmp_path, before) == []
+    now.sweep.gain = (1.0,)
+    with pytest.raises(ValueError, match="differs in sweep.gain"):
+        run.check_same_config(tmp_path, now)
 
 
 def test_the_default_is_that_of_every_run_before():

@@ -21,7 +21,6 @@ import pandas as pd
 
 from lorax.interop import peft, states
 from lorax.interop.peft import Factors
-from lorax.interop.tensors import read_arrays
 
 UNFINISHED = ("running", "stopped", "failed")  # states in which not all has been trained
 
@@ -54,7 +53,7 @@ class Run:
         """{path: dW (in, out)} of a member whose update is not of low rank. FileNotFoundError where
         it left none: prefixes and bottlenecks are no change of weights. ValueError that names a
         damaged file."""
-        return read_arrays(self.directory / "adapters" / str(member) / states.DELTA)
+        return states.deltas(self.directory / "adapters" / str(member))
 
 
 def load(directory: str | os.PathLike) -> Run:

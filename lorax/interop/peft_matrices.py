@@ -50,10 +50,9 @@ class Place(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """type: PEFT's word for a method. names: of its tensors in a module, a regex. bias: what PEFT
-    calls biases trained with their modules ("lora_only"), None where it stores none."""
+    """names: of a method's tensors in a module, a regex. bias: what PEFT calls biases trained with
+    their modules ("lora_only"), None where it stores none."""
 
-    type: str
     names: str
     write: Callable
     read: Callable
@@ -433,9 +432,9 @@ def read_ia3(modules, shared, config, where):
 
 
 KINDS = {
-    "adalora": Kind("ADALORA", "lora_[ABE]", write_adalora, read_adalora, "lora_only"),
-    "loha": Kind("LOHA", "hada_[a-z0-9_]+", write_loha, read_loha),
-    "lokr": Kind("LOKR", "lokr_[a-z0-9_]+", write_lokr, read_lokr),
-    "vera": Kind("VERA", "vera_lambda_[bd]", write_vera, read_vera, "vera_only"),
-    "ia3": Kind("IA3", "ia3_l", write_ia3, read_ia3),
+    "adalora": Kind("lora_[ABE]", write_adalora, read_adalora, "lora_only"),
+    "loha": Kind("hada_[a-z0-9_]+", write_loha, read_loha),
+    "lokr": Kind("lokr_[a-z0-9_]+", write_lokr, read_lokr),
+    "vera": Kind("vera_lambda_[bd]", write_vera, read_vera, "vera_only"),
+    "ia3": Kind("ia3_l", write_ia3, read_ia3),
 }

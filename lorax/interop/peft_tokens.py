@@ -62,9 +62,8 @@ class Attention(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """type: PEFT's word for a method. write, read: see above."""
+    """How a method is written and read: see above."""
 
-    type: str
     write: Callable
     read: Callable
 
@@ -163,7 +162,7 @@ def _agree(config: Mapping[str, Any], where, **right) -> None:
 
 
 KINDS = {
-    "prefix": Kind("PREFIX_TUNING", write_prefix, read_prefix),
-    "prompt": Kind("PROMPT_TUNING", write_prompt, read_prompt),
-    "llama-adapter": Kind("ADAPTION_PROMPT", write_adapter, read_adapter),
+    "prefix": Kind(write_prefix, read_prefix),
+    "prompt": Kind(write_prompt, read_prompt),
+    "llama-adapter": Kind(write_adapter, read_adapter),
 }

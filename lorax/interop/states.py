@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lorax.files import read_json
-from lorax.interop.tensors import read_safetensors
+from lorax.interop.tensors import read_arrays
 
 STATE, METHOD, DELTA = "state.safetensors", "method.json", "delta.safetensors"
 
@@ -30,5 +30,6 @@ def deltas(directory: str | os.PathLike) -> dict[str, np.ndarray]:
     """{layer: dW (in, out) float32} of every matrix that was changed.
 
     Raises FileNotFoundError where there are none: of methods that are no change of weights.
+    ValueError that names a damaged file.
     """
-    return read_safetensors(Path(directory) / DELTA)[0]
+    return read_arrays(Path(directory) / DELTA)

@@ -16,7 +16,7 @@ class State(NamedTuple):
     """trainable: what the optimiser sees. constants: arrays that the method stores, untrained.
 
     Leaves lie at path/name, path that of the parameter they belong to; the two trees have no leaf
-    in common.
+    in common. The name w is for parameters that are trained whole (`full`).
     """
 
     trainable: dict
@@ -35,8 +35,8 @@ class Method(NamedTuple):
     """A method with its hyperparameters.
 
     Members of a sweep that share a program have trees of one shape, and one of them gives the
-    program its `bind`, `optimizer`, `penalty` and `expand`: these read what members may differ in
-    from the trees. All but `init` are traced, and `init` is where only shapes are asked for.
+    program its functions: all but `init` and `count` read what members may differ in from the
+    trees. All but `count` can be traced, `init` for a plan, which asks for shapes alone.
 
     name, hp: as given to `lorax.method`, defaults filled in.
     init(key, params, sites=None, targets=None, pad=None, evidence=None) -> State. targets: {path:

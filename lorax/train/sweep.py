@@ -141,7 +141,7 @@ def check_alike(built: list[Method], base: Base, started: list[tuple]) -> None:
     """Raises ValueError where members that could share a program by their method's `varies` can't:
     their trees have other shapes, or other things are computed with them. For a user's method:
     lorax's own are known to hold to it."""
-    seen = {}  # what members differ in from the first -> (shapes, what `bind` and `penalty` do)
+    seen = {}  # what members differ in from the first -> (shapes, what is computed)
     for method, (constants, _, state) in zip(built, started, strict=True):
         own = {key: value for key, value in method.hp.items() if value != built[0].hp.get(key)}
         if str(own) in seen:
@@ -160,11 +160,12 @@ def check_alike(built: list[Method], base: Base, started: list[tuple]) -> None:
                 )
         bind = lambda *trees, of=method: of.bind(*trees, sites=base.sites)
         penalty = lambda *trees, of=method: of.penalty and of.penalty(*trees[:2])
-        what = "".join(_computation(f, *trees, base.params) for f in (bind, penalty))
+        delta = lambda *trees, of=method: of.delta and of.delta(*trees, base.sites)
+        what = "".join(_computation(f, *trees, base.params) for f in (bind, penalty, delta))
         if does not in (None, what):
             raise ValueError(
-                f"{problem}: `bind` or `penalty` takes them from elsewhere than the trees; put "
-                "them into the constants, or leave them out of `varies`"
+                f"{problem}: `bind`, `penalty` or `delta` takes them from elsewhere than the "
+                "trees; put them into the constants, or leave them out of `varies`"
             )
         seen[str(own)] = shapes, what
 

@@ -150,7 +150,7 @@ def test_what_does_not_come_from_the_trees_is_no_part_of_a_shared_program(hira, 
 
     stack(rank=(2, 4), seed=(0, 1))
     with pytest.raises(
-        ValueError, match="'closed': members that differ in gain can't share .*`bind`"
+        ValueError, match="'closed': members that differ in gain can't share .*`bind`, `p"
     ):
         stack(gain=(1.0, 2.0))
     row = registry["closed"]
