@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from quick import jit
 from strangers import small, trained
 
@@ -71,6 +72,20 @@ def test_a_leaf_of_its_own_on_a_quantised_base(hira):
     bound = method.bind(*state, base.params)
     merged = lorax.merge(method, state, base.params, base.sites)
     np.testing.assert_allclose(logits(base, merged), logits(base, bound), rtol=0, atol=1e-4)
+
+
+def test_a_leaf_of_its_own_in_any_linen_layer(hira):
+    """Kernels with head axes, found by tracing."""
+    attention = nn.MultiHeadDotProductAttention(num_heads=4)
+    x = jax.random.normal(jax.random.key(5), (2, 10, 32))
+    params = attention.init(jax.random.key(0), x)["params"]
+    sites = lorax.sites(attention, params, x)
+    method = lorax.method("hira", rank=4, targets=("re:(query|value|out)/kernel",))
+    state = moved(method.init(jax.random.key(1), params, sites))
+    bound = lorax.apply(attention, method.bind(*state, params), x)
+    merged = attention.apply({"params": lorax.merge(method, state, params, sites)}, x)
+    np.testing.assert_allclose(merged, bound, rtol=0, atol=1e-5)
+    assert np.abs(bound - attention.apply({"params": params}, x)).max() > 0.1
 
 
 def test_what_a_leaf_can_not_do_is_said(hira):
