@@ -49,9 +49,12 @@ flags.DEFINE_string(
 def main(argv: list[str]) -> int:
     """The command line. Exit code 0; 1 for a failure under way; 2 for a mistake in the input."""
     if {"--help", "-h", "-help"} & set(argv[1:]):
-        print(
-            f"{__doc__}\n  --config   {FLAGS['config'].help}\n  --workdir  {FLAGS['workdir'].help}"
-        )
+        print(__doc__)
+        for name in ("config", "workdir"):
+            print(f"  --{name:8s} {FLAGS[name].help}")
+        for name, key in catalogue.keys().items():
+            usual = "" if key.default is None else f" (default: {key.default})"
+            print(f"  --config.method.{name:15s} {key.help}{usual}")
         return 0
     try:
         settings, members, workdir = read_command_line(argv)
