@@ -3,8 +3,8 @@
     y = x (w + dW)    dW = gain w * (a b), elementwise    a (in, r), b (r, out), zero at the start
 
 A method in a file of its own, with an operator leaf and a hyperparameter (`gain`, which the paper
-does not have) that lorax knows nothing of. One compiled program trains all 8 members, in 4 minutes
-on two cores:
+does not have) that lorax knows nothing of. One compiled program trains all 8 members, in a minute
+or two on two cores (eval loss 2.2 at rank 8 and gain 4, 3.2 at rank 2 and gain 1):
 
     python -m lorax.run --config=docs/examples/hira.py
     python -m lorax.run --config=docs/examples/hira.py --config.sweep.gain="(4.0, 16.0)"
