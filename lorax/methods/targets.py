@@ -241,7 +241,7 @@ def fill(key, axes, active, shapes: Mapping[str, tuple], draw: Callable) -> dict
         return array.pad(array.asarray(value, np.float32), after or 0)
 
     found = {n: [padded(own, n, shape) for own in layers] for n, shape in shapes.items()}
-    whole = lambda name: array.stack(found[name]).reshape(*axes, *shapes[name])
+    whole = lambda name: array.stack(found[name]).reshape((*axes, *shapes[name]))
     return {name: jnp.asarray(whole(name)) for name in shapes}
 
 

@@ -163,3 +163,22 @@ def test_every_path_has_a_key_of_its_own():
     keys = {tuple(jax.random.key_data(methods.key_for(key, path)).tolist()) for path in paths}
     assert len(keys) == len(paths)
     assert methods.key_for(key, "wte") == methods.key_for(key, "wte")
+
+
+@pytest.mark.parametrize("axes", [(), (3,), (2, 2)])
+def test_arrays_are_filled_alike_where_shapes_alone_are_asked_for(axes):
+    """Scalars too, in weights that are not stacked; padding, and layers that are not active."""
+    active = np.ones(axes, bool)
+    if axes:
+        active[(0,) * len(axes)] = False
+    shapes = {"a": (4, 3), "gate": ()}
+    draw = lambda key, index: {"a": jax.random.normal(key, (4, 2))}
+    fill = lambda key: methods.fill(key, axes, active, shapes, draw)
+    found = fill(jax.random.key(0))
+    assert jax.eval_shape(fill, jax.random.key(0)) == jax.eval_shape(lambda: found)
+    assert found["a"].shape == (*axes, 4, 3) and found["gate"].shape == axes
+    assert not found["a"][..., 2].any() and not found["gate"].any()
+    np.testing.assert_array_equal(found["a"].any((-2, -1)), active)
+    keys = jax.random.split(jax.random.key(0), max(1, active.size))
+    last = found["a"].reshape(-1, 4, 3)[-1, :, :2]
+    np.testing.assert_array_equal(last, jax.random.normal(keys[-1], (4, 2)))
