@@ -322,19 +322,20 @@ def train(
     done, rows, key, programs = before, {}, None, None
     # What has no room is found before anything is trained.
     first = max(groups, key=_largest)
-    fitted = {_program_key(first): _fit(first)}
+    began = time.monotonic()
+    fitted = {_program_key(first): (_fit(first), time.monotonic() - began)}
     for group in groups:
         c = group.stack.members[0].config
         k = sweep.steps_per_call(c.eval.every, c.train.offload)
         eval_batches = sweep.eval_batches(group.task, c.eval.batch_size)
-        began = time.monotonic()
+        began, ahead = time.monotonic(), 0.0
         last, key = key, _program_key(group)
         if key != last:  # groups that differ in their data alone run in turn, and share one
-            programs = fitted.pop(key, None) or _fit(group)
+            programs, ahead = fitted.pop(key, None) or (_fit(group), 0.0)
         for width in tasks.widths(group.task):
             programs.narrow(width)
         chunks = sweep.chunks(group.stack, programs.layout.size)
-        terminal.say(_plan_line(group, programs, chunks, time.monotonic() - began))
+        terminal.say(_plan_line(group, programs, chunks, ahead + time.monotonic() - began))
         if c.analysis.trajectory:
             one = jax.tree.map(lambda x: x[0], (group.stack.constants, group.stack.state.trainable))
             why = trajectory.left_out(group.stack.methods[0], group.base, *one)
