@@ -3,7 +3,7 @@
 `adapter_model.safetensors` holds a method's arrays by PEFT's modules, `adapter_config.json` says
 what they mean. Both are written so that `PeftModel.from_pretrained` computes what `method.bind`
 does, and read so that `bind` computes what PEFT does (0.21). AdaLoRA, LoHa, LoKr, VeRA and (IA)3:
-`lorax.interop.peft_matrices`; prefixes, prompts and LLaMA-Adapter: `lorax.interop.peft_tokens`.
+`lorax.interop.peft.matrices`; prefixes, prompts and LLaMA-Adapter: `lorax.interop.peft.tokens`.
 LN-tuning is here: norms that are trained whole are PEFT's `ln_tuning_layers`.
 
 Parameters trained in full beside a method become PEFT's `modules_to_save` or biases. A parameter of
@@ -15,7 +15,6 @@ fine-tuning.
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import re
@@ -27,9 +26,11 @@ import numpy as np
 
 from lorax import catalogue, methods, tree
 from lorax.adapters import check_task
-from lorax.files import write_bytes
-from lorax.interop import peft, peft_matrices, peft_tokens
-from lorax.interop.peft_matrices import Arrays, Place
+from lorax.interop import peft
+from lorax.interop.peft import files, matrices, tokens
+from lorax.interop.peft import whole as whole_files
+from lorax.interop.peft.config import check_targets
+from lorax.interop.peft.matrices import Arrays, Place
 from lorax.interop.places import Places, as_index, fused_width, natural
 from lorax.methods.vera import SHARED
 from lorax.models.load import FAMILIES, Base, layer_names, parameter_layers, sources
@@ -58,24 +59,24 @@ def save(
     weights = _weights(state, base)
     causal = _causal(base)
     if causal and places.tied:
-        _, weights = peft.with_head({}, weights, places.tied)
+        _, weights = whole_files.with_head({}, weights, places.tied)
     classifier = any(path.startswith("head/") for path in weights)
     task_type = "CAUSAL_LM" if causal else "SEQ_CLS" if classifier else None
-    whole = peft.stored_weights(weights, places)
+    whole = whole_files.stored_weights(weights, places)
     targets: set[str] = set()
-    if method.name in peft_matrices.KINDS:
+    if method.name in matrices.KINDS:
         tensors, config = _write_matrices(method, state, base, places)
         targets = set(config["target_modules"])
-    elif method.name in peft_tokens.KINDS:
+    elif method.name in tokens.KINDS:
         if whole:
             raise ValueError(f"{method.name}: PEFT stores no weights beside it: {', '.join(whole)}")
         tensors, config = _write_tokens(method, state, base, places)
     else:
         tensors, config, whole = _write_norms(whole, places)
-    saved, bias = peft.how_saved(whole, targets, places, task_type)
-    if method.name not in peft_tokens.KINDS:
+    saved, bias = whole_files.how_saved(whole, targets, places, task_type)
+    if method.name not in tokens.KINDS:
         config["modules_to_save"] = saved or None
-    beside = getattr(peft_matrices.KINDS.get(method.name), "bias", None)
+    beside = getattr(matrices.KINDS.get(method.name), "bias", None)
     if beside is not None:
         config["bias"] = beside if bias == "lora_only" else bias
     elif bias != "none":
@@ -93,13 +94,10 @@ def save(
     }
     bare = ("prompt_embeddings", "base_model.")
     tensors = {
-        name if name.startswith(bare) else peft.PREFIX + name: np.ascontiguousarray(x, np.float32)
-        for name, x in tensors.items()
+        name if name.startswith(bare) else peft.PREFIX + name: tensor
+        for name, tensor in tensors.items()
     }
-    directory = pathlib.Path(directory)
-    write_bytes(directory / peft.WEIGHTS, peft.serialise(tensors, {"format": "pt"}))
-    write_bytes(directory / peft.CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
-    return directory
+    return files.write(directory, tensors, config)
 
 
 def load(directory: str | os.PathLike, base: Base) -> tuple[methods.Method, methods.State]:
@@ -125,10 +123,10 @@ def load(directory: str | os.PathLike, base: Base) -> tuple[methods.Method, meth
     stored = peft.own_names(stored, directory / peft.WEIGHTS)
     places = Places(sources(base))
     try:
-        if name in peft_matrices.KINDS:
+        if name in matrices.KINDS:
             hp, arrays, rest = _read_matrices(name, stored, config, base, places, directory)
-        elif name in peft_tokens.KINDS:
-            read = peft_tokens.KINDS[name].read
+        elif name in tokens.KINDS:
+            read = tokens.KINDS[name].read
             (hp, arrays), rest = read(stored, config, _attention(base, places), directory), {}
             arrays = {last: {(): x} for last, x in arrays.items()}
         else:
@@ -149,7 +147,7 @@ def _causal(base: Base) -> bool:
 
 
 def _write_matrices(method, state, base: Base, places):
-    kind = peft_matrices.KINDS[method.name]
+    kind = matrices.KINDS[method.name]
     own, trained = methods.joined(*state), methods.joined(state.trainable)
     shared = {name: np.asarray(x) for name, x in own.pop(SHARED, {}).items()}
     modules: dict[str, tuple[Place, dict[str, Arrays]]] = {}
@@ -172,7 +170,7 @@ def _write_matrices(method, state, base: Base, places):
 
 def _read_matrices(name: str, stored, config, base: Base, places, directory: pathlib.Path):
     """(hp, {path/name: {index: array}}, the other tensors)."""
-    kind, file = peft_matrices.KINDS[name], directory / peft.WEIGHTS
+    kind, file = matrices.KINDS[name], directory / peft.WEIGHTS
     modules: dict[str, Arrays] = {}
     shared, rest = {}, {}
     for key, tensor in stored.items():
@@ -184,20 +182,20 @@ def _read_matrices(name: str, stored, config, base: Base, places, directory: pat
             rest[key] = tensor
     if not modules:
         raise ValueError(f"{file}: holds no tensors of {TYPES[name]}")
-    peft.check_targets(config, modules, directory / peft.CONFIG)
+    check_targets(config, modules, directory / peft.CONFIG)
     found = [
         (_place(module, base, places, f"{file}: {name}"), modules[module])
         for module in sorted(modules, key=natural)
     ]
     hp, layers, shared = kind.read(found, shared, config, directory)
-    matrices, indices = _layers(base), set()
+    known, indices = _layers(base), set()
     arrays = {f"{SHARED}/{name}": {(): x} for name, x in shared.items()}
     for layer, own in layers.items():
-        path, index = matrices[layer]
+        path, index = known[layer]
         indices |= set(index)
         for leaf, value in own.items():
             arrays.setdefault(f"{path}/{leaf}", {})[index] = value
-    paths = {matrices[layer][0] for layer in layers}
+    paths = {known[layer][0] for layer in layers}
     exactly = lambda paths: tuple(f"re:{re.escape(path)}" for path in sorted(paths))
     flat = tree.flatten(base.params)
     depth = max((flat[path].shape[0] for path in paths if base.sites[path].stack), default=0)
@@ -252,14 +250,14 @@ def _place(module: str, base: Base, places: Places, where: str) -> Place:
 def _write_tokens(method, state, base: Base, places):
     leaves = tree.flatten(state.trainable) | tree.flatten(state.constants)
     own = {path.rpartition("/")[2]: np.asarray(leaf) for path, leaf in leaves.items()}
-    return peft_tokens.KINDS[method.name].write(own, _attention(base, places))
+    return tokens.KINDS[method.name].write(own, _attention(base, places))
 
 
-def _attention(base: Base, places: Places) -> peft_tokens.Attention:
+def _attention(base: Base, places: Places) -> tokens.Attention:
     keys = [layer for layer in _layers(base) if layer.endswith("attn/k")]
     modules = tuple(places.module(layer).rpartition(".")[0] for layer in keys)
     raw = FAMILIES[base.family][0].hf_config(base.config)
-    return peft_tokens.Attention(base.family, _causal(base), raw, modules)
+    return tokens.Attention(base.family, _causal(base), raw, modules)
 
 
 def _write_norms(whole: Arrays, places: Places):
@@ -289,7 +287,7 @@ def _read_norms(stored: Arrays, config, directory: pathlib.Path) -> Arrays:
         if name in stored:
             raise ValueError(f"{file}: {name} stands there twice, once as {key}")
     modules = [key.partition(word)[0] for key in norms]
-    peft.check_targets(config, modules, directory / peft.CONFIG)
+    check_targets(config, modules, directory / peft.CONFIG)
     return {norms.get(key, key): x for key, x in stored.items()}
 
 
@@ -312,13 +310,13 @@ def _weights(state, base: Base) -> Arrays:
 def _whole(rest: Arrays, config, places: Places, base: Base, file) -> Arrays:
     """{layer's parameter: value} of the tensors that belong to the base itself."""
     weights: Arrays = {}
-    peft.check_saved(config, rest, places, file)
+    whole_files.check_saved(config, rest, places, file)
     for name, tensor in rest.items():
-        if peft.WHOLE.fullmatch(name) is None:
+        if files.WHOLE.fullmatch(name) is None:
             raise ValueError(f"{file}: {name}: no tensor of {config['peft_type']}, weight or bias")
-        weights |= peft.oriented(name, tensor, places, file)
+        weights |= whole_files.oriented(name, tensor, places, file)
     if places.tied and weights:
-        weights = peft.without_head(peft.Adapter({}, weights, config), places.tied).weights
+        weights = whole_files.without_head(peft.Adapter({}, weights, config), places.tied).weights
     here, flat = _parameters(base), tree.flatten(base.params)
     for name, value in weights.items():
         if name not in here:
@@ -364,7 +362,7 @@ def _state(name: str, hp: dict, arrays: Mapping[str, dict], weights: Arrays, bas
         leaf[...] = 0
         for index, value in values.items():
             shape, most = np.shape(value), leaf.shape[len(index) :]
-            smaller = name in peft_matrices.KINDS and np.less_equal(shape, most).all()
+            smaller = name in matrices.KINDS and np.less_equal(shape, most).all()
             if shape != most and not smaller:
                 raise ValueError(f"{end}: {shape} given, the base's is {most}")
             leaf[(*index, *map(slice, shape))] = value

@@ -7,7 +7,7 @@ import pytest
 
 from lorax import catalogue, config, methods, run
 from lorax.files import write_json
-from lorax.interop import peft_matrices, peft_tokens
+from lorax.interop.peft import matrices, tokens
 
 DEFAULT = {  # as every run directory has them
     "name": "lora",
@@ -33,7 +33,7 @@ def test_a_row_says_what_the_function_takes(name):
 
 def test_every_method_with_a_word_of_peft_is_written():
     said = {row.name for row in catalogue.ROWS.values() if row.peft not in (None, "LORA")}
-    assert said == {*peft_matrices.KINDS, *peft_tokens.KINDS, "ln-tuning"}
+    assert said == {*matrices.KINDS, *tokens.KINDS, "ln-tuning"}
 
 
 def test_a_run_from_before_a_registration_continues(registry, tmp_path):

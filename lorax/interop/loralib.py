@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorax.interop.peft import Adapter, Factors, oriented
-from lorax.interop.peft_config import NUMBER
+from lorax.interop.adapter import Adapter, Factors
+from lorax.interop.peft.config import NUMBER
+from lorax.interop.peft.whole import oriented
 from lorax.interop.places import Places, natural
 from lorax.interop.tensors import read_npz_weights, read_safetensors
 

@@ -14,7 +14,8 @@ from peft_files import UNTIED, assert_same, dense, foreign, lora_of, random_adap
 from support import require
 
 from lorax import convert
-from lorax.interop import loralib, peft, peft_config
+from lorax.interop import loralib, peft
+from lorax.interop.peft.config import ANY, FIELDS
 
 CLASSES = {
     "LORA": "LoraConfig",
@@ -40,11 +41,11 @@ NONSENSE = (
 
 def test_every_kind_and_every_field_of_peft_is_known():
     library = require("peft")
-    assert set(peft_config.FIELDS) == set(CLASSES)
+    assert set(FIELDS) == set(CLASSES)
     for kind, name in CLASSES.items():
         theirs = {field.name for field in dataclasses.fields(getattr(library, name))}
         more = OLD if kind in ("LORA", "ADALORA") else set()
-        assert set(peft_config.FIELDS[kind]) == theirs | more, kind
+        assert set(FIELDS[kind]) == theirs | more, kind
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -61,7 +62,7 @@ def test_what_peft_itself_writes_is_read(kind, tmp_path):
 def test_a_field_of_any_other_value_is_read_or_named(kind, tmp_path):
     """All fields of each kind, each as something else; numbers too large for float32 never pass."""
     file, refused = tmp_path / peft.CONFIG, 0
-    for field in peft_config.FIELDS[kind]:
+    for field in FIELDS[kind]:
         for value in NONSENSE:
             file.write_text(json.dumps({"peft_type": kind, field: value}))
             try:
@@ -70,10 +71,10 @@ def test_a_field_of_any_other_value_is_read_or_named(kind, tmp_path):
                 assert str(error).startswith(f"{file}: {field}"), (field, value)
                 refused += 1
                 continue
-            wanted = peft_config.FIELDS[kind][field]
-            if wanted is not peft_config.ANY and isinstance(value, (int, float)):
+            wanted = FIELDS[kind][field]
+            if wanted is not ANY and isinstance(value, (int, float)):
                 assert abs(value) < 1e39, (field, value)
-    assert refused > 10 * len(peft_config.FIELDS[kind]) - 150
+    assert refused > 10 * len(FIELDS[kind]) - 150
 
 
 @pytest.mark.parametrize("foreigner", [True, False])
@@ -85,7 +86,7 @@ def test_a_lora_of_any_other_config_is_read_or_named(foreigner, tmp_path):
         peft.save(tmp_path / "x", random_adapter(), UNTIED, "gpt2")
     file = tmp_path / "x" / peft.CONFIG
     fields = json.loads(file.read_text())
-    for field in peft_config.FIELDS["LORA"]:
+    for field in FIELDS["LORA"]:
         for value in NONSENSE:
             file.write_text(json.dumps(fields | {field: value}))
             try:

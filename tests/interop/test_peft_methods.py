@@ -18,7 +18,7 @@ from support import few, require
 import lorax
 from lorax import methods, peft_methods, tree
 from lorax.interop import peft as peft_files
-from lorax.interop import peft_config
+from lorax.interop.peft.config import ANY, FIELDS
 
 LLAMA = dict(target_modules=["q_proj", "v_proj", "down_proj"])
 GPT2 = dict(target_modules=["c_attn", "attn.c_proj", "c_fc"])
@@ -440,10 +440,10 @@ def test_wrong_shapes_and_unknown_modules_are_named(name, stored, tmp_path):
 def test_a_config_of_nonsense_is_read_or_named(name, stored, tmp_path):
     """Every field in turn is something else: no other error than one that names file and field."""
     own = json.loads(stored(name)[1][peft_files.CONFIG])
-    fields = peft_config.FIELDS[own["peft_type"]]
+    fields = FIELDS[own["peft_type"]]
     for field in own:
         for value in ("x", -1, {"a": "b"}, 10**30, float("nan"), None, [], 2**31 - 1, True):
-            if fields[field].fits(value) and fields[field] is peft_config.ANY:
+            if fields[field].fits(value) and fields[field] is ANY:
                 continue
             base = edited(stored, name, tmp_path, {field: value})
             try:

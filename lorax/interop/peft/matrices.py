@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorax.interop import peft
+from lorax.interop.peft.config import CONFIG, WEIGHTS, as_number, from_patterns, scale_of
 
 Arrays = dict[str, np.ndarray]
 
@@ -149,7 +149,7 @@ def write_adalora(modules, shared, hp):
     config = {ADALORA[name]: hp[name] for name in ADALORA}
     # The schedule counts in training alone, but PEFT wants one with a step to prune in.
     config |= {"init_r": rank, "target_r": hp["target_rank"], "rank_pattern": None}
-    config |= {"lora_alpha": peft.as_number(alpha), "total_step": hp["tinit"] + hp["tfinal"] + 1}
+    config |= {"lora_alpha": as_number(alpha), "total_step": hp["tinit"] + hp["tfinal"] + 1}
     return tensors, config | {"init_lora_weights": True}
 
 
@@ -164,14 +164,14 @@ def read_adalora(modules, shared, config, where):
     patterns = config.get("rank_pattern") or {}
     layers = {}
     for place, tensors in modules:
-        here = f"{where / peft.WEIGHTS}: {place.name}"
+        here = f"{where / WEIGHTS}: {place.name}"
         shapes = {"lora_A": ("r", place.inputs), "lora_B": (place.outputs, "r")}
         rank = fit(here, tensors, **shapes, lora_E=("r", 1))["r"]
         name = f"{place.name}.lora_E"
         kept = patterns.get(name, patterns.get(f"{name}.default"))
         said, field = (init_r, "init_r") if kept is None else (sum(kept), "rank_pattern")
         if rank != said:
-            raise ValueError(f"{here}: rank {rank}, but {said} in {peft.CONFIG}, {field}")
+            raise ValueError(f"{here}: rank {rank}, but {said} in {CONFIG}, {field}")
         own = {"a": tensors["lora_A"], "e": tensors["lora_E"][:, 0], "b": tensors["lora_B"]}
         layers |= _apart(place, own, ("a", "e"), ("b",))
     for own in layers.values():
@@ -207,7 +207,7 @@ def read_loha(modules, shared, config, where):
             theirs: ("r", place.inputs) if ours[0] == "a" else (place.outputs, "r")
             for ours, theirs in HADA.items()
         }
-        rank = fit(f"{where / peft.WEIGHTS}: {place.name}", tensors, **shapes)["r"]
+        rank = fit(f"{where / WEIGHTS}: {place.name}", tensors, **shapes)["r"]
         own = {ours: tensors[theirs] for ours, theirs in HADA.items()}
         parts = _apart(place, own, ("a1", "a2"), ("b1", "b2"))
         for part in parts.values():
@@ -243,10 +243,10 @@ def write_lokr(modules, shared, hp):
 def read_lokr(modules, shared, config, where):
     layers, ranks = {}, set()
     for place, tensors in modules:
-        here = f"{where / peft.WEIGHTS}: {place.name}"
+        here = f"{where / WEIGHTS}: {place.name}"
         if place.fused:
             raise ValueError(f"{here}: one Kronecker product for {', '.join(place.columns)}")
-        rank = peft.pattern(config.get("rank_pattern"), place.name, config.get("r", 8))
+        rank = from_patterns(config.get("rank_pattern"), place.name, config.get("r", 8))
         shapes: dict[str, tuple] = {}
         for i in "12":
             if f"lokr_w{i}" in tensors:
@@ -268,7 +268,7 @@ def read_lokr(modules, shared, config, where):
         layers[layer] = own | {"s": _lycoris_scale(config, place.name, rank, where)}
         ranks.add(rank)
     if len(ranks) > 1:
-        raise ValueError(f"{where / peft.CONFIG}: rank_pattern: one rank can be read, not {ranks}")
+        raise ValueError(f"{where / CONFIG}: rank_pattern: one rank can be read, not {ranks}")
     hp = {"factor": config.get("decompose_factor", -1)}
     hp["decompose_both"] = bool(config.get("decompose_both"))
     return hp | _alpha_of(ranks.pop(), layers), layers, {}
@@ -290,22 +290,22 @@ def _lycoris(ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str,
     config = {"init_weights": True, "use_effective_conv2d": False}
     for name, values in (("r", ranks), ("alpha", alphas)):
         common = Counter(values.values()).most_common(1)[0][0]
-        rest = {module: peft.as_number(x) for module, x in values.items() if x != common}
+        rest = {module: as_number(x) for module, x in values.items() if x != common}
         pattern = "rank_pattern" if name == "r" else "alpha_pattern"
-        config |= {name: peft.as_number(common), pattern: rest}
+        config |= {name: as_number(common), pattern: rest}
     return config
 
 
 def _lycoris_scale(config, module: str, rank: int, where) -> np.ndarray:
     fields = {"r": config.get("r", 8), "lora_alpha": config.get("alpha", 8)}
     fields |= {name: config.get(name) for name in ("rank_pattern", "alpha_pattern")}
-    return np.float64(peft.scale_of(fields, module, rank, where / peft.CONFIG))
+    return np.float64(scale_of(fields, module, rank, where / CONFIG))
 
 
 def _alpha_of(rank: int, layers: Mapping[str, Arrays]) -> dict[str, Any]:
     """The rank, and the alpha that gives the commonest scale with it."""
     s = Counter(float(own["s"]) for own in layers.values()).most_common(1)[0][0]
-    return {"rank": rank, "alpha": peft.as_number(s * rank)}
+    return {"rank": rank, "alpha": as_number(s * rank)}
 
 
 # ------------------------------------------------------------------------------------------- VeRA
@@ -337,7 +337,7 @@ def write_vera(modules, shared, hp):
 
 
 def read_vera(modules, shared, config, where):
-    file = where / peft.WEIGHTS
+    file = where / WEIGHTS
     if set(shared) != {"vera_A", "vera_B"}:
         raise ValueError(
             f"{file}: vera_A and vera_B are missing, which torch's generator would draw again; "
@@ -346,7 +346,7 @@ def read_vera(modules, shared, config, where):
     inputs, outputs = (max(getattr(p, x) for p, _ in modules) for x in ("inputs", "outputs"))
     r = fit(str(file), shared, vera_A=("r", inputs), vera_B=(outputs, "r"))["r"]
     if r != config.get("r", 256):
-        raise ValueError(f"{where / peft.CONFIG}: r: {config.get('r', 256)}, but {r} in vera_A")
+        raise ValueError(f"{where / CONFIG}: r: {config.get('r', 256)}, but {r} in vera_A")
     a, b = shared["vera_A"].T, shared["vera_B"].T
     copies: dict[bytes, tuple[np.ndarray, dict[str, Arrays]]] = {}  # outputs, and who sees them
     for place, tensors in modules:
@@ -421,7 +421,7 @@ def read_ia3(modules, shared, config, where):
             inner = any(place.name.endswith(name) for name in named)
         shape = (1, place.inputs) if inner else (place.outputs, 1)
         said = f"{place.name}, {'in' if inner else 'not in'} feedforward_modules"
-        fit(f"{where / peft.WEIGHTS}: {said}", tensors, ia3_l=shape)
+        fit(f"{where / WEIGHTS}: {said}", tensors, ia3_l=shape)
         x = tensors["ia3_l"].reshape(-1)
         parts = {layer: x if inner else x[columns] for layer, columns in place.columns.items()}
         # Ones in some parts of a fused module stand for what is not adapted.

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorax.interop import peft
-from lorax.interop.peft_matrices import fit
+from lorax.interop.peft.config import CONFIG, WEIGHTS
+from lorax.interop.peft.matrices import fit
 
 Arrays = dict[str, np.ndarray]
 
@@ -82,10 +82,10 @@ def write_prefix(own, base):
 
 def read_prefix(stored, config, base, where):
     _check_prefix(base)
-    n = fit(str(where / peft.WEIGHTS), stored, prompt_embeddings=("tokens", "all"))
+    n = fit(str(where / WEIGHTS), stored, prompt_embeddings=("tokens", "all"))
     layers = len(base.modules)
     if n["all"] % (2 * layers):
-        raise ValueError(f"{where / peft.WEIGHTS}: {n['all']} features are none of {layers} layers")
+        raise ValueError(f"{where / WEIGHTS}: {n['all']} features are none of {layers} layers")
     both = stored["prompt_embeddings"].reshape(n["tokens"], layers, 2, -1)
     k, v = (both[:, :, i].swapaxes(0, 1) for i in (0, 1))
     heads = base.field("num_key_value_heads") or base.heads
@@ -108,7 +108,7 @@ def write_prompt(own, base):
 
 def read_prompt(stored, config, base, where):
     base.need("prompt")
-    n = fit(str(where / peft.WEIGHTS), stored, prompt_embeddings=("tokens", "features"))
+    n = fit(str(where / WEIGHTS), stored, prompt_embeddings=("tokens", "features"))
     sizes = dict(num_virtual_tokens=n["tokens"], token_dim=n["features"])
     _agree(config, where, num_transformer_submodules=1, **sizes)
     return {"tokens": n["tokens"]}, {"prompt": stored["prompt_embeddings"]}
@@ -129,7 +129,7 @@ def write_adapter(own, base):
 
 def read_adapter(stored, config, base, where):
     base.need("llama-adapter", ADAPTER_FAMILIES)
-    file, found = where / peft.WEIGHTS, {}
+    file, found = where / WEIGHTS, {}
     for name, x in stored.items():
         module, _, last = name.rpartition(".")
         if module not in base.modules:
@@ -158,7 +158,7 @@ def _agree(config: Mapping[str, Any], where, **right) -> None:
     for field, value in right.items():
         if config.get(field) not in (None, value):
             given = f"{config[field]!r} given, the tensors and the base have {value!r}"
-            raise ValueError(f"{where / peft.CONFIG}: {field}: {given}")
+            raise ValueError(f"{where / CONFIG}: {field}: {given}")
 
 
 KINDS = {

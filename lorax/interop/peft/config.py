@@ -6,6 +6,7 @@ are refused where they are set. The fields, their meanings and defaults are thos
 
 from __future__ import annotations
 
+import math
 import pathlib
 import re
 import reprlib
@@ -246,3 +247,27 @@ def _left_out_by(config: dict[str, Any], module: str) -> str:
     match = next(filter(None, matches), None)
     layers = [layers] if isinstance(layers, int) else layers
     return "" if match and int(match["i"]) in layers else "layers_to_transform"
+
+
+def scale_of(config: dict[str, Any], module: str, rank: int, file: pathlib.Path) -> float:
+    """PEFT's own rule: alpha / r, or alpha / sqrt(r), after the first pattern that matches."""
+    r = from_patterns(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha = from_patterns(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    if r != rank:
+        raise ValueError(
+            f"{file}: r or rank_pattern: {module} has rank {r} here and {rank} in {WEIGHTS}"
+        )
+    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def from_patterns(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first of PEFT's patterns, regexes of a name's end, that a module matches."""
+    for end, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({end})$", module):
+            return value
+    return default
+
+
+def as_number(x: float) -> int | float:
+    """A number as PEFT's JSON has it: 16, not 16.0."""
+    return int(x) if float(x).is_integer() else float(x)

@@ -1,0 +1,103 @@
+"""The two files of a PEFT adapter: names of tensors, bytes in and out."""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from lorax.files import write_bytes
+from lorax.interop.peft.config import CONFIG, WEIGHTS, missing
+from lorax.interop.tensors import read_safetensors
+
+PREFIX = "base_model.model."
+WHOLE = re.compile(r"(?!.*lora_)(.+)\.(weight|bias)")
+# A tensor of an adapter in a module: in a running model an adapter's name stands behind the word.
+_OWN = re.compile(
+    r"(?P<start>(.+\.)?(lora_(embedding_)?[ABE]|lora_magnitude_vector|hada_\w+|lokr_\w+"
+    r"|vera_lambda_[bd]|vera_[AB]|ia3_l|ln_tuning_layers))"
+    r"(\.(?P<name>[^.]+))??(?P<end>(\.(weight|bias))?)"
+)
+# A module trained whole: the one that was trained, and the base's own, which nothing computes with.
+_COPY = re.compile(r"(?P<module>.+)\.(?P<which>modules_to_save|original_module)\.(?P<rest>.+)")
+
+
+def write(
+    directory: str | os.PathLike,
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> pathlib.Path:
+    """Write the two files of an adapter; the directory. metadata: of the safetensors file."""
+    directory = pathlib.Path(directory)
+    tensors = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()}
+    data = serialise(tensors, {"format": "pt"} | dict(metadata or {}))
+    write_bytes(directory / WEIGHTS, data)
+    write_bytes(directory / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+    return directory
+
+
+def serialise(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """A safetensors file whose bytes are a function of its content.
+
+    The library writes the metadata in a random order; here the header's keys are sorted. (The
+    format: 8 bytes of header length, the header as JSON padded with spaces, the data.)
+    """
+    data = safetensors.numpy.save(tensors, metadata)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
+
+
+def read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """({name: float32 array}, the file's metadata) of a safetensors file. Raises FileNotFoundError,
+    or ValueError for a file that is none and a tensor of something else than finite floats."""
+    if not file.exists():
+        raise missing(file)
+    return read_safetensors(file)
+
+
+def own_names(stored: Mapping[str, np.ndarray], file: pathlib.Path) -> dict[str, np.ndarray]:
+    """{name as `save_pretrained` writes it, without "base_model.model.": tensor}.
+
+    Written by hand, a running model's names have the adapter's in them ("lora_A.default.weight")
+    and a module trained whole twice, "modules_to_save" and "original_module". Of the two the first
+    is the module; the second is the base's own and left out.
+
+    Raises ValueError that names the file for several adapters in it, a name that stands there twice
+    with unlike values, and a base's own module without the trained one.
+    """
+    matches = {key: _OWN.fullmatch(key.removeprefix(PREFIX)) for key in stored}
+    adapters = {match["name"] for match in matches.values() if match}
+    if len(adapters) > 1:
+        named = ", ".join(sorted(name or "one without a name" for name in adapters))
+        raise ValueError(
+            f"{file}: several adapters, {named}; one can be read: save it by itself with PEFT's "
+            "save_pretrained(folder, selected_adapters=[name])"
+        )
+    found: dict[str, np.ndarray] = {}
+    originals = {}
+    for key, tensor in stored.items():
+        name = key.removeprefix(PREFIX)
+        if match := matches[key]:
+            name = match["start"] + match["end"]
+        elif match := _COPY.fullmatch(name):
+            first, _, rest = match["rest"].partition(".")
+            rest = rest if rest and first in adapters | {"default"} else match["rest"]
+            name = f"{match['module']}.{rest}"
+            if match["which"] == "original_module":
+                originals[f"{match['module']}.{match['rest']}"] = key
+                continue
+        name = re.sub(r"\.base_layer\.(\w+)$", r".\1", name)
+        if name in found and not np.array_equal(found[name], tensor):
+            raise ValueError(f"{file}: {name} stands there twice, with unlike values; {key} is one")
+        found[name] = tensor
+    for name, key in originals.items():
+        if name not in found:
+            raise ValueError(f"{file}: {key}: the base's own module, the trained one is missing")
+    return found

@@ -1,0 +1,346 @@
+"""LoRA and DoRA adapters in Hugging Face PEFT's on-disk format.
+
+A directory holds `adapter_model.safetensors` and `adapter_config.json`. PEFT stores, for a module
+with y = W x, `lora_A.weight` (r, in) and `lora_B.weight` (out, r) and scales by lora_alpha / r;
+ours are y = x @ w + s * (x @ a) @ b, so A = a^T, B = b^T and lora_alpha = s * r. Neither is ever
+stored transposed, whatever `fan_in_fan_out` says about the base's own weight.
+
+A fused module (GPT-2's c_attn holds q, k and v side by side) is joined exactly: the rows of A are
+those of its parts one after the other (once where parts share them) and B is block-diagonal. PEFT
+reads that as one module; the file's own metadata says how to take it apart again.
+
+A head that is tied to the embedding shares its update here. PEFT adapts modules, not weights, so
+such an update is written for both, and read as one where both say the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lorax.interop.adapter import Adapter, Factors
+from lorax.interop.peft import files
+from lorax.interop.peft.config import (
+    CONFIG,
+    WEIGHTS,
+    as_number,
+    check_targets,
+    read_config,
+    scale_of,
+)
+from lorax.interop.peft.files import PREFIX
+from lorax.interop.peft.metadata import rescale, take_apart
+from lorax.interop.peft.whole import (
+    TYING,
+    check_saved,
+    how_saved,
+    oriented,
+    stored_weights,
+    with_head,
+    without_head,
+)
+from lorax.interop.places import (
+    Places,
+    as_index,
+    columns_as_json,
+    fused_width,
+    natural,
+    place_as_json,
+)
+
+if TYPE_CHECKING:
+    from lorax.interop.hf import Source  # it imports JAX, which reading an adapter can do without
+_FACTOR = re.compile(
+    r"(?P<module>.+)\."
+    r"(lora_(embedding_)?(?P<side>[AB])(\.weight)?|(?P<m>lora_magnitude_vector)(\.weight)?)"
+)
+
+
+def save(
+    directory: str | os.PathLike,
+    adapter: Adapter | Mapping[str, Factors],
+    sources: Mapping[str, Source],
+    base_name: str,
+    dropout: float = 0.0,
+    task_type: str | None = "CAUSAL_LM",
+) -> pathlib.Path:
+    """Write an adapter that PEFT loads as it is, and `load` reads back.
+
+    It comes back bit for bit where the parts of each fused module have one scale; otherwise the
+    ratio of the scales went into B and out again, at the rounding of float32.
+
+    Args:
+      adapter: an `Adapter` or its factors alone. Its config is not written.
+      sources: where the base's parameters lie in Hugging Face's tensors (`hf_tensors` of a family).
+      base_name: what PEFT should load as the base model (a Hub id or a directory).
+      dropout: on the adapter's input in training; recorded, without effect on the weights.
+      task_type: PEFT's word for the kind of model: "CAUSAL_LM", "SEQ_CLS"... or None.
+
+    Returns the directory. Raises ValueError that names the path for one that the base does not
+    have, shapes that do not fit together, a rank of 0, a scale that is not finite, or something
+    that PEFT has no way to store.
+    """
+    if not isinstance(adapter, Adapter):
+        adapter = Adapter(dict(adapter), {}, {})
+    if not adapter.factors:
+        raise ValueError("factors: nothing to save, no matrix is adapted")
+    places = Places(sources)
+    factors, weights = adapter.factors, adapter.weights
+    tied = places.tied
+    if tied and adapter.config.get(TYING, True):
+        if tied in factors and "head/bias" in sources:
+            raise ValueError(
+                f"{tied}: an update of an embedding that a masked language model's head shares "
+                "can't be stored: PEFT would adapt the embedding alone"
+            )
+        tied = tied if task_type == "CAUSAL_LM" else ""
+        factors, weights = with_head(factors, weights, tied)
+    modules: dict[str, dict[str, Factors]] = {}
+    for path, factor in factors.items():
+        _check(path, factor)
+        modules.setdefault(places.module(path), {})[path] = factor
+    plain = sorted(path for path, factor in factors.items() if factor.m is None)
+    dora = len(plain) < len(factors)
+    if dora and plain:
+        raise ValueError(
+            f"{plain[0]}: no magnitudes, but others have: PEFT has DoRA in all or none"
+        )
+    joined = {module: _join(module, places, parts) for module, parts in sorted(modules.items())}
+    whole = stored_weights(weights, places)
+    saved, bias = how_saved(whole, set(modules), places, task_type)
+
+    tensors: dict[str, np.ndarray] = {}
+    for module, one in joined.items():
+        tensors |= {f"{module}.{name}": tensor for name, tensor in one.tensors.items()}
+    for name, tensor in whole.items():
+        module, _, last = name.rpartition(".")
+        tensors[f"{module}.base_layer.{last}" if module in modules else name] = tensor
+    own = {
+        "factors": {path: entry for one in joined.values() for path, entry in one.parts.items()},
+        "weights": {path: place_as_json(places.of(path)) for path in weights},
+        "tied": tied,
+    }
+    # The commonest rank and alpha are the defaults; whatever differs goes into the patterns.
+    ranks = {module: one.rank for module, one in joined.items()}
+    alphas = {module: one.alpha for module, one in joined.items()}
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "auto_mapping": None,
+        "base_model_name_or_path": base_name,
+        "revision": None,
+        "r": r,
+        "lora_alpha": as_number(alpha),
+        "rank_pattern": {m: rank for m, rank in ranks.items() if rank != r},
+        "alpha_pattern": {m: as_number(x) for m, x in alphas.items() if x != alpha},
+        "lora_dropout": float(dropout),
+        "target_modules": sorted(modules),
+        "fan_in_fan_out": any(one.conv1d for one in joined.values()),
+        "bias": bias,
+        "modules_to_save": saved or None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": dora,
+    }
+    tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
+    return files.write(directory, tensors, config, {"lorax": json.dumps(own)})
+
+
+def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = None) -> Adapter:
+    """Read a PEFT adapter: LoRA or DoRA, with whatever weights were trained in full beside it.
+
+    `rank_pattern`, `alpha_pattern` and `use_rslora` are honoured. The parts of a fused module each
+    get the shared `a` and their own columns of `b`, so they have one row space in common.
+
+    Args:
+      sources: where the base's parameters lie in Hugging Face's tensors (`hf_tensors` of a family).
+        Without them an adapter that `save` wrote still comes by its own paths; a foreign one by its
+        modules' and tensors' own names, unsplit, full weights as they are stored.
+
+    Names of tensors may be a running model's, with one adapter's name in them (`own_names`).
+
+    Raises FileNotFoundError, or ValueError that names the file for a damaged file, another kind of
+    adapter (AdaLoRA...), factors that belong to a changed base (PiSSA, OLoRA...), fields and
+    tensors that contradict each other or have no meaning here, and a module that `sources` do not
+    have. Warns about config fields that PEFT does not have.
+    """
+    directory = pathlib.Path(directory)
+    file = directory / WEIGHTS
+    config = read_config(directory / CONFIG)
+    if config["peft_type"] != "LORA":
+        given = f"{directory / CONFIG}: peft_type {config['peft_type']!r} given"
+        raise ValueError(f"{given}; LORA is read here, others by lorax.peft_methods")
+    stored, metadata = files.read_tensors(file)
+    modules, whole = _sort(stored, file)
+    check_targets(config, modules, directory / CONFIG)
+    updates = {
+        module: _update(module, sides, config, directory)
+        for module, sides in sorted(modules.items(), key=lambda item: natural(item[0]))
+    }
+    places = Places(sources or {})
+    check_saved(config, whole, places, file)
+    tied = places.tied
+    if "lorax" in metadata:
+        factors, weights, own_tied = take_apart(updates, whole, metadata["lorax"], places, file)
+        tied = own_tied if tied or sources is None else ""
+    elif sources is None:
+        return Adapter(updates, whole, config)
+    else:
+        factors, weights = {}, {}
+        for module, update in updates.items():
+            factors |= _split(module, update, places, file)
+        for name, tensor in whole.items():
+            weights |= oriented(name, tensor, places, file)
+    adapter = Adapter(factors, weights, config)
+    return without_head(adapter, tied) if tied else adapter
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+class _Joined(NamedTuple):
+    """A module as it is stored. tensors: {name below the module: value}. rank, alpha: its own.
+    conv1d: whether its weight is (in, out). parts: {our layer: how to take it out again}."""
+
+    tensors: dict[str, np.ndarray]
+    rank: int
+    alpha: float
+    conv1d: bool
+    parts: dict[str, dict[str, Any]]
+
+
+def _join(module: str, places: Places, parts: dict[str, Factors]) -> _Joined:
+    """One module of PEFT's from the layers in it."""
+    found = places.at(f"{module}.weight")
+    embedding = next(iter(found)).endswith("/embedding")
+    layers = {path.rsplit("/", 1)[0]: source for path, source in found.items()}
+    if any(source.axes not in (None, (1, 0)) for source in layers.values()):
+        raise ValueError(f"{', '.join(parts)}: {module} is a convolution, which can't be stored")
+    n_in, n_out = next(iter(parts.values())).a.shape[0], fused_width(found)
+    # The largest scale is kept and the others' ratios to it, at most 1, go into B.
+    scale = max((float(parts[layer].s) for layer in layers if layer in parts), key=abs)
+    A: list[np.ndarray] = []
+    blocks: list[tuple[slice | np.ndarray, slice, np.ndarray]] = []  # rows and columns of B, values
+    entries: dict[str, dict[str, Any]] = {}
+    rank = 0
+    for layer in (layer for layer in layers if layer in parts):
+        a, b, s, _ = parts[layer]
+        part = layers[layer].part
+        own = b.shape[1] if part is None else np.empty(n_out)[part].size
+        if a.shape[0] != n_in or b.shape[1] != own:
+            want = f"a ({n_in}, r) and b (r, {own})"
+            raise ValueError(f"{layer}: need {want} in {module}, got {a.shape} and {b.shape}")
+        same = next((other for other in entries if np.array_equal(parts[other].a, a)), None)
+        rows = entries[same]["rows"] if same else f"{rank}:{rank + a.shape[1]}"
+        if not same:
+            A.append(np.asarray(a, np.float32).T)
+            rank += a.shape[1]
+        entries[layer] = {"module": module, "rows": rows, "scale": float(s)}
+        entries[layer]["columns"] = columns_as_json(part)
+        blocks.append((as_index(part), as_index(rows), rescale(b, float(s), scale).T))
+    B = np.zeros((n_out or blocks[0][2].shape[0], rank), np.float32)
+    for rows, columns, values in blocks:
+        B[rows, columns] = values
+    if embedding:
+        tensors = {"lora_embedding_A": np.concatenate(A), "lora_embedding_B": B}
+    else:
+        tensors = {"lora_A.weight": np.concatenate(A), "lora_B.weight": B}
+    if next(iter(parts.values())).m is not None:
+        tensors["lora_magnitude_vector"] = _magnitudes(module, layers, parts)
+    conv1d = not embedding and all(source.axes is None for source in layers.values())
+    return _Joined(tensors, rank, scale * rank, conv1d, entries)
+
+
+def _magnitudes(module: str, layers: dict[str, Source], parts: dict[str, Factors]) -> np.ndarray:
+    """DoRA's lengths of all columns of a module."""
+    missing = [layer for layer in layers if layer not in parts]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)}: not adapted, but a part of {module}: the lengths that DoRA "
+            "would store for its columns are those of the base's weight. Adapt all parts"
+        )
+    m = np.zeros(sum(parts[layer].m.size for layer in layers), np.float32)
+    for layer, source in layers.items():
+        m[as_index(source.part)] = parts[layer].m
+    return m
+
+
+def _check(path: str, factor: Factors) -> None:
+    a, b, s, m = factor
+    if np.ndim(a) != 2 or np.ndim(b) != 2 or np.shape(a)[1] != np.shape(b)[0]:
+        shapes = f"{np.shape(a)} and {np.shape(b)}"
+        raise ValueError(f"{path}: need a (in, r) and b (r, out), got {shapes}")
+    if np.shape(a)[1] == 0 and m is None:
+        raise ValueError(f"{path}: rank 0; leave out a matrix that is not adapted")
+    if not math.isfinite(s):
+        raise ValueError(f"{path}: scale {s}; it must be finite")
+    if m is not None and np.shape(m) != (np.shape(b)[1],):
+        raise ValueError(f"{path}: need magnitudes m ({np.shape(b)[1]},), got {np.shape(m)}")
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+def _sort(stored: Mapping[str, np.ndarray], file: pathlib.Path):
+    """({module: {"A", "B", "m"}}, {tensor trained in full: value}) by Hugging Face's names."""
+    modules: dict[str, dict[str, np.ndarray]] = {}
+    whole: dict[str, np.ndarray] = {}
+    for name, tensor in files.own_names(stored, file).items():
+        if match := _FACTOR.fullmatch(name):
+            modules.setdefault(match["module"], {})[match["side"] or "m"] = tensor
+        elif files.WHOLE.fullmatch(name):
+            whole[name] = tensor
+        else:
+            raise ValueError(f"{file}: {name}: no factor of LoRA, and no module's weight or bias")
+    if not modules:
+        raise ValueError(f"{file}: holds no lora_A and lora_B tensors")
+    return modules, whole
+
+
+def _update(module: str, sides: dict, config: dict, directory: pathlib.Path) -> Factors:
+    """The factors of one module of Hugging Face, oriented as ours."""
+    A, B, m = (sides.get(side) for side in ("A", "B", "m"))
+    fits = A is not None and B is not None and A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
+    if not fits or A.size == 0 or B.size == 0:
+        shapes = {side: tensor.shape for side, tensor in sides.items()}
+        raise ValueError(
+            f"{directory / WEIGHTS}: {module}: need A (r, in) and B (out, r), got {shapes}"
+        )
+    if bool(config.get("use_dora")) != (m is not None) or m is not None and m.size != len(B):
+        given = "no magnitudes" if m is None else f"magnitudes {m.shape}"
+        raise ValueError(
+            f"{directory / WEIGHTS}: {module}: {given} for {len(B)} outputs, but {CONFIG} says "
+            f"use_dora={bool(config.get('use_dora'))}"
+        )
+    scale = scale_of(config, module, A.shape[0], directory / CONFIG)
+    a, b = np.ascontiguousarray(A.T), np.ascontiguousarray(B.T)
+    return Factors(a, b, scale, None if m is None else m.reshape(-1))
+
+
+def _split(module: str, update: Factors, places: Places, file: pathlib.Path) -> dict[str, Factors]:
+    """The factors of a module's parts, by our paths."""
+    found = places.at(f"{module}.weight")
+    if not found:
+        known = ", ".join(sorted(name.removesuffix(".weight") for name in places.tensors))
+        raise ValueError(f"{file}: {module}: the base has no such module; it has {known}")
+    a, b, s, m = update
+    width = fused_width(found)
+    if width not in (0, b.shape[1]):
+        raise ValueError(f"{file}: {module}: {b.shape[1]} outputs, the base's has {width}")
+    parts = {}
+    for path, source in found.items():
+        columns = as_index(source.part)
+        own = None if m is None else m[columns]
+        parts[path.rsplit("/", 1)[0]] = Factors(a, np.ascontiguousarray(b[:, columns]), s, own)
+    return parts
