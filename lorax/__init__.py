@@ -9,12 +9,12 @@ _FACE = {
     "load": "lorax.models",
     "method": "lorax.methods",
     "merge": "lorax.methods",
-    "apply": "lorax.ops",
-    "sites": "lorax.ops",
+    "apply": "lorax.intercept",
+    "sites": "lorax.intercept",
 }
 _MODULES = (
-    *("adapters", "analysis", "decode", "interop", "methods", "models", "ops", "tasks", "train"),
-    "tree",
+    *("adapters", "analysis", "decode", "interop", "intercept", "leaves", "methods", "models"),
+    *("ops", "tasks", "train", "tree"),
 )
 
 

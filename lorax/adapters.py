@@ -5,7 +5,7 @@ become leaves of a base's parameters, stacked as the base stacks its layers and 
 the largest rank of the stack, which changes nothing in what they compute.
 
 Where a model reads out with its embedding, an adapter from PEFT may update one of the two uses
-alone, or each by itself: such an embedding becomes an `ops.Untied` leaf.
+alone, or each by itself: such an embedding becomes a `leaves.Untied` leaf.
 """
 
 import functools
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import methods, ops, tree
+from lorax import leaves, methods, ops, tree
 from lorax.errors import nearest
 from lorax.interop.hf import check_finite
 from lorax.interop.peft import Adapter, Factors
@@ -28,8 +28,8 @@ from lorax.models.load import Base, layer_names, parameter_layers, sources
 def bind(base: Base, adapter: Adapter) -> dict:
     """The base's parameters with the adapter in them, for `lorax.apply`.
 
-    Adapted matrices become `ops.LowRank` leaves (DoRA: `ops.Scaled` ones around them), parameters
-    that were trained in full are replaced, in the dtype of the base's own.
+    Adapted matrices become `LowRank` leaves (DoRA: `Scaled` ones around them), parameters that were
+    trained in full are replaced, in the dtype of the base's own.
 
     Raises ValueError that names path and shapes for a layer that the base does not have or factors
     that do not fit it.
@@ -37,12 +37,12 @@ def bind(base: Base, adapter: Adapter) -> dict:
     own, head = _uses(base, adapter)
     flat = _replaced(base, own.weights)
     for path, stack in _stacks(base, own.factors).items():
-        flat[path] = ops.LowRank(flat[path], *map(jnp.asarray, (stack.a, stack.b, stack.s)))
+        flat[path] = leaves.LowRank(flat[path], *map(jnp.asarray, (stack.a, stack.b, stack.s)))
         if stack.has_m.any():
             g = _gain(flat[path], jnp.asarray(stack.m), jnp.asarray(stack.has_m), base.sites[path])
-            flat[path] = ops.Scaled(flat[path], g)
+            flat[path] = leaves.Scaled(flat[path], g)
     if head is not None:
-        flat[head.path] = ops.Untied(flat[head.path], _read_out(base, head))
+        flat[head.path] = leaves.Untied(flat[head.path], _read_out(base, head))
     return tree.unflatten(flat)
 
 
@@ -74,7 +74,7 @@ def check_task(base: Base, task_type: str | None, where: str = "") -> None:
 @functools.partial(jax.jit, static_argnums=3)
 def _gain(leaf, m, has_m, site):
     """DoRA's scales of a stack's columns, 1 in a layer without lengths."""
-    return jnp.where(has_m[..., None], ops.dora(leaf, m, site).g, 1)
+    return jnp.where(has_m[..., None], leaves.dora(leaf, m, site).g, 1)
 
 
 def mixed(base: Base, adapters: Sequence[Adapter | None], rows) -> dict:
@@ -112,7 +112,7 @@ def mixed(base: Base, adapters: Sequence[Adapter | None], rows) -> dict:
                 a[..., i, :, :r], b[..., i, :r, :] = own[path].a, own[path].b
                 s[..., i] = own[path].s
         every_layer = np.broadcast_to(rows.astype(np.int32), (*layers, len(rows)))
-        flat[path] = ops.Mixed(flat[path], *map(jnp.asarray, (a, b, s, every_layer)))
+        flat[path] = leaves.Mixed(flat[path], *map(jnp.asarray, (a, b, s, every_layer)))
     return tree.unflatten(flat)
 
 
@@ -401,5 +401,5 @@ def _read_out(base: Base, head: _Head):
     if head.factors is not None:
         own = {head.path.removesuffix("/embedding"): head.factors}
         twin = _stacks(base, own)[head.path]
-        leaf = ops.LowRank(leaf, *map(jnp.asarray, (twin.a, twin.b, twin.s)))
+        leaf = leaves.LowRank(leaf, *map(jnp.asarray, (twin.a, twin.b, twin.s)))
     return leaf

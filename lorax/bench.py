@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from lorax import analysis, config, decode, methods, ops, quant, tasks, tree
+from lorax import analysis, config, decode, intercept, leaves, methods, quant, tasks, tree
 from lorax.console import console
 from lorax.files import write_bytes
 from lorax.models import Base, gpt2
@@ -245,7 +245,9 @@ def _base(shape: Shape, param_dtype: str = "float32") -> Base:
     example = np.zeros((1, 1), np.int32)
     params = jax.jit(module.init)(jax.random.key(0), example)["params"]
     params = jax.tree.map(lambda x: x.astype(param_dtype), params)
-    return Base(module, params, config, None, ops.sites(module, params, example), "gpt2", "", "")
+    return Base(
+        module, params, config, None, intercept.sites(module, params, example), "gpt2", "", ""
+    )
 
 
 def _train(shape: Shape, members: int, operands="float32", **method) -> Callable[[], float]:
@@ -293,7 +295,7 @@ def _mixed(shape: Shape, tokens: int, adapters: int = 8) -> Callable[[], float]:
             np.ones((layers, n), np.float32),
             np.tile(np.arange(n, dtype=np.int32), (layers, 1)),
         )
-        flat[path] = ops.Mixed(flat[path], a, b, jax.numpy.asarray(s), jax.numpy.asarray(rows))
+        flat[path] = leaves.Mixed(flat[path], a, b, jax.numpy.asarray(s), jax.numpy.asarray(rows))
     params = tree.unflatten(flat)
     ids = rng.integers(0, shape.config.vocab_size, (n, 64)).astype(np.int32)
     read = jax.jit(lambda params, ids, cache: decode.read(base.module, params, ids, None, cache))

@@ -271,10 +271,10 @@ def _onto(given) -> str:
 
 def _dtypes_of_codes(base) -> str:
     """The dtypes that a base's 4-bit weights are decoded to, "" where it has none."""
-    from lorax import ops, tree
+    from lorax import leaves, tree
 
-    leaves = tree.flatten(base.params).values()
-    return ", ".join(sorted({leaf.dtype.name for leaf in leaves if isinstance(leaf, ops.Stored)}))
+    coded = (x for x in tree.flatten(base.params).values() if isinstance(x, leaves.FrozenWeight))
+    return ", ".join(sorted({leaf.dtype.name for leaf in coded}))
 
 
 def _unchanged(base, params, dtypes) -> bool:

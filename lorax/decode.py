@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import ops
+from lorax import intercept, leaves
 from lorax.files import check_unicode
 from lorax.methods import prefix
 from lorax.models import Base
@@ -117,7 +117,7 @@ def complete(
     reads as the whole does. A first word so begins with its space.
 
     params: for `lorax.apply` (default: the base's own). how: its `ends` and `pad` are the base's
-    where empty. rows: which adapter each prompt takes, where params has `ops.Mixed` leaves.
+    where empty. rows: which adapter each prompt takes, where params has `leaves.Mixed` leaves.
     progress: called with (prompts done, prompts in all).
     Raises ValueError as `encode` does.
     """
@@ -159,17 +159,17 @@ def complete(
 
 
 def _rows(params, new):
-    """`params` with the rows (..., B) of every `ops.Mixed` leaf replaced by new(rows)."""
+    """`params` with the rows (..., B) of every `leaves.Mixed` leaf replaced by new(rows)."""
 
     def replace(leaf):
-        if not isinstance(leaf, ops.Mixed):
+        if not isinstance(leaf, leaves.Mixed):
             return leaf
         own = new(leaf.rows)
         return dataclasses.replace(
             leaf, rows=jnp.broadcast_to(own, (*leaf.rows.shape[:-1], own.shape[-1]))
         )
 
-    return jax.tree.map(replace, params, is_leaf=lambda leaf: isinstance(leaf, ops.Mixed))
+    return jax.tree.map(replace, params, is_leaf=lambda leaf: isinstance(leaf, leaves.Mixed))
 
 
 def _continuation(vocabulary, prompt: list[int], written: list[int]) -> str:
@@ -217,7 +217,7 @@ def generate(module, params, tokens, segments, key, how: How):
 
 def read(module, params, tokens, segments, cache):
     """Logits (N, V) after the last token of (N, T), and the cache with the tokens in it."""
-    with ops.interceptor():
+    with intercept.interceptor():
         call = functools.partial(module.apply, {"params": params})
         hidden, cache = call(tokens, segments, cache, method="hidden")
         return call(hidden[:, -1], method="logits"), cache

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import ops
+from lorax import intercept
 
 ROWS = 256  # most tokens whose logits exist at a time
 
@@ -26,7 +26,7 @@ def token_losses(module, params, hidden, labels, smoothing=0.0):
 
     smoothing: share of the target that is spread over the vocabulary (arXiv:1512.00567, section 7).
     """
-    logits = ops.apply(module, params, hidden, method="logits")
+    logits = intercept.apply(module, params, hidden, method="logits")
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if not smoothing:
         return nats
@@ -104,7 +104,7 @@ def lm_loss(module, params, batch, smoothing=0.0):
     """
     tokens, weights, segments = batch["tokens"], batch["mask"][:, 1:], batch.get("segments")
     segments = None if segments is None else segments[:, :-1]
-    hidden = ops.apply(module, params, tokens[:, :-1], segments, method="hidden")
+    hidden = intercept.apply(module, params, tokens[:, :-1], segments, method="hidden")
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
     total = weighted_loss(module, params, hidden, labels, weights.reshape(-1), smoothing)
     return total, jnp.sum(weights)
@@ -118,7 +118,7 @@ def class_loss(module, params, batch, smoothing=0.0):
     tokens does not count.
     """
     tokens, segments, label = batch["tokens"], batch["segments"], batch["label"]
-    scores = ops.apply(module, params, tokens, segments, batch["types"])
+    scores = intercept.apply(module, params, tokens, segments, batch["types"])
     if jnp.issubdtype(label.dtype, jnp.integer):
         losses = _cross_entropy(scores, label, smoothing)
     else:
@@ -138,7 +138,7 @@ def array_loss(module, params, batch, smoothing=0.0):
     inputs, label, weights = batch["inputs"], batch["label"], batch["weight"]
     if inputs.dtype == jnp.uint8:
         inputs = inputs.astype(jnp.float32) / 255
-    scores = ops.apply(module, params, inputs)
+    scores = intercept.apply(module, params, inputs)
     if jnp.issubdtype(label.dtype, jnp.integer):
         losses = _cross_entropy(scores, label, smoothing)
         return jnp.sum(weights * losses), jnp.sum(weights), scores

@@ -1,7 +1,7 @@
 """Parameter trees by slash path: flatten, match against rules, split in two, put together again.
 
-A tree is a nested dict; its leaves are arrays or operator leaves (see `lorax.ops`). A path joins
-the keys with slashes: "h/attn/q/kernel".
+A tree is a nested dict; its leaves are arrays or operator leaves (see `lorax.ops.Leaf`). A path
+joins the keys with slashes: "h/attn/q/kernel".
 """
 
 import re

@@ -10,7 +10,7 @@ import optax
 from quick import jit
 
 import lorax
-from lorax import config, ops
+from lorax import config, intercept
 from lorax.models import gpt2
 from lorax.train import step as steps
 from lorax.train import sweep
@@ -28,7 +28,7 @@ def three_layers():
     c = gpt2.Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=3, n_head=2, n_inner=12)
     module, tokens = gpt2.GPT2(c), np.zeros((2, 6), np.int32)
     params = noisy(jit(module.init)(jax.random.key(0), tokens)["params"], 0.2, 3)
-    sites = ops.sites(module, params, tokens)
+    sites = intercept.sites(module, params, tokens)
     return types.SimpleNamespace(module=module, params=params, sites=sites)
 
 

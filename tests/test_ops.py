@@ -19,7 +19,7 @@ from quick import jit
 from support import traced
 
 import lorax
-from lorax import methods, ops, tree
+from lorax import leaves, methods, ops, tree
 from lorax.methods import lora
 from lorax.ops import Site
 
@@ -193,8 +193,8 @@ def start(name):
 
 
 def random(shapes):
-    leaves, treedef = jax.tree.flatten(shapes)
-    values = [normal(3 + i, *leaf.shape, scale=0.5) for i, leaf in enumerate(leaves)]
+    arrays, treedef = jax.tree.flatten(shapes)
+    values = [normal(3 + i, *x.shape, scale=0.5) for i, x in enumerate(arrays)]
     return jax.tree.unflatten(treedef, values)
 
 
@@ -266,12 +266,12 @@ def test_dense_is_the_merged_kernel(name):
 def test_dense_rounds_the_update_once():
     """In bfloat16 the sum is made in float32: w + s a b rounded, not rounded parts added."""
     w, a, b = normal(0, 8, 8).astype(jnp.bfloat16), normal(1, 8, 2, scale=0.01), normal(2, 2, 8)
-    kernel = ops.dense(ops.LowRank(w, a, b, jnp.float32(1)), LINEAR)
+    kernel = ops.dense(leaves.LowRank(w, a, b, jnp.float32(1)), LINEAR)
     exact = w.astype(np.float32) + a @ b
     assert kernel.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.float32(kernel), np.float32(exact.astype(jnp.bfloat16)))
     g = normal(3, 8)
-    scaled = ops.dense(ops.Scaled(ops.LowRank(w, a, b, jnp.float32(1)), g), LINEAR)
+    scaled = ops.dense(leaves.Scaled(leaves.LowRank(w, a, b, jnp.float32(1)), g), LINEAR)
     exact = (exact * g[None]).astype(jnp.bfloat16)
     np.testing.assert_array_equal(np.float32(scaled), np.float32(exact))
 
@@ -325,7 +325,7 @@ def test_sites_leave_out_what_is_no_product_with_one_matrix():
 def low_rank():
     """(x, leaf) with as many rows as merging needs to pay."""
     w, a, b = normal(2, 6, 5), normal(3, 6, 2), normal(4, 2, 5)
-    return normal(1, 3, 40, 6), ops.LowRank(w, a, b, jnp.float32(0.7))
+    return normal(1, 3, 40, 6), leaves.LowRank(w, a, b, jnp.float32(0.7))
 
 
 def test_merged_linear_has_the_value_and_the_five_gradients_of_the_factored_form():
@@ -340,7 +340,7 @@ def test_merged_linear_has_the_value_and_the_five_gradients_of_the_factored_form
     factored = lambda x, w, a, b, s: x @ w + s * ((x @ a) @ b)
     args = (x, leaf.w, leaf.a, leaf.b, leaf.s)
     names = ("y", "dx", "dw", "da", "db", "ds")
-    merged = run(ops.merged_linear, *args)
+    merged = run(leaves.merged_linear, *args)
     with jax.enable_x64(True):  # in float32 the sum of ds alone is off by 2e-4
         out, pull = jax.vjp(factored, *(jnp.asarray(np.float64(x)) for x in args))
         exact = (out, *pull(jnp.asarray(np.float64(dy))))
@@ -351,19 +351,19 @@ def test_merged_linear_has_the_value_and_the_five_gradients_of_the_factored_form
 
 def merges(x, leaf) -> bool:
     with pytest.MonkeyPatch.context() as patched:
-        calls = traced(patched, ops, "merged_linear")
+        calls = traced(patched, leaves, "merged_linear")
         jax.eval_shape(ops.linear, x, leaf)
     return bool(calls)
 
 
 def test_linear_merges_only_where_it_may_and_where_it_pays():
     x, leaf = low_rank()
-    allowed = ops.allow_merge({"q": {"kernel": leaf, "bias": x}})["q"]["kernel"]
+    allowed = leaves.allow_merge({"q": {"kernel": leaf, "bias": x}})["q"]["kernel"]
     assert merges(x, allowed)
     assert not merges(x, leaf)
     assert not merges(x[:1, :2], allowed)  # few rows: making w + s a b costs more than it saves
     assert not merges(x.astype(jnp.bfloat16), allowed)  # would round small updates away
-    how = ops.Dropout(jnp.float32(0.5), jax.random.key(0))
+    how = leaves.Dropout(jnp.float32(0.5), jax.random.key(0))
     assert not merges(x, dataclasses.replace(allowed, dropout=how))
 
 
@@ -373,7 +373,7 @@ def test_linear_merges_only_where_it_may_and_where_it_pays():
 def around(leaf, seed):
     """Another update, of the same sizes, on top of a `LowRank`."""
     like = lambda x, i: normal(seed + i, *x.shape, scale=0.5)
-    return ops.LowRank(leaf, like(leaf.a, 1), like(leaf.b, 2), jnp.full(leaf.s.shape, 0.7))
+    return leaves.LowRank(leaf, like(leaf.a, 1), like(leaf.b, 2), jnp.full(leaf.s.shape, 0.7))
 
 
 def bound_leaves(name):
@@ -390,19 +390,19 @@ def test_leaves_around_leaves_are_the_kernel_that_they_stand_for(name):
     module, inputs, _ = ZOO[name]
     params, flat, sites = bound_leaves(name)
     for path in sites:
-        nested = around(flat[path], 20)
-        flat[path] = ops.Scaled(nested, normal(30, *nested.b.shape[:-2], nested.b.shape[-1]))
-    leaves = {path: flat.pop(path) for path in sites}
+        leaf = around(flat[path], 20)
+        flat[path] = leaves.Scaled(leaf, normal(30, *leaf.b.shape[:-2], leaf.b.shape[-1]))
+    nested = {path: flat.pop(path) for path in sites}
 
-    def bound(leaves):
-        return lorax.apply(module, tree.unflatten(flat | leaves), inputs)
+    def bound(nested):
+        return lorax.apply(module, tree.unflatten(flat | nested), inputs)
 
-    def plain(leaves):
-        kernels = {path: ops.dense(leaf, sites[path]) for path, leaf in leaves.items()}
+    def plain(nested):
+        kernels = {path: ops.dense(leaf, sites[path]) for path, leaf in nested.items()}
         return module.apply({"params": tree.unflatten(flat | kernels)}, inputs)
 
     def run(f):
-        out, pull = jax.vjp(f, leaves)
+        out, pull = jax.vjp(f, nested)
         return out, pull(normal(9, *out.shape))[0]
 
     (one, grads), (two, expected) = (
@@ -437,7 +437,7 @@ def test_each_row_has_its_own_adapter(name):
         stack = leaf.s.ndim
         a, b, s = (jnp.stack([getattr(x, k) for x in own], stack) for k in "abs")
         every_layer = jnp.broadcast_to(rows, (*leaf.s.shape, len(rows)))
-        flat[path] = ops.Mixed(leaf.w, a, b, s, every_layer)
+        flat[path] = leaves.Mixed(leaf.w, a, b, s, every_layer)
     apply = lambda flat: lorax.apply(module, tree.unflatten(flat), inputs)
     mixed, *separate = jit(lambda: [apply(x) for x in (flat, *three)])()
     assert np.abs(separate[0] - separate[1]).max() > 0.1
@@ -447,7 +447,7 @@ def test_each_row_has_its_own_adapter(name):
 
 def test_mixed_leaves_say_what_they_can_not():
     w, a, b = normal(0, 3, 4), normal(1, 2, 3, 1), normal(2, 2, 1, 4)
-    leaf = ops.Mixed(w, a, b, jnp.ones(2), jnp.array([0, 1, 1], jnp.int32))
+    leaf = leaves.Mixed(w, a, b, jnp.ones(2), jnp.array([0, 1, 1], jnp.int32))
     with pytest.raises(ValueError, match="a batch of 2 rows, but adapters for 3"):
         ops.linear(normal(3, 2, 5, 3), leaf)
     with pytest.raises(ValueError, match="a Mixed leaf is no single kernel"):
@@ -458,7 +458,7 @@ def test_mixed_leaves_say_what_they_can_not():
 
 def test_positions_that_all_rows_share_still_differ_by_adapter():
     w, a, b = normal(0, 5, 4), normal(1, 2, 5, 1), normal(2, 2, 1, 4)
-    leaf = ops.Mixed(w, a, b, jnp.array([1.0, 0.0]), jnp.array([0, 1, 0], jnp.int32))
+    leaf = leaves.Mixed(w, a, b, jnp.array([1.0, 0.0]), jnp.array([0, 1, 0], jnp.int32))
     out = jit(ops.embed)(jnp.array([[3, 1]]), leaf)
     own = (w + a[0] @ b[0])[jnp.array([3, 1])]
     np.testing.assert_allclose(
@@ -470,7 +470,7 @@ def test_an_untied_embedding_reads_out_with_its_head():
     params, flat, _ = bound_leaves("tied")
     w, head = flat["wte/embedding"], normal(50, 11, 4)
     x = normal(1, 2, 4)
-    leaf = ops.Untied(w, head)
+    leaf = leaves.Untied(w, head)
     np.testing.assert_allclose(ops.attend(x, leaf), x @ head.T, rtol=1e-6)
     np.testing.assert_array_equal(ops.embed(TOKENS, leaf), ops.embed(TOKENS, w))
     with pytest.raises(ValueError, match="Untied leaf is no single kernel"):
@@ -488,8 +488,8 @@ def test_dora_gives_the_columns_their_lengths(name):
             *layers, _, n_out = flat[path].b.shape
             m = 1 + jnp.abs(normal(60, *layers, n_out))
             kernel = site.to_matrix(ops.dense(flat[path], site))
-            scaled = site.to_matrix(ops.dense(ops.dora(flat[path], m, site), site))
-            out[path] = kernel, scaled, ops.column_norms(flat[path], site), m
+            scaled = site.to_matrix(ops.dense(leaves.dora(flat[path], m, site), site))
+            out[path] = kernel, scaled, leaves.column_norms(flat[path], site), m
         return out
 
     for kernel, scaled, norms, m in run().values():
@@ -506,7 +506,9 @@ def test_dora_takes_the_lengths_it_divides_by_for_constants():
     m = jnp.arange(1.0, 6.0)
 
     def ours(a, b, m):
-        return jnp.sum(ops.linear(x, ops.dora(dataclasses.replace(leaf, a=a, b=b), m, LINEAR)) ** 2)
+        return jnp.sum(
+            ops.linear(x, leaves.dora(dataclasses.replace(leaf, a=a, b=b), m, LINEAR)) ** 2
+        )
 
     def formula(a, b, m):
         kernel = leaf.w + leaf.s * a @ b
@@ -521,7 +523,7 @@ def test_dora_takes_the_lengths_it_divides_by_for_constants():
 
 def test_merging_is_allowed_inside_a_scaled_leaf():
     x, leaf = low_rank()
-    allowed = ops.allow_merge({"q": ops.Scaled(leaf, jnp.ones(5))})["q"]
+    allowed = leaves.allow_merge({"q": leaves.Scaled(leaf, jnp.ones(5))})["q"]
     assert merges(x, allowed)
 
 
@@ -529,7 +531,7 @@ def test_merging_is_allowed_inside_a_scaled_leaf():
 
 
 def drop(x, rate, seed=0):
-    return jit(ops.dropout)(x, ops.Dropout(jnp.float32(rate), jax.random.key(seed)))
+    return jit(leaves.dropout)(x, leaves.Dropout(jnp.float32(rate), jax.random.key(seed)))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
@@ -545,13 +547,13 @@ def test_dropout_is_a_function_of_its_key():
     x = np.ones((20, 20), np.float32)
     np.testing.assert_array_equal(drop(x, 0.5, seed=1), drop(x, 0.5, seed=1))
     assert np.mean(np.asarray(drop(x, 0.5, seed=1)) != np.asarray(drop(x, 0.5, seed=2))) > 0.3
-    assert ops.dropout(x, None) is x
+    assert leaves.dropout(x, None) is x
     assert drop(x.astype(jnp.bfloat16), 0.5).dtype == jnp.bfloat16
 
 
 def test_dropout_acts_on_the_input_of_the_adapter_alone():
     x, leaf = low_rank()
-    how = ops.Dropout(jnp.float32(0.5), jax.random.key(0))
+    how = leaves.Dropout(jnp.float32(0.5), jax.random.key(0))
     out = jit(ops.linear)(x, dataclasses.replace(leaf, dropout=how))
     x, dropped, w, a, b = map(np.asarray, (x, drop(x, 0.5), leaf.w, leaf.a, leaf.b))
     np.testing.assert_allclose(out, x @ w + 0.7 * (dropped @ a @ b), rtol=1e-5, atol=1e-5)
@@ -613,7 +615,7 @@ def test_half_multiplies_in_bfloat16_and_sums_in_float32():
         jnp.asarray(rng.standard_normal(s), "float32") for s in ((3, 5, 64), (64, 7), (3, 5, 7))
     )
     wide = lambda t: np.asarray(t.astype(jnp.bfloat16), np.float64)
-    leaf = ops.Half(w.astype(jnp.bfloat16))
+    leaf = leaves.BFloat16Weight(w.astype(jnp.bfloat16))
     y, pull = jax.vjp(lambda x: ops.linear(x, leaf), x)
     assert y.dtype == pull(dy)[0].dtype == jnp.float32
     np.testing.assert_allclose(y, wide(x) @ wide(w), rtol=0, atol=1e-5)
@@ -629,8 +631,8 @@ def test_an_adapter_on_a_half_weight_is_added_in_float32():
     rng = np.random.default_rng(1)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), "float32")
     x, w, a, b = draw(4, 16), draw(16, 6), draw(16, 2), 1e-3 * draw(2, 6)
-    plain = ops.Half(w.astype(jnp.bfloat16))
-    adapted = ops.LowRank(plain, a, b, jnp.float32(0.5), merge=True)
+    plain = leaves.BFloat16Weight(w.astype(jnp.bfloat16))
+    adapted = leaves.LowRank(plain, a, b, jnp.float32(0.5), merge=True)
     update = ops.linear(x, adapted) - ops.linear(x, plain)
     np.testing.assert_allclose(update, 0.5 * x @ a @ b, rtol=0, atol=1e-5)
 
@@ -650,8 +652,8 @@ def test_a_call_without_lorax_apply_is_one_short_error(name, how):
     layer, x = LAYERS[name]
     params = layer.init(jax.random.key(0), x)["params"]
     kernel = "embedding" if name == "Embed" else "kernel"
-    low = ops.LowRank(params[kernel], jnp.ones((9, 2)), jnp.ones((2, 4)), jnp.float32(1))
-    for leaf in (low, ops.Scaled(low, jnp.ones(4)), ops.Same(params[kernel])):
+    low = leaves.LowRank(params[kernel], jnp.ones((9, 2)), jnp.ones((2, 4)), jnp.float32(1))
+    for leaf in (low, leaves.Scaled(low, jnp.ones(4)), leaves.Same(params[kernel])):
         call = jax.jit(layer.apply) if how == "jit" else layer.apply
         with pytest.raises((TypeError, ValueError), match=r"lorax\.apply") as caught:
             call({"params": params | {kernel: leaf}}, x)

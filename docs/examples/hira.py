@@ -64,7 +64,9 @@ def hira(
     """HiRA of linear layers. Raises ValueError for a rank below 1 or above min(in, out)."""
     if rank < 1:
         raise ValueError(f"method.rank: {rank} given, must be at least 1")
-    chosen = lambda params, sites=None: methods.own(params, sites, targets, layers, rank)
+
+    def chosen(params, sites=None):
+        return methods.adapted_matrices(params, sites, targets, layers, rank)
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
         flat, trainable, constants = tree.flatten(params), {}, {}

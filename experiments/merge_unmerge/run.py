@@ -127,7 +127,7 @@ def by_hand(base, method, state) -> dict:
             found["inverse"].append(lost(w, *ways))
         elif method.name == "ia3" and path in base.sites:
             leaf = bound[path]
-            inner = isinstance(leaf, lorax.ops.ScaledInput)
+            inner = isinstance(leaf, lorax.leaves.ScaledInput)
             g = np.asarray(leaf.g)[..., None] if inner else np.asarray(leaf.g)[..., None, :]
             ways = lambda w, g=g: w * g, lambda w, g=g: w / (g + np.float32(GUARD))
             found["inverse"].append(lost(w, *ways))

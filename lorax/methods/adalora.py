@@ -84,7 +84,9 @@ def adalora(
         if not ok:
             raise ValueError(f"method.{field}: {value} given, must be {right}")
     scale = alpha / (rank + 1e-5)
-    chosen = lambda params, sites=None: methods.own(params, sites, targets, layers, rank)
+
+    def chosen(params, sites=None):
+        return methods.adapted_matrices(params, sites, targets, layers, rank)
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
         own = chosen(params, sites)

@@ -17,7 +17,7 @@ it can't be merged, and costs two products more in generation too.
 import jax
 import jax.numpy as jnp
 
-from lorax import methods, ops, tree
+from lorax import leaves, methods, tree
 from lorax.errors import nearest
 from lorax.methods.full import beside
 from lorax.methods.targets import Default, words_of
@@ -66,7 +66,7 @@ def _bottleneck(name, rank, activation, words, layers) -> "methods.Method":
         raise ValueError(f"method.activation: {activation!r} is not one of {known}{hint}")
 
     def chosen(params, sites=None):
-        own = methods.own(params, sites, words, layers)
+        own = methods.adapted_matrices(params, sites, words, layers)
         for path, (site, _) in own.items():
             if site.kind != "linear":
                 raise ValueError(f"method.targets: {path} is no linear layer's kernel")
@@ -96,7 +96,7 @@ def _bottleneck(name, rank, activation, words, layers) -> "methods.Method":
             # The one gradient that would not be zero where this member has no adapter.
             up_bias = own["up_bias"] * own["on"][..., None].astype(own["up_bias"].dtype)
             within = own["down"], own["down_bias"], own["up"], up_bias
-            flat[path] = ops.Follow(flat[path], *within, ACTIVATIONS[activation])
+            flat[path] = leaves.Bottleneck(flat[path], *within, ACTIVATIONS[activation])
         return tree.unflatten(flat)
 
     def count(params, sites=None):

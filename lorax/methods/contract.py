@@ -56,8 +56,8 @@ class Method(NamedTuple):
         nothing.
     expand(constants, params, sites=None) -> constants, with what is made of them for many steps and
         not worth storing (`lorax.methods.subspace`). `bind` takes either.
-    adapts(params, sites=None) -> {path: (Site, active)}, what `methods.own` gives, where `init`
-        takes targets; None where it does not.
+    adapts(params, sites=None) -> {path: (Site, active)}, what `methods.adapted_matrices` gives,
+        where `init` takes targets; None where it does not.
     width: what `pad` would be for it alone, such as its rank; None where nothing is padded.
     needs: the kind of evidence that `init` reads (`lorax.methods.starts.NEEDS`).
     stores_delta: whether an export holds dW as well, which may be far larger than the state.

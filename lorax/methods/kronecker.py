@@ -30,7 +30,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lorax import methods, ops, tree
+from lorax import leaves, methods, ops, tree
 from lorax.methods import lora
 from lorax.methods.targets import Default
 
@@ -124,8 +124,8 @@ def _bind_kronecker(trainable, constants, params, key=None, sites=None):
         how = None
         if key is not None:
             keys = jax.random.split(methods.key_for(key, path), own["s"].shape)
-            how = ops.Dropout(own["dropout"], keys)
-        flat[path] = ops.Kronecker(flat[path], _factor(own, 1), _factor(own, 2), own["s"], how)
+            how = leaves.Dropout(own["dropout"], keys)
+        flat[path] = leaves.Kronecker(flat[path], _factor(own, 1), _factor(own, 2), own["s"], how)
     return tree.unflatten(flat)
 
 
@@ -135,7 +135,7 @@ def _delta_kronecker(trainable, constants, params, sites=None):
     flat, found = tree.flatten(params), {}
     for path, own in methods.joined(trainable, constants).items():
         w1, w2, s = (x.astype(jnp.float32) for x in (_factor(own, 1), _factor(own, 2), own["s"]))
-        update = s[..., None, None] * ops.kron(w1, w2)
+        update = s[..., None, None] * leaves.kron(w1, w2)
         found[path] = sites[path].from_matrix(update, flat[path].shape)
     return found
 
@@ -180,7 +180,7 @@ def _from_arrays(arrays, zero, hp, most=None):
     zero; the others start as PEFT's `kaiming_uniform_(a=sqrt 5)`, U(-1/sqrt(rows), 1/sqrt(rows)).
     most: the rank that min(in, out) must not be below.
     """
-    chosen = lambda params, sites=None: methods.own(
+    chosen = lambda params, sites=None: methods.adapted_matrices(
         params, sites, hp["targets"], hp["layers"], most
     )
 

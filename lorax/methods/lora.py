@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lorax import methods, ops, tree
+from lorax import leaves, methods, ops, tree
 from lorax.errors import nearest
 from lorax.methods.starts import KEPT, NEEDS, STARTS
 from lorax.methods.targets import Default, words_of
@@ -122,7 +122,7 @@ def lora(
 
     return methods.Method(
         "lora", hp, start, bind, delta, count, factors,
-        adapts=lambda params, sites=None: methods.own(params, sites, targets, layers),
+        adapts=lambda params, sites=None: methods.adapted_matrices(params, sites, targets, layers),
         width=widest, needs=NEEDS.get(init),
     )  # fmt: skip
 
@@ -130,7 +130,7 @@ def lora(
 def _matrices(hp: dict, params, sites) -> dict:
     """{path: (Site, rank of each layer, 0 where none is adapted)} of the targets."""
     nominal = hp["rank"] if hp["ranks"] is None else None
-    own = methods.own(params, sites, hp["targets"], hp["layers"], nominal)
+    own = methods.adapted_matrices(params, sites, hp["targets"], hp["layers"], nominal)
     if hp["ranks"] is None:
         return {path: (site, hp["rank"] * on) for path, (site, on) in own.items()}
     flat, found = tree.flatten(params), {}
@@ -189,8 +189,8 @@ def bind(trainable, constants, params, key=None, sites=None):
         how = None
         if key is not None:
             keys = jax.random.split(methods.key_for(key, path), own["s"].shape)
-            how = ops.Dropout(own["dropout"], keys)
-        flat[path] = ops.LowRank(flat[path], *_update(own), how)
+            how = leaves.Dropout(own["dropout"], keys)
+        flat[path] = leaves.LowRank(flat[path], *_update(own), how)
     return tree.unflatten(flat)
 
 
@@ -275,9 +275,9 @@ def dora(**hp) -> "methods.Method":
         sites = sites or ops.sites_from_shapes(params)
         flat = tree.flatten(bind(trainable, constants, params, key))
         for path, own in methods.joined(trainable, constants).items():
-            scaled = ops.dora(flat[path], own["m"], sites[path], own["squares"])
+            scaled = leaves.dora(flat[path], own["m"], sites[path], own["squares"])
             g = jnp.where(own["on"][..., None] > 0, scaled.g, 1)  # 1 where a sweep only pads
-            flat[path] = ops.Scaled(flat[path], g)
+            flat[path] = leaves.Scaled(flat[path], g)
         return tree.unflatten(flat)
 
     def delta(trainable, constants, params, sites=None):

@@ -33,7 +33,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from lorax import methods, ops, tree
+from lorax import intercept, leaves, methods, ops, tree
 from lorax.models import layers as model_layers
 
 # ------------------------------------------------------------------------------------------- leaves
@@ -87,7 +87,7 @@ class Ahead:
 
 def ahead(params: dict) -> Ahead:
     """The `Ahead` leaf of bound parameters, one of no tokens where there is none."""
-    return params.get(ops.AROUND, Ahead())
+    return params.get(intercept.AROUND, Ahead())
 
 
 @jax.tree_util.register_dataclass
@@ -281,7 +281,7 @@ def _attention(params, sites, layers) -> dict:
             "method.name: virtual tokens go into attention whose keys come from .../attn/k/kernel, "
             f"as those of lorax.models do; there is {', '.join(sites)}"
         )
-    for path, (site, active) in methods.own(params, sites, (KEYS,), layers).items():
+    for path, (site, active) in methods.adapted_matrices(params, sites, (KEYS,), layers).items():
         axes, n_in, n_out = site.matrix_shape(flat[path].shape)
         found[re.sub("k/kernel$", "attend", path)] = (axes, active, n_in, n_out)
     return found
@@ -312,5 +312,5 @@ def _bound(params, more: dict, beside: str, root: Ahead) -> dict:
     flat = tree.flatten(params)
     for path, leaf in more.items():
         kernel = _beside(path, beside)
-        flat |= {f"{path}/{ops.AROUND}": leaf, kernel: ops.Same(flat[kernel])}
-    return tree.unflatten(flat | {ops.AROUND: root})
+        flat |= {f"{path}/{intercept.AROUND}": leaf, kernel: leaves.Same(flat[kernel])}
+    return tree.unflatten(flat | {intercept.AROUND: root})

@@ -12,7 +12,7 @@ draws l towards zero and not towards one, are PEFT's as well; its `feedforward_m
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import methods, ops, tree
+from lorax import leaves, methods, ops, tree
 from lorax.methods.targets import Default, words_of
 
 
@@ -47,7 +47,7 @@ def ia3(
         return found
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
-        own = methods.own(params, sites, words, layers)
+        own = methods.adapted_matrices(params, sites, words, layers)
         trainable, constants = {}, {}
         chosen = targets or {path: site for path, (site, _) in own.items()}
         for path, (axes, name, n) in sizes(chosen, params, sites).items():
@@ -60,12 +60,12 @@ def ia3(
         return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def count(params, sites=None):
-        own = methods.own(params, sites, words, layers)
+        own = methods.adapted_matrices(params, sites, words, layers)
         vectors = sizes({path: site for path, (site, _) in own.items()}, params, sites)
         return sum(int(own[path][1].sum()) * n for path, (_, _, n) in vectors.items())
 
     hp = dict(targets=words, feedforward=feedforward, layers=layers)
-    chosen = lambda params, sites=None: methods.own(params, sites, words, layers)
+    chosen = lambda params, sites=None: methods.adapted_matrices(params, sites, words, layers)
     return methods.Method("ia3", hp, init, bind, delta, count, adapts=chosen)
 
 
@@ -86,7 +86,7 @@ def bind(trainable, constants, params, key=None, sites=None):
     flat = tree.flatten(params)
     for path, own in methods.joined(trainable, constants).items():
         vector, inner = _vector(own)
-        flat[path] = (ops.ScaledInput if inner else ops.Scaled)(flat[path], vector)
+        flat[path] = (leaves.ScaledInput if inner else leaves.Scaled)(flat[path], vector)
         if not inner and (bias := _bias(path, flat)):
             flat[bias] = _scaled(flat[bias], vector).astype(flat[bias].dtype)
     return tree.unflatten(flat)

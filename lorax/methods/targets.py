@@ -1,7 +1,7 @@
 """Which parameters a method is for: canonical words, layers, and arrays of one shape for all.
 
-Nothing here knows a method. `resolve` says which kernels words mean, `own` adds the layers, `fill`
-makes the stacked, padded arrays in which members of one sweep agree.
+Nothing here knows a method. `resolve` says which kernels words mean, `adapted_matrices` adds the
+layers, `fill` makes the stacked, padded arrays in which members of one sweep agree.
 """
 
 import re
@@ -198,7 +198,7 @@ def key_for(key: jax.Array, path: str) -> jax.Array:
 # ------------------------------------------------------------------------------------ what to adapt
 
 
-def own(params: dict, sites, targets, layers, rank: int | None = None) -> dict:
+def adapted_matrices(params: dict, sites, targets, layers, rank: int | None = None) -> dict:
     """{path: (Site, active)} of what a method with these hyperparameters adapts in `params`.
 
     sites: {path: Site}, None for `ops.sites_from_shapes`. active: boolean numpy array over the

@@ -43,7 +43,9 @@ def vera(
     checked = lora.lora(rank, targets=targets, layers=layers, dropout=dropout).hp
     hp = {name: checked[name] for name in ("rank", "targets", "layers", "dropout")}
     hp |= {"d_initial": d_initial, "projection_seed": projection_seed}
-    chosen = lambda params, sites=None: methods.own(params, sites, hp["targets"], layers)
+
+    def chosen(params, sites=None):
+        return methods.adapted_matrices(params, sites, hp["targets"], layers)
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
         own = chosen(params, sites)

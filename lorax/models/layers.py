@@ -14,7 +14,7 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
-from lorax import fields, ops
+from lorax import fields, leaves
 from lorax.errors import nearest
 
 # --------------------------------------------------------------------------------------- attention
@@ -377,7 +377,7 @@ _policies = jax.checkpoint_policies
 POLICIES = {
     "full": _policies.nothing_saveable,
     "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ops.PRODUCT)
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(leaves.PRODUCT)
     ),
 }
 
@@ -393,8 +393,9 @@ def over_layers(block, config, layers: int, features: int, in_axes=0):
     compilation, and 1 where they are not or are made again: in a turn of all layers XLA finds the
     second computation equal to the first, and keeps the first.
 
-    A frozen weight that is held in another form (`ops.Stored`) is decoded inside its product, which
-    no policy looks into: "dots" keeps what the product gives, and neither the decoded weight.
+    A frozen weight that is held in another form (`leaves.FrozenWeight`) is decoded inside its
+    product, which no policy looks into: "dots" keeps what the product gives, and not the decoded
+    weight.
 
     Raises ValueError for another remat.
     """

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lorax import fields, ops, tree, vocabulary
+from lorax import fields, intercept, ops, tree, vocabulary
 from lorax.errors import nearest
 from lorax.files import read_json
 from lorax.interop import hf
@@ -140,7 +140,7 @@ def _build(name: str, weights: bool, dtype, param_dtype, run: dict):
     init = lambda: module.init(jax.random.key(seed), inputs(config))["params"]
     stored = lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype)
     params = jax.tree.map(stored, jax.eval_shape(init))
-    sites = ops.sites(module, params, example)
+    sites = intercept.sites(module, params, example)
     in_files = "SequenceClassification" in str(raw.get("architectures"))
     found = not random and (in_files or getattr(config, "head", None) != "classification")
     head = tuple(p for p in tree.flatten(params) if p.startswith("head/"))

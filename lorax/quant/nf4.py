@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import ops, tree
+from lorax import leaves, ops, tree
 from lorax.quant import matmul
 
 Array = jax.Array
@@ -130,7 +130,7 @@ class Nested:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Quantised(ops.Stored):
+class Quantised(leaves.FrozenWeight):
     """A linear layer's frozen kernel as codes. Its product: `lorax.quant.matmul`.
 
     codes: uint8 (layers..., ceil(in out / codes in a byte)), of W (out, in) row by row.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import ops, tree
+from lorax import leaves, tree
 from lorax.quant import matmul, nf4
 
 FUSED_ROWS = 512  # more are taken in two passes
@@ -25,7 +25,7 @@ _TRIED = 16  # rows of the product that is compiled to see whether the kernel do
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Packed(ops.Stored):
+class Packed(leaves.FrozenWeight):
     """A linear layer's frozen kernel in 4 bits, for products in bfloat16.
 
     words: int32, scales: float32, layer axes in front, as the `repack` of `on` gives them. kernel,

@@ -26,7 +26,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import ops, tree
+from lorax import intercept, ops, tree
 from lorax.errors import nearest
 from lorax.models import Base
 from lorax.models.load import layer_names
@@ -85,12 +85,12 @@ def load(config: Mapping[str, Any], base: Base) -> Task:
     xi = stream(2).standard_normal((EVAL_ROWS + examples, p))  # the eval rows first: they stay
     inputs = (xi @ q.T).astype(np.float32)
     images = inputs.reshape(-1, *base.config.image_shape)
-    right = np.asarray(ops.apply(base.module, teacher, images), np.float32)
+    right = np.asarray(intercept.apply(base.module, teacher, images), np.float32)
     if right.ndim != 2:
         raise ValueError(
             f"base: {base.name} gives outputs of shape {right.shape}; task 'planted' needs (N, k)"
         )
-    before = np.asarray(ops.apply(base.module, base.params, images), np.float32)
+    before = np.asarray(intercept.apply(base.module, base.params, images), np.float32)
     sigma = config["noise"] * float(np.std(right - before))
     noise = sigma * stream(3).standard_normal(right.shape)
     noise[:EVAL_ROWS] = 0

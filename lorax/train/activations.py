@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import ops, tasks
+from lorax import intercept, tasks
 from lorax.errors import reason
 from lorax.models import Base
 from lorax.train import sweep
@@ -85,7 +85,7 @@ def residuals(module, params, batches) -> jax.Array:
         inputs = batch["tokens"], batch.get("segments"), batch.get("types")
         if "label" not in batch:  # a language model is not shown the last token
             inputs = [x[:, :-1] for x in inputs[:2] if x is not None]
-        with ops.interceptor():
+        with intercept.interceptor():
             _, kept = module.apply(
                 {"params": params},
                 *inputs,

@@ -87,7 +87,7 @@ def decide(member, hp: Mapping, base: Base, task: tasks.Task, seen: dict) -> tup
     words = tuple(w for w in words if not w.startswith(f"{AUTO}:")) or ("all-linear",)
     shapes = {path: leaf.shape for path, leaf in tree.flatten(base.params).items()}
     known = None if hp["rank"] == AUTO else hp["rank"]
-    own = methods.own(base.params, base.sites, words, layers, known)
+    own = methods.adapted_matrices(base.params, base.sites, words, layers, known)
     active = {(path, i) for path, (_, on) in own.items() for i in np.ndindex(on.shape) if on[i]}
     cost = {m: sum(own[m[0]][0].matrix_shape(shapes[m[0]])[1:]) for m in sorted(active)}
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import losses, ops
+from lorax import leaves, losses, ops
 from lorax.train import optim
 
 
@@ -63,9 +63,9 @@ class Program(NamedTuple):
 
 
 def _bound(program, trainable, constants, params, key=None):
-    params = ops.halve(params, program.halved)
+    params = leaves.to_bfloat16(params, program.halved)
     bound = program.method.bind(trainable, constants, params, key, program.sites)
-    return ops.allow_merge(bound) if program.merge else bound
+    return leaves.allow_merge(bound) if program.merge else bound
 
 
 def train_step(program: Program, params, constants, hyper: Hyper, state: MemberState, batch):

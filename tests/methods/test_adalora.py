@@ -14,7 +14,7 @@ from quick import jit
 from support import few, require
 
 import lorax
-from lorax import config, methods, ops, tree
+from lorax import config, intercept, methods, tree
 from lorax.config import Member
 from lorax.methods.adalora import adalora, schedule
 from lorax.models import Base, gpt2
@@ -30,7 +30,9 @@ def base() -> Base:
     module = gpt2.GPT2(CONFIG)
     params = jit(module.init)(jax.random.key(7), TOKENS)["params"]
     params = jax.tree.map(lambda x: 3 * x, params)
-    return Base(module, params, CONFIG, None, ops.sites(module, params, TOKENS), "gpt2", "", "")
+    return Base(
+        module, params, CONFIG, None, intercept.sites(module, params, TOKENS), "gpt2", "", ""
+    )
 
 
 def moved(state, seed=0):

@@ -14,7 +14,7 @@ from small import swept, three_layers
 from support import few, require
 
 import lorax
-from lorax import ops, tree
+from lorax import intercept, ops, tree
 from lorax.methods.bottleneck import houlsby, pfeiffer
 from lorax.models.layers import ACTIVATIONS
 from lorax.train import optim
@@ -54,7 +54,7 @@ def test_it_starts_as_its_base_and_cannot_be_merged(method):
     with pytest.raises(ValueError, match=f"{method.name}: is no change of weights"):
         lorax.merge(method, state, base.params, base.sites)
     path = "h/mlp/down/kernel"
-    with pytest.raises(ValueError, match="a Follow leaf is no single kernel"):
+    with pytest.raises(ValueError, match="a Bottleneck leaf is no single kernel"):
         ops.dense(tree.flatten(bound)[path], base.sites[path])
 
 
@@ -100,7 +100,7 @@ def test_the_gradient_is_that_of_finite_differences_and_zero_for_padding(activat
     with jax.enable_x64(True):
         params = Words().init(jax.random.key(0), jnp.asarray(x, jnp.float32))["params"]
         params = jax.tree.map(lambda x: x.astype(jnp.float64), noisy(params))
-        sites = ops.sites(Words(), params, x)
+        sites = intercept.sites(Words(), params, x)
         method = pfeiffer(rank=2, targets=("o", "down"), activation=activation)
         trainable, constants = method.init(jax.random.key(0), params, sites, pad=4)
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), noisy(trainable))

@@ -12,7 +12,7 @@ from quick import jit
 from support import few, require
 
 import lorax
-from lorax import config, ops, tree
+from lorax import config, intercept, tree
 from lorax.methods.full import bitfit, full, ln_tuning
 from lorax.models import gpt2
 from lorax.train import step as steps
@@ -28,7 +28,7 @@ def tiny():
     c = gpt2.Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=3, n_head=2, n_inner=12)
     module = gpt2.GPT2(c)
     params = jit(module.init)(jax.random.key(0), TOKENS)["params"]
-    sites = ops.sites(module, params, TOKENS)
+    sites = intercept.sites(module, params, TOKENS)
     return types.SimpleNamespace(module=module, params=params, sites=sites)
 
 

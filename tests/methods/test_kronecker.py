@@ -16,7 +16,7 @@ from small import noisy
 from support import few, require
 
 import lorax
-from lorax import methods, ops, tree
+from lorax import leaves, methods, ops, tree
 from lorax.methods import kronecker
 from lorax.methods.kronecker import loha, lokr
 
@@ -72,7 +72,7 @@ def test_starts_as_the_base_and_merged_is_bound(name):
     params, sites = base()
     method = CASES[name](targets=("q", "mlp", "embed"))
     state = method.init(jax.random.key(0), params, sites)
-    for frozen in (params, ops.halve(params, sites)):
+    for frozen in (params, leaves.to_bfloat16(params, sites)):
         bound = method.bind(*state, frozen, sites=sites)
         np.testing.assert_array_equal(forward(bound, TOKENS), forward(frozen, TOKENS))
     state = state._replace(trainable=noisy(state.trainable))
@@ -217,7 +217,7 @@ def test_dropout_is_on_the_input_of_the_update_where_a_key_is_given(method):
     x = jnp.ones((5, 12))
     for i in range(3):
         layer = lambda tree_, i=i: jax.tree.map(lambda v: v[i], tree_)
-        dropped = ops.dropout(x, layer(leaf.dropout))
+        dropped = leaves.dropout(x, layer(leaf.dropout))
         assert set(np.unique(dropped)) == {0, 2}
         update = ops.linear(dropped, layer(plain)) - ops.linear(dropped, layer(leaf.w))
         expected = ops.linear(x, layer(leaf.w)) + update

@@ -11,7 +11,7 @@ from quick import jit
 from support import few
 
 import lorax
-from lorax import config, methods, ops, tasks, tree
+from lorax import config, intercept, methods, tasks, tree
 from lorax.models import Base, gpt2
 from lorax.train import step as steps
 from lorax.train import sweep
@@ -62,7 +62,7 @@ def base() -> Base:
     leaves, treedef = jax.tree.flatten(params)
     draw = lambda i, x: x + 0.1 * jax.random.normal(jax.random.key(i), x.shape)
     params = jax.tree.unflatten(treedef, [draw(i, x) for i, x in enumerate(leaves)])
-    sites = ops.sites(module, params, TOKENS)
+    sites = intercept.sites(module, params, TOKENS)
     return Base(module, params, CONFIG, None, sites, "gpt2", "tiny", "")
 
 
@@ -287,7 +287,7 @@ def step_bytes(name: str) -> int:
     module, example = gpt2.GPT2(WIDE), jnp.zeros((1, 1), jnp.int32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), example)["params"]
     params, section = jax.tree.map(lambda x: jnp.ones(x.shape), shapes), config.default().train
-    sites = ops.sites(module, shapes, example)
+    sites = intercept.sites(module, shapes, example)
     known = methods.hyperparameters(name)
     hp = {"rank": 2, "targets": ("up", "down"), "target_rank": 1}
     method = lorax.method(name, **{key: value for key, value in hp.items() if key in known})

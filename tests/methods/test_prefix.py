@@ -13,7 +13,7 @@ from quick import jit
 from support import require
 
 import lorax
-from lorax import config, decode, losses, methods, models, ops, tree
+from lorax import config, decode, intercept, losses, methods, models, ops, tree
 from lorax.methods.prefix import llama_adapter, prefix, prompt
 from lorax.models import bert, deberta, falcon, gpt2, llama
 from lorax.train import step as steps
@@ -129,7 +129,7 @@ def test_a_llama_adapter_starts_as_its_base_and_adds_to_some_layers(name):
     np.testing.assert_allclose(same, plain, rtol=0, atol=1e-5)
     opened = parity.filled(state, {"h/attn/attend/gate": np.array([5, 5, 0.3], np.float32)})
     assert not np.asarray(opened.trainable["h"]["attn"]["attend"]["prompt"][:2]).any()
-    leaf = bound(name, method, opened)["h"]["attn"]["attend"][ops.AROUND]
+    leaf = bound(name, method, opened)["h"]["attn"]["attend"][intercept.AROUND]
     np.testing.assert_array_equal(leaf.gate, np.array([0, 0, 0.3], np.float32))
     other = forward(name)(bound(name, method, opened), TOKENS, SEGMENTS)
     assert np.abs(np.asarray(other) - plain).max() > 1e-2

@@ -14,7 +14,7 @@ from small import swept, three_layers
 from support import few, require
 
 import lorax
-from lorax import methods, ops, tree
+from lorax import intercept, leaves, methods, ops, tree
 from lorax.methods.scaling import ia3
 
 TOKENS = np.random.default_rng(1).integers(0, 20, (2, 6), np.int32)
@@ -87,8 +87,9 @@ def test_count_is_the_formula_and_what_starts_at_one(hp, expected):
     base, method = three_layers(), ia3(**hp)
     state = method.init(jax.random.key(0), base.params, base.sites)
     assert method.count(base.params, base.sites) == expected
-    leaves = [np.asarray(x) for x in jax.tree.leaves(state.trainable)]
-    assert sum(int(x.sum()) for x in leaves) == sum(np.count_nonzero(x) for x in leaves) == expected
+    vectors = [np.asarray(x) for x in jax.tree.leaves(state.trainable)]
+    assert sum(int(x.sum()) for x in vectors) == expected
+    assert sum(np.count_nonzero(x) for x in vectors) == expected
 
 
 def test_the_gradient_is_that_of_finite_differences():
@@ -96,7 +97,7 @@ def test_the_gradient_is_that_of_finite_differences():
     with jax.enable_x64(True):
         params = jit(Words().init)(jax.random.key(0), jnp.asarray(x, jnp.float32))["params"]
         params = jax.tree.map(lambda x: x.astype(jnp.float64), noisy(params))
-        sites = ops.sites(Words(), params, x)
+        sites = intercept.sites(Words(), params, x)
         method = ia3(("k", "down"))
         trainable, constants = method.init(jax.random.key(0), params, sites)
         start = jax.tree.map(lambda x: x.astype(jnp.float64), noisy(trainable))
@@ -126,7 +127,7 @@ def test_a_vector_near_one_is_felt_in_bfloat16():
     """bfloat16 has no number between 1 and 1.0078."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 8)), jnp.bfloat16)
     w = jnp.asarray(np.random.default_rng(1).normal(size=(8, 16)), jnp.bfloat16)
-    for leaf in (ops.Scaled(w, jnp.full(16, 1.003)), ops.ScaledInput(w, jnp.full(8, 1.003))):
+    for leaf in (leaves.Scaled(w, jnp.full(16, 1.003)), leaves.ScaledInput(w, jnp.full(8, 1.003))):
         y = ops.linear(x, leaf)
         assert y.dtype == jnp.bfloat16
         ratio = np.float32(y).ravel() @ np.float32(x @ w).ravel() / np.sum(np.float32(x @ w) ** 2)
@@ -200,7 +201,7 @@ def test_feedforward_that_nobody_named_counts_for_nothing():
 
 
 def test_an_embedding_has_no_scaled_input():
-    leaf = ops.ScaledInput(jnp.ones((5, 2)), jnp.ones(5))
+    leaf = leaves.ScaledInput(jnp.ones((5, 2)), jnp.ones(5))
     for ask in (lambda: ops.embed(jnp.arange(2), leaf), lambda: ops.attend(jnp.ones((3, 2)), leaf)):
         with pytest.raises(ValueError, match="an embedding with a ScaledInput leaf"):
             ask()

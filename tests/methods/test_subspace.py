@@ -10,7 +10,7 @@ import pytest
 from quick import jit
 
 import lorax
-from lorax import config, methods, ops, tree
+from lorax import config, intercept, methods, tree
 from lorax.methods import subspace
 from lorax.methods.hadamard import at_least, hadamard, matrix
 from lorax.models import gpt2
@@ -24,7 +24,7 @@ TOKENS = jnp.zeros((1, 4), jnp.int32)
 @functools.cache
 def base():
     params = jit(MODULE.init)(jax.random.key(0), TOKENS)["params"]
-    return params, ops.sites(MODULE, params, TOKENS)
+    return params, intercept.sites(MODULE, params, TOKENS)
 
 
 def projected(projection: str, n: int, d: int, key=KEY):
@@ -282,7 +282,7 @@ def step_bytes(width: int, dim: int) -> tuple[int, int]:
     c = gpt2.Config(vocab_size=64, n_positions=8, n_embd=width, n_layer=2, n_head=2)
     module, example = gpt2.GPT2(c), jnp.zeros((1, 1), jnp.int32)
     params = jax.eval_shape(module.init, jax.random.key(0), example)["params"]
-    sites = ops.sites(module, params, example)
+    sites = intercept.sites(module, params, example)
     method, section = lorax.method("subspace", dim=dim), config.default().train
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
     state = method.init(jax.random.key(0), zeros, sites)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax import methods, ops, tree
+from lorax import intercept, methods, ops, tree
 from lorax.models import gpt2
 from lorax.ops import Site
 
@@ -99,7 +99,7 @@ def test_the_tree_around_the_parameters_is_refused(name):
     ):
         methods.method(name, **hp).init(jax.random.key(0), params, TIED)
     module = gpt2.GPT2(gpt2.Config(20, 4, 8, 3, 2))
-    for ask in (ops.sites, ops.apply):
+    for ask in (intercept.sites, intercept.apply):
         with pytest.raises(ValueError, match="must be the tree inside"):
             ask(module, params, jnp.zeros((1, 1), jnp.int32))
 
@@ -108,7 +108,7 @@ def test_the_tree_around_the_parameters_is_refused(name):
 def test_sites_by_shape_are_the_traced_ones(tied):
     shapes = gpt2_shapes(tied)
     module = gpt2.GPT2(gpt2.Config(20, 4, 8, 3, 2, tie_word_embeddings=tied))
-    traced = ops.sites(module, shapes, jnp.zeros((1, 1), jnp.int32))
+    traced = intercept.sites(module, shapes, jnp.zeros((1, 1), jnp.int32))
     assert traced == ops.sites_from_shapes(shapes)
     assert len(traced) == 6 + 2 + (not tied)
 

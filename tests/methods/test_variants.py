@@ -9,7 +9,7 @@ import pytest
 from support import few, require
 
 import lorax
-from lorax import methods, ops, tree
+from lorax import leaves, methods, ops, tree
 from lorax.config import default, members
 from lorax.train import sweep
 
@@ -106,7 +106,7 @@ def test_dora_keeps_the_lengths_as_constants_to_the_gradient():
         site, s = ops.Site("linear", 0, (0,), (1,)), jnp.asarray(0.7)
 
         def ours(a, b, m):
-            return jnp.sum(ops.linear(x, ops.dora(ops.LowRank(w, a, b, s), m, site)) ** 2)
+            return jnp.sum(ops.linear(x, leaves.dora(leaves.LowRank(w, a, b, s), m, site)) ** 2)
 
         def formula(a, b, m):
             full = w + s * (a @ b)

@@ -8,7 +8,7 @@ from quick import OPTIONS
 from support import few
 
 import lorax
-from lorax import methods, ops, quant, tree
+from lorax import intercept, leaves, methods, ops, quant, tree
 from lorax.models import layers, vision
 from lorax.models.load import FAMILIES
 
@@ -46,7 +46,7 @@ def program(name, remat, shape, **run):
     x = rng.normal(size=size).astype(np.float32) if vision else rng.integers(1, 64, size)
     x = jnp.asarray(x, None if vision else jnp.int32)
     params = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
-    sites = ops.sites(module, params, x)
+    sites = intercept.sites(module, params, x)
     params = jax.tree.map(lambda p: jnp.asarray(0.2 * rng.normal(size=p.shape), p.dtype), params)
     method = methods.method("lora", rank=2, targets=("all-linear",))
     trainable, constants = method.init(jax.random.key(0), params, sites)
@@ -54,7 +54,7 @@ def program(name, remat, shape, **run):
 
     def loss(trainable):
         bound = method.bind(trainable, constants, params, sites=sites)
-        outputs = ops.apply(module, bound, x)
+        outputs = intercept.apply(module, bound, x)
         return jnp.mean(jnp.square(jax.nn.logsumexp(outputs, axis=-1)))
 
     return jax.grad(loss), jax.tree.map(noise, trainable)
@@ -104,8 +104,8 @@ a, b = jnp.ones((64, 2)), jnp.ones((2, 32))
 KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), jnp.float32)
 PRODUCTS = {
     "nf4": (ops.linear, quant.quantise(KERNEL, "nf4", double=True)),
-    "half": (ops.linear, ops.Half(KERNEL.astype(jnp.bfloat16))),
-    "merged": (lambda x, w: ops.merged_linear(x, w, a, b, jnp.float32(2)), KERNEL),
+    "half": (ops.linear, leaves.BFloat16Weight(KERNEL.astype(jnp.bfloat16))),
+    "merged": (lambda x, w: leaves.merged_linear(x, w, a, b, jnp.float32(2)), KERNEL),
 }
 
 

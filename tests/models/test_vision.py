@@ -9,7 +9,7 @@ from quick import jit
 from support import data, require
 
 import lorax
-from lorax import ops, tree
+from lorax import intercept, tree
 from lorax.models.vision import MLP, LeNet, LeNetConfig, MLPConfig, example
 
 
@@ -88,7 +88,7 @@ def test_an_adapted_model_is_its_merged_self(module):
     params = start(module)
     shape = (3, *module.config.image_shape)
     images = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-    sites = ops.sites(module, params, images)
+    sites = intercept.sites(module, params, images)
     assert {path for path in tree.flatten(params) if path.endswith("kernel")} == {*sites}
     method = lorax.method("lora", rank=2, alpha=1, targets=("re:.*/kernel",))
     state = method.init(jax.random.key(0), params, sites)

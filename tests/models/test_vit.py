@@ -11,7 +11,7 @@ from quick import jit
 from support import require
 
 import lorax
-from lorax import methods, ops, tree
+from lorax import intercept, methods, tree
 from lorax.files import read_json
 from lorax.interop import hf
 from lorax.models import vit
@@ -102,7 +102,7 @@ def test_however_the_layers_are_run_and_adapted():
     rng = np.random.default_rng(0)
     noise = lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32)
     params = jax.tree.map(noise, shapes)
-    sites = ops.sites(module, params, images)
+    sites = intercept.sites(module, params, images)
     assert sites["patches/kernel"].kind == "conv" and sites["h/attn/q/kernel"].stack == 1
     method = lorax.method("lora", rank=2, targets=("attention", "up", "re:patches/kernel"))
     state = method.init(jax.random.key(0), params, sites)

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from support import data, require
 
 import lorax
-from lorax import ops, quant, tree
+from lorax import intercept, ops, quant, tree
 
 # All sizes are multiples of 64: bitsandbytes' own decoder is wrong for 16, 32, 48, 80...
 TINY = dict(
@@ -68,7 +68,7 @@ def test_logits_are_those_of_the_quantised_model(saved, family, kind, double):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     expected = model(torch.tensor(tokens)).logits.detach().numpy()
-    logits = ops.apply(base.module, base.params, jnp.asarray(tokens))
+    logits = intercept.apply(base.module, base.params, jnp.asarray(tokens))
     np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
     again = quant.quantize(base.params, sites=base.sites)  # what is in codes stays as it is
     assert tree.nbytes(again) == tree.nbytes(base.params)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support import require
 
 import lorax
-from lorax import ops, quant, tree
+from lorax import intercept, ops, quant, tree
 from lorax.quant import nf4
 
 SHAPES = [(64, 64), (128, 3), (7, 9), (33, 5), (1, 1), (96, 32), (2, 700), (4096, 3)]  # (in, out)
@@ -191,8 +191,8 @@ def test_a_model_on_codes_is_the_model_on_what_they_stand_for():
         for path, leaf in tree.flatten(coded).items()
     }
     tokens = jnp.arange(24).reshape(2, 12)
-    logits = ops.apply(base.module, coded, tokens)
-    expected = ops.apply(base.module, tree.unflatten(dense), tokens)
+    logits = intercept.apply(base.module, coded, tokens)
+    expected = intercept.apply(base.module, tree.unflatten(dense), tokens)
     np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
 
 

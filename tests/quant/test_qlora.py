@@ -10,7 +10,7 @@ import pytest
 from support import data
 
 import lorax
-from lorax import config, ops, quant, tree
+from lorax import config, intercept, ops, quant, tree
 from lorax.models import gpt2, llama
 from lorax.train import loop
 from lorax.train import step as steps
@@ -35,7 +35,7 @@ def test_a_step_holds_no_decoded_copy_of_more_than_one_layer(family, remat):
     section = config.default().train
     section.remat = remat
     shapes = jax.eval_shape(module.init, jax.random.key(0), example)["params"]
-    sites = ops.sites(module, shapes, example)
+    sites = intercept.sites(module, shapes, example)
     method = lorax.method("lora", rank=2, targets=("all-linear",))
     concrete = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
     state = method.init(jax.random.key(0), concrete, sites)

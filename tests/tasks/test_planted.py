@@ -7,7 +7,7 @@ import optax
 import pandas as pd
 import pytest
 
-from lorax import methods, ops, tree
+from lorax import intercept, methods, tree
 from lorax.analysis.calibration import knee
 from lorax.config import default
 from lorax.methods import lora
@@ -21,7 +21,14 @@ def mlp(*widths, seed=0):
     params = module.init(jax.random.key(seed), example)["params"]
     name = "random:mlp-" + "-".join(map(str, widths))
     return Base(
-        module, params, config, None, ops.sites(module, params, example), "mlp", name, "random"
+        module,
+        params,
+        config,
+        None,
+        intercept.sites(module, params, example),
+        "mlp",
+        name,
+        "random",
     )
 
 
@@ -31,7 +38,7 @@ def task(base, **changes):
 
 
 def outputs(base, params, rows):
-    return np.asarray(ops.apply(base.module, params, rows["inputs"]))
+    return np.asarray(intercept.apply(base.module, params, rows["inputs"]))
 
 
 def flat(inputs):
@@ -93,7 +100,9 @@ def test_d_star_is_the_rank_of_the_jacobian(layer, p):
     made = task(layer, inputs=p)
     inputs = made.train["inputs"][:40]
     assert np.linalg.matrix_rank(flat(inputs)) == (10 if p is None else p)
-    jacobian = jax.jacobian(lambda params: ops.apply(layer.module, params, inputs))(layer.params)
+    jacobian = jax.jacobian(lambda params: intercept.apply(layer.module, params, inputs))(
+        layer.params
+    )
     parts = {k: np.reshape(v, (40 * 6, -1)) for k, v in tree.flatten(jacobian).items()}
     rank = lambda names: np.linalg.matrix_rank(np.hstack([parts[n] for n in names]))
     assert rank(parts) == made.facts["planted_dim"] == ((10 if p is None else p) + 1) * 6
@@ -186,7 +195,9 @@ def test_the_knee_of_what_lora_learns_is_the_planted_rank():
 
     def loss(trainable, constants, rows):
         bound = built[0].bind(trainable, constants, base.params, None, base.sites)
-        return jnp.mean(jnp.square(ops.apply(base.module, bound, rows["inputs"]) - rows["label"]))
+        return jnp.mean(
+            jnp.square(intercept.apply(base.module, bound, rows["inputs"]) - rows["label"])
+        )
 
     def train(trainable, constants):
         def step(carry, _):

@@ -9,7 +9,7 @@ import pytest
 from quick import jit
 
 import lorax
-from lorax import config, ops, tasks, tree
+from lorax import config, intercept, tasks, tree
 from lorax.analysis import linear_cka
 from lorax.models import Base, bert, falcon, gpt2, llama
 from lorax.train import activations, loop
@@ -42,7 +42,9 @@ def make(family, **run):
     module, tokens = model(own), np.zeros((1, 4), np.int32)
     params = jit(module.init)(jax.random.key(1), tokens)["params"]
     params = jax.tree.map(lambda x: 3 * x, params)
-    return Base(module, params, own, None, ops.sites(module, params, tokens), family, "tiny", "")
+    return Base(
+        module, params, own, None, intercept.sites(module, params, tokens), family, "tiny", ""
+    )
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import lorax
-from lorax import config, ops, tasks, tree
+from lorax import config, intercept, tasks, tree
+from lorax.intercept import sites
 from lorax.methods import sensitivity, starts
 from lorax.models import Base, gpt2
-from lorax.ops import sites
 from lorax.train import evidence, loop, sweep
 
 CONFIG = gpt2.Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
@@ -145,8 +145,10 @@ def test_loftq_starts_closer_to_the_base_than_its_codes_are():
     constants = jax.tree.map(lambda x: x[0], group.stack.constants)
     bound = group.stack.methods[0].bind(state, constants, group.base.params)
     tokens = jnp.arange(24).reshape(2, 12)
-    exact = ops.apply(plain.module, plain.params, tokens)
-    off = lambda params: float(jnp.linalg.norm(ops.apply(plain.module, params, tokens) - exact))
+    exact = intercept.apply(plain.module, plain.params, tokens)
+    off = lambda params: float(
+        jnp.linalg.norm(intercept.apply(plain.module, params, tokens) - exact)
+    )
     assert off(bound) < 0.8 * off(group.base.params)
     c.quant = None
     with pytest.raises(ValueError, match="method.init: 'loftq' makes up for .*: set quant"):

@@ -9,8 +9,8 @@ from support import few
 
 import lorax
 from lorax import config, tasks, tree
+from lorax.intercept import sites
 from lorax.models import Base, gpt2
-from lorax.ops import sites
 from lorax.train import step as train_step
 from lorax.train import sweep
 

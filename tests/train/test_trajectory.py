@@ -13,7 +13,7 @@ import pytest
 from quick import jit
 
 import lorax
-from lorax import config, ops, tree
+from lorax import config, intercept, tree
 from lorax.analysis import runs, spectrum, subspace, updates
 from lorax.analysis import trajectory as tables
 from lorax.models import Base, gpt2
@@ -27,7 +27,7 @@ def base():
     module = gpt2.GPT2(CONFIG)
     tokens = np.zeros((1, 4), np.int32)
     params = jit(module.init)(jax.random.key(7), tokens)["params"]
-    sites = ops.sites(module, params, tokens)
+    sites = intercept.sites(module, params, tokens)
     return Base(module, params, CONFIG, None, sites, "gpt2", "tiny", "")
 
 

@@ -1,0 +1,480 @@
+"""The operator leaves of lorax's methods and frozen weights; what a leaf is: `lorax.ops.Leaf`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from lorax import tree
+from lorax.ops import (
+    Leaf,
+    Site,
+    as_matrix,
+    attend,
+    column_squares,
+    convolve,
+    embed,
+    frozen,
+    is_operator,
+    linear,
+)
+
+Array = jax.Array
+
+#: Checkpoint name for products that remat policies can't see as `dot_general` (`models.layers`).
+PRODUCT = "product"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Inverted dropout of an adapter's input: rate () float32, key () typed PRNG key."""
+
+    rate: Array
+    key: Array
+
+
+def dropout(x, how: Dropout | None):
+    """x with each entry zeroed at `how.rate` and the rest scaled by 1 / (1 - rate)."""
+    if how is None:
+        return x
+    keep = jax.random.uniform(how.key, x.shape) >= how.rate
+    return jnp.where(keep, x / (1 - how.rate).astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class LowRank(Leaf):
+    """A frozen weight plus a low-rank update: dense(leaf) = w + s * reshape(a @ b, w.shape).
+
+    w: the kernel in its module's own shape, an array or another operator leaf.
+    a: (in, r) and b: (r, out) in the adapter's dtype; `in` and `out` are the products of the
+       kernel's contracted and produced axes, in kernel order.
+    s: () float32, the scale. dropout: on the input of `a`, None at evaluation.
+    merge: (static) whether a forward pass may make w + s a b instead of two thin products.
+    Every array has the kernel's leading layer axes in front where the module is `nn.scan`ned.
+    """
+
+    w: object
+    a: Array
+    b: Array
+    s: Array
+    dropout: Dropout | None = None
+    merge: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def linear(self, x):
+        """One of two ways that agree to rounding: x w + s (x a) b, or, where that costs more than
+        making w + s a b and `merge` allows it, the merged product with a factored backward pass.
+        Merging is for float32 only: in bfloat16 it would round small updates away."""
+        a, b, s = (t.astype(x.dtype) for t in (self.a, self.b, self.s))
+        rows, n_in, n_out = x.size // x.shape[-1], a.shape[0], b.shape[-1]
+        worthwhile = rows * (n_in + n_out) > 2 * n_in * n_out
+        plain = isinstance(self.w, jax.Array) and self.dropout is None and x.dtype == jnp.float32
+        if self.merge and plain and worthwhile:
+            return merged_linear(x, self.w.astype(x.dtype), a, b, s)
+        return linear(x, self.w) + s * ((dropout(x, self.dropout) @ a) @ b)
+
+    def embed(self, ids, dtype=None):
+        rows = embed(ids, self.w, dtype)
+        a, b = self.a.astype(rows.dtype), self.b.astype(rows.dtype)
+        return rows + self.s.astype(rows.dtype) * (jnp.take(a, ids, axis=0) @ b)
+
+    def attend(self, x):
+        a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
+        return attend(x, self.w) + self.s.astype(x.dtype) * ((x @ b.T) @ a.T)
+
+    def convolve(self, module, x):
+        """conv(x, w) + s conv(x, a) b: a as a kernel with r output channels, b a 1 x 1 one."""
+        y = convolve(module, self.w, x)
+        down = module.clone(features=self.a.shape[-1])
+        a = self.a.astype(y.dtype).reshape(*frozen(self).shape[:-1], -1)
+        z = down.apply({"params": {"kernel": a}}, dropout(x, self.dropout))
+        return y + self.s.astype(y.dtype) * (z @ self.b.astype(y.dtype))
+
+    def dense(self, w, site):
+        a, b, s = (t.astype(w.dtype) for t in (self.a, self.b, self.s))
+        return w + site.from_matrix(s[..., None, None] * jnp.matmul(a, b), w.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Scaled(Leaf):
+    """A weight whose output columns are scaled: dense(leaf) = dense(w) * g; a bias is not scaled.
+
+    w: a kernel or another operator leaf. g: (out,) float32, layer axes in front.
+    """
+
+    w: object
+    g: Array
+
+    def linear(self, x):
+        return _over_last(linear(x, self.w), self.g)
+
+    def embed(self, ids, dtype=None):
+        return _over_last(embed(ids, self.w, dtype), self.g)
+
+    def attend(self, x):
+        return attend(_over_last(x, self.g), self.w)
+
+    def convolve(self, module, x):
+        return _over_last(convolve(module, self.w, x), self.g)
+
+    def dense(self, w, site):
+        g = self.g[..., None, :].astype(w.dtype)
+        return site.from_matrix(site.to_matrix(w) * g, w.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class ScaledInput(Leaf):
+    """A weight whose input rows are scaled: dense(leaf) = g[:, None] * dense(w).
+
+    w: a kernel, no convolution's, or another operator leaf. g: (in,) float32, layer axes in front.
+    """
+
+    w: object
+    g: Array
+
+    def linear(self, x):
+        return linear(_over_last(x, self.g), self.w)
+
+    def dense(self, w, site):
+        g = self.g[..., None].astype(w.dtype)
+        return site.from_matrix(site.to_matrix(w) * g, w.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Bottleneck(Leaf):
+    """A weight with a bottleneck adapter behind its layer, whose bias is part of what it reads:
+    h = x w + bias, y = h + f(h down + down_bias) up + up_bias. No single kernel.
+
+    w: a kernel, of a linear layer, or another operator leaf. down: (out, m), down_bias: (m,),
+    up: (m, out), up_bias: (out,), layer axes in front of each. f: (static) elementwise.
+    """
+
+    w: object
+    down: Array
+    down_bias: Array
+    up: Array
+    up_bias: Array
+    f: Callable = dataclasses.field(metadata={"static": True})
+
+    def affine(self, x, bias):
+        y = linear(x, self.w, bias)
+        return y + linear(self.f(linear(y, self.down, self.down_bias)), self.up, self.up_bias)
+
+    def linear(self, x):
+        return self.affine(x, None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Mixed(Leaf):
+    """A frozen weight with n low-rank updates, row i of a batch seeing update rows[i]:
+    y[i] = x[i] w + s[rows[i]] (x[i] a[rows[i]]) b[rows[i]].
+
+    w: a kernel or another operator leaf. a: (n, in, r), b: (n, r, out), s: (n,) float32, rows: (B,)
+    int32, layer axes in front of each (rows repeated). B is the first axis of the layer's input.
+    """
+
+    w: object
+    a: Array
+    b: Array
+    s: Array
+    rows: Array
+
+    def linear(self, x):
+        a, b, s = self._chosen(x)
+        return linear(x, self.w) + s * _batched(_batched(x, a), b)
+
+    def embed(self, ids, dtype=None):
+        rows = embed(ids, self.w, dtype)  # (B or 1, ..., features): positions are the same for all
+        rows = jnp.broadcast_to(rows, (self.rows.shape[0], *rows.shape[1:]))
+        _, b, s = self._chosen(rows)
+        own = jnp.broadcast_to(ids, (rows.shape[0], *ids.shape[1:]))
+        a = self.a[self.rows.reshape((-1,) + (1,) * (ids.ndim - 1)), own].astype(rows.dtype)
+        return rows + s * _batched(a, b)
+
+    def attend(self, x):
+        a, b, s = self._chosen(x)
+        turned = lambda m: jnp.swapaxes(m, 1, 2)
+        return attend(x, self.w) + s * _batched(_batched(x, turned(b)), turned(a))
+
+    def _chosen(self, x):
+        """Each row's factors in x's dtype: a (B, in, r), b (B, r, out), s (B, 1...) like x."""
+        if x.shape[0] != self.rows.shape[0]:
+            raise ValueError(f"a batch of {x.shape[0]} rows, but adapters for {self.rows.shape[0]}")
+        a, b, s = (jnp.take(t, self.rows, axis=0).astype(x.dtype) for t in (self.a, self.b, self.s))
+        return a, b, s.reshape((-1,) + (1,) * (x.ndim - 1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Untied(Leaf):
+    """An embedding (V, features) that looks tokens up in `w` and reads out with `head`, where an
+    update of one of the two is none of the other. Both are arrays or operator leaves."""
+
+    w: object
+    head: object
+
+    def embed(self, ids, dtype=None):
+        return embed(ids, self.w, dtype)
+
+    def attend(self, x):
+        return attend(x, self.head)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Kronecker(Leaf):
+    """A frozen weight plus a Kronecker product: dense(leaf) = w + s * reshape(kron(w1, w2)).
+
+    w: a kernel or another operator leaf. w1: (m, l), w2: (n, k) with in = m n and out = l k.
+    s: () float32. dropout: on the input of the product. Layer axes in front of each.
+    """
+
+    w: object
+    w1: Array
+    w2: Array
+    s: Array
+    dropout: Dropout | None = None
+
+    def linear(self, x):
+        w1, w2, s = self._as(x.dtype)
+        return linear(x, self.w) + s * kron_product(dropout(x, self.dropout), w1, w2)
+
+    def embed(self, ids, dtype=None):
+        rows = embed(ids, self.w, dtype)
+        w1, w2, s = self._as(rows.dtype)
+        first, second = jnp.take(w1, ids // len(w2), axis=0), jnp.take(w2, ids % len(w2), axis=0)
+        return rows + s * (first[..., :, None] * second[..., None, :]).reshape(rows.shape)
+
+    def attend(self, x):
+        w1, w2, s = self._as(x.dtype)
+        return attend(x, self.w) + s * kron_product(x, w1.T, w2.T)
+
+    def dense(self, w, site):
+        w1, w2, s = self._as(w.dtype)
+        return w + site.from_matrix(s[..., None, None] * kron(w1, w2), w.shape)
+
+    def _as(self, dtype):
+        return self.w1.astype(dtype), self.w2.astype(dtype), self.s.astype(dtype)
+
+
+def kron(w1, w2):
+    """(..., m, l), (..., n, k) -> (..., m n, l k): blocks w1[i, j] w2."""
+    blocks = jnp.einsum("...ml,...nk->...mnlk", w1, w2)
+    return blocks.reshape(*w1.shape[:-2], w1.shape[-2] * w2.shape[-2], -1)
+
+
+def kron_product(x, w1, w2):
+    """x @ kron(w1, w2), which is not made: (..., m n), (m, l), (n, k) -> (..., l k)."""
+    y = x.reshape(*x.shape[:-1], w1.shape[0], w2.shape[0]) @ w2  # (..., m, k)
+    return jnp.einsum("...mk,ml->...lk", y, w1).reshape(*x.shape[:-1], -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Same(Leaf):
+    """`w` as it is, an array or another leaf. It makes a call fail that is not `apply`'s, where one
+    would go past what stands around modules (`AROUND`)."""
+
+    w: object
+
+    def linear(self, x):
+        return linear(x, self.w)
+
+    def affine(self, x, bias):
+        return linear(x, self.w, bias)
+
+    def embed(self, ids, dtype=None):
+        return embed(ids, self.w, dtype)
+
+    def attend(self, x):
+        return attend(x, self.w)
+
+    def convolve(self, module, x):
+        return convolve(module, self.w, x)
+
+    def dense(self, w, site):
+        return w
+
+
+class FrozenWeight(Leaf):
+    """A frozen weight that is held in another form than an array. Subclasses have
+
+    shape, dtype: of the kernel that it stands for, in its module's own shape.
+    product(x, axis): x (..., n) times the kernel's axis `axis`, in x's dtype; no gradient to the
+        weight. That of a linear kernel (in, out) or an embedding (V, features).
+    rows(ids): the kernel's rows, (...,) integers -> (..., columns).
+    decoded(): the kernel as an array.
+    """
+
+    def linear(self, x):
+        return checkpoint_name(self.product(x, 0), PRODUCT)
+
+    def embed(self, ids, dtype=None):
+        rows = self.rows(ids)
+        return rows if dtype is None else rows.astype(dtype)
+
+    def attend(self, x):
+        return self.product(x, 1)
+
+    def frozen(self):
+        return self
+
+    def plain(self, site, dtype):
+        return self.decoded().astype(dtype)
+
+    def as_matrix(self, site):  # it is one already
+        return self
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BFloat16Weight(FrozenWeight):
+    """A frozen weight that multiplies in bfloat16 with float32 sums: y = bf16(x) @ w.
+
+    w: bfloat16, (in, out), or an embedding (V, features), layer axes in front.
+    """
+
+    w: Array
+
+    @property
+    def shape(self):
+        return self.w.shape
+
+    @property
+    def dtype(self):
+        return self.w.dtype
+
+    def product(self, x, axis: int):
+        return bfloat16_product(x, self.w, axis)
+
+    def rows(self, ids):
+        return jnp.take(self.w, ids, axis=0)
+
+    def decoded(self):
+        return self.w
+
+    def as_matrix(self, site):
+        return dataclasses.replace(self, w=site.to_matrix(self.w))
+
+
+def to_bfloat16(params, sites: Mapping[str, Site]):
+    """The same parameters, the linear and embedding kernels of `sites` as `BFloat16Weight`."""
+    flat = tree.flatten(params)
+    for path, site in sites.items():
+        if site.kind in ("linear", "embed") and not isinstance(flat[path], FrozenWeight):
+            flat[path] = BFloat16Weight(flat[path].astype(jnp.bfloat16))
+    return tree.unflatten(flat)
+
+
+def allow_merge(params):
+    """The same parameters, with `LowRank` leaves that may take the merged forward pass."""
+
+    def allow(leaf):
+        if isinstance(leaf, LowRank):
+            return dataclasses.replace(leaf, merge=True)
+        within = is_operator(leaf) and not isinstance(leaf, FrozenWeight)
+        return dataclasses.replace(leaf, w=allow(leaf.w)) if within else leaf
+
+    return jax.tree.map(allow, params, is_leaf=is_operator)
+
+
+# ---------------------------------------------------------------------------------------- products
+
+
+def _over_last(y, g):
+    """y times g over its last axis, in the wider of their dtypes: bfloat16 would round a g near 1
+    to 1. Returns y's dtype."""
+    wide = np.promote_types(y.dtype, g.dtype)
+    g = g.astype(wide).reshape((1,) * (y.ndim - 1) + (-1,))
+    return (y.astype(wide) * g).astype(y.dtype)
+
+
+def _batched(x, m):
+    """x[i] @ m[i]: (B, ..., in), (B, in, out) -> (B, ..., out)."""
+    return jnp.einsum("b...i,bio->b...o", x, m)
+
+
+@jax.custom_vjp
+def merged_linear(x, w, a, b, s):
+    """x @ (w + s a b): one product forward, thin ones for the gradients of a and b.
+
+    x: (..., in); w: (in, out); a: (in, r); b: (r, out); s: (). The backward pass makes w + s a b
+    again rather than keep it: da = x^T (s dy b^T), db = s (x a)^T dy, dx = dy (w + s a b)^T.
+    """
+    return x @ (w + s * (a @ b))
+
+
+def _merged_linear_forward(x, w, a, b, s):
+    # Not by `merged_linear`: a remat policy that keeps products would not see the one inside.
+    return x @ (w + s * (a @ b)), (x, w, a, b, s)
+
+
+def _merged_linear_backward(saved, dy):
+    x, w, a, b, s = saved
+    rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    dx = dy @ (w + s * (a @ b)).T
+    t = dy_rows @ b.T  # (rows, r)
+    xa = rows @ a  # (rows, r)
+    da = s * (rows.T @ t)
+    db = s * (xa.T @ dy_rows)
+    # Dead code, and so free, wherever w and s are frozen, which is where this is used.
+    dw, ds = rows.T @ dy_rows, jnp.sum(xa * t)
+    return dx, dw, da, db, ds
+
+
+merged_linear.defvjp(_merged_linear_forward, _merged_linear_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def bfloat16_product(x, w, axis: int):
+    """The product of x (..., n) with axis `axis` of a bfloat16 matrix w: operands in bfloat16, sums
+    in float32, in both directions. Returns x's dtype. w gets no gradient."""
+    dimensions = (((x.ndim - 1,), (axis,)), ((), ()))
+    y = jax.lax.dot_general(
+        x.astype(jnp.bfloat16), w, dimensions, preferred_element_type=jnp.float32
+    )
+    return y.astype(x.dtype)
+
+
+bfloat16_product.defvjp(
+    lambda x, w, axis: (bfloat16_product(x, w, axis), w),
+    lambda axis, w, dy: (bfloat16_product(dy, w, 1 - axis), None),
+)
+
+
+def column_norms(leaf: LowRank, site: Site, squares=None) -> Array:
+    """Euclidean lengths of the columns of w + s a b, (layers..., out) float32, without making a b:
+    their squares are ||w||^2 + 2 s <a^T w, b> + s^2 <(a^T a) b, b>.
+
+    squares: `column_squares` of w, where they are at hand.
+    """
+    squares = column_squares(leaf.w, site) if squares is None else squares
+
+    def one(w, a, b, s, squares):
+        a, b, s = (x.astype(squares.dtype) for x in (a, b, s))
+        cross = jnp.sum(linear(a.T, w) * b, axis=0)
+        own = jnp.sum(((a.T @ a) @ b) * b, axis=0)
+        return jnp.sqrt(jnp.maximum(squares + 2 * s * cross + s * s * own, 0))
+
+    for _ in range(site.stack):
+        one = jax.vmap(one)
+    return one(as_matrix(leaf.w, site), leaf.a, leaf.b, leaf.s, squares)
+
+
+def dora(leaf: LowRank, m, site: Site, squares=None) -> Scaled:
+    """DoRA (arXiv:2402.09353, equation 5): w + s a b with columns of length m (layers..., out).
+
+    The lengths that m is divided by are constants to the gradient (section 4.3). A column that is
+    zero stays zero. squares: `column_squares` of w, where they are at hand.
+    """
+    norms = jax.lax.stop_gradient(column_norms(leaf, site, squares))
+    return Scaled(leaf, jnp.where(norms > 0, m / jnp.where(norms > 0, norms, 1), 1))
