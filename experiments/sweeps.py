@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from lorax.analysis import runs
-from lorax.analysis.plots import line_style
+from lorax.analysis.figures.style import line_style
 
 
 class Sweep(NamedTuple):

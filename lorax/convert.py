@@ -86,7 +86,7 @@ def show(given) -> None:
     """Every update: its shape, scale, size, singular values and ranks."""
     from rich.table import Table
 
-    from lorax.analysis import spectrum
+    from lorax.analysis.measures import spectrum
     from lorax.console import console
     from lorax.files import write_bytes
 
@@ -128,7 +128,7 @@ def show(given) -> None:
 
 def _of_adapter(adapter) -> tuple[list[tuple], list[str]]:
     """([(layer, (in, out), rank, scale, singular values of s a b)], what more there is to say)."""
-    from lorax.analysis import spectrum
+    from lorax.analysis.measures import spectrum
 
     found = [
         (path, (len(a), b.shape[1]), str(a.shape[1]), f"{s:g}", spectrum.factor_svd(a, b, s)[1])

@@ -478,10 +478,10 @@ def _report(workdir: Path, kernels, say) -> Path:
 
 def _write_tables(workdir: Path) -> None:
     """analysis/trajectory.csv and analysis/cka.csv, of what training has left of them."""
-    from lorax.analysis import cka, runs, trajectory
+    from lorax.analysis import runs, tables
 
     found = runs.load(workdir)
-    for name, table in (("trajectory", trajectory.table(found)), ("cka", cka.table(found))):
+    for name, table in (("trajectory", tables.trajectory(found)), ("cka", tables.cka(found))):
         file = workdir / "analysis" / f"{name}.csv"
         if table is None:
             file.unlink(missing_ok=True)  # of an analysis that is no longer asked for

@@ -21,7 +21,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import hparams
 
-from lorax.analysis import runs, spectrum
+from lorax.analysis import runs
+from lorax.analysis.measures import spectrum
 from lorax.train import optim
 
 

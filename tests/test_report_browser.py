@@ -9,7 +9,7 @@ from synthetic import kernels, make_run, make_search
 
 from lorax import report
 from lorax.report import page as page_module
-from lorax.report import several
+from lorax.report.pages import several_runs
 
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
@@ -49,7 +49,7 @@ def pages(tmp_path_factory):
         patch.setattr(page_module, "pdf", lambda figure: b"%PDF")  # no browser shows them
         return {
             "sweep": report.write(run, kernels()),
-            "several": several.write([bare, search], folder / "compared"),
+            "several": several_runs.write([bare, search], folder / "compared"),
         }
 
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 import lorax
 from lorax import config, methods, tasks, tree
-from lorax.analysis import plots
+from lorax.analysis.figures.style import COLOURS, GREY, MARKERS, STYLE
 from lorax.train import step
 
 HERE = Path(__file__).parent
@@ -127,21 +127,21 @@ def figure(table) -> Figure:
     """The update's relative difference, each seed and (p, q) a point."""
     kinds = list(dict.fromkeys(table["what"]))
     kinds.sort(key=lambda what: what in CONTROLS)
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(STYLE):
         drawn = Figure(figsize=(7.2, 3.6), layout="constrained")
         axes = drawn.add_subplot()
         for n, (base, own) in enumerate(table.groupby("base", sort=False)):
             x = [kinds.index(what) + 0.24 * n - 0.12 for what in own["what"]]
             y = own["update_difference"].clip(lower=1e-9)
-            style = {"color": plots.COLOURS[n], "marker": plots.MARKERS[n]}
+            style = {"color": COLOURS[n], "marker": MARKERS[n]}
             axes.scatter(x, y, label=base, alpha=0.6, s=22, linewidths=0, **style)
         axes.set_yscale("log")
         marks = {1e-9: "0", 1e-8: "1e-8", 1e-6: "1e-6", 1e-4: "1e-4", 1e-2: "0.01", 1: "1"}
         axes.set_yticks(list(marks), marks.values())
         axes.set_xticks(range(len(kinds)), [what.replace(" ", "\n", 1) for what in kinds])
         axes.set_ylabel(f"|dW - dW of (1, 1)| / |dW|, step {STEPS}")
-        axes.axvline(2.5, color=plots.GREY, linewidth=0.8)
-        axes.text(2.6, axes.get_ylim()[1], "controls", va="bottom", color=plots.GREY)
+        axes.axvline(2.5, color=GREY, linewidth=0.8)
+        axes.text(2.6, axes.get_ylim()[1], "controls", va="bottom", color=GREY)
         axes.legend(loc="center right")
         return drawn
 

@@ -19,8 +19,8 @@ sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
 
 import lorax
-from lorax.analysis import amplification, updates
-from lorax.analysis.plots import STYLE
+from lorax.analysis import amplification, tables
+from lorax.analysis.figures.style import STYLE
 
 HERE = pathlib.Path(__file__).parent
 SMALL = 4
@@ -44,7 +44,7 @@ def matrices(sweep: sweeps.Sweep) -> pd.DataFrame:
     rows = []
     for member in table[table["rank"].isin((SMALL, large))].itertuples():
         for path, (a, b, s, *_) in sweep.run.adapter(member.member).items():
-            w, (layer, target) = kernels[path], updates.place(path)
+            w, (layer, target) = kernels[path], tables.layer_and_target(path)
             for k in dict.fromkeys((member.rank, SMALL)):
                 # A seed of its own for each, or all random columns would be one draw.
                 rng = np.random.default_rng([member.member, layer, ord(target), k])
@@ -57,8 +57,8 @@ def matrices(sweep: sweeps.Sweep) -> pd.DataFrame:
 
 
 found = sweeps.read("lora_table6_rank", __doc__)
-tables = [matrices(sweep) for sweep in found]
-for sweep, table in zip(found, tables, strict=True):
+measured = [matrices(sweep) for sweep in found]
+for sweep, table in zip(found, measured, strict=True):
     print(f"{sweep.size}: mean over layers and seeds\n")
     rows = []
     for (target, rank, k), own in table.groupby(["target", "rank", "k"]):
@@ -68,14 +68,14 @@ for sweep, table in zip(found, tables, strict=True):
         squares = (own["w_in_random"] / own["chance"]) ** 2
         rows.append(row | {"random / identity, rms": f"{np.sqrt(squares.mean()):.2f}"})
     sweeps.markdown(rows)
-table = pd.concat(tables)
+table = pd.concat(measured)
 table.to_csv(HERE / "matrices.csv", index=False, float_format="%.5g")
 
 with matplotlib.rc_context(STYLE):
     figure = Figure(figsize=(1.4 + 3.1 * len(found), 5.2), layout="constrained")
     grid = figure.subplots(2, len(found), sharex="col", squeeze=False)
     names = {"factor": "amplification ‖ΔW‖ / ‖UᵀWV‖", "over_chance": "‖UᵀWV‖ / random directions'"}
-    for column, own in enumerate(tables):
+    for column, own in enumerate(measured):
         own = own[own["k"] == own["rank"]]
         for panel, (name, label) in zip(grid[:, column], names.items(), strict=True):
             for n, ((target, rank), line) in enumerate(own.groupby(["target", "rank"])):

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
 
-from lorax.analysis.plots import GREY, STYLE
+from lorax.analysis.figures.style import GREY, STYLE
 
 HERE = pathlib.Path(__file__).parent
 

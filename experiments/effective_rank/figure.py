@@ -19,8 +19,8 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
 
-from lorax.analysis import updates
-from lorax.analysis.plots import COLOURS, MARKERS, STYLE
+from lorax.analysis import tables
+from lorax.analysis.figures.style import COLOURS, MARKERS, STYLE
 
 HERE = pathlib.Path(__file__).parent
 RANKS = ["effective", "energy90", "stable"]
@@ -47,7 +47,7 @@ for sweep in found:
     table["factor"] = (table["lr"] / lowest).round().astype(int)
     lora = table.index[table["method"] == "lora"]
     full = table.index[table["method"] == "full"]
-    _, ranks = updates.spectra(
+    _, ranks = tables.spectra(
         {member: sweep.run.adapter(member) for member in lora},
         {member: sweep.run.delta(member) for member in full},
     )
@@ -64,7 +64,7 @@ for sweep in found:
         rows.append(row | {name: sweeps.words(seeds_of(own, name), 1) for name in RANKS})
     rng, one = np.random.default_rng(0), sweep.run.delta(full[0])
     noise = {path: rng.standard_normal(one[path].shape) for path in ranks["path"].unique()}
-    noise = updates.spectra({}, {0: noise})[1][RANKS].mean()
+    noise = tables.spectra({}, {0: noise})[1][RANKS].mean()
     row = {"": "Gaussian noise of these shapes", "r": "-", "lr": "-", "eval loss": "-"}
     sweeps.markdown([*rows, row | {name: f"{noise[name]:.1f}" for name in RANKS}])
 

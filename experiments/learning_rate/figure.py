@@ -19,7 +19,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
 
 from lorax.analysis import runs
-from lorax.analysis.plots import STYLE
+from lorax.analysis.figures.style import STYLE
 
 HERE = pathlib.Path(__file__).parent
 

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 import lorax
 from lorax import adapters, methods, models, peft_methods, tree
-from lorax.analysis import plots
+from lorax.analysis.figures.style import COLOURS, GREY, MARKERS, STYLE
 from lorax.interop import peft
 from lorax.models.load import ASSETS
 
@@ -208,7 +208,7 @@ def figure(table) -> Figure:
     """Error in units of rounding, once and after many times, by method and way."""
     table = table[table["method"] != "ia3, a zero"]
     names = list(METHODS)
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(STYLE):
         drawn = Figure(figsize=(7.2, 3.4), layout="constrained")
         panels = drawn.subplots(1, len(DTYPES), sharey=True)
         for dtype, axes in zip(DTYPES, panels, strict=True):
@@ -216,9 +216,9 @@ def figure(table) -> Figure:
             for n, (way, of_way) in enumerate(own.groupby("way", sort=False)):
                 found = of_way.groupby("method", sort=False)["units"].agg(["mean", "sem"])
                 x = [names.index(name) + 0.2 * (n - 1) for name in found.index]
-                style = {"color": plots.COLOURS[n], "marker": plots.MARKERS[n], "linestyle": ""}
+                style = {"color": COLOURS[n], "marker": MARKERS[n], "linestyle": ""}
                 axes.errorbar(x, found["mean"], yerr=found["sem"], capsize=3, label=way, **style)
-            axes.axhline(1, color=plots.GREY, linestyle=(0, (4, 3)), linewidth=1)
+            axes.axhline(1, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
             axes.set_xticks(range(len(names)), names, rotation=45)
             axes.set_title(dtype)
         panels[0].set_ylim(bottom=0)

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 import lorax
 from lorax import bench, decode
-from lorax.analysis import plots
+from lorax.analysis.figures.style import COLOURS, GREY, MARKERS, STYLE
 
 HERE = Path(__file__).parent
 PROMPT = 128
@@ -128,7 +128,7 @@ def figure(table) -> Figure:
     """Time over the base's of the same round: median, quartiles, range over rounds."""
     sides = [side for side in table["side"].unique() if side != "base"]
     bases = list(table["base"].unique())
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(STYLE):
         drawn = Figure(figsize=(0.4 + 3.4 * len(bases), 3.6), layout="constrained")
         panels = drawn.subplots(1, len(bases))
         for base, axes in zip(bases, panels, strict=True):
@@ -137,11 +137,11 @@ def figure(table) -> Figure:
                 found = own.groupby("shape", sort=False)["ratio"]
                 y = found.median()
                 x = np.array([list(SHAPES).index(shape) for shape in y.index]) + 0.18 * (n - 1.5)
-                style = {"color": plots.COLOURS[n], "linestyle": ""}
+                style = {"color": COLOURS[n], "linestyle": ""}
                 quartiles = [y - found.quantile(0.25), found.quantile(0.75) - y]
-                axes.vlines(x, found.min(), found.max(), color=plots.COLOURS[n], linewidth=0.6)
-                axes.errorbar(x, y, yerr=quartiles, marker=plots.MARKERS[n], label=side, **style)
-            axes.axhline(1, color=plots.GREY, linestyle=(0, (4, 3)), linewidth=1)
+                axes.vlines(x, found.min(), found.max(), color=COLOURS[n], linewidth=0.6)
+                axes.errorbar(x, y, yerr=quartiles, marker=MARKERS[n], label=side, **style)
+            axes.axhline(1, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
             axes.set_xticks(range(len(SHAPES)), SHAPES)
             axes.set_xlabel("sequences x tokens")
             axes.set_title(base)

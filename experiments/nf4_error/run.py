@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import lorax
 from lorax import methods, quant, tree
-from lorax.analysis import plots
+from lorax.analysis.figures.style import COLOURS, MARKERS, STYLE
 
 HERE = Path(__file__).parent
 SEEDS, SIZE, BLOCK = range(8), 1024, 64
@@ -105,7 +105,7 @@ def errors(weights, of, w):
 
 def figure(table) -> Figure:
     """Mean squared error of each format, with the standard error over seeds or matrices."""
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(STYLE):
         drawn = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = drawn.add_subplot()
         for n, (weights, own) in enumerate(table.groupby("weights", sort=False)):
@@ -113,7 +113,7 @@ def figure(table) -> Figure:
             y = np.arange(len(FORMATS)) + 0.2 * (n - 1)
             what = "seeds" if weights == "N(0, 1)" else "matrices"
             label = f"{weights}, {own['of'].nunique()} {what}"
-            style = {"color": plots.COLOURS[n], "marker": plots.MARKERS[n], "linestyle": ""}
+            style = {"color": COLOURS[n], "marker": MARKERS[n], "linestyle": ""}
             axes.errorbar(found["mean"], y, xerr=found["sem"], capsize=3, label=label, **style)
         axes.set_yticks(range(len(FORMATS)), FORMATS)
         axes.invert_yaxis()

@@ -16,8 +16,8 @@ from matplotlib.ticker import EngFormatter, NullFormatter, NullLocator
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
 
-from lorax.analysis import calibration, runs, updates
-from lorax.analysis.plots import COLOURS, STYLE
+from lorax.analysis import calibration, runs, tables
+from lorax.analysis.figures.style import COLOURS, STYLE
 
 HERE = pathlib.Path(__file__).parent
 TARGETS = ["q", "q v", "q k v o"]
@@ -61,7 +61,7 @@ for sweep in found:
 
     print(f"{sweep.size}: dW of the q, v members, mean over layers and seeds\n")
     pair = table[table["targets"] == "q v"]
-    _, ranked = updates.spectra({member: sweep.run.adapter(member) for member in pair.index})
+    _, ranked = tables.spectra({member: sweep.run.adapter(member) for member in pair.index})
     ranked["seed"] = ranked["member"].map(pair["seed"])
     rows = []
     for r, own in ranked.groupby("rank"):

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 import lorax
 from lorax import config, tree
-from lorax.analysis import plots
+from lorax.analysis.figures.style import COLOURS, GREY, MARKERS, STYLE
 from lorax.train import loop, sweep
 
 HERE = Path(__file__).parent
@@ -150,16 +150,16 @@ def best(training, base, init):
 def figure(starts, training) -> Figure:
     """Step 0 of every start, and the training loss of two at their best learning rates."""
     bases = list(starts["base"].unique())
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(STYLE):
         drawn = Figure(figsize=(4 + 3 * len(bases), 3.4), layout="constrained")
         axes = drawn.subplots(1, 1 + len(bases), width_ratios=[1.2] + [1] * len(bases))
         kept = starts[(starts["quant"] == "none")]
         for n, base in enumerate(bases):
             own = kept[kept["base"] == base]
             y = [STARTS.index(init) + 0.2 * n for init in own["init"]]
-            style = {"color": plots.COLOURS[n], "marker": plots.MARKERS[n], "alpha": 0.6}
+            style = {"color": COLOURS[n], "marker": MARKERS[n], "alpha": 0.6}
             axes[0].scatter(own["largest"].clip(lower=1e-9), y, s=20, label=base, **style)
-        axes[0].axvline(TOLERANCE, color=plots.GREY, linestyle=(0, (4, 3)), linewidth=1)
+        axes[0].axvline(TOLERANCE, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
         axes[0].set_xscale("log")
         axes[0].set_xticks([1e-9, 1e-7, 1e-6, 1e-5], ["0", "1e-7", "1e-6", "1e-5"])
         axes[0].set_yticks(range(len(STARTS)), STARTS)
@@ -171,7 +171,7 @@ def figure(starts, training) -> Figure:
             x = [int(part[3:]) - PART / 2 for part in parts]
             for n, init in enumerate(("kaiming", "pissa")):
                 own = best(training, base, init)
-                style = {"color": plots.COLOURS[n], "marker": plots.MARKERS[n], "capsize": 3}
+                style = {"color": COLOURS[n], "marker": MARKERS[n], "capsize": 3}
                 label = f"{init}, lr {own['lr'].iloc[0]:g}"
                 panel.errorbar(x, own[parts].mean(), yerr=own[parts].sem(), label=label, **style)
             panel.set_title(base)

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
 
-from lorax.analysis import basis_similarity, expected_similarity, gaussian_similarity, updates
-from lorax.analysis.plots import COLOURS, DASHES, MARKERS, STYLE
+from lorax.analysis import basis_similarity, expected_similarity, gaussian_similarity, tables
+from lorax.analysis.figures.style import COLOURS, DASHES, MARKERS, STYLE
 
 HERE = pathlib.Path(__file__).parent
 SMALL = 8
@@ -36,7 +36,7 @@ def table(found: list[dict], shape: tuple[int, int]) -> list[dict]:
     rows = []
     spaces = {row["n"] for row in found}
     high = {n: gaussian_similarity(0, n, 1, 1, draws=1000).high[0, 0] for n in spaces}
-    for kind, target in itertools.product(updates.KINDS, ("q", "v")):
+    for kind, target in itertools.product(tables.KINDS, ("q", "v")):
         own = [row for row in found if row["kind"] == kind and row["target"] == target]
         phi, n = np.stack([row["phi"] for row in own]), own[0]["n"]
         row = {"directions of": kind, "target": target, "n": n}
@@ -51,7 +51,7 @@ def q_against_v(found: list[dict]) -> list[dict]:
     """A row a kind: phi(i, i) of q minus that of v, pair by pair and layer by layer, where both are
     of one space."""
     rows = []
-    for kind in updates.KINDS:
+    for kind in tables.KINDS:
         own = [row for row in found if row["kind"] == kind]
         if len({row["n"] for row in own}) > 1:
             continue
@@ -65,9 +65,9 @@ def compare(bases: dict, pairs: list) -> list[dict]:
     """phi (r1, r2) of each matrix and kind, for each pair of members (rank, seed)."""
     found = []
     for one, other in pairs:
-        for path, kind in itertools.product(bases[one], updates.KINDS):
+        for path, kind in itertools.product(bases[one], tables.KINDS):
             u, v = bases[one][path][kind], bases[other][path][kind]
-            layer, target = updates.place(path)
+            layer, target = tables.layer_and_target(path)
             row = {"seed1": one[1], "seed2": other[1], "layer": layer, "target": target}
             row |= {"kind": kind, "n": len(u), "phi": basis_similarity(u, v)}
             found.append(row)
@@ -91,7 +91,7 @@ def learned(adapter: dict, rank: int) -> dict[str, float]:
     for path, factors in adapter.items():
         edge = (1 + np.sqrt(rank / len(factors.a))) / np.sqrt(3)
         above = np.linalg.svd(factors.a, compute_uv=False) > edge
-        counts[updates.place(path)[1]].append(above.sum())
+        counts[tables.layer_and_target(path)[1]].append(above.sum())
     return {target: float(np.mean(values)) for target, values in counts.items()}
 
 
@@ -105,7 +105,7 @@ for sweep in found:
     members = {(row.rank, row.seed): row.member for row in own.itertuples()}
     members = {key: member for key, member in members.items() if key[0] in (SMALL, large)}
     adapters = {key: sweep.run.adapter(member) for key, member in members.items()}
-    bases = {key: updates.bases(adapter) for key, adapter in adapters.items()}
+    bases = {key: tables.bases(adapter) for key, adapter in adapters.items()}
     compared = {
         "ranks": [((SMALL, s), (large, s)) for s in seeds],
         "ranks, other seeds": [((SMALL, s), (large, t)) for s in seeds for t in seeds if s != t],
@@ -169,9 +169,9 @@ pd.DataFrame(maps).to_csv(HERE / "maps.csv", index=False, float_format="%.4g")
 
 with matplotlib.rc_context(STYLE):
     figure = Figure(figsize=(9.2, 0.6 + 2.3 * len(found)), layout="constrained")
-    grid = figure.subplots(len(found), len(updates.KINDS), sharex="row", sharey=True, squeeze=False)
+    grid = figure.subplots(len(found), len(tables.KINDS), sharex="row", sharey=True, squeeze=False)
     for line, sweep in zip(grid, found, strict=True):
-        for panel, kind in zip(line, updates.KINDS, strict=True):
+        for panel, kind in zip(line, tables.KINDS, strict=True):
             for n, target in enumerate(("q", "v")):
                 phi, error, space = mean(results[sweep.size, "seeds"], kind, target)
                 phi, error = np.diag(phi), np.diag(error)

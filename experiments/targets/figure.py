@@ -16,7 +16,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
 
 from lorax.analysis import runs
-from lorax.analysis.plots import COLOURS, MARKERS, STYLE
+from lorax.analysis.figures.style import COLOURS, MARKERS, STYLE
 
 HERE = pathlib.Path(__file__).parent
 ONE = ["q", "k", "v", "o"]  # matrices that get the whole budget

@@ -3,16 +3,26 @@
 No training code, and numpy for the arithmetic.
 """
 
-from lorax.analysis.amplification import Amplification, amplification
-from lorax.analysis.cka import linear_cka
-from lorax.analysis.intruder import (
+from lorax.analysis.measures.amplification import Amplification, amplification
+from lorax.analysis.measures.cka import linear_cka
+from lorax.analysis.measures.intruders import (
     Intervention,
     Intruders,
     intervene,
     intruders,
     norm_matched,
 )
-from lorax.analysis.spectrum import (
+from lorax.analysis.measures.overlap import (
+    Band,
+    basis_similarity,
+    expected_similarity,
+    gaussian_similarity,
+    output_similarity,
+    principal_angles,
+    subspace_similarity,
+    update_similarity,
+)
+from lorax.analysis.measures.spectrum import (
     RandomisedSVD,
     effective_rank,
     energy_rank,
@@ -22,16 +32,6 @@ from lorax.analysis.spectrum import (
     randomised_svd,
     stable_rank,
     update_svd,
-)
-from lorax.analysis.subspace import (
-    Band,
-    basis_similarity,
-    expected_similarity,
-    gaussian_similarity,
-    output_similarity,
-    principal_angles,
-    subspace_similarity,
-    update_similarity,
 )
 
 __all__ = [

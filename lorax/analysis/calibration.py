@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorax.analysis import runs, spectrum
+from lorax.analysis import runs
+from lorax.analysis.measures import spectrum
 
 SHARE = 0.99  # of the best improvement over the base, that makes a rank large enough
 #: what tells one planted task from another; a curve is of one task and one seed of the adapter
@@ -104,7 +105,7 @@ def estimates(
 ) -> pd.DataFrame:
     """A row an estimator, task, seed and, where it looks at one, kernel.
 
-    table: of `runs.summary`. sigmas, ranks: of `updates.spectra`; empty where no member has left an
+    table: of `runs.summary`. sigmas, ranks: of `tables.spectra`; empty where no member has left an
     update. Columns: estimator, quantity ("rank" or "dimension"), path ("" for all kernels), truth
     (r* of the kernel, the largest of all where path is "", or d*), estimate, error (estimate -
     truth), relative (error / truth, NaN for a truth of 0), expected (what the estimator says of the

@@ -28,7 +28,7 @@ def methods(
       table: a row a member, of `runs.summary`.
       settings: of `runs.settings`, with the method as its main axis.
       by: the sweep's axes.
-      ranks: of `updates.spectra`; empty where no member has an update of weights.
+      ranks: of `tables.spectra`; empty where no member has an update of weights.
 
     Returns method, trainable_params, the other axes' best values, mean and se of the final eval
     loss (nats), n, diverged, optimizer_bytes and step_ms (a member's), effective (rank of dW, mean

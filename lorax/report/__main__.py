@@ -19,7 +19,8 @@ from collections.abc import Sequence
 
 from lorax.analysis import runs
 from lorax.errors import nearest
-from lorax.report import adapter, bases, page, run, several
+from lorax.report import bases, page
+from lorax.report.pages import adapters, one_run, several_runs
 
 RUN, ADAPTER = "a run", "an adapter"
 OF_A_RUN = ("members.jsonl", "metrics.jsonl", "status.json")  # any of them: what is torn is a run
@@ -86,7 +87,7 @@ def write(
         listed = ", ".join(f"{name} is {of}" for name, of in sorts.items())
         raise ValueError(f"{listed}: give runs or adapters, not both")
     if ADAPTER in sorts.values():
-        return adapter.write(what, base, out, alpha, layers)
+        return adapters.write(what, base, out, alpha, layers)
     if alpha is not None:
         raise ValueError("--alpha is for loralib's checkpoints; a run's adapters have their scale")
     if len(what) > 1:
@@ -94,12 +95,12 @@ def write(
             raise ValueError("--layers is for adapters or one run; to compare runs needs no base")
         if base is not None:
             raise ValueError("--base is for adapters or one run; to compare runs needs no base")
-        return several.write(what, out)
+        return several_runs.write(what, out)
     if out is not None:
         raise ValueError(f"--out: the report of one run goes into it, here {what[0]}")
     config = runs.load(what[0]).config
     kernels = bases.of_config(config) if base is None else (bases.load(base), "")
-    return run.write(what[0], *kernels, layers, base)
+    return one_run.write(what[0], *kernels, layers, base)
 
 
 def sort(name: str) -> str:
@@ -111,7 +112,7 @@ def sort(name: str) -> str:
     if not path.exists():
         near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileNotFoundError(f"{name}: no such run directory or adapter{nearest(name, near)}")
-    if adapter.is_adapter(path):
+    if adapters.is_adapter(path):
         return ADAPTER
     if any((path / file).exists() for file in OF_A_RUN):
         return RUN

@@ -2,7 +2,7 @@
 
 An update of low rank is taken apart by its factors, a QR of both and an SVD of the small core in
 between: dW is never formed. An update without factors is one matrix after the other, where that is
-small. What is kept of a step is one file; `lorax.analysis.trajectory` reads them.
+small. What is kept of a step is one file; `lorax.analysis.tables` reads them.
 """
 
 from collections.abc import Callable
@@ -132,6 +132,6 @@ def _of_matrix(dw) -> Spectrum:
 
 
 def _existing(u, sigma, shape):
-    """`lorax.analysis.spectrum.existing`: zeros for the directions whose sigma is rounding."""
+    """`measures.spectrum.existing` of lorax.analysis: zeros where sigma is rounding."""
     floor = max(shape) * np.finfo(np.float32).eps * sigma[..., :1]
     return jnp.where((sigma[..., : u.shape[-1]] > floor)[..., None, :], u, 0)

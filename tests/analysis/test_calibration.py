@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lorax import report
-from lorax.analysis import calibration, plot_calibration, runs, updates
+from lorax.analysis import calibration, figures, runs, tables
 
 # ---------------------------------------------------------------------------------------- the knee
 
@@ -137,7 +137,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(run):
     table = runs.summary(run)
-    learned = updates.spectra({}, updates.deltas(run, table.index))
+    learned = tables.spectra({}, tables.deltas(run, table.index))
     return calibration.estimates(run, table, *learned)
 
 
@@ -205,7 +205,7 @@ def test_estimates_without_any_update(run):
 
 
 def test_figure(found):
-    figure = plot_calibration.calibration(found)
+    figure = figures.calibration(found)
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == list(calibration.ESTIMATORS)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [

@@ -8,15 +8,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from synthetic import kernels, make_run
 
-from lorax.analysis import (
-    gaussian_similarity,
-    plot_calibration,
-    plot_compare,
-    plot_updates,
-    plots,
-    runs,
-    updates,
-)
+from lorax.analysis import figures, gaussian_similarity, runs, tables
+from lorax.analysis.figures import lines, rank_lines
 
 
 def draws(figure):
@@ -28,20 +21,20 @@ def draws(figure):
 
 def test_spectra_and_ranks(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(1, 2)))
-    found, _ = updates.adapters(run, [0, 2, 3])
+    found, _ = tables.adapters(run, [0, 2, 3])
     ranks_of = runs.summary(run)["rank"]
-    sigmas, ranks = updates.spectra(found)
+    sigmas, ranks = tables.spectra(found)
     sigmas["rank"] = sigmas["member"].map(ranks_of)
-    figure = plot_updates.spectra(sigmas, [0, 2])
+    figure = figures.spectra(sigmas, [0, 2])
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["q, layer 0", "v, layer 0", "q, layer 2", "v, layer 2"]
     assert all(len(axes.lines) == 3 for axes in figure.axes) and draws(figure)
     # A panel of a layer that has no such matrix is not there, its neighbours have their numbers.
-    figure = plot_updates.spectra(sigmas[sigmas["path"] != "h/2/attn/v"], [0, 2])
+    figure = figures.spectra(sigmas[sigmas["path"] != "h/2/attn/v"], [0, 2])
     assert [axes.axison for axes in figure.axes] == [True, True, True, False]
     numbers = [axes.xaxis.get_tick_params()["labelbottom"] for axes in figure.axes[:3]]
     assert numbers == [False, True, True] and draws(figure)
-    figure = plot_updates.update_ranks(ranks)
+    figure = figures.update_ranks(ranks)
     mean = ranks[ranks["target"] == "q"].groupby("rank")["effective"].mean()
     line = next(line for line in figure.axes[0].lines if line.get_label() == "q")
     np.testing.assert_allclose(line.get_ydata(), mean, atol=1e-12)
@@ -52,7 +45,7 @@ def test_similarity_maps():
     rng = np.random.default_rng(0)
     phi = {(layer, target): rng.uniform(0, 1, (3, 6)) for layer in (0, 5) for target in "qv"}
     del phi[5, "v"]
-    figure = plot_updates.similarity_maps(phi, np.full((3, 6), 0.1), "i", "j")
+    figure = figures.similarity_maps(phi, np.full((3, 6), 0.1), "i", "j")
     images = {axes.get_title(): axes.images[0] for axes in figure.axes if axes.images}
     assert set(images) == {"q, layer 0", "v, layer 0", "q, layer 5", "Gaussian control"}
     np.testing.assert_array_equal(images["q, layer 5"].get_array(), phi[5, "q"])
@@ -67,10 +60,10 @@ def words(figure):
 
 
 def test_a_small_map_has_numbers_and_a_large_one_contours():
-    small = plot_updates.figure4({"q": np.eye(3)}, np.full((3, 3), 0.25)).axes[0]
+    small = figures.figure4({"q": np.eye(3)}, np.full((3, 3), 0.25)).axes[0]
     assert [text.get_text() for text in small.texts[:3]] == ["1.00", ".00", ".00"]
     phi = np.outer(np.linspace(1, 0.3, 20), np.ones(20))
-    large = plot_updates.figure4({"q": phi}, np.full((20, 20), 0.1))
+    large = figures.figure4({"q": phi}, np.full((20, 20), 0.1))
     assert len(large.axes[0].collections) == 1 and {t.get_text() for t in large.axes[0].texts} <= {
         "0.5",
         "0.75",
@@ -82,7 +75,7 @@ def test_figure3_has_the_whole_map_and_the_triangle():
     rng = np.random.default_rng(0)
     phi = {(2, "q"): rng.uniform(0, 1, (4, 12)), (2, "v"): rng.uniform(0, 1, (4, 12))}
     control = np.full((4, 12), 0.1)
-    figure = plot_updates.figure3(phi, control)
+    figure = figures.figure3(phi, control)
     full, zoom, *_ = figure.axes
     assert full.get_title() == "q, layer 2" and "j ≤ i" in zoom.get_title()
     assert full.get_ylabel() == "i (r = 4)" and figure.axes[4].get_xlabel() == "j (r = 12)"
@@ -92,14 +85,14 @@ def test_figure3_has_the_whole_map_and_the_triangle():
     np.testing.assert_array_equal(corner[lower], phi[2, "q"][:, :4][lower])
     assert np.isnan(corner[~lower]).all() and len(zoom.texts) == lower.sum()
     assert figure.axes[4].get_title() == "Gaussian control"
-    assert len(plot_updates.figure3(phi).axes) == 5 and draws(figure)  # four maps and the bar
+    assert len(figures.figure3(phi).axes) == 5 and draws(figure)  # four maps and the bar
     for shape in ((1, 6), (6, 6), (5, 3)):
-        assert draws(plot_updates.figure3({(0, "q"): rng.uniform(0, 1, shape)}))
+        assert draws(figures.figure3({(0, "q"): rng.uniform(0, 1, shape)}))
 
 
 def test_figure4_has_the_control_last():
     phi = {(0, "q"): np.full((5, 5), 0.7), (0, "v"): np.full((5, 5), 0.3)}
-    figure = plot_updates.figure4(phi, np.full((5, 5), 0.05))
+    figure = figures.figure4(phi, np.full((5, 5), 0.05))
     titles = [axes.get_title() for axes in figure.axes if axes.images]
     assert titles == ["q, layer 0", "v, layer 0", "Gaussian control"]
     assert (figure.axes[2].images[0].get_array() == 0.05).all() and draws(figure)
@@ -107,7 +100,7 @@ def test_figure4_has_the_control_last():
 
 def test_figure8_has_the_bases_directions_downwards():
     phi = {"r = 2": np.random.default_rng(0).uniform(0, 1, (2, 30)), "r = 4": np.ones((4, 30))}
-    figure = plot_updates.against_base(phi, np.full((4, 30), 0.1))
+    figure = figures.against_base(phi, np.full((4, 30), 0.1))
     first, _, chance, _ = figure.axes
     np.testing.assert_array_equal(first.images[0].get_array(), phi["r = 2"].T)
     assert chance.get_title() == "random directions" and "W" in first.get_ylabel()
@@ -118,7 +111,7 @@ def test_layer_grid_has_every_number():
     rows = [(0, "q", 1.5), (0, "q", 2.5), (3, "q", 120.0), (3, "v", np.inf)]
     values = pd.DataFrame(rows, columns=["layer", "target", "value"])
     for log in (False, True):
-        figure = plot_updates.layer_grid(values, "amplification", log=log)
+        figure = figures.layer_grid(values, "amplification", log=log)
         axes, bar = figure.axes
         assert [text.get_text() for text in axes.texts] == ["2", "120", "inf"]
         assert [label.get_text() for label in axes.get_yticklabels()] == ["q", "v"]
@@ -126,13 +119,13 @@ def test_layer_grid_has_every_number():
         assert bar.get_ylabel() == "amplification" and axes.get_xlabel() == "layer"
         assert draws(figure)
     nothing = values.assign(value=0.0)
-    assert draws(plot_updates.layer_grid(nothing, "intruders", log=True))
+    assert draws(figures.layer_grid(nothing, "intruders", log=True))
 
 
 def test_sensitivity_has_shares_and_ranks():
     rows = [(0, "q", 3.0, 4), (1, "q", 1.0, 1), (0, "v", 4.0, 7)]
     ranking = pd.DataFrame(rows, columns=["layer", "target", "score", "rank"])
-    figure = plot_updates.sensitivity(ranking)
+    figure = figures.sensitivity(ranking)
     axes = figure.axes[0]
     shares = np.ma.filled(axes.images[0].get_array(), np.nan)
     np.testing.assert_allclose(shares, [[3 / 8, 1 / 8], [1 / 2, np.nan]])
@@ -142,7 +135,7 @@ def test_sensitivity_has_shares_and_ranks():
 def test_diagonal_lies_over_the_band():
     band = gaussian_similarity(0, 24, 4, 6, 20)
     phi = {"seeds": np.full((4, 6), 0.5), "ranks": np.full((2, 6), 0.9)}
-    figure = plot_updates.diagonal(phi, band)
+    figure = figures.diagonal(phi, band)
     axes = figure.axes[0]
     lines = {line.get_label(): line for line in axes.lines}
     np.testing.assert_allclose(lines["chance, mean"].get_ydata(), np.diag(band.mean))
@@ -152,18 +145,18 @@ def test_diagonal_lies_over_the_band():
 
 def test_table7_has_medians_and_quartiles(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(1, 4)))
-    found, _ = updates.adapters(run, run.members.index)
-    amplified = updates.amplifications(found, kernels())
-    figure = plot_updates.table7(amplified)
+    found, _ = tables.adapters(run, run.members.index)
+    amplified = tables.amplifications(found, kernels())
+    figure = figures.table7(amplified)
     left, right = figure.axes
     medians = amplified.groupby("rank").median(numeric_only=True)
-    for container, column in zip(left.containers, plot_updates.NORMS, strict=True):
+    for container, column in zip(left.containers, lines.NORMS, strict=True):
         np.testing.assert_allclose(container.lines[0].get_xydata()[:, 1], medians[column])
         assert container.has_yerr
     np.testing.assert_allclose(right.containers[0].lines[0].get_xydata()[:, 1], medians["factor"])
     assert left.get_yscale() == right.get_yscale() == "log" and len(words(figure)) == 4
     amplified["factor"] = np.inf  # W has nothing there: no point, and no failure
-    assert draws(plot_updates.table7(amplified)) and draws(figure)
+    assert draws(figures.table7(amplified)) and draws(figure)
 
 
 def test_intruder_counts_are_summed_over_matrices():
@@ -175,7 +168,7 @@ def test_intruder_counts_are_summed_over_matrices():
         for k in (1, 10)
         for e in (0.3, 0.6)
     ]
-    figure = plot_updates.intruder_counts(pd.DataFrame(rows), 10)
+    figure = figures.intruder_counts(pd.DataFrame(rows), 10)
     axes = figure.axes[0]
     first, second = (container.lines[0].get_xydata()[:, 1] for container in axes.containers)
     np.testing.assert_allclose(first, 20 * np.mean([0, 1]))
@@ -189,13 +182,13 @@ def test_intruder_counts_are_summed_over_matrices():
 def test_base_spectrum_leaves_rounding_out():
     w = np.diag([4.0, 2.0, 1.0, 1e-12])
     base = {f"h/{layer}/{target}": w for layer in range(9) for target in ("q", "v", "up")}
-    figure = plot_updates.base_spectrum(updates.base_spectra(base)[0])
+    figure = figures.base_spectrum(tables.base_spectra(base)[0])
     assert [axes.get_title() for axes in figure.axes] == ["q", "v", "up"]
     for axes in figure.axes:
-        assert len(axes.lines) == plot_updates.MOST_LINES
+        assert len(axes.lines) == rank_lines.MOST_LINES
         np.testing.assert_allclose(axes.lines[0].get_ydata(), [4, 2, 1])
     assert words(figure)[0] == "layer = 0" and words(figure)[-1] == "layer = 8" and draws(figure)
-    embedding = plot_updates.base_spectrum(updates.base_spectra({"wte": w})[0])
+    embedding = figures.base_spectrum(tables.base_spectra({"wte": w})[0])
     assert words(embedding) == ["layer = none"]
 
 
@@ -207,21 +200,21 @@ def test_trajectory_is_the_mean_over_matrices():
         for path, scale in (("a", 1.0), ("b", 3.0))
     ]
     table = pd.DataFrame(rows)
-    figure = plot_updates.trajectory(table)
+    figure = figures.trajectory(table)
     (axes,) = figure.axes
     thick = [line for line in axes.lines if line.get_linewidth() > 1]
     assert len(thick) == 2 and len(axes.lines) == 6
     np.testing.assert_allclose(thick[0].get_ydata(), [0, 30, 60])  # members 1 and 2, scale 2
     assert "‖ΔW‖" in axes.get_ylabel() and figure.get_supxlabel() == "optimizer step"
     table["effective"] = 1.0
-    assert len(plot_updates.trajectory(table).axes) == 2
-    assert len(plot_updates.trajectory(table, quantities=["effective"]).axes) == 1 and draws(figure)
+    assert len(figures.trajectory(table).axes) == 2
+    assert len(figures.trajectory(table, quantities=["effective"]).axes) == 1 and draws(figure)
 
 
 def test_cka_is_the_mean_over_members():
     rows = [(m, layer, 1 - 0.1 * layer * (m + 1), "lora") for m in range(2) for layer in range(3)]
     table = pd.DataFrame(rows, columns=["member", "layer", "cka", "method"])
-    figure = plot_updates.cka(table, "method")
+    figure = figures.cka(table, "method")
     axes = figure.axes[0]
     np.testing.assert_allclose(axes.containers[0].lines[0].get_xydata()[:, 1], [1, 0.85, 0.7])
     assert words(figure) == ["method = lora"] and "CKA" in axes.get_ylabel() and draws(figure)
@@ -229,7 +222,7 @@ def test_cka_is_the_mean_over_members():
 
 def test_flags_of_figures_are_named_where_they_are_given():
     """A flag that goes by its place takes any value that stands there for yes."""
-    for module in (plots, plot_updates, plot_compare, plot_calibration):
+    for module in (figures,):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             for given in inspect.signature(function).parameters.values():
                 flag = isinstance(given.default, bool)

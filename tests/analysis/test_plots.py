@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from synthetic import BASE_LOSS, make_run, make_search
 
-from lorax.analysis import intrinsic, plots, runs
+from lorax.analysis import figures, intrinsic, runs
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def draws(figure):
 
 def test_rank_curve(tables):
     table, settings, answer = tables
-    figure = plots.rank_curve(settings, table, "rank", BASE_LOSS, answer)
+    figure = figures.rank_curve(settings, table, "rank", BASE_LOSS, answer)
     axes = figure.axes[0]
     lines = [line.get_xydata() for line in axes.lines]
     means = settings[["rank", "mean"]].to_numpy(float)
@@ -53,16 +53,16 @@ def test_rank_curve(tables):
 
 def test_base_is_drawn_where_it_fits(tables):
     table, settings, answer = tables
-    figure = plots.rank_curve(settings, table, "rank", 1.7, answer)
+    figure = figures.rank_curve(settings, table, "rank", 1.7, answer)
     assert any(np.all(np.equal(line.get_ydata(), 1.7)) for line in figure.axes[0].lines)
-    figure = plots.rank_curve(settings, table, "rank", float("nan"), answer)
+    figure = figures.rank_curve(settings, table, "rank", float("nan"), answer)
     assert not any("base" in label for label in labels(figure.axes[0]))
 
 
 def test_one_seed_has_no_error_bars(tmp_path):
     table = runs.summary(runs.load(make_run(tmp_path / "run", seeds=(0,))))
     settings = runs.settings(table, runs.Axes("rank", ()))
-    figure = plots.rank_curve(settings, table, "rank", BASE_LOSS, runs.answer(settings, "rank"))
+    figure = figures.rank_curve(settings, table, "rank", BASE_LOSS, runs.answer(settings, "rank"))
     axes = figure.axes[0]
     assert not axes.containers[0].has_yerr
     assert "lowest mean" in axes.texts[0].get_text()
@@ -73,7 +73,7 @@ def test_an_axis_of_names(tables):
     table, _, _ = tables
     table = table.assign(init=["kaiming", "gaussian"] * 4)
     settings = runs.settings(table, runs.Axes("init", ()))
-    figure = plots.rank_curve(settings, table, "init", BASE_LOSS, runs.answer(settings, "init"))
+    figure = figures.rank_curve(settings, table, "init", BASE_LOSS, runs.answer(settings, "init"))
     ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
     assert ticks == ["gaussian", "kaiming"] and draws(figure)
     # No line leads from one name to another.
@@ -83,7 +83,7 @@ def test_an_axis_of_names(tables):
 
 
 def test_learning_curves_leave_diverged_members_out_of_the_mean(run, tables):
-    figure = plots.learning_curves(run.metrics, tables[0], runs.Axes("rank", ()))
+    figure = figures.learning_curves(run.metrics, tables[0], runs.Axes("rank", ()))
     axes = figure.axes[0]
     mean = next(line for line in axes.lines if line.get_label() == "rank 1")
     seed_0 = run.metrics[(run.metrics["member"] == 0) & (run.metrics["split"] == "eval")]
@@ -95,7 +95,7 @@ def test_intrinsic(tmp_path):
     run = runs.load(make_search(tmp_path, conditions=(False, True), lora_ranks=(1, 10)))
     points = intrinsic.points(run)
     found = intrinsic.estimate(points, 0.9, "accuracy")
-    figure = plots.intrinsic(points, found)
+    figure = figures.intrinsic(points, found)
     plain, shuffled = figure.axes
     assert plain.get_title() == f"shuffle=False\nd90 = {found['d'].iloc[0]:.0f}"
     assert shuffled.get_title() == "shuffle=True\nd90 > 1,000"
@@ -120,7 +120,7 @@ def test_a_search_by_loss_with_one_seed(tmp_path):
     run = runs.load(make_search(tmp_path, seeds=(0,)))
     run.config["config"]["search"]["metric"] = "loss"
     points = intrinsic.points(run)
-    figure = plots.intrinsic(points, intrinsic.estimate(points, 0.95, "loss"))
+    figure = figures.intrinsic(points, intrinsic.estimate(points, 0.95, "loss"))
     (axes,) = figure.axes
     assert figure.get_supylabel() == "final eval loss (nats)" and axes.get_title().startswith(
         "d95 ="

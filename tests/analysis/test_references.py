@@ -10,7 +10,7 @@ import pytest
 from support import data
 from threadpoolctl import threadpool_limits
 
-from lorax.analysis import updates
+from lorax.analysis import tables
 from lorax.interop import loralib, peft
 from lorax.models import gpt2
 
@@ -59,7 +59,7 @@ def test_phi(adapter):
     """Of two layers of one target: A's right singular vectors, B's left ones, both sides of dW."""
     factors, theirs, dense = adapter
     one, other = theirs
-    got = updates.similarity([tuple(updates.bases({"both": factors[p]}) for p in theirs)])["both"]
+    got = tables.similarity([tuple(tables.bases({"both": factors[p]}) for p in theirs)])["both"]
     r1, r2 = got["A"].shape
     right = [np.linalg.svd(A, full_matrices=False)[2].T for A, _, _ in theirs.values()]
     left = [np.linalg.svd(B, full_matrices=False)[0] for _, B, _ in theirs.values()]
@@ -76,7 +76,7 @@ def test_phi(adapter):
 
 def test_spectra(adapter):
     factors, theirs, dense = adapter
-    sigmas, ranks = updates.spectra({0: factors})
+    sigmas, ranks = tables.spectra({0: factors})
     assert len(ranks) == len(factors) and (ranks["layer"] >= 0).all()
     for path, (A, _, _) in theirs.items():
         r, sigma = A.shape[0], dense[path][1]
@@ -96,8 +96,8 @@ def test_amplification(adapter):
     factors, theirs, dense = adapter
     rng = np.random.default_rng(0)
     kernels = {path: 0.05 * rng.standard_normal((768, 768)) for path in theirs}
-    svds = updates.base_svds(kernels)
-    table = updates.amplifications({0: {path: factors[path] for path in theirs}}, kernels, svds)
+    svds = tables.base_svds(kernels)
+    table = tables.amplifications({0: {path: factors[path] for path in theirs}}, kernels, svds)
     for path, (A, _, _) in theirs.items():
         r, (U, sigma, Vt) = A.shape[0], dense[path]
         W0 = kernels[path].T  # (out, in), as the paper has it
@@ -118,7 +118,7 @@ def test_figure_8(adapter):
     w_svd = np.linalg.svd(w, full_matrices=False)
     of = {0: {path: factors[path] for path in theirs}}
     svds = dict.fromkeys(theirs, w_svd)
-    got = updates.against_base(of, dict.fromkeys(theirs, w), [0], svds=svds)
+    got = tables.against_base(of, dict.fromkeys(theirs, w), [0], svds=svds)
     assert set(got) == set(theirs)
     r = theirs[path][0].shape[0]
     left, right = w_svd[2].T, w_svd[0].T  # of w.T, (out, in)
@@ -134,7 +134,7 @@ def test_figure_8(adapter):
 def test_a_foreign_adapter_without_its_model_comes_by_its_modules_names():
     """PEFT's fused c_attn is then one matrix (768, 2304)."""
     factors = peft.load(data("adapters/peft_gpt2_lora")).factors
-    sigmas, ranks = updates.spectra({"theirs": factors})
+    sigmas, ranks = tables.spectra({"theirs": factors})
     assert set(ranks["layer"]) == set(range(12)) and set(ranks["member"]) == {"theirs"}
     assert set(ranks["target"]) == {"c_attn", "c_proj"} and len(sigmas) == len(ranks) * 8
     assert factors["transformer.h.0.attn.c_attn"].b.shape[1] == 2304

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 from synthetic import BASE_LOSS, make_run, planted_factors
 
-from lorax.analysis import runs, trajectory, updates
+from lorax.analysis import runs, tables
 from lorax.report import words
 
 
-def tables(run):
+def read(run):
     table = runs.summary(run)
     by = runs.axes(run, table)
     return table, by, runs.settings(table, by)
@@ -71,13 +71,13 @@ def test_missing_adapter_is_named(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(1,), adapters=False))
     with pytest.raises(FileNotFoundError, match="adapters/0"):
         run.adapter(0)
-    found, missing = updates.adapters(run, [0, 1])
+    found, missing = tables.adapters(run, [0, 1])
     assert not found and set(missing) == {0, 1}
 
 
 def test_a_damaged_update_is_named(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(1,), adapters=False))
-    assert updates.deltas(run, [0]) == {}
+    assert tables.deltas(run, [0]) == {}
     for name in ("adapters/0/delta.safetensors", "trajectory/0-1/5.safetensors"):
         file = run.directory / name
         file.parent.mkdir(parents=True)
@@ -85,14 +85,14 @@ def test_a_damaged_update_is_named(tmp_path):
     with pytest.raises(ValueError, match="delta.safetensors: not a readable safetensors file"):
         run.delta(0)
     with pytest.raises(ValueError, match="5.safetensors: not a readable safetensors file"):
-        trajectory.table(run)
+        tables.trajectory(run)
 
 
 # ----------------------------------------------------------------------------------------- losses
 
 
 def test_means_and_standard_errors_are_those_of_the_seeds(tmp_path):
-    table, by, settings = tables(runs.load(make_run(tmp_path / "run")))
+    table, by, settings = read(runs.load(make_run(tmp_path / "run")))
     assert by == runs.Axes("rank", ())
     assert (table["base_loss"] == BASE_LOSS).all() and (table["final_step"] == 100).all()
     assert list(settings["rank"]) == [1, 2, 4, 8, 16] and (settings["n"] == 2).all()
@@ -104,7 +104,7 @@ def test_means_and_standard_errors_are_those_of_the_seeds(tmp_path):
 
 
 def test_diverged_members_are_left_out_of_the_means(tmp_path):
-    table, _, settings = tables(runs.load(make_run(tmp_path / "run", diverged=(0, 6, 7))))
+    table, _, settings = read(runs.load(make_run(tmp_path / "run", diverged=(0, 6, 7))))
     assert list(table.index[table["status"] == "diverged"]) == [0, 6, 7]
     assert table.loc[[0, 6, 7], "final_loss"].isna().all()
     settings = settings.set_index("rank")
@@ -142,12 +142,12 @@ def test_one_seed_gives_the_lowest_and_no_more():
 
 
 def test_axes_of_several_kinds(tmp_path):
-    _, by, settings = tables(runs.load(make_run(tmp_path / "a", lrs=(1e-3, 3e-3), ranks=(1, 2))))
+    _, by, settings = read(runs.load(make_run(tmp_path / "a", lrs=(1e-3, 3e-3), ranks=(1, 2))))
     assert by == runs.Axes("rank", ("lr",))
     assert set(settings["line"]) == {"lr=0.001", "lr=0.003"} and len(settings) == 4
-    _, by, _ = tables(runs.load(make_run(tmp_path / "b", ranks=(4,), alphas=(4.0, 8.0))))
+    _, by, _ = read(runs.load(make_run(tmp_path / "b", ranks=(4,), alphas=(4.0, 8.0))))
     assert by == runs.Axes("alpha", ())
-    _, by, settings = tables(runs.load(make_run(tmp_path / "c", ranks=(4,))))
+    _, by, settings = read(runs.load(make_run(tmp_path / "c", ranks=(4,))))
     assert by == runs.Axes(None, ()) and len(settings) == 1
 
 
@@ -157,7 +157,7 @@ def test_a_field_that_a_method_has_no_use_for_is_not_said(tmp_path):
     for n, row in enumerate(rows):
         row |= {"n_train": (100, None)[n % 2]} | ({"method": "full", "rank": None} if n > 3 else {})
     (directory / "members.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    table, by, settings = tables(runs.load(directory))
+    table, by, settings = read(runs.load(directory))
     assert by == runs.Axes("method", ("rank", "n_train"))
     assert set(settings["line"]) == {
         "n_train=100", "n_train=all", "rank=4, n_train=100", "rank=4, n_train=all",
@@ -175,7 +175,7 @@ def test_tied_axes_are_one(tmp_path):
     for row in rows:
         row["targets"] = ["q", "v"] if row["rank"] == 1 else ["q"]
     (directory / "members.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    table, by, _ = tables(runs.load(directory))
+    table, by, _ = read(runs.load(directory))
     assert by == runs.Axes("rank", ()) and set(table["targets"]) == {"q v", "q"}
 
 
@@ -188,6 +188,6 @@ def test_an_axis_that_is_no_field_is_not_averaged_over(tmp_path):
     for n, row in enumerate(rows):
         row["name"] = f"quant={('none', 'nf4')[n // 2]},seed={n % 2}"
     (directory / "members.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    _, by, settings = tables(runs.load(directory))
+    _, by, settings = read(runs.load(directory))
     assert by.main == "setting" and list(settings["setting"]) == ["quant=nf4", "quant=none"]
     assert list(settings["n"]) == [2, 2]

@@ -11,9 +11,10 @@ from lorax.analysis import (
     intruders,
     runs,
     subspace_similarity,
+    tables,
     update_similarity,
-    updates,
 )
+from lorax.analysis.tables import directions, matrices
 from lorax.interop import peft
 from lorax.interop.peft import Factors
 
@@ -49,13 +50,13 @@ def dense(update: Factors) -> np.ndarray:
     ],
 )
 def test_place(path, layer, target):
-    assert updates.place(path) == (layer, target)
+    assert tables.layer_and_target(path) == (layer, target)
 
 
 def test_spectra_are_those_of_the_dense_updates(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(1, 4)))
-    found, missing = updates.adapters(run, run.members.index)
-    sigmas, ranks = updates.spectra(found)
+    found, missing = tables.adapters(run, run.members.index)
+    sigmas, ranks = tables.spectra(found)
     assert not missing and len(ranks) == 4 * LAYERS * len(TARGETS)
     for (member, path), rows in sigmas.groupby(["member", "path"]):
         a, b, s, _ = found[member][path]
@@ -71,9 +72,9 @@ def test_spectra_are_those_of_the_dense_updates(tmp_path):
 
 def test_similarity_is_the_mean_over_pairs(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(2, 4)))
-    found, _ = updates.adapters(run, run.members.index)
-    bases = {member: updates.bases(factors) for member, factors in found.items()}
-    phi = updates.similarity([(bases[0], bases[2]), (bases[1], bases[3])])
+    found, _ = tables.adapters(run, run.members.index)
+    bases = {member: tables.bases(factors) for member, factors in found.items()}
+    phi = tables.similarity([(bases[0], bases[2]), (bases[1], bases[3])])
     pairs = ((found[0], found[2]), (found[1], found[3]))
     for path in found[0]:
         expected = np.mean([subspace_similarity(f[path].a, g[path].a) for f, g in pairs], axis=0)
@@ -86,9 +87,9 @@ def test_similarity_is_the_mean_over_pairs(tmp_path):
 
 def test_amplifications_are_table_seven(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(2,)))
-    found, _ = updates.adapters(run, run.members.index)
+    found, _ = tables.adapters(run, run.members.index)
     base = kernels()
-    rows = updates.amplifications(found, base)
+    rows = tables.amplifications(found, base)
     assert len(rows) == 2 * LAYERS * len(TARGETS)
     for _, row in rows.iterrows():
         path = row["path"]
@@ -96,28 +97,28 @@ def test_amplifications_are_table_seven(tmp_path):
         for field, value in expected._asdict().items():
             assert row[field] == pytest.approx(value, rel=1e-9)
     with pytest.raises(KeyError, match="h/0/attn/q"):
-        updates.amplifications(found, {"other": np.ones((WIDTH, WIDTH))})
+        tables.amplifications(found, {"other": np.ones((WIDTH, WIDTH))})
 
 
 def test_stacks_change_nothing(tmp_path, monkeypatch):
     """What is computed together is what is computed alone: ranks and widths mixed."""
     run = runs.load(make_run(tmp_path / "run", ranks=(1, 2)))
-    found, _ = updates.adapters(run, run.members.index)
+    found, _ = tables.adapters(run, run.members.index)
     found[1]["h/0/mlp/up"] = Factors(*np.random.default_rng(0).standard_normal((2, 4, 4)), 1.0)
     full = {9: {path: np.asarray(w) for path, w in kernels().items()}}
     base = kernels() | {"h/0/mlp/up": np.random.default_rng(1).standard_normal((4, 4))}
 
-    def tables():
-        yield from updates.spectra(found, full)
-        yield updates.amplifications(found, base)
-        yield updates.intruder_table(found, full, base, draws=0)
-        of = {member: updates.bases(factors) for member, factors in found.items()}
-        yield updates.angles([(of[0], of[1]), (of[0], of[2])])
-        yield updates.interventions(found, full, base, epsilon=0.9).table
+    def every_table():
+        yield from tables.spectra(found, full)
+        yield tables.amplifications(found, base)
+        yield tables.intruder_table(found, full, base, draws=0)
+        of = {member: tables.bases(factors) for member, factors in found.items()}
+        yield tables.angles([(of[0], of[1]), (of[0], of[2])])
+        yield tables.interventions(found, full, base, epsilon=0.9).table
 
-    together = list(tables())
-    monkeypatch.setattr(updates, "TOGETHER", 1)
-    for one, other in zip(together, tables(), strict=True):
+    together = list(every_table())
+    monkeypatch.setattr(matrices, "TOGETHER", 1)
+    for one, other in zip(together, every_table(), strict=True):
         pd.testing.assert_frame_equal(one, other, rtol=0, atol=1e-6)
         assert len(one)
 
@@ -130,24 +131,24 @@ def test_members_of_different_runs_share_the_paths_that_both_have(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(2,)))
     only = {"h/1/attn/q": planted_factors(2, 0, 3.0)["h/1/attn/q"]}
     peft.save(tmp_path / "elsewhere", only, SOURCES, "gpt2-nano")
-    other = updates.bases(peft.load(tmp_path / "elsewhere", SOURCES).factors)
-    phi = updates.similarity([(updates.bases(run.adapter(0)), other)])
-    assert set(phi) == {"h/1/attn/q"} and tuple(phi["h/1/attn/q"]) == updates.KINDS
+    other = tables.bases(peft.load(tmp_path / "elsewhere", SOURCES).factors)
+    phi = tables.similarity([(tables.bases(run.adapter(0)), other)])
+    assert set(phi) == {"h/1/attn/q"} and tuple(phi["h/1/attn/q"]) == tables.KINDS
     for values in phi["h/1/attn/q"].values():  # the same seed: the same factors
         np.testing.assert_allclose(np.diag(values), 1, atol=1e-9)
-    assert updates.similarity([(other, updates.bases({"h/0/attn/q": only["h/1/attn/q"]}))]) == {}
-    corner = updates.corners(phi, "dW in", 2, 2)
+    assert tables.similarity([(other, tables.bases({"h/0/attn/q": only["h/1/attn/q"]}))]) == {}
+    corner = tables.corners(phi, "dW in", 2, 2)
     assert corner.to_dict("records") == [
         {"path": "h/1/attn/q", "layer": 1, "target": "q", "value": pytest.approx(1)}
     ]
-    assert updates.corners(phi, "dW in", 3, 1).empty
+    assert tables.corners(phi, "dW in", 3, 1).empty
 
 
 def test_similarity_of_pairs_with_different_ranks_is_that_of_the_smallest():
     u, _, v, _ = planted_kernel()
-    one = updates.bases({"q": along(u, v, [0, 1, 2], [3, 2, 1])})
-    two = updates.bases({"q": along(u, v, [1, 5], [2, 1])})
-    phi = updates.similarity([(one, one), (two, one)])["q"]["dW in"]
+    one = tables.bases({"q": along(u, v, [0, 1, 2], [3, 2, 1])})
+    two = tables.bases({"q": along(u, v, [1, 5], [2, 1])})
+    phi = tables.similarity([(one, one), (two, one)])["q"]["dW in"]
     assert phi.shape == (2, 3)
     second = np.array([[0, 1, 1], [0, 1 / 2, 1 / 2]])
     first = np.array([[1, 1, 1], [1, 1, 1]])
@@ -158,9 +159,9 @@ def test_factors_against_a_dense_update():
     """Full fine-tuning's update holds the adapter's two directions as its second and third."""
     u, _, v, _ = planted_kernel()
     full = dense(along(u, v, [7, 1, 2, 3], [9, 5, 4, 3]))
-    lora = updates.bases({"q": along(u, v, [1, 2], [2, 1])})
-    other = updates.bases({"q": full.astype(np.float32)}, 3)
-    phi = updates.similarity([(lora, other)])["q"]
+    lora = tables.bases({"q": along(u, v, [1, 2], [2, 1])})
+    other = tables.bases({"q": full.astype(np.float32)}, 3)
+    phi = tables.similarity([(lora, other)])["q"]
     assert set(phi) == {"dW in", "dW out"}
     for values in phi.values():
         np.testing.assert_allclose(values, [[0, 1, 1], [0, 1 / 2, 1]], atol=1e-5)
@@ -168,24 +169,24 @@ def test_factors_against_a_dense_update():
 
 def test_other_widths_are_refused():
     one, other = (
-        updates.bases({"q": Factors(np.ones((n, 1)), np.ones((1, n)), 1.0)}) for n in (4, 5)
+        tables.bases({"q": Factors(np.ones((n, 1)), np.ones((1, n)), 1.0)}) for n in (4, 5)
     )
     with pytest.raises(ValueError, match="q, A: directions in spaces of 4 and 5"):
-        updates.similarity([(one, other)])
+        tables.similarity([(one, other)])
 
 
 def test_principal_angles_of_planted_updates():
     u, _, v, _ = planted_kernel()
     turned = np.cos(np.radians(30)) * u[:, 0] + np.sin(np.radians(30)) * u[:, 5]
-    one = updates.bases({"h/2/q": along(u, v, [0, 1], [2, 1])})
+    one = tables.bases({"h/2/q": along(u, v, [0, 1], [2, 1])})
     b = v[:, [0, 2]].T
-    other = updates.bases({"h/2/q": Factors(np.stack([2 * turned, u[:, 6]], 1), b, 1.0)})
-    table = updates.angles([(one, other)])
+    other = tables.bases({"h/2/q": Factors(np.stack([2 * turned, u[:, 6]], 1), b, 1.0)})
+    table = tables.angles([(one, other)])
     degrees = table.groupby("kind")["degrees"].apply(list)
     np.testing.assert_allclose(degrees["dW in"], [30, 90], atol=1e-5)
     np.testing.assert_allclose(degrees["dW out"], [0, 90], atol=1e-5)
     assert set(table["layer"]) == {2} and list(table["index"][:2]) == [1, 2]
-    assert len(updates.angles([(one, other)], 1)) == 4  # kinds
+    assert len(tables.angles([(one, other)], 1)) == 4  # kinds
 
 
 @pytest.mark.parametrize("size", [(60, 40), (530, 520)])
@@ -195,12 +196,12 @@ def test_leading_directions_of_a_dense_update_have_an_error(size):
     rank = 40
     u, v = (np.linalg.qr(rng.standard_normal((n, rank)))[0] for n in size)
     sigma = np.concatenate([[6.0, 5, 4, 3, 2, 1], np.geomspace(0.1, 0.01, rank - 6)])
-    found, table = updates.leading({"h/0/q": u * sigma @ v.T}, 6)
-    assert list(table["randomised"]) == [min(size) > updates.EXACT] and table["k"][0] == 6
+    found, table = tables.leading({"h/0/q": u * sigma @ v.T}, 6)
+    assert list(table["randomised"]) == [min(size) > directions.EXACT] and table["k"][0] == 6
     assert table["energy"][0] == pytest.approx(np.sum(sigma[:6] ** 2) / np.sum(sigma**2), abs=1e-9)
     assert table["error"][0] < 1e-7
     # The range has 16 directions: what is left could all lie in the sixth.
-    missed = np.sum(sigma[16:] ** 2) if min(size) > updates.EXACT else 0.0
+    missed = np.sum(sigma[16:] ** 2) if min(size) > directions.EXACT else 0.0
     assert table["bound"][0] == pytest.approx((np.sqrt(1 + missed) - 1) / 6, rel=0.01, abs=1e-12)
     for kind, planted in (("dW in", u), ("dW out", v)):
         cosines = np.abs(np.sum(found["h/0/q"][kind] * planted[:, :6], axis=0))
@@ -210,9 +211,9 @@ def test_leading_directions_of_a_dense_update_have_an_error(size):
 def test_the_stated_error_is_large_where_the_directions_are_not_found():
     """A flat spectrum has no leading directions to find."""
     flat = np.random.default_rng(0).standard_normal((520, 520))
-    table = updates.leading({"q": flat}, 20)[1]
+    table = tables.leading({"q": flat}, 20)[1]
     assert table["error"][0] > 1e-3 and table["bound"][0] > 0.1
-    nothing = updates.leading({"q": np.zeros((9, 7))}, 20)
+    nothing = tables.leading({"q": np.zeros((9, 7))}, 20)
     assert nothing[1]["k"][0] == 7 and not nothing[0]["q"]["dW in"].any()
     assert (nothing[1][["energy", "error", "bound"]] == 0).all(axis=None)
 
@@ -223,8 +224,8 @@ def test_the_stated_error_is_large_where_the_directions_are_not_found():
 def test_base_spectra_find_the_planted_deficiency():
     _, sigma, _, w = planted_kernel(rank=12)
     base = {"h/0/q": w.astype(np.float32), "h/1/q": planted_kernel(20, 30)[3]}
-    for svds in (None, updates.base_svds(base)):
-        sigmas, ranks = updates.base_spectra(base, svds)
+    for svds in (None, tables.base_svds(base)):
+        sigmas, ranks = tables.base_spectra(base, svds)
         own = sigmas[sigmas["path"] == "h/0/q"]["sigma"]
         np.testing.assert_allclose(own, [*sigma, *[0] * 8], atol=1e-5)
         assert list(ranks["deficiency"]) == [8, 0] and list(ranks["numerical"]) == [12, 20]
@@ -235,9 +236,9 @@ def test_base_spectra_find_the_planted_deficiency():
 def test_base_svds_are_those_of_the_kernels_asked_for():
     base = kernels()
     path = "h/1/attn/v"
-    (u, sigma, vt) = updates.base_svds(base, [path, path])[path]
+    (u, sigma, vt) = tables.base_svds(base, [path, path])[path]
     np.testing.assert_allclose(u * sigma @ vt, base[path], atol=1e-5)
-    assert list(updates.base_svds(base)) == list(base)
+    assert list(tables.base_svds(base)) == list(base)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -246,7 +247,7 @@ def test_figure_8_of_an_update_made_of_the_bases_own_directions(full):
     which = [4, 0, 11]  # W's 5th, 1st and 12th direction, in dW's order
     update = along(u, v, which, [3, 2, 1])
     found = {7: {"h/0/q": dense(update) if full else update}}
-    got = updates.against_base(found, {"h/0/q": w}, [7], k=3)["h/0/q"]
+    got = tables.against_base(found, {"h/0/q": w}, [7], k=3)["h/0/q"]
     i, j = np.arange(1, 4)[:, None], np.arange(1, 21)
     inside = np.cumsum(np.array(which)[:, None] < j, axis=0)  # of the first i, those within W's j
     for side in ("in", "out"):
@@ -260,7 +261,7 @@ def test_figure_8_of_random_updates_is_chance():
     rng = np.random.default_rng(0)
     draw = lambda: Factors(rng.standard_normal((20, 4)), rng.standard_normal((4, 20)), 1.0)
     found = {n: {"q": draw()} for n in range(400)}
-    got = updates.against_base(found, {"q": w}, found)["q"]
+    got = tables.against_base(found, {"q": w}, found)["q"]
     # The standard error of phi(1, 1), the largest of all beside its mean, is sqrt(2) / n / 20.
     np.testing.assert_allclose(got["in"], got["in chance"], atol=5 * 0.0036)
     np.testing.assert_allclose(got["out"][:, -1], 1, atol=1e-9)  # all of W's hold all
@@ -280,7 +281,7 @@ def test_intruder_table_counts_what_is_planted():
     }
     full = {2: {"h/0/q": dense(found[0]["h/0/q"])}}
     base = {"h/0/q": w, "h/1/q": w}
-    table = updates.intruder_table(found, full, base, (1, 3, 8, 25), (0.4, 0.6), draws=0)
+    table = tables.intruder_table(found, full, base, (1, 3, 8, 25), (0.4, 0.6), draws=0)
     counts = table.pivot_table(
         index=["member", "path"], columns=["epsilon", "k"], values="intruders"
     )
@@ -288,7 +289,7 @@ def test_intruder_table_counts_what_is_planted():
     expected = [[0, 0, 0, 0, 1, 4], [0] * 6, [0, 0, 0, 0, 0, 2], [0, 0, 0, 0, 1, 4]]
     np.testing.assert_array_equal(counts, expected)
     assert table["control"].isna().all() and len(table) == 4 * 6
-    sides = updates.intruder_table(found, None, base, (8,), (0.6,), side="in", draws=0)
+    sides = tables.intruder_table(found, None, base, (8,), (0.6,), side="in", draws=0)
     assert not sides["intruders"].any()  # the input directions did not turn
 
 
@@ -296,21 +297,21 @@ def test_the_control_of_intruders_is_a_random_update_of_the_same_norm():
     """Strong in W's own directions: no intruder, but three of them if turned at random."""
     u, _, v, w = planted_kernel(120, 120, 120)
     found = {0: {"q": along(u, v, [0, 1, 2], [900, 800, 700])}}
-    table = updates.intruder_table(found, None, {"q": w}, (2, 10), (0.5,), draws=3)
+    table = tables.intruder_table(found, None, {"q": w}, (2, 10), (0.5,), draws=3)
     assert list(table["intruders"]) == [0, 0]
     assert table["control"][0] == 2 and table["control"][1] >= 3
-    svds = updates.base_svds({"q": w})
-    again = updates.intruder_table(found, None, {"q": w}, (2, 10), (0.5,), draws=3, svds=svds)
+    svds = tables.base_svds({"q": w})
+    again = tables.intruder_table(found, None, {"q": w}, (2, 10), (0.5,), draws=3, svds=svds)
     pd.testing.assert_frame_equal(table, again)
 
 
 def test_kernels_that_do_not_fit_are_named():
     update = {0: {"h/0/q": Factors(np.ones((4, 1)), np.ones((1, 5)), 1.0)}}
     for function in (
-        lambda base: updates.intruder_table(update, None, base),
-        lambda base: updates.interventions(update, None, base),
-        lambda base: updates.against_base(update, base, [0]),
-        lambda base: updates.amplifications(update, base),
+        lambda base: tables.intruder_table(update, None, base),
+        lambda base: tables.interventions(update, None, base),
+        lambda base: tables.against_base(update, base, [0]),
+        lambda base: tables.amplifications(update, base),
     ):
         with pytest.raises(KeyError, match="h/0/q: adapted, but not among"):
             function({})
@@ -328,7 +329,7 @@ def test_interventions_give_updates_to_evaluate(full):
     of = {path: dense(factors) if full else factors for path, factors in of.items()}
     base = {"h/0/q": w, "h/1/q": w}
     sides = (None, {5: of}) if full else ({5: of}, None)
-    got = updates.interventions(sides[0] or {}, sides[1], base, (0.0, 0.5, 1.0), 8, 0.6)
+    got = tables.interventions(sides[0] or {}, sides[1], base, (0.0, 0.5, 1.0), 8, 0.6)
     as_dense = (lambda x: x) if full else dense
     for lam in (0.0, 0.5, 1.0):
         changed, shrunk = got.changed[lam][5], got.shrunk[lam][5]
@@ -352,9 +353,9 @@ def test_interventions_give_updates_to_evaluate(full):
 
 def test_intruder_table_is_the_definitions_count(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(4,)))
-    found, _ = updates.adapters(run, [0, 1])
+    found, _ = tables.adapters(run, [0, 1])
     base = kernels()
-    table = updates.intruder_table(found, None, base, (3, 10), (0.3, 0.8), draws=0)
+    table = tables.intruder_table(found, None, base, (3, 10), (0.3, 0.8), draws=0)
     for (member, path, k), rows in table.groupby(["member", "path", "k"]):
         expected = intruders(base[path], found[member][path][:3], k, (0.3, 0.8)).count
         np.testing.assert_array_equal(rows["intruders"], expected)

@@ -8,16 +8,16 @@ from support import data
 from synthetic import make_adapter
 
 from lorax import models
-from lorax.analysis import amplification, basis_similarity, updates
+from lorax.analysis import amplification, basis_similarity, tables
 from lorax.interop import loralib, peft
-from lorax.report import adapter
+from lorax.report.pages import adapters
 
 LAYERS = 2  # that `make_adapter` adapts
 
 
 def test_with_the_base_that_it_names(tmp_path, undrawn):
     factors = make_adapter(tmp_path / "adapter", 0)
-    text = adapter.write([tmp_path / "adapter"], out=tmp_path / "out").read_text()
+    text = adapters.write([tmp_path / "adapter"], out=tmp_path / "out").read_text()
     page = Page(text)
     assert not page.open and page.headings[0] == "adapter"
     wanted = ["What it is", "Layer by layer", "Spectra of the updates", "Between layers"]
@@ -34,7 +34,7 @@ def test_with_the_base_that_it_names(tmp_path, undrawn):
 
 def test_without_its_base_the_page_says_what_is_missing(tmp_path, undrawn):
     make_adapter(tmp_path / "adapter", 0, base="nobody/no-such-model")
-    text = adapter.write([tmp_path / "adapter"], out=tmp_path / "out").read_text()
+    text = adapters.write([tmp_path / "adapter"], out=tmp_path / "out").read_text()
     assert "its base nobody/no-such-model is not on this machine; give it with --base=" in text
     assert "need the base&#x27;s weights" in text
     assert not (tmp_path / "out" / "analysis" / "amplification.csv").exists()
@@ -42,29 +42,29 @@ def test_without_its_base_the_page_says_what_is_missing(tmp_path, undrawn):
 
 def test_two_adapters_are_compared(tmp_path, undrawn):
     one, two = (make_adapter(tmp_path / name, n, base="elsewhere") for n, name in enumerate("ab"))
-    text = adapter.write([tmp_path / "a", tmp_path / "b"], out=tmp_path / "out").read_text()
+    text = adapters.write([tmp_path / "a", tmp_path / "b"], out=tmp_path / "out").read_text()
     assert Page(text).headings[0] == "a and b"
     with np.load(tmp_path / "out" / "analysis" / "similarity.npz") as stored:
         phi = stored["adapters/h/1/attn/q/dW in"]
-    own, other = (updates.bases(of)["h/1/attn/q"]["dW in"] for of in (one, two))
+    own, other = (tables.bases(of)["h/1/attn/q"]["dW in"] for of in (one, two))
     np.testing.assert_allclose(phi, basis_similarity(own, other), atol=1e-9)
     assert {"Between layers of a", "Between layers of b"} <= set(Page(text).headings)
 
 
 def test_between_layers_is_phi_of_all_directions(tmp_path, undrawn):
     factors = make_adapter(tmp_path / "a", 0, base="elsewhere")
-    adapter.write([tmp_path / "a"], out=tmp_path / "out")
+    adapters.write([tmp_path / "a"], out=tmp_path / "out")
     cells = pd.read_csv(tmp_path / "out" / "figures" / "between_layers.csv")
     cells = cells[(cells["target"] == "q") & (cells["side"] == "output")]
     phi = cells.pivot(index="layer", columns="other", values="phi").to_numpy()
-    both = [updates.bases(factors)[f"h/{n}/attn/q"]["dW out"] for n in range(LAYERS)]
+    both = [tables.bases(factors)[f"h/{n}/attn/q"]["dW out"] for n in range(LAYERS)]
     expected = basis_similarity(*both)[-1, -1]
     np.testing.assert_allclose(phi, [[1, expected], [expected, 1]], atol=1e-9)
 
 
 def test_a_released_adapter_of_peft(tmp_path, undrawn):
     path = data("adapters/peft_gpt2_lora/adapter_config.json").parent
-    text = adapter.write([path], out=tmp_path).read_text()
+    text = adapters.write([path], out=tmp_path).read_text()
     rows = Page(text).table("matrix", "effective rank", "layer")
     assert len(rows) == 36 and {row["rank"] for row in rows} == {"8"}
     assert {row["target"] for row in rows} == {"c_attn", "attn:c_proj", "mlp:c_proj"}
@@ -81,10 +81,10 @@ def test_a_released_adapter_of_peft(tmp_path, undrawn):
 
 def test_a_checkpoint_of_loralib(tmp_path, undrawn):
     path = data("adapters/lora_roberta_mnli/roberta_base_lora_mnli.npz").parent
-    text = adapter.write([path], out=tmp_path).read_text()
+    text = adapters.write([path], out=tmp_path).read_text()
     rows = Page(text).table("matrix", "effective rank", "layer")
     assert len(rows) == 24 and "s = 1, so norms are those of BA; give --alpha" in text
-    scaled = adapter.write([path], out=tmp_path / "scaled", alpha=16).read_text()
+    scaled = adapters.write([path], out=tmp_path / "scaled", alpha=16).read_text()
     assert f"python -m lorax.report {path} --alpha=16 --out={tmp_path / 'scaled'}" in scaled
     scaled = Page(scaled).table("matrix", "effective rank", "layer")
     norm = lambda row: float(row["‖ΔW‖"])

@@ -8,9 +8,9 @@ from reading import Page
 from synthetic import kernels, make_run, make_search
 
 from lorax import catalogue, report
-from lorax.analysis import plots, runs
+from lorax.analysis import figures, runs
 from lorax.config import OPTIONAL
-from lorax.report import several
+from lorax.report.pages import several_runs
 
 #: axis -> a value beside None, as members.jsonl has it
 VALUES = {
@@ -65,7 +65,9 @@ def test_an_axis_may_hold_none(axis, tmp_path, undrawn):
         assert f"= {best}: 1.200" in headline or f"= {best} (" in headline, headline
         for figure in ("rank_curve", "learning_curves", "spectra", "update_ranks", "intruders"):
             assert (directory / "figures" / f"{figure}.csv").exists(), figure
-    text = several.write([tmp_path / "best", tmp_path / "other"], tmp_path / "both").read_text()
+    text = several_runs.write(
+        [tmp_path / "best", tmp_path / "other"], tmp_path / "both"
+    ).read_text()
     assert "Methods" in Page(text).headings
 
 
@@ -102,7 +104,7 @@ def test_a_mean_is_over_seeds_alone(tmp_path, undrawn):
     pd.testing.assert_series_equal(means.sort_index(), each.mean().sort_index(), atol=1e-12)
     run = runs.load(directory)
     table = runs.summary(run)
-    figure = plots.learning_curves(run.metrics, table, runs.axes(run, table))
+    figure = figures.learning_curves(run.metrics, table, runs.axes(run, table))
     titles = {axes.get_title() for axes in figure.axes}
     assert titles == {f"alpha={a}\nlr={lr}" for a in (8, 16) for lr in (0.001, 0.002)}
     assert all(len(axes.lines) == 2 * (2 + 1) for axes in figure.axes)

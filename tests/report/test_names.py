@@ -14,7 +14,8 @@ from synthetic import make_run
 
 import lorax
 from lorax import report
-from lorax.analysis import plot_compare, plot_updates, plots
+from lorax.analysis import figures
+from lorax.analysis.figures import style
 from lorax.console import console
 from lorax.report import page
 from lorax.terminal import Screen
@@ -97,20 +98,20 @@ def drawn(figure: Figure) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_in_every_legend_and_title(name):
-    other, shown = "other", plots.plain(name)
+    other, shown = "other", style.plain(name)
     assert shown.strip() == name.replace("$", r"\$") and not shown.startswith("_")
     found = pd.DataFrame({"run": [name, other], "method": [name, other], "mean": [1.0, 2.0]})
     found = found.assign(se=float("nan"), axis="rank", part="", x=[1, 2])
-    assert drawn(plot_compare.methods(found, "loss")).count(shown) >= 2  # legend and tick
-    assert shown in drawn(plot_compare.curves(found, "loss"))
+    assert drawn(figures.methods_of_runs(found, "loss")).count(shown) >= 2  # legend and tick
+    assert shown in drawn(figures.curves(found, "loss"))
     ranks = pd.DataFrame({"target": [name, other], "member": [name, other], "layer": 0})
     ranks = ranks.assign(norm=1.0, effective=1.0, stable=1.0, rank=1, method=[name, other])
-    assert drawn(plot_compare.by_layer(ranks)).count(shown) >= 2  # target and adapter
-    assert shown in drawn(plot_updates.update_ranks(ranks, "method"))
+    assert drawn(figures.by_layer(ranks)).count(shown) >= 2  # target and adapter
+    assert shown in drawn(figures.update_ranks(ranks, "method"))
     phi = {name: pd.DataFrame([[1.0]]).to_numpy(), other: pd.DataFrame([[1.0]]).to_numpy()}
-    assert shown in drawn(plot_updates.diagonal(phi, plot_updates.Band(*[phi[name]] * 3)))
+    assert shown in drawn(figures.diagonal(phi, lorax.analysis.Band(*[phi[name]] * 3)))
     values = pd.DataFrame({"target": [name, other], "layer": 0, "value": [1.0, 2.0]})
-    assert shown in drawn(plot_updates.layer_grid(values, "value"))
+    assert shown in drawn(figures.layer_grid(values, "value"))
 
 
 def test_a_bar_does_not_end_a_cell_of_markdown(capsys):

@@ -11,9 +11,11 @@ from reading import Page
 from synthetic import kernels, make_adapter, make_run, make_search
 
 from lorax import report
-from lorax.analysis import intrinsic, plot_compare, plot_updates, plots, updates
-from lorax.report import adapter, page, several, sweep
+from lorax.analysis import figures, intrinsic, tables
+from lorax.report import page
 from lorax.report.__main__ import main
+from lorax.report.pages import adapters, several_runs
+from lorax.report.sections import outcome, setup
 
 
 def fails(*_, **__):
@@ -30,16 +32,16 @@ def files(directory):
 
 #: what fails -> (its section, a file that goes with it, headings and files that stay)
 FAULTS = {
-    "a figure's maker": (plots, "rank_curve", "Loss"),
-    "learning curves": (plots, "learning_curves", "Learning curves"),
-    "a table": (sweep, "members", "Members"),
-    "the answer": (sweep, "answer", "Answer"),
-    "facts": (sweep, "facts", "What was run"),
-    "spectra": (plot_updates, "spectra", "Spectra of the updates"),
-    "ranks": (plot_updates, "update_ranks", "Effective rank"),
-    "similarity": (plot_updates, "diagonal", "Subspace similarity"),
-    "the base": (plot_updates, "intruder_counts", "Against the base"),
-    "all updates": (updates, "spectra", "Updates"),
+    "a figure's maker": (figures, "rank_curve", "Loss"),
+    "learning curves": (figures, "learning_curves", "Learning curves"),
+    "a table": (setup, "members", "Members"),
+    "the answer": (outcome, "answer", "Answer"),
+    "facts": (setup, "facts", "What was run"),
+    "spectra": (figures, "spectra", "Spectra of the updates"),
+    "ranks": (figures, "update_ranks", "Effective rank"),
+    "similarity": (figures, "diagonal", "Subspace similarity"),
+    "the base": (figures, "intruder_counts", "Against the base"),
+    "all updates": (tables, "spectra", "Updates"),
 }
 
 
@@ -73,7 +75,7 @@ def test_a_figure_that_cannot_be_drawn_costs_itself_alone(tmp_path, monkeypatch)
         figure.subplots().set_title(r"$\nothing{$")
         return figure
 
-    monkeypatch.setattr(plots, "rank_curve", broken)
+    monkeypatch.setattr(figures, "rank_curve", broken)
     with pytest.warns(page.SectionFailed, match="Loss against rank, figure rank_curve: failed"):
         text = report.write(directory).read_text()
     assert "Figure rank_curve could not be made: " in text and not Page(text).open
@@ -87,7 +89,7 @@ def test_pages_of_searches_runs_and_adapters_too(tmp_path, undrawn, monkeypatch)
     make_search(tmp_path / "search")
     one, two = (make_run(tmp_path / name, ranks=(1, 2)) for name in ("one", "two"))
     make_adapter(tmp_path / "adapter", 0, base="elsewhere")
-    for module in (intrinsic, plot_compare):
+    for module in (intrinsic, figures):
         for name in ("estimate", "curves", "by_layer"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, fails)
@@ -95,10 +97,10 @@ def test_pages_of_searches_runs_and_adapters_too(tmp_path, undrawn, monkeypatch)
         text = report.write(tmp_path / "search").read_text()
     assert text.count("could not be made") == 1
     with pytest.warns(page.SectionFailed, match="Curves"):
-        text = several.write([one, two], tmp_path / "both").read_text()
+        text = several_runs.write([one, two], tmp_path / "both").read_text()
     assert text.count("could not be made") == 1 and "Members" in Page(text).headings
     with pytest.warns(page.SectionFailed, match="Layer by layer"):
-        text = adapter.write([tmp_path / "adapter"], None, tmp_path / "of").read_text()
+        text = adapters.write([tmp_path / "adapter"], None, tmp_path / "of").read_text()
     assert text.count("could not be made") == 1 and "What it is" in Page(text).headings
 
 
@@ -106,7 +108,7 @@ def test_the_command_ends_with_1_where_a_section_failed(tmp_path, undrawn, monke
     make_run(tmp_path / "run", ranks=(1,), adapters=False)
     arguments = [str(tmp_path / "run"), "--base=gpt2-nano"]
     assert main(arguments) == 0
-    monkeypatch.setattr(sweep, "members", fails)
+    monkeypatch.setattr(setup, "members", fails)
     monkeypatch.setattr("warnings.filters", [])
     assert main(arguments) == 1
     said = capsys.readouterr()

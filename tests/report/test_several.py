@@ -9,8 +9,8 @@ import pytest
 from reading import Page
 from synthetic import WIDTH, make_run, make_search, planted_factors
 
-from lorax.analysis import compare, plot_compare, runs, update_similarity
-from lorax.report import several
+from lorax.analysis import compare, figures, runs, update_similarity
+from lorax.report.pages import several_runs
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def directories(tmp_path_factory):
 
 @pytest.fixture
 def written(directories, tmp_path, undrawn):
-    return tmp_path, several.write(directories, tmp_path).read_text()
+    return tmp_path, several_runs.write(directories, tmp_path).read_text()
 
 
 def test_everything_is_on_the_page(written, directories):
@@ -86,18 +86,18 @@ def test_similarity_between_runs_is_that_of_their_best(written):
 def test_nothing_in_common_is_said(tmp_path, undrawn):
     make_run(tmp_path / "a", ranks=(2,), seeds=(0,))
     make_run(tmp_path / "b", ranks=(2,), seeds=(0,), adapters=False)
-    text = several.write([tmp_path / "a", tmp_path / "b"], tmp_path / "out").read_text()
+    text = several_runs.write([tmp_path / "a", tmp_path / "b"], tmp_path / "out").read_text()
     assert "two seeds of a: not available, its best setting has one member with an" in text
     assert "b: " in text and "no such file" in text
     assert "Curves" not in Page(text).headings  # one value on every axis
 
 
 def test_names_tell_runs_apart(tmp_path):
-    assert several.names([tmp_path / "a/x", tmp_path / "b/x"]) == ["a/x", "b/x"]
+    assert several_runs.names([tmp_path / "a/x", tmp_path / "b/x"]) == ["a/x", "b/x"]
     with pytest.raises(ValueError, match="given twice"):
-        several.names([tmp_path / "a", tmp_path / "b" / ".." / "a"])
-    name = several.default_name("compare", [f"run_{i}" for i in range(40)])
-    assert len(name) <= several.MAX_LENGTH and name.startswith("compare-run_0-run_1-")
+        several_runs.names([tmp_path / "a", tmp_path / "b" / ".." / "a"])
+    name = several_runs.default_name("compare", [f"run_{i}" for i in range(40)])
+    assert len(name) <= several_runs.MAX_LENGTH and name.startswith("compare-run_0-run_1-")
 
 
 def test_curve_takes_the_best_of_the_rest(tmp_path):
@@ -124,12 +124,12 @@ def test_no_line_joins_unlike_methods(tmp_path, undrawn):
     for name in ("one", "two"):
         directory = make_run(tmp_path / name, ranks=(1, 4), adapters=False)
         edit(directory, lambda row: row | {"method": "lora" if row["rank"] == 1 else "dora"})
-    several.write([tmp_path / "one", tmp_path / "two"], tmp_path / "out")
+    several_runs.write([tmp_path / "one", tmp_path / "two"], tmp_path / "out")
     numbers = pd.read_csv(tmp_path / "out" / "figures" / "curves.csv")
     lines = numbers[numbers["axis"] == "rank"].groupby(["run", "part"])["x"].apply(list).to_dict()
     assert lines == {(run, f"method={method}"): [rank] for run in ("one", "two")
                      for method, rank in (("lora", 1), ("dora", 4))}  # fmt: skip
-    figure = plot_compare.curves(numbers, "loss")
+    figure = figures.curves(numbers, "loss")
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert set(labels) == {", ".join(line) for line in lines}
     assert all(len(bar.lines[0].get_xdata()) <= 1 for bar in figure.axes[0].containers)
@@ -137,7 +137,7 @@ def test_no_line_joins_unlike_methods(tmp_path, undrawn):
 
 def test_losses_of_unlike_runs_are_not_compared_in_silence(tmp_path, undrawn):
     one, two = (make_run(tmp_path / name, ranks=(1,), adapters=False) for name in ("one", "two"))
-    text = several.write([one, two], tmp_path / "out").read_text()
+    text = several_runs.write([one, two], tmp_path / "out").read_text()
     assert "The runs differ in" not in text and "is ahead where" not in text
     assert "Bars that end apart are no proof" in text
     config = json.loads((two / "config.json").read_text())
@@ -146,7 +146,7 @@ def test_losses_of_unlike_runs_are_not_compared_in_silence(tmp_path, undrawn):
     (two / "config.json").write_text(json.dumps(config))
     status = json.loads((two / "status.json").read_text())
     (two / "status.json").write_text(json.dumps(status | {"steps": 200}))
-    text = several.write([one, two], tmp_path / "out").read_text()
+    text = several_runs.write([one, two], tmp_path / "out").read_text()
     for said in (
         "The runs differ in eval.examples (one: –; two: 64), so their losses may be measured on",
         "The runs differ in task.path (one: –; two: &quot;other.txt&quot;), so",

@@ -13,13 +13,15 @@ from safetensors.numpy import save_file
 from synthetic import SOURCES, TARGETS, kernels, make_adapter, make_run, planted_factors
 
 from lorax import config, report
-from lorax.analysis import basis_similarity, updates
+from lorax.analysis import basis_similarity, tables
+from lorax.analysis.tables import matrices
 from lorax.interop import peft
 from lorax.interop.peft import Factors
 from lorax.models import gpt2
-from lorax.report import adapter, against_base, page, similarity
-from lorax.report import updates as of_updates
+from lorax.report import page
 from lorax.report.__main__ import main
+from lorax.report.pages import adapters
+from lorax.report.sections import base_weights, shared_directions, spectra
 
 
 def shown_as(members: list[int], **columns) -> pd.DataFrame:
@@ -55,7 +57,7 @@ def test_all_layers_are_set_against_the_base():
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     base = {f"h/{n}/attn/q": draw(512, 512) for n in range(26)}
     found = {0: {path: Factors(draw(512, 1), draw(1, 512), 1.0) for path in base}}
-    made = against_base.sections(found, {}, base, "", shown_as([0], rank=[1]), "rank")
+    made = base_weights.sections(found, {}, base, "", shown_as([0], rank=[1]), "rank")
     files = {name: table for section in made for name, table in section.files.items()}
     for name in ("amplification", "against_base", "intruders", "base_spectra", "base_ranks"):
         assert list(dict.fromkeys(files[f"{name}.csv"]["layer"])) == list(range(26)), name
@@ -87,9 +89,9 @@ def test_every_member_and_value_is_set_against_the_base(tmp_path, undrawn):
 def test_numbers_do_not_depend_on_how_kernels_are_put_together(monkeypatch):
     found = {0: planted_factors(2, 0, 1.0)}
     shown = shown_as([0], rank=[2])
-    of = lambda: against_base.compare(found, {}, kernels(), list(found[0]), shown, "h/1/attn/q")
+    of = lambda: base_weights.compare(found, {}, kernels(), list(found[0]), shown, "h/1/attn/q")
     together = of()
-    monkeypatch.setattr(updates, "TOGETHER", 1)
+    monkeypatch.setattr(matrices, "TOGETHER", 1)
     alone = of()
     for name in ("amplified", "held", "sigmas", "ranks"):
         pd.testing.assert_frame_equal(getattr(together, name), getattr(alone, name), rtol=1e-9)
@@ -144,11 +146,11 @@ def test_long_work_is_announced_with_a_way_out(monkeypatch):
     said = io.StringIO()
     monkeypatch.setattr(page, "CONSOLE", Console(file=said, width=300))
     wide = {f"h/{n}/attn/q": np.broadcast_to(np.float32(0), (4096, 4096)) for n in range(32)}
-    against_base._announce(list(wide), wide, 4)
+    base_weights._announce(list(wide), wide, 4)
     assert re.search(
         r"32 matrices of the base.*4 members, about \d+ min.*--layers=N", said.getvalue()
     )
-    against_base._announce(["h/0/attn/q"], kernels(), 4)
+    base_weights._announce(["h/0/attn/q"], kernels(), 4)
     assert said.getvalue().count("matrices") == 1
 
 
@@ -160,32 +162,32 @@ def test_captions_say_what_a_figure_leaves_out():
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     paths = [f"h/{layer}/{target}" for layer in range(6) for target in "abcde"]
     one, two = ({path: Factors(draw(8, 2), draw(2, 8), 1.0) for path in paths} for _ in "ab")
-    sigmas, _ = updates.spectra({0: one})
-    section = of_updates.spectra(sigmas.assign(rank=2), "rank")
+    sigmas, _ = tables.spectra({0: one})
+    section = spectra.spectra(sigmas.assign(rank=2), "rank")
     wanted = "Drawn: layers 0, 2, 3, 5 (4 of 6) and targets a, b, d, e (4 of 5)"
     assert f"{wanted}; analysis/spectra.csv has all." in section.content
     assert section.pictures["spectra"].numbers["path"].nunique() == 16
-    found = similarity.compare("x", "one and two", [(updates.bases(one), updates.bases(two))])
-    text = similarity.section([found]).content
+    found = shared_directions.compare("x", "one and two", [(tables.bases(one), tables.bases(two))])
+    text = shared_directions.section([found]).content
     assert f"last panel: chance. {wanted}; the tables have all." in text
     assert "in layer 3. Drawn: targets a, b, d, e (4 of 5); the tables have all." in text
     few = {path: update for path, update in one.items() if path[-1] in "ab" and path[2] in "01"}
-    sigmas, _ = updates.spectra({0: few})
-    assert "Drawn:" not in of_updates.spectra(sigmas.assign(rank=2), "rank").content
+    sigmas, _ = tables.spectra({0: few})
+    assert "Drawn:" not in spectra.spectra(sigmas.assign(rank=2), "rank").content
     many = [found._replace(name=f"{n}", title=f"pair {n}") for n in range(8)]
-    for section in (similarity.section(many), similarity.across(many, [])):
+    for section in (shared_directions.section(many), shared_directions.across(many, [])):
         assert "Maps are drawn of the first 6 of 8 comparisons" in section.content
         assert section.files["similarity.csv"]["comparison"].nunique() == 8
-    assert "Maps are drawn" not in similarity.section([found]).content
+    assert "Maps are drawn" not in shared_directions.section([found]).content
 
 
 def test_phi_is_over_all_pairs_of_seeds(tmp_path):
     seeds = tuple(range(7))
     found = {seed: planted_factors(2, seed, 1.0) for seed in seeds}
-    (between,) = similarity.of_sweep(shown_as(list(seeds), rank=2, seed=seeds), found)
+    (between,) = shared_directions.of_sweep(shown_as(list(seeds), rank=2, seed=seeds), found)
     assert between.pairs == 21
     path = "h/0/attn/q"
-    own = [updates.bases(of)[path]["dW in"] for of in found.values()]
+    own = [tables.bases(of)[path]["dW in"] for of in found.values()]
     pairs = [(i, j) for i in seeds for j in seeds if i < j]
     mean = np.mean([basis_similarity(own[i], own[j]) for i, j in pairs], axis=0)
     np.testing.assert_allclose(between.phi[path]["dW in"], mean, atol=1e-9)
@@ -195,12 +197,12 @@ def test_phi_is_of_members_that_differ_in_the_seed_alone():
     members = list(range(4))
     shown = shown_as(members, rank=2, seed=[0, 1, 0, 1], lr=[1e-3, 1e-3, 1e-2, 1e-2])
     found = {member: planted_factors(2, member, 1.0) for member in members}
-    made = similarity.of_sweep(shown, found, ["lr"])
+    made = shared_directions.of_sweep(shown, found, ["lr"])
     assert [(c.title, c.pairs) for c in made] == [
         ("two seeds at r = 2, learning rate = 0.001", 1),
         ("two seeds at r = 2, learning rate = 0.01", 1),
     ]
-    (of,) = similarity.of_sweep(shown[:2], found, ["lr"])
+    (of,) = shared_directions.of_sweep(shown[:2], found, ["lr"])
     path = "h/2/attn/v"
     np.testing.assert_allclose(made[0].phi[path]["A"], of.phi[path]["A"], atol=1e-12)
 
@@ -237,7 +239,7 @@ def test_updates_without_factors_have_their_own_reasons_and_phi(tmp_path, undraw
 def test_what_is_absent_has_its_true_reason(ranks, seeds, ranks_here, said):
     table = pd.DataFrame({"rank": ranks, "seed": seeds, "method": "lora"})
     shown = table[table["rank"].isin(ranks_here)]
-    text = " ".join(similarity.absent_of_sweep([], "rank", table, shown))
+    text = " ".join(shared_directions.absent_of_sweep([], "rank", table, shown))
     assert all(reason in text for reason in said)
 
 
@@ -250,7 +252,7 @@ def test_no_update_is_said_and_is_no_number(tmp_path, undrawn):
     none = {path: f._replace(b=0 * f.b) for path, f in factors.items()}
     peft.save(tmp_path / "none", none, sources, "gpt2-nano")
     with pytest.warns(UserWarning, match="No update: ΔW = 0 in all 4 matrices"):
-        text = adapter.write([tmp_path / "none"], out=tmp_path / "out").read_text()
+        text = adapters.write([tmp_path / "none"], out=tmp_path / "out").read_text()
     assert "none: No update: ΔW = 0 in all 4 matrices." in text
     assert "0/0: no number" in text
     rows = Page(text).table("amplification", "target", "layer")
@@ -260,7 +262,7 @@ def test_no_update_is_said_and_is_no_number(tmp_path, undrawn):
     some = {path: f._replace(b=f.b * (path != "h/1/attn/v")) for path, f in factors.items()}
     peft.save(tmp_path / "some", some, sources, "gpt2-nano")
     with pytest.warns(UserWarning, match="No update: ΔW = 0 in 1 of 4 matrices"):
-        text = adapter.write([tmp_path / "some"], out=tmp_path / "out").read_text()
+        text = adapters.write([tmp_path / "some"], out=tmp_path / "out").read_text()
     stored = pd.read_csv(tmp_path / "out" / "analysis" / "amplification.csv").set_index("path")
     assert stored["factor"].isna().sum() == 1 and np.isnan(stored.loc["h/1/attn/v", "factor"])
 

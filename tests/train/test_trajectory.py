@@ -14,8 +14,8 @@ from quick import jit
 
 import lorax
 from lorax import config, intercept, tree
-from lorax.analysis import runs, spectrum, subspace, updates
-from lorax.analysis import trajectory as tables
+from lorax.analysis import runs, tables
+from lorax.analysis.measures import overlap, spectrum
 from lorax.models import Base, gpt2
 from lorax.train import loop, sweep, trajectory
 
@@ -72,8 +72,8 @@ def test_spectra_of_padded_members_are_those_of_their_own_factors(base):
             assert np.all(sigma[m][:, rank:] <= 1e-6 * expected[:, :1])
             k = min(rank, trajectory.DIRECTIONS)
             assert not directions[m][..., k:].any()
-            inputs = subspace.update_directions(*cut)[0][..., :k]
-            phi = subspace.basis_similarity(directions[m][..., :k], inputs)
+            inputs = overlap.update_directions(*cut)[0][..., :k]
+            phi = overlap.basis_similarity(directions[m][..., :k], inputs)
             np.testing.assert_allclose(phi[:, range(k), range(k)], 1, atol=1e-5)
 
 
@@ -200,9 +200,9 @@ def test_a_trajectory_ends_in_the_exported_update_and_survives_a_kill(name, tmp_
     assert not start[numbers].to_numpy().any()
     final = table[table["step"] == 5].set_index(["member", "path"])
     np.testing.assert_allclose(final["overlap_final"], 1, atol=1e-5)
-    found, missing = updates.adapters(run, run.members["member"])
-    dense = updates.deltas(run, missing)
-    expected = updates.spectra(found, dense)[1].set_index(["member", "path"])
+    found, missing = tables.adapters(run, run.members["member"])
+    dense = tables.deltas(run, missing)
+    expected = tables.spectra(found, dense)[1].set_index(["member", "path"])
     assert set(final.index) == set(expected.index)
     for field in numbers[:-1]:
         np.testing.assert_allclose(final[field], expected.loc[final.index, field], rtol=1e-4)

@@ -3,10 +3,10 @@ the run was asked for it (`config.analysis.trajectory`, `config.analysis.cka`)."
 
 import pandas as pd
 
-from lorax.analysis import plot_updates, runs
+from lorax.analysis import figures, runs
 from lorax.report import page, words
 from lorax.report.page import Picture, Section
-from lorax.report.updates import label
+from lorax.report.selection import label
 
 
 def sections(run: runs.Run, shown: pd.DataFrame, main: str) -> list[Section]:
@@ -40,7 +40,7 @@ def _trajectory(table: pd.DataFrame, main: str) -> Section:
         "stays high is an update that soon knew where to go."
     )
     content += page.figure("trajectory", caption, alt)
-    figure = plot_updates.trajectory(table, main)
+    figure = figures.trajectory(table, main)
     return Section("While it was trained", content, {"trajectory": Picture(figure, table)})
 
 
@@ -53,5 +53,5 @@ def _cka(table: pd.DataFrame, main: str) -> Section:
     )
     content = page.aid("1: the layer says the same as before; the lower, the more it has changed.")
     content += page.figure("cka", caption, alt)
-    figure = plot_updates.cka(table, main)
+    figure = figures.cka(table, main)
     return Section("Activations", content, {"cka": Picture(figure, table)})

@@ -1,50 +1,31 @@
-"""Figures of a run: tables and arrays in, `matplotlib.figure.Figure` out, with no global state.
+"""Figures of the members' losses: against the rank, against the step, by method."""
 
-Lines are in Okabe and Ito's colours with a marker and a dash each, so that they can be told apart
-without colour; maps are cividis, whose lightness rises evenly. Losses are in nats.
-"""
-
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import matplotlib
-import matplotlib.lines
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    EngFormatter,
-    FixedLocator,
-    FuncFormatter,
-    LogLocator,
-    MaxNLocator,
-    NullFormatter,
-    NullLocator,
-)
+from matplotlib.ticker import MaxNLocator
 
-from lorax.analysis import intrinsic as search
 from lorax.analysis import runs
+from lorax.analysis.figures.style import (
+    COLOURS,
+    DASHES,
+    GREY,
+    LOSS,
+    MARKERS,
+    STYLE,
+    distinct,
+    has_no_order,
+    main_axis,
+    named,
+    pick,
+    plain,
+    style_of,
+)
 from lorax.analysis.runs import Answer
-
-# Okabe & Ito's palette, without the yellow that vanishes on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (7, 2)), (0, (2, 2)), "-")
-GREY = "0.45"
-LOSS = "eval loss (nats)"  # of what predicts tokens or classes
-NAMES = {"rank": "rank r of the adapter", "lr": "learning rate", "alpha": "α"}
-NAMES |= {"trainable_params": "trainable parameters", "n_train": "training examples"}
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9,
-    "axes.linewidth": 0.8,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 5,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
 
 
 def rank_curve(
@@ -128,77 +109,6 @@ def methods(compared: pd.DataFrame) -> Figure:
         return figure
 
 
-def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, loss: str = LOSS) -> Figure:
-    """The metric against the dimension of the subspace, a panel a condition: means over seeds at
-    each dimension's best learning rate with standard errors, single seeds as dots, LoRA beside it
-    where it was run. Level lines are full fine-tuning's and the one to be reached, the upright line
-    the estimate with its 95% interval.
-
-    Args:
-      table: of `intrinsic.points`.
-      estimates: of `intrinsic.estimate`.
-    """
-    metric = estimates["metric"].iloc[0]
-    columns = 2 if len(estimates) == 4 else min(3, len(estimates))
-    rows = -(-len(estimates) // columns)
-    lora = (table["kind"] == "lora").any()
-    with matplotlib.rc_context(STYLE):
-        size = (6.8, 3.4) if columns == 1 else (2.3 + 2.5 * columns, 0.9 + 2.4 * rows)
-        figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-        for axes in grid[len(estimates) :]:
-            axes.set_axis_off()
-        for axes in grid[: len(estimates)][-columns:]:  # those with none below
-            axes.tick_params(labelbottom=True)
-        for axes, (_, row) in zip(grid, estimates.iterrows(), strict=False):
-            own = table[(table["kind"] == "subspace") & (table["condition"] == row["condition"])]
-            _against_size(axes, search.tuned(own, "dim", metric), "dim", 0, "random subspace")
-            shared = own["shared"].iloc[0]
-            other = table[(table["kind"] == "lora") & (table["shared"] == shared)]
-            if len(other):
-                _against_size(axes, search.tuned(other, "params", metric), "params", 1, "LoRA")
-            called = search.name(row["threshold"])
-            if row["verdict"] != "no baseline":
-                style = {"color": "black", "linewidth": 1}
-                axes.axhline(
-                    row["baseline"], linestyle=DASHES[1], label="full fine-tuning", **style
-                )
-                axes.axhline(row["needed"], linestyle=DASHES[2], label="needed", **style)
-            if row["d"] == row["d"]:
-                axes.axvline(row["d"], color=GREY, linewidth=1.2)
-                ring = {"fillstyle": "none", "markersize": 11, "linestyle": "none"}
-                axes.plot([row["d"]], [row["needed"]], "o", color="black", label=called, **ring)
-                if row["low"] == row["low"]:
-                    style = {"color": GREY, "alpha": 0.25, "linewidth": 0}
-                    axes.axvspan(row["low"], row["high"], label="95% interval", **style)
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500, 1k, 2k
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            words = [*row["condition"].split(", "), search.brief(row)]
-            axes.set_title("\n".join(plain(word) for word in words if word))
-        what = "dimension d of the subspace"
-        figure.supxlabel(what + ("; trainable parameters of LoRA" if lora else ""), fontsize=9)
-        unit = " (fraction)" * (metric == "accuracy")
-        label = loss if metric == "loss" else f"eval {plain(named(metric))}{unit}"
-        figure.supylabel("final " + label, fontsize=9)
-        handles = {}
-        for axes in grid:
-            handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper")
-        return figure
-
-
-def _against_size(axes: Axes, best: pd.DataFrame, by: str, n: int, label: str) -> None:
-    """A line through the means over seeds with standard errors, and the seeds as dots."""
-    values = best.groupby(by)["value"]
-    style = line_style(n)
-    mean = values.mean()
-    bars = values.sem() if values.sem().notna().any() else None  # of one seed there is none
-    axes.errorbar(mean.index, mean, yerr=bars, capsize=2, label=label, **style)
-    axes.plot(best[by], best["value"], ".", color=style["color"], alpha=0.45, markersize=4)
-
-
 def learning_curves(
     metrics: pd.DataFrame, points: pd.DataFrame, by: runs.Axes, loss: str = LOSS
 ) -> Figure:
@@ -270,73 +180,6 @@ def _ordered(column: Iterable) -> list:
     values = distinct(column)
     numbers = sorted(v for v in values if isinstance(v, (int, float, np.number)))
     return [*numbers, *(v for v in values if isinstance(v, str)), *[None] * (None in values)]
-
-
-# ----------------------------------------------------------------------------------------- helpers
-
-
-def pick(choices: Sequence, n: int):
-    return choices[n % len(choices)]
-
-
-def line_style(n: int) -> dict:
-    """Colour, marker and dash of the nth line, which is told by any one of them."""
-    return {"color": pick(COLOURS, n), "marker": pick(MARKERS, n), "linestyle": pick(DASHES, n)}
-
-
-def style_of(n: int, count: int) -> dict:
-    """The style of the nth of so many lines; of more than there are colours, from dark to light."""
-    if count <= len(COLOURS):
-        return line_style(n)
-    return line_style(n) | {"color": matplotlib.colormaps["cividis"](0.95 * n / (count - 1))}
-
-
-def named(main: str) -> str:
-    return main.replace("_", " ")
-
-
-def plain(name: object) -> str:
-    """A name from outside as a figure shows it: without the mathematics that matplotlib sees
-    between dollars, nor the underscore in front that keeps a line out of its legend."""
-    text = str(name).replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
-
-
-def distinct(column: Iterable) -> list:
-    """The values of a column, each once, in their order; None for what is missing.
-
-    Python's own: `Series.map` makes NaN of None, which equals nothing.
-    """
-    return list(dict.fromkeys(None if runs.is_missing(value) else value for value in column))
-
-
-def main_axis(
-    axes: Axes, column: pd.Series, main: str
-) -> tuple[list, Callable[[Iterable], np.ndarray]]:
-    """Set up the x axis; the values in order, and what finds the places (n,) of a column (n,)."""
-    values = distinct(column)
-    numeric = all(isinstance(v, (int, float, np.number)) and v > 0 for v in values)
-    axes.set_xlabel(NAMES.get(main, named(main)))
-    if not numeric:
-        axes.set_xticks(range(len(values)), [plain(runs.in_words(v, main)) for v in values])
-        at = {value: n for n, value in enumerate(values)}
-        found = lambda column: [at[None if runs.is_missing(value) else value] for value in column]
-        return values, lambda column: np.array(found(column), int)
-    values = sorted(values)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(values))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    # A single value has no span of its own.
-    axes.set_xlim(values[0] / 1.25, values[-1] * 1.25)
-    return values, lambda column: np.array(list(column), float)
-
-
-def has_no_order(values: Sequence) -> bool:
-    """Whether the values of an axis are names (of methods, of targets, or none), which no line
-    leads through."""
-    return all(value is None or isinstance(value, str) for value in values)
 
 
 def _shared(rows: pd.DataFrame, points: pd.DataFrame, main: str) -> list[str]:

@@ -7,14 +7,16 @@ for it: the singular values and the leading input directions of every update at 
 import numpy as np
 import pandas as pd
 
-from lorax.analysis import runs, spectrum, subspace, updates
+from lorax.analysis import runs
+from lorax.analysis.measures import overlap, spectrum
+from lorax.analysis.tables.matrices import layer_and_target
 from lorax.interop.tensors import read_arrays
 
 COLUMNS = ("member", "step", "path", "layer", "target", "norm", "effective", "stable", "energy90")
 COLUMNS += ("overlap_final",)
 
 
-def table(run: runs.Run) -> pd.DataFrame | None:
+def trajectory(run: runs.Run) -> pd.DataFrame | None:
     """A row a member, step and matrix, with the `COLUMNS`; None where the run has no trajectory.
 
     norm: ||dW||_F. effective, stable, energy90: ranks (`lorax.analysis.spectrum`), 0 of no update.
@@ -48,17 +50,34 @@ def _rows(member: int, path: str, steps: dict) -> list[tuple]:
     sigma, directions = (np.stack([steps[step][i] for step in order]) for i in (0, 1))
     k = int(directions[-1].any(axis=0).sum())
     leading = directions[..., :k]
-    overlap = (
-        subspace.basis_similarity(leading, leading[-1])[:, -1, -1] if k else [np.nan] * len(order)
+    shared = (
+        overlap.basis_similarity(leading, leading[-1])[:, -1, -1] if k else [np.nan] * len(order)
     )
     numbers = (
         np.linalg.norm(sigma.astype(np.float64), axis=-1),
         spectrum.effective_rank(sigma),
         spectrum.stable_rank(sigma),
         spectrum.energy_rank(sigma, 0.9),
-        overlap,
+        shared,
     )
-    place = updates.place(path)
+    place = layer_and_target(path)
     return [
         (member, step, path, *place, *values) for step, *values in zip(order, *numbers, strict=True)
     ]
+
+
+def cka(run: runs.Run) -> pd.DataFrame | None:
+    """A row a member and layer (member, layer from 0, cka) of a run that `config.analysis.cka` had
+    compared with its base; None of another.
+
+    The examples are the real tokens of so many evaluation rows, the activations the residual stream
+    after the layer, adapted and without any adapter. A diverged member has no rows.
+    """
+    rows = [
+        {"member": member, "layer": layer, "cka": value}
+        for member in run.members.index
+        for layer, value in enumerate(
+            run.status.get("members", {}).get(str(member), {}).get("cka", [])
+        )
+    ]
+    return pd.DataFrame(rows) if rows else None

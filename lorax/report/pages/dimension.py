@@ -4,9 +4,10 @@ import pathlib
 
 import pandas as pd
 
-from lorax.analysis import intrinsic, plots, runs
-from lorax.report import notes, page, sweep, words
+from lorax.analysis import figures, intrinsic, runs
+from lorax.report import notes, page, words
 from lorax.report.page import Picture, Section
+from lorax.report.sections import evidence, losses, setup
 
 SIZES = {"subspace": "dim"}  # what a kind of point is as large as; the others by parameters
 LEAD = "How many dimensions it takes to learn this task."
@@ -35,9 +36,9 @@ def _sections(run: runs.Run, command: str) -> list[Section]:
     empty = pd.DataFrame()
     sections = [
         *attempt("Intrinsic dimension", dimension, run, points, found),
-        *attempt("Calibration", sweep.planted, run, table, empty, empty),
-        *attempt("What was run", sweep.facts, run, table, by, command),
-        *attempt("Members", sweep.members, table, runs.scores(run)),
+        *attempt("Calibration", evidence.planted, run, table, empty, empty),
+        *attempt("What was run", setup.facts, run, table, by, command),
+        *attempt("Members", setup.members, table, runs.scores(run)),
         *attempt("Learning curves", _learning, run, table, points, by),
         notes.section(notes.SEARCHES),
     ]
@@ -57,7 +58,7 @@ def _learning(
     shown = table.loc[sorted(pd.concat(best)["member"])]
     which = " Each dimension, and each baseline, at its best learning rate."
     by = runs.Axes("trainable_params", ("method", *by.others))
-    return [sweep.learning(run, shown, by, which)]
+    return [losses.learning(run, shown, by, which)]
 
 
 def read(run: runs.Run) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -130,7 +131,7 @@ def curves(
     )
     content = page.aid("The dimension is read off where the line crosses what is needed.")
     content += page.figure(name, caption, alt)
-    return content, Picture(plots.intrinsic(points, found, loss), _numbers(points, found, metric))
+    return content, Picture(figures.intrinsic(points, found, loss), _numbers(points, found, metric))
 
 
 def estimates(found: pd.DataFrame) -> str:
@@ -145,8 +146,8 @@ def estimates(found: pd.DataFrame) -> str:
 
 
 def _numbers(points: pd.DataFrame, found: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """What `plots.intrinsic` draws: a row a dimension and seed at the best learning rate, with mean
-    and standard error over seeds, and the levels of its panel."""
+    """What `figures.intrinsic` draws: a row a dimension and seed at the best learning rate, with
+    mean and standard error over seeds, and the levels of its panel."""
     drawn, levels = [], ["baseline", "needed", "d", "low", "high"]
     for _, row in found.iterrows():
         own = points[(points["kind"] == "subspace") & (points["condition"] == row["condition"])]

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from lorax.analysis.calibration import ESTIMATORS
-from lorax.analysis.plots import COLOURS, GREY, MARKERS, STYLE
+from lorax.analysis.figures.style import COLOURS, GREY, MARKERS, STYLE
 
 COLUMNS = 4
 ZERO = 0.5  # where a logarithmic axis has its zero

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lorax.analysis import spectrum
-from lorax.analysis.spectrum import leading_svd, update_svd
+from lorax.analysis.measures import spectrum
+from lorax.analysis.measures.spectrum import leading_svd, update_svd
 
 
 class Intruders(NamedTuple):

@@ -5,7 +5,6 @@ section 3: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with linear kernels K = X X^
 """
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike
 
 
@@ -34,23 +33,6 @@ def linear_cka(x: ArrayLike, y: ArrayLike) -> np.ndarray:
     norm = lambda x, y: np.linalg.norm(np.swapaxes(x, -1, -2) @ y, axis=(-2, -1))
     own = norm(x, x) * norm(y, y)
     return np.where(own > 0, norm(x, y) ** 2 / np.where(own > 0, own, 1.0), 0.0)
-
-
-def table(run) -> pd.DataFrame | None:
-    """A row a member and layer (member, layer from 0, cka) of a run that `config.analysis.cka` had
-    compared with its base; None of another. run: `lorax.analysis.runs.Run`.
-
-    The examples are the real tokens of so many evaluation rows, the activations the residual stream
-    after the layer, adapted and without any adapter. A diverged member has no rows.
-    """
-    rows = [
-        {"member": member, "layer": layer, "cka": value}
-        for member in run.members.index
-        for layer, value in enumerate(
-            run.status.get("members", {}).get(str(member), {}).get("cka", [])
-        )
-    ]
-    return pd.DataFrame(rows) if rows else None
 
 
 def _centred(x: np.ndarray) -> np.ndarray:

@@ -12,13 +12,14 @@ import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
-from lorax.analysis import basis_similarity, plot_compare, updates
+from lorax.analysis import basis_similarity, figures, tables
 from lorax.interop import loralib, peft, states
 from lorax.interop.peft import Factors
-from lorax.report import against_base, bases, notes, page, several, similarity
-from lorax.report import updates as of_updates
+from lorax.report import bases, notes, page, selection
 from lorax.report.bases import Kernels
 from lorax.report.page import Picture, Section
+from lorax.report.pages import several_runs
+from lorax.report.sections import base_weights, shared_directions, spectra
 
 LEAD = "A low-rank update taken apart: how large it is, in how many directions, and in which."
 MAX_TARGETS = 8  # columns of a figure
@@ -77,12 +78,16 @@ def write(
     with threadpool_limits(1, user_api="blas"):
         kernels, sources, why = _base(paths, base)
         names = [_name(path) for path in paths]
-        names = names if len(set(names)) == len(names) else several.names(paths)
+        names = names if len(set(names)) == len(names) else several_runs.names(paths)
         given = [read(*of, sources, alpha) for of in zip(names, paths, strict=True)]
         for one in given:
             if kernels is not None:
                 _check(one, kernels, base or "its base")
-        out = pathlib.Path("runs") / several.default_name("adapter", names) if out is None else out
+        out = (
+            pathlib.Path("runs") / several_runs.default_name("adapter", names)
+            if out is None
+            else out
+        )
         directory = pathlib.Path(out)
         options = {"base": base, "alpha": alpha, "layers": layers, "out": directory}
         command = page.command(paths, **options)
@@ -140,19 +145,19 @@ def _dense(name: str, path: pathlib.Path) -> Given:
 
 def _places(found) -> dict[str, Any]:
     """Facts on which matrices have an update."""
-    targets = list(dict.fromkeys(updates.place(path)[1] for path in found))
-    layers = {updates.place(path)[0] for path in found} - {-1}
+    targets = list(dict.fromkeys(tables.layer_and_target(path)[1] for path in found))
+    layers = {tables.layer_and_target(path)[0] for path in found} - {-1}
     return {"Targets": ", ".join(targets), "Layers": len(layers), "Matrices": len(found)}
 
 
 def _told_apart(factors: dict[str, Factors]) -> dict[str, Factors]:
     """Modules of one layer that have the same last word get the one before it as well:
     "h.0.attn.c_proj" and "h.0.mlp.c_proj" become "h.0.attn:c_proj" and "h.0.mlp:c_proj"."""
-    counts = Counter(updates.place(path) for path in factors)
+    counts = Counter(tables.layer_and_target(path) for path in factors)
     words = {target for (_, target), count in counts.items() if count > 1}
     longer = lambda path: re.sub(r"[./](?=[^./]+$)", ":", path)
     return {
-        longer(path) if updates.place(path)[1] in words else path: factor
+        longer(path) if tables.layer_and_target(path)[1] in words else path: factor
         for path, factor in factors.items()
     }
 
@@ -192,7 +197,7 @@ def _base(paths: Sequence[pathlib.Path], name: str | None) -> tuple[Kernels | No
 def _check(given: Given, kernels: Kernels, base: str) -> None:
     """Raises ValueError where an update does not fit its kernel."""
     for path, update in given.updates.items():
-        shape = updates.shape_of(update)[:2]
+        shape = tables.shape_of(update)[:2]
         if path not in kernels or kernels[path].shape != shape:
             has = f"is {kernels[path].shape}" if path in kernels else "is not"
             raise ValueError(
@@ -214,12 +219,12 @@ def _sections(
     is_dense = {one.name: "Ranks" not in one.facts for one in given}
     found = {one.name: one.updates for one in given if not is_dense[one.name]}
     dense = {one.name: one.updates for one in given if is_dense[one.name]}
-    sigmas, ranks = updates.spectra(found, dense)
+    sigmas, ranks = tables.spectra(found, dense)
     sigmas, ranks = sigmas.assign(adapter=sigmas["member"]), ranks.assign(adapter=ranks["member"])
     sections = page.attempt("What it is", _about, given, ranks, command)
     sections[0] = sections[0]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
     sections += page.attempt("Layer by layer", _layers, ranks)
-    sections += page.attempt("Spectra of the updates", of_updates.spectra, sigmas, "adapter")
+    sections += page.attempt("Spectra of the updates", spectra.spectra, sigmas, "adapter")
     if len(given) == 2:
         sections += page.attempt("Subspace similarity", _both, given)
     for one in given:
@@ -227,7 +232,7 @@ def _sections(
     names = list(is_dense)
     shown = pd.DataFrame({"member": names, "adapter": names}, index=names)
     of = (found, dense, kernels, why, shown, "adapter", layers)
-    sections += page.attempt(against_base.TITLE, against_base.sections, *of)
+    sections += page.attempt(base_weights.TITLE, base_weights.sections, *of)
     return [*sections, notes.section(notes.UPDATES)]
 
 
@@ -236,7 +241,7 @@ def _about(given: list[Given], ranks: pd.DataFrame, command: str) -> Section:
     lines = []
     for one in given:
         own = ranks[ranks["member"] == one.name]
-        none = of_updates.unchanged(own)
+        none = selection.unchanged(own)
         if none:
             warnings.warn(f"{one.path}: {none}", stacklevel=2)
         if (own["norm"] == 0).all():
@@ -280,19 +285,17 @@ def _layers(ranks: pd.DataFrame) -> Section:
     )
     content += page.figure("layers", caption, alt)
     content += page.table(header, rows, "Every matrix; press a heading to sort.", sortable=True)
-    return Section(
-        "Layer by layer", content, {"layers": Picture(plot_compare.by_layer(ranks), ranks)}
-    )
+    return Section("Layer by layer", content, {"layers": Picture(figures.by_layer(ranks), ranks)})
 
 
 def _both(given: list[Given]) -> Section:
     """What two adapters have in common."""
-    one, other = (updates.bases(of.updates) for of in given)
-    one, other = several.fitting(one, other)
+    one, other = (tables.bases(of.updates) for of in given)
+    one, other = several_runs.fitting(one, other)
     title = f"{given[0].name} and {given[1].name}"
-    found = similarity.compare("adapters", title, [(one, other)] if one else [])
+    found = shared_directions.compare("adapters", title, [(one, other)] if one else [])
     if found is not None:
-        return similarity.section([found])
+        return shared_directions.section([found])
     text = "Not computed: the two adapters have no matrix of one name and shape."
     return Section("Subspace similarity", page.paragraph(text))
 
@@ -300,10 +303,10 @@ def _both(given: list[Given]) -> Section:
 def _between_layers(given: Given, several_given: bool) -> list[Section]:
     """Whether layers are changed in the same directions; none where no target has two alike."""
     maps: dict[tuple[str, str], tuple[list[int], np.ndarray]] = {}
-    own, rows = updates.bases(given.updates), []
+    own, rows = tables.bases(given.updates), []
     targets: dict[str, list[str]] = {}
     for path in own:
-        targets.setdefault(updates.place(path)[1], []).append(path)
+        targets.setdefault(tables.layer_and_target(path)[1], []).append(path)
     for target, paths in targets.items():
         for kind, side in (("dW in", "input"), ("dW out", "output")):
             shape = own[paths[0]][kind].shape
@@ -312,7 +315,7 @@ def _between_layers(given: Given, several_given: bool) -> list[Section]:
                 continue
             basis = np.stack([own[path][kind] for path in same])  # (layers, n, r)
             phi = basis_similarity(basis[:, None], basis[None])[..., -1, -1]
-            layers = [updates.place(path)[0] for path in same]
+            layers = [tables.layer_and_target(path)[0] for path in same]
             maps[target, side] = layers, phi
             chance = shape[1] / shape[0]
             about = {"target": target, "side": side, "chance": chance}
@@ -323,7 +326,7 @@ def _between_layers(given: Given, several_given: bool) -> list[Section]:
     if not maps:
         return []
     every = list(dict.fromkeys(target for target, _ in maps))
-    kept = of_updates.spread(every, MAX_TARGETS)
+    kept = selection.spread(every, MAX_TARGETS)
     numbers = pd.DataFrame(rows)
     drawn = {key: value for key, value in maps.items() if key[0] in kept}
     apart = numbers[numbers["layer"] != numbers["other"]]
@@ -336,12 +339,12 @@ def _between_layers(given: Given, several_given: bool) -> list[Section]:
     caption = (
         "How far the directions of one layer's ΔW lie within those of another's, for the input and "
         "the output side; the diagonal is 1. By chance r/n."
-    ) + of_updates.drawn_of([], [], kept, every, "the CSV has all")
+    ) + selection.drawn_of([], [], kept, every, "the CSV has all")
     slug = f"between_layers_{page.slug(given.name)}" if several_given else "between_layers"
     content = page.aid(
         "Blocks off the diagonal are layers that are changed in the same directions."
     )
     content += page.figure(slug, caption, alt)
-    pictures = {slug: Picture(plot_compare.between_layers(drawn), numbers)}
+    pictures = {slug: Picture(figures.between_layers(drawn), numbers)}
     title = "Between layers" + f" of {given.name}" * several_given
     return [Section(title, content, pictures)]

@@ -11,10 +11,12 @@ import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
-from lorax.analysis import compare, intrinsic, plot_compare, runs, updates
-from lorax.report import notes, page, search, similarity, sweep, words
+from lorax.analysis import compare, figures, intrinsic, runs, tables
+from lorax.report import notes, page, words
 from lorax.report.page import Picture, Section
-from lorax.report.sweep import Sweep
+from lorax.report.pages import dimension
+from lorax.report.sections import outcome, shared_directions
+from lorax.report.sections.outcome import Sweep
 
 LEAD = "Several runs side by side."
 MAX_LENGTH = 60  # of a directory's name
@@ -37,8 +39,8 @@ def write(
         named = dict(zip(names(directories), map(runs.load, directories), strict=True))
         directory = pathlib.Path("runs") / default_name("compare", named) if out is None else out
         directory = pathlib.Path(directory)
-        sweeps = {name: sweep.read(run) for name, run in named.items()}
-        searches = {name: run for name, run in named.items() if search.is_search(run)}
+        sweeps = {name: outcome.read(run) for name, run in named.items()}
+        searches = {name: run for name, run in named.items() if dimension.is_search(run)}
         trained = {name: of for name, of in sweeps.items() if name not in searches}
         command = page.command(directories, out=directory)
         sections = [
@@ -179,7 +181,7 @@ def _headlines(sweeps: dict[str, Sweep], searches: dict[str, runs.Run]) -> list[
     lines = []
     for name, of in sweeps.items():
         if name in searches:
-            text = "; ".join(map(search.headline, _found(of.run)))
+            text = "; ".join(map(dimension.headline, _found(of.run)))
             text = text or "no subspace has been trained yet"
         elif of.answer is None:
             text = "no member has been evaluated after step 0"
@@ -194,7 +196,7 @@ def _headlines(sweeps: dict[str, Sweep], searches: dict[str, runs.Run]) -> list[
 
 def _found(run: runs.Run) -> list[pd.Series]:
     """What a search has found: a row a condition."""
-    return [row for _, row in search.read(run)[1].iterrows()]
+    return [row for _, row in dimension.read(run)[1].iterrows()]
 
 
 def _members(sweeps: dict[str, Sweep]) -> Section:
@@ -275,7 +277,7 @@ def _curves(sweeps: dict[str, Sweep]) -> list[Section]:
     ]
     table = page.table(header, rows, "The points of the curves.", sortable=True)
     content += page.fold("The points as a table", table)
-    figure = plot_compare.curves(numbers, _loss(sweeps))
+    figure = figures.curves(numbers, _loss(sweeps))
     return [Section("Curves", content, {"curves": Picture(figure, numbers)})]
 
 
@@ -315,7 +317,7 @@ def _methods(sweeps: dict[str, Sweep]) -> list[Section]:
     )
     content += page.figure("methods", caption, alt)
     content += page.table(header, rows, "Best first; press a heading to sort.", sortable=True)
-    figure = plot_compare.methods(numbers, _loss(sweeps))
+    figure = figures.methods_of_runs(numbers, _loss(sweeps))
     pictures = {"methods": Picture(figure, numbers)}
     return [Section("Methods", content, pictures, {"methods.csv": numbers})]
 
@@ -328,7 +330,7 @@ def _dimensions(searches: dict[str, runs.Run]) -> list[Section]:
     """d90 of every search, panel beside panel."""
     every: list[tuple[pd.DataFrame, pd.DataFrame]] = []
     for name, run in searches.items():
-        points, found = search.read(run)
+        points, found = dimension.read(run)
         if len(found):
             label = lambda text, name=name: f"{name}, {text}" if text else name
             points = points.assign(shared=points["shared"].map(label))
@@ -342,8 +344,8 @@ def _dimensions(searches: dict[str, runs.Run]) -> list[Section]:
         loss = " and ".join(dict.fromkeys(runs.loss_name(run) for run in searches.values()))
         measured = loss if metric == "loss" else words.axis(metric)
         name = "intrinsic" if found["metric"].nunique() == 1 else f"intrinsic_{metric}"
-        content, picture = search.curves(points, of_metric, measured, loss, name)
-        content += search.estimates(of_metric)
+        content, picture = dimension.curves(points, of_metric, measured, loss, name)
+        content += dimension.estimates(of_metric)
         title = "Intrinsic dimension" + f" by {metric}" * (found["metric"].nunique() > 1)
         files = {"intrinsic.csv": found, "intrinsic_points.csv": points}
         sections.append(Section(title, content, {name: picture}, files))
@@ -373,7 +375,7 @@ def _similarity(sweeps: dict[str, Sweep]) -> list[Section]:
             title = f"{one} and {other}"
         common = [fitting(u, v) for u, v in pairs]
         name = default_name("similarity", [one, other]).removeprefix("similarity-")
-        found = similarity.compare(name, title, [pair for pair in common if pair[0]])
+        found = shared_directions.compare(name, title, [pair for pair in common if pair[0]])
         if found is not None:
             comparisons.append(found)
         elif one != other:
@@ -388,24 +390,24 @@ def _similarity(sweeps: dict[str, Sweep]) -> list[Section]:
             "The runs' bases have different weights: their directions are those of different "
             "networks, and agree by chance alone where nothing ties them."
         )
-    return [similarity.across(comparisons, absent)]
+    return [shared_directions.across(comparisons, absent)]
 
 
-def _best_bases(of: Sweep) -> tuple[list[updates.Bases], str]:
+def _best_bases(of: Sweep) -> tuple[list[tables.Bases], str]:
     """Directions of the members of the best setting, or none and the reason."""
     if of.answer is None:
         return [], "no member has been evaluated after step 0"
     same = compare.of_setting(of.table, of.answer.best, of.by)
     best = of.table.index[same & (of.table["status"] != "diverged")]
-    found, missing = updates.adapters(of.run, best)
-    found = found | updates.deltas(of.run, missing)
+    found, missing = tables.adapters(of.run, best)
+    found = found | tables.deltas(of.run, missing)
     why = next(iter(missing.values()), "its best setting has no member with an update")
-    return [updates.bases(own) for own in found.values()], why
+    return [tables.bases(own) for own in found.values()], why
 
 
-def fitting(one: updates.Bases, other: updates.Bases) -> tuple[updates.Bases, updates.Bases]:
+def fitting(one: tables.Bases, other: tables.Bases) -> tuple[tables.Bases, tables.Bases]:
     """The matrices that both have in one shape."""
-    kinds = updates.KINDS[2:]
+    kinds = tables.KINDS[2:]
     paths = [
         path
         for path in one

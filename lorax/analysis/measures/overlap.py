@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lorax.analysis.spectrum import existing, factor_svd
+from lorax.analysis.measures.spectrum import existing, factor_svd
 
 
 class Band(NamedTuple):

@@ -7,12 +7,22 @@ from collections.abc import Iterable
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
-from lorax.analysis import calibration, compare, runs, updates
-from lorax.report import against_base, notes, page, search, similarity, sweep, training
-from lorax.report import updates as of_updates
+from lorax.analysis import calibration, compare, runs, tables
+from lorax.report import notes, page, selection
 from lorax.report.bases import Kernels
 from lorax.report.page import Section
-from lorax.report.sweep import Sweep
+from lorax.report.pages import dimension
+from lorax.report.sections import (
+    base_weights,
+    evidence,
+    losses,
+    outcome,
+    setup,
+    shared_directions,
+    spectra,
+    training,
+)
+from lorax.report.sections.outcome import Sweep
 
 LEAD = "Low-rank adaptation: what was learned, and in how many directions."
 
@@ -41,13 +51,13 @@ def write(
     # The matrices are small and many: threads of the linear algebra only wait for each other.
     with threadpool_limits(1, user_api="blas"):
         run = runs.load(run_directory)
-        if search.is_search(run):
-            return search.write(run, base)
+        if dimension.is_search(run):
+            return dimension.write(run, base)
         command = page.command([run.directory], base=base, layers=layers)
         asked = run.config.get("config", {}).get("analysis") or {}
         layers = asked.get("layers") if layers is None else layers
         given = (base_kernels, no_kernels, layers, command)
-        sections = page.attempt("Answer", lambda: of_sweep(sweep.read(run), *given))
+        sections = page.attempt("Answer", lambda: of_sweep(outcome.read(run), *given))
         return page.save(run.directory, run.directory.resolve().name, LEAD, sections, command)
 
 
@@ -60,30 +70,30 @@ def of_sweep(
     sigmas, ranks = pd.DataFrame(), pd.DataFrame()
     try:
         usable = table[table["status"] != "diverged"]
-        found, missing = updates.adapters(run, usable.index)
-        dense = updates.deltas(run, missing)
+        found, missing = tables.adapters(run, usable.index)
+        dense = tables.deltas(run, missing)
         missing = {member: why for member, why in missing.items() if member not in dense}
         missing |= {m: "no update: ΔW = 0 in all matrices" for m, own in dense.items() if not own}
         dense = {member: own for member, own in dense.items() if own}
-        sigmas, ranks = updates.spectra(found, dense)
+        sigmas, ranks = tables.spectra(found, dense)
     except Exception as error:
         found, dense, failed = {}, {}, [Section("Updates", "", error=error)]
 
-    planted = attempt("Calibration", sweep.planted, run, table, sigmas, ranks)
-    facts = attempt("What was run", sweep.facts, run, table, by, command)
+    planted = attempt("Calibration", evidence.planted, run, table, sigmas, ranks)
+    facts = attempt("What was run", setup.facts, run, table, by, command)
     settings = {"settings.csv": of.settings.drop(columns="line")}
     facts[0] = facts[0]._replace(files=settings)
-    listed = attempt("Members", sweep.members, table, of.scores)
-    listed += attempt("Learning curves", sweep.learning, run, table, by)
+    listed = attempt("Members", setup.members, table, of.scores)
+    listed += attempt("Learning curves", losses.learning, run, table, by)
     # Of several planted tasks no loss says anything of another.
     if planted and len(calibration.tasks(table)) > 1:
         return [*planted, *facts, *listed]
     sections = [
-        *attempt("Answer", sweep.answer, of),
+        *attempt("Answer", outcome.answer, of),
         *facts,
-        *attempt("Loss", sweep.curve, of),
-        *attempt("Methods", sweep.methods, of, ranks),
-        *attempt("Which matrices matter", sweep.evidence, run, table),
+        *attempt("Loss", losses.curve, of),
+        *attempt("Methods", losses.methods, of, ranks),
+        *attempt("Which matrices matter", evidence.evidence, run, table),
         *planted,
         *listed,
         *failed,
@@ -115,16 +125,16 @@ def _of_updates(
         first = runs.fields(shown.iloc[0], of.by.others)
         where = first if answer is None else answer.best["line"]
         where = "each method's best setting" if main == "method" else where
-        labelled = [of_updates.label(rows, shown, main) for rows in (sigmas, ranks)]
+        labelled = [selection.label(rows, shown, main) for rows in (sigmas, ranks)]
         title = "Spectra of the updates"
-        sections += page.attempt(title, of_updates.spectra, labelled[0], main, where)
+        sections += page.attempt(title, spectra.spectra, labelled[0], main, where)
         sections[0] = sections[0]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
-        sections += page.attempt("Effective rank", of_updates.ranks, labelled[1], main)
+        sections += page.attempt("Effective rank", spectra.ranks, labelled[1], main)
     sections += page.attempt("Subspace similarity", _similarity, of, {**found, **dense}, shown)
     if kernels is not None and (of.run.config.get("config", {}).get("sweep") or {}).get("base"):
         kernels, why = None, "the members of this sweep do not share a base model"
     given = (found, dense, kernels, why, shown, main, layers)
-    sections += page.attempt(against_base.TITLE, against_base.sections, *given)
+    sections += page.attempt(base_weights.TITLE, base_weights.sections, *given)
     title = "While it was trained"
     return sections + page.attempt(title, training.sections, of.run, shown, main)
 
@@ -132,9 +142,9 @@ def _of_updates(
 def _similarity(of: Sweep, members: dict, shown: pd.DataFrame) -> Section:
     """What updates of several members have in common."""
     main, apart = of.main, [name for name in (of.by.main, *of.by.others) if name]
-    comparisons = [] if main == "method" else similarity.of_sweep(shown, members, apart)
-    absent = similarity.absent_of_sweep(comparisons, main, of.table, shown)
-    return similarity.section(comparisons, absent)
+    comparisons = [] if main == "method" else shared_directions.of_sweep(shown, members, apart)
+    absent = shared_directions.absent_of_sweep(comparisons, main, of.table, shown)
+    return shared_directions.section(comparisons, absent)
 
 
 def _shown(of: Sweep, members: Iterable[int]) -> list[int]:

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lorax.analysis import plot_updates, updates
+from lorax.analysis import figures, tables
+from lorax.analysis.figures.rank_lines import MOST_LINES
 from lorax.interop.peft import Factors
 from lorax.report import page, words
 from lorax.report.bases import Kernels
 from lorax.report.page import Fixed, Picture, Section
-from lorax.report.similarity import long
-from lorax.report.updates import label, shown_of, spread, unchanged
+from lorax.report.sections.shared_directions import long
+from lorax.report.selection import label, shown_of, spread, unchanged
 
 MAX_PANELS = 4  # values of the main axis that figure 8 draws; its tables have all
 INTRUDERS_OF = (1, 10)  # leading directions of W + dW
@@ -49,11 +50,11 @@ Dense = Mapping[object, Mapping[str, np.ndarray]]
 class Compared(NamedTuple):
     """What the kernels say of the updates. `member` and `path` lead every table but W's own."""
 
-    amplified: pd.DataFrame  # of `updates.amplifications`: every member with factors
+    amplified: pd.DataFrame  # of `tables.amplifications`: every member with factors
     held: pd.DataFrame  # phi of dW's first directions and W's top ones, by side; members shown
     phi: dict[object, dict[str, np.ndarray]]  # of one matrix, by member: all of figure 8
-    intruders: pd.DataFrame  # of `updates.intruder_table`; members shown
-    sigmas: pd.DataFrame  # of `updates.base_spectra`
+    intruders: pd.DataFrame  # of `tables.intruder_table`; members shown
+    sigmas: pd.DataFrame  # of `tables.base_spectra`
     ranks: pd.DataFrame
 
 
@@ -107,7 +108,7 @@ def _misfit(members: Mapping, kernels: Kernels) -> str:
         for path, update in own.items():
             if path not in kernels:
                 return f"{path}: adapted, but not among the base's kernels"
-            shape = updates.shape_of(update)[:2]
+            shape = tables.shape_of(update)[:2]
             if shape != kernels[path].shape:
                 return f"{path}: an update of {shape}, but a kernel of {kernels[path].shape}"
     return ""
@@ -116,7 +117,7 @@ def _misfit(members: Mapping, kernels: Kernels) -> str:
 def limited(paths: Sequence[str], layers: int | None) -> tuple[list[str], str]:
     """The paths of so many layers, evenly spread, and which these are; all and "" without a limit.
     What lies in no layer (an embedding) counts as one."""
-    every = sorted({updates.place(path)[0] for path in paths})
+    every = sorted({tables.layer_and_target(path)[0] for path in paths})
     if layers is None or layers >= len(every):
         return list(paths), ""
     if layers == 0:
@@ -124,7 +125,7 @@ def limited(paths: Sequence[str], layers: int | None) -> tuple[list[str], str]:
     chosen = spread(every, layers)
     named = ", ".join("none" if layer < 0 else str(layer) for layer in chosen)
     limit = f"{layers} of {len(every)} layers, as asked for: {named}"
-    return [path for path in paths if updates.place(path)[0] in chosen], limit
+    return [path for path in paths if tables.layer_and_target(path)[0] in chosen], limit
 
 
 def _limited(section: Section, limit: str) -> Section:
@@ -180,23 +181,23 @@ def compare(
         own, here = part(found), part(looked_at)
         few = {member: own for member, own in here.items() if member in found}
         full = {member: own for member, own in here.items() if member in dense}
-        svds = updates.base_svds(kernels, chunk)
+        svds = tables.base_svds(kernels, chunk)
         phi = {
-            member: updates.against_base({member: of}, kernels, [member], svds=svds)
+            member: tables.against_base({member: of}, kernels, [member], svds=svds)
             for member, of in here.items()
             if of
         }
         held = [row for member, of in phi.items() for row in _held(member, of)]
         rng = np.random.default_rng([0, number])
         return Compared(
-            updates.amplifications(own, kernels, svds),
+            tables.amplifications(own, kernels, svds),
             pd.DataFrame(held),
             {member: of[drawn] for member, of in phi.items() if drawn in of},
-            updates.intruder_table(few, full, kernels, INTRUDERS_OF, rng=rng, svds=svds),
-            *updates.base_spectra({path: kernels[path] for path in chunk}, svds),
+            tables.intruder_table(few, full, kernels, INTRUDERS_OF, rng=rng, svds=svds),
+            *tables.base_spectra({path: kernels[path] for path in chunk}, svds),
         )
 
-    stacks = list(updates.stacks({path: kernels[path].shape for path in paths}))
+    stacks = list(tables.stacks({path: kernels[path].shape for path in paths}))
     with ThreadPoolExecutor(CORES) as pool:
         parts = pool.map(of, enumerate(stacks))
         parts = list(page.progress(parts, "against the base", len(stacks)))
@@ -219,7 +220,7 @@ def _held(member: object, phi: Mapping[str, Mapping[str, np.ndarray]]) -> list[d
     """phi(j, i) of dW's first directions and W's top ones, a row a matrix and side."""
     rows = []
     for path, of in phi.items():
-        layer, target = updates.place(path)
+        layer, target = tables.layer_and_target(path)
         for side, name in (("in", "input"), ("out", "output")):
             j = min(FIRST, len(of[side]))
             i = max(1, round(TOP * of[side].shape[1]))
@@ -233,9 +234,9 @@ def _middle(members: Mapping[object, Mapping], paths: Sequence[str]) -> str:
     """A matrix of a layer halfway, the first of its targets, of those that most members have."""
     counts = Counter(path for own in members.values() for path in own if path in paths)
     common = [path for path in paths if counts[path] == max(counts.values())]
-    layers = sorted({updates.place(path)[0] for path in common})
+    layers = sorted({tables.layer_and_target(path)[0] for path in common})
     layer = layers[len(layers) // 2]
-    return next(path for path in common if updates.place(path)[0] == layer)
+    return next(path for path in common if tables.layer_and_target(path)[0] == layer)
 
 
 # ------------------------------------------------------------------------------------ amplification
@@ -294,7 +295,7 @@ def _amplification(
             f"amplification is {page.show(float(f'{median:.3g}'))}."
         )
         content += page.figure("amplification", caption, alt)
-        pictures["amplification"] = Picture(plot_updates.table7(here, main), here)
+        pictures["amplification"] = Picture(figures.table7(here, main), here)
     content += whole + page.fold("By layer", single)
     last = by_layer[main].iloc[-1]  # of ranks the largest: a mean over ranks would be of none
     best = by_layer.loc[by_layer[main] == last, ["layer", "target", "factor"]]
@@ -307,7 +308,7 @@ def _amplification(
             f"{top['target']} in layer {top['layer']}."
         )
         content += page.figure("amplification_layers", caption, alt, folded="The same as a map")
-        grid = plot_updates.layer_grid(best, "amplification")
+        grid = figures.layer_grid(best, "amplification")
         pictures["amplification_layers"] = Picture(grid, best)
     return [Section("Amplification", content, pictures, {"amplification.csv": amplified})]
 
@@ -322,7 +323,7 @@ def _figure8(compared: Compared, path: str, shown: pd.DataFrame, main: str) -> S
     means = held.groupby(keys, sort=False)[["phi", "by_chance"]].mean().reset_index()
     drawn, chance = _by_value(compared.phi, held, main)
     titles = spread(list(drawn), MAX_PANELS)
-    figure = plot_updates.against_base({title: drawn[title] for title in titles}, chance, TOP)
+    figure = figures.against_base({title: drawn[title] for title in titles}, chance, TOP)
     numbers = [long(phi, shows=title, path=path) for title, phi in drawn.items()]
     numbers.append(long(chance, shows="random directions", path=path))
     renamed = {"i": "j_of_dW", "j": "i_of_W"}
@@ -429,7 +430,7 @@ def _intruders(table: pd.DataFrame, shown: pd.DataFrame, main: str) -> list[Sect
     note = "Means over seeds; analysis/intruders.csv has every member, matrix, ε and k."
     content += page.table(header, rows, note)
     drawn = labelled[labelled["k"] == k]
-    figure = plot_updates.intruder_counts(labelled, k, main)
+    figure = figures.intruder_counts(labelled, k, main)
     pictures = {"intruders": Picture(figure, drawn)}
     return [Section("Intruder dimensions", content, pictures, {"intruders.csv": table})]
 
@@ -448,7 +449,7 @@ def _spectrum(sigmas: pd.DataFrame, ranks: pd.DataFrame) -> Section:
         f"lack rank, at most {most['deficiency']}."
     )
     every = sorted(set(sigmas["layer"]))
-    layers = spread(every, plot_updates.MOST_LINES)
+    layers = spread(every, MOST_LINES)
     caption = "Singular values of the base's adapted matrices, a line a layer."
     if len(layers) < len(every):
         caption += (
@@ -464,6 +465,6 @@ def _spectrum(sigmas: pd.DataFrame, ranks: pd.DataFrame) -> Section:
     note = "Means over layers; analysis/base_ranks.csv has every matrix."
     content += page.table(header, rows, note)
     drawn = sigmas[sigmas["layer"].isin(layers)]
-    pictures = {"base_spectrum": Picture(plot_updates.base_spectrum(sigmas, layers), drawn)}
+    pictures = {"base_spectrum": Picture(figures.base_spectrum(sigmas, layers), drawn)}
     files = {"base_spectra.csv": sigmas, "base_ranks.csv": ranks}
     return Section("Spectrum of W", content, pictures, files)

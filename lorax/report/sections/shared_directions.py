@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from lorax.analysis import Band, expected_similarity, gaussian_similarity, plot_updates, updates
+from lorax.analysis import Band, expected_similarity, figures, gaussian_similarity, tables
 from lorax.report import page, words
 from lorax.report.page import Picture, Section
-from lorax.report.updates import MAX_LAYERS, MAX_TARGETS, drawn_of, spread
+from lorax.report.sections.spectra import MAX_LAYERS, MAX_TARGETS
+from lorax.report.selection import drawn_of, spread
 
 MAX_MAPS = 6  # comparisons that get maps of their own; the tables have all
 SMALL_RANK = 8  # the paper's figure 3 compares r = 8 with r = 64
@@ -18,7 +19,7 @@ EXPLANATION = (
     "top j of the other (or the reverse), and max(i, j)/n on average for random subspaces of an "
     "n-dimensional space."
 )
-DENSE = f"Of an update without factors these are its leading {updates.LEADING}."
+DENSE = f"Of an update without factors these are its leading {tables.LEADING}."
 OF = {"A": "A", "dW in": "ΔW's input side"}  # kinds, as captions name them
 
 
@@ -40,7 +41,7 @@ class Comparison(NamedTuple):
 
 
 def of_sweep(
-    shown: pd.DataFrame, found: Mapping[int, updates.Updates], apart: Sequence[str] = ()
+    shown: pd.DataFrame, found: Mapping[int, tables.Updates], apart: Sequence[str] = ()
 ) -> list[Comparison]:
     """Small against large rank, same seed and across seeds, and two seeds at the largest.
 
@@ -50,7 +51,7 @@ def of_sweep(
       apart: fields that pairs agree in, the rank and the seed aside: a comparison for each of their
         values.
     """
-    bases = {member: updates.bases(found[member]) for member in shown.index}
+    bases = {member: tables.bases(found[member]) for member in shown.index}
     fields = [name for name in apart if name != "rank" and shown[name].astype(str).nunique() > 1]
     if not fields:
         return _of_setting(shown, bases)
@@ -64,7 +65,7 @@ def of_sweep(
     return made
 
 
-def _of_setting(shown: pd.DataFrame, bases: Mapping[int, updates.Bases]) -> list[Comparison]:
+def _of_setting(shown: pd.DataFrame, bases: Mapping[int, tables.Bases]) -> list[Comparison]:
     """The comparisons of members that differ in the rank and the seed alone."""
     available = sorted(shown["rank"].dropna().unique())
     large = available[-1] if available else None
@@ -92,8 +93,8 @@ def _of_setting(shown: pd.DataFrame, bases: Mapping[int, updates.Bases]) -> list
 
 
 def compare(name: str, title: str, pairs: Sequence[tuple[dict, dict]]) -> Comparison | None:
-    """Mean similarity over pairs of `updates.bases`; None where they have no matrix in common."""
-    phi = updates.similarity(pairs) if pairs else {}
+    """Mean similarity over pairs of `tables.bases`; None where they have no matrix in common."""
+    phi = tables.similarity(pairs) if pairs else {}
     if not phi:
         return None
     one = pairs[0][0]
@@ -135,16 +136,16 @@ def section(comparisons: Sequence[Comparison], absent: Sequence[str] = ()) -> Se
         parts.append(_table(comparison))
     if len(comparisons) > MAX_MAPS:
         parts.append(page.note(_fewer_maps(comparisons)))
-    if comparisons and len({updates.place(path)[0] for path in comparisons[0].phi}) > 1:
+    if comparisons and len({tables.layer_and_target(path)[0] for path in comparisons[0].phi}) > 1:
         first = comparisons[0]
-        values = updates.corners(first.phi, first.kind)
+        values = tables.corners(first.phi, first.kind)
         top = values.loc[values["value"].idxmax()]
         caption = f"φ(1, 1) of {OF[first.kind]} for every matrix, between {first.title}."
         alt = (
             f"Grid of φ(1, 1) by target and layer: highest, {top['value']:.2f}, for {top['path']}."
         )
         parts.append(page.figure("similarity_grid", caption, alt, folded="Every matrix"))
-        grid = plot_updates.layer_grid(values, "φ(1, 1)")
+        grid = figures.layer_grid(values, "φ(1, 1)")
         pictures["similarity_grid"] = Picture(grid, values)
     parts += [page.paragraph(text) for text in absent]
     files = _files(comparisons) if comparisons else {}
@@ -187,7 +188,7 @@ def across(comparisons: Sequence[Comparison], absent: Sequence[str]) -> Section:
     ]
     rows = []
     for comparison in comparisons:
-        for kind in updates.KINDS[2:]:
+        for kind in tables.KINDS[2:]:
             found = [phi[kind] for phi in comparison.phi.values()]
             n = np.mean([size[kind] for size in comparison.size.values()])
             i, j = found[0].shape
@@ -268,22 +269,22 @@ def _one_seed(table: pd.DataFrame, shown: pd.DataFrame) -> str:
 def paper(comparison: Comparison) -> tuple[Picture, int, str]:
     """The paper's figure of a layer halfway, 3 between two ranks and 4 between two seeds; with that
     layer, and what of it is drawn where not all is."""
-    layers = sorted({updates.place(path)[0] for path in comparison.phi})
+    layers = sorted({tables.layer_and_target(path)[0] for path in comparison.phi})
     layer = layers[len(layers) // 2]
     drawn, cut = _chosen(comparison, comparison.kind, [layer])
     if comparison.ranks[0] == comparison.ranks[1]:
-        figure = plot_updates.figure4(drawn, comparison.control.mean)
+        figure = figures.figure4(drawn, comparison.control.mean)
     else:
-        figure = plot_updates.figure3(drawn, comparison.control.mean)
+        figure = figures.figure3(drawn, comparison.control.mean)
     return Picture(figure, _cells(drawn, comparison.control.mean)), layer, cut
 
 
 def maps(comparison: Comparison, kind: str) -> tuple[Picture, str]:
     """Heat maps by layer and target, and what is drawn where not all is."""
-    layers = sorted({updates.place(path)[0] for path in comparison.phi})
+    layers = sorted({tables.layer_and_target(path)[0] for path in comparison.phi})
     drawn, cut = _chosen(comparison, kind, spread(layers, MAX_LAYERS), layers)
     one, other = comparison.ranks
-    figure = plot_updates.similarity_maps(
+    figure = figures.similarity_maps(
         drawn,
         comparison.control.mean,
         f"i: top directions, r = {one}",
@@ -297,7 +298,7 @@ def _chosen(
 ) -> tuple[dict, str]:
     """phi by (layer, target) of these layers, and of as many targets as a figure takes; with a
     sentence on what is left out. of: all layers, where it is to be said which are drawn."""
-    every = [(updates.place(path), kinds[kind]) for path, kinds in comparison.phi.items()]
+    every = [(tables.layer_and_target(path), kinds[kind]) for path, kinds in comparison.phi.items()]
     here = [target for (layer, target), _ in every if layer in layers or of]
     here = list(dict.fromkeys(here))
     targets = spread(here, MAX_TARGETS)
@@ -327,7 +328,7 @@ def _diagonals(comparisons: Sequence[Comparison], kind: str = "") -> Picture:
         own = np.diagonal(part)
         i = np.arange(1, len(own) + 1)
         rows.append(pd.DataFrame({"shows": f"chance, {name}", "i": i, "phi": own}))
-    return Picture(plot_updates.diagonal(lines, band), pd.concat(rows, ignore_index=True))
+    return Picture(figures.diagonal(lines, band), pd.concat(rows, ignore_index=True))
 
 
 def long(phi: np.ndarray, **about: Any) -> pd.DataFrame:
@@ -360,8 +361,8 @@ def _table(comparison: Comparison) -> str:
     for i, j in points:
         header += [f"φ({i}, {j})", "by chance"]
     rows = []
-    for target in dict.fromkeys(updates.place(path)[1] for path in comparison.phi):
-        paths = [path for path in comparison.phi if updates.place(path)[1] == target]
+    for target in dict.fromkeys(tables.layer_and_target(path)[1] for path in comparison.phi):
+        paths = [path for path in comparison.phi if tables.layer_and_target(path)[1] == target]
         for kind in comparison.phi[paths[0]]:
             row: list[Any] = [target, kind.replace("dW", "ΔW")]
             for i, j in points:
@@ -383,7 +384,7 @@ def _files(comparisons: Sequence[Comparison]) -> dict[str, Any]:
                 arrays[f"{comparison.name}/{path}/{kind}"] = phi
                 r1, r2 = phi.shape
                 n = comparison.size[path][kind]
-                layer, target = updates.place(path)
+                layer, target = tables.layer_and_target(path)
                 rows.append(
                     {
                         "comparison": comparison.name,

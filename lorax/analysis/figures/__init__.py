@@ -1,0 +1,47 @@
+"""Figures: tables and arrays in, `matplotlib.figure.Figure` out, with no global state.
+
+`style` has their colours, markers and dashes. A figure is given what `lorax.analysis.runs`,
+`lorax.analysis.tables` and their neighbours return.
+"""
+
+from lorax.analysis.figures.dimension_curves import intrinsic
+from lorax.analysis.figures.lines import cka, diagonal, intruder_counts, table7, trajectory
+from lorax.analysis.figures.loss_curves import learning_curves, methods, rank_curve
+from lorax.analysis.figures.maps import (
+    against_base,
+    between_layers,
+    figure3,
+    figure4,
+    layer_grid,
+    sensitivity,
+    similarity_maps,
+)
+from lorax.analysis.figures.rank_lines import base_spectrum, by_layer, spectra, update_ranks
+from lorax.analysis.figures.run_comparison import curves, methods_of_runs
+from lorax.analysis.figures.scatter import calibration
+
+__all__ = [
+    "against_base",
+    "base_spectrum",
+    "between_layers",
+    "by_layer",
+    "calibration",
+    "cka",
+    "curves",
+    "diagonal",
+    "figure3",
+    "figure4",
+    "intrinsic",
+    "intruder_counts",
+    "layer_grid",
+    "learning_curves",
+    "methods",
+    "methods_of_runs",
+    "rank_curve",
+    "sensitivity",
+    "similarity_maps",
+    "spectra",
+    "table7",
+    "trajectory",
+    "update_ranks",
+]

@@ -1,0 +1,81 @@
+"""The figure of a search for the intrinsic dimension."""
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+from lorax.analysis import intrinsic as search
+from lorax.analysis.figures.style import DASHES, GREY, LOSS, STYLE, line_style, named, plain
+
+
+def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, loss: str = LOSS) -> Figure:
+    """The metric against the dimension of the subspace, a panel a condition: means over seeds at
+    each dimension's best learning rate with standard errors, single seeds as dots, LoRA beside it
+    where it was run. Level lines are full fine-tuning's and the one to be reached, the upright line
+    the estimate with its 95% interval.
+
+    Args:
+      table: of `intrinsic.points`.
+      estimates: of `intrinsic.estimate`.
+    """
+    metric = estimates["metric"].iloc[0]
+    columns = 2 if len(estimates) == 4 else min(3, len(estimates))
+    rows = -(-len(estimates) // columns)
+    lora = (table["kind"] == "lora").any()
+    with matplotlib.rc_context(STYLE):
+        size = (6.8, 3.4) if columns == 1 else (2.3 + 2.5 * columns, 0.9 + 2.4 * rows)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+        for axes in grid[len(estimates) :]:
+            axes.set_axis_off()
+        for axes in grid[: len(estimates)][-columns:]:  # those with none below
+            axes.tick_params(labelbottom=True)
+        for axes, (_, row) in zip(grid, estimates.iterrows(), strict=False):
+            own = table[(table["kind"] == "subspace") & (table["condition"] == row["condition"])]
+            _against_size(axes, search.tuned(own, "dim", metric), "dim", 0, "random subspace")
+            shared = own["shared"].iloc[0]
+            other = table[(table["kind"] == "lora") & (table["shared"] == shared)]
+            if len(other):
+                _against_size(axes, search.tuned(other, "params", metric), "params", 1, "LoRA")
+            called = search.name(row["threshold"])
+            if row["verdict"] != "no baseline":
+                style = {"color": "black", "linewidth": 1}
+                axes.axhline(
+                    row["baseline"], linestyle=DASHES[1], label="full fine-tuning", **style
+                )
+                axes.axhline(row["needed"], linestyle=DASHES[2], label="needed", **style)
+            if row["d"] == row["d"]:
+                axes.axvline(row["d"], color=GREY, linewidth=1.2)
+                ring = {"fillstyle": "none", "markersize": 11, "linestyle": "none"}
+                axes.plot([row["d"]], [row["needed"]], "o", color="black", label=called, **ring)
+                if row["low"] == row["low"]:
+                    style = {"color": GREY, "alpha": 0.25, "linewidth": 0}
+                    axes.axvspan(row["low"], row["high"], label="95% interval", **style)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500, 1k, 2k
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            words = [*row["condition"].split(", "), search.brief(row)]
+            axes.set_title("\n".join(plain(word) for word in words if word))
+        what = "dimension d of the subspace"
+        figure.supxlabel(what + ("; trainable parameters of LoRA" if lora else ""), fontsize=9)
+        unit = " (fraction)" * (metric == "accuracy")
+        label = loss if metric == "loss" else f"eval {plain(named(metric))}{unit}"
+        figure.supylabel("final " + label, fontsize=9)
+        handles = {}
+        for axes in grid:
+            handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper")
+        return figure
+
+
+def _against_size(axes: Axes, best: pd.DataFrame, by: str, n: int, label: str) -> None:
+    """A line through the means over seeds with standard errors, and the seeds as dots."""
+    values = best.groupby(by)["value"]
+    style = line_style(n)
+    mean = values.mean()
+    bars = values.sem() if values.sem().notna().any() else None  # of one seed there is none
+    axes.errorbar(mean.index, mean, yerr=bars, capsize=2, label=label, **style)
+    axes.plot(best[by], best["value"], ".", color=style["color"], alpha=0.45, markersize=4)

@@ -1,0 +1,193 @@
+"""Line charts of what was learned: similarity, table 7, intruders, growth, CKA."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lorax.analysis.figures.style import (
+    COLOURS,
+    GREY,
+    STYLE,
+    legend_of_values,
+    line_style,
+    main_axis,
+    named,
+    pick,
+    plain,
+    values_in_order,
+)
+from lorax.analysis.measures.overlap import Band
+
+# Columns of `amplifications` and of a trajectory, as a figure names them.
+NORMS = {
+    "delta_norm": "‖ΔW‖",
+    "w_in_w": "‖UᵀWV‖, W's directions",
+    "w_in_delta": "‖UᵀWV‖, ΔW's directions",
+    "w_in_random": "‖UᵀWV‖, random directions",
+}
+QUANTITIES = {
+    "norm": "‖ΔW‖ (Frobenius)",
+    "effective": "effective rank of ΔW",
+    "stable": "stable rank of ΔW",
+    "energy90": "90% energy rank of ΔW",
+    "overlap_final": "overlap with final ΔW",
+}
+
+
+def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> Figure:
+    """phi(i, i) against i, a line a comparison, over what chance gives: mean and 5% to 95%.
+
+    Args:
+      phi: (r1, r2) by name.
+      band: of `gaussian_similarity`, in the space that the comparisons share (an MLP's kernels and
+        attention's may lie in different ones).
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        mean, low, high = (np.diagonal(part) for part in band)
+        i = np.arange(1, len(mean) + 1)
+        axes.fill_between(i, low, high, color=GREY, alpha=0.25, linewidth=0, label="chance, 5-95%")
+        axes.plot(i, mean, color=GREY, linewidth=1, linestyle=(0, (6, 3)), label="chance, mean")
+        for n, (name, values) in enumerate(phi.items()):
+            own = np.diagonal(values)
+            often = max(1, len(own) // 8)
+            i = np.arange(1, len(own) + 1)
+            axes.plot(i, own, label=plain(name), markevery=often, **line_style(n))
+        axes.set_xlabel("i: top directions of both")
+        axes.set_ylabel("subspace similarity φ(i, i)")
+        axes.set_ylim(0, 1.03)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside right upper")
+        return figure
+
+
+def table7(amplified: pd.DataFrame, main: str = "rank") -> Figure:
+    """The paper's table 7 against the rank: what W and dW have in each other's directions, and the
+    amplification factor. Medians over matrices and members, bars are quartiles; all are Frobenius
+    norms on logarithmic axes.
+
+    Args:
+      amplified: rows of `tables.amplifications`, with a column `main`.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.4, 3.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for n, (column, label) in enumerate(NORMS.items()):
+            _quartiles(left, amplified, main, column, n, label)
+        _quartiles(right, amplified, main, "factor", 0, None)
+        right.axhline(1, color=GREY, linewidth=1, linestyle=(0, (6, 3)))
+        left.set_ylabel("Frobenius norm")
+        right.set_ylabel("amplification ‖ΔW‖ / ‖UᵀWV‖")
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=2)
+        return figure
+
+
+def _quartiles(axes: Axes, table: pd.DataFrame, main: str, column: str, n: int, label) -> None:
+    values, place = main_axis(axes, table[main], main)
+    # A factor is infinite where W has nothing; a log axis has no zero.
+    usable = table[np.isfinite(table[column]) & (table[column] > 0)]
+    parts = usable.groupby(place(usable[main]))[column].quantile([0.25, 0.5, 0.75]).unstack()
+    if len(parts):
+        middle = parts[0.5]
+        around = [middle - parts[0.25], parts[0.75] - middle]
+        axes.errorbar(parts.index, middle, yerr=around, capsize=3, label=label, **line_style(n))
+        axes.set_yscale("log")
+
+
+def intruder_counts(table: pd.DataFrame, k: int = 10, main: str = "rank") -> Figure:
+    """Intruders among the k leading directions, summed over matrices, against epsilon: means over
+    members with standard errors, a line a value of `main`; thin and dotted, without a marker, the
+    norm-matched random control in the same colour.
+
+    Args:
+      table: rows of `tables.intruder_table`, with a column `main`.
+    """
+    sums = table[table["k"] == k].groupby([main, "member", "epsilon"], dropna=False)
+    sums = sums[["intruders", "control"]].sum(min_count=1).reset_index()
+    matrices = table.loc[table["k"] == k].groupby("member")["path"].nunique().max()
+    values = values_in_order(sums[main])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.8, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        for n, value in enumerate(values):
+            of = sums[sums[main] == value].groupby("epsilon")
+            mean, bars = of["intruders"].mean(), of["intruders"].sem()
+            bars = bars if bars.notna().any() else None
+            axes.errorbar(mean.index, mean, yerr=bars, capsize=3, **line_style(n))
+            control = of["control"].mean()
+            if control.notna().any():
+                dotted = {"color": pick(COLOURS, n), "linestyle": (0, (1, 2)), "linewidth": 1}
+                axes.plot(control.index, control, **dotted)
+        axes.set_xlabel("ε: an intruder's largest |cosine| with a direction of W")
+        axes.set_ylabel(f"intruders in the top {k} of {matrices} matrices")
+        dotted = {"color": "black", "linestyle": (0, (1, 2)), "linewidth": 1}
+        legend_of_values(figure, values, main, {"norm-matched control": dotted})
+        return figure
+
+
+def trajectory(
+    table: pd.DataFrame, main: str = "rank", quantities: Sequence[str] | None = None
+) -> Figure:
+    """What updates were like along training, a panel a quantity: thick lines are means over
+    matrices and members, a line a value of `main`; thin ones the single members.
+
+    Args:
+      table: columns member, step, path, the quantities (norm, effective, stable, energy90,
+        overlap_final) and `main`.
+      quantities: which to draw; without it all that the table has.
+    """
+    drawn = [name for name in quantities or QUANTITIES if name in table]
+    columns = min(3, len(drawn))
+    lines = -(-len(drawn) // columns)
+    values = values_in_order(table[main])
+    with matplotlib.rc_context(STYLE):
+        size = (1.4 + 2.5 * columns, 0.8 + 2.2 * lines)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(lines, columns, sharex=True, squeeze=False).ravel()
+        for axes in grid[len(drawn) :]:
+            axes.set_axis_off()
+        for axes, name in zip(grid, drawn, strict=False):
+            for n, value in enumerate(values):
+                here = table[table[main] == value]
+                for _, member in here.groupby("member"):
+                    of = member.groupby("step")[name].mean()
+                    axes.plot(of.index, of, color=pick(COLOURS, n), alpha=0.3, linewidth=0.7)
+                mean = here.groupby("step")[name].mean()
+                often = max(1, len(mean) // 8)
+                axes.plot(mean.index, mean, markevery=often, **line_style(n))
+            axes.set_ylabel(QUANTITIES.get(name, named(name)))
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.tick_params(labelbottom=True)
+        figure.supxlabel("optimizer step", fontsize=9)
+        legend_of_values(figure, values, main)
+        return figure
+
+
+def cka(table: pd.DataFrame, main: str = "rank") -> Figure:
+    """Linear CKA between the adapted and the base's activations against the layer: means over
+    members with standard errors, a line a value of `main`.
+
+    Args:
+      table: columns member, layer, cka and `main`.
+    """
+    values = values_in_order(table[main])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        for n, value in enumerate(values):
+            of = table[table[main] == value].groupby("layer")["cka"]
+            mean, bars = of.mean(), of.sem()
+            bars = bars if bars.notna().any() else None
+            axes.errorbar(mean.index, mean, yerr=bars, capsize=3, **line_style(n))
+        axes.set_xlabel("layer")
+        axes.set_ylabel("linear CKA with the base (0 to 1)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        legend_of_values(figure, values, main)
+        return figure

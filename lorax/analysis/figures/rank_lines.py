@@ -1,0 +1,183 @@
+"""Figures of singular values and of the ranks read off them."""
+
+from collections.abc import Sequence
+
+import matplotlib
+import matplotlib.lines
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from lorax.analysis.figures.style import (
+    COLOURS,
+    DASHES,
+    GREY,
+    MARKERS,
+    STYLE,
+    has_no_order,
+    legend_of_values,
+    line_style,
+    main_axis,
+    panel_title,
+    pick,
+    plain,
+    values_in_order,
+)
+
+MOST_LINES = 7  # layers in a panel of `base_spectrum`
+
+
+def spectra(sigmas: pd.DataFrame, layers: Sequence[int], main: str = "rank") -> Figure:
+    """Singular values of dW by index: a row a layer, a column a target, a line a member.
+
+    Args:
+      sigmas: rows of `tables.spectra`, with a column `main`.
+      layers: which layers to draw.
+      main: the column that colours the lines, normally the rank.
+    """
+    targets = list(dict.fromkeys(sigmas["target"]))
+    values = values_in_order(sigmas[main])
+    drawn = sigmas[(sigmas["sigma"] > 0) & sigmas["layer"].isin(layers)]
+    with matplotlib.rc_context(STYLE):
+        size = (1.4 + 2.5 * len(targets), 0.9 + 1.7 * len(layers))
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(len(layers), len(targets), sharex=True, sharey=True, squeeze=False)
+        for row, layer in enumerate(layers):
+            for column, target in enumerate(targets):
+                axes = grid[row, column]
+                here = drawn[(drawn["layer"] == layer) & (drawn["target"] == target)]
+                if here.empty:  # an embedding is in no layer, and no layer has one
+                    axes.set_axis_off()
+                    continue
+                below = drawn["layer"].isin(layers[row + 1 :]) & (drawn["target"] == target)
+                left = drawn["target"].isin(targets[:column]) & (drawn["layer"] == layer)
+                axes.tick_params(labelbottom=not below.any(), labelleft=not left.any())
+                for n, value in enumerate(values):
+                    for _, curve in here[here[main] == value].groupby("member"):
+                        often = max(1, len(curve) // 8)
+                        thin = {"markersize": 3, "markevery": often, "linewidth": 1}
+                        axes.plot(curve["index"], curve["sigma"], **line_style(n) | thin)
+                axes.set_title(plain(panel_title(layer, target)))
+                axes.set_xscale("log", base=2)
+                axes.set_yscale("log")
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        figure.supxlabel("index of singular value", fontsize=9)
+        figure.supylabel("singular value of ΔW", fontsize=9)
+        legend_of_values(figure, values, main)
+        return figure
+
+
+def update_ranks(ranks: pd.DataFrame, main: str = "rank") -> Figure:
+    """Effective and stable rank of dW against the adapter's rank: means with single matrices.
+
+    Args:
+      ranks: rows of `tables.spectra`'s second table, with a column `main`.
+      main: the column on the x axis, normally the rank.
+    """
+    targets = list(dict.fromkeys(ranks["target"]))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.8, 3.3), layout="constrained")
+        for axes, column in zip(
+            figure.subplots(1, 2, sharey=True), ("effective", "stable"), strict=True
+        ):
+            values, place = main_axis(axes, ranks[main], main)
+            joined = {"linestyle": "none"} if has_no_order(values) else {}
+            given = pd.to_numeric(ranks["rank"], errors="coerce")
+            nominal = given.groupby(place(ranks[main])).mean().dropna()
+            style = {"color": GREY, "linewidth": 1, "linestyle": (0, (6, 3))} | joined
+            style |= {"marker": "_", "markersize": 20} if joined else {}
+            if len(nominal):  # a method without a rank has none to fall short of
+                axes.plot(nominal.index, nominal, label="rank at most", **style)
+            for n, target in enumerate(targets):
+                here = ranks[(ranks["target"] == target) & (ranks[column] > 0)]
+                x = place(here[main])
+                mean = here.groupby(x)[column].mean()
+                colour = pick(COLOURS, n)
+                axes.plot(mean.index, mean, label=plain(target), **line_style(n) | joined)
+                axes.plot(x, here[column], ".", color=colour, alpha=0.3, markersize=4)
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axes.set_title(f"{column} rank of ΔW")
+        figure.axes[0].set_ylabel("rank")
+        figure.axes[0].legend()
+        return figure
+
+
+def base_spectrum(sigmas: pd.DataFrame, layers: Sequence[int] | None = None) -> Figure:
+    """Singular values of W by index, a panel a target, a line a layer (at most seven, spread).
+
+    Args:
+      sigmas: of `tables.base_spectra`.
+      layers: which to draw.
+    """
+    if layers is None:
+        every = sorted(set(sigmas["layer"]))
+        places = np.linspace(0, len(every) - 1, min(MOST_LINES, len(every)))
+        layers = [every[round(x)] for x in places]
+    targets = list(dict.fromkeys(sigmas["target"]))
+    columns = min(4, len(targets))
+    lines = -(-len(targets) // columns)
+    # What is rounding beside the largest would stretch the axis by ten decades.
+    drawn = sigmas[sigmas["layer"].isin(layers)]
+    drawn = drawn[drawn["sigma"] > 1e-7 * drawn.groupby("path")["sigma"].transform("max")]
+    with matplotlib.rc_context(STYLE):
+        size = (1.4 + 2.2 * columns, 0.9 + 2.0 * lines)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+        for axes in grid[len(targets) :]:
+            axes.set_axis_off()
+        for axes, target in zip(grid, targets, strict=False):
+            for n, layer in enumerate(layers):
+                curve = drawn[(drawn["layer"] == layer) & (drawn["target"] == target)]
+                often = max(1, len(curve) // 6)
+                thin = {"markersize": 3, "markevery": often, "linewidth": 1}
+                axes.plot(curve["index"], curve["sigma"], **line_style(n) | thin)
+            axes.set_title(plain(target))
+            axes.set_yscale("log")
+        figure.supxlabel("index of singular value", fontsize=9)
+        figure.supylabel("singular value of W", fontsize=9)
+        legend_of_values(figure, ["none" if layer < 0 else layer for layer in layers], "layer")
+        return figure
+
+
+def by_layer(ranks: pd.DataFrame) -> Figure:
+    """Norm, effective and stable rank of dW layer by layer: a line a target, a dash an adapter.
+
+    Args:
+      ranks: rows of `tables.spectra`'s second table; "member" names the adapter.
+    """
+    columns = {"norm": "‖ΔW‖", "effective": "effective rank", "stable": "stable rank"}
+    targets, adapters = (list(dict.fromkeys(ranks[name])) for name in ("target", "member"))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 3.2), layout="constrained")
+        for axes, (column, title) in zip(figure.subplots(1, 3), columns.items(), strict=True):
+            for (target, adapter), line in ranks.groupby(["target", "member"], sort=False):
+                n, m = targets.index(target), adapters.index(adapter)
+                ordered = line.sort_values("layer")
+                axes.plot(
+                    ordered["layer"],
+                    ordered[column],
+                    color=pick(COLOURS, n),
+                    marker=pick(MARKERS, n),
+                    linestyle=pick(DASHES, n if len(adapters) == 1 else m),
+                    markersize=4,
+                )
+            axes.set_title(title)
+            axes.set_ylim(bottom=0)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.supxlabel("layer", fontsize=9)
+        handles, labels = _handles(len(targets)), [plain(target) for target in targets]
+        if len(adapters) > 1:
+            handles += [
+                matplotlib.lines.Line2D([], [], color="0.3", linestyle=pick(DASHES, m))
+                for m in range(len(adapters))
+            ]
+            labels += [plain(adapter) for adapter in adapters]
+        figure.legend(handles, labels, loc="outside right upper")
+        return figure
+
+
+def _handles(count: int) -> list[matplotlib.lines.Line2D]:
+    """Lines for a legend: it lists every one, also those that a panel lacks."""
+    return [matplotlib.lines.Line2D([], [], **line_style(n)) for n in range(count)]

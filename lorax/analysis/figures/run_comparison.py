@@ -1,0 +1,91 @@
+"""Figures that compare runs: their curves, and their methods."""
+
+import matplotlib
+import matplotlib.lines
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter, NullLocator
+
+from lorax.analysis.figures.style import (
+    COLOURS,
+    MARKERS,
+    NAMES,
+    STYLE,
+    named,
+    pick,
+    plain,
+    style_of,
+)
+
+
+def curves(found: pd.DataFrame, loss: str) -> Figure:
+    """Final eval loss against what runs were swept over: a panel an axis, a line a part of a run.
+
+    Args:
+      found: run, axis, part, x, mean, se (rows of `compare.curve`).
+      loss: its name and unit.
+    """
+    axes_of = list(dict.fromkeys(found["axis"]))
+    lines = list(dict.fromkeys(zip(found["run"], found["part"], strict=True)))
+    styles = [style_of(n, len(lines)) for n in range(len(lines))]
+    columns = min(2, len(axes_of))
+    rows = -(-len(axes_of) // columns)
+    with matplotlib.rc_context(STYLE):
+        size = (1.8 + 3.2 * columns, 0.7 + 2.6 * rows)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+        for axes in grid[len(axes_of) :]:
+            axes.set_axis_off()
+        for axes, axis in zip(grid, axes_of, strict=False):
+            here = found[found["axis"] == axis]
+            for (run, part), style in zip(lines, styles, strict=True):
+                line = here[(here["run"] == run) & (here["part"] == part)]
+                bars = line["se"] if line["se"].notna().any() else None
+                axes.errorbar(line["x"], line["mean"], yerr=bars, capsize=2, **style)
+            axes.set_xlabel(NAMES.get(axis, named(axis)))
+            _logarithmic(axes, axis, here["x"])
+        figure.supylabel("final " + loss, fontsize=9)
+        handles = [matplotlib.lines.Line2D([], [], **style) for style in styles]
+        labels = [plain(", ".join(filter(None, line))) for line in lines]
+        figure.legend(handles, labels, loc="outside upper center", ncols=2)
+        return figure
+
+
+def methods_of_runs(found: pd.DataFrame, loss: str) -> Figure:
+    """The best final eval loss of each method of each run, with standard errors: a row a method, a
+    marker a run. found: run, method, mean, se."""
+    of_methods, of_runs = (list(dict.fromkeys(found[name])) for name in ("method", "run"))
+    with matplotlib.rc_context(STYLE):
+        height = 1.1 + 0.3 * len(of_methods) * max(1, 0.5 * len(of_runs))
+        figure = Figure(figsize=(6.4, height), layout="constrained")
+        axes = figure.add_subplot()
+        for n, run in enumerate(of_runs):
+            own = found[found["run"] == run]
+            shift = 0.6 * ((n + 0.5) / len(of_runs) - 0.5)
+            rows = own["method"].map(of_methods.index) + shift
+            errors = own["se"].fillna(0) if own["se"].notna().any() else None
+            style = {"fmt": pick(MARKERS, n), "color": pick(COLOURS, n), "capsize": 3}
+            axes.errorbar(own["mean"], rows, xerr=errors, label=plain(run), **style)
+        axes.set_yticks(range(len(of_methods)), map(plain, of_methods))
+        axes.set_ylim(len(of_methods) - 0.5, -0.5)
+        axes.set_xlabel("final " + loss)
+        figure.legend(loc="outside upper center", ncols=2)
+        return figure
+
+
+def _logarithmic(axes, axis: str, x: pd.Series) -> None:
+    """Ranks and scales by powers of two, rates and counts by powers of ten."""
+    if (x <= 0).any():
+        return
+    if axis in ("rank", "alpha"):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axes.set_xscale("log")
+        if axis == "trainable_params":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if x.nunique() == 1 or axis in ("rank", "alpha"):
+        axes.xaxis.set_minor_locator(NullLocator())
+    if x.max() < 10 * x.min() and axis not in ("rank", "alpha"):
+        axes.set_xticks(sorted(set(x))[:: max(1, x.nunique() // 4)])

@@ -1,0 +1,121 @@
+"""The style of all figures: colours, markers and dashes, names of axes, legends.
+
+Lines are in Okabe and Ito's colours with a marker and a dash each, so that they can be told apart
+without colour; maps are cividis, whose lightness rises evenly. Losses are in nats.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import matplotlib
+import matplotlib.lines
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+from lorax.analysis import runs
+
+# Okabe & Ito's palette, without the yellow that vanishes on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (7, 2)), (0, (2, 2)), "-")
+GREY = "0.45"
+LOSS = "eval loss (nats)"  # of what predicts tokens or classes
+NAMES = {"rank": "rank r of the adapter", "lr": "learning rate", "alpha": "α"}
+NAMES |= {"trainable_params": "trainable parameters", "n_train": "training examples"}
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.linewidth": 0.8,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+MAP = {**STYLE, "axes.spines.top": True, "axes.spines.right": True}
+
+
+def pick(choices: Sequence, n: int):
+    return choices[n % len(choices)]
+
+
+def line_style(n: int) -> dict:
+    """Colour, marker and dash of the nth line, which is told by any one of them."""
+    return {"color": pick(COLOURS, n), "marker": pick(MARKERS, n), "linestyle": pick(DASHES, n)}
+
+
+def style_of(n: int, count: int) -> dict:
+    """The style of the nth of so many lines; of more than there are colours, from dark to light."""
+    if count <= len(COLOURS):
+        return line_style(n)
+    return line_style(n) | {"color": matplotlib.colormaps["cividis"](0.95 * n / (count - 1))}
+
+
+def named(main: str) -> str:
+    return main.replace("_", " ")
+
+
+def plain(name: object) -> str:
+    """A name from outside as a figure shows it: without the mathematics that matplotlib sees
+    between dollars, nor the underscore in front that keeps a line out of its legend."""
+    text = str(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def distinct(column: Iterable) -> list:
+    """The values of a column, each once, in their order; None for what is missing.
+
+    Python's own: `Series.map` makes NaN of None, which equals nothing.
+    """
+    return list(dict.fromkeys(None if runs.is_missing(value) else value for value in column))
+
+
+def main_axis(
+    axes: Axes, column: pd.Series, main: str
+) -> tuple[list, Callable[[Iterable], np.ndarray]]:
+    """Set up the x axis; the values in order, and what finds the places (n,) of a column (n,)."""
+    values = distinct(column)
+    numeric = all(isinstance(v, (int, float, np.number)) and v > 0 for v in values)
+    axes.set_xlabel(NAMES.get(main, named(main)))
+    if not numeric:
+        axes.set_xticks(range(len(values)), [plain(runs.in_words(v, main)) for v in values])
+        at = {value: n for n, value in enumerate(values)}
+        found = lambda column: [at[None if runs.is_missing(value) else value] for value in column]
+        return values, lambda column: np.array(found(column), int)
+    values = sorted(values)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(values))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    # A single value has no span of its own.
+    axes.set_xlim(values[0] / 1.25, values[-1] * 1.25)
+    return values, lambda column: np.array(list(column), float)
+
+
+def has_no_order(values: Sequence) -> bool:
+    """Whether the values of an axis are names (of methods, of targets, or none), which no line
+    leads through."""
+    return all(value is None or isinstance(value, str) for value in values)
+
+
+def values_in_order(column: pd.Series) -> list:
+    """The values of the main axis: numbers by size, then words."""
+    return sorted(set(column), key=lambda value: (isinstance(value, str), value))
+
+
+def legend_of_values(
+    figure: Figure, values: Sequence, main: str, more: Mapping[str, dict] | None = None
+) -> None:
+    """Every value, also those that a panel lacks, and lines of other kinds."""
+    lines = [matplotlib.lines.Line2D([], [], **line_style(n)) for n in range(len(values))]
+    lines += [matplotlib.lines.Line2D([], [], **style) for style in (more or {}).values()]
+    labels = [f"{named(main)} = {plain(runs.in_words(value, main))}" for value in values]
+    figure.legend(lines, [*labels, *(more or {})], loc="outside right upper")
+
+
+def panel_title(layer: int, target: str) -> str:
+    return f"{target}, layer {layer}" if layer >= 0 else target

@@ -1,0 +1,4 @@
+"""Numbers that arrays have: singular values and ranks, overlap, amplification, intruders, CKA.
+
+numpy in, numpy out, in float64; leading axes are batch axes. `lorax.analysis` has all of them.
+"""

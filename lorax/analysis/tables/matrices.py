@@ -1,0 +1,81 @@
+"""The adapted matrices of members: what they are called, and stacks of those that are alike.
+
+Updates are {member: {path: Factors}}, and {member: {path: dW (in, out)}} of methods whose update
+has no factors. A "member" is any name: members of several runs, or adapters from elsewhere, go
+together as long as they call their layers by the same paths. kernels are the frozen (in, out)
+weights by path. Matrices of one shape go through the array functions together, over layers and
+members.
+"""
+
+import math
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from lorax.interop.peft import Factors
+
+TOGETHER = 2**22  # numbers in a stack of matrices: 32 MB in float64
+Updates = Mapping[str, Factors] | Mapping[str, np.ndarray]  # of one member, by path
+SVDs = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]  # u, sigma, vt by path, thin
+
+
+def layer_and_target(path: str) -> tuple[int, str]:
+    """Layer and target of a path: "h/3/attn/q" -> (3, "q"), and of another library's module
+    "encoder.layer.3.attention.query" -> (3, "query"); -1 for what is in no layer."""
+    parts = re.split(r"[/.]", path)
+    return next((int(part) for part in parts if part.isdecimal()), -1), parts[-1]
+
+
+def identity(member: Hashable, path: str) -> dict:
+    layer, target = layer_and_target(path)
+    return {"member": member, "path": path, "layer": layer, "target": target}
+
+
+def stacks(shapes: Mapping[Hashable, tuple[int, ...]]) -> Iterator[list]:
+    """Keys of one shape together, as many as make a stack of `TOGETHER` numbers.
+
+    shapes: what has to be alike; its two largest numbers say how large a matrix is.
+    """
+    alike: dict[tuple[int, ...], list] = {}
+    for key, shape in shapes.items():
+        alike.setdefault(tuple(shape), []).append(key)
+    for shape, keys in alike.items():
+        most = max(1, TOGETHER // max(1, math.prod(sorted(shape)[-2:])))
+        yield from (keys[n : n + most] for n in range(0, len(keys), most))
+
+
+def shape_of(update: Factors | np.ndarray) -> tuple[int, ...]:
+    """(in, out, r) of factors, (in, out) of a dense update."""
+    if isinstance(update, Factors):
+        return (update.a.shape[0], update.b.shape[1], update.a.shape[1])
+    return update.shape
+
+
+def stacked(updates: Sequence):
+    """Updates of one shape as what the array functions take: (a, b, s), or (..., in, out)."""
+    if isinstance(updates[0], Factors):
+        return tuple(np.stack([update[n] for update in updates]) for n in range(3))
+    return np.stack(updates)
+
+
+def by_matrix(found: Mapping, dense: Mapping | None, kernels: Mapping | None = None) -> dict:
+    """{(member, path): update}. KeyError or ValueError where the kernels do not fit them."""
+    members = {**found, **(dense or {})}
+    every = {
+        (m, path): update for m, updates in members.items() for path, update in updates.items()
+    }
+    for (_, path), update in every.items() if kernels is not None else ():
+        if path not in kernels:
+            raise KeyError(f"{path}: adapted, but not among the base's kernels")
+        shape = shape_of(update)[:2]
+        if shape != kernels[path].shape:
+            raise ValueError(f"{path}: an update of {shape}, but a kernel of {kernels[path].shape}")
+    return every
+
+
+def with_base(every: dict, kernels: Mapping, svds: SVDs, keys: list) -> tuple:
+    """Stacks of the updates of one shape, their kernels and the kernels' SVDs."""
+    w = np.stack([np.asarray(kernels[path], np.float64) for _, path in keys])
+    w_svd = tuple(np.stack([svds[path][n] for _, path in keys]) for n in range(3))
+    return stacked([every[key] for key in keys]), w, w_svd

@@ -1,0 +1,155 @@
+"""Updates compared with the base's kernels: directions, amplification, intruder dimensions."""
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from lorax.analysis.measures import intruders, overlap, spectrum
+from lorax.analysis.measures.amplification import Amplification, amplification
+from lorax.analysis.tables.directions import KINDS, LEADING, bases, similarity
+from lorax.analysis.tables.matrices import (
+    SVDs,
+    Updates,
+    by_matrix,
+    identity,
+    shape_of,
+    stacked,
+    stacks,
+    with_base,
+)
+from lorax.analysis.tables.singular_values import base_svds
+from lorax.interop.peft import Factors
+
+EPSILONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # thresholds of an intruder's cosine
+
+
+def against_base(
+    found: Mapping[Hashable, Updates],
+    kernels: Mapping[str, np.ndarray],
+    members: Iterable[Hashable],
+    k: int = LEADING,
+    svds: SVDs | None = None,
+) -> dict[str, dict[str, np.ndarray]]:
+    """LoRA's figure 8: phi(i, j) between dW's i leading directions and W's j, mean over members.
+
+    Returns {path: {"in": phi (r, min(in, out)), "out": phi, "in chance": ..., "out chance": ...}},
+    of the paths that all members have; chance is the mean of a uniformly random subspace instead of
+    dW's, max(i, j) / n with n the dimension of the space.
+
+    Args:
+      found: factors, or dense updates with their leading k directions.
+      members: which of them; of the smallest r where they differ.
+      svds: of `base_svds`, where it is at hand.
+    """
+    of = {member: found[member] for member in members}
+    every = by_matrix(of, None, kernels)
+    svds = base_svds(kernels, (path for _, path in every)) if svds is None else svds
+    pairs = []
+    for updates in of.values():
+        sides = {path: (svds[path][0], svds[path][2].T) for path in updates}
+        own = {path: dict(zip(KINDS[2:], side, strict=True)) for path, side in sides.items()}
+        pairs.append((bases(updates, k), own))
+    result = {}
+    for path, kinds in similarity(pairs).items():
+        result[path] = {}
+        for kind, phi in kinds.items():
+            i, j = np.arange(1, phi.shape[0] + 1)[:, None], np.arange(1, phi.shape[1] + 1)
+            side = kind.removeprefix("dW ")
+            n = kernels[path].shape[0 if side == "in" else 1]
+            result[path][side] = phi
+            result[path][f"{side} chance"] = overlap.expected_similarity(i, j, n)
+    return result
+
+
+def amplifications(
+    found: Mapping[Hashable, Mapping[str, Factors]],
+    kernels: Mapping[str, np.ndarray],
+    svds: SVDs | None = None,
+) -> pd.DataFrame:
+    """Table 7 for every member and matrix, with the adapter's own rank: member, path, layer,
+    target, rank, delta_norm, w_in_delta, w_in_w, w_in_random, factor.
+
+    Args:
+      kernels: the frozen (in, out) kernels by path. KeyError names a path that is missing.
+      svds: of `base_svds`, where it is at hand.
+    """
+    every = by_matrix(found, None, kernels)
+    sigma = {path: svd[1] for path, svd in (svds or {}).items()}
+    for path in dict.fromkeys(path for _, path in every):
+        if path not in sigma:
+            sigma[path] = np.linalg.svd(np.asarray(kernels[path], np.float64), compute_uv=False)
+    values = {}
+    for keys in stacks({key: shape_of(update) for key, update in every.items()}):
+        *shape, rank = shape_of(every[keys[0]])
+        got = amplification(
+            np.stack([kernels[path] for _, path in keys]),
+            stacked([every[key] for key in keys]),
+            min(rank, *shape),
+            w_sigma=np.stack([sigma[path] for _, path in keys]),
+        )
+        values |= dict(zip(keys, zip(*got, strict=True), strict=True))
+    rows = []
+    for key, update in every.items():
+        *shape, rank = shape_of(update)
+        rows.append(
+            {**identity(*key), "rank": min(rank, *shape)}
+            | dict(zip(Amplification._fields, map(float, values[key]), strict=True))
+        )
+    return pd.DataFrame(rows)
+
+
+def intruder_table(
+    found: Mapping[Hashable, Mapping[str, Factors]],
+    dense: Mapping[Hashable, Mapping[str, np.ndarray]] | None,
+    kernels: Mapping[str, np.ndarray],
+    k: Sequence[int] = (1, 10),
+    epsilon: Sequence[float] = EPSILONS,
+    *,
+    side: str = "out",
+    draws: int = 2,
+    rng: int | np.random.Generator = 0,
+    svds: SVDs | None = None,
+) -> pd.DataFrame:
+    """Intruder dimensions (`intruder`) of every member and matrix, for every k and epsilon.
+
+    Columns: member, path, layer, target, k, epsilon, intruders (a count of the k), control (the
+    mean count of `norm_matched` random updates). A matrix with fewer than k directions has no row
+    for that k. All counts come from one decomposition of W + dW, and one of each control's.
+
+    Args:
+      draws: how many controls; 0 for none (NaN).
+      svds: of `base_svds`, where it is at hand.
+    """
+    rng = np.random.default_rng(rng)
+    every = by_matrix(found, dense, kernels)
+    svds = base_svds(kernels, (path for _, path in every)) if svds is None else svds
+    epsilon = np.asarray(epsilon, np.float64)
+    counts = {}
+    for keys in stacks({key: shape_of(update) for key, update in every.items()}):
+        update, w, w_svd = with_base(every, kernels, svds, keys)
+        ks = np.array([n for n in k if n <= min(w.shape[1:])], int)
+        if not len(ks):
+            continue
+        own = _counts(w, update, ks, epsilon, side, w_svd)  # (matrices, k's, epsilons)
+        sigma = spectrum.update_svd(update)[1] if draws else None
+        random = [
+            _counts(w, intruders.norm_matched(rng, update, sigma), ks, epsilon, side, w_svd)
+            for _ in range(draws)
+        ]
+        control = np.mean(random, axis=0) if draws else np.full(own.shape, np.nan)
+        for n, key in enumerate(keys):
+            counts[key] = ks, own[n], control[n]
+    rows = []
+    for key in (key for key in every if key in counts):
+        ks, own, control = counts[key]
+        for (i, j), count in np.ndenumerate(own):
+            row = {**identity(*key), "k": ks[i], "epsilon": epsilon[j]}
+            rows.append({**row, "intruders": count, "control": control[i, j]})
+    return pd.DataFrame(rows)
+
+
+def _counts(w, update, ks, epsilon, side, w_svd) -> np.ndarray:
+    """(..., k's, epsilons): intruders among the first k, for every k from the one mask."""
+    mask = intruders.intruders(w, update, ks.max(), epsilon, side=side, w_svd=w_svd).mask
+    return np.swapaxes(np.cumsum(mask, -1)[..., ks - 1], -1, -2)

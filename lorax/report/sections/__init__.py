@@ -1,0 +1,1 @@
+"""The sections of pages: tables in, `lorax.report.page.Section` out."""

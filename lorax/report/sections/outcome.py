@@ -1,0 +1,130 @@
+"""The first section of a sweep: what came out of it, and how strong that is."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from lorax.analysis import runs
+from lorax.report import page, words
+from lorax.report.page import Section
+
+
+class Sweep(NamedTuple):
+    """A run and what its losses say."""
+
+    run: runs.Run
+    table: pd.DataFrame  # of `runs.summary`
+    by: runs.Axes
+    scores: list[str]
+    settings: pd.DataFrame  # of `runs.settings`
+    answer: runs.Answer | None
+    base: float  # the unadapted base's eval loss; NaN where it is unknown or the members' differ
+
+    @property
+    def main(self) -> str:
+        """The field on the x axis of its curve."""
+        return self.by.main or "rank"
+
+
+def read(run: runs.Run) -> Sweep:
+    """The tables of a run that its sections are made of."""
+    table = runs.summary(run)
+    by, scores = runs.axes(run, table), runs.scores(run)
+    settings = runs.settings(table, by, scores)
+    answer = runs.answer(settings, by.main or "rank")
+    losses = table["base_loss"].dropna()
+    same = len(losses) > 0 and np.ptp(losses) <= 1e-3 * losses.abs().max()
+    base = float(losses.mean()) if same else float("nan")
+    return Sweep(run, table, by, scores, settings, answer, base)
+
+
+def answer(sweep: Sweep) -> Section:
+    """What came out, in a sentence, with how strong it is and what is missing: diverged members, an
+    unfinished run, a scale that differs between ranks."""
+    run, table, by, _, settings, found, base = sweep
+    parts = [
+        f'<div class="answer"><p><strong>{page.escape(_headline(by, found, base))}</strong></p>'
+    ]
+    if found is not None:
+        parts.append(f"<p>{page.escape(_strength(by, settings, found))}</p>")
+    parts.append("</div>")
+    if run.status.get("state") in runs.UNFINISHED:
+        parts.append(page.note("This run is not finished: all figures are provisional."))
+    diverged = table[table["status"] == "diverged"]
+    if len(diverged):
+        names = ", ".join(
+            f"{m['name']}{words.at_step(m['diverged_at'])}" for _, m in diverged.iterrows()
+        )
+        parts.append(page.note(f"Diverged, and left out of every mean and analysis: {names}."))
+    parts.append(_scale_note(by, settings))
+    if np.isnan(base) and table["base_loss"].notna().any():
+        text = "The unadapted base's loss differs between members; no line is drawn."
+        parts.append(page.note(text))
+    return Section("Answer", "".join(parts))
+
+
+def _headline(by: runs.Axes, answer: runs.Answer | None, base: float) -> str:
+    if answer is None:
+        return "There is no final eval loss yet: no member has been evaluated after step 0."
+    best, smallest = answer.best, answer.smallest
+    unadapted = f"; base {base:.3f}" if np.isfinite(base) else ""
+    if by.main is None:
+        return f"One setting: final eval loss {words.mean(best)}{unadapted}."
+    if by.main != "rank" or not answer.known:
+        which = f"Lowest final eval loss at {words.setting(best, by)}"
+        return f"{which}: {words.mean(best)}{unadapted}."
+    if smallest.name == best.name:
+        which = "The best rank is also the smallest within one standard error"
+        return f"{which}: {words.setting(best, by)} (eval loss {words.mean(best)}{unadapted})."
+    return (
+        f"Smallest rank within one standard error of the best: {words.setting(smallest, by)} "
+        f"(eval loss {words.mean(smallest)} against {words.mean(best)} at "
+        f"{words.setting(best, by)}{unadapted})."
+    )
+
+
+def _strength(by: runs.Axes, settings: pd.DataFrame, answer: runs.Answer) -> str:
+    best = answer.best
+    n = int(best["n"])
+    if not answer.known:
+        text = "There is one seed at the best setting, so there is no error bar"
+        if by.main == "rank":
+            text += ", and whether a smaller rank does as well can't be said"
+        return text + ". Sweep over seeds to know."
+    text = f"± is the standard error of the mean over n = {n} seeds"
+    if n < 4:
+        text += f"; from {n} values it is itself only a rough estimate"
+    text += "."
+    if by.main == "rank" and best["rank"] == settings["rank"].max() and len(settings) > 1:
+        text += " The best is the largest rank tried, so a still larger one may do better."
+    if by.main is not None and by.main != "rank":
+        limit = best["mean"] + best["se"]
+        within = settings[settings["mean"] <= limit]
+        names = "; ".join(words.setting(row, by) for _, row in within.iterrows())
+        text += f" Within one standard error of it: {names}."
+    if by.others:
+        text += (
+            " The best of several settings is chosen on the same eval set, so it flatters a little."
+        )
+    return text
+
+
+def _scale_note(by: runs.Axes, settings: pd.DataFrame) -> str:
+    scales = settings["scale"].dropna()
+    if by.main != "rank" or not len(scales) or (scales <= 0).any():
+        return ""
+    spread = max(
+        (rows["scale"].max() / rows["scale"].min() for _, rows in settings.groupby("line")),
+        default=1.0,
+    )
+    if spread < 1 + 1e-6:
+        return ""
+    text = (
+        f"The scale s of the update differs between ranks, by a factor of {spread:.4g} from "
+        "largest to smallest: differences between ranks mix capacity with scale. To tell "
+        "them apart, set "
+        "<code>--config.method.scaling=fixed</code> (one s for all) or <code>rslora</code> (α/√r), "
+        "sweep over <code>scaling</code>, or sweep the learning rate at every rank."
+    )
+    return f'<p class="note">{text}</p>'

@@ -1,0 +1,65 @@
+"""Sections on what was run: the base, the task, the axes, and a table of all members."""
+
+import pandas as pd
+
+from lorax.analysis import runs
+from lorax.report import page, words
+from lorax.report.page import Section
+
+
+def facts(run: runs.Run, table: pd.DataFrame, by: runs.Axes, redraw: str) -> Section:
+    """What was run: base, task, axes, device, versions, and the command that repeats it. redraw:
+    the one that draws the page again."""
+    config = run.config.get("config", {})
+    task = config.get("task", "")
+    task = task.get("name", "") if isinstance(task, dict) else task
+    seeds = table["seed"].nunique()
+    steps = run.status.get("steps", table["final_step"].max())
+    swept = [name for name in (by.main, *by.others) if name]
+    varied = "; ".join(f"{words.axis(name)}: {words.listed(table[name])}" for name in swept)
+    targets = words.listed(table["targets"]) if "targets" in table else ""
+    methods = words.listed(table["method"])
+    base = config.get("base") or "an unnamed base"
+    lead = (
+        f"{len(table)} member{words.plural(len(table))} ({methods}) of {base}, trained on "
+        f"{task or 'an unnamed task'} for {steps} steps with {seeds} seed{words.plural(seeds)}"
+        + (f", over {varied}." if varied else ", all with the same setting.")
+    )
+    command = run.config.get("command")
+    command = " ".join(command) if isinstance(command, list) else command
+    versions = run.config.get("versions") or {}
+    known = {
+        "Base": config.get("base"),
+        "Base weights (sha256)": run.config.get("base_sha256"),
+        "Task": task,
+        "Targets": targets,
+        "Steps": steps,
+        "Members": f"{len(table)} ({(table['status'] == 'finished').sum()} finished, "
+        f"{(table['status'] == 'diverged').sum()} diverged)",
+        "Seeds": words.listed(table["seed"]),
+        "Device": run.config.get("device"),
+        "Wall time": words.duration(run.status.get("wall_seconds")),
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "Git revision": run.config.get("git"),
+        "Command": command,
+        "Redraw this page": redraw,
+        "Resolved config": "config.json, beside this page",
+    }
+    code = ("Command", "Redraw this page", "Git revision", "Base weights (sha256)")
+    return Section("What was run", page.paragraph(lead) + page.facts(known, code))
+
+
+def members(table: pd.DataFrame, scores: list[str]) -> Section:
+    """The sortable table of `runs.summary`, a row a member; scores: columns of it that the task
+    measures."""
+    header = ["name", "trainable parameters", "scale s", "final eval loss", "best eval loss"]
+    header += [*scores, "status"]
+    rows = [
+        [m["name"], m["trainable_params"], m["scale"], page.Fixed(m["final_loss"])]
+        + [page.Fixed(m["best_loss"]), *(page.Fixed(m[name]) for name in scores)]
+        + [m["status"] + words.at_step(m["diverged_at"])]
+        for _, m in table.iterrows()
+    ]
+    caption = "Every member; press a heading to sort. The best loss is that over all evals."
+    content = page.table(header, rows, caption, sortable=True, classes=list(table["status"]))
+    return Section("Members", content, files={"members.csv": table.drop(columns="setting")})

@@ -1,0 +1,68 @@
+"""What a figure or table shows of all there is: which members, layers and targets."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from lorax.analysis import runs
+
+
+def label(rows: pd.DataFrame, shown: pd.DataFrame, main: str) -> pd.DataFrame:
+    """The rows of members that are shown, with their value of `main` as a column."""
+    kept = rows[rows["member"].isin(shown.index)].drop(columns=[main], errors="ignore")
+    labelled = kept.merge(shown[["member", main]], on="member")
+    if labelled[main].isna().any():
+        labelled[main] = [
+            runs.in_words(value, main) if runs.is_missing(value) else value
+            for value in labelled[main].astype(object)
+        ]
+    return labelled
+
+
+def shown_of(some: Sequence, every: Sequence, what: str = "") -> str:
+    """What a figure shows of what there is: "layers 0, 4, 11 (3 of 12)"."""
+    named = ", ".join("none" if what == "layers" and x == -1 else str(x) for x in some)
+    return f"{what} {named} ({len(some)} of {len(every)})".strip()
+
+
+def drawn_of(
+    layers: Sequence[int],
+    all_layers: Sequence[int],
+    targets: Sequence[str],
+    all_targets: Sequence[str],
+    where: str = "the tables have all",
+) -> str:
+    """The end of a caption of a figure that leaves layers or targets out; "" where it has all."""
+    said = []
+    if len(layers) < len(all_layers):
+        said.append(shown_of(layers, all_layers, "layers"))
+    if len(targets) < len(all_targets):
+        said.append(shown_of(targets, all_targets, "targets"))
+    return f" Drawn: {' and '.join(said)}; {where}." if said else ""
+
+
+def unchanged(ranks: pd.DataFrame) -> str:
+    """Which members' matrices have no update at all, in a sentence; "" where each has one.
+
+    ranks: a row a member and matrix, with norm = ||dW||_F.
+    """
+    none = ranks[ranks["norm"] == 0]
+    if not len(none):
+        return ""
+    if len(none) == len(ranks):
+        return f"No update: ΔW = 0 in all {len(ranks)} matrices."
+    counts = none.groupby("member", sort=False).size()
+    of = ranks.groupby("member", sort=False).size()
+    named = "; ".join(f"{n} of {of[member]} of member {member}" for member, n in counts.items())
+    return f"No update: ΔW = 0 in {len(none)} of {len(ranks)} matrices ({named})."
+
+
+def spread(values: Sequence, most: int) -> list:
+    """At most so many of them, evenly spread, the first and the last among them; of one the middle
+    one."""
+    if len(values) <= most:
+        return list(values)
+    if most == 1:
+        return [values[len(values) // 2]]
+    return [values[round(x)] for x in np.linspace(0, len(values) - 1, most)]
