@@ -16,6 +16,7 @@ import lorax
 from lorax import config, intercept, tree
 from lorax.analysis import runs, tables
 from lorax.analysis.measures import overlap, spectrum
+from lorax.analysis.tables import along_training
 from lorax.models import Base, gpt2
 from lorax.train import loop, sweep, trajectory
 
@@ -189,8 +190,8 @@ def test_a_trajectory_ends_in_the_exported_update_and_survives_a_kill(name, tmp_
         c.sweep.rank = (1, 3)
     run, said = train(tmp_path / "whole", c)
     assert not any("analysis.trajectory" in line for line in said)
-    table = tables.table(run)
-    assert tuple(table.columns) == tables.COLUMNS
+    table = tables.trajectory(run)
+    assert tuple(table.columns) == along_training.COLUMNS
     assert list(table["step"].unique()) == [0, 2, 4, 5]
     assert len(table) == len(run.members) * 4 * 2  # kernels of two layers
 
@@ -226,7 +227,7 @@ def test_a_trajectory_ends_in_the_exported_update_and_survives_a_kill(name, tmp_
     # And training itself takes no notice of being watched.
     c.analysis.trajectory = False
     run, _ = train(tmp_path / "off", c)
-    assert not (tmp_path / "off/trajectory").exists() and tables.table(run) is None
+    assert not (tmp_path / "off/trajectory").exists() and tables.trajectory(run) is None
     assert contents(tmp_path / "off", "adapters") == contents(whole, "adapters")
 
 
@@ -250,7 +251,7 @@ def test_devices_that_share_the_members_see_what_one_sees(tmp_path):
         file = tmp_path / mode / "trajectory" / "0-0" / "1.safetensors"
         spectra = programs.spectra(params, constants, trainable, 3)
         trajectory.write(file, spectra, stack.members, group.base)
-        found.append(tables.table(runs.Run(tmp_path / mode, {}, None, None, {})))
+        found.append(tables.trajectory(runs.Run(tmp_path / mode, {}, None, None, {})))
     assert list(found[0]["member"].unique()) == [0, 1, 2]
     for other in found[1:]:
         pd.testing.assert_frame_equal(other, found[0], rtol=1e-5)
