@@ -159,7 +159,6 @@ def _of_method(base, method, state) -> tuple[list[tuple], list[str]]:
     import numpy as np
 
     from lorax import adapters, tree
-    from lorax.models.load import layer_names
 
     if method.factors is not None:
         return _of_adapter(adapters.exported(method, state, base))
@@ -174,7 +173,7 @@ def _of_method(base, method, state) -> tuple[list[tuple], list[str]]:
             notes.append(f"changed as well: {path} {size(update)}")
             continue
         matrix = np.asarray(base.sites[path].to_matrix(update))
-        for layer, index in layer_names(path, base.sites[path], update.shape).items():
+        for layer, index in base.layers_of(path).items():
             if matrix[index].any():
                 sigma = np.linalg.svd(matrix[index], compute_uv=False)
                 found.append((layer, matrix[index].shape, "", "", sigma))
@@ -185,14 +184,13 @@ def _of_method(base, method, state) -> tuple[list[tuple], list[str]]:
 def to_peft(given) -> None:
     """An adapter of any kind that can be read, as a directory that PEFT loads."""
     from lorax.interop import peft
-    from lorax.models import sources
 
     _check_new(given.out)
     model = model_of(given)
     adapter = read_for(given, model)
     dropout = float(adapter.config.get("lora_dropout") or 0)
     with whole(given.out) as directory:
-        peft.save(directory, adapter, sources(model.base), given.base, dropout, model.task_type)
+        peft.save(directory, adapter, model.base.sources, given.base, dropout, model.task_type)
     print(f"{given.out}: {len(adapter.factors)} adapted matrices")
     if why := _idle(adapter):
         print(f"{NOTHING}: {why}")
@@ -226,7 +224,7 @@ def merge(given) -> None:
             f"largest weight, in {worst}"
         )
     with whole(given.out) as directory:
-        models.save(directory, base._replace(params=params))
+        models.save(directory, base.replace(params=params))
     print(f"{given.out}: {done}")
     coded = _dtypes_of_codes(base)
     if coded:
@@ -335,9 +333,8 @@ def read(given, sources=None):
 def read_for(given, model: Model):
     """`read` for a base. Raises ValueError where its layers or their shapes are others."""
     from lorax import adapters
-    from lorax.models import sources
 
-    adapter = read(given, sources(model.base))
+    adapter = read(given, model.base.sources)
     try:
         adapters.check(model.base, adapter)
     except ValueError as error:

@@ -18,7 +18,6 @@ from lorax import intercept, leaves
 from lorax.files import check_unicode
 from lorax.methods import prefix
 from lorax.models import Base
-from lorax.models.load import positions
 
 NEVER = -1e9  # a score that no text has
 TINY = 1e-30
@@ -91,7 +90,7 @@ def encode(base: Base, prompts: Sequence[str], new_tokens: int, ahead: int = 0) 
     empty = [i for i, tokens in enumerate(ids) if not tokens]
     if empty:
         raise ValueError(f"prompt {empty[0]}: it is empty, and {base.name} has no token to start")
-    longest, most = max(map(len, ids), default=0), positions(base.config)
+    longest, most = max(map(len, ids), default=0), base.positions
     if most and longest + new_tokens + ahead > most:
         virtual = f" beside {ahead} virtual ones" if ahead else ""
         raise ValueError(
@@ -129,7 +128,7 @@ def complete(
         # LLaMA's little relatives begin the next story where this one ends.
         ends = tuple(dict.fromkeys((*vocabulary.ends, *vocabulary.start)))
         how = how._replace(ends=ends, pad=vocabulary.pad)
-    longest, most = max(map(len, ids), default=0), positions(base.config)
+    longest, most = max(map(len, ids), default=0), base.positions
     room = most and most - ahead
     width = min(-(-longest // 16) * 16, room - how.new_tokens) if room else longest
     batch_size = min(batch_size, max(len(ids), 1))

@@ -172,14 +172,13 @@ def load(directory: str, base):
     update is not of low rank the base's parameters with it."""
     from lorax import adapters, peft_methods, states
     from lorax.interop import peft
-    from lorax.models import sources
 
     if not (Path(directory) / peft.CONFIG).exists() and states.is_here(directory):
         return _of_method(*states.load(directory, base), base)
     config = peft.read_config(Path(directory) / peft.CONFIG)
     adapters.check_task(base, config.get("task_type"), f"{Path(directory) / peft.CONFIG}: ")
     if config.get("peft_type") == "LORA":
-        return peft.load(directory, sources(base))
+        return peft.load(directory, base.sources)
     return _of_method(*peft_methods.load(directory, base), base)
 
 

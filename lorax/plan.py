@@ -289,7 +289,7 @@ def shapes(members):
     pad = sweep.padding(built, base)
     # All members have arrays of the same shapes.
     method, member, n = _with_constants_at_hand(built[0]), members[0], len(members)
-    start = lambda params: sweep.start(member, method, base._replace(params=params), pad)
+    start = lambda params: sweep.start(member, method, base.replace(params=params), pad)
     many = lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype)
     arrays = jax.tree.map(many, jax.eval_shape(start, base.params))
     return base, sweep.Stack(tuple(members), tuple(built), *arrays)
@@ -346,8 +346,8 @@ def rows(c, base=None) -> dict:
     if c.task.name in tasks.ARRAYS:
         values = c.task.name == "planted"  # and not pixels and classes
         pixel, kind = (np.float32, np.float32) if values else (np.uint8, np.int32)
-        image = jax.ShapeDtypeStruct((*lead, *base.config.image_shape), pixel)
-        label = jax.ShapeDtypeStruct((*lead, base.config.labels) if values else lead, kind)
+        image = jax.ShapeDtypeStruct((*lead, *base.input_shape), pixel)
+        label = jax.ShapeDtypeStruct((*lead, base.traits.outputs) if values else lead, kind)
         weight = jax.ShapeDtypeStruct(lead, np.float32)
         return {"inputs": image, "label": label, "weight": weight}
     labels = tasks.outputs(c.task)
@@ -466,7 +466,7 @@ def _quantised(base, kind: str, double: bool):
     from lorax import quant
 
     quantize = lambda params: quant.quantize(params, kind, double, sites=base.sites)
-    return base._replace(params=jax.eval_shape(quantize, base.params))
+    return base.replace(params=jax.eval_shape(quantize, base.params))
 
 
 def _widest(params, dtype: str) -> int:

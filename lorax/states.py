@@ -21,7 +21,7 @@ from lorax.errors import nearest
 from lorax.files import atomically, write_json
 from lorax.interop.states import DELTA, METHOD, STATE, about
 from lorax.interop.tensors import opened, read_arrays
-from lorax.models.load import Base, layer_names
+from lorax.models import Base
 
 
 def is_here(directory: str | os.PathLike) -> bool:
@@ -51,7 +51,7 @@ def save(
     for path, update in method.delta(*state, base.params, base.sites).items():
         if path in base.sites:
             matrix = np.asarray(base.sites[path].to_matrix(update))
-            for name, index in layer_names(path, base.sites[path], update.shape).items():
+            for name, index in base.layers_of(path).items():
                 if matrix[index].any():
                     matrices[name] = matrix[index]
     atomically(directory / DELTA, lambda file: save_file(matrices, file))

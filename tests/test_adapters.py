@@ -27,7 +27,7 @@ def base(tmp_path_factory):
     base = lorax.load(f"random:{directory}")
     rng = np.random.default_rng(1)
     noise = lambda x: 4 * x + jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype)
-    return base._replace(params=jax.tree.map(noise, base.params))
+    return base.replace(params=jax.tree.map(noise, base.params))
 
 
 @functools.cache
@@ -117,7 +117,7 @@ def test_bound_is_merged_and_unmerged_is_the_base(kind, base):
 
 
 def test_a_merge_into_bfloat16_rounds_once_and_says_how_much(base):
-    half = base._replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), base.params))
+    half = base.replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), base.params))
     merged = adapters.merge(half, dora())
     got = tree.flatten(merged.params)["h/attn/q/kernel"]
     want = exact(half, dora(), "h/0/attn/q", 0)
@@ -233,9 +233,9 @@ def test_a_merged_weight_is_rounded_once_where_twice_gives_another(base):
     a[0], a[1] = (2**-8, 2**-20), (2**-8, -(2**-20))
     b = np.float32([[1] * WIDTH, [2**-20] * WIDTH])
     adapter = Adapter({"h/0/attn/q": Factors(a, b, 1.0)}, {}, {})
-    wide = base._replace(params=jax.tree.map(jnp.ones_like, base.params))
+    wide = base.replace(params=jax.tree.map(jnp.ones_like, base.params))
     for own, dtypes in (
-        (base._replace(params=half), None),
+        (base.replace(params=half), None),
         (wide, {"h/attn/q/kernel": jnp.bfloat16}),
     ):
         merged = adapters.merge(own, adapter, dtypes).params["h"]["attn"]["q"]["kernel"]

@@ -18,7 +18,8 @@ from lorax import adapters, convert, ops, peft_methods, quant, tree
 from lorax.analysis import factor_svd
 from lorax.interop import hf, loralib, peft
 from lorax.interop.peft import Adapter, Factors
-from lorax.models.load import FAMILIES, skeleton, sources
+from lorax.models.families import FAMILIES
+from lorax.models.load import skeleton
 from lorax.quant import nf4
 
 MNLI = "adapters/lora_roberta_mnli/roberta_base_lora_mnli.npz"
@@ -53,7 +54,7 @@ def adapter(base, tmp_path):
         "wte": Factors(draw(40, 2), draw(2, WIDTH), 1.0),
     }
     weights = {"ln_f/bias": draw(WIDTH), "ln_f/scale": 1 + draw(WIDTH, seed=1)}
-    peft.save(tmp_path / "adapter", Adapter(own, weights, {}), sources(base[1]), "x", dropout=0.25)
+    peft.save(tmp_path / "adapter", Adapter(own, weights, {}), base[1].sources, "x", dropout=0.25)
     return tmp_path / "adapter"
 
 
@@ -238,7 +239,7 @@ def test_methods_of_low_rank_become_lora(other, base, tmp_path):
     directory, method, state = other("adalora")
     assert run("peft", directory, tmp_path / "lora", "--base", base[0]) == 0
     assert json.loads((tmp_path / "lora" / peft.CONFIG).read_text())["peft_type"] == "LORA"
-    bound = adapters.bind(base[1], peft.load(tmp_path / "lora", sources(base[1])))
+    bound = adapters.bind(base[1], peft.load(tmp_path / "lora", base[1].sources))
     want = logits_of(base[1], method.bind(*state, base[1].params, sites=base[1].sites))
     np.testing.assert_allclose(logits_of(base[1], bound), want, rtol=0, atol=1e-5)
 
@@ -291,7 +292,7 @@ def model(where, config, dtype="float32"):
     base = skeleton(str(where))
     flat = {path: draw(*leaf.shape) for path, leaf in tree.flatten(base.params).items()}
     written = config | {"torch_dtype": dtype}
-    hf.write(where, written, sources(base), flat, dict.fromkeys(flat, jnp.dtype(dtype)))
+    hf.write(where, written, base.sources, flat, dict.fromkeys(flat, jnp.dtype(dtype)))
     return where
 
 
@@ -354,7 +355,7 @@ def test_a_task_whose_head_is_not_there_is_refused(head, task, heads, tmp_path, 
         if not right:
             assert f"adapter_config.json: task_type {task!r}: " in err
             assert "FEATURE_EXTRACTION" in err and err.count("\n") == 1
-    adapter = peft.load(own, sources(ours))
+    adapter = peft.load(own, ours.sources)
     for make in (adapters.bind, adapters.merge, lambda b, a: adapters.mixed(b, [a], [0])):
         if right:
             make(ours, adapter)
@@ -501,7 +502,7 @@ def test_no_merged_model_has_numbers_that_are_none(change, tmp_path, capsys):
     own = lora(tmp_path / "own", modules, {"lora_alpha": 400})
     if change == "NaN":  # as factors would bring it that no file had
         ours = lorax.load(str(base))
-        adapter = peft.load(own, sources(ours))
+        adapter = peft.load(own, ours.sources)
         adapter.factors["h/1/attn/q"].a[0, 0] = np.nan
         with pytest.raises(ValueError, match="h/1/attn/q: holds NaN"):
             adapters.merge(ours, adapter)
@@ -523,7 +524,7 @@ def in_4_bits(where, plain):
     coded = tree.flatten(quant.quantize(base.params, sites=linear))
     tensors = safetensors.numpy.load_file(plain / "model.safetensors")
     for path in linear:
-        if "{}" not in (name := sources(base)[path].name):
+        if "{}" not in (name := base.sources[path].name):
             continue
         for i in range(LLAMA["num_hidden_layers"]):
             key, leaf = name.format(i), jax.tree.map(lambda x, i=i: x[i], coded[path])
@@ -561,7 +562,7 @@ def test_a_base_in_4_bits_is_decoded_or_its_model_is_given(options, coded, tmp_p
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config and config["dtype"] == "bfloat16"
     back, ours = lorax.load(str(tmp_path / "out")), lorax.load(str(onto))
-    merged = adapters.merge(ours, peft.load(own, sources(ours))).params
+    merged = adapters.merge(ours, peft.load(own, ours.sources)).params
     plainly = lambda leaf, site: np.asarray(ops.dense(leaf, site)).astype(jnp.bfloat16)
     for path, leaf in tree.flatten(back.params).items():
         want = plainly(tree.flatten(merged)[path], ours.sites.get(path))
@@ -629,7 +630,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(
 ):
     np.savez(tmp_path / "wide.npz", **{"x.lora_A": draw(1, 8), "x.lora_B": draw(8, 1)})
     wide = {"h/0/attn/q": Factors(draw(8, 1), draw(1, WIDTH), 1.0)}
-    peft.save(tmp_path / "wide", wide, sources(base[1]), "x")
+    peft.save(tmp_path / "wide", wide, base[1].sources, "x")
     before = sorted(tmp_path.rglob("*"))
     places = dict(tmp=tmp_path, adapter=adapter, base=base[0])
     assert run(*(word.format(**places) for word in arguments.split())) == 2

@@ -183,7 +183,7 @@ def test_what_can_not_be_completed_says_why():
     with pytest.raises(ValueError, match=r"prompt 0: \\ud83d is half of a character"):
         decode.complete(base, ["a\ud83d"])
     with pytest.raises(ValueError, match="has no tokenizer.json"):
-        decode.complete(base._replace(vocabulary=None), ["a"])
+        decode.complete(base.replace(vocabulary=None), ["a"])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import pytest
 import lorax
 from lorax import adapters, decode, generate, peft_methods
 from lorax.interop import peft
-from lorax.models import sources
 
 PROMPTS = ["Near the river", "name = The Red Fox ; food = Thai =>", "Once upon a time", "The"]
 
@@ -33,7 +32,7 @@ def directories(base, tmp_path_factory):
         )
         adapter = adapters.from_state(base, state._replace(trainable=trainable))
         found.append(tmp_path_factory.mktemp("adapter") / str(seed))
-        peft.save(found[-1], adapter, sources(base), "gpt2-nano")
+        peft.save(found[-1], adapter, base.sources, "gpt2-nano")
     return found
 
 
@@ -44,7 +43,7 @@ def texts(base, prompts, params, how):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_rows_with_adapters_of_their_own_are_what_separate_runs_write(base, directories, beams):
     how = decode.How(new_tokens=12, beams=beams)
-    loaded = [None, *(peft.load(path, sources(base)) for path in directories)]
+    loaded = [None, *(peft.load(path, base.sources) for path in directories)]
     rows = [0, 1, 2, 1, 2, 0, 2]
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(rows))]
     mixed = adapters.mixed(base, loaded, rows)

@@ -78,7 +78,7 @@ def members_of(base="tiny-gpt2", ranks=(8,), **changes):
 def real_stack(members):
     """(`Base`, `Stack`) with arrays in place of shapes."""
     base, _ = plan.shapes(members)
-    base = base._replace(params=jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), base.params))
+    base = base.replace(params=jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), base.params))
     return base, sweep.stack(members, sweep.build_methods(members, base), base)
 
 
@@ -318,7 +318,7 @@ resident = lambda key: next(
 filled = lambda t: jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype), t)
 stacked = sweep.stack(members, shaped.methods, base)  # adapters alone; reads no weights
 before = resident("VmRSS")
-base = base._replace(params=filled(base.params))
+base = base.replace(params=filled(base.params))
 batches = jax.tree.map(lambda x: jnp.ones((1, *x.shape), x.dtype), batch)
 state, logs = programs.train(base.params, stacked.constants, stacked.hyper, stacked.state, batches)
 assert jnp.isfinite(logs["loss"]).all()

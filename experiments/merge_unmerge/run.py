@@ -23,7 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import lorax
-from lorax import adapters, methods, models, peft_methods, tree
+from lorax import adapters, methods, peft_methods, tree
 from lorax.analysis.figures.style import COLOURS, GREY, MARKERS, STYLE
 from lorax.interop import peft
 from lorax.models.load import ASSETS
@@ -183,7 +183,7 @@ def by_peft(base, method, state, directory, dtype) -> dict:
             peft_methods.save(out, method, state, base, directory)
         else:
             adapter = adapters.exported(method, state, base)
-            peft.save(out, adapter, models.sources(base), directory)
+            peft.save(out, adapter, base.sources, directory)
         model = PeftModel.from_pretrained(model, out)
         read = lambda: {
             name: p.detach().float().numpy().copy()

@@ -106,7 +106,7 @@ def _taps(base: Base, flat: dict, paths, kind: str) -> dict:
         site, top = base.sites[path], path.partition("/")[0]
         if site.kind != "linear" or (site.ins, site.outs) != ((0,), (1,)):
             raise ValueError(f"paths: {path}: the inputs of its kind, {site.kind}, can't be read")
-        if hasattr(base.module, "hidden") and top in base.module.head:
+        if top in base.traits.head:
             raise ValueError(f"paths: {path}: a language model's head is read in parts, not whole")
         axes, n_in, _ = site.matrix_shape(flat[path].shape)
         size = n_in + (kind == "moments")

@@ -4,35 +4,21 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import linen as nn
 
-from lorax import fields, intercept, ops, tree, vocabulary
+from lorax import fields, intercept, tree, vocabulary
 from lorax.errors import nearest
 from lorax.files import read_json
 from lorax.interop import hf
-from lorax.models import bert, deberta, falcon, gpt2, llama, vision, vit
+from lorax.models.base import Base, numbered
+from lorax.models.families import FAMILIES, WHOLE, traits
 from lorax.models.shapes import architecture
 from lorax.quant import bnb
-from lorax.vocabulary import Vocabulary
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
-#: Hugging Face's model_type -> (family module, its Linen class)
-FAMILIES = {
-    "gpt2": (gpt2, gpt2.GPT2),
-    **dict.fromkeys(("llama", "mistral", "qwen2"), (llama, llama.Llama)),
-    "falcon": (falcon, falcon.Falcon),
-    **dict.fromkeys(("bert", "roberta"), (bert, bert.BERT)),
-    "deberta-v2": (deberta, deberta.DeBERTa),
-    "vit": (vit, vit.ViT),
-    "mlp": (vision, vision.MLP),
-    "lenet": (vision, vision.LeNet),
-}
 #: What is read of a config.json of any family, and of its "quantization_config".
 DESCRIBED = {
     "model_type": fields.TEXT,
@@ -40,36 +26,6 @@ DESCRIBED = {
     "quantization_config": fields.optional(fields.OBJECT),
 }
 CODED = {"load_in_4bit": fields.FLAG, "quant_method": fields.TEXT}
-#: Families without a body that others have trained: their networks are drawn, and then trained, as
-#: a whole, and no head is newer than the rest.
-WHOLE = ("mlp", "lenet")
-
-
-class Base(NamedTuple):
-    """A frozen model.
-
-    module: Linen module; params: its "params" collection; config: the family's Config;
-    vocabulary: its tokenizer with the ids that mean something, or None; sites: {path: `ops.Site`}
-    of what can be adapted; family: Hugging Face's model_type; name: as given to `load`; sha256: of
-    the weight files ("random" for random weights); fresh: paths of a head that the files do not
-    hold and that was drawn at random.
-    """
-
-    module: nn.Module
-    params: dict
-    config: object
-    vocabulary: Vocabulary | None
-    sites: dict[str, ops.Site]
-    family: str
-    name: str
-    sha256: str
-    fresh: tuple[str, ...] = ()
-    directory: Path | None = None
-
-    @property
-    def tokenizer(self):
-        """The `tokenizers.Tokenizer`, or None."""
-        return self.vocabulary and self.vocabulary.tokenizer
 
 
 def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
@@ -94,8 +50,7 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
     else:
         head = tuple(path for path in shapes if path.startswith("head/"))
         sizes = {path: leaf.shape for path, leaf in shapes.items()}
-        source, _ = FAMILIES[base.family]
-        where = source.hf_tensors(base.config)
+        where = base.sources
         flat = bnb.read(directory, where, sizes)
         _check_size(base, directory)
         where = {path: own for path, own in where.items() if path not in flat}
@@ -109,7 +64,7 @@ def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> B
     rows = getattr(base.config, "vocab_size", None)
     words = vocabulary.read(directory, rows) if directory else None
     own = None if random else directory
-    return base._replace(params=params, vocabulary=words, sha256=sha256, fresh=fresh, directory=own)
+    return base.replace(params=params, vocabulary=words, sha256=sha256, fresh=fresh, directory=own)
 
 
 def skeleton(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
@@ -132,15 +87,14 @@ def _build(name: str, weights: bool, dtype, param_dtype, run: dict):
         raw = read_json(directory / "config.json")
     family = family_of(name, raw)
     config = config_of(name, raw, dtype=dtype, **run)
-    source, model = FAMILIES[family]
+    _, model = FAMILIES[family]
     module = model(config)
     # Traced, not made: images may be large.
-    inputs = getattr(source, "example", lambda config: jnp.zeros((1, 1), jnp.int32))
-    example = jax.eval_shape(lambda: inputs(config))
-    init = lambda: module.init(jax.random.key(seed), inputs(config))["params"]
+    about = traits(family, config)
+    init = lambda: module.init(jax.random.key(seed), about.example())["params"]
     stored = lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype)
     params = jax.tree.map(stored, jax.eval_shape(init))
-    sites = intercept.sites(module, params, example)
+    sites = intercept.sites(module, params, jax.eval_shape(about.example))
     in_files = "SequenceClassification" in str(raw.get("architectures"))
     found = not random and (in_files or getattr(config, "head", None) != "classification")
     head = tuple(p for p in tree.flatten(params) if p.startswith("head/"))
@@ -222,49 +176,22 @@ def config_fields(family: str) -> tuple[str, ...]:
     return tuple(model.__dataclass_fields__["config"].type.__dataclass_fields__)
 
 
-def kernels(base: Base) -> dict[str, np.ndarray]:
-    """{layer path without its last word: (in, out) float32} of every adaptable weight.
-
-    Stacked weights come apart: "h/attn/q/kernel" (L, in, out) gives "h/0/attn/q", "h/1/attn/q"...
-    """
-    flat = tree.flatten(base.params)
-    out = {}
-    for path, site in base.sites.items():
-        matrix = np.asarray(site.to_matrix(ops.dense(flat[path], site)), np.float32)
-        for name, index in layer_names(path, site, flat[path].shape).items():
-            out[name] = matrix[index]
-    return out
+def layer_names(path: str, site, shape) -> dict[str, tuple[int, ...]]:
+    """`Base.layers_of` without a base."""
+    return {
+        name.rpartition("/")[0]: index
+        for name, index in numbered(path, tuple(shape[: site.stack])).items()
+    }
 
 
-def layer_names(path: str, site: ops.Site, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """{name of one layer's weight: its index in the stack}: "h/attn/q/kernel" -> "h/3/attn/q"."""
-    parents = path.rsplit("/", 1)[0]
-    if not site.stack:
-        return {parents: ()}
-    head, _, rest = parents.partition("/")
-    indices = np.ndindex(*shape[: site.stack])
-    return {"/".join((head, *map(str, i), *filter(None, [rest]))): i for i in indices}
+def parameter_layers(path: str, value, base: Base) -> dict:
+    """`Base.parts_of`."""
+    return {name: value[i[0]] if i else value for name, i in base.parts_of(path).items()}
 
 
-def parameter_layers(path: str, value, base: Base) -> dict[str, np.ndarray]:
-    """{path with the layer in it: its own part} of any parameter: "h/attn/q/bias" (L, out) gives
-    "h/0/attn/q/bias" ...; one that is not stacked keeps its path."""
-    if "{}" not in sources(base)[path].name:
-        return {path: value}
-    head, rest = path.split("/", 1)
-    return {f"{head}/{i}/{rest}": value[i] for i in range(len(value))}
-
-
-def sources(base: Base) -> dict[str, hf.Source]:
-    """{parameter path: where it lies in Hugging Face's tensors}."""
-    return FAMILIES[base.family][0].hf_tensors(base.config)
-
-
-def positions(config) -> int | None:
-    """Most tokens that a model of this config reads, None where nothing limits them."""
-    names = ("n_positions", "max_position_embeddings")
-    rows = next((getattr(config, name) for name in names if hasattr(config, name)), None)
-    return rows and rows - getattr(config, "first_position", 0)
+def sources(base: Base) -> dict:
+    """`Base.sources`."""
+    return base.sources
 
 
 def find(name: str, weights: bool = True) -> Path:

@@ -10,7 +10,8 @@ import numpy as np
 from lorax import ops, tree, vocabulary
 from lorax.files import atomically, read_json, write_json
 from lorax.interop import hf
-from lorax.models.load import FAMILIES, Base, sources
+from lorax.models.base import Base
+from lorax.models.families import FAMILIES
 from lorax.vocabulary import Vocabulary
 
 
@@ -31,7 +32,7 @@ def save(directory: str | Path, base: Base, dtype=None) -> None:
     for path, leaf in flat.items():
         sizes[dtypes[path].name] += leaf.size
     stated = sizes.most_common(1)[0][0]
-    config = FAMILIES[base.family][0].hf_config(base.config)
+    config = dict(base.traits.config)
     if base.directory is not None:
         theirs = read_json(base.directory / "config.json")
         config = _carried(theirs, config, base)
@@ -40,7 +41,7 @@ def save(directory: str | Path, base: Base, dtype=None) -> None:
     if base.directory is not None or stated != "float32":
         config |= {"dtype": stated, "torch_dtype": stated}  # transformers 5's word, and 4's
     ids = _special_ids(base.vocabulary) if _new_vocabulary(base) else {}
-    hf.write(directory, config | ids, sources(base), flat, dtypes)
+    hf.write(directory, config | ids, base.sources, flat, dtypes)
     for pattern in hf.SIDE if base.directory is not None else ():
         for file in base.directory.glob(pattern):
             copy = lambda temporary, file=file: shutil.copyfile(file, temporary)
@@ -60,7 +61,7 @@ def stored_dtypes(base: Base) -> dict[str, np.dtype]:
     if base.directory is None:
         return own
     shapes = {path: leaf.shape for path, leaf in flat.items()}
-    return own | hf.dtypes(base.directory, sources(base), shapes)
+    return own | hf.dtypes(base.directory, base.sources, shapes)
 
 
 def _carried(theirs: dict, ours: dict, base: Base) -> dict:

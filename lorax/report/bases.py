@@ -30,11 +30,11 @@ def load(name: str) -> Kernels:
 
 
 def with_sources(name: str) -> tuple[Kernels, dict[str, Any]]:
-    """`load`, and where the model's parameters lie in Hugging Face's tensors (`models.sources`)."""
+    """`load`, and where the model's parameters lie in Hugging Face's tensors (`Base.sources`)."""
     from lorax import models
 
     base = models.load(name)
-    return {path: np.asarray(w) for path, w in models.kernels(base).items()}, models.sources(base)
+    return {path: np.asarray(w) for path, w in models.kernels(base).items()}, base.sources
 
 
 def here(name: str) -> str | None:

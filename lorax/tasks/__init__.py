@@ -20,7 +20,6 @@ import numpy as np
 from lorax import config as configs
 from lorax.errors import nearest
 from lorax.models import Base
-from lorax.models.load import positions
 from lorax.tasks import e2e, glue, instruct, planted, restaurants, samsum, text, vision, wikisql
 from lorax.tasks.rows import Prompt, Rows, Task, check_n_train, count
 from lorax.vocabulary import Vocabulary
@@ -126,18 +125,18 @@ def outputs(config: Mapping[str, Any]) -> int:
 def check_base(config: Mapping[str, Any], base: Base, seq_len: int) -> None:
     """Raises ValueError where a base is not of the kind that the task `config` names needs."""
     name, what = _known(config), f"base: {base.name} ({base.family})"
-    if name in ARRAYS and not hasattr(base.config, "image_shape"):
+    if name in ARRAYS and base.input_shape is None:
         raise ValueError(
             f"{what} reads tokens, and task {name!r} has arrays: it needs a base like "
             "random:mnist-fc, random:mnist-lenet or random:mlp-64-32-10"
         )
     if name in ARRAYS:
         return
-    if hasattr(base.config, "image_shape"):
+    if base.input_shape is not None:
         raise ValueError(f"{what} reads images, and task {name!r} has texts: it needs another base")
-    if not outputs(config) and not hasattr(base.module, "empty_cache"):
+    if not outputs(config) and not base.causal:
         raise ValueError(f"{what} is no causal model: {name}")
-    most = positions(base.config) or seq_len
+    most = base.positions or seq_len
     if seq_len > most:
         raise ValueError(f"train.seq_len: {seq_len} given, {base.name} has {most} positions")
 

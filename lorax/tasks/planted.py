@@ -29,7 +29,6 @@ import numpy as np
 from lorax import intercept, ops, tree
 from lorax.errors import nearest
 from lorax.models import Base
-from lorax.models.load import layer_names
 from lorax.tasks.rows import Rows, Task, check_n_train, count
 
 #: singular values of a planted update of rank r, before it is scaled to its norm
@@ -49,9 +48,9 @@ def load(config: Mapping[str, Any], base: Base) -> Task:
         deviation over that of teacher(x) - base(x), >= 0), `inputs` (the p that inputs span; None:
         all), `examples` (train rows), `n_train` (the first so many of them), `seed` (of all that
         is drawn: updates, inputs and noise each have a stream of their own).
-    base: any whose config has an `image_shape`; kernels that are no linear layer's stay.
+    base: any whose `input_shape` is set; kernels that are no linear layer's stay.
 
-    Rows: "inputs" (N, *image_shape), "label" (N, k), "weight" (N,), all float32. `Task.facts` has
+    Rows: "inputs" (N, *input_shape), "label" (N, k), "weight" (N,), all float32. `Task.facts` has
     the truth: "planted" {layer: the r* singular values of its dW*}, "planted_dim" (d* of all
     parameters together; None where there is more than one layer, whose solutions are no linear
     space).
@@ -68,7 +67,7 @@ def load(config: Mapping[str, Any], base: Base) -> Task:
     changed, sigmas = dict(flat), {}
     for path, site in _linear(base).items():
         matrix = np.array(site.to_matrix(ops.dense(flat[path], site)), np.float64)
-        for name, index in layer_names(path, site, flat[path].shape).items():
+        for name, index in base.layers_of(path).items():
             rng = stream(0, list(kernels).index(name))
             norm = config["strength"] * np.linalg.norm(matrix[index])
             sigma = singular_values(config["spectrum"], ranks[name], norm)
@@ -79,12 +78,12 @@ def load(config: Mapping[str, Any], base: Base) -> Task:
     teacher = tree.unflatten(changed)
 
     # ------------------------------------------------------------------------------------- rows
-    n = int(np.prod(base.config.image_shape))
+    n = int(np.prod(base.input_shape))
     p = n if config["inputs"] is None else config["inputs"]
     q = np.eye(n) if p == n else _orthonormal(stream(1), n, p)
     xi = stream(2).standard_normal((EVAL_ROWS + examples, p))  # the eval rows first: they stay
     inputs = (xi @ q.T).astype(np.float32)
-    images = inputs.reshape(-1, *base.config.image_shape)
+    images = inputs.reshape(-1, *base.input_shape)
     right = np.asarray(intercept.apply(base.module, teacher, images), np.float32)
     if right.ndim != 2:
         raise ValueError(
@@ -152,9 +151,8 @@ def _kernels(base: Base) -> dict[str, tuple[int, int]]:
     """{layer: (in, out)} of the linear layers' kernels, in the order of their paths."""
     flat, found = tree.flatten(base.params), {}
     for path, site in _linear(base).items():
-        shape = flat[path].shape
-        size = site.matrix_shape(shape)[1:]
-        found |= dict.fromkeys(layer_names(path, site, shape), size)
+        size = site.matrix_shape(flat[path].shape)[1:]
+        found |= dict.fromkeys(base.layers_of(path), size)
     return found
 
 
@@ -168,12 +166,12 @@ def _check(config, base: Base, kernels: dict[str, tuple[int, int]]) -> dict[str,
     whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
     if not kernels:
         raise ValueError(f"base: {base.name} has no linear layer to plant an update in")
-    if not hasattr(base.config, "image_shape"):
+    if base.input_shape is None:
         raise ValueError(
             f"base: {base.name} ({base.family}) reads no arrays; task 'planted' needs a base that "
             "does, such as random:mlp-64-64"
         )
-    n = int(np.prod(base.config.image_shape))
+    n = int(np.prod(base.input_shape))
     known = ", ".join(SPECTRA)
     hint = nearest(str(config["spectrum"]), SPECTRA)
     need("spectrum", config["spectrum"] in SPECTRA, f"must be one of {known}{hint}")

@@ -121,11 +121,11 @@ def _rows(images: np.ndarray, labels: np.ndarray, order: np.ndarray | None) -> R
 
 def _check_fits(name: str, base: Base, shape: tuple[int, int, int]) -> None:
     """Raises ValueError where a base reads other images, or has another number of scores."""
-    reads, scores = base.config.image_shape, base.config.labels
+    reads, scores = base.input_shape, base.traits.outputs
     # An MLP takes any image of as many values, which it lays in a row.
-    fits = reads == shape or (base.family == "mlp" and math.prod(reads) == math.prod(shape))
+    fits = reads == shape or (base.traits.flat and math.prod(reads) == math.prod(shape))
     if not fits:
-        given = f"{reads[1]} values" if base.family == "mlp" else f"images of {_times(reads)}"
+        given = f"{reads[1]} values" if base.traits.flat else f"images of {_times(reads)}"
         raise ValueError(
             f"base: {base.name} ({base.family}) reads {given}; task {name!r} has images of "
             f"{_times(shape)}, {math.prod(shape)} values"

@@ -16,7 +16,7 @@ from lorax.train import sweep
 
 def check(base: Base, rows: int) -> None:
     """Raises ValueError where `config.analysis.cka` asks for what a base doesn't have."""
-    if rows and (hasattr(base.config, "image_shape") or not hasattr(base.module, "hidden")):
+    if rows and not base.traits.stream:
         raise ValueError(
             f"analysis.cka: {rows} given, but {base.name} ({base.family}) reads images; what is "
             "compared is the residual stream of models that read texts; leave it at 0"

@@ -8,8 +8,7 @@ import numpy as np
 
 from lorax import methods, ops, tasks, tree
 from lorax.methods import sensitivity, starts
-from lorax.models import Base
-from lorax.models.load import layer_names, load
+from lorax.models import Base, load
 
 BATCHES = 8  # that evidence is taken from, where `method.batches` says nothing
 AUTO = "auto"
@@ -113,7 +112,7 @@ def decide(member, hp: Mapping, base: Base, task: tasks.Task, seen: dict) -> tup
     ranks = starts.by_path(everything | chosen)
     found = dict(hp) | {"rank": rank, "ranks": ranks}
     found["targets"] = tuple(f"re:{re.escape(path)}" for path in ranks)
-    return found, _rows(ranking, chosen, base, shapes)
+    return found, _rows(ranking, chosen, base)
 
 
 def _even(budget: int, costs: list[int], n: int) -> int:
@@ -144,10 +143,10 @@ def _automatic(hp: Mapping) -> int:
     return int(number)
 
 
-def _rows(ranking, chosen, base: Base, shapes) -> list[dict]:
+def _rows(ranking, chosen, base: Base) -> list[dict]:
     names = {}
     for path in {m.path for m in ranking}:
-        for name, index in layer_names(path, base.sites[path], shapes[path]).items():
+        for name, index in base.layers_of(path).items():
             names[path, index] = name
     return [
         {

@@ -19,8 +19,8 @@ from lorax.errors import keep, nearest, reason
 from lorax.files import write_bytes
 from lorax.interop import peft
 from lorax.methods import prefix
-from lorax.models import Base, load, sources
-from lorax.models.load import positions, skeleton
+from lorax.models import Base, load
+from lorax.models.load import skeleton
 from lorax.tasks import metrics
 from lorax.train import activations, checkpoint, evidence, sweep, trajectory
 
@@ -84,7 +84,7 @@ def prepare(
             if c.quant:
                 params = quant.quantize(base.params, c.quant, c.double_quant, sites=base.sites)
                 params = quant.placed(params, jax.local_devices()[0], c.dtype)
-                base = base._replace(params=params)
+                base = base.replace(params=params)
             bases[key] = base
             say(
                 f"base {c.base}: {base.family}, {tree.count(base.params):,} parameters, "
@@ -167,7 +167,7 @@ def virtual_tokens(group: Group) -> int:
 
 def check_positions(group: Group) -> None:
     """Raises ValueError where virtual tokens leave a base no positions for its texts."""
-    c, most = group.stack.members[0].config, positions(group.base.config)
+    c, most = group.stack.members[0].config, group.base.positions
     columns, ahead = tasks.columns(group.task.train), virtual_tokens(group)
     if most and columns and ahead:
         columns -= "mask" in group.task.train  # a language model does not read the last one
@@ -547,7 +547,7 @@ def export(directory: Path, member: Member, method, trainable, constants, group:
             peft.save(
                 directory,
                 adapter,
-                sources(base),
+                base.sources,
                 member.config.base,
                 dropout=method.hp.get("dropout", 0.0),
                 task_type=kind,

@@ -222,9 +222,7 @@ def layout(n_members: int, train, base: Base, devices=None) -> Layout:
 
 def row_tokens(train, base: Base) -> int:
     """Tokens of a row, at most: an image is one, or as many as it has patches."""
-    if hasattr(base.config, "image_shape"):
-        return getattr(base.config, "positions", 1)
-    return train.seq_len
+    return train.seq_len if base.input_shape is None else base.traits.array_positions
 
 
 def _good_width(tokens: int, base: Base, platform: str) -> int:

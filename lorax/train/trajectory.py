@@ -18,7 +18,6 @@ from threadpoolctl import threadpool_limits
 
 from lorax.files import atomically
 from lorax.models import Base
-from lorax.models.load import layer_names
 
 DIRECTIONS = 4  # leading input directions that are kept
 WIDEST = 512  # shorter side up to which an update without factors is taken apart
@@ -92,8 +91,7 @@ def write(file: Path, found: dict[str, Spectrum], members, base: Base) -> None:
     """
     arrays = {"members": np.array([member.index for member in members], np.int32)}
     for path, spectrum in found.items():
-        shape = spectrum.used.shape[1:]
-        for name, index in layer_names(path, base.sites[path], shape).items():
+        for name, index in base.layers_of(path).items():
             for kind, x in spectrum._asdict().items():
                 arrays[f"{name}/{kind}"] = np.ascontiguousarray(x[:, *index])
     atomically(file, lambda temporary: save_file(arrays, temporary))

@@ -31,7 +31,7 @@ from lorax import adapters
 from lorax.interop import peft
 from lorax.interop.peft import Adapter, Factors
 from lorax.models import gpt2
-from lorax.models.load import FAMILIES, sources
+from lorax.models.families import FAMILIES
 
 FOREIGN = "adapters/peft_gpt2_lora"
 
@@ -394,14 +394,14 @@ def test_peft_and_we_compute_the_same_with_each_others_files(case, made, tmp_pat
     expected = torch_logits(model)
     assert np.abs(expected - before).max() > 0.5
 
-    adapter = peft.load(tmp_path / "theirs", sources(base))
+    adapter = peft.load(tmp_path / "theirs", base.sources)
     ours = jit(functools.partial(lorax.apply, base.module))(adapters.bind(base, adapter), TOKENS)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
 
     running = as_running(tmp_path / "theirs", model, tmp_path / "running")
-    assert_same(peft.load(running, sources(base)), adapter)
+    assert_same(peft.load(running, base.sources), adapter)
 
-    peft.save(tmp_path / "ours", adapter, sources(base), str(directory), task_type=task)
+    peft.save(tmp_path / "ours", adapter, base.sources, str(directory), task_type=task)
     again = library.PeftModel.from_pretrained(reference(name, directory), tmp_path / "ours").eval()
     np.testing.assert_allclose(torch_logits(again), expected, rtol=0, atol=1e-4)
-    assert_same(peft.load(tmp_path / "ours", sources(base)), adapter)
+    assert_same(peft.load(tmp_path / "ours", base.sources), adapter)

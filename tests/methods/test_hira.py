@@ -66,7 +66,7 @@ def test_the_update_is_the_dense_formula(hira):
 
 def test_a_leaf_of_its_own_on_a_quantised_base(hira):
     base = lorax.load("gpt2-nano")
-    base = base._replace(params=quant.quantize(base.params, "nf4", sites=base.sites))
+    base = base.replace(params=quant.quantize(base.params, "nf4", sites=base.sites))
     method = lorax.method("hira", rank=3)
     state = moved(method.init(jax.random.key(0), base.params, base.sites))
     bound = method.bind(*state, base.params)
@@ -292,7 +292,7 @@ def test_what_does_not_fit_is_named(run, hira, tmp_path):
         )
         assert one.read_bytes() == other.read_bytes()
     cut = lambda x: x[..., :64] if x.ndim == 3 else x
-    narrow = base._replace(params=jax.tree.map(cut, base.params))
+    narrow = base.replace(params=jax.tree.map(cut, base.params))
     with pytest.raises(ValueError, match="state.safetensors: .*does not fit|.*has .* there"):
         states.load(run / "run" / "adapters" / "3", narrow)
     (tmp_path / "copy" / "method.json").write_text('{"name": "hira"}')

@@ -95,7 +95,7 @@ def test_remat_and_segments_change_nothing(pair, found):
     for row, end in enumerate((10, 7, 4)):
         segments[:, row, :end] = 1
     module = base.module.clone(config=dataclasses.replace(base.config, remat="full"))
-    base, batches = base._replace(module=module), batches | {"segments": segments}
+    base, batches = base.replace(module=module), batches | {"segments": segments}
     again = sensitivity.evidence(base, batches, PATHS, sensitivity.KINDS)
     for path, kinds in found.items():
         for kind, want in kinds.items():

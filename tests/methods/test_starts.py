@@ -15,7 +15,6 @@ import lorax
 from lorax import adapters, methods, tree
 from lorax.interop import peft as adapter_files
 from lorax.methods import sensitivity, starts
-from lorax.models.load import sources
 
 RANK, ALPHA = 4, 8.0
 #: our path -> PEFT's module
@@ -115,7 +114,7 @@ def test_what_is_exported_is_the_whole_update_and_peft_loads_it(pair, evidence, 
         np.testing.assert_allclose(delta[path], want, atol=1e-5)
         np.testing.assert_allclose(s[:, None, None] * (a @ b), want, atol=1e-5)
     adapter = adapters.exported(method, state, base)
-    adapter_files.save(tmp_path, adapter, sources(base), "base")
+    adapter_files.save(tmp_path, adapter, base.sources, "base")
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path))
     with torch.no_grad():
         theirs = parity.logits_torch(loaded)

@@ -13,7 +13,7 @@ from support import require
 import lorax
 from lorax import models, tree
 from lorax.models import falcon
-from lorax.models.load import FAMILIES
+from lorax.models.families import FAMILIES
 
 TINY = dict(vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=6)
 NEW = dict(new_decoder_architecture=True, num_kv_heads=2)

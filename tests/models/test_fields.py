@@ -13,7 +13,8 @@ import pytest
 import lorax
 from lorax import fields, models, tree
 from lorax.models import falcon, llama
-from lorax.models.load import FAMILIES, config_fields, skeleton
+from lorax.models.families import FAMILIES
+from lorax.models.load import config_fields, skeleton
 
 ENCODER = {
     "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -13,7 +13,7 @@ from support import data, require
 import lorax
 from lorax import models, tree
 from lorax.models import layers, llama
-from lorax.models.load import FAMILIES
+from lorax.models.families import FAMILIES
 
 TINY = dict(
     vocab_size=40,

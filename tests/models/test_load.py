@@ -20,7 +20,8 @@ from tokenizers.models import WordLevel
 import lorax
 from lorax import models, tree
 from lorax.models import gpt2
-from lorax.models.load import FAMILIES, WHOLE, config_fields, positions, skeleton
+from lorax.models.families import FAMILIES, WHOLE
+from lorax.models.load import config_fields, skeleton
 
 CONFIG = dict(vocab_size=20, n_positions=6, n_embd=8, n_layer=3, n_head=2)
 
@@ -273,10 +274,10 @@ def test_image_classifiers_are_saved_and_loaded(name, tmp_path):
     back = lorax.load(str(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, back.params, base.params)
     assert (back.config, back.sites, back.fresh) == (base.config, base.sites, ())
-    assert {*models.sources(base)} == {*tree.flatten(base.params)}
+    assert {*base.sources} == {*tree.flatten(base.params)}
     drawn = lorax.load(f"random:{tmp_path}@1")
     jax.tree.map(np.testing.assert_array_equal, drawn.params, base.params)
-    assert positions(base.config) is None
+    assert base.positions is None
 
 
 def test_kernels_of_a_convolution_are_matrices_of_windows():

@@ -10,7 +10,7 @@ from support import few
 import lorax
 from lorax import intercept, leaves, methods, ops, quant, tree
 from lorax.models import layers, vision
-from lorax.models.load import FAMILIES
+from lorax.models.families import FAMILIES
 
 #: One a file of `lorax.models`: what transformers' config.json would say.
 SMALL = {

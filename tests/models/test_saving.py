@@ -45,7 +45,7 @@ def directory_of(where, config, dtype=np.float32, **tensors):
     (where / "config.json").write_text(json.dumps(config))
     base, rng = skeleton(str(where)), np.random.default_rng(0)
     flat = {p: rng.standard_normal(x.shape) for p, x in tree.flatten(base.params).items()}
-    hf.write(where, config, models.sources(base), flat, dict.fromkeys(flat, np.dtype(dtype)))
+    hf.write(where, config, base.sources, flat, dict.fromkeys(flat, np.dtype(dtype)))
     if tensors:
         file = where / "model.safetensors"
         safetensors.numpy.save_file(safetensors.numpy.load_file(file) | tensors, file)
@@ -85,7 +85,7 @@ def test_a_vocabulary_of_the_users_own_is_written(tmp_path):
     (theirs / "generation_config.json").write_text('{"eos_token_id": 0, "temperature": 0.6}')
     Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(theirs / "tokenizer.json"))
     base = lorax.load(str(theirs))
-    models.save(tmp_path / "ours", base._replace(vocabulary=base.vocabulary._replace(ends=(1,))))
+    models.save(tmp_path / "ours", base.replace(vocabulary=base.vocabulary._replace(ends=(1,))))
     assert lorax.load(str(tmp_path / "ours")).vocabulary.ends == (1,)
     generation = json.loads((tmp_path / "ours/generation_config.json").read_text())
     assert generation["temperature"] == 0.6 and generation["eos_token_id"] == 1
@@ -188,14 +188,14 @@ def test_no_model_is_written_with_numbers_that_are_none(value, words, tmp_path):
     flat = tree.flatten(base.params)
     flat["h/mlp/up/kernel"] = flat["h/mlp/up/kernel"].at[1, 2, 3].set(value)
     with pytest.raises(ValueError, match=f"^transformer.h.1.mlp.c_fc.weight: {words}"):
-        models.save(tmp_path / "ours", base._replace(params=tree.unflatten(flat)))
+        models.save(tmp_path / "ours", base.replace(params=tree.unflatten(flat)))
     assert not (tmp_path / "ours").exists()
 
 
 def test_weights_in_codes_are_saved_decoded(tmp_path):
     theirs = directory_of(tmp_path / "theirs", LLAMA | {"quantization_config": None})
     base = lorax.load(str(theirs))
-    coded = base._replace(params=quant.quantize(base.params, sites=base.sites))
+    coded = base.replace(params=quant.quantize(base.params, sites=base.sites))
     models.save(tmp_path / "ours", coded)
     back = lorax.load(str(tmp_path / "ours"))
     assert "quantization_config" not in fields(tmp_path / "ours")

@@ -12,6 +12,7 @@ from lorax.analysis.calibration import knee
 from lorax.config import default
 from lorax.methods import lora
 from lorax.models import Base, vision
+from lorax.models.families import Traits
 from lorax.tasks import planted
 
 
@@ -177,9 +178,9 @@ def test_a_mistake_is_one_clear_error(layer, changes, message):
 
 def test_a_base_that_does_not_fit(layer):
     with pytest.raises(ValueError, match="base: .* has no linear layer"):
-        task(layer._replace(sites={}))
+        task(layer.replace(sites={}))
     with pytest.raises(ValueError, match="base: .* reads no arrays"):
-        task(layer._replace(config=None))
+        task(layer.replace(traits=Traits()))
 
 
 def test_the_knee_of_what_lora_learns_is_the_planted_rank():

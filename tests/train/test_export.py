@@ -11,7 +11,6 @@ import safetensors.numpy
 import lorax
 from lorax import adapters, peft_methods, tree
 from lorax.interop import peft
-from lorax.models import sources
 from lorax.train import loop
 
 LORA = (peft.CONFIG, peft.WEIGHTS)
@@ -65,7 +64,7 @@ def test_peft_gets_its_files(name, hp, files, base, tmp_path):
     assert config["base_model_name_or_path"] == "some/base"
     if method.factors is not None:
         assert config["peft_type"] == "LORA"
-        assert len(peft.load(tmp_path, sources(base)).factors) == 4
+        assert len(peft.load(tmp_path, base.sources).factors) == 4
         return
     again, own = peft_methods.load(tmp_path, base)
     assert again.name == name

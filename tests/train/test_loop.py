@@ -10,7 +10,7 @@ from support import data
 
 from lorax import adapters, config, losses, tasks
 from lorax.interop import peft
-from lorax.models import load, sources
+from lorax.models import load
 from lorax.train import loop, sweep
 
 
@@ -128,7 +128,7 @@ def test_adapters_of_an_mlp_are_pefts(base, tmp_path):
     stored = json.loads((tmp_path / "adapters/0/adapter_config.json").read_text())
     assert stored["task_type"] is None and "head" in stored["target_modules"]
     own = load(base)
-    adapter = peft.load(tmp_path / "adapters/0", sources(own))
+    adapter = peft.load(tmp_path / "adapters/0", own.sources)
     task = tasks.build({"name": "digits", "n_train": 32}, None, 1, 50, own)
     total, weight, scores = losses.array_loss(own.module, adapters.bind(own, adapter), task.eval)
     np.testing.assert_allclose(total / weight, rows[0]["eval_loss"], rtol=1e-5)

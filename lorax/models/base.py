@@ -1,0 +1,180 @@
+"""`Base`: a frozen model, and where each of its layers lies.
+
+Three names belong to one weight: a layer ("h/3/attn/q"), the parameter that holds it, stacked with
+the other layers ("h/attn/q/kernel", at index 3), and the tensor that Hugging Face stores it in
+("transformer.h.3.attn.c_attn.weight", columns 0 to 767). `Base` has the table between them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from flax import linen as nn
+
+from lorax import ops, tree
+from lorax.interop.hf import Source
+from lorax.interop.places import Places
+from lorax.models.families import FAMILIES, Traits, traits
+from lorax.vocabulary import Vocabulary
+
+
+class Part(NamedTuple):
+    """One layer's part of a parameter. path: of the parameter; index: along its leading layer axes,
+    () for a parameter that is not stacked."""
+
+    path: str
+    index: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Base:
+    """A frozen model.
+
+    module: Linen module; params: its "params" collection, arrays, `jax.ShapeDtypeStruct`s
+    (`skeleton`) or quantised leaves; config: the family's Config; vocabulary: its tokenizer with
+    the ids that mean something, or None; sites: {path: `ops.Site`} of what can be adapted; family:
+    Hugging Face's model_type; name: as given to `load`; sha256: of the weight files ("random" for
+    random weights); fresh: paths of a head that the files do not hold and that was drawn at
+    random; directory: where the files are, None for random weights; traits: what it reads and
+    gives, those of its family unless given.
+    """
+
+    module: nn.Module
+    params: dict
+    config: object
+    vocabulary: Vocabulary | None
+    sites: dict[str, ops.Site]
+    family: str
+    name: str
+    sha256: str
+    fresh: tuple[str, ...] = ()
+    directory: Path | None = None
+    traits: Traits | None = None
+
+    def __post_init__(self):
+        if self.traits is None:
+            known = self.family in FAMILIES
+            object.__setattr__(
+                self, "traits", traits(self.family, self.config) if known else Traits()
+            )
+
+    def __repr__(self):
+        leaves = tree.flatten(self.params).values()
+        dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+        size = tree.nbytes(self.params)
+        size = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+        return (
+            f"Base({self.name!r}, {self.family}, {tree.count(self.params):,} parameters, {size}, "
+            f"{dtypes})"
+        )
+
+    def replace(self, **changes) -> "Base":
+        """The same base with other fields."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def tokenizer(self):
+        """The `tokenizers.Tokenizer`, or None."""
+        return self.vocabulary and self.vocabulary.tokenizer
+
+    # ------------------------------------------------------------------------------------- reads
+
+    @property
+    def causal(self) -> bool:
+        """Whether it is a language model (see `Traits`)."""
+        return self.traits.causal
+
+    @property
+    def input_shape(self) -> tuple[int, ...] | None:
+        """Shape of one array that it reads, None for a model that reads tokens."""
+        return self.traits.input_shape
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that it reads, None without a limit."""
+        return self.traits.positions
+
+    # -------------------------------------------------------------------------- table of layers
+
+    @functools.cached_property
+    def layers(self) -> dict[str, Part]:
+        """{layer: its part of a parameter} of every matrix that can be adapted:
+        "h/3/attn/q" -> ("h/attn/q/kernel", (3,))."""
+        return {
+            layer: Part(path, index)
+            for path, layers in self._layers_of.items()
+            for layer, index in layers.items()
+        }
+
+    def layers_of(self, path: str) -> dict[str, tuple[int, ...]]:
+        """{layer: its index in the stack} of an adaptable parameter:
+        "h/attn/q/kernel" -> {"h/0/attn/q": (0,), ...}."""
+        return self._layers_of[path]
+
+    @functools.cached_property
+    def parts(self) -> dict[str, Part]:
+        """{path with the layer in it: its part} of every parameter: "h/3/attn/q/bias" ->
+        ("h/attn/q/bias", (3,)); a parameter that is not stacked keeps its path."""
+        return {
+            name: Part(path, index)
+            for path, parts in self._parts_of.items()
+            for name, index in parts.items()
+        }
+
+    def parts_of(self, path: str, value=None) -> dict:
+        """{path with the layer in it: its index in the stack} of any parameter; with `value`, an
+        array with the parameter's layer axes, {path with the layer in it: that part of it}."""
+        parts = self._parts_of[path]
+        return parts if value is None else {name: value[index] for name, index in parts.items()}
+
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        """{parameter path: where it lies in Hugging Face's tensors}."""
+        return self.traits.sources
+
+    @functools.cached_property
+    def places(self) -> Places:
+        """Parameters and Hugging Face's tensors by the names of single layers."""
+        return Places(self.sources)
+
+    @functools.cached_property
+    def _layers_of(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        flat = tree.flatten(self.params)
+        return {
+            path: {
+                name.rpartition("/")[0]: index
+                for name, index in numbered(path, flat[path].shape[: site.stack]).items()
+            }
+            for path, site in self.sites.items()
+        }
+
+    @functools.cached_property
+    def _parts_of(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        stacked = lambda path: path in self.sources and "{}" in self.sources[path].name
+        return {
+            path: numbered(path, leaf.shape[: int(stacked(path))])
+            for path, leaf in tree.flatten(self.params).items()
+        }
+
+
+def numbered(path: str, axes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """{a stacked parameter's path with the layer's number behind its first word: its index}."""
+    if not axes:
+        return {path: ()}
+    first, _, rest = path.partition("/")
+    return {"/".join((first, *map(str, i), rest)): i for i in np.ndindex(*axes)}
+
+
+def kernels(base: Base) -> dict[str, np.ndarray]:
+    """{layer: (in, out) float32} of every adaptable weight.
+
+    Stacked weights come apart: "h/attn/q/kernel" (L, in, out) gives "h/0/attn/q", "h/1/attn/q"...
+    """
+    flat, matrices = tree.flatten(base.params), {}
+    for path, site in base.sites.items():
+        matrix = np.asarray(site.to_matrix(ops.dense(flat[path], site)), np.float32)
+        matrices |= {layer: matrix[index] for layer, index in base.layers_of(path).items()}
+    return matrices

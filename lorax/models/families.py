@@ -1,0 +1,88 @@
+"""The families of models that are shipped: their modules, and what each reads and gives."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorax.interop.hf import Source
+from lorax.models import bert, deberta, falcon, gpt2, llama, vision, vit
+
+#: Hugging Face's model_type -> (module with its Hugging Face layout, its Linen class)
+FAMILIES = {
+    "gpt2": (gpt2, gpt2.GPT2),
+    **dict.fromkeys(("llama", "mistral", "qwen2"), (llama, llama.Llama)),
+    "falcon": (falcon, falcon.Falcon),
+    **dict.fromkeys(("bert", "roberta"), (bert, bert.BERT)),
+    "deberta-v2": (deberta, deberta.DeBERTa),
+    "vit": (vit, vit.ViT),
+    "mlp": (vision, vision.MLP),
+    "lenet": (vision, vision.LeNet),
+}
+CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "falcon")
+#: Families that read images.
+IMAGES = ("vit", "mlp", "lenet")
+#: Families without a body that others have trained: the whole network is drawn at random and then
+#: trained, so no head is newer than the rest.
+WHOLE = ("mlp", "lenet")
+
+
+class Traits(NamedTuple):
+    """What a model reads, what it gives, and how it is stored.
+
+    causal: whether it is a language model: tokens (B, T) int32 -> logits (B, T, V) float32, those
+        of a position from the tokens up to it. Such a module has `hidden`, `logits` and
+        `empty_cache` (see `gpt2.GPT2`), and `head` names the parameters that `logits` reads.
+    input_shape: shape of one float32 array that it reads; None for a model that reads tokens.
+    flat: whether it reads any array of as many numbers as `input_shape` has.
+    outputs: scores (B, outputs) float32 that it gives; None for a model without scores.
+    positions: the most tokens that it reads, None without a limit.
+    array_positions: positions that one array takes inside (ViT: its patches and the class token).
+    stream: whether `hidden` runs layers whose outputs can be captured (`nn.scan`ned, called "h").
+    head: first words of the parameters that turn hidden states into logits.
+    sources: {parameter path: where it lies in Hugging Face's tensors}.
+    config: the fields of the config.json that belongs to these tensors.
+    """
+
+    causal: bool = False
+    input_shape: tuple[int, ...] | None = None
+    flat: bool = False
+    outputs: int | None = None
+    positions: int | None = None
+    array_positions: int = 1
+    stream: bool = False
+    head: tuple[str, ...] = ()
+    sources: Mapping[str, Source] = {}
+    config: Mapping = {}
+
+    def example(self) -> jax.Array:
+        """The smallest input of the model, zeros: a batch of one array, or of one token."""
+        if self.input_shape is None:
+            return jnp.zeros((1, 1), jnp.int32)
+        return jnp.zeros((1, *self.input_shape), jnp.float32)
+
+
+def traits(family: str, config) -> Traits:
+    """The traits of a shipped family's model; config: the family's Config."""
+    layout, model = FAMILIES[family]
+    images, causal = family in IMAGES, family in CAUSAL
+    scores = images or getattr(config, "head", None) == "classification"
+    return Traits(
+        causal=causal,
+        input_shape=config.image_shape if images else None,
+        flat=family == "mlp",
+        outputs=config.labels if scores else None,
+        positions=None if images else _positions(config),
+        array_positions=config.positions if family == "vit" else 1,
+        stream=not images,
+        head=() if images else model.head,
+        sources=layout.hf_tensors(config),
+        config=layout.hf_config(config),
+    )
+
+
+def _positions(config) -> int:
+    if isinstance(config, gpt2.Config):
+        return config.n_positions
+    return config.max_position_embeddings - getattr(config, "first_position", 0)
