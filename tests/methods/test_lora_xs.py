@@ -1,6 +1,5 @@
-"""The README's own method: it is what the README says it is."""
+"""docs/examples/lora_xs.py, a method of a user's file without a leaf of its own."""
 
-import re
 import shutil
 from pathlib import Path
 
@@ -11,26 +10,14 @@ from quick import jit
 from strangers import assert_same_update, small, trained
 
 import lorax
-from lorax import config, methods, plan, tree
+from lorax import catalogue, config, methods, plan, tree
 from lorax.train import loop
 
-README = Path(__file__).parents[1] / "README.md"
+FILE = Path(__file__).parents[2] / "docs" / "examples" / "lora_xs.py"
 
 
-def lora_xs():
-    """Run the README's method, which registers itself."""
-    (code,) = (
-        block
-        for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-        if "lora-xs" in block
-    )
-    lines = [line for line in code.splitlines() if line.strip()]
-    assert len(lines) < 40
-    exec(compile(code, "README", "exec"), {})
-
-
-def test_the_method_of_the_readme_runs(registry):
-    lora_xs()
+def test_it_starts_at_the_base_and_merges(registry):
+    catalogue.read(str(FILE))
     base = lorax.load("gpt2-nano")
     method = lorax.method("lora-xs", rank=3, targets=("q", "down"))
     state = method.init(jax.random.key(0), base.params, base.sites)
@@ -48,9 +35,9 @@ def test_the_method_of_the_readme_runs(registry):
     assert np.abs(bound - plain).max() > 0.01
 
 
-def test_the_method_of_the_readme_sweeps_in_one_group(registry, tmp_path):
+def test_it_sweeps_in_one_group(registry, tmp_path):
     """Ranks, seeds, layers and targets: one program, whose members are themselves alone."""
-    lora_xs()
+    catalogue.read(str(FILE))
     c = small("lora-xs")
     c.sweep.rank, c.sweep.targets, c.sweep.seed = (2, 5), (("q",), ("v", "up")), (0, 1)
     members, together = config.members(c), trained(c, tmp_path / "together")

@@ -1,0 +1,238 @@
+"""README, CONTRIBUTING and docs/: every command and example works, every link leads somewhere."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pages
+import pytest
+import yaml
+from pages import PAGES, ROOT
+
+import lorax
+from lorax import bench, convert, generate, tasks
+from lorax.report import __main__ as report
+
+# ------------------------------------------------------------------------- commands, by their kind
+
+#: Commands that no test runs, and where they are run or why not.
+ELSEWHERE = {
+    r"python3 -m venv \.venv .* pip install -e \. .*": "the gate installs; the study is run below",
+    r"python3 -m venv \.venv .* pip install -e \"\.\[test\]\" && pytest -n 2": "the gate",
+    r"pip install -e \"\.\[(\w+)\]\"": "the gate; the extra is looked up below",
+    r"pytest( tests/\w+)?( -n 2)?( -m \w+)?( --cov=lorax)?": "this is pytest",
+    r"\.ci/run": "the gate",
+    r"mkdocs (serve|build --strict)": "the gate",
+    r"tensorboard --logdir \S+": "TensorBoard is not installed with lorax",
+}
+TESTED = ("run", "plan", "report", "convert", "generate", "bench")
+STUDY = "python -m lorax.run --config=configs/gpt2_rank_sweep.py"
+SMALL = (
+    *("--config.train.steps=2", "--config.train.batch_size=2", "--config.train.seq_len=100"),
+    *("--config.train.warmup=0", "--config.eval.every=2", "--config.eval.examples=8"),
+    *("--config.eval.batch_size=8", "--config.task.n_train=32", "--config.analysis.report=False"),
+)
+#: What a reader fills in, or downloads; such a command is parsed, up to the file that is missing.
+PLACEHOLDERS = re.compile(r"\b(BASE|ADAPTER|DIR|DIR_OR_HUB_ID|OUT|FILE)\b|\.zip|oasst1|GLUE/")
+#: More than ten seconds each.
+LONG = re.compile(r"lorax\.report |lorax\.bench|lorax\.plan .*(--table|--device|65b)")
+
+COMMANDS = {command: where for where, command in pages.commands()}
+of = lambda module: [c for c in COMMANDS if c.startswith(f"python -m lorax.{module} ")]
+arguments = lambda command: shlex.split(command)[3:]
+parameters = lambda commands: [
+    pytest.param(c, marks=[pytest.mark.slow] * bool(LONG.search(c)), id=f"{COMMANDS[c]} {c[16:60]}")
+    for c in commands
+]
+
+
+def python(*words, cwd, **more):
+    """A command in a process of its own, with the devices that a person has."""
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))
+    env = kept | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, **more
+    )
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder like a clone in which README's first command was run, in a few steps."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("configs", "docs", "experiments", "notebooks"):
+        (folder / name).symlink_to(ROOT / name)
+    done = python(*shlex.split(STUDY)[1:], *SMALL, "--workdir=runs/gpt2_rank_sweep", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    for name in ("methods_compare", "seed0", "seed1"):  # runs that others are compared with
+        shutil.copytree(folder / "runs/gpt2_rank_sweep", folder / "runs" / name)
+    return folder
+
+
+def test_every_command_is_known():
+    """A new command is run by one of the tests below, or has its line in `ELSEWHERE`."""
+    tested = {command for name in TESTED for command in of(name)}
+    known = re.compile("|".join(ELSEWHERE))
+    others = [command for command in COMMANDS if command not in tested]
+    assert not [f"{COMMANDS[c]}: {c}" for c in others if not known.fullmatch(c)]
+    for pattern in ELSEWHERE:
+        assert any(re.fullmatch(pattern, command) for command in COMMANDS), f"no such: {pattern}"
+
+
+PARSE = """
+import json, os, sys
+from lorax import plan, run
+for argv in json.load(sys.stdin):
+    if not os.fork():
+        sys.argv = argv
+        try:
+            settings, members, workdir = run.read_command_line(argv)
+            print("ok", len(members), workdir)
+        except Exception as error:
+            print("failed", " ".join(str(error).split()))
+        sys.stdout.flush()
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_every_run_and_plan_is_a_config_with_members():
+    """The commands' own parser reads them, and the config's own checks pass; nothing is trained."""
+    asked = [c for c in (*of("run"), *of("plan")) if "--table" not in c]
+    lines = json.dumps([["lorax", *arguments(command)] for command in asked])
+    done = python("-c", PARSE, cwd=ROOT, input=lines)
+    answers = done.stdout.splitlines()
+    assert done.returncode == 0 and len(answers) == len(asked), done.stderr
+    pairs = zip(asked, answers, strict=True)
+    assert not [f"{COMMANDS[c]}: {c}: {said}" for c, said in pairs if said[:2] != "ok"]
+
+
+def test_the_examples_that_are_run_are_files_with_tests_of_their_own():
+    names = {name for c in COMMANDS for name in re.findall(r"docs/examples/(\w+)\.py", c)}
+    tests = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    assert names and not [name for name in names if f"{name}.py" not in tests]
+
+
+@pytest.mark.parametrize("command", parameters(of("plan")))
+def test_a_plan_is_made(command, workspace):
+    if PLACEHOLDERS.search(command) or "docs/" in command:
+        pytest.skip("parsed above; its parts are tested with the example")
+    done = python("-m", "lorax.plan", *arguments(command), cwd=workspace)
+    assert done.returncode == 0 and done.stdout.count("\n") > 10, done.stderr
+
+
+def in_process(main, command, workspace, monkeypatch, capsys):
+    """The exit code of a command, run here, and what it wrote to stderr."""
+    monkeypatch.chdir(workspace)
+    return main(arguments(command)), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", parameters(of("report")))
+def test_a_report_is_drawn(command, workspace, monkeypatch, capsys):
+    if PLACEHOLDERS.search(command) or "docs/" in command:
+        pytest.skip("its parts are tested with the example")
+    code, said = in_process(report.main, command, workspace, monkeypatch, capsys)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("command", parameters([*of("convert"), *of("generate")]))
+def test_an_adapter_is_read(command, workspace, monkeypatch, capsys):
+    main = convert.main if command in of("convert") else generate.main
+    if "--method" in command:
+        pytest.skip("tested with the example")
+    if "--base merged" in command and not (workspace / "merged").exists():
+        merge = "python -m lorax.convert merge gpt2-nano runs/gpt2_rank_sweep/adapters/10 merged"
+        assert merge in COMMANDS
+        in_process(convert.main, merge, workspace, monkeypatch, capsys)
+    if "merge gpt2-nano" in command:
+        shutil.rmtree(workspace / "merged", ignore_errors=True)
+    code, said = in_process(main, command, workspace, monkeypatch, capsys)
+    if PLACEHOLDERS.search(command):
+        assert code == 2 and said.startswith("lorax: ")  # parsed: the file is missing
+    else:
+        assert code == 0, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", of("bench"))
+def test_a_bench_measures(command, workspace):
+    """The smallest model in one round; what takes minutes or needs torch is known by name."""
+    names = [word for word in arguments(command) if not word.startswith("--")]
+    options = [word for word in arguments(command) if word.startswith("--")]
+    assert set(names) <= set(bench.BENCHES)
+    options += ["--shapes=d64", "--rounds=1"]
+    done = python("-m", "lorax.bench", "sweep", *options, cwd=workspace)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_extra_that_is_named_is_there():
+    text = (ROOT / "setup.cfg").read_text()
+    extras = text[text.index("[options.extras_require]") :].split("\n\n")[0]
+    install = re.compile(r"pip install -e \"\.\[(\w+)\]\"")
+    named = {extra for page in PAGES for extra in install.findall(page.read_text())}
+    assert named >= {"cuda", "docs", "eval", "parity", "test"}
+    assert not [extra for extra in named if not re.search(rf"^{extra} = ", extras, re.M)]
+
+
+# ----------------------------------------------------------------------------------------- examples
+
+EXAMPLES = [block for block in pages.blocks() if block.language == "python"]
+#: What a snippet takes for granted.
+PRELUDE = "from lorax import methods, ops, tasks, tree\n"
+
+
+@pytest.mark.parametrize("block", EXAMPLES, ids=lambda block: block.where)
+def test_an_example_runs(block, workspace, monkeypatch, registry):
+    monkeypatch.chdir(workspace)
+    exec(compile(PRELUDE + block.text, block.where, "exec"), {"__name__": "example"})
+
+
+def test_records_of_the_three_forms_are_read(tmp_path):
+    (block,) = (block for block in pages.blocks() if block.language == "json")
+    (tmp_path / "train.jsonl").write_text(block.text)
+    (tmp_path / "eval.jsonl").write_text(block.text)
+    base = lorax.load("gpt2-nano")
+    task = tasks.build({"name": "instruct", "path": str(tmp_path)}, base.vocabulary, 128)
+    assert tasks.size(task.train) == tasks.size(task.eval) == 3
+
+
+def test_code_is_in_a_language_that_a_test_runs():
+    assert {block.language for block in pages.blocks()} <= {"sh", "python", "json"}
+
+
+# ---------------------------------------------------------------------------- links, size, citation
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for link in pages.links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in pages.anchors(target), link
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 8000
+
+
+def test_every_page_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text()
+    guides = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
+    assert not [guide for guide in guides if guide not in menu]
+
+
+def test_the_citation_is_valid():
+    """The fields that the Citation File Format 1.2.0 requires, and none that it does not have."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    required = {"cff-version", "message", "title", "authors"}
+    assert required <= set(citation)
+    optional = {"abstract", "keywords", "license", "repository-code", "type", "url", "version"}
+    assert set(citation) <= required | optional | {"date-released", "doi", "identifiers"}
+    assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
+    assert all(set(author) & {"name", "family-names"} for author in citation["authors"])
+    assert citation["version"] == lorax.__version__
