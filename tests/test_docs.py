@@ -10,6 +10,7 @@ import sys
 
 import pages
 import pytest
+import quick
 import yaml
 from pages import PAGES, ROOT
 
@@ -51,10 +52,10 @@ parameters = lambda commands: [
 
 
 def python(*words, cwd, **more):
-    """A command in a process of its own, with the devices that a person has."""
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))
-    env = kept | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    """A command in a process of its own, with the devices that a person has, compiled quickly."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    flags = " ".join(f"--{name}={value}" for name, value in quick.OPTIONS.items())
+    env = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     return subprocess.run(
         [sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, **more
     )

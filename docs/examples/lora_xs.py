@@ -3,8 +3,8 @@
     dW = s a R b    a = U_r Sigma_r (in, r), b = V_r^T (r, out), both frozen; R (r, r), zero at the
     start    s = alpha / r
 
-A method without a leaf of its own: `leaves.LowRank` computes it. One compiled program trains all six
-members, in half a minute on two cores:
+A method without a leaf of its own: `leaves.LowRank` computes it. One compiled program trains all
+six members, in half a minute on two cores:
 
     python -m lorax.run --config=docs/examples/lora_xs.py
 """
