@@ -1,5 +1,8 @@
 """Losses of a batch: next-token prediction that never holds all logits, classification, and values.
 
+Each loss of a kind of rows (`lorax.tasks.kinds`) returns the sum of the weighted losses, the sum of
+the weights, and the model's outputs, None for language models.
+
 Axes: B sequences, T tokens, D features, V vocabulary.
 """
 
@@ -12,13 +15,6 @@ import optax
 from lorax import intercept
 
 ROWS = 256  # most tokens whose logits exist at a time
-
-
-def of(batch):
-    """`array_loss` for rows with inputs, `class_loss` for texts with a label, else `lm_loss`."""
-    if "inputs" in batch:
-        return array_loss
-    return class_loss if "label" in batch else lm_loss
 
 
 def token_losses(module, params, hidden, labels, smoothing=0.0):
@@ -97,7 +93,7 @@ _sum_over_rows.defvjp(_sum_over_rows_forward, _sum_over_rows_backward, symbolic_
 
 
 def lm_loss(module, params, batch, smoothing=0.0):
-    """(sum of weighted nats, sum of weights) of next-token prediction.
+    """(sum of weighted nats, sum of weights, None) of next-token prediction.
 
     batch: {"tokens": (B, T + 1) int32, "mask": (B, T + 1) float32} and, where a row holds several
     texts, "segments" (B, T + 1) int32; see `lorax.tasks.Task`.
@@ -107,7 +103,7 @@ def lm_loss(module, params, batch, smoothing=0.0):
     hidden = intercept.apply(module, params, tokens[:, :-1], segments, method="hidden")
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
     total = weighted_loss(module, params, hidden, labels, weights.reshape(-1), smoothing)
-    return total, jnp.sum(weights)
+    return total, jnp.sum(weights), None
 
 
 def class_loss(module, params, batch, smoothing=0.0):
@@ -128,8 +124,7 @@ def class_loss(module, params, batch, smoothing=0.0):
 
 
 def array_loss(module, params, batch, smoothing=0.0):
-    """(sum of weighted losses, sum of weights) of a model that reads arrays, and where labels are
-    classes, as a third, scores (B, k) float32.
+    """(sum of weighted losses, sum of weights, outputs (B, k) float32) of a model of arrays.
 
     batch: {"inputs": (B, ...) uint8, scaled to [0, 1] here, or float32; "label": (B,) int32, a
     class (cross entropy in nats), or (B, k) float32, values (squared error, the mean over the k);
@@ -138,12 +133,12 @@ def array_loss(module, params, batch, smoothing=0.0):
     inputs, label, weights = batch["inputs"], batch["label"], batch["weight"]
     if inputs.dtype == jnp.uint8:
         inputs = inputs.astype(jnp.float32) / 255
-    scores = intercept.apply(module, params, inputs)
+    outputs = intercept.apply(module, params, inputs)
     if jnp.issubdtype(label.dtype, jnp.integer):
-        losses = _cross_entropy(scores, label, smoothing)
-        return jnp.sum(weights * losses), jnp.sum(weights), scores
-    losses = jnp.mean(jnp.square(scores - label), axis=-1)
-    return jnp.sum(weights * losses), jnp.sum(weights)
+        losses = _cross_entropy(outputs, label, smoothing)
+    else:
+        losses = jnp.mean(jnp.square(outputs - label), axis=-1)
+    return jnp.sum(weights * losses), jnp.sum(weights), outputs
 
 
 def _cross_entropy(scores, classes, smoothing):

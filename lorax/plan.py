@@ -237,7 +237,7 @@ def plan(members, devices: Iterable[str] = ()) -> Plan:
         members=n,
         width=width,
         name=f"{stacked.methods[0].name} on {c.base}, {c.train.batch_size} "
-        + (f"x {length} tokens" if c.task.name in tasks.TASKS else "arrays")
+        + (f"x {length} tokens" if tasks.kind_of(c.task).reads == "tokens" else "arrays")
         + " a step"
         + f" in {c.train.accumulate} parts" * (c.train.accumulate > 1),
         remat=c.train.remat,
@@ -331,32 +331,12 @@ def _with_constants_at_hand(method):
 
 def rows(c, base=None) -> dict:
     """The batches of one call of the training program, of one member: leaves (K, A, B, ...)."""
-    import jax
-    import numpy as np
-
     from lorax import tasks
     from lorax.train import sweep
 
-    k, t, parts = (
-        sweep.steps_per_call(c.eval.every, c.train.offload),
-        c.train.seq_len,
-        c.train.accumulate,
-    )
-    lead = (k, parts, c.train.batch_size // parts)
-    if c.task.name in tasks.ARRAYS:
-        values = c.task.name == "planted"  # and not pixels and classes
-        pixel, kind = (np.float32, np.float32) if values else (np.uint8, np.int32)
-        image = jax.ShapeDtypeStruct((*lead, *base.input_shape), pixel)
-        label = jax.ShapeDtypeStruct((*lead, base.traits.outputs) if values else lead, kind)
-        weight = jax.ShapeDtypeStruct(lead, np.float32)
-        return {"inputs": image, "label": label, "weight": weight}
-    labels = tasks.outputs(c.task)
-    if labels:
-        row = jax.ShapeDtypeStruct((*lead, t), np.int32)
-        label = jax.ShapeDtypeStruct(lead, np.float32 if labels == 1 else np.int32)
-        return {"tokens": row, "segments": row, "types": row, "label": label}
-    tokens, mask = (jax.ShapeDtypeStruct((*lead, t + 1), x) for x in (np.int32, np.float32))
-    return {"tokens": tokens, "mask": mask} | ({"segments": tokens} if c.task.packing else {})
+    k, parts = sweep.steps_per_call(c.eval.every, c.train.offload), c.train.accumulate
+    lead = k, parts, c.train.batch_size // parts
+    return tasks.batch_shapes(c.task, lead, c.train.seq_len, base)
 
 
 #: Of the CPU's compiler: code not worth running, but the same buffers, in a third of the time.
@@ -370,10 +350,10 @@ def _compiled(stacked, base, batch, wanted) -> dict:
     of the training program. widened: with copies that only a CPU makes of bfloat16 weights."""
     import jax
 
-    from lorax import xla
+    from lorax import tasks, xla
     from lorax.train import step, sweep
 
-    train = stacked.members[0].config.train
+    train, kind = stacked.members[0].config.train, tasks.kind_of(stacked.members[0].config.task)
     k = jax.tree.leaves(batch)[0].shape[0]
     device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     put = lambda x, lead=(): jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=device)
@@ -391,6 +371,7 @@ def _compiled(stacked, base, batch, wanted) -> dict:
                     dropout=any(m.config.method.dropout > 0 for m in stacked.members),
                     merge=width == 1,
                     halved=sweep._halved(stacked, base),
+                    kind=kind,
                 )
                 member = functools.partial(
                     _gradients if train.offload else step.train_steps, program

@@ -77,7 +77,7 @@ def loss_with(module):
     @jax.jit
     def loss(params, batches):
         add = lambda sums, batch: (
-            jax.tree.map(jnp.add, sums, losses.lm_loss(module, params, batch)),
+            jax.tree.map(jnp.add, sums, losses.lm_loss(module, params, batch)[:2]),
             None,
         )
         (nats, tokens), _ = jax.lax.scan(add, (jnp.float32(0), jnp.float32(0)), batches)

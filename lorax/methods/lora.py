@@ -169,7 +169,7 @@ def _factors(hp: dict, site, leaf, ranks, path: str, evidence) -> Callable:
             + (
                 ", what quantising took from it"
                 if kind == "residual"
-                else f", lorax.methods.sensitivity.evidence(base, batches, paths, ({kind!r},))"
+                else f", lorax.methods.sensitivity.evidence(..., statistics=({kind!r},))"
             )
         )
     w = site.to_matrix(ops.dense(leaf, site)).astype(jnp.float32) if ranks.any() else None

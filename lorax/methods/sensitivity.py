@@ -17,63 +17,66 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lorax import losses, ops, tree
+from lorax import ops, tree
 from lorax.models import Base
 
-KINDS = ("gradient", "moments", "covariance")
+STATISTICS = ("gradient", "moments", "covariance")
 
 
-def evidence(base: Base, batches: Mapping, paths, kinds=("gradient",)) -> dict[str, dict]:
-    """{path: {kind: float32 array, the layer axes first}} of the kernels at `paths`.
+def evidence(
+    base: Base, kind, batches: Mapping, paths, statistics=("gradient",)
+) -> dict[str, dict]:
+    """{path: {statistic: float32 array, the layer axes first}} of the kernels at `paths`.
 
-    batches: the leaves of a task's rows, (N, B, ...): N batches of a loss of `lorax.losses`.
-    kinds:
+    kind: of the rows, a `lorax.tasks.kinds.Kind`: their loss, and which positions are real.
+    batches: the leaves of a task's rows, (N, B, ...), N batches.
+    statistics:
       "gradient" (in, out): of the loss by the kernel, the mean over all weighted tokens of all
           batches (PEFT's LoRA-GA takes the mean of the batches' means, the same for equal weights).
       "moments" (in + 1, in + 1): the sum of [x, 1]^T [x, 1] over the real tokens' inputs x (in,):
           x^T x, the sum of x, and in the corner their number.
       "covariance" (in, in): CorDA's, the mean over rows of the batch of x^T x, x the row's real
           inputs over the absolute value of their largest entry.
-    Real tokens are those of a segment; without segments, those that some weighted token stands
-    after or at. What is no row per token (a classifier's pooled head, an array) counts as it is.
-    Raises ValueError for an unknown kind or path, and for inputs of what is no plain linear layer.
+    Inputs that are not one row per token (of a classifier's pooled head, of an array) all count.
+    Raises ValueError for an unknown statistic or path, and for the inputs of anything other than a
+    plain linear layer.
     """
-    paths, kinds = tuple(paths), tuple(kinds)
+    paths, statistics = tuple(paths), tuple(statistics)
     flat = tree.flatten(base.params)
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ValueError(f"kinds: {kind!r} is not one of {', '.join(KINDS)}")
+    for statistic in statistics:
+        if statistic not in STATISTICS:
+            raise ValueError(f"statistics: {statistic!r} is not one of {', '.join(STATISTICS)}")
     for path in paths:
         if path not in base.sites:
             raise ValueError(f"paths: {path} can't be adapted; there is {', '.join(base.sites)}")
-    # What is held in 4 bits is decoded for this: a gradient is of numbers.
+    # Quantised weights are decoded: a gradient is by numbers, not by codes.
     probe = lambda path: ops.dense(flat[path], base.sites[path])
-    probes = {path: probe(path) for path in paths if "gradient" in kinds}
-    for kind in kinds:
-        probes |= {} if kind == "gradient" else _taps(base, flat, paths, kind)
+    probes = {path: probe(path) for path in paths if "gradient" in statistics}
+    for statistic in statistics:
+        probes |= {} if statistic == "gradient" else _taps(base, flat, paths, statistic)
 
     batches = jax.tree.map(jnp.asarray, dict(batches))
-    total, weight, rows = _summed(base.module, flat, probes, batches)
+    total, weight, rows = _summed(base.module, kind, flat, probes, batches)
     read = {
         "gradient": lambda path: base.sites[path].to_matrix(total[path] / jnp.maximum(weight, 1)),
         "moments": lambda path: total[_beside(path, "moments")],
         "covariance": lambda path: total[_beside(path, "covariance")] / jnp.maximum(rows, 1),
     }
-    return {path: {kind: read[kind](path) for kind in kinds} for path in paths}
+    return {path: {name: read[name](path) for name in statistics} for path in paths}
 
 
-@functools.partial(jax.jit, static_argnames="module")  # once for all seeds and members
-def _summed(module, flat: dict, probes: dict, batches: dict):
+@functools.partial(jax.jit, static_argnames=("module", "kind"))  # once for all seeds and members
+def _summed(module, kind, flat: dict, probes: dict, batches: dict):
     """(the probes' gradients, weights, rows with a real token), each summed over the batches."""
 
     def loss(probes, batch):
-        with nn.intercept_methods(_listen(_real(batch))):
-            return losses.of(batch)(module, tree.unflatten(flat | probes), batch)[:2]
+        with nn.intercept_methods(_listen(kind.real(batch))):
+            return kind.loss(module, tree.unflatten(flat | probes), batch)[:2]
 
     def add(carry, batch):
         grads, weight = jax.grad(loss, has_aux=True)(probes, batch)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        rows = jnp.sum(jnp.any(_real(batch), axis=1).astype(jnp.float32))
+        rows = jnp.sum(jnp.any(kind.real(batch), axis=1).astype(jnp.float32))
         return jax.tree.map(jnp.add, carry, (grads, weight, rows)), None
 
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), probes)
@@ -95,11 +98,11 @@ _tapped.defvjp(
 )
 
 
-def _beside(path: str, kind: str) -> str:
-    return f"{path.rpartition('/')[0]}/{kind}"
+def _beside(path: str, statistic: str) -> str:
+    return f"{path.rpartition('/')[0]}/{statistic}"
 
 
-def _taps(base: Base, flat: dict, paths, kind: str) -> dict:
+def _taps(base: Base, flat: dict, paths, statistic: str) -> dict:
     """{path of a tap: zeros (layers..., in, in)}, one more row and column for "moments"."""
     taps = {}
     for path in paths:
@@ -109,8 +112,8 @@ def _taps(base: Base, flat: dict, paths, kind: str) -> dict:
         if top in base.traits.head:
             raise ValueError(f"paths: {path}: a language model's head is read in parts, not whole")
         axes, n_in, _ = site.matrix_shape(flat[path].shape)
-        size = n_in + (kind == "moments")
-        taps[_beside(path, kind)] = jnp.zeros((*axes, size, size), jnp.float32)
+        size = n_in + (statistic == "moments")
+        taps[_beside(path, statistic)] = jnp.zeros((*axes, size, size), jnp.float32)
     return taps
 
 
@@ -124,25 +127,13 @@ def _listen(real):
             return next_fun(*args, **kwargs)
         (x,) = args
         mask = real if real.shape == x.shape[:-1] else jnp.ones(x.shape[:-1], bool)
-        for kind, rows_of_kind in rows_of.items():
-            if module.has_variable("params", kind):
-                rows = rows_of_kind(jax.lax.stop_gradient(x.astype(jnp.float32)), mask)
-                x = _tapped(x, module.get_variable("params", kind), rows)
+        for statistic, read in rows_of.items():
+            if module.has_variable("params", statistic):
+                rows = read(jax.lax.stop_gradient(x.astype(jnp.float32)), mask)
+                x = _tapped(x, module.get_variable("params", statistic), rows)
         return next_fun(x, **kwargs)
 
     return listen
-
-
-def _real(batch):
-    """(B, T) bool: the positions that the model reads and that are no padding; an array is one."""
-    if "inputs" in batch:
-        return batch["weight"][:, None] > 0
-    if "label" in batch:
-        return batch["segments"] > 0
-    if "segments" in batch:
-        return batch["segments"][:, :-1] > 0
-    weighted = (batch["mask"][:, 1:] > 0).astype(jnp.int32)
-    return jnp.flip(jnp.cumsum(jnp.flip(weighted, 1), 1), 1) > 0
 
 
 def _ones_beside(x, mask):

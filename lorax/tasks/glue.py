@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from lorax.errors import nearest
 from lorax.files import read_text
 from lorax.tasks import metrics
+from lorax.tasks.kinds import LABELLED
 from lorax.tasks.rows import Rows, Task, check_n_train, check_path, count
 from lorax.vocabulary import Vocabulary
 
@@ -121,7 +122,8 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Tas
     evaluation, cut = encode(texts, labels, vocabulary, seq_len)
     note += f", {_note(len(texts), 'eval', eval_file, left_out, cut, seq_len)}"
     scores = functools.partial(report, name)
-    return Task(config["name"], train, evaluation, note, outputs=outputs(name), scores=scores)
+    scored = {"outputs": outputs(name), "scores": scores, "kind": LABELLED}
+    return Task(config["name"], train, evaluation, note, **scored)
 
 
 def examples(file: Path, subset: str) -> tuple[list[Texts], np.ndarray, int]:

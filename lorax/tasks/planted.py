@@ -29,6 +29,7 @@ import numpy as np
 from lorax import intercept, ops, tree
 from lorax.errors import nearest
 from lorax.models import Base
+from lorax.tasks.kinds import ARRAYS
 from lorax.tasks.rows import Rows, Task, check_n_train, count
 
 #: singular values of a planted update of rank r, before it is scaled to its norm
@@ -122,7 +123,8 @@ def load(config: Mapping[str, Any], base: Base) -> Task:
         f"of what is planted; {count(n_train)} train rows, {count(EVAL_ROWS)} eval rows without "
         f"noise; seed {seed}"
     )
-    return Task(config["name"], train, evaluation, note, facts=facts)
+    kind = ARRAYS._replace(scored=False)
+    return Task(config["name"], train, evaluation, note, facts=facts, kind=kind)
 
 
 def singular_values(spectrum: str, rank: int, norm: float) -> np.ndarray:

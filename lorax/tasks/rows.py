@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lorax.tasks.kinds import TEXTS, Kind
 from lorax.vocabulary import Vocabulary
 
 Rows = dict[str, np.ndarray]  # see `Task`
@@ -43,6 +44,7 @@ class Task(NamedTuple):
     scores: of a classifier: (outputs (N, k) float, labels (N,)) -> {metric: float}.
     lengths: (N,) int64, the columns that each train row needs, where batches are grouped by them.
     facts: of a generated task: {name: value} of what was put into it; the members' lines have them.
+    kind: of the rows, what the engine asks of them.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Task(NamedTuple):
     scores: Callable | None = None
     lengths: np.ndarray | None = None
     facts: Mapping[str, Any] = MappingProxyType({})
+    kind: Kind = TEXTS
 
 
 def count(n: int) -> str:

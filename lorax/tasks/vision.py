@@ -15,6 +15,7 @@ import numpy as np
 
 from lorax.interop.tensors import read_npz
 from lorax.models import Base
+from lorax.tasks.kinds import ARRAYS
 from lorax.tasks.rows import Rows, Task, check_n_train, check_path, count
 
 CLASSES = 10
@@ -109,7 +110,7 @@ def _task(config, base, train, evaluation, source: str) -> Task:
     rows = [_rows(x, y, order) for x, y in ((train[0][:n], train[1][:n]), evaluation)]
     note = f"{count(n)} train and {count(len(evaluation[0]))} eval images of {source}"
     note += ", pixels shuffled" * (order is not None)
-    return Task(config["name"], *rows, note, outputs=CLASSES, scores=report)
+    return Task(config["name"], *rows, note, outputs=CLASSES, scores=report, kind=ARRAYS)
 
 
 def _rows(images: np.ndarray, labels: np.ndarray, order: np.ndarray | None) -> Rows:

@@ -11,6 +11,7 @@ import numpy as np
 from lorax import intercept, tasks
 from lorax.errors import reason
 from lorax.models import Base
+from lorax.tasks import kinds
 from lorax.train import sweep
 
 
@@ -32,7 +33,7 @@ def similarity(
     evaluation, evenly spaced, `batch_size` at a time; their real tokens are the examples. They
     should be more than the model has features: with fewer, CKA is near 1 whatever is compared.
     """
-    before, compared = _programs(base, method)
+    before, compared = _programs(base, method, task.kind)
     batches = jax.device_put(_batches(task, rows, batch_size))
     first = before(base.params, batches)
     found = []
@@ -46,7 +47,7 @@ def rehearse(
     base: Base, method, trainable, constants, task: tasks.Task, rows: int, batch_size: int
 ) -> None:
     """Raises ValueError where `similarity` can't be computed; by shapes alone, before training."""
-    before, compared = _programs(base, method)
+    before, compared = _programs(base, method, task.kind)
     batches = _batches(task, rows, batch_size)
     one = jax.tree.map(lambda x: x[0], (trainable, constants))
     try:
@@ -63,28 +64,26 @@ def _batches(task, rows, batch_size):
     return sweep.eval_batches(task._replace(eval=tasks.spread(task.eval, rows)), batch_size)
 
 
-def _programs(base, method):
+def _programs(base, method, kind):
     """before(params, batches): the base's `residuals`. compared(params, trainable, constants,
     batches, before): CKA (L,) of one member with them."""
 
     @jax.jit
     def compared(params, trainable, constants, batches, before):
         bound = method.bind(trainable, constants, params, sites=base.sites)
-        return cka(before, residuals(base.module, bound, batches), real(batches))
+        return cka(before, residuals(base.module, kind, bound, batches), real(kind, batches))
 
-    return jax.jit(lambda params, batches: residuals(base.module, params, batches)), compared
+    return jax.jit(lambda params, batches: residuals(base.module, kind, params, batches)), compared
 
 
-def residuals(module, params, batches) -> jax.Array:
-    """What every layer hands on: (L, N B T, D) float32 of rows with leaves (N, B, ...).
+def residuals(module, kind: kinds.Kind, params, batches) -> jax.Array:
+    """The output of every layer: (L, N B T, D) float32 of rows with leaves (N, B, ...).
 
     params: may have operator leaves. The T positions are those that the loss reads.
     """
 
     def one(batch):
-        inputs = batch["tokens"], batch.get("segments"), batch.get("types")
-        if "label" not in batch:  # a language model is not shown the last token
-            inputs = [x[:, :-1] for x in inputs[:2] if x is not None]
+        inputs = kind.inputs(batch)
         with intercept.interceptor():
             _, kept = module.apply(
                 {"params": params},
@@ -100,13 +99,9 @@ def residuals(module, params, batches) -> jax.Array:
     return x.reshape(len(x), -1, x.shape[-1])
 
 
-def real(batches) -> jax.Array:
+def real(kind: kinds.Kind, batches) -> jax.Array:
     """(N B T,) float32: 1 for a text's tokens, 0 for padding."""
-    if "label" in batches:
-        return (batches["segments"] > 0).astype(jnp.float32).reshape(-1)
-    # A text of a language model goes on for as long as there are targets to come.
-    mask = batches["mask"][..., 1:]
-    return jax.lax.cummax(mask, axis=mask.ndim - 1, reverse=True).reshape(-1)
+    return jax.vmap(kind.real)(batches).astype(jnp.float32).reshape(-1)
 
 
 def cka(x, y, weights) -> jax.Array:

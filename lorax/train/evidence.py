@@ -29,7 +29,7 @@ def read(member, base: Base, task: tasks.Task, paths, kind: str, seen: dict) -> 
     elif key not in seen:
         order = tasks.orders(rows, size, c.seed, range(n)).reshape(n, size)
         batches = {name: x[order] for name, x in task.train.items()}
-        seen[key] = sensitivity.evidence(base, batches, paths, (kind,))
+        seen[key] = sensitivity.evidence(base, task.kind, batches, paths, (kind,))
     return seen[key]
 
 

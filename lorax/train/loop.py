@@ -21,7 +21,7 @@ from lorax.interop import peft
 from lorax.methods import prefix
 from lorax.models import Base, load
 from lorax.models.load import skeleton
-from lorax.tasks import metrics
+from lorax.tasks import kinds, scores
 from lorax.train import activations, checkpoint, evidence, sweep, trajectory
 
 
@@ -95,7 +95,7 @@ def prepare(
         base = bases[key]
         tasks.check_base(c.task, base, c.train.seq_len)
         activations.check(base, c.analysis.cka)
-        reads_text = c.task.name in tasks.TASKS
+        reads_text = tasks.kind_of(c.task).reads == "tokens"
         if reads_text and base.vocabulary is None:
             raise ValueError(
                 f"base: {c.base} has no tokenizer.json, which task {c.task.name} needs"
@@ -168,9 +168,10 @@ def virtual_tokens(group: Group) -> int:
 def check_positions(group: Group) -> None:
     """Raises ValueError where virtual tokens leave a base no positions for its texts."""
     c, most = group.stack.members[0].config, group.base.positions
-    columns, ahead = tasks.columns(group.task.train), virtual_tokens(group)
+    kind, ahead = group.task.kind, virtual_tokens(group)
+    columns = kinds.columns(kind, group.task.train)
     if most and columns and ahead:
-        columns -= "mask" in group.task.train  # a language model does not read the last one
+        columns -= kind.ahead
         if columns + ahead > most:
             raise ValueError(
                 f"method.tokens: {ahead} given, but texts of {columns} tokens (train.seq_len "
@@ -202,7 +203,7 @@ def check_texts(group: Group, say: Callable[[str], None]) -> None:
     asked, references = [p.text for p in prompts], [p.references for p in prompts]
     try:
         decode.encode(group.base, asked, _how(c).new_tokens, virtual_tokens(group))
-        metrics.text_scores(asked, references, lambda line: say(f"eval.generate: {line}"))
+        scores.of_texts(group.task, asked, references, lambda line: say(f"eval.generate: {line}"))
     except ValueError as error:
         raise ValueError(f"eval.generate: {error}") from None
 
@@ -270,12 +271,8 @@ def describe(group: Group) -> list[dict]:
 def check_metric(groups: list[Group], metric: str) -> None:
     """Raises ValueError where a group's task does not measure what a search goes by."""
     for group in groups:
-        c, task, names = group.stack.members[0].config, group.task, ["loss"]
-        if task.scores is not None:
-            rows = np.zeros((1, len(task.eval["label"]), task.outputs), np.float32)
-            names += _scores(task, rows, 1)
-        if c.eval.generate:
-            names += metrics.text_scores(["a"], [("a",)])
+        c, task = group.stack.members[0].config, group.task
+        names = ["loss", *scores.names(task, bool(c.eval.generate))]
         if metric not in names:
             raise ValueError(
                 f"search.metric: {metric!r} given, task {c.task.name} measures "
@@ -373,7 +370,7 @@ def _train_chunk(
     def evaluate():
         """Loss (m,) and {metric: (m,)} of every member as it is now."""
         losses, outputs = programs.evaluate(params, constants, state.trainable, eval_batches)
-        return np.asarray(losses)[:m], _scores(group.task, outputs, m)
+        return np.asarray(losses)[:m], scores.of_members(group.task, outputs, m)
 
     def look():
         """The spectra of all updates as they are now: trajectory/<chunk>/<step>.safetensors."""
@@ -392,19 +389,19 @@ def _train_chunk(
         state = jax.device_put(saved, jax.tree.map(lambda x: x.sharding, state))
         offset, seconds, in_steps = meta["offset"], meta["seconds"], meta["in_steps"]
         losses = np.array(meta["eval_loss"], np.float32)
-        scores = {name: np.array(values, np.float32) for name, values in meta["scores"].items()}
+        scored = {name: np.array(values, np.float32) for name, values in meta["scores"].items()}
         if step < c.train.steps:  # else what comes after may be later groups'
             _cut(metrics, offset)
         if step:
             terminal.say(f"group {group.index}: continues at step {step} of {c.train.steps}")
     else:
         step, seconds, in_steps = 0, 0.0, 0.0
-        losses, scores = evaluate()
+        losses, scored = evaluate()
         if c.analysis.trajectory:
             look()
         _cut(metrics, offset)
-        offset = _append(metrics, _lines(chunk, 0, "eval", loss=losses, **scores))
-        checkpoint.save(where, 0, state, _meta(offset, seconds, in_steps, losses, scores))
+        offset = _append(metrics, _lines(chunk, 0, "eval", loss=losses, **scored))
+        checkpoint.save(where, 0, state, _meta(offset, seconds, in_steps, losses, scored))
 
     # -------------------------------------------------------------------------------------- train
     diverged = np.asarray(state.diverged_at)[:m]
@@ -421,8 +418,8 @@ def _train_chunk(
         )
         at_checkpoint = step % c.eval.every == 0 or step == c.train.steps
         if at_checkpoint:
-            losses, scores = evaluate()
-            lines += _lines(chunk, step, "eval", loss=losses, **scores)
+            losses, scored = evaluate()
+            lines += _lines(chunk, step, "eval", loss=losses, **scored)
             if c.analysis.trajectory:
                 look()
         now = np.asarray(state.diverged_at)[:m]
@@ -434,7 +431,7 @@ def _train_chunk(
         seconds += time.monotonic() - began
         offset = _append(metrics, lines)
         if at_checkpoint:
-            checkpoint.save(where, step, state, _meta(offset, seconds, in_steps, losses, scores))
+            checkpoint.save(where, step, state, _meta(offset, seconds, in_steps, losses, scored))
         progress(step * m)
 
     # ------------------------------------------- export all of them before anything else can fail
@@ -453,7 +450,7 @@ def _train_chunk(
             "eval_loss": _number(losses[i]) if at < 0 else None,
             "seconds": round(seconds / m, 3),
             "step_ms": round(1e3 * in_steps / (m * c.train.steps), 3),
-            "scores": {name: _number(values[i]) for name, values in scores.items() if at < 0},
+            "scores": {name: _number(values[i]) for name, values in scored.items() if at < 0},
         }
 
     # ------------------------------------ what is measured of them may fail, and the rest goes on
@@ -506,7 +503,7 @@ def write_texts(workdir: Path, member: Member, group: Group, params, say) -> dic
     asked = [p.text for p in prompts]
     texts = decode.complete(group.base, asked, params, how, batch_size=c.batch_size, progress=tell)
     texts = [text.strip() for text in texts]
-    found = metrics.text_scores(texts, [p.references for p in prompts])
+    found = scores.of_texts(group.task, texts, [p.references for p in prompts])
     lines = [
         {"prompt": p.text, "text": text, "references": p.references}
         for p, text in zip(prompts, texts, strict=True)
@@ -515,16 +512,6 @@ def write_texts(workdir: Path, member: Member, group: Group, params, say) -> dic
     write_bytes(workdir / "texts" / f"{member.index}.jsonl", content.encode())
     say(f"member {member.name}: {len(texts)} texts in {time.monotonic() - began:.0f} s")
     return {name: round(float(value), 5) for name, value in found.items()}
-
-
-def _scores(task: tasks.Task, outputs, m: int) -> dict[str, np.ndarray]:
-    """{metric: (m,)} of a classifier's outputs (M, N, B, k); {} of a language model's None."""
-    if outputs is None:
-        return {}
-    labels = task.eval["label"]
-    rows = np.asarray(outputs)[:m].reshape(m, -1, outputs.shape[-1])[:, : len(labels)]
-    each = [task.scores(row, labels) for row in rows]
-    return {name: np.array([scores[name] for scores in each], np.float32) for name in each[0]}
 
 
 def export(directory: Path, member: Member, method, trainable, constants, group: Group) -> str:
@@ -541,7 +528,7 @@ def export(directory: Path, member: Member, method, trainable, constants, group:
         # PEFT takes the whole head from a classifier's adapter: only one that has it is called so.
         classifier = "SEQ_CLS" if any(p.startswith("head/") for p in adapter.weights) else None
         kind = classifier if group.task.outputs else "CAUSAL_LM"
-        if tasks.columns(group.task.train) is None:
+        if group.task.kind.reads != "tokens":
             kind = None  # it has no word for models that read no text
         try:
             peft.save(
@@ -582,7 +569,7 @@ def _shapes(group: Group):
 
 def _fit(group: Group) -> sweep.Programs:
     train = group.stack.members[0].config.train
-    return sweep.fit(group.stack, group.base, train, *_shapes(group))
+    return sweep.fit(group.stack, group.base, train, *_shapes(group), None, group.task.kind)
 
 
 def _largest(group: Group) -> float:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import leaves, losses, ops
+from lorax import leaves, ops
+from lorax.tasks import kinds
 from lorax.train import optim
 
 
@@ -50,7 +51,7 @@ class Program(NamedTuple):
     module: Linen module; method: of any member; sites: the base's; train: the config's section;
     dropout: whether any member has some; merge: whether leaves may take the merged forward pass
     (members run one at a time); halved: {path: Site} of the frozen kernels that multiply in
-    bfloat16.
+    bfloat16. kind: of the rows.
     """
 
     module: object
@@ -60,6 +61,7 @@ class Program(NamedTuple):
     dropout: bool
     merge: bool
     halved: Mapping[str, ops.Site] = MappingProxyType({})
+    kind: kinds.Kind = kinds.TEXTS
 
 
 def _bound(program, trainable, constants, params, key=None):
@@ -85,7 +87,8 @@ def gradients(program: Program, params, constants, hyper: Hyper, trainable, step
 
     def loss(trainable, part, key):
         bound = _bound(program, trainable, constants, params, key if program.dropout else None)
-        return losses.of(part)(program.module, bound, part, program.train.label_smoothing)[:2]
+        smoothing = program.train.label_smoothing
+        return program.kind.loss(program.module, bound, part, smoothing)[:2]
 
     def add(carry, indexed):
         index, part = indexed
@@ -135,17 +138,17 @@ def train_steps(program: Program, params, constants, hyper, state, batches):
 
 
 def evaluate(program: Program, params, constants, trainable, batches):
-    """(mean loss () float32, scores) over batches with leaves (N, B, ...).
+    """(mean loss () float32, outputs) over batches with leaves (N, B, ...).
 
-    A language model's loss is in nats a completion token, and it has no scores (None), nor has
-    what predicts values; a classifier's are (N, B, k) float32.
+    A language model's loss is in nats a completion token. outputs: (N, B, k) float32 where the kind
+    of rows is `scored`, else None.
     """
     bound = _bound(program, trainable, constants, params)
-    loss_of = losses.of(batches)
 
     def add(carry, batch):
-        total, weight, *scores = loss_of(program.module, bound, batch)
-        return jax.tree.map(jnp.add, carry, (total, weight)), scores
+        total, weight, outputs = program.kind.loss(program.module, bound, batch)
+        outputs = outputs if program.kind.scored else None
+        return jax.tree.map(jnp.add, carry, (total, weight)), outputs
 
-    (total, weight), scores = jax.lax.scan(add, (jnp.float32(0), jnp.float32(0)), batches)
-    return total / weight, scores[0] if scores else None
+    (total, weight), outputs = jax.lax.scan(add, (jnp.float32(0), jnp.float32(0)), batches)
+    return total / weight, outputs

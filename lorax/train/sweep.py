@@ -22,6 +22,7 @@ from lorax import catalogue, memory, methods, tasks, tree
 from lorax.config import Member
 from lorax.methods import Method
 from lorax.models import Base
+from lorax.tasks import kinds
 from lorax.train import evidence, trajectory
 from lorax.train import step as train_step
 
@@ -264,11 +265,18 @@ class Programs(NamedTuple):
     bytes: int
 
 
-def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_batches) -> Programs:
+def compile_programs(
+    stacked: Stack,
+    base: Base,
+    layout: Layout,
+    batches,
+    eval_batches,
+    kind: kinds.Kind = kinds.TEXTS,
+) -> Programs:
     """Compile for `layout.size` members, from shapes alone; nothing is allocated.
 
     batches: a task's rows as `jax.ShapeDtypeStruct` (K, A, B, ...), of one member.
-    eval_batches: the same (N, B, ...), shared by all members.
+    eval_batches: the same (N, B, ...), shared by all members. kind: of these rows.
     """
     program = train_step.Program(
         base.module,
@@ -278,6 +286,7 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
         dropout=any(m.config.method.dropout > 0 for m in stacked.members),
         merge=layout.width == 1,
         halved=_halved(stacked, base),
+        kind=kind,
     )
 
     def train(params, *member):
@@ -327,13 +336,8 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
     member = jax.eval_shape(lambda t: jax.tree.map(lambda x: x[0], t), stacked[2:])
     constants, hyper, state = described(member, apart, (size,))
     params = described(base.params, shared, ())
-    columns = tasks.columns(batches)
-
-    def cut(width):
-        """Shapes of batches with so many columns; labels have none, and None leaves all alone."""
-        narrower = lambda x: jax.ShapeDtypeStruct((*x.shape[:3], *[width] * (x.ndim > 3)), x.dtype)
-        narrow = batches if width is None else jax.tree.map(narrower, batches)
-        return described(narrow, by_batch, (size,))
+    columns = kinds.columns(kind, batches)
+    cut = lambda width: described(kinds.narrowed(kind, batches, width), by_batch, (size,))
 
     evaluate = (
         jax.jit(evaluate)
@@ -348,7 +352,7 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
         def compiled(width):
             return train.lower(params, constants, hyper, state, cut(width)).compile()
 
-        call = lambda *given: compiled(tasks.columns(given[-1]))(*given)
+        call = lambda *given: compiled(kinds.columns(kind, given[-1]))(*given)
         bytes_ = program_bytes(compiled(columns))
         return Programs(call, evaluate, spectra, *places, compiled, layout, bytes_)
 
@@ -375,7 +379,7 @@ def compile_programs(stacked: Stack, base: Base, layout: Layout, batches, eval_b
         return gradients.lower(*given).compile()
 
     def call(params, constants, hyper, state, batches):
-        take = compiled(tasks.columns(batches))
+        take = compiled(kinds.columns(kind, batches))
         found = take(params, constants, hyper, state.trainable, state.step, batches)
         jax.block_until_ready(found)  # the activations are gone before the state comes
         here = state._replace(opt_state=jax.device_put(state.opt_state, at(apart)))
@@ -439,7 +443,15 @@ def memory_limit(train, devices) -> memory.Free:
     return there._replace(bytes=int(most * there.bytes))
 
 
-def fit(stacked: Stack, base: Base, train, batches, eval_batches, devices=None) -> Programs:
+def fit(
+    stacked: Stack,
+    base: Base,
+    train,
+    batches,
+    eval_batches,
+    devices=None,
+    kind: kinds.Kind = kinds.TEXTS,
+) -> Programs:
     """`compile_programs` for as many members at once as memory holds, found by asking the compiler.
 
     First the members side by side are halved, then the members in one program; the caller runs the
@@ -449,7 +461,7 @@ def fit(stacked: Stack, base: Base, train, batches, eval_batches, devices=None) 
     n = len(stacked.members)
     while True:
         chosen = layout(n, train, base, devices)
-        programs = compile_programs(stacked, base, chosen, batches, eval_batches)
+        programs = compile_programs(stacked, base, chosen, batches, eval_batches, kind)
         limit = memory_limit(train, chosen.devices)
         if programs.bytes <= limit.bytes:
             return programs
@@ -460,15 +472,17 @@ def fit(stacked: Stack, base: Base, train, batches, eval_batches, devices=None) 
             n = math.ceil(n / 2)
         else:
             ask = functools.partial(compile_programs, stacked, base, chosen)
-            needs = lambda batches, ask=ask: ask(batches, eval_batches).bytes
+            needs = lambda batches, ask=ask: ask(batches, eval_batches, kind).bytes
             raise MemoryError(
                 f"one member needs {programs.bytes / 1e9:.2f} GB and {limit.bytes / 1e9:.2f} GB "
-                f"{limit.limit}: {would_fit(train, batches, needs, limit.bytes)}"
+                f"{limit.limit}: {would_fit(train, batches, needs, limit.bytes, kind)}"
                 + (", or set train.remat to full" if train.remat == "none" else "")
             )
 
 
-def would_fit(train, batches, needs: Callable[[dict], int], limit: int) -> str:
+def would_fit(
+    train, batches, needs: Callable[[dict], int], limit: int, kind: kinds.Kind = kinds.TEXTS
+) -> str:
     """What of a batch would fit, by asking the compiler: needs(shapes of batches) -> bytes.
 
     First the batch is worked off in more parts, up to a row at a time; then its rows are halved.
@@ -477,22 +491,18 @@ def would_fit(train, batches, needs: Callable[[dict], int], limit: int) -> str:
     parts = [a for a in range(train.accumulate + 1, size + 1) if size % a == 0]
 
     def divided(a, width=None):
-        def shape(x):
-            columns = (width,) if width and x.ndim > 3 else x.shape[3:]
-            return jax.ShapeDtypeStruct((x.shape[0], a, size // a, *columns), x.dtype)
-
-        return jax.tree.map(shape, batches)
+        parted = lambda x: jax.ShapeDtypeStruct((x.shape[0], a, size // a, *x.shape[3:]), x.dtype)
+        return jax.tree.map(parted, kinds.narrowed(kind, batches, width))
 
     least = parts[-1] if parts else train.accumulate
     if parts and needs(divided(least)) <= limit:
         # The need falls as the parts get more.
         a = next(a for a in parts if a == least or needs(divided(a)) <= limit)
         return f"train.accumulate={a} would fit"
-    ahead = int("mask" in batches)  # a language model does not read the last column
-    length = (tasks.columns(batches) or 0) - ahead
+    length = (kinds.columns(kind, batches) or 0) - kind.ahead
     while length >= 16:
         length //= 2
-        if needs(divided(least, length + ahead)) <= limit:
+        if needs(divided(least, length + kind.ahead)) <= limit:
             return f"train.seq_len={length} with train.accumulate={least} would fit"
     return "nor would a smaller batch fit; take a smaller base, or param_dtype=bfloat16"
 
@@ -532,7 +542,7 @@ def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
     rows, width = np.stack(rows), tasks.widths(task)[-1]
     if lengths is not None:
         width = min(w for w in tasks.widths(task) if w >= lengths[rows].max())
-    return {name: x[rows, :width] if x.ndim > 1 else x[rows] for name, x in task.train.items()}
+    return {name: x[rows] for name, x in kinds.narrowed(task.kind, task.train, width).items()}
 
 
 def batch_shapes(train, task: tasks.Task, k: int) -> dict:

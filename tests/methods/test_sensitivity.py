@@ -15,6 +15,7 @@ from lorax import ops, tree
 from lorax.methods import sensitivity, starts
 from lorax.models import gpt2
 from lorax.models.load import Base
+from lorax.tasks.kinds import ARRAYS, TEXTS
 
 PATHS = ("h/attn/q/kernel", "h/attn/o/kernel", "h/mlp/down/kernel")
 MODULES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
@@ -43,7 +44,7 @@ def rows(n: int = 2) -> dict:
 
 @pytest.fixture(scope="module")
 def found(pair):
-    return sensitivity.evidence(pair[0], rows(), PATHS, sensitivity.KINDS)
+    return sensitivity.evidence(pair[0], TEXTS, rows(), PATHS, sensitivity.STATISTICS)
 
 
 def heard(model, batches) -> tuple[dict, dict]:
@@ -96,7 +97,7 @@ def test_remat_and_segments_change_nothing(pair, found):
         segments[:, row, :end] = 1
     module = base.module.clone(config=dataclasses.replace(base.config, remat="full"))
     base, batches = base.replace(module=module), batches | {"segments": segments}
-    again = sensitivity.evidence(base, batches, PATHS, sensitivity.KINDS)
+    again = sensitivity.evidence(base, TEXTS, batches, PATHS, sensitivity.STATISTICS)
     for path, kinds in found.items():
         for kind, want in kinds.items():
             assert again[path][kind].dtype == jnp.float32
@@ -107,7 +108,7 @@ def test_the_energy_of_a_model_where_one_matrix_matters():
     """Layer 1 writes a word's embedding through `down` only: nothing else has a gradient."""
     base = one_matters()
     paths = [path for path, site in base.sites.items() if site.kind == "linear"]
-    found = sensitivity.evidence(base, rows(1), paths)
+    found = sensitivity.evidence(base, TEXTS, rows(1), paths)
     ranking = sensitivity.rank_matrices(found, rank=2)
     best = ranking[0]
     assert (best.path, best.index) == ("h/mlp/down/kernel", (1,))
@@ -157,7 +158,7 @@ def test_a_budget_passes_over_what_does_not_fit():
 @pytest.mark.parametrize(
     ("paths", "kinds", "message"),
     [
-        (("h/attn/q/kernel",), ("moment",), "kinds: 'moment' is not one of gradient, moments"),
+        (("h/attn/q/kernel",), ("moment",), "statistics: 'moment' is not one of gradient, moments"),
         (("h/attn/x/kernel",), ("gradient",), "paths: h/attn/x/kernel can't be adapted; there is"),
         (
             ("embed/embedding",),
@@ -169,7 +170,7 @@ def test_a_budget_passes_over_what_does_not_fit():
 )
 def test_what_can_not_be_read_is_one_clear_error(pair, paths, kinds, message):
     with pytest.raises(ValueError, match=message):
-        sensitivity.evidence(pair[0], rows(), paths, kinds)
+        sensitivity.evidence(pair[0], TEXTS, rows(), paths, kinds)
 
 
 def test_of_arrays_the_inputs_are_the_scaled_pixels():
@@ -181,7 +182,7 @@ def test_of_arrays_the_inputs_are_the_scaled_pixels():
         "weight": np.ones((2, 5), np.float32),
     }
     paths = ("dense_1/kernel", "head/kernel")
-    read = sensitivity.evidence(base, batches, paths, ("gradient", "moments"))
+    read = sensitivity.evidence(base, ARRAYS, batches, paths, ("gradient", "moments"))
     pixels = batches["inputs"].reshape(10, 12).astype(np.float32) / 255
     x = np.column_stack([pixels, np.ones(10)])
     np.testing.assert_allclose(read["dense_1/kernel"]["moments"], x.T @ x, rtol=1e-5)

@@ -15,6 +15,7 @@ import lorax
 from lorax import adapters, methods, tree
 from lorax.interop import peft as adapter_files
 from lorax.methods import sensitivity, starts
+from lorax.tasks.kinds import TEXTS
 
 RANK, ALPHA = 4, 8.0
 #: our path -> PEFT's module
@@ -45,7 +46,7 @@ def evidence(pair):
     tokens = parity.batches()[:2]
     batches = {"tokens": tokens, "mask": np.ones(tokens.shape, np.float32)}
     paths = [path for path, site in pair[0].sites.items() if path.startswith("h/")]
-    return sensitivity.evidence(pair[0], batches, paths, sensitivity.KINDS)
+    return sensitivity.evidence(pair[0], TEXTS, batches, paths, sensitivity.STATISTICS)
 
 
 def of(init: str, name: str = "lora", **hp):

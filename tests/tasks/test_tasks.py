@@ -8,6 +8,7 @@ import pytest
 from support import require
 
 from lorax import tasks
+from lorax.tasks import batch_order, kinds
 
 CONFIG = types.MappingProxyType({"name": "restaurants", "path": None, "n_train": 300, "seed": 0})
 
@@ -41,8 +42,8 @@ def test_epochs_and_seeds_differ():
 
 def test_order_is_a_pure_function():
     batch = tasks.order(1000, 16, 5, 123_456_789)
-    tasks._order.cache_clear()
-    tasks._batches.cache_clear()
+    batch_order._order.cache_clear()
+    batch_order._batches.cache_clear()
     np.testing.assert_array_equal(tasks.order(1000, 16, 5, 123_456_789), batch)
     np.testing.assert_array_equal(tasks.order(np.int64(1000), 16, np.int32(5), 123_456_789), batch)
     assert batch.dtype == np.int64 and batch.shape == (16,)
@@ -106,7 +107,7 @@ def test_grouped_order_is_that_of_transformers(n, batch_size, monkeypatch):
 def test_grouped_order_is_a_pure_function_and_pads_less():
     n, lengths = 4000, lengths_of(4000)
     rows = tasks.orders(n, 16, 3, range(500), lengths)  # two epochs
-    tasks._grouped.cache_clear()
+    batch_order._grouped.cache_clear()
     np.testing.assert_array_equal(tasks.orders(n, 16, 3, [7, 260], lengths), rows[[7, 260]])
     for epoch in rows.reshape(2, -1):
         np.testing.assert_array_equal(np.sort(epoch), np.arange(n))
@@ -121,13 +122,14 @@ def test_lengths_and_widths():
     mask = np.zeros((3, 33), np.float32)
     mask[0, 3:12] = mask[1, 5] = 1
     rows = {"tokens": np.zeros((3, 33), np.int32), "mask": mask}
-    assert tasks.lengths(rows).tolist() == [12, 6, 1]
+    assert kinds.lengths(kinds.TEXTS, rows).tolist() == [12, 6, 1]
     task = tasks.Task("", rows, rows, "")
     assert tasks.widths(task) == (33,)
-    assert tasks.widths(task._replace(lengths=tasks.lengths(rows))) == (9, 17, 25, 33)
+    assert tasks.widths(task._replace(lengths=kinds.lengths(kinds.TEXTS, rows))) == (9, 17, 25, 33)
     segments = (np.arange(24) < [[9], [24]]).astype(np.int32)
     classes = {"tokens": segments, "segments": segments, "label": np.arange(2)}
-    task = tasks.Task("", classes, classes, "", lengths=tasks.lengths(classes))
+    lengths = kinds.lengths(kinds.LABELLED, classes)
+    task = tasks.Task("", classes, classes, "", lengths=lengths, kind=kinds.LABELLED)
     assert task.lengths.tolist() == [9, 24] and tasks.widths(task) == (16, 24)
 
 
@@ -188,6 +190,7 @@ def test_registry_is_complete():
     with_tasks = {f"lorax.tasks.{name}" for name in tasks.TASKS}
     with_tasks |= {load.__module__ for load in tasks.ARRAYS.values()}
     helpers = {f"lorax.tasks.{name}" for name in ("metrics", "records", "rows")}
+    helpers |= {f"lorax.tasks.{name}" for name in ("batch_order", "kinds", "scores")}
     helpers |= {f"lorax.tasks.{name}" for name in ("rendering", "templates")}
     assert {x.__name__ for x in modules} == with_tasks | helpers
     assert not {*tasks.TASKS} & {*tasks.ARRAYS}
@@ -234,14 +237,15 @@ def test_settings_that_a_task_has_no_use_for(vocabulary, name, field, value):
 def test_columns_that_no_row_needs_are_left_out():
     rows = {"tokens": np.arange(66).reshape(2, 33), "mask": np.zeros((2, 33), np.float32)}
     rows["mask"][0, 3:12] = rows["mask"][1, 5] = 1
-    cut = tasks.trim(rows)
+    cut = kinds.trim(kinds.TEXTS, rows)
     assert {x.shape for x in cut.values()} == {(2, 17)}  # 11 predicted, 16 read
     np.testing.assert_array_equal(cut["tokens"], rows["tokens"][:, :17])
     classes = {"tokens": rows["tokens"], "label": np.arange(2)}
     classes["segments"] = (np.arange(33) < [[9], [2]]).astype(np.int32)
-    assert tasks.trim(classes)["tokens"].shape == (2, 16) and len(tasks.trim(classes)["label"]) == 2
+    cut = kinds.trim(kinds.LABELLED, classes)
+    assert cut["tokens"].shape == (2, 16) and len(cut["label"]) == 2
     full = rows | {"mask": np.ones((2, 33), np.float32)}
-    assert tasks.trim(full)["tokens"].shape == (2, 33)
+    assert kinds.trim(kinds.TEXTS, full)["tokens"].shape == (2, 33)
 
 
 # ------------------------------------------------------------------- rows that are dropped, n_train
@@ -299,7 +303,7 @@ def test_n_train_counts_the_rows_that_are_trained_on(name, tmp_path, vocabulary)
     alone, swept = build(8), build(40)
     assert "dropped, longer than" in alone.note  # else nothing is tested
     assert tasks.size(alone.train) == 8 and tasks.size(swept.train) == 40
-    width = tasks.columns(alone.train)
+    width = kinds.columns(alone.kind, alone.train)
     np.testing.assert_array_equal(alone.train["tokens"], swept.train["tokens"][:8, :width])
     np.testing.assert_array_equal(alone.train["mask"], swept.train["mask"][:8, :width])
     assert not swept.train["mask"][:8, width:].any()

@@ -9,7 +9,7 @@ from support import data
 
 from lorax import tasks
 from lorax.models.load import skeleton
-from lorax.tasks import vision
+from lorax.tasks import kinds, vision
 
 DIGITS = {"name": "digits"}
 
@@ -80,8 +80,8 @@ def test_evaluation_rows_are_evenly_spaced():
 
 def test_rows_of_arrays_have_no_columns(tmp_path):
     task = build(DIGITS)
-    assert tasks.columns(task.train) is None and tasks.widths(task) == (None,)
-    assert tasks.columns({"tokens": np.zeros((3, 7)), "label": np.zeros(3)}) == 7
+    assert kinds.columns(task.kind, task.train) is None and tasks.widths(task) == (None,)
+    assert kinds.columns(kinds.LABELLED, {"tokens": np.zeros((3, 7)), "label": np.zeros(3)}) == 7
 
 
 def test_mnist_is_the_files_arrays(tmp_path):

@@ -12,6 +12,7 @@ import lorax
 from lorax import config, intercept, tasks, tree
 from lorax.analysis import linear_cka
 from lorax.models import Base, bert, falcon, gpt2, llama
+from lorax.tasks import kinds
 from lorax.train import activations, loop
 
 SMALL = dict(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2)
@@ -86,7 +87,7 @@ def batches(n=6, size=3):
 def test_the_stream_after_a_layer_is_what_a_model_of_so_many_layers_ends_in(family, remat):
     base, depth = make(family, remat=remat), "n_layer" if family == "gpt2" else "num_hidden_layers"
     given, norm = batches(), FAMILIES[family][2]
-    found = jit(lambda p: activations.residuals(base.module, p, given))(base.params)
+    found = jit(lambda p: activations.residuals(base.module, kinds.TEXTS, p, given))(base.params)
     assert found.shape == (3, 6 * 12, 16) and found.dtype == jnp.float32
     tokens = rows()["tokens"][:, :-1]
     shorter = type(base.module)(dataclasses.replace(base.config, **{depth: 2}))
@@ -102,12 +103,12 @@ def test_the_stream_after_a_layer_is_what_a_model_of_so_many_layers_ends_in(fami
 
 
 def test_only_a_texts_own_tokens_count():
-    real = np.asarray(activations.real(batches())).reshape(6, 12)
+    real = np.asarray(activations.real(kinds.TEXTS, batches())).reshape(6, 12)
     # A row of 6 + i tokens ends in its end token, which is predicted and not read.
     assert real.sum(1).tolist() == [5, 6, 7, 8, 9, 10]
     assert (np.diff(real, axis=1) <= 0).all()
     segments = np.array([[[1, 1, 0]], [[1, 1, 1]]])
-    assert activations.real({"label": 0, "segments": segments}).tolist() == [1, 1, 0, 1, 1, 1]
+    assert activations.real(kinds.LABELLED, {"segments": segments}).tolist() == [1, 1, 0, 1, 1, 1]
 
 
 # ----------------------------------------------------------------------------------------- numbers
@@ -148,9 +149,9 @@ def test_an_adapter_at_its_start_is_its_base_and_a_moved_one_is_not(family):
     bound = method.bind(*jax.tree.map(lambda x: x[1], given[:2]), base.params, sites=base.sites)
     some = tasks.spread(task().eval, 5)
     batch = {name: x[None] for name, x in some.items()}
-    stream = jit(lambda params: activations.residuals(base.module, params, batch))
+    stream = jit(lambda params: activations.residuals(base.module, kinds.TEXTS, params, batch))
     streams = stream(base.params), stream(bound)
-    keep = np.asarray(activations.real(some)) > 0
+    keep = np.asarray(activations.real(kinds.TEXTS, some)) > 0
     expected = linear_cka(*(np.asarray(x)[:, keep] for x in streams))
     np.testing.assert_allclose(found[1], expected, atol=1e-5)
 

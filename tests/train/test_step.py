@@ -16,6 +16,7 @@ from support import traced
 import lorax
 from lorax import config, leaves, losses, ops, tree
 from lorax.models import gpt2, vision
+from lorax.tasks import kinds
 from lorax.train import step as steps
 
 CONFIG = dict(vocab_size=20, n_positions=8, n_embd=8, n_layer=2, n_head=2, unroll=1)
@@ -143,7 +144,7 @@ def test_packed_examples_have_the_loss_of_examples_apart():
         "segments": np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]], np.int32),
     }
     loss = jit(functools.partial(losses.lm_loss, TIED))
-    (one, n), (other, m) = loss(params, packed), loss(params, apart)
+    (one, n, _), (other, m, _) = loss(params, packed), loss(params, apart)
     assert n == m == 5
     np.testing.assert_allclose(one, other, rtol=1e-5)
     blind = {name: x for name, x in packed.items() if name != "segments"}
@@ -201,7 +202,6 @@ def arrays(labels, n=7):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_array_loss_of_classes_is_the_cross_entropy_of_scaled_pixels(smoothing):
     batch, params = arrays("classes")
-    assert losses.of(batch) is losses.array_loss
     loss = jit(functools.partial(losses.array_loss, MLP, smoothing=smoothing))
     total, weight, scores = loss(params, batch)
     pixels = jnp.asarray(batch["inputs"] / 255, jnp.float32)
@@ -219,7 +219,8 @@ def test_array_loss_of_values_is_the_mean_squared_error():
     batch, params = arrays("values")
     found = jit(functools.partial(losses.array_loss, MLP))(params, batch)
     outputs = np.asarray(MLP.apply({"params": params}, batch["inputs"]))
-    assert len(found) == 2 and found[1] == 6  # values have no scores
+    np.testing.assert_allclose(found[2], outputs, rtol=1e-5)
+    assert found[1] == 6
     np.testing.assert_allclose(
         found[0], np.square(outputs - batch["label"])[:6].mean(axis=1).sum(), rtol=1e-5
     )
@@ -230,13 +231,18 @@ def test_evaluation_of_arrays_does_not_count_rows_without_weight(labels):
     batch, params = arrays(labels)
     method = lorax.method("full")
     trainable, constants = method.init(jax.random.key(0), params)
-    program = steps.Program(MLP, method, {}, config.default().train, False, False)
+    program = steps.Program(
+        MLP, method, {}, config.default().train, False, False, kind=kinds.ARRAYS
+    )
     run = jit(functools.partial(steps.evaluate, program))
     lead = lambda *index: {name: x[list(index)][None] for name, x in batch.items()}
     loss, scores = run(params, constants, trainable, lead(0, 1, 2, 3, 4, 5, 6))
     fewer, _ = run(params, constants, trainable, lead(0, 1, 2, 3, 4, 5))
     np.testing.assert_allclose(loss, fewer, rtol=1e-6)
-    assert (scores is None) if labels == "values" else scores.shape == (1, 7, 3)
+    assert scores.shape == (1, 7, 3)
+    unscored = program._replace(kind=kinds.ARRAYS._replace(scored=False))
+    without = steps.evaluate(unscored, params, constants, trainable, lead(*range(7)))
+    assert without[1] is None
 
 
 # -------------------------------------------------------------------------------------------- step

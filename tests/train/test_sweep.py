@@ -11,6 +11,7 @@ import lorax
 from lorax import config, tasks, tree
 from lorax.intercept import sites
 from lorax.models import Base, gpt2
+from lorax.tasks import kinds
 from lorax.train import step as train_step
 from lorax.train import sweep
 
@@ -62,7 +63,9 @@ def run(c, base, task, pick=None, devices=None, steps=7, k=4):
     batches = sweep.batch_shapes(stacked.members[0].config.train, task, k)
     devices = devices or jax.devices()[:1]
     train = stacked.members[0].config.train
-    programs = sweep.fit(stacked, base, train, abstract(batches), abstract(evals), devices)
+    programs = sweep.fit(
+        stacked, base, train, abstract(batches), abstract(evals), devices, task.kind
+    )
     params, losses, finals, trees = programs.place_base(base.params), [], [], []
     for chunk in sweep.chunks(stacked, programs.layout.size):
         place, m = programs.place, len(chunk.members)
@@ -187,7 +190,7 @@ def test_batches_grouped_by_length_are_cut_and_lose_nothing(base, task, monkeypa
     mask[np.arange(64) % 3 > 0, 8:] = 0
     rows = {"tokens": task.train["tokens"], "mask": mask}
     rows = {name: np.pad(x, ((0, 0), (0, 4))) for name, x in rows.items()}
-    grouped = task._replace(train=rows, lengths=tasks.lengths(rows))
+    grouped = task._replace(train=rows, lengths=kinds.lengths(task.kind, rows))
     assert tasks.widths(grouped) == (9, 17)
     c = settings(seed=(0, 1))
     c.train.update(steps=8, batch_size=4, seq_len=16)
@@ -392,8 +395,9 @@ def test_the_loss_of_an_evaluation_does_not_depend_on_its_batches(mlp, images):
     """The last of three batches is half empty, and one of ten is full."""
     stacked = stack_of(image_settings(), mlp)
     program = train_step.Program(
-        mlp.module, stacked.methods[0], mlp.sites, stacked.members[0].config.train, False, False
-    )
+        mlp.module, stacked.methods[0], mlp.sites, stacked.members[0].config.train, False, False,
+        kind=kinds.ARRAYS,
+    )  # fmt: skip
     one = lambda t: jax.tree.map(lambda x: x[0], t)
     state = mlp.params, one(stacked.constants), one(stacked.state.trainable)
     run = jit(functools.partial(train_step.evaluate, program))

@@ -1,0 +1,168 @@
+"""Kinds of rows: what the engine asks of a batch, whatever the task.
+
+There are three: texts of a language model, texts with a label, and arrays with a class or with
+values. Axes: B rows, T tokens, k outputs. A row of zeros counts in no kind, so zeros fill up the
+last batch of an evaluation.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import losses
+
+
+class Kind(NamedTuple):
+    """What the engine asks of rows. All functions are pure and can be traced.
+
+    name: "texts", "labelled" or "arrays". reads: what the base must read, "tokens" or "arrays".
+    causal: whether the base must be a causal language model.
+    per_token: names of the arrays (N, T) that have a column for each token; () for arrays.
+    ahead: columns of a row that the model does not read: a language model's last token is only
+        predicted.
+    loss(module, params, batch, smoothing=0.0) -> (sum of losses, sum of weights, outputs (B, k)
+        float32), all float32; outputs is None for language models.
+    real(batch) -> (B, T) bool: the positions that the model reads and that are not padding; an
+        array is one position, (B, 1).
+    inputs(batch) -> the arguments of the model's `hidden`; None where it has none.
+    counted(rows) -> (N, T) bool: the columns that count in training or as context.
+    scored: whether an evaluation hands out the outputs, for `Task.scores`.
+    """
+
+    name: str
+    reads: str
+    causal: bool
+    per_token: tuple[str, ...]
+    ahead: int
+    loss: Callable
+    real: Callable
+    inputs: Callable | None
+    counted: Callable | None
+    scored: bool = False
+
+
+def _text_positions(batch) -> jax.Array:
+    if "segments" in batch:  # packed rows
+        return batch["segments"][:, :-1] > 0
+    # A text goes on for as long as there are targets to come.
+    weighted = (batch["mask"][:, 1:] > 0).astype(jnp.int32)
+    return jnp.flip(jnp.cumsum(jnp.flip(weighted, 1), 1), 1) > 0
+
+
+def _text_inputs(batch) -> list[jax.Array]:
+    inputs = batch["tokens"], batch.get("segments")
+    return [x[:, :-1] for x in inputs if x is not None]
+
+
+def _text_columns(rows) -> np.ndarray:
+    return rows.get("segments", rows["mask"]) > 0
+
+
+TEXTS = Kind(
+    name="texts",
+    reads="tokens",
+    causal=True,
+    per_token=("tokens", "mask", "segments"),
+    ahead=1,
+    loss=losses.lm_loss,
+    real=_text_positions,
+    inputs=_text_inputs,
+    counted=_text_columns,
+)
+LABELLED = Kind(
+    name="labelled",
+    reads="tokens",
+    causal=False,
+    per_token=("tokens", "segments", "types"),
+    ahead=0,
+    loss=losses.class_loss,
+    real=lambda batch: batch["segments"] > 0,
+    inputs=lambda batch: [batch["tokens"], batch["segments"], batch["types"]],
+    counted=lambda rows: rows["segments"] > 0,
+    scored=True,
+)
+ARRAYS = Kind(
+    name="arrays",
+    reads="arrays",
+    causal=False,
+    per_token=(),
+    ahead=0,
+    loss=losses.array_loss,
+    real=lambda batch: batch["weight"][:, None] > 0,
+    inputs=None,
+    counted=None,
+    scored=True,
+)
+
+
+# ------------------------------------------------------------------------------------------ columns
+
+
+def columns(kind: Kind, rows: Mapping[str, Any]) -> int | None:
+    """Columns of rows, or of batches, of tokens: every array that has any has as many, and they can
+    be cut to fewer. None for arrays, which have none."""
+    return rows[kind.per_token[0]].shape[-1] if kind.per_token else None
+
+
+def narrowed(kind: Kind, rows: Mapping[str, Any], width: int | None) -> dict[str, Any]:
+    """Rows, or batches, with their first `width` columns; as they are where that is None. Shapes
+    (`jax.ShapeDtypeStruct`) give shapes."""
+
+    def cut(x):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((*x.shape[:-1], min(width, x.shape[-1])), x.dtype)
+        return x[..., :width]
+
+    fewer = () if width is None else kind.per_token
+    return {name: cut(x) if name in fewer else x for name, x in rows.items()}
+
+
+def lengths(kind: Kind, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Columns of each row up to its last that counts, at least one: (N,) int64."""
+    counts = kind.counted(rows)
+    last = counts.shape[1] - np.argmax(counts[:, ::-1], axis=1)
+    return np.where(counts.any(axis=1), last, 1)
+
+
+def trim(kind: Kind, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rows without the columns at their end that count in none of them: padding, which a model
+    would read for nothing. A model then reads a multiple of 8 tokens, or as many as before."""
+    if not kind.per_token:
+        return dict(rows)
+    return narrowed(kind, rows, eights(lengths(kind, rows).max() - kind.ahead) + kind.ahead)
+
+
+def eights(n: float) -> int:
+    """The next multiple of 8."""
+    return 8 * math.ceil(n / 8)
+
+
+# ------------------------------------------------------------------------------------------- shapes
+
+
+def token_shapes(
+    kind: Kind, lead: tuple[int, ...], seq_len: int, packing: bool = False, label=np.int32
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of batches of texts (*lead, T), lead being the axes of the batch. packing: of rows
+    that hold several texts. label: dtype of a labelled text's, int32 for a class, float32 for a
+    value."""
+    row = lambda dtype: jax.ShapeDtypeStruct((*lead, seq_len + kind.ahead), dtype)
+    if kind.causal:
+        shapes = {"tokens": row(np.int32), "mask": row(np.float32)}
+        return shapes | ({"segments": row(np.int32)} if packing else {})
+    labels = {"label": jax.ShapeDtypeStruct(lead, label)}
+    return {name: row(np.int32) for name in kind.per_token} | labels
+
+
+def array_shapes(
+    lead: tuple[int, ...], inputs: jax.ShapeDtypeStruct, label: jax.ShapeDtypeStruct
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of batches of arrays; inputs, label: of one row."""
+    put = lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype)
+    return {"inputs": put(inputs), "label": put(label)} | {
+        "weight": jax.ShapeDtypeStruct(lead, np.float32)
+    }
