@@ -4,9 +4,7 @@ import difflib
 import os
 import re
 import sys
-import traceback
 from collections.abc import Iterable
-from pathlib import Path
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -46,10 +44,3 @@ def reason(error: BaseException) -> str:
     if text and (plain or type(error).__module__ != "builtins"):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def keep(directory: Path, error: BaseException) -> str:
-    """Append an error to `directory`/errors.txt with where it came from; a part of a line on it."""
-    with open(directory / "errors.txt", "a") as file:
-        file.write("".join(traceback.format_exception(error)) + "\n")
-    return f"failed ({reason(error)}; {directory / 'errors.txt'} says where)"

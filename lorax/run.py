@@ -16,8 +16,6 @@ With `config.search.threshold` (0.9 for d90) the run looks for the intrinsic dim
 """
 
 import ast
-import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -35,9 +33,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from lorax import __version__, catalogue, config, memory
-from lorax.errors import fail, keep, of_machine, reason
-from lorax.files import read_json, read_text, write_bytes, write_json
+from lorax import __version__, catalogue, config, memory, rundir
+from lorax.errors import fail, of_machine, reason
+from lorax.files import read_json, read_text, write_bytes
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The study: FILE or FILE:ARGUMENT.")
@@ -58,18 +56,18 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         settings, members, workdir = read_command_line(argv)
-        check_paths(workdir)
+        rundir.check_paths(workdir)
         changed = check_same_config(workdir, settings)
     except (
         Exception
     ) as error:  # whatever a config script or a flag raises is one line to its author
         return fail(error)
     print(f"lorax {__version__}: {plan(settings, members)}", flush=True)
-    if finished(workdir) and not changed:
-        print(f"{workdir} is finished. Report: {workdir / 'report.html'}")
+    if rundir.has_finished(workdir) and not changed:
+        print(f"{workdir} is finished. Report: {workdir / rundir.REPORT}")
         return 0
     try:
-        with locked(workdir), recorded(workdir):
+        with rundir.locked(workdir), rundir.recorded(workdir):
             return run(settings, members, workdir)
     except KeyboardInterrupt:
         print("lorax: stopped. Run the same command to continue.", file=sys.stderr)
@@ -188,38 +186,13 @@ def plan(settings, members) -> str:
     return f"{len(members)} member{plural} ({swept}) of {what}"
 
 
-#: What a run directory has in it, and is written.
-FILES = (".lock", "config.json", "members.jsonl", "metrics.jsonl", "status.json", "report.html")
-FOLDERS = ("adapters", "analysis", "checkpoints", "figures", "tb", "texts", "trajectory")
-
-
-def check_paths(workdir: Path) -> None:
-    """Raises ValueError where the run directory, or what it is to hold, can't be written."""
-    for path, folder in (
-        *((parent, True) for parent in reversed(workdir.parents)),
-        (workdir, True),
-        *((workdir / name, False) for name in FILES),
-        *((workdir / name, True) for name in FOLDERS),
-    ):
-        if not path.exists():
-            continue
-        if path.is_dir() != folder:
-            kinds = ("a folder", "a file") if folder else ("a file", "a folder")
-            raise ValueError(
-                f"--workdir: {path} is {kinds[1]} and should be {kinds[0]}; move it away or name "
-                f"another --workdir"
-            )
-        if path.parent == workdir and not os.access(path, os.W_OK):
-            raise ValueError(f"--workdir: {path} can't be written to; name another --workdir")
-
-
 def check_same_config(workdir: Path, settings) -> list[str]:
     """The keys of `config.REVISABLE` in which the run that the directory holds differs.
 
     Raises ValueError where it is a run of another config, and where it has nothing left to make
     something else of.
     """
-    file = workdir / "config.json"
+    file = workdir / rundir.CONFIG
     if not file.exists():
         return []
     try:
@@ -228,23 +201,17 @@ def check_same_config(workdir: Path, settings) -> list[str]:
         raise ValueError(f"workdir: {file} is damaged; delete {workdir} to start anew") from None
     different = _differences(stored, json.loads(settings.to_json()))
     others = [key for key in different if key not in config.REVISABLE]
-    if others and has_begun(workdir):
+    if others and rundir.has_begun(workdir):
         raise ValueError(
             f"workdir: {workdir} holds a run of another config (it differs in "
             f"{', '.join(others)}); name another --workdir or delete it"
         )
-    if different and finished(workdir) and not (workdir / "checkpoints").exists():
+    if different and rundir.has_finished(workdir) and not (workdir / rundir.CHECKPOINTS).exists():
         raise ValueError(
             f"workdir: {workdir} holds a finished run with other {', '.join(different)}, and its "
             f"checkpoints are gone; name another --workdir"
         )
     return different
-
-
-def has_begun(workdir: Path) -> bool:
-    """Whether anything was trained or measured there; else it is as good as empty."""
-    metrics, known = workdir / "metrics.jsonl", (workdir / "config.json").exists()
-    return known and metrics.exists() and metrics.stat().st_size > 0
 
 
 def check_disk(workdir: Path, groups) -> None:
@@ -264,64 +231,6 @@ def check_disk(workdir: Path, groups) -> None:
             f"{count} members, and {(free + there) / 1e9:.2f} GB are free there; name another "
             f"--workdir, or train fewer members in one run"
         )
-
-
-def finished(workdir: Path) -> bool:
-    """Whether status.json says that the run is done."""
-    return _status(workdir).get("state") == "finished"
-
-
-def _status(workdir: Path) -> dict:
-    """status.json, {} where there is none or it is damaged."""
-    try:
-        return read_json(workdir / "status.json")
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
-@contextlib.contextmanager
-def recorded(workdir: Path):
-    """Context in which an error that ends the run is written to status.json with its reason.
-
-    The state is then "stopped" where the same command may continue, "failed" for anything else;
-    that of a run that has been trained stays.
-    """
-    try:
-        yield
-    except BaseException as error:
-        status = _status(workdir)
-        if status:
-            machine = of_machine(error)
-            stopped = machine or isinstance(error, KeyboardInterrupt)
-            if status.get("state") == "running":
-                status["state"] = "stopped" if stopped else "failed"
-            with contextlib.suppress(OSError):  # the disk may be full
-                write_json(workdir / "status.json", status | {"reason": reason(machine or error)})
-        raise
-
-
-@contextlib.contextmanager
-def locked(workdir: Path):
-    """Context in which no other process writes to the run directory.
-
-    A directory that nothing was written to does not stay. Raises BlockingIOError, or ValueError
-    where it can't be written to.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / ".lock", "w")
-    except OSError as error:
-        raise ValueError(f"--workdir: {reason(error)}; name another") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"workdir: another process writes to {workdir}") from None
-        try:
-            yield
-        finally:
-            if [p.name for p in workdir.iterdir()] == [".lock"]:
-                shutil.rmtree(workdir)
 
 
 def formats(folder: Path) -> str:
@@ -373,7 +282,7 @@ def run(settings, members, workdir: Path) -> int:
             "command": "python -m lorax.run " + shlex.join(sys.argv[1:]),
         }
         check_disk(workdir, groups)
-        begun = read_json(workdir / "config.json") if has_begun(workdir) else head
+        begun = rundir.read_config(workdir) if rundir.has_begun(workdir) else head
         if begun["base_sha256"] != head["base_sha256"]:
             raise ValueError(
                 f"base: the weights of {base.name} are others than {workdir} began with; "
@@ -381,11 +290,12 @@ def run(settings, members, workdir: Path) -> int:
             )
         if begun is head or begun["config"] != head["config"]:  # in what may change alone
             now = {key: head[key] for key in ("config", "command")}
-            write_json(workdir / "config.json", begun | now)
-        previous = _status(workdir).get("wall_seconds", 0.0)
+            rundir.write_config(workdir, begun | now)
+        previous = rundir.read_status(workdir).get("wall_seconds", 0.0)
         wall = lambda: round(previous + time.monotonic() - began, 1)
         lines, rows, offset, started = [], {}, 0, 0
         failed, events = {}, tensorboard.Events(workdir)
+        record = lambda state: rundir.write_status(workdir, state, rows, wall(), failed)
 
         def attempt(what, work):
             """work(), or None where it fails, which is said and stands in status.json."""
@@ -393,7 +303,7 @@ def run(settings, members, workdir: Path) -> int:
                 return work()
             except Exception as error:
                 failed[what] = reason(error)
-                screen.say(f"{what}: {keep(workdir, error)}")
+                screen.say(f"{what}: {rundir.keep_error(workdir, error)}")
 
         def progress(done, total):
             screen.progress(done, total)
@@ -406,17 +316,14 @@ def run(settings, members, workdir: Path) -> int:
         for number in range(rounds):
             lines += [row for group in groups for row in loop.describe(group)]
             lines.sort(key=lambda row: row["member"])
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            write_bytes(workdir / "members.jsonl", text.encode())
+            rundir.write_members(workdir, lines)
             loop.write_rankings(workdir, groups)
-            status = {"state": "running", "members": _by_number(rows)}
-            write_json(workdir / "status.json", status | {"wall_seconds": wall()})
+            record("running")
             later = (rounds - 1 - number) * most
             terminal = screen.terminal(lines)._replace(progress=progress)
             fresh, offset = loop.train(workdir, groups, terminal, offset, started, later)
             rows, started, first = rows | fresh, loop.member_steps(members), groups[-1].index + 1
-            status |= {"members": _by_number(rows)}
-            write_json(workdir / "status.json", status | {"wall_seconds": wall()})
+            record("running")
             if number + 1 < rounds:
                 asked = _next_round(workdir, search, config.search_seeds(settings), screen.say)
                 more = config.more_members(settings, members, asked)
@@ -427,8 +334,7 @@ def run(settings, members, workdir: Path) -> int:
                 groups = loop.prepare(more, screen.say, first, loaded)
                 members += more
         del groups, loaded
-        status["state"] = "trained"
-        write_json(workdir / "status.json", status | {"wall_seconds": wall()})
+        record("trained")
 
         # ------------------------------- analyse: what fails here costs nothing of what was trained
         for member, row in rows.items():
@@ -442,20 +348,17 @@ def run(settings, members, workdir: Path) -> int:
             screen.say("taking the updates apart and drawing the report")
             page = attempt("report", lambda: _report(workdir, kernels(base), screen.say))
         attempt("TensorBoard", events.finish)
-        if failed:
-            status["failed"] = failed
-        else:
-            status["state"] = "finished"
-        write_json(workdir / "status.json", status | {"wall_seconds": wall()})
+        record("trained" if failed else "finished")
         screen.table(lines, rows)
         if search.threshold:
             estimate = lambda: intrinsic.estimate(_points(workdir), search.threshold, search.metric)
             attempt("dimensions", lambda: screen.dimensions(estimate()))
     if page:
-        print(f"\nReport       {page}\nFigures      {workdir / 'figures'}")
-        print(f"Numbers      {workdir / 'analysis'}")
-    print(f"Adapters     {workdir / 'adapters'} ({formats(workdir / 'adapters')})")
-    print(f"TensorBoard  tensorboard --logdir {workdir / 'tb'}")
+        print(f"\nReport       {page}\nFigures      {workdir / rundir.FIGURES}")
+        print(f"Numbers      {workdir / rundir.ANALYSIS}")
+    adapters = workdir / rundir.ADAPTERS
+    print(f"Adapters     {adapters} ({formats(adapters)})")
+    print(f"TensorBoard  tensorboard --logdir {workdir / rundir.TENSORBOARD}")
     if failed:
         print(
             f"lorax: all members are trained, but {', '.join(failed)} failed; run the same command "
@@ -482,7 +385,7 @@ def _write_tables(workdir: Path) -> None:
 
     found = runs.load(workdir)
     for name, table in (("trajectory", tables.trajectory(found)), ("cka", tables.cka(found))):
-        file = workdir / "analysis" / f"{name}.csv"
+        file = rundir.table(workdir, name)
         if table is None:
             file.unlink(missing_ok=True)  # of an analysis that is no longer asked for
         else:
@@ -507,10 +410,6 @@ def _points(workdir: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a torn line of the round that is to be continued
         return intrinsic.points(runs.load(workdir))
-
-
-def _by_number(rows: dict[int, dict]) -> dict[str, dict]:
-    return {str(i): rows[i] for i in sorted(rows)}
 
 
 def _show(values) -> str:

@@ -6,7 +6,6 @@ twice.
 """
 
 import functools
-import json
 import math
 import shutil
 import struct
@@ -21,6 +20,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import hparams
 
+from lorax import rundir
 from lorax.analysis import runs
 from lorax.analysis.measures import spectrum
 from lorax.train import optim
@@ -30,7 +30,7 @@ class Events:
     """The events of a run that is under way: `update` adds what is new, `finish` the rest."""
 
     def __init__(self, directory: Path):
-        self.directory, self.target = Path(directory), Path(directory) / "tb"
+        self.directory, self.target = Path(directory), Path(directory) / rundir.TENSORBOARD
         self._begin()
 
     def _begin(self):
@@ -40,19 +40,13 @@ class Events:
 
     def update(self) -> None:
         """Add the lines that metrics.jsonl has gained, and the spectra beside it."""
-        metrics = self.directory / "metrics.jsonl"
-        if metrics.stat().st_size < self.read:
+        if rundir.metrics_size(self.directory) < self.read:
             self._begin()
-        with open(metrics, "rb") as file:
-            file.seek(self.read)
-            new = file.read()
-        new = new[: new.rfind(b"\n") + 1]
-        self.read += len(new)
+        rows, self.read = rundir.metrics_after(self.directory, self.read)
         found = {}
-        for line in new.splitlines():
-            point = json.loads(line)
+        for point in rows:
             found.setdefault(point["member"], []).append((point["step"], self._scalars(point)))
-        for file in sorted((self.directory / "trajectory").glob("*/*.safetensors")):
+        for file in rundir.spectra_files(self.directory):
             if file not in self.seen:
                 self.seen.add(file)
                 for member, values in _effective_ranks(load_file(file)).items():
@@ -77,9 +71,9 @@ class Events:
             step = int(row["final_step"])
             self._append(member, [(step, _summary(final))] if final else [])
             self._append(member, [(0, summary) for summary in hparams(hyper, final)])
-        shutil.rmtree(self.target / "figures", ignore_errors=True)
-        figures = sorted((self.directory / "figures").glob("*.png"))
-        self._write("figures", [(0, _image(file)) for file in figures])
+        shutil.rmtree(self.target / rundir.FIGURES, ignore_errors=True)
+        figures = sorted((self.directory / rundir.FIGURES).glob("*.png"))
+        self._write(rundir.FIGURES, [(0, _image(file)) for file in figures])
         return self.target
 
     def _scalars(self, point: dict) -> dict[str, float]:
@@ -97,9 +91,8 @@ class Events:
     def _member(self, member: int) -> dict:
         """Its line of members.jsonl, to which a search adds."""
         if member not in self.members:
-            lines = (self.directory / "members.jsonl").read_text().splitlines()
-            self.members = {row["member"]: row for row in map(json.loads, lines)}
-            train = json.loads((self.directory / "config.json").read_text())["config"]["train"]
+            self.members = {row["member"]: row for row in rundir.read_members(self.directory)}
+            train = rundir.read_config(self.directory)["config"]["train"]
             self.schedule = train["schedule"], train["warmup"]
         return self.members[member]
 

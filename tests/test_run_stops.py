@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorax import config, run
+from lorax import config, run, rundir
 from lorax.files import write_json
 from lorax.train import loop
 
@@ -122,13 +122,13 @@ checkpoint.shutil.disk_usage = usage
 )
 def test_a_run_that_an_error_ended_does_not_say_that_it_runs(tmp_path, error, before, state, why):
     write_json(tmp_path / "status.json", {"state": before, "members": {}})
-    with pytest.raises(type(error)), run.recorded(tmp_path):
+    with pytest.raises(type(error)), rundir.recorded(tmp_path):
         raise error
     assert status(tmp_path)["state"] == state and status(tmp_path)["reason"].startswith(why)
 
 
 def test_an_error_before_there_is_a_run_leaves_no_status(tmp_path):
-    with pytest.raises(ValueError), run.recorded(tmp_path):
+    with pytest.raises(ValueError), rundir.recorded(tmp_path):
         raise ValueError("task.path")
     assert not list(tmp_path.iterdir())
 
@@ -158,12 +158,12 @@ def test_what_is_in_the_way_is_said_before_anything_is_trained(tmp_path, name, f
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir() if folder else path.write_text("")
     with pytest.raises(ValueError, match=f"--workdir: {path} is a fil|--workdir: {path} is a fol"):
-        run.check_paths(tmp_path / "there" / "run")
+        rundir.check_paths(tmp_path / "there" / "run")
 
 
 def test_a_path_that_can_not_be_made_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="--workdir: .*; name another"):
-        with run.locked(Path("/proc/none/run")):
+        with rundir.locked(Path("/proc/none/run")):
             pass
 
 

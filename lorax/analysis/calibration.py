@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lorax import rundir
 from lorax.analysis import runs
 from lorax.analysis.measures import spectrum
 
@@ -191,7 +192,7 @@ def _dimension(run: runs.Run, members: pd.DataFrame) -> list[dict]:
 def _search(run: runs.Run, table: pd.DataFrame, task: list[str]) -> list[dict]:
     """What the search for d_t found (analysis/intrinsic.csv), over its threshold t. Its conditions
     name the members' axes: "inputs=9, noise=0.1"."""
-    file, rows = run.directory / "analysis" / "intrinsic.csv", []
+    file, rows = rundir.table(run.directory, "intrinsic"), []
     if not file.exists() or run.members["planted_dim"].isna().all():
         return []
     found = pd.read_csv(file, keep_default_na=False)

@@ -1,17 +1,8 @@
-"""Reading a run directory: the only thing between training and analysis.
+"""A run directory (`lorax.rundir`) as tables: members, measurements, settings, the best rank."""
 
-config.json      resolved config, package versions, device, git revision, hash of the base
-members.jsonl    a line a member: what it is
-metrics.jsonl    a line a measurement: member, step, split, loss in nats per completion token
-status.json      how far the run is and which members finished or diverged
-adapters/<n>/    what each member has learned, LoRA factors in PEFT's format
-"""
-
-import json
 import os
 import pathlib
 import re
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from lorax import rundir
 from lorax.interop import peft, states
 from lorax.interop.peft import Factors
 
-UNFINISHED = ("running", "stopped", "failed")  # states in which not all has been trained
+METRICS = ("member", "step", "split", "loss")  # columns that every measurement has
 
 
 @dataclass(frozen=True)
@@ -46,14 +38,14 @@ class Run:
     def adapter(self, member: int) -> dict[str, Factors]:
         """The member's factors by path ("h/0/attn/q"). FileNotFoundError where it has none,
         ValueError where PEFT's file is of a method without any."""
-        factors = peft.load(self.directory / "adapters" / str(member)).factors
+        factors = peft.load(rundir.adapter(self.directory, member)).factors
         return {path: f for path, f in factors.items() if f.a.shape[1]}  # DoRA's lengths have none
 
     def delta(self, member: int) -> dict[str, np.ndarray]:
         """{path: dW (in, out)} of a member whose update is not of low rank. FileNotFoundError where
         it left none: prefixes and bottlenecks are no change of weights. ValueError that names a
         damaged file."""
-        return states.deltas(self.directory / "adapters" / str(member))
+        return states.deltas(rundir.adapter(self.directory, member))
 
 
 def load(directory: str | os.PathLike) -> Run:
@@ -64,59 +56,15 @@ def load(directory: str | os.PathLike) -> Run:
     a warning: a run that is being written, or was killed, ends like that.
     """
     directory = pathlib.Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: no such run directory")
-    members = pd.DataFrame(_lines(directory / "members.jsonl", {"member", "name", "method"}))
-    metrics = pd.DataFrame(_lines(directory / "metrics.jsonl", {"member", "step", "split", "loss"}))
-    if members.empty:
-        raise ValueError(f"{directory / 'members.jsonl'}: no members")
-    if members["member"].duplicated().any():
-        raise ValueError(f"{directory / 'members.jsonl'}: a member is listed twice")
-    if metrics.empty:
-        metrics = pd.DataFrame(columns=["member", "step", "split", "loss"])
-    metrics = metrics.astype({"member": int, "step": int, "loss": float})
+    read = rundir.read(directory)
+    metrics = pd.DataFrame(read.metrics, columns=None if read.metrics else METRICS)
     return Run(
         directory=directory,
-        config=_object(directory / "config.json"),
-        members=members.set_index("member", drop=False).rename_axis(None),
-        metrics=metrics,
-        status=_object(directory / "status.json"),
+        config=read.config,
+        members=pd.DataFrame(read.members).set_index("member", drop=False).rename_axis(None),
+        metrics=metrics.astype({"member": int, "step": int, "loss": float}),
+        status=read.status,
     )
-
-
-def _object(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_text(file))
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: need an object, got {type(value).__name__}")
-    return value
-
-
-def _lines(file: pathlib.Path, required: set[str]) -> list[dict[str, Any]]:
-    lines = [(n, line) for n, line in enumerate(_text(file).split("\n"), 1) if line.strip()]
-    rows = []
-    for number, line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == lines[-1][0]:
-                warnings.warn(f"{file}:{number}: torn last line ignored", stacklevel=3)
-                continue
-            raise ValueError(f"{file}:{number}: not JSON: {error}") from error
-        if not isinstance(row, dict) or not required <= set(row):
-            raise ValueError(
-                f"{file}:{number}: need the fields {sorted(required)}, got {line[:80]}"
-            )
-        rows.append(row)
-    return rows
-
-
-def _text(file: pathlib.Path) -> str:
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: no such file; is {file.parent} a run directory?")
-    return file.read_text(encoding="utf-8", errors="replace")
 
 
 # ------------------------------------------------------------------------------------ eval losses

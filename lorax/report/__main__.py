@@ -17,13 +17,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from lorax import rundir
 from lorax.analysis import runs
 from lorax.errors import nearest
 from lorax.report import bases, page
 from lorax.report.pages import adapters, one_run, several_runs
 
 RUN, ADAPTER = "a run", "an adapter"
-OF_A_RUN = ("members.jsonl", "metrics.jsonl", "status.json")  # any of them: what is torn is a run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,7 +114,7 @@ def sort(name: str) -> str:
         raise FileNotFoundError(f"{name}: no such run directory or adapter{nearest(name, near)}")
     if adapters.is_adapter(path):
         return ADAPTER
-    if any((path / file).exists() for file in OF_A_RUN):
+    if rundir.is_run(path):
         return RUN
     hint = ""
     if (path / "method.json").exists():
@@ -122,7 +122,7 @@ def sort(name: str) -> str:
     elif (path / "config.json").exists():
         hint = "; it looks like a model: that is for --base"
     raise ValueError(
-        f"{name}: neither a run directory (with members.jsonl) nor an adapter (with "
+        f"{name}: neither a run directory (with {rundir.MEMBERS}) nor an adapter (with "
         f"adapter_config.json or delta.safetensors){hint}"
     )
 

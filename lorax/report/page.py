@@ -27,9 +27,10 @@ from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 from rich.progress import track
 
+from lorax import rundir
 from lorax.analysis.runs import is_missing
 from lorax.console import console
-from lorax.errors import keep, reason
+from lorax.errors import reason
 from lorax.files import read_json, write_bytes, write_json
 
 TEMPLATE = pathlib.Path(__file__).with_name("page.html.tmpl")
@@ -85,28 +86,30 @@ def save(
     images: dict[str, bytes | Exception] = {}
     pictures = [(of.title, *picture) for of in sections for picture in of.pictures.items()]
     for of, name, picture in progress(pictures, "drawing", len(pictures)):
-        files[f"figures/{name}.csv"] = csv(picture.numbers)
+        files[f"{rundir.FIGURES}/{name}.csv"] = csv(picture.numbers)
         try:
             lay_out(picture.figure)
             images[name] = png(picture.figure)
-            files[f"figures/{name}.pdf"] = pdf(picture.figure)
-            files[f"figures/{name}.png"] = images[name]
+            files[f"{rundir.FIGURES}/{name}.pdf"] = pdf(picture.figure)
+            files[f"{rundir.FIGURES}/{name}.png"] = images[name]
         except Exception as error:  # whatever a figure does not take, the rest stands
             failed[f"{of}, figure {name}"] = images[name] = error
     for section in sections:
-        files |= {f"analysis/{name}": _data(value) for name, value in section.files.items()}
+        files |= {
+            f"{rundir.ANALYSIS}/{name}": _data(value) for name, value in section.files.items()
+        }
     page = put_together(title, lead, sections, images, command)
 
     earlier = _written(directory)
     _write_manifest(directory, earlier | set(files))
     for name, data in files.items():
         write_bytes(directory / name, data)
-    written = write_bytes(directory / "report.html", page.encode())
+    written = write_bytes(directory / rundir.REPORT, page.encode())
     for name in earlier - set(files):
         (directory / name).unlink(missing_ok=True)
     _write_manifest(directory, set(files))
     for what, error in failed.items():
-        warnings.warn(f"{what}: {keep(directory, error)}", SectionFailed, stacklevel=2)
+        warnings.warn(f"{what}: {rundir.keep_error(directory, error)}", SectionFailed, stacklevel=2)
     return written
 
 
@@ -136,7 +139,8 @@ def _written(directory: pathlib.Path) -> set[str]:
     file = directory / MANIFEST
     listed = read_json(file).get("files", []) if file.exists() else []
     # A directory may come from elsewhere: nothing but a page's files can be meant.
-    return {name for name in listed if re.fullmatch(r"(figures|analysis)/[^/\0]+", str(name))}
+    folders = f"{rundir.FIGURES}|{rundir.ANALYSIS}"
+    return {name for name in listed if re.fullmatch(rf"({folders})/[^/\0]+", str(name))}
 
 
 def _write_manifest(directory: pathlib.Path, names: set[str]) -> None:
@@ -155,7 +159,7 @@ def save_files(
 ) -> None:
     """Write tables (NAME.csv) and dictionaries of arrays (NAME.npz) into analysis/."""
     for name, value in files.items():
-        write_bytes(directory / "analysis" / name, _data(value))
+        write_bytes(directory / rundir.ANALYSIS / name, _data(value))
 
 
 def _data(value: pd.DataFrame | dict[str, np.ndarray]) -> bytes:
@@ -204,8 +208,8 @@ def put_together(
     """The page's HTML. images: PNG by the name that stands in a section's src, or why there is
     none. command: what draws the page again, said where something failed."""
     lost = lambda what, error: (
-        f'<p class="note">{what} could not be made: {escape(reason(error))}. errors.txt, beside '
-        "this page, has where it failed. To draw the page again: "
+        f'<p class="note">{what} could not be made: {escape(reason(error))}. {rundir.ERRORS}, '
+        "beside this page, has where it failed. To draw the page again: "
         f"<code>{escape(command)}</code></p>"
     )
     sections = [

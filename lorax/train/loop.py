@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -13,9 +12,20 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lorax import adapters, decode, memory, methods, peft_methods, quant, states, tasks, tree
+from lorax import (
+    adapters,
+    decode,
+    memory,
+    methods,
+    peft_methods,
+    quant,
+    rundir,
+    states,
+    tasks,
+    tree,
+)
 from lorax.config import Member, axes, group_key
-from lorax.errors import keep, nearest, reason
+from lorax.errors import nearest, reason
 from lorax.files import write_bytes
 from lorax.interop import peft
 from lorax.methods import prefix
@@ -290,7 +300,7 @@ def write_rankings(workdir: Path, groups: list[Group]) -> None:
     ]
     if lines:
         text = [",".join(lines[0]), *(",".join(map(str, line.values())) for line in lines)]
-        write_bytes(workdir / "analysis" / "sensitivity.csv", ("\n".join(text) + "\n").encode())
+        write_bytes(rundir.table(workdir, "sensitivity"), ("\n".join(text) + "\n").encode())
 
 
 def train(
@@ -341,11 +351,9 @@ def train(
         params = programs.place_base(group.base.params)
         eval_batches = jax.device_put(eval_batches)
         for number, chunk in enumerate(chunks):
-            # Another division (less memory free than last time) must not read these.
-            parts = f"of{len(chunks)}" if len(chunks) > 1 else ""
-            where = workdir / "checkpoints" / f"{group.index}-{number}{parts}"
+            part = rundir.part(group.index, number, len(chunks))
             offset, finals = _train_chunk(
-                workdir, where, chunk, group, programs, params, eval_batches, k, offset,
+                workdir, part, chunk, group, programs, params, eval_batches, k, offset,
                 lambda steps, before=done: terminal.progress(before + steps, total), terminal,
             )  # fmt: skip
             rows |= finals
@@ -359,11 +367,11 @@ def member_steps(members: list[Member]) -> int:
 
 
 def _train_chunk(
-    workdir, where, chunk, group, programs, params, eval_batches, k, offset, progress, terminal
+    workdir, part, chunk, group, programs, params, eval_batches, k, offset, progress, terminal
 ):
     """One call of the compiled programs after another; (offset in metrics.jsonl, {member: row})."""
     c = chunk.members[0].config
-    metrics, m = workdir / "metrics.jsonl", len(chunk.members)
+    where, m = rundir.checkpoints(workdir, part), len(chunk.members)
     constants, hyper = programs.place(chunk.constants), programs.place(chunk.hyper)
     state = programs.place_state(chunk.state)
 
@@ -376,12 +384,13 @@ def _train_chunk(
         """The spectra of all updates as they are now: trajectory/<chunk>/<step>.safetensors."""
         found = programs.spectra(params, constants, state.trainable, m)
         if found:
-            file = workdir / "trajectory" / where.name / f"{step}.safetensors"
+            file = rundir.spectra(workdir, part, step)
             trajectory.write(file, found, chunk.members, group.base)
 
     # -------------------------------------------------------------------------- resume, or step 0
     found = checkpoint.restore(where, tree.shapes(state), terminal.say)
-    if found and found[2]["offset"] > _size(metrics):  # an earlier group had to go back
+    # Fewer lines than the checkpoint has seen: an earlier group had to go back.
+    if found and found[2]["offset"] > rundir.metrics_size(workdir):
         shutil.rmtree(where)
         found = None
     if found:
@@ -391,7 +400,7 @@ def _train_chunk(
         losses = np.array(meta["eval_loss"], np.float32)
         scored = {name: np.array(values, np.float32) for name, values in meta["scores"].items()}
         if step < c.train.steps:  # else what comes after may be later groups'
-            _cut(metrics, offset)
+            rundir.cut_metrics(workdir, offset)
         if step:
             terminal.say(f"group {group.index}: continues at step {step} of {c.train.steps}")
     else:
@@ -399,8 +408,8 @@ def _train_chunk(
         losses, scored = evaluate()
         if c.analysis.trajectory:
             look()
-        _cut(metrics, offset)
-        offset = _append(metrics, _lines(chunk, 0, "eval", loss=losses, **scored))
+        rundir.cut_metrics(workdir, offset)
+        offset = rundir.append_metrics(workdir, _lines(chunk, 0, "eval", loss=losses, **scored))
         checkpoint.save(where, 0, state, _meta(offset, seconds, in_steps, losses, scored))
 
     # -------------------------------------------------------------------------------------- train
@@ -429,7 +438,7 @@ def _train_chunk(
             )
         diverged = now
         seconds += time.monotonic() - began
-        offset = _append(metrics, lines)
+        offset = rundir.append_metrics(workdir, lines)
         if at_checkpoint:
             checkpoint.save(where, step, state, _meta(offset, seconds, in_steps, losses, scored))
         progress(step * m)
@@ -439,7 +448,7 @@ def _train_chunk(
     trainable = jax.tree.map(lambda x: np.asarray(x)[:m], state.trainable)
     take = lambda i: jax.tree.map(lambda x: x[i], (trainable, chunk.constants))
     for i, (member, method) in enumerate(zip(chunk.members, chunk.methods, strict=True)):
-        why = export(workdir / "adapters" / str(member.index), member, method, *take(i), group)
+        why = export(rundir.adapter(workdir, member.index), member, method, *take(i), group)
         if why and why not in said:
             terminal.say(f"member {member.name}: kept in lorax's own format alone: {why}")
             said.add(why)
@@ -461,7 +470,7 @@ def _train_chunk(
         try:
             return work()
         except Exception as error:
-            terminal.say(f"{what} of member {members[0].name}: {keep(workdir, error)}")
+            terminal.say(f"{what} of member {members[0].name}: {rundir.keep_error(workdir, error)}")
             for member in members:
                 rows[member.index].setdefault("failed", {})[what] = reason(error)
 
@@ -479,7 +488,7 @@ def _train_chunk(
             write = functools.partial(write_texts, workdir, member, group, bound, terminal.say)
             rows[member.index]["scores"] |= measured("eval.generate", [member], write) or {}
         else:  # those of an evaluation that is no longer asked for
-            (workdir / "texts" / f"{member.index}.jsonl").unlink(missing_ok=True)
+            rundir.texts(workdir, member.index).unlink(missing_ok=True)
         terminal.finished({"member": member.index, "name": member.name} | rows[member.index])
     return offset, rows
 
@@ -509,7 +518,7 @@ def write_texts(workdir: Path, member: Member, group: Group, params, say) -> dic
         for p, text in zip(prompts, texts, strict=True)
     ]
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_bytes(workdir / "texts" / f"{member.index}.jsonl", content.encode())
+    write_bytes(rundir.texts(workdir, member.index), content.encode())
     say(f"member {member.name}: {len(texts)} texts in {time.monotonic() - began:.0f} s")
     return {name: round(float(value), 5) for name, value in found.items()}
 
@@ -620,22 +629,3 @@ def _meta(offset, seconds, in_steps, losses, scores) -> dict:
     losses = [_number(x) for x in losses]
     times = {"seconds": seconds, "in_steps": in_steps}
     return {"offset": offset, **times, "eval_loss": losses, "scores": scores}
-
-
-def _append(path: Path, lines: list[dict]) -> int:
-    """Append JSON lines, on the disk when this returns; the file's new length in bytes."""
-    with open(path, "ab") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-        file.flush()
-        os.fsync(file.fileno())
-        return file.tell()
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _cut(path: Path, length: int) -> None:
-    """Shorten a file to `length` bytes: what came after the checkpoint is done again."""
-    with open(path, "ab") as file:
-        file.truncate(length)

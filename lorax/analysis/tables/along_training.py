@@ -7,6 +7,7 @@ for it: the singular values and the leading input directions of every update at 
 import numpy as np
 import pandas as pd
 
+from lorax import rundir
 from lorax.analysis import runs
 from lorax.analysis.measures import overlap, spectrum
 from lorax.analysis.tables.matrices import layer_and_target
@@ -26,7 +27,7 @@ def trajectory(run: runs.Run) -> pd.DataFrame | None:
     """
     kept: dict[tuple[int, str], dict[int, tuple[np.ndarray, np.ndarray]]] = {}
     adapted = set()
-    for file in sorted((run.directory / "trajectory").glob("*/*.safetensors")):
+    for file in rundir.spectra_files(run.directory):
         arrays = read_arrays(file)
         members = arrays.pop("members").tolist()
         for path in [key.removesuffix("/used") for key in arrays if key.endswith("/used")]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+from lorax import rundir
 from lorax.analysis.runs import Run
 from lorax.analysis.tables.matrices import layer_and_target
 from lorax.interop.peft import Factors
@@ -37,7 +38,7 @@ def deltas(run: Run, members: Iterable[int]) -> dict[int, dict[str, np.ndarray]]
 def sensitivity(run: Run) -> pd.DataFrame | None:
     """A row a member and matrix: what evidence said before training, and the rank it chose (member,
     path, layer, target, energy, share, score, rank). None where it chose nothing."""
-    file = run.directory / "analysis" / "sensitivity.csv"
+    file = rundir.table(run.directory, "sensitivity")
     if not file.exists():
         return None
     table = pd.read_csv(file)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
+from lorax import rundir
 from lorax.analysis import basis_similarity, figures, tables
 from lorax.interop import loralib, peft, states
 from lorax.interop.peft import Factors
@@ -165,7 +166,7 @@ def _told_apart(factors: dict[str, Factors]) -> dict[str, Factors]:
 def _name(path: pathlib.Path) -> str:
     """What to call an adapter: its directory; of a run, the run and the member."""
     path = path.resolve()
-    if path.parent.name == "adapters" and path.name.isdigit():
+    if path.parent.name == rundir.ADAPTERS and path.name.isdigit():
         return f"{path.parent.parent.name}-{path.name}"
     return path.stem if path.is_file() else path.name
 

@@ -4,6 +4,7 @@ import pathlib
 
 import pandas as pd
 
+from lorax import rundir
 from lorax.analysis import figures, intrinsic, runs
 from lorax.report import notes, page, words
 from lorax.report.page import Picture, Section
@@ -79,7 +80,7 @@ def dimension(run: runs.Run, points: pd.DataFrame, found: pd.DataFrame) -> Secti
         f"<p><strong>{page.escape(headline(row))}</strong></p>" for _, row in found.iterrows()
     )
     parts = [f'<div class="answer">{lines}</div>']
-    if run.status.get("state") in runs.UNFINISHED:
+    if run.status.get("state") in rundir.UNFINISHED:
         parts.append(page.note("This run is not finished: all figures are provisional."))
     diverged = int((points["status"] == "diverged").sum())
     if diverged:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
+from lorax import rundir
 from lorax.analysis import compare, figures, intrinsic, runs, tables
 from lorax.report import notes, page, words
 from lorax.report.page import Picture, Section
@@ -114,8 +115,8 @@ def _overview(
                 "state": of.run.status.get("state", "unknown"),
             }
         )
-        if (of.run.directory / "report.html").exists():
-            link = os.path.relpath(of.run.directory / "report.html", directory)
+        if (of.run.directory / rundir.REPORT).exists():
+            link = os.path.relpath(of.run.directory / rundir.REPORT, directory)
             own.append(f'<li><a href="{page.escape(link)}">{page.escape(name)}</a></li>')
     parts = ['<div class="answer">', *_headlines(sweeps, searches), "</div>"]
     if len({(row["task"], row["base"]) for row in rows}) > 1:
@@ -127,7 +128,7 @@ def _overview(
     differences = compare.differences(configs)
     steps = {row["run"]: row["steps"] for row in rows}
     parts += map(page.note, _unlike(differences, steps))
-    unfinished = [row["run"] for row in rows if row["state"] in runs.UNFINISHED]
+    unfinished = [row["run"] for row in rows if row["state"] in rundir.UNFINISHED]
     if unfinished:
         parts.append(page.note(f"Not finished, so provisional: {', '.join(unfinished)}."))
     caption = "The runs, each at its best setting: the lowest mean over seeds."

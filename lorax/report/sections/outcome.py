@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from lorax import rundir
 from lorax.analysis import runs
 from lorax.report import page, words
 from lorax.report.page import Section
@@ -49,7 +50,7 @@ def answer(sweep: Sweep) -> Section:
     if found is not None:
         parts.append(f"<p>{page.escape(_strength(by, settings, found))}</p>")
     parts.append("</div>")
-    if run.status.get("state") in runs.UNFINISHED:
+    if run.status.get("state") in rundir.UNFINISHED:
         parts.append(page.note("This run is not finished: all figures are provisional."))
     diverged = table[table["status"] == "diverged"]
     if len(diverged):

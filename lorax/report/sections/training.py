@@ -3,6 +3,7 @@ the run was asked for it (`config.analysis.trajectory`, `config.analysis.cka`)."
 
 import pandas as pd
 
+from lorax import rundir
 from lorax.analysis import figures, runs
 from lorax.report import page, words
 from lorax.report.page import Picture, Section
@@ -21,7 +22,7 @@ def sections(run: runs.Run, shown: pd.DataFrame, main: str) -> list[Section]:
 
 
 def _read(run: runs.Run, name: str, shown: pd.DataFrame, main: str) -> pd.DataFrame | None:
-    file = run.directory / "analysis" / f"{name}.csv"
+    file = rundir.table(run.directory, name)
     table = label(pd.read_csv(file), shown, main) if file.exists() else pd.DataFrame()
     return table if len(table) else None
 

@@ -1,0 +1,301 @@
+"""The run directory, the only thing between training and analysis: names, writer and reader.
+
+config.json           resolved config, package versions, device, git revision, hash of the base
+members.jsonl         a line per member: its name, method, hyperparameters, size
+metrics.jsonl         a line per measurement: member, step, split, loss in nats per completion token
+status.json           state of the run, result of each member, what failed
+adapters/MEMBER/      what a member has learned, LoRA factors in PEFT's format
+texts/MEMBER.jsonl    the prompts that a member completed after training
+checkpoints/PART/     the last two checkpoints of the members that are trained in one program
+trajectory/PART/      spectra of their updates, one file per evaluation
+analysis/, figures/   tables and figures of the report; report.html shows them
+tb/                   the same measurements for TensorBoard
+errors.txt            traceback of everything that failed after training
+
+The state is "running" until all members are trained, then "trained" until tables and report are
+written, then "finished". It is "stopped" where the same command continues, "failed" after any other
+error. No other module spells these names.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import traceback
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lorax.errors import of_machine, reason
+from lorax.files import parse_json, read_json, write_bytes, write_json
+
+CONFIG, MEMBERS, METRICS = "config.json", "members.jsonl", "metrics.jsonl"
+STATUS, REPORT, ERRORS, LOCK = "status.json", "report.html", "errors.txt", ".lock"
+ADAPTERS, TEXTS, CHECKPOINTS, TRAJECTORY = "adapters", "texts", "checkpoints", "trajectory"
+ANALYSIS, FIGURES, TENSORBOARD = "analysis", "figures", "tb"
+FILES = (LOCK, CONFIG, MEMBERS, METRICS, STATUS, REPORT)
+FOLDERS = (ADAPTERS, ANALYSIS, CHECKPOINTS, FIGURES, TENSORBOARD, TEXTS, TRAJECTORY)
+UNFINISHED = ("running", "stopped", "failed")  # states in which members are left to train
+
+
+def adapter(directory: Path, member: int) -> Path:
+    """The folder of what a member has learned."""
+    return Path(directory) / ADAPTERS / str(member)
+
+
+def texts(directory: Path, member: int) -> Path:
+    """The file of a member's completions."""
+    return Path(directory) / TEXTS / f"{member}.jsonl"
+
+
+def table(directory: Path, name: str) -> Path:
+    """The file of a table of the analysis: "trajectory", "cka", "intrinsic"..."""
+    return Path(directory) / ANALYSIS / f"{name}.csv"
+
+
+def part(group: int, number: int, parts: int) -> str:
+    """The name of part `number` of a group's members in checkpoints/ and trajectory/. Another
+    division of the group (less memory free than last time) gets other names."""
+    return f"{group}-{number}" + (f"of{parts}" if parts > 1 else "")
+
+
+def checkpoints(directory: Path, name: str) -> Path:
+    """The folder of a part's checkpoints. name: of `part`."""
+    return Path(directory) / CHECKPOINTS / name
+
+
+def spectra(directory: Path, name: str, step: int) -> Path:
+    """The file of the spectra of a part's updates at a step; `spectra_files` lists them all."""
+    return Path(directory) / TRAJECTORY / name / f"{step}.safetensors"
+
+
+def spectra_files(directory: Path) -> list[Path]:
+    """All that `spectra` names and that exists; a file's stem is its step."""
+    return sorted((Path(directory) / TRAJECTORY).glob("*/*.safetensors"))
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a directory holds a run, complete or not."""
+    return any((Path(directory) / name).exists() for name in (MEMBERS, METRICS, STATUS))
+
+
+def has_begun(directory: Path) -> bool:
+    """Whether anything was trained or measured there; otherwise it is as good as empty."""
+    return (Path(directory) / CONFIG).exists() and metrics_size(directory) > 0
+
+
+def has_finished(directory: Path) -> bool:
+    """Whether status.json says that the run is done."""
+    return read_status(directory).get("state") == "finished"
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+
+def check_paths(directory: Path) -> None:
+    """Raises ValueError where the run directory, or something in it, can't be written."""
+    for path, is_folder in (
+        *((parent, True) for parent in reversed(directory.parents)),
+        (directory, True),
+        *((directory / name, False) for name in FILES),
+        *((directory / name, True) for name in FOLDERS),
+    ):
+        if not path.exists():
+            continue
+        if path.is_dir() != is_folder:
+            right, given = ("a folder", "a file") if is_folder else ("a file", "a folder")
+            raise ValueError(
+                f"--workdir: {path} is {given} and should be {right}; move it away or name "
+                f"another --workdir"
+            )
+        if path.parent == directory and not os.access(path, os.W_OK):
+            raise ValueError(f"--workdir: {path} can't be written to; name another --workdir")
+
+
+@contextlib.contextmanager
+def locked(directory: Path):
+    """Context in which no other process writes to the run directory.
+
+    Removes the directory if it stayed empty. Raises BlockingIOError, or ValueError where it can't
+    be written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(directory / LOCK, "w")
+    except OSError as error:
+        raise ValueError(f"--workdir: {reason(error)}; name another") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"workdir: another process writes to {directory}") from None
+        try:
+            yield
+        finally:
+            if [path.name for path in directory.iterdir()] == [LOCK]:
+                shutil.rmtree(directory)
+
+
+@contextlib.contextmanager
+def recorded(directory: Path):
+    """Context in which an error that ends the run is written to status.json with its reason.
+
+    The state is then "stopped" where the same command may continue, "failed" for anything else;
+    that of a run whose members are all trained stays.
+    """
+    try:
+        yield
+    except BaseException as error:
+        status = read_status(directory)
+        if status:
+            machine = of_machine(error)
+            stopped = machine or isinstance(error, KeyboardInterrupt)
+            if status.get("state") == "running":
+                status["state"] = "stopped" if stopped else "failed"
+            status["reason"] = reason(machine or error)
+            with contextlib.suppress(OSError):  # the disk may be full
+                write_json(directory / STATUS, status)
+        raise
+
+
+def write_status(
+    directory: Path, state: str, results: dict[int, dict], seconds: float, failed: dict[str, str]
+) -> None:
+    """Write status.json. results: {member: its row of `lorax.train.loop.train`}. seconds: of wall
+    clock, over all starts of the run. failed: {what failed after training: why}."""
+    status = {
+        "state": state,
+        "members": {str(member): results[member] for member in sorted(results)},
+        "wall_seconds": seconds,
+    }
+    write_json(directory / STATUS, status | ({"failed": failed} if failed else {}))
+
+
+def write_config(directory: Path, value: dict[str, Any]) -> None:
+    """Write config.json."""
+    write_json(directory / CONFIG, value)
+
+
+def write_members(directory: Path, rows: Iterable[dict]) -> None:
+    """Write members.jsonl, in the order of the members' numbers."""
+    rows = sorted(rows, key=lambda row: row["member"])
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_bytes(directory / MEMBERS, text.encode())
+
+
+def append_metrics(directory: Path, rows: Iterable[dict]) -> int:
+    """Append to metrics.jsonl, on the disk when this returns; the file's new length in bytes."""
+    with open(directory / METRICS, "ab") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def cut_metrics(directory: Path, length: int) -> None:
+    """Shorten metrics.jsonl to `length` bytes: what was measured after a checkpoint is measured
+    again."""
+    with open(directory / METRICS, "ab") as file:
+        file.truncate(length)
+
+
+def metrics_size(directory: Path) -> int:
+    """Bytes of metrics.jsonl, 0 where it does not exist."""
+    file = Path(directory) / METRICS
+    return file.stat().st_size if file.exists() else 0
+
+
+def keep_error(directory: Path, error: BaseException) -> str:
+    """Append an error's traceback to errors.txt; what to say of it in a line."""
+    file = Path(directory) / ERRORS
+    with open(file, "a") as out:
+        out.write("".join(traceback.format_exception(error)) + "\n")
+    return f"failed ({reason(error)}; {file} says where)"
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+class Contents(NamedTuple):
+    """What a run directory says of its run: config.json, the rows of members.jsonl and
+    metrics.jsonl, status.json."""
+
+    config: dict[str, Any]
+    members: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
+    status: dict[str, Any]
+
+
+def read(directory: Path) -> Contents:
+    """Read a run directory, finished or not.
+
+    Raises FileNotFoundError that names the missing directory or file, ValueError that names the
+    file and line of a damaged one. A line that was torn off at the end of a .jsonl is ignored with
+    a warning: a run that is being written, or was killed, ends like that.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such run directory")
+    members = _read_rows(directory / MEMBERS, {"member", "name", "method"})
+    metrics = _read_rows(directory / METRICS, {"member", "step", "split", "loss"})
+    if not members:
+        raise ValueError(f"{directory / MEMBERS}: no members")
+    if len({row["member"] for row in members}) < len(members):
+        raise ValueError(f"{directory / MEMBERS}: a member is listed twice")
+    config, status = _there(directory / CONFIG), _there(directory / STATUS)
+    return Contents(read_json(config), members, metrics, read_json(status))
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json; the resolved config itself is under its key "config"."""
+    return read_json(_there(Path(directory) / CONFIG))
+
+
+def read_members(directory: Path) -> list[dict[str, Any]]:
+    """The rows of members.jsonl."""
+    return _read_rows(Path(directory) / MEMBERS, {"member", "name", "method"})
+
+
+def read_status(directory: Path) -> dict[str, Any]:
+    """status.json, {} where there is none or it is damaged."""
+    try:
+        return read_json(Path(directory) / STATUS)
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def metrics_after(directory: Path, offset: int) -> tuple[list[dict], int]:
+    """The complete lines of metrics.jsonl from byte `offset` on, and the offset behind them."""
+    with open(Path(directory) / METRICS, "rb") as file:
+        file.seek(offset)
+        data = file.read()
+    data = data[: data.rfind(b"\n") + 1]
+    return [json.loads(line) for line in data.splitlines()], offset + len(data)
+
+
+def _there(file: Path) -> Path:
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such file; is {file.parent} a run directory?")
+    return file
+
+
+def _read_rows(file: Path, required: set[str]) -> list[dict[str, Any]]:
+    text = _there(file).read_text(encoding="utf-8", errors="replace")
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows = []
+    for number, line in lines:
+        try:
+            row = parse_json(line, file, number)
+        except ValueError:
+            if number == lines[-1][0]:
+                warnings.warn(f"{file}:{number}: torn last line ignored", stacklevel=4)
+                continue
+            raise
+        if not isinstance(row, dict) or not required <= set(row):
+            raise ValueError(
+                f"{file}:{number}: need the fields {sorted(required)}, got {line[:80]}"
+            )
+        rows.append(row)
+    return rows
