@@ -12,16 +12,14 @@ adds --config.method.gain and config.sweep.gain, and a column `gain` to the tabl
 """
 
 import importlib
-import importlib.util
 import inspect
-import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
-from lorax.errors import nearest, reason
+from lorax import outside
+from lorax.errors import nearest
 
 
 class Key(NamedTuple):
@@ -319,21 +317,4 @@ def read(file: str) -> None:
 
     Raises FileNotFoundError, and ValueError where the file fails.
     """
-    path = Path(file)
-    if not path.is_file() or path.suffix != ".py":
-        raise FileNotFoundError(f"--method: {file!r} is no Python file; expected FILE.py")
-    reach(path)
-    spec = importlib.util.spec_from_file_location(f"lorax_method_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for what annotations name
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"--method: {file}: {reason(error)}") from error
-
-
-def reach(file: str | Path) -> None:
-    """Let a script import what lies beside it, as `python FILE` does."""
-    folder = str(Path(file).absolute().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
+    outside.run_file(file, "--method")

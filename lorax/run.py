@@ -33,7 +33,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from lorax import __version__, catalogue, config, memory, rundir
+from lorax import __version__, catalogue, config, memory, outside, rundir
 from lorax.errors import fail, of_machine, reason
 from lorax.files import read_json, read_text, write_bytes
 
@@ -88,7 +88,7 @@ def read_command_line(argv: list[str]):
     """(config, members, run directory). Raises on anything wrong in the flags or the config."""
     script = re.search(r"\0--?config[=\0]([^:\0]+)", "\0".join(["", *argv[1:]]))
     if script:
-        catalogue.reach(script[1])
+        outside.reach(script[1])
     try:
         rest = FLAGS(argv)
         settings = FLAGS.config
