@@ -12,16 +12,16 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
-from lorax import catalogue
+from lorax import catalogue, outside
 from lorax.errors import nearest
 
 
 def default() -> ConfigDict:
     """A locked ConfigDict with every key there is."""
     c = ConfigDict()
-    c.base = (
-        "gpt2-nano"  # shipped name, Hugging Face directory or Hub id; "random:" for its shape alone
-    )
+    # Shipped name, Hugging Face directory or Hub id; "random:" in front for random weights; or a
+    # function of your own that returns a Linen module, also as "FILE.py:function" (docs/models.md)
+    c.base = config_dict.FieldReference("gpt2-nano", field_type=object)
     c.dtype = "float32"  # of the base's computation
     c.param_dtype = "float32"  # in which the base is stored
     c.operands = "float32"  # of products with frozen weights; "bfloat16" still sums in float32
@@ -180,6 +180,7 @@ def members(config: ConfigDict) -> list[Member]:
     and a value out of range.
     """
     _check_keys(config)
+    _spell(config)
     sweep = config.sweep
     swept = {axis: _axis(config, axis) for axis in axes() if sweep[axis] != ()}
     if "n_train" in swept and config.task.packing:
@@ -424,6 +425,16 @@ def _check_keys(config) -> None:
             raise ValueError(f"config lacks the key {key!r}; start from lorax.config.default()")
 
 
+def _spell(config, prefix: str = "") -> None:
+    """Put the name "FILE.py:function" in place of every function in a config."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            _spell(value, f"{prefix}{key}.")
+        elif (spelled := outside.spell(value, prefix + key)) != value:
+            with config.ignore_type():
+                config[key] = spelled
+
+
 def _usual() -> dict:
     """{"train.lr": its default} of every key, made anew where a method was registered since."""
     return _usual_with(tuple(catalogue.keys()))
@@ -457,6 +468,8 @@ def _check_values(c) -> None:
         right = f"must be one of {', '.join(known)}{nearest(str(value), known)}"
         need(field, value, value in known, right)
 
+    text = isinstance(c.base, str) and c.base != ""
+    need("base", c.base, text, "must be the name of a base, or a function that returns a module")
     for name in ("steps", "batch_size", "seq_len", "accumulate"):
         need(f"train.{name}", c.train[name], c.train[name] >= 1, "must be at least 1")
     for name in ("every", "batch_size", "examples"):

@@ -447,3 +447,15 @@ def test_every_shipped_config_names_its_command_and_expands(file):
     for argument in {None, *arguments}:
         members = config.members(module.get_config(argument))
         assert len({m.name for m in members}) == len(members) >= 1
+
+
+def test_functions_in_a_config_become_their_names():
+    c = config.default()
+    own = c.base = test_functions_in_a_config_become_their_names
+    c.sweep.base = ("gpt2-nano", own)
+    points = [member.point["base"] for member in config.members(c)]
+    assert points[0] == "gpt2-nano" and points[1].endswith("_config.py:" + own.__name__)
+    assert c.to_dict()["base"] == points[1] == c.base
+    c.base, c.sweep.base = 3, ()
+    with pytest.raises(ValueError, match="base: 3 given, must be the name of a base, or a funct"):
+        config.members(c)
