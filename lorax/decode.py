@@ -24,56 +24,62 @@ TINY = 1e-30
 SEEDS = 2**32  # JAX's keys keep 32 bits of a seed
 
 
-class How(NamedTuple):
-    """How the next tokens are chosen.
+class DecodingOptions(NamedTuple):
+    """How the next tokens are chosen, with names and meaning of Hugging Face's `generate`.
 
-    new_tokens: at most so many. ends: ids that end a text; pad: id behind an end. temperature: 0
-    for the likeliest token, else logits / temperature are sampled from; top_k: only among the k
-    likeliest (0: all); top_p: only among the fewest whose probabilities reach p (nucleus,
-    arXiv:1904.09751). beams: above 1, beam search, without sampling: the text with the best
-    (sum of log-probabilities) / length ** length_penalty. early_stopping: end when there are as
-    many finished texts as beams. no_repeat_ngram: no n tokens, the prompt's included, come twice
-    (0: off).
+    max_new_tokens: at most so many. ends: ids that end a text; pad: the id written behind an end.
+    num_beams: above 1, beam search without sampling: the text with the best (sum of
+    log-probabilities) / length ** length_penalty. early_stopping: stop as soon as there are as many
+    finished texts as beams. no_repeat_ngram_size: no n tokens, those of the prompt included, come
+    twice (0: off).
+
+    temperature: 0 takes the likeliest token (`do_sample=False`); above 0, tokens are sampled from
+    logits / temperature. top_k: only from the k likeliest (0: all). top_p: only from the fewest
+    whose probabilities add up to p (nucleus sampling, arXiv:1904.09751).
     """
 
-    new_tokens: int = 64
+    max_new_tokens: int = 64
     ends: tuple[int, ...] = ()
     pad: int = 0
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    beams: int = 1
+    num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool = False
-    no_repeat_ngram: int = 0
+    no_repeat_ngram_size: int = 0
 
 
-def check(how: How, batch_size: int = 1, seed: int = 0) -> How:
-    """The same `how`, or ValueError that names what is wrong, what was given and what would be
-    right; of `batch_size` and `seed` of `complete` too."""
-    given = {**how._asdict(), "batch_size": batch_size, "seed": seed}
+def check(options: DecodingOptions, batch_size: int = 1, seed: int = 0) -> DecodingOptions:
+    """The same options. Raises ValueError that names the option (or `batch_size` or `seed` of
+    `complete`), what was given and what would be right."""
+    given = {**options._asdict(), "batch_size": batch_size, "seed": seed}
+    sampled = options.temperature != 0
     rules = (
-        ("new_tokens", how.new_tokens >= 1, "at least 1"),
+        ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
         # in float32: what is not 0 must neither vanish nor overflow
-        ("temperature", how.temperature == 0 or TINY <= how.temperature <= 1 / TINY,
+        ("temperature", not sampled or TINY <= options.temperature <= 1 / TINY,
          f"0 (the likeliest token) or from {TINY} to {1 / TINY}"),
-        ("top_k", how.top_k >= 0, "at least 0 (0: all)"),
-        ("top_p", 0 < how.top_p <= 1, "in (0, 1]"),
-        ("beams", how.beams >= 1, "at least 1"),
-        ("beams", how.beams == 1 or how.temperature == 0, "1 where the temperature is not 0"),
-        ("length_penalty", -10 <= how.length_penalty <= 10, "from -10 to 10"),
-        ("no_repeat_ngram", how.no_repeat_ngram >= 0, "at least 0 (0: off)"),
+        ("top_k", options.top_k >= 0, "at least 0 (0: all)"),
+        ("top_p", 0 < options.top_p <= 1, "in (0, 1]"),
+        ("num_beams", options.num_beams >= 1, "at least 1"),
+        ("num_beams", options.num_beams == 1 or not sampled,
+         "1 where tokens are sampled (temperature above 0)"),
+        ("length_penalty", -10 <= options.length_penalty <= 10, "from -10 to 10"),
+        ("no_repeat_ngram_size", options.no_repeat_ngram_size >= 0, "at least 0 (0: off)"),
         ("batch_size", batch_size >= 1, "at least 1"),
         ("seed", 0 <= seed < SEEDS, f"from 0 to {SEEDS - 1}"),
     )  # fmt: skip
-    for field, fine, right in rules:
-        if not fine:
+    for field, is_right, right in rules:
+        if not is_right:
             raise ValueError(f"{field}: {given[field]} given, must be {right}")
-    return how
+    return options
 
 
-def encode(base: Base, prompts: Sequence[str], new_tokens: int, ahead: int = 0) -> list[list[int]]:
-    """The ids of each prompt, the start of a text in front.
+def encode(
+    base: Base, prompts: Sequence[str], max_new_tokens: int, ahead: int = 0
+) -> list[list[int]]:
+    """The ids of each prompt, behind the tokens that start a text.
 
     ahead: positions that virtual tokens take. Raises ValueError where the base has no tokenizer, a
     prompt is empty or no text, or a prompt and the new tokens need more positions than the model
@@ -91,12 +97,12 @@ def encode(base: Base, prompts: Sequence[str], new_tokens: int, ahead: int = 0) 
     if empty:
         raise ValueError(f"prompt {empty[0]}: it is empty, and {base.name} has no token to start")
     longest, most = max(map(len, ids), default=0), base.positions
-    if most and longest + new_tokens + ahead > most:
+    if most and longest + max_new_tokens + ahead > most:
         virtual = f" beside {ahead} virtual ones" if ahead else ""
         raise ValueError(
-            f"new_tokens: a prompt of {longest} tokens and {new_tokens} new ones need more "
-            f"than the {most} positions of {base.name}{virtual}; at most "
-            f"{max(most - longest - ahead, 0)} have room"
+            f"prompts: one of {longest} tokens and {max_new_tokens} new ones need more than the "
+            f"{most} positions of {base.name}{virtual}; at most {max(most - longest - ahead, 0)} "
+            f"new ones have room"
         )
     return ids
 
@@ -105,38 +111,38 @@ def complete(
     base: Base,
     prompts: Sequence[str],
     params=None,
-    how: How | None = None,
+    options: DecodingOptions | None = None,
     *,
     rows: Sequence[int] | None = None,
     batch_size: int = 32,
     seed: int = 0,
     progress=lambda done, total: None,
 ) -> list[str]:
-    """What the model writes after each prompt, special tokens left out: put behind the prompt, it
-    reads as the whole does. A first word so begins with its space.
+    """What the model writes after each prompt, without special tokens. Prompt + text reads as the
+    whole does, so a text that starts a new word begins with a space.
 
-    params: for `lorax.apply` (default: the base's own). how: its `ends` and `pad` are the base's
-    where empty. rows: which adapter each prompt takes, where params has `leaves.Mixed` leaves.
-    progress: called with (prompts done, prompts in all).
+    params: for `lorax.apply` (default: the base's own). options: if `ends` is empty, `ends` and
+    `pad` are those of the base's vocabulary. rows: which adapter each prompt takes, if params has
+    `leaves.Mixed` leaves. progress: called with (prompts done, prompts in all).
     Raises ValueError as `encode` does.
     """
     params = base.params if params is None else params
-    how, vocabulary = check(how or How(), batch_size, seed), base.vocabulary
+    options, vocabulary = check(options or DecodingOptions(), batch_size, seed), base.vocabulary
     ahead = prefix.ahead(params).tokens
-    ids = encode(base, prompts, how.new_tokens, ahead)
-    if not how.ends:
+    ids = encode(base, prompts, options.max_new_tokens, ahead)
+    if not options.ends:
         # LLaMA's little relatives begin the next story where this one ends.
         ends = tuple(dict.fromkeys((*vocabulary.ends, *vocabulary.start)))
-        how = how._replace(ends=ends, pad=vocabulary.pad)
+        options = options._replace(ends=ends, pad=vocabulary.pad)
     longest, most = max(map(len, ids), default=0), base.positions
     room = most and most - ahead
-    width = min(-(-longest // 16) * 16, room - how.new_tokens) if room else longest
+    width = min(-(-longest // 16) * 16, room - options.max_new_tokens) if room else longest
     batch_size = min(batch_size, max(len(ids), 1))
     texts = []
     for start in range(0, len(ids), batch_size):
         part = ids[start : start + batch_size]
         part = part + [part[-1]] * (batch_size - len(part))  # one shape, one program
-        tokens = np.full((batch_size, width), how.pad, np.int32)
+        tokens = np.full((batch_size, width), options.pad, np.int32)
         segments = np.zeros((batch_size, width), np.int32)
         for i, row in enumerate(part):
             tokens[i, width - len(row) :] = row
@@ -147,10 +153,10 @@ def complete(
             own = np.asarray(own + own[-1:] * (batch_size - len(own)), np.int32)
             chosen = _rows(params, lambda _, own=own: own)
         key = jax.random.fold_in(jax.random.key(seed), start)
-        written = np.asarray(generate(base.module, chosen, tokens, segments, key, how))
+        written = np.asarray(generate(base.module, chosen, tokens, segments, key, options))
         left = len(ids) - start
         texts += [
-            _continuation(vocabulary, own, _until(row, how.ends))
+            _continuation(vocabulary, own, _until(row, options.ends))
             for own, row in zip(part[:left], written, strict=False)
         ]
         progress(len(texts), len(ids))
@@ -183,33 +189,33 @@ def _until(row, ends) -> list[int]:
     return list(row[: at[0]] if len(at) else row)
 
 
-@functools.partial(jax.jit, static_argnames=("module", "how"))
-def generate(module, params, tokens, segments, key, how: How):
-    """(B, new_tokens) int32: what follows each prompt, `how.pad` behind an end.
+@functools.partial(jax.jit, static_argnames=("module", "options"))
+def generate(module, params, tokens, segments, key, options: DecodingOptions):
+    """(B, max_new_tokens) int32: what follows each prompt, `options.pad` behind an end.
 
     tokens, segments: (B, T) int32, prompts padded on the left, segments 0 there and 1 on the text.
     """
     b, t = tokens.shape
     ahead = prefix.ahead(params)
     begun = ahead.before(tokens, segments)
-    cache = module.empty_cache(b, begun[0].shape[1] + how.new_tokens)
+    cache = module.empty_cache(b, begun[0].shape[1] + options.max_new_tokens)
     logits, cache = read(module, params, *begun, cache)
-    if how.beams > 1:
-        return _beams(module, params, tokens, segments, logits, cache, how)
+    if options.num_beams > 1:
+        return _beams(module, params, tokens, segments, logits, cache, options)
 
     def write(state):
         n, text, real, logits, cache, done, key = state
         key, now = jax.random.split(key)
-        scores = _without_repeats(logits, text, real, t + n, how)
-        chosen = jnp.where(done, how.pad, _choose(scores, now, how))
+        scores = _without_repeats(logits, text, real, t + n, options)
+        chosen = jnp.where(done, options.pad, _choose(scores, now, options))
         text = jax.lax.dynamic_update_slice(text, chosen[:, None], (0, t + n))
         real = jax.lax.dynamic_update_slice(real, ~done[:, None], (0, t + n))
-        done = done | jnp.isin(chosen, jnp.array(how.ends, jnp.int32))
+        done = done | jnp.isin(chosen, jnp.array(options.ends, jnp.int32))
         logits, cache = read(module, params, chosen[:, None], None, cache)
         return n + 1, text, real, logits, cache, done, key
 
-    more = lambda state: (state[0] < how.new_tokens) & ~jnp.all(state[5])
-    text, real = _room(tokens, how.pad, how), _room(segments > 0, False, how)
+    more = lambda state: (state[0] < options.max_new_tokens) & ~jnp.all(state[5])
+    text, real = _room(tokens, options.pad, options), _room(segments > 0, False, options)
     state = (jnp.int32(0), text, real, logits, cache, jnp.zeros(b, bool), key)
     return jax.lax.while_loop(more, write, state)[1][:, t:]
 
@@ -222,33 +228,39 @@ def read(module, params, tokens, segments, cache):
         return call(hidden[:, -1], method="logits"), cache
 
 
-def _room(x, fill, how):
+def _room(x, fill, options):
     """(B, T) -> (B, S): columns for what will be written."""
-    return jnp.pad(x, ((0, 0), (0, how.new_tokens)), constant_values=fill)
+    return jnp.pad(x, ((0, 0), (0, options.max_new_tokens)), constant_values=fill)
 
 
-def _choose(logits, key, how):
-    if how.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / how.temperature
-    if how.top_k:
-        least = jax.lax.top_k(logits, min(how.top_k, logits.shape[-1]))[0][:, -1:]
+def warp(logits, options: DecodingOptions):
+    """Logits (N, V) of the distribution that tokens are sampled from: over the temperature, then
+    -inf outside of the k likeliest, then outside of the nucleus, as Hugging Face's warpers do."""
+    logits = logits / options.temperature
+    if options.top_k:
+        least = jax.lax.top_k(logits, min(options.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
-    if how.top_p < 1:
+    if options.top_p < 1:
         rising = jnp.sort(logits, axis=-1)
-        below = jnp.cumsum(jax.nn.softmax(rising, axis=-1), axis=-1) <= 1 - how.top_p
+        below = jnp.cumsum(jax.nn.softmax(rising, axis=-1), axis=-1) <= 1 - options.top_p
         below = below.at[:, -1].set(False)  # the likeliest always stays
         least = jnp.min(jnp.where(below, jnp.inf, rising), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    return logits
 
 
-def _without_repeats(scores, text, real, length, how):
+def _choose(logits, key, options):
+    if options.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, warp(logits, options), axis=-1).astype(jnp.int32)
+
+
+def _without_repeats(scores, text, real, length, options):
     """scores (N, V) with -inf for tokens that would repeat n tokens of text (N, S).
 
     real: (N, S), False on padding. length: () columns of text so far.
     """
-    n = how.no_repeat_ngram
+    n = options.no_repeat_ngram_size
     if not n or n > text.shape[1]:  # so long a text is never written
         return scores
     last = jax.lax.dynamic_slice_in_dim(text, length - (n - 1), n - 1, axis=1)
@@ -281,19 +293,21 @@ class _Beams(NamedTuple):
     stuck: jax.Array
 
 
-def _beams(module, params, tokens, segments, logits, cache, how):
+def _beams(module, params, tokens, segments, logits, cache, options):
     """Beam search as Hugging Face does it, which is Flax's: every step looks at the best
     continuations, more than there are beams, so that as many go on when some end."""
-    (b, t), k, v = tokens.shape, how.beams, logits.shape[-1]
-    ends = jnp.array(how.ends, jnp.int32)
-    many = max(2, 1 + len(how.ends)) * k
+    (b, t), k, v = tokens.shape, options.num_beams, logits.shape[-1]
+    ends = jnp.array(options.ends, jnp.int32)
+    many = max(2, 1 + len(options.ends)) * k
     copies = lambda x, axis=0: jnp.repeat(x, k, axis=axis)
     params = _rows(params, lambda rows: jnp.repeat(rows, k, axis=-1))
     cache = cache._replace(
         k=copies(cache.k, 1), v=copies(cache.v, 1), real=copies(cache.real)
     )  # (L, N, S, ...)
-    text = copies(_room(tokens, how.pad, how)[:, None], 1)  # (B, K, S)
-    real = copies(_room(segments > 0, True, how))  # (N, S); what is not written is cut by length
+    text = copies(_room(tokens, options.pad, options)[:, None], 1)  # (B, K, S)
+    real = copies(
+        _room(segments > 0, True, options)
+    )  # (N, S); what is not written is cut by length
     take = lambda x, index: jnp.take_along_axis(
         x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1
     )
@@ -301,12 +315,12 @@ def _beams(module, params, tokens, segments, logits, cache, how):
     def write(s: _Beams) -> _Beams:
         # ------------------------------------------------------------- the best continuations
         step = jax.nn.log_softmax(s.logits, axis=-1).reshape(b * k, v)
-        step = _without_repeats(step, s.text.reshape(b * k, -1), real, t + s.n, how)
+        step = _without_repeats(step, s.text.reshape(b * k, -1), real, t + s.n, options)
         total = (step.reshape(b, k, v) + s.score[..., None]).reshape(b, k * v)
         score, index = jax.lax.top_k(total, many)
         beam, token = index // v, (index % v).astype(jnp.int32)  # (B, many)
         text = jax.lax.dynamic_update_slice(take(s.text, beam), token[..., None], (0, 0, t + s.n))
-        ended = jnp.isin(token, ends) | (s.n + 1 == how.new_tokens)
+        ended = jnp.isin(token, ends) | (s.n + 1 == options.max_new_tokens)
 
         # ------------------------------------------------------------------ those that go on
         running, go = jax.lax.top_k(score + jnp.where(ended, NEVER, 0.0), k)
@@ -314,9 +328,9 @@ def _beams(module, params, tokens, segments, logits, cache, how):
 
         # ------------------------------------------------------------------ those that ended
         length = (s.n + 1).astype(jnp.float32)
-        final = score / length**how.length_penalty
+        final = score / length**options.length_penalty
         new = ended & (jnp.arange(many) < k)[None]
-        if how.early_stopping:
+        if options.early_stopping:
             final = final + jnp.where(jnp.all(s.finished, axis=1, keepdims=True), NEVER, 0.0)
         final = final + jnp.where(s.hopeful, 0.0, NEVER)[:, None] + jnp.where(new, 0.0, NEVER)
         best_score, keep = jax.lax.top_k(jnp.concatenate([s.best_score, final], axis=1), k)
@@ -328,7 +342,7 @@ def _beams(module, params, tokens, segments, logits, cache, how):
         cache = s.cache._replace(k=s.cache.k[:, flat], v=s.cache.v[:, flat])
         logits, cache = read(module, params, take(token, go).reshape(-1, 1), None, cache)
         worst = jnp.where(finished, jnp.min(best_score, axis=1, keepdims=True), NEVER)
-        possible = running[:, :1] / length**how.length_penalty
+        possible = running[:, :1] / length**options.length_penalty
         hopeful = s.hopeful & jnp.any(possible > worst, axis=1)
         return _Beams(
             s.n + 1, take(text, go), running, logits.reshape(b, k, v), cache, best, best_score,
@@ -336,8 +350,8 @@ def _beams(module, params, tokens, segments, logits, cache, how):
         )  # fmt: skip
 
     def more(s: _Beams):
-        full = jnp.all(s.finished) & how.early_stopping
-        return (s.n < how.new_tokens) & jnp.any(s.hopeful) & ~full & ~s.stuck
+        full = jnp.all(s.finished) & options.early_stopping
+        return (s.n < options.max_new_tokens) & jnp.any(s.hopeful) & ~full & ~s.stuck
 
     first = jnp.full((b, k), NEVER).at[:, 0].set(0.0)  # copies of one prompt: only one counts
     start = _Beams(

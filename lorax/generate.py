@@ -66,13 +66,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", action="append", default=[], help="a prompt; repeatable")
     add("--prompts", help='file of prompts: a line each, or .jsonl or .json with a "prompt" each')
     add("--out", help="file for the texts, as JSON lines (default: print them)")
-    add("--new-tokens", type=int, default=64, help="at most (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
-    add("--top-k", type=int, default=0, help="sample among the k likeliest; 0: all")
-    add("--top-p", type=float, default=1.0, help="sample among the likeliest that make up p")
-    add("--beams", type=int, default=1, help="above 1: beam search")
+    add(
+        "--max-new-tokens",
+        "--new-tokens",
+        type=int,
+        default=64,
+        help="at most (default: %(default)s)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0: the likeliest token (default); above 0: sample",
+    )
+    add("--top-k", type=int, default=0, help="sample only from the k likeliest; 0: all")
+    add("--top-p", type=float, default=1.0, help="sample only from the likeliest that add up to p")
+    add("--num-beams", "--beams", type=int, default=1, help="above 1: beam search")
     add("--length-penalty", type=float, default=1.0, help="of beam search")
-    add("--no-repeat-ngram", type=int, default=0, help="no n tokens come twice; 0: off")
+    add(
+        *("--no-repeat-ngram-size", "--no-repeat-ngram"),
+        **{"type": int, "default": 0, "help": "no n tokens come twice; 0: off"},
+    )
     add("--batch-size", type=int, default=32, help="prompts at a time")
     add("--seed", type=int, default=0, help="of sampling, from 0 to 2^32 - 1")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
@@ -126,19 +140,16 @@ def run(given, prompts: list[str]) -> list[dict]:
     import lorax
     from lorax import adapters, catalogue, decode
 
-    how = decode.check(
-        decode.How(
-            new_tokens=given.new_tokens,
-            temperature=given.temperature,
-            top_k=given.top_k,
-            top_p=given.top_p,
-            beams=given.beams,
-            length_penalty=given.length_penalty,
-            no_repeat_ngram=given.no_repeat_ngram,
-        ),
-        given.batch_size,
-        given.seed,
+    options = decode.DecodingOptions(
+        max_new_tokens=given.max_new_tokens,
+        temperature=given.temperature,
+        top_k=given.top_k,
+        top_p=given.top_p,
+        num_beams=given.num_beams,
+        length_penalty=given.length_penalty,
+        no_repeat_ngram_size=given.no_repeat_ngram_size,
     )
+    decode.check(options, given.batch_size, given.seed)
     if given.method:
         catalogue.read(given.method)
     base = lorax.load(given.base, dtype=given.dtype)
@@ -158,7 +169,7 @@ def run(given, prompts: list[str]) -> list[dict]:
         params = first or base.params
     show = lambda done, total: print(f"{done} of {total} texts", file=sys.stderr, flush=True)
     texts = decode.complete(
-        base, [prompt for prompt, _ in jobs], params, how,
+        base, [prompt for prompt, _ in jobs], params, options,
         rows=rows, batch_size=given.batch_size, seed=given.seed, progress=show,
     )  # fmt: skip
     return [

@@ -15,18 +15,20 @@ END, NEW = 5, 12
 ENDS = (END, 8, 13, 20)
 OPTIONS = {
     "greedy": {},
-    "greedy-no-repeats": dict(no_repeat_ngram=2),
-    "beams": dict(beams=3),
-    "beams-no-repeats": dict(beams=4, length_penalty=0.8, no_repeat_ngram=3),
-    "beams-early": dict(beams=3, early_stopping=True, length_penalty=2.0),
-    "beams-short": dict(beams=2, length_penalty=-1.0),
+    "greedy-no-repeats": dict(no_repeat_ngram_size=2),
+    "beams": dict(num_beams=3),
+    "beams-no-repeats": dict(num_beams=4, length_penalty=0.8, no_repeat_ngram_size=3),
+    "beams-early": dict(num_beams=3, early_stopping=True, length_penalty=2.0),
+    "beams-short": dict(num_beams=2, length_penalty=-1.0),
 }
 
 
 def their_options(how):
-    found = dict(num_beams=how.beams, length_penalty=how.length_penalty)
+    found = dict(num_beams=how.num_beams, length_penalty=how.length_penalty)
     found |= dict(early_stopping=how.early_stopping, do_sample=False)
-    return found | (dict(no_repeat_ngram_size=how.no_repeat_ngram) if how.no_repeat_ngram else {})
+    return found | (
+        dict(no_repeat_ngram_size=how.no_repeat_ngram_size) if how.no_repeat_ngram_size else {}
+    )
 
 
 @functools.cache
@@ -62,7 +64,7 @@ def prompts():
 def test_greedy_and_beam_search_are_those_of_transformers(name):
     torch, (theirs, base) = require("torch"), model()
     tokens, segments = prompts()
-    how = decode.How(new_tokens=NEW, ends=ENDS, pad=END, **OPTIONS[name])
+    how = decode.DecodingOptions(max_new_tokens=NEW, ends=ENDS, pad=END, **OPTIONS[name])
     ours = decode.generate(base.module, base.params, tokens, segments, jax.random.key(0), how)
     want = theirs.generate(
         torch.tensor(tokens).long(), attention_mask=torch.tensor(segments), max_new_tokens=NEW,
@@ -81,7 +83,7 @@ def test_samples_have_the_distribution_that_the_options_describe(options):
     """Of the first token, by 4,000 draws, against transformers' own warpers."""
     torch, transformers, (theirs, base) = require("torch"), require("transformers"), model()
     tokens, segments = (np.repeat(x[:1], 4000, axis=0) for x in prompts())
-    how = decode.How(new_tokens=1, ends=(END,), pad=END, **options)
+    how = decode.DecodingOptions(max_new_tokens=1, ends=(END,), pad=END, **options)
     drawn = decode.generate(base.module, base.params, tokens, segments, jax.random.key(3), how)
     logits = theirs(torch.tensor(tokens[:1]).long()).logits[:, -1].detach() / how.temperature
     warp = transformers.generation.logits_process
@@ -95,6 +97,28 @@ def test_samples_have_the_distribution_that_the_options_describe(options):
     np.testing.assert_allclose(got, want, rtol=0, atol=5 * np.sqrt(0.25 / 4000))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(temperature=0.3), dict(temperature=1.0, top_k=5), dict(temperature=1.7, top_p=0.8),
+        dict(temperature=1.0, top_k=20, top_p=0.5), dict(temperature=2.0, top_k=10**6, top_p=0.01),
+    ],
+)  # fmt: skip
+def test_logits_are_warped_as_by_transformers(options):
+    torch, transformers = require("torch"), require("transformers")
+    logits = np.random.default_rng(0).normal(0, 3, (8, 97)).astype(np.float32)
+    warpers = transformers.generation.logits_process
+    theirs = warpers.LogitsProcessorList([warpers.TemperatureLogitsWarper(options["temperature"])])
+    if "top_k" in options:
+        theirs.append(warpers.TopKLogitsWarper(options["top_k"]))
+    if "top_p" in options:
+        theirs.append(warpers.TopPLogitsWarper(options["top_p"]))
+    want = theirs(None, torch.tensor(logits)).numpy()
+    got = np.asarray(decode.warp(logits, decode.DecodingOptions(**options)))
+    np.testing.assert_array_equal(np.isinf(got), np.isinf(want))
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=0)
+
+
 REAL = ("Once upon a time", "Tom and Mia had a big", "The dog")
 
 
@@ -106,11 +130,13 @@ def stories():
     return model, transformers.AutoTokenizer.from_pretrained(where), lorax.load(where)
 
 
-@pytest.mark.parametrize("options", [{}, dict(beams=4, no_repeat_ngram=4, length_penalty=0.8)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(num_beams=4, no_repeat_ngram_size=4, length_penalty=0.8)]
+)
 def test_texts_of_the_real_model_are_those_of_transformers(stories, options):
     model, tokenizer, base = stories
-    how = decode.How(new_tokens=80, **options)
-    ours = decode.complete(base, REAL, how=how, batch_size=2)
+    how = decode.DecodingOptions(max_new_tokens=80, **options)
+    ours = decode.complete(base, REAL, options=how, batch_size=2)
     for prompt, text in zip(REAL, ours, strict=True):
         ids = tokenizer(prompt, return_tensors="pt")
         out = model.generate(
@@ -132,14 +158,16 @@ def test_texts_of_the_real_model_are_those_of_transformers(stories, options):
 )
 def test_the_first_word_keeps_its_space(stories, prompt, text):
     _, tokenizer, base = stories
-    (written,) = decode.complete(base, [prompt], how=decode.How(new_tokens=12))
+    (written,) = decode.complete(base, [prompt], options=decode.DecodingOptions(max_new_tokens=12))
     assert written.startswith(text)
     assert tokenizer.decode(tokenizer(prompt + written).input_ids[1:]) == prompt + written
 
 
 def test_a_story_of_the_real_model_stops_where_the_next_begins(stories):
     _, _, base = stories
-    (text,) = decode.complete(base, ["Once upon a time"], how=decode.How(new_tokens=400))
+    (text,) = decode.complete(
+        base, ["Once upon a time"], options=decode.DecodingOptions(max_new_tokens=400)
+    )
     assert 300 < len(base.vocabulary.encode(text)) < 400
 
 
@@ -149,14 +177,14 @@ def test_a_story_of_the_real_model_stops_where_the_next_begins(stories):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(new_tokens=0), "new_tokens: 0 given, must be at least 1"),
+        (dict(max_new_tokens=0), "max_new_tokens: 0 given, must be at least 1"),
         (dict(temperature=-1.0), "temperature: -1.0 given"),
         (dict(top_p=0.0), r"top_p: 0.0 given, must be in \(0, 1\]"),
         (
-            dict(beams=2, temperature=1.0),
-            "beams: 2 given, must be 1 where the temperature is not 0",
+            dict(num_beams=2, temperature=1.0),
+            r"num_beams: 2 given, must be 1 where tokens are sampled \(temperature above 0\)",
         ),
-        (dict(no_repeat_ngram=-1), "no_repeat_ngram: -1 given"),
+        (dict(no_repeat_ngram_size=-1), "no_repeat_ngram_size: -1 given"),
         (dict(temperature=math.nan), "temperature: nan given, must be 0"),
         (dict(temperature=math.inf), "temperature: inf given, must be 0"),
         (dict(temperature=1e-40), "temperature: 1e-40 given, must be 0"),
@@ -164,18 +192,20 @@ def test_a_story_of_the_real_model_stops_where_the_next_begins(stories):
         (dict(length_penalty=math.nan), "length_penalty: nan given, must be from -10 to 10"),
         (dict(length_penalty=-math.inf), "length_penalty: -inf given, must be from -10 to 10"),
         (dict(top_k=-1), "top_k: -1 given"),
-        (dict(beams=-1), "beams: -1 given"),
+        (dict(num_beams=-1), "num_beams: -1 given"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        decode.check(decode.How(**options))
+        decode.check(decode.DecodingOptions(**options))
 
 
 def test_what_can_not_be_completed_says_why():
     base = lorax.load("gpt2-nano")
-    with pytest.raises(ValueError, match="new_tokens: a prompt of 1 tokens and 100000 new ones"):
-        decode.complete(base, ["a"], how=decode.How(new_tokens=100_000))
+    with pytest.raises(
+        ValueError, match="prompts: one of 1 tokens and 100000 new ones need more than the 256 p"
+    ):
+        decode.complete(base, ["a"], options=decode.DecodingOptions(max_new_tokens=100_000))
     with pytest.raises(ValueError, match="prompt 1: it is empty, and gpt2-nano has no token"):
         decode.complete(base, ["a", ""])
     with pytest.raises(ValueError, match="prompt 1: 3 given, must be text"):
@@ -205,6 +235,6 @@ def test_no_prompts_are_no_texts():
 
 def test_the_largest_seed_and_repeats_longer_than_any_text_are_fine():
     base = lorax.load("gpt2-nano")
-    how = decode.How(new_tokens=2, no_repeat_ngram=1000)
-    plain = decode.complete(base, ["a"], how=how._replace(no_repeat_ngram=0))
-    assert decode.complete(base, ["a"], how=how, seed=2**32 - 1) == plain
+    how = decode.DecodingOptions(max_new_tokens=2, no_repeat_ngram_size=1000)
+    plain = decode.complete(base, ["a"], options=how._replace(no_repeat_ngram_size=0))
+    assert decode.complete(base, ["a"], options=how, seed=2**32 - 1) == plain

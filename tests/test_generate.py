@@ -36,20 +36,20 @@ def directories(base, tmp_path_factory):
     return found
 
 
-def texts(base, prompts, params, how):
-    return decode.complete(base, prompts, params, how, batch_size=3)
+def texts(base, prompts, params, options):
+    return decode.complete(base, prompts, params, options, batch_size=3)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_rows_with_adapters_of_their_own_are_what_separate_runs_write(base, directories, beams):
-    how = decode.How(new_tokens=12, beams=beams)
+    options = decode.DecodingOptions(max_new_tokens=12, num_beams=beams)
     loaded = [None, *(peft.load(path, base.sources) for path in directories)]
     rows = [0, 1, 2, 1, 2, 0, 2]
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(rows))]
     mixed = adapters.mixed(base, loaded, rows)
-    together = decode.complete(base, prompts, mixed, how, rows=rows, batch_size=3)
+    together = decode.complete(base, prompts, mixed, options, rows=rows, batch_size=3)
     apart = {
-        which: texts(base, prompts, adapters.bind(base, a) if a else base.params, how)
+        which: texts(base, prompts, adapters.bind(base, a) if a else base.params, options)
         for which, a in enumerate(loaded)
     }
     assert together == [apart[row][i] for i, row in enumerate(rows)]
@@ -67,8 +67,8 @@ def test_the_command_line_writes_every_prompt_with_every_adapter(base, directori
     assert code == 0
     wanted = [(p, a) for p in PROMPTS[:2] for a in ("base", str(directories[0]))]
     assert [(row["prompt"], row["adapter"]) for row in rows] == wanted
-    how = decode.How(new_tokens=8)
-    assert [r["text"] for r in rows[::2]] == texts(base, PROMPTS[:2], base.params, how)
+    options = decode.DecodingOptions(max_new_tokens=8)
+    assert [r["text"] for r in rows[::2]] == texts(base, PROMPTS[:2], base.params, options)
 
 
 @pytest.mark.parametrize("name", ["ia3", "prefix", "adalora"])
@@ -85,9 +85,9 @@ def test_adapters_of_other_methods_write_what_their_method_does(base, directorie
     assert generate.main([*asked, "--adapter", own]) == 0
     (row,) = [json.loads(line) for line in out.read_text().splitlines()]
     bound = method.bind(*state, base.params, sites=base.sites)
-    how = decode.How(new_tokens=8)
-    assert [row["text"]] == texts(base, PROMPTS[:1], bound, how)
-    assert [row["text"]] != texts(base, PROMPTS[:1], base.params, how)
+    options = decode.DecodingOptions(max_new_tokens=8)
+    assert [row["text"]] == texts(base, PROMPTS[:1], bound, options)
+    assert [row["text"]] != texts(base, PROMPTS[:1], base.params, options)
     beside = [*asked, "--adapter", own, "--adapter", str(directories[0])]
     assert generate.main(beside) == (0 if name == "adalora" else 2)
 
@@ -102,7 +102,7 @@ def test_one_adapter_is_printed_after_its_prompt(base, directories, capsys):
     [
         ([], "--prompt: none given"),
         (["--prompts", "nowhere.txt"], "--prompts: no file nowhere.txt"),
-        (["--prompt", "a", "--beams", "0"], "beams: 0 given, must be at least 1"),
+        (["--prompt", "a", "--beams", "0"], "num_beams: 0 given, must be at least 1"),
         (["--prompt", "a", "--adapter", "nowhere"], "nowhere/adapter_config.json: no such file"),
         (["--prompt", "a", "--batch-size", "0"], "batch_size: 0 given, must be at least 1"),
         (["--prompt", "a", "--seed", str(10**20)], f"seed: {10**20} given, must be from 0 to 42"),

@@ -55,11 +55,13 @@ def test_a_token_that_the_model_has_no_embedding_for_may_not_come_in_a_text(stor
     plain = lorax.load(str(stories))
     add_pad(stories)
     base = lorax.load(str(stories))  # a token that no text has does no harm
-    how = decode.How(new_tokens=4)
-    assert decode.complete(base, ["Once"], how=how) == decode.complete(plain, ["Once"], how=how)
+    options = decode.DecodingOptions(max_new_tokens=4)
+    assert decode.complete(base, ["Once"], options=options) == decode.complete(
+        plain, ["Once"], options=options
+    )
     match = r"'\[PAD\]' has the id 512 and comes in a text, but vocab_size is 512"
     with pytest.raises(ValueError, match=match):
-        decode.complete(base, ["Once", "upon [PAD]"], how=how)
+        decode.complete(base, ["Once", "upon [PAD]"], options=options)
     with pytest.raises(ValueError, match=match):
         rows.encode([rows.pair("Once", "a [PAD] b")], base.vocabulary, 32, "train")
     with pytest.raises(ValueError, match=match):

@@ -190,15 +190,15 @@ def check_positions(group: Group) -> None:
             )
 
 
-def _how(c) -> decode.How:
-    """How texts are written by config.eval; ValueError for what is out of range."""
-    how = decode.How(
-        new_tokens=c.new_tokens,
-        beams=c.beams,
+def decoding_options(c) -> decode.DecodingOptions:
+    """The options of config.eval. Raises ValueError for one that is out of range."""
+    options = decode.DecodingOptions(
+        max_new_tokens=c.new_tokens,
+        num_beams=c.beams,
         length_penalty=c.length_penalty,
-        no_repeat_ngram=c.no_repeat_ngram,
+        no_repeat_ngram_size=c.no_repeat_ngram,
     )
-    return decode.check(how, c.batch_size)
+    return decode.check(options, c.batch_size)
 
 
 def check_texts(group: Group, say: Callable[[str], None]) -> None:
@@ -212,7 +212,7 @@ def check_texts(group: Group, say: Callable[[str], None]) -> None:
         )
     asked, references = [p.text for p in prompts], [p.references for p in prompts]
     try:
-        decode.encode(group.base, asked, _how(c).new_tokens, virtual_tokens(group))
+        decode.encode(group.base, asked, decoding_options(c).max_new_tokens, virtual_tokens(group))
         scores.of_texts(group.task, asked, references, lambda line: say(f"eval.generate: {line}"))
     except ValueError as error:
         raise ValueError(f"eval.generate: {error}") from None
@@ -499,7 +499,7 @@ def write_texts(workdir: Path, member: Member, group: Group, params, say) -> dic
     Writes texts/<member>.jsonl: {"prompt", "text", "references"} a line. Returns {metric: value}.
     """
     c, prompts = member.config.eval, tasks.prompts(group.task, member.config.eval.generate)
-    how = _how(c)
+    options = decoding_options(c)
     began = told = time.monotonic()
 
     def tell(done, total):
@@ -510,7 +510,9 @@ def write_texts(workdir: Path, member: Member, group: Group, params, say) -> dic
             say(f"member {member.name}: {done} of {total} texts, {left:.0f} s left")
 
     asked = [p.text for p in prompts]
-    texts = decode.complete(group.base, asked, params, how, batch_size=c.batch_size, progress=tell)
+    texts = decode.complete(
+        group.base, asked, params, options, batch_size=c.batch_size, progress=tell
+    )
     texts = [text.strip() for text in texts]
     found = scores.of_texts(group.task, texts, [p.references for p in prompts])
     lines = [

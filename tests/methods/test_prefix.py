@@ -152,8 +152,8 @@ def test_greedy_decoding_is_the_full_forward_pass_again_and_again(kind, name):
     tokens, segments = TOKENS.copy(), np.ones_like(TOKENS)
     for row, pad in enumerate(pads):
         tokens[row, :pad], segments[row, :pad] = 0, 0
-    how = decode.How(new_tokens=new, ends=(-1,))
-    got = decode.generate(MODULES[name], params, tokens, segments, jax.random.key(0), how)
+    options = decode.DecodingOptions(max_new_tokens=new, ends=(-1,))
+    got = decode.generate(MODULES[name], params, tokens, segments, jax.random.key(0), options)
     for row, pad in enumerate(pads):  # the whole text at once says each of its tokens
         text = np.concatenate([tokens[row, pad:], np.asarray(got[row])])[None]
         room = np.zeros((1, 7 + new), np.int32)
@@ -438,7 +438,7 @@ def test_a_text_has_room_beside_them_and_they_can_not_be_merged(kind):
     state = method.init(jax.random.key(0), nano.params, nano.sites)
     adapted = method.bind(*state, nano.params, sites=nano.sites)
     room = nano.config.n_positions - (0 if kind == "llama-adapter" else 60)
-    with pytest.raises(ValueError, match=f"256 positions of gpt2-nano.*; at most {room - 1} have"):
-        decode.complete(nano, ["a"], adapted, decode.How(new_tokens=room))
+    with pytest.raises(ValueError, match=f"256 positions of gpt2-nano.*; at most {room - 1} new ones"):
+        decode.complete(nano, ["a"], adapted, decode.DecodingOptions(max_new_tokens=room))
     with pytest.raises(ValueError, match=f"{kind}: is no change of weights"):
         methods.merge(method, state, nano.params)

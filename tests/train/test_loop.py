@@ -257,7 +257,7 @@ def test_members_of_a_planted_task_carry_the_truth():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(eval__new_tokens=250), r"eval.generate: new_tokens: .* at most 200 have room"),
+        (dict(eval__new_tokens=250), r"eval.generate: prompts: .* at most 200 new ones have room"),
         (dict(eval__length_penalty=1e9), "eval.generate: length_penalty: 1000000000.0 given"),
         (
             dict(eval__new_tokens=150, method__name="prefix", method__tokens=100),
