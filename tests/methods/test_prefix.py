@@ -438,7 +438,7 @@ def test_a_text_has_room_beside_them_and_they_can_not_be_merged(kind):
     state = method.init(jax.random.key(0), nano.params, nano.sites)
     adapted = method.bind(*state, nano.params, sites=nano.sites)
     room = nano.config.n_positions - (0 if kind == "llama-adapter" else 60)
-    with pytest.raises(ValueError, match=f"256 positions of gpt2-nano.*; at most {room - 1} new ones"):
+    with pytest.raises(ValueError, match=f"256 positions of gpt2-nano.*; at most {room - 1} new"):
         decode.complete(nano, ["a"], adapted, decode.DecodingOptions(max_new_tokens=room))
     with pytest.raises(ValueError, match=f"{kind}: is no change of weights"):
         methods.merge(method, state, nano.params)
