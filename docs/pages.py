@@ -44,24 +44,43 @@ def site_link(here: str, link: str) -> str:
     return posixpath.relpath(target, here.removeprefix("docs").lstrip("/") or ".")
 
 
-class Fields(griffe.Extension):
-    """Docstrings give each field a line ("name: what it is"), which Markdown would join."""
+class Docstrings(griffe.Extension):
+    """Docstrings as Markdown; NamedTuples with their fields, `SHOWN` functions with their code."""
 
-    FIELD = re.compile(r"[`\w.]+(, [`\w.]+)*(: |\(.*\)(:| ->) )")
+    #: Functions that are read for their code.
+    SHOWN = ("lorax.config.default",)
 
-    def on_instance(self, *, obj, **_) -> None:
-        if not obj.is_alias and obj.docstring:
-            obj.docstring.value = as_markdown(obj.docstring.value)
+    def on_object(self, *, obj, **_) -> None:
+        if obj.is_alias or not obj.docstring:
+            return
+        text = as_markdown(obj.docstring.value)
+        if obj.is_class and any("NamedTuple" in str(base) for base in obj.bases):
+            text += code(obj, [m for m in obj.members.values() if m.is_attribute])
+        if obj.path in self.SHOWN:
+            text += f"\n\n```python\n{obj.source}\n```"
+        obj.docstring.value = text
+
+
+def code(obj, attributes) -> str:
+    """The lines of a class that define attributes, with their comments, as a block of code."""
+    lines = obj.source.split("\n")
+    ranges = [(a.lineno - obj.lineno, a.endlineno - obj.lineno + 1) for a in attributes]
+    fields = [line[4:] for start, end in ranges for line in lines[start:end]]
+    return "\n\n```python\n" + "\n".join(fields) + "\n```" if fields else ""
+
+
+#: A line that begins with a field: "name: what it is", "name(x) -> what it returns".
+FIELD = re.compile(r"[`\w.]+(, [`\w.]+)*(: |\(.*\)(:| ->) )")
 
 
 def as_markdown(text: str) -> str:
-    """A docstring with a list of its fields in place of lines, and "<" as what it says."""
+    """A docstring with a list item for each field's line, which Markdown would join to one line,
+    and with "<" and "#" for what they say."""
     paragraphs = [paragraph.split("\n") for paragraph in text.split("\n\n")]
     for lines in paragraphs:
-        starts = [i for i, line in enumerate(lines) if Fields.FIELD.match(line)]
+        starts = [i for i, line in enumerate(lines) if FIELD.match(line)]
         if len(starts) > 1 and starts[0] == 0:
-            lines[:] = [
-                f"- {line}" if i in starts else f"    {line.strip()}"
-                for i, line in enumerate(lines)
-            ]
-    return "\n\n".join("\n".join(lines) for lines in paragraphs).replace("<", "&lt;")
+            for i, line in enumerate(lines):
+                lines[i] = f"- {line}" if i in starts else f"    {line.strip()}"
+    text = "\n\n".join("\n".join(lines) for lines in paragraphs)
+    return re.sub("^#", r"\\#", text, flags=re.M).replace("<", "&lt;")

@@ -38,7 +38,7 @@ SMALL = (
     *("--config.eval.batch_size=8", "--config.task.n_train=32", "--config.analysis.report=False"),
 )
 #: What a reader fills in, or downloads; such a command is parsed, up to the file that is missing.
-PLACEHOLDERS = re.compile(r"\b(BASE|ADAPTER|DIR|DIR_OR_HUB_ID|OUT|FILE)\b|\.zip|oasst1|GLUE/")
+PLACEHOLDERS = re.compile(r"\b(BASE|ADAPTER|DIR|DIR_OR_HUB_ID|OUT|FILE)\b|\.zip|\.npz|oasst1|GLUE/")
 #: More than ten seconds each.
 LONG = re.compile(r"lorax\.report |lorax\.bench|lorax\.plan .*(--table|--device|65b)")
 
@@ -110,6 +110,34 @@ def test_every_run_and_plan_is_a_config_with_members():
     assert done.returncode == 0 and len(answers) == len(asked), done.stderr
     pairs = zip(asked, answers, strict=True)
     assert not [f"{COMMANDS[c]}: {c}: {said}" for c, said in pairs if said[:2] != "ok"]
+
+
+SMALLER = """
+import sys
+from lorax import config, run
+settings, _, workdir = run.read_command_line(sys.argv)
+with settings.unlocked():
+    settings.train.update(steps=2, warmup=0, batch_size=4)
+    settings.eval.update(every=2, examples=8, batch_size=8)
+    settings.eval.generate = min(settings.eval.generate, 2)
+    settings.task.examples = 64
+    settings.analysis.report = False
+    for axis, values in settings.sweep.items():
+        if axis != "zip":
+            settings.sweep[axis] = tuple(values[:2])
+    for axis in ("steps", "batch_size"):
+        settings.sweep[axis] = tuple(4 for _ in settings.sweep[axis][:1])
+sys.exit(run.run(settings, config.members(settings), workdir))
+"""
+RUNS = [c for c in of("run") if not PLACEHOLDERS.search(c) and "docs/" not in c]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUNS, ids=lambda c: f"{COMMANDS[c]} {c[34:]}")
+def test_a_study_runs(command, tmp_path):
+    """Two steps of two values of each axis."""
+    done = python("-c", SMALLER, *arguments(command), f"--workdir={tmp_path / 'run'}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_examples_that_are_run_are_files_with_tests_of_their_own():
@@ -225,6 +253,14 @@ def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text()
     guides = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
     assert not [guide for guide in guides if guide not in menu]
+
+
+def test_the_guide_names_every_part_of_the_package():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text[text.index("| in `lorax/`") : text.index("| beside it")]
+    named = set(re.findall(r"`(\w+(?:\.py|/))`", table))
+    parts = {path.name + "/" * path.is_dir() for path in (ROOT / "lorax").glob("[a-z]*")}
+    assert named - {"lorax/", "contract.py"} == parts
 
 
 def test_the_citation_is_valid():
