@@ -28,7 +28,8 @@ from lorax import analysis, config, decode, intercept, leaves, methods, quant, t
 from lorax.console import console
 from lorax.files import write_bytes
 from lorax.models import Base, gpt2
-from lorax.train import sweep
+from lorax.train import fitting, layouts, stacks
+from lorax.train.batches import eval_batches, train_batches
 
 
 class Row(NamedTuple):
@@ -264,12 +265,12 @@ def _train(shape: Shape, members: int, operands="float32", **method) -> Callable
     task = tasks.Task("random", rows, {name: x[:1] for name, x in rows.items()}, "")
 
     chosen = config.members(c)
-    stacked = sweep.stack(chosen, sweep.build_methods(chosen, base), base)
+    stacked = stacks.stack(chosen, stacks.build_methods(chosen, base), base)
     k = shape.steps
-    host = sweep.train_batches(stacked, task, 0, k)
+    host = train_batches(stacked, task, 0, k)
     one = tree.shapes({name: x[0] for name, x in host.items()})
-    evals = tree.shapes(sweep.eval_batches(task, 1))
-    programs = sweep.fit(stacked, base, chosen[0].config.train, one, evals)
+    evals = tree.shapes(eval_batches(task, 1))
+    programs = fitting.fit(stacked, base, chosen[0].config.train, one, evals)
     params, batches = programs.place_base(base.params), programs.place_batches(host)
     constants, hyper = programs.place(stacked.constants), programs.place(stacked.hyper)
     state = programs.place(stacked.state)
@@ -456,7 +457,7 @@ def main(arguments: list[str]) -> int:
     shapes = given.shapes.split(",")
     if set(shapes) - set(SHAPES):
         parser.error(f"--shapes: {given.shapes!r} given; there is {', '.join(SHAPES)}")
-    sweep.split_cpu()
+    layouts.split_cpu()
     # torch's threads would spin after each of its calls, on the cores of the side that is next.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     rows = [row for name in given.name for row in BENCHES[name](shapes, given.rounds)]

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import json
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ml_collections import ConfigDict, config_dict
@@ -357,6 +358,12 @@ def group_key(member: Member) -> str:
         del c[section][name]
     del c["seed"]
     return json.dumps(c, sort_keys=True)
+
+
+def grouped(members: Iterable[Member]) -> list[list[Member]]:
+    """Members that share a program (`group_key`), in the order in which the groups are trained."""
+    parts = itertools.groupby(sorted(members, key=group_key), key=group_key)
+    return sorted((list(part) for _, part in parts), key=lambda part: part[0].index)
 
 
 FLOAT32_MAX, FLOAT32_MIN = 3.4028234e38, 1.1754944e-38  # the smallest of full precision

@@ -21,7 +21,6 @@ against LoRA and QLoRA. --markdown prints tables as Markdown.
 
 import bisect
 import functools
-import itertools
 import math
 import os
 import sys
@@ -79,7 +78,7 @@ DEVICES = {
         f"AMD EPYC 9654 data sheet, {_CORES} of its 96 cores",
     ),
 }
-SHARE = 0.9  # of an accelerator's memory that a program may take, as `sweep.memory_limit`
+SHARE = 0.9  # of an accelerator's memory that a program may take, as `fitting.memory_limit`
 
 
 def main(argv: list[str]) -> int:
@@ -105,7 +104,7 @@ def main(argv: list[str]) -> int:
                 )
         print(f"lorax {__version__}: {run.plan(settings, members)}", flush=True)
         memory.check()
-        for index, group in enumerate(grouped(members)):
+        for index, group in enumerate(config.grouped(members)):
             _show(describe(index, plan(group, devices), devices), FLAGS.markdown)
     except Exception as error:  # a config script may raise anything: one line to its author
         return fail(error)
@@ -196,31 +195,25 @@ class Plan(NamedTuple):
         return bisect.bisect_left(range(low + 1, high), True, key=lambda n: not fits(n)) + low
 
 
-def grouped(members) -> list[list]:
-    """Members that share a program, in the order in which they run (`loop.prepare`)."""
-    parts = itertools.groupby(sorted(members, key=config.group_key), key=config.group_key)
-    return sorted((list(part) for _, part in parts), key=lambda part: part[0].index)
-
-
 def plan(members, devices: Iterable[str] = ()) -> Plan:
     """Plan one group of members. devices: names in `DEVICES`; only "cpu" makes a difference, in
     what is compiled. Raises ValueError or FileNotFoundError for what a user can mend."""
     from lorax import tasks, tree
-    from lorax.train import sweep
+    from lorax.train import layouts
 
     c, n = members[0].config, len(members)
     base, stacked = shapes(members)
     batch = rows(c, base)
     one = lambda t: tree.nbytes(t) // n
     gradients, state = one(stacked.state.trainable), stacked.state
-    widest = lambda most: max(w for w in range(1, min(most, n) + 1) if n % w == 0)  # `sweep.layout`
+    widest = lambda most: max(w for w in range(1, min(most, n) + 1) if n % w == 0)
     width = widest(c.train.width or n)
     wide = "bfloat16" in (c.dtype, c.operands, c.param_dtype) and not c.quant
     widths, slow = {1, width}, []
-    length = sweep.row_tokens(c.train, base)
+    length = layouts.row_tokens(c.train, base)
     if "cpu" in devices:
         tokens = c.train.batch_size // c.train.accumulate * length
-        slow = [widest(c.train.width or sweep._good_width(tokens, base, "cpu"))]
+        slow = [widest(c.train.width or layouts.good_width(tokens, base, "cpu"))]
     wanted = [(w, False) for w in widths] + [(w, wide) for w in slow]
     found = _compiled(stacked, base, batch, dict.fromkeys(wanted))
     touched = 2 * (one((state.trainable, state.opt_state)) + gradients)
@@ -258,13 +251,13 @@ def plan(members, devices: Iterable[str] = ()) -> Plan:
 
 
 def shapes(members):
-    """(`Base`, `sweep.Stack`) of a group, every array of both a `jax.ShapeDtypeStruct`."""
+    """(`Base`, `stacks.Stack`) of a group, every array of both a `jax.ShapeDtypeStruct`."""
     import jax
 
     from lorax import tasks
     from lorax.models.load import skeleton
     from lorax.models.shapes import architecture
-    from lorax.train import evidence, sweep
+    from lorax.train import evidence, stacks
 
     c = members[0].config
     labels = tasks.outputs(c.task)
@@ -280,23 +273,23 @@ def shapes(members):
     tasks.check_base(c.task, base, c.train.seq_len)
     base = _quantised(base, c.quant, c.double_quant) if c.quant else base
     for member in members:
-        if evidence.is_automatic(member, sweep.hyperparameters(member, base)):
+        if evidence.is_automatic(member, stacks.hyperparameters(member, base)):
             raise ValueError(
                 "method.rank, method.targets: 'auto' is decided by training batches, which a plan "
                 "does not read; give a rank and targets"
             )
-    built = sweep.build_methods(members, base)
-    pad = sweep.padding(built, base)
+    built = stacks.build_methods(members, base)
+    pad = stacks.padding(built, base)
     # All members have arrays of the same shapes.
     method, member, n = _with_constants_at_hand(built[0]), members[0], len(members)
-    start = lambda params: sweep.start(member, method, base.replace(params=params), pad)
+    start = lambda params: stacks.start(member, method, base.replace(params=params), pad)
     many = lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype)
     arrays = jax.tree.map(many, jax.eval_shape(start, base.params))
-    return base, sweep.Stack(tuple(members), tuple(built), *arrays)
+    return base, stacks.Stack(tuple(members), tuple(built), *arrays)
 
 
 def _exported(stacked, base) -> float:
-    """How many numbers a member exports (`loop.export`) for each that it trains: 1 for LoRA, more
+    """How many numbers a member exports (`export.export`) for each that it trains: 1 for LoRA, more
     where factors were not trained or a start is taken off the base. What methods without factors
     leave as well, the changes dW of weights and a copy for PEFT, is not counted."""
     import jax
@@ -332,9 +325,9 @@ def _with_constants_at_hand(method):
 def rows(c, base=None) -> dict:
     """The batches of one call of the training program, of one member: leaves (K, A, B, ...)."""
     from lorax import tasks
-    from lorax.train import sweep
+    from lorax.train.batches import steps_per_call
 
-    k, parts = sweep.steps_per_call(c.eval.every, c.train.offload), c.train.accumulate
+    k, parts = steps_per_call(c.eval.every, c.train.offload), c.train.accumulate
     lead = k, parts, c.train.batch_size // parts
     return tasks.batch_shapes(c.task, lead, c.train.seq_len, base)
 
@@ -351,7 +344,8 @@ def _compiled(stacked, base, batch, wanted) -> dict:
     import jax
 
     from lorax import tasks, xla
-    from lorax.train import step, sweep
+    from lorax.train import step
+    from lorax.train.programs import halved, over_members
 
     train, kind = stacked.members[0].config.train, tasks.kind_of(stacked.members[0].config.task)
     k = jax.tree.leaves(batch)[0].shape[0]
@@ -370,13 +364,13 @@ def _compiled(stacked, base, batch, wanted) -> dict:
                     train,
                     dropout=any(m.config.method.dropout > 0 for m in stacked.members),
                     merge=width == 1,
-                    halved=sweep._halved(stacked, base),
+                    halved=halved(stacked, base),
                     kind=kind,
                 )
                 member = functools.partial(
                     _gradients if train.offload else step.train_steps, program
                 )
-                f = lambda params, *m, member=member, width=width: sweep.over_members(
+                f = lambda params, *m, member=member, width=width: over_members(
                     lambda *one: member(params, *one), width
                 )(*m)
                 members = jax.tree.map(lambda x, w=width: put(x, (w,)), (*one, batch))
@@ -535,14 +529,14 @@ def _on_device(p: Plan, name: str) -> tuple[str, ...]:
 
 def memory_of(name: str) -> float:
     """Bytes that a program may take on a device: of a CPU 80 % of what is free."""
-    from lorax.train import sweep
+    from lorax.train import fitting
 
     if name != "cpu":
         return SHARE * DEVICES[name].memory
     import jax
 
     default = config.default().train
-    return sweep.memory_limit(default, jax.local_devices(backend="cpu")[:1]).bytes
+    return fitting.memory_limit(default, jax.local_devices(backend="cpu")[:1]).bytes
 
 
 def _range(values, show) -> str:

@@ -257,17 +257,17 @@ def run(settings, members, workdir: Path) -> int:
     from lorax.analysis import intrinsic
     from lorax.models import kernels
     from lorax.terminal import Screen
-    from lorax.train import loop, sweep
+    from lorax.train import layouts, loop, prepare
 
-    sweep.split_cpu()
+    layouts.split_cpu()
     search, members = settings.search, list(members)
 
     # ------------------------------------------------------------------------------- what is run
     with Screen() as screen:
-        loaded = loop.Loaded({}, {})
-        groups = loop.prepare(members, screen.say, loaded=loaded)
+        loaded = prepare.Loaded({}, {})
+        groups = prepare.groups(members, screen.say, loaded=loaded)
         if search.threshold:
-            loop.check_metric(groups, search.metric)
+            prepare.check_metric(groups, search.metric)
         base = groups[0].base
         versions = {
             name: _version(name) for name in ("lorax-research", "jax", "jaxlib", "flax", "optax")
@@ -314,7 +314,7 @@ def run(settings, members, workdir: Path) -> int:
         rounds = 1 + search.rounds * bool(search.threshold)
         most = config.most_members(settings, members) * settings.train.steps
         for number in range(rounds):
-            lines += [row for group in groups for row in loop.describe(group)]
+            lines += [row for group in groups for row in prepare.describe(group)]
             lines.sort(key=lambda row: row["member"])
             rundir.write_members(workdir, lines)
             loop.write_rankings(workdir, groups)
@@ -331,7 +331,7 @@ def run(settings, members, workdir: Path) -> int:
                     screen.say("search: nothing is left to try")
                     break
                 screen.say(f"search: round {number + 1} of {rounds - 1}, {len(more)} members")
-                groups = loop.prepare(more, screen.say, first, loaded)
+                groups = prepare.groups(more, screen.say, first, loaded)
                 members += more
         del groups, loaded
         record("trained")

@@ -12,8 +12,8 @@ from quick import jit
 import lorax
 from lorax import config, intercept
 from lorax.models import gpt2
+from lorax.train import stacks
 from lorax.train import step as steps
-from lorax.train import sweep
 
 
 def noisy(tree, scale=0.1, seed=0):
@@ -55,12 +55,12 @@ def trained(module, base, tokens, n, method, trainable, constants):
 
 
 def swept(built, base, n=4):
-    """The members of a sweep after n steps: (state, losses (M, n)), as `lorax.train.sweep` has
+    """The members of a sweep after n steps: (state, losses (M, n)), as `lorax.train.programs` has
     them side by side."""
     c = config.default()
     c.train.update(lr=0.01, weight_decay=0.1, warmup=0)
     members = [config.Member(i, str(i), {}, c) for i in range(len(built))]
-    stacked = sweep.stack(members, built, base)
+    stacked = stacks.stack(members, built, base)
     program = steps.Program(base.module, built[0], base.sites, c.train, False, False)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 20, (n, 1, 2, 7), np.int32))
     batches = {"tokens": tokens, "mask": jnp.ones(tokens.shape, jnp.float32)}

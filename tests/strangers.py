@@ -6,7 +6,7 @@ import numpy as np
 
 import lorax
 from lorax import config
-from lorax.train import loop
+from lorax.train import loop, prepare
 
 
 def small(name):
@@ -22,10 +22,10 @@ def small(name):
 def trained(c, folder):
     """The run directory of a config, without its report."""
     folder.mkdir()
-    groups = loop.prepare(config.members(c), lambda line: None)
+    groups = prepare.groups(config.members(c), lambda line: None)
     quiet = loop.Terminal(*[lambda *_: None] * 3)
     rows, _ = loop.train(folder, groups, quiet)
-    lines = [json.dumps(row) for group in groups for row in loop.describe(group)]
+    lines = [json.dumps(row) for group in groups for row in prepare.describe(group)]
     (folder / "members.jsonl").write_text("\n".join(lines))
     (folder / "config.json").write_text("{}")
     (folder / "status.json").write_text("{}")

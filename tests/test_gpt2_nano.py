@@ -11,7 +11,7 @@ from support import data
 
 import lorax
 from lorax import config, tree
-from lorax.train import loop
+from lorax.train import loop, prepare
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,7 +59,7 @@ def adapted(tmp_path_factory):
     c.eval.update(every=60, examples=64)
     c.task.n_train = 1000
     workdir, said, finished = tmp_path_factory.mktemp("run"), [], []
-    groups = loop.prepare(config.members(c), said.append)
+    groups = prepare.groups(config.members(c), said.append)
     terminal = loop.Terminal(said.append, lambda done, total: None, finished.append)
     return workdir, loop.train(workdir, groups, terminal)[0], finished
 

@@ -17,7 +17,9 @@ import lorax
 from lorax import config, methods, plan, tasks, tree
 from lorax.models import shapes
 from lorax.models.load import skeleton
-from lorax.train import sweep
+from lorax.train import layouts, stacks
+from lorax.train.batches import batch_shapes, steps_per_call
+from lorax.train.programs import compile_programs, program_bytes
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -79,7 +81,7 @@ def real_stack(members):
     """(`Base`, `Stack`) with arrays in place of shapes."""
     base, _ = plan.shapes(members)
     base = base.replace(params=jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), base.params))
-    return base, sweep.stack(members, sweep.build_methods(members, base), base)
+    return base, stacks.stack(members, stacks.build_methods(members, base), base)
 
 
 # ------------------------------------------------------------------------------------------- exact
@@ -143,8 +145,8 @@ def test_batches_of_arrays_are_planned_without_reading_them(name):
     (member,) = members_of("mlp-64-12-10", task__name=name, method__targets=("re:.*",))
     c, base = member.config, lorax.load("random:mlp-64-12-10")
     task = tasks.build(c.task, None, c.train.seq_len, None, base)
-    k = sweep.steps_per_call(c.eval.every)
-    planned, real = plan.rows(c, base), sweep.batch_shapes(c.train, task, k)
+    k = steps_per_call(c.eval.every)
+    planned, real = plan.rows(c, base), batch_shapes(c.train, task, k)
     flat = lambda batch: {name: (x.shape[:3], x.size, x.dtype) for name, x in batch.items()}
     assert flat(planned) == flat(real)
     p = plan.plan([member])
@@ -170,18 +172,18 @@ def compiled_sweep(members, width, monkeypatch, options=quick.OPTIONS):
     """The training program that a run compiles for these members."""
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
     kept = []
-    monkeypatch.setattr(sweep, "program_bytes", lambda x: kept.append(x) or program_bytes(x))
+    keep = lambda x: kept.append(x) or program_bytes(x)
+    monkeypatch.setattr("lorax.train.programs.program_bytes", keep)
     base, stacked = plan.shapes(members)
     batch = plan.rows(members[0].config, base)
     evaluation = {
         name: jax.ShapeDtypeStruct((1, *x.shape[2:]), x.dtype) for name, x in batch.items()
     }
-    layout = sweep.Layout("none", tuple(jax.devices()[:1]), len(members), width)
-    programs = sweep.compile_programs(stacked, base, layout, batch, evaluation)
+    layout = layouts.Layout("none", tuple(jax.devices()[:1]), len(members), width)
+    programs = compile_programs(stacked, base, layout, batch, evaluation)
     return programs.bytes, kept[0]
 
 
-program_bytes = sweep.program_bytes
 HALF = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
 PEAKS = [
     ("tiny-gpt2", 1, 1, {}),
@@ -298,7 +300,8 @@ sys.path.insert(0, "tests")
 import jax, jax.numpy as jnp
 from lorax import config, plan
 from lorax.models import shapes
-from lorax.train import sweep
+from lorax.train import layouts, stacks
+from lorax.train.programs import compile_programs
 
 shapes.ARCHITECTURES["gpt2-of-8"] = {
     "model_type": "gpt2", "n_layer": 8, "n_embd": 512, "n_head": 8, "vocab_size": 8192
@@ -309,14 +312,14 @@ members = config.members(c)
 expected = plan.plan(members, ["cpu"])
 base, shaped = plan.shapes(members)
 batch = plan.rows(c)
-layout = sweep.Layout("none", tuple(jax.devices()[:1]), 1, 1)
+layout = layouts.Layout("none", tuple(jax.devices()[:1]), 1, 1)
 evaluation = {name: jax.ShapeDtypeStruct((1, *x.shape[2:]), x.dtype) for name, x in batch.items()}
-programs = sweep.compile_programs(shaped, base, layout, batch, evaluation)
+programs = compile_programs(shaped, base, layout, batch, evaluation)
 resident = lambda key: next(
     1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)
 )
 filled = lambda t: jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype), t)
-stacked = sweep.stack(members, shaped.methods, base)  # adapters alone; reads no weights
+stacked = stacks.stack(members, shaped.methods, base)  # adapters alone; reads no weights
 before = resident("VmRSS")
 base = base.replace(params=filled(base.params))
 batches = jax.tree.map(lambda x: jnp.ones((1, *x.shape), x.dtype), batch)

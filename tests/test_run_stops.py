@@ -10,7 +10,7 @@ import pytest
 
 from lorax import config, run, rundir
 from lorax.files import write_json
-from lorax.train import loop
+from lorax.train import prepare
 
 ROOT = Path(__file__).parents[1]
 STUDY = """
@@ -170,7 +170,7 @@ def test_a_path_that_can_not_be_made_is_one_line(tmp_path):
 def test_a_disk_without_room_is_refused_before_training(tmp_path, monkeypatch):
     scope = {}
     exec(STUDY, scope)
-    groups = loop.prepare(config.members(scope["get_config"]()), lambda line: None)
+    groups = prepare.groups(config.members(scope["get_config"]()), lambda line: None)
     run.check_disk(tmp_path, groups)
     free = run.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: free)

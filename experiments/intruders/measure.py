@@ -37,7 +37,7 @@ from lorax.analysis import intervene, intruders, norm_matched, update_svd
 from lorax.interop.peft import Adapter, Factors
 from lorax.models import kernels
 from lorax.tasks.rows import encode_texts
-from lorax.train.sweep import eval_batches
+from lorax.train.batches import eval_batches
 
 HERE = pathlib.Path(__file__).parent
 END = "<|endoftext|>"  # between two stories of the file; speeches have empty lines between them

@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 import lorax
 from lorax import config, tree
 from lorax.analysis.figures.style import COLOURS, GREY, MARKERS, STYLE
-from lorax.train import loop, sweep
+from lorax.train import fitting, layouts, prepare
+from lorax.train.batches import eval_batches, train_batches
 
 HERE = Path(__file__).parent
 STARTS = ("kaiming", "pissa", "olora", "eva", "corda", "lora-ga")
@@ -35,7 +36,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", default=os.environ.get("LORAX_DATA"))
     data = parser.parse_args().data
-    sweep.split_cpu()
+    layouts.split_cpu()
     # Starts that read data compile one program for every seed: the same one.
     cache = tempfile.TemporaryDirectory()
     jax.config.update("jax_compilation_cache_dir", cache.name)
@@ -57,13 +58,13 @@ def main():
 
     # ------------------------------------------------------------------------------------ step 0
     write = dict(index=False, float_format="%.6g", lineterminator="\n")
-    starts, training, loaded = [], [], loop.Loaded({}, {})
+    starts, training, loaded = [], [], prepare.Loaded({}, {})
     for c in settings:
         forward = jax.jit(functools.partial(lorax.apply, lorax.load(c.base).module))
         for quantised, inits in ((None, STARTS), ("nf4", ON_NF4)):
             c.update(quant=quantised)
             c.sweep.update(init=inits, lr=())
-            for group in loop.prepare(config.members(c), print, loaded=loaded):
+            for group in prepare.groups(config.members(c), print, loaded=loaded):
                 starts += step_0(group, c.base, forward)
     starts = pd.DataFrame(starts)
     starts.to_csv(HERE / "starts.csv", **write)
@@ -75,7 +76,7 @@ def main():
     for c in settings:
         c.update(quant=None)
         c.sweep.update(init=("kaiming", "pissa"), lr=LRS)
-        for group in loop.prepare(config.members(c), print, loaded=loaded):
+        for group in prepare.groups(config.members(c), print, loaded=loaded):
             losses = train(group)  # (M, STEPS)
             for member, own in zip(group.stack.members, losses, strict=True):
                 row = {"base": Path(c.base).name} | {
@@ -130,10 +131,10 @@ def step_0(group, name, forward):
 def train(group):
     """The group's training losses, (M, STEPS), nats a completion token."""
     stack, task, section = group.stack, group.task, group.stack.members[0].config.train
-    batches = sweep.train_batches(stack, task, 0, STEPS)
+    batches = train_batches(stack, task, 0, STEPS)
     one = tree.shapes({key: x[0] for key, x in batches.items()})
-    evals = tree.shapes(sweep.eval_batches(task, 8))
-    programs = sweep.fit(stack, group.base, section, one, evals)
+    evals = tree.shapes(eval_batches(task, 8))
+    programs = fitting.fit(stack, group.base, section, one, evals)
     params, state = programs.place_base(group.base.params), programs.place_state(stack.state)
     data = programs.place(stack.constants), programs.place(stack.hyper)
     _, logs = programs.train(params, *data, state, programs.place_batches(batches))

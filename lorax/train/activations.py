@@ -12,7 +12,7 @@ from lorax import intercept, tasks
 from lorax.errors import reason
 from lorax.models import Base
 from lorax.tasks import kinds
-from lorax.train import sweep
+from lorax.train.batches import eval_batches
 
 
 def check(base: Base, rows: int) -> None:
@@ -61,7 +61,7 @@ def rehearse(
 
 
 def _batches(task, rows, batch_size):
-    return sweep.eval_batches(task._replace(eval=tasks.spread(task.eval, rows)), batch_size)
+    return eval_batches(task._replace(eval=tasks.spread(task.eval, rows)), batch_size)
 
 
 def _programs(base, method, kind):

@@ -18,8 +18,9 @@ from lorax import config, intercept, methods, tree
 from lorax.config import Member
 from lorax.methods.adalora import adalora, schedule
 from lorax.models import Base, gpt2
+from lorax.train import stacks
 from lorax.train import step as steps
-from lorax.train import sweep
+from lorax.train.programs import over_members
 
 CONFIG = gpt2.Config(vocab_size=30, n_positions=12, n_embd=16, n_layer=3, n_head=2, n_inner=24)
 TOKENS = jnp.arange(20).reshape(2, 10)
@@ -345,14 +346,14 @@ def test_members_of_one_program_are_themselves_alone():
             c.method.update(name="adalora", **point)
             c.train = section(9)
             chosen.append(Member(i, str(i), point, c))
-        stacked, m = sweep.stack(chosen, sweep.build_methods(chosen, base()), base()), len(chosen)
+        stacked, m = stacks.stack(chosen, stacks.build_methods(chosen, base()), base()), len(chosen)
         program = steps.Program(
             base().module, stacked.methods[0], base().sites, chosen[0].config.train, False, False
         )
         train = functools.partial(steps.train_steps, program, base().params)
         batches = {"tokens": np.repeat(tokens[None], m, 0)}
         batches["mask"] = np.ones(batches["tokens"].shape, np.float32)
-        state, logs = jit(sweep.over_members(train, m))(
+        state, logs = jit(over_members(train, m))(
             stacked.constants, stacked.hyper, stacked.state, batches
         )
         pick = lambda i: jax.tree.map(lambda x: np.asarray(x[i]), state.trainable)

@@ -16,7 +16,7 @@ from strangers import small, trained
 
 import lorax
 from lorax import catalogue, config, methods, ops, plan, quant, states, tree
-from lorax.train import loop, sweep
+from lorax.train import prepare, stacks
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docs" / "examples" / "hira.py"
@@ -109,7 +109,7 @@ def swept(**axes):
 def test_rank_gain_and_seed_are_one_group_of_members_that_are_themselves_alone(hira, tmp_path):
     c = swept(rank=(2, 4), gain=(1.0, 8.0), seed=(0, 1))
     members = config.members(c)
-    (group,) = loop.prepare(members, lambda line: None)
+    (group,) = prepare.groups(members, lambda line: None)
     assert len(group.stack.members) == 8
     together = trained(c, tmp_path / "together")
     assert together.members["gain"].tolist() == [1, 1, 8, 8] * 2
@@ -126,7 +126,7 @@ def test_rank_gain_and_seed_are_one_group_of_members_that_are_themselves_alone(h
 def test_it_is_planned_with_the_shapes_of_the_arrays(hira):
     members = config.members(swept(rank=(2, 4), gain=(1.0, 8.0)))
     base, shaped = plan.shapes(members)
-    stacked = sweep.stack(members, shaped.methods, lorax.load("gpt2-nano"))
+    stacked = stacks.stack(members, shaped.methods, lorax.load("gpt2-nano"))
     for found, want in zip(shaped[2:], stacked[2:], strict=True):
         assert found == jax.eval_shape(lambda t: t, want)
     counted = [method.count(base.params, base.sites) for method in shaped.methods]
@@ -161,7 +161,7 @@ def test_what_does_not_come_from_the_trees_is_no_part_of_a_shared_program(hira, 
         c = swept(**axes)
         c.method.name = "closed"
         members = config.members(c)
-        return sweep.stack(members, sweep.build_methods(members, base), base)
+        return stacks.stack(members, stacks.build_methods(members, base), base)
 
     stack(rank=(2, 4), seed=(0, 1))
     with pytest.raises(

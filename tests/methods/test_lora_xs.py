@@ -11,7 +11,7 @@ from strangers import assert_same_update, small, trained
 
 import lorax
 from lorax import catalogue, config, methods, plan, tree
-from lorax.train import loop
+from lorax.train import prepare
 
 FILE = Path(__file__).parents[2] / "docs" / "examples" / "lora_xs.py"
 
@@ -41,9 +41,9 @@ def test_it_sweeps_in_one_group(registry, tmp_path):
     c = small("lora-xs")
     c.sweep.rank, c.sweep.targets, c.sweep.seed = (2, 5), (("q",), ("v", "up")), (0, 1)
     members, together = config.members(c), trained(c, tmp_path / "together")
-    (group,) = loop.prepare(members, lambda line: None)
+    (group,) = prepare.groups(members, lambda line: None)
     assert len(group.stack.members) == 8
-    rows = loop.describe(group)
+    rows = prepare.describe(group)
     assert [row["trainable_params"] for row in rows] == [16, 16, 100, 100, 32, 32, 200, 200]
     for member in (members[0], members[7]):
         alone = small("lora-xs")

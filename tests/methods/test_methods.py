@@ -13,8 +13,9 @@ from support import few
 import lorax
 from lorax import config, intercept, methods, tasks, tree
 from lorax.models import Base, gpt2
+from lorax.train import fitting, stacks
 from lorax.train import step as steps
-from lorax.train import sweep
+from lorax.train.batches import eval_batches, train_batches
 
 #: method -> hyperparameters of two members that share a program.
 CASES = {
@@ -203,12 +204,12 @@ def test_alone_is_in_the_sweep(name):
     task = tasks.Task("random", rows, {key: x[:4] for key, x in rows.items()}, "")
 
     def losses(pick):
-        stacked = sweep.stack([members[i] for i in pick], [built[i] for i in pick], base())
-        batches = sweep.train_batches(stacked, task, 0, 5)
-        evals = sweep.eval_batches(task, 4)
+        stacked = stacks.stack([members[i] for i in pick], [built[i] for i in pick], base())
+        batches = train_batches(stacked, task, 0, 5)
+        evals = eval_batches(task, 4)
         shapes = tree.shapes({key: x[0] for key, x in batches.items()})
         devices = jax.devices()[:1]
-        programs = sweep.fit(stacked, base(), c.train, shapes, tree.shapes(evals), devices)
+        programs = fitting.fit(stacked, base(), c.train, shapes, tree.shapes(evals), devices)
         place = programs.place
         state, logs = programs.train(
             programs.place_base(base().params), place(stacked.constants), place(stacked.hyper),

@@ -11,7 +11,7 @@ from support import few, require
 import lorax
 from lorax import leaves, methods, ops, tree
 from lorax.config import default, members
-from lorax.train import sweep
+from lorax.train import stacks
 
 # PEFT's names of the modules and where they lie in our stacks.
 MODULES = {
@@ -147,5 +147,5 @@ def test_a_config_of_loras_scaling_leaves_rslora_its_own():
     c = default()
     c.sweep.method = ("lora", "rslora")
     base = lorax.load("gpt2-nano")
-    plain, stabilised = sweep.build_methods(members(c), base)
+    plain, stabilised = stacks.build_methods(members(c), base)
     assert plain.hp["scale"] == 16 / 8 and stabilised.hp["scale"] == 16 / 8**0.5

@@ -12,7 +12,7 @@ from support import data
 import lorax
 from lorax import config, intercept, ops, quant, tree
 from lorax.models import gpt2, llama
-from lorax.train import loop
+from lorax.train import loop, prepare
 from lorax.train import step as steps
 
 MODELS = {
@@ -67,7 +67,7 @@ def test_the_loss_on_four_bits_follows_that_on_sixteen(tmp_path):
     c.train.update(steps=200, batch_size=16, seq_len=128, lr=3e-3, warmup=20, parallel="none")
     c.eval.update(every=50, examples=64)
     c.sweep.quant, c.sweep.seed = (None, "nf4"), (0, 1)
-    groups = loop.prepare(config.members(c), lambda line: None)
+    groups = prepare.groups(config.members(c), lambda line: None)
     loop.train(tmp_path, groups, loop.Terminal(*[lambda *_: None] * 3))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     coded = [member.config.quant for member in config.members(c)]

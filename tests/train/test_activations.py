@@ -13,7 +13,7 @@ from lorax import config, intercept, tasks, tree
 from lorax.analysis import linear_cka
 from lorax.models import Base, bert, falcon, gpt2, llama
 from lorax.tasks import kinds
-from lorax.train import activations, loop
+from lorax.train import activations, prepare
 
 SMALL = dict(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2)
 #: family -> (Config, Linen class, the norm between the last layer and the hidden states)
@@ -177,7 +177,7 @@ def test_a_base_of_images_is_refused_before_anything_is_trained():
     c.base, c.task.name, c.analysis.cka = "random:mlp-64-12-10", "digits", 8
     c.method.targets = ("re:.*/kernel",)
     with pytest.raises(ValueError, match=r"analysis.cka: 8 given, but random:mlp-64-12-10"):
-        loop.prepare(config.members(c), lambda line: None)
+        prepare.groups(config.members(c), lambda line: None)
     c.analysis.cka = -1
     with pytest.raises(ValueError, match=r"analysis.cka: -1 given, must not be negative"):
         config.members(c)

@@ -10,7 +10,7 @@ from lorax import config, intercept, tasks, tree
 from lorax.intercept import sites
 from lorax.methods import sensitivity, starts
 from lorax.models import Base, gpt2
-from lorax.train import evidence, loop, sweep
+from lorax.train import evidence, prepare, stacks
 
 CONFIG = gpt2.Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
 
@@ -41,10 +41,10 @@ def decided(base, task, seed=0, **method):
     c.seed = seed
     c.method.update(method)
     (member,) = config.members(c)
-    hp = sweep.hyperparameters(member, base)
+    hp = stacks.hyperparameters(member, base)
     assert evidence.is_automatic(member, hp)
     hp, rows = evidence.decide(member, hp, base, task, SEEN)
-    (built,) = sweep.build_methods([member], base, {0: hp})
+    (built,) = stacks.build_methods([member], base, {0: hp})
     return built, rows
 
 
@@ -139,7 +139,7 @@ def test_loftq_starts_closer_to_the_base_than_its_codes_are():
     c.base, c.quant, c.method.init = "gpt2-nano", "nf4", "loftq"
     c.method.update(rank=32, targets=("all-linear",))
     c.task.n_train, c.train.batch_size = 64, 4
-    (group,) = loop.prepare(config.members(c), lambda line: None)
+    (group,) = prepare.groups(config.members(c), lambda line: None)
     plain = lorax.load("gpt2-nano")
     state = jax.tree.map(lambda x: x[0], group.stack.state.trainable)
     constants = jax.tree.map(lambda x: x[0], group.stack.constants)
@@ -152,4 +152,4 @@ def test_loftq_starts_closer_to_the_base_than_its_codes_are():
     assert off(bound) < 0.8 * off(group.base.params)
     c.quant = None
     with pytest.raises(ValueError, match="method.init: 'loftq' makes up for .*: set quant"):
-        loop.prepare(config.members(c), lambda line: None)
+        prepare.groups(config.members(c), lambda line: None)

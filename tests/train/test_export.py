@@ -11,7 +11,7 @@ import safetensors.numpy
 import lorax
 from lorax import adapters, peft_methods, tree
 from lorax.interop import peft
-from lorax.train import loop
+from lorax.train.export import export as export_member
 
 LORA = (peft.CONFIG, peft.WEIGHTS)
 OWN = ("method.json", "state.safetensors")
@@ -38,7 +38,7 @@ def export(directory, base, method, state):
     member = SimpleNamespace(config=SimpleNamespace(base="some/base"), name="m")
     rows = {"tokens": np.zeros((1, 2), np.int32)}
     group = SimpleNamespace(base=base, task=SimpleNamespace(outputs=None, train=rows))
-    return loop.export(directory, member, method, *state, group)
+    return export_member(directory, member, method, *state, group.base, group.task)
 
 
 @pytest.mark.parametrize(

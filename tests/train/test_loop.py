@@ -11,7 +11,8 @@ from support import data
 from lorax import adapters, config, losses, tasks
 from lorax.interop import peft
 from lorax.models import load
-from lorax.train import loop, sweep
+from lorax.train import loop, prepare
+from lorax.train.batches import train_batches
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def members():
 def train(workdir, c):
     """(rows, what was said) of a run, or of its continuation."""
     said = []
-    groups = loop.prepare(config.members(c), said.append)
+    groups = prepare.groups(config.members(c), said.append)
     terminal = loop.Terminal(said.append, lambda done, total: None, lambda row: None)
     return loop.train(workdir, groups, terminal)[0], said
 
@@ -80,18 +81,18 @@ def test_a_member_alone_trains_on_the_rows_that_it_has_in_a_sweep(members, tmp_p
     members.train.update(steps=2, seq_len=24)
     members.sweep.seed = ()
     said = []
-    (group,) = loop.prepare(config.members(members), said.append)
-    alone = sweep.train_batches(group.stack, group.task, 0, 2)
+    (group,) = prepare.groups(config.members(members), said.append)
+    alone = train_batches(group.stack, group.task, 0, 2)
     members.sweep.n_train = n_train
-    (group,) = loop.prepare(config.members(members), said.append)
-    together = sweep.train_batches(group.stack, group.task, 0, 2)
+    (group,) = prepare.groups(config.members(members), said.append)
+    together = train_batches(group.stack, group.task, 0, 2)
     for name, x in alone.items():
         np.testing.assert_array_equal(x[0], together[name][0][..., : x.shape[-1]])
-    counted = [row["train_examples"] for row in loop.describe(group)]
+    counted = [row["train_examples"] for row in prepare.describe(group)]
     assert counted == [3, n_train[1] or 53]
     members.sweep.n_train = (54, None)
     with pytest.raises(ValueError, match=r"^task\.n_train: 54 was given; .* has 53 examples"):
-        loop.prepare(config.members(members), said.append)
+        prepare.groups(config.members(members), said.append)
 
 
 # ------------------------------------------------------------------------------------------ arrays
@@ -110,9 +111,9 @@ def images(base="random:mlp-64-10", task="digits", **axes):
 
 def test_every_axis_of_the_data_is_in_members_jsonl():
     c = images(shuffle=(False, True), data_seed=(0, 1), seed=(3,))
-    groups = loop.prepare(config.members(c), lambda line: None)
+    groups = prepare.groups(config.members(c), lambda line: None)
     assert len(groups) == 4  # data that differ are no data of one program
-    rows = [row for group in groups for row in loop.describe(group)]
+    rows = [row for group in groups for row in prepare.describe(group)]
     assert [(r["shuffle"], r["data_seed"], r["seed"]) for r in rows] == [
         (False, 0, 3), (False, 1, 3), (True, 0, 3), (True, 1, 3),
     ]  # fmt: skip
@@ -150,8 +151,8 @@ def test_all_of_mnist_is_evaluated(tmp_path):
 def test_a_method_trains_what_it_says_and_no_head_beside(method):
     c = images("random:mlp-64-12-10")
     c.method.name = method
-    (group,) = loop.prepare(config.members(c), lambda line: None)
-    (row,) = loop.describe(group)
+    (group,) = prepare.groups(config.members(c), lambda line: None)
+    (row,) = prepare.describe(group)
     assert row["trainable_params"] == (910 if method == "full" else 22)
 
 
@@ -176,7 +177,7 @@ def test_a_method_trains_what_it_says_and_no_head_beside(method):
 def test_a_base_and_a_task_that_do_not_fit(base, task, message):
     c = images(base, task)
     with pytest.raises(ValueError, match=message):
-        loop.prepare(config.members(c), lambda line: None)
+        prepare.groups(config.members(c), lambda line: None)
 
 
 @pytest.mark.parametrize(
@@ -193,14 +194,14 @@ def test_settings_that_images_have_no_use_for(key, value, message):
     section, _, name = key.partition(".")
     c[section][name] = value
     with pytest.raises(ValueError, match=message):
-        loop.prepare(config.members(c), lambda line: None)
+        prepare.groups(config.members(c), lambda line: None)
 
 
 def test_glue_needs_an_encoder():
     c = images("random:mlp-64-10", "glue")
     c.task.subset = "sst2"
     with pytest.raises(ValueError, match=r"mlp-64-10 \(mlp\) has no head, .*only encoders"):
-        loop.prepare(config.members(c), lambda line: None)
+        prepare.groups(config.members(c), lambda line: None)
 
 
 # ----------------------------------------------------------------------------------- planted tasks
@@ -209,8 +210,8 @@ def test_glue_needs_an_encoder():
 def test_groups_that_differ_in_their_data_share_one_program(tmp_path, monkeypatch):
     c = images("random:mlp-8-6", "planted", planted_rank=(1, 2), data_seed=(0, 1), rank=(1, 2))
     c.task.n_train, c.task.examples, c.task.noise = None, 40, 0.1
-    fitted, fit = [], loop.sweep.fit
-    monkeypatch.setattr(loop.sweep, "fit", lambda *a: fitted.append(fit(*a)) or fitted[-1])
+    fitted, fit = [], loop.fitting.fit
+    monkeypatch.setattr(loop.fitting, "fit", lambda *a: fitted.append(fit(*a)) or fitted[-1])
     together, alone = tmp_path / "together", tmp_path / "alone"
     for workdir in (together, alone):
         workdir.mkdir()
@@ -232,8 +233,8 @@ def test_groups_that_differ_in_their_data_share_one_program(tmp_path, monkeypatc
 
 
 def test_another_shape_or_setting_is_another_program(tmp_path, monkeypatch):
-    fitted, fit = [], loop.sweep.fit
-    monkeypatch.setattr(loop.sweep, "fit", lambda *a: fitted.append(fit(*a)) or fitted[-1])
+    fitted, fit = [], loop.fitting.fit
+    monkeypatch.setattr(loop.fitting, "fit", lambda *a: fitted.append(fit(*a)) or fitted[-1])
     c = images("random:mlp-8-6", "planted", rank=(1,), steps=(2, 4))
     c.task.n_train, c.task.examples, c.task.rank = None, 40, 1
     train(tmp_path, c)
@@ -243,7 +244,9 @@ def test_another_shape_or_setting_is_another_program(tmp_path, monkeypatch):
 def test_members_of_a_planted_task_carry_the_truth():
     c = images("random:mlp-8-6", "planted", planted_rank=(1, (2,)), noise=(0.0, 0.5))
     c.task.n_train, c.task.examples = None, 40
-    rows = [r for g in loop.prepare(config.members(c), lambda line: None) for r in loop.describe(g)]
+    rows = [
+        r for g in prepare.groups(config.members(c), lambda line: None) for r in prepare.describe(g)
+    ]
     assert [(len(r["planted"]["head"]), r["planted_rank"], r["noise"]) for r in rows] == [
         (1, 1, 0.0), (1, 1, 0.5), (2, (2,), 0.0), (2, (2,), 0.5),
     ]  # fmt: skip
@@ -271,13 +274,13 @@ def test_texts_that_can_not_be_written_are_refused_before_training(members, chan
         section, _, name = key.partition("__")
         members[section][name] = value
     with pytest.raises(ValueError, match=message):
-        loop.prepare(config.members(members), lambda line: None)
+        prepare.groups(config.members(members), lambda line: None)
 
 
 def test_virtual_tokens_without_positions_are_refused_before_training(members):
     members.method.name, members.method.tokens = "prompt", 200
     with pytest.raises(ValueError, match="method.tokens: 200 given, but texts of 96 tokens .* 160"):
-        loop.prepare(config.members(members), lambda line: None)
+        prepare.groups(config.members(members), lambda line: None)
 
 
 def test_cka_that_can_not_be_computed_is_refused_before_training(members, monkeypatch):
@@ -288,7 +291,7 @@ def test_cka_that_can_not_be_computed_is_refused_before_training(members, monkey
 
     monkeypatch.setattr(loop.activations, "residuals", none)
     with pytest.raises(ValueError, match="analysis.cka: 4 given, .* lora on gpt2-nano .*no layers"):
-        loop.prepare(config.members(members), lambda line: None)
+        prepare.groups(config.members(members), lambda line: None)
 
 
 def test_scores_and_prompts_that_are_missing_are_said(members, monkeypatch):
@@ -297,9 +300,9 @@ def test_scores_and_prompts_that_are_missing_are_said(members, monkeypatch):
     def missing(module, what):
         raise ImportError(f"{what}: needs a library")
 
-    monkeypatch.setattr(loop.metrics, "_library", missing)
+    monkeypatch.setattr("lorax.tasks.metrics._library", missing)
     said = []
-    loop.prepare(config.members(members), said.append)
+    prepare.groups(config.members(members), said.append)
     assert "eval.generate: without bleu: needs a library" in said
     assert any(line.startswith("eval.generate: 10000 given, the task has 5") for line in said)
 
@@ -341,7 +344,7 @@ def test_all_adapters_are_there_before_texts_and_cka_fail(members, tmp_path, mon
 def test_a_member_that_can_change_nothing_is_said_to(members, axes, line):
     members.sweep.update(axes)
     said = []
-    loop.prepare(config.members(members), said.append)
+    prepare.groups(config.members(members), said.append)
     found = [text for text in said if text.startswith(("train.", "method."))]
     assert len(found) == (line is not None)
     assert line is None or re.fullmatch(line, found[0])
@@ -353,7 +356,7 @@ def test_a_member_that_can_change_nothing_is_said_to(members, axes, line):
 def test_the_largest_group_is_fitted_before_anything_is_trained(tmp_path, monkeypatch):
     """And compiled once: what has no room would else show after the others are trained."""
     c = images("random:mlp-64-10", batch_size=(8, 64, 16))
-    fit, sizes = loop.sweep.fit, []
+    fit, sizes = loop.fitting.fit, []
 
     def short(stacked, base, train, *shapes):
         sizes.append(train.batch_size)
@@ -361,7 +364,7 @@ def test_the_largest_group_is_fitted_before_anything_is_trained(tmp_path, monkey
             raise MemoryError("one member needs")
         return fit(stacked, base, train, *shapes)
 
-    monkeypatch.setattr(loop.sweep, "fit", short)
+    monkeypatch.setattr(loop.fitting, "fit", short)
     limit = True
     with pytest.raises(MemoryError):
         train(tmp_path, c)
@@ -372,9 +375,9 @@ def test_the_largest_group_is_fitted_before_anything_is_trained(tmp_path, monkey
 
 
 def test_a_base_without_room_is_refused_before_it_is_read(monkeypatch):
-    free = loop.memory.Free(1000, "are left by ulimit -v")
-    monkeypatch.setattr(loop.memory, "free", lambda: free)
+    free = prepare.memory.Free(1000, "are left by ulimit -v")
+    monkeypatch.setattr(prepare.memory, "free", lambda: free)
     with pytest.raises(
         MemoryError, match="base: random:mlp-64-10 has 0.00 GB .* by ulimit -v; tak"
     ):
-        loop.prepare(config.members(images()), lambda line: None)
+        prepare.groups(config.members(images()), lambda line: None)

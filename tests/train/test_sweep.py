@@ -12,8 +12,9 @@ from lorax import config, tasks, tree
 from lorax.intercept import sites
 from lorax.models import Base, gpt2
 from lorax.tasks import kinds
+from lorax.train import fitting, layouts, stacks
 from lorax.train import step as train_step
-from lorax.train import sweep
+from lorax.train.batches import batch_shapes, eval_batches, steps_per_call, train_batches
 
 CONFIG = gpt2.Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
 
@@ -52,28 +53,28 @@ def settings(**sweep_axes):
 def stack_of(c, base, pick=None):
     members = config.members(c)
     members = members if pick is None else [members[i] for i in pick]
-    return sweep.stack(members, sweep.build_methods(members, base), base)
+    return stacks.stack(members, stacks.build_methods(members, base), base)
 
 
 def run(c, base, task, pick=None, devices=None, steps=7, k=4):
     """Final eval losses (M,), training losses (M, steps), final trainable trees (M leading)."""
     stacked = stack_of(c, base, pick)
     abstract = tree.shapes
-    evals = sweep.eval_batches(task, 4)
-    batches = sweep.batch_shapes(stacked.members[0].config.train, task, k)
+    evals = eval_batches(task, 4)
+    batches = batch_shapes(stacked.members[0].config.train, task, k)
     devices = devices or jax.devices()[:1]
     train = stacked.members[0].config.train
-    programs = sweep.fit(
+    programs = fitting.fit(
         stacked, base, train, abstract(batches), abstract(evals), devices, task.kind
     )
     params, losses, finals, trees = programs.place_base(base.params), [], [], []
-    for chunk in sweep.chunks(stacked, programs.layout.size):
+    for chunk in stacks.chunks(stacked, programs.layout.size):
         place, m = programs.place, len(chunk.members)
         constants, hyper = place(chunk.constants), place(chunk.hyper)
         state = programs.place_state(chunk.state)
         curve = []
         for first in range(0, steps, k):
-            host = sweep.train_batches(chunk, task, first, k)
+            host = train_batches(chunk, task, first, k)
             state, logs = programs.train(
                 params, constants, hyper, state, programs.place_batches(host)
             )
@@ -173,7 +174,7 @@ def test_an_offloaded_optimiser_changes_no_bit(
         or not state.opt_state[1].mu["h"]["attn"]["q"]["kernel"]["a"].is_fully_replicated
     )
 
-    monkeypatch.setattr(sweep, "HOST", "device")
+    monkeypatch.setattr("lorax.train.programs.HOST", "device")
     here = run(c, base, task, devices=jax.devices()[:devices], k=1)
     assert kinds(here[4]) == {"device"}
     for mine, other in zip(here[:2], away[:2], strict=True):
@@ -195,7 +196,7 @@ def test_batches_grouped_by_length_are_cut_and_lose_nothing(base, task, monkeypa
     c = settings(seed=(0, 1))
     c.train.update(steps=8, batch_size=4, seq_len=16)
     stacked = stack_of(c, base)
-    widths = [sweep.train_batches(stacked, grouped, i, 1)["tokens"].shape[-1] for i in range(8)]
+    widths = [train_batches(stacked, grouped, i, 1)["tokens"].shape[-1] for i in range(8)]
     assert widths[0] == 17 and 9 in widths
     cut = run(c, base, grouped, steps=8, k=1)
     monkeypatch.setattr(tasks, "widths", lambda task: (17,))
@@ -206,15 +207,15 @@ def test_batches_grouped_by_length_are_cut_and_lose_nothing(base, task, monkeypa
 
 def test_auto_spreads_members_and_then_batches(base):
     one = settings().train
-    assert sweep.layout(12, one, base).mode == "members"
-    assert sweep.layout(1, one, base).mode == "batch"
-    assert sweep.layout(1, one, base, jax.devices()[:1]).mode == "none"
+    assert layouts.layout(12, one, base).mode == "members"
+    assert layouts.layout(1, one, base).mode == "batch"
+    assert layouts.layout(1, one, base, jax.devices()[:1]).mode == "none"
     odd = settings().train.copy_and_resolve_references()
     odd.batch_size = 6
-    assert sweep.layout(1, odd, base).mode == "none"
+    assert layouts.layout(1, odd, base).mode == "none"
     odd.parallel = "batch"
     with pytest.raises(ValueError, match="train.parallel: 'batch' over 8 devices, .* 6 sequences"):
-        sweep.layout(1, odd, base)
+        layouts.layout(1, odd, base)
 
 
 def test_too_little_memory_means_parts_and_the_same_numbers(base, task, reference):
@@ -238,9 +239,9 @@ def fitted(base, task, accumulate=1, seq_len=12, memory_gb=0.0):
     c = settings(rank=(2,))
     c.train.update(accumulate=accumulate, memory_gb=memory_gb)
     cut = tasks.Task("cut", {k: x[:, : seq_len + 1] for k, x in task.train.items()}, task.eval, "")
-    batches = tree.shapes(sweep.batch_shapes(c.train, cut, 4))
-    evals = tree.shapes(sweep.eval_batches(task, 4))
-    return sweep.fit(stack_of(c, base), base, c.train, batches, evals, jax.devices()[:1])
+    batches = tree.shapes(batch_shapes(c.train, cut, 4))
+    evals = tree.shapes(eval_batches(task, 4))
+    return fitting.fit(stack_of(c, base), base, c.train, batches, evals, jax.devices()[:1])
 
 
 def test_what_would_fit_is_said_and_fits(base, task):
@@ -259,14 +260,14 @@ def test_what_would_fit_is_said_and_fits(base, task):
 
 def test_a_limit_by_the_user_is_no_more_than_there_is(monkeypatch):
     one = jax.devices()[:1]
-    monkeypatch.setattr(sweep.memory, "free", lambda: sweep.memory.Free(10**9, "are free"))
+    monkeypatch.setattr(fitting.memory, "free", lambda: fitting.memory.Free(10**9, "are free"))
     train = settings().train
-    assert sweep.memory_limit(train, one) == (800_000_000, "are free")
+    assert fitting.memory_limit(train, one) == (800_000_000, "are free")
     train.memory_gb = 0.5
-    assert sweep.memory_limit(train, one) == (500_000_000, "are given by train.memory_gb")
+    assert fitting.memory_limit(train, one) == (500_000_000, "are given by train.memory_gb")
     train.memory_gb = 2.0
-    assert sweep.memory_limit(train, one) == (1_000_000_000, "are free")
-    assert sweep.memory_limit(train, jax.devices()[:2]) == (500_000_000, "are free")
+    assert fitting.memory_limit(train, one) == (1_000_000_000, "are free")
+    assert fitting.memory_limit(train, jax.devices()[:2]) == (500_000_000, "are free")
 
 
 def test_a_diverging_member_stops_and_leaves_the_others_alone(base, task):
@@ -294,8 +295,8 @@ def test_one_program_serves_every_call(base, task):
 
 def test_batches_are_a_function_of_seed_and_step(base, task):
     stacked = stack_of(settings(rank=(1, 2), seed=(3, 4)), base)
-    a = sweep.train_batches(stacked, task, 8, 4)["tokens"]
-    b = sweep.train_batches(stacked, task, 4, 8)["tokens"]
+    a = train_batches(stacked, task, 8, 4)["tokens"]
+    b = train_batches(stacked, task, 4, 8)["tokens"]
     np.testing.assert_array_equal(a, b[:, 4:])
     np.testing.assert_array_equal(a[0], a[2])  # rank 1 and 2 of seed 3
     assert (a[0] != a[1]).any()
@@ -303,14 +304,14 @@ def test_batches_are_a_function_of_seed_and_step(base, task):
 
 def test_n_train_members_see_only_their_rows(base, task):
     stacked = stack_of(settings(n_train=(5, 64)), base)
-    seen = sweep.train_batches(stacked, task, 0, 16)["tokens"]
+    seen = train_batches(stacked, task, 0, 16)["tokens"]
     rows = {row.tobytes() for row in task.train["tokens"][:5]}
     assert {row.tobytes() for row in seen[0].reshape(-1, 13)} == rows
     assert len({row.tobytes() for row in seen[1].reshape(-1, 13)}) > 5
 
 
 def test_eval_batches_fill_up_without_weight(task):
-    batches = sweep.eval_batches(task, 4)
+    batches = eval_batches(task, 4)
     assert batches["tokens"].shape == (3, 4, 13)
     assert batches["mask"].sum() == task.eval["mask"].sum()
 
@@ -370,7 +371,7 @@ def test_arrays_with_an_offloaded_optimiser(mlp, images, image_reference):
 
 def test_batches_of_arrays(mlp, images):
     stacked = stack_of(image_settings(n_train=(5, 60)), mlp)
-    batches = sweep.train_batches(stacked, images, 0, 3)
+    batches = train_batches(stacked, images, 0, 3)
     assert {name: x.shape for name, x in batches.items()} == {
         "inputs": (2, 3, 1, 8, 8, 8, 1),
         "label": (2, 3, 1, 8),
@@ -379,14 +380,14 @@ def test_batches_of_arrays(mlp, images):
     assert batches["inputs"].dtype == np.uint8
     first = {row.tobytes() for row in images.train["inputs"][:5]}
     assert {row.tobytes() for row in batches["inputs"][0].reshape(-1, 64)} == first
-    own = sweep.batch_shapes(stacked.members[0].config.train, images, 3)
+    own = batch_shapes(stacked.members[0].config.train, images, 3)
     assert {name: (2, *x.shape) for name, x in own.items()} == {
         name: x.shape for name, x in batches.items()
     }
     # an image counts as one token: as many members side by side as a CPU ever has
     train = stacked.members[0].config.train
-    assert sweep.layout(8, train, mlp, jax.devices()[:1]).width == 8
-    evals = sweep.eval_batches(images, 4)
+    assert layouts.layout(8, train, mlp, jax.devices()[:1]).width == 8
+    evals = eval_batches(images, 4)
     assert evals["inputs"].shape == (3, 4, 8, 8, 1) and evals["weight"].sum() == 10
     assert (evals["weight"][2] == [1, 1, 0, 0]).all() and not evals["inputs"][2, 2:].any()
 
@@ -401,11 +402,11 @@ def test_the_loss_of_an_evaluation_does_not_depend_on_its_batches(mlp, images):
     one = lambda t: jax.tree.map(lambda x: x[0], t)
     state = mlp.params, one(stacked.constants), one(stacked.state.trainable)
     run = jit(functools.partial(train_step.evaluate, program))
-    losses = [run(*state, sweep.eval_batches(images, size))[0] for size in (4, 10)]
+    losses = [run(*state, eval_batches(images, size))[0] for size in (4, 10)]
     np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("every", "k"), [(50, 10), (1, 1), (8, 8), (14, 7), (13, 1)])
 def test_steps_per_call_divide_the_distance_between_evaluations(every, k):
-    assert sweep.steps_per_call(every) == k
-    assert sweep.steps_per_call(every, offload="optimizer") == 1
+    assert steps_per_call(every) == k
+    assert steps_per_call(every, offload="optimizer") == 1

@@ -18,7 +18,9 @@ from lorax.analysis import runs, tables
 from lorax.analysis.measures import overlap, spectrum
 from lorax.analysis.tables import along_training
 from lorax.models import Base, gpt2
-from lorax.train import loop, sweep, trajectory
+from lorax.train import layouts, loop, prepare, stacks, trajectory
+from lorax.train.batches import batch_shapes, eval_batches
+from lorax.train.programs import compile_programs, over_members
 
 CONFIG = gpt2.Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=3, n_head=2)
 
@@ -53,10 +55,10 @@ def test_spectra_of_padded_members_are_those_of_their_own_factors(base):
     built = [lorax.method("lora", **{"targets": ("q",), "alpha": 3.0, **hp}) for hp in hps]
     c = config.default()
     members = [config.Member(i, "", {}, c) for i in range(3)]
-    stack = sweep.stack(members, built, base)
+    stack = stacks.stack(members, built, base)
     trainable = moved(stack.state.trainable)
     one = lambda *m: trajectory.spectra(built[0], base.sites, base.params, *m)
-    found = jit(sweep.over_members(one, 3))(stack.constants, trainable)
+    found = jit(over_members(one, 3))(stack.constants, trainable)
     assert set(found) == {"h/attn/q/kernel", "h/attn/v/kernel"}
     for path, (sigma, directions, used) in found.items():
         own = tree.flatten(trainable)
@@ -169,9 +171,9 @@ def train(workdir, c):
     """(`runs.Run` of what training leaves, what was said)."""
     said = []
     workdir.mkdir(exist_ok=True)
-    groups = loop.prepare(config.members(c), said.append)
+    groups = prepare.groups(config.members(c), said.append)
     loop.train(workdir, groups, loop.Terminal(said.append, lambda *_: None, lambda row: None))
-    members = pd.DataFrame([row for group in groups for row in loop.describe(group)])
+    members = pd.DataFrame([row for group in groups for row in prepare.describe(group)])
     return runs.Run(workdir, {}, members, pd.DataFrame(), {}), said
 
 
@@ -238,13 +240,13 @@ def test_devices_that_share_the_members_see_what_one_sees(tmp_path):
     for mode, devices in (("none", 1), ("members", 2), ("pmap", 2)):
         c = study(True, rank=2)
         c.sweep.seed = (0, 1, 2)
-        (group,) = loop.prepare(config.members(c), lambda line: None)
+        (group,) = prepare.groups(config.members(c), lambda line: None)
         stack, train_ = group.stack, c.train.copy_and_resolve_references()
         train_.parallel = mode
-        batches = sweep.batch_shapes(c.train, group.task, 1)
-        evals = tree.shapes(sweep.eval_batches(group.task, 25))
-        chosen = sweep.layout(3, train_, group.base, jax.devices()[:devices])
-        programs = sweep.compile_programs(stack, group.base, chosen, batches, evals)
+        batches = batch_shapes(c.train, group.task, 1)
+        evals = tree.shapes(eval_batches(group.task, 25))
+        chosen = layouts.layout(3, train_, group.base, jax.devices()[:devices])
+        programs = compile_programs(stack, group.base, chosen, batches, evals)
         trainable = programs.place(moved(stack.state.trainable))
         constants = programs.place(stack.constants)
         params = programs.place_base(group.base.params)

@@ -1,0 +1,55 @@
+"""The rows that members see at each step, and those that they are evaluated on, as arrays."""
+
+import jax
+import numpy as np
+
+from lorax import tasks
+from lorax.tasks import kinds
+from lorax.train.stacks import Stack
+
+STEPS_PER_CALL = 10
+
+
+def steps_per_call(every: int, offload: str | None = None) -> int:
+    """Optimiser steps in one call: the largest divisor of `eval.every` up to `STEPS_PER_CALL`, or
+    one where something is offloaded between steps (`train.offload`).
+
+    One call for several steps saves handing buffers over, which a small model notices.
+    """
+    return 1 if offload else max(k for k in range(1, STEPS_PER_CALL + 1) if every % k == 0)
+
+
+def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
+    """The batches of steps first .. first + k - 1: leaves (M, K, A, B, ...), on the host.
+
+    Which rows a member sees is a function of its seed and the step alone. Rows that are grouped by
+    length are cut to the narrowest of `tasks.widths` that holds the longest of them.
+    """
+    c, lengths = stacked.config.train, task.lengths
+    shape = (k, c.accumulate, c.batch_size // c.accumulate)
+    rows = []
+    for member in stacked.members:
+        n = tasks.train_size(member.config.task, task)
+        own = None if lengths is None else lengths[:n]
+        order = tasks.orders(n, c.batch_size, member.config.seed, range(first, first + k), own)
+        rows.append(order.reshape(shape))
+    rows, width = np.stack(rows), tasks.widths(task)[-1]
+    if lengths is not None:
+        width = min(w for w in tasks.widths(task) if w >= lengths[rows].max())
+    return {name: x[rows] for name, x in kinds.narrowed(task.kind, task.train, width).items()}
+
+
+def batch_shapes(train, task: tasks.Task, k: int) -> dict:
+    """Shapes of one member's batches of k steps at their widest: leaves (K, A, B, ...)."""
+    lead = k, train.accumulate, train.batch_size // train.accumulate
+    return {
+        name: jax.ShapeDtypeStruct((*lead, *x.shape[1:]), x.dtype) for name, x in task.train.items()
+    }
+
+
+def eval_batches(task: tasks.Task, batch_size: int) -> dict:
+    """The evaluation rows as leaves (N, B, ...); rows without weight fill the last batch up."""
+    rows = tasks.size(task.eval)
+    size = min(batch_size, rows)
+    fill = lambda x: np.pad(x, ((0, -rows % size), *((0, 0),) * (x.ndim - 1)))
+    return {name: fill(x).reshape(-1, size, *x.shape[1:]) for name, x in task.eval.items()}

@@ -1,0 +1,93 @@
+"""As many members in one program as memory holds, found by asking the compiler."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+
+from lorax import memory
+from lorax.models import Base
+from lorax.tasks import kinds
+from lorax.train.layouts import layout
+from lorax.train.programs import Programs, compile_programs
+from lorax.train.stacks import Stack
+
+
+def memory_limit(train, devices) -> memory.Free:
+    """Bytes that one program may take on each of its devices, and whose limit that is: at most
+    `train.memory_gb`, or else most of what is free. A CPU's devices share its memory."""
+    stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
+    if stats:
+        there, most = memory.Free(stats["bytes_limit"], "has the device"), 0.9
+    else:
+        there, most = memory.free(), 0.8
+        there = there._replace(bytes=there.bytes // len(devices))
+    own = memory.Free(int(train.memory_gb * 1e9), "are given by train.memory_gb")
+    if own.bytes:
+        return min(own, there)
+    return there._replace(bytes=int(most * there.bytes))
+
+
+def fit(
+    stacked: Stack,
+    base: Base,
+    train,
+    batches,
+    eval_batches,
+    devices=None,
+    kind: kinds.Kind = kinds.TEXTS,
+) -> Programs:
+    """`compile_programs` for as many members at once as memory holds, found by asking the compiler.
+
+    First the members side by side are halved, then the members in one program; the caller runs the
+    rest in further calls of the same program. Raises MemoryError where not even one fits, and says
+    what would.
+    """
+    n = len(stacked.members)
+    while True:
+        chosen = layout(n, train, base, devices)
+        programs = compile_programs(stacked, base, chosen, batches, eval_batches, kind)
+        limit = memory_limit(train, chosen.devices)
+        if programs.bytes <= limit.bytes:
+            return programs
+        if chosen.width > 1:
+            train = train.copy_and_resolve_references()
+            train.width = chosen.width // 2
+        elif n > 1:
+            n = math.ceil(n / 2)
+        else:
+            ask = functools.partial(compile_programs, stacked, base, chosen)
+            needs = lambda batches, ask=ask: ask(batches, eval_batches, kind).bytes
+            raise MemoryError(
+                f"one member needs {programs.bytes / 1e9:.2f} GB and {limit.bytes / 1e9:.2f} GB "
+                f"{limit.limit}: {would_fit(train, batches, needs, limit.bytes, kind)}"
+                + (", or set train.remat to full" if train.remat == "none" else "")
+            )
+
+
+def would_fit(
+    train, batches, needs: Callable[[dict], int], limit: int, kind: kinds.Kind = kinds.TEXTS
+) -> str:
+    """What of a batch would fit, by asking the compiler: needs(shapes of batches) -> bytes.
+
+    First the batch is worked off in more parts, up to a row at a time; then its rows are halved.
+    """
+    size = train.batch_size
+    parts = [a for a in range(train.accumulate + 1, size + 1) if size % a == 0]
+
+    def divided(a, width=None):
+        parted = lambda x: jax.ShapeDtypeStruct((x.shape[0], a, size // a, *x.shape[3:]), x.dtype)
+        return jax.tree.map(parted, kinds.narrowed(kind, batches, width))
+
+    least = parts[-1] if parts else train.accumulate
+    if parts and needs(divided(least)) <= limit:
+        # The need falls as the parts get more.
+        a = next(a for a in parts if a == least or needs(divided(a)) <= limit)
+        return f"train.accumulate={a} would fit"
+    length = (kinds.columns(kind, batches) or 0) - kind.ahead
+    while length >= 16:
+        length //= 2
+        if needs(divided(least, length + kind.ahead)) <= limit:
+            return f"train.seq_len={length} with train.accumulate={least} would fit"
+    return "nor would a smaller batch fit; take a smaller base, or param_dtype=bfloat16"

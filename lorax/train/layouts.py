@@ -1,0 +1,79 @@
+"""How members and batches lie on the devices, and how many members run side by side."""
+
+import math
+import os
+from typing import NamedTuple
+
+import jax
+
+from lorax import tree
+from lorax.models import Base
+
+TOKEN_FEATURES = 200_000  # tokens x features that a CPU likes side by side (lorax.bench sweep)
+CPU_COPIES = 128e6  # bytes of the base, one copy for each of a CPU's devices, that "auto" spends
+
+
+def split_cpu() -> None:
+    """Make a CPU as many devices as it has cores, up to 8, unless XLA_FLAGS already says.
+
+    Two members on a core each are faster than two cores on every small product of one. To be
+    called before JAX's first computation.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", min(8, os.cpu_count() or 1))
+
+
+class Layout(NamedTuple):
+    """How the member axis and the batches lie on the devices.
+
+    mode: "none", "members", "batch" or "pmap". devices: as many as are used. size: members in one
+    program, a multiple of the number of devices that share them. width: members side by side.
+    """
+
+    mode: str
+    devices: tuple
+    size: int
+    width: int
+
+
+def layout(n_members: int, train, base: Base, devices=None) -> Layout:
+    """The layout that config.train asks for, or a good one ("auto", width 0).
+
+    Raises ValueError where "batch" is asked for and the devices don't divide a batch.
+    """
+    devices = tuple(devices or jax.local_devices())
+    mode, part = train.parallel, train.batch_size // train.accumulate
+    if mode == "auto":
+        copies = tree.nbytes(base.params) * len(devices)
+        if len(devices) == 1 or (devices[0].platform == "cpu" and copies > CPU_COPIES):
+            mode = "none"
+        elif n_members >= len(devices):
+            mode = "members"
+        else:
+            mode = "batch" if part % len(devices) == 0 else "none"
+    if mode == "batch" and part % len(devices):
+        raise ValueError(
+            f"train.parallel: 'batch' over {len(devices)} devices, but a batch has {part} sequences"
+        )
+    if mode == "none":
+        devices = devices[:1]
+    shares = len(devices) if mode in ("members", "pmap") else 1
+    each = math.ceil(n_members / shares)
+    tokens = part * row_tokens(train, base)
+    width = train.width or good_width(tokens, base, devices[0].platform)
+    # A divisor: 12 members at width 8 run as 6 and 6, and no remainder is compiled by itself.
+    width = max(w for w in range(1, min(width, each) + 1) if each % w == 0)
+    return Layout(mode, devices, each * shares, width)
+
+
+def row_tokens(train, base: Base) -> int:
+    """Tokens of a row, at most: an image is one, or as many as it has patches."""
+    return train.seq_len if base.input_shape is None else base.traits.array_positions
+
+
+def good_width(tokens: int, base: Base, platform: str) -> int:
+    """A CPU wants its working set in cache, an accelerator wants as many rows as there are."""
+    if platform != "cpu":
+        return 1 << 30
+    features = min(leaf.shape[-1] for leaf in jax.tree.leaves(base.params) if leaf.ndim > 1)
+    return max(1, min(8, TOKEN_FEATURES // (tokens * features)))

@@ -1,0 +1,237 @@
+"""From members to groups: load bases and tasks, check every member, start all of them."""
+
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from lorax import memory, quant, tasks, tree
+from lorax.config import Member, axes, grouped
+from lorax.errors import nearest
+from lorax.methods import prefix
+from lorax.models import Base, load
+from lorax.models.load import skeleton
+from lorax.tasks import kinds, scores
+from lorax.train import activations, evidence, stacks, texts
+
+
+class Group(NamedTuple):
+    """Members that share a compiled program, with what they are trained on.
+
+    rankings: {member: rows of `evidence.decide`} of those whose targets or ranks evidence chose.
+    """
+
+    index: int
+    base: Base
+    task: tasks.Task
+    stack: stacks.Stack
+    rankings: dict[int, list[dict]] = {}
+
+    @property
+    def config(self):
+        """The config of the first member; the others differ from it in what is data alone."""
+        return self.stack.config
+
+
+class Loaded(NamedTuple):
+    """Bases and tasks by what was asked for, which the rounds of a run share."""
+
+    bases: dict[str, Base]
+    tasks: dict[str, tasks.Task]
+
+
+def groups(
+    members: list[Member],
+    say: Callable[[str], None],
+    first: int = 0,
+    loaded: Loaded | None = None,
+) -> list[Group]:
+    """Load bases and tasks, check every member against its base, and start all members.
+
+    first: number of the first group. loaded: what is there already; what is read is added.
+    Raises ValueError or FileNotFoundError for what a user can mend, before anything is trained.
+    """
+    bases, task_cache = loaded or Loaded({}, {})
+    made = []
+    for index, part in enumerate(grouped(members), first):
+        c = part[0].config
+        # ------------------------------------------------------------------------------- base
+        labels = tasks.outputs(c.task)
+        head = {"head": "classification", "labels": labels} if labels else {}
+        run = {"dtype": c.dtype, "param_dtype": c.param_dtype} | head
+        if c.train.remat != "none":  # not every family has it
+            run["remat"] = c.train.remat
+        key = json.dumps([c.base, run, c.quant, c.double_quant])
+        if key not in bases:
+            check_weights(c.base, run)
+            base = load(c.base, **run)
+            if c.quant:
+                params = quant.quantize(base.params, c.quant, c.double_quant, sites=base.sites)
+                params = quant.placed(params, jax.local_devices()[0], c.dtype)
+                base = base.replace(params=params)
+            bases[key] = base
+            say(
+                f"base {c.base}: {base.family}, {tree.count(base.params):,} parameters, "
+                f"{tree.nbytes(base.params) / 1e6:.1f} MB"
+            )
+            if base.fresh:
+                say(f"base {c.base}: no weights for {', '.join(base.fresh)}: drawn, and trained")
+        base = bases[key]
+        tasks.check_base(c.task, base, c.train.seq_len)
+        activations.check(base, c.analysis.cka)
+        reads_text = tasks.kind_of(c.task).reads == "tokens"
+        if reads_text and base.vocabulary is None:
+            raise ValueError(
+                f"base: {c.base} has no tokenizer.json, which task {c.task.name} needs"
+            )
+        hps = {member.index: stacks.hyperparameters(member, base) for member in part}
+        automatic = [member for member in part if evidence.is_automatic(member, hps[member.index])]
+        stacks.build_methods([m for m in part if m not in automatic], base)  # a mistake shows here
+
+        # ------------------------------------------------------------------------------- task
+        asked = [member.config.task.n_train for member in part]
+        settings = c.task.to_dict() | {"n_train": None if None in asked else max(asked)}
+        made_for = [c.base, c.train.seq_len] if reads_text else key
+        key = json.dumps([settings, made_for, c.eval.examples], sort_keys=True)
+        if key not in task_cache:
+            task_cache[key] = tasks.build(
+                settings, base.vocabulary, c.train.seq_len, c.eval.examples, base
+            )
+            say(f"task {task_cache[key].note}")
+        task = task_cache[key]
+        for member in part:
+            tasks.train_size(member.config.task, task)  # raises where there are not so many
+        if c.eval.generate and not task.prompts:
+            raise ValueError(
+                f"eval.generate: {c.eval.generate} given, task {c.task.name} has no prompts"
+            )
+        # -------------------------------------------------------------------------- evidence
+        if automatic:
+            say(f"group {index}: choosing targets and ranks of {len(automatic)} members")
+        rankings, seen = {}, {}
+        for member in automatic:
+            hp = hps[member.index]
+            hps[member.index], rankings[member.index] = evidence.decide(
+                member, hp, base, task, seen
+            )
+        built = stacks.build_methods(part, base, hps)
+        stacked = stacks.stack(part, built, base, task, seen)
+        made.append(Group(index, base, task, stacked, rankings))
+        # ------------------------------------------------- what would only show when it is trained
+        check_positions(made[-1])
+        if c.eval.generate:
+            texts.check_texts(base, task, c.eval, virtual_tokens(made[-1]), say)
+        if c.analysis.cka:
+            state = stacked.state.trainable, stacked.constants
+            activations.rehearse(base, built[0], *state, task, c.analysis.cka, c.eval.batch_size)
+    for line in idle(made):
+        say(line)
+    return made
+
+
+def check_weights(name: str, run: dict) -> None:
+    """Raises MemoryError where a base's weights have no room; nothing is allocated."""
+    needs, there = tree.nbytes(skeleton(name, **run).params), memory.free()
+    if needs > there.bytes:
+        raise MemoryError(
+            f"base: {name} has {needs / 1e9:.2f} GB of weights in {run['param_dtype']} and "
+            f"{there.bytes / 1e9:.2f} GB {there.limit}; take a smaller base"
+            + ", or param_dtype=bfloat16"
+            * (run["param_dtype"] == "float32")
+        )
+
+
+def virtual_tokens(group: Group) -> int:
+    """Positions that a group's method takes ahead of every text."""
+    method, base = group.stack.methods[0], group.base
+    one = jax.tree.map(lambda x: x[0], (group.stack.state.trainable, group.stack.constants))
+    bound = jax.eval_shape(lambda s, p: method.bind(*s, p, sites=base.sites), one, base.params)
+    return prefix.ahead(bound).tokens
+
+
+def check_positions(group: Group) -> None:
+    """Raises ValueError where virtual tokens leave a base no positions for its texts."""
+    c, most = group.config, group.base.positions
+    kind, ahead = group.task.kind, virtual_tokens(group)
+    columns = kinds.columns(kind, group.task.train)
+    if most and columns and ahead:
+        columns -= kind.ahead
+        if columns + ahead > most:
+            raise ValueError(
+                f"method.tokens: {ahead} given, but texts of {columns} tokens (train.seq_len "
+                f"{c.train.seq_len}) leave {max(most - columns, 0)} of the {most} positions of "
+                f"{group.base.name}"
+            )
+
+
+def idle(groups: list[Group]) -> list[str]:
+    """A line for every reason for which members can't change their base, with their names."""
+    whys = {
+        "train.lr: 0": lambda m, _: m.config.train.lr == 0,
+        "method.alpha: 0": lambda _, method: method.hp.get("scale", method.hp.get("alpha")) == 0,
+    }
+    lines = []
+    for field, found in whys.items():
+        names = [
+            member.name
+            for group in groups
+            for member, method in zip(group.stack.members, group.stack.methods, strict=True)
+            if found(member, method)
+        ]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            what = (
+                "nothing is learned"
+                if field.startswith("train")
+                else "the update counts for nothing"
+            )
+            lines.append(f"{field} in member {', '.join(names[:3])}{more}: {what}")
+    return lines
+
+
+def describe(group: Group) -> list[dict]:
+    """The lines of members.jsonl for a group's members."""
+    rows = []
+    opt_bytes = tree.nbytes(group.stack.state.opt_state) // len(group.stack.members)
+    for member, method in zip(group.stack.members, group.stack.methods, strict=True):
+        c, hp = member.config, {"rank": None, "scale": None} | method.hp
+        rows.append(
+            {
+                "member": member.index,
+                "group": group.index,
+                "name": member.name,
+                "method": method.name,
+            }
+            | hp
+            | ({"targets": c.method.targets} if member.index in group.rankings else {})
+            | {
+                "base": c.base,
+                "quant": c.quant,
+                "lr": c.train.lr,
+                "weight_decay": c.train.weight_decay,
+            }
+            | {"steps": c.train.steps, "seed": c.seed, "n_train": c.task.n_train}
+            | {
+                axis: v
+                for axis, v in member.point.items()
+                if not axes()[axis].startswith("method.")
+            }
+            | {"train_examples": tasks.train_examples(c.task, group.task)}
+            | dict(group.task.facts)
+            | {"trainable_params": method.count(group.base.params, group.base.sites)}
+            | {"optimizer_bytes": opt_bytes}
+        )
+    return rows
+
+
+def check_metric(groups: list[Group], metric: str) -> None:
+    """Raises ValueError where a group's task does not measure what a search goes by."""
+    for group in groups:
+        c, task = group.config, group.task
+        names = ["loss", *scores.names(task, bool(c.eval.generate))]
+        if metric not in names:
+            raise ValueError(
+                f"search.metric: {metric!r} given, task {c.task.name} measures "
+                f"{', '.join(names)}{nearest(metric, names)}"
+            )

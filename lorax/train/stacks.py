@@ -1,0 +1,169 @@
+"""Members of one shape, stacked: every array gets a leading axis M.
+
+Members are padded to the largest width (a rank, or the dimension of a subspace) and have arrays for
+every matrix that any of them adapts.
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorax import catalogue, methods, tasks, tree
+from lorax.config import Member
+from lorax.methods import Method
+from lorax.models import Base
+from lorax.train import evidence
+from lorax.train import step as train_step
+
+
+class Stack(NamedTuple):
+    """Members of one shape, each leaf with a leading member axis M.
+
+    methods: of each member. constants, hyper: untrained. state: `MemberState` at step 0.
+    """
+
+    members: tuple[Member, ...]
+    methods: tuple[Method, ...]
+    constants: dict
+    hyper: train_step.Hyper
+    state: train_step.MemberState
+
+    @property
+    def config(self):
+        """The config of the first member; the others differ from it in what is data alone."""
+        return self.members[0].config
+
+
+def hyperparameters(member, base: Base) -> dict:
+    """What the member's config gives its method: {name: value}, of those that the method has.
+
+    In a sweep over methods a key is for those that have it; None is a method's own default.
+    """
+    hp = member.config.method.to_dict()
+    known = methods.hyperparameters(hp["name"])
+    if base.fresh:  # a head of random weights says nothing before it is trained
+        hp["full"] = tuple(dict.fromkeys((*hp["full"], "classifier")))
+    return {key: value for key, value in hp.items() if key in known and value is not None}
+
+
+def build_methods(members, base: Base, decided: dict | None = None) -> list[Method]:
+    """Each member's method, with targets, layers and rank checked against the base.
+
+    decided: {member index: hyperparameters} of those that evidence chose (`lorax.train.evidence`).
+    """
+    built = []
+    for member in members:
+        hp = (decided or {}).get(member.index) or hyperparameters(member, base)
+        method = methods.method(member.config.method.name, **hp)
+        method.count(base.params, base.sites)  # raises on what does not fit
+        built.append(method)
+    return built
+
+
+class Padding(NamedTuple):
+    """What members of one program have arrays for: the matrices that any of them adapts, and the
+    widest of them; None where the method makes no use of it."""
+
+    targets: dict | None
+    width: int | None
+
+
+def padding(built: list[Method], base: Base) -> Padding:
+    """The padding of members with these methods."""
+    targets, width = None, None
+    if built[0].adapts is not None:
+        any_of_them = {path for m in built for path in m.adapts(base.params, base.sites)}
+        targets = {path: site for path, site in base.sites.items() if path in any_of_them}
+    if built[0].width is not None:
+        width = max(method.width for method in built)
+    return Padding(targets, width)
+
+
+def start(member, method: Method, base: Base, pad: Padding, task=None, seen=None) -> tuple:
+    """(constants, hyper, state) of one member at step 0, of which a `Stack` is made. It can be
+    traced. task, seen: as for `stack`."""
+    init_key, dropout_key = jax.random.split(jax.random.key(member.config.seed))
+    found = None
+    if method.needs is not None and task is not None:
+        own = method.adapts(base.params, base.sites)
+        found = evidence.read(member, base, task, own, method.needs, {} if seen is None else seen)
+    trainable, fixed = method.init(init_key, base.params, base.sites, *pad, found)
+    train = member.config.train
+    hyper = train_step.Hyper(jnp.float32(train.lr), jnp.float32(train.weight_decay), dropout_key)
+    return fixed, hyper, train_step.start(method, trainable, fixed, train, hyper)
+
+
+def stack(
+    members,
+    built: list[Method],
+    base: Base,
+    task: tasks.Task | None = None,
+    seen: dict | None = None,
+) -> Stack:
+    """Start every member, padded to the largest width (rank, or dimension of a subspace) and the
+    union of the targets, and stack them.
+
+    For LoRA and its like: zero rows of b with zero columns of a have zero gradients, so padding
+    stays exactly zero under AdamW and weight decay, and a matrix that a member does not adapt is
+    the same case. task, seen: for starts that read training batches (`lorax.train.evidence`); the
+    others need none.
+    """
+    pad, seen = padding(built, base), {} if seen is None else seen
+    pairs = zip(members, built, strict=True)
+    started = [start(member, method, base, pad, task, seen) for member, method in pairs]
+    if isinstance(catalogue.row(built[0].name).where, Callable):
+        check_alike(built, base, started)
+    together = lambda *leaves: jnp.stack(leaves)
+    return Stack(tuple(members), tuple(built), *jax.tree.map(together, *started))
+
+
+def check_alike(built: list[Method], base: Base, started: list[tuple]) -> None:
+    """Raises ValueError where members that could share a program by their method's `varies` can't:
+    their trees have other shapes, or other things are computed with them. For a user's method:
+    lorax's own are known to hold to it."""
+    seen = {}  # what members differ in from the first -> (shapes, what is computed)
+    for method, (constants, _, state) in zip(built, started, strict=True):
+        own = {key: value for key, value in method.hp.items() if value != built[0].hp.get(key)}
+        if str(own) in seen:
+            continue
+        trees = state.trainable, constants
+        named = tree.flatten(dict(zip(("trainable", "constants"), trees, strict=True)))
+        shapes = {path: tuple(x.shape) for path, x in named.items()}
+        first, does = next(iter(seen.values()), (shapes, None))
+        problem = f"method {method.name!r}: members that differ in {', '.join(own)} can't share a "
+        problem += "program, though it varies"
+        for path in sorted(shapes.keys() | first.keys()):
+            if shapes.get(path) != first.get(path):
+                raise ValueError(
+                    f"{problem}: {path} is {first.get(path)} and {shapes.get(path)}; `init` has to "
+                    "pad to the width and have arrays for all targets that it is given"
+                )
+        bind = lambda *trees, of=method: of.bind(*trees, sites=base.sites)
+        penalty = lambda *trees, of=method: of.penalty and of.penalty(*trees[:2])
+        delta = lambda *trees, of=method: of.delta and of.delta(*trees, base.sites)
+        what = "".join(_computation(f, *trees, base.params) for f in (bind, penalty, delta))
+        if does not in (None, what):
+            raise ValueError(
+                f"{problem}: `bind`, `penalty` or `delta` takes them from elsewhere than the "
+                "trees; put them into the constants, or leave them out of `varies`"
+            )
+        seen[str(own)] = shapes, what
+
+
+def _computation(f, *trees) -> str:
+    """What f computes, its constants and static fields included, the same for the same thing."""
+    traced, shape = jax.make_jaxpr(f, return_shape=True)(*trees)
+    text = f"{traced.jaxpr} {[*map(str, traced.consts)]} {jax.tree.structure(shape)}"
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def chunks(stacked: Stack, size: int) -> list[Stack]:
+    """The stack in parts of at most `size` members."""
+    part = lambda tree, i: jax.tree.map(lambda x: x[i : i + size], tree)
+    return [
+        Stack(stacked.members[i : i + size], stacked.methods[i : i + size], *part(stacked[2:], i))
+        for i in range(0, len(stacked.members), size)
+    ]
