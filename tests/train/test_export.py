@@ -11,6 +11,7 @@ import safetensors.numpy
 import lorax
 from lorax import adapters, peft_methods, tree
 from lorax.interop import peft
+from lorax.tasks import kinds
 from lorax.train.export import export as export_member
 
 LORA = (peft.CONFIG, peft.WEIGHTS)
@@ -36,9 +37,8 @@ def finished(base, name, **hp):
 
 def export(directory, base, method, state):
     member = SimpleNamespace(config=SimpleNamespace(base="some/base"), name="m")
-    rows = {"tokens": np.zeros((1, 2), np.int32)}
-    group = SimpleNamespace(base=base, task=SimpleNamespace(outputs=None, train=rows))
-    return export_member(directory, member, method, *state, group.base, group.task)
+    task = SimpleNamespace(outputs=None, kind=kinds.TEXTS)
+    return export_member(directory, member, method, *state, base, task)
 
 
 @pytest.mark.parametrize(
