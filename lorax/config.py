@@ -1,4 +1,4 @@
-"""The config of a run: every key with its default, and the members that its sweep spells out.
+"""The config of a run: every key with its default, and the members that its sweep lists.
 
 A config file is a script whose `get_config(arg)` takes `default()`, changes what its study changes
 and returns it. Nothing here imports JAX: a mistake is found before anything heavy starts.
@@ -8,12 +8,12 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
-from lorax import catalogue, outside
+from lorax import catalogue, outside, ranges
 from lorax.errors import nearest
 
 
@@ -113,7 +113,9 @@ def default() -> ConfigDict:
     c.sweep = ConfigDict()
     for axis in axes():
         c.sweep[axis] = ()
-    c.sweep.zip = ()  # (("rank", "targets"),) moves along both at once
+    # Any other key: {"train.warmup": (0, 50)}
+    c.sweep.axes = config_dict.FieldReference((), field_type=object)
+    c.sweep.zip = ()  # (("rank", "targets"),) ties two axes so that they advance together
     return c.lock()
 
 
@@ -125,7 +127,8 @@ def _field(key: catalogue.Key):
 
 
 def axes() -> dict[str, str]:
-    """{sweep axis: the key that it sets}, the one that turns fastest last."""
+    """{sweep axis: the key that it sets}, the one that turns fastest last; further ones are in
+    `sweep.axes`."""
     first = {"method": "method.name", "base": "base", "quant": "quant"}
     return first | catalogue.axes() | LAST
 
@@ -144,6 +147,35 @@ LAST = {
     "data_seed": "task.seed",
     "seed": "seed",
 }
+
+
+def axis_of(key: str) -> str:
+    """What the axis of a key is called: "lr" for "train.lr", "std" for "method.std", and the key
+    itself where it has no shorter name that is unique."""
+    short = {key: axis for axis, key in axes().items()}
+    last = key.removeprefix("method.")
+    return short.get(key, key if last in _defaults() else last)
+
+
+def key_of(axis: str) -> str:
+    """The key that an axis sets; inverse of `axis_of`."""
+    return axes().get(axis) or (axis if axis in _defaults() else f"method.{axis}")
+
+
+def swept(sweep: Mapping) -> dict[str, tuple]:
+    """{axis: its values} of the section `sweep`, of a config or of a run's config.json; the slowest
+    axis first."""
+    short = {axis: values for axis, values in sweep.items() if axis not in ("axes", "zip")}
+    others = {axis_of(key): values for key, values in dict(sweep.get("axes") or {}).items()}
+    order = sorted(short | others, key=_position)
+    return {axis: values for axis in order if (values := (short | others)[axis])}
+
+
+def shared_axes(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the axes in which full fine-tuning differs as well: not the hyperparameters of a
+    method, but layers; neither learning rate nor seed, of which a search has its own."""
+    is_shared = lambda axis: axis == "layers" or not key_of(axis).startswith("method.")
+    return tuple(axis for axis in names if is_shared(axis) and axis not in ("lr", "seed"))
 
 
 #: Keys that a run may be continued with other values of: they are read when a member is trained, or
@@ -171,204 +203,170 @@ class Member(NamedTuple):
 
 
 def members(config: ConfigDict) -> list[Member]:
-    """The product of the sweep's axes (tied ones move together), the last axis fastest.
+    """The product of the sweep's axes (tied ones advance together), the last axis fastest.
 
-    In a search they are followed by what it compares with, `search.seeds` of each: full fine-tuning
-    at its learning rates, then LoRA. Methods, and conditions that differ in a hyperparameter of
-    theirs alone, share these. `more_members` are those of later rounds.
+    A search trains more than these: see `lorax.search.members`.
 
     Raises ValueError that names the key for an empty or malformed axis, a value of the wrong type,
     and a value out of range.
     """
-    _check_keys(config)
+    check_keys(config)
     _spell(config)
-    sweep = config.sweep
-    swept = {axis: _axis(config, axis) for axis in axes() if sweep[axis] != ()}
-    if "n_train" in swept and config.task.packing:
+    _check_axes(config.sweep)
+    axes = {axis: _values(config, axis, given) for axis, given in swept(config.sweep).items()}
+    if "n_train" in axes and config.task.packing:
         raise ValueError("sweep.n_train: rows that are packed (task.packing) can't be counted off")
-    ties = [tuple(tie) for tie in sweep.zip if isinstance(tie, tuple | list)]
-    if len(ties) != len(sweep.zip) or any(len(tie) < 2 for tie in ties):
-        raise ValueError(f'sweep.zip: {sweep.zip} given, a tuple of ties like (("rank", "alpha"),)')
+    blocks = _tied(axes, config.sweep.zip)
+    points = [dict(itertools.chain(*parts)) for parts in itertools.product(*blocks)]
+    return [member(config, index, point) for index, point in enumerate(points)]
+
+
+def member(config: ConfigDict, index: int, point: dict) -> Member:
+    """The member at {axis: value}. Raises ValueError for a value out of range."""
+    point = {axis: point[axis] for axis in sorted(point, key=_position)}
+    values = config.to_dict()
+    for section in ("sweep", "search"):  # which only the run as a whole has
+        values.pop(section, None)
+    member_config = ConfigDict(values)
+    for axis, value in point.items():
+        section, _, name = key_of(axis).rpartition(".")
+        with member_config.ignore_type():  # `_values` has looked; a rank may be a number or a word
+            (member_config[section] if section else member_config)[name] = value
+    ranges.check(flat(member_config), _defaults())
+    name = ",".join(f"{axis}={_show(value)}" for axis, value in point.items()) or "only"
+    return Member(index, name, point, member_config.lock())
+
+
+# -------------------------------------------------------------------------------------------- axes
+
+#: Sections of which no key can be swept, and why.
+WHOLE = {
+    "sweep": "it says what is swept",
+    "search": "a search is of the whole run",
+    "analysis": "analysis and report are of the whole run",
+}
+
+
+def _check_axes(sweep) -> None:
+    """Raises ValueError for a key of `sweep.axes` that can't be swept there."""
+    if not isinstance(sweep.axes, Mapping) and sweep.axes != ():
+        right = 'must be a dictionary like {"train.warmup": (0, 50)}'
+        line = """--config.sweep.axes="{'train.warmup': (0, 50)}\""""
+        raise ValueError(f"sweep.axes: {sweep.axes!r} given, {right} (on the command line: {line})")
+    for key, values in dict(sweep.axes).items():
+        if key in axes() and key not in _defaults():
+            raise ValueError(f"sweep.axes: {key!r} is an axis by itself: give sweep.{key}")
+        check_key(key, "sweep.axes: ")
+        if why := WHOLE.get(key.partition(".")[0]):
+            raise ValueError(f"sweep.axes: {key} can't be swept: {why}")
+        if (axis := axis_of(key)) in axes() and sweep[axis]:
+            raise ValueError(f"sweep.axes: {key} is swept by sweep.{axis} as well")
+        if not isinstance(values, tuple | list):
+            raise ValueError(f"sweep.axes: {key}: {values!r} given, must be a tuple of values")
+
+
+def _position(axis: str) -> float:
+    """Where an axis stands among the others; those of `sweep.axes` before the learning rate."""
+    order = list(axes())
+    return order.index(axis if axis in order else "lr") - 0.5 * (axis not in order)
+
+
+def _tied(axes: dict[str, tuple], zip_: tuple) -> list[list[tuple]]:
+    """The blocks of axes that advance together, slowest first: for each of a block's steps the
+    pairs (axis, value). Raises ValueError for a malformed tie, and for steps that are the same."""
+    ties = [tuple(map(axis_of, tie)) for tie in zip_ if isinstance(tie, tuple | list)]
+    if len(ties) != len(zip_) or any(len(tie) < 2 for tie in ties):
+        raise ValueError(f'sweep.zip: {zip_} given, a tuple of ties like (("rank", "alpha"),)')
     for tie in ties:
         for axis in tie:
-            if axis not in swept:
+            if axis not in axes:
                 raise ValueError(
-                    f"sweep.zip: {axis!r} is no axis of this sweep; there is {', '.join(swept)}"
+                    f"sweep.zip: {axis!r} is no axis of this sweep; there is {', '.join(axes)}"
                 )
-        if len({len(swept[axis]) for axis in tie}) != 1:
-            sizes = ", ".join(f"{axis} {len(swept[axis])}" for axis in tie)
+        if len({len(axes[axis]) for axis in tie}) != 1:
+            sizes = ", ".join(f"{axis} {len(axes[axis])}" for axis in tie)
             raise ValueError(f"sweep.zip: {tie} must have as many values each; there are {sizes}")
     tied = [axis for tie in ties for axis in tie]
     if len(tied) != len(set(tied)):
-        raise ValueError(f"sweep.zip: an axis is tied twice in {sweep.zip}")
-    blocks = [tie for tie in ties] + [(axis,) for axis in swept if axis not in tied]
-    order = list(axes())
-    blocks.sort(key=lambda block: order.index(block[0]))
-    values = [list(zip(*(swept[axis] for axis in block), strict=True)) for block in blocks]
-    for block, rows in zip(blocks, values, strict=True):
-        if len(set(rows)) != len(rows):
-            shown = rows if len(block) > 1 else tuple(row[0] for row in rows)
+        raise ValueError(f"sweep.zip: an axis is tied twice in {zip_}")
+    blocks = []
+    free = [(axis,) for axis in axes if axis not in tied]
+    for block in sorted(ties + free, key=lambda block: _position(block[0])):
+        steps = list(zip(*(axes[axis] for axis in block), strict=True))
+        if len(set(steps)) != len(steps):
+            shown = steps if len(block) > 1 else tuple(step[0] for step in steps)
             raise ValueError(f"sweep.{' and '.join(block)}: a value stands twice in {shown}")
-    _check_search(config, swept, tied)
-    found = []
-    for index, chosen in enumerate(itertools.product(*values)):
-        point = {
-            axis: value
-            for block, tuple_ in zip(blocks, chosen, strict=True)
-            for axis, value in zip(block, tuple_, strict=True)
-        }
-        found.append(_member(config, index, point))
-    if config.search.threshold:
-        for point in _compared(config, found):
-            found.append(_member(config, len(found), point))
-    return found
+        blocks.append([tuple(zip(block, step, strict=True)) for step in steps])
+    return blocks
 
 
-def _member(config, index: int, point: dict) -> Member:
-    """The member at {axis: value}; ValueError for a value out of range."""
-    point = {axis: point[axis] for axis in axes() if axis in point}
-    own = ConfigDict(config.to_dict())
-    for section in ("sweep", "search"):  # what only the run as a whole has
-        if section in own:
-            del own[section]
-    for axis, value in point.items():
-        section, _, key = axes()[axis].rpartition(".")
-        with own.ignore_type():  # `_axis` has looked; a rank may be a number or a word
-            (own[section] if section else own)[key] = value
-    _check_values(own)
-    name = ",".join(f"{axis}={_show(value)}" for axis, value in point.items()) or "only"
-    return Member(index, name, point, own.lock())
+def _values(config, axis: str, values) -> tuple:
+    """The values of an axis, of the type of its key. Raises ValueError for one of another type."""
+    if axis == "targets":
+        values = tuple((v,) if isinstance(v, str) else v for v in values)
+    values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
+    kind, optional, words = _kind(key_of(axis))
+    for value in values:
+        fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+        fits = fits or (value is None and optional) or value in words
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            field, line = f"sweep.{axis}", f'sweep.{axis}="(first, second)"'
+            if axis not in axes() or not config.sweep[axis]:
+                field = f"sweep.axes: {key_of(axis)}"
+                line = f"""sweep.axes="{{'{key_of(axis)}': (first, second)}}\""""
+            raise ValueError(
+                f"{field}: values of type {getattr(kind, '__name__', kind)} are expected, "
+                f"{value!r} given (on the command line: --config.{line})"
+            )
+    as_float = lambda v: v if v is None else float(v)
+    return tuple(map(as_float, values)) if kind is float else values
 
 
-# ------------------------------------------------------------------------------------------ search
-
-REFINED_LRS = 2  # learning rates at which a dimension between two others is tried
-
-
-def shared_axes(names) -> tuple[str, ...]:
-    """Those of the axes in which full fine-tuning differs as well: not the hyperparameters of a
-    method, but layers; neither learning rate nor seed, of which a search has its own."""
-    others = {axis for axis, key in axes().items() if not key.startswith("method.")} | {"layers"}
-    return tuple(name for name in names if name in others - {"lr", "seed"})
-
-
-def search_seeds(config: ConfigDict) -> tuple[int, ...]:
-    """The seeds of what a search trains beside its first dimensions."""
-    return tuple(config.search.seeds or config.sweep.seed or (config.seed,))
+def _kind(key: str) -> tuple[type, bool, tuple]:
+    """(type of a key's values, whether None is a value as well, words that may stand for one)."""
+    section, _, name = key.rpartition(".")
+    if section == "method" and name != "name":
+        of_method = catalogue.keys()[name]
+        return of_method.kind, of_method.default is None, of_method.words
+    if key == "task.rank":
+        return int | tuple, True, ()
+    value = _defaults()[key]
+    return (type(value), False, ()) if value is not None else (_optional()[key], True, ())
 
 
-def _compared(config, swept: list[Member]) -> list[dict]:
-    """The points of full fine-tuning and LoRA that a search compares with."""
-    search, lrs = config.search, config.sweep.lr or (config.train.lr,)
-    conditions, points = [], []
-    for member in swept:
-        condition = {axis: member.point[axis] for axis in shared_axes(member.point)}
-        if condition not in conditions:
-            conditions.append(condition)
-    settings = [{"method": "full", "lr": float(lr)} for lr in search.baseline_lr or lrs]
-    settings += [
-        {"method": "lora", "rank": rank, "lr": float(lr)}
-        for rank in search.lora_ranks
-        for lr in lrs
-    ]
-    for setting, condition in itertools.product(settings, conditions):
-        points += [condition | setting | {"seed": seed} for seed in search_seeds(config)]
-    return points
-
-
-def more_members(config: ConfigDict, members: list[Member], asked: list[dict]) -> list[Member]:
-    """The members of a search's next round, counted on from those there are.
-
-    asked: {"like": number of a member, axis: value of those in which the new one differs} each, as
-    `lorax.analysis.intrinsic.refine` gives them. What has been trained is not trained again.
-    """
-    key = lambda member: json.dumps(member.config.to_dict(), sort_keys=True)
-    known, found = {key(member) for member in members}, []
-    for wanted in asked:
-        changes = {axis: value for axis, value in wanted.items() if axis != "like"}
-        point = members[wanted["like"]].point | changes
-        member = _member(config, len(members) + len(found), point)
-        if key(member) not in known:
-            known.add(key(member))
-            found.append(member)
-    return found
-
-
-def most_members(config: ConfigDict, members: list[Member]) -> int:
-    """As many as one round of a search's refinement can add: to tell how long it may take."""
-    fixed = lambda p: {
-        axis: value for axis, value in p.items() if axis not in ("dim", "lr", "seed")
-    }
-    conditions = {str(fixed(member.point)) for member in members if "dim" in member.point}
-    each = (config.search.points + 2) * REFINED_LRS * len(search_seeds(config))  # and both ends
-    return each * len(conditions)
-
-
-def _check_search(config, swept: dict, tied: list[str]) -> None:
-    """Raises ValueError for a key of config.search that is out of range or does not fit."""
-    search = config.search
-
-    def need(field, ok, right):
-        if not ok:
-            raise ValueError(f"search.{field}: {search[field]!r} given, {right}")
-
-    def all_are(field, kind, ok, right):
-        number = lambda v: isinstance(v, kind) and not isinstance(v, bool)
-        need(field, all(number(v) and ok(v) for v in search[field]), right)
-
-    need("threshold", 0 <= search.threshold <= 1, "must be in [0, 1]: 0.9 for d90, 0 for no search")
-    need("points", 1 <= search.points < 2**31, "must be at least 1, and less than 2**31")
-    need("rounds", 0 <= search.rounds < 2**31, "must not be negative, and less than 2**31")
-    all_are(
-        "baseline_lr",
-        int | float,
-        lambda v: 0 <= v <= FLOAT32_MAX,
-        "must be a tuple of learning rates",
-    )
-    all_are("seeds", int, lambda v: 0 <= v < 2**31, "must be a tuple of integers in [0, 2**31)")
-    all_are("lora_ranks", int, lambda v: v >= 1, "must be a tuple of integers of at least 1")
-    for field in ("baseline_lr", "seeds", "lora_ranks"):
-        need(field, len(set(search[field])) == len(search[field]), "a value stands twice")
-    if not search.threshold:
-        return
-    dims = swept.get("dim", ())
-    need("threshold", len(dims) > 1, f"needs a sweep.dim of at least two values, not {dims}")
-    need("threshold", None not in dims, f"needs a sweep.dim of numbers alone, not {dims}")
-    for axis in ("dim", "seed"):
-        if axis in tied:
-            raise ValueError(f"sweep.zip: {axis} is tied, but a search (search.threshold) moves it")
-    for name in swept.get("method", (config.method.name,)):
-        rows = catalogue.ROWS
-        right = ", ".join(of for of, row in rows.items() if "dim" in row.varies)
-        without = name in rows and "dim" not in rows[name].varies
-        need("threshold", not without, f"but method {name!r} has no dim; {right} have")
-    seeds = swept.get("seed", (config.seed,))
-    if search.seeds:
-        need("seeds", set(seeds) <= set(search.seeds), f"must hold the sweep's own, {seeds}")
+# ------------------------------------------------------------------------------------------ groups
 
 
 def group_key(member: Member) -> str:
     """Members with the same key can share one compiled program: all that differs is data."""
-    c = member.config.to_dict()
-    row = catalogue.ROWS.get(c["method"]["name"], catalogue.Row("", "", ()))
-    c["splits"] = [[key, c["method"][key] in values] for key, values in row.splits.items()]
-    for name in row.varies:
-        del c["method"][name]
-    for section, name in (("train", "lr"), ("train", "weight_decay"), ("task", "n_train")):
-        del c[section][name]
-    del c["seed"]
-    return json.dumps(c, sort_keys=True)
+    return json.dumps(_of_group(member), sort_keys=True)
+
+
+def _of_group(member: Member) -> dict:
+    """{key: value} of what the members of one program have in common."""
+    values = flat(member.config)
+    row = catalogue.ROWS.get(values["method.name"], catalogue.Row("", "", ()))
+    splits = {f"method.{key}": values[f"method.{key}"] in of for key, of in row.splits.items()}
+    data = {f"method.{name}" for name in row.varies}
+    data |= {"train.lr", "train.weight_decay", "task.n_train", "seed"}
+    return {key: value for key, value in values.items() if key not in data} | splits
 
 
 def grouped(members: Iterable[Member]) -> list[list[Member]]:
-    """Members that share a program (`group_key`), in the order in which the groups are trained."""
-    parts = itertools.groupby(sorted(members, key=group_key), key=group_key)
-    return sorted((list(part) for _, part in parts), key=lambda part: part[0].index)
+    """The members by the programs that they can share, in the order in which they run."""
+    ordered = sorted(members, key=group_key)
+    parts = [list(part) for _, part in itertools.groupby(ordered, key=group_key)]
+    return sorted(parts, key=lambda part: part[0].index)
 
 
-FLOAT32_MAX, FLOAT32_MIN = 3.4028234e38, 1.1754944e-38  # the smallest of full precision
-BELOW_1 = 1 - 2**-24  # the largest
-REMAT = ("none", "full", "dots")  # see `lorax.models.layers.over_layers`
+def differences(groups: list[list[Member]]) -> list[str]:
+    """The keys that make several groups of the members."""
+    each = [_of_group(group[0]) for group in groups]
+    common = [key for key in each[0] if all(key in of for of in each)]
+    return [key for key in common if any(of[key] != each[0][key] for of in each)]
+
+
+# -------------------------------------------------------------------------------------------- keys
 
 
 def digest(overrides: dict) -> str:
@@ -387,47 +385,18 @@ def _show(value) -> str:
     )
 
 
-# Axes of which None is a value as well, with the type of the others; and see `catalogue.Key`.
-OPTIONAL = {"quant": str, "n_train": int, "inputs": int, "planted_rank": int | tuple}
-
-
-def _axis(config, axis) -> tuple:
-    values = config.sweep[axis]
-    if not isinstance(values, tuple | list):
-        raise ValueError(f"sweep.{axis}: a tuple of values is expected, {values!r} given")
-    section, _, name = axes()[axis].rpartition(".")
-    key = catalogue.keys().get(name) if section == "method" else None
-    if axis == "targets":
-        values = tuple((v,) if isinstance(v, str) else v for v in values)
-    values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
-    now = type((config[section] if section else config)[name])
-    kind = key.kind if key else OPTIONAL.get(axis, now)
-    optional = key.default is None if key else axis in OPTIONAL
-    for value in values:
-        fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
-        fits = fits or (value is None and optional) or (key is not None and value in key.words)
-        if not fits or (isinstance(value, bool) and kind is not bool):
-            name = getattr(kind, "__name__", kind)
-            raise ValueError(
-                f"sweep.{axis}: values of type {name} are expected, {value!r} given "
-                f'(on the command line: --config.sweep.{axis}="(first, second)")'
-            )
-    as_float = lambda v: v if v is None else float(v)
-    return tuple(map(as_float, values)) if kind is float else tuple(values)
-
-
-def check_key(key: str) -> None:
+def check_key(key: str, where: str = "") -> None:
     """Raises ValueError, with the nearest that there is, where no config has the key "train.lr"."""
-    if key not in _keys():
-        raise ValueError(f"config has no key {key!r}{nearest(key, _keys())}")
+    if key not in _defaults():
+        raise ValueError(f"{where}config has no key {key!r}{nearest(str(key), _defaults())}")
 
 
-def _check_keys(config) -> None:
-    """Every key of the default, and no other."""
-    have = _flat(config)
+def check_keys(config) -> None:
+    """Raises ValueError where a config lacks a key of the default or has another one."""
+    have = flat(config)
     for key in have:
         check_key(key)
-    for key in _keys():
+    for key in _defaults():
         if key not in have:
             raise ValueError(f"config lacks the key {key!r}; start from lorax.config.default()")
 
@@ -435,104 +404,51 @@ def _check_keys(config) -> None:
 def _spell(config, prefix: str = "") -> None:
     """Put the name "FILE.py:function" in place of every function in a config."""
     for key, value in config.items():
+        name = prefix + key
         if isinstance(value, ConfigDict):
-            _spell(value, f"{prefix}{key}.")
-        elif (spelled := outside.spell(value, prefix + key)) != value:
+            _spell(value, f"{name}.")
+            continue
+        if isinstance(value, Mapping):  # sweep.axes
+            spelled = {of: outside.spell(values, name) for of, values in value.items()}
+        else:
+            spelled = outside.spell(value, name)
+        if spelled != value:
             with config.ignore_type():
                 config[key] = spelled
 
 
-def _usual() -> dict:
+def _defaults() -> dict:
     """{"train.lr": its default} of every key, made anew where a method was registered since."""
-    return _usual_with(tuple(catalogue.keys()))
+    return _defaults_with(tuple(catalogue.keys()))
 
 
 @functools.cache
-def _usual_with(keys: tuple[str, ...]) -> dict:
-    return _flat(default())
+def _defaults_with(keys: tuple[str, ...]) -> dict:
+    return flat(default())
 
 
-def _keys() -> tuple[str, ...]:
-    return tuple(_usual())
+@functools.cache
+def _optional() -> dict[str, type]:
+    """{key: type of its values} of those keys that have None for a default."""
+    whole = default()
+    sections = {"": whole} | {key: value for key, value in whole.items() if key in SECTIONS}
+    return {
+        f"{section}.{name}".lstrip("."): values.get_type(name)
+        for section, values in sections.items()
+        for name, value in values.items()
+        if value is None
+    }
 
 
-def _flat(config, prefix="") -> dict:
-    flat = {}
+SECTIONS = ("task", "train", "eval", "analysis")
+
+
+def flat(config, prefix: str = "") -> dict:
+    """{"train.lr": value} of every key of a config."""
+    values = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            values |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _check_values(c) -> None:
-    def need(field, value, ok, right):
-        if not ok:
-            raise ValueError(f"{field}: {value!r} given, {right}")
-
-    def one_of(field, value, known):
-        right = f"must be one of {', '.join(known)}{nearest(str(value), known)}"
-        need(field, value, value in known, right)
-
-    text = isinstance(c.base, str) and c.base != ""
-    need("base", c.base, text, "must be the name of a base, or a function that returns a module")
-    for name in ("steps", "batch_size", "seq_len", "accumulate"):
-        need(f"train.{name}", c.train[name], c.train[name] >= 1, "must be at least 1")
-    for name in ("every", "batch_size", "examples"):
-        need(f"eval.{name}", c.eval[name], c.eval[name] >= 1, "must be at least 1")
-    for name in ("warmup", "width", "memory_gb", "weight_decay", "clip", "lr"):
-        need(f"train.{name}", c.train[name], c.train[name] >= 0, "must not be negative")
-    # A gradient that is always zero, as that of padding is, would be divided by it.
-    need("train.eps", c.train.eps, c.train.eps >= FLOAT32_MIN, f"must be at least {FLOAT32_MIN}")
-    for name in ("b1", "b2"):
-        need(f"train.{name}", c.train[name], 0 <= c.train[name] <= BELOW_1, "must be in [0, 1)")
-    for name in ("generate", "no_repeat_ngram"):
-        need(f"eval.{name}", c.eval[name], c.eval[name] >= 0, "must not be negative")
-    need("analysis.cka", c.analysis.cka, c.analysis.cka >= 0, "must not be negative")
-    few = c.analysis.layers
-    need("analysis.layers", few, few is None or few >= 0, "must not be negative, or None for all")
-    for name in ("beams", "new_tokens"):
-        need(f"eval.{name}", c.eval[name], c.eval[name] >= 1, "must be at least 1")
-    smoothing = c.train.label_smoothing
-    need("train.label_smoothing", smoothing, 0 <= smoothing <= BELOW_1, "must be in [0, 1)")
-    for key, seed in (("seed", c.seed), ("task.seed", c.task.seed)):
-        need(key, seed, 0 <= seed < 2**31, "must be in [0, 2**31)")
-    dropout = c.method.dropout
-    need("method.dropout", dropout, 0 <= dropout <= BELOW_1, "must be in [0, 1)")
-    batches = c.method.batches
-    need("method.batches", batches, batches is None or batches >= 1, "must be at least 1 or None")
-    rank, budget = c.method.rank, c.method.budget
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    need("method.rank", rank, whole or rank == "auto", 'must be at least 1, or "auto"')
-    need("method.budget", budget, budget is None or budget >= 1, "must be at least 1 or None")
-    n_train = c.task.n_train
-    need("task.n_train", n_train, n_train is None or n_train >= 1, "must be at least 1 or None")
-    need(
-        "train.accumulate",
-        c.train.accumulate,
-        c.train.batch_size % c.train.accumulate == 0,
-        f"must divide train.batch_size, {c.train.batch_size}",
-    )
-    for field in ("dtype", "param_dtype", "operands"):
-        one_of(field, c[field], ("float32", "bfloat16"))
-    if c.quant is not None:
-        one_of("quant", c.quant, ("nf4", "fp4", "int8"))
-    remat = c.train.remat
-    meant = f'; did you mean "{"full" if remat else "none"}"?' if isinstance(remat, bool) else ""
-    right = f"must be one of {', '.join(REMAT)}{meant or nearest(str(remat), REMAT)}"
-    need("train.remat", remat, isinstance(remat, str) and remat in REMAT, right)
-    offload, pmap = c.train.offload, c.train.parallel == "pmap"
-    need("train.offload", offload, offload in (None, "optimizer"), "must be optimizer or None")
-    need("train.offload", offload, not (offload and pmap), 'needs a train.parallel but "pmap"')
-    one_of("train.schedule", c.train.schedule, ("linear", "cosine", "constant"))
-    one_of("train.optimizer", c.train.optimizer, ("adamw", "sgd"))
-    one_of("train.parallel", c.train.parallel, ("auto", "members", "batch", "pmap", "none"))
-    for key, value in _flat(c).items():
-        if isinstance(value, bool) and type(_usual()[key]) in (int, float):
-            need(key, value, False, "must be a number")
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float):
-                need(key, value, abs(number) <= FLOAT32_MAX, "must be finite (in float32)")
-            elif isinstance(number, int) and key != "method.budget":
-                need(key, value, abs(number) < 2**31, "must be less than 2**31")
+            values[prefix + key] = value
+    return values

@@ -33,7 +33,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from lorax import __version__, catalogue, config, memory, outside, rundir
+from lorax import __version__, catalogue, config, memory, outside, rundir, search
 from lorax.errors import fail, of_machine, reason
 from lorax.files import read_json, read_text, write_bytes
 
@@ -115,7 +115,7 @@ def read_command_line(argv: list[str]):
             f"--config={file}:{argument}: the script makes nothing of {argument!r}; expected "
             f"--config={file}"
         )
-    members = config.members(settings)
+    members = search.members(settings)
     if FLAGS.workdir:
         return settings, members, Path(FLAGS.workdir)
     name = Path(file).stem + (f"-{argument}" if argument else "")
@@ -168,22 +168,33 @@ def ignores_argument(file: str) -> bool:
 
 
 def plan(settings, members) -> str:
-    """One line: how many members along which axes, on what."""
-    sweep, ties = settings.sweep, settings.sweep.zip
-    single = [a for a in config.axes() if sweep[a] and not any(a in tie for tie in ties)]
-    axes = [f"{len(sweep[tie[0]])} points of ({', '.join(tie)})" for tie in ties]
-    axes += [f"{axis} {_show(sweep[axis])}" for axis in single]
-    swept = " x ".join(axes) or "one setting"
+    """One line: how many members along which axes, on what, and why there are several groups."""
+    swept, ties = config.swept(settings.sweep), settings.sweep.zip
+    ties = [tuple(map(config.axis_of, tie)) for tie in ties]
+    single = [axis for axis in swept if not any(axis in tie for tie in ties)]
+    axes = [f"{len(swept[tie[0]])} points of ({', '.join(tie)})" for tie in ties]
+    axes += [f"{axis} {_show(swept[axis])}" for axis in single]
+    product = " x ".join(axes) or "one setting"
     plural = "s" * (len(members) > 1)
-    methods = ", ".join(dict.fromkeys(sweep.method or [settings.method.name]))
+    methods = ", ".join(dict.fromkeys(swept.get("method", [settings.method.name])))
     what = f"{methods} on {settings.base}, task {settings.task.name}"
     if settings.search.threshold:
         full, lora = (sum(m.config.method.name == n for m in members) for n in ("full", "lora"))
-        most = config.most_members(settings, members)
+        most = search.most_members(settings, members)
         beside = f"; {full} of full fine-tuning" + f", {lora} of LoRA" * bool(lora)
         rounds = f", then up to {settings.search.rounds} x {most}" * bool(settings.search.rounds)
-        swept, what = swept + beside, what + rounds
-    return f"{len(members)} member{plural} ({swept}) of {what}"
+        product, what = product + beside, what + rounds
+    return f"{len(members)} member{plural} ({product}) of {what}{_groups(members)}"
+
+
+def _groups(members) -> str:
+    """ ", in 2 groups: train.warmup differs"; "" where all members can share a program."""
+    groups = config.grouped(members)
+    if len(groups) == 1:
+        return ""
+    keys = config.differences(groups)
+    verb = "differs" if len(keys) == 1 else "differ"
+    return f", in {len(groups)} groups: {' and '.join(keys)} {verb}"
 
 
 def check_same_config(workdir: Path, settings) -> list[str]:
@@ -254,20 +265,19 @@ def run(settings, members, workdir: Path) -> int:
     import jax
 
     from lorax import tensorboard
-    from lorax.analysis import intrinsic
     from lorax.models import kernels
     from lorax.terminal import Screen
     from lorax.train import layouts, loop, prepare
 
     layouts.split_cpu()
-    search, members = settings.search, list(members)
+    members = list(members)
 
     # ------------------------------------------------------------------------------- what is run
     with Screen() as screen:
         loaded = prepare.Loaded({}, {})
         groups = prepare.groups(members, screen.say, loaded=loaded)
-        if search.threshold:
-            prepare.check_metric(groups, search.metric)
+        if settings.search.threshold:
+            prepare.check_metric(groups, settings.search.metric)
         base = groups[0].base
         versions = {
             name: _version(name) for name in ("lorax-research", "jax", "jaxlib", "flax", "optax")
@@ -311,8 +321,8 @@ def run(settings, members, workdir: Path) -> int:
                 attempt("TensorBoard", events.update)
 
         # --------------------------------------------- train the sweep, then what a search asks for
-        rounds = 1 + search.rounds * bool(search.threshold)
-        most = config.most_members(settings, members) * settings.train.steps
+        rounds = search.rounds(settings)
+        most = search.most_members(settings, members) * settings.train.steps
         for number in range(rounds):
             lines += [row for group in groups for row in prepare.describe(group)]
             lines.sort(key=lambda row: row["member"])
@@ -325,8 +335,7 @@ def run(settings, members, workdir: Path) -> int:
             rows, started, first = rows | fresh, loop.member_steps(members), groups[-1].index + 1
             record("running")
             if number + 1 < rounds:
-                asked = _next_round(workdir, search, config.search_seeds(settings), screen.say)
-                more = config.more_members(settings, members, asked)
+                more = search.next_round(settings, members, workdir, screen.say)
                 if not more:
                     screen.say("search: nothing is left to try")
                     break
@@ -350,9 +359,8 @@ def run(settings, members, workdir: Path) -> int:
         attempt("TensorBoard", events.finish)
         record("trained" if failed else "finished")
         screen.table(lines, rows)
-        if search.threshold:
-            estimate = lambda: intrinsic.estimate(_points(workdir), search.threshold, search.metric)
-            attempt("dimensions", lambda: screen.dimensions(estimate()))
+        if settings.search.threshold:
+            attempt("dimensions", lambda: screen.dimensions(search.estimate(settings, workdir)))
     if page:
         print(f"\nReport       {page}\nFigures      {workdir / rundir.FIGURES}")
         print(f"Numbers      {workdir / rundir.ANALYSIS}")
@@ -390,26 +398,6 @@ def _write_tables(workdir: Path) -> None:
             file.unlink(missing_ok=True)  # of an analysis that is no longer asked for
         else:
             write_bytes(file, table.to_csv(index=False).encode())
-
-
-def _next_round(workdir: Path, search, seeds: tuple[int, ...], say) -> list[dict]:
-    """What a search asks for next, of all that the run directory holds; says how far it is."""
-    from lorax.analysis import intrinsic
-
-    table = _points(workdir)
-    for _, row in intrinsic.estimate(table, search.threshold, search.metric).iterrows():
-        about = f"{row['condition']}: " if row["condition"] else ""
-        say(f"search: {about}{intrinsic.headline(row)}")
-    return intrinsic.refine(table, search.threshold, search.metric, search.points, seeds)
-
-
-def _points(workdir: Path):
-    """`intrinsic.points` of the run directory as it is."""
-    from lorax.analysis import intrinsic, runs
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a torn line of the round that is to be continued
-        return intrinsic.points(runs.load(workdir))
 
 
 def _show(values) -> str:

@@ -2,13 +2,14 @@
 
 import importlib.util
 import itertools
+import json
 import math
 import pathlib
 import re
 
 import pytest
 
-from lorax import config, scales
+from lorax import config, scales, search
 
 AXES = config.axes()
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -148,6 +149,74 @@ def test_a_malformed_sweep_is_one_clear_error(axes, zip_, message):
         config.members(swept(zip_, **axes))
 
 
+def test_any_key_is_an_axis():
+    c = swept(rank=(1, 2), seed=(0, 1))
+    c.sweep.axes = {"train.warmup": (0, 50), "method.std": (0.5, 1), "train.b1": (0, 0.9)}
+    c.sweep.zip = (("method.std", "train.b1"),)
+    members = config.members(c)
+    assert (
+        len(members) == 16 and members[0].name == "rank=1,std=0.5,train.b1=0,train.warmup=0,seed=0"
+    )
+    assert members[-1].point == {
+        "rank": 2, "train.warmup": 50, "std": 1.0, "train.b1": 0.9, "seed": 1
+    }  # fmt: skip
+    last = members[-1].config
+    assert (last.train.warmup, last.method.std, last.train.b1) == (50, 1.0, 0.9)
+    assert len(config.grouped(members)) == 4
+    assert config.differences(config.grouped(members)) == ["method.std", "train.b1", "train.warmup"]
+    stored = json.loads(c.to_json())["sweep"]
+    assert list(config.swept(stored)) == ["rank", "train.warmup", "std", "train.b1", "seed"]
+
+
+def test_a_key_with_a_short_name_is_the_same_axis():
+    c = config.default()
+    c.sweep.axes = {"train.lr": (1, 2), "quant": (None, "nf4"), "method.name": ("lora", "vera")}
+    members = config.members(c)
+    assert members[0].point == {"method": "lora", "quant": None, "lr": 1.0}
+    assert members[0].name == "method=lora,quant=None,lr=1"
+
+
+def test_every_key_of_a_member_can_be_swept_by_its_own_value():
+    """Whatever its type: axis, key and type are found for each."""
+    for key, value in config.flat(config.default()).items():
+        if key.partition(".")[0] in config.WHOLE:
+            continue
+        c = config.default()
+        c.sweep.axes = {key: (value,)}
+        if value is None and not (key.startswith("method.") or key in config._optional()):
+            continue
+        (member,) = config.members(c)
+        assert config.key_of(*member.point) == key and list(member.point.values()) == [value]
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"train.warmpu": (0,)}, "sweep.axes: config has no key 'train.warmpu'; did you mean 'tra"),
+        ({"train.warmup": 5}, "sweep.axes: train.warmup: 5 given, must be a tuple of values"),
+        ({"train.warmup": (0, 1.5)}, "sweep.axes: train.warmup: values of type int .* 1.5 given"),
+        ({"train.warmup": ("0",)}, r"--config.sweep.axes=\"{'train.warmup': \(first, second\)}\""),
+        ({"train.warmup": (0, -1)}, "train.warmup: -1 given, must not be negative"),
+        ({"train.warmup": (1, 1)}, r"sweep.train.warmup: a value stands twice in \(1, 1\)"),
+        ({"train.schedule": ("linear", "linaer")}, "train.schedule: 'linaer' .*did you mean 'line"),
+        ({"method.rank": (1, 2)}, "sweep.axes: method.rank is swept by sweep.rank as well"),
+        ({"rank": (1, 2)}, "sweep.axes: 'rank' is an axis by itself: give sweep.rank"),
+        ({"sweep.rank": ((1,),)}, "sweep.axes: sweep.rank can't be swept: it says what is swept"),
+        (
+            {"search.points": (1,)},
+            "sweep.axes: search.points can't be swept: a search is of the wh",
+        ),
+        ({"analysis.report": (True,)}, "analysis.report can't be swept: analysis and report are"),
+        ((("train.warmup", (0,)),), r"sweep.axes: .* must be a dictionary like {\"train.warmup\""),
+    ],
+)
+def test_a_key_that_can_not_be_swept_is_one_clear_error(axes, message):
+    c = swept(rank=(1, 2))
+    c.sweep.axes = axes
+    with pytest.raises(ValueError, match=message):
+        config.members(c)
+
+
 # ------------------------------------------------------------------------------------------ values
 
 
@@ -196,24 +265,24 @@ def test_a_value_out_of_range_is_one_clear_error(values, message):
         config.members(changed(**values))
 
 
-FLOATS = [key for key, value in config._flat(config.default()).items() if type(value) is float]
+FLOATS = [key for key, value in config.flat(config.default()).items() if type(value) is float]
 FLOATS += [
     f"method.{name}" for name in ("ratio", "beta1", "beta2", "orthogonal", "d_initial", "std")
 ]
-INTEGERS = [key for key, value in config._flat(config.default()).items() if type(value) is int]
+INTEGERS = [key for key, value in config.flat(config.default()).items() if type(value) is int]
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e39])
 @pytest.mark.parametrize("key", FLOATS)
 def test_every_number_is_finite(key, value):
     with pytest.raises(ValueError, match=rf"{key}: .* given"):
-        config.members(changed(**{key.replace(".", "__"): value}))
+        search.members(changed(**{key.replace(".", "__"): value}))
 
 
 @pytest.mark.parametrize("key", INTEGERS)
 def test_every_integer_has_room_in_32_bits(key):
     with pytest.raises(ValueError, match=rf"{key}: 2147483648 given"):
-        config.members(changed(**{key.replace(".", "__"): 2**31}))
+        search.members(changed(**{key.replace(".", "__"): 2**31}))
 
 
 @pytest.mark.parametrize("axis", ["lr", "weight_decay", "alpha", "dropout", "noise"])
@@ -224,7 +293,7 @@ def test_every_number_of_an_axis_is_finite(axis):
 
 def test_every_rate_of_a_search_is_finite():
     with pytest.raises(ValueError, match="search.baseline_lr: .inf,. given"):
-        config.members(changed(search__baseline_lr=(math.inf,)))
+        search.members(changed(search__baseline_lr=(math.inf,)))
 
 
 @pytest.mark.parametrize("key", config.REVISABLE)
@@ -327,106 +396,6 @@ def test_digest_changes_with_any_value_and_with_nothing_else():
     assert re.fullmatch("[0-9a-f]{10}", digests[0])
 
 
-# ------------------------------------------------------------------------------------------ search
-
-
-def searching(search=(), **axes):
-    c = swept(**({"dim": (10, 100)} | axes))
-    c.method.name = "subspace"
-    c.search.threshold = 0.9
-    for key, value in dict(search).items():
-        c.search[key] = value
-    return c
-
-
-def test_a_search_trains_full_fine_tuning_and_lora_beside_the_sweep():
-    c = searching(
-        {"seeds": (0, 1), "baseline_lr": (1e-3,), "lora_ranks": (2,)}, lr=(0.1, 0.2), seed=(0,)
-    )
-    members = config.members(c)
-    assert [m.name for m in members] == [
-        *[f"dim={d},lr={lr},seed=0" for d in (10, 100) for lr in (0.1, 0.2)],
-        *[f"method=full,lr=0.001,seed={s}" for s in (0, 1)],
-        *[f"method=lora,rank=2,lr={lr},seed={s}" for lr in (0.1, 0.2) for s in (0, 1)],
-    ]
-    assert [m.index for m in members] == list(range(10))
-    full, lora = members[4], members[6]
-    assert (full.config.method.name, full.config.train.lr, full.config.seed) == ("full", 1e-3, 0)
-    assert (lora.config.method.name, lora.config.method.rank) == ("lora", 2)
-    assert all("search" not in m.config and "sweep" not in m.config for m in members)
-
-
-def test_methods_share_a_baseline_and_other_conditions_do_not():
-    c = searching(method=("subspace", "said"), projection=("dense", "sparse"), base=("a", "b"))
-    full = [m for m in config.members(c) if m.config.method.name == "full"]
-    assert [m.point for m in full] == [
-        {"method": "full", "base": base, "lr": 2e-3, "seed": 0} for base in ("a", "b")
-    ]
-    layers = [m.point for m in config.members(searching(layers=((0,), None)))[4:]]
-    assert [point["layers"] for point in layers] == [(0,), None]
-    assert config.shared_axes(("method", "base", "rank", "lr", "layers", "seed", "shuffle")) == (
-        "base",
-        "layers",
-        "shuffle",
-    )
-
-
-def test_without_values_of_its_own_a_search_takes_the_sweeps():
-    members = config.members(searching(lr=(0.1, 0.2), seed=(3, 4)))
-    full = [(m.point["lr"], m.point["seed"]) for m in members if m.config.method.name == "full"]
-    assert full == [(0.1, 3), (0.1, 4), (0.2, 3), (0.2, 4)]
-
-
-def test_later_rounds_count_on_and_train_nothing_twice():
-    c = searching({"seeds": (0, 1)}, method=("subspace", "said"), lr=(0.1, 0.2))
-    members = config.members(c)
-    asked = [
-        {"like": 4, "dim": dim, "lr": lr, "seed": s}
-        for dim in (10, 40)
-        for lr in (0.2, 0.3)
-        for s in (0, 1)
-    ]
-    assert members[4].point["method"] == "said"
-    more = config.more_members(c, members, [*asked, asked[-1]])
-    assert [m.name for m in more] == [
-        f"method=said,dim={d},lr={lr},seed={s}"
-        for d, lr, s in ((10, 0.2, 1), (10, 0.3, 0), (10, 0.3, 1), (40, 0.2, 0), (40, 0.2, 1),
-                         (40, 0.3, 0), (40, 0.3, 1))
-    ]  # fmt: skip
-    assert [m.index for m in more] == list(range(len(members), len(members) + 7))
-    assert more[0].config.method.dim == 10 and more[0].config.seed == 1
-    assert config.more_members(c, members + more, asked) == []
-    assert config.most_members(c, members) == 2 * 6 * 2 * 2
-
-
-def test_without_a_threshold_there_is_no_search():
-    c = searching({"threshold": 0.0, "lora_ranks": (1,), "seeds": (5,)})
-    assert [m.name for m in config.members(c)] == ["dim=10", "dim=100"]
-
-
-@pytest.mark.parametrize(
-    ("search", "axes", "message"),
-    [
-        (dict(threshold=1.5), {}, r"search.threshold: 1.5 given, must be in \[0, 1\]"),
-        (dict(points=0), {}, "search.points: 0 given, must be at least 1"),
-        (dict(rounds=-1), {}, "search.rounds: -1 given, must not be negative"),
-        (dict(baseline_lr=("x",)), {}, r"search.baseline_lr: \('x',\) given, must be a tuple of"),
-        (dict(seeds=(-1,)), {}, r"search.seeds: \(-1,\) given, must be a tuple of integers in"),
-        (dict(seeds=(0, 0)), {}, "search.seeds: .* a value stands twice"),
-        (dict(seeds=(1,)), {}, r"search.seeds: \(1,\) given, must hold the sweep's own, \(0,\)"),
-        (dict(lora_ranks=(0,)), {}, r"search.lora_ranks: \(0,\) given, must be a tuple"),
-        ({}, dict(dim=()), r"search.threshold: 0.9 given, needs a sweep.dim of at least two"),
-        ({}, dict(dim=(1, None)), "search.threshold: 0.9 given, needs a sweep.dim of numbers"),
-        ({}, dict(method=("lora",)), "method 'lora' has no dim; subspace, said, lora-subspace"),
-        ({}, dict(method=("full",)), "method 'full' has no dim"),
-        ({}, dict(steps=(5, 6), zip_=(("dim", "steps"),)), "sweep.zip: dim is tied, but a search"),
-    ],
-)
-def test_a_search_that_can_not_be_is_one_clear_error(search, axes, message):
-    with pytest.raises(ValueError, match=message):
-        config.members(searching(search, **axes))
-
-
 # ------------------------------------------------------------------------------------------- files
 
 
@@ -445,7 +414,7 @@ def test_every_shipped_config_names_its_command_and_expands(file):
     shown = rf"--config=configs/{file.name}(?::([\w./-]+))?"
     arguments = {match[1] for match in re.finditer(shown, module.__doc__)}
     for argument in {None, *arguments}:
-        members = config.members(module.get_config(argument))
+        members = search.members(module.get_config(argument))
         assert len({m.name for m in members}) == len(members) >= 1
 
 

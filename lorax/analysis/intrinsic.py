@@ -28,7 +28,7 @@ import pandas as pd
 from sklearn.isotonic import IsotonicRegression
 
 from lorax.analysis import runs
-from lorax.config import REFINED_LRS, axes, shared_axes
+from lorax.config import shared_axes, swept
 
 #: 97.5% quantiles of Student's t for 1 to 30 degrees of freedom
 T975 = (
@@ -82,10 +82,8 @@ def points(run: runs.Run) -> pd.DataFrame:
 
 def conditions(run: runs.Run, table: pd.DataFrame) -> list[str]:
     """The axes that tell one d90 from another, of those that `table` (of `runs.summary`) has."""
-    swept = run.config["config"]["sweep"]
-    # Those of a method that is not registered here, which has left its name alone, come last.
-    order = [axis for axis in (*axes(), *swept) if swept.get(axis) and axis in table]
-    return [axis for axis in dict.fromkeys(order) if axis not in ("dim", "lr", "seed")]
+    axes = swept(run.config["config"]["sweep"])
+    return [axis for axis in axes if axis in table and axis not in ("dim", "lr", "seed")]
 
 
 def _at_start(run: runs.Run, metric: str) -> pd.Series:
@@ -210,6 +208,16 @@ def baseline(table: pd.DataFrame, shared: str, metric: str) -> dict[str, float]:
     return dict(zip(names, values, strict=True))
 
 
+def gain(reference: dict[str, float], metric: str) -> float:
+    """How much better than no training full fine-tuning is. reference: of `baseline`."""
+    return _sign(metric) * (reference["baseline"] - reference["start"])
+
+
+def reaches(values, level: float, metric: str):
+    """Whether values (an array or a column) are at least as good as `level`."""
+    return _sign(metric) * values >= _sign(metric) * level
+
+
 def estimate(table: pd.DataFrame, threshold: float, metric: str) -> pd.DataFrame:
     """The intrinsic dimension of every condition: a row each.
 
@@ -226,13 +234,13 @@ def estimate(table: pd.DataFrame, threshold: float, metric: str) -> pd.DataFrame
         reference = baseline(table, shared, metric)
         level = needed(reference["start"], reference["baseline"], threshold, metric)
         found = crossings(tuned(own, "dim", metric), "dim", level, metric)
-        gain = _sign(metric) * (reference["baseline"] - reference["start"])
-        if not gain > 0:
+        improves = gain(reference, metric) > 0
+        if not improves:
             found |= dict.fromkeys(("size", "low", "high", "smallest"), np.nan)
             found |= {"verdict": "no baseline", "n": 0, "by_seed": ""}
         lora = table[(table["kind"] == "lora") & (table["shared"] == shared)]
         other = {"verdict": "", "size": np.nan, "low": np.nan, "high": np.nan}
-        if len(lora) and gain > 0:
+        if len(lora) and improves:
             other = crossings(tuned(lora, "params", metric), "params", level, metric)
         d = found.pop("size")
         rows.append(
@@ -253,58 +261,6 @@ def estimate(table: pd.DataFrame, threshold: float, metric: str) -> pd.DataFrame
             }
         )
     return pd.DataFrame(rows)
-
-
-# ------------------------------------------------------------------------------------------ refine
-
-
-def refine(
-    table: pd.DataFrame, threshold: float, metric: str, inside: int, seeds: tuple[int, ...]
-) -> list[dict[str, Any]]:
-    """What the next round should train: {"like": a member of the condition, "dim", "lr", "seed"}.
-
-    A condition's bracket is the largest d up to which every seed fails, and the smallest from which
-    on every seed succeeds. Into it go `inside` dimensions, evenly spaced in log(d), and both its
-    ends, so that these get all the seeds as well. Where the smallest d succeeds already (or the
-    largest fails), one d beyond it is tried, at the ratio of the two outermost, but at least 1 (at
-    most the baseline's parameters). Each is trained at the two best learning rates of the nearest
-    d there is. A pure function of the table; what it asks for may have been trained already.
-    """
-    asked = []
-    for _, own in table[table["kind"] == "subspace"].groupby("condition", sort=False):
-        reference = baseline(table, own["shared"].iloc[0], metric)
-        gain = _sign(metric) * (reference["baseline"] - reference["start"])
-        if not gain > 0:
-            continue
-        level = needed(reference["start"], reference["baseline"], threshold, metric)
-        best = tuned(own, "dim", metric)
-        for dim in _next_dims(best, level, metric, inside, reference["full_params"]):
-            nearest = min(best["dim"].unique(), key=lambda d: (abs(np.log(d / dim)), d))
-            lrs = rates(own[own["dim"] == nearest], metric)[:REFINED_LRS]
-            like = int(own["member"].iloc[0])
-            asked += [
-                {"like": like, "dim": dim, "lr": lr, "seed": seed}
-                for lr in sorted(lrs)
-                for seed in seeds
-            ]
-    return asked
-
-
-def _next_dims(best, level, metric, inside, most) -> list[int]:
-    """Dimensions in and at the ends of the bracket, ascending, or one beyond the tested ones."""
-    succeeds = _sign(metric) * best["value"] >= _sign(metric) * level
-    some, all_ = (succeeds.groupby(best["dim"]).agg(how) for how in ("any", "all"))
-    dims = some.index.to_numpy(int)
-    fails = np.cumsum(some.to_numpy()) == 0  # here and at every smaller d
-    holds = np.cumprod(all_.to_numpy()[::-1])[::-1] == 1  # here and at every larger d
-    if not fails.any():
-        down = round(dims[0] * dims[0] / dims[1]) if len(dims) > 1 else dims[0] // 2
-        return [max(1, down), int(dims[0])] if dims[0] > 1 else []
-    if not holds.any():
-        up = round(dims[-1] * dims[-1] / dims[-2]) if len(dims) > 1 else 2 * dims[-1]
-        return [int(dims[-1]), up] if up <= most else []
-    low, high = dims[fails].max(), dims[holds].min()
-    return sorted({round(d) for d in np.geomspace(low, high, inside + 2).tolist()})
 
 
 # ------------------------------------------------------------------------------------------- words

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lorax import rundir
+from lorax.config import swept
 from lorax.interop import peft, states
 from lorax.interop.peft import Factors
 
@@ -166,8 +167,7 @@ def axes(run: Run, table: pd.DataFrame) -> Axes:
 
     Fields that only follow from others (tied axes) are no axes of their own.
     """
-    swept = run.config.get("config", {}).get("sweep") or {}
-    sweep = [name for name, values in swept.items() if values and name != "zip"]
+    sweep = list(swept(run.config.get("config", {}).get("sweep") or {}))
     order = [name for name in (*sweep, *AXES) if name in table.columns and name not in SEEDS]
     if any(name not in table.columns for name in sweep):
         order.append("setting")  # an axis that members.jsonl does not list by itself

@@ -262,7 +262,7 @@ def _largest(group: Group) -> float:
 def _program_key(group: Group) -> str:
     """All that `fitting.fit` compiles for; what the task's rows hold is no part of it."""
     settings = json.loads(group_key(group.stack.members[0]))
-    del settings["task"]
+    settings = {key: value for key, value in settings.items() if not key.startswith("task.")}
     dropout = any(member.config.method.dropout > 0 for member in group.stack.members)
     shapes = tree.shapes(group.stack[2:]), *_shapes(group)
     return json.dumps([settings, dropout, str(shapes)], sort_keys=True)

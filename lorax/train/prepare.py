@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 
 from lorax import memory, quant, tasks, tree
-from lorax.config import Member, axes, grouped
+from lorax.config import Member, grouped, key_of
 from lorax.errors import nearest
 from lorax.methods import prefix
 from lorax.models import Base, load
@@ -215,7 +215,7 @@ def describe(group: Group) -> list[dict]:
             | {
                 axis: v
                 for axis, v in member.point.items()
-                if not axes()[axis].startswith("method.")
+                if not key_of(axis).startswith("method.")
             }
             | {"train_examples": tasks.train_examples(c.task, group.task)}
             | dict(group.task.facts)

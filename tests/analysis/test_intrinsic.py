@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 from synthetic import make_search
 
+from lorax import search
 from lorax.analysis import intrinsic, runs
 
 GAIN = {10: 0.5, 100: 0.8, 1000: 1.0}  # accuracy by d; 0.9 is reached at 10^2.5
@@ -166,7 +167,7 @@ def test_without_a_baseline_nothing_is_claimed(full):
     row = only(points)
     assert row["verdict"] == "no baseline" and np.isnan(row["d"]) and row["n"] == 0
     assert "unknown" in intrinsic.headline(row) and set(intrinsic.shown(row))
-    assert intrinsic.refine(points, 0.9, "accuracy", 4, (0,)) == []
+    assert search.refine(points, 0.9, "accuracy", 4, (0,)) == []
 
 
 # ------------------------------------------------------------------------------------------ refine
@@ -179,7 +180,7 @@ def dims_of(asked):
 def test_refine_goes_into_the_bracket_with_all_seeds_at_the_two_best_rates():
     values = {(d, lr, 0): v - drop for d, v in GAIN.items()
               for lr, drop in ((0.1, 0.02), (0.2, 0.0), (0.4, 0.3))}  # fmt: skip
-    asked = intrinsic.refine(table(values), 0.9, "accuracy", 4, (0, 1))
+    asked = search.refine(table(values), 0.9, "accuracy", 4, (0, 1))
     assert dims_of(asked) == [100, 158, 251, 398, 631, 1000]
     assert asked[:4] == [
         {"like": 0, "dim": 100, "lr": lr, "seed": seed} for lr in (0.1, 0.2) for seed in (0, 1)
@@ -191,21 +192,21 @@ def test_refine_takes_the_rates_of_the_nearest_dimension():
     best = {10: 0.4, 100: 0.1, 1000: 0.2}
     values = {(d, lr, 0): v - abs(math.log2(lr / best[d])) / 50 for d, v in GAIN.items()
               for lr in (0.1, 0.2, 0.4)}  # fmt: skip
-    asked = intrinsic.refine(table(values), 0.9, "accuracy", 2, (0,))
+    asked = search.refine(table(values), 0.9, "accuracy", 2, (0,))
     rates = {d: [p["lr"] for p in asked if p["dim"] == d] for d in dims_of(asked)}
     assert rates == {100: [0.1, 0.2], 215: [0.1, 0.2], 464: [0.1, 0.2], 1000: [0.1, 0.2]}
     values |= {(1000, 0.4, 0): 0.99, (1000, 0.1, 0): 0.95}
-    asked = intrinsic.refine(table(values), 0.9, "accuracy", 2, (0,))
+    asked = search.refine(table(values), 0.9, "accuracy", 2, (0,))
     assert [p["lr"] for p in asked if p["dim"] == 464] == [0.2, 0.4]
 
 
 def test_a_bracket_holds_all_that_is_in_doubt():
     gain = {1: 0.1, 10: 0.95, 100: 0.5, 1000: 1.0}
-    assert dims_of(intrinsic.refine(table(curve(gain)), 0.9, "accuracy", 2, (0,))) == [
+    assert dims_of(search.refine(table(curve(gain)), 0.9, "accuracy", 2, (0,))) == [
         1, 10, 100, 1000
     ]  # fmt: skip
     tight = curve({4: 0.1, 5: 1.0})
-    assert dims_of(intrinsic.refine(table(tight), 0.9, "accuracy", 4, (0,))) == [4, 5]
+    assert dims_of(search.refine(table(tight), 0.9, "accuracy", 4, (0,))) == [4, 5]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def test_a_bracket_holds_all_that_is_in_doubt():
     ],
 )
 def test_outside_the_grid_one_dimension_is_added(gain, dims):
-    assert dims_of(intrinsic.refine(table(curve(gain)), 0.9, "accuracy", 4, (0,))) == dims
+    assert dims_of(search.refine(table(curve(gain)), 0.9, "accuracy", 4, (0,))) == dims
 
 
 def test_each_condition_is_refined_by_itself():
@@ -227,7 +228,7 @@ def test_each_condition_is_refined_by_itself():
     other = table(curve({10: 0.1, 100: 0.5, 1000: 0.6}), condition="shuffle=True")
     other = other[other["kind"] == "subspace"].assign(member=lambda t: t["member"] + len(one))
     points = pd.concat([one, other], ignore_index=True)
-    asked = intrinsic.refine(points, 0.9, "accuracy", 1, (0,))
+    asked = search.refine(points, 0.9, "accuracy", 1, (0,))
     assert dims_of([p for p in asked if p["like"] == 0]) == [100, 316, 1000]
     assert dims_of([p for p in asked if p["like"] == len(one)]) == []
     assert intrinsic.estimate(points, 0.9, "accuracy")["verdict"].tolist() == [

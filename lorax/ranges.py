@@ -1,0 +1,116 @@
+"""The values that the keys of a config may have, checked before anything starts."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from lorax.errors import nearest
+
+FLOAT32_MAX, FLOAT32_MIN = 3.4028234e38, 1.1754944e-38  # the smallest of full precision
+BELOW_1 = 1 - 2**-24  # the largest
+
+
+class Rule(NamedTuple):
+    """right: what a value must be, in words. fits(value): whether it is. keys: of such values."""
+
+    right: str
+    fits: Callable[[Any], bool]
+    keys: tuple[str, ...]
+
+
+def _in(section: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{name}" for name in names)
+
+
+def _is_rank(value) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return value == "auto" or (whole and value >= 1)
+
+
+RULES = (
+    Rule(
+        "must be the name of a base, or a function that returns a module",
+        lambda v: isinstance(v, str) and v != "",
+        ("base",),
+    ),
+    Rule(
+        "must be at least 1",
+        lambda v: v >= 1,
+        _in("train", "steps", "batch_size", "seq_len", "accumulate")
+        + _in("eval", "every", "batch_size", "examples", "beams", "new_tokens"),
+    ),
+    Rule(
+        "must not be negative",
+        lambda v: v >= 0,
+        _in("train", "warmup", "width", "memory_gb", "weight_decay", "clip", "lr")
+        + _in("eval", "generate", "no_repeat_ngram")
+        + ("analysis.cka",),
+    ),
+    Rule(
+        "must not be negative, or None for all",
+        lambda v: v is None or v >= 0,
+        ("analysis.layers",),
+    ),
+    # A gradient that is always zero, as that of padding is, would be divided by it.
+    Rule(f"must be at least {FLOAT32_MIN}", lambda v: v >= FLOAT32_MIN, ("train.eps",)),
+    Rule(
+        "must be in [0, 1)",
+        lambda v: 0 <= v <= BELOW_1,
+        _in("train", "b1", "b2", "label_smoothing") + ("method.dropout",),
+    ),
+    Rule("must be in [0, 2**31)", lambda v: 0 <= v < 2**31, ("seed", "task.seed")),
+    Rule(
+        "must be at least 1 or None",
+        lambda v: v is None or v >= 1,
+        ("method.batches", "method.budget", "task.n_train"),
+    ),
+    Rule('must be at least 1, or "auto"', _is_rank, ("method.rank",)),
+)
+#: Keys whose values are among a few words.
+WORDS = {
+    **dict.fromkeys(("dtype", "param_dtype", "operands"), ("float32", "bfloat16")),
+    "quant": (None, "nf4", "fp4", "int8"),
+    "train.remat": ("none", "full", "dots"),  # see `lorax.models.layers.over_layers`
+    "train.offload": (None, "optimizer"),
+    "train.schedule": ("linear", "cosine", "constant"),
+    "train.optimizer": ("adamw", "sgd"),
+    "train.parallel": ("auto", "members", "batch", "pmap", "none"),
+}
+
+
+def check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raises ValueError that names a key whose value is out of range, what was given and what would
+    be right. values, defaults: {"train.lr": value} of every key of one member."""
+
+    def need(key, fits, right):
+        if not fits:
+            raise ValueError(f"{key}: {values[key]!r} given, {right}")
+
+    for rule in RULES:
+        for key in rule.keys:
+            need(key, rule.fits(values[key]), rule.right)
+    for key, words in WORDS.items():
+        value = values[key]
+        need(key, isinstance(value, str | None) and value in words, _must_be(key, value, words))
+    size, parts = values["train.batch_size"], values["train.accumulate"]
+    need("train.accumulate", size % parts == 0, f"must divide train.batch_size, {size}")
+    alone = values["train.offload"] is None or values["train.parallel"] != "pmap"
+    need("train.offload", alone, 'needs a train.parallel but "pmap"')
+    for key, value in values.items():
+        if isinstance(value, bool):
+            need(key, type(defaults[key]) not in (int, float), "must be a number")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float):
+                need(key, abs(number) <= FLOAT32_MAX, "must be finite (in float32)")
+            elif isinstance(number, int) and key != "method.budget":
+                need(key, abs(number) < 2**31, "must be less than 2**31")
+
+
+def _must_be(key: str, value, words: tuple) -> str:
+    known = [word for word in words if word is not None]
+    if key == "train.remat" and isinstance(value, bool):
+        near = f'; did you mean "{"full" if value else "none"}"?'
+    else:
+        near = nearest(str(value), known)
+    if len(known) == 1:
+        return f"must be {known[0]} or None"
+    return f"must be one of {', '.join(known)}{near}"

@@ -1,0 +1,231 @@
+"""The search for an intrinsic dimension: what it trains beside the sweep, and its later rounds.
+
+With `search.threshold` a run trains `sweep.dim` beside full fine-tuning and LoRA (`members`). Each
+later round reads the run directory and asks for dimensions between those that failed and those
+that succeeded (`next_round`). What the points mean is estimated in `lorax.analysis.intrinsic`.
+"""
+
+import itertools
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from lorax import catalogue, config
+from lorax.config import Member
+from lorax.ranges import FLOAT32_MAX
+
+REFINED_LRS = 2  # learning rates at which a dimension between two others is tried
+
+
+def members(settings: ConfigDict) -> list[Member]:
+    """The members of a run: those of its sweep, and in a search those that it compares with.
+
+    These are `search.seeds` of full fine-tuning at its learning rates, then of LoRA. Methods, and
+    conditions that differ only in a hyperparameter of theirs, share them. Raises ValueError as
+    `lorax.config.members` does, and for a key of config.search that is out of range or does not
+    fit the sweep.
+    """
+    found = config.members(settings)
+    _check(settings)
+    if settings.search.threshold:
+        for point in _compared(settings, found):
+            found.append(config.member(settings, len(found), point))
+    return found
+
+
+def _compared(settings, swept: list[Member]) -> list[dict]:
+    """The points of full fine-tuning and LoRA that a search compares with."""
+    search, lrs = settings.search, settings.sweep.lr or (settings.train.lr,)
+    conditions, points = [], []
+    for member in swept:
+        condition = {axis: member.point[axis] for axis in config.shared_axes(member.point)}
+        if condition not in conditions:
+            conditions.append(condition)
+    choices = [{"method": "full", "lr": float(lr)} for lr in search.baseline_lr or lrs]
+    choices += [
+        {"method": "lora", "rank": rank, "lr": float(lr)}
+        for rank in search.lora_ranks
+        for lr in lrs
+    ]
+    for choice, condition in itertools.product(choices, conditions):
+        points += [condition | choice | {"seed": seed} for seed in seeds(settings)]
+    return points
+
+
+def seeds(settings: ConfigDict) -> tuple[int, ...]:
+    """The seeds of what a search trains beside its first dimensions."""
+    return tuple(settings.search.seeds or settings.sweep.seed or (settings.seed,))
+
+
+def rounds(settings: ConfigDict) -> int:
+    """How many rounds a run trains: the sweep, then those of a search's refinement."""
+    return 1 + settings.search.rounds * bool(settings.search.threshold)
+
+
+def most_members(settings: ConfigDict, members: list[Member]) -> int:
+    """How many members a round of refinement can add at most: to tell how long it may take."""
+    fixed = lambda p: {
+        axis: value for axis, value in p.items() if axis not in ("dim", "lr", "seed")
+    }
+    conditions = {str(fixed(member.point)) for member in members if "dim" in member.point}
+    each = (settings.search.points + 2) * REFINED_LRS * len(seeds(settings))  # and both ends
+    return each * len(conditions)
+
+
+# ---------------------------------------------------------------------------------------- refining
+
+
+def next_round(
+    settings: ConfigDict, members: list[Member], directory: Path, say: Callable[[str], None]
+) -> list[Member]:
+    """The members of the next round, chosen by what the run directory holds; says how far it is."""
+    from lorax.analysis import intrinsic  # pandas: `members` is asked for before it is needed
+
+    search, table = settings.search, points(directory)
+    for _, row in estimate(settings, directory).iterrows():
+        condition = f"{row['condition']}: " if row["condition"] else ""
+        say(f"search: {condition}{intrinsic.headline(row)}")
+    asked = refine(table, search.threshold, search.metric, search.points, seeds(settings))
+    return more_members(settings, members, asked)
+
+
+def estimate(settings: ConfigDict, directory: Path):
+    """`intrinsic.estimate` of what a run directory holds."""
+    from lorax.analysis import intrinsic
+
+    search = settings.search
+    return intrinsic.estimate(points(directory), search.threshold, search.metric)
+
+
+def points(directory: Path):
+    """`intrinsic.points` of a run directory, also while a round is under way."""
+    from lorax.analysis import intrinsic, runs
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a torn line of the round that is to be continued
+        return intrinsic.points(runs.load(directory))
+
+
+def refine(table, threshold: float, metric: str, inside: int, seeds: tuple[int, ...]) -> list[dict]:
+    """What the next round should train: {"like": a member of the condition, "dim", "lr", "seed"}.
+
+    A condition's bracket is the largest d up to which every seed fails, and the smallest from which
+    on every seed succeeds. `inside` dimensions go into it, evenly spaced in log(d), and both its
+    ends, so that these get all the seeds as well. If the smallest d succeeds already (or the
+    largest fails), one d beyond it is tried, at the ratio of the two outermost, but at least 1 (at
+    most the baseline's parameters). Each is trained at the two best learning rates of the nearest d
+    that was tried. A pure function of the table (`intrinsic.points`); what it asks for may have
+    been trained already.
+    """
+    import numpy as np
+
+    from lorax.analysis import intrinsic
+
+    asked = []
+    for _, condition in table[table["kind"] == "subspace"].groupby("condition", sort=False):
+        reference = intrinsic.baseline(table, condition["shared"].iloc[0], metric)
+        if not intrinsic.gain(reference, metric) > 0:
+            continue
+        level = intrinsic.needed(reference["start"], reference["baseline"], threshold, metric)
+        best = intrinsic.tuned(condition, "dim", metric)
+        succeeds = intrinsic.reaches(best["value"], level, metric).groupby(best["dim"])
+        some, every = succeeds.agg("any"), succeeds.agg("all")
+        for dim in _next_dims(some, every, inside, reference["full_params"]):
+            nearest = min(best["dim"].unique(), key=lambda d: (abs(np.log(d / dim)), d))
+            lrs = intrinsic.rates(condition[condition["dim"] == nearest], metric)[:REFINED_LRS]
+            like = int(condition["member"].iloc[0])
+            asked += [
+                {"like": like, "dim": dim, "lr": lr, "seed": seed}
+                for lr in sorted(lrs)
+                for seed in seeds
+            ]
+    return asked
+
+
+def _next_dims(some, every, inside: int, most: float) -> list[int]:
+    """Dimensions in and at the ends of the bracket, ascending, or one beyond the tested ones.
+
+    some, every: pandas Series over the tested d: whether some, whether all seeds succeed.
+    """
+    import numpy as np
+
+    dims = some.index.to_numpy(int)
+    fails = np.cumsum(some.to_numpy()) == 0  # here and at every smaller d
+    holds = np.cumprod(every.to_numpy()[::-1])[::-1] == 1  # here and at every larger d
+    if not fails.any():
+        down = round(dims[0] * dims[0] / dims[1]) if len(dims) > 1 else dims[0] // 2
+        return [max(1, down), int(dims[0])] if dims[0] > 1 else []
+    if not holds.any():
+        up = round(dims[-1] * dims[-1] / dims[-2]) if len(dims) > 1 else 2 * dims[-1]
+        return [int(dims[-1]), up] if up <= most else []
+    low, high = dims[fails].max(), dims[holds].min()
+    return sorted({round(d) for d in np.geomspace(low, high, inside + 2).tolist()})
+
+
+def more_members(settings: ConfigDict, members: list[Member], asked: list[dict]) -> list[Member]:
+    """The members that `refine` asks for, counted on from those there are; none is trained twice.
+
+    asked: {"like": number of a member, axis: value of those in which the new one differs} each.
+    """
+    key = lambda member: json.dumps(member.config.to_dict(), sort_keys=True)
+    known, more = {key(member) for member in members}, []
+    for wanted in asked:
+        changes = {axis: value for axis, value in wanted.items() if axis != "like"}
+        point = members[wanted["like"]].point | changes
+        member = config.member(settings, len(members) + len(more), point)
+        if key(member) not in known:
+            known.add(key(member))
+            more.append(member)
+    return more
+
+
+# ---------------------------------------------------------------------------------------- checking
+
+
+def _check(settings: ConfigDict) -> None:
+    """Raises ValueError for a key of config.search that is out of range or does not fit."""
+    search = settings.search
+
+    def need(field, fits, right):
+        if not fits:
+            raise ValueError(f"search.{field}: {search[field]!r} given, {right}")
+
+    def all_are(field, kind, fits, right):
+        number = lambda v: isinstance(v, kind) and not isinstance(v, bool)
+        need(field, all(number(v) and fits(v) for v in search[field]), right)
+
+    rate, seed = lambda v: 0 <= v <= FLOAT32_MAX, lambda v: 0 <= v < 2**31
+    need("threshold", 0 <= search.threshold <= 1, "must be in [0, 1]: 0.9 for d90, 0 for no search")
+    need("points", 1 <= search.points < 2**31, "must be at least 1, and less than 2**31")
+    need("rounds", 0 <= search.rounds < 2**31, "must not be negative, and less than 2**31")
+    all_are("baseline_lr", int | float, rate, "must be a tuple of learning rates")
+    all_are("seeds", int, seed, "must be a tuple of integers in [0, 2**31)")
+    all_are("lora_ranks", int, lambda v: v >= 1, "must be a tuple of integers of at least 1")
+    for field in ("baseline_lr", "seeds", "lora_ranks"):
+        need(field, len(set(search[field])) == len(search[field]), "a value stands twice")
+    if search.threshold:
+        _check_sweep(settings, need)
+
+
+def _check_sweep(settings: ConfigDict, need: Callable) -> None:
+    """The same for what a search asks of its sweep. need(field, whether it fits, what is right)."""
+    swept = config.swept(settings.sweep)
+    dims = tuple(swept.get("dim", ()))
+    need("threshold", len(dims) > 1, f"needs a sweep.dim of at least two values, not {dims}")
+    need("threshold", None not in dims, f"needs a sweep.dim of numbers alone, not {dims}")
+    tied = {config.axis_of(name) for tie in settings.sweep.zip for name in tie}
+    for axis in ("dim", "seed"):
+        if axis in tied:
+            raise ValueError(f"sweep.zip: {axis} is tied, but a search (search.threshold) moves it")
+    for name in swept.get("method", (settings.method.name,)):
+        rows = catalogue.ROWS
+        right = ", ".join(of for of, row in rows.items() if "dim" in row.varies)
+        without = name in rows and "dim" not in rows[name].varies
+        need("threshold", not without, f"but method {name!r} has no dim; {right} have")
+    values = tuple(swept.get("seed", (settings.seed,)))
+    if settings.search.seeds:
+        of_search = set(settings.search.seeds)
+        need("seeds", set(values) <= of_search, f"must hold the sweep's own, {values}")
