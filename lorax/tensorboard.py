@@ -84,7 +84,10 @@ class Events:
         }
         if point["split"] == "train":
             member = self._member(point["member"])
-            factors = _factors(*self.schedule, member["steps"])
+            schedule = (
+                member.get(f"train.{key}", self.train[key]) for key in ("schedule", "warmup")
+            )
+            factors = _factors(*schedule, member["steps"])
             numbers["train/learning_rate"] = member["lr"] * factors[point["step"] - 1]
         return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
 
@@ -92,8 +95,7 @@ class Events:
         """Its line of members.jsonl, to which a search adds."""
         if member not in self.members:
             self.members = {row["member"]: row for row in rundir.read_members(self.directory)}
-            train = rundir.read_config(self.directory)["config"]["train"]
-            self.schedule = train["schedule"], train["warmup"]
+            self.train = rundir.read_config(self.directory)["config"]["train"]
         return self.members[member]
 
     def _append(self, member: int, events: list[tuple[int, Summary]]) -> None:
