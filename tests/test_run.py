@@ -335,7 +335,7 @@ def test_methods_that_peft_has_leave_its_files_and_others_say_why(tmp_path):
         stored = {file.name for file in (tmp_path / "run/adapters" / member).iterdir()}
         assert stored == files
     assert (tmp_path / "run/report.html").stat().st_size
-    found, missing = tables.adapters(runs.load(tmp_path / "run"), (0, 1))
+    found, missing = tables.updates(runs.load(tmp_path / "run"), (0, 1))
     assert not found and "IA3" in missing[0] and "no such file" in missing[1]
 
 

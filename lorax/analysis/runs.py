@@ -36,6 +36,21 @@ class Run:
     metrics: pd.DataFrame
     status: dict[str, Any]
 
+    def update(self, member: int) -> dict[str, Factors] | dict[str, np.ndarray]:
+        """The member's update by path ("h/0/attn/q"), whatever its method: `Factors` (a, b, s with
+        dW = s * a @ b) where it has them, else dW (in, out).
+
+        {} where nothing changed. FileNotFoundError where it left no update of weights, ValueError
+        that names a damaged file.
+        """
+        try:
+            return self.adapter(member)
+        except (FileNotFoundError, ValueError) as error:
+            try:
+                return self.delta(member)
+            except FileNotFoundError:
+                raise error from None
+
     def adapter(self, member: int) -> dict[str, Factors]:
         """The member's factors by path ("h/0/attn/q"). FileNotFoundError where it has none,
         ValueError where PEFT's file is of a method without any."""

@@ -217,10 +217,9 @@ def _sections(
     command: str,
     layers: int | None,
 ) -> list[Section]:
-    is_dense = {one.name: "Ranks" not in one.facts for one in given}
-    found = {one.name: one.updates for one in given if not is_dense[one.name]}
-    dense = {one.name: one.updates for one in given if is_dense[one.name]}
-    sigmas, ranks = tables.spectra(found, dense)
+    by_kind = sorted(given, key=lambda one: "Ranks" not in one.facts)  # those with factors first
+    updates = {one.name: one.updates for one in by_kind}
+    sigmas, ranks = tables.spectra(updates)
     sigmas, ranks = sigmas.assign(adapter=sigmas["member"]), ranks.assign(adapter=ranks["member"])
     sections = page.attempt("What it is", _about, given, ranks, command)
     sections[0] = sections[0]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
@@ -230,9 +229,9 @@ def _sections(
         sections += page.attempt("Subspace similarity", _both, given)
     for one in given:
         sections += page.attempt("Between layers", _between_layers, one, len(given) > 1)
-    names = list(is_dense)
+    names = [one.name for one in given]
     shown = pd.DataFrame({"member": names, "adapter": names}, index=names)
-    of = (found, dense, kernels, why, shown, "adapter", layers)
+    of = (updates, kernels, why, shown, "adapter", layers)
     sections += page.attempt(base_weights.TITLE, base_weights.sections, *of)
     return [*sections, notes.section(notes.UPDATES)]
 

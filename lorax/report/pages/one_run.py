@@ -66,18 +66,14 @@ def of_sweep(
 ) -> list[Section]:
     """All sections on a sweep, in their order. command: what draws the page again."""
     run, table, by, attempt = of.run, of.table, of.by, page.attempt
-    found, dense, missing, failed = {}, {}, {}, []
+    updates, missing, failed = {}, {}, []
     sigmas, ranks = pd.DataFrame(), pd.DataFrame()
     try:
         usable = table[table["status"] != "diverged"]
-        found, missing = tables.adapters(run, usable.index)
-        dense = tables.deltas(run, missing)
-        missing = {member: why for member, why in missing.items() if member not in dense}
-        missing |= {m: "no update: ΔW = 0 in all matrices" for m, own in dense.items() if not own}
-        dense = {member: own for member, own in dense.items() if own}
-        sigmas, ranks = tables.spectra(found, dense)
+        updates, missing = tables.updates(run, usable.index)
+        sigmas, ranks = tables.spectra(updates)
     except Exception as error:
-        found, dense, failed = {}, {}, [Section("Updates", "", error=error)]
+        updates, failed = {}, [Section("Updates", "", error=error)]
 
     planted = attempt("Calibration", evidence.planted, run, table, sigmas, ranks)
     facts = attempt("What was run", setup.facts, run, table, by, command)
@@ -98,8 +94,8 @@ def of_sweep(
         *listed,
         *failed,
     ]
-    if found or dense:
-        given = (of, found, dense, sigmas, ranks, kernels, no_kernels, layers)
+    if updates:
+        given = (of, updates, sigmas, ranks, kernels, no_kernels, layers)
         sections += attempt("Updates", _of_updates, *given)
     if missing:
         items = [f"{table['name'][member]}: {why}" for member, why in missing.items()]
@@ -110,8 +106,7 @@ def of_sweep(
 
 def _of_updates(
     of: Sweep,
-    found: dict,
-    dense: dict,
+    updates: dict,
     sigmas: pd.DataFrame,
     ranks: pd.DataFrame,
     kernels,
@@ -120,7 +115,7 @@ def _of_updates(
 ) -> list[Section]:
     """Sections on what was learned."""
     main, answer, sections = of.main, of.answer, []
-    shown = of.table.loc[_shown(of, [*found, *dense])]
+    shown = of.table.loc[_shown(of, updates)]
     if len(shown):
         first = runs.fields(shown.iloc[0], of.by.others)
         where = first if answer is None else answer.best["line"]
@@ -130,10 +125,10 @@ def _of_updates(
         sections += page.attempt(title, spectra.spectra, labelled[0], main, where)
         sections[0] = sections[0]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
         sections += page.attempt("Effective rank", spectra.ranks, labelled[1], main)
-    sections += page.attempt("Subspace similarity", _similarity, of, {**found, **dense}, shown)
+    sections += page.attempt("Subspace similarity", _similarity, of, updates, shown)
     if kernels is not None and (of.run.config.get("config", {}).get("sweep") or {}).get("base"):
         kernels, why = None, "the members of this sweep do not share a base model"
-    given = (found, dense, kernels, why, shown, main, layers)
+    given = (updates, kernels, why, shown, main, layers)
     sections += page.attempt(base_weights.TITLE, base_weights.sections, *given)
     title = "While it was trained"
     return sections + page.attempt(title, training.sections, of.run, shown, main)
