@@ -262,6 +262,10 @@ def run(settings, members, workdir: Path) -> int:
     memory.check()
 
     # Imported here: what is above answers at once.
+    from lorax.analysis import tables
+
+    tables.read_statistics(settings.analysis.also)
+
     import jax
 
     from lorax import tensorboard
@@ -355,7 +359,10 @@ def run(settings, members, workdir: Path) -> int:
         attempt("tables", lambda: _write_tables(workdir))
         if settings.analysis.report:
             screen.say("taking the updates apart and drawing the report")
-            page = attempt("report", lambda: _report(workdir, kernels(base), screen.say))
+            page = attempt(
+                "report",
+                lambda: _report(workdir, kernels(base), settings.analysis.also, screen.say),
+            )
         attempt("TensorBoard", events.finish)
         record("trained" if failed else "finished")
         screen.table(lines, rows)
@@ -377,14 +384,14 @@ def run(settings, members, workdir: Path) -> int:
     return 0
 
 
-def _report(workdir: Path, kernels, say) -> Path:
+def _report(workdir: Path, kernels, also: tuple[str, ...], say) -> Path:
     """The path of the report. A section that fails is a line on the screen and in its place, and
     does not fail the run."""
     from lorax import report
 
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"report: {message}")
-        return report.write(workdir, kernels)
+        return report.write(workdir, kernels, also=also)
 
 
 def _write_tables(workdir: Path) -> None:

@@ -22,17 +22,25 @@ from lorax.analysis.tables.intervention import Interventions, interventions
 from lorax.analysis.tables.learned import has_factors, sensitivity, updates
 from lorax.analysis.tables.matrices import Updates, layer_and_target, shape_of, stacks
 from lorax.analysis.tables.singular_values import base_spectra, base_svds, spectra
-from lorax.analysis.tables.statistics import Measured, check_all, statistics
+from lorax.analysis.tables.statistics import (
+    RESERVED,
+    Measured,
+    Statistic,
+    read_statistics,
+    statistics,
+)
 from lorax.analysis.tables.update import NoBaseError, Update
 from lorax.analysis.tables.with_base import against_base, amplifications, intruder_table
 
 __all__ = [
     "KINDS",
     "LEADING",
+    "RESERVED",
     "Bases",
     "Interventions",
     "Measured",
     "NoBaseError",
+    "Statistic",
     "Update",
     "Updates",
     "against_base",
@@ -41,7 +49,6 @@ __all__ = [
     "base_spectra",
     "base_svds",
     "bases",
-    "check_all",
     "cka",
     "corners",
     "has_factors",
@@ -49,6 +56,7 @@ __all__ = [
     "intruder_table",
     "layer_and_target",
     "leading",
+    "read_statistics",
     "sensitivity",
     "shape_of",
     "similarity",

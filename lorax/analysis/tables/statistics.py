@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from lorax import outside
 from lorax.analysis.measures import spectrum
 from lorax.analysis.tables.matrices import Updates, by_matrix, identity, shape_of, stacked, stacks
 from lorax.analysis.tables.update import BUILT_IN, NoBaseError, Update
@@ -23,11 +24,12 @@ from lorax.errors import reason
 
 Statistic = Callable[[Update], float | Mapping[str, float]]
 
-#: Names of what lorax itself writes into analysis/
-TAKEN = (
-    "against_base amplification base_ranks base_spectra calibration cka differences intrinsic "
-    "intrinsic_points intruders members methods ranks runs sensitivity settings similarity spectra "
-    "trajectory"
+#: Names of the tables and figures that lorax itself writes
+RESERVED = (
+    "against_base amplification amplification_layers base_ranks base_spectra base_spectrum "
+    "between_layers calibration cka curves differences intrinsic intrinsic_points intruders layers "
+    "learning_curves members methods rank_curve ranks runs sensitivity settings similarity "
+    "similarity_grid spectra trajectory update_ranks"
 ).split()
 #: Columns that tables of updates have
 COLUMNS = ("member", "path", "layer", "target", "rank", "name", "adapter", "sigma", "index")
@@ -45,37 +47,39 @@ class Measured(NamedTuple):
     missing: dict[tuple[Hashable, str], str]
 
 
-def check(statistic: Statistic, name: str = "") -> None:
-    """Raises ValueError that names the statistic where it can't be one: it is no function of one
-    argument, or its name is taken. name: how it was spelled."""
-    called = getattr(statistic, "__name__", "")
-    name = name or called or repr(statistic)
-    if not callable(statistic) or not called.isidentifier():
-        raise ValueError(
-            f"analysis.also: {name} is not a function with a name; expected one of an Update, as "
-            "in def condition_number(update)"
-        )
-    if called in TAKEN or called in COLUMNS or called in [built.__name__ for built in BUILT_IN]:
-        raise ValueError(f"analysis.also: {name}: lorax has a {called} itself; choose another name")
-    try:
-        inspect.signature(statistic).bind(object())
-    except TypeError:
-        taken = inspect.signature(statistic)
-        raise ValueError(
-            f"analysis.also: {name}{taken}: must take one argument, the update"
-        ) from None
-    except ValueError:  # of a builtin that does not say what it takes
-        pass
+def read_statistics(names: Sequence[str]) -> list[Statistic]:
+    """The functions that "FILE.py:function" names.
+
+    Raises FileNotFoundError or ValueError that names what can't be a statistic.
+    """
+    functions = [outside.resolve(name, "analysis.also") for name in names]
+    check(functions)
+    return functions
 
 
-def check_all(statistics: Sequence[Statistic], names: Sequence[str] = ()) -> None:
-    """`check` of each; also that no two have one name."""
-    for number, statistic in enumerate(statistics):
-        check(statistic, names[number] if names else "")
-    called = [statistic.__name__ for statistic in statistics]
-    for name in called:
-        if called.count(name) > 1:
+def check(functions: Sequence[Statistic]) -> None:
+    """Raises ValueError that names the function which can't be a statistic: it has no name, or one
+    that is taken, or does not take one argument."""
+    taken = (*RESERVED, *COLUMNS, *(function.__name__ for function in BUILT_IN))
+    seen = set()
+    for function in functions:
+        name = getattr(function, "__name__", "")
+        if not callable(function) or not name.isidentifier():
+            raise ValueError(
+                f"analysis.also: {name or function!r} given, must be a function with a name, as in "
+                "def condition_number(update)"
+            )
+        if name in taken:
+            raise ValueError(f"analysis.also: lorax has a {name} of its own; choose another name")
+        if name in seen:
             raise ValueError(f"analysis.also: two statistics are called {name}; rename one")
+        seen.add(name)
+        signature = inspect.signature(function)
+        try:
+            signature.bind(None)
+        except TypeError:
+            text = f"analysis.also: {name}{signature} given, must take one argument, the update"
+            raise ValueError(text) from None
 
 
 def each(
@@ -154,7 +158,7 @@ def statistics(
 
     Raises ValueError for what can be no statistic (`check`).
     """
-    check_all(functions)
+    check(functions)
     rows: dict[str, list[dict]] = {function.__name__: [] for function in functions}
     missing: dict[str, dict] = {name: {} for name in rows}
     for update in each(updates, kernels, no_kernels):  # each is dropped before the next

@@ -20,7 +20,7 @@ from lorax.report import bases, notes, page, selection
 from lorax.report.bases import Kernels
 from lorax.report.page import Picture, Section
 from lorax.report.pages import several_runs
-from lorax.report.sections import base_weights, shared_directions, spectra
+from lorax.report.sections import base_weights, shared_directions, spectra, user_statistics
 
 LEAD = "A low-rank update taken apart: how large it is, in how many directions, and in which."
 MAX_TARGETS = 8  # columns of a figure
@@ -57,6 +57,7 @@ def write(
     out: str | pathlib.Path | None = None,
     alpha: float | None = None,
     layers: int | None = None,
+    also: Sequence[str] = (),
 ) -> pathlib.Path:
     """Analyse one adapter or two and write their report; the path of report.html.
 
@@ -67,6 +68,7 @@ def write(
       out: where the page goes; without it runs/adapter-<name>.
       alpha: lora_alpha of loralib's checkpoints, which they do not hold.
       layers: how many of the base's layers it is set against, evenly spread; all without it.
+      also: statistics of every update, "FILE.py:function" each.
 
     Raises FileNotFoundError or ValueError for an adapter that can't be read, a base that can't be
     loaded and one that does not fit, before anything is written.
@@ -76,6 +78,7 @@ def write(
         raise ValueError(f"{len(paths)} adapters given: a page takes one, or two to compare")
     if alpha is not None and not any(checkpoint(path) for path in paths):
         raise ValueError("--alpha is for loralib's checkpoints; PEFT's adapter_config.json has it")
+    statistics = tables.read_statistics(also)
     with threadpool_limits(1, user_api="blas"):
         kernels, sources, why = _base(paths, base)
         names = [_name(path) for path in paths]
@@ -84,15 +87,11 @@ def write(
         for one in given:
             if kernels is not None:
                 _check(one, kernels, base or "its base")
-        out = (
-            pathlib.Path("runs") / several_runs.default_name("adapter", names)
-            if out is None
-            else out
-        )
-        directory = pathlib.Path(out)
-        options = {"base": base, "alpha": alpha, "layers": layers, "out": directory}
+        name = several_runs.default_name("adapter", names)
+        directory = pathlib.Path("runs") / name if out is None else pathlib.Path(out)
+        options = {"base": base, "alpha": alpha, "layers": layers, "also": also, "out": directory}
         command = page.command(paths, **options)
-        sections = _sections(given, kernels, why, command, layers)
+        sections = _sections(given, kernels, why, command, layers, statistics)
         return page.save(directory, " and ".join(names), LEAD, sections, command)
 
 
@@ -216,6 +215,7 @@ def _sections(
     why: str,
     command: str,
     layers: int | None,
+    statistics: Sequence[tables.Statistic],
 ) -> list[Section]:
     by_kind = sorted(given, key=lambda one: "Ranks" not in one.facts)  # those with factors first
     updates = {one.name: one.updates for one in by_kind}
@@ -223,14 +223,17 @@ def _sections(
     sigmas, ranks = sigmas.assign(adapter=sigmas["member"]), ranks.assign(adapter=ranks["member"])
     sections = page.attempt("What it is", _about, given, ranks, command)
     sections[0] = sections[0]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
-    sections += page.attempt("Layer by layer", _layers, ranks)
+    names = [one.name for one in given]
+    shown = pd.DataFrame({"member": names, "adapter": names}, index=names)
+    measured = tables.statistics(updates, statistics, kernels, why)
+    also = user_statistics.headings(measured)
+    sections += page.attempt("Layer by layer", _layers, ranks, also)
+    sections += user_statistics.sections(measured, shown, "adapter", statistics)
     sections += page.attempt("Spectra of the updates", spectra.spectra, sigmas, "adapter")
     if len(given) == 2:
         sections += page.attempt("Subspace similarity", _both, given)
     for one in given:
         sections += page.attempt("Between layers", _between_layers, one, len(given) > 1)
-    names = [one.name for one in given]
-    shown = pd.DataFrame({"member": names, "adapter": names}, index=names)
     of = (updates, kernels, why, shown, "adapter", layers)
     sections += page.attempt(base_weights.TITLE, base_weights.sections, *of)
     return [*sections, notes.section(notes.UPDATES)]
@@ -263,8 +266,9 @@ def _about(given: list[Given], ranks: pd.DataFrame, command: str) -> Section:
     return Section("What it is", "".join(parts))
 
 
-def _layers(ranks: pd.DataFrame) -> Section:
-    """Size and rank layer by layer, and a table of every matrix."""
+def _layers(ranks: pd.DataFrame, also: pd.DataFrame | None) -> Section:
+    """Size and rank layer by layer, and a table of every matrix. also: further numbers of the
+    matrices: member, path, and a column each by its heading."""
     low, high = ranks["effective"].min(), ranks["effective"].max()
     alt = (
         f"Line charts of norm, effective and stable rank by layer: the effective rank lies between "
@@ -274,17 +278,22 @@ def _layers(ranks: pd.DataFrame) -> Section:
     several_given = ranks["member"].nunique() > 1
     header = ["matrix", *["adapter"] * several_given, "layer", "target", "rank", "‖ΔW‖"]
     header += ["effective rank", "stable rank", "90% energy rank", "numerical rank"]
+    extra = [] if also is None else [name for name in also if name not in ("member", "path")]
+    table = ranks if also is None else ranks.merge(also, on=["member", "path"], how="left")
     rows = [
         [r["path"], *[r["member"]] * several_given, r["layer"], r["target"], r["rank"]]
         + [page.Fixed(r["norm"], 4)]
         + [page.Fixed(r["effective"], 2), page.Fixed(r["stable"], 2), r["energy90"], r["numerical"]]
-        for _, r in ranks.iterrows()
+        + [page.Fixed(r[name], 4) for name in extra]
+        for _, r in table.iterrows()
     ]
     content = page.aid(
         "High lines are where the adapter does most; low ranks, where it needs little."
     )
     content += page.figure("layers", caption, alt)
-    content += page.table(header, rows, "Every matrix; press a heading to sort.", sortable=True)
+    content += page.table(
+        [*header, *extra], rows, "Every matrix; press a heading to sort.", sortable=True
+    )
     return Section("Layer by layer", content, {"layers": Picture(figures.by_layer(ranks), ranks)})
 
 
