@@ -14,7 +14,7 @@ import quick
 from reading import Page
 from synthetic import kernels, make_adapter, make_run, planted_factors
 
-from lorax import config, outside, report
+from lorax import config, outside, report, search
 from lorax.analysis import runs, tables
 from lorax.interop.peft import Factors
 from lorax.report.__main__ import main
@@ -152,7 +152,7 @@ def test_two_of_one_name_and_another_spelling_are_refused(tmp_path):
         config.members(c)
     c.analysis.also, c.search.threshold = (CONDITION,), 0.9
     with pytest.raises(ValueError, match="analysis.also: a search's report shows no updates"):
-        config.members(c)
+        search.members(c)
 
 
 # -------------------------------------------------------------------------------------- in a report
