@@ -289,7 +289,7 @@ def shapes(members):
 
 
 def _exported(stacked, base) -> float:
-    """How many numbers a member exports (`export.export`) for each that it trains: 1 for LoRA, more
+    """How many numbers a member exports (`adapters.save`) for each that it trains: 1 for LoRA, more
     where factors were not trained or a start is taken off the base. What methods without factors
     leave as well, the changes dW of weights and a copy for PEFT, is not counted."""
     import jax

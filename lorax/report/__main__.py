@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from lorax import rundir
 from lorax.analysis import runs
 from lorax.errors import nearest
+from lorax.interop import reading
 from lorax.report import bases, page
 from lorax.report.pages import adapters, one_run, several_runs
 
@@ -123,7 +124,7 @@ def sort(name: str) -> str:
     if not path.exists():
         near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileNotFoundError(f"{name}: no such run directory or adapter{nearest(name, near)}")
-    if adapters.is_adapter(path):
+    if reading.is_here(path):
         return ADAPTER
     if rundir.is_run(path):
         return RUN

@@ -14,8 +14,8 @@ from threadpoolctl import threadpool_limits
 
 from lorax import rundir
 from lorax.analysis import basis_similarity, figures, tables
-from lorax.interop import loralib, peft, states
-from lorax.interop.peft import Factors
+from lorax.interop import peft, reading
+from lorax.interop.adapter import Factors
 from lorax.report import bases, notes, page, selection
 from lorax.report.bases import Kernels
 from lorax.report.page import Picture, Section
@@ -34,21 +34,6 @@ class Given(NamedTuple):
     path: pathlib.Path
     updates: dict[str, Factors] | dict[str, np.ndarray]
     facts: dict[str, Any]
-
-
-def is_adapter(path: pathlib.Path) -> bool:
-    """A PEFT directory, one with dense updates, a checkpoint of loralib, or a directory with one
-    such and nothing else to tell it by."""
-    known = (path / peft.CONFIG).exists() or (path / states.DELTA).exists()
-    return known or checkpoint(path) is not None
-
-
-def checkpoint(path: pathlib.Path) -> pathlib.Path | None:
-    """loralib's file at a path, or None."""
-    if path.is_file() and path.suffix in (".npz", ".safetensors"):
-        return path
-    files = sorted(path.glob("*.npz")) if path.is_dir() else []
-    return files[0] if len(files) == 1 else None
 
 
 def write(
@@ -76,7 +61,7 @@ def write(
     paths = [pathlib.Path(path) for path in paths]
     if len(paths) > 2:
         raise ValueError(f"{len(paths)} adapters given: a page takes one, or two to compare")
-    if alpha is not None and not any(checkpoint(path) for path in paths):
+    if alpha is not None and not any(reading.is_checkpoint(path) for path in paths):
         raise ValueError("--alpha is for loralib's checkpoints; PEFT's adapter_config.json has it")
     statistics = tables.read_statistics(also)
     with threadpool_limits(1, user_api="blas"):
@@ -97,50 +82,27 @@ def write(
 
 def read(name: str, path: pathlib.Path, sources=None, alpha: float | None = None) -> Given:
     """An adapter's updates, and what is known of it. sources: where the base's parameters lie in
-    Hugging Face's tensors; without them paths are the modules' own names."""
-    if (path / states.DELTA).exists():
-        return _dense(name, path)
-    file = None if (path / peft.CONFIG).exists() else checkpoint(path)
-    if file is None:
-        adapter = peft.load(path, sources)
-        known = {
-            "Base": adapter.config.get("base_model_name_or_path"),
-            "Kind": "DoRA" if adapter.config.get("use_dora") else "LoRA",
-            "Task type": adapter.config.get("task_type"),
-            "α": adapter.config.get("lora_alpha"),
-            "rsLoRA": "yes" if adapter.config.get("use_rslora") else None,
-        }
-    else:
-        adapter = loralib.load(file, 1.0 if alpha is None else alpha, sources)
-        if alpha is None:
-            unscaled = {p: f._replace(s=1.0) for p, f in adapter.factors.items()}
-            adapter = adapter._replace(factors=unscaled)
-        known = {"Kind": "LoRA, loralib's checkpoint", "α": NO_SCALE if alpha is None else alpha}
-    factors = {path: f for path, f in adapter.factors.items() if f.a.shape[1]}
-    factors = factors if sources is not None else _told_apart(factors)
-    if not factors:
-        raise ValueError(f"{path}: this adapter has no low-rank factors")
-    ranks = sorted({f.a.shape[1] for f in factors.values()})
-    facts = {
-        "Adapter": str(path),
-        **known,
-        "Ranks": ", ".join(map(str, ranks)),
-        **_places(factors),
-        "Parameters in factors": sum(f.a.size + f.b.size for f in factors.values()),
-        "Trained in full beside them": ", ".join(list(adapter.weights)[:8])
-        + f" and {len(adapter.weights) - 8} more" * (len(adapter.weights) > 8),
-    }
-    return Given(name, path, factors, facts)
-
-
-def _dense(name: str, path: pathlib.Path) -> Given:
-    """What lorax has left of a method whose update has no factors."""
-    found, what = states.deltas(path), states.about(path)
-    if not found:
+    Hugging Face's tensors; without them layers have the names of their modules."""
+    content = reading.read(path, sources, alpha)
+    changes = {layer: x for layer, x in content.updates.items() if all(tables.shape_of(x))}
+    factored = any(len(tables.shape_of(x)) == 3 for x in changes.values())
+    if factored and sources is None:
+        changes = _told_apart(changes)
+    if not changes:
         raise ValueError(f"{path}: no update, ΔW = 0 in all matrices")
-    values = [f"{key}={value}" for key, value in what["hp"].items() if value not in (None, [])]
-    facts = {"Adapter": str(path), "Kind": what["name"], "Hyperparameters": ", ".join(values)}
-    return Given(name, path, found, facts | _places(found))
+    facts = {"Adapter": str(path), **content.facts()}
+    if reading.is_checkpoint(path):
+        facts |= {"Kind": "LoRA, loralib's checkpoint", "α": NO_SCALE if alpha is None else alpha}
+    if factored:
+        ranks = sorted({f.a.shape[1] for f in changes.values()})
+        facts["Ranks"] = ", ".join(map(str, ranks))
+    facts |= _places(changes)
+    if factored:
+        facts["Parameters in factors"] = sum(f.a.size + f.b.size for f in changes.values())
+        whole = list(content.weights)
+        more = f" and {len(whole) - 8} more" * (len(whole) > 8)
+        facts["Trained in full beside them"] = ", ".join(whole[:8]) + more
+    return Given(name, path, changes, facts)
 
 
 def _places(found) -> dict[str, Any]:
