@@ -23,7 +23,7 @@ LAYERS = (
     {"intercept"},
     {"losses"},
     {"quant", "methods", "models"},
-    {"adapters", "decode", "peft_methods", "states"},
+    {"adapters", "decode"},
     {"tasks"},
     {"train"},
 )
