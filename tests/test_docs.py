@@ -120,7 +120,6 @@ with settings.unlocked():
     settings.train.update(steps=2, warmup=0, batch_size=4)
     settings.eval.update(every=2, examples=8, batch_size=8)
     settings.eval.generate = min(settings.eval.generate, 2)
-    settings.task.examples = 64
     settings.analysis.report = False
     for axis, values in settings.sweep.items():
         if axis not in ("axes", "zip"):
