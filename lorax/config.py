@@ -32,7 +32,8 @@ def default() -> ConfigDict:
 
     c.task = ConfigDict()
     # restaurants | e2e | text | glue | instruct | wikisql | samsum; images: mnist | digits; planted
-    c.task.name = "restaurants"
+    # or a function of your own (docs/tasks.md), on the command line FILE.py:function
+    c.task.name = config_dict.FieldReference("restaurants", field_type=object)
     c.task.path = config_dict.placeholder(str)  # file or folder, for tasks that read one
     c.task.subset = config_dict.placeholder(str)  # glue: cola sst2 mrpc qnli qqp rte mnli stsb
     c.task.template = config_dict.placeholder(str)  # instruct: a Jinja template of a chat
@@ -99,8 +100,6 @@ def default() -> ConfigDict:
     c.analysis.cka = 0
     # Layers of the base that the report sets the updates against, evenly spread; None: all
     c.analysis.layers = config_dict.placeholder(int)
-    # Statistics of every update: functions of your own, or "FILE.py:function" (docs/analyses.md)
-    c.analysis.also = ()
 
     # The smallest dimension that is nearly as good as full fine-tuning, over sweep.dim
     c.search = ConfigDict()
@@ -191,7 +190,6 @@ REVISABLE = (
     "analysis.report",
     "analysis.cka",
     "analysis.layers",
-    "analysis.also",
     "train.memory_gb",
 )
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, processors
 
 import lorax
 from lorax import decode, vocabulary
-from lorax.tasks import glue, rows
+from lorax.tasks import rows, sentences
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_token_that_the_model_has_no_embedding_for_may_not_come_in_a_text(stor
     with pytest.raises(ValueError, match=match):
         rows.encode([rows.pair("Once", "a [PAD] b")], base.vocabulary, 32, "train")
     with pytest.raises(ValueError, match=match):
-        glue.encode([("a [PAD]",)], np.zeros(1, np.int32), base.vocabulary, 32)
+        sentences.encode([("a [PAD]",)], np.zeros(1, np.int32), base.vocabulary, 32)
 
 
 def test_a_tokenizer_that_starts_with_a_token_of_no_embedding(stories):

@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lorax.files import as_text
+from lorax.tasks.data import Data, pairs
 from lorax.tasks.records import only
-from lorax.tasks.rows import Task, check_path, encode_pairs, linearise
-from lorax.vocabulary import Vocabulary
+from lorax.tasks.rows import check_path, linearise
 
 FILES = {"train": "trainset.csv", "eval": "devset.csv", "test": "testset_w_refs.csv"}
 EXPECTED = "e2e-dataset.zip, or a folder, with trainset.csv and devset.csv in it"
@@ -77,7 +77,7 @@ def examples(path: str | Path, split: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Task:
+def load(config: Mapping[str, Any]) -> Data:
     """Trains on trainset.csv (its first n_train rows), evaluates on devset.csv. The prompts are
     the distinct meaning representations of testset_w_refs.csv with all their texts, or of
     devset.csv where that is not there."""
@@ -88,7 +88,7 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Tas
         prompts = examples(path, "test")
     except FileNotFoundError:
         prompts = evaluation
-    return encode_pairs(config, vocabulary, seq_len, train, evaluation, prompts)
+    return pairs(train, evaluation, prompts)
 
 
 def _pair(row: list[str]) -> tuple[str, str]:

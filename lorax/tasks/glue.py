@@ -7,22 +7,19 @@ an example a line, tabs between fields, and quotes that mean nothing.
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from tokenizers import Tokenizer
 
 from lorax.errors import nearest
 from lorax.files import read_text
-from lorax.tasks import metrics
-from lorax.tasks.kinds import LABELLED
-from lorax.tasks.rows import Rows, Task, check_n_train, check_path, count
-from lorax.vocabulary import Vocabulary
-
-Texts = tuple[str, ...]  # an example's sentence, or its two
+from lorax.tasks import kinds, metrics, sentences
+from lorax.tasks.data import Data
+from lorax.tasks.rows import Task, check_n_train, check_path, count
+from lorax.tasks.sentences import Texts
 
 
 class Subset(NamedTuple):
@@ -99,14 +96,14 @@ def report(subset: str, scores: ArrayLike, labels: ArrayLike) -> dict[str, float
     return metrics.glue(name, predictions, labels)
 
 
-def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Task:
+def load(config: Mapping[str, Any]) -> Data:
     """Trains on train.tsv (its first n_train examples), evaluates on dev.tsv, for MNLI on
     dev_matched.tsv; where MRPC is as Microsoft publishes it, on its test set.
 
     config: `subset` is a key of `SUBSETS`, case and dashes ignored; `path` the folder of that
         task, or the folder with all of them.
-    Rows are those of `encode`. Raises FileNotFoundError; ValueError naming the field, or the file
-    and the line.
+    Rows are those of `sentences.encode`. Raises FileNotFoundError; ValueError naming the field, or
+    the file and the line.
     """
     if not config.get("subset"):
         raise ValueError(
@@ -114,16 +111,27 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Tas
         )
     name = canonical(config["subset"])
     train_file, eval_file = _files(check_path(config, _expected(name)), name)
-    texts, labels, left_out = examples(train_file, name)
-    n = check_n_train(config.get("n_train"), len(texts))
-    train, cut = encode(texts[:n], labels[:n], vocabulary, seq_len)
-    note = f"{SUBSETS[name].folder}, {_note(n, 'train', train_file, left_out, cut, seq_len)}"
-    texts, labels, left_out = examples(eval_file, name)
-    evaluation, cut = encode(texts, labels, vocabulary, seq_len)
-    note += f", {_note(len(texts), 'eval', eval_file, left_out, cut, seq_len)}"
-    scores = functools.partial(report, name)
-    scored = {"outputs": outputs(name), "scores": scores, "kind": LABELLED}
-    return Task(config["name"], train, evaluation, note, **scored)
+    sets = {"train": (train_file, *examples(train_file, name))}
+    sets["eval"] = eval_file, *examples(eval_file, name)
+
+    def build(config, vocabulary, seq_len, base):
+        rows, notes = [], []
+        for what, (file, texts, labels, left_out) in sets.items():
+            n = check_n_train(config.get("n_train") if what == "train" else None, len(texts))
+            encoded, cut = sentences.encode(texts[:n], labels[:n], vocabulary, seq_len)
+            rows.append(encoded)
+            notes.append(_note(n, what, file, left_out, cut, seq_len))
+        note = f"{SUBSETS[name].folder}, {', '.join(notes)}"
+        scored = {"outputs": outputs(name), "scores": functools.partial(report, name)}
+        return Task(config["name"], *rows, note, kind=kinds.LABELLED, **scored)
+
+    return Data(kinds.LABELLED, build, shapes, ("group_by_length",), outputs(name))
+
+
+def shapes(config, lead, seq_len, base):
+    """Shapes of batches, of which only the label's depend on the subset; see `Data`."""
+    label = np.float32 if outputs(config["subset"]) == 1 else np.int32
+    return kinds.token_shapes(kinds.LABELLED, lead, seq_len, label=label)
 
 
 def examples(file: Path, subset: str) -> tuple[list[Texts], np.ndarray, int]:
@@ -170,50 +178,6 @@ def examples(file: Path, subset: str) -> tuple[list[Texts], np.ndarray, int]:
     if not texts:
         raise ValueError(f"{file}:{len(lines)}: no examples; expected one a line")
     return texts, np.array(labels, np.int32 if spec.labels else np.float32), left_out
-
-
-def encode(
-    texts: Sequence[Texts], labels: np.ndarray, vocabulary: Vocabulary, seq_len: int
-) -> tuple[Rows, int]:
-    """Rows that a classifier reads, and how many examples were cut to fit.
-
-    The tokenizer's own template joins the sentences ("<s> a </s></s> b </s>", "[CLS] a [SEP] b
-    [SEP]"). What is longer than seq_len loses tokens at the end of its sentences, the longer
-    first, as in Hugging Face's `truncation="longest_first"`.
-
-    Returns {"tokens": (N, seq_len) int32, padded with `vocabulary.pad`; "segments": (N, seq_len)
-    int32, 1 on tokens and 0 on padding; "types": (N, seq_len) int32, the tokenizer's type ids (0
-    and 1 for the two sentences of BERT, 0 for RoBERTa) and 0 on padding; "label": labels}.
-    Raises ValueError for a tokenizer without a template, where seq_len leaves no room, and for a
-    token that the model has no embedding for.
-    """
-    tokenizer = Tokenizer.from_str(vocabulary.tokenizer.to_str())  # a copy, to set it up
-    sentences = len(texts[0])
-    if tokenizer.encode(*["a"] * sentences).special_tokens_mask[:1] != [1]:
-        raise ValueError(
-            "tokenizer: it puts no special token in front of a text, and a classifier reads the "
-            "first token; set tokenizer.post_processor, as in BERT's or RoBERTa's tokenizer.json"
-        )
-    special = tokenizer.num_special_tokens_to_add(sentences == 2)
-    if seq_len < special + sentences:
-        raise ValueError(
-            f"train.seq_len: {seq_len} was given; it must be at least {special + sentences}: "
-            f"{special} special tokens and one for each sentence"
-        )
-    tokenizer.enable_truncation(seq_len, strategy="longest_first")
-    shape = (len(texts), seq_len)
-    tokens = np.full(shape, vocabulary.pad, np.int32)
-    segments, types = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    cut = 0
-    for start in range(0, len(texts), 10_000):  # encodings take far more memory than rows
-        batch = [pair if sentences == 2 else pair[0] for pair in texts[start : start + 10_000]]
-        for row, encoding in enumerate(tokenizer.encode_batch_fast(batch), start):
-            length = len(encoding.ids)
-            tokens[row, :length] = vocabulary.check(encoding.ids)
-            segments[row, :length] = 1
-            types[row, :length] = encoding.type_ids
-            cut += bool(encoding.overflowing)
-    return {"tokens": tokens, "segments": segments, "types": types, "label": labels}, cut
 
 
 def _plain(name: str) -> str:

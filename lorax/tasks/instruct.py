@@ -36,15 +36,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorax.tasks import records, templates
+from lorax.tasks import data, records, templates
+from lorax.tasks.data import Data
 from lorax.tasks.records import Record
 from lorax.tasks.rows import (
     END,
     Example,
-    Task,
     check_path,
     count,
-    encode_sets,
     group,
     pair,
 )
@@ -94,7 +93,7 @@ class Read(NamedTuple):
     unused: set[str]
 
 
-def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Task:
+def load(config: Mapping[str, Any], vocabulary: Vocabulary) -> Data:
     """Trains on train.jsonl of a folder (its first n_train records) and evaluates on eval.jsonl or
     test.jsonl beside it; of a single file the last 5% (at least one) are the evaluation set.
     Records whose answers are empty are left out. A prompt is an evaluation record up to its last
@@ -116,10 +115,9 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Tas
             "examples with an answer; at least one of each is needed"
         )
     prompts = group(_question(example, vocabulary) for example in evaluation)
-    task = encode_sets(config, vocabulary, seq_len, train, evaluation, prompts)
     note = f"; {count(empty)} without an answer left out" * bool(empty)
     note += f"; fields without a part in training: {', '.join(sorted(unused))}" * bool(unused)
-    return task._replace(note=task.note + note)
+    return data.examples(train, evaluation, prompts, note=note)
 
 
 def examples(

@@ -23,14 +23,16 @@ Evaluation rows are without noise: their loss is the distance to the truth.
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lorax import intercept, ops, tree
 from lorax.errors import nearest
 from lorax.models import Base
-from lorax.tasks.kinds import ARRAYS
-from lorax.tasks.rows import Rows, Task, check_n_train, count
+from lorax.tasks import kinds
+from lorax.tasks.data import Data, arrays
+from lorax.tasks.rows import check_n_train, count
 
 #: singular values of a planted update of rank r, before it is scaled to its norm
 SPECTRA = {
@@ -41,7 +43,7 @@ SPECTRA = {
 EVAL_ROWS = 1024
 
 
-def load(config: Mapping[str, Any], base: Base) -> Task:
+def load(config: Mapping[str, Any], base: Base) -> Data:
     """The task that `config` plants in `base`, a function of the two alone.
 
     config: `rank` (of every dW*, or a tuple with one for each kernel, 0 for none; None: full),
@@ -97,13 +99,8 @@ def load(config: Mapping[str, Any], base: Base) -> Task:
     label = (right + noise).astype(np.float32)
 
     n_train = check_n_train(config.get("n_train"), examples)
-    cut = lambda part: {
-        "inputs": images[part],
-        "label": label[part],
-        "weight": np.ones(len(label[part]), np.float32),
-    }
-    train: Rows = cut(slice(EVAL_ROWS, EVAL_ROWS + n_train))
-    evaluation: Rows = cut(slice(EVAL_ROWS))
+    cut = lambda part: (images[part], label[part])
+    train, evaluation = cut(slice(EVAL_ROWS, EVAL_ROWS + n_train)), cut(slice(EVAL_ROWS))
 
     # ------------------------------------------------------------------------------------ truth
     d = _dimension(base, inputs[EVAL_ROWS : EVAL_ROWS + n_train], right.shape[1])
@@ -123,8 +120,15 @@ def load(config: Mapping[str, Any], base: Base) -> Task:
         f"of what is planted; {count(n_train)} train rows, {count(EVAL_ROWS)} eval rows without "
         f"noise; seed {seed}"
     )
-    kind = ARRAYS._replace(scored=False)
-    return Task(config["name"], train, evaluation, note, facts=facts, kind=kind)
+    data = arrays(train, evaluation)
+    build = lambda *given: data.build(*given)._replace(note=note, facts=facts)
+    return data._replace(build=build)
+
+
+def shapes(config, lead, seq_len, base):
+    """Shapes of batches; see `Data`."""
+    sizes = base.input_shape, (base.traits.outputs,)
+    return kinds.array_shapes(lead, *(jax.ShapeDtypeStruct(size, np.float32) for size in sizes))
 
 
 def singular_values(spectrum: str, rank: int, norm: float) -> np.ndarray:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorax.tasks.rows import Task, encode_pairs, linearise
-from lorax.vocabulary import Vocabulary
+from lorax.tasks.data import Data, pairs
+from lorax.tasks.rows import linearise
 
 N_TRAIN, N_EVAL = 12_000, 512
 MEANINGS = 4_000  # distinct meaning representations among 12,000 train examples: three texts each
@@ -592,7 +592,7 @@ def stream(seed: int, split: str = "train") -> Iterator[tuple[str, str]]:
             yield pair
 
 
-def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Task:
+def load(config: Mapping[str, Any]) -> Data:
     """12,000 train examples (or n_train, which may be more) and 512 for evaluation, whose meaning
     representations are the prompts."""
     if config.get("path"):
@@ -605,4 +605,4 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Tas
     # As many as may have to be looked at, where some are too long.
     train = itertools.islice(stream(seed, "train"), max(n_train, N_TRAIN))
     evaluation = examples(N_EVAL, seed, "eval")
-    return encode_pairs(config, vocabulary, seq_len, train, evaluation)
+    return pairs(train, evaluation)

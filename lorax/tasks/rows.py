@@ -34,15 +34,17 @@ class Task(NamedTuple):
         column 0 and on the first token of an example. Packed train rows have "segments" too:
         (N, seq_len + 1) int32, the examples of a row counted from 1, 0 on padding; a token sees
         its own segment alone, and its position counts from the segment's start. Rows of a text
-        classifier are `glue.encode`'s.
+        classifier are `sentences.encode`'s.
         Rows of an array task: {"inputs": (N, ...) uint8, pixels that the device scales to [0, 1],
         or float32 as they are; "label": (N,) int32, a class, or (N, k) float32, values; "weight":
         (N,) float32, ones, so that zero rows that fill up a batch do not count}.
     note: one line for the terminal: counts, and what was dropped and why.
     prompts: what to generate from and score; () where a task has nothing to generate.
-    outputs: how many a classifier has; 0 for language models and where labels are values.
-    scores: of a classifier: (outputs (N, k) float, labels (N,)) -> {metric: float}.
+    outputs: how many outputs the model has for a row; 0 for language models.
+    scores: of these: (outputs (N, k) float, labels (N,)) -> {metric: float}.
     lengths: (N,) int64, the columns that each train row needs, where batches are grouped by them.
+    text_scores: of texts that complete the prompts: (texts (N,), references (N,)) -> {metric:
+        float}; None: `metrics.text_scores`.
     facts: of a generated task: {name: value} of what was put into it; the members' lines have them.
     kind: of the rows, what the engine asks of them.
     """
@@ -57,6 +59,7 @@ class Task(NamedTuple):
     lengths: np.ndarray | None = None
     facts: Mapping[str, Any] = MappingProxyType({})
     kind: Kind = TEXTS
+    text_scores: Callable | None = None
 
 
 def count(n: int) -> str:
@@ -233,6 +236,33 @@ def _tokens(
             ids += piece
             targets += [target] * len(piece)
         yield ids, targets
+
+
+def pack(
+    texts: Iterable[str], vocabulary: Vocabulary, seq_len: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """(tokens, mask), each (N, seq_len + 1), of texts laid end to end, and the tokens in all.
+
+    Each row begins with the last token of the row before it, so that every token but the very first
+    is predicted once; the tokens left over at the end are dropped. The end token parts the texts,
+    each of which begins with the vocabulary's start, which is no target.
+    """
+    texts = list(texts)
+    encoded = encode_texts(texts, vocabulary)
+    ids, targets = [], []
+    for i, text in enumerate(texts):
+        for piece, target in (
+            ([vocabulary.end] * (i > 0), 1.0),
+            (vocabulary.start, 0.0),
+            (encoded[text], 1.0),
+        ):
+            ids += piece
+            targets += [target] * len(piece)
+    rows = max(len(ids) - 1, 0) // seq_len
+    at = np.arange(rows)[:, None] * seq_len + np.arange(seq_len + 1)[None, :]
+    tokens, mask = np.array(ids, np.int32)[at], np.array(targets, np.float32)[at]
+    mask[:, 0] = 0.0
+    return tokens, mask, len(ids)
 
 
 def encode_sets(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lorax.tasks import records
-from lorax.tasks.rows import Task, check_path, count, encode_pairs
-from lorax.vocabulary import Vocabulary
+from lorax.tasks.data import Data, pairs
+from lorax.tasks.rows import check_path, count
 
 FILES = {"train": "train.json", "eval": "val.json", "test": "test.json"}
 EXPECTED = "a folder with SAMSum's train.json and val.json in it"
@@ -34,7 +34,7 @@ def examples(path: str | Path, split: str) -> tuple[list[tuple[str, str]], int]:
     return pairs, len(found) - len(pairs)
 
 
-def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Task:
+def load(config: Mapping[str, Any]) -> Data:
     """Trains on train.json (its first n_train dialogues), evaluates on val.json; the prompts are
     those of test.json where it is there."""
     path = check_path(config, EXPECTED)
@@ -44,7 +44,7 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Tas
         prompts, _ = examples(path, "test")
     except FileNotFoundError:
         prompts = evaluation
-    task = encode_pairs(config, vocabulary, seq_len, train, evaluation, prompts)
-    if empty + empty_eval:
-        task = task._replace(note=f"{task.note}; {count(empty + empty_eval)} empty ones left out")
-    return task
+    left_out = empty + empty_eval
+    return pairs(
+        train, evaluation, prompts, note=f"; {count(left_out)} empty ones left out" * bool(left_out)
+    )

@@ -1,11 +1,70 @@
 """The scores of a task: of a model's outputs, and of the texts that it writes."""
 
-from collections.abc import Callable, Sequence
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from lorax import outside
 from lorax.tasks import metrics
 from lorax.tasks.rows import Task
+
+RESERVED = ("loss", "member", "step", "split", "grad_norm")  # other fields of metrics.jsonl
+
+
+class Metric(NamedTuple):
+    """A metric of a task function. names: of the scores that it gives, in order.
+
+    Called with (outputs, labels) or (texts, references) it gives {name: float}, nan where an output
+    is not finite: a model that has diverged predicts nothing.
+    """
+
+    function: Callable
+    names: tuple[str, ...]
+
+    def __call__(self, given, right) -> dict[str, float]:
+        if isinstance(given, np.ndarray) and not np.isfinite(given).all():
+            return dict.fromkeys(self.names, math.nan)
+        values = _values(self.function, given, right)
+        if tuple(values) != self.names:
+            raise ValueError(
+                f"{_place(self.function)}: gives {', '.join(values)} now and "
+                f"{', '.join(self.names)} before; expected the same names every time"
+            )
+        return values
+
+
+def rehearsed(function: Callable, given, right) -> Metric:
+    """A `Metric`, after trying it. Raises ValueError, with the line of its file, where it fails or
+    returns anything but a number or {name: number}."""
+    if not callable(function):
+        raise ValueError(f"metric: {function!r} was given; expected a function of two arguments")
+    return Metric(function, tuple(_values(function, given, right)))
+
+
+def _values(function: Callable, given, right) -> dict[str, float]:
+    value = outside.call(function, given, right, field=_place(function))
+    name = getattr(function, "__name__", "metric")
+    found = value if isinstance(value, Mapping) else {name.strip("<>"): value}
+    for key, number in found.items():
+        if not isinstance(key, str) or not key or key in RESERVED:
+            raise ValueError(f"{_place(function)}: {key!r} can't be the name of a score")
+        if not isinstance(number, numbers.Real) and np.ndim(number) != 0:
+            raise ValueError(
+                f"{_place(function)}: returns {value!r}; expected a number or {{name: number}}"
+            )
+    try:
+        return {key: float(number) for key, number in found.items()}
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{_place(function)}: returns {value!r}; expected a number or {{name: number}}"
+        ) from None
+
+
+def _place(function: Callable) -> str:
+    return f"metric {getattr(function, '__name__', function)!s}"
 
 
 def of_members(task: Task, outputs, m: int) -> dict[str, np.ndarray]:
@@ -25,7 +84,10 @@ def of_texts(
     references: Sequence[Sequence[str]],
     say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, float]:
-    """{metric: value} of texts that complete the task's prompts; see `metrics.text_scores`."""
+    """{metric: value} of texts that complete the task's prompts: by its own metric, or else those
+    of `metrics.text_scores`, which says which it can't compute."""
+    if task.text_scores is not None:
+        return task.text_scores(texts, references)
     return metrics.text_scores(texts, references, say)
 
 
@@ -36,5 +98,6 @@ def names(task: Task, generates: bool) -> list[str]:
         rows = np.zeros((1, 1, len(task.eval["label"]), task.outputs), np.float32)
         found += of_members(task, rows, 1)
     if generates:
-        found += of_texts(task, ["a"], [("a",)])
+        prompt = task.prompts[0]
+        found += of_texts(task, [prompt.references[0]], [prompt.references])
     return found

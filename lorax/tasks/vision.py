@@ -11,19 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from lorax.interop.tensors import read_npz
-from lorax.models import Base
-from lorax.tasks.kinds import ARRAYS
-from lorax.tasks.rows import Rows, Task, check_n_train, check_path, count
+from lorax.tasks import kinds
+from lorax.tasks.data import Data, accuracy, arrays
+from lorax.tasks.rows import check_path, count
 
 CLASSES = 10
 EXPECTED = "MNIST as Keras has it, mnist.npz with x_train, y_train, x_test and y_test"
 DIGITS_EVAL = 360  # of 1,797
 
 
-def mnist(config: Mapping[str, Any], base: Base) -> Task:
+def mnist(config: Mapping[str, Any]) -> Data:
     """Handwritten digits of 28 x 28 pixels (LeCun et al. 1998): 60,000 to train on, of which the
     first n_train, and 10,000 to evaluate.
 
@@ -34,10 +35,10 @@ def mnist(config: Mapping[str, Any], base: Base) -> Task:
     file = check_path(config, EXPECTED)
     x_train, y_train, x_test, y_test = read(file)
     train, evaluation = (x_train, y_train), (x_test, y_test)
-    return _task(config, base, train, evaluation, file.name)
+    return _arrays(config, train, evaluation, file.name)
 
 
-def digits(config: Mapping[str, Any], base: Base) -> Task:
+def digits(config: Mapping[str, Any]) -> Data:
     """The 1,797 digits of 8 x 8 pixels of scikit-learn (a part of UCI's "Optical Recognition of
     Handwritten Digits"): 1,437 to train on, of which the first n_train, and 360 to evaluate.
 
@@ -53,21 +54,7 @@ def digits(config: Mapping[str, Any], base: Base) -> Task:
     split = dict(test_size=DIGITS_EVAL, stratify=labels, random_state=0)
     train, evaluation = train_test_split(np.arange(len(labels)), **split)
     sets = ((images[index], labels[index]) for index in (train, evaluation))
-    return _task(config, base, *sets, "scikit-learn's digits")
-
-
-def report(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """{"accuracy": share of the images whose largest score is their class's, in [0, 1]}, nan where
-    a score is not finite: a model that has diverged does not predict class 0.
-
-    scores: (N, classes) float; labels: (N,) integers. Raises ValueError for other shapes.
-    """
-    scores = np.asarray(scores)
-    if scores.ndim != 2 or len(scores) != len(labels):
-        raise ValueError(f"scores: shape {scores.shape} was given for {len(labels)} labels")
-    if not np.isfinite(scores).all():
-        return {"accuracy": math.nan}
-    return {"accuracy": float(np.mean(scores.argmax(axis=1) == labels))}
+    return _arrays(config, *sets, "scikit-learn's digits")
 
 
 def permutation(pixels: int, seed: int) -> np.ndarray:
@@ -100,43 +87,19 @@ def read(file: Path) -> tuple[np.ndarray, ...]:
     return arrays
 
 
-def _task(config, base, train, evaluation, source: str) -> Task:
-    """The task of two sets of (images (N, height, width) uint8, labels (N,) integers)."""
-    shape = (*train[0].shape[1:], 1)
-    _check_fits(config["name"], base, shape)
-    n = check_n_train(config.get("n_train"), len(train[0]))
-    shuffle, seed = config.get("shuffle"), config.get("seed") or 0
-    order = permutation(math.prod(shape), seed) if shuffle else None
-    rows = [_rows(x, y, order) for x, y in ((train[0][:n], train[1][:n]), evaluation)]
-    note = f"{count(n)} train and {count(len(evaluation[0]))} eval images of {source}"
-    note += ", pixels shuffled" * (order is not None)
-    return Task(config["name"], *rows, note, outputs=CLASSES, scores=report, kind=ARRAYS)
+def _arrays(config, train, evaluation, source: str) -> Data:
+    """The data of two sets of (images (N, height, width) uint8, labels (N,) integers)."""
+    note = f" of {source}"
+    if config.get("shuffle"):
+        order = permutation(math.prod(train[0].shape[1:]), config.get("seed") or 0)
+        shuffled = lambda x: x.reshape(len(x), -1)[:, order].reshape(x.shape)
+        train, evaluation = ((shuffled(x), y) for x, y in (train, evaluation))
+        note += ", pixels shuffled"
+    train, evaluation = ((x[..., None], y) for x, y in (train, evaluation))
+    return arrays(train, evaluation, CLASSES, accuracy, note=note, what="images")
 
 
-def _rows(images: np.ndarray, labels: np.ndarray, order: np.ndarray | None) -> Rows:
-    if order is not None:
-        images = images.reshape(len(images), -1)[:, order].reshape(images.shape)
-    weight = np.ones(len(images), np.float32)
-    return {"inputs": images[..., None], "label": labels.astype(np.int32), "weight": weight}
-
-
-def _check_fits(name: str, base: Base, shape: tuple[int, int, int]) -> None:
-    """Raises ValueError where a base reads other images, or has another number of scores."""
-    reads, scores = base.input_shape, base.traits.outputs
-    # An MLP takes any image of as many values, which it lays in a row.
-    fits = reads == shape or (base.traits.flat and math.prod(reads) == math.prod(shape))
-    if not fits:
-        given = f"{reads[1]} values" if base.traits.flat else f"images of {_times(reads)}"
-        raise ValueError(
-            f"base: {base.name} ({base.family}) reads {given}; task {name!r} has images of "
-            f"{_times(shape)}, {math.prod(shape)} values"
-        )
-    if scores != CLASSES:
-        raise ValueError(
-            f"base: {base.name} ({base.family}) has {scores} scores; task {name!r} has "
-            f"{CLASSES} classes"
-        )
-
-
-def _times(shape) -> str:
-    return " x ".join(map(str, shape))
+def shapes(config, lead, seq_len, base):
+    """Shapes of batches; see `Data`."""
+    image = jax.ShapeDtypeStruct(base.input_shape, np.uint8)
+    return kinds.array_shapes(lead, image, jax.ShapeDtypeStruct((), np.int32))

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from lorax.tasks import records
+from lorax.tasks.data import Data, pairs
 from lorax.tasks.records import Record
-from lorax.tasks.rows import Task, check_path, encode_pairs, linearise
-from lorax.vocabulary import Vocabulary
+from lorax.tasks.rows import check_path, linearise
 
 SPLITS = {"train": "train", "eval": "dev"}
 EXPECTED = (
@@ -50,12 +50,12 @@ def examples(path: str | Path, split: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def load(config: Mapping[str, Any], vocabulary: Vocabulary, seq_len: int) -> Task:
+def load(config: Mapping[str, Any]) -> Data:
     """Trains on train.jsonl (its first n_train questions), evaluates on dev.jsonl, as the paper
     does; the prompts are those of dev.jsonl."""
     path = check_path(config, EXPECTED)
     train, evaluation = examples(path, "train"), examples(path, "eval")
-    return encode_pairs(config, vocabulary, seq_len, train, evaluation)
+    return pairs(train, evaluation)
 
 
 def _header(table: Record) -> list[str]:

@@ -2,7 +2,15 @@ from pathlib import Path
 
 import pytest
 from support import data
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from lorax import vocabulary as vocabularies
 from lorax.tasks import restaurants
@@ -46,3 +54,21 @@ def e2e_zip() -> Path:
 @pytest.fixture(scope="session")
 def stories() -> Path:
     return data("tinystories/tinystories_sample.txt")
+
+
+@pytest.fixture(scope="session")
+def bert() -> Vocabulary:
+    """BERT's kind: 400 lower-case word pieces, [CLS] a [SEP] b [SEP]."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    texts = (text for _, text in restaurants.examples(200, seed=0))
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return Vocabulary(tokenizer, (), (3,), 0)

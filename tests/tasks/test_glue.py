@@ -6,10 +6,14 @@ import re
 import numpy as np
 import pytest
 from support import data, require
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
 
-from lorax.tasks import glue, metrics, restaurants
+from lorax.tasks import glue, metrics, sentences
 from lorax.vocabulary import Vocabulary
+
+
+def load(config, vocabulary, seq_len):
+    return glue.load(config).build(config, vocabulary, seq_len, None)
 
 
 @pytest.fixture(scope="module")
@@ -23,24 +27,6 @@ def roberta() -> Vocabulary:
         ("</s>", end), ("<s>", start), add_prefix_space=False
     )
     return Vocabulary(tokenizer, (start,), (end,), pad)
-
-
-@pytest.fixture(scope="module")
-def bert() -> Vocabulary:
-    """BERT's kind: 400 lower-case word pieces, [CLS] a [SEP] b [SEP]."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-    texts = (text for _, text in restaurants.examples(200, seed=0))
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    return Vocabulary(tokenizer, (), (3,), 0)
 
 
 # -------------------------------------------------------------------------------------- files
@@ -177,7 +163,7 @@ def test_bad_file_names_file_and_line(subset, content, line, message, tmp_path, 
     write(tmp_path, subset, evaluation=content)
     file = tmp_path / glue.SUBSETS[subset].files[0][1]
     with pytest.raises(ValueError, match="^" + re.escape(f"{file}:{line}: {message}")):
-        glue.load({"name": "glue", "path": str(tmp_path), "subset": subset}, bert, 16)
+        load({"name": "glue", "path": str(tmp_path), "subset": subset}, bert, 16)
 
 
 # --------------------------------------------------------------------------------------- rows
@@ -190,12 +176,12 @@ def texts_for(sentences):
 
 
 @pytest.mark.parametrize("kind", ["roberta", "bert"])
-@pytest.mark.parametrize("sentences", [1, 2])
+@pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("seq_len", [9, 64])
-def test_rows_are_those_of_transformers(kind, sentences, seq_len, request):
+def test_rows_are_those_of_transformers(kind, n, seq_len, request):
     transformers, vocabulary = require("transformers"), request.getfixturevalue(kind)
-    texts, labels = texts_for(sentences), np.arange(40, dtype=np.int32)
-    rows, cut = glue.encode(texts, labels, vocabulary, seq_len)
+    texts, labels = texts_for(n), np.arange(40, dtype=np.int32)
+    rows, cut = sentences.encode(texts, labels, vocabulary, seq_len)
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(vocabulary.tokenizer.to_str()),
         pad_token=vocabulary.tokenizer.id_to_token(vocabulary.pad),
@@ -211,7 +197,7 @@ def test_rows_are_those_of_transformers(kind, sentences, seq_len, request):
     lengths = [len(ids) for ids in theirs(*columns)["input_ids"]]
     assert cut == sum(length > seq_len for length in lengths)
     assert (cut > 0) == (seq_len < 64)
-    assert rows["types"].any() == (kind == "bert" and sentences == 2)
+    assert rows["types"].any() == (kind == "bert" and n == 2)
     assert vocabulary.tokenizer.truncation is None  # still as it was
 
 
@@ -220,7 +206,9 @@ def test_templates_are_those_of_the_models(roberta, bert):
         (roberta, "<s> The Mill </s> </s> a garden </s> <pad> <pad>", "0000000000"),
         (bert, "[CLS] the mi ##ll [SEP] a garden [SEP] [PAD] [PAD]", "0000011100"),
     ):
-        rows, _ = glue.encode([("The Mill", "a garden")], np.zeros(1, np.int32), vocabulary, 10)
+        rows, _ = sentences.encode(
+            [("The Mill", "a garden")], np.zeros(1, np.int32), vocabulary, 10
+        )
         tokens = [vocabulary.tokenizer.id_to_token(i) for i in rows["tokens"][0]]
         assert " ".join(tokens).replace("Ġ", "") == expected
         assert "".join(map(str, rows["types"][0])) == types
@@ -229,8 +217,8 @@ def test_templates_are_those_of_the_models(roberta, bert):
 
 def test_many_rows_are_encoded_in_parts(bert):
     texts = [("pub " * (i % 7 + 1),) for i in range(10_003)]
-    rows, _ = glue.encode(texts, np.zeros(10_003, np.int32), bert, 16)
-    expected, _ = glue.encode(texts[:7], np.zeros(7, np.int32), bert, 16)
+    rows, _ = sentences.encode(texts, np.zeros(10_003, np.int32), bert, 16)
+    expected, _ = sentences.encode(texts[:7], np.zeros(7, np.int32), bert, 16)
     for key in ("tokens", "segments", "types"):
         np.testing.assert_array_equal(rows[key], expected[key][np.arange(10_003) % 7])
 
@@ -244,19 +232,19 @@ def test_tokenizer_without_a_first_token(template, tokenizer, vocabulary):
             single=template, special_tokens=[("</s>", copy.token_to_id("</s>"))]
         )
     with pytest.raises(ValueError, match=r"^tokenizer: it puts no special token in front of a te"):
-        glue.encode([("a b",)], np.zeros(1), vocabulary._replace(tokenizer=copy), 16)
+        sentences.encode([("a b",)], np.zeros(1), vocabulary._replace(tokenizer=copy), 16)
 
 
 def test_too_short_for_a_token_of_each_sentence(roberta):
     labels = np.zeros(1, np.int32)
     for texts, least, special in (([("a b",)], 3, 2), ([("a b", "c d e")], 6, 4)):
-        rows, cut = glue.encode(texts, labels, roberta, least)
+        rows, cut = sentences.encode(texts, labels, roberta, least)
         assert rows["segments"].all() and cut == 1
         message = (
             rf"^train\.seq_len: {least - 1} was given; it must be at least {least}: {special} spec"
         )
         with pytest.raises(ValueError, match=message):
-            glue.encode(texts, labels, roberta, least - 1)
+            sentences.encode(texts, labels, roberta, least - 1)
 
 
 # ------------------------------------------------------------------------------------ the task
@@ -268,10 +256,10 @@ def test_load(subset, bert, tmp_path):
     write(tmp_path / "GLUE" / spec.folder, subset)
     (tmp_path / "GLUE" / "other").mkdir()
     config = {"name": "glue", "path": str(tmp_path / "GLUE"), "n_train": 1, "seed": 0}
-    task = glue.load(config | {"subset": spec.folder}, bert, 64)
+    task = load(config | {"subset": spec.folder}, bert, 64)
     inner = config | {"path": str(tmp_path / "GLUE" / spec.folder), "subset": subset}
-    again = glue.load(inner, bert, 64)
-    expected, _ = glue.encode(texts, np.array(labels), bert, 64)
+    again = load(inner, bert, 64)
+    expected, _ = sentences.encode(texts, np.array(labels), bert, 64)
     for key, value in expected.items():
         np.testing.assert_array_equal(task.eval[key], value)
         np.testing.assert_array_equal(task.train[key], value[:1])
@@ -286,7 +274,7 @@ def test_load(subset, bert, tmp_path):
     assert task.scores(right, task.eval["label"]) == pytest.approx(
         dict.fromkeys(metrics.GLUE[subset], 1.0)
     )
-    note = glue.load(inner, bert, 6).note
+    note = load(inner, bert, 6).note
     assert re.search(r"1 train examples of train\.tsv \(.*1 cut at 6 tokens\), ", note)
 
 
@@ -294,18 +282,18 @@ def test_mrpc_as_microsoft_publishes_it(bert, tmp_path):
     config = {"name": "glue", "path": str(tmp_path), "subset": "mrpc"}
     one_more = TSV["mrpc"][0] + "1\t9\t4\tFour.\tFive.\r\n"
     write(tmp_path, "mrpc", one_more, files=glue.MRPC[1])
-    note = glue.load(config, bert, 64).note
+    note = load(config, bert, 64).note
     assert note == (
         "MRPC, 3 train examples of msr_paraphrase_train.txt, 2 eval examples of "
         "msr_paraphrase_test.txt"
     )
     write(tmp_path, "mrpc")  # GLUE's own split counts, where it is
-    assert "2 train examples of train.tsv" in glue.load(config, bert, 64).note
+    assert "2 train examples of train.tsv" in load(config, bert, 64).note
 
 
 def test_real_cola(roberta):
     config = {"name": "glue", "path": str(data("glue")), "subset": "CoLA", "n_train": 500}
-    task = glue.load(config, roberta, 24)
+    task = load(config, roberta, 24)
     assert task.train["tokens"].shape == (500, 24) and task.eval["tokens"].shape == (1043, 24)
     assert re.fullmatch(
         r"CoLA, 500 train examples of train\.tsv \(\d+ cut at 24 tokens\), 1,043 eval examples of "
@@ -349,9 +337,9 @@ def test_bad_settings(fields, error, message, bert, tmp_path):
     write(tmp_path, "cola")
     config = {"name": "glue", "path": str(tmp_path), "subset": "cola"} | fields
     with pytest.raises(error, match="^" + message):
-        glue.load(config, bert, 16)
+        load(config, bert, 16)
     with pytest.raises(FileNotFoundError, match=r"train\.tsv' has no train\.tsv and dev\.tsv; exp"):
-        glue.load(config | {"path": str(tmp_path / "train.tsv"), "subset": "cola"}, bert, 16)
+        load(config | {"path": str(tmp_path / "train.tsv"), "subset": "cola"}, bert, 16)
 
 
 # ------------------------------------------------------------------------------------- scores

@@ -35,7 +35,8 @@ def mlp(*widths, seed=0):
 
 def task(base, **changes):
     config = default().task.to_dict() | {"name": "planted", "rank": 2, "examples": 256}
-    return planted.load(config | changes, base)
+    config = config | changes
+    return planted.load(config, base).build(config, None, 1, base)
 
 
 def outputs(base, params, rows):

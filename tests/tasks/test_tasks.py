@@ -187,13 +187,10 @@ def test_registry_is_complete():
     modules = [
         pkgutil.resolve_name(f"lorax.tasks.{x.name}") for x in pkgutil.iter_modules(tasks.__path__)
     ]
-    with_tasks = {f"lorax.tasks.{name}" for name in tasks.TASKS}
-    with_tasks |= {load.__module__ for load in tasks.ARRAYS.values()}
-    helpers = {f"lorax.tasks.{name}" for name in ("metrics", "records", "rows")}
-    helpers |= {f"lorax.tasks.{name}" for name in ("batch_order", "kinds", "scores")}
-    helpers |= {f"lorax.tasks.{name}" for name in ("rendering", "templates")}
-    assert {x.__name__ for x in modules} == with_tasks | helpers
-    assert not {*tasks.TASKS} & {*tasks.ARRAYS}
+    with_tasks = {row.load.__module__ for row in tasks.TASKS.values()}
+    helpers = ("metrics", "records", "rows", "sentences", "rendering", "templates")
+    helpers += ("data", "table", "kinds", "scores", "subsets", "batch_order")
+    assert {x.__name__ for x in modules} == with_tasks | {f"lorax.tasks.{x}" for x in helpers}
 
 
 def test_unknown_task(vocabulary):
@@ -201,8 +198,7 @@ def test_unknown_task(vocabulary):
         tasks.build({**CONFIG, "name": "restaurant"}, vocabulary, 64, 8)
     assert str(error.value) == (
         "task.name: 'restaurant' is no task; there is "
-        f"{', '.join([*tasks.TASKS, *tasks.ARRAYS])}; "
-        "did you mean 'restaurants'?"
+        f"{', '.join(tasks.TASKS)}, or your own as FILE.py:function; did you mean 'restaurants'?"
     )
 
 

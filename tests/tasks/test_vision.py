@@ -128,13 +128,13 @@ def test_the_permutation_is_a_function_of_the_tasks_seed():
 # ------------------------------------------------------------------------------------------ scores
 
 
-def test_report_is_the_share_of_right_answers():
-    scores = np.eye(10)[[3, 1, 4, 1]]
-    assert vision.report(scores, np.array([3, 1, 4, 5])) == {"accuracy": 0.75}
-    scores[2, 7] = math.nan
-    assert math.isnan(vision.report(scores, np.array([3, 1, 4, 5]))["accuracy"])
-    with pytest.raises(ValueError, match=r"scores: shape \(4, 10\) was given for 3 labels"):
-        vision.report(scores, np.arange(3))
+def test_the_score_is_the_share_of_right_answers():
+    outputs, score = np.eye(10)[[3, 1, 4, 1]], build(DIGITS).scores
+    assert score(outputs, np.array([3, 1, 4, 5])) == {"accuracy": 0.75}
+    outputs[2, 7] = math.nan
+    assert math.isnan(score(outputs, np.array([3, 1, 4, 5]))["accuracy"])
+    with pytest.raises(ValueError, match=r"predictions \(4,\) and labels \(3,\) were given"):
+        score(np.eye(10)[[3, 1, 4, 1]], np.arange(3))
 
 
 # ------------------------------------------------------------------------------- what does not fit
@@ -149,7 +149,7 @@ def test_report_is_the_share_of_right_answers():
             r"images of 8 x 8 x 1, 64 values",
         ),
         ("mnist-fc", r"base: random:mnist-fc \(mlp\) reads 784 values; task 'digits' has .* 64"),
-        ("mlp-64-32-7", r"random:mlp-64-32-7 \(mlp\) has 7 scores; task 'digits' has 10 classes"),
+        ("mlp-64-32-7", r"random:mlp-64-32-7 \(mlp\) has 7 outputs; task 'digits' has 10 classes"),
     ],
 )
 def test_a_base_of_other_images(name, message):

@@ -1,4 +1,11 @@
-"""The adapted matrices of members: what they are called, and stacks of those that are alike."""
+"""The adapted matrices of members: what they are called, and stacks of those that are alike.
+
+Updates are {member: {path: Factors}}, and {member: {path: dW (in, out)}} of methods whose update
+has no factors. A "member" is any name: members of several runs, or adapters from elsewhere, go
+together as long as they call their layers by the same paths. kernels are the frozen (in, out)
+weights by path. Matrices of one shape go through the array functions together, over layers and
+members.
+"""
 
 import math
 import re
@@ -9,8 +16,7 @@ import numpy as np
 from lorax.interop.peft import Factors
 
 TOGETHER = 2**22  # numbers in a stack of matrices: 32 MB in float64
-
-Updates = Mapping[str, Factors | np.ndarray]  # of one member, by path
+Updates = Mapping[str, Factors] | Mapping[str, np.ndarray]  # of one member, by path
 SVDs = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]  # u, sigma, vt by path, thin
 
 
@@ -22,7 +28,6 @@ def layer_and_target(path: str) -> tuple[int, str]:
 
 
 def identity(member: Hashable, path: str) -> dict:
-    """The columns that say which matrix a row is about."""
     layer, target = layer_and_target(path)
     return {"member": member, "path": path, "layer": layer, "target": target}
 
@@ -48,18 +53,17 @@ def shape_of(update: Factors | np.ndarray) -> tuple[int, ...]:
 
 
 def stacked(updates: Sequence):
-    """Updates of one shape as the array functions take them: (a, b, s), or (..., in, out)."""
+    """Updates of one shape as what the array functions take: (a, b, s), or (..., in, out)."""
     if isinstance(updates[0], Factors):
         return tuple(np.stack([update[n] for update in updates]) for n in range(3))
     return np.stack(updates)
 
 
-def by_matrix(
-    updates: Mapping[Hashable, Updates], kernels: Mapping[str, np.ndarray] | None = None
-) -> dict[tuple[Hashable, str], Factors | np.ndarray]:
+def by_matrix(found: Mapping, dense: Mapping | None, kernels: Mapping | None = None) -> dict:
     """{(member, path): update}. KeyError or ValueError where the kernels do not fit them."""
+    members = {**found, **(dense or {})}
     every = {
-        (member, path): update for member, of in updates.items() for path, update in of.items()
+        (m, path): update for m, updates in members.items() for path, update in updates.items()
     }
     for (_, path), update in every.items() if kernels is not None else ():
         if path not in kernels:

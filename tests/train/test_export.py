@@ -1,6 +1,7 @@
-"""One save and one load for anything trained: PEFT's files where PEFT can, else lorax's own."""
+"""What a member leaves when it has finished: PEFT's files where PEFT can, and always its own."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import safetensors.numpy
 
 import lorax
-from lorax import adapters, tree
-from lorax.adapters import peft_methods
+from lorax import adapters, peft_methods, tree
 from lorax.interop import peft
+from lorax.tasks import kinds
+from lorax.train.export import export as export_member
 
 LORA = (peft.CONFIG, peft.WEIGHTS)
 OWN = ("method.json", "state.safetensors")
@@ -34,7 +36,9 @@ def finished(base, name, **hp):
 
 
 def export(directory, base, method, state):
-    return adapters.save(directory, adapters.from_training(base, method, state), "some/base")
+    member = SimpleNamespace(config=SimpleNamespace(base="some/base"), name="m")
+    task = SimpleNamespace(outputs=None, kind=kinds.TEXTS)
+    return export_member(directory, member, method, *state, base, task)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +108,7 @@ def test_no_fault_of_an_export_ends_a_run(name, where, base, tmp_path, monkeypat
 
 def test_low_rank_export_is_the_adapter_of_the_state(base):
     method, state = finished(base, "loha", rank=2)
-    adapter = adapters.factored(base, method, state)
+    adapter = adapters.exported(method, state, base)
     delta = method.delta(*state, base.params, base.sites)
     for i in (0, 1):
         a, b, s, _ = adapter.factors[f"h/{i}/attn/q"]

@@ -1,0 +1,439 @@
+"""What a task function returns: texts, pairs, labelled texts or arrays, with the task's metric.
+
+    pairs     prompts and completions; the loss is on the completions
+    texts     plain texts, packed into full rows
+    labelled  texts, or pairs of texts, each with a class or a value
+    arrays    arrays, each with a class or with values
+
+All of them take `train` and `eval`, which may be generators, and `metric`, a function of (outputs,
+labels) or, for pairs and texts, of (texts written, references). It returns a number, whose name is
+the function's, or {name: number}. Rows are made later, when tokenizer and base are there.
+"""
+
+import inspect
+import itertools
+import numbers
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lorax.errors import reason
+from lorax.tasks import kinds, metrics, rows, scores, sentences
+from lorax.tasks.kinds import Kind
+from lorax.tasks.rows import Example, Prompt, Task, check_n_train, count
+
+Pair = tuple[str, str]
+
+
+class DataError(ValueError):
+    """Something is wrong with what a task function gave; the message says where in it."""
+
+
+class Data(NamedTuple):
+    """The data of a task, before a tokenizer or a base is there.
+
+    kind: of its rows. build(config, vocabulary, seq_len, base) -> Task, config being `config.task`.
+    shapes(config, lead, seq_len, base) -> shapes of batches of its train rows, `lead` being the
+    axes in front of a row's. uses: settings among "packing" and "group_by_length" that apply.
+    outputs: of the head that an encoder is given for it, 0 for none.
+    """
+
+    kind: Kind
+    build: Callable[..., Task]
+    shapes: Callable[..., dict[str, jax.ShapeDtypeStruct]]
+    uses: tuple[str, ...] = ()
+    outputs: int = 0
+
+
+# -------------------------------------------------------------------------------------------- texts
+
+
+def pairs(
+    train: Iterable[Pair],
+    eval: Iterable[Pair],
+    prompts: Iterable[Pair] | None = None,
+    metric: Callable | None = None,
+    note: str = "",
+) -> Data:
+    """Prompts and completions, (prompt, completion) each, for a causal language model.
+
+    The loss is on the completions and their end tokens. Pairs of more than `train.seq_len` tokens
+    are dropped; `task.n_train` counts the others. prompts: what `eval.generate` completes, with
+    the reference of each; several of one prompt make several references; None: those of `eval`.
+    metric(texts, references): texts (N,) str as written, references (N,) tuples of str; None:
+    BLEU, NIST, ROUGE and METEOR. note: for the line that the task prints.
+    """
+    train, eval = _pairs(train, "train"), _pairs(eval, "eval")
+    prompts = eval if prompts is None else _pairs(prompts, "prompts")
+
+    def build(config, vocabulary, seq_len, base):
+        task = rows.encode_pairs(config, vocabulary, seq_len, train, eval, prompts)
+        return _scored_texts(task._replace(note=task.note + note), metric)
+
+    return Data(kinds.TEXTS, build, shapes_of_texts, ("packing", "group_by_length"))
+
+
+def examples(
+    train: Iterable[Example],
+    eval: Iterable[Example],
+    prompts: Sequence[Prompt],
+    metric: Callable | None = None,
+    note: str = "",
+) -> Data:
+    """`pairs` of more than two pieces: conversations. An example is a sequence of (text, whether it
+    is a target), `rows.END` standing for the end token."""
+
+    def build(config, vocabulary, seq_len, base):
+        task = rows.encode_sets(config, vocabulary, seq_len, train, eval, tuple(prompts))
+        return _scored_texts(task._replace(note=task.note + note), metric)
+
+    return Data(kinds.TEXTS, build, shapes_of_texts, ("packing", "group_by_length"))
+
+
+def texts(
+    train: Iterable[str],
+    eval: Iterable[str],
+    prompts: Iterable[Pair] = (),
+    metric: Callable | None = None,
+    note: str = "",
+) -> Data:
+    """Plain texts for a causal language model, packed into rows of `train.seq_len` + 1 tokens.
+
+    Each row begins with the last token of the row before it, so that every token is predicted once;
+    an end token parts two texts, and the tokens left over at the end are dropped. `task.n_train`
+    counts rows. prompts, metric: as for `pairs`.
+    """
+    train, eval = _checked(train, "train", _text), _checked(eval, "eval", _text)
+    prompts = _pairs(prompts, "prompts")
+    if metric is not None and not rows.group(prompts):
+        raise DataError("metric: given without prompts; it scores the texts that complete them")
+
+    def build(config, vocabulary, seq_len, base):
+        sets, words = [], []
+        for name, part in (("train", train), ("eval", eval)):
+            tokens, mask, total = rows.pack(part, vocabulary, seq_len)
+            if not len(tokens):
+                raise DataError(
+                    f"{name}: {count(total)} tokens were given; a row of {seq_len} needs "
+                    f"{count(seq_len + 1)}"
+                )
+            n = check_n_train(config.get("n_train"), len(tokens)) if name == "train" else None
+            sets.append({"tokens": tokens[:n], "mask": mask[:n]})
+            words.append(f"{count(len(tokens[:n]))} {name} rows of {count(total)} tokens")
+        task = Task(config["name"], *sets, ", ".join(words) + note, rows.group(prompts))
+        return _scored_texts(task, metric)
+
+    return Data(kinds.TEXTS, build, shapes_of_texts)
+
+
+def shapes_of_texts(config, lead, seq_len, base) -> dict[str, jax.ShapeDtypeStruct]:
+    """`Data.shapes` of texts of a language model."""
+    return kinds.token_shapes(kinds.TEXTS, lead, seq_len, bool(config.get("packing")))
+
+
+def _scored_texts(task: Task, metric: Callable | None) -> Task:
+    """The task with its metric for texts, which is tried on its references and on its prompts."""
+    if metric is None:
+        return task
+    few = task.prompts[:8]
+    references = [prompt.references for prompt in few]
+    tried = scores.rehearsed(metric, [texts[0] for texts in references], references)
+    tried([prompt.text for prompt in few], references)  # a model may write anything
+    return task._replace(text_scores=tried, note=f"{task.note}; {_names(tried)} of eval.generate")
+
+
+def labelled(
+    train: Iterable[tuple],
+    eval: Iterable[tuple],
+    classes: int | Sequence[str] | None = None,
+    metric: Callable | None = None,
+    note: str = "",
+) -> Data:
+    """Texts with a label for an encoder: (text, label) or ((text, text), label) each.
+
+    A label is a class, an int from 0 on or one of the words in `classes`, or a value, a float. What
+    is longer than `train.seq_len` tokens is cut. classes: how many there are, or their names; None:
+    the largest label says. metric(outputs, labels): outputs (N, classes) float, or (N, 1) of
+    values; labels (N,); None: the accuracy of classes, the Pearson correlation of values.
+    """
+    names = () if classes is None or isinstance(classes, int) else tuple(classes)
+    sets = {name: _labelled(part, name, names) for name, part in (("train", train), ("eval", eval))}
+    every = [label for _, labels in sets.values() for label in labels]
+    values = any(isinstance(label, float) for label in every)
+    dtype = np.float32 if values else np.int32
+    known = len(names) or classes or (1 if values else max(2, max(every) + 1))
+    outputs = 1 if values else known
+    if not values and not 0 <= min(every) <= max(every) < outputs:
+        raise DataError(
+            f"labels: {min(every)} to {max(every)} were given; expected classes 0 to {outputs - 1}"
+        )
+    metric = metric or (pearson if values else accuracy)
+
+    def build(config, vocabulary, seq_len, base):
+        n = check_n_train(config.get("n_train"), len(sets["train"][0]))
+        encoded, words = [], []
+        for name, m in (("train", n), ("eval", None)):
+            texts, labels = (part[:m] for part in sets[name])
+            found, cut = sentences.encode(texts, np.array(labels, dtype), vocabulary, seq_len)
+            encoded.append(found)
+            words.append(f"{count(len(texts))} {name} examples")
+            words[-1] += f" ({count(cut)} cut at {seq_len} tokens)" * bool(cut)
+        task = Task(config["name"], *encoded, ", ".join(words) + note, kind=kinds.LABELLED)
+        return _scored_outputs(task, metric, outputs)
+
+    def shapes(config, lead, seq_len, base):
+        return kinds.token_shapes(kinds.LABELLED, lead, seq_len, label=dtype)
+
+    return Data(kinds.LABELLED, build, shapes, ("group_by_length",), outputs)
+
+
+# ------------------------------------------------------------------------------------------- arrays
+
+
+def arrays(
+    train: tuple,
+    eval: tuple,
+    classes: int | None = None,
+    metric: Callable | None = None,
+    note: str = "",
+    what: str = "arrays",
+) -> Data:
+    """Arrays (x, y) for a base that reads arrays.
+
+    x: (N, ...) uint8, scaled to [0, 1] on the device, or float, as they are; a row must have the
+    shape that the base reads, or as many values where it reads a flat row. y: (N,) integers,
+    classes from 0 on, or float (N,) or (N, k), values. classes: how many; None: as many as the base
+    has outputs. metric(outputs, labels): outputs (N, k) float, labels as in y, values (N, k); None:
+    the accuracy of classes, nothing for values. what: a word for the arrays in messages.
+    """
+    sets = {name: _arrays(part, name) for name, part in (("train", train), ("eval", eval))}
+    (x, y), (x_eval, y_eval) = sets.values()
+    for i, (one, other) in enumerate(((x, x_eval), (y, y_eval))):
+        if one.shape[1:] != other.shape[1:] or one.dtype != other.dtype:
+            raise DataError(
+                f"{'xy'[i]}: train has {one.dtype} {one.shape}, eval {other.dtype} {other.shape}; "
+                "all but the first axis must be the same"
+            )
+    values = y.dtype == np.float32
+    metric = metric or (None if values else accuracy)
+
+    def build(config, vocabulary, seq_len, base):
+        n = check_n_train(config.get("n_train"), len(x))
+        shape = _row_shape(base, x.shape[1:], config["name"], what)
+        _check_outputs(base, sets, None if values else classes, config["name"])
+        made = [
+            {
+                "inputs": inputs.reshape(len(inputs), *shape),
+                "label": label,
+                "weight": np.ones(len(label), np.float32),
+            }
+            for inputs, label in ((x[:n], y[:n]), sets["eval"])
+        ]
+        line = f"{count(n)} train and {count(len(x_eval))} eval {what}{note}"
+        kind = kinds.ARRAYS._replace(scored=metric is not None)
+        task = Task(config["name"], *made, line, kind=kind)
+        return _scored_outputs(task, metric, base.traits.outputs)
+
+    def shapes(config, lead, seq_len, base):
+        row = lambda array, shape: jax.ShapeDtypeStruct(shape, array.dtype)
+        shape = _row_shape(base, x.shape[1:], config["name"], what)
+        return kinds.array_shapes(lead, row(x, shape), row(y, y.shape[1:]))
+
+    return Data(kinds.ARRAYS, build, shapes)
+
+
+def _arrays(part, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) as uint8 or float32, and as int32 (N,) or float32 (N, k)."""
+    if not isinstance(part, tuple | list) or len(part) != 2:
+        raise DataError(f"{name}: {_shown(part)} was given; expected (x, y), two arrays")
+    x, y = (np.asarray(array) for array in part)
+    if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
+        raise DataError(
+            f"{name}: x is {x.dtype}; expected uint8, which is scaled to [0, 1], or float"
+        )
+    whole = np.issubdtype(y.dtype, np.integer)
+    if not whole and not np.issubdtype(y.dtype, np.floating):
+        raise DataError(f"{name}: y is {y.dtype}; expected integers (classes) or float (values)")
+    if x.ndim < 2 or y.ndim not in ((1,) if whole else (1, 2)) or len(x) != len(y) or not len(x):
+        right = "(N,)" if whole else "(N,) or (N, k)"
+        raise DataError(
+            f"{name}: x has shape {x.shape} and y {y.shape}; expected (N, ...) and {right} of one "
+            "N, at least 1"
+        )
+    for letter, array in (("x", x), ("y", y)):
+        bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
+        if len(bad):
+            raise DataError(
+                f"{name}: {letter}[{bad[0]}] has NaN or infinity in it, as {count(len(bad))} of "
+                f"{count(len(array))} rows have; expected finite numbers"
+            )
+    x = x if x.dtype == np.uint8 else x.astype(np.float32)
+    return x, (y.astype(np.int32) if whole else y.astype(np.float32).reshape(len(y), -1))
+
+
+def _row_shape(base, shape: tuple[int, ...], name: str, what: str) -> tuple[int, ...]:
+    """The shape in which the base reads rows of `shape`: its own, or, where it lays a row flat, any
+    of three axes. Raises ValueError where it can't."""
+    reads, size = base.input_shape, int(np.prod(shape))
+    if base.traits.flat and size == int(np.prod(reads)):
+        return shape if len(shape) == 3 else reads
+    if reads in (shape, (*shape, 1)):
+        return reads
+    given = f"{np.prod(reads)} values" if base.traits.flat else f"{what} of {_times(reads)}"
+    raise ValueError(
+        f"base: {base.name} ({base.family}) reads {given}; task {name!r} has {what} of "
+        f"{_times(shape)}, {size} values"
+    )
+
+
+def _check_outputs(base, sets, classes: int | None, name: str) -> None:
+    """Raises ValueError where a base has another number of outputs than the labels need."""
+    outputs, (_, y) = base.traits.outputs or 0, sets["train"]
+    has = f"base: {base.name} ({base.family}) has {outputs} outputs; task {name!r} has"
+    if y.ndim == 2 and y.shape[1] != outputs:
+        raise ValueError(f"{has} {y.shape[1]} values a row")
+    if classes is not None and classes != outputs:
+        raise ValueError(f"{has} {classes} classes")
+    for part, (_, label) in sets.items():
+        if label.ndim == 1 and not 0 <= label.min() <= label.max() < (classes or outputs):
+            raise ValueError(
+                f"{has} labels from {label.min()} to {label.max()} in {part}; expected classes 0 "
+                f"to {(classes or outputs) - 1}"
+            )
+
+
+def _scored_outputs(task: Task, metric: Callable | None, outputs: int) -> Task:
+    """The task with its metric for outputs, which is tried on random ones."""
+    if metric is None:
+        return task._replace(outputs=outputs)
+    label = task.eval["label"]
+    drawn = np.random.default_rng(0).standard_normal((len(label), outputs)).astype(np.float32)
+    return task._replace(outputs=outputs, scores=scores.rehearsed(metric, drawn, label))
+
+
+def accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
+    """Share of the rows whose largest output is their class's."""
+    return metrics.accuracy(outputs.argmax(axis=1), labels)
+
+
+def pearson(outputs: np.ndarray, labels: np.ndarray) -> float:
+    """Pearson correlation of the values."""
+    return metrics.pearson(outputs[:, 0], labels)
+
+
+# ------------------------------------------------------------------------------------ what is given
+
+
+class Replayed:
+    """An iterable that can be iterated over again, also a generator; `check` sees every item once.
+
+    Raises ValueError with the line of the generator that fails, again at every later attempt.
+    """
+
+    def __init__(self, items: Iterable, check: Callable[[Any, int], Any]):
+        self.source, self.check = items, check
+        self.iterator: Iterator = iter(items)
+        self.seen: list = []
+        self.failed: Exception | None = None
+
+    def __iter__(self):
+        for i in itertools.count():
+            if i == len(self.seen):
+                if self.failed:
+                    raise self.failed
+                try:
+                    item = next(self.iterator)
+                except StopIteration:
+                    return
+                except Exception as error:
+                    self.failed = DataError(_line(self.source, error) + reason(error))
+                    raise self.failed from error
+                self.seen.append(self.check(item, i))
+            yield self.seen[i]
+
+
+def _line(source, error: Exception) -> str:
+    """ "FILE:LINE: " of a generator that has raised, "" for what is none."""
+    if not inspect.isgenerator(source):
+        return ""
+    file = source.gi_code.co_filename
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    return f"{file}:{lines[-1]}: " if lines else ""
+
+
+def _checked(items: Iterable, name: str, check: Callable[[Any, str], Any]) -> Replayed:
+    """The items, of which only the first has been looked at. Raises DataError without any."""
+    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+        raise DataError(f"{name}: {_shown(items)} was given; expected a list or a generator")
+    found = Replayed(items, lambda item, i: check(item, f"{name}[{i}]"))
+    if name != "prompts" and next(iter(found), None) is None:
+        raise DataError(f"{name}: nothing was given; at least one item is needed")
+    return found
+
+
+def _pairs(items: Iterable[Pair], name: str) -> Replayed:
+    return _checked(items, name, _pair)
+
+
+def _pair(item, place: str) -> Pair:
+    fine = isinstance(item, tuple | list) and len(item) == 2
+    if not fine or not all(isinstance(text, str) for text in item):
+        raise DataError(f"{place} is {_shown(item)}; expected (prompt, completion), two texts")
+    if not all(text.strip() for text in item):
+        raise DataError(f"{place} is {_shown(item)}; expected two texts that are not blank")
+    return tuple(item)
+
+
+def _text(item, place: str) -> str:
+    if not isinstance(item, str) or not item:
+        raise DataError(f"{place} is {_shown(item)}; expected a text")
+    return item
+
+
+def _labelled(items: Iterable, name: str, words: tuple[str, ...]) -> tuple[list, list]:
+    """(texts, labels): of each a tuple of one or two texts, and an int or float."""
+
+    def check(item, place):
+        fine = isinstance(item, tuple | list) and len(item) == 2
+        given = (item[0],) if fine and isinstance(item[0], str) else item[0] if fine else ()
+        texts = tuple(given) if isinstance(given, tuple | list) else ()
+        if len(texts) not in (1, 2) or not all(isinstance(x, str) and x.strip() for x in texts):
+            raise DataError(
+                f"{place} is {_shown(item)}; expected (text, label) or ((text, text), label)"
+            )
+        return texts, _label(item[1], place, words)
+
+    found = list(_checked(items, name, check))
+    texts, labels = ([item[i] for item in found] for i in (0, 1))
+    if len({len(x) for x in texts}) > 1:
+        raise DataError(f"{name}: some items have one text and some have two")
+    kinds_of = {type(label) for label in labels}
+    return texts, [float(label) for label in labels] if float in kinds_of else labels
+
+
+def _label(label, place: str, words: tuple[str, ...]) -> int | float:
+    if words:
+        if label not in words:
+            raise DataError(f"{place}: label {label!r}; expected one of {', '.join(words)}")
+        return words.index(label)
+    if isinstance(label, numbers.Integral) and not isinstance(label, bool | np.bool_):
+        return int(label)
+    if not isinstance(label, numbers.Real) or isinstance(label, bool) or not np.isfinite(label):
+        raise DataError(f"{place}: label {label!r}; expected a class (int) or a value (float)")
+    return float(label)
+
+
+def _names(metric: Callable) -> str:
+    return ", ".join(metric.names)
+
+
+def _times(shape) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _shown(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

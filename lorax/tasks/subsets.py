@@ -1,0 +1,63 @@
+"""Which rows of a task are used: for an evaluation, as prompts, by a member, and how wide."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lorax.tasks import kinds
+from lorax.tasks.rows import Prompt, Rows, Task, check_n_train
+
+QUARTERS = 4  # widths of batches of rows that are grouped by length
+
+
+def size(rows: Rows) -> int:
+    """How many rows there are."""
+    return len(next(iter(rows.values())))
+
+
+def spread(rows: Rows, n: int | None) -> Rows:
+    """At most n rows, evenly spaced from the first on: the same rows whatever the seed."""
+    index = _spaced(size(rows), n)
+    return {key: value[index] for key, value in rows.items()}
+
+
+def prompts(task: Task, n: int) -> tuple[Prompt, ...]:
+    """At most n of a task's prompts, evenly spaced as `spread` spaces rows: E2E's are sorted by
+    restaurant, and the first 64 of its 630 are about 5 of its 18."""
+    return tuple(task.prompts[i] for i in _spaced(len(task.prompts), n))
+
+
+def _spaced(total: int, n: int | None) -> np.ndarray:
+    n = total if n is None else min(n, total)
+    return np.arange(n) * total // max(n, 1)
+
+
+def train_size(settings: Mapping[str, Any], task: Task) -> int:
+    """How many train rows, from the first on, a member with `settings` as its config.task visits.
+
+    A task may hold more: the members of a sweep over n_train share it. Rows that are packed hold
+    the examples that n_train counts already. Raises ValueError where the task has fewer.
+    """
+    total = size(task.train)
+    return total if settings["packing"] else check_n_train(settings["n_train"], total)
+
+
+def train_examples(settings: Mapping[str, Any], task: Task) -> int:
+    """How many examples are in the rows of `train_size`: as many, but for rows that are packed."""
+    if "segments" in task.train and settings["packing"]:
+        return int(task.train["segments"].max(axis=1).sum())
+    return train_size(settings, task)
+
+
+def widths(task: Task) -> tuple[int | None, ...]:
+    """Columns that a batch of train rows may be cut to, ascending: all of them, and where rows are
+    grouped by length about three, two and one quarter, as far as any row is so short. A program is
+    compiled for each. (None,) for an array task."""
+    kind, whole = task.kind, kinds.columns(task.kind, task.train)
+    if task.lengths is None:
+        return (whole,)
+    cut = lambda part: kinds.eights((whole - kind.ahead) * part / QUARTERS) + kind.ahead
+    quarters = {cut(part) for part in range(1, QUARTERS)}
+    shortest = task.lengths.min()
+    return (*sorted(width for width in quarters if shortest <= width < whole), whole)

@@ -1,0 +1,239 @@
+"""The tasks there are, and a user's own: what is known before one is built, and building it.
+
+A task is a function that returns `lorax.tasks.data.Data`. lorax's own are in `TASKS`; a user's is
+named FILE.py:function in `config.task.name`.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from lorax import config as configs
+from lorax import outside
+from lorax.errors import nearest
+from lorax.models import Base
+from lorax.tasks import (
+    e2e,
+    glue,
+    instruct,
+    kinds,
+    planted,
+    restaurants,
+    samsum,
+    text,
+    vision,
+    wikisql,
+)
+from lorax.tasks.data import Data, DataError, shapes_of_texts
+from lorax.tasks.kinds import Kind
+from lorax.tasks.rows import Task, count
+from lorax.tasks.subsets import size, spread
+from lorax.vocabulary import Vocabulary
+
+
+class Row(NamedTuple):
+    """What is known of a task before its data is read; the last four are as in `Data`.
+
+    load: the function that returns `Data`, of any of config (`config.task`), vocabulary and base.
+    keys: those of `config.task` that it reads, among the keys that only some tasks have a use for.
+    """
+
+    load: Callable[..., Data]
+    kind: Kind
+    shapes: Callable[..., dict[str, jax.ShapeDtypeStruct]]
+    keys: tuple[str, ...] = ()
+    outputs: Callable[[Mapping[str, Any]], int] = lambda config: 0
+
+
+_PAIRS = kinds.TEXTS, shapes_of_texts, ("packing", "group_by_length")
+_PLANTED = ("rank", "spectrum", "strength", "noise", "inputs", "examples")
+
+TASKS = {
+    "restaurants": Row(restaurants.load, *_PAIRS),
+    "e2e": Row(e2e.load, *_PAIRS),
+    "wikisql": Row(wikisql.load, *_PAIRS),
+    "samsum": Row(samsum.load, *_PAIRS),
+    "instruct": Row(instruct.load, *_PAIRS[:2], (*_PAIRS[2], "template")),
+    "text": Row(text.load, kinds.TEXTS, shapes_of_texts),
+    "glue": Row(
+        glue.load,
+        kinds.LABELLED,
+        glue.shapes,
+        ("group_by_length", "subset"),
+        lambda config: glue.outputs(config["subset"]),
+    ),
+    "mnist": Row(vision.mnist, kinds.ARRAYS, vision.shapes, ("shuffle",)),
+    "digits": Row(vision.digits, kinds.ARRAYS, vision.shapes, ("shuffle",)),
+    "planted": Row(planted.load, kinds.ARRAYS, planted.shapes, _PLANTED),
+}
+#: {key of `config.task`: tasks that have a use for it} of those that not every task has.
+ONLY = {
+    key: tuple(name for name, row in TASKS.items() if key in row.keys)
+    for key in dict.fromkeys(key for row in TASKS.values() for key in row.keys)
+}
+_DEFAULTS = configs.default().task
+
+
+def row(config: Mapping[str, Any]) -> Row:
+    """The row of the task that `config` (`config.task`) names. A user's function is called for it.
+
+    Raises ValueError for a name that there is not, and what `ask` raises.
+    """
+    name = config["name"]
+    if outside.is_name(name):
+        data = ask(config)
+        keys = (*data.uses, *outside.takes(outside.resolve(name, "task.name")))
+        return Row(lambda: data, data.kind, data.shapes, keys, lambda config: data.outputs)
+    if not isinstance(name, str) or name not in TASKS:
+        hint = nearest(str(name), TASKS)
+        raise ValueError(
+            f"task.name: {name!r} is no task; there is {', '.join(TASKS)}, or your own as "
+            f"FILE.py:function{hint}"
+        )
+    return TASKS[name]
+
+
+def ask(config: Mapping[str, Any]) -> Data:
+    """What the user's function that `config` names returns, given the keys of `config.task` that it
+    takes; None in the config stands for the function's own default. Called once for the same
+    values. Raises ValueError, with file and line, where it fails or returns something else."""
+    name = config["name"]
+    function = outside.resolve(name, "task.name")
+    parameters, given = inspect.signature(function).parameters, {}
+    needed = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
+    for key in outside.takes(function):
+        if key not in _DEFAULTS:
+            if key in needed:
+                known = ", ".join(key for key in _DEFAULTS if key != "name")
+                raise ValueError(
+                    f"task.name: {name} takes {key!r}, which is no key of config.task "
+                    f"({known}){nearest(key, _DEFAULTS)}; give it a default"
+                )
+            continue
+        value = config.get(key, _DEFAULTS[key])
+        if value is None and key == "path" and key in needed:
+            raise ValueError(f"task.path: {name} reads one; none was given")
+        if value is not None or key in needed:
+            given[key] = tuple(value) if isinstance(value, list) else value
+    return _ask(function, name, tuple(given.items()))
+
+
+@functools.lru_cache(maxsize=4)
+def _ask(function: Callable, name: str, given: tuple[tuple[str, Any], ...]) -> Data:
+    data = outside.call(function, **dict(given), field="task.name")
+    if not isinstance(data, Data):
+        raise ValueError(
+            f"task.name: {name} returns {type(data).__name__}; expected what lorax.tasks.pairs, "
+            "texts, labelled or arrays returns"
+        )
+    return data
+
+
+def build(
+    config: Mapping[str, Any],
+    vocabulary: Vocabulary | None,
+    seq_len: int,
+    eval_examples: int | None = None,
+    base: Base | None = None,
+) -> Task:
+    """Makes the rows of the task that `config` names.
+
+    config: `name` (a key of `TASKS`, or FILE.py:function), and where there is something to say:
+        `path` (the file or folder that the task reads), `n_train` (None: all; else the first n
+        train examples, not counting those that are dropped), `seed` (int, of the data itself),
+        `packing` (True: several train examples a row), `group_by_length` (True: the task has
+        `lengths`; not with packing, whose rows are all full), and other keys of `config.task`.
+    vocabulary: of a text task, for which it is needed.
+    seq_len: tokens that a model reads at most; a row of a language model has one more. Longer
+        examples are dropped, or cut for a classifier. Columns that no row needs are left out.
+        Without meaning for an array task.
+    eval_examples: evaluation rows to keep, evenly spaced over the set (None: all). The prompts
+        stay as they are.
+    base: what an array task's rows must fit; a text task needs none.
+
+    Raises ValueError, or FileNotFoundError, naming the config field or the file and line at fault.
+    """
+    name, known = config["name"], row(config)
+    at_least_one = {"train.seq_len": seq_len, "eval.examples": eval_examples}
+    at_least_one["task.n_train"] = config.get("n_train")
+    for field, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{field}: {value} was given; it must be at least 1")
+    _check_keys(config, known)
+    if config.get("group_by_length") and config.get("packing"):
+        raise ValueError(
+            "task.group_by_length: True was given with task.packing, whose rows are all full; it "
+            "must be False there"
+        )
+    given = {"config": config, "vocabulary": vocabulary, "base": base}
+    data = known.load(**{key: given[key] for key in outside.takes(known.load)})
+    try:
+        task = data.build(config, vocabulary, seq_len, base)
+    except DataError as error:
+        raise ValueError(f"task.name: {name}: {error}") from error
+    trimmed = (kinds.trim(task.kind, rows) for rows in (task.train, task.eval))
+    task = task._replace(**dict(zip(("train", "eval"), trimmed, strict=True)))
+    kept, note = spread(task.eval, eval_examples), task.note
+    if size(kept) < size(task.eval):
+        note += f"; evaluates on {count(size(kept))} of these, evenly spaced"
+    task = task._replace(eval=kept, note=f"{name}: {note}")
+    if config.get("group_by_length"):
+        task = task._replace(lengths=kinds.lengths(task.kind, task.train))
+        share = task.lengths.mean() / kinds.columns(task.kind, task.train)
+        task = task._replace(note=f"{task.note}; rows are {share:.0%} full, grouped by length")
+    return task
+
+
+def _check_keys(config: Mapping[str, Any], known: Row) -> None:
+    """Raises ValueError for a key of `config.task` that was set and that the task does not read."""
+    name, own = config["name"], outside.is_name(config["name"])
+    for field in _DEFAULTS if own else ONLY:
+        value = config.get(field)
+        usual = field in ("name", "n_train", *known.keys) or value in (None, _DEFAULTS[field])
+        if not usual:
+            able = "it reads " + (", ".join(known.keys) or "none") if own else "only "
+            able += "" if own else ", ".join(ONLY[field])
+            raise ValueError(
+                f"task.{field}: {value!r} was given; task {name!r} has no use for it, {able}"
+            )
+
+
+def kind_of(config: Mapping[str, Any]) -> Kind:
+    """The kind of rows of the task that `config` names, which is not built."""
+    return row(config).kind
+
+
+def batch_shapes(
+    config: Mapping[str, Any], lead: tuple[int, ...], seq_len: int, base: Base
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of batches of the task's train rows, `lead` being the axes in front of a row's; rows
+    of tokens at their widest. The task is not built."""
+    return row(config).shapes(config, lead, seq_len, base)
+
+
+def outputs(config: Mapping[str, Any]) -> int:
+    """Outputs of the head that an encoder is given for the task; 0 where a base is taken as it is:
+    for a task that needs a language model, and for array tasks."""
+    return row(config).outputs(config)
+
+
+def check_base(config: Mapping[str, Any], base: Base, seq_len: int) -> None:
+    """Raises ValueError where a base is not of the kind that the task `config` names needs."""
+    name, kind, what = config["name"], row(config).kind, f"base: {base.name} ({base.family})"
+    if kind.reads == "arrays" and base.input_shape is None:
+        raise ValueError(
+            f"{what} reads tokens, and task {name!r} has arrays: it needs a base like "
+            "random:mnist-fc, random:mnist-lenet or random:mlp-64-32-10"
+        )
+    if kind.reads == "arrays":
+        return
+    if base.input_shape is not None:
+        raise ValueError(f"{what} reads images, and task {name!r} has texts: it needs another base")
+    if kind.causal and not base.causal:
+        raise ValueError(f"{what} is no causal model: {name}")
+    most = base.positions or seq_len
+    if seq_len > most:
+        raise ValueError(f"train.seq_len: {seq_len} given, {base.name} has {most} positions")
