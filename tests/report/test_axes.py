@@ -7,9 +7,8 @@ import pytest
 from reading import Page
 from synthetic import kernels, make_run, make_search
 
-from lorax import catalogue, report
+from lorax import config, report
 from lorax.analysis import figures, runs
-from lorax.config import OPTIONAL
 from lorax.report.pages import several_runs
 
 #: axis -> a value beside None, as members.jsonl has it
@@ -45,8 +44,8 @@ def swept(directory, axis, values, **more):
 
 
 def test_every_optional_axis_is_tried():
-    of_methods = {axis for axis in catalogue.SWEPT if catalogue.KEYS[axis].default is None}
-    assert set(VALUES) == of_methods | set(OPTIONAL)
+    defaults = config.flat(config.default())
+    assert set(VALUES) == {axis for axis, key in config.axes().items() if defaults[key] is None}
 
 
 @pytest.mark.parametrize("axis", VALUES)
