@@ -11,22 +11,26 @@ _FACE = {
     "merge": "lorax.methods",
     "apply": "lorax.intercept",
     "sites": "lorax.intercept",
+    "quantize": "lorax.models.quantised",
+    "dequantize": "lorax.models.quantised",
 }
-_MODULES = (
-    *("adapters", "analysis", "decode", "interop", "intercept", "leaves", "methods", "models"),
-    *("ops", "tasks", "train", "tree"),
-)
+_MODULES = {"runs": "lorax.analysis.runs"} | {
+    name: f"lorax.{name}"
+    for name in (
+        *("plan", "report", "run"),  # which can be called
+        *("adapters", "analysis", "config", "decode", "intercept", "interop", "leaves", "methods"),
+        *("models", "ops", "tasks", "train", "tree"),
+    )
+}
 
 
 def __getattr__(name):
     if name in _FACE:
         return getattr(importlib.import_module(_FACE[name]), name)
-    if name == "runs":
-        return importlib.import_module("lorax.analysis.runs")
     if name in _MODULES:
-        return importlib.import_module(f"lorax.{name}")
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'lorax' has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted([*globals(), *_FACE, *_MODULES, "runs"])
+    return sorted([*globals(), *_FACE, *_MODULES])

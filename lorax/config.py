@@ -100,6 +100,8 @@ def default() -> ConfigDict:
     c.analysis.cka = 0
     # Layers of the base that the report sets the updates against, evenly spread; None: all
     c.analysis.layers = config_dict.placeholder(int)
+    # Statistics of every update: functions of your own, or "FILE.py:function" (docs/analyses.md)
+    c.analysis.also = ()
 
     # The smallest dimension that is nearly as good as full fine-tuning, over sweep.dim
     c.search = ConfigDict()
@@ -190,6 +192,7 @@ REVISABLE = (
     "analysis.report",
     "analysis.cka",
     "analysis.layers",
+    "analysis.also",
     "train.memory_gb",
 )
 

@@ -5,9 +5,9 @@
         --prompts prompts.txt --beams 4 --no-repeat-ngram 4 --out texts.jsonl
 
 Several --adapter run side by side in one batch: every prompt is completed with each of them
-("base" stands for the bare model). Adapters are directories in PEFT's format: LoRA and DoRA, or
-one alone of any other method; or one alone in lorax's own format, where --method FILE names the
-Python file of a method that is not lorax's.
+("base" stands for the bare model). An adapter is a directory in PEFT's format or in lorax's own
+(a method of yours also needs --method FILE, the Python file that registers it), or a checkpoint of
+loralib (with --alpha). Only low-rank updates can share a batch; of other methods give one alone.
 """
 
 import argparse
@@ -61,7 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--base", required=True, help="shipped name, Hugging Face directory or Hub id")
-    add("--adapter", action="append", default=[], help="PEFT directory, or base; repeatable")
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        help="directory, checkpoint or base; repeatable",
+    )
+    add("--alpha", type=float, help="lora_alpha of loralib checkpoints")
     add("--method", metavar="FILE", help="Python file that registers the adapter's method")
     add("--prompt", action="append", default=[], help="a prompt; repeatable")
     add("--prompts", help='file of prompts: a line each, or .jsonl or .json with a "prompt" each')
@@ -154,19 +160,10 @@ def run(given, prompts: list[str]) -> list[dict]:
         catalogue.read(given.method)
     base = lorax.load(given.base, dtype=given.dtype)
     names = given.adapter or ["base"]
-    loaded = [None if name == "base" else load(name, base) for name in names]
+    loaded = [None if name == "base" else adapters.load(name, base, given.alpha) for name in names]
     jobs = [(prompt, row) for prompt in prompts for row in range(len(loaded))]
-    rows, first = None, loaded[0]
-    if len(loaded) > 1:
-        rows = [row for _, row in jobs]
-        others = [name for name, own in zip(names, loaded, strict=True) if isinstance(own, dict)]
-        if others:
-            raise ValueError(f"--adapter: {', '.join(others)} can't run beside others in a batch")
-        params = adapters.mixed(base, loaded, rows)
-    elif isinstance(first, adapters.Adapter):
-        params = adapters.bind(base, first)
-    else:
-        params = first or base.params
+    rows = [row for _, row in jobs] if len(loaded) > 1 else None
+    params = bound(base, names, loaded, rows)
     show = lambda done, total: print(f"{done} of {total} texts", file=sys.stderr, flush=True)
     texts = decode.complete(
         base, [prompt for prompt, _ in jobs], params, options,
@@ -178,27 +175,17 @@ def run(given, prompts: list[str]) -> list[dict]:
     ]
 
 
-def load(directory: str, base):
-    """The `Adapter` in a directory: PEFT's, or the one with the same update; for a method whose
-    update is not of low rank the base's parameters with it."""
-    from lorax import adapters, peft_methods, states
-    from lorax.interop import peft
-
-    if not (Path(directory) / peft.CONFIG).exists() and states.is_here(directory):
-        return _of_method(*states.load(directory, base), base)
-    config = peft.read_config(Path(directory) / peft.CONFIG)
-    adapters.check_task(base, config.get("task_type"), f"{Path(directory) / peft.CONFIG}: ")
-    if config.get("peft_type") == "LORA":
-        return peft.load(directory, base.sources)
-    return _of_method(*peft_methods.load(directory, base), base)
-
-
-def _of_method(method, state, base):
+def bound(base, names: list[str], loaded: list, rows: list[int] | None) -> dict:
+    """The base's parameters with what was loaded, `adapters.Trained` or None for the bare base;
+    for several of them those of a batch whose row i has number rows[i]."""
     from lorax import adapters
 
-    if method.factors is not None:
-        return adapters.exported(method, state, base)
-    return method.bind(*state, base.params, sites=base.sites)
+    if rows is None:
+        return base.params if loaded[0] is None else loaded[0].bind()
+    alone = [n for n, one in zip(names, loaded, strict=True) if one and one.adapter is None]
+    if alone:
+        raise ValueError(f"--adapter: {', '.join(alone)} can't run beside others in a batch")
+    return adapters.mixed(base, [one and one.adapter for one in loaded], rows)
 
 
 if __name__ == "__main__":

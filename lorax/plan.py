@@ -29,14 +29,20 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from absl import flags
+from ml_collections import ConfigDict
 
-from lorax import __version__, config, memory, run
+from lorax import __version__, command_line, config, memory, search
+from lorax.callable import make_callable
+from lorax.command_line import FLAGS
 from lorax.errors import fail, nearest
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("device", "h200,a100,tpu-v5p,cpu", "Devices to plan for, by name.")
-flags.DEFINE_bool("table", False, "Compare the field's models; needs no --config.")
-flags.DEFINE_bool("markdown", False, "Print tables as Markdown.")
+flags.DEFINE_string(
+    "device", "h200,a100,tpu-v5p,cpu", "Devices to plan for, by name.", flag_values=FLAGS
+)
+flags.DEFINE_bool(
+    "table", False, "Compare the field's models; needs no --config.", flag_values=FLAGS
+)
+flags.DEFINE_bool("markdown", False, "Print tables as Markdown.", flag_values=FLAGS)
 
 
 class Device(NamedTuple):
@@ -95,20 +101,52 @@ def main(argv: list[str]) -> int:
             print(f"lorax {__version__}: the field's models, from their shapes", flush=True)
             _show(tables(), FLAGS.markdown)
             return 0
-        settings, members, _ = run.read_command_line(argv)
+        settings, members, _ = command_line.read(argv)
         devices = FLAGS.device.split(",")
-        for name in devices:
-            if name not in DEVICES:
-                raise ValueError(
-                    f"--device: {name!r} is not one of {', '.join(DEVICES)}{nearest(name, DEVICES)}"
-                )
-        print(f"lorax {__version__}: {run.plan(settings, members)}", flush=True)
+        check_devices(devices)
+        print(f"lorax {__version__}: {command_line.summary(settings, members)}", flush=True)
         memory.check()
         for index, group in enumerate(config.grouped(members)):
             _show(describe(index, plan(group, devices), devices), FLAGS.markdown)
     except Exception as error:  # a config script may raise anything: one line to its author
         return fail(error)
     return 0
+
+
+def check_devices(names: Iterable[str]) -> None:
+    """Raises ValueError for a name that is not in `DEVICES`."""
+    for name in names:
+        if name not in DEVICES:
+            raise ValueError(
+                f"--device: {name!r} is not one of {', '.join(DEVICES)}{nearest(name, DEVICES)}"
+            )
+
+
+def plan_config(settings: ConfigDict, devices: str | Iterable[str] = ("cpu",)):
+    """What a config would take: a pandas DataFrame with a row per group of members and device.
+
+    group, method, base, members, parameters (of the base), trainable_params (of the largest
+    member); in bytes weights (shared), adapters, optimizer, gradients and activations of one member
+    and peak of all members side by side; then device and the fields of `OnDevice`. Activations,
+    peak and what is on a device are estimated, the rest is exact.
+
+    Raises ValueError or FileNotFoundError for a mistake in the config or a device.
+    """
+    import pandas as pd
+
+    devices = (devices,) if isinstance(devices, str) else tuple(devices)
+    check_devices(devices)
+    rows = []
+    for index, members in enumerate(config.grouped(search.members(settings))):
+        p, c = plan(members, devices), members[0].config
+        one, wide = p.at(1), p.at(p.width)
+        group = {"group": index, "method": c.method.name, "base": c.base, "members": p.members}
+        group |= {"parameters": p.parameters, "trainable_params": max(p.trainable)}
+        group |= {"weights": p.weights, "adapters": p.adapters, "optimizer": p.optimizer}
+        group |= {"gradients": p.gradients, "peak": p.peak(p.members, wide)}
+        group |= {"activations": int(max(one.temporaries - p.gradients, 0))}
+        rows += [group | {"device": name} | on_device(p, name)._asdict() for name in devices]
+    return pd.DataFrame(rows)
 
 
 # -------------------------------------------------------------------------------- one group's plan
@@ -289,7 +327,7 @@ def shapes(members):
 
 
 def _exported(stacked, base) -> float:
-    """How many numbers a member exports (`export.export`) for each that it trains: 1 for LoRA, more
+    """How many numbers a member exports (`adapters.save`) for each that it trains: 1 for LoRA, more
     where factors were not trained or a start is taken off the base. What methods without factors
     leave as well, the changes dW of weights and a copy for PEFT, is not counted."""
     import jax
@@ -510,8 +548,20 @@ def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
     return [what, Table(f"Group {index} on devices", columns, reached, note)]
 
 
-def _on_device(p: Plan, name: str) -> tuple[str, ...]:
-    """A device's row: what fits, and the roofline of a step of all members."""
+class OnDevice(NamedTuple):
+    """A group on a device. memory: bytes that a program may take. fit_side_by_side,
+    fit_one_at_a_time: members. compute_seconds, moving_seconds: of a step of all members, by a
+    roofline."""
+
+    memory: float
+    fit_side_by_side: int
+    fit_one_at_a_time: int
+    compute_seconds: float
+    moving_seconds: float
+
+
+def on_device(p: Plan, name: str) -> OnDevice:
+    """What fits on a device, and how long a step of all members takes there at least."""
     device, memory, cost, extra = DEVICES[name], memory_of(name), None, 0
     if name == "cpu" and p.cpu is not None:
         cost = p.cpu
@@ -520,11 +570,18 @@ def _on_device(p: Plan, name: str) -> tuple[str, ...]:
     cost = cost or p.at(max(1, min(p.width, most[0])))
     turns = p.members / cost.width
     compute = turns * (cost.half / device.half + cost.full / device.full)
-    moving = turns * cost.moved / device.bandwidth
+    return OnDevice(memory, *most, compute, turns * cost.moved / device.bandwidth)
+
+
+def _on_device(p: Plan, name: str) -> tuple[str, ...]:
+    """A device's row in words."""
+    on = on_device(p, name)
+    compute, moving = on.compute_seconds, on.moving_seconds
     least = f"{_seconds(max(compute, moving))} ({'compute' if compute > moving else 'memory'})"
+    most = on.fit_side_by_side, on.fit_one_at_a_time
     fit = [f"{x:,}" if most[1] else "none" for x in most]
     end = least if most[1] else "does not fit"
-    return name, _bytes(memory), *fit, _seconds(compute), _seconds(moving), end
+    return name, _bytes(on.memory), *fit, _seconds(compute), _seconds(moving), end
 
 
 def memory_of(name: str) -> float:
@@ -700,6 +757,8 @@ def _skeleton(name: str):
 
     return skeleton(f"random:{name}", param_dtype="bfloat16")
 
+
+make_callable(__name__, plan_config)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv))

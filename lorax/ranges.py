@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lorax.errors import nearest
+from lorax.outside import is_name
 
 FLOAT32_MAX, FLOAT32_MIN = 3.4028234e38, 1.1754944e-38  # the smallest of full precision
 BELOW_1 = 1 - 2**-24  # the largest
@@ -44,6 +45,11 @@ RULES = (
         _in("train", "warmup", "width", "memory_gb", "weight_decay", "clip", "lr")
         + _in("eval", "generate", "no_repeat_ngram")
         + ("analysis.cka",),
+    ),
+    Rule(
+        'must be functions of an update, or "FILE.py:function"',
+        lambda v: isinstance(v, tuple) and all(map(is_name, v)),
+        ("analysis.also",),
     ),
     Rule(
         "must not be negative, or None for all",

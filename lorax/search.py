@@ -206,6 +206,8 @@ def _check(settings: ConfigDict) -> None:
     all_are("lora_ranks", int, lambda v: v >= 1, "must be a tuple of integers of at least 1")
     for field in ("baseline_lr", "seeds", "lora_ranks"):
         need(field, len(set(search[field])) == len(search[field]), "a value stands twice")
+    if search.threshold and settings.analysis.also:
+        raise ValueError("analysis.also: a search's report shows no updates; leave it ()")
     if search.threshold:
         _check_sweep(settings, need)
 

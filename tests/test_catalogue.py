@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lorax import catalogue, config, methods, run
+from lorax import catalogue, config, methods, resume
 from lorax.files import write_json
 from lorax.interop.peft import matrices, tokens
 
@@ -44,12 +44,12 @@ def test_a_run_from_before_a_registration_continues(registry, tmp_path):
     write_json(tmp_path / "config.json", {"config": json.loads(before.to_json())})
     registered(gain=(1.0, PLAIN))
     now = config.default()
-    assert run.check_same_config(tmp_path, now) == []
+    assert resume.check_same_config(tmp_path, now) == []
     write_json(tmp_path / "config.json", {"config": json.loads(now.to_json())})
-    assert run.check_same_config(tmp_path, before) == []
+    assert resume.check_same_config(tmp_path, before) == []
     now.sweep.gain = (1.0,)
     with pytest.raises(ValueError, match="differs in sweep.gain"):
-        run.check_same_config(tmp_path, now)
+        resume.check_same_config(tmp_path, now)
 
 
 def test_the_default_is_that_of_every_run_before():

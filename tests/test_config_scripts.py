@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorax import run
+from lorax import command_line
 
 ROOT = Path(__file__).parents[1]
 HEAD = "from lorax.config import default\ndef get_config(arg=None):\n    c = default()\n"
@@ -49,4 +49,4 @@ IGNORING = {"gpt2_rank_sweep", "methods_compare", "intrinsic_dimension_digits"}
 
 @pytest.mark.parametrize("script", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_a_script_that_ignores_its_argument_is_known(script):
-    assert run.ignores_argument(str(script)) == (script.stem in IGNORING)
+    assert command_line.ignores_argument(str(script)) == (script.stem in IGNORING)

@@ -14,7 +14,8 @@ from quick import jit
 from support import data, require
 
 import lorax
-from lorax import adapters, convert, ops, peft_methods, quant, tree
+from lorax import adapters, convert, ops, quant, tree
+from lorax.adapters import peft_methods
 from lorax.analysis import factor_svd
 from lorax.interop import hf, loralib, peft
 from lorax.interop.peft import Adapter, Factors
@@ -256,8 +257,8 @@ def test_virtual_tokens_are_shown_and_not_merged(other, base, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
-        ("ia3", "show {own}", "--base: needed to read .*ia3, which is IA3"),
-        ("ia3", "show {own} --alpha 3 --base {base}", "--alpha: .* says itself"),
+        ("ia3", "show {own}", "base: needed to read .*ia3, which is IA3"),
+        ("ia3", "show {own} --alpha 3 --base {base}", "alpha: .* says itself"),
         ("ia3", "peft {own} {tmp}/out --base {base}", "ia3 is no update of low rank"),
         ("prefix", "peft {own} {tmp}/out --base {base}", "prefix is no update of low rank"),
     ],
@@ -380,13 +381,11 @@ def test_a_classifier_of_tokens_is_not_taken_for_one_of_texts(task, tmp_path, ca
         assert not (tmp_path / "out").exists()
 
 
-def test_generate_refuses_a_task_without_its_head(heads, tmp_path, capsys):
-    from lorax import generate
-
+def test_a_task_without_its_head_is_refused_on_a_loaded_base(heads, tmp_path):
     _, ours, module = heads["GPT2"]
     own = lora(tmp_path / "own", {module: (draw(2, 8), draw(8, 2))}, {"task_type": "SEQ_CLS"})
     with pytest.raises(ValueError, match="adapter_config.json: task_type 'SEQ_CLS'"):
-        generate.load(str(own), ours)
+        adapters.load(own, ours)
 
 
 def test_other_methods_are_refused_for_a_task_without_its_head(other, base, tmp_path, capsys):
@@ -615,8 +614,8 @@ def test_an_onto_without_sense_is_one_line(base, onto, words, coded, tmp_path, c
     [
         ("show {tmp}/nothing", "adapter_config.json: no such file"),
         ("show {tmp}/nothing.npz --alpha 3", "nothing.npz: no such file"),
-        ("show {tmp}/nothing.npz", "--alpha: .* does not say"),
-        ("show {adapter} --alpha 3", "--alpha: .* says itself"),
+        ("show {tmp}/nothing.npz", "alpha: .* does not say"),
+        ("show {adapter} --alpha 3", "alpha: .* says itself"),
         ("show {adapter} --base {tmp}/none", "no directory"),
         ("peft {adapter} {adapter} --base {base}", "is there already"),
         ("peft {tmp}/wide.npz {tmp}/out --alpha 3 --base {base}", "wide.npz: .*no such module"),

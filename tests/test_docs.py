@@ -86,12 +86,12 @@ def test_every_command_is_known():
 
 PARSE = """
 import json, os, sys
-from lorax import plan, run
+from lorax import command_line, plan, run
 for argv in json.load(sys.stdin):
     if not os.fork():
         sys.argv = argv
         try:
-            settings, members, workdir = run.read_command_line(argv)
+            settings, members, workdir = command_line.read(argv)
             print("ok", len(members), workdir)
         except Exception as error:
             print("failed", " ".join(str(error).split()))
@@ -114,8 +114,8 @@ def test_every_run_and_plan_is_a_config_with_members():
 
 SMALLER = """
 import sys
-from lorax import config, run
-settings, _, workdir = run.read_command_line(sys.argv)
+from lorax import command_line, run, rundir
+settings, _, workdir = command_line.read(sys.argv)
 with settings.unlocked():
     settings.train.update(steps=2, warmup=0, batch_size=4)
     settings.eval.update(every=2, examples=8, batch_size=8)
@@ -126,8 +126,8 @@ with settings.unlocked():
             settings.sweep[axis] = tuple(values[:2])
     for axis in ("steps", "batch_size"):
         settings.sweep[axis] = tuple(4 for _ in settings.sweep[axis][:1])
-workdir.mkdir(parents=True)
-sys.exit(run.run(settings, config.members(settings), workdir))
+run.run(settings, workdir)
+sys.exit(not rundir.has_finished(workdir))
 """
 #: Commands on the examples of docs/, which have tests of their own.
 EXAMPLE = re.compile(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import lorax
-from lorax import adapters, decode, generate, peft_methods
+from lorax import adapters, decode, generate
+from lorax.adapters import peft_methods
 from lorax.interop import peft
 
 PROMPTS = ["Near the river", "name = The Red Fox ; food = Thai =>", "Once upon a time", "The"]
@@ -30,7 +31,7 @@ def directories(base, tmp_path_factory):
         trainable = jax.tree.map(
             lambda x, rng=rng: rng.normal(0, 0.15, x.shape).astype(np.float32), state.trainable
         )
-        adapter = adapters.from_state(base, state._replace(trainable=trainable))
+        adapter = adapters.factored(base, method, state._replace(trainable=trainable))
         found.append(tmp_path_factory.mktemp("adapter") / str(seed))
         peft.save(found[-1], adapter, base.sources, "gpt2-nano")
     return found

@@ -16,14 +16,14 @@ ROOT = pathlib.Path(lorax.__file__).parent
 #: A module may import those to its left and its own package. What is not named here (the commands
 #: and what they show) stands on top: it may import anything, and nothing below may import it.
 LAYERS = (
-    {"errors", "fields", "files", "memory", "outside", "catalogue", "config", "rundir"}
+    {"callable", "errors", "fields", "files", "memory", "outside", "catalogue", "config", "rundir"}
     | {"ranges", "scales", "tree", "vocabulary", "xla"},
     {"ops", "interop"},
     {"leaves"},
     {"intercept"},
     {"losses"},
     {"quant", "methods", "models"},
-    {"adapters", "decode", "peft_methods", "states"},
+    {"adapters", "decode"},
     {"tasks"},
     {"train"},
 )

@@ -14,7 +14,8 @@ import pytest
 
 from lorax import config
 from lorax.analysis import runs, tables
-from lorax.run import formats, plan
+from lorax.command_line import summary
+from lorax.run import formats
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/gpt2_rank_sweep.py"
@@ -230,16 +231,17 @@ def test_help_shows_examples():
 
 def test_the_first_line_names_the_methods_that_are_trained():
     settings = config.default()
-    assert plan(settings, config.members(settings)).startswith("1 member (one setting) of lora on ")
+    line = summary(settings, config.members(settings))
+    assert line.startswith("1 member (one setting) of lora on ")
     settings.sweep.method, settings.sweep.rank = ("lora", "full", "lora"), (1, 8, 4)
     settings.sweep.zip = (("method", "rank"),)
-    assert "(3 points of (method, rank)) of lora, full on " in plan(
+    assert "(3 points of (method, rank)) of lora, full on " in summary(
         settings, config.members(settings)
     )
 
 
 def test_default_workdir_depends_on_the_overrides():
-    code = "import sys; from lorax import run; print(run.read_command_line(sys.argv)[2])"
+    code = "import sys; from lorax import command_line; print(command_line.read(sys.argv)[2])"
     ask = lambda *more: subprocess.run(
         [sys.executable, "-c", code, f"--config={CONFIG}", *more],
         cwd=ROOT, env=environment(), capture_output=True, text=True, check=True,
@@ -335,7 +337,7 @@ def test_methods_that_peft_has_leave_its_files_and_others_say_why(tmp_path):
         stored = {file.name for file in (tmp_path / "run/adapters" / member).iterdir()}
         assert stored == files
     assert (tmp_path / "run/report.html").stat().st_size
-    found, missing = tables.adapters(runs.load(tmp_path / "run"), (0, 1))
+    found, missing = tables.updates(runs.load(tmp_path / "run"), (0, 1))
     assert not found and "IA3" in missing[0] and "no such file" in missing[1]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorax import config, run, rundir
+from lorax import config, resume, rounds, rundir
 from lorax.files import write_json
 from lorax.train import prepare
 
@@ -171,14 +171,14 @@ def test_a_disk_without_room_is_refused_before_training(tmp_path, monkeypatch):
     scope = {}
     exec(STUDY, scope)
     groups = prepare.groups(config.members(scope["get_config"]()), lambda line: None)
-    run.check_disk(tmp_path, groups)
-    free = run.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: free)
+    rounds.check_disk(tmp_path, groups)
+    free = rounds.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(rounds.shutil, "disk_usage", lambda path: free)
     with pytest.raises(ValueError, match=r"needs 0.00 GB for checkpoints and adapters of 2 memb"):
-        run.check_disk(tmp_path, groups)
+        rounds.check_disk(tmp_path, groups)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/x").write_bytes(b"0" * 100_000)  # what is there is not written again
-    run.check_disk(tmp_path, groups)
+    rounds.check_disk(tmp_path, groups)
 
 
 def revised(tmp_path, state="finished", begun=True, **changes):
@@ -190,7 +190,7 @@ def revised(tmp_path, state="finished", begun=True, **changes):
     for key, value in changes.items():
         section, _, name = key.partition("__")
         c[section][name] = value
-    return run.check_same_config(tmp_path, c)
+    return resume.check_same_config(tmp_path, c)
 
 
 @pytest.mark.parametrize("key", config.REVISABLE)

@@ -47,10 +47,7 @@ for sweep in found:
     table["factor"] = (table["lr"] / lowest).round().astype(int)
     lora = table.index[table["method"] == "lora"]
     full = table.index[table["method"] == "full"]
-    _, ranks = tables.spectra(
-        {member: sweep.run.adapter(member) for member in lora},
-        {member: sweep.run.delta(member) for member in full},
-    )
+    _, ranks = tables.spectra({member: sweep.run.update(member) for member in [*lora, *full]})
     ranks = ranks[ranks["layer"] >= 0].rename(columns={"rank": "width"})  # full: min(in, out)
     fields = ["method", "way", "rank", "alpha", "lr", "factor", "seed", "final_loss"]
     ranks = ranks.merge(table[fields], left_on="member", right_index=True)
@@ -64,7 +61,7 @@ for sweep in found:
         rows.append(row | {name: sweeps.words(seeds_of(own, name), 1) for name in RANKS})
     rng, one = np.random.default_rng(0), sweep.run.delta(full[0])
     noise = {path: rng.standard_normal(one[path].shape) for path in ranks["path"].unique()}
-    noise = tables.spectra({}, {0: noise})[1][RANKS].mean()
+    noise = tables.spectra({0: noise})[1][RANKS].mean()
     row = {"": "Gaussian noise of these shapes", "r": "-", "lr": "-", "eval loss": "-"}
     sweeps.markdown([*rows, row | {name: f"{noise[name]:.1f}" for name in RANKS}])
 

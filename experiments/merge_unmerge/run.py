@@ -23,7 +23,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import lorax
-from lorax import adapters, methods, peft_methods, tree
+from lorax import adapters, methods, tree
+from lorax.adapters import peft_methods
 from lorax.analysis.figures.style import COLOURS, GREY, MARKERS, STYLE
 from lorax.interop import peft
 from lorax.models.load import ASSETS
@@ -99,7 +100,7 @@ def kept_bit_for_bit(base, method, state) -> bool | None:
     for a method that is no adapter of low rank, whose merge is a copy."""
     if method.factors is None:
         return None
-    merged = adapters.merge(base, adapters.exported(method, state, base))
+    merged = adapters.merge(base, adapters.factored(base, method, state))
     before, between, after = (
         tree.flatten(x) for x in (base.params, merged.params, adapters.unmerge(merged))
     )
@@ -182,7 +183,7 @@ def by_peft(base, method, state, directory, dtype) -> dict:
         if method.factors is None:
             peft_methods.save(out, method, state, base, directory)
         else:
-            adapter = adapters.exported(method, state, base)
+            adapter = adapters.factored(base, method, state)
             peft.save(out, adapter, base.sources, directory)
         model = PeftModel.from_pretrained(model, out)
         read = lambda: {

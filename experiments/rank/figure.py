@@ -61,7 +61,7 @@ for sweep in found:
 
     print(f"{sweep.size}: dW of the q, v members, mean over layers and seeds\n")
     pair = table[table["targets"] == "q v"]
-    _, ranked = tables.spectra({member: sweep.run.adapter(member) for member in pair.index})
+    _, ranked = tables.spectra({member: sweep.run.update(member) for member in pair.index})
     ranked["seed"] = ranked["member"].map(pair["seed"])
     rows = []
     for r, own in ranked.groupby("rank"):

@@ -18,7 +18,7 @@ from lorax.interop.peft import Factors
 METRICS = ("member", "step", "split", "loss")  # columns that every measurement has
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A run directory, read.
 
@@ -35,6 +35,33 @@ class Run:
     members: pd.DataFrame
     metrics: pd.DataFrame
     status: dict[str, Any]
+
+    def __repr__(self) -> str:
+        state = self.status.get("state", "state unknown")
+        methods = ", ".join(map(str, dict.fromkeys(self.members["method"])))
+        count = f"{len(self.members)} member{'s' * (len(self.members) != 1)}"
+        text = f"<Run {self.directory.resolve().name}: {state}, {count} ({methods})"
+        evals = self.metrics[(self.metrics["split"] == "eval") & (self.metrics["step"] > 0)]
+        last = evals.sort_values("step", kind="stable").groupby("member")["loss"].last().dropna()
+        if len(last):
+            best = last.idxmin()
+            text += f", best {self.members['name'][best]} with eval loss {last[best]:.4g}"
+        return text + ">"
+
+    def update(self, member: int) -> dict[str, Factors] | dict[str, np.ndarray]:
+        """The member's update by path ("h/0/attn/q"), whatever its method: `Factors` (a, b, s with
+        dW = s * a @ b) where it has them, else dW (in, out).
+
+        {} where nothing changed. FileNotFoundError where it left no update of weights, ValueError
+        that names a damaged file.
+        """
+        try:
+            return self.adapter(member)
+        except (FileNotFoundError, ValueError) as error:
+            try:
+                return self.delta(member)
+            except FileNotFoundError:
+                raise error from None
 
     def adapter(self, member: int) -> dict[str, Factors]:
         """The member's factors by path ("h/0/attn/q"). FileNotFoundError where it has none,

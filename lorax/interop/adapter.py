@@ -1,4 +1,8 @@
-"""What an adapter is, whatever file it came from: low-rank factors by layer, and whole weights."""
+"""What files of trained adapters hold, whatever their format: low-rank factors, or dense updates.
+
+`Adapter` and `Dense` answer the same questions: `updates` by layer, `notes` on what changes beside
+them, `idle`, and `facts` for a report.
+"""
 
 from typing import Any, NamedTuple
 
@@ -18,12 +22,12 @@ class Factors(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """What an adapter file holds.
+    """Low-rank factors, and parameters that were trained in full beside them.
 
-    factors: {path of a layer without "/kernel": Factors}, e.g. "h/0/attn/q".
-    weights: {path of a parameter with its layer: float32 array as we orient it}, of what was
-        trained in full: "h/0/attn/q/bias", "head/dense/kernel".
-    config: what the file says beside: base_model_name_or_path, task_type, ... Its
+    factors: {layer: Factors}, e.g. "h/0/attn/q", the path of its parameter without "/kernel".
+    weights: {parameter with its layer: float32 array as lorax orients it}, of what was trained in
+        full: "h/0/attn/q/bias", "head/dense/kernel".
+    config: the other fields of the file: base_model_name_or_path, task_type, ...
         "ensure_weight_tying" says whether an update of the embedding is one of a tied head as well;
         without that field it is.
     """
@@ -31,3 +35,73 @@ class Adapter(NamedTuple):
     factors: dict[str, Factors]
     weights: dict[str, np.ndarray]
     config: dict[str, Any]
+
+    @property
+    def updates(self) -> dict[str, Factors]:
+        """{layer: `Factors`}; of rank 0 where DoRA stores a layer's lengths alone."""
+        return self.factors
+
+    def notes(self) -> list[str]:
+        """What changes beside the updates, a line each."""
+        lengths = any(factors.m is not None for factors in self.factors.values())
+        notes = ["DoRA: the columns of w + dW are scaled as well, which is not in dW."] * lengths
+        return notes + [f"trained in full: {name} {_size(x)}" for name, x in self.weights.items()]
+
+    def idle(self) -> str:
+        """Why it changes nothing, "" if it changes something, or may."""
+        every = self.factors.values()
+        if self.weights or any(factors.m is not None for factors in every):
+            return ""
+        if all(factors.s == 0 for factors in every):
+            return "alpha is 0, which scales every update to 0"
+        if not any(factors.b.any() for factors in every):
+            return "every B is 0, as before the first step of a training"
+        moves = (a.any() and b.any() and s for a, b, s, _ in every)
+        return "" if any(moves) else "alpha, A or B of every layer is 0"
+
+    def facts(self) -> dict[str, Any]:
+        """{what a report calls it: value} of the file's config, None where it says nothing."""
+        return {
+            "Base": self.config.get("base_model_name_or_path"),
+            "Kind": "DoRA" if self.config.get("use_dora") else "LoRA",
+            "Task type": self.config.get("task_type"),
+            "α": self.config.get("lora_alpha"),
+            "rsLoRA": "yes" if self.config.get("use_rslora") else None,
+        }
+
+
+class Dense(NamedTuple):
+    """Updates of a method without low-rank factors.
+
+    method: its name. hp: its hyperparameters.
+    updates: {layer: dW (in, out) float32} of the matrices that it changes; {} for a method that is
+        no change of weights.
+    beside: {name: array} of the other parameters that it changes (biases, norms: their change), or
+        of what it trains where that is no change of weights (prefixes).
+    changes_weights: which of the two `beside` is.
+    """
+
+    method: str
+    hp: dict[str, Any]
+    updates: dict[str, np.ndarray]
+    beside: dict[str, np.ndarray] = {}
+    changes_weights: bool = True
+
+    def notes(self) -> list[str]:
+        """What changes beside the updates, a line each."""
+        words = "changed as well" if self.changes_weights else "no change of weights"
+        return [f"{words}: {name} {_size(x)}" for name, x in self.beside.items()]
+
+    def idle(self) -> str:
+        """Why it changes nothing, "" if it changes something, or may."""
+        moves = self.updates or any(change.any() for change in self.beside.values())
+        return "" if moves or not self.changes_weights else "every update is 0"
+
+    def facts(self) -> dict[str, Any]:
+        """{what a report calls it: value}."""
+        values = (f"{name}={x}" for name, x in self.hp.items() if x not in (None, []))
+        return {"Kind": self.method, "Hyperparameters": ", ".join(values)}
+
+
+def _size(x) -> str:
+    return " x ".join(map(str, x.shape)) or "1"

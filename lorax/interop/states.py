@@ -1,6 +1,10 @@
-"""The files of lorax's own format, which any method's training leaves (`lorax.states`).
+"""The files of lorax's own format, which the training of any method leaves.
 
-What can be read here needs neither the base nor the method.
+state.safetensors    its arrays, at trainable/path/name and constants/path/name
+method.json          its name and hyperparameters; for a user's method the file that registered it
+delta.safetensors    of a method that changes weights: {layer: dW (in, out) float32}
+
+What is read here needs neither the base nor the method; `lorax.adapters.states` has both.
 """
 
 import os
@@ -9,27 +13,46 @@ from pathlib import Path
 import numpy as np
 
 from lorax.files import read_json
-from lorax.interop.tensors import read_arrays
+from lorax.interop.adapter import Dense
+from lorax.interop.tensors import opened, read_arrays
 
 STATE, METHOD, DELTA = "state.safetensors", "method.json", "delta.safetensors"
 
 
+def is_here(directory: str | os.PathLike) -> bool:
+    """Whether a directory holds a trained method in this format."""
+    return (Path(directory) / METHOD).exists()
+
+
 def about(directory: str | os.PathLike) -> dict:
-    """method.json: name, hp {hyperparameter: value}, and of a user's method file.
+    """method.json: name, hp {hyperparameter: value}, and for a user's method file.
 
     Raises FileNotFoundError, ValueError that names the file for one that is damaged.
     """
     file = Path(directory) / METHOD
-    found = read_json(file)
-    if not isinstance(found.get("name"), str) or not isinstance(found.get("hp"), dict):
+    fields = read_json(file)
+    if not isinstance(fields.get("name"), str) or not isinstance(fields.get("hp"), dict):
         raise ValueError(f"{file}: must have the name and the hyperparameters (hp) of a method")
-    return found
+    return fields
 
 
 def deltas(directory: str | os.PathLike) -> dict[str, np.ndarray]:
     """{layer: dW (in, out) float32} of every matrix that was changed.
 
-    Raises FileNotFoundError where there are none: of methods that are no change of weights.
+    Raises FileNotFoundError where there are none: for a method that is no change of weights.
     ValueError that names a damaged file.
     """
     return read_arrays(Path(directory) / DELTA)
+
+
+def read(directory: str | os.PathLike) -> Dense:
+    """The dense updates that were stored. Raises as `about` and `deltas`."""
+    fields = about(directory)
+    return Dense(fields["name"], fields["hp"], deltas(directory))
+
+
+def classes(directory: str | os.PathLike) -> int | None:
+    """Classes that a trained classifier's head tells apart, None without one."""
+    with opened(Path(directory) / STATE) as stored:
+        name = "trainable/head/out/kernel/w"
+        return stored.get_slice(name).get_shape()[-1] if name in stored.keys() else None

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from lorax import rundir
 from lorax.analysis import runs
 from lorax.errors import nearest
+from lorax.interop import reading
 from lorax.report import bases, page
 from lorax.report.pages import adapters, one_run, several_runs
 
@@ -48,6 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="how many of the base's layers the updates are set against, evenly spread (all); each "
         "of their matrices is decomposed once, which takes long where they are wide",
     )
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="FILE.py:function",
+        help="a statistic of every update, a function of your own; may be repeated",
+    )
     given = parser.parse_args(arguments)
     if page.CONSOLE.is_terminal:
         words = f"taking {' and '.join(given.what)} apart"
@@ -61,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = say
-            print(write(given.what, given.base, given.out, given.alpha, given.layers))
+            options = (given.base, given.out, given.alpha, given.layers, given.also)
+            print(write(given.what, *options))
     except (FileNotFoundError, ValueError) as error:
         return _fail(error, 2)
     except (OSError, MemoryError) as error:
@@ -75,6 +84,7 @@ def write(
     out: str | None = None,
     alpha: float | None = None,
     layers: int | None = None,
+    also: Sequence[str] = (),
 ) -> pathlib.Path:
     """The report of what is named; the path of its page. The arguments are the command line's.
 
@@ -87,7 +97,7 @@ def write(
         listed = ", ".join(f"{name} is {of}" for name, of in sorts.items())
         raise ValueError(f"{listed}: give runs or adapters, not both")
     if ADAPTER in sorts.values():
-        return adapters.write(what, base, out, alpha, layers)
+        return adapters.write(what, base, out, alpha, layers, also)
     if alpha is not None:
         raise ValueError("--alpha is for loralib's checkpoints; a run's adapters have their scale")
     if len(what) > 1:
@@ -95,12 +105,14 @@ def write(
             raise ValueError("--layers is for adapters or one run; to compare runs needs no base")
         if base is not None:
             raise ValueError("--base is for adapters or one run; to compare runs needs no base")
+        if also:
+            raise ValueError("--also is for adapters or one run; name one of these runs")
         return several_runs.write(what, out)
     if out is not None:
         raise ValueError(f"--out: the report of one run goes into it, here {what[0]}")
     config = runs.load(what[0]).config
     kernels = bases.of_config(config) if base is None else (bases.load(base), "")
-    return one_run.write(what[0], *kernels, layers, base)
+    return one_run.write(what[0], *kernels, layers, base, also)
 
 
 def sort(name: str) -> str:
@@ -112,7 +124,7 @@ def sort(name: str) -> str:
     if not path.exists():
         near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileNotFoundError(f"{name}: no such run directory or adapter{nearest(name, near)}")
-    if adapters.is_adapter(path):
+    if reading.is_here(path):
         return ADAPTER
     if rundir.is_run(path):
         return RUN

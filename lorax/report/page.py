@@ -127,9 +127,14 @@ def attempt(title: str, make: Callable[..., Section | list[Section]], *given) ->
 
 
 def command(what: Iterable[object], **options: object) -> str:
-    """The command that draws a page again, as a shell takes it; options that are None are left
-    out."""
-    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    """The command that redraws a page, as a shell takes it; options that are None are left out,
+    those with several values are repeated."""
+    given = [
+        f"--{name}={value}"
+        for name, of in options.items()
+        for value in (of if isinstance(of, tuple | list) else (of,))
+        if value is not None
+    ]
     names = [f"./{name}" if str(name).startswith("-") else str(name) for name in what]
     return shlex.join(["python", "-m", "lorax.report", *names, *given])
 

@@ -1,6 +1,6 @@
 """What a figure or table shows of all there is: which members, layers and targets."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -56,6 +56,23 @@ def unchanged(ranks: pd.DataFrame) -> str:
     of = ranks.groupby("member", sort=False).size()
     named = "; ".join(f"{n} of {of[member]} of member {member}" for member, n in counts.items())
     return f"No update: ΔW = 0 in {len(none)} of {len(ranks)} matrices ({named})."
+
+
+def unmeasured(missing: Mapping[tuple, str], count: int) -> str:
+    """Which of so many matrices a statistic has no number for, in a sentence.
+
+    missing: {(member, path): why}.
+    """
+    reasons: dict[str, list] = {}
+    for key, why in missing.items():
+        reasons.setdefault(why, []).append(key)
+    parts = []
+    for why, keys in list(reasons.items())[:3]:
+        member, path = keys[0]
+        more = f" and {len(keys) - 1} more" * (len(keys) > 1)
+        parts.append(f"{path} of member {member}{more}: {why}")
+    rest = f"; and {len(reasons) - 3} other reasons" * (len(reasons) > 3)
+    return f"No number for {len(missing)} of {count} matrices. {'; '.join(parts)}{rest}."
 
 
 def spread(values: Sequence, most: int) -> list:

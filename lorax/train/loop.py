@@ -11,14 +11,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lorax import rundir, tasks, tree
+from lorax import adapters, methods, rundir, tasks, tree
 from lorax.config import Member, group_key
 from lorax.errors import reason
 from lorax.files import write_bytes
 from lorax.tasks import scores
 from lorax.train import activations, checkpoint, fitting, layouts, stacks, trajectory
 from lorax.train.batches import batch_shapes, eval_batches, steps_per_call, train_batches
-from lorax.train.export import export
 from lorax.train.prepare import Group
 from lorax.train.programs import Programs
 from lorax.train.texts import write_texts
@@ -190,8 +189,8 @@ def _train_chunk(
     trainable = jax.tree.map(lambda x: np.asarray(x)[:m], state.trainable)
     take = lambda i: jax.tree.map(lambda x: x[i], (trainable, chunk.constants))
     for i, (member, method) in enumerate(zip(chunk.members, chunk.methods, strict=True)):
-        folder = rundir.adapter(workdir, member.index)
-        why = export(folder, member, method, *take(i), group.base, group.task)
+        learned = adapters.from_training(group.base, method, methods.State(*take(i)))
+        why = adapters.save(rundir.adapter(workdir, member.index), learned, member.config.base)
         if why and why not in said:
             terminal.say(f"member {member.name}: kept in lorax's own format alone: {why}")
             said.add(why)

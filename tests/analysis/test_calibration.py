@@ -137,7 +137,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(run):
     table = runs.summary(run)
-    learned = tables.spectra({}, tables.deltas(run, table.index))
+    learned = tables.spectra(tables.updates(run, table.index)[0])
     return calibration.estimates(run, table, *learned)
 
 

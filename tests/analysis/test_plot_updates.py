@@ -21,7 +21,7 @@ def draws(figure):
 
 def test_spectra_and_ranks(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(1, 2)))
-    found, _ = tables.adapters(run, [0, 2, 3])
+    found, _ = tables.updates(run, [0, 2, 3])
     ranks_of = runs.summary(run)["rank"]
     sigmas, ranks = tables.spectra(found)
     sigmas["rank"] = sigmas["member"].map(ranks_of)
@@ -145,7 +145,7 @@ def test_diagonal_lies_over_the_band():
 
 def test_table7_has_medians_and_quartiles(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(1, 4)))
-    found, _ = tables.adapters(run, run.members.index)
+    found, _ = tables.updates(run, run.members.index)
     amplified = tables.amplifications(found, kernels())
     figure = figures.table7(amplified)
     left, right = figure.axes

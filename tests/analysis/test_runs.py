@@ -71,13 +71,14 @@ def test_missing_adapter_is_named(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(1,), adapters=False))
     with pytest.raises(FileNotFoundError, match="adapters/0"):
         run.adapter(0)
-    found, missing = tables.adapters(run, [0, 1])
+    found, missing = tables.updates(run, [0, 1])
     assert not found and set(missing) == {0, 1}
 
 
 def test_a_damaged_update_is_named(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(1,), adapters=False))
-    assert tables.deltas(run, [0]) == {}
+    with pytest.raises(FileNotFoundError, match="adapters/0"):
+        run.update(0)
     for name in ("adapters/0/delta.safetensors", "trajectory/0-1/5.safetensors"):
         file = run.directory / name
         file.parent.mkdir(parents=True)

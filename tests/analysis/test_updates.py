@@ -55,7 +55,7 @@ def test_place(path, layer, target):
 
 def test_spectra_are_those_of_the_dense_updates(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(1, 4)))
-    found, missing = tables.adapters(run, run.members.index)
+    found, missing = tables.updates(run, run.members.index)
     sigmas, ranks = tables.spectra(found)
     assert not missing and len(ranks) == 4 * LAYERS * len(TARGETS)
     for (member, path), rows in sigmas.groupby(["member", "path"]):
@@ -72,7 +72,7 @@ def test_spectra_are_those_of_the_dense_updates(tmp_path):
 
 def test_similarity_is_the_mean_over_pairs(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(2, 4)))
-    found, _ = tables.adapters(run, run.members.index)
+    found, _ = tables.updates(run, run.members.index)
     bases = {member: tables.bases(factors) for member, factors in found.items()}
     phi = tables.similarity([(bases[0], bases[2]), (bases[1], bases[3])])
     pairs = ((found[0], found[2]), (found[1], found[3]))
@@ -87,7 +87,7 @@ def test_similarity_is_the_mean_over_pairs(tmp_path):
 
 def test_amplifications_are_table_seven(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(2,)))
-    found, _ = tables.adapters(run, run.members.index)
+    found, _ = tables.updates(run, run.members.index)
     base = kernels()
     rows = tables.amplifications(found, base)
     assert len(rows) == 2 * LAYERS * len(TARGETS)
@@ -103,18 +103,18 @@ def test_amplifications_are_table_seven(tmp_path):
 def test_stacks_change_nothing(tmp_path, monkeypatch):
     """What is computed together is what is computed alone: ranks and widths mixed."""
     run = runs.load(make_run(tmp_path / "run", ranks=(1, 2)))
-    found, _ = tables.adapters(run, run.members.index)
+    found, _ = tables.updates(run, run.members.index)
     found[1]["h/0/mlp/up"] = Factors(*np.random.default_rng(0).standard_normal((2, 4, 4)), 1.0)
     full = {9: {path: np.asarray(w) for path, w in kernels().items()}}
     base = kernels() | {"h/0/mlp/up": np.random.default_rng(1).standard_normal((4, 4))}
 
     def every_table():
-        yield from tables.spectra(found, full)
+        yield from tables.spectra(found | full)
         yield tables.amplifications(found, base)
-        yield tables.intruder_table(found, full, base, draws=0)
+        yield tables.intruder_table(found | full, base, draws=0)
         of = {member: tables.bases(factors) for member, factors in found.items()}
         yield tables.angles([(of[0], of[1]), (of[0], of[2])])
-        yield tables.interventions(found, full, base, epsilon=0.9).table
+        yield tables.interventions(found | full, base, epsilon=0.9).table
 
     together = list(every_table())
     monkeypatch.setattr(matrices, "TOGETHER", 1)
@@ -281,7 +281,7 @@ def test_intruder_table_counts_what_is_planted():
     }
     full = {2: {"h/0/q": dense(found[0]["h/0/q"])}}
     base = {"h/0/q": w, "h/1/q": w}
-    table = tables.intruder_table(found, full, base, (1, 3, 8, 25), (0.4, 0.6), draws=0)
+    table = tables.intruder_table(found | full, base, (1, 3, 8, 25), (0.4, 0.6), draws=0)
     counts = table.pivot_table(
         index=["member", "path"], columns=["epsilon", "k"], values="intruders"
     )
@@ -289,7 +289,7 @@ def test_intruder_table_counts_what_is_planted():
     expected = [[0, 0, 0, 0, 1, 4], [0] * 6, [0, 0, 0, 0, 0, 2], [0, 0, 0, 0, 1, 4]]
     np.testing.assert_array_equal(counts, expected)
     assert table["control"].isna().all() and len(table) == 4 * 6
-    sides = tables.intruder_table(found, None, base, (8,), (0.6,), side="in", draws=0)
+    sides = tables.intruder_table(found, base, (8,), (0.6,), side="in", draws=0)
     assert not sides["intruders"].any()  # the input directions did not turn
 
 
@@ -297,19 +297,19 @@ def test_the_control_of_intruders_is_a_random_update_of_the_same_norm():
     """Strong in W's own directions: no intruder, but three of them if turned at random."""
     u, _, v, w = planted_kernel(120, 120, 120)
     found = {0: {"q": along(u, v, [0, 1, 2], [900, 800, 700])}}
-    table = tables.intruder_table(found, None, {"q": w}, (2, 10), (0.5,), draws=3)
+    table = tables.intruder_table(found, {"q": w}, (2, 10), (0.5,), draws=3)
     assert list(table["intruders"]) == [0, 0]
     assert table["control"][0] == 2 and table["control"][1] >= 3
     svds = tables.base_svds({"q": w})
-    again = tables.intruder_table(found, None, {"q": w}, (2, 10), (0.5,), draws=3, svds=svds)
+    again = tables.intruder_table(found, {"q": w}, (2, 10), (0.5,), draws=3, svds=svds)
     pd.testing.assert_frame_equal(table, again)
 
 
 def test_kernels_that_do_not_fit_are_named():
     update = {0: {"h/0/q": Factors(np.ones((4, 1)), np.ones((1, 5)), 1.0)}}
     for function in (
-        lambda base: tables.intruder_table(update, None, base),
-        lambda base: tables.interventions(update, None, base),
+        lambda base: tables.intruder_table(update, base),
+        lambda base: tables.interventions(update, base),
         lambda base: tables.against_base(update, base, [0]),
         lambda base: tables.amplifications(update, base),
     ):
@@ -328,8 +328,7 @@ def test_interventions_give_updates_to_evaluate(full):
     of = {"h/0/q": update, "h/1/q": quiet}
     of = {path: dense(factors) if full else factors for path, factors in of.items()}
     base = {"h/0/q": w, "h/1/q": w}
-    sides = (None, {5: of}) if full else ({5: of}, None)
-    got = tables.interventions(sides[0] or {}, sides[1], base, (0.0, 0.5, 1.0), 8, 0.6)
+    got = tables.interventions({5: of}, base, (0.0, 0.5, 1.0), 8, 0.6)
     as_dense = (lambda x: x) if full else dense
     for lam in (0.0, 0.5, 1.0):
         changed, shrunk = got.changed[lam][5], got.shrunk[lam][5]
@@ -353,9 +352,9 @@ def test_interventions_give_updates_to_evaluate(full):
 
 def test_intruder_table_is_the_definitions_count(tmp_path):
     run = runs.load(make_run(tmp_path / "run", ranks=(4,)))
-    found, _ = tables.adapters(run, [0, 1])
+    found, _ = tables.updates(run, [0, 1])
     base = kernels()
-    table = tables.intruder_table(found, None, base, (3, 10), (0.3, 0.8), draws=0)
+    table = tables.intruder_table(found, base, (3, 10), (0.3, 0.8), draws=0)
     for (member, path, k), rows in table.groupby(["member", "path", "k"]):
         expected = intruders(base[path], found[member][path][:3], k, (0.3, 0.8)).count
         np.testing.assert_array_equal(rows["intruders"], expected)

@@ -16,7 +16,8 @@ from peft_files import as_running
 from support import few, require
 
 import lorax
-from lorax import methods, peft_methods, tree
+from lorax import methods, tree
+from lorax.adapters import peft_methods
 from lorax.interop import peft as peft_files
 from lorax.interop.peft.config import ANY, FIELDS
 

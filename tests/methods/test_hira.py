@@ -15,7 +15,8 @@ from quick import jit
 from strangers import small, trained
 
 import lorax
-from lorax import catalogue, config, methods, ops, plan, quant, states, tree
+from lorax import catalogue, config, methods, ops, plan, quant, tree
+from lorax.adapters import states
 from lorax.train import prepare, stacks
 
 ROOT = Path(__file__).parents[2]

@@ -114,7 +114,7 @@ def test_what_is_exported_is_the_whole_update_and_peft_loads_it(pair, evidence, 
         want = s[:, None, None] * (own["a"] @ own["b"] - own["a0"] @ own["b0"])
         np.testing.assert_allclose(delta[path], want, atol=1e-5)
         np.testing.assert_allclose(s[:, None, None] * (a @ b), want, atol=1e-5)
-    adapter = adapters.exported(method, state, base)
+    adapter = adapters.factored(base, method, state)
     adapter_files.save(tmp_path, adapter, base.sources, "base")
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path))
     with torch.no_grad():

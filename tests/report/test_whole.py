@@ -57,7 +57,7 @@ def test_all_layers_are_set_against_the_base():
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     base = {f"h/{n}/attn/q": draw(512, 512) for n in range(26)}
     found = {0: {path: Factors(draw(512, 1), draw(1, 512), 1.0) for path in base}}
-    made = base_weights.sections(found, {}, base, "", shown_as([0], rank=[1]), "rank")
+    made = base_weights.sections(found, base, "", shown_as([0], rank=[1]), "rank")
     files = {name: table for section in made for name, table in section.files.items()}
     for name in ("amplification", "against_base", "intruders", "base_spectra", "base_ranks"):
         assert list(dict.fromkeys(files[f"{name}.csv"]["layer"])) == list(range(26)), name
@@ -89,7 +89,7 @@ def test_every_member_and_value_is_set_against_the_base(tmp_path, undrawn):
 def test_numbers_do_not_depend_on_how_kernels_are_put_together(monkeypatch):
     found = {0: planted_factors(2, 0, 1.0)}
     shown = shown_as([0], rank=[2])
-    of = lambda: base_weights.compare(found, {}, kernels(), list(found[0]), shown, "h/1/attn/q")
+    of = lambda: base_weights.compare(found, kernels(), list(found[0]), shown, "h/1/attn/q")
     together = of()
     monkeypatch.setattr(matrices, "TOGETHER", 1)
     alone = of()

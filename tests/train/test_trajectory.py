@@ -203,9 +203,8 @@ def test_a_trajectory_ends_in_the_exported_update_and_survives_a_kill(name, tmp_
     assert not start[numbers].to_numpy().any()
     final = table[table["step"] == 5].set_index(["member", "path"])
     np.testing.assert_allclose(final["overlap_final"], 1, atol=1e-5)
-    found, missing = tables.adapters(run, run.members["member"])
-    dense = tables.deltas(run, missing)
-    expected = tables.spectra(found, dense)[1].set_index(["member", "path"])
+    updates, _ = tables.updates(run, run.members["member"])
+    expected = tables.spectra(updates)[1].set_index(["member", "path"])
     assert set(final.index) == set(expected.index)
     for field in numbers[:-1]:
         np.testing.assert_allclose(final[field], expected.loc[final.index, field], rtol=1e-4)

@@ -16,7 +16,13 @@ from lorax.analysis.figures.maps import (
     sensitivity,
     similarity_maps,
 )
-from lorax.analysis.figures.rank_lines import base_spectrum, by_layer, spectra, update_ranks
+from lorax.analysis.figures.rank_lines import (
+    base_spectrum,
+    by_layer,
+    by_layer_and_value,
+    spectra,
+    update_ranks,
+)
 from lorax.analysis.figures.run_comparison import curves, methods_of_runs
 from lorax.analysis.figures.scatter import calibration
 
@@ -25,6 +31,7 @@ __all__ = [
     "base_spectrum",
     "between_layers",
     "by_layer",
+    "by_layer_and_value",
     "calibration",
     "cka",
     "curves",

@@ -19,6 +19,7 @@ from lorax.analysis.figures.style import (
     legend_of_values,
     line_style,
     main_axis,
+    named,
     panel_title,
     pick,
     plain,
@@ -175,6 +176,43 @@ def by_layer(ranks: pd.DataFrame) -> Figure:
             ]
             labels += [plain(adapter) for adapter in adapters]
         figure.legend(handles, labels, loc="outside right upper")
+        return figure
+
+
+def by_layer_and_value(table: pd.DataFrame, columns: Sequence[str], main: str = "rank") -> Figure:
+    """Numbers of every update by layer: a row a number, a column a target, a line a value of
+    `main`. Lines are means over members; bars are standard errors.
+
+    Args:
+      table: member, layer, target, the columns and `main`.
+      columns: the numbers to draw. The axis is logarithmic where they span two decades.
+    """
+    targets = list(dict.fromkeys(table["target"]))
+    values = values_in_order(table[main])
+    with matplotlib.rc_context(STYLE):
+        size = (1.6 + 2.4 * len(targets), 0.9 + 2.0 * len(columns))
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(len(columns), len(targets), sharex=True, sharey="row", squeeze=False)
+        for row, column in zip(grid, columns, strict=True):
+            finite = table[np.isfinite(table[column])]
+            for axes, target in zip(row, targets, strict=True):
+                for n, value in enumerate(values):
+                    here = finite[(finite[main] == value) & (finite["target"] == target)]
+                    of_layer = here.groupby("layer")[column]
+                    bars = of_layer.sem() if of_layer.sem().notna().any() else None
+                    mean = of_layer.mean()
+                    axes.errorbar(mean.index, mean, yerr=bars, capsize=3, **line_style(n))
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+                axes.xaxis.set_major_formatter(
+                    FuncFormatter(lambda x, _: "none" if x == -1 else f"{x:g}")
+                )
+                axes.set_title(plain(target))
+            low, high = finite[column].min(), finite[column].max()
+            if low > 0 and high > 100 * low:
+                row[0].set_yscale("log")
+            row[0].set_ylabel(plain(named(column)))
+        figure.supxlabel("layer", fontsize=9)
+        legend_of_values(figure, values, main)
         return figure
 
 

@@ -7,9 +7,16 @@ import numpy as np
 import pandas as pd
 
 from lorax.analysis.measures import intruders, spectrum
-from lorax.analysis.tables.matrices import SVDs, by_matrix, identity, shape_of, stacks, with_base
+from lorax.analysis.tables.matrices import (
+    SVDs,
+    Updates,
+    by_matrix,
+    identity,
+    shape_of,
+    stacks,
+    with_base,
+)
 from lorax.analysis.tables.singular_values import base_svds
-from lorax.interop.peft import Factors
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -27,8 +34,7 @@ class Interventions(NamedTuple):
 
 
 def interventions(
-    found: Mapping[Hashable, Mapping[str, Factors]],
-    dense: Mapping[Hashable, Mapping[str, np.ndarray]] | None,
+    updates: Mapping[Hashable, Updates],
     kernels: Mapping[str, np.ndarray],
     lam: Sequence[float] = LAMBDAS,
     k: int = 10,
@@ -46,7 +52,7 @@ def interventions(
       lam: 0 removes the intruder, 1 changes nothing, above 1 strengthens it.
       svds: of `base_svds`, where it is at hand.
     """
-    every = by_matrix(found, dense, kernels)
+    every = by_matrix(updates, kernels)
     svds = base_svds(kernels, (path for _, path in every)) if svds is None else svds
     lam = [float(x) for x in lam]
     done = {}

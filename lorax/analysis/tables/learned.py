@@ -2,37 +2,36 @@
 
 from collections.abc import Iterable
 
-import numpy as np
 import pandas as pd
 
 from lorax import rundir
 from lorax.analysis.runs import Run
-from lorax.analysis.tables.matrices import layer_and_target
+from lorax.analysis.tables.matrices import Updates, layer_and_target
 from lorax.interop.peft import Factors
 
 
-def adapters(
-    run: Run, members: Iterable[int]
-) -> tuple[dict[int, dict[str, Factors]], dict[int, str]]:
-    """The factors of those members that have any, and for the others the reason."""
-    found, missing = {}, {}
+def updates(run: Run, members: Iterable[int]) -> tuple[dict[int, Updates], dict[int, str]]:
+    """{member: `run.update(member)`} of those members that have an update of weights, those with
+    factors first; and for the others the reason."""
+    factored, dense, missing = {}, {}, {}
     for member in members:
         try:
-            found[member] = run.adapter(member)
+            of_member = run.update(member)
         except (FileNotFoundError, ValueError) as error:
             missing[member] = str(error)
-    return found, missing
-
-
-def deltas(run: Run, members: Iterable[int]) -> dict[int, dict[str, np.ndarray]]:
-    """The dense updates of those members that have left one, for those without factors."""
-    found = {}
-    for member in members:
-        try:
-            found[member] = run.delta(member)
-        except FileNotFoundError:
             continue
-    return found
+        if not of_member:
+            missing[member] = "no update: ΔW = 0 in all matrices"
+        elif has_factors(of_member):
+            factored[member] = of_member
+        else:
+            dense[member] = of_member
+    return factored | dense, missing
+
+
+def has_factors(updates: Updates) -> bool:
+    """Whether a member's updates have factors: all do, or none does."""
+    return all(isinstance(update, Factors) for update in updates.values())
 
 
 def sensitivity(run: Run) -> pd.DataFrame | None:

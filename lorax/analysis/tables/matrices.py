@@ -1,11 +1,4 @@
-"""The adapted matrices of members: what they are called, and stacks of those that are alike.
-
-Updates are {member: {path: Factors}}, and {member: {path: dW (in, out)}} of methods whose update
-has no factors. A "member" is any name: members of several runs, or adapters from elsewhere, go
-together as long as they call their layers by the same paths. kernels are the frozen (in, out)
-weights by path. Matrices of one shape go through the array functions together, over layers and
-members.
-"""
+"""The adapted matrices of members: what they are called, and stacks of those that are alike."""
 
 import math
 import re
@@ -16,7 +9,8 @@ import numpy as np
 from lorax.interop.peft import Factors
 
 TOGETHER = 2**22  # numbers in a stack of matrices: 32 MB in float64
-Updates = Mapping[str, Factors] | Mapping[str, np.ndarray]  # of one member, by path
+
+Updates = Mapping[str, Factors | np.ndarray]  # of one member, by path
 SVDs = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]  # u, sigma, vt by path, thin
 
 
@@ -28,6 +22,7 @@ def layer_and_target(path: str) -> tuple[int, str]:
 
 
 def identity(member: Hashable, path: str) -> dict:
+    """The columns that say which matrix a row is about."""
     layer, target = layer_and_target(path)
     return {"member": member, "path": path, "layer": layer, "target": target}
 
@@ -53,17 +48,18 @@ def shape_of(update: Factors | np.ndarray) -> tuple[int, ...]:
 
 
 def stacked(updates: Sequence):
-    """Updates of one shape as what the array functions take: (a, b, s), or (..., in, out)."""
+    """Updates of one shape as the array functions take them: (a, b, s), or (..., in, out)."""
     if isinstance(updates[0], Factors):
         return tuple(np.stack([update[n] for update in updates]) for n in range(3))
     return np.stack(updates)
 
 
-def by_matrix(found: Mapping, dense: Mapping | None, kernels: Mapping | None = None) -> dict:
+def by_matrix(
+    updates: Mapping[Hashable, Updates], kernels: Mapping[str, np.ndarray] | None = None
+) -> dict[tuple[Hashable, str], Factors | np.ndarray]:
     """{(member, path): update}. KeyError or ValueError where the kernels do not fit them."""
-    members = {**found, **(dense or {})}
     every = {
-        (m, path): update for m, updates in members.items() for path, update in updates.items()
+        (member, path): update for member, of in updates.items() for path, update in of.items()
     }
     for (_, path), update in every.items() if kernels is not None else ():
         if path not in kernels:

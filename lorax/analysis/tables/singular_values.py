@@ -5,46 +5,30 @@ from collections.abc import Hashable, Iterable, Mapping
 import numpy as np
 import pandas as pd
 
-from lorax.analysis.measures import spectrum
-from lorax.analysis.tables.matrices import (
-    SVDs,
-    by_matrix,
-    identity,
-    layer_and_target,
-    shape_of,
-    stacked,
-    stacks,
-)
-from lorax.interop.peft import Factors
+from lorax.analysis.tables.matrices import SVDs, Updates, identity, stacks
+from lorax.analysis.tables.statistics import each, numbers
+from lorax.analysis.tables.update import BUILT_IN, Update
 
 
-def spectra(
-    found: Mapping[Hashable, Mapping[str, Factors]],
-    dense: Mapping[Hashable, Mapping[str, np.ndarray]] | None = None,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def spectra(updates: Mapping[Hashable, Updates]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Spectra of all updates, and the ranks read off them.
 
-    found: factors of members by path. dense: updates (in, out) of those that have no factors; all
-    their singular values are found, of every size, as a rank needs the small ones too.
+    updates: {member: {path: Factors, or dW (in, out)}}. All singular values of a dense update are
+    found, of every size, as a rank needs the small ones too.
     Returns two tables: (member, path, layer, target, index from 1, sigma), and (member, path,
     layer, target, rank, norm = ||dW||_F, effective, stable, energy90, numerical).
     """
-    every = by_matrix(found, dense)
-    values = {}
-    for keys in stacks({key: shape_of(update) for key, update in every.items()}):
-        update = stacked([every[key] for key in keys])
-        if isinstance(update, tuple):
-            sigma = spectrum.factor_svd(*update)[1]
-        else:
-            sigma = np.linalg.svd(update.astype(np.float64), compute_uv=False)
-        values |= dict(zip(keys, sigma, strict=True))
     sigmas, ranks = [], []
-    for key in every:
-        row, shape, sigma = identity(*key), shape_of(every[key]), values[key]
+    for update in each(updates):
+        row, sigma = identity(update.member, update.path), update.singular_values
         sigmas += [{**row, "index": i, "sigma": x} for i, x in enumerate(sigma, 1)]
-        width = shape[2] if len(shape) == 3 else min(shape)
-        ranks.append({**row, "rank": width, **_ranks(sigma, shape[:2])})
+        ranks.append({**row, "rank": update.rank, **built_in(update)})
     return pd.DataFrame(sigmas), pd.DataFrame(ranks)
+
+
+def built_in(update: Update) -> dict[str, float | int]:
+    """{column: number} of lorax's own statistics."""
+    return {name: x for of in BUILT_IN for name, x in numbers(of, update).items()}
 
 
 def base_svds(
@@ -80,24 +64,10 @@ def base_spectra(
     """
     sigmas, ranks = [], []
     for path, w in kernels.items():
-        if svds is not None and path in svds:
-            sigma = svds[path][1]
-        else:
-            sigma = np.linalg.svd(np.asarray(w, np.float64), compute_uv=False)
-        layer, target = layer_and_target(path)
-        row = {"path": path, "layer": layer, "target": target}
-        sigmas += [{**row, "index": i, "sigma": x} for i, x in enumerate(sigma, 1)]
-        of = _ranks(sigma, w.shape)
-        lacks = min(w.shape) - of["numerical"]
-        ranks.append({**row, "rows": w.shape[0], "columns": w.shape[1], **of, "deficiency": lacks})
+        sigma = svds[path][1] if svds is not None and path in svds else None
+        kernel = Update("base", path, w, sigma=sigma)  # W has the numbers that an update has
+        row = {"path": path, "layer": kernel.layer, "target": kernel.target}
+        sigmas += [{**row, "index": i, "sigma": x} for i, x in enumerate(kernel.singular_values, 1)]
+        row |= {"rows": w.shape[0], "columns": w.shape[1], **built_in(kernel)}
+        ranks.append({**row, "deficiency": min(w.shape) - row["numerical"]})
     return pd.DataFrame(sigmas), pd.DataFrame(ranks)
-
-
-def _ranks(sigma: np.ndarray, shape: tuple[int, int]) -> dict[str, float | int]:
-    return {
-        "norm": float(np.linalg.norm(sigma)),
-        "effective": float(spectrum.effective_rank(sigma)),
-        "stable": float(spectrum.stable_rank(sigma)),
-        "energy90": int(spectrum.energy_rank(sigma, 0.9)),
-        "numerical": int(spectrum.numerical_rank(sigma, shape)),
-    }

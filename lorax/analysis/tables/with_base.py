@@ -25,7 +25,7 @@ EPSILONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # thresholds of an int
 
 
 def against_base(
-    found: Mapping[Hashable, Updates],
+    updates: Mapping[Hashable, Updates],
     kernels: Mapping[str, np.ndarray],
     members: Iterable[Hashable],
     k: int = LEADING,
@@ -38,18 +38,19 @@ def against_base(
     dW's, max(i, j) / n with n the dimension of the space.
 
     Args:
-      found: factors, or dense updates with their leading k directions.
+      updates: {member: {path: Factors, or dW (in, out)}}, dense ones with their leading k
+        directions.
       members: which of them; of the smallest r where they differ.
       svds: of `base_svds`, where it is at hand.
     """
-    of = {member: found[member] for member in members}
-    every = by_matrix(of, None, kernels)
+    of = {member: updates[member] for member in members}
+    every = by_matrix(of, kernels)
     svds = base_svds(kernels, (path for _, path in every)) if svds is None else svds
     pairs = []
-    for updates in of.values():
-        sides = {path: (svds[path][0], svds[path][2].T) for path in updates}
-        own = {path: dict(zip(KINDS[2:], side, strict=True)) for path, side in sides.items()}
-        pairs.append((bases(updates, k), own))
+    for of_member in of.values():
+        sides = {path: (svds[path][0], svds[path][2].T) for path in of_member}
+        of_w = {path: dict(zip(KINDS[2:], side, strict=True)) for path, side in sides.items()}
+        pairs.append((bases(of_member, k), of_w))
     result = {}
     for path, kinds in similarity(pairs).items():
         result[path] = {}
@@ -63,18 +64,23 @@ def against_base(
 
 
 def amplifications(
-    found: Mapping[Hashable, Mapping[str, Factors]],
+    updates: Mapping[Hashable, Updates],
     kernels: Mapping[str, np.ndarray],
     svds: SVDs | None = None,
 ) -> pd.DataFrame:
-    """Table 7 for every member and matrix, with the adapter's own rank: member, path, layer,
-    target, rank, delta_norm, w_in_delta, w_in_w, w_in_random, factor.
+    """Table 7 for every update with factors, in as many directions as its rank.
+
+    Columns: member, path, layer, target, rank, delta_norm, w_in_delta, w_in_w, w_in_random, factor.
 
     Args:
       kernels: the frozen (in, out) kernels by path. KeyError names a path that is missing.
       svds: of `base_svds`, where it is at hand.
     """
-    every = by_matrix(found, None, kernels)
+    factored = {
+        member: {path: update for path, update in of.items() if isinstance(update, Factors)}
+        for member, of in updates.items()
+    }
+    every = by_matrix(factored, kernels)
     sigma = {path: svd[1] for path, svd in (svds or {}).items()}
     for path in dict.fromkeys(path for _, path in every):
         if path not in sigma:
@@ -100,8 +106,7 @@ def amplifications(
 
 
 def intruder_table(
-    found: Mapping[Hashable, Mapping[str, Factors]],
-    dense: Mapping[Hashable, Mapping[str, np.ndarray]] | None,
+    updates: Mapping[Hashable, Updates],
     kernels: Mapping[str, np.ndarray],
     k: Sequence[int] = (1, 10),
     epsilon: Sequence[float] = EPSILONS,
@@ -111,7 +116,7 @@ def intruder_table(
     rng: int | np.random.Generator = 0,
     svds: SVDs | None = None,
 ) -> pd.DataFrame:
-    """Intruder dimensions (`intruder`) of every member and matrix, for every k and epsilon.
+    """Intruder dimensions of every member and matrix, for every k and epsilon.
 
     Columns: member, path, layer, target, k, epsilon, intruders (a count of the k), control (the
     mean count of `norm_matched` random updates). A matrix with fewer than k directions has no row
@@ -122,7 +127,7 @@ def intruder_table(
       svds: of `base_svds`, where it is at hand.
     """
     rng = np.random.default_rng(rng)
-    every = by_matrix(found, dense, kernels)
+    every = by_matrix(updates, kernels)
     svds = base_svds(kernels, (path for _, path in every)) if svds is None else svds
     epsilon = np.asarray(epsilon, np.float64)
     counts = {}

@@ -1,7 +1,7 @@
 """Adapters in Hugging Face PEFT's on-disk format: files in, arrays out, and back.
 
 `load` and `save` are those of LoRA and DoRA. `matrices` and `tokens` have the other methods, as
-arrays by PEFT's modules; `lorax.peft_methods` makes trained methods of them.
+arrays by PEFT's modules; `lorax.adapters.peft_methods` makes trained methods of them.
 """
 
 from lorax.interop.adapter import Adapter, Factors

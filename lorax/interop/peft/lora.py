@@ -180,7 +180,7 @@ def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = No
     config = read_config(directory / CONFIG)
     if config["peft_type"] != "LORA":
         given = f"{directory / CONFIG}: peft_type {config['peft_type']!r} given"
-        raise ValueError(f"{given}; LORA is read here, others by lorax.peft_methods")
+        raise ValueError(f"{given}; LORA is read here, others by lorax.adapters.peft_methods")
     stored, metadata = files.read_tensors(file)
     modules, whole = _sort(stored, file)
     check_targets(config, modules, directory / CONFIG)

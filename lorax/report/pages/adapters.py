@@ -14,13 +14,13 @@ from threadpoolctl import threadpool_limits
 
 from lorax import rundir
 from lorax.analysis import basis_similarity, figures, tables
-from lorax.interop import loralib, peft, states
-from lorax.interop.peft import Factors
+from lorax.interop import peft, reading
+from lorax.interop.adapter import Factors
 from lorax.report import bases, notes, page, selection
 from lorax.report.bases import Kernels
 from lorax.report.page import Picture, Section
 from lorax.report.pages import several_runs
-from lorax.report.sections import base_weights, shared_directions, spectra
+from lorax.report.sections import base_weights, shared_directions, spectra, user_statistics
 
 LEAD = "A low-rank update taken apart: how large it is, in how many directions, and in which."
 MAX_TARGETS = 8  # columns of a figure
@@ -36,27 +36,13 @@ class Given(NamedTuple):
     facts: dict[str, Any]
 
 
-def is_adapter(path: pathlib.Path) -> bool:
-    """A PEFT directory, one with dense updates, a checkpoint of loralib, or a directory with one
-    such and nothing else to tell it by."""
-    known = (path / peft.CONFIG).exists() or (path / states.DELTA).exists()
-    return known or checkpoint(path) is not None
-
-
-def checkpoint(path: pathlib.Path) -> pathlib.Path | None:
-    """loralib's file at a path, or None."""
-    if path.is_file() and path.suffix in (".npz", ".safetensors"):
-        return path
-    files = sorted(path.glob("*.npz")) if path.is_dir() else []
-    return files[0] if len(files) == 1 else None
-
-
 def write(
     paths: Sequence[str | pathlib.Path],
     base: str | None = None,
     out: str | pathlib.Path | None = None,
     alpha: float | None = None,
     layers: int | None = None,
+    also: Sequence[str] = (),
 ) -> pathlib.Path:
     """Analyse one adapter or two and write their report; the path of report.html.
 
@@ -67,6 +53,7 @@ def write(
       out: where the page goes; without it runs/adapter-<name>.
       alpha: lora_alpha of loralib's checkpoints, which they do not hold.
       layers: how many of the base's layers it is set against, evenly spread; all without it.
+      also: statistics of every update, "FILE.py:function" each.
 
     Raises FileNotFoundError or ValueError for an adapter that can't be read, a base that can't be
     loaded and one that does not fit, before anything is written.
@@ -74,8 +61,9 @@ def write(
     paths = [pathlib.Path(path) for path in paths]
     if len(paths) > 2:
         raise ValueError(f"{len(paths)} adapters given: a page takes one, or two to compare")
-    if alpha is not None and not any(checkpoint(path) for path in paths):
+    if alpha is not None and not any(reading.is_checkpoint(path) for path in paths):
         raise ValueError("--alpha is for loralib's checkpoints; PEFT's adapter_config.json has it")
+    statistics = tables.read_statistics(also)
     with threadpool_limits(1, user_api="blas"):
         kernels, sources, why = _base(paths, base)
         names = [_name(path) for path in paths]
@@ -84,64 +72,37 @@ def write(
         for one in given:
             if kernels is not None:
                 _check(one, kernels, base or "its base")
-        out = (
-            pathlib.Path("runs") / several_runs.default_name("adapter", names)
-            if out is None
-            else out
-        )
-        directory = pathlib.Path(out)
-        options = {"base": base, "alpha": alpha, "layers": layers, "out": directory}
+        name = several_runs.default_name("adapter", names)
+        directory = pathlib.Path("runs") / name if out is None else pathlib.Path(out)
+        options = {"base": base, "alpha": alpha, "layers": layers, "also": also, "out": directory}
         command = page.command(paths, **options)
-        sections = _sections(given, kernels, why, command, layers)
+        sections = _sections(given, kernels, why, command, layers, statistics)
         return page.save(directory, " and ".join(names), LEAD, sections, command)
 
 
 def read(name: str, path: pathlib.Path, sources=None, alpha: float | None = None) -> Given:
     """An adapter's updates, and what is known of it. sources: where the base's parameters lie in
-    Hugging Face's tensors; without them paths are the modules' own names."""
-    if (path / states.DELTA).exists():
-        return _dense(name, path)
-    file = None if (path / peft.CONFIG).exists() else checkpoint(path)
-    if file is None:
-        adapter = peft.load(path, sources)
-        known = {
-            "Base": adapter.config.get("base_model_name_or_path"),
-            "Kind": "DoRA" if adapter.config.get("use_dora") else "LoRA",
-            "Task type": adapter.config.get("task_type"),
-            "α": adapter.config.get("lora_alpha"),
-            "rsLoRA": "yes" if adapter.config.get("use_rslora") else None,
-        }
-    else:
-        adapter = loralib.load(file, 1.0 if alpha is None else alpha, sources)
-        if alpha is None:
-            unscaled = {p: f._replace(s=1.0) for p, f in adapter.factors.items()}
-            adapter = adapter._replace(factors=unscaled)
-        known = {"Kind": "LoRA, loralib's checkpoint", "α": NO_SCALE if alpha is None else alpha}
-    factors = {path: f for path, f in adapter.factors.items() if f.a.shape[1]}
-    factors = factors if sources is not None else _told_apart(factors)
-    if not factors:
-        raise ValueError(f"{path}: this adapter has no low-rank factors")
-    ranks = sorted({f.a.shape[1] for f in factors.values()})
-    facts = {
-        "Adapter": str(path),
-        **known,
-        "Ranks": ", ".join(map(str, ranks)),
-        **_places(factors),
-        "Parameters in factors": sum(f.a.size + f.b.size for f in factors.values()),
-        "Trained in full beside them": ", ".join(list(adapter.weights)[:8])
-        + f" and {len(adapter.weights) - 8} more" * (len(adapter.weights) > 8),
-    }
-    return Given(name, path, factors, facts)
-
-
-def _dense(name: str, path: pathlib.Path) -> Given:
-    """What lorax has left of a method whose update has no factors."""
-    found, what = states.deltas(path), states.about(path)
-    if not found:
+    Hugging Face's tensors; without them layers have the names of their modules."""
+    content = reading.read(path, sources, alpha)
+    changes = {layer: x for layer, x in content.updates.items() if all(tables.shape_of(x))}
+    factored = any(len(tables.shape_of(x)) == 3 for x in changes.values())
+    if factored and sources is None:
+        changes = _told_apart(changes)
+    if not changes:
         raise ValueError(f"{path}: no update, ΔW = 0 in all matrices")
-    values = [f"{key}={value}" for key, value in what["hp"].items() if value not in (None, [])]
-    facts = {"Adapter": str(path), "Kind": what["name"], "Hyperparameters": ", ".join(values)}
-    return Given(name, path, found, facts | _places(found))
+    facts = {"Adapter": str(path), **content.facts()}
+    if reading.is_checkpoint(path):
+        facts |= {"Kind": "LoRA, loralib's checkpoint", "α": NO_SCALE if alpha is None else alpha}
+    if factored:
+        ranks = sorted({f.a.shape[1] for f in changes.values()})
+        facts["Ranks"] = ", ".join(map(str, ranks))
+    facts |= _places(changes)
+    if factored:
+        facts["Parameters in factors"] = sum(f.a.size + f.b.size for f in changes.values())
+        whole = list(content.weights)
+        more = f" and {len(whole) - 8} more" * (len(whole) > 8)
+        facts["Trained in full beside them"] = ", ".join(whole[:8]) + more
+    return Given(name, path, changes, facts)
 
 
 def _places(found) -> dict[str, Any]:
@@ -216,23 +177,26 @@ def _sections(
     why: str,
     command: str,
     layers: int | None,
+    statistics: Sequence[tables.Statistic],
 ) -> list[Section]:
-    is_dense = {one.name: "Ranks" not in one.facts for one in given}
-    found = {one.name: one.updates for one in given if not is_dense[one.name]}
-    dense = {one.name: one.updates for one in given if is_dense[one.name]}
-    sigmas, ranks = tables.spectra(found, dense)
+    by_kind = sorted(given, key=lambda one: "Ranks" not in one.facts)  # those with factors first
+    updates = {one.name: one.updates for one in by_kind}
+    sigmas, ranks = tables.spectra(updates)
     sigmas, ranks = sigmas.assign(adapter=sigmas["member"]), ranks.assign(adapter=ranks["member"])
     sections = page.attempt("What it is", _about, given, ranks, command)
     sections[0] = sections[0]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
-    sections += page.attempt("Layer by layer", _layers, ranks)
+    names = [one.name for one in given]
+    shown = pd.DataFrame({"member": names, "adapter": names}, index=names)
+    measured = tables.statistics(updates, statistics, kernels, why)
+    also = user_statistics.headings(measured)
+    sections += page.attempt("Layer by layer", _layers, ranks, also)
+    sections += user_statistics.sections(measured, shown, "adapter", statistics)
     sections += page.attempt("Spectra of the updates", spectra.spectra, sigmas, "adapter")
     if len(given) == 2:
         sections += page.attempt("Subspace similarity", _both, given)
     for one in given:
         sections += page.attempt("Between layers", _between_layers, one, len(given) > 1)
-    names = list(is_dense)
-    shown = pd.DataFrame({"member": names, "adapter": names}, index=names)
-    of = (found, dense, kernels, why, shown, "adapter", layers)
+    of = (updates, kernels, why, shown, "adapter", layers)
     sections += page.attempt(base_weights.TITLE, base_weights.sections, *of)
     return [*sections, notes.section(notes.UPDATES)]
 
@@ -264,8 +228,9 @@ def _about(given: list[Given], ranks: pd.DataFrame, command: str) -> Section:
     return Section("What it is", "".join(parts))
 
 
-def _layers(ranks: pd.DataFrame) -> Section:
-    """Size and rank layer by layer, and a table of every matrix."""
+def _layers(ranks: pd.DataFrame, also: pd.DataFrame | None) -> Section:
+    """Size and rank layer by layer, and a table of every matrix. also: further numbers of the
+    matrices: member, path, and a column each by its heading."""
     low, high = ranks["effective"].min(), ranks["effective"].max()
     alt = (
         f"Line charts of norm, effective and stable rank by layer: the effective rank lies between "
@@ -275,17 +240,22 @@ def _layers(ranks: pd.DataFrame) -> Section:
     several_given = ranks["member"].nunique() > 1
     header = ["matrix", *["adapter"] * several_given, "layer", "target", "rank", "‖ΔW‖"]
     header += ["effective rank", "stable rank", "90% energy rank", "numerical rank"]
+    extra = [] if also is None else [name for name in also if name not in ("member", "path")]
+    table = ranks if also is None else ranks.merge(also, on=["member", "path"], how="left")
     rows = [
         [r["path"], *[r["member"]] * several_given, r["layer"], r["target"], r["rank"]]
         + [page.Fixed(r["norm"], 4)]
         + [page.Fixed(r["effective"], 2), page.Fixed(r["stable"], 2), r["energy90"], r["numerical"]]
-        for _, r in ranks.iterrows()
+        + [page.Fixed(r[name], 4) for name in extra]
+        for _, r in table.iterrows()
     ]
     content = page.aid(
         "High lines are where the adapter does most; low ranks, where it needs little."
     )
     content += page.figure("layers", caption, alt)
-    content += page.table(header, rows, "Every matrix; press a heading to sort.", sortable=True)
+    content += page.table(
+        [*header, *extra], rows, "Every matrix; press a heading to sort.", sortable=True
+    )
     return Section("Layer by layer", content, {"layers": Picture(figures.by_layer(ranks), ranks)})
 
 

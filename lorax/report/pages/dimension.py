@@ -58,7 +58,8 @@ def _learning(
     best = [intrinsic.tuned(own, SIZES.get(kind, "params"), metric) for (kind, _), own in each]
     shown = table.loc[sorted(pd.concat(best)["member"])]
     which = " Each dimension, and each baseline, at its best learning rate."
-    by = runs.Axes("trainable_params", ("method", *by.others))
+    others = [axis for axis in by.others if axis != "method"]
+    by = runs.Axes("trainable_params", ("method", *others))
     return [losses.learning(run, shown, by, which)]
 
 

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 from threadpoolctl import threadpool_limits
@@ -21,10 +21,12 @@ from lorax.report.sections import (
     shared_directions,
     spectra,
     training,
+    user_statistics,
 )
 from lorax.report.sections.outcome import Sweep
 
 LEAD = "Low-rank adaptation: what was learned, and in how many directions."
+NO_UPDATES = "the page of a search for the intrinsic dimension shows no updates; leave it out"
 
 
 def write(
@@ -33,6 +35,7 @@ def write(
     no_kernels: str = "the base model's kernels were not given",
     layers: int | None = None,
     base: str | None = None,
+    also: Sequence[str] = (),
 ) -> pathlib.Path:
     """Analyse a run directory and write its report; the path of report.html.
 
@@ -42,8 +45,10 @@ def write(
       no_kernels: why there are none, said in their place.
       layers: how many of the base's layers the updates are set against, evenly spread; by default
         what the run's config says (analysis.layers), which is all.
-      base: what named the kernels, where it was not the run's config; for the command that draws
-        the page again.
+      base: what named the kernels, where it was not the run's config; for the command that
+        redraws the page.
+      also: statistics of every update, "FILE.py:function" each. Of those that the run's config
+        names (analysis.also) but this doesn't, the page shows the numbers that analysis/ has.
 
     A section that fails is an error in its place (`lorax.report.page.save`). Raises what
     `lorax.analysis.runs.load` raises.
@@ -51,33 +56,38 @@ def write(
     # The matrices are small and many: threads of the linear algebra only wait for each other.
     with threadpool_limits(1, user_api="blas"):
         run = runs.load(run_directory)
+        statistics = tables.read_statistics(also)
         if dimension.is_search(run):
+            if also:
+                raise ValueError(f"analysis.also: {NO_UPDATES}")
             return dimension.write(run, base)
-        command = page.command([run.directory], base=base, layers=layers)
+        command = page.command([run.directory], base=base, layers=layers, also=also)
         asked = run.config.get("config", {}).get("analysis") or {}
         layers = asked.get("layers") if layers is None else layers
-        given = (base_kernels, no_kernels, layers, command)
+        given = (base_kernels, no_kernels, layers, command, statistics)
         sections = page.attempt("Answer", lambda: of_sweep(outcome.read(run), *given))
         return page.save(run.directory, run.directory.resolve().name, LEAD, sections, command)
 
 
 def of_sweep(
-    of: Sweep, kernels: Kernels | None, no_kernels: str, layers: int | None, command: str
+    of: Sweep,
+    kernels: Kernels | None,
+    no_kernels: str,
+    layers: int | None,
+    command: str,
+    statistics: Sequence[tables.Statistic] = (),
 ) -> list[Section]:
-    """All sections on a sweep, in their order. command: what draws the page again."""
+    """All sections on a sweep, in their order. command: what redraws the page. The other arguments
+    are those of `write`."""
     run, table, by, attempt = of.run, of.table, of.by, page.attempt
-    found, dense, missing, failed = {}, {}, {}, []
+    updates, missing, failed = {}, {}, []
     sigmas, ranks = pd.DataFrame(), pd.DataFrame()
     try:
         usable = table[table["status"] != "diverged"]
-        found, missing = tables.adapters(run, usable.index)
-        dense = tables.deltas(run, missing)
-        missing = {member: why for member, why in missing.items() if member not in dense}
-        missing |= {m: "no update: ΔW = 0 in all matrices" for m, own in dense.items() if not own}
-        dense = {member: own for member, own in dense.items() if own}
-        sigmas, ranks = tables.spectra(found, dense)
+        updates, missing = tables.updates(run, usable.index)
+        sigmas, ranks = tables.spectra(updates)
     except Exception as error:
-        found, dense, failed = {}, {}, [Section("Updates", "", error=error)]
+        updates, failed = {}, [Section("Updates", "", error=error)]
 
     planted = attempt("Calibration", evidence.planted, run, table, sigmas, ranks)
     facts = attempt("What was run", setup.facts, run, table, by, command)
@@ -98,8 +108,8 @@ def of_sweep(
         *listed,
         *failed,
     ]
-    if found or dense:
-        given = (of, found, dense, sigmas, ranks, kernels, no_kernels, layers)
+    if updates:
+        given = (of, updates, sigmas, ranks, kernels, no_kernels, layers, statistics)
         sections += attempt("Updates", _of_updates, *given)
     if missing:
         items = [f"{table['name'][member]}: {why}" for member, why in missing.items()]
@@ -110,17 +120,20 @@ def of_sweep(
 
 def _of_updates(
     of: Sweep,
-    found: dict,
-    dense: dict,
+    updates: dict,
     sigmas: pd.DataFrame,
     ranks: pd.DataFrame,
     kernels,
     why: str,
     layers: int | None,
+    statistics: Sequence[tables.Statistic],
 ) -> list[Section]:
     """Sections on what was learned."""
     main, answer, sections = of.main, of.answer, []
-    shown = of.table.loc[_shown(of, [*found, *dense])]
+    shown = of.table.loc[_shown(of, updates)]
+    if kernels is not None and (of.run.config.get("config", {}).get("sweep") or {}).get("base"):
+        kernels, why = None, "the members of this sweep do not share a base model"
+    measured = user_statistics.of_run(of.run, updates, statistics, kernels, why)
     if len(shown):
         first = runs.fields(shown.iloc[0], of.by.others)
         where = first if answer is None else answer.best["line"]
@@ -129,11 +142,12 @@ def _of_updates(
         title = "Spectra of the updates"
         sections += page.attempt(title, spectra.spectra, labelled[0], main, where)
         sections[0] = sections[0]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
-        sections += page.attempt("Effective rank", spectra.ranks, labelled[1], main)
-    sections += page.attempt("Subspace similarity", _similarity, of, {**found, **dense}, shown)
-    if kernels is not None and (of.run.config.get("config", {}).get("sweep") or {}).get("base"):
-        kernels, why = None, "the members of this sweep do not share a base model"
-    given = (found, dense, kernels, why, shown, main, layers)
+        sections += page.attempt(
+            "Effective rank", spectra.ranks, labelled[1], main, user_statistics.headings(measured)
+        )
+        sections += user_statistics.sections(measured, shown, main, statistics)
+    sections += page.attempt("Subspace similarity", _similarity, of, updates, shown)
+    given = (updates, kernels, why, shown, main, layers)
     sections += page.attempt(base_weights.TITLE, base_weights.sections, *given)
     title = "While it was trained"
     return sections + page.attempt(title, training.sections, of.run, shown, main)

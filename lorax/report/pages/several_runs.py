@@ -400,8 +400,7 @@ def _best_bases(of: Sweep) -> tuple[list[tables.Bases], str]:
         return [], "no member has been evaluated after step 0"
     same = compare.of_setting(of.table, of.answer.best, of.by)
     best = of.table.index[same & (of.table["status"] != "diverged")]
-    found, missing = tables.adapters(of.run, best)
-    found = found | tables.deltas(of.run, missing)
+    found, missing = tables.updates(of.run, best)
     why = next(iter(missing.values()), "its best setting has no member with an update")
     return [tables.bases(own) for own in found.values()], why
 

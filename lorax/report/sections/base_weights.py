@@ -15,7 +15,6 @@ import pandas as pd
 
 from lorax.analysis import figures, tables
 from lorax.analysis.figures.rank_lines import MOST_LINES
-from lorax.interop.peft import Factors
 from lorax.report import page, words
 from lorax.report.bases import Kernels
 from lorax.report.page import Fixed, Picture, Section
@@ -43,8 +42,7 @@ COLUMNS = {
     "w_in_random": "random",
     "factor": "amplification",
 }
-Found = Mapping[object, Mapping[str, Factors]]
-Dense = Mapping[object, Mapping[str, np.ndarray]]
+Members = Mapping[object, tables.Updates]
 
 
 class Compared(NamedTuple):
@@ -59,8 +57,7 @@ class Compared(NamedTuple):
 
 
 def sections(
-    found: Found,
-    dense: Dense,
+    members: Members,
     kernels: Kernels | None,
     why: str,
     shown: pd.DataFrame,
@@ -70,14 +67,13 @@ def sections(
     """All of them, or one that says what is missing.
 
     Args:
-      found, dense: updates by member, with and without factors.
+      members: their updates.
       kernels: the base's, or None and `why` there are none.
       shown: a row a member that figures show: member, and the column `main`.
       layers: how many to take, evenly spread; all without it.
     """
     if kernels is None:
         return [Section(TITLE, page.paragraph(f"Not computed: {why}. {NEEDS}"))]
-    members = {**found, **dense}
     paths = list(dict.fromkeys(path for member in shown.index for path in members[member]))
     if not paths:
         text = "Not computed: no member of the best setting's line has an update."
@@ -92,9 +88,9 @@ def sections(
         return [Section(TITLE, page.paragraph(f"Not computed: {limit}. {NEEDS}"))]
     _announce(paths, kernels, len(shown))
     drawn = _middle({member: members[member] for member in shown.index}, paths)
-    compared = compare(found, dense, kernels, paths, shown, drawn)
+    compared = compare(members, kernels, paths, shown, drawn)
     made = [
-        *_amplification(compared.amplified, found, dense, shown, main),
+        *_amplification(compared.amplified, members, shown, main),
         _figure8(compared, drawn, shown, main),
         *_intruders(compared.intruders, shown, main),
         _spectrum(compared.sigmas, compared.ranks),
@@ -102,7 +98,7 @@ def sections(
     return [_limited(section, limit) for section in made] if limit else made
 
 
-def _misfit(members: Mapping, kernels: Kernels) -> str:
+def _misfit(members: Members, kernels: Kernels) -> str:
     """The first path whose kernel is none of its shape; "" where all fit."""
     for own in members.values():
         for path, update in own.items():
@@ -158,8 +154,7 @@ def _announce(paths: Sequence[str], kernels: Kernels, members: int) -> None:
 
 
 def compare(
-    found: Found,
-    dense: Dense,
+    members: Members,
     kernels: Kernels,
     paths: Sequence[str],
     shown: pd.DataFrame,
@@ -169,7 +164,6 @@ def compare(
 
     drawn: the path whose phi is kept as a whole.
     """
-    members = {**found, **dense}
     looked_at = {member: members[member] for member in shown.index}
 
     def of(numbered: tuple[int, list[str]]) -> Compared:
@@ -178,9 +172,7 @@ def compare(
             member: {path: own[path] for path in chunk if path in own}
             for member, own in some.items()
         }
-        own, here = part(found), part(looked_at)
-        few = {member: own for member, own in here.items() if member in found}
-        full = {member: own for member, own in here.items() if member in dense}
+        here = part(looked_at)
         svds = tables.base_svds(kernels, chunk)
         phi = {
             member: tables.against_base({member: of}, kernels, [member], svds=svds)
@@ -190,10 +182,10 @@ def compare(
         held = [row for member, of in phi.items() for row in _held(member, of)]
         rng = np.random.default_rng([0, number])
         return Compared(
-            tables.amplifications(own, kernels, svds),
+            tables.amplifications(part(members), kernels, svds),
             pd.DataFrame(held),
             {member: of[drawn] for member, of in phi.items() if drawn in of},
-            tables.intruder_table(few, full, kernels, INTRUDERS_OF, rng=rng, svds=svds),
+            tables.intruder_table(here, kernels, INTRUDERS_OF, rng=rng, svds=svds),
             *tables.base_spectra({path: kernels[path] for path in chunk}, svds),
         )
 
@@ -243,10 +235,10 @@ def _middle(members: Mapping[object, Mapping], paths: Sequence[str]) -> str:
 
 
 def _amplification(
-    amplified: pd.DataFrame, found: Found, dense: Dense, shown: pd.DataFrame, main: str
+    amplified: pd.DataFrame, members: Members, shown: pd.DataFrame, main: str
 ) -> list[Section]:
     """Table 7 for every member with factors, of which the shown ones' are in the page."""
-    without = [member for member in shown.index if member in dense]
+    without = [member for member in shown.index if not tables.has_factors(members[member])]
     lacking = (
         f"Not computed for {len(without)} of {len(shown)} members: U and V are as many directions "
         "as the adapter has ranks, and an update without factors has no rank of its own."

@@ -37,8 +37,13 @@ def spectra(sigmas: pd.DataFrame, main: str, where: str = "") -> Section:
     return Section("Spectra of the updates", content, pictures)
 
 
-def ranks(table: pd.DataFrame, main: str) -> Section:
-    """The ranks read off the spectra; table: of `tables.spectra`, with a column `main`."""
+def ranks(table: pd.DataFrame, main: str, also: pd.DataFrame | None = None) -> Section:
+    """The ranks read off the spectra.
+
+    Args:
+      table: of `tables.spectra`, with a column `main`.
+      also: further numbers of the matrices: member, path, and a column each by its heading.
+    """
     columns = ["norm", "effective", "stable", "energy90", "numerical"]
     means = table.groupby([main, "target"], sort=True, dropna=False)[columns].mean().reset_index()
     ends = means.groupby(main, dropna=False)["effective"].mean()
@@ -49,13 +54,19 @@ def ranks(table: pd.DataFrame, main: str) -> Section:
     if len(ends) > 1:
         alt += f" and {ends.iloc[-1]:.1f} at {page.show(ends.index[-1])}"
     caption = "Ranks that ΔW makes use of; lines are means, dots single matrices (layers, seeds)."
+    header = [words.axis(main), "target", "‖ΔW‖", "effective rank", "stable rank"]
+    header += ["90% energy rank", "numerical rank"]
+    if also is not None:
+        extra = [name for name in also if name not in ("member", "path")]
+        joined = table.merge(also, on=["member", "path"], how="left", suffixes=("", " of yours"))
+        of_extra = joined.groupby([main, "target"], sort=True, dropna=False)[extra].mean()
+        means, header = means.join(of_extra, on=[main, "target"]), header + extra
+        columns = columns + extra
     rows = [
         [row[main], row["target"], page.Fixed(row["norm"], 3)]
         + [page.Fixed(row[name], 2) for name in columns[1:]]
         for _, row in means.iterrows()
     ]
-    header = [words.axis(main), "target", "‖ΔW‖", "effective rank", "stable rank"]
-    header += ["90% energy rank", "numerical rank"]
     content = page.aid(
         "A rank that stays below the dashed line is there to be used and is not."
         if pd.to_numeric(table["rank"], errors="coerce").notna().any()

@@ -1,7 +1,6 @@
-"""What a member leaves when it has finished: PEFT's files where PEFT can, and always its own."""
+"""One save and one load for anything trained: PEFT's files where PEFT can, else lorax's own."""
 
 import json
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,10 +8,9 @@ import pytest
 import safetensors.numpy
 
 import lorax
-from lorax import adapters, peft_methods, tree
+from lorax import adapters, tree
+from lorax.adapters import peft_methods
 from lorax.interop import peft
-from lorax.tasks import kinds
-from lorax.train.export import export as export_member
 
 LORA = (peft.CONFIG, peft.WEIGHTS)
 OWN = ("method.json", "state.safetensors")
@@ -36,9 +34,7 @@ def finished(base, name, **hp):
 
 
 def export(directory, base, method, state):
-    member = SimpleNamespace(config=SimpleNamespace(base="some/base"), name="m")
-    task = SimpleNamespace(outputs=None, kind=kinds.TEXTS)
-    return export_member(directory, member, method, *state, base, task)
+    return adapters.save(directory, adapters.from_training(base, method, state), "some/base")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +104,7 @@ def test_no_fault_of_an_export_ends_a_run(name, where, base, tmp_path, monkeypat
 
 def test_low_rank_export_is_the_adapter_of_the_state(base):
     method, state = finished(base, "loha", rank=2)
-    adapter = adapters.exported(method, state, base)
+    adapter = adapters.factored(base, method, state)
     delta = method.delta(*state, base.params, base.sites)
     for i in (0, 1):
         a, b, s, _ = adapter.factors[f"h/{i}/attn/q"]

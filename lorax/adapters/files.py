@@ -1,0 +1,129 @@
+"""One load and one save for anything trained.
+
+directories of PEFT's       LoRA and DoRA, and its other methods that lorax has
+checkpoints of loralib      the LoRA authors' own code, .npz or .safetensors
+lorax's own format          any method; a user's one once the file that registers it has run
+"""
+
+import os
+
+from lorax import models
+from lorax.adapters import binding, peft_methods, states
+from lorax.adapters.task_types import check_task, task_type
+from lorax.adapters.trained import Trained, from_training
+from lorax.files import read_json
+from lorax.interop import peft, reading
+from lorax.models import Base
+from lorax.models.load import config_fields, family_of, find, skeleton
+
+
+def load(
+    path: str | os.PathLike,
+    base: Base | str,
+    alpha: float | None = None,
+    weights: bool = True,
+) -> Trained:
+    """Read anything trained, onto its base.
+
+    Args:
+      path: a directory, or a checkpoint of loralib; see above.
+      base: the model that it was trained on, or its name as `lorax.load` takes it. By its name an
+        encoder gets the classifier that the files have weights for.
+      alpha: lora_alpha of a checkpoint of loralib, which does not hold it.
+      weights: whether to load the weights of a base given by its name. Without them, which only
+        low-rank factors can be read without, the result can be looked at and saved, but neither
+        bound nor merged.
+
+    Raises FileNotFoundError, or ValueError that names file and field, tensor or layer for what is
+    damaged, can't be read, or does not fit the base; where it can, before the weights are loaded.
+    """
+    path = reading.located(path)
+    reading.check_alpha(path, alpha)
+    fields = head_fields(path, base) if isinstance(base, str) else {}
+    shapes = skeleton(base, **fields) if isinstance(base, str) else base
+    check_task(shapes, reading.task_type(path), f"{path / peft.CONFIG}: ")
+    whole = lambda: models.load(base, **fields) if isinstance(base, str) else base
+    match reading.format_of(path):
+        case "lorax":
+            return from_training(onto := whole(), *states.load(path, onto))
+        case "loralib" | "LORA":
+            adapter = reading.read(path, shapes.sources, alpha)
+            try:
+                binding.check(shapes, adapter)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            return Trained(whole() if weights else shapes, adapter)
+        case _:
+            return from_training(onto := whole(), *peft_methods.load(path, onto))
+
+
+def head_fields(path: str | os.PathLike, name: str) -> dict:
+    """The fields of a base's Config, for `lorax.load`, that give an encoder the classifier that an
+    adapter's files have weights for; {} without one.
+
+    Raises ValueError for a classifier without a task type on a base that says it has another head.
+    """
+    path = reading.located(path)
+    family = family_of(name, read_json(find(name, weights=False) / "config.json"))
+    labels = reading.classes(path) if "head" in config_fields(family) else None
+    if not labels:
+        return {}
+    if reading.task_type(path) is None and reading.format_of(path) != "lorax":
+        try:
+            skeleton(name)
+        except ValueError as error:
+            raise ValueError(f"{path}: has a classifier, but no task_type; {error}") from None
+    return {"head": "classification", "labels": labels}
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def save(directory: str | os.PathLike, trained: Trained, base_name: str | None = None) -> str:
+    """Write something trained so that PEFT reads it where it can; "", or why it can't.
+
+    Low-rank updates become a LoRA adapter in PEFT's format. Any other method leaves its arrays in
+    lorax's own format, and beside them PEFT's files of it if PEFT has the method.
+
+    base_name: what PEFT should load as the base model; the name that the base was loaded by without
+    it. Raises ValueError for factors that PEFT can't store where there is no method to store.
+    """
+    if trained.adapter is not None:
+        why = _attempt(save_as_lora, directory, trained, base_name)
+        if not why:
+            return ""
+        if trained.method is None:
+            raise ValueError(f"{trained.base.name}: {why}")
+    states.save(directory, trained.method, trained.state, trained.base)
+    if trained.adapter is None:
+        why = _attempt(
+            peft_methods.save, directory, trained.method, trained.state, trained.base, base_name
+        )
+    return why
+
+
+def save_as_lora(
+    directory: str | os.PathLike, trained: Trained, base_name: str | None = None
+) -> None:
+    """Write low-rank factors as a LoRA adapter in PEFT's format.
+
+    Raises ValueError for a method without factors, and for what PEFT has no way to store.
+    """
+    base, adapter = trained.base, trained.adapter
+    if adapter is None:
+        raise ValueError(f"{trained.name} is no update of low rank, and no LoRA has it")
+    settings = adapter.config if trained.method is None else trained.method.hp
+    dropout = settings.get("lora_dropout", settings.get("dropout")) or 0
+    kind = task_type(base, adapter.weights)
+    peft.save(directory, adapter, base.sources, base_name or base.name, dropout, kind)
+
+
+def _attempt(write, *arguments) -> str:
+    """ "" where writing succeeds, else the reason. A full or broken disk raises OSError."""
+    try:
+        write(*arguments)
+    except OSError:
+        raise
+    except Exception as error:  # what was learned is kept all the same
+        return str(error) if isinstance(error, ValueError) else repr(error)
+    return ""

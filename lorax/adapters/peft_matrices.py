@@ -1,0 +1,126 @@
+"""Methods with arrays of their own for every matrix, between their state and PEFT's modules.
+
+What the arrays of a module look like in a file: `lorax.interop.peft.matrices`.
+"""
+
+import pathlib
+import re
+
+import numpy as np
+
+from lorax import methods, tree
+from lorax.interop import peft
+from lorax.interop.peft import matrices
+from lorax.interop.peft.config import check_targets
+from lorax.interop.peft.matrices import Arrays, Place
+from lorax.interop.places import as_index, fused_width, natural
+from lorax.methods.vera import SHARED
+from lorax.models import Base
+
+
+def write(method: methods.Method, state: methods.State, base: Base):
+    """(tensors, config) of PEFT's, by the modules that the state adapts."""
+    arrays, trained = methods.joined(*state), methods.joined(state.trainable)
+    shared = {name: np.asarray(x) for name, x in arrays.pop(SHARED, {}).items()}
+    modules: dict[str, tuple[Place, dict[str, Arrays]]] = {}
+    for layer, (path, index) in base.layers.items():
+        own = {name: np.asarray(x)[index] for name, x in arrays.get(path, {}).items()}
+        if not own or "w" in own:
+            continue
+        if own.get("on", any(own[name].any() for name in trained[path])):
+            place = _place(base.places.module(layer), base, method.name)
+            modules.setdefault(place.name, (place, {}))[1][layer] = own
+    if not modules:
+        raise ValueError(f"{method.name}: nothing to save, no matrix is adapted")
+    kind = matrices.KINDS[method.name]
+    tensors, config = kind.write([*modules.values()], shared, method.hp)
+    config["target_modules"] = sorted(modules)
+    if any(place.conv1d for place, _ in modules.values()):
+        config["fan_in_fan_out"] = True
+    return tensors, config
+
+
+def read(name: str, stored: Arrays, config: dict, base: Base, directory: pathlib.Path):
+    """(hyperparameters, {path/name: {index in the stack: array}}, the other tensors)."""
+    kind, file = matrices.KINDS[name], directory / peft.WEIGHTS
+    modules, shared, rest = _sort(kind.names, stored)
+    if not modules:
+        raise ValueError(f"{file}: holds no tensors of {config['peft_type']}")
+    check_targets(config, modules, directory / peft.CONFIG)
+    placed = [
+        (_place(module, base, f"{file}: {name}"), modules[module])
+        for module in sorted(modules, key=natural)
+    ]
+    hp, layers, shared = kind.read(placed, shared, config, directory)
+    arrays = {f"{SHARED}/{leaf}": {(): x} for leaf, x in shared.items()}
+    for layer, own in layers.items():
+        path, index = base.layers[layer]
+        for leaf, value in own.items():
+            arrays.setdefault(f"{path}/{leaf}", {})[index] = value
+    hp |= _chosen(base, layers)
+    if name == "ia3":
+        paths = {base.layers[layer].path for layer in layers}
+        inner = {path for path in paths if f"{path}/l_in" in arrays}
+        both = sorted(path for path in inner if f"{path}/l" in arrays)
+        if both:
+            raise ValueError(f"{file}: {', '.join(both)}: some layers scale the input, some not")
+        hp["feedforward"] = _exactly(inner)
+    return hp, arrays, rest
+
+
+def _sort(names: str, stored: Arrays):
+    """({module: {name below it: tensor}}, {name: tensor} of no one module, the other tensors).
+    names: a regex of the method's names below a module."""
+    modules: dict[str, Arrays] = {}
+    shared, rest = {}, {}
+    for key, tensor in stored.items():
+        if match := re.fullmatch(rf"(?P<module>.+)\.(?P<name>{names})", key):
+            modules.setdefault(match["module"], {})[match["name"]] = tensor
+        elif key.startswith("base_model."):
+            shared[key.removeprefix("base_model.")] = tensor
+        else:
+            rest[key] = tensor
+    return modules, shared, rest
+
+
+def _chosen(base: Base, layers) -> dict:
+    """The hyperparameters targets and layers: the smallest product that covers what is adapted."""
+    parts = [base.layers[layer] for layer in layers]
+    paths, numbers = {path for path, _ in parts}, {i for _, index in parts for i in index}
+    flat = tree.flatten(base.params)
+    depth = max((flat[path].shape[0] for path in paths if base.sites[path].stack), default=0)
+    every = len(numbers) in (0, depth)
+    return {"targets": _exactly(paths), "layers": None if every else tuple(sorted(numbers))}
+
+
+def _exactly(paths) -> tuple[str, ...]:
+    """Words for these parameter paths and no others."""
+    return tuple(f"re:{re.escape(path)}" for path in sorted(paths))
+
+
+def _is_linear(base: Base, path: str) -> bool:
+    return base.sites[path].kind == "linear"
+
+
+def _place(module: str, base: Base, where: str) -> Place:
+    """What is known of a linear module. Raises ValueError, which begins with `where`, for one that
+    is none."""
+    flat, places = tree.flatten(base.params), base.places
+    linear = {
+        layer: part.path for layer, part in base.layers.items() if _is_linear(base, part.path)
+    }
+    parts = {p.rpartition("/")[0]: s for p, s in places.at(f"{module}.weight").items()}
+    if not parts or not parts.keys() <= linear.keys():
+        known = sorted({re.sub(r"\.\d+\.", ".{}.", places.module(layer)) for layer in linear})
+        raise ValueError(f"{where}: {module} is none of the linear layers, {', '.join(known)}")
+    path = linear[next(iter(parts))]
+    _, inputs, outputs = base.sites[path].matrix_shape(flat[path].shape)
+    fused = any(source.part is not None for source in parts.values())
+    return Place(
+        module,
+        inputs,
+        fused_width(parts) if fused else outputs,
+        {layer: as_index(source.part) for layer, source in parts.items()},
+        fused,
+        conv1d=all(source.axes is None for source in parts.values()),
+    )

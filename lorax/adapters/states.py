@@ -1,0 +1,114 @@
+"""Trained methods in lorax's own format (files: `lorax.interop.states`), whatever the method.
+
+The arrays of a sweep's member are padded to the widest. A user's method can only be read after its
+file has run: a file that is named by data is not run by itself.
+"""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from lorax import catalogue, methods, tree
+from lorax.errors import nearest
+from lorax.files import atomically, write_json
+from lorax.interop.adapter import Dense
+from lorax.interop.states import DELTA, METHOD, STATE, about
+from lorax.interop.tensors import read_arrays
+from lorax.models import Base
+
+
+def save(
+    directory: str | os.PathLike, method: methods.Method, state: methods.State, base: Base
+) -> None:
+    """Write a trained method."""
+    directory = Path(directory)
+    arrays = {
+        f"{kind}/{path}": np.asarray(x)
+        for kind, arrays_of in state._asdict().items()
+        for path, x in tree.flatten(arrays_of).items()
+    }
+    atomically(directory / STATE, lambda file: save_file(arrays, file))
+    fields = {"name": method.name, "hp": method.hp}
+    file = catalogue.row(method.name).file
+    if file is not None:
+        fields["file"] = Path(file).name
+    write_json(directory / METHOD, fields)
+    if method.delta is not None and method.stores_delta:
+        updates = dense(base, method, state).updates
+        atomically(directory / DELTA, lambda file: save_file(updates, file))
+
+
+def dense(base: Base, method: methods.Method, state: methods.State) -> Dense:
+    """The updates of a trained method by layer; layers that it does not change are left out."""
+    if method.delta is None:
+        return Dense(method.name, method.hp, {}, tree.flatten(state.trainable), False)
+    updates, beside = {}, {}
+    for path, update in method.delta(*state, base.params, base.sites).items():
+        if path not in base.sites:
+            beside[path] = update
+            continue
+        matrices = np.asarray(base.sites[path].to_matrix(update))
+        for layer, index in base.layers_of(path).items():
+            if matrices[index].any():
+                updates[layer] = matrices[index]
+    return Dense(method.name, method.hp, updates, beside)
+
+
+def load(directory: str | os.PathLike, base: Base) -> tuple[methods.Method, methods.State]:
+    """Read a trained method.
+
+    Raises FileNotFoundError, or ValueError that names the file for a damaged one, a method that is
+    not registered, hyperparameters that it does not have, and arrays that do not fit the base.
+    """
+    directory = Path(directory)
+    method = _method(directory)
+    file, trees = directory / STATE, {"trainable": {}, "constants": {}}
+    for key, value in read_arrays(file).items():
+        kind, _, path = key.partition("/")
+        if kind not in trees or not path:
+            raise ValueError(f"{file}: {key} is neither trainable/... nor constants/...")
+        trees[kind][path] = jnp.asarray(value)
+    state = methods.State(*map(tree.unflatten, trees.values()))
+    _check(file, method, state, base)
+    return method, state
+
+
+def _method(directory: Path) -> methods.Method:
+    """The method that method.json describes."""
+    fields, file = about(directory), directory / METHOD
+    name, code = fields["name"], fields.get("file")
+    if name not in catalogue.ROWS:
+        given = f"{file}: method {name!r} is not registered"
+        if code is not None:
+            raise ValueError(f"{given}; give --method FILE that registers it, as {code} did")
+        raise ValueError(f"{given}{nearest(name, catalogue.ROWS)}")
+    known = methods.hyperparameters(name)  # without what methods add, such as the scale
+    tupled = lambda value: tuple(map(tupled, value)) if isinstance(value, list) else value
+    hp = {key: tupled(value) for key, value in fields["hp"].items() if value is not None}
+    try:
+        return methods.method(name, **{key: value for key, value in hp.items() if key in known})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _check(file: Path, method: methods.Method, state: methods.State, base: Base) -> None:
+    """Raises ValueError for arrays that the base's parameters have no place or no room for."""
+    bound = lambda *state: method.bind(*state, base.params, sites=base.sites)
+    try:
+        changed = tree.flatten(jax.eval_shape(bound, *state))
+        if method.delta is not None:
+            delta = lambda *state: method.delta(*state, base.params, base.sites)
+            changed |= jax.eval_shape(delta, *state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: does not fit {base.name} ({error})") from None
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(base.params).items()}
+    for path, leaf in changed.items():
+        shape = getattr(leaf, "shape", shapes.get(path))
+        if path in shapes and shape != shapes[path]:
+            raise ValueError(
+                f"{file}: its {path} is {shape}, but {base.name} has {shapes[path]} there"
+            )

@@ -1,0 +1,63 @@
+"""A model that reads out with its embedding, and an adapter that updates the two uses differently.
+
+PEFT adapts modules, not weights: its adapter may update the embedding alone, the head alone, or
+each by itself. The shared weight then becomes an `leaves.Untied` leaf.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import leaves, tree
+from lorax.adapters.stacking import stacks
+from lorax.adapters.task_types import check_task
+from lorax.interop.adapter import Adapter, Factors
+from lorax.models import Base
+
+
+class Head(NamedTuple):
+    """What a tied model reads out with where it is not its embedding: path: of the embedding.
+    weight: (V, features) in its place, or None. factors: of an update of it, or None."""
+
+    path: str
+    weight: np.ndarray | None
+    factors: Factors | None
+
+
+def split(base: Base, adapter: Adapter) -> tuple[Adapter, Head | None]:
+    """(the adapter without a tied head's own, that head where it is not the embedding).
+
+    Raises ValueError for a task that the base has no head for.
+    """
+    check_task(base, adapter.config.get("task_type"))
+    embedding = "" if getattr(base.config, "head", "") == "none" else base.places.tied
+    path = f"{embedding}/embedding"
+    head, w_head = adapter.factors.get("lm_head"), adapter.weights.get("lm_head/kernel")
+    own = head is not None or w_head is not None
+    touched = embedding in adapter.factors or path in adapter.weights
+    apart = touched and not adapter.config.get("ensure_weight_tying", True)
+    if not embedding or not (own or apart):
+        return adapter, None
+    without = lambda named, name: {key: value for key, value in named.items() if key != name}
+    weights = without(adapter.weights, "lm_head/kernel")
+    rest = Adapter(without(adapter.factors, "lm_head"), weights, adapter.config)
+    shape = tree.flatten(base.params)[path].shape
+    if w_head is not None and w_head.T.shape != shape:
+        raise ValueError(f"lm_head/kernel: {w_head.shape} given, the base's {shape[::-1]}")
+    if head is not None and head.m is not None:
+        raise ValueError("lm_head: DoRA of a head that is the embedding is not supported")
+    twin = None if head is None else Factors(head.b.T, head.a.T, head.s)
+    return rest, Head(path, None if w_head is None else w_head.T, twin)
+
+
+def read_out(base: Base, head: Head):
+    """The leaf that a tied model with a head of its own reads out with."""
+    leaf = tree.flatten(base.params)[head.path]
+    if head.weight is not None:
+        leaf = jnp.asarray(head.weight).astype(leaf.dtype)
+    if head.factors is not None:
+        own = {head.path.removesuffix("/embedding"): head.factors}
+        twin = stacks(base, own)[head.path]
+        leaf = leaves.LowRank(leaf, *map(jnp.asarray, (twin.a, twin.b, twin.s)))
+    return leaf

@@ -1,0 +1,184 @@
+"""Statistics of every update: functions of an `Update`, lorax's own and anyone's.
+
+    def condition_number(update):
+        sigma = update.singular_values
+        return sigma[0] / sigma[-1]
+
+A statistic returns a number, or {name: number}. Its name is the function's.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from lorax import outside
+from lorax.analysis.measures import spectrum
+from lorax.analysis.tables.matrices import Updates, by_matrix, identity, shape_of, stacked, stacks
+from lorax.analysis.tables.update import BUILT_IN, NoBaseError, Update
+from lorax.errors import reason
+
+Statistic = Callable[[Update], float | Mapping[str, float]]
+
+#: Names of the tables and figures that lorax itself writes
+RESERVED = (
+    "against_base amplification amplification_layers base_ranks base_spectra base_spectrum "
+    "between_layers calibration cka curves differences intrinsic intrinsic_points intruders layers "
+    "learning_curves members methods rank_curve ranks runs sensitivity settings similarity "
+    "similarity_grid spectra trajectory update_ranks"
+).split()
+#: Columns that tables of updates have
+COLUMNS = ("member", "path", "layer", "target", "rank", "name", "adapter", "sigma", "index")
+
+
+class Measured(NamedTuple):
+    """What a statistic says of all updates.
+
+    table: a row a member and matrix (member, path, layer, target), and a column a number.
+    columns: names of these. missing: {(member, path): why it has no number}.
+    """
+
+    table: pd.DataFrame
+    columns: list[str]
+    missing: dict[tuple[Hashable, str], str]
+
+
+def read_statistics(names: Sequence[str]) -> list[Statistic]:
+    """The functions that "FILE.py:function" names.
+
+    Raises FileNotFoundError or ValueError that names what can't be a statistic.
+    """
+    functions = [outside.resolve(name, "analysis.also") for name in names]
+    check(functions)
+    return functions
+
+
+def check(functions: Sequence[Statistic]) -> None:
+    """Raises ValueError that names the function which can't be a statistic: it has no name, or one
+    that is taken, or does not take one argument."""
+    taken = (*RESERVED, *COLUMNS, *(function.__name__ for function in BUILT_IN))
+    seen = set()
+    for function in functions:
+        name = getattr(function, "__name__", "")
+        if not callable(function) or not name.isidentifier():
+            raise ValueError(
+                f"analysis.also: {name or function!r} given, must be a function with a name, as in "
+                "def condition_number(update)"
+            )
+        if name in taken:
+            raise ValueError(f"analysis.also: lorax has a {name} of its own; choose another name")
+        if name in seen:
+            raise ValueError(f"analysis.also: two statistics are called {name}; rename one")
+        seen.add(name)
+        signature = inspect.signature(function)
+        try:
+            signature.bind(None)
+        except TypeError:
+            text = f"analysis.also: {name}{signature} given, must take one argument, the update"
+            raise ValueError(text) from None
+
+
+def each(
+    updates: Mapping[Hashable, Updates],
+    kernels: Mapping[str, np.ndarray] | None = None,
+    no_kernels: str = "no base was given",
+) -> Iterable[Update]:
+    """Every update of every member, with its singular values, which are found in stacks.
+
+    Args:
+      updates: {member: {path: Factors, or dW (in, out)}}.
+      kernels: the base's (in, out) by path; where one is missing or of another shape, the update
+        has none. no_kernels: why there are none at all.
+    """
+    every = by_matrix(updates)
+    sigmas = singular_values(every)
+    for (member, path), given in every.items():
+        kernel, why = (kernels or {}).get(path), no_kernels
+        if kernels is not None and kernel is None:
+            why = f"the base has no {path}"
+        elif kernel is not None and kernel.shape != shape_of(given)[:2]:
+            kernel, why = None, f"the base's {path} is {kernel.shape}"
+        yield Update(member, path, given, kernel, why, sigmas[member, path])
+
+
+def singular_values(every: Mapping[tuple[Hashable, str], object]) -> dict:
+    """{(member, path): sigma (k,)}, descending, float64; every: of `by_matrix`."""
+    sigmas = {}
+    for keys in stacks({key: shape_of(update) for key, update in every.items()}):
+        update = stacked([every[key] for key in keys])
+        if isinstance(update, tuple):
+            sigma = spectrum.factor_svd(*update)[1]
+        else:
+            sigma = np.linalg.svd(update.astype(np.float64), compute_uv=False)
+        sigmas |= dict(zip(keys, sigma, strict=True))
+    return sigmas
+
+
+def numbers(statistic: Statistic, update: Update) -> dict[str, float]:
+    """{column: number} of one update. Raises ValueError for what is no number."""
+    value = statistic(update)
+    named = value if isinstance(value, Mapping) else {statistic.__name__: value}
+    return {_column(name): _number(name, value) for name, value in named.items()}
+
+
+def _column(name: object) -> str:
+    if not isinstance(name, str) or not name or name in COLUMNS:
+        raise ValueError(f"returned a number called {name!r}, which no column can be called")
+    return name
+
+
+def _number(name: str, value: object) -> float | int:
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    if not isinstance(value, (Real, np.number, np.bool_)) or isinstance(value, np.complexfloating):
+        shape = f" {value.shape}" if isinstance(value, np.ndarray) else ""
+        raise ValueError(f"{name} is {type(value).__name__}{shape}; expected a number")
+    return int(value) if isinstance(value, (int, np.integer, np.bool_)) else float(value)
+
+
+def statistics(
+    updates: Mapping[Hashable, Updates],
+    functions: Sequence[Statistic],
+    kernels: Mapping[str, np.ndarray] | None = None,
+    no_kernels: str = "no base was given",
+) -> dict[str, Measured]:
+    """{name: what the statistic says of every update}.
+
+    Where one raises, returns no number or returns NaN, the row has NaN, and `missing` says why; the
+    other rows have their numbers.
+
+    Args:
+      updates: {member: {path: Factors, or dW (in, out)}}.
+      functions: statistics; their names are the functions'.
+      kernels, no_kernels: see `each`.
+
+    Raises ValueError for what can be no statistic (`check`).
+    """
+    check(functions)
+    rows: dict[str, list[dict]] = {function.__name__: [] for function in functions}
+    missing: dict[str, dict] = {name: {} for name in rows}
+    for update in each(updates, kernels, no_kernels):  # each is dropped before the next
+        key = update.member, update.path
+        for function in functions:
+            name, found = function.__name__, {}
+            try:
+                found = numbers(function, update)
+                nan = [column for column, value in found.items() if math.isnan(value)]
+                if nan:
+                    missing[name][key] = f"{', '.join(nan)} is NaN"
+            except NoBaseError as why:
+                missing[name][key] = f"needs the base's weights: {why}"
+            except Exception as error:  # whatever it is, the others stand
+                missing[name][key] = reason(error)
+            rows[name].append(identity(*key) | found)
+    measured = {}
+    for name, listed in rows.items():
+        columns = list(dict.fromkeys(key for row in listed for key in row if key not in COLUMNS))
+        columns = columns or [name]
+        table = pd.DataFrame(listed, columns=["member", "path", "layer", "target", *columns])
+        measured[name] = Measured(table, columns, missing[name])
+    return measured

@@ -1,0 +1,148 @@
+"""What a command line asks for: the config, its members and the run directory."""
+
+import ast
+import os
+import re
+import sysconfig
+import traceback
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from lorax import config, outside, search
+from lorax.errors import reason
+from lorax.files import read_text
+
+#: The flags of lorax's commands alone: a program that imports lorax may have flags of these names.
+FLAGS = flags.FlagValues()
+config_flags.DEFINE_config_file(
+    "config", None, "The study: FILE or FILE:ARGUMENT.", flag_values=FLAGS
+)
+flags.DEFINE_string(
+    "workdir",
+    None,
+    "Run directory (default: runs/<config>[-<hash of overrides>]).",
+    flag_values=FLAGS,
+)
+
+
+def read(argv: list[str]) -> tuple[ConfigDict, list[config.Member], Path]:
+    """(config, members, run directory). Raises on anything wrong in the flags or the config."""
+    script = re.search(r"\0--?config[=\0]([^:\0]+)", "\0".join(["", *argv[1:]]))
+    if script:
+        outside.reach(script[1])
+    try:
+        rest = FLAGS(argv)
+        settings = FLAGS.config
+        if failure := getattr(settings, "__dict__", {}).get("_error"):
+            raise failure  # an OSError, which ml_collections keeps to itself
+    except Exception as error:
+        place, text = in_script(error)
+        if not place:  # the script is right: ConfigDict's errors lack the rest of a flag's path
+            check_flags(argv)
+        raise ValueError(place + text) from error
+    check_flags(argv)
+    if len(rest) > 1:
+        raise ValueError(f"unexpected argument {rest[1]!r}; did you mean --{rest[1].lstrip('-')}?")
+    if not FLAGS["config"].present:
+        raise ValueError("--config is missing, e.g. --config=configs/gpt2_rank_sweep.py")
+    file, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")
+    if not isinstance(settings, ConfigDict):
+        raise ValueError(
+            f"{file}: get_config returns {type(settings).__name__}; expected the ConfigDict that "
+            f"lorax.config.default() gives, changed"
+        )
+    if argument and ignores_argument(file):
+        raise ValueError(
+            f"--config={file}:{argument}: the script makes nothing of {argument!r}; expected "
+            f"--config={file}"
+        )
+    members = search.members(settings)
+    if FLAGS.workdir:
+        return settings, members, Path(FLAGS.workdir)
+    name = Path(file).stem + (f"-{argument}" if argument else "")
+    overridden = config_flags.get_override_values(FLAGS["config"])
+    suffix = f"-{config.digest(overridden)}" if overridden else ""
+    return settings, members, Path("runs") / (name + suffix)
+
+
+def check_flags(argv: list[str]) -> None:
+    """Raises ValueError for a flag of a key that the config does not have."""
+    for flag in argv[1:]:
+        if key := re.match(r"--?(?:no)?config\.([\w.]+)", flag):
+            config.check_key(key[1])
+
+
+def in_script(error: BaseException) -> tuple[str, str]:
+    """(FILE:LINE of a config script where it fails, "" where it does not, what went wrong)."""
+    installed = sysconfig.get_paths()
+    others = [installed[name] for name in ("stdlib", "purelib", "platlib")]
+    others.append(str(Path(__file__).parent))
+    place, deepest = "", error
+    while error is not None:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename[0] != "<"]
+        names = [frame.filename for frame in frames]
+        below = [i for i, name in enumerate(names) if "ml_collections" in Path(name).parts]
+        own = [
+            frame
+            for frame in frames[min(below, default=len(frames)) :]
+            if not any(frame.filename.startswith(folder + os.sep) for folder in others)
+        ]
+        if isinstance(error, SyntaxError) and error.filename:
+            return f"{error.filename}:{error.lineno}: ", error.msg
+        if own or "Traceback" in str(deepest):
+            place = f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
+            deepest = error
+        error = error.__cause__ or error.__context__
+    # ConfigDict lists all its keys before it says which is near.
+    text = re.sub(r' Other fields present: "\{.*\}"', "", reason(deepest))
+    return place, text.replace("config_config", "--config")
+
+
+def ignores_argument(file: str) -> bool:
+    """Whether a config script's get_config never looks at its argument."""
+    for node in ast.parse(read_text(file)).body:
+        if isinstance(node, ast.FunctionDef) and node.name == "get_config":
+            given = [*node.args.posonlyargs, *node.args.args][:1]
+            read = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            return bool(given) and given[0].arg not in read
+    return False
+
+
+def summary(settings: ConfigDict, members: list[config.Member]) -> str:
+    """One line: how many members along which axes, on what, and why there are several groups."""
+    swept, ties = config.swept(settings.sweep), settings.sweep.zip
+    ties = [tuple(map(config.axis_of, tie)) for tie in ties]
+    single = [axis for axis in swept if not any(axis in tie for tie in ties)]
+    axes = [f"{len(swept[tie[0]])} points of ({', '.join(tie)})" for tie in ties]
+    axes += [f"{axis} {_show(swept[axis])}" for axis in single]
+    product = " x ".join(axes) or "one setting"
+    plural = "s" * (len(members) > 1)
+    methods = ", ".join(dict.fromkeys(swept.get("method", [settings.method.name])))
+    what = f"{methods} on {settings.base}, task {settings.task.name}"
+    if settings.search.threshold:
+        full, lora = (sum(m.config.method.name == n for m in members) for n in ("full", "lora"))
+        most = search.most_members(settings, members)
+        beside = f"; {full} of full fine-tuning" + f", {lora} of LoRA" * bool(lora)
+        rounds = f", then up to {settings.search.rounds} x {most}" * bool(settings.search.rounds)
+        product, what = product + beside, what + rounds
+    return f"{len(members)} member{plural} ({product}) of {what}{_groups(members)}"
+
+
+def _groups(members) -> str:
+    """ ", in 2 groups: train.warmup differs"; "" where all members can share a program."""
+    groups = config.grouped(members)
+    if len(groups) == 1:
+        return ""
+    keys = config.differences(groups)
+    verb = "differs" if len(keys) == 1 else "differ"
+    return f", in {len(groups)} groups: {' and '.join(keys)} {verb}"
+
+
+def _show(values) -> str:
+    return (
+        "("
+        + ", ".join("+".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values)
+        + ")"
+    )

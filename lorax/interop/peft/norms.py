@@ -1,0 +1,49 @@
+"""LN-tuning as PEFT stores it: a norm that is trained whole has its tensors at `ln_tuning_layers`.
+
+    write(whole, places) -> (tensors, config, rest)
+    read(stored, config, where) -> tensors by the names that the base has for them
+
+whole: {Hugging Face's tensor: value} of all that was trained in full; rest: what of it is no norm.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from lorax.interop.peft.config import CONFIG, WEIGHTS, check_targets
+from lorax.interop.places import Places
+
+Arrays = dict[str, np.ndarray]
+
+
+def write(whole: Mapping[str, np.ndarray], places: Places):
+    parent = lambda name: name.rpartition(".")[0]
+    scales = {s.name for path, s in places.sources.items() if path.endswith("/scale")}
+    norms = {parent(name) for name in whole if re.sub(r"\.\d+\.", ".{}.", name) in scales}
+    norms = {norm for norm in norms if set(places.below(norm)) <= set(whole)}
+    if not norms:
+        raise ValueError("ln-tuning: nothing to save, no norm is trained")
+    tensors = {
+        f"{parent(name)}.ln_tuning_layers.{name.rpartition('.')[2]}": x
+        for name, x in whole.items()
+        if parent(name) in norms
+    }
+    rest = {name: x for name, x in whole.items() if parent(name) not in norms}
+    return tensors, {"target_modules": sorted(norms)}, rest
+
+
+def read(stored: Mapping[str, np.ndarray], config, where: pathlib.Path) -> Arrays:
+    file, word = where / WEIGHTS, ".ln_tuning_layers."
+    norms = {key: key.replace(word, ".") for key in stored if word in key}
+    if not norms:
+        raise ValueError(f"{file}: holds no tensors of LN_TUNING")
+    for key, name in norms.items():
+        if name in stored:
+            raise ValueError(f"{file}: {name} stands there twice, once as {key}")
+    modules = [key.partition(word)[0] for key in norms]
+    check_targets(config, modules, where / CONFIG)
+    return {norms.get(key, key): x for key, x in stored.items()}

@@ -1,0 +1,117 @@
+"""Anything trained, as far as its files can be read without its base, its method and JAX.
+
+    a directory of PEFT's       factors of LoRA and DoRA, and weights trained in full
+    a checkpoint of loralib     the same, but for the scale, which is not in the file
+    lorax's own format          dense updates, which any other method leaves
+
+`lorax.adapters.load` reads all of these, and PEFT's other methods, onto a base.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorax.interop import loralib, peft, states
+from lorax.interop.adapter import Adapter, Dense
+
+if TYPE_CHECKING:
+    from lorax.interop.hf import Source
+
+CHECKPOINTS = (".npz", ".safetensors")  # of loralib
+#: The classifiers that PEFT and loralib store, the last layer of each.
+_CLASSIFIERS = ("classifier.weight", "classifier.out_proj.weight")
+
+
+def located(path: str | os.PathLike) -> Path:
+    """The file or directory that holds an adapter: PEFT's directory for its tensors' file, the
+    checkpoint for a directory with one .npz and nothing else to tell it by."""
+    path = Path(path)
+    if path.name == peft.WEIGHTS:
+        return path.parent
+    if path.is_dir() and not (path / peft.CONFIG).exists() and not states.is_here(path):
+        checkpoints = sorted(path.glob("*.npz"))
+        return checkpoints[0] if len(checkpoints) == 1 else path
+    return path
+
+
+def is_here(path: str | os.PathLike) -> bool:
+    """Whether there is something that `read` may read."""
+    path = located(path)
+    known = path / peft.CONFIG, path / states.DELTA
+    return any(file.exists() for file in known) or path.is_file() and is_checkpoint(path)
+
+
+def is_checkpoint(path: str | os.PathLike) -> bool:
+    """Whether a path is a checkpoint of loralib, or a directory with one."""
+    return located(path).suffix in CHECKPOINTS
+
+
+def format_of(path: Path) -> str:
+    """What a path that `located` gave is: "loralib", PEFT's word for a method ("LORA", "VERA"...),
+    or "lorax" for a directory in lorax's own format alone.
+
+    Raises FileNotFoundError, or ValueError for a config that can't be read.
+    """
+    if is_checkpoint(path):
+        return "loralib"
+    if not (path / peft.CONFIG).exists() and states.is_here(path):
+        return "lorax"
+    return peft.read_config(path / peft.CONFIG)["peft_type"]
+
+
+def check_alpha(path: Path, alpha: float | None) -> None:
+    """Raises ValueError for a scale that is missing, and for one that a file says itself."""
+    if is_checkpoint(path) and alpha is None:
+        raise ValueError(
+            f"alpha: {path} does not say how its updates are scaled; give the lora_alpha of the "
+            "script that trained it (--alpha)"
+        )
+    if not is_checkpoint(path) and alpha is not None:
+        raise ValueError(f"alpha: {path} says itself how it is scaled; leave alpha (--alpha) out")
+
+
+def read(
+    path: str | os.PathLike,
+    sources: "Mapping[str, Source] | None" = None,
+    alpha: float | None = None,
+) -> Adapter | Dense:
+    """The updates that files hold.
+
+    Args:
+      path: a file or a directory of any of the formats above.
+      sources: where the base's parameters lie in Hugging Face's tensors. Without them the layers of
+        adapters that lorax did not write have the names of their modules.
+      alpha: lora_alpha of a checkpoint of loralib; without it the scale is 1.
+
+    Raises FileNotFoundError, and ValueError that names the file for one that is damaged and for
+    a method whose updates can't be told without the base, or that has none.
+    """
+    path = located(path)
+    if is_checkpoint(path):
+        return loralib.load(path, alpha, sources)
+    if (path / states.DELTA).exists():
+        return states.read(path)
+    if (kind := format_of(path)) != "LORA":
+        kind = states.about(path)["name"] if kind == "lorax" else kind
+        raise ValueError(f"base: needed to read {path}, which is {kind} (--base)")
+    return peft.load(path, sources)
+
+
+def task_type(path: Path) -> str | None:
+    """PEFT's word for the kind of model, None where the files say nothing."""
+    peft_says = format_of(path) not in ("loralib", "lorax")
+    return peft.read_config(path / peft.CONFIG).get("task_type") if peft_says else None
+
+
+def classes(path: Path) -> int | None:
+    """Classes that the classifier in the files tells apart, None without one."""
+    match format_of(path):
+        case "lorax":
+            return states.classes(path)
+        case "loralib":
+            weights = loralib.load(path).weights
+        case _:
+            file = path / peft.WEIGHTS
+            weights = peft.own_names(peft.read_tensors(file)[0], file)
+    return next((len(weights[name]) for name in _CLASSIFIERS if name in weights), None)

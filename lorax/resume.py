@@ -1,0 +1,48 @@
+"""Whether a run directory may be continued with a config."""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from lorax import config, rundir
+
+
+def check_same_config(workdir: Path, settings: ConfigDict) -> list[str]:
+    """The keys of `config.REVISABLE` in which the run that the directory holds differs.
+
+    Raises ValueError where it holds a run of another config, and where other values of these keys
+    can't take effect any more.
+    """
+    if not (workdir / rundir.CONFIG).exists():
+        return []
+    try:
+        stored = rundir.read_config(workdir)["config"]
+    except (ValueError, KeyError):
+        file = workdir / rundir.CONFIG
+        raise ValueError(f"workdir: {file} is damaged; delete {workdir} to start anew") from None
+    different = differences(stored, json.loads(settings.to_json()))
+    others = [key for key in different if key not in config.REVISABLE]
+    if others and rundir.has_begun(workdir):
+        raise ValueError(
+            f"workdir: {workdir} holds a run of another config (it differs in "
+            f"{', '.join(others)}); name another --workdir or delete it"
+        )
+    if different and rundir.has_finished(workdir) and not (workdir / rundir.CHECKPOINTS).exists():
+        raise ValueError(
+            f"workdir: {workdir} holds a finished run with other {', '.join(different)}, and its "
+            f"checkpoints are gone; name another --workdir"
+        )
+    return different
+
+
+def differences(old, new, prefix: str = "") -> list[str]:
+    """The keys, "train.lr", in which two configs differ, as config.json has them."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            difference
+            for key in sorted({*old, *new})
+            for difference in differences(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))
+        ]
+    blank = (None, [])  # a key that one of the two does not have, and its default
+    return [] if old == new or (old in blank and new in blank) else [prefix]

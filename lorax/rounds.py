@@ -1,0 +1,233 @@
+"""From members to a report: train round after round, then take the updates apart.
+
+A run without a search has one round. Whatever fails after training costs nothing of what was
+trained: it is said, kept in errors.txt and status.json, and the same command does it again.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from lorax import report, rundir, search, tensorboard, tree
+from lorax.analysis import runs, tables
+from lorax.config import Member
+from lorax.errors import reason
+from lorax.files import write_bytes
+from lorax.models import Base, kernels
+from lorax.terminal import Screen
+from lorax.train import layouts, loop, prepare
+
+PACKAGES = ("lorax-research", "jax", "jaxlib", "flax", "optax")  # whose versions config.json has
+
+
+def train(
+    settings: ConfigDict, members: list[Member], workdir: Path, command: str
+) -> dict[str, str]:
+    """Train all members of a run, export, analyse, report; {what failed after training: why}.
+
+    command: what runs the same again, for config.json.
+    """
+    tables.read_statistics(settings.analysis.also)  # raises where one can't be read
+    with contextlib.suppress(RuntimeError):  # JAX has computed something: its devices stay
+        layouts.split_cpu()
+    with Screen() as screen:
+        log = Log(workdir, screen)
+        base, lines = _train(settings, members, log, command)
+        log.write("trained")
+        screen.end_bar()
+        _analyse(settings, base, log)
+        log.write("trained" if log.failed else "finished")
+        screen.table(lines, log.results)
+        if settings.search.threshold:
+            show = lambda: screen.dimensions(search.estimate(settings, workdir))
+            log.attempt("dimensions", show)
+    return log.failed
+
+
+@dataclasses.dataclass
+class Log:
+    """What has come of a run so far, as status.json has it, and where it is said.
+
+    results: {member: its row of `lorax.train.loop.train`}. failed: {what failed after training:
+    why}. seconds: of wall clock, of earlier starts of the run. began: when this one started.
+    """
+
+    workdir: Path
+    screen: Screen
+    events: tensorboard.Events | None = None
+    results: dict[int, dict] = dataclasses.field(default_factory=dict)
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    began: float = dataclasses.field(default_factory=time.monotonic)
+
+    def __post_init__(self):
+        self.seconds = rundir.read_status(self.workdir).get("wall_seconds", 0.0)
+
+    def write(self, state: str) -> None:
+        """Write status.json."""
+        seconds = round(self.seconds + time.monotonic() - self.began, 1)
+        rundir.write_status(self.workdir, state, self.results, seconds, self.failed)
+
+    def attempt(self, what: str, work: Callable[[], object]) -> None:
+        """Do what may fail without ending the run."""
+        try:
+            work()
+        except Exception as error:
+            self.failed[what] = reason(error)
+            self.screen.say(f"{what}: {rundir.keep_error(self.workdir, error)}")
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def _train(settings, members: list[Member], log: Log, command: str) -> tuple[Base, list[dict]]:
+    """Train the sweep, then what a search asks for; (base of the first group, members.jsonl)."""
+    workdir, say, loaded = log.workdir, log.screen.say, prepare.Loaded({}, {})
+    groups = prepare.groups(members, say, loaded=loaded)
+    if settings.search.threshold:
+        prepare.check_metric(groups, settings.search.metric)
+    base = groups[0].base
+    check_disk(workdir, groups)
+    write_config(workdir, settings, base, command)
+    log.events = tensorboard.Events(workdir)
+
+    def progress(done, total):
+        log.screen.progress(done, total)
+        if "TensorBoard" not in log.failed:
+            log.attempt("TensorBoard", log.events.update)
+
+    members, lines, offset, before = list(members), [], 0, 0
+    rounds, most = search.rounds(settings), search.most_members(settings, members)
+    for number in range(1, rounds + 1):
+        lines += [line for group in groups for line in prepare.describe(group)]
+        rundir.write_members(workdir, lines)
+        loop.write_rankings(workdir, groups)
+        log.write("running")
+        after = (rounds - number) * most * settings.train.steps
+        terminal = log.screen.terminal(lines)._replace(progress=progress)
+        results, offset = loop.train(workdir, groups, terminal, offset, before, after)
+        log.results |= results
+        log.write("running")
+        if number == rounds:
+            break
+        more = search.next_round(settings, members, workdir, say)
+        if not more:
+            say("search: nothing is left to try")
+            break
+        say(f"search: round {number} of {rounds - 1}, {len(more)} members")
+        before, first = loop.member_steps(members), groups[-1].index + 1
+        groups = prepare.groups(more, say, first, loaded)
+        members += more
+    return base, lines
+
+
+def check_disk(workdir: Path, groups: list[prepare.Group]) -> None:
+    """Raises ValueError where checkpoints and adapters of the groups have no room on the disk."""
+    states = [tree.nbytes(group.stack.state) for group in groups]
+    learned = [tree.nbytes(group.stack.state.trainable) for group in groups]
+    # Two checkpoints of each group stay, while one is being written.
+    needs = sum(learned) + 2 * sum(states) + max(states)
+    there = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
+    free = shutil.disk_usage(workdir).free
+    if needs > free + there:
+        count = sum(len(group.stack.members) for group in groups)
+        raise ValueError(
+            f"--workdir: {workdir} needs {needs / 1e9:.2f} GB for checkpoints and adapters of "
+            f"{count} members, and {(free + there) / 1e9:.2f} GB are free there; name another "
+            f"--workdir, or train fewer members in one run"
+        )
+
+
+def write_config(workdir: Path, settings: ConfigDict, base: Base, command: str) -> None:
+    """Write config.json, or of one that is there config and command, where these may change.
+
+    Raises ValueError where the weights of the base are not those that the run began with.
+    """
+    devices, cores = jax.devices(), f"{platform.machine()}, {os.cpu_count()} cores"
+    now = {
+        "config": json.loads(settings.to_json()),
+        "versions": {name: _version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "device": f"{len(devices)} x {devices[0].device_kind} ({cores})",
+        "git": _git_revision(),
+        "base_sha256": base.sha256,
+        "command": command,
+    }
+    if not rundir.has_begun(workdir):
+        rundir.write_config(workdir, now)
+        return
+    begun = rundir.read_config(workdir)
+    if begun["base_sha256"] != now["base_sha256"]:
+        raise ValueError(
+            f"base: the weights of {base.name} are others than {workdir} began with; "
+            f"name another --workdir"
+        )
+    if begun["config"] != now["config"]:
+        changed = {key: now[key] for key in ("config", "command")}
+        rundir.write_config(workdir, begun | changed)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Revision of the source tree that lorax runs from, with "+" where it has changes."""
+    here = Path(__file__).parent
+    ask = lambda *words: subprocess.run(
+        ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=True
+    ).stdout.strip()
+    try:
+        return ask("rev-parse", "HEAD") + "+" * bool(ask("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# --------------------------------------------------------------------------------------- analysing
+
+
+def _analyse(settings: ConfigDict, base: Base, log: Log) -> None:
+    """Write the tables, the report and TensorBoard's files of a run that is trained."""
+    workdir, say = log.workdir, log.screen.say
+    for member, result in log.results.items():
+        failed = result.get("failed", {}).items()
+        log.failed |= {f"{key} of member {member}": why for key, why in failed}
+    log.attempt("tables", lambda: _write_tables(workdir))
+    if settings.analysis.report:
+        say("taking the updates apart and drawing the report")
+        log.attempt("report", lambda: _report(workdir, base, settings.analysis.also, say))
+    log.attempt("TensorBoard", log.events.finish)
+
+
+def _write_tables(workdir: Path) -> None:
+    """analysis/trajectory.csv and analysis/cka.csv, of what training has left of them."""
+    run = runs.load(workdir)
+    for name, table in (("trajectory", tables.trajectory(run)), ("cka", tables.cka(run))):
+        file = rundir.table(workdir, name)
+        if table is None:
+            file.unlink(missing_ok=True)  # of an analysis that is no longer asked for
+        else:
+            write_bytes(file, table.to_csv(index=False).encode())
+
+
+def _report(workdir: Path, base: Base, also: tuple[str, ...], say: Callable[[str], None]) -> None:
+    """Draw the report. A section that fails is a line on the screen and in its place, and does not
+    fail the run."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say(f"report: {message}")
+        report.write(workdir, kernels(base), also=also)
