@@ -5,6 +5,7 @@
 its name, in place of any function there. So the module itself has to be what is called.
 """
 
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -12,5 +13,5 @@ from collections.abc import Callable
 
 def make_callable(name: str, function: Callable) -> None:
     """Let the module of this name be called as `function`."""
-    kind = type("CallableModule", (types.ModuleType,), {"__call__": staticmethod(function)})
-    sys.modules[name].__class__ = kind
+    called = {"__call__": staticmethod(function), "__signature__": inspect.signature(function)}
+    sys.modules[name].__class__ = type("CallableModule", (types.ModuleType,), called)
