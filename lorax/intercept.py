@@ -16,9 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from lorax import tree
-from lorax.leaves import Same
 from lorax.ops import (
-    Leaf,
     Site,
     add_bias,
     as_matrix,
@@ -96,7 +94,6 @@ def _computed(next_fun, context, *args, **kwargs):
     leaf = module.get_variable("params", name)
     if not is_operator(leaf):
         return next_fun(*args, **kwargs)
-    leaf = leaf.w if isinstance(leaf, Same) else leaf
     bias = module.get_variable("params", "bias") if getattr(module, "use_bias", False) else None
     return rule.call(module, leaf, bias, *args, **kwargs)
 
@@ -168,23 +165,19 @@ def _einsum_axes(module, x, einsum_str=None):
 
 
 def _einsum(module, leaf, bias, x, einsum_str=None):
-    if bias is not None and type(leaf).affine is not Leaf.affine:
-        raise ValueError(f"an einsum with a bias and a {type(leaf).__name__} leaf is not supported")
     left, kernel, out = _einsum_letters(module, x, einsum_str)
     ins, outs = _einsum_axes(module, x, einsum_str)
     free = [c for c in left if c not in kernel]
     order = [left.index(c) for c in free] + [left.index(kernel[i]) for i in ins]
     sizes = tuple(x.shape[left.index(c)] for c in free)
     x = jnp.transpose(x, order).reshape(*sizes, -1).astype(_compute_dtype(module, x, leaf))
-    y = linear(x, as_matrix(leaf, Site("linear", 0, ins, outs)))
-    shape = frozen(leaf).shape
-    y = y.reshape(*sizes, *(shape[i] for i in outs))
-    have = free + [kernel[i] for i in outs]
-    y = jnp.transpose(y, [have.index(c) for c in out])
-    if bias is None:
-        return y
-    like_y = [shape[kernel.index(c)] if c in kernel else 1 for c in out]
-    return y + bias.astype(y.dtype).reshape(like_y)
+    made = [kernel[i] for i in outs]
+    if bias is not None:  # its axes are in the order of the output
+        bias_axes = [c for c in out if c in kernel]
+        bias = jnp.transpose(bias, [bias_axes.index(c) for c in made]).reshape(-1)
+    y = linear(x, as_matrix(leaf, Site("linear", 0, ins, outs)), bias)
+    y = y.reshape(*sizes, *(frozen(leaf).shape[i] for i in outs))
+    return jnp.transpose(y, [(free + made).index(c) for c in out])
 
 
 def _embed(module, leaf, bias, ids):

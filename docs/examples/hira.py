@@ -65,50 +65,42 @@ def hira(
     if rank < 1:
         raise ValueError(f"method.rank: {rank} given, must be at least 1")
 
-    def chosen(params, sites=None):
+    def adapts(params, sites=None):
         return methods.adapted_matrices(params, sites, targets, layers, rank)
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
-        flat, trainable, constants = tree.flatten(params), {}, {}
-        mine = chosen(params, sites)
-        for path, site in (targets or {path: site for path, (site, _) in mine.items()}).items():
-            axes, n_in, n_out = site.matrix_shape(flat[path].shape)
-            active = mine[path][1] if path in mine else None
-            bound, r = 1 / math.sqrt(n_in), pad or rank
+        width, trainable, constants = pad or rank, {}, {}
+        for m in methods.matrices(params, adapts(params, sites), targets, key, rank):
 
-            def draw(key, index, n_in=n_in, bound=bound):
+            def draw(key, index, n_in=m.n_in):  # of one layer; b stays zero
+                bound = 1 / math.sqrt(n_in)
                 return {"a": jax.random.uniform(key, (n_in, rank), jnp.float32, -bound, bound)}
 
-            key_of_it = jax.random.fold_in(methods.key_for(key, path), rank)
-            shapes = {"a": (n_in, r), "b": (r, n_out)}
-            trainable[path] = methods.fill(key_of_it, axes, active, shapes, draw)
-            constants[path] = {"s": jnp.full(axes, gain, jnp.float32)}
+            trainable[m.path] = m.fill({"a": (m.n_in, width), "b": (width, m.n_out)}, draw)
+            constants[m.path] = {"s": m.full(gain)}
         return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def bind(trainable, constants, params, key=None, sites=None):
         flat = tree.flatten(params)
-        for path, f in methods.joined(trainable, constants).items():
-            flat[path] = Elementwise(flat[path], f["a"], f["b"], f["s"])
+        for path, x in methods.joined(trainable, constants).items():
+            flat[path] = Elementwise(flat[path], x["a"], x["b"], x["s"])
         return tree.unflatten(flat)
 
     def delta(trainable, constants, params, sites=None):
         sites = sites or ops.sites_from_shapes(params)
-        flat, found = tree.flatten(params), {}
-        for path, f in methods.joined(trainable, constants).items():
+        flat, updates = tree.flatten(params), {}
+        for path, x in methods.joined(trainable, constants).items():
             w = ops.dense(flat[path], sites[path]).astype(jnp.float32)
-            dw = update(sites[path].to_matrix(w), f["a"], f["b"], f["s"])
-            found[path] = sites[path].from_matrix(dw, w.shape)
-        return found
+            dw = update(sites[path].to_matrix(w), x["a"], x["b"], x["s"])
+            updates[path] = sites[path].from_matrix(dw, w.shape)
+        return updates
 
     def count(params, sites=None):
-        flat, total = tree.flatten(params), 0
-        for path, (site, active) in chosen(params, sites).items():
-            _, n_in, n_out = site.matrix_shape(flat[path].shape)
-            total += int(active.sum()) * rank * (n_in + n_out)
-        return total
+        found = methods.matrices(params, adapts(params, sites))
+        return sum(int(m.active.sum()) * rank * (m.n_in + m.n_out) for m in found)
 
     hp = dict(rank=rank, gain=gain, targets=targets, layers=layers)
-    return methods.Method("hira", hp, init, bind, delta, count, adapts=chosen, width=rank)
+    return methods.Method("hira", hp, init, bind, delta, count, adapts=adapts, width=rank)
 
 
 def get_config(arg=None):

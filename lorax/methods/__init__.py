@@ -7,19 +7,17 @@ write a function of hyperparameters that returns a `Method`, in any file, and `r
 
 import types
 
-from lorax.catalogue import ROWS, register  # noqa: F401
-from lorax.methods.build import hyperparameters, merge, method  # noqa: F401
-from lorax.methods.contract import Method, State  # noqa: F401
-from lorax.methods.targets import (  # noqa: F401
+from lorax.catalogue import ROWS, register
+from lorax.methods.arrays import Matrix, fill, joined, key_for, matrices
+from lorax.methods.build import hyperparameters, merge, method
+from lorax.methods.contract import Method, State
+from lorax.methods.targets import (
     FULL_WORDS,
     GROUPS,
     WORDS,
     Default,
     active_layers,
     adapted_matrices,
-    fill,
-    joined,
-    key_for,
     matching,
     resolve,
     resolve_full,
@@ -28,3 +26,28 @@ from lorax.methods.targets import (  # noqa: F401
 
 #: name -> `lorax.catalogue.Row` of every method that there is; `register` adds to it.
 METHODS = types.MappingProxyType(ROWS)
+
+__all__ = [
+    "Default",
+    "FULL_WORDS",
+    "GROUPS",
+    "METHODS",
+    "Matrix",
+    "Method",
+    "State",
+    "WORDS",
+    "active_layers",
+    "adapted_matrices",
+    "fill",
+    "hyperparameters",
+    "joined",
+    "key_for",
+    "matching",
+    "matrices",
+    "merge",
+    "method",
+    "register",
+    "resolve",
+    "resolve_full",
+    "words_of",
+]

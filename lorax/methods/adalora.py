@@ -39,9 +39,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lorax import methods, tree
+from lorax import tree
 from lorax.methods import lora
-from lorax.methods.targets import Default, words_of
+from lorax.methods.arrays import joined, matrices
+from lorax.methods.contract import Method, State
+from lorax.methods.targets import Default, adapted_matrices, words_of
 
 
 def adalora(
@@ -57,7 +59,7 @@ def adalora(
     orthogonal: float = 0.5,
     beta1: float = 0.85,
     beta2: float = 0.85,
-) -> "methods.Method":
+) -> Method:
     """AdaLoRA with the given hyperparameters; see `lorax.methods.Method` for its functions.
 
     rank: r >= 1 of every matrix at the start, at most min(in, out) of every target.
@@ -68,74 +70,68 @@ def adalora(
     orthogonal: weight of the penalty. beta1, beta2: of the averages, in (0, 1).
     Raises ValueError for a value out of range.
     """
-    targets = words_of(targets)
     target_rank = max(1, round(2 * rank / 3)) if target_rank is None else target_rank
-    for field, value, ok, right in (
-        ("rank", rank, rank >= 1, "at least 1"),
-        ("target_rank", target_rank, 1 <= target_rank <= rank, f"from 1 to the rank, {rank}"),
-        ("dropout", dropout, 0 <= dropout < 1, "in [0, 1)"),
-        ("tinit", tinit, tinit >= 0, "at least 0"),
-        ("tfinal", tfinal, tfinal >= 0, "at least 0"),
-        ("every", every, every >= 1, "at least 1"),
-        ("orthogonal", orthogonal, orthogonal >= 0, "at least 0"),
-        ("beta1", beta1, 0 < beta1 < 1, "in (0, 1)"),
-        ("beta2", beta2, 0 < beta2 < 1, "in (0, 1)"),
-    ):
-        if not ok:
-            raise ValueError(f"method.{field}: {value} given, must be {right}")
-    scale = alpha / (rank + 1e-5)
+    hp = dict(rank=rank, alpha=alpha, target_rank=target_rank, targets=words_of(targets))
+    hp |= dict(layers=layers, dropout=dropout, tinit=tinit, tfinal=tfinal, every=every)
+    hp |= dict(orthogonal=orthogonal, beta1=beta1, beta2=beta2)
+    _check(hp)
+    hp["scale"] = alpha / (rank + 1e-5)
 
-    def chosen(params, sites=None):
-        return methods.adapted_matrices(params, sites, targets, layers, rank)
+    def adapts(params, sites=None):
+        return adapted_matrices(params, sites, hp["targets"], layers, rank)
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
-        own = chosen(params, sites)
-        flat, trainable, constants = tree.flatten(params), {}, {}
-        for path, site in (targets or {path: site for path, (site, _) in own.items()}).items():
-            axes, n_in, n_out = site.matrix_shape(flat[path].shape)
-            active = own[path][1] if path in own else np.zeros(axes, bool)
+        r, trainable, constants = pad or rank, {}, {}
+        for m in matrices(params, adapts(params, sites), targets, key, rank):
 
-            def draw(key, index, n_in=n_in, n_out=n_out):
+            def draw(key, index, m=m):
                 for_a, for_b = jax.random.split(key)
-                a = 0.02 * jax.random.normal(for_a, (n_in, rank), jnp.float32)
-                return {"a": a, "b": 0.02 * jax.random.normal(for_b, (rank, n_out), jnp.float32)}
+                a = 0.02 * jax.random.normal(for_a, (m.n_in, rank), jnp.float32)
+                return {"a": a, "b": 0.02 * jax.random.normal(for_b, (rank, m.n_out), jnp.float32)}
 
-            own_key = jax.random.fold_in(methods.key_for(key, path), rank)
-            r = pad or rank
-            shapes = {"a": (n_in, r), "e": (r,), "b": (r, n_out)}
-            trainable[path] = methods.fill(own_key, axes, active, shapes, draw)
-            each = dict(s=scale, dropout=dropout, orthogonal=orthogonal, beta1=beta1, beta2=beta2)
-            steps = dict(tinit=tinit, tfinal=tfinal, every=every)
-            constants[path] = {
-                **{name: jnp.full(axes, value, jnp.float32) for name, value in each.items()},
-                **{name: jnp.full(axes, value, jnp.int32) for name, value in steps.items()},
-                "target": jnp.asarray(active * target_rank, jnp.int32),
-                "real": jnp.asarray(active[..., None] & (np.arange(r) < rank)),
+            trainable[m.path] = m.fill({"a": (m.n_in, r), "e": (r,), "b": (r, m.n_out)}, draw)
+            constants[m.path] = {
+                "s": m.full(hp["scale"]),
+                **{name: m.full(hp[name]) for name in ("dropout", "orthogonal", "beta1", "beta2")},
+                **{name: m.full(hp[name], jnp.int32) for name in ("tinit", "tfinal", "every")},
+                "target": jnp.asarray(m.active * target_rank, jnp.int32),
+                "real": jnp.asarray(m.active[..., None] & (np.arange(r) < rank)),
             }
-        return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
+        return State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def count(params, sites=None):
-        flat, total = tree.flatten(params), 0
-        for path, (site, active) in chosen(params, sites).items():
-            _, n_in, n_out = site.matrix_shape(flat[path].shape)
-            total += int(active.sum()) * rank * (n_in + n_out + 1)
-        return total
+        found = matrices(params, adapts(params, sites))
+        return sum(int(m.active.sum()) * rank * (m.n_in + m.n_out + 1) for m in found)
 
-    hp = dict(rank=rank, alpha=alpha, target_rank=target_rank, targets=targets, layers=layers)
-    hp |= dict(dropout=dropout, tinit=tinit, tfinal=tfinal, every=every, orthogonal=orthogonal)
-    hp |= dict(beta1=beta1, beta2=beta2, scale=scale)
-    return methods.Method(
+    return Method(
         "adalora", hp, init, bind, delta, count, factors, optimizer, penalty,
-        adapts=chosen, width=rank,
+        adapts=adapts, width=rank,
     )  # fmt: skip
+
+
+def _check(hp: dict) -> None:
+    """Raises ValueError for a hyperparameter out of range."""
+    rank, at_least_0 = hp["rank"], ("tinit", "tfinal", "orthogonal")
+    for field, ok, right in (
+        ("rank", rank >= 1, "at least 1"),
+        ("target_rank", 1 <= hp["target_rank"] <= rank, f"from 1 to the rank, {rank}"),
+        ("dropout", 0 <= hp["dropout"] < 1, "in [0, 1)"),
+        *((field, hp[field] >= 0, "at least 0") for field in at_least_0),
+        ("every", hp["every"] >= 1, "at least 1"),
+        *((field, 0 < hp[field] < 1, "in (0, 1)") for field in ("beta1", "beta2")),
+    ):
+        if not ok:
+            raise ValueError(f"method.{field}: {hp[field]} given, must be {right}")
 
 
 def _as_lora(f):
     """A function of `lora` for the update s (a diag(e)) b."""
 
     def of_both(trainable, *args, **kwargs):
-        own = methods.joined(trainable)
-        folded = {p: {"a": x["a"] * x["e"][..., None, :], "b": x["b"]} for p, x in own.items()}
+        folded = {
+            path: {"a": x["a"] * x["e"][..., None, :], "b": x["b"]}
+            for path, x in joined(trainable).items()
+        }
         return f(tree.unflatten(folded), *args, **kwargs)
 
     return of_both
@@ -147,22 +143,21 @@ bind, delta = _as_lora(lora.bind), _as_lora(lora.delta)
 
 def factors(trainable, constants, params, sites=None):
     """{path: (a diag(e), b, s, None)}, a pruned triplet's column and row both zero."""
-    found = {}
-    for path, (a, b, s, _) in _as_lora(lora.factors)(trainable, constants, params).items():
-        found[path] = a, jnp.where(jnp.any(a != 0, axis=-2)[..., None], b, 0), s, None
-    return found
+    found = _as_lora(lora.factors)(trainable, constants, params)
+    kept = lambda a, b: jnp.where(jnp.any(a != 0, axis=-2)[..., None], b, 0)
+    return {path: (a, kept(a, b), s, None) for path, (a, b, s, _) in found.items()}
 
 
 def penalty(trainable, constants):
     """() orthogonal times the mean of |P^T P - 1| over P = a and b^T of what is adapted."""
     total, n = 0.0, 0
-    for own in methods.joined(trainable, constants).values():
-        n += 2 * jnp.sum(own["real"][..., 0])
-        for p in (own["a"], jnp.swapaxes(own["b"], -1, -2)):
+    for x in joined(trainable, constants).values():
+        n += 2 * jnp.sum(x["real"][..., 0])
+        for p in (x["a"], jnp.swapaxes(x["b"], -1, -2)):
             p = p.astype(np.promote_types(p.dtype, np.float32))
             gram = jnp.swapaxes(p, -1, -2) @ p
             one = jnp.broadcast_to(jnp.eye(p.shape[-1], dtype=p.dtype), gram.shape)
-            one = one * own["real"][..., None, :].astype(p.dtype)
+            one = one * x["real"][..., None, :].astype(p.dtype)
             squares = jnp.sum(jnp.square(gram - one), axis=(-2, -1))
             # The root's gradient at zero is infinite: nothing is adapted there, or P is perfect.
             norms = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
@@ -212,18 +207,18 @@ def optimizer(inner, constants, train):
 
     Its `init` takes the constants' values, so it can't be traced; its `update` can.
     """
-    fixed = methods.joined(constants)
+    fixed = joined(constants)
+
+    def adapted(tree_):
+        """{path: {"a", "e", "b"}}, without the parameters that are trained in full as well."""
+        return {path: x for path, x in joined(tree_).items() if path in fixed}
 
     def init(trainable):
-        total = lambda name: int(sum(np.sum(own[name]) for own in fixed.values()))
+        total = lambda name: int(sum(np.sum(x[name]) for x in fixed.values()))
         phases = (int(_of_member(constants, name)) for name in ("tinit", "tfinal", "every"))
         budgets = jnp.asarray(schedule(total("real"), total("target"), *phases, train.steps))
-        zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), _own(trainable))
+        zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), adapted(trainable))
         return Allocation(inner.init(trainable), jnp.int32(0), budgets, zeros(), zeros())
-
-    def _own(tree_):
-        """{path: {"a", "e", "b"}}, without what is trained in full beside them."""
-        return {path: own for path, own in methods.joined(tree_).items() if path in fixed}
 
     def update(grads, state, params):
         updates, inner_state = inner.update(grads, state.inner, params)
@@ -231,8 +226,8 @@ def optimizer(inner, constants, train):
         beta1, beta2, tfinal = (_of_member(constants, n) for n in ("beta1", "beta2", "tfinal"))
         sensitivity = jax.tree.map(
             lambda p, g: jnp.abs(p.astype(jnp.float32) * g.astype(jnp.float32)),
-            _own(optax.apply_updates(params, updates)),
-            _own(grads),
+            adapted(optax.apply_updates(params, updates)),
+            adapted(grads),
         )
         smooth = lambda beta, old, new: jnp.where(
             step < train.steps - tfinal, beta * old + (1 - beta) * new, old
@@ -258,8 +253,8 @@ def keep(scores, fixed, budget):
     scores: {path: {"a", "e", "b"}}, of each entry. fixed: {path: constants}. budget: () int32.
     """
     triplets = {}
-    for path, own in scores.items():
-        score = own["e"] + jnp.mean(own["a"], axis=-2) + jnp.mean(own["b"], axis=-1)
+    for path, x in scores.items():
+        score = x["e"] + jnp.mean(x["a"], axis=-2) + jnp.mean(x["b"], axis=-1)
         # Padding and what this member does not adapt come last.
         triplets[path] = jnp.where(fixed[path]["real"], score, -jnp.inf)
     flat = jnp.concatenate([score.ravel() for score in triplets.values()])
@@ -272,4 +267,4 @@ def keep(scores, fixed, budget):
 
 def _of_member(constants, name):
     """() a constant that is one number for the whole member; every matrix has a copy."""
-    return next(iter(methods.joined(constants).values()))[name].ravel()[0]
+    return next(iter(joined(constants).values()))[name].ravel()[0]

@@ -17,10 +17,12 @@ it can't be merged, and costs two products more in generation too.
 import jax
 import jax.numpy as jnp
 
-from lorax import leaves, methods, tree
+from lorax import leaves, tree
 from lorax.errors import nearest
+from lorax.methods.arrays import joined, matrices
+from lorax.methods.contract import Method, State
 from lorax.methods.full import beside
-from lorax.methods.targets import Default, words_of
+from lorax.methods.targets import Default, adapted_matrices, words_of
 from lorax.models.layers import ACTIVATIONS
 
 WIDTH = 1e-3  # standard deviation of `down` at the start, before the cut
@@ -32,7 +34,7 @@ def houlsby(
     targets: tuple[str, ...] = Default(("o", "down")),
     layers: tuple[int, ...] | None = None,
     full: tuple[str, ...] = (),
-) -> "methods.Method":
+) -> Method:
     """Houlsby's adapters, and every norm trained; see `lorax.methods.Method`.
 
     rank: m >= 1, the adapter's inner size. activation: f, a name of `layers.ACTIVATIONS`. targets:
@@ -51,12 +53,12 @@ def pfeiffer(
     activation: str = "relu",
     targets: tuple[str, ...] = Default(("down",)),
     layers: tuple[int, ...] | None = None,
-) -> "methods.Method":
+) -> Method:
     """Pfeiffer's adapters; hyperparameters and errors as of `houlsby`."""
     return _bottleneck("pfeiffer", rank, activation, targets, layers)
 
 
-def _bottleneck(name, rank, activation, words, layers) -> "methods.Method":
+def _bottleneck(name, rank, activation, words, layers) -> Method:
     words = words_of(words)
     if rank < 1:
         raise ValueError(f"method.rank: {rank} given, must be at least 1")
@@ -65,46 +67,41 @@ def _bottleneck(name, rank, activation, words, layers) -> "methods.Method":
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"method.activation: {activation!r} is not one of {known}{hint}")
 
-    def chosen(params, sites=None):
-        own = methods.adapted_matrices(params, sites, words, layers)
-        for path, (site, _) in own.items():
+    def adapts(params, sites=None):
+        adapted = adapted_matrices(params, sites, words, layers)
+        for path, (site, _) in adapted.items():
             if site.kind != "linear":
                 raise ValueError(f"method.targets: {path} is no linear layer's kernel")
-        return own
+        return adapted
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
-        own = chosen(params, sites)
-        flat, trainable, constants = tree.flatten(params), {}, {}
-        for path, site in (targets or {path: site for path, (site, _) in own.items()}).items():
-            axes, _, d = site.matrix_shape(flat[path].shape)
-            active, m = own[path][1] if path in own else None, pad or rank
+        width, trainable, constants = pad or rank, {}, {}
+        for m in matrices(params, adapts(params, sites), targets, key, rank):
+            d = m.n_out
 
             def draw(key, index, d=d):
                 return {"down": WIDTH * jax.random.truncated_normal(key, -2, 2, (d, rank))}
 
             # Units that only pad have zeros on both sides, and so zero gradients: every f(0) is 0.
-            shapes = {"down": (d, m), "down_bias": (m,), "up": (m, d), "up_bias": (d,)}
-            own_key = jax.random.fold_in(methods.key_for(key, path), rank)
-            trainable[path] = methods.fill(own_key, axes, active, shapes, draw)
-            on = jnp.zeros(axes) if active is None else jnp.asarray(active)
-            constants[path] = {"on": on.astype(jnp.float32)}
-        return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
+            shapes = {"down": (d, width), "down_bias": (width,), "up": (width, d), "up_bias": (d,)}
+            trainable[m.path] = m.fill(shapes, draw)
+            constants[m.path] = {"on": jnp.asarray(m.active, jnp.float32)}
+        return State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def bind(trainable, constants, params, key=None, sites=None):
         flat = tree.flatten(params)
-        for path, own in methods.joined(trainable, constants).items():
+        for path, x in joined(trainable, constants).items():
             # The one gradient that would not be zero where this member has no adapter.
-            up_bias = own["up_bias"] * own["on"][..., None].astype(own["up_bias"].dtype)
-            within = own["down"], own["down_bias"], own["up"], up_bias
-            flat[path] = leaves.Bottleneck(flat[path], *within, ACTIVATIONS[activation])
+            up_bias = x["up_bias"] * x["on"][..., None].astype(x["up_bias"].dtype)
+            adapter = x["down"], x["down_bias"], x["up"], up_bias
+            flat[path] = leaves.Bottleneck(flat[path], *adapter, ACTIVATIONS[activation])
         return tree.unflatten(flat)
 
     def count(params, sites=None):
-        flat, total = tree.flatten(params), 0
-        for path, (site, active) in chosen(params, sites).items():
-            d = site.matrix_shape(flat[path].shape)[2]
-            total += int(active.sum()) * (2 * d * rank + rank + d)
-        return total
+        each = lambda d: 2 * d * rank + rank + d
+        return sum(
+            int(m.active.sum()) * each(m.n_out) for m in matrices(params, adapts(params, sites))
+        )
 
     hp = dict(rank=rank, activation=activation, targets=words, layers=layers)
-    return methods.Method(name, hp, init, bind, None, count, adapts=chosen, width=rank)
+    return Method(name, hp, init, bind, None, count, adapts=adapts, width=rank)

@@ -12,15 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import ops, tree
+from lorax.methods.arrays import joined
 from lorax.methods.contract import Method, State
-from lorax.methods.targets import (
-    Default,
-    joined,
-    layer_of,
-    resolve_full,
-    stack_depths,
-    words_of,
-)
+from lorax.methods.targets import Default, layer_of, resolve_full, stack_depths, words_of
 
 
 def full(
@@ -41,30 +35,18 @@ def full(
     def chosen(params, sites):
         """{path: trained layers of a stacked parameter, (n,) integers, or None for all of it}."""
         paths = resolve_full(words, params, "method.parameters")
-        found = dict.fromkeys(paths) if layers is None else of_layers(paths, params, sites)
-        found |= dict.fromkeys(resolve_full(besides, params))
+        trained = dict.fromkeys(paths)
+        if layers is not None:
+            trained = _in_layers(paths, layers, words, params, sites)
+        trained |= dict.fromkeys(resolve_full(besides, params))
         flat = tree.flatten(params)
-        coded = [path for path in found if ops.is_operator(flat[path])]
+        coded = [path for path in trained if ops.is_operator(flat[path])]
         if coded:
             raise ValueError(
                 f"quant: {', '.join(coded)} would be trained as they are, but are held quantised; "
                 "leave quant at None or name other parameters"
             )
-        return {path: found[path] for path in flat if path in found}
-
-    def of_layers(paths, params, sites):
-        stacks = stack_depths(params, sites or ops.sites_from_shapes(params))
-        numbers = {path: layer_of(path) for path in paths if path not in stacks}
-        depth = max([*stacks.values(), *(n + 1 for n in numbers.values())], default=0)
-        bad = [i for i in layers if not -depth <= i < depth]
-        if bad or not layers:
-            raise ValueError(f"method.layers: {bad or '()'} given, the base has {depth} layers")
-        indices = sorted({i % depth for i in layers})
-        found = {path: np.array(indices) for path in paths if path in stacks}
-        found |= {path: None for path in paths if numbers.get(path, -1) in indices}
-        if not found:
-            raise ValueError(f"method.layers: {indices} leave nothing of {', '.join(words)}")
-        return found
+        return {path: trained[path] for path in flat if path in trained}
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
         flat, trainable, constants = tree.flatten(params), {}, {}
@@ -77,15 +59,28 @@ def full(
 
     def count(params, sites=None):
         flat = tree.flatten(params)
-        each = lambda leaf, index: leaf.size // len(leaf) * len(index)
-        sizes = {
-            path: flat[path].size if index is None else each(flat[path], index)
-            for path, index in chosen(params, sites).items()
-        }
-        return sum(sizes.values())
+        size = lambda leaf, index: leaf.size // len(leaf) * len(index)
+        trained = chosen(params, sites).items()
+        return sum(flat[p].size if index is None else size(flat[p], index) for p, index in trained)
 
     hp = dict(parameters=words, layers=layers, full=besides)
     return Method("full", hp, init, bind, delta, count)
+
+
+def _in_layers(paths, layers, words, params, sites) -> dict:
+    """{path: as `chosen` of `full`} of those of the parameters `paths` that are in the layers."""
+    stacks = stack_depths(params, sites or ops.sites_from_shapes(params))
+    numbers = {path: layer_of(path) for path in paths if path not in stacks}
+    depth = max([*stacks.values(), *(n + 1 for n in numbers.values())], default=0)
+    bad = [i for i in layers if not -depth <= i < depth]
+    if bad or not layers:
+        raise ValueError(f"method.layers: {bad or '()'} given, the base has {depth} layers")
+    indices = sorted({i % depth for i in layers})
+    trained = {path: np.array(indices) for path in paths if path in stacks}
+    trained |= {path: None for path in paths if numbers.get(path, -1) in indices}
+    if not trained:
+        raise ValueError(f"method.layers: {indices} leave nothing of {', '.join(words)}")
+    return trained
 
 
 def bitfit(layers: tuple[int, ...] | None = None, full: tuple[str, ...] = ()) -> Method:
@@ -104,9 +99,9 @@ _full = full  # whose name the argument takes
 def bind(trainable, constants, params, key=None, sites=None):
     """`params` with the trained ones in place of the base's, in the dtype of the base's."""
     flat = tree.flatten(params)
-    for path, own in joined(trainable, constants).items():
-        w = own["w"].astype(flat[path].dtype)
-        flat[path] = flat[path].at[own["layers"]].set(w) if "layers" in own else w
+    for path, x in joined(trainable, constants).items():
+        w = x["w"].astype(flat[path].dtype)
+        flat[path] = flat[path].at[x["layers"]].set(w) if "layers" in x else w
     return tree.unflatten(flat)
 
 
@@ -116,6 +111,9 @@ def delta(trainable, constants, params, sites=None):
     bound = tree.flatten(bind(trainable, constants, params))
     paths = joined(trainable)
     return {p: bound[p].astype(jnp.float32) - flat[p].astype(jnp.float32) for p in paths}
+
+
+# ---------------------------------------------------------------------------- beside another method
 
 
 def beside(method: Method, words: tuple[str, ...], dtype: str) -> Method:
@@ -128,52 +126,66 @@ def beside(method: Method, words: tuple[str, ...], dtype: str) -> Method:
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"method.dtype: {dtype!r} is not one of float32, bfloat16")
     method = method._replace(hp={"full": words} | method.hp | {"dtype": dtype})
-    rest = _full((), full=words) if words else None
+    if words:
+        method = _both(method, _full((), full=words))
 
     def init(key, params, *args, **kwargs):
         trainable, constants = method.init(key, ops.inner(params), *args, **kwargs)
-        flat = tree.flatten(trainable)
-        if rest is not None:
-            more = rest.init(key, params).trainable
-            twice = joined(trainable).keys() & joined(more).keys()
-            if twice:
-                raise ValueError(
-                    f"method.full: {', '.join(sorted(twice))} are in method.targets as well"
-                )
-            flat |= tree.flatten(more)
-        cast = {path: leaf.astype(dtype) for path, leaf in flat.items()}
+        cast = {path: leaf.astype(dtype) for path, leaf in tree.flatten(trainable).items()}
         return State(tree.unflatten(cast), constants)
 
-    if rest is None:
-        return method._replace(init=init)
+    return method._replace(init=init)
 
-    # The method comes after: it may change what is trained here as well, (IA)3 a trained bias.
-    def bind_both(trainable, constants, params, key=None, sites=None):
-        own, more = _apart(trainable)
-        return method.bind(own, constants, bind(more, {}, params), key, sites)
 
-    def delta_both(trainable, constants, params, sites=None):
-        own, more = _apart(trainable)
-        moved = delta(more, {}, params)
-        then = method.delta(own, constants, bind(more, {}, params), sites)
-        return then | {path: dw + then.get(path, 0) for path, dw in moved.items()}
+def _both(method: Method, whole: Method) -> Method:
+    """The method with the parameters that `whole`, a `full`, trains in its trees as well.
+
+    The method's functions are given its own leaves alone and, as base, the parameters as `whole`
+    has trained them: (IA)3 may scale a trained bias.
+    """
+
+    def init(key, params, *args, **kwargs):
+        trainable, constants = method.init(key, params, *args, **kwargs)
+        more = whole.init(key, params).trainable
+        twice = joined(trainable).keys() & joined(more).keys()
+        if twice:
+            raise ValueError(
+                f"method.full: {', '.join(sorted(twice))} are in method.targets as well"
+            )
+        return State(tree.unflatten(tree.flatten(trainable) | tree.flatten(more)), constants)
+
+    def on_trained(function):
+        """The method's function of (trainable, constants, params, ...) for the trees of both."""
+
+        def of_both(trainable, constants, params, *args, **kwargs):
+            leaves, more = _apart(trainable)
+            return function(leaves, constants, bind(more, {}, params), *args, **kwargs)
+
+        return function and of_both
+
+    def delta_of_both(trainable, constants, params, sites=None):
+        updates = on_trained(method.delta)(trainable, constants, params, sites)
+        moved = delta(_apart(trainable)[1], {}, params)
+        return updates | {path: dw + updates.get(path, 0) for path, dw in moved.items()}
+
+    def penalty(trainable, constants):
+        return method.penalty(_apart(trainable)[0], constants)
 
     def count(params, sites=None):
-        return method.count(params, sites) + rest.count(params)
+        return method.count(params, sites) + whole.count(params)
 
-    on_own = lambda f: f and (lambda trainable, *args, **kw: f(_apart(trainable)[0], *args, **kw))
     return method._replace(
         init=init,
-        bind=bind_both,
-        delta=delta_both if method.delta else None,
+        bind=on_trained(method.bind),
+        delta=method.delta and delta_of_both,
         count=count,
-        factors=on_own(method.factors),
-        penalty=on_own(method.penalty),
+        factors=on_trained(method.factors),
+        penalty=method.penalty and penalty,
     )
 
 
 def _apart(trainable) -> tuple[dict, dict]:
-    """The tree without, and with only, what `beside` has added: the leaves called w."""
+    """(the method's own leaves, those of parameters trained in full, which are called w)."""
     flat = tree.flatten(trainable)
     part = lambda yes: tree.unflatten({p: x for p, x in flat.items() if p.endswith("/w") == yes})
     return part(False), part(True)

@@ -30,9 +30,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lorax import leaves, methods, ops, tree
+from lorax import leaves, ops, tree
 from lorax.methods import lora
-from lorax.methods.targets import Default
+from lorax.methods.arrays import joined, key_for, matrices
+from lorax.methods.contract import Method, State
+from lorax.methods.targets import Default, adapted_matrices
 
 
 def loha(
@@ -42,7 +44,7 @@ def loha(
     targets: tuple[str, ...] = Default(("q", "v")),
     layers: tuple[int, ...] | None = None,
     dropout: float = 0.0,
-) -> "methods.Method":
+) -> Method:
     """LoHa, with the hyperparameters of `lorax.methods.lora.lora`; raises as that does.
 
     Trainable: a1, a2 (layers..., in, r), b1, b2 (layers..., r, out). Padding is zero in all four
@@ -63,19 +65,19 @@ def loha(
     def factors(trainable, constants, params, sites=None):
         return lora.factors(_as_lora(trainable, constants), {}, params, sites)
 
-    init, more = _from_arrays(arrays, ("a2",), hp, most=rank)
-    return methods.Method("loha", hp, init, bind, delta, factors=factors, **more)
+    shared = _from_arrays(arrays, ("a2",), hp, most=rank)
+    return Method("loha", hp, bind=bind, delta=delta, factors=factors, **shared)
 
 
 def _as_lora(trainable, constants) -> dict:
     """The LoRA of rank r^2 with the same update."""
-    found = {}
-    for path, own in methods.joined(trainable, constants).items():
-        a = jnp.einsum("...np,...nq->...npq", own["a1"], own["a2"])
-        b = jnp.einsum("...pn,...qn->...pqn", own["b1"], own["b2"])
-        found[path] = {"a": a.reshape(*a.shape[:-2], -1), "s": own["s"], "dropout": own["dropout"]}
-        found[path]["b"] = b.reshape(*b.shape[:-3], -1, b.shape[-1])
-    return tree.unflatten(found)
+    thin = {}
+    for path, x in joined(trainable, constants).items():
+        a = jnp.einsum("...np,...nq->...npq", x["a1"], x["a2"])
+        b = jnp.einsum("...pn,...qn->...pqn", x["b1"], x["b2"])
+        thin[path] = {"a": a.reshape(*a.shape[:-2], -1), "s": x["s"], "dropout": x["dropout"]}
+        thin[path]["b"] = b.reshape(*b.shape[:-3], -1, b.shape[-1])
+    return tree.unflatten(thin)
 
 
 def lokr(
@@ -87,7 +89,7 @@ def lokr(
     targets: tuple[str, ...] = Default(("q", "v")),
     layers: tuple[int, ...] | None = None,
     dropout: float = 0.0,
-) -> "methods.Method":
+) -> Method:
     """LoKr, with the hyperparameters of `lorax.methods.lora.lora` and two of its own.
 
     rank: any; from max(n, k) / 2 on it says nothing but the scale. factor: see `factorization`.
@@ -101,50 +103,47 @@ def lokr(
     factorization(1, factor)
 
     def arrays(n_in, n_out, pad=None):
-        found, ranks = {}, pad or rank
+        shapes, ranks = {}, pad or rank
         sizes = zip(factorization(n_in, factor), factorization(n_out, factor), strict=True)
         for i, (rows, columns) in zip((1, 2), sizes, strict=True):
             # The largest rank below max(rows, columns) / 2, up to which there is a product.
             limit = -(-max(rows, columns) // 2) - 1 if i == 2 or decompose_both else 0
             if ranks > limit:
-                found[f"w{i}"] = (rows, columns)
+                shapes[f"w{i}"] = (rows, columns)
             if limit and (pad or ranks <= limit):
                 width = min(ranks, limit)
-                found |= {f"a{i}": (rows, width), f"b{i}": (width, columns)}
-        return found
+                shapes |= {f"a{i}": (rows, width), f"b{i}": (width, columns)}
+        return shapes
 
-    init, more = _from_arrays(arrays, ("w1", "b1"), hp)
-    return methods.Method("lokr", hp, init, _bind_kronecker, _delta_kronecker, **more)
+    shared = _from_arrays(arrays, ("w1", "b1"), hp)
+    return Method("lokr", hp, bind=_bind_kronecker, delta=_delta_kronecker, **shared)
 
 
 def _bind_kronecker(trainable, constants, params, key=None, sites=None):
     """`params` with a `Kronecker` leaf at every adapted path; dropout where a key is given."""
     flat = tree.flatten(params)
-    for path, own in methods.joined(trainable, constants).items():
-        how = None
-        if key is not None:
-            keys = jax.random.split(methods.key_for(key, path), own["s"].shape)
-            how = leaves.Dropout(own["dropout"], keys)
-        flat[path] = leaves.Kronecker(flat[path], _factor(own, 1), _factor(own, 2), own["s"], how)
+    for path, x in joined(trainable, constants).items():
+        dropout = lora.dropout_of(path, x, key)
+        flat[path] = leaves.Kronecker(flat[path], _factor(x, 1), _factor(x, 2), x["s"], dropout)
     return tree.unflatten(flat)
 
 
 def _delta_kronecker(trainable, constants, params, sites=None):
     """{path: s kron(w1, w2) in the kernel's shape, float32}."""
     sites = sites or ops.sites_from_shapes(params)
-    flat, found = tree.flatten(params), {}
-    for path, own in methods.joined(trainable, constants).items():
-        w1, w2, s = (x.astype(jnp.float32) for x in (_factor(own, 1), _factor(own, 2), own["s"]))
-        update = s[..., None, None] * leaves.kron(w1, w2)
-        found[path] = sites[path].from_matrix(update, flat[path].shape)
-    return found
+    flat, updates = tree.flatten(params), {}
+    for path, x in joined(trainable, constants).items():
+        w1, w2, s = (y.astype(jnp.float32) for y in (_factor(x, 1), _factor(x, 2), x["s"]))
+        dw = s[..., None, None] * leaves.kron(w1, w2)
+        updates[path] = sites[path].from_matrix(dw, flat[path].shape)
+    return updates
 
 
-def _factor(own, i: int):
+def _factor(x, i: int):
     """w1 or w2 of a target's arrays."""
-    total = own[f"a{i}"] @ own[f"b{i}"] if f"a{i}" in own else 0
-    if f"w{i}" in own:
-        total += own[f"on{i}"].astype(own[f"w{i}"].dtype)[..., None, None] * own[f"w{i}"]
+    total = x[f"a{i}"] @ x[f"b{i}"] if f"a{i}" in x else 0
+    if f"w{i}" in x:
+        total += x[f"on{i}"].astype(x[f"w{i}"].dtype)[..., None, None] * x[f"w{i}"]
     return total
 
 
@@ -173,46 +172,37 @@ def _checked(*values) -> dict:
     return {name: hp[name] for name in (*names, "scale")}
 
 
-def _from_arrays(arrays, zero, hp, most=None):
-    """(init, {count, adapts, width}) of a method whose trainables of a target are `arrays`.
+def _from_arrays(arrays, zero, hp, most=None) -> dict:
+    """{init, count, adapts, width} of a method whose trainables of a target are `arrays`.
 
     arrays(in, out, pad=None) -> {name: shape}, layer axes not counted. zero: those that start at
     zero; the others start as PEFT's `kaiming_uniform_(a=sqrt 5)`, U(-1/sqrt(rows), 1/sqrt(rows)).
     most: the rank that min(in, out) must not be below.
     """
-    chosen = lambda params, sites=None: methods.adapted_matrices(
-        params, sites, hp["targets"], hp["layers"], most
-    )
+
+    def adapts(params, sites=None):
+        return adapted_matrices(params, sites, hp["targets"], hp["layers"], most)
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
-        own = chosen(params, sites)
-        flat, trainable, constants = tree.flatten(params), {}, {}
-        for path, site in (targets or {path: site for path, (site, _) in own.items()}).items():
-            axes, n_in, n_out = site.matrix_shape(flat[path].shape)
-            active = own[path][1] if path in own else None
-            mine, shapes = arrays(n_in, n_out), arrays(n_in, n_out, pad)
+        trainable, constants = {}, {}
+        for m in matrices(params, adapts(params, sites), targets, key, hp["rank"]):
+            drawn, padded = arrays(m.n_in, m.n_out), arrays(m.n_in, m.n_out, pad)
 
-            def draw(key, index, mine=mine):
+            def draw(key, index, drawn=drawn):
                 uniform = lambda name, shape: (
-                    jax.random.uniform(methods.key_for(key, name), shape, jnp.float32, -1, 1)
+                    jax.random.uniform(key_for(key, name), shape, jnp.float32, -1, 1)
                     / math.sqrt(shape[0])
                 )
-                return {name: uniform(name, mine[name]) for name in mine if name not in zero}
+                return {name: uniform(name, drawn[name]) for name in drawn if name not in zero}
 
-            own_key = jax.random.fold_in(methods.key_for(key, path), hp["rank"])
-            trainable[path] = methods.fill(own_key, axes, active, shapes, draw)
-            full = lambda value, axes=axes: jnp.full(axes, value, jnp.float32)
-            constants[path] = {"s": full(hp["scale"]), "dropout": full(hp["dropout"])}
-            for name in (name for name in shapes if name.startswith("w")):
-                constants[path][name.replace("w", "on")] = full(name in mine)
-        return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
+            trainable[m.path] = m.fill(padded, draw)
+            constants[m.path] = {"s": m.full(hp["scale"]), "dropout": m.full(hp["dropout"])}
+            for name in (name for name in padded if name.startswith("w")):
+                constants[m.path][name.replace("w", "on")] = m.full(name in drawn)
+        return State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def count(params, sites=None):
-        flat, total = tree.flatten(params), 0
-        for path, (site, active) in chosen(params, sites).items():
-            _, n_in, n_out = site.matrix_shape(flat[path].shape)
-            sizes = map(math.prod, arrays(n_in, n_out).values())
-            total += int(active.sum()) * sum(sizes)
-        return total
+        size = lambda m: sum(map(math.prod, arrays(m.n_in, m.n_out).values()))
+        return sum(int(m.active.sum()) * size(m) for m in matrices(params, adapts(params, sites)))
 
-    return init, dict(count=count, adapts=chosen, width=hp["rank"])
+    return dict(init=init, count=count, adapts=adapts, width=hp["rank"])

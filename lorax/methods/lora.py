@@ -18,7 +18,6 @@ data (`lorax.methods.starts`) begin with a0 b0 in the adapter and take it off th
 computes x w + s (x a b - x a0 b0), the base itself stays as it is.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 
@@ -27,10 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lorax import leaves, methods, ops, tree
+from lorax import leaves, ops, tree
 from lorax.errors import nearest
+from lorax.methods.arrays import Matrix, joined, key_for, matrices
+from lorax.methods.contract import Method, State
 from lorax.methods.starts import KEPT, NEEDS, STARTS
-from lorax.methods.targets import Default, words_of
+from lorax.methods.targets import Default, adapted_matrices, words_of
 
 SCALINGS = {
     "lora": lambda alpha, rank: alpha / rank,
@@ -62,7 +63,7 @@ def lora(
     layers: tuple[int, ...] | None = None,
     dropout: float = 0.0,
     ranks: Mapping | None = None,
-) -> "methods.Method":
+) -> Method:
     """LoRA with the given hyperparameters; see `lorax.methods.Method` for what its functions take.
 
     rank: r >= 1, at most min(in, out) of every target. alpha, scaling: give the scale s.
@@ -74,109 +75,110 @@ def lora(
     ranks); a target that it does not name is not adapted. `hp["widest"]` is the largest, to pad to.
     Raises ValueError for a value out of range.
     """
-    targets = words_of(targets)
-    if rank < 1:
-        raise ValueError(f"method.rank: {rank} given, must be at least 1")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"method.dropout: {dropout} given, must be in [0, 1)")
-    known_inits = {**INITS, **STARTS}
-    for field, value, known in (("scaling", scaling, SCALINGS), ("init", init, known_inits)):
-        if value not in known:
-            hint = nearest(value, known)
-            raise ValueError(f"method.{field}: {value!r} is not one of {', '.join(known)}{hint}")
-    scale = SCALINGS[scaling](alpha, rank)
-    if init in STARTS and scale <= 0:
-        raise ValueError(f"method.alpha: {alpha} given, must be positive with init {init!r}")
-    widest = max((int(np.max(r)) for r in ranks.values()), default=0) if ranks else rank
-    hp = dict(rank=rank, alpha=alpha, scaling=scaling, init=init, targets=targets)
-    hp |= dict(layers=layers, dropout=dropout, ranks=ranks, scale=scale, widest=widest)
+    hp = dict(rank=rank, alpha=alpha, scaling=scaling, init=init, targets=words_of(targets))
+    hp |= dict(layers=layers, dropout=dropout, ranks=ranks)
+    hp |= dict(scale=_scale(hp), widest=rank)
+    if ranks:
+        hp["widest"] = max((int(np.max(r)) for r in ranks.values()), default=0)
 
     def start(key, params, sites=None, targets=None, pad=None, evidence=None):
-        own = _matrices(hp, params, sites)
-        flat, trainable, constants = tree.flatten(params), {}, {}
-        for path, site in (targets or {path: site for path, (site, _) in own.items()}).items():
-            axes, n_in, n_out = site.matrix_shape(flat[path].shape)
-            r = own[path][1] if path in own else np.zeros(axes, int)
-            factors = _factors(hp, site, flat[path], r, path, (evidence or {}).get(path, {}))
-            # Not a slice of one draw for all ranks: ranks of one seed would share the first
-            # columns of `a`, and a similarity between their subspaces would start above chance.
-            own_key = jax.random.fold_in(methods.key_for(key, path), rank)
-            shapes = {"a": (n_in, pad or widest), "b": (pad or widest, n_out)}
-            trainable[path] = methods.fill(own_key, axes, r > 0, shapes, factors)
-            constants[path] = {
-                "s": jnp.full(axes, scale, jnp.float32),
-                "dropout": jnp.full(axes, dropout, jnp.float32),
-            }
+        flat, r, trainable, constants = tree.flatten(params), pad or hp["widest"], {}, {}
+        for m in matrices(params, _ranks(hp, params, sites), targets, key, rank):
+            draw = _drawing(hp, m, flat[m.path], (evidence or {}).get(m.path, {}))
+            trainable[m.path] = m.fill({"a": (m.n_in, r), "b": (r, m.n_out)}, draw)
+            constants[m.path] = {"s": m.full(hp["scale"]), "dropout": m.full(dropout)}
             if init in STARTS and init not in KEPT:
-                a, b = trainable[path]["a"], trainable[path]["b"]
-                off = jnp.any(b != 0, axis=(-2, -1), keepdims=True)  # else there is nothing to take
-                constants[path] |= {"a0": jnp.where(off, a, 0), "b0": b}
-        return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
+                a, b = trainable[m.path]["a"], trainable[m.path]["b"]
+                taken = jnp.any(b != 0, axis=(-2, -1), keepdims=True)  # else a b is zero already
+                constants[m.path] |= {"a0": jnp.where(taken, a, 0), "b0": b}
+        return State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def count(params, sites=None):
-        flat, total = tree.flatten(params), 0
-        for path, (site, r) in _matrices(hp, params, sites).items():
-            _, n_in, n_out = site.matrix_shape(flat[path].shape)
-            total += int(r.sum()) * (n_in + n_out)
-        return total
+        found = matrices(params, _ranks(hp, params, sites))
+        return sum(int(m.active.sum()) * (m.n_in + m.n_out) for m in found)
 
-    return methods.Method(
+    def adapts(params, sites=None):
+        return adapted_matrices(params, sites, hp["targets"], layers)
+
+    return Method(
         "lora", hp, start, bind, delta, count, factors,
-        adapts=lambda params, sites=None: methods.adapted_matrices(params, sites, targets, layers),
-        width=widest, needs=NEEDS.get(init),
+        adapts=adapts, width=hp["widest"], needs=NEEDS.get(init),
     )  # fmt: skip
 
 
-def _matrices(hp: dict, params, sites) -> dict:
-    """{path: (Site, rank of each layer, 0 where none is adapted)} of the targets."""
+def _scale(hp: dict) -> float:
+    """The scale s. Raises ValueError for a hyperparameter out of range."""
+    if hp["rank"] < 1:
+        raise ValueError(f"method.rank: {hp['rank']} given, must be at least 1")
+    if not 0 <= hp["dropout"] < 1:
+        raise ValueError(f"method.dropout: {hp['dropout']} given, must be in [0, 1)")
+    for field, known in (("scaling", SCALINGS), ("init", {**INITS, **STARTS})):
+        if hp[field] not in known:
+            raise ValueError(
+                f"method.{field}: {hp[field]!r} is not one of {', '.join(known)}"
+                f"{nearest(hp[field], known)}"
+            )
+    scale = SCALINGS[hp["scaling"]](hp["alpha"], hp["rank"])
+    if hp["init"] in STARTS and scale <= 0:
+        raise ValueError(
+            f"method.alpha: {hp['alpha']} given, must be positive with init {hp['init']!r}"
+        )
+    return scale
+
+
+def _ranks(hp: dict, params, sites) -> dict:
+    """{path: (Site, rank of each layer, 0 where it isn't adapted)} of the targets."""
     nominal = hp["rank"] if hp["ranks"] is None else None
-    own = methods.adapted_matrices(params, sites, hp["targets"], hp["layers"], nominal)
+    adapted = adapted_matrices(params, sites, hp["targets"], hp["layers"], nominal)
     if hp["ranks"] is None:
-        return {path: (site, hp["rank"] * on) for path, (site, on) in own.items()}
-    flat, found = tree.flatten(params), {}
-    unknown = [path for path in hp["ranks"] if path not in own]
+        return {path: (site, hp["rank"] * active) for path, (site, active) in adapted.items()}
+    unknown = [path for path in hp["ranks"] if path not in adapted]
     if unknown:
         raise ValueError(f"method.ranks: {', '.join(unknown)} are not among method.targets")
-    for path, (site, on) in own.items():
-        r = np.asarray(hp["ranks"].get(path, 0))
-        most = min(site.matrix_shape(flat[path].shape)[1:])
-        if r.shape not in ((), on.shape) or r.dtype.kind != "i" or r.min() < 0 or r.max() > most:
+    ranks = {}
+    for m in matrices(params, adapted):
+        r, most = np.asarray(hp["ranks"].get(m.path, 0)), min(m.n_in, m.n_out)
+        if r.shape not in ((), m.axes) or r.dtype.kind != "i" or r.min() < 0 or r.max() > most:
             raise ValueError(
-                f"method.ranks: {path}: {r.tolist()} given, should be integers from 0 to {most}, "
-                f"one or {on.shape} of them"
+                f"method.ranks: {m.path}: {r.tolist()} given, should be integers from 0 to {most}, "
+                f"one or {m.axes} of them"
             )
-        found[path] = site, r * on
-    return found
+        ranks[m.path] = m.site, r * m.active
+    return ranks
 
 
-def _factors(hp: dict, site, leaf, ranks, path: str, evidence) -> Callable:
-    """The function of a layer's key and index that `methods.fill` asks for its a and b."""
+def _drawing(hp: dict, m: Matrix, leaf, evidence: Mapping) -> Callable:
+    """The function of a layer's key and index that draws its a and b, for `Matrix.fill`.
+
+    m: with the rank of each layer as `active`. leaf: its kernel in the base. evidence: {kind: array
+    over its layers} for starts that read data.
+    """
     start = STARTS.get(hp["init"])
     if start is None:
 
         def draw(key, index):
-            _, n_in, n_out = site.matrix_shape(leaf.shape)
-            rank = int(ranks[index])
-            if site.kind == "embed":  # as loralib and PEFT: the rows start at zero
-                return {"b": jax.random.normal(key, (rank, n_out))}
-            return {"a": INITS[hp["init"]](key, n_in, rank)}
+            rank = int(m.active[index])
+            if m.site.kind == "embed":  # as loralib and PEFT: the rows start at zero
+                return {"b": jax.random.normal(key, (rank, m.n_out))}
+            return {"a": INITS[hp["init"]](key, m.n_in, rank)}
 
         return draw
     kind = NEEDS.get(hp["init"])
-    if kind not in (None, *evidence) and ranks.any():
+    if kind not in (None, *evidence) and m.active.any():
         raise ValueError(
-            f"method.init: {hp['init']!r} reads data: pass evidence with {kind!r} of {path}"
+            f"method.init: {hp['init']!r} reads data: pass evidence with {kind!r} of {m.path}"
             + (
                 ", what quantising took from it"
                 if kind == "residual"
                 else f", lorax.methods.sensitivity.evidence(..., statistics=({kind!r},))"
             )
         )
-    w = site.to_matrix(ops.dense(leaf, site)).astype(jnp.float32) if ranks.any() else None
+    if m.active.any():
+        w = m.site.to_matrix(ops.dense(leaf, m.site)).astype(jnp.float32)
 
     def draw(key, index):
-        own = {name: value[index] for name, value in evidence.items()}
-        a, b = start(key, w[index], int(ranks[index]), hp["scale"], own)
+        seen = {name: value[index] for name, value in evidence.items()}
+        a, b = start(key, w[index], int(m.active[index]), hp["scale"], seen)
         return {"a": a, "b": b}
 
     return draw
@@ -185,28 +187,30 @@ def _factors(hp: dict, site, leaf, ranks, path: str, evidence) -> Callable:
 def bind(trainable, constants, params, key=None, sites=None):
     """`params` with a `LowRank` leaf at every adapted path; dropout where a key is given."""
     flat = tree.flatten(params)
-    for path, own in methods.joined(trainable, constants).items():
-        how = None
-        if key is not None:
-            keys = jax.random.split(methods.key_for(key, path), own["s"].shape)
-            how = leaves.Dropout(own["dropout"], keys)
-        flat[path] = leaves.LowRank(flat[path], *_update(own), how)
+    for path, x in joined(trainable, constants).items():
+        flat[path] = leaves.LowRank(flat[path], *_update(x), dropout_of(path, x, key))
     return tree.unflatten(flat)
 
 
-def _update(own):
+def dropout_of(path: str, x: Mapping, key) -> leaves.Dropout | None:
+    """Dropout at the rates x["dropout"] of a matrix's layers; None where no key is given."""
+    if key is None:
+        return None
+    return leaves.Dropout(x["dropout"], jax.random.split(key_for(key, path), x["s"].shape))
+
+
+def _update(x: Mapping) -> tuple:
     """(a, b, s) with s a b the update; twice as wide where a start is taken off the base."""
-    if "a0" not in own:
-        return own["a"], own["b"], own["s"]
-    a = jnp.concatenate([own["a"], own["a0"].astype(own["a"].dtype)], axis=-1)
-    b = jnp.concatenate([own["b"], -own["b0"].astype(own["b"].dtype)], axis=-2)
-    return a, b, own["s"]
+    if "a0" not in x:
+        return x["a"], x["b"], x["s"]
+    a = jnp.concatenate([x["a"], x["a0"].astype(x["a"].dtype)], axis=-1)
+    b = jnp.concatenate([x["b"], -x["b0"].astype(x["b"].dtype)], axis=-2)
+    return a, b, x["s"]
 
 
 def factors(trainable, constants, params, sites=None):
     """{path: (a, b, s, m)} of the update s a b; m is None."""
-    own = methods.joined(trainable, constants)
-    return {path: (*_update(f), None) for path, f in own.items()}
+    return {path: (*_update(x), None) for path, x in joined(trainable, constants).items()}
 
 
 def delta(trainable, constants, params, sites=None):
@@ -217,66 +221,50 @@ def delta(trainable, constants, params, sites=None):
 def products(factors: dict, params, sites=None) -> dict:
     """{path: s a b in the kernel's shape, float32} of {path: (a, b, s, ...)}."""
     sites = sites or ops.sites_from_shapes(params)
-    flat, found = tree.flatten(params), {}
+    flat, updates = tree.flatten(params), {}
     for path, (a, b, s, *_) in factors.items():
         a, b, s = (x.astype(jnp.float32) for x in (a, b, s))
-        update = s[..., None, None] * jnp.matmul(a, b)
-        found[path] = sites[path].from_matrix(update, flat[path].shape)
-    return found
+        dw = s[..., None, None] * jnp.matmul(a, b)
+        updates[path] = sites[path].from_matrix(dw, flat[path].shape)
+    return updates
 
 
 # ---------------------------------------------------------------------------------------- variants
 
 
-def _variant(without: tuple[str, ...] = (), **more):
-    """Give a variant as signature the hyperparameters of `lora`, those in `without` left out, and
-    its own, {name: default}."""
+def rslora(**hp) -> Method:
+    """rsLoRA: LoRA with s = alpha / sqrt(r), whose learning does not slow down with the rank.
 
-    def give(variant):
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        own = [inspect.Parameter(name, keyword, default=value) for name, value in more.items()]
-        shared = [
-            p.replace(kind=keyword)
-            for name, p in inspect.signature(lora).parameters.items()
-            if name not in (*more, *without)
-        ]
-        variant.__signature__ = inspect.Signature([*shared, *own])
-        return variant
-
-    return give
-
-
-@_variant(without=("scaling",))
-def rslora(**hp) -> "methods.Method":
-    """rsLoRA: LoRA with s = alpha / sqrt(r), whose learning does not slow down with the rank."""
+    hp: the hyperparameters of `lora` but `scaling`.
+    """
     return lora(**hp, scaling="rslora")
 
 
-@_variant()
-def dora(**hp) -> "methods.Method":
-    """DoRA: LoRA whose columns have trained lengths m, (layers..., out); see the module's head."""
+def dora(**hp) -> Method:
+    """DoRA: LoRA whose columns have trained lengths m, (layers..., out); see the module's head.
+
+    hp: the hyperparameters of `lora`.
+    """
     method = lora(**hp)
 
     def init(key, params, sites=None, *args, **kwargs):
         sites = sites or ops.sites_from_shapes(params)
         state = method.init(key, params, sites, *args, **kwargs)
-        flat = tree.flatten(params)
-        ranks = _matrices(method.hp, params, sites)
-        lengths, squares = {}, {}
-        for path, own in methods.joined(*state).items():
-            squares[f"{path}/squares"] = ops.column_squares(flat[path], sites[path])
-            lengths[f"{path}/m"] = jnp.sqrt(squares[f"{path}/squares"])
-            on = ranks[path][1] > 0 if path in ranks else np.zeros(own["s"].shape, bool)
-            squares[f"{path}/on"] = jnp.asarray(on, jnp.float32)
-        more = lambda tree_, leaves: tree.unflatten(tree.flatten(tree_) | leaves)
-        return methods.State(more(state.trainable, lengths), more(state.constants, squares))
+        flat, ranks = tree.flatten(params), _ranks(method.hp, params, sites)
+        lengths, constants = {}, {}
+        for path, x in joined(*state).items():
+            squares = ops.column_squares(flat[path], sites[path])
+            on = ranks[path][1] > 0 if path in ranks else np.zeros(x["s"].shape, bool)
+            lengths[f"{path}/m"] = jnp.sqrt(squares)
+            constants |= {f"{path}/squares": squares, f"{path}/on": jnp.asarray(on, jnp.float32)}
+        return State(_with(state.trainable, lengths), _with(state.constants, constants))
 
     def bind_columns(trainable, constants, params, key=None, sites=None):
         sites = sites or ops.sites_from_shapes(params)
         flat = tree.flatten(bind(trainable, constants, params, key))
-        for path, own in methods.joined(trainable, constants).items():
-            scaled = leaves.dora(flat[path], own["m"], sites[path], own["squares"])
-            g = jnp.where(own["on"][..., None] > 0, scaled.g, 1)  # 1 where a sweep only pads
+        for path, x in joined(trainable, constants).items():
+            scaled = leaves.dora(flat[path], x["m"], sites[path], x["squares"])
+            g = jnp.where(x["on"][..., None] > 0, scaled.g, 1)  # 1 where a sweep only pads
             flat[path] = leaves.Scaled(flat[path], g)
         return tree.unflatten(flat)
 
@@ -285,65 +273,58 @@ def dora(**hp) -> "methods.Method":
         bound = tree.flatten(bind_columns(trainable, constants, params, sites=sites))
         flat = tree.flatten(params)
         wide = lambda leaf, path: ops.dense(leaf, sites[path]).astype(jnp.float32)
-        return {p: wide(bound[p], p) - wide(flat[p], p) for p in methods.joined(trainable)}
+        return {
+            path: wide(bound[path], path) - wide(flat[path], path) for path in joined(trainable)
+        }
 
     def count(params, sites=None):
-        flat = tree.flatten(params)
-        lengths = sum(
-            int((ranks > 0).sum()) * site.matrix_shape(flat[path].shape)[2]
-            for path, (site, ranks) in _matrices(method.hp, params, sites).items()
-        )
+        found = matrices(params, _ranks(method.hp, params, sites))
+        lengths = sum(int((m.active > 0).sum()) * m.n_out for m in found)
         return method.count(params, sites) + lengths
 
     def factors_and_lengths(trainable, constants, params, sites=None):
-        own = methods.joined(trainable, constants)
-        return {path: (*_update(f), f["m"]) for path, f in own.items()}
+        return {path: (*_update(x), x["m"]) for path, x in joined(trainable, constants).items()}
 
     return method._replace(
         init=init, bind=bind_columns, delta=delta, count=count, factors=factors_and_lengths
     )
 
 
-@_variant()
-def lora_fa(**hp) -> "methods.Method":
-    """LoRA-FA: LoRA that trains b alone."""
+def lora_fa(**hp) -> Method:
+    """LoRA-FA: LoRA that trains b alone. hp: the hyperparameters of `lora`."""
     method = lora(**hp)
 
     def init(*args, **kwargs):
-        trainable, constants = (tree.flatten(t) for t in method.init(*args, **kwargs))
-        fixed = {path: x for path, x in trainable.items() if path.endswith("/a")}
-        moving = {path: x for path, x in trainable.items() if path not in fixed}
-        return methods.State(tree.unflatten(moving), tree.unflatten(constants | fixed))
+        trainable, constants = method.init(*args, **kwargs)
+        flat = tree.flatten(trainable)
+        fixed = {path: x for path, x in flat.items() if path.endswith("/a")}
+        moving = {path: x for path, x in flat.items() if path not in fixed}
+        return State(tree.unflatten(moving), _with(constants, fixed))
 
     def count(params, sites=None):
-        flat = tree.flatten(params)
-        return sum(
-            int(ranks.sum()) * site.matrix_shape(flat[path].shape)[2]
-            for path, (site, ranks) in _matrices(method.hp, params, sites).items()
-        )
+        found = matrices(params, _ranks(method.hp, params, sites))
+        return sum(int(m.active.sum()) * m.n_out for m in found)
 
     return method._replace(init=init, count=count)
 
 
-@_variant(ratio=16.0)
-def lora_plus(ratio: float = 16.0, **hp) -> "methods.Method":
-    """LoRA+: LoRA whose b has the learning rate `ratio` lr, weight decay included."""
+def lora_plus(ratio: float = 16.0, **hp) -> Method:
+    """LoRA+: LoRA whose b has the learning rate `ratio` lr, weight decay included.
+
+    hp: the hyperparameters of `lora`.
+    """
     if ratio <= 0:
         raise ValueError(f"method.ratio: {ratio} given, must be positive")
     method = lora(**hp)
 
     def init(*args, **kwargs):
         trainable, constants = method.init(*args, **kwargs)
-        flat = tree.flatten(constants)
-        ratios = {
-            path.removesuffix("s") + "ratio": jnp.full_like(s, ratio)
-            for path, s in flat.items()
-            if path.endswith("/s")
-        }
-        return methods.State(trainable, tree.unflatten(flat | ratios))
+        scales = {path: x["s"] for path, x in joined(constants).items()}
+        ratios = {f"{path}/ratio": jnp.full_like(s, ratio) for path, s in scales.items()}
+        return State(trainable, _with(constants, ratios))
 
     def optimizer(inner, constants, train):
-        ratios = {path: own["ratio"] for path, own in methods.joined(constants).items()}
+        ratios = {path: x["ratio"] for path, x in joined(constants).items()}
 
         def faster(updates, params=None):
             flat = tree.flatten(updates)
@@ -354,3 +335,8 @@ def lora_plus(ratio: float = 16.0, **hp) -> "methods.Method":
         return optax.chain(inner, optax.stateless(faster))
 
     return method._replace(init=init, optimizer=optimizer, hp=method.hp | {"ratio": ratio})
+
+
+def _with(tree_: dict, more: Mapping) -> dict:
+    """The tree with the leaves {path: leaf} of `more` as well."""
+    return tree.unflatten(tree.flatten(tree_) | more)

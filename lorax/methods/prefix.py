@@ -33,7 +33,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from lorax import intercept, leaves, methods, ops, tree
+from lorax import intercept, leaves, ops, tree
+from lorax.methods.arrays import Matrix, joined, key_for, matrices
+from lorax.methods.contract import Method, State
+from lorax.methods.targets import adapted_matrices, matching
 from lorax.models import layers as model_layers
 
 # ------------------------------------------------------------------------------------------- leaves
@@ -155,9 +158,7 @@ def _heads(x, like):
 # ------------------------------------------------------------------------------------------ methods
 
 
-def prefix(
-    tokens: int = 10, std: float = 1.0, layers: tuple[int, ...] | None = None
-) -> "methods.Method":
+def prefix(tokens: int = 10, std: float = 1.0, layers: tuple[int, ...] | None = None) -> Method:
     """Prefix tuning. tokens: of the prefix (PEFT has no default). std: of its Gaussian start (1 is
     torch's default for the embedding in which PEFT keeps it). layers: indices, None for all.
 
@@ -167,30 +168,30 @@ def prefix(
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
         trainable, constants = {}, {}
-        for path, (axes, active, _, width) in _attention(params, sites, layers).items():
+        for m in _attention(params, sites, layers, key):
+            width = m.n_out
             draw = lambda key, index, width=width: {
                 name: std * jax.random.normal(part, (tokens, width))
                 for name, part in zip("kv", jax.random.split(key), strict=True)
             }
-            shapes = {"k": (tokens, width), "v": (tokens, width)}
-            trainable[path] = methods.fill(methods.key_for(key, path), axes, active, shapes, draw)
-            constants[path] = {"on": jnp.asarray(active, jnp.float32)}
-        return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
+            trainable[m.path] = m.fill({"k": (tokens, width), "v": (tokens, width)}, draw)
+            constants[m.path] = {"on": jnp.asarray(m.active, jnp.float32)}
+        return State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def bind(trainable, constants, params, key=None, sites=None):
-        own = methods.joined(trainable, constants)
-        more = {path: Prefix(x["k"], x["v"], x["on"]) for path, x in own.items()}
-        return _bound(params, more, "k/kernel", Ahead(tokens))
+        found = joined(trainable, constants)
+        around = {path: Prefix(x["k"], x["v"], x["on"]) for path, x in found.items()}
+        return _bound(params, around, "k/kernel", Ahead(tokens))
 
     def count(params, sites=None):
-        found = _attention(params, sites, layers).values()
-        return sum(2 * int(active.sum()) * tokens * width for _, active, _, width in found)
+        found = _attention(params, sites, layers)
+        return sum(2 * int(m.active.sum()) * tokens * m.n_out for m in found)
 
     hp = dict(tokens=tokens, std=std, layers=layers)
-    return methods.Method("prefix", hp, init, bind, None, count)
+    return Method("prefix", hp, init, bind, None, count)
 
 
-def prompt(tokens: int = 10, std: float | None = None) -> "methods.Method":
+def prompt(tokens: int = 10, std: float | None = None) -> Method:
     """Prompt tuning. tokens: virtual ones. std: of a Gaussian start (PEFT's "RANDOM" is 1), None to
     start from rows of the base's embedding (PEFT's "SAMPLE_VOCAB": of the whole vocabulary, where
     the paper takes the 5,000 most common tokens).
@@ -201,27 +202,27 @@ def prompt(tokens: int = 10, std: float | None = None) -> "methods.Method":
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
         path, rows, features = _embedding(params, sites)
-        key = methods.key_for(key, path)
+        key = key_for(key, path)
         if std is None:
             ids = jax.random.randint(key, (tokens,), 0, rows)
             start = ops.embed(ids, tree.flatten(params)[path]).astype(jnp.float32)
         else:
             start = std * jax.random.normal(key, (tokens, features))
-        return methods.State(tree.unflatten({_beside(path, "prompt"): start}), {})
+        return State(tree.unflatten({_beside(path, "prompt"): start}), {})
 
     def bind(trainable, constants, params, key=None, sites=None):
-        ((parent, own),) = methods.joined(trainable).items()
-        leaf = Rows(own["prompt"])
+        ((parent, x),) = joined(trainable).items()
+        leaf = Rows(x["prompt"])
         name = f"{parent.rpartition('/')[2]}/embedding"
         return _bound(params, {parent: leaf}, name, Ahead(tokens, read=True))
 
     def count(params, sites=None):
         return tokens * _embedding(params, sites)[2]
 
-    return methods.Method("prompt", dict(tokens=tokens, std=std), init, bind, None, count)
+    return Method("prompt", dict(tokens=tokens, std=std), init, bind, None, count)
 
 
-def llama_adapter(tokens: int = 10, layers: tuple[int, ...] | None = None) -> "methods.Method":
+def llama_adapter(tokens: int = 10, layers: tuple[int, ...] | None = None) -> Method:
     """LLaMA-Adapter. tokens: prompts of each adapted layer. layers: indices, None for all (the
     paper adapts the last 30 of 32; -1, -2... count from the end).
 
@@ -231,35 +232,35 @@ def llama_adapter(tokens: int = 10, layers: tuple[int, ...] | None = None) -> "m
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
         trainable, constants = {}, {}
-        for path, (axes, active, features, _) in _attention(params, sites, layers).items():
+        for m in _attention(params, sites, layers, key):
+            features = m.n_in
             draw = lambda key, index, features=features: {
                 "prompt": jax.random.normal(key, (tokens, features))
             }
-            shapes = {"prompt": (tokens, features), "gate": ()}
-            trainable[path] = methods.fill(methods.key_for(key, path), axes, active, shapes, draw)
-            constants[path] = {"on": jnp.asarray(active, jnp.float32)}
-        return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
+            trainable[m.path] = m.fill({"prompt": (tokens, features), "gate": ()}, draw)
+            constants[m.path] = {"on": jnp.asarray(m.active, jnp.float32)}
+        return State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def bind(trainable, constants, params, key=None, sites=None):
         sites, flat = sites or ops.sites_from_shapes(params), tree.flatten(params)
-        more = {}
-        for path, own in methods.joined(trainable, constants).items():
-            seen = []
+        around = {}
+        for path, x in joined(trainable, constants).items():
+            keys_and_values = []
             for name in "kv":
                 kernel, bias = (_beside(path, f"{name}/{part}") for part in ("kernel", "bias"))
                 project = ops.linear
                 for _ in range(sites[kernel].stack):
                     project = jax.vmap(project)
-                seen.append(project(own["prompt"], flat[kernel], flat.get(bias)))
-            more[path] = Gated(*seen, own["gate"] * own["on"].astype(own["gate"].dtype))
-        return _bound(params, more, "k/kernel", Ahead())
+                keys_and_values.append(project(x["prompt"], flat[kernel], flat.get(bias)))
+            around[path] = Gated(*keys_and_values, x["gate"] * x["on"].astype(x["gate"].dtype))
+        return _bound(params, around, "k/kernel", Ahead())
 
     def count(params, sites=None):
-        found = _attention(params, sites, layers).values()
-        return sum(int(active.sum()) * (tokens * n_in + 1) for _, active, n_in, _ in found)
+        found = _attention(params, sites, layers)
+        return sum(int(m.active.sum()) * (tokens * m.n_in + 1) for m in found)
 
     hp = dict(tokens=tokens, layers=layers)
-    return methods.Method("llama-adapter", hp, init, bind, None, count)
+    return Method("llama-adapter", hp, init, bind, None, count)
 
 
 KEYS = "re:(.*/)?attn/k/kernel"  # of the attention that virtual tokens go into
@@ -272,25 +273,26 @@ def _check(tokens, std):
         raise ValueError(f"method.std: {std} given, must not be negative")
 
 
-def _attention(params, sites, layers) -> dict:
-    """{path of a layer's `Attend`: (layer axes, active layers, features, K D)}."""
-    flat, found = tree.flatten(ops.inner(params)), {}
-    sites = sites or ops.sites_from_shapes(params)
-    if not methods.matching(KEYS, sites):
+def _attention(params, sites, layers, key=None) -> list[Matrix]:
+    """The matrices (features, K D) of the attention's keys, under the path of the `Attend` that
+    reads them."""
+    sites = sites or ops.sites_from_shapes(ops.inner(params))
+    if not matching(KEYS, sites):
         raise ValueError(
             "method.name: virtual tokens go into attention whose keys come from .../attn/k/kernel, "
             f"as those of lorax.models do; there is {', '.join(sites)}"
         )
-    for path, (site, active) in methods.adapted_matrices(params, sites, (KEYS,), layers).items():
-        axes, n_in, n_out = site.matrix_shape(flat[path].shape)
-        found[re.sub("k/kernel$", "attend", path)] = (axes, active, n_in, n_out)
+    found = []
+    for m in matrices(params, adapted_matrices(params, sites, (KEYS,), layers)):
+        path = re.sub("k/kernel$", "attend", m.path)
+        found.append(m._replace(path=path, key=None if key is None else key_for(key, path)))
     return found
 
 
 def _embedding(params, sites) -> tuple:
     """(path, V, features) of the embedding of tokens."""
     sites = sites or ops.sites_from_shapes(ops.inner(params))
-    paths = methods.matching("embed", sites)
+    paths = matching("embed", sites)
     if len(paths) != 1:
         raise ValueError(
             "method.name: a prompt needs one embedding of tokens, .../wte/embedding or "

@@ -12,15 +12,17 @@ draws l towards zero and not towards one, are PEFT's as well; its `feedforward_m
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import leaves, methods, ops, tree
-from lorax.methods.targets import Default, words_of
+from lorax import leaves, ops, tree
+from lorax.methods.arrays import joined, matrices
+from lorax.methods.contract import Method, State
+from lorax.methods.targets import Default, adapted_matrices, matching, resolve, words_of
 
 
 def ia3(
     targets: tuple[str, ...] = Default(("k", "v", "down")),
     feedforward: tuple[str, ...] = Default(("down",)),
     layers: tuple[int, ...] | None = None,
-) -> "methods.Method":
+) -> Method:
     """(IA)3 with the given hyperparameters; see `lorax.methods.Method` for what its functions take.
 
     targets: see `lorax.methods.resolve`. feedforward: words for those whose input is scaled, all
@@ -32,41 +34,34 @@ def ia3(
     words = words_of(targets)
     feedforward = words_of(feedforward)
 
-    def sizes(chosen, params, sites):
-        """{path: (layer axes, name of the vector, its length)}"""
+    def adapts(params, sites=None):
+        return adapted_matrices(params, sites, words, layers)
+
+    def vectors(params, sites, targets=None, key=None):
+        """(matrix, name of its vector, length of that) of each matrix."""
         sites = sites or ops.sites_from_shapes(params)
         if feedforward and not isinstance(feedforward, Default):
-            methods.resolve(feedforward, sites, "method.feedforward")
-        inner = {path for word in feedforward for path in methods.matching(word, sites)}
-        flat, found = tree.flatten(params), {}
-        for path, site in chosen.items():
-            axes, n_in, n_out = site.matrix_shape(flat[path].shape)
-            if path in inner and site.kind != "linear":
-                raise ValueError(f"method.feedforward: {path} is no linear layer's kernel")
-            found[path] = (axes, "l_in", n_in) if path in inner else (axes, "l", n_out)
-        return found
+            resolve(feedforward, sites, "method.feedforward")
+        inner = {path for word in feedforward for path in matching(word, sites)}
+        for m in matrices(params, adapts(params, sites), targets, key):
+            if m.path in inner and m.site.kind != "linear":
+                raise ValueError(f"method.feedforward: {m.path} is no linear layer's kernel")
+            yield (m, "l_in", m.n_in) if m.path in inner else (m, "l", m.n_out)
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
-        own = methods.adapted_matrices(params, sites, words, layers)
         trainable, constants = {}, {}
-        chosen = targets or {path: site for path, (site, _) in own.items()}
-        for path, (axes, name, n) in sizes(chosen, params, sites).items():
-            active = own[path][1] if path in own else None
+        for m, name, n in vectors(params, sites, targets, key):
+            # Where a sweep only pads it is zero, which weight decay leaves alone, and not one.
             draw = lambda key, index, name=name, n=n: {name: jnp.ones(n)}
-            # Zero, which weight decay leaves alone, and not one where a sweep only pads.
-            trainable[path] = methods.fill(key, axes, active, {name: (n,)}, draw)
-            on = jnp.zeros(axes) if active is None else jnp.asarray(active)
-            constants[path] = {"on": on.astype(jnp.float32)}
-        return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
+            trainable[m.path] = m.fill({name: (n,)}, draw)
+            constants[m.path] = {"on": jnp.asarray(m.active, jnp.float32)}
+        return State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def count(params, sites=None):
-        own = methods.adapted_matrices(params, sites, words, layers)
-        vectors = sizes({path: site for path, (site, _) in own.items()}, params, sites)
-        return sum(int(own[path][1].sum()) * n for path, (_, _, n) in vectors.items())
+        return sum(int(m.active.sum()) * n for m, _, n in vectors(params, sites))
 
     hp = dict(targets=words, feedforward=feedforward, layers=layers)
-    chosen = lambda params, sites=None: methods.adapted_matrices(params, sites, words, layers)
-    return methods.Method("ia3", hp, init, bind, delta, count, adapts=chosen)
+    return Method("ia3", hp, init, bind, delta, count, adapts=adapts)
 
 
 def _vector(own):
@@ -84,7 +79,7 @@ def _bias(path: str, flat: dict) -> str | None:
 def bind(trainable, constants, params, key=None, sites=None):
     """`params` with a `Scaled` or `ScaledInput` leaf at every adapted path, and scaled biases."""
     flat = tree.flatten(params)
-    for path, own in methods.joined(trainable, constants).items():
+    for path, own in joined(trainable, constants).items():
         vector, inner = _vector(own)
         flat[path] = (leaves.ScaledInput if inner else leaves.Scaled)(flat[path], vector)
         if not inner and (bias := _bias(path, flat)):
@@ -102,7 +97,7 @@ def delta(trainable, constants, params, sites=None):
     """{path: (l - 1) times the weight}, of kernels and of the biases that are scaled."""
     sites = sites or ops.sites_from_shapes(params)
     flat, found = tree.flatten(params), {}
-    for path, own in methods.joined(trainable, constants).items():
+    for path, own in joined(trainable, constants).items():
         vector, inner = _vector(own)
         more = vector.astype(jnp.float32) - 1
         w = sites[path].to_matrix(ops.dense(flat[path], sites[path]).astype(jnp.float32))

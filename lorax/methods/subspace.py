@@ -37,11 +37,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import methods, ops, tree
+from lorax import ops, tree
+from lorax.methods.arrays import key_for
+from lorax.methods.contract import Method, State
 from lorax.methods.full import full as full_fine_tuning
 from lorax.methods.hadamard import at_least, hadamard
 from lorax.methods.lora import lora
-from lorax.methods.targets import Default, key_for, stack_depths
+from lorax.methods.targets import Default, stack_depths
 
 OWN = "subspace"  # where z, the scales and the key lie
 BLOCK = 1 << 14  # entries that Pi permutes among themselves
@@ -57,7 +59,7 @@ def subspace(
     parameters: tuple[str, ...] = ("all",),
     layers: tuple[int, ...] | None = None,
     full: tuple[str, ...] = (),
-) -> "methods.Method":
+) -> Method:
     """DID: the parameters that the words name move in a random subspace of dimension dim.
 
     projection: fastfood, sparse or dense. granularity: one P for all ("global") or one a "tensor".
@@ -77,7 +79,7 @@ def said(
     parameters: tuple[str, ...] = ("all",),
     layers: tuple[int, ...] | None = None,
     full: tuple[str, ...] = (),
-) -> "methods.Method":
+) -> Method:
     """SAID: `subspace` with a trained scale for each layer or tensor, dim counting these.
 
     scales: "layer": a layer of a stack is one, and so is a module outside of it; or "tensor".
@@ -96,7 +98,7 @@ def lora_subspace(
     scaling: str = "lora",
     init: str = "kaiming",
     targets: tuple[str, ...] = Default(("q", "v")),
-) -> "methods.Method":
+) -> Method:
     """The factors of a LoRA move in a random subspace of dimension dim, from where they start.
 
     rank, alpha, scaling, init, targets: see `lorax.methods.lora.lora`, which raises for them.
@@ -108,7 +110,7 @@ def lora_subspace(
     return _within("lora-subspace", inner, True, dim, projection, granularity, None, inner.hp)
 
 
-def _parameters(parameters, layers, full) -> tuple["methods.Method", dict]:
+def _parameters(parameters, layers, full) -> tuple[Method, dict]:
     """(full fine-tuning of what the words of both name, the hyperparameters)."""
     tupled = lambda words: (words,) if isinstance(words, str) else tuple(words)
     own = dict(parameters=tupled(parameters), layers=layers, full=tupled(full))
@@ -118,7 +120,7 @@ def _parameters(parameters, layers, full) -> tuple["methods.Method", dict]:
 # -------------------------------------------------------------------------------------- the method
 
 
-def _within(name, inner, stored, dim, projection, granularity, scales, hp) -> "methods.Method":
+def _within(name, inner, stored, dim, projection, granularity, scales, hp) -> Method:
     """The method whose trainable tree is theta0 + P z, theta0 that of `inner` at its start.
 
     stored: whether theta0 is drawn, and so lies in the constants, or can be read off the base.
@@ -153,7 +155,7 @@ def _within(name, inner, stored, dim, projection, granularity, scales, hp) -> "m
         own |= {"theta0": theta} if stored else {}
         trained = {"z": jnp.zeros(width, jnp.float32)}
         trained |= {"scale": jnp.ones(n_scales, jnp.float32)} if scales else {}
-        return methods.State({OWN: trained}, constants | {OWN: own})
+        return State({OWN: trained}, constants | {OWN: own})
 
     def expand(constants, params, sites=None):
         own = constants[OWN]
@@ -204,7 +206,7 @@ def _within(name, inner, stored, dim, projection, granularity, scales, hp) -> "m
     low_rank = factors if inner.factors else None
     # dW follows from z and the key, and is a thousand times as large.
     more = dict(expand=expand, width=dim, stores_delta=False)
-    return methods.Method(name, hp, init, bind, delta, count, low_rank, **more)
+    return Method(name, hp, init, bind, delta, count, low_rank, **more)
 
 
 class Part(NamedTuple):

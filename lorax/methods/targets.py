@@ -1,15 +1,12 @@
-"""Which parameters a method is for: canonical words, layers, and arrays of one shape for all.
+"""Which parameters a method adapts: canonical words, their paths, and layers.
 
-Nothing here knows a method. `resolve` says which kernels words mean, `adapted_matrices` adds the
-layers, `fill` makes the stacked, padded arrays in which members of one sweep agree.
+Nothing here knows a method. `resolve` gives the kernels that words mean, `adapted_matrices` the
+layers of each as well; `lorax.methods.arrays` makes a method's arrays for them.
 """
 
 import re
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lorax import ops, tree
@@ -190,11 +187,6 @@ def stack_depths(params: dict, sites: Mapping[str, ops.Site]) -> dict[str, int]:
     return {p: stacks[p.partition("/")[0]] for p in flat if p.partition("/")[0] in stacks}
 
 
-def key_for(key: jax.Array, path: str) -> jax.Array:
-    """A key of its own for each path, the same whatever other paths there are."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
-
-
 # ------------------------------------------------------------------------------------ what to adapt
 
 
@@ -217,40 +209,3 @@ def adapted_matrices(params: dict, sites, targets, layers, rank: int | None = No
             )
     active = active_layers(layers, chosen, shapes)
     return {path: (site, active[path]) for path, site in chosen.items()}
-
-
-def fill(key, axes, active, shapes: Mapping[str, tuple], draw: Callable) -> dict:
-    """{name: float32 array (*axes, *shape)}, zero but for what `draw` gives each active layer.
-
-    axes: layer axes, () for a weight that is not stacked. active: boolean numpy array over them,
-    None for no layer at all. draw(key, index) -> {name: array at most as large as shapes[name]},
-    written into the first rows and columns: the rest is padding. index: of the layer, a tuple.
-    Each layer has a key of its own, which does not depend on how many are active. Can be traced.
-    """
-    indices = list(np.ndindex(*axes))
-    layers = [{} for _ in indices]
-    if active is not None:
-        keys = jax.random.split(key, max(1, len(indices)))
-        layers = [draw(keys[n], i) if active[i] else {} for n, i in enumerate(indices)]
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(layers))
-    array = jnp if traced else np  # which is quicker
-
-    def padded(layer, name, shape):
-        value = layer.get(name, np.zeros((0,) * len(shape), np.float32))
-        after = [(0, most - n) for most, n in zip(shape, np.shape(value), strict=True)]
-        return array.pad(array.asarray(value, np.float32), after or 0)
-
-    found = {n: [padded(own, n, shape) for own in layers] for n, shape in shapes.items()}
-    whole = lambda name: array.stack(found[name]).reshape((*axes, *shapes[name]))
-    return {name: jnp.asarray(whole(name)) for name in shapes}
-
-
-def joined(*trees: dict) -> dict[str, dict]:
-    """{path: {name: leaf}} of trees whose leaves lie at path/name: a method's trainable and
-    constants beside each other."""
-    found: dict[str, dict] = {}
-    for flat in map(tree.flatten, trees):
-        for path, leaf in flat.items():
-            parent, _, name = path.rpartition("/")
-            found.setdefault(parent, {})[name] = leaf
-    return found

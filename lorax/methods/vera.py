@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import methods, ops, tree
+from lorax import ops, tree
 from lorax.methods import lora
-from lorax.methods.targets import Default
+from lorax.methods.arrays import Matrix, fill, joined, key_for, matrices
+from lorax.methods.contract import Method, State
+from lorax.methods.targets import Default, adapted_matrices
 
 SHARED = "vera"  # a and b lie at vera/a and vera/b of the constants, once for all targets
 
@@ -33,7 +35,7 @@ def vera(
     targets: tuple[str, ...] = Default(("q", "v")),
     layers: tuple[int, ...] | None = None,
     dropout: float = 0.0,
-) -> "methods.Method":
+) -> Method:
     """VeRA; targets, layers and dropout as `lorax.methods.lora.lora`, which raises for them.
 
     rank: of the shared pair, which may exceed min(in, out). d_initial: what all of d starts at.
@@ -44,45 +46,44 @@ def vera(
     hp = {name: checked[name] for name in ("rank", "targets", "layers", "dropout")}
     hp |= {"d_initial": d_initial, "projection_seed": projection_seed}
 
-    def chosen(params, sites=None):
-        return methods.adapted_matrices(params, sites, hp["targets"], layers)
+    def adapts(params, sites=None):
+        return adapted_matrices(params, sites, hp["targets"], layers)
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
-        own = chosen(params, sites)
-        flat, trainable, constants, width = tree.flatten(params), {}, {}, pad or rank
-        of = lambda sites: {p: s.matrix_shape(flat[p].shape) for p, s in sites.items()}
-        mine = of({path: site for path, (site, _) in own.items()})
-        every = of(targets) if targets else mine
-        for path, (axes, _, n_out) in every.items():
-            active = own[path][1] if path in own else None
+        width, trainable, constants = pad or rank, {}, {}
+        adapted = adapts(params, sites)
+        padded = [*matrices(params, adapted, targets, key)]
+        for m in padded:
             start = lambda key, index: {"d": jnp.full(rank, d_initial)}
-            shapes = {"d": (width,), "v": (n_out,)}
-            trainable[path] = methods.fill(key, axes, active, shapes, start)
-            full = lambda value, axes=axes: jnp.full(axes, value, jnp.float32)
-            constants[path] = {"s": full(1), "dropout": full(dropout)}
-
-        def draw(key, index):
-            uniform = lambda name, *shape: (
-                jax.random.uniform(methods.key_for(key, name), shape, jnp.float32, -1, 1)
-                * math.sqrt(6 / shape[0])
-            )
-            _, ins, outs = zip(*mine.values(), strict=True)
-            return {"a": uniform("a", max(ins), rank), "b": uniform("b", rank, max(outs))}
-
-        _, ins, outs = zip(*every.values(), strict=True)
-        shapes = {"a": (max(ins), width), "b": (width, max(outs))}
-        shared = jax.random.fold_in(jax.random.key(projection_seed), rank)
-        constants[SHARED] = methods.fill(shared, (), np.array(True), shapes, draw)
-        return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
+            trainable[m.path] = m.fill({"d": (width,), "v": (m.n_out,)}, start)
+            constants[m.path] = {"s": m.full(1), "dropout": m.full(dropout)}
+        drawn = [*matrices(params, adapted)]
+        constants[SHARED] = _pair(drawn, padded, rank, width, projection_seed)
+        return State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def count(params, sites=None):
-        flat, total = tree.flatten(params), 0
-        for path, (site, active) in chosen(params, sites).items():
-            total += int(active.sum()) * (rank + site.matrix_shape(flat[path].shape)[2])
-        return total
+        found = matrices(params, adapts(params, sites))
+        return sum(int(m.active.sum()) * (rank + m.n_out) for m in found)
 
-    more = dict(adapts=chosen, width=rank)
-    return methods.Method("vera", hp, init, bind, delta, count, factors, **more)
+    return Method("vera", hp, init, bind, delta, count, factors, adapts=adapts, width=rank)
+
+
+def _pair(drawn: list[Matrix], padded: list[Matrix], rank: int, width: int, seed: int) -> dict:
+    """The shared a and b, as large as the largest of `padded`, whose entries beyond the largest of
+    `drawn` and beyond the rank are zero."""
+    largest = lambda found: (max(m.n_in for m in found), max(m.n_out for m in found))
+
+    def draw(key, index):
+        n_in, n_out = largest(drawn)
+        uniform = lambda name, *shape: (
+            jax.random.uniform(key_for(key, name), shape, jnp.float32, -1, 1)
+            * math.sqrt(6 / shape[0])
+        )
+        return {"a": uniform("a", n_in, rank), "b": uniform("b", rank, n_out)}
+
+    n_in, n_out = largest(padded)
+    key = jax.random.fold_in(jax.random.key(seed), rank)
+    return fill(key, (), np.array(True), {"a": (n_in, width), "b": (width, n_out)}, draw)
 
 
 def bind(trainable, constants, params, key=None, sites=None):
@@ -103,12 +104,12 @@ def factors(trainable, constants, params, sites=None):
 def _as_lora(trainable, constants, params, sites) -> dict:
     """The LoRA with the same update."""
     sites = sites or ops.sites_from_shapes(params)
-    flat, found = tree.flatten(params), methods.joined(trainable, constants)
-    shared = found.pop(SHARED)
-    for path, own in found.items():
-        d, v = own.pop("d"), own.pop("v")
+    flat, thin = tree.flatten(params), joined(trainable, constants)
+    shared = thin.pop(SHARED)
+    for path, x in thin.items():
+        d, v = x.pop("d"), x.pop("v")
         axes, n_in, n_out = sites[path].matrix_shape(ops.frozen(flat[path]).shape)
-        own["a"] = jnp.broadcast_to(shared["a"][:n_in], (*axes, n_in, d.shape[-1]))
+        x["a"] = jnp.broadcast_to(shared["a"][:n_in], (*axes, n_in, d.shape[-1]))
         b = jnp.broadcast_to(shared["b"][:, :n_out].astype(d.dtype), (*d.shape, n_out))
-        own["b"] = d[..., :, None] * b * v[..., None, :]
-    return tree.unflatten(found)
+        x["b"] = d[..., :, None] * b * v[..., None, :]
+    return tree.unflatten(thin)

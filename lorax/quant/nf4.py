@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import leaves, ops, tree
+from lorax.methods.targets import resolve
 from lorax.quant import matmul
 
 Array = jax.Array
@@ -191,8 +192,6 @@ def quantize(params, kind: str = "nf4", double: bool = False, block: int = 64, s
     Raises ValueError for a kind or a block that there is not, a kernel whose outputs' axes come
     before its inputs', and one that is not finite, each by its path.
     """
-    from lorax.methods.targets import resolve  # which needs models, and they what is here
-
     flat = tree.flatten(params)
     sites = ops.sites_from_shapes(params) if sites is None else sites
     linear = {path: site for path, site in sites.items() if site.kind == "linear"}

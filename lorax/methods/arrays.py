@@ -1,0 +1,112 @@
+"""The matrices that a method adapts, one after the other, and arrays of one shape for all members.
+
+Members of a sweep share one program, so their trees have the same paths and shapes: `init` makes
+arrays for every matrix that some member adapts, as wide as the widest member needs, and zeros where
+its own member adapts nothing.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax import ops, tree
+
+
+class Matrix(NamedTuple):
+    """A matrix of the base, or a stack of them, that a method has arrays for.
+
+    path, site: of its kernel. axes: sizes of its layer axes, () where it is not stacked. n_in,
+    n_out: size of one layer's matrix. active: numpy array over `axes`, what `adapted` of `matrices`
+    says of each layer (whether it is adapted, or its rank), zeros where nothing is adapted. key:
+    the matrix' own, None where `matrices` was given none.
+    """
+
+    path: str
+    site: ops.Site
+    axes: tuple[int, ...]
+    n_in: int
+    n_out: int
+    active: np.ndarray
+    key: jax.Array | None = None
+
+    def fill(self, shapes: Mapping[str, tuple], draw: Callable) -> dict:
+        """{name: float32 array (*axes, *shape)} with what `draw` gives active layers: `fill`."""
+        return fill(self.key, self.axes, self.active > 0, shapes, draw)
+
+    def full(self, value, dtype=jnp.float32) -> jax.Array:
+        """An array over the layer axes that holds `value` in each."""
+        return jnp.full(self.axes, value, dtype)
+
+
+def matrices(
+    params: dict,
+    adapted: Mapping,
+    targets: Mapping | None = None,
+    key=None,
+    rank: int | None = None,
+) -> Iterator[Matrix]:
+    """The matrices to make arrays for, in order.
+
+    adapted: {path: (Site, active)} of what the method adapts, as `adapted_matrices` gives it.
+    targets: {path: Site} of all that there should be arrays for; None for what is adapted.
+    key: of the member. rank: where given, each rank has keys of its own: with a slice of one draw
+    for all ranks, ranks of one seed would share the first columns, and the similarity between their
+    subspaces would start above chance.
+    """
+    flat = tree.flatten(params)
+    targets = targets or {path: site for path, (site, _) in adapted.items()}
+    for path, site in targets.items():
+        axes, n_in, n_out = site.matrix_shape(flat[path].shape)
+        active = adapted[path][1] if path in adapted else np.zeros(axes, bool)
+        own_key = None if key is None else key_for(key, path)
+        if own_key is not None and rank is not None:
+            own_key = jax.random.fold_in(own_key, rank)
+        yield Matrix(path, site, axes, n_in, n_out, np.asarray(active), own_key)
+
+
+def key_for(key: jax.Array, path: str) -> jax.Array:
+    """A key of its own for each path, the same whatever other paths there are."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def fill(key, axes, active, shapes: Mapping[str, tuple], draw: Callable) -> dict:
+    """{name: float32 array (*axes, *shape)}, zero except for what `draw` gives each active layer.
+
+    axes: sizes of the layer axes, () for a weight that is not stacked. active: boolean numpy array
+    over them. draw(key, index) -> {name: array at most as large as shapes[name]}, written into the
+    first rows and columns; the rest is padding. index: of the layer, a tuple. Each layer has a key
+    of its own, which does not depend on how many are active. Can be traced.
+    """
+    indices = list(np.ndindex(*axes))
+    drawn = [{} for _ in indices]
+    if np.any(active):
+        keys = jax.random.split(key, len(indices))
+        drawn = [draw(keys[n], i) if active[i] else {} for n, i in enumerate(indices)]
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(drawn))
+    array = jnp if traced else np  # numpy is quicker
+
+    def padded(layer, name, shape):
+        value = layer.get(name, np.zeros((0,) * len(shape), np.float32))
+        after = [(0, most - n) for most, n in zip(shape, np.shape(value), strict=True)]
+        return array.pad(array.asarray(value, np.float32), after or 0)
+
+    def stacked(name, shape):
+        layers = [padded(layer, name, shape) for layer in drawn]
+        return jnp.asarray(array.stack(layers).reshape((*axes, *shape)))
+
+    return {name: stacked(name, shape) for name, shape in shapes.items()}
+
+
+def joined(*trees: dict) -> dict[str, dict]:
+    """{path: {name: leaf}} of trees whose leaves lie at path/name: a method's trainable and
+    constants side by side."""
+    leaves: dict[str, dict] = {}
+    for flat in map(tree.flatten, trees):
+        for path, leaf in flat.items():
+            parent, _, name = path.rpartition("/")
+            leaves.setdefault(parent, {})[name] = leaf
+    return leaves
