@@ -312,9 +312,9 @@ def _kind(method: str, parameter: inspect.Parameter, hint) -> type | None:
     return kinds[0]
 
 
-def read(file: str) -> None:
-    """Run a Python file, so that the methods that it registers are there.
+def read(file: str) -> types.ModuleType:
+    """Run a Python file, so that the methods that it registers are there; the module that it is.
 
     Raises FileNotFoundError, and ValueError where the file fails.
     """
-    outside.run_file(file, "--method")
+    return outside.run_file(file, "--method")

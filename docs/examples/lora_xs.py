@@ -19,26 +19,25 @@ from lorax.methods import lora
 
 @methods.register("lora-xs", varies=("rank", "alpha", "targets", "layers"))
 def lora_xs(rank=8, alpha=8.0, targets=("q", "v"), layers=None):
-    def chosen(params, sites=None):
+    def adapts(params, sites=None):
         return methods.adapted_matrices(params, sites, targets, layers, rank)
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
-        flat, mine, trainable, constants = tree.flatten(params), chosen(params, sites), {}, {}
-        for path, site in (targets or {path: site for path, (site, _) in mine.items()}).items():
-            w = site.to_matrix(ops.dense(flat[path], site)).astype(jnp.float32)
+        flat, trainable, constants = tree.flatten(params), {}, {}
+        for m in methods.matrices(params, adapts(params, sites), targets):
+            w = m.site.to_matrix(ops.dense(flat[m.path], m.site)).astype(jnp.float32)
             u, sigma, vt = jnp.linalg.svd(w, full_matrices=False)
             n = min(pad or rank, sigma.shape[-1])  # zeros beyond the rank, and where not adapted
-            active = mine[path][1] if path in mine else np.zeros(w.shape[:-2], bool)
-            on = active[..., None] & (np.arange(n) < rank)
+            on = m.active[..., None] & (np.arange(n) < rank)
             a = jnp.where(on[..., None, :], (u * sigma[..., None, :])[..., :n], 0)
             b = jnp.where(on[..., None], vt[..., :n, :], 0)
-            constants[path] = {"a": a, "b": b, "s": jnp.full(w.shape[:-2], alpha / rank)}
-            trainable[path] = {"r": jnp.zeros((*w.shape[:-2], n, n))}
+            constants[m.path] = {"a": a, "b": b, "s": m.full(alpha / rank)}
+            trainable[m.path] = {"r": jnp.zeros((*m.axes, n, n))}
         return methods.State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def factors(trainable, constants, params, sites=None):
-        matrices = methods.joined(trainable, constants).items()
-        return {path: (f["a"] @ f["r"], f["b"], f["s"], None) for path, f in matrices}
+        both = methods.joined(trainable, constants).items()
+        return {path: (x["a"] @ x["r"], x["b"], x["s"], None) for path, x in both}
 
     def bind(trainable, constants, params, key=None, sites=None):
         flat = tree.flatten(params)
@@ -50,11 +49,11 @@ def lora_xs(rank=8, alpha=8.0, targets=("q", "v"), layers=None):
         return lora.products(factors(trainable, constants, params), params, sites)
 
     def count(params, sites=None):
-        return sum(int(active.sum()) * rank**2 for _, active in chosen(params, sites).values())
+        return sum(int(active.sum()) * rank**2 for _, active in adapts(params, sites).values())
 
     hp = dict(rank=rank, alpha=alpha, targets=targets, layers=layers)
     functions = init, bind, delta, count, factors
-    return methods.Method("lora-xs", hp, *functions, adapts=chosen, width=rank)
+    return methods.Method("lora-xs", hp, *functions, adapts=adapts, width=rank)
 
 
 def get_config(arg=None):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,25 +10,27 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pages
 import pytest
 from flax import linen as nn
-from quick import jit
+from small import three_layers
 from strangers import small, trained
+from support import few
 
 import lorax
-from lorax import catalogue, config, methods, ops, plan, quant, tree
+from lorax import catalogue, config, convert, generate, methods, ops, plan, quant, tree
 from lorax.adapters import states
+from lorax.report import __main__ as report
 from lorax.train import prepare, stacks
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docs" / "examples" / "hira.py"
-TOKENS = jnp.arange(24).reshape(2, 12)
+COMMANDS = [command for where, command in pages.commands() if where.startswith("docs/methods.md")]
 
 
 @pytest.fixture
 def hira(registry):
-    catalogue.read(str(FILE))
-    return sys.modules["lorax_method_hira"]
+    return catalogue.read(str(FILE))
 
 
 def moved(state):
@@ -37,42 +40,44 @@ def moved(state):
     return state._replace(trainable=jax.tree.map(noise, state.trainable))
 
 
-def logits(base, params):
-    return np.asarray(jit(lambda p: lorax.apply(base.module, p, TOKENS))(params))
-
-
 # ----------------------------------------------------------------------------------------- formula
 
 
+def products(bound, path, layer):
+    """(x times one layer's leaf, x times the kernel that the leaf stands for)"""
+    leaf = jax.tree.map(lambda x: x[layer], bound[path])
+    x = jax.random.normal(jax.random.key(2), (3, ops.frozen(leaf).shape[0]))
+    return ops.linear(x, leaf), x @ ops.matrix(leaf)
+
+
 def test_the_update_is_the_dense_formula(hira):
-    base = lorax.load("gpt2-nano")
+    base = three_layers()
     method = lorax.method("hira", rank=3, gain=2.5, targets=("q", "down"), layers=(0, 2))
     state = method.init(jax.random.key(0), base.params, base.sites)
-    np.testing.assert_array_equal(
-        logits(base, method.bind(*state, base.params)), logits(base, base.params)
-    )
+    assert not any(np.any(dw) for dw in method.delta(*state, base.params, base.sites).values())
     state = moved(state)
-    d = 128
-    assert method.count(base.params, base.sites) == 2 * 3 * (d + d + 4 * d + d)
+    assert method.count(base.params, base.sites) == 2 * 3 * (8 + 8 + 12 + 8)
     flat, deltas = tree.flatten(base.params), method.delta(*state, base.params, base.sites)
-    for path, f in methods.joined(*state).items():
-        dense = 2.5 * np.asarray(flat[path]) * np.asarray(f["a"] @ f["b"])
+    bound = tree.flatten(method.bind(*state, base.params))
+    merged = tree.flatten(lorax.merge(method, state, base.params, base.sites))
+    assert not any(map(ops.is_operator, merged.values()))
+    for path, x in methods.joined(*state).items():
+        dense = 2.5 * np.asarray(flat[path]) * np.asarray(x["a"] @ x["b"])
         np.testing.assert_allclose(deltas[path], dense, rtol=1e-5, atol=1e-6)
-    bound = logits(base, method.bind(*state, base.params))
-    merged = lorax.merge(method, state, base.params, base.sites)
-    assert not any(map(ops.is_operator, tree.flatten(merged).values()))
-    np.testing.assert_allclose(logits(base, merged), bound, rtol=0, atol=1e-4)
-    assert np.abs(bound - logits(base, base.params)).max() > 0.1
+        np.testing.assert_allclose(merged[path] - flat[path], dense, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(*products(bound, path, 2), rtol=1e-4, atol=1e-5)
 
 
 def test_a_leaf_of_its_own_on_a_quantised_base(hira):
-    base = lorax.load("gpt2-nano")
-    base = base.replace(params=quant.quantize(base.params, "nf4", sites=base.sites))
+    base = three_layers()
+    coded = quant.quantize(base.params, "nf4", sites=base.sites)
     method = lorax.method("hira", rank=3)
-    state = moved(method.init(jax.random.key(0), base.params, base.sites))
-    bound = method.bind(*state, base.params)
-    merged = lorax.merge(method, state, base.params, base.sites)
-    np.testing.assert_allclose(logits(base, merged), logits(base, bound), rtol=0, atol=1e-4)
+    state = moved(method.init(jax.random.key(0), coded, base.sites))
+    bound = tree.flatten(method.bind(*state, coded))
+    merged = tree.flatten(lorax.merge(method, state, coded, base.sites))
+    for path in methods.joined(*state):
+        np.testing.assert_array_equal(ops.dense(bound[path], base.sites[path]), merged[path])
+        np.testing.assert_allclose(*products(bound, path, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_a_leaf_of_its_own_in_any_linen_layer(hira):
@@ -90,11 +95,11 @@ def test_a_leaf_of_its_own_in_any_linen_layer(hira):
 
 
 def test_what_a_leaf_can_not_do_is_said(hira):
-    base = lorax.load("gpt2-nano")
+    base = three_layers()
     method = lorax.method("hira", rank=3, targets=("embed",))
     state = method.init(jax.random.key(0), base.params, base.sites)
     with pytest.raises(ValueError, match="embedding with a Elementwise leaf is not supported"):
-        logits(base, method.bind(*state, base.params))
+        lorax.apply(base.module, method.bind(*state, base.params), jnp.arange(6)[None])
 
 
 # ------------------------------------------------------------------------------------------- sweep
@@ -107,23 +112,6 @@ def swept(**axes):
     return c
 
 
-def test_rank_gain_and_seed_are_one_group_of_members_that_are_themselves_alone(hira, tmp_path):
-    c = swept(rank=(2, 4), gain=(1.0, 8.0), seed=(0, 1))
-    members = config.members(c)
-    (group,) = prepare.groups(members, lambda line: None)
-    assert len(group.stack.members) == 8
-    together = trained(c, tmp_path / "together")
-    assert together.members["gain"].tolist() == [1, 1, 8, 8] * 2
-    for n in (2, 5):
-        point = {axis: (value,) for axis, value in members[n].point.items()}
-        alone = trained(swept(**point), tmp_path / f"{n}").delta(0)
-        mine = together.delta(n)
-        assert mine.keys() == alone.keys()
-        for path in mine:
-            off = np.abs(mine[path] - alone[path]).max()
-            assert off < 1e-3 * np.abs(alone[path]).max(), (path, off)
-
-
 def test_it_is_planned_with_the_shapes_of_the_arrays(hira):
     members = config.members(swept(rank=(2, 4), gain=(1.0, 8.0)))
     base, shaped = plan.shapes(members)
@@ -134,7 +122,7 @@ def test_it_is_planned_with_the_shapes_of_the_arrays(hira):
     assert counted == [2 * 4 * r * 256 for r in (2, 2, 4, 4)]
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", few(["full", "dots"], ["dots"]))
 def test_it_trains_with_a_quantised_base_and_remat(hira, remat, tmp_path):
     c = swept(rank=(2, 4))
     c.quant, c.train.remat, c.train.width = "nf4", remat, 2
@@ -184,12 +172,24 @@ def test_what_does_not_come_from_the_trees_is_no_part_of_a_shared_program(hira, 
 
 # ---------------------------------------------------------------------------------------- commands
 
+#: What a test changes in the study.
+FEW = {
+    **{"task.n_train": 64, "train.steps": 3, "train.batch_size": 2, "train.seq_len": 100},
+    **{"train.warmup": 1, "train.parallel": "none", "eval.every": 3, "eval.examples": 2},
+    "method.gain": 3.0,
+}
+AXES = {"rank": (2, 4), "gain": (2.0, 32), "seed": (0,)}
+FLAGS = [f"--config.{key}={value}" for key, value in FEW.items()]
+FLAGS += [f"--config.sweep.{axis}={values}" for axis, values in AXES.items()]
+
 
 def command(*arguments, cwd, code=0):
+    """What a command of a process of its own writes; to stderr where it fails."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
         cwd=cwd,
-        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        env=dict(os.environ, PYTHONPATH=path),
         capture_output=True,
         text=True,
         timeout=300,
@@ -198,104 +198,128 @@ def command(*arguments, cwd, code=0):
     return done.stdout if code == 0 else done.stderr
 
 
-TINY = ["--config.task.n_train=64", "--config.train.steps=2", "--config.train.batch_size=2"]
-TINY += ["--config.train.warmup=1", "--config.eval.every=2", "--config.eval.examples=2"]
-TINY += ["--config.train.parallel=none", "--config.sweep.rank=(2, 4)", "--config.sweep.seed=(0,)"]
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hira")
-    said = command(
-        "lorax.run", f"--config={FILE}", "--workdir=run", *TINY,
-        "--config.method.gain=3", "--config.sweep.gain=(2.0, 32)", cwd=folder,
-    )  # fmt: skip
+def clone(tmp_path_factory):
+    """A folder like a clone in which the page's first command was run, in a few steps."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "docs").symlink_to(ROOT / "docs")
+    said = command(*shlex.split(COMMANDS[0])[2:], "--workdir=runs/hira", *FLAGS, cwd=folder)
     assert "rank (2, 4) x gain (2.0, 32)" in said and "lorax's own format" in said
     return folder
 
 
-def test_the_flags_make_columns_of_the_report(run):
-    found = lorax.runs.load(run / "run")
-    assert (
-        found.members["gain"].tolist() == [2, 32, 2, 32] and found.members["group"].nunique() == 1
-    )
-    assert found.config["config"]["method"]["gain"] == 3
-    settings = (run / "run" / "analysis" / "settings.csv").read_text()
+def here(main, command, monkeypatch, capsys, cwd, code=0):
+    """What a command writes that runs in this process."""
+    monkeypatch.chdir(cwd)
+    assert main([str(word) for word in command]) == code
+    said = capsys.readouterr()
+    return said.out if code == 0 else said.err
+
+
+def test_the_flags_make_columns_of_the_report(clone):
+    run = lorax.runs.load(clone / "runs" / "hira")
+    assert run.members["gain"].tolist() == [2, 32, 2, 32]
+    assert run.members["group"].nunique() == 1
+    assert run.config["config"]["method"]["gain"] == 3
+    settings = (run.directory / "analysis" / "settings.csv").read_text()
     assert settings.startswith("rank,gain,")
-    assert "gain" in (run / "run" / "report.html").read_text()
-    line = f"--config={FILE}", "--workdir=other"
-    wrong = command("lorax.run", *line, "--config.method.gian=3", cwd=run, code=2)
+    assert "gain" in (run.directory / "report.html").read_text()
+
+
+def test_a_member_of_the_group_is_itself_alone(clone, hira, tmp_path):
+    together = lorax.runs.load(clone / "runs" / "hira")
+    c = hira.get_config()
+    c.update_from_flattened_dict(FEW)
+    for axis, value in {"rank": 2, "gain": 32.0, "seed": 0}.items():
+        c.sweep[axis] = (value,)
+    alone, mine = trained(c, tmp_path / "alone").delta(0), together.delta(1)
+    assert mine.keys() == alone.keys()
+    for path in mine:
+        assert np.abs(mine[path] - alone[path]).max() < 1e-3 * np.abs(alone[path]).max(), path
+
+
+def test_rank_gain_and_seed_are_one_group(hira):
+    members = config.members(swept(rank=(2, 4), gain=(1.0, 8.0), seed=(0, 1)))
+    (group,) = prepare.groups(members, lambda line: None)
+    assert len(group.stack.members) == 8
+
+
+def test_a_run_of_it_resumes_and_mistakes_are_named(clone):
+    line = COMMANDS[0].split()[2:]
+    assert "is finished" in command(*line, "--workdir=runs/hira", *FLAGS, cwd=clone)
+    wrong = command(*line, "--config.method.gian=3", cwd=clone, code=2)
     assert "no key 'method.gian'; did you mean 'method.gain'" in wrong
-    wrong = command("lorax.run", *line, "--config.method.gain=much", cwd=run, code=2)
+    wrong = command(*line, "--config.method.gain=much", cwd=clone, code=2)
     assert "gain" in wrong and len(wrong.splitlines()) == 1
 
 
-def test_a_run_of_it_resumes(run):
-    again = command(
-        "lorax.run", f"--config={FILE}", "--workdir=run", *TINY,
-        "--config.method.gain=3", "--config.sweep.gain=(2.0, 32)", cwd=run,
-    )  # fmt: skip
-    assert "is finished" in again
-
-
-def test_a_file_beside_the_config_may_register_it(run):
-    (run / "beside.py").write_text(FILE.read_text().replace('"hira"', '"hira2"'))
-    (run / "study.py").write_text(
+def test_a_file_beside_the_config_may_register_it(tmp_path):
+    (tmp_path / "beside.py").write_text(FILE.read_text().replace('"hira"', '"hira2"'))
+    (tmp_path / "study.py").write_text(
         "import beside\nfrom lorax.config import default\n\ndef get_config(arg=None):\n"
         "    c = default()\n    c.base = 'random:gpt2'\n    c.method.name = 'hira2'\n"
         "    c.sweep.gain = (1.0, 2.0)\n    return c\n"
     )
-    (run / "elsewhere").mkdir()
+    (tmp_path / "elsewhere").mkdir()
     wrong = command("lorax.run", "--config=../study.py", "--config.method.gian=1",
-                    cwd=run / "elsewhere", code=2)  # fmt: skip
+                    cwd=tmp_path / "elsewhere", code=2)  # fmt: skip
     assert "did you mean 'method.gain'" in wrong
 
 
-def test_commands_read_it_back(run):
-    adapter = "run/adapters/1"
-    about = json.loads((run / adapter / "method.json").read_text())
+def test_the_page_plans_merges_generates_and_reports(clone, registry, monkeypatch, capsys):
+    """Its commands, one after the other, on the adapter of its run."""
+    (planned,) = (c for c in COMMANDS if "lorax.plan" in c)
+    assert "gain" in command(*shlex.split(planned)[2:], *FLAGS, cwd=clone)
+    run = lambda main, line: here(main, shlex.split(line)[3:], monkeypatch, capsys, clone)
+    said = {name: [c for c in COMMANDS if f"lorax.{name} " in c] for name in ("convert", "report")}
+    (merge,) = said["convert"]
+    assert "hira merged" in run(convert.main, merge)
+    (complete,) = (c for c in COMMANDS if "lorax.generate" in c)
+    text = run(generate.main, f"{complete} --new-tokens 6")
+    option = complete[complete.index("--prompt") :]
+    merged = run(generate.main, f"python -m lorax.generate --base merged {option} --new-tokens 6")
+    assert text == merged and text.startswith("name =")
+    (shown,) = said["report"]
+    page = (clone / run(report.main, f"{shown} --out=page").strip()).read_text()
+    assert "gain=2.0" in page and "hira" in page and "h/3/attn/v" in page
+
+
+def test_an_adapter_says_what_it_is(clone, registry, monkeypatch, capsys):
+    adapter = clone / "runs" / "hira" / "adapters" / "1"
+    about = json.loads((adapter / "method.json").read_text())
     assert about["name"] == "hira" and about["hp"]["gain"] == 32 and about["file"] == "hira.py"
-    with_file = ["--method", FILE]
-    shown = command("lorax.convert", "show", adapter, "--base", "gpt2-nano", *with_file, cwd=run)
-    assert "h/0/attn/q" in shown and "dW of every layer" in shown
-    said = command("lorax.convert", "merge", "gpt2-nano", adapter, "merged", *with_file, cwd=run)
-    assert "hira merged" in said and "nothing changes" not in said
-    prompt = ["--prompt", "name = The", "--new-tokens", "6"]
-    one = command("lorax.generate", "--base", "merged", *prompt, cwd=run)
-    on = ["--base", "gpt2-nano", "--adapter", adapter]
-    assert command("lorax.generate", *on, *with_file, *prompt, cwd=run) == one
-    page = command("lorax.report", adapter, "--base=gpt2-nano", "--out=page", cwd=run).strip()
-    text = (run / page).read_text()
-    assert "gain=32.0" in text and "hira" in text and "h/3/attn/v" in text
+    show = ["show", adapter, "--base", "gpt2-nano", "--method", FILE]
+    said = here(convert.main, show, monkeypatch, capsys, clone)
+    assert "h/0/attn/q" in said and "dW of every layer" in said
 
 
 @pytest.mark.parametrize("name", ["convert", "generate"])
-def test_a_method_that_is_not_registered_is_named(run, name):
-    line = {
-        "convert": ["show", "run/adapters/0", "--base", "gpt2-nano"],
-        "generate": ["--base", "gpt2-nano", "--adapter", "run/adapters/0", "--prompt", "a"],
+def test_a_method_that_is_not_registered_is_named(clone, name, registry, monkeypatch, capsys):
+    main, line = {
+        "convert": (convert.main, ["show", "runs/hira/adapters/0", "--base", "gpt2-nano"]),
+        "generate": (
+            generate.main,
+            ["--base", "gpt2-nano", "--adapter", "runs/hira/adapters/0", "--prompt", "a"],
+        ),
     }[name]
-    said = command(f"lorax.{name}", *line, cwd=run, code=2)
+    said = here(main, line, monkeypatch, capsys, clone, code=2)
     assert "method.json: method 'hira' is not registered; give --method FILE that" in said
     assert "as hira.py did" in said and len(said.strip().splitlines()) <= 2  # and "loading"
-    said = command(f"lorax.{name}", *line, "--method", "nowhere.py", cwd=run, code=2)
+    said = here(main, [*line, "--method", "nowhere.py"], monkeypatch, capsys, clone, code=2)
     assert "--method: 'nowhere.py' is no Python file" in said
 
 
-def test_what_does_not_fit_is_named(run, hira, tmp_path):
-    base = lorax.load("gpt2-nano")
-    method, state = states.load(run / "run" / "adapters" / "3", base)
+def test_what_does_not_fit_is_named(clone, hira, tmp_path):
+    base, adapter = lorax.load("gpt2-nano"), clone / "runs" / "hira" / "adapters" / "3"
+    method, state = states.load(adapter, base)
     assert method.hp["rank"] == 4 and method.hp["gain"] == 32 and method.hp["targets"] == ("q", "v")
     states.save(tmp_path / "copy", method, state, base)
     for name in ("state.safetensors", "delta.safetensors", "method.json"):
-        one, other = (
-            folder / name for folder in (tmp_path / "copy", run / "run" / "adapters" / "3")
-        )
-        assert one.read_bytes() == other.read_bytes()
+        assert (tmp_path / "copy" / name).read_bytes() == (adapter / name).read_bytes()
     cut = lambda x: x[..., :64] if x.ndim == 3 else x
-    narrow = base.replace(params=jax.tree.map(cut, base.params))
+    narrow = base._replace(params=jax.tree.map(cut, base.params))
     with pytest.raises(ValueError, match="state.safetensors: .*does not fit|.*has .* there"):
-        states.load(run / "run" / "adapters" / "3", narrow)
+        states.load(adapter, narrow)
     (tmp_path / "copy" / "method.json").write_text('{"name": "hira"}')
     with pytest.raises(ValueError, match="method.json: must have the name and the hyperparameters"):
         states.load(tmp_path / "copy", base)
