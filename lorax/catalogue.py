@@ -1,8 +1,8 @@
 """The methods, one row each, and the config keys of their hyperparameters. Nothing imports JAX.
 
-A row says where a method's function is, what it takes, and in what the members of one compiled
-program may differ. `lorax.config` makes the keys of `config.method` and the axes of `config.sweep`
-from these rows, so a method that a user's file registers gets its keys like any other:
+A row says where a method's function is, which hyperparameters it takes, and in which of them the
+members of one compiled program may differ. `lorax.config` makes the keys of `config.method` and the
+axes of `config.sweep` from the rows, also from those that a user's file registers:
 
     @methods.register("hira", varies=("rank", "gain", "targets", "layers"))
     def hira(rank: int = 8, gain: float = 1.0, targets: tuple[str, ...] = ("q", "v"), layers=None):
@@ -23,8 +23,8 @@ from lorax.errors import nearest
 
 
 class Key(NamedTuple):
-    """A key of `config.method`: the type of its values, their default (None: the method's own),
-    one line of help, and words that may stand in place of a value."""
+    """A key of `config.method`: the type of its values, the default (None: the method's own), one
+    line of help, and words that are valid in place of a value."""
 
     kind: type
     default: object = None
@@ -36,11 +36,10 @@ class Row(NamedTuple):
     """A method.
 
     where: its function of hyperparameters, which returns the `Method`, or "module:name" of it.
-    hyperparameters: what that function takes. varies: keys of `config.method` in which members of
-    one program may differ, because they are data or padding; any other difference makes another
-    program. splits: {key among these: values that need a program of their own}. peft: PEFT's word
-    for the method, None where it has none. keys: those of `config.method` that come with the
-    method.
+    hyperparameters: the names of those. varies: keys of `config.method` in which members of one
+    program may differ, because they only change data or padding; any other difference needs another
+    program. splits: {key in `varies`: values that need a program of their own}. peft: PEFT's name
+    for the method, None where it has none. keys: the keys of `config.method` that the method adds.
     """
 
     name: str
@@ -53,7 +52,7 @@ class Row(NamedTuple):
 
     @property
     def function(self) -> Callable:
-        """The method's function; imported where only its place is known."""
+        """The method's function, imported if need be."""
         if callable(self.where):
             return self.where
         module, _, name = self.where.partition(":")
@@ -65,7 +64,7 @@ class Row(NamedTuple):
         return None if isinstance(self.where, str) else inspect.getsourcefile(self.where)
 
 
-#: The keys of `config.method` that are there whatever is registered.
+#: The keys of `config.method` without those that users' methods add.
 KEYS = {
     "rank": Key(int, 8, "of the update", words=("auto",)),  # "auto": by evidence
     "alpha": Key(float, 16.0, "gives the scale s with the rank"),
@@ -112,7 +111,7 @@ KEYS = {
     "activation": Key(str, None, "houlsby, pfeiffer"),
     "batches": Key(int, None, "training batches that a start reads; None: 8"),
 }
-#: Those of them that are axes of a sweep, in the axes' order; further keys follow.
+#: Those of them that are axes of a sweep, in order; keys of users' methods come after them.
 SWEPT = ("targets", "layers", "init", "scaling", "alpha", "rank", "target_rank", "tokens", "dim")
 SWEPT += ("projection", "granularity", "dropout")
 #: Names that no hyperparameter may have: a member's other fields, and axes that set other keys.
@@ -120,7 +119,7 @@ RESERVED = ("member", "name", "group", "method", "setting", "status", "zip", "ax
 RESERVED += ("base", "quant", "lr", "weight_decay", "steps", "batch_size", "n_train", "shuffle")
 RESERVED += ("planted_rank", "noise", "inputs", "data_seed", "seed", "trainable_params")
 
-#: Starts that are taken off the base: their members carry two factors more.
+#: Starts whose product a0 b0 is subtracted from the base: their members have two more factors.
 TAKEN_OFF = ("pissa", "pissa-fast", "olora", "eva", "corda", "corda-kpm", "lora-ga")
 TAKEN_OFF += ("lora-ga-paper",)
 
@@ -142,7 +141,7 @@ _BOTTLENECK = ("rank", "activation", "targets", "layers")
 _SUBSPACE = ("dim", "projection", "granularity")
 _FACTORS = ("rank", "alpha", "scaling", "init", "targets")
 
-#: name -> row, of every method that there is.
+#: name -> row of every registered method.
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
@@ -211,7 +210,7 @@ ROWS: dict[str, Row] = {
 
 
 def keys() -> dict[str, Key]:
-    """{name: Key} of `config.method`, with those that users' methods bring."""
+    """{name: Key} of `config.method`, with those that users' methods add."""
     return KEYS | {name: key for row in ROWS.values() for name, key in row.keys.items()}
 
 
@@ -222,7 +221,7 @@ def axes() -> dict[str, str]:
 
 
 def row(name: str) -> Row:
-    """The row of a method. Raises ValueError for a name that nothing is registered as."""
+    """The row of a method. Raises ValueError for a name that is not registered."""
     if name not in ROWS:
         raise ValueError(
             f"method.name: {name!r} is not one of {', '.join(ROWS)}{nearest(name, ROWS)}"
@@ -247,12 +246,13 @@ def register(
     `config.method`, where None means the function's own default, and an axis of `config.sweep`; its
     type is its annotation's, or else its default's: int, float, bool, str or tuple.
 
-    varies, splits: see `Row`. What members of one program differ in has to be in the trees of
-    `State`: the functions of one member's `Method` are called with the trees of all. help:
-    {hyperparameter: one line}.
+    varies, splits: see `Row`. Hyperparameters in which members of one program differ have to be in
+    the trees of `State`: the functions of one member's `Method` are called with the trees of all.
+    help: {hyperparameter: one line}.
 
-    The same name again replaces the method. Raises ValueError that names method and hyperparameter
-    for a name that lorax has itself, and for a name, type or default that no key can have.
+    A second registration of a name replaces the first. Raises ValueError that names method and
+    hyperparameter for the name of one of lorax's methods, and for a hyperparameter whose name, type
+    or default a key can't have.
     """
 
     def enter(function: Callable) -> Callable:
@@ -270,29 +270,28 @@ def register(
                     f"method {name!r}: has no hyperparameter {field!r}, only "
                     f"{', '.join(parameters)}{nearest(field, parameters)}"
                 )
-        others = {
-            key: of for row in ROWS.values() if row.name != name for key, of in row.keys.items()
-        }
+        others = (row.keys for row in ROWS.values() if row.name != name)
+        known_keys = KEYS | {key: of for row_keys in others for key, of in row_keys.items()}
         for field, kind in kinds.items():
-            known = (KEYS | others).get(field, Key(kind)).kind
+            known = known_keys.get(field, Key(kind)).kind
             if kind not in (None, known) and (kind, known) != (int, float):
                 raise ValueError(
                     f"method {name!r}: {field} is {kind.__name__}, but config.method.{field} is "
                     f"{known.__name__}; choose another name or type"
                 )
         lines = help or {}
-        own = {f: Key(kind, None, lines.get(f, "")) for f, kind in kinds.items() if f not in KEYS}
-        ROWS[name] = Row(name, function, tuple(parameters), varies, splits or {}, keys=own)
+        new = {f: Key(kind, None, lines.get(f, "")) for f, kind in kinds.items() if f not in KEYS}
+        ROWS[name] = Row(name, function, tuple(parameters), varies, splits or {}, keys=new)
         return function
 
     return enter
 
 
 def _kind(method: str, parameter: inspect.Parameter, hint) -> type | None:
-    """The type of a hyperparameter's values; None where `KEYS` alone says it."""
+    """The type of a hyperparameter's values; None where only `KEYS` has it."""
     field, default = parameter.name, parameter.default
     if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-        raise ValueError(f"method {method!r}: *{field} is no hyperparameter; name each of them")
+        raise ValueError(f"method {method!r}: *{field} is not a hyperparameter; name each of them")
     if default is parameter.empty:
         raise ValueError(f"method {method!r}: {field} has no default; give it one")
     if field in RESERVED:
@@ -313,7 +312,7 @@ def _kind(method: str, parameter: inspect.Parameter, hint) -> type | None:
 
 
 def read(file: str) -> types.ModuleType:
-    """Run a Python file, so that the methods that it registers are there; the module that it is.
+    """Run a Python file, which registers its methods, and return its module.
 
     Raises FileNotFoundError, and ValueError where the file fails.
     """

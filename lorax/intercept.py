@@ -1,8 +1,8 @@
-"""Linen layers that compute with operator leaves, and the sites where a model can take them.
+"""Linen layers that compute with operator leaves, and the kernels of a model that can be adapted.
 
-`apply` runs a module under an interceptor that computes every `Dense`, `DenseGeneral`, `Einsum`,
-`Embed` and `Conv` whose kernel is an operator leaf by the functions of `lorax.ops`. A call without
-the interceptor fails: Flax cannot multiply by a `LowRank`.
+`apply` runs a module under an interceptor. Where the kernel of a `Dense`, `DenseGeneral`, `Einsum`,
+`Embed` or `Conv` is an operator leaf, the layer's output is computed by the functions of
+`lorax.ops`. A call without the interceptor fails: Flax can't multiply by a `LowRank`.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ def apply(module: nn.Module, params: dict, *inputs, **kwargs):
     """`module.apply` on parameters whose leaves may be operators.
 
     params: the "params" collection itself. Other keywords go to `module.apply`: `method`, `rngs`.
-    Raises ValueError for parameters with a leaf that the module has no use for: virtual tokens of a
-    model that is not of `lorax.models`.
+    Raises ValueError for parameters with a leaf that the module does not use: virtual tokens in a
+    model that is not one of `lorax.models`.
     """
     params = inner(params)
     with interceptor():
@@ -43,19 +43,19 @@ def apply(module: nn.Module, params: dict, *inputs, **kwargs):
 
 
 def interceptor() -> contextlib.AbstractContextManager:
-    """Context in which Linen layers compute with operator leaves; for calls that need their own
-    `module.apply` (mutable collections, several methods)."""
+    """Context in which Linen layers compute with operator leaves, for calls of `module.apply` that
+    `apply` does not cover (mutable collections, several methods)."""
     return nn.intercept_methods(functools.partial(_intercept, set()))
 
 
-#: Name of a leaf that stands beside a module's parameters and takes a call of it over. It has
-#: `method`, the name of what it takes over, and is called as leaf(module, call, *args, **kwargs),
-#: where call(*args, **kwargs) is what the module would have given, operator leaves included.
+#: Name of a leaf beside a module's parameters that replaces one of the module's methods. The leaf
+#: has `method`, the name of that method, and is called as leaf(module, call, *args, **kwargs).
+#: call(*args, **kwargs) is the module's own call, with operator leaves.
 AROUND = "around"
 
 
 def _intercept(called: set, next_fun, args, kwargs, context):
-    """called: paths of the modules whose `AROUND` leaf has been."""
+    """called: paths of the modules whose `AROUND` leaf has been called."""
     call = functools.partial(_computed, next_fun, context)
     module = context.module
     if module.scope is None or not module.has_variable("params", AROUND):
@@ -73,19 +73,18 @@ def _intercept(called: set, next_fun, args, kwargs, context):
 
 
 def _check_called(module: nn.Module, called: set) -> None:
-    """ValueError where a model has gone past a leaf that should have taken a call over."""
+    """Raises ValueError where the model never called a method that a leaf replaces."""
     for path in tree.flatten(module.variables["params"]):
         *parent, name = path.split("/")
         if name == AROUND and tuple(parent) not in called:
             raise ValueError(
-                f"method.name: {type(module).__name__} makes no call that virtual tokens could go "
-                f"into at {'/'.join(parent) or 'its `hidden`'}; causal models and BERT of "
-                "lorax.models do"
+                f"method.name: {type(module).__name__} makes no call that takes virtual tokens at "
+                f"{'/'.join(parent) or 'its `hidden`'}; causal models and BERT of lorax.models do"
             )
 
 
 def _computed(next_fun, context, *args, **kwargs):
-    """What a layer gives: by its rule where its kernel is an operator leaf, else its own call."""
+    """The output of a layer: by its rule where its kernel is an operator leaf, else its own."""
     rule = _rule(context)
     if rule is None:
         return next_fun(*args, **kwargs)
@@ -99,7 +98,7 @@ def _computed(next_fun, context, *args, **kwargs):
 
 
 class _Rule(NamedTuple):
-    """How one kind of layer call is understood: its Site's axes, and its product with a leaf."""
+    """One kind of layer call: the axes of its `Site`, and how it computes with a leaf."""
 
     kind: str
     axes: Callable  # (module, *args) -> (ins, outs) or None where it can't be adapted
@@ -159,7 +158,7 @@ def _einsum_axes(module, x, einsum_str=None):
     left, kernel, out = _einsum_letters(module, x, einsum_str)
     letters = left + kernel + out
     if any(letters.count(c) != 2 for c in letters):
-        return None  # a batch axis in the kernel (one matrix an index), or a sum over one operand
+        return None  # a batch axis in the kernel (one matrix per index), or a sum over one operand
     ins = tuple(i for i, c in enumerate(kernel) if c in left)
     return ins, tuple(i for i, c in enumerate(kernel) if c in out)
 
@@ -213,7 +212,7 @@ _RULES = {
 
 
 def sites(module: nn.Module, params: dict, *inputs, **kwargs) -> dict[str, Site]:
-    """{path: Site} of every kernel that `apply` knows how to adapt, found by tracing one call.
+    """{path: Site} of every kernel that can be adapted, found by tracing one call.
 
     params: as for `apply`. Nothing is computed: the call runs under `jax.eval_shape`. Layers with
     batch axes in their kernel (`DenseGeneral.batch_dims`, expert einsums) and grouped convolutions
@@ -229,8 +228,8 @@ def sites(module: nn.Module, params: dict, *inputs, **kwargs) -> dict[str, Site]
             axes = rule.axes(context.module, *args, **call_kwargs)
             path = "/".join((*context.module.path, name))
             if axes is not None and path in shapes:
-                own = context.module.get_variable("params", name)
-                found[path] = Site(rule.kind, len(shapes[path]) - own.ndim, *axes)
+                kernel = context.module.get_variable("params", name)
+                found[path] = Site(rule.kind, len(shapes[path]) - kernel.ndim, *axes)
         return next_fun(*args, **call_kwargs)
 
     def trace(params, *inputs):

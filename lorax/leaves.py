@@ -1,4 +1,4 @@
-"""The operator leaves of lorax's methods and frozen weights; what a leaf is: `lorax.ops.Leaf`."""
+"""The operator leaves of lorax's own methods and frozen weights; see `lorax.ops.Leaf`."""
 
 import dataclasses
 import functools
@@ -38,12 +38,12 @@ class Dropout:
     key: Array
 
 
-def dropout(x, how: Dropout | None):
-    """x with each entry zeroed at `how.rate` and the rest scaled by 1 / (1 - rate)."""
-    if how is None:
+def dropout(x, given: Dropout | None):
+    """x with each entry zeroed with probability `rate` and the rest divided by 1 - rate."""
+    if given is None:
         return x
-    keep = jax.random.uniform(how.key, x.shape) >= how.rate
-    return jnp.where(keep, x / (1 - how.rate).astype(x.dtype), jnp.zeros((), x.dtype))
+    keep = jax.random.uniform(given.key, x.shape) >= given.rate
+    return jnp.where(keep, x / (1 - given.rate).astype(x.dtype), jnp.zeros((), x.dtype))
 
 
 @jax.tree_util.register_dataclass
@@ -55,8 +55,8 @@ class LowRank(Leaf):
     a: (in, r) and b: (r, out) in the adapter's dtype; `in` and `out` are the products of the
        kernel's contracted and produced axes, in kernel order.
     s: () float32, the scale. dropout: on the input of `a`, None at evaluation.
-    merge: (static) whether a forward pass may make w + s a b instead of two thin products.
-    Every array has the kernel's leading layer axes in front where the module is `nn.scan`ned.
+    merge: (static) whether a forward pass may compute w + s a b instead of two thin products.
+    In a module under `nn.scan`, every array has the kernel's layer axes in front.
     """
 
     w: object
@@ -67,9 +67,9 @@ class LowRank(Leaf):
     merge: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def linear(self, x):
-        """One of two ways that agree to rounding: x w + s (x a) b, or, where that costs more than
-        making w + s a b and `merge` allows it, the merged product with a factored backward pass.
-        Merging is for float32 only: in bfloat16 it would round small updates away."""
+        """x w + s (x a) b, or the merged product x (w + s a b) with a factored backward pass where
+        that costs less and `merge` allows it. The two agree to rounding. Only float32 is merged:
+        bfloat16 would round small updates away."""
         a, b, s = (t.astype(x.dtype) for t in (self.a, self.b, self.s))
         rows, n_in, n_out = x.size // x.shape[-1], a.shape[0], b.shape[-1]
         worthwhile = rows * (n_in + n_out) > 2 * n_in * n_out
@@ -88,7 +88,7 @@ class LowRank(Leaf):
         return attend(x, self.w) + self.s.astype(x.dtype) * ((x @ b.T) @ a.T)
 
     def convolve(self, module, x):
-        """conv(x, w) + s conv(x, a) b: a as a kernel with r output channels, b a 1 x 1 one."""
+        """conv(x, w) + s conv(x, a) b: a as a kernel with r output channels, b as a 1 x 1 one."""
         y = convolve(module, self.w, x)
         down = module.clone(features=self.a.shape[-1])
         a = self.a.astype(y.dtype).reshape(*frozen(self).shape[:-1], -1)
@@ -133,7 +133,8 @@ class Scaled(Leaf):
 class ScaledInput(Leaf):
     """A weight whose input rows are scaled: dense(leaf) = g[:, None] * dense(w).
 
-    w: a kernel, no convolution's, or another operator leaf. g: (in,) float32, layer axes in front.
+    w: a kernel, but not a convolution's, or another operator leaf. g: (in,) float32, layer axes in
+    front.
     """
 
     w: object
@@ -150,10 +151,10 @@ class ScaledInput(Leaf):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Bottleneck(Leaf):
-    """A weight with a bottleneck adapter behind its layer, whose bias is part of what it reads:
-    h = x w + bias, y = h + f(h down + down_bias) up + up_bias. No single kernel.
+    """A weight with a bottleneck adapter after its layer, which reads the layer's output with its
+    bias: h = x w + bias, y = h + f(h down + down_bias) up + up_bias. It stands for no kernel.
 
-    w: a kernel, of a linear layer, or another operator leaf. down: (out, m), down_bias: (m,),
+    w: a linear layer's kernel or another operator leaf. down: (out, m), down_bias: (m,),
     up: (m, out), up_bias: (out,), layer axes in front of each. f: (static) elementwise.
     """
 
@@ -175,7 +176,7 @@ class Bottleneck(Leaf):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Mixed(Leaf):
-    """A frozen weight with n low-rank updates, row i of a batch seeing update rows[i]:
+    """A frozen weight with n low-rank updates, of which row i of a batch uses update rows[i]:
     y[i] = x[i] w + s[rows[i]] (x[i] a[rows[i]]) b[rows[i]].
 
     w: a kernel or another operator leaf. a: (n, in, r), b: (n, r, out), s: (n,) float32, rows: (B,)
@@ -196,14 +197,14 @@ class Mixed(Leaf):
         rows = embed(ids, self.w, dtype)  # (B or 1, ..., features): positions are the same for all
         rows = jnp.broadcast_to(rows, (self.rows.shape[0], *rows.shape[1:]))
         _, b, s = self._chosen(rows)
-        own = jnp.broadcast_to(ids, (rows.shape[0], *ids.shape[1:]))
-        a = self.a[self.rows.reshape((-1,) + (1,) * (ids.ndim - 1)), own].astype(rows.dtype)
+        ids = jnp.broadcast_to(ids, (rows.shape[0], *ids.shape[1:]))
+        a = self.a[self.rows.reshape((-1,) + (1,) * (ids.ndim - 1)), ids].astype(rows.dtype)
         return rows + s * _batched(a, b)
 
     def attend(self, x):
         a, b, s = self._chosen(x)
-        turned = lambda m: jnp.swapaxes(m, 1, 2)
-        return attend(x, self.w) + s * _batched(_batched(x, turned(b)), turned(a))
+        transposed = lambda m: jnp.swapaxes(m, 1, 2)
+        return attend(x, self.w) + s * _batched(_batched(x, transposed(b)), transposed(a))
 
     def _chosen(self, x):
         """Each row's factors in x's dtype: a (B, in, r), b (B, r, out), s (B, 1...) like x."""
@@ -216,8 +217,8 @@ class Mixed(Leaf):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Untied(Leaf):
-    """An embedding (V, features) that looks tokens up in `w` and reads out with `head`, where an
-    update of one of the two is none of the other. Both are arrays or operator leaves."""
+    """An embedding (V, features) that looks tokens up in `w` and computes logits with `head`, so
+    that an update of one does not change the other. Both are arrays or operator leaves."""
 
     w: object
     head: object
@@ -273,7 +274,7 @@ def kron(w1, w2):
 
 
 def kron_product(x, w1, w2):
-    """x @ kron(w1, w2), which is not made: (..., m n), (m, l), (n, k) -> (..., l k)."""
+    """x @ kron(w1, w2) without the Kronecker product: (..., m n), (m, l), (n, k) -> (..., l k)."""
     y = x.reshape(*x.shape[:-1], w1.shape[0], w2.shape[0]) @ w2  # (..., m, k)
     return jnp.einsum("...mk,ml->...lk", y, w1).reshape(*x.shape[:-1], -1)
 
@@ -281,8 +282,8 @@ def kron_product(x, w1, w2):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Same(Leaf):
-    """`w` as it is, an array or another leaf. It makes a call fail that is not `apply`'s, where one
-    would go past what stands around modules (`AROUND`)."""
+    """`w` unchanged, an array or another leaf. With it a plain `module.apply`, which would ignore
+    the leaves around modules (`lorax.intercept.AROUND`), fails."""
 
     w: object
 
@@ -306,11 +307,11 @@ class Same(Leaf):
 
 
 class FrozenWeight(Leaf):
-    """A frozen weight that is held in another form than an array. Subclasses have
+    """A frozen weight that is not held as an array of its values. Subclasses have
 
     shape, dtype: of the kernel that it stands for, in its module's own shape.
-    product(x, axis): x (..., n) times the kernel's axis `axis`, in x's dtype; no gradient to the
-        weight. That of a linear kernel (in, out) or an embedding (V, features).
+    product(x, axis): the product of x (..., n) with the kernel's axis `axis`, in x's dtype, without
+        a gradient to the weight; of a linear kernel (in, out) or an embedding (V, features).
     rows(ids): the kernel's rows, (...,) integers -> (..., columns).
     decoded(): the kernel as an array.
     """
@@ -367,7 +368,7 @@ class BFloat16Weight(FrozenWeight):
 
 
 def to_bfloat16(params, sites: Mapping[str, Site]):
-    """The same parameters, the linear and embedding kernels of `sites` as `BFloat16Weight`."""
+    """The parameters with the linear and embedding kernels of `sites` as `BFloat16Weight`s."""
     flat = tree.flatten(params)
     for path, site in sites.items():
         if site.kind in ("linear", "embed") and not isinstance(flat[path], FrozenWeight):
@@ -376,7 +377,7 @@ def to_bfloat16(params, sites: Mapping[str, Site]):
 
 
 def allow_merge(params):
-    """The same parameters, with `LowRank` leaves that may take the merged forward pass."""
+    """The parameters with `LowRank` leaves that may use the merged forward pass."""
 
     def allow(leaf):
         if isinstance(leaf, LowRank):
@@ -391,8 +392,8 @@ def allow_merge(params):
 
 
 def _over_last(y, g):
-    """y times g over its last axis, in the wider of their dtypes: bfloat16 would round a g near 1
-    to 1. Returns y's dtype."""
+    """y times g over its last axis, in y's dtype. It is computed in the wider dtype of the two:
+    bfloat16 would round a g near 1 to 1."""
     wide = np.promote_types(y.dtype, g.dtype)
     g = g.astype(wide).reshape((1,) * (y.ndim - 1) + (-1,))
     return (y.astype(wide) * g).astype(y.dtype)
@@ -405,10 +406,10 @@ def _batched(x, m):
 
 @jax.custom_vjp
 def merged_linear(x, w, a, b, s):
-    """x @ (w + s a b): one product forward, thin ones for the gradients of a and b.
+    """x @ (w + s a b): one product forward, thin products for the gradients of a and b.
 
-    x: (..., in); w: (in, out); a: (in, r); b: (r, out); s: (). The backward pass makes w + s a b
-    again rather than keep it: da = x^T (s dy b^T), db = s (x a)^T dy, dx = dy (w + s a b)^T.
+    x: (..., in); w: (in, out); a: (in, r); b: (r, out); s: (). The backward pass recomputes
+    w + s a b instead of keeping it: da = x^T (s dy b^T), db = s (x a)^T dy, dx = dy (w + s a b)^T.
     """
     return x @ (w + s * (a @ b))
 
@@ -426,7 +427,7 @@ def _merged_linear_backward(saved, dy):
     xa = rows @ a  # (rows, r)
     da = s * (rows.T @ t)
     db = s * (xa.T @ dy_rows)
-    # Dead code, and so free, wherever w and s are frozen, which is where this is used.
+    # Where w and s are frozen, as everywhere in lorax, the compiler drops this.
     dw, ds = rows.T @ dy_rows, jnp.sum(xa * t)
     return dx, dw, da, db, ds
 
@@ -452,18 +453,18 @@ bfloat16_product.defvjp(
 
 
 def column_norms(leaf: LowRank, site: Site, squares=None) -> Array:
-    """Euclidean lengths of the columns of w + s a b, (layers..., out) float32, without making a b:
-    their squares are ||w||^2 + 2 s <a^T w, b> + s^2 <(a^T a) b, b>.
+    """Euclidean lengths of the columns of w + s a b, (layers..., out) float32, without a product
+    a b: their squares are ||w||^2 + 2 s <a^T w, b> + s^2 <(a^T a) b, b>.
 
-    squares: `column_squares` of w, where they are at hand.
+    squares: `column_squares` of w, where they are known.
     """
     squares = column_squares(leaf.w, site) if squares is None else squares
 
     def one(w, a, b, s, squares):
         a, b, s = (x.astype(squares.dtype) for x in (a, b, s))
         cross = jnp.sum(linear(a.T, w) * b, axis=0)
-        own = jnp.sum(((a.T @ a) @ b) * b, axis=0)
-        return jnp.sqrt(jnp.maximum(squares + 2 * s * cross + s * s * own, 0))
+        update = jnp.sum(((a.T @ a) @ b) * b, axis=0)
+        return jnp.sqrt(jnp.maximum(squares + 2 * s * cross + s * s * update, 0))
 
     for _ in range(site.stack):
         one = jax.vmap(one)
@@ -474,7 +475,7 @@ def dora(leaf: LowRank, m, site: Site, squares=None) -> Scaled:
     """DoRA (arXiv:2402.09353, equation 5): w + s a b with columns of length m (layers..., out).
 
     The lengths that m is divided by are constants to the gradient (section 4.3). A column that is
-    zero stays zero. squares: `column_squares` of w, where they are at hand.
+    zero stays zero. squares: `column_squares` of w, where they are known.
     """
     norms = jax.lax.stop_gradient(column_norms(leaf, site, squares))
     return Scaled(leaf, jnp.where(norms > 0, m / jnp.where(norms > 0, norms, 1), 1))

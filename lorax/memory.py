@@ -1,5 +1,5 @@
-"""How much memory this process may still take: the least of what the machine, the container that it
-runs in (cgroup) and its own limit (`ulimit -v`) leave it."""
+"""How much memory this process may still allocate: the least that the machine, the container
+(cgroup) and the process' own limit (`ulimit -v`) leave."""
 
 import resource
 from pathlib import Path
@@ -7,45 +7,44 @@ from typing import NamedTuple
 
 
 class Free(NamedTuple):
-    """bytes: that may still be taken. limit: whose limit that is, e.g. "are free"."""
+    """bytes: that may still be allocated. limit: a phrase that says whose limit it is."""
 
     bytes: int
     limit: str
 
 
 def free(root: str = "/") -> Free:
-    """What is left. root: where proc/ and sys/ lie."""
+    """The memory that is left. root: the folder of proc/ and sys/."""
     root = Path(root)
-    found = [Free(_field(root / "proc/meminfo", "MemAvailable:") * 1024, "are free")]
+    limits = [Free(_field(root / "proc/meminfo", "MemAvailable:") * 1024, "are free")]
     for folder, limit, used, idle in _groups(root):
         most = _number(folder / limit)
         if most is not None:
-            # The cache of files counts as used, and is given back when it is wanted.
+            # Cached files count as used, and are dropped when memory is needed.
             taken = (_number(folder / used) or 0) - _field(folder / "memory.stat", idle)
-            found.append(Free(max(most - taken, 0), "are left by the container's limit (cgroup)"))
+            limits.append(Free(max(most - taken, 0), "are left by the container's limit (cgroup)"))
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     if most != resource.RLIM_INFINITY:
         taken = _field(root / "proc/self/status", "VmSize:") * 1024
-        found.append(Free(max(most - taken, 0), "are left by ulimit -v"))
-    return min(found)
+        limits.append(Free(max(most - taken, 0), "are left by ulimit -v"))
+    return min(limits)
 
 
 def check() -> None:
-    """Raises MemoryError where there is no room for JAX itself, which would end the process without
-    a word that says so. Measured on two cores: more cores have more threads."""
-    there = free()
-    needs = 2.2e9 if "ulimit" in there.limit else 0.6e9  # of addresses, or of memory
-    if there.bytes < needs:
+    """Raises MemoryError where JAX itself does not fit; it would end the process without a message.
+    Measured on two cores; more cores start more threads."""
+    left = free()
+    needs = 2.2e9 if "ulimit" in left.limit else 0.6e9  # of addresses, or of memory
+    if left.bytes < needs:
         raise MemoryError(
-            f"JAX and its kin need at least {needs / 1e9:.1f} GB and {there.bytes / 1e9:.1f} GB "
-            f"{there.limit}"
+            f"JAX needs at least {needs / 1e9:.1f} GB and {left.bytes / 1e9:.1f} GB {left.limit}"
         )
 
 
 def _groups(root: Path) -> list[tuple[Path, str, str, str]]:
-    """(folder, names of its limit and use, and in memory.stat of its cache) of the process' own
-    group and those around it, of cgroups of version 1 and 2."""
-    found = []
+    """(folder, names of the files of its limit and its use, name of its cache in memory.stat) of
+    the process' own group and those around it, in cgroups of version 1 and 2."""
+    groups = []
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -58,13 +57,14 @@ def _groups(root: Path) -> list[tuple[Path, str, str, str]]:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         elif controllers:
             continue
-        own = top / path.strip("/")
-        found += [(folder, *names) for folder in (own, *own.parents) if folder.is_relative_to(top)]
-    return found
+        group = top / path.strip("/")
+        folders = [f for f in (group, *group.parents) if f.is_relative_to(top)]
+        groups += [(folder, *names) for folder in folders]
+    return groups
 
 
 def _number(file: Path) -> int | None:
-    """None where there is no such file, or no limit ("max")."""
+    """The number in a file; None where there is no such file, or no limit ("max")."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):
@@ -72,7 +72,7 @@ def _number(file: Path) -> int | None:
 
 
 def _field(file: Path, name: str) -> int:
-    """The number behind a name in a file of lines "name number"; 0 where there is none."""
+    """The number after a name in a file of lines "name number"; 0 where there is none."""
     try:
         lines = [line.split() for line in file.read_text().splitlines()]
     except OSError:

@@ -1,9 +1,9 @@
-"""The products of a layer with its kernel, an array or an operator leaf, and what a leaf must have.
+"""What a layer computes with its kernel, which is an array or an operator leaf.
 
-`method.bind` puts an operator leaf (`Leaf`) where a kernel was. `linear`, `embed`, `attend` and
-`convolve` are the only way to compute with one, and `dense` and `matrix` give the plain kernel that
-it stands for. lorax's own leaves are in `lorax.leaves`; a user's extend `Leaf` in the same way.
-`lorax.intercept` makes Linen layers call these functions.
+`method.bind` replaces kernels by operator leaves (`Leaf`). `linear`, `embed`, `attend` and
+`convolve` are the only way to compute with one; `dense` and `matrix` give the plain kernel that it
+stands for. lorax's own leaves are in `lorax.leaves`; a user's extends `Leaf` in the same way, and
+nothing else needs to know it. `lorax.intercept` makes Linen layers call these functions.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ class Site(NamedTuple):
 
     def matrix_shape(self, shape) -> tuple[tuple[int, ...], int, int]:
         """(layer axes, in, out) of a kernel of the given full shape."""
-        own = shape[self.stack :]
-        size = lambda axes: int(np.prod([own[i] for i in axes], dtype=np.int64))
+        kernel = shape[self.stack :]
+        size = lambda axes: int(np.prod([kernel[i] for i in axes], dtype=np.int64))
         return tuple(shape[: self.stack]), size(self.ins), size(self.outs)
 
     def to_matrix(self, w) -> Array:
@@ -51,27 +51,28 @@ class Site(NamedTuple):
 
 
 class Leaf:
-    """What stands where a kernel was, and is none to Flax.
+    """An operator leaf: it takes a kernel's place in a tree of parameters.
 
-    A subclass is a frozen dataclass, registered with JAX, whose field `w` is the kernel in its
-    module's own shape, an array or another leaf; its other fields have the kernel's layer axes in
-    front, which are gone where `linear`, `embed`, `attend` and `convolve` see them. It has
+    A subclass is a frozen dataclass, registered with JAX. Its field `w` is the kernel in its
+    module's own shape, an array or another leaf. Its other fields have the kernel's layer axes in
+    front; `linear`, `embed`, `attend` and `convolve` see one layer, without these axes. It has
 
-    linear(x): x @ dense(leaf), (..., in) in the compute dtype -> (..., out) in that dtype; w is
-        then (in, out), an array, a `FrozenWeight` or another leaf: for `ops.linear(x, self.w)`, or
-        `ops.matrix(self.w)` where its entries are needed.
-    dense(w, site): the kernel that it stands for, in the shape and dtype of w, an array: what
-        `self.w` stands for, in float32 or float64. `site.to_matrix` and `from_matrix` go between
-        the kernel's shape and (layers..., in, out).
+    linear(x): x @ dense(leaf), (..., in) -> (..., out), both in the compute dtype. `self.w` is
+        then (in, out), an array or another leaf: multiply by it with `ops.linear(x, self.w)`, or
+        get its entries by `ops.matrix(self.w)`.
+    dense(w, site): the kernel that the leaf stands for, in the shape and dtype of w. w is an array,
+        the kernel that `self.w` stands for, in float32 or float64. `site.to_matrix` and
+        `site.from_matrix` convert between the kernel's shape and (layers..., in, out).
 
-    and, where it can, what is said to be missing here: `embed`, `attend`, `convolve`.
+    `embed`, `attend` and `convolve` are for embeddings and convolutions; here they raise
+    ValueError.
     """
 
     def linear(self, x):
         raise ValueError(f"a linear layer with a {type(self).__name__} leaf is not supported")
 
     def affine(self, x, bias):
-        """`linear` plus a bias (out,), or None; for leaves whose bias is more than a sum."""
+        """`linear` plus a bias, (out,) or None; for leaves that do more with a bias than add it."""
         return add_bias(self.linear(x), bias)
 
     def embed(self, ids, dtype=None):
@@ -83,7 +84,7 @@ class Leaf:
         raise ValueError(f"an embedding with a {type(self).__name__} leaf is not supported")
 
     def convolve(self, module, x):
-        """What a `flax.linen.Conv` without bias gives for x; see `convolve`."""
+        """The output of `module`, a `flax.linen.Conv` without bias, for x; see `ops.convolve`."""
         raise ValueError(f"a convolution with a {type(self).__name__} leaf is not supported")
 
     def dense(self, w, site: Site):
@@ -103,12 +104,12 @@ class Leaf:
 
     def __jax_array__(self):
         raise TypeError(
-            f"a {type(self).__name__} leaf is no array: parameters that a method or an adapter is "
-            "bound to are for lorax.apply(module, params, ...), or module.apply inside "
+            f"a {type(self).__name__} leaf is not an array: call a model with bound parameters by "
+            "lorax.apply(module, params, ...), or by module.apply inside "
             "lorax.intercept.interceptor()"
         )
 
-    def __repr__(self):  # Flax and JAX put it into their errors, and arrays would fill a screen
+    def __repr__(self):  # short: Flax and JAX put it into their errors
         return f"<{type(self).__name__} leaf, for lorax.apply>"
 
 
@@ -161,7 +162,7 @@ def attend(x, leaf):
 
 
 def convolve(module, leaf, x):
-    """What `module`, a `flax.linen.Conv` without bias, gives for x with dense(leaf) as kernel."""
+    """The output for x of `module`, a `flax.linen.Conv` without bias, with kernel dense(leaf)."""
     if is_operator(leaf):
         return leaf.convolve(module, x)
     return module.apply({"params": {"kernel": leaf}}, x)
@@ -171,7 +172,7 @@ def dense(leaf, site: Site):
     """The plain kernel that a leaf stands for, in the shape and dtype of its frozen weight.
 
     It is computed in float32 and rounded once. Raises ValueError for a leaf that is more than one
-    kernel (`Mixed`, `Untied`, `Bottleneck`).
+    kernel or none (`Mixed`, `Untied`, `Bottleneck`).
     """
     return wide(leaf, site).astype(frozen(leaf).dtype) if is_operator(leaf) else leaf
 
@@ -203,7 +204,7 @@ def sites_from_shapes(params: dict) -> dict[str, Site]:
     """{path: Site} by the rule that holds for every model in `lorax.models`.
 
     A kernel of two axes is (in, out), of three (layers, in, out), an embedding is (V, features).
-    For other models, whose kernels may have head or window axes, trace them with `sites`.
+    Other models, whose kernels may have head or window axes, need `lorax.sites`, which traces them.
     """
     found = {}
     for path, leaf in tree.flatten(inner(params)).items():
@@ -216,7 +217,7 @@ def sites_from_shapes(params: dict) -> dict[str, Site]:
 
 
 def inner(params: dict) -> dict:
-    """The same. Raises ValueError for {"params": ...}, as `module.init` returns it."""
+    """`params` itself. Raises ValueError for {"params": ...}, as `module.init` returns it."""
     if {*params} == {"params"}:
         raise ValueError(
             'params: {"params": ...} given, must be the tree inside: variables["params"]'
@@ -225,8 +226,8 @@ def inner(params: dict) -> dict:
 
 
 def __getattr__(name: str):
-    """Names of `lorax.leaves` and `lorax.intercept`, which were here in 0.1.0: a user's method may
-    say `ops.LowRank`."""
+    """Names that were here in 0.1.0 and have moved to `lorax.leaves` and `lorax.intercept`: users'
+    methods may say `ops.LowRank`."""
     for module in () if name.startswith("_") else ("lorax.leaves", "lorax.intercept"):
         names = vars(importlib.import_module(module))
         if name in names:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-Hole = optax.MaskedNode  # what stands where a part of the tree is not
+Hole = optax.MaskedNode  # marks where `split` took a leaf out
 
 
 def is_hole(x) -> bool:
@@ -51,7 +51,7 @@ def match(rules: Iterable[tuple[str, object]], paths: Iterable[str]) -> dict[str
     """The value of the first rule whose regex fully matches each path.
 
     Raises ValueError for a path that no rule covers and for a rule that is the first match of no
-    path: a forgotten parameter and a misspelt rule are both found here and not in the results.
+    path, so that a forgotten parameter or a misspelt rule shows here and not in the results.
     (As in big_vision `optax.py:_split_frozen` and qwix `get_unused_rules`.)
     """
     rules, paths = list(rules), list(paths)
@@ -103,8 +103,8 @@ def shapes(tree):
 
 
 def count(tree) -> int:
-    """Number of scalars in all leaves that have a shape: arrays, `jax.ShapeDtypeStruct`s, and
-    weights that are held in another form, for what they stand for."""
+    """Number of scalars in all leaves that have a shape: arrays, `jax.ShapeDtypeStruct`s and
+    quantised weights (the numbers that they stand for)."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return sum(int(np.prod(x.shape)) for x in leaves)
 

@@ -1,4 +1,4 @@
-"""Options of XLA's compiler, which come and go with its versions."""
+"""Options of XLA's compiler, which differ between its versions."""
 
 import functools
 

@@ -141,7 +141,7 @@ def test_a_short_ulimit_is_one_line_and_no_crash_of_a_library(go, tmp_path):
     done = go("import resource\nresource.setrlimit(resource.RLIMIT_AS, (1_500_000_000,) * 2)")
     assert done.returncode == 1, done.stderr
     (line,) = done.stderr.splitlines()
-    assert line.startswith("lorax: stopped: JAX and its kin need at least 2.2 GB and 1.")
+    assert line.startswith("lorax: stopped: JAX needs at least 2.2 GB and 1.")
     assert "GB are left by ulimit -v" in line and not (tmp_path / "run").exists()
 
 

@@ -25,11 +25,11 @@ GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("up", "gate", "down")}
 
 
 class Default(tuple):
-    """Words that a method has where none are given, so that no error blames them on the user."""
+    """A method's default words, marked so that no error says that the user gave them."""
 
 
 def words_of(given: str | Iterable[str]) -> tuple[str, ...]:
-    """One word or several as a tuple, a method's own still marked as such."""
+    """One word or several as a tuple; a `Default` stays one."""
     if isinstance(given, tuple):
         return given
     return (given,) if isinstance(given, str) else tuple(given)
@@ -42,8 +42,8 @@ def resolve(
 
     A word is canonical (`WORDS`), a group ("attention", "mlp", "all-linear": every linear and
     convolution kernel but the heads), or "re:" and a regex that a whole path matches.
-    Raises ValueError for a word that matches nothing and lists what there is. field: which has the
-    words, for messages.
+    Raises ValueError for a word that matches nothing, with a list of what there is. field: the key
+    that has the words, for messages.
     """
     if isinstance(targets, str):
         targets = (targets,)
@@ -54,8 +54,8 @@ def resolve(
         hits = matching(word, sites, field)
         if not hits and isinstance(targets, Default):
             raise ValueError(
-                f"{field}: none given, and of the method's own, {', '.join(targets)}, the base has "
-                f"no {word}; give some of what there is, {_available(sites)}"
+                f"{field}: none given; of the method's defaults, {', '.join(targets)}, the base "
+                f"has no {word}; choose from {_available(sites)}"
             )
         if not hits:
             tied = " (a tied head is adapted through 'embed')" if word == "head" else ""
@@ -68,7 +68,7 @@ def resolve(
 
 
 def matching(word: str, sites: Mapping[str, ops.Site], field: str = "method.targets") -> list[str]:
-    """Paths among `sites` that a word of `resolve` means, none where it means nothing there."""
+    """Paths among `sites` that a word of `resolve` means; an empty list if there are none."""
     if word == "all-linear":
         return [
             path
@@ -79,18 +79,18 @@ def matching(word: str, sites: Mapping[str, ops.Site], field: str = "method.targ
 
 
 def _matches(patterns: list[str], paths: Iterable[str], place: str = "") -> list[str]:
-    """The paths that one of the regexes matches as a whole. Raises ValueError for one that is none;
-    place: for the message."""
+    """The paths that one of the regexes matches as a whole. Raises ValueError, which begins with
+    `place`, for an invalid regex."""
     try:
         compiled = [re.compile(p) for p in patterns]
     except re.error as error:
-        raise ValueError(f"{place} is no regex ({error})") from None
+        raise ValueError(f"{place} is not a regex ({error})") from None
     return [path for path in paths if any(p.fullmatch(path) for p in compiled)]
 
 
 def _hint(word: str, paths: Iterable[str], known: Iterable[str]) -> str:
-    """What to add to the error of a word that matches nothing: the word, or the regex, that was
-    probably meant."""
+    """The end of the error for a word that matches nothing: the word or regex that was probably
+    meant."""
     if not word.startswith("re:"):
         return "" if word in known else nearest(word, known)
     regex = word.removeprefix("re:")
@@ -170,14 +170,14 @@ def active_layers(layers: tuple[int, ...] | None, targets: Mapping, shapes: Mapp
 
 
 def layer_of(path: str) -> int:
-    """The layer that a path names, its first number ("h_3/attn/q": 3); -1 where it names none."""
+    """The layer that a path names by its first number ("h_3/attn/q": 3), or -1."""
     number = re.search(r"(?:^|[/_])(\d+)(?=/|$)", path)
     return int(number.group(1)) if number else -1
 
 
 def stack_depths(params: dict, sites: Mapping[str, ops.Site]) -> dict[str, int]:
-    """{path: number of layers} of the parameters that are stacks: all those below a name that a
-    stacked kernel is below ("h/")."""
+    """{path: number of layers} of stacked parameters: all under the same first name ("h/") as a
+    stacked kernel."""
     flat = tree.flatten(params)
     stacks = {
         path.partition("/")[0]: len(flat[path])
@@ -191,7 +191,7 @@ def stack_depths(params: dict, sites: Mapping[str, ops.Site]) -> dict[str, int]:
 
 
 def adapted_matrices(params: dict, sites, targets, layers, rank: int | None = None) -> dict:
-    """{path: (Site, active)} of what a method with these hyperparameters adapts in `params`.
+    """{path: (Site, active)} of the matrices that a method with these hyperparameters adapts.
 
     sites: {path: Site}, None for `ops.sites_from_shapes`. active: boolean numpy array over the
     site's layer axes. Raises ValueError as `resolve` and `active_layers` do, and for a rank above

@@ -71,7 +71,7 @@ def test_resolve(sites, targets, expected):
         (("re:attn/q/kernel",), r"whole path: 're:\.\*/attn/q/kernel' matches h/attn/q/kernel"),
         (("re:q|v",), r"whole path: 're:\.\*\(q\|v\)\.\*' matches h/attn/q/kernel"),
         (("re:nothing",), "a regex must match a whole path$"),
-        (("re:(",), r"'re:\(' is no regex"),
+        (("re:(",), r"'re:\(' is not a regex"),
     ],
 )
 def test_a_target_that_matches_nothing_lists_what_there_is(targets, message):
