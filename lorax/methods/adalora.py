@@ -103,10 +103,8 @@ def adalora(
         found = matrices(params, adapts(params, sites))
         return sum(int(m.active.sum()) * rank * (m.n_in + m.n_out + 1) for m in found)
 
-    return Method(
-        "adalora", hp, init, bind, delta, count, factors, optimizer, penalty,
-        adapts=adapts, width=rank,
-    )  # fmt: skip
+    functions = init, bind, delta, count, factors, optimizer, penalty
+    return Method("adalora", hp, *functions, adapts=adapts, width=rank)
 
 
 def _check(hp: dict) -> None:

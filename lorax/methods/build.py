@@ -21,7 +21,7 @@ def method(name: str, **hp) -> Method:
                 f"{nearest(field, known)}"
             )
     dtype = hp.pop("dtype", "float32")
-    # Methods of `full` see to such words themselves: what both name is trained once.
+    # Methods that take `full` themselves train a parameter that two words name only once.
     row = catalogue.row(name)
     words = () if "full" in row.hyperparameters else hp.pop("full", ())
     return full.beside(row.function(**hp)._replace(name=name), words, dtype)
@@ -33,9 +33,9 @@ def hyperparameters(name: str) -> tuple[str, ...]:
 
 
 def merge(method: Method, state: State, params: dict, sites=None) -> dict:
-    """Plain parameters with the update added, in float32 and rounded once to their own dtype.
+    """Plain parameters with the update added in float32, rounded once to their own dtype.
 
-    Raises ValueError for a method that is no change of weights (prefixes, bottleneck adapters).
+    Raises ValueError for a method that does not change weights (prefixes, bottleneck adapters).
     """
     if method.delta is None:
         raise ValueError(f"{method.name}: is no change of weights and can't be merged")

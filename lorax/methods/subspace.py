@@ -45,7 +45,7 @@ from lorax.methods.hadamard import at_least, hadamard
 from lorax.methods.lora import lora
 from lorax.methods.targets import Default, stack_depths
 
-OWN = "subspace"  # where z, the scales and the key lie
+OWN = "subspace"  # path of z, the scales and the key in the trees
 BLOCK = 1 << 14  # entries that Pi permutes among themselves
 PROJECTIONS = ("fastfood", "sparse", "dense")
 GRANULARITIES = ("global", "tensor")
@@ -67,8 +67,8 @@ def subspace(
     other methods train beside their own moves in the subspace here.
     Raises ValueError for an unknown word and for a dim that is not in 1 to D.
     """
-    inner, own = _parameters(parameters, layers, full)
-    return _within("subspace", inner, False, dim, projection, granularity, None, own)
+    inner, hp = _parameters(parameters, layers, full)
+    return _within("subspace", inner, False, dim, projection, granularity, None, hp)
 
 
 def said(
@@ -85,8 +85,8 @@ def said(
     scales: "layer": a layer of a stack is one, and so is a module outside of it; or "tensor".
     Raises ValueError as `subspace`, and where dim does not exceed the number of scales.
     """
-    inner, own = _parameters(parameters, layers, full)
-    return _within("said", inner, False, dim, projection, granularity, scales, own)
+    inner, hp = _parameters(parameters, layers, full)
+    return _within("said", inner, False, dim, projection, granularity, scales, hp)
 
 
 def lora_subspace(
@@ -113,100 +113,125 @@ def lora_subspace(
 def _parameters(parameters, layers, full) -> tuple[Method, dict]:
     """(full fine-tuning of what the words of both name, the hyperparameters)."""
     tupled = lambda words: (words,) if isinstance(words, str) else tuple(words)
-    own = dict(parameters=tupled(parameters), layers=layers, full=tupled(full))
-    return full_fine_tuning((*own["parameters"], *own["full"]), layers), own
+    hp = dict(parameters=tupled(parameters), layers=layers, full=tupled(full))
+    return full_fine_tuning((*hp["parameters"], *hp["full"]), layers), hp
 
 
 # -------------------------------------------------------------------------------------- the method
 
 
 def _within(name, inner, stored, dim, projection, granularity, scales, hp) -> Method:
-    """The method whose trainable tree is theta0 + P z, theta0 that of `inner` at its start.
+    """The method whose trainable tree is theta0 + P z, theta0 that of `inner` at its start; the
+    other arguments as of `Space`, hp: further hyperparameters."""
+    space = Space(inner, stored, dim, projection, granularity, scales)
+    space.check_words()
 
-    stored: whether theta0 is drawn, and so lies in the constants, or can be read off the base.
+    def bind(trainable, constants, params, key=None, sites=None):
+        return inner.bind(*space.moved(trainable, constants, params, sites), params, key, sites)
+
+    def delta(trainable, constants, params, sites=None):
+        return inner.delta(*space.moved(trainable, constants, params, sites), params, sites)
+
+    def factors(trainable, constants, params, sites=None):
+        return inner.factors(*space.moved(trainable, constants, params, sites), params, sites)
+
+    hp = dict(dim=dim, projection=projection, granularity=granularity) | hp
+    hp |= {"scales": scales} if scales else {}
+    functions = space.init, bind, delta, space.count, inner.factors and factors
+    # dW follows from z and the key, and is a thousand times as large.
+    more = dict(expand=space.expand, width=dim, stores_delta=False)
+    return Method(name, hp, *functions, **more)
+
+
+class Space(NamedTuple):
+    """A random subspace of the trainable tree theta of a method.
+
+    inner: the method. stored: whether theta0 is drawn, and so lies in the constants, or can be read
+    off the base. dim, projection, granularity: as of `subspace`. scales: as of `said`, None for
+    none.
     """
-    known = (("projection", projection, PROJECTIONS), ("granularity", granularity, GRANULARITIES))
-    known += (("scales", scales, SCALES),) * (scales is not None)
-    for field, value, words in known:
-        if value not in words:
-            raise ValueError(f"method.{field}: {value!r} is not one of {', '.join(words)}")
-    if dim < 1:
-        raise ValueError(f"method.dim: {dim} given, must be at least 1")
 
-    def check(size: int, n_scales: int):
-        if dim > size:
-            raise ValueError(f"method.dim: {dim} given, there are {size:,} parameters to move")
-        if dim <= n_scales:
+    inner: Method
+    stored: bool
+    dim: int
+    projection: str
+    granularity: str
+    scales: str | None
+
+    def check_words(self) -> None:
+        """Raises ValueError for an unknown word and a dimension below 1."""
+        known = {"projection": PROJECTIONS, "granularity": GRANULARITIES}
+        known |= {"scales": SCALES} if self.scales is not None else {}
+        for field, words in known.items():
+            if (value := getattr(self, field)) not in words:
+                raise ValueError(f"method.{field}: {value!r} is not one of {', '.join(words)}")
+        if self.dim < 1:
+            raise ValueError(f"method.dim: {self.dim} given, must be at least 1")
+
+    def check_size(self, size: int, n_scales: int) -> None:
+        """Raises ValueError for a dimension that `size` parameters and their scales don't have."""
+        if self.dim > size:
+            raise ValueError(f"method.dim: {self.dim} given, there are {size:,} parameters to move")
+        if self.dim <= n_scales:
             raise ValueError(
-                f"method.dim: {dim} given, of which {n_scales} would be scales; must be larger"
+                f"method.dim: {self.dim} given, of which {n_scales} would be scales; must be larger"
             )
 
-    def start(own, params, sites):
-        return own["theta0"] if stored else inner.init(None, params, sites).trainable
-
-    def init(key, params, sites=None, targets=None, pad=None, evidence=None):
-        theta, constants = inner.init(key, params, sites)
-        parts = _parts(theta, params, sites, scales)
+    def init(self, key, params, sites=None, targets=None, pad=None, evidence=None) -> State:
+        theta, constants = self.inner.init(key, params, sites)
+        parts = _parts(theta, params, sites, self.scales)
         n_scales = _scales(parts)
-        check(_size(parts), n_scales)
-        width = (pad or dim) - n_scales
-        own = {"key": jax.random.key_data(key_for(key, OWN))}
-        own |= {"active": (jnp.arange(width) < dim - n_scales).astype(jnp.float32)}
-        own |= {"theta0": theta} if stored else {}
+        self.check_size(_size(parts), n_scales)
+        width = (pad or self.dim) - n_scales
+        space = {"key": jax.random.key_data(key_for(key, OWN))}
+        space |= {"active": (jnp.arange(width) < self.dim - n_scales).astype(jnp.float32)}
+        space |= {"theta0": theta} if self.stored else {}
         trained = {"z": jnp.zeros(width, jnp.float32)}
-        trained |= {"scale": jnp.ones(n_scales, jnp.float32)} if scales else {}
-        return State({OWN: trained}, constants | {OWN: own})
+        trained |= {"scale": jnp.ones(n_scales, jnp.float32)} if self.scales else {}
+        return State({OWN: trained}, constants | {OWN: space})
 
-    def expand(constants, params, sites=None):
-        own = constants[OWN]
-        parts = _parts(start(own, params, sites), params, sites, scales)
-        key, d = jax.random.wrap_key_data(own["key"]), own["active"].shape[-1]
-        return constants | {OWN: own | {"drawn": draw(key, parts, projection, granularity, d)}}
+    def theta0(self, constants, params, sites) -> dict:
+        """The trainable tree of `inner` at its start."""
+        if self.stored:
+            return constants[OWN]["theta0"]
+        return self.inner.init(None, params, sites).trainable
 
-    def moved(trainable, constants, params, sites):
+    def expand(self, constants, params, sites=None) -> dict:
+        """The constants with the random numbers of P, which follow from the key."""
+        parts = _parts(self.theta0(constants, params, sites), params, sites, self.scales)
+        space = constants[OWN]
+        key, d = jax.random.wrap_key_data(space["key"]), space["active"].shape[-1]
+        drawn = draw(key, parts, self.projection, self.granularity, d)
+        return constants | {OWN: space | {"drawn": drawn}}
+
+    def moved(self, trainable, constants, params, sites) -> tuple[dict, dict]:
         """(theta0 + P z, the constants of the inner method)."""
         if "drawn" not in constants[OWN]:
-            constants = expand(constants, params, sites)
-        own, rest = constants[OWN], {k: v for k, v in constants.items() if k != OWN}
-        theta = start(own, params, sites)
-        parts = _parts(theta, params, sites, scales)
+            constants = self.expand(constants, params, sites)
+        space, rest = constants[OWN], {k: v for k, v in constants.items() if k != OWN}
+        theta = self.theta0(constants, params, sites)
+        parts = _parts(theta, params, sites, self.scales)
         wide = np.promote_types(trainable[OWN]["z"].dtype, np.float32)
-        z = trainable[OWN]["z"].astype(wide) * own["active"].astype(wide)
+        z = trainable[OWN]["z"].astype(wide) * space["active"].astype(wide)
         real = lambda x: x.astype(wide) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        drawn = jax.tree.map(real, own["drawn"])
-        steps = project(z, drawn, parts, projection, granularity)
+        drawn = jax.tree.map(real, space["drawn"])
+        steps = project(z, drawn, parts, self.projection, self.granularity)
         flat = tree.flatten(theta)
         for part, step in zip(parts, steps, strict=True):
-            if scales:
+            if self.scales:
                 scale = trainable[OWN]["scale"].astype(wide)
                 step = step * scale[np.array(part.scales), None]
             origin = flat[part.path].astype(wide)
             flat[part.path] = origin + step.reshape(origin.shape)
         return tree.unflatten(flat), rest
 
-    def bind(trainable, constants, params, key=None, sites=None):
-        return inner.bind(*moved(trainable, constants, params, sites), params, key, sites)
-
-    def delta(trainable, constants, params, sites=None):
-        return inner.delta(*moved(trainable, constants, params, sites), params, sites)
-
-    def factors(trainable, constants, params, sites=None):
-        return inner.factors(*moved(trainable, constants, params, sites), params, sites)
-
-    def count(params, sites=None):
+    def count(self, params, sites=None) -> int:
         n_scales = 0
-        if scales:
-            theta = jax.eval_shape(lambda p: inner.init(None, p, sites).trainable, params)
-            n_scales = _scales(_parts(theta, params, sites, scales))
-        check(inner.count(params, sites), n_scales)
-        return dim
-
-    hp = dict(dim=dim, projection=projection, granularity=granularity) | hp
-    hp |= {"scales": scales} if scales else {}
-    low_rank = factors if inner.factors else None
-    # dW follows from z and the key, and is a thousand times as large.
-    more = dict(expand=expand, width=dim, stores_delta=False)
-    return Method(name, hp, init, bind, delta, count, low_rank, **more)
+        if self.scales:
+            theta = jax.eval_shape(lambda p: self.inner.init(None, p, sites).trainable, params)
+            n_scales = _scales(_parts(theta, params, sites, self.scales))
+        self.check_size(self.inner.count(params, sites), n_scales)
+        return self.dim
 
 
 class Part(NamedTuple):
@@ -221,17 +246,17 @@ class Part(NamedTuple):
 
 def _parts(theta, params, sites, scales: str | None) -> list[Part]:
     stacks = stack_depths(params, sites or ops.sites_from_shapes(params))
-    numbers: dict[tuple, int] = {}  # what has a scale -> its index
-    found = []
+    numbers: dict[tuple, int] = {}  # (module or tensor, layer) -> index of its scale
+    parts = []
     for path, leaf in tree.flatten(theta).items():
         parameter = path.rpartition("/")[0]
         count = leaf.shape[0] if parameter in stacks else 1
         stack = parameter.partition("/")[0] if parameter in stacks else None
         module = stack or parameter.rpartition("/")[0]
         ids = [(path if scales == "tensor" else module, i) for i in range(count)]
-        own = tuple(numbers.setdefault(i, len(numbers)) for i in ids) if scales else ()
-        found.append(Part(path, count, math.prod(leaf.shape) // count, own))
-    return found
+        index = tuple(numbers.setdefault(i, len(numbers)) for i in ids) if scales else ()
+        parts.append(Part(path, count, math.prod(leaf.shape) // count, index))
+    return parts
 
 
 def _size(parts: list[Part]) -> int:
@@ -246,8 +271,8 @@ def _scales(parts: list[Part]) -> int:
 
 
 def draw(key, parts: list[Part], projection: str, granularity: str, d: int) -> list:
-    """What P is made of, for `project`: one entry for all parts, or one for each, with an axis for
-    its tensors in front. d: columns. The first columns do not depend on how many there are."""
+    """The random numbers of P, for `project`: one entry for all parts, or one for each, with an
+    axis for its tensors in front. d: columns. The first columns do not depend on d."""
     if granularity == "global":
         return [jax.tree.map(lambda x: x[None], DRAW[projection](key, _size(parts), d))]
     drawn = []
@@ -265,11 +290,11 @@ def project(z, drawn: list, parts: list[Part], projection: str, granularity: str
         ends = itertools.accumulate(part.count * part.size for part in parts[:-1])
         pieces = jnp.split(whole, list(ends))  # whose gradient is a concatenation
         return [x.reshape(p.count, p.size) for x, p in zip(pieces, parts, strict=True)]
-    found = []
-    for part, own in zip(parts, drawn, strict=True):
-        each = jax.vmap(lambda one, n=part.size: APPLY[projection](z, one, n))(own)
-        found.append(each * math.sqrt(part.size / total))
-    return found
+    pieces = []
+    for part, numbers in zip(parts, drawn, strict=True):
+        each = jax.vmap(lambda one, n=part.size: APPLY[projection](z, one, n))(numbers)
+        pieces.append(each * math.sqrt(part.size / total))
+    return pieces
 
 
 def _draw_dense(key, n: int, d: int):

@@ -1,5 +1,6 @@
 """docs/examples/hira.py, a method of a user's file: from its registration to its report."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -317,7 +318,7 @@ def test_what_does_not_fit_is_named(clone, hira, tmp_path):
     for name in ("state.safetensors", "delta.safetensors", "method.json"):
         assert (tmp_path / "copy" / name).read_bytes() == (adapter / name).read_bytes()
     cut = lambda x: x[..., :64] if x.ndim == 3 else x
-    narrow = base._replace(params=jax.tree.map(cut, base.params))
+    narrow = dataclasses.replace(base, params=jax.tree.map(cut, base.params))
     with pytest.raises(ValueError, match="state.safetensors: .*does not fit|.*has .* there"):
         states.load(adapter, narrow)
     (tmp_path / "copy" / "method.json").write_text('{"name": "hira"}')
