@@ -257,7 +257,7 @@ def test_virtual_tokens_are_shown_and_not_merged(other, base, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
-        ("ia3", "show {own}", "base: needed to read .*ia3, which is IA3"),
+        ("ia3", "show {own}", "ia3: IA3: no update .* without its base"),
         ("ia3", "show {own} --alpha 3 --base {base}", "alpha: .* says itself"),
         ("ia3", "peft {own} {tmp}/out --base {base}", "ia3 is no update of low rank"),
         ("prefix", "peft {own} {tmp}/out --base {base}", "prefix is no update of low rank"),

@@ -6,6 +6,7 @@ lorax's own format          any method; a user's one once the file that register
 """
 
 import os
+from pathlib import Path
 
 from lorax import models
 from lorax.adapters import binding, peft_methods, states
@@ -63,6 +64,8 @@ def head_fields(path: str | os.PathLike, name: str) -> dict:
 
     Raises ValueError for a classifier without a task type on a base that says it has another head.
     """
+    if ":" in name and not Path(name).is_dir():  # random weights or a function: as they are
+        return {}
     path = reading.located(path)
     family = family_of(name, read_json(find(name, weights=False) / "config.json"))
     labels = reading.classes(path) if "head" in config_fields(family) else None

@@ -12,8 +12,8 @@ import pandas as pd
 
 from lorax import rundir
 from lorax.config import swept
-from lorax.interop import peft, states
-from lorax.interop.peft import Factors
+from lorax.interop import peft, reading, states
+from lorax.interop.adapter import Factors
 
 METRICS = ("member", "step", "split", "loss")  # columns that every measurement has
 
@@ -48,32 +48,42 @@ class Run:
             text += f", best {self.members['name'][best]} with eval loss {last[best]:.4g}"
         return text + ">"
 
-    def update(self, member: int) -> dict[str, Factors] | dict[str, np.ndarray]:
-        """The member's update by path ("h/0/attn/q"), whatever its method: `Factors` (a, b, s with
+    def update(self, member: int, base=None) -> dict[str, Factors] | dict[str, np.ndarray]:
+        """The member's update by layer ("h/0/attn/q"), whatever its method: `Factors` (a, b, s with
         dW = s * a @ b) where it has them, else dW (in, out).
 
-        {} where nothing changed. FileNotFoundError where it left no update of weights, ValueError
-        that names a damaged file.
+        base: its base model, as `lorax.load` gives it. Without it methods that store no dW because
+        it is large (subspaces) can't be read.
+
+        {} where nothing changed. Raises FileNotFoundError where the member left nothing, ValueError
+        for a method that is no change of weights or can't be read without base, and ValueError that
+        names a damaged file.
         """
-        try:
-            return self.adapter(member)
-        except (FileNotFoundError, ValueError) as error:
-            try:
-                return self.delta(member)
-            except FileNotFoundError:
-                raise error from None
+        folder = rundir.adapter(self.directory, member)
+        if base is None:
+            updates = reading.read(folder).updates
+        else:
+            from lorax import adapters  # imports JAX, which reading a run can do without
+
+            updates = adapters.load(folder, base).updates
+        return {layer: x for layer, x in updates.items() if not _is_empty(x)}
 
     def adapter(self, member: int) -> dict[str, Factors]:
         """The member's factors by path ("h/0/attn/q"). FileNotFoundError where it has none,
         ValueError where PEFT's file is of a method without any."""
         factors = peft.load(rundir.adapter(self.directory, member)).factors
-        return {path: f for path, f in factors.items() if f.a.shape[1]}  # DoRA's lengths have none
+        return {path: f for path, f in factors.items() if not _is_empty(f)}
 
     def delta(self, member: int) -> dict[str, np.ndarray]:
         """{path: dW (in, out)} of a member whose update is not of low rank. FileNotFoundError where
         it left none: prefixes and bottlenecks are no change of weights. ValueError that names a
         damaged file."""
         return states.deltas(rundir.adapter(self.directory, member))
+
+
+def _is_empty(update: Factors | np.ndarray) -> bool:
+    """Whether it is factors of rank 0: DoRA's lengths of a layer that is not adapted."""
+    return isinstance(update, Factors) and update.a.shape[1] == 0
 
 
 def load(directory: str | os.PathLike) -> Run:

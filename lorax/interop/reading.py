@@ -94,7 +94,9 @@ def read(
         return states.read(path)
     if (kind := format_of(path)) != "LORA":
         kind = states.about(path)["name"] if kind == "lorax" else kind
-        raise ValueError(f"base: needed to read {path}, which is {kind} (--base)")
+        raise ValueError(
+            f"{path}: {kind}: no update of weights that can be read without its base (--base)"
+        )
     return peft.load(path, sources)
 
 

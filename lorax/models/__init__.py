@@ -1,7 +1,7 @@
 """Plain Linen modules that know nothing of adapters, and `load`."""
 
 from lorax.models.base import Base, kernels
-from lorax.models.load import load, sources
+from lorax.models.load import load
 from lorax.models.saving import save
 
-__all__ = ["Base", "kernels", "load", "save", "sources"]
+__all__ = ["Base", "kernels", "load", "save"]

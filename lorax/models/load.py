@@ -12,7 +12,7 @@ from lorax import fields, intercept, tree, vocabulary
 from lorax.errors import nearest
 from lorax.files import read_json
 from lorax.interop import hf
-from lorax.models.base import Base, numbered
+from lorax.models.base import Base
 from lorax.models.families import FAMILIES, WHOLE, traits
 from lorax.models.shapes import architecture
 from lorax.quant import bnb
@@ -174,24 +174,6 @@ def config_fields(family: str) -> tuple[str, ...]:
     """Names of the fields of a family's Config."""
     _, model = FAMILIES[family]
     return tuple(model.__dataclass_fields__["config"].type.__dataclass_fields__)
-
-
-def layer_names(path: str, site, shape) -> dict[str, tuple[int, ...]]:
-    """`Base.layers_of` without a base."""
-    return {
-        name.rpartition("/")[0]: index
-        for name, index in numbered(path, tuple(shape[: site.stack])).items()
-    }
-
-
-def parameter_layers(path: str, value, base: Base) -> dict:
-    """`Base.parts_of`."""
-    return {name: value[i[0]] if i else value for name, i in base.parts_of(path).items()}
-
-
-def sources(base: Base) -> dict:
-    """`Base.sources`."""
-    return base.sources
 
 
 def find(name: str, weights: bool = True) -> Path:

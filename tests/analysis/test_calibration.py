@@ -123,8 +123,10 @@ def run(tmp_path_factory):
         (directory / f"{name}.jsonl").write_text(text)
     for i, delta in enumerate(deltas):
         if delta:
-            (directory / "adapters" / str(i)).mkdir(parents=True)
-            save_file(delta, directory / "adapters" / str(i) / "delta.safetensors")
+            folder = directory / "adapters" / str(i)
+            folder.mkdir(parents=True)
+            save_file(delta, folder / "delta.safetensors")
+            (folder / "method.json").write_text(json.dumps({"name": "full", "hp": {}}))
     (directory / "analysis").mkdir()
     (directory / "analysis" / "intrinsic.csv").write_text(
         "condition,method,metric,threshold,d,verdict\n"

@@ -45,6 +45,7 @@ def make_dense(directory, seeds=(0, 1), method="full", **sweep):
         folder = directory / "adapters" / str(line["member"])
         folder.mkdir(parents=True)
         save_file(deltas[line["member"]], folder / "delta.safetensors")
+        (folder / "method.json").write_text(json.dumps({"name": method, "hp": {}}))
     return deltas
 
 
