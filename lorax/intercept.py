@@ -219,7 +219,7 @@ def sites(module: nn.Module, params: dict, *inputs, **kwargs) -> dict[str, Site]
     are left out.
     """
     shapes = {path: leaf.shape for path, leaf in tree.flatten(inner(params)).items()}
-    found: dict[str, Site] = {}
+    traced: dict[str, Site] = {}
 
     def record(next_fun, args, call_kwargs, context):
         rule = _rule(context)
@@ -229,7 +229,7 @@ def sites(module: nn.Module, params: dict, *inputs, **kwargs) -> dict[str, Site]
             path = "/".join((*context.module.path, name))
             if axes is not None and path in shapes:
                 kernel = context.module.get_variable("params", name)
-                found[path] = Site(rule.kind, len(shapes[path]) - kernel.ndim, *axes)
+                traced[path] = Site(rule.kind, len(shapes[path]) - kernel.ndim, *axes)
         return next_fun(*args, **call_kwargs)
 
     def trace(params, *inputs):
@@ -237,4 +237,4 @@ def sites(module: nn.Module, params: dict, *inputs, **kwargs) -> dict[str, Site]
             return module.apply({"params": params}, *inputs, **kwargs)
 
     jax.eval_shape(trace, params, *inputs)
-    return found
+    return traced

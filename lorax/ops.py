@@ -206,14 +206,14 @@ def sites_from_shapes(params: dict) -> dict[str, Site]:
     A kernel of two axes is (in, out), of three (layers, in, out), an embedding is (V, features).
     Other models, whose kernels may have head or window axes, need `lorax.sites`, which traces them.
     """
-    found = {}
+    sites = {}
     for path, leaf in tree.flatten(inner(params)).items():
         name, ndim = path.rsplit("/", 1)[-1], len(leaf.shape)
         if name == "kernel" and ndim in (2, 3):
-            found[path] = Site("linear", ndim - 2, (0,), (1,))
+            sites[path] = Site("linear", ndim - 2, (0,), (1,))
         elif name == "embedding" and ndim == 2:
-            found[path] = Site("embed", 0, (0,), (1,))
-    return found
+            sites[path] = Site("embed", 0, (0,), (1,))
+    return sites
 
 
 def inner(params: dict) -> dict:

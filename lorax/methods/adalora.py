@@ -100,8 +100,8 @@ def adalora(
         return State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def count(params, sites=None):
-        found = matrices(params, adapts(params, sites))
-        return sum(int(m.active.sum()) * rank * (m.n_in + m.n_out + 1) for m in found)
+        adapted = matrices(params, adapts(params, sites))
+        return sum(int(m.active.sum()) * rank * (m.n_in + m.n_out + 1) for m in adapted)
 
     functions = init, bind, delta, count, factors, optimizer, penalty
     return Method("adalora", hp, *functions, adapts=adapts, width=rank)
@@ -141,9 +141,9 @@ bind, delta = _as_lora(lora.bind), _as_lora(lora.delta)
 
 def factors(trainable, constants, params, sites=None):
     """{path: (a diag(e), b, s, None)}, a pruned triplet's column and row both zero."""
-    found = _as_lora(lora.factors)(trainable, constants, params)
-    kept = lambda a, b: jnp.where(jnp.any(a != 0, axis=-2)[..., None], b, 0)
-    return {path: (a, kept(a, b), s, None) for path, (a, b, s, _) in found.items()}
+    products = _as_lora(lora.factors)(trainable, constants, params)
+    unpruned = lambda a, b: jnp.where(jnp.any(a != 0, axis=-2)[..., None], b, 0)
+    return {path: (a, unpruned(a, b), s, None) for path, (a, b, s, _) in products.items()}
 
 
 def penalty(trainable, constants):
@@ -234,9 +234,9 @@ def optimizer(inner, constants, train):
         deviation = jax.tree.map(
             lambda d, i, m: smooth(beta2, d, jnp.abs(i - m)), state.deviation, sensitivity, average
         )
-        kept = keep(jax.tree.map(jnp.multiply, average, deviation), fixed, state.budgets[step])
+        masks = keep(jax.tree.map(jnp.multiply, average, deviation), fixed, state.budgets[step])
         flat, old = tree.flatten(updates), tree.flatten(params)
-        for path, mask in kept.items():
+        for path, mask in masks.items():
             u, e = flat[f"{path}/e"], old[f"{path}/e"]
             flat[f"{path}/e"] = jnp.where(mask, u, -e.astype(u.dtype))
         new = Allocation(inner_state, step, state.budgets, average, deviation)

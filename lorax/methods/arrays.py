@@ -19,10 +19,9 @@ from lorax import ops, tree
 class Matrix(NamedTuple):
     """A matrix of the base, or a stack of them, that a method has arrays for.
 
-    path, site: of its kernel. axes: sizes of its layer axes, () where it is not stacked. n_in,
-    n_out: size of one layer's matrix. active: numpy array over `axes`, what `adapted` of `matrices`
-    says of each layer (whether it is adapted, or its rank), zeros where nothing is adapted. key:
-    the matrix' own, None where `matrices` was given none.
+    path, site: of its kernel. axes: sizes of its layer axes, () if it is not stacked. n_in, n_out:
+    size of one layer's matrix. active: numpy array over `axes`: whether each layer is adapted, or
+    its rank, as `adapted` of `matrices` has it. key: for this matrix, None if `matrices` has none.
     """
 
     path: str
@@ -51,11 +50,11 @@ def matrices(
 ) -> Iterator[Matrix]:
     """The matrices to make arrays for, in order.
 
-    adapted: {path: (Site, active)} of what the method adapts, as `adapted_matrices` gives it.
-    targets: {path: Site} of all that there should be arrays for; None for what is adapted.
-    key: of the member. rank: where given, each rank has keys of its own: with a slice of one draw
-    for all ranks, ranks of one seed would share the first columns, and the similarity between their
-    subspaces would start above chance.
+    adapted: {path: (Site, active)} of the adapted matrices, as from `adapted_matrices`.
+    targets: {path: Site} of the matrices to make arrays for; None for the adapted ones.
+    key: of the member. rank: if given, the keys differ between ranks. Otherwise ranks of one seed
+    would share their first columns, and the similarity between their subspaces would start above
+    chance.
     """
     flat = tree.flatten(params)
     targets = targets or {path: site for path, (site, _) in adapted.items()}
@@ -69,7 +68,7 @@ def matrices(
 
 
 def key_for(key: jax.Array, path: str) -> jax.Array:
-    """A key of its own for each path, the same whatever other paths there are."""
+    """The key of a path, which does not depend on the other paths."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
@@ -78,8 +77,8 @@ def fill(key, axes, active, shapes: Mapping[str, tuple], draw: Callable) -> dict
 
     axes: sizes of the layer axes, () for a weight that is not stacked. active: boolean numpy array
     over them. draw(key, index) -> {name: array at most as large as shapes[name]}, written into the
-    first rows and columns; the rest is padding. index: of the layer, a tuple. Each layer has a key
-    of its own, which does not depend on how many are active. Can be traced.
+    first rows and columns; the rest is padding. index: of the layer, a tuple. The key of a layer
+    does not depend on how many are active. Can be traced.
     """
     indices = list(np.ndindex(*axes))
     drawn = [{} for _ in indices]

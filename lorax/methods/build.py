@@ -9,8 +9,8 @@ from lorax.methods.contract import Method, State
 def method(name: str, **hp) -> Method:
     """The method of that name, e.g. `method("lora", rank=8, alpha=8, targets=("q", "v"))`.
 
-    Every method takes two more: full, parameters trained as they are beside its own
-    (`resolve_full`), such as a classifier's head; dtype, of what is trained.
+    Every method takes two more: full, words for parameters that are trained in full as well
+    (`resolve_full`), such as a classifier's head; dtype, of all that is trained.
     Raises ValueError for an unknown name, an unknown hyperparameter or a value out of range.
     """
     known = hyperparameters(name)

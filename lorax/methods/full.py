@@ -1,5 +1,5 @@
-"""Parameters trained as they are: full fine-tuning, its last layers, BitFit, LN-tuning, and what
-any method trains beside its own (a classifier's head).
+"""Parameters trained in full: full fine-tuning, its last layers, BitFit, LN-tuning, and parameters
+trained beside any other method (a classifier's head).
 
     theta = w        w (the parameter's shape), or of a stack of layers only those that are trained
 
@@ -106,7 +106,7 @@ def bind(trainable, constants, params, key=None, sites=None):
 
 
 def delta(trainable, constants, params, sites=None):
-    """{path: how far the parameter has moved, float32}."""
+    """{path: the parameter's change, float32}."""
     flat = tree.flatten(params)
     bound = tree.flatten(bind(trainable, constants, params))
     paths = joined(trainable)

@@ -1,4 +1,4 @@
-"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), and what differs from it by a line.
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), and its nearest variants.
 
     y = x w + s dropout(x) a b        a (in, r), b (r, out), s = alpha / r  (section 4.1)
 
@@ -94,8 +94,8 @@ def lora(
         return State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def count(params, sites=None):
-        found = matrices(params, _ranks(hp, params, sites))
-        return sum(int(m.active.sum()) * (m.n_in + m.n_out) for m in found)
+        adapted = matrices(params, _ranks(hp, params, sites))
+        return sum(int(m.active.sum()) * (m.n_in + m.n_out) for m in adapted)
 
     def adapts(params, sites=None):
         return adapted_matrices(params, sites, hp["targets"], layers)
@@ -168,7 +168,7 @@ def _drawing(hp: dict, m: Matrix, leaf, evidence: Mapping) -> Callable:
         raise ValueError(
             f"method.init: {hp['init']!r} reads data: pass evidence with {kind!r} of {m.path}"
             + (
-                ", what quantising took from it"
+                ", its quantisation error"
                 if kind == "residual"
                 else f", lorax.methods.sensitivity.evidence(..., statistics=({kind!r},))"
             )
@@ -278,8 +278,8 @@ def dora(**hp) -> Method:
         }
 
     def count(params, sites=None):
-        found = matrices(params, _ranks(method.hp, params, sites))
-        lengths = sum(int((m.active > 0).sum()) * m.n_out for m in found)
+        adapted = matrices(params, _ranks(method.hp, params, sites))
+        lengths = sum(int((m.active > 0).sum()) * m.n_out for m in adapted)
         return method.count(params, sites) + lengths
 
     def factors_and_lengths(trainable, constants, params, sites=None):
@@ -302,8 +302,8 @@ def lora_fa(**hp) -> Method:
         return State(tree.unflatten(moving), _with(constants, fixed))
 
     def count(params, sites=None):
-        found = matrices(params, _ranks(method.hp, params, sites))
-        return sum(int(m.active.sum()) * m.n_out for m in found)
+        adapted = matrices(params, _ranks(method.hp, params, sites))
+        return sum(int(m.active.sum()) * m.n_out for m in adapted)
 
     return method._replace(init=init, count=count)
 

@@ -89,7 +89,7 @@ class Ahead:
 
 
 def ahead(params: dict) -> Ahead:
-    """The `Ahead` leaf of bound parameters, one of no tokens where there is none."""
+    """The `Ahead` leaf of bound parameters, or one without tokens."""
     return params.get(intercept.AROUND, Ahead())
 
 
@@ -103,8 +103,8 @@ class Rows:
 
     def __call__(self, module, call, ids):
         known = call(jnp.maximum(ids, 0))
-        own = jnp.take(self.rows.astype(known.dtype), jnp.maximum(-1 - ids, 0), axis=0)
-        return jnp.where((ids < 0)[..., None], own, known)
+        virtual = jnp.take(self.rows.astype(known.dtype), jnp.maximum(-1 - ids, 0), axis=0)
+        return jnp.where((ids < 0)[..., None], virtual, known)
 
 
 @jax.tree_util.register_dataclass
@@ -179,13 +179,13 @@ def prefix(tokens: int = 10, std: float = 1.0, layers: tuple[int, ...] | None = 
         return State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def bind(trainable, constants, params, key=None, sites=None):
-        found = joined(trainable, constants)
-        around = {path: Prefix(x["k"], x["v"], x["on"]) for path, x in found.items()}
+        arrays = joined(trainable, constants)
+        around = {path: Prefix(x["k"], x["v"], x["on"]) for path, x in arrays.items()}
         return _bound(params, around, "k/kernel", Ahead(tokens))
 
     def count(params, sites=None):
-        found = _attention(params, sites, layers)
-        return sum(2 * int(m.active.sum()) * tokens * m.n_out for m in found)
+        adapted = _attention(params, sites, layers)
+        return sum(2 * int(m.active.sum()) * tokens * m.n_out for m in adapted)
 
     hp = dict(tokens=tokens, std=std, layers=layers)
     return Method("prefix", hp, init, bind, None, count)
@@ -256,8 +256,8 @@ def llama_adapter(tokens: int = 10, layers: tuple[int, ...] | None = None) -> Me
         return _bound(params, around, "k/kernel", Ahead())
 
     def count(params, sites=None):
-        found = _attention(params, sites, layers)
-        return sum(int(m.active.sum()) * (tokens * m.n_in + 1) for m in found)
+        adapted = _attention(params, sites, layers)
+        return sum(int(m.active.sum()) * (tokens * m.n_in + 1) for m in adapted)
 
     hp = dict(tokens=tokens, layers=layers)
     return Method("llama-adapter", hp, init, bind, None, count)
@@ -282,11 +282,11 @@ def _attention(params, sites, layers, key=None) -> list[Matrix]:
             "method.name: virtual tokens go into attention whose keys come from .../attn/k/kernel, "
             f"as those of lorax.models do; there is {', '.join(sites)}"
         )
-    found = []
+    keys = []
     for m in matrices(params, adapted_matrices(params, sites, (KEYS,), layers)):
         path = re.sub("k/kernel$", "attend", m.path)
-        found.append(m._replace(path=path, key=None if key is None else key_for(key, path)))
-    return found
+        keys.append(m._replace(path=path, key=None if key is None else key_for(key, path)))
+    return keys
 
 
 def _embedding(params, sites) -> tuple:

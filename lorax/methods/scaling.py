@@ -26,7 +26,7 @@ def ia3(
     """(IA)3 with the given hyperparameters; see `lorax.methods.Method` for what its functions take.
 
     targets: see `lorax.methods.resolve`. feedforward: words for those whose input is scaled, all
-    others' output is; what it names beside the targets counts for nothing. layers: indices of the
+    others' output is; it has no effect on what is not a target. layers: indices of the
     layers to adapt, None for all.
     Raises ValueError, at `init` and `count`, for a word that the base does not have and for an
     embedding or a convolution whose input would be scaled.
@@ -64,10 +64,10 @@ def ia3(
     return Method("ia3", hp, init, bind, delta, count, adapts=adapts)
 
 
-def _vector(own):
-    """(l, whether it scales the input), l being one where the member adapts nothing."""
-    inner = "l_in" in own
-    return jnp.where(own["on"][..., None] > 0, own["l_in" if inner else "l"], 1), inner
+def _vector(x):
+    """(l, whether it scales the input) of a matrix's arrays; l is one where it is not adapted."""
+    inner = "l_in" in x
+    return jnp.where(x["on"][..., None] > 0, x["l_in" if inner else "l"], 1), inner
 
 
 def _bias(path: str, flat: dict) -> str | None:
@@ -79,8 +79,8 @@ def _bias(path: str, flat: dict) -> str | None:
 def bind(trainable, constants, params, key=None, sites=None):
     """`params` with a `Scaled` or `ScaledInput` leaf at every adapted path, and scaled biases."""
     flat = tree.flatten(params)
-    for path, own in joined(trainable, constants).items():
-        vector, inner = _vector(own)
+    for path, x in joined(trainable, constants).items():
+        vector, inner = _vector(x)
         flat[path] = (leaves.ScaledInput if inner else leaves.Scaled)(flat[path], vector)
         if not inner and (bias := _bias(path, flat)):
             flat[bias] = _scaled(flat[bias], vector).astype(flat[bias].dtype)
@@ -96,13 +96,13 @@ def _scaled(bias, vector):
 def delta(trainable, constants, params, sites=None):
     """{path: (l - 1) times the weight}, of kernels and of the biases that are scaled."""
     sites = sites or ops.sites_from_shapes(params)
-    flat, found = tree.flatten(params), {}
-    for path, own in joined(trainable, constants).items():
-        vector, inner = _vector(own)
+    flat, updates = tree.flatten(params), {}
+    for path, x in joined(trainable, constants).items():
+        vector, inner = _vector(x)
         more = vector.astype(jnp.float32) - 1
         w = sites[path].to_matrix(ops.dense(flat[path], sites[path]).astype(jnp.float32))
         update = w * (more[..., None] if inner else more[..., None, :])
-        found[path] = sites[path].from_matrix(update, flat[path].shape)
+        updates[path] = sites[path].from_matrix(update, flat[path].shape)
         if not inner and (bias := _bias(path, flat)):
-            found[bias] = _scaled(flat[bias], more).astype(jnp.float32)
-    return found
+            updates[bias] = _scaled(flat[bias], more).astype(jnp.float32)
+    return updates

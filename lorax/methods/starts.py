@@ -1,9 +1,9 @@
 """Starts of LoRA that read the base's weight or data, for `lora(init=...)`.
 
 A start gives a matrix w (in, out) its first factors a (in, r), b (r, out). The base is shared by
-all members of a sweep and never changes: what the papers subtract from w, s a b as it was at the
-start, is stored as constants a0, b0 and taken off in the product, x w + s (x a b - x a0 b0). An
-adapted model is therefore its base at step 0, to rounding. w = u diag(sigma) v^T throughout:
+all members of a sweep and never changes: the papers subtract the initial s a b from w; here it is
+stored as constants a0, b0 and subtracted in the product, x w + s (x a b - x a0 b0). An adapted
+model is therefore its base at step 0, up to rounding. w = u diag(sigma) v^T throughout:
 
 - pissa (Meng et al. 2024, arXiv:2404.02948, equations 2 and 3): the r largest singular values,
   a = u sqrt(sigma / s), b = sqrt(sigma / s) v^T. pissa-fast: the same by randomised SVD.
@@ -103,10 +103,10 @@ STARTS: dict[str, Callable] = {
     "lora-ga-paper": lora_ga_paper,
     "loftq": loftq_once,
 }
-#: Those whose a b stays where it starts, and is not taken off the base.
+#: Those whose initial a b is not subtracted from the base.
 KEPT = ("loftq",)
 #: Those that read more than w -> the kind of evidence: of `lorax.methods.sensitivity.evidence`, or
-#: "residual", (layers..., in, out) float32, what quantising took from a matrix.
+#: "residual", (layers..., in, out) float32, a matrix's quantisation error.
 NEEDS = {
     "eva": "moments",
     "corda": "covariance",
@@ -140,24 +140,24 @@ def loftq(w, rank: int, scale: float, quantise: Callable, iterations: int = 1):
 
 
 def allot(worth: Mapping, costs: Mapping, budget: int, most: int) -> dict:
-    """{matrix: its rank, 0 too}: within a budget, the directions that are worth most.
+    """{matrix: its rank, possibly 0}: the directions that are worth most within a budget.
 
     worth: {matrix: what each further direction is worth, non-increasing}. costs: {matrix: what a
     direction costs}. No matrix gets more than `most`; of equals the first in order is taken; what
     no longer fits is passed over.
     """
-    matrices = [m for m, own in worth.items() for _ in range(min(most, len(own)))]
-    worths = np.concatenate([np.asarray(own)[:most] for own in worth.values()])
-    found = dict.fromkeys(worth, 0)
+    matrices = [m for m, values in worth.items() for _ in range(min(most, len(values)))]
+    worths = np.concatenate([np.asarray(values)[:most] for values in worth.values()])
+    ranks = dict.fromkeys(worth, 0)
     for i in np.argsort(-worths, kind="stable"):
         if costs[matrices[i]] <= budget:
-            found[matrices[i]] += 1
+            ranks[matrices[i]] += 1
             budget -= costs[matrices[i]]
-    return found
+    return ranks
 
 
 def redistribute(spectra: Mapping, rank: int, rho: float = RHO) -> dict:
-    """{matrix: its rank, 0 too}: `rank` a matrix on average, where it says most.
+    """{matrix: its rank, possibly 0}: `rank` per matrix on average, more where it explains more.
 
     spectra: {matrix: what each further direction is worth, non-increasing}. The rank * len(spectra)
     directions that are worth most are taken, of no matrix more than round(rho * rank). With
@@ -172,18 +172,18 @@ def redistribute(spectra: Mapping, rank: int, rho: float = RHO) -> dict:
 
 def by_path(ranks: Mapping[tuple, int]) -> dict:
     """{(path, layer index): rank} as `lora(ranks=...)` takes it: {path: rank, or nested lists of
-    ranks over the layer axes}. Every layer of a path must be there; paths without any rank go."""
+    ranks over the layer axes}. `ranks` has every layer of a path; paths of rank 0 are left out."""
     layers: dict[str, dict] = {}
     for (path, index), rank in ranks.items():
         layers.setdefault(path, {})[index] = rank
-    found = {}
-    for path, own in layers.items():
-        array = np.zeros(np.max([*own], axis=0, initial=-1).astype(int) + 1, int)
-        for index, rank in own.items():
+    nested = {}
+    for path, of_layer in layers.items():
+        array = np.zeros(np.max([*of_layer], axis=0, initial=-1).astype(int) + 1, int)
+        for index, rank in of_layer.items():
             array[index] = rank
         if array.any():
-            found[path] = array.tolist()
-    return found
+            nested[path] = array.tolist()
+    return nested
 
 
 def principal(moments):
@@ -198,12 +198,12 @@ def principal(moments):
 
 def explained(evidence: Mapping[str, Mapping]) -> dict:
     """{(path, layer index): shares of the variance} of evidence with "moments"."""
-    found = {}
+    shares = {}
     for path, kinds in evidence.items():
         moments = kinds["moments"]
         for index in np.ndindex(*moments.shape[:-2]):
-            found[path, index] = np.asarray(principal(moments[index])[0])
-    return found
+            shares[path, index] = np.asarray(principal(moments[index])[0])
+    return shares
 
 
 # ------------------------------------------------------------------------------------------ algebra

@@ -62,16 +62,16 @@ def vera(
         return State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def count(params, sites=None):
-        found = matrices(params, adapts(params, sites))
-        return sum(int(m.active.sum()) * (rank + m.n_out) for m in found)
+        adapted = matrices(params, adapts(params, sites))
+        return sum(int(m.active.sum()) * (rank + m.n_out) for m in adapted)
 
     return Method("vera", hp, init, bind, delta, count, factors, adapts=adapts, width=rank)
 
 
 def _pair(drawn: list[Matrix], padded: list[Matrix], rank: int, width: int, seed: int) -> dict:
-    """The shared a and b, as large as the largest of `padded`, whose entries beyond the largest of
-    `drawn` and beyond the rank are zero."""
-    largest = lambda found: (max(m.n_in for m in found), max(m.n_out for m in found))
+    """The shared a and b, as large as the largest matrix of `padded`; zero beyond the largest of
+    `drawn` and beyond the rank."""
+    largest = lambda group: (max(m.n_in for m in group), max(m.n_out for m in group))
 
     def draw(key, index):
         n_in, n_out = largest(drawn)

@@ -7,8 +7,7 @@ Beside `NAME.weight`, uint8 codes (n / 2, 1), lie
     NAME.weight.quant_map                           the table of the 16 values
     NAME.weight.quant_state.bitsandbytes__nf4       JSON: blocksize, dtype, shape (out, in), offset
 
-Codes and scales are taken as they are: nothing is decoded, and what they stand for is the same bit
-for bit.
+Codes and scales are read as they are, without decoding, so the weights are the same bit for bit.
 """
 
 from collections.abc import Mapping
@@ -38,7 +37,7 @@ def read(
     where = hf.tensors(directory)
     if not any(_STATE in key for key in where):
         return {}
-    found = {}
+    kernels = {}
     for path, source in sources.items():
         stacked = "{}" in source.name
         layers = range(shapes[path][0]) if stacked else [None]
@@ -47,12 +46,12 @@ def read(
             continue
         if not all(names):
             raise ValueError(f"{directory}: {path}: some of its layers are quantised, others not")
-        own = tuple(shapes[path][1:] if stacked else shapes[path])
-        leaves = [_leaf(name, where, source, own) for name in names]
+        shape = tuple(shapes[path][1:] if stacked else shapes[path])
+        leaves = [_leaf(name, where, source, shape) for name in names]
         if len({jax.tree.structure(leaf) for leaf in leaves}) > 1:
             raise ValueError(f"{directory}: {path}: its layers are quantised in different ways")
-        found[path] = jax.tree.map(lambda *x: jnp.stack(x), *leaves) if stacked else leaves[0]
-    return found
+        kernels[path] = jax.tree.map(lambda *x: jnp.stack(x), *leaves) if stacked else leaves[0]
+    return kernels
 
 
 def _stored(name: str, where) -> str | None:

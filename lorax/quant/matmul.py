@@ -2,8 +2,8 @@
 
     y = x w    w (in, out) held as codes of W (out, in), `lorax.quant.nf4`
 
-Nothing of w is kept, and no gradient goes to it: the backward pass decodes again. Members of a
-sweep that share w are rows of one product (`custom_vmap`), so that it is decoded once for all.
+The decoded w is not kept and gets no gradient: the backward pass decodes it again. Members of a
+sweep that share w are rows of one product (`custom_vmap`), so w is decoded once for all of them.
 
 On a CPU a tile of outputs that fits a cache is decoded and used before the next one. A byte holds
 one or two neighbouring inputs, which are kept apart rather than interleaved: with w_0 the weights
@@ -55,7 +55,7 @@ def _folded(axis: int):
         x_batched, leaf_batched = batched
         if not any(jax.tree.leaves(leaf_batched)):
             return folded(x, leaf), True
-        # Weights of their own: one member after the other, each decoded when its turn comes.
+        # Each member has its own weights: one member after the other, each decoded in its turn.
         each = lambda member: folded(member[0] if x_batched else x, member[1])
         return jax.lax.map(each, (x if x_batched else jnp.zeros(size), leaf)), True
 
@@ -142,5 +142,5 @@ def _select(codes, values):
 
 def _divisor(n: int, most: int) -> int:
     """The largest divisor of n up to `most`, n itself where only small ones are."""
-    found = max(d for d in range(1, most + 1) if n % d == 0)
-    return found if found >= min(n, 64) else n
+    largest = max(d for d in range(1, most + 1) if n % d == 0)
+    return largest if largest >= min(n, 64) else n

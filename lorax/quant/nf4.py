@@ -59,8 +59,8 @@ class Code:
 
 
 def _rank(x: Array, bounds: np.ndarray) -> Array:
-    """How many of 15 ascending bounds lie below x: a binary search whose bounds are selected and
-    not looked up, which makes it vector instructions."""
+    """How many of 15 ascending bounds lie below x: a binary search that selects its bounds instead
+    of looking them up, so that it compiles to vector instructions."""
     bits = []
     for step in (8, 4, 2, 1):
         candidates = [jnp.float32(bound) for bound in bounds[step - 1 :: 2 * step]]
@@ -81,12 +81,12 @@ def _evenly(start: float, stop: float, n: int) -> np.ndarray:
 
 def _dynamic_map() -> np.ndarray:
     """(256,) float32, ascending: 2^i values in each of seven decades, and their negatives."""
-    found = [np.zeros(1), np.ones(1)]
+    values = [np.zeros(1), np.ones(1)]
     for i in range(7):
         edges = _evenly(0.1, 1, 2**i + 1)
         middles = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
-        found += [middles, -middles]
-    return np.sort(np.concatenate(found)).astype(np.float32)
+        values += [middles, -middles]
+    return np.sort(np.concatenate(values)).astype(np.float32)
 
 
 _NF4 = (
@@ -184,13 +184,12 @@ class Quantised(leaves.FrozenWeight):
 
 
 def quantize(params, kind: str = "nf4", double: bool = False, block: int = 64, sites=None):
-    """The same parameters with `Quantised` leaves for the kernels of linear layers.
+    """The parameters with `Quantised` leaves for the kernels of linear layers.
 
-    Heads and embeddings stay as they are, as does everything that is no matrix (QLoRA, section 3),
-    or is quantised already.
-    sites: {path: `ops.Site`}, `ops.sites_from_shapes` where None. Kernels are done one at a time.
-    Raises ValueError for a kind or a block that there is not, a kernel whose outputs' axes come
-    before its inputs', and one that is not finite, each by its path.
+    Heads, embeddings, parameters that are not matrices (QLoRA, section 3) and quantised kernels
+    stay as they are. sites: {path: `ops.Site`}, None for `ops.sites_from_shapes`. Kernels are
+    quantised one at a time. Raises ValueError for an unknown kind or block and, with its path, for
+    a kernel that is not finite or whose output axes come before its input axes.
     """
     flat = tree.flatten(params)
     sites = ops.sites_from_shapes(params) if sites is None else sites
@@ -212,8 +211,8 @@ def quantize(params, kind: str = "nf4", double: bool = False, block: int = 64, s
 def quantise(w, kind: str = "nf4", block: int = 64, double: bool = False) -> Quantised:
     """(in, out), or (layers..., in, out), in float32, bfloat16 or float16, as codes.
 
-    Raises ValueError for a kind or a block that there is not, and for numbers that are not finite
-    or so large that their inverse is subnormal.
+    Raises ValueError for an unknown kind or block, and for numbers that are not finite or so large
+    that their inverse is subnormal.
     """
     if kind not in CODES:
         raise ValueError(f"{kind!r} is not one of {', '.join(CODES)}")
@@ -223,7 +222,7 @@ def quantise(w, kind: str = "nf4", block: int = 64, double: bool = False) -> Qua
     *layers, n_in, n_out = w.shape
     stack = w.reshape(-1, n_in, n_out)
     if n_in % block == 0:
-        # Several programs and not one: together XLA would make the scales anew for every number.
+        # Several programs: in one, XLA would recompute a block's scale for each of its numbers.
         scales = _scales(stack, block)
         codes = _turned(_pack(stack, scales, code, block))
         absmax = jnp.swapaxes(scales, 1, 2)
@@ -338,6 +337,5 @@ def pairs(kind: str) -> np.ndarray:
 
 
 def _rounded(x):
-    """x as it is. A compiler that sees a product in a sum rounds once, after both; through this it
-    does not see it."""
+    """x itself, hidden from the compiler, which would fuse a product and a sum and round once."""
     return jnp.where(x == x, x, 0)

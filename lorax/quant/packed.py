@@ -1,9 +1,9 @@
 """Quantised weights in the order that a GPU's or TPU's kernel reads them.
 
-`placed` turns a model's leaves once, when its base is put on a device: bitsandbytes' order is what
-files have, and no kernel's. A product with few rows is the kernel's (fused: codes are decoded on
-their way into the matrix unit); one with many decodes w to bfloat16 once and takes the library's
-product (two passes), and so does the backward pass. Values are in bfloat16 in either case.
+`placed` reorders a model's leaves once, when its base is put on a device: files have bitsandbytes'
+order, which no kernel reads. A product with few rows is computed by the kernel (fused: codes are
+decoded on their way into the matrix unit). One with many rows, and the backward pass, decode w to
+bfloat16 once and use the library's product (two passes). Values are in bfloat16 in both cases.
 """
 
 import dataclasses
@@ -84,10 +84,10 @@ def kernels(on: str) -> ModuleType:
 
 
 def placed(params, device: jax.Device, dtype) -> dict:
-    """The same parameters for products in `dtype` on a device: leaves that its kernel can multiply
-    by are `Packed`, all others as they were.
+    """The parameters for products in `dtype` on a device, with leaves that its kernel can multiply
+    by as `Packed`.
 
-    A kernel that does not compile for the device is left, with one warning that says why.
+    Where the kernel does not compile for the device, all stay as they are, with one warning.
     """
     on = device.platform
     if jnp.dtype(dtype) != jnp.bfloat16 or on not in ("gpu", "tpu"):
