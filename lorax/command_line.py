@@ -75,7 +75,7 @@ def check_flags(argv: list[str]) -> None:
 
 
 def in_script(error: BaseException) -> tuple[str, str]:
-    """(FILE:LINE of a config script where it fails, "" where it does not, what went wrong)."""
+    """("FILE:LINE: " of the line of a config script that fails, "" if none does; what is wrong)."""
     installed = sysconfig.get_paths()
     others = [installed[name] for name in ("stdlib", "purelib", "platlib")]
     others.append(str(Path(__file__).parent))
@@ -84,15 +84,16 @@ def in_script(error: BaseException) -> tuple[str, str]:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename[0] != "<"]
         names = [frame.filename for frame in frames]
         below = [i for i, name in enumerate(names) if "ml_collections" in Path(name).parts]
-        own = [
+        in_user_code = [
             frame
             for frame in frames[min(below, default=len(frames)) :]
             if not any(frame.filename.startswith(folder + os.sep) for folder in others)
         ]
         if isinstance(error, SyntaxError) and error.filename:
             return f"{error.filename}:{error.lineno}: ", error.msg
-        if own or "Traceback" in str(deepest):
-            place = f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
+        if in_user_code or "Traceback" in str(deepest):
+            last = in_user_code[-1:]
+            place = "".join(f"{frame.filename}:{frame.lineno}: " for frame in last)
             deepest = error
         error = error.__cause__ or error.__context__
     # ConfigDict lists all its keys before it says which is near.
@@ -120,14 +121,14 @@ def summary(settings: ConfigDict, members: list[config.Member]) -> str:
     product = " x ".join(axes) or "one setting"
     plural = "s" * (len(members) > 1)
     methods = ", ".join(dict.fromkeys(swept.get("method", [settings.method.name])))
-    what = f"{methods} on {settings.base}, task {settings.task.name}"
+    trained = f"{methods} on {settings.base}, task {settings.task.name}"
     if settings.search.threshold:
         full, lora = (sum(m.config.method.name == n for m in members) for n in ("full", "lora"))
         most = search.most_members(settings, members)
         beside = f"; {full} of full fine-tuning" + f", {lora} of LoRA" * bool(lora)
         rounds = f", then up to {settings.search.rounds} x {most}" * bool(settings.search.rounds)
-        product, what = product + beside, what + rounds
-    return f"{len(members)} member{plural} ({product}) of {what}{_groups(members)}"
+        product, trained = product + beside, trained + rounds
+    return f"{len(members)} member{plural} ({product}) of {trained}{_groups(members)}"
 
 
 def _groups(members) -> str:

@@ -29,97 +29,131 @@ def default() -> ConfigDict:
     c.quant = config_dict.placeholder(str)  # of the frozen linear weights: nf4, fp4, int8
     c.double_quant = True  # the quantisation's scales are quantised too
     c.seed = 0  # of the adapter's start, its dropout and the order of the data
+    c.task = _task()
+    c.method = _method()
+    c.train = _train()
+    c.eval = _eval()
+    c.analysis = _analysis()
+    c.search = _search()
+    c.sweep = _sweep()
+    return c.lock()
 
-    c.task = ConfigDict()
+
+def _task() -> ConfigDict:
+    """The data."""
+    c = ConfigDict()
     # restaurants | e2e | text | glue | instruct | wikisql | samsum; images: mnist | digits; planted
     # or a function of your own (docs/tasks.md), on the command line FILE.py:function
-    c.task.name = config_dict.FieldReference("restaurants", field_type=object)
-    c.task.path = config_dict.placeholder(str)  # file or folder, for tasks that read one
-    c.task.subset = config_dict.placeholder(str)  # glue: cola sst2 mrpc qnli qqp rte mnli stsb
-    c.task.template = config_dict.placeholder(str)  # instruct: a Jinja template of a chat
-    c.task.packing = False  # several examples in a row, which do not see each other
+    c.name = config_dict.FieldReference("restaurants", field_type=object)
+    c.path = config_dict.placeholder(str)  # file or folder, for tasks that read one
+    c.subset = config_dict.placeholder(str)  # glue: cola sst2 mrpc qnli qqp rte mnli stsb
+    c.template = config_dict.placeholder(str)  # instruct: a Jinja template of a chat
+    c.packing = False  # several examples in a row, which don't attend to each other
     # Rows of like length in a batch, which is cut to the nearest quarter of the longest row
-    c.task.group_by_length = False
-    c.task.n_train = config_dict.placeholder(int)  # first n training examples; None: all
-    c.task.seed = 0  # of the data itself, where it is generated
-    c.task.shuffle = False  # images: their pixels in a random order, one for all
+    c.group_by_length = False
+    c.n_train = config_dict.placeholder(int)  # first n training examples; None: all
+    c.seed = 0  # of the data itself, where it is generated
+    c.shuffle = False  # images: their pixels in a random order, one for all
     # planted: rank of the update to be found, or one for each kernel; None: full
-    c.task.rank = config_dict.FieldReference(None, field_type=object)
-    c.task.spectrum = "flat"  # planted: of the update; or "linear", "geometric" (halves)
-    c.task.strength = 1.0  # planted: norm of the update over that of its kernel
-    c.task.noise = 0.0  # planted: deviation of the targets' noise over that of what is planted
-    c.task.inputs = config_dict.placeholder(int)  # planted: dimension that inputs span; None: all
-    c.task.examples = 4096  # planted: for training
+    c.rank = config_dict.FieldReference(None, field_type=object)
+    c.spectrum = "flat"  # planted: of the update; or "linear", "geometric" (halves)
+    c.strength = 1.0  # planted: norm of the update over that of its kernel
+    c.noise = 0.0  # planted: standard deviation of the noise over that of the signal
+    c.inputs = config_dict.placeholder(int)  # planted: dimension that inputs span; None: all
+    c.examples = 4096  # planted: for training
+    return c
 
-    c.method = ConfigDict()
-    c.method.name = "lora"  # see lorax.catalogue, also for what follows; a key that it does not
-    # have is left alone, and None is the method's own default
+
+def _method() -> ConfigDict:
+    """What is trained on the frozen base: see `lorax.catalogue`."""
+    c = ConfigDict()
+    c.name = "lora"
+    # A method takes the keys that it has and no others; None is the method's own default
     for name, key in catalogue.keys().items():
-        c.method[name] = _field(key)
+        c[name] = _field(key)
+    return c
 
-    c.train = ConfigDict()
-    c.train.steps = 200
-    c.train.batch_size = 16  # sequences a step
-    c.train.seq_len = 128  # tokens a sequence
-    c.train.accumulate = 1  # parts in which a batch is worked off, gradients added
-    c.train.lr = 2e-3
-    c.train.schedule = "linear"  # to zero; or "cosine", "constant"
-    c.train.warmup = 10  # steps
-    c.train.optimizer = "adamw"  # or "sgd"
-    c.train.b1 = 0.9  # sgd: momentum
-    c.train.b2 = 0.999
-    c.train.eps = 1e-8
-    c.train.weight_decay = 0.0
-    c.train.label_smoothing = 0.0  # share of the target spread over all classes
-    c.train.clip = 1.0  # global gradient norm of a member; 0: off
-    # Activations that the backward pass makes again: none | full (all of a layer's) | dots (all but
-    # what products give)
-    c.train.remat = config_dict.FieldReference("none", field_type=object)
-    # "optimizer": its state lies in the host's memory but for the update, at one step a call
-    c.train.offload = config_dict.placeholder(str)
-    c.train.parallel = "auto"  # over devices: members | batch | pmap | none
-    c.train.width = 0  # members side by side in the program; 0: chosen
-    c.train.memory_gb = 0.0  # limit for one program; 0: what the device has
 
-    c.eval = ConfigDict()
-    c.eval.every = 50  # steps; checkpoints are written at the same points
-    c.eval.batch_size = 32
-    c.eval.examples = 256
-    c.eval.generate = 0  # prompts that each member completes in the end, scored as text; 0: none
-    c.eval.beams = 1  # 1: the likeliest token
-    c.eval.new_tokens = 64
-    c.eval.length_penalty = 1.0
-    c.eval.no_repeat_ngram = 0
+def _train() -> ConfigDict:
+    """Training."""
+    c = ConfigDict()
+    c.steps = 200
+    c.batch_size = 16  # sequences a step
+    c.seq_len = 128  # tokens a sequence
+    c.accumulate = 1  # parts of a batch, computed one after the other; their gradients are added
+    c.lr = 2e-3
+    c.schedule = "linear"  # to zero; or "cosine", "constant"
+    c.warmup = 10  # steps
+    c.optimizer = "adamw"  # or "sgd"
+    c.b1 = 0.9  # sgd: momentum
+    c.b2 = 0.999
+    c.eps = 1e-8
+    c.weight_decay = 0.0
+    c.label_smoothing = 0.0  # share of the target spread over all classes
+    c.clip = 1.0  # global gradient norm of a member; 0: off
+    # Activations that the backward pass recomputes: none | full (all of a layer's) | dots (all but
+    # the outputs of matrix products)
+    c.remat = config_dict.FieldReference("none", field_type=object)
+    # "optimizer": its state stays in the host's memory except during the update; one step a call
+    c.offload = config_dict.placeholder(str)
+    c.parallel = "auto"  # over devices: members | batch | pmap | none
+    c.width = 0  # members side by side in the program; 0: chosen
+    c.memory_gb = 0.0  # limit for one program; 0: what the device has
+    return c
 
-    c.analysis = ConfigDict()
-    c.analysis.report = True
+
+def _eval() -> ConfigDict:
+    """Evaluation."""
+    c = ConfigDict()
+    c.every = 50  # steps; checkpoints are written at the same points
+    c.batch_size = 32
+    c.examples = 256
+    c.generate = 0  # prompts that each member completes after training, scored as text; 0: none
+    c.beams = 1  # of beam search; 1: the likeliest token
+    c.new_tokens = 64
+    c.length_penalty = 1.0
+    c.no_repeat_ngram = 0
+    return c
+
+
+def _analysis() -> ConfigDict:
+    """What is measured and drawn."""
+    c = ConfigDict()
+    c.report = True
     # Spectrum and leading directions of every update at each evaluation: analysis/trajectory.csv
-    c.analysis.trajectory = False
+    c.trajectory = False
     # Evaluation rows on which the residual stream after each layer of a trained model is compared
     # with the base's, by linear CKA: analysis/cka.csv; 0: none
-    c.analysis.cka = 0
-    # Layers of the base that the report sets the updates against, evenly spread; None: all
-    c.analysis.layers = config_dict.placeholder(int)
+    c.cka = 0
+    # Layers of the base that the report compares updates with, evenly spread; None: all
+    c.layers = config_dict.placeholder(int)
     # Statistics of every update: functions of your own, or "FILE.py:function" (docs/analyses.md)
-    c.analysis.also = ()
+    c.also = ()
+    return c
 
-    # The smallest dimension that is nearly as good as full fine-tuning, over sweep.dim
-    c.search = ConfigDict()
-    c.search.threshold = 0.0  # share of full fine-tuning to be reached: 0.9 for d90; 0: no search
-    c.search.metric = "loss"  # or a score of the task, such as accuracy
-    c.search.baseline_lr = ()  # learning rates that full fine-tuning tries; (): the sweep's
-    c.search.seeds = ()  # of full fine-tuning, LoRA and refinement; (): the sweep's
-    c.search.points = 4  # dimensions that a round of refinement puts between two of the last
-    c.search.rounds = 1  # of refinement, after the sweep itself
-    c.search.lora_ranks = ()  # LoRA to compare with, at every learning rate of the sweep
 
-    c.sweep = ConfigDict()
+def _search() -> ConfigDict:
+    """The smallest dimension that is nearly as good as full fine-tuning, over sweep.dim."""
+    c = ConfigDict()
+    c.threshold = 0.0  # share of full fine-tuning to be reached: 0.9 for d90; 0: no search
+    c.metric = "loss"  # or a score of the task, such as accuracy
+    c.baseline_lr = ()  # learning rates that full fine-tuning tries; (): the sweep's
+    c.seeds = ()  # of full fine-tuning, LoRA and refinement; (): the sweep's
+    c.points = 4  # dimensions that a round of refinement tries inside the bracket
+    c.rounds = 1  # of refinement, after the sweep itself
+    c.lora_ranks = ()  # LoRA to compare with, at every learning rate of the sweep
+    return c
+
+
+def _sweep() -> ConfigDict:
+    """What is swept: a tuple of values per axis."""
+    c = ConfigDict()
     for axis in axes():
-        c.sweep[axis] = ()
+        c[axis] = ()
     # Any other key: {"train.warmup": (0, 50)}
-    c.sweep.axes = config_dict.FieldReference((), field_type=object)
-    c.sweep.zip = ()  # (("rank", "targets"),) ties two axes so that they advance together
-    return c.lock()
+    c.axes = config_dict.FieldReference((), field_type=object)
+    c.zip = ()  # (("rank", "targets"),) ties two axes so that they advance together
+    return c
 
 
 def _field(key: catalogue.Key):

@@ -131,7 +131,7 @@ def complete(
     ahead = prefix.ahead(params).tokens
     ids = encode(base, prompts, options.max_new_tokens, ahead)
     if not options.ends:
-        # LLaMA's little relatives begin the next story where this one ends.
+        # Small models of the LLaMA family start the next story where this one ends.
         ends = tuple(dict.fromkeys((*vocabulary.ends, *vocabulary.start)))
         options = options._replace(ends=ends, pad=vocabulary.pad)
     longest, most = max(map(len, ids), default=0), base.positions
@@ -149,15 +149,15 @@ def complete(
             segments[i, width - len(row) :] = 1
         chosen = params
         if rows is not None:
-            own = list(rows[start : start + batch_size])
-            own = np.asarray(own + own[-1:] * (batch_size - len(own)), np.int32)
-            chosen = _rows(params, lambda _, own=own: own)
+            which = list(rows[start : start + batch_size])
+            which = np.asarray(which + which[-1:] * (batch_size - len(which)), np.int32)
+            chosen = _rows(params, lambda _, which=which: which)
         key = jax.random.fold_in(jax.random.key(seed), start)
         written = np.asarray(generate(base.module, chosen, tokens, segments, key, options))
         left = len(ids) - start
         texts += [
-            _continuation(vocabulary, own, _until(row, options.ends))
-            for own, row in zip(part[:left], written, strict=False)
+            _continuation(vocabulary, prompt, _until(row, options.ends))
+            for prompt, row in zip(part[:left], written, strict=False)
         ]
         progress(len(texts), len(ids))
     return texts
@@ -169,9 +169,9 @@ def _rows(params, new):
     def replace(leaf):
         if not isinstance(leaf, leaves.Mixed):
             return leaf
-        own = new(leaf.rows)
+        rows = new(leaf.rows)
         return dataclasses.replace(
-            leaf, rows=jnp.broadcast_to(own, (*leaf.rows.shape[:-1], own.shape[-1]))
+            leaf, rows=jnp.broadcast_to(rows, (*leaf.rows.shape[:-1], rows.shape[-1]))
         )
 
     return jax.tree.map(replace, params, is_leaf=lambda leaf: isinstance(leaf, leaves.Mixed))
@@ -305,9 +305,8 @@ def _beams(module, params, tokens, segments, logits, cache, options):
         k=copies(cache.k, 1), v=copies(cache.v, 1), real=copies(cache.real)
     )  # (L, N, S, ...)
     text = copies(_room(tokens, options.pad, options)[:, None], 1)  # (B, K, S)
-    real = copies(
-        _room(segments > 0, True, options)
-    )  # (N, S); what is not written is cut by length
+    # (N, S); what is not yet written is masked by the length
+    real = copies(_room(segments > 0, True, options))
     take = lambda x, index: jnp.take_along_axis(
         x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1
     )

@@ -12,7 +12,7 @@ methods. The same command again resumes an unfinished run where its last checkpo
 a finished one alone.
 
 With `config.search.threshold` (0.9 for d90) the run looks for the intrinsic dimension: it trains
-`config.sweep.dim` beside full fine-tuning, then round after round of what lies between.
+`config.sweep.dim` beside full fine-tuning, then in further rounds dimensions in between.
 """
 
 import os
@@ -87,7 +87,7 @@ def run(settings: ConfigDict, workdir: str | os.PathLike | None = None):
         failed = _train(settings, members, workdir, f"lorax.run(config, {str(workdir)!r})")
         if failed:
             warnings.warn(_what_failed(failed, workdir), stacklevel=2)
-    from lorax.analysis import runs  # pandas, which the command's first lines don't wait for
+    from lorax.analysis import runs  # imports pandas, which the command line starts without
 
     return runs.load(workdir)
 
@@ -96,7 +96,7 @@ def _train(settings, members, workdir: Path, command: str) -> dict[str, str]:
     """`lorax.rounds.train` in a directory that nobody else writes to."""
     with rundir.locked(workdir), rundir.recorded(workdir):
         memory.check()
-        from lorax import rounds  # JAX, which what is above doesn't wait for
+        from lorax import rounds  # imports JAX; the plan line is printed before
 
         return rounds.train(settings, members, workdir, command)
 
@@ -127,15 +127,14 @@ def _help() -> None:
 
 
 def formats(folder: Path) -> str:
-    """In which format the members below a folder lie: PEFT's, or lorax's own, which PEFT can't
-    read."""
-    members = [path for path in folder.glob("*") if path.is_dir()]
-    own = sum(not (path / "adapter_config.json").exists() for path in members)
-    if not own:
+    """The format of the adapters in a folder: PEFT's, or lorax's own, which PEFT can't read."""
+    adapters = [path for path in folder.glob("*") if path.is_dir()]
+    without = sum(not (path / "adapter_config.json").exists() for path in adapters)
+    if not without:
         return "PEFT format"
-    if own == len(members):
+    if without == len(adapters):
         return "lorax's own format"
-    return f"PEFT format, but for {own} of {len(members)} in lorax's own alone"
+    return f"PEFT format, but {without} of {len(adapters)} in lorax's own format only"
 
 
 make_callable(__name__, run)

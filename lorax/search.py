@@ -24,16 +24,16 @@ def members(settings: ConfigDict) -> list[Member]:
     """The members of a run: those of its sweep, and in a search those that it compares with.
 
     These are `search.seeds` of full fine-tuning at its learning rates, then of LoRA. Methods, and
-    conditions that differ only in a hyperparameter of theirs, share them. Raises ValueError as
+    conditions that differ only in a method's hyperparameter, share them. Raises ValueError as
     `lorax.config.members` does, and for a key of config.search that is out of range or does not
     fit the sweep.
     """
-    found = config.members(settings)
+    members = config.members(settings)
     _check(settings)
     if settings.search.threshold:
-        for point in _compared(settings, found):
-            found.append(config.member(settings, len(found), point))
-    return found
+        for point in _compared(settings, members):
+            members.append(config.member(settings, len(members), point))
+    return members
 
 
 def _compared(settings, swept: list[Member]) -> list[dict]:
@@ -230,4 +230,4 @@ def _check_sweep(settings: ConfigDict, need: Callable) -> None:
     values = tuple(swept.get("seed", (settings.seed,)))
     if settings.search.seeds:
         of_search = set(settings.search.seeds)
-        need("seeds", set(values) <= of_search, f"must hold the sweep's own, {values}")
+        need("seeds", set(values) <= of_search, f"must hold those of the sweep, {values}")

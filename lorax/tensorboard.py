@@ -1,8 +1,7 @@
-"""A run directory as TensorBoard events: scalars and hyperparameters a member, and the figures.
+"""A run directory as TensorBoard events: scalars and hyperparameters of each member, and figures.
 
-They follow the run directory, not the training: tb/ has what metrics.jsonl and trajectory/ have,
-and where a run that is continued has cut some of that off, all is written anew. So no point comes
-twice.
+They are made from the run directory: tb/ has what metrics.jsonl and trajectory/ have. If a run that
+is continued has cut metrics.jsonl, tb/ is written from the start, so that no point comes twice.
 """
 
 import functools
@@ -27,7 +26,7 @@ from lorax.train import optim
 
 
 class Events:
-    """The events of a run that is under way: `update` adds what is new, `finish` the rest."""
+    """The events of a run that is being trained: `update` adds what is new, `finish` the rest."""
 
     def __init__(self, directory: Path):
         self.directory, self.target = Path(directory), Path(directory) / rundir.TENSORBOARD
@@ -43,26 +42,26 @@ class Events:
         if rundir.metrics_size(self.directory) < self.read:
             self._begin()
         rows, self.read = rundir.metrics_after(self.directory, self.read)
-        found = {}
-        for point in rows:
-            found.setdefault(point["member"], []).append((point["step"], self._scalars(point)))
+        points = {}
+        for row in rows:
+            points.setdefault(row["member"], []).append((row["step"], self._scalars(row)))
         for file in rundir.spectra_files(self.directory):
             if file not in self.seen:
                 self.seen.add(file)
                 for member, values in _effective_ranks(load_file(file)).items():
-                    found.setdefault(member, []).append((int(file.stem), values))
-        for member, points in found.items():
-            self._append(member, [(step, _summary(values)) for step, values in points if values])
+                    points.setdefault(member, []).append((int(file.stem), values))
+        for member, of_member in points.items():
+            self._append(member, [(step, _summary(x)) for step, x in of_member if x])
 
     def finish(self) -> Path:
-        """Add what the run came to, its hyperparameters and figures/*.png; the folder."""
+        """Add final values, hyperparameters and figures/*.png of a finished run; the folder."""
         self.update()
         run = runs.load(self.directory)
         for member, row in runs.summary(run).iterrows():
-            own = self._member(member)
+            fields = self._member(member)
             hyper = {
                 name: value if isinstance(value, int | float | str | bool) else str(value)
-                for name, value in own.items()
+                for name, value in fields.items()
                 if name not in ("member", "group", "name") and value is not None
             }
             final = {"final/eval_loss": row["final_loss"]}
@@ -115,12 +114,12 @@ class Events:
 
 def _effective_ranks(arrays: dict) -> dict[int, dict[str, float]]:
     """{member: {"effective_rank/PATH": value}} of a file of `lorax.train.trajectory`."""
-    members, found = arrays["members"].tolist(), {}
+    members, ranks_of = arrays["members"].tolist(), {}
     for path in [key.removesuffix("/used") for key in arrays if key.endswith("/used")]:
         ranks = spectrum.effective_rank(arrays[f"{path}/sigma"])
         for i in np.flatnonzero(arrays[f"{path}/used"]):
-            found.setdefault(members[i], {})[f"effective_rank/{path}"] = float(ranks[i])
-    return found
+            ranks_of.setdefault(members[i], {})[f"effective_rank/{path}"] = float(ranks[i])
+    return ranks_of
 
 
 @functools.cache

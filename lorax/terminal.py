@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs: lines, a bar with the time left, a table of members."""
+"""What is shown while a sweep runs: lines, a bar with the time left, a table of members."""
 
 import sys
 
@@ -39,7 +39,7 @@ class Screen:
         self.console.print(line, soft_wrap=True)
 
     def terminal(self, members: list[dict]) -> Terminal:
-        """What the training loop calls. members: the lines of members.jsonl."""
+        """The functions that the training loop calls. members: the rows of members.jsonl."""
         by_index = {row["member"]: row for row in members}
         return Terminal(self.say, self.progress, lambda row: self._finished(by_index, row))
 
@@ -55,7 +55,7 @@ class Screen:
             self.reported = tenth
 
     def end_bar(self) -> None:
-        """Training is over; what follows may draw a bar of its own."""
+        """End the bar of training, so that the report can draw its own."""
         if self.console.is_terminal:
             self.bar.stop()
 
@@ -87,10 +87,10 @@ class Screen:
             )
         self.console.print(table)
 
-    def dimensions(self, found) -> None:
-        """What a search has found: rows of `lorax.analysis.intrinsic.estimate`."""
-        rows = [intrinsic.shown(row) for _, row in found.iterrows()]
-        title = f"Intrinsic dimension ({intrinsic.name(found['threshold'].iloc[0])})"
+    def dimensions(self, estimates) -> None:
+        """The result of a search: a table of `lorax.analysis.intrinsic.estimate`."""
+        rows = [intrinsic.shown(row) for _, row in estimates.iterrows()]
+        title = f"Intrinsic dimension ({intrinsic.name(estimates['threshold'].iloc[0])})"
         table = Table(title=title, title_justify="left")
         for heading in rows[0]:
             left = heading in ("condition", "verdict")

@@ -437,7 +437,7 @@ def test_what_is_said_of_the_adapters_is_so(tmp_path):
         (tmp_path / str(n)).mkdir()
     assert formats(tmp_path) == "lorax's own format"
     (tmp_path / "1" / "adapter_config.json").write_text("{}")
-    assert formats(tmp_path) == "PEFT format, but for 2 of 3 in lorax's own alone"
+    assert formats(tmp_path) == "PEFT format, but 2 of 3 in lorax's own format only"
     for n in (0, 2):
         (tmp_path / str(n) / "adapter_config.json").write_text("{}")
     assert formats(tmp_path) == "PEFT format"

@@ -90,7 +90,7 @@ def test_without_a_threshold_there_is_no_search():
         (dict(baseline_lr=("x",)), {}, r"search.baseline_lr: \('x',\) given, must be a tuple of"),
         (dict(seeds=(-1,)), {}, r"search.seeds: \(-1,\) given, must be a tuple of integers in"),
         (dict(seeds=(0, 0)), {}, "search.seeds: .* a value stands twice"),
-        (dict(seeds=(1,)), {}, r"search.seeds: \(1,\) given, must hold the sweep's own, \(0,\)"),
+        (dict(seeds=(1,)), {}, r"search.seeds: \(1,\) given, must hold those of the sweep, \(0,\)"),
         (dict(lora_ranks=(0,)), {}, r"search.lora_ranks: \(0,\) given, must be a tuple"),
         ({}, dict(dim=()), r"search.threshold: 0.9 given, needs a sweep.dim of at least two"),
         ({}, dict(dim=(1, None)), "search.threshold: 0.9 given, needs a sweep.dim of numbers"),
