@@ -207,8 +207,8 @@ def _merged(name: str, error: dict[str, float]) -> str:
 
 
 def _onto(given) -> str:
-    """What to merge into: the base of the command line, or for one in 4 bits the model that --onto
-    names. Raises ValueError for an --onto that makes no sense."""
+    """What to merge into: the base of the command line, or for a base in 4 bits the model that
+    --onto names. Raises ValueError for an --onto that does not fit the base."""
     from lorax import adapters, tree
     from lorax.files import read_json
     from lorax.models.load import find, skeleton
@@ -238,7 +238,7 @@ def _onto(given) -> str:
 
 
 def _dtypes_of_codes(base) -> str:
-    """The dtypes that a base's 4-bit weights are decoded to, "" where it has none."""
+    """The dtypes that a base's 4-bit weights are decoded to, "" if it has none."""
     from lorax import leaves, tree
 
     coded = (x for x in tree.flatten(base.params).values() if isinstance(x, leaves.FrozenWeight))
@@ -270,9 +270,9 @@ def _check_new(out: str) -> None:
 
 @contextlib.contextmanager
 def whole(out: str) -> Iterator[Path]:
-    """A directory to write into that takes the name `out` when all is written, or is gone.
+    """A temporary directory that is renamed to `out` at the end, or removed if anything fails.
 
-    Raises FileExistsError where there is something of that name already.
+    Raises FileExistsError if `out` exists already.
     """
     _check_new(out)
     out = Path(out)

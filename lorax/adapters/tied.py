@@ -17,8 +17,11 @@ from lorax.models import Base
 
 
 class Head(NamedTuple):
-    """What a tied model reads out with where it is not its embedding: path: of the embedding.
-    weight: (V, features) in its place, or None. factors: of an update of it, or None."""
+    """The head of a tied model once it differs from the embedding.
+
+    path: of the embedding. weight: (V, features) that replaces the embedding's, or None. factors:
+    of an update of that weight, or None.
+    """
 
     path: str
     weight: np.ndarray | None
@@ -26,7 +29,7 @@ class Head(NamedTuple):
 
 
 def split(base: Base, adapter: Adapter) -> tuple[Adapter, Head | None]:
-    """(the adapter without a tied head's own, that head where it is not the embedding).
+    """(the adapter without what belongs to a tied head alone, that head or None).
 
     Raises ValueError for a task that the base has no head for.
     """

@@ -1,7 +1,7 @@
-"""Weights from outside, .safetensors and .npz: data, checked as it comes in.
+"""Weights from outside, .safetensors and .npz, checked as they are read.
 
-Nothing is unpickled. What no model can compute with is refused by file and tensor: numbers of a
-type that is no float of 16 bits or more, NaN and infinity.
+Nothing is unpickled. Tensors that no model can compute with are refused, naming file and tensor:
+types other than floats of at least 16 bits, NaN and infinity.
 """
 
 import os
@@ -19,7 +19,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors call them
 def opened(file: str | os.PathLike):
     """A safetensors file, open to be read a tensor at a time.
 
-    Raises FileNotFoundError, ValueError that names a file that is damaged or no such one.
+    Raises FileNotFoundError, or ValueError that names a damaged file.
     """
     try:
         return safe_open(file, framework="numpy")

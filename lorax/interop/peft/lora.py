@@ -58,6 +58,7 @@ from lorax.interop.places import (
 
 if TYPE_CHECKING:
     from lorax.interop.hf import Source  # it imports JAX, which reading an adapter can do without
+
 _FACTOR = re.compile(
     r"(?P<module>.+)\."
     r"(lora_(embedding_)?(?P<side>[AB])(\.weight)?|(?P<m>lora_magnitude_vector)(\.weight)?)"
@@ -74,8 +75,8 @@ def save(
 ) -> pathlib.Path:
     """Write an adapter that PEFT loads as it is, and `load` reads back.
 
-    It comes back bit for bit where the parts of each fused module have one scale; otherwise the
-    ratio of the scales went into B and out again, at the rounding of float32.
+    It comes back bit for bit if the parts of each fused module have one scale. Otherwise the
+    ratio of the scales goes into B and out again, rounded to float32.
 
     Args:
       adapter: an `Adapter` or its factors alone. Its config is not written.
@@ -93,21 +94,12 @@ def save(
     if not adapter.factors:
         raise ValueError("factors: nothing to save, no matrix is adapted")
     places = Places(sources)
-    factors, weights = adapter.factors, adapter.weights
-    tied = places.tied
-    if tied and adapter.config.get(TYING, True):
-        if tied in factors and "head/bias" in sources:
-            raise ValueError(
-                f"{tied}: an update of an embedding that a masked language model's head shares "
-                "can't be stored: PEFT would adapt the embedding alone"
-            )
-        tied = tied if task_type == "CAUSAL_LM" else ""
-        factors, weights = with_head(factors, weights, tied)
+    factors, weights, tied = _for_both_uses(adapter, places, "head/bias" in sources, task_type)
     modules: dict[str, dict[str, Factors]] = {}
-    for path, factor in factors.items():
-        _check(path, factor)
-        modules.setdefault(places.module(path), {})[path] = factor
-    plain = sorted(path for path, factor in factors.items() if factor.m is None)
+    for layer, factor in factors.items():
+        _check(layer, factor)
+        modules.setdefault(places.module(layer), {})[layer] = factor
+    plain = sorted(layer for layer, factor in factors.items() if factor.m is None)
     dora = len(plain) < len(factors)
     if dora and plain:
         raise ValueError(
@@ -116,45 +108,65 @@ def save(
     joined = {module: _join(module, places, parts) for module, parts in sorted(modules.items())}
     whole = stored_weights(weights, places)
     saved, bias = how_saved(whole, set(modules), places, task_type)
-
     tensors: dict[str, np.ndarray] = {}
     for module, one in joined.items():
         tensors |= {f"{module}.{name}": tensor for name, tensor in one.tensors.items()}
     for name, tensor in whole.items():
         module, _, last = name.rpartition(".")
         tensors[f"{module}.base_layer.{last}" if module in modules else name] = tensor
-    own = {
-        "factors": {path: entry for one in joined.values() for path, entry in one.parts.items()},
+    tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
+    metadata = {
+        "factors": {layer: entry for one in joined.values() for layer, entry in one.parts.items()},
         "weights": {path: place_as_json(places.of(path)) for path in weights},
         "tied": tied,
     }
-    # The commonest rank and alpha are the defaults; whatever differs goes into the patterns.
+    config = _config(joined) | {
+        "task_type": task_type,
+        "base_model_name_or_path": base_name,
+        "lora_dropout": float(dropout),
+        "bias": bias,
+        "modules_to_save": saved or None,
+        "use_dora": dora,
+    }
+    return files.write(directory, tensors, config, {"lorax": json.dumps(metadata)})
+
+
+def _for_both_uses(adapter: Adapter, places: Places, masked: bool, task_type: str | None):
+    """(factors, weights, path of the tied embedding or "") in which an update of an embedding is
+    that of the tied head as well. masked: whether the head is a masked language model's."""
+    factors, weights, tied = adapter.factors, adapter.weights, places.tied
+    if not tied or not adapter.config.get(TYING, True):
+        return factors, weights, tied
+    if tied in factors and masked:
+        raise ValueError(
+            f"{tied}: an update of an embedding that a masked language model's head shares "
+            "can't be stored: PEFT would adapt the embedding alone"
+        )
+    tied = tied if task_type == "CAUSAL_LM" else ""
+    return *with_head(factors, weights, tied), tied
+
+
+def _config(joined: Mapping[str, _Joined]) -> dict[str, Any]:
+    """The fields of a config for these modules: the commonest rank and alpha, and patterns for
+    what differs from them."""
     ranks = {module: one.rank for module, one in joined.items()}
     alphas = {module: one.alpha for module, one in joined.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
-    config = {
+    return {
         "peft_type": "LORA",
-        "task_type": task_type,
         "auto_mapping": None,
-        "base_model_name_or_path": base_name,
         "revision": None,
         "r": r,
         "lora_alpha": as_number(alpha),
-        "rank_pattern": {m: rank for m, rank in ranks.items() if rank != r},
+        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != r},
         "alpha_pattern": {m: as_number(x) for m, x in alphas.items() if x != alpha},
-        "lora_dropout": float(dropout),
-        "target_modules": sorted(modules),
+        "target_modules": sorted(joined),
         "fan_in_fan_out": any(one.conv1d for one in joined.values()),
-        "bias": bias,
-        "modules_to_save": saved or None,
         "init_lora_weights": True,
         "inference_mode": True,
         "use_rslora": False,
-        "use_dora": dora,
     }
-    tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
-    return files.write(directory, tensors, config, {"lorax": json.dumps(own)})
 
 
 def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = None) -> Adapter:
