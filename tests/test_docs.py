@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pages
 import pytest
 import quick
@@ -213,15 +214,31 @@ def test_an_extra_that_is_named_is_there():
 
 # ----------------------------------------------------------------------------------------- examples
 
-EXAMPLES = [block for block in pages.blocks() if block.language == "python"]
+EXAMPLES = [
+    pytest.param(block, marks=[pytest.mark.slow] * ("lorax.run(" in block.text), id=block.where)
+    for block in pages.blocks()
+    if block.language == "python"
+]
+#: What an example trains, made smaller.
+STEPS = "config.train.steps = 150"
+FEW = "config.train.update(steps=2, batch_size=2); config.eval.update(every=2, examples=8)"
 #: What a snippet takes for granted.
 PRELUDE = "from lorax import methods, ops, tasks, tree\n"
 
 
-@pytest.mark.parametrize("block", EXAMPLES, ids=lambda block: block.where)
+@pytest.mark.parametrize("block", EXAMPLES)
 def test_an_example_runs(block, workspace, monkeypatch, registry):
     monkeypatch.chdir(workspace)
-    exec(compile(PRELUDE + block.text, block.where, "exec"), {"__name__": "example"})
+    assert "lorax.run(" not in block.text or STEPS in block.text
+    code = PRELUDE + block.text.replace(STEPS, FEW)
+    with jax.numpy_dtype_promotion("standard"):  # as a person has it; optax needs it
+        exec(compile(code, block.where, "exec"), {"__name__": "example"})
+
+
+def test_the_loop_of_the_readme_is_the_example():
+    text = (ROOT / "docs/examples/loop.py").read_text()
+    (block,) = (b.text for b in pages.of_page(ROOT / "README.md") if "optax" in b.text)
+    assert block in text
 
 
 def test_records_of_the_three_forms_are_read(tmp_path):
