@@ -45,7 +45,8 @@ def site_link(here: str, link: str) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """Docstrings as Markdown; NamedTuples with their fields, `SHOWN` functions with their code."""
+    """Docstrings as Markdown; NamedTuples with their fields, `SHOWN` functions with their code
+    and that of the functions that make their parts."""
 
     #: Functions that are read for their code.
     SHOWN = ("lorax.config.default",)
@@ -57,7 +58,8 @@ class Docstrings(griffe.Extension):
         if obj.is_class and any("NamedTuple" in str(base) for base in obj.bases):
             text += code(obj, [m for m in obj.members.values() if m.is_attribute])
         if obj.path in self.SHOWN:
-            text += f"\n\n```python\n{obj.source}\n```"
+            parts = [obj.parent[name] for name in re.findall(r" = (_\w+)\(\)", obj.source)]
+            text += "\n\n```python\n" + "\n\n".join(f.source for f in (obj, *parts)) + "\n```"
         obj.docstring.value = text
 
 
