@@ -24,12 +24,15 @@ class Site(NamedTuple):
 
     kind: "linear", "conv" or "embed". stack: number of leading layer axes (`nn.scan`).
     ins, outs: kernel axes that are contracted with the input, and that the layer produces.
+    word: the canonical target ("q") that a model of the user's own says it is; "" for names that
+    say so themselves.
     """
 
     kind: str
     stack: int
     ins: tuple[int, ...]
     outs: tuple[int, ...]
+    word: str = ""
 
     def matrix_shape(self, shape) -> tuple[tuple[int, ...], int, int]:
         """(layer axes, in, out) of a kernel of the given full shape."""

@@ -6,6 +6,7 @@ config script itself, is then known without running a file. Only names that the 
 config or on a command line, are ever resolved: no file of data makes lorax run code.
 """
 
+import contextlib
 import importlib.util
 import inspect
 import os
@@ -15,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from lorax.errors import nearest, reason
 
@@ -28,6 +30,20 @@ NOTEBOOK = "notebook.py"  # in place of a file, for a function that has none
 def is_name(text) -> bool:
     """Whether a value reads "FILE.py:function"."""
     return isinstance(text, str) and _NAME.fullmatch(text) is not None
+
+
+class BaseName(NamedTuple):
+    """The name of a base that a function makes, "random:FILE.py:function@rest" in its parts."""
+
+    function: str
+    rest: str | None
+    random: bool
+
+
+def base_name(name: str) -> BaseName | None:
+    """The parts of a base's name, None for one that no function makes."""
+    parts = re.fullmatch(r"(random:)?(.+\.py:[A-Za-z_]\w*)(?:@(.+))?", name)
+    return parts and BaseName(parts[2], parts[3], parts[1] is not None)
 
 
 def spell(value, field: str = ""):
@@ -57,6 +73,11 @@ def spelled(function: Callable, field: str = "") -> str:
     text = f"{_file_of(function)}:{name}"
     _FUNCTIONS[text] = function, None
     return text
+
+
+def is_known(name: str) -> bool:
+    """Whether this process has the function of a name: a config or a command gave it."""
+    return name in _FUNCTIONS
 
 
 def resolve(name: str, field: str = "") -> Callable:
@@ -92,8 +113,16 @@ def _written(file: str) -> int:
 def call(function: Callable, *args, field: str = "", **kwargs):
     """function(*args, **kwargs). Raises ValueError, one line with `field` and the line of the
     function's file that failed, for whatever it raises."""
-    try:
+    with blame(function, field):
         return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def blame(function: Callable, field: str = ""):
+    """Context in which an error is one line with `field` and the line of the function's file that
+    the call had reached, as a ValueError."""
+    try:
+        yield
     except Exception as error:
         where, file = f"{field}: " * bool(field), _file_of(function)
         raise ValueError(f"{where}{_line(error, file) or file}: {reason(error)}") from error

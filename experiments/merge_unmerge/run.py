@@ -27,7 +27,7 @@ from lorax import adapters, methods, tree
 from lorax.adapters import peft_methods
 from lorax.analysis.figures.style import COLOURS, GREY, MARKERS, STYLE
 from lorax.interop import peft
-from lorax.models.load import ASSETS
+from lorax.models.directories import ASSETS
 
 HERE = Path(__file__).parent
 SEEDS, CYCLES, DTYPES = (0, 1, 2), 100, ("float32", "bfloat16")

@@ -9,7 +9,7 @@ from lorax import leaves, tree
 from lorax.adapters import tied
 from lorax.adapters.stacking import by_parameter, check_weights, stacks, with_weights
 from lorax.interop.adapter import Adapter
-from lorax.models.load import Base
+from lorax.models import Base
 
 
 def bind(base: Base, adapter: Adapter) -> dict:

@@ -12,10 +12,9 @@ from lorax import models
 from lorax.adapters import binding, peft_methods, states
 from lorax.adapters.task_types import check_task, task_type
 from lorax.adapters.trained import Trained, from_training
-from lorax.files import read_json
 from lorax.interop import peft, reading
 from lorax.models import Base
-from lorax.models.load import config_fields, family_of, find, skeleton
+from lorax.models.load import has_choice_of_head, skeleton
 
 
 def load(
@@ -67,8 +66,7 @@ def head_fields(path: str | os.PathLike, name: str) -> dict:
     if ":" in name and not Path(name).is_dir():  # random weights or a function: as they are
         return {}
     path = reading.located(path)
-    family = family_of(name, read_json(find(name, weights=False) / "config.json"))
-    labels = reading.classes(path) if "head" in config_fields(family) else None
+    labels = reading.classes(path) if has_choice_of_head(name) else None
     if not labels:
         return {}
     if reading.task_type(path) is None and reading.format_of(path) != "lorax":

@@ -11,7 +11,7 @@ def check_task(base: Base, task_type: str | None, where: str = "") -> None:
     known = ["FEATURE_EXTRACTION"]
     if base.causal:
         known.append("CAUSAL_LM")
-    elif getattr(base.config, "head", "classification") == "classification":
+    elif base.traits.outputs is not None:
         known.append("SEQ_CLS")
     if task_type is not None and task_type not in known:
         raise ValueError(

@@ -42,13 +42,15 @@ class Source(NamedTuple):
     name: theirs, "{}" in it for the layer where ours stacks all layers. axes: the order of their
     axes in ours, None for the same; (1, 0) for a torch `Linear`. part: slice or integer array,
     the columns of a fused tensor that are ours; None for all. tied: another tensor that is the same
-    weight, read where the files have that one alone.
+    weight, read where the files have that one alone. layer: the parameter's name in one layer, "{}"
+    in it for the number, where that isn't behind the first word of its path.
     """
 
     name: str
     axes: tuple[int, ...] | None = None
     part: slice | np.ndarray | None = None
     tied: str | None = None
+    layer: str | None = None
 
     def width(self) -> int:
         """Columns that a fused tensor must have at least to hold this part."""

@@ -36,8 +36,7 @@ class Places:
         self.sources: dict[str, Source] = {}  # by "h/{}/attn/q/kernel"
         self.tensors: dict[str, dict[str, Source]] = {}  # by "transformer.h.{}.attn.c_attn.weight"
         for path, source in sources.items():
-            first, _, rest = path.partition("/")
-            path = f"{first}/{{}}/{rest}" if "{}" in source.name else path
+            path = in_one_layer(path, source)
             self.sources[path] = source
             self.tensors.setdefault(source.name, {})[path] = source
         self.bare = {name.partition(".")[2]: name for name in self.tensors}
@@ -83,6 +82,15 @@ class Places:
             for name in self.tensors
             if name.startswith(f"{template}.")
         ]
+
+
+def in_one_layer(path: str, source: Source | None) -> str:
+    """A parameter's name in one layer, with "{}" for the layer's number where it is stacked:
+    "h/attn/q/kernel" -> "h/{}/attn/q/kernel"."""
+    if source is None or source.layer is not None or "{}" not in source.name:
+        return path if source is None or source.layer is None else source.layer
+    first, _, rest = path.partition("/")
+    return f"{first}/{{}}/{rest}"
 
 
 def _templates(name: str, separator: str) -> Iterator[tuple[str, str]]:

@@ -40,8 +40,9 @@ def resolve(
 ) -> dict[str, ops.Site]:
     """{path: Site} of what the words of `targets` mean among `sites`.
 
-    A word is canonical (`WORDS`), a group ("attention", "mlp", "all-linear": every linear and
-    convolution kernel but the heads), or "re:" and a regex that a whole path matches.
+    A word is canonical (`WORDS`, or what `Site.word` says), a group ("attention", "mlp",
+    "all-linear": every linear and convolution kernel but the heads), the name of a module ("query"
+    for "blocks/query/kernel"), or "re:" and a regex that a whole path matches.
     Raises ValueError for a word that matches nothing, with a list of what there is. field: the key
     that has the words, for messages.
     """
@@ -75,7 +76,10 @@ def matching(word: str, sites: Mapping[str, ops.Site], field: str = "method.targ
             for path, site in sites.items()
             if site.kind != "embed" and not re.fullmatch(rf"head/.*|{WORDS['head']}", path)
         ]
-    return _matches(_patterns(word), sites, f"{field}: {word!r}")
+    meant = GROUPS.get(word, (word,))
+    patterns = _patterns(word) or [rf"(.*/)?{re.escape(word)}/(kernel|embedding)"]
+    hits = _matches(patterns, sites, f"{field}: {word!r}")
+    return [path for path, site in sites.items() if path in hits or site.word in meant]
 
 
 def _matches(patterns: list[str], paths: Iterable[str], place: str = "") -> list[str]:
@@ -134,7 +138,8 @@ def _patterns(word: str, known=WORDS) -> list[str]:
 
 
 def _available(sites) -> str:
-    words = [w for w, p in WORDS.items() if any(re.fullmatch(p, path) for path in sites)]
+    here = lambda word, path: re.fullmatch(WORDS[word], path) or sites[path].word == word
+    words = [word for word in WORDS if any(here(word, path) for path in sites)]
     return f"{', '.join(words)}{' and ' * bool(words)}paths {', '.join(sites)}"
 
 

@@ -1,7 +1,8 @@
 """Plain Linen modules that know nothing of adapters, and `load`."""
 
 from lorax.models.base import Base, kernels
+from lorax.models.custom import Model
 from lorax.models.load import load
 from lorax.models.saving import save
 
-__all__ = ["Base", "kernels", "load", "save"]
+__all__ = ["Base", "Model", "kernels", "load", "save"]

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from lorax import ops, tree
 from lorax.interop.hf import Source
-from lorax.interop.places import Places
+from lorax.interop.places import Places, in_one_layer
 from lorax.models.families import FAMILIES, Traits, traits
 from lorax.vocabulary import Vocabulary
 
@@ -146,7 +146,7 @@ class Base:
         return {
             path: {
                 name.rpartition("/")[0]: index
-                for name, index in numbered(path, flat[path].shape[: site.stack]).items()
+                for name, index in self._numbered(path, flat[path].shape[: site.stack]).items()
             }
             for path, site in self.sites.items()
         }
@@ -155,17 +155,17 @@ class Base:
     def _parts_of(self) -> dict[str, dict[str, tuple[int, ...]]]:
         stacked = lambda path: path in self.sources and "{}" in self.sources[path].name
         return {
-            path: numbered(path, leaf.shape[: int(stacked(path))])
+            path: self._numbered(path, leaf.shape[: int(stacked(path))])
             for path, leaf in tree.flatten(self.params).items()
         }
 
-
-def numbered(path: str, axes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """{a stacked parameter's path with the layer's number behind its first word: its index}."""
-    if not axes:
-        return {path: ()}
-    first, _, rest = path.partition("/")
-    return {"/".join((first, *map(str, i), rest)): i for i in np.ndindex(*axes)}
+    def _numbered(self, path: str, axes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """{a parameter's name in one layer: its index along its layer axes}."""
+        name = in_one_layer(path, self.sources.get(path))
+        if axes and "{}" not in name:  # no family's, but put together by hand
+            first, _, rest = path.partition("/")
+            name = "/".join((first, *["{}"] * len(axes), rest))
+        return {name.format(*index): index for index in np.ndindex(*axes)}
 
 
 def kernels(base: Base) -> dict[str, np.ndarray]:

@@ -41,6 +41,7 @@ class Traits(NamedTuple):
     array_positions: positions that one array takes inside (ViT: its patches and the class token).
     stream: whether `hidden` runs layers whose outputs can be captured (`nn.scan`ned, called "h").
     head: first words of the parameters that turn hidden states into logits.
+    packs: whether it takes `segments`, so that several texts share a row without seeing each other.
     sources: {parameter path: where it lies in Hugging Face's tensors}.
     config: the fields of the config.json that belongs to these tensors.
     """
@@ -53,6 +54,7 @@ class Traits(NamedTuple):
     array_positions: int = 1
     stream: bool = False
     head: tuple[str, ...] = ()
+    packs: bool = True
     sources: Mapping[str, Source] = {}
     config: Mapping = {}
 

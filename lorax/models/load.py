@@ -8,16 +8,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from lorax import fields, intercept, tree, vocabulary
+from lorax import fields, intercept, outside, tree, vocabulary
 from lorax.errors import nearest
 from lorax.files import read_json
 from lorax.interop import hf
+from lorax.models import custom
 from lorax.models.base import Base
+from lorax.models.directories import find
 from lorax.models.families import FAMILIES, WHOLE, traits
 from lorax.models.shapes import architecture
 from lorax.quant import bnb
-
-ASSETS = Path(__file__).parent.parent / "assets"
 
 #: What is read of a config.json of any family, and of its "quantization_config".
 DESCRIBED = {
@@ -28,49 +28,58 @@ DESCRIBED = {
 CODED = {"load_in_4bit": fields.FLAG, "quant_method": fields.TEXT}
 
 
-def load(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
+def load(name, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
     """Load a base model.
 
     name: a shipped model ("gpt2-nano"), a directory in Hugging Face's layout, or a Hub id. With
     "random:" in front the architecture is taken and the weights are drawn as its authors would
     have, from seed 0, or from seed 3 for "random:mnist-fc@3"; that goes for the names that
-    `shapes.architecture` knows as well. dtype: of the computation. param_dtype: of the weights.
-    run: further fields of the family's Config: how to run it (`remat`, `unroll`) or, for an
-    encoder, which head it has (`head="classification"`, `labels=2`; drawn at random where the files
-    have none).
+    `shapes.architecture` knows as well. A function that returns a Linen module, or its name
+    "FILE.py:function", is a model of the user's own (`models.custom`).
+    dtype: of the computation. param_dtype: of the weights. run: further fields of the family's
+    Config: how to run it (`remat`, `unroll`) or, for an encoder, which head it has
+    (`head="classification"`, `labels=2`; drawn at random where the files have none); of a function,
+    arguments that it takes.
 
     Raises ValueError or FileNotFoundError with what was given and what would be right.
     """
+    name = outside.spell(name, "base")
+    if custom.is_custom(name):
+        return custom.load(name, dtype, param_dtype, run)
     random = name.startswith("random:")
     base, directory, init = _build(name, not random, dtype, param_dtype, run)
-    shapes, fresh = tree.flatten(base.params), base.fresh
+    rows = getattr(base.config, "vocab_size", None)
+    base = base.replace(vocabulary=vocabulary.read(directory, rows) if directory else None)
     if random:
         params = jax.tree.map(lambda x: x.astype(param_dtype), jax.jit(init)())
-        sha256 = "random"
-    else:
-        head = tuple(path for path in shapes if path.startswith("head/"))
-        sizes = {path: leaf.shape for path, leaf in shapes.items()}
-        where = base.sources
-        flat = bnb.read(directory, where, sizes)
-        _check_size(base, directory)
-        where = {path: own for path, own in where.items() if path not in flat}
-        flat |= hf.read(directory, where, sizes, param_dtype, optional=head)
-        fresh = tuple(path for path in head if path not in flat)
-        if fresh:
-            drawn = tree.flatten(jax.jit(lambda: init()["head"])())
-            flat |= {path: drawn[path.removeprefix("head/")].astype(param_dtype) for path in fresh}
-        params = tree.unflatten({path: flat[path] for path in shapes})
-        sha256 = _sha256(hf.weight_files(directory))
-    rows = getattr(base.config, "vocab_size", None)
-    words = vocabulary.read(directory, rows) if directory else None
-    own = None if random else directory
-    return base.replace(params=params, vocabulary=words, sha256=sha256, fresh=fresh, directory=own)
+        return base.replace(params=params, sha256="random")
+    params, fresh = _read(base, directory, param_dtype, init)
+    sha256 = _sha256(hf.weight_files(directory))
+    return base.replace(params=params, sha256=sha256, fresh=fresh, directory=directory)
 
 
-def skeleton(name: str, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
+def _read(base: Base, directory: Path, param_dtype, init) -> tuple[dict, tuple[str, ...]]:
+    """(params of the files, paths of a head that they lack, which `init` has drawn)."""
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(base.params).items()}
+    head = tuple(path for path in shapes if path.startswith("head/"))
+    flat = bnb.read(directory, base.sources, shapes)
+    _check_size(base, directory)
+    rest = {path: source for path, source in base.sources.items() if path not in flat}
+    flat |= hf.read(directory, rest, shapes, param_dtype, optional=head)
+    fresh = tuple(path for path in head if path not in flat)
+    if fresh:
+        drawn = tree.flatten(jax.jit(lambda: init()["head"])())
+        flat |= {path: drawn[path.removeprefix("head/")].astype(param_dtype) for path in fresh}
+    return tree.unflatten({path: flat[path] for path in shapes}), fresh
+
+
+def skeleton(name, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
     """`load` without the weights: of the files only config.json is read, `params` is a tree of
     `jax.ShapeDtypeStruct`, and `fresh` is what config.json lets expect. Arguments and errors as for
     `load`."""
+    name = outside.spell(name, "base")
+    if custom.is_custom(name):
+        return custom.skeleton(name, dtype, param_dtype, run)
     return _build(name, False, dtype, param_dtype, run)[0]
 
 
@@ -109,6 +118,11 @@ def family_of(name: str, raw: Mapping) -> str:
     place = f"base: {name}"
     found = fields.read(raw, DESCRIBED, place)
     family = found.get("model_type")
+    if family == custom.MODEL_TYPE:
+        raise ValueError(
+            f"{place}: holds the weights of a module that a Python function returns, which a file "
+            f"must not choose; load them as FILE.py:function@{name}"
+        )
     if family not in FAMILIES:
         known = f"{', '.join(FAMILIES)}{nearest(str(family), FAMILIES)}"
         raise ValueError(f"{place}: model_type {family!r} is not one of {known}")
@@ -170,44 +184,18 @@ def _seeded(name: str) -> tuple[str, int]:
     return before, int(seed)
 
 
+def has_choice_of_head(name: str) -> bool:
+    """Whether a base is an encoder that `load` gives one of several heads. Raises as `load`."""
+    if custom.is_custom(name):
+        return custom.takes_labels(name)
+    raw = read_json(find(name, weights=False) / "config.json")
+    return "head" in config_fields(family_of(name, raw))
+
+
 def config_fields(family: str) -> tuple[str, ...]:
     """Names of the fields of a family's Config."""
     _, model = FAMILIES[family]
     return tuple(model.__dataclass_fields__["config"].type.__dataclass_fields__)
-
-
-def find(name: str, weights: bool = True) -> Path:
-    """The directory of a shipped model, a local path or a Hub id (fetched or from its cache)."""
-    shipped = sorted(p.name for p in ASSETS.iterdir() if (p / "config.json").exists())
-    if name in shipped:
-        return ASSETS / name
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise FileNotFoundError(f"base: {path} is a directory without config.json")
-        return path
-    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise FileNotFoundError(f"base: no directory {name}")
-    return _from_hub(name, weights, shipped)
-
-
-def _from_hub(name: str, weights: bool, shipped: list[str]) -> Path:
-    from huggingface_hub import (
-        snapshot_download,
-    )  # a second of imports that local models don't need
-
-    files = [*vocabulary.FILES, *hf.SIDE] + ["*.safetensors*"] * weights
-    try:
-        return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # the Hub's own, the network's and the cache's: all mean "not here"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = nearest(name, shipped)
-        raise FileNotFoundError(
-            f"base: {name!r} is neither shipped ({', '.join(shipped)}), nor a directory, and the "
-            f"Hub did not give it ({type(error).__name__}: {reason[:120]}){hint}. Download "
-            f"https://huggingface.co/{name} (config.json, model.safetensors, tokenizer.json) and "
-            f"pass that directory."
-        ) from None
 
 
 def _sha256(files: list[Path]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from lorax import ops, tree, vocabulary
 from lorax.files import atomically, read_json, write_json
 from lorax.interop import hf
+from lorax.models import custom
 from lorax.models.base import Base
 from lorax.models.families import FAMILIES
 from lorax.vocabulary import Vocabulary
@@ -20,12 +21,17 @@ def save(directory: str | Path, base: Base, dtype=None) -> None:
 
     A base that was loaded from a directory keeps what is not ours: the other fields of its
     config.json, its `hf.SIDE` files, and the dtype that each weight has there. 4-bit weights are
-    decoded. dtype: of all weights, in place of the files'.
+    decoded. dtype: of all weights, in place of the files'. A base of the user's own: see
+    `custom.save`.
 
     Raises ValueError that names the tensor, before anything is written, for weights that are NaN or
     infinite, or that are too large for their dtype.
     """
     directory, flat = Path(directory), tree.flatten(base.params)
+    if custom.is_custom(base.name):
+        if dtype is not None:
+            flat = {path: leaf.astype(dtype) for path, leaf in flat.items()}
+        return custom.save(directory, base.replace(params=tree.unflatten(flat)))
     flat = {path: ops.dense(leaf, base.sites.get(path)) for path, leaf in flat.items()}
     dtypes = stored_dtypes(base) if dtype is None else dict.fromkeys(flat, jnp.dtype(dtype))
     sizes = collections.Counter()

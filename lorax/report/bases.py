@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 import lorax
+from lorax import outside
 
 Kernels = dict[str, np.ndarray]  # frozen (in, out) matrices by path ("h/0/attn/q")
 
@@ -16,6 +17,12 @@ def of_config(config: dict[str, Any]) -> tuple[Kernels | None, str]:
     name = config.get("config", {}).get("base")
     if not name:
         return None, "config.json names no base model"
+    own = outside.base_name(name)
+    if own is not None and not outside.is_known(own.function):
+        return (
+            None,
+            f"{name} is a function of yours, which a report runs where --base names it",
+        )
     try:
         return load(name), ""
     except Exception as error:  # whatever it is, the rest of the report stands without

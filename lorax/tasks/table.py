@@ -234,6 +234,11 @@ def check_base(config: Mapping[str, Any], base: Base, seq_len: int) -> None:
         raise ValueError(f"{what} reads images, and task {name!r} has texts: it needs another base")
     if kind.causal and not base.causal:
         raise ValueError(f"{what} is no causal model: {name}")
+    if config.get("packing") and not base.traits.packs:
+        raise ValueError(
+            f"task.packing: True given, but {what[6:]} takes no argument `segments`, which keeps "
+            "the texts of a row apart"
+        )
     most = base.positions or seq_len
     if seq_len > most:
         raise ValueError(f"train.seq_len: {seq_len} given, {base.name} has {most} positions")

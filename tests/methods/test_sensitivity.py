@@ -13,8 +13,7 @@ from support import require
 import lorax
 from lorax import ops, tree
 from lorax.methods import sensitivity, starts
-from lorax.models import gpt2
-from lorax.models.load import Base
+from lorax.models import Base, gpt2
 from lorax.tasks.kinds import ARRAYS, TEXTS
 
 PATHS = ("h/attn/q/kernel", "h/attn/o/kernel", "h/mlp/down/kernel")

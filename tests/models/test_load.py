@@ -99,7 +99,9 @@ def test_how_to_run_a_model_is_a_matter_of_load(directory):
 
 
 def test_a_shipped_name_is_a_folder_of_the_assets(directory, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("lorax.models.load"), "ASSETS", directory.parent)
+    monkeypatch.setattr(
+        importlib.import_module("lorax.models.directories"), "ASSETS", directory.parent
+    )
     assert lorax.load(directory.name).config == gpt2.Config(**CONFIG)
     with pytest.raises(FileNotFoundError, match=f"did you mean '{directory.name}'"):
         lorax.load(directory.name + "x")

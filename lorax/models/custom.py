@@ -1,0 +1,415 @@
+"""A base of the user's own: a Python function that returns a Linen module.
+
+    def tiny():
+        return Tiny(vocab_size=1024, width=64, depth=2)
+
+`load(tiny)`, `config.base = tiny` and `--config.base="FILE.py:tiny"` make a `Base` of it, with
+weights drawn from a seed ("FILE.py:tiny@3": from seed 3). A function that returns a `Model` says
+more: where weights come from, which tokenizer belongs to it, what its layers are called.
+"""
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from safetensors.numpy import save_file
+
+from lorax import intercept, ops, outside, tree, vocabulary
+from lorax.errors import nearest
+from lorax.files import atomically, write_json
+from lorax.interop import hf
+from lorax.interop.tensors import check_weight, read_safetensors
+from lorax.models.base import Base
+from lorax.models.directories import find
+from lorax.models.families import Traits
+from lorax.models.layers import Cache
+from lorax.vocabulary import Vocabulary
+
+#: In the config.json of weights that belong to a function's module.
+MODEL_TYPE = "lorax-function"
+#: Words that `Model.targets` may give a meaning to.
+WORDS = ("q", "k", "v", "o", "up", "gate", "down", "embed", "head")
+
+
+class Model(NamedTuple):
+    """What a user's function returns; a bare module is `Model(module)`.
+
+    module: Linen module, of tokens (B, T) int32 -> logits (B, T, V) or of arrays (B, ...) float32
+        -> scores (B, k). All that it has is in the collection "params".
+    inputs: an example, tokens (B, T) of integers or arrays (B, ...) of floats; None: one token.
+    vocabulary: directory with tokenizer.json (and config.json, for the ids that end a text), a
+        shipped model's name, or a `Vocabulary`; None: a model that can't read texts.
+    weights: function without arguments that returns the tree of params, or {path: array} with
+        paths like "blocks/mlp/up/kernel"; None: drawn from a seed by the module's initializers.
+    positions: the most tokens that it reads, None without a limit.
+    targets: {canonical word: last words of module names, or "re:" and a regex of parameter paths}:
+        {"q": "query", "up": "re:.*/ffn/in/kernel"}. Layers called q, k, v, o, up, gate, down need
+        none, and a layer's own name is always a target.
+    cached: whether the module has `hidden`, `logits`, `empty_cache` and `head` as `gpt2.GPT2` has:
+        then training never holds all logits, and writing text computes each token once.
+    """
+
+    module: nn.Module
+    inputs: object = None
+    vocabulary: str | Path | Vocabulary | None = None
+    weights: Callable[[], Mapping] | None = None
+    positions: int | None = None
+    targets: Mapping[str, str] = {}
+    cached: bool = False
+
+
+class Given(NamedTuple):
+    """A base of the user's own as it was asked for. seed: of drawn weights; file: that weights are
+    read from in place of the function's own reader, None for none; drawn: "random:" in front."""
+
+    name: str
+    function: Callable
+    model: Model
+    seed: int
+    file: Path | None
+    drawn: bool
+
+
+def is_custom(name) -> bool:
+    """Whether the name of a base, "FILE.py:function" or with "@" behind it, is a function's."""
+    return outside.base_name(name) is not None
+
+
+def takes_labels(name: str) -> bool:
+    """Whether the function makes a classifier of texts for as many `labels` as it is given."""
+    return "labels" in outside.takes(outside.resolve(outside.base_name(name).function, "base"))
+
+
+def save(directory: Path, base: Base) -> None:
+    """Write the weights of a base of the user's own: model.safetensors with the parameters by
+    their paths in the module, as they are stored in `base`, and a config.json that names the
+    function. `load` reads them as "FILE.py:function@directory"."""
+    flat = tree.flatten(base.params)
+    flat = {path: np.asarray(ops.dense(x, base.sites.get(path))) for path, x in flat.items()}
+    for path, x in flat.items():
+        check_weight(x, path, directory / hf.SINGLE, x.dtype)
+    atomically(directory / hf.SINGLE, lambda file: save_file(flat, file))
+    function = outside.base_name(base.name).function
+    write_json(directory / "config.json", {"model_type": MODEL_TYPE, "function": function})
+
+
+def load(name: str, dtype: str, param_dtype, run: Mapping) -> Base:
+    """As `models.load`, for "FILE.py:function"."""
+    given = _call(name, dtype, run)
+    base, init = _shapes(given, param_dtype, run)
+    if given.file is not None:
+        flat = _checked(base, lambda: read_safetensors(given.file)[0], given, param_dtype)
+    elif given.model.weights is not None and not given.drawn:
+        flat = _checked(base, given.model.weights, given, param_dtype)
+    else:
+        with outside.blame(given.function, f"base: {name}"):
+            flat = tree.flatten(jax.tree.map(lambda x: x.astype(param_dtype), jax.jit(init)()))
+    params = tree.unflatten({path: jnp.asarray(flat[path]) for path in tree.flatten(base.params)})
+    base = base.replace(params=params, vocabulary=_vocabulary(given, base), sha256=_sha256(params))
+    if base.causal:
+        _check_causal(base, given)
+    return base
+
+
+def skeleton(name: str, dtype: str, param_dtype, run: Mapping) -> Base:
+    """As `models.load.skeleton`, for "FILE.py:function": nothing is allocated or read."""
+    return _shapes(_call(name, dtype, run), param_dtype, run)[0]
+
+
+# --------------------------------------------------------------------------------- the function
+
+
+def _call(name: str, dtype: str, run: Mapping) -> Given:
+    """Call the function with those of dtype and run that it takes."""
+    place, (spelled, rest, random) = f"base: {name}", outside.base_name(name)
+    function = outside.resolve(spelled, "base")
+    seed, file = 0, None
+    if rest is not None and rest.isdecimal() and int(rest) < 2**31:
+        seed = int(rest)
+    elif rest is not None:
+        file = Path(rest) / hf.SINGLE if Path(rest).is_dir() else Path(rest)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{place}: {rest!r} given behind @, it must be a seed below 2**31, or a "
+                f".safetensors file or a directory with {hf.SINGLE}"
+            )
+    takes = outside.takes(function)
+    asked = {k: v for k, v in run.items() if k != "head"} | {"dtype": dtype}
+    usual = {"dtype": "float32", "remat": "none", "unroll": 0}
+    for field, value in asked.items():
+        if field not in takes and value != usual.get(field):
+            why = "the task's classes" if field == "labels" else f"{field}: {value!r} given"
+            raise ValueError(f"{place}: {why}, but the function takes no argument {field!r}")
+    model = outside.call(function, field=place, **{k: v for k, v in asked.items() if k in takes})
+    if isinstance(model, nn.Module):
+        model = Model(model)
+    elif isinstance(model, tuple) and not isinstance(model, Model) and len(model) == 2:
+        model = Model(*model)
+    if not isinstance(model, Model) or not isinstance(model.module, nn.Module):
+        raise ValueError(
+            f"{place}: returns {type(model).__name__}, expected a flax.linen.Module, a pair "
+            "(module, example of its input) or a lorax.models.Model"
+        )
+    return Given(name, function, model, seed, file, random)
+
+
+def _shapes(given: Given, param_dtype, run: Mapping):
+    """(`Base` whose params are shapes, init() -> float32 params)."""
+    model, place = given.model, f"base: {given.name}"
+    example = jnp.zeros((1, 1), jnp.int32) if model.inputs is None else jnp.asarray(model.inputs)
+    tokens = jnp.issubdtype(example.dtype, jnp.integer)
+    if (tokens and example.ndim != 2) or (not tokens and example.ndim < 2):
+        raise ValueError(
+            f"{place}: inputs of shape {example.shape} {example.dtype} given, must be tokens "
+            "(B, T) of integers or arrays (B, ...) of floats"
+        )
+    zeros = lambda: jnp.zeros(example.shape, jnp.int32 if tokens else jnp.float32)
+    inputs, labels = jax.eval_shape(zeros), run.get("labels")
+    more = (zeros(), zeros()) if labels else ()  # segments, types
+    init = lambda: _only_params(model.module.init(jax.random.key(given.seed), zeros(), *more))
+    with outside.blame(given.function, place):
+        shapes = jax.eval_shape(init)
+        out = jax.eval_shape(lambda p: model.module.apply({"params": p}, zeros(), *more), shapes)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype), shapes)
+    causal = bool(tokens) and not labels
+    _check_output(place, out, inputs, causal)
+    module = model.module
+    if causal and not model.cached:
+        module = Plain(module, "segments" in outside.takes(type(module).__call__))
+    with outside.blame(given.function, place):
+        sites = intercept.sites(model.module, params, inputs, *more)
+        stacks = _stacks(model.module, params, inputs, *more)
+    traits = Traits(
+        causal=causal,
+        input_shape=None if tokens else example.shape[1:],
+        outputs=None if causal else out.shape[-1],
+        positions=model.positions,
+        head=model.module.head if causal and model.cached else (),
+        packs=model.cached or module.packs if causal else False,
+        sources={path: _source(path, sites.get(path), *stacks[path]) for path in stacks},
+    )
+    sites = _with_words(sites, model.targets, place)
+    family = f"module {type(model.module).__name__}"
+    base = Base(module, params, None, None, sites, family, given.name, "", traits=traits)
+    return base, init
+
+
+def _only_params(variables: Mapping) -> dict:
+    others = [name for name in variables if name != "params"]
+    if others:
+        raise ValueError(f"the module has the collection {others[0]!r}; only 'params' is supported")
+    return variables.get("params", {})
+
+
+def _check_output(place: str, out, inputs, causal: bool) -> None:
+    right = "one array of floats"
+    fits = isinstance(out, jax.ShapeDtypeStruct) and jnp.issubdtype(out.dtype, jnp.floating)
+    if fits and causal:
+        fits, right = out.ndim == 3 and out.shape[:2] == inputs.shape, "logits (B, T, V)"
+    elif fits:
+        fits, right = out.ndim == 2 and len(out) == len(inputs), "scores (B, k)"
+    if not fits:
+        given = getattr(out, "shape", type(out).__name__)
+        raise ValueError(
+            f"{place}: the module gives {given} for inputs {inputs.shape} {inputs.dtype}, expected "
+            f"{right}"
+        )
+
+
+def _with_words(sites: Mapping, targets: Mapping[str, str], place: str) -> dict:
+    """Sites that know by which canonical word they are meant."""
+    sites = dict(sites)
+    for word, meaning in targets.items():
+        if word not in WORDS:
+            raise ValueError(
+                f"{place}: targets: {word!r} is not one of {', '.join(WORDS)}{nearest(word, WORDS)}"
+            )
+        regex = meaning.removeprefix("re:")
+        if not meaning.startswith("re:"):
+            regex = rf"(.*/)?{re.escape(meaning)}/(kernel|embedding)"
+        hits = [path for path in sites if re.fullmatch(regex, path)]
+        if not hits:
+            raise ValueError(
+                f"{place}: targets: {word!r}: {meaning!r} matches none of {', '.join(sites)}"
+            )
+        sites |= {path: sites[path]._replace(word=word) for path in hits}
+    return sites
+
+
+# --------------------------------------------------------------------------------------- weights
+
+
+def _checked(base: Base, read: Callable, given: Given, param_dtype) -> dict:
+    """{path: array in param_dtype} of what a reader returns, every parameter and no other."""
+    place = f"base: {given.name}: weights"
+    with outside.blame(given.function, place):
+        found = read()
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{place}: {type(found).__name__} given, expected {{path: array}}")
+    found = {"/".join(path): x for path, x in _leaves(found)}
+    if found and all(path.startswith("params/") for path in found):
+        found = {path.removeprefix("params/"): x for path, x in found.items()}
+    wanted = {path: leaf.shape for path, leaf in tree.flatten(base.params).items()}
+    for path in (*wanted, *found):
+        if path not in found:
+            raise ValueError(f"{place}: no {path!r}, which the module has{nearest(path, found)}")
+        if path not in wanted:
+            raise ValueError(f"{place}: the module has no {path!r}{nearest(path, wanted)}")
+        if np.shape(found[path]) != wanted[path]:
+            raise ValueError(
+                f"{place}: {path} has shape {np.shape(found[path])}, the module's is {wanted[path]}"
+            )
+        check_weight(np.asarray(found[path]), path, place, param_dtype)
+    return {path: jnp.asarray(x).astype(param_dtype) for path, x in found.items()}
+
+
+def _leaves(found: Mapping, prefix: tuple = ()):
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*prefix, name))
+        else:
+            yield (*prefix, name), value
+
+
+def _vocabulary(given: Given, base: Base) -> Vocabulary | None:
+    """The vocabulary that a model names, with as many ids as the model has logits."""
+    asked = given.model.vocabulary
+    if asked is None or isinstance(asked, Vocabulary):
+        return asked
+    directory = find(str(asked), False)
+    found = vocabulary.read(directory, _outputs(base))
+    if found is None:
+        raise FileNotFoundError(f"base: {given.name}: vocabulary: no tokenizer.json in {directory}")
+    return found
+
+
+def _outputs(base: Base) -> int:
+    example = jax.eval_shape(base.traits.example)
+    out = jax.eval_shape(lambda p, x: base.module.apply({"params": p}, x), base.params, example)
+    return out.shape[-1]
+
+
+def _sha256(params: dict) -> str:
+    """Of the weights' paths, shapes and numbers."""
+    digest = hashlib.sha256()
+    for path, leaf in tree.flatten(params).items():
+        digest.update(f"{path} {leaf.shape} {leaf.dtype}".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _check_causal(base: Base, given: Given) -> None:
+    """Raises ValueError where a token changes the logits of those before it."""
+    length = min(8, base.positions or 8)
+    first = jnp.zeros((1, length), jnp.int32)
+    with outside.blame(given.function, f"base: {given.name}"):
+        logits = lambda tokens: np.asarray(base.module.apply({"params": base.params}, tokens))
+        before, after = logits(first), logits(first.at[0, -1].set(1))
+    scale = np.abs(before).max() + 1e-6
+    if np.abs(before - after)[:, :-1].max(initial=0) > 1e-3 * scale:
+        raise ValueError(
+            f"base: {given.name}: the last token changes the logits of tokens before it; a "
+            "language model needs a causal mask"
+        )
+
+
+# ----------------------------------------------------------------------------- names of tensors
+
+
+def _stacks(module: nn.Module, params: dict, *inputs) -> dict[str, tuple[int, int]]:
+    """{parameter path: (number of leading layer axes, words of the path in front of a layer's
+    number)}, found by tracing one call: inside `nn.scan` a parameter has fewer axes."""
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(params).items()}
+    stacks = dict.fromkeys(shapes, (0, 0))
+
+    def record(next_fun, args, kwargs, context):
+        own = context.module
+        inside = own.variables.get("params", {}) if own.scope is not None else {}
+        for path, leaf in tree.flatten(dict(inside)).items():
+            whole = "/".join((*own.path, path))
+            fewer = len(shapes[whole]) - len(leaf.shape)
+            if fewer > stacks[whole][0]:
+                stacks[whole] = fewer, len(own.path)
+        return next_fun(*args, **kwargs)
+
+    def trace(params, *inputs):
+        with nn.intercept_methods(record):
+            return module.apply({"params": params}, *inputs)
+
+    jax.eval_shape(trace, params, *inputs)
+    return stacks
+
+
+def _source(path: str, site, axes: int, depth: int) -> hf.Source:
+    """The tensor of a torch module whose layers have the same names: "blocks/mlp/up/kernel" of a
+    stack is "blocks.{}.mlp.up.weight", and "block_3/mlp/up/kernel" "block.3.mlp.up.weight"."""
+    words = path.split("/")
+    if axes > 1:
+        raise ValueError(f"{path}: nn.scan or nn.vmap inside another is not supported")
+    if axes:
+        words.insert(depth, "{}")
+    else:
+        above = "/".join(words[:-2])
+        words = (
+            [*re.sub(r"_(\d+)(?=/|$)", r"/\1", above).split("/"), *words[-2:]] if above else words
+        )
+    layer = "/".join(words)
+    order = None
+    if site is not None and site.kind != "embed":  # torch has the outputs first
+        *window, channels = site.ins if site.kind == "conv" else (*site.ins[1:], site.ins[0])
+        theirs = (*site.outs, channels, *window)
+        order = tuple(int(i) for i in np.argsort(theirs))
+    last = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+    words[-1] = last.get(words[-1], words[-1])
+    return hf.Source(".".join(words), order, layer=layer)
+
+
+class Plain(nn.Module):
+    """A causal module of the user's own behind the calls of lorax's language models: its logits
+    stand for the hidden states, and its cache is the text, which is read anew for every token."""
+
+    model: nn.Module
+    packs: bool
+    head: ClassVar[tuple[str, ...]] = ()
+
+    def setup(self):
+        nn.share_scope(self, self.model)
+
+    def __call__(self, tokens, segments=None):
+        return self.hidden(tokens, segments)
+
+    def hidden(self, tokens, segments=None, cache: Cache | None = None):
+        """Logits (B, T, V) float32; with a cache, the pair (logits, cache with these tokens)."""
+        if cache is None:
+            more = (segments,) if self.packs and segments is not None else ()
+            return self.model(tokens, *more).astype(jnp.float32)
+        at, t = cache.length, tokens.shape[1]
+        write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(0, at))
+        text = write(cache.k[0, :, :, 0, 0], tokens)
+        new = jnp.ones(tokens.shape, bool) if segments is None else segments > 0
+        real = write(cache.real, new)
+        # Padding goes behind the text, where no causal model sees it.
+        order = jnp.argsort(~real, axis=1, stable=True)
+        logits = self.model(jnp.take_along_axis(text, order, axis=1)).astype(jnp.float32)
+        column = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+        column = jax.lax.dynamic_slice_in_dim(column, at, t, axis=1)
+        logits = jnp.take_along_axis(logits, column[..., None], axis=1)
+        k = text[None, :, :, None, None]
+        return logits, Cache(k, k, real, at + t)
+
+    def logits(self, hidden):
+        """The same."""
+        return hidden
+
+    @nn.nowrap
+    def empty_cache(self, batch: int, room: int) -> Cache:
+        """A cache of `room` columns with nothing in it."""
+        k = jnp.zeros((1, batch, room, 1, 1), jnp.int32)
+        return Cache(k, k, jnp.zeros((batch, room), bool), jnp.int32(0))

@@ -1,0 +1,41 @@
+"""Where the files of a model are: a shipped directory, the user's own, or the Hub's cache."""
+
+from pathlib import Path
+
+from lorax import vocabulary
+from lorax.errors import nearest
+from lorax.interop import hf
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+def find(name: str, weights: bool = True) -> Path:
+    """The directory of a shipped model, a local path or a Hub id (fetched or from its cache)."""
+    shipped = sorted(p.name for p in ASSETS.iterdir() if (p / "config.json").exists())
+    if name in shipped:
+        return ASSETS / name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise FileNotFoundError(f"base: {path} is a directory without config.json")
+        return path
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise FileNotFoundError(f"base: no directory {name}")
+    return _from_hub(name, weights, shipped)
+
+
+def _from_hub(name: str, weights: bool, shipped: list[str]) -> Path:
+    from huggingface_hub import snapshot_download  # a second that local models need not wait
+
+    files = [*vocabulary.FILES, *hf.SIDE] + ["*.safetensors*"] * weights
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # the Hub's own, the network's and the cache's: all mean "not here"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = nearest(name, shipped)
+        raise FileNotFoundError(
+            f"base: {name!r} is neither shipped ({', '.join(shipped)}), nor a directory, and the "
+            f"Hub did not give it ({type(error).__name__}: {reason[:120]}){hint}. Download "
+            f"https://huggingface.co/{name} (config.json, model.safetensors, tokenizer.json) and "
+            f"pass that directory."
+        ) from None
