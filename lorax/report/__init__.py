@@ -1,4 +1,4 @@
-"""What a run has learned, as one page to look at: python -m lorax.report RUN [RUN...]"""
+"""The report: one page on runs or adapters. python -m lorax.report RUN [RUN...]"""
 
 from lorax import outside
 from lorax.callable import make_callable

@@ -1,14 +1,13 @@
-"""What runs or adapters have learned, as one page to look at.
+"""Write a report: one page on runs or adapters.
 
     python -m lorax.report RUN                its own report, in the run directory
     python -m lorax.report RUN RUN...         a page that compares them
     python -m lorax.report ADAPTER            a PEFT adapter from anywhere, or a run's in any format
     python -m lorax.report ADAPTER ADAPTER    two of them, and what they have in common
 
-Writes report.html, a single file that opens from disk; analysis/*.csv and *.npz, every number
-shown; figures/ with each figure as PNG, PDF and the CSV that it draws. It reads nothing but the
-directories named, and the base model where it can be loaded; so a report can be redrawn at any
-time.
+Writes report.html, a single file that opens from disk; all numbers shown, in analysis/*.csv and
+*.npz; and each figure in figures/ as PNG and PDF, and the plotted numbers as CSV. It only reads the
+directories named, and the base model if it is available, so a report can be redrawn at any time.
 """
 
 import argparse
@@ -28,17 +27,19 @@ RUN, ADAPTER = "a run", "an adapter"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Exit code 0; 1 for a failure under way, of a section too; 2 for a mistake
-    in the input."""
+    """The command line. Exit code 0; 1 if a section or the report failed; 2 for a mistake in the
+    input."""
     parser = argparse.ArgumentParser(prog="python -m lorax.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("what", nargs="+", help="run directories, or one adapter or two")
     parser.add_argument(
         "--base",
         help="the model that an adapter (or a run) belongs to: a shipped one, a directory, a Hub "
-        "id; by default the one that it names",
+        "id (default: the one that it names)",
     )
-    parser.add_argument("--out", help="where the page goes (runs/compare-..., runs/adapter-...)")
+    parser.add_argument(
+        "--out", help="directory of the page (default: runs/compare-..., runs/adapter-...)"
+    )
     parser.add_argument(
         "--alpha", type=float, help="lora_alpha of a loralib checkpoint, which does not hold it"
     )
@@ -46,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--layers",
         type=int,
         metavar="N",
-        help="how many of the base's layers the updates are set against, evenly spread (all); each "
-        "of their matrices is decomposed once, which takes long where they are wide",
+        help="how many of the base's layers the updates are compared with, evenly spaced (default: "
+        "all); each of their matrices is decomposed once, which takes a while if they are wide",
     )
     parser.add_argument(
         "--also",
@@ -86,7 +87,7 @@ def write(
     layers: int | None = None,
     also: Sequence[str] = (),
 ) -> pathlib.Path:
-    """The report of what is named; the path of its page. The arguments are the command line's.
+    """Write the report of what is named; the path of its page. Arguments: the command line's.
 
     Raises FileNotFoundError or ValueError that names what was given and what would be right.
     """

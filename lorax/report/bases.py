@@ -1,5 +1,5 @@
-"""The base model's kernels, for what compares an update with them. The rest of the report needs no
-model code and no JAX."""
+"""The base model's kernels, which updates are compared with. The rest of the report needs no model
+code and no JAX."""
 
 import pathlib
 from typing import Any

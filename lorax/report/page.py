@@ -1,14 +1,14 @@
 """One self-contained page of HTML: its tables, figures and sections, and how it is saved.
 
 A report directory holds report.html, figures/NAME.png, NAME.pdf and NAME.csv (the very numbers that
-the figure draws) and analysis/ (all numbers: .csv tables, .npz arrays); .report.json lists what the
-page wrote. The page has its images in
-itself; only the links below a figure lead to the files beside it.
+the figure draws) and analysis/ (all numbers: .csv tables, .npz arrays). .report.json lists what the
+page wrote. The page holds its images itself; only the links below a figure lead to files.
 """
 
 import base64
 import html
 import io
+import itertools
 import json
 import pathlib
 import re
@@ -16,7 +16,7 @@ import shlex
 import string
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -35,7 +35,7 @@ from lorax.files import read_json, write_bytes, write_json
 
 TEMPLATE = pathlib.Path(__file__).with_name("page.html.tmpl")
 DPI = 150  # of the images
-CONSOLE = console(stderr=True)  # where a person sees how far the drawing is
+CONSOLE = console(stderr=True)  # shows progress on a terminal
 MANIFEST = ".report.json"  # lists what a page wrote
 PER_INCH = 100  # CSS pixels for an inch of a figure: its 9 points read as 12.5 pixels
 
@@ -48,7 +48,7 @@ class Picture(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of a page, with all that it brings along."""
+    """A part of a page, with its figures and files."""
 
     title: str
     content: str  # HTML; a figure in it stands as src="NAME" until the page is put together
@@ -74,12 +74,12 @@ def save(
 ) -> pathlib.Path:
     """Draw all figures, then write them, the numbers and the page; the path of report.html.
 
-    What an earlier page wrote here and this one does not is removed: no figure of another page lies
-    beside this one. What is not a page's (a run's own files, a person's) stays.
+    Files that an earlier page wrote here and this one doesn't write are removed. All other files
+    (the run's, a person's) stay.
 
-    A section or figure that failed is a line in its place, which says how to draw the page again
-    (`command`), and a warning (`SectionFailed`); errors.txt has where it failed. All else is
-    written.
+    If a section or figure fails, the page has a line in its place with the command that redraws the
+    page (`command`), a warning (`SectionFailed`) is given, and errors.txt gets the traceback. All
+    else is written.
     """
     failed = {section.title: section.error for section in sections if section.error is not None}
     files: dict[str, bytes] = {}
@@ -92,7 +92,7 @@ def save(
             images[name] = png(picture.figure)
             files[f"{rundir.FIGURES}/{name}.pdf"] = pdf(picture.figure)
             files[f"{rundir.FIGURES}/{name}.png"] = images[name]
-        except Exception as error:  # whatever a figure does not take, the rest stands
+        except Exception as error:  # the other figures are drawn
             failed[f"{of}, figure {name}"] = images[name] = error
     for section in sections:
         files |= {
@@ -114,11 +114,11 @@ def save(
 
 
 class SectionFailed(UserWarning):
-    """A section or a figure of a page could not be made; the others were."""
+    """A section or a figure of a page failed; the others were made."""
 
 
 def attempt(title: str, make: Callable[..., Section | list[Section]], *given) -> list[Section]:
-    """The sections that `make(*given)` makes; where it fails, one of this title with the error."""
+    """The sections that `make(*given)` returns; if it fails, one of this title with the error."""
     try:
         made = make(*given)
     except Exception as error:  # a page shows what it can
@@ -143,7 +143,7 @@ def _written(directory: pathlib.Path) -> set[str]:
     """The files that an earlier page wrote here."""
     file = directory / MANIFEST
     listed = read_json(file).get("files", []) if file.exists() else []
-    # A directory may come from elsewhere: nothing but a page's files can be meant.
+    # The directory may come from elsewhere: only names that a page writes are removed.
     folders = f"{rundir.FIGURES}|{rundir.ANALYSIS}"
     return {name for name in listed if re.fullmatch(rf"({folders})/[^/\0]+", str(name))}
 
@@ -153,7 +153,7 @@ def _write_manifest(directory: pathlib.Path, names: set[str]) -> None:
 
 
 def progress(steps: Iterable, doing: str, total: int) -> Iterable:
-    """The steps, with a bar of the time left on a terminal."""
+    """The steps, with a progress bar on a terminal."""
     if not CONSOLE.is_terminal:
         return steps
     return track(steps, doing, total, console=CONSOLE, transient=True)
@@ -181,7 +181,7 @@ def csv(table: pd.DataFrame) -> bytes:
 
 
 def lay_out(figure: Figure) -> None:
-    """Find where everything goes, once: drawing would find the same, every time."""
+    """Compute the layout once; each drawing would compute it again."""
     figure.set_dpi(DPI)
     figure.get_layout_engine().execute(figure)
     figure.set_layout_engine("none")
@@ -211,10 +211,10 @@ def put_together(
     command: str,
 ) -> str:
     """The page's HTML. images: PNG by the name that stands in a section's src, or why there is
-    none. command: what draws the page again, said where something failed."""
+    none. command: redraws the page; shown where something failed."""
     lost = lambda what, error: (
         f'<p class="note">{what} could not be made: {escape(reason(error))}. {rundir.ERRORS}, '
-        "beside this page, has where it failed. To draw the page again: "
+        "beside this page, has the traceback. To redraw the page: "
         f"<code>{escape(command)}</code></p>"
     )
     sections = [
@@ -247,13 +247,19 @@ def put_together(
         lead=escape(lead),
         contents=contents,
         sections=body,
-        footer="Written by lorax.report. analysis/ has all numbers; figures/ has each figure as "
-        "PNG and PDF, with the numbers that it draws as CSV.",
+        footer="Written by lorax.report. All numbers are in analysis/. figures/ has each figure as "
+        "PNG and PDF, and the plotted numbers as CSV.",
     )
 
 
 def slug(title: str) -> str:
     return re.sub(r"\W+", "-", title.lower()).strip("-")
+
+
+def unused(name: str, taken: Container[str]) -> str:
+    """The name, or name_2, name_3... if it is taken: runs "a/b" and "a_b" have one file name."""
+    others = (f"{name}_{n}" for n in itertools.count(2))
+    return name if name not in taken else next(other for other in others if other not in taken)
 
 
 # ------------------------------------------------------------------------------- parts of a section
@@ -266,9 +272,9 @@ def table(
     sortable: bool = False,
     classes: Sequence[str] | None = None,
 ) -> str:
-    """A table; numbers stand to the right. sortable: with headings to press.
+    """A table; numbers are aligned right. sortable: a press on a heading sorts.
 
-    rows: their values; `Fixed` sets the digits, what is missing (None, NaN) reads "–".
+    rows: their values; `Fixed` sets the digits, a missing value (None, NaN) reads "–".
     """
     rows = [list(row) for row in rows]
     numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(header))]
@@ -297,8 +303,8 @@ def table(
 
 
 def figure(name: str, caption: str, alt: str, folded: str = "") -> str:
-    """A figure with links to its files. alt: what one would see. folded: the words to unfold it
-    by, where it is not there at once; print has it in any case."""
+    """A figure with links to its files. alt: what it shows, in words. folded: the line that unfolds
+    it, if it is folded; print always has it."""
     files = ", ".join(
         f'<a href="figures/{name}.{suffix}">{suffix.upper()}</a>'
         for suffix in ("png", "pdf", "csv")
@@ -312,7 +318,7 @@ def figure(name: str, caption: str, alt: str, folded: str = "") -> str:
 
 
 def fold(summary: str, content: str) -> str:
-    """HTML behind a line to press."""
+    """HTML that a press on the summary unfolds."""
     return f"<details><summary>{escape(summary)}</summary>{content}</details>"
 
 
@@ -334,7 +340,7 @@ def listing(items: Iterable[str]) -> str:
 
 
 def facts(pairs: dict[str, Any], code: Iterable[str] = ()) -> str:
-    """Names and values, those that there are. code: names whose values are set as code."""
+    """Names and values; empty values are left out. code: names whose values are set as code."""
     rows = []
     for name, value in pairs.items():
         if value in (None, "", {}):

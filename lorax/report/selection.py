@@ -1,4 +1,4 @@
-"""What a figure or table shows of all there is: which members, layers and targets."""
+"""Which members, layers and targets a figure or table shows, and how it says so."""
 
 from collections.abc import Mapping, Sequence
 
@@ -21,7 +21,7 @@ def label(rows: pd.DataFrame, shown: pd.DataFrame, main: str) -> pd.DataFrame:
 
 
 def shown_of(some: Sequence, every: Sequence, what: str = "") -> str:
-    """What a figure shows of what there is: "layers 0, 4, 11 (3 of 12)"."""
+    """The values that a figure shows, of all: "layers 0, 4, 11 (3 of 12)"."""
     named = ", ".join("none" if what == "layers" and x == -1 else str(x) for x in some)
     return f"{what} {named} ({len(some)} of {len(every)})".strip()
 
@@ -33,7 +33,7 @@ def drawn_of(
     all_targets: Sequence[str],
     where: str = "the tables have all",
 ) -> str:
-    """The end of a caption of a figure that leaves layers or targets out; "" where it has all."""
+    """The end of the caption of a figure that leaves out layers or targets; "" if it has all."""
     said = []
     if len(layers) < len(all_layers):
         said.append(shown_of(layers, all_layers, "layers"))
@@ -43,7 +43,7 @@ def drawn_of(
 
 
 def unchanged(ranks: pd.DataFrame) -> str:
-    """Which members' matrices have no update at all, in a sentence; "" where each has one.
+    """Which members' matrices have no update, in a sentence; "" if all have one.
 
     ranks: a row a member and matrix, with norm = ||dW||_F.
     """
@@ -59,7 +59,7 @@ def unchanged(ranks: pd.DataFrame) -> str:
 
 
 def unmeasured(missing: Mapping[tuple, str], count: int) -> str:
-    """Which of so many matrices a statistic has no number for, in a sentence.
+    """For how many of `count` matrices a statistic has no number, and why, in a sentence.
 
     missing: {(member, path): why}.
     """
@@ -76,8 +76,7 @@ def unmeasured(missing: Mapping[tuple, str], count: int) -> str:
 
 
 def spread(values: Sequence, most: int) -> list:
-    """At most so many of them, evenly spread, the first and the last among them; of one the middle
-    one."""
+    """At most that many of the values, evenly spaced and with both ends; for 1 the middle one."""
     if len(values) <= most:
         return list(values)
     if most == 1:

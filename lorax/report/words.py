@@ -1,4 +1,4 @@
-"""How the report says settings, axes and amounts."""
+"""Settings, axes and amounts in words."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def cell(name: str, value: Any) -> Any:
 
 
 def listed(column: pd.Series) -> str:
-    """The different values of a column of members, in order."""
+    """The distinct values of a column of members, in order."""
     values = (cell(column.name, value) for value in column)
     return ", ".join(dict.fromkeys(show(value) for value in values if not is_missing(value)))
 

@@ -1,6 +1,8 @@
 """Train groups of members: a chunk after the other, with checkpoints, metrics and exports."""
 
+import csv
 import functools
+import io
 import json
 import shutil
 import time
@@ -40,8 +42,11 @@ def write_rankings(workdir: Path, groups: list[Group]) -> None:
         for row in rows
     ]
     if lines:
-        text = [",".join(lines[0]), *(",".join(map(str, line.values())) for line in lines)]
-        write_bytes(rundir.table(workdir, "sensitivity"), ("\n".join(text) + "\n").encode())
+        text = io.StringIO()
+        writer = csv.DictWriter(text, lines[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        write_bytes(rundir.table(workdir, "sensitivity"), text.getvalue().encode())
 
 
 def train(

@@ -1,14 +1,19 @@
 """A run directory as tables: what is read, what is refused, and the one-standard-error rule."""
 
 import json
+import shutil
+import types
 
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import save_file
 from synthetic import BASE_LOSS, make_run, planted_factors
 
 from lorax.analysis import runs, tables
+from lorax.interop.peft import Factors
 from lorax.report import words
+from lorax.train import loop
 
 
 def read(run):
@@ -73,6 +78,43 @@ def test_missing_adapter_is_named(tmp_path):
         run.adapter(0)
     found, missing = tables.updates(run, [0, 1])
     assert not found and set(missing) == {0, 1}
+
+
+def test_a_path_with_a_comma_is_one_cell_of_a_ranking(tmp_path):
+    ranking = [{"path": "blocks,0/q", "rank": 2, "score": 0.5}]
+    (tmp_path / "analysis").mkdir()
+    loop.write_rankings(tmp_path, [types.SimpleNamespace(rankings={3: ranking})])
+    table = pd.read_csv(tmp_path / "analysis" / "sensitivity.csv")
+    assert table.to_dict("records") == [{"member": 3} | ranking[0]]
+
+
+def test_a_run_is_shown_by_what_came_of_it(tmp_path):
+    run = runs.load(make_run(tmp_path / "run", ranks=(1, 2)))
+    best = runs.summary(run)["final_loss"].idxmin()
+    shown = repr(run)
+    assert (
+        shown.startswith("<Run run: finished, 4 members (lora), best rank=2,") and len(shown) < 99
+    )
+    assert run.members["name"][best] in shown
+    early = make_run(tmp_path / "early", ranks=(1,), adapters=False)
+    (early / "metrics.jsonl").write_text("")
+    (early / "status.json").write_text("{}")
+    assert repr(runs.load(early)) == "<Run early: state unknown, 2 members (lora)>"
+
+
+def test_an_update_is_given_whatever_the_method(tmp_path):
+    run = runs.load(make_run(tmp_path / "run", ranks=(2,)))
+    factors = run.update(0)
+    assert all(isinstance(update, Factors) for update in factors.values())
+    folder = run.directory / "adapters" / "1"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    dense = {path: f.s * f.a @ f.b for path, f in factors.items()}
+    save_file(dense, folder / "delta.safetensors")
+    np.testing.assert_array_equal(run.update(1)["h/0/attn/q"], dense["h/0/attn/q"])
+    updates, missing = tables.updates(run, [1, 0])
+    assert list(updates) == [0, 1] and not missing  # those with factors first
+    assert tables.has_factors(updates[0]) and not tables.has_factors(updates[1])
 
 
 def test_a_damaged_update_is_named(tmp_path):

@@ -57,7 +57,7 @@ def test_a_section_that_fails_is_an_error_in_its_place(name, tmp_path, undrawn, 
     assert not seen.open and title in seen.headings
     section = text.split(f'id="{page.slug(title)}">')[1].split("</section>")[0]
     assert "This section could not be made: KeyError: &#x27;planted [fault] &lt;b&gt;" in section
-    assert f"To draw the page again: <code>python -m lorax.report {directory}</code>" in section
+    assert f"To redraw the page: <code>python -m lorax.report {directory}</code>" in section
     assert text.count("could not be made") == 1
     # The titles of parts of it, and of what comes of the same work.
     lost = {"Against the base": 4, "Subspace similarity": 3, "Updates": 9}.get(title, 0)

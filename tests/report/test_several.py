@@ -32,7 +32,7 @@ def test_everything_is_on_the_page(written, directories):
     directory, text = written
     page = Page(text)
     assert not page.open and page.headings[0] == "one, two, search"
-    titles = ["Runs", "What they differ in", "Curves", "Methods", "Intrinsic dimension", "Members"]
+    titles = ["Runs", "Differences", "Curves", "Methods", "Intrinsic dimension", "Members"]
     assert page.headings[1:] == [*titles, "Subspace similarity", "Method notes"]
     rows = {row["run"]: row for row in page.table("run", "best setting", "state")}
     assert rows["one"]["best setting"] == "r = 4" and rows["one"]["final eval loss"] == "1.2000"
@@ -46,7 +46,7 @@ def test_everything_is_on_the_page(written, directories):
     assert len(members) == sum(map(count, directories))
     stored = pd.read_csv(directory / "analysis" / "members.csv")
     assert stored["run"].value_counts().to_dict() == {d.name: count(d) for d in directories}
-    assert "of different tasks or bases" in text and "d90 = " in text
+    assert "have different tasks or bases" in text and "d90 = " in text
     # Nothing was written into the runs.
     assert not (directories[0] / "report.html").exists()
 
@@ -90,6 +90,17 @@ def test_nothing_in_common_is_said(tmp_path, undrawn):
     assert "two seeds of a: not available, its best setting has one member with an" in text
     assert "b: " in text and "no such file" in text
     assert "Curves" not in Page(text).headings  # one value on every axis
+
+
+def test_names_that_give_one_file_name_are_told_apart(tmp_path, undrawn):
+    runs = [tmp_path / "a_b" / "c", tmp_path / "a" / "b_c", tmp_path / "d" / "c"]
+    for directory in runs:
+        make_run(directory, ranks=(2,))
+    assert several_runs.names(runs)[:2] == ["a_b/c", "a/b_c"]
+    several_runs.write(runs, tmp_path / "out")
+    table = pd.read_csv(tmp_path / "out" / "analysis" / "similarity.csv")
+    assert table["comparison"].nunique() == 6  # three runs with each other, and with themselves
+    assert set(table.groupby("comparison")["path"].nunique()) == {6}
 
 
 def test_names_tell_runs_apart(tmp_path):
@@ -139,7 +150,7 @@ def test_losses_of_unlike_runs_are_not_compared_in_silence(tmp_path, undrawn):
     one, two = (make_run(tmp_path / name, ranks=(1,), adapters=False) for name in ("one", "two"))
     text = several_runs.write([one, two], tmp_path / "out").read_text()
     assert "The runs differ in" not in text and "is ahead where" not in text
-    assert "Bars that end apart are no proof" in text
+    assert "Bars that don&#x27;t overlap prove nothing" in text
     config = json.loads((two / "config.json").read_text())
     config["config"] |= {"eval": {"examples": 64}, "train": {"batch_size": 4}}
     config["config"]["task"] |= {"path": "other.txt"}
@@ -150,7 +161,7 @@ def test_losses_of_unlike_runs_are_not_compared_in_silence(tmp_path, undrawn):
     for said in (
         "The runs differ in eval.examples (one: –; two: 64), so their losses may be measured on",
         "The runs differ in task.path (one: –; two: &quot;other.txt&quot;), so",
-        "The runs differ in train.batch_size (one: –; two: 4): a lower loss may be owed to more",
+        "The runs differ in train.batch_size (one: –; two: 4): a lower loss may be due to more",
         "The runs differ in steps (one: 100; two: 200): a lower loss",
     ):
         assert said in text, said

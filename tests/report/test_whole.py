@@ -149,7 +149,8 @@ def test_long_work_is_announced_with_a_way_out(monkeypatch):
     wide = {f"h/{n}/attn/q": np.broadcast_to(np.float32(0), (4096, 4096)) for n in range(32)}
     base_weights._announce(list(wide), wide, 4)
     assert re.search(
-        r"32 matrices of the base.*4 members, about \d+ min.*--layers=N", said.getvalue()
+        r"32 matrices of the base.*4 members, which takes about \d+ min.*--layers=N",
+        said.getvalue(),
     )
     base_weights._announce(["h/0/attn/q"], kernels(), 4)
     assert said.getvalue().count("matrices") == 1
@@ -217,7 +218,7 @@ def test_updates_without_factors_have_their_own_reasons_and_phi(tmp_path, undraw
     assert "the sweep has one rank" not in text and "there is one seed" not in text
     assert "from the factors" not in text and "Between seeds" not in text
     assert "Between ranks: not available, full has no rank." in text
-    assert "Not computed for 2 of 2 members: U and V are as many directions as the adapter" in text
+    assert "Not computed for 2 of 2 members: U and V have as many directions as the adapter" in text
     path = "h/1/attn/v"
     with np.load(tmp_path / "run" / "analysis" / "similarity.npz") as stored:
         phi = stored[f"between_seeds/{path}/dW in"]
@@ -255,7 +256,7 @@ def test_no_update_is_said_and_is_no_number(tmp_path, undrawn):
     with pytest.warns(UserWarning, match="No update: ΔW = 0 in all 4 matrices"):
         text = adapters.write([tmp_path / "none"], out=tmp_path / "out").read_text()
     assert "none: No update: ΔW = 0 in all 4 matrices." in text
-    assert "0/0: no number" in text
+    assert "0/0 and enters no mean" in text
     rows = Page(text).table("amplification", "target", "layer")
     assert rows and {row["amplification"] for row in rows} == {"–"}
     stored = pd.read_csv(tmp_path / "out" / "analysis" / "amplification.csv")

@@ -1,5 +1,5 @@
-"""The report of an adapter from anywhere, or of two: PEFT's directories, loralib's checkpoints, and
-the dense updates that lorax leaves of any other method."""
+"""The report of one adapter or two, from anywhere: PEFT's directories, loralib's checkpoints, and
+the dense updates that lorax writes for any other method."""
 
 import pathlib
 import re
@@ -22,7 +22,7 @@ from lorax.report.page import Picture, Section
 from lorax.report.pages import several_runs
 from lorax.report.sections import base_weights, shared_directions, spectra, user_statistics
 
-LEAD = "A low-rank update taken apart: how large it is, in how many directions, and in which."
+LEAD = "A low-rank update: its size, its rank and its directions."
 MAX_TARGETS = 8  # columns of a figure
 NO_SCALE = "none in the file: s = 1, so norms are those of BA; give --alpha"
 
@@ -48,11 +48,11 @@ def write(
 
     Args:
       paths: PEFT directories, or loralib's checkpoints.
-      base: the model they belong to, as `lorax.models.load` takes it. Without it the one that the
-        adapter names is used if it is on this machine; else what needs it is left out.
+      base: the model they belong to, as `lorax.models.load` takes it. By default the one that the
+        adapter names, if it is on this machine; without a base, comparisons with it are left out.
       out: where the page goes; without it runs/adapter-<name>.
-      alpha: lora_alpha of loralib's checkpoints, which they do not hold.
-      layers: how many of the base's layers it is set against, evenly spread; all without it.
+      alpha: lora_alpha of loralib's checkpoints, which don't store it.
+      layers: how many of the base's layers they are compared with, evenly spaced; None: all.
       also: statistics of every update, "FILE.py:function" each.
 
     Raises FileNotFoundError or ValueError for an adapter that can't be read, a base that can't be
@@ -113,7 +113,7 @@ def _places(found) -> dict[str, Any]:
 
 
 def _told_apart(factors: dict[str, Factors]) -> dict[str, Factors]:
-    """Modules of one layer that have the same last word get the one before it as well:
+    """Modules of one layer with the same last word also get the word before it:
     "h.0.attn.c_proj" and "h.0.mlp.c_proj" become "h.0.attn:c_proj" and "h.0.mlp:c_proj"."""
     counts = Counter(tables.layer_and_target(path) for path in factors)
     words = {target for (_, target), count in counts.items() if count > 1}
@@ -125,7 +125,7 @@ def _told_apart(factors: dict[str, Factors]) -> dict[str, Factors]:
 
 
 def _name(path: pathlib.Path) -> str:
-    """What to call an adapter: its directory; of a run, the run and the member."""
+    """An adapter's name: its directory; for one of a run, the run and the member."""
     path = path.resolve()
     if path.parent.name == rundir.ADAPTERS and path.name.isdigit():
         return f"{path.parent.parent.name}-{path.name}"
@@ -133,8 +133,8 @@ def _name(path: pathlib.Path) -> str:
 
 
 def _base(paths: Sequence[pathlib.Path], name: str | None) -> tuple[Kernels | None, Any, str]:
-    """(kernels, sources, "") of the base; or (None, None, the reason) where none was named and none
-    is here."""
+    """(kernels, sources, "") of the base; (None, None, the reason) if none was named and none is
+    here."""
     give = "give it with --base=DIRECTORY"
     if name is None:
         configs = [path / peft.CONFIG for path in paths if (path / peft.CONFIG).exists()]
@@ -146,7 +146,7 @@ def _base(paths: Sequence[pathlib.Path], name: str | None) -> tuple[Kernels | No
             return None, None, f"its base {called} is not on this machine; {give}"
         try:
             return *bases.with_sources(name), ""
-        except Exception as error:  # the rest of the report stands without
+        except Exception as error:  # the rest of the report needs no base
             return None, None, f"its base {name} could not be loaded ({error}); {give}"
     try:
         return *bases.with_sources(name), ""
@@ -194,15 +194,19 @@ def _sections(
     sections += page.attempt("Spectra of the updates", spectra.spectra, sigmas, "adapter")
     if len(given) == 2:
         sections += page.attempt("Subspace similarity", _both, given)
+    taken: list[str] = []
     for one in given:
-        sections += page.attempt("Between layers", _between_layers, one, len(given) > 1)
+        name = f"between_layers_{page.slug(one.name)}" if len(given) > 1 else "between_layers"
+        taken.append(page.unused(name, taken))
+        title = "Between layers" + f" of {one.name}" * (len(given) > 1)
+        sections += page.attempt(title, _between_layers, one, title, taken[-1])
     of = (updates, kernels, why, shown, "adapter", layers)
     sections += page.attempt(base_weights.TITLE, base_weights.sections, *of)
     return [*sections, notes.section(notes.UPDATES)]
 
 
 def _about(given: list[Given], ranks: pd.DataFrame, command: str) -> Section:
-    """What they are, and every matrix."""
+    """What they are, in a sentence each and as facts."""
     lines = []
     for one in given:
         own = ranks[ranks["member"] == one.name]
@@ -215,7 +219,7 @@ def _about(given: list[Given], ranks: pd.DataFrame, command: str) -> Section:
         largest = own.loc[own["norm"].idxmax()]
         of_rank = f" of rank {one.facts['Ranks']}" if "Ranks" in one.facts else ""
         text = (
-            f"{one.name}: {len(own)} matrices{of_rank} make use of {own['effective'].mean():.1f} "
+            f"{one.name}: {len(own)} matrices{of_rank} use {own['effective'].mean():.1f} "
             f"directions on average (effective rank; stable rank {own['stable'].mean():.1f}). The "
             f"largest update is that of {largest['path']}, ‖ΔW‖ = {largest['norm']:.3g}."
         )
@@ -234,9 +238,9 @@ def _layers(ranks: pd.DataFrame, also: pd.DataFrame | None) -> Section:
     low, high = ranks["effective"].min(), ranks["effective"].max()
     alt = (
         f"Line charts of norm, effective and stable rank by layer: the effective rank lies between "
-        f"{low:.1f} and {high:.1f}, of {ranks['rank'].max()} given."
+        f"{low:.1f} and {high:.1f}, with ranks of up to {ranks['rank'].max()}."
     )
-    caption = "Norm and ranks of ΔW by layer, a line a target."
+    caption = "Norm and ranks of ΔW by layer, one line per target."
     several_given = ranks["member"].nunique() > 1
     header = ["matrix", *["adapter"] * several_given, "layer", "target", "rank", "‖ΔW‖"]
     header += ["effective rank", "stable rank", "90% energy rank", "numerical rank"]
@@ -250,7 +254,7 @@ def _layers(ranks: pd.DataFrame, also: pd.DataFrame | None) -> Section:
         for _, r in table.iterrows()
     ]
     content = page.aid(
-        "High lines are where the adapter does most; low ranks, where it needs little."
+        "High norms: the adapter changes these layers most. Low ranks: few directions suffice."
     )
     content += page.figure("layers", caption, alt)
     content += page.table(
@@ -260,19 +264,20 @@ def _layers(ranks: pd.DataFrame, also: pd.DataFrame | None) -> Section:
 
 
 def _both(given: list[Given]) -> Section:
-    """What two adapters have in common."""
+    """The directions that two adapters share."""
     one, other = (tables.bases(of.updates) for of in given)
     one, other = several_runs.fitting(one, other)
     title = f"{given[0].name} and {given[1].name}"
     found = shared_directions.compare("adapters", title, [(one, other)] if one else [])
     if found is not None:
         return shared_directions.section([found])
-    text = "Not computed: the two adapters have no matrix of one name and shape."
+    text = "Not computed: no matrix has the same name and shape in both adapters."
     return Section("Subspace similarity", page.paragraph(text))
 
 
-def _between_layers(given: Given, several_given: bool) -> list[Section]:
-    """Whether layers are changed in the same directions; none where no target has two alike."""
+def _between_layers(given: Given, title: str, name: str) -> list[Section]:
+    """Whether layers are changed in the same directions; no section if no target has two layers of
+    one shape. name: of the figure."""
     maps: dict[tuple[str, str], tuple[list[int], np.ndarray]] = {}
     own, rows = tables.bases(given.updates), []
     targets: dict[str, list[str]] = {}
@@ -308,14 +313,12 @@ def _between_layers(given: Given, several_given: bool) -> list[Section]:
         f"{top['other']} of {top['target']} ({top['side']} side), {top['phi']:.2f}."
     )
     caption = (
-        "How far the directions of one layer's ΔW lie within those of another's, for the input and "
-        "the output side; the diagonal is 1. By chance r/n."
+        "Overlap of the directions of one layer's ΔW with those of another's, on the input and the "
+        "output side. The diagonal is 1, the chance level r/n."
     ) + selection.drawn_of([], [], kept, every, "the CSV has all")
-    slug = f"between_layers_{page.slug(given.name)}" if several_given else "between_layers"
     content = page.aid(
-        "Blocks off the diagonal are layers that are changed in the same directions."
+        "Bright blocks off the diagonal: layers that are changed in the same directions."
     )
-    content += page.figure(slug, caption, alt)
-    pictures = {slug: Picture(figures.between_layers(drawn), numbers)}
-    title = "Between layers" + f" of {given.name}" * several_given
+    content += page.figure(name, caption, alt)
+    pictures = {name: Picture(figures.between_layers(drawn), numbers)}
     return [Section(title, content, pictures)]

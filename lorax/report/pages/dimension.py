@@ -10,7 +10,7 @@ from lorax.report import notes, page, words
 from lorax.report.page import Picture, Section
 from lorax.report.sections import evidence, losses, setup
 
-SIZES = {"subspace": "dim"}  # what a kind of point is as large as; the others by parameters
+SIZES = {"subspace": "dim"}  # the column that is a kind's size; params for the others
 LEAD = "How many dimensions it takes to learn this task."
 
 
@@ -20,8 +20,8 @@ def is_search(run: runs.Run) -> bool:
 
 
 def write(run: runs.Run, base: str | None = None) -> pathlib.Path:
-    """report.html of a search in its run directory, with its tables and figures; where it is. base:
-    what --base named."""
+    """Write the report of a search into its run directory; the path of report.html. base: what
+    --base named."""
     command = page.command([run.directory], base=base)
     sections = page.attempt("Intrinsic dimension", _sections, run, command)
     return page.save(run.directory, run.directory.resolve().name, LEAD, sections, command)
@@ -50,7 +50,7 @@ def _sections(run: runs.Run, command: str) -> list[Section]:
 def _learning(
     run: runs.Run, table: pd.DataFrame, points: pd.DataFrame, by: runs.Axes
 ) -> list[Section]:
-    """Learning curves at the best learning rate of each size, a colour a size."""
+    """Learning curves at the best learning rate of each size, one colour per size."""
     if points.empty:
         return []
     metric = run.config["config"]["search"]["metric"]
@@ -64,7 +64,7 @@ def _learning(
 
 
 def read(run: runs.Run) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`intrinsic.points`, and `intrinsic.estimate` of them: empty where no subspace was trained."""
+    """`intrinsic.points`, and `intrinsic.estimate` of them: empty if no subspace was trained."""
     asked, points = run.config["config"]["search"], intrinsic.points(run)
     if not (points["kind"] == "subspace").any():
         return points, pd.DataFrame()
@@ -72,7 +72,7 @@ def read(run: runs.Run) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def dimension(run: runs.Run, points: pd.DataFrame, found: pd.DataFrame) -> Section:
-    """d90 by condition, with the curves that it is read off."""
+    """d90 by condition, and the curves that it is read from."""
     title = "Intrinsic dimension"
     if found.empty:
         text = '<div class="answer"><p><strong>No subspace has been trained yet.</strong></p></div>'
@@ -87,8 +87,8 @@ def dimension(run: runs.Run, points: pd.DataFrame, found: pd.DataFrame) -> Secti
     if diverged:
         text = (
             f"{diverged} member{words.plural(diverged)} diverged and "
-            f"count{'s' * (diverged == 1)} as if nothing had been learned; the table of members "
-            "names them."
+            f"count{'s' * (diverged == 1)} as if nothing had been learned; see the table of "
+            "members."
         )
         parts.append(page.note(text))
     called, metric = intrinsic.name(found["threshold"].iloc[0]), found["metric"].iloc[0]
@@ -124,14 +124,14 @@ def curves(
     called, metric = intrinsic.name(found["threshold"].iloc[0]), found["metric"].iloc[0]
     caption = (
         f"{measured[0].upper()}{measured[1:]} against the "
-        "dimension of the subspace, at the best learning rate of each dimension. Dots are single "
-        "seeds, bars one standard error. Dashed: full fine-tuning; dotted: what is needed; "
-        f"upright: {called}, with its 95% interval shaded."
+        "dimension of the subspace, each at its best learning rate. Dots are single seeds, bars "
+        "one standard error. Dashed: full fine-tuning. Dotted: the value to reach. Vertical: "
+        f"{called}, with its 95% interval shaded."
     )
     alt = f"Line charts of {metric} by dimension. " + " ".join(
         headline(row) + "." for _, row in found.iterrows()
     )
-    content = page.aid("The dimension is read off where the line crosses what is needed.")
+    content = page.aid("The estimate is where the line crosses the value to reach.")
     content += page.figure(name, caption, alt)
     return content, Picture(figures.intrinsic(points, found, loss), _numbers(points, found, metric))
 
@@ -140,15 +140,15 @@ def estimates(found: pd.DataFrame) -> str:
     """The table of estimates, a row a condition."""
     cells = [intrinsic.shown(row) for _, row in found.iterrows()]
     caption = (
-        f"{intrinsic.name(found['threshold'].iloc[0])} is the geometric mean of the seeds' own "
-        "crossings; the smallest d tested whose mean over seeds reaches what is needed is the "
-        "published definition. LoRA parameters: how many LoRA needs for the same."
+        f"{intrinsic.name(found['threshold'].iloc[0])} is the geometric mean of the seeds' "
+        "crossings. The published definition is the smallest d tested whose mean over seeds "
+        "reaches the needed value. LoRA parameters: how many LoRA needs to reach it."
     )
     return page.table(list(cells[0]), [list(row.values()) for row in cells], caption)
 
 
 def _numbers(points: pd.DataFrame, found: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """What `figures.intrinsic` draws: a row a dimension and seed at the best learning rate, with
+    """What `figures.intrinsic` draws: a row per dimension and seed at the best learning rate, with
     mean and standard error over seeds, and the levels of its panel."""
     drawn, levels = [], ["baseline", "needed", "d", "low", "high"]
     for _, row in found.iterrows():

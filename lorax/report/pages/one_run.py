@@ -42,9 +42,9 @@ def write(
     Args:
       run_directory: see `lorax.analysis.runs`; the run need not be finished.
       base_kernels: frozen kernels (in, out) by path ("h/0/attn/q"), for the amplification table.
-      no_kernels: why there are none, said in their place.
-      layers: how many of the base's layers the updates are set against, evenly spread; by default
-        what the run's config says (analysis.layers), which is all.
+      no_kernels: why there are none; the page says it in their place.
+      layers: how many of the base's layers the updates are compared with, evenly spaced; by default
+        the config's analysis.layers, which is all.
       base: what named the kernels, where it was not the run's config; for the command that
         redraws the page.
       also: statistics of every update, "FILE.py:function" each. Of those that the run's config
@@ -53,7 +53,7 @@ def write(
     A section that fails is an error in its place (`lorax.report.page.save`). Raises what
     `lorax.analysis.runs.load` raises.
     """
-    # The matrices are small and many: threads of the linear algebra only wait for each other.
+    # The matrices are small and many: threads of the linear algebra would wait for each other.
     with threadpool_limits(1, user_api="blas"):
         run = runs.load(run_directory)
         statistics = tables.read_statistics(also)
@@ -95,7 +95,7 @@ def of_sweep(
     facts[0] = facts[0]._replace(files=settings)
     listed = attempt("Members", setup.members, table, of.scores)
     listed += attempt("Learning curves", losses.learning, run, table, by)
-    # Of several planted tasks no loss says anything of another.
+    # Losses of several planted tasks can't be compared.
     if planted and len(calibration.tasks(table)) > 1:
         return [*planted, *facts, *listed]
     sections = [
@@ -113,7 +113,7 @@ def of_sweep(
         sections += attempt("Updates", _of_updates, *given)
     if missing:
         items = [f"{table['name'][member]}: {why}" for member, why in missing.items()]
-        lead = "<p>Members without an update that could be taken apart:</p>"
+        lead = "<p>Members without an update that can be analysed:</p>"
         sections.append(Section("Not analysed", lead + page.listing(items)))
     return [*sections, notes.section(notes.LOSSES, notes.UPDATES)]
 
@@ -149,12 +149,12 @@ def _of_updates(
     sections += page.attempt("Subspace similarity", _similarity, of, updates, shown)
     given = (updates, kernels, why, shown, main, layers)
     sections += page.attempt(base_weights.TITLE, base_weights.sections, *given)
-    title = "While it was trained"
+    title = "During training"
     return sections + page.attempt(title, training.sections, of.run, shown, main)
 
 
 def _similarity(of: Sweep, members: dict, shown: pd.DataFrame) -> Section:
-    """What updates of several members have in common."""
+    """The directions that updates of several members share."""
     main, apart = of.main, [name for name in (of.by.main, *of.by.others) if name]
     comparisons = [] if main == "method" else shared_directions.of_sweep(shown, members, apart)
     absent = shared_directions.absent_of_sweep(comparisons, main, of.table, shown)
@@ -162,8 +162,8 @@ def _similarity(of: Sweep, members: dict, shown: pd.DataFrame) -> Section:
 
 
 def _shown(of: Sweep, members: Iterable[int]) -> list[int]:
-    """The members that figures of updates show: those that differ from the best setting in the
-    main axis and the seed alone, or each method's best."""
+    """The members that figures of updates show: those that differ from the best setting only in
+    the main axis and the seed, or each method's best."""
     if of.main == "method":
         reached = of.settings.dropna(subset=["mean"])
         best = reached.loc[reached.groupby("method")["mean"].idxmin()]

@@ -1,4 +1,4 @@
-"""The report of several runs: what they differ in, and what came of it."""
+"""The report of several runs: their results, and how their configs differ."""
 
 import hashlib
 import itertools
@@ -57,7 +57,7 @@ def write(
 
 
 def names(directories: Sequence[str | os.PathLike]) -> list[str]:
-    """What to call the runs: their directories' last words, as many as tell them apart.
+    """Names for the runs: the last parts of their paths, as many as make them different.
 
     Raises ValueError where a directory is named twice.
     """
@@ -73,7 +73,7 @@ def names(directories: Sequence[str | os.PathLike]) -> list[str]:
 
 
 def default_name(sort: str, of: Sequence[str]) -> str:
-    """A directory's name: what sort of report and of what."""
+    """The name of a report's directory: the sort of report, and what it is of."""
     name = re.sub(r"[^\w.-]+", "_", f"{sort}-" + "-".join(of))
     if len(name) <= MAX_LENGTH:
         return name
@@ -89,40 +89,19 @@ def _overview(
     directory: pathlib.Path,
     command: str,
 ) -> Section:
-    """The runs, and what their configs differ in. command: what draws the page again."""
-    rows, configs, own = [], {}, []
+    """The runs, and how their configs differ. command: redraws the page."""
+    rows = [_summary(name, of, name in searches) for name, of in sweeps.items()]
+    configs = {name: of.run.config.get("config", {}) for name, of in sweeps.items()}
+    own = []
     for name, of in sweeps.items():
-        config = of.run.config.get("config", {})
-        configs[name], best = config, None if of.answer is None else of.answer.best
-        reached = "–" if best is None else words.setting(best, of.by)
-        if name in searches:  # its members stand for no one setting
-            best, reached = None, "; ".join(map(intrinsic.brief, _found(of.run)))
-        task = config.get("task", "")
-        base = words.listed(of.table["base"]) if "base" in of.table else config.get("base")
-        rows.append(
-            {
-                "run": name,
-                "base": base,
-                "task": task.get("name", "") if isinstance(task, dict) else task,
-                "methods": words.listed(of.table["method"]),
-                "members": len(of.table),
-                "seeds": of.table["seed"].nunique(),
-                "steps": of.run.status.get("steps", of.table["final_step"].max()),
-                "best setting": reached,
-                "final eval loss": page.Fixed(np.nan if best is None else best["mean"]),
-                "standard error": page.Fixed(np.nan if best is None else best["se"]),
-                "base's loss": page.Fixed(of.base),
-                "state": of.run.status.get("state", "unknown"),
-            }
-        )
         if (of.run.directory / rundir.REPORT).exists():
             link = os.path.relpath(of.run.directory / rundir.REPORT, directory)
             own.append(f'<li><a href="{page.escape(link)}">{page.escape(name)}</a></li>')
     parts = ['<div class="answer">', *_headlines(sweeps, searches), "</div>"]
     if len({(row["task"], row["base"]) for row in rows}) > 1:
         text = (
-            "These runs are of different tasks or bases. Losses of different tasks are no measure "
-            "of one another: compare where a curve bends, not how high it lies."
+            "These runs have different tasks or bases. Losses of different tasks can't be "
+            "compared: look at where a curve bends, not at how high it is."
         )
         parts.append(page.note(text))
     differences = compare.differences(configs)
@@ -133,13 +112,13 @@ def _overview(
         parts.append(page.note(f"Not finished, so provisional: {', '.join(unfinished)}."))
     caption = "The runs, each at its best setting: the lowest mean over seeds."
     parts.append(page.table(list(rows[0]), [list(row.values()) for row in rows], caption))
-    parts.append("<h3>What they differ in</h3>")
+    parts.append("<h3>Differences</h3>")
     if len(differences):
-        caption = "Keys of config.json that differ; the others are the same in all runs."
+        caption = "Keys of config.json that differ. All others are the same in all runs."
         cells = differences.to_numpy().tolist()
         parts.append(page.table(list(differences.columns), cells, caption))
     else:
-        parts.append(page.paragraph("Nothing: their configs are the same."))
+        parts.append(page.paragraph("None: their configs are the same."))
     if own:
         parts.append(f"<p>Their own reports:</p><ul>{''.join(own)}</ul>")
     parts.append(page.facts({"Redraw this page": command}, ["Redraw this page"]))
@@ -151,8 +130,32 @@ def _overview(
     return Section("Runs", "".join(parts), files=files)
 
 
+def _summary(name: str, of: Sweep, is_search: bool) -> dict[str, object]:
+    """A run's row of the table of runs."""
+    config, best = of.run.config.get("config", {}), None if of.answer is None else of.answer.best
+    reached = "–" if best is None else words.setting(best, of.by)
+    if is_search:  # it has dimensions, not a best setting
+        best, reached = None, "; ".join(map(intrinsic.brief, _found(of.run)))
+    task = config.get("task", "")
+    base = words.listed(of.table["base"]) if "base" in of.table else config.get("base")
+    return {
+        "run": name,
+        "base": base,
+        "task": task.get("name", "") if isinstance(task, dict) else task,
+        "methods": words.listed(of.table["method"]),
+        "members": len(of.table),
+        "seeds": of.table["seed"].nunique(),
+        "steps": of.run.status.get("steps", of.table["final_step"].max()),
+        "best setting": reached,
+        "final eval loss": page.Fixed(np.nan if best is None else best["mean"]),
+        "standard error": page.Fixed(np.nan if best is None else best["se"]),
+        "base's loss": page.Fixed(of.base),
+        "state": of.run.status.get("state", "unknown"),
+    }
+
+
 def _unlike(differences: pd.DataFrame, steps: dict[str, int]) -> list[str]:
-    """What makes losses of runs of one task no fair comparison: other rows, or more training.
+    """Why losses of runs of one task may not be comparable: other rows, or more training.
 
     differences: of `compare.differences`. steps: of each run.
     """
@@ -166,13 +169,13 @@ def _unlike(differences: pd.DataFrame, steps: dict[str, int]) -> list[str]:
     ]:
         said.append(
             f"The runs differ in {key} ({listed(rows[key])}), so their losses may be measured on "
-            "different rows: a difference between them need not be one of what was learned."
+            "different rows: a difference in loss need not be a difference in what was learned."
         )
     trained = {key: rows[key] for key in TRAINED if key in rows}
     trained |= {"steps": steps} if len(set(steps.values())) > 1 else {}
     for key, values in trained.items():
         said.append(
-            f"The runs differ in {key} ({listed(values)}): a lower loss may be owed to more "
+            f"The runs differ in {key} ({listed(values)}): a lower loss may be due to more "
             "training alone."
         )
     return said
@@ -196,7 +199,7 @@ def _headlines(sweeps: dict[str, Sweep], searches: dict[str, runs.Run]) -> list[
 
 
 def _found(run: runs.Run) -> list[pd.Series]:
-    """What a search has found: a row a condition."""
+    """The estimates of a search: a row per condition."""
     return [row for _, row in dimension.read(run)[1].iterrows()]
 
 
@@ -227,13 +230,13 @@ def _members(sweeps: dict[str, Sweep]) -> Section:
 
 
 def _loss(sweeps: dict[str, Sweep]) -> str:
-    """What the losses are called: with their unit where it is the same in all."""
+    """What the losses are called, with their unit if all runs have the same."""
     units = {runs.loss_name(of.run) for of in sweeps.values()}
     return units.pop() if len(units) == 1 else "eval loss"
 
 
 def _curves(sweeps: dict[str, Sweep]) -> list[Section]:
-    """Loss against rank, alpha, learning rate and size, wherever the runs have several values."""
+    """Loss against rank, alpha, learning rate and size, if the runs have several values of it."""
     found = []
     for axis in compare.CURVES:
         of_axis = [
@@ -250,16 +253,16 @@ def _curves(sweeps: dict[str, Sweep]) -> list[Section]:
     drawn = ", ".join(words.axis(axis) for axis in dict.fromkeys(numbers["axis"]))
     lowest = numbers.loc[numbers["mean"].idxmin()]
     caption = (
-        "Final eval loss, a line for each method (and each other base, task or number of training "
-        "examples) of each run, at the best of everything else for each value (of numbers of "
-        "parameters, those that beat all smaller ones); bars are one standard error over seeds."
+        "Final eval loss: a line for each method of each run (and for each base, task or number of "
+        "training examples), with all other axes at their best for each value. Against the number "
+        "of parameters, only points that beat all smaller ones. Bars: one standard error."
     )
     alt = (
         f"Line charts of final eval loss against {drawn}: the lowest is {lowest['mean']:.3f} of "
         f"{lowest['run']} at {words.axis(lowest['axis'])} {page.show(lowest['x'])}."
     )
     content = page.aid(
-        "Lower is better; where a line turns flat, more of what is on its axis buys nothing."
+        "Lower is better. Where a line is flat, a larger value does not help."
     ) + page.figure("curves", caption, alt)
     header = ["run", "of", "against", "value", "final eval loss", "standard error", "n"]
     header += ["at its best"]
@@ -298,7 +301,7 @@ def _methods(sweeps: dict[str, Sweep]) -> list[Section]:
     names_of += ["optimizer_bytes", "step_ms"]
     numbers = pd.concat([rows[names_of] for rows in found], ignore_index=True)
     best = numbers.loc[numbers["mean"].idxmin()]
-    caption = "Each method of each run at its best setting; bars are one standard error."
+    caption = "Each method of each run at its best setting. Bars: one standard error."
     alt = (
         f"Dot chart of final eval loss by method and run: {best['method']} of {best['run']} is "
         f"lowest, {words.mean(best)}."
@@ -312,9 +315,10 @@ def _methods(sweeps: dict[str, Sweep]) -> list[Section]:
         for _, r in numbers.sort_values("mean", kind="stable").iterrows()
     ]
     content = page.aid(
-        "Lower is better. Bars that end apart are no proof: those of two equal methods do so by "
-        "chance in one case of three with two seeds, of four with three, and of six with many. "
-        "Means that differ by twice both bars together do in one of twenty with three seeds."
+        "Lower is better. Bars that don't overlap prove nothing: for two equal methods this "
+        "happens by chance in one case of three with two seeds, of four with three, and of six "
+        "with many. "
+        "With three seeds, means differ by twice both bars together in one case of twenty."
     )
     content += page.figure("methods", caption, alt)
     content += page.table(header, rows, "Best first; press a heading to sort.", sortable=True)
@@ -328,7 +332,7 @@ def _said(settings: pd.DataFrame, axes: Sequence[str]) -> list[str]:
 
 
 def _dimensions(searches: dict[str, runs.Run]) -> list[Section]:
-    """d90 of every search, panel beside panel."""
+    """d90 of every search, in panels side by side."""
     every: list[tuple[pd.DataFrame, pd.DataFrame]] = []
     for name, run in searches.items():
         points, found = dimension.read(run)
@@ -357,7 +361,7 @@ def _dimensions(searches: dict[str, runs.Run]) -> list[Section]:
 
 
 def _similarity(sweeps: dict[str, Sweep]) -> list[Section]:
-    """Which directions the runs' best members have in common; two seeds of one run beside it."""
+    """Directions shared by the runs' best members, and by two seeds of one run."""
     bases, absent = {}, []
     for name, of in sweeps.items():
         bases[name], why = _best_bases(of)
@@ -376,6 +380,7 @@ def _similarity(sweeps: dict[str, Sweep]) -> list[Section]:
             title = f"{one} and {other}"
         common = [fitting(u, v) for u, v in pairs]
         name = default_name("similarity", [one, other]).removeprefix("similarity-")
+        name = page.unused(name, [comparison.name for comparison in comparisons])
         found = shared_directions.compare(name, title, [pair for pair in common if pair[0]])
         if found is not None:
             comparisons.append(found)
@@ -388,14 +393,14 @@ def _similarity(sweeps: dict[str, Sweep]) -> list[Section]:
     bases_of = {of.run.config.get("base_sha256") for of in sweeps.values()}
     if len(bases_of) > 1:
         absent.append(
-            "The runs' bases have different weights: their directions are those of different "
-            "networks, and agree by chance alone where nothing ties them."
+            "The runs' bases have different weights, so these are directions of different "
+            "networks, which may agree by chance alone."
         )
     return [shared_directions.across(comparisons, absent)]
 
 
 def _best_bases(of: Sweep) -> tuple[list[tables.Bases], str]:
-    """Directions of the members of the best setting, or none and the reason."""
+    """(directions of the members of the best setting, "") or ([], the reason)."""
     if of.answer is None:
         return [], "no member has been evaluated after step 0"
     same = compare.of_setting(of.table, of.answer.best, of.by)
@@ -406,7 +411,7 @@ def _best_bases(of: Sweep) -> tuple[list[tables.Bases], str]:
 
 
 def fitting(one: tables.Bases, other: tables.Bases) -> tuple[tables.Bases, tables.Bases]:
-    """The matrices that both have in one shape."""
+    """The matrices that both have, in one shape."""
     kinds = tables.KINDS[2:]
     paths = [
         path

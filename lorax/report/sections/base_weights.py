@@ -1,7 +1,7 @@
-"""Sections that set the updates against the frozen weights: table 7, figure 8, intruders, and the
+"""Sections that compare the updates with the frozen weights: table 7, figure 8, intruders, and the
 spectrum of W itself.
 
-Every kernel is decomposed once, for all members, and dropped before the next.
+Each kernel is decomposed once, for all members, and dropped before the next one.
 """
 
 import os
@@ -46,7 +46,7 @@ Members = Mapping[object, tables.Updates]
 
 
 class Compared(NamedTuple):
-    """What the kernels say of the updates. `member` and `path` lead every table but W's own."""
+    """The updates compared with the kernels. All tables but W's own begin with member and path."""
 
     amplified: pd.DataFrame  # of `tables.amplifications`: every member with factors
     held: pd.DataFrame  # phi of dW's first directions and W's top ones, by side; members shown
@@ -64,19 +64,19 @@ def sections(
     main: str,
     layers: int | None = None,
 ) -> list[Section]:
-    """All of them, or one that says what is missing.
+    """All of them, or one section that says what is missing.
 
     Args:
-      members: their updates.
-      kernels: the base's, or None and `why` there are none.
-      shown: a row a member that figures show: member, and the column `main`.
-      layers: how many to take, evenly spread; all without it.
+      members: {member: its updates}.
+      kernels: the base's, or None, with `why` as the reason.
+      shown: a row per member that figures show: member, and the column `main`.
+      layers: how many layers to take, evenly spaced; None: all.
     """
     if kernels is None:
         return [Section(TITLE, page.paragraph(f"Not computed: {why}. {NEEDS}"))]
     paths = list(dict.fromkeys(path for member in shown.index for path in members[member]))
     if not paths:
-        text = "Not computed: no member of the best setting's line has an update."
+        text = "Not computed: no member that the figures show has an update."
         return [Section(TITLE, page.paragraph(text))]
     if reason := _misfit(members, kernels):
         text = f"Not computed: the base's kernels do not fit the adapters: {reason}."
@@ -99,7 +99,7 @@ def sections(
 
 
 def _misfit(members: Members, kernels: Kernels) -> str:
-    """The first path whose kernel is none of its shape; "" where all fit."""
+    """What is wrong with the first update that doesn't fit its kernel; "" if all fit."""
     for own in members.values():
         for path, update in own.items():
             if path not in kernels:
@@ -111,8 +111,8 @@ def _misfit(members: Members, kernels: Kernels) -> str:
 
 
 def limited(paths: Sequence[str], layers: int | None) -> tuple[list[str], str]:
-    """The paths of so many layers, evenly spread, and which these are; all and "" without a limit.
-    What lies in no layer (an embedding) counts as one."""
+    """(the paths of that many layers, evenly spaced; which layers, in words). Without a limit all
+    paths and "". Matrices in no layer (an embedding) count as one layer."""
     every = sorted({tables.layer_and_target(path)[0] for path in paths})
     if layers is None or layers >= len(every):
         return list(paths), ""
@@ -125,7 +125,7 @@ def limited(paths: Sequence[str], layers: int | None) -> tuple[list[str], str]:
 
 
 def _limited(section: Section, limit: str) -> Section:
-    """The section with its limit said: in every caption, on top, and in its tables."""
+    """The section with its limit named on top, in every caption and in its tables."""
     content = page.note(f"Of {limit}.") + section.content
     for end in ("</caption>", ' <span class="files">'):
         content = content.replace(end, f" Of {page.escape(limit)}.{end}")
@@ -138,7 +138,7 @@ def _limited(section: Section, limit: str) -> Section:
 
 
 def _announce(paths: Sequence[str], kernels: Kernels, members: int) -> None:
-    """Says beforehand what takes long, and how to have less of it."""
+    """Announce a comparison that will take long, and how to shorten it."""
     seconds = 0.0
     for path in paths:
         short, wide = sorted(kernels[path].shape)
@@ -146,9 +146,9 @@ def _announce(paths: Sequence[str], kernels: Kernels, members: int) -> None:
     seconds /= CORES
     if seconds > LONG:
         text = (
-            f"{len(paths)} matrices of the base are decomposed and set against {members} members, "
-            f"about {words.duration(seconds)}; --layers=N of lorax.report, analysis.layers of a "
-            "config, takes fewer layers"
+            f"{len(paths)} matrices of the base are decomposed and compared with {members} "
+            f"members, which takes about {words.duration(seconds)}; --layers=N of lorax.report, or "
+            "analysis.layers of a config, limits it to N layers"
         )
         page.CONSOLE.print(text)
 
@@ -160,9 +160,9 @@ def compare(
     shown: pd.DataFrame,
     drawn: str,
 ) -> Compared:
-    """All comparisons of the paths, a stack of kernels after another, on several cores.
+    """All comparisons of the paths, one stack of kernels after another, on several cores.
 
-    drawn: the path whose phi is kept as a whole.
+    drawn: the path of which all of phi is kept.
     """
     looked_at = {member: members[member] for member in shown.index}
 
@@ -209,7 +209,7 @@ def compare(
 
 
 def _held(member: object, phi: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict]:
-    """phi(j, i) of dW's first directions and W's top ones, a row a matrix and side."""
+    """phi(j, i) of dW's first directions and W's top ones: a row per matrix and side."""
     rows = []
     for path, of in phi.items():
         layer, target = tables.layer_and_target(path)
@@ -223,7 +223,7 @@ def _held(member: object, phi: Mapping[str, Mapping[str, np.ndarray]]) -> list[d
 
 
 def _middle(members: Mapping[object, Mapping], paths: Sequence[str]) -> str:
-    """A matrix of a layer halfway, the first of its targets, of those that most members have."""
+    """A matrix of the middle layer, among those that most members have."""
     counts = Counter(path for own in members.values() for path in own if path in paths)
     common = [path for path in paths if counts[path] == max(counts.values())]
     layers = sorted({tables.layer_and_target(path)[0] for path in common})
@@ -240,8 +240,8 @@ def _amplification(
     """Table 7 for every member with factors, of which the shown ones' are in the page."""
     without = [member for member in shown.index if not tables.has_factors(members[member])]
     lacking = (
-        f"Not computed for {len(without)} of {len(shown)} members: U and V are as many directions "
-        "as the adapter has ranks, and an update without factors has no rank of its own."
+        f"Not computed for {len(without)} of {len(shown)} members: U and V have as many directions "
+        "as the adapter's rank, and an update without factors has no such rank."
     )
     here = label(amplified, shown, main) if len(amplified) else amplified
     if not len(here):
@@ -251,45 +251,30 @@ def _amplification(
     infinite = int(np.isinf(here["factor"]).sum())
     means = finite.groupby(["target", main], sort=True)[columns].mean().reset_index()
     by_layer = finite.groupby(["target", main, "layer"], sort=True)[columns].mean().reset_index()
-    heads = [words.axis(main), *COLUMNS.values()]
-    whole = page.table(
-        ["target", *heads],
-        [[r["target"], r[main], *(Fixed(r[c], 3) for c in columns)] for _, r in means.iterrows()],
-        "Table 7: Frobenius norms, means over layers and seeds.",
-    )
-    single = page.table(
-        ["target", "layer", *heads],
-        [
-            [r["target"], r["layer"], r[main], *(Fixed(r[c], 3) for c in columns)]
-            for _, r in by_layer.iterrows()
-        ],
-        "Table 7 by layer, means over seeds; press a heading to sort.",
-        sortable=True,
-    )
     median = here["factor"].median()
     content = page.paragraph(lacking) if without else ""
     content += page.aid(
-        "Amplification = ‖ΔW‖/‖UᵀWV‖ with ΔW's own directions: large where the update strengthens "
-        "what the base hardly has; W in random directions is what chance would give."
+        "Amplification = ‖ΔW‖/‖UᵀWV‖ in ΔW's own directions. It is large if the update strengthens "
+        "directions that are weak in the base. W in random directions is the chance level."
     )
     if text := unchanged(here.assign(norm=here["delta_norm"])):
-        content += page.note(f"{text} Their amplification is 0/0: no number, and in no mean.")
+        content += page.note(f"{text} Their amplification is 0/0 and enters no mean.")
     if infinite:
         content += page.note(
-            f"W has nothing in ΔW's directions in {infinite} of {len(here)} matrices: their "
-            "amplification is infinite, and in no mean."
+            f"In {infinite} of {len(here)} matrices W is zero in ΔW's directions: their "
+            "amplification is infinite and enters no mean."
         )
     pictures = {}
     if here[main].nunique() > 1:
-        caption = "Table 7 drawn: medians over matrices and seeds, bars from quartile to quartile."
+        caption = "Table 7 as a figure: medians over matrices and seeds; bars are quartiles."
         alt = (
             f"Line charts of norms and of amplification by {words.axis(main)}: the median "
             f"amplification is {page.show(float(f'{median:.3g}'))}."
         )
         content += page.figure("amplification", caption, alt)
         pictures["amplification"] = Picture(figures.table7(here, main), here)
-    content += whole + page.fold("By layer", single)
-    last = by_layer[main].iloc[-1]  # of ranks the largest: a mean over ranks would be of none
+    content += _table7(means, by_layer, main)
+    last = by_layer[main].iloc[-1]  # the largest rank
     best = by_layer.loc[by_layer[main] == last, ["layer", "target", "factor"]]
     best = best.rename(columns={"factor": "value"})
     if best["value"].notna().any() and best["layer"].nunique() > 1:
@@ -305,11 +290,31 @@ def _amplification(
     return [Section("Amplification", content, pictures, {"amplification.csv": amplified})]
 
 
+def _table7(means: pd.DataFrame, by_layer: pd.DataFrame, main: str) -> str:
+    """Table 7 over all layers, and by layer, folded."""
+    heads, columns = [words.axis(main), *COLUMNS.values()], list(COLUMNS)
+    whole = page.table(
+        ["target", *heads],
+        [[r["target"], r[main], *(Fixed(r[c], 3) for c in columns)] for _, r in means.iterrows()],
+        "Table 7: Frobenius norms, means over layers and seeds.",
+    )
+    single = page.table(
+        ["target", "layer", *heads],
+        [
+            [r["target"], r["layer"], r[main], *(Fixed(r[c], 3) for c in columns)]
+            for _, r in by_layer.iterrows()
+        ],
+        "Table 7 by layer, means over seeds; press a heading to sort.",
+        sortable=True,
+    )
+    return whole + page.fold("By layer", single)
+
+
 # ----------------------------------------------------------------------------------------- figure 8
 
 
 def _figure8(compared: Compared, path: str, shown: pd.DataFrame, main: str) -> Section:
-    """How much of dW's directions W's leading ones hold; all of it for one path."""
+    """How much of dW's directions W's leading ones contain; for one path as maps."""
     held = label(compared.held, shown, main)
     keys = ["target", main, "side", "j_of_dW", "i_of_W"]
     means = held.groupby(keys, sort=False)[["phi", "by_chance"]].mean().reset_index()
@@ -329,11 +334,10 @@ def _figure8(compared: Compared, path: str, shown: pd.DataFrame, main: str) -> S
     value, by_chance = held["phi"].mean(), held["by_chance"].mean()
     alt = (
         f"Heat maps of φ between ΔW and W: W's top {TOP:.0%} of directions and ΔW's first "
-        f"{FIRST} have {value:.2f} in common on average, {by_chance:.2f} by chance."
+        f"{FIRST} have a φ of {value:.2f} on average, {by_chance:.2f} by chance."
     )
     content = page.aid(
-        "Dark above the dashed line: the update does not repeat the directions that are strongest "
-        "in the base."
+        "Dark above the dashed line: the update does not repeat the base's strongest directions."
     )
     content += page.figure("against_base", caption, alt)
     header = ["target", words.axis(main), "side", "ΔW's j, W's i", "φ", "by chance"]
@@ -354,8 +358,8 @@ def _figure8(compared: Compared, path: str, shown: pd.DataFrame, main: str) -> S
 def _by_value(
     phi: Mapping[object, Mapping[str, np.ndarray]], held: pd.DataFrame, main: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Figure 8's input side by value of the main axis, means over members (as far as all go), and
-    what chance gives, as far as any goes."""
+    """(figure 8's input side by value of the main axis, means over members up to their smallest
+    rank; the chance level up to the largest)."""
     values: dict[str, list[np.ndarray]] = {}
     of = held[held["member"].isin(list(phi))].drop_duplicates("member")
     of = of.sort_values(main) if pd.api.types.is_numeric_dtype(of[main]) else of
@@ -394,8 +398,8 @@ def _intruders(table: pd.DataFrame, shown: pd.DataFrame, main: str) -> list[Sect
     sums = sums.reset_index()
     most = sums.loc[sums["intruders"].idxmax()]
     caption = (
-        f"Intruders among the {k} leading output directions of W + ΔW, summed over matrices, means "
-        "over seeds; dotted: an update of the same singular values in random directions."
+        f"Intruders among the {k} leading output directions of W + ΔW, summed over matrices; means "
+        "over seeds. Dotted: an update with the same singular values in random directions."
     )
     alt = (
         f"Line chart of intruder dimensions by epsilon: at {EPSILON} there are up to "
@@ -403,8 +407,8 @@ def _intruders(table: pd.DataFrame, shown: pd.DataFrame, main: str) -> list[Sect
         f"{most['control']:.1f}."
     )
     content = page.aid(
-        "An intruder is a leading direction of W + ΔW that has a cosine below ε with every "
-        "direction of W: 0 means that the update only turned what was there."
+        "An intruder is a leading direction of W + ΔW whose cosine with every direction of W is "
+        "below ε. With 0 intruders the update only rotated existing directions."
     )
     content += page.figure("intruders", caption, alt)
     header = [
@@ -431,25 +435,23 @@ def _intruders(table: pd.DataFrame, shown: pd.DataFrame, main: str) -> list[Sect
 
 
 def _spectrum(sigmas: pd.DataFrame, ranks: pd.DataFrame) -> Section:
-    """The spectrum of W, and the rank that it lacks."""
+    """The spectrum of W, and its rank deficiency."""
     columns = ["effective", "stable", "energy90", "numerical", "deficiency"]
     means = ranks.groupby("target", sort=False)[columns].mean().reset_index()
     most = ranks.loc[ranks["deficiency"].idxmax()]
     lacking = int((ranks["deficiency"] > 0).sum())
     alt = (
         f"Line charts of the singular values of W by target: {lacking} of {len(ranks)} matrices "
-        f"lack rank, at most {most['deficiency']}."
+        f"are rank deficient, by at most {most['deficiency']}."
     )
     every = sorted(set(sigmas["layer"]))
     layers = spread(every, MOST_LINES)
-    caption = "Singular values of the base's adapted matrices, a line a layer."
+    caption = "Singular values of the base's adapted matrices, one line per layer."
     if len(layers) < len(every):
         caption += (
             f" Drawn: {shown_of(layers, every, 'layers')}; analysis/base_spectra.csv has all."
         )
-    content = page.aid(
-        "Deficiency is how many directions W lacks in float32: an update into those is new to it."
-    )
+    content = page.aid("Deficiency is the number of directions in which W is zero in float32.")
     content += page.figure("base_spectrum", caption, alt, folded="Singular values of W")
     header = ["target", "effective rank", "stable rank", "90% energy rank", "numerical rank"]
     header += ["deficiency"]

@@ -1,4 +1,4 @@
-"""Sections on what the first batches said of each matrix, and on estimates of a planted rank."""
+"""Sections on the scores of matrices before training, and on estimates of a planted rank."""
 
 import pandas as pd
 
@@ -8,7 +8,7 @@ from lorax.report.page import Picture, Section
 
 
 def evidence(run: runs.Run, table: pd.DataFrame) -> list[Section]:
-    """What evidence said of each matrix, where it chose targets or ranks."""
+    """The score of each matrix on the first batches, if targets or ranks were chosen by it."""
     ranking = tables.sensitivity(run)
     if ranking is None:
         return []
@@ -16,8 +16,8 @@ def evidence(run: runs.Run, table: pd.DataFrame) -> list[Section]:
     shown = ranking[ranking["member"] == first].sort_values("score", ascending=False)
     name = table.loc[first, "name"]
     caption = (
-        "Squared gradient that an adapter can reach, for each parameter that it trains, as a share "
-        f"of all matrices'; the numbers are the ranks that were chosen. Member {name}."
+        "Squared gradient that an adapter of each matrix can reach, per trained parameter, as a "
+        f"share of the sum over matrices. The numbers are the chosen ranks. Member {name}."
     )
     alt = f"Heat map of scores by layer and target: highest for {shown['path'].iloc[0]}."
     figure = page.figure("sensitivity", caption, alt)
@@ -28,7 +28,8 @@ def evidence(run: runs.Run, table: pd.DataFrame) -> list[Section]:
     header = ["matrix", "rank", "gradient energy ‖g‖²", "low-rank share"]
     header += ["energy × share ÷ parameters"]
     text = (
-        "Before training, on the member's first batches. analysis/sensitivity.csv has all members."
+        "Computed before training on the member's first batches. analysis/sensitivity.csv has all "
+        "members."
     )
     content = figure + page.table(header, rows, text, sortable=True)
     pictures = {"sensitivity": Picture(figures.sensitivity(shown), shown)}
@@ -38,11 +39,11 @@ def evidence(run: runs.Run, table: pd.DataFrame) -> list[Section]:
 def planted(
     run: runs.Run, table: pd.DataFrame, sigmas: pd.DataFrame, ranks: pd.DataFrame
 ) -> list[Section]:
-    """What the estimators say of a planted task against the truth."""
+    """Each estimate of a planted task compared with the planted value."""
     found = calibration.estimates(run, table, sigmas, ranks)
     if found.empty:
         return []
-    alt = "Scatter plots of estimate against planted truth, one an estimator."
+    alt = "Scatter plots of estimate against planted value, one per estimator."
     figure = page.figure("calibration", calibration.CAPTION, alt)
     header, rows = calibration.shown(calibration.summary(found))
     content = figure + page.table(header, rows, calibration.NOTE, sortable=True)

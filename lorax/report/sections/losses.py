@@ -17,19 +17,19 @@ def curve(sweep: Sweep) -> Section:
     _, table, by, scores, settings, found, base = sweep
     main = sweep.main
     pictures, drawn = {}, page.paragraph(
-        "Every member has the same setting, the seed apart: there is no curve."
+        "All members have the same setting except for the seed, so there is no curve."
     )  # fmt: skip
     if by.main is not None:
         loss = runs.loss_name(sweep.run)
         figure = figures.rank_curve(settings, table, main, base, found, loss)
         pictures["rank_curve"] = Picture(figure, _curve_numbers(sweep))
         one_seed = not (settings["n"] > 1).any()
-        bars = "One seed, so there are no error bars." if one_seed else "Bars: one standard error."
+        bars = "One seed, so no error bars." if one_seed else "Bars: one standard error."
         caption = f"Final eval loss against {words.axis(main)}; dots are single seeds. {bars}"
         alt = f"Line chart of final eval loss by {words.axis(main)}"
         if found is not None:
             alt += f": lowest at {words.setting(found.best, by)}, {words.mean(found.best)}"
-        drawn = page.aid("Lower is better; the ring is the answer above.")
+        drawn = page.aid("Lower is better. The ring marks the answer above.")
         drawn += page.figure("rank_curve", caption, alt + ".")
     names = [main, *by.others]
     header = [*(words.axis(name) for name in names), "scale s", "trainable parameters"]
@@ -44,7 +44,7 @@ def curve(sweep: Sweep) -> Section:
     if found is not None:
         chosen = (found.smallest if main == "rank" else found.best).name
     classes = ["chosen" if index == chosen else "" for index in settings.index]
-    caption = "Means over seeds; the shaded row is the answer above."
+    caption = "Means over seeds. The shaded row is the answer above."
     title = "Loss" if by.main is None else "Loss against " + words.axis(main)
     content = drawn + page.table(header, rows, caption, classes=classes)
     return Section(title, content, pictures)
@@ -66,8 +66,8 @@ def learning(run: runs.Run, table: pd.DataFrame, by: runs.Axes, which: str = "")
     lines = pd.Series([runs.fields(row, by.others) for _, row in table.iterrows()], table.index)
     if lines.nunique() > MAX_PANELS:
         best = table["final_loss"].groupby(lines).min().nsmallest(MAX_PANELS).index
-        which += f" Of {lines.nunique()} settings of {_and(map(words.axis, by.others))} the "
-        which += f"{len(best)} that reach the lowest loss; members.csv has all."
+        which += f" Shown: the {len(best)} settings of {_and(map(words.axis, by.others))}, of "
+        which += f"{lines.nunique()}, with the lowest loss; members.csv has all."
         table = table[lines.isin(best)]
     figure = figures.learning_curves(run.metrics, table, by, runs.loss_name(run))
     axes = [name for name in (by.main, *by.others) if name]
@@ -81,7 +81,7 @@ def learning(run: runs.Run, table: pd.DataFrame, by: runs.Axes, which: str = "")
         numbers = pd.concat([numbers, means.assign(shows="mean")], ignore_index=True)
     caption = "Eval loss against step. Thick: means over seeds; thin: members."
     if by.others:
-        caption += f" A panel each: {_and(map(words.axis, by.others))}."
+        caption += f" One panel for each {_and(map(words.axis, by.others))}."
     caption += which
     if (table["status"] == "diverged").any():
         caption += " Diverged members are dashed and may leave the frame."
@@ -106,7 +106,7 @@ def methods(sweep: Sweep, ranks: pd.DataFrame) -> list[Section]:
         return []
     compared = compare.methods(table, settings, by, ranks)
     bars = " Bars: one standard error." if compared["se"].notna().any() else ""
-    caption = f"Each method at its best setting.{bars} Dashed: full fine-tuning, where it was run."
+    caption = f"Each method at its best setting.{bars} Dashed: full fine-tuning, if it was run."
     best = compared.iloc[0]
     alt = f"Dot chart of final eval loss by method: {best['method']} is lowest, {words.mean(best)}."
     figure = page.figure("methods", caption, alt)
@@ -123,7 +123,9 @@ def methods(sweep: Sweep, ranks: pd.DataFrame) -> list[Section]:
         + [row["optimizer_bytes"], page.Fixed(row["step_ms"], 1), page.Fixed(row["effective"], 1)]
         for _, row in compared.iterrows()
     ]
-    caption = "Best first. Time and optimiser bytes are one member's share of its group's."
+    caption = (
+        "Best first. Step time and optimiser bytes are those of the group, divided by its members."
+    )
     content = figure + page.table(header, rows, caption, sortable=True)
     pictures = {"methods": Picture(figures.methods(compared), compared)}
     return [Section("Methods", content, pictures, {"methods.csv": compared})]

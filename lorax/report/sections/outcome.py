@@ -1,4 +1,4 @@
-"""The first section of a sweep: what came out of it, and how strong that is."""
+"""The first section of a sweep: its answer, and how well the data support it."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from lorax.report.page import Section
 
 
 class Sweep(NamedTuple):
-    """A run and what its losses say."""
+    """A run, and the tables of its losses."""
 
     run: runs.Run
     table: pd.DataFrame  # of `runs.summary`
@@ -20,7 +20,7 @@ class Sweep(NamedTuple):
     scores: list[str]
     settings: pd.DataFrame  # of `runs.settings`
     answer: runs.Answer | None
-    base: float  # the unadapted base's eval loss; NaN where it is unknown or the members' differ
+    base: float  # eval loss of the base itself; NaN if unknown, or if it differs between members
 
     @property
     def main(self) -> str:
@@ -29,7 +29,7 @@ class Sweep(NamedTuple):
 
 
 def read(run: runs.Run) -> Sweep:
-    """The tables of a run that its sections are made of."""
+    """The tables that the sections of a run are made from."""
     table = runs.summary(run)
     by, scores = runs.axes(run, table), runs.scores(run)
     settings = runs.settings(table, by, scores)
@@ -41,7 +41,7 @@ def read(run: runs.Run) -> Sweep:
 
 
 def answer(sweep: Sweep) -> Section:
-    """What came out, in a sentence, with how strong it is and what is missing: diverged members, an
+    """The result in a sentence, how well the data support it, and its caveats: diverged members, an
     unfinished run, a scale that differs between ranks."""
     run, table, by, _, settings, found, base = sweep
     parts = [
@@ -51,23 +51,23 @@ def answer(sweep: Sweep) -> Section:
         parts.append(f"<p>{page.escape(_strength(by, settings, found))}</p>")
     parts.append("</div>")
     if run.status.get("state") in rundir.UNFINISHED:
-        parts.append(page.note("This run is not finished: all figures are provisional."))
+        parts.append(page.note("This run is not finished, so all figures are provisional."))
     diverged = table[table["status"] == "diverged"]
     if len(diverged):
         names = ", ".join(
             f"{m['name']}{words.at_step(m['diverged_at'])}" for _, m in diverged.iterrows()
         )
-        parts.append(page.note(f"Diverged, and left out of every mean and analysis: {names}."))
+        parts.append(page.note(f"Diverged, and excluded from every mean and analysis: {names}."))
     parts.append(_scale_note(by, settings))
     if np.isnan(base) and table["base_loss"].notna().any():
-        text = "The unadapted base's loss differs between members; no line is drawn."
+        text = "The base's loss before training differs between members, so it has no line."
         parts.append(page.note(text))
     return Section("Answer", "".join(parts))
 
 
 def _headline(by: runs.Axes, answer: runs.Answer | None, base: float) -> str:
     if answer is None:
-        return "There is no final eval loss yet: no member has been evaluated after step 0."
+        return "No final eval loss yet: no member has been evaluated after step 0."
     best, smallest = answer.best, answer.smallest
     unadapted = f"; base {base:.3f}" if np.isfinite(base) else ""
     if by.main is None:
@@ -89,24 +89,24 @@ def _strength(by: runs.Axes, settings: pd.DataFrame, answer: runs.Answer) -> str
     best = answer.best
     n = int(best["n"])
     if not answer.known:
-        text = "There is one seed at the best setting, so there is no error bar"
+        text = "The best setting has one seed, so there is no error bar"
         if by.main == "rank":
-            text += ", and whether a smaller rank does as well can't be said"
-        return text + ". Sweep over seeds to know."
+            text += " and no way to tell whether a smaller rank does as well"
+        return text + ". Sweep over seeds to find out."
     text = f"± is the standard error of the mean over n = {n} seeds"
     if n < 4:
-        text += f"; from {n} values it is itself only a rough estimate"
+        text += f"; with {n} values it is only a rough estimate"
     text += "."
     if by.main == "rank" and best["rank"] == settings["rank"].max() and len(settings) > 1:
-        text += " The best is the largest rank tried, so a still larger one may do better."
+        text += " The best rank is the largest one tried; a larger one may do better."
     if by.main is not None and by.main != "rank":
         limit = best["mean"] + best["se"]
         within = settings[settings["mean"] <= limit]
         names = "; ".join(words.setting(row, by) for _, row in within.iterrows())
-        text += f" Within one standard error of it: {names}."
+        text += f" Within one standard error of the best: {names}."
     if by.others:
         text += (
-            " The best of several settings is chosen on the same eval set, so it flatters a little."
+            " The best setting was chosen on the same eval set, so its loss is slightly optimistic."
         )
     return text
 
@@ -122,9 +122,8 @@ def _scale_note(by: runs.Axes, settings: pd.DataFrame) -> str:
     if spread < 1 + 1e-6:
         return ""
     text = (
-        f"The scale s of the update differs between ranks, by a factor of {spread:.4g} from "
-        "largest to smallest: differences between ranks mix capacity with scale. To tell "
-        "them apart, set "
+        f"The scale s of the update differs between ranks by up to a factor of {spread:.4g}, so "
+        "differences between ranks mix capacity with scale. To separate the two, set "
         "<code>--config.method.scaling=fixed</code> (one s for all) or <code>rslora</code> (α/√r), "
         "sweep over <code>scaling</code>, or sweep the learning rate at every rank."
     )

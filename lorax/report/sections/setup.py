@@ -9,7 +9,7 @@ from lorax.report.page import Section
 
 def facts(run: runs.Run, table: pd.DataFrame, by: runs.Axes, redraw: str) -> Section:
     """What was run: base, task, axes, device, versions, and the command that repeats it. redraw:
-    the one that draws the page again."""
+    the command that redraws the page."""
     config = run.config.get("config", {})
     task = config.get("task", "")
     task = task.get("name", "") if isinstance(task, dict) else task
@@ -60,6 +60,6 @@ def members(table: pd.DataFrame, scores: list[str]) -> Section:
         + [m["status"] + words.at_step(m["diverged_at"])]
         for _, m in table.iterrows()
     ]
-    caption = "Every member; press a heading to sort. The best loss is that over all evals."
+    caption = "All members; press a heading to sort. The best loss is the lowest of all evals."
     content = page.table(header, rows, caption, sortable=True, classes=list(table["status"]))
     return Section("Members", content, files={"members.csv": table.drop(columns="setting")})

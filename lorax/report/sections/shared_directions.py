@@ -1,4 +1,4 @@
-"""Sections on subspace similarity: whether two updates make use of the same directions."""
+"""Sections on subspace similarity: whether two updates use the same directions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,16 +15,16 @@ from lorax.report.selection import drawn_of, spread
 MAX_MAPS = 6  # comparisons that get maps of their own; the tables have all
 SMALL_RANK = 8  # the paper's figure 3 compares r = 8 with r = 64
 EXPLANATION = (
-    "φ(i, j) = ‖U₁ᵢᵀ U₂ⱼ‖²/min(i, j): 1 where the top i directions of one update lie within the "
-    "top j of the other (or the reverse), and max(i, j)/n on average for random subspaces of an "
+    "φ(i, j) = ‖U₁ᵢᵀ U₂ⱼ‖²/min(i, j) is 1 if the top i directions of one update lie within the top "
+    "j of the other (or the reverse), and max(i, j)/n on average for random subspaces of an "
     "n-dimensional space."
 )
-DENSE = f"Of an update without factors these are its leading {tables.LEADING}."
+DENSE = f"For an update without factors these are its leading {tables.LEADING} directions."
 OF = {"A": "A", "dW in": "ΔW's input side"}  # kinds, as captions name them
 
 
 class Comparison(NamedTuple):
-    """Subspace similarity between two sorts of updates."""
+    """Subspace similarity between two sets of updates."""
 
     name: str  # of its files
     title: str
@@ -36,7 +36,7 @@ class Comparison(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Whose directions its maps show: A's, as the paper does, where all updates have one."""
+        """Whose directions its maps show: A's, as in the paper, if all updates have an A."""
         return "A" if all("A" in kinds for kinds in self.phi.values()) else "dW in"
 
 
@@ -107,26 +107,26 @@ def compare(name: str, title: str, pairs: Sequence[tuple[dict, dict]]) -> Compar
 
 
 def section(comparisons: Sequence[Comparison], absent: Sequence[str] = ()) -> Section:
-    """Maps and tables of every comparison. absent: what there is not, and why."""
+    """Maps and tables of every comparison. absent: which comparisons are missing, and why."""
     which = {comparison.kind for comparison in comparisons}
-    lead = "The maps show A's directions, as the paper does; the tables add B's and those of ΔW."
+    lead = "The maps show A's directions, as in the paper; the tables add those of B and ΔW."
     if "dW in" in which:
         lead = f"The maps show the directions of {OF['dW in']}; the tables have both. {DENSE}"
     parts = [
         page.paragraph(f"{EXPLANATION} {lead}"),
-        page.aid("Brighter than the control: directions that both updates share beyond chance."),
+        page.aid("Brighter than the control: the two updates share directions beyond chance."),
     ]
     if any(c.name.startswith("ranks_same_seed") for c in comparisons):
         text = (
-            "Every rank starts from an A of its own, within a seed too, so no overlap here is "
-            "there from the start. Members of one seed see the same batches in the same order."
+            "Each rank starts from its own A, also within a seed, so no overlap here was present "
+            "at the start. Members of one seed see the same batches in the same order."
         )
         parts.append(page.note(text))
     pictures = {}
     if comparisons:
         pictures["similarity"] = _diagonals(comparisons)
         kinds = " and ".join(OF[kind] for kind in sorted(which))
-        caption = f"φ(i, i) of {kinds}, mean over matrices; the band is what chance gives."
+        caption = f"φ(i, i) of {kinds}, mean over matrices. The band is the chance level."
         alt = "Line chart of φ(i, i): " + "; ".join(map(_corners, comparisons)) + "."
         parts.append(page.figure("similarity", caption, alt))
     for number, comparison in enumerate(comparisons):
@@ -169,21 +169,21 @@ def _maps(comparison: Comparison, pictures: dict[str, Picture]) -> str:
 
 def _fewer_maps(comparisons: Sequence[Comparison]) -> str:
     return (
-        f"Maps are drawn of the first {MAX_MAPS} of {len(comparisons)} comparisons; the tables, "
+        f"Maps are drawn of the first {MAX_MAPS} of {len(comparisons)} comparisons. The tables, "
         "analysis/similarity.csv and similarity.npz have all."
     )
 
 
 def across(comparisons: Sequence[Comparison], absent: Sequence[str]) -> Section:
-    """Of several runs or adapters: one table of all comparisons, the maps behind a line each."""
+    """For several runs: one table of all comparisons, and their maps, folded."""
     parts = [
         page.paragraph(
-            f"{EXPLANATION} Directions are those of ΔW itself, which every method has: its input "
-            f"side, and its output side. {DENSE}"
+            f"{EXPLANATION} Directions are those of ΔW itself, which every method has, on its "
+            f"input and its output side. {DENSE}"
         ),
         page.aid(
-            "What two runs share beyond what two seeds of one run share is owed to what they have "
-            "in common; what lies by chance is shared by any two updates."
+            "Compare the similarity of two runs with that of two seeds of one run, and with the "
+            "chance level, which any two updates have."
         ),
     ]
     rows = []
@@ -201,12 +201,12 @@ def across(comparisons: Sequence[Comparison], absent: Sequence[str]) -> Section:
     header = ["between", "side", "matrices", "pairs", "φ(1, 1)", "by chance", "i, j at most"]
     header += ["φ(i, j)", "by chance"]
     if rows:
-        caption = "Means over matrices and pairs of members, at each run's best setting."
+        caption = "Means over matrices and pairs of members, each run at its best setting."
         parts.append(page.table(header, rows, caption, sortable=True))
     pictures = {}
     if comparisons:
         pictures["similarity"] = _diagonals(comparisons, "dW in")
-        caption = "φ(i, i) of ΔW's input side, mean over matrices; the band is chance."
+        caption = "φ(i, i) of ΔW's input side, mean over matrices. The band is the chance level."
         alt = "Line chart of φ(i, i): "
         alt += "; ".join(_corners(comparison, "dW in") for comparison in comparisons) + "."
         parts.append(page.figure("similarity", caption, alt))
@@ -227,7 +227,7 @@ def across(comparisons: Sequence[Comparison], absent: Sequence[str]) -> Section:
 def absent_of_sweep(
     comparisons: Sequence[Comparison], main: str, table: pd.DataFrame, shown: pd.DataFrame
 ) -> list[str]:
-    """Which of a sweep's comparisons there are not, and why.
+    """Which comparisons a sweep doesn't have, and why.
 
     Args:
       main: the sweep's main axis.
@@ -235,7 +235,7 @@ def absent_of_sweep(
     """
     if main == "method":
         return [
-            "Not available in a sweep over methods; python -m lorax.report RUN RUN compares the "
+            "Not available in a sweep over methods. python -m lorax.report RUN RUN compares the "
             "directions of two runs."
         ]
     names, said = {comparison.name for comparison in comparisons}, []
@@ -267,8 +267,8 @@ def _one_seed(table: pd.DataFrame, shown: pd.DataFrame) -> str:
 
 
 def paper(comparison: Comparison) -> tuple[Picture, int, str]:
-    """The paper's figure of a layer halfway, 3 between two ranks and 4 between two seeds; with that
-    layer, and what of it is drawn where not all is."""
+    """(the paper's figure of the middle layer: 3 between two ranks, 4 between two seeds; the layer;
+    which targets are drawn if not all are)."""
     layers = sorted({tables.layer_and_target(path)[0] for path in comparison.phi})
     layer = layers[len(layers) // 2]
     drawn, cut = _chosen(comparison, comparison.kind, [layer])
@@ -280,7 +280,7 @@ def paper(comparison: Comparison) -> tuple[Picture, int, str]:
 
 
 def maps(comparison: Comparison, kind: str) -> tuple[Picture, str]:
-    """Heat maps by layer and target, and what is drawn where not all is."""
+    """Heat maps by layer and target, and which of them are drawn if not all are."""
     layers = sorted({tables.layer_and_target(path)[0] for path in comparison.phi})
     drawn, cut = _chosen(comparison, kind, spread(layers, MAX_LAYERS), layers)
     one, other = comparison.ranks
@@ -313,7 +313,7 @@ def _cells(drawn: dict, control: np.ndarray) -> pd.DataFrame:
 
 
 def _diagonals(comparisons: Sequence[Comparison], kind: str = "") -> Picture:
-    """phi(i, i) of all comparisons in one figure, with the band of the one that goes furthest."""
+    """phi(i, i) of all comparisons in one figure, with the band of the longest one."""
     lines, rows = {}, []
     for comparison in comparisons:
         found = [phi[kind or comparison.kind] for phi in comparison.phi.values()]
@@ -332,18 +332,18 @@ def _diagonals(comparisons: Sequence[Comparison], kind: str = "") -> Picture:
 
 
 def long(phi: np.ndarray, **about: Any) -> pd.DataFrame:
-    """phi (r1, r2) as a row a cell."""
+    """phi (r1, r2) with a row per cell."""
     i, j = np.indices(phi.shape) + 1
     return pd.DataFrame({**about, "i": i.ravel(), "j": j.ravel(), "phi": phi.ravel()})
 
 
 def at(phi: np.ndarray, i: int, j: int) -> float:
-    """phi(i, j), as far as there are directions."""
+    """phi(i, j), with i and j at most the number of directions."""
     return float(phi[min(i, phi.shape[0]) - 1, min(j, phi.shape[1]) - 1])
 
 
 def _corners(comparison: Comparison, kind: str = "") -> str:
-    """What a comparison comes to, in words."""
+    """A comparison's corner values, in words."""
     kind = kind or comparison.kind
     first = np.mean([phi[kind][0, 0] for phi in comparison.phi.values()])
     last = np.mean([phi[kind][-1, -1] for phi in comparison.phi.values()])
@@ -375,7 +375,7 @@ def _table(comparison: Comparison) -> str:
 
 
 def _files(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """Every map as an array, and a line for each with its corner values and what chance gives."""
+    """Every map as an array, and a table of their corner values with the chance level."""
     arrays: dict[str, np.ndarray] = {}
     rows = []
     for comparison in comparisons:

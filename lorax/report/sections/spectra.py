@@ -1,4 +1,4 @@
-"""Sections on the updates themselves: singular values, and the ranks that they make use of."""
+"""Sections on the updates themselves: singular values, and the ranks read off them."""
 
 import pandas as pd
 
@@ -14,13 +14,13 @@ MAX_TARGETS = 4  # columns
 def spectra(sigmas: pd.DataFrame, main: str, where: str = "") -> Section:
     """Singular values by index.
 
-    sigmas: of `tables.spectra`, with a column `main` that tells the lines apart. where: which
-    members these are, where not all.
+    sigmas: of `tables.spectra`, with a column `main` that distinguishes the lines. where: which
+    members these are, if not all.
     """
     layers = spread(sorted(set(sigmas["layer"])), MAX_LAYERS)
     targets = spread(list(dict.fromkeys(sigmas["target"])), MAX_TARGETS)
     drawn = sigmas[sigmas["layer"].isin(layers) & sigmas["target"].isin(targets)]
-    caption = "Singular values of ΔW (of s·a·b, where an update has factors)." + (
+    caption = "Singular values of ΔW (of s·a·b for an update with factors)." + (
         f" Shown for {where}; analysis/spectra.csv has all." if where else ""
     )
     every = sorted(set(sigmas["layer"])), list(dict.fromkeys(sigmas["target"]))
@@ -29,9 +29,7 @@ def spectra(sigmas: pd.DataFrame, main: str, where: str = "") -> Section:
     alt = f"Log-log line charts of singular values for layers {', '.join(map(str, layers))}"
     if len(last) and first.mean() > 0:
         alt += f": the second is {last.mean() / first.mean():.2f} of the first on average"
-    content = page.aid(
-        "A line that falls steeply is an update that lives in few directions, whatever its rank."
-    )
+    content = page.aid("A steep line is an update in few directions, whatever its rank.")
     content += page.figure("spectra", caption, alt + ".")
     pictures = {"spectra": Picture(figures.spectra(drawn, layers, main), drawn)}
     return Section("Spectra of the updates", content, pictures)
@@ -53,7 +51,7 @@ def ranks(table: pd.DataFrame, main: str, also: pd.DataFrame | None = None) -> S
     )
     if len(ends) > 1:
         alt += f" and {ends.iloc[-1]:.1f} at {page.show(ends.index[-1])}"
-    caption = "Ranks that ΔW makes use of; lines are means, dots single matrices (layers, seeds)."
+    caption = "Ranks of ΔW: lines are means, dots single matrices (layers, seeds)."
     header = [words.axis(main), "target", "‖ΔW‖", "effective rank", "stable rank"]
     header += ["90% energy rank", "numerical rank"]
     if also is not None:
@@ -68,9 +66,9 @@ def ranks(table: pd.DataFrame, main: str, also: pd.DataFrame | None = None) -> S
         for _, row in means.iterrows()
     ]
     content = page.aid(
-        "A rank that stays below the dashed line is there to be used and is not."
+        "Below the dashed line, part of the rank is unused."
         if pd.to_numeric(table["rank"], errors="coerce").notna().any()
-        else "Low: the update lives in few directions, though nothing held it to them."
+        else "Low: the update is in few directions, though nothing restricted it to them."
     )
     if text := unchanged(table):
         content += page.note(text)

@@ -1,5 +1,5 @@
-"""Sections on how the updates came about: their growth, and what became of the activations. Where
-the run was asked for it (`config.analysis.trajectory`, `config.analysis.cka`)."""
+"""Sections on training: how the updates grew, and how the activations changed. They need
+`config.analysis.trajectory` and `config.analysis.cka`."""
 
 import pandas as pd
 
@@ -11,7 +11,7 @@ from lorax.report.selection import label
 
 
 def sections(run: runs.Run, shown: pd.DataFrame, main: str) -> list[Section]:
-    """Of the members that are shown, wherever analysis/ has the file."""
+    """Sections on the members that are shown, one for each table that analysis/ has."""
     tables = {name: _read(run, name, shown, main) for name in ("trajectory", "cka")}
     made = []
     if tables["trajectory"] is not None:
@@ -30,29 +30,29 @@ def _read(run: runs.Run, name: str, shown: pd.DataFrame, main: str) -> pd.DataFr
 def _trajectory(table: pd.DataFrame, main: str) -> Section:
     last = table[table["step"] == table["step"].max()]
     half = table[table["norm"] >= 0.5 * last["norm"].mean()]["step"].min()
-    caption = "The updates along training: thick lines are means over matrices and members."
+    caption = "The updates during training. Thick lines are means over matrices and members."
     alt = (
-        f"Line charts of ΔW along training: at the last step the effective rank is "
+        f"Line charts of ΔW during training: at the last step the effective rank is "
         f"{last['effective'].mean():.1f} on average, and half of the final norm is first reached "
         f"by step {half}."
     )
     content = page.aid(
-        "The overlap says when the final directions were found: a line that rises early and then "
-        "stays high is an update that soon knew where to go."
+        "The overlap shows when the final directions appear: a line that rises early and stays "
+        "high is an update whose directions settle early."
     )
     content += page.figure("trajectory", caption, alt)
     figure = figures.trajectory(table, main)
-    return Section("While it was trained", content, {"trajectory": Picture(figure, table)})
+    return Section("During training", content, {"trajectory": Picture(figure, table)})
 
 
 def _cka(table: pd.DataFrame, main: str) -> Section:
     lowest = table.loc[table["cka"].idxmin()]
-    caption = "Linear CKA between the residual stream with the adapter and without it, by layer."
+    caption = "Linear CKA between the residual streams with and without the adapter, by layer."
     alt = (
         f"Line chart of CKA by layer: lowest, {lowest['cka']:.3f}, in layer {lowest['layer']:.0f} "
         f"at {words.axis(main)} {page.show(lowest[main])}."
     )
-    content = page.aid("1: the layer says the same as before; the lower, the more it has changed.")
+    content = page.aid("1: the layer's activations are unchanged; lower values: they changed more.")
     content += page.figure("cka", caption, alt)
     figure = figures.cka(table, main)
     return Section("Activations", content, {"cka": Picture(figure, table)})
