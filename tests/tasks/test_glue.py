@@ -197,7 +197,7 @@ def test_rows_are_those_of_transformers(kind, n, seq_len, request):
     lengths = [len(ids) for ids in theirs(*columns)["input_ids"]]
     assert cut == sum(length > seq_len for length in lengths)
     assert (cut > 0) == (seq_len < 64)
-    assert rows["types"].any() == (kind == "bert" and sentences == 2)
+    assert rows["types"].any() == (kind == "bert" and n == 2)
     assert vocabulary.tokenizer.truncation is None  # still as it was
 
 

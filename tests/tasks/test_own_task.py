@@ -12,7 +12,7 @@ from strangers import small, trained
 import lorax
 from lorax import config, outside, plan, tasks
 from lorax.tasks import kinds, scores
-from lorax.train import loop
+from lorax.train import loop, prepare
 
 FILE = Path(__file__).parents[2] / "docs" / "examples" / "task.py"
 SUMS = f"{FILE}:sums"
@@ -67,15 +67,15 @@ def test_the_example_is_trained_scored_and_planned(tmp_path):
 
 def trained_with_status(members, folder):
     folder.mkdir()
-    (group,) = loop.prepare(members, lambda line: None)
+    (group,) = prepare.groups(members, lambda line: None)
     rows, _ = loop.train(folder, [group], loop.Terminal(*[lambda *_: None] * 3))
-    lines = [json.dumps(row) for row in loop.describe(group)]
+    lines = [json.dumps(row) for row in prepare.describe(group)]
     (folder / "members.jsonl").write_text("\n".join(lines))
     (folder / "config.json").write_text("{}")
     (folder / "status.json").write_text(json.dumps({"members": rows}))
-    loop.check_metric([group], "digits")
+    prepare.check_metric([group], "digits")
     with pytest.raises(ValueError, match="measures loss, correct, digits"):
-        loop.check_metric([group], "accuracy")
+        prepare.check_metric([group], "accuracy")
     return lorax.runs.load(folder)
 
 
