@@ -7,7 +7,9 @@
     python -m lorax.plan --config=docs/examples/task.py
 
 The study sweeps rank x seed on gpt2-nano. After training every member completes 32 sums, and the
-metric scores them: `correct` and `digits` stand beside the loss in tables and report.
+metric scores them: `correct` and `digits` stand beside the loss in tables and report. 100 steps are
+few: eval losses of 1.40 and 1.43 at rank 1, 1.27 and 1.28 at rank 8, and sums that have the right
+number of digits (`digits` 0.75 to 1) but are still wrong (`correct` 0).
 """
 
 import random

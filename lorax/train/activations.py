@@ -1,7 +1,7 @@
-"""How far adapters move what the layers hand on: linear CKA of the residual stream.
+"""How far adapters move the outputs of the layers: linear CKA of the residual stream.
 
 Kornblith et al. 2019 (arXiv 1905.00414, section 3), as `lorax.analysis.linear_cka` has it, but on
-the device and in float32: activations are the largest thing there is, and never leave it.
+the device and in float32: activations are large, and never leave it.
 """
 
 import jax
@@ -27,7 +27,8 @@ def check(base: Base, rows: int) -> None:
 def similarity(
     base: Base, method, trainable, constants, task: tasks.Task, rows: int, batch_size: int
 ) -> np.ndarray:
-    """CKA (M, L) float32 of the residual stream after each of L layers, adapted and as it was.
+    """CKA (M, L) float32 between the residual streams after each of L layers, with and without the
+    adapter.
 
     trainable, constants: of M members of one method, leaves (M, ...). rows: of the task's
     evaluation, evenly spaced, `batch_size` at a time; their real tokens are the examples. They
@@ -36,11 +37,11 @@ def similarity(
     before, compared = _programs(base, method, task.kind)
     batches = jax.device_put(_batches(task, rows, batch_size))
     first = before(base.params, batches)
-    found = []
+    of_members = []
     for i in range(len(jax.tree.leaves(trainable)[0])):
-        own, fixed = jax.tree.map(lambda x, i=i: x[i], (trainable, constants))
-        found.append(np.asarray(compared(base.params, own, fixed, batches, first)))
-    return np.stack(found)
+        member = jax.tree.map(lambda x, i=i: x[i], (trainable, constants))
+        of_members.append(np.asarray(compared(base.params, *member, batches, first)))
+    return np.stack(of_members)
 
 
 def rehearse(
@@ -117,7 +118,7 @@ def cka(x, y, weights) -> jax.Array:
 
     def one(pair):
         x, y = map(centred, pair)
-        own = norm(x, x) * norm(y, y)
-        return jnp.where(own > 0, norm(x, y) ** 2 / jnp.where(own > 0, own, 1), 0)
+        scale = norm(x, x) * norm(y, y)
+        return jnp.where(scale > 0, norm(x, y) ** 2 / jnp.where(scale > 0, scale, 1), 0)
 
     return jax.lax.map(one, (x, y))

@@ -18,7 +18,7 @@ def read(member, base: Base, task: tasks.Task, paths, kind: str, seen: dict) -> 
     """{path: {kind: array}} (`sensitivity.evidence`) from the member's own first batches,
     in shuffled order also where training groups rows by length.
 
-    seen: what has been read for members before, who may share it; what is new is put in.
+    seen: evidence that earlier members have read, which others may share; new evidence is added.
     """
     c, paths = member.config, tuple(paths)
     n, size = c.method.batches or BATCHES, c.train.batch_size
@@ -34,14 +34,15 @@ def read(member, base: Base, task: tasks.Task, paths, kind: str, seen: dict) -> 
 
 
 def residual(base: Base, name: str, paths) -> dict:
-    """{path: {"residual": (layers..., in, out) float32}}: what quantising took from the matrices of
-    the base that `lorax.load(name)` gives. Raises ValueError where nothing is quantised."""
+    """{path: {"residual": (layers..., in, out) float32}}: the quantisation error of the base, its
+    weights as `lorax.load(name)` gives them less the quantised ones. Raises ValueError where
+    nothing is quantised."""
     found, coded, plain = {}, tree.flatten(base.params), tree.flatten(load(name).params)
     for path in paths:
         site = base.sites[path]
         if not ops.is_operator(coded[path]) or ops.is_operator(plain[path]):
             raise ValueError(
-                f"method.init: 'loftq' makes up for what quantising takes from {path}: set quant, "
+                f"method.init: 'loftq' starts from the quantisation error of {path}: set quant, "
                 "and give a base that is not quantised yet"
             )
         wide = lambda leaf, site=site: site.to_matrix(ops.dense(leaf, site)).astype(jnp.float32)

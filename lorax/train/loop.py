@@ -269,7 +269,8 @@ def _program_key(group: Group) -> str:
     settings = {key: value for key, value in settings.items() if not key.startswith("task.")}
     dropout = any(member.config.method.dropout > 0 for member in group.stack.members)
     shapes = tree.shapes(group.stack[2:]), *_shapes(group)
-    return json.dumps([settings, dropout, str(shapes)], sort_keys=True)
+    kind = group.task.kind
+    return json.dumps([settings, dropout, kind.name, kind.scored, str(shapes)], sort_keys=True)
 
 
 def _plan_line(group, programs, chunks, seconds):

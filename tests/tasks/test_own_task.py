@@ -224,7 +224,8 @@ def test_arrays_of_classes_and_of_values_on_a_network(given):
     assert not unscored.kind.scored and unscored.scores is None
 
 
-def test_a_sweep_on_arrays_has_the_metric_in_its_metrics(tmp_path):
+def test_a_sweep_of_tasks_on_arrays_has_their_metrics(tmp_path):
+    """The second task has no metric, and shares no program with the first."""
     name = written(
         tmp_path,
         "def make(seed):\n"
@@ -232,16 +233,23 @@ def test_a_sweep_on_arrays_has_the_metric_in_its_metrics(tmp_path):
         "    part = lambda i: (x[i], x[i, :3])\n"
         "    return tasks.arrays(part(slice(8, None)), part(slice(8)), metric=worst)\n\n\n"
         "def worst(outputs, labels):\n"
-        "    return {'worst': np.abs(outputs - labels).max()}\n",
+        "    return {'worst': np.abs(outputs - labels).max()}\n\n\n"
+        "def unscored(seed):\n"
+        "    x = np.ones((40, 6))\n"
+        "    return tasks.arrays((x[8:], x[8:, :3]), (x[:8], x[:8, :3]))\n",
     )
     c = small("lora")
-    c.base, c.task.name, c.method.targets, c.task.n_train = "random:mlp-6-4-3", name, ("re:.*",), 16
-    c.method.rank, c.sweep.seed = 1, (0, 1)
-    c.eval.examples = 8
+    c.base, c.task.name, c.task.n_train, c.eval.examples = "random:mlp-6-4-3", name, 16, 8
+    c.method.targets, c.method.rank, c.sweep.seed = ("re:.*",), 1, (0, 1)
+    c.sweep.axes = {"task.name": (name, name.replace(":make", ":unscored"))}
     run = trained(c, tmp_path / "run")
     lines = run.metrics.query("split == 'eval'")
-    assert len(lines) == 4 and (lines["worst"] > 0).all() and lines["worst"].nunique() > 1
-    assert plan.plan(config.members(c)).name == "lora on random:mlp-6-4-3, 2 arrays a step"
+    assert len(lines) == 8 and lines["worst"].notna().sum() == 4
+    assert lines["worst"].nunique() > 1 and (lines["worst"].dropna() > 0).all()
+    groups = prepare.grouped(config.members(c))
+    assert [plan.plan(group).name for group in groups] == [
+        "lora on random:mlp-6-4-3, 2 arrays a step"
+    ] * 2
 
 
 # ---------------------------------------------------------------------------------------- mistakes
