@@ -99,11 +99,11 @@ def _updates(module, sides, alpha, places: Places | None, fused) -> dict[str, Fa
         raise ValueError(f"{groups} updates of a fused layer: only its base can tell them apart")
     if groups != len(names) or B.shape[0] % groups:
         raise ValueError(f"{groups} updates are no fit for {', '.join(names)}")
-    found = {}
+    factors = {}
     for name, part_A, part_B in zip(names, np.split(A, groups), np.split(B, groups), strict=True):
         a, b = np.ascontiguousarray(part_A.T), np.ascontiguousarray(part_B.T)
-        found[name] = Factors(a, b, 1.0 if alpha is None else float(alpha) / b.shape[0])
-    return found
+        factors[name] = Factors(a, b, 1.0 if alpha is None else float(alpha) / b.shape[0])
+    return factors
 
 
 def _read(file: pathlib.Path) -> dict[str, np.ndarray]:

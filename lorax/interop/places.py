@@ -55,11 +55,11 @@ class Places:
         for template, number in _templates(tensor, "."):
             for name in (template, self.bare.get(template)):
                 if name in self.tensors:
-                    found = {
+                    sources = {
                         path.format(number): source._replace(name=source.name.format(number))
                         for path, source in self.tensors[name].items()
                     }
-                    return dict(sorted(found.items(), key=lambda item: _first(item[1].part)))
+                    return dict(sorted(sources.items(), key=lambda item: _first(item[1].part)))
         return {}
 
     def module(self, path: str, where: str = "") -> str:
@@ -114,9 +114,11 @@ def _first(part: slice | np.ndarray | None) -> int:
     return part.start or 0 if isinstance(part, slice) else int(np.min(part))
 
 
-def fused_width(found: Mapping[str, Source]) -> int:
+def fused_width(sources: Mapping[str, Source]) -> int:
     """Columns of a fused tensor with these parameters in it, 0 of one that is not fused."""
-    return max((source.width() for source in found.values() if source.part is not None), default=0)
+    return max(
+        (source.width() for source in sources.values() if source.part is not None), default=0
+    )
 
 
 def place_as_json(source: Source) -> dict[str, Any]:

@@ -79,11 +79,11 @@ def read_npz(file: str | os.PathLike, names: Iterable[str] | None = None) -> dic
     """
     try:
         with open(file, "rb") as handle:
-            found = np.load(handle, allow_pickle=False)
-            if isinstance(found, np.ndarray):
+            loaded = np.load(handle, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
                 raise ValueError("a single array")
-            with found:
-                arrays = {key: found[key] for key in (found.files if names is None else names)}
+            with loaded:
+                arrays = {key: loaded[key] for key in (loaded.files if names is None else names)}
             for key, value in arrays.items():
                 if not isinstance(value, np.ndarray):
                     raise ValueError(f"{key} is no array")
@@ -97,12 +97,12 @@ def read_npz(file: str | os.PathLike, names: Iterable[str] | None = None) -> dic
 
 def read_npz_weights(file: str | os.PathLike) -> dict[str, np.ndarray]:
     """{name: float32 array} of an .npz file. Raises as `read_npz`, and for what is no weight."""
-    found = {}
+    arrays = {}
     for key, value in read_npz(file).items():
         if value.dtype.kind != "f":
             raise _no_weight(file, key, value.dtype)
-        found[key] = _float32(value, key, file)
-    return found
+        arrays[key] = _float32(value, key, file)
+    return arrays
 
 
 def check_weight(value: np.ndarray, key: str, file: str | os.PathLike, dtype=np.float32) -> None:

@@ -80,7 +80,7 @@ def own_names(stored: Mapping[str, np.ndarray], file: pathlib.Path) -> dict[str,
             f"{file}: several adapters, {named}; one can be read: save it by itself with PEFT's "
             "save_pretrained(folder, selected_adapters=[name])"
         )
-    found: dict[str, np.ndarray] = {}
+    tensors: dict[str, np.ndarray] = {}
     originals = {}
     for key, tensor in stored.items():
         name = key.removeprefix(PREFIX)
@@ -94,10 +94,10 @@ def own_names(stored: Mapping[str, np.ndarray], file: pathlib.Path) -> dict[str,
                 originals[f"{match['module']}.{match['rest']}"] = key
                 continue
         name = re.sub(r"\.base_layer\.(\w+)$", r".\1", name)
-        if name in found and not np.array_equal(found[name], tensor):
+        if name in tensors and not np.array_equal(tensors[name], tensor):
             raise ValueError(f"{file}: {name} stands there twice, with unlike values; {key} is one")
-        found[name] = tensor
+        tensors[name] = tensor
     for name, key in originals.items():
-        if name not in found:
+        if name not in tensors:
             raise ValueError(f"{file}: {key}: the base's own module, the trained one is missing")
-    return found
+    return tensors

@@ -234,12 +234,12 @@ class _Joined(NamedTuple):
 
 def _join(module: str, places: Places, parts: dict[str, Factors]) -> _Joined:
     """One module of PEFT's from the layers in it."""
-    found = places.at(f"{module}.weight")
-    embedding = next(iter(found)).endswith("/embedding")
-    layers = {path.rsplit("/", 1)[0]: source for path, source in found.items()}
+    sources = places.at(f"{module}.weight")
+    embedding = next(iter(sources)).endswith("/embedding")
+    layers = {path.rsplit("/", 1)[0]: source for path, source in sources.items()}
     if any(source.axes not in (None, (1, 0)) for source in layers.values()):
         raise ValueError(f"{', '.join(parts)}: {module} is a convolution, which can't be stored")
-    n_in, n_out = next(iter(parts.values())).a.shape[0], fused_width(found)
+    n_in, n_out = next(iter(parts.values())).a.shape[0], fused_width(sources)
     # The largest scale is kept and the others' ratios to it, at most 1, go into B.
     scale = max((float(parts[layer].s) for layer in layers if layer in parts), key=abs)
     A: list[np.ndarray] = []
@@ -342,16 +342,16 @@ def _update(module: str, sides: dict, config: dict, directory: pathlib.Path) -> 
 
 def _split(module: str, update: Factors, places: Places, file: pathlib.Path) -> dict[str, Factors]:
     """The factors of a module's parts, by our paths."""
-    found = places.at(f"{module}.weight")
-    if not found:
+    sources = places.at(f"{module}.weight")
+    if not sources:
         known = ", ".join(sorted(name.removesuffix(".weight") for name in places.tensors))
         raise ValueError(f"{file}: {module}: the base has no such module; it has {known}")
     a, b, s, m = update
-    width = fused_width(found)
+    width = fused_width(sources)
     if width not in (0, b.shape[1]):
         raise ValueError(f"{file}: {module}: {b.shape[1]} outputs, the base's has {width}")
     parts = {}
-    for path, source in found.items():
+    for path, source in sources.items():
         columns = as_index(source.part)
         own = None if m is None else m[columns]
         parts[path.rsplit("/", 1)[0]] = Factors(a, np.ascontiguousarray(b[:, columns]), s, own)

@@ -89,11 +89,11 @@ def _joined(place: Place, parts: Mapping[str, Arrays], inner: tuple, outer: tupl
     the other's; `outer`, (r, out), become (outputs, R). Parts with the same inner ones share them;
     ranks that are zero in all of `outer`, padding, are left out."""
     spans, rank, cut = {}, 0, {}
-    for layer, own in parts.items():
-        used = np.any([own[name].any(axis=1) for name in outer], axis=0)
+    for layer, arrays in parts.items():
+        used = np.any([arrays[name].any(axis=1) for name in outer], axis=0)
         used[:1] |= not used.any()  # PEFT knows no rank 0
-        cut[layer] = {name: own[name][..., used].T for name in inner}
-        cut[layer] |= {name: own[name][used].T for name in outer}
+        cut[layer] = {name: arrays[name][..., used].T for name in inner}
+        cut[layer] |= {name: arrays[name][used].T for name in outer}
         same = lambda other, layer=layer: all(
             np.array_equal(cut[other][name], cut[layer][name]) for name in inner
         )
@@ -101,33 +101,33 @@ def _joined(place: Place, parts: Mapping[str, Arrays], inner: tuple, outer: tupl
         spans[layer] = spans[twin] if twin else slice(rank, rank + int(used.sum()))
         rank = max(rank, spans[layer].stop)
     first = next(iter(cut.values()))
-    found = {name: np.zeros((rank, *first[name].shape[1:]), np.float32) for name in inner}
-    found |= {name: np.zeros((place.outputs, rank), np.float32) for name in outer}
-    for layer, own in cut.items():
+    joined = {name: np.zeros((rank, *first[name].shape[1:]), np.float32) for name in inner}
+    joined |= {name: np.zeros((place.outputs, rank), np.float32) for name in outer}
+    for layer, arrays in cut.items():
         for name in inner:
-            found[name][spans[layer]] = own[name]
+            joined[name][spans[layer]] = arrays[name]
         for name in outer:
-            found[name][place.columns[layer], spans[layer]] = own[name]
-    return found
+            joined[name][place.columns[layer], spans[layer]] = arrays[name]
+    return joined
 
 
-def _apart(place: Place, own: Arrays, inner: tuple, outer: tuple) -> dict[str, Arrays]:
+def _apart(place: Place, arrays: Arrays, inner: tuple, outer: tuple) -> dict[str, Arrays]:
     """Inverse of `_joined`: {layer: its arrays}, without ranks that are zero in all of `outer`."""
-    found = {}
+    by_layer = {}
     for layer, columns in place.columns.items():
-        cut = {name: own[name].T[:, columns] for name in outer}
+        cut = {name: arrays[name].T[:, columns] for name in outer}
         used = np.any([x.any(axis=1) for x in cut.values()], axis=0)
         if used.any():
-            found[layer] = {name: own[name].T[..., used] for name in inner}
-            found[layer] |= {name: x[used] for name, x in cut.items()}
-    return found
+            by_layer[layer] = {name: arrays[name].T[..., used] for name in inner}
+            by_layer[layer] |= {name: x[used] for name, x in cut.items()}
+    return by_layer
 
 
 def _widest(layers: Mapping[str, Arrays], name: str, where) -> int:
     """The largest rank of the layers' arrays `name`, (..., r)."""
     if not layers:
         raise ValueError(f"{where}: there is no update, all is zero")
-    return max(own[name].shape[-1] for own in layers.values())
+    return max(arrays[name].shape[-1] for arrays in layers.values())
 
 
 # ---------------------------------------------------------------------------------------- AdaLoRA
@@ -138,13 +138,13 @@ def write_adalora(modules, shared, hp):
     if hp["scale"] <= 0:
         raise ValueError(f"method.alpha: {hp['alpha']} given; PEFT takes the rank for one below 0")
     joined = {place.name: _joined(place, parts, ("a", "e"), ("b",)) for place, parts in modules}
-    rank = max(len(own["e"]) for own in joined.values())
+    rank = max(len(arrays["e"]) for arrays in joined.values())
     tensors = {}
-    for name, own in joined.items():
-        more = rank - len(own["e"])  # PEFT has one rank for all
-        tensors[f"{name}.lora_A"] = np.pad(own["a"], ((0, more), (0, 0)))
-        tensors[f"{name}.lora_E"] = np.pad(own["e"], (0, more))[:, None]
-        tensors[f"{name}.lora_B"] = np.pad(own["b"], ((0, 0), (0, more)))
+    for name, arrays in joined.items():
+        more = rank - len(arrays["e"])  # PEFT has one rank for all
+        tensors[f"{name}.lora_A"] = np.pad(arrays["a"], ((0, more), (0, 0)))
+        tensors[f"{name}.lora_E"] = np.pad(arrays["e"], (0, more))[:, None]
+        tensors[f"{name}.lora_B"] = np.pad(arrays["b"], ((0, 0), (0, more)))
     alpha = hp["alpha"] if rank == hp["rank"] else hp["scale"] * (rank + 1e-5)
     config = {ADALORA[name]: hp[name] for name in ADALORA}
     # The schedule counts in training alone, but PEFT wants one with a step to prune in.
@@ -172,10 +172,10 @@ def read_adalora(modules, shared, config, where):
         said, field = (init_r, "init_r") if kept is None else (sum(kept), "rank_pattern")
         if rank != said:
             raise ValueError(f"{here}: rank {rank}, but {said} in {CONFIG}, {field}")
-        own = {"a": tensors["lora_A"], "e": tensors["lora_E"][:, 0], "b": tensors["lora_B"]}
-        layers |= _apart(place, own, ("a", "e"), ("b",))
-    for own in layers.values():
-        own["real"] = np.ones(len(own["e"]), bool)
+        arrays = {"a": tensors["lora_A"], "e": tensors["lora_E"][:, 0], "b": tensors["lora_B"]}
+        layers |= _apart(place, arrays, ("a", "e"), ("b",))
+    for arrays in layers.values():
+        arrays["real"] = np.ones(len(arrays["e"]), bool)
     rank = _widest(layers, "e", where)
     scale = alpha / (init_r + 1e-5)  # PEFT keeps it, whatever is pruned
     hp = {"rank": rank, "alpha": alpha if rank == init_r else scale * (rank + 1e-5)}
@@ -194,9 +194,9 @@ def write_loha(modules, shared, hp):
     for place, parts in modules:
         if place.conv1d:
             raise ValueError(f"{place.name}: PEFT has no LoHa of GPT-2's Conv1D; store it as LoRA")
-        own = _joined(place, parts, ("a1", "a2"), ("b1", "b2"))
-        tensors |= {f"{place.name}.{HADA[name]}": x for name, x in own.items()}
-        ranks[place.name], scales[place.name] = len(own["a1"]), _scale(parts, hp)
+        arrays = _joined(place, parts, ("a1", "a2"), ("b1", "b2"))
+        tensors |= {f"{place.name}.{HADA[name]}": x for name, x in arrays.items()}
+        ranks[place.name], scales[place.name] = len(arrays["a1"]), _scale(parts, hp)
     return tensors, _lycoris(ranks, scales) | {"rank_dropout": 0.0, "module_dropout": 0.0}
 
 
@@ -208,8 +208,8 @@ def read_loha(modules, shared, config, where):
             for ours, theirs in HADA.items()
         }
         rank = fit(f"{where / WEIGHTS}: {place.name}", tensors, **shapes)["r"]
-        own = {ours: tensors[theirs] for ours, theirs in HADA.items()}
-        parts = _apart(place, own, ("a1", "a2"), ("b1", "b2"))
+        arrays = {ours: tensors[theirs] for ours, theirs in HADA.items()}
+        parts = _apart(place, arrays, ("a1", "a2"), ("b1", "b2"))
         for part in parts.values():
             part["s"] = _lycoris_scale(config, place.name, rank, where)
         layers |= parts
@@ -227,11 +227,11 @@ def write_lokr(modules, shared, hp):
         if place.conv1d or place.fused:
             what = "of GPT-2's Conv1D" if place.conv1d else f"of parts of it, {', '.join(parts)}"
             raise ValueError(f"{place.name}: PEFT has no LoKr {what}")
-        (own,) = parts.values()
+        (arrays,) = parts.values()
         for i in "12":
-            whole = own.get(f"on{i}", 0) > 0
+            whole = arrays.get(f"on{i}", 0) > 0
             for name in ("w",) if whole else ("a", "b"):
-                x = own[f"{name}{i}"]  # padded, where a sweep has larger ranks
+                x = arrays[f"{name}{i}"]  # padded, where a sweep has larger ranks
                 x = x[:, : hp["rank"]] if name == "a" else x[: hp["rank"]] if name == "b" else x
                 tensors[f"{place.name}.{KRON[name].format(i)}"] = x.T
         ranks[place.name], scales[place.name] = hp["rank"], _scale(parts, hp)
@@ -258,14 +258,14 @@ def read_lokr(modules, shared, config, where):
         if (n_in, n_out) != (place.inputs, place.outputs):
             want = f"{place.outputs} x {place.inputs}"
             raise ValueError(f"{here}: the factors make {n_out} x {n_in}, the base has {want}")
-        own = {
+        arrays = {
             f"{ours}{i}": tensors[theirs.format(i)].T
             for i in "12"
             for ours, theirs in KRON.items()
             if theirs.format(i) in tensors
         }
         (layer,) = place.columns
-        layers[layer] = own | {"s": _lycoris_scale(config, place.name, rank, where)}
+        layers[layer] = arrays | {"s": _lycoris_scale(config, place.name, rank, where)}
         ranks.add(rank)
     if len(ranks) > 1:
         raise ValueError(f"{where / CONFIG}: rank_pattern: one rank can be read, not {ranks}")
@@ -276,7 +276,7 @@ def read_lokr(modules, shared, config, where):
 
 def _scale(parts: Mapping[str, Arrays], hp) -> float:
     """The scale of a module's layers, as given where it is that in float32."""
-    scales = {float(own["s"]) for own in parts.values()}
+    scales = {float(arrays["s"]) for arrays in parts.values()}
     if len(scales) > 1:
         raise ValueError(f"{', '.join(parts)}: one module in PEFT, with one scale and not {scales}")
     (s,) = scales
@@ -304,7 +304,7 @@ def _lycoris_scale(config, module: str, rank: int, where) -> np.ndarray:
 
 def _alpha_of(rank: int, layers: Mapping[str, Arrays]) -> dict[str, Any]:
     """The rank, and the alpha that gives the commonest scale with it."""
-    s = Counter(float(own["s"]) for own in layers.values()).most_common(1)[0][0]
+    s = Counter(float(arrays["s"]) for arrays in layers.values()).most_common(1)[0][0]
     return {"rank": rank, "alpha": as_number(s * rank)}
 
 
@@ -327,9 +327,9 @@ def write_vera(modules, shared, hp):
     tensors = {"base_model.vera_A": np.tile(a[:inputs].T, (len(copies), 1)), "base_model.vera_B": B}
     for place, parts in modules:
         d, v = np.zeros(B.shape[1], np.float32), np.zeros(place.outputs, np.float32)
-        for layer, own in parts.items():
-            d[spans[_copy(place, layer)[0]]] = own["d"][used]
-            v[place.columns[layer]] = own["v"]
+        for layer, arrays in parts.items():
+            d[spans[_copy(place, layer)[0]]] = arrays["d"][used]
+            v[place.columns[layer]] = arrays["v"]
         tensors |= {f"{place.name}.vera_lambda_d": d, f"{place.name}.vera_lambda_b": v}
     config = {"r": B.shape[1], "projection_prng_key": hp["projection_seed"]}
     config |= {"save_projection": True, "vera_dropout": hp["dropout"], "init_weights": True}
@@ -350,10 +350,10 @@ def read_vera(modules, shared, config, where):
     a, b = shared["vera_A"].T, shared["vera_B"].T
     copies: dict[bytes, tuple[np.ndarray, dict[str, Arrays]]] = {}  # outputs, and who sees them
     for place, tensors in modules:
-        own = dict(vera_lambda_d=(r,), vera_lambda_b=(place.outputs,))
-        fit(f"{file}: {place.name}", tensors, **own)
+        shapes = dict(vera_lambda_d=(r,), vera_lambda_b=(place.outputs,))
+        fit(f"{file}: {place.name}", tensors, **shapes)
         v = {layer: tensors["vera_lambda_b"][columns] for layer, columns in place.columns.items()}
-        for layer in [layer for layer, own in v.items() if own.any()] or v:
+        for layer in [layer for layer, arrays in v.items() if arrays.any()] or v:
             key, rows = _copy(place, layer)
             most, layers = copies.setdefault(key, (rows, {}))
             layers[layer] = {"d": tensors["vera_lambda_d"], "v": v[layer]}
@@ -362,21 +362,21 @@ def read_vera(modules, shared, config, where):
     widest, rank = max(len(rows) for rows, _ in copies.values()), 0
     inner, outer, spans = [], [], {}
     for rows, layers in copies.values():
-        own = b[:, rows]
-        kept = own.any(axis=1) & np.any([x["d"] for x in layers.values()], axis=0)
+        b_rows = b[:, rows]
+        kept = b_rows.any(axis=1) & np.any([x["d"] for x in layers.values()], axis=0)
         inner.append(a[:, kept])
-        outer.append(np.pad(own[kept], ((0, 0), (0, widest - len(rows)))))
+        outer.append(np.pad(b_rows[kept], ((0, 0), (0, widest - len(rows)))))
         for layer, x in layers.items():
             spans[layer] = slice(rank, rank + int(kept.sum())), x["d"][kept], x["v"]
         rank += int(kept.sum())
-    found = {}
+    by_layer = {}
     for layer, (span, d, v) in spans.items():
-        found[layer] = {"d": np.zeros(max(rank, 1), np.float32), "v": v}
-        found[layer]["d"][span] = d
+        by_layer[layer] = {"d": np.zeros(max(rank, 1), np.float32), "v": v}
+        by_layer[layer]["d"][span] = d
     hp = {"rank": max(rank, 1), "projection_seed": config.get("projection_prng_key", 0)}
     hp |= {"dropout": config.get("vera_dropout", 0.0)}
     hp |= {"d_initial": float(config.get("d_initial", 0.1))}
-    return hp, found, {"a": np.concatenate(inner, axis=1), "b": np.concatenate(outer)}
+    return hp, by_layer, {"a": np.concatenate(inner, axis=1), "b": np.concatenate(outer)}
 
 
 def _copy(place: Place, layer: str) -> tuple[bytes, np.ndarray]:
@@ -394,7 +394,9 @@ def write_ia3(modules, shared, hp):
     for place, parts in modules:
         first = next(iter(parts.values()))
         if "l_in" in first:
-            if any(not np.array_equal(own.get("l_in"), first["l_in"]) for own in parts.values()):
+            if any(
+                not np.array_equal(arrays.get("l_in"), first["l_in"]) for arrays in parts.values()
+            ):
                 raise ValueError(f"{', '.join(parts)}: PEFT scales the input of {place.name} once")
             if len(parts) < len(place.columns):
                 raise ValueError(f"{', '.join(parts)}: PEFT scales the input of all {place.name}")
@@ -402,10 +404,10 @@ def write_ia3(modules, shared, hp):
             inner.append(place.name)
         else:
             whole = np.ones(place.outputs, np.float32)
-            for layer, own in parts.items():
-                if "l" not in own:
+            for layer, arrays in parts.items():
+                if "l" not in arrays:
                     raise ValueError(f"{place.name}: PEFT scales its input or its output")
-                whole[place.columns[layer]] = own["l"]
+                whole[place.columns[layer]] = arrays["l"]
             tensors[f"{place.name}.ia3_l"] = whole[:, None]
     return tensors, {"feedforward_modules": sorted(inner), "init_ia3_weights": True}
 
@@ -425,7 +427,7 @@ def read_ia3(modules, shared, config, where):
         x = tensors["ia3_l"].reshape(-1)
         parts = {layer: x if inner else x[columns] for layer, columns in place.columns.items()}
         # Ones in some parts of a fused module stand for what is not adapted.
-        moved = [layer for layer, own in parts.items() if np.any(own != 1)] or [*parts]
+        moved = [layer for layer, x in parts.items() if np.any(x != 1)] or [*parts]
         for layer in moved:
             layers[layer] = {"l_in" if inner else "l": parts[layer], "on": np.float32(1)}
     return {}, layers, {}

@@ -129,28 +129,28 @@ def write_adapter(own, base):
 
 def read_adapter(stored, config, base, where):
     base.need("llama-adapter", ADAPTER_FAMILIES)
-    file, found = where / WEIGHTS, {}
+    file, by_layer = where / WEIGHTS, {}
     for name, x in stored.items():
         module, _, last = name.rpartition(".")
         if module not in base.modules:
             known = ", ".join(base.modules)
             raise ValueError(f"{file}: {name}: the base has no such attention, it has {known}")
-        found.setdefault(base.modules.index(module), {})[last] = x
-    if not found:
+        by_layer.setdefault(base.modules.index(module), {})[last] = x
+    if not by_layer:
         raise ValueError(f"{file}: holds no tensors of ADAPTION_PROMPT")
-    for i, x in found.items():
+    for i, x in by_layer.items():
         shapes = dict(adaption_prompt=(1, "tokens", "features"), adaption_gate=(1,))
         shape = fit(f"{file}: {base.modules[i]}", x, **shapes)
     word = base.modules[0].rpartition(".")[2]
-    said = dict(adapter_len=shape["tokens"], adapter_layers=len(found), target_modules=word)
+    said = dict(adapter_len=shape["tokens"], adapter_layers=len(by_layer), target_modules=word)
     _agree(config, where, **said)
     own = {"prompt": np.zeros((len(base.modules), *shape.values()), np.float32)}
     own["gate"] = np.zeros(len(base.modules), np.float32)
-    for i, x in found.items():
+    for i, x in by_layer.items():
         if x["adaption_prompt"].shape[1:] != own["prompt"].shape[1:]:
             raise ValueError(f"{file}: {base.modules[i]}: not as many tokens as in other layers")
         own["prompt"][i], own["gate"][i] = x["adaption_prompt"][0], x["adaption_gate"][0]
-    return {"tokens": shape["tokens"], "layers": tuple(sorted(found))}, own
+    return {"tokens": shape["tokens"], "layers": tuple(sorted(by_layer))}, own
 
 
 def _agree(config: Mapping[str, Any], where, **right) -> None:

@@ -69,14 +69,14 @@ def stored_weights(weights: Mapping[str, np.ndarray], places: Places) -> dict[st
             raise ValueError(f"{path}: the base has no such parameter")
         if source.name in tensors:
             continue
-        found = places.at(source.name)
-        missing = [other for other in found if other not in weights]
+        sources = places.at(source.name)
+        missing = [other for other in sources if other not in weights]
         if missing:
             raise ValueError(f"{path}: PEFT can only store it with {', '.join(missing)}")
         whole = np.asarray(weights[path], np.float32)
         if source.part is not None:
-            whole = np.zeros((*whole.shape[:-1], fused_width(found)), np.float32)
-            for part, own in found.items():
+            whole = np.zeros((*whole.shape[:-1], fused_width(sources)), np.float32)
+            for part, own in sources.items():
                 whole[..., own.part] = weights[part]
         tensors[source.name] = whole.transpose(np.argsort(source.axes or range(whole.ndim)))
     return tensors
@@ -129,14 +129,14 @@ def check_saved(config, names: Iterable[str], places: Places, file: pathlib.Path
 
 def oriented(name: str, tensor: np.ndarray, places: Places, file: pathlib.Path):
     """{path: value} of the parameters in a tensor that was trained in full."""
-    found = places.at(name)
-    if not found:
+    sources = places.at(name)
+    if not sources:
         raise ValueError(
             f"{file}: {name} was trained in full, and the base has no such parameter"
             + (": load it with its head" if name.split(".")[0] in HEADS else "")
         )
     return {
-        path: ours(tensor, source.axes, as_index(source.part)) for path, source in found.items()
+        path: ours(tensor, source.axes, as_index(source.part)) for path, source in sources.items()
     }
 
 
