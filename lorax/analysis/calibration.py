@@ -2,7 +2,7 @@
 
 Members of a planted task (`lorax.tasks.planted`) carry the truth in members.jsonl: `planted`, the
 singular values of every kernel's dW*, and `planted_dim`, the codimension d* of the solutions. Here
-each estimator is run as it would be on a task that nobody planted, and its answer set against it.
+each estimator is run as on any other task, and its estimate is compared with the planted value.
 """
 
 from typing import Any
