@@ -151,5 +151,5 @@ def test_loftq_starts_closer_to_the_base_than_its_codes_are():
     )
     assert off(bound) < 0.8 * off(group.base.params)
     c.quant = None
-    with pytest.raises(ValueError, match="method.init: 'loftq' makes up for .*: set quant"):
+    with pytest.raises(ValueError, match="method.init: 'loftq' starts from the quant.*: set quant"):
         prepare.groups(config.members(c), lambda line: None)
