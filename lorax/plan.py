@@ -383,7 +383,8 @@ def _compiled(stacked, base, batch, wanted) -> dict:
 
     from lorax import tasks, xla
     from lorax.train import step
-    from lorax.train.programs import halved, over_members
+    from lorax.train.members import over_members
+    from lorax.train.programs import halved
 
     train, kind = stacked.members[0].config.train, tasks.kind_of(stacked.members[0].config.task)
     k = jax.tree.leaves(batch)[0].shape[0]

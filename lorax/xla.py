@@ -1,4 +1,4 @@
-"""Options of XLA's compiler, which differ between its versions."""
+"""XLA's compiler: options, which differ between its versions, and a program's memory."""
 
 import functools
 
@@ -19,3 +19,14 @@ def _knows(name: str, value) -> bool:
             raise
         return False
     return True
+
+
+def program_bytes(compiled) -> int:
+    """Peak bytes of a compiled program on one device, by the buffers that XLA laid out for it."""
+    m = compiled.memory_analysis()
+    return (
+        m.argument_size_in_bytes
+        + m.temp_size_in_bytes
+        + m.output_size_in_bytes
+        - m.alias_size_in_bytes
+    )

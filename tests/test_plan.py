@@ -19,7 +19,8 @@ from lorax.models import shapes
 from lorax.models.load import skeleton
 from lorax.train import layouts, stacks
 from lorax.train.batches import batch_shapes, steps_per_call
-from lorax.train.programs import compile_programs, program_bytes
+from lorax.train.programs import compile_programs
+from lorax.xla import program_bytes
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -173,7 +174,7 @@ def compiled_sweep(members, width, monkeypatch, options=quick.OPTIONS):
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
     kept = []
     keep = lambda x: kept.append(x) or program_bytes(x)
-    monkeypatch.setattr("lorax.train.programs.program_bytes", keep)
+    monkeypatch.setattr("lorax.xla.program_bytes", keep)
     base, stacked = plan.shapes(members)
     batch = plan.rows(members[0].config, base)
     evaluation = {

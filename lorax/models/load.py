@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from lorax import fields, intercept, outside, tree, vocabulary
+from lorax import fields, intercept, memory, outside, tree, vocabulary
 from lorax.errors import nearest
 from lorax.files import read_json
 from lorax.interop import hf
@@ -41,7 +41,8 @@ def load(name, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
     (`head="classification"`, `labels=2`; drawn at random where the files have none); of a function,
     arguments that it takes.
 
-    Raises ValueError or FileNotFoundError with what was given and what would be right.
+    Raises ValueError or FileNotFoundError with what was given and what would be right, MemoryError
+    if the weights have no room.
     """
     name = outside.spell(name, "base")
     if custom.is_custom(name):
@@ -51,6 +52,7 @@ def load(name, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
     rows = getattr(base.config, "vocab_size", None)
     base = base.replace(vocabulary=vocabulary.read(directory, rows) if directory else None)
     if random:
+        _check_room(name, jax.tree.leaves(base.params))
         params = jax.tree.map(lambda x: x.astype(param_dtype), jax.jit(init)())
         return base.replace(params=params, sha256="random")
     params, fresh = _read(base, directory, param_dtype, init)
@@ -60,11 +62,13 @@ def load(name, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
 
 def _read(base: Base, directory: Path, param_dtype, init) -> tuple[dict, tuple[str, ...]]:
     """(params of the files, paths of a head that they lack, which `init` has drawn)."""
-    shapes = {path: leaf.shape for path, leaf in tree.flatten(base.params).items()}
+    arrays = tree.flatten(base.params)
+    shapes = {path: x.shape for path, x in arrays.items()}
     head = tuple(path for path in shapes if path.startswith("head/"))
     flat = bnb.read(directory, base.sources, shapes)
     _check_size(base, directory)
     rest = {path: source for path, source in base.sources.items() if path not in flat}
+    _check_room(base.name, [arrays[path] for path in rest])
     flat |= hf.read(directory, rest, shapes, param_dtype, optional=head)
     fresh = tuple(path for path in head if path not in flat)
     if fresh:
@@ -150,6 +154,18 @@ def config_of(name: str, raw: Mapping, **run):
         return FAMILIES[family][0].config_from_hf(raw, **run)
     except ValueError as error:
         raise ValueError(f"base: {name}: {error}") from None
+
+
+def _check_room(name: str, arrays) -> None:
+    """Raises MemoryError if weights have no room; nothing is allocated. arrays: their shapes."""
+    needs, there = tree.nbytes(arrays), memory.free()
+    if needs > there.bytes:
+        stored = arrays[0].dtype.name
+        smaller = ", or param_dtype=bfloat16" * (stored == "float32")
+        raise MemoryError(
+            f"base: {name} has {needs / 1e9:.2f} GB of weights in {stored} and "
+            f"{there.bytes / 1e9:.2f} GB {there.limit}; take a smaller base{smaller}"
+        )
 
 
 def _check_size(base: Base, directory: Path) -> None:

@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import jax
 
-from lorax import memory, quant, tasks, tree
+from lorax import quant, tasks, tree
 from lorax.config import Member, grouped, key_of
 from lorax.errors import nearest
 from lorax.methods import prefix
 from lorax.models import Base, load
-from lorax.models.load import skeleton
 from lorax.tasks import kinds, scores
 from lorax.train import activations, evidence, stacks, texts
 
@@ -52,94 +51,94 @@ def groups(
     first: number of the first group. loaded: what is there already; what is read is added.
     Raises ValueError or FileNotFoundError for what a user can mend, before anything is trained.
     """
-    bases, task_cache = loaded or Loaded({}, {})
-    made = []
-    for index, part in enumerate(grouped(members), first):
-        c = part[0].config
-        # ------------------------------------------------------------------------------- base
-        labels = tasks.outputs(c.task)
-        head = {"head": "classification", "labels": labels} if labels else {}
-        run = {"dtype": c.dtype, "param_dtype": c.param_dtype} | head
-        if c.train.remat != "none":  # not every family has it
-            run["remat"] = c.train.remat
-        key = json.dumps([c.base, run, c.quant, c.double_quant])
-        if key not in bases:
-            check_weights(c.base, run)
-            base = load(c.base, **run)
-            if c.quant:
-                params = quant.quantize(base.params, c.quant, c.double_quant, sites=base.sites)
-                params = quant.placed(params, jax.local_devices()[0], c.dtype)
-                base = base.replace(params=params)
-            bases[key] = base
-            say(
-                f"base {c.base}: {base.family}, {tree.count(base.params):,} parameters, "
-                f"{tree.nbytes(base.params) / 1e6:.1f} MB"
-            )
-            if base.fresh:
-                say(f"base {c.base}: no weights for {', '.join(base.fresh)}: drawn, and trained")
-        base = bases[key]
-        tasks.check_base(c.task, base, c.train.seq_len)
-        activations.check(base, c.analysis.cka)
-        reads_text = tasks.kind_of(c.task).reads == "tokens"
-        if reads_text and base.vocabulary is None:
-            raise ValueError(
-                f"base: {c.base} has no tokenizer.json, which task {c.task.name} needs"
-            )
-        hps = {member.index: stacks.hyperparameters(member, base) for member in part}
-        automatic = [member for member in part if evidence.is_automatic(member, hps[member.index])]
-        stacks.build_methods([m for m in part if m not in automatic], base)  # a mistake shows here
-
-        # ------------------------------------------------------------------------------- task
-        asked = [member.config.task.n_train for member in part]
-        settings = c.task.to_dict() | {"n_train": None if None in asked else max(asked)}
-        made_for = [c.base, c.train.seq_len] if reads_text else key
-        key = json.dumps([settings, made_for, c.eval.examples], sort_keys=True)
-        if key not in task_cache:
-            task_cache[key] = tasks.build(
-                settings, base.vocabulary, c.train.seq_len, c.eval.examples, base
-            )
-            say(f"task {task_cache[key].note}")
-        task = task_cache[key]
-        for member in part:
-            tasks.train_size(member.config.task, task)  # raises where there are not so many
-        if c.eval.generate and not task.prompts:
-            raise ValueError(
-                f"eval.generate: {c.eval.generate} given, task {c.task.name} has no prompts"
-            )
-        # -------------------------------------------------------------------------- evidence
-        if automatic:
-            say(f"group {index}: choosing targets and ranks of {len(automatic)} members")
-        rankings, seen = {}, {}
-        for member in automatic:
-            hp = hps[member.index]
-            hps[member.index], rankings[member.index] = evidence.decide(
-                member, hp, base, task, seen
-            )
-        built = stacks.build_methods(part, base, hps)
-        stacked = stacks.stack(part, built, base, task, seen)
-        made.append(Group(index, base, task, stacked, rankings))
-        # ------------------------------------------------- what would only show when it is trained
-        check_positions(made[-1])
-        if c.eval.generate:
-            texts.check_texts(base, task, c.eval, virtual_tokens(made[-1]), say)
-        if c.analysis.cka:
-            state = stacked.state.trainable, stacked.constants
-            activations.rehearse(base, built[0], *state, task, c.analysis.cka, c.eval.batch_size)
+    loaded = loaded or Loaded({}, {})
+    made = [_group(i, part, loaded, say) for i, part in enumerate(grouped(members), first)]
     for line in idle(made):
         say(line)
     return made
 
 
-def check_weights(name: str, run: dict) -> None:
-    """Raises MemoryError where a base's weights have no room; nothing is allocated."""
-    needs, there = tree.nbytes(skeleton(name, **run).params), memory.free()
-    if needs > there.bytes:
-        raise MemoryError(
-            f"base: {name} has {needs / 1e9:.2f} GB of weights in {run['param_dtype']} and "
-            f"{there.bytes / 1e9:.2f} GB {there.limit}; take a smaller base"
-            + ", or param_dtype=bfloat16"
-            * (run["param_dtype"] == "float32")
+def _group(index: int, members: list[Member], loaded: Loaded, say: Callable) -> Group:
+    """One group: load, check, start."""
+    c = members[0].config
+    base = _base(c, loaded.bases, say)
+    tasks.check_base(c.task, base, c.train.seq_len)
+    activations.check(base, c.analysis.cka)
+    hps = {member.index: stacks.hyperparameters(member, base) for member in members}
+    automatic = [m for m in members if evidence.is_automatic(m, hps[m.index])]
+    stacks.build_methods([m for m in members if m not in automatic], base)  # a mistake shows here
+
+    task = _task(members, base, loaded.tasks, say)
+    if automatic:
+        say(f"group {index}: choosing targets and ranks of {len(automatic)} members")
+    rankings, seen = {}, {}
+    for member in automatic:
+        decided = evidence.decide(member, hps[member.index], base, task, seen)
+        hps[member.index], rankings[member.index] = decided
+    built = stacks.build_methods(members, base, hps)
+    group = Group(index, base, task, stacks.stack(members, built, base, task, seen), rankings)
+
+    # What would only show when it is trained.
+    check_positions(group)
+    if c.eval.generate:
+        texts.check_texts(base, task, c.eval, virtual_tokens(group), say)
+    if c.analysis.cka:
+        state = group.stack.state.trainable, group.stack.constants
+        activations.rehearse(base, built[0], *state, task, c.analysis.cka, c.eval.batch_size)
+    return group
+
+
+def base_settings(c) -> dict:
+    """The arguments of `load` beside the name that a config asks for."""
+    labels = tasks.outputs(c.task)
+    settings = {"dtype": c.dtype, "param_dtype": c.param_dtype}
+    settings |= {"head": "classification", "labels": labels} if labels else {}
+    # Not every family has remat.
+    return settings | ({} if c.train.remat == "none" else {"remat": c.train.remat})
+
+
+def _base(c, bases: dict[str, Base], say: Callable) -> Base:
+    """The base that a config asks for, quantised; from `bases`, or read and put in."""
+    key = _base_key(c)
+    if key in bases:
+        return bases[key]
+    base = load(c.base, **base_settings(c))
+    if c.quant:
+        params = quant.quantize(base.params, c.quant, c.double_quant, sites=base.sites)
+        base = base.replace(params=quant.placed(params, jax.local_devices()[0], c.dtype))
+    bases[key] = base
+    size = f"{tree.count(base.params):,} parameters, {tree.nbytes(base.params) / 1e6:.1f} MB"
+    say(f"base {c.base}: {base.family}, {size}")
+    if base.fresh:
+        say(f"base {c.base}: no weights for {', '.join(base.fresh)}: drawn, and trained")
+    return base
+
+
+def _base_key(c) -> str:
+    return json.dumps([c.base, base_settings(c), c.quant, c.double_quant])
+
+
+def _task(members: list[Member], base: Base, built: dict[str, tasks.Task], say) -> tasks.Task:
+    """The task of members that may differ in `task.n_train`; from `built`, or made and put in."""
+    c = members[0].config
+    reads_text = tasks.kind_of(c.task).reads == "tokens"
+    if reads_text and base.vocabulary is None:
+        raise ValueError(f"base: {c.base} has no tokenizer.json, which task {c.task.name} needs")
+    asked = [member.config.task.n_train for member in members]
+    settings = c.task.to_dict() | {"n_train": None if None in asked else max(asked)}
+    made_for = [c.base, c.train.seq_len] if reads_text else _base_key(c)
+    key = json.dumps([settings, made_for, c.eval.examples], sort_keys=True)
+    if key not in built:
+        given = base.vocabulary, c.train.seq_len, c.eval.examples, base
+        built[key] = tasks.build(settings, *given)
+        say(f"task {built[key].note}")
+    for member in members:
+        tasks.train_size(member.config.task, built[key])  # raises where there are not so many
+    if c.eval.generate and not built[key].prompts:
+        raise ValueError(
+            f"eval.generate: {c.eval.generate} given, task {c.task.name} has no prompts"
         )
+    return built[key]
 
 
 def virtual_tokens(group: Group) -> int:

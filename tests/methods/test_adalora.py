@@ -20,7 +20,7 @@ from lorax.methods.adalora import adalora, schedule
 from lorax.models import Base, gpt2
 from lorax.train import stacks
 from lorax.train import step as steps
-from lorax.train.programs import over_members
+from lorax.train.members import over_members
 
 CONFIG = gpt2.Config(vocab_size=30, n_positions=12, n_embd=16, n_layer=3, n_head=2, n_inner=24)
 TOKENS = jnp.arange(20).reshape(2, 10)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support import data
 
-from lorax import adapters, config, losses, tasks
+from lorax import adapters, config, losses, memory, tasks
 from lorax.interop import peft
 from lorax.models import load
 from lorax.train import loop, prepare
@@ -375,8 +375,8 @@ def test_the_largest_group_is_fitted_before_anything_is_trained(tmp_path, monkey
 
 
 def test_a_base_without_room_is_refused_before_it_is_read(monkeypatch):
-    free = prepare.memory.Free(1000, "are left by ulimit -v")
-    monkeypatch.setattr(prepare.memory, "free", lambda: free)
+    free = memory.Free(1000, "are left by ulimit -v")
+    monkeypatch.setattr(memory, "free", lambda: free)
     with pytest.raises(
         MemoryError, match="base: random:mlp-64-10 has 0.00 GB .* by ulimit -v; tak"
     ):

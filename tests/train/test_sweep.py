@@ -174,7 +174,7 @@ def test_an_offloaded_optimiser_changes_no_bit(
         or not state.opt_state[1].mu["h"]["attn"]["q"]["kernel"]["a"].is_fully_replicated
     )
 
-    monkeypatch.setattr("lorax.train.programs.HOST", "device")
+    monkeypatch.setattr("lorax.train.offload.HOST", "device")
     here = run(c, base, task, devices=jax.devices()[:devices], k=1)
     assert kinds(here[4]) == {"device"}
     for mine, other in zip(here[:2], away[:2], strict=True):

@@ -20,7 +20,8 @@ from lorax.analysis.tables import along_training
 from lorax.models import Base, gpt2
 from lorax.train import layouts, loop, prepare, stacks, trajectory
 from lorax.train.batches import batch_shapes, eval_batches
-from lorax.train.programs import compile_programs, over_members
+from lorax.train.members import over_members
+from lorax.train.programs import compile_programs
 
 CONFIG = gpt2.Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=3, n_head=2)
 

@@ -1,0 +1,71 @@
+"""Training with the optimiser's state in the host's memory whenever no step updates it.
+
+A call is two programs: one takes the gradients; then the state comes to the device, the other
+updates, and the state goes back, so that activations and state are never on a device together.
+QLoRA pages for the same end (arXiv:2305.14314, section 3, "Paged Optimizers"). Moving changes no
+bit; two programs in place of one may round the last one otherwise.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lorax import tree, xla
+from lorax.train import step
+from lorax.train.layouts import Layout
+from lorax.train.members import over_devices, over_members, placement
+from lorax.train.shapes import Shapes, Training
+
+HOST = "pinned_host"  # kind of memory that holds the state
+
+
+def gradients(program: step.Program, width: int):
+    """f(params, constants, hyper, trainable, step, batches) -> (losses (M,), gradients) of all
+    members; batches of one step, leaves (M, 1, A, B, ...)."""
+
+    def run(params, constants, hyper, trainable, at, batches):
+        one = lambda *member: step.gradients(program, params, *member)
+        only = jax.tree.map(lambda x: x[:, 0], batches)
+        return over_members(one, width)(constants, hyper, trainable, at, only)
+
+    return run
+
+
+def compile_training(program: step.Program, layout: Layout, shapes: Shapes) -> Training:
+    """The two programs as one `Training`; `place` puts the optimiser's state on the host."""
+    members = placement(layout).members
+    host = members.with_memory_kind(HOST)
+
+    def update(*member):
+        return over_members(lambda *m: step.update(program, *m), layout.width)(*member)
+
+    take = over_devices(gradients(program, layout.width), layout, (None, 0, 0, 0, 0, 0))
+    take = jax.jit(take, out_shardings=members)
+    update = over_devices(update, layout, (0, 0, 0, 0, 0))
+    update = jax.jit(update, donate_argnums=2, out_shardings=members)
+    params, constants, hyper, state = shapes.params, shapes.constants, shapes.hyper, shapes.state
+    value = jax.ShapeDtypeStruct((layout.size,), jnp.float32, sharding=members)
+    update = update.lower(constants, hyper, state, value, state.trainable).compile()
+
+    @functools.cache
+    def compiled(width):
+        given = constants, hyper, state.trainable, state.step, shapes.batches(width)
+        return take.lower(params, *given).compile()
+
+    def away(state):
+        return state._replace(
+            opt_state=jax.block_until_ready(jax.device_put(state.opt_state, host))
+        )
+
+    def train(params, constants, hyper, state, batches):
+        run = compiled(shapes.width_of(batches))
+        found = run(params, constants, hyper, state.trainable, state.step, batches)
+        jax.block_until_ready(found)  # the activations are gone before the state comes
+        here = state._replace(opt_state=jax.device_put(state.opt_state, members))
+        state, logs = update(constants, hyper, here, *found)
+        return away(state), jax.tree.map(lambda x: x[:, None], logs)
+
+    needs = xla.program_bytes(compiled(shapes.widest))
+    needs = max(needs, tree.nbytes(params) + xla.program_bytes(update))
+    return Training(train, narrow=compiled, place=away, bytes=needs)

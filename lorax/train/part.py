@@ -1,0 +1,186 @@
+"""Train one part of a group: the members that one program holds, from the newest checkpoint on."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from lorax import rundir, tree
+from lorax.tasks import scores
+from lorax.train import checkpoint, trajectory
+from lorax.train.batches import steps_per_call, train_batches
+from lorax.train.prepare import Group
+from lorax.train.programs import Programs
+from lorax.train.stacks import Stack
+from lorax.train.step import MemberState
+
+
+class Part(NamedTuple):
+    """What does not change while a part is trained.
+
+    name: in the run directory (`rundir.part`). stack: M members of the group, on the host. params,
+    eval_rows, constants, hyper: on the devices. say: prints a line.
+    """
+
+    workdir: Path
+    name: str
+    group: Group
+    stack: Stack
+    programs: Programs
+    params: dict
+    eval_rows: dict
+    constants: dict
+    hyper: tuple
+    say: Callable[[str], None]
+
+
+class Position(NamedTuple):
+    """How far a part is.
+
+    state: of its members, on the devices. offset: bytes of metrics.jsonl up to here. seconds: of
+    wall clock; in_steps: of these, in training steps. losses, scores: (M,) and {metric: (M,)}
+    float32 of the last evaluation.
+    """
+
+    step: int
+    state: MemberState
+    offset: int
+    seconds: float
+    in_steps: float
+    losses: np.ndarray
+    scores: dict[str, np.ndarray]
+
+
+def train(part: Part, offset: int, progress: Callable[[int], None]) -> Position:
+    """Train to the last step. offset: bytes of metrics.jsonl that are filled already. progress:
+    called with the steps of all members so far."""
+    c, m = part.stack.config, len(part.stack.members)
+    state = part.programs.place_state(part.stack.state)
+    at = resume(part, state) or begin(part, state, offset)
+    del state
+    k, diverged = steps_per_call(c.eval.every, c.train.offload), diverged_at(part, at)
+    while at.step < c.train.steps:
+        at = advance(part, at, k)
+        before, diverged = diverged, diverged_at(part, at)
+        for i in np.flatnonzero((diverged >= 0) & (before < 0)):
+            name = part.stack.members[i].name
+            part.say(f"member {name} diverged at step {diverged[i]}; it stays there")
+        progress(at.step * m)
+    return at
+
+
+def resume(part: Part, state: MemberState) -> Position | None:
+    """Where the newest sound checkpoint left off, None without any."""
+    folder, steps = rundir.checkpoints(part.workdir, part.name), part.stack.config.train.steps
+    restored = checkpoint.restore(folder, tree.shapes(state), part.say)
+    if restored is None:
+        return None
+    step, saved, meta = restored
+    # Fewer lines than the checkpoint has seen: an earlier group had to go back.
+    if meta["offset"] > rundir.metrics_size(part.workdir):
+        shutil.rmtree(folder)
+        return None
+    if step < steps:  # else what comes after may be later groups'
+        rundir.cut_metrics(part.workdir, meta["offset"])
+    if step:
+        part.say(f"group {part.group.index}: continues at step {step} of {steps}")
+    return Position(
+        step,
+        jax.device_put(saved, jax.tree.map(lambda x: x.sharding, state)),
+        meta["offset"],
+        meta["seconds"],
+        meta["in_steps"],
+        np.array(meta["eval_loss"], np.float32),
+        {name: np.array(values, np.float32) for name, values in meta["scores"].items()},
+    )
+
+
+def begin(part: Part, state: MemberState, offset: int) -> Position:
+    """Step 0: evaluate, and write the first lines and checkpoint."""
+    at = Position(0, state, offset, 0.0, 0.0, *evaluate(part, state))
+    if part.stack.config.analysis.trajectory:
+        write_spectra(part, at)
+    rundir.cut_metrics(part.workdir, offset)
+    lines = metrics(part, 0, "eval", loss=at.losses, **at.scores)
+    at = at._replace(offset=rundir.append_metrics(part.workdir, lines))
+    save(part, at)
+    return at
+
+
+def advance(part: Part, at: Position, k: int) -> Position:
+    """One call of the program, k steps; at a checkpoint, evaluate and save as well."""
+    c, m, began = part.stack.config, len(part.stack.members), time.monotonic()
+    rows = train_batches(part.stack, part.group.task, at.step, k)
+    batches = part.programs.place_batches(rows)
+    state, logs = part.programs.train(part.params, part.constants, part.hyper, at.state, batches)
+    real = min(k, c.train.steps - at.step)  # steps past the last one change nothing
+    logs = {name: np.asarray(x)[:m, :real] for name, x in logs.items()}
+    in_steps = at.in_steps + time.monotonic() - began
+    at = at._replace(step=at.step + real, state=state, in_steps=in_steps)
+    norms = logs["grad_norm"][:, -1]
+    lines = metrics(part, at.step, "train", loss=logs["loss"].mean(1), grad_norm=norms)
+    at_checkpoint = at.step % c.eval.every == 0 or at.step == c.train.steps
+    if at_checkpoint:
+        losses, scored = evaluate(part, state)
+        at = at._replace(losses=losses, scores=scored)
+        lines += metrics(part, at.step, "eval", loss=losses, **scored)
+        if c.analysis.trajectory:
+            write_spectra(part, at)
+    seconds = at.seconds + time.monotonic() - began
+    at = at._replace(seconds=seconds, offset=rundir.append_metrics(part.workdir, lines))
+    if at_checkpoint:
+        save(part, at)
+    return at
+
+
+def evaluate(part: Part, state: MemberState) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Losses (M,) and {metric: (M,)} of the members as they are now."""
+    given = part.params, part.constants, state.trainable, part.eval_rows
+    losses, outputs = part.programs.evaluate(*given)
+    m = len(part.stack.members)
+    return np.asarray(losses)[:m], scores.of_members(part.group.task, outputs, m)
+
+
+def write_spectra(part: Part, at: Position) -> None:
+    """The spectra of all updates as they are now, as a file; none for a method without any."""
+    members = part.stack.members
+    given = part.params, part.constants, at.state.trainable, len(members)
+    spectra = part.programs.spectra(*given)
+    if spectra:
+        file = rundir.spectra(part.workdir, part.name, at.step)
+        trajectory.write(file, spectra, members, part.group.base)
+
+
+def diverged_at(part: Part, at: Position) -> np.ndarray:
+    """(M,) int32: the step at which each member diverged, -1 for the others."""
+    return np.asarray(at.state.diverged_at)[: len(part.stack.members)]
+
+
+def save(part: Part, at: Position) -> None:
+    """Write a checkpoint of everything that `resume` needs."""
+    meta = {
+        "offset": at.offset,
+        "seconds": at.seconds,
+        "in_steps": at.in_steps,
+        "eval_loss": [decimal(x) for x in at.losses],
+        "scores": {name: [decimal(x) for x in values] for name, values in at.scores.items()},
+    }
+    checkpoint.save(rundir.checkpoints(part.workdir, part.name), at.step, at.state, meta)
+
+
+def metrics(part: Part, step: int, split: str, **values) -> list[dict]:
+    """Rows of metrics.jsonl, one for each member. values: {name: (M,)}."""
+    return [
+        {"member": member.index, "step": step, "split": split}
+        | {name: decimal(value[i]) for name, value in values.items()}
+        for i, member in enumerate(part.stack.members)
+    ]
+
+
+def decimal(x) -> float | None:
+    """A float32 as the shortest decimal that means it, or None if it is not finite."""
+    return float(str(np.float32(x))) if np.isfinite(x) else None

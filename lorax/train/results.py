@@ -1,0 +1,100 @@
+"""What comes of trained members: their adapters, final rows, CKA and texts."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from lorax import adapters, methods, rundir
+from lorax.errors import reason
+from lorax.train import activations
+from lorax.train.part import Part, Position, decimal, diverged_at
+from lorax.train.texts import write_texts
+
+
+def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[int, dict]:
+    """{member: its final row}, see `loop.train`. Exports everything before it measures anything, as
+    that may fail. finished: called with the row of each member."""
+    m = len(part.stack.members)
+    trainable = jax.tree.map(lambda x: np.asarray(x)[:m], at.state.trainable)
+    diverged = diverged_at(part, at)
+    write_adapters(part, trainable)
+    rows = {
+        member.index: row(part, at, i, int(diverged[i]))
+        for i, member in enumerate(part.stack.members)
+    }
+    trained = [i for i in range(m) if diverged[i] < 0]
+    if part.stack.config.analysis.cka and trained:
+        measure_cka(part, trainable, trained, rows)
+    for i, member in enumerate(part.stack.members):
+        if part.stack.config.eval.generate and i in trained:
+            measure_texts(part, trainable, i, rows)
+        else:  # those of an evaluation that is no longer asked for
+            rundir.texts(part.workdir, member.index).unlink(missing_ok=True)
+        finished({"member": member.index, "name": member.name} | rows[member.index])
+    return rows
+
+
+def row(part: Part, at: Position, i: int, diverged: int) -> dict:
+    """The final row of member i; diverged: the step at which it did, or -1."""
+    m, steps, fine = len(part.stack.members), part.stack.config.train.steps, diverged < 0
+    return {
+        "status": "finished" if fine else "diverged",
+        "diverged_at": None if fine else diverged,
+        "eval_loss": decimal(at.losses[i]) if fine else None,
+        "seconds": round(at.seconds / m, 3),
+        "step_ms": round(1e3 * at.in_steps / (m * steps), 3),
+        "scores": {name: decimal(values[i]) for name, values in at.scores.items() if fine},
+    }
+
+
+def state_of(part: Part, trainable, i: int) -> tuple[dict, dict]:
+    """(trainable, constants) of member i, of trees with a member axis."""
+    return jax.tree.map(lambda x: x[i], (trainable, part.stack.constants))
+
+
+def write_adapters(part: Part, trainable) -> None:
+    """Export every member; a line for each reason why PEFT can't read one."""
+    said, base = set(), part.group.base
+    for i, (member, method) in enumerate(zip(part.stack.members, part.stack.methods, strict=True)):
+        folder = rundir.adapter(part.workdir, member.index)
+        state = methods.State(*state_of(part, trainable, i))
+        learned = adapters.from_training(base, method, state)
+        why = adapters.save(folder, learned, member.config.base)
+        if why and why not in said:
+            part.say(f"member {member.name}: kept in lorax's own format alone: {why}")
+            said.add(why)
+
+
+def measure_cka(part: Part, trainable, trained: list[int], rows: dict[int, dict]) -> None:
+    """Add "cka" to the rows of the members that were trained."""
+    c, group, stack = part.stack.config, part.group, part.stack
+    members = [stack.members[i] for i in trained]
+    similarity = lambda: activations.similarity(
+        group.base, stack.methods[0], trainable, stack.constants, group.task,
+        c.analysis.cka, c.eval.batch_size,
+    )  # fmt: skip
+    alike = attempt(part, "analysis.cka", members, rows, similarity)
+    for i in trained if alike is not None else ():
+        rows[stack.members[i].index]["cka"] = [decimal(value) for value in alike[i]]
+
+
+def measure_texts(part: Part, trainable, i: int, rows: dict[int, dict]) -> None:
+    """Let member i complete the task's prompts, and add the scores of its texts to its row."""
+    base, member, method = part.group.base, part.stack.members[i], part.stack.methods[i]
+    bound = method.bind(*state_of(part, trainable, i), base.params, sites=base.sites)
+    given = part.workdir, member, base, part.group.task, bound, part.say
+    write = functools.partial(write_texts, *given)
+    rows[member.index]["scores"] |= attempt(part, "eval.generate", [member], rows, write) or {}
+
+
+def attempt(part: Part, what: str, members, rows: dict[int, dict], work: Callable):
+    """work(), or None if it fails: then a line says so, and "failed" of the members' rows."""
+    try:
+        return work()
+    except Exception as error:
+        kept = rundir.keep_error(part.workdir, error)
+        part.say(f"{what} of member {members[0].name}: {kept}")
+        for member in members:
+            rows[member.index].setdefault("failed", {})[what] = reason(error)
