@@ -14,9 +14,10 @@ import quick
 from support import few, require
 
 import lorax
-from lorax import config, methods, plan, tasks, tree
-from lorax.models import shapes
+from lorax import config, methods, tasks, tree
+from lorax.models import shapes as architectures
 from lorax.models.load import skeleton
+from lorax.planning import compiled, costs, field, shapes, tables
 from lorax.train import layouts, stacks
 from lorax.train.batches import batch_shapes, steps_per_call
 from lorax.train.programs import compile_programs
@@ -64,7 +65,7 @@ TINY = {
 @pytest.fixture(autouse=True)
 def _known(monkeypatch):
     for name, fields in TINY.items():
-        monkeypatch.setitem(shapes.ARCHITECTURES, name, fields)
+        monkeypatch.setitem(architectures.ARCHITECTURES, name, fields)
 
 
 def members_of(base="tiny-gpt2", ranks=(8,), **changes):
@@ -80,7 +81,7 @@ def members_of(base="tiny-gpt2", ranks=(8,), **changes):
 
 def real_stack(members):
     """(`Base`, `Stack`) with arrays in place of shapes."""
-    base, _ = plan.shapes(members)
+    base, _ = shapes.shapes(members)
     base = base.replace(params=jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), base.params))
     return base, stacks.stack(members, stacks.build_methods(members, base), base)
 
@@ -102,7 +103,7 @@ def test_shapes_are_those_of_the_arrays(name):
         ranks, changes = (2,), {"sweep__seed": (0, 1)}
     members = members_of(base, ranks=ranks, method__name=name, **changes)
     assert len(members) == 2
-    _, shaped = plan.shapes(members)
+    _, shaped = shapes.shapes(members)
     _, stacked = real_stack(members)
     for found, want in zip(shaped[2:], stacked[2:], strict=True):
         assert found == jax.eval_shape(lambda t: t, want)
@@ -120,9 +121,10 @@ def test_shapes_are_those_of_the_arrays(name):
     ],
 )
 def test_exact_numbers_are_the_arrays(base, changes, monkeypatch):
-    monkeypatch.setattr(plan, "_compiled", lambda *_: {(1, False): (0,) * 4, (2, False): (0,) * 4})
+    nothing = compiled.Measured(0, 0, 0, 0)
+    monkeypatch.setattr(compiled, "measure", lambda *_: {(w, False): nothing for w in (1, 2)})
     members = members_of(base, ranks=(2, 8), **changes)
-    p = plan.plan(members)
+    p = costs.plan(members)
     base, stacked = real_stack(members)
     assert p.weights == tree.nbytes(base.params) and p.parameters == tree.count(base.params)
     assert 2 * p.adapters == 2 * p.gradients == tree.nbytes(stacked.state.trainable)
@@ -147,10 +149,10 @@ def test_batches_of_arrays_are_planned_without_reading_them(name):
     c, base = member.config, lorax.load("random:mlp-64-12-10")
     task = tasks.build(c.task, None, c.train.seq_len, None, base)
     k = steps_per_call(c.eval.every)
-    planned, real = plan.rows(c, base), batch_shapes(c.train, task, k)
+    planned, real = shapes.rows(c, base), batch_shapes(c.train, task, k)
     flat = lambda batch: {name: (x.shape[:3], x.size, x.dtype) for name, x in batch.items()}
     assert flat(planned) == flat(real)
-    p = plan.plan([member])
+    p = costs.plan([member])
     assert p.name == "lora on random:mlp-64-12-10, 4 arrays a step" and p.parameters == 910
 
 
@@ -175,8 +177,8 @@ def compiled_sweep(members, width, monkeypatch, options=quick.OPTIONS):
     kept = []
     keep = lambda x: kept.append(x) or program_bytes(x)
     monkeypatch.setattr("lorax.xla.program_bytes", keep)
-    base, stacked = plan.shapes(members)
-    batch = plan.rows(members[0].config, base)
+    base, stacked = shapes.shapes(members)
+    batch = shapes.rows(members[0].config, base)
     evaluation = {
         name: jax.ShapeDtypeStruct((1, *x.shape[2:]), x.dtype) for name, x in batch.items()
     }
@@ -212,7 +214,7 @@ PEAKS = [
 def test_peak_is_the_compiled_programs(base, n, width, changes, monkeypatch):
     """Within 3 %, of the program that a CPU would run; temporaries dominate it."""
     members = members_of(base, ranks=(8, 4, 2, 1)[:n], train__width=width, **changes)
-    p = plan.plan(members, ["cpu"])
+    p = costs.plan(members, ["cpu"])
     found, _ = compiled_sweep(members, width, monkeypatch)
     assert p.cpu.width == p.width == width and p.cpu.temporaries > found / 3
     assert p.peak(n, p.cpu) == pytest.approx(found, rel=0.03)
@@ -221,11 +223,11 @@ def test_peak_is_the_compiled_programs(base, n, width, changes, monkeypatch):
 def test_what_is_made_again_costs_work_and_saves_memory():
     """Activations as the plan shows them: none > dots > full, and FLOPs the other way round."""
     words = ("none", "dots", "full")
-    plans = [plan.plan(members_of("wide-llama", train__remat=word)) for word in words]
+    plans = [costs.plan(members_of("wide-llama", train__remat=word)) for word in words]
     none, dots, full = (p.at(1) for p in plans)
     assert none.temporaries > dots.temporaries > full.temporaries
     assert none.full < dots.full < full.full
-    shown = [plan.describe(0, p, [])[0].rows for p in plans]
+    shown = [tables.describe(0, p, [])[0].rows for p in plans]
     labels = [next(row[0] for row in rows if row[0].startswith("activations")) for rows in shown]
     assert [label.split(", ")[1] for label in labels] == [
         "kept for the backward pass",
@@ -235,9 +237,10 @@ def test_what_is_made_again_costs_work_and_saves_memory():
 
 
 def test_an_offloaded_state_is_shown_and_not_on_the_device(monkeypatch):
-    monkeypatch.setattr(plan, "_compiled", lambda *_: {(1, False): (10**7, 0, 0, 0)})
+    measured = {(1, False): compiled.Measured(10**7, 0, 0, 0)}
+    monkeypatch.setattr(compiled, "measure", lambda *_: measured)
     here, away = (
-        plan.plan(members_of(ranks=(8,), train__offload=where)) for where in (None, "optimizer")
+        costs.plan(members_of(ranks=(8,), train__offload=where)) for where in (None, "optimizer")
     )
     rest = here.rest - away.rest  # of batches: one step a call and not two
     assert here.optimizer == away.optimizer > 2 * here.adapters and here.state == away.state
@@ -245,8 +248,8 @@ def test_an_offloaded_state_is_shown_and_not_on_the_device(monkeypatch):
     assert peak(here) - peak(away) - rest == here.optimizer
     small = away.at(1)._replace(temporaries=0)  # then the update takes the most
     assert away.peak(1, small) == away.weights + away.state + away.gradients + away.constants
-    lines = {row[0]: row[1] for row in plan.describe(0, away, [])[0].rows}
-    assert lines["optimiser state, in the host memory"] == plan._bytes(away.optimizer)
+    lines = {row[0]: row[1] for row in tables.describe(0, away, [])[0].rows}
+    assert lines["optimiser state, in the host memory"] == tables.bytes_text(away.optimizer)
 
 
 @pytest.mark.parametrize("changes", few([{}, {"method__name": "full"}], [{}]))
@@ -254,7 +257,7 @@ def test_flops_are_the_compiled_programs(changes, monkeypatch):
     """Of a program without loops, which XLA counts whole. Of the first layer it computes less: what
     is before it does not ask for a gradient."""
     members = members_of("wide-llama", eval__every=1, **changes)
-    cost = plan.plan(members).at(1)
+    cost = costs.plan(members).at(1)
     _, program = compiled_sweep(members, 1, monkeypatch)
     assert cost.half == 0
     assert cost.full == pytest.approx(program.cost_analysis()["flops"], rel=0.06)
@@ -267,14 +270,14 @@ def test_work_counts_loops_what_is_made_again_and_nothing_dead():
     run = lambda x, w: jax.lax.scan(one, x, w)[0]
     again = lambda x, w: jax.lax.scan(jax.checkpoint(one, prevent_cse=False), x, w)[0]
     product = 2 * 3 * n * n
-    flops = lambda f, *args: plan.work(jax.make_jaxpr(f)(*args))[:2].tolist()
+    flops = lambda f, *args: compiled.work(jax.make_jaxpr(f)(*args))[:2].tolist()
     assert flops(run, x, w) == [0, turns * product]
     loss = lambda f: jax.grad(lambda x: jnp.sum(f(x, w)))
     assert flops(loss(run), x) == [0, 2 * turns * product]
     assert flops(loss(again), x) == [0, 3 * turns * product]
     half = lambda t: t.astype(jnp.bfloat16)
     assert flops(run, half(x), half(w)) == [turns * product, 0]
-    assert plan.work(jax.make_jaxpr(jnp.matmul)(x, w[0]))[2] == 4 * (2 * 3 * n + n * n)
+    assert compiled.work(jax.make_jaxpr(jnp.matmul)(x, w[0]))[2] == 4 * (2 * 3 * n + n * n)
     kernel = jnp.ones((3, n, 4))  # a window of 3 over 4 groups of features
     wide = lambda x, k: jax.lax.conv_general_dilated(
         x, k, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
@@ -283,8 +286,12 @@ def test_work_counts_loops_what_is_made_again_and_nothing_dead():
 
 
 def test_members_that_fit_are_the_most_that_fit():
-    line = plan.Cost(1, 100.0, 1.0, 0.0, 1.0), plan.Cost(5, 460.0, 5.0, 0.0, 5.0)
-    p = plan.Plan(5, 5, "", "none", False, 0, [1], 1000, 3, 1, 3, 6, 2, [1], True, list(line), None)
+    line = costs.Cost(1, 100.0, 1.0, 0.0, 1.0), costs.Cost(5, 460.0, 5.0, 0.0, 5.0)
+    sizes = dict(weights=1000, adapters=3, constants=1, gradients=3, optimizer=6, rest=2)
+    p = costs.Plan(
+        members=5, width=5, name="", remat="none", offload=False, parameters=0, trainable=[1],
+        files=[1], files_exact=True, costs=list(line), cpu=None, **sizes,
+    )  # fmt: skip
     assert p.at(3).temporaries == 280 and p.at(9).temporaries == 820
     assert p._replace(costs=[line[0]]).at(3).temporaries == 300
     for side_by_side in (True, False):
@@ -299,20 +306,21 @@ RSS = """
 import os, resource, sys
 sys.path.insert(0, "tests")
 import jax, jax.numpy as jnp
-from lorax import config, plan
-from lorax.models import shapes
+from lorax import config
+from lorax.planning import costs, shapes
+from lorax.models import shapes as architectures
 from lorax.train import layouts, stacks
 from lorax.train.programs import compile_programs
 
-shapes.ARCHITECTURES["gpt2-of-8"] = {
+architectures.ARCHITECTURES["gpt2-of-8"] = {
     "model_type": "gpt2", "n_layer": 8, "n_embd": 512, "n_head": 8, "vocab_size": 8192
 }
 c = config.default()
 c.base, c.train.batch_size, c.train.seq_len, c.eval.every = "random:gpt2-of-8", 8, 256, 1
 members = config.members(c)
-expected = plan.plan(members, ["cpu"])
-base, shaped = plan.shapes(members)
-batch = plan.rows(c)
+expected = costs.plan(members, ["cpu"])
+base, shaped = shapes.shapes(members)
+batch = shapes.rows(c)
 layout = layouts.Layout("none", tuple(jax.devices()[:1]), 1, 1)
 evaluation = {name: jax.ShapeDtypeStruct((1, *x.shape[2:]), x.dtype) for name, x in batch.items()}
 programs = compile_programs(shaped, base, layout, batch, evaluation)
@@ -370,12 +378,12 @@ def run_python(*arguments, check=True):
     ],
 )
 def test_trainable_parameters_of_the_lora_paper(name, rank, targets, count):
-    base = plan._skeleton(name)
+    base = field.architecture_of(name)
     assert lorax.method("lora", rank=rank, targets=targets).count(base.params, base.sites) == count
 
 
 def test_bytes_of_the_lora_and_qlora_papers():
-    full, _, lora = plan.compare("gpt3-175b").values()
+    full, _, lora = field.compare("gpt3-175b").values()
     # "from 1.2TB ...": the paper does not say of what. In 16 bits all of it is 1.27 TiB, 1.40 TB.
     assert full.total16 == 8 * full.trainable
     assert full.total16 / 2**40 == pytest.approx(1.2, rel=0.07)
@@ -383,28 +391,28 @@ def test_bytes_of_the_lora_and_qlora_papers():
     assert lora.total32 / 1e9 == pytest.approx(350, rel=0.01)  # "... to 350GB"
     assert lora.checkpoint / 2**20 == pytest.approx(35, rel=0.03)  # "from 350GB to 35MB"
     assert full.checkpoint / lora.checkpoint == pytest.approx(10_000, rel=0.08)
-    full, _, qlora = plan.compare("llama-65b").values()
+    full, _, qlora = field.compare("llama-65b").values()
     assert full.total32 / 1e9 == pytest.approx(780, rel=0.01)  # "> 780 GB"
     assert qlora.total32 < 48e9  # "a single 48GB GPU"
 
 
 def test_bits_of_a_quantised_parameter():
     """4.5 bits, 4.127 with double quantisation (QLoRA, section 3), of the linear kernels alone."""
-    base = plan._skeleton("llama-65b")
+    base = field.architecture_of("llama-65b")
     kernels = sum(
         leaf.size for path, leaf in tree.flatten(base.params).items() if path.startswith("h/")
         and path.endswith("kernel")
     )  # fmt: skip
     rest = 2 * (tree.count(base.params) - kernels)
-    size = lambda kind, double: tree.nbytes(plan._quantised(base, kind, double).params) - rest
+    size = lambda kind, double: tree.nbytes(shapes.quantised(base, kind, double).params) - rest
     assert size("nf4", False) * 8 / kernels == 4.5
     assert size("nf4", True) * 8 / kernels == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-6)
     saved = size("nf4", False) - size("nf4", True)
     assert saved / 1e9 == pytest.approx(3.03, rel=0.01)  # "approximately 3 GB for a 65B model"
     assert size("fp4", True) == size("nf4", True)
     assert size("int8", False) * 8 / kernels == 8.5
-    coded = plan._quantised(base, "nf4", True)
-    assert plan._widest(coded.params, "bfloat16") == 2 * 8192 * 22016
+    coded = shapes.quantised(base, "nf4", True)
+    assert compiled.widest_decoded(coded.params, "bfloat16") == 2 * 8192 * 22016
 
 
 CLASSES = {
@@ -423,16 +431,16 @@ CLASSES = {
 )
 def test_architectures_are_as_large_as_in_transformers(name):
     torch, transformers = require("torch"), require("transformers")
-    fields = shapes.ARCHITECTURES[name]
+    fields = architectures.ARCHITECTURES[name]
     model = getattr(transformers, CLASSES[fields["model_type"]])
     with torch.device("meta"):
         theirs = model(model.config_class(**fields | {"num_hidden_layers": 2, "n_layer": 2}))
     ours = dict(fields, **{"n_layer" if "n_layer" in fields else "num_hidden_layers": 2})
-    shapes.ARCHITECTURES[name] = ours
+    architectures.ARCHITECTURES[name] = ours
     try:
         count = tree.count(skeleton(f"random:{name}").params)
     finally:
-        shapes.ARCHITECTURES[name] = fields
+        architectures.ARCHITECTURES[name] = fields
     assert count == sum(p.numel() for p in theirs.parameters())
 
 
@@ -495,7 +503,7 @@ def test_a_mistake_is_one_line(arguments, message):
 )
 def test_what_does_not_fit_the_base_is_an_error(base, changes, message):
     with pytest.raises(ValueError, match=message):
-        plan.shapes(members_of(base, **changes))
+        shapes.shapes(members_of(base, **changes))
 
 
 def test_tables_in_markdown():

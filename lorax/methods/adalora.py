@@ -203,7 +203,7 @@ def schedule(full: int, target: int, tinit: int, tfinal: int, every: int, steps:
 def optimizer(inner, constants, train):
     """`inner`, and after each of its steps the e of the triplets beyond the budget set to zero.
 
-    Its `init` takes the constants' values, so it can't be traced; its `update` can.
+    Its `init` reads the constants' values: traced, as for a plan, it is right in its shapes alone.
     """
     fixed = joined(constants)
 
@@ -212,9 +212,11 @@ def optimizer(inner, constants, train):
         return {path: x for path, x in joined(tree_).items() if path in fixed}
 
     def init(trainable):
-        total = lambda name: int(sum(np.sum(x[name]) for x in fixed.values()))
-        phases = (int(_of_member(constants, name)) for name in ("tinit", "tfinal", "every"))
-        budgets = jnp.asarray(schedule(total("real"), total("target"), *phases, train.steps))
+        budgets = jnp.zeros(train.steps + 1, jnp.int32)
+        if not isinstance(_of_member(constants, "tinit"), jax.core.Tracer):
+            total = lambda name: int(sum(np.sum(x[name]) for x in fixed.values()))
+            phases = (int(_of_member(constants, name)) for name in ("tinit", "tfinal", "every"))
+            budgets = jnp.asarray(schedule(total("real"), total("target"), *phases, train.steps))
         zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), adapted(trainable))
         return Allocation(inner.init(trainable), jnp.int32(0), budgets, zeros(), zeros())
 

@@ -61,9 +61,13 @@ def layout(n_members: int, train, base: Base, devices=None) -> Layout:
     each = math.ceil(n_members / shares)
     tokens = part * row_tokens(train, base)
     width = train.width or good_width(tokens, base, devices[0].platform)
-    # A divisor: 12 members at width 8 run as 6 and 6, and no remainder is compiled by itself.
-    width = max(w for w in range(1, min(width, each) + 1) if each % w == 0)
-    return Layout(mode, devices, each * shares, width)
+    return Layout(mode, devices, each * shares, even_width(width, each))
+
+
+def even_width(most: int, members: int) -> int:
+    """Members side by side, at most so many: a divisor of their number. 12 members at width 8 run
+    as 6 and 6, and no remainder is compiled by itself."""
+    return max(w for w in range(1, min(most, members) + 1) if members % w == 0)
 
 
 def row_tokens(train, base: Base) -> int:

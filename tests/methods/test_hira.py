@@ -19,8 +19,9 @@ from strangers import small, trained
 from support import few
 
 import lorax
-from lorax import catalogue, config, convert, generate, methods, ops, plan, quant, tree
+from lorax import catalogue, config, convert, generate, methods, ops, quant, tree
 from lorax.adapters import states
+from lorax.planning import shapes
 from lorax.report import __main__ as report
 from lorax.train import prepare, stacks
 
@@ -115,7 +116,7 @@ def swept(**axes):
 
 def test_it_is_planned_with_the_shapes_of_the_arrays(hira):
     members = config.members(swept(rank=(2, 4), gain=(1.0, 8.0)))
-    base, shaped = plan.shapes(members)
+    base, shaped = shapes.shapes(members)
     stacked = stacks.stack(members, shaped.methods, lorax.load("gpt2-nano"))
     for found, want in zip(shaped[2:], stacked[2:], strict=True):
         assert found == jax.eval_shape(lambda t: t, want)

@@ -10,7 +10,8 @@ from quick import jit
 from strangers import assert_same_update, small, trained
 
 import lorax
-from lorax import catalogue, config, methods, plan, tree
+from lorax import catalogue, config, methods, tree
+from lorax.planning import shapes
 from lorax.train import prepare
 
 FILE = Path(__file__).parents[2] / "docs" / "examples" / "lora_xs.py"
@@ -56,4 +57,4 @@ def test_it_sweeps_in_one_group(registry, tmp_path):
     factors = together.adapter(7)
     assert {path.rpartition("/")[2] for path in factors} == {"v", "up"}
     assert all(f.a.shape[1] == 5 for f in factors.values())
-    plan.shapes(members)
+    shapes.shapes(members)

@@ -115,8 +115,8 @@ def test_a_name_is_in_every_legend_and_title(name):
 
 
 def test_a_bar_does_not_end_a_cell_of_markdown(capsys):
-    from lorax import plan
+    from lorax.planning import tables
 
-    plan._show([plan.Table("a|b", ("", "r"), [("re:(q|v)", "1")])], markdown=True)
+    tables.show([tables.Table("a|b", ("", "r"), [("re:(q|v)", "1")])], markdown=True)
     title, _, head, rule, row = capsys.readouterr().out.strip().splitlines()
     assert title == r"**a\|b**" and row == r"| re:(q\|v) | 1 |" and rule == "| --- | ---: |"

@@ -1,0 +1,1 @@
+"""What a config would take, before it takes it; `python -m lorax.plan` is the command."""

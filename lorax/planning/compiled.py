@@ -1,0 +1,118 @@
+"""The training program of a group, compiled for a CPU: its buffers and its FLOPs."""
+
+import math
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import jax.extend
+import numpy as np
+from jax.interpreters import partial_eval
+
+from lorax import quant, tasks, tree, xla
+from lorax.models import Base
+from lorax.train import offload, programs
+from lorax.train.layouts import Layout
+from lorax.train.shapes import shapes
+from lorax.train.stacks import Stack
+
+#: Of the CPU's compiler: code not worth running, but the same buffers, in a third of the time.
+_QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+#: It would hoist float32 copies of all bfloat16 weights out of the loop over layers.
+_NARROW = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+
+
+class Measured(NamedTuple):
+    """What XLA and the traced program say of `width` members side by side.
+
+    temporaries: bytes of buffers beside the arguments. half, full: FLOPs of a step in products of
+    16-bit numbers and in others. moved: bytes that these products read and write.
+    """
+
+    temporaries: int
+    half: float
+    full: float
+    moved: float
+
+
+def measure(stacked: Stack, base: Base, batch, wanted: Iterable) -> dict[tuple, Measured]:
+    """{(width, widened): what the training program takes}, of the wanted pairs. batch: shapes of
+    one member's call. widened: with copies that only a CPU makes of bfloat16 weights."""
+    lowered, works, jobs = {}, {}, {}
+    with ThreadPoolExecutor(2) as pool:
+        for width, widened in wanted:
+            if width not in lowered:
+                traced = trace(stacked, base, batch, width)
+                steps = jax.tree.leaves(batch)[0].shape[0]
+                lowered[width], works[width] = traced.lower(), work(traced.jaxpr) / steps
+            options = xla.known(_QUICK if widened else _QUICK | _NARROW)
+            jobs[width, widened] = pool.submit(lowered[width].compile, compiler_options=options)
+    beside = lambda m: m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    return {
+        key: Measured(beside(job.result().memory_analysis()), *works[key[0]])
+        for key, job in jobs.items()
+    }
+
+
+def trace(stacked: Stack, base: Base, batch, width: int):
+    """The program that `lorax.train` runs, traced for `width` members side by side on one CPU; with
+    `train.offload`, the one that takes the gradients, where the optimiser's state is not there."""
+    kind = tasks.kind_of(stacked.config.task)
+    layout = Layout("none", tuple(jax.local_devices(backend="cpu")[:1]), width, width)
+    given = shapes(stacked, base, layout, batch, kind)
+    program = programs.program_of(stacked, base, width, kind)
+    batches, state = given.batches(given.widest), given.state
+    if stacked.config.train.offload:
+        f = jax.jit(offload.gradients(program, width))
+        state = state.trainable, state.step
+        return f.trace(given.params, given.constants, given.hyper, *state, batches)
+    f = jax.jit(programs.training(program, width), donate_argnums=3)
+    return f.trace(given.params, given.constants, given.hyper, state, batches)
+
+
+def work(closed):
+    """(3,) float64: FLOPs in products of 16-bit numbers, in others, and bytes that products read
+    and write, of a `ClosedJaxpr` without what nothing reads. A loop counts as often as it turns."""
+    live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return _work(live)
+
+
+def _work(jaxpr) -> np.ndarray:
+    total = np.zeros(3)
+    for equation in jaxpr.eqns:
+        name, given = equation.primitive.name, equation.params
+        if name in ("dot_general", "conv_general_dilated"):
+            total += _of_product(equation)
+        elif name == "cond":
+            total += np.max([_work(branch.jaxpr) for branch in given["branches"]], axis=0)
+        else:
+            turns = given["length"] if name == "scan" else 1
+            inner = [getattr(x, "jaxpr", x) for x in given.values()]
+            total += turns * sum(_work(x) for x in inner if isinstance(x, jax.extend.core.Jaxpr))
+    return total
+
+
+def _of_product(equation) -> np.ndarray:
+    """`work` of one product or convolution."""
+    left, right, out = (v.aval for v in (*equation.invars, *equation.outvars))
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        each = math.prod(left.shape[i] for i in contracted)
+    else:
+        channels = equation.params["dimension_numbers"].rhs_spec[0]
+        each = right.size // right.shape[channels]
+    flops = 2 * out.size * each
+    half = left.dtype.itemsize <= 2 and right.dtype.itemsize <= 2
+    moved = sum(aval.size * aval.dtype.itemsize for aval in (left, right, out))
+    return np.array([flops * half, flops * (not half), moved], float)
+
+
+def widest_decoded(params, dtype: str) -> int:
+    """Bytes of the largest quantised weight of one layer when it is decoded, 0 without any."""
+    import numpy as np
+
+    coded = [x for x in tree.flatten(params).values() if isinstance(x, quant.Quantised)]
+    widest = max((leaf.n_in * leaf.n_out for leaf in coded), default=0)
+    return widest * np.dtype(dtype).itemsize

@@ -1,0 +1,170 @@
+"""What a group of members takes: bytes and FLOPs, by its shapes and its compiled program."""
+
+import bisect
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+
+from lorax import tasks, tree
+from lorax.planning import compiled
+from lorax.planning.shapes import one_member, rows, shapes
+from lorax.train import layouts
+
+
+class Cost(NamedTuple):
+    """Of `width` members side by side. temporaries: bytes of the program beside its arguments.
+    half, full: FLOPs of one step in products of bfloat16 and of float32. moved: bytes a step."""
+
+    width: int
+    temporaries: float
+    half: float
+    full: float
+    moved: float
+
+
+class Plan(NamedTuple):
+    """What one group takes, in bytes; of one member where not said otherwise.
+
+    members: how many. width: of them side by side. name: what the group is. parameters: of the
+    base. trainable: of each member, padding not counted. weights: of the base, shared. adapters,
+    constants, gradients, optimizer: padded as in the sweep. rest: counters, learning rate, batches
+    of one call. offload: whether the optimiser's state lies in the host's memory. files: arrays of
+    each member's export. costs: by width, ascending. cpu: that of the width that a CPU takes, or
+    None where none was asked for.
+    """
+
+    members: int
+    width: int
+    name: str
+    remat: str
+    offload: bool
+    parameters: int
+    trainable: list[int]
+    weights: int
+    adapters: int
+    constants: int
+    gradients: int
+    optimizer: int
+    rest: int
+    files: list[int]
+    files_exact: bool
+    costs: list[Cost]
+    cpu: Cost | None
+
+    @property
+    def state(self) -> int:
+        """Bytes of what training changes, and a checkpoint holds, of one member."""
+        return self.adapters + self.optimizer
+
+    @property
+    def resident(self) -> int:
+        """Bytes of that on the device while gradients are taken."""
+        return self.adapters + (0 if self.offload else self.optimizer)
+
+    def at(self, width: int) -> Cost:
+        """The cost of a width: as compiled, or on the line through the two nearest that were; in
+        proportion where one alone was."""
+        known = self.costs
+        i = min(max(bisect.bisect([c.width for c in known], width), 1), len(known) - 1)
+        a, b = known[i - 1 : i + 1] if i else (Cost(0, 0, 0, 0, 0), known[0])
+        t = (width - a.width) / (b.width - a.width)
+        return Cost(width, *((1 - t) * x + t * y for x, y in zip(a[1:], b[1:], strict=True)))
+
+    def peak(self, members: int, cost: Cost) -> int:
+        """Bytes of a program of so many members, `cost.width` of them side by side."""
+        each = self.resident + self.constants + self.rest
+        total = self.weights + members * each + cost.temporaries
+        if cost.width < members:  # the loop keeps what it has made, and those at work
+            total += cost.width * each
+            made = (members - cost.width) * self.gradients
+            total += made if self.offload else members * self.state
+        if self.offload:  # the update is a program of its own
+            own = self.state + self.constants + self.gradients
+            total = max(total, self.weights + members * own)
+        return math.ceil(total)
+
+    def most(self, memory: float, side_by_side: bool) -> int:
+        """Members that fit into so many bytes, side by side or one after the other."""
+        fits = lambda n: self.peak(n, self.at(n if side_by_side else 1)) <= memory
+        low, high = 0, 1
+        while fits(high) and high < 1 << 20:
+            low, high = high, 2 * high
+        return bisect.bisect_left(range(low + 1, high), True, key=lambda n: not fits(n)) + low
+
+
+def plan(members, devices: Iterable[str] = ()) -> Plan:
+    """Plan one group of members (`config.grouped`). devices: names in `DEVICES`; only "cpu" makes a
+    difference, in what is compiled. Raises ValueError or FileNotFoundError for what a user can
+    mend."""
+    c, n = members[0].config, len(members)
+    base, stacked = shapes(members)
+    batch = rows(c, base)
+    one = lambda t: tree.nbytes(t) // n
+    trainable = [method.count(base.params, base.sites) for method in stacked.methods]
+    exported = _exported(stacked, base)
+    width = layouts.even_width(c.train.width or n, n)
+    costs, cpu = _costs(stacked, base, batch, width, "cpu" in devices)
+    return Plan(
+        members=n,
+        width=width,
+        name=_name(stacked, base),
+        remat=c.train.remat,
+        offload=bool(c.train.offload),
+        parameters=tree.count(base.params),
+        trainable=trainable,
+        weights=tree.nbytes(base.params),
+        adapters=one(stacked.state.trainable),
+        constants=one(stacked.constants),
+        gradients=one(stacked.state.trainable),
+        optimizer=one(stacked.state.opt_state),
+        rest=tree.nbytes(batch) + 24,  # step, divergence, learning rate, decay and a key
+        files=[round(4 * exported * count) for count in trainable],
+        files_exact=exported == 1,
+        costs=costs,
+        cpu=cpu,
+    )
+
+
+def _costs(stacked, base, batch, width: int, on_cpu: bool) -> tuple[list[Cost], Cost | None]:
+    """(costs of one member and of `width`, ascending; that of a CPU's own width, or None)."""
+    c, n = stacked.config, len(stacked.members)
+    widened = "bfloat16" in (c.dtype, c.operands, c.param_dtype) and not c.quant
+    tokens = c.train.batch_size // c.train.accumulate * layouts.row_tokens(c.train, base)
+    most = c.train.width or layouts.good_width(tokens, base, "cpu")
+    slow = [(layouts.even_width(most, n), widened)] if on_cpu else []
+    wide = [(w, False) for w in sorted({1, width})]
+    measured = compiled.measure(stacked, base, batch, dict.fromkeys([*wide, *slow]))
+    state = stacked.state
+    touched = 2 * tree.nbytes((state.trainable, state.opt_state, state.trainable)) // n
+
+    def cost(key, more):
+        at = measured[key]
+        return Cost(key[0], at.temporaries + more, at.half, at.full, at.moved + key[0] * touched)
+
+    decoded = compiled.widest_decoded(base.params, c.dtype)  # whole but on a CPU: there by tiles
+    return [cost(key, decoded) for key in wide], cost(slow[0], 0) if slow else None
+
+
+def _name(stacked, base) -> str:
+    """What a group is: "lora on gpt2-nano, 8 x 128 tokens a step"."""
+    c = stacked.config
+    tokens = f"x {layouts.row_tokens(c.train, base)} tokens"
+    rows = tokens if tasks.kind_of(c.task).reads == "tokens" else "arrays"
+    parts = f" in {c.train.accumulate} parts" * (c.train.accumulate > 1)
+    return f"{stacked.methods[0].name} on {c.base}, {c.train.batch_size} {rows} a step{parts}"
+
+
+def _exported(stacked, base) -> float:
+    """How many numbers a member exports (`adapters.save`) for each that it trains: 1 for LoRA, more
+    where factors were not trained or a start is taken off the base. What methods without factors
+    leave as well, the changes dW of weights and a copy for PEFT, is not counted."""
+    method = stacked.methods[0]
+    state = one_member((stacked.state.trainable, stacked.constants))
+    if method.factors is None:
+        return tree.count(state) / tree.count(state[0])
+    factors = jax.eval_shape(lambda *s: method.factors(*s, base.params, base.sites), *state)
+    parts = {path: (a, b, *m) for path, (a, b, _, *m) in factors.items()}
+    whole = {path: x for path, x in tree.flatten(state[0]).items() if path.endswith("/w")}
+    return (tree.count(parts) + tree.count(whole)) / tree.count(state[0])

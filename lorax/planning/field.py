@@ -1,0 +1,110 @@
+"""The field's models: trainable parameters by rank, full fine-tuning against LoRA and QLoRA."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from lorax import methods, tree
+from lorax.models.load import skeleton
+from lorax.planning.shapes import quantised
+from lorax.planning.tables import Table, bytes_text, count_text
+
+RANKS = (1, 2, 4, 8, 16, 64, 256)
+
+SIZES = {"7B": "llama-7b", "13B": "llama-13b", "70B": "llama2-70b", "180B": "falcon-180b"}
+
+ADAPTED = ("llama-7b", "llama-13b", "llama2-70b", "falcon-7b", "falcon-40b", "falcon-180b")
+
+_QV = ("q", "v")
+
+#: architecture -> [(name, rank, targets, quantised)], beside full fine-tuning
+COMPARED = {
+    "gpt3-175b": [("LoRA", 1, _QV, False), ("LoRA", 4, _QV, False)],
+    **dict.fromkeys(
+        ("llama-7b", "llama-13b", "llama-30b", "llama-65b", "falcon-40b"),
+        [("LoRA", 8, _QV, False), ("QLoRA", 64, ("all-linear",), True)],
+    ),
+    **dict.fromkeys(("roberta-base", "roberta-large"), [("LoRA", 8, _QV, False)]),
+    "deberta-v2-xxlarge": [("LoRA", 16, _QV, False)],
+}
+
+
+def tables() -> Iterable[Table]:
+    """The comparisons of the field, one after the other as they are found."""
+    share = lambda part, whole: f"{count_text(part)} {100 * part / whole:.2g}%"
+    ranks = tuple(f"r = {r}" for r in RANKS)
+    matrices, adapted = [], []
+    for size, name in SIZES.items():
+        d = architecture_of(name).params["embed"]["embedding"].shape[1]
+        each = [share(2 * d * r, d * d) for r in RANKS]
+        matrices.append((f"{size}, d = {d:,}", *each))
+    yield Table("LoRA of one d x d matrix: trainable, of its parameters", ("", *ranks), matrices)
+
+    for name in ADAPTED:
+        base = architecture_of(name)
+        whole = tree.count(base.params)
+        for targets in (_QV, ("all-linear",)):
+            count = lambda r, t=targets, b=base: methods.method("lora", rank=r, targets=t).count(
+                b.params, b.sites
+            )
+            shown = (_fitting(count, r) for r in RANKS)
+            each = ["-" if x is None else share(x, whole) for x in shown]
+            adapted.append((f"{name}, {'+'.join(targets)}", *each))
+    yield Table("LoRA: trainable, of all parameters", ("", *ranks), adapted)
+
+    headings = ("", "trainable", "weights", "gradients", "Adam, 32 bits", "total")
+    headings += ("Adam, 16 bits", "total", "checkpoint")
+    lines = []
+    for name in COMPARED:
+        for label, row in compare(name).items():
+            shown = [bytes_text(x) for x in row[1:]]
+            lines.append((label, f"{row.trainable:,}", *shown))
+    note = "All exact, without activations. Weights, gradients and checkpoints are in 16 bits, "
+    note += (
+        "QLoRA's frozen weights in NF4 with double quantisation. The LoRA paper says 1.2 TB for "
+    )
+    note += "GPT-3 and not what is in it; the closest here is Adam in 16 bits, 1.27 TiB. QLoRA's "
+    note += "780 GB for LLaMA 65B are those with Adam in 32 bits."
+    yield Table("Full fine-tuning, LoRA and QLoRA", headings, lines, note)
+
+
+class Training(NamedTuple):
+    """Bytes of training without activations, in the order of the table; trainable: a number."""
+
+    trainable: int
+    weights: int
+    gradients: int
+    adam32: int
+    total32: int
+    adam16: int
+    total16: int
+    checkpoint: int
+
+
+def compare(name: str) -> dict[str, Training]:
+    """{what is trained: its bytes} of an architecture, everything but QLoRA's weights in 16 bits
+    and Adam's two moments in 32 or 16."""
+    base = architecture_of(name)
+    whole = tree.count(base.params)
+    rows = {f"{name}, full": (whole, 2 * whole)}
+    for kind, rank, targets, packed in COMPARED[name]:
+        method = methods.method("lora", rank=rank, targets=targets)
+        weights = tree.nbytes(quantised(base, "nf4", True).params) if packed else 2 * whole
+        label = f"{name}, {kind} r = {rank}, {'+'.join(targets)}"
+        n = method.count(base.params, base.sites)
+        rows[label] = n, weights + 2 * n
+    return {
+        label: Training(n, w, 2 * n, 8 * n, w + 10 * n, 4 * n, w + 6 * n, 2 * n)
+        for label, (n, w) in rows.items()
+    }
+
+
+def _fitting(count, rank):
+    """count(rank), or None where a matrix is too small for the rank."""
+    try:
+        return count(rank)
+    except ValueError:
+        return None
+
+
+def architecture_of(name: str):
+    return skeleton(f"random:{name}", param_dtype="bfloat16")

@@ -1,0 +1,57 @@
+"""A group of members as shapes: base, stack and batches as training has them, nothing allocated."""
+
+import jax
+
+from lorax import quant, tasks
+from lorax.models.load import skeleton
+from lorax.models.shapes import architecture
+from lorax.train import evidence, stacks
+from lorax.train.batches import steps_per_call
+from lorax.train.prepare import base_settings
+
+
+def shapes(members):
+    """(`Base`, `stacks.Stack`) of a group, every array of both a `jax.ShapeDtypeStruct`.
+
+    Raises ValueError or FileNotFoundError for what a user can mend.
+    """
+    c = members[0].config
+    try:
+        base = skeleton(c.base, **base_settings(c))
+    except FileNotFoundError as error:
+        known = c.base.rpartition("/")[2]
+        hint = f" To plan without its files: --config.base=random:{known}"
+        raise FileNotFoundError(f"{error}{hint * bool(architecture(known))}") from None
+    tasks.check_base(c.task, base, c.train.seq_len)
+    base = quantised(base, c.quant, c.double_quant) if c.quant else base
+    for member in members:
+        if evidence.is_automatic(member, stacks.hyperparameters(member, base)):
+            raise ValueError(
+                "method.rank, method.targets: 'auto' is decided by training batches, which a plan "
+                "does not read; give a rank and targets"
+            )
+    built = stacks.build_methods(members, base)
+    pad = stacks.padding(built, base)
+    # All members have arrays of the same shapes.
+    start = lambda params: stacks.start(members[0], built[0], base.replace(params=params), pad)
+    many = lambda x: jax.ShapeDtypeStruct((len(members), *x.shape), x.dtype)
+    arrays = jax.tree.map(many, jax.eval_shape(start, base.params))
+    return base, stacks.Stack(tuple(members), tuple(built), *arrays)
+
+
+def one_member(trees):
+    """The shapes of one member, of stacked ones."""
+    return jax.eval_shape(lambda t: jax.tree.map(lambda x: x[0], t), trees)
+
+
+def rows(c, base=None) -> dict:
+    """The batches of one call of the training program, of one member: leaves (K, A, B, ...)."""
+    k, parts = steps_per_call(c.eval.every, c.train.offload), c.train.accumulate
+    lead = k, parts, c.train.batch_size // parts
+    return tasks.batch_shapes(c.task, lead, c.train.seq_len, base)
+
+
+def quantised(base, kind: str, double: bool):
+    """A base of shapes with its linear kernels, but heads, as `quant.quantize` holds them."""
+    quantize = lambda params: quant.quantize(params, kind, double, sites=base.sites)
+    return base.replace(params=jax.eval_shape(quantize, base.params))

@@ -1,0 +1,133 @@
+"""Plans as tables: what a group takes, and how that goes on each device."""
+
+import sys
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from rich import box, table
+
+from lorax.console import console
+from lorax.planning.costs import Plan
+from lorax.planning.devices import DEVICES, SHARE
+from lorax.planning.roofline import on_device
+
+
+class Table(NamedTuple):
+    """title, headings and rows of text, and what stands below."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+
+def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
+    """The two tables of a group: what it takes, and how that goes on each device."""
+    n, one, wide = p.members, p.at(1), p.at(p.width)
+    exact, estimated = "exact", "estimated"
+    export = exact if p.files_exact else estimated
+    each = lambda x: (bytes_text(x), bytes_text(n * x))
+    activations = lambda cost: bytes_text(max(cost.temporaries - cost.width * p.gradients, 0))
+    remat = {
+        "none": "kept for the backward pass",
+        "full": "made again in the backward pass",
+        "dots": "made again but for products",
+    }[p.remat]
+    steps = (one, wide._replace(half=n / p.width * wide.half, full=n / p.width * wide.full))
+    lines = [
+        ("parameters of the base", f"{p.parameters:,}", "shared", exact),
+        ("trainable parameters", _range(p.trainable, "{:,}"), f"{sum(p.trainable):,}", exact),
+        ("weights", bytes_text(p.weights), "shared", exact),
+        ("adapters, padded alike", *each(p.adapters), exact),
+        ("constants of the method", *each(p.constants), exact),
+        (f"optimiser state{', in the host memory' * p.offload}", *each(p.optimizer), exact),
+        ("batches and counters", *each(p.rest), exact),
+        ("gradients", bytes_text(p.gradients), bytes_text(p.width * p.gradients), exact),
+        (f"activations, {remat}", activations(one), activations(wide), estimated),
+        ("peak of training", bytes_text(p.peak(1, one)), bytes_text(p.peak(n, wide)), estimated),
+        ("exported arrays", _range(p.files, bytes_text), bytes_text(sum(p.files)), export),
+        ("checkpoint", *each(p.state), exact),
+        ("FLOPs a step", *(_si(c.half + c.full) for c in steps), estimated),
+        (
+            "bytes moved a step",
+            bytes_text(one.moved),
+            bytes_text(n / p.width * wide.moved),
+            estimated,
+        ),
+    ]
+    title = f"Group {index}: {n} member{'s' * (n > 1)}, {p.name}"
+    headings = ("", "one member", f"all {n}, {p.width} side by side", "")
+    if n == 1:
+        headings, lines = ("", "one member", ""), [(a, b, d) for a, b, _, d in lines]
+    reached = [_on_device(p, name) for name in devices]
+    columns = ("device", "memory to use", "fit side by side", "fit one at a time", "compute")
+    columns += ("memory traffic", "a step of all members, at least")
+    note = f"All estimated. Memory to use: {SHARE:.0%} of an accelerator's, 80% of what is free "
+    note += "on this machine. Peaks: "
+    note += "; ".join(f"{name}: {DEVICES[name].source}" for name in devices) + "."
+    what = Table(title, headings, lines)
+    return [what, Table(f"Group {index} on devices", columns, reached, note)]
+
+
+def _on_device(p: Plan, name: str) -> tuple[str, ...]:
+    """A device's row in words."""
+    on = on_device(p, name)
+    compute, moving = on.compute_seconds, on.moving_seconds
+    least = f"{seconds_text(max(compute, moving))} ({'compute' if compute > moving else 'memory'})"
+    most = on.fit_side_by_side, on.fit_one_at_a_time
+    fit = [f"{x:,}" if most[1] else "none" for x in most]
+    end = least if most[1] else "does not fit"
+    return name, bytes_text(on.memory), *fit, seconds_text(compute), seconds_text(moving), end
+
+
+def _range(values, show) -> str:
+    show = show.format if isinstance(show, str) else show
+    low, high = show(min(values)), show(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def count_text(x: int) -> str:
+    """A number of parameters as the field writes it: 6.74B."""
+    return _si(x).replace(" ", "").replace("G", "B")
+
+
+def _si(x: float, unit: str = "") -> str:
+    """Three digits and a prefix: 1.23 T."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if x >= 0.9995 * size:
+            return f"{x / size:.{4 if x >= 999.5 * size else 3}g} {prefix}{unit}"
+    return f"{x:.3g} {unit}".strip()
+
+
+def bytes_text(x: float) -> str:
+    return _si(x, "B")
+
+
+def seconds_text(x: float) -> str:
+    return f"{x:.3g} s" if x >= 1 else f"{1e3 * x:.3g} ms"
+
+
+def show(tables: Iterable[Table], markdown: bool) -> None:
+    if markdown:
+        for t in tables:
+            lines = [t.headings, ["---"] + ["---:"] * (len(t.headings) - 1), *t.rows]
+            print(f"\n**{_cell(t.title)}**\n")
+            print("\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines))
+            print(f"\n{t.note}" * bool(t.note), flush=True)
+        return
+
+    screen = console(width=None if sys.stdout.isatty() else 140)
+    for t in tables:
+        drawn = table.Table(title=t.title, title_justify="left", box=box.SIMPLE_HEAD)
+        for i, name in enumerate(t.headings):
+            drawn.add_column(name, justify="right" if i else "left")
+        for row in t.rows:
+            drawn.add_row(*row)
+        screen.print(drawn)
+        if t.note:
+            screen.print(t.note)
+
+
+def _cell(text: str) -> str:
+    """Text in a table of Markdown, to which a bar ends the cell."""
+    return text.replace("|", "\\|")
