@@ -1,4 +1,4 @@
-"""The rows that members see at each step, and those that they are evaluated on, as arrays."""
+"""The batches that members train on at each step and are evaluated on."""
 
 import jax
 import numpy as np
@@ -11,10 +11,10 @@ STEPS_PER_CALL = 10
 
 
 def steps_per_call(every: int, offload: str | None = None) -> int:
-    """Optimiser steps in one call: the largest divisor of `eval.every` up to `STEPS_PER_CALL`, or
-    one where something is offloaded between steps (`train.offload`).
+    """Optimiser steps in one call: the largest divisor of `eval.every` up to `STEPS_PER_CALL`; one
+    with `train.offload`, which moves the optimiser's state between steps.
 
-    One call for several steps saves handing buffers over, which a small model notices.
+    One call for several steps hands buffers over less often, which matters for small models.
     """
     return 1 if offload else max(k for k in range(1, STEPS_PER_CALL + 1) if every % k == 0)
 
@@ -22,16 +22,16 @@ def steps_per_call(every: int, offload: str | None = None) -> int:
 def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
     """The batches of steps first .. first + k - 1: leaves (M, K, A, B, ...), on the host.
 
-    Which rows a member sees is a function of its seed and the step alone. Rows that are grouped by
-    length are cut to the narrowest of `tasks.widths` that holds the longest of them.
+    A member's rows depend only on its seed and the step. Rows that are grouped by length are cut to
+    the narrowest of `tasks.widths` that holds the longest of them.
     """
     c, lengths = stacked.config.train, task.lengths
     shape = (k, c.accumulate, c.batch_size // c.accumulate)
     rows = []
     for member in stacked.members:
         n = tasks.train_size(member.config.task, task)
-        own = None if lengths is None else lengths[:n]
-        order = tasks.orders(n, c.batch_size, member.config.seed, range(first, first + k), own)
+        steps, known = range(first, first + k), None if lengths is None else lengths[:n]
+        order = tasks.orders(n, c.batch_size, member.config.seed, steps, known)
         rows.append(order.reshape(shape))
     rows, width = np.stack(rows), tasks.widths(task)[-1]
     if lengths is not None:
@@ -48,7 +48,7 @@ def batch_shapes(train, task: tasks.Task, k: int) -> dict:
 
 
 def eval_batches(task: tasks.Task, batch_size: int) -> dict:
-    """The evaluation rows as leaves (N, B, ...); rows without weight fill the last batch up."""
+    """The evaluation rows as leaves (N, B, ...); rows without weight fill up the last batch."""
     rows = tasks.size(task.eval)
     size = min(batch_size, rows)
     fill = lambda x: np.pad(x, ((0, -rows % size), *((0, 0),) * (x.ndim - 1)))

@@ -1,4 +1,4 @@
-"""As many members in one program as memory holds, found by asking the compiler."""
+"""Programs for as many members as memory holds, found by asking the compiler."""
 
 import functools
 import math
@@ -15,17 +15,17 @@ from lorax.train.stacks import Stack
 
 
 def memory_limit(train, devices) -> memory.Free:
-    """Bytes that one program may take on each of its devices, and whose limit that is: at most
-    `train.memory_gb`, or else most of what is free. A CPU's devices share its memory."""
+    """Bytes that one program may take on each device, and who says so: `train.memory_gb`, or most of
+    the free memory. A CPU's devices share its memory."""
     stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
     if stats:
         there, most = memory.Free(stats["bytes_limit"], "has the device"), 0.9
     else:
         there, most = memory.free(), 0.8
         there = there._replace(bytes=there.bytes // len(devices))
-    own = memory.Free(int(train.memory_gb * 1e9), "are given by train.memory_gb")
-    if own.bytes:
-        return min(own, there)
+    limit = memory.Free(int(train.memory_gb * 1e9), "are given by train.memory_gb")
+    if limit.bytes:
+        return min(limit, there)
     return there._replace(bytes=int(most * there.bytes))
 
 
@@ -40,9 +40,9 @@ def fit(
 ) -> Programs:
     """`compile_programs` for as many members at once as memory holds, found by asking the compiler.
 
-    First the members side by side are halved, then the members in one program; the caller runs the
-    rest in further calls of the same program. Raises MemoryError where not even one fits, and says
-    what would.
+    Halves first the members side by side, then the members in one program; the caller runs the
+    others in further calls of the same program. Raises MemoryError if not even one member fits, and
+    says what would.
     """
     n = len(stacked.members)
     while True:
@@ -69,9 +69,9 @@ def fit(
 def would_fit(
     train, batches, needs: Callable[[dict], int], limit: int, kind: kinds.Kind = kinds.TEXTS
 ) -> str:
-    """What of a batch would fit, by asking the compiler: needs(shapes of batches) -> bytes.
+    """Which smaller batch would fit, in words. needs(shapes of batches) -> bytes, by the compiler.
 
-    First the batch is worked off in more parts, up to a row at a time; then its rows are halved.
+    Tries more parts of a batch first, down to one row at a time, then half as long rows.
     """
     size = train.batch_size
     parts = [a for a in range(train.accumulate + 1, size + 1) if size % a == 0]

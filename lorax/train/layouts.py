@@ -1,4 +1,4 @@
-"""How members and batches lie on the devices, and how many members run side by side."""
+"""How members and batches are spread over devices, and how many members run side by side."""
 
 import math
 import os
@@ -9,24 +9,24 @@ import jax
 from lorax import tree
 from lorax.models import Base
 
-TOKEN_FEATURES = 200_000  # tokens x features that a CPU likes side by side (lorax.bench sweep)
-CPU_COPIES = 128e6  # bytes of the base, one copy for each of a CPU's devices, that "auto" spends
+TOKEN_FEATURES = 200_000  # most tokens x features side by side on a CPU (lorax.bench sweep)
+CPU_COPIES = 128e6  # most bytes of a CPU's copies of the base, one for each device, under "auto"
 
 
 def split_cpu() -> None:
-    """Make a CPU as many devices as it has cores, up to 8, unless XLA_FLAGS already says.
+    """Split a CPU into as many devices as it has cores, at most 8, unless XLA_FLAGS sets a number.
 
-    Two members on a core each are faster than two cores on every small product of one. To be
-    called before JAX's first computation.
+    Two members on a core each are faster than one member whose small products share two cores. Must
+    be called before JAX's first computation.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", min(8, os.cpu_count() or 1))
 
 
 class Layout(NamedTuple):
-    """How the member axis and the batches lie on the devices.
+    """How members and batches are spread over devices.
 
-    mode: "none", "members", "batch" or "pmap". devices: as many as are used. size: members in one
+    mode: "none", "members", "batch" or "pmap". devices: those that are used. size: members in one
     program, a multiple of the number of devices that share them. width: members side by side.
     """
 
@@ -37,9 +37,9 @@ class Layout(NamedTuple):
 
 
 def layout(n_members: int, train, base: Base, devices=None) -> Layout:
-    """The layout that config.train asks for, or a good one ("auto", width 0).
+    """The layout that config.train asks for, or a good one for "auto" and width 0.
 
-    Raises ValueError where "batch" is asked for and the devices don't divide a batch.
+    Raises ValueError for "batch" if the devices don't divide a batch.
     """
     devices = tuple(devices or jax.local_devices())
     mode, part = train.parallel, train.batch_size // train.accumulate
@@ -65,18 +65,19 @@ def layout(n_members: int, train, base: Base, devices=None) -> Layout:
 
 
 def even_width(most: int, members: int) -> int:
-    """Members side by side, at most so many: a divisor of their number. 12 members at width 8 run
-    as 6 and 6, and no remainder is compiled by itself."""
+    """Members side by side: the largest divisor of their number up to `most`. 12 members at width 8
+    run as 6 and 6, so that no remainder needs a program of its own."""
     return max(w for w in range(1, min(most, members) + 1) if members % w == 0)
 
 
 def row_tokens(train, base: Base) -> int:
-    """Tokens of a row, at most: an image is one, or as many as it has patches."""
+    """Most tokens in a row; an image counts as one, or as its number of patches."""
     return train.seq_len if base.input_shape is None else base.traits.array_positions
 
 
 def good_width(tokens: int, base: Base, platform: str) -> int:
-    """A CPU wants its working set in cache, an accelerator wants as many rows as there are."""
+    """Members side by side, at most: on a CPU the working set should stay in cache, an accelerator
+    takes all."""
     if platform != "cpu":
         return 1 << 30
     features = min(leaf.shape[-1] for leaf in jax.tree.leaves(base.params) if leaf.ndim > 1)

@@ -79,7 +79,7 @@ def train(
         for width in tasks.widths(group.task):
             programs.narrow(width)
         seconds += time.monotonic() - began
-        parts = stacks.chunks(group.stack, programs.layout.size)
+        parts = stacks.parts(group.stack, programs.layout.size)
         terminal.say(_plan_line(group, programs, len(parts), seconds))
         if why := _without_spectra(group):
             terminal.say(f"group {group.index}: analysis.trajectory: {why}")

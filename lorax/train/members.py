@@ -1,4 +1,4 @@
-"""Functions of one member run for many, over devices: no other file knows of the member axis M.
+"""A function of one member, run for many: over the member axis M, and over devices.
 
 `width` members run side by side (vmapped: every product with a frozen weight sees their rows as one
 batch), the rest one after the other under `lax.map`. Several devices each take a part of the

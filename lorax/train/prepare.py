@@ -18,7 +18,7 @@ from lorax.train import activations, evidence, stacks, texts
 class Group(NamedTuple):
     """Members that share a compiled program, with what they are trained on.
 
-    rankings: {member: rows of `evidence.decide`} of those whose targets or ranks evidence chose.
+    rankings: {member: rows of `evidence.decide`} for members whose targets or ranks it chose.
     """
 
     index: int
@@ -29,12 +29,12 @@ class Group(NamedTuple):
 
     @property
     def config(self):
-        """The config of the first member; the others differ from it in what is data alone."""
+        """The config of the first member; the others differ only in values that are data."""
         return self.stack.config
 
 
 class Loaded(NamedTuple):
-    """Bases and tasks by what was asked for, which the rounds of a run share."""
+    """Bases and tasks that are there already, which the rounds of a run share."""
 
     bases: dict[str, Base]
     tasks: dict[str, tasks.Task]
@@ -48,8 +48,9 @@ def groups(
 ) -> list[Group]:
     """Load bases and tasks, check every member against its base, and start all members.
 
-    first: number of the first group. loaded: what is there already; what is read is added.
-    Raises ValueError or FileNotFoundError for what a user can mend, before anything is trained.
+    first: number of the first group. loaded: what is there already; what is read is added to it.
+    Raises ValueError, FileNotFoundError or MemoryError for what a user can mend, before anything is
+    trained.
     """
     loaded = loaded or Loaded({}, {})
     made = [_group(i, part, loaded, say) for i, part in enumerate(grouped(members), first)]
@@ -142,7 +143,7 @@ def _task(members: list[Member], base: Base, built: dict[str, tasks.Task], say) 
 
 
 def virtual_tokens(group: Group) -> int:
-    """Positions that a group's method takes ahead of every text."""
+    """Positions that a group's method takes in front of every text."""
     method, base = group.stack.methods[0], group.base
     one = jax.tree.map(lambda x: x[0], (group.stack.state.trainable, group.stack.constants))
     bound = jax.eval_shape(lambda s, p: method.bind(*s, p, sites=base.sites), one, base.params)
@@ -150,7 +151,7 @@ def virtual_tokens(group: Group) -> int:
 
 
 def check_positions(group: Group) -> None:
-    """Raises ValueError where virtual tokens leave a base no positions for its texts."""
+    """Raises ValueError if virtual tokens leave a base too few positions for its texts."""
     c, most = group.config, group.base.positions
     kind, ahead = group.task.kind, virtual_tokens(group)
     columns = kinds.columns(kind, group.task.train)
@@ -165,67 +166,53 @@ def check_positions(group: Group) -> None:
 
 
 def idle(groups: list[Group]) -> list[str]:
-    """A line for every reason for which members can't change their base, with their names."""
-    whys = {
+    """A line for each setting that keeps members from changing their base, with their names."""
+    is_idle = {
         "train.lr: 0": lambda m, _: m.config.train.lr == 0,
         "method.alpha: 0": lambda _, method: method.hp.get("scale", method.hp.get("alpha")) == 0,
     }
+    why = {"train.lr: 0": "nothing is learned", "method.alpha: 0": "the update counts for nothing"}
+    stacked = [group.stack for group in groups]
     lines = []
-    for field, found in whys.items():
-        names = [
-            member.name
-            for group in groups
-            for member, method in zip(group.stack.members, group.stack.methods, strict=True)
-            if found(member, method)
-        ]
+    for field, applies in is_idle.items():
+        pairs = [pair for s in stacked for pair in zip(s.members, s.methods, strict=True)]
+        names = [member.name for member, method in pairs if applies(member, method)]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            what = (
-                "nothing is learned"
-                if field.startswith("train")
-                else "the update counts for nothing"
-            )
-            lines.append(f"{field} in member {', '.join(names[:3])}{more}: {what}")
+            lines.append(f"{field} in member {', '.join(names[:3])}{more}: {why[field]}")
     return lines
 
 
 def describe(group: Group) -> list[dict]:
     """The lines of members.jsonl for a group's members."""
-    rows = []
-    opt_bytes = tree.nbytes(group.stack.state.opt_state) // len(group.stack.members)
-    for member, method in zip(group.stack.members, group.stack.methods, strict=True):
-        c, hp = member.config, {"rank": None, "scale": None} | method.hp
-        rows.append(
-            {
-                "member": member.index,
-                "group": group.index,
-                "name": member.name,
-                "method": method.name,
-            }
-            | hp
-            | ({"targets": c.method.targets} if member.index in group.rankings else {})
-            | {
-                "base": c.base,
-                "quant": c.quant,
-                "lr": c.train.lr,
-                "weight_decay": c.train.weight_decay,
-            }
-            | {"steps": c.train.steps, "seed": c.seed, "n_train": c.task.n_train}
-            | {
-                axis: v
-                for axis, v in member.point.items()
-                if not key_of(axis).startswith("method.")
-            }
-            | {"train_examples": tasks.train_examples(c.task, group.task)}
-            | dict(group.task.facts)
-            | {"trainable_params": method.count(group.base.params, group.base.sites)}
-            | {"optimizer_bytes": opt_bytes}
-        )
-    return rows
+    optimizer = tree.nbytes(group.stack.state.opt_state) // len(group.stack.members)
+    pairs = zip(group.stack.members, group.stack.methods, strict=True)
+    return [
+        _settings(member, method, group)
+        | {"train_examples": tasks.train_examples(member.config.task, group.task)}
+        | dict(group.task.facts)
+        | {"trainable_params": method.count(group.base.params, group.base.sites)}
+        | {"optimizer_bytes": optimizer}
+        for member, method in pairs
+    ]
+
+
+def _settings(member: Member, method, group: Group) -> dict:
+    """What a member's line says of its config: a later key replaces an earlier one."""
+    c = member.config
+    line = {"member": member.index, "group": group.index, "name": member.name}
+    line |= {"method": method.name, "rank": None, "scale": None} | method.hp
+    if member.index in group.rankings:
+        line |= {"targets": c.method.targets}
+    line |= {"base": c.base, "quant": c.quant, "lr": c.train.lr}
+    line |= {"weight_decay": c.train.weight_decay, "steps": c.train.steps, "seed": c.seed}
+    line |= {"n_train": c.task.n_train}
+    point = member.point.items()
+    return line | {a: v for a, v in point if not key_of(a).startswith("method.")}
 
 
 def check_metric(groups: list[Group], metric: str) -> None:
-    """Raises ValueError where a group's task does not measure what a search goes by."""
+    """Raises ValueError if a group's task does not measure the metric of a search."""
     for group in groups:
         c, task = group.config, group.task
         names = ["loss", *scores.names(task, bool(c.eval.generate))]

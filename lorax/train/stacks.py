@@ -1,7 +1,7 @@
 """Members of one shape, stacked: every array gets a leading axis M.
 
-Members are padded to the largest width (a rank, or the dimension of a subspace) and have arrays for
-every matrix that any of them adapts.
+Members are padded to the largest width (a rank, or the dimension of a subspace), and each has
+arrays for every matrix that any of them adapts.
 """
 
 import re
@@ -33,18 +33,19 @@ class Stack(NamedTuple):
 
     @property
     def config(self):
-        """The config of the first member; the others differ from it in what is data alone."""
+        """The config of the first member; the others differ only in values that are data."""
         return self.members[0].config
 
 
 def hyperparameters(member, base: Base) -> dict:
-    """What the member's config gives its method: {name: value}, of those that the method has.
+    """{name: value} of the hyperparameters in the member's config that its method has.
 
-    In a sweep over methods a key is for those that have it; None is a method's own default.
+    In a sweep over methods, a key applies to the methods that have it; None means the method's own
+    default.
     """
     hp = member.config.method.to_dict()
     known = methods.hyperparameters(hp["name"])
-    if base.fresh:  # a head of random weights says nothing before it is trained
+    if base.fresh:  # a head of random weights must be trained
         hp["full"] = tuple(dict.fromkeys((*hp["full"], "classifier")))
     return {key: value for key, value in hp.items() if key in known and value is not None}
 
@@ -52,7 +53,8 @@ def hyperparameters(member, base: Base) -> dict:
 def build_methods(members, base: Base, decided: dict | None = None) -> list[Method]:
     """Each member's method, with targets, layers and rank checked against the base.
 
-    decided: {member index: hyperparameters} of those that evidence chose (`lorax.train.evidence`).
+    decided: {member index: hyperparameters} where evidence chose them (`lorax.train.evidence`).
+    Raises ValueError for what does not fit.
     """
     built = []
     for member in members:
@@ -64,8 +66,8 @@ def build_methods(members, base: Base, decided: dict | None = None) -> list[Meth
 
 
 class Padding(NamedTuple):
-    """What members of one program have arrays for: the matrices that any of them adapts, and the
-    widest of them; None where the method makes no use of it."""
+    """The matrices that any member of a program adapts, {path: Site}, and the largest width; None
+    where the method has no use for it."""
 
     targets: dict | None
     width: int | None
@@ -83,17 +85,17 @@ def padding(built: list[Method], base: Base) -> Padding:
 
 
 def start(member, method: Method, base: Base, pad: Padding, task=None, seen=None) -> tuple:
-    """(constants, hyper, state) of one member at step 0, of which a `Stack` is made. It can be
-    traced. task, seen: as for `stack`."""
+    """(constants, hyper, state) of one member at step 0, for a `Stack`. Can be traced.
+    task, seen: as for `stack`."""
     init_key, dropout_key = jax.random.split(jax.random.key(member.config.seed))
-    found = None
+    read = None
     if method.needs is not None and task is not None:
-        own = method.adapts(base.params, base.sites)
-        found = evidence.read(member, base, task, own, method.needs, {} if seen is None else seen)
-    trainable, fixed = method.init(init_key, base.params, base.sites, *pad, found)
+        seen, matrices = {} if seen is None else seen, method.adapts(base.params, base.sites)
+        read = evidence.read(member, base, task, matrices, method.needs, seen)
+    trainable, constants = method.init(init_key, base.params, base.sites, *pad, read)
     train = member.config.train
     hyper = train_step.Hyper(jnp.float32(train.lr), jnp.float32(train.weight_decay), dropout_key)
-    return fixed, hyper, train_step.start(method, trainable, fixed, train, hyper)
+    return constants, hyper, train_step.start(method, trainable, constants, train, hyper)
 
 
 def stack(
@@ -106,10 +108,10 @@ def stack(
     """Start every member, padded to the largest width (rank, or dimension of a subspace) and the
     union of the targets, and stack them.
 
-    For LoRA and its like: zero rows of b with zero columns of a have zero gradients, so padding
-    stays exactly zero under AdamW and weight decay, and a matrix that a member does not adapt is
-    the same case. task, seen: for starts that read training batches (`lorax.train.evidence`); the
-    others need none.
+    In LoRA and similar methods, zero rows of b with zero columns of a have zero gradients, so
+    padding stays exactly zero under AdamW and weight decay. So does a matrix that a member does not
+    adapt. task, seen: for starts that read training batches (`lorax.train.evidence`); the others
+    need none.
     """
     pad, seen = padding(built, base), {} if seen is None else seen
     pairs = zip(members, built, strict=True)
@@ -121,19 +123,21 @@ def stack(
 
 
 def check_alike(built: list[Method], base: Base, started: list[tuple]) -> None:
-    """Raises ValueError where members that could share a program by their method's `varies` can't:
-    their trees have other shapes, or other things are computed with them. For a user's method:
-    lorax's own are known to hold to it."""
-    seen = {}  # what members differ in from the first -> (shapes, what is computed)
+    """Raises ValueError if members can't share a program although their method's `varies` says so:
+    their trees have different shapes, or the functions compute different things. Only a user's
+    method is checked; lorax's own are tested."""
+    seen = {}  # how members differ from the first -> (shapes, computation)
     for method, (constants, _, state) in zip(built, started, strict=True):
-        own = {key: value for key, value in method.hp.items() if value != built[0].hp.get(key)}
-        if str(own) in seen:
+        different = {k: value for k, value in method.hp.items() if value != built[0].hp.get(k)}
+        if str(different) in seen:
             continue
         trees = state.trainable, constants
         named = tree.flatten(dict(zip(("trainable", "constants"), trees, strict=True)))
         shapes = {path: tuple(x.shape) for path, x in named.items()}
-        first, does = next(iter(seen.values()), (shapes, None))
-        problem = f"method {method.name!r}: members that differ in {', '.join(own)} can't share a "
+        first, computed = next(iter(seen.values()), (shapes, None))
+        problem = (
+            f"method {method.name!r}: members that differ in {', '.join(different)} can't share a "
+        )
         problem += "program, though it varies"
         for path in sorted(shapes.keys() | first.keys()):
             if shapes.get(path) != first.get(path):
@@ -144,23 +148,24 @@ def check_alike(built: list[Method], base: Base, started: list[tuple]) -> None:
         bind = lambda *trees, of=method: of.bind(*trees, sites=base.sites)
         penalty = lambda *trees, of=method: of.penalty and of.penalty(*trees[:2])
         delta = lambda *trees, of=method: of.delta and of.delta(*trees, base.sites)
-        what = "".join(_computation(f, *trees, base.params) for f in (bind, penalty, delta))
-        if does not in (None, what):
+        computation = "".join(_computation(f, *trees, base.params) for f in (bind, penalty, delta))
+        if computed not in (None, computation):
             raise ValueError(
                 f"{problem}: `bind`, `penalty` or `delta` takes them from elsewhere than the "
                 "trees; put them into the constants, or leave them out of `varies`"
             )
-        seen[str(own)] = shapes, what
+        seen[str(different)] = shapes, computation
 
 
 def _computation(f, *trees) -> str:
-    """What f computes, its constants and static fields included, the same for the same thing."""
+    """A text that says what f computes, with its constants and static fields: equal for equal
+    computations."""
     traced, shape = jax.make_jaxpr(f, return_shape=True)(*trees)
     text = f"{traced.jaxpr} {[*map(str, traced.consts)]} {jax.tree.structure(shape)}"
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
-def chunks(stacked: Stack, size: int) -> list[Stack]:
+def parts(stacked: Stack, size: int) -> list[Stack]:
     """The stack in parts of at most `size` members."""
     part = lambda tree, i: jax.tree.map(lambda x: x[i : i + size], tree)
     return [

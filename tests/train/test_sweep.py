@@ -68,7 +68,7 @@ def run(c, base, task, pick=None, devices=None, steps=7, k=4):
         stacked, base, train, abstract(batches), abstract(evals), devices, task.kind
     )
     params, losses, finals, trees = programs.place_base(base.params), [], [], []
-    for chunk in stacks.chunks(stacked, programs.layout.size):
+    for chunk in stacks.parts(stacked, programs.layout.size):
         place, m = programs.place, len(chunk.members)
         constants, hyper = place(chunk.constants), place(chunk.hyper)
         state = programs.place_state(chunk.state)

@@ -1,0 +1,91 @@
+"""Functions are short, and what begins with an underscore stays in its module."""
+
+import ast
+import pathlib
+
+import lorax
+
+ROOT = pathlib.Path(lorax.__file__).parent
+MOST = 60  # lines of a function without its docstring
+#: Longer ones, with the lines that they may have.
+LONGER = {
+    "config.py:default": 99,
+    "decode.py:_beams": 64,
+    "interop/peft/lora.py:save": 75,
+    "methods/adalora.py:adalora": 74,
+    "methods/lora.py:lora": 61,
+    "methods/subspace.py:_within": 83,
+    "quant/mosaic.py:_product": 68,
+    "report/pages/several_runs.py:_overview": 65,
+    "report/sections/base_weights.py:_amplification": 68,
+    "run.py:run": 118,
+    "tasks/planted.py:load": 68,
+}
+FILES = {str(file.relative_to(ROOT)): file for file in sorted(ROOT.rglob("*.py"))}
+
+
+def parsed(file: pathlib.Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def lines_of(function) -> int:
+    """Lines from `def` to the end, without the docstring."""
+    lines = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        doc = function.body[0]
+        lines -= doc.end_lineno - doc.lineno + 1
+    return lines
+
+
+def functions(tree) -> dict[str, int]:
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    return {node.name: lines_of(node) for node in ast.walk(tree) if isinstance(node, kinds)}
+
+
+def test_no_function_is_longer_than_a_screen():
+    found = {
+        f"{name}:{function}": lines
+        for name, file in FILES.items()
+        for function, lines in functions(parsed(file)).items()
+        if lines > MOST
+    }
+    assert {name for name in found if found[name] > LONGER.get(name, 0)} == set()
+    assert set(LONGER) <= set(found), "short by now: take them off the list"
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or path.is_dir()
+
+
+def private(tree) -> set[str]:
+    """`_names` of other modules of lorax that a module imports, or reads as attributes of them."""
+    modules, found = {}, set()
+    is_private = lambda name: name.startswith("_") and not name.startswith("__")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lorax":
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                if is_private(alias.name):
+                    found.add(full)
+                elif is_module(full):
+                    modules[alias.asname or alias.name] = full
+        elif isinstance(node, ast.Import):
+            modules |= {a.asname: a.name for a in node.names if a.asname and "lorax" in a.name}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id in modules and is_private(node.attr):
+                found.add(f"{modules[node.value.id]}.{node.attr}")
+    return found
+
+
+def test_no_module_uses_a_private_name_of_another():
+    found = {name: private(parsed(file)) for name, file in FILES.items()}
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+def test_the_rules_find_what_they_forbid():
+    text = "from lorax import tree\nfrom lorax.ops import _wide\ntree._join(1)\nx._replace(a=1)"
+    assert private(ast.parse(text)) == {"lorax.ops._wide", "lorax.tree._join"}
+    text = 'def f():\n    """Doc.\n\n    More.\n    """\n    return 1\n'
+    assert functions(ast.parse(text)) == {"f": 2}
