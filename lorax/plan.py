@@ -86,8 +86,9 @@ def plan_config(settings: ConfigDict, devices: str | Iterable[str] = ("cpu",)):
 
     group, method, base, members, parameters (of the base), trainable_params (of the largest
     member); in bytes weights (shared), adapters, optimizer, gradients and activations of one member
-    and peak of all members side by side; then device and the fields of `roofline.OnDevice`. Activations,
-    peak and what is on a device are estimated, the rest is exact.
+    and peak of all members side by side; then device and the fields of
+    `planning.roofline.OnDevice`. Activations, peak and what is on a device are estimated, the rest
+    is exact.
 
     Raises ValueError or FileNotFoundError for a mistake in the config or a device.
     """
@@ -106,9 +107,8 @@ def plan_config(settings: ConfigDict, devices: str | Iterable[str] = ("cpu",)):
         group |= {"weights": p.weights, "adapters": p.adapters, "optimizer": p.optimizer}
         group |= {"gradients": p.gradients, "peak": p.peak(p.members, wide)}
         group |= {"activations": int(max(one.temporaries - p.gradients, 0))}
-        rows += [
-            group | {"device": name} | roofline.on_device(p, name)._asdict() for name in devices
-        ]
+        on = lambda name, p=p: roofline.on_device(p, name)._asdict()
+        rows += [group | {"device": name} | on(name) for name in devices]
     return pd.DataFrame(rows)
 
 

@@ -111,8 +111,6 @@ def _of_product(equation) -> np.ndarray:
 
 def widest_decoded(params, dtype: str) -> int:
     """Bytes of the largest quantised weight of one layer when it is decoded, 0 without any."""
-    import numpy as np
-
     coded = [x for x in tree.flatten(params).values() if isinstance(x, quant.Quantised)]
     widest = max((leaf.n_in * leaf.n_out for leaf in coded), default=0)
     return widest * np.dtype(dtype).itemsize

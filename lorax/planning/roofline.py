@@ -1,4 +1,4 @@
-"""How far a group goes on a device: members that fit, and the least time of a step by a roofline."""
+"""A group on a device: members that fit, and the least time of a step by a roofline."""
 
 from typing import NamedTuple
 

@@ -15,8 +15,8 @@ from lorax.train.stacks import Stack
 
 
 def memory_limit(train, devices) -> memory.Free:
-    """Bytes that one program may take on each device, and who says so: `train.memory_gb`, or most of
-    the free memory. A CPU's devices share its memory."""
+    """Bytes that one program may take on each device, and who says so: `train.memory_gb`, or most
+    of the free memory. A CPU's devices share its memory."""
     stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
     if stats:
         there, most = memory.Free(stats["bytes_limit"], "has the device"), 0.9
