@@ -18,7 +18,6 @@ LONGER = {
     "quant/mosaic.py:_product",
     "report/pages/several_runs.py:_overview",
     "report/sections/base_weights.py:_amplification",
-    "run.py:run",
     "tasks/planted.py:load",
 }
 FILES = {str(file.relative_to(ROOT)): file for file in sorted(ROOT.rglob("*.py"))}
