@@ -9,9 +9,7 @@ ROOT = pathlib.Path(lorax.__file__).parent
 MOST = 60  # lines of a function without its docstring
 #: Longer ones, none of them on the road from a config to a trained member.
 LONGER = {
-    "config.py:default",
     "decode.py:_beams",
-    "interop/peft/lora.py:save",
     "quant/mosaic.py:_product",
     "report/pages/several_runs.py:_overview",
     "report/sections/base_weights.py:_amplification",
