@@ -11,8 +11,6 @@ MOST = 60  # lines of a function without its docstring
 LONGER = {
     "decode.py:_beams",
     "quant/mosaic.py:_product",
-    "report/pages/several_runs.py:_overview",
-    "report/sections/base_weights.py:_amplification",
     "tasks/planted.py:load",
 }
 FILES = {str(file.relative_to(ROOT)): file for file in sorted(ROOT.rglob("*.py"))}
