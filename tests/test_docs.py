@@ -41,7 +41,7 @@ SMALL = (
 #: What a reader fills in, or downloads; such a command is parsed, up to the file that is missing.
 PLACEHOLDERS = re.compile(r"\b(BASE|ADAPTER|DIR|DIR_OR_HUB_ID|OUT|FILE)\b|\.zip|\.npz|oasst1|GLUE/")
 #: More than ten seconds each.
-LONG = re.compile(r"lorax\.report |lorax\.bench|lorax\.plan .*(--table|--device|65b)")
+LONG = re.compile(r"lorax\.report |lorax\.bench|lorax\.plan .*(--table|--device|65b|175b)")
 
 COMMANDS = {command: where for where, command in pages.commands()}
 of = lambda module: [c for c in COMMANDS if c.startswith(f"python -m lorax.{module} ")]
