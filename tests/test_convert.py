@@ -503,12 +503,12 @@ def test_no_merged_model_has_numbers_that_are_none(change, tmp_path, capsys):
         ours = lorax.load(str(base))
         adapter = peft.load(own, ours.sources)
         adapter.factors["h/1/attn/q"].a[0, 0] = np.nan
-        with pytest.raises(ValueError, match="h/1/attn/q: holds NaN"):
+        with pytest.raises(ValueError, match="h/1/attn/q: NaN or infinity"):
             adapters.merge(ours, adapter)
         return
     assert run("merge", base, own, tmp_path / "out") == 2
     err = capsys.readouterr().err
-    assert "h/1/attn/q: " in err and "too large for the model's float16" in err
+    assert "h/1/attn/q: " in err and "too large for float16" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -10,7 +10,7 @@ from lorax import ops, tree
 from lorax.adapters import tied
 from lorax.adapters.stacking import by_parameter, with_weights
 from lorax.interop.adapter import Adapter, Factors
-from lorax.interop.hf import check_finite
+from lorax.interop.tensors import check_finite
 from lorax.models import Base
 
 

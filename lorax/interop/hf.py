@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lorax.files import atomically, read_json, write_json
-from lorax.interop.tensors import check_weight, opened, weight
+from lorax.interop.tensors import check_finite, check_weight, opened, weight
 
 BLOCK = 1 << 24  # bytes that are read at a time
 SINGLE = "model.safetensors"
@@ -287,16 +287,3 @@ def write(
     weights = lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"})
     atomically(directory / SINGLE, weights)
     write_json(directory / "config.json", config)
-
-
-def check_finite(name: str, exact: np.ndarray, rounded: np.ndarray) -> None:
-    """Raises ValueError for numbers that are none, and those that rounding made infinite."""
-    if np.isfinite(rounded).all():
-        return
-    if not np.isfinite(exact).all():
-        raise ValueError(f"{name}: holds NaN or infinite numbers; every weight must be finite")
-    most = float(jnp.finfo(rounded.dtype).max)
-    raise ValueError(
-        f"{name}: {float(np.abs(exact).max()):.4g} is too large for the model's {rounded.dtype}, "
-        f"which ends at {most:.5g}; take a base in bfloat16 or float32"
-    )

@@ -106,16 +106,26 @@ def read_npz_weights(file: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def check_weight(value: np.ndarray, key: str, file: str | os.PathLike, dtype=np.float32) -> None:
-    """Raises ValueError where a number of a tensor is NaN, infinite, or too large for `dtype`."""
+    """`check_finite` for a tensor of a file, before it is rounded to `dtype`."""
     with np.errstate(over="ignore"):
         narrow = ml_dtypes.finfo(value.dtype).maxexp > ml_dtypes.finfo(np.dtype(dtype)).maxexp
-        stored = value.astype(dtype) if narrow else value
-    if _finite(stored):
+        rounded = value.astype(dtype) if narrow else value
+    check_finite(f"{file}: {key}", value, rounded)
+
+
+def check_finite(name: str, exact: np.ndarray, rounded: np.ndarray) -> None:
+    """Raises ValueError, which begins with `name`, where a number of a tensor is NaN or infinite,
+    or was too large for the dtype that it was rounded to."""
+    if _finite(rounded):
         return
-    what = "NaN or infinity in it"
-    if _finite(value):
-        what = f"{np.abs(value).max():.4g} in it is too large for {np.dtype(dtype)}"
-    raise ValueError(f"{file}: {key}: {what}; weights must be finite")
+    if not _finite(exact):
+        raise ValueError(f"{name}: NaN or infinity in it; weights must be finite")
+    largest, dtype = float(np.abs(exact).max()), rounded.dtype
+    hint = "take bfloat16 or float32" if dtype == np.float16 else "weights must be finite"
+    most = float(ml_dtypes.finfo(dtype).max)
+    raise ValueError(
+        f"{name}: {largest:.4g} in it is too large for {dtype}, which ends at {most:.5g}; {hint}"
+    )
 
 
 def _finite(value: np.ndarray) -> bool:

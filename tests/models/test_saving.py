@@ -180,7 +180,7 @@ def test_names_of_classes_stay_with_their_head_and_go_with_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(np.nan, "holds NaN or inf"), (np.inf, "holds NaN or inf"), (7e4, "7e.04 is too large")],
+    [(np.nan, "NaN or inf"), (np.inf, "NaN or inf"), (7e4, "7e.04 in it is too large")],
 )
 def test_no_model_is_written_with_numbers_that_are_none(value, words, tmp_path):
     theirs = directory_of(tmp_path / "theirs", GPT2, np.float16)
