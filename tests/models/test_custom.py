@@ -258,11 +258,11 @@ def test_layers_of_loops_and_of_stacks_below_the_first_word():
     assert models.kernels(kernels)["block_1"].shape == (8, 8)  # kernel (8, 2, 4)
 
 
-def test_a_function_that_reads_arrays_is_planted_in_and_trained(tmp_path):
+def test_a_function_that_reads_arrays_is_planted_in():
     base = lorax.load(scores)
     assert base.input_shape == (6,) and base.traits.outputs == 3 and not base.causal
     settings = config.default().task.to_dict() | {"name": "planted", "rank": 1, "examples": 64}
-    task = planted.load(settings, base)
+    task = planted.load(settings, base).build(settings, None, 1, base)
     assert [*task.facts["planted"]] == ["hidden", "out"] and task.train["inputs"].shape == (64, 6)
 
 
