@@ -291,7 +291,7 @@ def test_cka_that_can_not_be_computed_is_refused_before_training(members, monkey
     def none(*_):
         raise IndexError("no layers")
 
-    monkeypatch.setattr(loop.activations, "residuals", none)
+    monkeypatch.setattr("lorax.train.activations.residuals", none)
     with pytest.raises(ValueError, match="analysis.cka: 4 given, .* lora on gpt2-nano .*no layers"):
         prepare.groups(config.members(members), lambda line: None)
 
@@ -320,8 +320,8 @@ def test_all_adapters_are_there_before_texts_and_cka_fail(members, tmp_path, mon
         there.append(sorted(p.name for p in (workdir / "adapters").iterdir()))
         raise RuntimeError("no texts")
 
-    monkeypatch.setattr(loop, "write_texts", fails)
-    monkeypatch.setattr(loop.activations, "similarity", lambda *_: 1 / 0)
+    monkeypatch.setattr("lorax.train.results.write_texts", fails)
+    monkeypatch.setattr("lorax.train.activations.similarity", lambda *_: 1 / 0)
     rows, said = train(tmp_path, members)
     assert there == [["0", "1"]] * 2 + [["0", "1", "2", "3"]] * 2
     why = {"analysis.cka": "ZeroDivisionError: division by zero", "eval.generate": "no texts"}
