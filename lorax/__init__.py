@@ -4,7 +4,7 @@ import importlib
 
 __version__ = "0.2.0.dev0"
 
-# The Python face, imported on first use: the command line must be able to answer before JAX loads.
+# The public names, imported on first use: the command line must answer before JAX loads.
 _FACE = {
     "load": "lorax.models",
     "method": "lorax.methods",
@@ -17,7 +17,7 @@ _FACE = {
 _MODULES = {"runs": "lorax.analysis.runs"} | {
     name: f"lorax.{name}"
     for name in (
-        *("plan", "report", "run"),  # which can be called
+        *("plan", "report", "run"),  # these can be called
         *("adapters", "analysis", "config", "decode", "intercept", "interop", "leaves", "methods"),
         *("models", "ops", "tasks", "train", "tree"),
     )

@@ -1,12 +1,12 @@
-"""Measure lorax on this machine, beside what one would use without it.
+"""Measure lorax on this machine against the alternatives.
 
     python -m lorax.bench sweep
     python -m lorax.bench step mixed
     python -m lorax.bench sweep --shapes=nano --rounds=5 --json=sweep.json
 
-A row is a time, what it is compared with, and the median over rounds of their ratio (above 1 is
-faster than the baseline), the range over rounds in brackets. The sides of a ratio run in turn
-within a round, because a machine's speed drifts; compare rows of one run only.
+A row has a time, what it is compared with, and the median ratio over rounds (above 1: faster than
+the baseline) with its range in brackets. The two sides of a ratio take turns within each round,
+because a machine's speed drifts; compare only rows of the same run.
 """
 
 import argparse
@@ -70,10 +70,10 @@ SVD_WIDTHS = (768, 1024, 2048, 4096)
 
 
 def bench_sweep(shapes: list[str], rounds: int) -> list[Row]:
-    """Training time a member and step of 8 LoRA members (r = 8 on q and v) together.
+    """Training time per member and step of 8 LoRA members (r = 8 on q and v) trained together.
 
-    Against the same program for one member eight times over, and against PEFT in float32 where
-    torch is installed.
+    The baselines are the same program for one member, run eight times, and PEFT in float32 if torch
+    is installed.
     """
     rows = []
     for name in shapes:
@@ -90,10 +90,8 @@ def bench_sweep(shapes: list[str], rounds: int) -> list[Row]:
 
 
 def bench_step(shapes: list[str], rounds: int) -> list[Row]:
-    """Time of one LoRA training step (r = 8 on q and v), against PEFT's in float32.
-
-    Of GPT-2 small with 4 sequences of 256 tokens, in float32 and with bfloat16 operands.
-    """
+    """Time of one LoRA training step (r = 8 on q and v) against PEFT's in float32: GPT-2 small with
+    4 sequences of 256 tokens, in float32 and with bfloat16 operands."""
     shape = STEP
     sides = {operands: _train(shape, 1, operands) for operands in ("float32", "bfloat16")}
     if not _torch():
@@ -118,9 +116,9 @@ def bench_dora(shapes: list[str], rounds: int) -> list[Row]:
 
 
 def bench_subspace(shapes: list[str], rounds: int) -> list[Row]:
-    """Time of a step of training in a random subspace (d = 1000) against one of full fine-tuning of
-    the same model, at gpt2-nano's shape with 16 x 128 tokens and GPT-2 small's with 4 x 256. P is
-    drawn once a call, here of 10 and 6 steps, in training of up to 10."""
+    """Time of a training step in a random subspace (d = 1000) against one of full fine-tuning, for
+    the shapes of gpt2-nano with 16 x 128 tokens and GPT-2 small with 4 x 256. P is drawn once per
+    call; a call has 10 and 6 steps here, and up to 10 in training."""
     kinds = {
         "Fastfood": dict(name="subspace"),
         "Fastfood a tensor": dict(name="subspace", granularity="tensor"),
@@ -131,32 +129,32 @@ def bench_subspace(shapes: list[str], rounds: int) -> list[Row]:
         ("gpt2-nano", SHAPES["nano"], kinds),
         ("GPT-2 small", STEP._replace(steps=6), ("Fastfood",)),
     ):
-        sides = {what: _train(shape, 1, dim=1000, **kinds[what]) for what in chosen}
+        sides = {kind: _train(shape, 1, dim=1000, **kinds[kind]) for kind in chosen}
         seconds = _measure(sides | {"full": _train(shape, 1, name="full")}, rounds)
-        for what in chosen:
-            label = f"subspace step, {what}, {name}, {shape.batch} x {shape.seq}"
-            rows.append(_row(label, seconds[what], seconds["full"], "full fine-tuning"))
+        for kind in chosen:
+            label = f"subspace step, {kind}, {name}, {shape.batch} x {shape.seq}"
+            rows.append(_row(label, seconds[kind], seconds["full"], "full fine-tuning"))
     return rows
 
 
 def bench_mixed(shapes: list[str], rounds: int) -> list[Row]:
-    """Forward pass of a batch whose 8 rows use 8 adapters (r = 8 on q, k, v, o, up, down), against
-    PEFT's mixed batch: reading a prompt, and one further token with a cache."""
+    """Forward pass of a batch whose 8 rows use 8 adapters (r = 8 on q, k, v, o, up, down) against
+    PEFT's mixed batch: reading a prompt, then one more token with a cache."""
     if not _torch():
         raise SystemExit("bench mixed compares with PEFT: pip install torch peft transformers")
     rows = []
     for name, shape in (("nano", SHAPES["nano"]), ("small", SHAPES["small"])):
-        for what, tokens in (("prompts of 32 tokens", 32), ("the next token", 1)):
+        for reads, tokens in (("prompts of 32 tokens", 32), ("the next token", 1)):
             sides = {"lorax": _mixed(shape, tokens), "peft": _peft_mixed(shape, tokens)}
             seconds = _measure(sides, rounds)
-            label = f"8 rows with 8 adapters, {name}, {what}"
+            label = f"8 rows with 8 adapters, {name}, {reads}"
             rows.append(_row(label, seconds["lorax"], seconds["peft"], "PEFT, mixed batch"))
     return rows
 
 
 def bench_nf4(shapes: list[str], rounds: int) -> list[Row]:
-    """A 4096 x 4096 weight in NF4, blocks of 64: to codes and back, and its product with 1 to 4096
-    rows in float32, against bitsandbytes and against the product with the weight itself."""
+    """A 4096 x 4096 weight in NF4 with blocks of 64: quantising, dequantising, and its product with
+    1 to 4096 rows in float32, against bitsandbytes and the product with the unquantised weight."""
     if not importlib.util.find_spec("bitsandbytes"):
         raise SystemExit("bench nf4 compares with bitsandbytes: pip install bitsandbytes torch")
     import bitsandbytes
@@ -182,21 +180,21 @@ def bench_nf4(shapes: list[str], rounds: int) -> list[Row]:
     with torch.no_grad():
         seconds = _measure({name: _timed(run) for name, run in sides.items()}, rounds)
         for name in ("quantise", "dequantise"):
-            other = seconds[f"{name}, theirs"]
-            rows.append(_row(f"NF4, 4096 x 4096, {name}", seconds[name], other, "bitsandbytes"))
+            theirs_in = seconds[f"{name}, theirs"]
+            rows.append(_row(f"NF4, 4096 x 4096, {name}", seconds[name], theirs_in, "bitsandbytes"))
         product = jax.jit(lambda x, leaf: leaf.product(x, 0))
         dense = jax.jit(lambda x, w: x @ w)
         for count in (1, 16, 256, 4096):
             x = rng.standard_normal((count, n)).astype(np.float32)
-            own, other = jax.numpy.asarray(x), torch.tensor(x)
+            rows_in, theirs_in = jax.numpy.asarray(x), torch.tensor(x)
             against = {
-                "bitsandbytes, matmul_4bit": lambda x=other: bitsandbytes.matmul_4bit(
+                "bitsandbytes, matmul_4bit": lambda x=theirs_in: bitsandbytes.matmul_4bit(
                     x, codes.t(), state
                 ),
-                "bitsandbytes, layer in evaluation": lambda x=other: layer(x),
-                "JAX, float32 weight": lambda x=own: dense(x, ours),
+                "bitsandbytes, layer in evaluation": lambda x=theirs_in: layer(x),
+                "JAX, float32 weight": lambda x=rows_in: dense(x, ours),
             }
-            sides = {"lorax": lambda x=own: product(x, leaf)} | against
+            sides = {"lorax": lambda x=rows_in: product(x, leaf)} | against
             seconds = _measure({name: _timed(run) for name, run in sides.items()}, rounds)
             for name in against:
                 label = f"NF4, product with {count} rows"
@@ -205,9 +203,9 @@ def bench_nf4(shapes: list[str], rounds: int) -> list[Row]:
 
 
 def bench_svd(shapes: list[str], rounds: int) -> list[Row]:
-    """SVD of an update dW = a @ b from its factors (r = 8 and 64), against numpy's of the dense
-    product, both in float64. The first is the least of three calls, the second one call; a dense
-    one of 4096 x 4096 takes so long that one round has to do."""
+    """SVD of an update dW = a @ b from its factors (r = 8 and 64) against numpy's SVD of the dense
+    product, both in float64. The first is the fastest of three calls, the second a single call;
+    4096 x 4096 takes so long that it gets one round."""
     rows, rng = [], np.random.default_rng(0)
     for n in SVD_WIDTHS:
         for r in (8, 64):
@@ -234,7 +232,7 @@ def _once(run: Callable) -> Callable[[], float]:
 
 
 def _timed(run: Callable) -> Callable[[], float]:
-    """Seconds of one call, the least of three."""
+    """Seconds of one call, the fastest of three."""
 
     once = _once(run)
     return lambda: min(once() for _ in range(3))
@@ -252,8 +250,8 @@ def _base(shape: Shape, param_dtype: str = "float32") -> Base:
 
 
 def _train(shape: Shape, members: int, operands="float32", **method) -> Callable[[], float]:
-    """Function that trains for a while and returns the seconds of a member's step. method: keys of
-    the config's section."""
+    """A function that trains for a few steps and returns the seconds per member and step. method:
+    keys of `config.method`."""
     c = config.default()
     c.train.update(batch_size=shape.batch, seq_len=shape.seq, steps=1_000_000, warmup=0)
     c.method.update({"rank": RANK} | method)
@@ -285,7 +283,7 @@ def _train(shape: Shape, members: int, operands="float32", **method) -> Callable
 
 
 def _mixed(shape: Shape, tokens: int, adapters: int = 8) -> Callable[[], float]:
-    """Seconds of one pass over (8, tokens), row i with adapter i, behind a cache of 32 tokens."""
+    """Seconds of one pass over (8, tokens), row i with adapter i, after a cache of 32 tokens."""
     base, rng = _base(shape), np.random.default_rng(0)
     flat, n = tree.flatten(base.params), adapters
     for path, site in methods.resolve(("attention", "mlp"), base.sites).items():
@@ -336,7 +334,7 @@ def _peft_model(shape: Shape, targets):
 
 
 def _peft_train(shape: Shape) -> Callable[[], float]:
-    """`_train` of one member under PEFT (c_attn of the same rank has as many parameters)."""
+    """`_train` of one member with PEFT (c_attn with the same rank has as many parameters)."""
     import torch
 
     model, _ = _peft_model(shape, ["c_attn"])
@@ -364,7 +362,7 @@ def _peft_train(shape: Shape) -> Callable[[], float]:
 
 
 def _peft_mixed(shape: Shape, tokens: int, adapters: int = 8) -> Callable[[], float]:
-    """`_mixed` under PEFT: `adapter_names` says which row takes which."""
+    """`_mixed` with PEFT: `adapter_names` holds each row's adapter."""
     import copy
 
     import torch
@@ -396,14 +394,14 @@ def _peft_mixed(shape: Shape, tokens: int, adapters: int = 8) -> Callable[[], fl
 
 
 def _measure(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each side in each round, after one round to warm up."""
-    found = {name: [] for name in sides}
+    """Seconds of each side in each round, after a warm-up round."""
+    times = {name: [] for name in sides}
     for i in range(rounds + 1):
         for name, run in sides.items():
             seconds = run()
             if i:
-                found[name].append(seconds)
-    return {name: np.array(seconds) for name, seconds in found.items()}
+                times[name].append(seconds)
+    return {name: np.array(seconds) for name, seconds in times.items()}
 
 
 def _row(name, seconds, baseline, against) -> Row:
@@ -443,7 +441,7 @@ BENCHES = {
 
 
 def main(arguments: list[str]) -> int:
-    """The command line: measure, print a table and, where asked, write its rows as JSON."""
+    """The command line: measure, print a table and, if asked, write its rows as JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m lorax.bench",
         description=__doc__,
@@ -451,14 +449,14 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("name", nargs="+", choices=BENCHES, help="what to measure")
     parser.add_argument("--shapes", default=",".join(SHAPES), help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--rounds", type=int, default=7, help="of each comparison")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each comparison")
     parser.add_argument("--json", help="file for the rows")
     given = parser.parse_args(arguments)
     shapes = given.shapes.split(",")
     if set(shapes) - set(SHAPES):
         parser.error(f"--shapes: {given.shapes!r} given; there is {', '.join(SHAPES)}")
     layouts.split_cpu()
-    # torch's threads would spin after each of its calls, on the cores of the side that is next.
+    # Otherwise torch's threads spin after each call and take cores from the side that runs next.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     rows = [row for name in given.name for row in BENCHES[name](shapes, given.rounds)]
     table = Table(title=f"{_machine()}, jax {jax.__version__}", title_justify="left")

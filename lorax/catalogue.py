@@ -1,8 +1,8 @@
-"""The methods, one row each, and the config keys of their hyperparameters. Nothing imports JAX.
+"""The methods, one row each, and the config keys of their hyperparameters. This doesn't import JAX.
 
-A row says where a method's function is, which hyperparameters it takes, and in which of them the
-members of one compiled program may differ. `lorax.config` makes the keys of `config.method` and the
-axes of `config.sweep` from the rows, also from those that a user's file registers:
+A row says where a method's function is, which hyperparameters it takes, and which of them may
+differ between members of one compiled program. `lorax.config` makes the keys of `config.method` and
+the axes of `config.sweep` from the rows, including those that a user's file registers:
 
     @methods.register("hira", varies=("rank", "gain", "targets", "layers"))
     def hira(rank: int = 8, gain: float = 1.0, targets: tuple[str, ...] = ("q", "v"), layers=None):
@@ -23,8 +23,8 @@ from lorax.errors import nearest
 
 
 class Key(NamedTuple):
-    """A key of `config.method`: the type of its values, the default (None: the method's own), one
-    line of help, and words that are valid in place of a value."""
+    """A key of `config.method`: the type of its values, the default (None: the method's default),
+    one line of help, and words that are valid in place of a value."""
 
     kind: type
     default: object = None
@@ -35,11 +35,11 @@ class Key(NamedTuple):
 class Row(NamedTuple):
     """A method.
 
-    where: its function of hyperparameters, which returns the `Method`, or "module:name" of it.
-    hyperparameters: the names of those. varies: keys of `config.method` in which members of one
-    program may differ, because they only change data or padding; any other difference needs another
-    program. splits: {key in `varies`: values that need a program of their own}. peft: PEFT's name
-    for the method, None where it has none. keys: the keys of `config.method` that the method adds.
+    where: the function from hyperparameters to the `Method`, or its "module:name".
+    hyperparameters: their names. varies: keys of `config.method` that may differ between members of
+    one program because they change only data or padding; any other difference needs another
+    program. splits: {key in `varies`: values that need a separate program}. peft: PEFT's name for
+    the method, None if PEFT lacks it. keys: the keys of `config.method` that the method adds.
     """
 
     name: str
@@ -60,20 +60,20 @@ class Row(NamedTuple):
 
     @property
     def file(self) -> str | None:
-        """The file that registered the method, None for lorax's own."""
+        """The file that registered the method, None for a method of lorax."""
         return None if isinstance(self.where, str) else inspect.getsourcefile(self.where)
 
 
-#: The keys of `config.method` without those that users' methods add.
+#: The keys of `config.method`, except those that users' methods add.
 KEYS = {
     "rank": Key(int, 8, "of the update", words=("auto",)),  # "auto": by evidence
-    "alpha": Key(float, 16.0, "gives the scale s with the rank"),
+    "alpha": Key(float, 16.0, "sets the scale s together with the rank"),
     "scaling": Key(str, "lora", "lora: s = alpha / r; rslora: alpha / sqrt(r); fixed: alpha"),
     "init": Key(
         str,
         "kaiming",
-        "of a: kaiming, gaussian; or a start that reads the base: pissa, pissa-fast, olora, loftq; "
-        "or the first batches of training: eva, corda, corda-kpm, lora-ga, lora-ga-paper",
+        "of a: kaiming, gaussian; or computed from the base: pissa, pissa-fast, olora, loftq; "
+        "or from the first training batches: eva, corda, corda-kpm, lora-ga, lora-ga-paper",
     ),
     "targets": Key(
         tuple,
@@ -81,45 +81,47 @@ KEYS = {
         "q k v o up gate down embed head, attention mlp all-linear, re:REGEX; auto:N: the N "
         "highest-ranked by the first batches, among those that the other words select",
     ),
-    "budget": Key(int, None, "trainable parameters, for auto"),
-    "layers": Key(tuple, None, "indices; None: all"),
+    "budget": Key(int, None, "number of trainable parameters, for auto"),
+    "layers": Key(tuple, None, "layer indices; None: all"),
     "dropout": Key(float, 0.0, "on the adapter's input"),
     "full": Key(
-        tuple, (), "trained as they are: classifier biases norms, targets' words, re:REGEX"
+        tuple, (), "parameters trained in full: classifier biases norms, words of targets, re:REGEX"
     ),
-    "dtype": Key(str, "float32", "of what is trained"),
-    "parameters": Key(tuple, None, "full: which are trained"),
-    "feedforward": Key(tuple, None, "ia3: targets that scale their input"),
+    "dtype": Key(str, "float32", "of the trained parameters"),
+    "parameters": Key(tuple, None, "full: which parameters are trained"),
+    "feedforward": Key(tuple, None, "ia3: targets whose input is scaled"),
     "ratio": Key(float, None, "lora+: learning rate of b over that of a"),
-    "target_rank": Key(int, None, "adalora: mean rank in the end"),
+    "target_rank": Key(int, None, "adalora: mean rank at the end"),
     "tinit": Key(int, None, "adalora: steps before the budget shrinks"),
     "tfinal": Key(int, None, "adalora: steps after it has shrunk"),
     "every": Key(int, None, "adalora: steps between two prunings"),
-    "beta1": Key(float, None, "adalora: of the mean sensitivity"),
-    "beta2": Key(float, None, "adalora: of its deviation"),
+    "beta1": Key(float, None, "adalora: decay of the mean sensitivity"),
+    "beta2": Key(float, None, "adalora: decay of its deviation"),
     "orthogonal": Key(float, None, "adalora: weight of the penalty"),
     "factor": Key(int, None, "lokr: size of the first factor"),
     "decompose_both": Key(bool, None, "lokr: the first factor is a product as well"),
-    "d_initial": Key(float, None, "vera: start of the scale of a's columns"),
-    "projection_seed": Key(int, None, "vera: of its shared matrices"),
-    "std": Key(float, None, "prefix, prompt: of the start"),
-    "tokens": Key(int, None, "prefix, prompt, llama-adapter: virtual tokens"),
-    "dim": Key(int, None, "subspace and its kin: the dimension d"),
+    "d_initial": Key(float, None, "vera: initial scale of a's columns"),
+    "projection_seed": Key(int, None, "vera: seed of its shared matrices"),
+    "std": Key(float, None, "prefix, prompt: standard deviation of the initial values"),
+    "tokens": Key(int, None, "prefix, prompt, llama-adapter: number of virtual tokens"),
+    "dim": Key(int, None, "subspace, said, lora-subspace: the dimension d"),
     "projection": Key(str, None, "subspace: fastfood | sparse | dense"),
-    "granularity": Key(str, None, "subspace: one P, global | tensor"),
-    "scales": Key(str, None, "said: a trained scale for each layer | tensor"),
-    "activation": Key(str, None, "houlsby, pfeiffer"),
-    "batches": Key(int, None, "training batches that a start reads; None: 8"),
+    "granularity": Key(
+        str, None, "subspace: one P for everything or one per tensor, global | tensor"
+    ),
+    "scales": Key(str, None, "said: one trained scale per layer | tensor"),
+    "activation": Key(str, None, "houlsby, pfeiffer: activation function"),
+    "batches": Key(int, None, "training batches that the initialisation reads; None: 8"),
 }
-#: Those of them that are axes of a sweep, in order; keys of users' methods come after them.
+#: The keys that are axes of a sweep, in order; keys of users' methods come after them.
 SWEPT = ("targets", "layers", "init", "scaling", "alpha", "rank", "target_rank", "tokens", "dim")
 SWEPT += ("projection", "granularity", "dropout")
-#: Names that no hyperparameter may have: a member's other fields, and axes that set other keys.
+#: Names that a hyperparameter can't have: a member's other fields, and axes that set other keys.
 RESERVED = ("member", "name", "group", "method", "setting", "status", "zip", "axes", "scale")
 RESERVED += ("base", "quant", "lr", "weight_decay", "steps", "batch_size", "n_train", "shuffle")
 RESERVED += ("planted_rank", "noise", "inputs", "data_seed", "seed", "trainable_params")
 
-#: Starts whose product a0 b0 is subtracted from the base: their members have two more factors.
+#: Initialisations whose product a0 b0 is subtracted from the base: two more factors per matrix.
 TAKEN_OFF = ("pissa", "pissa-fast", "olora", "eva", "corda", "corda-kpm", "lora-ga")
 TAKEN_OFF += ("lora-ga-paper",)
 
@@ -210,14 +212,14 @@ ROWS: dict[str, Row] = {
 
 
 def keys() -> dict[str, Key]:
-    """{name: Key} of `config.method`, with those that users' methods add."""
+    """{name: Key} of `config.method`, including the keys that users' methods add."""
     return KEYS | {name: key for row in ROWS.values() for name, key in row.keys.items()}
 
 
 def axes() -> dict[str, str]:
-    """{axis of a sweep: the key that it sets}, of the hyperparameters of methods."""
-    more = [name for row in ROWS.values() for name in row.keys]
-    return {name: f"method.{name}" for name in dict.fromkeys((*SWEPT, *more))}
+    """{axis of a sweep: the key that it sets}, for the hyperparameters of methods."""
+    added = [name for row in ROWS.values() for name in row.keys]
+    return {name: f"method.{name}" for name in dict.fromkeys((*SWEPT, *added))}
 
 
 def row(name: str) -> Row:
@@ -242,12 +244,12 @@ def register(
 ) -> Callable[[Callable], Callable]:
     """Decorator that registers a function of hyperparameters as the method `name`.
 
-    Every hyperparameter has a default. One that is not among `KEYS` becomes a key of
-    `config.method`, where None means the function's own default, and an axis of `config.sweep`; its
-    type is its annotation's, or else its default's: int, float, bool, str or tuple.
+    Every hyperparameter needs a default. One that is not in `KEYS` becomes a key of `config.method`
+    (None means the function's default) and an axis of `config.sweep`. Its type comes from the
+    annotation, or else from the default: int, float, bool, str or tuple.
 
-    varies, splits: see `Row`. Hyperparameters in which members of one program differ have to be in
-    the trees of `State`: the functions of one member's `Method` are called with the trees of all.
+    varies, splits: see `Row`. A hyperparameter in `varies` must be stored in the trees of `State`:
+    the functions of one member's `Method` are called with the trees of all members.
     help: {hyperparameter: one line}.
 
     A second registration of a name replaces the first. Raises ValueError that names method and
@@ -263,7 +265,10 @@ def register(
             hints = typing.get_type_hints(function)
         except NameError as error:  # in an annotation
             raise ValueError(f"method {name!r}: {error}") from None
-        kinds = {field: _kind(name, of, hints.get(field)) for field, of in parameters.items()}
+        kinds = {
+            field: _kind(name, parameter, hints.get(field))
+            for field, parameter in parameters.items()
+        }
         for field in (*varies, *(splits or {}), *(help or {})):
             if field not in parameters:
                 raise ValueError(
@@ -271,7 +276,9 @@ def register(
                     f"{', '.join(parameters)}{nearest(field, parameters)}"
                 )
         others = (row.keys for row in ROWS.values() if row.name != name)
-        known_keys = KEYS | {key: of for row_keys in others for key, of in row_keys.items()}
+        known_keys = KEYS | {
+            key: parameter for row_keys in others for key, parameter in row_keys.items()
+        }
         for field, kind in kinds.items():
             known = known_keys.get(field, Key(kind)).kind
             if kind not in (None, known) and (kind, known) != (int, float):
@@ -288,14 +295,14 @@ def register(
 
 
 def _kind(method: str, parameter: inspect.Parameter, hint) -> type | None:
-    """The type of a hyperparameter's values; None where only `KEYS` has it."""
+    """The type of a hyperparameter's values; None if only `KEYS` says it."""
     field, default = parameter.name, parameter.default
     if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
         raise ValueError(f"method {method!r}: *{field} is not a hyperparameter; name each of them")
     if default is parameter.empty:
         raise ValueError(f"method {method!r}: {field} has no default; give it one")
     if field in RESERVED:
-        raise ValueError(f"method {method!r}: {field!r} is taken by lorax; choose another name")
+        raise ValueError(f"method {method!r}: {field!r} is reserved by lorax; choose another name")
     if hint is None and default is not None:
         hint = next((kind for kind in TYPES if isinstance(default, kind)), type(default))
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)

@@ -1,4 +1,4 @@
-"""What a command line asks for: the config, its members and the run directory."""
+"""Reads a command line: the config, its members and the run directory."""
 
 import ast
 import os
@@ -14,7 +14,7 @@ from lorax import config, outside, search
 from lorax.errors import reason
 from lorax.files import read_text
 
-#: The flags of lorax's commands alone: a program that imports lorax may have flags of these names.
+#: Not absl's global flags: a program that imports lorax may define flags with the same names.
 FLAGS = flags.FlagValues()
 config_flags.DEFINE_config_file(
     "config", None, "The study: FILE or FILE:ARGUMENT.", flag_values=FLAGS
@@ -28,7 +28,7 @@ flags.DEFINE_string(
 
 
 def read(argv: list[str]) -> tuple[ConfigDict, list[config.Member], Path]:
-    """(config, members, run directory). Raises on anything wrong in the flags or the config."""
+    """(config, members, run directory). Raises for any mistake in the flags or the config."""
     script = re.search(r"\0--?config[=\0]([^:\0]+)", "\0".join(["", *argv[1:]]))
     if script:
         outside.reach(script[1])
@@ -36,10 +36,10 @@ def read(argv: list[str]) -> tuple[ConfigDict, list[config.Member], Path]:
         rest = FLAGS(argv)
         settings = FLAGS.config
         if failure := getattr(settings, "__dict__", {}).get("_error"):
-            raise failure  # an OSError, which ml_collections keeps to itself
+            raise failure  # an OSError, which ml_collections does not raise
     except Exception as error:
         place, text = in_script(error)
-        if not place:  # the script is right: ConfigDict's errors lack the rest of a flag's path
+        if not place:  # a flag is wrong, not the script; ConfigDict's error lacks the flag's path
             check_flags(argv)
         raise ValueError(place + text) from error
     check_flags(argv)
@@ -51,12 +51,11 @@ def read(argv: list[str]) -> tuple[ConfigDict, list[config.Member], Path]:
     if not isinstance(settings, ConfigDict):
         raise ValueError(
             f"{file}: get_config returns {type(settings).__name__}; expected the ConfigDict that "
-            f"lorax.config.default() gives, changed"
+            f"lorax.config.default() returns, with your changes"
         )
     if argument and ignores_argument(file):
         raise ValueError(
-            f"--config={file}:{argument}: the script makes nothing of {argument!r}; expected "
-            f"--config={file}"
+            f"--config={file}:{argument}: the script ignores {argument!r}; expected --config={file}"
         )
     members = search.members(settings)
     if FLAGS.workdir:
@@ -68,14 +67,14 @@ def read(argv: list[str]) -> tuple[ConfigDict, list[config.Member], Path]:
 
 
 def check_flags(argv: list[str]) -> None:
-    """Raises ValueError for a flag of a key that the config does not have."""
+    """Raises ValueError for a flag whose key the config does not have."""
     for flag in argv[1:]:
         if key := re.match(r"--?(?:no)?config\.([\w.]+)", flag):
             config.check_key(key[1])
 
 
 def in_script(error: BaseException) -> tuple[str, str]:
-    """("FILE:LINE: " of the line of a config script that fails, "" if none does; what is wrong)."""
+    """("FILE:LINE: " of the config script's line that failed, "" if none did; what is wrong)."""
     installed = sysconfig.get_paths()
     others = [installed[name] for name in ("stdlib", "purelib", "platlib")]
     others.append(str(Path(__file__).parent))
@@ -96,23 +95,23 @@ def in_script(error: BaseException) -> tuple[str, str]:
             place = "".join(f"{frame.filename}:{frame.lineno}: " for frame in last)
             deepest = error
         error = error.__cause__ or error.__context__
-    # ConfigDict lists all its keys before it says which is near.
+    # ConfigDict lists all its keys before the nearest one.
     text = re.sub(r' Other fields present: "\{.*\}"', "", reason(deepest))
     return place, text.replace("config_config", "--config")
 
 
 def ignores_argument(file: str) -> bool:
-    """Whether a config script's get_config never looks at its argument."""
+    """Whether a config script's get_config never reads its argument."""
     for node in ast.parse(read_text(file)).body:
         if isinstance(node, ast.FunctionDef) and node.name == "get_config":
-            given = [*node.args.posonlyargs, *node.args.args][:1]
+            arguments = [*node.args.posonlyargs, *node.args.args][:1]
             read = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-            return bool(given) and given[0].arg not in read
+            return bool(arguments) and arguments[0].arg not in read
     return False
 
 
 def summary(settings: ConfigDict, members: list[config.Member]) -> str:
-    """One line: how many members along which axes, on what, and why there are several groups."""
+    """One line: the number of members, the axes, the base and task, and why there are groups."""
     swept, ties = config.swept(settings.sweep), settings.sweep.zip
     ties = [tuple(map(config.axis_of, tie)) for tie in ties]
     single = [axis for axis in swept if not any(axis in tie for tie in ties)]
@@ -125,14 +124,14 @@ def summary(settings: ConfigDict, members: list[config.Member]) -> str:
     if settings.search.threshold:
         full, lora = (sum(m.config.method.name == n for m in members) for n in ("full", "lora"))
         most = search.most_members(settings, members)
-        beside = f"; {full} of full fine-tuning" + f", {lora} of LoRA" * bool(lora)
+        compared = f"; {full} of full fine-tuning" + f", {lora} of LoRA" * bool(lora)
         rounds = f", then up to {settings.search.rounds} x {most}" * bool(settings.search.rounds)
-        product, trained = product + beside, trained + rounds
+        product, trained = product + compared, trained + rounds
     return f"{len(members)} member{plural} ({product}) of {trained}{_groups(members)}"
 
 
 def _groups(members) -> str:
-    """ ", in 2 groups: train.warmup differs"; "" where all members can share a program."""
+    """ ", in 2 groups: train.warmup differs"; "" if all members can share a program."""
     groups = config.grouped(members)
     if len(groups) == 1:
         return ""

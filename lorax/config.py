@@ -18,17 +18,17 @@ from lorax.errors import nearest
 
 
 def default() -> ConfigDict:
-    """A locked ConfigDict with every key there is."""
+    """A locked ConfigDict with every key and its default."""
     c = ConfigDict()
-    # Shipped name, Hugging Face directory or Hub id; "random:" in front for random weights; or a
-    # function of your own that returns a Linen module, also as "FILE.py:function" (docs/models.md)
+    # Shipped name, Hugging Face directory or Hub id, with the prefix "random:" for random weights;
+    # or your own function that returns a Linen module, also as "FILE.py:function" (docs/models.md)
     c.base = config_dict.FieldReference("gpt2-nano", field_type=object)
     c.dtype = "float32"  # of the base's computation
     c.param_dtype = "float32"  # in which the base is stored
-    c.operands = "float32"  # of products with frozen weights; "bfloat16" still sums in float32
-    c.quant = config_dict.placeholder(str)  # of the frozen linear weights: nf4, fp4, int8
-    c.double_quant = True  # the quantisation's scales are quantised too
-    c.seed = 0  # of the adapter's start, its dropout and the order of the data
+    c.operands = "float32"  # dtype in products with frozen weights; "bfloat16" sums in float32
+    c.quant = config_dict.placeholder(str)  # quantises the frozen linear weights: nf4, fp4, int8
+    c.double_quant = True  # quantises the quantisation's scales too
+    c.seed = 0  # of the adapter's initialisation, its dropout and the order of the data
     c.task = _task()
     c.method = _method()
     c.train = _train()
@@ -43,24 +43,24 @@ def _task() -> ConfigDict:
     """The data."""
     c = ConfigDict()
     # restaurants | e2e | text | glue | instruct | wikisql | samsum; images: mnist | digits; planted
-    # or a function of your own (docs/tasks.md), on the command line FILE.py:function
+    # or your own function (docs/tasks.md), on the command line FILE.py:function
     c.name = config_dict.FieldReference("restaurants", field_type=object)
     c.path = config_dict.placeholder(str)  # file or folder, for tasks that read one
     c.subset = config_dict.placeholder(str)  # glue: cola sst2 mrpc qnli qqp rte mnli stsb
-    c.template = config_dict.placeholder(str)  # instruct: a Jinja template of a chat
-    c.packing = False  # several examples in a row, which don't attend to each other
-    # Rows of like length in a batch, which is cut to the nearest quarter of the longest row
+    c.template = config_dict.placeholder(str)  # instruct: a Jinja chat template
+    c.packing = False  # packs several examples into a row; they don't attend to each other
+    # Batches rows of similar length and trims each batch to a quarter, half, ... of the longest row
     c.group_by_length = False
     c.n_train = config_dict.placeholder(int)  # first n training examples; None: all
-    c.seed = 0  # of the data itself, where it is generated
-    c.shuffle = False  # images: their pixels in a random order, one for all
-    # planted: rank of the update to be found, or one for each kernel; None: full
+    c.seed = 0  # of generated data
+    c.shuffle = False  # images: shuffles the pixels, in the same random order for all images
+    # planted: rank of the update to be found, or a tuple with one rank per kernel; None: full
     c.rank = config_dict.FieldReference(None, field_type=object)
-    c.spectrum = "flat"  # planted: of the update; or "linear", "geometric" (halves)
+    c.spectrum = "flat"  # planted: singular values; or "linear", "geometric" (each half the last)
     c.strength = 1.0  # planted: norm of the update over that of its kernel
     c.noise = 0.0  # planted: standard deviation of the noise over that of the signal
     c.inputs = config_dict.placeholder(int)  # planted: dimension that inputs span; None: all
-    c.examples = 4096  # planted: for training
+    c.examples = 4096  # planted: training examples
     return c
 
 
@@ -68,7 +68,7 @@ def _method() -> ConfigDict:
     """What is trained on the frozen base: see `lorax.catalogue`."""
     c = ConfigDict()
     c.name = "lora"
-    # A method takes the keys that it has and no others; None is the method's own default
+    # A method reads only the keys of its hyperparameters; None means the method's default
     for name, key in catalogue.keys().items():
         c[name] = _field(key)
     return c
@@ -78,9 +78,9 @@ def _train() -> ConfigDict:
     """Training."""
     c = ConfigDict()
     c.steps = 200
-    c.batch_size = 16  # sequences a step
-    c.seq_len = 128  # tokens a sequence
-    c.accumulate = 1  # parts of a batch, computed one after the other; their gradients are added
+    c.batch_size = 16  # sequences per step
+    c.seq_len = 128  # tokens per sequence
+    c.accumulate = 1  # computes a batch in this many parts and adds their gradients
     c.lr = 2e-3
     c.schedule = "linear"  # to zero; or "cosine", "constant"
     c.warmup = 10  # steps
@@ -90,15 +90,15 @@ def _train() -> ConfigDict:
     c.eps = 1e-8
     c.weight_decay = 0.0
     c.label_smoothing = 0.0  # share of the target spread over all classes
-    c.clip = 1.0  # global gradient norm of a member; 0: off
+    c.clip = 1.0  # largest gradient norm of a member; 0: off
     # Activations that the backward pass recomputes: none | full (all of a layer's) | dots (all but
     # the outputs of matrix products)
     c.remat = config_dict.FieldReference("none", field_type=object)
-    # "optimizer": its state stays in the host's memory except during the update; one step a call
+    # "optimizer": its state stays in the host's memory except during the update; one step per call
     c.offload = config_dict.placeholder(str)
-    c.parallel = "auto"  # over devices: members | batch | pmap | none
-    c.width = 0  # members side by side in the program; 0: chosen
-    c.memory_gb = 0.0  # limit for one program; 0: what the device has
+    c.parallel = "auto"  # what is split over devices: members | batch | pmap | none
+    c.width = 0  # members computed side by side in a program; 0: automatic
+    c.memory_gb = 0.0  # memory limit of one program; 0: what the device has
     return c
 
 
@@ -108,8 +108,8 @@ def _eval() -> ConfigDict:
     c.every = 50  # steps; checkpoints are written at the same points
     c.batch_size = 32
     c.examples = 256
-    c.generate = 0  # prompts that each member completes after training, scored as text; 0: none
-    c.beams = 1  # of beam search; 1: the likeliest token
+    c.generate = 0  # prompts that each member completes after training, to score the text; 0: none
+    c.beams = 1  # of beam search; 1: greedy
     c.new_tokens = 64
     c.length_penalty = 1.0
     c.no_repeat_ngram = 0
@@ -122,12 +122,12 @@ def _analysis() -> ConfigDict:
     c.report = True
     # Spectrum and leading directions of every update at each evaluation: analysis/trajectory.csv
     c.trajectory = False
-    # Evaluation rows on which the residual stream after each layer of a trained model is compared
-    # with the base's, by linear CKA: analysis/cka.csv; 0: none
+    # Evaluation rows for linear CKA between the trained model and the base, on the residual stream
+    # after each layer: analysis/cka.csv; 0: none
     c.cka = 0
-    # Layers of the base that the report compares updates with, evenly spread; None: all
+    # Number of layers, evenly spread, whose updates the report compares with the base; None: all
     c.layers = config_dict.placeholder(int)
-    # Statistics of every update: functions of your own, or "FILE.py:function" (docs/analyses.md)
+    # Statistics of every update: your own functions, or "FILE.py:function" (docs/analyses.md)
     c.also = ()
     return c
 
@@ -135,13 +135,13 @@ def _analysis() -> ConfigDict:
 def _search() -> ConfigDict:
     """The smallest dimension that is nearly as good as full fine-tuning, over sweep.dim."""
     c = ConfigDict()
-    c.threshold = 0.0  # share of full fine-tuning to be reached: 0.9 for d90; 0: no search
+    c.threshold = 0.0  # share of full fine-tuning's gain to reach: 0.9 for d90; 0: no search
     c.metric = "loss"  # or a score of the task, such as accuracy
-    c.baseline_lr = ()  # learning rates that full fine-tuning tries; (): the sweep's
+    c.baseline_lr = ()  # learning rates of full fine-tuning; (): the sweep's
     c.seeds = ()  # of full fine-tuning, LoRA and refinement; (): the sweep's
     c.points = 4  # dimensions that a round of refinement tries inside the bracket
-    c.rounds = 1  # of refinement, after the sweep itself
-    c.lora_ranks = ()  # LoRA to compare with, at every learning rate of the sweep
+    c.rounds = 1  # rounds of refinement after the sweep
+    c.lora_ranks = ()  # LoRA ranks to compare with, at every learning rate of the sweep
     return c
 
 
@@ -157,20 +157,19 @@ def _sweep() -> ConfigDict:
 
 
 def _field(key: catalogue.Key):
-    """What a key of a method holds in a ConfigDict, which then takes values of its type alone."""
+    """The ConfigDict field of a method's key; it accepts only values of the key's type."""
     if key.words:
         return config_dict.FieldReference(key.default, field_type=object)
     return config_dict.placeholder(key.kind) if key.default is None else key.default
 
 
 def axes() -> dict[str, str]:
-    """{sweep axis: the key that it sets}, the one that turns fastest last; further ones are in
-    `sweep.axes`."""
+    """{sweep axis: the key that it sets}, the fastest axis last. `sweep.axes` may hold others."""
     first = {"method": "method.name", "base": "base", "quant": "quant"}
     return first | catalogue.axes() | LAST
 
 
-#: The axes that turn faster than those of a method's hyperparameters.
+#: The axes that vary faster than those of a method's hyperparameters.
 LAST = {
     "lr": "train.lr",
     "weight_decay": "train.weight_decay",
@@ -187,8 +186,8 @@ LAST = {
 
 
 def axis_of(key: str) -> str:
-    """What the axis of a key is called: "lr" for "train.lr", "std" for "method.std", and the key
-    itself where it has no shorter name that is unique."""
+    """The name of a key's axis: "lr" for "train.lr", "std" for "method.std", or the key itself if
+    it has no unique shorter name."""
     short = {key: axis for axis, key in axes().items()}
     last = key.removeprefix("method.")
     return short.get(key, key if last in _defaults() else last)
@@ -200,8 +199,8 @@ def key_of(axis: str) -> str:
 
 
 def swept(sweep: Mapping) -> dict[str, tuple]:
-    """{axis: its values} of the section `sweep`, of a config or of a run's config.json; the slowest
-    axis first."""
+    """{axis: its values}, the slowest axis first. sweep: that section of a config or of a run's
+    config.json."""
     short = {axis: values for axis, values in sweep.items() if axis not in ("axes", "zip")}
     others = {axis_of(key): values for key, values in dict(sweep.get("axes") or {}).items()}
     order = sorted(short | others, key=_position)
@@ -209,14 +208,14 @@ def swept(sweep: Mapping) -> dict[str, tuple]:
 
 
 def shared_axes(names: Iterable[str]) -> tuple[str, ...]:
-    """Those of the axes in which full fine-tuning differs as well: not the hyperparameters of a
-    method, but layers; neither learning rate nor seed, of which a search has its own."""
+    """The axes that full fine-tuning is repeated along in a search: all except learning rate and
+    seed, which a search chooses itself, and a method's hyperparameters other than layers."""
     is_shared = lambda axis: axis == "layers" or not key_of(axis).startswith("method.")
     return tuple(axis for axis in names if is_shared(axis) and axis not in ("lr", "seed"))
 
 
-#: Keys that a run may be continued with other values of: they are read when a member is trained, or
-#: limit how much of it is at work at once. What was trained and measured until then stays as it is.
+#: Keys that may change when a run is continued: they matter only once a member is trained, or limit
+#: how much is computed at once. What was trained and measured before is kept.
 REVISABLE = (
     "eval.generate",
     "eval.beams",
@@ -232,7 +231,7 @@ REVISABLE = (
 
 
 class Member(NamedTuple):
-    """A point of a sweep. name: "rank=4,seed=1"; point: {axis: value}; config: its own."""
+    """A point of a sweep. name: "rank=4,seed=1"; point: {axis: value}; config: the member's."""
 
     index: int
     name: str
@@ -243,7 +242,7 @@ class Member(NamedTuple):
 def members(config: ConfigDict) -> list[Member]:
     """The product of the sweep's axes (tied ones advance together), the last axis fastest.
 
-    A search trains more than these: see `lorax.search.members`.
+    A search trains further members: see `lorax.search.members`.
 
     Raises ValueError that names the key for an empty or malformed axis, a value of the wrong type,
     and a value out of range.
@@ -263,12 +262,12 @@ def member(config: ConfigDict, index: int, point: dict) -> Member:
     """The member at {axis: value}. Raises ValueError for a value out of range."""
     point = {axis: point[axis] for axis in sorted(point, key=_position)}
     values = config.to_dict()
-    for section in ("sweep", "search"):  # which only the run as a whole has
+    for section in ("sweep", "search"):  # these belong to the run as a whole
         values.pop(section, None)
     member_config = ConfigDict(values)
     for axis, value in point.items():
         section, _, name = key_of(axis).rpartition(".")
-        with member_config.ignore_type():  # `_values` has looked; a rank may be a number or a word
+        with member_config.ignore_type():  # `_values` has checked; a rank may be a number or a word
             (member_config[section] if section else member_config)[name] = value
     ranges.check(flat(member_config), _defaults())
     name = ",".join(f"{axis}={_show(value)}" for axis, value in point.items()) or "only"
@@ -277,11 +276,11 @@ def member(config: ConfigDict, index: int, point: dict) -> Member:
 
 # -------------------------------------------------------------------------------------------- axes
 
-#: Sections of which no key can be swept, and why.
+#: Sections whose keys can't be swept, and why.
 WHOLE = {
-    "sweep": "it says what is swept",
-    "search": "a search is of the whole run",
-    "analysis": "analysis and report are of the whole run",
+    "sweep": "it defines the sweep",
+    "search": "a search is about the whole run",
+    "analysis": "analysis and report are about the whole run",
 }
 
 
@@ -304,14 +303,14 @@ def _check_axes(sweep) -> None:
 
 
 def _position(axis: str) -> float:
-    """Where an axis stands among the others; those of `sweep.axes` before the learning rate."""
+    """An axis' place in the order of all axes; those of `sweep.axes` precede the learning rate."""
     order = list(axes())
     return order.index(axis if axis in order else "lr") - 0.5 * (axis not in order)
 
 
 def _tied(axes: dict[str, tuple], zip_: tuple) -> list[list[tuple]]:
-    """The blocks of axes that advance together, slowest first: for each of a block's steps the
-    pairs (axis, value). Raises ValueError for a malformed tie, and for steps that are the same."""
+    """The blocks of axes that advance together, slowest first. A block is a list of steps, a step a
+    tuple of pairs (axis, value). Raises ValueError for a malformed tie and for repeated steps."""
     ties = [tuple(map(axis_of, tie)) for tie in zip_ if isinstance(tie, tuple | list)]
     if len(ties) != len(zip_) or any(len(tie) < 2 for tie in ties):
         raise ValueError(f'sweep.zip: {zip_} given, a tuple of ties like (("rank", "alpha"),)')
@@ -339,7 +338,7 @@ def _tied(axes: dict[str, tuple], zip_: tuple) -> list[list[tuple]]:
 
 
 def _values(config, axis: str, values) -> tuple:
-    """The values of an axis, of the type of its key. Raises ValueError for one of another type."""
+    """The values of an axis in its key's type. Raises ValueError for a value of another type."""
     if axis == "targets":
         values = tuple((v,) if isinstance(v, str) else v for v in values)
     values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
@@ -361,7 +360,7 @@ def _values(config, axis: str, values) -> tuple:
 
 
 def _kind(key: str) -> tuple[type, bool, tuple]:
-    """(type of a key's values, whether None is a value as well, words that may stand for one)."""
+    """(type of a key's values, whether None is allowed, words allowed in place of a value)."""
     section, _, name = key.rpartition(".")
     if section == "method" and name != "name":
         of_method = catalogue.keys()[name]
@@ -376,12 +375,12 @@ def _kind(key: str) -> tuple[type, bool, tuple]:
 
 
 def group_key(member: Member) -> str:
-    """Members with the same key can share one compiled program: all that differs is data."""
+    """Members with the same key can share one compiled program: they differ only in data."""
     return json.dumps(_of_group(member), sort_keys=True)
 
 
 def _of_group(member: Member) -> dict:
-    """{key: value} of what the members of one program have in common."""
+    """{key: value} of the settings that members of one program must share."""
     values = flat(member.config)
     row = catalogue.ROWS.get(values["method.name"], catalogue.Row("", "", ()))
     splits = {f"method.{key}": values[f"method.{key}"] in of for key, of in row.splits.items()}
@@ -391,17 +390,23 @@ def _of_group(member: Member) -> dict:
 
 
 def grouped(members: Iterable[Member]) -> list[list[Member]]:
-    """The members by the programs that they can share, in the order in which they run."""
+    """Groups of members that can share a program, in the order in which they run."""
     ordered = sorted(members, key=group_key)
     parts = [list(part) for _, part in itertools.groupby(ordered, key=group_key)]
     return sorted(parts, key=lambda part: part[0].index)
 
 
 def differences(groups: list[list[Member]]) -> list[str]:
-    """The keys that make several groups of the members."""
-    each = [_of_group(group[0]) for group in groups]
-    common = [key for key in each[0] if all(key in of for of in each)]
-    return [key for key in common if any(of[key] != each[0][key] for of in each)]
+    """The keys in which the groups differ."""
+    group_settings = [_of_group(group[0]) for group in groups]
+    common = [
+        key for key in group_settings[0] if all(key in settings for settings in group_settings)
+    ]
+    return [
+        key
+        for key in common
+        if any(settings[key] != group_settings[0][key] for settings in group_settings)
+    ]
 
 
 # -------------------------------------------------------------------------------------------- keys
@@ -424,13 +429,13 @@ def _show(value) -> str:
 
 
 def check_key(key: str, where: str = "") -> None:
-    """Raises ValueError, with the nearest that there is, where no config has the key "train.lr"."""
+    """Raises ValueError, which suggests the nearest key, if `key` ("train.lr") does not exist."""
     if key not in _defaults():
         raise ValueError(f"{where}config has no key {key!r}{nearest(str(key), _defaults())}")
 
 
 def check_keys(config) -> None:
-    """Raises ValueError where a config lacks a key of the default or has another one."""
+    """Raises ValueError if a config lacks a key of the default or has an unknown one."""
     have = flat(config)
     for key in have:
         check_key(key)
@@ -440,7 +445,7 @@ def check_keys(config) -> None:
 
 
 def _spell(config, prefix: str = "") -> None:
-    """Put the name "FILE.py:function" in place of every function in a config."""
+    """Replace every function in a config by its name "FILE.py:function"."""
     for key, value in config.items():
         name = prefix + key
         if isinstance(value, ConfigDict):
@@ -456,7 +461,7 @@ def _spell(config, prefix: str = "") -> None:
 
 
 def _defaults() -> dict:
-    """{"train.lr": its default} of every key, made anew where a method was registered since."""
+    """{"train.lr": its default} of every key, with the keys of all registered methods."""
     return _defaults_with(tuple(catalogue.keys()))
 
 
@@ -467,7 +472,7 @@ def _defaults_with(keys: tuple[str, ...]) -> dict:
 
 @functools.cache
 def _optional() -> dict[str, type]:
-    """{key: type of its values} of those keys that have None for a default."""
+    """{key: type of its values} of the keys whose default is None."""
     whole = default()
     sections = {"": whole} | {key: value for key, value in whole.items() if key in SECTIONS}
     return {

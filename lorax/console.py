@@ -1,9 +1,9 @@
-"""The terminal, where every value that someone gave is shown as it is."""
+"""The terminal, which shows the user's values verbatim."""
 
 from rich.console import Console
 
 
 def console(**options) -> Console:
-    """rich's console (its `options`) for which "[...]" is no markup and ":smile:" no picture, in
-    tables and their titles too; nothing is coloured for what it looks like."""
+    """rich's Console with its `options`, but without markup ("[...]"), emoji (":smile:") and
+    automatic highlighting, in tables and their titles too."""
     return Console(markup=False, emoji=False, highlight=False, **options)

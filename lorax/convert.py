@@ -1,19 +1,21 @@
-"""Look at adapters, and carry them from one format to another.
+"""Show adapters, convert them to PEFT's format, or merge them into a base model.
 
     python -m lorax.convert show ADAPTER                        spectrum and rank of every update
-    python -m lorax.convert peft ADAPTER OUT --base BASE        an adapter as PEFT stores it
-    python -m lorax.convert merge BASE ADAPTER OUT              a base model with the update in it
+    python -m lorax.convert peft ADAPTER OUT --base BASE        an adapter in PEFT's format
+    python -m lorax.convert merge BASE ADAPTER OUT              a base model with the update added
 
-ADAPTER is a directory in PEFT's format (`runs/NAME/adapters/0` is one) or a checkpoint of loralib,
-the LoRA authors' own code, as .npz or .safetensors; the latter does not say what it was scaled by:
-give --alpha. PEFT's AdaLoRA, LoHa and VeRA are taken for the LoRA with the same update; its LoKr,
-(IA)3 and LN-tuning can be shown and merged, virtual tokens can be shown; all these need their base
-to be read. So does a directory in lorax's own format (method.json), which also needs --method FILE
-where the method is not lorax's: the Python file that registers it. BASE is a shipped name, a
-Hugging Face directory or a Hub id. OUT must be new.
+ADAPTER is one of:
+  - a directory in PEFT's format, such as `runs/NAME/adapters/0`. PEFT's AdaLoRA, LoHa and VeRA are
+    converted to the LoRA with the same update. LoKr, (IA)3 and LN-tuning can be shown and merged,
+    virtual tokens only shown. All except LoRA and DoRA need --base to be shown.
+  - a checkpoint of loralib, the LoRA authors' code, as .npz or .safetensors. It does not hold its
+    scale: give --alpha.
+  - a directory in lorax's own format (method.json). It needs --base to be shown, and if the method
+    is your own, --method FILE: the Python file that registers it.
+BASE is a shipped name, a Hugging Face directory or a Hub id. OUT must not exist yet.
 
-Of a BASE in 4 bits the weights are decoded and stay so; --onto DIR merges into the 16-bit model
-that they were made from.
+If BASE is in 4 bits, merging decodes its weights and writes them decoded. --onto DIR merges into
+the 16-bit model that BASE was quantised from instead.
 """
 
 import argparse
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         for argument in positional:
             sub.add_argument(argument.lower(), metavar=argument)
         if base is not None:
-            sub.add_argument("--base", required=base, help="the model that it was made for")
+            sub.add_argument("--base", required=base, help="the model that it was trained on")
         sub.add_argument("--alpha", type=float, help="lora_alpha of a loralib checkpoint")
         sub.add_argument(
             "--method", metavar="FILE", help="Python file that registers the adapter's method"
@@ -71,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--onto",
         metavar="decoded|DIR",
-        help="of a BASE in 4 bits: its decoded weights (default), or the model that it was made of",
+        help="if BASE is in 4 bits: merge into its decoded weights (default), or into the model "
+        "that it was quantised from",
     )
     return parser
 
@@ -101,8 +104,8 @@ def show(given) -> None:
 
 
 def _content(given):
-    """Updates, notes and facts of the adapter of the command line, without its base if none is
-    given. Raises ValueError or FileNotFoundError."""
+    """Updates, notes and facts of the adapter, read with its base if the command line has one.
+    Raises ValueError or FileNotFoundError."""
     from lorax import adapters
     from lorax.interop import reading
 
@@ -114,7 +117,7 @@ def _content(given):
 
 
 def _singular_values(update):
-    """Of `Factors` or of dW (in, out), largest first."""
+    """Singular values of `Factors` or of dW (in, out), largest first."""
     import numpy as np
 
     from lorax.analysis.measures import spectrum
@@ -126,7 +129,7 @@ def _singular_values(update):
 
 
 def _table(name: str, updates: dict, spectra: dict):
-    """A row for every layer."""
+    """The table of updates, one row per layer."""
     from rich.table import Table
 
     from lorax.analysis.measures import spectrum
@@ -140,7 +143,7 @@ def _table(name: str, updates: dict, spectra: dict):
     table.add_column("singular values")
     for layer, update in updates.items():
         sigma = spectra[layer]
-        more = f" ... {len(sigma) - SHOWN} more" * (len(sigma) > SHOWN)
+        omitted = f" ... {len(sigma) - SHOWN} more" * (len(sigma) > SHOWN)
         n_in, n_out, *rank = shape_of(update)
         table.add_row(
             layer,
@@ -151,13 +154,13 @@ def _table(name: str, updates: dict, spectra: dict):
             f"{spectrum.effective_rank(sigma):.2f}",
             f"{spectrum.stable_rank(sigma):.2f}",
             f"{spectrum.energy_rank(sigma, 0.9)}",
-            " ".join(f"{x:.3g}" for x in sigma[:SHOWN]) + more,
+            " ".join(f"{x:.3g}" for x in sigma[:SHOWN]) + omitted,
         )
     return table
 
 
 def to_peft(given) -> None:
-    """An adapter of any kind that can be read, as a directory that PEFT loads."""
+    """Any readable low-rank adapter as a directory that PEFT loads."""
     from lorax import adapters
 
     _check_new(given.out)
@@ -180,23 +183,21 @@ def merge(given) -> None:
     base = trained.base
     unset = [path for path in base.fresh if path not in trained.whole]
     if unset:
-        raise ValueError(f"{', '.join(unset)}: neither {given.base} nor {given.adapter} has them")
+        raise ValueError(f"{', '.join(unset)}: missing from {given.base} and {given.adapter}")
     dtypes = stored_dtypes(base)
     merged = trained.merge(dtypes)
     with whole(given.out) as directory:
         models.save(directory, base.replace(params=merged.params))
     print(f"{given.out}: {_merged(trained.name, merged.error)}")
     if coded := _dtypes_of_codes(base):
-        print(
-            f"the 4-bit weights of {given.base} were decoded to {coded}, and are so in {given.out}"
-        )
+        print(f"the 4-bit weights of {given.base} were decoded to {coded} and written so")
     if _unchanged(merged, base, dtypes):
-        why = trained.content.idle() or "what the adapter adds is lost in rounding, or is 0"
-        print(f"{NOTHING}: every weight is that of {given.base}: {why}")
+        why = trained.content.idle() or "the update is 0, or is lost in rounding"
+        print(f"{NOTHING}: every weight equals that of {given.base}: {why}")
 
 
 def _merged(name: str, error: dict[str, float]) -> str:
-    """What was merged. error: of every matrix, {} where none is known."""
+    """The result in words. error: rounding error of every matrix, {} if unknown."""
     if not error:
         return f"{name} merged"
     worst = max(error, key=error.get)
@@ -207,8 +208,8 @@ def _merged(name: str, error: dict[str, float]) -> str:
 
 
 def _onto(given) -> str:
-    """What to merge into: the base of the command line, or for a base in 4 bits the model that
-    --onto names. Raises ValueError for an --onto that does not fit the base."""
+    """The name of the model to merge into: the base, or for a base in 4 bits the model that --onto
+    names. Raises ValueError for an --onto that does not fit the base."""
     from lorax import adapters, tree
     from lorax.files import read_json
     from lorax.models.load import find, skeleton
@@ -222,7 +223,9 @@ def _onto(given) -> str:
     if given.onto == "decoded":
         return given.base
     if coded(given.onto):
-        raise ValueError(f"--onto: {given.onto} is quantised too; expected the model before that")
+        raise ValueError(
+            f"--onto: {given.onto} is quantised too; expected the model before quantisation"
+        )
     fields = adapters.head_fields(given.adapter, given.base)
     theirs, ours = (
         {path: leaf.shape for path, leaf in tree.flatten(skeleton(name, **fields).params).items()}
@@ -231,14 +234,14 @@ def _onto(given) -> str:
     for path in theirs | ours:
         if theirs.get(path) != ours.get(path):
             raise ValueError(
-                f"--onto: {given.onto} is not the model that {given.base} was made of: {path} has "
-                f"shape {ours.get(path)} there, {theirs.get(path)} here"
+                f"--onto: {given.onto} is not the model that {given.base} was quantised from: "
+                f"{path} has shape {ours.get(path)} there, {theirs.get(path)} here"
             )
     return given.onto
 
 
 def _dtypes_of_codes(base) -> str:
-    """The dtypes that a base's 4-bit weights are decoded to, "" if it has none."""
+    """The dtypes that a base's 4-bit weights are decoded to, "" if there are none."""
     from lorax import leaves, tree
 
     coded = (x for x in tree.flatten(base.params).values() if isinstance(x, leaves.FrozenWeight))
@@ -246,15 +249,15 @@ def _dtypes_of_codes(base) -> str:
 
 
 def _unchanged(merged, base, dtypes) -> bool:
-    """Whether all parameters, in the dtypes that they are written in, are those of the base."""
+    """Whether all parameters, in the dtypes they are written in, equal those of the base."""
     import numpy as np
 
     from lorax import ops, tree
 
     params = tree.flatten(merged.params)
     for path, leaf in merged.replaced.items():
-        pair = (ops.dense(one, base.sites.get(path)) for one in (leaf, params[path]))
-        if not np.array_equal(*(np.asarray(one).astype(dtypes[path]) for one in pair)):
+        pair = (ops.dense(leaf_, base.sites.get(path)) for leaf_ in (leaf, params[path]))
+        if not np.array_equal(*(np.asarray(leaf_).astype(dtypes[path]) for leaf_ in pair)):
             return False
     return True
 
@@ -265,7 +268,7 @@ def _unchanged(merged, base, dtypes) -> bool:
 def _check_new(out: str) -> None:
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out}: is there already; give a new directory")
+        raise FileExistsError(f"{out}: already exists; give a new directory")
 
 
 @contextlib.contextmanager

@@ -1,13 +1,13 @@
-"""Complete prompts with a base model, or with one or several adapters on it.
+"""Complete prompts with a base model, with or without adapters.
 
     python -m lorax.generate --base gpt2-nano --prompt "Once upon a time"
     python -m lorax.generate --base gpt2-nano --adapter runs/gpt2_rank_sweep/adapters/10 \\
         --prompts prompts.txt --beams 4 --no-repeat-ngram 4 --out texts.jsonl
 
-Several --adapter run side by side in one batch: every prompt is completed with each of them
-("base" stands for the bare model). An adapter is a directory in PEFT's format or in lorax's own
-(a method of yours also needs --method FILE, the Python file that registers it), or a checkpoint of
-loralib (with --alpha). Only low-rank updates can share a batch; of other methods give one alone.
+Several --adapter run side by side in one batch: each completes every prompt ("base" means the model
+without an adapter). An adapter is a directory in PEFT's format or in lorax's own (your own method
+also needs --method FILE, the Python file that registers it), or a checkpoint of loralib (with
+--alpha). Only low-rank updates can share a batch; give other methods one at a time.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from lorax.files import read_text, write_bytes
 
 
 def main(arguments: list[str]) -> int:
-    """The command line. Exit code 0, 2 for a mistake in the input, or 1 where the texts could not
-    be written to --out; they are printed then."""
+    """The command line. Exit code 0; 2 for a mistake in the input; 1 if the texts could not be
+    written to --out and are printed instead."""
     given = _parser().parse_args(arguments)
     try:
         prompts = read_prompts(given.prompt, given.prompts)
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def show(text: str) -> None:
-    """Print what a model wrote, where the terminal lacks its characters too."""
+    """Print a model's text, with escapes for characters that the terminal lacks."""
     coding = sys.stdout.encoding or "utf-8"
     print(text.encode(coding, "backslashreplace").decode(coding))
 
@@ -70,30 +70,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--alpha", type=float, help="lora_alpha of loralib checkpoints")
     add("--method", metavar="FILE", help="Python file that registers the adapter's method")
     add("--prompt", action="append", default=[], help="a prompt; repeatable")
-    add("--prompts", help='file of prompts: a line each, or .jsonl or .json with a "prompt" each')
+    add("--prompts", help='file of prompts: one per line, or .jsonl or .json with "prompt" fields')
     add("--out", help="file for the texts, as JSON lines (default: print them)")
     add(
         "--max-new-tokens",
         "--new-tokens",
         type=int,
         default=64,
-        help="at most (default: %(default)s)",
+        help="most tokens to generate (default: %(default)s)",
     )
     add(
         "--temperature",
         type=float,
         default=0.0,
-        help="0: the likeliest token (default); above 0: sample",
+        help="0: greedy (default); above 0: sample",
     )
-    add("--top-k", type=int, default=0, help="sample only from the k likeliest; 0: all")
-    add("--top-p", type=float, default=1.0, help="sample only from the likeliest that add up to p")
+    add("--top-k", type=int, default=0, help="sample only from the k likeliest tokens; 0: all")
+    add("--top-p", type=float, default=1.0, help="sample only from the likeliest with sum p")
     add("--num-beams", "--beams", type=int, default=1, help="above 1: beam search")
     add("--length-penalty", type=float, default=1.0, help="of beam search")
     add(
         *("--no-repeat-ngram-size", "--no-repeat-ngram"),
-        **{"type": int, "default": 0, "help": "no n tokens come twice; 0: off"},
+        **{"type": int, "default": 0, "help": "never repeat n tokens in a row; 0: off"},
     )
-    add("--batch-size", type=int, default=32, help="prompts at a time")
+    add("--batch-size", type=int, default=32, help="prompts per batch")
     add("--seed", type=int, default=0, help="of sampling, from 0 to 2^32 - 1")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
     return parser
@@ -101,9 +101,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def read_prompts(texts: list[str], file: str | None) -> list[str]:
     """The prompts of the command line, then those of a file: the "prompt" of each record of a
-    .jsonl or .json file (`lorax.tasks.records`), or each line that is not empty of any other.
+    .jsonl or .json file (`lorax.tasks.records`), or each non-empty line of any other file.
 
-    Only "\\n" and "\\r\\n" end a line. Raises ValueError or OSError naming file and line.
+    Only "\\n" and "\\r\\n" end a line. Raises ValueError or OSError that names file and line.
     """
     prompts = list(texts)
     for text in prompts:
@@ -111,7 +111,7 @@ def read_prompts(texts: list[str], file: str | None) -> list[str]:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"--prompt: {text!r} is no UTF-8 at character {error.start + 1}; expected UTF-8"
+                f"--prompt: {text!r} is not UTF-8 at character {error.start + 1}; expected UTF-8"
             ) from None
     if file is not None:
         path = Path(file)
@@ -130,15 +130,15 @@ def read_prompts(texts: list[str], file: str | None) -> list[str]:
 
 
 def check_out(file: str) -> None:
-    """Raises ValueError where no file can be written to that path."""
+    """Raises ValueError if no file can be written to that path."""
     path = Path(file).absolute()
     if path.exists() and not path.is_file():
-        raise ValueError(f"--out: {file!r} is no file that can be replaced; expected a file's path")
+        raise ValueError(f"--out: {file!r} is not a regular file; expected a file's path")
     folder = next(folder for folder in path.parents if folder.exists())
     if not folder.is_dir():
-        raise ValueError(f"--out: {str(folder)!r} is no folder, so that {file!r} can't lie in it")
+        raise ValueError(f"--out: {str(folder)!r} is not a folder, so {file!r} can't be in it")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"--out: {file!r} can't be written, the folder {str(folder)!r} is closed")
+        raise ValueError(f"--out: {file!r} can't be written: no write access to {str(folder)!r}")
 
 
 def run(given, prompts: list[str]) -> list[dict]:
@@ -176,16 +176,18 @@ def run(given, prompts: list[str]) -> list[dict]:
 
 
 def bound(base, names: list[str], loaded: list, rows: list[int] | None) -> dict:
-    """The base's parameters with what was loaded, `adapters.Trained` or None for the bare base;
-    for several of them those of a batch whose row i has number rows[i]."""
+    """The base's parameters with the loaded updates: `adapters.Trained`, or None for the bare base.
+    With rows, row i of a batch uses loaded[rows[i]]."""
     from lorax import adapters
 
     if rows is None:
         return base.params if loaded[0] is None else loaded[0].bind()
-    alone = [n for n, one in zip(names, loaded, strict=True) if one and one.adapter is None]
-    if alone:
-        raise ValueError(f"--adapter: {', '.join(alone)} can't run beside others in a batch")
-    return adapters.mixed(base, [one and one.adapter for one in loaded], rows)
+    not_low_rank = [
+        n for n, trained in zip(names, loaded, strict=True) if trained and trained.adapter is None
+    ]
+    if not_low_rank:
+        raise ValueError(f"--adapter: {', '.join(not_low_rank)} can't share a batch with others")
+    return adapters.mixed(base, [trained and trained.adapter for trained in loaded], rows)
 
 
 if __name__ == "__main__":

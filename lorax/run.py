@@ -7,12 +7,12 @@
         --config.task.path=e2e-dataset.zip
     python -m lorax.run --config=configs/gpt2_rank_sweep.py --config.method.targets="('attention',)"
 
-Any key of the config can be set so; lorax/config.py lists them all, lorax/catalogue.py those of the
-methods. The same command again resumes an unfinished run where its last checkpoint was, and leaves
+Any key of the config can be set this way; lorax/config.py lists them all, lorax/catalogue.py those
+of the methods. Repeating the command resumes an unfinished run from its last checkpoint, and leaves
 a finished one alone.
 
-With `config.search.threshold` (0.9 for d90) the run looks for the intrinsic dimension: it trains
-`config.sweep.dim` beside full fine-tuning, then in further rounds dimensions in between.
+With `config.search.threshold` (0.9 for d90) the run searches for the intrinsic dimension: it trains
+`config.sweep.dim` and full fine-tuning, then dimensions in between in further rounds.
 """
 
 import os
@@ -30,7 +30,7 @@ from lorax.resume import check_same_config
 
 
 def main(argv: list[str]) -> int:
-    """The command line. Exit code 0; 1 for a failure under way; 2 for a mistake in the input."""
+    """The command line. Exit code 0; 1 for a failure of the run; 2 for a mistake in the input."""
     if {"--help", "-h", "-help"} & set(argv[1:]):
         _help()
         return 0
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         settings, members, workdir = command_line.read(argv)
         rundir.check_paths(workdir)
         changed = check_same_config(workdir, settings)
-    except Exception as error:  # a config script may raise anything: one line to its author
+    except Exception as error:  # a config script may raise anything
         return fail(error)
     print(f"lorax {__version__}: {command_line.summary(settings, members)}", flush=True)
     if rundir.has_finished(workdir) and not changed:
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         if not of_machine(error):
             raise
         line = (
-            f"stopped: {reason(of_machine(error))}. Mend that and run the same command to continue."
+            f"stopped: {reason(of_machine(error))}. Fix that and run the same command to continue."
         )
         print(f"lorax: {line}", file=sys.stderr)
         return 1
@@ -67,13 +67,13 @@ def main(argv: list[str]) -> int:
 
 
 def run(settings: ConfigDict, workdir: str | os.PathLike | None = None):
-    """Train what a config asks for, as the command does; the `lorax.analysis.runs.Run`.
+    """Train what a config asks for, as the command does, and return the `lorax.analysis.runs.Run`.
 
     workdir: the run directory; by default runs/config-<hash of the keys that differ from
-    `lorax.config.default()`>. A run that was stopped is continued, a finished one is only loaded.
+    `lorax.config.default()`>. A stopped run is continued, a finished one is only loaded.
 
-    Raises ValueError, FileNotFoundError or MemoryError for a mistake in the config and for what has
-    no room; a report that fails is a warning.
+    Raises ValueError or FileNotFoundError for a mistake in the config, MemoryError if something
+    does not fit in memory. A report that fails only warns.
     """
     members = search.members(settings)
     if workdir is None:
@@ -87,13 +87,13 @@ def run(settings: ConfigDict, workdir: str | os.PathLike | None = None):
         failed = _train(settings, members, workdir, f"lorax.run(config, {str(workdir)!r})")
         if failed:
             warnings.warn(_what_failed(failed, workdir), stacklevel=2)
-    from lorax.analysis import runs  # imports pandas, which the command line starts without
+    from lorax.analysis import runs  # imports pandas, which the command line need not wait for
 
     return runs.load(workdir)
 
 
 def _train(settings, members, workdir: Path, command: str) -> dict[str, str]:
-    """`lorax.rounds.train` in a directory that nobody else writes to."""
+    """`lorax.rounds.train` with the run directory locked."""
     with rundir.locked(workdir), rundir.recorded(workdir):
         memory.check()
         from lorax import rounds  # imports JAX; the plan line is printed before
@@ -104,7 +104,7 @@ def _train(settings, members, workdir: Path, command: str) -> dict[str, str]:
 def _what_failed(failed: dict[str, str], workdir: Path) -> str:
     return (
         f"all members are trained, but {', '.join(failed)} failed; run the same command "
-        f"to do that again, or python -m lorax.report {workdir} to draw the report alone"
+        f"to try that again, or python -m lorax.report {workdir} to redraw only the report"
     )
 
 
@@ -127,7 +127,7 @@ def _help() -> None:
 
 
 def formats(folder: Path) -> str:
-    """The format of the adapters in a folder: PEFT's, or lorax's own, which PEFT can't read."""
+    """The format of a folder's adapters in words: PEFT's, or lorax's own, which PEFT can't read."""
     adapters = [path for path in folder.glob("*") if path.is_dir()]
     without = sum(not (path / "adapter_config.json").exists() for path in adapters)
     if not without:

@@ -131,7 +131,7 @@ def test_before_and_after_nothing_is_registered():
         "no type": (dict(gain=(None, PLAIN)), "gain needs a type of bool, int"),
         "two types": (dict(gain=(None, int | str)), "gain needs a type of"),
         "another type": (dict(rank=("many", str)), "rank is str, but config.method.rank is int"),
-        "taken": (dict(seed=(0, int)), "'seed' is taken by lorax"),
+        "taken": (dict(seed=(0, int)), "'seed' is reserved by lorax"),
     }.values(),
 )
 def test_what_no_config_can_have_is_refused(registry, parameters, message):

@@ -199,10 +199,10 @@ def test_every_key_of_a_member_can_be_swept_by_its_own_value():
         ({"train.schedule": ("linear", "linaer")}, "train.schedule: 'linaer' .*did you mean 'line"),
         ({"method.rank": (1, 2)}, "sweep.axes: method.rank is swept by sweep.rank as well"),
         ({"rank": (1, 2)}, "sweep.axes: 'rank' is an axis by itself: give sweep.rank"),
-        ({"sweep.rank": ((1,),)}, "sweep.axes: sweep.rank can't be swept: it says what is swept"),
+        ({"sweep.rank": ((1,),)}, "sweep.axes: sweep.rank can't be swept: it defines the sweep"),
         (
             {"search.points": (1,)},
-            "sweep.axes: search.points can't be swept: a search is of the wh",
+            "sweep.axes: search.points can't be swept: a search is about the wh",
         ),
         ({"analysis.report": (True,)}, "analysis.report can't be swept: analysis and report are"),
         ((("train.warmup", (0,)),), r"sweep.axes: .* must be a dictionary like {\"train.warmup\""),

@@ -22,7 +22,7 @@ SCRIPTS = {
     "none": (HEAD, ": get_config returns NoneType; expected the ConfigDict"),
     "dict": (HEAD + "    return {}\n", ": get_config returns dict; expected the ConfigDict"),
     "no function": ("x = 1\n", "AttributeError: module '--config' has no attribute 'get_config'"),
-    "argument": (HEAD + "    return c\n", ":foo: the script makes nothing of 'foo'; expected"),
+    "argument": (HEAD + "    return c\n", ":foo: the script ignores 'foo'; expected"),
     "no parameter": ("def get_config():\n    pass\n", "takes 0 positional arguments but 1 was"),
 }
 

@@ -451,7 +451,7 @@ def test_an_update_that_rounding_loses_says_so(tmp_path, capsys):
     base = model(tmp_path / "base", LLAMA, "bfloat16")
     modules = {"model.layers.0.self_attn.q_proj": (draw(2, 16), 1e-9 * draw(16, 2))}
     assert run("merge", base, lora(tmp_path / "own", modules), tmp_path / "out") == 0
-    assert "nothing changes: every weight is that of" in capsys.readouterr().out
+    assert "nothing changes: every weight equals that of" in capsys.readouterr().out
     files = [where / "model.safetensors" for where in (base, tmp_path / "out")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -592,7 +592,7 @@ def test_another_method_is_merged_into_decoded_weights(coded, tmp_path, capsys):
     [
         ("{plain}", "decoded", "is not in 4 bits; leave --onto out"),
         ("{coded}", "{coded}", "is quantised too"),
-        ("{coded}", "{other}", "is not the model that .* was made of: .* has shape"),
+        ("{coded}", "{other}", "is not the model that .* was quantised from: .* has shape"),
         ("{coded}", "{tmp}/nothing", "no directory"),
     ],
 )
@@ -617,9 +617,9 @@ def test_an_onto_without_sense_is_one_line(base, onto, words, coded, tmp_path, c
         ("show {tmp}/nothing.npz", "alpha: .* does not say"),
         ("show {adapter} --alpha 3", "alpha: .* says itself"),
         ("show {adapter} --base {tmp}/none", "no directory"),
-        ("peft {adapter} {adapter} --base {base}", "is there already"),
+        ("peft {adapter} {adapter} --base {base}", "already exists"),
         ("peft {tmp}/wide.npz {tmp}/out --alpha 3 --base {base}", "wide.npz: .*no such module"),
-        ("merge {base} {adapter} {adapter}", "is there already"),
+        ("merge {base} {adapter} {adapter}", "already exists"),
         ("merge {base} {tmp}/wide {tmp}/out", "h/0/attn/q: a .8, 1.* do not fit"),
         ("merge {base} {adapter}/adapter_config.json/x {tmp}/out", "no such file"),
     ],

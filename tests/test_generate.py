@@ -109,7 +109,7 @@ def test_one_adapter_is_printed_after_its_prompt(base, directories, capsys):
         (["--prompt", "a", "--seed", str(10**20)], f"seed: {10**20} given, must be from 0 to 42"),
         (["--prompt", "a", "--length-penalty", "nan"], "length_penalty: nan given, must be"),
         (["--prompt", "a", "--temperature", "inf"], "temperature: inf given, must be 0"),
-        (["--prompt", "caf\udce9"], r"--prompt: 'caf\udce9' is no UTF-8 at character 4; expected"),
+        (["--prompt", "caf\udce9"], r"--prompt: 'caf\udce9' is not UTF-8 at character 4; expected"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):
@@ -182,10 +182,10 @@ def test_a_place_that_can_not_be_written_is_found_before_the_work(monkeypatch, t
     monkeypatch.setattr(generate, "run", lambda given, prompts: pytest.fail("it ran"))
     (tmp_path / "file").touch()
     for out, message in (
-        (tmp_path, "is no file that can be replaced"),
-        (tmp_path / "file" / "out.jsonl", "is no folder"),
-        ("/dev/null", "is no file that can be replaced"),
-        ("", "is no file that can be replaced"),
+        (tmp_path, "is not a regular file"),
+        (tmp_path / "file" / "out.jsonl", "is not a folder"),
+        ("/dev/null", "is not a regular file"),
+        ("", "is not a regular file"),
     ):
         assert generate.main(["--base", "x", "--prompt", "a", "--out", str(out)]) == 2
         error = capsys.readouterr().err

@@ -226,7 +226,10 @@ def test_a_wrong_config_file_is_one_clear_line(config, says):
 def test_help_shows_examples():
     done = run("--help")
     assert done.returncode == 0 and "--config=configs/gpt2_rank_sweep.py" in done.stdout
-    assert "--config.method.dtype           of what is trained (default: float32)" in done.stdout
+    assert (
+        "--config.method.dtype           of the trained parameters (default: float32)"
+        in done.stdout
+    )
 
 
 def test_the_first_line_names_the_methods_that_are_trained():

@@ -98,7 +98,7 @@ checkpoint.shutil.disk_usage = usage
     assert done.returncode == 1, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("lorax: stopped: no space left on device: ")
-    assert line.endswith("Mend that and run the same command to continue.")
+    assert line.endswith("Fix that and run the same command to continue.")
     found = status(tmp_path / "run")
     assert found["state"] == "stopped" and found["reason"].startswith("no space left on device")
     assert not list((tmp_path / "run/checkpoints").rglob(".*.partial"))
