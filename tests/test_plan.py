@@ -498,7 +498,7 @@ def test_a_mistake_is_one_line(arguments, message):
         ("tiny-roberta", {}, "is no causal model: restaurants"),
         ("mnist-fc", {}, "reads images, and task 'restaurants' has texts"),
         ("tiny-gpt2", {"task__name": "mnist"}, "reads tokens, and task 'mnist' has arrays"),
-        ("mnist-fc", {"task__name": "mnist", "train__remat": "full"}, "has no remat to set"),
+        ("mnist-fc", {"task__name": "mnist", "train__remat": "full"}, "has no setting remat"),
     ],
 )
 def test_what_does_not_fit_the_base_is_an_error(base, changes, message):

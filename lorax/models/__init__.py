@@ -1,4 +1,4 @@
-"""Plain Linen modules that know nothing of adapters, and `load`."""
+"""Plain Linen modules that know nothing about adapters, and `load`."""
 
 from lorax.models.base import Base, kernels
 from lorax.models.custom import Model

@@ -1,8 +1,8 @@
-"""`Base`: a frozen model, and where each of its layers lies.
+"""`Base`: a frozen model, and the names of its layers.
 
-Three names belong to one weight: a layer ("h/3/attn/q"), the parameter that holds it, stacked with
-the other layers ("h/attn/q/kernel", at index 3), and the tensor that Hugging Face stores it in
-("transformer.h.3.attn.c_attn.weight", columns 0 to 767). `Base` has the table between them.
+One weight has three names: a layer ("h/3/attn/q"), the parameter that holds it, stacked with the
+other layers ("h/attn/q/kernel", at index 3), and the tensor that Hugging Face stores it in
+("transformer.h.3.attn.c_attn.weight", columns 0 to 767). `Base` translates between them.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from lorax.vocabulary import Vocabulary
 
 
 class Part(NamedTuple):
-    """One layer's part of a parameter. path: of the parameter; index: along its leading layer axes,
-    () for a parameter that is not stacked."""
+    """One layer's part of a parameter. path: the parameter's path; index: along its leading layer
+    axes, () for a parameter that is not stacked."""
 
     path: str
     index: tuple[int, ...]
@@ -35,11 +35,11 @@ class Base:
 
     module: Linen module; params: its "params" collection, arrays, `jax.ShapeDtypeStruct`s
     (`skeleton`) or quantised leaves; config: the family's Config; vocabulary: its tokenizer with
-    the ids that mean something, or None; sites: {path: `ops.Site`} of what can be adapted; family:
-    Hugging Face's model_type; name: as given to `load`; sha256: of the weight files ("random" for
-    random weights); fresh: paths of a head that the files do not hold and that was drawn at
-    random; directory: where the files are, None for random weights; traits: what it reads and
-    gives, those of its family unless given.
+    its special ids, or None; sites: {path: `ops.Site`} of every adaptable parameter; family:
+    Hugging Face's model_type; name: as passed to `load`; sha256: of the weight files ("random" for
+    random weights); fresh: paths of a head that the files lack and that was initialised at random;
+    directory: where the files are, None for random weights; traits: the model's inputs and outputs,
+    by default those of its family.
     """
 
     module: nn.Module
@@ -89,19 +89,19 @@ class Base:
 
     @property
     def input_shape(self) -> tuple[int, ...] | None:
-        """Shape of one array that it reads, None for a model that reads tokens."""
+        """Shape of one input array, None for a model that reads tokens."""
         return self.traits.input_shape
 
     @property
     def positions(self) -> int | None:
-        """The most tokens that it reads, None without a limit."""
+        """The longest input in tokens, None without a limit."""
         return self.traits.positions
 
     # -------------------------------------------------------------------------- table of layers
 
     @functools.cached_property
     def layers(self) -> dict[str, Part]:
-        """{layer: its part of a parameter} of every matrix that can be adapted:
+        """{layer: its part of a parameter} of every adaptable matrix:
         "h/3/attn/q" -> ("h/attn/q/kernel", (3,))."""
         return {
             layer: Part(path, index)
@@ -116,7 +116,7 @@ class Base:
 
     @functools.cached_property
     def parts(self) -> dict[str, Part]:
-        """{path with the layer in it: its part} of every parameter: "h/3/attn/q/bias" ->
+        """{path with the layer number: its part} of every parameter: "h/3/attn/q/bias" ->
         ("h/attn/q/bias", (3,)); a parameter that is not stacked keeps its path."""
         return {
             name: Part(path, index)
@@ -125,19 +125,19 @@ class Base:
         }
 
     def parts_of(self, path: str, value=None) -> dict:
-        """{path with the layer in it: its index in the stack} of any parameter; with `value`, an
-        array with the parameter's layer axes, {path with the layer in it: that part of it}."""
+        """{path with the layer number: its index in the stack} of any parameter. With `value`, an
+        array with the parameter's layer axes: {path with the layer number: its slice of it}."""
         parts = self._parts_of[path]
         return parts if value is None else {name: value[index] for name, index in parts.items()}
 
     @property
     def sources(self) -> Mapping[str, Source]:
-        """{parameter path: where it lies in Hugging Face's tensors}."""
+        """{parameter path: its place in Hugging Face's tensors}."""
         return self.traits.sources
 
     @functools.cached_property
     def places(self) -> Places:
-        """Parameters and Hugging Face's tensors by the names of single layers."""
+        """Parameters and Hugging Face's tensors by layer name."""
         return Places(self.sources)
 
     @functools.cached_property
@@ -160,9 +160,9 @@ class Base:
         }
 
     def _numbered(self, path: str, axes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """{a parameter's name in one layer: its index along its layer axes}."""
+        """{the parameter's name in one layer: index along its layer axes}."""
         name = in_one_layer(path, self.sources.get(path))
-        if axes and "{}" not in name:  # no family's, but put together by hand
+        if axes and "{}" not in name:  # not of a known family: assembled by hand
             first, _, rest = path.partition("/")
             name = "/".join((first, *["{}"] * len(axes), rest))
         return {name.format(*index): index for index in np.ndindex(*axes)}
@@ -171,7 +171,7 @@ class Base:
 def kernels(base: Base) -> dict[str, np.ndarray]:
     """{layer: (in, out) float32} of every adaptable weight.
 
-    Stacked weights come apart: "h/attn/q/kernel" (L, in, out) gives "h/0/attn/q", "h/1/attn/q"...
+    Stacked weights are split: "h/attn/q/kernel" (L, in, out) gives "h/0/attn/q", "h/1/attn/q"...
     """
     flat, matrices = tree.flatten(base.params), {}
     for path, site in base.sites.items():

@@ -1,9 +1,9 @@
 """BERT (Devlin et al. 2018, arXiv:1810.04805) and RoBERTa (Liu et al. 2019, arXiv:1907.11692) as a
 plain Linen module, and their Hugging Face layout.
 
-The two differ in the numbers of their positions and in their heads. Encoder layers run under
-`nn.scan`: every parameter below "h/" has a leading layer axis. What heads there are, `DeBERTa`
-shares. Axes: B batch, T positions, H heads, D features of one head, V vocabulary.
+The two differ in how they number positions and in their heads. Encoder layers run under `nn.scan`:
+every parameter below "h/" has a leading layer axis. `DeBERTa` shares the heads. Axes: B batch, T
+positions, H heads, D features of one head, V vocabulary.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from lorax.models.layers import (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Hyperparameters by Hugging Face's names, what stands on top, and how to run the layers.
+    """Hyperparameters by Hugging Face's names, the head, and how to run the layers.
 
     model_type: "bert" or "roberta". head: "mlm" (`logits` of every token), "classification"
     (`scores` of a text for `labels` classes, or one for a regression) or "none". remat, unroll: as
@@ -57,7 +57,7 @@ class Config:
 
     @property
     def first_position(self) -> int:
-        """Row of the position embedding for a text's first token; RoBERTa's leave out padding's."""
+        """Position embedding row of a text's first token; RoBERTa's start after pad_token_id."""
         return self.pad_token_id + 1 if self.model_type == "roberta" else 0
 
 
@@ -86,7 +86,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, its norms after the sums: x (B, T, hidden_size) -> (x, None)."""
+    """One layer, post-norm: x (B, T, hidden_size) -> (x, None)."""
 
     config: Config
 
@@ -101,8 +101,8 @@ class Block(nn.Module):
 class MLMHead(nn.Module):
     """Hidden states (..., hidden_size) -> logits of masked tokens (..., V) float32.
 
-    Their features go through a layer of `features`, an activation and a norm, then through the
-    word embeddings as `attend` has them, or a layer of its own where these are not tied.
+    A dense layer of `features` outputs, an activation and a norm; then `attend`, the product with
+    the word embeddings, or a separate dense layer if the embeddings are not tied.
     """
 
     config: Config
@@ -137,14 +137,14 @@ class Classifier(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What an encoder does with its hidden states, by `config.head`.
+    """An encoder's heads, chosen by `config.head`.
 
     `setup` makes the head's module under the parameter name "head": `predict` for "mlm",
     `classify` for "classification".
     """
 
     config: Config
-    #: What `logits` reads of the parameters.
+    #: The parameters that `logits` reads.
     head: ClassVar[tuple[str, ...]] = ("embed", "head")
 
     def __call__(self, tokens, segments=None, types=None):
@@ -160,15 +160,15 @@ class Encoder(nn.Module):
         return self.predict(hidden, self.embed.attend)
 
     def scores(self, hidden):
-        """Hidden states (B, T, hidden_size) -> scores (B, labels) float32, of each row's column 0:
-        one text a row, padded on the right."""
+        """Hidden states (B, T, hidden_size) -> scores (B, labels) float32, from column 0 of each
+        row: one text per row, padded on the right."""
         self._needs("classification", "scores")
         return self.classify(hidden[:, 0])
 
     @nn.nowrap
-    def _needs(self, head: str, what: str) -> None:
+    def _needs(self, head: str, output: str) -> None:
         if self.config.head != head:
-            raise ValueError(f"{what}: head is {self.config.head!r}; load with head={head!r}")
+            raise ValueError(f"{output}: head is {self.config.head!r}; load with head={head!r}")
 
 
 class BERT(Encoder):
@@ -195,11 +195,11 @@ class BERT(Encoder):
         """Final hidden states (B, T, hidden_size).
 
         segments: (B, T) int32 or None; tokens of one text share a number above 0 and see each
-        other, 0 is padding: an attention mask of 0 and 1 is one. types: (B, T) int32 or None for
-        zeros, the token types (sentence A or B). first: see `layers.causal_context`.
+        other, 0 is padding: an attention mask of 0 and 1 works too. types: (B, T) int32, the token
+        types (sentence A or B), or None for zeros. first: see `layers.causal_context`.
 
-        Positions count from the first token of each text. So do Hugging Face's where padding is on
-        the right, and RoBERTa's always; its BERT counts the padding on the left as well.
+        Positions count from the first token of each text. Hugging Face's RoBERTa does the same; its
+        BERT only with padding on the right, since it also counts padding on the left.
         """
         c = self.config
         room = c.max_position_embeddings - c.first_position - first
@@ -214,7 +214,7 @@ normal = nn.initializers.normal(0.02)
 
 
 def check_length(tokens, room: int, why: str) -> None:
-    """ValueError where rows are longer than there are positions."""
+    """Raises ValueError for rows longer than the number of positions."""
     if tokens.shape[-1] > room:
         raise ValueError(f"{tokens.shape[-1]} tokens, but {why} {room}")
 
@@ -226,10 +226,10 @@ HEADS = {
     "ForPreTraining": "mlm",
     "ForSequenceClassification": "classification",
 }
-#: Fields of an encoder's Config that are not Hugging Face's.
+#: Fields of an encoder's Config that Hugging Face doesn't have.
 OURS = ("head", "labels", "dtype", "remat", "unroll")
 _STEMS = {"bert": "Bert", "roberta": "Roberta"}  # of Hugging Face's class names
-#: What encoders read of a config.json.
+#: Fields that encoders read from a config.json.
 COMMON = {
     **dict.fromkeys(("vocab_size", "max_position_embeddings"), fields.ROWS),
     **dict.fromkeys(("hidden_size", "intermediate_size"), fields.SIZE),
@@ -255,9 +255,9 @@ _DEFAULTS = {"bert": {}, "roberta": {"vocab_size": 50265, "pad_token_id": 1}}
 def config_from_hf(hf: dict, **run) -> Config:
     """Config from the fields of a `config.json`.
 
-    run: `dtype`, `remat`, `unroll`, and `head` and `labels`, which otherwise are as "architectures"
-    and "num_labels" or "id2label" say. Raises ValueError for options that this module does not
-    compute, and as `fields.read` does.
+    run: `dtype`, `remat`, `unroll`, and `head` and `labels`, which by default follow
+    "architectures" and "num_labels" or "id2label". Raises ValueError for options that this module
+    does not compute, and as `fields.read` does.
     """
     hf = fields.read(hf, FIELDS)
     kind = hf.get("model_type", "bert")
@@ -267,43 +267,47 @@ def config_from_hf(hf: dict, **run) -> Config:
         if hf.get(field):
             raise ValueError(f"{field}=true is not supported for {_STEMS[kind]}")
     if hf.get("position_embedding_type", "absolute") != "absolute":
-        given = hf["position_embedding_type"]
-        raise ValueError(f"position_embedding_type {given!r} is not supported, only 'absolute'")
+        kind_of_positions = hf["position_embedding_type"]
+        raise ValueError(
+            f"position_embedding_type {kind_of_positions!r} is not supported, only 'absolute'"
+        )
     config = Config(**fields_from_hf(Config, _DEFAULTS[kind] | hf, _STEMS[kind], run))
     if kind == "roberta" and config.pad_token_id is None:
-        raise ValueError("pad_token_id null is not supported for Roberta: positions start after it")
+        raise ValueError(
+            "pad_token_id null is not supported for Roberta: positions start after its value"
+        )
     if config.first_position >= config.max_position_embeddings:
         raise ValueError(
-            f"pad_token_id {config.pad_token_id} leaves none of max_position_embeddings "
-            f"{config.max_position_embeddings}: positions start after it"
+            f"pad_token_id {config.pad_token_id} leaves no positions of max_position_embeddings "
+            f"{config.max_position_embeddings}: they start after it"
         )
     check(config)
     return config
 
 
 def fields_from_hf(config: type, hf: dict, stem: str, run: dict) -> dict:
-    """Keywords of an encoder's Config: those of a config.json, `run`, and the head.
+    """Arguments for an encoder's Config: from a config.json, `run`, and the head.
 
-    Raises ValueError where a head is asked for, or in the files, that there is none of.
+    Raises ValueError for a head, in `run` or in the files, that the encoder lacks.
     """
     names = [f.name for f in dataclasses.fields(config) if f.name not in OURS]
-    found = {name: hf[name] for name in names if name in hf} | run
+    arguments = {name: hf[name] for name in names if name in hf} | run
     if "head" not in run and hf.get("architectures"):
         known = {stem + suffix: head for suffix, head in HEADS.items()} | {f"{stem}Model": "none"}
         heads = [known[name] for name in hf["architectures"] if name in known]
         if not heads:
             raise ValueError(
                 f"architectures {hf['architectures']} is not one of {', '.join(known)}; set head "
-                f"('mlm', 'classification', 'none') to take the encoder with another"
+                f"('mlm', 'classification', 'none') to load the encoder with another head"
             )
-        found["head"] = heads[0]
+        arguments["head"] = heads[0]
     if "labels" not in run:
-        found["labels"] = hf.get("num_labels") or len(hf.get("id2label") or ()) or 2
-    return found
+        arguments["labels"] = hf.get("num_labels") or len(hf.get("id2label") or ()) or 2
+    return arguments
 
 
 def check(config) -> None:
-    """ValueError where fields that encoders share don't fit each other, or `run` has none such."""
+    """Raises ValueError if the fields that encoders share contradict each other or are invalid."""
     c = config
     if c.hidden_size % c.num_attention_heads:
         raise ValueError(
@@ -317,7 +321,7 @@ def check(config) -> None:
 
 
 def hf_tensors(config: Config) -> dict[str, Source]:
-    """{parameter path: where it lies}."""
+    """{parameter path: its place in Hugging Face's tensors}."""
     model = config.model_type
     layer = f"{model}.encoder.layer.{{}}"
     embeds = {
@@ -355,21 +359,21 @@ def hf_tensors(config: Config) -> dict[str, Source]:
 
 
 def sources(embeds: Mapping, norms: Mapping, linears: Mapping) -> dict[str, Source]:
-    """Sources of {our module: theirs} for torch's Embedding, LayerNorm and Linear."""
-    found = {f"{ours}/embedding": Source(f"{theirs}.weight") for ours, theirs in embeds.items()}
+    """Sources for torch's Embedding, LayerNorm and Linear; arguments: {our module: theirs}."""
+    table = {f"{ours}/embedding": Source(f"{theirs}.weight") for ours, theirs in embeds.items()}
     for ours, theirs in norms.items():
-        found[f"{ours}/scale"] = Source(f"{theirs}.weight")
-        found[f"{ours}/bias"] = Source(f"{theirs}.bias")
+        table[f"{ours}/scale"] = Source(f"{theirs}.weight")
+        table[f"{ours}/bias"] = Source(f"{theirs}.bias")
     for ours, theirs in linears.items():
-        found[f"{ours}/kernel"] = Source(f"{theirs}.weight", axes=(1, 0))
-        found[f"{ours}/bias"] = Source(f"{theirs}.bias")
-    return found
+        table[f"{ours}/kernel"] = Source(f"{theirs}.weight", axes=(1, 0))
+        table[f"{ours}/bias"] = Source(f"{theirs}.bias")
+    return table
 
 
 def decoder(name: str, embed: str, config) -> dict[str, Source]:
-    """Sources of an MLM head's last layer. Its bias has two names, equal only where it is tied:
-    then the file has the outer one as a rule; untied, transformers computes with the inner one.
-    embed: the embedding to which its weight is tied."""
+    """Sources of an MLM head's last layer. Its bias has two names. If tied, the two are equal and
+    files usually have the outer one; untied, transformers computes with the inner one. embed: the
+    embedding that its weight is tied to."""
     if config.tie_word_embeddings:
         return {
             "embed/embedding": Source(f"{embed}.weight", tied=f"{name}.decoder.weight"),
@@ -382,7 +386,7 @@ def decoder(name: str, embed: str, config) -> dict[str, Source]:
 
 
 def hf_config(config: Config) -> dict:
-    """The fields of a `config.json` that transformers reads as the same model."""
+    """The fields of a `config.json` from which transformers builds the same model."""
     return fields_to_hf(config, _STEMS[config.model_type])
 
 
@@ -390,8 +394,8 @@ def fields_to_hf(config, stem: str) -> dict:
     """Inverse of `fields_from_hf`."""
     names = [f.name for f in dataclasses.fields(config) if f.name not in OURS]
     suffix = next((suffix for suffix, head in HEADS.items() if head == config.head), "Model")
-    found = {name: getattr(config, name) for name in names} | {"architectures": [stem + suffix]}
+    described = {name: getattr(config, name) for name in names} | {"architectures": [stem + suffix]}
     if config.head == "classification":
-        found["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
-        found["label2id"] = {label: int(i) for i, label in found["id2label"].items()}
-    return found
+        described["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
+        described["label2id"] = {label: int(i) for i, label in described["id2label"].items()}
+    return described

@@ -1,11 +1,11 @@
-"""A base of the user's own: a Python function that returns a Linen module.
+"""A base model of your own: a Python function that returns a Linen module.
 
     def tiny():
         return Tiny(vocab_size=1024, width=64, depth=2)
 
 `load(tiny)`, `config.base = tiny` and `--config.base="FILE.py:tiny"` make a `Base` of it, with
-weights drawn from a seed ("FILE.py:tiny@3": from seed 3). A function that returns a `Model` says
-more: where weights come from, which tokenizer belongs to it, what its layers are called.
+random weights from seed 0 ("FILE.py:tiny@3": seed 3). A function that returns a `Model` can say
+more: where its weights come from, which tokenizer it uses, what its layers are called.
 """
 
 import functools
@@ -32,9 +32,9 @@ from lorax.models.families import Traits
 from lorax.models.layers import Cache
 from lorax.vocabulary import Vocabulary
 
-#: In the config.json of weights that belong to a function's module.
+#: model_type in the config.json that `save` writes for a user's module.
 MODEL_TYPE = "lorax-function"
-#: Words that `Model.targets` may give a meaning to.
+#: Words that `Model.targets` may define.
 WORDS = ("q", "k", "v", "o", "up", "gate", "down", "embed", "head")
 
 
@@ -42,18 +42,18 @@ class Model(NamedTuple):
     """What a user's function returns; a bare module is `Model(module)`.
 
     module: Linen module, of tokens (B, T) int32 -> logits (B, T, V) or of arrays (B, ...) float32
-        -> scores (B, k). All that it has is in the collection "params".
-    inputs: an example, tokens (B, T) of integers or arrays (B, ...) of floats; None: one token.
+        -> scores (B, k). All its variables are in the collection "params".
+    inputs: an example input, integer tokens (B, T) or float arrays (B, ...); None: one token.
     vocabulary: directory with tokenizer.json (and config.json, for the ids that end a text), a
-        shipped model's name, or a `Vocabulary`; None: a model that can't read texts.
+        shipped model's name, or a `Vocabulary`; None: the model can't read texts.
     weights: function without arguments that returns the tree of params, or {path: array} with
-        paths like "blocks/mlp/up/kernel"; None: drawn from a seed by the module's initializers.
-    positions: the most tokens that it reads, None without a limit.
-    targets: {canonical word: last words of module names, or "re:" and a regex of parameter paths}:
+        paths like "blocks/mlp/up/kernel"; None: the module's initializers draw them from a seed.
+    positions: the longest input in tokens, None without a limit.
+    targets: {canonical word: end of the module's path, or "re:" and a regex of parameter paths}:
         {"q": "query", "up": "re:.*/ffn/in/kernel"}. Layers called q, k, v, o, up, gate, down need
-        none, and a layer's own name is always a target.
-    cached: whether the module has `hidden`, `logits`, `empty_cache` and `head` as `gpt2.GPT2` has:
-        then training never holds all logits, and writing text computes each token once.
+        no entry, and a layer's own name is always a target.
+    cached: whether the module has `hidden`, `logits`, `empty_cache` and `head` like `gpt2.GPT2`:
+        then training never holds all logits, and generation computes each token once.
     """
 
     module: nn.Module
@@ -66,8 +66,8 @@ class Model(NamedTuple):
 
 
 class Given(NamedTuple):
-    """A base of the user's own as it was asked for. seed: of drawn weights; file: that weights are
-    read from in place of the function's own reader, None for none; drawn: "random:" in front."""
+    """A user's base as requested. seed: of random weights; file: to read the weights from, instead
+    of the function's own reader, or None; drawn: whether the name begins with "random:"."""
 
     name: str
     function: Callable
@@ -78,19 +78,19 @@ class Given(NamedTuple):
 
 
 def is_custom(name) -> bool:
-    """Whether the name of a base, "FILE.py:function" or with "@" behind it, is a function's."""
+    """Whether a base's name is that of a function: "FILE.py:function", with or without "@..."."""
     return outside.base_name(name) is not None
 
 
 def takes_labels(name: str) -> bool:
-    """Whether the function makes a classifier of texts for as many `labels` as it is given."""
+    """Whether the function takes `labels`, the number of classes of a text classifier."""
     return "labels" in outside.takes(outside.resolve(outside.base_name(name).function, "base"))
 
 
 def save(directory: Path, base: Base) -> None:
-    """Write the weights of a base of the user's own: model.safetensors with the parameters by
-    their paths in the module, as they are stored in `base`, and a config.json that names the
-    function. `load` reads them as "FILE.py:function@directory"."""
+    """Write the weights of a user's base: model.safetensors, with parameters named by their paths
+    in the module and in their dtypes in `base`, and a config.json that names the function. `load`
+    reads them as "FILE.py:function@directory"."""
     flat = tree.flatten(base.params)
     flat = {path: np.asarray(ops.dense(x, base.sites.get(path))) for path, x in flat.items()}
     for path, x in flat.items():
@@ -102,19 +102,21 @@ def save(directory: Path, base: Base) -> None:
 
 def load(name: str, dtype: str, param_dtype, run: Mapping) -> Base:
     """As `models.load`, for "FILE.py:function"."""
-    given = _call(name, dtype, run)
-    base, init = _shapes(given, param_dtype, run)
-    if given.file is not None:
-        flat = _checked(base, lambda: read_safetensors(given.file)[0], given, param_dtype)
-    elif given.model.weights is not None and not given.drawn:
-        flat = _checked(base, given.model.weights, given, param_dtype)
+    request = _call(name, dtype, run)
+    base, init = _shapes(request, param_dtype, run)
+    if request.file is not None:
+        flat = _checked(base, lambda: read_safetensors(request.file)[0], request, param_dtype)
+    elif request.model.weights is not None and not request.drawn:
+        flat = _checked(base, request.model.weights, request, param_dtype)
     else:
-        with outside.blame(given.function, f"base: {name}"):
+        with outside.blame(request.function, f"base: {name}"):
             flat = tree.flatten(jax.tree.map(lambda x: x.astype(param_dtype), jax.jit(init)()))
     params = tree.unflatten({path: jnp.asarray(flat[path]) for path in tree.flatten(base.params)})
-    base = base.replace(params=params, vocabulary=_vocabulary(given, base), sha256=_sha256(params))
+    base = base.replace(
+        params=params, vocabulary=_vocabulary(request, base), sha256=_sha256(params)
+    )
     if base.causal:
-        _check_causal(base, given)
+        _check_causal(base, request)
     return base
 
 
@@ -127,17 +129,17 @@ def skeleton(name: str, dtype: str, param_dtype, run: Mapping) -> Base:
 
 
 def _call(name: str, dtype: str, run: Mapping) -> Given:
-    """Call the function with those of dtype and run that it takes."""
-    place, (spelled, rest, random) = f"base: {name}", outside.base_name(name)
+    """Call the function with dtype and the fields of run, as far as it takes them."""
+    place, (spelled, suffix, random) = f"base: {name}", outside.base_name(name)
     function = outside.resolve(spelled, "base")
     seed, file = 0, None
-    if rest is not None and rest.isdecimal() and int(rest) < 2**31:
-        seed = int(rest)
-    elif rest is not None:
-        file = Path(rest) / hf.SINGLE if Path(rest).is_dir() else Path(rest)
+    if suffix is not None and suffix.isdecimal() and int(suffix) < 2**31:
+        seed = int(suffix)
+    elif suffix is not None:
+        file = Path(suffix) / hf.SINGLE if Path(suffix).is_dir() else Path(suffix)
         if not file.is_file():
             raise FileNotFoundError(
-                f"{place}: {rest!r} given behind @, it must be a seed below 2**31, or a "
+                f"{place}: {suffix!r} given after @; expected a seed below 2**31, or a "
                 f".safetensors file or a directory with {hf.SINGLE}"
             )
     takes = outside.takes(function)
@@ -160,9 +162,9 @@ def _call(name: str, dtype: str, run: Mapping) -> Given:
     return Given(name, function, model, seed, file, random)
 
 
-def _shapes(given: Given, param_dtype, run: Mapping):
+def _shapes(request: Given, param_dtype, run: Mapping):
     """(`Base` whose params are shapes, init() -> float32 params)."""
-    model, place = given.model, f"base: {given.name}"
+    model, place = request.model, f"base: {request.name}"
     example = jnp.zeros((1, 1), jnp.int32) if model.inputs is None else jnp.asarray(model.inputs)
     tokens = jnp.issubdtype(example.dtype, jnp.integer)
     if (tokens and example.ndim != 2) or (not tokens and example.ndim < 2):
@@ -172,20 +174,24 @@ def _shapes(given: Given, param_dtype, run: Mapping):
         )
     zeros = lambda: jnp.zeros(example.shape, jnp.int32 if tokens else jnp.float32)
     inputs, labels = jax.eval_shape(zeros), run.get("labels")
-    more = (zeros(), zeros()) if labels else ()  # segments, types
-    init = lambda: _only_params(model.module.init(jax.random.key(given.seed), zeros(), *more))
-    with outside.blame(given.function, place):
+    extra_inputs = (zeros(), zeros()) if labels else ()  # segments, types
+    init = lambda: _only_params(
+        model.module.init(jax.random.key(request.seed), zeros(), *extra_inputs)
+    )
+    with outside.blame(request.function, place):
         shapes = jax.eval_shape(init)
-        out = jax.eval_shape(lambda p: model.module.apply({"params": p}, zeros(), *more), shapes)
+        out = jax.eval_shape(
+            lambda p: model.module.apply({"params": p}, zeros(), *extra_inputs), shapes
+        )
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype), shapes)
     causal = bool(tokens) and not labels
     _check_output(place, out, inputs, causal)
     module = model.module
     if causal and not model.cached:
         module = Plain(module, "segments" in outside.takes(type(module).__call__))
-    with outside.blame(given.function, place):
-        sites = intercept.sites(model.module, params, inputs, *more)
-        stacks = _stacks(model.module, params, inputs, *more)
+    with outside.blame(request.function, place):
+        sites = intercept.sites(model.module, params, inputs, *extra_inputs)
+        stacks = _stacks(model.module, params, inputs, *extra_inputs)
     traits = Traits(
         causal=causal,
         input_shape=None if tokens else example.shape[1:],
@@ -197,14 +203,14 @@ def _shapes(given: Given, param_dtype, run: Mapping):
     )
     sites = _with_words(sites, model.targets, place)
     family = f"module {type(model.module).__name__}"
-    base = Base(module, params, None, None, sites, family, given.name, "", traits=traits)
+    base = Base(module, params, None, None, sites, family, request.name, "", traits=traits)
     return base, init
 
 
 def _only_params(variables: Mapping) -> dict:
     others = [name for name in variables if name != "params"]
     if others:
-        raise ValueError(f"the module has the collection {others[0]!r}; only 'params' is supported")
+        raise ValueError(f"the module has a collection {others[0]!r}; only 'params' is supported")
     return variables.get("params", {})
 
 
@@ -216,15 +222,15 @@ def _check_output(place: str, out, inputs, causal: bool) -> None:
     elif fits:
         fits, right = out.ndim == 2 and len(out) == len(inputs), "scores (B, k)"
     if not fits:
-        given = getattr(out, "shape", type(out).__name__)
+        returned = getattr(out, "shape", type(out).__name__)
         raise ValueError(
-            f"{place}: the module gives {given} for inputs {inputs.shape} {inputs.dtype}, expected "
-            f"{right}"
+            f"{place}: the module returns {returned} for inputs {inputs.shape} {inputs.dtype}, "
+            f"expected {right}"
         )
 
 
 def _with_words(sites: Mapping, targets: Mapping[str, str], place: str) -> dict:
-    """Sites that know by which canonical word they are meant."""
+    """The sites, labelled with their canonical words."""
     sites = dict(sites)
     for word, meaning in targets.items():
         if word not in WORDS:
@@ -246,48 +252,51 @@ def _with_words(sites: Mapping, targets: Mapping[str, str], place: str) -> dict:
 # --------------------------------------------------------------------------------------- weights
 
 
-def _checked(base: Base, read: Callable, given: Given, param_dtype) -> dict:
-    """{path: array in param_dtype} of what a reader returns, every parameter and no other."""
-    place = f"base: {given.name}: weights"
-    with outside.blame(given.function, place):
-        found = read()
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{place}: {type(found).__name__} given, expected {{path: array}}")
-    found = {"/".join(path): x for path, x in _leaves(found)}
-    if found and all(path.startswith("params/") for path in found):
-        found = {path.removeprefix("params/"): x for path, x in found.items()}
+def _checked(base: Base, read: Callable, request: Given, param_dtype) -> dict:
+    """{path: array in param_dtype} as read: exactly the module's parameters, or ValueError."""
+    place = f"base: {request.name}: weights"
+    with outside.blame(request.function, place):
+        arrays = read()
+    if not isinstance(arrays, Mapping):
+        raise ValueError(f"{place}: {type(arrays).__name__} given, expected {{path: array}}")
+    arrays = {"/".join(path): x for path, x in _leaves(arrays)}
+    if arrays and all(path.startswith("params/") for path in arrays):
+        arrays = {path.removeprefix("params/"): x for path, x in arrays.items()}
     wanted = {path: leaf.shape for path, leaf in tree.flatten(base.params).items()}
-    for path in (*wanted, *found):
-        if path not in found:
-            raise ValueError(f"{place}: no {path!r}, which the module has{nearest(path, found)}")
+    for path in (*wanted, *arrays):
+        if path not in arrays:
+            raise ValueError(f"{place}: {path!r} of the module is missing{nearest(path, arrays)}")
         if path not in wanted:
             raise ValueError(f"{place}: the module has no {path!r}{nearest(path, wanted)}")
-        if np.shape(found[path]) != wanted[path]:
+        if np.shape(arrays[path]) != wanted[path]:
             raise ValueError(
-                f"{place}: {path} has shape {np.shape(found[path])}, the module's is {wanted[path]}"
+                f"{place}: {path} has shape {np.shape(arrays[path])}, the module's is "
+                f"{wanted[path]}"
             )
-        check_weight(np.asarray(found[path]), path, place, param_dtype)
-    return {path: jnp.asarray(x).astype(param_dtype) for path, x in found.items()}
+        check_weight(np.asarray(arrays[path]), path, place, param_dtype)
+    return {path: jnp.asarray(x).astype(param_dtype) for path, x in arrays.items()}
 
 
-def _leaves(found: Mapping, prefix: tuple = ()):
-    for name, value in found.items():
+def _leaves(nested: Mapping, prefix: tuple = ()):
+    for name, value in nested.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, (*prefix, name))
         else:
             yield (*prefix, name), value
 
 
-def _vocabulary(given: Given, base: Base) -> Vocabulary | None:
-    """The vocabulary that a model names, with as many ids as the model has logits."""
-    asked = given.model.vocabulary
-    if asked is None or isinstance(asked, Vocabulary):
-        return asked
-    directory = find(str(asked), False)
-    found = vocabulary.read(directory, _outputs(base))
-    if found is None:
-        raise FileNotFoundError(f"base: {given.name}: vocabulary: no tokenizer.json in {directory}")
-    return found
+def _vocabulary(request: Given, base: Base) -> Vocabulary | None:
+    """The model's vocabulary, with as many ids as the model has logits."""
+    wanted = request.model.vocabulary
+    if wanted is None or isinstance(wanted, Vocabulary):
+        return wanted
+    directory = find(str(wanted), False)
+    loaded = vocabulary.read(directory, _outputs(base))
+    if loaded is None:
+        raise FileNotFoundError(
+            f"base: {request.name}: vocabulary: no tokenizer.json in {directory}"
+        )
+    return loaded
 
 
 def _outputs(base: Base) -> int:
@@ -297,7 +306,7 @@ def _outputs(base: Base) -> int:
 
 
 def _sha256(params: dict) -> str:
-    """Of the weights' paths, shapes and numbers."""
+    """Hash of the weights' paths, shapes and values."""
     digest = hashlib.sha256()
     for path, leaf in tree.flatten(params).items():
         digest.update(f"{path} {leaf.shape} {leaf.dtype}".encode())
@@ -305,17 +314,17 @@ def _sha256(params: dict) -> str:
     return digest.hexdigest()
 
 
-def _check_causal(base: Base, given: Given) -> None:
-    """Raises ValueError where a token changes the logits of those before it."""
+def _check_causal(base: Base, request: Given) -> None:
+    """Raises ValueError if a token changes the logits of earlier tokens."""
     length = min(8, base.positions or 8)
     first = jnp.zeros((1, length), jnp.int32)
-    with outside.blame(given.function, f"base: {given.name}"):
+    with outside.blame(request.function, f"base: {request.name}"):
         logits = lambda tokens: np.asarray(base.module.apply({"params": base.params}, tokens))
         before, after = logits(first), logits(first.at[0, -1].set(1))
     scale = np.abs(before).max() + 1e-6
     if np.abs(before - after)[:, :-1].max(initial=0) > 1e-3 * scale:
         raise ValueError(
-            f"base: {given.name}: the last token changes the logits of tokens before it; a "
+            f"base: {request.name}: the last token changes the logits of earlier tokens; a "
             "language model needs a causal mask"
         )
 
@@ -324,19 +333,19 @@ def _check_causal(base: Base, given: Given) -> None:
 
 
 def _stacks(module: nn.Module, params: dict, *inputs) -> dict[str, tuple[int, int]]:
-    """{parameter path: (number of leading layer axes, words of the path in front of a layer's
-    number)}, found by tracing one call: inside `nn.scan` a parameter has fewer axes."""
+    """{parameter path: (number of leading layer axes, words of the path before the layer number)},
+    from tracing one call: inside `nn.scan` a parameter has fewer axes."""
     shapes = {path: leaf.shape for path, leaf in tree.flatten(params).items()}
     stacks = dict.fromkeys(shapes, (0, 0))
 
     def record(next_fun, args, kwargs, context):
-        own = context.module
-        inside = own.variables.get("params", {}) if own.scope is not None else {}
+        submodule = context.module
+        inside = submodule.variables.get("params", {}) if submodule.scope is not None else {}
         for path, leaf in tree.flatten(dict(inside)).items():
-            whole = "/".join((*own.path, path))
+            whole = "/".join((*submodule.path, path))
             fewer = len(shapes[whole]) - len(leaf.shape)
             if fewer > stacks[whole][0]:
-                stacks[whole] = fewer, len(own.path)
+                stacks[whole] = fewer, len(submodule.path)
         return next_fun(*args, **kwargs)
 
     def trace(params, *inputs):
@@ -348,8 +357,8 @@ def _stacks(module: nn.Module, params: dict, *inputs) -> dict[str, tuple[int, in
 
 
 def _source(path: str, site, axes: int, depth: int) -> hf.Source:
-    """The tensor of a torch module whose layers have the same names: "blocks/mlp/up/kernel" of a
-    stack is "blocks.{}.mlp.up.weight", and "block_3/mlp/up/kernel" "block.3.mlp.up.weight"."""
+    """The tensor in a torch module with the same layer names: a stacked "blocks/mlp/up/kernel" is
+    "blocks.{}.mlp.up.weight", and "block_3/mlp/up/kernel" is "block.3.mlp.up.weight"."""
     words = path.split("/")
     if axes > 1:
         raise ValueError(f"{path}: nn.scan or nn.vmap inside another is not supported")
@@ -372,8 +381,8 @@ def _source(path: str, site, axes: int, depth: int) -> hf.Source:
 
 
 class Plain(nn.Module):
-    """A causal module of the user's own behind the calls of lorax's language models: its logits
-    stand for the hidden states, and its cache is the text, which is read anew for every token."""
+    """Gives a user's causal module the methods of lorax's language models: its logits serve as the
+    hidden states, and its cache is the text, which is computed again for every token."""
 
     model: nn.Module
     packs: bool
@@ -388,14 +397,14 @@ class Plain(nn.Module):
     def hidden(self, tokens, segments=None, cache: Cache | None = None):
         """Logits (B, T, V) float32; with a cache, the pair (logits, cache with these tokens)."""
         if cache is None:
-            more = (segments,) if self.packs and segments is not None else ()
-            return self.model(tokens, *more).astype(jnp.float32)
+            extra = (segments,) if self.packs and segments is not None else ()
+            return self.model(tokens, *extra).astype(jnp.float32)
         at, t = cache.length, tokens.shape[1]
         write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(0, at))
         text = write(cache.k[0, :, :, 0, 0], tokens)
         new = jnp.ones(tokens.shape, bool) if segments is None else segments > 0
         real = write(cache.real, new)
-        # Padding goes behind the text, where no causal model sees it.
+        # Move padding after the text, where no causal model sees it.
         order = jnp.argsort(~real, axis=1, stable=True)
         logits = self.model(jnp.take_along_axis(text, order, axis=1)).astype(jnp.float32)
         column = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
@@ -405,7 +414,7 @@ class Plain(nn.Module):
         return logits, Cache(k, k, real, at + t)
 
     def logits(self, hidden):
-        """The same."""
+        """The logits themselves: `hidden` returns them already."""
         return hidden
 
     @nn.nowrap

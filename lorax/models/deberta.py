@@ -1,9 +1,9 @@
 """DeBERTa v2 and v3 (He et al. 2020, arXiv:2006.03654; 2021, arXiv:2111.09543) as a plain Linen
 module, and its Hugging Face layout.
 
-An encoder like `bert.BERT` whose attention adds to content-to-content scores those of contents to
-relative positions and back. Axes: B batch, T positions (queries), S positions (keys), H heads, D
-features of one head, R rows of relative embeddings, V vocabulary.
+An encoder like `bert.BERT` whose attention scores also have content-to-position and
+position-to-content terms, for relative positions. Axes: B batch, T positions (queries), S positions
+(keys), H heads, D features of one head, R rows of relative embeddings, V vocabulary.
 """
 
 import dataclasses
@@ -31,14 +31,14 @@ from lorax.models.layers import (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Hyperparameters by Hugging Face's names and with its defaults, what stands on top, and how
-    to run the layers.
+    """Hyperparameters by Hugging Face's names and with its defaults, the head, and how to run the
+    layers.
 
-    pos_att_type: of "c2p" and "p2c", the terms that attention adds. position_buckets: rows of the
-    relative embeddings on either side, each for one distance near by and for ever more far away;
-    -1 for a row each up to max_relative_positions (-1: max_position_embeddings). legacy: which of
-    Hugging Face's two MLM heads has the weights. head, labels: as in `bert.Config`. remat, unroll:
-    as in `gpt2.Config`.
+    pos_att_type: the attention terms to add, among "c2p" and "p2c". position_buckets: rows of the
+    relative embeddings on either side, each covering one distance when near and more and more
+    distances when far; -1 for one row per distance up to max_relative_positions (-1:
+    max_position_embeddings). legacy: which of Hugging Face's two MLM heads is used. head, labels:
+    as in `bert.Config`. remat, unroll: as in `gpt2.Config`.
     """
 
     vocab_size: int = 128100
@@ -75,13 +75,13 @@ class Config:
 
     @property
     def furthest(self) -> int:
-        """Distance of the last row, or from which distances share one."""
+        """The largest distinguished distance; larger ones share its row."""
         longest = self.max_relative_positions
         return longest if longest >= 1 else self.max_position_embeddings
 
     @property
     def span(self) -> int:
-        """Rows of the relative embeddings on either side."""
+        """Number of rows of the relative embeddings on either side."""
         return self.position_buckets if self.position_buckets > 0 else self.furthest
 
     @property
@@ -92,8 +92,9 @@ class Config:
 def relative_rows(config: Config, length: int) -> np.ndarray:
     """(T, S) int64: the row of the relative embeddings for each query and key.
 
-    Equation 3 of arXiv:2006.03654; with buckets, distances d beyond half of them come logarithmic
-    as in the authors' released code for v2: h + ceil((h - 1) log(d / h) / log((furthest - 1) / h)).
+    Equation 3 of arXiv:2006.03654. With buckets, distances d beyond h, half the buckets, are spaced
+    logarithmically as in the authors' released code for v2: h + ceil((h - 1) log(d / h) /
+    log((furthest - 1) / h)).
     """
     c = config
     distance = np.arange(length)[:, None] - np.arange(length)[None, :]
@@ -109,8 +110,8 @@ def relative_rows(config: Config, length: int) -> np.ndarray:
 class Attention(nn.Module):
     """Disentangled attention (arXiv:2006.03654, equation 4).
 
-    x: (B, T, hidden_size); mask: (B or 1, T, S) bool; relative: (R, hidden_size) the relative
-    embeddings that this length uses, and rows: (T, S) int32 into them, or None both.
+    x: (B, T, hidden_size); mask: (B or 1, T, S) bool; relative: (R, hidden_size), the relative
+    embeddings that this length uses, and rows: (T, S) int32, indices into them, or both None.
     """
 
     config: Config
@@ -126,7 +127,7 @@ class Attention(nn.Module):
         scores = product("bthd,bshd->bhts", q, k)
         if relative is not None:
             pick = functools.partial(jnp.take_along_axis, axis=-1, mode="promise_in_bounds")
-            if "c2p" in c.pos_att_type:  # a shared projection is the very layer, adapter and all
+            if "c2p" in c.pos_att_type:  # if shared, the same layer, including its adapter
                 to_pos = to_k if c.share_att_key else dense(name="pos_k")
                 c2p = product("bthd,rhd->bhtr", q, heads(to_pos(relative)))
                 scores += pick(c2p, rows[None, None])
@@ -134,7 +135,7 @@ class Attention(nn.Module):
                 to_pos = to_q if c.share_att_key else dense(name="pos_q")
                 p2c = product("bshd,rhd->bhsr", k, heads(to_pos(relative)))
                 scores += pick(p2c, rows.T[None, None]).swapaxes(-1, -2)
-        # Hugging Face counts the terms that are named, also where relative_attention is false.
+        # Hugging Face counts the terms of pos_att_type even if relative_attention is false.
         scale = (q.shape[-1] * (1 + len(c.pos_att_type))) ** -0.5
         scores = jnp.where(mask[:, None], scale * scores, jnp.finfo(jnp.float32).min)
         o = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores).astype(v.dtype), v)
@@ -142,10 +143,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, its norms after the sums: x (B, T, hidden_size) -> (x, None).
+    """One layer, post-norm: x (B, T, hidden_size) -> (x, None).
 
-    near: (B, T, hidden_size) and norm: {"scale", "bias"}, what layer 0 adds to its output and
-    normalises with (the convolution of xlarge models), or None both.
+    near: (B, T, hidden_size), which layer 0 adds to its output, and norm: {"scale", "bias"} of the
+    layer norm that follows (the convolution of xlarge models), or both None.
     """
 
     config: Config
@@ -166,8 +167,8 @@ class Block(nn.Module):
 
 
 class DeBERTa(bert.Encoder):
-    """DeBERTa; T at most `config.max_position_embeddings` where position_biased_input is set, and
-    of any length where it is not."""
+    """DeBERTa. T is at most `config.max_position_embeddings` if position_biased_input is set, and
+    unlimited otherwise."""
 
     config: Config
 
@@ -189,7 +190,7 @@ class DeBERTa(bert.Encoder):
             self.rel_norm = LayerNorm(c.layer_norm_eps)
         if c.conv_kernel_size > 0:
             self.conv = nn.DenseGeneral(c.hidden_size, axis=(-2, -1), **dense)
-            # Only the parameters: a module made here can't be called inside the loop over layers.
+            # Only the parameters: a module created here can't be called inside the layer loop.
             norm = {"scale": jnp.ones(c.hidden_size), "bias": jnp.zeros(c.hidden_size)}
             self.conv_norm = self.param("conv_norm", lambda key: norm)
         self.h = over_layers(Block, c, c.num_hidden_layers, c.hidden_size, (0, *[nn.broadcast] * 5))
@@ -200,8 +201,7 @@ class DeBERTa(bert.Encoder):
 
     def hidden(self, tokens, segments=None, types=None):
         """Final hidden states (B, T, hidden_size); segments, types and positions as in
-        `bert.BERT.hidden`. A model of no token types (type_vocab_size 0) takes no notice of
-        `types`."""
+        `bert.BERT.hidden`. A model without token types (type_vocab_size 0) ignores `types`."""
         c, mask = self.config, padding_mask(tokens, segments)
         x = self.embed(tokens)
         if c.position_biased_input:
@@ -219,7 +219,8 @@ class DeBERTa(bert.Encoder):
         return self.h(x, layers, mask, relative, rows, near, norm)[0]
 
     def _relative(self, length: int):
-        """Relative embeddings that texts of this length use (R, hidden_size), (T, S) rows of it."""
+        """The relative embeddings for this length (R, hidden_size), and (T, S) indices into
+        them."""
         used, rows = np.unique(relative_rows(self.config, length), return_inverse=True)
         relative = self.rel_embed(jnp.asarray(used, jnp.int32))
         if self.config.norms_relative:
@@ -227,7 +228,7 @@ class DeBERTa(bert.Encoder):
         return relative, jnp.asarray(rows.reshape(length, length), jnp.int32)
 
     def _near(self, x, mask):
-        """Each token's convolution with those around it in its text: (B, T, hidden_size)."""
+        """Convolution of each token with its neighbours in its text: (B, T, hidden_size)."""
         c, t = self.config, x.shape[1]
         reach = c.conv_kernel_size // 2
         around = np.arange(t)[:, None] + np.arange(c.conv_kernel_size)  # (T, K), of padded columns
@@ -240,11 +241,11 @@ class DeBERTa(bert.Encoder):
 _ACTIVATIONS = ACTIVATIONS | {"tanh": jnp.tanh}
 
 # ----------------------------------------------------------------------------- Hugging Face layout
-#: What is read of a config.json.
+#: Fields read from a config.json.
 FIELDS = bert.COMMON | {
     "embedding_size": fields.optional(fields.SIZE),
     "type_vocab_size": fields.COUNT,
-    "max_position_embeddings": fields.SIZE,  # twice as many relative ones are numbered in int32
+    "max_position_embeddings": fields.SIZE,  # 2 x relative rows must fit int32
     **dict.fromkeys(("max_relative_positions", "position_buckets"), fields.whole(-1, 2**20)),
     "pos_att_type": fields.optional(fields.either(fields.TEXT, fields.TEXTS)),
     **dict.fromkeys(("relative_attention", "share_att_key", "legacy"), fields.FLAG),
@@ -260,27 +261,27 @@ FIELDS = bert.COMMON | {
 def config_from_hf(hf: dict, **run) -> Config:
     """Config from the fields of a `config.json`; run and errors as in `bert.config_from_hf`."""
     hf = fields.read(hf, FIELDS)
-    given = bert.fields_from_hf(Config, hf, "DebertaV2", run)
-    terms = given.get("pos_att_type") or ()
+    arguments = bert.fields_from_hf(Config, hf, "DebertaV2", run)
+    terms = arguments.get("pos_att_type") or ()
     terms = terms.lower().split("|") if isinstance(terms, str) else terms
-    given["pos_att_type"] = tuple(dict.fromkeys(term.strip() for term in terms))
-    c = Config(**given)
+    arguments["pos_att_type"] = tuple(dict.fromkeys(term.strip() for term in terms))
+    c = Config(**arguments)
     bert.check(c)
-    for field, other in (
+    for field, supported in (
         ("attention_head_size", c.hidden_size // c.num_attention_heads),
         ("pooler_hidden_size", c.hidden_size),
         ("conv_groups", 1),
     ):
-        if hf.get(field, other) != other:
-            raise ValueError(f"{field} {hf[field]} is not supported, only {other}")
+        if hf.get(field, supported) != supported:
+            raise ValueError(f"{field} {hf[field]} is not supported, only {supported}")
     if set(c.pos_att_type) - {"c2p", "p2c"}:
-        raise ValueError(f"pos_att_type {[*c.pos_att_type]} is not of 'c2p' and 'p2c'")
+        raise ValueError(f"pos_att_type {[*c.pos_att_type]} must be from 'c2p' and 'p2c'")
     if c.relative_attention and not c.pos_att_type:
         raise ValueError("relative_attention=true needs 'c2p', 'p2c' or both in pos_att_type")
     if c.position_buckets > 0 and not 0 < c.position_buckets // 2 < c.furthest - 1:
         raise ValueError(
-            f"position_buckets {c.position_buckets} is not from 2 to below twice "
-            f"max_relative_positions - 1, {c.furthest - 1} (max_position_embeddings where it is -1)"
+            f"position_buckets {c.position_buckets} must be at least 2, and half of it less than "
+            f"{c.furthest - 1}, max_relative_positions - 1 (-1 stands for max_position_embeddings)"
         )
     if c.conv_kernel_size > 0 and (c.conv_kernel_size % 2 == 0 or c.conv_act not in _ACTIVATIONS):
         raise ValueError(
@@ -296,7 +297,7 @@ def config_from_hf(hf: dict, **run) -> Config:
 
 
 def hf_tensors(config: Config) -> dict[str, Source]:
-    """{parameter path: where it lies}."""
+    """{parameter path: its place in Hugging Face's tensors}."""
     c, layer = config, "deberta.encoder.layer.{}"
     embeds = {"embed": "deberta.embeddings.word_embeddings"}
     norms = {
@@ -312,13 +313,13 @@ def hf_tensors(config: Config) -> dict[str, Source]:
         "h/mlp/up": f"{layer}.intermediate.dense",
         "h/mlp/down": f"{layer}.output.dense",
     }
-    more = {}
+    others = {}
     if c.position_biased_input:
         embeds["position_embed"] = "deberta.embeddings.position_embeddings"
     if c.type_vocab_size:
         embeds["type_embed"] = "deberta.embeddings.token_type_embeddings"
     if c.embed_features != c.hidden_size:
-        more["embed_proj/kernel"] = Source("deberta.embeddings.embed_proj.weight", axes=(1, 0))
+        others["embed_proj/kernel"] = Source("deberta.embeddings.embed_proj.weight", axes=(1, 0))
     if c.relative_attention:
         embeds["rel_embed"] = "deberta.encoder.rel_embeddings"
         if c.norms_relative:
@@ -328,21 +329,21 @@ def hf_tensors(config: Config) -> dict[str, Source]:
             for ours, theirs in (named[term] for term in c.pos_att_type):
                 linears[f"h/attn/{ours}"] = f"{layer}.attention.self.{theirs}"
     if c.conv_kernel_size > 0:
-        more["conv/kernel"] = Source("deberta.encoder.conv.conv.weight", axes=(2, 1, 0))
-        more["conv/bias"] = Source("deberta.encoder.conv.conv.bias")
+        others["conv/kernel"] = Source("deberta.encoder.conv.conv.weight", axes=(2, 1, 0))
+        others["conv/bias"] = Source("deberta.encoder.conv.conv.bias")
         norms["conv_norm"] = "deberta.encoder.conv.LayerNorm"
     if c.head == "mlm":
         outer = "cls.predictions" if c.legacy else "lm_predictions.lm_head"
         inner = f"{outer}.transform" if c.legacy else outer
         linears["head/dense"], norms["head/norm"] = f"{inner}.dense", f"{inner}.LayerNorm"
-        more |= bert.decoder(outer, embeds["embed"], c)
+        others |= bert.decoder(outer, embeds["embed"], c)
     elif c.head == "classification":
         linears |= {"head/pooler": "pooler.dense", "head/out": "classifier"}
-    return bert.sources(embeds, norms, linears) | more
+    return bert.sources(embeds, norms, linears) | others
 
 
 def hf_config(config: Config) -> dict:
-    """The fields of a `config.json` that transformers reads as the same model."""
-    found = bert.fields_to_hf(config, "DebertaV2") | {"model_type": "deberta-v2"}
-    found["pos_att_type"] = [*config.pos_att_type]
-    return {name: value for name, value in found.items() if value is not None}
+    """The fields of a `config.json` from which transformers builds the same model."""
+    described = bert.fields_to_hf(config, "DebertaV2") | {"model_type": "deberta-v2"}
+    described["pos_att_type"] = [*config.pos_att_type]
+    return {name: value for name, value in described.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Where the files of a model are: a shipped directory, the user's own, or the Hub's cache."""
+"""Finds the files of a model: a shipped directory, the user's own, or the Hub's cache."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def find(name: str, weights: bool = True) -> Path:
-    """The directory of a shipped model, a local path or a Hub id (fetched or from its cache)."""
+    """The directory of a shipped model, a local path or a Hub id (downloaded or cached)."""
     shipped = sorted(p.name for p in ASSETS.iterdir() if (p / "config.json").exists())
     if name in shipped:
         return ASSETS / name
@@ -25,17 +25,17 @@ def find(name: str, weights: bool = True) -> Path:
 
 
 def _from_hub(name: str, weights: bool, shipped: list[str]) -> Path:
-    from huggingface_hub import snapshot_download  # a second that local models need not wait
+    from huggingface_hub import snapshot_download  # a slow import that local models do not need
 
     files = [*vocabulary.FILES, *hf.SIDE] + ["*.safetensors*"] * weights
     try:
         return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # the Hub's own, the network's and the cache's: all mean "not here"
+    except Exception as error:  # of the Hub, the network or the cache: none has it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = nearest(name, shipped)
         raise FileNotFoundError(
-            f"base: {name!r} is neither shipped ({', '.join(shipped)}), nor a directory, and the "
-            f"Hub did not give it ({type(error).__name__}: {reason[:120]}){hint}. Download "
-            f"https://huggingface.co/{name} (config.json, model.safetensors, tokenizer.json) and "
-            f"pass that directory."
+            f"base: {name!r} is neither shipped ({', '.join(shipped)}), nor a directory, and "
+            f"downloading it from the Hub failed ({type(error).__name__}: {reason[:120]}){hint}. "
+            f"Download https://huggingface.co/{name} (config.json, model.safetensors, "
+            f"tokenizer.json) and pass that directory."
         ) from None

@@ -1,4 +1,4 @@
-"""The families of models that are shipped: their modules, and what each reads and gives."""
+"""The model families of lorax: their modules, inputs and outputs."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -23,27 +23,27 @@ FAMILIES = {
 CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "falcon")
 #: Families that read images.
 IMAGES = ("vit", "mlp", "lenet")
-#: Families without a body that others have trained: the whole network is drawn at random and then
-#: trained, so no head is newer than the rest.
+#: Families without pretrained weights: the whole network is initialised at random, not just a head.
 WHOLE = ("mlp", "lenet")
 
 
 class Traits(NamedTuple):
-    """What a model reads, what it gives, and how it is stored.
+    """A model's inputs and outputs, and how it is stored.
 
-    causal: whether it is a language model: tokens (B, T) int32 -> logits (B, T, V) float32, those
-        of a position from the tokens up to it. Such a module has `hidden`, `logits` and
-        `empty_cache` (see `gpt2.GPT2`), and `head` names the parameters that `logits` reads.
-    input_shape: shape of one float32 array that it reads; None for a model that reads tokens.
-    flat: whether it reads any array of as many numbers as `input_shape` has.
-    outputs: scores (B, outputs) float32 that it gives; None for a model without scores.
-    positions: the most tokens that it reads, None without a limit.
-    array_positions: positions that one array takes inside (ViT: its patches and the class token).
-    stream: whether `hidden` runs layers whose outputs can be captured (`nn.scan`ned, called "h").
-    head: first words of the parameters that turn hidden states into logits.
+    causal: whether it is a language model: tokens (B, T) int32 -> logits (B, T, V) float32, where
+        the logits of a position depend only on the tokens up to it. Such a module has `hidden`,
+        `logits` and `empty_cache` (see `gpt2.GPT2`), and `head` names the parameters that `logits`
+        reads.
+    input_shape: shape of one float32 input array; None for a model that reads tokens.
+    flat: whether it takes an array of any shape with as many numbers as `input_shape`.
+    outputs: number of scores, (B, outputs) float32; None for a model without scores.
+    positions: the longest input in tokens, None without a limit.
+    array_positions: positions that one array becomes inside (ViT: its patches and the class token).
+    stream: whether the outputs of its layers can be captured (`nn.scan`ned, called "h").
+    head: first path components of the parameters that turn hidden states into logits.
     packs: whether it takes `segments`, so that several texts share a row without seeing each other.
-    sources: {parameter path: where it lies in Hugging Face's tensors}.
-    config: the fields of the config.json that belongs to these tensors.
+    sources: {parameter path: its place in Hugging Face's tensors}.
+    config: the fields of the config.json that goes with these tensors.
     """
 
     causal: bool = False
@@ -59,7 +59,7 @@ class Traits(NamedTuple):
     config: Mapping = {}
 
     def example(self) -> jax.Array:
-        """The smallest input of the model, zeros: a batch of one array, or of one token."""
+        """The smallest input of the model, all zeros: a batch of one array or one token."""
         if self.input_shape is None:
             return jnp.zeros((1, 1), jnp.int32)
         return jnp.zeros((1, *self.input_shape), jnp.float32)

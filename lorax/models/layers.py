@@ -1,4 +1,4 @@
-"""Layers that the models share, with backward passes that keep no more than they need.
+"""Layers shared by the models, with backward passes that store no more than they need.
 
 Each has the parameters of its Flax counterpart. Axes: B batch, T positions (queries), S positions
 (keys), H heads, K heads of keys and values, G = H / K queries that share one, D features of a head.
@@ -20,16 +20,16 @@ from lorax.errors import nearest
 # --------------------------------------------------------------------------------------- attention
 
 
-KEEP = 256 * 256  # queries x keys up to which a layer keeps its probabilities (measured on a CPU)
+KEEP = 256 * 256  # queries x keys up to which a layer stores its probabilities (measured on a CPU)
 BLOCKS = 4  # of queries in causal attention; 8 are slower below 1024 tokens (measured on a CPU)
 
 
 def _probabilities(q, k, mask, scale):
     """Masked softmax of q (B, K, G * T, D) with k (B, K, S, D): (B, K, G * T, S) float32."""
     scores = scale * jnp.einsum("bkmd,bksd->bkms", q, k, preferred_element_type=jnp.float32)
-    apart = scores.reshape(*scores.shape[:2], -1, *mask.shape[1:])  # (B, K, G, T, S)
-    apart = jnp.where(mask[:, None, None], apart, jnp.finfo(jnp.float32).min)
-    p = jnp.exp(apart - jnp.max(apart, axis=-1, keepdims=True))
+    grouped = scores.reshape(*scores.shape[:2], -1, *mask.shape[1:])  # (B, K, G, T, S)
+    grouped = jnp.where(mask[:, None, None], grouped, jnp.finfo(jnp.float32).min)
+    p = jnp.exp(grouped - jnp.max(grouped, axis=-1, keepdims=True))
     return (p / jnp.sum(p, axis=-1, keepdims=True)).reshape(scores.shape)
 
 
@@ -38,13 +38,13 @@ def attention(q, k, v, mask, scale):
     (arXiv:2305.13245).
 
     q: (B, T, H, D); k, v: (B, S, K, D), K a divisor of H; one floating dtype. mask: (B or 1, T, S)
-    bool, True where a query may look (a row without any looks everywhere alike). scale: float.
-    Returns (B, T, H, D) in that dtype; the softmax is in float32.
+    bool, True where a query may attend (a query with no True attends to all keys equally). scale:
+    float. Returns (B, T, H, D) in that dtype; the softmax is in float32.
 
-    The backward pass of a long sequence makes the probabilities again from q and k, as
-    FlashAttention does (arXiv:2205.14135, section 3.1); a short one's are cheaper kept.
+    For long sequences the backward pass recomputes the probabilities from q and k, as
+    FlashAttention does (arXiv:2205.14135, section 3.1); for short ones storing them is cheaper.
     """
-    # Queries that share keys are rows of one product: every product has one axis to contract.
+    # Queries that share keys become rows of one product, which contracts a single axis.
     t, heads = q.shape[1], k.shape[2]
     q = rearrange(q, "b t (k g) d -> b k (g t) d", k=heads)
     k, v = (rearrange(x, "b s k d -> b k s d") for x in (k, v))
@@ -60,8 +60,8 @@ def _attention(q, k, v, mask, scale):
 def _attention_forward(q, k, v, mask, scale):
     p = _probabilities(q, k, mask, scale)
     o = jnp.einsum("bkms,bksd->bkmd", p.astype(v.dtype), v)
-    kept = p if mask.shape[-2] * mask.shape[-1] <= KEEP else None
-    return o, (q, k, v, mask, o, kept)
+    saved_p = p if mask.shape[-2] * mask.shape[-1] <= KEEP else None
+    return o, (q, k, v, mask, o, saved_p)
 
 
 def _attention_backward(scale, saved, do):
@@ -79,10 +79,10 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def causal_attention(q, k, v, mask, scale):
-    """`attention` of tokens among themselves (S = T) where the mask lets none see what comes later.
+    """Self-attention (S = T) in which no token sees later ones; `mask` must say so.
 
-    Queries go in `BLOCKS` blocks, each with the keys up to its last: of the products with the upper
-    half of (T, T) three quarters are never made.
+    Queries are split into `BLOCKS` blocks, each multiplied only with the keys up to its last query:
+    this skips three quarters of the products in the upper half of (T, T).
     """
     t = q.shape[1]
     size = max(1, -(-t // BLOCKS))
@@ -95,10 +95,10 @@ def causal_attention(q, k, v, mask, scale):
 
 
 class Cache(NamedTuple):
-    """Keys and values of what a causal model has read.
+    """Keys and values of the tokens that a causal model has read.
 
-    k, v: (L, B, S, K, D), S the room there is. real: (B, S) bool, False for padding and for what
-    is still empty. length: () int32, columns written so far, the same for all rows.
+    k, v: (L, B, S, K, D), with room for S tokens. real: (B, S) bool, False for padding and for
+    empty columns. length: () int32, columns written so far, the same for all rows.
     """
 
     k: jax.Array
@@ -108,17 +108,17 @@ class Cache(NamedTuple):
 
 
 def empty_cache(layers: int, batch: int, room: int, heads: int, features: int, dtype) -> Cache:
-    """A cache of `room` columns with nothing in it."""
+    """An empty cache with `room` columns."""
     kv = jnp.zeros((layers, batch, room, heads, features), dtype)
     return Cache(kv, kv, jnp.zeros((batch, room), bool), jnp.int32(0))
 
 
 def cached_attention(q, k, v, mask, scale, kv, at):
-    """Causal attention, to what a layer has read before as well: (o (B, T, H, D), kv with k and v
-    in it); shapes as in `attention`.
+    """Causal attention that also sees the cached tokens: (o (B, T, H, D), kv with k and v added);
+    shapes as in `attention`.
 
-    kv: (k, v) of a `Cache`, of all layers, or None for no cache. at: (layer, column) () int32 each,
-    where k and v (B, T, K, D) go.
+    kv: (k, v) of a `Cache`, for all layers, or None for no cache. at: (layer, column), () int32
+    each, where k and v (B, T, K, D) are written.
     """
     if kv is None:
         return causal_attention(q, k, v, mask, scale), None
@@ -127,22 +127,24 @@ def cached_attention(q, k, v, mask, scale, kv, at):
 
 
 def remember(k, v, kv, at):
-    """(k, v, kv): keys and values (B, S, K, D) of all that a layer has read, and `kv` with the new
-    ones in it; without a cache they are what is given. Arguments as in `cached_attention`."""
+    """(k, v, kv): keys and values (B, S, K, D) of all tokens that the layer has read, and `kv` with
+    the new ones added; without a cache, (k, v, None). Arguments as in `cached_attention`."""
     if kv is None:
         return k, v, None
     where = (at[0], 0, at[1], 0, 0)
-    put = lambda all_, new: jax.lax.dynamic_update_slice(all_, new[None].astype(all_.dtype), where)
+    put = lambda stack, new: jax.lax.dynamic_update_slice(
+        stack, new[None].astype(stack.dtype), where
+    )
     kv = (put(kv[0], k), put(kv[1], v))
-    own = lambda all_, new: jax.lax.dynamic_index_in_dim(all_, at[0], keepdims=False).astype(
+    layer_of = lambda stack, new: jax.lax.dynamic_index_in_dim(stack, at[0], keepdims=False).astype(
         new.dtype
     )
-    return own(kv[0], k), own(kv[1], v), kv
+    return layer_of(kv[0], k), layer_of(kv[1], v), kv
 
 
 class Attend(nn.Module):
-    """Attention between a layer's projections as a module of its own, without parameters: (o, kv)
-    of `cached_attention`, or where it is not causal (an encoder) of `attention` and None."""
+    """The attention of a layer, without the projections, as a module without parameters. Returns
+    (o, kv) of `cached_attention`, or, if not causal (an encoder), (o of `attention`, None)."""
 
     causal: bool = True
 
@@ -153,10 +155,10 @@ class Attend(nn.Module):
 
 
 class Context(NamedTuple):
-    """Who stands where and sees whom, the same for every layer.
+    """Positions and attention mask, the same for every layer.
 
     positions: (B or 1, T) int32, from 0 at the start of each text. mask: (B or 1, T, S) bool.
-    cache: the `Cache` with `real` and `length` as they are after this call, or None.
+    cache: the `Cache` with `real` and `length` updated to after this call, or None.
     """
 
     positions: jax.Array
@@ -171,13 +173,13 @@ def causal_context(
     window: int | None = None,
     first: int = 0,
 ):
-    """The `Context` of a model in which a token sees itself and what came before in its text.
+    """The `Context` of a model in which a token sees itself and the earlier tokens of its text.
 
-    tokens: (B, T). segments: (B, T) int32 or None; tokens of one text share a number above 0,
-    0 is padding, on either side; a negative one stands at the head of a row for what begins each of
-    its texts. With a cache the new tokens continue the text of their row (any number but 0 will
-    do). window: a token sees only the last `window` tokens (Mistral). first: position of a text's
-    first token.
+    tokens: (B, T). segments: (B, T) int32 or None; tokens of one text share a number above 0, 0 is
+    padding, on either side; tokens with a negative number, at the start of a row, are a prefix that
+    all texts of the row share. With a cache the new tokens continue the text of their row (any
+    number except 0 works). window: a token sees only the last `window` tokens (Mistral). first:
+    position of a text's first token.
     """
     b, t = tokens.shape
     if cache is None:
@@ -194,25 +196,26 @@ def causal_context(
             positions += jnp.where(common, 0, jnp.sum(common, axis=1, keepdims=True))
             mask = mask & padding_mask(tokens, segments)
     else:
-        own = jnp.ones((b, t), bool) if segments is None else segments != 0
-        real = jax.lax.dynamic_update_slice_in_dim(cache.real, own, cache.length, axis=1)
+        written = jnp.ones((b, t), bool) if segments is None else segments != 0
+        real = jax.lax.dynamic_update_slice_in_dim(cache.real, written, cache.length, axis=1)
         count = jnp.cumsum(real, axis=1, dtype=jnp.int32)  # (B, S)
         columns = cache.length + jnp.arange(t)
         positions = jnp.maximum(jnp.take(count, columns, axis=1) - 1, 0)  # (B, T)
         mask = (jnp.arange(real.shape[1])[None, None] <= columns[None, :, None]) & real[:, None]
         cache = cache._replace(real=real, length=cache.length + t)
     if window is not None:
-        everyone = positions if cache is None else jnp.maximum(count - 1, 0)
-        mask = mask & (positions[:, :, None] - everyone[:, None, :] < window)
+        key_positions = positions if cache is None else jnp.maximum(count - 1, 0)
+        mask = mask & (positions[:, :, None] - key_positions[:, None, :] < window)
     return Context(positions.astype(jnp.int32) + first, mask, cache)
 
 
 def padding_mask(tokens, segments=None):
-    """(B or 1, T, T) bool: who sees whom in an encoder; `segments` as in `causal_context`."""
+    """(B or 1, T, T) bool: which tokens see which in an encoder; `segments` as in
+    `causal_context`."""
     if segments is None:
         return jnp.ones((1, tokens.shape[1], tokens.shape[1]), bool)
-    mine, other = segments[:, :, None], segments[:, None, :]
-    return (mine == other) | (other < 0) | ((mine < 0) & (other != 0))
+    query, key = segments[:, :, None], segments[:, None, :]
+    return (query == key) | (key < 0) | ((query < 0) & (key != 0))
 
 
 # ------------------------------------------------------------------------------------------- norms
@@ -226,7 +229,7 @@ def _standardise(x, epsilon):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x, scale, bias, epsilon):
-    """Layer normalisation over the last axis (arXiv:1607.06450); keeps only x for its gradient.
+    """Layer normalisation over the last axis (arXiv:1607.06450); stores only x for the gradient.
 
     x: (..., D); scale, bias: (D,); epsilon: float. Statistics in x's dtype.
     """
@@ -267,8 +270,8 @@ class LayerNorm(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x, scale, epsilon):
-    """Root-mean-square normalisation over the last axis (arXiv:1910.07467, equation 4); keeps only
-    x for its gradient.
+    """Root-mean-square normalisation over the last axis (arXiv:1910.07467, equation 4); stores
+    only x for the gradient.
 
     x: (..., D); scale: (D,); epsilon: float, added to the mean square. In x's dtype.
     """
@@ -311,8 +314,8 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(features: int, theta: float) -> np.ndarray:
-    """(features / 2,) radians that each pair of features turns in one position: theta^(-2i /
-    features) for i = 0, 1... (RoPE, arXiv:2104.09864, section 3.2.2)."""
+    """(features / 2,) radians by which each pair of features rotates per position:
+    theta^(-2i / features) for i = 0, 1... (RoPE, arXiv:2104.09864, section 3.2.2)."""
     return theta ** (-np.arange(0, features, 2) / features)
 
 
@@ -320,7 +323,7 @@ def rope(positions, frequencies, scale: float = 1.0):
     """(cos, sin) of every position, each (B, T, 1, features / 2) float32, for `rotate`.
 
     positions: (B, T) int32. frequencies: (features / 2,), or (B, T, features / 2) where they
-    depend on the text. scale: of both (YaRN's attention factor).
+    depend on the text. scale: multiplies both (YaRN's attention factor).
     """
     frequencies = jnp.asarray(frequencies, jnp.float32)
     frequencies = jnp.broadcast_to(frequencies, (*positions.shape, frequencies.shape[-1]))
@@ -329,8 +332,8 @@ def rope(positions, frequencies, scale: float = 1.0):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of queries or keys x (B, T, H, D): feature i turns with feature i + D / 2,
-    as Hugging Face stores them (the paper pairs neighbours); in float32."""
+    """Rotary embedding of queries or keys x (B, T, H, D): feature i is paired with feature i + D /
+    2, as in Hugging Face's checkpoints (the paper pairs neighbours); computed in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
@@ -343,7 +346,7 @@ _GELU = math.sqrt(2 / math.pi)
 
 @jax.custom_vjp
 def gelu_tanh(x):
-    """GELU by its tanh approximation (arXiv:1606.08415, section 2); keeps only x."""
+    """GELU, tanh approximation (arXiv:1606.08415, section 2); stores only x for the gradient."""
     return 0.5 * x * (1 + jnp.tanh(_GELU * (x + 0.044715 * x * x * x)))
 
 
@@ -364,16 +367,16 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-#: What a config.json may name.
+#: The activations that a config.json may name.
 ACTIVATION = fields.one_of(ACTIVATIONS)
 
 
 # ---------------------------------------------------------------------------- the loop over layers
 
 _policies = jax.checkpoint_policies
-#: What the backward pass keeps of a layer beside its input: nothing, or the products that have no
-#: batch axes, those with weights held in another form among them. Attention's have some, so "dots"
-#: grows with the length of a text, not its square.
+#: What the backward pass stores of a layer besides its input: nothing ("full"), or the outputs of
+#: products without batch axes ("dots"), including products with weights in a compressed form.
+#: Attention's products have batch axes, so "dots" grows with the length of a text, not its square.
 POLICIES = {
     "full": _policies.nothing_saveable,
     "dots": _policies.save_from_both_policies(
@@ -383,21 +386,21 @@ POLICIES = {
 
 
 def over_layers(block, config, layers: int, features: int, in_axes=0):
-    """`block(config)` as many times as there are layers, each with parameters of its own: a module
-    whose parameters have the layers as a leading axis. in_axes: `nn.scan`'s, of what it is given.
+    """A stack of `layers` copies of `block(config)`, each with its own parameters, as one module
+    whose parameters have a leading layer axis. in_axes: passed to `nn.scan`, for the block's
+    inputs.
 
-    config.remat: whether a layer's activations are kept for the backward pass ("none"), made again
-    ("full": Chen et al. 2016, arXiv:1604.06174, a layer a segment), or made again but for the
-    outputs of its products ("dots": what is cheap is done twice). config.unroll: layers in one turn
-    of the loop; 0 for 4 where layers are small, whose copies cost more than a few layers'
-    compilation, and 1 where they are not or are made again: in a turn of all layers XLA finds the
-    second computation equal to the first, and keeps the first.
+    config.remat: whether a layer's activations are stored for the backward pass ("none"),
+    recomputed ("full": Chen et al. 2016, arXiv:1604.06174, one segment per layer), or recomputed
+    except for the outputs of matrix products ("dots": only cheap operations run twice).
+    config.unroll: layers per loop iteration. 0 chooses 4 for small layers, where the loop's copies
+    cost more than compiling a few layers, and otherwise, or with recomputation, 1: if one iteration
+    held all layers, XLA would merge the recomputation with the first computation and store it.
 
-    A frozen weight that is held in another form (`leaves.FrozenWeight`) is decoded inside its
-    product, which no policy looks into: "dots" keeps what the product gives, and not the decoded
-    weight.
+    A frozen weight in a compressed form (`leaves.FrozenWeight`) is decoded inside its product,
+    which no policy sees into: "dots" stores the output of the product, not the decoded weight.
 
-    Raises ValueError for another remat.
+    Raises ValueError for any other remat.
     """
     remat = config.remat
     if remat == "none":
@@ -412,7 +415,7 @@ def over_layers(block, config, layers: int, features: int, in_axes=0):
         raise ValueError(f"remat: {remat!r} given, must be one of {known}{hint}")
     return nn.scan(
         block,
-        # A layer's output, where a caller asks to see it (`capture_intermediates`).
+        # The layers' outputs, if a caller asks for them (`capture_intermediates`).
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=in_axes,

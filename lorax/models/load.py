@@ -19,7 +19,7 @@ from lorax.models.families import FAMILIES, WHOLE, traits
 from lorax.models.shapes import architecture
 from lorax.quant import bnb
 
-#: What is read of a config.json of any family, and of its "quantization_config".
+#: Fields read from any family's config.json, and from its "quantization_config".
 DESCRIBED = {
     "model_type": fields.TEXT,
     "architectures": fields.optional(fields.TEXTS),
@@ -32,17 +32,16 @@ def load(name, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
     """Load a base model.
 
     name: a shipped model ("gpt2-nano"), a directory in Hugging Face's layout, or a Hub id. With
-    "random:" in front the architecture is taken and the weights are drawn as its authors would
-    have, from seed 0, or from seed 3 for "random:mnist-fc@3"; that goes for the names that
-    `shapes.architecture` knows as well. A function that returns a Linen module, or its name
-    "FILE.py:function", is a model of the user's own (`models.custom`).
+    "random:" in front, builds the architecture with random weights, initialised as its authors do,
+    from seed 0, or from seed 3 for "random:mnist-fc@3"; this also works for the names that
+    `shapes.architecture` knows. A function that returns a Linen module, or its name
+    "FILE.py:function", is a model of your own (`models.custom`).
     dtype: of the computation. param_dtype: of the weights. run: further fields of the family's
-    Config: how to run it (`remat`, `unroll`) or, for an encoder, which head it has
-    (`head="classification"`, `labels=2`; drawn at random where the files have none); of a function,
-    arguments that it takes.
+    Config: how to run it (`remat`, `unroll`) or, for an encoder, its head (`head="classification"`,
+    `labels=2`; initialised at random if the files have none); for a function, its arguments.
 
-    Raises ValueError or FileNotFoundError with what was given and what would be right, MemoryError
-    if the weights have no room.
+    Raises ValueError or FileNotFoundError that names what was given and what is expected,
+    MemoryError if the weights do not fit into memory.
     """
     name = outside.spell(name, "base")
     if custom.is_custom(name):
@@ -61,7 +60,7 @@ def load(name, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
 
 
 def _read(base: Base, directory: Path, param_dtype, init) -> tuple[dict, tuple[str, ...]]:
-    """(params of the files, paths of a head that they lack, which `init` has drawn)."""
+    """(params from the files, paths of a head that they lack and that `init` initialises)."""
     arrays = tree.flatten(base.params)
     shapes = {path: x.shape for path, x in arrays.items()}
     head = tuple(path for path in shapes if path.startswith("head/"))
@@ -78,8 +77,8 @@ def _read(base: Base, directory: Path, param_dtype, init) -> tuple[dict, tuple[s
 
 
 def skeleton(name, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
-    """`load` without the weights: of the files only config.json is read, `params` is a tree of
-    `jax.ShapeDtypeStruct`, and `fresh` is what config.json lets expect. Arguments and errors as for
+    """`load` without the weights: reads only config.json, `params` is a tree of
+    `jax.ShapeDtypeStruct`, and `fresh` is inferred from config.json. Arguments and errors as for
     `load`."""
     name = outside.spell(name, "base")
     if custom.is_custom(name):
@@ -94,7 +93,7 @@ def _build(name: str, weights: bool, dtype, param_dtype, run: dict):
     if shaped:
         directory, raw = None, shaped
     elif not Path(bare).is_dir() and (architecture(bare) or {}).get("model_type") in WHOLE:
-        raise FileNotFoundError(f"base: {name} has no weights to load; random:{name} draws some")
+        raise FileNotFoundError(f"base: {name} has no weights to load; use random:{name}")
     else:
         directory = find(bare, weights)
         raw = read_json(directory / "config.json")
@@ -102,54 +101,54 @@ def _build(name: str, weights: bool, dtype, param_dtype, run: dict):
     config = config_of(name, raw, dtype=dtype, **run)
     _, model = FAMILIES[family]
     module = model(config)
-    # Traced, not made: images may be large.
-    about = traits(family, config)
-    init = lambda: module.init(jax.random.key(seed), about.example())["params"]
+    # Traced, not computed: images may be large.
+    model_traits = traits(family, config)
+    init = lambda: module.init(jax.random.key(seed), model_traits.example())["params"]
     stored = lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype)
     params = jax.tree.map(stored, jax.eval_shape(init))
-    sites = intercept.sites(module, params, jax.eval_shape(about.example))
+    sites = intercept.sites(module, params, jax.eval_shape(model_traits.example))
     in_files = "SequenceClassification" in str(raw.get("architectures"))
-    found = not random and (in_files or getattr(config, "head", None) != "classification")
+    has_head = not random and (in_files or getattr(config, "head", None) != "classification")
     head = tuple(p for p in tree.flatten(params) if p.startswith("head/"))
-    fresh = () if found or family in WHOLE else head
+    fresh = () if has_head or family in WHOLE else head
     return Base(module, params, config, None, sites, family, name, "", fresh), directory, init
 
 
 def family_of(name: str, raw: Mapping) -> str:
-    """Hugging Face's model_type of a `config.json`'s fields, one of `FAMILIES`.
+    """Hugging Face's model_type from the fields of a `config.json`, one of `FAMILIES`.
 
-    Raises ValueError for any other, and for weights in a form that can't be read."""
+    Raises ValueError for any other, and for weights in a format that can't be read."""
     place = f"base: {name}"
-    found = fields.read(raw, DESCRIBED, place)
-    family = found.get("model_type")
+    described = fields.read(raw, DESCRIBED, place)
+    family = described.get("model_type")
     if family == custom.MODEL_TYPE:
         raise ValueError(
-            f"{place}: holds the weights of a module that a Python function returns, which a file "
-            f"must not choose; load them as FILE.py:function@{name}"
+            f"{place}: holds the weights of a user's module, whose code a file may not choose; "
+            f"load them as FILE.py:function@{name}"
         )
     if family not in FAMILIES:
         known = f"{', '.join(FAMILIES)}{nearest(str(family), FAMILIES)}"
         raise ValueError(f"{place}: model_type {family!r} is not one of {known}")
-    coded = found.get("quantization_config") or {}
+    coded = described.get("quantization_config") or {}
     coded = fields.read(coded, CODED, f"{place}: quantization_config")
-    if found.get("quantization_config") and not coded.get("load_in_4bit"):
+    if described.get("quantization_config") and not coded.get("load_in_4bit"):
         raise ValueError(
             f"{place}: quantization_config: {coded.get('quant_method')!r} is not supported; "
-            "bitsandbytes' 4 bits are, and weights in float32, float16 or bfloat16"
+            "supported are bitsandbytes' 4 bits, and weights in float32, float16 or bfloat16"
         )
     return family
 
 
 def config_of(name: str, raw: Mapping, **run):
-    """The family's Config of a `config.json`'s fields; run: as for `load`, with `dtype`.
+    """The family's Config from the fields of a `config.json`; run: as for `load`, with `dtype`.
 
-    Raises ValueError that names the base, the field, what was given and what would be right.
+    Raises ValueError that names the base, the field, what was given and what is expected.
     """
     family = family_of(name, raw)
     unknown = [field for field in run if field not in config_fields(family)]
     if unknown:
-        why = ": only encoders take a head for texts with labels" if "head" in unknown else ""
-        raise ValueError(f"base: {name} ({family}) has no {', '.join(unknown)} to set{why}")
+        why = ": only encoders can have a classification head" if "head" in unknown else ""
+        raise ValueError(f"base: {name} ({family}) has no setting {', '.join(unknown)}{why}")
     try:
         return FAMILIES[family][0].config_from_hf(raw, **run)
     except ValueError as error:
@@ -157,20 +156,20 @@ def config_of(name: str, raw: Mapping, **run):
 
 
 def _check_room(name: str, arrays) -> None:
-    """Raises MemoryError if weights have no room; nothing is allocated. arrays: their shapes."""
-    needs, there = tree.nbytes(arrays), memory.free()
-    if needs > there.bytes:
+    """Raises MemoryError if the weights don't fit; allocates nothing. arrays: their shapes."""
+    needs, free = tree.nbytes(arrays), memory.free()
+    if needs > free.bytes:
         stored = arrays[0].dtype.name
         smaller = ", or param_dtype=bfloat16" * (stored == "float32")
         raise MemoryError(
             f"base: {name} has {needs / 1e9:.2f} GB of weights in {stored} and "
-            f"{there.bytes / 1e9:.2f} GB {there.limit}; take a smaller base{smaller}"
+            f"{free.bytes / 1e9:.2f} GB {free.limit}; take a smaller base{smaller}"
         )
 
 
 def _check_size(base: Base, directory: Path) -> None:
-    """ValueError where the files can't hold as many parameters as config.json says, before any of
-    them is allocated."""
+    """Raises ValueError if the files are too small for the parameters that config.json describes,
+    before any are allocated."""
     flat = tree.flatten(base.params)
     expected = sum(leaf.size for path, leaf in flat.items() if path not in base.fresh)
     held = 2 * sum(file.stat().st_size for file in hf.weight_files(directory))  # 4 bits each
@@ -179,14 +178,14 @@ def _check_size(base: Base, directory: Path) -> None:
         sizes = ", ".join(f"{k} {v}" for k, v in sizes if isinstance(v, int | tuple) and v)
         raise ValueError(
             f"{directory / 'config.json'}: its sizes make {expected:,} parameters, more than "
-            f"{held:,}, the most that the weight files have bytes for ({sizes})"
+            f"the {held:,} that the weight files can hold ({sizes})"
         )
 
 
 def _seeded(name: str) -> tuple[str, int]:
-    """(name without "random:" and "@3", 3) of "random:gpt2@3"; seed 0 of a name without one.
+    """(bare name, seed): "random:gpt2@3" -> ("gpt2", 3); seed 0 for a name without one.
 
-    A directory that is called so is one. Raises ValueError for a seed that is none.
+    A name that is a directory's is never split at "@". Raises ValueError for an invalid seed.
     """
     bare = name.removeprefix("random:")
     before, at, seed = bare.rpartition("@")
@@ -194,14 +193,13 @@ def _seeded(name: str) -> tuple[str, int]:
         return bare, 0
     if not seed.isdecimal() or int(seed) >= 2**31:
         raise ValueError(
-            f"base: {name}: {seed!r} given as the seed behind @, it must be a whole number below "
-            "2**31"
+            f"base: {name}: {seed!r} given as the seed after @; expected a whole number below 2**31"
         )
     return before, int(seed)
 
 
 def has_choice_of_head(name: str) -> bool:
-    """Whether a base is an encoder that `load` gives one of several heads. Raises as `load`."""
+    """Whether a base is an encoder with a choice of heads in `load`. Raises as `load`."""
     if custom.is_custom(name):
         return custom.takes_labels(name)
     raw = read_json(find(name, weights=False) / "config.json")

@@ -17,15 +17,14 @@ from lorax.vocabulary import Vocabulary
 
 
 def save(directory: str | Path, base: Base, dtype=None) -> None:
-    """Write a base model as transformers reads it; inverse of `load`.
+    """Write a base model in the format that transformers reads; inverse of `load`.
 
-    A base that was loaded from a directory keeps what is not ours: the other fields of its
-    config.json, its `hf.SIDE` files, and the dtype that each weight has there. 4-bit weights are
-    decoded. dtype: of all weights, in place of the files'. A base of the user's own: see
-    `custom.save`.
+    A base that was loaded from a directory keeps what lorax doesn't use: the other fields of its
+    config.json, its `hf.SIDE` files, and the dtype of each weight there. 4-bit weights are decoded.
+    dtype: of all weights, instead of the files'. For a user's base see `custom.save`.
 
     Raises ValueError that names the tensor, before anything is written, for weights that are NaN or
-    infinite, or that are too large for their dtype.
+    infinite, or too large for their dtype.
     """
     directory, flat = Path(directory), tree.flatten(base.params)
     if custom.is_custom(base.name):
@@ -45,7 +44,7 @@ def save(directory: str | Path, base: Base, dtype=None) -> None:
         if dtype is None:
             stated = theirs.get("dtype") or theirs.get("torch_dtype") or stated
     if base.directory is not None or stated != "float32":
-        config |= {"dtype": stated, "torch_dtype": stated}  # transformers 5's word, and 4's
+        config |= {"dtype": stated, "torch_dtype": stated}  # the key of transformers 5, and of 4
     ids = _special_ids(base.vocabulary) if _new_vocabulary(base) else {}
     hf.write(directory, config | ids, base.sources, flat, dtypes)
     for pattern in hf.SIDE if base.directory is not None else ():
@@ -60,46 +59,46 @@ def save(directory: str | Path, base: Base, dtype=None) -> None:
 
 
 def stored_dtypes(base: Base) -> dict[str, np.dtype]:
-    """{path: dtype} that `save` writes in: that of the files which the base was loaded from, and of
-    the parameter itself where they hold none, or codes of 4 bits."""
+    """{path: dtype} that `save` writes: the dtype in the files that the base was loaded from, or
+    the parameter's own where the files lack it or hold 4-bit codes."""
     flat = tree.flatten(base.params)
-    own = {path: np.dtype(leaf.dtype) for path, leaf in flat.items()}
+    dtypes = {path: np.dtype(leaf.dtype) for path, leaf in flat.items()}
     if base.directory is None:
-        return own
+        return dtypes
     shapes = {path: leaf.shape for path, leaf in flat.items()}
-    return own | hf.dtypes(base.directory, base.sources, shapes)
+    return dtypes | hf.dtypes(base.directory, base.sources, shapes)
 
 
 def _carried(theirs: dict, ours: dict, base: Base) -> dict:
-    """A config.json that says of a base what `ours` does, with all else as in `theirs`."""
+    """`theirs`, the original config.json, updated with what `ours` says about the base."""
     source, _ = FAMILIES[base.family]
     try:
-        said = source.hf_config(source.config_from_hf(theirs))
-    except ValueError:  # made for a head that is none of ours; this one has been given another
-        said = {}
-    new = {name: x for name, x in ours.items() if name not in said or said[name] != x}
-    gone = {"quantization_config"} | (
+        understood = source.hf_config(source.config_from_hf(theirs))
+    except ValueError:  # made for a head that lorax lacks; the base has another one
+        understood = {}
+    new = {name: x for name, x in ours.items() if name not in understood or understood[name] != x}
+    dropped = {"quantization_config"} | (
         {"num_labels", "problem_type"} if "id2label" in new else set()
     )
-    kept = {name: x for name, x in theirs.items() if name not in gone}
-    kept = {name: x for name, x in kept.items() if x is not None or name not in ours}
-    return ours | kept | new | {"architectures": ours["architectures"]}
+    carried = {name: x for name, x in theirs.items() if name not in dropped}
+    carried = {name: x for name, x in carried.items() if x is not None or name not in ours}
+    return ours | carried | new | {"architectures": ours["architectures"]}
 
 
 def _new_vocabulary(base: Base) -> bool:
-    """Whether a base has a vocabulary, and no directory of its own that holds it."""
-    own = base.vocabulary
-    there = vocabulary.read(base.directory, own.rows) if own and base.directory else None
-    if there is None:
-        return own is not None
-    return own[1:] != there[1:] or own.tokenizer.to_str() != there.tokenizer.to_str()
+    """Whether a base has a vocabulary that differs from the one in its directory, if any."""
+    current = base.vocabulary
+    on_disk = vocabulary.read(base.directory, current.rows) if current and base.directory else None
+    if on_disk is None:
+        return current is not None
+    return current[1:] != on_disk[1:] or current.tokenizer.to_str() != on_disk.tokenizer.to_str()
 
 
 def _special_ids(vocabulary: Vocabulary) -> dict:
-    """The fields of a config.json that say what ids mean; inverse of `vocabulary.read`."""
-    found = {"pad_token_id": vocabulary.pad}
+    """The special-id fields of a config.json; inverse of `vocabulary.read`."""
+    ids = {"pad_token_id": vocabulary.pad}
     if vocabulary.ends:
-        found["eos_token_id"] = vocabulary.end if len(vocabulary.ends) == 1 else [*vocabulary.ends]
+        ids["eos_token_id"] = vocabulary.end if len(vocabulary.ends) == 1 else [*vocabulary.ends]
     if vocabulary.start:
-        found["bos_token_id"] = vocabulary.start[0]
-    return found
+        ids["bos_token_id"] = vocabulary.start[0]
+    return ids

@@ -1,10 +1,10 @@
-"""Architectures by name, as the fields of Hugging Face's `config.json` that shape them.
+"""Architectures by name, as fields of Hugging Face's `config.json`.
 
-`load("random:llama-7b")` and `skeleton` build them without a file. Sources: `gpt2.SIZES` names its
-own; LLaMA arXiv:2302.13971, table 2; LLaMA 2 arXiv:2307.09288, table 1, with the widths of the
+`load("random:llama-7b")` and `skeleton` build them without any file. Sources: `gpt2.SIZES` names
+its own; LLaMA arXiv:2302.13971, table 2; LLaMA 2 arXiv:2307.09288, table 1, with the widths of the
 released models; Falcon arXiv:2311.16867, table 16; RoBERTa arXiv:1907.11692, section 5; DeBERTa v2
 XXL as its authors released it (arXiv:2006.03654); the fully connected networks and LeNets
-arXiv:1804.08838, sections 3.1 and 3.2. Any other fully connected network is named by its widths.
+arXiv:1804.08838, sections 3.1 and 3.2. Other fully connected networks are named by their widths.
 """
 
 import re
@@ -62,7 +62,7 @@ _DEBERTA = {
     "conv_act": "gelu",
 }
 
-#: name -> fields of a config.json; what is left out is as the family's `config_from_hf` has it.
+#: name -> fields of a config.json; other fields have the family's defaults (`config_from_hf`).
 ARCHITECTURES: dict[str, dict] = {
     **{name: {"model_type": "gpt2"} | fields for name, fields in gpt2.SIZES.items()},
     "llama-7b": _llama(32, 4096, 32, 11008),  # 6,738,415,616 parameters
@@ -86,10 +86,10 @@ ARCHITECTURES: dict[str, dict] = {
 
 
 def architecture(name: str) -> dict | None:
-    """The fields of a name's architecture, None where there is none of that name.
+    """The config.json fields of a named architecture, None for an unknown name.
 
     A name is a key of `ARCHITECTURES`, or "mlp-64-32-10": a fully connected network of 64 inputs,
-    32 hidden units and 10 scores; with two widths it has one layer.
+    32 hidden units and 10 scores; two widths make a single layer.
     """
     if re.fullmatch(r"mlp(-\d+)+", name):
         return {"model_type": "mlp", "widths": [int(x) for x in name.split("-")[1:]]}

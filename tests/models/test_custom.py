@@ -211,12 +211,12 @@ def no_tokenizer():
 @pytest.mark.parametrize(
     "function, message",
     [
-        (leaking, "the last token changes the logits of tokens before it"),
+        (leaking, "the last token changes the logits of earlier tokens"),
         (fails, r"test_custom\.py:\d+: NameError: name 'undefined' is not defined"),
         (nothing, r"returns int, expected a flax\.linen\.Module, a pair"),
         (wrong_inputs, "base: .*wrong_inputs: .*"),
         (wrong_output, "base: .*wrong_output: .*"),
-        (unread, "weights: no 'Dense_0/bias', which the module has"),
+        (unread, "weights: 'Dense_0/bias' of the module is missing"),
         (nan, "weights: kernel: NaN or infinity in it"),
         (unknown_word, "targets: 'u' is not one of q, k, v, o, up"),
         (meant_nothing, "targets: 'up': 'hiden' matches none of hidden/kernel, out/kernel"),
@@ -240,7 +240,7 @@ def test_what_a_function_returns_is_checked(function, message):
 def test_options_that_the_function_does_not_take_are_refused(run, message):
     with pytest.raises(ValueError, match=f"base: .*:looped: {message}"):
         lorax.load(looped, **run)
-    with pytest.raises(FileNotFoundError, match="'x' given behind @, it must be a seed"):
+    with pytest.raises(FileNotFoundError, match="'x' given after @; expected a seed"):
         lorax.load(f"{outside.spelled(looped)}@x")
     with pytest.raises(FileNotFoundError, match="base: no directory .*nowhere"):
         lorax.load(no_tokenizer)

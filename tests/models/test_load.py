@@ -253,8 +253,8 @@ def test_a_seed_goes_with_any_random_name_and_a_directory_comes_first(base, dire
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("random:mnist-fc@x", r"base: random:mnist-fc@x: 'x' given as the seed behind @"),
-        ("random:mnist-fc@", "'' given as the seed behind @"),
+        ("random:mnist-fc@x", r"base: random:mnist-fc@x: 'x' given as the seed after @"),
+        ("random:mnist-fc@", "'' given as the seed after @"),
         ("random:mnist-fc@-1", "'-1' given as the seed"),
         ("random:mnist-fc@2147483648", "a whole number below"),
         (
@@ -531,7 +531,7 @@ def test_a_damaged_directory_is_one_clear_error(directory, name):
         ("/no/such/folder", "no directory /no/such/folder"),
         ("./nothing", "no directory ./nothing"),
         ("a/b/c", "no directory a/b/c"),
-        ("mnist-fc", "base: mnist-fc has no weights to load; random:mnist-fc draws some"),
+        ("mnist-fc", "base: mnist-fc has no weights to load; use random:mnist-fc"),
     ],
 )
 def test_a_name_that_leads_nowhere_says_what_to_do(name, message):

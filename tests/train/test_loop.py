@@ -184,7 +184,7 @@ def test_a_base_and_a_task_that_do_not_fit(base, task, message):
     ("key", "value", "message"),
     [
         ("eval.generate", 3, "eval.generate: 3 given, task digits has no prompts"),
-        ("train.remat", "full", r"random:mlp-64-10 \(mlp\) has no remat to set"),
+        ("train.remat", "full", r"random:mlp-64-10 \(mlp\) has no setting remat"),
         ("method.targets", ("q",), "'q' matches nothing; there is paths head/kernel"),
         ("method.rank", 11, "method.rank: 11 given, but head/kernel is 64 x 10"),
     ],
