@@ -267,9 +267,9 @@ def config_from_hf(hf: dict, **run) -> Config:
         if hf.get(field):
             raise ValueError(f"{field}=true is not supported for {_STEMS[kind]}")
     if hf.get("position_embedding_type", "absolute") != "absolute":
-        kind_of_positions = hf["position_embedding_type"]
+        embedding_type = hf["position_embedding_type"]
         raise ValueError(
-            f"position_embedding_type {kind_of_positions!r} is not supported, only 'absolute'"
+            f"position_embedding_type {embedding_type!r} is not supported, only 'absolute'"
         )
     config = Config(**fields_from_hf(Config, _DEFAULTS[kind] | hf, _STEMS[kind], run))
     if kind == "roberta" and config.pad_token_id is None:

@@ -1,10 +1,10 @@
 """Falcon (Almazrouei et al. 2023, arXiv:2311.16867) as a plain Linen module, and its Hugging Face
 layout.
 
-One file for its three designs: Falcon-7B (one norm, then attention with a single head of keys and
-the feed-forward in parallel), Falcon-40B, 180B and 11B (`new_decoder_architecture`: groups of heads
-share keys, one or two norms) and Falcon-RW (one after the other, a head of keys a query head,
-ALiBi in place of rotary positions). Axes as in `layers`, and V vocabulary.
+One file for its three designs: Falcon-7B (one norm, then attention with a single key head and the
+feed-forward in parallel), Falcon-40B, 180B and 11B (`new_decoder_architecture`: groups of heads
+share keys, one or two norms) and Falcon-RW (attention, then feed-forward; one key head per query
+head, ALiBi instead of rotary positions). Axes as in `layers`, and V vocabulary.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ from lorax.models.layers import (
 class Config:
     """Hyperparameters by Hugging Face's names, and how to run the layers (see `gpt2.Config`).
 
-    num_ln_in_parallel_attn: of the new architecture, None for 2. num_kv_heads: of the new
-    architecture, None for one a query head; the old one has 1 (`multi_query`) or one a query head.
+    num_ln_in_parallel_attn: for the new architecture; None: 2. num_kv_heads: for the new
+    architecture; None: one per query head. The old one has 1 (`multi_query`) or one per query head.
     """
 
     vocab_size: int = 65024
@@ -65,14 +65,14 @@ class Config:
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values that there are: K."""
+        """K, the number of key and value heads."""
         if self.new_decoder_architecture:
             return self.num_kv_heads or self.num_attention_heads
         return 1 if self.multi_query else self.num_attention_heads
 
     @property
     def two_norms(self) -> bool:
-        """Whether the feed-forward has a norm of its own."""
+        """Whether the feed-forward has a separate norm."""
         if self.new_decoder_architecture:
             return self.num_ln_in_parallel_attn != 1
         return not self.parallel_attn
@@ -111,8 +111,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: (x, kv), its number, mask, place, column -> ((x, kv), None); place: what `_place`
-    says of the positions, the rest as in `gpt2.Block`."""
+    """One layer: (x, kv), layer number, mask, place, column -> ((x, kv), None). place: the result
+    of `_place`; the rest as in `gpt2.Block`."""
 
     config: Config
 
@@ -135,7 +135,7 @@ class Falcon(nn.Module):
     """Tokens (B, T) int32 -> logits (B, T, V) float32."""
 
     config: Config
-    #: What `logits` reads of the parameters.
+    #: The parameters that `logits` reads.
     head: ClassVar[tuple[str, ...]] = ("embed", "lm_head")
 
     def setup(self):
@@ -197,7 +197,7 @@ def _dense(config, features, name):
 
 
 def _place(config: Config, positions):
-    """What attention needs of positions (B, T): ALiBi's (B, T, K, G), or a `rope` pair."""
+    """Positions (B, T) as attention uses them: ALiBi's (B, T, K, G), or a `rope` pair."""
     if config.alibi:
         return alibi(positions, config.num_attention_heads, config.kv_heads)
     features = config.hidden_size // config.num_attention_heads
@@ -206,31 +206,31 @@ def _place(config: Config, positions):
 
 def slopes(heads: int) -> np.ndarray:
     """ALiBi's slope of each head, (heads,) float32: 2^(-8i / n) for i = 1..n where n is a power of
-    two; else those of the power below, then every other one of the power above (arXiv:2108.12409,
-    section 3 and the authors' code)."""
+    two; otherwise the slopes of the next lower power, then every other slope of the next higher one
+    (arXiv:2108.12409, section 3 and the authors' code)."""
     n = 2 ** int(math.log2(heads))
-    all_ = [2 ** (-8 * i / n) for i in range(1, n + 1)]
-    all_ += [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
-    return np.asarray(all_, np.float32)
+    values = [2 ** (-8 * i / n) for i in range(1, n + 1)]
+    values += [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
+    return np.asarray(values, np.float32)
 
 
 def alibi(positions, heads: int, kv_heads: int):
-    """Slope times position of a key, (B, T, K, G) bfloat16, to add to the scores before they are
-    scaled. Rounded to bfloat16 as Falcon was trained; a softmax over keys sees only differences,
-    so the query's own position drops out.
+    """Slope times key position, (B, T, K, G) bfloat16, to add to the scores before they are scaled.
+    Rounded to bfloat16 as in Falcon's training. The query's position cancels in the softmax, which
+    depends only on differences between keys.
     """
     each = jnp.asarray(slopes(heads), jnp.bfloat16).reshape(1, 1, kv_heads, -1)
     return each * positions[..., None, None].astype(jnp.bfloat16)
 
 
 def _with_alibi(q, k, v, bias):
-    """q, k and v with G further features whose products are the bias: keys carry a bias for each
-    query head that reads them, queries choose theirs, values carry zeros."""
+    """q, k and v with G more features, whose products add the bias: keys hold a bias for each of
+    their G query heads, queries hold a one for theirs, values hold zeros."""
     groups = bias.shape[-1]
-    mine = jnp.tile(jnp.eye(groups, dtype=q.dtype), (k.shape[2], 1))  # (H, G)
-    mine = jnp.broadcast_to(mine, (*q.shape[:3], groups))
+    one_hot = jnp.tile(jnp.eye(groups, dtype=q.dtype), (k.shape[2], 1))  # (H, G)
+    one_hot = jnp.broadcast_to(one_hot, (*q.shape[:3], groups))
     bias = jnp.broadcast_to(bias.astype(k.dtype), (*k.shape[:3], groups))
-    extended = ((q, mine), (k, bias), (v, jnp.zeros_like(bias)))
+    extended = ((q, one_hot), (k, bias), (v, jnp.zeros_like(bias)))
     return tuple(jnp.concatenate(pair, axis=-1) for pair in extended)
 
 
@@ -239,7 +239,7 @@ def _with_alibi(q, k, v, bias):
 _HF_FIELDS = [
     f.name for f in dataclasses.fields(Config) if f.name not in ("dtype", "remat", "unroll")
 ]
-#: What is read of a config.json.
+#: Fields read from a config.json.
 FIELDS = {
     "vocab_size": fields.ROWS,
     "max_position_embeddings": fields.ROWS,
@@ -253,7 +253,7 @@ FIELDS = {
     "rope_theta": fields.above(1),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), fields.optional(fields.OBJECT)),
 }
-#: What is read of its "rope_parameters" or "rope_scaling".
+#: Fields read from its "rope_parameters" or "rope_scaling".
 ROPE_FIELDS = {"rope_type": fields.TEXT, "type": fields.TEXT, "rope_theta": fields.above(1)}
 
 
@@ -264,7 +264,7 @@ def config_from_hf(hf: dict, **run) -> Config:
     """
     hf = fields.read(hf, FIELDS)
     if hf.get("n_embed") is not None:
-        raise ValueError(f"n_embed={hf['n_embed']} is not supported for Falcon: say hidden_size")
+        raise ValueError(f"n_embed={hf['n_embed']} is not supported for Falcon; use hidden_size")
     place = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
     rotary = fields.read(hf.get(place) or {}, ROPE_FIELDS, place)
     kind = rotary.get("rope_type", rotary.get("type", "default"))
@@ -307,11 +307,12 @@ def _check(c: Config) -> None:
 
 
 def hf_tensors(config: Config) -> dict[str, Source]:
-    """{parameter path: where it lies}. All kernels are `Linear`s, stored (out, in).
+    """{parameter path: its place in Hugging Face's tensors}. All kernels are `Linear`s, stored
+    (out, in).
 
-    The rows of the fused `query_key_value` go by head of keys: for each its G query heads, itself
-    and its values. With one such head (multi-query) that is all of q, then k, then v; with as many
-    as query heads it is q, k, v of the first head, of the second and so on.
+    The rows of the fused `query_key_value` are ordered by key head: its G query heads, the key
+    head, its value head. With one key head (multi-query) that is all of q, then k, then v; with one
+    per query head it is q, k, v of the first head, then of the second and so on.
     """
     c = config
     d, k = c.hidden_size // c.num_attention_heads, c.kv_heads
@@ -343,7 +344,7 @@ def hf_tensors(config: Config) -> dict[str, Source]:
 
 
 def hf_config(config: Config) -> dict:
-    """The fields of a `config.json` that transformers reads as the same model."""
-    found = {name: getattr(config, name) for name in _HF_FIELDS}
-    found["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    return found | {"model_type": "falcon", "architectures": ["FalconForCausalLM"]}
+    """The fields of a `config.json` from which transformers builds the same model."""
+    described = {name: getattr(config, name) for name in _HF_FIELDS}
+    described["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return described | {"model_type": "falcon", "architectures": ["FalconForCausalLM"]}

@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al. 2019) as a plain Linen module, and its Hugging Face layout.
 
-q, k and v are layers of their own: Hugging Face's fused `c_attn` is split at load. The layers run
+q, k and v are separate layers: Hugging Face's fused `c_attn` is split at load. The layers run
 under `nn.scan`, so every parameter below "h/" has a leading layer axis and compile time does not
 grow with depth. Axes: B batch, T positions, H heads, D features of one head, V vocabulary.
 """
@@ -31,10 +31,9 @@ from lorax.models.layers import (
 class Config:
     """Hyperparameters by Hugging Face's names, and how to run the layers.
 
-    remat: which activations the backward pass makes again, "none", "full" or "dots" (see
-    `layers.over_layers`). unroll: layers in one step of the loop over layers, 0 for 4 where
-    layers are small (the loop's copies then cost more than a few layers' compilation) and 1 where
-    they are not.
+    remat: which activations the backward pass recomputes, "none", "full" or "dots" (see
+    `layers.over_layers`). unroll: layers per iteration of the loop over layers; 0: 4 for small
+    layers (where the loop's copies cost more than compiling a few layers), otherwise 1.
     """
 
     vocab_size: int = 50257
@@ -57,10 +56,10 @@ def _size(n_layer, n_embd, n_head, n_positions):
 
 
 #: Published sizes as fields of `Config`: GPT-2, and GPT-3 by Brown et al. 2020 (arXiv:2005.14165,
-#: table 2.1) with GPT-2's vocabulary. Departures: attention is dense in every layer, where GPT-3
-#: alternates with banded sparse ones (the parameters are the same); XL has 16 heads, because the
-#: table's 24 of 128 features do not make its 2048; 13B has 5120 features, 40 heads of 128, where
-#: the table says 5140.
+#: table 2.1) with GPT-2's vocabulary. Departures: attention is dense in every layer, while GPT-3
+#: alternates with banded sparse attention (the parameters are the same); XL has 16 heads, because
+#: the table's 24 heads of 128 features do not add up to its 2048; 13B has 5120 features, 40 heads
+#: of 128, where the table says 5140.
 SIZES = {
     "gpt2": _size(12, 768, 12, 1024),  # 124,439,808 parameters
     "gpt2-medium": _size(24, 1024, 16, 1024),  # 354,823,168
@@ -103,7 +102,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: (x, kv), its number, mask, column -> ((x, kv), None); see `cached_attention`."""
+    """One layer: (x, kv), layer number, mask, column -> ((x, kv), None); see `cached_attention`."""
 
     config: Config
 
@@ -123,7 +122,7 @@ class GPT2(nn.Module):
     """Tokens (B, T) int32 -> logits (B, T, V) float32; T at most `config.n_positions`."""
 
     config: Config
-    #: What `logits` reads of the parameters.
+    #: The parameters that `logits` reads.
     head: ClassVar[tuple[str, ...]] = ("wte", "lm_head")
 
     def setup(self):
@@ -183,7 +182,7 @@ _normal = nn.initializers.normal(0.02)
 _HF_FIELDS = [
     f.name for f in dataclasses.fields(Config) if f.name not in ("dtype", "remat", "unroll")
 ]
-#: What is read of a config.json.
+#: Fields read from a config.json.
 FIELDS = {
     "vocab_size": fields.ROWS,
     "n_positions": fields.ROWS,
@@ -215,8 +214,8 @@ def config_from_hf(hf: dict, **run) -> Config:
 
 
 def hf_tensors(config: Config) -> dict[str, Source]:
-    """{parameter path: where it lies}. GPT-2's `Conv1D` stores kernels (in, out), as we do; only
-    the head is a `Linear`, stored (out, in)."""
+    """{parameter path: its place in Hugging Face's tensors}. GPT-2's `Conv1D` stores kernels (in,
+    out), as lorax does; only the head is a `Linear`, stored (out, in)."""
     d = config.n_embd
     head = "lm_head.weight" if config.tie_word_embeddings else None
     names = {
@@ -242,6 +241,6 @@ def hf_tensors(config: Config) -> dict[str, Source]:
 
 
 def hf_config(config: Config) -> dict:
-    """The fields of a `config.json` that transformers reads as the same model."""
-    found = {name: getattr(config, name) for name in _HF_FIELDS}
-    return found | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    """The fields of a `config.json` from which transformers builds the same model."""
+    described = {name: getattr(config, name) for name in _HF_FIELDS}
+    return described | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}

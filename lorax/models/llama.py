@@ -1,8 +1,8 @@
 """LLaMA 1, 2 and 3 (arXiv:2302.13971, 2307.09288, 2407.21783), Mistral (arXiv:2310.06825) and Qwen2
 (arXiv:2407.10671) as one plain Linen module, and their Hugging Face layout.
 
-The three differ in biases and in the attention window; RoPE and its stretchings to longer texts
-are common to them. Layers run under `nn.scan`, as GPT-2's. Axes: B batch, T positions, H heads of
+The three differ in biases and in the attention window; RoPE and its extensions to longer texts are
+the same. Layers run under `nn.scan`, as in GPT-2. Axes: B batch, T positions, H heads of
 queries, K heads of keys and values, D features of one head, V vocabulary.
 """
 
@@ -38,9 +38,9 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Hugging Face's `rope_parameters`: how fast positions turn (`frequencies` has the formulas).
+    """Hugging Face's `rope_parameters`: the rotation frequencies (formulas: see `frequencies`).
 
-    A field is None where the `rope_type` has no use for it or its default is meant.
+    A field is None if the `rope_type` doesn't use it, or for its default.
     """
 
     rope_type: str = "default"
@@ -64,9 +64,10 @@ class Config:
     """Hyperparameters by Hugging Face's names, and how to run the layers (as `gpt2.Config`).
 
     model_type: "llama", "mistral" or "qwen2"; "qwen2" alone has biases on q, k and v but not on o.
-    num_key_value_heads, head_dim: None becomes num_attention_heads, and hidden_size /
-    num_attention_heads. sliding_window: tokens that a token sees, itself among them, None for all.
-    layer_types: `FULL` or `SLIDING` for each layer, None if all have the window there is.
+    num_key_value_heads: None becomes num_attention_heads. head_dim: None becomes hidden_size /
+    num_attention_heads. sliding_window: number of tokens that a token sees, itself included; None:
+    all. layer_types: `FULL` or `SLIDING` for each layer; None: all use sliding_window, if it is
+    set.
     """
 
     model_type: str = "llama"
@@ -130,13 +131,13 @@ class MLP(nn.Module):
         gate = dense(c.intermediate_size, name="gate")(x)
         up = dense(c.intermediate_size, name="up")(x)
         product = lambda gate, up: ACTIVATIONS[c.hidden_act](gate) * up
-        # Made again in the backward pass, which then keeps no more than gate and up of it.
+        # Recomputed in the backward pass, so that only gate and up are stored.
         product = jax.checkpoint(product, prevent_cse=False)
         return dense(c.hidden_size, name="down")(product(gate, up))
 
 
 class Block(nn.Module):
-    """One layer: (x, kv), its number and type, masks (as in `Llama.hidden`), (cos, sin), column
+    """One layer: (x, kv), layer number and type, masks (as in `Llama.hidden`), (cos, sin), column
     -> ((x, kv), None); see `cached_attention`."""
 
     config: Config
@@ -155,16 +156,16 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens (B, T) int32 -> logits (B, T, V) float32, for any T: `max_position_embeddings` is
-    what the model was trained for, and only "dynamic" RoPE computes with it.
+    """Tokens (B, T) int32 -> logits (B, T, V) float32, for any T: `max_position_embeddings` is the
+    length that the model was trained for, and only "dynamic" RoPE computes with it.
 
-    With "dynamic" and "longrope" RoPE a token's positions turn by the length of its own text, so
-    neither padding nor the other texts of a batch matter to it. transformers goes by the longest
-    row, and keeps "dynamic" as the longest batch before had it: the two agree on one text alone.
+    With "dynamic" and "longrope" RoPE the frequencies of a token depend on the length of its own
+    text, not on padding or on other texts of the batch. transformers uses the longest row, and for
+    "dynamic" the longest batch so far: the two agree only on a single text.
     """
 
     config: Config
-    #: What `logits` reads of the parameters.
+    #: The parameters that `logits` reads.
     head: ClassVar[tuple[str, ...]] = ("embed", "lm_head")
 
     def setup(self):
@@ -186,9 +187,9 @@ class Llama(nn.Module):
         """Final hidden states (B, T, hidden_size), after the last norm; with a cache, the pair
         (hidden, cache with these tokens in it).
 
-        segments: (B, T) int32 or None, first: see `layers.causal_context`. Raises ValueError for a
-        cache with more room than the length up to which a text's keys do not depend on what follows
-        ("dynamic" and "longrope" RoPE only).
+        segments: (B, T) int32 or None, first: see `layers.causal_context`. With "dynamic" and
+        "longrope" RoPE, raises ValueError for a cache with more room than `_limit`: beyond it the
+        keys of a text change as it grows.
         """
         c = self.config
         context = causal_context(tokens, segments, cache, first=first)
@@ -206,10 +207,10 @@ class Llama(nn.Module):
         if limit is not None and room > limit:
             if cache is not None:
                 raise ValueError(
-                    f"a cache of {room} tokens: {c.rope_parameters.rope_type!r} RoPE turns all "
-                    f"keys of a text anew when it grows beyond {limit}; give it room for {limit}"
+                    f"a cache of {room} tokens: {c.rope_parameters.rope_type!r} RoPE changes all "
+                    f"keys of a text that grows beyond {limit} tokens; give it room for {limit}"
                 )
-            # The last token that sees a token is its text's last.
+            # The last token that sees a given token is the last of its text.
             last = jnp.max(jnp.where(context.mask, context.positions[:, :, None], 0), axis=1)
             lengths = last + 1
         turn = rope(context.positions, *frequencies(c, lengths))
@@ -243,7 +244,7 @@ _normal = nn.initializers.normal(0.02)
 
 
 def _limit(config: Config) -> int | None:
-    """Length of a text up to which its frequencies do not depend on it, None for any."""
+    """The text length up to which RoPE frequencies are constant; None: for any length."""
     limits = {
         "dynamic": config.max_position_embeddings,
         "longrope": config.rope_parameters.original_max_position_embeddings,
@@ -252,18 +253,18 @@ def _limit(config: Config) -> int | None:
 
 
 def frequencies(config: Config, lengths=None):
-    """(radians that each pair of features turns in one position, scale of cos and sin).
+    """(radians by which each pair of features rotates per position, scale of cos and sin).
 
-    lengths: (B, T) int32 of the text that each token is of, or None where none is beyond `_limit`.
-    Returns a float and (D / 2,), or (B, T, D / 2) where lengths are given and matter. With
+    lengths: (B, T) int32, the length of each token's text, or None if none is beyond `_limit`.
+    Returns radians (D / 2,), or (B, T, D / 2) if lengths are given and matter, and a float. With
     w_i = theta^(-2i / D), s the `factor` and n = `original_max_position_embeddings`:
 
     default: w_i (arXiv:2104.09864). linear: w_i / s (arXiv:2306.15595). dynamic: theta grows with
     a text of l > m = `max_position_embeddings` tokens to theta (s l / m - s + 1)^(D / (D - 2))
-    (arXiv:2309.00071, sections 3.1 and 3.3). yarn: between w_i and w_i / s, by how often a pair
-    turns in n tokens (3.2 and 3.4 there). llama3: the same idea with another ramp (LLaMA 3.1's
-    reference code). longrope: w_i over a factor of its own for each pair, one set for texts up to
-    n tokens and another beyond (arXiv:2402.13753).
+    (arXiv:2309.00071, sections 3.1 and 3.3). yarn: between w_i and w_i / s, depending on how many
+    rotations a pair makes in n tokens (its sections 3.2 and 3.4). llama3: the same idea with
+    another ramp (LLaMA 3.1's reference code). longrope: w_i divided by a factor for each pair, one
+    set of factors for texts up to n tokens and another for longer ones (arXiv:2402.13753).
     """
     r, d = config.rope_parameters, config.head_dim
     w = rope_frequencies(d, r.rope_theta)
@@ -280,7 +281,7 @@ def frequencies(config: Config, lengths=None):
         ramp = (turns - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor)
         return _between(w / r.factor, w, ramp), 1.0
     if r.rope_type == "yarn":
-        # The (fractional) pair that turns so often in n tokens.
+        # The (fractional) index of the pair that makes so many rotations in n tokens.
         pair = lambda turns: d * math.log(n / (2 * math.pi * turns)) / (2 * math.log(r.rope_theta))
         low, high = pair(r.beta_fast or 32), pair(r.beta_slow or 1)
         if r.truncate is not False:
@@ -301,7 +302,7 @@ def frequencies(config: Config, lengths=None):
 
 
 def _between(a, b, ramp):
-    """a where the ramp is at or below 0, b where it is at or above 1, in between on a line."""
+    """a where ramp <= 0, b where ramp >= 1, linear interpolation between."""
     ramp = np.clip(ramp, 0, 1)
     return (1 - ramp) * a + ramp * b
 
@@ -319,7 +320,7 @@ def _yarn_scale(r: Rope) -> float:
 _SPECIAL = ("rope_parameters", "layer_types", "dtype", "remat", "unroll")
 _HF_FIELDS = [f.name for f in dataclasses.fields(Config) if f.name not in _SPECIAL]
 
-# What a config.json means by leaving a field out, where it is not what `Config` says.
+# Defaults of fields that a config.json leaves out, where they differ from those of `Config`.
 _DEFAULTS = {
     "llama": {},
     "mistral": {
@@ -343,7 +344,7 @@ _FOREIGN = {
     "qwen2": ("attention_bias", "mlp_bias"),
 }
 
-#: What is read of a config.json.
+#: Fields read from a config.json.
 FIELDS = {
     "model_type": fields.TEXT,
     "vocab_size": fields.ROWS,
@@ -363,7 +364,7 @@ FIELDS = {
     "original_max_position_embeddings": fields.optional(fields.whole(2)),
     "partial_rotary_factor": fields.optional(fields.POSITIVE),
 }
-#: What is read of its "rope_parameters" or "rope_scaling".
+#: Fields read from its "rope_parameters" or "rope_scaling".
 ROPE_FIELDS = {
     "rope_type": fields.TEXT,
     "type": fields.TEXT,
@@ -381,7 +382,7 @@ ROPE_FIELDS = {
     "long_factor": fields.optional(fields.each(fields.POSITIVE)),
 }
 
-# rope_type: the fields of `Rope` that it cannot do without.
+# rope_type -> the fields of `Rope` that it needs.
 _ROPE_NEEDS = {
     "default": (),
     "linear": ("factor",),
@@ -405,11 +406,11 @@ def config_from_hf(hf: dict, **run) -> Config:
     for option in ("attention_bias", "mlp_bias"):
         if option in _FOREIGN[family] and hf.get(option):
             raise ValueError(f"{option}=true is not supported for {family}")
-    own = [field for field in _HF_FIELDS if field not in _FOREIGN[family]]
-    given = _DEFAULTS[family] | {name: hf[name] for name in own if name in hf}
+    names = [field for field in _HF_FIELDS if field not in _FOREIGN[family]]
+    arguments = _DEFAULTS[family] | {name: hf[name] for name in names if name in hf}
     if family == "qwen2" and not hf.get("use_sliding_window"):
-        given["sliding_window"] = None
-    config = Config(**given, **run)
+        arguments["sliding_window"] = None
+    config = Config(**arguments, **run)
     heads = config.num_attention_heads
     if hf.get("head_dim") is None and config.hidden_size % heads:
         raise ValueError(
@@ -417,8 +418,8 @@ def config_from_hf(hf: dict, **run) -> Config:
         )
     if config.head_dim % 2:
         raise ValueError(
-            f"head_dim {config.head_dim} is odd; RoPE turns pairs of features (where there is none "
-            f"it is hidden_size {config.hidden_size} / num_attention_heads {heads})"
+            f"head_dim {config.head_dim} is odd; RoPE rotates pairs of features (its default is "
+            f"hidden_size {config.hidden_size} / num_attention_heads {heads})"
         )
     if heads % config.num_key_value_heads:
         raise ValueError(
@@ -431,50 +432,54 @@ def config_from_hf(hf: dict, **run) -> Config:
 
 def _rope_from_hf(hf: dict, config: Config) -> Rope:
     place = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
-    given = hf.get(place) or {}
-    nested = [key for key, x in given.items() if isinstance(x, dict) and key not in ROPE_FIELDS]
+    parameters = hf.get(place) or {}
+    nested = [
+        key for key, x in parameters.items() if isinstance(x, dict) and key not in ROPE_FIELDS
+    ]
     if nested:
         raise ValueError(f"{place} by layer type are not supported: {fields.shown(nested)}")
-    given = fields.read(given, ROPE_FIELDS, place)
-    given.setdefault("rope_type", given.get("type", "default"))
-    given.setdefault("rope_theta", hf.get("rope_theta", Rope.rope_theta))
-    kind = given["rope_type"]
+    parameters = fields.read(parameters, ROPE_FIELDS, place)
+    parameters.setdefault("rope_type", parameters.get("type", "default"))
+    parameters.setdefault("rope_theta", hf.get("rope_theta", Rope.rope_theta))
+    kind = parameters["rope_type"]
     if kind not in _ROPE_NEEDS:
         raise ValueError(f"rope_type {kind!r} is not one of {[*_ROPE_NEEDS]}")
-    part = given.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-    if part not in (None, 1):
-        raise ValueError(f"partial_rotary_factor={part} is not supported; all of a head turns")
-    if kind in ("llama3", "yarn", "longrope"):
-        name, most = "original_max_position_embeddings", config.max_position_embeddings
-        given[name] = hf.get(name) or given.get(name) or most
-        if given[name] < 2:
-            raise ValueError(f"{place}: {name}, or max_position_embeddings, is {given[name]}")
-        if kind != "llama3" and given.get("factor") is None:
-            given["factor"] = most / given[name]
-    for name in _ROPE_NEEDS[kind]:
-        if given.get(name) is None:
-            raise ValueError(f"{place}: {kind!r} needs {name}; there is {sorted(given)}")
-    if kind == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
+    share = parameters.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if share not in (None, 1):
         raise ValueError(
-            f"{place}: high_freq_factor {given['high_freq_factor']} is not above low_freq_factor "
-            f"{given['low_freq_factor']}"
+            f"partial_rotary_factor={share} is not supported; RoPE rotates whole heads"
+        )
+    if kind in ("llama3", "yarn", "longrope"):
+        name, longest = "original_max_position_embeddings", config.max_position_embeddings
+        parameters[name] = hf.get(name) or parameters.get(name) or longest
+        if parameters[name] < 2:
+            raise ValueError(f"{place}: {name}, or max_position_embeddings, is {parameters[name]}")
+        if kind != "llama3" and parameters.get("factor") is None:
+            parameters["factor"] = longest / parameters[name]
+    for name in _ROPE_NEEDS[kind]:
+        if parameters.get(name) is None:
+            raise ValueError(f"{place}: {kind!r} needs {name}; given are {sorted(parameters)}")
+    if kind == "llama3" and parameters["high_freq_factor"] <= parameters["low_freq_factor"]:
+        raise ValueError(
+            f"{place}: high_freq_factor {parameters['high_freq_factor']} is not above "
+            f"low_freq_factor {parameters['low_freq_factor']}"
         )
     if kind == "dynamic" and config.head_dim < 4:
         raise ValueError(f"{place}: 'dynamic' needs a head_dim of 4 or more, not {config.head_dim}")
     for name in ("short_factor", "long_factor"):
-        if given.get(name) is not None:
-            if len(given[name]) != config.head_dim // 2:
+        if parameters.get(name) is not None:
+            if len(parameters[name]) != config.head_dim // 2:
                 raise ValueError(
-                    f"{place}: {name} has {len(given[name])} numbers, should have "
+                    f"{place}: {name} has {len(parameters[name])} numbers, should have "
                     f"{config.head_dim // 2}, half of head_dim or "
                     "hidden_size / num_attention_heads"
                 )
     known = [field.name for field in dataclasses.fields(Rope)]
-    return Rope(**{name: given[name] for name in known if given.get(name) is not None})
+    return Rope(**{name: parameters[name] for name in known if parameters.get(name) is not None})
 
 
 def _with_layer_types(hf: dict, config: Config) -> Config:
-    """The config with the `layer_types` that hf means; `sliding_window` None if no layer slides."""
+    """The config with `layer_types` as in hf; `sliding_window` is None if no layer uses it."""
     family, window, count = config.model_type, config.sliding_window, config.num_hidden_layers
     first = hf.get("max_window_layers", 28) if family == "qwen2" else 0
     implied = [SLIDING if window is not None and i >= first else FULL for i in range(count)]
@@ -492,7 +497,8 @@ def _with_layer_types(hf: dict, config: Config) -> Config:
 
 
 def hf_tensors(config: Config) -> dict[str, Source]:
-    """{parameter path: where it lies}. torch's `Linear` stores kernels (out, in)."""
+    """{parameter path: its place in Hugging Face's tensors}. torch's `Linear` stores kernels (out,
+    in)."""
     head = "lm_head.weight" if config.tie_word_embeddings else None
     names = {
         "embed/embedding": Source("model.embed_tokens.weight", tied=head),
@@ -516,19 +522,19 @@ def hf_tensors(config: Config) -> dict[str, Source]:
 
 
 def hf_config(config: Config) -> dict:
-    """The fields of a `config.json` that transformers 5 reads as the same model, and 4 does."""
+    """The fields of a `config.json` from which transformers 4 and 5 build the same model."""
     family, window = config.model_type, config.sliding_window
-    found = {f: getattr(config, f) for f in _HF_FIELDS if f not in _FOREIGN[family]}
+    described = {f: getattr(config, f) for f in _HF_FIELDS if f not in _FOREIGN[family]}
     turning = {k: v for k, v in dataclasses.asdict(config.rope_parameters).items() if v is not None}
     stretch = {k: v for k, v in turning.items() if k != "rope_theta"}
-    found |= {"rope_parameters": turning, "rope_theta": turning["rope_theta"]}
-    found["rope_scaling"] = None if stretch == {"rope_type": "default"} else stretch
-    if turning["rope_type"] == "longrope":  # transformers 4 has no other place for it
+    described |= {"rope_parameters": turning, "rope_theta": turning["rope_theta"]}
+    described["rope_scaling"] = None if stretch == {"rope_type": "default"} else stretch
+    if turning["rope_type"] == "longrope":  # transformers 4 reads it only there
         name = "original_max_position_embeddings"
-        found[name] = turning[name]
+        described[name] = turning[name]
     if family == "qwen2":
-        one = FULL if window is None else SLIDING
-        types = config.layer_types or (one,) * config.num_hidden_layers
-        found |= {"use_sliding_window": window is not None, "layer_types": list(types)}
+        usual_type = FULL if window is None else SLIDING
+        types = config.layer_types or (usual_type,) * config.num_hidden_layers
+        described |= {"use_sliding_window": window is not None, "layer_types": list(types)}
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[family]
-    return found | {"architectures": [f"{name}ForCausalLM"]}
+    return described | {"architectures": [f"{name}ForCausalLM"]}

@@ -1,11 +1,11 @@
 """Small image classifiers for experiments on intrinsic dimension: the fully connected network and
 the LeNet of Li et al. 2018 (arXiv:1804.08838, sections 3.1 and 3.2).
 
-Images (B, height, width, channels) float32 -> scores (B, labels) float32. Kernels start as in the
-paper's code, He-normal, and biases at zero. Axes: B batch.
+Images (B, height, width, channels) float32 -> scores (B, labels) float32. Kernels are
+initialised as in the paper's code, He-normal, and biases with zeros. Axes: B batch.
 
-Hugging Face has neither; `save` and adapters use its layout with names of our own, those of a torch
-module whose layers are called as ours are.
+Hugging Face has neither; `save` and adapters use its layout, with the names of a torch module whose
+layers are called the same.
 """
 
 import dataclasses
@@ -20,27 +20,27 @@ from lorax.interop.hf import Source
 
 @dataclasses.dataclass(frozen=True)
 class MLPConfig:
-    """widths: of the input, of each hidden layer, of the scores. The default is the paper's for
-    MNIST (199,210 parameters); with an input of 3072 it is the one for CIFAR-10 (656,810)."""
+    """widths: of the input, each hidden layer and the scores. The default is the paper's network
+    for MNIST (199,210 parameters); with an input of 3072 it is the one for CIFAR-10 (656,810)."""
 
     widths: tuple[int, ...] = (784, 200, 200, 10)
     dtype: str = "float32"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """An image that fits, as one row of pixels; any other of as many values fits as well."""
+        """Shape of an image, as one row of pixels; any other with as many values also fits."""
         return 1, self.widths[0], 1
 
     @property
     def labels(self) -> int:
-        """Scores."""
+        """Number of scores."""
         return self.widths[-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class LeNetConfig:
-    """Images of `image_size` squared and `num_channels`; the default is MNIST's (44,426
-    parameters), 32 and 3 are CIFAR-10's (62,006)."""
+    """Square images of `image_size` pixels a side; the default is for MNIST (44,426 parameters),
+    32 pixels and 3 channels for CIFAR-10 (62,006)."""
 
     image_size: int = 28
     num_channels: int = 1
@@ -54,7 +54,7 @@ class LeNetConfig:
 
 
 class MLP(nn.Module):
-    """Dense layers with ReLU between them, on the pixels in a row."""
+    """Dense layers with ReLU between them, on flattened images."""
 
     config: MLPConfig
 
@@ -71,7 +71,7 @@ class MLP(nn.Module):
 
 
 class LeNet(nn.Module):
-    """LeNet-5 (LeCun et al. 1998) with ReLU and maximum pooling, as the paper's code has it."""
+    """LeNet-5 (LeCun et al. 1998) with ReLU and maximum pooling, as in the paper's code."""
 
     config: LeNetConfig
 
@@ -97,11 +97,11 @@ class LeNet(nn.Module):
 
 def _as_product(x, kernel, strides, padding, **unused):
     """`jax.lax.conv_general_dilated` without strides or padding, as one product with all patches:
-    x (B, height, width, C), kernel (k, k, C, F). With so few channels a step of training takes a
+    x (B, height, width, C), kernel (k, k, C, F). With so few channels a training step takes a
     seventh of the time on a CPU."""
     k, _, channels, features = kernel.shape
     height, width = x.shape[1] - k + 1, x.shape[2] - k + 1
-    x = jnp.moveaxis(x, -1, 0)  # so that a patch's pixel is a block in memory, and not a stride
+    x = jnp.moveaxis(x, -1, 0)  # makes each pixel of a patch contiguous in memory
     patches = [x[:, :, i : i + height, j : j + width] for i in range(k) for j in range(k)]
     matrix = kernel.reshape(k * k * channels, features)
     y = jnp.einsum("pf,pbhw->fbhw", matrix, jnp.concatenate(patches))
@@ -125,7 +125,8 @@ def example(config: MLPConfig | LeNetConfig):
 # ------------------------------------------------------------------------------ files and adapters
 
 
-#: What is read of a config.json. Two convolutions of 5 x 5 and two poolings leave one of 16 pixels.
+#: Fields read from a config.json. Two convolutions of 5 x 5 and two poolings reduce 16 pixels a
+#: side to one.
 FIELDS = {
     "mlp": {"widths": fields.each(fields.ROWS, 2, 1000)},
     "lenet": {
@@ -141,19 +142,20 @@ def config_from_hf(hf: dict, **run) -> MLPConfig | LeNetConfig:
     Raises ValueError as `fields.read` does.
     """
     kind = {"mlp": MLPConfig, "lenet": LeNetConfig}[hf["model_type"]]
-    given = fields.read(hf, FIELDS[hf["model_type"]])
-    return kind(**given | run)
+    arguments = fields.read(hf, FIELDS[hf["model_type"]])
+    return kind(**arguments | run)
 
 
 def hf_config(config: MLPConfig | LeNetConfig) -> dict:
     """The fields of a `config.json`; inverse of `config_from_hf`."""
-    found = {k: v for k, v in dataclasses.asdict(config).items() if k != "dtype"}
-    return found | {"model_type": "mlp" if isinstance(config, MLPConfig) else "lenet"}
+    described = {k: v for k, v in dataclasses.asdict(config).items() if k != "dtype"}
+    return described | {"model_type": "mlp" if isinstance(config, MLPConfig) else "lenet"}
 
 
 def hf_tensors(config: MLPConfig | LeNetConfig) -> dict[str, Source]:
-    """{parameter path: where it lies}. Kernels are stored (out, in), a convolution's (out, in,
-    height, width). LeNet's dense_1 reads the pixels as Flax lays them in a row, channels last."""
+    """{parameter path: its place in Hugging Face's layout}. Kernels are stored (out, in), those of
+    convolutions (out, in, height, width). LeNet's dense_1 reads pixels flattened as in Flax,
+    channels last."""
     hidden = len(config.widths) - 2 if isinstance(config, MLPConfig) else 2
     axes = {f"dense_{i}": (1, 0) for i in range(1, hidden + 1)} | {"head": (1, 0)}
     if isinstance(config, LeNetConfig):

@@ -21,7 +21,8 @@ from lorax.models.layers import ACTIVATION, ACTIVATIONS, LayerNorm, attention, o
 class Config:
     """Hyperparameters by Hugging Face's names, and how to run the layers (see `gpt2.Config`).
 
-    image_size, patch_size: pixels, one number for squares or (height, width). labels: scores.
+    image_size, patch_size: pixels, one number for squares or (height, width). labels: number of
+    scores.
     """
 
     hidden_size: int = 768
@@ -46,7 +47,7 @@ class Config:
 
     @property
     def positions(self) -> int:
-        """T: one for the class token, one a patch; pixels beyond the last whole patch are cut."""
+        """T: the class token and one per patch; pixels beyond the last whole patch are cut off."""
         (height, width), (rows, columns) = _pair(self.image_size), _pair(self.patch_size)
         return 1 + (height // rows) * (width // columns)
 
@@ -114,8 +115,8 @@ class ViT(nn.Module):
         return self.scores(self.hidden(images))
 
     def hidden(self, images):
-        """Final hidden states (B, T, hidden_size), after the last layer norm; the first position is
-        the class token's."""
+        """Final hidden states (B, T, hidden_size), after the last layer norm; position 0 is
+        the class token."""
         if images.shape[1:] != self.config.image_shape:
             raise ValueError(
                 f"images of {images.shape[1:]}, but image_size and num_channels say "
@@ -148,7 +149,7 @@ _HF_FIELDS = [
     if f.name not in ("labels", "dtype", "remat", "unroll")
 ]
 _PIXELS = fields.either(fields.SIZE, fields.each(fields.SIZE, 2, 2))
-#: What is read of a config.json.
+#: Fields read from a config.json.
 FIELDS = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_channels"), fields.SIZE),
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads"), fields.SIZE),
@@ -163,14 +164,14 @@ FIELDS = {
 
 def config_from_hf(hf: dict, **run) -> Config:
     """Config from the fields of a `config.json`; run: `dtype`, `remat`, `unroll`, and `labels`,
-    which otherwise are as "num_labels" or "id2label" say.
+    which by default follow "num_labels" or "id2label".
 
     Raises ValueError for options that this module does not compute, and as `fields.read` does.
     """
     hf = fields.read(hf, FIELDS)
-    given = {name: hf[name] for name in _HF_FIELDS if name in hf}
-    given["labels"] = hf.get("num_labels") or len(hf.get("id2label") or ()) or Config.labels
-    config = Config(**given | run)
+    arguments = {name: hf[name] for name in _HF_FIELDS if name in hf}
+    arguments["labels"] = hf.get("num_labels") or len(hf.get("id2label") or ()) or Config.labels
+    config = Config(**arguments | run)
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
@@ -192,8 +193,8 @@ def config_from_hf(hf: dict, **run) -> Config:
 
 
 def hf_tensors(config: Config) -> dict[str, Source]:
-    """{parameter path: where it lies}. Kernels are stored (out, in), the convolution's (out, in,
-    height, width)."""
+    """{parameter path: its place in Hugging Face's tensors}. Kernels are stored (out, in), the
+    convolution's (out, in, height, width)."""
     names = {
         "cls": Source("vit.embeddings.cls_token"),
         "positions": Source("vit.embeddings.position_embeddings"),
@@ -228,8 +229,8 @@ def hf_tensors(config: Config) -> dict[str, Source]:
 
 
 def hf_config(config: Config) -> dict:
-    """The fields of a `config.json` that transformers reads as the same model."""
-    found = {name: getattr(config, name) for name in _HF_FIELDS}
-    found["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
-    found["label2id"] = {f"LABEL_{i}": i for i in range(config.labels)}
-    return found | {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
+    """The fields of a `config.json` from which transformers builds the same model."""
+    described = {name: getattr(config, name) for name in _HF_FIELDS}
+    described["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
+    described["label2id"] = {f"LABEL_{i}": i for i in range(config.labels)}
+    return described | {"model_type": "vit", "architectures": ["ViTForImageClassification"]}

@@ -346,7 +346,7 @@ def test_weights_in_bfloat16_tell_nearly_the_same():
         (dict(head_dim=5), "head_dim 5 is odd"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported"),
         (dict(rope_scaling={"type": "su"}), "rope_type 'su' is not one of .*'longrope'"),
-        (dict(rope_parameters={"rope_type": "linear"}), "'linear' needs factor; there is"),
+        (dict(rope_parameters={"rope_type": "linear"}), "'linear' needs factor; given are"),
         (dict(rope_parameters=LLAMA3 | {"low_freq_factor": None}), "needs low_freq_factor"),
         (dict(rope_parameters=LONG | {"long_factor": [1.0]}), "long_factor has 1 numbers, .* 3"),
         (
