@@ -7,21 +7,21 @@ from lorax.report.pages.one_run import write
 __all__ = ["draw", "write"]
 
 
-def draw(*what, base=None, out=None, alpha=None, layers=None, also=()):
-    """Draw the report of runs or adapters, as `python -m lorax.report` does; the path of its page.
+def draw(*inputs, base=None, out=None, alpha=None, layers=None, also=()):
+    """Write the report of runs or adapters, as `python -m lorax.report` does. Returns its path.
 
-    what: a run (loaded, or its directory), several runs to compare, or one adapter or two; also as
-    one list. base, out, alpha, layers: as on the command line. also: statistics of every update,
-    functions or "FILE.py:function". Raises FileNotFoundError or
-    ValueError that names what was given and what would be right.
+    inputs: a run (loaded, or its directory), several runs to compare, or one or two adapters; also
+    as one list. base, out, alpha, layers: as on the command line. also: statistics of every update,
+    as functions or "FILE.py:function". Raises FileNotFoundError or ValueError that says what was
+    given and what is expected.
     """
-    from lorax.report import __main__ as command  # which imports this
+    from lorax.report import __main__ as command  # it imports this module
 
-    if len(what) == 1 and isinstance(what[0], list | tuple):
-        (what,) = what
-    names = [str(getattr(one, "directory", one)) for one in what]
+    if len(inputs) == 1 and isinstance(inputs[0], list | tuple):
+        (inputs,) = inputs
+    names = [str(getattr(source, "directory", source)) for source in inputs]
     if not names:
-        raise ValueError("lorax.report: nothing given; expected runs, or one adapter or two")
+        raise ValueError("lorax.report: nothing given; expected runs, or one or two adapters")
     return command.write(names, base, out, alpha, layers, outside.spell(tuple(also), "also"))
 
 

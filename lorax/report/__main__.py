@@ -1,13 +1,14 @@
 """Write a report: one page on runs or adapters.
 
-    python -m lorax.report RUN                its own report, in the run directory
-    python -m lorax.report RUN RUN...         a page that compares them
+    python -m lorax.report RUN                the run's own report, in its directory
+    python -m lorax.report RUN RUN...         a page that compares runs
     python -m lorax.report ADAPTER            a PEFT adapter from anywhere, or a run's in any format
-    python -m lorax.report ADAPTER ADAPTER    two of them, and what they have in common
+    python -m lorax.report ADAPTER ADAPTER    two adapters compared
 
-Writes report.html, a single file that opens from disk; all numbers shown, in analysis/*.csv and
-*.npz; and each figure in figures/ as PNG and PDF, and the plotted numbers as CSV. It only reads the
-directories named, and the base model if it is available, so a report can be redrawn at any time.
+Writes report.html, a single file that a browser opens from disk; all numbers shown, as
+analysis/*.csv and *.npz; and each figure in figures/ as PNG, PDF and CSV (the plotted numbers). It
+reads only the named directories and, if it is available, the base model, so a report can be redrawn
+at any time.
 """
 
 import argparse
@@ -27,45 +28,44 @@ RUN, ADAPTER = "a run", "an adapter"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Exit code 0; 1 if a section or the report failed; 2 for a mistake in the
-    input."""
+    """The command line. Exit codes: 0; 1 if a section or the report failed; 2 for wrong input."""
     parser = argparse.ArgumentParser(prog="python -m lorax.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("what", nargs="+", help="run directories, or one adapter or two")
+    parser.add_argument("what", nargs="+", help="run directories, or one or two adapters")
     parser.add_argument(
         "--base",
-        help="the model that an adapter (or a run) belongs to: a shipped one, a directory, a Hub "
-        "id (default: the one that it names)",
+        help="the base model of an adapter or a run: a shipped model, a directory or a Hub id "
+        "(default: the one that the adapter or run names)",
     )
     parser.add_argument(
         "--out", help="directory of the page (default: runs/compare-..., runs/adapter-...)"
     )
     parser.add_argument(
-        "--alpha", type=float, help="lora_alpha of a loralib checkpoint, which does not hold it"
+        "--alpha", type=float, help="lora_alpha of a loralib checkpoint, which doesn't store it"
     )
     parser.add_argument(
         "--layers",
         type=int,
         metavar="N",
-        help="how many of the base's layers the updates are compared with, evenly spaced (default: "
-        "all); each of their matrices is decomposed once, which takes a while if they are wide",
+        help="compare the updates with the base in N evenly spaced layers (default: all); each "
+        "matrix of these layers is decomposed once, which takes a while if it is wide",
     )
     parser.add_argument(
         "--also",
         action="append",
         default=[],
         metavar="FILE.py:function",
-        help="a statistic of every update, a function of your own; may be repeated",
+        help="a function of yours that computes a statistic of every update; may be repeated",
     )
     given = parser.parse_args(arguments)
     if page.CONSOLE.is_terminal:
-        words = f"taking {' and '.join(given.what)} apart"
+        words = f"analysing {' and '.join(given.what)}"
         page.CONSOLE.print(words)
-    failed = []
+    failures = []
 
     def say(message, category, *_, **__) -> None:
         print(f"lorax.report: {message}", file=sys.stderr)
-        failed.extend([message] * issubclass(category, page.SectionFailed))
+        failures.extend([message] * issubclass(category, page.SectionFailed))
 
     try:
         with warnings.catch_warnings():
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except (OSError, MemoryError) as error:
         return _fail(error, 1)
-    return 1 if failed else 0
+    return 1 if failures else 0
 
 
 def write(
@@ -87,30 +87,31 @@ def write(
     layers: int | None = None,
     also: Sequence[str] = (),
 ) -> pathlib.Path:
-    """Write the report of what is named; the path of its page. Arguments: the command line's.
+    """Write the report of the named runs or adapters. Returns the path of its page.
 
-    Raises FileNotFoundError or ValueError that names what was given and what would be right.
+    The arguments are those of the command line. Raises FileNotFoundError or ValueError that says
+    what was given and what is expected.
     """
     if layers is not None and layers < 0:
         raise ValueError(f"--layers={layers}: a number of layers, 0 for none")
     sorts = {name: sort(name) for name in what}
     if len(set(sorts.values())) > 1:
-        listed = ", ".join(f"{name} is {of}" for name, of in sorts.items())
+        listed = ", ".join(f"{name} is {kind}" for name, kind in sorts.items())
         raise ValueError(f"{listed}: give runs or adapters, not both")
     if ADAPTER in sorts.values():
         return adapters.write(what, base, out, alpha, layers, also)
     if alpha is not None:
-        raise ValueError("--alpha is for loralib's checkpoints; a run's adapters have their scale")
+        raise ValueError("--alpha is for loralib's checkpoints; a run's adapters store their scale")
     if len(what) > 1:
         if layers is not None:
-            raise ValueError("--layers is for adapters or one run; to compare runs needs no base")
+            raise ValueError("--layers is for adapters or one run; comparing runs needs no base")
         if base is not None:
-            raise ValueError("--base is for adapters or one run; to compare runs needs no base")
+            raise ValueError("--base is for adapters or one run; comparing runs needs no base")
         if also:
-            raise ValueError("--also is for adapters or one run; name one of these runs")
+            raise ValueError("--also is for adapters or one run; give one of these runs")
         return several_runs.write(what, out)
     if out is not None:
-        raise ValueError(f"--out: the report of one run goes into it, here {what[0]}")
+        raise ValueError(f"--out: the report of one run goes into its directory, here {what[0]}")
     config = runs.load(what[0]).config
     kernels = bases.of_config(config) if base is None else (bases.load(base), "")
     return one_run.write(what[0], *kernels, layers, base, also)
@@ -119,21 +120,21 @@ def write(
 def sort(name: str) -> str:
     """Whether a path is a run or an adapter.
 
-    Raises FileNotFoundError where there is nothing, ValueError where it is something else.
+    Raises FileNotFoundError if the path doesn't exist, ValueError if it is something else.
     """
     path = pathlib.Path(name)
     if not path.exists():
-        near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"{name}: no such run directory or adapter{nearest(name, near)}")
+        names = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"{name}: no such run directory or adapter{nearest(name, names)}")
     if reading.is_here(path):
         return ADAPTER
     if rundir.is_run(path):
         return RUN
     hint = ""
     if (path / "method.json").exists():
-        hint = "; it holds lorax's own format, whose report is that of its run"
+        hint = "; it is in lorax's own format: report on its run instead"
     elif (path / "config.json").exists():
-        hint = "; it looks like a model: that is for --base"
+        hint = "; it looks like a model: pass it as --base"
     raise ValueError(
         f"{name}: neither a run directory (with {rundir.MEMBERS}) nor an adapter (with "
         f"adapter_config.json or delta.safetensors){hint}"

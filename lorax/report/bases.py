@@ -1,4 +1,4 @@
-"""The base model's kernels, which updates are compared with. The rest of the report needs no model
+"""The base model's kernels, for comparing updates with them. The rest of the report needs no model
 code and no JAX."""
 
 import pathlib
@@ -17,15 +17,15 @@ def of_config(config: dict[str, Any]) -> tuple[Kernels | None, str]:
     name = config.get("config", {}).get("base")
     if not name:
         return None, "config.json names no base model"
-    own = outside.base_name(name)
-    if own is not None and not outside.is_known(own.function):
+    function = outside.base_name(name)
+    if function is not None and not outside.is_known(function.function):
         return (
             None,
-            f"{name} is a function of yours, which a report runs where --base names it",
+            f"{name} is a function of yours, which the report only calls if --base names it",
         )
     try:
         return load(name), ""
-    except Exception as error:  # whatever it is, the rest of the report stands without
+    except Exception as error:  # whatever the error, the rest of the report needs no base
         return None, f"the base model {name} could not be loaded: {type(error).__name__}: {error}"
 
 
@@ -37,7 +37,7 @@ def load(name: str) -> Kernels:
 
 
 def with_sources(name: str) -> tuple[Kernels, dict[str, Any]]:
-    """`load`, and where the model's parameters lie in Hugging Face's tensors (`Base.sources`)."""
+    """`load`, and where in Hugging Face's tensors the model's parameters are (`Base.sources`)."""
     from lorax import models
 
     base = models.load(name)
@@ -45,8 +45,8 @@ def with_sources(name: str) -> tuple[Kernels, dict[str, Any]]:
 
 
 def here(name: str) -> str | None:
-    """What `load` finds a model by without any network: a shipped one, a directory, the Hub's
-    cache. None where it is in none of them."""
+    """What to pass to `load` to get a model without network access: the name of a shipped model, a
+    directory, or the path of the Hub's cached copy. None if it is in none of these places."""
     if (pathlib.Path(lorax.__file__).parent / "assets" / name / "config.json").exists():
         return name
     if pathlib.Path(name).expanduser().is_dir():
@@ -55,5 +55,5 @@ def here(name: str) -> str | None:
 
     try:
         return snapshot_download(name, local_files_only=True)
-    except Exception:  # not a Hub id, no cache, not in it: all mean "not here"
+    except Exception:  # not a Hub id, no cache, or not in the cache: not on this machine
         return None

@@ -7,8 +7,8 @@ LOSSES = """
 lowest mean plus its standard error (the standard deviation over seeds, with n − 1, divided by √n).
 The rule picks the simplest setting that the data can't distinguish from the best. It is not a test
 of equality.</li>
-<li><b>Loss.</b> Cross entropy in nats, per completion token; for a classifier, per example; squared
-error for a task that predicts values. The base's loss is measured at step 0.</li>
+<li><b>Loss.</b> Cross entropy in nats, per completion token, or per example for a classifier;
+squared error for a task that predicts values. The base's loss is measured at step 0.</li>
 """
 
 UPDATES = """
@@ -39,16 +39,16 @@ a given share (90% for d90) of what full fine-tuning reaches (Li et al.,
 <a href="https://arxiv.org/abs/1804.08838">arXiv 1804.08838</a>, section 2; Aghajanyan et al.,
 <a href="https://arxiv.org/abs/2012.13255">arXiv 2012.13255</a>). For a score it is the
 share of its value; for a loss, the share of its improvement over no training (our choice).</li>
-<li><b>Full fine-tuning.</b> At its best learning rate, by the mean over seeds.</li>
-<li><b>Learning rate.</b> Chosen for each dimension by the mean over seeds, on the same eval set, so
-both sides are slightly optimistic.</li>
+<li><b>Full fine-tuning.</b> At the learning rate with the best mean over seeds.</li>
+<li><b>Learning rate.</b> Chosen for each dimension by the mean over seeds, on the same eval set. So
+the values of the subspaces and of full fine-tuning are both slightly optimistic.</li>
 <li><b>Crossing.</b> Each seed's values are made monotone in d by isotonic regression, then
 interpolated linearly in log d up to the needed value. Estimate: geometric mean over seeds.
 Interval: Student's t on log d, with n − 1 degrees of freedom. It covers the variation between
 seeds, not the choice of data or learning rates.</li>
-<li><b>Refinement.</b> A round adds dimensions between the largest at which, as at all smaller ones,
-every seed fails and the smallest at which, as at all larger ones, every seed succeeds. Each is
-trained at the two best learning rates of the nearest dimension tried before.</li>
+<li><b>Refinement.</b> A round adds dimensions between the range in which every seed fails and the
+range in which every seed succeeds. Each new dimension is trained at the two best learning rates of
+the nearest dimension tried before.</li>
 """
 
 

@@ -1,8 +1,8 @@
 """One self-contained page of HTML: its tables, figures and sections, and how it is saved.
 
-A report directory holds report.html, figures/NAME.png, NAME.pdf and NAME.csv (the very numbers that
-the figure draws) and analysis/ (all numbers: .csv tables, .npz arrays). .report.json lists what the
-page wrote. The page holds its images itself; only the links below a figure lead to files.
+A report directory holds report.html, figures/NAME.png, NAME.pdf and NAME.csv (the plotted numbers)
+and analysis/ (all numbers: .csv tables, .npz arrays). .report.json lists the files that the page
+wrote. Images are embedded in the page; only the links below a figure lead to files.
 """
 
 import base64
@@ -37,7 +37,7 @@ TEMPLATE = pathlib.Path(__file__).with_name("page.html.tmpl")
 DPI = 150  # of the images
 CONSOLE = console(stderr=True)  # shows progress on a terminal
 MANIFEST = ".report.json"  # lists what a page wrote
-PER_INCH = 100  # CSS pixels for an inch of a figure: its 9 points read as 12.5 pixels
+PER_INCH = 100  # CSS pixels per inch of a figure: its 9-point text is 12.5 pixels high
 
 
 class Picture(NamedTuple):
@@ -51,16 +51,16 @@ class Section(NamedTuple):
     """A part of a page, with its figures and files."""
 
     title: str
-    content: str  # HTML; a figure in it stands as src="NAME" until the page is put together
+    content: str  # HTML; a figure appears in it as src="NAME" until the page is put together
     pictures: dict[str, Picture] = {}
     files: dict[
         str, pd.DataFrame | dict[str, np.ndarray]
     ] = {}  # of analysis/, NAME.csv or NAME.npz
-    error: Exception | None = None  # why it could not be made
+    error: Exception | None = None  # why the section failed
 
 
 class Fixed(NamedTuple):
-    """A number to show with so many digits after the point."""
+    """A number, and how many digits after the point to show."""
 
     value: Any
     digits: int = 4
@@ -72,28 +72,28 @@ class Fixed(NamedTuple):
 def save(
     directory: pathlib.Path, title: str, lead: str, sections: Sequence[Section], command: str
 ) -> pathlib.Path:
-    """Draw all figures, then write them, the numbers and the page; the path of report.html.
+    """Draw all figures, then write them, the numbers and the page. Returns the path of report.html.
 
-    Files that an earlier page wrote here and this one doesn't write are removed. All other files
-    (the run's, a person's) stay.
+    Removes files that an earlier page wrote here and this one doesn't. All other files (the run's,
+    the user's) stay.
 
-    If a section or figure fails, the page has a line in its place with the command that redraws the
-    page (`command`), a warning (`SectionFailed`) is given, and errors.txt gets the traceback. All
-    else is written.
+    If a section or figure fails, the page shows a note in its place with the command that redraws
+    the page (`command`), a `SectionFailed` warning is issued, and errors.txt gets the traceback.
+    Everything else is written.
     """
     failed = {section.title: section.error for section in sections if section.error is not None}
     files: dict[str, bytes] = {}
     images: dict[str, bytes | Exception] = {}
-    pictures = [(of.title, *picture) for of in sections for picture in of.pictures.items()]
-    for of, name, picture in progress(pictures, "drawing", len(pictures)):
+    pictures = [(part.title, *picture) for part in sections for picture in part.pictures.items()]
+    for heading, name, picture in progress(pictures, "drawing", len(pictures)):
         files[f"{rundir.FIGURES}/{name}.csv"] = csv(picture.numbers)
         try:
             lay_out(picture.figure)
             images[name] = png(picture.figure)
             files[f"{rundir.FIGURES}/{name}.pdf"] = pdf(picture.figure)
             files[f"{rundir.FIGURES}/{name}.png"] = images[name]
-        except Exception as error:  # the other figures are drawn
-            failed[f"{of}, figure {name}"] = images[name] = error
+        except Exception as error:  # draw the other figures
+            failed[f"{heading}, figure {name}"] = images[name] = error
     for section in sections:
         files |= {
             f"{rundir.ANALYSIS}/{name}": _data(value) for name, value in section.files.items()
@@ -117,33 +117,33 @@ class SectionFailed(UserWarning):
     """A section or a figure of a page failed; the others were made."""
 
 
-def attempt(title: str, make: Callable[..., Section | list[Section]], *given) -> list[Section]:
-    """The sections that `make(*given)` returns; if it fails, one of this title with the error."""
+def attempt(title: str, make: Callable[..., Section | list[Section]], *arguments) -> list[Section]:
+    """The sections that `make(*arguments)` returns; if it fails, one with the title and the error."""
     try:
-        made = make(*given)
-    except Exception as error:  # a page shows what it can
+        made = make(*arguments)
+    except Exception as error:  # show the rest of the page
         return [Section(title, "", error=error)]
     return [made] if isinstance(made, Section) else made
 
 
 def command(what: Iterable[object], **options: object) -> str:
-    """The command that redraws a page, as a shell takes it; options that are None are left out,
-    those with several values are repeated."""
-    given = [
+    """The shell command that redraws a page. Options that are None are left out; those with several
+    values are repeated."""
+    flags = [
         f"--{name}={value}"
-        for name, of in options.items()
-        for value in (of if isinstance(of, tuple | list) else (of,))
+        for name, values in options.items()
+        for value in (values if isinstance(values, tuple | list) else (values,))
         if value is not None
     ]
     names = [f"./{name}" if str(name).startswith("-") else str(name) for name in what]
-    return shlex.join(["python", "-m", "lorax.report", *names, *given])
+    return shlex.join(["python", "-m", "lorax.report", *names, *flags])
 
 
 def _written(directory: pathlib.Path) -> set[str]:
     """The files that an earlier page wrote here."""
     file = directory / MANIFEST
     listed = read_json(file).get("files", []) if file.exists() else []
-    # The directory may come from elsewhere: only names that a page writes are removed.
+    # The directory may come from elsewhere: remove only names that a page writes.
     folders = f"{rundir.FIGURES}|{rundir.ANALYSIS}"
     return {name for name in listed if re.fullmatch(rf"({folders})/[^/\0]+", str(name))}
 
@@ -187,7 +187,7 @@ def lay_out(figure: Figure) -> None:
     figure.set_layout_engine("none")
 
 
-# The canvases draw once, where figure.savefig draws twice; the same bytes every time.
+# figure.savefig draws twice, these canvases once. Their bytes are reproducible.
 
 
 def png(figure: Figure) -> bytes:
@@ -210,11 +210,11 @@ def put_together(
     images: dict[str, bytes | Exception],
     command: str,
 ) -> str:
-    """The page's HTML. images: PNG by the name that stands in a section's src, or why there is
-    none. command: redraws the page; shown where something failed."""
+    """The page's HTML. images: by the name in a section's src, the PNG or the error that prevented
+    it. command: redraws the page; shown where something failed."""
     lost = lambda what, error: (
         f'<p class="note">{what} could not be made: {escape(reason(error))}. {rundir.ERRORS}, '
-        "beside this page, has the traceback. To redraw the page: "
+        "next to this page, has the traceback. To redraw the page: "
         f"<code>{escape(command)}</code></p>"
     )
     sections = [
@@ -247,8 +247,8 @@ def put_together(
         lead=escape(lead),
         contents=contents,
         sections=body,
-        footer="Written by lorax.report. All numbers are in analysis/. figures/ has each figure as "
-        "PNG and PDF, and the plotted numbers as CSV.",
+        footer="Written by lorax.report. All numbers are in analysis/. Each figure is in "
+        "figures/ as PNG and PDF, with the plotted numbers as CSV.",
     )
 
 
@@ -257,7 +257,7 @@ def slug(title: str) -> str:
 
 
 def unused(name: str, taken: Container[str]) -> str:
-    """The name, or name_2, name_3... if it is taken: runs "a/b" and "a_b" have one file name."""
+    """The name, or name_2, name_3... if it is taken: runs "a/b" and "a_b" share a file name."""
     others = (f"{name}_{n}" for n in itertools.count(2))
     return name if name not in taken else next(other for other in others if other not in taken)
 
@@ -272,9 +272,9 @@ def table(
     sortable: bool = False,
     classes: Sequence[str] | None = None,
 ) -> str:
-    """A table; numbers are aligned right. sortable: a press on a heading sorts.
+    """A table with right-aligned numbers. sortable: clicking a heading sorts.
 
-    rows: their values; `Fixed` sets the digits, a missing value (None, NaN) reads "–".
+    rows: lists of values; `Fixed` sets the digits, a missing value (None, NaN) is shown as "–".
     """
     rows = [list(row) for row in rows]
     numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(header))]
@@ -288,7 +288,7 @@ def table(
         line = []
         for column, value in enumerate(row):
             tag, scope = ("th", ' scope="row"') if column == 0 else ("td", "")
-            # Full precision is what sorting goes by; nothing for a missing number.
+            # Sort by the full precision; a missing number has no value.
             plain = value.value if isinstance(value, Fixed) else value
             data = f' data-value="{escape(_plain(plain))}"' if sortable else ""
             attributes = scope + _class(numeric[column]) + data
@@ -303,8 +303,8 @@ def table(
 
 
 def figure(name: str, caption: str, alt: str, folded: str = "") -> str:
-    """A figure with links to its files. alt: what it shows, in words. folded: the line that unfolds
-    it, if it is folded; print always has it."""
+    """A figure with links to its files. alt: what it shows, in words. folded: the summary line
+    to click if the figure starts folded; it is always printed."""
     files = ", ".join(
         f'<a href="figures/{name}.{suffix}">{suffix.upper()}</a>'
         for suffix in ("png", "pdf", "csv")
@@ -318,12 +318,12 @@ def figure(name: str, caption: str, alt: str, folded: str = "") -> str:
 
 
 def fold(summary: str, content: str) -> str:
-    """HTML that a press on the summary unfolds."""
+    """HTML that is unfolded by clicking the summary."""
     return f"<details><summary>{escape(summary)}</summary>{content}</details>"
 
 
 def aid(text: str) -> str:
-    """How to read what follows, in a sentence."""
+    """A sentence on how to read what follows."""
     return f'<p class="aid">{escape(text)}</p>'
 
 
@@ -340,7 +340,7 @@ def listing(items: Iterable[str]) -> str:
 
 
 def facts(pairs: dict[str, Any], code: Iterable[str] = ()) -> str:
-    """Names and values; empty values are left out. code: names whose values are set as code."""
+    """Names and values; empty values are left out. code: names whose values are shown as code."""
     rows = []
     for name, value in pairs.items():
         if value in (None, "", {}):
@@ -358,7 +358,7 @@ def escape(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as a table has it."""
+    """A value as a table shows it."""
     if isinstance(value, Fixed):
         return "–" if is_missing(value.value) else f"{value.value:.{value.digits}f}"
     if is_missing(value):

@@ -1,4 +1,4 @@
-"""Which members, layers and targets a figure or table shows, and how it says so."""
+"""Which members, layers and targets a figure or table shows, and the words that say so."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,9 +9,9 @@ from lorax.analysis import runs
 
 
 def label(rows: pd.DataFrame, shown: pd.DataFrame, main: str) -> pd.DataFrame:
-    """The rows of members that are shown, with their value of `main` as a column."""
-    kept = rows[rows["member"].isin(shown.index)].drop(columns=[main], errors="ignore")
-    labelled = kept.merge(shown[["member", main]], on="member")
+    """The rows of the shown members, with their value of `main` as a column."""
+    shown_rows = rows[rows["member"].isin(shown.index)].drop(columns=[main], errors="ignore")
+    labelled = shown_rows.merge(shown[["member", main]], on="member")
     if labelled[main].isna().any():
         labelled[main] = [
             runs.in_words(value, main) if runs.is_missing(value) else value
@@ -21,7 +21,7 @@ def label(rows: pd.DataFrame, shown: pd.DataFrame, main: str) -> pd.DataFrame:
 
 
 def shown_of(some: Sequence, every: Sequence, what: str = "") -> str:
-    """The values that a figure shows, of all: "layers 0, 4, 11 (3 of 12)"."""
+    """Which values a figure shows, and of how many: "layers 0, 4, 11 (3 of 12)"."""
     named = ", ".join("none" if what == "layers" and x == -1 else str(x) for x in some)
     return f"{what} {named} ({len(some)} of {len(every)})".strip()
 
@@ -34,34 +34,36 @@ def drawn_of(
     where: str = "the tables have all",
 ) -> str:
     """The end of the caption of a figure that leaves out layers or targets; "" if it has all."""
-    said = []
+    parts = []
     if len(layers) < len(all_layers):
-        said.append(shown_of(layers, all_layers, "layers"))
+        parts.append(shown_of(layers, all_layers, "layers"))
     if len(targets) < len(all_targets):
-        said.append(shown_of(targets, all_targets, "targets"))
-    return f" Drawn: {' and '.join(said)}; {where}." if said else ""
+        parts.append(shown_of(targets, all_targets, "targets"))
+    return f" Drawn: {' and '.join(parts)}; {where}." if parts else ""
 
 
 def unchanged(ranks: pd.DataFrame) -> str:
     """Which members' matrices have no update, in a sentence; "" if all have one.
 
-    ranks: a row a member and matrix, with norm = ||dW||_F.
+    ranks: one row per member and matrix, with norm = ||dW||_F.
     """
-    none = ranks[ranks["norm"] == 0]
-    if not len(none):
+    unchanged_rows = ranks[ranks["norm"] == 0]
+    if not len(unchanged_rows):
         return ""
-    if len(none) == len(ranks):
+    if len(unchanged_rows) == len(ranks):
         return f"No update: ΔW = 0 in all {len(ranks)} matrices."
-    counts = none.groupby("member", sort=False).size()
-    of = ranks.groupby("member", sort=False).size()
-    named = "; ".join(f"{n} of {of[member]} of member {member}" for member, n in counts.items())
-    return f"No update: ΔW = 0 in {len(none)} of {len(ranks)} matrices ({named})."
+    counts = unchanged_rows.groupby("member", sort=False).size()
+    totals = ranks.groupby("member", sort=False).size()
+    listed = "; ".join(
+        f"{n} of {totals[member]} of member {member}" for member, n in counts.items()
+    )
+    return f"No update: ΔW = 0 in {len(unchanged_rows)} of {len(ranks)} matrices ({listed})."
 
 
 def unmeasured(missing: Mapping[tuple, str], count: int) -> str:
-    """For how many of `count` matrices a statistic has no number, and why, in a sentence.
+    """How many of `count` matrices a statistic has no number for, and why, in a sentence.
 
-    missing: {(member, path): why}.
+    missing: {(member, path): reason}.
     """
     reasons: dict[str, list] = {}
     for key, why in missing.items():
@@ -69,14 +71,14 @@ def unmeasured(missing: Mapping[tuple, str], count: int) -> str:
     parts = []
     for why, keys in list(reasons.items())[:3]:
         member, path = keys[0]
-        more = f" and {len(keys) - 1} more" * (len(keys) > 1)
-        parts.append(f"{path} of member {member}{more}: {why}")
+        others = f" and {len(keys) - 1} more" * (len(keys) > 1)
+        parts.append(f"{path} of member {member}{others}: {why}")
     rest = f"; and {len(reasons) - 3} other reasons" * (len(reasons) > 3)
     return f"No number for {len(missing)} of {count} matrices. {'; '.join(parts)}{rest}."
 
 
 def spread(values: Sequence, most: int) -> list:
-    """At most that many of the values, evenly spaced and with both ends; for 1 the middle one."""
+    """At most `most` of the values: evenly spaced, including both ends; the middle one for 1."""
     if len(values) <= most:
         return list(values)
     if most == 1:

@@ -17,7 +17,7 @@ def mean(row: pd.Series) -> str:
 
 
 def setting(row: pd.Series, by: runs.Axes) -> str:
-    """Where a setting lies on the sweep's axes: "r = 4 with alpha=8"."""
+    """A setting as its values on the sweep's axes: "r = 4 with alpha=8"."""
     main = by.main or "rank"
     value = "none" if cell(main, row[main]) is None else show(cell(main, row[main]))
     name = "r" if main == "rank" else axis(main)

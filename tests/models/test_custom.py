@@ -326,7 +326,7 @@ def test_commands_take_a_function_for_a_base(run):
 def test_a_report_runs_no_function_that_only_the_run_names(run):
     command("report", "run", cwd=run)
     text = (run / "run/report.html").read_text()
-    assert "is a function of yours, which a report runs where --base names it" in text
+    assert "is a function of yours, which the report only calls if --base names it" in text
 
 
 def test_a_plan_calls_the_function_and_draws_nothing(run):

@@ -54,7 +54,7 @@ def test_a_terminal_sees_how_far_it_is(here, capsys, monkeypatch, tmp_path, undr
     monkeypatch.setattr(page, "CONSOLE", screen)
     assert main([str(here / "adapter"), f"--out={tmp_path / 'out'}"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "report.html")
-    assert f"taking {here / 'adapter'} apart" in said.getvalue().replace("\n", "")
+    assert f"analysing {here / 'adapter'}" in said.getvalue().replace("\n", "")
     assert "drawing" in said.getvalue() and "100%" in said.getvalue()
 
 
@@ -62,8 +62,8 @@ MISTAKES = {
     "nowhere": (["nowhere"], "nowhere: no such run directory or adapter"),
     "a typing error": (["runn"], "did you mean '.*run'"),
     "neither": (["empty"], "empty: neither a run directory .* nor an adapter"),
-    "our own format": (["own"], "lorax's own format, whose report is that of its run"),
-    "a model": (["model"], "looks like a model: that is for --base"),
+    "our own format": (["own"], "lorax's own format: report on its run instead"),
+    "a model": (["model"], "looks like a model: pass it as --base"),
     "torn": (["torn"], "members.jsonl: no such file"),
     "mixed": (["run", "adapter"], "run is a run, .*adapter is an adapter: give runs or adapters"),
     "twice": (["run", "run"], "run: given twice"),
@@ -78,7 +78,7 @@ MISTAKES = {
     "alpha of PEFT": (["adapter", "--alpha=8"], "--alpha is for loralib's checkpoints"),
     "alpha of a run": (["run", "--alpha=8"], "--alpha is for loralib's checkpoints"),
     "base of several": (["run", "other", "--base=gpt2-nano"], "--base is for adapters or one run"),
-    "out of one run": (["run", "--out=x"], "--out: the report of one run goes into it"),
+    "out of one run": (["run", "--out=x"], "--out: the report of one run goes into its directory"),
 }
 
 
