@@ -118,7 +118,7 @@ class SectionFailed(UserWarning):
 
 
 def attempt(title: str, make: Callable[..., Section | list[Section]], *arguments) -> list[Section]:
-    """The sections that `make(*arguments)` returns; if it fails, one with the title and the error."""
+    """The sections that `make(*arguments)` returns; if it fails, one with the error."""
     try:
         made = make(*arguments)
     except Exception as error:  # show the rest of the page

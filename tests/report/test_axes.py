@@ -131,7 +131,7 @@ def test_panels_that_are_left_out_are_counted(tmp_path, undrawn):
     lrs = tuple(n * 1e-3 for n in range(1, 15))
     directory = make_run(tmp_path, ranks=(2, 4), seeds=(0,), lrs=lrs, adapters=False)
     text = report.write(directory).read_text()
-    assert "Of 14 settings of learning rate the 12 that reach the lowest loss" in text
+    assert "Shown: the 12 of 14 settings of learning rate with the lowest loss" in text
     points = pd.read_csv(directory / "figures" / "learning_curves.csv")
     assert points["lr"].nunique() == 12 and 14e-3 not in set(points["lr"].round(6))
 

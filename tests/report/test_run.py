@@ -186,7 +186,7 @@ def test_one_setting_and_kernels_that_do_not_fit(tmp_path, undrawn):
     directory = make_run(tmp_path / "run", ranks=(4,), seeds=(0,))
     text = report.write(directory, {"h/0/attn/q": np.ones((3, 3))}).read_text()
     assert "One setting: final eval loss 1.190; base 3.456." in text
-    assert "kernels do not fit the adapters" in text
+    assert "kernels don&#x27;t fit the adapters" in text
 
 
 def test_torn_line_and_unfinished_run(tmp_path, undrawn):

@@ -87,7 +87,7 @@ def test_nothing_in_common_is_said(tmp_path, undrawn):
     make_run(tmp_path / "a", ranks=(2,), seeds=(0,))
     make_run(tmp_path / "b", ranks=(2,), seeds=(0,), adapters=False)
     text = several_runs.write([tmp_path / "a", tmp_path / "b"], tmp_path / "out").read_text()
-    assert "two seeds of a: not available, its best setting has one member with an" in text
+    assert "two seeds of a: not available: its best setting has only one member" in text
     assert "b: " in text and "no such file" in text
     assert "Curves" not in Page(text).headings  # one value on every axis
 

@@ -205,7 +205,7 @@ def test_a_statistic_that_fails_is_a_line_on_the_page(tmp_path, undrawn):
     assert "No number for 4 of 12 matrices. h/0/attn/q of member 0 and 3 more: " in text
     assert "ZeroDivisionError" in text
     assert "needs the base&#x27;s weights: the base model&#x27;s kernels were not given" in text
-    assert "No number to draw." in text
+    assert "There are no numbers to draw." in text
 
 
 def test_the_command_takes_it_for_a_run_and_an_adapter(tmp_path, undrawn, capsys, monkeypatch):

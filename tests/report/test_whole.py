@@ -107,7 +107,7 @@ def test_a_limit_is_said_wherever_it_holds(tmp_path, monkeypatch, capsys, undraw
     monkeypatch.setattr(page, "CONSOLE", Console(file=said, width=200))
     out = tmp_path / "out"
     assert main([str(tmp_path / "adapter"), f"--out={out}", "--layers=1"]) == 0
-    limit = "1 of 2 layers, as asked for: 1"
+    limit = "1 of 2 layers, as requested: 1"
     assert f"against the base: {limit}" in said.getvalue()
     text = (out / "report.html").read_text()
     assert f"python -m lorax.report {tmp_path}/adapter --layers=1 --out={out}" in text
@@ -120,7 +120,7 @@ def test_a_limit_is_said_wherever_it_holds(tmp_path, monkeypatch, capsys, undraw
     assert "limit" not in pd.read_csv(out / "analysis" / "spectra.csv")
     assert main([str(tmp_path / "adapter"), f"--out={tmp_path / 'none'}", "--layers=0"]) == 0
     text = (tmp_path / "none" / "report.html").read_text()
-    assert "Not computed: 0 of 2 layers asked for" in text
+    assert "Not computed: 0 of 2 layers were requested" in text
     assert main([str(tmp_path / "adapter"), "--layers=-1"]) == 2
     assert "--layers=-1: a number of layers, 0 for none" in capsys.readouterr().err
 
@@ -132,7 +132,7 @@ def test_a_run_takes_its_limit_from_its_config(tmp_path, undrawn):
     (directory / "config.json").write_text(json.dumps(about))
     text = report.write(directory, kernels()).read_text()
     stored = pd.read_csv(directory / "analysis" / "amplification.csv")
-    assert set(stored["layer"]) == {0, 2} and "Of 2 of 3 layers, as asked for: 0, 2." in text
+    assert set(stored["layer"]) == {0, 2} and "For 2 of 3 layers, as requested: 0, 2." in text
 
 
 def test_a_limit_of_a_config_is_checked_and_may_change():
@@ -149,7 +149,7 @@ def test_long_work_is_announced_with_a_way_out(monkeypatch):
     wide = {f"h/{n}/attn/q": np.broadcast_to(np.float32(0), (4096, 4096)) for n in range(32)}
     base_weights._announce(list(wide), wide, 4)
     assert re.search(
-        r"32 matrices of the base.*4 members, which takes about \d+ min.*--layers=N",
+        r"32 matrices of the base.*4 members takes about \d+ min.*--layers=N",
         said.getvalue(),
     )
     base_weights._announce(["h/0/attn/q"], kernels(), 4)
@@ -178,9 +178,9 @@ def test_captions_say_what_a_figure_leaves_out():
     assert "Drawn:" not in spectra.spectra(sigmas.assign(rank=2), "rank").content
     many = [found._replace(name=f"{n}", title=f"pair {n}") for n in range(8)]
     for section in (shared_directions.section(many), shared_directions.across(many, [])):
-        assert "Maps are drawn of the first 6 of 8 comparisons" in section.content
+        assert "Maps are shown for the first 6 of 8 comparisons" in section.content
         assert section.files["similarity.csv"]["comparison"].nunique() == 8
-    assert "Maps are drawn" not in shared_directions.section([found]).content
+    assert "Maps are shown" not in shared_directions.section([found]).content
 
 
 def test_phi_is_over_all_pairs_of_seeds(tmp_path):
@@ -217,7 +217,7 @@ def test_updates_without_factors_have_their_own_reasons_and_phi(tmp_path, undraw
     text = report.write(tmp_path / "run", kernels()).read_text()
     assert "the sweep has one rank" not in text and "there is one seed" not in text
     assert "from the factors" not in text and "Between seeds" not in text
-    assert "Between ranks: not available, full has no rank." in text
+    assert "Between ranks: not available: full has no rank." in text
     assert "Not computed for 2 of 2 members: U and V have as many directions as the adapter" in text
     path = "h/1/attn/v"
     with np.load(tmp_path / "run" / "analysis" / "similarity.npz") as stored:
@@ -234,8 +234,8 @@ def test_updates_without_factors_have_their_own_reasons_and_phi(tmp_path, undraw
     "ranks, seeds, ranks_here, said",
     [
         ((2, 2), (0, 0), (2, 2), ["the sweep has one rank", "the sweep has one seed"]),
-        ((2, 4), (0, 1), (4,), ["1 of 2 members are compared here, which have one rank"]),
-        ((2, 4), (0, 1), (4,), ["1 of 2 members are compared here, those have one seed"]),
+        ((2, 4), (0, 1), (4,), ["1 of 2 members are compared here, and they have one rank"]),
+        ((2, 4), (0, 1), (4,), ["1 of 2 members are compared here, and those have one seed"]),
     ],
 )
 def test_what_is_absent_has_its_true_reason(ranks, seeds, ranks_here, said):
@@ -256,7 +256,7 @@ def test_no_update_is_said_and_is_no_number(tmp_path, undrawn):
     with pytest.warns(UserWarning, match="No update: ΔW = 0 in all 4 matrices"):
         text = adapters.write([tmp_path / "none"], out=tmp_path / "out").read_text()
     assert "none: No update: ΔW = 0 in all 4 matrices." in text
-    assert "0/0 and enters no mean" in text
+    assert "0/0 and left out of all means" in text
     rows = Page(text).table("amplification", "target", "layer")
     assert rows and {row["amplification"] for row in rows} == {"–"}
     stored = pd.read_csv(tmp_path / "out" / "analysis" / "amplification.csv")

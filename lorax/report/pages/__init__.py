@@ -1,1 +1,1 @@
-"""The pages: of one run, of several, of adapters, of a search for the intrinsic dimension."""
+"""The pages on one run, several runs, adapters, and a search for the intrinsic dimension."""

@@ -1,5 +1,5 @@
-"""The report of one adapter or two, from anywhere: PEFT's directories, loralib's checkpoints, and
-the dense updates that lorax writes for any other method."""
+"""The report on one or two adapters from anywhere: PEFT directories, loralib checkpoints, and the
+dense updates that lorax writes for other methods."""
 
 import pathlib
 import re
@@ -28,7 +28,7 @@ NO_SCALE = "none in the file: s = 1, so norms are those of BA; give --alpha"
 
 
 class Given(NamedTuple):
-    """An adapter as it was read."""
+    """An adapter that was read."""
 
     name: str
     path: pathlib.Path
@@ -44,34 +44,36 @@ def write(
     layers: int | None = None,
     also: Sequence[str] = (),
 ) -> pathlib.Path:
-    """Analyse one adapter or two and write their report; the path of report.html.
+    """Analyse one or two adapters and write their report. Returns the path of report.html.
 
     Args:
-      paths: PEFT directories, or loralib's checkpoints.
-      base: the model they belong to, as `lorax.models.load` takes it. By default the one that the
-        adapter names, if it is on this machine; without a base, comparisons with it are left out.
-      out: where the page goes; without it runs/adapter-<name>.
+      paths: PEFT directories or loralib checkpoints.
+      base: their base model, as `lorax.models.load` takes it. By default the one that the adapter
+        names, if it is on this machine; without a base, comparisons with it are left out.
+      out: where to write the page; by default runs/adapter-<name>.
       alpha: lora_alpha of loralib's checkpoints, which don't store it.
-      layers: how many of the base's layers they are compared with, evenly spaced; None: all.
-      also: statistics of every update, "FILE.py:function" each.
+      layers: in how many layers, evenly spaced, they are compared with the base; None: all.
+      also: statistics of every update, each as "FILE.py:function".
 
-    Raises FileNotFoundError or ValueError for an adapter that can't be read, a base that can't be
-    loaded and one that does not fit, before anything is written.
+    Raises FileNotFoundError or ValueError for an adapter that can't be read and for a base that
+    can't be loaded or doesn't fit, before anything is written.
     """
     paths = [pathlib.Path(path) for path in paths]
     if len(paths) > 2:
         raise ValueError(f"{len(paths)} adapters given: a page takes one, or two to compare")
     if alpha is not None and not any(reading.is_checkpoint(path) for path in paths):
-        raise ValueError("--alpha is for loralib's checkpoints; PEFT's adapter_config.json has it")
+        raise ValueError(
+            "--alpha is for loralib's checkpoints; a PEFT adapter_config.json already has it"
+        )
     statistics = tables.read_statistics(also)
     with threadpool_limits(1, user_api="blas"):
         kernels, sources, why = _base(paths, base)
         names = [_name(path) for path in paths]
         names = names if len(set(names)) == len(names) else several_runs.names(paths)
-        given = [read(*of, sources, alpha) for of in zip(names, paths, strict=True)]
-        for one in given:
+        given = [read(*source, sources, alpha) for source in zip(names, paths, strict=True)]
+        for adapter in given:
             if kernels is not None:
-                _check(one, kernels, base or "its base")
+                _check(adapter, kernels, base or "its base")
         name = several_runs.default_name("adapter", names)
         directory = pathlib.Path("runs") / name if out is None else pathlib.Path(out)
         options = {"base": base, "alpha": alpha, "layers": layers, "also": also, "out": directory}
@@ -81,8 +83,8 @@ def write(
 
 
 def read(name: str, path: pathlib.Path, sources=None, alpha: float | None = None) -> Given:
-    """An adapter's updates, and what is known of it. sources: where the base's parameters lie in
-    Hugging Face's tensors; without them layers have the names of their modules."""
+    """An adapter's updates and facts about it. sources: where in Hugging Face's tensors the base's
+    parameters are; without them, layers are called by their modules' names."""
     content = reading.read(path, sources, alpha)
     changes = {layer: x for layer, x in content.updates.items() if all(tables.shape_of(x))}
     factored = any(len(tables.shape_of(x)) == 3 for x in changes.values())
@@ -101,15 +103,15 @@ def read(name: str, path: pathlib.Path, sources=None, alpha: float | None = None
         facts["Parameters in factors"] = sum(f.a.size + f.b.size for f in changes.values())
         whole = list(content.weights)
         more = f" and {len(whole) - 8} more" * (len(whole) > 8)
-        facts["Trained in full beside them"] = ", ".join(whole[:8]) + more
+        facts["Also trained in full"] = ", ".join(whole[:8]) + more
     return Given(name, path, changes, facts)
 
 
-def _places(found) -> dict[str, Any]:
-    """Facts on which matrices have an update."""
-    targets = list(dict.fromkeys(tables.layer_and_target(path)[1] for path in found))
-    layers = {tables.layer_and_target(path)[0] for path in found} - {-1}
-    return {"Targets": ", ".join(targets), "Layers": len(layers), "Matrices": len(found)}
+def _places(changes) -> dict[str, Any]:
+    """Facts about which matrices have an update."""
+    targets = list(dict.fromkeys(tables.layer_and_target(path)[1] for path in changes))
+    layers = {tables.layer_and_target(path)[0] for path in changes} - {-1}
+    return {"Targets": ", ".join(targets), "Layers": len(layers), "Matrices": len(changes)}
 
 
 def _told_apart(factors: dict[str, Factors]) -> dict[str, Factors]:
@@ -125,7 +127,7 @@ def _told_apart(factors: dict[str, Factors]) -> dict[str, Factors]:
 
 
 def _name(path: pathlib.Path) -> str:
-    """An adapter's name: its directory; for one of a run, the run and the member."""
+    """An adapter's name: its directory's; for a run's adapter, run and member."""
     path = path.resolve()
     if path.parent.name == rundir.ADAPTERS and path.name.isdigit():
         return f"{path.parent.parent.name}-{path.name}"
@@ -133,14 +135,14 @@ def _name(path: pathlib.Path) -> str:
 
 
 def _base(paths: Sequence[pathlib.Path], name: str | None) -> tuple[Kernels | None, Any, str]:
-    """(kernels, sources, "") of the base; (None, None, the reason) if none was named and none is
-    here."""
+    """(kernels, sources, "") of the base, or (None, None, the reason) if --base was not given and
+    the adapter's own base can't be loaded."""
     give = "give it with --base=DIRECTORY"
     if name is None:
         configs = [path / peft.CONFIG for path in paths if (path / peft.CONFIG).exists()]
         named = {peft.read_config(file).get("base_model_name_or_path") for file in configs}
         if len(named) != 1 or len(configs) < len(paths) or not (called := named.pop()):
-            return None, None, f"the adapter's file names no one base; {give}"
+            return None, None, f"the adapter's file names no single base; {give}"
         name = bases.here(called)
         if name is None:
             return None, None, f"its base {called} is not on this machine; {give}"
@@ -153,18 +155,18 @@ def _base(paths: Sequence[pathlib.Path], name: str | None) -> tuple[Kernels | No
     except (FileNotFoundError, ValueError):
         raise
     except Exception as error:
-        raise ValueError(f"--base={name}: no model that can be loaded: {error}") from error
+        raise ValueError(f"--base={name}: can't load this model: {error}") from error
 
 
 def _check(given: Given, kernels: Kernels, base: str) -> None:
-    """Raises ValueError where an update does not fit its kernel."""
+    """Raises ValueError if an update does not fit its kernel."""
     for path, update in given.updates.items():
         shape = tables.shape_of(update)[:2]
         if path not in kernels or kernels[path].shape != shape:
             has = f"is {kernels[path].shape}" if path in kernels else "is not"
             raise ValueError(
-                f"{given.path}: its {path} is {shape}, which {has} in {base}; --base needs the "
-                "model that the adapter was trained on"
+                f"{given.path}: its {path} is {shape}, which {has} in {base}; --base must be "
+                "the model that the adapter was trained on"
             )
 
 
@@ -179,13 +181,15 @@ def _sections(
     layers: int | None,
     statistics: Sequence[tables.Statistic],
 ) -> list[Section]:
-    by_kind = sorted(given, key=lambda one: "Ranks" not in one.facts)  # those with factors first
-    updates = {one.name: one.updates for one in by_kind}
+    by_kind = sorted(
+        given, key=lambda adapter: "Ranks" not in adapter.facts
+    )  # those with factors first
+    updates = {adapter.name: adapter.updates for adapter in by_kind}
     sigmas, ranks = tables.spectra(updates)
     sigmas, ranks = sigmas.assign(adapter=sigmas["member"]), ranks.assign(adapter=ranks["member"])
     sections = page.attempt("What it is", _about, given, ranks, command)
     sections[0] = sections[0]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
-    names = [one.name for one in given]
+    names = [adapter.name for adapter in given]
     shown = pd.DataFrame({"member": names, "adapter": names}, index=names)
     measured = tables.statistics(updates, statistics, kernels, why)
     also = user_statistics.headings(measured)
@@ -194,47 +198,48 @@ def _sections(
     sections += page.attempt("Spectra of the updates", spectra.spectra, sigmas, "adapter")
     if len(given) == 2:
         sections += page.attempt("Subspace similarity", _both, given)
-    taken: list[str] = []
-    for one in given:
-        name = f"between_layers_{page.slug(one.name)}" if len(given) > 1 else "between_layers"
-        taken.append(page.unused(name, taken))
-        title = "Between layers" + f" of {one.name}" * (len(given) > 1)
-        sections += page.attempt(title, _between_layers, one, title, taken[-1])
-    of = (updates, kernels, why, shown, "adapter", layers)
-    sections += page.attempt(base_weights.TITLE, base_weights.sections, *of)
+    figure_names: list[str] = []
+    for adapter in given:
+        name = f"between_layers_{page.slug(adapter.name)}" if len(given) > 1 else "between_layers"
+        figure_names.append(page.unused(name, figure_names))
+        title = "Between layers" + f" of {adapter.name}" * (len(given) > 1)
+        sections += page.attempt(title, _between_layers, adapter, title, figure_names[-1])
+    arguments = (updates, kernels, why, shown, "adapter", layers)
+    sections += page.attempt(base_weights.TITLE, base_weights.sections, *arguments)
     return [*sections, notes.section(notes.UPDATES)]
 
 
 def _about(given: list[Given], ranks: pd.DataFrame, command: str) -> Section:
-    """What they are, in a sentence each and as facts."""
+    """What the adapters are: a sentence and the facts for each."""
     lines = []
-    for one in given:
-        own = ranks[ranks["member"] == one.name]
-        none = selection.unchanged(own)
-        if none:
-            warnings.warn(f"{one.path}: {none}", stacklevel=2)
-        if (own["norm"] == 0).all():
-            lines.append(f"<p><strong>{page.escape(f'{one.name}: {none}')}</strong></p>")
+    for adapter in given:
+        matrices = ranks[ranks["member"] == adapter.name]
+        unchanged = selection.unchanged(matrices)
+        if unchanged:
+            warnings.warn(f"{adapter.path}: {unchanged}", stacklevel=2)
+        if (matrices["norm"] == 0).all():
+            lines.append(f"<p><strong>{page.escape(f'{adapter.name}: {unchanged}')}</strong></p>")
             continue
-        largest = own.loc[own["norm"].idxmax()]
-        of_rank = f" of rank {one.facts['Ranks']}" if "Ranks" in one.facts else ""
+        largest = matrices.loc[matrices["norm"].idxmax()]
+        of_rank = f" of rank {adapter.facts['Ranks']}" if "Ranks" in adapter.facts else ""
         text = (
-            f"{one.name}: {len(own)} matrices{of_rank} use {own['effective'].mean():.1f} "
-            f"directions on average (effective rank; stable rank {own['stable'].mean():.1f}). The "
-            f"largest update is that of {largest['path']}, ‖ΔW‖ = {largest['norm']:.3g}."
+            f"{adapter.name}: {len(matrices)} matrices{of_rank} use "
+            f"{matrices['effective'].mean():.1f} directions on average (effective rank; stable "
+            f"rank {matrices['stable'].mean():.1f}). The largest update is that of "
+            f"{largest['path']}, ‖ΔW‖ = {largest['norm']:.3g}."
         )
-        text += f" {none}" if none else ""
+        text += f" {unchanged}" if unchanged else ""
         lines.append(f"<p><strong>{page.escape(text)}</strong></p>")
     parts = [f'<div class="answer">{"".join(lines)}</div>']
-    for one in given:
-        parts.append(page.facts(one.facts, code=["Adapter"]))
+    for adapter in given:
+        parts.append(page.facts(adapter.facts, code=["Adapter"]))
     parts.append(page.facts({"Redraw this page": command}, ["Redraw this page"]))
     return Section("What it is", "".join(parts))
 
 
 def _layers(ranks: pd.DataFrame, also: pd.DataFrame | None) -> Section:
     """Size and rank layer by layer, and a table of every matrix. also: further numbers of the
-    matrices: member, path, and a column each by its heading."""
+    matrices: member, path, and a column per number, named by its heading."""
     low, high = ranks["effective"].min(), ranks["effective"].max()
     alt = (
         f"Line charts of norm, effective and stable rank by layer: the effective rank lies between "
@@ -258,64 +263,64 @@ def _layers(ranks: pd.DataFrame, also: pd.DataFrame | None) -> Section:
     )
     content += page.figure("layers", caption, alt)
     content += page.table(
-        [*header, *extra], rows, "Every matrix; press a heading to sort.", sortable=True
+        [*header, *extra], rows, "Every matrix; click a heading to sort.", sortable=True
     )
     return Section("Layer by layer", content, {"layers": Picture(figures.by_layer(ranks), ranks)})
 
 
 def _both(given: list[Given]) -> Section:
     """The directions that two adapters share."""
-    one, other = (tables.bases(of.updates) for of in given)
+    one, other = (tables.bases(adapter.updates) for adapter in given)
     one, other = several_runs.fitting(one, other)
     title = f"{given[0].name} and {given[1].name}"
-    found = shared_directions.compare("adapters", title, [(one, other)] if one else [])
-    if found is not None:
-        return shared_directions.section([found])
+    comparison = shared_directions.compare("adapters", title, [(one, other)] if one else [])
+    if comparison is not None:
+        return shared_directions.section([comparison])
     text = "Not computed: no matrix has the same name and shape in both adapters."
     return Section("Subspace similarity", page.paragraph(text))
 
 
 def _between_layers(given: Given, title: str, name: str) -> list[Section]:
-    """Whether layers are changed in the same directions; no section if no target has two layers of
-    one shape. name: of the figure."""
+    """Whether layers are changed in the same directions. No section if no target has two layers of
+    the same shape. name: of the figure."""
     maps: dict[tuple[str, str], tuple[list[int], np.ndarray]] = {}
-    own, rows = tables.bases(given.updates), []
+    bases_by_path, rows = tables.bases(given.updates), []
     targets: dict[str, list[str]] = {}
-    for path in own:
+    for path in bases_by_path:
         targets.setdefault(tables.layer_and_target(path)[1], []).append(path)
     for target, paths in targets.items():
         for kind, side in (("dW in", "input"), ("dW out", "output")):
-            shape = own[paths[0]][kind].shape
-            same = [path for path in paths if own[path][kind].shape == shape]
+            shape = bases_by_path[paths[0]][kind].shape
+            same = [path for path in paths if bases_by_path[path][kind].shape == shape]
             if len(same) < 2:
                 continue
-            basis = np.stack([own[path][kind] for path in same])  # (layers, n, r)
+            basis = np.stack([bases_by_path[path][kind] for path in same])  # (layers, n, r)
             phi = basis_similarity(basis[:, None], basis[None])[..., -1, -1]
             layers = [tables.layer_and_target(path)[0] for path in same]
             maps[target, side] = layers, phi
             chance = shape[1] / shape[0]
-            about = {"target": target, "side": side, "chance": chance}
+            row = {"target": target, "side": side, "chance": chance}
             rows += [
-                {**about, "layer": layers[i], "other": layers[j], "phi": phi[i, j]}
+                {**row, "layer": layers[i], "other": layers[j], "phi": phi[i, j]}
                 for i, j in np.ndindex(phi.shape)
             ]
     if not maps:
         return []
     every = list(dict.fromkeys(target for target, _ in maps))
-    kept = selection.spread(every, MAX_TARGETS)
+    shown_targets = selection.spread(every, MAX_TARGETS)
     numbers = pd.DataFrame(rows)
-    drawn = {key: value for key, value in maps.items() if key[0] in kept}
-    apart = numbers[numbers["layer"] != numbers["other"]]
-    top = apart.loc[apart["phi"].idxmax()]
+    drawn = {key: value for key, value in maps.items() if key[0] in shown_targets}
+    pairs = numbers[numbers["layer"] != numbers["other"]]
+    top = pairs.loc[pairs["phi"].idxmax()]
     alt = (
-        f"Heat maps of φ(r, r) between layers: on average {apart['phi'].mean():.2f}, by chance "
-        f"{apart['chance'].mean():.2f}; the most alike are layers {top['layer']} and "
+        f"Heat maps of φ(r, r) between layers: on average {pairs['phi'].mean():.2f}, by chance "
+        f"{pairs['chance'].mean():.2f}; the most alike are layers {top['layer']} and "
         f"{top['other']} of {top['target']} ({top['side']} side), {top['phi']:.2f}."
     )
     caption = (
         "Overlap of the directions of one layer's ΔW with those of another's, on the input and the "
         "output side. The diagonal is 1, the chance level r/n."
-    ) + selection.drawn_of([], [], kept, every, "the CSV has all")
+    ) + selection.drawn_of([], [], shown_targets, every, "the CSV has all")
     content = page.aid(
         "Bright blocks off the diagonal: layers that are changed in the same directions."
     )

@@ -20,8 +20,8 @@ def is_search(run: runs.Run) -> bool:
 
 
 def write(run: runs.Run, base: str | None = None) -> pathlib.Path:
-    """Write the report of a search into its run directory; the path of report.html. base: what
-    --base named."""
+    """Write the report of a search into its run directory. Returns the path of report.html. base:
+    the value of --base."""
     command = page.command([run.directory], base=base)
     sections = page.attempt("Intrinsic dimension", _sections, run, command)
     return page.save(run.directory, run.directory.resolve().name, LEAD, sections, command)
@@ -31,12 +31,12 @@ def _sections(run: runs.Run, command: str) -> list[Section]:
     attempt = page.attempt
     table = runs.summary(run)
     by = runs.Axes("method", tuple(intrinsic.conditions(run, table)))
-    points, found = read(run)
-    files = {"intrinsic.csv": found, "intrinsic_points.csv": points}
-    page.save_files(run.directory, files)  # what calibration reads
+    points, estimated = read(run)
+    files = {"intrinsic.csv": estimated, "intrinsic_points.csv": points}
+    page.save_files(run.directory, files)  # calibration reads them
     empty = pd.DataFrame()
     sections = [
-        *attempt("Intrinsic dimension", dimension, run, points, found),
+        *attempt("Intrinsic dimension", dimension, run, points, estimated),
         *attempt("Calibration", evidence.planted, run, table, empty, empty),
         *attempt("What was run", setup.facts, run, table, by, command),
         *attempt("Members", setup.members, table, runs.scores(run)),
@@ -54,35 +54,38 @@ def _learning(
     if points.empty:
         return []
     metric = run.config["config"]["search"]["metric"]
-    each = points.groupby(["kind", "condition"], sort=False)
-    best = [intrinsic.tuned(own, SIZES.get(kind, "params"), metric) for (kind, _), own in each]
+    by_condition = points.groupby(["kind", "condition"], sort=False)
+    best = [
+        intrinsic.tuned(rows, SIZES.get(kind, "params"), metric) for (kind, _), rows in by_condition
+    ]
     shown = table.loc[sorted(pd.concat(best)["member"])]
-    which = " Each dimension, and each baseline, at its best learning rate."
+    which = " Each dimension and each baseline is at its best learning rate."
     others = [axis for axis in by.others if axis != "method"]
     by = runs.Axes("trainable_params", ("method", *others))
     return [losses.learning(run, shown, by, which)]
 
 
 def read(run: runs.Run) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`intrinsic.points`, and `intrinsic.estimate` of them: empty if no subspace was trained."""
-    asked, points = run.config["config"]["search"], intrinsic.points(run)
+    """`intrinsic.points`, and their `intrinsic.estimate`, which is empty if no subspace was
+    trained."""
+    search, points = run.config["config"]["search"], intrinsic.points(run)
     if not (points["kind"] == "subspace").any():
         return points, pd.DataFrame()
-    return points, intrinsic.estimate(points, asked["threshold"], asked["metric"])
+    return points, intrinsic.estimate(points, search["threshold"], search["metric"])
 
 
-def dimension(run: runs.Run, points: pd.DataFrame, found: pd.DataFrame) -> Section:
-    """d90 by condition, and the curves that it is read from."""
+def dimension(run: runs.Run, points: pd.DataFrame, estimated: pd.DataFrame) -> Section:
+    """d90 by condition, and the curves it is read from."""
     title = "Intrinsic dimension"
-    if found.empty:
+    if estimated.empty:
         text = '<div class="answer"><p><strong>No subspace has been trained yet.</strong></p></div>'
         return Section(title, text)
     lines = "".join(
-        f"<p><strong>{page.escape(headline(row))}</strong></p>" for _, row in found.iterrows()
+        f"<p><strong>{page.escape(headline(row))}</strong></p>" for _, row in estimated.iterrows()
     )
     parts = [f'<div class="answer">{lines}</div>']
     if run.status.get("state") in rundir.UNFINISHED:
-        parts.append(page.note("This run is not finished: all figures are provisional."))
+        parts.append(page.note("This run is not finished: all numbers are provisional."))
     diverged = int((points["status"] == "diverged").sum())
     if diverged:
         text = (
@@ -91,14 +94,14 @@ def dimension(run: runs.Run, points: pd.DataFrame, found: pd.DataFrame) -> Secti
             "members."
         )
         parts.append(page.note(text))
-    called, metric = intrinsic.name(found["threshold"].iloc[0]), found["metric"].iloc[0]
+    called, metric = intrinsic.name(estimated["threshold"].iloc[0]), estimated["metric"].iloc[0]
     measured = runs.loss_name(run) if metric == "loss" else words.axis(metric)
-    content, picture = curves(points, found, measured, runs.loss_name(run))
+    content, picture = curves(points, estimated, measured, runs.loss_name(run))
     parts.append(content)
-    parts.append(estimates(found))
+    parts.append(estimates(estimated))
     seeds = [
         f"{row['condition'] or row['method']}: {row['by_seed']}"
-        for _, row in found.iterrows()
+        for _, row in estimated.iterrows()
         if row["by_seed"]
     ]
     parts.append(f"<p>{called} of each seed:</p>{page.listing(seeds)}" if seeds else "")
@@ -110,18 +113,18 @@ def dimension(run: runs.Run, points: pd.DataFrame, found: pd.DataFrame) -> Secti
 
 def headline(row: pd.Series) -> str:
     """The answer of one condition (a row of `intrinsic.estimate`) in a sentence."""
-    about = f"{row['condition']}: " if row["condition"] else ""
-    return about + intrinsic.headline(row)
+    prefix = f"{row['condition']}: " if row["condition"] else ""
+    return prefix + intrinsic.headline(row)
 
 
 def curves(
-    points: pd.DataFrame, found: pd.DataFrame, measured: str, loss: str, name: str = "intrinsic"
+    points: pd.DataFrame, estimated: pd.DataFrame, measured: str, loss: str, name: str = "intrinsic"
 ) -> tuple[str, Picture]:
-    """The figure of the metric against the dimension, a panel a condition; and its HTML.
+    """The HTML and the figure of the metric against the dimension, with a panel per condition.
 
-    measured: what the metric is called. loss: name and unit of the eval loss. name: the figure's.
+    measured: the metric's name. loss: name and unit of the eval loss. name: the figure's.
     """
-    called, metric = intrinsic.name(found["threshold"].iloc[0]), found["metric"].iloc[0]
+    called, metric = intrinsic.name(estimated["threshold"].iloc[0]), estimated["metric"].iloc[0]
     caption = (
         f"{measured[0].upper()}{measured[1:]} against the "
         "dimension of the subspace, each at its best learning rate. Dots are single seeds, bars "
@@ -129,32 +132,38 @@ def curves(
         f"{called}, with its 95% interval shaded."
     )
     alt = f"Line charts of {metric} by dimension. " + " ".join(
-        headline(row) + "." for _, row in found.iterrows()
+        headline(row) + "." for _, row in estimated.iterrows()
     )
     content = page.aid("The estimate is where the line crosses the value to reach.")
     content += page.figure(name, caption, alt)
-    return content, Picture(figures.intrinsic(points, found, loss), _numbers(points, found, metric))
+    return content, Picture(
+        figures.intrinsic(points, estimated, loss), _numbers(points, estimated, metric)
+    )
 
 
-def estimates(found: pd.DataFrame) -> str:
-    """The table of estimates, a row a condition."""
-    cells = [intrinsic.shown(row) for _, row in found.iterrows()]
+def estimates(estimated: pd.DataFrame) -> str:
+    """The table of estimates, a row per condition."""
+    cells = [intrinsic.shown(row) for _, row in estimated.iterrows()]
     caption = (
-        f"{intrinsic.name(found['threshold'].iloc[0])} is the geometric mean of the seeds' "
+        f"{intrinsic.name(estimated['threshold'].iloc[0])} is the geometric mean of the seeds' "
         "crossings. The published definition is the smallest d tested whose mean over seeds "
-        "reaches the needed value. LoRA parameters: how many LoRA needs to reach it."
+        "reaches the needed value. LoRA parameters: how many parameters LoRA needs to reach it."
     )
     return page.table(list(cells[0]), [list(row.values()) for row in cells], caption)
 
 
-def _numbers(points: pd.DataFrame, found: pd.DataFrame, metric: str) -> pd.DataFrame:
+def _numbers(points: pd.DataFrame, estimated: pd.DataFrame, metric: str) -> pd.DataFrame:
     """What `figures.intrinsic` draws: a row per dimension and seed at the best learning rate, with
-    mean and standard error over seeds, and the levels of its panel."""
+    the mean and standard error over seeds and the panel's levels."""
     drawn, levels = [], ["baseline", "needed", "d", "low", "high"]
-    for _, row in found.iterrows():
-        own = points[(points["kind"] == "subspace") & (points["condition"] == row["condition"])]
-        lora = points[(points["kind"] == "lora") & (points["shared"] == own["shared"].iloc[0])]
-        for rows, by in ((own, "dim"), (lora, "params")):
+    for _, row in estimated.iterrows():
+        subspaces = points[
+            (points["kind"] == "subspace") & (points["condition"] == row["condition"])
+        ]
+        lora = points[
+            (points["kind"] == "lora") & (points["shared"] == subspaces["shared"].iloc[0])
+        ]
+        for rows, by in ((subspaces, "dim"), (lora, "params")):
             if len(rows):
                 best = intrinsic.tuned(rows, by, metric)
                 values = best.groupby(by)["value"]

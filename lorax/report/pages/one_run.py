@@ -1,4 +1,4 @@
-"""The report of one run, into its own directory."""
+"""The report of one run, written into its directory."""
 
 import os
 import pathlib
@@ -26,7 +26,7 @@ from lorax.report.sections import (
 from lorax.report.sections.outcome import Sweep
 
 LEAD = "Low-rank adaptation: what was learned, and in how many directions."
-NO_UPDATES = "the page of a search for the intrinsic dimension shows no updates; leave it out"
+NO_UPDATES = "the report of a search for the intrinsic dimension shows no updates; leave it out"
 
 
 def write(
@@ -37,23 +37,23 @@ def write(
     base: str | None = None,
     also: Sequence[str] = (),
 ) -> pathlib.Path:
-    """Analyse a run directory and write its report; the path of report.html.
+    """Analyse a run directory and write its report. Returns the path of report.html.
 
     Args:
       run_directory: see `lorax.analysis.runs`; the run need not be finished.
       base_kernels: frozen kernels (in, out) by path ("h/0/attn/q"), for the amplification table.
-      no_kernels: why there are none; the page says it in their place.
-      layers: how many of the base's layers the updates are compared with, evenly spaced; by default
-        the config's analysis.layers, which is all.
-      base: what named the kernels, where it was not the run's config; for the command that
+      no_kernels: why there are none; the page shows this reason instead.
+      layers: in how many layers, evenly spaced, the updates are compared with the base; by default
+        the config's analysis.layers, whose default is all.
+      base: the value of --base, if the kernels are not from the run's config; for the command that
         redraws the page.
-      also: statistics of every update, "FILE.py:function" each. Of those that the run's config
-        names (analysis.also) but this doesn't, the page shows the numbers that analysis/ has.
+      also: statistics of every update, each as "FILE.py:function". For statistics that only the
+        run's config names (analysis.also), the page shows the numbers stored in analysis/.
 
-    A section that fails is an error in its place (`lorax.report.page.save`). Raises what
+    A section that fails is replaced by its error (`lorax.report.page.save`). Raises what
     `lorax.analysis.runs.load` raises.
     """
-    # The matrices are small and many: threads of the linear algebra would wait for each other.
+    # The matrices are many and small, so BLAS threads would only wait for each other.
     with threadpool_limits(1, user_api="blas"):
         run = runs.load(run_directory)
         statistics = tables.read_statistics(also)
@@ -62,10 +62,10 @@ def write(
                 raise ValueError(f"analysis.also: {NO_UPDATES}")
             return dimension.write(run, base)
         command = page.command([run.directory], base=base, layers=layers, also=also)
-        asked = run.config.get("config", {}).get("analysis") or {}
-        layers = asked.get("layers") if layers is None else layers
-        given = (base_kernels, no_kernels, layers, command, statistics)
-        sections = page.attempt("Answer", lambda: of_sweep(outcome.read(run), *given))
+        analysis = run.config.get("config", {}).get("analysis") or {}
+        layers = analysis.get("layers") if layers is None else layers
+        arguments = (base_kernels, no_kernels, layers, command, statistics)
+        sections = page.attempt("Answer", lambda: of_sweep(outcome.read(run), *arguments))
         return page.save(run.directory, run.directory.resolve().name, LEAD, sections, command)
 
 
@@ -77,8 +77,8 @@ def of_sweep(
     command: str,
     statistics: Sequence[tables.Statistic] = (),
 ) -> list[Section]:
-    """All sections on a sweep, in their order. command: what redraws the page. The other arguments
-    are those of `write`."""
+    """All sections on a sweep, in their order. command: redraws the page. The other arguments are
+    those of `write`."""
     run, table, by, attempt = of.run, of.table, of.by, page.attempt
     updates, missing, failed = {}, {}, []
     sigmas, ranks = pd.DataFrame(), pd.DataFrame()
@@ -109,11 +109,11 @@ def of_sweep(
         *failed,
     ]
     if updates:
-        given = (of, updates, sigmas, ranks, kernels, no_kernels, layers, statistics)
-        sections += attempt("Updates", _of_updates, *given)
+        arguments = (of, updates, sigmas, ranks, kernels, no_kernels, layers, statistics)
+        sections += attempt("Updates", _of_updates, *arguments)
     if missing:
         items = [f"{table['name'][member]}: {why}" for member, why in missing.items()]
-        lead = "<p>Members without an update that can be analysed:</p>"
+        lead = "<p>Members whose update can't be analysed:</p>"
         sections.append(Section("Not analysed", lead + page.listing(items)))
     return [*sections, notes.section(notes.LOSSES, notes.UPDATES)]
 
@@ -147,16 +147,16 @@ def _of_updates(
         )
         sections += user_statistics.sections(measured, shown, main, statistics)
     sections += page.attempt("Subspace similarity", _similarity, of, updates, shown)
-    given = (updates, kernels, why, shown, main, layers)
-    sections += page.attempt(base_weights.TITLE, base_weights.sections, *given)
+    arguments = (updates, kernels, why, shown, main, layers)
+    sections += page.attempt(base_weights.TITLE, base_weights.sections, *arguments)
     title = "During training"
     return sections + page.attempt(title, training.sections, of.run, shown, main)
 
 
 def _similarity(of: Sweep, members: dict, shown: pd.DataFrame) -> Section:
     """The directions that updates of several members share."""
-    main, apart = of.main, [name for name in (of.by.main, *of.by.others) if name]
-    comparisons = [] if main == "method" else shared_directions.of_sweep(shown, members, apart)
+    main, axes = of.main, [name for name in (of.by.main, *of.by.others) if name]
+    comparisons = [] if main == "method" else shared_directions.of_sweep(shown, members, axes)
     absent = shared_directions.absent_of_sweep(comparisons, main, of.table, shown)
     return shared_directions.section(comparisons, absent)
 
@@ -167,9 +167,9 @@ def _shown(of: Sweep, members: Iterable[int]) -> list[int]:
     if of.main == "method":
         reached = of.settings.dropna(subset=["mean"])
         best = reached.loc[reached.groupby("method")["mean"].idxmin()]
-        kept = [compare.of_setting(of.table, setting, of.by) for _, setting in best.iterrows()]
-        return [member for member in members if any(same[member] for same in kept)]
-    # Where nothing has been evaluated, no setting is the best: the first stands for all.
+        of_best = [compare.of_setting(of.table, setting, of.by) for _, setting in best.iterrows()]
+        return [member for member in members if any(same[member] for same in of_best)]
+    # If nothing has been evaluated, there is no best setting: take the first member's.
     best = of.table.loc[min(members)] if of.answer is None else of.answer.best
     return [member for member in members if _on_line(of.table.loc[member], best, of.by)]
 

@@ -21,18 +21,18 @@ from lorax.report.sections.outcome import Sweep
 
 LEAD = "Several runs side by side."
 MAX_LENGTH = 60  # of a directory's name
-EVALUATED = ("eval.examples", "train.seq_len")  # keys that with task.* choose the rows of a loss
-TRAINED = ("train.batch_size", "task.n_train")  # keys that with the steps say how much it is
+EVALUATED = ("eval.examples", "train.seq_len")  # with task.*: keys that select the eval rows
+TRAINED = ("train.batch_size", "task.n_train")  # with the steps: keys that set the training budget
 
 
 def write(
     directories: Sequence[str | os.PathLike], out: str | os.PathLike | None = None
 ) -> pathlib.Path:
-    """Analyse runs and write the page that compares them; the path of report.html.
+    """Analyse runs and write the page that compares them. Returns the path of report.html.
 
     Args:
-      directories: of the runs, two or more.
-      out: where the page goes; without it runs/compare-<their names>.
+      directories: the runs' directories, two or more.
+      out: where to write the page; by default runs/compare-<their names>.
 
     Raises what `lorax.analysis.runs.load` raises, before anything is written.
     """
@@ -57,24 +57,24 @@ def write(
 
 
 def names(directories: Sequence[str | os.PathLike]) -> list[str]:
-    """Names for the runs: the last parts of their paths, as many as make them different.
+    """Names for the runs: as many of the last parts of their paths as make the names different.
 
-    Raises ValueError where a directory is named twice.
+    Raises ValueError if a directory is given twice.
     """
     parts = [pathlib.Path(directory).resolve().parts for directory in directories]
     if len(set(parts)) < len(parts):
-        twice = next(directory for directory, own in zip(directories, parts, strict=True)
-                     if parts.count(own) > 1)  # fmt: skip
+        twice = next(directory for directory, path in zip(directories, parts, strict=True)
+                     if parts.count(path) > 1)  # fmt: skip
         raise ValueError(f"{twice}: given twice; a comparison takes different directories")
     for length in itertools.count(1):
-        found = ["/".join(own[-length:]) for own in parts]
-        if len(set(found)) == len(found):
-            return found
+        candidates = ["/".join(path[-length:]) for path in parts]
+        if len(set(candidates)) == len(candidates):
+            return candidates
 
 
-def default_name(sort: str, of: Sequence[str]) -> str:
-    """The name of a report's directory: the sort of report, and what it is of."""
-    name = re.sub(r"[^\w.-]+", "_", f"{sort}-" + "-".join(of))
+def default_name(sort: str, subjects: Sequence[str]) -> str:
+    """The name of a report's directory: the kind of report and what it is about."""
+    name = re.sub(r"[^\w.-]+", "_", f"{sort}-" + "-".join(subjects))
     if len(name) <= MAX_LENGTH:
         return name
     return name[: MAX_LENGTH - 9] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
@@ -90,13 +90,13 @@ def _overview(
     command: str,
 ) -> Section:
     """The runs, and how their configs differ. command: redraws the page."""
-    rows = [_summary(name, of, name in searches) for name, of in sweeps.items()]
-    configs = {name: of.run.config.get("config", {}) for name, of in sweeps.items()}
-    own = []
-    for name, of in sweeps.items():
-        if (of.run.directory / rundir.REPORT).exists():
-            link = os.path.relpath(of.run.directory / rundir.REPORT, directory)
-            own.append(f'<li><a href="{page.escape(link)}">{page.escape(name)}</a></li>')
+    rows = [_summary(name, sweep, name in searches) for name, sweep in sweeps.items()]
+    configs = {name: sweep.run.config.get("config", {}) for name, sweep in sweeps.items()}
+    links = []
+    for name, sweep in sweeps.items():
+        if (sweep.run.directory / rundir.REPORT).exists():
+            link = os.path.relpath(sweep.run.directory / rundir.REPORT, directory)
+            links.append(f'<li><a href="{page.escape(link)}">{page.escape(name)}</a></li>')
     parts = ['<div class="answer">', *_headlines(sweeps, searches), "</div>"]
     if len({(row["task"], row["base"]) for row in rows}) > 1:
         text = (
@@ -119,8 +119,8 @@ def _overview(
         parts.append(page.table(list(differences.columns), cells, caption))
     else:
         parts.append(page.paragraph("None: their configs are the same."))
-    if own:
-        parts.append(f"<p>Their own reports:</p><ul>{''.join(own)}</ul>")
+    if links:
+        parts.append(f"<p>Reports of the single runs:</p><ul>{''.join(links)}</ul>")
     parts.append(page.facts({"Redraw this page": command}, ["Redraw this page"]))
     values = [
         {name: x.value if isinstance(x, page.Fixed) else x for name, x in row.items()}
@@ -130,69 +130,72 @@ def _overview(
     return Section("Runs", "".join(parts), files=files)
 
 
-def _summary(name: str, of: Sweep, is_search: bool) -> dict[str, object]:
+def _summary(name: str, sweep: Sweep, is_search: bool) -> dict[str, object]:
     """A run's row of the table of runs."""
-    config, best = of.run.config.get("config", {}), None if of.answer is None else of.answer.best
-    reached = "–" if best is None else words.setting(best, of.by)
+    config, best = (
+        sweep.run.config.get("config", {}),
+        None if sweep.answer is None else sweep.answer.best,
+    )
+    reached = "–" if best is None else words.setting(best, sweep.by)
     if is_search:  # it has dimensions, not a best setting
-        best, reached = None, "; ".join(map(intrinsic.brief, _found(of.run)))
+        best, reached = None, "; ".join(map(intrinsic.brief, _found(sweep.run)))
     task = config.get("task", "")
-    base = words.listed(of.table["base"]) if "base" in of.table else config.get("base")
+    base = words.listed(sweep.table["base"]) if "base" in sweep.table else config.get("base")
     return {
         "run": name,
         "base": base,
         "task": task.get("name", "") if isinstance(task, dict) else task,
-        "methods": words.listed(of.table["method"]),
-        "members": len(of.table),
-        "seeds": of.table["seed"].nunique(),
-        "steps": of.run.status.get("steps", of.table["final_step"].max()),
+        "methods": words.listed(sweep.table["method"]),
+        "members": len(sweep.table),
+        "seeds": sweep.table["seed"].nunique(),
+        "steps": sweep.run.status.get("steps", sweep.table["final_step"].max()),
         "best setting": reached,
         "final eval loss": page.Fixed(np.nan if best is None else best["mean"]),
         "standard error": page.Fixed(np.nan if best is None else best["se"]),
-        "base's loss": page.Fixed(of.base),
-        "state": of.run.status.get("state", "unknown"),
+        "base's loss": page.Fixed(sweep.base),
+        "state": sweep.run.status.get("state", "unknown"),
     }
 
 
 def _unlike(differences: pd.DataFrame, steps: dict[str, int]) -> list[str]:
-    """Why losses of runs of one task may not be comparable: other rows, or more training.
+    """Why losses of runs on one task may not be comparable: different rows or more training.
 
-    differences: of `compare.differences`. steps: of each run.
+    differences: from `compare.differences`. steps: of each run.
     """
-    said = []
-    listed = lambda of: "; ".join(
-        f"{name}: {page.show(value) or '–'}" for name, value in of.items()
+    texts = []
+    listed = lambda values_by_run: "; ".join(
+        f"{name}: {page.show(value) or '–'}" for name, value in values_by_run.items()
     )
     rows = differences.set_index("key").to_dict("index")
     for key in [
         key for key in rows if key in EVALUATED or re.match(r"task\.(?!name|n_train)", key)
     ]:
-        said.append(
+        texts.append(
             f"The runs differ in {key} ({listed(rows[key])}), so their losses may be measured on "
             "different rows: a difference in loss need not be a difference in what was learned."
         )
     trained = {key: rows[key] for key in TRAINED if key in rows}
     trained |= {"steps": steps} if len(set(steps.values())) > 1 else {}
     for key, values in trained.items():
-        said.append(
+        texts.append(
             f"The runs differ in {key} ({listed(values)}): a lower loss may be due to more "
             "training alone."
         )
-    return said
+    return texts
 
 
 def _headlines(sweeps: dict[str, Sweep], searches: dict[str, runs.Run]) -> list[str]:
     lines = []
-    for name, of in sweeps.items():
+    for name, sweep in sweeps.items():
         if name in searches:
-            text = "; ".join(map(dimension.headline, _found(of.run)))
+            text = "; ".join(map(dimension.headline, _found(sweep.run)))
             text = text or "no subspace has been trained yet"
-        elif of.answer is None:
+        elif sweep.answer is None:
             text = "no member has been evaluated after step 0"
         else:
-            best = of.answer.best
+            best = sweep.answer.best
             text = f"final eval loss {words.mean(best)}"
-            text += f" at {words.setting(best, of.by)}" * (of.by.main is not None)
+            text += f" at {words.setting(best, sweep.by)}" * (sweep.by.main is not None)
         text = page.escape(text.rstrip("."))
         lines.append(f"<p><strong>{page.escape(name)}</strong>: {text}.</p>")
     return lines
@@ -205,57 +208,57 @@ def _found(run: runs.Run) -> list[pd.Series]:
 
 def _members(sweeps: dict[str, Sweep]) -> Section:
     """Every member of every run."""
-    every = pd.concat(
-        [of.table.drop(columns="setting").assign(run=name) for name, of in sweeps.items()],
+    table = pd.concat(
+        [sweep.table.drop(columns="setting").assign(run=name) for name, sweep in sweeps.items()],
         ignore_index=True,
     )
-    scores = list(dict.fromkeys(name for of in sweeps.values() for name in of.scores))
-    every = every[["run", *(name for name in every if name != "run")]]
+    scores = list(dict.fromkeys(name for sweep in sweeps.values() for name in sweep.scores))
+    table = table[["run", *(name for name in table if name != "run")]]
     header = ["name", "run", "method", "rank", "learning rate", "trainable parameters", "scale s"]
     header += ["final eval loss", "best eval loss", *scores, "status"]
     for name in ("rank", "lr", "scale"):
-        every[name] = every.get(name)
+        table[name] = table.get(name)
     rows = [
         [m["name"], m["run"], m["method"], m["rank"], m["lr"], m["trainable_params"], m["scale"]]
         + [page.Fixed(m["final_loss"]), page.Fixed(m["best_loss"])]
         + [*(page.Fixed(m[name]) for name in scores), m["status"] + words.at_step(m["diverged_at"])]
-        for _, m in every.iterrows()
+        for _, m in table.iterrows()
     ]
-    caption = "Every member of every run; press a heading to sort."
-    content = page.table(header, rows, caption, sortable=True, classes=list(every["status"]))
-    return Section("Members", content, files={"members.csv": every})
+    caption = "Every member of every run; click a heading to sort."
+    content = page.table(header, rows, caption, sortable=True, classes=list(table["status"]))
+    return Section("Members", content, files={"members.csv": table})
 
 
 # ------------------------------------------------------------------------------------------- losses
 
 
 def _loss(sweeps: dict[str, Sweep]) -> str:
-    """What the losses are called, with their unit if all runs have the same."""
-    units = {runs.loss_name(of.run) for of in sweeps.values()}
+    """The name of the losses, with their unit if all runs have the same."""
+    units = {runs.loss_name(sweep.run) for sweep in sweeps.values()}
     return units.pop() if len(units) == 1 else "eval loss"
 
 
 def _curves(sweeps: dict[str, Sweep]) -> list[Section]:
-    """Loss against rank, alpha, learning rate and size, if the runs have several values of it."""
-    found = []
+    """Loss against rank, alpha, learning rate and size, if the runs have several values of them."""
+    curves_by_axis = []
     for axis in compare.CURVES:
         of_axis = [
-            compare.curve(of.table, of.by, axis).assign(run=name, axis=axis)
-            for name, of in sweeps.items()
+            compare.curve(sweep.table, sweep.by, axis).assign(run=name, axis=axis)
+            for name, sweep in sweeps.items()
         ]
         of_axis = pd.concat([rows for rows in of_axis if len(rows)] or [pd.DataFrame({"x": []})])
         if of_axis["x"].nunique() > 1:
-            found.append(of_axis)
-    if not found:
+            curves_by_axis.append(of_axis)
+    if not curves_by_axis:
         return []
     columns = ["axis", "run", "part", "x", "mean", "se", "n", "line"]
-    numbers = pd.concat(found, ignore_index=True)[columns]
+    numbers = pd.concat(curves_by_axis, ignore_index=True)[columns]
     drawn = ", ".join(words.axis(axis) for axis in dict.fromkeys(numbers["axis"]))
     lowest = numbers.loc[numbers["mean"].idxmin()]
     caption = (
         "Final eval loss: a line for each method of each run (and for each base, task or number of "
-        "training examples), with all other axes at their best for each value. Against the number "
-        "of parameters, only points that beat all smaller ones. Bars: one standard error."
+        "training examples). All other axes are at their best for each value. Against the number "
+        "of parameters, only points are shown that beat all smaller ones. Bars: one standard error."
     )
     alt = (
         f"Line charts of final eval loss against {drawn}: the lowest is {lowest['mean']:.3f} of "
@@ -287,19 +290,21 @@ def _curves(sweeps: dict[str, Sweep]) -> list[Section]:
 
 def _methods(sweeps: dict[str, Sweep]) -> list[Section]:
     """Every method of every run at its best setting."""
-    found = []
-    for name, of in sweeps.items():
-        others = tuple(axis for axis in (of.by.main, *of.by.others) if axis and axis != "method")
-        by = runs.Axes("method", others)
-        settings = runs.settings(of.table, by)
+    tables = []
+    for name, sweep in sweeps.items():
+        axes = tuple(
+            axis for axis in (sweep.by.main, *sweep.by.others) if axis and axis != "method"
+        )
+        by = runs.Axes("method", axes)
+        settings = runs.settings(sweep.table, by)
         if settings["mean"].notna().any():
-            compared = compare.methods(of.table, settings, by, pd.DataFrame())
-            found.append(compared.assign(run=name, setting=_said(compared, others)))
-    if not found:
+            compared = compare.methods(sweep.table, settings, by, pd.DataFrame())
+            tables.append(compared.assign(run=name, setting=_said(compared, axes)))
+    if not tables:
         return []
     names_of = ["run", "method", "setting", "trainable_params", "mean", "se", "n", "diverged"]
     names_of += ["optimizer_bytes", "step_ms"]
-    numbers = pd.concat([rows[names_of] for rows in found], ignore_index=True)
+    numbers = pd.concat([rows[names_of] for rows in tables], ignore_index=True)
     best = numbers.loc[numbers["mean"].idxmin()]
     caption = "Each method of each run at its best setting. Bars: one standard error."
     alt = (
@@ -316,12 +321,12 @@ def _methods(sweeps: dict[str, Sweep]) -> list[Section]:
     ]
     content = page.aid(
         "Lower is better. Bars that don't overlap prove nothing: for two equal methods this "
-        "happens by chance in one case of three with two seeds, of four with three, and of six "
-        "with many. "
-        "With three seeds, means differ by twice both bars together in one case of twenty."
+        "happens by chance in one of three cases with two seeds, one of four with three seeds and "
+        "one of six with many. With three seeds, the means of equal methods differ by more than "
+        "twice the sum of both bars in one of twenty cases."
     )
     content += page.figure("methods", caption, alt)
-    content += page.table(header, rows, "Best first; press a heading to sort.", sortable=True)
+    content += page.table(header, rows, "Best first; click a heading to sort.", sortable=True)
     figure = figures.methods_of_runs(numbers, _loss(sweeps))
     pictures = {"methods": Picture(figure, numbers)}
     return [Section("Methods", content, pictures, {"methods.csv": numbers})]
@@ -335,24 +340,26 @@ def _dimensions(searches: dict[str, runs.Run]) -> list[Section]:
     """d90 of every search, in panels side by side."""
     every: list[tuple[pd.DataFrame, pd.DataFrame]] = []
     for name, run in searches.items():
-        points, found = dimension.read(run)
-        if len(found):
+        points, estimated = dimension.read(run)
+        if len(estimated):
             label = lambda text, name=name: f"{name}, {text}" if text else name
             points = points.assign(shared=points["shared"].map(label))
             points["condition"] = points["condition"].map(label)
-            every.append((points, found.assign(condition=found["condition"].map(label))))
+            every.append((points, estimated.assign(condition=estimated["condition"].map(label))))
     if not every:
         return []
-    points, found = (pd.concat(of, ignore_index=True) for of in zip(*every, strict=True))
+    points, estimated = (
+        pd.concat(tables, ignore_index=True) for tables in zip(*every, strict=True)
+    )
     sections = []
-    for metric, of_metric in found.groupby("metric", sort=False):
+    for metric, of_metric in estimated.groupby("metric", sort=False):
         loss = " and ".join(dict.fromkeys(runs.loss_name(run) for run in searches.values()))
         measured = loss if metric == "loss" else words.axis(metric)
-        name = "intrinsic" if found["metric"].nunique() == 1 else f"intrinsic_{metric}"
+        name = "intrinsic" if estimated["metric"].nunique() == 1 else f"intrinsic_{metric}"
         content, picture = dimension.curves(points, of_metric, measured, loss, name)
         content += dimension.estimates(of_metric)
-        title = "Intrinsic dimension" + f" by {metric}" * (found["metric"].nunique() > 1)
-        files = {"intrinsic.csv": found, "intrinsic_points.csv": points}
+        title = "Intrinsic dimension" + f" by {metric}" * (estimated["metric"].nunique() > 1)
+        files = {"intrinsic.csv": estimated, "intrinsic_points.csv": points}
         sections.append(Section(title, content, {name: picture}, files))
     return sections
 
@@ -361,10 +368,10 @@ def _dimensions(searches: dict[str, runs.Run]) -> list[Section]:
 
 
 def _similarity(sweeps: dict[str, Sweep]) -> list[Section]:
-    """Directions shared by the runs' best members, and by two seeds of one run."""
+    """Directions shared by the runs' best members and by two seeds of one run."""
     bases, absent = {}, []
-    for name, of in sweeps.items():
-        bases[name], why = _best_bases(of)
+    for name, sweep in sweeps.items():
+        bases[name], why = _best_bases(sweep)
         if not bases[name]:
             absent.append(f"{name}: {why}.")
     present = [name for name in bases if bases[name]]
@@ -381,37 +388,37 @@ def _similarity(sweeps: dict[str, Sweep]) -> list[Section]:
         common = [fitting(u, v) for u, v in pairs]
         name = default_name("similarity", [one, other]).removeprefix("similarity-")
         name = page.unused(name, [comparison.name for comparison in comparisons])
-        found = shared_directions.compare(name, title, [pair for pair in common if pair[0]])
-        if found is not None:
-            comparisons.append(found)
+        compared = shared_directions.compare(name, title, [pair for pair in common if pair[0]])
+        if compared is not None:
+            comparisons.append(compared)
         elif one != other:
-            absent.append(f"{title}: no matrix of one shape that both adapt.")
+            absent.append(f"{title}: no matrix that both adapt has the same shape in both.")
         else:
             absent.append(
-                f"{title}: not available, its best setting has one member with an update."
+                f"{title}: not available: its best setting has only one member with an update."
             )
-    bases_of = {of.run.config.get("base_sha256") for of in sweeps.values()}
+    bases_of = {sweep.run.config.get("base_sha256") for sweep in sweeps.values()}
     if len(bases_of) > 1:
         absent.append(
-            "The runs' bases have different weights, so these are directions of different "
+            "The runs' bases have different weights, so these are directions in different "
             "networks, which may agree by chance alone."
         )
     return [shared_directions.across(comparisons, absent)]
 
 
-def _best_bases(of: Sweep) -> tuple[list[tables.Bases], str]:
+def _best_bases(sweep: Sweep) -> tuple[list[tables.Bases], str]:
     """(directions of the members of the best setting, "") or ([], the reason)."""
-    if of.answer is None:
+    if sweep.answer is None:
         return [], "no member has been evaluated after step 0"
-    same = compare.of_setting(of.table, of.answer.best, of.by)
-    best = of.table.index[same & (of.table["status"] != "diverged")]
-    found, missing = tables.updates(of.run, best)
-    why = next(iter(missing.values()), "its best setting has no member with an update")
-    return [tables.bases(own) for own in found.values()], why
+    same = compare.of_setting(sweep.table, sweep.answer.best, sweep.by)
+    members = sweep.table.index[same & (sweep.table["status"] != "diverged")]
+    updates, missing = tables.updates(sweep.run, members)
+    reason = next(iter(missing.values()), "its best setting has no member with an update")
+    return [tables.bases(update) for update in updates.values()], reason
 
 
 def fitting(one: tables.Bases, other: tables.Bases) -> tuple[tables.Bases, tables.Bases]:
-    """The matrices that both have, in one shape."""
+    """The matrices that both have in the same shape."""
     kinds = tables.KINDS[2:]
     paths = [
         path

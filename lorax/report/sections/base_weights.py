@@ -1,7 +1,7 @@
 """Sections that compare the updates with the frozen weights: table 7, figure 8, intruders, and the
 spectrum of W itself.
 
-Each kernel is decomposed once, for all members, and dropped before the next one.
+Each kernel is decomposed once for all members and freed before the next one.
 """
 
 import os
@@ -21,15 +21,15 @@ from lorax.report.page import Fixed, Picture, Section
 from lorax.report.sections.shared_directions import long
 from lorax.report.selection import label, shown_of, spread, unchanged
 
-MAX_PANELS = 4  # values of the main axis that figure 8 draws; its tables have all
+MAX_PANELS = 4  # values of the main axis in figure 8; its tables have all
 INTRUDERS_OF = (1, 10)  # leading directions of W + dW
-EPSILON = 0.5  # of the table; the figure has all
-TOP = 0.1  # W's leading directions, as a share; figure 8's text speaks of them
-FIRST = 4  # dW's directions that figure 8's text speaks of
-SVD = 5e-10  # seconds on one core for short^2 * wide, of the thin SVD of a kernel
-LEADING = 3e-8  # seconds for short * wide, of W + dW's leading directions
-CORES = min(8, os.cpu_count() or 1)  # each has a stack of kernels and their SVDs in memory
-LONG = 60.0  # seconds from which on a person is told beforehand
+EPSILON = 0.5  # in the table; the figure has all
+TOP = 0.1  # share of W's directions that figure 8's text is about
+FIRST = 4  # dW's leading directions that figure 8's text is about
+SVD = 5e-10  # seconds on one core per short^2 * wide, for the thin SVD of a kernel
+LEADING = 3e-8  # seconds per short * wide, for the leading directions of W + dW
+CORES = min(8, os.cpu_count() or 1)  # each holds a stack of kernels and their SVDs in memory
+LONG = 60.0  # seconds; longer comparisons are announced
 TITLE = "Against the base"
 NEEDS = (
     "Amplification (the paper's table 7), ΔW against W (figure 8), intruder dimensions and the "
@@ -46,13 +46,14 @@ Members = Mapping[object, tables.Updates]
 
 
 class Compared(NamedTuple):
-    """The updates compared with the kernels. All tables but W's own begin with member and path."""
+    """The updates compared with the kernels. All tables except W's own begin with member and
+    path."""
 
-    amplified: pd.DataFrame  # of `tables.amplifications`: every member with factors
-    held: pd.DataFrame  # phi of dW's first directions and W's top ones, by side; members shown
+    amplified: pd.DataFrame  # from `tables.amplifications`: every member with factors
+    held: pd.DataFrame  # phi of dW's first and W's top directions, by side; shown members
     phi: dict[object, dict[str, np.ndarray]]  # of one matrix, by member: all of figure 8
-    intruders: pd.DataFrame  # of `tables.intruder_table`; members shown
-    sigmas: pd.DataFrame  # of `tables.base_spectra`
+    intruders: pd.DataFrame  # from `tables.intruder_table`; shown members
+    sigmas: pd.DataFrame  # from `tables.base_spectra`
     ranks: pd.DataFrame
 
 
@@ -64,22 +65,22 @@ def sections(
     main: str,
     layers: int | None = None,
 ) -> list[Section]:
-    """All of them, or one section that says what is missing.
+    """All these sections, or one that says what is missing.
 
     Args:
       members: {member: its updates}.
       kernels: the base's, or None, with `why` as the reason.
-      shown: a row per member that figures show: member, and the column `main`.
-      layers: how many layers to take, evenly spaced; None: all.
+      shown: one row per member that figures show: member, and the column `main`.
+      layers: how many layers to compare, evenly spaced; None: all.
     """
     if kernels is None:
         return [Section(TITLE, page.paragraph(f"Not computed: {why}. {NEEDS}"))]
     paths = list(dict.fromkeys(path for member in shown.index for path in members[member]))
     if not paths:
-        text = "Not computed: no member that the figures show has an update."
+        text = "Not computed: no member in the figures has an update."
         return [Section(TITLE, page.paragraph(text))]
     if reason := _misfit(members, kernels):
-        text = f"Not computed: the base's kernels do not fit the adapters: {reason}."
+        text = f"Not computed: the base's kernels don't fit the adapters: {reason}."
         return [Section(TITLE, page.paragraph(text))]
     paths, limit = limited(paths, layers)
     if limit:
@@ -89,19 +90,19 @@ def sections(
     _announce(paths, kernels, len(shown))
     drawn = _middle({member: members[member] for member in shown.index}, paths)
     compared = compare(members, kernels, paths, shown, drawn)
-    made = [
+    parts = [
         *_amplification(compared.amplified, members, shown, main),
         _figure8(compared, drawn, shown, main),
         *_intruders(compared.intruders, shown, main),
         _spectrum(compared.sigmas, compared.ranks),
     ]
-    return [_limited(section, limit) for section in made] if limit else made
+    return [_limited(section, limit) for section in parts] if limit else parts
 
 
 def _misfit(members: Members, kernels: Kernels) -> str:
     """What is wrong with the first update that doesn't fit its kernel; "" if all fit."""
-    for own in members.values():
-        for path, update in own.items():
+    for updates in members.values():
+        for path, update in updates.items():
             if path not in kernels:
                 return f"{path}: adapted, but not among the base's kernels"
             shape = tables.shape_of(update)[:2]
@@ -111,24 +112,24 @@ def _misfit(members: Members, kernels: Kernels) -> str:
 
 
 def limited(paths: Sequence[str], layers: int | None) -> tuple[list[str], str]:
-    """(the paths of that many layers, evenly spaced; which layers, in words). Without a limit all
-    paths and "". Matrices in no layer (an embedding) count as one layer."""
-    every = sorted({tables.layer_and_target(path)[0] for path in paths})
-    if layers is None or layers >= len(every):
+    """(the paths in `layers` evenly spaced layers; which layers, in words). Without a limit all
+    paths and "". Matrices outside all layers (an embedding) count as one layer."""
+    all_layers = sorted({tables.layer_and_target(path)[0] for path in paths})
+    if layers is None or layers >= len(all_layers):
         return list(paths), ""
     if layers == 0:
-        return [], f"0 of {len(every)} layers asked for"
-    chosen = spread(every, layers)
-    named = ", ".join("none" if layer < 0 else str(layer) for layer in chosen)
-    limit = f"{layers} of {len(every)} layers, as asked for: {named}"
+        return [], f"0 of {len(all_layers)} layers were requested"
+    chosen = spread(all_layers, layers)
+    listed = ", ".join("none" if layer < 0 else str(layer) for layer in chosen)
+    limit = f"{layers} of {len(all_layers)} layers, as requested: {listed}"
     return [path for path in paths if tables.layer_and_target(path)[0] in chosen], limit
 
 
 def _limited(section: Section, limit: str) -> Section:
-    """The section with its limit named on top, in every caption and in its tables."""
-    content = page.note(f"Of {limit}.") + section.content
+    """The section, with its limit added on top, in every caption and in its tables."""
+    content = page.note(f"For {limit}.") + section.content
     for end in ("</caption>", ' <span class="files">'):
-        content = content.replace(end, f" Of {page.escape(limit)}.{end}")
+        content = content.replace(end, f" For {page.escape(limit)}.{end}")
     files = {name: table.assign(limit=limit) for name, table in section.files.items()}
     pictures = {
         name: picture._replace(numbers=picture.numbers.assign(limit=limit))
@@ -146,8 +147,8 @@ def _announce(paths: Sequence[str], kernels: Kernels, members: int) -> None:
     seconds /= CORES
     if seconds > LONG:
         text = (
-            f"{len(paths)} matrices of the base are decomposed and compared with {members} "
-            f"members, which takes about {words.duration(seconds)}; --layers=N of lorax.report, or "
+            f"decomposing {len(paths)} matrices of the base and comparing them with {members} "
+            f"members takes about {words.duration(seconds)}; --layers=N of lorax.report, or "
             "analysis.layers of a config, limits it to N layers"
         )
         page.CONSOLE.print(text)
@@ -160,44 +161,44 @@ def compare(
     shown: pd.DataFrame,
     drawn: str,
 ) -> Compared:
-    """All comparisons of the paths, one stack of kernels after another, on several cores.
+    """All comparisons of the paths, on several cores, one stack of kernels at a time.
 
-    drawn: the path of which all of phi is kept.
+    drawn: the path whose whole phi is kept.
     """
-    looked_at = {member: members[member] for member in shown.index}
+    shown_updates = {member: members[member] for member in shown.index}
 
-    def of(numbered: tuple[int, list[str]]) -> Compared:
+    def compare_stack(numbered: tuple[int, list[str]]) -> Compared:
         number, chunk = numbered
-        part = lambda some: {
-            member: {path: own[path] for path in chunk if path in own}
-            for member, own in some.items()
+        part = lambda updates_by_member: {
+            member: {path: updates[path] for path in chunk if path in updates}
+            for member, updates in updates_by_member.items()
         }
-        here = part(looked_at)
+        shown_part = part(shown_updates)
         svds = tables.base_svds(kernels, chunk)
         phi = {
-            member: tables.against_base({member: of}, kernels, [member], svds=svds)
-            for member, of in here.items()
-            if of
+            member: tables.against_base({member: updates}, kernels, [member], svds=svds)
+            for member, updates in shown_part.items()
+            if updates
         }
-        held = [row for member, of in phi.items() for row in _held(member, of)]
+        held = [row for member, by_path in phi.items() for row in _held(member, by_path)]
         rng = np.random.default_rng([0, number])
         return Compared(
             tables.amplifications(part(members), kernels, svds),
             pd.DataFrame(held),
-            {member: of[drawn] for member, of in phi.items() if drawn in of},
-            tables.intruder_table(here, kernels, INTRUDERS_OF, rng=rng, svds=svds),
+            {member: by_path[drawn] for member, by_path in phi.items() if drawn in by_path},
+            tables.intruder_table(shown_part, kernels, INTRUDERS_OF, rng=rng, svds=svds),
             *tables.base_spectra({path: kernels[path] for path in chunk}, svds),
         )
 
     stacks = list(tables.stacks({path: kernels[path].shape for path in paths}))
     with ThreadPoolExecutor(CORES) as pool:
-        parts = pool.map(of, enumerate(stacks))
+        parts = pool.map(compare_stack, enumerate(stacks))
         parts = list(page.progress(parts, "against the base", len(stacks)))
     order = {name: n for n, name in enumerate([*members, *paths])}
     joined = []
     for field in zip(*parts, strict=True):
         if isinstance(field[0], dict):
-            joined.append({member: phi for of in field for member, phi in of.items()})
+            joined.append({member: phi for part in field for member, phi in part.items()})
             continue
         table = pd.concat([part for part in field if len(part)] or field[:1], ignore_index=True)
         keys = [name for name in ("member", "path") if name in table]
@@ -209,22 +210,22 @@ def compare(
 
 
 def _held(member: object, phi: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict]:
-    """phi(j, i) of dW's first directions and W's top ones: a row per matrix and side."""
+    """phi(j, i) of dW's first and W's top directions: a row per matrix and side."""
     rows = []
-    for path, of in phi.items():
+    for path, sides in phi.items():
         layer, target = tables.layer_and_target(path)
         for side, name in (("in", "input"), ("out", "output")):
-            j = min(FIRST, len(of[side]))
-            i = max(1, round(TOP * of[side].shape[1]))
+            j = min(FIRST, len(sides[side]))
+            i = max(1, round(TOP * sides[side].shape[1]))
             row = {"member": member, "path": path, "layer": layer, "target": target, "side": name}
-            row |= {"j_of_dW": j, "i_of_W": i, "phi": of[side][j - 1, i - 1]}
-            rows.append({**row, "by_chance": of[f"{side} chance"][j - 1, i - 1]})
+            row |= {"j_of_dW": j, "i_of_W": i, "phi": sides[side][j - 1, i - 1]}
+            rows.append({**row, "by_chance": sides[f"{side} chance"][j - 1, i - 1]})
     return rows
 
 
 def _middle(members: Mapping[object, Mapping], paths: Sequence[str]) -> str:
-    """A matrix of the middle layer, among those that most members have."""
-    counts = Counter(path for own in members.values() for path in own if path in paths)
+    """A matrix of the middle layer, among the matrices that most members adapt."""
+    counts = Counter(path for updates in members.values() for path in updates if path in paths)
     common = [path for path in paths if counts[path] == max(counts.values())]
     layers = sorted({tables.layer_and_target(path)[0] for path in common})
     layer = layers[len(layers) // 2]
@@ -237,42 +238,42 @@ def _middle(members: Mapping[object, Mapping], paths: Sequence[str]) -> str:
 def _amplification(
     amplified: pd.DataFrame, members: Members, shown: pd.DataFrame, main: str
 ) -> list[Section]:
-    """Table 7 for every member with factors, of which the shown ones' are in the page."""
+    """Table 7 for every member with factors; the page shows only the members in `shown`."""
     without = [member for member in shown.index if not tables.has_factors(members[member])]
     lacking = (
         f"Not computed for {len(without)} of {len(shown)} members: U and V have as many directions "
         "as the adapter's rank, and an update without factors has no such rank."
     )
-    here = label(amplified, shown, main) if len(amplified) else amplified
-    if not len(here):
+    shown_rows = label(amplified, shown, main) if len(amplified) else amplified
+    if not len(shown_rows):
         return [Section("Amplification", page.paragraph(lacking))] if without else []
     columns = list(COLUMNS)
-    finite = here.assign(factor=here["factor"].replace(np.inf, np.nan))
-    infinite = int(np.isinf(here["factor"]).sum())
+    finite = shown_rows.assign(factor=shown_rows["factor"].replace(np.inf, np.nan))
+    infinite = int(np.isinf(shown_rows["factor"]).sum())
     means = finite.groupby(["target", main], sort=True)[columns].mean().reset_index()
     by_layer = finite.groupby(["target", main, "layer"], sort=True)[columns].mean().reset_index()
-    median = here["factor"].median()
+    median = shown_rows["factor"].median()
     content = page.paragraph(lacking) if without else ""
     content += page.aid(
         "Amplification = ‖ΔW‖/‖UᵀWV‖ in ΔW's own directions. It is large if the update strengthens "
         "directions that are weak in the base. W in random directions is the chance level."
     )
-    if text := unchanged(here.assign(norm=here["delta_norm"])):
-        content += page.note(f"{text} Their amplification is 0/0 and enters no mean.")
+    if text := unchanged(shown_rows.assign(norm=shown_rows["delta_norm"])):
+        content += page.note(f"{text} Their amplification is 0/0 and left out of all means.")
     if infinite:
         content += page.note(
-            f"In {infinite} of {len(here)} matrices W is zero in ΔW's directions: their "
-            "amplification is infinite and enters no mean."
+            f"In {infinite} of {len(shown_rows)} matrices W is zero in ΔW's directions: their "
+            "amplification is infinite and left out of all means."
         )
     pictures = {}
-    if here[main].nunique() > 1:
+    if shown_rows[main].nunique() > 1:
         caption = "Table 7 as a figure: medians over matrices and seeds; bars are quartiles."
         alt = (
             f"Line charts of norms and of amplification by {words.axis(main)}: the median "
             f"amplification is {page.show(float(f'{median:.3g}'))}."
         )
         content += page.figure("amplification", caption, alt)
-        pictures["amplification"] = Picture(figures.table7(here, main), here)
+        pictures["amplification"] = Picture(figures.table7(shown_rows, main), shown_rows)
     content += _table7(means, by_layer, main)
     last = by_layer[main].iloc[-1]  # the largest rank
     best = by_layer.loc[by_layer[main] == last, ["layer", "target", "factor"]]
@@ -291,7 +292,7 @@ def _amplification(
 
 
 def _table7(means: pd.DataFrame, by_layer: pd.DataFrame, main: str) -> str:
-    """Table 7 over all layers, and by layer, folded."""
+    """Table 7 over all layers, and folded, by layer."""
     heads, columns = [words.axis(main), *COLUMNS.values()], list(COLUMNS)
     whole = page.table(
         ["target", *heads],
@@ -304,7 +305,7 @@ def _table7(means: pd.DataFrame, by_layer: pd.DataFrame, main: str) -> str:
             [r["target"], r["layer"], r[main], *(Fixed(r[c], 3) for c in columns)]
             for _, r in by_layer.iterrows()
         ],
-        "Table 7 by layer, means over seeds; press a heading to sort.",
+        "Table 7 by layer, means over seeds; click a heading to sort.",
         sortable=True,
     )
     return whole + page.fold("By layer", single)
@@ -314,7 +315,7 @@ def _table7(means: pd.DataFrame, by_layer: pd.DataFrame, main: str) -> str:
 
 
 def _figure8(compared: Compared, path: str, shown: pd.DataFrame, main: str) -> Section:
-    """How much of dW's directions W's leading ones contain; for one path as maps."""
+    """How much of dW's directions W's leading directions contain; as maps for one path."""
     held = label(compared.held, shown, main)
     keys = ["target", main, "side", "j_of_dW", "i_of_W"]
     means = held.groupby(keys, sort=False)[["phi", "by_chance"]].mean().reset_index()
@@ -358,15 +359,16 @@ def _figure8(compared: Compared, path: str, shown: pd.DataFrame, main: str) -> S
 def _by_value(
     phi: Mapping[object, Mapping[str, np.ndarray]], held: pd.DataFrame, main: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """(figure 8's input side by value of the main axis, means over members up to their smallest
-    rank; the chance level up to the largest)."""
+    """(figure 8's input side by value of the main axis: means over members, up to their smallest
+    rank; the chance level up to the largest rank)."""
     values: dict[str, list[np.ndarray]] = {}
-    of = held[held["member"].isin(list(phi))].drop_duplicates("member")
-    of = of.sort_values(main) if pd.api.types.is_numeric_dtype(of[main]) else of
-    for _, row in of.iterrows():
+    members = held[held["member"].isin(list(phi))].drop_duplicates("member")
+    members = members.sort_values(main) if pd.api.types.is_numeric_dtype(members[main]) else members
+    for _, row in members.iterrows():
         values.setdefault(_title(main, row[main]), []).append(phi[row["member"]]["in"])
     means = {
-        title: np.mean([x[: min(map(len, of))] for x in of], axis=0) for title, of in values.items()
+        title: np.mean([x[: min(map(len, members))] for x in members], axis=0)
+        for title, members in values.items()
     }
     return means, max((x["in chance"] for x in phi.values()), key=len)
 
@@ -379,7 +381,7 @@ def _title(main: str, value: object) -> str:
 
 
 def _intruders(table: pd.DataFrame, shown: pd.DataFrame, main: str) -> list[Section]:
-    """Intruder dimensions over epsilon, with the norm-matched control."""
+    """Intruder dimensions against epsilon, with the norm-matched control."""
     if not len(table):
         return []
     labelled = label(table, shown, main)
@@ -444,12 +446,12 @@ def _spectrum(sigmas: pd.DataFrame, ranks: pd.DataFrame) -> Section:
         f"Line charts of the singular values of W by target: {lacking} of {len(ranks)} matrices "
         f"are rank deficient, by at most {most['deficiency']}."
     )
-    every = sorted(set(sigmas["layer"]))
-    layers = spread(every, MOST_LINES)
+    all_layers = sorted(set(sigmas["layer"]))
+    layers = spread(all_layers, MOST_LINES)
     caption = "Singular values of the base's adapted matrices, one line per layer."
-    if len(layers) < len(every):
+    if len(layers) < len(all_layers):
         caption += (
-            f" Drawn: {shown_of(layers, every, 'layers')}; analysis/base_spectra.csv has all."
+            f" Drawn: {shown_of(layers, all_layers, 'layers')}; analysis/base_spectra.csv has all."
         )
     content = page.aid("Deficiency is the number of directions in which W is zero in float32.")
     content += page.figure("base_spectrum", caption, alt, folded="Singular values of W")

@@ -8,7 +8,7 @@ from lorax.report.page import Picture, Section
 
 
 def evidence(run: runs.Run, table: pd.DataFrame) -> list[Section]:
-    """The score of each matrix on the first batches, if targets or ranks were chosen by it."""
+    """The score of each matrix on the first batches, if it decided the targets or ranks."""
     ranking = tables.sensitivity(run)
     if ranking is None:
         return []
@@ -40,12 +40,12 @@ def planted(
     run: runs.Run, table: pd.DataFrame, sigmas: pd.DataFrame, ranks: pd.DataFrame
 ) -> list[Section]:
     """Each estimate of a planted task compared with the planted value."""
-    found = calibration.estimates(run, table, sigmas, ranks)
-    if found.empty:
+    estimates = calibration.estimates(run, table, sigmas, ranks)
+    if estimates.empty:
         return []
     alt = "Scatter plots of estimate against planted value, one per estimator."
     figure = page.figure("calibration", calibration.CAPTION, alt)
-    header, rows = calibration.shown(calibration.summary(found))
+    header, rows = calibration.shown(calibration.summary(estimates))
     content = figure + page.table(header, rows, calibration.NOTE, sortable=True)
-    pictures = {"calibration": Picture(figures.calibration(found), found)}
-    return [Section("Calibration", content, pictures, {"calibration.csv": found})]
+    pictures = {"calibration": Picture(figures.calibration(estimates), estimates)}
+    return [Section("Calibration", content, pictures, {"calibration.csv": estimates})]

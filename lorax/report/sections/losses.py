@@ -1,4 +1,4 @@
-"""Sections on the losses of a sweep: against the main axis, against the step, by method."""
+"""Sections on the losses of a sweep: by the main axis, by step, by method."""
 
 from collections.abc import Iterable
 
@@ -14,21 +14,21 @@ MAX_PANELS = 12  # of learning curves
 
 def curve(sweep: Sweep) -> Section:
     """Loss against the main axis, and the table of settings."""
-    _, table, by, scores, settings, found, base = sweep
+    _, table, by, scores, settings, answer, base = sweep
     main = sweep.main
     pictures, drawn = {}, page.paragraph(
         "All members have the same setting except for the seed, so there is no curve."
     )  # fmt: skip
     if by.main is not None:
         loss = runs.loss_name(sweep.run)
-        figure = figures.rank_curve(settings, table, main, base, found, loss)
+        figure = figures.rank_curve(settings, table, main, base, answer, loss)
         pictures["rank_curve"] = Picture(figure, _curve_numbers(sweep))
         one_seed = not (settings["n"] > 1).any()
         bars = "One seed, so no error bars." if one_seed else "Bars: one standard error."
         caption = f"Final eval loss against {words.axis(main)}; dots are single seeds. {bars}"
         alt = f"Line chart of final eval loss by {words.axis(main)}"
-        if found is not None:
-            alt += f": lowest at {words.setting(found.best, by)}, {words.mean(found.best)}"
+        if answer is not None:
+            alt += f": lowest at {words.setting(answer.best, by)}, {words.mean(answer.best)}"
         drawn = page.aid("Lower is better. The ring marks the answer above.")
         drawn += page.figure("rank_curve", caption, alt + ".")
     names = [main, *by.others]
@@ -41,8 +41,8 @@ def curve(sweep: Sweep) -> Section:
         for _, row in settings.iterrows()
     ]
     chosen = None
-    if found is not None:
-        chosen = (found.smallest if main == "rank" else found.best).name
+    if answer is not None:
+        chosen = (answer.smallest if main == "rank" else answer.best).name
     classes = ["chosen" if index == chosen else "" for index in settings.index]
     caption = "Means over seeds. The shaded row is the answer above."
     title = "Loss" if by.main is None else "Loss against " + words.axis(main)
@@ -51,7 +51,7 @@ def curve(sweep: Sweep) -> Section:
 
 
 def _curve_numbers(sweep: Sweep) -> pd.DataFrame:
-    """What `figures.rank_curve` draws: a row a mean, then a row a seed."""
+    """What `figures.rank_curve` draws: a row per mean, then a row per seed."""
     names = [sweep.main, *sweep.by.others]
     means = sweep.settings[[*names, "mean", "se", "n"]].rename(columns={"mean": "loss"})
     seeds = sweep.table[[*names, "seed", "final_loss"]].rename(columns={"final_loss": "loss"})
@@ -61,19 +61,20 @@ def _curve_numbers(sweep: Sweep) -> pd.DataFrame:
 def learning(run: runs.Run, table: pd.DataFrame, by: runs.Axes, which: str = "") -> Section:
     """Eval loss against step: each member, and the mean over seeds of each setting.
 
-    table: rows of `runs.summary`, of the members to show; which: what these are, where not all.
+    table: rows of `runs.summary` for the members to show. which: a sentence on which they are, if
+    not all.
     """
     lines = pd.Series([runs.fields(row, by.others) for _, row in table.iterrows()], table.index)
     if lines.nunique() > MAX_PANELS:
         best = table["final_loss"].groupby(lines).min().nsmallest(MAX_PANELS).index
-        which += f" Shown: the {len(best)} settings of {_and(map(words.axis, by.others))}, of "
-        which += f"{lines.nunique()}, with the lowest loss; members.csv has all."
+        which += f" Shown: the {len(best)} of {lines.nunique()} settings of "
+        which += f"{_and(map(words.axis, by.others))} with the lowest loss; members.csv has all."
         table = table[lines.isin(best)]
     figure = figures.learning_curves(run.metrics, table, by, runs.loss_name(run))
     axes = [name for name in (by.main, *by.others) if name]
-    kept = table[["name", *axes, "status"]].rename(columns={"name": "member_name"})
+    fields = table[["name", *axes, "status"]].rename(columns={"name": "member_name"})
     evals = run.metrics[run.metrics["split"] == "eval"][["member", "step", "loss"]]
-    evals = evals.join(kept, on="member", how="inner")
+    evals = evals.join(fields, on="member", how="inner")
     numbers = evals.assign(shows="member")
     means = evals[evals["status"] != "diverged"]
     if len(means):
@@ -100,7 +101,7 @@ def _and(names: Iterable[str]) -> str:
 
 
 def methods(sweep: Sweep, ranks: pd.DataFrame) -> list[Section]:
-    """The methods side by side, where the sweep has several."""
+    """The methods side by side, if the sweep has several."""
     _, table, by, _, settings, *_ = sweep
     if by.main != "method" or settings["mean"].isna().all():
         return []

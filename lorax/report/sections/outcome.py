@@ -1,4 +1,4 @@
-"""The first section of a sweep: its answer, and how well the data support it."""
+"""The first section on a sweep: its answer, and how well the data support it."""
 
 from typing import NamedTuple
 
@@ -15,12 +15,12 @@ class Sweep(NamedTuple):
     """A run, and the tables of its losses."""
 
     run: runs.Run
-    table: pd.DataFrame  # of `runs.summary`
+    table: pd.DataFrame  # from `runs.summary`
     by: runs.Axes
     scores: list[str]
-    settings: pd.DataFrame  # of `runs.settings`
+    settings: pd.DataFrame  # from `runs.settings`
     answer: runs.Answer | None
-    base: float  # eval loss of the base itself; NaN if unknown, or if it differs between members
+    base: float  # the base's eval loss; NaN if unknown, or if it differs between members
 
     @property
     def main(self) -> str:
@@ -43,15 +43,15 @@ def read(run: runs.Run) -> Sweep:
 def answer(sweep: Sweep) -> Section:
     """The result in a sentence, how well the data support it, and its caveats: diverged members, an
     unfinished run, a scale that differs between ranks."""
-    run, table, by, _, settings, found, base = sweep
+    run, table, by, _, settings, result, base = sweep
     parts = [
-        f'<div class="answer"><p><strong>{page.escape(_headline(by, found, base))}</strong></p>'
+        f'<div class="answer"><p><strong>{page.escape(_headline(by, result, base))}</strong></p>'
     ]
-    if found is not None:
-        parts.append(f"<p>{page.escape(_strength(by, settings, found))}</p>")
+    if result is not None:
+        parts.append(f"<p>{page.escape(_strength(by, settings, result))}</p>")
     parts.append("</div>")
     if run.status.get("state") in rundir.UNFINISHED:
-        parts.append(page.note("This run is not finished, so all figures are provisional."))
+        parts.append(page.note("This run is not finished, so all numbers are provisional."))
     diverged = table[table["status"] == "diverged"]
     if len(diverged):
         names = ", ".join(
@@ -60,7 +60,7 @@ def answer(sweep: Sweep) -> Section:
         parts.append(page.note(f"Diverged, and excluded from every mean and analysis: {names}."))
     parts.append(_scale_note(by, settings))
     if np.isnan(base) and table["base_loss"].notna().any():
-        text = "The base's loss before training differs between members, so it has no line."
+        text = "The base's loss before training differs between members, so it is not drawn."
         parts.append(page.note(text))
     return Section("Answer", "".join(parts))
 

@@ -43,14 +43,14 @@ def facts(run: runs.Run, table: pd.DataFrame, by: runs.Axes, redraw: str) -> Sec
         "Git revision": run.config.get("git"),
         "Command": command,
         "Redraw this page": redraw,
-        "Resolved config": "config.json, beside this page",
+        "Resolved config": "config.json, next to this page",
     }
     code = ("Command", "Redraw this page", "Git revision", "Base weights (sha256)")
     return Section("What was run", page.paragraph(lead) + page.facts(known, code))
 
 
 def members(table: pd.DataFrame, scores: list[str]) -> Section:
-    """The sortable table of `runs.summary`, a row a member; scores: columns of it that the task
+    """The sortable table of `runs.summary`, a row per member. scores: its columns that the task
     measures."""
     header = ["name", "trainable parameters", "scale s", "final eval loss", "best eval loss"]
     header += [*scores, "status"]
@@ -60,6 +60,6 @@ def members(table: pd.DataFrame, scores: list[str]) -> Section:
         + [m["status"] + words.at_step(m["diverged_at"])]
         for _, m in table.iterrows()
     ]
-    caption = "All members; press a heading to sort. The best loss is the lowest of all evals."
+    caption = "All members; click a heading to sort. The best loss is the lowest of all evals."
     content = page.table(header, rows, caption, sortable=True, classes=list(table["status"]))
     return Section("Members", content, files={"members.csv": table.drop(columns="setting")})

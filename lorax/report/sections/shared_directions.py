@@ -12,14 +12,14 @@ from lorax.report.page import Picture, Section
 from lorax.report.sections.spectra import MAX_LAYERS, MAX_TARGETS
 from lorax.report.selection import drawn_of, spread
 
-MAX_MAPS = 6  # comparisons that get maps of their own; the tables have all
+MAX_MAPS = 6  # comparisons with maps; the tables have all
 SMALL_RANK = 8  # the paper's figure 3 compares r = 8 with r = 64
 EXPLANATION = (
-    "φ(i, j) = ‖U₁ᵢᵀ U₂ⱼ‖²/min(i, j) is 1 if the top i directions of one update lie within the top "
-    "j of the other (or the reverse), and max(i, j)/n on average for random subspaces of an "
-    "n-dimensional space."
+    "φ(i, j) = ‖U₁ᵢᵀ U₂ⱼ‖²/min(i, j) is 1 if the top i directions of one update are contained in "
+    "the top j of the other (or vice versa), and max(i, j)/n on average for random subspaces of "
+    "an n-dimensional space."
 )
-DENSE = f"For an update without factors these are its leading {tables.LEADING} directions."
+DENSE = f"For an update without factors, these are its leading {tables.LEADING} directions."
 OF = {"A": "A", "dW in": "ΔW's input side"}  # kinds, as captions name them
 
 
@@ -32,7 +32,7 @@ class Comparison(NamedTuple):
     size: dict[str, dict[str, int]]  # dimension of the space, by path and kind
     pairs: int
     ranks: tuple[int, int]
-    control: Band  # of the first matrix's first kind
+    control: Band  # for the first matrix's first kind
 
     @property
     def kind(self) -> str:
@@ -43,30 +43,30 @@ class Comparison(NamedTuple):
 def of_sweep(
     shown: pd.DataFrame, found: Mapping[int, tables.Updates], apart: Sequence[str] = ()
 ) -> list[Comparison]:
-    """Small against large rank, same seed and across seeds, and two seeds at the largest.
+    """A small and a large rank, with the same seed and across seeds; and two seeds at the largest.
 
     Args:
-      shown: the members, a row each; `rank` is missing for methods that have none.
+      shown: the members, a row each; `rank` is missing for methods without one.
       found: their updates, factors or dense.
-      apart: fields that pairs agree in, the rank and the seed aside: a comparison for each of their
-        values.
+      apart: fields that are equal within a pair (rank and seed are never among them); each
+        combination of their values gets its own comparisons.
     """
     bases = {member: tables.bases(found[member]) for member in shown.index}
     fields = [name for name in apart if name != "rank" and shown[name].astype(str).nunique() > 1]
     if not fields:
         return _of_setting(shown, bases)
-    made = []
+    comparisons = []
     for _, members in shown.groupby([shown[name].astype(str) for name in fields], sort=False):
         first = members.iloc[0]
         where = ", ".join(f"{words.axis(n)} = {page.show(words.cell(n, first[n]))}" for n in fields)
-        for one in _of_setting(members, bases):
-            name = f"{one.name}_{page.slug(where)}"
-            made.append(one._replace(name=name, title=f"{one.title}, {where}"))
-    return made
+        for comparison in _of_setting(members, bases):
+            name = f"{comparison.name}_{page.slug(where)}"
+            comparisons.append(comparison._replace(name=name, title=f"{comparison.title}, {where}"))
+    return comparisons
 
 
 def _of_setting(shown: pd.DataFrame, bases: Mapping[int, tables.Bases]) -> list[Comparison]:
-    """The comparisons of members that differ in the rank and the seed alone."""
+    """The comparisons of members that differ only in rank and seed."""
     available = sorted(shown["rank"].dropna().unique())
     large = available[-1] if available else None
     below = available[:-1]
@@ -85,15 +85,15 @@ def _of_setting(shown: pd.DataFrame, bases: Mapping[int, tables.Bases]) -> list[
          [(m, n) for m, n in crossed if seed[m] != seed[n]]),
         ("between_seeds", f"two seeds{of_large}", seeds),
     )  # fmt: skip
-    made = (
+    comparisons = (
         compare(name, title, [(bases[m], bases[n]) for m, n in pairs])
         for name, title, pairs in plan
     )
-    return [comparison for comparison in made if comparison is not None]
+    return [comparison for comparison in comparisons if comparison is not None]
 
 
 def compare(name: str, title: str, pairs: Sequence[tuple[dict, dict]]) -> Comparison | None:
-    """Mean similarity over pairs of `tables.bases`; None where they have no matrix in common."""
+    """Mean similarity over pairs of `tables.bases`; None if they have no matrix in common."""
     phi = tables.similarity(pairs) if pairs else {}
     if not phi:
         return None
@@ -114,12 +114,14 @@ def section(comparisons: Sequence[Comparison], absent: Sequence[str] = ()) -> Se
         lead = f"The maps show the directions of {OF['dW in']}; the tables have both. {DENSE}"
     parts = [
         page.paragraph(f"{EXPLANATION} {lead}"),
-        page.aid("Brighter than the control: the two updates share directions beyond chance."),
+        page.aid(
+            "Brighter than the control: the two updates share more directions than by chance."
+        ),
     ]
     if any(c.name.startswith("ranks_same_seed") for c in comparisons):
         text = (
-            "Each rank starts from its own A, also within a seed, so no overlap here was present "
-            "at the start. Members of one seed see the same batches in the same order."
+            "Each rank starts from its own A, even with the same seed, so none of this overlap was "
+            "present at the start. Members of one seed see the same batches in the same order."
         )
         parts.append(page.note(text))
     pictures = {}
@@ -153,7 +155,7 @@ def section(comparisons: Sequence[Comparison], absent: Sequence[str] = ()) -> Se
 
 
 def _maps(comparison: Comparison, pictures: dict[str, Picture]) -> str:
-    """The figures of one comparison, whose pictures are put with the others."""
+    """The figures of one comparison; adds them to `pictures`."""
     name, kind = f"similarity_{comparison.name}", comparison.kind
     pictures[name], layer, cut = paper(comparison)
     pictures[f"{name}_layers"], cut_layers = maps(comparison, kind)
@@ -169,32 +171,32 @@ def _maps(comparison: Comparison, pictures: dict[str, Picture]) -> str:
 
 def _fewer_maps(comparisons: Sequence[Comparison]) -> str:
     return (
-        f"Maps are drawn of the first {MAX_MAPS} of {len(comparisons)} comparisons. The tables, "
-        "analysis/similarity.csv and similarity.npz have all."
+        f"Maps are shown for the first {MAX_MAPS} of {len(comparisons)} comparisons. The tables, "
+        "analysis/similarity.csv and similarity.npz have all of them."
     )
 
 
 def across(comparisons: Sequence[Comparison], absent: Sequence[str]) -> Section:
-    """For several runs: one table of all comparisons, and their maps, folded."""
+    """For several runs: one table of all comparisons, and their folded maps."""
     parts = [
         page.paragraph(
-            f"{EXPLANATION} Directions are those of ΔW itself, which every method has, on its "
-            f"input and its output side. {DENSE}"
+            f"{EXPLANATION} Directions are those of ΔW itself, which every method has, on the "
+            f"input and the output side. {DENSE}"
         ),
         page.aid(
-            "Compare the similarity of two runs with that of two seeds of one run, and with the "
+            "Compare the similarity of two runs with that of two seeds of one run and with the "
             "chance level, which any two updates have."
         ),
     ]
     rows = []
     for comparison in comparisons:
         for kind in tables.KINDS[2:]:
-            found = [phi[kind] for phi in comparison.phi.values()]
+            maps_of_kind = [phi[kind] for phi in comparison.phi.values()]
             n = np.mean([size[kind] for size in comparison.size.values()])
-            i, j = found[0].shape
-            first, last = (np.mean([phi[c] for phi in found]) for c in ((0, 0), (-1, -1)))
+            i, j = maps_of_kind[0].shape
+            first, last = (np.mean([phi[c] for phi in maps_of_kind]) for c in ((0, 0), (-1, -1)))
             rows.append(
-                [comparison.title, "input" if kind.endswith("in") else "output", len(found)]
+                [comparison.title, "input" if kind.endswith("in") else "output", len(maps_of_kind)]
                 + [comparison.pairs, page.Fixed(first, 3), page.Fixed(1 / n, 3), f"{i}, {j}"]
                 + [page.Fixed(last, 3), page.Fixed(max(i, j) / n, 3)]
             )
@@ -231,19 +233,20 @@ def absent_of_sweep(
 
     Args:
       main: the sweep's main axis.
-      table: all members; shown: those whose updates were compared.
+      table: all members.
+      shown: the members whose updates were compared.
     """
     if main == "method":
         return [
             "Not available in a sweep over methods. python -m lorax.report RUN RUN compares the "
             "directions of two runs."
         ]
-    names, said = {comparison.name for comparison in comparisons}, []
+    names, reasons = {comparison.name for comparison in comparisons}, []
     if not any(name.startswith("ranks_") for name in names):
-        said.append(f"Between ranks: not available, {_one_rank(table, shown)}.")
+        reasons.append(f"Between ranks: not available: {_one_rank(table, shown)}.")
     if not any(name.startswith("between_seeds") for name in names):
-        said.append(f"Between seeds: not available, {_one_seed(table, shown)}.")
-    return said
+        reasons.append(f"Between seeds: not available: {_one_seed(table, shown)}.")
+    return reasons
 
 
 def _one_rank(table: pd.DataFrame, shown: pd.DataFrame) -> str:
@@ -253,7 +256,7 @@ def _one_rank(table: pd.DataFrame, shown: pd.DataFrame) -> str:
         return "the sweep has one rank"
     if shown["rank"].nunique() > 1:
         return "the updates of its ranks have no matrix in common"
-    return f"{len(shown)} of {len(table)} members are compared here, which have one rank"
+    return f"only {len(shown)} of {len(table)} members are compared here, and they have one rank"
 
 
 def _one_seed(table: pd.DataFrame, shown: pd.DataFrame) -> str:
@@ -263,12 +266,14 @@ def _one_seed(table: pd.DataFrame, shown: pd.DataFrame) -> str:
     if large["seed"].nunique() > 1:
         return "their updates have no matrix in common"
     at = " of the largest rank" * bool(shown["rank"].nunique() > 1)
-    return f"{len(shown)} of {len(table)} members are compared here, those{at} have one seed"
+    return (
+        f"only {len(shown)} of {len(table)} members are compared here, and those{at} have one seed"
+    )
 
 
 def paper(comparison: Comparison) -> tuple[Picture, int, str]:
-    """(the paper's figure of the middle layer: 3 between two ranks, 4 between two seeds; the layer;
-    which targets are drawn if not all are)."""
+    """(the paper's figure for the middle layer: figure 3 between two ranks, 4 between two seeds;
+    the layer; which targets are drawn, if not all)."""
     layers = sorted({tables.layer_and_target(path)[0] for path in comparison.phi})
     layer = layers[len(layers) // 2]
     drawn, cut = _chosen(comparison, comparison.kind, [layer])
@@ -280,7 +285,7 @@ def paper(comparison: Comparison) -> tuple[Picture, int, str]:
 
 
 def maps(comparison: Comparison, kind: str) -> tuple[Picture, str]:
-    """Heat maps by layer and target, and which of them are drawn if not all are."""
+    """Heat maps by layer and target, and which are drawn, if not all."""
     layers = sorted({tables.layer_and_target(path)[0] for path in comparison.phi})
     drawn, cut = _chosen(comparison, kind, spread(layers, MAX_LAYERS), layers)
     one, other = comparison.ranks
@@ -294,16 +299,21 @@ def maps(comparison: Comparison, kind: str) -> tuple[Picture, str]:
 
 
 def _chosen(
-    comparison: Comparison, kind: str, layers: Sequence[int], of: Sequence[int] = ()
+    comparison: Comparison, kind: str, layers: Sequence[int], all_layers: Sequence[int] = ()
 ) -> tuple[dict, str]:
-    """phi by (layer, target) of these layers, and of as many targets as a figure takes; with a
-    sentence on what is left out. of: all layers, where it is to be said which are drawn."""
-    every = [(tables.layer_and_target(path), kinds[kind]) for path, kinds in comparison.phi.items()]
-    here = [target for (layer, target), _ in every if layer in layers or of]
-    here = list(dict.fromkeys(here))
-    targets = spread(here, MAX_TARGETS)
-    drawn = {place: phi for place, phi in every if place[0] in layers and place[1] in targets}
-    return drawn, drawn_of(layers, of or layers, targets, here)
+    """phi by (layer, target) for these layers and as many targets as fit in a figure, and a
+    sentence on what is left out. of: all layers, if the sentence is to say which layers are
+    drawn."""
+    maps_by_place = [
+        (tables.layer_and_target(path), kinds[kind]) for path, kinds in comparison.phi.items()
+    ]
+    all_targets = [target for (layer, target), _ in maps_by_place if layer in layers or all_layers]
+    all_targets = list(dict.fromkeys(all_targets))
+    targets = spread(all_targets, MAX_TARGETS)
+    drawn = {
+        place: phi for place, phi in maps_by_place if place[0] in layers and place[1] in targets
+    }
+    return drawn, drawn_of(layers, all_layers or layers, targets, all_targets)
 
 
 def _cells(drawn: dict, control: np.ndarray) -> pd.DataFrame:
@@ -313,32 +323,32 @@ def _cells(drawn: dict, control: np.ndarray) -> pd.DataFrame:
 
 
 def _diagonals(comparisons: Sequence[Comparison], kind: str = "") -> Picture:
-    """phi(i, i) of all comparisons in one figure, with the band of the longest one."""
+    """phi(i, i) of all comparisons in one figure, with the longest band."""
     lines, rows = {}, []
     for comparison in comparisons:
-        found = [phi[kind or comparison.kind] for phi in comparison.phi.values()]
-        length = min(min(phi.shape) for phi in found)
-        every = [np.diagonal(phi)[:length] for phi in found]
-        mean = np.mean(every, axis=0)
+        maps_of_kind = [phi[kind or comparison.kind] for phi in comparison.phi.values()]
+        length = min(min(phi.shape) for phi in maps_of_kind)
+        diagonals = [np.diagonal(phi)[:length] for phi in maps_of_kind]
+        mean = np.mean(diagonals, axis=0)
         lines[comparison.title] = np.diag(mean)
         i = np.arange(1, length + 1)
         rows.append(pd.DataFrame({"shows": comparison.title, "i": i, "phi": mean}))
     band = max((c.control for c in comparisons), key=lambda band: min(band.mean.shape))
     for name, part in band._asdict().items():
-        own = np.diagonal(part)
-        i = np.arange(1, len(own) + 1)
-        rows.append(pd.DataFrame({"shows": f"chance, {name}", "i": i, "phi": own}))
+        diagonal = np.diagonal(part)
+        i = np.arange(1, len(diagonal) + 1)
+        rows.append(pd.DataFrame({"shows": f"chance, {name}", "i": i, "phi": diagonal}))
     return Picture(figures.diagonal(lines, band), pd.concat(rows, ignore_index=True))
 
 
 def long(phi: np.ndarray, **about: Any) -> pd.DataFrame:
-    """phi (r1, r2) with a row per cell."""
+    """phi (r1, r2) as a table with a row per cell."""
     i, j = np.indices(phi.shape) + 1
     return pd.DataFrame({**about, "i": i.ravel(), "j": j.ravel(), "phi": phi.ravel()})
 
 
 def at(phi: np.ndarray, i: int, j: int) -> float:
-    """phi(i, j), with i and j at most the number of directions."""
+    """phi(i, j), with i and j limited to the number of directions."""
     return float(phi[min(i, phi.shape[0]) - 1, min(j, phi.shape[1]) - 1])
 
 
@@ -375,7 +385,7 @@ def _table(comparison: Comparison) -> str:
 
 
 def _files(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """Every map as an array, and a table of their corner values with the chance level."""
+    """Every map as an array, and a table of corner values with the chance level."""
     arrays: dict[str, np.ndarray] = {}
     rows = []
     for comparison in comparisons:

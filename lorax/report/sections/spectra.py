@@ -1,4 +1,4 @@
-"""Sections on the updates themselves: singular values, and the ranks read off them."""
+"""Sections on the updates themselves: singular values and the ranks computed from them."""
 
 import pandas as pd
 
@@ -14,7 +14,7 @@ MAX_TARGETS = 4  # columns
 def spectra(sigmas: pd.DataFrame, main: str, where: str = "") -> Section:
     """Singular values by index.
 
-    sigmas: of `tables.spectra`, with a column `main` that distinguishes the lines. where: which
+    sigmas: from `tables.spectra`, with a column `main` that distinguishes the lines. where: which
     members these are, if not all.
     """
     layers = spread(sorted(set(sigmas["layer"])), MAX_LAYERS)
@@ -23,8 +23,10 @@ def spectra(sigmas: pd.DataFrame, main: str, where: str = "") -> Section:
     caption = "Singular values of ΔW (of s·a·b for an update with factors)." + (
         f" Shown for {where}; analysis/spectra.csv has all." if where else ""
     )
-    every = sorted(set(sigmas["layer"])), list(dict.fromkeys(sigmas["target"]))
-    caption += drawn_of(layers, every[0], targets, every[1], "analysis/spectra.csv has all")
+    all_places = sorted(set(sigmas["layer"])), list(dict.fromkeys(sigmas["target"]))
+    caption += drawn_of(
+        layers, all_places[0], targets, all_places[1], "analysis/spectra.csv has all"
+    )
     first, last = (drawn[drawn["index"] == i]["sigma"] for i in (1, 2))
     alt = f"Log-log line charts of singular values for layers {', '.join(map(str, layers))}"
     if len(last) and first.mean() > 0:
@@ -36,11 +38,12 @@ def spectra(sigmas: pd.DataFrame, main: str, where: str = "") -> Section:
 
 
 def ranks(table: pd.DataFrame, main: str, also: pd.DataFrame | None = None) -> Section:
-    """The ranks read off the spectra.
+    """The ranks computed from the spectra.
 
     Args:
-      table: of `tables.spectra`, with a column `main`.
-      also: further numbers of the matrices: member, path, and a column each by its heading.
+      table: from `tables.spectra`, with a column `main`.
+      also: further numbers of the matrices: member, path, and a column per number, named by its
+        heading.
     """
     columns = ["norm", "effective", "stable", "energy90", "numerical"]
     means = table.groupby([main, "target"], sort=True, dropna=False)[columns].mean().reset_index()
@@ -68,7 +71,7 @@ def ranks(table: pd.DataFrame, main: str, also: pd.DataFrame | None = None) -> S
     content = page.aid(
         "Below the dashed line, part of the rank is unused."
         if pd.to_numeric(table["rank"], errors="coerce").notna().any()
-        else "Low: the update is in few directions, though nothing restricted it to them."
+        else "Low: the update uses few directions, although nothing restricts it to them."
     )
     if text := unchanged(table):
         content += page.note(text)

@@ -11,14 +11,14 @@ from lorax.report.selection import label
 
 
 def sections(run: runs.Run, shown: pd.DataFrame, main: str) -> list[Section]:
-    """Sections on the members that are shown, one for each table that analysis/ has."""
+    """Sections on the shown members, one for each table in analysis/."""
     tables = {name: _read(run, name, shown, main) for name in ("trajectory", "cka")}
-    made = []
+    parts = []
     if tables["trajectory"] is not None:
-        made.append(_trajectory(tables["trajectory"], main))
+        parts.append(_trajectory(tables["trajectory"], main))
     if tables["cka"] is not None:
-        made.append(_cka(tables["cka"], main))
-    return made
+        parts.append(_cka(tables["cka"], main))
+    return parts
 
 
 def _read(run: runs.Run, name: str, shown: pd.DataFrame, main: str) -> pd.DataFrame | None:
@@ -37,8 +37,8 @@ def _trajectory(table: pd.DataFrame, main: str) -> Section:
         f"by step {half}."
     )
     content = page.aid(
-        "The overlap shows when the final directions appear: a line that rises early and stays "
-        "high is an update whose directions settle early."
+        "The overlap shows when the final directions appear: if a line rises early and stays "
+        "high, the update's directions settled early."
     )
     content += page.figure("trajectory", caption, alt)
     figure = figures.trajectory(table, main)

@@ -23,18 +23,18 @@ def of_run(
     kernels: Mapping[str, np.ndarray] | None,
     why: str,
 ) -> dict[str, tables.Measured]:
-    """{name: what a statistic says of all updates}: of those given, and of those that the run's
-    config names. why: there are no kernels."""
-    asked = (run.config.get("config", {}).get("analysis") or {}).get("also") or ()
-    names = {str(spelling).rpartition(":")[2] for spelling in asked}
+    """{name: a statistic of all updates}, for the given statistics and those that the run's config
+    names. why: the reason if there are no kernels."""
+    configured = (run.config.get("config", {}).get("analysis") or {}).get("also") or ()
+    names = {str(spelling).rpartition(":")[2] for spelling in configured}
     names -= {statistic.__name__ for statistic in statistics}
     return tables.statistics(updates, statistics, kernels, why) | _stored(run, sorted(names))
 
 
 def _stored(run: runs.Run, names: Sequence[str]) -> dict[str, tables.Measured]:
-    """What an earlier report wrote of these statistics. Their files are not run: config.json is
-    data, which may come from elsewhere."""
-    found = {}
+    """The values that an earlier report wrote for these statistics. Their files are not run:
+    config.json is data, which may come from elsewhere."""
+    stored = {}
     for name in names:
         file = rundir.table(run.directory, name)
         if not name.isidentifier() or name in tables.RESERVED or not file.exists():
@@ -43,8 +43,8 @@ def _stored(run: runs.Run, names: Sequence[str]) -> dict[str, tables.Measured]:
         columns = [column for column in table if column not in KEYS]
         empty = table[table[columns].isna().any(axis=1)]
         why = {(m, path): "no number" for m, path in empty[["member", "path"]].to_numpy()}
-        found[name] = tables.Measured(table, columns, why)
-    return found
+        stored[name] = tables.Measured(table, columns, why)
+    return stored
 
 
 def sections(
@@ -56,14 +56,16 @@ def sections(
     """A section for each statistic.
 
     Args:
-      measured: what they say of all updates.
-      shown: a row a member that figures show: member, and the column `main`.
-      statistics: the functions; their docstrings' first lines say what they are.
+      measured: their values for all updates.
+      shown: one row per member that figures show: member, and the column `main`.
+      statistics: the functions; the first lines of their docstrings are shown as descriptions.
     """
-    made, about = [], _described(statistics)
-    for name, of in measured.items():
-        made += page.attempt(title(name), _section, name, of, shown, main, about.get(name, ""))
-    return made
+    parts, descriptions = [], _described(statistics)
+    for name, values in measured.items():
+        parts += page.attempt(
+            title(name), _section, name, values, shown, main, descriptions.get(name, "")
+        )
+    return parts
 
 
 def title(name: str) -> str:
@@ -73,30 +75,40 @@ def title(name: str) -> str:
 
 def _described(statistics: Sequence[tables.Statistic]) -> dict[str, str]:
     """The first line of each docstring."""
-    lines = {of.__name__: (of.__doc__ or "").strip().partition("\n")[0] for of in statistics}
+    lines = {
+        statistic.__name__: (statistic.__doc__ or "").strip().partition("\n")[0]
+        for statistic in statistics
+    }
     return {name: line for name, line in lines.items() if line}
 
 
 def headings(measured: Mapping[str, tables.Measured]) -> pd.DataFrame | None:
-    """All statistics side by side, by member and path, under the headings of a report's table."""
+    """All statistics by member and path, side by side, under the headings of the report's
+    tables."""
     joined = None
-    for name, of in measured.items():
-        single = of.columns == [name]
-        named = {c: words.axis(name) if single else f"{words.axis(name)}: {c}" for c in of.columns}
-        table = of.table[["member", "path", *of.columns]].rename(columns=named)
+    for name, values in measured.items():
+        single = values.columns == [name]
+        renamed = {
+            c: words.axis(name) if single else f"{words.axis(name)}: {c}" for c in values.columns
+        }
+        table = values.table[["member", "path", *values.columns]].rename(columns=renamed)
         joined = table if joined is None else joined.merge(table, on=["member", "path"])
     return joined
 
 
-def _section(name: str, of: tables.Measured, shown: pd.DataFrame, main: str, about: str) -> Section:
-    files = {f"{name}.csv": of.table}
-    content = page.paragraph(about) if about else ""
-    if of.missing:
-        content += page.note(unmeasured(of.missing, len(of.table)))
-    here = label(of.table, shown, main).dropna(subset=of.columns, how="all")
-    if not len(here):
-        return Section(title(name), content + page.paragraph("No number to draw."), files=files)
-    targets, columns = list(dict.fromkeys(here["target"])), of.columns
+def _section(
+    name: str, values: tables.Measured, shown: pd.DataFrame, main: str, description: str
+) -> Section:
+    files = {f"{name}.csv": values.table}
+    content = page.paragraph(description) if description else ""
+    if values.missing:
+        content += page.note(unmeasured(values.missing, len(values.table)))
+    shown_rows = label(values.table, shown, main).dropna(subset=values.columns, how="all")
+    if not len(shown_rows):
+        return Section(
+            title(name), content + page.paragraph("There are no numbers to draw."), files=files
+        )
+    targets, columns = list(dict.fromkeys(shown_rows["target"])), values.columns
     drawn = spread(targets, MAX_TARGETS)
     caption = (
         f"{title(name)} by layer: a line for each {words.axis(main)}, means over seeds; bars are "
@@ -104,13 +116,13 @@ def _section(name: str, of: tables.Measured, shown: pd.DataFrame, main: str, abo
     )
     if len(columns) > MAX_NUMBERS:
         caption += f" The first {MAX_NUMBERS} of {len(columns)} numbers."
-    first = here[columns[0]]
+    first = shown_rows[columns[0]]
     alt = (
         f"Line charts of {words.axis(name)} by layer: from {first.min():.3g} to {first.max():.3g}, "
         f"{first.mean():.3g} on average."
     )
     content += page.figure(name, caption, alt)
     figure = figures.by_layer_and_value(
-        here[here["target"].isin(drawn)], columns[:MAX_NUMBERS], main
+        shown_rows[shown_rows["target"].isin(drawn)], columns[:MAX_NUMBERS], main
     )
-    return Section(title(name), content, {name: Picture(figure, here)}, files)
+    return Section(title(name), content, {name: Picture(figure, shown_rows)}, files)
