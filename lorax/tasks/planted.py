@@ -60,31 +60,65 @@ def load(config: Mapping[str, Any], base: Base) -> Data:
 
     Raises ValueError that names the config field.
     """
-    seed, examples = config["seed"], config["examples"]
     kernels = _kernels(base)
     ranks = _check(config, base, kernels)
-    stream = lambda *words: np.random.default_rng((seed, *words))
+    teacher, sigmas = _teacher(config, base, kernels, ranks)
+    inputs, labels = _rows(config, base, teacher)
+    n_train = check_n_train(config.get("n_train"), config["examples"])
+    train = slice(EVAL_ROWS, EVAL_ROWS + n_train)  # the eval rows come first: they stay the same
+    d = _dimension(base, inputs[train], labels.shape[1])
+    facts = {
+        "planted": sigmas,
+        "planted_dim": d,
+        "planted_rank": config["rank"],
+        "spectrum": config["spectrum"],
+        "noise": float(config["noise"]),
+        "inputs": config["inputs"],
+        "data_seed": config["seed"],
+    }
+    n = inputs.shape[1]
+    p = n if config["inputs"] is None else config["inputs"]
+    note = (
+        f"an update of rank {', '.join(f'{r} in {name}' for name, r in ranks.items())} "
+        f"({config['spectrum']} spectrum, {config['strength']:g} |w|) to be found; inputs span "
+        f"{p} of {n} dimensions" + (f", so d* = {d}" if d else "") + f"; noise {config['noise']:g} "
+        f"of what is planted; {count(n_train)} train rows, {count(EVAL_ROWS)} eval rows without "
+        f"noise; seed {config['seed']}"
+    )
+    images = inputs.reshape(-1, *base.input_shape)
+    data = arrays((images[train], labels[train]), (images[:EVAL_ROWS], labels[:EVAL_ROWS]))
+    build = lambda *given: data.build(*given)._replace(note=note, facts=facts)
+    return data._replace(build=build)
 
-    # ---------------------------------------------------------------------------------- teacher
+
+def _stream(config, *words):
+    """A random number generator for one kind of draw, which the others do not move."""
+    return np.random.default_rng((config["seed"], *words))
+
+
+def _teacher(config, base: Base, kernels: Mapping, ranks: Mapping) -> tuple[dict, dict]:
+    """(parameters with the updates planted, {layer: singular values of its dW*})."""
     flat = tree.flatten(base.params)
     changed, sigmas = dict(flat), {}
     for path, site in _linear(base).items():
         matrix = np.array(site.to_matrix(ops.dense(flat[path], site)), np.float64)
         for name, index in base.layers_of(path).items():
-            rng = stream(0, list(kernels).index(name))
+            rng = _stream(config, 0, list(kernels).index(name))
             norm = config["strength"] * np.linalg.norm(matrix[index])
             sigma = singular_values(config["spectrum"], ranks[name], norm)
             matrix[index] += update(rng, kernels[name], sigma)
             sigmas[name] = [float(f"{x:.6g}") for x in sigma]
         # float32 also where the base is stored in less: rounded, it would have another rank
         changed[path] = site.from_matrix(jnp.asarray(matrix, jnp.float32), flat[path].shape)
-    teacher = tree.unflatten(changed)
+    return tree.unflatten(changed), sigmas
 
-    # ------------------------------------------------------------------------------------- rows
+
+def _rows(config, base: Base, teacher: dict) -> tuple[np.ndarray, np.ndarray]:
+    """(inputs (N, n), labels (N, k)), float32: the eval rows, which have no noise, come first."""
     n = int(np.prod(base.input_shape))
     p = n if config["inputs"] is None else config["inputs"]
-    q = np.eye(n) if p == n else _orthonormal(stream(1), n, p)
-    xi = stream(2).standard_normal((EVAL_ROWS + examples, p))  # the eval rows first: they stay
+    q = np.eye(n) if p == n else _orthonormal(_stream(config, 1), n, p)
+    xi = _stream(config, 2).standard_normal((EVAL_ROWS + config["examples"], p))
     inputs = (xi @ q.T).astype(np.float32)
     images = inputs.reshape(-1, *base.input_shape)
     right = np.asarray(intercept.apply(base.module, teacher, images), np.float32)
@@ -94,35 +128,9 @@ def load(config: Mapping[str, Any], base: Base) -> Data:
         )
     before = np.asarray(intercept.apply(base.module, base.params, images), np.float32)
     sigma = config["noise"] * float(np.std(right - before))
-    noise = sigma * stream(3).standard_normal(right.shape)
+    noise = sigma * _stream(config, 3).standard_normal(right.shape)
     noise[:EVAL_ROWS] = 0
-    label = (right + noise).astype(np.float32)
-
-    n_train = check_n_train(config.get("n_train"), examples)
-    cut = lambda part: (images[part], label[part])
-    train, evaluation = cut(slice(EVAL_ROWS, EVAL_ROWS + n_train)), cut(slice(EVAL_ROWS))
-
-    # ------------------------------------------------------------------------------------ truth
-    d = _dimension(base, inputs[EVAL_ROWS : EVAL_ROWS + n_train], right.shape[1])
-    facts = {
-        "planted": sigmas,
-        "planted_dim": d,
-        "planted_rank": config["rank"],
-        "spectrum": config["spectrum"],
-        "noise": float(config["noise"]),
-        "inputs": config["inputs"],
-        "data_seed": seed,
-    }
-    note = (
-        f"an update of rank {', '.join(f'{r} in {name}' for name, r in ranks.items())} "
-        f"({config['spectrum']} spectrum, {config['strength']:g} |w|) to be found; inputs span "
-        f"{p} of {n} dimensions" + (f", so d* = {d}" if d else "") + f"; noise {config['noise']:g} "
-        f"of what is planted; {count(n_train)} train rows, {count(EVAL_ROWS)} eval rows without "
-        f"noise; seed {seed}"
-    )
-    data = arrays(train, evaluation)
-    build = lambda *given: data.build(*given)._replace(note=note, facts=facts)
-    return data._replace(build=build)
+    return inputs, (right + noise).astype(np.float32)
 
 
 def shapes(config, lead, seq_len, base):
