@@ -332,7 +332,7 @@ def _tied(axes: dict[str, tuple], zip_: tuple) -> list[list[tuple]]:
         steps = list(zip(*(axes[axis] for axis in block), strict=True))
         if len(set(steps)) != len(steps):
             shown = steps if len(block) > 1 else tuple(step[0] for step in steps)
-            raise ValueError(f"sweep.{' and '.join(block)}: a value stands twice in {shown}")
+            raise ValueError(f"sweep.{' and '.join(block)}: a value occurs twice in {shown}")
         blocks.append([tuple(zip(block, step, strict=True)) for step in steps])
     return blocks
 

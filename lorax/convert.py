@@ -10,8 +10,8 @@ ADAPTER is one of:
     virtual tokens only shown. All except LoRA and DoRA need --base to be shown.
   - a checkpoint of loralib, the LoRA authors' code, as .npz or .safetensors. It does not hold its
     scale: give --alpha.
-  - a directory in lorax's own format (method.json). It needs --base to be shown, and if the method
-    is your own, --method FILE: the Python file that registers it.
+  - a directory in lorax's own format (method.json). Without a delta.safetensors it needs --base to
+    be shown. Your own method also needs --method FILE, the Python file that registers it.
 BASE is a shipped name, a Hugging Face directory or a Hub id. OUT must not exist yet.
 
 If BASE is in 4 bits, merging decodes its weights and writes them decoded. --onto DIR merges into

@@ -1,8 +1,8 @@
 """Text from a causal model: greedy, sampled or by beam search, with a cache of keys and values.
 
-Everything after the prompt is one compiled loop. Options mean what they mean in Hugging Face's
+Everything after the prompt is one compiled loop. Options have the meaning of Hugging Face's
 `generate`, and greedy and beam search choose the same tokens. Axes: B prompts, K beams, N = B or
-B K rows that the model sees, S columns (prompt, then what is written), V vocabulary.
+B K rows that the model sees, S columns (prompt, then generated tokens), V vocabulary.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ SEEDS = 2**32  # JAX's keys keep 32 bits of a seed
 class DecodingOptions(NamedTuple):
     """How the next tokens are chosen, with names and meaning of Hugging Face's `generate`.
 
-    max_new_tokens: at most so many. ends: ids that end a text; pad: the id written behind an end.
-    num_beams: above 1, beam search without sampling: the text with the best (sum of
-    log-probabilities) / length ** length_penalty. early_stopping: stop as soon as there are as many
-    finished texts as beams. no_repeat_ngram_size: no n tokens, those of the prompt included, come
-    twice (0: off).
+    max_new_tokens: the most tokens to generate. ends: ids that end a text; pad: the id written
+    after an end. num_beams: above 1, beam search without sampling, for the text with the best (sum
+    of log-probabilities) / length ** length_penalty. early_stopping: stop as soon as there are as
+    many finished texts as beams. no_repeat_ngram_size: no sequence of n tokens, including the
+    prompt's, occurs twice (0: off).
 
     temperature: 0 takes the likeliest token (`do_sample=False`); above 0, tokens are sampled from
     logits / temperature. top_k: only from the k likeliest (0: all). top_p: only from the fewest
-    whose probabilities add up to p (nucleus sampling, arXiv:1904.09751).
+    likeliest whose probabilities add up to p (nucleus sampling, arXiv:1904.09751).
     """
 
     max_new_tokens: int = 64
@@ -57,7 +57,7 @@ def check(options: DecodingOptions, batch_size: int = 1, seed: int = 0) -> Decod
     sampled = options.temperature != 0
     rules = (
         ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
-        # in float32: what is not 0 must neither vanish nor overflow
+        # nothing but 0 may vanish or overflow in float32
         ("temperature", not sampled or TINY <= options.temperature <= 1 / TINY,
          f"0 (the likeliest token) or from {TINY} to {1 / TINY}"),
         ("top_k", options.top_k >= 0, "at least 0 (0: all)"),
@@ -79,10 +79,10 @@ def check(options: DecodingOptions, batch_size: int = 1, seed: int = 0) -> Decod
 def encode(
     base: Base, prompts: Sequence[str], max_new_tokens: int, ahead: int = 0
 ) -> list[list[int]]:
-    """The ids of each prompt, behind the tokens that start a text.
+    """The ids of each prompt, after the tokens that start a text.
 
-    ahead: positions that virtual tokens take. Raises ValueError where the base has no tokenizer, a
-    prompt is empty or no text, or a prompt and the new tokens need more positions than the model
+    ahead: positions that virtual tokens take. Raises ValueError if the base has no tokenizer, a
+    prompt is empty or not text, or a prompt and the new tokens need more positions than the model
     has.
     """
     vocabulary = base.vocabulary
@@ -95,14 +95,14 @@ def encode(
     ids = [[*vocabulary.start, *vocabulary.encode(prompt)] for prompt in prompts]
     empty = [i for i, tokens in enumerate(ids) if not tokens]
     if empty:
-        raise ValueError(f"prompt {empty[0]}: it is empty, and {base.name} has no token to start")
+        raise ValueError(f"prompt {empty[0]}: is empty, and {base.name} has no start token")
     longest, most = max(map(len, ids), default=0), base.positions
     if most and longest + max_new_tokens + ahead > most:
-        virtual = f" beside {ahead} virtual ones" if ahead else ""
+        virtual = f" with {ahead} virtual tokens" if ahead else ""
         raise ValueError(
             f"prompts: one of {longest} tokens and {max_new_tokens} new ones need more than the "
             f"{most} positions of {base.name}{virtual}; at most {max(most - longest - ahead, 0)} "
-            f"new ones have room"
+            f"new ones fit"
         )
     return ids
 
@@ -118,11 +118,11 @@ def complete(
     seed: int = 0,
     progress=lambda done, total: None,
 ) -> list[str]:
-    """What the model writes after each prompt, without special tokens. Prompt + text reads as the
-    whole does, so a text that starts a new word begins with a space.
+    """The model's continuation of each prompt, without special tokens. Prompt + text is the whole
+    text, so a continuation that starts a new word begins with a space.
 
-    params: for `lorax.apply` (default: the base's own). options: if `ends` is empty, `ends` and
-    `pad` are those of the base's vocabulary. rows: which adapter each prompt takes, if params has
+    params: for `lorax.apply` (default: the base's). options: if `ends` is empty, `ends` and `pad`
+    are those of the base's vocabulary. rows: the adapter of each prompt, if params has
     `leaves.Mixed` leaves. progress: called with (prompts done, prompts in all).
     Raises ValueError as `encode` does.
     """
@@ -131,7 +131,7 @@ def complete(
     ahead = prefix.ahead(params).tokens
     ids = encode(base, prompts, options.max_new_tokens, ahead)
     if not options.ends:
-        # Small models of the LLaMA family start the next story where this one ends.
+        # Small LLaMA models mark the end of a story with the start token of the next.
         ends = tuple(dict.fromkeys((*vocabulary.ends, *vocabulary.start)))
         options = options._replace(ends=ends, pad=vocabulary.pad)
     longest, most = max(map(len, ids), default=0), base.positions
@@ -178,22 +178,22 @@ def _rows(params, new):
 
 
 def _continuation(vocabulary, prompt: list[int], written: list[int]) -> str:
-    """The text of ids as it reads behind a prompt's ids: SentencePiece's decoders, and others,
-    take a space off the first word of a text."""
+    """The text of ids as it reads after a prompt's ids: some decoders, such as SentencePiece's,
+    remove the space before the first word of a text."""
     before, whole = vocabulary.decode(prompt), vocabulary.decode(prompt + written)
     return whole[len(before) :] if whole.startswith(before) else vocabulary.decode(written)
 
 
 def _until(row, ends) -> list[int]:
-    at = np.flatnonzero(np.isin(row, ends))
-    return list(row[: at[0]] if len(at) else row)
+    positions = np.flatnonzero(np.isin(row, ends))
+    return list(row[: positions[0]] if len(positions) else row)
 
 
 @functools.partial(jax.jit, static_argnames=("module", "options"))
 def generate(module, params, tokens, segments, key, options: DecodingOptions):
-    """(B, max_new_tokens) int32: what follows each prompt, `options.pad` behind an end.
+    """(B, max_new_tokens) int32: the continuation of each prompt, `options.pad` after an end.
 
-    tokens, segments: (B, T) int32, prompts padded on the left, segments 0 there and 1 on the text.
+    tokens, segments: (B, T) int32, prompts padded on the left, segments 0 on padding and 1 on text.
     """
     b, t = tokens.shape
     ahead = prefix.ahead(params)
@@ -214,10 +214,10 @@ def generate(module, params, tokens, segments, key, options: DecodingOptions):
         logits, cache = read(module, params, chosen[:, None], None, cache)
         return n + 1, text, real, logits, cache, done, key
 
-    more = lambda state: (state[0] < options.max_new_tokens) & ~jnp.all(state[5])
+    unfinished = lambda state: (state[0] < options.max_new_tokens) & ~jnp.all(state[5])
     text, real = _room(tokens, options.pad, options), _room(segments > 0, False, options)
     state = (jnp.int32(0), text, real, logits, cache, jnp.zeros(b, bool), key)
-    return jax.lax.while_loop(more, write, state)[1][:, t:]
+    return jax.lax.while_loop(unfinished, write, state)[1][:, t:]
 
 
 def read(module, params, tokens, segments, cache):
@@ -229,13 +229,13 @@ def read(module, params, tokens, segments, cache):
 
 
 def _room(x, fill, options):
-    """(B, T) -> (B, S): columns for what will be written."""
+    """(B, T) -> (B, S): adds columns for the generated tokens."""
     return jnp.pad(x, ((0, 0), (0, options.max_new_tokens)), constant_values=fill)
 
 
 def warp(logits, options: DecodingOptions):
-    """Logits (N, V) of the distribution that tokens are sampled from: over the temperature, then
-    -inf outside of the k likeliest, then outside of the nucleus, as Hugging Face's warpers do."""
+    """Logits (N, V) of the sampling distribution: divided by the temperature, then -inf outside the
+    k likeliest, then -inf outside the nucleus, as in Hugging Face's warpers."""
     logits = logits / options.temperature
     if options.top_k:
         least = jax.lax.top_k(logits, min(options.top_k, logits.shape[-1]))[0][:, -1:]
@@ -256,12 +256,12 @@ def _choose(logits, key, options):
 
 
 def _without_repeats(scores, text, real, length, options):
-    """scores (N, V) with -inf for tokens that would repeat n tokens of text (N, S).
+    """scores (N, V) with -inf for tokens that would repeat a sequence of n tokens in text (N, S).
 
     real: (N, S), False on padding. length: () columns of text so far.
     """
     n = options.no_repeat_ngram_size
-    if not n or n > text.shape[1]:  # so long a text is never written
+    if not n or n > text.shape[1]:  # a text is never that long
         return scores
     last = jax.lax.dynamic_slice_in_dim(text, length - (n - 1), n - 1, axis=1)
     starts = text.shape[1] - n + 1
@@ -277,9 +277,9 @@ def _without_repeats(scores, text, real, length, options):
 
 
 class _Beams(NamedTuple):
-    """n: tokens written. text, score: (B, K, S), (B, K) of beams that go on, logits (B, K, V) after
-    them; best, best_score, finished: the same of texts that ended, the best first. hopeful: (B,)
-    whether a beam may still get better than these."""
+    """n: tokens written. text (B, K, S), score (B, K), logits (B, K, V): of the running beams. best
+    (B, K, S), best_score, finished (B, K): of the texts that ended, the best first. hopeful: (B,)
+    whether a running beam may still beat these. stuck: () whether no beam can go on."""
 
     n: jax.Array
     text: jax.Array
@@ -294,8 +294,8 @@ class _Beams(NamedTuple):
 
 
 def _beams(module, params, tokens, segments, logits, cache, options):
-    """Beam search as Hugging Face does it, which is Flax's: every step looks at the best
-    continuations, more than there are beams, so that as many go on when some end."""
+    """Beam search as in Hugging Face (and Flax): every step considers more continuations than there
+    are beams, so that K beams keep running when some end."""
     (b, t), k, v = tokens.shape, options.num_beams, logits.shape[-1]
     ends = jnp.array(options.ends, jnp.int32)
     many = max(2, 1 + len(options.ends)) * k
@@ -305,7 +305,7 @@ def _beams(module, params, tokens, segments, logits, cache, options):
         k=copies(cache.k, 1), v=copies(cache.v, 1), real=copies(cache.real)
     )  # (L, N, S, ...)
     text = copies(_room(tokens, options.pad, options)[:, None], 1)  # (B, K, S)
-    # (N, S); what is not yet written is masked by the length
+    # (N, S); columns not yet written are masked by the length
     real = copies(_room(segments > 0, True, options))
     take = lambda x, index: jnp.take_along_axis(
         x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1
@@ -348,7 +348,7 @@ def _beams(module, params, tokens, segments, logits, cache, options):
             finished, hopeful, jnp.all(ended),
         )  # fmt: skip
 
-    def more(s: _Beams):
+    def unfinished(s: _Beams):
         full = jnp.all(s.finished) & options.early_stopping
         return (s.n < options.max_new_tokens) & jnp.any(s.hopeful) & ~full & ~s.stuck
 
@@ -357,4 +357,4 @@ def _beams(module, params, tokens, segments, logits, cache, options):
         jnp.int32(0), text, first, copies(logits[:, None], 1), cache, text,
         jnp.full((b, k), NEVER), jnp.zeros((b, k), bool), jnp.ones(b, bool), jnp.bool_(False),
     )  # fmt: skip
-    return jax.lax.while_loop(more, write, start).best[:, 0, t:]
+    return jax.lax.while_loop(unfinished, write, start).best[:, 0, t:]

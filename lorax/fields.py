@@ -1,6 +1,6 @@
-"""What the fields of someone else's JSON object must be: declared once, checked before any use.
+"""Checks of the fields of JSON objects from outside, declared once and done before any use.
 
-A reader lists the fields that it reads, each with a `Kind`, and sees no others:
+A reader lists the fields that it reads, each with a `Kind`; other fields are ignored:
 
     FIELDS = {"hidden_size": SIZE, "rope_theta": POSITIVE, "head_dim": optional(SIZE)}
     hf = fields.read(hf, FIELDS)
@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TINY = 1e-37  # less is zero in float32, more than its inverse infinite
+TINY = 1e-37  # smaller values are zero in float32, values above its inverse infinite
 
 
 class Kind(NamedTuple):
-    """right: what a value must be, in words. fits(value): whether it is; read(value): the same as
-    who computes with it wants it."""
+    """right: what a value must be, in words. fits(value): whether it is. read(value): the value
+    converted for use."""
 
     right: str
     fits: Callable[[Any], bool]
@@ -30,13 +30,13 @@ def whole(least: int, most: int = 2**31 - 1) -> Kind:
 
 
 def above(limit: float) -> Kind:
-    """Numbers above a limit, in float32: not below it by rounding, and not infinite."""
+    """Numbers above a limit, which float32 neither rounds to it nor makes infinite."""
     fits = lambda x: type(x) in (int, float) and TINY <= x - limit and x <= 1 / TINY
     return Kind(f"a number above {limit}", fits, float)
 
 
 def one_of(names: Collection[str]) -> Kind:
-    """Strings of a list."""
+    """Strings from a list."""
     right = f"one of {', '.join(map(repr, names))}"
     return Kind(right, lambda x: isinstance(x, str) and x in names)
 
@@ -63,9 +63,9 @@ def each(kind: Kind, least: int = 0, most: int = 2**20) -> Kind:
     )
 
 
-#: Axes of a weight, heads and layers: the largest model known has less than a tenth of it.
+#: Axes of a weight, heads and layers: no known model has a tenth of this.
 SIZE = whole(1, 2**20)
-#: Rows of an embedding, positions: more of these is no mistake.
+#: Rows of an embedding, positions: these may be larger.
 ROWS = whole(1)
 COUNT = whole(0)
 ID = whole(0)
@@ -77,12 +77,12 @@ TEXTS = each(TEXT)
 
 
 def read(given: Mapping, kinds: Mapping[str, Kind], place: str | Path = "") -> dict:
-    """{field: value} of those fields of `given` that `kinds` lists.
+    """{field: value} of the fields of `given` that `kinds` lists.
 
-    place: the file, or the field that holds them, for messages. Raises ValueError that names the
-    field, what was given and what would be right.
+    place: for messages, the file or the field that holds the object. Raises ValueError that names
+    the field, what was given and what would be right.
     """
-    found = {}
+    values = {}
     for name, kind in kinds.items():
         if name not in given:
             continue
@@ -91,14 +91,14 @@ def read(given: Mapping, kinds: Mapping[str, Kind], place: str | Path = "") -> d
                 f"{place}{': ' * bool(place)}{name}: {shown(given[name])} given, must be "
                 f"{kind.right}"
             )
-        found[name] = kind.read(given[name])
-    return found
+        values[name] = kind.read(given[name])
+    return values
 
 
 def shown(value) -> str:
-    """A value as JSON, cut to what a line of an error has room for."""
+    """A value as JSON, shortened to fit in a line of an error."""
     try:
         text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):  # of Python, not of a file; an integer of too many digits
+    except (TypeError, ValueError):  # not JSON, or an integer with too many digits
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:50]}... ({len(text)} characters)"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and texts and JSON that say which file is wrong."""
+"""Atomic file writing, and reading of text and JSON with errors that name the file."""
 
 import json
 import os
@@ -12,17 +12,17 @@ LFS = b"version https://git-lfs"  # how a pointer begins
 
 
 def atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> Path:
-    """Call `write(temporary path)`, get it onto the disk, and only then give it its name.
+    """Call `write(temporary path)`, sync it to the disk, then rename it to `path`.
 
-    A reader sees the old file or the whole new one. The folder is made where it is missing.
-    Raises OSError (a full disk), also where a library has words of its own for it.
+    A reader sees either the old file or the complete new one. A missing folder is created.
+    Raises OSError (a full disk), also if a library reports it with another type.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        os.chmod(temporary, 0o644)  # safetensors makes its files for the owner alone
+        os.chmod(temporary, 0o644)  # safetensors makes files that only the owner can read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -47,16 +47,15 @@ def write_json(path: str | os.PathLike, value) -> Path:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """A text file's content, without the byte order mark that some editors put in front.
+    """A text file's content without a byte order mark.
 
-    Raises ValueError that names file and line where it is not UTF-8, OSError where it can't be
-    read.
+    Raises ValueError that names file and line if it is not UTF-8, OSError if it can't be read.
     """
     return as_text(Path(path).read_bytes(), path)
 
 
 def as_text(data: bytes, path: str | os.PathLike) -> str:
-    """`read_text` of a file whose bytes have been read, out of an archive say."""
+    """`read_text` of a file whose bytes are already read, e.g. from an archive."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -67,10 +66,10 @@ def as_text(data: bytes, path: str | os.PathLike) -> str:
 
 
 def parse_json(text: str, path: str | os.PathLike, line: int = 1) -> Any:
-    """JSON that someone else wrote, as Python's objects. path, line: where `text` begins.
+    """JSON from outside as Python objects. path, line: where `text` begins.
 
-    Raises ValueError that names file and line for what is not JSON, for nesting and numbers that
-    Python has no room for, and for half of a surrogate pair ("\\ud83d"), which is no text.
+    Raises ValueError that names file and line for invalid JSON, for nesting too deep and numbers
+    too long for Python, and for half of a surrogate pair ("\\ud83d"), which is not text.
     """
     place = path if "\n" in text.strip() else f"{path}:{line}"
     try:
@@ -82,7 +81,7 @@ def parse_json(text: str, path: str | os.PathLike, line: int = 1) -> Any:
     except RecursionError:
         raise ValueError(f"{place}: JSON nested too deep to be read") from None
     except ValueError:  # more digits than `sys.get_int_max_str_digits()`
-        raise ValueError(f"{place}: a number of too many digits to be read") from None
+        raise ValueError(f"{place}: a number with too many digits to be read") from None
     if "\\u" in text:
         check_unicode(json.dumps(value, ensure_ascii=False), place)
     return value
@@ -98,7 +97,7 @@ def check_unicode(text: str, place: str | os.PathLike) -> None:
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """A JSON object from a file. Raises ValueError that names the file where it is none."""
+    """A JSON object from a file. Raises ValueError that names the file if it is not one."""
     value = parse_json(read_text(path), path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object is expected, not a {type(value).__name__}")
@@ -106,10 +105,10 @@ def read_json(path: str | os.PathLike) -> dict:
 
 
 def pointer_hint(path: str | os.PathLike) -> str:
-    """What to add to an error where a file is not itself but Git LFS's pointer to it, else ""."""
+    """What to add to an error if the file is only a Git LFS pointer, else ""."""
     try:
         with open(path, "rb") as file:
             pointer = file.read(len(LFS)) == LFS
-    except OSError:  # which the error itself speaks of
+    except OSError:  # the error itself names it
         return ""
-    return "; it is a pointer of Git LFS: fetch the file itself with `git lfs pull`" * pointer
+    return "; it is a Git LFS pointer: fetch the file itself with `git lfs pull`" * pointer

@@ -1,4 +1,4 @@
-"""Linen layers that compute with operator leaves, and the kernels of a model that can be adapted.
+"""Makes Linen layers compute with operator leaves, and finds a model's adaptable kernels.
 
 `apply` runs a module under an interceptor. Where the kernel of a `Dense`, `DenseGeneral`, `Einsum`,
 `Embed` or `Conv` is an operator leaf, the layer's output is computed by the functions of
@@ -33,9 +33,9 @@ from lorax.ops import (
 def apply(module: nn.Module, params: dict, *inputs, **kwargs):
     """`module.apply` on parameters whose leaves may be operators.
 
-    params: the "params" collection itself. Other keywords go to `module.apply`: `method`, `rngs`.
-    Raises ValueError for parameters with a leaf that the module does not use: virtual tokens in a
-    model that is not one of `lorax.models`.
+    params: the "params" collection itself. Other keywords (`method`, `rngs`) go to `module.apply`.
+    Raises ValueError for a leaf that the module does not use, such as virtual tokens in a model
+    that is not from `lorax.models`.
     """
     params = inner(params)
     with interceptor():
@@ -48,9 +48,9 @@ def interceptor() -> contextlib.AbstractContextManager:
     return nn.intercept_methods(functools.partial(_intercept, set()))
 
 
-#: Name of a leaf beside a module's parameters that replaces one of the module's methods. The leaf
-#: has `method`, the name of that method, and is called as leaf(module, call, *args, **kwargs).
-#: call(*args, **kwargs) is the module's own call, with operator leaves.
+#: Name of a leaf among a module's parameters that replaces one of the module's methods. `method` of
+#: the leaf is the name of that method. The leaf is called as leaf(module, call, *args, **kwargs),
+#: where call(*args, **kwargs) is the original method, with operator leaves.
 AROUND = "around"
 
 
@@ -73,7 +73,7 @@ def _intercept(called: set, next_fun, args, kwargs, context):
 
 
 def _check_called(module: nn.Module, called: set) -> None:
-    """Raises ValueError where the model never called a method that a leaf replaces."""
+    """Raises ValueError if the model never called a method that a leaf replaces."""
     for path in tree.flatten(module.variables["params"]):
         *parent, name = path.split("/")
         if name == AROUND and tuple(parent) not in called:
@@ -84,7 +84,7 @@ def _check_called(module: nn.Module, called: set) -> None:
 
 
 def _computed(next_fun, context, *args, **kwargs):
-    """The output of a layer: by its rule where its kernel is an operator leaf, else its own."""
+    """A layer's output: by its rule if its kernel is an operator leaf, else by the layer itself."""
     rule = _rule(context)
     if rule is None:
         return next_fun(*args, **kwargs)
@@ -101,7 +101,7 @@ class _Rule(NamedTuple):
     """One kind of layer call: the axes of its `Site`, and how it computes with a leaf."""
 
     kind: str
-    axes: Callable  # (module, *args) -> (ins, outs) or None where it can't be adapted
+    axes: Callable  # (module, *args) -> (ins, outs), or None if it can't be adapted
     call: Callable  # (module, leaf, bias, *args) -> y
 
 
@@ -145,7 +145,7 @@ def _dense_general(module, leaf, bias, x):
 
 
 def _einsum_letters(module, x, einsum_str):
-    """Letters of input, kernel and output, with '...' spelt out."""
+    """Letters of input, kernel and output, with '...' expanded."""
     text = (einsum_str or module.einsum_str).replace(" ", "")
     operands, out = text.split("->")
     left, kernel = operands.split(",")

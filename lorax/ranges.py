@@ -11,7 +11,8 @@ BELOW_1 = 1 - 2**-24  # the largest
 
 
 class Rule(NamedTuple):
-    """right: what a value must be, in words. fits(value): whether it is. keys: of such values."""
+    """right: what a value must be, in words. fits(value): whether it is. keys: the keys with such
+    values."""
 
     right: str
     fits: Callable[[Any], bool]
@@ -56,7 +57,7 @@ RULES = (
         lambda v: v is None or v >= 0,
         ("analysis.layers",),
     ),
-    # A gradient that is always zero, as that of padding is, would be divided by it.
+    # The always-zero gradient of padding is divided by eps.
     Rule(f"must be at least {FLOAT32_MIN}", lambda v: v >= FLOAT32_MIN, ("train.eps",)),
     Rule(
         "must be in [0, 1)",
@@ -71,7 +72,7 @@ RULES = (
     ),
     Rule('must be at least 1, or "auto"', _is_rank, ("method.rank",)),
 )
-#: Keys whose values are among a few words.
+#: Keys whose values are one of a few words.
 WORDS = {
     **dict.fromkeys(("dtype", "param_dtype", "operands"), ("float32", "bfloat16")),
     "quant": (None, "nf4", "fp4", "int8"),
@@ -100,7 +101,7 @@ def check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
     size, parts = values["train.batch_size"], values["train.accumulate"]
     need("train.accumulate", size % parts == 0, f"must divide train.batch_size, {size}")
     alone = values["train.offload"] is None or values["train.parallel"] != "pmap"
-    need("train.offload", alone, 'needs a train.parallel but "pmap"')
+    need("train.offload", alone, 'needs a train.parallel other than "pmap"')
     for key, value in values.items():
         if isinstance(value, bool):
             need(key, type(defaults[key]) not in (int, float), "must be a number")

@@ -9,10 +9,10 @@ from lorax import config, rundir
 
 
 def check_same_config(workdir: Path, settings: ConfigDict) -> list[str]:
-    """The keys of `config.REVISABLE` in which the run that the directory holds differs.
+    """The keys of `config.REVISABLE` in which the config differs from that of the directory's run.
 
-    Raises ValueError where it holds a run of another config, and where other values of these keys
-    can't take effect any more.
+    Raises ValueError if the directory holds a run of another config, or if new values of these keys
+    can no longer take effect.
     """
     if not (workdir / rundir.CONFIG).exists():
         return []
@@ -20,7 +20,7 @@ def check_same_config(workdir: Path, settings: ConfigDict) -> list[str]:
         stored = rundir.read_config(workdir)["config"]
     except (ValueError, KeyError):
         file = workdir / rundir.CONFIG
-        raise ValueError(f"workdir: {file} is damaged; delete {workdir} to start anew") from None
+        raise ValueError(f"workdir: {file} is damaged; delete {workdir} to start again") from None
     different = differences(stored, json.loads(settings.to_json()))
     others = [key for key in different if key not in config.REVISABLE]
     if others and rundir.has_begun(workdir):
@@ -37,7 +37,7 @@ def check_same_config(workdir: Path, settings: ConfigDict) -> list[str]:
 
 
 def differences(old, new, prefix: str = "") -> list[str]:
-    """The keys, "train.lr", in which two configs differ, as config.json has them."""
+    """The keys ("train.lr") in which two configs of config.json differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             difference

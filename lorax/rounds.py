@@ -1,7 +1,7 @@
-"""From members to a report: train round after round, then take the updates apart.
+"""From members to a report: train round after round, then analyse the updates.
 
-A run without a search has one round. Whatever fails after training costs nothing of what was
-trained: it is said, kept in errors.txt and status.json, and the same command does it again.
+A run without a search has one round. A failure after training loses nothing that was trained: it is
+printed and recorded in errors.txt and status.json, and the same command tries it again.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from lorax.models import Base, kernels
 from lorax.terminal import Screen
 from lorax.train import layouts, loop, prepare
 
-PACKAGES = ("lorax-research", "jax", "jaxlib", "flax", "optax")  # whose versions config.json has
+PACKAGES = ("lorax-research", "jax", "jaxlib", "flax", "optax")  # config.json has their versions
 
 
 def train(
@@ -37,10 +37,10 @@ def train(
 ) -> dict[str, str]:
     """Train all members of a run, export, analyse, report; {what failed after training: why}.
 
-    command: what runs the same again, for config.json.
+    command: the command that runs the same again, for config.json.
     """
-    tables.read_statistics(settings.analysis.also)  # raises where one can't be read
-    with contextlib.suppress(RuntimeError):  # JAX has computed something: its devices stay
+    tables.read_statistics(settings.analysis.also)  # raises if one can't be read
+    with contextlib.suppress(RuntimeError):  # JAX has already started: its devices stay
         layouts.split_cpu()
     with Screen() as screen:
         log = Log(workdir, screen)
@@ -58,10 +58,10 @@ def train(
 
 @dataclasses.dataclass
 class Log:
-    """What has come of a run so far, as status.json has it, and where it is said.
+    """The state of a run, as in status.json, and the screen that reports it.
 
     results: {member: its row of `lorax.train.loop.train`}. failed: {what failed after training:
-    why}. seconds: of wall clock, of earlier starts of the run. began: when this one started.
+    why}. seconds: wall clock of earlier starts of the run. began: when this one started.
     """
 
     workdir: Path
@@ -81,7 +81,7 @@ class Log:
         rundir.write_status(self.workdir, state, self.results, seconds, self.failed)
 
     def attempt(self, what: str, work: Callable[[], object]) -> None:
-        """Do what may fail without ending the run."""
+        """Do work that may fail without ending the run; `what` names it in messages."""
         try:
             work()
         except Exception as error:
@@ -93,7 +93,8 @@ class Log:
 
 
 def _train(settings, members: list[Member], log: Log, command: str) -> tuple[Base, list[dict]]:
-    """Train the sweep, then what a search asks for; (base of the first group, members.jsonl)."""
+    """Train the sweep, then the rounds of a search; (base of the first group, rows of
+    members.jsonl)."""
     workdir, say, loaded = log.workdir, log.screen.say, prepare.Loaded({}, {})
     groups = prepare.groups(members, say, loaded=loaded)
     if settings.search.threshold:
@@ -134,26 +135,26 @@ def _train(settings, members: list[Member], log: Log, command: str) -> tuple[Bas
 
 
 def check_disk(workdir: Path, groups: list[prepare.Group]) -> None:
-    """Raises ValueError where checkpoints and adapters of the groups have no room on the disk."""
+    """Raises ValueError if the disk has no room for the groups' checkpoints and adapters."""
     states = [tree.nbytes(group.stack.state) for group in groups]
     learned = [tree.nbytes(group.stack.state.trainable) for group in groups]
-    # Two checkpoints of each group stay, while one is being written.
+    # Two checkpoints of each group are kept while a third is written.
     needs = sum(learned) + 2 * sum(states) + max(states)
-    there = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
+    present = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
     free = shutil.disk_usage(workdir).free
-    if needs > free + there:
+    if needs > free + present:
         count = sum(len(group.stack.members) for group in groups)
         raise ValueError(
             f"--workdir: {workdir} needs {needs / 1e9:.2f} GB for checkpoints and adapters of "
-            f"{count} members, and {(free + there) / 1e9:.2f} GB are free there; name another "
+            f"{count} members, and {(free + present) / 1e9:.2f} GB are free there; name another "
             f"--workdir, or train fewer members in one run"
         )
 
 
 def write_config(workdir: Path, settings: ConfigDict, base: Base, command: str) -> None:
-    """Write config.json, or of one that is there config and command, where these may change.
+    """Write config.json. If the run has begun, only its config and command are updated.
 
-    Raises ValueError where the weights of the base are not those that the run began with.
+    Raises ValueError if the weights of the base differ from those that the run began with.
     """
     devices, cores = jax.devices(), f"{platform.machine()}, {os.cpu_count()} cores"
     now = {
@@ -171,7 +172,7 @@ def write_config(workdir: Path, settings: ConfigDict, base: Base, command: str) 
     begun = rundir.read_config(workdir)
     if begun["base_sha256"] != now["base_sha256"]:
         raise ValueError(
-            f"base: the weights of {base.name} are others than {workdir} began with; "
+            f"base: the weights of {base.name} differ from those that {workdir} began with; "
             f"name another --workdir"
         )
     if begun["config"] != now["config"]:
@@ -187,7 +188,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """Revision of the source tree that lorax runs from, with "+" where it has changes."""
+    """Revision of the source tree that lorax runs from, with "+" if it has uncommitted changes."""
     here = Path(__file__).parent
     ask = lambda *words: subprocess.run(
         ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=True
@@ -202,32 +203,32 @@ def _git_revision() -> str | None:
 
 
 def _analyse(settings: ConfigDict, base: Base, log: Log) -> None:
-    """Write the tables, the report and TensorBoard's files of a run that is trained."""
+    """Write the tables, the report and TensorBoard's files of a trained run."""
     workdir, say = log.workdir, log.screen.say
     for member, result in log.results.items():
         failed = result.get("failed", {}).items()
         log.failed |= {f"{key} of member {member}": why for key, why in failed}
     log.attempt("tables", lambda: _write_tables(workdir))
     if settings.analysis.report:
-        say("taking the updates apart and drawing the report")
+        say("analysing the updates and drawing the report")
         log.attempt("report", lambda: _report(workdir, base, settings.analysis.also, say))
     log.attempt("TensorBoard", log.events.finish)
 
 
 def _write_tables(workdir: Path) -> None:
-    """analysis/trajectory.csv and analysis/cka.csv, of what training has left of them."""
+    """Write analysis/trajectory.csv and analysis/cka.csv from what training has recorded."""
     run = runs.load(workdir)
     for name, table in (("trajectory", tables.trajectory(run)), ("cka", tables.cka(run))):
         file = rundir.table(workdir, name)
         if table is None:
-            file.unlink(missing_ok=True)  # of an analysis that is no longer asked for
+            file.unlink(missing_ok=True)  # left by an analysis that is no longer asked for
         else:
             write_bytes(file, table.to_csv(index=False).encode())
 
 
 def _report(workdir: Path, base: Base, also: tuple[str, ...], say: Callable[[str], None]) -> None:
-    """Draw the report. A section that fails is a line on the screen and in its place, and does not
-    fail the run."""
+    """Draw the report. A section that fails is replaced by a line, also printed on the screen, and
+    does not fail the run."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"report: {message}")
         report.write(workdir, kernels(base), also=also)

@@ -1,20 +1,20 @@
-"""The run directory, the only thing between training and analysis: names, writer and reader.
+"""The run directory, which hands training's results to the analysis: names, writer and reader.
 
 config.json           resolved config, package versions, device, git revision, hash of the base
 members.jsonl         a line per member: its name, method, hyperparameters, size
 metrics.jsonl         a line per measurement: member, step, split, loss in nats per completion token
 status.json           state of the run, result of each member, what failed
-adapters/MEMBER/      what a member has learned, LoRA factors in PEFT's format
+adapters/MEMBER/      what a member has learned; LoRA factors in PEFT's format
 texts/MEMBER.jsonl    the prompts that a member completed after training
-checkpoints/PART/     the last two checkpoints of the members that are trained in one program
+checkpoints/PART/     the last two checkpoints of the members trained in one program
 trajectory/PART/      spectra of their updates, one file per evaluation
 analysis/, figures/   tables and figures of the report; report.html shows them
 tb/                   the same measurements for TensorBoard
 errors.txt            traceback of everything that failed after training
 
 The state is "running" until all members are trained, then "trained" until tables and report are
-written, then "finished". It is "stopped" where the same command continues, "failed" after any other
-error. No other module spells these names.
+written, then "finished". It is "stopped" if the same command can continue the run, "failed" after
+any other error. No other module spells these names.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ ADAPTERS, TEXTS, CHECKPOINTS, TRAJECTORY = "adapters", "texts", "checkpoints", "
 ANALYSIS, FIGURES, TENSORBOARD = "analysis", "figures", "tb"
 FILES = (LOCK, CONFIG, MEMBERS, METRICS, STATUS, REPORT)
 FOLDERS = (ADAPTERS, ANALYSIS, CHECKPOINTS, FIGURES, TENSORBOARD, TEXTS, TRAJECTORY)
-UNFINISHED = ("running", "stopped", "failed")  # states in which members are left to train
+UNFINISHED = ("running", "stopped", "failed")  # states with members left to train
 
 
 def adapter(directory: Path, member: int) -> Path:
@@ -51,18 +51,18 @@ def texts(directory: Path, member: int) -> Path:
 
 
 def table(directory: Path, name: str) -> Path:
-    """The file of a table of the analysis: "trajectory", "cka", "intrinsic"..."""
+    """The file of an analysis table: "trajectory", "cka", "intrinsic"..."""
     return Path(directory) / ANALYSIS / f"{name}.csv"
 
 
 def part(group: int, number: int, parts: int) -> str:
-    """The name of part `number` of a group's members in checkpoints/ and trajectory/. Another
-    division of the group (less memory free than last time) gets other names."""
+    """The name of part `number` of a group's members in checkpoints/ and trajectory/. If the group
+    is divided differently (less memory is free than last time), the names differ."""
     return f"{group}-{number}" + (f"of{parts}" if parts > 1 else "")
 
 
 def checkpoints(directory: Path, name: str) -> Path:
-    """The folder of a part's checkpoints. name: of `part`."""
+    """The folder of a part's checkpoints. name: as `part` returns it."""
     return Path(directory) / CHECKPOINTS / name
 
 
@@ -72,7 +72,7 @@ def spectra(directory: Path, name: str, step: int) -> Path:
 
 
 def spectra_files(directory: Path) -> list[Path]:
-    """All that `spectra` names and that exists; a file's stem is its step."""
+    """All existing files of `spectra`; a file's stem is its step."""
     return sorted((Path(directory) / TRAJECTORY).glob("*/*.safetensors"))
 
 
@@ -82,7 +82,7 @@ def is_run(directory: Path) -> bool:
 
 
 def has_begun(directory: Path) -> bool:
-    """Whether anything was trained or measured there; otherwise it is as good as empty."""
+    """Whether anything was trained or measured there; if not, it counts as empty."""
     return (Path(directory) / CONFIG).exists() and metrics_size(directory) > 0
 
 
@@ -95,7 +95,7 @@ def has_finished(directory: Path) -> bool:
 
 
 def check_paths(directory: Path) -> None:
-    """Raises ValueError where the run directory, or something in it, can't be written."""
+    """Raises ValueError if the run directory, or something in it, can't be written."""
     for path, is_folder in (
         *((parent, True) for parent in reversed(directory.parents)),
         (directory, True),
@@ -105,9 +105,9 @@ def check_paths(directory: Path) -> None:
         if not path.exists():
             continue
         if path.is_dir() != is_folder:
-            right, given = ("a folder", "a file") if is_folder else ("a file", "a folder")
+            right, actual = ("a folder", "a file") if is_folder else ("a file", "a folder")
             raise ValueError(
-                f"--workdir: {path} is {given} and should be {right}; move it away or name "
+                f"--workdir: {path} is {actual} and should be {right}; move it away or name "
                 f"another --workdir"
             )
         if path.parent == directory and not os.access(path, os.W_OK):
@@ -118,8 +118,8 @@ def check_paths(directory: Path) -> None:
 def locked(directory: Path):
     """Context in which no other process writes to the run directory.
 
-    Removes the directory if it stayed empty. Raises BlockingIOError, or ValueError where it can't
-    be written to.
+    Removes the directory if it stayed empty. Raises BlockingIOError if another process writes to
+    it, ValueError if it can't be written to.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -142,8 +142,8 @@ def locked(directory: Path):
 def recorded(directory: Path):
     """Context in which an error that ends the run is written to status.json with its reason.
 
-    The state is then "stopped" where the same command may continue, "failed" for anything else;
-    that of a run whose members are all trained stays.
+    The state becomes "stopped" if the same command can continue the run, "failed" otherwise; once
+    all members are trained it stays as it was.
     """
     try:
         yield
@@ -163,8 +163,8 @@ def recorded(directory: Path):
 def write_status(
     directory: Path, state: str, results: dict[int, dict], seconds: float, failed: dict[str, str]
 ) -> None:
-    """Write status.json. results: {member: its row of `lorax.train.loop.train`}. seconds: of wall
-    clock, over all starts of the run. failed: {what failed after training: why}."""
+    """Write status.json. results: {member: its row of `lorax.train.loop.train`}. seconds: wall
+    clock over all starts of the run. failed: {what failed after training: why}."""
     status = {
         "state": state,
         "members": {str(member): results[member] for member in sorted(results)},
@@ -186,7 +186,7 @@ def write_members(directory: Path, rows: Iterable[dict]) -> None:
 
 
 def append_metrics(directory: Path, rows: Iterable[dict]) -> int:
-    """Append to metrics.jsonl, on the disk when this returns; the file's new length in bytes."""
+    """Append to metrics.jsonl and sync it to the disk; the file's new length in bytes."""
     with open(directory / METRICS, "ab") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         file.flush()
@@ -195,8 +195,7 @@ def append_metrics(directory: Path, rows: Iterable[dict]) -> int:
 
 
 def cut_metrics(directory: Path, length: int) -> None:
-    """Shorten metrics.jsonl to `length` bytes: what was measured after a checkpoint is measured
-    again."""
+    """Shorten metrics.jsonl to `length` bytes: measurements after a checkpoint are repeated."""
     with open(directory / METRICS, "ab") as file:
         file.truncate(length)
 
@@ -208,19 +207,19 @@ def metrics_size(directory: Path) -> int:
 
 
 def keep_error(directory: Path, error: BaseException) -> str:
-    """Append an error's traceback to errors.txt; what to say of it in a line."""
+    """Append an error's traceback to errors.txt; a one-line message about it."""
     file = Path(directory) / ERRORS
     with open(file, "a") as out:
         out.write("".join(traceback.format_exception(error)) + "\n")
-    return f"failed ({reason(error)}; {file} says where)"
+    return f"failed ({reason(error)}; traceback in {file})"
 
 
 # ----------------------------------------------------------------------------------------- reading
 
 
 class Contents(NamedTuple):
-    """What a run directory says of its run: config.json, the rows of members.jsonl and
-    metrics.jsonl, status.json."""
+    """The contents of a run directory: config.json, the rows of members.jsonl and metrics.jsonl,
+    status.json."""
 
     config: dict[str, Any]
     members: list[dict[str, Any]]
@@ -232,8 +231,8 @@ def read(directory: Path) -> Contents:
     """Read a run directory, finished or not.
 
     Raises FileNotFoundError that names the missing directory or file, ValueError that names the
-    file and line of a damaged one. A line that was torn off at the end of a .jsonl is ignored with
-    a warning: a run that is being written, or was killed, ends like that.
+    file and line of a damaged one. An incomplete last line of a .jsonl is ignored with a warning: a
+    run that is being written, or was killed, can end like that.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -259,7 +258,7 @@ def read_members(directory: Path) -> list[dict[str, Any]]:
 
 
 def read_status(directory: Path) -> dict[str, Any]:
-    """status.json, {} where there is none or it is damaged."""
+    """status.json, {} if it is missing or damaged."""
     try:
         return read_json(Path(directory) / STATUS)
     except (FileNotFoundError, ValueError):
@@ -267,7 +266,7 @@ def read_status(directory: Path) -> dict[str, Any]:
 
 
 def metrics_after(directory: Path, offset: int) -> tuple[list[dict], int]:
-    """The complete lines of metrics.jsonl from byte `offset` on, and the offset behind them."""
+    """The complete lines of metrics.jsonl from byte `offset` on, and the offset after them."""
     with open(Path(directory) / METRICS, "rb") as file:
         file.seek(offset)
         data = file.read()
@@ -290,7 +289,7 @@ def _read_rows(file: Path, required: set[str]) -> list[dict[str, Any]]:
             row = parse_json(line, file, number)
         except ValueError:
             if number == lines[-1][0]:
-                warnings.warn(f"{file}:{number}: torn last line ignored", stacklevel=4)
+                warnings.warn(f"{file}:{number}: incomplete last line ignored", stacklevel=4)
                 continue
             raise
         if not isinstance(row, dict) or not required <= set(row):

@@ -1,8 +1,8 @@
-"""The search for an intrinsic dimension: what it trains beside the sweep, and its later rounds.
+"""The search for an intrinsic dimension: its members and its later rounds.
 
-With `search.threshold` a run trains `sweep.dim` beside full fine-tuning and LoRA (`members`). Each
-later round reads the run directory and asks for dimensions between those that failed and those
-that succeeded (`next_round`). What the points mean is estimated in `lorax.analysis.intrinsic`.
+With `search.threshold` a run trains `sweep.dim`, full fine-tuning and LoRA (`members`). Each later
+round reads the run directory and adds dimensions between those that failed and those that
+succeeded (`next_round`). `lorax.analysis.intrinsic` estimates the dimension from the results.
 """
 
 import itertools
@@ -17,16 +17,16 @@ from lorax import catalogue, config
 from lorax.config import Member
 from lorax.ranges import FLOAT32_MAX
 
-REFINED_LRS = 2  # learning rates at which a dimension between two others is tried
+REFINED_LRS = 2  # learning rates at which refinement tries a dimension
 
 
 def members(settings: ConfigDict) -> list[Member]:
-    """The members of a run: those of its sweep, and in a search those that it compares with.
+    """The members of a run: those of its sweep, and in a search the baselines.
 
-    These are `search.seeds` of full fine-tuning at its learning rates, then of LoRA. Methods, and
-    conditions that differ only in a method's hyperparameter, share them. Raises ValueError as
-    `lorax.config.members` does, and for a key of config.search that is out of range or does not
-    fit the sweep.
+    The baselines are full fine-tuning at its learning rates, then LoRA, each with `search.seeds`.
+    Methods, and conditions that differ only in a method's hyperparameter, share them. Raises
+    ValueError as `lorax.config.members` does, and for a key of config.search that is out of range
+    or does not fit the sweep.
     """
     members = config.members(settings)
     _check(settings)
@@ -37,7 +37,7 @@ def members(settings: ConfigDict) -> list[Member]:
 
 
 def _compared(settings, swept: list[Member]) -> list[dict]:
-    """The points of full fine-tuning and LoRA that a search compares with."""
+    """The points of the baselines, full fine-tuning and LoRA."""
     search, lrs = settings.search, settings.sweep.lr or (settings.train.lr,)
     conditions, points = [], []
     for member in swept:
@@ -56,22 +56,22 @@ def _compared(settings, swept: list[Member]) -> list[dict]:
 
 
 def seeds(settings: ConfigDict) -> tuple[int, ...]:
-    """The seeds of what a search trains beside its first dimensions."""
+    """The seeds of the baselines and of the refinement."""
     return tuple(settings.search.seeds or settings.sweep.seed or (settings.seed,))
 
 
 def rounds(settings: ConfigDict) -> int:
-    """How many rounds a run trains: the sweep, then those of a search's refinement."""
+    """How many rounds a run trains: the sweep, then the rounds of refinement."""
     return 1 + settings.search.rounds * bool(settings.search.threshold)
 
 
 def most_members(settings: ConfigDict, members: list[Member]) -> int:
-    """How many members a round of refinement can add at most: to tell how long it may take."""
+    """The most members that a round of refinement can add, to estimate its time."""
     fixed = lambda p: {
         axis: value for axis, value in p.items() if axis not in ("dim", "lr", "seed")
     }
     conditions = {str(fixed(member.point)) for member in members if "dim" in member.point}
-    each = (settings.search.points + 2) * REFINED_LRS * len(seeds(settings))  # and both ends
+    each = (settings.search.points + 2) * REFINED_LRS * len(seeds(settings))  # + 2: both ends
     return each * len(conditions)
 
 
@@ -81,8 +81,8 @@ def most_members(settings: ConfigDict, members: list[Member]) -> int:
 def next_round(
     settings: ConfigDict, members: list[Member], directory: Path, say: Callable[[str], None]
 ) -> list[Member]:
-    """The members of the next round, chosen by what the run directory holds; says how far it is."""
-    from lorax.analysis import intrinsic  # pandas: `members` is asked for before it is needed
+    """The members of the next round, chosen from the results so far, whose estimate is printed."""
+    from lorax.analysis import intrinsic  # imports pandas, which `members` can do without
 
     search, table = settings.search, points(directory)
     for _, row in estimate(settings, directory).iterrows():
@@ -93,7 +93,7 @@ def next_round(
 
 
 def estimate(settings: ConfigDict, directory: Path):
-    """`intrinsic.estimate` of what a run directory holds."""
+    """`intrinsic.estimate` of a run directory."""
     from lorax.analysis import intrinsic
 
     search = settings.search
@@ -101,24 +101,24 @@ def estimate(settings: ConfigDict, directory: Path):
 
 
 def points(directory: Path):
-    """`intrinsic.points` of a run directory, also while a round is under way."""
+    """`intrinsic.points` of a run directory, also in the middle of a round."""
     from lorax.analysis import intrinsic, runs
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a torn line of the round that is to be continued
+        warnings.simplefilter("ignore")  # about an incomplete line of an interrupted round
         return intrinsic.points(runs.load(directory))
 
 
 def refine(table, threshold: float, metric: str, inside: int, seeds: tuple[int, ...]) -> list[dict]:
     """What the next round should train: {"like": a member of the condition, "dim", "lr", "seed"}.
 
-    A condition's bracket is the largest d up to which every seed fails, and the smallest from which
-    on every seed succeeds. `inside` dimensions go into it, evenly spaced in log(d), and both its
-    ends, so that these get all the seeds as well. If the smallest d succeeds already (or the
-    largest fails), one d beyond it is tried, at the ratio of the two outermost, but at least 1 (at
-    most the baseline's parameters). Each is trained at the two best learning rates of the nearest d
-    that was tried. A pure function of the table (`intrinsic.points`); what it asks for may have
-    been trained already.
+    A condition's bracket goes from the largest d up to which every seed fails to the smallest d
+    from which on every seed succeeds. The round tries `inside` dimensions in it, evenly spaced in
+    log(d), and both ends, so that these get all seeds too. If the smallest d already succeeds (or
+    the largest fails), it tries one d beyond, spaced by the ratio of the two outermost, but at
+    least 1 (at most the baseline's number of parameters). Each d is trained at the two best
+    learning rates of the nearest d tried so far. This is a pure function of the table
+    (`intrinsic.points`); some of the result may be trained already.
     """
     import numpy as np
 
@@ -146,9 +146,9 @@ def refine(table, threshold: float, metric: str, inside: int, seeds: tuple[int, 
 
 
 def _next_dims(some, every, inside: int, most: float) -> list[int]:
-    """Dimensions in and at the ends of the bracket, ascending, or one beyond the tested ones.
+    """Dimensions in the bracket with its ends, ascending, or one beyond the tested ones.
 
-    some, every: pandas Series over the tested d: whether some, whether all seeds succeed.
+    some, every: pandas Series over the tested d: whether any seed and whether every seed succeeds.
     """
     import numpy as np
 
@@ -166,20 +166,20 @@ def _next_dims(some, every, inside: int, most: float) -> list[int]:
 
 
 def more_members(settings: ConfigDict, members: list[Member], asked: list[dict]) -> list[Member]:
-    """The members that `refine` asks for, counted on from those there are; none is trained twice.
+    """The members that `refine` asks for, numbered after the existing ones, without duplicates.
 
-    asked: {"like": number of a member, axis: value of those in which the new one differs} each.
+    asked: dicts {"like": number of a member, axis: value where the new member differs from it}.
     """
     key = lambda member: json.dumps(member.config.to_dict(), sort_keys=True)
-    known, more = {key(member) for member in members}, []
+    known, added = {key(member) for member in members}, []
     for wanted in asked:
         changes = {axis: value for axis, value in wanted.items() if axis != "like"}
         point = members[wanted["like"]].point | changes
-        member = config.member(settings, len(members) + len(more), point)
+        member = config.member(settings, len(members) + len(added), point)
         if key(member) not in known:
             known.add(key(member))
-            more.append(member)
-    return more
+            added.append(member)
+    return added
 
 
 # ---------------------------------------------------------------------------------------- checking
@@ -205,7 +205,7 @@ def _check(settings: ConfigDict) -> None:
     all_are("seeds", int, seed, "must be a tuple of integers in [0, 2**31)")
     all_are("lora_ranks", int, lambda v: v >= 1, "must be a tuple of integers of at least 1")
     for field in ("baseline_lr", "seeds", "lora_ranks"):
-        need(field, len(set(search[field])) == len(search[field]), "a value stands twice")
+        need(field, len(set(search[field])) == len(search[field]), "a value occurs twice")
     if search.threshold and settings.analysis.also:
         raise ValueError("analysis.also: a search's report shows no updates; leave it ()")
     if search.threshold:
@@ -213,7 +213,8 @@ def _check(settings: ConfigDict) -> None:
 
 
 def _check_sweep(settings: ConfigDict, need: Callable) -> None:
-    """The same for what a search asks of its sweep. need(field, whether it fits, what is right)."""
+    """Raises ValueError if a search can't use its sweep. need: (field, whether it fits, what is
+    right)."""
     swept = config.swept(settings.sweep)
     dims = tuple(swept.get("dim", ()))
     need("threshold", len(dims) > 1, f"needs a sweep.dim of at least two values, not {dims}")
@@ -221,12 +222,14 @@ def _check_sweep(settings: ConfigDict, need: Callable) -> None:
     tied = {config.axis_of(name) for tie in settings.sweep.zip for name in tie}
     for axis in ("dim", "seed"):
         if axis in tied:
-            raise ValueError(f"sweep.zip: {axis} is tied, but a search (search.threshold) moves it")
+            raise ValueError(
+                f"sweep.zip: {axis} is tied, but a search (search.threshold) varies it"
+            )
     for name in swept.get("method", (settings.method.name,)):
         rows = catalogue.ROWS
-        right = ", ".join(of for of, row in rows.items() if "dim" in row.varies)
+        right = ", ".join(other for other, row in rows.items() if "dim" in row.varies)
         without = name in rows and "dim" not in rows[name].varies
-        need("threshold", not without, f"but method {name!r} has no dim; {right} have")
+        need("threshold", not without, f"but method {name!r} has no dim; {right} have one")
     values = tuple(swept.get("seed", (settings.seed,)))
     if settings.search.seeds:
         of_search = set(settings.search.seeds)

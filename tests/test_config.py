@@ -125,8 +125,8 @@ def test_two_ties():
 @pytest.mark.parametrize(
     ("axes", "zip_", "message"),
     [
-        (dict(rank=(1, 1)), (), r"sweep.rank: a value stands twice in \(1, 1\)"),
-        (dict(lr=(1, 1.0)), (), "sweep.lr: a value stands twice"),
+        (dict(rank=(1, 1)), (), r"sweep.rank: a value occurs twice in \(1, 1\)"),
+        (dict(lr=(1, 1.0)), (), "sweep.lr: a value occurs twice"),
         (dict(rank=(1, 2.5)), (), "sweep.rank: values of type int are expected, 2.5 given"),
         (dict(rank=("1",)), (), "expected, '1' given .*--config.sweep.rank=\""),
         (dict(rank=(True,)), (), "sweep.rank: values of type int are expected, True given"),
@@ -195,7 +195,7 @@ def test_every_key_of_a_member_can_be_swept_by_its_own_value():
         ({"train.warmup": (0, 1.5)}, "sweep.axes: train.warmup: values of type int .* 1.5 given"),
         ({"train.warmup": ("0",)}, r"--config.sweep.axes=\"{'train.warmup': \(first, second\)}\""),
         ({"train.warmup": (0, -1)}, "train.warmup: -1 given, must not be negative"),
-        ({"train.warmup": (1, 1)}, r"sweep.train.warmup: a value stands twice in \(1, 1\)"),
+        ({"train.warmup": (1, 1)}, r"sweep.train.warmup: a value occurs twice in \(1, 1\)"),
         ({"train.schedule": ("linear", "linaer")}, "train.schedule: 'linaer' .*did you mean 'line"),
         ({"method.rank": (1, 2)}, "sweep.axes: method.rank is swept by sweep.rank as well"),
         ({"rank": (1, 2)}, "sweep.axes: 'rank' is an axis by itself: give sweep.rank"),

@@ -206,7 +206,7 @@ def test_what_can_not_be_completed_says_why():
         ValueError, match="prompts: one of 1 tokens and 100000 new ones need more than the 256 p"
     ):
         decode.complete(base, ["a"], options=decode.DecodingOptions(max_new_tokens=100_000))
-    with pytest.raises(ValueError, match="prompt 1: it is empty, and gpt2-nano has no token"):
+    with pytest.raises(ValueError, match="prompt 1: is empty, and gpt2-nano has no start token"):
         decode.complete(base, ["a", ""])
     with pytest.raises(ValueError, match="prompt 1: 3 given, must be text"):
         decode.complete(base, ["a", 3])

@@ -22,7 +22,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
         (b'{\n"a": "\xe9"}', ":2: bad byte 0xe9; expected UTF-8"),
         (b'{\n"a" 1}', ":2: not JSON (Expecting ':' delimiter at character 5)"),
         (b"[" * 200_000, ":1: JSON nested too deep to be read"),
-        (b'{"a": ' + b"9" * 5_000 + b"}", ":1: a number of too many digits to be read"),
+        (b'{"a": ' + b"9" * 5_000 + b"}", ":1: a number with too many digits to be read"),
         (b'{"a": "\\ud83d"}', ":1: \\ud83d is half of a character; expected both halves"),
         (b"[1]", ": a JSON object is expected, not a list"),
     ],

@@ -89,7 +89,7 @@ def test_without_a_threshold_there_is_no_search():
         (dict(rounds=-1), {}, "search.rounds: -1 given, must not be negative"),
         (dict(baseline_lr=("x",)), {}, r"search.baseline_lr: \('x',\) given, must be a tuple of"),
         (dict(seeds=(-1,)), {}, r"search.seeds: \(-1,\) given, must be a tuple of integers in"),
-        (dict(seeds=(0, 0)), {}, "search.seeds: .* a value stands twice"),
+        (dict(seeds=(0, 0)), {}, "search.seeds: .* a value occurs twice"),
         (dict(seeds=(1,)), {}, r"search.seeds: \(1,\) given, must hold those of the sweep, \(0,\)"),
         (dict(lora_ranks=(0,)), {}, r"search.lora_ranks: \(0,\) given, must be a tuple"),
         ({}, dict(dim=()), r"search.threshold: 0.9 given, needs a sweep.dim of at least two"),

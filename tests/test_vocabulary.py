@@ -142,6 +142,6 @@ def test_a_byte_order_mark_changes_nothing(stories):
 )
 def test_ids_of_another_kind(stories, name, field, value):
     (stories / name).write_text(f'{{"{field}": {value}}}')
-    wrong = "a number of too many digits" if len(value) == 5000 else f"{field}: .* given, must be"
+    wrong = "a number with too many digits" if len(value) == 5000 else f"{field}: .* given, must be"
     with pytest.raises(ValueError, match=f"^{re.escape(str(stories / name))}:(1:)? {wrong}"):
         vocabulary.read(stories)

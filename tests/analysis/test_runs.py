@@ -43,7 +43,7 @@ def test_torn_last_line_is_ignored_with_a_warning(tmp_path):
     whole = runs.load(directory).metrics
     with open(directory / "metrics.jsonl", "a") as file:
         file.write('{"member": 0, "step": 150, "spl')
-    with pytest.warns(UserWarning, match=r"metrics.jsonl:\d+: torn last line"):
+    with pytest.warns(UserWarning, match=r"metrics.jsonl:\d+: incomplete last line"):
         torn = runs.load(directory).metrics
     pd.testing.assert_frame_equal(torn, whole)
 

@@ -151,7 +151,7 @@ def test_an_archive_without_an_array_that_is_asked_for(tmp_path):
 def test_a_pointer_of_git_lfs_as_weights_is_told(tmp_path, suffix):
     file = tmp_path / f"x{suffix}"
     file.write_bytes(LFS + b".github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(ValueError, match=rf"x{suffix}: .*a pointer of Git LFS.*git lfs pull"):
+    with pytest.raises(ValueError, match=rf"x{suffix}: .*a Git LFS pointer.*git lfs pull"):
         reader(suffix)(file)
     with pytest.raises(FileNotFoundError, match="nothing: no such file"):
         reader(suffix)(tmp_path / "nothing")

@@ -443,7 +443,7 @@ DAMAGE = {
     ),
     "truncated": (truncate, (ValueError, "model.safetensors: not a readable safetensors file")),
     "shard": (lose_a_shard, (FileNotFoundError, "shards .*model-00002-of-00002.*are missing")),
-    "pointer": (pointer, (ValueError, "model.safetensors: not a readable .* pointer of Git LFS")),
+    "pointer": (pointer, (ValueError, "model.safetensors: not a readable .* Git LFS pointer")),
     "index": (index({}), (ValueError, "model.safetensors.index.json: no 'weight_map'")),
     "index of a list": (index({"weight_map": ["x"]}), (ValueError, "json: no 'weight_map'")),
     "index of nothing": (index({"weight_map": {}}), (ValueError, "json: no 'weight_map'")),

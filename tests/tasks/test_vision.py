@@ -202,7 +202,7 @@ FILES = {
     "pointer": (
         lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
         ValueError,
-        "a pointer of Git LFS",
+        "a Git LFS pointer",
     ),
     "size": (
         lambda path: small(path, x_train=np.zeros((12, 32, 32), np.uint8)),

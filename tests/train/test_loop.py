@@ -262,11 +262,11 @@ def test_members_of_a_planted_task_carry_the_truth():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(eval__new_tokens=250), r"eval.generate: prompts: .* at most 200 new ones have room"),
+        (dict(eval__new_tokens=250), r"eval.generate: prompts: .* at most 200 new ones fit"),
         (dict(eval__length_penalty=1e9), "eval.generate: length_penalty: 1000000000.0 given"),
         (
             dict(eval__new_tokens=150, method__name="prefix", method__tokens=100),
-            "than the 256 positions of gpt2-nano beside 100 virtual ones",
+            "than the 256 positions of gpt2-nano with 100 virtual tokens",
         ),
     ],
 )
@@ -326,9 +326,7 @@ def test_all_adapters_are_there_before_texts_and_cka_fail(members, tmp_path, mon
     assert there == [["0", "1"]] * 2 + [["0", "1", "2", "3"]] * 2
     why = {"analysis.cka": "ZeroDivisionError: division by zero", "eval.generate": "no texts"}
     assert [row["failed"] for row in rows.values()] == [why] * 4
-    assert any(
-        "eval.generate of member" in line and "errors.txt says where" in line for line in said
-    )
+    assert any("eval.generate of member" in line and "errors.txt)" in line for line in said)
     assert "no texts" in (tmp_path / "errors.txt").read_text()
 
 
