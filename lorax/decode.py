@@ -293,6 +293,27 @@ class _Beams(NamedTuple):
     stuck: jax.Array
 
 
+def _take(x, index):
+    """x (B, N, ...) at index (B, M) of its second axis: (B, M, ...)."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def _banked(s: _Beams, score, text, ended, options):
+    """(texts (B, K, S), scores (B, K), which of them are finished) of the K best that have ended.
+
+    score, ended: (B, many), text: (B, many, S), of this step's continuations.
+    """
+    k = s.best_score.shape[1]
+    final = score / (s.n + 1).astype(jnp.float32) ** options.length_penalty
+    new = ended & (jnp.arange(score.shape[1]) < k)[None]
+    if options.early_stopping:
+        final = final + jnp.where(jnp.all(s.finished, axis=1, keepdims=True), NEVER, 0.0)
+    final = final + jnp.where(s.hopeful, 0.0, NEVER)[:, None] + jnp.where(new, 0.0, NEVER)
+    best_score, keep = jax.lax.top_k(jnp.concatenate([s.best_score, final], axis=1), k)
+    best = _take(jnp.concatenate([s.best, text], axis=1), keep)
+    return best, best_score, _take(jnp.concatenate([s.finished, new], axis=1), keep)
+
+
 def _beams(module, params, tokens, segments, logits, cache, options):
     """Beam search as in Hugging Face (and Flax): every step considers more continuations than there
     are beams, so that K beams keep running when some end."""
@@ -307,9 +328,6 @@ def _beams(module, params, tokens, segments, logits, cache, options):
     text = copies(_room(tokens, options.pad, options)[:, None], 1)  # (B, K, S)
     # (N, S); columns not yet written are masked by the length
     real = copies(_room(segments > 0, True, options))
-    take = lambda x, index: jnp.take_along_axis(
-        x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1
-    )
 
     def write(s: _Beams) -> _Beams:
         # ------------------------------------------------------------- the best continuations
@@ -318,33 +336,26 @@ def _beams(module, params, tokens, segments, logits, cache, options):
         total = (step.reshape(b, k, v) + s.score[..., None]).reshape(b, k * v)
         score, index = jax.lax.top_k(total, many)
         beam, token = index // v, (index % v).astype(jnp.int32)  # (B, many)
-        text = jax.lax.dynamic_update_slice(take(s.text, beam), token[..., None], (0, 0, t + s.n))
+        text = jax.lax.dynamic_update_slice(_take(s.text, beam), token[..., None], (0, 0, t + s.n))
         ended = jnp.isin(token, ends) | (s.n + 1 == options.max_new_tokens)
 
         # ------------------------------------------------------------------ those that go on
         running, go = jax.lax.top_k(score + jnp.where(ended, NEVER, 0.0), k)
-        chosen = take(beam, go)
+        chosen = _take(beam, go)
 
         # ------------------------------------------------------------------ those that ended
+        best, best_score, finished = _banked(s, score, text, ended, options)
         length = (s.n + 1).astype(jnp.float32)
-        final = score / length**options.length_penalty
-        new = ended & (jnp.arange(many) < k)[None]
-        if options.early_stopping:
-            final = final + jnp.where(jnp.all(s.finished, axis=1, keepdims=True), NEVER, 0.0)
-        final = final + jnp.where(s.hopeful, 0.0, NEVER)[:, None] + jnp.where(new, 0.0, NEVER)
-        best_score, keep = jax.lax.top_k(jnp.concatenate([s.best_score, final], axis=1), k)
-        best = take(jnp.concatenate([s.best, text], axis=1), keep)
-        finished = take(jnp.concatenate([s.finished, new], axis=1), keep)
 
         # ---------------------------------------------------------------------- read and go on
         flat = (chosen + k * jnp.arange(b)[:, None]).reshape(-1)  # (N,)
         cache = s.cache._replace(k=s.cache.k[:, flat], v=s.cache.v[:, flat])
-        logits, cache = read(module, params, take(token, go).reshape(-1, 1), None, cache)
+        logits, cache = read(module, params, _take(token, go).reshape(-1, 1), None, cache)
         worst = jnp.where(finished, jnp.min(best_score, axis=1, keepdims=True), NEVER)
         possible = running[:, :1] / length**options.length_penalty
         hopeful = s.hopeful & jnp.any(possible > worst, axis=1)
         return _Beams(
-            s.n + 1, take(text, go), running, logits.reshape(b, k, v), cache, best, best_score,
+            s.n + 1, _take(text, go), running, logits.reshape(b, k, v), cache, best, best_score,
             finished, hopeful, jnp.all(ended),
         )  # fmt: skip
 
