@@ -38,12 +38,12 @@ class Dropout:
     key: Array
 
 
-def dropout(x, given: Dropout | None):
+def dropout(x, settings: Dropout | None):
     """x with each entry zeroed with probability `rate` and the rest divided by 1 - rate."""
-    if given is None:
+    if settings is None:
         return x
-    keep = jax.random.uniform(given.key, x.shape) >= given.rate
-    return jnp.where(keep, x / (1 - given.rate).astype(x.dtype), jnp.zeros((), x.dtype))
+    keep = jax.random.uniform(settings.key, x.shape) >= settings.rate
+    return jnp.where(keep, x / (1 - settings.rate).astype(x.dtype), jnp.zeros((), x.dtype))
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +56,7 @@ class LowRank(Leaf):
        kernel's contracted and produced axes, in kernel order.
     s: () float32, the scale. dropout: on the input of `a`, None at evaluation.
     merge: (static) whether a forward pass may compute w + s a b instead of two thin products.
-    In a module under `nn.scan`, every array has the kernel's layer axes in front.
+    In a module under `nn.scan`, every array has the kernel's layer axes first.
     """
 
     w: object
@@ -67,9 +67,9 @@ class LowRank(Leaf):
     merge: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def linear(self, x):
-        """x w + s (x a) b, or the merged product x (w + s a b) with a factored backward pass where
-        that costs less and `merge` allows it. The two agree to rounding. Only float32 is merged:
-        bfloat16 would round small updates away."""
+        """x w + s (x a) b, or x (w + s a b) with a factored backward pass if that is cheaper and
+        `merge` allows it. The two agree up to rounding. Only float32 is merged: bfloat16 would
+        round small updates away."""
         a, b, s = (t.astype(x.dtype) for t in (self.a, self.b, self.s))
         rows, n_in, n_out = x.size // x.shape[-1], a.shape[0], b.shape[-1]
         worthwhile = rows * (n_in + n_out) > 2 * n_in * n_out
@@ -105,7 +105,7 @@ class LowRank(Leaf):
 class Scaled(Leaf):
     """A weight whose output columns are scaled: dense(leaf) = dense(w) * g; a bias is not scaled.
 
-    w: a kernel or another operator leaf. g: (out,) float32, layer axes in front.
+    w: a kernel or another operator leaf. g: (out,) float32, layer axes first.
     """
 
     w: object
@@ -133,8 +133,8 @@ class Scaled(Leaf):
 class ScaledInput(Leaf):
     """A weight whose input rows are scaled: dense(leaf) = g[:, None] * dense(w).
 
-    w: a kernel, but not a convolution's, or another operator leaf. g: (in,) float32, layer axes in
-    front.
+    w: a kernel, but not a convolution's, or another operator leaf. g: (in,) float32, layer axes
+    first.
     """
 
     w: object
@@ -151,11 +151,11 @@ class ScaledInput(Leaf):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Bottleneck(Leaf):
-    """A weight with a bottleneck adapter after its layer, which reads the layer's output with its
-    bias: h = x w + bias, y = h + f(h down + down_bias) up + up_bias. It stands for no kernel.
+    """A weight followed by a bottleneck adapter, which reads the layer's output including its bias:
+    h = x w + bias, y = h + f(h down + down_bias) up + up_bias. There is no equivalent kernel.
 
     w: a linear layer's kernel or another operator leaf. down: (out, m), down_bias: (m,),
-    up: (m, out), up_bias: (out,), layer axes in front of each. f: (static) elementwise.
+    up: (m, out), up_bias: (out,), each with the layer axes first. f: (static) elementwise.
     """
 
     w: object
@@ -176,11 +176,11 @@ class Bottleneck(Leaf):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Mixed(Leaf):
-    """A frozen weight with n low-rank updates, of which row i of a batch uses update rows[i]:
+    """A frozen weight with n low-rank updates; row i of a batch uses update rows[i]:
     y[i] = x[i] w + s[rows[i]] (x[i] a[rows[i]]) b[rows[i]].
 
     w: a kernel or another operator leaf. a: (n, in, r), b: (n, r, out), s: (n,) float32, rows: (B,)
-    int32, layer axes in front of each (rows repeated). B is the first axis of the layer's input.
+    int32, each with the layer axes first (rows repeated). B is the first axis of the layer's input.
     """
 
     w: object
@@ -236,7 +236,7 @@ class Kronecker(Leaf):
     """A frozen weight plus a Kronecker product: dense(leaf) = w + s * reshape(kron(w1, w2)).
 
     w: a kernel or another operator leaf. w1: (m, l), w2: (n, k) with in = m n and out = l k.
-    s: () float32. dropout: on the input of the product. Layer axes in front of each.
+    s: () float32. dropout: on the input of the product. Each has the layer axes first.
     """
 
     w: object
@@ -282,8 +282,8 @@ def kron_product(x, w1, w2):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Same(Leaf):
-    """`w` unchanged, an array or another leaf. With it a plain `module.apply`, which would ignore
-    the leaves around modules (`lorax.intercept.AROUND`), fails."""
+    """`w` unchanged, an array or another leaf. It makes a plain `module.apply` fail, which would
+    ignore the leaves around modules (`lorax.intercept.AROUND`)."""
 
     w: object
 
@@ -307,11 +307,11 @@ class Same(Leaf):
 
 
 class FrozenWeight(Leaf):
-    """A frozen weight that is not held as an array of its values. Subclasses have
+    """A frozen weight that is not stored as an array of its values. Subclasses have
 
-    shape, dtype: of the kernel that it stands for, in its module's own shape.
-    product(x, axis): the product of x (..., n) with the kernel's axis `axis`, in x's dtype, without
-        a gradient to the weight; of a linear kernel (in, out) or an embedding (V, features).
+    shape, dtype: of the kernel that it represents, in its module's own shape.
+    product(x, axis): the product of x (..., n) with axis `axis` of a linear kernel (in, out) or an
+        embedding (V, features), in x's dtype, without a gradient for the weight.
     rows(ids): the kernel's rows, (...,) integers -> (..., columns).
     decoded(): the kernel as an array.
     """
@@ -341,7 +341,7 @@ class FrozenWeight(Leaf):
 class BFloat16Weight(FrozenWeight):
     """A frozen weight that multiplies in bfloat16 with float32 sums: y = bf16(x) @ w.
 
-    w: bfloat16, (in, out), or an embedding (V, features), layer axes in front.
+    w: bfloat16, (in, out), or an embedding (V, features), layer axes first.
     """
 
     w: Array
@@ -392,8 +392,8 @@ def allow_merge(params):
 
 
 def _over_last(y, g):
-    """y times g over its last axis, in y's dtype. It is computed in the wider dtype of the two:
-    bfloat16 would round a g near 1 to 1."""
+    """y times g along its last axis, in y's dtype, computed in the wider dtype of the two: bfloat16
+    would round a g near 1 to 1."""
     wide = np.promote_types(y.dtype, g.dtype)
     g = g.astype(wide).reshape((1,) * (y.ndim - 1) + (-1,))
     return (y.astype(wide) * g).astype(y.dtype)
@@ -415,7 +415,7 @@ def merged_linear(x, w, a, b, s):
 
 
 def _merged_linear_forward(x, w, a, b, s):
-    # Not by `merged_linear`: a remat policy that keeps products would not see the one inside.
+    # Doesn't call `merged_linear`: remat policies that save products would not see the one inside.
     return x @ (w + s * (a @ b)), (x, w, a, b, s)
 
 
@@ -427,7 +427,7 @@ def _merged_linear_backward(saved, dy):
     xa = rows @ a  # (rows, r)
     da = s * (rows.T @ t)
     db = s * (xa.T @ dy_rows)
-    # Where w and s are frozen, as everywhere in lorax, the compiler drops this.
+    # w and s are frozen everywhere in lorax, so the compiler drops this.
     dw, ds = rows.T @ dy_rows, jnp.sum(xa * t)
     return dx, dw, da, db, ds
 
@@ -453,29 +453,29 @@ bfloat16_product.defvjp(
 
 
 def column_norms(leaf: LowRank, site: Site, squares=None) -> Array:
-    """Euclidean lengths of the columns of w + s a b, (layers..., out) float32, without a product
+    """Euclidean lengths of the columns of w + s a b, (layers..., out) float32, without computing
     a b: their squares are ||w||^2 + 2 s <a^T w, b> + s^2 <(a^T a) b, b>.
 
-    squares: `column_squares` of w, where they are known.
+    squares: `column_squares` of w, if they are known.
     """
     squares = column_squares(leaf.w, site) if squares is None else squares
 
-    def one(w, a, b, s, squares):
+    def lengths(w, a, b, s, squares):
         a, b, s = (x.astype(squares.dtype) for x in (a, b, s))
         cross = jnp.sum(linear(a.T, w) * b, axis=0)
         update = jnp.sum(((a.T @ a) @ b) * b, axis=0)
         return jnp.sqrt(jnp.maximum(squares + 2 * s * cross + s * s * update, 0))
 
     for _ in range(site.stack):
-        one = jax.vmap(one)
-    return one(as_matrix(leaf.w, site), leaf.a, leaf.b, leaf.s, squares)
+        lengths = jax.vmap(lengths)
+    return lengths(as_matrix(leaf.w, site), leaf.a, leaf.b, leaf.s, squares)
 
 
 def dora(leaf: LowRank, m, site: Site, squares=None) -> Scaled:
     """DoRA (arXiv:2402.09353, equation 5): w + s a b with columns of length m (layers..., out).
 
-    The lengths that m is divided by are constants to the gradient (section 4.3). A column that is
-    zero stays zero. squares: `column_squares` of w, where they are known.
+    The lengths that m is divided by are constants for the gradient (section 4.3). A column that is
+    zero stays zero. squares: `column_squares` of w, if they are known.
     """
     norms = jax.lax.stop_gradient(column_norms(leaf, site, squares))
     return Scaled(leaf, jnp.where(norms > 0, m / jnp.where(norms > 0, norms, 1), 1))

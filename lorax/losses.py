@@ -1,4 +1,4 @@
-"""Losses of a batch: next-token prediction that never holds all logits, classification, and values.
+"""Losses of a batch: next-token prediction without storing all logits, classification, regression.
 
 Each loss of a kind of rows (`lorax.tasks.kinds`) returns the sum of the weighted losses, the sum of
 the weights, and the model's outputs, None for language models.
@@ -14,7 +14,7 @@ import optax
 
 from lorax import intercept
 
-ROWS = 256  # most tokens whose logits exist at a time
+ROWS = 256  # logits are computed for at most this many tokens at a time
 
 
 def token_losses(module, params, hidden, labels, smoothing=0.0):
@@ -33,9 +33,9 @@ def token_losses(module, params, hidden, labels, smoothing=0.0):
 def weighted_loss(module, params, hidden, labels, weights, smoothing=0.0):
     """sum(weights * nats) as float32 (): hidden (N, D), labels (N,), weights (N,) float32.
 
-    Logits are made at most `ROWS` tokens at a time, and the gradient with respect to what depends
-    on the trained parameters is made in the same pass, so that the backward pass has nothing to do
-    but to scale it, and no (N, V) array ever exists.
+    Logits are computed for at most `ROWS` tokens at a time, together with the gradient for `hidden`
+    and the trained part of the head. The backward pass only scales that gradient, and no (N, V)
+    array ever exists.
     """
     n = len(labels)
     rows = -(-n // -(-n // ROWS))  # equal parts of at most ROWS
@@ -44,10 +44,10 @@ def weighted_loss(module, params, hidden, labels, weights, smoothing=0.0):
     labels, weights = (jnp.pad(x, (0, pad)).reshape(-1, rows) for x in (labels, weights))
     head = {name: params[name] for name in module.head if name in params}
 
-    def one(head, hidden, labels, weights):
+    def loss(head, hidden, labels, weights):
         return jnp.sum(weights * token_losses(module, head, hidden, labels, smoothing))
 
-    return _sum_over_rows(one, head, hidden, labels, weights)
+    return _sum_over_rows(loss, head, hidden, labels, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -84,7 +84,7 @@ def _sum_over_rows_forward(f, head, hidden, labels, weights):
 
 
 def _sum_over_rows_backward(f, saved, dtotal):
-    # None in place of a frozen leaf is JAX's own sign for "no gradient"; tree.map passes it by.
+    # JAX takes None in place of a frozen leaf for "no gradient"; tree.map skips it.
     dhead, dhidden = jax.tree.map(lambda g: dtotal.astype(g.dtype) * g, saved)
     return dhead, dhidden, None, None
 
@@ -95,8 +95,8 @@ _sum_over_rows.defvjp(_sum_over_rows_forward, _sum_over_rows_backward, symbolic_
 def lm_loss(module, params, batch, smoothing=0.0):
     """(sum of weighted nats, sum of weights, None) of next-token prediction.
 
-    batch: {"tokens": (B, T + 1) int32, "mask": (B, T + 1) float32} and, where a row holds several
-    texts, "segments" (B, T + 1) int32; see `lorax.tasks.Task`.
+    batch: {"tokens": (B, T + 1) int32, "mask": (B, T + 1) float32} and, if rows hold several texts,
+    "segments" (B, T + 1) int32; see `lorax.tasks.Task`.
     """
     tokens, weights, segments = batch["tokens"], batch["mask"][:, 1:], batch.get("segments")
     segments = None if segments is None else segments[:, :-1]
@@ -110,8 +110,8 @@ def class_loss(module, params, batch, smoothing=0.0):
     """(sum of losses, number of examples, scores (B, k) float32) of a classifier.
 
     batch: {"tokens", "segments", "types": (B, T) int32, "label": (B,)}. An int32 label is a class
-    (cross entropy in nats), a float32 one a value to be predicted (squared error). A row without
-    tokens does not count.
+    (cross entropy in nats), a float32 one a value to predict (squared error). A row without tokens
+    does not count.
     """
     tokens, segments, label = batch["tokens"], batch["segments"], batch["label"]
     scores = intercept.apply(module, params, tokens, segments, batch["types"])

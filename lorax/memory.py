@@ -1,5 +1,5 @@
-"""How much memory this process may still allocate: the least that the machine, the container
-(cgroup) and the process' own limit (`ulimit -v`) leave."""
+"""How much memory this process may still allocate: the smallest of what the machine, the container
+(cgroup) and the process's own limit (`ulimit -v`) leave."""
 
 import resource
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Free(NamedTuple):
-    """bytes: that may still be allocated. limit: a phrase that says whose limit it is."""
+    """bytes: how many may still be allocated. limit: a phrase that names the limit."""
 
     bytes: int
     limit: str
@@ -20,7 +20,7 @@ def free(root: str = "/") -> Free:
     for folder, limit, used, idle in _groups(root):
         most = _number(folder / limit)
         if most is not None:
-            # Cached files count as used, and are dropped when memory is needed.
+            # Cached files count as used, but are dropped when memory is needed.
             taken = (_number(folder / used) or 0) - _field(folder / "memory.stat", idle)
             limits.append(Free(max(most - taken, 0), "are left by the container's limit (cgroup)"))
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -31,7 +31,7 @@ def free(root: str = "/") -> Free:
 
 
 def check() -> None:
-    """Raises MemoryError where JAX itself does not fit; it would end the process without a message.
+    """Raises MemoryError if JAX itself does not fit; JAX would end the process without a message.
     Measured on two cores; more cores start more threads."""
     left = free()
     needs = 2.2e9 if "ulimit" in left.limit else 0.6e9  # of addresses, or of memory
@@ -42,8 +42,8 @@ def check() -> None:
 
 
 def _groups(root: Path) -> list[tuple[Path, str, str, str]]:
-    """(folder, names of the files of its limit and its use, name of its cache in memory.stat) of
-    the process' own group and those around it, in cgroups of version 1 and 2."""
+    """(folder, file names of its limit and usage, name of its cache in memory.stat) of the
+    process's cgroup and its parents, for versions 1 and 2."""
     groups = []
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -64,7 +64,7 @@ def _groups(root: Path) -> list[tuple[Path, str, str, str]]:
 
 
 def _number(file: Path) -> int | None:
-    """The number in a file; None where there is no such file, or no limit ("max")."""
+    """The number in a file; None if there is no such file or no limit ("max")."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):
@@ -72,7 +72,7 @@ def _number(file: Path) -> int | None:
 
 
 def _field(file: Path, name: str) -> int:
-    """The number after a name in a file of lines "name number"; 0 where there is none."""
+    """The number after a name in a file of lines "name number"; 0 if there is none."""
     try:
         lines = [line.split() for line in file.read_text().splitlines()]
     except OSError:

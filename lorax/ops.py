@@ -1,9 +1,9 @@
 """What a layer computes with its kernel, which is an array or an operator leaf.
 
 `method.bind` replaces kernels by operator leaves (`Leaf`). `linear`, `embed`, `attend` and
-`convolve` are the only way to compute with one; `dense` and `matrix` give the plain kernel that it
-stands for. lorax's own leaves are in `lorax.leaves`; a user's extends `Leaf` in the same way, and
-nothing else needs to know it. `lorax.intercept` makes Linen layers call these functions.
+`convolve` are the only way to compute with one; `dense` and `matrix` return the plain kernel that
+it represents. lorax's own leaves are in `lorax.leaves`; a user's leaf extends `Leaf` in the same
+way, and nothing else needs to know it. `lorax.intercept` makes Linen layers call these functions.
 """
 
 import dataclasses
@@ -20,12 +20,11 @@ Array = jax.Array
 
 
 class Site(NamedTuple):
-    """What the axes of one kernel mean, layer axes not counted.
+    """The meaning of a kernel's axes, not counting layer axes.
 
     kind: "linear", "conv" or "embed". stack: number of leading layer axes (`nn.scan`).
     ins, outs: kernel axes that are contracted with the input, and that the layer produces.
-    word: the canonical target ("q") that a model of the user's own says it is; "" for names that
-    say so themselves.
+    word: the canonical target ("q") that a user's model assigns to it; "" if the name says it.
     """
 
     kind: str
@@ -54,20 +53,20 @@ class Site(NamedTuple):
 
 
 class Leaf:
-    """An operator leaf: it takes a kernel's place in a tree of parameters.
+    """An operator leaf, which replaces a kernel in a tree of parameters.
 
     A subclass is a frozen dataclass, registered with JAX. Its field `w` is the kernel in its
-    module's own shape, an array or another leaf. Its other fields have the kernel's layer axes in
-    front; `linear`, `embed`, `attend` and `convolve` see one layer, without these axes. It has
+    module's own shape, an array or another leaf. Its other fields have the kernel's layer axes
+    first; `linear`, `embed`, `attend` and `convolve` see one layer, without these axes. It has
 
     linear(x): x @ dense(leaf), (..., in) -> (..., out), both in the compute dtype. `self.w` is
         then (in, out), an array or another leaf: multiply by it with `ops.linear(x, self.w)`, or
-        get its entries by `ops.matrix(self.w)`.
-    dense(w, site): the kernel that the leaf stands for, in the shape and dtype of w. w is an array,
-        the kernel that `self.w` stands for, in float32 or float64. `site.to_matrix` and
+        get its entries with `ops.matrix(self.w)`.
+    dense(w, site): the kernel that the leaf represents, in the shape and dtype of w. w is the
+        kernel that `self.w` represents, an array in float32 or float64. `site.to_matrix` and
         `site.from_matrix` convert between the kernel's shape and (layers..., in, out).
 
-    `embed`, `attend` and `convolve` are for embeddings and convolutions; here they raise
+    `embed`, `attend` and `convolve` are for embeddings and convolutions; the base class raises
     ValueError.
     """
 
@@ -91,14 +90,14 @@ class Leaf:
         raise ValueError(f"a convolution with a {type(self).__name__} leaf is not supported")
 
     def dense(self, w, site: Site):
-        raise ValueError(f"a {type(self).__name__} leaf is no single kernel")
+        raise ValueError(f"a {type(self).__name__} leaf is not a single kernel")
 
     def frozen(self):
         """The weight at the bottom, an array or a `lorax.leaves.FrozenWeight`."""
         return frozen(self.w)
 
     def plain(self, site: Site, dtype):
-        """The kernel that it stands for, computed in `dtype`."""
+        """The kernel that the leaf represents, computed in `dtype`."""
         return self.dense(_plain(self.w, site, dtype), site)
 
     def as_matrix(self, site: Site):
@@ -112,7 +111,7 @@ class Leaf:
             "lorax.intercept.interceptor()"
         )
 
-    def __repr__(self):  # short: Flax and JAX put it into their errors
+    def __repr__(self):  # short, because it appears in errors of Flax and JAX
         return f"<{type(self).__name__} leaf, for lorax.apply>"
 
 
@@ -133,19 +132,19 @@ def frozen(leaf):
 def linear(x, leaf, bias=None):
     """y = x @ dense(leaf) + bias, with dense(leaf) seen as (in, out).
 
-    x: (..., in) in the compute dtype. Returns (..., out) in that dtype; the adapter's own dtype is
-    cast to it. leaf: an (in, out) array or operator leaf.
+    x: (..., in) in the compute dtype. Returns (..., out) in that dtype, to which the adapter is
+    cast. leaf: an (in, out) array or operator leaf.
     """
     return leaf.affine(x, bias) if is_operator(leaf) else add_bias(x @ leaf.astype(x.dtype), bias)
 
 
 def matrix(leaf):
-    """The (in, out) array that a linear layer's leaf stands for, in the dtype of its weight."""
+    """The (in, out) array that a linear layer's leaf represents, in the dtype of its weight."""
     return dense(leaf, Site("linear", 0, (0,), (1,)))
 
 
 def add_bias(y, bias):
-    """y plus a bias over its last axes, or y where there is none."""
+    """y plus a bias along its last axes, or y if the bias is None."""
     if bias is None:
         return y
     return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
@@ -165,23 +164,23 @@ def attend(x, leaf):
 
 
 def convolve(module, leaf, x):
-    """The output for x of `module`, a `flax.linen.Conv` without bias, with kernel dense(leaf)."""
+    """The output of `module`, a `flax.linen.Conv` without bias, for x with kernel dense(leaf)."""
     if is_operator(leaf):
         return leaf.convolve(module, x)
     return module.apply({"params": {"kernel": leaf}}, x)
 
 
 def dense(leaf, site: Site):
-    """The plain kernel that a leaf stands for, in the shape and dtype of its frozen weight.
+    """The plain kernel that a leaf represents, in the shape and dtype of its frozen weight.
 
-    It is computed in float32 and rounded once. Raises ValueError for a leaf that is more than one
-    kernel or none (`Mixed`, `Untied`, `Bottleneck`).
+    It is computed in float32 and rounded once. Raises ValueError for a leaf that has no single
+    equivalent kernel (`Mixed`, `Untied`, `Bottleneck`).
     """
     return wide(leaf, site).astype(frozen(leaf).dtype) if is_operator(leaf) else leaf
 
 
 def wide(leaf, site: Site) -> Array:
-    """`dense` in float32, or float64 where the weight is."""
+    """`dense` in float32, or in float64 if the weight is."""
     dtype = jnp.float64 if frozen(leaf).dtype == jnp.float64 else jnp.float32
     return _plain(leaf, site, dtype)
 
@@ -204,10 +203,10 @@ def as_matrix(leaf, site: Site):
 
 
 def sites_from_shapes(params: dict) -> dict[str, Site]:
-    """{path: Site} by the rule that holds for every model in `lorax.models`.
+    """{path: Site} by the naming rule of the models in `lorax.models`.
 
-    A kernel of two axes is (in, out), of three (layers, in, out), an embedding is (V, features).
-    Other models, whose kernels may have head or window axes, need `lorax.sites`, which traces them.
+    A kernel with two axes is (in, out), with three (layers, in, out); an embedding (V, features).
+    Kernels of other models may have head or window axes; `lorax.sites` finds them by tracing.
     """
     sites = {}
     for path, leaf in tree.flatten(inner(params)).items():
@@ -229,8 +228,8 @@ def inner(params: dict) -> dict:
 
 
 def __getattr__(name: str):
-    """Names that were here in 0.1.0 and have moved to `lorax.leaves` and `lorax.intercept`: users'
-    methods may say `ops.LowRank`."""
+    """Names that have moved to `lorax.leaves` and `lorax.intercept` since 0.1.0: users' methods may
+    say `ops.LowRank`."""
     for module in () if name.startswith("_") else ("lorax.leaves", "lorax.intercept"):
         names = vars(importlib.import_module(module))
         if name in names:

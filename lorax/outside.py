@@ -1,9 +1,9 @@
-"""Functions of the user's own: a model, a task, an analysis, each named "FILE.py:function".
+"""The user's own functions (a model, a task, an analysis), each named "FILE.py:function".
 
-A config may hold the function itself. Where a config enters, `spell` puts the name in its place, so
-that a config stays text, and remembers the function: one that was defined in a notebook, or in the
-config script itself, is then known without running a file. Only names that the user gave, in a
-config or on a command line, are ever resolved: no file of data makes lorax run code.
+A config may hold the function itself. When lorax receives a config, `spell` replaces the function
+by its name, so that the config is plain text, and remembers it. A function from a notebook or from
+the config script itself is then known without running a file. Only names that the user gave, in a
+config or on a command line, are ever resolved: no data file can make lorax run code.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from lorax.errors import nearest, reason
 
-#: Functions by their names, as `spelled` met them or `resolve` read them from their files, with the
-#: time at which that file was written (None: it wasn't read).
+#: {name: (function, time at which its file was written)}, from `resolve`, or from `spelled` with
+#: None for the time, because no file was read.
 _FUNCTIONS: dict[str, tuple[Callable, int | None]] = {}
 _NAME = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 NOTEBOOK = "notebook.py"  # in place of a file, for a function that has none
@@ -33,7 +33,7 @@ def is_name(text) -> bool:
 
 
 class BaseName(NamedTuple):
-    """The name of a base that a function makes, "random:FILE.py:function@rest" in its parts."""
+    """The parts of the name "random:FILE.py:function@rest" of a base that a function makes."""
 
     function: str
     rest: str | None
@@ -41,16 +41,16 @@ class BaseName(NamedTuple):
 
 
 def base_name(name: str) -> BaseName | None:
-    """The parts of a base's name, None for one that no function makes."""
+    """The parts of a base's name, None if no function makes it."""
     parts = re.fullmatch(r"(random:)?(.+\.py:[A-Za-z_]\w*)(?:@(.+))?", name)
     return parts and BaseName(parts[2], parts[3], parts[1] is not None)
 
 
 def spell(value, field: str = ""):
-    """A value of a config with every function in it, also in tuples, replaced by its name.
+    """A config's value with every function in it, also in tuples, replaced by its name.
 
-    Raises ValueError, which begins with `field`, for a function without a name that its file could
-    be asked for.
+    Raises ValueError, which begins with `field`, for a function that can't be looked up by name in
+    its file.
     """
     if isinstance(value, tuple | list):
         return type(value)(spell(item, field) for item in value)
@@ -58,11 +58,11 @@ def spell(value, field: str = ""):
 
 
 def spelled(function: Callable, field: str = "") -> str:
-    """The name FILE.py:function of a function or class, which `resolve` gives back in this process.
+    """The name FILE.py:function of a function or class, which `resolve` turns back in this process.
 
-    FILE is relative to the working directory where it lies below it. Raises ValueError, which
-    begins with `field`, for a lambda, a nested function or another callable: nothing in a file has
-    its name.
+    FILE is relative to the working directory if it is below it. Raises ValueError, which begins
+    with `field`, for a lambda, a nested function or another callable that can't be looked up by
+    name.
     """
     name, where = getattr(function, "__qualname__", ""), f"{field}: " * bool(field)
     if not name.isidentifier():
@@ -83,8 +83,8 @@ def is_known(name: str) -> bool:
 def resolve(name: str, field: str = "") -> Callable:
     """The function that "FILE.py:function" names; its file is run unless the function is known.
 
-    Raises, with `field` in front: FileNotFoundError for a missing file; ValueError for another
-    spelling, for a file that fails (with the line) and for one without such a function.
+    Errors begin with `field`. Raises FileNotFoundError for a missing file; ValueError for a
+    malformed name, a file that fails (with the line) and a file without such a function.
     """
     where, parts = f"{field}: " * bool(field), _NAME.fullmatch(name)
     if parts is None:
@@ -96,31 +96,31 @@ def resolve(name: str, field: str = "") -> Callable:
     functions = vars(run_file(parts["file"], field))
     function = functions.get(parts["function"])
     if not callable(function):
-        own = [key for key, value in functions.items() if inspect.isfunction(value)]
+        known = [key for key, value in functions.items() if inspect.isfunction(value)]
         raise ValueError(
             f"{where}{parts['file']} has no function {parts['function']!r}; it has "
-            f"{', '.join(own) or 'none'}{nearest(parts['function'], own)}"
+            f"{', '.join(known) or 'none'}{nearest(parts['function'], known)}"
         )
     _FUNCTIONS[name] = function, written
     return function
 
 
 def _written(file: str) -> int:
-    """When a file was written, in nanoseconds; 0 for one that is not there."""
+    """When a file was written, in nanoseconds; 0 if it does not exist."""
     return os.stat(file).st_mtime_ns if os.path.exists(file) else 0
 
 
 def call(function: Callable, *args, field: str = "", **kwargs):
-    """function(*args, **kwargs). Raises ValueError, one line with `field` and the line of the
-    function's file that failed, for whatever it raises."""
+    """function(*args, **kwargs). Turns any error into a one-line ValueError with `field` and the
+    line of the function's file that failed."""
     with blame(function, field):
         return function(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def blame(function: Callable, field: str = ""):
-    """Context in which an error is one line with `field` and the line of the function's file that
-    the call had reached, as a ValueError."""
+    """Context that turns any error into a one-line ValueError with `field` and the line of the
+    function's file that failed."""
     try:
         yield
     except Exception as error:
@@ -129,7 +129,7 @@ def blame(function: Callable, field: str = ""):
 
 
 def takes(function: Callable) -> tuple[str, ...]:
-    """Names of the arguments that a function can be given by keyword."""
+    """Names of the arguments that a function takes by keyword."""
     kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     parameters = inspect.signature(function).parameters
     return tuple(name for name, parameter in parameters.items() if parameter.kind in kinds)
@@ -139,19 +139,19 @@ def takes(function: Callable) -> tuple[str, ...]:
 
 
 def run_file(file: str | Path, field: str = ""):
-    """Run a Python file as a module of its own, which can import what lies beside it.
+    """Run a Python file as a module, which can import files next to it.
 
-    Raises, with `field` in front, FileNotFoundError for a missing file, and ValueError with the
-    line where it fails.
+    Errors begin with `field`. Raises FileNotFoundError for a missing file, ValueError with the line
+    if the file fails.
     """
     path, where = Path(file), f"{field}: " * bool(field)
     if not path.is_file() or path.suffix != ".py":
-        kept = "; a notebook's functions are known in its own process" * (str(file) == NOTEBOOK)
-        raise FileNotFoundError(f"{where}{str(file)!r} is no Python file; expected FILE.py{kept}")
+        hint = "; a notebook's functions are known in its own process" * (str(file) == NOTEBOOK)
+        raise FileNotFoundError(f"{where}{str(file)!r} is no Python file; expected FILE.py{hint}")
     reach(path)
     spec = importlib.util.spec_from_file_location(f"lorax_outside_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for what annotations name
+    sys.modules[spec.name] = module  # dataclasses look up annotations here
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
@@ -162,14 +162,14 @@ def run_file(file: str | Path, field: str = ""):
 
 
 def reach(file: str | Path) -> None:
-    """Let a script import what lies beside it, as `python FILE` does."""
+    """Let a script import files next to it, as `python FILE` does."""
     folder = str(Path(file).absolute().parent)
     if folder not in sys.path:
         sys.path.append(folder)
 
 
 def _file_of(function: Callable) -> str:
-    """The file of a function or class, relative to the working directory where it lies below it."""
+    """The file of a function or class, relative to the working directory if it is below it."""
     if inspect.isclass(function):
         file = getattr(sys.modules.get(function.__module__), "__file__", None)
     else:
@@ -182,7 +182,7 @@ def _file_of(function: Callable) -> str:
 
 
 def _line(error: BaseException, file: str) -> str:
-    """FILE:LINE of the last call in `file` on the way to an error, "" without one."""
+    """FILE:LINE of the last call in `file` in an error's traceback, "" if there is none."""
     same = lambda frame: os.path.abspath(frame.filename) == os.path.abspath(file)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if same(frame)]
     return f"{file}:{frames[-1].lineno}" if frames else ""

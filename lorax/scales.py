@@ -1,6 +1,6 @@
-"""The three sizes at which the studies of configs/ run: base, task, batch, steps and learning rate.
+"""The three sizes of the studies in configs/: base, task, batch, steps and learning rate.
 
-A config file starts from `scale(argument)` and changes what its study is about.
+A config file starts from `scale(argument)` and changes the keys that its study is about.
 """
 
 from ml_collections import ConfigDict
@@ -10,7 +10,7 @@ from lorax.errors import nearest
 
 
 def nano() -> ConfigDict:
-    """gpt2-nano on the shipped data-to-text task: minutes on two CPU cores, nothing to download."""
+    """gpt2-nano on the shipped data-to-text task: minutes on two CPU cores, no download."""
     config = default()
     config.train.batch_size = 8
     config.train.steps = 150
@@ -21,9 +21,9 @@ def nano() -> ConfigDict:
 
 
 def stories() -> ConfigDict:
-    """E2E from a real pretrained model of 260,032 parameters, karpathy/tinyllamas' stories260K.
+    """E2E with a real pretrained model of 260,032 parameters, karpathy/tinyllamas' stories260K.
 
-    Its 512 tokens make long texts of short ones: examples of up to 128 tokens are kept, a third.
+    Its vocabulary of 512 makes texts long; examples of up to 128 tokens are kept, a third of all.
     """
     config = default()
     config.base = "stories-llama-260k"
@@ -40,7 +40,7 @@ def stories() -> ConfigDict:
 
 
 def gpt2_medium() -> ConfigDict:
-    """E2E from GPT-2 medium with the LoRA paper's hyperparameters (arXiv:2106.09685, table 11)."""
+    """E2E with GPT-2 medium and the LoRA paper's hyperparameters (arXiv:2106.09685, table 11)."""
     config = default()
     config.base = "openai-community/gpt2-medium"
     config.task.name = "e2e"
@@ -63,22 +63,22 @@ def gpt2_medium() -> ConfigDict:
 
 
 SCALES = {None: nano, "stories": stories, "gpt2-medium": gpt2_medium}
-#: What the studies take for a large rank; k and v of stories are 64 x 32.
+#: The studies' large rank; k and v of stories are 64 x 32.
 LARGEST_RANK = {None: 64, "stories": 32, "gpt2-medium": 64}
 
 
 def two_digits(rate: float) -> float:
-    """A learning rate as one writes it: 0.0035 for 0.0035355."""
+    """A learning rate rounded to two digits: 0.0035 for 0.0035355."""
     return float(f"{rate:.2g}")
 
 
 def scale(name: str | None) -> ConfigDict:
-    """The config of a size by the argument of --config=FILE:ARGUMENT; None is `nano`.
+    """The config of a size, named by the argument of --config=FILE:ARGUMENT; None is `nano`.
 
-    Raises ValueError for a name that there is not.
+    Raises ValueError for an unknown name.
     """
     if name not in SCALES:
         names = [known for known in SCALES if known]
         hint = nearest(name, names)
-        raise ValueError(f"--config=FILE:{name}: there is no such size; {', '.join(names)}{hint}")
+        raise ValueError(f"--config=FILE:{name}: no such size; choose {', '.join(names)}{hint}")
     return SCALES[name]()

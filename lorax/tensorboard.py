@@ -1,7 +1,7 @@
 """A run directory as TensorBoard events: scalars and hyperparameters of each member, and figures.
 
-They are made from the run directory: tb/ has what metrics.jsonl and trajectory/ have. If a run that
-is continued has cut metrics.jsonl, tb/ is written from the start, so that no point comes twice.
+They are made from the run directory: tb/ has the contents of metrics.jsonl and trajectory/. If a
+continued run has shortened metrics.jsonl, tb/ is rewritten, so that no point occurs twice.
 """
 
 import functools
@@ -26,7 +26,7 @@ from lorax.train import optim
 
 
 class Events:
-    """The events of a run that is being trained: `update` adds what is new, `finish` the rest."""
+    """The events of a run in training: `update` adds new measurements, `finish` the rest."""
 
     def __init__(self, directory: Path):
         self.directory, self.target = Path(directory), Path(directory) / rundir.TENSORBOARD
@@ -38,7 +38,7 @@ class Events:
         self.file = f"events.out.tfevents.{int(time.time())}.lorax"
 
     def update(self) -> None:
-        """Add the lines that metrics.jsonl has gained, and the spectra beside it."""
+        """Add new lines of metrics.jsonl and new spectra."""
         if rundir.metrics_size(self.directory) < self.read:
             self._begin()
         rows, self.read = rundir.metrics_after(self.directory, self.read)
@@ -91,7 +91,7 @@ class Events:
         return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
 
     def _member(self, member: int) -> dict:
-        """Its line of members.jsonl, to which a search adds."""
+        """The member's line of members.jsonl, which is read again when a search has added some."""
         if member not in self.members:
             self.members = {row["member"]: row for row in rundir.read_members(self.directory)}
             self.train = rundir.read_config(self.directory)["config"]["train"]
@@ -101,8 +101,7 @@ class Events:
         self._write(self._member(member)["name"], events)
 
     def _write(self, folder: str, events: list[tuple[int, Summary]]) -> None:
-        # Not tensorboardX's SummaryWriter: a disk that is full ends its thread, and it then waits
-        # for that for ever.
+        # Not tensorboardX's SummaryWriter: a full disk kills its thread, and it then hangs.
         file = self.target / folder / self.file
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "ab") as out:
@@ -113,7 +112,7 @@ class Events:
 
 
 def _effective_ranks(arrays: dict) -> dict[int, dict[str, float]]:
-    """{member: {"effective_rank/PATH": value}} of a file of `lorax.train.trajectory`."""
+    """{member: {"effective_rank/PATH": value}} from a file of `lorax.train.trajectory`."""
     members, ranks_of = arrays["members"].tolist(), {}
     for path in [key.removesuffix("/used") for key in arrays if key.endswith("/used")]:
         ranks = spectrum.effective_rank(arrays[f"{path}/sigma"])
@@ -134,7 +133,7 @@ def _summary(values: dict[str, float]) -> Summary:
 
 
 def _image(file: Path) -> Summary:
-    """A PNG file as it is."""
+    """A PNG file as an image summary."""
     data = file.read_bytes()
     width, height = struct.unpack(">II", data[16:24])
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
@@ -142,7 +141,7 @@ def _image(file: Path) -> Summary:
 
 
 def _record(event: Event) -> bytes:
-    """An event with its length and both checksums, as TFRecord frames it."""
+    """An event as a TFRecord, with its length and both checksums."""
     data = event.SerializeToString()
     head = struct.pack("<Q", len(data))
     checked = lambda part: part + struct.pack("<I", masked_crc32c(part))

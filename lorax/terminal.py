@@ -1,4 +1,4 @@
-"""What is shown while a sweep runs: lines, a bar with the time left, a table of members."""
+"""The terminal during a sweep: lines, a bar with the time left, a table of members."""
 
 import sys
 
@@ -11,12 +11,12 @@ from lorax.train.loop import Terminal
 
 
 class Screen:
-    """Context that owns the terminal; on anything but a terminal the bar becomes lines."""
+    """Context that owns the terminal; if output is not a terminal, the bar becomes lines."""
 
     def __enter__(self):
-        # A notebook asks subprocesses for colour (FORCE_COLOR), and rich then draws bars too.
-        given = {} if sys.stdout.isatty() else {"force_terminal": False, "width": 140}
-        self.console = console(**given)
+        # A notebook sets FORCE_COLOR in subprocesses, and rich would then draw bars too.
+        options = {} if sys.stdout.isatty() else {"force_terminal": False, "width": 140}
+        self.console = console(**options)
         self.bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -44,7 +44,7 @@ class Screen:
         return Terminal(self.say, self.progress, lambda row: self._finished(by_index, row))
 
     def progress(self, done: float, total: float) -> None:
-        """Member steps done of all; a line at every tenth where there is no bar."""
+        """Show how many member steps are done; without a bar, a line at every tenth."""
         if self.task is None:
             self.task = self.bar.add_task("", total=total)
         self.bar.update(self.task, completed=done, total=total)
@@ -75,7 +75,7 @@ class Screen:
         worst = float("inf")
         for row in sorted(members, key=lambda r: rows[r["member"]]["eval_loss"] or worst):
             final = rows[row["member"]]
-            loss, at = final["eval_loss"], final["diverged_at"]
+            loss, diverged = final["eval_loss"], final["diverged_at"]
             table.add_row(
                 row["name"],
                 f"{row['trainable_params']:,}",
@@ -83,7 +83,7 @@ class Screen:
                 "-" if loss is None else f"{loss:.4f}",
                 *(f"{final['scores'][n]:.4f}" if n in final["scores"] else "-" for n in scores),
                 f"{final['seconds']:.1f}",
-                final["status"] + (f" at step {at}" if at is not None else ""),
+                final["status"] + (f" at step {diverged}" if diverged is not None else ""),
             )
         self.console.print(table)
 

@@ -1,4 +1,4 @@
-"""Parameter trees by slash path: flatten, match against rules, split in two, put together again.
+"""Parameter trees by slash path: flatten, match against rules, split and combine.
 
 A tree is a nested dict; its leaves are arrays or operator leaves (see `lorax.ops.Leaf`). A path
 joins the keys with slashes: "h/attn/q/kernel".
@@ -20,7 +20,7 @@ def is_hole(x) -> bool:
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
-    """{path: leaf} of a nested dict, in the dict's own order. Anything but a dict is a leaf."""
+    """{path: leaf} of a nested dict, in the dict's order. Anything except a dict is a leaf."""
     flat = {}
     for key, value in tree.items():
         path = f"{prefix}/{key}" if prefix else str(key)
@@ -31,7 +31,7 @@ def flatten(tree: dict, prefix: str = "") -> dict:
 def unflatten(flat: dict) -> dict:
     """Inverse of `flatten`.
 
-    Raises ValueError where one path runs through another's leaf ("a" and "a/b").
+    Raises ValueError if one path runs through another's leaf ("a" and "a/b").
     """
     tree: dict = {}
     for path, leaf in flat.items():
@@ -50,8 +50,8 @@ def unflatten(flat: dict) -> dict:
 def match(rules: Iterable[tuple[str, object]], paths: Iterable[str]) -> dict[str, object]:
     """The value of the first rule whose regex fully matches each path.
 
-    Raises ValueError for a path that no rule covers and for a rule that is the first match of no
-    path, so that a forgotten parameter or a misspelt rule shows here and not in the results.
+    Raises ValueError for a path that no rule covers and for a rule that is no path's first match,
+    so that a forgotten parameter or a misspelt rule is found here and not in the results.
     (As in big_vision `optax.py:_split_frozen` and qwix `get_unused_rules`.)
     """
     rules, paths = list(rules), list(paths)
@@ -72,8 +72,8 @@ def match(rules: Iterable[tuple[str, object]], paths: Iterable[str]) -> dict[str
 def split(tree: dict, select: Callable[[str], bool]) -> tuple[dict, dict]:
     """(selected, rest): two trees of the same shape with `optax.MaskedNode` holes.
 
-    A hole has no leaves for JAX, so a gradient or an optimiser state over one of the two never
-    sees the other. `combine` is the inverse.
+    JAX sees no leaf in a hole, so a gradient or an optimiser state for one of the two never sees
+    the other. `combine` is the inverse.
     """
     flat = flatten(tree)
     chosen = {path: bool(select(path)) for path in flat}
@@ -85,7 +85,7 @@ def split(tree: dict, select: Callable[[str], bool]) -> tuple[dict, dict]:
 def combine(*trees: dict) -> dict:
     """One tree from trees that `split` made: at each path the only leaf that is not a hole.
 
-    Raises ValueError where two trees have a leaf, or none has.
+    Raises ValueError if two trees have a leaf at a path, or none has.
     """
     flats = [flatten(t) for t in trees]
     merged = {}
@@ -104,7 +104,7 @@ def shapes(tree):
 
 def count(tree) -> int:
     """Number of scalars in all leaves that have a shape: arrays, `jax.ShapeDtypeStruct`s and
-    quantised weights (the numbers that they stand for)."""
+    quantised weights (counted as the weights that they represent)."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return sum(int(np.prod(x.shape)) for x in leaves)
 
@@ -115,5 +115,5 @@ def nbytes(tree) -> int:
 
 
 def _some(paths: list[str], n: int = 12) -> str:
-    more = f" and {len(paths) - n} more" if len(paths) > n else ""
-    return ", ".join(paths[:n]) + more
+    rest = f" and {len(paths) - n} more" if len(paths) > n else ""
+    return ", ".join(paths[:n]) + rest

@@ -1,4 +1,4 @@
-"""A tokenizer with the ids that a model gives a meaning to."""
+"""A tokenizer with a model's special ids."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +10,8 @@ from lorax import fields
 from lorax.files import pointer_hint, read_json, read_text
 
 END_OF_TEXT = "<|endoftext|>"
-FILES = ("config.json", "generation_config.json")  # the later one knows better
-#: What the two say of ids. pad_token_id -1 is an older way to say that there is none.
+FILES = ("config.json", "generation_config.json")  # the later one takes precedence
+#: The fields with ids. A pad_token_id of -1 is an older way to say that there is none.
 IDS = {
     "eos_token_id": fields.either(fields.optional(fields.ID), fields.each(fields.ID)),
     "pad_token_id": fields.optional(fields.whole(-1)),
@@ -19,15 +19,14 @@ IDS = {
 
 
 class Vocabulary(NamedTuple):
-    """What turns text into a model's tokens and back.
+    """Converts text to a model's tokens and back.
 
     tokenizer: the `tokenizers.Tokenizer`, which neither truncates nor pads.
-    start: ids that the tokenizer puts in front of a text (BOS, BERT's [CLS]), () where it puts
-        none. A language model reads every text behind them.
-    ends: ids that end a text, () where there are none; `end` is the first, and the one that
-        training examples end with.
-    pad: id that fills rows up; never attended to, so any id that the model has will do.
-    rows: ids that the model has an embedding for, 0 to rows - 1; None where that isn't known.
+    start: ids that the tokenizer puts in front of a text (BOS, BERT's [CLS]), () for none. A
+        language model reads every text after them.
+    ends: ids that end a text, () for none; `end`, the first, ends training examples.
+    pad: id that fills up rows; it is never attended to, so any valid id will do.
+    rows: the model has embeddings for ids 0 to rows - 1; None if that isn't known.
     """
 
     tokenizer: Tokenizer
@@ -38,7 +37,7 @@ class Vocabulary(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The id that ends a training example. Raises ValueError where the model has none."""
+        """The id that ends a training example. Raises ValueError if the model has none."""
         if not self.ends:
             raise ValueError(
                 f"tokenizer: no token ends a text: config.json names no eos_token_id, and there is "
@@ -47,12 +46,12 @@ class Vocabulary(NamedTuple):
         return self.ends[0]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text alone, nothing added. Raises ValueError as `check` does."""
+        """Ids of a text without special tokens. Raises ValueError as `check` does."""
         return self.check(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def check(self, ids: Sequence[int], use: str = "comes in a text") -> Sequence[int]:
-        """The same ids. Raises ValueError for one that the model has no embedding for: a token that
-        was added to the tokenizer alone."""
+    def check(self, ids: Sequence[int], use: str = "occurs in a text") -> Sequence[int]:
+        """The same ids. Raises ValueError for one that the model has no embedding for, such as a
+        token that was added only to the tokenizer."""
         if self.rows is not None and max(ids, default=0) >= self.rows:
             wrong = next(i for i in ids if i >= self.rows)
             raise ValueError(
@@ -63,19 +62,19 @@ class Vocabulary(NamedTuple):
         return ids
 
     def decode(self, ids) -> str:
-        """The text of ids, special tokens left out."""
+        """The text of ids without special tokens."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
 def from_tokenizer(
     tokenizer: Tokenizer, ids: dict | None = None, rows: int | None = None
 ) -> Vocabulary:
-    """ids: `eos_token_id` (int or list), `pad_token_id` as in a config.json. rows: of the model's
-    embedding, None where that isn't known.
+    """The vocabulary of a tokenizer.
 
-    A model without an end of its own ends at "<|endoftext|>". The start is what the tokenizer
-    itself puts in front of a text, as it is to transformers, whatever `bos_token_id` says. Raises
-    ValueError for an id that the tokenizer lacks, or the model.
+    ids: `eos_token_id` (int or list), `pad_token_id` as in a config.json. rows: of the model's
+    embedding, None if unknown. Without an `eos_token_id` texts end at "<|endoftext|>". As in
+    transformers, the start is what the tokenizer itself puts in front of a text, whatever
+    `bos_token_id` says. Raises ValueError for an id that the tokenizer or the model lacks.
     """
     ids = ids or {}
     tokenizer.no_truncation()
@@ -91,30 +90,31 @@ def from_tokenizer(
             f"tokenizer: it has {tokenizer.get_vocab_size()} tokens; config.json names the ids "
             f"{wrong}"
         )
-    found = Vocabulary(tokenizer, _in_front(tokenizer), ends, pad, rows)
-    found.check(found.start, "begins every text")
-    found.check(ends, "is eos_token_id")
-    found.check((pad,), "is pad_token_id")
-    return found
+    vocabulary = Vocabulary(tokenizer, _in_front(tokenizer), ends, pad, rows)
+    vocabulary.check(vocabulary.start, "begins every text")
+    vocabulary.check(ends, "is eos_token_id")
+    vocabulary.check((pad,), "is pad_token_id")
+    return vocabulary
 
 
 def _in_front(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids that the tokenizer's template puts in front of a text."""
-    # A text of one known token: an unknown one may be dropped, or be an error.
+    # Tries texts of one known token: an unknown token may be dropped or be an error.
     for text in filter(None, map(tokenizer.id_to_token, range(tokenizer.get_vocab_size()))):
         encoding = tokenizer.encode(text)
-        own = next((i for i, of in enumerate(encoding.sequence_ids) if of is not None), None)
-        if own is not None:
-            return tuple(encoding.ids[:own])
+        first = next(
+            (i for i, sequence in enumerate(encoding.sequence_ids) if sequence is not None), None
+        )
+        if first is not None:
+            return tuple(encoding.ids[:first])
     return ()
 
 
 def read(directory: Path, rows: int | None = None) -> Vocabulary | None:
-    """The vocabulary of a model directory, None where it has no tokenizer.json. rows: as for
+    """The vocabulary of a model directory, None if it has no tokenizer.json. rows: as for
     `from_tokenizer`.
 
-    Raises ValueError that names the file which can't be read, the field which is wrong, and as
-    `from_tokenizer` does.
+    Raises ValueError that names the unreadable file or the wrong field, and as `from_tokenizer`.
     """
     file = directory / "tokenizer.json"
     if not file.exists():
@@ -122,13 +122,13 @@ def read(directory: Path, rows: int | None = None) -> Vocabulary | None:
     ids = {}
     for name in FILES:
         if (directory / name).exists():
-            given = fields.read(read_json(directory / name), IDS, directory / name)
-            ids |= {k: v for k, v in given.items() if v is not None}
+            stored = fields.read(read_json(directory / name), IDS, directory / name)
+            ids |= {k: v for k, v in stored.items() if v is not None}
     try:
         tokenizer = Tokenizer.from_str(read_text(file))
     except ValueError:  # `read_text` has named the file
         raise
-    except Exception as error:  # the library has no narrower one
+    except Exception as error:  # the library raises nothing more specific
         raise ValueError(
             f"{file}: not a tokenizer.json of the tokenizers library ({error}){pointer_hint(file)}"
         ) from None

@@ -1,4 +1,4 @@
-"""XLA's compiler: options, which differ between its versions, and a program's memory."""
+"""XLA's compiler: its options, which differ between versions, and a program's memory."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax
 
 
 def known(options: dict) -> dict:
-    """Those of the compiler options {name: value} that this version of XLA has."""
+    """The compiler options {name: value} that this version of XLA has."""
     return {name: value for name, value in options.items() if _knows(name, value)}
 
 
@@ -22,7 +22,7 @@ def _knows(name: str, value) -> bool:
 
 
 def program_bytes(compiled) -> int:
-    """Peak bytes of a compiled program on one device, by the buffers that XLA laid out for it."""
+    """Peak bytes of a compiled program on one device, from XLA's buffer assignment."""
     m = compiled.memory_analysis()
     return (
         m.argument_size_in_bytes

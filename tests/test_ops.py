@@ -450,7 +450,7 @@ def test_mixed_leaves_say_what_they_can_not():
     leaf = leaves.Mixed(w, a, b, jnp.ones(2), jnp.array([0, 1, 1], jnp.int32))
     with pytest.raises(ValueError, match="a batch of 2 rows, but adapters for 3"):
         ops.linear(normal(3, 2, 5, 3), leaf)
-    with pytest.raises(ValueError, match="a Mixed leaf is no single kernel"):
+    with pytest.raises(ValueError, match="a Mixed leaf is not a single kernel"):
         ops.dense(leaf, LINEAR)
     with pytest.raises(ValueError, match="convolution with a Mixed"):
         lorax.apply(nn.Conv(4, (3,)), {"kernel": leaf, "bias": b[0, 0]}, normal(3, 3, 5, 3))
@@ -473,7 +473,7 @@ def test_an_untied_embedding_reads_out_with_its_head():
     leaf = leaves.Untied(w, head)
     np.testing.assert_allclose(ops.attend(x, leaf), x @ head.T, rtol=1e-6)
     np.testing.assert_array_equal(ops.embed(TOKENS, leaf), ops.embed(TOKENS, w))
-    with pytest.raises(ValueError, match="Untied leaf is no single kernel"):
+    with pytest.raises(ValueError, match="Untied leaf is not a single kernel"):
         ops.dense(leaf, EMBED)
 
 

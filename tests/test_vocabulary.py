@@ -59,7 +59,7 @@ def test_a_token_that_the_model_has_no_embedding_for_may_not_come_in_a_text(stor
     assert decode.complete(base, ["Once"], options=options) == decode.complete(
         plain, ["Once"], options=options
     )
-    match = r"'\[PAD\]' has the id 512 and comes in a text, but vocab_size is 512"
+    match = r"'\[PAD\]' has the id 512 and occurs in a text, but vocab_size is 512"
     with pytest.raises(ValueError, match=match):
         decode.complete(base, ["Once", "upon [PAD]"], options=options)
     with pytest.raises(ValueError, match=match):

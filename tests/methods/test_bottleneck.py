@@ -54,7 +54,7 @@ def test_it_starts_as_its_base_and_cannot_be_merged(method):
     with pytest.raises(ValueError, match=f"{method.name}: is no change of weights"):
         lorax.merge(method, state, base.params, base.sites)
     path = "h/mlp/down/kernel"
-    with pytest.raises(ValueError, match="a Bottleneck leaf is no single kernel"):
+    with pytest.raises(ValueError, match="a Bottleneck leaf is not a single kernel"):
         ops.dense(tree.flatten(bound)[path], base.sites[path])
 
 
