@@ -1,6 +1,6 @@
-"""Taking learned updates apart: spectra, subspaces, amplification, intruders; CKA of activations.
+"""Analysis of learned updates: spectra, subspaces, amplification, intruders; CKA of activations.
 
-No training code, and numpy for the arithmetic.
+No training code; all arithmetic is numpy.
 """
 
 from lorax.analysis.measures.amplification import Amplification, amplification

@@ -14,27 +14,27 @@ CURVES = (
     "alpha",
     "lr",
     "trainable_params",
-)  # that a loss is drawn against, of several runs
-# Fields between whose values no line of a figure leads: other methods, other networks, other tasks.
+)  # x axes of the loss curves that compare runs
+# Fields whose values get separate lines: other methods, other networks, other tasks.
 UNLIKE = ("method", "base", "n_train", "shuffle", "planted_rank", "noise", "inputs")
 
 
 def methods(
     table: pd.DataFrame, settings: pd.DataFrame, by: Axes, ranks: pd.DataFrame
 ) -> pd.DataFrame:
-    """A row a method, best first: what its best setting reached, and at what cost.
+    """One row per method, best first: the result and the cost of its best setting.
 
     Args:
-      table: a row a member, of `runs.summary`.
-      settings: of `runs.settings`, with the method as its main axis.
+      table: one row per member, from `runs.summary`.
+      settings: from `runs.settings`, with the method as its main axis.
       by: the sweep's axes.
-      ranks: of `tables.spectra`; empty where no member has an update of weights.
+      ranks: from `tables.spectra`; empty if no member has a weight update.
 
     Returns method, trainable_params, the other axes' best values, mean and se of the final eval
     loss (nats), n, diverged, optimizer_bytes and step_ms (a member's), effective (rank of dW, mean
-    over its matrices; NaN where there is none). Diverged settings have no mean and are left out.
+    over its matrices; NaN if there is none). Diverged settings have no mean and are left out.
     """
-    if "optimizer_bytes" not in table:  # of an older run
+    if "optimizer_bytes" not in table:  # an older run
         table = table.assign(optimizer_bytes=None)
     reached = settings.dropna(subset=["mean"])
     best = reached.loc[reached.groupby("method")["mean"].idxmin()]
@@ -57,7 +57,8 @@ def methods(
 
 
 def of_setting(table: pd.DataFrame, setting: pd.Series, by: Axes) -> pd.Series:
-    """Which members (rows of `runs.summary`) a row of `runs.settings` is about: (members,) bool."""
+    """Which members (rows of `runs.summary`) have the setting, a row of `runs.settings`: (members,)
+    bool."""
     same = pd.Series(True, index=table.index)
     for name in (by.main or "rank", *by.others):
         missing = pd.isna(setting[name])
@@ -66,23 +67,25 @@ def of_setting(table: pd.DataFrame, setting: pd.Series, by: Axes) -> pd.Series:
 
 
 def curve(table: pd.DataFrame, by: Axes, x: str) -> pd.DataFrame:
-    """The loss against one field of a run's members: a row a value and part, at the best of all
-    that else differs: part, x, mean and se of the final eval loss over n seeds, and `line`, what
-    the best was. Parts are what no line may join: members that differ in a field of `UNLIKE`.
+    """The loss against one field of a run's members, with all other fields at their best.
+
+    One row per value and part: part, x, mean and se of the final eval loss over n seeds, and
+    `line`, the best values of the other fields. Parts get separate lines: their members differ in a
+    field of `UNLIKE`.
 
     Args:
-      table: of `runs.summary`.
+      table: from `runs.summary`.
       by: the run's own axes.
-      x: a column of numbers. No rows where the members have none. Of trainable_params, a budget
-        that need not be used up, only rows that are better than all with fewer.
+      x: a numeric column. No rows if the members have no values. For trainable_params, a budget
+        that need not be used up, only rows that are better than all with fewer parameters.
     """
     if x not in table or not pd.to_numeric(table[x], errors="coerce").notna().any():
         return pd.DataFrame(columns=["part", "x", "mean", "se", "n", "line"])
     axes = [name for name in (by.main, *by.others) if name and name != x]
-    apart, others = ([n for n in axes if (n in UNLIKE) == unlike] for unlike in (True, False))
+    separate, others = ([n for n in axes if (n in UNLIKE) == unlike] for unlike in (True, False))
     reached = runs.settings(table, Axes(x, tuple(axes))).dropna(subset=["mean", x])
-    for name, of in (("part", apart), ("line", others)):
-        reached[name] = [runs.fields(row, of) for _, row in reached.iterrows()]
+    for name, names in (("part", separate), ("line", others)):
+        reached[name] = [runs.fields(row, names) for _, row in reached.iterrows()]
     best = reached.loc[reached.groupby(["part", x], sort=False)["mean"].idxmin()]
     best = best.rename(columns={x: "x"})[["part", "x", "mean", "se", "n", "line"]]
     best = best.sort_values(["part", "x"])
@@ -92,13 +95,13 @@ def curve(table: pd.DataFrame, by: Axes, x: str) -> pd.DataFrame:
 
 
 def differences(configs: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
-    """What configs differ in: a row a key ("method.alpha"), a column a config, values as JSON; ""
-    where a config lacks the key."""
+    """How configs differ: one row per key ("method.alpha"), one column per config, values as JSON;
+    "" if a config lacks the key."""
     flat = {name: _flat(config) for name, config in configs.items()}
     keys = dict.fromkeys(key for values in flat.values() for key in values)
     rows = [{"key": key, **{n: values.get(key, "") for n, values in flat.items()}} for key in keys]
-    kept = [row for row in rows if len({row[name] for name in flat}) > 1]
-    return pd.DataFrame(kept, columns=["key", *flat])
+    different = [row for row in rows if len({row[name] for name in flat}) > 1]
+    return pd.DataFrame(different, columns=["key", *flat])
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, str]:

@@ -2,23 +2,23 @@
 
 Li et al. 2018 (arXiv:1804.08838, section 2) train theta = theta_0 + P theta_d and call d_int90 the
 smallest d whose validation accuracy is 90% of the best direct baseline's; Aghajanyan et al. 2020
-(arXiv:2012.13255, section 3) carry it over to fine-tuning, as d90. Both tried a grid of d. Here
-the curve between the tested d is made monotone and followed, which gives d90 an interval; "the
-smallest tested d" stands beside it.
+(arXiv:2012.13255, section 3) apply it to fine-tuning, as d90. Both tested a grid of d. Here the
+curve between the tested d is made monotone and interpolated, which gives a d90 with an interval;
+"the smallest tested d" is reported too.
 
-The functions go from table to table. A table of points has a row a member:
+The functions turn tables into tables. A table of points has one row per member:
 
     member     its number
     kind       "subspace", "full" (the baseline) or "lora"
-    condition  "base=..., shuffle=True": what tells one d90 from another, "" where there is one
-    shared     that part of it in which the baseline differs too
-    method, dim (NaN where there is none), lr, seed
+    condition  "base=..., shuffle=True": which d90 it belongs to; "" if there is only one
+    shared     the part of the condition that the baseline shares
+    method, dim (NaN if there is none), lr, seed
     params     trainable parameters
     status     "finished" or "diverged"
     start      the metric before training
-    value      the metric after it; of a diverged member `start`, as if it had learned nothing
+    value      the metric after training; `start` for a diverged member, as if it learned nothing
 
-A loss is better where it is lower, any other metric where it is higher.
+A lower loss is better; for any other metric, higher is better.
 """
 
 from typing import Any, NamedTuple
@@ -39,15 +39,15 @@ T975 = (
 
 
 class Crossing(NamedTuple):
-    """Where a curve reaches a level. verdict: "reached", "below" (the smallest size reaches it
-    already) or "not reached" (the largest does not). size: where, NaN but for "reached"."""
+    """Where a curve reaches a level. verdict: "reached", "below" (already the smallest size reaches
+    it) or "not reached" (the largest does not). size: where; NaN unless "reached"."""
 
     verdict: str
     size: float
 
 
 def points(run: runs.Run) -> pd.DataFrame:
-    """The table of points of a search's run directory, members that are not done left out."""
+    """The table of points of a search's run directory, without members that are still running."""
     config = run.config["config"]
     metric = config["search"]["metric"]
     table = runs.summary(run)
@@ -57,7 +57,7 @@ def points(run: runs.Run) -> pd.DataFrame:
     kind = table["method"].where(table["method"] == "full", "lora").where(dims.isna(), "subspace")
     labels = [runs.fields(row, axes if k == "subspace" else shared)
               for k, (_, row) in zip(kind, table.iterrows(), strict=True)]  # fmt: skip
-    found = pd.DataFrame(
+    table_of_points = pd.DataFrame(
         {
             "member": table["member"],
             "kind": kind,
@@ -72,22 +72,22 @@ def points(run: runs.Run) -> pd.DataFrame:
         }
     )
     if metric == "loss":
-        found["start"], found["value"] = table["base_loss"], table["final_loss"]
+        table_of_points["start"], table_of_points["value"] = table["base_loss"], table["final_loss"]
     else:
-        found["start"] = _at_start(run, metric).reindex(table.index).fillna(0.0)
-        found["value"] = table[metric].astype(float) if metric in table else np.nan
-    found["value"] = found["value"].fillna(found["start"])
-    return found[table["status"] != "running"]
+        table_of_points["start"] = _at_start(run, metric).reindex(table.index).fillna(0.0)
+        table_of_points["value"] = table[metric].astype(float) if metric in table else np.nan
+    table_of_points["value"] = table_of_points["value"].fillna(table_of_points["start"])
+    return table_of_points[table["status"] != "running"]
 
 
 def conditions(run: runs.Run, table: pd.DataFrame) -> list[str]:
-    """The axes that tell one d90 from another, of those that `table` (of `runs.summary`) has."""
+    """The axes that separate one d90 from another, among those in `table` (from `runs.summary`)."""
     axes = swept(run.config["config"]["sweep"])
     return [axis for axis in axes if axis in table and axis not in ("dim", "lr", "seed")]
 
 
 def _at_start(run: runs.Run, metric: str) -> pd.Series:
-    """{member: score at step 0}; scores of texts are not measured then."""
+    """{member: score at step 0}; text scores are not measured then."""
     if metric not in run.metrics:
         return pd.Series(dtype=float)
     first = run.metrics[(run.metrics["split"] == "eval") & (run.metrics["step"] == 0)]
@@ -98,10 +98,10 @@ def _at_start(run: runs.Run, metric: str) -> pd.Series:
 
 
 def needed(start: float, full: float, threshold: float, metric: str) -> float:
-    """The value to be reached, when full fine-tuning leads from `start` to `full`.
+    """The value to reach, if full fine-tuning improves from `start` to `full`.
 
-    Of a score it is the share `threshold` of `full` (Li et al., section 2). A loss has no zero to
-    take a share from: here it is `start` - `threshold` (`start` - `full`), that share of the
+    For a score it is the share `threshold` of `full` (Li et al., section 2). A loss has no natural
+    zero, so there it is `start` - `threshold` (`start` - `full`), the same share of the
     improvement. That is our reading, in the spirit of Li et al.'s rewards, which they shift so that
     the worst is 0.
     """
@@ -109,8 +109,8 @@ def needed(start: float, full: float, threshold: float, metric: str) -> float:
 
 
 def rates(rows: pd.DataFrame, metric: str) -> list[float]:
-    """The learning rates of points of one size, best first: by the mean over seeds, those with the
-    most seeds before the others, which a lucky seed might favour."""
+    """The learning rates of points of one size, best first: rates with the most seeds come before
+    the others, which one lucky seed might favour; then by the mean over seeds."""
     by = rows.groupby("lr")["value"].agg(["mean", "size"]).reset_index()
     by["mean"] *= _sign(metric)
     return by.sort_values(["size", "mean", "lr"], ascending=[False, False, True])["lr"].tolist()
@@ -125,8 +125,8 @@ def tuned(rows: pd.DataFrame, by: str, metric: str) -> pd.DataFrame:
 def crossing(sizes, values, level: float, metric: str) -> Crossing:
     """Where values (n,) at ascending sizes (n,) reach a level.
 
-    The values are made monotone in size by isotonic regression, since a larger subspace holds no
-    less, and followed linearly in log(size).
+    The values are made monotone in size by isotonic regression, since a larger subspace can do no
+    worse, and interpolated linearly in log(size).
     """
     x, sign = np.log(np.asarray(sizes, float)), _sign(metric)
     y = IsotonicRegression().fit_transform(x, sign * np.asarray(values, float))
@@ -141,8 +141,8 @@ def crossing(sizes, values, level: float, metric: str) -> Crossing:
 
 
 def interval(sizes) -> tuple[float, float, float]:
-    """Geometric mean of sizes (n,) with its 95% confidence interval: Student's t on log(size). NaN
-    for the interval of one."""
+    """Geometric mean of sizes (n,) with its 95% confidence interval: Student's t on log(size). The
+    interval is NaN for n = 1."""
     logs = np.log(np.asarray(sizes, float))
     n, mean = len(logs), logs.mean()
     half = _t975(n - 1) * logs.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
@@ -150,7 +150,7 @@ def interval(sizes) -> tuple[float, float, float]:
 
 
 def _t975(degrees: int) -> float:
-    """Past the table, the first terms in 1 / degrees (Abramowitz and Stegun, 26.7.5)."""
+    """Beyond the table: the first terms in 1 / degrees (Abramowitz and Stegun, 26.7.5)."""
     if degrees <= len(T975):
         return T975[degrees - 1]
     z = 1.959964
@@ -160,24 +160,26 @@ def _t975(degrees: int) -> float:
 
 
 def crossings(rows: pd.DataFrame, by: str, level: float, metric: str) -> dict[str, Any]:
-    """What points at their best learning rates say of the size that reaches a level.
+    """The size that reaches a level, estimated from points at their best learning rates.
 
-    Each seed's own curve crosses it somewhere, and the estimate is the geometric mean over seeds.
-    Where only some do, it is where the curve of the means crosses, without an interval, and the
-    verdict is "partly reached". Returns verdict, size, low and high (95%; NaN for one seed), n (how
-    many seeds cross), seeds (of how many), by_seed (in words), smallest (tested size whose mean
-    reaches the level, the published definition; NaN where none does), tested_min, tested_max.
+    If every seed's curve crosses the level, the estimate is the geometric mean of the crossings. If
+    only some do, it is where the curve of the means crosses, without an interval, and the verdict
+    is "partly reached". Returns verdict, size, low and high (95%; NaN for one seed), n (how many
+    seeds cross), seeds (how many there are), by_seed (in words), smallest (smallest tested size
+    whose mean reaches the level, the published definition; NaN if none does), tested_min,
+    tested_max.
     """
     means = rows.groupby(by)["value"].mean()
     passing = means.index[_sign(metric) * means >= _sign(metric) * level]
     of_means = crossing(means.index, means, level, metric)
-    each = {
-        seed: crossing(own[by], own["value"], level, metric) for seed, own in rows.groupby("seed")
+    by_seed = {
+        seed: crossing(rows_of_seed[by], rows_of_seed["value"], level, metric)
+        for seed, rows_of_seed in rows.groupby("seed")
     }
-    found = [c.size for c in each.values() if c.verdict == "reached"]
+    crossed = [c.size for c in by_seed.values() if c.verdict == "reached"]
     verdict, size, low, high = of_means.verdict, of_means.size, np.nan, np.nan
-    if len(found) == len(each):
-        verdict, (size, low, high) = "reached", interval(found)
+    if len(crossed) == len(by_seed):
+        verdict, (size, low, high) = "reached", interval(crossed)
     elif verdict == "reached":
         verdict = "partly reached"
     words = lambda c: f"{c.size:.4g}" if c.verdict == "reached" else c.verdict
@@ -186,9 +188,9 @@ def crossings(rows: pd.DataFrame, by: str, level: float, metric: str) -> dict[st
         "size": size,
         "low": low,
         "high": high,
-        "n": len(found),
-        "seeds": len(each),
-        "by_seed": "; ".join(f"seed {seed}: {words(c)}" for seed, c in each.items()),
+        "n": len(crossed),
+        "seeds": len(by_seed),
+        "by_seed": "; ".join(f"seed {seed}: {words(c)}" for seed, c in by_seed.items()),
         "smallest": passing.min() if len(passing) else np.nan,
         "tested_min": means.index.min(),
         "tested_max": means.index.max(),
@@ -196,8 +198,8 @@ def crossings(rows: pd.DataFrame, by: str, level: float, metric: str) -> dict[st
 
 
 def baseline(table: pd.DataFrame, shared: str, metric: str) -> dict[str, float]:
-    """What full fine-tuning reaches: start, baseline (best over learning rates of the mean over
-    seeds), its baseline_lr, baseline_n (seeds), full_params. NaN where there is none."""
+    """The result of full fine-tuning: start, baseline (best over learning rates of the mean over
+    seeds), its baseline_lr, baseline_n (seeds), full_params. NaN if there is none."""
     full = table[(table["kind"] == "full") & (table["shared"] == shared)]
     names = ("start", "baseline", "baseline_lr", "baseline_n", "full_params")
     if full.empty:
@@ -209,7 +211,7 @@ def baseline(table: pd.DataFrame, shared: str, metric: str) -> dict[str, float]:
 
 
 def gain(reference: dict[str, float], metric: str) -> float:
-    """How much better than no training full fine-tuning is. reference: of `baseline`."""
+    """How much better full fine-tuning is than no training. reference: from `baseline`."""
     return _sign(metric) * (reference["baseline"] - reference["start"])
 
 
@@ -219,45 +221,45 @@ def reaches(values, level: float, metric: str):
 
 
 def estimate(table: pd.DataFrame, threshold: float, metric: str) -> pd.DataFrame:
-    """The intrinsic dimension of every condition: a row each.
+    """The intrinsic dimension of every condition, one row each.
 
     table: of points. Columns: condition, method, metric, threshold; those of `baseline`; needed;
-    those of `crossings` over dim, `size` called d; full_over_d = full_params / d; and for LoRA, the
-    trainable parameters at which it reaches the same: lora_params, lora_low, lora_high,
-    lora_verdict ("" where it was not tried). The verdict is "no baseline" where full fine-tuning
-    is missing or no better than no training.
+    those of `crossings` over dim, with `size` called d; full_over_d = full_params / d; and the
+    trainable parameters with which LoRA reaches the same: lora_params, lora_low, lora_high,
+    lora_verdict ("" if LoRA was not run). The verdict is "no baseline" if full fine-tuning is
+    missing or no better than no training.
     """
     rows = []
     subspaces = table[table["kind"] == "subspace"]
-    for condition, own in subspaces.groupby("condition", sort=False):
-        shared = own["shared"].iloc[0]
+    for condition, of_condition in subspaces.groupby("condition", sort=False):
+        shared = of_condition["shared"].iloc[0]
         reference = baseline(table, shared, metric)
         level = needed(reference["start"], reference["baseline"], threshold, metric)
-        found = crossings(tuned(own, "dim", metric), "dim", level, metric)
+        crossed = crossings(tuned(of_condition, "dim", metric), "dim", level, metric)
         improves = gain(reference, metric) > 0
         if not improves:
-            found |= dict.fromkeys(("size", "low", "high", "smallest"), np.nan)
-            found |= {"verdict": "no baseline", "n": 0, "by_seed": ""}
+            crossed |= dict.fromkeys(("size", "low", "high", "smallest"), np.nan)
+            crossed |= {"verdict": "no baseline", "n": 0, "by_seed": ""}
         lora = table[(table["kind"] == "lora") & (table["shared"] == shared)]
-        other = {"verdict": "", "size": np.nan, "low": np.nan, "high": np.nan}
+        lora_crossed = {"verdict": "", "size": np.nan, "low": np.nan, "high": np.nan}
         if len(lora) and improves:
-            other = crossings(tuned(lora, "params", metric), "params", level, metric)
-        d = found.pop("size")
+            lora_crossed = crossings(tuned(lora, "params", metric), "params", level, metric)
+        d = crossed.pop("size")
         rows.append(
             {
                 "condition": condition,
-                "method": own["method"].iloc[0],
+                "method": of_condition["method"].iloc[0],
                 "metric": metric,
                 "threshold": threshold,
                 **reference,
                 "needed": level,
                 "d": d,
-                **found,
+                **crossed,
                 "full_over_d": reference["full_params"] / d,
-                "lora_params": other["size"],
-                "lora_low": other["low"],
-                "lora_high": other["high"],
-                "lora_verdict": other["verdict"],
+                "lora_params": lora_crossed["size"],
+                "lora_low": lora_crossed["low"],
+                "lora_high": lora_crossed["high"],
+                "lora_verdict": lora_crossed["verdict"],
             }
         )
     return pd.DataFrame(rows)
@@ -272,7 +274,7 @@ def name(threshold: float) -> str:
 
 
 def brief(row: pd.Series) -> str:
-    """ "d90 = 612", "d90 > 1,000"... row: of `estimate`."""
+    """ "d90 = 612", "d90 > 1,000"... row: from `estimate`."""
     called = name(row["threshold"])
     return {
         "reached": f"{called} = {count(row['d'])}",
@@ -284,7 +286,7 @@ def brief(row: pd.Series) -> str:
 
 
 def headline(row: pd.Series) -> str:
-    """One sentence on a condition. row: of `estimate`."""
+    """One sentence on a condition. row: from `estimate`."""
     of_all = f"of D = {count(row['full_params'])}"
     share = f"{of_all}: {100 / row['full_over_d']:.2g}% of the parameters"
     spread = f"95% CI {count(row['low'])} to {count(row['high'])}, {row['n']} seeds"
@@ -297,13 +299,13 @@ def headline(row: pd.Series) -> str:
             "partly reached": f" ({partly}) {share}.",
             "below": f" {of_all}: the smallest d tested reaches it.",
             "not reached": f" {of_all}: no curve over the d tested reaches it.",
-            "no baseline": ": full fine-tuning is missing, or no better than no training.",
+            "no baseline": ": full fine-tuning is missing or no better than no training.",
         }[row["verdict"]]
     )
 
 
 def shown(row: pd.Series) -> dict[str, str]:
-    """What a table says of a condition, by heading. row: of `estimate`."""
+    """The cells of a condition in a table, by heading. row: from `estimate`."""
     called, known = name(row["threshold"]), row["verdict"] != "no baseline"
     seeds = f" ({row['n']} of {row['seeds']} seeds)" if row["seeds"] > 1 else " (one seed)"
     both = f"{count(row['low'])} to {count(row['high'])}" if row["low"] == row["low"] else "–"

@@ -15,18 +15,18 @@ from lorax.config import swept
 from lorax.interop import peft, reading, states
 from lorax.interop.adapter import Factors
 
-METRICS = ("member", "step", "split", "loss")  # columns that every measurement has
+METRICS = ("member", "step", "split", "loss")  # columns of every measurement
 
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """A run directory, read.
+    """The contents of a run directory.
 
     Attributes:
-      directory: where it lies.
+      directory: its path.
       config: config.json; the resolved config itself is under its key "config".
-      members: a row a member, by its number: name, method, rank, scale, lr, seed...
-      metrics: a row a measurement: member, step, split, loss (NaN where it was not finite)...
+      members: one row per member, by its number: name, method, rank, scale, lr, seed...
+      metrics: one row per measurement: member, step, split, loss (NaN if it was not finite)...
       status: status.json.
     """
 
@@ -49,65 +49,65 @@ class Run:
         return text + ">"
 
     def update(self, member: int, base=None) -> dict[str, Factors] | dict[str, np.ndarray]:
-        """The member's update by layer ("h/0/attn/q"), whatever its method: `Factors` (a, b, s with
-        dW = s * a @ b) where it has them, else dW (in, out).
+        """The member's update by layer ("h/0/attn/q"), for any method: `Factors` (a, b, s with
+        dW = s * a @ b) if it has them, else dW (in, out).
 
-        base: its base model, as `lorax.load` gives it. Without it methods that store no dW because
-        it is large (subspaces) can't be read.
+        base: its base model, from `lorax.load`. Needed for methods that don't store dW because it
+        is large (subspaces).
 
-        {} where nothing changed. Raises FileNotFoundError where the member left nothing, ValueError
-        for a method that is no change of weights or can't be read without base, and ValueError that
-        names a damaged file.
+        Returns {} if nothing changed. Raises FileNotFoundError if the member saved nothing,
+        ValueError for a method that doesn't change weights or can't be read without base, and
+        ValueError that names a damaged file.
         """
         folder = rundir.adapter(self.directory, member)
         if base is None:
             updates = reading.read(folder).updates
         else:
-            from lorax import adapters  # imports JAX, which reading a run can do without
+            from lorax import adapters  # imports JAX, which reading a run doesn't need
 
             updates = adapters.load(folder, base).updates
         return {layer: x for layer, x in updates.items() if not _is_empty(x)}
 
     def adapter(self, member: int) -> dict[str, Factors]:
-        """The member's factors by path ("h/0/attn/q"). FileNotFoundError where it has none,
-        ValueError where PEFT's file is of a method without any."""
+        """The member's factors by path ("h/0/attn/q"). Raises FileNotFoundError if it has none,
+        ValueError if its PEFT file is of a method without factors."""
         factors = peft.load(rundir.adapter(self.directory, member)).factors
         return {path: f for path, f in factors.items() if not _is_empty(f)}
 
     def delta(self, member: int) -> dict[str, np.ndarray]:
-        """{path: dW (in, out)} of a member whose update is not of low rank. FileNotFoundError where
-        it left none: prefixes and bottlenecks are no change of weights. ValueError that names a
-        damaged file."""
+        """{path: dW (in, out)} of a member whose update is not of low rank. Raises
+        FileNotFoundError if it saved none (prefixes and bottlenecks don't change weights) and
+        ValueError that names a damaged file."""
         return states.deltas(rundir.adapter(self.directory, member))
 
 
 def _is_empty(update: Factors | np.ndarray) -> bool:
-    """Whether it is factors of rank 0: DoRA's lengths of a layer that is not adapted."""
+    """Whether the update is factors of rank 0: DoRA's lengths for a layer that is not adapted."""
     return isinstance(update, Factors) and update.a.shape[1] == 0
 
 
 def load(directory: str | os.PathLike) -> Run:
     """Read a run directory, finished or not.
 
-    Raises FileNotFoundError that names the missing directory or file, ValueError that names the
-    file and line of a damaged one. A line that was torn off at the end of a .jsonl is ignored with
-    a warning: a run that is being written, or was killed, ends like that.
+    Raises FileNotFoundError that names the missing directory or file, and ValueError that names the
+    damaged file and line. An incomplete last line of a .jsonl file is ignored with a warning, as a
+    run that is still writing or was killed can end with one.
     """
     directory = pathlib.Path(directory)
-    read = rundir.read(directory)
-    metrics = pd.DataFrame(read.metrics, columns=None if read.metrics else METRICS)
+    contents = rundir.read(directory)
+    metrics = pd.DataFrame(contents.metrics, columns=None if contents.metrics else METRICS)
     return Run(
         directory=directory,
-        config=read.config,
-        members=pd.DataFrame(read.members).set_index("member", drop=False).rename_axis(None),
+        config=contents.config,
+        members=pd.DataFrame(contents.members).set_index("member", drop=False).rename_axis(None),
         metrics=metrics.astype({"member": int, "step": int, "loss": float}),
-        status=read.status,
+        status=contents.status,
     )
 
 
 # ------------------------------------------------------------------------------------ eval losses
 
-# What members may differ in, the seed apart: the axes of a sweep that are fields of members.jsonl.
+# Fields of members.jsonl in which members may differ, apart from the seed: axes of a sweep.
 AXES = (
     "rank",
     "quant",
@@ -122,15 +122,15 @@ AXES = (
     "dropout",
     "n_train",
 )
-SEEDS = ("seed", "data_seed")  # over which the settings are averaged
-# What a field without a value means: all that there are, or not quantised.
+SEEDS = ("seed", "data_seed")  # settings are averaged over these
+# What a field without a value means.
 MISSING = {"n_train": "all", "layers": "all", "inputs": "all", "quant": "none"}
 
 
 class Axes(NamedTuple):
     """How a sweep is laid out: the axis of the curve, and the other fields that differ."""
 
-    main: str | None  # None: every member has the same setting, the seed apart
+    main: str | None  # None: all members have the same setting, apart from the seed
     others: tuple[str, ...]
 
 
@@ -139,17 +139,17 @@ class Answer(NamedTuple):
 
     best: pd.Series  # lowest mean final eval loss
     smallest: pd.Series  # smallest value of the axis within one standard error of the best
-    known: bool  # whether the best has a standard error; if not, smallest is best
+    known: bool  # whether the best has a standard error; if not, smallest is the same as best
 
 
 def summary(run: Run) -> pd.DataFrame:
-    """A row a member: its fields, then what came of it.
+    """One row per member: its fields, then its results.
 
-    Adds status ("finished", "diverged", "running"), diverged_at, seconds, step_ms (of training
-    alone), base_loss (eval at step 0, before any update), final_step, final_loss and best_loss
-    (evals after step 0), in nats per completion token, and a column a score (`scores`: accuracy,
-    bleu...). A diverged member has no final loss (NaN). `setting` is the name without its seeds;
-    fields that are lists (targets) read "q v".
+    Adds status ("finished", "diverged", "running"), diverged_at, seconds, step_ms (training only),
+    base_loss (eval at step 0, before any update), final_step, final_loss and best_loss (evals after
+    step 0), in nats per completion token, and a column per score (`scores`: accuracy, bleu...). A
+    diverged member has no final loss (NaN). `setting` is the name without its seeds; lists
+    (targets) become text like "q v".
     """
     evals = run.metrics[run.metrics["split"] == "eval"].sort_values("step", kind="stable")
     rows = []
@@ -175,7 +175,7 @@ def summary(run: Run) -> pd.DataFrame:
                 **status.get("scores", {}),
             }
         )
-    # What was planted in a task (`calibration`) is no field that members are told apart by.
+    # What was planted in a task (`calibration`) does not distinguish members.
     table = run.members.drop(columns="planted", errors="ignore")
     for column in table.columns:
         if table[column].map(lambda value: isinstance(value, list)).any():
@@ -187,27 +187,27 @@ def summary(run: Run) -> pd.DataFrame:
 
 
 def scores(run: Run) -> list[str]:
-    """Names of what is measured beside the loss: a classifier's metrics, or those of texts."""
+    """Names of the scores measured in addition to the loss: of a classifier or of generated
+    texts."""
     of_members = run.status.get("members", {}).values()
     return list(dict.fromkeys(name for m in of_members for name in m.get("scores", {})))
 
 
 def loss_name(run: Run) -> str:
-    """What the loss is called, with its unit: in nats but for a planted task, whose labels are
-    values."""
+    """Name and unit of the loss: nats, except for a planted task, whose labels are values."""
     return f"eval loss ({'squared error' if 'planted' in run.members else 'nats'})"
 
 
 def axes(run: Run, table: pd.DataFrame) -> Axes:
-    """The method where members differ in it, else the rank, else the sweep's first axis with
-    several values.
+    """The sweep's axes. The main axis is the method if members differ in it, else the rank, else
+    the sweep's first axis with several values.
 
-    Fields that only follow from others (tied axes) are no axes of their own.
+    Fields that follow from others (tied axes) are not listed as axes.
     """
     sweep = list(swept(run.config.get("config", {}).get("sweep") or {}))
     order = [name for name in (*sweep, *AXES) if name in table.columns and name not in SEEDS]
     if any(name not in table.columns for name in sweep):
-        order.append("setting")  # an axis that members.jsonl does not list by itself
+        order.append("setting")  # an axis that has no field in members.jsonl
     if table["rank"].nunique(dropna=False) > 1:
         order.insert(0, "rank")
     if table["method"].nunique() > 1:
@@ -221,11 +221,11 @@ def axes(run: Run, table: pd.DataFrame) -> Axes:
 
 
 def settings(table: pd.DataFrame, by: Axes, scores: Iterable[str] = ()) -> pd.DataFrame:
-    """Seeds averaged: a row a setting, with mean, se (standard error), n and diverged (counts), and
-    the mean of each of `scores`.
+    """Averages over seeds: one row per setting, with mean, se (standard error), n and diverged
+    (counts), and the mean of each of `scores`.
 
     Diverged members are counted and left out of the mean. `line` names the other axes' values, ""
-    where there are none. se is NaN for fewer than two seeds.
+    if there are none. se is NaN for fewer than two seeds.
     """
     main = by.main or "rank"
     rows = []
@@ -252,8 +252,10 @@ def settings(table: pd.DataFrame, by: Axes, scores: Iterable[str] = ()) -> pd.Da
 def answer(table: pd.DataFrame, main: str) -> Answer | None:
     """The smallest value of `main` whose mean is at most the best mean + the best's standard error.
 
+    Returns None if no setting has a loss.
+
     Args:
-      table: from `settings`. None where no setting has a loss.
+      table: from `settings`.
     """
     usable = table.dropna(subset=["mean"])
     if usable.empty:
@@ -266,7 +268,7 @@ def answer(table: pd.DataFrame, main: str) -> Answer | None:
 
 
 def in_order(column: pd.Series) -> pd.Series:
-    """What to sort a column by that may hold numbers and words: numbers by size, then the rest."""
+    """Sort key for a column that may mix numbers and words: numbers by size, then the rest."""
     return pd.to_numeric(column, errors="coerce")
 
 
@@ -275,20 +277,20 @@ def _words(value: Any) -> Any:
 
 
 def in_words(value: Any, name: str = "") -> str:
-    """A field's value as labels have it. name: of the field, which says what a missing one means;
-    "none" where that is nothing in particular."""
+    """A field's value as shown in labels. name: of the field, which decides the word for a missing
+    value (by default "none")."""
     if is_missing(value):
         return MISSING.get(name, "none")
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def fields(row: pd.Series, names: Iterable[str]) -> str:
-    """Several of a member's fields: "alpha=8, n_train=all". Those that its method has no use for (a
-    rank, of full fine-tuning) are left out."""
-    kept = [name for name in names if name in MISSING or not is_missing(row[name])]
-    return ", ".join(f"{name}={in_words(row[name], name)}" for name in kept)
+    """Several of a member's fields: "alpha=8, n_train=all". Fields that its method doesn't use
+    (e.g. the rank in full fine-tuning) are left out."""
+    used = [name for name in names if name in MISSING or not is_missing(row[name])]
+    return ", ".join(f"{name}={in_words(row[name], name)}" for name in used)
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a field has no value: None, or the NaN that a table makes of it."""
+    """Whether a field has no value: None, or NaN, which None becomes in a table."""
     return value is None or (isinstance(value, (float, np.floating)) and np.isnan(value))

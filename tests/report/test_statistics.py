@@ -94,8 +94,8 @@ def test_what_has_no_number_says_why():
         ("a", "text is str; expected a number"),
         (np.ones(2), r"text is ndarray \(2,\); expected a number"),
         (1j, "text is complex; expected a number"),
-        ({"layer": 1.0}, "called 'layer', which no column can be called"),
-        ({3: 1.0}, "called 3, which no column can be called"),
+        ({"layer": 1.0}, "called 'layer', which can't be a column name"),
+        ({3: 1.0}, "called 3, which can't be a column name"),
     ],
 )
 def test_another_value_is_no_number(value, says):

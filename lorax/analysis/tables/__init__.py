@@ -1,10 +1,10 @@
-"""Tables of what members have learned: a row a member and matrix, as a pandas DataFrame.
+"""Tables of what members have learned: pandas DataFrames with one row per member and matrix.
 
-Updates are {member: {path: Factors, or dW (in, out)}}: of a member all have factors, or none has. A
-"member" is any name: members of several runs, or adapters from elsewhere, go
-together as long as they call their layers by the same paths. kernels are the frozen (in, out)
-weights by path; `base_svds` decomposes each once for all that asks for it. Small matrices want one
-thread of the linear algebra (`threadpoolctl`): more of them only wait for each other.
+Updates are {member: {path: Factors, or dW (in, out)}}. Either all updates of a member have factors
+or none has. A "member" is any name: members of several runs and other adapters can be combined if
+they use the same paths for their layers. kernels are the frozen (in, out) weights by path;
+`base_svds` decomposes each once for all functions that need it. With small matrices, use one BLAS
+thread (`threadpoolctl`): more threads only wait for each other.
 """
 
 from lorax.analysis.tables.along_training import cka, trajectory

@@ -1,7 +1,7 @@
-"""How updates grow: their size, their ranks and their directions at every evaluation.
+"""How updates grow: their size, ranks and directions at every evaluation.
 
-Training leaves trajectory/<group>-<part>/<step>.safetensors where `config.analysis.trajectory` asks
-for it: the singular values and the leading input directions of every update at that step.
+With `config.analysis.trajectory`, training writes trajectory/<group>-<part>/<step>.safetensors: the
+singular values and the leading input directions of every update at that step.
 """
 
 import numpy as np
@@ -18,14 +18,15 @@ COLUMNS += ("overlap_final",)
 
 
 def trajectory(run: runs.Run) -> pd.DataFrame | None:
-    """A row a member, step and matrix, with the `COLUMNS`; None where the run has no trajectory.
+    """One row per member, step and matrix, with `COLUMNS`; None if the run has no trajectory.
 
-    norm: ||dW||_F. effective, stable, energy90: ranks (`lorax.analysis.spectrum`), 0 of no update.
-    overlap_final: phi(k, k) of the k leading input directions and those of the member's last step,
-    from 0 (none in common, or no update yet) to 1; k is as many as there are in the end, at most 4;
-    NaN where there are none. A matrix that a member does not adapt has no rows.
+    norm: ||dW||_F. effective, stable, energy90: ranks (`lorax.analysis.spectrum`), 0 for no update.
+    overlap_final: phi(k, k) between the k leading input directions at this step and at the member's
+    last step, from 0 (none in common, or no update yet) to 1. k is the number of directions at the
+    last step, at most 4; NaN if there are none. Matrices that a member does not adapt have no
+    rows.
     """
-    kept: dict[tuple[int, str], dict[int, tuple[np.ndarray, np.ndarray]]] = {}
+    by_step: dict[tuple[int, str], dict[int, tuple[np.ndarray, np.ndarray]]] = {}
     adapted = set()
     for file in rundir.spectra_files(run.directory):
         arrays = read_arrays(file)
@@ -35,15 +36,15 @@ def trajectory(run: runs.Run) -> pd.DataFrame | None:
                 arrays[f"{path}/{kind}"] for kind in ("sigma", "directions", "used")
             )
             for i, member in enumerate(members):
-                steps = kept.setdefault((member, path), {})
+                steps = by_step.setdefault((member, path), {})
                 steps[int(file.stem)] = sigma[i], directions[i]
                 if used[i]:
                     adapted.add((member, path))
-    rows = [row for key in adapted for row in _rows(*key, kept[key])]
+    rows = [row for key in adapted for row in _rows(*key, by_step[key])]
     if not rows:
         return None
-    found = pd.DataFrame(rows, columns=COLUMNS)
-    return found.sort_values(["member", "step", "layer", "path"], ignore_index=True)
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return table.sort_values(["member", "step", "layer", "path"], ignore_index=True)
 
 
 def _rows(member: int, path: str, steps: dict) -> list[tuple]:
@@ -68,11 +69,11 @@ def _rows(member: int, path: str, steps: dict) -> list[tuple]:
 
 
 def cka(run: runs.Run) -> pd.DataFrame | None:
-    """A row a member and layer (member, layer from 0, cka) of a run that `config.analysis.cka` had
-    compared with its base; None of another.
+    """One row per member and layer (member, layer from 0, cka); None if the run was not compared
+    with its base (`config.analysis.cka`).
 
-    The examples are the real tokens of so many evaluation rows, the activations the residual stream
-    after the layer, adapted and without any adapter. A diverged member has no rows.
+    The examples are the real tokens of that many evaluation rows; the activations are the residual
+    stream after the layer, with and without the adapter. A diverged member has no rows.
     """
     rows = [
         {"member": member, "layer": layer, "cka": value}

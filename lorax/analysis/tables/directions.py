@@ -1,4 +1,4 @@
-"""Directions of updates, and how much the updates of two members share them."""
+"""Directions of updates, and how many of them two members share."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,55 +11,57 @@ from lorax.analysis.tables.matrices import Updates, layer_and_target, shape_of, 
 from lorax.interop.peft import Factors
 
 KINDS = ("A", "B", "dW in", "dW out")  # whose directions a subspace similarity compares
-EXACT = 512  # a dense update with more rows and columns is not decomposed as a whole
-LEADING = 64  # directions of a dense update that are looked at
+EXACT = 512  # dense updates with more rows and columns don't get a full SVD
+LEADING = 64  # directions of a dense update that are analysed
 Bases = dict[str, dict[str, np.ndarray]]  # orthonormal columns, by path and kind
 
 
 def bases(updates: Updates, k: int = LEADING) -> Bases:
-    """Orthonormal directions by path and kind: of A, of B, and dW's own, input and output side. Of
-    dense updates those of dW, the leading k of them (`leading` has their errors)."""
-    found: Bases = {}
+    """Orthonormal directions by path and kind: of A, of B, and of dW on its input and output side.
+    For dense updates only those of dW, the leading k (`leading` has their errors)."""
+    directions: Bases = {}
     factors = {path: update for path, update in updates.items() if isinstance(update, Factors)}
     for paths in stacks({path: shape_of(update) for path, update in factors.items()}):
         a, b, _ = stacked([factors[path] for path in paths])
         inputs, outputs = overlap.update_directions(a, b)
-        own = overlap.directions(a), overlap.directions(np.swapaxes(b, -1, -2))
+        of_factors = overlap.directions(a), overlap.directions(np.swapaxes(b, -1, -2))
         for n, path in enumerate(paths):
-            every = (*own, inputs, outputs)
-            found[path] = {kind: u[n] for kind, u in zip(KINDS, every, strict=True)}
-    found |= leading({path: u for path, u in updates.items() if path not in factors}, k)[0]
-    return {path: found[path] for path in updates}
+            kinds = (*of_factors, inputs, outputs)
+            directions[path] = {kind: u[n] for kind, u in zip(KINDS, kinds, strict=True)}
+    directions |= leading({path: u for path, u in updates.items() if path not in factors}, k)[0]
+    return {path: directions[path] for path in updates}
 
 
 def leading(dense: Mapping[str, np.ndarray], k: int = LEADING) -> tuple[Bases, pd.DataFrame]:
-    """The leading k directions of dense updates, as `bases` has them, and what is known of them.
+    """The leading k directions of dense updates, in the form of `bases`, and a table of their
+    errors.
 
-    Up to EXACT rows or columns they are exact, above it `randomised_svd`'s. The table says which:
-    (path, layer, target, k, randomised, energy, error, bound). energy is the share of ||dW||_F^2
-    that lies in the k. error is the largest of ||dW v - sigma u|| and ||dW^T u - sigma v||, over
-    sigma_1: dW has a singular value so near to each sigma. bound is how far above its sigma, over
-    sigma_1, the ith value of dW can lie at most (`randomised_svd`'s upper; a worst case that the
-    rest of a flat spectrum makes large). Both are 0 to rounding where the directions are exact.
+    Matrices with up to EXACT rows or columns have exact directions, larger ones those of
+    `randomised_svd`. The table has (path, layer, target, k, randomised, energy, error, bound).
+    energy is the share of ||dW||_F^2 in the k directions. error is the largest of ||dW v - sigma
+    u|| and ||dW^T u - sigma v||, relative to sigma_1: dW has a singular value this close to each
+    sigma. bound is how far, relative to sigma_1, the ith singular value of dW can be above its
+    sigma at most (`randomised_svd`'s upper: a worst case, large if the rest of the spectrum is
+    flat). Both are 0 up to rounding if the directions are exact.
 
     Args:
       dense: {path: dW (in, out)}.
-      k: how many; a matrix with fewer rows or columns has all of its own.
+      k: how many directions; a matrix with fewer rows or columns has as many as these.
     """
-    found = {}
+    svds = {}
     small = {path: dw for path, dw in dense.items() if min(dw.shape) <= EXACT}
     for paths in stacks({path: dw.shape for path, dw in small.items()}):
         stack = np.stack([dense[path] for path in paths])
         u, sigma, vt = spectrum.leading_svd(stack, min(k, *stack.shape[1:]))
-        found |= dict(zip(paths, zip(u, sigma, vt, sigma, strict=True), strict=True))
+        svds |= dict(zip(paths, zip(u, sigma, vt, sigma, strict=True), strict=True))
     for path, dw in dense.items():
         if path not in small:
-            found[path] = spectrum.randomised_svd(dw, min(k, *dw.shape), iterations=8)[:4]
+            svds[path] = spectrum.randomised_svd(dw, min(k, *dw.shape), iterations=8)[:4]
     kinds: Bases = {}
     rows = []
     for path in dense:
-        (u, sigma, vt, upper), dw = found[path], np.asarray(dense[path], np.float64)
-        # Over 1 where there is no update: nothing is off then.
+        (u, sigma, vt, upper), dw = svds[path], np.asarray(dense[path], np.float64)
+        # Divide by 1 if there is no update: then there is no error.
         first, energy = sigma[0] or 1.0, np.sum(dw**2) or 1.0
         right = np.linalg.norm(dw @ vt.T - u * sigma, axis=0)
         left = np.linalg.norm(u.T @ dw - sigma[:, None] * vt, axis=1)
@@ -68,42 +70,42 @@ def leading(dense: Mapping[str, np.ndarray], k: int = LEADING) -> tuple[Bases, p
         row |= {"randomised": path not in small, "energy": float(np.sum(sigma**2) / energy)}
         row |= {"error": float(np.maximum(left, right).max() / first)}
         rows.append({**row, "bound": float(np.max(upper - sigma) / first)})
-        exist = spectrum.existing(u, sigma, dw.shape), spectrum.existing(vt.T, sigma, dw.shape)
-        kinds[path] = dict(zip(KINDS[2:], exist, strict=True))
+        existing = spectrum.existing(u, sigma, dw.shape), spectrum.existing(vt.T, sigma, dw.shape)
+        kinds[path] = dict(zip(KINDS[2:], existing, strict=True))
     return kinds, pd.DataFrame(rows)
 
 
 def similarity(pairs: Sequence[tuple[Bases, Bases]]) -> dict[str, dict[str, np.ndarray]]:
-    """phi (r1, r2) by path and kind, averaged over pairs of `bases`: the paths that all have, and
-    of each the kinds that all have (dense updates have no A and B). Where the pairs differ in r it
-    is their smallest: phi(i, j) knows nothing of the columns after i and j.
+    """phi (r1, r2) by path and kind, averaged over pairs of `bases`. Includes the paths and kinds
+    that all pairs have (dense updates have no A and B). If pairs differ in r, the smallest is used:
+    phi(i, j) doesn't depend on the columns after i and j.
 
-    Raises ValueError that names the path where the two sides lie in different spaces.
+    Raises ValueError that names the path if the two sides are in different spaces.
     """
     sums: dict[tuple[str, str], np.ndarray] = {}
     counts: Counter = Counter()
-    for pair in pairs:  # one at a time: phi of all of them at once is large
+    for pair in pairs:  # one at a time, to save memory
         for (path, kind, _), phi in _over_pairs([pair], overlap.basis_similarity).items():
             so_far = sums.get((path, kind), phi * 0)
             r1, r2 = np.minimum(so_far.shape, phi.shape)
             sums[path, kind] = so_far[:r1, :r2] + phi[:r1, :r2]
             counts[path, kind] += 1
-    found: dict[str, dict[str, np.ndarray]] = {}
+    means: dict[str, dict[str, np.ndarray]] = {}
     for (path, kind), total in sums.items():
         if counts[path, kind] == len(pairs):
-            found.setdefault(path, {})[kind] = total / len(pairs)
-    return found
+            means.setdefault(path, {})[kind] = total / len(pairs)
+    return means
 
 
 def angles(pairs: Sequence[tuple[Bases, Bases]], k: int | None = None) -> pd.DataFrame:
-    """Principal angles between the updates of pairs of `bases`, in degrees: a row each.
+    """Principal angles between the updates of pairs of `bases`, in degrees, one row each.
 
     Columns: pair (its number), path, layer, target, kind, index (from 1, ascending angles),
-    degrees (0: a direction in common, 90: none). Paths and kinds as in `similarity`, but of each
-    pair by itself.
+    degrees (0: a common direction, 90: none). Paths and kinds as in `similarity`, but for each pair
+    separately.
 
     Args:
-      k: compares the first k directions of each; without it all of them.
+      k: how many leading directions of each side to compare; by default all.
     """
     first = lambda u, v: np.degrees(overlap.principal_angles(u[..., :k], v[..., :k]))
     rows = []
@@ -118,7 +120,7 @@ def angles(pairs: Sequence[tuple[Bases, Bases]], k: int | None = None) -> pd.Dat
 def corners(
     phi: Mapping[str, Mapping[str, np.ndarray]], kind: str, i: int = 1, j: int = 1
 ) -> pd.DataFrame:
-    """phi(i, j) of every matrix that goes so far: path, layer, target, value. phi: of
+    """phi(i, j) of every matrix with that many directions: path, layer, target, value. phi: from
     `similarity` or `against_base`."""
     reach = {
         path: kinds[kind][i - 1, j - 1]
@@ -130,23 +132,23 @@ def corners(
 
 
 def _over_pairs(pairs, compare) -> dict[tuple[str, str, int], np.ndarray]:
-    """compare(u1, u2) of every (path, kind, pair) that both sides have, in that order."""
+    """compare(u1, u2) for every (path, kind, pair) that both sides have, in that order."""
     both, shapes = {}, {}
     paths = dict.fromkeys(path for u, v in pairs for path in u if path in v)
     for path in paths:
         for kind in KINDS:
             for n, (u, v) in enumerate(pairs):
                 if kind in u.get(path, ()) and kind in v.get(path, ()):
-                    one, other = u[path][kind], v[path][kind]
-                    if len(one) != len(other):
+                    first, second = u[path][kind], v[path][kind]
+                    if len(first) != len(second):
                         raise ValueError(
-                            f"{path}, {kind}: directions in spaces of {len(one)} and {len(other)} "
-                            "dimensions; models of one width can be compared"
+                            f"{path}, {kind}: directions in spaces of {len(first)} and {len(second)} "
+                            "dimensions; only models of the same width can be compared"
                         )
-                    both[path, kind, n] = one, other
-                    shapes[path, kind, n] = (*one.shape, other.shape[1])
-    found = {}
+                    both[path, kind, n] = first, second
+                    shapes[path, kind, n] = (*first.shape, second.shape[1])
+    compared = {}
     for keys in stacks(shapes):
-        one, other = (np.stack([both[key][side] for key in keys]) for side in (0, 1))
-        found |= dict(zip(keys, compare(one, other), strict=True))
-    return {key: found[key] for key in both}
+        first, second = (np.stack([both[key][side] for key in keys]) for side in (0, 1))
+        compared |= dict(zip(keys, compare(first, second), strict=True))
+    return {key: compared[key] for key in both}

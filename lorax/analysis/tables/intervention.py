@@ -1,4 +1,4 @@
-"""Updates whose top intruder dimension is scaled, to evaluate with the model."""
+"""Updates with their top intruder dimension scaled, to be evaluated in the model."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
@@ -22,9 +22,10 @@ LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class Interventions(NamedTuple):
-    """What scaling the top intruder of every matrix by lambda makes of the updates.
+    """The updates after scaling the top intruder of every matrix by lambda.
 
-    Evaluate both with the model: what `changed` does and `shrunk` does not is the intruder's.
+    Evaluate both in the model: an effect that `changed` has and `shrunk` hasn't is due to the
+    intruder.
     """
 
     table: pd.DataFrame  # member, path, layer, target, lam, index (from 0; -1: no intruder, nothing
@@ -45,22 +46,22 @@ def interventions(
 ) -> Interventions:
     """Shuttleworth et al.'s intervention (`intruders.intervene`) on every matrix, for every lambda.
 
-    Updates keep their form: factors get one more column (and s = 1), dense ones stay dense. Each
-    matrix has min(k, in, out) leading vectors looked through.
+    Updates keep their form: factors get one more column (and s = 1), dense ones stay dense. The
+    min(k, in, out) leading vectors of each matrix are examined.
 
     Args:
       lam: 0 removes the intruder, 1 changes nothing, above 1 strengthens it.
-      svds: of `base_svds`, where it is at hand.
+      svds: from `base_svds`, if already computed.
     """
-    every = by_matrix(updates, kernels)
-    svds = base_svds(kernels, (path for _, path in every)) if svds is None else svds
+    update_of = by_matrix(updates, kernels)
+    svds = base_svds(kernels, (path for _, path in update_of)) if svds is None else svds
     lam = [float(x) for x in lam]
     done = {}
-    for keys in stacks({key: shape_of(update) for key, update in every.items()}):
-        update, w, w_svd = with_base(every, kernels, svds, keys)
-        most = min(k, *w.shape[1:])
-        top = intruders.intruders(w, update, most, epsilon, side=side, w_svd=w_svd)
-        swept = intruders.intervene(w, update, np.array(lam)[:, None], most, epsilon, found=top)
+    for keys in stacks({key: shape_of(update) for key, update in update_of.items()}):
+        update, w, w_svd = with_base(update_of, kernels, svds, keys)
+        k_matrix = min(k, *w.shape[1:])
+        top = intruders.intruders(w, update, k_matrix, epsilon, side=side, w_svd=w_svd)
+        swept = intruders.intervene(w, update, np.array(lam)[:, None], k_matrix, epsilon, found=top)
         if isinstance(update, tuple):
             before = np.linalg.norm(spectrum.factor_svd(*update)[1], axis=-1)
         else:
@@ -70,7 +71,7 @@ def interventions(
     rows = []
     changed: dict[float, dict] = {x: {} for x in lam}
     shrunk: dict[float, dict] = {x: {} for x in lam}
-    for (member, path), update in every.items():
+    for (member, path), update in update_of.items():
         index, before, a, b, norm, scale = done[member, path]
         for n, x in enumerate(lam):
             row = {**identity(member, path), "lam": x, "index": int(index), "before": float(before)}
@@ -81,7 +82,7 @@ def interventions(
 
 
 def _plus(update, a: np.ndarray, b: np.ndarray):
-    """dW + a @ b in the form of dW."""
+    """dW + a @ b, in the form of dW."""
     if isinstance(update, np.ndarray):
         return (update + a @ b).astype(update.dtype)
     wider = np.concatenate([update.s * update.a, a], axis=1).astype(np.float32)

@@ -11,8 +11,8 @@ from lorax.interop.peft import Factors
 
 
 def updates(run: Run, members: Iterable[int]) -> tuple[dict[int, Updates], dict[int, str]]:
-    """{member: `run.update(member)`} of those members that have an update of weights, those with
-    factors first; and for the others the reason."""
+    """({member: `run.update(member)`} for the members with a weight update, those with factors
+    first; {member: the reason} for the others)."""
     factored, dense, missing = {}, {}, {}
     for member in members:
         try:
@@ -35,8 +35,8 @@ def has_factors(updates: Updates) -> bool:
 
 
 def sensitivity(run: Run) -> pd.DataFrame | None:
-    """A row a member and matrix: what evidence said before training, and the rank it chose (member,
-    path, layer, target, energy, share, score, rank). None where it chose nothing."""
+    """One row per member and matrix: its score before training, and the rank chosen by it (member,
+    path, layer, target, energy, share, score, rank). None if nothing was chosen."""
     file = rundir.table(run.directory, "sensitivity")
     if not file.exists():
         return None

@@ -1,4 +1,4 @@
-"""The adapted matrices of members: what they are called, and stacks of those that are alike."""
+"""The adapted matrices of members: their names, and stacks of matrices with the same shape."""
 
 import math
 import re
@@ -16,28 +16,29 @@ SVDs = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]  # u, sigma, vt b
 
 def layer_and_target(path: str) -> tuple[int, str]:
     """Layer and target of a path: "h/3/attn/q" -> (3, "q"), and of another library's module
-    "encoder.layer.3.attention.query" -> (3, "query"); -1 for what is in no layer."""
+    "encoder.layer.3.attention.query" -> (3, "query"); -1 for a matrix outside all layers."""
     parts = re.split(r"[/.]", path)
     return next((int(part) for part in parts if part.isdecimal()), -1), parts[-1]
 
 
 def identity(member: Hashable, path: str) -> dict:
-    """The columns that say which matrix a row is about."""
+    """The columns that identify the matrix of a row."""
     layer, target = layer_and_target(path)
     return {"member": member, "path": path, "layer": layer, "target": target}
 
 
 def stacks(shapes: Mapping[Hashable, tuple[int, ...]]) -> Iterator[list]:
-    """Keys of one shape together, as many as make a stack of `TOGETHER` numbers.
+    """Lists of keys with equal shapes, each at most a stack of `TOGETHER` numbers.
 
-    shapes: what has to be alike; its two largest numbers say how large a matrix is.
+    shapes: what must be equal within a stack; the two largest numbers of a shape are the size of a
+    matrix.
     """
-    alike: dict[tuple[int, ...], list] = {}
+    by_shape: dict[tuple[int, ...], list] = {}
     for key, shape in shapes.items():
-        alike.setdefault(tuple(shape), []).append(key)
-    for shape, keys in alike.items():
-        most = max(1, TOGETHER // max(1, math.prod(sorted(shape)[-2:])))
-        yield from (keys[n : n + most] for n in range(0, len(keys), most))
+        by_shape.setdefault(tuple(shape), []).append(key)
+    for shape, keys in by_shape.items():
+        count = max(1, TOGETHER // max(1, math.prod(sorted(shape)[-2:])))
+        yield from (keys[n : n + count] for n in range(0, len(keys), count))
 
 
 def shape_of(update: Factors | np.ndarray) -> tuple[int, ...]:
@@ -48,7 +49,7 @@ def shape_of(update: Factors | np.ndarray) -> tuple[int, ...]:
 
 
 def stacked(updates: Sequence):
-    """Updates of one shape as the array functions take them: (a, b, s), or (..., in, out)."""
+    """Updates of one shape, stacked for the array functions: (a, b, s), or (..., in, out)."""
     if isinstance(updates[0], Factors):
         return tuple(np.stack([update[n] for update in updates]) for n in range(3))
     return np.stack(updates)
@@ -57,21 +58,23 @@ def stacked(updates: Sequence):
 def by_matrix(
     updates: Mapping[Hashable, Updates], kernels: Mapping[str, np.ndarray] | None = None
 ) -> dict[tuple[Hashable, str], Factors | np.ndarray]:
-    """{(member, path): update}. KeyError or ValueError where the kernels do not fit them."""
-    every = {
-        (member, path): update for member, of in updates.items() for path, update in of.items()
+    """{(member, path): update}. Raises KeyError or ValueError if the kernels do not fit them."""
+    flat = {
+        (member, path): update
+        for member, by_path in updates.items()
+        for path, update in by_path.items()
     }
-    for (_, path), update in every.items() if kernels is not None else ():
+    for (_, path), update in flat.items() if kernels is not None else ():
         if path not in kernels:
             raise KeyError(f"{path}: adapted, but not among the base's kernels")
         shape = shape_of(update)[:2]
         if shape != kernels[path].shape:
             raise ValueError(f"{path}: an update of {shape}, but a kernel of {kernels[path].shape}")
-    return every
+    return flat
 
 
 def with_base(every: dict, kernels: Mapping, svds: SVDs, keys: list) -> tuple:
-    """Stacks of the updates of one shape, their kernels and the kernels' SVDs."""
+    """Stacks of updates of one shape, their kernels and the kernels' SVDs."""
     w = np.stack([np.asarray(kernels[path], np.float64) for _, path in keys])
     w_svd = tuple(np.stack([svds[path][n] for _, path in keys]) for n in range(3))
     return stacked([every[key] for key in keys]), w, w_svd

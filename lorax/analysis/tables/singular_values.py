@@ -1,4 +1,4 @@
-"""Singular values of updates and of the base's kernels, and the ranks read off them."""
+"""Singular values of updates and of the base's kernels, and the ranks computed from them."""
 
 from collections.abc import Hashable, Iterable, Mapping
 
@@ -11,10 +11,10 @@ from lorax.analysis.tables.update import BUILT_IN, Update
 
 
 def spectra(updates: Mapping[Hashable, Updates]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Spectra of all updates, and the ranks read off them.
+    """Spectra of all updates, and the ranks computed from them.
 
     updates: {member: {path: Factors, or dW (in, out)}}. All singular values of a dense update are
-    found, of every size, as a rank needs the small ones too.
+    computed, whatever its size, because ranks need the small ones too.
     Returns two tables: (member, path, layer, target, index from 1, sigma), and (member, path,
     layer, target, rank, norm = ||dW||_F, effective, stable, energy90, numerical).
     """
@@ -28,7 +28,7 @@ def spectra(updates: Mapping[Hashable, Updates]) -> tuple[pd.DataFrame, pd.DataF
 
 def built_in(update: Update) -> dict[str, float | int]:
     """{column: number} of lorax's own statistics."""
-    return {name: x for of in BUILT_IN for name, x in numbers(of, update).items()}
+    return {name: x for statistic in BUILT_IN for name, x in numbers(statistic, update).items()}
 
 
 def base_svds(
@@ -36,36 +36,36 @@ def base_svds(
 ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """{path: (u (in, k), sigma (k,), vt (k, out))}, k = min(in, out): the thin SVD of each kernel.
 
-    It is most of the work of all that compares updates with W: find it once, hand it to each.
+    This is most of the work in comparing updates with W: compute it once and pass it on.
 
     Args:
-      paths: which of the kernels; all without it.
+      paths: which kernels; by default all.
     """
     chosen = list(kernels) if paths is None else list(dict.fromkeys(paths))
-    found = {}
+    svds = {}
     for keys in stacks({path: kernels[path].shape for path in chosen}):
         stack = np.stack([np.asarray(kernels[path], np.float64) for path in keys])
         svd = np.linalg.svd(stack, full_matrices=False)
-        found |= dict(zip(keys, zip(*svd, strict=True), strict=True))
-    return {path: found[path] for path in chosen}
+        svds |= dict(zip(keys, zip(*svd, strict=True), strict=True))
+    return {path: svds[path] for path in chosen}
 
 
 def base_spectra(
     kernels: Mapping[str, np.ndarray], svds: SVDs | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The spectrum of W itself, and what rank it lacks.
+    """The spectrum of W itself, and its rank deficiency.
 
     Returns two tables: (path, layer, target, index from 1, sigma), and (path, layer, target, rows,
     columns, norm = ||W||_F, effective, stable, energy90, numerical, deficiency = min(rows,
     columns) - numerical).
 
     Args:
-      svds: of `base_svds`; without it only singular values are computed.
+      svds: from `base_svds`; without it only singular values are computed.
     """
     sigmas, ranks = [], []
     for path, w in kernels.items():
         sigma = svds[path][1] if svds is not None and path in svds else None
-        kernel = Update("base", path, w, sigma=sigma)  # W has the numbers that an update has
+        kernel = Update("base", path, w, sigma=sigma)  # W has the same statistics as an update
         row = {"path": path, "layer": kernel.layer, "target": kernel.target}
         sigmas += [{**row, "index": i, "sigma": x} for i, x in enumerate(kernel.singular_values, 1)]
         row |= {"rows": w.shape[0], "columns": w.shape[1], **built_in(kernel)}

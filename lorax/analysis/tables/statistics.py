@@ -1,4 +1,4 @@
-"""Statistics of every update: functions of an `Update`, lorax's own and anyone's.
+"""Statistics of every update: functions of an `Update`, built-in and user-defined.
 
     def condition_number(update):
         sigma = update.singular_values
@@ -24,22 +24,22 @@ from lorax.errors import reason
 
 Statistic = Callable[[Update], float | Mapping[str, float]]
 
-#: Names of the tables and figures that lorax itself writes
+#: Names of lorax's own tables and figures
 RESERVED = (
     "against_base amplification amplification_layers base_ranks base_spectra base_spectrum "
     "between_layers calibration cka curves differences intrinsic intrinsic_points intruders layers "
     "learning_curves members methods rank_curve ranks runs sensitivity settings similarity "
     "similarity_grid spectra trajectory update_ranks"
 ).split()
-#: Columns that tables of updates have
+#: Columns in tables of updates
 COLUMNS = ("member", "path", "layer", "target", "rank", "name", "adapter", "sigma", "index")
 
 
 class Measured(NamedTuple):
-    """What a statistic says of all updates.
+    """The values of a statistic for all updates.
 
-    table: a row a member and matrix (member, path, layer, target), and a column a number.
-    columns: names of these. missing: {(member, path): why it has no number}.
+    table: one row per member and matrix (member, path, layer, target), and a column per number.
+    columns: the names of these columns. missing: {(member, path): why it has no number}.
     """
 
     table: pd.DataFrame
@@ -58,8 +58,8 @@ def read_statistics(names: Sequence[str]) -> list[Statistic]:
 
 
 def check(functions: Sequence[Statistic]) -> None:
-    """Raises ValueError that names the function which can't be a statistic: it has no name, or one
-    that is taken, or does not take one argument."""
+    """Raises ValueError that names a function which can't be a statistic: its name is missing or
+    taken, or it doesn't take one argument."""
     taken = (*RESERVED, *COLUMNS, *(function.__name__ for function in BUILT_IN))
     seen = set()
     for function in functions:
@@ -119,7 +119,7 @@ def singular_values(every: Mapping[tuple[Hashable, str], object]) -> dict:
 
 
 def numbers(statistic: Statistic, update: Update) -> dict[str, float]:
-    """{column: number} of one update. Raises ValueError for what is no number."""
+    """{column: number} of one update. Raises ValueError for a value that isn't a number."""
     value = statistic(update)
     named = value if isinstance(value, Mapping) else {statistic.__name__: value}
     return {_column(name): _number(name, value) for name, value in named.items()}
@@ -127,7 +127,7 @@ def numbers(statistic: Statistic, update: Update) -> dict[str, float]:
 
 def _column(name: object) -> str:
     if not isinstance(name, str) or not name or name in COLUMNS:
-        raise ValueError(f"returned a number called {name!r}, which no column can be called")
+        raise ValueError(f"returned a number called {name!r}, which can't be a column name")
     return name
 
 
@@ -146,35 +146,35 @@ def statistics(
     kernels: Mapping[str, np.ndarray] | None = None,
     no_kernels: str = "no base was given",
 ) -> dict[str, Measured]:
-    """{name: what the statistic says of every update}.
+    """{name: the statistic of every update}.
 
-    Where one raises, returns no number or returns NaN, the row has NaN, and `missing` says why; the
-    other rows have their numbers.
+    If a statistic raises, returns no number or returns NaN, its row has NaN, and `missing` says
+    why; the other rows are not affected.
 
     Args:
       updates: {member: {path: Factors, or dW (in, out)}}.
-      functions: statistics; their names are the functions'.
+      functions: the statistics, named by their functions.
       kernels, no_kernels: see `each`.
 
-    Raises ValueError for what can be no statistic (`check`).
+    Raises ValueError for a function that can't be a statistic (`check`).
     """
     check(functions)
     rows: dict[str, list[dict]] = {function.__name__: [] for function in functions}
     missing: dict[str, dict] = {name: {} for name in rows}
-    for update in each(updates, kernels, no_kernels):  # each is dropped before the next
+    for update in each(updates, kernels, no_kernels):  # each is freed before the next
         key = update.member, update.path
         for function in functions:
-            name, found = function.__name__, {}
+            name, values = function.__name__, {}
             try:
-                found = numbers(function, update)
-                nan = [column for column, value in found.items() if math.isnan(value)]
+                values = numbers(function, update)
+                nan = [column for column, value in values.items() if math.isnan(value)]
                 if nan:
                     missing[name][key] = f"{', '.join(nan)} is NaN"
             except NoBaseError as why:
                 missing[name][key] = f"needs the base's weights: {why}"
-            except Exception as error:  # whatever it is, the others stand
+            except Exception as error:  # whatever it is, compute the others
                 missing[name][key] = reason(error)
-            rows[name].append(identity(*key) | found)
+            rows[name].append(identity(*key) | values)
     measured = {}
     for name, listed in rows.items():
         columns = list(dict.fromkeys(key for row in listed for key in row if key not in COLUMNS))

@@ -1,4 +1,4 @@
-"""The update of one matrix, and numbers that can be read off it."""
+"""The update of one matrix, and numbers computed from it."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ from lorax.interop.peft import Factors
 
 
 class NoBaseError(Exception):
-    """A statistic asked for the base's kernel, which is not at hand; says why."""
+    """A statistic needs the base's kernel, which is not available; says why."""
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
     """The update dW (in, out) of one matrix of one member.
 
-    Everything else is computed from these when it is asked for, once.
+    Everything else is computed from these once, on first use.
 
     Attributes:
-      member: whose it is: a number, or a name.
+      member: its member's number or name.
       path: the matrix, "h/0/attn/q".
       given: its `Factors` (a (in, r), b (r, out), s), or dW itself (in, out).
       kernel: the base's frozen kernel (in, out), or None.
-      no_kernel: why there is none.
-      sigma: dW's singular values, where they are known.
+      no_kernel: why there is no kernel.
+      sigma: dW's singular values, if already known.
     """
 
     member: Hashable
@@ -39,7 +39,8 @@ class Update:
 
     @property
     def layer(self) -> int:
-        """The layer that the matrix lies in, from 0; -1 for one in no layer (an embedding)."""
+        """The number of the matrix's layer, from 0; -1 for one outside all layers (an
+        embedding)."""
         return layer_and_target(self.path)[0]
 
     @property
@@ -49,7 +50,8 @@ class Update:
 
     @property
     def factors(self) -> Factors | None:
-        """a (in, r), b (r, out), float32, and s: dW = s * a @ b. None where it has none."""
+        """a (in, r), b (r, out), float32, and s: dW = s * a @ b. None for an update without
+        factors."""
         return self.given if isinstance(self.given, Factors) else None
 
     @property
@@ -91,7 +93,8 @@ class Update:
 
     @cached_property
     def w(self) -> np.ndarray:
-        """The base's frozen kernel (in, out), float64. `NoBaseError` where it is not at hand."""
+        """The base's frozen kernel (in, out), float64. Raises `NoBaseError` if it isn't
+        available."""
         if self.kernel is None:
             raise NoBaseError(self.no_kernel)
         return np.asarray(self.kernel, np.float64)

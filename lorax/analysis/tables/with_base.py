@@ -33,21 +33,21 @@ def against_base(
 ) -> dict[str, dict[str, np.ndarray]]:
     """LoRA's figure 8: phi(i, j) between dW's i leading directions and W's j, mean over members.
 
-    Returns {path: {"in": phi (r, min(in, out)), "out": phi, "in chance": ..., "out chance": ...}},
-    of the paths that all members have; chance is the mean of a uniformly random subspace instead of
-    dW's, max(i, j) / n with n the dimension of the space.
+    Returns {path: {"in": phi (r, min(in, out)), "out": phi, "in chance": ..., "out chance": ...}}
+    for the paths that all members have. Chance is the mean for a uniformly random subspace instead
+    of dW's: max(i, j) / n, with n the dimension of the space.
 
     Args:
-      updates: {member: {path: Factors, or dW (in, out)}}, dense ones with their leading k
-        directions.
-      members: which of them; of the smallest r where they differ.
-      svds: of `base_svds`, where it is at hand.
+      updates: {member: {path: Factors, or dW (in, out)}}.
+      members: which members to use; if they differ in r, phi goes up to the smallest.
+      k: how many leading directions of a dense update to use.
+      svds: from `base_svds`, if already computed.
     """
-    of = {member: updates[member] for member in members}
-    every = by_matrix(of, kernels)
-    svds = base_svds(kernels, (path for _, path in every)) if svds is None else svds
+    chosen = {member: updates[member] for member in members}
+    flat = by_matrix(chosen, kernels)
+    svds = base_svds(kernels, (path for _, path in flat)) if svds is None else svds
     pairs = []
-    for of_member in of.values():
+    for of_member in chosen.values():
         sides = {path: (svds[path][0], svds[path][2].T) for path in of_member}
         of_w = {path: dict(zip(KINDS[2:], side, strict=True)) for path, side in sides.items()}
         pairs.append((bases(of_member, k), of_w))
@@ -73,30 +73,30 @@ def amplifications(
     Columns: member, path, layer, target, rank, delta_norm, w_in_delta, w_in_w, w_in_random, factor.
 
     Args:
-      kernels: the frozen (in, out) kernels by path. KeyError names a path that is missing.
-      svds: of `base_svds`, where it is at hand.
+      kernels: the frozen (in, out) kernels by path. A KeyError names a missing path.
+      svds: from `base_svds`, if already computed.
     """
     factored = {
-        member: {path: update for path, update in of.items() if isinstance(update, Factors)}
-        for member, of in updates.items()
+        member: {path: update for path, update in by_path.items() if isinstance(update, Factors)}
+        for member, by_path in updates.items()
     }
-    every = by_matrix(factored, kernels)
+    flat = by_matrix(factored, kernels)
     sigma = {path: svd[1] for path, svd in (svds or {}).items()}
-    for path in dict.fromkeys(path for _, path in every):
+    for path in dict.fromkeys(path for _, path in flat):
         if path not in sigma:
             sigma[path] = np.linalg.svd(np.asarray(kernels[path], np.float64), compute_uv=False)
     values = {}
-    for keys in stacks({key: shape_of(update) for key, update in every.items()}):
-        *shape, rank = shape_of(every[keys[0]])
-        got = amplification(
+    for keys in stacks({key: shape_of(update) for key, update in flat.items()}):
+        *shape, rank = shape_of(flat[keys[0]])
+        amplified = amplification(
             np.stack([kernels[path] for _, path in keys]),
-            stacked([every[key] for key in keys]),
+            stacked([flat[key] for key in keys]),
             min(rank, *shape),
             w_sigma=np.stack([sigma[path] for _, path in keys]),
         )
-        values |= dict(zip(keys, zip(*got, strict=True), strict=True))
+        values |= dict(zip(keys, zip(*amplified, strict=True), strict=True))
     rows = []
-    for key, update in every.items():
+    for key, update in flat.items():
         *shape, rank = shape_of(update)
         rows.append(
             {**identity(*key), "rank": min(rank, *shape)}
@@ -118,43 +118,43 @@ def intruder_table(
 ) -> pd.DataFrame:
     """Intruder dimensions of every member and matrix, for every k and epsilon.
 
-    Columns: member, path, layer, target, k, epsilon, intruders (a count of the k), control (the
-    mean count of `norm_matched` random updates). A matrix with fewer than k directions has no row
-    for that k. All counts come from one decomposition of W + dW, and one of each control's.
+    Columns: member, path, layer, target, k, epsilon, intruders (how many of the k), control (the
+    mean count for `norm_matched` random updates). A matrix with fewer than k directions has no row
+    for that k. All counts come from one decomposition of W + dW and one for each control.
 
     Args:
       draws: how many controls; 0 for none (NaN).
-      svds: of `base_svds`, where it is at hand.
+      svds: from `base_svds`, if already computed.
     """
     rng = np.random.default_rng(rng)
-    every = by_matrix(updates, kernels)
-    svds = base_svds(kernels, (path for _, path in every)) if svds is None else svds
+    flat = by_matrix(updates, kernels)
+    svds = base_svds(kernels, (path for _, path in flat)) if svds is None else svds
     epsilon = np.asarray(epsilon, np.float64)
     counts = {}
-    for keys in stacks({key: shape_of(update) for key, update in every.items()}):
-        update, w, w_svd = with_base(every, kernels, svds, keys)
+    for keys in stacks({key: shape_of(update) for key, update in flat.items()}):
+        update, w, w_svd = with_base(flat, kernels, svds, keys)
         ks = np.array([n for n in k if n <= min(w.shape[1:])], int)
         if not len(ks):
             continue
-        own = _counts(w, update, ks, epsilon, side, w_svd)  # (matrices, k's, epsilons)
+        counted = _counts(w, update, ks, epsilon, side, w_svd)  # (matrices, k's, epsilons)
         sigma = spectrum.update_svd(update)[1] if draws else None
         random = [
             _counts(w, intruders.norm_matched(rng, update, sigma), ks, epsilon, side, w_svd)
             for _ in range(draws)
         ]
-        control = np.mean(random, axis=0) if draws else np.full(own.shape, np.nan)
+        control = np.mean(random, axis=0) if draws else np.full(counted.shape, np.nan)
         for n, key in enumerate(keys):
-            counts[key] = ks, own[n], control[n]
+            counts[key] = ks, counted[n], control[n]
     rows = []
-    for key in (key for key in every if key in counts):
-        ks, own, control = counts[key]
-        for (i, j), count in np.ndenumerate(own):
+    for key in (key for key in flat if key in counts):
+        ks, counted, control = counts[key]
+        for (i, j), count in np.ndenumerate(counted):
             row = {**identity(*key), "k": ks[i], "epsilon": epsilon[j]}
             rows.append({**row, "intruders": count, "control": control[i, j]})
     return pd.DataFrame(rows)
 
 
 def _counts(w, update, ks, epsilon, side, w_svd) -> np.ndarray:
-    """(..., k's, epsilons): intruders among the first k, for every k from the one mask."""
+    """(..., k's, epsilons): intruders among the first k; one mask serves every k."""
     mask = intruders.intruders(w, update, ks.max(), epsilon, side=side, w_svd=w_svd).mask
     return np.swapaxes(np.cumsum(mask, -1)[..., ks - 1], -1, -2)
