@@ -1,7 +1,7 @@
 """Figures: tables and arrays in, `matplotlib.figure.Figure` out, with no global state.
 
-`style` has their colours, markers and dashes. A figure is given what `lorax.analysis.runs`,
-`lorax.analysis.tables` and their neighbours return.
+`style` has their colours, markers and dashes. Their inputs are what `lorax.analysis.runs`,
+`lorax.analysis.tables` etc. return.
 """
 
 from lorax.analysis.figures.dimension_curves import intrinsic

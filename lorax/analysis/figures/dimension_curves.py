@@ -11,14 +11,14 @@ from lorax.analysis.figures.style import DASHES, GREY, LOSS, STYLE, line_style, 
 
 
 def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, loss: str = LOSS) -> Figure:
-    """The metric against the dimension of the subspace, a panel a condition: means over seeds at
-    each dimension's best learning rate with standard errors, single seeds as dots, LoRA beside it
-    where it was run. Level lines are full fine-tuning's and the one to be reached, the upright line
-    the estimate with its 95% interval.
+    """The metric against the dimension of the subspace, one panel per condition: means over seeds
+    at each dimension's best learning rate with standard errors, single seeds as dots, and LoRA if
+    it was run. Horizontal lines: full fine-tuning and the level to reach. Vertical line: the
+    estimate with its 95% interval.
 
     Args:
-      table: of `intrinsic.points`.
-      estimates: of `intrinsic.estimate`.
+      table: from `intrinsic.points`.
+      estimates: from `intrinsic.estimate`.
     """
     metric = estimates["metric"].iloc[0]
     columns = 2 if len(estimates) == 4 else min(3, len(estimates))
@@ -30,15 +30,19 @@ def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, loss: str = LOSS) ->
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for axes in grid[len(estimates) :]:
             axes.set_axis_off()
-        for axes in grid[: len(estimates)][-columns:]:  # those with none below
+        for axes in grid[: len(estimates)][-columns:]:  # panels with none below
             axes.tick_params(labelbottom=True)
         for axes, (_, row) in zip(grid, estimates.iterrows(), strict=False):
-            own = table[(table["kind"] == "subspace") & (table["condition"] == row["condition"])]
-            _against_size(axes, search.tuned(own, "dim", metric), "dim", 0, "random subspace")
-            shared = own["shared"].iloc[0]
-            other = table[(table["kind"] == "lora") & (table["shared"] == shared)]
-            if len(other):
-                _against_size(axes, search.tuned(other, "params", metric), "params", 1, "LoRA")
+            subspaces = table[
+                (table["kind"] == "subspace") & (table["condition"] == row["condition"])
+            ]
+            _against_size(axes, search.tuned(subspaces, "dim", metric), "dim", 0, "random subspace")
+            shared = subspaces["shared"].iloc[0]
+            lora_points = table[(table["kind"] == "lora") & (table["shared"] == shared)]
+            if len(lora_points):
+                _against_size(
+                    axes, search.tuned(lora_points, "params", metric), "params", 1, "LoRA"
+                )
             called = search.name(row["threshold"])
             if row["verdict"] != "no baseline":
                 style = {"color": "black", "linewidth": 1}
@@ -59,8 +63,8 @@ def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, loss: str = LOSS) ->
             axes.xaxis.set_minor_formatter(NullFormatter())
             words = [*row["condition"].split(", "), search.brief(row)]
             axes.set_title("\n".join(plain(word) for word in words if word))
-        what = "dimension d of the subspace"
-        figure.supxlabel(what + ("; trainable parameters of LoRA" if lora else ""), fontsize=9)
+        x_label = "dimension d of the subspace"
+        figure.supxlabel(x_label + ("; trainable parameters of LoRA" if lora else ""), fontsize=9)
         unit = " (fraction)" * (metric == "accuracy")
         label = loss if metric == "loss" else f"eval {plain(named(metric))}{unit}"
         figure.supylabel("final " + label, fontsize=9)
@@ -76,6 +80,6 @@ def _against_size(axes: Axes, best: pd.DataFrame, by: str, n: int, label: str) -
     values = best.groupby(by)["value"]
     style = line_style(n)
     mean = values.mean()
-    bars = values.sem() if values.sem().notna().any() else None  # of one seed there is none
+    bars = values.sem() if values.sem().notna().any() else None  # none for one seed
     axes.errorbar(mean.index, mean, yerr=bars, capsize=2, label=label, **style)
     axes.plot(best[by], best["value"], ".", color=style["color"], alpha=0.45, markersize=4)

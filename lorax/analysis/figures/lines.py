@@ -23,7 +23,7 @@ from lorax.analysis.figures.style import (
 )
 from lorax.analysis.measures.overlap import Band
 
-# Columns of `amplifications` and of a trajectory, as a figure names them.
+# Labels for columns of `amplifications` and of a trajectory.
 NORMS = {
     "delta_norm": "‖ΔW‖",
     "w_in_w": "‖UᵀWV‖, W's directions",
@@ -40,12 +40,12 @@ QUANTITIES = {
 
 
 def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> Figure:
-    """phi(i, i) against i, a line a comparison, over what chance gives: mean and 5% to 95%.
+    """phi(i, i) against i, one line per comparison, over the chance level: mean and 5% to 95%.
 
     Args:
       phi: (r1, r2) by name.
-      band: of `gaussian_similarity`, in the space that the comparisons share (an MLP's kernels and
-        attention's may lie in different ones).
+      band: from `gaussian_similarity`, for the space of the comparisons (the kernels of an MLP and
+        of attention may have different ones).
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -55,10 +55,10 @@ def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> Figure:
         axes.fill_between(i, low, high, color=GREY, alpha=0.25, linewidth=0, label="chance, 5-95%")
         axes.plot(i, mean, color=GREY, linewidth=1, linestyle=(0, (6, 3)), label="chance, mean")
         for n, (name, values) in enumerate(phi.items()):
-            own = np.diagonal(values)
-            often = max(1, len(own) // 8)
-            i = np.arange(1, len(own) + 1)
-            axes.plot(i, own, label=plain(name), markevery=often, **line_style(n))
+            values_ii = np.diagonal(values)
+            every = max(1, len(values_ii) // 8)
+            i = np.arange(1, len(values_ii) + 1)
+            axes.plot(i, values_ii, label=plain(name), markevery=every, **line_style(n))
         axes.set_xlabel("i: top directions of both")
         axes.set_ylabel("subspace similarity φ(i, i)")
         axes.set_ylim(0, 1.03)
@@ -68,9 +68,9 @@ def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> Figure:
 
 
 def table7(amplified: pd.DataFrame, main: str = "rank") -> Figure:
-    """The paper's table 7 against the rank: what W and dW have in each other's directions, and the
-    amplification factor. Medians over matrices and members, bars are quartiles; all are Frobenius
-    norms on logarithmic axes.
+    """The paper's table 7 against the rank: the norms of W and dW in each other's directions, and
+    the amplification factor. Medians over matrices and members; bars are quartiles. The norms are
+    Frobenius norms, the axes logarithmic.
 
     Args:
       amplified: rows of `tables.amplifications`, with a column `main`.
@@ -91,20 +91,20 @@ def table7(amplified: pd.DataFrame, main: str = "rank") -> Figure:
 
 def _quartiles(axes: Axes, table: pd.DataFrame, main: str, column: str, n: int, label) -> None:
     values, place = main_axis(axes, table[main], main)
-    # A factor is infinite where W has nothing; a log axis has no zero.
+    # A factor is infinite if W is zero in these directions; a log axis has no zero.
     usable = table[np.isfinite(table[column]) & (table[column] > 0)]
     parts = usable.groupby(place(usable[main]))[column].quantile([0.25, 0.5, 0.75]).unstack()
     if len(parts):
         middle = parts[0.5]
-        around = [middle - parts[0.25], parts[0.75] - middle]
-        axes.errorbar(parts.index, middle, yerr=around, capsize=3, label=label, **line_style(n))
+        bars = [middle - parts[0.25], parts[0.75] - middle]
+        axes.errorbar(parts.index, middle, yerr=bars, capsize=3, label=label, **line_style(n))
         axes.set_yscale("log")
 
 
 def intruder_counts(table: pd.DataFrame, k: int = 10, main: str = "rank") -> Figure:
     """Intruders among the k leading directions, summed over matrices, against epsilon: means over
-    members with standard errors, a line a value of `main`; thin and dotted, without a marker, the
-    norm-matched random control in the same colour.
+    members with standard errors, one line per value of `main`. The norm-matched random control is
+    thin and dotted, without markers, in the same colour.
 
     Args:
       table: rows of `tables.intruder_table`, with a column `main`.
@@ -117,11 +117,11 @@ def intruder_counts(table: pd.DataFrame, k: int = 10, main: str = "rank") -> Fig
         figure = Figure(figsize=(6.8, 3.6), layout="constrained")
         axes = figure.add_subplot()
         for n, value in enumerate(values):
-            of = sums[sums[main] == value].groupby("epsilon")
-            mean, bars = of["intruders"].mean(), of["intruders"].sem()
+            by_epsilon = sums[sums[main] == value].groupby("epsilon")
+            mean, bars = by_epsilon["intruders"].mean(), by_epsilon["intruders"].sem()
             bars = bars if bars.notna().any() else None
             axes.errorbar(mean.index, mean, yerr=bars, capsize=3, **line_style(n))
-            control = of["control"].mean()
+            control = by_epsilon["control"].mean()
             if control.notna().any():
                 dotted = {"color": pick(COLOURS, n), "linestyle": (0, (1, 2)), "linewidth": 1}
                 axes.plot(control.index, control, **dotted)
@@ -135,13 +135,13 @@ def intruder_counts(table: pd.DataFrame, k: int = 10, main: str = "rank") -> Fig
 def trajectory(
     table: pd.DataFrame, main: str = "rank", quantities: Sequence[str] | None = None
 ) -> Figure:
-    """What updates were like along training, a panel a quantity: thick lines are means over
-    matrices and members, a line a value of `main`; thin ones the single members.
+    """Properties of updates during training, one panel per quantity. Thick lines: means over
+    matrices and members, one line per value of `main`. Thin lines: single members.
 
     Args:
       table: columns member, step, path, the quantities (norm, effective, stable, energy90,
         overlap_final) and `main`.
-      quantities: which to draw; without it all that the table has.
+      quantities: which to draw; by default all in the table.
     """
     drawn = [name for name in quantities or QUANTITIES if name in table]
     columns = min(3, len(drawn))
@@ -155,13 +155,15 @@ def trajectory(
             axes.set_axis_off()
         for axes, name in zip(grid, drawn, strict=False):
             for n, value in enumerate(values):
-                here = table[table[main] == value]
-                for _, member in here.groupby("member"):
-                    of = member.groupby("step")[name].mean()
-                    axes.plot(of.index, of, color=pick(COLOURS, n), alpha=0.3, linewidth=0.7)
-                mean = here.groupby("step")[name].mean()
-                often = max(1, len(mean) // 8)
-                axes.plot(mean.index, mean, markevery=often, **line_style(n))
+                of_value = table[table[main] == value]
+                for _, member in of_value.groupby("member"):
+                    by_step = member.groupby("step")[name].mean()
+                    axes.plot(
+                        by_step.index, by_step, color=pick(COLOURS, n), alpha=0.3, linewidth=0.7
+                    )
+                mean = of_value.groupby("step")[name].mean()
+                every = max(1, len(mean) // 8)
+                axes.plot(mean.index, mean, markevery=every, **line_style(n))
             axes.set_ylabel(QUANTITIES.get(name, named(name)))
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             axes.tick_params(labelbottom=True)
@@ -171,8 +173,8 @@ def trajectory(
 
 
 def cka(table: pd.DataFrame, main: str = "rank") -> Figure:
-    """Linear CKA between the adapted and the base's activations against the layer: means over
-    members with standard errors, a line a value of `main`.
+    """Linear CKA between the adapted model's and the base's activations against the layer: means
+    over members with standard errors, one line per value of `main`.
 
     Args:
       table: columns member, layer, cka and `main`.
@@ -182,8 +184,8 @@ def cka(table: pd.DataFrame, main: str = "rank") -> Figure:
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         axes = figure.add_subplot()
         for n, value in enumerate(values):
-            of = table[table[main] == value].groupby("layer")["cka"]
-            mean, bars = of.mean(), of.sem()
+            by_layer = table[table[main] == value].groupby("layer")["cka"]
+            mean, bars = by_layer.mean(), by_layer.sem()
             bars = bars if bars.notna().any() else None
             axes.errorbar(mean.index, mean, yerr=bars, capsize=3, **line_style(n))
         axes.set_xlabel("layer")

@@ -1,4 +1,4 @@
-"""Figures of the members' losses: against the rank, against the step, by method."""
+"""Figures of the members' losses: by rank, by step, by method."""
 
 from collections.abc import Callable, Iterable
 
@@ -39,36 +39,36 @@ def rank_curve(
     """Final eval loss against the sweep's main axis (normally the rank, on a log2 axis).
 
     Args:
-      settings: rows of `runs.settings`: means, with standard errors where there are two seeds.
+      settings: rows of `runs.settings`: means, with standard errors if there are several seeds.
       points: rows of `runs.summary`: the single seeds.
       main: the column on the x axis.
-      base: the unadapted base's loss, or NaN where it is not known or differs between members.
-      answer: what to mark; the band is one standard error about the best.
-      loss: its name and unit (`runs.loss_name`).
+      base: the unadapted base's loss, or NaN if it is unknown or differs between members.
+      answer: what to mark; the band is one standard error around the best mean.
+      loss: name and unit of the loss (`runs.loss_name`).
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.add_subplot()
         values, place = main_axis(axes, settings[main], main)
         lines, names = settings["line"].nunique(), has_no_order(values)
-        # Dots of more settings than there are colours are told apart by the table.
-        alike = names and lines > len(COLOURS)
+        # With more settings than colours, dots look alike; the table distinguishes them.
+        same_style = names and lines > len(COLOURS)
         for n, (line, rows) in enumerate(settings.groupby("line", sort=False)):
-            n = 0 if alike else n
+            n = 0 if same_style else n
             style = {"color": pick(COLOURS, n)}
             style["linestyle"] = "none" if names else pick(DASHES, n)
             # One seed has no bar: zero-length bars would look like certainty.
             bars = rows["se"].to_numpy(float) if rows["se"].notna().any() else None
-            what = "mean of seeds" if (rows["n"] > 1).any() else "one seed"
-            what += " ± standard error" * (bars is not None)
-            label = plain(line) or (what if lines == 1 else None)
+            description = "mean of seeds" if (rows["n"] > 1).any() else "one seed"
+            description += " ± standard error" * (bars is not None)
+            label = plain(line) or (description if lines == 1 else None)
             axes.errorbar(
                 place(rows[main]),
                 rows["mean"],
                 yerr=bars,
                 marker=pick(MARKERS, n),
                 capsize=3,
-                label=None if alike else label,
+                label=None if same_style else label,
                 **style,
             )
             of_line = points.merge(rows[_shared(rows, points, main)].drop_duplicates())
@@ -77,17 +77,17 @@ def rank_curve(
         if answer is not None:
             _mark(axes, place(settings[main]), main, answer, place)
         _base_line(axes, base, settings, points)
-        axes.margins(y=0.25)  # room for the words below the marked point
+        axes.margins(y=0.25)  # room for the text below the marked point
         axes.set_ylabel("final " + loss)
-        _legend(axes, outside=lines > 4 and not alike)
+        _legend(axes, outside=lines > 4 and not same_style)
         return figure
 
 
 def methods(compared: pd.DataFrame) -> Figure:
-    """Each method's best final eval loss with its standard error, best on top; a dashed line at
-    full fine-tuning's. compared: of `compare.methods`."""
+    """Each method's best final eval loss with its standard error, best on top; a dashed line marks
+    full fine-tuning. compared: from `compare.methods`."""
     with matplotlib.rc_context(STYLE):
-        height = max(2.1, 0.9 + 0.28 * len(compared))  # room for the label beside two methods
+        height = max(2.1, 0.9 + 0.28 * len(compared))  # room for the y label next to two methods
         figure = Figure(figsize=(6.4, height), layout="constrained")
         axes = figure.add_subplot()
         rows = range(len(compared))
@@ -112,14 +112,14 @@ def methods(compared: pd.DataFrame) -> Figure:
 def learning_curves(
     metrics: pd.DataFrame, points: pd.DataFrame, by: runs.Axes, loss: str = LOSS
 ) -> Figure:
-    """Eval loss against step: a panel a setting of the other axes, in it a colour a value of the
-    main one. Thin lines are members, thick ones their means over seeds, of members that differ in
-    nothing else. Diverged members are thin and dashed.
+    """Eval loss against step: one panel per setting of the other axes, one colour per value of the
+    main axis. Thin lines are members, thick lines means over members that differ only in the seed.
+    Diverged members are thin and dashed.
 
     Args:
       metrics: of a run.
-      points: rows of `runs.summary`, of the members to draw.
-      by: the axes in which these differ.
+      points: rows of `runs.summary` for the members to draw.
+      by: the axes in which these members differ.
     """
     evals = metrics[(metrics["split"] == "eval") & metrics["member"].isin(points.index)]
     lines = [runs.fields(row, by.others) for _, row in points.iterrows()]
@@ -137,9 +137,9 @@ def learning_curves(
             axes.set_axis_off()
         handles = {}
         for axes, panel in zip(grid, panels, strict=False):
-            here = np.array([line == panel for line in lines])
-            for n in sorted(set(which[here])):
-                members = points[here & (which == n)]
+            in_panel = np.array([line == panel for line in lines])
+            for n in sorted(set(which[in_panel])):
+                members = points[in_panel & (which == n)]
                 handles[n] = _with_mean(axes, evals, members, style_of(n, len(values)))
                 if by.main:
                     value = plain(runs.in_words(values[n], by.main))
@@ -161,35 +161,36 @@ def learning_curves(
 
 
 def _with_mean(axes: Axes, evals: pd.DataFrame, members: pd.DataFrame, style: dict):
-    """Thin lines for members that differ in the seed alone, a thick one for the mean of those that
-    did not diverge; the thick line."""
-    kept = members.index[members["status"] != "diverged"]
+    """Draws thin lines for members that differ only in the seed and a thick line for the mean of
+    those that did not diverge. Returns the thick line."""
+    converged = members.index[members["status"] != "diverged"]
     for member in members.index:
         curve = evals[evals["member"] == member].sort_values("step")
         thin = {"color": style["color"], "alpha": 0.35, "linewidth": 0.8}
-        thin["linestyle"] = "-" if member in kept else (0, (2, 2))
+        thin["linestyle"] = "-" if member in converged else (0, (2, 2))
         axes.plot(curve["step"], curve["loss"], **thin)
-    mean = evals[evals["member"].isin(kept)].groupby("step")["loss"].mean()
-    often = max(1, len(mean) // 8)
-    (line,) = axes.plot(mean.index, mean, markersize=4, markevery=often, **style)
+    mean = evals[evals["member"].isin(converged)].groupby("step")["loss"].mean()
+    every = max(1, len(mean) // 8)
+    (line,) = axes.plot(mean.index, mean, markersize=4, markevery=every, **style)
     return line
 
 
 def _ordered(column: Iterable) -> list:
-    """The values of an axis: numbers by size, then names as they come, then none."""
+    """The values of an axis: numbers by size, then names in their order, then None."""
     values = distinct(column)
     numbers = sorted(v for v in values if isinstance(v, (int, float, np.number)))
     return [*numbers, *(v for v in values if isinstance(v, str)), *[None] * (None in values)]
 
 
 def _shared(rows: pd.DataFrame, points: pd.DataFrame, main: str) -> list[str]:
-    """The columns that say which points belong to a row: the axes."""
+    """The columns that match points to a row: the axes."""
     measured = {"line", "scale", "trainable_params", "mean", "se", "n", "diverged", main}
     return [main, *(name for name in rows if name in points and name not in measured)]
 
 
 def _base_line(axes: Axes, base: float, settings: pd.DataFrame, points: pd.DataFrame) -> None:
-    """The base's loss as a dashed line; at the upper edge, in words, where it is far above."""
+    """The base's loss as a dashed line. If it is far above the losses, the line is at the upper
+    edge, with the value in the legend."""
     if not np.isfinite(base):
         return
     style = {"color": GREY, "linestyle": (0, (6, 3)), "linewidth": 1}
@@ -203,19 +204,20 @@ def _base_line(axes: Axes, base: float, settings: pd.DataFrame, points: pd.DataF
 
 
 def _mark(axes: Axes, places: np.ndarray, main: str, answer: Answer, place: Callable) -> None:
-    """Ring the answer, and shade one standard error about the best. places: of all settings."""
+    """Ring the answer and shade one standard error around the best mean. places: of all
+    settings."""
     best = answer.best
-    # Only a rank has a reason to be small.
+    # A small value is preferred only for the rank.
     ringed = answer.smallest if main == "rank" else best
     words = "lowest mean"
     if answer.known:
         low, high = best["mean"] - best["se"], best["mean"] + best["se"]
-        label = "one standard error about the best"
+        label = "one standard error around the best"
         axes.axhspan(low, high, color=GREY, alpha=0.18, linewidth=0, label=label)
         words = "smallest within one standard error" if main == "rank" else words
     (x,), y = place([ringed[main]]), ringed["mean"]
     axes.plot([x], [y], "o", markersize=13, fillstyle="none", color="black", markeredgewidth=1.2)
-    # At either end of the axis the words run inwards.
+    # At either end of the axis, align the text inwards.
     align = {places.max(): "right", places.min(): "left"}.get(x, "center")
     axes.annotate(
         f"{named(main)} {plain(runs.in_words(ringed[main], main))}: {words}",
@@ -230,9 +232,9 @@ def _mark(axes: Axes, places: np.ndarray, main: str, answer: Answer, place: Call
 
 def _clip_to_converged(axes: Axes, evals: pd.DataFrame, points: pd.DataFrame) -> None:
     """Keep a diverging member from squashing all other curves."""
-    kept = points.index[points["status"] != "diverged"]
-    losses = evals.loc[evals["member"].isin(kept), "loss"].dropna()
-    if len(losses) and len(kept) < len(points):
+    converged = points.index[points["status"] != "diverged"]
+    losses = evals.loc[evals["member"].isin(converged), "loss"].dropna()
+    if len(losses) and len(converged) < len(points):
         low, high = losses.min(), losses.max()
         margin = 0.05 * (high - low or 1.0)
         axes.set_ylim(low - margin, high + margin)

@@ -1,7 +1,7 @@
 """Maps: subspace similarity, and one number for every matrix.
 
-Colours are cividis, whose lightness rises evenly; small maps have their numbers in the cells, large
-ones contours. The figures' numbers are the LoRA paper's (arXiv 2106.09685).
+Colours are cividis, whose lightness increases uniformly. Small maps show their numbers in the
+cells, large maps contours. Figure numbers are those of the LoRA paper (arXiv 2106.09685).
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,15 @@ from matplotlib.ticker import FixedLocator
 from lorax.analysis.figures.style import MAP, panel_title, plain
 
 PHI = "subspace similarity φ(i, j)"
-FEW = 8  # rows and columns up to which a map has its numbers in the cells
-CONTOURS = (0.25, 0.5, 0.75)  # of a map that has more
+FEW = 8  # rows and columns; maps up to this size show their numbers in the cells
+CONTOURS = (0.25, 0.5, 0.75)  # of larger maps
 
 
 def similarity_maps(
     phi: dict[tuple[int, str], np.ndarray], control: np.ndarray, y_label: str, x_label: str
 ) -> Figure:
-    """Subspace similarity phi(i, j): a row a layer, a column a target, the Gaussian control last.
+    """Subspace similarity phi(i, j): one row per layer, one column per target, then the Gaussian
+    control.
 
     Args:
       phi: (r1, r2) by (layer, target), from `basis_similarity`; missing pairs stay empty.
@@ -57,15 +58,15 @@ def similarity_maps(
 
 
 def figure3(phi: dict[tuple[int, str], np.ndarray], control: np.ndarray | None = None) -> Figure:
-    """The paper's figure 3, a row a matrix: phi(i, j) of a small rank (i, downwards) against a
-    large one (j, to the right), and beside it the zoom on j <= r1.
+    """The paper's figure 3, one row per matrix: phi(i, j) of a small rank (i, downwards) against a
+    large one (j, to the right), and next to it a zoom on j <= r1.
 
     The zoom shows the lower-left triangle, j <= i, where phi says how much of the large rank's top
-    j lies within the small rank's top i. Cells with j > i are grey: the full map has them.
+    j directions the small rank's top i contain. Cells with j > i are grey; the full map shows them.
 
     Args:
       phi: (r1, r2) by (layer, target), r1 <= r2.
-      control: (r1, r2), the mean over random subspaces; a last row where it is given.
+      control: (r1, r2), the mean over random subspaces; drawn as a last row.
     """
     r1, r2 = next(iter(phi.values())).shape
     rows = [(panel_title(*place), values) for place, values in phi.items()]
@@ -89,12 +90,12 @@ def figure3(phi: dict[tuple[int, str], np.ndarray], control: np.ndarray | None =
 
 
 def figure4(phi: Mapping[str | tuple[int, str], np.ndarray], gaussian: np.ndarray) -> Figure:
-    """The paper's figure 4: phi(i, j) between two seeds, the targets side by side and the Gaussian
-    control last.
+    """The paper's figure 4: phi(i, j) between two seeds, the targets side by side, then the
+    Gaussian control.
 
     Args:
       phi: (r, r) by target or (layer, target).
-      gaussian: (r, r), of two random matrices or the mean of many.
+      gaussian: (r, r), for two random matrices or the mean of many.
     """
     titles = [name if isinstance(name, str) else panel_title(*name) for name in phi]
     maps = [*zip(titles, phi.values(), strict=True), ("Gaussian control", gaussian)]
@@ -106,12 +107,13 @@ def against_base(
     phi: Mapping[str, np.ndarray], chance: np.ndarray | None = None, top: float = 0.1
 ) -> Figure:
     """The paper's figure 8: how much of dW's directions (j, to the right) W's leading ones (i,
-    downwards) hold; a panel a title ("r = 8"), chance last. The dashed line is at W's top share.
+    downwards) contain; one panel per title ("r = 8"), then chance. The dashed line is at W's top
+    share.
 
     Args:
-      phi: (r, n) by title, dW's directions first, as `tables.against_base` gives them.
-      chance: (r, n), what random directions would give.
-      top: the share of W's directions above the line; the paper speaks of the first 10%.
+      phi: (r, n) by title, dW's directions first, from `tables.against_base`.
+      chance: (r, n), for random directions.
+      top: the share of W's directions above the line; the paper discusses the first 10%.
     """
     maps = [(title, np.transpose(values)) for title, values in phi.items()]
     maps += [("random directions", np.transpose(chance))] if chance is not None else []
@@ -124,12 +126,13 @@ def against_base(
 
 
 def layer_grid(values: pd.DataFrame, label: str, *, log: bool = False) -> Figure:
-    """One number for every matrix: a row a target, a column a layer, the numbers in the cells.
+    """One number for every matrix: one row per target, one column per layer, the numbers in the
+    cells.
 
     Args:
-      values: columns layer, target, value; several of one matrix are averaged.
-      label: what the number is, with its unit.
-      log: colours by its logarithm, for what spans decades; only of positive numbers.
+      values: columns layer, target, value; several values of one matrix are averaged.
+      label: the name and unit of the number.
+      log: colour by the logarithm, for numbers that span decades; only for positive numbers.
     """
     table = values.pivot_table(index="target", columns="layer", values="value", dropna=False)
     table = table.reindex(dict.fromkeys(values["target"]))
@@ -137,8 +140,8 @@ def layer_grid(values: pd.DataFrame, label: str, *, log: bool = False) -> Figure
 
 
 def sensitivity(ranking: pd.DataFrame) -> Figure:
-    """Score of every matrix as a share of all, with the rank that it was given: rows of
-    `tables.sensitivity` of one member."""
+    """Score of every matrix as a share of the sum, with the rank chosen for it. ranking: rows of
+    `tables.sensitivity` for one member."""
     at = {"index": "target", "columns": "layer"}
     order = list(dict.fromkeys(ranking["target"]))
     share = ranking.assign(value=ranking["score"] / ranking["score"].sum())
@@ -148,8 +151,8 @@ def sensitivity(ranking: pd.DataFrame) -> Figure:
 
 
 def between_layers(maps: dict[tuple[str, str], tuple[list[int], np.ndarray]]) -> Figure:
-    """How much the directions of one layer's update are those of another's: a row a side, a column
-    a target.
+    """How much the directions of different layers' updates agree: one row per side, one column per
+    target.
 
     Args:
       maps: by (target, side): the layers and phi (layers, layers) between them.
@@ -162,11 +165,11 @@ def between_layers(maps: dict[tuple[str, str], tuple[list[int], np.ndarray]]) ->
         image = None
         for row, side in enumerate(sides):
             for column, target in enumerate(targets):
-                axes, found = grid[row, column], maps.get((target, side))
-                if found is None:
+                axes, layers_and_phi = grid[row, column], maps.get((target, side))
+                if layers_and_phi is None:
                     axes.set_axis_off()
                     continue
-                layers, phi = found
+                layers, phi = layers_and_phi
                 image = axes.imshow(phi, vmin=0, vmax=1, cmap="cividis", interpolation="nearest")
                 axes.set_title(plain(f"{target}, {side}"), fontsize=8)
                 ticks = sorted({0, len(layers) // 2, len(layers) - 1})
@@ -184,8 +187,8 @@ def _short(value: float) -> str:
 
 
 def _map(axes: Axes, values: np.ndarray):
-    """phi as an image, from 0 to 1, (1, 1) at the upper left; numbers where there are few cells,
-    else contours."""
+    """phi as an image, from 0 to 1, with (1, 1) at the upper left; with numbers if there are few
+    cells, else with contours."""
     rows, columns = values.shape
     extent = (0.5, columns + 0.5, rows + 0.5, 0.5)
     style = {"cmap": "cividis", "aspect": "auto", "interpolation": "nearest"}
@@ -222,7 +225,8 @@ def _row_of_maps(maps, x_label: str, y_label: str, label: str, *, sharex: bool =
 
 
 def _grid(table: pd.DataFrame, words: pd.DataFrame, label: str, *, log: bool = False) -> Figure:
-    """A cell a matrix, coloured by `table` with `words` in it: targets (rows) x layers."""
+    """One cell per matrix, coloured by `table`, with the text in `words`: targets (rows) x
+    layers."""
     values = table.to_numpy(float)
     shown = np.isfinite(values) & ((values > 0) | (not log))
     coloured = np.where(shown, values, np.nan)
@@ -235,7 +239,7 @@ def _grid(table: pd.DataFrame, words: pd.DataFrame, label: str, *, log: bool = F
         norm = LogNorm(low, high) if log else Normalize(min(low, 0.0), high)
         image = axes.imshow(coloured, norm=norm, cmap="cividis", aspect="auto")
         for (i, j), value in np.ndenumerate(values):
-            if value == value:  # also an infinite one, in black on grey
+            if value == value:  # also infinite values, in black on grey
                 dark = shown[i, j] and norm(value) < 0.6
                 text = {"ha": "center", "va": "center", "fontsize": 8}
                 axes.text(j, i, words.iloc[i, j], color="white" if dark else "black", **text)
@@ -248,7 +252,7 @@ def _grid(table: pd.DataFrame, words: pd.DataFrame, label: str, *, log: bool = F
 
 
 def _ticks(r: int) -> list[int]:
-    """1 and r, and the quarters between where there is room."""
+    """1 and r, and the quarters in between if there is room."""
     if r <= 4:
         return list(range(1, r + 1))
     return sorted({1, *(round(r * share) for share in (0.25, 0.5, 0.75)), r})

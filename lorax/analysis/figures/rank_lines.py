@@ -1,4 +1,4 @@
-"""Figures of singular values and of the ranks read off them."""
+"""Figures of singular values and of the ranks computed from them."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,8 @@ MOST_LINES = 7  # layers in a panel of `base_spectrum`
 
 
 def spectra(sigmas: pd.DataFrame, layers: Sequence[int], main: str = "rank") -> Figure:
-    """Singular values of dW by index: a row a layer, a column a target, a line a member.
+    """Singular values of dW by index: one row per layer, one column per target, one line per
+    member.
 
     Args:
       sigmas: rows of `tables.spectra`, with a column `main`.
@@ -47,17 +48,17 @@ def spectra(sigmas: pd.DataFrame, layers: Sequence[int], main: str = "rank") -> 
         for row, layer in enumerate(layers):
             for column, target in enumerate(targets):
                 axes = grid[row, column]
-                here = drawn[(drawn["layer"] == layer) & (drawn["target"] == target)]
-                if here.empty:  # an embedding is in no layer, and no layer has one
+                in_panel = drawn[(drawn["layer"] == layer) & (drawn["target"] == target)]
+                if in_panel.empty:  # an embedding is outside all layers
                     axes.set_axis_off()
                     continue
                 below = drawn["layer"].isin(layers[row + 1 :]) & (drawn["target"] == target)
                 left = drawn["target"].isin(targets[:column]) & (drawn["layer"] == layer)
                 axes.tick_params(labelbottom=not below.any(), labelleft=not left.any())
                 for n, value in enumerate(values):
-                    for _, curve in here[here[main] == value].groupby("member"):
-                        often = max(1, len(curve) // 8)
-                        thin = {"markersize": 3, "markevery": often, "linewidth": 1}
+                    for _, curve in in_panel[in_panel[main] == value].groupby("member"):
+                        every = max(1, len(curve) // 8)
+                        thin = {"markersize": 3, "markevery": every, "linewidth": 1}
                         axes.plot(curve["index"], curve["sigma"], **line_style(n) | thin)
                 axes.set_title(plain(panel_title(layer, target)))
                 axes.set_xscale("log", base=2)
@@ -84,19 +85,19 @@ def update_ranks(ranks: pd.DataFrame, main: str = "rank") -> Figure:
         ):
             values, place = main_axis(axes, ranks[main], main)
             joined = {"linestyle": "none"} if has_no_order(values) else {}
-            given = pd.to_numeric(ranks["rank"], errors="coerce")
-            nominal = given.groupby(place(ranks[main])).mean().dropna()
+            adapter_rank = pd.to_numeric(ranks["rank"], errors="coerce")
+            nominal = adapter_rank.groupby(place(ranks[main])).mean().dropna()
             style = {"color": GREY, "linewidth": 1, "linestyle": (0, (6, 3))} | joined
             style |= {"marker": "_", "markersize": 20} if joined else {}
-            if len(nominal):  # a method without a rank has none to fall short of
+            if len(nominal):  # no line for a method without a rank
                 axes.plot(nominal.index, nominal, label="rank at most", **style)
             for n, target in enumerate(targets):
-                here = ranks[(ranks["target"] == target) & (ranks[column] > 0)]
-                x = place(here[main])
-                mean = here.groupby(x)[column].mean()
+                of_target = ranks[(ranks["target"] == target) & (ranks[column] > 0)]
+                x = place(of_target[main])
+                mean = of_target.groupby(x)[column].mean()
                 colour = pick(COLOURS, n)
                 axes.plot(mean.index, mean, label=plain(target), **line_style(n) | joined)
-                axes.plot(x, here[column], ".", color=colour, alpha=0.3, markersize=4)
+                axes.plot(x, of_target[column], ".", color=colour, alpha=0.3, markersize=4)
             axes.set_yscale("log", base=2)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
             axes.set_title(f"{column} rank of ΔW")
@@ -106,20 +107,20 @@ def update_ranks(ranks: pd.DataFrame, main: str = "rank") -> Figure:
 
 
 def base_spectrum(sigmas: pd.DataFrame, layers: Sequence[int] | None = None) -> Figure:
-    """Singular values of W by index, a panel a target, a line a layer (at most seven, spread).
+    """Singular values of W by index, one panel per target, one line per layer.
 
     Args:
-      sigmas: of `tables.base_spectra`.
-      layers: which to draw.
+      sigmas: from `tables.base_spectra`.
+      layers: which to draw; by default at most seven, evenly spaced.
     """
     if layers is None:
-        every = sorted(set(sigmas["layer"]))
-        places = np.linspace(0, len(every) - 1, min(MOST_LINES, len(every)))
-        layers = [every[round(x)] for x in places]
+        all_layers = sorted(set(sigmas["layer"]))
+        places = np.linspace(0, len(all_layers) - 1, min(MOST_LINES, len(all_layers)))
+        layers = [all_layers[round(x)] for x in places]
     targets = list(dict.fromkeys(sigmas["target"]))
     columns = min(4, len(targets))
     lines = -(-len(targets) // columns)
-    # What is rounding beside the largest would stretch the axis by ten decades.
+    # Values that are only rounding would stretch the axis by ten decades.
     drawn = sigmas[sigmas["layer"].isin(layers)]
     drawn = drawn[drawn["sigma"] > 1e-7 * drawn.groupby("path")["sigma"].transform("max")]
     with matplotlib.rc_context(STYLE):
@@ -131,8 +132,8 @@ def base_spectrum(sigmas: pd.DataFrame, layers: Sequence[int] | None = None) -> 
         for axes, target in zip(grid, targets, strict=False):
             for n, layer in enumerate(layers):
                 curve = drawn[(drawn["layer"] == layer) & (drawn["target"] == target)]
-                often = max(1, len(curve) // 6)
-                thin = {"markersize": 3, "markevery": often, "linewidth": 1}
+                markevery = max(1, len(curve) // 6)
+                thin = {"markersize": 3, "markevery": markevery, "linewidth": 1}
                 axes.plot(curve["index"], curve["sigma"], **line_style(n) | thin)
             axes.set_title(plain(target))
             axes.set_yscale("log")
@@ -143,7 +144,8 @@ def base_spectrum(sigmas: pd.DataFrame, layers: Sequence[int] | None = None) -> 
 
 
 def by_layer(ranks: pd.DataFrame) -> Figure:
-    """Norm, effective and stable rank of dW layer by layer: a line a target, a dash an adapter.
+    """Norm, effective and stable rank of dW by layer: one line per target, one dash style per
+    adapter.
 
     Args:
       ranks: rows of `tables.spectra`'s second table; "member" names the adapter.
@@ -180,12 +182,12 @@ def by_layer(ranks: pd.DataFrame) -> Figure:
 
 
 def by_layer_and_value(table: pd.DataFrame, columns: Sequence[str], main: str = "rank") -> Figure:
-    """Numbers of every update by layer: a row a number, a column a target, a line a value of
-    `main`. Lines are means over members; bars are standard errors.
+    """Numbers of every update by layer: one row per number, one column per target, one line per
+    value of `main`. Lines are means over members; bars are standard errors.
 
     Args:
       table: member, layer, target, the columns and `main`.
-      columns: the numbers to draw. The axis is logarithmic where they span two decades.
+      columns: the numbers to draw. The axis is logarithmic if they span two decades.
     """
     targets = list(dict.fromkeys(table["target"]))
     values = values_in_order(table[main])
@@ -197,8 +199,8 @@ def by_layer_and_value(table: pd.DataFrame, columns: Sequence[str], main: str = 
             finite = table[np.isfinite(table[column])]
             for axes, target in zip(row, targets, strict=True):
                 for n, value in enumerate(values):
-                    here = finite[(finite[main] == value) & (finite["target"] == target)]
-                    of_layer = here.groupby("layer")[column]
+                    of_value = finite[(finite[main] == value) & (finite["target"] == target)]
+                    of_layer = of_value.groupby("layer")[column]
                     bars = of_layer.sem() if of_layer.sem().notna().any() else None
                     mean = of_layer.mean()
                     axes.errorbar(mean.index, mean, yerr=bars, capsize=3, **line_style(n))
@@ -217,5 +219,5 @@ def by_layer_and_value(table: pd.DataFrame, columns: Sequence[str], main: str = 
 
 
 def _handles(count: int) -> list[matplotlib.lines.Line2D]:
-    """Lines for a legend: it lists every one, also those that a panel lacks."""
+    """Legend lines, also for values that a panel lacks."""
     return [matplotlib.lines.Line2D([], [], **line_style(n)) for n in range(count)]

@@ -18,15 +18,16 @@ from lorax.analysis.figures.style import (
 )
 
 
-def curves(found: pd.DataFrame, loss: str) -> Figure:
-    """Final eval loss against what runs were swept over: a panel an axis, a line a part of a run.
+def curves(points: pd.DataFrame, loss: str) -> Figure:
+    """Final eval loss against the axes of the runs' sweeps: one panel per axis, one line per part
+    of a run.
 
     Args:
-      found: run, axis, part, x, mean, se (rows of `compare.curve`).
-      loss: its name and unit.
+      points: run, axis, part, x, mean, se (rows of `compare.curve`).
+      loss: name and unit of the loss.
     """
-    axes_of = list(dict.fromkeys(found["axis"]))
-    lines = list(dict.fromkeys(zip(found["run"], found["part"], strict=True)))
+    axes_of = list(dict.fromkeys(points["axis"]))
+    lines = list(dict.fromkeys(zip(points["run"], points["part"], strict=True)))
     styles = [style_of(n, len(lines)) for n in range(len(lines))]
     columns = min(2, len(axes_of))
     rows = -(-len(axes_of) // columns)
@@ -37,13 +38,13 @@ def curves(found: pd.DataFrame, loss: str) -> Figure:
         for axes in grid[len(axes_of) :]:
             axes.set_axis_off()
         for axes, axis in zip(grid, axes_of, strict=False):
-            here = found[found["axis"] == axis]
+            of_axis = points[points["axis"] == axis]
             for (run, part), style in zip(lines, styles, strict=True):
-                line = here[(here["run"] == run) & (here["part"] == part)]
+                line = of_axis[(of_axis["run"] == run) & (of_axis["part"] == part)]
                 bars = line["se"] if line["se"].notna().any() else None
                 axes.errorbar(line["x"], line["mean"], yerr=bars, capsize=2, **style)
             axes.set_xlabel(NAMES.get(axis, named(axis)))
-            _logarithmic(axes, axis, here["x"])
+            _logarithmic(axes, axis, of_axis["x"])
         figure.supylabel("final " + loss, fontsize=9)
         handles = [matplotlib.lines.Line2D([], [], **style) for style in styles]
         labels = [plain(", ".join(filter(None, line))) for line in lines]
@@ -51,21 +52,21 @@ def curves(found: pd.DataFrame, loss: str) -> Figure:
         return figure
 
 
-def methods_of_runs(found: pd.DataFrame, loss: str) -> Figure:
-    """The best final eval loss of each method of each run, with standard errors: a row a method, a
-    marker a run. found: run, method, mean, se."""
-    of_methods, of_runs = (list(dict.fromkeys(found[name])) for name in ("method", "run"))
+def methods_of_runs(points: pd.DataFrame, loss: str) -> Figure:
+    """The best final eval loss of each method of each run, with standard errors: one row per
+    method, one marker per run. points: run, method, mean, se."""
+    of_methods, of_runs = (list(dict.fromkeys(points[name])) for name in ("method", "run"))
     with matplotlib.rc_context(STYLE):
         height = 1.1 + 0.3 * len(of_methods) * max(1, 0.5 * len(of_runs))
         figure = Figure(figsize=(6.4, height), layout="constrained")
         axes = figure.add_subplot()
         for n, run in enumerate(of_runs):
-            own = found[found["run"] == run]
+            of_run = points[points["run"] == run]
             shift = 0.6 * ((n + 0.5) / len(of_runs) - 0.5)
-            rows = own["method"].map(of_methods.index) + shift
-            errors = own["se"].fillna(0) if own["se"].notna().any() else None
+            rows = of_run["method"].map(of_methods.index) + shift
+            errors = of_run["se"].fillna(0) if of_run["se"].notna().any() else None
             style = {"fmt": pick(MARKERS, n), "color": pick(COLOURS, n), "capsize": 3}
-            axes.errorbar(own["mean"], rows, xerr=errors, label=plain(run), **style)
+            axes.errorbar(of_run["mean"], rows, xerr=errors, label=plain(run), **style)
         axes.set_yticks(range(len(of_methods)), map(plain, of_methods))
         axes.set_ylim(len(of_methods) - 0.5, -0.5)
         axes.set_xlabel("final " + loss)
@@ -74,7 +75,7 @@ def methods_of_runs(found: pd.DataFrame, loss: str) -> Figure:
 
 
 def _logarithmic(axes, axis: str, x: pd.Series) -> None:
-    """Ranks and scales by powers of two, rates and counts by powers of ten."""
+    """Ranks and alphas on a log2 axis, learning rates and counts on a log10 axis."""
     if (x <= 0).any():
         return
     if axis in ("rank", "alpha"):

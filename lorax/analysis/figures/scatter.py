@@ -1,4 +1,4 @@
-"""The figure of a calibration: what the estimators say against the truth that was planted."""
+"""The figure of a calibration: estimates against the planted truth."""
 
 import matplotlib
 import numpy as np
@@ -10,43 +10,45 @@ from lorax.analysis.calibration import ESTIMATORS
 from lorax.analysis.figures.style import COLOURS, GREY, MARKERS, STYLE
 
 COLUMNS = 4
-ZERO = 0.5  # where a logarithmic axis has its zero
+ZERO = 0.5  # where zero is drawn on a logarithmic axis
 
 
-def calibration(found: pd.DataFrame) -> Figure:
-    """Estimate against truth, a panel an estimator, on logarithmic axes with the line on which the
-    two agree. Noise levels differ in colour and marker and stand side by side; every seed is a
-    point. found: of `calibration.estimates`, not empty."""
-    names = [name for name in ESTIMATORS if name in set(found["estimator"])]
-    noises = sorted(set(found["noise"]))
+def calibration(estimates: pd.DataFrame) -> Figure:
+    """Estimate against truth, one panel per estimator, on logarithmic axes with the line of
+    agreement. Noise levels differ in colour and marker and are drawn side by side; every seed is a
+    point. found: from `calibration.estimates`, not empty."""
+    names = [name for name in ESTIMATORS if name in set(estimates["estimator"])]
+    noises = sorted(set(estimates["noise"]))
     columns = min(COLUMNS, len(names))
     lines = -(-len(names) // columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(0.8 + 2.3 * columns, 1.0 + 2.2 * lines), layout="constrained")
         grid = figure.subplots(lines, columns, squeeze=False)
         for axes, name in zip(grid.flat, names, strict=False):
-            own = found[found["estimator"] == name]
-            unit = "d*" if own["quantity"].iloc[0] == "dimension" else "r*"
-            levels = [noise for noise in noises if noise in set(own["noise"])]
+            of_estimator = estimates[estimates["estimator"] == name]
+            unit = "d*" if of_estimator["quantity"].iloc[0] == "dimension" else "r*"
+            levels = [noise for noise in noises if noise in set(of_estimator["noise"])]
             for i, noise in enumerate(levels):
-                here = own[(own["noise"] == noise) & own["estimate"].notna()]
-                n, beside = noises.index(noise), 1.07 ** (i - (len(levels) - 1) / 2)
+                of_noise = of_estimator[
+                    (of_estimator["noise"] == noise) & of_estimator["estimate"].notna()
+                ]
+                n, shift = noises.index(noise), 1.07 ** (i - (len(levels) - 1) / 2)
                 axes.plot(
-                    here["truth"].clip(lower=ZERO) * beside,
-                    here["estimate"].clip(lower=ZERO),
+                    of_noise["truth"].clip(lower=ZERO) * shift,
+                    of_noise["estimate"].clip(lower=ZERO),
                     linestyle="",
                     marker=MARKERS[n % len(MARKERS)],
                     color=COLOURS[n % len(COLOURS)],
                     fillstyle="none",
                     label=f"noise {noise:g}",
                 )
-            _square(axes, own)
+            _square(axes, of_estimator)
             axes.set_title(name)
             axes.set_xlabel(f"planted {unit}")
             axes.set_ylabel(f"estimate of {unit}")
         for axes in list(grid.flat)[len(names) :]:
             axes.set_axis_off()
-        shown = {  # not every panel has every level
+        shown = {  # not every panel has every noise level
             label: handle
             for axes in figure.axes
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
@@ -57,11 +59,11 @@ def calibration(found: pd.DataFrame) -> Figure:
         return figure
 
 
-def _square(axes, own: pd.DataFrame) -> None:
+def _square(axes, estimates: pd.DataFrame) -> None:
     """The same range on both axes, ticks at the planted values and at doublings of the largest, and
     the line of agreement."""
-    truths = sorted(set(own["truth"].clip(lower=ZERO)))
-    values = np.concatenate([truths, own["estimate"].dropna().clip(lower=ZERO)])
+    truths = sorted(set(estimates["truth"].clip(lower=ZERO)))
+    values = np.concatenate([truths, estimates["estimate"].dropna().clip(lower=ZERO)])
     low, high = values.min() / 1.4, values.max() * 1.4
     ticks = truths + [truths[-1] * 2**n for n in range(1, 12) if truths[-1] * 2**n < high]
     axes.plot(

@@ -1,7 +1,7 @@
 """The style of all figures: colours, markers and dashes, names of axes, legends.
 
-Lines are in Okabe and Ito's colours with a marker and a dash each, so that they can be told apart
-without colour; maps are cividis, whose lightness rises evenly. Losses are in nats.
+Lines have Okabe and Ito's colours and each a marker and a dash style, so they can be distinguished
+without colour. Maps are cividis, whose lightness increases uniformly. Losses are in nats.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,12 +16,12 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 
 from lorax.analysis import runs
 
-# Okabe & Ito's palette, without the yellow that vanishes on white.
+# Okabe & Ito's palette, without yellow, which is hard to see on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (7, 2)), (0, (2, 2)), "-")
 GREY = "0.45"
-LOSS = "eval loss (nats)"  # of what predicts tokens or classes
+LOSS = "eval loss (nats)"  # for models that predict tokens or classes
 NAMES = {"rank": "rank r of the adapter", "lr": "learning rate", "alpha": "α"}
 NAMES |= {"trainable_params": "trainable parameters", "n_train": "training examples"}
 STYLE = {
@@ -43,12 +43,12 @@ def pick(choices: Sequence, n: int):
 
 
 def line_style(n: int) -> dict:
-    """Colour, marker and dash of the nth line, which is told by any one of them."""
+    """Colour, marker and dash of the nth line; each of them identifies it."""
     return {"color": pick(COLOURS, n), "marker": pick(MARKERS, n), "linestyle": pick(DASHES, n)}
 
 
 def style_of(n: int, count: int) -> dict:
-    """The style of the nth of so many lines; of more than there are colours, from dark to light."""
+    """The style of the nth of `count` lines; if there are more than colours, from dark to light."""
     if count <= len(COLOURS):
         return line_style(n)
     return line_style(n) | {"color": matplotlib.colormaps["cividis"](0.95 * n / (count - 1))}
@@ -59,16 +59,16 @@ def named(main: str) -> str:
 
 
 def plain(name: object) -> str:
-    """A name from outside as a figure shows it: without the mathematics that matplotlib sees
-    between dollars, nor the underscore in front that keeps a line out of its legend."""
+    """A user's name as plain text for matplotlib: no mathematics between dollar signs, and no
+    leading underscore, which would hide the line from the legend."""
     text = str(name).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 
 def distinct(column: Iterable) -> list:
-    """The values of a column, each once, in their order; None for what is missing.
+    """The distinct values of a column, in their order; None for missing values.
 
-    Python's own: `Series.map` makes NaN of None, which equals nothing.
+    Done in Python, because `Series.map` turns None into NaN, which doesn't equal itself.
     """
     return list(dict.fromkeys(None if runs.is_missing(value) else value for value in column))
 
@@ -76,29 +76,32 @@ def distinct(column: Iterable) -> list:
 def main_axis(
     axes: Axes, column: pd.Series, main: str
 ) -> tuple[list, Callable[[Iterable], np.ndarray]]:
-    """Set up the x axis; the values in order, and what finds the places (n,) of a column (n,)."""
+    """Set up the x axis. Returns its values in order, and a function from a column (n,) to
+    positions (n,)."""
     values = distinct(column)
     numeric = all(isinstance(v, (int, float, np.number)) and v > 0 for v in values)
     axes.set_xlabel(NAMES.get(main, named(main)))
     if not numeric:
         axes.set_xticks(range(len(values)), [plain(runs.in_words(v, main)) for v in values])
         at = {value: n for n, value in enumerate(values)}
-        found = lambda column: [at[None if runs.is_missing(value) else value] for value in column]
-        return values, lambda column: np.array(found(column), int)
+        positions = lambda column: [
+            at[None if runs.is_missing(value) else value] for value in column
+        ]
+        return values, lambda column: np.array(positions(column), int)
     values = sorted(values)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(values))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    # A single value has no span of its own.
+    # A single value would have no range.
     axes.set_xlim(values[0] / 1.25, values[-1] * 1.25)
     return values, lambda column: np.array(list(column), float)
 
 
 def has_no_order(values: Sequence) -> bool:
-    """Whether the values of an axis are names (of methods, of targets, or none), which no line
-    leads through."""
+    """Whether the values of an axis are names (of methods, targets) or None, which no line should
+    connect."""
     return all(value is None or isinstance(value, str) for value in values)
 
 
@@ -110,7 +113,7 @@ def values_in_order(column: pd.Series) -> list:
 def legend_of_values(
     figure: Figure, values: Sequence, main: str, more: Mapping[str, dict] | None = None
 ) -> None:
-    """Every value, also those that a panel lacks, and lines of other kinds."""
+    """A legend of all values, also those that a panel lacks, and of the lines in `more`."""
     lines = [matplotlib.lines.Line2D([], [], **line_style(n)) for n in range(len(values))]
     lines += [matplotlib.lines.Line2D([], [], **style) for style in (more or {}).values()]
     labels = [f"{named(main)} = {plain(runs.in_words(value, main))}" for value in values]

@@ -1,4 +1,4 @@
-"""Numbers that arrays have: singular values and ranks, overlap, amplification, intruders, CKA.
+"""Measures of arrays: singular values and ranks, overlap, amplification, intruders, CKA.
 
-numpy in, numpy out, in float64; leading axes are batch axes. `lorax.analysis` has all of them.
+numpy in, numpy out, in float64; leading axes are batch axes. `lorax.analysis` exports all of them.
 """

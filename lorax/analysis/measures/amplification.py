@@ -1,7 +1,7 @@
-"""How much an update amplifies what the base already has in its directions.
+"""How much an update amplifies the part of the base weights in its directions.
 
 LoRA, arXiv 2106.09685, section 7.3 and table 7: with U and V the leading singular directions of
-dW, ||U^T W V||_F is what W does in them, and ||dW||_F over that is the amplification factor.
+dW, ||U^T W V||_F is the norm of W in them, and ||dW||_F divided by it is the amplification factor.
 """
 
 from typing import NamedTuple
@@ -13,13 +13,14 @@ from lorax.analysis.measures.spectrum import existing, update_svd
 
 
 class Amplification(NamedTuple):
-    """One block of table 7. All are Frobenius norms, (...); U, V have `rank` columns each."""
+    """One block of table 7. All but `factor` are Frobenius norms; all have shape (...). U and V
+    have `rank` columns each."""
 
     delta_norm: np.ndarray  # ||dW||
     w_in_delta: np.ndarray  # ||U^T W V||, U and V from dW
-    w_in_w: np.ndarray  # the same from W itself: sqrt(sum of its `rank` largest sigma^2)
-    w_in_random: np.ndarray  # the same from a Gaussian matrix: about rank ||W|| / sqrt(in out)
-    factor: np.ndarray  # delta_norm / w_in_delta; NaN for no update, inf where W has nothing there
+    w_in_w: np.ndarray  # the same with U, V from W: sqrt(sum of its `rank` largest sigma^2)
+    w_in_random: np.ndarray  # with U, V from a Gaussian matrix: about rank ||W|| / sqrt(in out)
+    factor: np.ndarray  # delta_norm / w_in_delta; NaN for no update, inf if w_in_delta is 0
 
 
 def amplification(
@@ -37,10 +38,10 @@ def amplification(
       delta: the update: factors (a, b) or (a, b, s) with a (..., in, r), b (..., r, out), or dense,
         (..., in, out).
       rank: how many leading directions, 1 to min(in, out); the paper takes the adapter's own r.
-      w_sigma: w's singular values (..., min(in, out)), where they are at hand: most of the work.
-      rng: seed or generator of the random control, whose directions a stack of matrices shares.
+      w_sigma: w's singular values (..., min(in, out)), if already computed: saves most of the work.
+      rng: seed or generator of the random control; all matrices of a stack share its directions.
 
-    Raises ValueError where the shapes or the rank do not fit.
+    Raises ValueError if the shapes or the rank do not fit.
     """
     w = np.asarray(w, np.float64)
     u, sigma, vt = update_svd(delta)

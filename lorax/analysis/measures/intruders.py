@@ -3,17 +3,17 @@
 Shuttleworth et al., LoRA vs Full Fine-tuning (arXiv 2410.21228): y_j, one of the k leading left
 singular vectors of W + dW, is an intruder if max_i |cos(y_j, x_i)| < epsilon over all left singular
 vectors x_i of W. Their W is (out, in), so their left vectors are directions of the output. Our
-kernels are the transpose, (in, out): the same vectors are the right ones here, the rows of vt.
+kernels are the transpose, (in, out), so these are our right singular vectors, the rows of vt.
 
-What the paper's definition leaves open, and what is done here:
-- It has no absolute value, though a singular vector has no sign. The authors' code takes it; so do
-  we.
-- "All" vectors of a rectangular W are those of its thin SVD, min(in, out) of them, as in the
-  authors' code. Where in < out they do not span the output space. A vector outside of their span
-  has cosine 0 with each and is an intruder. A random direction is one as well, in any case: its
-  largest |cosine| is about sqrt(2 ln(out) / out).
-- Where W's singular values are equal or zero their vectors are an arbitrary basis, and so are the
-  cosines. The directions of W's zeros count as W's, as in the authors' code.
+What the paper's definition leaves open, and what we do:
+- It has no absolute value, although the sign of a singular vector is arbitrary. The authors' code
+  takes the absolute value, and so do we.
+- "All" vectors of a rectangular W are the min(in, out) vectors of its thin SVD, as in the authors'
+  code. If in < out, they do not span the output space. A vector orthogonal to their span has
+  cosine 0 with each of them and is an intruder. A random direction is always one too: its largest
+  |cosine| is about sqrt(2 ln(out) / out).
+- If singular values of W are equal or zero, their vectors are an arbitrary basis, so the cosines
+  are arbitrary too. The directions of zero singular values count as W's, as in the authors' code.
 """
 
 from typing import NamedTuple
@@ -28,25 +28,27 @@ from lorax.analysis.measures.spectrum import leading_svd, update_svd
 class Intruders(NamedTuple):
     """The k leading singular vectors of W + dW. Leading axes (...) are those of W and dW.
 
-    A smaller k asks for no more work: np.cumsum(mask, -1)[..., j - 1] is the count for k = j.
+    A smaller k needs no further work: np.cumsum(mask, -1)[..., j - 1] is the count for k = j.
     """
 
     similarity: np.ndarray  # (..., k): the largest |cosine| with a vector of W, 0 to 1
     mask: np.ndarray  # (..., k) bool, or (..., e, k) for e epsilons: similarity < epsilon
-    count: np.ndarray  # (...) int, or (..., e): how many of the k; the paper sums over matrices
-    u: np.ndarray  # (..., in, k): W + dW is u @ diag(sigma) @ vt and the rest of its SVD
+    count: (
+        np.ndarray
+    )  # (...) int, or (..., e): how many of the k; the paper sums them over matrices
+    u: np.ndarray  # (..., in, k); W + dW = u @ diag(sigma) @ vt + the rest of its SVD
     sigma: np.ndarray  # (..., k), descending
     vt: np.ndarray  # (..., k, out)
 
 
 class Intervention(NamedTuple):
-    """What scaling the top intruder does to the update: dW becomes dW + a @ b."""
+    """The change of the update that scales the top intruder: dW becomes dW + a @ b."""
 
-    index: np.ndarray  # (...) int: which of the k leading vectors it is; -1 where there is none
-    a: np.ndarray  # (..., in, 1); zeros where there is none
+    index: np.ndarray  # (...) int: which of the k leading vectors it is; -1 if there is no intruder
+    a: np.ndarray  # (..., in, 1); zeros if there is no intruder
     b: np.ndarray  # (..., 1, out)
     norm: np.ndarray  # (...): ||dW + a @ b||_F
-    scale: np.ndarray  # (...): the control is scale * dW, an update of that same norm
+    scale: np.ndarray  # (...): the control is scale * dW, an update with the same norm
 
 
 def intruders(
@@ -65,11 +67,11 @@ def intruders(
       delta: the update: factors (a, b) or (a, b, s) with a (..., in, r), b (..., r, out) and s a
         number or (...,); or dense, (..., in, out).
       k: how many leading vectors, 1 to min(in, out); the paper takes 10.
-      epsilon: a threshold above 0 and at most 1, or (e,) of them: all from the same cosines.
+      epsilon: a threshold above 0 and at most 1, or (e,) of them, applied to the same cosines.
       side: "out" for the output directions, the paper's; "in" for the input directions.
-      w_svd: (u, sigma, vt) of w, thin, where it is at hand: half of the work.
+      w_svd: w's thin SVD (u, sigma, vt), if already computed: saves half of the work.
 
-    Raises ValueError where shapes, k, epsilon or side do not fit.
+    Raises ValueError if shapes, k, epsilon or side do not fit.
     """
     w, shape = np.asarray(w, np.float64), _shape(delta)
     if w.ndim < 2 or shape[-2:] != w.shape[-2:]:
@@ -98,15 +100,15 @@ def norm_matched(
     delta: ArrayLike | tuple[ArrayLike, ...],
     sigma: ArrayLike | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Control: an update with delta's singular values, and so its norm, in random directions.
+    """Control: an update with delta's singular values (so with its norm) in random directions.
 
-    Both sides' directions are Haar distributed: uniform, as everywhere on a sphere.
+    The directions of both sides are Haar distributed, i.e. uniform.
 
     Args:
       rng: a numpy generator or a seed.
       delta: factors (a, b) or (a, b, s), or dense, as in `intruders`.
-      sigma: delta's singular values (..., k), where they are at hand: of a dense one most of the
-        work.
+      sigma: delta's singular values (..., k), if already computed: saves most of the work for a
+        dense delta.
 
     Returns factors a (..., in, k), b (..., k, out) with k the number of delta's singular values.
     """
@@ -131,17 +133,19 @@ def intervene(
 ) -> Intervention:
     """Scale the top intruder by lam: W + dW + (lam - 1) sigma u v^T, as a change of the update.
 
-    u, sigma, v are singular vectors and value of W + dW, so the change takes from W what W has
-    there as well. The top one has the largest sigma. W + dW's other singular values stay.
+    u, sigma, v are singular vectors and value of W + dW, so the change also affects the part of W
+    in this direction. The top intruder has the largest sigma. The other singular values of W + dW
+    stay the same.
 
-    `scale` gives the control that any claim about lam needs: the whole update, shrunk (or, where
-    the change lengthens it, stretched) to the norm that it has after the change.
+    `scale` gives the control that any claim about lam needs: the whole update, scaled to the norm
+    that it has after the change.
 
     Args:
       w, delta, k, epsilon, side, w_svd: as in `intruders`; one epsilon.
       lam: a number, or an array that broadcasts with the leading axes: (l,) for a sweep over one
         matrix, (l, 1) for one over a stack. 0 removes the intruder, 1 changes nothing.
-      found: `intruders` of the same w, delta and side, where they are at hand: all of the work.
+      found: the `intruders` of the same w, delta and side, if already computed: saves all of the
+      work.
     """
     if found is None:
         found = intruders(w, delta, k, epsilon, side=side, w_svd=w_svd)
@@ -160,7 +164,7 @@ def intervene(
         dense = np.asarray(delta, np.float64)
         along = (np.swapaxes(u, -1, -2) @ dense @ np.swapaxes(vt, -1, -2))[..., 0, 0]
         before = np.linalg.norm(dense, axis=(-2, -1))
-    # ||dW + c u v^T||^2, and rounding may take it below 0.
+    # ||dW + c u v^T||^2; rounding may make it negative.
     after = np.sqrt(np.maximum(before**2 + 2 * change * along + change**2, 0.0))
     scale = np.where(before > 0, after / np.where(before > 0, before, 1.0), 1.0)
     index = np.where(any_, first, -1)
@@ -174,21 +178,23 @@ def _factors(delta):
 
 
 def _leading(w, delta, k, w_svd):
-    """The k leading singular vectors and values of W + dW. Of a large W with an update of low rank
-    they come from W's SVD, one matrix after another."""
+    """The k leading singular vectors and values of W + dW. For a large W and a low-rank update they
+    are computed from W's SVD, one matrix at a time."""
     n = min(w.shape[-2:])
     if not isinstance(delta, tuple) or n < spectrum.LARGE or 8 * max(k, _width(delta)) > n:
         return leading_svd(w + _dense(delta), k)
     lead = np.broadcast_shapes(w.shape[:-2], _shape(delta)[:-2])
     a, b, s = _factors(delta)
-    every = *w_svd, a, b, s
-    axes = (2, 1, 2, 2, 2, 0)  # of one matrix's own
-    every = [
-        np.broadcast_to(x, (*lead, *x.shape[x.ndim - own :])).reshape(-1, *x.shape[x.ndim - own :])
-        for x, own in zip(map(np.asarray, every), axes, strict=True)
+    stacks = *w_svd, a, b, s
+    axes = (2, 1, 2, 2, 2, 0)  # number of axes for a single matrix
+    stacks = [
+        np.broadcast_to(x, (*lead, *x.shape[x.ndim - ndim :])).reshape(
+            -1, *x.shape[x.ndim - ndim :]
+        )
+        for x, ndim in zip(map(np.asarray, stacks), axes, strict=True)
     ]
-    found = [spectrum.updated_svd(one[:3], one[3:], k) for one in zip(*every, strict=True)]
-    return tuple(np.stack(x).reshape(*lead, *x[0].shape) for x in zip(*found, strict=True))
+    svds = [spectrum.updated_svd(parts[:3], parts[3:], k) for parts in zip(*stacks, strict=True)]
+    return tuple(np.stack(x).reshape(*lead, *x[0].shape) for x in zip(*svds, strict=True))
 
 
 def _width(delta: tuple) -> int:
@@ -213,5 +219,5 @@ def _dense(delta) -> np.ndarray:
 
 def _haar(rng, shape) -> np.ndarray:
     q, r = np.linalg.qr(rng.standard_normal(shape))
-    # LAPACK's signs depend on the draw; those of a positive diagonal make q uniform.
+    # LAPACK's signs depend on the draw; with a positive diagonal of r, q is uniform.
     return q * np.where(np.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)[..., None, :]

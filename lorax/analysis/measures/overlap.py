@@ -1,7 +1,7 @@
 """How much two updates share their directions (LoRA, arXiv 2106.09685, section 7.2 and appendix G).
 
-phi(i, j) = ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j), from 0 (orthogonal) to 1 (one holds the
-other), U1 and U2 being orthonormal bases in order of importance. Appendix G says left singular
+phi(i, j) = ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j), from 0 (orthogonal) to 1 (one contains the
+other), where U1 and U2 are orthonormal bases in order of importance. Appendix G says left singular
 vectors; for A (r, in), our a^T, only the right ones live in the input space, and those are meant.
 """
 
@@ -14,7 +14,7 @@ from lorax.analysis.measures.spectrum import existing, factor_svd
 
 
 class Band(NamedTuple):
-    """What chance gives: mean and the 5% and 95% quantiles, each (r1, r2)."""
+    """The chance level: mean and the 5% and 95% quantiles, each (r1, r2)."""
 
     mean: np.ndarray
     low: np.ndarray
@@ -28,8 +28,8 @@ def basis_similarity(u1: ArrayLike, u2: ArrayLike) -> np.ndarray:
       u1: (..., n, r1), orthonormal columns in order of importance.
       u2: (..., n, r2), likewise.
 
-    Returns (..., r1, r2): phi(i, j) at [i - 1, j - 1]. A direction that does not exist (a column
-    of zeros) is shared with nobody.
+    Returns (..., r1, r2): phi(i, j) at [i - 1, j - 1]. A missing direction (a column of
+    zeros) is shared with none.
     """
     u1, u2 = np.asarray(u1, np.float64), np.asarray(u2, np.float64)
     if u1.shape[-2] != u2.shape[-2]:
@@ -45,15 +45,15 @@ def principal_angles(u1: ArrayLike, u2: ArrayLike) -> np.ndarray:
     """The angles between the spans of two orthonormal bases, in radians.
 
     Björck & Golub 1973: the cosines are the singular values of u1^T u2; below 45 degrees the angle
-    is taken from its sine, which rounding spares there. phi(r1, r2) is sum(cos^2) / min(r1, r2), so
-    phi(i, i) is the mean of cos^2 over the angles of the first i columns.
+    is computed from its sine, which is more accurate there. phi(r1, r2) is sum(cos^2) / min(r1,
+    r2), so phi(i, i) is the mean of cos^2 over the angles of the first i columns.
 
     Args:
       u1: (..., n, r1), orthonormal columns.
       u2: (..., n, r2), likewise.
 
-    Returns (..., min(r1, r2)), ascending, from 0 (a direction in common) to pi / 2. A direction
-    that does not exist (a column of zeros) is orthogonal to all.
+    Returns (..., min(r1, r2)), ascending, from 0 (a common direction) to pi / 2. A missing
+    direction (a column of zeros) is orthogonal to all.
     """
     u1, u2 = np.asarray(u1, np.float64), np.asarray(u2, np.float64)
     if u1.shape[-2] != u2.shape[-2]:
@@ -62,7 +62,7 @@ def principal_angles(u1: ArrayLike, u2: ArrayLike) -> np.ndarray:
         u1, u2 = u2, u1
     cross = np.swapaxes(u1, -1, -2) @ u2
     cosines = np.linalg.svd(cross, compute_uv=False)
-    # Of u2 what u1 does not reach; a row of its own makes a column of zeros a direction apart.
+    # The part of u2 outside u1's span; an extra row makes a column of zeros orthogonal to all.
     missing = np.linalg.norm(u2, axis=-2) < 0.5
     apart = np.concatenate([u2 - u1 @ cross, missing[..., None] * np.eye(u2.shape[-1])], axis=-2)
     sines = np.linalg.svd(apart, compute_uv=False)[..., ::-1]
@@ -73,10 +73,10 @@ def principal_angles(u1: ArrayLike, u2: ArrayLike) -> np.ndarray:
 
 
 def directions(a: ArrayLike) -> np.ndarray:
-    """The left singular vectors of a (..., n, r), by falling singular value: (..., n, min(n, r)).
+    """The left singular vectors of a (..., n, r), sigma descending: (..., n, min(n, r)).
 
-    These are the right singular vectors of the paper's A = a^T. Where the singular value is zero
-    to rounding there is no direction, and the column is zero.
+    These are the right singular vectors of the paper's A = a^T. If a singular value is zero up to
+    rounding, there is no direction, and the column is zero.
     """
     a = np.asarray(a, np.float64)
     u, sigma, _ = np.linalg.svd(a, full_matrices=False)
@@ -86,7 +86,7 @@ def directions(a: ArrayLike) -> np.ndarray:
 def update_directions(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Directions of dW = a @ b: input (..., in, k) and output (..., out, k), k = min(r, in, out).
 
-    The scale does not turn them. Directions without a singular value are columns of zeros.
+    They don't depend on the scale. Directions whose singular value is zero are columns of zeros.
     """
     u, sigma, vt = factor_svd(a, b)
     shape = (u.shape[-2], vt.shape[-1])
@@ -115,7 +115,7 @@ def update_similarity(
 ) -> np.ndarray:
     """phi between the directions of two updates dW = a @ b, rather than of one factor alone.
 
-    A's directions hold whatever A was initialised to; dW's hold only what b makes use of.
+    A's directions include those of its random start; dW's include only those that b uses.
 
     Args:
       factors1, factors2: (a, b) or (a, b, s), with a (..., in, r) and b (..., r, out).
@@ -143,7 +143,7 @@ def gaussian_similarity(
     """
     rng = np.random.default_rng(rng)
     k1, k2 = min(n, r1), min(n, r2)
-    # phi does not change when both bases turn together, so the first may be the unit vectors.
+    # phi is invariant to rotating both bases together, so the first can be the unit vectors.
     phi = np.stack(
         [
             basis_similarity(np.eye(n, k1), np.linalg.qr(rng.standard_normal((n, k2)))[0])

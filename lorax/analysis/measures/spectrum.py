@@ -1,8 +1,8 @@
-"""Singular values of an update dW = s * a @ b, and the ranks that can be read off them.
+"""Singular values of an update dW = s * a @ b, and the ranks computed from them.
 
-Everything works from the factors, a (in, r) and b (r, out): dW itself is never formed. (An update
-that has no factors, full fine-tuning's, has `randomised_svd`.) Arrays may be numpy's or jax's; the
-arithmetic is numpy's, in float64. Leading axes are batch axes.
+Everything is computed from the factors a (in, r) and b (r, out), without forming dW. (For updates
+without factors, as in full fine-tuning, there is `randomised_svd`.) Arrays may be from numpy or
+jax; the arithmetic is numpy's, in float64. Leading axes are batch axes.
 """
 
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-LARGE = 256  # rows and columns from which on a few eigenvectors are cheaper than all
-SQUARED = 1e-3  # of sigma_1: what is below it suffers where squares of singular values are found
+LARGE = 256  # rows and columns; from here on, a few eigenvectors are cheaper than all
+SQUARED = 1e-3  # times sigma_1: smaller values are inaccurate if computed from their squares
 
 
 def factor_svd(
@@ -53,9 +53,9 @@ class RandomisedSVD(NamedTuple):
     """The leading k singular values and vectors of A (in, out), with their errors."""
 
     u: np.ndarray  # (in, k)
-    sigma: np.ndarray  # (k,), descending; never above A's own
+    sigma: np.ndarray  # (k,), descending; lower bounds of A's singular values
     vt: np.ndarray  # (k, out)
-    upper: np.ndarray  # (k,): A's own are never above these
+    upper: np.ndarray  # (k,): upper bounds of A's singular values
     residual: float  # ||A - u @ diag(sigma) @ vt||_F
 
 
@@ -70,22 +70,22 @@ def randomised_svd(
     """The k leading singular values of a dense update, by projection onto a random range.
 
     Halko, Martinsson & Tropp 2011 (arXiv 0909.4061), algorithms 4.4 and 5.1, are scikit-learn's
-    `randomized_svd`. The errors are exact, not the paper's probable ones (its equation 4.3 is some
-    eight times ||R||_F): with Q the range found, of k + oversamples directions, A splits into
-    Q Q^T A and R = A - Q Q^T A at right angles, so ||R||_F^2 is ||A||_F^2 less the sum of all
-    sigma^2, and A^T A = (Q^T A)^T (Q^T A) + R^T R puts A's own values between sigma and
-    upper = sqrt(sigma^2 + ||R||_F^2). All this to rounding, which is 1e-8 of ||A||_F for R.
+    `randomized_svd`. The errors are exact, unlike the paper's probabilistic bounds (its equation
+    4.3 is about eight times ||R||_F): if Q is the range found, with k + oversamples directions,
+    then Q Q^T A and R = A - Q Q^T A are orthogonal, so ||R||_F^2 is ||A||_F^2 minus the sum of all
+    sigma^2. From A^T A = (Q^T A)^T (Q^T A) + R^T R, A's singular values are between sigma and
+    upper = sqrt(sigma^2 + ||R||_F^2). All this is up to rounding, which is 1e-8 of ||A||_F for R.
 
     Args:
       matrix: (in, out), dense.
-      k: 1 to min(in, out). Near that, numpy's own SVD is the faster one.
-      oversamples: further directions that the range gets; they are dropped at the end.
-      iterations: power iterations. More help where the singular values fall slowly.
+      k: 1 to min(in, out). Near min(in, out), numpy's SVD is faster.
+      oversamples: extra directions of the range, dropped at the end.
+      iterations: power iterations. More of them help if the singular values fall slowly.
       rng: a numpy generator or a seed.
 
-    Raises ValueError where the shape or a number does not fit.
+    Raises ValueError if the shape or a number does not fit.
     """
-    from sklearn.utils.extmath import randomized_svd  # a second of imports
+    from sklearn.utils.extmath import randomized_svd  # takes a second to import
 
     matrix = np.asarray(matrix, np.float64)
     if matrix.ndim != 2:
@@ -95,7 +95,7 @@ def randomised_svd(
     if oversamples < 0 or iterations < 0:
         raise ValueError(f"oversamples {oversamples} and iterations {iterations}: 0 or more")
     seed = int(np.random.default_rng(rng).integers(2**31))
-    # All directions as components and none as scikit-learn's oversamples: R needs all of sigma.
+    # All directions are components, none is one of scikit-learn's oversamples: R needs all sigma.
     wide = min(k + oversamples, *matrix.shape)
     u, sigma, vt = randomized_svd(
         matrix, wide, n_oversamples=0, n_iter=iterations, random_state=seed
@@ -108,10 +108,11 @@ def randomised_svd(
 
 
 def leading_svd(matrix: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The k leading singular values and vectors of dense matrices, to rounding.
+    """The k leading singular values and vectors of dense matrices, exact up to rounding.
 
-    By the leading eigenvectors of the smaller Gram matrix, two to ten times as fast as an SVD.
-    Squaring loses what is small beside sigma_1, so where sigma_k is below 1e-3 of it, it is an SVD.
+    Uses the leading eigenvectors of the smaller Gram matrix, two to ten times as fast as an SVD.
+    Squaring makes values much smaller than sigma_1 inaccurate, so if sigma_k is below 1e-3 of it,
+    it uses an SVD.
 
     Args:
       matrix: (..., in, out), dense.
@@ -135,7 +136,8 @@ def leading_svd(matrix: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def _leading_eigenvectors(gram: np.ndarray, k: int) -> np.ndarray:
-    """(..., n, n) -> (..., n, k), by falling eigenvalue; of a large matrix no others are found."""
+    """(..., n, n) -> (..., n, k), by descending eigenvalue; computes no others of a large
+    matrix."""
     n = gram.shape[-1]
     if n < LARGE or 8 * k > n:
         return np.linalg.eigh(gram)[1][..., ::-1][..., :k]
@@ -150,14 +152,14 @@ def updated_svd(
     factors: tuple[ArrayLike, ...],
     k: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The k leading singular values and vectors of W + s a b, from W's SVD, to rounding.
+    """The k leading singular values and vectors of W + s a b, from W's SVD, exact up to rounding.
 
-    Along W's own directions W + s a b is a diagonal matrix plus one of rank r, and to multiply with
-    that takes (in + out) r steps: Lanczos finds the leading ones in a hundredth of the time that an
-    SVD takes. It squares as `leading_svd` does, and gives way to it where that loses too much.
+    In the basis of W's singular vectors, W + s a b is a diagonal matrix plus one of rank r. A
+    product with it takes (in + out) r steps, so Lanczos needs a hundredth of the time of an SVD. It
+    squares as `leading_svd` does; where that is too inaccurate, `leading_svd` is used instead.
 
     Args:
-      w_svd: u (in, n), sigma (n,), vt (n, out) of one W, thin.
+      w_svd: the thin SVD of one W: u (in, n), sigma (n,), vt (n, out).
       factors: (a, b) or (a, b, s), a (in, r), b (r, out).
       k: 1 to n - 1.
 
@@ -168,8 +170,8 @@ def updated_svd(
     u, sigma, vt = (np.asarray(x, np.float64) for x in w_svd)
     a, b, s = factors if len(factors) == 3 else (*factors, 1.0)
     a, b, n = float(s) * np.asarray(a, np.float64), np.asarray(b, np.float64), len(sigma)
-    left, one = _along(u, a)
-    right, other = _along(vt.T, b.T)
+    left, left_coordinates = _along(u, a)
+    right, right_coordinates = _along(vt.T, b.T)
 
     def times(x, out, into):
         y = out @ (into.T @ x)
@@ -177,32 +179,33 @@ def updated_svd(
         return y
 
     core = LinearOperator(
-        (len(one), len(other)),
-        matvec=lambda x: times(np.ravel(x), one, other),
-        rmatvec=lambda x: times(np.ravel(x), other, one),
+        (len(left_coordinates), len(right_coordinates)),
+        matvec=lambda x: times(np.ravel(x), left_coordinates, right_coordinates),
+        rmatvec=lambda x: times(np.ravel(x), right_coordinates, left_coordinates),
         dtype=np.float64,
     )
     start = np.random.default_rng(0).standard_normal(min(core.shape))
-    x, found, yt = svds(core, k, v0=start)
-    order = np.argsort(-found)
-    x, found, y = x[:, order], found[order], yt[order].T
-    if found[-1] <= SQUARED * found[0]:
+    x, values, yt = svds(core, k, v0=start)
+    order = np.argsort(-values)
+    x, values, y = x[:, order], values[order], yt[order].T
+    if values[-1] <= SQUARED * values[0]:
         return leading_svd((u * sigma) @ vt + a @ b, k)
-    return u @ x[:n] + left @ x[n:], found, y[:n].T @ vt + y[n:].T @ right.T
+    return u @ x[:n] + left @ x[n:], values, y[:n].T @ vt + y[n:].T @ right.T
 
 
 def _along(u: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Columns that u (n, k) lacks to hold a (n, r), orthonormal, and a in terms of u and them."""
+    """Orthonormal columns that extend u (n, k) so that its span contains a (n, r), and a in terms
+    of u and them."""
     inside = u.T @ a
     if u.shape[0] == u.shape[1]:
         return np.zeros((len(u), 0)), inside
-    outside, rest = np.linalg.qr(a - u @ inside)
-    return outside, np.concatenate([inside, rest])
+    outside, coordinates = np.linalg.qr(a - u @ inside)
+    return outside, np.concatenate([inside, coordinates])
 
 
 def existing(u: np.ndarray, sigma: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Columns of u (..., n, k) whose sigma (..., k) is not rounding, zeros for the others."""
-    # The factors are float32 data, so that is the rounding that counts.
+    """u (..., n, k), with zeros for the columns whose sigma (..., k) is only rounding."""
+    # The factors were stored in float32, so its rounding matters.
     floor = max(shape) * np.finfo(np.float32).eps * sigma.max(-1, keepdims=True, initial=0.0)
     return u * (sigma > floor)[..., None, :]
 
@@ -210,7 +213,7 @@ def existing(u: np.ndarray, sigma: np.ndarray, shape: tuple[int, ...]) -> np.nda
 def effective_rank(sigma: ArrayLike) -> np.ndarray:
     """exp of the entropy of p = sigma / sum(sigma) (Roy & Vetterli 2007): (..., k) -> (...).
 
-    k equal values give k, a single one gives 1, none at all gives 0.
+    k equal values give k, a single one gives 1, none gives 0.
     """
     sigma = np.asarray(sigma, np.float64)
     total = sigma.sum(-1)
@@ -228,7 +231,7 @@ def stable_rank(sigma: ArrayLike) -> np.ndarray:
 
 
 def energy_rank(sigma: ArrayLike, tau: float = 0.9) -> np.ndarray:
-    """Fewest singular values that hold a share tau of sum(sigma^2): (..., k) -> (...) int.
+    """The fewest singular values that hold a share tau of sum(sigma^2): (..., k) -> (...) int.
 
     (arXiv 2405.09673, section 4.6, with "variance" read as sigma^2.) 0 for no update.
     """
@@ -236,7 +239,7 @@ def energy_rank(sigma: ArrayLike, tau: float = 0.9) -> np.ndarray:
         raise ValueError(f"tau {tau}: a share of the energy, above 0 and at most 1")
     energy = np.sort(np.asarray(sigma, np.float64), axis=-1)[..., ::-1] ** 2
     held = np.cumsum(energy, axis=-1)
-    # A rounding error in the sum must not ask for one value more.
+    # A rounding error in the sum must not add one more value.
     enough = held >= tau * energy.sum(-1, keepdims=True) * (1 - 1e-12)
     rank = np.argmax(enough, axis=-1) + 1 if energy.shape[-1] else np.zeros(energy.shape[:-1])
     return np.where(energy.sum(-1) > 0, rank, 0).astype(int)
@@ -249,7 +252,7 @@ def numerical_rank(
 
     Args:
       shape: (in, out) of the update.
-      dtype: what the factors were stored in; its eps is the one that counts.
+      dtype: of the stored factors, whose eps is used.
     """
     sigma = np.asarray(sigma, np.float64)
     threshold = max(shape) * np.finfo(dtype).eps * sigma.max(-1, keepdims=True, initial=0.0)

@@ -142,8 +142,8 @@ def _over_pairs(pairs, compare) -> dict[tuple[str, str, int], np.ndarray]:
                     first, second = u[path][kind], v[path][kind]
                     if len(first) != len(second):
                         raise ValueError(
-                            f"{path}, {kind}: directions in spaces of {len(first)} and {len(second)} "
-                            "dimensions; only models of the same width can be compared"
+                            f"{path}, {kind}: directions in spaces of {len(first)} and "
+                            f"{len(second)} dimensions; only models of one width can be compared"
                         )
                     both[path, kind, n] = first, second
                     shapes[path, kind, n] = (*first.shape, second.shape[1])
