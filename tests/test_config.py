@@ -398,7 +398,7 @@ def test_digest_changes_with_any_value_and_with_nothing_else():
 
 
 def test_a_size_that_there_is_not_is_one_clear_error():
-    with pytest.raises(ValueError, match="no such size; stories, gpt2-medium; did you mean"):
+    with pytest.raises(ValueError, match="no such size; choose stories, gpt2-medium; did you mean"):
         scales.scale("storys")
 
 

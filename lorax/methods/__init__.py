@@ -1,8 +1,8 @@
 """Adaptation methods behind one contract (`lorax.methods.contract`).
 
-`lorax.method("lora", rank=8)` gives the method with its hyperparameters filled in. To add one,
+`lorax.method("lora", rank=8)` returns the method with its hyperparameters filled in. To add one,
 write a function of hyperparameters that returns a `Method`, in any file, and `register` it
-(`lorax.catalogue`); docs/examples/hira.py is one with an operator leaf of its own.
+(`lorax.catalogue`); docs/examples/hira.py is an example with its own operator leaf.
 """
 
 import types
@@ -24,7 +24,7 @@ from lorax.methods.targets import (
     words_of,
 )
 
-#: name -> `lorax.catalogue.Row` of every method that there is; `register` adds to it.
+#: name -> `lorax.catalogue.Row` of every registered method; `register` adds to it.
 METHODS = types.MappingProxyType(ROWS)
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""AdaLoRA: one budget of rank that matrices compete for (Zhang et al. 2023, arXiv:2303.10512).
+"""AdaLoRA: a rank budget that matrices compete for (Zhang et al. 2023, arXiv:2303.10512).
 
     y = x w + s dropout(x) a diag(e) b      a (in, r), e (r,), b (r, out), s = alpha / (r + 1e-5)
 
@@ -10,26 +10,27 @@ entry p of the three, with gradient g, has (section 3.2)
     I = |p g|,    average += (1 - beta1) (I - average),
     deviation += (1 - beta2) (|I - average| - deviation),    score = average deviation
 
-and a triplet that of its e, plus the mean over its column of a, plus the mean over its row of b.
-The e outside the `budget` highest of all matrices and layers become zero. Where n matrices are
-adapted, the budget is r n until step tinit, target_rank n from step steps - tfinal on and falls
-with a cube between the two (section 3.3); pruning happens at multiples of `every`, and what is zero
-may grow again until the next, but from steps - tfinal on the averages stay and every step prunes:
-the choice of triplets is final.
+and the score of a triplet is the score of its e, plus the mean over its column of a, plus the mean
+over its row of b. Of all triplets of all matrices and layers, the `budget` highest keep their e;
+the e of the others become zero. With n adapted matrices the budget is r n until step tinit,
+target_rank n from step steps - tfinal on, and falls as a cubic between the two (section 3.3).
+Pruning happens at multiples of `every`; an e that was set to zero may grow again until the next.
+From steps - tfinal on the averages are frozen and every step prunes: the choice of triplets is
+final.
 
-Where paper and PEFT differ this file follows PEFT (0.21, `peft.tuners.adalora`):
+Where the paper and PEFT differ, this file follows PEFT (0.21, `peft.tuners.adalora`):
 
-- p in I is the parameter after the optimiser's step, g the gradient before it; the paper has both
-  before. g includes the penalty's gradient and is not clipped yet (PEFT sees what the caller has
+- p in I is the parameter after the optimiser's step, g the gradient before it; the paper takes both
+  before. g includes the penalty's gradient and is not yet clipped (PEFT uses what the caller has
   left in `.grad`).
-- The paper's update has no s (equation 3). r in it is the rank at the start, whatever is pruned.
+- The paper's update has no s (equation 3). r in s is the initial rank, whatever is pruned.
 - The penalty is a mean of Frobenius norms; the paper has a sum of their squares (equation 4).
 - The budget falls as (1 - (t - tinit) / (steps - tfinal - tinit))^3, rounded down, in float64.
 
-It departs from PEFT in three points. Steps count from 1, `update_and_allocate(step + 1)`: the final
-pruning of tfinal = 0 happens after the last step, where counting from 0 never gets to it. Of equal
-scores the first by path, layer and column are kept, so that the number of triplets is the budget;
-PEFT drops all that equal its threshold. target_rank may equal the rank, which prunes nothing.
+It departs from PEFT in three points. Steps count from 1, `update_and_allocate(step + 1)`, so that
+with tfinal = 0 the final pruning happens after the last step; counting from 0 never reaches it.
+Ties are broken by path, layer and column, so that exactly the budget is kept; PEFT drops all
+triplets that equal its threshold. target_rank may equal the rank, which prunes nothing.
 """
 
 from typing import NamedTuple
@@ -63,8 +64,8 @@ def adalora(
     """AdaLoRA with the given hyperparameters; see `lorax.methods.Method` for its functions.
 
     rank: r >= 1 of every matrix at the start, at most min(in, out) of every target.
-    target_rank: mean rank in the end, 1 to rank; None for two thirds of it (PEFT's 8 of 12).
-    alpha: gives the scale s. targets, layers, dropout: as for `lora.lora`. tinit, tfinal: steps
+    target_rank: mean rank at the end, 1 to rank; None for two thirds of rank (PEFT: 8 of 12).
+    alpha: sets the scale s. targets, layers, dropout: as for `lora.lora`. tinit, tfinal: steps
     before the budget falls and after it has fallen; at least one of `train.steps` must be between
     them. every: steps between two prunings.
     orthogonal: weight of the penalty. beta1, beta2: of the averages, in (0, 1).
@@ -123,7 +124,7 @@ def _check(hp: dict) -> None:
 
 
 def _as_lora(f):
-    """A function of `lora` for the update s (a diag(e)) b."""
+    """A function of `lora`, applied to the update s (a diag(e)) b."""
 
     def of_both(trainable, *args, **kwargs):
         folded = {
@@ -147,7 +148,7 @@ def factors(trainable, constants, params, sites=None):
 
 
 def penalty(trainable, constants):
-    """() orthogonal times the mean of |P^T P - 1| over P = a and b^T of what is adapted."""
+    """() orthogonal times the mean of |P^T P - 1| over P = a and b^T of the adapted matrices."""
     total, n = 0.0, 0
     for x in joined(trainable, constants).values():
         n += 2 * jnp.sum(x["real"][..., 0])
@@ -157,7 +158,7 @@ def penalty(trainable, constants):
             one = jnp.broadcast_to(jnp.eye(p.shape[-1], dtype=p.dtype), gram.shape)
             one = one * x["real"][..., None, :].astype(p.dtype)
             squares = jnp.sum(jnp.square(gram - one), axis=(-2, -1))
-            # The root's gradient at zero is infinite: nothing is adapted there, or P is perfect.
+            # The root's gradient is infinite at zero: unadapted layers, or an orthonormal P.
             norms = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
             total = total + jnp.sum(norms)
     return _of_member(constants, "orthogonal").astype(total.dtype) * total / n.astype(total.dtype)
@@ -167,7 +168,7 @@ def penalty(trainable, constants):
 
 
 class Allocation(NamedTuple):
-    """State of `optimizer`. inner: the inner one's. step: () int32, steps done.
+    """State of `optimizer`. inner: state of the inner optimiser. step: () int32, steps done.
 
     budgets: (train.steps + 1,) int32, see `schedule`. average, deviation: {path: {"a", "e", "b"}},
     float32.
@@ -181,10 +182,10 @@ class Allocation(NamedTuple):
 
 
 def schedule(full: int, target: int, tinit: int, tfinal: int, every: int, steps: int):
-    """(steps + 1,) int32: triplets that are kept after each step, `full` where none is pruned.
+    """(steps + 1,) int32: number of triplets kept after each step, `full` where none is pruned.
 
-    full, target: number of triplets at the start and in the end.
-    Raises ValueError where tinit and tfinal leave no step between them.
+    full, target: number of triplets at the start and at the end.
+    Raises ValueError if tinit and tfinal leave no step between them.
     """
     last = steps - tfinal
     if tinit >= last:
@@ -201,14 +202,14 @@ def schedule(full: int, target: int, tinit: int, tfinal: int, every: int, steps:
 
 
 def optimizer(inner, constants, train):
-    """`inner`, and after each of its steps the e of the triplets beyond the budget set to zero.
+    """`inner`, followed after each step by setting the e of triplets beyond the budget to zero.
 
-    Its `init` reads the constants' values: traced, as for a plan, it is right in its shapes alone.
+    Its `init` reads the constants' values; if it is traced, as for a plan, only shapes are right.
     """
     fixed = joined(constants)
 
     def adapted(tree_):
-        """{path: {"a", "e", "b"}}, without the parameters that are trained in full as well."""
+        """{path: {"a", "e", "b"}}, without additional parameters that are trained in full."""
         return {path: x for path, x in joined(tree_).items() if path in fixed}
 
     def init(trainable):
@@ -248,14 +249,15 @@ def optimizer(inner, constants, train):
 
 
 def keep(scores, fixed, budget):
-    """{path: (layers..., r) bool}: the `budget` triplets of the highest score, the first of equals.
+    """{path: (layers..., r) bool}: the `budget` triplets with the highest scores; ties go to the
+    first.
 
-    scores: {path: {"a", "e", "b"}}, of each entry. fixed: {path: constants}. budget: () int32.
+    scores: {path: {"a", "e", "b"}} of each entry. fixed: {path: constants}. budget: () int32.
     """
     triplets = {}
     for path, x in scores.items():
         score = x["e"] + jnp.mean(x["a"], axis=-2) + jnp.mean(x["b"], axis=-1)
-        # Padding and what this member does not adapt come last.
+        # Padding, and layers that this member does not adapt, come last.
         triplets[path] = jnp.where(fixed[path]["real"], score, -jnp.inf)
     flat = jnp.concatenate([score.ravel() for score in triplets.values()])
     order = jnp.argsort(-flat, stable=True)
@@ -266,5 +268,5 @@ def keep(scores, fixed, budget):
 
 
 def _of_member(constants, name):
-    """() a constant that is one number for the whole member; every matrix has a copy."""
+    """() a constant of the whole member, of which every matrix has a copy."""
     return next(iter(joined(constants).values()))[name].ravel()[0]

@@ -1,8 +1,8 @@
-"""The matrices that a method adapts, one after the other, and arrays of one shape for all members.
+"""Iterates over the matrices that a method adapts, and fills arrays of one shape for all members.
 
 Members of a sweep share one program, so their trees have the same paths and shapes: `init` makes
-arrays for every matrix that some member adapts, as wide as the widest member needs, and zeros where
-its own member adapts nothing.
+arrays for every matrix that some member adapts, as wide as the widest member needs, with zeros
+where this member adapts nothing.
 """
 
 import zlib
@@ -21,7 +21,7 @@ class Matrix(NamedTuple):
 
     path, site: of its kernel. axes: sizes of its layer axes, () if it is not stacked. n_in, n_out:
     size of one layer's matrix. active: numpy array over `axes`: whether each layer is adapted, or
-    its rank, as `adapted` of `matrices` has it. key: for this matrix, None if `matrices` has none.
+    its rank, as passed to `matrices`. key: for this matrix, None if `matrices` got none.
     """
 
     path: str
@@ -33,7 +33,7 @@ class Matrix(NamedTuple):
     key: jax.Array | None = None
 
     def fill(self, shapes: Mapping[str, tuple], draw: Callable) -> dict:
-        """{name: float32 array (*axes, *shape)} with what `draw` gives active layers: `fill`."""
+        """{name: float32 array (*axes, *shape)}, drawn for active layers; see `fill` below."""
         return fill(self.key, self.axes, self.active > 0, shapes, draw)
 
     def full(self, value, dtype=jnp.float32) -> jax.Array:
@@ -52,19 +52,19 @@ def matrices(
 
     adapted: {path: (Site, active)} of the adapted matrices, as from `adapted_matrices`.
     targets: {path: Site} of the matrices to make arrays for; None for the adapted ones.
-    key: of the member. rank: if given, the keys differ between ranks. Otherwise ranks of one seed
-    would share their first columns, and the similarity between their subspaces would start above
-    chance.
+    key: of the member. rank: if given, keys differ between ranks. Otherwise members of one seed and
+    different ranks would share their first columns, and the similarity of their subspaces would
+    start above chance.
     """
     flat = tree.flatten(params)
     targets = targets or {path: site for path, (site, _) in adapted.items()}
     for path, site in targets.items():
         axes, n_in, n_out = site.matrix_shape(flat[path].shape)
         active = adapted[path][1] if path in adapted else np.zeros(axes, bool)
-        own_key = None if key is None else key_for(key, path)
-        if own_key is not None and rank is not None:
-            own_key = jax.random.fold_in(own_key, rank)
-        yield Matrix(path, site, axes, n_in, n_out, np.asarray(active), own_key)
+        matrix_key = None if key is None else key_for(key, path)
+        if matrix_key is not None and rank is not None:
+            matrix_key = jax.random.fold_in(matrix_key, rank)
+        yield Matrix(path, site, axes, n_in, n_out, np.asarray(active), matrix_key)
 
 
 def key_for(key: jax.Array, path: str) -> jax.Array:
@@ -73,12 +73,12 @@ def key_for(key: jax.Array, path: str) -> jax.Array:
 
 
 def fill(key, axes, active, shapes: Mapping[str, tuple], draw: Callable) -> dict:
-    """{name: float32 array (*axes, *shape)}, zero except for what `draw` gives each active layer.
+    """{name: float32 array (*axes, *shape)}, drawn for active layers and zero elsewhere.
 
     axes: sizes of the layer axes, () for a weight that is not stacked. active: boolean numpy array
     over them. draw(key, index) -> {name: array at most as large as shapes[name]}, written into the
-    first rows and columns; the rest is padding. index: of the layer, a tuple. The key of a layer
-    does not depend on how many are active. Can be traced.
+    first rows and columns; the rest is padding. index: of the layer, a tuple. A layer's key does
+    not depend on how many layers are active. Can be traced.
     """
     indices = list(np.ndindex(*axes))
     drawn = [{} for _ in indices]
@@ -101,8 +101,8 @@ def fill(key, axes, active, shapes: Mapping[str, tuple], draw: Callable) -> dict
 
 
 def joined(*trees: dict) -> dict[str, dict]:
-    """{path: {name: leaf}} of trees whose leaves lie at path/name: a method's trainable and
-    constants side by side."""
+    """{path: {name: leaf}} of trees whose leaves are at path/name: joins a method's trainable and
+    constants."""
     leaves: dict[str, dict] = {}
     for flat in map(tree.flatten, trees):
         for path, leaf in flat.items():

@@ -2,16 +2,16 @@
 
     h = x w + bias,  y = h + f(h down + down_bias) up + up_bias      down (d, m), up (m, d)
 
-- Houlsby (Houlsby et al. 2019, arXiv:1902.00751, section 2.1): after the attention's and the
-  feed-forward's output projection, before the residual sum; GELU; the norms are trained as well.
-- Pfeiffer (Pfeiffer et al. 2020, arXiv:2005.00247): after the feed-forward's alone; ReLU; m = d/16,
-  which is the default of 48 for BERT's 768 features; no norms.
+- Houlsby (Houlsby et al. 2019, arXiv:1902.00751, section 2.1): after the output projections of
+  attention and feed-forward layer, before the residual sum; GELU; the norms are trained as well.
+- Pfeiffer (Pfeiffer et al. 2020, arXiv:2005.00247): only after the feed-forward layer; ReLU;
+  m = d/16, which is the default of 48 for BERT's 768 features; no norms.
 
-Departures. The authors' code (adapter-bert) draws both matrices from a normal distribution of
-standard deviation 0.001, cut off at two of them; here `up` starts at zero, so that an adapted model
-is its base at step 0. Pfeiffer's adapter in AdapterHub reads the sum with the residual stream after
-its norm; here, as Houlsby's, what the feed-forward gives. Nothing of this is a change of weights:
-it can't be merged, and costs two products more in generation too.
+Departures. The authors' code (adapter-bert) draws both matrices from a normal distribution with
+standard deviation 0.001, truncated at two standard deviations; here `up` starts at zero, so that an
+adapted model equals its base at step 0. Pfeiffer's adapter in AdapterHub reads the normalised sum
+with the residual stream; here it reads the feed-forward output, as Houlsby's does. Neither is a
+change of weights: it can't be merged, and generation costs two more products.
 """
 
 import jax
@@ -25,7 +25,7 @@ from lorax.methods.full import beside
 from lorax.methods.targets import Default, adapted_matrices, words_of
 from lorax.models.layers import ACTIVATIONS
 
-WIDTH = 1e-3  # standard deviation of `down` at the start, before the cut
+WIDTH = 1e-3  # initial standard deviation of `down`, before truncation
 
 
 def houlsby(
@@ -39,9 +39,9 @@ def houlsby(
 
     rank: m >= 1, the adapter's inner size. activation: f, a name of `layers.ACTIVATIONS`. targets:
     the linear layers that an adapter follows, see `lorax.methods.resolve`. layers: indices of the
-    layers that have adapters, None for all. full: words for what is trained beside the norms, which
-    are trained in all layers.
-    Raises ValueError for a value out of range and a target that is no linear layer.
+    layers that have adapters, None for all. full: words for parameters to train in addition to the
+    norms, which are trained in all layers.
+    Raises ValueError for a value out of range and a target that is not a linear layer.
     """
     words = (full,) if isinstance(full, str) else tuple(full)
     words = tuple(dict.fromkeys(("norms", *words)))
@@ -71,7 +71,7 @@ def _bottleneck(name, rank, activation, words, layers) -> Method:
         adapted = adapted_matrices(params, sites, words, layers)
         for path, (site, _) in adapted.items():
             if site.kind != "linear":
-                raise ValueError(f"method.targets: {path} is no linear layer's kernel")
+                raise ValueError(f"method.targets: {path} is not a linear layer's kernel")
         return adapted
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
@@ -82,7 +82,7 @@ def _bottleneck(name, rank, activation, words, layers) -> Method:
             def draw(key, index, d=d):
                 return {"down": WIDTH * jax.random.truncated_normal(key, -2, 2, (d, rank))}
 
-            # Units that only pad have zeros on both sides, and so zero gradients: every f(0) is 0.
+            # Padding units are zero on both sides, and f(0) = 0, so their gradients are zero too.
             shapes = {"down": (d, width), "down_bias": (width,), "up": (width, d), "up_bias": (d,)}
             trainable[m.path] = m.fill(shapes, draw)
             constants[m.path] = {"on": jnp.asarray(m.active, jnp.float32)}
@@ -91,7 +91,7 @@ def _bottleneck(name, rank, activation, words, layers) -> Method:
     def bind(trainable, constants, params, key=None, sites=None):
         flat = tree.flatten(params)
         for path, x in joined(trainable, constants).items():
-            # The one gradient that would not be zero where this member has no adapter.
+            # Without this, its gradient would not be zero where this member has no adapter.
             up_bias = x["up_bias"] * x["on"][..., None].astype(x["up_bias"].dtype)
             adapter = x["down"], x["down_bias"], x["up"], up_bias
             flat[path] = leaves.Bottleneck(flat[path], *adapter, ACTIVATIONS[activation])

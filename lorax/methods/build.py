@@ -9,8 +9,8 @@ from lorax.methods.contract import Method, State
 def method(name: str, **hp) -> Method:
     """The method of that name, e.g. `method("lora", rank=8, alpha=8, targets=("q", "v"))`.
 
-    Every method takes two more: full, words for parameters that are trained in full as well
-    (`resolve_full`), such as a classifier's head; dtype, of all that is trained.
+    Every method also takes `full`, words for additional parameters to train in full
+    (`resolve_full`), such as a classifier's head, and `dtype`, of all trained parameters.
     Raises ValueError for an unknown name, an unknown hyperparameter or a value out of range.
     """
     known = hyperparameters(name)
@@ -21,7 +21,7 @@ def method(name: str, **hp) -> Method:
                 f"{nearest(field, known)}"
             )
     dtype = hp.pop("dtype", "float32")
-    # Methods that take `full` themselves train a parameter that two words name only once.
+    # Methods that take `full` themselves train a parameter only once, even if two words name it.
     row = catalogue.row(name)
     words = () if "full" in row.hyperparameters else hp.pop("full", ())
     return full.beside(row.function(**hp)._replace(name=name), words, dtype)

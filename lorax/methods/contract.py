@@ -34,15 +34,16 @@ def _as_stored(constants, params, sites=None):
 class Method(NamedTuple):
     """A method with its hyperparameters.
 
-    Members of a sweep that share a program have trees of equal shapes, and one member gives the
-    program its functions. So all but `init` and `count` read whatever members may differ in from
-    the trees. All but `count` can be traced; a plan traces `init` for its shapes.
+    Members of a sweep that share a program have trees of equal shapes, and the program uses the
+    functions of one of them. So all functions except `init` and `count` must read from the trees
+    whatever may differ between members. All except `count` can be traced; a plan traces `init` for
+    its shapes.
 
     name, hp: as given to `lorax.method`, defaults filled in.
     init(key, params, sites=None, targets=None, pad=None, evidence=None) -> State. targets: {path:
         Site} to make arrays for (default: the adapted ones), pad: width to pad to (default: no
         padding); a sweep passes the union and the maximum. evidence: {path: {kind: array}} for
-        starts that read data.
+        initialisations that read data.
     bind(trainable, constants, params, key=None, sites=None) -> params for `lorax.apply`. key: for
         dropout, in training.
     delta(trainable, constants, params, sites=None) -> {path: dW in the kernel's shape, float32};
@@ -51,18 +52,17 @@ class Method(NamedTuple):
     factors(trainable, constants, params, sites=None) -> {path: (a, b, s)} with dW = s a b, a
         (layers..., in, r), b (layers..., r, out), s (layers...), padding included; None if the
         update is not of low rank.
-    optimizer(inner, constants, train) -> the `optax.GradientTransformation` that trains it, around
-        `inner`, the configured one. train: the section of the config.
-    penalty(trainable, constants) -> () float32, added to the loss that is differentiated; None for
-        nothing.
-    expand(constants, params, sites=None) -> constants, with arrays that follow from them and are
-        computed once for many steps instead of stored (`lorax.methods.subspace`). `bind` takes
-        constants with and without them.
+    optimizer(inner, constants, train) -> the `optax.GradientTransformation` that trains it, wrapped
+        around `inner`, the configured one. train: the section of the config.
+    penalty(trainable, constants) -> () float32, added to the training loss; None for no penalty.
+    expand(constants, params, sites=None) -> constants plus arrays that are computed from them once
+        for many steps instead of being stored (`lorax.methods.subspace`). `bind` takes constants
+        with and without them.
     adapts(params, sites=None) -> {path: (Site, active)}, as from `methods.adapted_matrices`, if
         `init` takes targets; None if it does not.
-    width: what `pad` would be for this member alone, such as its rank; None if nothing is padded.
-    needs: the kind of evidence that `init` reads (`lorax.methods.starts.NEEDS`).
-    stores_delta: whether an export has dW as well, which may be far larger than the state.
+    width: the `pad` that this member needs, such as its rank; None if nothing is padded.
+    needs: the kind of evidence that `init` reads (`lorax.methods.starts.NEEDS`), None for none.
+    stores_delta: whether an export includes dW, which may be far larger than the state.
     """
 
     name: str

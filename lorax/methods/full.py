@@ -1,7 +1,7 @@
-"""Parameters trained in full: full fine-tuning, its last layers, BitFit, LN-tuning, and parameters
-trained beside any other method (a classifier's head).
+"""Parameters trained in full: full fine-tuning of all or the last layers, BitFit, LN-tuning, and
+parameters trained along with any other method (a classifier's head).
 
-    theta = w        w (the parameter's shape), or of a stack of layers only those that are trained
+    theta = w        w (the parameter's shape), or only the trained layers of a stack
 
 BitFit (Ben Zaken et al. 2021, arXiv:2106.10199) trains the biases, LN-tuning (Qi et al. 2022,
 arXiv:2211.08682) the norms' scales and biases. Training the last layers alone is the baseline
@@ -24,9 +24,9 @@ def full(
 ) -> Method:
     """Train the parameters that the words `parameters` name (`lorax.methods.resolve_full`).
 
-    layers: indices of the layers whose parameters are trained, negative ones from the end; what
-    belongs to no layer (embeddings, the last norm) is then left out. None for all parameters.
-    full: words for parameters that are trained in any layer, as beside any other method.
+    layers: indices of the layers whose parameters are trained, negative ones from the end;
+    parameters outside the layers (embeddings, the last norm) are then left out. None for all
+    parameters. full: words for additional parameters to train in any layer, as in other methods.
     Raises ValueError for a word that matches nothing and a layer that does not exist.
     """
     words = words_of(parameters)
@@ -43,8 +43,8 @@ def full(
         coded = [path for path in trained if ops.is_operator(flat[path])]
         if coded:
             raise ValueError(
-                f"quant: {', '.join(coded)} would be trained as they are, but are held quantised; "
-                "leave quant at None or name other parameters"
+                f"quant: {', '.join(coded)} would be trained in full, but are quantised; leave "
+                "quant at None or name other parameters"
             )
         return {path: trained[path] for path in flat if path in trained}
 
@@ -68,7 +68,7 @@ def full(
 
 
 def _in_layers(paths, layers, words, params, sites) -> dict:
-    """{path: as `chosen` of `full`} of those of the parameters `paths` that are in the layers."""
+    """{path: as `chosen` in `full`} of the parameters among `paths` that are in the layers."""
     stacks = stack_depths(params, sites or ops.sites_from_shapes(params))
     numbers = {path: layer_of(path) for path in paths if path not in stacks}
     depth = max([*stacks.values(), *(n + 1 for n in numbers.values())], default=0)
@@ -84,20 +84,20 @@ def _in_layers(paths, layers, words, params, sites) -> dict:
 
 
 def bitfit(layers: tuple[int, ...] | None = None, full: tuple[str, ...] = ()) -> Method:
-    """BitFit: every bias, of norms as well, of the layers that are given (None: of all)."""
+    """BitFit: every bias, including those of norms, in the given layers (None: in all)."""
     return _full(Default(("biases",)), layers, full)
 
 
 def ln_tuning(layers: tuple[int, ...] | None = None, full: tuple[str, ...] = ()) -> Method:
-    """LN-tuning: scale and bias of every norm. PEFT's wraps the modules that it is told to."""
+    """LN-tuning: scale and bias of every norm. (PEFT's trains the modules that it is given.)"""
     return _full(Default(("norms",)), layers, full)
 
 
-_full = full  # whose name the argument takes
+_full = full  # `full` is also an argument's name
 
 
 def bind(trainable, constants, params, key=None, sites=None):
-    """`params` with the trained ones in place of the base's, in the dtype of the base's."""
+    """`params` with the trained values in place of the base's, in the base's dtype."""
     flat = tree.flatten(params)
     for path, x in joined(trainable, constants).items():
         w = x["w"].astype(flat[path].dtype)
@@ -117,10 +117,10 @@ def delta(trainable, constants, params, sites=None):
 
 
 def beside(method: Method, words: tuple[str, ...], dtype: str) -> Method:
-    """The method, with the parameters that `words` name trained in full as well, all in `dtype`.
+    """The method, with the parameters that `words` name also trained in full, all in `dtype`.
 
-    Raises ValueError for an unknown dtype; the method's `init` and `count` then raise for words
-    that match nothing or name what the method adapts itself.
+    Raises ValueError for an unknown dtype. The method's `init` and `count` raise for words that
+    match nothing or name parameters that the method adapts itself.
     """
     words = (words,) if isinstance(words, str) else tuple(words)
     if dtype not in ("float32", "bfloat16"):
@@ -138,28 +138,30 @@ def beside(method: Method, words: tuple[str, ...], dtype: str) -> Method:
 
 
 def _both(method: Method, whole: Method) -> Method:
-    """The method with the parameters that `whole`, a `full`, trains in its trees as well.
+    """The method, with the parameters that `whole` (a `full`) trains added to its trees.
 
-    The method's functions are given its own leaves alone and, as base, the parameters as `whole`
-    has trained them: (IA)3 may scale a trained bias.
+    The method's functions see only their own leaves, and as base the parameters as trained by
+    `whole`: (IA)3 may scale a trained bias.
     """
 
     def init(key, params, *args, **kwargs):
         trainable, constants = method.init(key, params, *args, **kwargs)
-        more = whole.init(key, params).trainable
-        twice = joined(trainable).keys() & joined(more).keys()
+        whole_trained = whole.init(key, params).trainable
+        twice = joined(trainable).keys() & joined(whole_trained).keys()
         if twice:
             raise ValueError(
                 f"method.full: {', '.join(sorted(twice))} are in method.targets as well"
             )
-        return State(tree.unflatten(tree.flatten(trainable) | tree.flatten(more)), constants)
+        return State(
+            tree.unflatten(tree.flatten(trainable) | tree.flatten(whole_trained)), constants
+        )
 
     def on_trained(function):
-        """The method's function of (trainable, constants, params, ...) for the trees of both."""
+        """The method's function of (trainable, constants, params, ...), for the joint trees."""
 
         def of_both(trainable, constants, params, *args, **kwargs):
-            leaves, more = _apart(trainable)
-            return function(leaves, constants, bind(more, {}, params), *args, **kwargs)
+            leaves, whole_trained = _apart(trainable)
+            return function(leaves, constants, bind(whole_trained, {}, params), *args, **kwargs)
 
         return function and of_both
 
@@ -185,7 +187,7 @@ def _both(method: Method, whole: Method) -> Method:
 
 
 def _apart(trainable) -> tuple[dict, dict]:
-    """(the method's own leaves, those of parameters trained in full, which are called w)."""
+    """(the method's own leaves, those of parameters trained in full, named w)."""
     flat = tree.flatten(trainable)
     part = lambda yes: tree.unflatten({p: x for p, x in flat.items() if p.endswith("/w") == yes})
     return part(False), part(True)

@@ -10,9 +10,9 @@ BITS = 4  # of the index that one product works on: a 16 x 16 matrix
 def hadamard(x: jax.Array) -> jax.Array:
     """H x over the last axis, H[i, j] = (-1)^popcount(i & j), not normalised: H H = n I.
 
-    x: (..., n), n a power of two. H is symmetric, so the gradient is H times the cotangent. n log n
-    operations: H is a Kronecker product of small ones, and each product with one of these moves
-    the bits of the index that it worked on to the front, so that the next ones are last.
+    x: (..., n), n a power of two. H is symmetric, so the gradient is H times the cotangent. This
+    takes n log n operations: H is a Kronecker product of small ones, and each product with one of
+    these moves the index bits that it has processed to the front, so that the next bits are last.
     Raises ValueError for another n.
     """
     *lead, n = x.shape
@@ -34,5 +34,5 @@ def matrix(n: int, dtype=np.float32) -> np.ndarray:
 
 
 def at_least(n: int) -> int:
-    """The smallest power of two that is not below n."""
+    """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()

@@ -1,4 +1,4 @@
-"""Updates of high rank from few numbers: LoHa and LoKr, products of Hadamard and of Kronecker.
+"""High-rank updates from few parameters: LoHa (Hadamard products) and LoKr (Kronecker products).
 
 LoHa (FedPara, Hyeon-Woo et al. 2021, arXiv:2108.06098, section 2.2; LyCORIS, Yeh et al. 2023,
 arXiv:2309.14859):
@@ -6,23 +6,23 @@ arXiv:2309.14859):
     y = x w + s dropout(x) ((a1 b1) * (a2 b2))      a (in, r), b (r, out), s = alpha / r
 
 The entrywise product of two matrices of rank r has rank up to r^2. Its thin factors are the
-row-wise Khatri-Rao products (in, r^2) of a1 with a2 and (r^2, out) of b1 with b2: it is computed
-and exported as a LoRA of rank r^2. PEFT makes the dense update in every forward pass, which is the
-better way only where r^2 (in + out) > in out. a2 starts at zero, as in PEFT (hada_w2_b); FedPara
-trains from scratch and starts all four at random. PEFT's arrays are ours transposed: a1 hada_w1_b,
+Khatri-Rao products (in, r^2) of a1 with a2 and (r^2, out) of b1 with b2: it is computed and
+exported as a LoRA of rank r^2. PEFT computes the dense update in every forward pass, which is
+cheaper only if r^2 (in + out) > in out. a2 starts at zero, as in PEFT (hada_w2_b); FedPara trains
+from scratch and draws all four at random. PEFT's arrays are ours transposed: a1 hada_w1_b,
 b1 hada_w1_a, a2 hada_w2_b, b2 hada_w2_a.
 
 LoKr (LyCORIS, arXiv:2309.14859):
 
     y = x w + s dropout(x) kron(w1, w2)     w1 (m, l), w2 (n, k), in = m n, out = l k, s = alpha / r
 
-w2 is a product a2 b2 of rank r where that is the smaller, r < max(n, k) / 2, and w1 = a1 b1 where
-r < max(m, l) / 2 and it is asked for. s = alpha / r even where neither is a product, as in LyCORIS
-and PEFT. w1 (or b1) starts at zero, as in PEFT; in LyCORIS it is w2. PEFT's arrays are ours
-transposed: w1 lokr_w1, a1 lokr_w1_b, b1 lokr_w1_a, and so for 2. w2 is m l times smaller than the
-kernel and is multiplied out; kron(w1, w2) never is.
+w2 is a product a2 b2 of rank r if that is smaller, r < max(n, k) / 2; w1 = a1 b1 if
+r < max(m, l) / 2 and `decompose_both` is set. s = alpha / r even if neither is a product, as in
+LyCORIS and PEFT. w1 (or b1) starts at zero, as in PEFT; in LyCORIS w2 does. PEFT's arrays are ours
+transposed: w1 lokr_w1, a1 lokr_w1_b, b1 lokr_w1_a, and likewise for 2. w2 is m l times smaller than
+the kernel and is computed in full; kron(w1, w2) never is.
 
-Dropout is on the input, as LoRA's, and not PEFT's `rank_dropout` or `module_dropout`.
+Dropout is on the input, as in LoRA, not PEFT's `rank_dropout` or `module_dropout`.
 """
 
 import math
@@ -92,10 +92,10 @@ def lokr(
 ) -> Method:
     """LoKr, with the hyperparameters of `lorax.methods.lora.lora` and two of its own.
 
-    rank: any; from max(n, k) / 2 on it says nothing but the scale. factor: see `factorization`.
+    rank: any; from max(n, k) / 2 on it only sets the scale. factor: see `factorization`.
     decompose_both: whether w1 may be a product as well.
-    Trainable: of i = 1 and 2 w{i}, or a{i} and b{i}; all three in a tree that is padded to a rank
-    with w{i}, where on{i} () float32 says whether w{i} counts. Raises ValueError as LoRA, and for
+    Trainable: for i = 1 and 2, w{i}, or a{i} and b{i}; or all three in a tree padded to a rank that
+    needs w{i}, where on{i} () float32 says whether w{i} is used. Raises ValueError as LoRA, and for
     a factor out of range.
     """
     hp = _checked(rank, alpha, scaling, targets, layers, dropout)
@@ -106,7 +106,7 @@ def lokr(
         shapes, ranks = {}, pad or rank
         sizes = zip(factorization(n_in, factor), factorization(n_out, factor), strict=True)
         for i, (rows, columns) in zip((1, 2), sizes, strict=True):
-            # The largest rank below max(rows, columns) / 2, up to which there is a product.
+            # The largest rank below max(rows, columns) / 2, up to which a product is used.
             limit = -(-max(rows, columns) // 2) - 1 if i == 2 or decompose_both else 0
             if ranks > limit:
                 shapes[f"w{i}"] = (rows, columns)
@@ -120,7 +120,7 @@ def lokr(
 
 
 def _bind_kronecker(trainable, constants, params, key=None, sites=None):
-    """`params` with a `Kronecker` leaf at every adapted path; dropout where a key is given."""
+    """`params` with a `Kronecker` leaf at every adapted path; dropout if a key is given."""
     flat = tree.flatten(params)
     for path, x in joined(trainable, constants).items():
         dropout = lora.dropout_of(path, x, key)
@@ -148,8 +148,8 @@ def _factor(x, i: int):
 
 
 def factorization(size: int, factor: int = -1) -> tuple[int, int]:
-    """(m, n) with m n = size: m is `factor` where that divides it, otherwise the largest divisor
-    up to `factor` and the square root; -1: up to the square root. As PEFT's function of this name.
+    """(m, n) with m n = size: m is `factor` if that divides size, otherwise the largest divisor up
+    to `factor` and the square root; -1: up to the square root. As PEFT's function of this name.
 
     Raises ValueError for a factor that is neither positive nor -1.
     """
@@ -166,18 +166,18 @@ def factorization(size: int, factor: int = -1) -> tuple[int, int]:
 
 
 def _checked(*values) -> dict:
-    """The hyperparameters that both have in common with LoRA, checked there, and the scale."""
+    """The hyperparameters shared with LoRA, checked there, and the scale."""
     names = ("rank", "alpha", "scaling", "targets", "layers", "dropout")
     hp = lora.lora(**dict(zip(names, values, strict=True))).hp
     return {name: hp[name] for name in (*names, "scale")}
 
 
 def _from_arrays(arrays, zero, hp, most=None) -> dict:
-    """{init, count, adapts, width} of a method whose trainables of a target are `arrays`.
+    """{init, count, adapts, width} of a method whose trainable arrays of a target are `arrays`.
 
-    arrays(in, out, pad=None) -> {name: shape}, layer axes not counted. zero: those that start at
-    zero; the others start as PEFT's `kaiming_uniform_(a=sqrt 5)`, U(-1/sqrt(rows), 1/sqrt(rows)).
-    most: the rank that min(in, out) must not be below.
+    arrays(in, out, pad=None) -> {name: shape}, without layer axes. zero: names that start at zero;
+    the others start as PEFT's `kaiming_uniform_(a=sqrt 5)`, U(-1/sqrt(rows), 1/sqrt(rows)).
+    most: a rank that min(in, out) must not be below.
     """
 
     def adapts(params, sites=None):

@@ -1,21 +1,21 @@
-"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), and its nearest variants.
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), and close variants.
 
     y = x w + s dropout(x) a b        a (in, r), b (r, out), s = alpha / r  (section 4.1)
 
 - rsLoRA (Kalajdzievski 2023, arXiv:2312.03732): s = alpha / sqrt(r).
-- DoRA (Liu et al. 2024, arXiv:2402.09353, equation 5): the columns of w + s a b are brought to
-  trained lengths m (out,). Their present lengths n are constants to the gradient (section 4.3), and
-  come from ||w||^2 + 2 s <a^T w, b> + s^2 <a^T a b, b>: no a b is made. The bias is not scaled.
-  With dropout PEFT gives (m / n - 1) x w the dropped-out x as well, at the price of a second
-  product; here, as in LoRA, dropout is on the input of `a` alone.
-- LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): a stays as drawn.
+- DoRA (Liu et al. 2024, arXiv:2402.09353, equation 5): the columns of w + s a b are rescaled to
+  trained lengths m (out,). Their current lengths n are constants for the gradient (section 4.3),
+  computed from ||w||^2 + 2 s <a^T w, b> + s^2 <a^T a b, b> without a b. The bias is not scaled.
+  With dropout, PEFT also uses the dropped-out x in (m / n - 1) x w, at the cost of a second
+  product; here, as in LoRA, dropout is only on the input of `a`.
+- LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): a keeps its initial values.
 - LoRA+ (Hayou et al. 2024, arXiv:2402.12354): b learns `ratio` times as fast as a.
 
-One of the two factors starts at zero, so that an adapted model is its base at step 0. The paper
+One of the two factors starts at zero, so that an adapted model equals its base at step 0. The paper
 draws A from a Gaussian without giving its width; its released code, PEFT and this file's default
-use `kaiming_uniform(sqrt 5)`, which is U(-1/sqrt(in), 1/sqrt(in)). Starts that read the base or
-data (`lorax.methods.starts`) begin with a0 b0 in the adapter and take it off the base: the leaf
-computes x w + s (x a b - x a0 b0), the base itself stays as it is.
+use `kaiming_uniform(sqrt 5)`, which is U(-1/sqrt(in), 1/sqrt(in)). Initialisations that read the
+base or data (`lorax.methods.starts`) start the adapter at a0 b0 and subtract that from the base:
+the leaf computes x w + s (x a b - x a0 b0), and the base itself is unchanged.
 """
 
 import math
@@ -41,7 +41,7 @@ SCALINGS = {
 
 
 def _kaiming(key, n_in, rank):
-    """`torch.nn.init.kaiming_uniform_(a=sqrt 5)` of the paper's (r, in) matrix, transposed."""
+    """`torch.nn.init.kaiming_uniform_(a=sqrt 5)` for the paper's (r, in) matrix, transposed."""
     bound = 1 / math.sqrt(n_in)
     return jax.random.uniform(key, (n_in, rank), jnp.float32, -bound, bound)
 
@@ -66,13 +66,13 @@ def lora(
 ) -> Method:
     """LoRA with the given hyperparameters; see `lorax.methods.Method` for what its functions take.
 
-    rank: r >= 1, at most min(in, out) of every target. alpha, scaling: give the scale s.
-    init: of `a`, "kaiming" or "gaussian", or one of `lorax.methods.starts.STARTS` of a and b; those
-    that read data need `evidence`. targets: see `lorax.methods.resolve`. layers: indices of the
-    layers to adapt, None for all. dropout: rate in [0, 1) on the input of a.
-    ranks: {path: rank, or nested lists of ranks over the layer axes}, 0 where a matrix is not
-    adapted, in place of `rank`, which then only gives s (as PEFT scales after EVA has redistributed
-    ranks); a target that it does not name is not adapted. `hp["widest"]` is the largest, to pad to.
+    rank: r >= 1, at most min(in, out) of every target. alpha, scaling: set the scale s.
+    init: "kaiming" or "gaussian" for `a`, or one of `lorax.methods.starts.STARTS` for a and b;
+    those that read data need `evidence`. targets: see `lorax.methods.resolve`. layers: indices of
+    the layers to adapt, None for all. dropout: rate in [0, 1) on the input of a.
+    ranks: {path: rank, or nested lists of ranks over the layer axes}, 0 for matrices that are not
+    adapted. It replaces `rank`, which then only sets s (as in PEFT after EVA has redistributed
+    ranks); a target that it does not name is not adapted. `hp["widest"]` is the largest rank.
     Raises ValueError for a value out of range.
     """
     hp = dict(rank=rank, alpha=alpha, scaling=scaling, init=init, targets=words_of(targets))
@@ -89,7 +89,7 @@ def lora(
             constants[m.path] = {"s": m.full(hp["scale"]), "dropout": m.full(dropout)}
             if init in STARTS and init not in KEPT:
                 a, b = trainable[m.path]["a"], trainable[m.path]["b"]
-                taken = jnp.any(b != 0, axis=(-2, -1), keepdims=True)  # else a b is zero already
+                taken = jnp.any(b != 0, axis=(-2, -1), keepdims=True)  # if not, a b is already zero
                 constants[m.path] |= {"a0": jnp.where(taken, a, 0), "b0": b}
         return State(tree.unflatten(trainable), tree.unflatten(constants))
 
@@ -127,7 +127,7 @@ def _scale(hp: dict) -> float:
 
 
 def _ranks(hp: dict, params, sites) -> dict:
-    """{path: (Site, rank of each layer, 0 where it isn't adapted)} of the targets."""
+    """{path: (Site, rank of each layer, 0 if it isn't adapted)} of the targets."""
     nominal = hp["rank"] if hp["ranks"] is None else None
     adapted = adapted_matrices(params, sites, hp["targets"], hp["layers"], nominal)
     if hp["ranks"] is None:
@@ -148,17 +148,17 @@ def _ranks(hp: dict, params, sites) -> dict:
 
 
 def _drawing(hp: dict, m: Matrix, leaf, evidence: Mapping) -> Callable:
-    """The function of a layer's key and index that draws its a and b, for `Matrix.fill`.
+    """The function (key, index) that draws a layer's a and b, for `Matrix.fill`.
 
-    m: with the rank of each layer as `active`. leaf: its kernel in the base. evidence: {kind: array
-    over its layers} for starts that read data.
+    m: with each layer's rank as `active`. leaf: its kernel in the base. evidence: {kind: array over
+    its layers} for initialisations that read data.
     """
     start = STARTS.get(hp["init"])
     if start is None:
 
         def draw(key, index):
             rank = int(m.active[index])
-            if m.site.kind == "embed":  # as loralib and PEFT: the rows start at zero
+            if m.site.kind == "embed":  # as in loralib and PEFT, the rows start at zero
                 return {"b": jax.random.normal(key, (rank, m.n_out))}
             return {"a": INITS[hp["init"]](key, m.n_in, rank)}
 
@@ -185,7 +185,7 @@ def _drawing(hp: dict, m: Matrix, leaf, evidence: Mapping) -> Callable:
 
 
 def bind(trainable, constants, params, key=None, sites=None):
-    """`params` with a `LowRank` leaf at every adapted path; dropout where a key is given."""
+    """`params` with a `LowRank` leaf at every adapted path; dropout if a key is given."""
     flat = tree.flatten(params)
     for path, x in joined(trainable, constants).items():
         flat[path] = leaves.LowRank(flat[path], *_update(x), dropout_of(path, x, key))
@@ -193,14 +193,14 @@ def bind(trainable, constants, params, key=None, sites=None):
 
 
 def dropout_of(path: str, x: Mapping, key) -> leaves.Dropout | None:
-    """Dropout at the rates x["dropout"] of a matrix's layers; None where no key is given."""
+    """Dropout at the rates x["dropout"] of a matrix's layers; None without a key."""
     if key is None:
         return None
     return leaves.Dropout(x["dropout"], jax.random.split(key_for(key, path), x["s"].shape))
 
 
 def _update(x: Mapping) -> tuple:
-    """(a, b, s) with s a b the update; twice as wide where a start is taken off the base."""
+    """(a, b, s) with s a b the update; twice as wide if a0 b0 is subtracted from the base."""
     if "a0" not in x:
         return x["a"], x["b"], x["s"]
     a = jnp.concatenate([x["a"], x["a0"].astype(x["a"].dtype)], axis=-1)
@@ -233,9 +233,9 @@ def products(factors: dict, params, sites=None) -> dict:
 
 
 def rslora(**hp) -> Method:
-    """rsLoRA: LoRA with s = alpha / sqrt(r), whose learning does not slow down with the rank.
+    """rsLoRA: LoRA with s = alpha / sqrt(r), so that learning does not slow down with the rank.
 
-    hp: the hyperparameters of `lora` but `scaling`.
+    hp: the hyperparameters of `lora` except `scaling`.
     """
     return lora(**hp, scaling="rslora")
 
@@ -264,7 +264,7 @@ def dora(**hp) -> Method:
         flat = tree.flatten(bind(trainable, constants, params, key))
         for path, x in joined(trainable, constants).items():
             scaled = leaves.dora(flat[path], x["m"], sites[path], x["squares"])
-            g = jnp.where(x["on"][..., None] > 0, scaled.g, 1)  # 1 where a sweep only pads
+            g = jnp.where(x["on"][..., None] > 0, scaled.g, 1)  # 1 for padding of a sweep
             flat[path] = leaves.Scaled(flat[path], g)
         return tree.unflatten(flat)
 
@@ -291,7 +291,7 @@ def dora(**hp) -> Method:
 
 
 def lora_fa(**hp) -> Method:
-    """LoRA-FA: LoRA that trains b alone. hp: the hyperparameters of `lora`."""
+    """LoRA-FA: LoRA that trains only b. hp: the hyperparameters of `lora`."""
     method = lora(**hp)
 
     def init(*args, **kwargs):
@@ -309,7 +309,7 @@ def lora_fa(**hp) -> Method:
 
 
 def lora_plus(ratio: float = 16.0, **hp) -> Method:
-    """LoRA+: LoRA whose b has the learning rate `ratio` lr, weight decay included.
+    """LoRA+: LoRA whose b has the learning rate `ratio` lr, also for weight decay.
 
     hp: the hyperparameters of `lora`.
     """
@@ -337,6 +337,6 @@ def lora_plus(ratio: float = 16.0, **hp) -> Method:
     return method._replace(init=init, optimizer=optimizer, hp=method.hp | {"ratio": ratio})
 
 
-def _with(tree_: dict, more: Mapping) -> dict:
-    """The tree with the leaves {path: leaf} of `more` as well."""
-    return tree.unflatten(tree.flatten(tree_) | more)
+def _with(tree_: dict, added: Mapping) -> dict:
+    """The tree with the leaves {path: leaf} of `added` as well."""
+    return tree.unflatten(tree.flatten(tree_) | added)

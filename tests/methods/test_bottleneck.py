@@ -163,7 +163,7 @@ def test_a_member_learns_the_same_alone_and_in_a_sweep():
     [
         (dict(rank=0), "method.rank: 0 given, must be at least 1"),
         (dict(activation="gelo"), "method.activation: 'gelo' is not one of.*did you mean 'gelu'"),
-        (dict(targets="embed"), "method.targets: wte/embedding is no linear layer's kernel"),
+        (dict(targets="embed"), "method.targets: wte/embedding is not a linear layer's kernel"),
         (dict(targets="qq"), "method.targets: 'qq' matches nothing"),
         (dict(layers=(3,)), r"method.layers: \[3\] given, the targets have 3 layers"),
     ],
