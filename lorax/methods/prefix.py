@@ -1,28 +1,28 @@
-"""Virtual tokens: prefix tuning, prompt tuning and LLaMA-Adapter. The weights stay as they are.
+"""Virtual tokens: prefix tuning, prompt tuning and LLaMA-Adapter. The weights don't change.
 
     prefix           o = attention(q, [k'; k], [v'; v])        k', v' (tokens, K D) of each layer
-    prompt           the text is read behind `tokens` trained rows (tokens, features) of embedding
+    prompt           the text is read after `tokens` trained rows (tokens, features) of embedding
     llama-adapter    o = attention(q, k, v) + g softmax(q (p wk + bk)^T / sqrt D) (p wv + bv)
                      p (tokens, features) and the scalar g of each adapted layer
 
-- Prefix tuning (Li & Liang 2021, arXiv:2101.00190, section 4.2). k' and v' themselves are trained,
-  as by PEFT without `prefix_projection`: the MLP that makes them during the paper's training
-  (section 4.3) is left out. k' are not rotated where the model has RoPE, and the text's first token
-  has position `tokens`, both as in PEFT. Where the model departs from plain attention: a sliding
-  window never leaves the prefix behind (in PEFT it does), and with ALiBi all of the prefix stands
-  at position 0 (in PEFT at 0, 1...).
-- Prompt tuning (Lester et al. 2021, arXiv:2104.08691). As in PEFT the virtual tokens have the
+- Prefix tuning (Li & Liang 2021, arXiv:2101.00190, section 4.2). k' and v' are trained directly, as
+  in PEFT without `prefix_projection`; the MLP that produces them during the paper's training
+  (section 4.3) is left out. As in PEFT, k' are not rotated in models with RoPE, and the text's
+  first token has position `tokens`. Two differences from PEFT: a sliding window always includes the
+  prefix (PEFT's leaves it behind), and with ALiBi the whole prefix is at position 0 (PEFT: at 0,
+  1...).
+- Prompt tuning (Lester et al. 2021, arXiv:2104.08691). As in PEFT, the virtual tokens have the
   positions 0 to `tokens` - 1. A classifier reads the text's first token, as without them (PEFT's
-  reads the first virtual one). Several texts in a row of a causal model share one copy in front of
-  the row: what a virtual token says doesn't depend on the text behind it.
+  reads the first virtual one). Several texts in a row of a causal model share one copy at the start
+  of the row, since virtual tokens don't depend on the text after them.
 - LLaMA-Adapter (Zhang et al. 2023, arXiv:2303.16199, section 3). The keys of p are not rotated, and
-  p goes through the base's own frozen projections. As in PEFT one scalar gate a layer, without a
-  tanh (the released code has tanh(g) of each head). g is zero at first: the identity. The sum goes
-  through the layer's output projection in every model (PEFT leaves that out for GPT-2).
+  p goes through the base's frozen projections. As in PEFT there is one scalar gate per layer,
+  without a tanh (the released code has tanh(g) per head). g starts at zero, which is the identity.
+  The sum goes through the layer's output projection in every model (PEFT skips it for GPT-2).
 
-A prefix or a prompt is no identity at step 0, whatever its values: even zero keys take a share of
-the softmax, and positions move by `tokens`. For the same reason none of the three can be merged.
-All are for causal models and BERT; a model without `layers.Attend` raises ValueError.
+A prefix or a prompt is never the identity at step 0: even zero keys take a share of the softmax,
+and positions shift by `tokens`. For the same reason none of the three can be merged. All are for
+causal models and BERT; a model without `layers.Attend` raises ValueError.
 """
 
 import dataclasses
@@ -45,10 +45,10 @@ from lorax.models import layers as model_layers
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ahead:
-    """Around a model's `hidden`: virtual tokens ahead of every text.
+    """Around a model's `hidden`: virtual tokens before every text.
 
-    tokens: (static) positions that they take. read: (static) whether they are read, as the ids -1,
-    -2... ahead of a row, or stand in each layer's attention.
+    tokens: (static) positions that they take. read: (static) True if they are read as the ids -1,
+    -2... at the start of a row, False if they are in each layer's attention.
     """
 
     tokens: int = dataclasses.field(default=0, metadata={"static": True})
@@ -60,22 +60,22 @@ class Ahead:
         if "first" not in signature.parameters:
             raise ValueError(
                 f"method.name: {type(module).__name__} has no place for virtual tokens; causal "
-                f"models and BERT have"
+                f"models and BERT do"
             )
-        given = dict(signature.bind(module, *args, **kwargs).arguments)
-        del given["self"]
+        arguments = dict(signature.bind(module, *args, **kwargs).arguments)
+        del arguments["self"]
         if not self.read:
-            return call(**given, first=self.tokens)
-        if given.get("cache") is not None:  # who fills it puts them in, once (`before`)
-            return call(**given)
-        given["tokens"] = self._with_ids(given["tokens"])
+            return call(**arguments, first=self.tokens)
+        if arguments.get("cache") is not None:  # decoding adds them once, when it fills the cache
+            return call(**arguments)
+        arguments["tokens"] = self._with_ids(arguments["tokens"])
         for name, value in (("segments", -1), ("types", 0)):
-            if given.get(name) is not None:
-                given[name] = self._padded(given[name], value)
-        return call(**given)[:, self.tokens :]
+            if arguments.get(name) is not None:
+                arguments[name] = self._padded(arguments[name], value)
+        return call(**arguments)[:, self.tokens :]
 
     def before(self, tokens, segments):
-        """(tokens, segments) of rows with one text each (B, T), with the virtual ids to read."""
+        """(tokens, segments) of rows with one text each (B, T), with virtual ids in front."""
         if not self.read:
             return tokens, segments
         return self._with_ids(tokens), self._padded(segments, 1)
@@ -89,14 +89,14 @@ class Ahead:
 
 
 def ahead(params: dict) -> Ahead:
-    """The `Ahead` leaf of bound parameters, or one without tokens."""
+    """The `Ahead` leaf of bound parameters, or one with no tokens."""
     return params.get(intercept.AROUND, Ahead())
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Around an embedding: rows (tokens, features) of the ids -1, -2..."""
+    """Around an embedding: rows (tokens, features) for the ids -1, -2..."""
 
     rows: jax.Array
     method: ClassVar[str] = "__call__"
@@ -112,7 +112,7 @@ class Rows:
 class Prefix:
     """Around `layers.Attend`: keys and values that every query sees, (tokens, K D) each.
 
-    on: () float32, 1, or 0 where the layer has no prefix. Layer axes are in front of all three.
+    on: () float32, 1, or 0 if the layer has no prefix. All three have the layer axes first.
     """
 
     k: jax.Array
@@ -132,8 +132,8 @@ class Prefix:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gated:
-    """Around `layers.Attend`: attention to keys and values (tokens, K D) of their own softmax,
-    added `gate` () times. Layer axes are in front of all three."""
+    """Around `layers.Attend`: attention to keys and values (tokens, K D) with a separate softmax,
+    multiplied by `gate` () and added. All three have the layer axes first."""
 
     k: jax.Array
     v: jax.Array
@@ -148,8 +148,8 @@ class Gated:
 
 
 def _heads(x, like):
-    """x (tokens, K D) as (B, tokens, K, D), cast and, where ALiBi gives `like` (B, S, K, D + G)
-    further features, padded with zeros."""
+    """x (tokens, K D) as (B, tokens, K, D) in the dtype of `like` (B, S, K, D + G), padded with
+    zeros if ALiBi has added G features."""
     x = x.astype(like.dtype).reshape(1, len(x), like.shape[2], -1)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, like.shape[3] - x.shape[3])))
     return jnp.broadcast_to(x, (like.shape[0], *x.shape[1:]))
@@ -159,8 +159,9 @@ def _heads(x, like):
 
 
 def prefix(tokens: int = 10, std: float = 1.0, layers: tuple[int, ...] | None = None) -> Method:
-    """Prefix tuning. tokens: of the prefix (PEFT has no default). std: of its Gaussian start (1 is
-    torch's default for the embedding in which PEFT keeps it). layers: indices, None for all.
+    """Prefix tuning. tokens: length of the prefix (PEFT has no default). std: of its Gaussian
+    initialisation (1, torch's default for the embedding that PEFT stores it in). layers: indices,
+    None for all.
 
     Raises ValueError for a value out of range.
     """
@@ -192,11 +193,11 @@ def prefix(tokens: int = 10, std: float = 1.0, layers: tuple[int, ...] | None = 
 
 
 def prompt(tokens: int = 10, std: float | None = None) -> Method:
-    """Prompt tuning. tokens: virtual ones. std: of a Gaussian start (PEFT's "RANDOM" is 1), None to
-    start from rows of the base's embedding (PEFT's "SAMPLE_VOCAB": of the whole vocabulary, where
-    the paper takes the 5,000 most common tokens).
+    """Prompt tuning. tokens: number of virtual tokens. std: of a Gaussian initialisation (PEFT's
+    "RANDOM" is 1), None to start from random rows of the base's embedding (PEFT's "SAMPLE_VOCAB";
+    from the whole vocabulary, while the paper uses the 5,000 most common tokens).
 
-    Raises ValueError for a value out of range and a model with no one embedding of tokens.
+    Raises ValueError for a value out of range and a model without exactly one token embedding.
     """
     _check(tokens, 0 if std is None else std)
 
@@ -223,7 +224,7 @@ def prompt(tokens: int = 10, std: float | None = None) -> Method:
 
 
 def llama_adapter(tokens: int = 10, layers: tuple[int, ...] | None = None) -> Method:
-    """LLaMA-Adapter. tokens: prompts of each adapted layer. layers: indices, None for all (the
+    """LLaMA-Adapter. tokens: virtual tokens per adapted layer. layers: indices, None for all (the
     paper adapts the last 30 of 32; -1, -2... count from the end).
 
     Raises ValueError for a value out of range.
@@ -263,7 +264,7 @@ def llama_adapter(tokens: int = 10, layers: tuple[int, ...] | None = None) -> Me
     return Method("llama-adapter", hp, init, bind, None, count)
 
 
-KEYS = "re:(.*/)?attn/k/kernel"  # of the attention that virtual tokens go into
+KEYS = "re:(.*/)?attn/k/kernel"  # the key projections of attention
 
 
 def _check(tokens, std):
@@ -279,8 +280,8 @@ def _attention(params, sites, layers, key=None) -> list[Matrix]:
     sites = sites or ops.sites_from_shapes(ops.inner(params))
     if not matching(KEYS, sites):
         raise ValueError(
-            "method.name: virtual tokens go into attention whose keys come from .../attn/k/kernel, "
-            f"as those of lorax.models do; there is {', '.join(sites)}"
+            "method.name: virtual tokens need attention whose keys come from .../attn/k/kernel, as "
+            f"in lorax.models; there is {', '.join(sites)}"
         )
     keys = []
     for m in matrices(params, adapted_matrices(params, sites, (KEYS,), layers)):
@@ -290,12 +291,12 @@ def _attention(params, sites, layers, key=None) -> list[Matrix]:
 
 
 def _embedding(params, sites) -> tuple:
-    """(path, V, features) of the embedding of tokens."""
+    """(path, V, features) of the token embedding."""
     sites = sites or ops.sites_from_shapes(ops.inner(params))
     paths = matching("embed", sites)
     if len(paths) != 1:
         raise ValueError(
-            "method.name: a prompt needs one embedding of tokens, .../wte/embedding or "
+            "method.name: a prompt needs one token embedding, .../wte/embedding or "
             f".../embed/embedding; there is {', '.join(paths or sites)}"
         )
     return paths[0], *tree.flatten(params)[paths[0]].shape
@@ -305,14 +306,14 @@ def _beside(path: str, name: str) -> str:
     return f"{path.rpartition('/')[0]}/{name}".removeprefix("/")
 
 
-def _bound(params, more: dict, beside: str, root: Ahead) -> dict:
-    """The parameters with a leaf around each path of `more`, and around the model itself.
+def _bound(params, around: dict, beside: str, root: Ahead) -> dict:
+    """The parameters with the leaves of `around` {path: leaf}, and `root` around the model itself.
 
-    beside: the kernel next to each path that needs `lorax.apply` as well: a plain `module.apply`
-    knows nothing of leaves around modules, and would compute without them.
+    beside: the kernel next to each path, which becomes a leaf too: a plain `module.apply` would
+    ignore the leaves around modules, and so it fails instead.
     """
     flat = tree.flatten(params)
-    for path, leaf in more.items():
+    for path, leaf in around.items():
         kernel = _beside(path, beside)
         flat |= {f"{path}/{intercept.AROUND}": leaf, kernel: leaves.Same(flat[kernel])}
     return tree.unflatten(flat | {intercept.AROUND: root})

@@ -3,10 +3,10 @@
     y = l * (x w + bias)        l (out,), on keys and values
     y = (l * x) w + bias        l (in,), on the feed-forward's inner activation, the input of "down"
 
-l is one at the start, so that an adapted model is its base. Both are changes of weights: l scales
-the columns of w and the bias, or the rows of w. The formulas, the start and the weight decay, which
-draws l towards zero and not towards one, are PEFT's as well; its `feedforward_modules` are what
-`feedforward` names here. The paper trains with Adafactor without weight decay.
+l starts at one, so that an adapted model equals its base. Both are changes of weights: l scales
+the columns of w and the bias, or the rows of w. As in PEFT, weight decay pulls l towards zero, not
+one; PEFT's `feedforward_modules` is `feedforward` here. The paper trains with Adafactor without
+weight decay.
 """
 
 import jax.numpy as jnp
@@ -25,11 +25,11 @@ def ia3(
 ) -> Method:
     """(IA)3 with the given hyperparameters; see `lorax.methods.Method` for what its functions take.
 
-    targets: see `lorax.methods.resolve`. feedforward: words for those whose input is scaled, all
-    others' output is; it has no effect on what is not a target. layers: indices of the
-    layers to adapt, None for all.
-    Raises ValueError, at `init` and `count`, for a word that the base does not have and for an
-    embedding or a convolution whose input would be scaled.
+    targets: see `lorax.methods.resolve`. feedforward: words for the targets whose input is scaled;
+    the other targets' output is. It has no effect on matrices that are not targets. layers: indices
+    of the layers to adapt, None for all.
+    `init` and `count` raise ValueError for a word that the base does not have and for an embedding
+    or a convolution whose input would be scaled.
     """
     words = words_of(targets)
     feedforward = words_of(feedforward)
@@ -45,13 +45,13 @@ def ia3(
         inner = {path for word in feedforward for path in matching(word, sites)}
         for m in matrices(params, adapts(params, sites), targets, key):
             if m.path in inner and m.site.kind != "linear":
-                raise ValueError(f"method.feedforward: {m.path} is no linear layer's kernel")
+                raise ValueError(f"method.feedforward: {m.path} is not a linear layer's kernel")
             yield (m, "l_in", m.n_in) if m.path in inner else (m, "l", m.n_out)
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
         trainable, constants = {}, {}
         for m, name, n in vectors(params, sites, targets, key):
-            # Where a sweep only pads it is zero, which weight decay leaves alone, and not one.
+            # Padding is zero and not one, because weight decay leaves zero unchanged.
             draw = lambda key, index, name=name, n=n: {name: jnp.ones(n)}
             trainable[m.path] = m.fill({name: (n,)}, draw)
             constants[m.path] = {"on": jnp.asarray(m.active, jnp.float32)}
@@ -71,7 +71,7 @@ def _vector(x):
 
 
 def _bias(path: str, flat: dict) -> str | None:
-    """The path of the bias beside a kernel, None where there is none."""
+    """The path of a kernel's bias, None if there is none."""
     bias = path.rpartition("/")[0] + "/bias"
     return bias if bias in flat else None
 
@@ -88,21 +88,21 @@ def bind(trainable, constants, params, key=None, sites=None):
 
 
 def _scaled(bias, vector):
-    """A bias of any shape times as many entries, in the wider of their dtypes."""
+    """A bias of any shape times a vector of the same size, in the wider of their dtypes."""
     wide = np.promote_types(bias.dtype, vector.dtype)
     return bias.astype(wide) * vector.astype(wide).reshape(bias.shape)
 
 
 def delta(trainable, constants, params, sites=None):
-    """{path: (l - 1) times the weight}, of kernels and of the biases that are scaled."""
+    """{path: (l - 1) times the weight}, for kernels and scaled biases."""
     sites = sites or ops.sites_from_shapes(params)
     flat, updates = tree.flatten(params), {}
     for path, x in joined(trainable, constants).items():
         vector, inner = _vector(x)
-        more = vector.astype(jnp.float32) - 1
+        change = vector.astype(jnp.float32) - 1
         w = sites[path].to_matrix(ops.dense(flat[path], sites[path]).astype(jnp.float32))
-        update = w * (more[..., None] if inner else more[..., None, :])
+        update = w * (change[..., None] if inner else change[..., None, :])
         updates[path] = sites[path].from_matrix(update, flat[path].shape)
         if not inner and (bias := _bias(path, flat)):
-            updates[bias] = _scaled(flat[bias], more).astype(jnp.float32)
+            updates[bias] = _scaled(flat[bias], change).astype(jnp.float32)
     return updates

@@ -1,11 +1,11 @@
-"""What a few batches say about each matrix before anything is trained: gradients and inputs.
+"""Statistics of each matrix from a few batches before training: gradients and inputs.
 
-`evidence` runs the frozen base; starts that read data (`lorax.methods.starts`), the choice of
-targets (`rank_matrices`, `choose`) and of ranks (`spectra`) are made from it.
+`evidence` runs the frozen base. It is used by initialisations that read data
+(`lorax.methods.starts`), and to choose targets (`rank_matrices`, `choose`) and ranks (`spectra`).
 
-Second moments come from one gradient call: beside a kernel lies a zero `tap`, through which nothing
-flows, and whose "gradient" is defined as x^T x of the layer's inputs. So they pass through
-`nn.scan` and remat as gradients do, stacked by layer and added over batches.
+Second moments come from one gradient call: next to a kernel is a zero `tap`, which does not change
+the output and whose "gradient" is defined as x^T x of the layer's inputs. So they pass through
+`nn.scan` and remat like gradients, stacked by layer and summed over batches.
 """
 
 import functools
@@ -31,15 +31,16 @@ def evidence(
     kind: of the rows, a `lorax.tasks.kinds.Kind`: their loss, and which positions are real.
     batches: the leaves of a task's rows, (N, B, ...), N batches.
     statistics:
-      "gradient" (in, out): of the loss by the kernel, the mean over all weighted tokens of all
-          batches (PEFT's LoRA-GA takes the mean of the batches' means, the same for equal weights).
-      "moments" (in + 1, in + 1): the sum of [x, 1]^T [x, 1] over the real tokens' inputs x (in,):
+      "gradient" (in, out): of the loss with respect to the kernel, averaged over all weighted
+          tokens of all batches (PEFT's LoRA-GA averages the batches' means, the same for equal
+          weights).
+      "moments" (in + 1, in + 1): the sum of [x, 1]^T [x, 1] over the inputs x (in,) of real tokens:
           x^T x, the sum of x, and in the corner their number.
-      "covariance" (in, in): CorDA's, the mean over rows of the batch of x^T x, x the row's real
-          inputs over the absolute value of their largest entry.
+      "covariance" (in, in): CorDA's, the mean over the batch's rows of x^T x, where x are the row's
+          real inputs divided by the absolute value of their largest entry.
     Inputs that are not one row per token (of a classifier's pooled head, of an array) all count.
-    Raises ValueError for an unknown statistic or path, and for the inputs of anything other than a
-    plain linear layer.
+    Raises ValueError for an unknown statistic or path, and if inputs are asked of anything other
+    than a plain linear layer.
     """
     paths, statistics = tuple(paths), tuple(statistics)
     flat = tree.flatten(base.params)
@@ -49,7 +50,7 @@ def evidence(
     for path in paths:
         if path not in base.sites:
             raise ValueError(f"paths: {path} can't be adapted; there is {', '.join(base.sites)}")
-    # Quantised weights are decoded: a gradient is by numbers, not by codes.
+    # Quantised weights are decoded: gradients need numbers, not codes.
     probe = lambda path: ops.dense(flat[path], base.sites[path])
     probes = {path: probe(path) for path in paths if "gradient" in statistics}
     for statistic in statistics:
@@ -88,7 +89,7 @@ def _summed(module, kind, flat: dict, probes: dict, batches: dict):
 
 @jax.custom_vjp
 def _tapped(x, tap, rows):
-    """x; the cotangent of `tap` (in, in) is rows^T rows, rows (..., in) whatever x brings."""
+    """x itself; the cotangent of `tap` (in, in) is rows^T rows, with rows (..., in)."""
     return x
 
 
@@ -103,7 +104,7 @@ def _beside(path: str, statistic: str) -> str:
 
 
 def _taps(base: Base, flat: dict, paths, statistic: str) -> dict:
-    """{path of a tap: zeros (layers..., in, in)}, one more row and column for "moments"."""
+    """{path of a tap: zeros (layers..., in, in)}, with one more row and column for "moments"."""
     taps = {}
     for path in paths:
         site, top = base.sites[path], path.partition("/")[0]
@@ -118,7 +119,7 @@ def _taps(base: Base, flat: dict, paths, statistic: str) -> dict:
 
 
 def _listen(real):
-    """The interceptor that leads each layer's inputs past its taps. real: (B, T) bool."""
+    """The interceptor that records each layer's inputs with its taps. real: (B, T) bool."""
     rows_of = {"moments": _ones_beside, "covariance": _over_largest}
 
     def listen(next_fun, args, kwargs, context):
@@ -137,14 +138,13 @@ def _listen(real):
 
 
 def _ones_beside(x, mask):
-    """[x, 1] (..., in + 1), zero where the mask is not."""
+    """[x, 1] (..., in + 1), zero where the mask is False."""
     wide = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
     return jnp.where(mask[..., None], wide, 0)
 
 
 def _over_largest(x, mask):
-    """Each row's real inputs over |their largest entry|, as CorDA's code has it: the first axis is
-    the rows', (B, ..., in)."""
+    """Each row's real inputs over |their largest entry|, as in CorDA's code; x: (B, ..., in)."""
     mask, axes = mask[..., None], tuple(range(1, x.ndim))
     largest = jnp.abs(jnp.max(jnp.where(mask, x, -jnp.inf), axis=axes, keepdims=True))
     return jnp.where(mask & (largest > 0), x / jnp.where(largest > 0, largest, 1), 0)
@@ -157,7 +157,8 @@ class Matrix(NamedTuple):
     """One matrix in a ranking.
 
     path, index: of the kernel and its layer. energy: ||g||_F^2 of the loss's gradient. share: of
-    it, in the largest `rank` singular values. parameters: rank (in + out), what an adapter trains.
+    the energy, in the `rank` largest singular values. parameters: rank (in + out), what an adapter
+    trains.
     """
 
     path: str
@@ -168,32 +169,32 @@ class Matrix(NamedTuple):
 
     @property
     def score(self) -> float:
-        """What of the gradient an adapter can reach, for each parameter that it trains."""
+        """The gradient energy that an adapter can reach, per trained parameter."""
         return self.energy * self.share / self.parameters
 
 
 def rank_matrices(evidence: Mapping[str, Mapping], rank: int) -> list[Matrix]:
     """All matrices of evidence with "gradient", the highest score first (`Matrix.score`).
 
-    The score is the sum of the r largest squared singular values over r (in + out): to first
-    order, the square of what a unit step along the best rank-r update takes off the loss, for each
+    The score is the sum of the r largest squared singular values divided by r (in + out): to first
+    order, the square of the loss decrease from a unit step along the best rank-r update, per
     parameter.
     """
-    found = []
+    ranked = []
     for (path, index), g in _gradients(evidence):
         squares = np.linalg.svd(g, compute_uv=False).astype(np.float64) ** 2
         energy = float(squares.sum())
         share = float(squares[:rank].sum()) / energy if energy else 0.0
-        found.append(Matrix(path, index, energy, share, rank * sum(g.shape)))
-    return sorted(found, key=lambda matrix: -matrix.score)
+        ranked.append(Matrix(path, index, energy, share, rank * sum(g.shape)))
+    return sorted(ranked, key=lambda matrix: -matrix.score)
 
 
 def choose(ranking: list[Matrix], rank: int, n: int | None = None, budget: int | None = None):
-    """{(path, layer index): rank, or 0 where left out}: the n best that fit in a budget.
+    """{(path, layer index): rank, or 0 if left out}: the n best that fit in a budget.
 
-    In order of the ranking; a matrix whose parameters no longer fit is passed over. budget:
-    trainable parameters in all. `starts.by_path` brings the result into the form of
-    `lora(ranks=...)`. Raises ValueError where nothing is chosen.
+    Goes in order of the ranking and skips matrices that no longer fit. budget: trainable parameters
+    in total. `starts.by_path` converts the result for `lora(ranks=...)`. Raises ValueError if
+    nothing is chosen.
     """
     chosen, left = dict.fromkeys([(m.path, m.index) for m in ranking], 0), budget
     for m in ranking:
@@ -208,8 +209,8 @@ def choose(ranking: list[Matrix], rank: int, n: int | None = None, budget: int |
 
 
 def spectra(evidence: Mapping[str, Mapping]) -> dict:
-    """{(path, layer index): squared singular values of the gradient over in + out}, for
-    `starts.redistribute`: each further rank goes where it reaches most per parameter."""
+    """{(path, layer index): squared singular values of the gradient divided by in + out}, for
+    `starts.redistribute`, which then puts each further rank where it gains most per parameter."""
     return {
         matrix: np.linalg.svd(g, compute_uv=False).astype(np.float64) ** 2 / sum(g.shape)
         for matrix, g in _gradients(evidence)

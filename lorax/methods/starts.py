@@ -1,28 +1,29 @@
-"""Starts of LoRA that read the base's weight or data, for `lora(init=...)`.
+"""Initialisations of LoRA from the base's weight or from data, for `lora(init=...)`.
 
-A start gives a matrix w (in, out) its first factors a (in, r), b (r, out). The base is shared by
-all members of a sweep and never changes: the papers subtract the initial s a b from w; here it is
-stored as constants a0, b0 and subtracted in the product, x w + s (x a b - x a0 b0). An adapted
-model is therefore its base at step 0, up to rounding. w = u diag(sigma) v^T throughout:
+A start computes the initial factors a (in, r), b (r, out) of a matrix w (in, out). The papers
+subtract the initial s a b from w. Here all members of a sweep share the base, which never changes:
+the initial factors are stored as constants a0, b0 and subtracted in the product,
+x w + s (x a b - x a0 b0). So an adapted model equals its base at step 0, up to rounding.
+w = u diag(sigma) v^T throughout:
 
 - pissa (Meng et al. 2024, arXiv:2404.02948, equations 2 and 3): the r largest singular values,
   a = u sqrt(sigma / s), b = sqrt(sigma / s) v^T. pissa-fast: the same by randomised SVD.
-- olora (Büyükakyüz 2024, arXiv:2406.01775): w^T = q r; b the first columns of q, a the first rows
-  of r, transposed. As in PEFT s is not divided out.
+- olora (Büyükakyüz 2024, arXiv:2406.01775): w^T = q r; b = the first columns of q, a = the first
+  rows of r, both transposed. As in PEFT, s is not divided out.
 - eva (Paischer et al. 2024, arXiv:2410.07170): a = the r principal directions of the layer's
-  inputs, b = 0; nothing is taken off. The inputs are centred, as by PEFT's incremental PCA.
-- corda (Yang et al. 2024, arXiv:2406.05223): of c w, c = E[x x^T], the r largest singular values;
+  inputs, b = 0, so nothing is subtracted. The inputs are centred, as in PEFT's incremental PCA.
+- corda (Yang et al. 2024, arXiv:2406.05223): the r largest singular values of c w, c = E[x x^T];
   a = c^-1 u sqrt(sigma / s), b = sqrt(sigma / s) v^T (instruction-previewed). corda-kpm: the r
   smallest (knowledge-preserved). c is damped, and x scaled, as in the authors' code and PEFT.
-- lora-ga (Wang et al. 2024, arXiv:2407.05000, algorithm 1) by the gradient g = u diag(sigma) v^T:
-  a = u_1..r, b = diag(sigma) v^T_r+1..2r out^(1/4) / 4 as PEFT 0.21 has it; lora-ga-paper as the
-  paper and its code: no sigma, and a times out^(1/4) / 4 as well (gamma = 16).
+- lora-ga (Wang et al. 2024, arXiv:2407.05000, algorithm 1) from the gradient g = u diag(sigma) v^T:
+  a = u_1..r, b = diag(sigma) v^T_r+1..2r out^(1/4) / 4 as in PEFT 0.21. lora-ga-paper, as in the
+  paper and its code: no sigma, and a is also multiplied by out^(1/4) / 4 (gamma = 16).
 
-Where PEFT takes a randomised SVD (EVA, LoRA-GA), here it is exact, but for pissa-fast.
+PEFT's EVA and LoRA-GA use a randomised SVD; here all SVDs are exact except that of pissa-fast.
 
 - loftq (Li et al. 2023, arXiv:2310.08659, algorithm 1 with one iteration) on a quantised base q:
-  s a b = the best rank-r approximation of w - q. Nothing is taken off: step 0 is closer to w than
-  q is. More iterations would make a base of its own for every rank: the function `loftq`.
+  s a b = the best rank-r approximation of w - q. Nothing is subtracted: step 0 is closer to w than
+  q is. More iterations would need a different base for every rank; see the function `loftq`.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,7 +34,7 @@ import numpy as np
 
 GAMMA = 16  # LoRA-GA's default of `stable_gamma`
 RHO = 2.0  # EVA: no matrix gets more than this times the mean rank
-DAMP = 0.01  # CorDA: of the mean of c's diagonal; doubled until c can be inverted
+DAMP = 0.01  # CorDA: share of the mean of c's diagonal; doubled until c can be inverted
 
 
 def pissa(key, w, rank: int, scale: float, evidence=None):
@@ -62,7 +63,7 @@ def corda(key, w, rank: int, scale: float, evidence=None, part=slice(None)):
         inverse = jnp.linalg.inv(damped)
         if jnp.linalg.norm(damped @ inverse - one) < 0.05:
             break
-        if damp > 1e6:  # not a number, or no input at all
+        if damp > 1e6:  # NaN, or no input at all
             raise ValueError("method.init: 'corda': the inputs' covariance can't be inverted")
         damp *= 2
     u, sigma, vt = jnp.linalg.svd(damped @ w, full_matrices=False)
@@ -90,8 +91,8 @@ def loftq_once(key, w, rank: int, scale: float, evidence):
     return pissa(key, evidence["residual"], rank, scale)
 
 
-#: Value of `method.init` -> (key, w (in, out) float32, rank, s > 0, evidence of that matrix) ->
-#: (a (in, rank), b (rank, out)) float32. evidence: {kind: array}, see `NEEDS`.
+#: {value of `method.init`: function (key, w (in, out) float32, rank, s > 0, evidence of the matrix)
+#: -> (a (in, rank), b (rank, out)) float32}. evidence: {kind: array}, see `NEEDS`.
 STARTS: dict[str, Callable] = {
     "pissa": pissa,
     "pissa-fast": pissa_fast,
@@ -103,10 +104,11 @@ STARTS: dict[str, Callable] = {
     "lora-ga-paper": lora_ga_paper,
     "loftq": loftq_once,
 }
-#: Those whose initial a b is not subtracted from the base.
+#: Starts whose initial a b is not subtracted from the base.
 KEPT = ("loftq",)
-#: Those that read more than w -> the kind of evidence: of `lorax.methods.sensitivity.evidence`, or
-#: "residual", (layers..., in, out) float32, a matrix's quantisation error.
+#: {start that reads more than w: the kind of evidence that it needs}, a statistic of
+#: `lorax.methods.sensitivity.evidence`, or "residual", (layers..., in, out) float32, the
+#: quantisation error.
 NEEDS = {
     "eva": "moments",
     "corda": "covariance",
@@ -123,11 +125,11 @@ NEEDS = {
 def loftq(w, rank: int, scale: float, quantise: Callable, iterations: int = 1):
     """LoftQ (arXiv:2310.08659, algorithm 1): (a, b, q) with q + s a b close to w (in, out).
 
-    quantise: (in, out) -> (in, out), quantised and dequantised again. `iterations` times in turn:
+    quantise: (in, out) -> (in, out), quantised and dequantised. Alternates `iterations` times:
     q = quantise(w - s a b), then s a b = the best rank-r approximation of w - q. The adapter
-    starts at a, b, nothing is taken off, and the base's weight has to be q, so step 0 is not
-    exactly the base. After one iteration q = quantise(w), the same for every rank. PEFT does not
-    divide s out of a b, which is right for s = 1 alone; here it is right for any.
+    starts at a, b without subtraction and the base's weight has to be q, so step 0 is not exactly
+    the base. After one iteration q = quantise(w), the same for every rank. PEFT does not divide
+    a b by s, which is right only for s = 1; here any s is right.
     """
     a = b = None
     for _ in range(iterations):
@@ -140,11 +142,11 @@ def loftq(w, rank: int, scale: float, quantise: Callable, iterations: int = 1):
 
 
 def allot(worth: Mapping, costs: Mapping, budget: int, most: int) -> dict:
-    """{matrix: its rank, possibly 0}: the directions that are worth most within a budget.
+    """{matrix: its rank, possibly 0}: takes the most valuable directions within a budget.
 
-    worth: {matrix: what each further direction is worth, non-increasing}. costs: {matrix: what a
-    direction costs}. No matrix gets more than `most`; of equals the first in order is taken; what
-    no longer fits is passed over.
+    worth: {matrix: the value of each further direction, non-increasing}. costs: {matrix: the cost
+    of a direction}. No matrix gets more than `most`; ties go to the first in order; directions that
+    no longer fit are skipped.
     """
     matrices = [m for m, values in worth.items() for _ in range(min(most, len(values)))]
     worths = np.concatenate([np.asarray(values)[:most] for values in worth.values()])
@@ -159,11 +161,11 @@ def allot(worth: Mapping, costs: Mapping, budget: int, most: int) -> dict:
 def redistribute(spectra: Mapping, rank: int, rho: float = RHO) -> dict:
     """{matrix: its rank, possibly 0}: `rank` per matrix on average, more where it explains more.
 
-    spectra: {matrix: what each further direction is worth, non-increasing}. The rank * len(spectra)
-    directions that are worth most are taken, of no matrix more than round(rho * rank). With
-    `explained` of each matrix's inputs this is EVA's (arXiv:2410.07170, equation 4), whose s stays
-    alpha / rank as with PEFT's `adjust_scaling_factors`; with `sensitivity.spectra` it is by the
-    gradient. Raises ValueError for rank or rho below 1.
+    spectra: {matrix: the value of each further direction, non-increasing}. The rank * len(spectra)
+    most valuable directions are taken, at most round(rho * rank) per matrix. With `explained` this
+    is EVA's redistribution (arXiv:2410.07170, equation 4), where s stays alpha / rank as with
+    PEFT's `adjust_scaling_factors`; with `sensitivity.spectra` it uses the gradient. Raises
+    ValueError for rank or rho below 1.
     """
     if rank < 1 or rho < 1:
         raise ValueError(f"rank, rho: {rank}, {rho} given, must be at least 1")
@@ -187,8 +189,8 @@ def by_path(ranks: Mapping[tuple, int]) -> dict:
 
 
 def principal(moments):
-    """(shares of the variance, non-increasing (in,), directions as columns (in, in)) of inputs
-    whose `moments` (`sensitivity.evidence`) are given. As PEFT, the inputs are centred."""
+    """(shares of the variance, non-increasing (in,), directions as columns (in, in)) of inputs with
+    these `moments` (`sensitivity.evidence`). The inputs are centred, as in PEFT."""
     n = moments[-1, -1]
     mean = moments[:-1, -1] / n
     variances, directions = jnp.linalg.eigh(moments[:-1, :-1] / n - jnp.outer(mean, mean))
@@ -213,7 +215,7 @@ def randomised_svd(key, w, rank: int, more: int = 10, powers: int = 8):
     """(u, sigma, v^T) of the largest singular values of w (in, out), at least `rank` of them.
 
     Halko et al. 2009, arXiv:0909.4061, algorithms 4.4 and 5.1: `more` columns beyond the rank,
-    `powers` iterations, orthonormal in between. PEFT's `pissa_niter_k` has no more columns.
+    `powers` iterations, orthonormalised in between. PEFT's `pissa_niter_k` has no extra columns.
     """
     orthonormal = lambda y: jnp.linalg.qr(y)[0]
     columns = min(rank + more, *w.shape)

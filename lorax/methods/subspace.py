@@ -2,13 +2,13 @@
 
     theta = theta0 + P z            z (d,) trained from zero, P (D, d) random and frozen
 
-the direct intrinsic dimension (DID) of Li et al. 2018 (arXiv:1804.08838), and
+is the direct intrinsic dimension (DID) of Li et al. 2018 (arXiv:1804.08838), and
 
-    theta_i = theta0_i + lambda_i (P z)_i       one scale a layer or tensor i, trained from one
+    theta_i = theta0_i + lambda_i (P z)_i       one scale per layer or tensor i, starting at one
 
 the structure-aware one (SAID) of Aghajanyan et al. 2020 (arXiv:2012.13255, section 3.1), whose m
-scales are counted in d: z has d - m entries. theta0 are parameters of the base, or the factors of a
-LoRA. P is a function of a key, which is all that is stored; its columns have unit norm:
+scales count towards d: z has d - m entries. theta0 are parameters of the base, or the factors of a
+LoRA. P is a function of a key, so only the key is stored; its columns have unit norm:
 
     dense       N(0, 1), each column divided by its norm
     sparse      each entry nonzero with probability 1 / sqrt(D) and then +1 or -1 (Li et al. 2006,
@@ -17,16 +17,16 @@ LoRA. P is a function of a key, which is all that is stored; its columns have un
                 the Walsh-Hadamard matrix, B random signs, Pi a permutation, G = diag(g), g from
                 N(0, 1) (Le et al. 2013, arXiv:1408.3060); O(D log D) time, O(D) memory
 
-With `granularity="tensor"` every tensor (of a stack, every layer's) has a P of its own that reads
-the same z, as the authors of SAID have it; each is scaled by sqrt(D_i / D), so that the columns of
-all together have unit norm again.
+With `granularity="tensor"` every tensor (in a stack, every layer's) has its own P with the same z,
+as in the SAID authors' code; each P is scaled by sqrt(D_i / D), so that the joint columns have unit
+norm again.
 
-Departures. d only says how much of P is used: the columns of a smaller d are the first ones of a
-larger. B z has d entries that are not zero, so H B z repeats itself after 2^ceil(log2 d) entries
-and only that much is computed. Pi permutes blocks of 2^14 entries, one by one: by one uniform
-permutation, turned by a random offset a block (for L <= 2^14, which is one block, it is uniform).
-Two layouts of the authors' code are not kept: tensors with L < d, which saw the first L entries of
-z alone, and a gradient that was not P^T.
+Departures. The columns for a smaller d are the first columns for a larger one. B z has d nonzero
+entries, so H B z repeats after 2^ceil(log2 d) entries and only these are computed. Pi permutes
+entries only within blocks of 2^14: every block gets the same uniform permutation, rotated by a
+random offset (for L <= 2^14 there is one block, and Pi is uniform). Two properties of the authors'
+code are not kept: tensors with L < d saw only the first L entries of z, and the gradient was not
+P^T.
 """
 
 import itertools
@@ -46,7 +46,7 @@ from lorax.methods.lora import lora
 from lorax.methods.targets import Default, stack_depths
 
 OWN = "subspace"  # path of z, the scales and the key in the trees
-BLOCK = 1 << 14  # entries that Pi permutes among themselves
+BLOCK = 1 << 14  # entries in a block of Pi
 PROJECTIONS = ("fastfood", "sparse", "dense")
 GRANULARITIES = ("global", "tensor")
 SCALES = ("layer", "tensor")
@@ -62,10 +62,10 @@ def subspace(
 ) -> Method:
     """DID: the parameters that the words name move in a random subspace of dimension dim.
 
-    projection: fastfood, sparse or dense. granularity: one P for all ("global") or one a "tensor".
-    parameters, layers: see `lorax.methods.full.full`, which raises for them. full: more words; what
-    other methods train beside their own moves in the subspace here.
-    Raises ValueError for an unknown word and for a dim that is not in 1 to D.
+    projection: fastfood, sparse or dense. granularity: one P for all ("global") or one per
+    "tensor". parameters, layers: see `lorax.methods.full.full`, which raises for them. full: words
+    for additional parameters, which move in the subspace too.
+    Raises ValueError for an unknown word and for a dim outside 1 to D.
     """
     inner, hp = _parameters(parameters, layers, full)
     return _within("subspace", inner, False, dim, projection, granularity, None, hp)
@@ -80,10 +80,10 @@ def said(
     layers: tuple[int, ...] | None = None,
     full: tuple[str, ...] = (),
 ) -> Method:
-    """SAID: `subspace` with a trained scale for each layer or tensor, dim counting these.
+    """SAID: `subspace` with a trained scale per layer or tensor; dim includes the scales.
 
-    scales: "layer": a layer of a stack is one, and so is a module outside of it; or "tensor".
-    Raises ValueError as `subspace`, and where dim does not exceed the number of scales.
+    scales: "layer", one per layer of a stack and per module outside of stacks; or "tensor".
+    Raises ValueError as `subspace`, and if dim does not exceed the number of scales.
     """
     inner, hp = _parameters(parameters, layers, full)
     return _within("said", inner, False, dim, projection, granularity, scales, hp)
@@ -99,10 +99,10 @@ def lora_subspace(
     init: str = "kaiming",
     targets: tuple[str, ...] = Default(("q", "v")),
 ) -> Method:
-    """The factors of a LoRA move in a random subspace of dimension dim, from where they start.
+    """The factors of a LoRA move in a random subspace of dimension dim around their initial values.
 
     rank, alpha, scaling, init, targets: see `lorax.methods.lora.lora`, which raises for them.
-    Raises ValueError as `subspace`, D being LoRA's own number of parameters.
+    Raises ValueError as `subspace`; D is LoRA's number of parameters.
     """
     inner = lora(rank, alpha, scaling=scaling, init=init, targets=targets)
     if inner.hp["init"] not in ("kaiming", "gaussian"):
@@ -121,8 +121,8 @@ def _parameters(parameters, layers, full) -> tuple[Method, dict]:
 
 
 def _within(name, inner, stored, dim, projection, granularity, scales, hp) -> Method:
-    """The method whose trainable tree is theta0 + P z, theta0 that of `inner` at its start; the
-    other arguments as of `Space`, hp: further hyperparameters."""
+    """The method whose trainable tree is theta0 + P z, where theta0 is the initial tree of `inner`.
+    hp: further hyperparameters; the other arguments are as for `Space`."""
     space = Space(inner, stored, dim, projection, granularity, scales)
     space.check_words()
 
@@ -138,17 +138,17 @@ def _within(name, inner, stored, dim, projection, granularity, scales, hp) -> Me
     hp = dict(dim=dim, projection=projection, granularity=granularity) | hp
     hp |= {"scales": scales} if scales else {}
     functions = space.init, bind, delta, space.count, inner.factors and factors
-    # dW follows from z and the key, and is a thousand times as large.
-    more = dict(expand=space.expand, width=dim, stores_delta=False)
-    return Method(name, hp, *functions, **more)
+    # dW follows from z and the key, and is a thousand times larger.
+    options = dict(expand=space.expand, width=dim, stores_delta=False)
+    return Method(name, hp, *functions, **options)
 
 
 class Space(NamedTuple):
     """A random subspace of the trainable tree theta of a method.
 
-    inner: the method. stored: whether theta0 is drawn, and so lies in the constants, or can be read
-    off the base. dim, projection, granularity: as of `subspace`. scales: as of `said`, None for
-    none.
+    inner: the method. stored: True if theta0 is random and stored in the constants, False if it is
+    read from the base. dim, projection, granularity: as for `subspace`. scales: as for `said`, None
+    for none.
     """
 
     inner: Method
@@ -169,7 +169,7 @@ class Space(NamedTuple):
             raise ValueError(f"method.dim: {self.dim} given, must be at least 1")
 
     def check_size(self, size: int, n_scales: int) -> None:
-        """Raises ValueError for a dimension that `size` parameters and their scales don't have."""
+        """Raises ValueError for a dimension above `size` or not above the number of scales."""
         if self.dim > size:
             raise ValueError(f"method.dim: {self.dim} given, there are {size:,} parameters to move")
         if self.dim <= n_scales:
@@ -191,13 +191,13 @@ class Space(NamedTuple):
         return State({OWN: trained}, constants | {OWN: space})
 
     def theta0(self, constants, params, sites) -> dict:
-        """The trainable tree of `inner` at its start."""
+        """The initial trainable tree of `inner`."""
         if self.stored:
             return constants[OWN]["theta0"]
         return self.inner.init(None, params, sites).trainable
 
     def expand(self, constants, params, sites=None) -> dict:
-        """The constants with the random numbers of P, which follow from the key."""
+        """The constants plus the random numbers of P, which are drawn from the key."""
         parts = _parts(self.theta0(constants, params, sites), params, sites, self.scales)
         space = constants[OWN]
         key, d = jax.random.wrap_key_data(space["key"]), space["active"].shape[-1]
@@ -235,8 +235,8 @@ class Space(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A leaf of theta as `count` tensors of `size` entries, the layers of a stack, with the index
-    of each one's scale."""
+    """A leaf of theta: `count` tensors (the layers of a stack) of `size` entries, and the index of
+    each one's scale."""
 
     path: str
     count: int
@@ -271,8 +271,8 @@ def _scales(parts: list[Part]) -> int:
 
 
 def draw(key, parts: list[Part], projection: str, granularity: str, d: int) -> list:
-    """The random numbers of P, for `project`: one entry for all parts, or one for each, with an
-    axis for its tensors in front. d: columns. The first columns do not depend on d."""
+    """The random numbers of P, for `project`: one entry for all parts or one per part, with an axis
+    for its tensors first. d: columns. The first columns do not depend on d."""
     if granularity == "global":
         return [jax.tree.map(lambda x: x[None], DRAW[projection](key, _size(parts), d))]
     drawn = []
@@ -307,8 +307,8 @@ def _apply_dense(z, columns, n: int):
 
 
 def _draw_sparse(key, n: int, d: int):
-    """Positions and values (d, most) of each column's nonzeros: gaps between the successes of
-    Bernoulli trials are geometric, so that no (n, d) array has to be drawn."""
+    """Positions and values (d, most) of each column's nonzeros. Gaps between successes of Bernoulli
+    trials are geometric, so no (n, d) array has to be drawn."""
     density = 1 / math.sqrt(n)
     mean, deviation = n * density, math.sqrt(n * density * (1 - density))
     most = min(n, math.ceil(mean + 6 * deviation + 6))
@@ -346,7 +346,7 @@ def _apply_fastfood(z, drawn, n: int):
     if period < block:
         repeated = jnp.tile(repeated, block // period)
     blocks = repeated.reshape(-1, block)[:, order]
-    doubled = jnp.concatenate([blocks, blocks], axis=1)  # a block turned is a slice of two
+    doubled = jnp.concatenate([blocks, blocks], axis=1)  # a rotated block is a slice of this
     which = jnp.arange(len(offsets)) % len(blocks)
     cut = lambda i, at: jax.lax.dynamic_slice(doubled, (i, at), (1, block))[0]
     permuted = jax.vmap(cut)(which, offsets).reshape(-1)

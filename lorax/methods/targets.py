@@ -1,7 +1,7 @@
 """Which parameters a method adapts: canonical words, their paths, and layers.
 
-Nothing here knows a method. `resolve` gives the kernels that words mean, `adapted_matrices` the
-layers of each as well; `lorax.methods.arrays` makes a method's arrays for them.
+This is independent of methods. `resolve` finds the kernels that words mean, `adapted_matrices` also
+the layers of each; `lorax.methods.arrays` makes a method's arrays for them.
 """
 
 import re
@@ -18,33 +18,33 @@ WORDS = {
     "embed": r"(.*/)?(wte|embed)/embedding",
     "head": r"(.*/)?lm_head/kernel",
 }
-#: Words for parameters that are trained as they are (`full`), beside those above; "norms" are the
-#: scale and bias of every norm.
+#: Further words for parameters that are trained in full (`full`); "norms" are the scale and bias of
+#: every norm.
 FULL_WORDS = {"all": r".*", "classifier": r"head/.*", "biases": r"(.*/)?bias", "norms": None}
 GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("up", "gate", "down")}
 
 
 class Default(tuple):
-    """A method's default words, marked so that no error says that the user gave them."""
+    """A method's default words, marked so that errors don't say that the user gave them."""
 
 
-def words_of(given: str | Iterable[str]) -> tuple[str, ...]:
-    """One word or several as a tuple; a `Default` stays one."""
-    if isinstance(given, tuple):
-        return given
-    return (given,) if isinstance(given, str) else tuple(given)
+def words_of(words: str | Iterable[str]) -> tuple[str, ...]:
+    """One or several words as a tuple; a `Default` stays a `Default`."""
+    if isinstance(words, tuple):
+        return words
+    return (words,) if isinstance(words, str) else tuple(words)
 
 
 def resolve(
     targets: tuple[str, ...], sites: Mapping[str, ops.Site], field: str = "method.targets"
 ) -> dict[str, ops.Site]:
-    """{path: Site} of what the words of `targets` mean among `sites`.
+    """{path: Site} of the `sites` that the words of `targets` name.
 
-    A word is canonical (`WORDS`, or what `Site.word` says), a group ("attention", "mlp",
-    "all-linear": every linear and convolution kernel but the heads), the name of a module ("query"
-    for "blocks/query/kernel"), or "re:" and a regex that a whole path matches.
+    A word is canonical (`WORDS` or `Site.word`), a group ("attention", "mlp", "all-linear": every
+    linear and convolution kernel except the heads), the name of a module ("query" for
+    "blocks/query/kernel"), or "re:" and a regex that matches a whole path.
     Raises ValueError for a word that matches nothing, with a list of what there is. field: the key
-    that has the words, for messages.
+    that holds the words, for messages.
     """
     if isinstance(targets, str):
         targets = (targets,)
@@ -83,7 +83,7 @@ def matching(word: str, sites: Mapping[str, ops.Site], field: str = "method.targ
 
 
 def _matches(patterns: list[str], paths: Iterable[str], place: str = "") -> list[str]:
-    """The paths that one of the regexes matches as a whole. Raises ValueError, which begins with
+    """The paths that one of the regexes fully matches. Raises ValueError, which begins with
     `place`, for an invalid regex."""
     try:
         compiled = [re.compile(p) for p in patterns]
@@ -93,8 +93,7 @@ def _matches(patterns: list[str], paths: Iterable[str], place: str = "") -> list
 
 
 def _hint(word: str, paths: Iterable[str], known: Iterable[str]) -> str:
-    """The end of the error for a word that matches nothing: the word or regex that was probably
-    meant."""
+    """The end of an error for a word that matches nothing: the word or regex probably meant."""
     if not word.startswith("re:"):
         return "" if word in known else nearest(word, known)
     regex = word.removeprefix("re:")

@@ -1,16 +1,16 @@
-"""VeRA: one random pair of factors for all matrices, scaled by trained vectors (Kopiczko et al.
-2023, arXiv:2310.11454, section 3.1).
+"""VeRA: one random pair of factors shared by all matrices and scaled by trained vectors (Kopiczko
+et al. 2023, arXiv:2310.11454, section 3.1).
 
     y = x w + ((dropout(x) a) * d) b * v       a (in, r), b (r, out) frozen; d (r,), v (out,)
 
 a and b are drawn once, as large as the largest input and output of all targets, and each matrix
-takes their first rows and columns. As in PEFT they are U(-sqrt(6 / n), sqrt(6 / n)) with n the
+uses their first rows and columns. As in PEFT they are U(-sqrt(6 / n), sqrt(6 / n)) with n the
 number of rows, d starts at `d_initial` and v, the paper's b, at zero; there is no alpha / r.
 PEFT's arrays: d vera_lambda_d, v vera_lambda_b, a vera_A and b vera_B transposed.
 
-Departures: each rank has a pair of its own, so that no two ranks share a subspace; the numbers are
-JAX's and not those of PEFT's generator, so an export has to bring them along. The gradient goes
-through b alone, as d's place does not matter: (x a) (d b v) keeps a free of one.
+Departures: each rank has its own pair, so that no two ranks share a subspace; the numbers come from
+JAX's generator and not from PEFT's, so an export includes them. d is applied to b, not to a, which
+is equivalent: in (x a) (d b v), a needs no gradient.
 """
 
 import math
@@ -25,7 +25,7 @@ from lorax.methods.arrays import Matrix, fill, joined, key_for, matrices
 from lorax.methods.contract import Method, State
 from lorax.methods.targets import Default, adapted_matrices
 
-SHARED = "vera"  # a and b lie at vera/a and vera/b of the constants, once for all targets
+SHARED = "vera"  # a and b are at vera/a and vera/b of the constants, shared by all targets
 
 
 def vera(
@@ -36,9 +36,9 @@ def vera(
     layers: tuple[int, ...] | None = None,
     dropout: float = 0.0,
 ) -> Method:
-    """VeRA; targets, layers and dropout as `lorax.methods.lora.lora`, which raises for them.
+    """VeRA. targets, layers, dropout: see `lorax.methods.lora.lora`, which raises for them.
 
-    rank: of the shared pair, which may exceed min(in, out). d_initial: what all of d starts at.
+    rank: of the shared pair, which may exceed min(in, out). d_initial: initial value of d.
     projection_seed: of a and b, which are the same for every `seed` of a run.
     Trainable: d (layers..., r), v (layers..., out).
     """
@@ -87,7 +87,7 @@ def _pair(drawn: list[Matrix], padded: list[Matrix], rank: int, width: int, seed
 
 
 def bind(trainable, constants, params, key=None, sites=None):
-    """`params` with a `LowRank` leaf at every adapted path; dropout where a key is given."""
+    """`params` with a `LowRank` leaf at every adapted path; dropout if a key is given."""
     return lora.bind(_as_lora(trainable, constants, params, sites), {}, params, key)
 
 
