@@ -16,7 +16,7 @@ ZERO = 0.5  # where zero is drawn on a logarithmic axis
 def calibration(estimates: pd.DataFrame) -> Figure:
     """Estimate against truth, one panel per estimator, on logarithmic axes with the line of
     agreement. Noise levels differ in colour and marker and are drawn side by side; every seed is a
-    point. found: from `calibration.estimates`, not empty."""
+    point. estimates: from `calibration.estimates`, not empty."""
     names = [name for name in ESTIMATORS if name in set(estimates["estimator"])]
     noises = sorted(set(estimates["noise"]))
     columns = min(COLUMNS, len(names))

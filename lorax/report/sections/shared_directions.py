@@ -302,8 +302,8 @@ def _chosen(
     comparison: Comparison, kind: str, layers: Sequence[int], all_layers: Sequence[int] = ()
 ) -> tuple[dict, str]:
     """phi by (layer, target) for these layers and as many targets as fit in a figure, and a
-    sentence on what is left out. of: all layers, if the sentence is to say which layers are
-    drawn."""
+    sentence on what is left out. all_layers: given if the
+    sentence is to say which layers are drawn."""
     maps_by_place = [
         (tables.layer_and_target(path), kinds[kind]) for path, kinds in comparison.phi.items()
     ]
