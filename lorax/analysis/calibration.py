@@ -147,7 +147,7 @@ def estimates(
 
 
 def _truth(run: runs.Run, member: int) -> dict[str, np.ndarray]:
-    """{layer: singular values of its dW*}, (0,) where nothing is planted."""
+    """{layer: singular values of its dW*}, (0,) if nothing is planted."""
     return {path: np.array(s, float) for path, s in run.members.loc[member, "planted"].items()}
 
 

@@ -40,7 +40,8 @@ T975 = (
 
 class Crossing(NamedTuple):
     """Where a curve reaches a level. verdict: "reached", "below" (already the smallest size reaches
-    it) or "not reached" (the largest does not). size: where; NaN unless "reached"."""
+    it) or "not reached" (the largest does not). size: the size at which it does; NaN unless
+    "reached"."""
 
     verdict: str
     size: float

@@ -108,8 +108,10 @@ def save(
     for name in earlier - set(files):
         (directory / name).unlink(missing_ok=True)
     _write_manifest(directory, set(files))
-    for what, error in failed.items():
-        warnings.warn(f"{what}: {rundir.keep_error(directory, error)}", SectionFailed, stacklevel=2)
+    for part_name, error in failed.items():
+        warnings.warn(
+            f"{part_name}: {rundir.keep_error(directory, error)}", SectionFailed, stacklevel=2
+        )
     return written
 
 
@@ -120,10 +122,10 @@ class SectionFailed(UserWarning):
 def attempt(title: str, make: Callable[..., Section | list[Section]], *arguments) -> list[Section]:
     """The sections that `make(*arguments)` returns; if it fails, one with the error."""
     try:
-        made = make(*arguments)
+        sections = make(*arguments)
     except Exception as error:  # show the rest of the page
         return [Section(title, "", error=error)]
-    return [made] if isinstance(made, Section) else made
+    return [sections] if isinstance(sections, Section) else sections
 
 
 def command(what: Iterable[object], **options: object) -> str:

@@ -170,8 +170,8 @@ def _with_mean(axes: Axes, evals: pd.DataFrame, members: pd.DataFrame, style: di
         thin["linestyle"] = "-" if member in converged else (0, (2, 2))
         axes.plot(curve["step"], curve["loss"], **thin)
     mean = evals[evals["member"].isin(converged)].groupby("step")["loss"].mean()
-    every = max(1, len(mean) // 8)
-    (line,) = axes.plot(mean.index, mean, markersize=4, markevery=every, **style)
+    marker_step = max(1, len(mean) // 8)
+    (line,) = axes.plot(mean.index, mean, markersize=4, markevery=marker_step, **style)
     return line
 
 

@@ -57,8 +57,8 @@ def spectra(sigmas: pd.DataFrame, layers: Sequence[int], main: str = "rank") -> 
                 axes.tick_params(labelbottom=not below.any(), labelleft=not left.any())
                 for n, value in enumerate(values):
                     for _, curve in in_panel[in_panel[main] == value].groupby("member"):
-                        every = max(1, len(curve) // 8)
-                        thin = {"markersize": 3, "markevery": every, "linewidth": 1}
+                        marker_step = max(1, len(curve) // 8)
+                        thin = {"markersize": 3, "markevery": marker_step, "linewidth": 1}
                         axes.plot(curve["index"], curve["sigma"], **line_style(n) | thin)
                 axes.set_title(plain(panel_title(layer, target)))
                 axes.set_xscale("log", base=2)
@@ -132,8 +132,8 @@ def base_spectrum(sigmas: pd.DataFrame, layers: Sequence[int] | None = None) -> 
         for axes, target in zip(grid, targets, strict=False):
             for n, layer in enumerate(layers):
                 curve = drawn[(drawn["layer"] == layer) & (drawn["target"] == target)]
-                markevery = max(1, len(curve) // 6)
-                thin = {"markersize": 3, "markevery": markevery, "linewidth": 1}
+                marker_step = max(1, len(curve) // 6)
+                thin = {"markersize": 3, "markevery": marker_step, "linewidth": 1}
                 axes.plot(curve["index"], curve["sigma"], **line_style(n) | thin)
             axes.set_title(plain(target))
             axes.set_yscale("log")

@@ -124,8 +124,8 @@ def update_similarity(
     if side not in ("in", "out"):
         raise ValueError(f"side {side!r}: 'in' or 'out'")
     which = 0 if side == "in" else 1
-    one, other = update_directions(*factors1[:2]), update_directions(*factors2[:2])
-    return basis_similarity(one[which], other[which])
+    first, second = update_directions(*factors1[:2]), update_directions(*factors2[:2])
+    return basis_similarity(first[which], second[which])
 
 
 def expected_similarity(i: ArrayLike, j: ArrayLike, n: int) -> np.ndarray:

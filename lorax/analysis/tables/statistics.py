@@ -87,16 +87,17 @@ def each(
     kernels: Mapping[str, np.ndarray] | None = None,
     no_kernels: str = "no base was given",
 ) -> Iterable[Update]:
-    """Every update of every member, with its singular values, which are found in stacks.
+    """Every update of every member, with its singular values, computed in stacks.
 
     Args:
       updates: {member: {path: Factors, or dW (in, out)}}.
-      kernels: the base's (in, out) by path; where one is missing or of another shape, the update
-        has none. no_kernels: why there are none at all.
+      kernels: the base's (in, out) by path; if one is missing or has another shape, the update has
+        no kernel.
+      no_kernels: why there are no kernels at all.
     """
-    every = by_matrix(updates)
-    sigmas = singular_values(every)
-    for (member, path), given in every.items():
+    flat = by_matrix(updates)
+    sigmas = singular_values(flat)
+    for (member, path), given in flat.items():
         kernel, why = (kernels or {}).get(path), no_kernels
         if kernels is not None and kernel is None:
             why = f"the base has no {path}"
@@ -105,11 +106,11 @@ def each(
         yield Update(member, path, given, kernel, why, sigmas[member, path])
 
 
-def singular_values(every: Mapping[tuple[Hashable, str], object]) -> dict:
-    """{(member, path): sigma (k,)}, descending, float64; every: of `by_matrix`."""
+def singular_values(flat: Mapping[tuple[Hashable, str], object]) -> dict:
+    """{(member, path): sigma (k,)}, descending, float64. flat: from `by_matrix`."""
     sigmas = {}
-    for keys in stacks({key: shape_of(update) for key, update in every.items()}):
-        update = stacked([every[key] for key in keys])
+    for keys in stacks({key: shape_of(update) for key, update in flat.items()}):
+        update = stacked([flat[key] for key in keys])
         if isinstance(update, tuple):
             sigma = spectrum.factor_svd(*update)[1]
         else:

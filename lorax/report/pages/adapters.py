@@ -102,8 +102,8 @@ def read(name: str, path: pathlib.Path, sources=None, alpha: float | None = None
     if factored:
         facts["Parameters in factors"] = sum(f.a.size + f.b.size for f in changes.values())
         whole = list(content.weights)
-        more = f" and {len(whole) - 8} more" * (len(whole) > 8)
-        facts["Also trained in full"] = ", ".join(whole[:8]) + more
+        others = f" and {len(whole) - 8} more" * (len(whole) > 8)
+        facts["Also trained in full"] = ", ".join(whole[:8]) + others
     return Given(name, path, changes, facts)
 
 
@@ -242,7 +242,7 @@ def _layers(ranks: pd.DataFrame, also: pd.DataFrame | None) -> Section:
     matrices: member, path, and a column per number, named by its heading."""
     low, high = ranks["effective"].min(), ranks["effective"].max()
     alt = (
-        f"Line charts of norm, effective and stable rank by layer: the effective rank lies between "
+        f"Line charts of norm, effective and stable rank by layer: the effective rank is between "
         f"{low:.1f} and {high:.1f}, with ranks of up to {ranks['rank'].max()}."
     )
     caption = "Norm and ranks of ΔW by layer, one line per target."
@@ -270,10 +270,10 @@ def _layers(ranks: pd.DataFrame, also: pd.DataFrame | None) -> Section:
 
 def _both(given: list[Given]) -> Section:
     """The directions that two adapters share."""
-    one, other = (tables.bases(adapter.updates) for adapter in given)
-    one, other = several_runs.fitting(one, other)
+    first, second = (tables.bases(adapter.updates) for adapter in given)
+    first, second = several_runs.fitting(first, second)
     title = f"{given[0].name} and {given[1].name}"
-    comparison = shared_directions.compare("adapters", title, [(one, other)] if one else [])
+    comparison = shared_directions.compare("adapters", title, [(first, second)] if first else [])
     if comparison is not None:
         return shared_directions.section([comparison])
     text = "Not computed: no matrix has the same name and shape in both adapters."
@@ -306,8 +306,8 @@ def _between_layers(given: Given, title: str, name: str) -> list[Section]:
             ]
     if not maps:
         return []
-    every = list(dict.fromkeys(target for target, _ in maps))
-    shown_targets = selection.spread(every, MAX_TARGETS)
+    targets_with_maps = list(dict.fromkeys(target for target, _ in maps))
+    shown_targets = selection.spread(targets_with_maps, MAX_TARGETS)
     numbers = pd.DataFrame(rows)
     drawn = {key: value for key, value in maps.items() if key[0] in shown_targets}
     pairs = numbers[numbers["layer"] != numbers["other"]]
@@ -320,7 +320,7 @@ def _between_layers(given: Given, title: str, name: str) -> list[Section]:
     caption = (
         "Overlap of the directions of one layer's ΔW with those of another's, on the input and the "
         "output side. The diagonal is 1, the chance level r/n."
-    ) + selection.drawn_of([], [], shown_targets, every, "the CSV has all")
+    ) + selection.drawn_of([], [], shown_targets, targets_with_maps, "the CSV has all")
     content = page.aid(
         "Bright blocks off the diagonal: layers that are changed in the same directions."
     )

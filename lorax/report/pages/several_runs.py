@@ -378,20 +378,20 @@ def _similarity(sweeps: dict[str, Sweep]) -> list[Section]:
     if not present:
         return []
     comparisons = []
-    for one, other in itertools.combinations_with_replacement(present, 2):
-        if one == other:
-            pairs = list(itertools.combinations(bases[one], 2))
-            title = f"two seeds of {one}"
+    for first, second in itertools.combinations_with_replacement(present, 2):
+        if first == second:
+            pairs = list(itertools.combinations(bases[first], 2))
+            title = f"two seeds of {first}"
         else:
-            pairs = list(itertools.product(bases[one], bases[other]))
-            title = f"{one} and {other}"
+            pairs = list(itertools.product(bases[first], bases[second]))
+            title = f"{first} and {second}"
         common = [fitting(u, v) for u, v in pairs]
-        name = default_name("similarity", [one, other]).removeprefix("similarity-")
+        name = default_name("similarity", [first, second]).removeprefix("similarity-")
         name = page.unused(name, [comparison.name for comparison in comparisons])
         compared = shared_directions.compare(name, title, [pair for pair in common if pair[0]])
         if compared is not None:
             comparisons.append(compared)
-        elif one != other:
+        elif first != second:
             absent.append(f"{title}: no matrix that both adapt has the same shape in both.")
         else:
             absent.append(
@@ -417,12 +417,13 @@ def _best_bases(sweep: Sweep) -> tuple[list[tables.Bases], str]:
     return [tables.bases(update) for update in updates.values()], reason
 
 
-def fitting(one: tables.Bases, other: tables.Bases) -> tuple[tables.Bases, tables.Bases]:
+def fitting(first: tables.Bases, second: tables.Bases) -> tuple[tables.Bases, tables.Bases]:
     """The matrices that both have in the same shape."""
     kinds = tables.KINDS[2:]
     paths = [
         path
-        for path in one
-        if path in other and all(len(one[path][kind]) == len(other[path][kind]) for kind in kinds)
+        for path in first
+        if path in second
+        and all(len(first[path][kind]) == len(second[path][kind]) for kind in kinds)
     ]
-    return {path: one[path] for path in paths}, {path: other[path] for path in paths}
+    return {path: first[path] for path in paths}, {path: second[path] for path in paths}

@@ -328,7 +328,7 @@ def _figure8(compared: Compared, path: str, shown: pd.DataFrame, main: str) -> S
     numbers = pd.concat(numbers, ignore_index=True).rename(columns=renamed)
     caption = (
         f"Figure 8: φ between the directions of ΔW and those of W for {path}, input side, means "
-        f"over seeds; W's top {TOP:.0%} lie above the dashed line."
+        f"over seeds; W's top {TOP:.0%} are above the dashed line."
     )
     if len(titles) < len(drawn):
         caption += f" Drawn: {shown_of(titles, drawn)}; the CSV has all."

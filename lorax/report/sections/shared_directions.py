@@ -97,8 +97,11 @@ def compare(name: str, title: str, pairs: Sequence[tuple[dict, dict]]) -> Compar
     phi = tables.similarity(pairs) if pairs else {}
     if not phi:
         return None
-    one = pairs[0][0]
-    size = {path: {kind: one[path][kind].shape[0] for kind in kinds} for path, kinds in phi.items()}
+    first_bases = pairs[0][0]
+    size = {
+        path: {kind: first_bases[path][kind].shape[0] for kind in kinds}
+        for path, kinds in phi.items()
+    }
     first = next(iter(phi))
     kind = next(iter(phi[first]))
     ranks = phi[first][kind].shape
@@ -288,12 +291,12 @@ def maps(comparison: Comparison, kind: str) -> tuple[Picture, str]:
     """Heat maps by layer and target, and which are drawn, if not all."""
     layers = sorted({tables.layer_and_target(path)[0] for path in comparison.phi})
     drawn, cut = _chosen(comparison, kind, spread(layers, MAX_LAYERS), layers)
-    one, other = comparison.ranks
+    rank1, rank2 = comparison.ranks
     figure = figures.similarity_maps(
         drawn,
         comparison.control.mean,
-        f"i: top directions, r = {one}",
-        f"j: top directions, r = {other}",
+        f"i: top directions, r = {rank1}",
+        f"j: top directions, r = {rank2}",
     )
     return Picture(figure, _cells(drawn, comparison.control.mean)), cut
 
