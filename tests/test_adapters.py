@@ -223,7 +223,7 @@ def test_a_tied_embedding_can_be_updated_in_one_use_alone(name, base):
     np.testing.assert_allclose(
         jit(ops.embed)(TOKENS, leaf), (w + update("wte"))[TOKENS], rtol=1e-5, atol=1e-5
     )
-    with pytest.raises(ValueError, match="wte/embedding: the model reads out with its embedding"):
+    with pytest.raises(ValueError, match="wte/embedding: the model's head is its embedding"):
         adapters.merge(base, adapter)
 
 

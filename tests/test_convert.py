@@ -259,8 +259,8 @@ def test_virtual_tokens_are_shown_and_not_merged(other, base, tmp_path, capsys):
     [
         ("ia3", "show {own}", "ia3: IA3: no update .* without its base"),
         ("ia3", "show {own} --alpha 3 --base {base}", "alpha: .* says itself"),
-        ("ia3", "peft {own} {tmp}/out --base {base}", "ia3 is no update of low rank"),
-        ("prefix", "peft {own} {tmp}/out --base {base}", "prefix is no update of low rank"),
+        ("ia3", "peft {own} {tmp}/out --base {base}", "ia3 has no low-rank update"),
+        ("prefix", "peft {own} {tmp}/out --base {base}", "prefix has no low-rank update"),
     ],
 )
 def test_what_other_methods_can_not_do_is_one_line(

@@ -1,7 +1,7 @@
-"""Anything trained, on its base: read and written, bound, merged, many in one batch.
+"""Trained adapters of any kind, on their base: reading, writing, binding, merging, mixing.
 
-`load` gives a `Trained` of any file and method, `save` writes one. An `Adapter` is what low-rank
-files hold, by layer; `bind`, `merge` and `mixed` take it and a base.
+`load` returns a `Trained` for any file and method, `save` writes one. An `Adapter` holds the
+content of low-rank files, by layer; `bind`, `merge` and `mixed` take it and a base.
 """
 
 from lorax.adapters.binding import bind, check

@@ -15,8 +15,8 @@ from lorax.models import Base
 def bind(base: Base, adapter: Adapter) -> dict:
     """The base's parameters with the adapter in them, for `lorax.apply`.
 
-    Adapted matrices become `leaves.LowRank`, for DoRA in a `leaves.Scaled`. Parameters that were
-    trained in full are replaced, in the dtype of the base's own.
+    Adapted matrices become `leaves.LowRank`, for DoRA inside `leaves.Scaled`. Parameters that were
+    trained in full are replaced, in the base's dtype.
 
     Raises ValueError that names path and shapes for a layer that the base does not have or factors
     that do not fit it.
@@ -34,8 +34,8 @@ def bind(base: Base, adapter: Adapter) -> dict:
 
 
 def check(base: Base, adapter: Adapter) -> None:
-    """Raises ValueError, as `bind` does, for an adapter that does not fit. A skeleton will do for
-    base: no weight is looked at."""
+    """Raises ValueError, as `bind` does, for an adapter that does not fit. base may be a skeleton:
+    no weights are read."""
     rest, head = tied.split(base, adapter)
     by_parameter(base, rest.factors)
     check_weights(base, rest.weights)

@@ -1,8 +1,8 @@
 """One load and one save for anything trained.
 
-directories of PEFT's       LoRA and DoRA, and its other methods that lorax has
-checkpoints of loralib      the LoRA authors' own code, .npz or .safetensors
-lorax's own format          any method; a user's one once the file that registers it has run
+directories of PEFT's       LoRA, DoRA, and PEFT's other methods that lorax has
+checkpoints of loralib      the LoRA authors' code, .npz or .safetensors
+lorax's own format          any method; a user's method once the file that registers it has run
 """
 
 import os
@@ -23,19 +23,19 @@ def load(
     alpha: float | None = None,
     weights: bool = True,
 ) -> Trained:
-    """Read anything trained, onto its base.
+    """Read a trained adapter of any kind, onto its base.
 
     Args:
       path: a directory, or a checkpoint of loralib; see above.
-      base: the model that it was trained on, or its name as `lorax.load` takes it. By its name an
-        encoder gets the classifier that the files have weights for.
+      base: the model that it was trained on, or its name as for `lorax.load`. A name gives an
+        encoder the classifier that the files have weights for.
       alpha: lora_alpha of a checkpoint of loralib, which does not hold it.
-      weights: whether to load the weights of a base given by its name. Without them, which only
-        low-rank factors can be read without, the result can be looked at and saved, but neither
-        bound nor merged.
+      weights: whether to load the weights of a base given by name. Without them the result can be
+        inspected and saved, but neither bound nor merged. Methods other than low-rank factors
+        always load them.
 
-    Raises FileNotFoundError, or ValueError that names file and field, tensor or layer for what is
-    damaged, can't be read, or does not fit the base; where it can, before the weights are loaded.
+    Raises FileNotFoundError, or ValueError that names the file and the field, tensor or layer that
+    is damaged, can't be read, or does not fit the base; if possible before weights are loaded.
     """
     path = reading.located(path)
     reading.check_alpha(path, alpha)
@@ -58,12 +58,12 @@ def load(
 
 
 def head_fields(path: str | os.PathLike, name: str) -> dict:
-    """The fields of a base's Config, for `lorax.load`, that give an encoder the classifier that an
-    adapter's files have weights for; {} without one.
+    """Config fields for `lorax.load` that give an encoder the classifier that an adapter's files
+    have weights for; {} if there is none.
 
-    Raises ValueError for a classifier without a task type on a base that says it has another head.
+    Raises ValueError for a classifier without a task type on a base with another head.
     """
-    if ":" in name and not Path(name).is_dir():  # random weights or a function: as they are
+    if ":" in name and not Path(name).is_dir():  # random weights or a function: unchanged
         return {}
     path = reading.located(path)
     labels = reading.classes(path) if has_choice_of_head(name) else None
@@ -81,13 +81,13 @@ def head_fields(path: str | os.PathLike, name: str) -> dict:
 
 
 def save(directory: str | os.PathLike, trained: Trained, base_name: str | None = None) -> str:
-    """Write something trained so that PEFT reads it where it can; "", or why it can't.
+    """Write a trained adapter, if possible so that PEFT reads it; "", or why PEFT can't.
 
-    Low-rank updates become a LoRA adapter in PEFT's format. Any other method leaves its arrays in
-    lorax's own format, and beside them PEFT's files of it if PEFT has the method.
+    Low-rank updates become a LoRA adapter in PEFT's format. Any other method is written in lorax's
+    own format, and additionally in PEFT's if PEFT has the method.
 
-    base_name: what PEFT should load as the base model; the name that the base was loaded by without
-    it. Raises ValueError for factors that PEFT can't store where there is no method to store.
+    base_name: what PEFT should load as the base model; by default the name that the base was loaded
+    by. Raises ValueError for factors that PEFT can't store if there is no method to store instead.
     """
     if trained.adapter is not None:
         why = _attempt(save_as_lora, directory, trained, base_name)
@@ -112,7 +112,7 @@ def save_as_lora(
     """
     base, adapter = trained.base, trained.adapter
     if adapter is None:
-        raise ValueError(f"{trained.name} is no update of low rank, and no LoRA has it")
+        raise ValueError(f"{trained.name} has no low-rank update, so it can't be stored as LoRA")
     settings = adapter.config if trained.method is None else trained.method.hp
     dropout = settings.get("lora_dropout", settings.get("dropout")) or 0
     kind = task_type(base, adapter.weights)
@@ -120,11 +120,11 @@ def save_as_lora(
 
 
 def _attempt(write, *arguments) -> str:
-    """ "" where writing succeeds, else the reason. A full or broken disk raises OSError."""
+    """ "" if writing succeeds, else the reason. A full or broken disk raises OSError."""
     try:
         write(*arguments)
     except OSError:
         raise
-    except Exception as error:  # what was learned is kept all the same
+    except Exception as error:  # the caller keeps what was learned in another format
         return str(error) if isinstance(error, ValueError) else repr(error)
     return ""

@@ -15,9 +15,9 @@ from lorax.models import Base
 
 
 class Merged(NamedTuple):
-    """params: the base's parameters with the adapter in them, plain where it changes them.
-    replaced: {path: leaf} of the base's leaves that are others in params. error: {layer: largest
-    |merged - exact| over largest |exact|}, from rounding alone."""
+    """params: the base's parameters with the adapter merged; changed ones are plain arrays.
+    replaced: {path: leaf} of the base's leaves that differ in params. error: {layer: largest
+    |merged - exact| over largest |exact|}, the rounding error."""
 
     params: dict
     replaced: dict
@@ -25,18 +25,18 @@ class Merged(NamedTuple):
 
 
 def merge(base: Base, adapter: Adapter, dtypes: Mapping[str, np.dtype] | None = None) -> Merged:
-    """The adapter merged: w + s a b, or for DoRA the columns of that at length m.
+    """The adapter merged: w + s a b, for DoRA with its columns rescaled to length m.
 
-    The sum is made in float64 and rounded once, to the dtype of the base's weight, or the one that
-    `dtypes` has for its path. A quantised weight is decoded first. Raises ValueError as `bind`
-    does, for an adapter that gives a tied head another weight than the embedding, and for a layer
-    whose weights come out as NaN, or too large for their dtype.
+    The sum is computed in float64 and rounded once, to the dtype of the base's weight or to that in
+    `dtypes` for its path. A quantised weight is decoded first. Raises ValueError as `bind` does,
+    for an adapter that gives a tied head another weight than the embedding, and for a layer whose
+    weights become NaN or too large for their dtype.
     """
     rest, head = tied.split(base, adapter)
     if head is not None:
         raise ValueError(
-            f"{head.path}: the model reads out with its embedding, and the adapter updates the "
-            "two differently: they can't be one weight"
+            f"{head.path}: the model's head is its embedding, and the adapter updates the two "
+            "differently: they can't be one weight"
         )
     flat, error = with_weights(base, rest.weights), {}
     for path, layers in by_parameter(base, rest.factors).items():
@@ -56,13 +56,13 @@ def merge(base: Base, adapter: Adapter, dtypes: Mapping[str, np.dtype] | None = 
 
 
 def replaced(base: Base, params: dict) -> dict:
-    """{path: leaf} of the base's leaves that are others in `params`."""
+    """{path: leaf} of the base's leaves that differ in `params`."""
     flat = tree.flatten(params)
     return {p: leaf for p, leaf in tree.flatten(base.params).items() if flat[p] is not leaf}
 
 
 def _sum(matrix: np.ndarray, factors: Factors) -> np.ndarray:
-    """w + s a b in float64, its columns at the lengths m if the factors have them."""
+    """w + s a b in float64, with its columns rescaled to lengths m if the factors have them."""
     a, b, s, m = factors
     exact = matrix.astype(np.float64)
     exact += s * (np.asarray(a, np.float64) @ np.asarray(b, np.float64))
@@ -73,9 +73,9 @@ def _sum(matrix: np.ndarray, factors: Factors) -> np.ndarray:
 
 
 def _rounded(exact: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """float64 rounded once. A cast to bfloat16 goes through float32 and would round twice: there
-    the last bit of float32 is made odd if anything was cut off, so that no tie comes of it."""
-    with np.errstate(over="ignore"):  # the caller looks for infinities
+    """float64 rounded once. A cast to bfloat16 goes through float32 and would round twice, so the
+    last bit of float32 is set if anything was cut off, which prevents false ties."""
+    with np.errstate(over="ignore"):  # the caller checks for infinities
         if dtype != jnp.bfloat16:
             return exact.astype(dtype)
         near = exact.astype(np.float32)
@@ -85,5 +85,5 @@ def _rounded(exact: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def unmerge(merged: Merged) -> dict:
-    """The base's parameters again, bit for bit: the replaced leaves, not a subtraction."""
+    """The base's parameters again, bit for bit: the replaced leaves are put back."""
     return tree.unflatten(tree.flatten(merged.params) | merged.replaced)

@@ -1,4 +1,4 @@
-"""One batch in which every row has an adapter of its own."""
+"""One batch in which every row has its own adapter."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,12 @@ from lorax.models import Base
 
 
 def mixed(base: Base, adapters: Sequence[Adapter | None], rows) -> dict:
-    """Parameters for one forward pass in which row i of the batch has adapter rows[i]. None among
-    the adapters is the bare base.
+    """Parameters for one forward pass in which row i of the batch uses adapter rows[i]. None among
+    the adapters means the bare base.
 
-    rows: (B,) integers below len(adapters), with values (not traced): B is the batch size of the
-    calls that these parameters are for. Raises ValueError for an adapter that does not fit, or that
-    is more than low-rank factors (DoRA, biases, a head): those can't differ from row to row.
+    rows: (B,) integers below len(adapters), concrete (not traced); B is the batch size of the calls
+    that use these parameters. Raises ValueError for an adapter that does not fit, or that has more
+    than low-rank factors (DoRA, biases, a head): those can't differ from row to row.
     """
     rows = np.asarray(rows)
     if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
@@ -30,16 +30,16 @@ def mixed(base: Base, adapters: Sequence[Adapter | None], rows) -> dict:
         for i, adapter in enumerate(adapters)
     ]
     flat = tree.flatten(base.params)
-    for path in dict.fromkeys(path for one in stacked for path in one):
+    for path in dict.fromkeys(path for by_path in stacked for path in by_path):
         layers, n_in, n_out = base.sites[path].matrix_shape(flat[path].shape)
-        a, b, s = _side_by_side([one.get(path) for one in stacked], layers, n_in, n_out)
+        a, b, s = _side_by_side([by_path.get(path) for by_path in stacked], layers, n_in, n_out)
         every_layer = np.broadcast_to(rows.astype(np.int32), (*layers, len(rows)))
         flat[path] = leaves.Mixed(flat[path], *map(jnp.asarray, (a, b, s, every_layer)))
     return tree.unflatten(flat)
 
 
 def _low_rank(base: Base, adapter: Adapter, where: str) -> dict[str, Stack]:
-    """{parameter path: `Stack`} of an adapter that is low-rank factors and nothing else."""
+    """{parameter path: `Stack`} of an adapter that has only low-rank factors."""
     rest, head = tied.split(base, adapter)
     stacked = stacks(base, rest.factors)
     if rest.weights or head is not None or any(stack.has_m.any() for stack in stacked.values()):

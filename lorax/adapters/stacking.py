@@ -1,7 +1,7 @@
-"""From the factors of single layers to arrays stacked as the base stacks its parameters.
+"""Stacks the factors of single layers as the base stacks its parameters.
 
-Factors are padded with zeros to the largest rank of the stack, which changes nothing in what they
-compute; layers without factors have zeros.
+Factors are padded with zeros to the largest rank of the stack, which does not change the result;
+layers without factors have zeros.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ from lorax.models import Base
 
 class Stack(NamedTuple):
     """The factors of a base's parameter, float32: a (layers..., in, r), b (layers..., r, out),
-    s (layers...), m (layers..., out) where has_m (layers...) bool."""
+    s (layers...), m (layers..., out), which is valid where has_m (layers...) bool."""
 
     a: np.ndarray
     b: np.ndarray
@@ -69,8 +69,8 @@ def by_parameter(base: Base, factors: Mapping[str, Factors]) -> dict[str, list]:
 
 
 def with_weights(base: Base, weights: Mapping[str, np.ndarray]) -> dict:
-    """{path: leaf} of the base with `weights` {parameter with its layer: value} in place of its
-    own, in their dtype. Raises ValueError as `check_weights`."""
+    """{path: leaf} of the base with `weights` {parameter with its layer: value} in place of the
+    base's, in the base's dtype. Raises ValueError as `check_weights`."""
     check_weights(base, weights)
     flat = tree.flatten(base.params)
     for name, value in weights.items():
@@ -82,7 +82,7 @@ def with_weights(base: Base, weights: Mapping[str, np.ndarray]) -> dict:
 
 
 def check_weights(base: Base, weights: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError for a parameter that the base does not have, and one of another shape."""
+    """Raises ValueError for a parameter that the base lacks or that has another shape."""
     flat = tree.flatten(base.params)
     for name, value in weights.items():
         if name not in base.parts:
@@ -94,5 +94,5 @@ def check_weights(base: Base, weights: Mapping[str, np.ndarray]) -> None:
 
 
 def _unknown(base: Base, kind: str, name: str, known: Iterable[str]) -> str:
-    """What to say of a name that the base does not have."""
+    """The end of a message about a name that the base does not have."""
     return f"{base.name} has no such {kind}{nearest(name, known)}"

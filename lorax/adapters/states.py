@@ -1,7 +1,7 @@
-"""Trained methods in lorax's own format (files: `lorax.interop.states`), whatever the method.
+"""Trained methods of any kind in lorax's own format (files: `lorax.interop.states`).
 
 The arrays of a sweep's member are padded to the widest. A user's method can only be read after its
-file has run: a file that is named by data is not run by itself.
+file has run, because lorax never runs a file that is only named in data.
 """
 
 import os
@@ -96,7 +96,7 @@ def _method(directory: Path) -> methods.Method:
 
 
 def _check(file: Path, method: methods.Method, state: methods.State, base: Base) -> None:
-    """Raises ValueError for arrays that the base's parameters have no place or no room for."""
+    """Raises ValueError for arrays that don't fit the base's parameters."""
     bound = lambda *state: method.bind(*state, base.params, sites=base.sites)
     try:
         changed = tree.flatten(jax.eval_shape(bound, *state))

@@ -6,8 +6,8 @@ from lorax.models import Base
 
 
 def check_task(base: Base, task_type: str | None, where: str = "") -> None:
-    """Raises ValueError, which begins with `where`, for a task type of PEFT's whose head the base
-    does not have. None, and features without a head, are for every base."""
+    """Raises ValueError, which begins with `where`, for a task type of PEFT whose head the base
+    lacks. None, and features without a head, fit every base."""
     known = ["FEATURE_EXTRACTION"]
     if base.causal:
         known.append("CAUSAL_LM")
@@ -16,15 +16,15 @@ def check_task(base: Base, task_type: str | None, where: str = "") -> None:
     if task_type is not None and task_type not in known:
         raise ValueError(
             f"{where}task_type {task_type!r}: {base.name} is no model with such a head; adapters "
-            f"for it say {' or '.join(known[::-1])}, or null"
+            f"for it have {' or '.join(known[::-1])}, or null"
         )
 
 
 def task_type(base: Base, trained_whole: Iterable[str]) -> str | None:
-    """PEFT's word for an adapter of a base, by the parameters that were trained in full.
+    """PEFT's task type of a base's adapter, given the parameters that were trained in full.
 
-    PEFT takes the whole head from a classifier's adapter, so only one that has it is called so.
-    There is no word for models that read no text.
+    PEFT reads the whole head from a classifier's adapter, so only an adapter with the head is
+    SEQ_CLS. There is no task type for models that don't read text.
     """
     if base.causal:
         return "CAUSAL_LM"

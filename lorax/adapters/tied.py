@@ -1,7 +1,7 @@
-"""A model that reads out with its embedding, and an adapter that updates the two uses differently.
+"""Models whose head is their embedding, with adapters that update the two differently.
 
-PEFT adapts modules, not weights: its adapter may update the embedding alone, the head alone, or
-each by itself. The shared weight then becomes an `leaves.Untied` leaf.
+PEFT adapts modules, not weights: its adapter may update only the embedding, only the head, or both
+differently. The shared weight then becomes a `leaves.Untied` leaf.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Head(NamedTuple):
     """The head of a tied model once it differs from the embedding.
 
     path: of the embedding. weight: (V, features) that replaces the embedding's, or None. factors:
-    of an update of that weight, or None.
+    of an update to that weight, or None.
     """
 
     path: str
@@ -29,7 +29,7 @@ class Head(NamedTuple):
 
 
 def split(base: Base, adapter: Adapter) -> tuple[Adapter, Head | None]:
-    """(the adapter without what belongs to a tied head alone, that head or None).
+    """(the adapter without the parts that are only for a tied head, that head or None).
 
     Raises ValueError for a task that the base has no head for.
     """
@@ -37,10 +37,10 @@ def split(base: Base, adapter: Adapter) -> tuple[Adapter, Head | None]:
     embedding = "" if getattr(base.config, "head", "") == "none" else base.places.tied
     path = f"{embedding}/embedding"
     head, w_head = adapter.factors.get("lm_head"), adapter.weights.get("lm_head/kernel")
-    own = head is not None or w_head is not None
+    has_head = head is not None or w_head is not None
     touched = embedding in adapter.factors or path in adapter.weights
     apart = touched and not adapter.config.get("ensure_weight_tying", True)
-    if not embedding or not (own or apart):
+    if not embedding or not (has_head or apart):
         return adapter, None
     without = lambda named, name: {key: value for key, value in named.items() if key != name}
     weights = without(adapter.weights, "lm_head/kernel")
@@ -55,12 +55,12 @@ def split(base: Base, adapter: Adapter) -> tuple[Adapter, Head | None]:
 
 
 def read_out(base: Base, head: Head):
-    """The leaf that a tied model with a head of its own reads out with."""
+    """The head's leaf of a tied model with a separate update of its head."""
     leaf = tree.flatten(base.params)[head.path]
     if head.weight is not None:
         leaf = jnp.asarray(head.weight).astype(leaf.dtype)
     if head.factors is not None:
-        own = {head.path.removesuffix("/embedding"): head.factors}
-        twin = stacks(base, own)[head.path]
+        factors_of = {head.path.removesuffix("/embedding"): head.factors}
+        twin = stacks(base, factors_of)[head.path]
         leaf = leaves.LowRank(leaf, *map(jnp.asarray, (twin.a, twin.b, twin.s)))
     return leaf

@@ -1,4 +1,4 @@
-"""`Trained`: one protocol for anything trained, whatever its method and the file it came from."""
+"""`Trained`: one interface for trained adapters of any method, from any file."""
 
 import dataclasses
 import functools
@@ -15,11 +15,11 @@ from lorax.models import Base
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Trained:
-    """Something trained, on its base.
+    """A trained adapter on its base.
 
-    base: the model that it was trained on. adapter: the update as low-rank factors, with the
-    weights trained in full beside them, or None for a method whose update has no factors. method,
-    state: the method and its arrays; None for LoRA and DoRA from files, which hold factors alone.
+    base: the model that it was trained on. adapter: the update as low-rank factors with any weights
+    trained in full, or None for a method whose update has no factors. method, state: the method and
+    its arrays; None for LoRA and DoRA from files, which hold only factors.
     """
 
     base: Base
@@ -32,7 +32,7 @@ class Trained:
 
     @property
     def name(self) -> str:
-        """Of the method, as `lorax.method` takes it."""
+        """The method's name, as for `lorax.method`."""
         if self.method is not None:
             return self.method.name
         lengths = any(factors.m is not None for factors in self.adapter.factors.values())
@@ -40,7 +40,7 @@ class Trained:
 
     @functools.cached_property
     def content(self) -> Adapter | Dense:
-        """Updates by layer, what changes beside them, and what is known of them in words."""
+        """Updates by layer, other changes, and facts in words."""
         if self.adapter is not None:
             return self.adapter
         return states.dense(self.base, self.method, self.state)
@@ -48,7 +48,7 @@ class Trained:
     @property
     def updates(self) -> dict[str, Factors] | dict[str, np.ndarray]:
         """{layer: `Factors` of dW, or dW (in, out) float32 for a method without factors}; {} for a
-        method that is no change of weights, such as a prefix."""
+        method that does not change weights, such as a prefix."""
         return self.content.updates
 
     def bind(self) -> dict:
@@ -59,9 +59,9 @@ class Trained:
 
     def merge(self, dtypes: Mapping[str, np.dtype] | None = None) -> merging.Merged:
         """Plain parameters with the update added. dtypes: {path: dtype} to round the sums of
-        low-rank updates to, where that is not the base's.
+        low-rank updates to, if not the base's.
 
-        Raises ValueError for a method that is no change of weights, and as `adapters.merge`.
+        Raises ValueError for a method that does not change weights, and as `adapters.merge`.
         """
         if self.adapter is not None:
             return merging.merge(self.base, self.adapter, dtypes)
@@ -77,6 +77,6 @@ class Trained:
 
 
 def from_training(base: Base, method: methods.Method, state: methods.State) -> Trained:
-    """What training a method on a base has left."""
+    """The `Trained` of a method and state after training on a base."""
     adapter = None if method.factors is None else factored(base, method, state)
     return Trained(base, adapter, method, state)

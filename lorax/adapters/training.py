@@ -1,4 +1,4 @@
-"""Adapters to and from training: a state that starts at an adapter, an adapter of a state."""
+"""Adapters to and from training: an initial state from an adapter, an adapter from a state."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +10,9 @@ from lorax.models import Base
 
 
 def state(base: Base, adapter: Adapter) -> methods.State:
-    """The trees of `lorax.methods.lora` that start where the adapter is, without dropout.
+    """The state of `lorax.methods.lora` that equals the adapter, without dropout.
 
-    Its weights, if it has any, are not in them. Raises ValueError for DoRA, and as `bind`.
+    Weights trained in full are left out. Raises ValueError for DoRA, and as `bind`.
     """
     trainable, constants = {}, {}
     for path, stack in stacks(base, adapter.factors).items():
@@ -24,9 +24,9 @@ def state(base: Base, adapter: Adapter) -> methods.State:
 
 
 def factored(base: Base, method: methods.Method, state: methods.State) -> Adapter:
-    """The low-rank factors of a trained method and its weights trained in full, layer by layer.
+    """The low-rank factors of a trained method and its weights trained in full, by layer.
 
-    Padding is cut off, and a layer that is not adapted (both factors zero) is left out.
+    Padding is removed, and layers that are not adapted (both factors zero) are left out.
     """
     factors, weights = {}, {}
     for path, arrays in method.factors(*state, base.params, base.sites).items():
@@ -46,9 +46,8 @@ def factored(base: Base, method: methods.Method, state: methods.State) -> Adapte
 
 
 def _lengths_beside(base: Base, factors: dict[str, Factors]) -> dict[str, Factors]:
-    """Rank-0 factors with the base's own column lengths for unadapted layers that share a fused
-    tensor with adapted ones (GPT-2's k beside q and v): DoRA stores the lengths of whole modules.
-    """
+    """Rank-0 factors with the base's column lengths for unadapted layers that share a fused tensor
+    with adapted ones (GPT-2's k with q and v): DoRA stores the lengths of whole modules."""
     flat, tensors, lengths = tree.flatten(base.params), {}, {}
     for layer, (path, index) in base.layers.items():  # {tensor of one layer: its parts}
         if path in base.sources:

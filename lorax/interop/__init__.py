@@ -1,1 +1,1 @@
-"""Exchange with other programs' files: adapters and base models come and go unchanged."""
+"""Reading and writing other programs' files: adapters and base models, without loss."""

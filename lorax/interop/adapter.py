@@ -1,7 +1,7 @@
-"""What files of trained adapters hold, whatever their format: low-rank factors, or dense updates.
+"""The contents of adapter files of any format: low-rank factors, or dense updates.
 
-`Adapter` and `Dense` answer the same questions: `updates` by layer, `notes` on what changes beside
-them, `idle`, and `facts` for a report.
+`Adapter` and `Dense` have the same interface: `updates` by layer, `notes` on other changes, `idle`,
+and `facts` for a report.
 """
 
 from typing import Any, NamedTuple
@@ -22,14 +22,14 @@ class Factors(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """Low-rank factors, and parameters that were trained in full beside them.
+    """Low-rank factors, and parameters that were trained in full.
 
     factors: {layer: Factors}, e.g. "h/0/attn/q", the path of its parameter without "/kernel".
-    weights: {parameter with its layer: float32 array as lorax orients it}, of what was trained in
-        full: "h/0/attn/q/bias", "head/dense/kernel".
+    weights: {parameter with its layer: float32 array in lorax's orientation} of the parameters that
+        were trained in full: "h/0/attn/q/bias", "head/dense/kernel".
     config: the other fields of the file: base_model_name_or_path, task_type, ...
-        "ensure_weight_tying" says whether an update of the embedding is one of a tied head as well;
-        without that field it is.
+        "ensure_weight_tying" says whether an update of the embedding also updates a tied head; it
+        does if the field is missing.
     """
 
     factors: dict[str, Factors]
@@ -38,29 +38,29 @@ class Adapter(NamedTuple):
 
     @property
     def updates(self) -> dict[str, Factors]:
-        """{layer: `Factors`}; of rank 0 where DoRA stores a layer's lengths alone."""
+        """{layer: `Factors`}; of rank 0 if DoRA stores only a layer's lengths."""
         return self.factors
 
     def notes(self) -> list[str]:
-        """What changes beside the updates, a line each."""
+        """Other changes than the updates, one line each."""
         lengths = any(factors.m is not None for factors in self.factors.values())
         notes = ["DoRA: the columns of w + dW are scaled as well, which is not in dW."] * lengths
         return notes + [f"trained in full: {name} {_size(x)}" for name, x in self.weights.items()]
 
     def idle(self) -> str:
-        """Why it changes nothing, "" if it changes something, or may."""
+        """Why the adapter changes nothing, "" if it may change something."""
         every = self.factors.values()
         if self.weights or any(factors.m is not None for factors in every):
             return ""
         if all(factors.s == 0 for factors in every):
             return "alpha is 0, which scales every update to 0"
         if not any(factors.b.any() for factors in every):
-            return "every B is 0, as before the first step of a training"
+            return "every B is 0, as before the first training step"
         moves = (a.any() and b.any() and s for a, b, s, _ in every)
         return "" if any(moves) else "alpha, A or B of every layer is 0"
 
     def facts(self) -> dict[str, Any]:
-        """{what a report calls it: value} of the file's config, None where it says nothing."""
+        """{name in a report: value} from the file's config, None for missing fields."""
         return {
             "Base": self.config.get("base_model_name_or_path"),
             "Kind": "DoRA" if self.config.get("use_dora") else "LoRA",
@@ -74,11 +74,11 @@ class Dense(NamedTuple):
     """Updates of a method without low-rank factors.
 
     method: its name. hp: its hyperparameters.
-    updates: {layer: dW (in, out) float32} of the matrices that it changes; {} for a method that is
-        no change of weights.
-    beside: {name: array} of the other parameters that it changes (biases, norms: their change), or
-        of what it trains where that is no change of weights (prefixes).
-    changes_weights: which of the two `beside` is.
+    updates: {layer: dW (in, out) float32} of the matrices that it changes; {} for a method that
+        does not change weights.
+    beside: {name: array}: the changes of other parameters (biases, norms), or for a method that
+        does not change weights (prefixes) the trained arrays.
+    changes_weights: whether the method changes weights.
     """
 
     method: str
@@ -88,17 +88,17 @@ class Dense(NamedTuple):
     changes_weights: bool = True
 
     def notes(self) -> list[str]:
-        """What changes beside the updates, a line each."""
+        """Other changes than the updates, one line each."""
         words = "changed as well" if self.changes_weights else "no change of weights"
         return [f"{words}: {name} {_size(x)}" for name, x in self.beside.items()]
 
     def idle(self) -> str:
-        """Why it changes nothing, "" if it changes something, or may."""
+        """Why the adapter changes nothing, "" if it may change something."""
         moves = self.updates or any(change.any() for change in self.beside.values())
         return "" if moves or not self.changes_weights else "every update is 0"
 
     def facts(self) -> dict[str, Any]:
-        """{what a report calls it: value}."""
+        """{name in a report: value}."""
         values = (f"{name}={x}" for name, x in self.hp.items() if x not in (None, []))
         return {"Kind": self.method, "Hyperparameters": ", ".join(values)}
 

@@ -1,6 +1,6 @@
 """Hugging Face's model directory: config.json, model.safetensors (or shards), tokenizer.json.
 
-Weights are read in small parts into the arrays that stay, so the peak memory is the tree itself.
+Weights are read in small blocks into the final arrays, so peak memory is the tree itself.
 Only safetensors are opened: a pickled `.bin` can run code and is refused.
 """
 
@@ -23,8 +23,8 @@ BLOCK = 1 << 24  # bytes that are read at a time
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-#: What lies beside config.json and the weights, and says how texts and pictures become a model's
-#: input, what it is asked like, how it generates, and what one may do with it.
+#: Files besides config.json and the weights: tokenizer, image processor, chat templates, generation
+#: settings and licence.
 SIDE = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.*"),
@@ -32,18 +32,18 @@ SIDE = (
     *("preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*"),
 )
 
-#: Dtypes that weights are written in again where they were read, by safetensors' names.
+#: Dtypes that are kept when weights are written again, by safetensors' names.
 _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 
 
 class Source(NamedTuple):
-    """Where a parameter lies in Hugging Face's tensors: ours = theirs.transpose(axes)[..., part].
+    """A parameter's place in Hugging Face's tensors: ours = theirs.transpose(axes)[..., part].
 
-    name: theirs, "{}" in it for the layer where ours stacks all layers. axes: the order of their
-    axes in ours, None for the same; (1, 0) for a torch `Linear`. part: slice or integer array,
-    the columns of a fused tensor that are ours; None for all. tied: another tensor that is the same
-    weight, read where the files have that one alone. layer: the parameter's name in one layer, "{}"
-    in it for the number, where that isn't behind the first word of its path.
+    name: of their tensor, with "{}" for the layer if ours stacks all layers. axes: the order of
+    their axes in ours, None for the same; (1, 0) for a torch `Linear`. part: slice or integer
+    array, our columns of a fused tensor; None for all. tied: another tensor with the same weight,
+    read if the files have only that one. layer: the parameter's name in one layer, with "{}" for
+    the number, if the number does not follow the first word of its path.
     """
 
     name: str
@@ -53,16 +53,16 @@ class Source(NamedTuple):
     layer: str | None = None
 
     def width(self) -> int:
-        """Columns that a fused tensor must have at least to hold this part."""
+        """The fewest columns that a fused tensor with this part can have."""
         return self.part.stop if isinstance(self.part, slice) else int(np.max(self.part)) + 1
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory: the single one, as transformers has it, or the
-    shards of an index in order.
+    """The safetensors files of a model directory: the single file, which transformers prefers too,
+    or the shards of an index in order.
 
-    Raises FileNotFoundError where there is none, with the way out if only pickles are there, and
-    ValueError for an index that says anything but names of files in the folder.
+    Raises FileNotFoundError if there is none (with advice if there are only pickles), and
+    ValueError for an index with anything other than names of files in the folder.
     """
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
@@ -70,9 +70,9 @@ def weight_files(directory: Path) -> list[Path]:
         names = sorted(set(_weight_map(directory).values()))
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            others = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise FileNotFoundError(
-                f"{directory}: shards {missing[:3]}{more} of {INDEX} are missing"
+                f"{directory}: shards {missing[:3]}{others} of {INDEX} are missing"
             )
         return [directory / name for name in names]
     if list(directory.glob("*.bin")):
@@ -85,8 +85,8 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
-    """{tensor: name of its file} of an index. A name may be that of a symbolic link, as in the
-    Hub's cache, but leads out of the folder in no other way."""
+    """{tensor: name of its file} of an index. The file may be a symbolic link, as in the Hub's
+    cache, but a name can't lead out of the folder otherwise."""
     index = directory / INDEX
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
@@ -104,8 +104,8 @@ def _weight_map(directory: Path) -> dict[str, str]:
 def tensors(directory: Path) -> dict[str, tuple]:
     """{tensor's name: (open handle, its file)} of all safetensors files of a model directory.
 
-    Raises as `weight_files`; ValueError that names a file that is damaged, and a tensor that lies
-    in two files or in another than the index says."""
+    Raises as `weight_files`; ValueError that names a damaged file, or a tensor that is in two files
+    or in another file than the index says."""
     where = {}
     files = weight_files(directory)
     for file in files:
@@ -130,13 +130,13 @@ def read(
     dtype=jnp.float32,
     optional: Collection[str] = (),
 ) -> dict[str, jax.Array]:
-    """{path: array} of the parameters in `sources`, in `dtype`, a part of a layer at a time.
+    """{path: array} of the parameters in `sources`, in `dtype`, read in blocks.
 
-    shapes: {path: expected shape}; a leading layer axis is filled from one tensor a layer.
+    shapes: {path: expected shape}; a leading layer axis is filled from one tensor per layer.
     optional: paths that may be missing from the files, or have another shape there (a classifier
-    of other classes), and then are missing from the answer.
-    Raises ValueError that names file and tensor where shapes disagree, a file is corrupt, a number
-    is NaN, infinite or too large for `dtype`, or two tied tensors differ.
+    with other classes); they are then missing from the result.
+    Raises ValueError that names file and tensor if shapes disagree, a file is corrupt, a number is
+    NaN, infinite or too large for `dtype`, or two tied tensors differ.
     """
     where = tensors(directory)
     widths: dict[str, int] = {}  # of fused tensors
@@ -145,7 +145,7 @@ def read(
             widths[source.name] = max(source.width(), widths.get(source.name, 0))
 
     def stored(source, shape) -> list[int]:
-        """The shape of their tensor where ours has `shape`."""
+        """The shape of their tensor if ours has `shape`."""
         whole = (*shape[:-1], widths.get(source.name, shape[-1]))
         return [whole[i] for i in np.argsort(source.axes or range(len(whole)))]
 
@@ -175,23 +175,25 @@ def read(
             continue
         leaf, stacked = jnp.zeros(shape, dtype), "{}" in source.name
         for layer in range(shape[0]) if stacked else [None]:
-            own = shape[1:] if stacked else shape
-            piece, key, file = find(source, layer, own)
+            layer_shape = shape[1:] if stacked else shape
+            piece, key, file = find(source, layer, layer_shape)
             if source.tied in where and source.tied != key:
                 _check_equal(piece, key, source.tied, *where[source.tied])
-            for start, value in _blocks(piece, source, own):
-                at = (start, *(0,) * (len(own) - 1))
+            for start, value in _blocks(piece, source, layer_shape):
+                start_index = (start, *(0,) * (len(layer_shape) - 1))
                 if stacked:
-                    value, at = value[None], (layer, *at)
+                    value, start_index = value[None], (layer, *start_index)
                 check_weight(value, key, file, dtype)
-                leaf = _put(leaf, value, at).block_until_ready()  # or blocks in flight pile up
+                leaf = _put(
+                    leaf, value, start_index
+                ).block_until_ready()  # or blocks in flight pile up
         params[path] = leaf
     return params
 
 
 def _blocks(piece, source: Source, shape):
-    """(first row, rows) of our array, as many rows at a time as `BLOCK` bytes hold. Only what is
-    ours leaves the disk, but for parts that are scattered."""
+    """(first row, rows) of our array, as many rows at a time as `BLOCK` bytes hold. Only our part
+    is read from the disk, unless its columns are scattered."""
     axes = source.axes or tuple(range(len(shape)))
     many = max(1, BLOCK // (4 * math.prod(shape[1:]))) if len(shape) > 1 else max(shape, default=1)
     for start in range(0, shape[0] if shape else 1, many):
@@ -206,12 +208,12 @@ def _blocks(piece, source: Source, shape):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(leaf, value, at):
-    """The leaf with a block filled in, in the leaf's own memory."""
+    """The leaf with a block filled in, in place."""
     return jax.lax.dynamic_update_slice(leaf, value.astype(leaf.dtype), at)
 
 
 def _check_equal(piece, key: str, other: str, handle, file: Path) -> None:
-    """Raises ValueError where the file of a tied model has two weights that are not the same."""
+    """Raises ValueError if the files of a tied model have two different weights."""
     twin, shape = weight(handle, other, file), piece.get_shape()
     rows = max(1, BLOCK // max(1, 4 * math.prod(shape[1:])))
     cuts = [slice(i, min(i + rows, shape[0])) for i in range(0, shape[0], rows)]
@@ -224,14 +226,14 @@ def _check_equal(piece, key: str, other: str, handle, file: Path) -> None:
 
 
 def _key(source: Source, layer: int | None, where: Collection[str]) -> str | None:
-    """The name under which one layer's tensor lies, None where it does not."""
+    """The name of one layer's tensor in the files, None if it is missing."""
     names = (*spellings(source.name.format(layer)), source.tied)
     return next((key for key in names if key in where), None)
 
 
 def spellings(name: str) -> list[str]:
-    """Names under which a tensor may lie: a checkpoint of the bare model has no "transformer." in
-    front, and BERT's oldest call a norm's weight and bias gamma and beta."""
+    """Possible names of a tensor: a checkpoint of the bare model lacks the prefix "transformer.",
+    and the oldest BERT files call a norm's weight and bias gamma and beta."""
     names = [name, name.split(".", 1)[-1]]
     old = [n.replace("LayerNorm.weight", "LayerNorm.gamma") for n in names]
     return names + [n.replace("LayerNorm.bias", "LayerNorm.beta") for n in old]
@@ -240,16 +242,16 @@ def spellings(name: str) -> list[str]:
 def dtypes(
     directory: Path, sources: Mapping[str, Source], shapes: Mapping[str, tuple]
 ) -> dict[str, np.dtype]:
-    """{path: dtype} of the parameters that a model directory holds as floating point numbers, the
-    widest where layers differ. sources, shapes: as for `read`."""
-    where, found = tensors(directory), {}
+    """{path: dtype} of the parameters that a model directory stores as floating point numbers, the
+    widest if layers differ. sources, shapes: as for `read`."""
+    where, result = tensors(directory), {}
     for path, source in sources.items():
         layers = range(shapes[path][0]) if "{}" in source.name else [None]
         keys = [key for layer in layers if (key := _key(source, layer, where)) is not None]
         kinds = {where[key][0].get_slice(key).get_dtype() for key in keys}
         if kinds and kinds <= _DTYPES.keys():
-            found[path] = np.dtype(functools.reduce(jnp.promote_types, map(_DTYPES.get, kinds)))
-    return found
+            result[path] = np.dtype(functools.reduce(jnp.promote_types, map(_DTYPES.get, kinds)))
+    return result
 
 
 def write(
@@ -261,8 +263,8 @@ def write(
 ) -> None:
     """Write {path: array} and config.json so that transformers loads them; inverse of `read`.
 
-    dtypes: {path: dtype} to round to, float32 for all without it. Raises ValueError that names the
-    tensor, before anything is written, for numbers that are none, or are too large for the dtype.
+    dtypes: {path: dtype} to round to; None for float32. Raises ValueError that names the tensor,
+    before anything is written, for NaN, infinity and numbers too large for the dtype.
     """
     parts: dict[str, list] = {}  # of each tensor
     for path, source in sources.items():
@@ -271,17 +273,17 @@ def write(
             rounded = leaf.astype(np.float32 if dtypes is None else dtypes[path])
         for layer in range(len(leaf)) if "{}" in source.name else [None]:
             name = source.name.format(layer)
-            at = ... if layer is None else layer
-            check_finite(name, leaf[at], rounded[at])
-            parts.setdefault(name, []).append((source, rounded[at]))
+            index = ... if layer is None else layer
+            check_finite(name, leaf[index], rounded[index])
+            parts.setdefault(name, []).append((source, rounded[index]))
     tensors: dict[str, np.ndarray] = {}
-    for name, found in parts.items():
-        source, whole = found[0]
+    for name, pieces in parts.items():
+        source, whole = pieces[0]
         axes = source.axes or range(whole.ndim)
         if source.part is not None:
-            width = max(source.width() for source, _ in found)
+            width = max(source.width() for source, _ in pieces)
             whole = np.zeros((*whole.shape[:-1], width), whole.dtype)
-            for source, value in found:
+            for source, value in pieces:
                 whole[..., source.part] = value
         tensors[name] = np.ascontiguousarray(whole.transpose(np.argsort(axes)))
     weights = lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"})

@@ -1,10 +1,10 @@
-"""Checkpoints of loralib, the LoRA authors' own code (github.com/microsoft/LoRA), as .npz or
-.safetensors: `lora_state_dict` of a model, which is what was trained and nothing else.
+"""Checkpoints of loralib, the LoRA authors' code (github.com/microsoft/LoRA), as .npz or
+.safetensors: the `lora_state_dict` of a model, which holds only trained parameters.
 
-A layer stores `<module>.lora_A` (r, in) and `lora_B` (out, r); the scale alpha / r is in the script
-that trained it and not in the file. A fused layer (loralib's `MergedLinear`, on GPT-2's c_attn)
-adapts some of its parts, each with r rows of one lora_A and its own rows of one lora_B: n of them
-make lora_A (n r, in) and lora_B (n d, r), and which they are is not in the file either.
+A layer stores `<module>.lora_A` (r, in) and `lora_B` (out, r); the scale alpha / r is not in the
+file but in the training script. A fused layer (loralib's `MergedLinear`, on GPT-2's c_attn) adapts
+some of its parts, each with r rows of lora_A and its own rows of lora_B: n parts give lora_A
+(n r, in) and lora_B (n d, r). Which parts these are is not in the file either.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def load(
 
     Args:
       alpha: `lora_alpha` of the script; the scale of each layer is alpha over its rank. (The
-        authors' GPT-2 runs have 32, their RoBERTa scripts 16.) Without it the scale is 1.
-      sources: where the base's parameters lie in Hugging Face's tensors. Without them layers and
-        weights come by the modules' own names, weights as they are stored.
-      fused: last words of the parts that a fused layer adapts, where it does not adapt all.
+        authors use 32 for GPT-2 and 16 in their RoBERTa scripts.) Without it the scale is 1.
+      sources: the places of the base's parameters in Hugging Face's tensors. Without them layers
+        and weights have the modules' names, and weights their stored orientation.
+      fused: last words of the parts that a fused layer adapts, if it does not adapt all.
 
-    Raises FileNotFoundError, or ValueError that names the file for one that is damaged, has pickled
-    objects or no factors, for factors that do not fit together and modules that `sources` lack.
+    Raises FileNotFoundError, or ValueError that names the file if it is damaged, has pickled
+    objects or no factors, if factors don't fit together, or for modules that `sources` lack.
     """
     file = pathlib.Path(file)
     if alpha is not None and not NUMBER.fits(alpha):
@@ -58,11 +58,11 @@ def load(
         if match is None:
             raise ValueError(f"{file}: {key!r} is no factor, weight or bias of a module")
         module, name = match["module"], match["name"]
-        own = layers.setdefault(module, {}) if name.startswith("lora") else whole
+        tensors_of = layers.setdefault(module, {}) if name.startswith("lora") else whole
         name = name[-1] if name.startswith("lora") else f"{module}.{name}"
-        if name in own:
-            raise ValueError(f"{file}: {key} stands there twice, with and without 'module.'")
-        own[name] = tensor
+        if name in tensors_of:
+            raise ValueError(f"{file}: {key} occurs twice, with and without 'module.'")
+        tensors_of[name] = tensor
     if not layers:
         raise ValueError(f"{file}: holds no lora_A and lora_B tensors")
 
@@ -98,7 +98,7 @@ def _updates(module, sides, alpha, places: Places | None, fused) -> dict[str, Fa
     elif groups > 1:
         raise ValueError(f"{groups} updates of a fused layer: only its base can tell them apart")
     if groups != len(names) or B.shape[0] % groups:
-        raise ValueError(f"{groups} updates are no fit for {', '.join(names)}")
+        raise ValueError(f"{groups} updates don't fit {', '.join(names)}")
     factors = {}
     for name, part_A, part_B in zip(names, np.split(A, groups), np.split(B, groups), strict=True):
         a, b = np.ascontiguousarray(part_A.T), np.ascontiguousarray(part_B.T)

@@ -1,4 +1,4 @@
-"""Where Hugging Face keeps each of our parameters: names of tensors, parts of fused ones.
+"""The places of our parameters in Hugging Face's files: names of tensors, parts of fused ones.
 
 "h/3/attn/q/kernel" is columns 0 to 767 of "transformer.h.3.attn.c_attn.weight" in GPT-2.
 """
@@ -14,22 +14,23 @@ import numpy as np
 if TYPE_CHECKING:
     from lorax.interop.hf import Source  # it imports JAX, which reading an adapter can do without
 
-HEAD = "lm_head"  # what every causal model calls the module that reads out
+HEAD = "lm_head"  # every causal model's name for the output head
 
 
 class Places:
-    """Parameters and the tensors of Hugging Face that hold them, each by one layer's name.
+    """Maps parameters to Hugging Face's tensors and back, by the names of single layers.
 
-    tied: path of the embedding whose weight a causal model's head shares ("wte"), "" where the
-    head has its own. A tied head has a place here as well, "lm_head/kernel": PEFT adapts modules.
+    tied: path of the embedding whose weight a causal model's head shares ("wte"), "" if the head
+    has a separate weight. A tied head has a place too, "lm_head/kernel", because PEFT adapts
+    modules.
     """
 
     def __init__(self, sources: Mapping[str, Source]):
         embeddings = (
             path for path in sources if re.fullmatch(r"(.*/)?(wte|embed)/embedding", path)
         )
-        own = f"{HEAD}/kernel" in sources or "head/out/kernel" in sources
-        self.tied = "" if own else next(embeddings, "").removesuffix("/embedding")
+        has_head = f"{HEAD}/kernel" in sources or "head/out/kernel" in sources
+        self.tied = "" if has_head else next(embeddings, "").removesuffix("/embedding")
         if self.tied:
             linear = sources[f"{self.tied}/embedding"]._replace(name=f"{HEAD}.weight", axes=(1, 0))
             sources = {**sources, f"{HEAD}/kernel": linear}
@@ -42,7 +43,7 @@ class Places:
         self.bare = {name.partition(".")[2]: name for name in self.tensors}
 
     def of(self, path: str) -> Source | None:
-        """Where the parameter of one layer lies: "h/3/attn/q/kernel" -> its `Source`, or None."""
+        """The place of one layer's parameter: "h/3/attn/q/kernel" -> its `Source`, or None."""
         for template, number in _templates(path, "/"):
             if template in self.sources:
                 source = self.sources[template]
@@ -50,8 +51,8 @@ class Places:
         return None
 
     def at(self, tensor: str) -> dict[str, Source]:
-        """{path: Source} of the parameters in a tensor, as they lie along its last axis; {} for one
-        that is not known. A checkpoint of the bare model lacks the first word of its names."""
+        """{path: Source} of the parameters in a tensor, in order along its last axis; {} for an
+        unknown tensor. In a checkpoint of the bare model, names lack their first word."""
         for template, number in _templates(tensor, "."):
             for name in (template, self.bare.get(template)):
                 if name in self.tensors:
@@ -85,7 +86,7 @@ class Places:
 
 
 def in_one_layer(path: str, source: Source | None) -> str:
-    """A parameter's name in one layer, with "{}" for the layer's number where it is stacked:
+    """A parameter's name in one layer, with "{}" for the layer's number if it is stacked:
     "h/attn/q/kernel" -> "h/{}/attn/q/kernel"."""
     if source is None or source.layer is not None or "{}" not in source.name:
         return path if source is None or source.layer is None else source.layer
@@ -94,7 +95,7 @@ def in_one_layer(path: str, source: Source | None) -> str:
 
 
 def _templates(name: str, separator: str) -> Iterator[tuple[str, str]]:
-    """A name, and what it is with a "{}" for each of its numbers in turn: (template, number)."""
+    """(template, number): the name itself, then with "{}" in place of each of its numbers."""
     yield name, ""
     words = name.split(separator)
     for i, word in enumerate(words):
@@ -115,14 +116,14 @@ def _first(part: slice | np.ndarray | None) -> int:
 
 
 def fused_width(sources: Mapping[str, Source]) -> int:
-    """Columns of a fused tensor with these parameters in it, 0 of one that is not fused."""
+    """Columns of a fused tensor with these parameters, 0 if it is not fused."""
     return max(
         (source.width() for source in sources.values() if source.part is not None), default=0
     )
 
 
 def place_as_json(source: Source) -> dict[str, Any]:
-    """A source as the metadata of a file says it."""
+    """A source as JSON for a file's metadata."""
     columns = columns_as_json(source.part)
     return {"tensor": source.name, "axes": source.axes, "columns": columns}
 
@@ -135,7 +136,7 @@ def columns_as_json(part: slice | np.ndarray | None) -> str | list[int] | None:
 
 
 def as_index(part) -> slice | np.ndarray:
-    """A part, or what `columns_as_json` made of one, as an index."""
+    """A part, or its form from `columns_as_json`, as an index."""
     if isinstance(part, str):
         start, stop = map(int, part.split(":"))
         return slice(start, stop)

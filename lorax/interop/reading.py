@@ -1,8 +1,8 @@
-"""Anything trained, as far as its files can be read without its base, its method and JAX.
+"""Reads trained adapters without their base, their method and JAX, as far as possible.
 
     a directory of PEFT's       factors of LoRA and DoRA, and weights trained in full
-    a checkpoint of loralib     the same, but for the scale, which is not in the file
-    lorax's own format          dense updates, which any other method leaves
+    a checkpoint of loralib     the same, except the scale, which is not in the file
+    lorax's own format          dense updates, saved by any other method
 
 `lorax.adapters.load` reads all of these, and PEFT's other methods, onto a base.
 """
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from lorax.interop.hf import Source
 
 CHECKPOINTS = (".npz", ".safetensors")  # of loralib
-#: The classifiers that PEFT and loralib store, the last layer of each.
+#: The last layers of the classifiers that PEFT and loralib store.
 _CLASSIFIERS = ("classifier.weight", "classifier.out_proj.weight")
 
 
 def located(path: str | os.PathLike) -> Path:
-    """The file or directory that holds an adapter: PEFT's directory for its tensors' file, the
-    checkpoint for a directory with one .npz and nothing else to tell it by."""
+    """The file or directory that holds an adapter: for PEFT's tensors file its directory, for a
+    directory with only one .npz that checkpoint, otherwise the path itself."""
     path = Path(path)
     if path.name == peft.WEIGHTS:
         return path.parent
@@ -36,7 +36,7 @@ def located(path: str | os.PathLike) -> Path:
 
 
 def is_here(path: str | os.PathLike) -> bool:
-    """Whether there is something that `read` may read."""
+    """Whether there is something for `read` to read."""
     path = located(path)
     known = path / peft.CONFIG, path / states.DELTA
     return any(file.exists() for file in known) or path.is_file() and is_checkpoint(path)
@@ -48,8 +48,8 @@ def is_checkpoint(path: str | os.PathLike) -> bool:
 
 
 def format_of(path: Path) -> str:
-    """What a path that `located` gave is: "loralib", PEFT's word for a method ("LORA", "VERA"...),
-    or "lorax" for a directory in lorax's own format alone.
+    """The format of a path returned by `located`: "loralib", PEFT's word for a method ("LORA",
+    "VERA"...), or "lorax" for a directory that is only in lorax's own format.
 
     Raises FileNotFoundError, or ValueError for a config that can't be read.
     """
@@ -61,14 +61,14 @@ def format_of(path: Path) -> str:
 
 
 def check_alpha(path: Path, alpha: float | None) -> None:
-    """Raises ValueError for a scale that is missing, and for one that a file says itself."""
+    """Raises ValueError if alpha is missing, or is given but already in the file."""
     if is_checkpoint(path) and alpha is None:
         raise ValueError(
-            f"alpha: {path} does not say how its updates are scaled; give the lora_alpha of the "
-            "script that trained it (--alpha)"
+            f"alpha: {path} does not say how its updates are scaled; give the lora_alpha of its "
+            "training script (--alpha)"
         )
     if not is_checkpoint(path) and alpha is not None:
-        raise ValueError(f"alpha: {path} says itself how it is scaled; leave alpha (--alpha) out")
+        raise ValueError(f"alpha: {path} already has a scale; leave alpha (--alpha) out")
 
 
 def read(
@@ -80,12 +80,12 @@ def read(
 
     Args:
       path: a file or a directory of any of the formats above.
-      sources: where the base's parameters lie in Hugging Face's tensors. Without them the layers of
-        adapters that lorax did not write have the names of their modules.
+      sources: the places of the base's parameters in Hugging Face's tensors. Without them the
+        layers of adapters that lorax did not write have the names of their modules.
       alpha: lora_alpha of a checkpoint of loralib; without it the scale is 1.
 
-    Raises FileNotFoundError, and ValueError that names the file for one that is damaged and for
-    a method whose updates can't be told without the base, or that has none.
+    Raises FileNotFoundError, and ValueError that names the file if it is damaged, or if the method
+    has no updates or none that can be computed without the base.
     """
     path = located(path)
     if is_checkpoint(path):
@@ -101,13 +101,13 @@ def read(
 
 
 def task_type(path: Path) -> str | None:
-    """PEFT's word for the kind of model, None where the files say nothing."""
+    """PEFT's word for the kind of model, None if the files don't say it."""
     peft_says = format_of(path) not in ("loralib", "lorax")
     return peft.read_config(path / peft.CONFIG).get("task_type") if peft_says else None
 
 
 def classes(path: Path) -> int | None:
-    """Classes that the classifier in the files tells apart, None without one."""
+    """Number of classes of the classifier in the files, None if there is none."""
     match format_of(path):
         case "lorax":
             return states.classes(path)

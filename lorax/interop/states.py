@@ -1,10 +1,10 @@
-"""The files of lorax's own format, which the training of any method leaves.
+"""The files of lorax's own format, which works for any method.
 
 state.safetensors    its arrays, at trainable/path/name and constants/path/name
 method.json          its name and hyperparameters; for a user's method the file that registered it
-delta.safetensors    of a method that changes weights: {layer: dW (in, out) float32}
+delta.safetensors    for methods that change weights: {layer: dW (in, out) float32}
 
-What is read here needs neither the base nor the method; `lorax.adapters.states` has both.
+Reading here needs neither the base nor the method; `lorax.adapters.states` uses both.
 """
 
 import os
@@ -25,7 +25,7 @@ def is_here(directory: str | os.PathLike) -> bool:
 
 
 def about(directory: str | os.PathLike) -> dict:
-    """method.json: name, hp {hyperparameter: value}, and for a user's method file.
+    """method.json: name, hp {hyperparameter: value}, and file for a user's method.
 
     Raises FileNotFoundError, ValueError that names the file for one that is damaged.
     """
@@ -39,7 +39,7 @@ def about(directory: str | os.PathLike) -> dict:
 def deltas(directory: str | os.PathLike) -> dict[str, np.ndarray]:
     """{layer: dW (in, out) float32} of every matrix that was changed.
 
-    Raises FileNotFoundError where there are none: for a method that is no change of weights.
+    Raises FileNotFoundError if there are none because the method does not change weights,
     ValueError that names a damaged file.
     """
     return read_arrays(Path(directory) / DELTA)
@@ -52,7 +52,7 @@ def read(directory: str | os.PathLike) -> Dense:
 
 
 def classes(directory: str | os.PathLike) -> int | None:
-    """Classes that a trained classifier's head tells apart, None without one."""
+    """Number of classes of a trained classifier's head, None if there is none."""
     with opened(Path(directory) / STATE) as stored:
         name = "trainable/head/out/kernel/w"
         return stored.get_slice(name).get_shape()[-1] if name in stored.keys() else None

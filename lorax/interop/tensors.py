@@ -1,13 +1,13 @@
 """Weights from outside, .safetensors and .npz, checked as they are read.
 
-Nothing is unpickled. Tensors that no model can compute with are refused, naming file and tensor:
-types other than floats of at least 16 bits, NaN and infinity.
+Nothing is unpickled. Types other than floats of at least 16 bits, NaN and infinity raise an error
+that names file and tensor.
 """
 
 import os
 from collections.abc import Iterable
 
-import ml_dtypes  # numpy has its bfloat16 from it, in which safetensors answer
+import ml_dtypes  # gives numpy the bfloat16 that safetensors returns
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -17,7 +17,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors call them
 
 
 def opened(file: str | os.PathLike):
-    """A safetensors file, open to be read a tensor at a time.
+    """A safetensors file, opened to read single tensors.
 
     Raises FileNotFoundError, or ValueError that names a damaged file.
     """
@@ -32,7 +32,7 @@ def opened(file: str | os.PathLike):
 
 
 def weight(stored, key: str, file: str | os.PathLike):
-    """The slice of a tensor of floats in an open file, of which nothing is read yet.
+    """The slice of a float tensor in an open file; no data is read yet.
 
     Raises ValueError that names file, tensor and type for anything else.
     """
@@ -65,7 +65,7 @@ def read_arrays(file: str | os.PathLike) -> dict[str, np.ndarray]:
 def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """({name: float32 array}, the file's metadata).
 
-    Raises FileNotFoundError; ValueError that names the file, and the tensor that is no weight.
+    Raises FileNotFoundError; ValueError that names the file, and the tensor if it is not a weight.
     """
     with opened(file) as stored:
         return {key: floats(stored, key, file) for key in stored.keys()}, stored.metadata() or {}
@@ -74,8 +74,8 @@ def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
 def read_npz(file: str | os.PathLike, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
     """{name: array as it is stored}, all or those of `names`.
 
-    Raises FileNotFoundError; ValueError that names the file where it is no archive of arrays, is
-    damaged, lacks a name, or says of an array that it is larger than the memory.
+    Raises FileNotFoundError; ValueError that names the file if it is not an archive of arrays, is
+    damaged, lacks a name, or declares an array larger than the memory.
     """
     try:
         with open(file, "rb") as handle:
@@ -96,7 +96,7 @@ def read_npz(file: str | os.PathLike, names: Iterable[str] | None = None) -> dic
 
 
 def read_npz_weights(file: str | os.PathLike) -> dict[str, np.ndarray]:
-    """{name: float32 array} of an .npz file. Raises as `read_npz`, and for what is no weight."""
+    """{name: float32 array} of an .npz file. Raises as `read_npz`, and if a type is not float."""
     arrays = {}
     for key, value in read_npz(file).items():
         if value.dtype.kind != "f":
@@ -114,8 +114,8 @@ def check_weight(value: np.ndarray, key: str, file: str | os.PathLike, dtype=np.
 
 
 def check_finite(name: str, exact: np.ndarray, rounded: np.ndarray) -> None:
-    """Raises ValueError, which begins with `name`, where a number of a tensor is NaN or infinite,
-    or was too large for the dtype that it was rounded to."""
+    """Raises ValueError, which begins with `name`, if a number in a tensor is NaN or infinite, or
+    too large for the dtype that it was rounded to."""
     if _finite(rounded):
         return
     if not _finite(exact):

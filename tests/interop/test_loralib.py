@@ -95,11 +95,11 @@ def test_fused_layer_is_taken_apart(tmp_path, suffix, enabled, fused):
         ({"x.lora_A": draw(2, 6), "x.lora_B": draw(6, 2)}, "no such module"),
         (
             {"h.0.mlp.c_fc.lora_A": draw(4, 6), "h.0.mlp.c_fc.lora_B": draw(8, 2)},
-            "2 updates are no fit for h/0/mlp/up",
+            "2 updates don't fit h/0/mlp/up",
         ),
         (
             {"h.0.attn.c_attn.lora_A": draw(2, 6), "h.0.attn.c_attn.lora_B": draw(6, 2)},
-            "1 updates are no fit for h/0/attn/q, h/0/attn/v",
+            "1 updates don't fit h/0/attn/q, h/0/attn/v",
         ),
         ({"ln_f.weight": draw(6)}, "no lora_A"),
         ({"ln_f.running_mean": draw(6)}, "ln_f.running_mean"),
