@@ -1,4 +1,5 @@
-"""What a config would take, before it takes it: parameters, bytes, FLOPs, time, members that fit.
+"""Estimates the cost of a config before running it: parameters, bytes, FLOPs, time, members that
+fit.
 
     python -m lorax.plan --config=configs/gpt2_rank_sweep.py
     python -m lorax.plan --config=configs/gpt2_rank_sweep.py --config.base=random:gpt3-175b \\
@@ -6,17 +7,17 @@
     python -m lorax.plan --config=FILE --device=h200,cpu
     python -m lorax.plan --table --markdown
 
-Nothing is allocated: shapes go through `jax.eval_shape`, and the training step is compiled ahead of
-time, for one member and for a group's members side by side, to see what buffers it needs. A base is
-read from its config.json alone; "random:NAME" takes an architecture of lorax/models/shapes.py.
+Nothing is allocated: shapes come from `jax.eval_shape`, and the training step is compiled, for one
+member and for a group's members side by side, to see which buffers it needs. Of a base only
+config.json is read; "random:NAME" is an architecture of lorax/models/shapes.py.
 
-Exact numbers follow from shapes. Estimated ones: temporaries, activations among them, are those
-that XLA lays out for a CPU (bfloat16 weights are not widened ahead, as it does only there); FLOPs
-are those of matrix products, bytes moved what these read and write and what the optimiser touches;
-rows are taken to be `train.seq_len` long. Time is a roofline: no device runs faster than that.
+Numbers that follow from shapes are exact. Estimated are: temporaries, including activations, as XLA
+allocates them for a CPU (without converting bfloat16 weights to float32 first, which it does only
+there); FLOPs, those of matrix products; bytes moved, what these products and the optimiser read and
+write. Rows are assumed to be `train.seq_len` long. Time is a roofline, a lower bound.
 
---table compares the field's models instead: trainable parameters by rank, and full fine-tuning
-against LoRA and QLoRA. --markdown prints tables as Markdown.
+--table instead compares well-known models: trainable parameters by rank, and full fine-tuning
+with LoRA and QLoRA. --markdown prints tables as Markdown.
 """
 
 import sys
@@ -35,7 +36,7 @@ flags.DEFINE_string(
     "device", "h200,a100,tpu-v5p,cpu", "Devices to plan for, by name.", flag_values=FLAGS
 )
 flags.DEFINE_bool(
-    "table", False, "Compare the field's models; needs no --config.", flag_values=FLAGS
+    "table", False, "Compare well-known models; needs no --config.", flag_values=FLAGS
 )
 flags.DEFINE_bool("markdown", False, "Print tables as Markdown.", flag_values=FLAGS)
 
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
     try:
         if any(argument.lstrip("-") in ("table", "table=true") for argument in argv[1:]):
             FLAGS(argv)
-            print(f"lorax {__version__}: the field's models, from their shapes", flush=True)
+            print(f"lorax {__version__}: well-known models, from their shapes", flush=True)
             show_comparison()
             return 0
         settings, members, _ = command_line.read(argv)
@@ -60,14 +61,14 @@ def main(argv: list[str]) -> int:
         print(f"lorax {__version__}: {command_line.summary(settings, members)}", flush=True)
         memory.check()
         show_plans(members, devices)
-    except Exception as error:  # a config script may raise anything: one line to its author
+    except Exception as error:  # a config script may raise anything: print one line
         return fail(error)
     return 0
 
 
 def show_plans(members, devices: list[str]) -> None:
     """Print the plan of every group."""
-    from lorax.planning import costs, tables  # imports JAX, for which there may be no room
+    from lorax.planning import costs, tables  # imports JAX, for which memory may not suffice
 
     for index, group in enumerate(config.grouped(members)):
         plan = costs.plan(group, devices)
@@ -75,20 +76,20 @@ def show_plans(members, devices: list[str]) -> None:
 
 
 def show_comparison() -> None:
-    """Print the tables of the field's models."""
+    """Print the tables of well-known models."""
     from lorax.planning import field, tables
 
     tables.show(field.tables(), FLAGS.markdown)
 
 
 def plan_config(settings: ConfigDict, devices: str | Iterable[str] = ("cpu",)):
-    """What a config would take: a pandas DataFrame with a row per group of members and device.
+    """The cost of a config: a pandas DataFrame with a row per group of members and device.
 
-    group, method, base, members, parameters (of the base), trainable_params (of the largest
-    member); in bytes weights (shared), adapters, optimizer, gradients and activations of one member
-    and peak of all members side by side; then device and the fields of
-    `planning.roofline.OnDevice`. Activations, peak and what is on a device are estimated, the rest
-    is exact.
+    Columns: group, method, base, members, parameters (of the base), trainable_params (of the
+    largest member); in bytes: weights (shared), adapters, optimizer, gradients and activations of
+    one member and peak of all members side by side; then device and the fields of
+    `planning.roofline.OnDevice`. Activations, peak and the fields of a device are estimates, the
+    others are exact.
 
     Raises ValueError or FileNotFoundError for a mistake in the config or a device.
     """
@@ -101,12 +102,12 @@ def plan_config(settings: ConfigDict, devices: str | Iterable[str] = ("cpu",)):
     rows = []
     for index, members in enumerate(config.grouped(search.members(settings))):
         p, c = costs.plan(members, devices), members[0].config
-        one, wide = p.at(1), p.at(p.width)
+        single, wide = p.at(1), p.at(p.width)
         group = {"group": index, "method": c.method.name, "base": c.base, "members": p.members}
         group |= {"parameters": p.parameters, "trainable_params": max(p.trainable)}
         group |= {"weights": p.weights, "adapters": p.adapters, "optimizer": p.optimizer}
         group |= {"gradients": p.gradients, "peak": p.peak(p.members, wide)}
-        group |= {"activations": int(max(one.temporaries - p.gradients, 0))}
+        group |= {"activations": int(max(single.temporaries - p.gradients, 0))}
         on = lambda name, p=p: roofline.on_device(p, name)._asdict()
         rows += [group | {"device": name} | on(name) for name in devices]
     return pd.DataFrame(rows)

@@ -332,7 +332,7 @@ def test_methods_that_peft_has_leave_its_files_and_others_say_why(tmp_path):
         "--config.sweep.method=('ia3','lokr')", "--config.train.steps=2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if "own format alone" in line]
+    (line,) = [line for line in done.stdout.splitlines() if "only in lorax's own format" in line]
     assert "method=lokr" in line and "PEFT has no LoKr of GPT-2's Conv1D" in line
     peft = {"adapter_model.safetensors", "adapter_config.json"}
     own = {"state.safetensors", "method.json", "delta.safetensors"}

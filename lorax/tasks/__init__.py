@@ -1,7 +1,7 @@
 """Tasks: rows to train and evaluate on.
 
-A task is two sets of rows, built once and kept in memory: texts of a language model or texts with a
-label, which are made with a base's vocabulary, or arrays that fit a base (`lorax.tasks.kinds`).
+A task is two sets of rows, built once and held in memory: texts for a language model or texts with
+labels, both encoded with a base's vocabulary, or arrays that fit a base (`lorax.tasks.kinds`).
 A task of your own is a function that returns what `pairs`, `texts`, `labelled` or `arrays` returns.
 """
 

@@ -1,7 +1,7 @@
-"""The order in which rows are visited: a pure function of (seed, step), and no state of a loader.
+"""The order in which rows are visited: a pure function of (seed, step), without loader state.
 
-So a run resumes anywhere without replay, and a member of a sweep sees the same batches alone and in
-company.
+A run therefore resumes anywhere without replay, and a member of a sweep sees the same batches
+whether it trains alone or with others.
 """
 
 import functools
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-STRETCH = 50  # batches in which rows are sorted by length
+STRETCH = 50  # number of batches within which rows are sorted by length
 
 
 @functools.lru_cache(maxsize=256)
@@ -32,16 +32,16 @@ def _order(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
         if value < least:
             raise ValueError(f"order: {field} is {value}; it must be at least {least}")
     indices = np.asarray(_batches(n, batch_size, seed)[step], np.int64)
-    indices.flags.writeable = False  # shared by all who ask again
+    indices.flags.writeable = False  # the cached array is shared by all callers
     return indices
 
 
 def order(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """Rows of batch `step`: (batch_size,) int64 in [0, n), read-only.
 
-    A pure function of its arguments. Batches, laid end to end, visit every row once an epoch and
-    reshuffle each epoch; a batch may span two epochs, nothing is dropped. Members that share a
-    seed share the (cached) answer.
+    A pure function of its arguments. Consecutive batches visit every row once per epoch, reshuffled
+    in each epoch; a batch may span two epochs, nothing is dropped. Members with the same seed share
+    the (cached) result.
     """
     # operator.index turns NumPy integers into Python's and lets no float through
     return _order(*(operator.index(x) for x in (n, batch_size, seed, step)))
@@ -56,11 +56,11 @@ def orders(
 ) -> np.ndarray:
     """`order` of several steps: (len(steps), batch_size) int64.
 
-    lengths: (n,) of the rows, to have rows of like length in one batch, as the `group_by_length`
-    of transformers has: the epoch's shuffled rows are cut into stretches of 50 batches (fewer where
-    the rows are less than four stretches), each sorted by length, the longest first, and the
-    longest row of all changes places with the very first, so that what does not fit shows at once.
-    A batch of two epochs has the first one's shortest and the second one's longest.
+    lengths: (n,) of the rows, to batch rows of similar length, like `group_by_length` of
+    transformers: the epoch's shuffled rows are cut into stretches of 50 batches (fewer if the rows
+    make less than four stretches), each sorted by length, longest first, and the longest row of all
+    is swapped with the very first, so that running out of memory shows at once. A batch that spans
+    two epochs has the shortest rows of the first and the longest of the second.
     """
     if lengths is None:
         rows = [order(n, batch_size, seed, step) for step in steps]
@@ -80,8 +80,8 @@ def _grouped(n: int, batch_size: int, seed: int, lengths: bytes, epoch: int) -> 
     rows, length = order(n, n, seed, epoch), np.frombuffer(lengths, np.int64)
     size = batch_size * max(1, min(STRETCH, n // (4 * batch_size)))
     parts = (rows[start : start + size] for start in range(0, n, size))
-    found = np.concatenate([part[np.argsort(-length[part], kind="stable")] for part in parts])
-    longest = int(np.argmax(length[found]))
-    found[[0, longest]] = found[[longest, 0]]
-    found.flags.writeable = False
-    return found
+    ordered = np.concatenate([part[np.argsort(-length[part], kind="stable")] for part in parts])
+    longest = int(np.argmax(length[ordered]))
+    ordered[[0, longest]] = ordered[[longest, 0]]
+    ordered.flags.writeable = False
+    return ordered

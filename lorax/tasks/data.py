@@ -6,8 +6,8 @@
     arrays    arrays, each with a class or with values
 
 All of them take `train` and `eval`, which may be generators, and `metric`, a function of (outputs,
-labels) or, for pairs and texts, of (texts written, references). It returns a number, whose name is
-the function's, or {name: number}. Rows are made later, when tokenizer and base are there.
+labels) or, for pairs and texts, of (generated texts, references). It returns a number, which is
+named after the function, or {name: number}. Rows are made later, once tokenizer and base are known.
 """
 
 import inspect
@@ -29,16 +29,16 @@ Pair = tuple[str, str]
 
 
 class DataError(ValueError):
-    """Something is wrong with what a task function gave; the message says where in it."""
+    """The data of a task function is invalid; the message says where."""
 
 
 class Data(NamedTuple):
-    """The data of a task, before a tokenizer or a base is there.
+    """The data of a task, before the tokenizer and the base are known.
 
     kind: of its rows. build(config, vocabulary, seq_len, base) -> Task, config being `config.task`.
     shapes(config, lead, seq_len, base) -> shapes of batches of its train rows, `lead` being the
-    axes in front of a row's. uses: settings among "packing" and "group_by_length" that apply.
-    outputs: of the head that an encoder is given for it, 0 for none.
+    axes before those of a row. uses: the settings among "packing" and "group_by_length" that apply.
+    outputs: number of outputs of the encoder's head for this task, 0 for none.
     """
 
     kind: Kind
@@ -61,10 +61,10 @@ def pairs(
     """Prompts and completions, (prompt, completion) each, for a causal language model.
 
     The loss is on the completions and their end tokens. Pairs of more than `train.seq_len` tokens
-    are dropped; `task.n_train` counts the others. prompts: what `eval.generate` completes, with
-    the reference of each; several of one prompt make several references; None: those of `eval`.
-    metric(texts, references): texts (N,) str as written, references (N,) tuples of str; None:
-    BLEU, NIST, ROUGE and METEOR. note: for the line that the task prints.
+    are dropped; `task.n_train` counts the others. prompts: what `eval.generate` completes, each
+    with its reference; a prompt given several times has several references; None: those of `eval`.
+    metric(texts, references): texts (N,) str as generated, references (N,) tuples of str; None:
+    BLEU, NIST, ROUGE and METEOR. note: added to the line that the task prints.
     """
     train, eval = _pairs(train, "train"), _pairs(eval, "eval")
     prompts = eval if prompts is None else _pairs(prompts, "prompts")
@@ -83,8 +83,8 @@ def examples(
     metric: Callable | None = None,
     note: str = "",
 ) -> Data:
-    """`pairs` of more than two pieces: conversations. An example is a sequence of (text, whether it
-    is a target), `rows.END` standing for the end token."""
+    """Like `pairs`, with more than two pieces: conversations. An example is a sequence of (text,
+    whether it is a target), with `rows.END` for the end token."""
 
     def build(config, vocabulary, seq_len, base):
         task = rows.encode_sets(config, vocabulary, seq_len, train, eval, tuple(prompts))
@@ -102,8 +102,8 @@ def texts(
 ) -> Data:
     """Plain texts for a causal language model, packed into rows of `train.seq_len` + 1 tokens.
 
-    Each row begins with the last token of the row before it, so that every token is predicted once;
-    an end token parts two texts, and the tokens left over at the end are dropped. `task.n_train`
+    Each row begins with the last token of the previous row, so that every token is predicted once;
+    an end token separates two texts, and tokens left over at the end are dropped. `task.n_train`
     counts rows. prompts, metric: as for `pairs`.
     """
     train, eval = _checked(train, "train", _text), _checked(eval, "eval", _text)
@@ -135,7 +135,7 @@ def shapes_of_texts(config, lead, seq_len, base) -> dict[str, jax.ShapeDtypeStru
 
 
 def _scored_texts(task: Task, metric: Callable | None) -> Task:
-    """The task with its metric for texts, which is tried on its references and on its prompts."""
+    """The task with its metric for texts, after a trial on the references and on the prompts."""
     if metric is None:
         return task
     few = task.prompts[:8]
@@ -154,10 +154,10 @@ def labelled(
 ) -> Data:
     """Texts with a label for an encoder: (text, label) or ((text, text), label) each.
 
-    A label is a class, an int from 0 on or one of the words in `classes`, or a value, a float. What
-    is longer than `train.seq_len` tokens is cut. classes: how many there are, or their names; None:
-    the largest label says. metric(outputs, labels): outputs (N, classes) float, or (N, 1) of
-    values; labels (N,); None: the accuracy of classes, the Pearson correlation of values.
+    A label is a class, an int from 0 on or one of the words in `classes`, or a value, a float.
+    Examples longer than `train.seq_len` tokens are truncated. classes: their number or names; None:
+    inferred from the largest label. metric(outputs, labels): outputs (N, classes) float, or (N, 1)
+    of values; labels (N,); None: the accuracy of classes, the Pearson correlation of values.
     """
     names = () if classes is None or isinstance(classes, int) else tuple(classes)
     sets = {name: _labelled(part, name, names) for name, part in (("train", train), ("eval", eval))}
@@ -177,8 +177,10 @@ def labelled(
         encoded, words = [], []
         for name, m in (("train", n), ("eval", None)):
             texts, labels = (part[:m] for part in sets[name])
-            found, cut = sentences.encode(texts, np.array(labels, dtype), vocabulary, seq_len)
-            encoded.append(found)
+            encoded_part, cut = sentences.encode(
+                texts, np.array(labels, dtype), vocabulary, seq_len
+            )
+            encoded.append(encoded_part)
             words.append(f"{count(len(texts))} {name} examples")
             words[-1] += f" ({count(cut)} cut at {seq_len} tokens)" * bool(cut)
         task = Task(config["name"], *encoded, ", ".join(words) + note, kind=kinds.LABELLED)
@@ -205,17 +207,17 @@ def arrays(
 
     x: (N, ...) uint8, scaled to [0, 1] on the device, or float, as they are; a row must have the
     shape that the base reads, or as many values where it reads a flat row. y: (N,) integers,
-    classes from 0 on, or float (N,) or (N, k), values. classes: how many; None: as many as the base
-    has outputs. metric(outputs, labels): outputs (N, k) float, labels as in y, values (N, k); None:
-    the accuracy of classes, nothing for values. what: a word for the arrays in messages.
+    classes from 0 on, or float (N,) or (N, k), values. classes: their number; None: the number of
+    outputs of the base. metric(outputs, labels): outputs (N, k) float, labels as in y, values (N,
+    k); None: the accuracy of classes, nothing for values. what: a word for the arrays in messages.
     """
     sets = {name: _arrays(part, name) for name, part in (("train", train), ("eval", eval))}
     (x, y), (x_eval, y_eval) = sets.values()
-    for i, (one, other) in enumerate(((x, x_eval), (y, y_eval))):
-        if one.shape[1:] != other.shape[1:] or one.dtype != other.dtype:
+    for i, (train_part, eval_part) in enumerate(((x, x_eval), (y, y_eval))):
+        if train_part.shape[1:] != eval_part.shape[1:] or train_part.dtype != eval_part.dtype:
             raise DataError(
-                f"{'xy'[i]}: train has {one.dtype} {one.shape}, eval {other.dtype} {other.shape}; "
-                "all but the first axis must be the same"
+                f"{'xy'[i]}: train has {train_part.dtype} {train_part.shape}, eval "
+                f"{eval_part.dtype} {eval_part.shape}; all but the first axis must be the same"
             )
     values = y.dtype == np.float32
     metric = metric or (None if values else accuracy)
@@ -274,23 +276,23 @@ def _arrays(part, name: str) -> tuple[np.ndarray, np.ndarray]:
     return x, (y.astype(np.int32) if whole else y.astype(np.float32).reshape(len(y), -1))
 
 
-def _row_shape(base, shape: tuple[int, ...], name: str, what: str) -> tuple[int, ...]:
-    """The shape in which the base reads rows of `shape`: its own, or, where it lays a row flat, any
-    of three axes. Raises ValueError where it can't."""
+def _row_shape(base, shape: tuple[int, ...], name: str, word: str) -> tuple[int, ...]:
+    """The shape in which the base reads rows of `shape`: its own or, if it flattens rows, any shape
+    of three axes. Raises ValueError if they don't fit."""
     reads, size = base.input_shape, int(np.prod(shape))
     if base.traits.flat and size == int(np.prod(reads)):
         return shape if len(shape) == 3 else reads
     if reads in (shape, (*shape, 1)):
         return reads
-    given = f"{np.prod(reads)} values" if base.traits.flat else f"{what} of {_times(reads)}"
+    expected = f"{np.prod(reads)} values" if base.traits.flat else f"{word} of {_times(reads)}"
     raise ValueError(
-        f"base: {base.name} ({base.family}) reads {given}; task {name!r} has {what} of "
+        f"base: {base.name} ({base.family}) reads {expected}; task {name!r} has {word} of "
         f"{_times(shape)}, {size} values"
     )
 
 
 def _check_outputs(base, sets, classes: int | None, name: str) -> None:
-    """Raises ValueError where a base has another number of outputs than the labels need."""
+    """Raises ValueError if the base's number of outputs doesn't match the labels."""
     outputs, (_, y) = base.traits.outputs or 0, sets["train"]
     has = f"base: {base.name} ({base.family}) has {outputs} outputs; task {name!r} has"
     if y.ndim == 2 and y.shape[1] != outputs:
@@ -306,7 +308,7 @@ def _check_outputs(base, sets, classes: int | None, name: str) -> None:
 
 
 def _scored_outputs(task: Task, metric: Callable | None, outputs: int) -> Task:
-    """The task with its metric for outputs, which is tried on random ones."""
+    """The task with its metric for outputs, after a trial on random outputs."""
     if metric is None:
         return task._replace(outputs=outputs)
     label = task.eval["label"]
@@ -315,7 +317,7 @@ def _scored_outputs(task: Task, metric: Callable | None, outputs: int) -> Task:
 
 
 def accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the rows whose largest output is their class's."""
+    """Share of rows whose largest output is that of the right class."""
     return metrics.accuracy(outputs.argmax(axis=1), labels)
 
 
@@ -324,13 +326,13 @@ def pearson(outputs: np.ndarray, labels: np.ndarray) -> float:
     return metrics.pearson(outputs[:, 0], labels)
 
 
-# ------------------------------------------------------------------------------------ what is given
+# ------------------------------------------------------------------------------- checking the input
 
 
 class Replayed:
-    """An iterable that can be iterated over again, also a generator; `check` sees every item once.
+    """Makes an iterable, e.g. a generator, repeatable; `check` is called once per item.
 
-    Raises ValueError with the line of the generator that fails, again at every later attempt.
+    If the generator fails, raises DataError with its line, also on every later attempt.
     """
 
     def __init__(self, items: Iterable, check: Callable[[Any, int], Any]):
@@ -356,7 +358,7 @@ class Replayed:
 
 
 def _line(source, error: Exception) -> str:
-    """ "FILE:LINE: " of a generator that has raised, "" for what is none."""
+    """ "FILE:LINE: " where a generator raised; "" for other iterables."""
     if not inspect.isgenerator(source):
         return ""
     file = source.gi_code.co_filename
@@ -365,13 +367,13 @@ def _line(source, error: Exception) -> str:
 
 
 def _checked(items: Iterable, name: str, check: Callable[[Any, str], Any]) -> Replayed:
-    """The items, of which only the first has been looked at. Raises DataError without any."""
+    """The items, checked lazily after the first. Raises DataError if there are none."""
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
         raise DataError(f"{name}: {_shown(items)} was given; expected a list or a generator")
-    found = Replayed(items, lambda item, i: check(item, f"{name}[{i}]"))
-    if name != "prompts" and next(iter(found), None) is None:
+    replayed = Replayed(items, lambda item, i: check(item, f"{name}[{i}]"))
+    if name != "prompts" and next(iter(replayed), None) is None:
         raise DataError(f"{name}: nothing was given; at least one item is needed")
-    return found
+    return replayed
 
 
 def _pairs(items: Iterable[Pair], name: str) -> Replayed:
@@ -394,20 +396,20 @@ def _text(item, place: str) -> str:
 
 
 def _labelled(items: Iterable, name: str, words: tuple[str, ...]) -> tuple[list, list]:
-    """(texts, labels): of each a tuple of one or two texts, and an int or float."""
+    """(texts, labels): for each item a tuple of one or two texts, and an int or float."""
 
     def check(item, place):
         fine = isinstance(item, tuple | list) and len(item) == 2
-        given = (item[0],) if fine and isinstance(item[0], str) else item[0] if fine else ()
-        texts = tuple(given) if isinstance(given, tuple | list) else ()
+        raw_texts = (item[0],) if fine and isinstance(item[0], str) else item[0] if fine else ()
+        texts = tuple(raw_texts) if isinstance(raw_texts, tuple | list) else ()
         if len(texts) not in (1, 2) or not all(isinstance(x, str) and x.strip() for x in texts):
             raise DataError(
                 f"{place} is {_shown(item)}; expected (text, label) or ((text, text), label)"
             )
         return texts, _label(item[1], place, words)
 
-    found = list(_checked(items, name, check))
-    texts, labels = ([item[i] for item in found] for i in (0, 1))
+    checked = list(_checked(items, name, check))
+    texts, labels = ([item[i] for item in checked] for i in (0, 1))
     if len({len(x) for x in texts}) > 1:
         raise DataError(f"{name}: some items have one text and some have two")
     kinds_of = {type(label) for label in labels}

@@ -26,7 +26,7 @@ SLOT = re.compile(r"\s*([^\[\],]+?)\s*\[\s*([^\[\]]*[^\[\]\s])\s*\]\s*")
 def parse_mr(text: str) -> tuple[tuple[str, str], ...]:
     """'name[The Vaults], eatType[pub]' -> (("name", "The Vaults"), ("eatType", "pub")).
 
-    Raises ValueError where anything is left over, empty or given twice.
+    Raises ValueError if anything is left over, empty or repeated.
     """
     slots, at = [], 0
     while True:
@@ -56,7 +56,7 @@ def parse_mr(text: str) -> tuple[tuple[str, str], ...]:
 def examples(path: str | Path, split: str) -> list[tuple[str, str]]:
     """(prompt, completion) of every row, in the file's order; split is "train", "eval" or "test".
 
-    path: the archive, or a folder; the CSV files may lie anywhere in it.
+    path: the archive, or a folder; the CSV files may be anywhere in it.
     Raises FileNotFoundError, or ValueError naming the file and the line.
     """
     data, label = _read(Path(path), FILES[split])
@@ -79,8 +79,8 @@ def examples(path: str | Path, split: str) -> list[tuple[str, str]]:
 
 def load(config: Mapping[str, Any]) -> Data:
     """Trains on trainset.csv (its first n_train rows), evaluates on devset.csv. The prompts are
-    the distinct meaning representations of testset_w_refs.csv with all their texts, or of
-    devset.csv where that is not there."""
+    the distinct meaning representations of testset_w_refs.csv with all their texts, or those of
+    devset.csv if that file is missing."""
     path = check_path(config, EXPECTED)
     train = examples(path, "train")
     evaluation = examples(path, "eval")
@@ -102,12 +102,12 @@ def _pair(row: list[str]) -> tuple[str, str]:
 
 
 def _read(path: Path, name: str) -> tuple[bytes, str]:
-    """Bytes of the one file called `name` in a folder or archive, and what to call it."""
+    """Bytes of the only file called `name` in a folder or archive, and its name for messages."""
     if not path.exists():
         raise FileNotFoundError(f"task.path: {str(path)!r} does not exist; expected {EXPECTED}")
     if path.is_dir():
-        found = only(sorted(path.rglob(name)), name, path, EXPECTED)
-        return found.read_bytes(), str(found)
+        file = only(sorted(path.rglob(name)), name, path, EXPECTED)
+        return file.read_bytes(), str(file)
     try:
         with zipfile.ZipFile(path) as archive:
             members = [m for m in archive.namelist() if PurePosixPath(m).name == name]

@@ -1,7 +1,7 @@
 """GLUE: sentences, and pairs of sentences, to classify or to score.
 
 Wang et al. 2018 (arXiv:1804.07461). Reads the benchmark's own TSV files, which are not shipped:
-an example a line, tabs between fields, and quotes that mean nothing.
+one example per line, tabs between fields, quotes without special meaning.
 """
 
 import functools
@@ -29,8 +29,9 @@ class Subset(NamedTuple):
     labels: the words of the label column, class 0 first, in the order of Hugging Face's `glue`;
         () for a real number from 0 to 5.
     columns: all of them, where the files have no header.
-    files: names of a train and an evaluation set; the first two that are there are read.
-    torn: the published files have lines that are broken in two, or lack a sentence. Left out.
+    files: pairs of names of a train and an evaluation file; the first pair that exists is read.
+    torn: the published files have lines that are broken in two or lack a sentence; these are left
+        out.
     """
 
     folder: str
@@ -62,7 +63,7 @@ SUBSETS = {
 
 
 def canonical(subset: str) -> str:
-    """The key of `SUBSETS`: "SST-2" -> "sst2". Raises ValueError for a name that is none."""
+    """The key of `SUBSETS`: "SST-2" -> "sst2". Raises ValueError for an unknown name."""
     name = _plain(subset)
     if name not in SUBSETS:
         raise ValueError(
@@ -73,7 +74,7 @@ def canonical(subset: str) -> str:
 
 
 def outputs(subset: str) -> int:
-    """How many outputs a model needs: one a class, or one in all for a real number."""
+    """How many outputs a model needs: one per class, or one for a real number."""
     return len(SUBSETS[canonical(subset)].labels) or 1
 
 
@@ -81,7 +82,7 @@ def report(subset: str, scores: ArrayLike, labels: ArrayLike) -> dict[str, float
     """GLUE's metrics (`metrics.GLUE`) of a model's outputs (N, `outputs`) and the labels (N,).
 
     The prediction is the class with the largest score, or the score itself. Every metric is nan
-    where a score is not finite: a model that has diverged does not predict class 0.
+    if a score is not finite: a model that has diverged does not predict class 0.
     Raises ValueError for other shapes.
     """
     name = canonical(subset)
@@ -98,7 +99,7 @@ def report(subset: str, scores: ArrayLike, labels: ArrayLike) -> dict[str, float
 
 def load(config: Mapping[str, Any]) -> Data:
     """Trains on train.tsv (its first n_train examples), evaluates on dev.tsv, for MNLI on
-    dev_matched.tsv; where MRPC is as Microsoft publishes it, on its test set.
+    dev_matched.tsv, and for MRPC in Microsoft's own files on the test set.
 
     config: `subset` is a key of `SUBSETS`, case and dashes ignored; `path` the folder of that
         task, or the folder with all of them.
@@ -116,11 +117,11 @@ def load(config: Mapping[str, Any]) -> Data:
 
     def build(config, vocabulary, seq_len, base):
         rows, notes = [], []
-        for what, (file, texts, labels, left_out) in sets.items():
-            n = check_n_train(config.get("n_train") if what == "train" else None, len(texts))
+        for split, (file, texts, labels, left_out) in sets.items():
+            n = check_n_train(config.get("n_train") if split == "train" else None, len(texts))
             encoded, cut = sentences.encode(texts[:n], labels[:n], vocabulary, seq_len)
             rows.append(encoded)
-            notes.append(_note(n, what, file, left_out, cut, seq_len))
+            notes.append(_note(n, split, file, left_out, cut, seq_len))
         note = f"{SUBSETS[name].folder}, {', '.join(notes)}"
         scored = {"outputs": outputs(name), "scores": functools.partial(report, name)}
         return Task(config["name"], *rows, note, kind=kinds.LABELLED, **scored)
@@ -129,7 +130,7 @@ def load(config: Mapping[str, Any]) -> Data:
 
 
 def shapes(config, lead, seq_len, base):
-    """Shapes of batches, of which only the label's depend on the subset; see `Data`."""
+    """Shapes of batches; only the label's dtype depends on the subset; see `Data`."""
     label = np.float32 if outputs(config["subset"]) == 1 else np.int32
     return kinds.token_shapes(kinds.LABELLED, lead, seq_len, label=label)
 
@@ -137,9 +138,8 @@ def shapes(config, lead, seq_len, base):
 def examples(file: Path, subset: str) -> tuple[list[Texts], np.ndarray, int]:
     """(sentences of every example, their labels, how many lines were left out), in order.
 
-    Sentences are as the file has them, blanks at their ends included, as Hugging Face's `glue`
-    gives them. labels: (N,) int32 classes, float32 for a real number. Raises ValueError naming
-    the file and the line.
+    Sentences are unchanged, including blanks at their ends, as in Hugging Face's `glue`. labels:
+    (N,) int32 classes, float32 for a real number. Raises ValueError naming the file and the line.
     """
     spec = SUBSETS[canonical(subset)]
     content = read_text(file)
@@ -176,7 +176,7 @@ def examples(file: Path, subset: str) -> tuple[list[Texts], np.ndarray, int]:
             raise ValueError(f"{file}:{number}: {error}") from None
         texts.append(sentences)
     if not texts:
-        raise ValueError(f"{file}:{len(lines)}: no examples; expected one a line")
+        raise ValueError(f"{file}:{len(lines)}: no examples; expected one per line")
     return texts, np.array(labels, np.int32 if spec.labels else np.float32), left_out
 
 
@@ -190,7 +190,7 @@ def _expected(name: str) -> str:
 
 
 def _files(path: Path, name: str) -> tuple[Path, Path]:
-    """The train and the evaluation file, in the folder or in the one of it that has the name."""
+    """The train and the evaluation file, in the folder or in its subfolder of that name."""
     folders = [path]
     if path.is_dir():
         folders += sorted(x for x in path.iterdir() if x.is_dir() and _plain(x.name) == name)
@@ -220,9 +220,9 @@ def _label(text: str, spec: Subset) -> int | float:
     return score
 
 
-def _note(n: int, what: str, file: Path, left_out: int, cut: int, seq_len: int) -> str:
+def _note(n: int, split: str, file: Path, left_out: int, cut: int, seq_len: int) -> str:
     remarks = [f"{count(left_out)} broken lines left out"] * bool(left_out)
     remarks += [f"{count(cut)} cut at {seq_len} tokens"] * bool(cut)
-    return f"{count(n)} {what} examples of {file.name}" + (
+    return f"{count(n)} {split} examples of {file.name}" + (
         f" ({', '.join(remarks)})" if remarks else ""
     )

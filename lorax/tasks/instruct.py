@@ -12,24 +12,25 @@ A prompt is taken as it is, an Alpaca record in Alpaca's wording, and a conversa
     User: And 3 more?
     Assistant: 7<end>
 
-with the vocabulary's end token for <end>. The loss is on the assistant's words and ends, in every
-turn. With `task.template`, a chat template in Jinja as Hugging Face models have, that renders all
-three forms instead; instruction and input are then a user's turn, parted by an empty line.
+with the vocabulary's end token for <end>. The loss is on the assistant's words and end tokens, in
+every turn. With `task.template`, a Jinja chat template as Hugging Face models have, the template
+renders all three forms instead; instruction and input are then a user's turn, separated by an empty
+line.
 
-What else a record may say:
-- `weight` of an assistant's message: 0, its words are read and not learnt; 1, as without it.
-- `system` of a conversation or an Alpaca record: the first message, or what stands in place of
-  Alpaca's opening sentence. `history` of an Alpaca record: [[question, answer], ...], the turns
-  before, whose answers are learnt too (LLaMA-Factory's format).
+Further fields of a record:
+- `weight` of an assistant's message: 0: it is context, not a target; 1: the default.
+- `system` of a conversation or an Alpaca record: the first message, or a replacement for Alpaca's
+  opening sentence. `history` of an Alpaca record: [[question, answer], ...], the previous turns,
+  whose answers are targets too (LLaMA-Factory's format).
 - `tools` and `documents` of a conversation, and `name`, `tool_calls`, `tool_call_id`,
   `function_call` and the reasoning (`reasoning_content`, `thinking`, `reasoning`) of a message:
-  for a template. Refused where there is none, or where it reads the same without them (but for
-  `tool_call_id`, and the `name` of a tool's answer, which only repeat what the call says).
-- `prompt` of a conversation that is the first user's words, as UltraChat has it: nothing more.
+  for a template. Refused without a template, or if the template renders the same text without them
+  (except `tool_call_id`, and the `name` of a tool's answer, which only repeat the call).
+- `prompt` of a conversation, equal to the first user's words, as in UltraChat: ignored.
 
-The fields in `MEANT` and `MEANT_OF_MESSAGES` mean something that is not done here, and are refused
-unless they are empty, as is a field that belongs to another form. All others (ids, sources,
-categories...) have no part in training; the task's note names them.
+The fields in `MEANT` and `MEANT_OF_MESSAGES` ask for something that lorax doesn't do, and are
+refused unless they are empty, as is a field that belongs to another form. All others (ids, sources,
+categories...) are not used in training; the task's note names them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,7 +63,7 @@ OPENINGS = (  # github.com/tatsu-lab/stanford_alpaca, train.py: PROMPT_DICT; wit
 )
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
-# by the field that a record of the form is told by: all that it may have
+# the field that identifies a form -> all fields that it may have
 FORMS = {
     "messages": ("messages", "system", "tools", "documents"),
     "instruction": ("instruction", "input", "output", "system", "history"),
@@ -80,13 +81,13 @@ MEANT = {
 EXTRA = ("tools", "documents")  # by a template, of a conversation
 KEPT = ("role", "content", "weight")
 CARRIED = ("name", "tool_calls", "tool_call_id", "function_call", *REASONING)  # by a template
-CALLED = ("tool_call_id", "name")  # of a tool's answer: what calls it says so already
+CALLED = ("tool_call_id", "name")  # of a tool's answer: the call already says the same
 MEANT_OF_MESSAGES = {"prefix", "refusal", "tools", "documents", *IMAGES, *WEIGHTS}
 
 
 class Read(NamedTuple):
-    """A record that was read. plain: its pieces where there is no template, None for those of
-    `plain`. unused: its fields without a part in training."""
+    """A parsed record. plain: its pieces without a template, None for those of the function
+    `plain`. unused: its fields that are not used in training."""
 
     chat: Chat
     plain: Example | None
@@ -95,20 +96,20 @@ class Read(NamedTuple):
 
 def load(config: Mapping[str, Any], vocabulary: Vocabulary) -> Data:
     """Trains on train.jsonl of a folder (its first n_train records) and evaluates on eval.jsonl or
-    test.jsonl beside it; of a single file the last 5% (at least one) are the evaluation set.
-    Records whose answers are empty are left out. A prompt is an evaluation record up to its last
-    answer."""
+    test.jsonl next to it; from a single file the last 5% (at least one) are the evaluation set.
+    Records with empty answers are left out. The prompts are the evaluation records up to their last
+    answers."""
     path = check_path(config, EXPECTED)
-    of_template = (vocabulary, config.get("template"))
+    settings = (vocabulary, config.get("template"))
     if path.is_dir():
-        train, empty, unused = _examples(_beside(path, "train.jsonl"), *of_template)
+        train, empty, unused = _examples(_beside(path, "train.jsonl"), *settings)
         beside = _beside(path, "eval.jsonl", "test.jsonl")
-        evaluation, empty_eval, unused_eval = _examples(beside, *of_template)
+        evaluation, empty_eval, unused_eval = _examples(beside, *settings)
         empty, unused = empty + empty_eval, unused | unused_eval
     else:
-        found, empty, unused = _examples(path, *of_template)
-        held_out = max(1, len(found) * 5 // 100)
-        train, evaluation = found[:-held_out], found[-held_out:]
+        pieces, empty, unused = _examples(path, *settings)
+        held_out = max(1, len(pieces) * 5 // 100)
+        train, evaluation = pieces[:-held_out], pieces[-held_out:]
     if not train or not evaluation:
         raise ValueError(
             f"task.path: {str(path)!r} has {len(train)} train and {len(evaluation)} evaluation "
@@ -121,18 +122,18 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary) -> Data:
 
 
 def examples(
-    found: Iterable[Read], vocabulary: Vocabulary, template: str | None = None
+    parsed: Iterable[Read], vocabulary: Vocabulary, template: str | None = None
 ) -> list[Example]:
-    """Pieces of every record, () where it has nothing to learn. template: as `task.template`.
+    """Pieces of every record, () for one without targets. template: as `task.template`.
 
     Raises ValueError naming the record's place and what is wrong.
     """
-    found = list(found)
+    parsed = list(parsed)
     if template is None:
-        return [_worded(read) if read.chat.learnt else () for read in found]
-    chats = [read.chat for read in found if read.chat.learnt]
+        return [_worded(read) if read.chat.learnt else () for read in parsed]
+    chats = [read.chat for read in parsed if read.chat.learnt]
     rendered = iter(templates.render(templates.source(template), _spelled(vocabulary), chats))
-    return [next(rendered) if read.chat.learnt else () for read in found]
+    return [next(rendered) if read.chat.learnt else () for read in parsed]
 
 
 def read(record: Record) -> Read:
@@ -144,19 +145,19 @@ def read(record: Record) -> Read:
             f"{record.place}: the record has the fields {', '.join(fields) or '(none)'}; expected "
             "prompt and completion, instruction and output, or messages"
         )
-    said = {name for name, value in fields.items() if value not in (None, "", [], {})}
-    said -= set(FORMS[form])
-    if form == "messages" and "prompt" in said and fields["prompt"] == _first_words(fields):
-        said.remove("prompt")
+    present = {name for name, value in fields.items() if value not in (None, "", [], {})}
+    present -= set(FORMS[form])
+    if form == "messages" and "prompt" in present and fields["prompt"] == _first_words(fields):
+        present.remove("prompt")
     if fields.get("weight") == 1:
-        said.remove("weight")
+        present.remove("weight")
     for name in fields:
-        if name in said & MEANT:
+        if name in present & MEANT:
             raise ValueError(
                 f"{record.place}: field {name!r} has no part in a record with {form!r}; such a "
                 f"record has {', '.join(FORMS[form])}. Leave it out, or rename it if it is a remark"
             )
-    unused = said - MEANT
+    unused = present - MEANT
     if form == "messages":
         return _conversation(record, unused)
     if form == "instruction":
@@ -172,9 +173,9 @@ def _worded(read: Read) -> Example:
 
 
 def plain(chat: Chat) -> Example:
-    """Pieces of a conversation without a template, in the form that this module begins with.
+    """Pieces of a conversation without a template, in the form shown at the top of this module.
 
-    Raises ValueError for a role or a field that the form has no place for.
+    Raises ValueError for a role or a field that the form can't express.
     """
     if chat.carried or chat.extra:
         raise ValueError(
@@ -203,12 +204,12 @@ def plain(chat: Chat) -> Example:
 def _examples(
     path: Path, vocabulary: Vocabulary, template: str | None
 ) -> tuple[list[Example], int, set[str]]:
-    """The examples of a file, how many records were left out as empty, and the fields without a
-    part in training."""
-    found = [read(record) for record in records.read(path)]
-    pieces = examples(found, vocabulary, template or None)
-    kept = [example for example in pieces if example]
-    return kept, len(pieces) - len(kept), set().union(*(read.unused for read in found))
+    """The examples of a file, how many records were left out as empty, and the fields that are not
+    used in training."""
+    parsed = [read(record) for record in records.read(path)]
+    pieces = examples(parsed, vocabulary, template or None)
+    trainable = [example for example in pieces if example]
+    return trainable, len(pieces) - len(trainable), set().union(*(read.unused for read in parsed))
 
 
 def _beside(folder: Path, *names: str) -> Path:
@@ -239,10 +240,14 @@ def _conversation(record: Record, unused: set[str]) -> Read:
                 raise ValueError(f"{turn.place}: field {name!r} is not read; {mend}")
         if _weight(turn, role) and (content.strip() or message.get("tool_calls")):
             learnt.append(i)
-        kept = {k: v for k, v in message.items() if k in CARRIED and v not in ("", [], {})}
-        carried += [k for k in kept if k not in (CALLED if role == "tool" else CALLED[:1])]
+        carried_fields = {
+            k: v for k, v in message.items() if k in CARRIED and v not in ("", [], {})
+        }
+        carried += [
+            k for k in carried_fields if k not in (CALLED if role == "tool" else CALLED[:1])
+        ]
         unused = unused | {f"messages.{k}" for k in message if k not in (*KEPT, *CARRIED)}
-        messages.append({"role": role, "content": content} | kept)
+        messages.append({"role": role, "content": content} | carried_fields)
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"{record.place}: no message of role 'assistant', so nothing to learn")
     if record.fields.get("system"):
@@ -256,7 +261,7 @@ def _conversation(record: Record, unused: set[str]) -> Read:
 
 
 def _weight(turn: Record, role: str) -> bool:
-    """Whether a message is a target. Raises ValueError for a weight that says something else."""
+    """Whether a message is a target. Raises ValueError for any other weight."""
     weight = turn.fields.get("weight", int(role == "assistant"))
     if weight not in ((0, 1) if role == "assistant" else (0,)):
         raise ValueError(
@@ -268,7 +273,7 @@ def _weight(turn: Record, role: str) -> bool:
 
 def _alpaca(record: Record, unused: set[str]) -> Read:
     instruction, answer = record.get("instruction"), record.get("output").strip()
-    given = record.get("input") if "input" in record.fields else ""
+    input_text = record.get("input") if "input" in record.fields else ""
     system = record.get("system") if record.fields.get("system") else ""
     history = record.get("history", list) if record.fields.get("history") else []
     for i, turn in enumerate(history):
@@ -279,10 +284,12 @@ def _alpaca(record: Record, unused: set[str]) -> Read:
                 "answer], two texts"
             )
     turns = [(question, answer.strip()) for question, answer in history]
-    pieces, before = (), f"{system.strip() or OPENINGS[bool(given)]}\n\n"
+    pieces, before = (), f"{system.strip() or OPENINGS[bool(input_text)]}\n\n"
     asked = [f"### Instruction:\n{question}" for question, _ in turns]
-    asked += [f"### Instruction:\n{instruction}" + f"\n\n### Input:\n{given}" * bool(given)]
-    turns += [("\n\n".join(filter(None, (instruction, given))), answer)]
+    asked += [
+        f"### Instruction:\n{instruction}" + f"\n\n### Input:\n{input_text}" * bool(input_text)
+    ]
+    turns += [("\n\n".join(filter(None, (instruction, input_text))), answer)]
     for question, (_, words) in zip(asked, turns, strict=True):
         pieces += pair(f"{before}{question}\n\n### Response:", words)
         before = "\n\n"
@@ -290,7 +297,7 @@ def _alpaca(record: Record, unused: set[str]) -> Read:
 
 
 def _told(record: Record, turns: Sequence[tuple[str, str]], system: str = "") -> Chat:
-    """Questions and answers as a conversation; nothing is learnt where the last answer is empty."""
+    """Questions and answers as a conversation; without targets if the last answer is empty."""
     messages = [{"role": "system", "content": system}] if system else []
     for question, answer in turns:
         messages.append({"role": "user", "content": question})
@@ -300,14 +307,14 @@ def _told(record: Record, turns: Sequence[tuple[str, str]], system: str = "") ->
 
 
 def _first_words(fields: Mapping[str, Any]) -> Any:
-    """What the first user says, of messages that may be anything yet."""
+    """The first user message, of messages that are not validated yet."""
     messages = fields["messages"] if isinstance(fields["messages"], list) else []
     turns = (m for m in messages if isinstance(m, dict) and m.get("role") == "user")
     return next(turns, {}).get("content")
 
 
 def _spelled(vocabulary: Vocabulary) -> list[str]:
-    """The tokens that end a text, as they are written in one; `end` first, which is needed."""
+    """The tokens that end a text, as strings; `end` first, which must exist."""
     return [vocabulary.tokenizer.id_to_token(i) for i in (vocabulary.end, *vocabulary.ends[1:])]
 
 

@@ -1,7 +1,7 @@
 """Any UTF-8 text file, packed into full rows: plain language modelling.
 
 An end-of-text marker in the file ("<|endoftext|>", as TinyStories has between stories) becomes
-the end token, whatever that is called in the tokenizer.
+the end token, whatever its name in the tokenizer.
 """
 
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ from lorax.vocabulary import END_OF_TEXT
 
 
 def load(config: Mapping[str, Any]) -> Data:
-    """Rows of `rows.pack`; end-of-text markers part the texts. The last 5% of the rows (at least
-    one) are the evaluation set.
+    """Rows of `rows.pack`; end-of-text markers separate the texts. The last 5% of the rows (at
+    least one) are the evaluation set.
 
-    Raises FileNotFoundError; ValueError where the file is not UTF-8 (with the line) or
-    holds less than two rows.
+    Raises FileNotFoundError; ValueError if the file is not UTF-8 (with the line) or holds less than
+    two rows.
     """
     path = check_path(config, "a UTF-8 text file")
     if not path.is_file():

@@ -1,7 +1,7 @@
-"""How far adapters move the outputs of the layers: linear CKA of the residual stream.
+"""How much adapters change the outputs of the layers: linear CKA of the residual stream.
 
-Kornblith et al. 2019 (arXiv 1905.00414, section 3), as `lorax.analysis.linear_cka` has it, but on
-the device and in float32: activations are large, and never leave it.
+Kornblith et al. 2019 (arXiv 1905.00414, section 3), as in `lorax.analysis.linear_cka`, but on the
+device and in float32, since activations are too large to copy to the host.
 """
 
 import jax
@@ -16,11 +16,11 @@ from lorax.train.batches import eval_batches
 
 
 def check(base: Base, rows: int) -> None:
-    """Raises ValueError where `config.analysis.cka` asks for what a base doesn't have."""
+    """Raises ValueError if `config.analysis.cka` is set for a base without a residual stream."""
     if rows and not base.traits.stream:
         raise ValueError(
-            f"analysis.cka: {rows} given, but {base.name} ({base.family}) reads images; what is "
-            "compared is the residual stream of models that read texts; leave it at 0"
+            f"analysis.cka: {rows} given, but {base.name} ({base.family}) reads images; CKA "
+            "compares the residual streams of models that read texts; leave it at 0"
         )
 
 
@@ -30,9 +30,9 @@ def similarity(
     """CKA (M, L) float32 between the residual streams after each of L layers, with and without the
     adapter.
 
-    trainable, constants: of M members of one method, leaves (M, ...). rows: of the task's
-    evaluation, evenly spaced, `batch_size` at a time; their real tokens are the examples. They
-    should be more than the model has features: with fewer, CKA is near 1 whatever is compared.
+    trainable, constants: of M members of one method, leaves (M, ...). rows: number of evaluation
+    rows, evenly spaced, `batch_size` at a time; their real tokens are the examples. There should be
+    more tokens than the model has features: with fewer, CKA is always near 1.
     """
     before, compared = _programs(base, method, task.kind)
     batches = jax.device_put(_batches(task, rows, batch_size))
@@ -47,13 +47,13 @@ def similarity(
 def rehearse(
     base: Base, method, trainable, constants, task: tasks.Task, rows: int, batch_size: int
 ) -> None:
-    """Raises ValueError where `similarity` can't be computed; by shapes alone, before training."""
+    """Raises ValueError if `similarity` can't be computed; from shapes alone, before training."""
     before, compared = _programs(base, method, task.kind)
     batches = _batches(task, rows, batch_size)
-    one = jax.tree.map(lambda x: x[0], (trainable, constants))
+    member = jax.tree.map(lambda x: x[0], (trainable, constants))
     try:
         first = jax.eval_shape(before, base.params, batches)
-        jax.eval_shape(compared, base.params, *one, batches, first)
+        jax.eval_shape(compared, base.params, *member, batches, first)
     except Exception as error:
         raise ValueError(
             f"analysis.cka: {rows} given, but it can't be computed for method {method.name} on "
@@ -67,7 +67,7 @@ def _batches(task, rows, batch_size):
 
 def _programs(base, method, kind):
     """before(params, batches): the base's `residuals`. compared(params, trainable, constants,
-    batches, before): CKA (L,) of one member with them."""
+    batches, before): CKA (L,) between them and one member's."""
 
     @jax.jit
     def compared(params, trainable, constants, batches, before):
@@ -86,14 +86,14 @@ def residuals(module, kind: kinds.Kind, params, batches) -> jax.Array:
     def one(batch):
         inputs = kind.inputs(batch)
         with intercept.interceptor():
-            _, kept = module.apply(
+            _, captured = module.apply(
                 {"params": params},
                 *inputs,
                 method="hidden",
                 mutable="intermediates",
                 capture_intermediates=lambda m, name: m.path == ("h",) and name == "__call__",
             )
-        x = jax.tree.leaves(kept)[0]  # (L, B, T, D), of a layer's (x, cache) or x
+        x = jax.tree.leaves(captured)[0]  # (L, B, T, D), of a layer's (x, cache) or x
         return x[:, :, -inputs[0].shape[1] :].astype(jnp.float32)  # no virtual tokens ahead
 
     x = jnp.moveaxis(jax.lax.map(one, batches), 0, 1)
@@ -106,8 +106,8 @@ def real(kind: kinds.Kind, batches) -> jax.Array:
 
 
 def cka(x, y, weights) -> jax.Array:
-    """Linear CKA (L,) float32 of activations x (L, n, p) and y (L, n, q); the examples count by
-    weights (n,) of 0 and 1. 0 where x or y is the same for all examples."""
+    """Linear CKA (L,) float32 of activations x (L, n, p) and y (L, n, q), over the examples whose
+    weight (n,) is 1, not 0. CKA is 0 if x or y is the same for all examples."""
     exact = jax.lax.Precision.HIGHEST
     norm = lambda x, y: jnp.linalg.norm(jnp.matmul(x.T, y, precision=exact))
 

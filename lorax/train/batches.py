@@ -14,7 +14,7 @@ def steps_per_call(every: int, offload: str | None = None) -> int:
     """Optimiser steps in one call: the largest divisor of `eval.every` up to `STEPS_PER_CALL`; one
     with `train.offload`, which moves the optimiser's state between steps.
 
-    One call for several steps hands buffers over less often, which matters for small models.
+    Several steps per call save overhead, which matters for small models.
     """
     return 1 if offload else max(k for k in range(1, STEPS_PER_CALL + 1) if every % k == 0)
 
@@ -23,7 +23,7 @@ def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
     """The batches of steps first .. first + k - 1: leaves (M, K, A, B, ...), on the host.
 
     A member's rows depend only on its seed and the step. Rows that are grouped by length are cut to
-    the narrowest of `tasks.widths` that holds the longest of them.
+    the smallest of `tasks.widths` that holds the longest of them.
     """
     c, lengths = stacked.config.train, task.lengths
     shape = (k, c.accumulate, c.batch_size // c.accumulate)
@@ -48,7 +48,8 @@ def batch_shapes(train, task: tasks.Task, k: int) -> dict:
 
 
 def eval_batches(task: tasks.Task, batch_size: int) -> dict:
-    """The evaluation rows as leaves (N, B, ...); rows without weight fill up the last batch."""
+    """The evaluation rows as leaves (N, B, ...); the last batch is filled up with rows of weight
+    0."""
     rows = tasks.size(task.eval)
     size = min(batch_size, rows)
     fill = lambda x: np.pad(x, ((0, -rows % size), *((0, 0),) * (x.ndim - 1)))

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or refused: orbax writes them, a manifest of hashes seals them."""
+"""Checkpoints that are complete or refused: orbax writes them, a manifest of hashes seals them."""
 
 import errno
 import hashlib
@@ -22,15 +22,15 @@ MANIFEST = "manifest.json"
 def save(directory: Path, step: int, state, meta: dict) -> None:
     """Write `directory/<step>` and keep the last two.
 
-    state: a tree of arrays. meta: JSON, e.g. how far metrics.jsonl had got. The folder gets its
-    name only after everything in it, and the SHA-256 of every file, lies on the disk.
-    Raises OSError (a full disk); earlier checkpoints are then untouched, and nothing of this one
-    stays.
+    state: a tree of arrays. meta: JSON, e.g. the size of metrics.jsonl so far. The folder gets its
+    final name only once all files and their SHA-256 hashes are written.
+    Raises OSError (a full disk); earlier checkpoints are then untouched, and this one is removed
+    completely.
     """
     directory.mkdir(parents=True, exist_ok=True)
     partial, target = directory / f".{step}.partial", directory / str(step)
     shutil.rmtree(partial, ignore_errors=True)
-    if tree.nbytes(state) > shutil.disk_usage(directory).free:  # else orbax says so in 200 lines
+    if tree.nbytes(state) > shutil.disk_usage(directory).free:  # orbax would report it in 200 lines
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -39,7 +39,7 @@ def save(directory: Path, step: int, state, meta: dict) -> None:
         write_json(partial / MANIFEST, manifest | {"seal": _seal(manifest)})
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
-    except Exception as error:  # orbax wraps the system's in a ValueError, or others
+    except Exception as error:  # orbax wraps system errors in a ValueError or others
         shutil.rmtree(partial, ignore_errors=True)
         cause = of_machine(error)
         if isinstance(cause, OSError) and cause.errno:
@@ -50,17 +50,17 @@ def save(directory: Path, step: int, state, meta: dict) -> None:
 
 
 def steps(directory: Path) -> list[int]:
-    """Steps of the checkpoints in a directory, sound or not, ascending."""
+    """Steps of the checkpoints in a directory, intact or not, ascending."""
     if not directory.is_dir():
         return []
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal())
 
 
 def restore(directory: Path, like, warn) -> tuple[int, object, dict] | None:
-    """(step, state, meta) of the newest sound checkpoint, or None where there is none.
+    """(step, state, meta) of the newest intact checkpoint, or None without any.
 
     like: a tree of arrays or `jax.ShapeDtypeStruct` with the state's structure. warn: called with
-    one line for every checkpoint that is torn or corrupt and so passed over.
+    one line for every checkpoint that is skipped because it is incomplete or corrupt.
     """
     for step in reversed(steps(directory)):
         path = directory / str(step)
@@ -83,12 +83,12 @@ def _fault(path: Path) -> str | None:
         return f"{MANIFEST} is damaged"
     if manifest.pop("seal", None) != _seal(manifest):
         return f"{MANIFEST} has changed"
-    expected, found = manifest["sha256"], _hashes(path)
-    found.pop(MANIFEST, None)
+    expected, actual = manifest["sha256"], _hashes(path)
+    actual.pop(MANIFEST, None)
     for name in expected:
-        if name not in found:
+        if name not in actual:
             return f"{name} is missing"
-        if found[name] != expected[name]:
+        if actual[name] != expected[name]:
             return f"{name} has changed"
     return None
 
@@ -102,6 +102,6 @@ def _hashes(path: Path) -> dict[str, str]:
     return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-# Orbax reports every save at INFO and some of its own defaults at WARNING; neither is news here. Of
-# a write that fails `save` tells.
+# Orbax logs every save at INFO and some of its defaults at WARNING; neither is of interest here.
+# `save` reports failed writes.
 logging.getLogger("absl").setLevel(logging.CRITICAL)

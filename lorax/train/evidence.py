@@ -1,4 +1,4 @@
-"""What a member's first training batches decide before it is trained: its start, targets, ranks."""
+"""Initialisation, targets and ranks that are chosen from a member's first training batches."""
 
 import re
 from collections.abc import Mapping
@@ -10,15 +10,15 @@ from lorax import methods, ops, tasks, tree
 from lorax.methods import sensitivity, starts
 from lorax.models import Base, load
 
-BATCHES = 8  # that evidence is taken from, where `method.batches` says nothing
+BATCHES = 8  # read for evidence, unless `method.batches` is set
 AUTO = "auto"
 
 
 def read(member, base: Base, task: tasks.Task, paths, kind: str, seen: dict) -> dict:
     """{path: {kind: array}} (`sensitivity.evidence`) from the member's own first batches,
-    in shuffled order also where training groups rows by length.
+    in shuffled order even if training groups rows by length.
 
-    seen: evidence that earlier members have read, which others may share; new evidence is added.
+    seen: cache of the evidence that earlier members have read; new evidence is added.
     """
     c, paths = member.config, tuple(paths)
     n, size = c.method.batches or BATCHES, c.train.batch_size
@@ -34,10 +34,10 @@ def read(member, base: Base, task: tasks.Task, paths, kind: str, seen: dict) -> 
 
 
 def residual(base: Base, name: str, paths) -> dict:
-    """{path: {"residual": (layers..., in, out) float32}}: the quantisation error of the base, its
-    weights as `lorax.load(name)` gives them less the quantised ones. Raises ValueError where
-    nothing is quantised."""
-    found, coded, plain = {}, tree.flatten(base.params), tree.flatten(load(name).params)
+    """{path: {"residual": (layers..., in, out) float32}}: the quantisation error of the base,
+    the weights of `lorax.load(name)` minus the quantised ones. Raises ValueError if nothing is
+    quantised."""
+    residuals, coded, plain = {}, tree.flatten(base.params), tree.flatten(load(name).params)
     for path in paths:
         site = base.sites[path]
         if not ops.is_operator(coded[path]) or ops.is_operator(plain[path]):
@@ -46,14 +46,14 @@ def residual(base: Base, name: str, paths) -> dict:
                 "and give a base that is not quantised yet"
             )
         wide = lambda leaf, site=site: site.to_matrix(ops.dense(leaf, site)).astype(jnp.float32)
-        found[path] = {"residual": wide(plain[path]) - wide(coded[path])}
-    return found
+        residuals[path] = {"residual": wide(plain[path]) - wide(coded[path])}
+    return residuals
 
 
 def is_automatic(member, hp: Mapping) -> bool:
-    """Whether hyperparameters leave targets or ranks to evidence: "auto:N" or rank "auto".
+    """Whether targets or ranks are to be chosen from evidence: "auto:N" or rank "auto".
 
-    Raises ValueError for a malformed word, a method that has one rank for all its matrices, and
+    Raises ValueError for a malformed word, a method with one rank for all its matrices, and
     rank "auto" without a budget.
     """
     name, auto = member.config.method.name, hp.get("rank") == AUTO
@@ -71,14 +71,14 @@ def is_automatic(member, hp: Mapping) -> bool:
 def decide(member, hp: Mapping, base: Base, task: tasks.Task, seen: dict) -> tuple[dict, list]:
     """(hp with targets, rank and ranks filled in, the ranking as rows of analysis/sensitivity.csv).
 
-    targets ("auto:N", words...): of all matrices that the words mean (without any: all-linear) the
-    N with the largest `sensitivity.Matrix.score`, as far as they fit in `method.budget`, a number
-    of trainable parameters. A matrix is one layer's.
-    rank "auto": a rank for each matrix, such that all of them together take `method.budget`: the
-    directions that are worth most for each parameter, of no matrix more than twice as many as if
-    all had the same rank. That rank gives the scale. Worth is a squared singular value of the
-    gradient; with init "eva", a share of the inputs' variance, as in EVA. The ranking is then for
-    rank 1.
+    targets ("auto:N", words...): among all matrices that the words select (without words:
+    all-linear) the N with the largest `sensitivity.Matrix.score`, as far as they fit in
+    `method.budget`, a number of trainable parameters. Each layer's matrix counts separately.
+    rank "auto": a rank for each matrix, such that together they use `method.budget`: takes the
+    directions with the largest worth per parameter, from each matrix at most twice as many as if
+    all had the same rank. That common rank sets the scale. The worth of a direction is a squared
+    singular value of the gradient; with init "eva" a share of the inputs' variance, as in EVA. The
+    ranking is then for rank 1.
 
     Raises ValueError for a budget that is too small.
     """
@@ -87,11 +87,13 @@ def decide(member, hp: Mapping, base: Base, task: tasks.Task, seen: dict) -> tup
     words = tuple(w for w in words if not w.startswith(f"{AUTO}:")) or ("all-linear",)
     shapes = {path: leaf.shape for path, leaf in tree.flatten(base.params).items()}
     known = None if hp["rank"] == AUTO else hp["rank"]
-    own = methods.adapted_matrices(base.params, base.sites, words, layers, known)
-    active = {(path, i) for path, (_, on) in own.items() for i in np.ndindex(on.shape) if on[i]}
-    cost = {m: sum(own[m[0]][0].matrix_shape(shapes[m[0]])[1:]) for m in sorted(active)}
+    adaptable = methods.adapted_matrices(base.params, base.sites, words, layers, known)
+    active = {
+        (path, i) for path, (_, on) in adaptable.items() for i in np.ndindex(on.shape) if on[i]
+    }
+    cost = {m: sum(adaptable[m[0]][0].matrix_shape(shapes[m[0]])[1:]) for m in sorted(active)}
 
-    gradient = read(member, base, task, own, "gradient", seen)
+    gradient = read(member, base, task, adaptable, "gradient", seen)
     rank = known or _even(budget, list(cost.values()), n)
     ranking = [
         m
@@ -106,27 +108,27 @@ def decide(member, hp: Mapping, base: Base, task: tasks.Task, seen: dict) -> tup
             least = min(m.parameters for m in ranking)
             raise ValueError(f"method.budget: {budget} given, one matrix takes {least}") from None
     if known is None:
-        worth = _worth(member, hp, base, task, own, gradient, seen)
+        worth = _worth(member, hp, base, task, adaptable, gradient, seen)
         worth = {m: worth[m] for m, r in chosen.items() if r}
         chosen |= starts.allot(worth, cost, budget, most=round(starts.RHO * rank))
-    everything = {(m, i): 0 for m, (_, on) in own.items() for i in np.ndindex(on.shape)}
+    everything = {(m, i): 0 for m, (_, on) in adaptable.items() for i in np.ndindex(on.shape)}
     ranks = starts.by_path(everything | chosen)
-    found = dict(hp) | {"rank": rank, "ranks": ranks}
-    found["targets"] = tuple(f"re:{re.escape(path)}" for path in ranks)
-    return found, _rows(ranking, chosen, base)
+    decided = dict(hp) | {"rank": rank, "ranks": ranks}
+    decided["targets"] = tuple(f"re:{re.escape(path)}" for path in ranks)
+    return decided, _rows(ranking, chosen, base)
 
 
 def _even(budget: int, costs: list[int], n: int) -> int:
-    """The rank at which n matrices of mean cost, or all of them (n = 0), take the budget."""
+    """The common rank at which n matrices of mean cost, or all (n = 0), use up the budget."""
     least = min(n or len(costs), len(costs)) * sum(costs) / len(costs)
     if budget < least:
         raise ValueError(f"method.budget: {budget} given, rank 1 takes {least:.0f}")
     return int(budget // least)
 
 
-def _worth(member, hp, base, task, own, gradient, seen) -> dict:
+def _worth(member, hp, base, task, adaptable, gradient, seen) -> dict:
     if hp.get("init") == "eva":
-        return starts.explained(read(member, base, task, own, "moments", seen))
+        return starts.explained(read(member, base, task, adaptable, "moments", seen))
     return sensitivity.spectra(gradient)
 
 
@@ -139,7 +141,7 @@ def _automatic(hp: Mapping) -> int:
     if len(words) > 1 or not number.isdigit() or int(number) < 1:
         raise ValueError(
             f"method.targets: {', '.join(words)} given; 'auto:6' takes the 6 matrices that "
-            "matter most, 'auto:6' beside 'attention' those of attention"
+            "matter most, 'auto:6' with 'attention' the 6 among those of attention"
         )
     return int(number)
 

@@ -1,4 +1,4 @@
-"""Programs for as many members as memory holds, found by asking the compiler."""
+"""Programs for as many members as fit into memory, according to the compiler."""
 
 import functools
 import math
@@ -15,18 +15,18 @@ from lorax.train.stacks import Stack
 
 
 def memory_limit(train, devices) -> memory.Free:
-    """Bytes that one program may take on each device, and who says so: `train.memory_gb`, or most
+    """Bytes that one program may use on each device, and what sets them: `train.memory_gb`, or most
     of the free memory. A CPU's devices share its memory."""
     stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
     if stats:
-        there, most = memory.Free(stats["bytes_limit"], "has the device"), 0.9
+        available, share = memory.Free(stats["bytes_limit"], "has the device"), 0.9
     else:
-        there, most = memory.free(), 0.8
-        there = there._replace(bytes=there.bytes // len(devices))
+        available, share = memory.free(), 0.8
+        available = available._replace(bytes=available.bytes // len(devices))
     limit = memory.Free(int(train.memory_gb * 1e9), "are given by train.memory_gb")
     if limit.bytes:
-        return min(limit, there)
-    return there._replace(bytes=int(most * there.bytes))
+        return min(limit, available)
+    return available._replace(bytes=int(share * available.bytes))
 
 
 def fit(
@@ -38,11 +38,11 @@ def fit(
     devices=None,
     kind: kinds.Kind = kinds.TEXTS,
 ) -> Programs:
-    """`compile_programs` for as many members at once as memory holds, found by asking the compiler.
+    """`compile_programs` for as many members at once as fit into memory, as the compiler reports.
 
-    Halves first the members side by side, then the members in one program; the caller runs the
-    others in further calls of the same program. Raises MemoryError if not even one member fits, and
-    says what would.
+    Halves first the number of members side by side, then the members in one program; the caller
+    runs the others in further calls of the same program. Raises MemoryError if not even one member
+    fits, with a hint at what would fit.
     """
     n = len(stacked.members)
     while True:
@@ -69,9 +69,9 @@ def fit(
 def would_fit(
     train, batches, needs: Callable[[dict], int], limit: int, kind: kinds.Kind = kinds.TEXTS
 ) -> str:
-    """Which smaller batch would fit, in words. needs(shapes of batches) -> bytes, by the compiler.
+    """Hint at a smaller batch that would fit. needs(shapes of batches) -> bytes, by the compiler.
 
-    Tries more parts of a batch first, down to one row at a time, then half as long rows.
+    First tries to split batches into more parts, down to one row each, then to halve the rows.
     """
     size = train.batch_size
     parts = [a for a in range(train.accumulate + 1, size + 1) if size % a == 0]
@@ -82,7 +82,7 @@ def would_fit(
 
     least = parts[-1] if parts else train.accumulate
     if parts and needs(divided(least)) <= limit:
-        # The need falls as the parts get more.
+        # More parts need less memory.
         a = next(a for a in parts if a == least or needs(divided(a)) <= limit)
         return f"train.accumulate={a} would fit"
     length = (kinds.columns(kind, batches) or 0) - kind.ahead

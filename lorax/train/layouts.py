@@ -9,14 +9,14 @@ import jax
 from lorax import tree
 from lorax.models import Base
 
-TOKEN_FEATURES = 200_000  # most tokens x features side by side on a CPU (lorax.bench sweep)
-CPU_COPIES = 128e6  # most bytes of a CPU's copies of the base, one for each device, under "auto"
+TOKEN_FEATURES = 200_000  # limit on tokens x features side by side on a CPU (lorax.bench sweep)
+CPU_COPIES = 128e6  # limit in bytes on a CPU's copies of the base, one per device, under "auto"
 
 
 def split_cpu() -> None:
     """Split a CPU into as many devices as it has cores, at most 8, unless XLA_FLAGS sets a number.
 
-    Two members on a core each are faster than one member whose small products share two cores. Must
+    Two members on one core each are faster than one whose small products share two cores. Must
     be called before JAX's first computation.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -26,7 +26,7 @@ def split_cpu() -> None:
 class Layout(NamedTuple):
     """How members and batches are spread over devices.
 
-    mode: "none", "members", "batch" or "pmap". devices: those that are used. size: members in one
+    mode: "none", "members", "batch" or "pmap". devices: the ones in use. size: members in one
     program, a multiple of the number of devices that share them. width: members side by side.
     """
 
@@ -37,9 +37,9 @@ class Layout(NamedTuple):
 
 
 def layout(n_members: int, train, base: Base, devices=None) -> Layout:
-    """The layout that config.train asks for, or a good one for "auto" and width 0.
+    """The layout set by config.train, chosen automatically for "auto" and width 0.
 
-    Raises ValueError for "batch" if the devices don't divide a batch.
+    Raises ValueError for "batch" if a batch can't be split evenly over the devices.
     """
     devices = tuple(devices or jax.local_devices())
     mode, part = train.parallel, train.batch_size // train.accumulate
@@ -66,7 +66,7 @@ def layout(n_members: int, train, base: Base, devices=None) -> Layout:
 
 def even_width(most: int, members: int) -> int:
     """Members side by side: the largest divisor of their number up to `most`. 12 members at width 8
-    run as 6 and 6, so that no remainder needs a program of its own."""
+    run as 6 and 6, so that no remainder needs a separate program."""
     return max(w for w in range(1, min(most, members) + 1) if members % w == 0)
 
 
@@ -76,8 +76,8 @@ def row_tokens(train, base: Base) -> int:
 
 
 def good_width(tokens: int, base: Base, platform: str) -> int:
-    """Members side by side, at most: on a CPU the working set should stay in cache, an accelerator
-    takes all."""
+    """Limit on members side by side: on a CPU the working set should stay in cache; an accelerator
+    has no limit."""
     if platform != "cpu":
         return 1 << 30
     features = min(leaf.shape[-1] for leaf in jax.tree.leaves(base.params) if leaf.ndim > 1)

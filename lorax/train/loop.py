@@ -1,4 +1,4 @@
-"""Train groups of members one after the other, each part by part (`lorax.train.part`)."""
+"""Trains groups of members one after another, each in parts (`lorax.train.part`)."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ from lorax.train.programs import Programs
 
 
 class Terminal(NamedTuple):
-    """How the loop speaks: say(line), progress(steps done, in all), finished(row of a member)."""
+    """Output of the loop: say(line), progress(steps done, total), finished(row of a member)."""
 
     say: Callable[[str], None]
     progress: Callable[[float, float], None]
@@ -28,7 +28,8 @@ class Terminal(NamedTuple):
 
 
 def write_rankings(workdir: Path, groups: list[Group]) -> None:
-    """analysis/sensitivity.csv: what evidence said of every matrix, where it chose any."""
+    """Write analysis/sensitivity.csv, the ranking of matrices, if evidence chose targets or
+    ranks."""
     lines = [
         {"member": member} | row
         for group in groups
@@ -54,26 +55,26 @@ def train(
     """Train all groups in turn, from the newest checkpoints; ({member: its final row}, bytes of
     metrics.jsonl up to their end).
 
-    offset: bytes of metrics.jsonl that groups of earlier calls have filled. before, after: steps of
-    members that other calls have trained or may train, to tell the progress of the whole.
+    offset: bytes of metrics.jsonl written by earlier calls. before, after: steps of members that
+    earlier calls have trained or later ones may train, for the progress of the whole run.
 
-    A row has "status" ("finished" or "diverged"), "diverged_at" (step or None), "eval_loss" (nats a
-    completion token, or a classifier's, or the squared error of values; None after divergence),
-    "seconds", "step_ms" (of training alone, both a member's share), "scores" ({metric: value} of
-    a classifier, or of the texts that were asked for) and, where `analysis.cka` asks for it and it
-    has not diverged, "cka" (of each layer); "failed" ({key of the config: why}) where the texts or
-    the CKA of a trained member failed. Killed at any moment and called again, the metrics,
-    adapters and trajectories come out bit for bit as without the interruption.
+    A row has "status" ("finished" or "diverged"), "diverged_at" (step or None), "eval_loss" (nats
+    per completion token, a classifier's loss, or the squared error of values; None after
+    divergence), "seconds", "step_ms" (of training alone; both are a member's share) and "scores"
+    ({metric: value} of a classifier or of generated texts). With `analysis.cka`, unless it
+    diverged, it has "cka" (per layer). "failed" ({config key: reason}) is set if the texts or the
+    CKA of a trained member failed. If training is killed at any moment and called again, metrics,
+    adapters and trajectories are bit for bit the same as without the interruption.
     """
     total = before + member_steps([m for g in groups for m in g.stack.members]) + after
     done, rows, programs, key = before, {}, None, None
-    # What has no room is found before anything is trained.
+    # Fail before any training if the largest group does not fit.
     first = max(groups, key=_largest)
     ahead = {_program_key(first): _timed_fit(first)}
     for group in groups:
         last, key = key, _program_key(group)
         seconds = 0.0
-        if key != last:  # groups that differ in their data alone run in turn, and share one
+        if key != last:  # consecutive groups that differ only in their data share a program
             programs, seconds = ahead.pop(key, None) or _timed_fit(group)
         began = time.monotonic()
         for width in tasks.widths(group.task):
@@ -99,7 +100,7 @@ def _train_group(
     params = programs.place_base(group.base.params)
     eval_rows = jax.device_put(eval_batches(group.task, group.config.eval.batch_size))
     for number, stack in enumerate(parts):
-        one = part.Part(
+        current = part.Part(
             workdir=workdir,
             name=rundir.part(group.index, number, len(parts)),
             group=group,
@@ -112,16 +113,16 @@ def _train_group(
             say=terminal.say,
         )
         tell = lambda steps, before=done: progress(before + steps)
-        finals, offset = _train_part(one, offset, tell, terminal.finished)
+        finals, offset = _train_part(current, offset, tell, terminal.finished)
         rows |= finals
         done += member_steps(stack.members)
     return rows, offset
 
 
-def _train_part(one: part.Part, offset: int, progress, finished) -> tuple[dict[int, dict], int]:
-    """As `_train_group`; the part's state leaves the devices when this returns."""
-    at = part.train(one, offset, progress)
-    return results.of_part(one, at, finished), at.offset
+def _train_part(current: part.Part, offset: int, progress, finished) -> tuple[dict[int, dict], int]:
+    """Like `_train_group`, for one part; its state is freed on return."""
+    at = part.train(current, offset, progress)
+    return results.of_part(current, at, finished), at.offset
 
 
 def member_steps(members: Iterable[Member]) -> int:
@@ -130,7 +131,7 @@ def member_steps(members: Iterable[Member]) -> int:
 
 
 def _shapes(group: Group):
-    """Shapes of the batches of one call to train, and of the evaluation's."""
+    """Shapes of the batches of one call to train, and of the evaluation."""
     c = group.config
     k = steps_per_call(c.eval.every, c.train.offload)
     batches = batch_shapes(c.train, group.task, k)
@@ -140,21 +141,21 @@ def _shapes(group: Group):
 def _timed_fit(group: Group) -> tuple[Programs, float]:
     """The programs of a group, and the seconds that it took to compile them."""
     began, kind = time.monotonic(), group.task.kind
-    given = group.stack, group.base, group.config.train, *_shapes(group)
-    return fitting.fit(*given, kind=kind), time.monotonic() - began
+    arguments = group.stack, group.base, group.config.train, *_shapes(group)
+    return fitting.fit(*arguments, kind=kind), time.monotonic() - began
 
 
 def _without_spectra(group: Group) -> str:
-    """What trajectories leave out of the updates; "" for nothing, or if none are asked for."""
+    """What trajectories leave out of the updates; "" for nothing or without trajectories."""
     if not group.config.analysis.trajectory:
         return ""
     stack = group.stack
-    one = jax.tree.map(lambda x: x[0], (stack.constants, stack.state.trainable))
-    return trajectory.left_out(stack.methods[0], group.base, *one)
+    member = jax.tree.map(lambda x: x[0], (stack.constants, stack.state.trainable))
+    return trajectory.left_out(stack.methods[0], group.base, *member)
 
 
 def _largest(group: Group) -> float:
-    """About how many bytes one member needs: what is there, and what its layers put out."""
+    """Rough estimate of the bytes that one member needs: weights, state and layer outputs."""
     c, params = group.config, jax.tree.leaves(group.base.params)
     put_out = sum(x.size / x.shape[-2] for x in params if x.ndim > 1)
     rows = c.train.batch_size // c.train.accumulate * layouts.row_tokens(c.train, group.base)
@@ -163,7 +164,7 @@ def _largest(group: Group) -> float:
 
 
 def _program_key(group: Group) -> str:
-    """All that `fitting.fit` compiles for; what the task's rows hold is no part of it."""
+    """Everything that the programs of `fitting.fit` depend on; not the content of the rows."""
     settings = json.loads(group_key(group.stack.members[0]))
     settings = {key: value for key, value in settings.items() if not key.startswith("task.")}
     dropout = any(member.config.method.dropout > 0 for member in group.stack.members)

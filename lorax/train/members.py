@@ -1,8 +1,8 @@
 """A function of one member, run for many: over the member axis M, and over devices.
 
-`width` members run side by side (vmapped: every product with a frozen weight sees their rows as one
-batch), the rest one after the other under `lax.map`. Several devices each take a part of the
-members, or of every batch.
+`width` members run side by side (vmapped: a product with a frozen weight sees all their rows as one
+batch), and such groups run one after another under `lax.map`. With several devices, each takes a
+part of the members or of every batch.
 """
 
 from typing import NamedTuple
@@ -16,10 +16,10 @@ from lorax.train.layouts import Layout
 
 
 class Placement(NamedTuple):
-    """How arrays lie on the devices of a layout.
+    """How arrays are placed on the devices of a layout.
 
-    shared: what all members read, such as the base. members: trees with a leading axis M. batches:
-    leaves (M, K, A, B, ...).
+    shared: for arrays that all members read, such as the base. members: trees with a leading axis
+    M. batches: leaves (M, K, A, B, ...).
     """
 
     shared: NamedSharding
@@ -28,7 +28,7 @@ class Placement(NamedTuple):
 
 
 def placement(layout: Layout) -> Placement:
-    """The shardings that a layout asks for."""
+    """The shardings of a layout."""
     mesh = Mesh(np.array(layout.devices), ("devices",))
     members = P("devices") if layout.mode in ("members", "pmap") else P()
     batches = P(None, None, None, "devices") if layout.mode == "batch" else members
@@ -43,7 +43,7 @@ def over_members(f, width: int):
 
 
 def over_devices(f, layout: Layout, axes: tuple[int | None, ...], donate: int | tuple = ()):
-    """f with its members spread over the devices, where the layout says so.
+    """f with its members spread over the devices, if the layout says so.
 
     axes: 0 for each argument of f with a member axis, None for one that all members share. donate:
     arguments whose buffers may be reused; only for mode "pmap", which compiles by itself.
@@ -60,7 +60,7 @@ def over_devices(f, layout: Layout, axes: tuple[int | None, ...], donate: int | 
 
 
 def filled(tree, size: int):
-    """A stacked tree on the host with `size` members: copies of the last one fill up."""
+    """A stacked tree on the host, padded to `size` members with copies of the last one."""
     return jax.tree.map(lambda x: x[np.minimum(np.arange(size), len(x) - 1)], tree)
 
 

@@ -1,9 +1,9 @@
-"""Training with the optimiser's state in the host's memory whenever no step updates it.
+"""Training with the optimiser's state in host memory except during the update itself.
 
-A call is two programs: one takes the gradients; then the state comes to the device, the other
-updates, and the state goes back, so that activations and state are never on a device together.
-QLoRA pages for the same end (arXiv:2305.14314, section 3, "Paged Optimizers"). Moving changes no
-bit; two programs in place of one may round the last one otherwise.
+A step is two programs: the first computes the gradients; then the state is copied to the device,
+the second updates it, and it is copied back, so that activations and state are never on a device at
+the same time. QLoRA uses paging for this (arXiv:2305.14314, section 3, "Paged Optimizers"). The
+copies are exact; two programs instead of one may differ in the last bit of rounding.
 """
 
 import functools
@@ -17,7 +17,7 @@ from lorax.train.layouts import Layout
 from lorax.train.members import over_devices, over_members, placement
 from lorax.train.shapes import Shapes, Training
 
-HOST = "pinned_host"  # kind of memory that holds the state
+HOST = "pinned_host"  # memory kind that holds the state
 
 
 def gradients(program: step.Program, width: int):
@@ -25,9 +25,9 @@ def gradients(program: step.Program, width: int):
     members; batches of one step, leaves (M, 1, A, B, ...)."""
 
     def run(params, constants, hyper, trainable, at, batches):
-        one = lambda *member: step.gradients(program, params, *member)
+        of_member = lambda *member: step.gradients(program, params, *member)
         only = jax.tree.map(lambda x: x[:, 0], batches)
-        return over_members(one, width)(constants, hyper, trainable, at, only)
+        return over_members(of_member, width)(constants, hyper, trainable, at, only)
 
     return run
 
@@ -50,8 +50,8 @@ def compile_training(program: step.Program, layout: Layout, shapes: Shapes) -> T
 
     @functools.cache
     def compiled(width):
-        given = constants, hyper, state.trainable, state.step, shapes.batches(width)
-        return take.lower(params, *given).compile()
+        arguments = constants, hyper, state.trainable, state.step, shapes.batches(width)
+        return take.lower(params, *arguments).compile()
 
     def away(state):
         return state._replace(
@@ -60,10 +60,10 @@ def compile_training(program: step.Program, layout: Layout, shapes: Shapes) -> T
 
     def train(params, constants, hyper, state, batches):
         run = compiled(shapes.width_of(batches))
-        found = run(params, constants, hyper, state.trainable, state.step, batches)
-        jax.block_until_ready(found)  # the activations are gone before the state comes
+        result = run(params, constants, hyper, state.trainable, state.step, batches)
+        jax.block_until_ready(result)  # activations are freed before the state is copied
         here = state._replace(opt_state=jax.device_put(state.opt_state, members))
-        state, logs = update(constants, hyper, here, *found)
+        state, logs = update(constants, hyper, here, *result)
         return away(state), jax.tree.map(lambda x: x[:, None], logs)
 
     needs = xla.program_bytes(compiled(shapes.widest))

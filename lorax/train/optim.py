@@ -1,4 +1,4 @@
-"""Optimisers whose learning rate and weight decay may be traced: members differ in them."""
+"""Optimisers whose learning rate and weight decay can be traced: they differ between members."""
 
 import optax
 
@@ -24,10 +24,10 @@ def schedule(train):
 
 
 def optimizer(train, lr, weight_decay) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) or SGD with momentum, with clipping by the global norm in front.
+    """AdamW (arXiv:1711.05101) or SGD with momentum, after clipping by the global norm.
 
-    A method may put its own around it (`Method.optimizer`). lr, weight_decay: numbers or traced
-    scalars. Decay is decoupled, times the learning rate, and spares biases and norms.
+    A method may wrap it (`Method.optimizer`). lr, weight_decay: numbers or traced scalars. Weight
+    decay is decoupled, multiplied by the learning rate, and not applied to biases and norms.
     """
     factor = schedule(train)
     core = (
@@ -44,7 +44,7 @@ def optimizer(train, lr, weight_decay) -> optax.GradientTransformation:
 
 
 def _decays(params) -> dict:
-    """False for biases and norms, also where they are trained in full: ".../bias/w"."""
+    """False for biases and norms, including fully trained ones: ".../bias/w"."""
     words = lambda path: path.removesuffix("/w").rsplit("/", 1)[-1]
     flat = tree.flatten(params)
     spared = lambda word: word == "scale" or word.endswith("bias")  # "down_bias" as well

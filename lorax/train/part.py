@@ -1,4 +1,4 @@
-"""Train one part of a group: the members that one program holds, from the newest checkpoint on."""
+"""Trains one part of a group, the members of one program, from the newest checkpoint on."""
 
 import shutil
 import time
@@ -20,10 +20,10 @@ from lorax.train.step import MemberState
 
 
 class Part(NamedTuple):
-    """What does not change while a part is trained.
+    """Everything that stays the same while a part is trained.
 
-    name: in the run directory (`rundir.part`). stack: M members of the group, on the host. params,
-    eval_rows, constants, hyper: on the devices. say: prints a line.
+    name: of its files in the run directory (`rundir.part`). stack: M members of the group, on the
+    host. params, eval_rows, constants, hyper: on the devices. say: prints a line.
     """
 
     workdir: Path
@@ -39,10 +39,10 @@ class Part(NamedTuple):
 
 
 class Position(NamedTuple):
-    """How far a part is.
+    """Progress of a part.
 
-    state: of its members, on the devices. offset: bytes of metrics.jsonl up to here. seconds: of
-    wall clock; in_steps: of these, in training steps. losses, scores: (M,) and {metric: (M,)}
+    state: of its members, on the devices. offset: bytes of metrics.jsonl so far. seconds: wall
+    clock; in_steps: the seconds spent in training steps. losses, scores: (M,) and {metric: (M,)}
     float32 of the last evaluation.
     """
 
@@ -56,8 +56,8 @@ class Position(NamedTuple):
 
 
 def train(part: Part, offset: int, progress: Callable[[int], None]) -> Position:
-    """Train to the last step. offset: bytes of metrics.jsonl that are filled already. progress:
-    called with the steps of all members so far."""
+    """Train to the last step. offset: bytes of metrics.jsonl written so far. progress: called
+    with the steps of all members so far."""
     c, m = part.stack.config, len(part.stack.members)
     state = part.programs.place_state(part.stack.state)
     at = resume(part, state) or begin(part, state, offset)
@@ -74,17 +74,17 @@ def train(part: Part, offset: int, progress: Callable[[int], None]) -> Position:
 
 
 def resume(part: Part, state: MemberState) -> Position | None:
-    """Where the newest sound checkpoint left off, None without any."""
+    """The position of the newest intact checkpoint, None without any."""
     folder, steps = rundir.checkpoints(part.workdir, part.name), part.stack.config.train.steps
     restored = checkpoint.restore(folder, tree.shapes(state), part.say)
     if restored is None:
         return None
     step, saved, meta = restored
-    # Fewer lines than the checkpoint has seen: an earlier group had to go back.
+    # metrics.jsonl is shorter than at the checkpoint: an earlier group was rolled back.
     if meta["offset"] > rundir.metrics_size(part.workdir):
         shutil.rmtree(folder)
         return None
-    if step < steps:  # else what comes after may be later groups'
+    if step < steps:  # a finished part may be followed by lines of later groups
         rundir.cut_metrics(part.workdir, meta["offset"])
     if step:
         part.say(f"group {part.group.index}: continues at step {step} of {steps}")
@@ -100,7 +100,7 @@ def resume(part: Part, state: MemberState) -> Position | None:
 
 
 def begin(part: Part, state: MemberState, offset: int) -> Position:
-    """Step 0: evaluate, and write the first lines and checkpoint."""
+    """Step 0: evaluate, and write the first metrics and checkpoint."""
     at = Position(0, state, offset, 0.0, 0.0, *evaluate(part, state))
     if part.stack.config.analysis.trajectory:
         write_spectra(part, at)
@@ -138,18 +138,18 @@ def advance(part: Part, at: Position, k: int) -> Position:
 
 
 def evaluate(part: Part, state: MemberState) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Losses (M,) and {metric: (M,)} of the members as they are now."""
-    given = part.params, part.constants, state.trainable, part.eval_rows
-    losses, outputs = part.programs.evaluate(*given)
+    """Current losses (M,) and {metric: (M,)} of the members."""
+    arguments = part.params, part.constants, state.trainable, part.eval_rows
+    losses, outputs = part.programs.evaluate(*arguments)
     m = len(part.stack.members)
     return np.asarray(losses)[:m], scores.of_members(part.group.task, outputs, m)
 
 
 def write_spectra(part: Part, at: Position) -> None:
-    """The spectra of all updates as they are now, as a file; none for a method without any."""
+    """Write the current spectra of all updates to a file, if the method has any."""
     members = part.stack.members
-    given = part.params, part.constants, at.state.trainable, len(members)
-    spectra = part.programs.spectra(*given)
+    arguments = part.params, part.constants, at.state.trainable, len(members)
+    spectra = part.programs.spectra(*arguments)
     if spectra:
         file = rundir.spectra(part.workdir, part.name, at.step)
         trajectory.write(file, spectra, members, part.group.base)
@@ -182,5 +182,5 @@ def metrics(part: Part, step: int, split: str, **values) -> list[dict]:
 
 
 def decimal(x) -> float | None:
-    """A float32 as the shortest decimal that means it, or None if it is not finite."""
+    """The shortest decimal that rounds to a float32, or None if it is not finite."""
     return float(str(np.float32(x))) if np.isfinite(x) else None

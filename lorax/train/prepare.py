@@ -1,4 +1,4 @@
-"""From members to groups: load bases and tasks, check every member, start all of them."""
+"""From members to groups: loads bases and tasks, checks and initialises every member."""
 
 import json
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from lorax.train import activations, evidence, stacks, texts
 
 
 class Group(NamedTuple):
-    """Members that share a compiled program, with what they are trained on.
+    """Members that share a compiled program, with their base and task.
 
-    rankings: {member: rows of `evidence.decide`} for members whose targets or ranks it chose.
+    rankings: {member: rows of `evidence.decide`}, for members whose targets or ranks it chose.
     """
 
     index: int
@@ -29,12 +29,12 @@ class Group(NamedTuple):
 
     @property
     def config(self):
-        """The config of the first member; the others differ only in values that are data."""
+        """The config of the first member; the others differ only in values passed as data."""
         return self.stack.config
 
 
 class Loaded(NamedTuple):
-    """Bases and tasks that are there already, which the rounds of a run share."""
+    """Bases and tasks that are loaded already; the rounds of a run share them."""
 
     bases: dict[str, Base]
     tasks: dict[str, tasks.Task]
@@ -46,11 +46,11 @@ def groups(
     first: int = 0,
     loaded: Loaded | None = None,
 ) -> list[Group]:
-    """Load bases and tasks, check every member against its base, and start all members.
+    """Load bases and tasks, check every member against its base, and initialise all members.
 
-    first: number of the first group. loaded: what is there already; what is read is added to it.
-    Raises ValueError, FileNotFoundError or MemoryError for what a user can mend, before anything is
-    trained.
+    first: number of the first group. loaded: cache of bases and tasks; new ones are added to it.
+    Raises ValueError, FileNotFoundError or MemoryError for mistakes that a user can fix, before
+    anything is trained.
     """
     loaded = loaded or Loaded({}, {})
     made = [_group(i, part, loaded, say) for i, part in enumerate(grouped(members), first)]
@@ -60,14 +60,14 @@ def groups(
 
 
 def _group(index: int, members: list[Member], loaded: Loaded, say: Callable) -> Group:
-    """One group: load, check, start."""
+    """One group: load, check, initialise."""
     c = members[0].config
     base = _base(c, loaded.bases, say)
     tasks.check_base(c.task, base, c.train.seq_len)
     activations.check(base, c.analysis.cka)
     hps = {member.index: stacks.hyperparameters(member, base) for member in members}
     automatic = [m for m in members if evidence.is_automatic(m, hps[m.index])]
-    stacks.build_methods([m for m in members if m not in automatic], base)  # a mistake shows here
+    stacks.build_methods([m for m in members if m not in automatic], base)  # raises on mistakes
 
     task = _task(members, base, loaded.tasks, say)
     if automatic:
@@ -79,7 +79,7 @@ def _group(index: int, members: list[Member], loaded: Loaded, say: Callable) -> 
     built = stacks.build_methods(members, base, hps)
     group = Group(index, base, task, stacks.stack(members, built, base, task, seen), rankings)
 
-    # What would only show when it is trained.
+    # Catch errors that would otherwise show only after training.
     check_positions(group)
     if c.eval.generate:
         texts.check_texts(base, task, c.eval, virtual_tokens(group), say)
@@ -90,16 +90,16 @@ def _group(index: int, members: list[Member], loaded: Loaded, say: Callable) -> 
 
 
 def base_settings(c) -> dict:
-    """The arguments of `load` beside the name that a config asks for."""
+    """The arguments of `load`, besides the name, for a config."""
     labels = tasks.outputs(c.task)
     settings = {"dtype": c.dtype, "param_dtype": c.param_dtype}
     settings |= {"head": "classification", "labels": labels} if labels else {}
-    # Not every family has remat.
+    # Not every family has a remat setting.
     return settings | ({} if c.train.remat == "none" else {"remat": c.train.remat})
 
 
 def _base(c, bases: dict[str, Base], say: Callable) -> Base:
-    """The base that a config asks for, quantised; from `bases`, or read and put in."""
+    """The base of a config, quantised if it says so; from `bases`, or loaded and added to it."""
     key = _base_key(c)
     if key in bases:
         return bases[key]
@@ -111,7 +111,8 @@ def _base(c, bases: dict[str, Base], say: Callable) -> Base:
     size = f"{tree.count(base.params):,} parameters, {tree.nbytes(base.params) / 1e6:.1f} MB"
     say(f"base {c.base}: {base.family}, {size}")
     if base.fresh:
-        say(f"base {c.base}: no weights for {', '.join(base.fresh)}: drawn, and trained")
+        fresh = ", ".join(base.fresh)
+        say(f"base {c.base}: no weights for {fresh}: initialised at random and trained")
     return base
 
 
@@ -120,7 +121,7 @@ def _base_key(c) -> str:
 
 
 def _task(members: list[Member], base: Base, built: dict[str, tasks.Task], say) -> tasks.Task:
-    """The task of members that may differ in `task.n_train`; from `built`, or made and put in."""
+    """The task of members that may differ in `task.n_train`; from `built`, or built and added."""
     c = members[0].config
     reads_text = tasks.kind_of(c.task).reads == "tokens"
     if reads_text and base.vocabulary is None:
@@ -130,11 +131,11 @@ def _task(members: list[Member], base: Base, built: dict[str, tasks.Task], say) 
     made_for = [c.base, c.train.seq_len] if reads_text else _base_key(c)
     key = json.dumps([settings, made_for, c.eval.examples], sort_keys=True)
     if key not in built:
-        given = base.vocabulary, c.train.seq_len, c.eval.examples, base
-        built[key] = tasks.build(settings, *given)
+        arguments = base.vocabulary, c.train.seq_len, c.eval.examples, base
+        built[key] = tasks.build(settings, *arguments)
         say(f"task {built[key].note}")
     for member in members:
-        tasks.train_size(member.config.task, built[key])  # raises where there are not so many
+        tasks.train_size(member.config.task, built[key])  # raises if there are too few
     if c.eval.generate and not built[key].prompts:
         raise ValueError(
             f"eval.generate: {c.eval.generate} given, task {c.task.name} has no prompts"
@@ -143,10 +144,10 @@ def _task(members: list[Member], base: Base, built: dict[str, tasks.Task], say) 
 
 
 def virtual_tokens(group: Group) -> int:
-    """Positions that a group's method takes in front of every text."""
+    """Number of positions that a group's method inserts before every text."""
     method, base = group.stack.methods[0], group.base
-    one = jax.tree.map(lambda x: x[0], (group.stack.state.trainable, group.stack.constants))
-    bound = jax.eval_shape(lambda s, p: method.bind(*s, p, sites=base.sites), one, base.params)
+    member = jax.tree.map(lambda x: x[0], (group.stack.state.trainable, group.stack.constants))
+    bound = jax.eval_shape(lambda s, p: method.bind(*s, p, sites=base.sites), member, base.params)
     return prefix.ahead(bound).tokens
 
 
@@ -166,20 +167,20 @@ def check_positions(group: Group) -> None:
 
 
 def idle(groups: list[Group]) -> list[str]:
-    """A line for each setting that keeps members from changing their base, with their names."""
+    """A line for each setting that makes training have no effect, with the members' names."""
     is_idle = {
         "train.lr: 0": lambda m, _: m.config.train.lr == 0,
         "method.alpha: 0": lambda _, method: method.hp.get("scale", method.hp.get("alpha")) == 0,
     }
-    why = {"train.lr: 0": "nothing is learned", "method.alpha: 0": "the update counts for nothing"}
+    why = {"train.lr: 0": "nothing is learned", "method.alpha: 0": "the update is multiplied by 0"}
     stacked = [group.stack for group in groups]
     lines = []
     for field, applies in is_idle.items():
         pairs = [pair for s in stacked for pair in zip(s.members, s.methods, strict=True)]
         names = [member.name for member, method in pairs if applies(member, method)]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        others = f" and {len(names) - 3} more" if len(names) > 3 else ""
         if names:
-            lines.append(f"{field} in member {', '.join(names[:3])}{more}: {why[field]}")
+            lines.append(f"{field} in member {', '.join(names[:3])}{others}: {why[field]}")
     return lines
 
 
@@ -198,7 +199,7 @@ def describe(group: Group) -> list[dict]:
 
 
 def _settings(member: Member, method, group: Group) -> dict:
-    """What a member's line says of its config: a later key replaces an earlier one."""
+    """The config part of a member's line; later keys replace earlier ones."""
     c = member.config
     line = {"member": member.index, "group": group.index, "name": member.name}
     line |= {"method": method.name, "rank": None, "scale": None} | method.hp

@@ -1,4 +1,4 @@
-"""A stack's programs, compiled: train, evaluate, and the spectra of the updates."""
+"""The compiled programs of a stack: train, evaluate, and the spectra of the updates."""
 
 import functools
 from collections.abc import Callable
@@ -17,17 +17,17 @@ from lorax.train.stacks import Stack
 
 
 class Programs(NamedTuple):
-    """Compiled for one shape of stack and one layout; host trees go in through `place*`.
+    """Programs for one shape of stack and one layout; `place*` moves host trees to the devices.
 
     train(params, constants, hyper, state, batches) -> (state, metrics (M, K)); donates the state.
     evaluate(params, constants, trainable, batches) -> (losses (M,), scores (M, N, B, k) or None).
     spectra(params, constants, trainable, n) -> {path: `trajectory.Spectrum`} of the first n
-    members, leaves (n, ...) on the host; compiled at its first call.
+    members, leaves (n, ...) on the host; compiled on the first call.
     place_base(params), place(stacked tree), place_state(a stack's state), place_batches(batches).
-    narrow(width): compile train for batches cut to so many columns (`tasks.widths`); else the
-    first call does.
-    bytes: of one call to train on one device: arguments + temporaries + outputs - aliases; 0 where
-    that is not known ahead (`train.parallel` "pmap").
+    narrow(width): compile train for batches cut to `width` columns (`tasks.widths`) in advance;
+    otherwise the first call compiles.
+    bytes: memory of one call to train on one device: arguments + temporaries + outputs - aliases; 0
+    if not known in advance (`train.parallel` "pmap").
     """
 
     train: Callable
@@ -56,27 +56,36 @@ def compile_programs(
     eval_batches: the same (N, B, ...), shared by all members. kind: of these rows.
     """
     program = program_of(stacked, base, layout.width, kind)
-    given = shapes(stacked, base, layout, batches, kind)
+    described_arguments = shapes(stacked, base, layout, batches, kind)
     evaluate = over_devices(evaluation(program, layout.width), layout, (None, 0, 0, None))
     if layout.mode == "pmap":
         train = over_devices(training(program, layout.width), layout, (None, 0, 0, 0, 0), donate=3)
         trained = Training(train, narrow=lambda width: None, place=lambda state: state, bytes=0)
     else:
         compiled = offload.compile_training if program.train.offload else compile_training
-        rows = described(eval_batches, given.place.shared)
-        arguments = given.params, given.constants, given.state.trainable, rows
+        rows = described(eval_batches, described_arguments.place.shared)
+        arguments = (
+            described_arguments.params,
+            described_arguments.constants,
+            described_arguments.state.trainable,
+            rows,
+        )
         evaluate = jax.jit(evaluate).lower(*arguments).compile()
-        trained = compiled(program, layout, given)
+        trained = compiled(program, layout, described_arguments)
 
-    place = lambda tree: jax.device_put(filled(tree, layout.size), given.place.members)
+    place = lambda tree: jax.device_put(
+        filled(tree, layout.size), described_arguments.place.members
+    )
     return Programs(
         train=trained.train,
         evaluate=evaluate,
         spectra=functools.partial(trajectory.of_members, jax.jit(spectra(program))),
-        place_base=lambda params: jax.device_put(params, given.place.shared),
+        place_base=lambda params: jax.device_put(params, described_arguments.place.shared),
         place=place,
         place_state=lambda state: trained.place(place(state)),
-        place_batches=lambda rows: jax.device_put(filled(rows, layout.size), given.place.batches),
+        place_batches=lambda rows: jax.device_put(
+            filled(rows, layout.size), described_arguments.place.batches
+        ),
         narrow=trained.narrow,
         layout=layout,
         bytes=trained.bytes,
@@ -84,7 +93,7 @@ def compile_programs(
 
 
 def program_of(stacked: Stack, base: Base, width: int, kind: kinds.Kind) -> step.Program:
-    """What is static of a stack when `width` members run side by side."""
+    """The static part of a stack's computation when `width` members run side by side."""
     return step.Program(
         module=base.module,
         method=stacked.methods[0],
@@ -106,21 +115,21 @@ def halved(stacked: Stack, base: Base) -> dict:
 
 
 def training(program: step.Program, width: int) -> Callable:
-    """f(params, constants, hyper, state, batches) -> (state, metrics) of all members."""
+    """f(params, constants, hyper, state, batches) -> (state, metrics), for all members."""
 
     def train(params, *members):
-        one = lambda *member: step.train_steps(program, params, *member)
-        return over_members(one, width)(*members)
+        of_member = lambda *member: step.train_steps(program, params, *member)
+        return over_members(of_member, width)(*members)
 
     return train
 
 
 def evaluation(program: step.Program, width: int) -> Callable:
-    """f(params, constants, trainable, batches) -> (losses, scores) of all members."""
+    """f(params, constants, trainable, batches) -> (losses, scores), for all members."""
 
     def evaluate(params, constants, trainable, batches):
-        one = lambda *member: step.evaluate(program, params, *member, batches)
-        return over_members(one, width)(constants, trainable)
+        of_member = lambda *member: step.evaluate(program, params, *member, batches)
+        return over_members(of_member, width)(constants, trainable)
 
     return evaluate
 
@@ -135,16 +144,23 @@ def spectra(program: step.Program) -> Callable:
     return of_member
 
 
-def compile_training(program: step.Program, layout: Layout, given: Shapes) -> Training:
+def compile_training(
+    program: step.Program, layout: Layout, described_arguments: Shapes
+) -> Training:
     """`training` compiled for shapes, with everything on the devices."""
     train = over_devices(training(program, layout.width), layout, (None, 0, 0, 0, 0))
     train = jax.jit(train, donate_argnums=3)
 
     @functools.cache
     def compiled(width):
-        members = given.constants, given.hyper, given.state, given.batches(width)
-        return train.lower(given.params, *members).compile()
+        members = (
+            described_arguments.constants,
+            described_arguments.hyper,
+            described_arguments.state,
+            described_arguments.batches(width),
+        )
+        return train.lower(described_arguments.params, *members).compile()
 
-    call = lambda *arguments: compiled(given.width_of(arguments[-1]))(*arguments)
-    bytes_ = xla.program_bytes(compiled(given.widest))
+    call = lambda *arguments: compiled(described_arguments.width_of(arguments[-1]))(*arguments)
+    bytes_ = xla.program_bytes(compiled(described_arguments.widest))
     return Training(call, narrow=compiled, place=lambda state: state, bytes=bytes_)

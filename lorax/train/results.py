@@ -1,4 +1,4 @@
-"""What comes of trained members: their adapters, final rows, CKA and texts."""
+"""Results of trained members: adapters, final rows, CKA and texts."""
 
 import functools
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from lorax.train.texts import write_texts
 
 
 def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[int, dict]:
-    """{member: its final row}, see `loop.train`. Exports everything before it measures anything, as
-    that may fail. finished: called with the row of each member."""
+    """{member: its final row}, see `loop.train`. All adapters are exported before anything is
+    measured, as measuring may fail. finished: called with the row of each member."""
     m = len(part.stack.members)
     trainable = jax.tree.map(lambda x: np.asarray(x)[:m], at.state.trainable)
     diverged = diverged_at(part, at)
@@ -30,7 +30,7 @@ def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[
     for i, member in enumerate(part.stack.members):
         if part.stack.config.eval.generate and i in trained:
             measure_texts(part, trainable, i, rows)
-        else:  # those of an evaluation that is no longer asked for
+        else:  # left over from an evaluation that is no longer configured
             rundir.texts(part.workdir, member.index).unlink(missing_ok=True)
         finished({"member": member.index, "name": member.name} | rows[member.index])
     return rows
@@ -50,25 +50,25 @@ def row(part: Part, at: Position, i: int, diverged: int) -> dict:
 
 
 def state_of(part: Part, trainable, i: int) -> tuple[dict, dict]:
-    """(trainable, constants) of member i, of trees with a member axis."""
+    """(trainable, constants) of member i, from trees with a member axis."""
     return jax.tree.map(lambda x: x[i], (trainable, part.stack.constants))
 
 
 def write_adapters(part: Part, trainable) -> None:
-    """Export every member; a line for each reason why PEFT can't read one."""
-    said, base = set(), part.group.base
+    """Export every member; prints each reason why PEFT can't read an adapter."""
+    reported, base = set(), part.group.base
     for i, (member, method) in enumerate(zip(part.stack.members, part.stack.methods, strict=True)):
         folder = rundir.adapter(part.workdir, member.index)
         state = methods.State(*state_of(part, trainable, i))
         learned = adapters.from_training(base, method, state)
         why = adapters.save(folder, learned, member.config.base)
-        if why and why not in said:
-            part.say(f"member {member.name}: kept in lorax's own format alone: {why}")
-            said.add(why)
+        if why and why not in reported:
+            part.say(f"member {member.name}: exported only in lorax's own format: {why}")
+            reported.add(why)
 
 
 def measure_cka(part: Part, trainable, trained: list[int], rows: dict[int, dict]) -> None:
-    """Add "cka" to the rows of the members that were trained."""
+    """Add "cka" to the rows of the members that did not diverge."""
     c, group, stack = part.stack.config, part.group, part.stack
     members = [stack.members[i] for i in trained]
     similarity = lambda: activations.similarity(
@@ -84,17 +84,17 @@ def measure_texts(part: Part, trainable, i: int, rows: dict[int, dict]) -> None:
     """Let member i complete the task's prompts, and add the scores of its texts to its row."""
     base, member, method = part.group.base, part.stack.members[i], part.stack.methods[i]
     bound = method.bind(*state_of(part, trainable, i), base.params, sites=base.sites)
-    given = part.workdir, member, base, part.group.task, bound, part.say
-    write = functools.partial(write_texts, *given)
+    arguments = part.workdir, member, base, part.group.task, bound, part.say
+    write = functools.partial(write_texts, *arguments)
     rows[member.index]["scores"] |= attempt(part, "eval.generate", [member], rows, write) or {}
 
 
-def attempt(part: Part, what: str, members, rows: dict[int, dict], work: Callable):
-    """work(), or None if it fails: then a line says so, and "failed" of the members' rows."""
+def attempt(part: Part, key: str, members, rows: dict[int, dict], work: Callable):
+    """work(), or None if it fails; then prints a line and adds "failed" to the members' rows."""
     try:
         return work()
     except Exception as error:
-        kept = rundir.keep_error(part.workdir, error)
-        part.say(f"{what} of member {members[0].name}: {kept}")
+        message = rundir.keep_error(part.workdir, error)
+        part.say(f"{key} of member {members[0].name}: {message}")
         for member in members:
-            rows[member.index].setdefault("failed", {})[what] = reason(error)
+            rows[member.index].setdefault("failed", {})[key] = reason(error)

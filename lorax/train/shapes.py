@@ -1,4 +1,4 @@
-"""What a stack's programs are given, as shapes: they are compiled before anything is allocated."""
+"""Shapes of the arguments of a stack's programs, to compile them before allocating anything."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,7 +30,7 @@ class Shapes(NamedTuple):
 
     @property
     def widest(self) -> int | None:
-        """Columns of the batches where nothing is cut; None for arrays."""
+        """Columns of the uncut batches; None for arrays."""
         return kinds.columns(self.kind, self.rows)
 
     def width_of(self, batches) -> int | None:
@@ -47,8 +47,8 @@ class Training(NamedTuple):
     """A compiled call to train.
 
     train(params, constants, hyper, state, batches) -> (state, metrics (M, K)); donates the state.
-    narrow(width): compile for batches of so many columns. place(state on the devices) -> the state
-    where it lies between calls. bytes: that a call takes on one device.
+    narrow(width): compile for batches of `width` columns. place(state on the devices) -> the state
+    where it is stored between calls. bytes: memory of one call on one device.
     """
 
     train: Callable
@@ -67,7 +67,7 @@ def shapes(stacked: Stack, base: Base, layout: Layout, rows, kind: kinds.Kind) -
 
 
 def described(tree, sharding, size: int | None = None):
-    """The shapes of a tree with a sharding, and with a member axis of `size` in front."""
+    """The shapes of a tree with a sharding, and with a leading member axis of `size` if set."""
     lead = () if size is None else (size,)
     struct = lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=sharding)
     return jax.tree.map(struct, tree)

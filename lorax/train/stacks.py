@@ -1,4 +1,4 @@
-"""Members of one shape, stacked: every array gets a leading axis M.
+"""Stacks members of one shape: every array gets a leading axis M.
 
 Members are padded to the largest width (a rank, or the dimension of a subspace), and each has
 arrays for every matrix that any of them adapts.
@@ -22,7 +22,7 @@ from lorax.train import step as train_step
 class Stack(NamedTuple):
     """Members of one shape, each leaf with a leading member axis M.
 
-    methods: of each member. constants, hyper: untrained. state: `MemberState` at step 0.
+    methods: one per member. constants, hyper: not trained. state: `MemberState` at step 0.
     """
 
     members: tuple[Member, ...]
@@ -33,19 +33,19 @@ class Stack(NamedTuple):
 
     @property
     def config(self):
-        """The config of the first member; the others differ only in values that are data."""
+        """The config of the first member; the others differ only in values passed as data."""
         return self.members[0].config
 
 
 def hyperparameters(member, base: Base) -> dict:
-    """{name: value} of the hyperparameters in the member's config that its method has.
+    """{name: value} of the hyperparameters of the member's method, from its config.
 
     In a sweep over methods, a key applies to the methods that have it; None means the method's own
     default.
     """
     hp = member.config.method.to_dict()
     known = methods.hyperparameters(hp["name"])
-    if base.fresh:  # a head of random weights must be trained
+    if base.fresh:  # a randomly initialised head must be trained
         hp["full"] = tuple(dict.fromkeys((*hp["full"], "classifier")))
     return {key: value for key, value in hp.items() if key in known and value is not None}
 
@@ -66,15 +66,15 @@ def build_methods(members, base: Base, decided: dict | None = None) -> list[Meth
 
 
 class Padding(NamedTuple):
-    """The matrices that any member of a program adapts, {path: Site}, and the largest width; None
-    where the method has no use for it."""
+    """targets: {path: Site} of the matrices that any member of a program adapts. width: the largest
+    one. None if the method doesn't use it."""
 
     targets: dict | None
     width: int | None
 
 
 def padding(built: list[Method], base: Base) -> Padding:
-    """The padding of members with these methods."""
+    """The padding for members with these methods."""
     targets, width = None, None
     if built[0].adapts is not None:
         any_of_them = {path for m in built for path in m.adapts(base.params, base.sites)}
@@ -105,13 +105,13 @@ def stack(
     task: tasks.Task | None = None,
     seen: dict | None = None,
 ) -> Stack:
-    """Start every member, padded to the largest width (rank, or dimension of a subspace) and the
-    union of the targets, and stack them.
+    """Initialise every member, padded to the largest width (rank, or dimension of a subspace) and
+    the union of the targets, and stack them.
 
     In LoRA and similar methods, zero rows of b with zero columns of a have zero gradients, so
-    padding stays exactly zero under AdamW and weight decay. So does a matrix that a member does not
-    adapt. task, seen: for starts that read training batches (`lorax.train.evidence`); the others
-    need none.
+    padding stays exactly zero under AdamW and weight decay. The same holds for a matrix that a
+    member does not adapt. task, seen: needed only for initialisations that read training batches
+    (`lorax.train.evidence`).
     """
     pad, seen = padding(built, base), {} if seen is None else seen
     pairs = zip(members, built, strict=True)
@@ -124,8 +124,8 @@ def stack(
 
 def check_alike(built: list[Method], base: Base, started: list[tuple]) -> None:
     """Raises ValueError if members can't share a program although their method's `varies` says so:
-    their trees have different shapes, or the functions compute different things. Only a user's
-    method is checked; lorax's own are tested."""
+    their trees have different shapes, or their functions differ. Only users' methods are checked;
+    lorax's own are tested."""
     seen = {}  # how members differ from the first -> (shapes, computation)
     for method, (constants, _, state) in zip(built, started, strict=True):
         different = {k: value for k, value in method.hp.items() if value != built[0].hp.get(k)}
@@ -145,9 +145,9 @@ def check_alike(built: list[Method], base: Base, started: list[tuple]) -> None:
                     f"{problem}: {path} is {first.get(path)} and {shapes.get(path)}; `init` has to "
                     "pad to the width and have arrays for all targets that it is given"
                 )
-        bind = lambda *trees, of=method: of.bind(*trees, sites=base.sites)
-        penalty = lambda *trees, of=method: of.penalty and of.penalty(*trees[:2])
-        delta = lambda *trees, of=method: of.delta and of.delta(*trees, base.sites)
+        bind = lambda *trees, m=method: m.bind(*trees, sites=base.sites)
+        penalty = lambda *trees, m=method: m.penalty and m.penalty(*trees[:2])
+        delta = lambda *trees, m=method: m.delta and m.delta(*trees, base.sites)
         computation = "".join(_computation(f, *trees, base.params) for f in (bind, penalty, delta))
         if computed not in (None, computation):
             raise ValueError(
@@ -158,8 +158,8 @@ def check_alike(built: list[Method], base: Base, started: list[tuple]) -> None:
 
 
 def _computation(f, *trees) -> str:
-    """A text that says what f computes, with its constants and static fields: equal for equal
-    computations."""
+    """A text that describes the computation of f, its constants and static fields: the same text
+    for the same computation."""
     traced, shape = jax.make_jaxpr(f, return_shape=True)(*trees)
     text = f"{traced.jaxpr} {[*map(str, traced.consts)]} {jax.tree.structure(shape)}"
     return re.sub(r" at 0x[0-9a-f]+", "", text)

@@ -1,4 +1,4 @@
-"""What one member does: a training step, an evaluation. No function has a member axis."""
+"""The computation of one member: training step and evaluation, without a member axis."""
 
 import functools
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from lorax.train import optim
 
 
 class Hyper(NamedTuple):
-    """What a member brings into the compiled step as data: () float32 each, key a PRNG key."""
+    """A member's inputs to the compiled step: () float32 each, and a PRNG key."""
 
     lr: jax.Array
     weight_decay: jax.Array
@@ -23,7 +23,7 @@ class Hyper(NamedTuple):
 
 
 class MemberState(NamedTuple):
-    """All of a member that training changes. diverged_at: () int32, -1 while it has not."""
+    """All of a member that training changes. diverged_at: () int32, -1 unless it has diverged."""
 
     trainable: dict
     opt_state: object
@@ -32,7 +32,7 @@ class MemberState(NamedTuple):
 
 
 def optimizer(method, constants, train, hyper: Hyper) -> optax.GradientTransformation:
-    """The method's own around what `train`, the config's section, asks for."""
+    """The optimiser of `train`, the config's section, wrapped by the method's."""
     return method.optimizer(optim.optimizer(train, hyper.lr, hyper.weight_decay), constants, train)
 
 
@@ -46,10 +46,10 @@ def start(method, trainable, constants, train, hyper: Hyper) -> MemberState:
 
 
 class Program(NamedTuple):
-    """What is static for all members of a group.
+    """The static part of the computation, the same for all members of a group.
 
     module: Linen module; method: of any member; sites: the base's; train: the config's section;
-    dropout: whether any member has some; merge: whether leaves may take the merged forward pass
+    dropout: whether any member uses dropout; merge: whether leaves may take the merged forward pass
     (members run one at a time); halved: {path: Site} of the frozen kernels that multiply in
     bfloat16. kind: of the rows.
     """
@@ -74,7 +74,7 @@ def train_step(program: Program, params, constants, hyper: Hyper, state: MemberS
     """One optimiser step: (new state, metrics {"loss", "grad_norm"} () float32).
 
     batch: leaves (A, B, ...), A parts whose gradients are added. A step whose loss, gradient norm
-    or new parameter norm is not finite changes nothing, and neither does any after it or past
+    or new parameter norm is not finite changes nothing; nor does any step after it or after
     `train.steps`.
     """
     at = state.trainable, state.step
@@ -105,13 +105,13 @@ def gradients(program: Program, params, constants, hyper: Hyper, trainable, step
     weight = jnp.maximum(weight, 1.0)
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     if program.method.penalty is not None:
-        more = jax.grad(program.method.penalty)(trainable, constants)
-        grads = jax.tree.map(jnp.add, grads, more)
+        penalty_grads = jax.grad(program.method.penalty)(trainable, constants)
+        grads = jax.tree.map(jnp.add, grads, penalty_grads)
     return total / weight, grads
 
 
 def update(program: Program, constants, hyper: Hyper, state: MemberState, value, grads):
-    """The half of a step that reads the optimiser's state; value, grads: what `gradients` gave."""
+    """The half of a step that reads the optimiser's state; value, grads: from `gradients`."""
     norm = optax.tree.norm(grads)
     transformation = optimizer(program.method, constants, program.train, hyper)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
@@ -140,7 +140,7 @@ def train_steps(program: Program, params, constants, hyper, state, batches):
 def evaluate(program: Program, params, constants, trainable, batches):
     """(mean loss () float32, outputs) over batches with leaves (N, B, ...).
 
-    A language model's loss is in nats a completion token. outputs: (N, B, k) float32 where the kind
+    A language model's loss is in nats per completion token. outputs: (N, B, k) float32 if the kind
     of rows is `scored`, else None.
     """
     bound = _bound(program, trainable, constants, params)

@@ -1,4 +1,4 @@
-"""Texts that trained members write, and their scores."""
+"""Generates texts with trained members and scores them."""
 
 import json
 import time
@@ -24,16 +24,14 @@ def decoding_options(c) -> decode.DecodingOptions:
 
 
 def check_texts(base: Base, task: tasks.Task, c, ahead: int, say: Callable[[str], None]) -> None:
-    """Raises ValueError where a base can't complete, or lorax not score, what `eval.generate` asks
-    for; says which scores are missing.
+    """Raises ValueError if the base can't complete the prompts of `eval.generate`, or lorax can't
+    score the completions; reports unavailable scores.
 
     c: the config's `eval` section. ahead: virtual tokens in front of every prompt.
     """
     prompts = tasks.prompts(task, c.generate)
     if len(prompts) < c.generate:
-        say(
-            f"eval.generate: {c.generate} given, the task has {len(prompts)} prompts: all are taken"
-        )
+        say(f"eval.generate: {c.generate} given, the task has {len(prompts)} prompts: all are used")
     asked, references = [p.text for p in prompts], [p.references for p in prompts]
     try:
         decode.encode(base, asked, decoding_options(c).max_new_tokens, ahead)
@@ -45,9 +43,10 @@ def check_texts(base: Base, task: tasks.Task, c, ahead: int, say: Callable[[str]
 def write_texts(
     workdir: Path, member: Member, base: Base, task: tasks.Task, params, say
 ) -> dict[str, float]:
-    """Complete the task's prompts with one member's parameters, keep the texts, score them.
+    """Complete the task's prompts with one member's parameters, save the texts, score them.
 
-    Writes texts/<member>.jsonl: {"prompt", "text", "references"} a line. Returns {metric: value}.
+    Writes texts/<member>.jsonl, one {"prompt", "text", "references"} per line. Returns {metric:
+    value}.
     """
     c = member.config.eval
     prompts = tasks.prompts(task, c.generate)
@@ -64,7 +63,7 @@ def write_texts(
     asked = [p.text for p in prompts]
     texts = decode.complete(base, asked, params, options, batch_size=c.batch_size, progress=tell)
     texts = [text.strip() for text in texts]
-    found = scores.of_texts(task, texts, [p.references for p in prompts])
+    values = scores.of_texts(task, texts, [p.references for p in prompts])
     lines = [
         {"prompt": p.text, "text": text, "references": p.references}
         for p, text in zip(prompts, texts, strict=True)
@@ -72,4 +71,4 @@ def write_texts(
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_bytes(rundir.texts(workdir, member.index), content.encode())
     say(f"member {member.name}: {len(texts)} texts in {time.monotonic() - began:.0f} s")
-    return {name: round(float(value), 5) for name, value in found.items()}
+    return {name: round(float(value), 5) for name, value in values.items()}

@@ -1,8 +1,8 @@
-"""Where training leads: every update's singular values and leading directions, on the device.
+"""Trajectories: singular values and leading directions of every update, computed on the device.
 
-An update of low rank is taken apart by its factors, a QR of both and an SVD of the small core in
-between: dW is never formed. An update without factors is one matrix after the other, where that is
-small. What is kept of a step is one file; `lorax.analysis.tables` reads them.
+A low-rank update is decomposed through its factors, a QR of both and an SVD of the small core
+between them: dW is never formed. Updates without factors are decomposed matrix by matrix, if small.
+Each recorded step is one file; `lorax.analysis.tables` reads them.
 """
 
 from collections.abc import Callable
@@ -19,16 +19,16 @@ from threadpoolctl import threadpool_limits
 from lorax.files import atomically
 from lorax.models import Base
 
-DIRECTIONS = 4  # leading input directions that are kept
-WIDEST = 512  # shorter side up to which an update without factors is taken apart
+DIRECTIONS = 4  # number of leading input directions that are stored
+WIDEST = 512  # longest shorter side of an update without factors that is decomposed
 
 
 class Spectrum(NamedTuple):
-    """Of the updates of one stack of layers, float32.
+    """Spectra of the updates of one stack of layers, float32.
 
     sigma: (layers..., k), descending. directions: (layers..., in, at most `DIRECTIONS`), the left
-    singular vectors of dW (in, out), zeros where sigma is rounding. used: (layers...) bool, False
-    where a member has nothing but zeros, such as in a matrix that it does not adapt.
+    singular vectors of dW (in, out), zeros where sigma is only rounding error. used: (layers...)
+    bool, False where a member's update is all zeros, e.g. for a matrix that it does not adapt.
     """
 
     sigma: jax.Array
@@ -37,28 +37,27 @@ class Spectrum(NamedTuple):
 
 
 def spectra(method, sites, params, constants, trainable) -> dict[str, Spectrum]:
-    """{parameter path: Spectrum} of one member's updates; {} of a method that is no change of
-    weights. The lengths that DoRA gives its columns are no part of its update s a b, as in
-    `lorax.analysis`."""
+    """{parameter path: Spectrum} of one member's updates; {} for a method that doesn't change
+    weights. As in `lorax.analysis`, DoRA's update is s a b, without its column magnitudes."""
     if method.factors is not None:
-        found = method.factors(trainable, constants, params, sites)
-        return {path: _of_factors(*own[:3]) for path, own in found.items()}
-    found = _matrices(method, sites, params, constants, trainable)
-    return {path: _of_matrix(dw) for path, dw in found.items() if _is_small(dw)}
+        updates = method.factors(trainable, constants, params, sites)
+        return {path: _of_factors(*factors_[:3]) for path, factors_ in updates.items()}
+    updates = _matrices(method, sites, params, constants, trainable)
+    return {path: _of_matrix(dw) for path, dw in updates.items() if _is_small(dw)}
 
 
-def of_members(one: Callable, params, constants, trainable, n: int) -> dict[str, Spectrum]:
+def of_members(of_member: Callable, params, constants, trainable, n: int) -> dict[str, Spectrum]:
     """`spectra` of the first n members of stacked trees, leaves (n, ...) on the host.
 
     one(params, constants, trainable, i): `spectra` of member i, compiled.
 
-    Members are taken apart one after the other, each on the device where it is, and not in one
-    program over all devices. A CPU's devices share a pool of as many threads as there are cores;
-    batched LAPACK calls wait there for parts of theirs, and where every thread waits, none is left
-    to do the parts. Each call has one BLAS thread: more wait for each other on a busy machine, and
-    matrices of 128 x 128 then take fifty times as long.
+    Members are decomposed one after another, each on its own device, not in one program over all
+    devices. A CPU's devices share a pool of one thread per core; batched LAPACK calls wait there
+    for their subtasks, and if every thread waits, none is left to run them. Each call uses one BLAS
+    thread: several would wait for each other on a busy machine, which makes matrices of 128 x 128
+    fifty times slower.
     """
-    found = []
+    results = []
     shards = [x for x in jax.tree.leaves(trainable)[0].addressable_shards if x.replica_id == 0]
     for shard in sorted(shards, key=lambda x: x.index[0].start or 0):
         here = lambda x, on=shard.device: next(
@@ -66,31 +65,31 @@ def of_members(one: Callable, params, constants, trainable, n: int) -> dict[str,
         )
         stacked = jax.tree.map(here, (params, constants, trainable))
         with threadpool_limits(1, user_api="blas"):
-            for i in range(min(len(shard.data), n - len(found))):
-                found.append(jax.device_get(one(*stacked, i)))
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *found)
+            for i in range(min(len(shard.data), n - len(results))):
+                results.append(jax.device_get(of_member(*stacked, i)))
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *results)
 
 
 def left_out(method, base: Base, constants, trainable) -> str:
-    """What `spectra` leaves out of an update without factors, in words; "" for nothing."""
+    """A message about what `spectra` leaves out of an update without factors; "" for nothing."""
     if method.factors is not None:
         return ""
     if method.delta is None:
-        return f"{method.name} is no change of weights and has no spectrum"
-    given = base.params, constants, trainable
-    found = jax.eval_shape(lambda *t: _matrices(method, base.sites, *t), *given)
-    wide = [path for path, dw in found.items() if not _is_small(dw)]
+        return f"{method.name} does not change weights and has no spectrum"
+    arguments = base.params, constants, trainable
+    updates = jax.eval_shape(lambda *t: _matrices(method, base.sites, *t), *arguments)
+    wide = [path for path, dw in updates.items() if not _is_small(dw)]
     return f"without {', '.join(wide)}: wider than {WIDEST} both ways" if wide else ""
 
 
-def write(file: Path, found: dict[str, Spectrum], members, base: Base) -> None:
+def write(file: Path, by_path: dict[str, Spectrum], members, base: Base) -> None:
     """Write the spectra of many members, leaves (M, ...) on the host, as one file.
 
-    Arrays: "members" (M,) int32, the numbers of `members`, and of every layer's matrix
+    Arrays: "members" (M,) int32, the numbers of `members`, and for every layer's matrix
     "h/3/attn/q/sigma" (M, k), ".../directions" (M, in, d), ".../used" (M,).
     """
     arrays = {"members": np.array([member.index for member in members], np.int32)}
-    for path, spectrum in found.items():
+    for path, spectrum in by_path.items():
         for name, index in base.layers_of(path).items():
             for kind, x in spectrum._asdict().items():
                 arrays[f"{name}/{kind}"] = np.ascontiguousarray(x[:, *index])
@@ -101,8 +100,8 @@ def _matrices(method, sites, params, constants, trainable) -> dict[str, jax.Arra
     """{path: dW (layers..., in, out)} of an update without factors."""
     if method.delta is None:
         return {}
-    found = method.delta(trainable, constants, params, sites)
-    return {path: sites[path].to_matrix(dw) for path, dw in found.items() if path in sites}
+    updates = method.delta(trainable, constants, params, sites)
+    return {path: sites[path].to_matrix(dw) for path, dw in updates.items() if path in sites}
 
 
 def _is_small(dw) -> bool:
@@ -130,6 +129,6 @@ def _of_matrix(dw) -> Spectrum:
 
 
 def _existing(u, sigma, shape):
-    """`measures.spectrum.existing` of lorax.analysis: zeros where sigma is rounding."""
+    """`measures.spectrum.existing` of lorax.analysis: zeros where sigma is only rounding error."""
     floor = max(shape) * np.finfo(np.float32).eps * sigma[..., :1]
     return jnp.where((sigma[..., : u.shape[-1]] > floor)[..., None, :], u, 0)

@@ -337,7 +337,7 @@ def test_all_adapters_are_there_before_texts_and_cka_fail(members, tmp_path, mon
             dict(lr=(0.0, 1e-2)),
             "train.lr: 0 in member lr=0,seed=0, lr=0,seed=1: nothing is learned",
         ),
-        (dict(alpha=(0.0, 8.0)), "method.alpha: 0 in member .*: the update counts for nothing"),
+        (dict(alpha=(0.0, 8.0)), "method.alpha: 0 in member .*: the update is multiplied by 0"),
         (dict(lr=(1e-3,)), None),
     ],
 )

@@ -101,7 +101,7 @@ def test_an_update_without_factors_is_taken_apart_where_it_is_small(base, monkey
     said = trajectory.left_out(method, base, constants, trainable)
     assert "h/attn/q/kernel" in said and "wider than 15" in said
     prefix = lorax.method("prefix")
-    assert "prefix is no change of weights" in trajectory.left_out(prefix, base, {}, {})
+    assert "prefix does not change weights" in trajectory.left_out(prefix, base, {}, {})
     assert trajectory.spectra(prefix, base.sites, base.params, {}, {}) == {}
 
 
