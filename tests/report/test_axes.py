@@ -93,7 +93,7 @@ def test_a_mean_is_over_seeds_alone(tmp_path, undrawn):
         tmp_path, ranks=(2, 4), lrs=(1e-3, 2e-3), alphas=(8.0, 16.0), adapters=False
     )
     text = report.write(directory).read_text()
-    assert "Thick: means over seeds; thin: members. A panel each: " in text
+    assert "Thick: means over seeds; thin: members. One panel for each " in text
     points = pd.read_csv(directory / "figures" / "learning_curves.csv")
     means = points[points["shows"] == "mean"].set_index(["rank", "alpha", "lr", "step"])["loss"]
     members = points[points["shows"] == "member"]
