@@ -1,6 +1,6 @@
-"""Methods with arrays of their own for every matrix, between their state and PEFT's modules.
+"""Converts methods with arrays per matrix between their state and PEFT's modules.
 
-What the arrays of a module look like in a file: `lorax.interop.peft.matrices`.
+`lorax.interop.peft.matrices` has the format of a module's arrays in a file.
 """
 
 import pathlib
@@ -24,12 +24,12 @@ def write(method: methods.Method, state: methods.State, base: Base):
     shared = {name: np.asarray(x) for name, x in arrays.pop(SHARED, {}).items()}
     modules: dict[str, tuple[Place, dict[str, Arrays]]] = {}
     for layer, (path, index) in base.layers.items():
-        own = {name: np.asarray(x)[index] for name, x in arrays.get(path, {}).items()}
-        if not own or "w" in own:
+        layer_arrays = {name: np.asarray(x)[index] for name, x in arrays.get(path, {}).items()}
+        if not layer_arrays or "w" in layer_arrays:
             continue
-        if own.get("on", any(own[name].any() for name in trained[path])):
+        if layer_arrays.get("on", any(layer_arrays[name].any() for name in trained[path])):
             place = _place(base.places.module(layer), base, method.name)
-            modules.setdefault(place.name, (place, {}))[1][layer] = own
+            modules.setdefault(place.name, (place, {}))[1][layer] = layer_arrays
     if not modules:
         raise ValueError(f"{method.name}: nothing to save, no matrix is adapted")
     kind = matrices.KINDS[method.name]
@@ -53,9 +53,9 @@ def read(name: str, stored: Arrays, config: dict, base: Base, directory: pathlib
     ]
     hp, layers, shared = kind.read(placed, shared, config, directory)
     arrays = {f"{SHARED}/{leaf}": {(): x} for leaf, x in shared.items()}
-    for layer, own in layers.items():
+    for layer, layer_arrays in layers.items():
         path, index = base.layers[layer]
-        for leaf, value in own.items():
+        for leaf, value in layer_arrays.items():
             arrays.setdefault(f"{path}/{leaf}", {})[index] = value
     hp |= _chosen(base, layers)
     if name == "ia3":
@@ -69,8 +69,8 @@ def read(name: str, stored: Arrays, config: dict, base: Base, directory: pathlib
 
 
 def _sort(names: str, stored: Arrays):
-    """({module: {name below it: tensor}}, {name: tensor} of no one module, the other tensors).
-    names: a regex of the method's names below a module."""
+    """({module: {name below it: tensor}}, {name: tensor} of no single module, the other tensors).
+    names: a regex for the method's names below a module."""
     modules: dict[str, Arrays] = {}
     shared, rest = {}, {}
     for key, tensor in stored.items():
@@ -84,7 +84,7 @@ def _sort(names: str, stored: Arrays):
 
 
 def _chosen(base: Base, layers) -> dict:
-    """The hyperparameters targets and layers: the smallest product that covers what is adapted."""
+    """The hyperparameters targets and layers whose product is the smallest that covers `layers`."""
     parts = [base.layers[layer] for layer in layers]
     paths, numbers = {path for path, _ in parts}, {i for _, index in parts for i in index}
     flat = tree.flatten(base.params)
@@ -94,7 +94,7 @@ def _chosen(base: Base, layers) -> dict:
 
 
 def _exactly(paths) -> tuple[str, ...]:
-    """Words for these parameter paths and no others."""
+    """Words for exactly these parameter paths."""
     return tuple(f"re:{re.escape(path)}" for path in sorted(paths))
 
 
@@ -103,8 +103,8 @@ def _is_linear(base: Base, path: str) -> bool:
 
 
 def _place(module: str, base: Base, where: str) -> Place:
-    """What is known of a linear module. Raises ValueError, which begins with `where`, for one that
-    is none."""
+    """The `Place` of a linear module. Raises ValueError, which begins with `where`, for any other
+    module."""
     flat, places = tree.flatten(base.params), base.places
     linear = {
         layer: part.path for layer, part in base.layers.items() if _is_linear(base, part.path)

@@ -1,16 +1,15 @@
 """Trained methods in PEFT's on-disk format (LoRA and DoRA: `lorax.interop.peft`).
 
-`adapter_model.safetensors` holds a method's arrays by PEFT's modules, `adapter_config.json` says
-what they mean. Both are written so that `PeftModel.from_pretrained` computes what `method.bind`
-does, and read so that `bind` computes what PEFT does (0.21). AdaLoRA, LoHa, LoKr, VeRA and (IA)3:
-`lorax.interop.peft.matrices`; prefixes, prompts and LLaMA-Adapter: `tokens` beside it; LN-tuning:
-`norms`.
+`adapter_model.safetensors` holds a method's arrays by PEFT's modules, `adapter_config.json` their
+meaning. They are written so that `PeftModel.from_pretrained` computes the same as `method.bind`,
+and read so that `bind` computes the same as PEFT (0.21). In `lorax.interop.peft`, `matrices` has
+AdaLoRA, LoHa, LoKr, VeRA and (IA)3, `tokens` prefixes, prompts and LLaMA-Adapter, `norms`
+LN-tuning.
 
-Parameters trained in full beside a method become PEFT's `modules_to_save` or biases. If a file has
-a parameter of some layers alone (one norm of a stack), the others get the base's own values.
+Parameters trained in full with a method become PEFT's `modules_to_save` or biases. If a file has a
+parameter only for some layers (one norm of a stack), the others get the base's values.
 
-PEFT has no LoHa or LoKr of GPT-2's Conv1D, and nothing like bottleneck adapters, BitFit and full
-fine-tuning.
+PEFT has no LoHa or LoKr for GPT-2's Conv1D, and no bottleneck adapters, BitFit or full fine-tuning.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from lorax.models import Base
 
 Arrays = dict[str, np.ndarray]
 
-#: lorax's name -> PEFT's peft_type, of what is not written as LoRA.
+#: lorax's name -> PEFT's peft_type, of methods that are not written as LoRA.
 TYPES = {row.name: row.peft for row in catalogue.ROWS.values() if row.peft not in (None, "LORA")}
 
 
@@ -42,10 +41,10 @@ def save(
 ) -> pathlib.Path:
     """Write a trained method as PEFT's files; the directory.
 
-    base_name: what PEFT should load as the base model (a Hub id or a directory); without it the
+    base_name: what PEFT should load as the base model (a Hub id or a directory); by default the
     name that the base was loaded by.
-    Raises ValueError for a method that lorax can't write for PEFT, and for what PEFT could not
-    compute the same with: it says what, and nothing is written.
+    Raises ValueError, before anything is written, for a method that lorax can't write for PEFT, and
+    if PEFT would compute something different.
     """
     if method.name not in TYPES:
         hint = "" if method.factors is None else "; store it as LoRA, lorax.interop.peft.save"
@@ -79,8 +78,8 @@ def save(
 
 
 def _own_tensors(method, state, base: Base, stored: Arrays) -> tuple[Arrays, dict, Arrays]:
-    """(the method's own tensors, the fields of its config, what is stored beside them). stored:
-    {Hugging Face's tensor: value} of all that was trained in full."""
+    """(the method's tensors, the fields of its config, the other stored tensors). stored: {Hugging
+    Face's tensor: value} of all parameters trained in full."""
     if method.name in matrices.KINDS:
         return *peft_matrices.write(method, state, base), stored
     if method.name not in tokens.KINDS:
@@ -93,7 +92,7 @@ def _own_tensors(method, state, base: Base, stored: Arrays) -> tuple[Arrays, dic
 
 
 def _beside(name: str, saved: list[str], bias: str) -> dict:
-    """The fields of a config for what is trained in full beside the method of that name."""
+    """The config fields for parameters trained in full with the method of that name."""
     fields: dict = {} if name in tokens.KINDS else {"modules_to_save": saved or None}
     only_targets = getattr(matrices.KINDS.get(name), "bias", None)
     if only_targets is not None:
@@ -106,9 +105,8 @@ def _beside(name: str, saved: list[str], bias: str) -> dict:
 def load(directory: str | os.PathLike, base: Base) -> tuple[methods.Method, methods.State]:
     """Read a directory of PEFT's that holds one of `TYPES`.
 
-    The method's hyperparameters are those of the config as far as they mean something here. Its
-    targets and layers are the smallest product of the two that covers what is stored; the state
-    has zeros in the rest of it.
+    The method's hyperparameters are those of the config that have a meaning here. Its targets and
+    layers have the smallest product that covers the stored arrays; the rest of the state is zero.
 
     Raises FileNotFoundError, or ValueError that names the file for another kind of adapter, a
     damaged file, and modules or shapes that the base does not have.
@@ -176,7 +174,7 @@ def _read_weights(rest: Arrays, config: dict, base: Base, file: pathlib.Path) ->
         weights = whole.without_head(peft.Adapter({}, weights, config), places.tied).weights
     for name, value in weights.items():
         if name not in base.parts:
-            raise ValueError(f"{file}: {name}: the base reads out with its embedding")
+            raise ValueError(f"{file}: {name}: the base's head is its embedding")
         path, index = base.parts[name]
         shape = flat[path].shape[len(index) :]
         if value.shape != shape:

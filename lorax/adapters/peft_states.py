@@ -1,4 +1,4 @@
-"""A method and its state from the arrays that PEFT's files of it hold."""
+"""Builds a method and its state from the arrays in PEFT's files."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ Arrays = dict[str, np.ndarray]
 def build(
     name: str, hp: dict, arrays: Mapping[str, dict], weights: Arrays, base: Base
 ) -> tuple[methods.Method, methods.State]:
-    """The method of that name in which a state holds these arrays.
+    """The method of that name, and its state with these arrays.
 
     arrays: {path of a leaf, or its end: {index in its stack: its first rows and columns}}, zero
     elsewhere. weights: {parameter with its layer: value} of what was trained in full.
@@ -45,7 +45,7 @@ def build(
 
 
 def _method(name: str, hp: dict, weights: Arrays, base: Base) -> methods.Method:
-    """The method, in which the parameters of `weights` are trained in full beside its own."""
+    """The method, which also trains the parameters of `weights` in full."""
     full = dict.fromkeys(base.parts[parameter].path for parameter in weights)
     if name == "ln-tuning":  # which trains norms itself
         flat = tree.flatten(base.params)
@@ -56,8 +56,8 @@ def _method(name: str, hp: dict, weights: Arrays, base: Base) -> methods.Method:
 
 
 def _fill(leaf: np.ndarray, values: dict, name: str, padded: bool) -> None:
-    """Write the values {index: array} into a leaf, zero elsewhere. padded: whether an array may be
-    smaller than its place."""
+    """Write the values {index: array} into a leaf and zero elsewhere. padded: whether an array may
+    be smaller than its place."""
     leaf[...] = 0
     for index, value in values.items():
         shape, room = np.shape(value), leaf.shape[len(index) :]

@@ -108,8 +108,8 @@ def test_a_lora_of_any_other_config_is_read_or_named(foreigner, tmp_path):
         ('{"peft_type": "LORA", "r": "8"}', "r: '8' given; it should be a whole number of at le"),
         ('{"peft_type": "LORA", "rank_pattern": [1]}', r"rank_pattern: \[1\] given"),
         ('{"peft_type": ["LORA"]}', r"peft_type \['LORA'\] can't be read"),
-        ('{"r": 8}', "peft_type is missing; what can be read is LORA, ADALORA, LOHA"),
-        ('{"peft_type": "OFT"}', "'OFT' can't be read; what can be read is LORA, ADALORA, LOHA"),
+        ('{"r": 8}', "peft_type is missing; supported are LORA, ADALORA, LOHA"),
+        ('{"peft_type": "OFT"}', "'OFT' can't be read; supported are LORA, ADALORA, LOHA"),
         ("[1]", "a JSON object is expected"),
     ],
 )
@@ -197,7 +197,7 @@ C_ATTN, LN = "transformer.h.0.attn.c_attn", "transformer.ln_f"
         ({f"{LN}.modules_to_save.x.bias": np.ones(16)}, "ln_f.x.bias was trained in full, and"),
         (
             {f"{LN}.modules_to_save.a.bias": np.ones(16), f"{LN}.bias": np.zeros(16)},
-            "transformer.ln_f.bias stands there twice, with unlike values",
+            "transformer.ln_f.bias occurs twice, with different values",
         ),
         ({f"{C_ATTN}.lora_B.a.bias": np.ones(48)}, "c_attn.lora_B.bias: no factor of LoRA"),
         ({f"{C_ATTN}.lora_diag.a": np.ones(2)}, "c_attn.lora_diag.a: no factor of LoRA"),
@@ -331,7 +331,7 @@ def test_a_scale_that_is_no_number_is_named_of_loralib_too(alpha, tmp_path):
         ({"a.lora_A": np.ones((0, 4)), "a.lora_B": np.ones((4, 0))}, "need lora_A .r, in. and"),
         (
             {"a.lora_A": np.ones((2, 4)), "a.lora_B": np.ones((4, 2)), "module.a.lora_A": 0},
-            "module.a.lora_A stands there twice",
+            "module.a.lora_A occurs twice",
         ),
     ],
 )

@@ -460,7 +460,7 @@ def test_a_config_of_nonsense_is_read_or_named(name, stored, tmp_path):
 @pytest.mark.parametrize(
     ("name", "config", "tensors", "words"),
     [
-        ("loha", {"peft_type": "OFT"}, {}, "'OFT' can't be read; what can be read is LORA, AD"),
+        ("loha", {"peft_type": "OFT"}, {}, "'OFT' can't be read; supported are LORA, AD"),
         ("loha", {"peft_type": "LORA"}, {}, "'LORA' given; .* LORA by lorax.interop.peft"),
         ("loha", {"peft_type": "VERA"}, {}, "holds no tensors of VERA"),
         ("loha", {"r": 7, "rank_pattern": {}}, {}, "has rank 7 here and 3 in"),

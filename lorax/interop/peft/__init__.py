@@ -1,7 +1,7 @@
-"""Adapters in Hugging Face PEFT's on-disk format: files in, arrays out, and back.
+"""Adapters in Hugging Face PEFT's on-disk format, read as arrays and written from arrays.
 
-`load` and `save` are those of LoRA and DoRA. `matrices` and `tokens` have the other methods, as
-arrays by PEFT's modules; `lorax.adapters.peft_methods` makes trained methods of them.
+`load` and `save` are for LoRA and DoRA. `matrices` and `tokens` handle the other methods, as arrays
+by PEFT's modules; `lorax.adapters.peft_methods` converts these to trained methods.
 """
 
 from lorax.interop.adapter import Adapter, Factors

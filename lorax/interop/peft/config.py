@@ -1,7 +1,7 @@
-"""What PEFT's adapter_config.json may say: the fields of every kind of adapter that can be read.
+"""The fields of PEFT's adapter_config.json, for every kind of adapter that can be read.
 
-Each field has a type. Some mean that the tensors are something else than what is read here: those
-are refused where they are set. The fields, their meanings and defaults are those of PEFT 0.21.
+Each field has a type. Some fields change the meaning of the tensors in a way that is not supported
+here; they raise an error if they are set. Fields, meanings and defaults are those of PEFT 0.21.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorax.files import read_json
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-MOST = 2**31 - 1  # of a whole number
+MOST = 2**31 - 1  # the largest whole number
 LARGEST = float(np.finfo(np.float32).max)
 _SHORT = reprlib.Repr()  # of a value in an error
 _SHORT.maxstring = _SHORT.maxother = 100
@@ -61,7 +61,7 @@ def _one_of(*values) -> Want:
 
 
 def _compiles(pattern: str) -> bool:
-    """Whether a text is a regex, which PEFT takes names in patterns for."""
+    """Whether a text is a valid regex; PEFT uses names in patterns as regexes."""
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError):
@@ -101,7 +101,7 @@ _EACH |= {"inference_mode": FLAG} | dict.fromkeys(("auto_mapping", "peft_version
 _TARGETS = _EACH | {"target_modules": NAMES, "modules_to_save": LIST}
 _LAYERS = _TARGETS | {"layers_to_transform": LAYERS, "layers_pattern": PATTERNS}
 
-# What a start or training alone reads, and how a base is laid out in memory, changes nothing here.
+# Fields that only matter for initialisation, training or the base's memory layout are ignored here.
 _LORA = _LAYERS | {"exclude_modules": NAMES, "fan_in_fan_out": FLAG, "bias": BIAS("lora_only")}
 _LORA |= {"r": COUNT, "rank_pattern": RANKS, "lora_alpha": NUMBER, "alpha_pattern": ALPHAS}
 _LORA |= {"use_rslora": FLAG, "use_dora": FLAG, "lora_dropout": SHARE}
@@ -119,7 +119,7 @@ _TOKENS = _EACH | {"num_virtual_tokens": COUNT, "modules_to_save": LIST} | dict.
     "token_dim num_transformer_submodules num_attention_heads num_layers".split(), _or_null(COUNT)
 )  # fmt: skip
 
-#: Fields that, when set, make the tensors mean something else than is read here.
+#: Fields that, when set, change the meaning of the tensors in an unsupported way.
 _REFUSED = {
     "LORA": """alora_invocation_tokens arrow_config enable_lora kasa_config layer_replication
     lora_bias monteclora_config target_parameters trainable_token_indices use_bdlora
@@ -128,10 +128,10 @@ _REFUSED = {
 _REFUSED["ADALORA"] = [*_REFUSED["LORA"], "use_dora"]
 _REFUSED["LOHA"] = _REFUSED["LOKR"] = ["use_effective_conv2d"]
 _LORA |= dict.fromkeys(_REFUSED["LORA"], ANY)
-#: Starts that take something out of the base, so that the factors are an update of what is left.
+#: Initialisations that subtract something from the base: the factors then update a changed base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-#: Last words of what PEFT adapts together, whichever is named, with ensure_weight_tying.
+#: Last words of the modules that PEFT adapts together with ensure_weight_tying.
 _TIED = ("lm_head", "embed_tokens", "word_embeddings", "wte")
 
 #: {peft_type: {field: what it should be}}
@@ -163,11 +163,11 @@ FIELDS: dict[str, dict[str, Want]] = {
 
 
 def read_config(file: pathlib.Path) -> dict[str, Any]:
-    """The fields of an adapter of any kind; its `peft_type` says which ("LORA", "VERA"...).
+    """The fields of an adapter of any kind, which is in `peft_type` ("LORA", "VERA"...).
 
     Raises FileNotFoundError, or ValueError that names file and field for a kind that can't be read,
-    a value of another type than PEFT has there, and a field that makes the tensors mean something
-    else than is read here. Warns about fields that PEFT does not have and that are set.
+    a value of the wrong type, and a field that changes the tensors' meaning in an unsupported way.
+    Warns about fields that are set but unknown to PEFT.
     """
     if not file.exists():
         raise missing(file)
@@ -175,7 +175,7 @@ def read_config(file: pathlib.Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in FIELDS:
         given = "is missing" if kind is None else f"{kind!r} can't be read"
-        raise ValueError(f"{file}: peft_type {given}; what can be read is {', '.join(FIELDS)}")
+        raise ValueError(f"{file}: peft_type {given}; supported are {', '.join(FIELDS)}")
     fields = FIELDS[kind]
     for field, value in config.items():
         if field in fields and not fields[field].fits(value):
@@ -184,7 +184,7 @@ def read_config(file: pathlib.Path) -> dict[str, Any]:
     for field in _REFUSED.get(kind, ()):
         if config.get(field):
             given = _SHORT.repr(config[field])
-            raise ValueError(f"{file}: {field}: {given} given; {kind} can be read without it alone")
+            raise ValueError(f"{file}: {field}: {given} given; {kind} can only be read without it")
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(_CHANGES_BASE):
         raise ValueError(
@@ -201,7 +201,7 @@ def read_config(file: pathlib.Path) -> dict[str, Any]:
 
 
 def missing(file: pathlib.Path) -> FileNotFoundError:
-    """The error for one of an adapter's two files that is not there."""
+    """The error for a missing file of an adapter."""
     folder = file.parent
     pickled = [path for path in (folder, *sorted(folder.glob("*"))) if path.suffix in PICKLES]
     if pickled and (file.name == WEIGHTS or pickled[0] == folder):
@@ -213,8 +213,8 @@ def missing(file: pathlib.Path) -> FileNotFoundError:
 
 
 def check_targets(config: dict[str, Any], modules: Collection[str], file: pathlib.Path) -> None:
-    """Raises ValueError for a module with tensors in the file that the config does not adapt: PEFT
-    would leave it out. file: the config."""
+    """Raises ValueError for a module that has tensors but is not adapted by the config: PEFT would
+    ignore it. file: the config."""
     for module in modules:
         field = _left_out_by(config, module)
         if field:
@@ -223,7 +223,7 @@ def check_targets(config: dict[str, Any], modules: Collection[str], file: pathli
 
 
 def _left_out_by(config: dict[str, Any], module: str) -> str:
-    """The field by which PEFT does not adapt a module, "" where it does."""
+    """The field because of which PEFT does not adapt a module, "" if it does."""
     ends = lambda names: any(f".{module}".endswith(f".{name}") for name in names)
     excluded = config.get("exclude_modules") or []
     if re.fullmatch(excluded, module) if isinstance(excluded, str) else ends(excluded):
@@ -231,7 +231,7 @@ def _left_out_by(config: dict[str, Any], module: str) -> str:
     if any(f".{name}." in f".{module}." for name in config.get("modules_to_save") or []):
         return "modules_to_save"
     targets = config.get("target_modules")
-    if targets is None or targets == "all-linear":  # PEFT's own choice, by the model
+    if targets is None or targets == "all-linear":  # PEFT chooses by the model
         return ""
     if isinstance(targets, str):
         return "" if re.fullmatch(targets, module) else "target_modules"
@@ -250,7 +250,7 @@ def _left_out_by(config: dict[str, Any], module: str) -> str:
 
 
 def scale_of(config: dict[str, Any], module: str, rank: int, file: pathlib.Path) -> float:
-    """PEFT's own rule: alpha / r, or alpha / sqrt(r), after the first pattern that matches."""
+    """PEFT's rule: alpha / r, or alpha / sqrt(r), with values of the first matching pattern."""
     r = from_patterns(config.get("rank_pattern"), module, config.get("r", 8))
     alpha = from_patterns(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     if r != rank:
@@ -261,7 +261,7 @@ def scale_of(config: dict[str, Any], module: str, rank: int, file: pathlib.Path)
 
 
 def from_patterns(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first of PEFT's patterns, regexes of a name's end, that a module matches."""
+    """The value of the first of PEFT's patterns, regexes for a name's end, that matches."""
     for end, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({end})$", module):
             return value
@@ -269,5 +269,5 @@ def from_patterns(patterns: dict[str, Any] | None, module: str, default: Any) ->
 
 
 def as_number(x: float) -> int | float:
-    """A number as PEFT's JSON has it: 16, not 16.0."""
+    """A number as PEFT writes it in JSON: 16, not 16.0."""
     return int(x) if float(x).is_integer() else float(x)

@@ -1,4 +1,4 @@
-"""The two files of a PEFT adapter: names of tensors, bytes in and out."""
+"""The two files of a PEFT adapter: names of tensors, reading and writing."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from lorax.interop.tensors import read_safetensors
 
 PREFIX = "base_model.model."
 WHOLE = re.compile(r"(?!.*lora_)(.+)\.(weight|bias)")
-# A tensor of an adapter in a module: in a running model an adapter's name stands behind the word.
+# A tensor of an adapter in a module: in a running model an adapter's name follows the word.
 _OWN = re.compile(
     r"(?P<start>(.+\.)?(lora_(embedding_)?[ABE]|lora_magnitude_vector|hada_\w+|lokr_\w+"
     r"|vera_lambda_[bd]|vera_[AB]|ia3_l|ln_tuning_layers))"
     r"(\.(?P<name>[^.]+))??(?P<end>(\.(weight|bias))?)"
 )
-# A module trained whole: the one that was trained, and the base's own, which nothing computes with.
+# A module trained whole: the trained copy, and the base's original, which is unused.
 _COPY = re.compile(r"(?P<module>.+)\.(?P<which>modules_to_save|original_module)\.(?P<rest>.+)")
 
 
@@ -56,7 +56,7 @@ def serialise(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes
 
 def read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """({name: float32 array}, the file's metadata) of a safetensors file. Raises FileNotFoundError,
-    or ValueError for a file that is none and a tensor of something else than finite floats."""
+    or ValueError for any other file and for a tensor that is not of finite floats."""
     if not file.exists():
         raise missing(file)
     return read_safetensors(file)
@@ -65,12 +65,12 @@ def read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, s
 def own_names(stored: Mapping[str, np.ndarray], file: pathlib.Path) -> dict[str, np.ndarray]:
     """{name as `save_pretrained` writes it, without "base_model.model.": tensor}.
 
-    Written by hand, a running model's names have the adapter's in them ("lora_A.default.weight")
-    and a module trained whole twice, "modules_to_save" and "original_module". Of the two the first
-    is the module; the second is the base's own and left out.
+    In a state dict of a running model, names include the adapter's ("lora_A.default.weight"), and a
+    module trained whole occurs twice: "modules_to_save" is the trained module, "original_module"
+    the base's, which is left out.
 
-    Raises ValueError that names the file for several adapters in it, a name that stands there twice
-    with unlike values, and a base's own module without the trained one.
+    Raises ValueError that names the file if it has several adapters, a name twice with different
+    values, or a base's original module without the trained one.
     """
     matches = {key: _OWN.fullmatch(key.removeprefix(PREFIX)) for key in stored}
     adapters = {match["name"] for match in matches.values() if match}
@@ -95,7 +95,7 @@ def own_names(stored: Mapping[str, np.ndarray], file: pathlib.Path) -> dict[str,
                 continue
         name = re.sub(r"\.base_layer\.(\w+)$", r".\1", name)
         if name in tensors and not np.array_equal(tensors[name], tensor):
-            raise ValueError(f"{file}: {name} stands there twice, with unlike values; {key} is one")
+            raise ValueError(f"{file}: {name} occurs twice, with different values; {key} is one")
         tensors[name] = tensor
     for name, key in originals.items():
         if name not in tensors:

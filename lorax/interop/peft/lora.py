@@ -5,12 +5,12 @@ with y = W x, `lora_A.weight` (r, in) and `lora_B.weight` (out, r) and scales by
 ours are y = x @ w + s * (x @ a) @ b, so A = a^T, B = b^T and lora_alpha = s * r. Neither is ever
 stored transposed, whatever `fan_in_fan_out` says about the base's own weight.
 
-A fused module (GPT-2's c_attn holds q, k and v side by side) is joined exactly: the rows of A are
-those of its parts one after the other (once where parts share them) and B is block-diagonal. PEFT
-reads that as one module; the file's own metadata says how to take it apart again.
+A fused module (GPT-2's c_attn holds q, k and v side by side) is joined exactly: A has the rows of
+all parts one after the other (only once if parts share them) and B is block-diagonal. PEFT reads
+that as one module; the file's metadata says how to split it again.
 
 A head that is tied to the embedding shares its update here. PEFT adapts modules, not weights, so
-such an update is written for both, and read as one where both say the same.
+such an update is written for both, and read as one if both agree.
 """
 
 from __future__ import annotations
@@ -73,21 +73,21 @@ def save(
     dropout: float = 0.0,
     task_type: str | None = "CAUSAL_LM",
 ) -> pathlib.Path:
-    """Write an adapter that PEFT loads as it is, and `load` reads back.
+    """Write an adapter that PEFT loads and `load` reads back.
 
-    It comes back bit for bit if the parts of each fused module have one scale. Otherwise the
-    ratio of the scales goes into B and out again, rounded to float32.
+    It comes back bit for bit if the parts of each fused module have one scale. Otherwise B is
+    multiplied by the ratio of the scales and divided by it again, rounded to float32.
 
     Args:
-      adapter: an `Adapter` or its factors alone. Its config is not written.
-      sources: where the base's parameters lie in Hugging Face's tensors (`hf_tensors` of a family).
+      adapter: an `Adapter`, or only its factors. Its config is not written.
+      sources: the places of the base's parameters in Hugging Face's tensors (`hf_tensors` of a
+        family).
       base_name: what PEFT should load as the base model (a Hub id or a directory).
       dropout: on the adapter's input in training; recorded, without effect on the weights.
       task_type: PEFT's word for the kind of model: "CAUSAL_LM", "SEQ_CLS"... or None.
 
-    Returns the directory. Raises ValueError that names the path for one that the base does not
-    have, shapes that do not fit together, a rank of 0, a scale that is not finite, or something
-    that PEFT has no way to store.
+    Returns the directory. Raises ValueError that names the path if the base lacks it, shapes don't
+    fit together, the rank is 0, the scale is not finite, or PEFT has no way to store it.
     """
     if not isinstance(adapter, Adapter):
         adapter = Adapter(dict(adapter), {}, {})
@@ -109,14 +109,16 @@ def save(
     whole = stored_weights(weights, places)
     saved, bias = how_saved(whole, set(modules), places, task_type)
     tensors: dict[str, np.ndarray] = {}
-    for module, one in joined.items():
-        tensors |= {f"{module}.{name}": tensor for name, tensor in one.tensors.items()}
+    for module, stored in joined.items():
+        tensors |= {f"{module}.{name}": tensor for name, tensor in stored.tensors.items()}
     for name, tensor in whole.items():
         module, _, last = name.rpartition(".")
         tensors[f"{module}.base_layer.{last}" if module in modules else name] = tensor
     tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
     metadata = {
-        "factors": {layer: entry for one in joined.values() for layer, entry in one.parts.items()},
+        "factors": {
+            layer: entry for stored in joined.values() for layer, entry in stored.parts.items()
+        },
         "weights": {path: place_as_json(places.of(path)) for path in weights},
         "tied": tied,
     }
@@ -132,8 +134,8 @@ def save(
 
 
 def _for_both_uses(adapter: Adapter, places: Places, masked: bool, task_type: str | None):
-    """(factors, weights, path of the tied embedding or "") in which an update of an embedding is
-    that of the tied head as well. masked: whether the head is a masked language model's."""
+    """(factors, weights, path of the tied embedding or ""), where an update of the embedding is
+    also one of the tied head. masked: whether the head is a masked language model's."""
     factors, weights, tied = adapter.factors, adapter.weights, places.tied
     if not tied or not adapter.config.get(TYING, True):
         return factors, weights, tied
@@ -147,10 +149,10 @@ def _for_both_uses(adapter: Adapter, places: Places, masked: bool, task_type: st
 
 
 def _config(joined: Mapping[str, _Joined]) -> dict[str, Any]:
-    """The fields of a config for these modules: the commonest rank and alpha, and patterns for
-    what differs from them."""
-    ranks = {module: one.rank for module, one in joined.items()}
-    alphas = {module: one.alpha for module, one in joined.items()}
+    """The fields of a config for these modules: the commonest rank and alpha, and patterns for the
+    modules that differ."""
+    ranks = {module: module_.rank for module, module_ in joined.items()}
+    alphas = {module: module_.alpha for module, module_ in joined.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return {
@@ -162,7 +164,7 @@ def _config(joined: Mapping[str, _Joined]) -> dict[str, Any]:
         "rank_pattern": {module: rank for module, rank in ranks.items() if rank != r},
         "alpha_pattern": {m: as_number(x) for m, x in alphas.items() if x != alpha},
         "target_modules": sorted(joined),
-        "fan_in_fan_out": any(one.conv1d for one in joined.values()),
+        "fan_in_fan_out": any(module_.conv1d for module_ in joined.values()),
         "init_lora_weights": True,
         "inference_mode": True,
         "use_rslora": False,
@@ -170,22 +172,22 @@ def _config(joined: Mapping[str, _Joined]) -> dict[str, Any]:
 
 
 def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = None) -> Adapter:
-    """Read a PEFT adapter: LoRA or DoRA, with whatever weights were trained in full beside it.
+    """Read a PEFT adapter: LoRA or DoRA, with any weights trained in full.
 
     `rank_pattern`, `alpha_pattern` and `use_rslora` are honoured. The parts of a fused module each
-    get the shared `a` and their own columns of `b`, so they have one row space in common.
+    get the shared `a` and their own columns of `b`, so they share one row space.
 
     Args:
-      sources: where the base's parameters lie in Hugging Face's tensors (`hf_tensors` of a family).
-        Without them an adapter that `save` wrote still comes by its own paths; a foreign one by its
-        modules' and tensors' own names, unsplit, full weights as they are stored.
+      sources: the places of the base's parameters in Hugging Face's tensors (`hf_tensors` of a
+        family). Without them an adapter written by `save` still has its paths; a foreign one has
+        the names of its modules and tensors, with fused modules unsplit and full weights as stored.
 
     Names of tensors may be a running model's, with one adapter's name in them (`own_names`).
 
     Raises FileNotFoundError, or ValueError that names the file for a damaged file, another kind of
     adapter (AdaLoRA...), factors that belong to a changed base (PiSSA, OLoRA...), fields and
-    tensors that contradict each other or have no meaning here, and a module that `sources` do not
-    have. Warns about config fields that PEFT does not have.
+    tensors that contradict each other or are not supported, and a module that `sources` lack. Warns
+    about config fields that PEFT does not have.
     """
     directory = pathlib.Path(directory)
     file = directory / WEIGHTS
@@ -222,8 +224,8 @@ def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = No
 
 
 class _Joined(NamedTuple):
-    """A module as it is stored. tensors: {name below the module: value}. rank, alpha: its own.
-    conv1d: whether its weight is (in, out). parts: {our layer: how to take it out again}."""
+    """A module as stored. tensors: {name below the module: value}. rank, alpha: of the module.
+    conv1d: whether its weight is (in, out). parts: {our layer: how to extract it again}."""
 
     tensors: dict[str, np.ndarray]
     rank: int
@@ -240,7 +242,7 @@ def _join(module: str, places: Places, parts: dict[str, Factors]) -> _Joined:
     if any(source.axes not in (None, (1, 0)) for source in layers.values()):
         raise ValueError(f"{', '.join(parts)}: {module} is a convolution, which can't be stored")
     n_in, n_out = next(iter(parts.values())).a.shape[0], fused_width(sources)
-    # The largest scale is kept and the others' ratios to it, at most 1, go into B.
+    # The module has the largest scale; B is multiplied by each part's ratio to it, at most 1.
     scale = max((float(parts[layer].s) for layer in layers if layer in parts), key=abs)
     A: list[np.ndarray] = []
     blocks: list[tuple[slice | np.ndarray, slice, np.ndarray]] = []  # rows and columns of B, values
@@ -249,9 +251,9 @@ def _join(module: str, places: Places, parts: dict[str, Factors]) -> _Joined:
     for layer in (layer for layer in layers if layer in parts):
         a, b, s, _ = parts[layer]
         part = layers[layer].part
-        own = b.shape[1] if part is None else np.empty(n_out)[part].size
-        if a.shape[0] != n_in or b.shape[1] != own:
-            want = f"a ({n_in}, r) and b (r, {own})"
+        outputs = b.shape[1] if part is None else np.empty(n_out)[part].size
+        if a.shape[0] != n_in or b.shape[1] != outputs:
+            want = f"a ({n_in}, r) and b (r, {outputs})"
             raise ValueError(f"{layer}: need {want} in {module}, got {a.shape} and {b.shape}")
         same = next((other for other in entries if np.array_equal(parts[other].a, a)), None)
         rows = entries[same]["rows"] if same else f"{rank}:{rank + a.shape[1]}"
@@ -279,8 +281,8 @@ def _magnitudes(module: str, layers: dict[str, Source], parts: dict[str, Factors
     missing = [layer for layer in layers if layer not in parts]
     if missing:
         raise ValueError(
-            f"{', '.join(missing)}: not adapted, but a part of {module}: the lengths that DoRA "
-            "would store for its columns are those of the base's weight. Adapt all parts"
+            f"{', '.join(missing)}: not adapted, but a part of {module}: DoRA also stores the "
+            "lengths of its columns, which are not known here. Adapt all parts"
         )
     m = np.zeros(sum(parts[layer].m.size for layer in layers), np.float32)
     for layer, source in layers.items():
@@ -353,6 +355,6 @@ def _split(module: str, update: Factors, places: Places, file: pathlib.Path) -> 
     parts = {}
     for path, source in sources.items():
         columns = as_index(source.part)
-        own = None if m is None else m[columns]
-        parts[path.rsplit("/", 1)[0]] = Factors(a, np.ascontiguousarray(b[:, columns]), s, own)
+        lengths = None if m is None else m[columns]
+        parts[path.rsplit("/", 1)[0]] = Factors(a, np.ascontiguousarray(b[:, columns]), s, lengths)
     return parts

@@ -1,25 +1,25 @@
-"""AdaLoRA, LoHa, LoKr, VeRA and (IA)3 as PEFT's modules hold them: arrays of numpy on both sides.
+"""AdaLoRA, LoHa, LoKr, VeRA and (IA)3 in PEFT's modules, as numpy arrays on both sides.
 
-PEFT knows modules. Where one is several matrices here (GPT-2's c_attn is q, k and v side by side)
+PEFT adapts modules. If a module is several matrices here (GPT-2's c_attn is q, k and v)
 
-    AdaLoRA, LoHa   the parts' inner ranks stand one after the other, each with outputs of its own
-    (IA)3           one vector beside the other, ones for a part that is not adapted
+    AdaLoRA, LoHa   the parts' inner ranks are concatenated, each with its own outputs
+    (IA)3           the parts' vectors are concatenated, with ones for parts that are not adapted
     VeRA            every part has a copy of the shared pair in which the other parts' outputs are
-                    zero: a rank of as many times as there are copies
-    LoKr            can't be stored: there is one Kronecker product for the whole
+                    zero, so the rank is multiplied by the number of copies
+    LoKr            can't be stored, because the module has only one Kronecker product
 
-which is exact. Read back, a part keeps the inner ranks that do something in it, and a part in which
-nothing does is not adapted.
+which is exact. When it is read back, a part keeps the inner ranks that are nonzero in it; a part
+without any is not adapted.
 
-Of every method there are two functions,
+Every method has two functions,
 
     write(modules, shared, hp) -> (tensors, config)
     read(modules, shared, config, where) -> (hp, layers, shared)
 
-modules: [(`Place`, {layer: its arrays} as `lorax.methods` names them to write, {name below the
-module: tensor} to read)]. shared: arrays of no one layer, VeRA's pair {"a", "b"}. tensors: {PEFT's
-name: float32}. config: the fields of the method's own. where: the directory, which an error names.
-Both raise ValueError for what the other side has no way to hold.
+modules: [(`Place`, x)], where x is {layer: its arrays} with the names of `lorax.methods` to write,
+{name below the module: tensor} to read. shared: arrays of no single layer, VeRA's pair {"a", "b"}.
+tensors: {PEFT's name: float32}. config: the fields of the method. where: the directory, for error
+messages. Both raise ValueError for what the other side can't represent.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ Arrays = dict[str, np.ndarray]
 
 
 class Place(NamedTuple):
-    """A linear module of PEFT's. inputs, outputs: its sizes. columns: {layer: those of its outputs
-    that are the layer's}, slice or integers. fused: whether several layers are in it. conv1d:
-    whether it is GPT-2's `Conv1D`, whose weight is (in, out)."""
+    """A linear module of PEFT's. inputs, outputs: its sizes. columns: {layer: its outputs in the
+    module}, slice or integers. fused: whether the module holds several layers. conv1d: whether it
+    is GPT-2's `Conv1D`, whose weight is (in, out)."""
 
     name: str
     inputs: int
@@ -50,8 +50,8 @@ class Place(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """names: of a method's tensors in a module, a regex. bias: what PEFT calls biases trained with
-    their modules ("lora_only"), None where it stores none."""
+    """names: regex for a method's tensors in a module. bias: PEFT's word for biases trained with
+    their modules ("lora_only"), None if it stores none."""
 
     names: str
     write: Callable
@@ -60,10 +60,10 @@ class Kind(NamedTuple):
 
 
 def fit(where: str, tensors: Mapping[str, np.ndarray], **shapes: tuple) -> dict[str, int]:
-    """The sizes that shapes leave open, by the word that stands for them.
+    """{word: size} of the sizes that are words in `shapes`.
 
     Raises ValueError, which begins with `where`, for a tensor that is missing, has another shape or
-    should not be there.
+    is unknown.
     """
     sizes: dict[str, int] = {}
     for name, shape in shapes.items():
@@ -75,9 +75,9 @@ def fit(where: str, tensors: Mapping[str, np.ndarray], **shapes: tuple) -> dict[
             given = "there is none" if got is None else f"it is {got.shape}"
             want = ", ".join(str(sizes.get(n, n)) for n in shape)
             raise ValueError(f"{where}: {name} should be ({want}), {given}")
-    more = sorted(set(tensors) - set(shapes))
-    if more:
-        raise ValueError(f"{where}: {', '.join(more)} can't be read")
+    unknown = sorted(set(tensors) - set(shapes))
+    if unknown:
+        raise ValueError(f"{where}: {', '.join(unknown)} can't be read")
     return sizes
 
 
@@ -85,13 +85,13 @@ def fit(where: str, tensors: Mapping[str, np.ndarray], **shapes: tuple) -> dict[
 
 
 def _joined(place: Place, parts: Mapping[str, Arrays], inner: tuple, outer: tuple) -> Arrays:
-    """A module's arrays from its parts': `inner`, (..., r) each, become (R, ...), one part's after
-    the other's; `outer`, (r, out), become (outputs, R). Parts with the same inner ones share them;
-    ranks that are zero in all of `outer`, padding, are left out."""
+    """A module's arrays from those of its parts: `inner`, (..., r) each, are concatenated to
+    (R, ...); `outer`, (r, out), become (outputs, R). Parts with equal inner arrays share them.
+    Ranks that are zero in all of `outer` (padding) are left out."""
     spans, rank, cut = {}, 0, {}
     for layer, arrays in parts.items():
         used = np.any([arrays[name].any(axis=1) for name in outer], axis=0)
-        used[:1] |= not used.any()  # PEFT knows no rank 0
+        used[:1] |= not used.any()  # PEFT has no rank 0
         cut[layer] = {name: arrays[name][..., used].T for name in inner}
         cut[layer] |= {name: arrays[name][used].T for name in outer}
         same = lambda other, layer=layer: all(
@@ -112,7 +112,7 @@ def _joined(place: Place, parts: Mapping[str, Arrays], inner: tuple, outer: tupl
 
 
 def _apart(place: Place, arrays: Arrays, inner: tuple, outer: tuple) -> dict[str, Arrays]:
-    """Inverse of `_joined`: {layer: its arrays}, without ranks that are zero in all of `outer`."""
+    """Inverse of `_joined`: {layer: arrays}, without ranks that are zero in all of `outer`."""
     by_layer = {}
     for layer, columns in place.columns.items():
         cut = {name: arrays[name].T[:, columns] for name in outer}
@@ -134,20 +134,20 @@ def _widest(layers: Mapping[str, Arrays], name: str, where) -> int:
 
 
 def write_adalora(modules, shared, hp):
-    """All triplets, those that the budget has made zero as well: what PEFT prunes it leaves out."""
+    """All triplets, including those that the budget has set to zero; PEFT drops pruned ones."""
     if hp["scale"] <= 0:
         raise ValueError(f"method.alpha: {hp['alpha']} given; PEFT takes the rank for one below 0")
     joined = {place.name: _joined(place, parts, ("a", "e"), ("b",)) for place, parts in modules}
     rank = max(len(arrays["e"]) for arrays in joined.values())
     tensors = {}
     for name, arrays in joined.items():
-        more = rank - len(arrays["e"])  # PEFT has one rank for all
-        tensors[f"{name}.lora_A"] = np.pad(arrays["a"], ((0, more), (0, 0)))
-        tensors[f"{name}.lora_E"] = np.pad(arrays["e"], (0, more))[:, None]
-        tensors[f"{name}.lora_B"] = np.pad(arrays["b"], ((0, 0), (0, more)))
+        padding = rank - len(arrays["e"])  # PEFT has one rank for all
+        tensors[f"{name}.lora_A"] = np.pad(arrays["a"], ((0, padding), (0, 0)))
+        tensors[f"{name}.lora_E"] = np.pad(arrays["e"], (0, padding))[:, None]
+        tensors[f"{name}.lora_B"] = np.pad(arrays["b"], ((0, 0), (0, padding)))
     alpha = hp["alpha"] if rank == hp["rank"] else hp["scale"] * (rank + 1e-5)
     config = {ADALORA[name]: hp[name] for name in ADALORA}
-    # The schedule counts in training alone, but PEFT wants one with a step to prune in.
+    # The schedule only matters in training, but PEFT requires one with a step to prune in.
     config |= {"init_r": rank, "target_r": hp["target_rank"], "rank_pattern": None}
     config |= {"lora_alpha": as_number(alpha), "total_step": hp["tinit"] + hp["tfinal"] + 1}
     return tensors, config | {"init_lora_weights": True}
@@ -177,7 +177,7 @@ def read_adalora(modules, shared, config, where):
     for arrays in layers.values():
         arrays["real"] = np.ones(len(arrays["e"]), bool)
     rank = _widest(layers, "e", where)
-    scale = alpha / (init_r + 1e-5)  # PEFT keeps it, whatever is pruned
+    scale = alpha / (init_r + 1e-5)  # PEFT's scale does not change with pruning
     hp = {"rank": rank, "alpha": alpha if rank == init_r else scale * (rank + 1e-5)}
     hp["target_rank"] = min(config.get("target_r", 8), rank)
     return hp | {n: config[field] for n, field in ADALORA.items() if field in config}, layers, {}
@@ -275,7 +275,7 @@ def read_lokr(modules, shared, config, where):
 
 
 def _scale(parts: Mapping[str, Arrays], hp) -> float:
-    """The scale of a module's layers, as given where it is that in float32."""
+    """The scale of a module's layers; the exact hyperparameter if it is equal in float32."""
     scales = {float(arrays["s"]) for arrays in parts.values()}
     if len(scales) > 1:
         raise ValueError(f"{', '.join(parts)}: one module in PEFT, with one scale and not {scales}")
@@ -284,8 +284,8 @@ def _scale(parts: Mapping[str, Arrays], hp) -> float:
 
 
 def _lycoris(ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str, Any]:
-    """The fields of a config for {module: rank} and {module: alpha / rank}: the commonest, and
-    patterns for what differs from it."""
+    """The fields of a config for {module: rank} and {module: alpha / rank}: the commonest values,
+    and patterns for modules that differ."""
     alphas = {module: scales[module] * rank for module, rank in ranks.items()}
     config = {"init_weights": True, "use_effective_conv2d": False}
     for name, values in (("r", ranks), ("alpha", alphas)):
@@ -303,7 +303,7 @@ def _lycoris_scale(config, module: str, rank: int, where) -> np.ndarray:
 
 
 def _alpha_of(rank: int, layers: Mapping[str, Arrays]) -> dict[str, Any]:
-    """The rank, and the alpha that gives the commonest scale with it."""
+    """The rank, and the alpha that gives the commonest scale at that rank."""
     s = Counter(float(arrays["s"]) for arrays in layers.values()).most_common(1)[0][0]
     return {"rank": rank, "alpha": as_number(s * rank)}
 
@@ -358,17 +358,17 @@ def read_vera(modules, shared, config, where):
             most, layers = copies.setdefault(key, (rows, {}))
             layers[layer] = {"d": tensors["vera_lambda_d"], "v": v[layer]}
             copies[key] = max(most, rows, key=len), layers
-    # Every copy begins with the first output here; what it does not use of the pair is left out.
+    # Here every copy starts at the first output; the unused part of the pair is left out.
     widest, rank = max(len(rows) for rows, _ in copies.values()), 0
     inner, outer, spans = [], [], {}
     for rows, layers in copies.values():
         b_rows = b[:, rows]
-        kept = b_rows.any(axis=1) & np.any([x["d"] for x in layers.values()], axis=0)
-        inner.append(a[:, kept])
-        outer.append(np.pad(b_rows[kept], ((0, 0), (0, widest - len(rows)))))
+        used = b_rows.any(axis=1) & np.any([x["d"] for x in layers.values()], axis=0)
+        inner.append(a[:, used])
+        outer.append(np.pad(b_rows[used], ((0, 0), (0, widest - len(rows)))))
         for layer, x in layers.items():
-            spans[layer] = slice(rank, rank + int(kept.sum())), x["d"][kept], x["v"]
-        rank += int(kept.sum())
+            spans[layer] = slice(rank, rank + int(used.sum())), x["d"][used], x["v"]
+        rank += int(used.sum())
     by_layer = {}
     for layer, (span, d, v) in spans.items():
         by_layer[layer] = {"d": np.zeros(max(rank, 1), np.float32), "v": v}
@@ -380,8 +380,8 @@ def read_vera(modules, shared, config, where):
 
 
 def _copy(place: Place, layer: str) -> tuple[bytes, np.ndarray]:
-    """(name of the copy of VeRA's pair that a layer sees, the outputs that it has there): whole
-    modules see one and the same."""
+    """(name of the copy of VeRA's pair that a layer uses, its outputs in the module). Modules that
+    are not fused share one copy."""
     rows = np.arange(place.outputs)[place.columns[layer]]
     return rows.tobytes() if place.fused else b"", rows
 
@@ -426,7 +426,7 @@ def read_ia3(modules, shared, config, where):
         fit(f"{where / WEIGHTS}: {said}", tensors, ia3_l=shape)
         x = tensors["ia3_l"].reshape(-1)
         parts = {layer: x if inner else x[columns] for layer, columns in place.columns.items()}
-        # Ones in some parts of a fused module stand for what is not adapted.
+        # A part of a fused module that is all ones is not adapted.
         moved = [layer for layer, x in parts.items() if np.any(x != 1)] or [*parts]
         for layer in moved:
             layers[layer] = {"l_in" if inner else "l": parts[layer], "on": np.float32(1)}

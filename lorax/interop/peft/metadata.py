@@ -1,8 +1,9 @@
-"""How lorax takes its own adapters apart again: entries in the metadata of PEFT's tensors file.
+"""Metadata in PEFT's tensors file that lets lorax split the modules of its adapters again.
 
-PEFT knows modules, lorax matrices. What `lora.save` joined, these entries tell apart: {"factors":
-{layer: {"module", "rows", "columns", "scale"}}, "weights": {parameter: {"tensor", "axes",
-"columns"}}, "tied": path of a tied embedding or ""}. They are checked as all that a file says.
+PEFT adapts modules, lorax matrices. These entries say how to undo the joining by `lora.save`:
+{"factors": {layer: {"module", "rows", "columns", "scale"}}, "weights": {parameter: {"tensor",
+"axes", "columns"}}, "tied": path of a tied embedding or ""}. They are checked like anything in a
+file.
 """
 
 import math
@@ -21,31 +22,37 @@ from lorax.interop.places import Places, as_index, columns_as_json, fused_width
 
 
 def take_apart(updates, whole, text: str, places: Places, file: pathlib.Path):
-    """(factors, weights, path of the tied embedding or "") by the metadata that `save` left, which
-    is checked as all that a file says: it leaves out nothing and agrees with the base."""
+    """(factors, weights, path of the tied embedding or "") from the metadata that `save` wrote. It
+    must cover everything in the file and agree with the base."""
     where = f"{file}: its metadata 'lorax' does not fit"
     try:
-        own = parse_json(text, "line")
-        factors = _own_factors(own["factors"], updates, places)
-        weights = _own_weights(own["weights"], whole, places)
-        if not isinstance(own["tied"], str) or places.tied and own["tied"] not in ("", places.tied):
-            raise ValueError(f"tied is {str(own['tied'])[:60]}")
-        return factors, weights, own["tied"]
+        entries = parse_json(text, "line")
+        factors = _own_factors(entries["factors"], updates, places)
+        weights = _own_weights(entries["weights"], whole, places)
+        if (
+            not isinstance(entries["tied"], str)
+            or places.tied
+            and entries["tied"] not in ("", places.tied)
+        ):
+            raise ValueError(f"tied is {str(entries['tied'])[:60]}")
+        return factors, weights, entries["tied"]
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: {error!r}") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _own_factors(own: dict, updates: Mapping[str, Factors], places: Places) -> dict[str, Factors]:
+def _own_factors(
+    entries: dict, updates: Mapping[str, Factors], places: Places
+) -> dict[str, Factors]:
     """{layer: its factors} from the modules' by the metadata's entries."""
     scales: dict[str, list[float]] = {}
-    for entry in own.values():
+    for entry in entries.values():
         scales.setdefault(entry["module"], []).append(_number(entry["scale"]))
     factors: dict[str, Factors] = {}
-    # What of b is taken, and in a last row which of its columns.
+    # The entries of b that are used, and in the last row the columns that are.
     taken = {name: np.zeros((len(x.b) + 1, x.b.shape[1]), bool) for name, x in updates.items()}
-    for path, entry in own.items():
+    for path, entry in entries.items():
         module, s = entry["module"], _number(entry["scale"])
         a, b, scale, m = updates[module]
         common = max(scales[module], key=abs)
@@ -68,10 +75,10 @@ def _own_factors(own: dict, updates: Mapping[str, Factors], places: Places) -> d
     return factors
 
 
-def _own_weights(own: dict, whole: Mapping[str, np.ndarray], places: Places):
-    """{path: value} of what was trained in full, by the metadata's entries."""
+def _own_weights(entries: dict, whole: Mapping[str, np.ndarray], places: Places):
+    """{path: value} of the parameters trained in full, from the metadata's entries."""
     weights, taken = {}, {name: np.zeros(tensor.shape, bool) for name, tensor in whole.items()}
-    for path, entry in own.items():
+    for path, entry in entries.items():
         name, axes = entry["tensor"], entry["axes"]
         tensor, source = whole[name], places.of(path)
         if axes is not None and sorted(axes) != [*range(tensor.ndim)]:
@@ -90,14 +97,14 @@ def _own_weights(own: dict, whole: Mapping[str, np.ndarray], places: Places):
 
 
 def _number(x: Any) -> float:
-    """A scale of the metadata. Raises ValueError for what is no number of float32."""
+    """A scale in the metadata. Raises ValueError if it is not a float32 number."""
     if not NUMBER.fits(x):
         raise ValueError(f"scale {x!r}; it should be {NUMBER.words}")
     return float(x)
 
 
 def _index(part: Any, size: int) -> slice | np.ndarray:
-    """`as_index` of what the metadata says of an axis. Raises ValueError for what is no part."""
+    """`as_index` of a part of an axis in the metadata. Raises ValueError if it is not one."""
     if isinstance(part, str) and re.fullmatch(r"\d{1,9}:\d{1,9}", part):
         index = as_index(part)
         if index.start <= index.stop <= size:
@@ -111,9 +118,8 @@ def _index(part: Any, size: int) -> slice | np.ndarray:
 
 
 def _agree(path: str, name: str, columns: Any, width: int, places: Places) -> None:
-    """Raises ValueError where a base is known in which the parameter `path` does not lie in the
-    tensor `name`, or in other columns of it. A base of another width is left to the check of
-    shapes that all adapters get."""
+    """Raises ValueError if a base is known in which the parameter `path` is not in these columns of
+    the tensor `name`. A different width of the base is found later, by the check of shapes."""
     if not places.sources:
         return
     source = places.of(path)
@@ -127,7 +133,7 @@ def _agree(path: str, name: str, columns: Any, width: int, places: Places) -> No
 
 
 def rescale(block: np.ndarray, s: float, common: float) -> np.ndarray:
-    """float32 block * s / common, the block itself where the two are equal, 0 where one is 0."""
+    """float32 block * s / common; the block itself if the two are equal, 0 if one is 0."""
     if s == common:
         return np.asarray(block, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # of a scale that does not fit the file's

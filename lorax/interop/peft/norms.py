@@ -1,9 +1,9 @@
-"""LN-tuning as PEFT stores it: a norm that is trained whole has its tensors at `ln_tuning_layers`.
+"""LN-tuning in PEFT's format: a norm that is trained whole has its tensors at `ln_tuning_layers`.
 
     write(whole, places) -> (tensors, config, rest)
-    read(stored, config, where) -> tensors by the names that the base has for them
+    read(stored, config, where) -> tensors by the base's names
 
-whole: {Hugging Face's tensor: value} of all that was trained in full; rest: what of it is no norm.
+whole: {Hugging Face's tensor: value} of all parameters trained in full; rest: those not of norms.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def read(stored: Mapping[str, np.ndarray], config, where: pathlib.Path) -> Array
         raise ValueError(f"{file}: holds no tensors of LN_TUNING")
     for key, name in norms.items():
         if name in stored:
-            raise ValueError(f"{file}: {name} stands there twice, once as {key}")
+            raise ValueError(f"{file}: {name} occurs twice, once as {key}")
     modules = [key.partition(word)[0] for key in norms]
     check_targets(config, modules, where / CONFIG)
     return {norms.get(key, key): x for key, x in stored.items()}

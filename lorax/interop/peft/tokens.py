@@ -1,17 +1,17 @@
-"""Prefixes, prompts and LLaMA-Adapter as PEFT stores them: arrays of numpy on both sides.
+"""Prefixes, prompts and LLaMA-Adapter in PEFT's format, as numpy arrays on both sides.
 
     prefix          prompt_embeddings (tokens, 2 L K D): k of layer 0, v of layer 0, k of layer 1...
     prompt          prompt_embeddings (tokens, features)
     llama-adapter   adaption_prompt (1, tokens, features) and adaption_gate (1,) of each attention
 
-Of every method there are two functions,
+Every method has two functions,
 
-    write(own, base) -> (tensors, config)
-    read(stored, config, base, where) -> (hp, own)
+    write(arrays, base) -> (tensors, config)
+    read(stored, config, base, where) -> (hp, arrays)
 
-own: {last word of a leaf's path: array}, layers stacked. base: an `Attention`. tensors, stored:
-{PEFT's name: float32}. where: the directory, which an error names. Both raise ValueError for a base
-for which PEFT's method is another one, and for what the other side has no way to hold.
+arrays: {last word of a leaf's path: array}, layers stacked. base: an `Attention`. tensors, stored:
+{PEFT's name: float32}. where: the directory, for error messages. Both raise ValueError for a base
+for which PEFT's method differs, and for what the other side can't represent.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from lorax.interop.peft.matrices import fit
 
 Arrays = dict[str, np.ndarray]
 
-#: Families whose keys and values PEFT puts a prefix before as we do.
+#: Families in which PEFT's prefix works as ours does.
 PREFIX_FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
 #: Families for which PEFT has LLaMA-Adapter. Its GPT-2 leaves out the output projection.
 ADAPTER_FAMILIES = ("llama", "mistral")
 
 
 class Attention(NamedTuple):
-    """What has to be known of a base. family: Hugging Face's model_type. causal: whether it writes
-    texts. raw: its config.json. modules: PEFT's name of each layer's attention."""
+    """Facts about a base. family: Hugging Face's model_type. causal: whether it generates text.
+    raw: its config.json. modules: PEFT's name of each layer's attention."""
 
     family: str
     causal: bool
@@ -42,17 +42,17 @@ class Attention(NamedTuple):
     modules: tuple[str, ...]
 
     def field(self, *names: str) -> Any:
-        """The first of the fields of config.json that says something."""
+        """The first of these fields of config.json that is set."""
         return next((self.raw[name] for name in names if self.raw.get(name) is not None), None)
 
     def need(self, method: str, families: tuple[str, ...] | None = None) -> None:
-        """Raises ValueError for a base that is not causal, or of none of the families."""
+        """Raises ValueError for a base that is not causal, or not of one of the families."""
         if not self.causal or families and self.family not in families:
             known = ", ".join(families or ("causal models",))
             raise ValueError(f"{method}: PEFT has the same for {known}, not for {self.family}")
 
     def sizes(self, heads: int, width: int) -> dict[str, Any]:
-        """The fields of a config that say what virtual tokens are made for."""
+        """The fields of a config with the model's sizes."""
         sizes = {"num_layers": len(self.modules), "num_transformer_submodules": 1}
         return sizes | {"num_attention_heads": heads, "token_dim": width}
 
@@ -68,11 +68,11 @@ class Kind(NamedTuple):
     read: Callable
 
 
-def write_prefix(own, base):
+def write_prefix(arrays, base):
     _check_prefix(base)
-    if not own["on"].all():
+    if not arrays["on"].all():
         raise ValueError("method.layers: PEFT has a prefix in all layers or in none")
-    both = np.stack([own["k"], own["v"]], axis=1)  # (L, 2, tokens, K D)
+    both = np.stack([arrays["k"], arrays["v"]], axis=1)  # (L, 2, tokens, K D)
     tokens, width = both.shape[2:]
     config = {"num_virtual_tokens": tokens, "prefix_projection": False}
     config |= {"encoder_hidden_size": width}
@@ -99,11 +99,11 @@ def _check_prefix(base: Attention) -> None:
         raise ValueError("prefix: PEFT's sliding window leaves the prefix behind, ours does not")
 
 
-def write_prompt(own, base):
+def write_prompt(arrays, base):
     base.need("prompt")
-    tokens, width = own["prompt"].shape
+    tokens, width = arrays["prompt"].shape
     config = {"num_virtual_tokens": tokens, "prompt_tuning_init": "RANDOM"}
-    return {"prompt_embeddings": own["prompt"]}, config | base.sizes(base.heads, width)
+    return {"prompt_embeddings": arrays["prompt"]}, config | base.sizes(base.heads, width)
 
 
 def read_prompt(stored, config, base, where):
@@ -114,16 +114,16 @@ def read_prompt(stored, config, base, where):
     return {"tokens": n["tokens"]}, {"prompt": stored["prompt_embeddings"]}
 
 
-def write_adapter(own, base):
+def write_adapter(arrays, base):
     base.need("llama-adapter", ADAPTER_FAMILIES)
-    on, depth = np.flatnonzero(own["on"]), len(own["on"])
+    on, depth = np.flatnonzero(arrays["on"]), len(arrays["on"])
     if list(on) != list(range(depth - len(on), depth)):
         raise ValueError(f"method.layers: {on.tolist()}; PEFT adapts the last layers alone")
     tensors = {}
     for i in on:
-        tensors[f"{base.modules[i]}.adaption_prompt"] = own["prompt"][i][None]
-        tensors[f"{base.modules[i]}.adaption_gate"] = own["gate"][i][None]
-    config = {"adapter_len": own["prompt"].shape[1], "adapter_layers": len(on)}
+        tensors[f"{base.modules[i]}.adaption_prompt"] = arrays["prompt"][i][None]
+        tensors[f"{base.modules[i]}.adaption_gate"] = arrays["gate"][i][None]
+    config = {"adapter_len": arrays["prompt"].shape[1], "adapter_layers": len(on)}
     return tensors, config | {"target_modules": base.modules[0].rpartition(".")[2]}
 
 
@@ -144,17 +144,17 @@ def read_adapter(stored, config, base, where):
     word = base.modules[0].rpartition(".")[2]
     said = dict(adapter_len=shape["tokens"], adapter_layers=len(by_layer), target_modules=word)
     _agree(config, where, **said)
-    own = {"prompt": np.zeros((len(base.modules), *shape.values()), np.float32)}
-    own["gate"] = np.zeros(len(base.modules), np.float32)
+    arrays = {"prompt": np.zeros((len(base.modules), *shape.values()), np.float32)}
+    arrays["gate"] = np.zeros(len(base.modules), np.float32)
     for i, x in by_layer.items():
-        if x["adaption_prompt"].shape[1:] != own["prompt"].shape[1:]:
+        if x["adaption_prompt"].shape[1:] != arrays["prompt"].shape[1:]:
             raise ValueError(f"{file}: {base.modules[i]}: not as many tokens as in other layers")
-        own["prompt"][i], own["gate"][i] = x["adaption_prompt"][0], x["adaption_gate"][0]
-    return {"tokens": shape["tokens"], "layers": tuple(sorted(by_layer))}, own
+        arrays["prompt"][i], arrays["gate"][i] = x["adaption_prompt"][0], x["adaption_gate"][0]
+    return {"tokens": shape["tokens"], "layers": tuple(sorted(by_layer))}, arrays
 
 
 def _agree(config: Mapping[str, Any], where, **right) -> None:
-    """Raises ValueError for a field that says something else than the tensors and the base do."""
+    """Raises ValueError for a field that contradicts the tensors or the base."""
     for field, value in right.items():
         if config.get(field) not in (None, value):
             given = f"{config[field]!r} given, the tensors and the base have {value!r}"

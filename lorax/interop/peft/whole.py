@@ -1,4 +1,4 @@
-"""Parameters trained in full beside an adapter: PEFT's `modules_to_save`, biases and tied heads."""
+"""Parameters trained in full with an adapter: PEFT's `modules_to_save`, biases and tied heads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorax.interop.adapter import Adapter, Factors
 from lorax.interop.peft.config import CONFIG
 from lorax.interop.places import HEAD, Places, as_index, fused_width
 
-#: First words of the modules that PEFT itself adds to `modules_to_save`, as a whole, by task type.
+#: First words of the modules that PEFT adds to `modules_to_save` for some task types.
 HEADS = ("classifier", "score", "qa_outputs")
 _HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 TYING = "ensure_weight_tying"
@@ -23,7 +23,7 @@ TYING = "ensure_weight_tying"
 
 
 def with_head(factors, weights, embedding: str):
-    """(factors, weights) of an embedding and of the head that shares its weight."""
+    """(factors, weights) with those of the embedding also for the head that shares its weight."""
     factors, weights = dict(factors), dict(weights)
     if embedding in factors and HEAD not in factors:
         a, b, s, m = factors[embedding]
@@ -39,18 +39,20 @@ def with_head(factors, weights, embedding: str):
 
 
 def without_head(adapter: Adapter, embedding: str) -> Adapter:
-    """Inverse of `with_head` where the head has the embedding's update and weight; where it has
-    its own or none, the config says that they are not tied."""
+    """Inverse of `with_head` if the head has the embedding's update and weight; otherwise the
+    returned config says that they are not tied."""
     factors, weights = dict(adapter.factors), dict(adapter.weights)
     tied = bool(adapter.config.get(TYING))
     same = lambda x, y: x is y if x is None or y is None else np.array_equal(x, y)
-    head, own = factors.get(HEAD), factors.get(embedding)
+    head, embedded = factors.get(HEAD), factors.get(embedding)
     w_head, w_own = weights.get(f"{HEAD}/kernel"), weights.get(f"{embedding}/embedding")
     if head is not None or w_head is not None:
-        tied = same(w_head, None if w_own is None else w_own.T) and (head is None) == (own is None)
+        tied = same(w_head, None if w_own is None else w_own.T) and (head is None) == (
+            embedded is None
+        )
         if tied and head is not None:
-            plain = head.m is None and own.m is None and math.isclose(head.s, own.s)
-            tied = plain and same(head.a, own.b.T) and same(head.b, own.a.T)
+            plain = head.m is None and embedded.m is None and math.isclose(head.s, embedded.s)
+            tied = plain and same(head.a, embedded.b.T) and same(head.b, embedded.a.T)
     if tied:
         factors.pop(HEAD, None)
         weights.pop(f"{HEAD}/kernel", None)
@@ -76,8 +78,8 @@ def stored_weights(weights: Mapping[str, np.ndarray], places: Places) -> dict[st
         whole = np.asarray(weights[path], np.float32)
         if source.part is not None:
             whole = np.zeros((*whole.shape[:-1], fused_width(sources)), np.float32)
-            for part, own in sources.items():
-                whole[..., own.part] = weights[part]
+            for part, place in sources.items():
+                whole[..., place.part] = weights[part]
         tensors[source.name] = whole.transpose(np.argsort(source.axes or range(whole.ndim)))
     return tensors
 
@@ -111,8 +113,8 @@ def how_saved(whole: Mapping[str, np.ndarray], targets: set[str], places: Places
 
 
 def check_saved(config, names: Iterable[str], places: Places, file: pathlib.Path) -> None:
-    """Raises ValueError for a parameter of the base that belongs to one of the config's
-    `modules_to_save`, modules that PEFT stores whole, and is not among a file's `names`."""
+    """Raises ValueError if a parameter of one of the config's `modules_to_save`, which PEFT stores
+    whole, is missing from a file's `names`."""
     template = lambda name: re.sub(r"(^|\.)\d+(?=\.)", r"\1{}", name)
     stored = {template(name) for name in names}
     stored |= {places.bare[name] for name in stored & places.bare.keys()}
