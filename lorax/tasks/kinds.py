@@ -1,8 +1,8 @@
 """Kinds of rows: what the engine asks of a batch, whatever the task.
 
 There are three: texts of a language model, texts with a label, and arrays with a class or with
-values. Axes: B rows, T tokens, k outputs. A row of zeros counts in no kind, so zeros fill up the
-last batch of an evaluation.
+values. Axes: B rows, T tokens, k outputs. A row of zeros has no weight in any kind, so zeros fill
+up the last batch of an evaluation.
 """
 
 import math
@@ -17,7 +17,7 @@ from lorax import losses
 
 
 class Kind(NamedTuple):
-    """What the engine asks of rows. All functions are pure and can be traced.
+    """What the engine needs to know about rows. All functions are pure and can be traced.
 
     name: "texts", "labelled" or "arrays". reads: what the base must read, "tokens" or "arrays".
     causal: whether the base must be a causal language model.
@@ -30,7 +30,7 @@ class Kind(NamedTuple):
         array is one position, (B, 1).
     inputs(batch) -> the arguments of the model's `hidden`; None where it has none.
     counted(rows) -> (N, T) bool: the columns that count in training or as context.
-    scored: whether an evaluation hands out the outputs, for `Task.scores`.
+    scored: whether an evaluation returns the outputs, for `Task.scores`.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Kind(NamedTuple):
 def _text_positions(batch) -> jax.Array:
     if "segments" in batch:  # packed rows
         return batch["segments"][:, :-1] > 0
-    # A text goes on for as long as there are targets to come.
+    # A text continues as long as targets follow.
     weighted = (batch["mask"][:, 1:] > 0).astype(jnp.int32)
     return jnp.flip(jnp.cumsum(jnp.flip(weighted, 1), 1), 1) > 0
 
@@ -103,13 +103,13 @@ ARRAYS = Kind(
 
 
 def columns(kind: Kind, rows: Mapping[str, Any]) -> int | None:
-    """Columns of rows, or of batches, of tokens: every array that has any has as many, and they can
-    be cut to fewer. None for arrays, which have none."""
+    """Number of columns of rows or batches of tokens, the same for all per-token arrays. None for
+    arrays, which have no columns."""
     return rows[kind.per_token[0]].shape[-1] if kind.per_token else None
 
 
 def narrowed(kind: Kind, rows: Mapping[str, Any], width: int | None) -> dict[str, Any]:
-    """Rows, or batches, with their first `width` columns; as they are where that is None. Shapes
+    """Rows, or batches, with their first `width` columns; unchanged if that is None. Shapes
     (`jax.ShapeDtypeStruct`) give shapes."""
 
     def cut(x):
@@ -122,15 +122,15 @@ def narrowed(kind: Kind, rows: Mapping[str, Any], width: int | None) -> dict[str
 
 
 def lengths(kind: Kind, rows: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Columns of each row up to its last that counts, at least one: (N,) int64."""
+    """Columns of each row up to the last that counts, at least one: (N,) int64."""
     counts = kind.counted(rows)
     last = counts.shape[1] - np.argmax(counts[:, ::-1], axis=1)
     return np.where(counts.any(axis=1), last, 1)
 
 
 def trim(kind: Kind, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rows without the columns at their end that count in none of them: padding, which a model
-    would read for nothing. A model then reads a multiple of 8 tokens, or as many as before."""
+    """Rows without trailing columns that are padding in every row, to save computation. A model
+    then reads a multiple of 8 tokens, or as many as before."""
     if not kind.per_token:
         return dict(rows)
     return narrowed(kind, rows, eights(lengths(kind, rows).max() - kind.ahead) + kind.ahead)
@@ -147,9 +147,8 @@ def eights(n: float) -> int:
 def token_shapes(
     kind: Kind, lead: tuple[int, ...], seq_len: int, packing: bool = False, label=np.int32
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of batches of texts (*lead, T), lead being the axes of the batch. packing: of rows
-    that hold several texts. label: dtype of a labelled text's, int32 for a class, float32 for a
-    value."""
+    """Shapes of batches of texts (*lead, T), lead being the axes of the batch. packing: whether
+    rows hold several texts. label: dtype of the labels, int32 for classes, float32 for values."""
     row = lambda dtype: jax.ShapeDtypeStruct((*lead, seq_len + kind.ahead), dtype)
     if kind.causal:
         shapes = {"tokens": row(np.int32), "mask": row(np.float32)}

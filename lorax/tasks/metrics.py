@@ -3,7 +3,7 @@
 Pure functions of Python and NumPy values. Sources: GLUE, Wang et al. 2018 (arXiv:1804.07461),
 table 1; BLEU, Papineni et al. 2002; NIST, Doddington 2002; ROUGE, Lin 2004; METEOR, Lavie and
 Agarwal 2007; the E2E challenge, Dusek et al. 2019 (arXiv:1901.07931). Libraries are imported
-where they are used: that takes seconds, and most programs score nothing.
+where they are used: that takes seconds, and most programs compute no scores.
 """
 
 import functools
@@ -29,7 +29,7 @@ def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """F1 of class 1, both (N,) of 0 and 1. 0.0 where no positive is predicted, or none is there."""
+    """F1 of class 1, both (N,) of 0 and 1. 0.0 if there are no predicted or no actual positives."""
     from sklearn.metrics import f1_score
 
     predictions, labels = _aligned(predictions, labels)
@@ -37,7 +37,7 @@ def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def matthews(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Matthews correlation of two (N,) of classes. 0.0 where one of the two is constant."""
+    """Matthews correlation of two (N,) of classes. 0.0 if one of the two is constant."""
     from sklearn.metrics import matthews_corrcoef
 
     predictions, labels = _aligned(predictions, labels)
@@ -47,7 +47,7 @@ def matthews(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Pearson correlation of two (N,) of reals. 0.0 where one is constant (to rounding)."""
+    """Pearson correlation of two (N,) of reals. 0.0 if one is constant (to rounding)."""
     from scipy.stats import pearsonr
 
     predictions, labels = _aligned(predictions, labels)
@@ -57,7 +57,7 @@ def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def spearman(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Spearman rank correlation of two (N,) of reals. 0.0 where one is constant (to rounding)."""
+    """Spearman rank correlation of two (N,) of reals. 0.0 if one is constant (to rounding)."""
     from scipy.stats import spearmanr
 
     predictions, labels = _aligned(predictions, labels)
@@ -68,7 +68,7 @@ def spearman(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 METRICS = {metric.__name__: metric for metric in (accuracy, f1, matthews, pearson, spearman)}
 
-# task -> what the benchmark reports of it
+# task -> the metrics that the benchmark reports
 GLUE = {
     "cola": ("matthews",),
     "sst2": ("accuracy",),
@@ -101,7 +101,7 @@ def _aligned(predictions, labels) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _constant(x: np.ndarray) -> bool:
-    # what rounding leaves of a constant has no correlation either
+    # up to rounding errors, which have no meaningful correlation
     x = x.astype(np.float64)
     return bool(np.ptp(x) <= 1e-12 * np.abs(x).max())
 
@@ -114,7 +114,7 @@ Texts = Sequence[str]
 
 
 def perplexity(nats: float) -> float:
-    """exp of a mean cross-entropy in nats a token; inf where that is no finite float."""
+    """exp of a mean cross-entropy in nats per token; inf on overflow."""
     try:
         return math.exp(nats)
     except OverflowError:
@@ -122,38 +122,41 @@ def perplexity(nats: float) -> float:
 
 
 def bleu(hypotheses: Texts, references: Sequence[Texts]) -> float:
-    """Corpus BLEU-4 in [0, 1], as the scorer of the E2E challenge (mteval-v13a) gives it.
+    """Corpus BLEU-4 in [0, 1], like the scorer of the E2E challenge (mteval-v13a).
 
-    Case-insensitive, tokens of mteval-v13a, the length of the closest reference (the shorter of
-    two as close), no smoothing: 0.0 where no 4-gram matches. Computed by sacrebleu, whose own
-    default minds the case. Raises ValueError for bad texts, ImportError where sacrebleu is missing.
+    Case-insensitive, mteval-v13a tokens, the length of the closest reference (the shorter one of
+    two equally close), no smoothing: 0.0 if no 4-gram matches. Computed by sacrebleu, which is
+    case-sensitive by default. Raises ValueError for invalid texts, ImportError without sacrebleu.
     """
     _check(hypotheses, references)
     sacrebleu = _library("sacrebleu", "bleu")
     scorer = sacrebleu.BLEU(tokenize="13a", lowercase=True, smooth_method="none", force=True)
-    streams = [list(stream) for stream in itertools.zip_longest(*references)]  # None where none is
+    streams = [
+        list(stream) for stream in itertools.zip_longest(*references)
+    ]  # None pads shorter lists
     return scorer.corpus_score(list(hypotheses), streams).score / 100
 
 
 def nist(hypotheses: Texts, references: Sequence[Texts], n: int = 5) -> float:
-    """Corpus NIST (Doddington 2002), as the E2E challenge's scorer gives it; >= 0.
+    """Corpus NIST (Doddington 2002), like the E2E challenge's scorer; >= 0.
 
         info(w_1 .. w_k) = log2(count(w_1 .. w_k-1) / count(w_1 .. w_k)), over all references
         NIST = sum_k (info of the matched k-grams / number of k-grams in the hypotheses)
-               * exp(beta ln^2 min(1, L_hyp / L_ref)), k = 1 .. n, 1/2 where L_hyp / L_ref = 2/3
+               * exp(beta ln^2 min(1, L_hyp / L_ref)), k = 1 .. n, beta such that the factor is 1/2
+               at L_hyp / L_ref = 2/3
 
-    An n-gram matches at most as often as the reference that has most of it; L_ref sums the mean
+    An n-gram matches at most as often as it occurs in any one reference; L_ref sums the mean
     lengths of each hypothesis' references. Tokens and case as in `bleu`. Raises ValueError for
     bad texts.
     """
     _check(hypotheses, references)
-    given = [_ngrams(text, n) for text in hypotheses]
+    hypothesis_ngrams = [_ngrams(text, n) for text in hypotheses]
     wanted = [[_ngrams(text, n) for text in texts] for texts in references]
     counts: Counter = Counter()
     for reference in itertools.chain.from_iterable(wanted):
         counts.update(reference)
     info, total = np.zeros(n + 1), np.zeros(n + 1)  # by order, 0 to n
-    for grams, texts in zip(given, wanted, strict=True):
+    for grams, texts in zip(hypothesis_ngrams, wanted, strict=True):
         for gram, matches in (grams & functools.reduce(operator.or_, texts)).items():
             info[len(gram)] += matches * math.log2(counts[gram[:-1]] / counts[gram])
         for gram, times in grams.items():
@@ -171,7 +174,7 @@ def rouge(hypotheses: Texts, references: Sequence[Texts]) -> dict[str, float]:
 
     The rouge-score package, no stemming; its words are runs of a-z and 0-9. (The E2E challenge's
     own ROUGE-L differs: F with beta = 1.2, of the best precision and the best recall, which may
-    come from two references, on other tokens.) Raises ValueError for bad texts,
+    come from different references, and other tokens.) Raises ValueError for bad texts,
     ImportError where rouge-score is missing.
     """
     _check(hypotheses, references)
@@ -187,9 +190,9 @@ def rouge(hypotheses: Texts, references: Sequence[Texts]) -> dict[str, float]:
 def meteor(hypotheses: Texts, references: Sequence[Texts]) -> float:
     """Mean METEOR in [0, 1] of each hypothesis' best reference: exact, stem and WordNet matches.
 
-    NLTK's, which is the METEOR of 2007 on the tokens of `bleu`; the scorer of the E2E challenge
-    runs METEOR 1.5 with paraphrases, so the two do not compare. Raises ValueError for bad texts,
-    ImportError where NLTK or its WordNet is missing.
+    NLTK's version, the METEOR of 2007, on the tokens of `bleu`; the scorer of the E2E challenge
+    uses METEOR 1.5 with paraphrases, so the two are not comparable. Raises ValueError for bad
+    texts, ImportError where NLTK or its WordNet is missing.
     """
     _check(hypotheses, references)
     score = _library("nltk.translate.meteor_score", "meteor").meteor_score
@@ -210,9 +213,10 @@ def meteor(hypotheses: Texts, references: Sequence[Texts]) -> float:
 def text_scores(
     hypotheses: Texts, references: Sequence[Texts], say: Callable[[str], object] = lambda line: None
 ) -> dict[str, float]:
-    """{"bleu", "nist", "rouge1", "rouge2", "rougeL", "meteor"} as the functions above give them.
+    """{"bleu", "nist", "rouge1", "rouge2", "rougeL", "meteor"} from the functions above.
 
-    Those whose library is not installed are left out, and say(line) told of it; "nist" needs none.
+    Those whose library is not installed are left out, with a message through say(line); "nist"
+    needs none.
     Raises ValueError for bad texts.
     """
     scores = {}
@@ -237,13 +241,13 @@ def _words(text: str) -> list[str]:
     for old, new in REPLACED.items():
         text = text.replace(old, new)
     text = SYMBOLS.sub(r" \1 ", f" {text.lower()} ")
-    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)  # a stop, but not the point of a number
+    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)  # a full stop, but not a decimal point
     text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)
     return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()
 
 
 def _ngrams(text: str, n: int) -> Counter:
-    """Counts of a text's n-grams of order 0 to n; the empty one comes once a word."""
+    """Counts of a text's n-grams of order 0 to n; the empty one occurs once per word."""
     words = _words(text)
     return Counter(
         tuple(words[i : i + k])
@@ -272,10 +276,10 @@ def _check(hypotheses, references) -> None:
             )
 
 
-def _library(module: str, what: str):
+def _library(module: str, metric: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f'{what}: needs {module.partition(".")[0]} ({error}); pip install -e ".[eval]"'
+            f'{metric}: needs {module.partition(".")[0]} ({error}); pip install -e ".[eval]"'
         ) from None

@@ -1,14 +1,13 @@
-"""Planted tasks: regression onto a base that was changed by an update of known rank, so that what
-an estimator of rank or of intrinsic dimension says can be held against the truth.
+"""Planted tasks: regression onto a base changed by an update of known rank, so that estimates of
+rank or of intrinsic dimension can be compared with the true value.
 
     teacher = base with w + dW* for every kernel w (in, out) of a linear layer
     dW* = u diag(sigma) v^T, of rank r*, |dW*|_F = strength |w|_F
     x = Q xi, xi ~ N(0, I_p), Q (n, p) orthonormal;  label = teacher(x) + noise
 
 Rank. With isotropic inputs the excess loss of an update dW of one linear layer is |dW - dW*|_F^2
-over the number of outputs, and the least that rank r leaves of it is the energy of the singular
-values after the r-th (Eckart & Young 1936): with a flat spectrum a share 1 - r / r*, and nothing
-from r* on.
+divided by the number of outputs, and its minimum at rank r is the energy of the singular values
+after the r-th (Eckart & Young 1936): with a flat spectrum a share 1 - r / r*, and zero from r* on.
 
 Dimension. Li et al. 2018 (arXiv:1804.08838, section 2) call d* the codimension of the set of
 solutions: D = d_solution + d*. One linear layer with k outputs, on inputs that span p directions,
@@ -17,7 +16,7 @@ with the same weight, and on nothing else. So d* = (p + 1) k where the bias is t
 in a random subspace of all parameters, and p k where it is not. (The paper's own example, 10 groups
 of 100 parameters that must each add up to a given sum, is of this kind.)
 
-Evaluation rows are without noise: their loss is the distance to the truth.
+Evaluation rows have no noise: their loss is the distance to the teacher.
 """
 
 from collections.abc import Mapping
@@ -44,18 +43,18 @@ EVAL_ROWS = 1024
 
 
 def load(config: Mapping[str, Any], base: Base) -> Data:
-    """The task that `config` plants in `base`, a function of the two alone.
+    """The task that `config` plants in `base`, a function of these two alone.
 
     config: `rank` (of every dW*, or a tuple with one for each kernel, 0 for none; None: full),
         `spectrum` (a key of `SPECTRA`), `strength` (|dW*|_F over |w|_F, > 0), `noise` (its standard
         deviation over that of teacher(x) - base(x), >= 0), `inputs` (the p that inputs span; None:
-        all), `examples` (train rows), `n_train` (the first so many of them), `seed` (of all that
-        is drawn: updates, inputs and noise each have a stream of their own).
-    base: any whose `input_shape` is set; kernels that are no linear layer's stay.
+        all), `examples` (train rows), `n_train` (use only the first n of them), `seed` (of all
+        random numbers: updates, inputs and noise have separate streams).
+    base: any whose `input_shape` is set; only kernels of linear layers are changed.
 
     Rows: "inputs" (N, *input_shape), "label" (N, k), "weight" (N,), all float32. `Task.facts` has
     the truth: "planted" {layer: the r* singular values of its dW*}, "planted_dim" (d* of all
-    parameters together; None where there is more than one layer, whose solutions are no linear
+    parameters together; None for more than one layer, where the solutions are not a linear
     space).
 
     Raises ValueError that names the config field.
@@ -87,7 +86,7 @@ def load(config: Mapping[str, Any], base: Base) -> Data:
     )
     images = inputs.reshape(-1, *base.input_shape)
     data = arrays((images[train], labels[train]), (images[:EVAL_ROWS], labels[:EVAL_ROWS]))
-    build = lambda *given: data.build(*given)._replace(note=note, facts=facts)
+    build = lambda *arguments: data.build(*arguments)._replace(note=note, facts=facts)
     return data._replace(build=build)
 
 
@@ -108,7 +107,7 @@ def _teacher(config, base: Base, kernels: Mapping, ranks: Mapping) -> tuple[dict
             sigma = singular_values(config["spectrum"], ranks[name], norm)
             matrix[index] += update(rng, kernels[name], sigma)
             sigmas[name] = [float(f"{x:.6g}") for x in sigma]
-        # float32 also where the base is stored in less: rounded, it would have another rank
+        # always float32: rounding to a smaller dtype would change the rank
         changed[path] = site.from_matrix(jnp.asarray(matrix, jnp.float32), flat[path].shape)
     return tree.unflatten(changed), sigmas
 
@@ -140,7 +139,7 @@ def shapes(config, lead, seq_len, base):
 
 
 def singular_values(spectrum: str, rank: int, norm: float) -> np.ndarray:
-    """(rank,) float64, descending, whose squares add up to norm squared."""
+    """(rank,) float64, descending, whose squares add up to norm^2."""
     sigma = SPECTRA[spectrum](rank)
     return norm * sigma / np.linalg.norm(sigma) if rank else np.zeros(0)
 
@@ -152,8 +151,8 @@ def update(rng: np.random.Generator, shape: tuple[int, int], sigma: np.ndarray) 
 
 
 def _orthonormal(rng, n: int, r: int) -> np.ndarray:
-    """(n, r) with orthonormal columns, uniform among all such (the signs of R's diagonal apart,
-    which turn columns over: their space is what counts)."""
+    """(n, r) with orthonormal columns, uniformly distributed (up to signs of columns, which
+    don't change their span)."""
     return np.linalg.qr(rng.standard_normal((n, r)))[0]
 
 
@@ -163,11 +162,11 @@ def _linear(base: Base) -> dict[str, ops.Site]:
 
 def _kernels(base: Base) -> dict[str, tuple[int, int]]:
     """{layer: (in, out)} of the linear layers' kernels, in the order of their paths."""
-    flat, found = tree.flatten(base.params), {}
+    flat, sizes = tree.flatten(base.params), {}
     for path, site in _linear(base).items():
         size = site.matrix_shape(flat[path].shape)[1:]
-        found |= dict.fromkeys(base.layers_of(path), size)
-    return found
+        sizes |= dict.fromkeys(base.layers_of(path), size)
+    return sizes
 
 
 def _check(config, base: Base, kernels: dict[str, tuple[int, int]]) -> dict[str, int]:
@@ -212,7 +211,7 @@ def _check(config, base: Base, kernels: dict[str, tuple[int, int]]) -> dict[str,
 
 
 def _dimension(base: Base, inputs: np.ndarray, outputs: int) -> int | None:
-    """d* of one linear layer and its bias: functionals of a column of weights, times columns."""
+    """d* of one linear layer and its bias: functionals per column of weights, times columns."""
     (path, site), *others = base.sites.items()
     if others or site.kind != "linear":
         return None

@@ -14,7 +14,7 @@ class Record(NamedTuple):
     fields: dict[str, Any]
 
     def get(self, name: str, kind: type = str) -> Any:
-        """The field of that name. Raises ValueError where it is missing or of another kind."""
+        """A field's value. Raises ValueError if it is missing or of another kind."""
         if name not in self.fields:
             has = ", ".join(self.fields) or "no field"
             raise ValueError(f"{self.place}: field {name!r} is missing; the record has {has}")
@@ -30,10 +30,10 @@ KINDS = {str: "text", int: "a whole number", list: "an array", dict: "an object"
 
 
 def read(path: Path) -> list[Record]:
-    """Every record of a file, in order: an array of objects, or one object a line.
+    """Every record of a file, in order: an array of objects, or one object per line.
 
-    Raises ValueError naming the file and the line or index where it is not UTF-8, not JSON, not
-    an object, or where there is nothing.
+    Raises ValueError naming the file and the line or index if it is not UTF-8, not JSON, not
+    an object, or empty.
     """
     content = read_text(path)
     if content.lstrip().startswith("["):
@@ -52,26 +52,26 @@ def read(path: Path) -> list[Record]:
     return [Record(place, value) for place, value in values]
 
 
-def only(found: list, name: str, path: Path, expected: str) -> Any:
-    """The one thing that was found. Raises FileNotFoundError, ValueError naming `task.path`."""
-    if not found:
+def only(matches: list, name: str, path: Path, expected: str) -> Any:
+    """The only match. Raises FileNotFoundError or ValueError naming `task.path` otherwise."""
+    if not matches:
         raise FileNotFoundError(f"task.path: {str(path)!r} has no {name}; expected {expected}")
-    if len(found) > 1:
+    if len(matches) > 1:
         raise ValueError(
-            f"task.path: {str(path)!r} has {len(found)} files called {name} "
-            f"({', '.join(map(str, found))}); expected one"
+            f"task.path: {str(path)!r} has {len(matches)} files called {name} "
+            f"({', '.join(map(str, matches))}); expected one"
         )
-    return found[0]
+    return matches[0]
 
 
 def find(folder: Path, name: str, expected: str) -> Path:
-    """The one file of that name anywhere in a folder. Raises as `only` does."""
+    """The only file of that name anywhere in a folder. Raises as `only` does."""
     if not folder.is_dir():
         raise ValueError(f"task.path: {str(folder)!r} is no folder; expected {expected}")
     return only(sorted(folder.rglob(name)), name, folder, expected)
 
 
 def shown(value: Any) -> str:
-    """A value of JSON as an error shows it."""
+    """A JSON value, shortened for an error message."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else text[:37] + "..."

@@ -1,8 +1,9 @@
 """The process that renders a chat template: `python rendering.py`, started by `templates.render`.
 
-Reads JSON lines: settings with the template, then a conversation each (`templates.Chat`). Answers
-each with a line: {"pieces": [[text, target], ...]}, null for the end token's text, or {"error":
-why}. What takes too long, the system ends. Imports nothing of lorax, so that it starts at once.
+Reads JSON lines: first the settings with the template, then one conversation per line
+(`templates.Chat`). Answers each with a line: {"pieces": [[text, target], ...]}, with null as the
+text of the end token, or {"error": reason}. The system kills it if it takes too long. Imports
+nothing from lorax, to start fast.
 """
 
 import datetime
@@ -36,7 +37,7 @@ def main() -> None:
 
 
 def answer(settings: dict, work) -> None:
-    """Write what `work` finds, or its error and end. A template may raise anything."""
+    """Write the result of `work`, or write its error and exit. A template may raise anything."""
     signal.setitimer(signal.ITIMER_PROF, settings["seconds"])
     try:
         line, ended = {"pieces": work()}, False
@@ -61,16 +62,16 @@ def said(error: Exception) -> str:
 
 
 class RefusedError(Exception):
-    """The template is no use for a conversation; the text says why."""
+    """The template can't render a conversation; the text says why."""
 
 
 # ------------------------------------------------------------------------------------- a template
 
 
 class Generation(Extension):
-    """{% generation %}...{% endgeneration %} around the words that a model is to learn.
+    """{% generation %}...{% endgeneration %} around the text that a model should learn.
 
-    spans: (start, text) of each in what is rendered. length: characters rendered so far.
+    spans: (start, text) of each in the rendered text. length: characters rendered so far.
     """
 
     tags = {"generation"}
@@ -92,7 +93,7 @@ class Generation(Extension):
 
 
 class Namespace(jinja2.utils.Namespace):
-    """Jinja's, without names that reach into Python."""
+    """Jinja's namespace, without names that give access to Python internals."""
 
     def __init__(*args, **kwargs):
         self, args = args[0], args[1:]
@@ -112,7 +113,7 @@ class Namespace(jinja2.utils.Namespace):
 
 
 class Dict:
-    """`dict(...)` and `dict.fromkeys`, and no other way into the type."""
+    """`dict(...)` and `dict.fromkeys`, without access to the type itself."""
 
     def __call__(self, *args, **kwargs):
         return dict(*args, **kwargs)
@@ -122,7 +123,7 @@ class Dict:
 
 
 def environment(longest: int) -> ImmutableSandboxedEnvironment:
-    """What transformers gives a chat template (utils/chat_template_utils.py)."""
+    """The same environment as transformers' for chat templates (utils/chat_template_utils.py)."""
 
     def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(
@@ -133,26 +134,31 @@ def environment(longest: int) -> ImmutableSandboxedEnvironment:
         raise jinja2.TemplateError(message)
 
     now = datetime.datetime.now()  # one day for all rows
-    found = ImmutableSandboxedEnvironment(
+    jinja = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    found.extend(longest=longest)
-    found.filters["tojson"] = tojson
-    found.globals["raise_exception"] = raise_exception
-    found.globals["strftime_now"] = now.strftime
-    found.globals["dict"] = Dict()
-    found.globals["namespace"] = Namespace
-    return found
+    jinja.extend(longest=longest)
+    jinja.filters["tojson"] = tojson
+    jinja.globals["raise_exception"] = raise_exception
+    jinja.globals["strftime_now"] = now.strftime
+    jinja.globals["dict"] = Dict()
+    jinja.globals["namespace"] = Namespace
+    return jinja
 
 
 def written(template, messages: list, eos: str, extra: dict, cue: bool = False) -> str:
-    """What the template makes of messages; its marks are left in the extension."""
+    """The rendered messages; the extension then holds the spans that the template marked."""
     environment = template.environment
     marks = environment.extensions[Generation.identifier]
     marks.spans, marks.length, parts = [], 0, []
-    given = {"messages": messages, "add_generation_prompt": cue, "bos_token": "", "eos_token": eos}
-    given |= {"tools": extra.get("tools"), "documents": extra.get("documents")}
-    for part in template.root_render_func(template.new_context(given)):
+    variables = {
+        "messages": messages,
+        "add_generation_prompt": cue,
+        "bos_token": "",
+        "eos_token": eos,
+    }
+    variables |= {"tools": extra.get("tools"), "documents": extra.get("documents")}
+    for part in template.root_render_func(template.new_context(variables)):
         parts.append(part)
         marks.length += len(part)
         if marks.length > environment.longest:
@@ -161,7 +167,7 @@ def written(template, messages: list, eos: str, extra: dict, cue: bool = False) 
 
 
 def aliased(message: dict) -> dict:
-    """A message whose reasoning stands under the names that templates read."""
+    """A message with its reasoning under all names that templates read."""
     reasoning = next((message[name] for name in REASONING if name in message), None)
     if reasoning is None:
         return message
@@ -194,7 +200,7 @@ def pieces(template, chat: dict, ends: list[str]) -> list:
         check_used(lambda without=without: text(messages, extra=without), whole, name)
     if marks.used:
         return marked(whole, spans, messages, learnt)
-    found, at = [], 0
+    result, at = [], 0
     for i in sorted(learnt):
         before = text(messages[:i], cue=True)
         after = text(messages[: i + 1]) if i + 1 < len(messages) else whole
@@ -206,15 +212,15 @@ def pieces(template, chat: dict, ends: list[str]) -> list:
             )
         turn = after[len(before) :]
         check_words(turn, messages, [i])
-        found += [(whole[at : len(before)], False), (turn, True)]
+        result += [(whole[at : len(before)], False), (turn, True)]
         if not any(end in turn for end in ends):
-            found.append((None, True))
+            result.append((None, True))
         at = len(after)
-    return [piece for piece in found if piece[0] != ""]
+    return [piece for piece in result if piece[0] != ""]
 
 
 def check_used(render, whole: str, name: str) -> None:
-    """Raises RefusedError where the conversation reads the same without a field."""
+    """Raises RefusedError if a field has no effect on the rendered conversation."""
     try:
         used = render() != whole
     except (jinja2.TemplateError, TypeError):
@@ -226,8 +232,8 @@ def check_used(render, whole: str, name: str) -> None:
 
 
 def check_words(targets: str, messages: list, learnt: list[int]) -> None:
-    """Raises RefusedError where what is to be learnt has no word of the messages: a template that
-    expects parts of a content, images say, makes nothing of a text."""
+    """Raises RefusedError if the targets contain no word of the messages: a template that expects
+    content in parts, e.g. for images, renders nothing from a plain text."""
     words = [word for i in learnt for word in messages[i]["content"].split()]
     if not (any(word in targets for word in words) if words else targets.strip()):
         which = ", ".join(map(str, learnt))
@@ -235,7 +241,7 @@ def check_words(targets: str, messages: list, learnt: list[int]) -> None:
 
 
 def marked(whole: str, spans: list, messages: list, learnt: set[int]) -> list:
-    """The template's own marks as targets, but for those of turns that are not to be learnt."""
+    """The spans marked by the template as targets, except in turns that are not to be learnt."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if len(spans) == len(turns):
         spans = [span for span, i in zip(spans, turns, strict=True) if i in learnt]
@@ -244,16 +250,16 @@ def marked(whole: str, spans: list, messages: list, learnt: set[int]) -> list:
             f"it marks {len(spans)} parts with generation, and the record has {len(turns)} "
             "turns of the assistant, so that those not to be learnt can't be told apart"
         )
-    found, at = [], 0
+    result, at = [], 0
     for start, text in spans:
         if start < at or not whole.startswith(text, start):
             raise RefusedError(
                 "its generation blocks lie within a macro, a set block or each other"
             )
-        found += [(whole[at:start], False), (text, True)]
+        result += [(whole[at:start], False), (text, True)]
         at = start + len(text)
-    check_words("".join(text for text, target in found if target), messages, sorted(learnt))
-    return [piece for piece in found if piece[0] != ""]
+    check_words("".join(text for text, target in result if target), messages, sorted(learnt))
+    return [piece for piece in result if piece[0] != ""]
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ In the spirit of the E2E challenge (arXiv 1706.09254), from a grammar of our own
     name = The Golden Fern ; kind = cafe ; price = cheap ; rating = low ; near = Old Mill =>
     Near the Old Mill, there is a cheap cafe called The Golden Fern. It has few fans.
 
-A slot's words depend on its value, on the slots beside it (a low rating reads otherwise in a
-cheap place than in an expensive one; praise after a complaint takes a "but") and on where it
-lands: before the noun, after it, as a verb, or as a clause of its own. Words are kept simple, so
+A slot's words depend on its value, on the slots next to it (a low rating is worded differently for
+a cheap place than for an expensive one; praise after a complaint gets a "but") and on its position:
+before the noun, after it, as a verb, or as a clause of its own. Words are kept simple, so
 that a small vocabulary spells them in few tokens.
 """
 
@@ -23,7 +23,7 @@ from lorax.tasks.rows import linearise
 
 N_TRAIN, N_EVAL = 12_000, 512
 MEANINGS = 4_000  # distinct meaning representations among 12,000 train examples: three texts each
-HELD_OUT = 8  # one meaning representation in so many is for evaluation only
+HELD_OUT = 8  # one in 8 meaning representations is for evaluation only
 
 # ---------------------------------------------------------------------------------- vocabulary
 
@@ -557,10 +557,10 @@ def examples(n: int, seed: int, split: str = "train") -> list[tuple[str, str]]:
 
 
 def stream(seed: int, split: str = "train") -> Iterator[tuple[str, str]]:
-    """(prompt, completion) pairs of a split, "train" or "eval", without an end.
+    """Endless (prompt, completion) pairs of a split, "train" or "eval".
 
-    Train examples run through 4,000 distinct meaning representations three times, worded anew
-    each time, before new ones come; evaluation examples are all of distinct ones. Which split a
+    Train examples go through 4,000 distinct meaning representations three times, reworded each
+    time, before new ones follow; evaluation examples all have distinct ones. Which split a
     meaning representation belongs to is a property of its text, the same for every seed.
 
     Raises ValueError for another split and for a seed below 0.
@@ -602,7 +602,7 @@ def load(config: Mapping[str, Any]) -> Data:
     n_train = config.get("n_train")
     n_train = N_TRAIN if n_train is None else n_train
     seed = config.get("seed", 0)
-    # As many as may have to be looked at, where some are too long.
+    # Enough to replace examples that are too long.
     train = itertools.islice(stream(seed, "train"), max(n_train, N_TRAIN))
     evaluation = examples(N_EVAL, seed, "eval")
     return pairs(train, evaluation)

@@ -1,4 +1,4 @@
-"""What a task is, and how texts become its rows of tokens: padded or packed, with a loss mask."""
+"""`Task`, and how texts become its rows of tokens: padded or packed, with a loss mask."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,15 +19,15 @@ Example = Sequence[tuple[str | None, bool]]  # pieces in order: (text, whether i
 
 
 class Prompt(NamedTuple):
-    """A text to complete, and the texts that would be right."""
+    """A text to complete, and its correct completions."""
 
     text: str
     references: tuple[str, ...]
 
 
 class Task(NamedTuple):
-    """What to train and evaluate on. Of a language model: read `tokens[:, :-1]`, predict
-    `tokens[:, 1:]`, weighted by `mask[:, 1:]`. Of arrays: read `inputs`, predict `label`.
+    """What to train and evaluate on. A language model reads `tokens[:, :-1]` and predicts
+    `tokens[:, 1:]`, weighted by `mask[:, 1:]`. A model of arrays reads `inputs`, predicts `label`.
 
     train, eval: {"tokens": (N, seq_len + 1) int32, "mask": (N, seq_len + 1) float32}; the mask is
         1 where a token is a target (a completion and its end token), 0 on prompts, on padding, on
@@ -37,16 +37,16 @@ class Task(NamedTuple):
         classifier are `sentences.encode`'s.
         Rows of an array task: {"inputs": (N, ...) uint8, pixels that the device scales to [0, 1],
         or float32 as they are; "label": (N,) int32, a class, or (N, k) float32, values; "weight":
-        (N,) float32, ones, so that zero rows that fill up a batch do not count}.
+        (N,) float32, ones, so that zero rows that fill up a batch have no weight}.
     note: one line for the terminal: counts, and what was dropped and why.
-    prompts: what to generate from and score; () where a task has nothing to generate.
-    outputs: how many outputs the model has for a row; 0 for language models.
-    scores: of these: (outputs (N, k) float, labels (N,)) -> {metric: float}.
-    lengths: (N,) int64, the columns that each train row needs, where batches are grouped by them.
-    text_scores: of texts that complete the prompts: (texts (N,), references (N,)) -> {metric:
-        float}; None: `metrics.text_scores`.
-    facts: of a generated task: {name: value} of what was put into it; the members' lines have them.
-    kind: of the rows, what the engine asks of them.
+    prompts: to complete and score; () if the task generates no texts.
+    outputs: number of outputs of the model per row; 0 for language models.
+    scores: (outputs (N, k) float, labels (N,)) -> {metric: float}, the scores of outputs.
+    lengths: (N,) int64, the columns that each train row needs, if batches are grouped by length.
+    text_scores: (texts (N,), references (N,)) -> {metric: float}, the scores of completions; None:
+        `metrics.text_scores`.
+    facts: {name: value}, the true properties of a planted task; written to the members' lines.
+    kind: of the rows.
     """
 
     name: str
@@ -72,7 +72,7 @@ def linearise(slots: Iterable[tuple[str, str]]) -> str:
 
 
 def pair(prompt: str, completion: str) -> Example:
-    """Prompt, completion and the end token. A space parts the two where no white space does."""
+    """Prompt, completion and end token, with a space between the first two if they have none."""
     parted = prompt[-1:].isspace() or completion[:1].isspace()
     return (prompt, False), (completion if parted else " " + completion, True), (END, True)
 
@@ -99,10 +99,9 @@ def check_path(config: Mapping[str, Any], expected: str) -> Path:
 
 
 def check_n_train(n: int | None, available: int, fitting: str = "") -> int:
-    """`task.n_train`, or all there is. Raises ValueError where there are not so many.
+    """`task.n_train`, or all examples. Raises ValueError if there are too few.
 
-    available: train examples that can be trained on. fitting: how they are told from those that
-    can't, in words.
+    available: number of usable train examples. fitting: what makes them usable, for the message.
     """
     if n is None:
         return available
@@ -122,9 +121,9 @@ def encode_texts(
 ) -> dict[str, list[int]]:
     """{text: ids}, nothing added. inside: for texts that follow others in a row.
 
-    SentencePiece takes every text for the start of one and puts a space in front. What follows
-    another text is tokenised behind a line break there, and the line break's tokens taken off:
-    put together, the ids decode to the texts put together.
+    SentencePiece treats every text as the start of one and puts a space in front. A text inside a
+    row is therefore tokenised after a line break, whose tokens are then removed: the concatenated
+    ids decode to the concatenated texts.
     """
     texts = list(dict.fromkeys(texts))  # a prompt comes several times in most data
     lead = "\n" if inside and _adds_space(vocabulary) else ""
@@ -144,7 +143,7 @@ def encode_texts(
 
 
 def _adds_space(vocabulary: Vocabulary) -> bool:
-    """Whether texts that are tokenised apart don't decode to the texts put together."""
+    """Whether texts tokenised separately don't decode to the concatenated texts."""
     first = vocabulary.encode("a")
     return any(
         vocabulary.decode(first + vocabulary.encode(text)) != vocabulary.decode(first) + text
@@ -155,8 +154,8 @@ def _adds_space(vocabulary: Vocabulary) -> bool:
 def first_fit(lengths: Sequence[int], width: int) -> np.ndarray:
     """Row of each example, (N,) int64, so that no row holds more than `width` tokens.
 
-    First-fit decreasing: the longest first, ties in order, each into the first row with room; at
-    most 11/9 of the fewest rows possible, and 6/9 of one more (Dosa, ESCAPE 2007).
+    First-fit decreasing: longest first, ties in order, each into the first row with room; needs at
+    most 11/9 times the minimum number of rows, plus 6/9 (Dosa, ESCAPE 2007).
     """
     lengths = np.asarray(lengths)
     room = np.full(len(lengths), width)
@@ -180,10 +179,10 @@ def encode(
 ) -> tuple[Rows, str]:
     """Rows of start + pieces, filled up with `vocabulary.pad`, and a note of what was dropped.
 
-    Pieces are tokenised apart, as they are when a model is given a prompt to complete. Examples of
-    more than seq_len + 1 tokens are dropped, never cut. packing: as many examples a row as fit,
-    else one. n: the first n examples that fit, what comes after them is not looked at; None: all.
-    what: "train" or "eval", for messages. Raises ValueError where none fits, or fewer than n.
+    Pieces are tokenised separately, as when a model completes a prompt. Examples of more than
+    seq_len + 1 tokens are dropped, never truncated. packing: as many examples per row as fit,
+    otherwise one. n: use the first n examples that fit and read no further; None: all. what:
+    "train" or "eval", for messages. Raises ValueError if none fits, or fewer than n.
     """
     width, fitting, lengths, examples = seq_len + 1, [], [], iter(examples)
     while part := list(itertools.islice(examples, None if n is None else n - len(fitting))):
@@ -241,11 +240,11 @@ def _tokens(
 def pack(
     texts: Iterable[str], vocabulary: Vocabulary, seq_len: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """(tokens, mask), each (N, seq_len + 1), of texts laid end to end, and the tokens in all.
+    """(tokens, mask), each (N, seq_len + 1), of concatenated texts, and the total of tokens.
 
-    Each row begins with the last token of the row before it, so that every token but the very first
-    is predicted once; the tokens left over at the end are dropped. The end token parts the texts,
-    each of which begins with the vocabulary's start, which is no target.
+    Each row begins with the last token of the previous row, so that every token except the very
+    first is predicted once; tokens left over at the end are dropped. The end token separates the
+    texts, each of which begins with the vocabulary's start, which is not a target.
     """
     texts = list(texts)
     encoded = encode_texts(texts, vocabulary)
@@ -275,7 +274,7 @@ def encode_sets(
 ) -> Task:
     """The task of a train set, which `task.packing` packs, and an evaluation set, never packed.
 
-    Trains on the first `task.n_train` examples that fit. Raises ValueError where fewer do.
+    Trains on the first `task.n_train` examples that fit. Raises ValueError if fewer do.
     """
     packing, n = bool(config.get("packing")), config.get("n_train")
     train_rows, train_note = encode(train, vocabulary, seq_len, "train", packing, n)

@@ -20,23 +20,23 @@ REQUEST = "Summarize the dialogue above:"
 def examples(path: str | Path, split: str) -> tuple[list[tuple[str, str]], int]:
     """(prompt, completion) of every record in order, and how many were left out as empty.
 
-    The prompt is the dialogue, a turn a line, and `REQUEST` on a line of its own.
+    The prompt is the dialogue, one turn per line, and `REQUEST` on a separate line.
     split: "train", "eval" or "test". Raises FileNotFoundError, or ValueError naming the file and
     the record.
     """
-    found = records.read(records.find(Path(path), FILES[split], EXPECTED))
+    dialogues = records.read(records.find(Path(path), FILES[split], EXPECTED))
     pairs = []
-    for record in found:
+    for record in dialogues:
         dialogue, summary = record.get("dialogue").split("\n"), record.get("summary").split()
         lines = [line.strip() for line in dialogue if line.strip()]
         if lines and summary:  # the published train set has a dialogue without words
             pairs.append(("\n".join([*lines, REQUEST]), " ".join(summary)))
-    return pairs, len(found) - len(pairs)
+    return pairs, len(dialogues) - len(pairs)
 
 
 def load(config: Mapping[str, Any]) -> Data:
     """Trains on train.json (its first n_train dialogues), evaluates on val.json; the prompts are
-    those of test.json where it is there."""
+    those of test.json if it exists."""
     path = check_path(config, EXPECTED)
     train, empty = examples(path, "train")
     evaluation, empty_eval = examples(path, "eval")

@@ -1,4 +1,4 @@
-"""The scores of a task: of a model's outputs, and of the texts that it writes."""
+"""The scores of a task: of a model's outputs, and of the texts that it generates."""
 
 import math
 import numbers
@@ -15,10 +15,10 @@ RESERVED = ("loss", "member", "step", "split", "grad_norm")  # other fields of m
 
 
 class Metric(NamedTuple):
-    """A metric of a task function. names: of the scores that it gives, in order.
+    """A metric of a task function. names: of its scores, in order.
 
-    Called with (outputs, labels) or (texts, references) it gives {name: float}, nan where an output
-    is not finite: a model that has diverged predicts nothing.
+    Called with (outputs, labels) or (texts, references) it returns {name: float}, all nan if an
+    output is not finite: a model that has diverged predicts nothing.
     """
 
     function: Callable
@@ -37,8 +37,8 @@ class Metric(NamedTuple):
 
 
 def rehearsed(function: Callable, given, right) -> Metric:
-    """A `Metric`, after trying it. Raises ValueError, with the line of its file, where it fails or
-    returns anything but a number or {name: number}."""
+    """A `Metric`, after a trial. Raises ValueError, with the line of its file, if it fails or
+    returns anything except a number or {name: number}."""
     if not callable(function):
         raise ValueError(f"metric: {function!r} was given; expected a function of two arguments")
     return Metric(function, tuple(_values(function, given, right)))
@@ -47,8 +47,8 @@ def rehearsed(function: Callable, given, right) -> Metric:
 def _values(function: Callable, given, right) -> dict[str, float]:
     value = outside.call(function, given, right, field=_place(function))
     name = getattr(function, "__name__", "metric")
-    found = value if isinstance(value, Mapping) else {name.strip("<>"): value}
-    for key, number in found.items():
+    by_name = value if isinstance(value, Mapping) else {name.strip("<>"): value}
+    for key, number in by_name.items():
         if not isinstance(key, str) or not key or key in RESERVED:
             raise ValueError(f"{_place(function)}: {key!r} can't be the name of a score")
         if not isinstance(number, numbers.Real) and np.ndim(number) != 0:
@@ -56,7 +56,7 @@ def _values(function: Callable, given, right) -> dict[str, float]:
                 f"{_place(function)}: returns {value!r}; expected a number or {{name: number}}"
             )
     try:
-        return {key: float(number) for key, number in found.items()}
+        return {key: float(number) for key, number in by_name.items()}
     except (TypeError, ValueError):
         raise ValueError(
             f"{_place(function)}: returns {value!r}; expected a number or {{name: number}}"
@@ -69,7 +69,7 @@ def _place(function: Callable) -> str:
 
 def of_members(task: Task, outputs, m: int) -> dict[str, np.ndarray]:
     """{metric: (m,) float32} of the first m members. outputs: of an evaluation, (M, N, B, k), or
-    None, for which there are no scores."""
+    None, which gives no scores."""
     if outputs is None:
         return {}
     labels = task.eval["label"]
@@ -84,20 +84,20 @@ def of_texts(
     references: Sequence[Sequence[str]],
     say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, float]:
-    """{metric: value} of texts that complete the task's prompts: by its own metric, or else those
-    of `metrics.text_scores`, which says which it can't compute."""
+    """{metric: value} of texts that complete the task's prompts: by its own metric, or else by
+    `metrics.text_scores`, which reports those that it can't compute."""
     if task.text_scores is not None:
         return task.text_scores(texts, references)
     return metrics.text_scores(texts, references, say)
 
 
 def names(task: Task, generates: bool) -> list[str]:
-    """The names of the scores that a run reports. generates: whether it writes texts."""
-    found = []
+    """The names of the scores that a run reports. generates: whether it generates texts."""
+    result = []
     if task.scores is not None:
         rows = np.zeros((1, 1, len(task.eval["label"]), task.outputs), np.float32)
-        found += of_members(task, rows, 1)
+        result += of_members(task, rows, 1)
     if generates:
         prompt = task.prompts[0]
-        found += of_texts(task, [prompt.references[0]], [prompt.references])
-    return found
+        result += of_texts(task, [prompt.references[0]], [prompt.references])
+    return result

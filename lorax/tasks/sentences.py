@@ -1,4 +1,4 @@
-"""Rows of a text classifier: a sentence, or two, as its tokenizer joins them."""
+"""Rows of a text classifier: one sentence or two, joined by its tokenizer."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ Texts = tuple[str, ...]  # an example's sentence, or its two
 def encode(
     texts: Sequence[Texts], labels: np.ndarray, vocabulary: Vocabulary, seq_len: int
 ) -> tuple[Rows, int]:
-    """Rows that a classifier reads, and how many examples were cut to fit.
+    """Rows that a classifier reads, and how many examples were truncated.
 
     The tokenizer's own template joins the sentences ("<s> a </s></s> b </s>", "[CLS] a [SEP] b
     [SEP]"). What is longer than seq_len loses tokens at the end of its sentences, the longer
@@ -23,8 +23,8 @@ def encode(
     Returns {"tokens": (N, seq_len) int32, padded with `vocabulary.pad`; "segments": (N, seq_len)
     int32, 1 on tokens and 0 on padding; "types": (N, seq_len) int32, the tokenizer's type ids (0
     and 1 for the two sentences of BERT, 0 for RoBERTa) and 0 on padding; "label": labels}.
-    Raises ValueError for a tokenizer without a template, where seq_len leaves no room, and for a
-    token that the model has no embedding for.
+    Raises ValueError for a tokenizer without a template, if seq_len is too short, and for a token
+    without an embedding in the model.
     """
     tokenizer = Tokenizer.from_str(vocabulary.tokenizer.to_str())  # a copy, to set it up
     sentences = len(texts[0])

@@ -1,4 +1,4 @@
-"""Which rows of a task are used: for an evaluation, as prompts, by a member, and how wide."""
+"""Which rows of a task are used, for evaluation, as prompts or by a member, and their widths."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from lorax.tasks import kinds
 from lorax.tasks.rows import Prompt, Rows, Task, check_n_train
 
-QUARTERS = 4  # widths of batches of rows that are grouped by length
+QUARTERS = 4  # number of widths of batches that are grouped by length
 
 
 def size(rows: Rows) -> int:
@@ -36,24 +36,25 @@ def _spaced(total: int, n: int | None) -> np.ndarray:
 def train_size(settings: Mapping[str, Any], task: Task) -> int:
     """How many train rows, from the first on, a member with `settings` as its config.task visits.
 
-    A task may hold more: the members of a sweep over n_train share it. Rows that are packed hold
-    the examples that n_train counts already. Raises ValueError where the task has fewer.
+    A task may hold more, as members of a sweep over n_train share it. Packed rows already hold only
+    the examples that n_train counts. Raises ValueError if the task has fewer.
     """
     total = size(task.train)
     return total if settings["packing"] else check_n_train(settings["n_train"], total)
 
 
 def train_examples(settings: Mapping[str, Any], task: Task) -> int:
-    """How many examples are in the rows of `train_size`: as many, but for rows that are packed."""
+    """How many examples are in the rows of `train_size`: as many as rows, unless they are
+    packed."""
     if "segments" in task.train and settings["packing"]:
         return int(task.train["segments"].max(axis=1).sum())
     return train_size(settings, task)
 
 
 def widths(task: Task) -> tuple[int | None, ...]:
-    """Columns that a batch of train rows may be cut to, ascending: all of them, and where rows are
-    grouped by length about three, two and one quarter, as far as any row is so short. A program is
-    compiled for each. (None,) for an array task."""
+    """The numbers of columns that batches of train rows may be cut to, ascending: all columns, and,
+    if rows are grouped by length, about three, two and one quarter of them, as far as there are
+    rows so short. A program is compiled for each. (None,) for an array task."""
     kind, whole = task.kind, kinds.columns(task.kind, task.train)
     if task.lengths is None:
         return (whole,)

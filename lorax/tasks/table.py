@@ -1,4 +1,4 @@
-"""The tasks there are, and a user's own: what is known before one is built, and building it.
+"""lorax's tasks and users' tasks: their properties before they are built, and building them.
 
 A task is a function that returns `lorax.tasks.data.Data`. lorax's own are in `TASKS`; a user's is
 named FILE.py:function in `config.task.name`.
@@ -35,10 +35,10 @@ from lorax.vocabulary import Vocabulary
 
 
 class Row(NamedTuple):
-    """What is known of a task before its data is read; the last four are as in `Data`.
+    """What is known about a task before its data is read; see `Data` for the other fields.
 
-    load: the function that returns `Data`, of any of config (`config.task`), vocabulary and base.
-    keys: those of `config.task` that it reads, among the keys that only some tasks have a use for.
+    load: returns `Data`; takes any of config (`config.task`), vocabulary and base.
+    keys: the keys of `config.task` that it reads, among those that only some tasks use.
     """
 
     load: Callable[..., Data]
@@ -69,7 +69,7 @@ TASKS = {
     "digits": Row(vision.digits, kinds.ARRAYS, vision.shapes, ("shuffle",)),
     "planted": Row(planted.load, kinds.ARRAYS, planted.shapes, _PLANTED),
 }
-#: {key of `config.task`: tasks that have a use for it} of those that not every task has.
+#: {key of `config.task`: tasks that use it}, for keys that not every task uses.
 ONLY = {
     key: tuple(name for name, row in TASKS.items() if key in row.keys)
     for key in dict.fromkeys(key for row in TASKS.values() for key in row.keys)
@@ -78,9 +78,9 @@ _DEFAULTS = configs.default().task
 
 
 def row(config: Mapping[str, Any]) -> Row:
-    """The row of the task that `config` (`config.task`) names. A user's function is called for it.
+    """The row of the task that `config` (`config.task`) names. Calls a user's function.
 
-    Raises ValueError for a name that there is not, and what `ask` raises.
+    Raises ValueError for an unknown name, and as `ask` does.
     """
     name = config["name"]
     if outside.is_name(name):
@@ -97,12 +97,12 @@ def row(config: Mapping[str, Any]) -> Row:
 
 
 def ask(config: Mapping[str, Any]) -> Data:
-    """What the user's function that `config` names returns, given the keys of `config.task` that it
-    takes; None in the config stands for the function's own default. Called once for the same
-    values. Raises ValueError, with file and line, where it fails or returns something else."""
+    """The `Data` of the user's function that `config` names, called with the keys of `config.task`
+    that it takes; None in the config means the function's own default. Called once for the same
+    values. Raises ValueError, with file and line, if it fails or returns something else."""
     name = config["name"]
     function = outside.resolve(name, "task.name")
-    parameters, given = inspect.signature(function).parameters, {}
+    parameters, arguments = inspect.signature(function).parameters, {}
     needed = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
     for key in outside.takes(function):
         if key not in _DEFAULTS:
@@ -117,13 +117,13 @@ def ask(config: Mapping[str, Any]) -> Data:
         if value is None and key == "path" and key in needed:
             raise ValueError(f"task.path: {name} reads one; none was given")
         if value is not None or key in needed:
-            given[key] = tuple(value) if isinstance(value, list) else value
-    return _ask(function, name, tuple(given.items()))
+            arguments[key] = tuple(value) if isinstance(value, list) else value
+    return _ask(function, name, tuple(arguments.items()))
 
 
 @functools.lru_cache(maxsize=4)
-def _ask(function: Callable, name: str, given: tuple[tuple[str, Any], ...]) -> Data:
-    data = outside.call(function, **dict(given), field="task.name")
+def _ask(function: Callable, name: str, arguments: tuple[tuple[str, Any], ...]) -> Data:
+    data = outside.call(function, **dict(arguments), field="task.name")
     if not isinstance(data, Data):
         raise ValueError(
             f"task.name: {name} returns {type(data).__name__}; expected what lorax.tasks.pairs, "
@@ -139,20 +139,20 @@ def build(
     eval_examples: int | None = None,
     base: Base | None = None,
 ) -> Task:
-    """Makes the rows of the task that `config` names.
+    """Builds the rows of the task that `config` names.
 
-    config: `name` (a key of `TASKS`, or FILE.py:function), and where there is something to say:
-        `path` (the file or folder that the task reads), `n_train` (None: all; else the first n
-        train examples, not counting those that are dropped), `seed` (int, of the data itself),
-        `packing` (True: several train examples a row), `group_by_length` (True: the task has
-        `lengths`; not with packing, whose rows are all full), and other keys of `config.task`.
-    vocabulary: of a text task, for which it is needed.
-    seq_len: tokens that a model reads at most; a row of a language model has one more. Longer
-        examples are dropped, or cut for a classifier. Columns that no row needs are left out.
-        Without meaning for an array task.
+    config: `name` (a key of `TASKS`, or FILE.py:function), and optionally: `path` (the file or
+        folder that the task reads), `n_train` (None: all; else the first n train examples, not
+        counting those that are dropped), `seed` (int, of the data itself), `packing` (True: several
+        train examples per row), `group_by_length` (True: the task has `lengths`; not with packing,
+        whose rows are all full), and other keys of `config.task`.
+    vocabulary: needed for a text task.
+    seq_len: the most tokens that a model reads; a row of a language model has one more. Longer
+        examples are dropped, or truncated for a classifier. Columns that no row needs are left out.
+        Not used by array tasks.
     eval_examples: evaluation rows to keep, evenly spaced over the set (None: all). The prompts
-        stay as they are.
-    base: what an array task's rows must fit; a text task needs none.
+        don't change.
+    base: the base that an array task's rows must fit; not needed for a text task.
 
     Raises ValueError, or FileNotFoundError, naming the config field or the file and line at fault.
     """
@@ -168,18 +168,18 @@ def build(
             "task.group_by_length: True was given with task.packing, whose rows are all full; it "
             "must be False there"
         )
-    given = {"config": config, "vocabulary": vocabulary, "base": base}
-    data = known.load(**{key: given[key] for key in outside.takes(known.load)})
+    available = {"config": config, "vocabulary": vocabulary, "base": base}
+    data = known.load(**{key: available[key] for key in outside.takes(known.load)})
     try:
         task = data.build(config, vocabulary, seq_len, base)
     except DataError as error:
         raise ValueError(f"task.name: {name}: {error}") from error
     trimmed = (kinds.trim(task.kind, rows) for rows in (task.train, task.eval))
     task = task._replace(**dict(zip(("train", "eval"), trimmed, strict=True)))
-    kept, note = spread(task.eval, eval_examples), task.note
-    if size(kept) < size(task.eval):
-        note += f"; evaluates on {count(size(kept))} of these, evenly spaced"
-    task = task._replace(eval=kept, note=f"{name}: {note}")
+    eval_rows, note = spread(task.eval, eval_examples), task.note
+    if size(eval_rows) < size(task.eval):
+        note += f"; evaluates on {count(size(eval_rows))} of these, evenly spaced"
+    task = task._replace(eval=eval_rows, note=f"{name}: {note}")
     if config.get("group_by_length"):
         task = task._replace(lengths=kinds.lengths(task.kind, task.train))
         share = task.lengths.mean() / kinds.columns(task.kind, task.train)
@@ -188,14 +188,14 @@ def build(
 
 
 def _check_keys(config: Mapping[str, Any], known: Row) -> None:
-    """Raises ValueError for a key of `config.task` that was set and that the task does not read."""
-    name, own = config["name"], outside.is_name(config["name"])
-    for field in _DEFAULTS if own else ONLY:
+    """Raises ValueError if a key of `config.task` is set that the task does not read."""
+    name, is_users = config["name"], outside.is_name(config["name"])
+    for field in _DEFAULTS if is_users else ONLY:
         value = config.get(field)
         usual = field in ("name", "n_train", *known.keys) or value in (None, _DEFAULTS[field])
         if not usual:
-            able = "it reads " + (", ".join(known.keys) or "none") if own else "only "
-            able += "" if own else ", ".join(ONLY[field])
+            able = "it reads " + (", ".join(known.keys) or "none") if is_users else "only "
+            able += "" if is_users else ", ".join(ONLY[field])
             raise ValueError(
                 f"task.{field}: {value!r} was given; task {name!r} has no use for it, {able}"
             )
@@ -209,34 +209,36 @@ def kind_of(config: Mapping[str, Any]) -> Kind:
 def batch_shapes(
     config: Mapping[str, Any], lead: tuple[int, ...], seq_len: int, base: Base
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of batches of the task's train rows, `lead` being the axes in front of a row's; rows
-    of tokens at their widest. The task is not built."""
+    """Shapes of batches of the task's train rows, at their widest, `lead` being the axes before
+    those of a row. The task is not built."""
     return row(config).shapes(config, lead, seq_len, base)
 
 
 def outputs(config: Mapping[str, Any]) -> int:
-    """Outputs of the head that an encoder is given for the task; 0 where a base is taken as it is:
-    for a task that needs a language model, and for array tasks."""
+    """Outputs of the head that an encoder is given for the task; 0 if the base needs no such head:
+    for language-model tasks and array tasks."""
     return row(config).outputs(config)
 
 
 def check_base(config: Mapping[str, Any], base: Base, seq_len: int) -> None:
-    """Raises ValueError where a base is not of the kind that the task `config` names needs."""
-    name, kind, what = config["name"], row(config).kind, f"base: {base.name} ({base.family})"
+    """Raises ValueError if a base is of the wrong kind for the task that `config` names."""
+    name, kind, named = config["name"], row(config).kind, f"base: {base.name} ({base.family})"
     if kind.reads == "arrays" and base.input_shape is None:
         raise ValueError(
-            f"{what} reads tokens, and task {name!r} has arrays: it needs a base like "
+            f"{named} reads tokens, and task {name!r} has arrays: it needs a base like "
             "random:mnist-fc, random:mnist-lenet or random:mlp-64-32-10"
         )
     if kind.reads == "arrays":
         return
     if base.input_shape is not None:
-        raise ValueError(f"{what} reads images, and task {name!r} has texts: it needs another base")
+        raise ValueError(
+            f"{named} reads images, and task {name!r} has texts: it needs another base"
+        )
     if kind.causal and not base.causal:
-        raise ValueError(f"{what} is no causal model: {name}")
+        raise ValueError(f"{named} is no causal model: {name}")
     if config.get("packing") and not base.traits.packs:
         raise ValueError(
-            f"task.packing: True given, but {what[6:]} takes no argument `segments`, which keeps "
+            f"task.packing: True given, but {named[6:]} takes no argument `segments`, which keeps "
             "the texts of a row apart"
         )
     most = base.positions or seq_len

@@ -1,4 +1,4 @@
-"""Chat templates in Jinja: where one is read from, and conversations rendered with it."""
+"""Jinja chat templates: reads them, and renders conversations with them."""
 
 import importlib.metadata
 import json
@@ -16,7 +16,7 @@ from lorax.tasks.rows import Example
 
 RENDERING = Path(__file__).with_name("rendering.py")
 JINJA = (3, 1, 6)  # older sandboxes are known to leak
-SECONDS = 10.0  # of a processor, for one conversation
+SECONDS = 10.0  # of CPU time, for one conversation
 MEMORY = 2**30  # bytes that the process of a template may address
 LONGEST = 10_000_000  # characters of a conversation
 
@@ -24,10 +24,10 @@ LONGEST = 10_000_000  # characters of a conversation
 class Chat(NamedTuple):
     """A record as a conversation.
 
-    place: of the record. messages: each with role and content, and what else it has that means
-    something. learnt: which messages are targets. extra: what else a template is given (tools,
-    documents). carried: the fields of messages besides role and content that a template must have
-    a use for.
+    place: of the record. messages: each with role, content and other meaningful fields. learnt:
+    indices of the messages that are targets. extra: further variables for a template (tools,
+    documents). carried: the fields of messages, besides role and content, that a template must
+    use.
     """
 
     place: str
@@ -37,52 +37,54 @@ class Chat(NamedTuple):
     carried: list[str]
 
 
-def source(given: str) -> str:
-    """The text of `task.template`: the template itself, a file of it, or a JSON file that has it
-    as `chat_template`, as a tokenizer_config.json does (of several the one called "default").
+def source(setting: str) -> str:
+    """The text of `task.template`: the template itself, a file with it, or a JSON file that has it
+    as `chat_template`, like tokenizer_config.json (among several, the one called "default").
 
     Raises ValueError naming `task.template`.
     """
-    if "{{" in given or "{%" in given:
-        check_unicode(given, "task.template")
-        return given
-    path = Path(given).expanduser()
+    if "{{" in setting or "{%" in setting:
+        check_unicode(setting, "task.template")
+        return setting
+    path = Path(setting).expanduser()
     if not os.path.isfile(path):  # Path.is_file raises for names too long to be one
-        raise ValueError(f"task.template: {given!r} is neither a Jinja template nor a file of one")
+        raise ValueError(
+            f"task.template: {setting!r} is neither a Jinja template nor a file of one"
+        )
     text = read_text(path)
     if path.suffix != ".json":
         return text
     value = parse_json(text, path)
-    found = value.get("chat_template") if isinstance(value, dict) else None
-    if isinstance(found, list):
-        named = [x for x in found if isinstance(x, dict) and x.get("name") == "default"]
-        found = named[0].get("template") if named else None
-    if not isinstance(found, str):
+    template = value.get("chat_template") if isinstance(value, dict) else None
+    if isinstance(template, list):
+        named = [x for x in template if isinstance(x, dict) and x.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if not isinstance(template, str):
         raise ValueError(
-            f"task.template: {given!r} has no text as its chat_template; expected a file of a "
+            f"task.template: {setting!r} has no text as its chat_template; expected a file of a "
             "Jinja template, or a tokenizer_config.json with one"
         )
-    return found
+    return template
 
 
 def render(text: str, ends: Sequence[str], chats: Sequence[Chat]) -> list[Example]:
-    """Pieces of every conversation by a template's text.
+    """Pieces of every conversation, rendered with the text of a template.
 
-    ends: the tokens that end a text, as they are written; the first is `eos_token`. `bos_token` is
+    ends: the tokens that end a text, as strings; the first is `eos_token`. `bos_token` is
     empty: rows have their start already. Extensions, filters and globals are those of
-    transformers; `strftime_now` gives the day of the call.
+    transformers; `strftime_now` uses the time of the call.
 
-    A template with {% generation %} is taken at its word: what it marks is the target, no more.
-    Otherwise a turn is what rendering the conversation up to it adds to rendering what came before
-    and the generation prompt, and a turn that the template doesn't end gets the end token.
+    In a template with {% generation %}, exactly the marked text is the target. Otherwise the target
+    of a turn is what it adds to the rendering of the previous turns with the generation prompt, and
+    a turn that the template doesn't end gets the end token.
 
-    A template comes with a model, from anyone. It runs in a process of its own, in Jinja's sandbox,
-    with `SECONDS` for a conversation, `MEMORY` and `LONGEST`: the system's limits, so that they
-    hold within one long operation too.
+    Templates come with models, from untrusted sources. They run in a separate process, in Jinja's
+    sandbox, limited to `SECONDS` per conversation, `MEMORY` and `LONGEST`; the operating system
+    enforces the first two, also within one long operation.
 
-    Raises ValueError naming `task.template` and the record: where Jinja is missing or old, where
-    the template is wrong or passes a limit, where it has no use for a field that the conversation
-    has, and where it renders what came before in another way once more follows.
+    Raises ValueError naming `task.template` and the record: if Jinja is missing or old, if the
+    template is invalid or exceeds a limit, if it ignores a field that the conversation has, and if
+    later turns change how it renders earlier ones.
     """
     _check_jinja()
     settings = {"source": text, "ends": ends, "seconds": SECONDS, "memory": MEMORY}

@@ -1,8 +1,8 @@
 """Images to classify: MNIST, and the digits that scikit-learn ships.
 
-Pixels are uint8 and scaled to [0, 1] where the loss is made. With `task.shuffle` the pixels of all
-images, train and evaluation alike, are permuted by one permutation: what a fully connected network
-can learn stays the same, what a convolution gains from neighbours is gone (Li et al. 2018,
+Pixels are uint8 and scaled to [0, 1] when the loss is computed. With `task.shuffle` the pixels of
+all images, train and evaluation alike, are permuted by one permutation: what a fully connected
+network can learn stays the same, what a convolution gains from neighbours is gone (Li et al. 2018,
 arXiv:1804.08838, section 3.2).
 """
 
@@ -29,7 +29,7 @@ def mnist(config: Mapping[str, Any]) -> Data:
     first n_train, and 10,000 to evaluate.
 
     config: `path` is an .npz file of x_train (N, 28, 28) uint8, y_train (N,) integers from 0 to 9,
-        x_test and y_test; any other images of these shapes and classes do as well.
+        x_test and y_test; other images of these shapes and classes work too.
     Raises FileNotFoundError; ValueError naming the field, or the file.
     """
     file = check_path(config, EXPECTED)
@@ -49,8 +49,8 @@ def digits(config: Mapping[str, Any]) -> Data:
     from sklearn.datasets import load_digits  # a second of imports
     from sklearn.model_selection import train_test_split
 
-    found = load_digits()
-    images, labels = np.round(found.images * (255 / 16)).astype(np.uint8), found.target
+    dataset = load_digits()
+    images, labels = np.round(dataset.images * (255 / 16)).astype(np.uint8), dataset.target
     split = dict(test_size=DIGITS_EVAL, stratify=labels, random_state=0)
     train, evaluation = train_test_split(np.arange(len(labels)), **split)
     sets = ((images[index], labels[index]) for index in (train, evaluation))
@@ -58,20 +58,20 @@ def digits(config: Mapping[str, Any]) -> Data:
 
 
 def permutation(pixels: int, seed: int) -> np.ndarray:
-    """The order of `task.shuffle`: (pixels,) int64; pixel i of what is trained on is pixel
-    permutation[i] of the image. A function of `task.seed` alone."""
+    """The order of `task.shuffle`: (pixels,) int64; pixel i of a shuffled image is pixel
+    permutation[i] of the original. A function of `task.seed` alone."""
     return np.random.default_rng(seed).permutation(pixels)
 
 
 def read(file: Path) -> tuple[np.ndarray, ...]:
-    """x_train, y_train, x_test, y_test of an .npz file. Raises ValueError that names the file where
-    it is none, damaged, or has something else in it; pickles in it are not opened."""
+    """x_train, y_train, x_test, y_test of an .npz file. Raises ValueError that names the file if it
+    is not an .npz file, damaged, or has other contents; pickles in it are not opened."""
     names = ("x_train", "y_train", "x_test", "y_test")
     try:
-        found = read_npz(file, names)
+        by_name = read_npz(file, names)
     except ValueError as error:
         raise ValueError(f"task.path: {error}; expected {EXPECTED}") from None
-    arrays = tuple(found[name] for name in names)
+    arrays = tuple(by_name[name] for name in names)
     for (x, y), part in zip((arrays[:2], arrays[2:]), ("train", "test"), strict=True):
         if x.dtype != np.uint8 or x.ndim != 3 or x.shape[1:] != (28, 28) or not len(x):
             raise ValueError(
@@ -88,7 +88,7 @@ def read(file: Path) -> tuple[np.ndarray, ...]:
 
 
 def _arrays(config, train, evaluation, source: str) -> Data:
-    """The data of two sets of (images (N, height, width) uint8, labels (N,) integers)."""
+    """The data from two sets of (images (N, height, width) uint8, labels (N,) integers)."""
     note = f" of {source}"
     if config.get("shuffle"):
         order = permutation(math.prod(train[0].shape[1:]), config.get("seed") or 0)

@@ -3,7 +3,7 @@
 Zhong, Xiong and Socher, "Seq2SQL" (arXiv 1709.00103), in the setting of the LoRA paper (arXiv
 2106.09685, section 5.5 and appendix C): the table's columns and the question are the context, the
 query is the target. Reads the data set's own JSON Lines, which are not shipped. The paper does not
-give its wording; ours is
+give its format; lorax uses
 
     columns = Player | No. | Position ; question = Who wears number 42? =>
     SELECT Player FROM table WHERE No. = 42
