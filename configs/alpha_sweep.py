@@ -2,11 +2,11 @@
 
     python -m lorax.run --config=configs/alpha_sweep.py
 
-alpha 2 to 128 at r = 8, each at three learning rates a factor of four apart. What the start's small
-steps see is alpha times the rate of b. Here, 4 minutes on two busy cores: at one product, 0.08,
-alpha = 2, 8, 32 end at 2.561, 2.824, 3.127 (stories, 4 minutes: 1.968, 2.101, 2.337), so a larger
-rate is worth more than a larger alpha (at 0.32 less so); the best of each alpha are 2.56, 2.37,
-2.47 and 2.33.
+alpha 2 to 128 at r = 8, each at three learning rates a factor of four apart. The first, small steps
+depend only on alpha times the rate of b. Here, 4 minutes on two busy cores: at the same product,
+0.08, alpha = 2, 8, 32 end at 2.561, 2.824, 3.127 (stories, 4 minutes: 1.968, 2.101, 2.337), so a
+larger rate helps more than a larger alpha (at 0.32 less so); the best losses per alpha are 2.56,
+2.37, 2.47 and 2.33.
 
     --config=configs/alpha_sweep.py:stories --config.base=DIR --config.task.path=ZIP
     --config=configs/alpha_sweep.py:gpt2-medium --config.task.path=ZIP

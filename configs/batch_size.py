@@ -3,10 +3,10 @@
     python -m lorax.run --config=configs/batch_size.py
 
 "LoRA Without Regret" (Thinking Machines 2025): on a given number of examples the loss of LoRA falls
-behind that of full fine-tuning as the batch grows, whatever the rank. Every batch size sees as many
-examples, each method at the best of three learning rates. Here: experiments/batch_size, 14 minutes
-on two busy cores: the gap widens by 0.032 nats a doubling at r = 4 and 0.040 at r = 32 (stories, 8
-minutes: not at all).
+behind that of full fine-tuning as the batch grows, whatever the rank. Every batch size sees the
+same number of examples, each method at the best of three learning rates. Here:
+experiments/batch_size, 14 minutes on two busy cores: the gap widens by 0.032 nats per doubling at
+r = 4 and 0.040 at r = 32 (stories, 8 minutes: not at all).
 
     --config=configs/batch_size.py:stories --config.base=DIR --config.task.path=ZIP
     --config=configs/batch_size.py:gpt2-medium --config.task.path=ZIP
@@ -23,7 +23,7 @@ def get_config(arg=None):
     config.train.schedule = "constant"
     config.train.warmup = 0
     examples = 8 * min(config.train.steps, 100)
-    config.eval.every = examples // 2  # in the end alone
+    config.eval.every = examples // 2  # only at the end
     lr = config.train.lr / 2
     points = [
         # Adam's best rate grows with about the square root of the batch.

@@ -8,10 +8,10 @@ A linear layer with 5 outputs, on inputs that span p dimensions, is trained in r
 all its 325 parameters. The loss depends on p functionals of the kernel and one of the bias for each
 output: d* = 5 (p + 1) = 10, 50 and 200. A subspace of dimension d reaches the share d / d* of the
 improvement on average (`lorax.analysis.calibration.dimension`), so d90 is 0.9 d*. The last command
-lets the search look for d90 itself.
+searches for d90.
 
 A minute and a half on two cores. experiments/calibration has the result: 9.5, 50.7 and 204.9, means
-of five seeds. A group is a p, with all its dimensions and seeds together.
+of five seeds. A group has one p with all its dimensions and seeds.
 """
 
 from lorax.config import default

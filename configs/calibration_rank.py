@@ -6,16 +6,16 @@
     python -m lorax.run --config=configs/calibration_rank.py:deep
     python -m lorax.run --config=configs/calibration_rank.py:adalora
 
-A linear layer of 64 x 64 is changed by an update of rank r*, and LoRA of ten ranks is trained to
+A linear layer of 64 x 64 is changed by an update of rank r*, and LoRA with ten ranks is trained to
 find it. Without noise the knee of the loss (`lorax.analysis.calibration.knee`) must be r* for every
-r* and every seed. `noise` adds noise to the labels, of which 1.0 is as large as what is planted;
+r* and every seed. `noise` adds noise to the labels; 1.0 is as large as the planted signal.
 `spectrum` plants singular values that halve from one to the next, so that the last ones hardly
 count; `deep` plants rank r* in each of two and of three kernels with ReLU between them; `adalora`
-gives AdaLoRA the sum of the ranks of two kernels, and it must divide it as planted.
+gives AdaLoRA a budget equal to the sum of two kernels' ranks, which it must divide as planted.
 
 Two minutes on two cores; `noise` six, `deep` seven. experiments/calibration has the results: the
-knee is r* in 140 of 140 runs with a flat spectrum, AdaLoRA's division right in 49 of 50. Groups
-differ in what is planted alone, and so share one program.
+knee is r* in 140 of 140 runs with a flat spectrum, and AdaLoRA's division is right in 49 of 50.
+Groups differ only in the planted update, so they share one program.
 """
 
 from lorax.config import default

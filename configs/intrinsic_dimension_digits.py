@@ -2,10 +2,11 @@
 
     python -m lorax.run --config=configs/intrinsic_dimension_digits.py
 
-Training in random subspaces (Li et al. 2018, arXiv:1804.08838) of growing dimension d, beside full
-fine-tuning and LoRA; d90 is the smallest d with 90% of full fine-tuning's accuracy. First a grid of
-d at three learning rates and one seed, then dimensions inside the bracket with three seeds. The
-images are scikit-learn's, which ship with it. Two minutes; expected: d90 = 120 of 8,970.
+Training in random subspaces (Li et al. 2018, arXiv:1804.08838) of growing dimension d, compared
+with full fine-tuning and LoRA; d90 is the smallest d with 90% of full fine-tuning's accuracy. The
+first round is a grid of d at three learning rates and one seed, the second tries dimensions inside
+the bracket with three seeds. The images come with scikit-learn. Two minutes; expected: d90 = 120 of
+8,970.
 """
 
 from lorax.config import default

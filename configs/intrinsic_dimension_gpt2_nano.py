@@ -3,9 +3,9 @@
     python -m lorax.run --config=configs/intrinsic_dimension_gpt2_nano.py
 
 After Aghajanyan et al. 2020 (arXiv:2012.13255): fine-tuning in a random subspace of all parameters
-(DID) and with a scale a layer (SAID), beside full fine-tuning and LoRA, whose own number of
-parameters for the same loss stands in the last column. d90 is the smallest d with 90% of the fall
-of the loss that full fine-tuning reaches. With a folder of checkpoints, d90 over pretraining:
+(DID) and with a scale per layer (SAID), compared with full fine-tuning and LoRA; the last column is
+LoRA's number of parameters for the same loss. d90 is the smallest d with 90% of full fine-tuning's
+decrease of the loss. With a folder of checkpoints, d90 over pretraining:
 
     python experiments/gpt2_nano/pretrain.py --data=DIR --output=CHECKPOINTS/final \\
         --checkpoints=CHECKPOINTS

@@ -4,11 +4,11 @@
         --config.task.path=mnist.npz
 
 After Li et al. 2018 (arXiv:1804.08838), sections 3.1 and 3.2: both networks on plain and on
-shuffled pixels. Shuffled, the fully connected one needs no more, LeNet 1,400. `:width` takes fully
-connected networks of 2 hidden layers of 50 to 400 units, `:depth` those of 1 to 5 layers of 200,
-`:grid` all combinations: over these 20 networks the parameters differ by a factor of 24, d90 by
-1.33 (figure 3). The first command needs no path where LORAX_DATA names a folder with
-mnist/mnist.npz in it.
+shuffled pixels. With shuffled pixels the fully connected one needs no more, LeNet 1,400. `:width`
+has fully connected networks with 2 hidden layers of 50 to 400 units, `:depth` those with 1 to 5
+layers of 200, `:grid` all combinations: over these 20 networks the number of parameters differs by
+a factor of 24, d90 by 1.33 (figure 3). The first command needs no path if LORAX_DATA names a folder
+with mnist/mnist.npz in it.
 
     python -m lorax.run --config=configs/intrinsic_dimension_mnist.py:width
     python -m lorax.run --config=configs/intrinsic_dimension_mnist.py:depth

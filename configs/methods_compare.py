@@ -2,10 +2,10 @@
 
     python -m lorax.run --config=configs/methods_compare.py
 
-LoRA's kin adapt q and v, at the rank nearest the budget; IA3, BitFit and LN-tuning have less to
-train and are taken as they are. Full fine-tuning is the line to reach. Every method at three
-learning rates of its own, a factor of four apart, and two seeds; the report compares each at its
-best. A method is a group of its own, with a compilation of its own.
+LoRA and its variants adapt q and v, at the rank nearest to the budget; IA3, BitFit and LN-tuning
+have fewer parameters. Full fine-tuning is the reference. Every method has its own three learning
+rates, a factor of four apart, and two seeds; the report compares each at its best. Each method is
+a separate group with its own compilation.
 """
 
 from lorax.config import default

@@ -17,7 +17,7 @@ from lorax.scales import scale
 def get_config(arg=None):
     config = scale(arg)
     config.method.tokens = 8
-    # A small set is soon learned by heart, and the best point counts.
+    # A small set is soon memorised, so the best evaluation counts.
     config.eval.every = config.train.steps // 5
     lr = config.train.lr
     sweep = config.sweep

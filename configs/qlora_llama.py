@@ -2,17 +2,17 @@
 
     python -m lorax.run --config=configs/qlora_llama.py --config.base=DIR
 
-DIR: karpathy/tinyllamas' stories260K in Hugging Face's layout, where "stories-llama-260k" is not in
-the working directory; the task ships. The recipe at a laptop's size, beside the same with a base in
-bfloat16: the paper finds no difference between the two (table 4). LOG.md has what came out.
+DIR: karpathy/tinyllamas' stories260K in Hugging Face's layout, if "stories-llama-260k" is not in
+the working directory; the task ships with lorax. The recipe at a laptop's size, compared with a
+base in bfloat16: the paper finds no difference (table 4). LOG.md has the result.
 
     python -m lorax.run --config=configs/qlora_llama.py:7b --config.task.path=oasst1
     python -m lorax.plan --config=configs/qlora_llama.py:65b --config.base=random:llama-65b
 
 Sizes: 7b 13b 33b 65b. Hyperparameters of Dettmers et al. 2023 (arXiv:2305.14314, section 5 and
 appendix B), as Guanaco was trained on OASST1: 1,875 steps of 16 conversations of up to 512 tokens.
-oasst1: a folder with train.jsonl and eval.jsonl, {"messages": [...]} a line. The loss is on the
-assistant's words alone, where theirs is on all of a conversation; adapters are in float32.
+oasst1: a folder with train.jsonl and eval.jsonl, {"messages": [...]} per line. The loss is only on
+the assistant's words, while theirs is on the whole conversation; adapters are in float32.
 """
 
 from lorax.config import default

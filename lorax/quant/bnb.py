@@ -1,13 +1,13 @@
-"""Checkpoints whose linear layers bitsandbytes has quantised, as transformers saves them.
+"""Checkpoints with linear layers quantised by bitsandbytes, as transformers saves them.
 
-Beside `NAME.weight`, uint8 codes (n / 2, 1), lie
+In addition to `NAME.weight`, uint8 codes (n / 2, 1), they have
 
-    NAME.weight.absmax                              the scales, float32, or codes of nested ones
+    NAME.weight.absmax                              the scales, float32, or codes of nested scales
     NAME.weight.nested_absmax, .nested_quant_map    their scales and the table of their values
     NAME.weight.quant_map                           the table of the 16 values
     NAME.weight.quant_state.bitsandbytes__nf4       JSON: blocksize, dtype, shape (out, in), offset
 
-Codes and scales are read as they are, without decoding, so the weights are the same bit for bit.
+Codes and scales are read without decoding, so the weights are the same bit for bit.
 """
 
 from collections.abc import Mapping
@@ -28,11 +28,11 @@ _STATE = ".quant_state.bitsandbytes__"
 def read(
     directory: Path, sources: Mapping[str, hf.Source], shapes: Mapping[str, tuple]
 ) -> dict[str, nf4.Quantised]:
-    """{path: leaf} of the parameters that the directory holds in 4 bits; {} where none are.
+    """{path: leaf} of the parameters that the directory holds in 4 bits; {} if there are none.
 
-    sources, shapes: as for `hf.read`. Raises ValueError that names the file and the tensor for a
-    state that can't be read, a table of other values, a shape that is not config.json's, a kernel
-    of which only some layers are quantised, and a part of a fused one that is no whole blocks.
+    sources, shapes: as for `hf.read`. Raises ValueError that names the file and the tensor for an
+    unreadable state, an unknown table of values, a shape that contradicts config.json, a kernel
+    with only some layers quantised, and a part of a fused kernel that is not whole blocks.
     """
     where = hf.tensors(directory)
     if not any(_STATE in key for key in where):
@@ -55,7 +55,7 @@ def read(
 
 
 def _stored(name: str, where) -> str | None:
-    """The name under which a quantised tensor lies, None for one that is not quantised."""
+    """The name of a quantised tensor in the files, None if it is not quantised."""
     for key in hf.spellings(name):
         if any(f"{key}{_STATE}{kind}" in where for kind in ("nf4", "fp4")):
             return key
@@ -63,7 +63,7 @@ def _stored(name: str, where) -> str | None:
 
 
 def _leaf(name: str, where, source: hf.Source, shape: tuple) -> nf4.Quantised:
-    """One layer's kernel (in, out), or its part of a fused one."""
+    """One layer's kernel (in, out), or its part of a fused kernel."""
     kind = next(kind for kind in ("nf4", "fp4") if f"{name}{_STATE}{kind}" in where)
     file = where[name][1]
 
@@ -117,7 +117,7 @@ def _leaf(name: str, where, source: hf.Source, shape: tuple) -> nf4.Quantised:
         if first * n_in % block or (last * n_in % block and last != width):
             raise ValueError(f"{file}: {name}: outputs {first} to {last} are no whole blocks")
         codes = codes[first * n_in // 2 : -(-last * n_in // 2)]
-        scales = scales.decoded() if nested else scales  # blocks of 256 may go across the parts
+        scales = scales.decoded() if nested else scales  # blocks of 256 may span several parts
         scales = scales[first * n_in // block : -(-last * n_in // block)]
     return nf4.Quantised(jnp.asarray(codes), scales, shape, n_in, kind, block, dtype)
 

@@ -2,15 +2,14 @@
 
     y = x w    w (in, out) held as codes of W (out, in), `lorax.quant.nf4`
 
-The decoded w is not kept and gets no gradient: the backward pass decodes it again. Members of a
-sweep that share w are rows of one product (`custom_vmap`), so w is decoded once for all of them.
+The decoded w is not stored and gets no gradient: the backward pass decodes it again. Members of a
+sweep that share w become rows of one product (`custom_vmap`), so w is decoded once for all of them.
 
-On a CPU a tile of outputs that fits a cache is decoded and used before the next one. A byte holds
-one or two neighbouring inputs, which are kept apart rather than interleaved: with w_0 the weights
-of the even and w_1 those of the odd inputs, y = x[0::2] w_0 + x[1::2] w_1. A value of 4 bits is
-found by a tree of 15 selections, which becomes vector instructions where a look-up in a table would
-not. Elsewhere w is decoded whole and multiplied by the library's product (`lorax.quant.packed` has
-what a kernel does).
+On a CPU, a tile of outputs that fits in the cache is decoded and used before the next one. A byte
+holds one or two neighbouring inputs, which stay separate: with the weights w_0 of the even and w_1
+of the odd inputs, y = x[0::2] w_0 + x[1::2] w_1. A 4-bit value is looked up by a tree of 15
+selections, which compiles to vector instructions, unlike a table look-up. On other devices w is
+decoded as a whole and multiplied by the library's product (`lorax.quant.packed` has kernels).
 """
 
 import functools
@@ -27,8 +26,8 @@ TILE = 512  # outputs decoded at a time on a CPU
 def product(x, leaf, axis: int):
     """x @ w for axis 0, x @ w^T for axis 1: (..., n) -> (..., the other), in x's dtype.
 
-    leaf: of one matrix, with of_rows(x (rows, n), axis). Operands have x's dtype, sums are in
-    float32. Only x gets a gradient.
+    leaf: a single matrix, with a method of_rows(x (rows, n), axis). Operands have x's dtype, sums
+    are in float32. Only x gets a gradient.
     """
     return _folded(axis)(x, leaf)
 
@@ -41,11 +40,11 @@ product.defvjp(
 
 @functools.cache
 def _folded(axis: int):
-    """The product whose batching puts members among the rows."""
+    """The product whose batching rule turns members into rows."""
 
     @custom_vmap
     def folded(x, leaf):
-        # Without the barrier XLA decodes ahead of a loop over micro-batches, and keeps all of it.
+        # Without the barrier XLA decodes before a loop over micro-batches and keeps everything.
         x, leaf = jax.lax.optimization_barrier((x, leaf))
         y = leaf.of_rows(x.reshape(-1, x.shape[-1]), axis)
         return y.reshape(*x.shape[:-1], -1)
@@ -55,7 +54,7 @@ def _folded(axis: int):
         x_batched, leaf_batched = batched
         if not any(jax.tree.leaves(leaf_batched)):
             return folded(x, leaf), True
-        # Each member has its own weights: one member after the other, each decoded in its turn.
+        # Each member has its own weights: decode and multiply one member after the other.
         each = lambda member: folded(member[0] if x_batched else x, member[1])
         return jax.lax.map(each, (x if x_batched else jnp.zeros(size), leaf)), True
 
@@ -70,7 +69,7 @@ def of_rows(x, leaf, axis: int):
 
 
 def can_tile(leaf) -> bool:
-    """Whether an output's weights are whole bytes and whole blocks."""
+    """Whether an output's weights fill whole bytes and whole blocks."""
     return leaf.n_in % math.lcm(leaf.block, leaf.code.per_byte) == 0
 
 
@@ -107,7 +106,7 @@ def _tiled(x, leaf, axis: int):
         parts = [x[:, i::per_byte] for i in range(per_byte)]
 
         def outputs(coded):
-            # (tile, rows) and not (rows, tile): with one row it is a product of W and a vector.
+            # (tile, rows), not (rows, tile): with one row it is a matrix-vector product.
             pairs = zip(decode(*coded), parts, strict=True)
             return sum(_dot(w, part, (1, 1)) for w, part in pairs)
 
@@ -141,6 +140,6 @@ def _select(codes, values):
 
 
 def _divisor(n: int, most: int) -> int:
-    """The largest divisor of n up to `most`, n itself where only small ones are."""
+    """The largest divisor of n up to `most`, or n itself if that is small."""
     largest = max(d for d in range(1, most + 1) if n % d == 0)
     return largest if largest >= min(n, 64) else n

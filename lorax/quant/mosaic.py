@@ -2,18 +2,18 @@
 
     y = x w,    w[k, n] = bf16(bf16(table[code[n, k]]) bf16(scale[k // 64, n]))
 
-A Mosaic GPU kernel. `wgmma` takes one operand from registers, so the product is turned around,
-y^T = W x^T: codes travel to the multiprocessor as they are, 4 bits a weight, and become bfloat16 on
-their way into the tensor core. At a few rows the product waits for weights alone, so that a quarter
-of the bytes is a quarter of the time; from about a thousand rows on, decoding W once and a plain
-product are faster.
+A Mosaic GPU kernel. `wgmma` takes one operand from registers, so the product is transposed,
+y^T = W x^T: codes are copied to the multiprocessor with 4 bits per weight and converted to bfloat16
+just before the tensor core. With few rows the product is limited by loading weights, so a quarter
+of the bytes takes a quarter of the time; from about a thousand rows on, decoding W once followed by
+a plain product is faster.
 
 A block of 128 columns of y has two warpgroups that decode and multiply, 64 columns each, and one
-that keeps copies of x, codes and scales on their way. The loop over k is inside the kernel; where
-there are too few blocks for the machine it is split, and XLA adds the float32 parts, in order.
+that prefetches x, codes and scales. The loop over k is inside the kernel; if there are too few
+blocks for the machine it is split, and XLA adds the float32 parts, in order.
 
 It has been lowered for CUDA and assembled for sm_90a (no register spills); its decoding has been
-emulated, bit for bit. It has not run on a GPU so far; numbers of clock cycles below are estimates.
+emulated, bit for bit. It has not yet run on a GPU; the clock cycles below are estimates.
 """
 
 import inspect
@@ -40,8 +40,8 @@ MAX_ROWS = 1024
 SHARED = 227 * 1024  # bytes of shared memory of a thread block
 MULTIPROCESSORS = 132  # H100 SXM, H200
 
-# Each thread loads the words whose weights it hands to wgmma: rows of W go over warps and lanes as
-# in the tile of wgmma, and a word of 8 codes takes the place of 2 neighbours in 4 tiles of 8.
+# Each thread loads the words whose weights it passes to wgmma: rows of W are spread over warps and
+# lanes as in wgmma's tile, and a word of 8 codes replaces 2 neighbours in 4 tiles of 8.
 _WORDS = plgpu.Layout.TILED(
     plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))),
     warp_dims=(-7,),
@@ -56,10 +56,10 @@ _WHOLE = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
 
 
 def can_use(rows: int, n_in: int, n_out: int, block: int) -> str:
-    """'' when `matmul` takes a product of these sizes, otherwise why not, as a phrase.
+    """'' if `matmul` supports a product of these sizes, otherwise the reason as a phrase.
 
-    rows: of x, members of a sweep counted; n_in, n_out: of w; block: weights that share a scale.
-    It looks at sizes alone; whether there is a Hopper GPU is `hopper`'s to say.
+    rows: of x, including members of a sweep; n_in, n_out: of w; block: weights that share a scale.
+    It only checks sizes; `hopper` checks the GPU.
     """
     if block != BLOCK:
         return f"blocks of {block} weights, the kernel decodes blocks of {BLOCK}"
@@ -84,8 +84,8 @@ def repack(codes, absmax, n_in: int, n_out: int) -> tuple[Array, Array]:
     high half; absmax: (n_in n_out / 64,) float32. Returns words (n_out, n_in / 8) int32 and scales
     (n_in / 64, n_out) float32.
 
-    Of 32 neighbouring inputs a lane of wgmma holds 2 of each of the 4 tiles of 8: word q has inputs
-    8 t + 2 q + e at bits 4 (2 t + e), t < 4, e < 2.
+    Of 32 neighbouring inputs, a lane of wgmma holds 2 in each of the 4 tiles of 8: word q has
+    inputs 8 t + 2 q + e at bits 4 (2 t + e), t < 4, e < 2.
     """
     _check("codes", codes, jnp.uint8, (n_in * n_out // 2,))
     _check("absmax", absmax, jnp.float32, (n_in * n_out // BLOCK,))
@@ -125,8 +125,8 @@ def weight(words, scales, table) -> Array:
 def reference(x, words, scales, table, out_dtype=jnp.bfloat16) -> Array:
     """What `matmul` computes, without the kernel; sums in float32, in another order.
 
-    A weight is off w* = table scale by at most (1 + u)^3 - 1 of itself, u = 2^-8: bfloat16's
-    rounding of table, scale and product.
+    A weight's relative error against table * scale is at most (1 + u)^3 - 1, u = 2^-8, from
+    bfloat16's rounding of table, scale and product.
     """
     w = weight(words, scales, table)
     return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(out_dtype)
@@ -238,7 +238,7 @@ def _decoded(words, scales_ref, i: int, table):
 
 
 class Blocks(NamedTuple):
-    """How a product is cut: rows and k of a step, parts of k, steps whose copies are under way."""
+    """How a product is divided: rows and k of a step, parts of k, prefetched steps."""
 
     rows: int
     k: int
@@ -247,7 +247,7 @@ class Blocks(NamedTuple):
 
 
 def blocks(rows: int, n_in: int, n_out: int) -> Blocks:
-    """The cut that an estimate of clock cycles finds best.
+    """The division with the fewest estimated clock cycles.
 
     Rows up to 64 are one block, the smallest of 8, 16, 32, 64 that holds them; above that blocks
     of 64, 128 or 256. A step of 64 in k takes 4 cycles a row (wgmma at full rate) or 340 (decoding
@@ -284,7 +284,7 @@ def matmul(x, words, scales, table, out_dtype=jnp.bfloat16, cut: Blocks | None =
     `repack`. table: 16 float32, known when the kernel is compiled. out_dtype: bfloat16 or float32.
     cut: in place of `blocks(M, n_in, n_out)`. Weights are `weight(words, scales, table)`.
 
-    It needs a Hopper GPU; it has been lowered and assembled for one, and not run so far.
+    It needs a Hopper GPU; it has been lowered and assembled for one, but not yet run.
     """
     n_out, n_in = words.shape[0], 8 * words.shape[1]
     rows = x.shape[0]
@@ -378,7 +378,7 @@ def _product(x, words, scales, table, out_dtype, cut: Blocks) -> Array:
 
 
 def _swizzled(columns: int, itemsize: int) -> tuple:
-    """Tiles of 8 rows of shared memory, stirred so that wgmma and its lanes meet no conflict."""
+    """Tiles of 8 rows of shared memory, swizzled so that wgmma has no bank conflicts."""
     width = min(128, columns * itemsize)
     return plgpu.TilingTransform((8, width // itemsize)), plgpu.SwizzleTransform(width)
 

@@ -1,21 +1,21 @@
-"""Weights in 4 or 8 bits a number: codes of a fixed table of values, one scale for every block.
+"""Weights in 4 or 8 bits: codes for a fixed table of values, and one scale per block.
 
     w = table[code] * scale    scale = the largest |w| of 64 neighbours
 
-A weight (in, out) is held as bitsandbytes (0.50) holds it, bit for bit: the values of W (out, in),
-one after the other, two codes in a byte, the first in the high half. Its rule, checked on ties,
-blocks of zeros and tails: the code is that of the nearest value of x * (1 / s), ties go to the
-smaller value, and the last block, where it is short, divides by s instead. Numbers below 1.2e-38
-are zero here, as they are to XLA on a CPU.
+A weight (in, out) is stored as in bitsandbytes (0.50), bit for bit: the values of W (out, in) in
+order, two codes per byte, the first in the high half. The rule of bitsandbytes, checked on ties,
+blocks of zeros and tails: the code is that of the value nearest to x * (1 / s), ties go to the
+smaller value, and a short last block divides by s instead. Numbers below 1.2e-38 count as zero, as
+in XLA on a CPU.
 
 nf4: 4 bits, the values are quantiles of a normal distribution (QLoRA, arXiv:2305.14314, section 3;
-equation 4 there gives others than the authors' table, which is the one used here and everywhere).
-fp4: 4 bits, a sign, two of exponent, one of mantissa. int8: 8 bits, 255 equidistant values.
+its equation 4 differs from the authors' table, which is used here and everywhere). fp4: 4 bits, one
+for the sign, two for the exponent, one for the mantissa. int8: 8 bits, 255 equidistant values.
 
-Double quantisation (QLoRA, section 3): the scales less their mean are held in 8 bits, in blocks of
-256 with a float32 scale each: 0.127 bits a parameter in place of 0.5. The paper says FP8; this is
-the 8-bit dynamic map of bitsandbytes (arXiv:2110.02861). Its own quantiser is off by one code in
-0.2 % of the cases; here the code is the nearest.
+Double quantisation (QLoRA, section 3): the scales minus their mean are stored in 8 bits, in blocks
+of 256 with a float32 scale each: 0.127 bits per parameter instead of 0.5. The paper says FP8; this
+is the 8-bit dynamic map of bitsandbytes (arXiv:2110.02861). The quantiser of bitsandbytes is off by
+one code in 0.2 % of the cases; here the code is always the nearest.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from lorax.quant import matmul
 Array = jax.Array
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256  # scales that share a scale
-_MOST = 2.0**126  # beyond it 1 / s is subnormal, and XLA takes it for zero
+_MOST = 2.0**126  # above it 1 / s is subnormal, which XLA treats as zero
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class Code:
 
 
 def _rank(x: Array, bounds: np.ndarray) -> Array:
-    """How many of 15 ascending bounds lie below x: a binary search that selects its bounds instead
+    """How many of 15 ascending bounds are below x: a binary search that selects its bounds instead
     of looking them up, so that it compiles to vector instructions."""
     bits = []
     for step in (8, 4, 2, 1):
@@ -186,8 +186,8 @@ class Quantised(leaves.FrozenWeight):
 def quantize(params, kind: str = "nf4", double: bool = False, block: int = 64, sites=None):
     """The parameters with `Quantised` leaves for the kernels of linear layers.
 
-    Heads, embeddings, parameters that are not matrices (QLoRA, section 3) and quantised kernels
-    stay as they are. sites: {path: `ops.Site`}, None for `ops.sites_from_shapes`. Kernels are
+    Heads, embeddings, parameters that are not matrices (QLoRA, section 3) and quantised kernels are
+    unchanged. sites: {path: `ops.Site`}, None for `ops.sites_from_shapes`. Kernels are
     quantised one at a time. Raises ValueError for an unknown kind or block and, with its path, for
     a kernel that is not finite or whose output axes come before its input axes.
     """
@@ -222,7 +222,7 @@ def quantise(w, kind: str = "nf4", block: int = 64, double: bool = False) -> Qua
     *layers, n_in, n_out = w.shape
     stack = w.reshape(-1, n_in, n_out)
     if n_in % block == 0:
-        # Several programs: in one, XLA would recompute a block's scale for each of its numbers.
+        # Several programs: in a single one XLA would recompute the scale for each number.
         scales = _scales(stack, block)
         codes = _turned(_pack(stack, scales, code, block))
         absmax = jnp.swapaxes(scales, 1, 2)
@@ -239,8 +239,8 @@ def quantise(w, kind: str = "nf4", block: int = 64, double: bool = False) -> Qua
 
 @functools.partial(jax.jit, static_argnames="block")
 def _scales(w, block: int):
-    """(layers, in, out) -> (layers, in / block, out) float32. Halves of a block against each other:
-    XLA reduces an inner axis slowly."""
+    """(layers, in, out) -> (layers, in / block, out) float32. Compares halves of a block, because
+    XLA is slow at reducing an inner axis."""
     x = jnp.abs(_blocks(w, block))
     while x.shape[2] > 1:
         half = x.shape[2] // 2
@@ -265,7 +265,7 @@ def _pack(w, scales, code: Code, block: int):
 
 @jax.jit
 def _turned(words):
-    """(layers, words, out) -> (layers, out, bytes) uint8. Words are turned, which is faster."""
+    """(layers, words, out) -> (layers, out, bytes) uint8. Transposes words, which is faster."""
     return jax.lax.bitcast_convert_type(jnp.swapaxes(words, 1, 2), jnp.uint8)
 
 
@@ -276,7 +276,7 @@ def _blocks(w, block: int):
 
 @functools.partial(jax.jit, static_argnames=("code", "block"))
 def _flat(w, code: Code, block: int):
-    """(codes, scales) of a matrix whose outputs are no whole blocks."""
+    """(codes, scales) of a matrix whose outputs don't fill whole blocks."""
     codes, absmax = _nearest(code, w.astype(jnp.float32).T.reshape(-1), block)
     if code.per_byte == 2:
         nothing = code.nearest(jnp.zeros(codes.size % 2))
@@ -295,7 +295,7 @@ def _nearest(code: Code, x, block: int):
     if not tail.size:
         return codes, absmax
     last = jnp.max(jnp.abs(tail))
-    # XLA makes a division by one scalar a product with its inverse, which rounds differently.
+    # XLA replaces division by a scalar by a product with its inverse, which rounds differently.
     divisor = jax.lax.optimization_barrier(jnp.broadcast_to(_or_one(last), tail.shape))
     codes = jnp.concatenate([codes, code.nearest(tail / divisor)])
     return codes, jnp.append(absmax, last)

@@ -1,9 +1,9 @@
 """Quantised weights in the order that a GPU's or TPU's kernel reads them.
 
-`placed` reorders a model's leaves once, when its base is put on a device: files have bitsandbytes'
-order, which no kernel reads. A product with few rows is computed by the kernel (fused: codes are
-decoded on their way into the matrix unit). One with many rows, and the backward pass, decode w to
-bfloat16 once and use the library's product (two passes). Values are in bfloat16 in both cases.
+`placed` reorders a model's leaves once, when its base is put on a device, because the kernels can't
+read the order of bitsandbytes. A product with few rows uses the kernel (fused: codes are decoded
+just before the matrix unit). A product with many rows, and the backward pass, decode w to bfloat16
+once and use the library's product (two passes). Values are bfloat16 in both cases.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ import numpy as np
 from lorax import leaves, tree
 from lorax.quant import matmul, nf4
 
-FUSED_ROWS = 512  # more are taken in two passes
-_TRIED = 16  # rows of the product that is compiled to see whether the kernel does
+FUSED_ROWS = 512  # more rows use two passes
+_TRIED = 16  # rows of the product that is compiled to test the kernel
 
 
 @jax.tree_util.register_dataclass
@@ -28,8 +28,8 @@ _TRIED = 16  # rows of the product that is compiled to see whether the kernel do
 class Packed(leaves.FrozenWeight):
     """A linear layer's frozen kernel in 4 bits, for products in bfloat16.
 
-    words: int32, scales: float32, layer axes in front, as the `repack` of `on` gives them. kernel,
-    n_in, kind: (static) as of `nf4.Quantised`. on: (static) "gpu" or "tpu", the kernel.
+    words: int32, scales: float32, layer axes first, as returned by the `repack` of `on`. kernel,
+    n_in, kind: (static) as in `nf4.Quantised`. on: (static) "gpu" or "tpu", the kernel.
     """
 
     words: jax.Array
@@ -67,7 +67,7 @@ class Packed(leaves.FrozenWeight):
                 x.astype(small), self.words, self.scales, self.table, jnp.float32
             ).astype(x.dtype)
             two_passes = lambda x: matmul.dot(x, self.decoded().astype(x.dtype), (1, 0))
-            # Elsewhere (a run that goes on without the device) it is still the product.
+            # On another device (a run continued without this one) use the plain product.
             on = {"cuda" if self.on == "gpu" else "tpu": fused}
             return jax.lax.platform_dependent(x, **on, default=two_passes)
         w = self.decoded().reshape(self.n_in, n_out).astype(x.dtype)
@@ -75,7 +75,7 @@ class Packed(leaves.FrozenWeight):
 
 
 def kernels(on: str) -> ModuleType:
-    """The module of a kernel; they take a second to import, which few need."""
+    """The module of a kernel, imported only when needed: it takes a second."""
     if on == "gpu":
         from lorax.quant import mosaic as module
     else:
@@ -84,10 +84,8 @@ def kernels(on: str) -> ModuleType:
 
 
 def placed(params, device: jax.Device, dtype) -> dict:
-    """The parameters for products in `dtype` on a device, with leaves that its kernel can multiply
-    by as `Packed`.
-
-    Where the kernel does not compile for the device, all stay as they are, with one warning.
+    """The parameters for products in `dtype` on a device; leaves that its kernel supports become
+    `Packed`. If the kernel does not compile for the device, nothing changes except for a warning.
     """
     on = device.platform
     if jnp.dtype(dtype) != jnp.bfloat16 or on not in ("gpu", "tpu"):
@@ -108,7 +106,7 @@ def placed(params, device: jax.Device, dtype) -> dict:
 
 
 def pack(leaf: nf4.Quantised, on: str) -> Packed:
-    """The leaf in the order of a kernel, double-quantised scales as float32."""
+    """The leaf in a kernel's order, with double-quantised scales as float32."""
     repack = functools.partial(kernels(on).repack, n_in=leaf.n_in, n_out=leaf.n_out)
     for _ in leaf.codes.shape[:-1]:
         repack = jax.vmap(repack)
@@ -118,7 +116,7 @@ def pack(leaf: nf4.Quantised, on: str) -> Packed:
 
 @functools.cache
 def _fails(on: str, n_in: int, n_out: int, kind: str, device) -> str:
-    """Why the kernel does not compile for a device, '' where it does."""
+    """Why the kernel does not compile for a device, '' if it does."""
     module, at = kernels(on), jax.sharding.SingleDeviceSharding(device)
     shape = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=at)
     packed = jax.eval_shape(

@@ -2,11 +2,11 @@
 
     y = x w,    w[k, n] = bf16(table[code[n, k]] scale[k // 64, n])
 
-A Pallas kernel. Its grid runs in order, k innermost, so that a tile of y is summed in float32 where
-it stays; a tile of w is decoded from words of 8 codes by shifts and a tree of 15 selections, which
-the vector unit does without memory, and rounded exactly as bitsandbytes does.
+A Pallas kernel. Its grid runs in order, k innermost, so a tile of y is accumulated in place in
+float32. A tile of w is decoded from words of 8 codes by shifts and a tree of 15 selections, which
+the vector unit does without memory access, and rounded exactly as in bitsandbytes.
 
-It has been interpreted and lowered for TPUs; it has not run on one so far.
+It has been interpreted, and lowered for TPUs, but not yet run on one.
 """
 
 import functools
@@ -30,10 +30,10 @@ MAX_ROWS = 1024
 
 
 def can_use(rows: int, n_in: int, n_out: int, block: int) -> str:
-    """'' when `matmul` takes a product of these sizes, otherwise why not, as a phrase.
+    """'' if `matmul` supports a product of these sizes, otherwise the reason as a phrase.
 
-    rows: of x, members of a sweep counted; n_in, n_out: of w; block: weights that share a scale.
-    It looks at sizes alone.
+    rows: of x, including members of a sweep; n_in, n_out: of w; block: weights that share a scale.
+    It only checks sizes.
     """
     if block != BLOCK:
         return f"blocks of {block} weights, the kernel decodes blocks of {BLOCK}"
@@ -106,7 +106,7 @@ def matmul(x, words, scales, table, out_dtype=jnp.bfloat16, interpret=False) -> 
     `repack`. table: 16 float32, known when the kernel is compiled. out_dtype: bfloat16 or float32.
     interpret: True or `pltpu.InterpretParams()` where there is no TPU.
 
-    It has been interpreted, and lowered for a TPU, but not run on one so far.
+    It has been interpreted, and lowered for a TPU, but not yet run on one.
     """
     n_in, n_out = 8 * words.shape[0], words.shape[1]
     rows = x.shape[0]
