@@ -266,9 +266,9 @@ def _train(shape: Shape, members: int, operands="float32", **method) -> Callable
     stacked = stacks.stack(chosen, stacks.build_methods(chosen, base), base)
     k = shape.steps
     host = train_batches(stacked, task, 0, k)
-    one = tree.shapes({name: x[0] for name, x in host.items()})
+    batch_shapes = tree.shapes({name: x[0] for name, x in host.items()})
     evals = tree.shapes(eval_batches(task, 1))
-    programs = fitting.fit(stacked, base, chosen[0].config.train, one, evals)
+    programs = fitting.fit(stacked, base, chosen[0].config.train, batch_shapes, evals)
     params, batches = programs.place_base(base.params), programs.place_batches(host)
     constants, hyper = programs.place(stacked.constants), programs.place(stacked.hyper)
     state = programs.place(stacked.state)
@@ -451,14 +451,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--shapes", default=",".join(SHAPES), help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each comparison")
     parser.add_argument("--json", help="file for the rows")
-    given = parser.parse_args(arguments)
-    shapes = given.shapes.split(",")
+    args = parser.parse_args(arguments)
+    shapes = args.shapes.split(",")
     if set(shapes) - set(SHAPES):
-        parser.error(f"--shapes: {given.shapes!r} given; there is {', '.join(SHAPES)}")
+        parser.error(f"--shapes: {args.shapes!r} given; there is {', '.join(SHAPES)}")
     layouts.split_cpu()
     # Otherwise torch's threads spin after each call and take cores from the side that runs next.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    rows = [row for name in given.name for row in BENCHES[name](shapes, given.rounds)]
+    rows = [row for name in args.name for row in BENCHES[name](shapes, args.rounds)]
     table = Table(title=f"{_machine()}, jax {jax.__version__}", title_justify="left")
     for heading in ("", "time", "against", "its time", "ratio"):
         table.add_column(heading, justify="left" if heading in ("", "against") else "right")
@@ -466,9 +466,9 @@ def main(arguments: list[str]) -> int:
         times = (f"{row.value:.2f} {row.unit}", row.against, f"{row.baseline:.2f} {row.unit}")
         table.add_row(row.name, *times, f"{row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]")
     console(width=None if sys.stdout.isatty() else 130).print(table)
-    if given.json:
+    if args.json:
         text = json.dumps([row._asdict() for row in rows], indent=1) + "\n"
-        write_bytes(given.json, text.encode())
+        write_bytes(args.json, text.encode())
     return 0
 
 

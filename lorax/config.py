@@ -383,7 +383,9 @@ def _of_group(member: Member) -> dict:
     """{key: value} of the settings that members of one program must share."""
     values = flat(member.config)
     row = catalogue.ROWS.get(values["method.name"], catalogue.Row("", "", ()))
-    splits = {f"method.{key}": values[f"method.{key}"] in of for key, of in row.splits.items()}
+    splits = {
+        f"method.{key}": values[f"method.{key}"] in separate for key, separate in row.splits.items()
+    }
     data = {f"method.{name}" for name in row.varies}
     data |= {"train.lr", "train.weight_decay", "task.n_train", "seed"}
     return {key: value for key, value in values.items() if key not in data} | splits

@@ -35,11 +35,11 @@ SHOWN = 16  # singular values in a row of `show`
 
 def main(arguments: list[str]) -> int:
     """The command line. Exit code 0, or 2 for a mistake in the input."""
-    given = _parser().parse_args(arguments)
+    args = _parser().parse_args(arguments)
     try:
-        if given.method:
-            catalogue.read(given.method)
-        given.command(given)
+        if args.method:
+            catalogue.read(args.method)
+        args.command(args)
     except (ValueError, OSError) as error:
         return fail(error)
     return 0
@@ -82,38 +82,38 @@ def _parser() -> argparse.ArgumentParser:
 # ---------------------------------------------------------------------------------------- commands
 
 
-def show(given) -> None:
+def show(args) -> None:
     """Every update: its shape, scale, size, singular values and ranks."""
     from lorax.console import console
     from lorax.files import write_bytes
 
-    content = _content(given)
+    content = _content(args)
     spectra = {layer: _singular_values(update) for layer, update in content.updates.items()}
     screen = console(width=None if sys.stdout.isatty() else 1000)
-    screen.print(_table(given.adapter, content.updates, spectra))
+    screen.print(_table(args.adapter, content.updates, spectra))
     for note in content.notes():
         screen.print(note)
     if why := content.idle():
         screen.print(f"{NOTHING}: {why}")
-    if given.csv:
+    if args.csv:
         lines = ["path,index,sigma\n"]
         for layer, sigma in spectra.items():
             lines += [f"{layer},{i},{x:.9g}\n" for i, x in enumerate(sigma, 1)]
-        write_bytes(given.csv, "".join(lines).encode())
-        screen.print(f"all singular values: {given.csv}", soft_wrap=True)
+        write_bytes(args.csv, "".join(lines).encode())
+        screen.print(f"all singular values: {args.csv}", soft_wrap=True)
 
 
-def _content(given):
+def _content(args):
     """Updates, notes and facts of the adapter, read with its base if the command line has one.
     Raises ValueError or FileNotFoundError."""
     from lorax import adapters
     from lorax.interop import reading
 
-    if given.base:
-        return adapters.load(given.adapter, given.base, given.alpha, weights=False).content
-    path = reading.located(given.adapter)
-    reading.check_alpha(path, given.alpha)
-    return reading.read(path, alpha=given.alpha)
+    if args.base:
+        return adapters.load(args.adapter, args.base, args.alpha, weights=False).content
+    path = reading.located(args.adapter)
+    reading.check_alpha(path, args.alpha)
+    return reading.read(path, alpha=args.alpha)
 
 
 def _singular_values(update):
@@ -159,41 +159,41 @@ def _table(name: str, updates: dict, spectra: dict):
     return table
 
 
-def to_peft(given) -> None:
+def to_peft(args) -> None:
     """Any readable low-rank adapter as a directory that PEFT loads."""
     from lorax import adapters
 
-    _check_new(given.out)
-    trained = adapters.load(given.adapter, given.base, given.alpha, weights=False)
-    with whole(given.out) as directory:
+    _check_new(args.out)
+    trained = adapters.load(args.adapter, args.base, args.alpha, weights=False)
+    with whole(args.out) as directory:
         adapters.save_as_lora(directory, trained)
-    print(f"{given.out}: {len(trained.updates)} adapted matrices")
+    print(f"{args.out}: {len(trained.updates)} adapted matrices")
     if why := trained.content.idle():
         print(f"{NOTHING}: {why}")
 
 
-def merge(given) -> None:
+def merge(args) -> None:
     """A base model with an adapter merged into it, as a directory that transformers loads."""
     from lorax import adapters, models
     from lorax.models.saving import stored_dtypes
 
-    _check_new(given.out)
-    given.base = _onto(given)
-    trained = adapters.load(given.adapter, given.base, given.alpha)
+    _check_new(args.out)
+    args.base = _onto(args)
+    trained = adapters.load(args.adapter, args.base, args.alpha)
     base = trained.base
     unset = [path for path in base.fresh if path not in trained.whole]
     if unset:
-        raise ValueError(f"{', '.join(unset)}: missing from {given.base} and {given.adapter}")
+        raise ValueError(f"{', '.join(unset)}: missing from {args.base} and {args.adapter}")
     dtypes = stored_dtypes(base)
     merged = trained.merge(dtypes)
-    with whole(given.out) as directory:
+    with whole(args.out) as directory:
         models.save(directory, base.replace(params=merged.params))
-    print(f"{given.out}: {_merged(trained.name, merged.error)}")
+    print(f"{args.out}: {_merged(trained.name, merged.error)}")
     if coded := _dtypes_of_codes(base):
-        print(f"the 4-bit weights of {given.base} were decoded to {coded} and written so")
+        print(f"the 4-bit weights of {args.base} were decoded to {coded} and written so")
     if _unchanged(merged, base, dtypes):
         why = trained.content.idle() or "the update is 0, or is lost in rounding"
-        print(f"{NOTHING}: every weight equals that of {given.base}: {why}")
+        print(f"{NOTHING}: every weight equals that of {args.base}: {why}")
 
 
 def _merged(name: str, error: dict[str, float]) -> str:
@@ -207,37 +207,37 @@ def _merged(name: str, error: dict[str, float]) -> str:
     )
 
 
-def _onto(given) -> str:
+def _onto(args) -> str:
     """The name of the model to merge into: the base, or for a base in 4 bits the model that --onto
     names. Raises ValueError for an --onto that does not fit the base."""
     from lorax import adapters, tree
     from lorax.files import read_json
     from lorax.models.load import find, skeleton
 
-    if given.onto is None:
-        return given.base
+    if args.onto is None:
+        return args.base
     config = lambda name: read_json(find(name, weights=False) / "config.json")
     coded = lambda name: bool(config(name).get("quantization_config"))
-    if not coded(given.base):
-        raise ValueError(f"--onto: {given.base} is not in 4 bits; leave --onto out")
-    if given.onto == "decoded":
-        return given.base
-    if coded(given.onto):
+    if not coded(args.base):
+        raise ValueError(f"--onto: {args.base} is not in 4 bits; leave --onto out")
+    if args.onto == "decoded":
+        return args.base
+    if coded(args.onto):
         raise ValueError(
-            f"--onto: {given.onto} is quantised too; expected the model before quantisation"
+            f"--onto: {args.onto} is quantised too; expected the model before quantisation"
         )
-    fields = adapters.head_fields(given.adapter, given.base)
+    fields = adapters.head_fields(args.adapter, args.base)
     theirs, ours = (
         {path: leaf.shape for path, leaf in tree.flatten(skeleton(name, **fields).params).items()}
-        for name in (given.base, given.onto)
+        for name in (args.base, args.onto)
     )
     for path in theirs | ours:
         if theirs.get(path) != ours.get(path):
             raise ValueError(
-                f"--onto: {given.onto} is not the model that {given.base} was quantised from: "
+                f"--onto: {args.onto} is not the model that {args.base} was quantised from: "
                 f"{path} has shape {ours.get(path)} there, {theirs.get(path)} here"
             )
-    return given.onto
+    return args.onto
 
 
 def _dtypes_of_codes(base) -> str:

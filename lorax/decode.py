@@ -53,7 +53,7 @@ class DecodingOptions(NamedTuple):
 def check(options: DecodingOptions, batch_size: int = 1, seed: int = 0) -> DecodingOptions:
     """The same options. Raises ValueError that names the option (or `batch_size` or `seed` of
     `complete`), what was given and what would be right."""
-    given = {**options._asdict(), "batch_size": batch_size, "seed": seed}
+    values = {**options._asdict(), "batch_size": batch_size, "seed": seed}
     sampled = options.temperature != 0
     rules = (
         ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
@@ -72,7 +72,7 @@ def check(options: DecodingOptions, batch_size: int = 1, seed: int = 0) -> Decod
     )  # fmt: skip
     for field, is_right, right in rules:
         if not is_right:
-            raise ValueError(f"{field}: {given[field]} given, must be {right}")
+            raise ValueError(f"{field}: {values[field]} given, must be {right}")
     return options
 
 

@@ -23,27 +23,27 @@ from lorax.files import read_text, write_bytes
 def main(arguments: list[str]) -> int:
     """The command line. Exit code 0; 2 for a mistake in the input; 1 if the texts could not be
     written to --out and are printed instead."""
-    given = _parser().parse_args(arguments)
+    args = _parser().parse_args(arguments)
     try:
-        prompts = read_prompts(given.prompt, given.prompts)
-        if given.out is not None:
-            check_out(given.out)
-        print(f"loading {given.base}", file=sys.stderr, flush=True)
-        rows = run(given, prompts)
+        prompts = read_prompts(args.prompt, args.prompts)
+        if args.out is not None:
+            check_out(args.out)
+        print(f"loading {args.base}", file=sys.stderr, flush=True)
+        rows = run(args, prompts)
     except (ValueError, OSError) as error:
         return fail(error)
-    if given.out is None:
+    if args.out is None:
         for row in rows:
-            show(f"[{row['adapter']}] " * (len(given.adapter) > 1) + row["prompt"] + row["text"])
+            show(f"[{row['adapter']}] " * (len(args.adapter) > 1) + row["prompt"] + row["text"])
         return 0
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
-        write_bytes(given.out, lines.encode())
+        write_bytes(args.out, lines.encode())
     except OSError as error:
         show(lines.removesuffix("\n"))
         fail(OSError(f"--out: {error}; the {len(rows)} texts are printed instead"))
         return 1
-    print(f"{len(rows)} texts in {given.out}", file=sys.stderr)
+    print(f"{len(rows)} texts in {args.out}", file=sys.stderr)
     return 0
 
 
@@ -141,33 +141,33 @@ def check_out(file: str) -> None:
         raise ValueError(f"--out: {file!r} can't be written: no write access to {str(folder)!r}")
 
 
-def run(given, prompts: list[str]) -> list[dict]:
+def run(args, prompts: list[str]) -> list[dict]:
     """{"prompt", "adapter", "text"} of every prompt with every adapter."""
     import lorax
     from lorax import adapters, catalogue, decode
 
     options = decode.DecodingOptions(
-        max_new_tokens=given.max_new_tokens,
-        temperature=given.temperature,
-        top_k=given.top_k,
-        top_p=given.top_p,
-        num_beams=given.num_beams,
-        length_penalty=given.length_penalty,
-        no_repeat_ngram_size=given.no_repeat_ngram_size,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        num_beams=args.num_beams,
+        length_penalty=args.length_penalty,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
     )
-    decode.check(options, given.batch_size, given.seed)
-    if given.method:
-        catalogue.read(given.method)
-    base = lorax.load(given.base, dtype=given.dtype)
-    names = given.adapter or ["base"]
-    loaded = [None if name == "base" else adapters.load(name, base, given.alpha) for name in names]
+    decode.check(options, args.batch_size, args.seed)
+    if args.method:
+        catalogue.read(args.method)
+    base = lorax.load(args.base, dtype=args.dtype)
+    names = args.adapter or ["base"]
+    loaded = [None if name == "base" else adapters.load(name, base, args.alpha) for name in names]
     jobs = [(prompt, row) for prompt in prompts for row in range(len(loaded))]
     rows = [row for _, row in jobs] if len(loaded) > 1 else None
     params = bound(base, names, loaded, rows)
     show = lambda done, total: print(f"{done} of {total} texts", file=sys.stderr, flush=True)
     texts = decode.complete(
         base, [prompt for prompt, _ in jobs], params, options,
-        rows=rows, batch_size=given.batch_size, seed=given.seed, progress=show,
+        rows=rows, batch_size=args.batch_size, seed=args.seed, progress=show,
     )  # fmt: skip
     return [
         {"prompt": prompt, "adapter": names[row], "text": text}

@@ -123,14 +123,14 @@ def _train(settings, members: list[Member], log: Log, command: str) -> tuple[Bas
         log.write("running")
         if number == rounds:
             break
-        more = search.next_round(settings, members, workdir, say)
-        if not more:
+        added = search.next_round(settings, members, workdir, say)
+        if not added:
             say("search: nothing is left to try")
             break
-        say(f"search: round {number} of {rounds - 1}, {len(more)} members")
+        say(f"search: round {number} of {rounds - 1}, {len(added)} members")
         before, first = loop.member_steps(members), groups[-1].index + 1
-        groups = prepare.groups(more, say, first, loaded)
-        members += more
+        groups = prepare.groups(added, say, first, loaded)
+        members += added
     return base, lines
 
 

@@ -155,9 +155,9 @@ def penalty(trainable, constants):
         for p in (x["a"], jnp.swapaxes(x["b"], -1, -2)):
             p = p.astype(np.promote_types(p.dtype, np.float32))
             gram = jnp.swapaxes(p, -1, -2) @ p
-            one = jnp.broadcast_to(jnp.eye(p.shape[-1], dtype=p.dtype), gram.shape)
-            one = one * x["real"][..., None, :].astype(p.dtype)
-            squares = jnp.sum(jnp.square(gram - one), axis=(-2, -1))
+            identity = jnp.broadcast_to(jnp.eye(p.shape[-1], dtype=p.dtype), gram.shape)
+            identity = identity * x["real"][..., None, :].astype(p.dtype)
+            squares = jnp.sum(jnp.square(gram - identity), axis=(-2, -1))
             # The root's gradient is infinite at zero: unadapted layers, or an orthonormal P.
             norms = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
             total = total + jnp.sum(norms)

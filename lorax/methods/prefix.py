@@ -143,8 +143,8 @@ class Gated:
     def __call__(self, module, call, q, k, v, mask, scale, kv=None, at=None):
         o, kv = call(q, k, v, mask, scale, kv, at)
         everyone = jnp.ones((1, q.shape[1], len(self.k)), bool)
-        more = model_layers.attention(q, _heads(self.k, k), _heads(self.v, v), everyone, scale)
-        return o + self.gate.astype(o.dtype) * more, kv
+        extra = model_layers.attention(q, _heads(self.k, k), _heads(self.v, v), everyone, scale)
+        return o + self.gate.astype(o.dtype) * extra, kv
 
 
 def _heads(x, like):

@@ -57,11 +57,11 @@ def eva(key, w, rank: int, scale: float, evidence=None):
 
 def corda(key, w, rank: int, scale: float, evidence=None, part=slice(None)):
     c, damp = evidence["covariance"].astype(w.dtype), DAMP
-    one = jnp.eye(len(c), dtype=w.dtype)
+    identity = jnp.eye(len(c), dtype=w.dtype)
     while True:
-        damped = c + damp * jnp.mean(jnp.diag(c)) * one
+        damped = c + damp * jnp.mean(jnp.diag(c)) * identity
         inverse = jnp.linalg.inv(damped)
-        if jnp.linalg.norm(damped @ inverse - one) < 0.05:
+        if jnp.linalg.norm(damped @ inverse - identity) < 0.05:
             break
         if damp > 1e6:  # NaN, or no input at all
             raise ValueError("method.init: 'corda': the inputs' covariance can't be inverted")

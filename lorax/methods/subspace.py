@@ -292,7 +292,9 @@ def project(z, drawn: list, parts: list[Part], projection: str, granularity: str
         return [x.reshape(p.count, p.size) for x, p in zip(pieces, parts, strict=True)]
     pieces = []
     for part, numbers in zip(parts, drawn, strict=True):
-        each = jax.vmap(lambda one, n=part.size: APPLY[projection](z, one, n))(numbers)
+        each = jax.vmap(
+            lambda tensor_numbers, n=part.size: APPLY[projection](z, tensor_numbers, n)
+        )(numbers)
         pieces.append(each * math.sqrt(part.size / total))
     return pieces
 

@@ -263,9 +263,9 @@ def blocks(rows: int, n_in: int, n_out: int) -> Blocks:
 
     def cycles(b, parts):
         waves = math.ceil(math.ceil(rows / b) * (n_out // N_TILE) * parts / MULTIPROCESSORS)
-        one = math.ceil(n_in / BLOCK / parts) * max(4 * b, 340) + 1500
+        block_cycles = math.ceil(n_in / BLOCK / parts) * max(4 * b, 340) + 1500
         # A part of k writes float32, another kernel reads it, 2600 bytes a cycle.
-        return waves * one + (parts > 1) * (8 * parts * rows * n_out / 2600 + 3500)
+        return waves * block_cycles + (parts > 1) * (8 * parts * rows * n_out / 2600 + 3500)
 
     cuts = itertools.product(whole or (64, 128, 256), range(1, 9))
     fits = [c for c in cuts if cut(*c).stages >= 2]

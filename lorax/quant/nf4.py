@@ -227,7 +227,7 @@ def quantise(w, kind: str = "nf4", block: int = 64, double: bool = False) -> Qua
         codes = _turned(_pack(stack, scales, code, block))
         absmax = jnp.swapaxes(scales, 1, 2)
     else:
-        codes, absmax = jax.lax.map(lambda one: _flat(one, code, block), stack)
+        codes, absmax = jax.lax.map(lambda matrix: _flat(matrix, code, block), stack)
     codes, absmax = (x.reshape(len(stack), -1) for x in (codes, absmax))
     fits = jnp.all(absmax < _MOST)
     if not isinstance(fits, jax.core.Tracer) and not fits:
@@ -318,8 +318,8 @@ def _nest(absmax) -> Nested:
 def _decode(codes, scales, n_in: int, n_out: int, kind: str, block: int):
     """(layers..., out, in) float32."""
     if codes.ndim > 1:
-        one = lambda c, s: _decode(c, s, n_in, n_out, kind, block)
-        return jax.vmap(one)(codes, scales)
+        decode_layer = lambda c, s: _decode(c, s, n_in, n_out, kind, block)
+        return jax.vmap(decode_layer)(codes, scales)
     n = n_in * n_out
     values = jnp.take(jnp.asarray(pairs(kind)), codes, axis=0, mode="clip").reshape(-1)[:n]
     each = jnp.repeat(scales, block)[:n]

@@ -168,8 +168,10 @@ def read_adalora(modules, shared, config, where):
         shapes = {"lora_A": ("r", place.inputs), "lora_B": (place.outputs, "r")}
         rank = fit(here, tensors, **shapes, lora_E=("r", 1))["r"]
         name = f"{place.name}.lora_E"
-        kept = patterns.get(name, patterns.get(f"{name}.default"))
-        said, field = (init_r, "init_r") if kept is None else (sum(kept), "rank_pattern")
+        ranks_kept = patterns.get(name, patterns.get(f"{name}.default"))
+        said, field = (
+            (init_r, "init_r") if ranks_kept is None else (sum(ranks_kept), "rank_pattern")
+        )
         if rank != said:
             raise ValueError(f"{here}: rank {rank}, but {said} in {CONFIG}, {field}")
         arrays = {"a": tensors["lora_A"], "e": tensors["lora_E"][:, 0], "b": tensors["lora_B"]}
@@ -225,8 +227,8 @@ def write_lokr(modules, shared, hp):
     tensors, ranks, scales = {}, {}, {}
     for place, parts in modules:
         if place.conv1d or place.fused:
-            what = "of GPT-2's Conv1D" if place.conv1d else f"of parts of it, {', '.join(parts)}"
-            raise ValueError(f"{place.name}: PEFT has no LoKr {what}")
+            kind = "of GPT-2's Conv1D" if place.conv1d else f"of parts of it, {', '.join(parts)}"
+            raise ValueError(f"{place.name}: PEFT has no LoKr {kind}")
         (arrays,) = parts.values()
         for i in "12":
             whole = arrays.get(f"on{i}", 0) > 0
