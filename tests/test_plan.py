@@ -496,8 +496,8 @@ def test_a_mistake_is_one_line(arguments, message):
         ("tiny-gpt2", {"ranks": (512,)}, "method.rank: 512 given, but .* at most 64"),
         ("tiny-gpt2", {"method__targets": ("auto:3",)}, "decided by training batches"),
         ("tiny-roberta", {}, "is no causal model: restaurants"),
-        ("mnist-fc", {}, "reads images, and task 'restaurants' has texts"),
-        ("tiny-gpt2", {"task__name": "mnist"}, "reads tokens, and task 'mnist' has arrays"),
+        ("mnist-fc", {}, "reads images, but task 'restaurants' has texts"),
+        ("tiny-gpt2", {"task__name": "mnist"}, "reads tokens, but task 'mnist' has arrays"),
         ("mnist-fc", {"task__name": "mnist", "train__remat": "full"}, "has no setting remat"),
     ],
 )

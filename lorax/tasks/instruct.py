@@ -102,9 +102,9 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary) -> Data:
     path = check_path(config, EXPECTED)
     settings = (vocabulary, config.get("template"))
     if path.is_dir():
-        train, empty, unused = _examples(_beside(path, "train.jsonl"), *settings)
-        beside = _beside(path, "eval.jsonl", "test.jsonl")
-        evaluation, empty_eval, unused_eval = _examples(beside, *settings)
+        train, empty, unused = _examples(_file_in(path, "train.jsonl"), *settings)
+        eval_file = _file_in(path, "eval.jsonl", "test.jsonl")
+        evaluation, empty_eval, unused_eval = _examples(eval_file, *settings)
         empty, unused = empty + empty_eval, unused | unused_eval
     else:
         pieces, empty, unused = _examples(path, *settings)
@@ -212,7 +212,7 @@ def _examples(
     return trainable, len(pieces) - len(trainable), set().union(*(read.unused for read in parsed))
 
 
-def _beside(folder: Path, *names: str) -> Path:
+def _file_in(folder: Path, *names: str) -> Path:
     for name in names:
         for path in (folder / name, folder / name.replace(".jsonl", ".json")):
             if path.is_file():

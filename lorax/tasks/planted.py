@@ -123,7 +123,7 @@ def _rows(config, base: Base, teacher: dict) -> tuple[np.ndarray, np.ndarray]:
     right = np.asarray(intercept.apply(base.module, teacher, images), np.float32)
     if right.ndim != 2:
         raise ValueError(
-            f"base: {base.name} gives outputs of shape {right.shape}; task 'planted' needs (N, k)"
+            f"base: {base.name} returns outputs of shape {right.shape}; task 'planted' needs (N, k)"
         )
     before = np.asarray(intercept.apply(base.module, base.params, images), np.float32)
     sigma = config["noise"] * float(np.std(right - before))

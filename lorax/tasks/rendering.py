@@ -254,7 +254,7 @@ def marked(whole: str, spans: list, messages: list, learnt: set[int]) -> list:
     for start, text in spans:
         if start < at or not whole.startswith(text, start):
             raise RefusedError(
-                "its generation blocks lie within a macro, a set block or each other"
+                "its generation blocks are inside a macro, a set block or each other"
             )
         result += [(whole[at:start], False), (text, True)]
         at = start + len(text)

@@ -108,7 +108,7 @@ def check_n_train(n: int | None, available: int, fitting: str = "") -> int:
     if not 1 <= n <= available:
         raise ValueError(
             f"task.n_train: {n} was given; the train set has {count(available)} examples{fitting}, "
-            f"so it must lie in 1 to {available} (None: all)"
+            f"so it must be 1 to {available} (None: all)"
         )
     return n
 

@@ -24,10 +24,10 @@ class Metric(NamedTuple):
     function: Callable
     names: tuple[str, ...]
 
-    def __call__(self, given, right) -> dict[str, float]:
-        if isinstance(given, np.ndarray) and not np.isfinite(given).all():
+    def __call__(self, predicted, right) -> dict[str, float]:
+        if isinstance(predicted, np.ndarray) and not np.isfinite(predicted).all():
             return dict.fromkeys(self.names, math.nan)
-        values = _values(self.function, given, right)
+        values = _values(self.function, predicted, right)
         if tuple(values) != self.names:
             raise ValueError(
                 f"{_place(self.function)}: gives {', '.join(values)} now and "
@@ -36,16 +36,16 @@ class Metric(NamedTuple):
         return values
 
 
-def rehearsed(function: Callable, given, right) -> Metric:
+def rehearsed(function: Callable, predicted, right) -> Metric:
     """A `Metric`, after a trial. Raises ValueError, with the line of its file, if it fails or
     returns anything except a number or {name: number}."""
     if not callable(function):
         raise ValueError(f"metric: {function!r} was given; expected a function of two arguments")
-    return Metric(function, tuple(_values(function, given, right)))
+    return Metric(function, tuple(_values(function, predicted, right)))
 
 
-def _values(function: Callable, given, right) -> dict[str, float]:
-    value = outside.call(function, given, right, field=_place(function))
+def _values(function: Callable, predicted, right) -> dict[str, float]:
+    value = outside.call(function, predicted, right, field=_place(function))
     name = getattr(function, "__name__", "metric")
     by_name = value if isinstance(value, Mapping) else {name.strip("<>"): value}
     for key, number in by_name.items():

@@ -90,7 +90,7 @@ def row(config: Mapping[str, Any]) -> Row:
     if not isinstance(name, str) or name not in TASKS:
         hint = nearest(str(name), TASKS)
         raise ValueError(
-            f"task.name: {name!r} is no task; there is {', '.join(TASKS)}, or your own as "
+            f"task.name: {name!r} is no task; known are {', '.join(TASKS)}, or your own as "
             f"FILE.py:function{hint}"
         )
     return TASKS[name]
@@ -225,15 +225,13 @@ def check_base(config: Mapping[str, Any], base: Base, seq_len: int) -> None:
     name, kind, named = config["name"], row(config).kind, f"base: {base.name} ({base.family})"
     if kind.reads == "arrays" and base.input_shape is None:
         raise ValueError(
-            f"{named} reads tokens, and task {name!r} has arrays: it needs a base like "
+            f"{named} reads tokens, but task {name!r} has arrays: it needs a base like "
             "random:mnist-fc, random:mnist-lenet or random:mlp-64-32-10"
         )
     if kind.reads == "arrays":
         return
     if base.input_shape is not None:
-        raise ValueError(
-            f"{named} reads images, and task {name!r} has texts: it needs another base"
-        )
+        raise ValueError(f"{named} reads images, but task {name!r} has texts: choose another base")
     if kind.causal and not base.causal:
         raise ValueError(f"{named} is no causal model: {name}")
     if config.get("packing") and not base.traits.packs:

@@ -294,7 +294,7 @@ def test_a_template_that_marks_the_words_may_drop_what_came_before(vocabulary):
     assert [text for text, target in found if target] == ["7<|im_end|>"]
     with pytest.raises(ValueError, match="f:1: task.template: it renders no word of message 2, 4 "):
         pieces(CHAT, vocabulary, "{% if 0 %}{% generation %}{% endgeneration %}{% endif %}x")
-    with pytest.raises(ValueError, match="its generation blocks lie within a macro"):
+    with pytest.raises(ValueError, match="its generation blocks are inside a macro"):
         pieces(
             CHAT,
             vocabulary,

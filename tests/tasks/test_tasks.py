@@ -197,7 +197,7 @@ def test_unknown_task(vocabulary):
     with pytest.raises(ValueError) as error:
         tasks.build({**CONFIG, "name": "restaurant"}, vocabulary, 64, 8)
     assert str(error.value) == (
-        "task.name: 'restaurant' is no task; there is "
+        "task.name: 'restaurant' is no task; known are "
         f"{', '.join(tasks.TASKS)}, or your own as FILE.py:function; did you mean 'restaurants'?"
     )
 

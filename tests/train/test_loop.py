@@ -167,7 +167,7 @@ def test_a_method_trains_what_it_says_and_no_head_beside(method):
         (
             "gpt2-nano",
             "digits",
-            r"base: gpt2-nano \(gpt2\) reads tokens, and task 'digits' has arr",
+            r"base: gpt2-nano \(gpt2\) reads tokens, but task 'digits' has arr",
         ),
         ("random:mnist-lenet", "digits", r"reads images of 28 x 28 x 1; task 'digits' has images"),
         ("random:mnist-fc", "mnist", "task.path: task 'mnist' needs"),
