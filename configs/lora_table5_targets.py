@@ -6,7 +6,7 @@ q, k, v or o alone at rank 8, two of them at 4, all four at 2: the same number o
 Published (GPT-3, WikiSQL): 70.4, 70.0, 73.0, 73.2 alone, 71.4 for q, k and 73.7 for q, v and for
 all four. Here: experiments/targets, 6 minutes on two busy cores: loss 2.687 of all four, 2.805
 of q, v, 2.901 of o, 3.165 of v, 3.408 of q, k, 3.560 of q, 3.765 of k (stories, 3 minutes: the same
-but for o).
+except for o).
 
     --config=configs/lora_table5_targets.py:stories --config.base=DIR --config.task.path=ZIP
     --config=configs/lora_table5_targets.py:gpt2-medium --config.task.path=ZIP
