@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from pathlib import Path
 
 # Before JAX starts. One thread for each of torch's and BLAS's pools: tests run side by side.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -22,6 +23,19 @@ from lorax import catalogue  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+#: Tests that only `-m slow` runs, besides those that are marked where they stand: a name of
+#: `pytest --collect-only -q` a line, or that of a test without its [parameters]. They take the most
+#: of the time (`--durations`), and a quicker test or parameter holds the same behaviour.
+SLOW = set((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid in SLOW or item.nodeid.partition("[")[0] in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_configure(config):
