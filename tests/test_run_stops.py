@@ -54,7 +54,7 @@ def status(workdir):
 
 def test_a_report_that_fails_fails_no_run(go, tmp_path):
     """Nor do TensorBoard's files; the same command then does what is left."""
-    boom = "def boom(*_): raise KeyError('x')\nfrom lorax import report, tensorboard\n"
+    boom = "def boom(*_, **__): raise KeyError('x')\nfrom lorax import report, tensorboard\n"
     done = go(boom + "report.write = tensorboard.Events.update = boom")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (line,) = done.stderr.splitlines()
@@ -75,7 +75,7 @@ def test_a_report_that_fails_fails_no_run(go, tmp_path):
 
 def test_a_section_that_fails_fails_no_run(go, tmp_path):
     """The page has the error in its place, the screen a line; the run is done."""
-    boom = "def boom(*_): raise KeyError('x')\nfrom lorax.report.sections import setup\n"
+    boom = "def boom(*_, **__): raise KeyError('x')\nfrom lorax.report.sections import setup\n"
     done = go(boom + "setup.members = boom")
     assert done.returncode == 0 and done.stderr == ""
     assert "report: Members: failed (KeyError: 'x'" in done.stdout
@@ -198,7 +198,8 @@ def test_keys_that_only_evaluate_or_draw_may_change(tmp_path, key):
     (tmp_path / "checkpoints").mkdir()
     section, _, name = key.partition(".")
     value = config.default()[section][name]
-    other = not value if isinstance(value, bool) else (value or 0) + 1
+    another = {bool: lambda: not value, tuple: lambda: ("FILE.py:statistic",)}
+    other = another.get(type(value), lambda: (value or 0) + 1)()
     assert revised(tmp_path, **{f"{section}__{name}": value}) == []
     assert revised(tmp_path, **{f"{section}__{name}": other}) == [key]
 

@@ -82,7 +82,7 @@ def read(
       path: a file or a directory of any of the formats above.
       sources: the places of the base's parameters in Hugging Face's tensors. Without them the
         layers of adapters that lorax did not write have the names of their modules.
-      alpha: lora_alpha of a checkpoint of loralib; without it the scale is 1.
+      alpha: lora_alpha of a checkpoint of loralib, which does not hold it.
 
     Raises FileNotFoundError, and ValueError that names the file if it is damaged, or if the method
     has no updates or none that can be computed without the base.
@@ -112,7 +112,7 @@ def classes(path: Path) -> int | None:
         case "lorax":
             return states.classes(path)
         case "loralib":
-            weights = loralib.load(path).weights
+            weights = loralib.load(path, 1).weights  # their scale plays no part
         case _:
             file = path / peft.WEIGHTS
             weights = peft.own_names(peft.read_tensors(file)[0], file)

@@ -111,6 +111,7 @@ def test_an_update_is_given_whatever_the_method(tmp_path):
     folder.mkdir()
     dense = {path: f.s * f.a @ f.b for path, f in factors.items()}
     save_file(dense, folder / "delta.safetensors")
+    (folder / "method.json").write_text('{"name": "loha", "hp": {}}')
     np.testing.assert_array_equal(run.update(1)["h/0/attn/q"], dense["h/0/attn/q"])
     updates, missing = tables.updates(run, [1, 0])
     assert list(updates) == [0, 1] and not missing  # those with factors first

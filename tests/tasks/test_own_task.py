@@ -10,7 +10,8 @@ import pytest
 from strangers import small, trained
 
 import lorax
-from lorax import config, outside, plan, tasks
+from lorax import config, outside, tasks
+from lorax.planning import costs
 from lorax.tasks import kinds, scores
 from lorax.train import loop, prepare
 
@@ -61,7 +62,7 @@ def test_the_example_is_trained_scored_and_planned(tmp_path):
     assert len(table) == 4 and table["correct"].between(0, 1).all()
     lines = (tmp_path / "run/texts/3.jsonl").read_text().splitlines()
     assert len(lines) == 2 and json.loads(lines[0])["prompt"].endswith(" =")
-    p = plan.plan(members)
+    p = costs.plan(members)
     assert p.members == 4 and p.name == "lora on gpt2-nano, 2 x 24 tokens a step"
 
 
@@ -247,7 +248,7 @@ def test_a_sweep_of_tasks_on_arrays_has_their_metrics(tmp_path):
     assert len(lines) == 8 and lines["worst"].notna().sum() == 4
     assert lines["worst"].nunique() > 1 and (lines["worst"].dropna() > 0).all()
     groups = prepare.grouped(config.members(c))
-    assert [plan.plan(group).name for group in groups] == [
+    assert [costs.plan(group).name for group in groups] == [
         "lora on random:mlp-6-4-3, 2 arrays a step"
     ] * 2
 

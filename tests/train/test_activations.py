@@ -151,7 +151,7 @@ def test_an_adapter_at_its_start_is_its_base_and_a_moved_one_is_not(family):
     batch = {name: x[None] for name, x in some.items()}
     stream = jit(lambda params: activations.residuals(base.module, kinds.TEXTS, params, batch))
     streams = stream(base.params), stream(bound)
-    keep = np.asarray(activations.real(kinds.TEXTS, some)) > 0
+    keep = np.asarray(activations.real(kinds.TEXTS, batch)) > 0
     expected = linear_cka(*(np.asarray(x)[:, keep] for x in streams))
     np.testing.assert_allclose(found[1], expected, atol=1e-5)
 
