@@ -70,6 +70,14 @@ def test_no_module_uses_a_private_name_of_another():
     assert {name: names for name, names in found.items() if names} == {}
 
 
+def test_every_slow_test_is_there():
+    here = pathlib.Path(__file__).parent
+    names = {line.partition("[")[0] for line in (here / "slow.txt").read_text().splitlines()}
+    for name in names:
+        file, _, function = name.partition("::")
+        assert function in functions(parsed(here.parent / file)), name
+
+
 def test_the_rules_find_what_they_forbid():
     text = "from lorax import tree\nfrom lorax.ops import _wide\ntree._join(1)\nx._replace(a=1)"
     assert private(ast.parse(text)) == {"lorax.ops._wide", "lorax.tree._join"}
