@@ -258,7 +258,7 @@ def test_virtual_tokens_are_shown_and_not_merged(other, base, tmp_path, capsys):
     ("name", "arguments", "words"),
     [
         ("ia3", "show {own}", "ia3: IA3: no update .* without its base"),
-        ("ia3", "show {own} --alpha 3 --base {base}", "alpha: .* says itself"),
+        ("ia3", "show {own} --alpha 3 --base {base}", "alpha: .* already has a scale"),
         ("ia3", "peft {own} {tmp}/out --base {base}", "ia3 has no low-rank update"),
         ("prefix", "peft {own} {tmp}/out --base {base}", "prefix has no low-rank update"),
     ],
@@ -615,7 +615,7 @@ def test_an_onto_without_sense_is_one_line(base, onto, words, coded, tmp_path, c
         ("show {tmp}/nothing", "adapter_config.json: no such file"),
         ("show {tmp}/nothing.npz --alpha 3", "nothing.npz: no such file"),
         ("show {tmp}/nothing.npz", "alpha: .* does not say"),
-        ("show {adapter} --alpha 3", "alpha: .* says itself"),
+        ("show {adapter} --alpha 3", "alpha: .* already has a scale"),
         ("show {adapter} --base {tmp}/none", "no directory"),
         ("peft {adapter} {adapter} --base {base}", "already exists"),
         ("peft {tmp}/wide.npz {tmp}/out --alpha 3 --base {base}", "wide.npz: .*no such module"),

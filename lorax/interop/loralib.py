@@ -32,7 +32,7 @@ FUSED = ("q", "v")  # what the authors adapt of GPT-2's c_attn
 
 def load(
     file: str | os.PathLike,
-    alpha: float,
+    alpha: float | None = None,
     sources: Mapping[str, Source] | None = None,
     fused: tuple[str, ...] = FUSED,
 ) -> Adapter:
@@ -40,7 +40,7 @@ def load(
 
     Args:
       alpha: `lora_alpha` of the script; the scale of each layer is alpha over its rank. (The
-        authors use 32 for GPT-2 and 16 in their RoBERTa scripts.)
+        authors use 32 for GPT-2 and 16 in their RoBERTa scripts.) None: the scale is 1.
       sources: the places of the base's parameters in Hugging Face's tensors. Without them layers
         and weights have the modules' names, and weights their stored orientation.
       fused: last words of the parts that a fused layer adapts, if it does not adapt all.
@@ -49,7 +49,7 @@ def load(
     objects or no factors, if factors don't fit together, or for modules that `sources` lack.
     """
     file = pathlib.Path(file)
-    if not NUMBER.fits(alpha):
+    if alpha is not None and not NUMBER.fits(alpha):
         raise ValueError(f"alpha: {alpha} given; it should be {NUMBER.words}")
     layers: dict[str, dict[str, np.ndarray]] = {}
     whole: dict[str, np.ndarray] = {}
@@ -102,7 +102,7 @@ def _updates(module, sides, alpha, places: Places | None, fused) -> dict[str, Fa
     factors = {}
     for name, part_A, part_B in zip(names, np.split(A, groups), np.split(B, groups), strict=True):
         a, b = np.ascontiguousarray(part_A.T), np.ascontiguousarray(part_B.T)
-        factors[name] = Factors(a, b, float(alpha) / b.shape[0])
+        factors[name] = Factors(a, b, 1.0 if alpha is None else float(alpha) / b.shape[0])
     return factors
 
 

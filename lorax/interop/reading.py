@@ -82,7 +82,8 @@ def read(
       path: a file or a directory of any of the formats above.
       sources: the places of the base's parameters in Hugging Face's tensors. Without them the
         layers of adapters that lorax did not write have the names of their modules.
-      alpha: lora_alpha of a checkpoint of loralib, which does not hold it.
+      alpha: lora_alpha of a checkpoint of loralib, which does not hold it; None: the scale is 1
+        (callers that need the true one ask `check_alpha` first).
 
     Raises FileNotFoundError, and ValueError that names the file if it is damaged, or if the method
     has no updates or none that can be computed without the base.
@@ -112,7 +113,7 @@ def classes(path: Path) -> int | None:
         case "lorax":
             return states.classes(path)
         case "loralib":
-            weights = loralib.load(path, 1).weights  # their scale plays no part
+            weights = loralib.load(path).weights
         case _:
             file = path / peft.WEIGHTS
             weights = peft.own_names(peft.read_tensors(file)[0], file)

@@ -316,7 +316,7 @@ def test_hostile_metadata_changes_nothing_or_is_named(tmp_path):
     assert refused > 0.9 * len(texts)
 
 
-@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), "16", None])
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), "16"])
 def test_a_scale_that_is_no_number_is_named_of_loralib_too(alpha, tmp_path):
     tensors = {"a.lora_A": np.ones((2, 4)), "a.lora_B": np.ones((4, 2))}
     np.savez(tmp_path / "x.npz", **{key: np.float32(x) for key, x in tensors.items()})

@@ -423,7 +423,7 @@ def test_a_plain_apply_does_not_compute_without_them(kind):
     [
         ("prefix", "method.name: virtual tokens need attention .*there is dense/kernel"),
         ("llama-adapter", "method.name: virtual tokens need attention .*there is dense/kernel"),
-        ("prompt", "method.name: a prompt needs one token embedding .*there is dense/kernel"),
+        ("prompt", "method.name: a prompt needs one token embedding.*there is dense/kernel"),
     ],
 )
 def test_no_word_is_blamed_that_nobody_gave(kind, message):

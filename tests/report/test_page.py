@@ -52,7 +52,9 @@ def test_a_section_that_fails_is_an_error_in_its_place(name, whole, tmp_path, un
     headings = Page((directory / "report.html").read_text()).headings
     module, function, title = FAULTS[name]
     monkeypatch.setattr(module, function, fails)
-    with pytest.warns(page.SectionFailed, match=f"{title}: failed .*planted.*errors.txt says"):
+    with pytest.warns(
+        page.SectionFailed, match=f"{title}: failed .*planted.*traceback in .*errors.txt"
+    ):
         text = report.write(directory, kernels()).read_text()
     seen = Page(text)
     assert not seen.open and title in seen.headings
