@@ -119,7 +119,7 @@ def test_report_takes_runs_and_paths(trained, monkeypatch):
     assert asked == [
         ([one], (None, None, None, None, ())), ([one, "other"], (None, "page", None, None, ()))
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="lorax.report: nothing given; expected runs, or one adap"):
+    with pytest.raises(ValueError, match="lorax.report: nothing given; expected runs, or one or"):
         lorax.report()
 
 
