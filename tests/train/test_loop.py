@@ -200,7 +200,7 @@ def test_settings_that_images_have_no_use_for(key, value, message):
 def test_glue_needs_an_encoder():
     c = images("random:mlp-64-10", "glue")
     c.task.subset = "sst2"
-    with pytest.raises(ValueError, match=r"mlp-64-10 \(mlp\) has no head, .*only encoders"):
+    with pytest.raises(ValueError, match=r"mlp-64-10 \(mlp\) has no setting head, .*only encoders"):
         prepare.groups(config.members(c), lambda line: None)
 
 
