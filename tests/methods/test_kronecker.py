@@ -177,7 +177,9 @@ def test_a_member_of_a_sweep_is_the_member_alone(name):
             rest = np.array(leaf[i])
             if path in alone:
                 corner = tuple(slice(n) for n in alone[path].shape)
-                np.testing.assert_allclose(rest[corner], alone[path], rtol=0, atol=1e-6)
+                # Sums over padding round otherwise, and Adam divides by what it rounds: within a
+                # ten-thousandth of the 4e-2 that the steps can move a number.
+                np.testing.assert_allclose(rest[corner], alone[path], rtol=0, atol=4e-6)
                 rest[corner] = 0
             assert not rest.any(), path
 
