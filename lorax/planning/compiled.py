@@ -17,17 +17,18 @@ from lorax.train.layouts import Layout
 from lorax.train.shapes import shapes
 from lorax.train.stacks import Stack
 
-#: Of the CPU's compiler: code not worth running, but the same buffers, in a third of the time.
+#: Options of the CPU's compiler: slow code with the same buffers, in a third of the time.
 _QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
-#: It would hoist float32 copies of all bfloat16 weights out of the loop over layers.
+#: Without this pass the compiler doesn't hoist float32 copies of all bfloat16 weights out of the
+#: loop over layers.
 _NARROW = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
 class Measured(NamedTuple):
-    """What XLA and the traced program say of `width` members side by side.
+    """What XLA and the traced program need for `width` members side by side.
 
-    temporaries: bytes of buffers beside the arguments. half, full: FLOPs of a step in products of
+    temporaries: bytes of buffers other than the arguments. half, full: FLOPs of a step in products of
     16-bit numbers and in others. moved: bytes that these products read and write.
     """
 
@@ -38,8 +39,8 @@ class Measured(NamedTuple):
 
 
 def measure(stacked: Stack, base: Base, batch, wanted: Iterable) -> dict[tuple, Measured]:
-    """{(width, widened): what the training program takes}, of the wanted pairs. batch: shapes of
-    one member's call. widened: with copies that only a CPU makes of bfloat16 weights."""
+    """{(width, widened): what the training program needs}, for the wanted pairs. batch: shapes of
+    one member's call. widened: with the copies of bfloat16 weights that only a CPU makes."""
     lowered, works, jobs = {}, {}, {}
     with ThreadPoolExecutor(2) as pool:
         for width, widened in wanted:
@@ -57,8 +58,8 @@ def measure(stacked: Stack, base: Base, batch, wanted: Iterable) -> dict[tuple, 
 
 
 def trace(stacked: Stack, base: Base, batch, width: int):
-    """The program that `lorax.train` runs, traced for `width` members side by side on one CPU; with
-    `train.offload`, the one that takes the gradients, where the optimiser's state is not there."""
+    """The program that `lorax.train` runs, traced for `width` members side by side on one CPU. With
+    `train.offload` it is the program that computes gradients, without the optimiser's state."""
     kind = tasks.kind_of(stacked.config.task)
     layout = Layout("none", tuple(jax.local_devices(backend="cpu")[:1]), width, width)
     given = shapes(stacked, base, layout, batch, kind)
@@ -74,7 +75,7 @@ def trace(stacked: Stack, base: Base, batch, width: int):
 
 def work(closed):
     """(3,) float64: FLOPs in products of 16-bit numbers, in others, and bytes that products read
-    and write, of a `ClosedJaxpr` without what nothing reads. A loop counts as often as it turns."""
+    and write, for a `ClosedJaxpr` without dead code. A loop's body counts once per iteration."""
     live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     return _work(live)
 

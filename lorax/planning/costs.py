@@ -1,4 +1,4 @@
-"""What a group of members takes: bytes and FLOPs, by its shapes and its compiled program."""
+"""What a group of members needs in bytes and FLOPs, from its shapes and its compiled program."""
 
 import bisect
 import math
@@ -25,14 +25,14 @@ class Cost(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one group takes, in bytes; of one member where not said otherwise.
+    """What one group needs, in bytes per member unless said otherwise.
 
-    members: how many. width: of them side by side. name: what the group is. parameters: of the
-    base. trainable: of each member, padding not counted. weights: of the base, shared. adapters,
-    constants, gradients, optimizer: padded as in the sweep. rest: counters, learning rate, batches
-    of one call. offload: whether the optimiser's state lies in the host's memory. files: arrays of
-    each member's export. costs: by width, ascending. cpu: that of the width that a CPU takes, or
-    None where none was asked for.
+    members: their number. width: how many run side by side. name: a description of the group.
+    parameters: number of the base's. trainable: number of each member's, without padding. weights:
+    of the base, shared by all members. adapters, constants, gradients, optimizer: padded as in the
+    sweep. rest: counters, learning rate, batches of one call. offload: whether the optimiser's
+    state is kept in the host's memory. files: arrays that each member exports. costs: by width,
+    ascending. cpu: the cost of the width that a CPU uses, None if no CPU was asked for.
     """
 
     members: int
@@ -55,17 +55,17 @@ class Plan(NamedTuple):
 
     @property
     def state(self) -> int:
-        """Bytes of what training changes, and a checkpoint holds, of one member."""
+        """Bytes of one member's state that training changes and a checkpoint holds."""
         return self.adapters + self.optimizer
 
     @property
     def resident(self) -> int:
-        """Bytes of that on the device while gradients are taken."""
+        """Bytes of `state` that are on the device while gradients are computed."""
         return self.adapters + (0 if self.offload else self.optimizer)
 
     def at(self, width: int) -> Cost:
-        """The cost of a width: as compiled, or on the line through the two nearest that were; in
-        proportion where one alone was."""
+        """The cost of a width: as compiled, or interpolated between the two nearest widths that
+        were compiled; in proportion to the width if only one was."""
         known = self.costs
         i = min(max(bisect.bisect([c.width for c in known], width), 1), len(known) - 1)
         a, b = known[i - 1 : i + 1] if i else (Cost(0, 0, 0, 0, 0), known[0])
@@ -73,20 +73,20 @@ class Plan(NamedTuple):
         return Cost(width, *((1 - t) * x + t * y for x, y in zip(a[1:], b[1:], strict=True)))
 
     def peak(self, members: int, cost: Cost) -> int:
-        """Bytes of a program of so many members, `cost.width` of them side by side."""
+        """Bytes of a program for this many members, `cost.width` of them side by side."""
         each = self.resident + self.constants + self.rest
         total = self.weights + members * each + cost.temporaries
-        if cost.width < members:  # the loop keeps what it has made, and those at work
+        if cost.width < members:  # the loop holds finished members, and those that are running
             total += cost.width * each
             made = (members - cost.width) * self.gradients
             total += made if self.offload else members * self.state
-        if self.offload:  # the update is a program of its own
-            own = self.state + self.constants + self.gradients
-            total = max(total, self.weights + members * own)
+        if self.offload:  # the update is a separate program
+            update = self.state + self.constants + self.gradients
+            total = max(total, self.weights + members * update)
         return math.ceil(total)
 
     def most(self, memory: float, side_by_side: bool) -> int:
-        """Members that fit into so many bytes, side by side or one after the other."""
+        """Number of members that fit into this memory, side by side or one after another."""
         fits = lambda n: self.peak(n, self.at(n if side_by_side else 1)) <= memory
         low, high = 0, 1
         while fits(high) and high < 1 << 20:
@@ -95,9 +95,9 @@ class Plan(NamedTuple):
 
 
 def plan(members, devices: Iterable[str] = ()) -> Plan:
-    """Plan one group of members (`config.grouped`). devices: names in `DEVICES`; only "cpu" makes a
-    difference, in what is compiled. Raises ValueError or FileNotFoundError for what a user can
-    mend."""
+    """Plan one group of members (`config.grouped`). devices: names in `DEVICES`; with "cpu" the
+    program is also compiled for the width that a CPU uses. Raises ValueError or FileNotFoundError
+    for a config or a base that can't be planned."""
     c, n = members[0].config, len(members)
     base, stacked = shapes(members)
     batch = rows(c, base)
@@ -128,7 +128,7 @@ def plan(members, devices: Iterable[str] = ()) -> Plan:
 
 
 def _costs(stacked, base, batch, width: int, on_cpu: bool) -> tuple[list[Cost], Cost | None]:
-    """(costs of one member and of `width`, ascending; that of a CPU's own width, or None)."""
+    """(costs of one member and of `width`, ascending; the cost of a CPU's width, or None)."""
     c, n = stacked.config, len(stacked.members)
     widened = "bfloat16" in (c.dtype, c.operands, c.param_dtype) and not c.quant
     tokens = c.train.batch_size // c.train.accumulate * layouts.row_tokens(c.train, base)
@@ -143,12 +143,14 @@ def _costs(stacked, base, batch, width: int, on_cpu: bool) -> tuple[list[Cost], 
         at = measured[key]
         return Cost(key[0], at.temporaries + more, at.half, at.full, at.moved + key[0] * touched)
 
-    decoded = compiled.widest_decoded(base.params, c.dtype)  # whole but on a CPU: there by tiles
+    decoded = compiled.widest_decoded(
+        base.params, c.dtype
+    )  # whole, except on a CPU, which decodes tiles
     return [cost(key, decoded) for key in wide], cost(slow[0], 0) if slow else None
 
 
 def _name(stacked, base) -> str:
-    """What a group is: "lora on gpt2-nano, 8 x 128 tokens a step"."""
+    """A description of a group: "lora on gpt2-nano, 8 x 128 tokens a step"."""
     c = stacked.config
     tokens = f"x {layouts.row_tokens(c.train, base)} tokens"
     rows = tokens if tasks.kind_of(c.task).reads == "tokens" else "arrays"
@@ -157,9 +159,9 @@ def _name(stacked, base) -> str:
 
 
 def _exported(stacked, base) -> float:
-    """How many numbers a member exports (`adapters.save`) for each that it trains: 1 for LoRA, more
-    where factors were not trained or a start is taken off the base. What methods without factors
-    leave as well, the changes dW of weights and a copy for PEFT, is not counted."""
+    """How many numbers a member exports (`adapters.save`) for each number that it trains: 1 for
+    LoRA, more if some factors are not trained or a start is subtracted from the base. Methods
+    without factors also write dW and a copy for PEFT, which is not counted."""
     method = stacked.methods[0]
     state = one_member((stacked.state.trainable, stacked.constants))
     if method.factors is None:

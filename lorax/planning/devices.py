@@ -1,4 +1,4 @@
-"""The devices that a plan is for."""
+"""The devices that plans cover."""
 
 import os
 from collections.abc import Iterable
@@ -20,8 +20,8 @@ class Device(NamedTuple):
 
 _CORES = os.cpu_count() or 1
 
-#: Peaks by the makers' data sheets, for dense matrices (the H100's and H200's give twice that, for
-#: sparse ones).
+#: Peaks from the makers' data sheets, for dense matrices (the sheets of H100 and H200 give twice
+#: that, for sparse ones).
 DEVICES = {
     "h200": Device(
         141e9, 1979e12 / 2, 989e12 / 2, 4.8e12, "NVIDIA H200 SXM data sheet; float32 as TF32"

@@ -16,7 +16,7 @@ ADAPTED = ("llama-7b", "llama-13b", "llama2-70b", "falcon-7b", "falcon-40b", "fa
 
 _QV = ("q", "v")
 
-#: architecture -> [(name, rank, targets, quantised)], beside full fine-tuning
+#: architecture -> [(name, rank, targets, quantised)], compared with full fine-tuning
 COMPARED = {
     "gpt3-175b": [("LoRA", 1, _QV, False), ("LoRA", 4, _QV, False)],
     **dict.fromkeys(
@@ -29,7 +29,7 @@ COMPARED = {
 
 
 def tables() -> Iterable[Table]:
-    """The comparisons of the field, one after the other as they are found."""
+    """The comparison tables, each as soon as it is computed."""
     share = lambda part, whole: f"{count_text(part)} {100 * part / whole:.2g}%"
     ranks = tuple(f"r = {r}" for r in RANKS)
     matrices, adapted = [], []
@@ -62,8 +62,8 @@ def tables() -> Iterable[Table]:
     note += (
         "QLoRA's frozen weights in NF4 with double quantisation. The LoRA paper says 1.2 TB for "
     )
-    note += "GPT-3 and not what is in it; the closest here is Adam in 16 bits, 1.27 TiB. QLoRA's "
-    note += "780 GB for LLaMA 65B are those with Adam in 32 bits."
+    note += "GPT-3 without saying what it includes; the closest here is Adam in 16 bits, 1.27 TiB. "
+    note += "QLoRA's 780 GB for LLaMA 65B match Adam in 32 bits."
     yield Table("Full fine-tuning, LoRA and QLoRA", headings, lines, note)
 
 
@@ -99,7 +99,7 @@ def compare(name: str) -> dict[str, Training]:
 
 
 def _fitting(count, rank):
-    """count(rank), or None where a matrix is too small for the rank."""
+    """count(rank), or None if a matrix is too small for the rank."""
     try:
         return count(rank)
     except ValueError:

@@ -23,7 +23,7 @@ class OnDevice(NamedTuple):
 
 
 def on_device(p: Plan, name: str) -> OnDevice:
-    """What fits on a device, and how long a step of all members takes there at least."""
+    """What fits on a device, and the least time that a step of all members takes there."""
     device, memory, cost, extra = DEVICES[name], memory_of(name), None, 0
     if name == "cpu" and p.cpu is not None:
         cost = p.cpu
@@ -36,7 +36,7 @@ def on_device(p: Plan, name: str) -> OnDevice:
 
 
 def memory_of(name: str) -> float:
-    """Bytes that a program may take on a device: of a CPU 80 % of what is free."""
+    """Bytes that a program may use on a device; on a CPU, 80% of the free memory."""
     if name != "cpu":
         return SHARE * DEVICES[name].memory
     default = config.default().train

@@ -1,4 +1,4 @@
-"""Plans as tables: what a group takes, and how that goes on each device."""
+"""Plans as tables: what a group needs, and what that means on each device."""
 
 import sys
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from lorax.planning.roofline import on_device
 
 
 class Table(NamedTuple):
-    """title, headings and rows of text, and what stands below."""
+    """A title, headings and rows of text, and a note below the table."""
 
     title: str
     headings: tuple[str, ...]
@@ -22,7 +22,7 @@ class Table(NamedTuple):
 
 
 def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
-    """The two tables of a group: what it takes, and how that goes on each device."""
+    """The two tables of a group: what it needs, and what that means on each device."""
     n, one, wide = p.members, p.at(1), p.at(p.width)
     exact, estimated = "exact", "estimated"
     export = exact if p.files_exact else estimated
@@ -30,8 +30,8 @@ def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
     activations = lambda cost: bytes_text(max(cost.temporaries - cost.width * p.gradients, 0))
     remat = {
         "none": "kept for the backward pass",
-        "full": "made again in the backward pass",
-        "dots": "made again but for products",
+        "full": "recomputed in the backward pass",
+        "dots": "recomputed except products",
     }[p.remat]
     steps = (one, wide._replace(half=n / p.width * wide.half, full=n / p.width * wide.full))
     lines = [
@@ -129,5 +129,5 @@ def show(tables: Iterable[Table], markdown: bool) -> None:
 
 
 def _cell(text: str) -> str:
-    """Text in a table of Markdown, to which a bar ends the cell."""
+    """Text for a Markdown table, where a bar would end the cell."""
     return text.replace("|", "\\|")
