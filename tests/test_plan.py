@@ -231,8 +231,8 @@ def test_what_is_made_again_costs_work_and_saves_memory():
     labels = [next(row[0] for row in rows if row[0].startswith("activations")) for rows in shown]
     assert [label.split(", ")[1] for label in labels] == [
         "kept for the backward pass",
-        "made again but for products",
-        "made again in the backward pass",
+        "recomputed except products",
+        "recomputed in the backward pass",
     ]
 
 

@@ -28,8 +28,8 @@ _NARROW = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 class Measured(NamedTuple):
     """What XLA and the traced program need for `width` members side by side.
 
-    temporaries: bytes of buffers other than the arguments. half, full: FLOPs of a step in products of
-    16-bit numbers and in others. moved: bytes that these products read and write.
+    temporaries: bytes of buffers other than the arguments. half, full: FLOPs of a step in products
+    of 16-bit numbers and in others. moved: bytes that these products read and write.
     """
 
     temporaries: int
