@@ -183,7 +183,8 @@ def compiled_sweep(members, width, monkeypatch, options=quick.OPTIONS):
         name: jax.ShapeDtypeStruct((1, *x.shape[2:]), x.dtype) for name, x in batch.items()
     }
     layout = layouts.Layout("none", tuple(jax.devices()[:1]), len(members), width)
-    programs = compile_programs(stacked, base, layout, batch, evaluation)
+    kind = tasks.kind_of(members[0].config.task)
+    programs = compile_programs(stacked, base, layout, batch, evaluation, kind)
     return programs.bytes, kept[0]
 
 
