@@ -246,7 +246,7 @@ def test_devices_that_share_the_members_see_what_one_sees(tmp_path):
         batches = batch_shapes(c.train, group.task, 1)
         evals = tree.shapes(eval_batches(group.task, 25))
         chosen = layouts.layout(3, train_, group.base, jax.devices()[:devices])
-        programs = compile_programs(stack, group.base, chosen, batches, evals)
+        programs = compile_programs(stack, group.base, chosen, batches, evals, group.task.kind)
         trainable = programs.place(moved(stack.state.trainable))
         constants = programs.place(stack.constants)
         params = programs.place_base(group.base.params)
