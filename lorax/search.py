@@ -85,7 +85,7 @@ def next_round(
     from lorax.analysis import intrinsic  # imports pandas, which `members` can do without
 
     search, table = settings.search, points(directory)
-    for _, row in estimate(settings, directory).iterrows():
+    for _, row in intrinsic.estimate(table, search.threshold, search.metric).iterrows():
         condition = f"{row['condition']}: " if row["condition"] else ""
         say(f"search: {condition}{intrinsic.headline(row)}")
     asked = refine(table, search.threshold, search.metric, search.points, seeds(settings))
