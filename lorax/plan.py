@@ -102,12 +102,11 @@ def plan_config(settings: ConfigDict, devices: str | Iterable[str] = ("cpu",)):
     rows = []
     for index, members in enumerate(config.grouped(search.members(settings))):
         p, c = costs.plan(members, devices), members[0].config
-        single, wide = p.at(1), p.at(p.width)
         group = {"group": index, "method": c.method.name, "base": c.base, "members": p.members}
         group |= {"parameters": p.parameters, "trainable_params": max(p.trainable)}
         group |= {"weights": p.weights, "adapters": p.adapters, "optimizer": p.optimizer}
-        group |= {"gradients": p.gradients, "peak": p.peak(p.members, wide)}
-        group |= {"activations": int(max(single.temporaries - p.gradients, 0))}
+        group |= {"gradients": p.gradients, "peak": p.peak(p.members, p.at(p.width))}
+        group |= {"activations": int(p.activations(p.at(1)))}
         on = lambda name, p=p: roofline.on_device(p, name)._asdict()
         rows += [group | {"device": name} | on(name) for name in devices]
     return pd.DataFrame(rows)

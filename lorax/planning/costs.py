@@ -63,6 +63,10 @@ class Plan(NamedTuple):
         """Bytes of `state` that are on the device while gradients are computed."""
         return self.adapters + (0 if self.offload else self.optimizer)
 
+    def activations(self, cost: Cost) -> float:
+        """Bytes of the temporaries other than the gradients of the members that run."""
+        return max(cost.temporaries - cost.width * self.gradients, 0)
+
     def at(self, width: int) -> Cost:
         """The cost of a width: as compiled, or interpolated between the two nearest widths that
         were compiled; in proportion to the width if only one was."""

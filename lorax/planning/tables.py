@@ -27,7 +27,6 @@ def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
     exact, estimated = "exact", "estimated"
     export = exact if p.files_exact else estimated
     each = lambda x: (bytes_text(x), bytes_text(n * x))
-    activations = lambda cost: bytes_text(max(cost.temporaries - cost.width * p.gradients, 0))
     remat = {
         "none": "kept for the backward pass",
         "full": "recomputed in the backward pass",
@@ -43,7 +42,7 @@ def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
         (f"optimiser state{', in the host memory' * p.offload}", *each(p.optimizer), exact),
         ("batches and counters", *each(p.rest), exact),
         ("gradients", bytes_text(p.gradients), bytes_text(p.width * p.gradients), exact),
-        (f"activations, {remat}", activations(one), activations(wide), estimated),
+        (f"activations, {remat}", *(bytes_text(p.activations(c)) for c in (one, wide)), estimated),
         ("peak of training", bytes_text(p.peak(1, one)), bytes_text(p.peak(n, wide)), estimated),
         ("exported arrays", _range(p.files, bytes_text), bytes_text(sum(p.files)), export),
         ("checkpoint", *each(p.state), exact),
