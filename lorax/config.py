@@ -393,22 +393,17 @@ def _of_group(member: Member) -> dict:
 
 def grouped(members: Iterable[Member]) -> list[list[Member]]:
     """Groups of members that can share a program, in the order in which they run."""
-    ordered = sorted(members, key=group_key)
-    parts = [list(part) for _, part in itertools.groupby(ordered, key=group_key)]
-    return sorted(parts, key=lambda part: part[0].index)
+    groups = {}
+    for member in members:
+        groups.setdefault(group_key(member), []).append(member)
+    return sorted(groups.values(), key=lambda group: group[0].index)
 
 
 def differences(groups: list[list[Member]]) -> list[str]:
     """The keys in which the groups differ."""
-    group_settings = [_of_group(group[0]) for group in groups]
-    common = [
-        key for key in group_settings[0] if all(key in settings for settings in group_settings)
-    ]
-    return [
-        key
-        for key in common
-        if any(settings[key] != group_settings[0][key] for settings in group_settings)
-    ]
+    first, *others = (_of_group(group[0]) for group in groups)
+    shared = [key for key in first if all(key in other for other in others)]
+    return [key for key in shared if any(other[key] != first[key] for other in others)]
 
 
 # -------------------------------------------------------------------------------------------- keys
