@@ -49,7 +49,7 @@ def spectra(method, sites, params, constants, trainable) -> dict[str, Spectrum]:
 def of_members(of_member: Callable, params, constants, trainable, n: int) -> dict[str, Spectrum]:
     """`spectra` of the first n members of stacked trees, leaves (n, ...) on the host.
 
-    one(params, constants, trainable, i): `spectra` of member i, compiled.
+    of_member(params, constants, trainable, i): `spectra` of member i, compiled.
 
     Members are decomposed one after another, each on its own device, not in one program over all
     devices. A CPU's devices share a pool of one thread per core; batched LAPACK calls wait there
