@@ -18,8 +18,10 @@ from lorax.train.batches import eval_batches
 def check(base: Base, rows: int) -> None:
     """Raises ValueError if `config.analysis.cka` is set for a base without a residual stream."""
     if rows and not base.traits.stream:
+        images = base.input_shape is not None
+        why = "reads images" if images else "has no residual stream that lorax knows"
         raise ValueError(
-            f"analysis.cka: {rows} given, but {base.name} ({base.family}) reads images; CKA "
+            f"analysis.cka: {rows} given, but {base.name} ({base.family}) {why}; CKA "
             "compares the residual streams of models that read texts; leave it at 0"
         )
 

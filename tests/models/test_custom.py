@@ -20,6 +20,7 @@ from lorax.methods import targets
 from lorax.models import Model
 from lorax.models.load import skeleton
 from lorax.tasks import planted
+from lorax.train import activations
 
 ROOT = pathlib.Path(lorax.__file__).parents[1]
 FILE = ROOT / "docs" / "examples" / "model.py"
@@ -244,6 +245,11 @@ def test_options_that_the_function_does_not_take_are_refused(run, message):
         lorax.load(f"{outside.spelled(looped)}@x")
     with pytest.raises(FileNotFoundError, match="base: no directory .*nowhere"):
         lorax.load(no_tokenizer)
+
+
+def test_cka_is_refused_for_the_reason_that_holds(nano):
+    with pytest.raises(ValueError, match="has no residual stream that lorax knows; CKA compares"):
+        activations.check(nano, 8)
 
 
 def test_layers_of_loops_and_of_stacks_below_the_first_word():
