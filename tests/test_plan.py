@@ -307,7 +307,7 @@ RSS = """
 import os, resource, sys
 sys.path.insert(0, "tests")
 import jax, jax.numpy as jnp
-from lorax import config
+from lorax import config, tasks
 from lorax.planning import costs, shapes
 from lorax.models import shapes as architectures
 from lorax.train import layouts, stacks
@@ -324,7 +324,8 @@ base, shaped = shapes.shapes(members)
 batch = shapes.rows(c)
 layout = layouts.Layout("none", tuple(jax.devices()[:1]), 1, 1)
 evaluation = {name: jax.ShapeDtypeStruct((1, *x.shape[2:]), x.dtype) for name, x in batch.items()}
-programs = compile_programs(shaped, base, layout, batch, evaluation)
+kind = tasks.kind_of(c.task)
+programs = compile_programs(shaped, base, layout, batch, evaluation, kind)
 resident = lambda key: next(
     1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)
 )

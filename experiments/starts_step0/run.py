@@ -134,7 +134,7 @@ def train(group):
     batches = train_batches(stack, task, 0, STEPS)
     one = tree.shapes({key: x[0] for key, x in batches.items()})
     evals = tree.shapes(eval_batches(task, 8))
-    programs = fitting.fit(stack, group.base, section, one, evals)
+    programs = fitting.fit(stack, group.base, section, one, evals, task.kind)
     params, state = programs.place_base(group.base.params), programs.place_state(stack.state)
     data = programs.place(stack.constants), programs.place(stack.hyper)
     _, logs = programs.train(params, *data, state, programs.place_batches(batches))

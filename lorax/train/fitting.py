@@ -35,8 +35,8 @@ def fit(
     train,
     batches,
     eval_batches,
+    kind: kinds.Kind,
     devices=None,
-    kind: kinds.Kind = kinds.TEXTS,
 ) -> Programs:
     """`compile_programs` for as many members at once as fit into memory, as the compiler reports.
 
@@ -66,9 +66,7 @@ def fit(
             )
 
 
-def would_fit(
-    train, batches, needs: Callable[[dict], int], limit: int, kind: kinds.Kind = kinds.TEXTS
-) -> str:
+def would_fit(train, batches, needs: Callable[[dict], int], limit: int, kind: kinds.Kind) -> str:
     """Hint at a smaller batch that would fit. needs(shapes of batches) -> bytes, by the compiler.
 
     First tries to split batches into more parts, down to one row each, then to halve the rows.

@@ -140,9 +140,9 @@ def _shapes(group: Group):
 
 def _timed_fit(group: Group) -> tuple[Programs, float]:
     """The programs of a group, and the seconds that it took to compile them."""
-    began, kind = time.monotonic(), group.task.kind
-    arguments = group.stack, group.base, group.config.train, *_shapes(group)
-    return fitting.fit(*arguments, kind=kind), time.monotonic() - began
+    began = time.monotonic()
+    arguments = group.stack, group.base, group.config.train, *_shapes(group), group.task.kind
+    return fitting.fit(*arguments), time.monotonic() - began
 
 
 def _without_spectra(group: Group) -> str:

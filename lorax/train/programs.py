@@ -48,7 +48,7 @@ def compile_programs(
     layout: Layout,
     batches,
     eval_batches,
-    kind: kinds.Kind = kinds.TEXTS,
+    kind: kinds.Kind,
 ) -> Programs:
     """Compile for `layout.size` members, from shapes alone; nothing is allocated.
 
@@ -56,36 +56,27 @@ def compile_programs(
     eval_batches: the same (N, B, ...), shared by all members. kind: of these rows.
     """
     program = program_of(stacked, base, layout.width, kind)
-    described_arguments = shapes(stacked, base, layout, batches, kind)
+    known = shapes(stacked, base, layout, batches, kind)
     evaluate = over_devices(evaluation(program, layout.width), layout, (None, 0, 0, None))
     if layout.mode == "pmap":
         train = over_devices(training(program, layout.width), layout, (None, 0, 0, 0, 0), donate=3)
         trained = Training(train, narrow=lambda width: None, place=lambda state: state, bytes=0)
     else:
         compiled = offload.compile_training if program.train.offload else compile_training
-        rows = described(eval_batches, described_arguments.place.shared)
-        arguments = (
-            described_arguments.params,
-            described_arguments.constants,
-            described_arguments.state.trainable,
-            rows,
-        )
+        rows = described(eval_batches, known.place.shared)
+        arguments = known.params, known.constants, known.state.trainable, rows
         evaluate = jax.jit(evaluate).lower(*arguments).compile()
-        trained = compiled(program, layout, described_arguments)
+        trained = compiled(program, layout, known)
 
-    place = lambda tree: jax.device_put(
-        filled(tree, layout.size), described_arguments.place.members
-    )
+    place = lambda tree: jax.device_put(filled(tree, layout.size), known.place.members)
     return Programs(
         train=trained.train,
         evaluate=evaluate,
         spectra=functools.partial(trajectory.of_members, jax.jit(spectra(program))),
-        place_base=lambda params: jax.device_put(params, described_arguments.place.shared),
+        place_base=lambda params: jax.device_put(params, known.place.shared),
         place=place,
         place_state=lambda state: trained.place(place(state)),
-        place_batches=lambda rows: jax.device_put(
-            filled(rows, layout.size), described_arguments.place.batches
-        ),
+        place_batches=lambda rows: jax.device_put(filled(rows, layout.size), known.place.batches),
         narrow=trained.narrow,
         layout=layout,
         bytes=trained.bytes,
@@ -144,23 +135,16 @@ def spectra(program: step.Program) -> Callable:
     return of_member
 
 
-def compile_training(
-    program: step.Program, layout: Layout, described_arguments: Shapes
-) -> Training:
+def compile_training(program: step.Program, layout: Layout, known: Shapes) -> Training:
     """`training` compiled for shapes, with everything on the devices."""
     train = over_devices(training(program, layout.width), layout, (None, 0, 0, 0, 0))
     train = jax.jit(train, donate_argnums=3)
 
     @functools.cache
     def compiled(width):
-        members = (
-            described_arguments.constants,
-            described_arguments.hyper,
-            described_arguments.state,
-            described_arguments.batches(width),
-        )
-        return train.lower(described_arguments.params, *members).compile()
+        members = known.constants, known.hyper, known.state, known.batches(width)
+        return train.lower(known.params, *members).compile()
 
-    call = lambda *arguments: compiled(described_arguments.width_of(arguments[-1]))(*arguments)
-    bytes_ = xla.program_bytes(compiled(described_arguments.widest))
+    call = lambda *arguments: compiled(known.width_of(arguments[-1]))(*arguments)
+    bytes_ = xla.program_bytes(compiled(known.widest))
     return Training(call, narrow=compiled, place=lambda state: state, bytes=bytes_)

@@ -209,7 +209,9 @@ def test_alone_is_in_the_sweep(name):
         evals = eval_batches(task, 4)
         shapes = tree.shapes({key: x[0] for key, x in batches.items()})
         devices = jax.devices()[:1]
-        programs = fitting.fit(stacked, base(), c.train, shapes, tree.shapes(evals), devices)
+        programs = fitting.fit(
+            stacked, base(), c.train, shapes, tree.shapes(evals), task.kind, devices
+        )
         place = programs.place
         state, logs = programs.train(
             programs.place_base(base().params), place(stacked.constants), place(stacked.hyper),

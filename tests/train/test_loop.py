@@ -211,7 +211,7 @@ def test_groups_that_differ_in_their_data_share_one_program(tmp_path, monkeypatc
     c = images("random:mlp-8-6", "planted", planted_rank=(1, 2), data_seed=(0, 1), rank=(1, 2))
     c.task.n_train, c.task.examples, c.task.noise = None, 40, 0.1
     fitted, fit = [], loop.fitting.fit
-    kept = lambda *given, **kind: fitted.append(fit(*given, **kind)) or fitted[-1]
+    kept = lambda *given: fitted.append(fit(*given)) or fitted[-1]
     monkeypatch.setattr(loop.fitting, "fit", kept)
     together, alone = tmp_path / "together", tmp_path / "alone"
     for workdir in (together, alone):
@@ -235,7 +235,7 @@ def test_groups_that_differ_in_their_data_share_one_program(tmp_path, monkeypatc
 
 def test_another_shape_or_setting_is_another_program(tmp_path, monkeypatch):
     fitted, fit = [], loop.fitting.fit
-    kept = lambda *given, **kind: fitted.append(fit(*given, **kind)) or fitted[-1]
+    kept = lambda *given: fitted.append(fit(*given)) or fitted[-1]
     monkeypatch.setattr(loop.fitting, "fit", kept)
     c = images("random:mlp-8-6", "planted", rank=(1,), steps=(2, 4))
     c.task.n_train, c.task.examples, c.task.rank = None, 40, 1
@@ -358,11 +358,11 @@ def test_the_largest_group_is_fitted_before_anything_is_trained(tmp_path, monkey
     c = images("random:mlp-64-10", batch_size=(8, 64, 16))
     fit, sizes = loop.fitting.fit, []
 
-    def short(stacked, base, train, *shapes, **kind):
+    def short(stacked, base, train, *shapes):
         sizes.append(train.batch_size)
         if train.batch_size == 64 and limit:
             raise MemoryError("one member needs")
-        return fit(stacked, base, train, *shapes, **kind)
+        return fit(stacked, base, train, *shapes)
 
     monkeypatch.setattr(loop.fitting, "fit", short)
     limit = True

@@ -65,7 +65,7 @@ def run(c, base, task, pick=None, devices=None, steps=7, k=4):
     devices = devices or jax.devices()[:1]
     train = stacked.members[0].config.train
     programs = fitting.fit(
-        stacked, base, train, abstract(batches), abstract(evals), devices, task.kind
+        stacked, base, train, abstract(batches), abstract(evals), task.kind, devices
     )
     params, losses, finals, trees = programs.place_base(base.params), [], [], []
     for chunk in stacks.parts(stacked, programs.layout.size):
@@ -241,7 +241,8 @@ def fitted(base, task, accumulate=1, seq_len=12, memory_gb=0.0):
     cut = tasks.Task("cut", {k: x[:, : seq_len + 1] for k, x in task.train.items()}, task.eval, "")
     batches = tree.shapes(batch_shapes(c.train, cut, 4))
     evals = tree.shapes(eval_batches(task, 4))
-    return fitting.fit(stack_of(c, base), base, c.train, batches, evals, jax.devices()[:1])
+    stacked, devices = stack_of(c, base), jax.devices()[:1]
+    return fitting.fit(stacked, base, c.train, batches, evals, task.kind, devices)
 
 
 def test_what_would_fit_is_said_and_fits(base, task):
