@@ -286,12 +286,12 @@ def _leaves(nested: Mapping, prefix: tuple = ()):
 
 
 def _vocabulary(request: Given, base: Base) -> Vocabulary | None:
-    """The model's vocabulary, with as many ids as the model has logits."""
+    """The model's vocabulary; a language model has embeddings for as many ids as it has logits."""
     wanted = request.model.vocabulary
     if wanted is None or isinstance(wanted, Vocabulary):
         return wanted
     directory = find(str(wanted), False)
-    loaded = vocabulary.read(directory, _outputs(base))
+    loaded = vocabulary.read(directory, _logits(base) if base.causal else None)
     if loaded is None:
         raise FileNotFoundError(
             f"base: {request.name}: vocabulary: no tokenizer.json in {directory}"
@@ -299,7 +299,7 @@ def _vocabulary(request: Given, base: Base) -> Vocabulary | None:
     return loaded
 
 
-def _outputs(base: Base) -> int:
+def _logits(base: Base) -> int:
     example = jax.eval_shape(base.traits.example)
     out = jax.eval_shape(lambda p, x: base.module.apply({"params": p}, x), base.params, example)
     return out.shape[-1]

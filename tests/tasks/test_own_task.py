@@ -188,6 +188,35 @@ def test_labels_that_are_numbers_are_values(given, bert):
     }
 
 
+def test_labelled_texts_train_a_classifier_of_the_users_own(tmp_path, bert):
+    """It reads its vocabulary from a directory, which has more ids than the model has classes."""
+    bert.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3, "pad_token_id": 0}')
+    name = written(
+        tmp_path,
+        "from flax import linen as nn\n"
+        "from lorax import models\n\n\n"
+        "class Bag(nn.Module):\n"
+        "    labels: int\n\n"
+        "    @nn.compact\n"
+        "    def __call__(self, tokens, segments, types):\n"
+        "        x = nn.Embed(400, 8, name='words')(tokens)\n"
+        "        x = x * segments[..., None].astype(x.dtype)\n"
+        "        return nn.Dense(self.labels, name='q')(x.mean(axis=1))\n\n\n"
+        "def bag(labels=2):\n"
+        f"    return models.Model(Bag(labels), vocabulary={str(tmp_path)!r})\n\n\n"
+        "def make():\n"
+        "    items = [('good film', 'yes'), ('bad film', 'no'), ('a river', 'maybe')]\n"
+        "    return tasks.labelled(items, items, classes=('no', 'maybe', 'yes'))\n",
+    )
+    c = small("lora")
+    c.base, c.task.name, c.task.n_train = name.replace(":make", ":bag"), name, 3
+    c.method.targets, c.method.rank, c.train.seq_len, c.eval.examples = ("q",), 1, 8, 3
+    run = trained(c, tmp_path / "run")
+    lines = run.metrics.query("split == 'eval'")
+    assert len(lines) == 2 and lines["accuracy"].between(0, 1).all()
+
+
 # ------------------------------------------------------------------------------------------ arrays
 
 
