@@ -125,7 +125,7 @@ def blame(function: Callable, field: str = ""):
         yield
     except Exception as error:
         where, file = f"{field}: " * bool(field), _file_of(function)
-        raise ValueError(f"{where}{_line(error, file) or file}: {reason(error)}") from error
+        raise ValueError(f"{where}{line_of(error, file) or file}: {reason(error)}") from error
 
 
 def takes(function: Callable) -> tuple[str, ...]:
@@ -157,7 +157,7 @@ def run_file(file: str | Path, field: str = ""):
     except SyntaxError as error:
         raise ValueError(f"{where}{error.filename}:{error.lineno}: {error.msg}") from error
     except Exception as error:
-        raise ValueError(f"{where}{_line(error, str(file)) or file}: {reason(error)}") from error
+        raise ValueError(f"{where}{line_of(error, str(file)) or file}: {reason(error)}") from error
     return module
 
 
@@ -181,7 +181,7 @@ def _file_of(function: Callable) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def _line(error: BaseException, file: str) -> str:
+def line_of(error: BaseException, file: str) -> str:
     """FILE:LINE of the last call in `file` in an error's traceback, "" if there is none."""
     same = lambda frame: os.path.abspath(frame.filename) == os.path.abspath(file)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if same(frame)]

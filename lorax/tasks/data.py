@@ -13,13 +13,13 @@ named after the function, or {name: number}. Rows are made later, once tokenizer
 import inspect
 import itertools
 import numbers
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from lorax import outside
 from lorax.errors import reason
 from lorax.tasks import kinds, metrics, rows, scores, sentences
 from lorax.tasks.kinds import Kind
@@ -361,9 +361,8 @@ def _line(source, error: Exception) -> str:
     """ "FILE:LINE: " where a generator raised; "" for other iterables."""
     if not inspect.isgenerator(source):
         return ""
-    file = source.gi_code.co_filename
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
-    return f"{file}:{lines[-1]}: " if lines else ""
+    line = outside.line_of(error, source.gi_code.co_filename)
+    return f"{line}: " if line else ""
 
 
 def _checked(items: Iterable, name: str, check: Callable[[Any, str], Any]) -> Replayed:
