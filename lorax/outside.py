@@ -24,6 +24,7 @@ from lorax.errors import nearest, reason
 #: None for the time, because no file was read.
 _FUNCTIONS: dict[str, tuple[Callable, int | None]] = {}
 _NAME = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
+_BASE = re.compile(rf"(?P<random>random:)?(?P<name>{_NAME.pattern})(?:@(?P<rest>.+))?")
 NOTEBOOK = "notebook.py"  # in place of a file, for a function that has none
 
 
@@ -42,8 +43,8 @@ class BaseName(NamedTuple):
 
 def base_name(name: str) -> BaseName | None:
     """The parts of a base's name, None if no function makes it."""
-    parts = re.fullmatch(r"(random:)?(.+\.py:[A-Za-z_]\w*)(?:@(.+))?", name)
-    return parts and BaseName(parts[2], parts[3], parts[1] is not None)
+    parts = _BASE.fullmatch(name)
+    return parts and BaseName(parts["name"], parts["rest"], parts["random"] is not None)
 
 
 def spell(value, field: str = ""):
