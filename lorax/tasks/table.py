@@ -174,12 +174,11 @@ def build(
         task = data.build(config, vocabulary, seq_len, base)
     except DataError as error:
         raise ValueError(f"task.name: {name}: {error}") from error
-    trimmed = (kinds.trim(task.kind, rows) for rows in (task.train, task.eval))
-    task = task._replace(**dict(zip(("train", "eval"), trimmed, strict=True)))
-    eval_rows, note = spread(task.eval, eval_examples), task.note
-    if size(eval_rows) < size(task.eval):
+    train, evaluation = kinds.trim(task.kind, task.train), kinds.trim(task.kind, task.eval)
+    eval_rows, note = spread(evaluation, eval_examples), task.note
+    if size(eval_rows) < size(evaluation):
         note += f"; evaluates on {count(size(eval_rows))} of these, evenly spaced"
-    task = task._replace(eval=eval_rows, note=f"{name}: {note}")
+    task = task._replace(train=train, eval=eval_rows, note=f"{name}: {note}")
     if config.get("group_by_length"):
         task = task._replace(lengths=kinds.lengths(task.kind, task.train))
         share = task.lengths.mean() / kinds.columns(task.kind, task.train)
@@ -194,8 +193,8 @@ def _check_keys(config: Mapping[str, Any], known: Row) -> None:
         value = config.get(field)
         usual = field in ("name", "n_train", *known.keys) or value in (None, _DEFAULTS[field])
         if not usual:
-            able = "it reads " + (", ".join(known.keys) or "none") if is_users else "only "
-            able += "" if is_users else ", ".join(ONLY[field])
+            keys = known.keys if is_users else ONLY[field]
+            able = ("it reads " if is_users else "only ") + (", ".join(keys) or "none")
             raise ValueError(
                 f"task.{field}: {value!r} was given; task {name!r} has no use for it, {able}"
             )
