@@ -62,6 +62,8 @@ class Config:
 
 
 class Attention(nn.Module):
+    """Self-attention: x (B, T, hidden_size), mask (B or 1, T, S) bool -> (B, T, hidden_size)."""
+
     config: Config
 
     @nn.compact
@@ -75,6 +77,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Feed-forward: down(act(up(x)))."""
+
     config: Config
 
     @nn.compact

@@ -71,6 +71,7 @@ class Config:
 
     @property
     def embed_features(self) -> int:
+        """Features of the embeddings; if not hidden_size, a layer projects them to it."""
         return self.embedding_size or self.hidden_size
 
     @property
@@ -86,6 +87,7 @@ class Config:
 
     @property
     def norms_relative(self) -> bool:
+        """Whether the relative embeddings are normalised."""
         return self.relative_attention and self.norm_rel_ebd == "layer_norm"
 
 

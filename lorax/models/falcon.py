@@ -79,6 +79,9 @@ class Config:
 
 
 class Attention(nn.Module):
+    """Causal self-attention: x, mask, place, kv, at -> (o, kv); place: the result of
+    `_place`; the rest as in `cached_attention`."""
+
     config: Config
 
     @nn.compact
@@ -101,6 +104,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Feed-forward: down(act(up(x)))."""
+
     config: Config
 
     @nn.compact

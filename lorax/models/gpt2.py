@@ -77,6 +77,8 @@ SIZES = {
 
 
 class Attention(nn.Module):
+    """Causal self-attention: x, mask, kv, at -> (o, kv); see `cached_attention`."""
+
     config: Config
 
     @nn.compact
@@ -91,6 +93,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Feed-forward: down(act(up(x)))."""
+
     config: Config
 
     @nn.compact

@@ -99,6 +99,9 @@ class Config:
 
 
 class Attention(nn.Module):
+    """Causal self-attention: x, mask, turn, kv, at -> (o, kv); turn: (cos, sin) of
+    `rope`; the rest as in `cached_attention`."""
+
     config: Config
 
     @nn.compact

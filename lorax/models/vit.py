@@ -57,6 +57,8 @@ def _pair(size) -> tuple[int, int]:
 
 
 class Attention(nn.Module):
+    """Self-attention without a mask: x (B, T, hidden_size) -> (B, T, hidden_size)."""
+
     config: Config
 
     @nn.compact
@@ -71,6 +73,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Feed-forward: down(act(up(x)))."""
+
     config: Config
 
     @nn.compact

@@ -20,6 +20,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing
 
 
 def main() -> None:
+    """Limit the memory of this process, compile the template, then render line by line."""
     settings = json.loads(sys.stdin.buffer.readline())
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     memory = settings["memory"] if most == resource.RLIM_INFINITY else min(settings["memory"], most)
@@ -54,6 +55,8 @@ def answer(settings: dict, work) -> None:
 
 
 def said(error: Exception) -> str:
+    """An error as the reason in an answer: 300 characters of its text, with its type if it is
+    neither Jinja's nor this module's."""
     text = str(error)[:300]
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"{text} (line {error.lineno})"
@@ -81,6 +84,7 @@ class Generation(Extension):
         self.used, self.spans, self.length = False, [], 0
 
     def parse(self, parser):
+        """The block as a call of `_mark`; Jinja calls this at each tag."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
         self.used = True
@@ -108,6 +112,7 @@ class Namespace(jinja2.utils.Namespace):
 
     @staticmethod
     def check(name):
+        """Raises SecurityError for a name that begins with an underscore."""
         if isinstance(name, str) and name.startswith("_"):
             raise jinja2.exceptions.SecurityError(f"a namespace may not hold {name!r}")
 
@@ -119,6 +124,7 @@ class Dict:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args, **kwargs):
+        """As `dict.fromkeys`."""
         return dict.fromkeys(*args, **kwargs)
 
 
@@ -178,6 +184,11 @@ def aliased(message: dict) -> dict:
 
 
 def pieces(template, chat: dict, ends: list[str]) -> list:
+    """(text, whether it is a target) of a conversation's parts, as `templates.render` explains; the
+    text of the end token is None.
+
+    chat: the fields of a `templates.Chat`. Raises RefusedError, and whatever the template raises.
+    """
     messages, learnt, extra = chat["messages"], set(chat["learnt"]), chat["extra"]
 
     def text(messages: list, cue: bool = False, extra: dict = extra) -> str:

@@ -63,6 +63,7 @@ class Task(NamedTuple):
 
 
 def count(n: int) -> str:
+    """A number for a message: 12345 -> "12,345"."""
     return f"{n:,}"
 
 
