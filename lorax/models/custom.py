@@ -82,11 +82,6 @@ def is_custom(name) -> bool:
     return outside.base_name(name) is not None
 
 
-def takes_labels(name: str) -> bool:
-    """Whether the function takes `labels`, the number of classes of a text classifier."""
-    return "labels" in outside.takes(outside.resolve(outside.base_name(name).function, "base"))
-
-
 def save(directory: Path, base: Base) -> None:
     """Write the weights of a user's base: model.safetensors, with parameters named by their paths
     in the module and in their dtypes in `base`, and a config.json that names the function. `load`

@@ -199,9 +199,7 @@ def _seeded(name: str) -> tuple[str, int]:
 
 
 def has_choice_of_head(name: str) -> bool:
-    """Whether a base is an encoder with a choice of heads in `load`. Raises as `load`."""
-    if custom.is_custom(name):
-        return custom.takes_labels(name)
+    """Whether a base in files is an encoder with a choice of heads in `load`. Raises as `load`."""
     raw = read_json(find(name, weights=False) / "config.json")
     return "head" in config_fields(family_of(name, raw))
 
