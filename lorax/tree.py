@@ -5,7 +5,7 @@ joins the keys with slashes: "h/attn/q/kernel".
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -19,12 +19,12 @@ def is_hole(x) -> bool:
     return isinstance(x, Hole)
 
 
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """{path: leaf} of a nested dict, in the dict's order. Anything except a dict is a leaf."""
+def flatten(tree: Mapping, prefix: str = "") -> dict:
+    """{path: leaf} of a nested mapping, in its order. Anything except a mapping is a leaf."""
     flat = {}
     for key, value in tree.items():
         path = f"{prefix}/{key}" if prefix else str(key)
-        flat.update(flatten(value, path) if isinstance(value, dict) else {path: value})
+        flat.update(flatten(value, path) if isinstance(value, Mapping) else {path: value})
     return flat
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import freeze
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +28,7 @@ def test_flatten_joins_keys_with_slashes_and_keeps_the_order():
     paths = ["h/q/kernel", "h/q/bias", "h/v/kernel", "wte"]
     assert list(tree.flatten(TREE)) == paths
     assert list(tree.flatten(TREE, "base")) == [f"base/{path}" for path in paths]
+    assert tree.flatten(freeze(TREE)) == tree.flatten(TREE)
 
 
 @pytest.mark.parametrize("paths", [("a", "a/b"), ("a/b", "a"), ("a/b/c", "a/b"), ("a/b", "a/b/c")])

@@ -254,7 +254,7 @@ def _checked(base: Base, read: Callable, request: Given, param_dtype) -> dict:
         arrays = read()
     if not isinstance(arrays, Mapping):
         raise ValueError(f"{place}: {type(arrays).__name__} given, expected {{path: array}}")
-    arrays = {"/".join(path): x for path, x in _leaves(arrays)}
+    arrays = tree.flatten(arrays)
     if arrays and all(path.startswith("params/") for path in arrays):
         arrays = {path.removeprefix("params/"): x for path, x in arrays.items()}
     wanted = {path: leaf.shape for path, leaf in tree.flatten(base.params).items()}
@@ -270,14 +270,6 @@ def _checked(base: Base, read: Callable, request: Given, param_dtype) -> dict:
             )
         check_weight(np.asarray(arrays[path]), path, place, param_dtype)
     return {path: jnp.asarray(x).astype(param_dtype) for path, x in arrays.items()}
-
-
-def _leaves(nested: Mapping, prefix: tuple = ()):
-    for name, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*prefix, name))
-        else:
-            yield (*prefix, name), value
 
 
 def _vocabulary(request: Given, base: Base) -> Vocabulary | None:
