@@ -44,7 +44,7 @@ class Places:
 
     def of(self, path: str) -> Source | None:
         """The place of one layer's parameter: "h/3/attn/q/kernel" -> its `Source`, or None."""
-        for template, number in _templates(path, "/"):
+        for template, number in templates(path, "/"):
             if template in self.sources:
                 source = self.sources[template]
                 return source._replace(name=source.name.format(number))
@@ -53,7 +53,7 @@ class Places:
     def at(self, tensor: str) -> dict[str, Source]:
         """{path: Source} of the parameters in a tensor, in order along its last axis; {} for an
         unknown tensor. In a checkpoint of the bare model, names lack their first word."""
-        for template, number in _templates(tensor, "."):
+        for template, number in templates(tensor, "."):
             for name in (template, self.bare.get(template)):
                 if name in self.tensors:
                     sources = {
@@ -79,7 +79,7 @@ class Places:
         """All tensors of one module."""
         return [
             name.format(number)
-            for template, number in _templates(module, ".")
+            for template, number in templates(module, ".")
             for name in self.tensors
             if name.startswith(f"{template}.")
         ]
@@ -94,7 +94,7 @@ def in_one_layer(path: str, source: Source | None) -> str:
     return f"{first}/{{}}/{rest}"
 
 
-def _templates(name: str, separator: str) -> Iterator[tuple[str, str]]:
+def templates(name: str, separator: str) -> Iterator[tuple[str, str]]:
     """(template, number): the name itself, then with "{}" in place of each of its numbers."""
     yield name, ""
     words = name.split(separator)

@@ -15,7 +15,10 @@ from support import require
 
 from lorax import convert
 from lorax.interop import loralib, peft
+from lorax.interop.hf import Source
+from lorax.interop.peft import norms, whole
 from lorax.interop.peft.config import ANY, FIELDS
+from lorax.interop.places import Places
 
 CLASSES = {
     "LORA": "LoraConfig",
@@ -268,6 +271,19 @@ def test_what_peft_adapts_is_no_contradiction(fields, tmp_path):
 
     if fields.get("target_modules") not in (None, "all-linear"):
         assert check_target_module_exists(library.LoraConfig(**fields), C_ATTN)
+
+
+def test_norms_of_numbered_modules_that_are_not_stacked():
+    """A loop of modules in a model from outside: each has a tensor of its own, with its number."""
+    words = {"scale": "weight", "bias": "bias"}
+    places = Places({f"block_1/norm/{p}": Source(f"block.1.norm.{x}") for p, x in words.items()})
+    stored = {f"block.1.norm.{x}": np.ones(3) for x in words.values()}
+    tensors, config, rest = norms.write(stored, places)
+    assert len(tensors) == 2 and config == {"target_modules": ["block.1.norm"]} and not rest
+    for module in ("norm", "1.norm", "block.1.norm"):
+        whole.check_saved({"modules_to_save": [module]}, stored, places, "F")
+        with pytest.raises(ValueError, match=f"F: .*{module} was .* block.1.norm.bias is missing"):
+            whole.check_saved({"modules_to_save": [module]}, [*stored][:1], places, "F")
 
 
 # ------------------------------------------------------------------------------------- metadata

@@ -9,7 +9,6 @@ whole: {Hugging Face's tensor: value} of all parameters trained in full; rest: t
 from __future__ import annotations
 
 import pathlib
-import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -22,8 +21,8 @@ Arrays = dict[str, np.ndarray]
 
 def write(whole: Mapping[str, np.ndarray], places: Places):
     parent = lambda name: name.rpartition(".")[0]
-    scales = {s.name for path, s in places.sources.items() if path.endswith("/scale")}
-    norms = {parent(name) for name in whole if re.sub(r"\.\d+\.", ".{}.", name) in scales}
+    is_scale = lambda name: any(path.endswith("/scale") for path in places.at(name))
+    norms = {parent(name) for name in whole if is_scale(name)}
     norms = {norm for norm in norms if set(places.below(norm)) <= set(whole)}
     if not norms:
         raise ValueError("ln-tuning: nothing to save, no norm is trained")

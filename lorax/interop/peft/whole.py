@@ -11,7 +11,7 @@ import numpy as np
 
 from lorax.interop.adapter import Adapter, Factors
 from lorax.interop.peft.config import CONFIG
-from lorax.interop.places import HEAD, Places, as_index, fused_width
+from lorax.interop.places import HEAD, Places, as_index, fused_width, templates
 
 #: First words of the modules that PEFT adds to `modules_to_save` for some task types.
 HEADS = ("classifier", "score", "qa_outputs")
@@ -115,14 +115,14 @@ def how_saved(whole: Mapping[str, np.ndarray], targets: set[str], places: Places
 def check_saved(config, names: Iterable[str], places: Places, file: pathlib.Path) -> None:
     """Raises ValueError if a parameter of one of the config's `modules_to_save`, which PEFT stores
     whole, is missing from a file's `names`."""
-    template = lambda name: re.sub(r"(^|\.)\d+(?=\.)", r"\1{}", name)
-    stored = {template(name) for name in names}
+    stored = {template for name in names for template, _ in templates(name, ".")}
     stored |= {places.bare[name] for name in stored & places.bare.keys()}
     tied = {f"{HEAD}.weight", getattr(places.sources.get(f"{places.tied}/embedding"), "name", "")}
     if config.get(TYING) and stored & tied:
         stored |= tied
     for module in config.get("modules_to_save") or ():
-        inside = re.compile(rf".*{re.escape(template(module))}\..+")  # in PEFT the end of a name
+        ends = "|".join(re.escape(template) for template, _ in templates(module, "."))
+        inside = re.compile(rf".*({ends})\..+")  # in PEFT the end of a name
         for name in places.tensors:
             if inside.fullmatch(name) and name not in stored:
                 given = f"{CONFIG} says that {module} was trained whole (modules_to_save)"
