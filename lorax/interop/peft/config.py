@@ -11,7 +11,8 @@ import pathlib
 import re
 import reprlib
 import warnings
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -266,6 +267,14 @@ def from_patterns(patterns: dict[str, Any] | None, module: str, default: Any) ->
         if re.match(rf"(.*\.)?({end})$", module):
             return value
     return default
+
+
+def as_patterns(values: Mapping[str, float]) -> tuple[int | float, dict[str, int | float]]:
+    """(the commonest of {module: value}, {module: value} of the modules that differ): a field of
+    PEFT's and its patterns."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    rest = {module: as_number(x) for module, x in values.items() if x != common}
+    return as_number(common), rest
 
 
 def as_number(x: float) -> int | float:

@@ -20,7 +20,6 @@ import math
 import os
 import pathlib
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +30,7 @@ from lorax.interop.peft import files
 from lorax.interop.peft.config import (
     CONFIG,
     WEIGHTS,
-    as_number,
+    as_patterns,
     check_targets,
     read_config,
     scale_of,
@@ -151,18 +150,16 @@ def _for_both_uses(adapter: Adapter, places: Places, masked: bool, task_type: st
 def _config(joined: Mapping[str, _Joined]) -> dict[str, Any]:
     """The fields of a config for these modules: the commonest rank and alpha, and patterns for the
     modules that differ."""
-    ranks = {module: module_.rank for module, module_ in joined.items()}
-    alphas = {module: module_.alpha for module, module_ in joined.items()}
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    r, ranks = as_patterns({module: module_.rank for module, module_ in joined.items()})
+    alpha, alphas = as_patterns({module: module_.alpha for module, module_ in joined.items()})
     return {
         "peft_type": "LORA",
         "auto_mapping": None,
         "revision": None,
         "r": r,
-        "lora_alpha": as_number(alpha),
-        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != r},
-        "alpha_pattern": {m: as_number(x) for m, x in alphas.items() if x != alpha},
+        "lora_alpha": alpha,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
         "target_modules": sorted(joined),
         "fan_in_fan_out": any(module_.conv1d for module_ in joined.values()),
         "init_lora_weights": True,

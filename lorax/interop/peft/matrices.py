@@ -31,7 +31,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorax.interop.peft.config import CONFIG, WEIGHTS, as_number, from_patterns, scale_of
+from lorax.interop.peft.config import (
+    CONFIG,
+    WEIGHTS,
+    as_number,
+    as_patterns,
+    from_patterns,
+    scale_of,
+)
 
 Arrays = dict[str, np.ndarray]
 
@@ -289,13 +296,9 @@ def _lycoris(ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str,
     """The fields of a config for {module: rank} and {module: alpha / rank}: the commonest values,
     and patterns for modules that differ."""
     alphas = {module: scales[module] * rank for module, rank in ranks.items()}
-    config = {"init_weights": True, "use_effective_conv2d": False}
-    for name, values in (("r", ranks), ("alpha", alphas)):
-        common = Counter(values.values()).most_common(1)[0][0]
-        rest = {module: as_number(x) for module, x in values.items() if x != common}
-        pattern = "rank_pattern" if name == "r" else "alpha_pattern"
-        config |= {name: as_number(common), pattern: rest}
-    return config
+    (r, rank_pattern), (alpha, alpha_pattern) = as_patterns(ranks), as_patterns(alphas)
+    config = {"r": r, "rank_pattern": rank_pattern, "alpha": alpha, "alpha_pattern": alpha_pattern}
+    return config | {"init_weights": True, "use_effective_conv2d": False}
 
 
 def _lycoris_scale(config, module: str, rank: int, where) -> np.ndarray:
