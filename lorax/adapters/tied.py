@@ -13,6 +13,8 @@ from lorax import leaves, tree
 from lorax.adapters.stacking import stacks
 from lorax.adapters.task_types import check_task
 from lorax.interop.adapter import Adapter, Factors
+from lorax.interop.peft.whole import TYING
+from lorax.interop.places import HEAD
 from lorax.models import Base
 
 
@@ -36,20 +38,20 @@ def split(base: Base, adapter: Adapter) -> tuple[Adapter, Head | None]:
     check_task(base, adapter.config.get("task_type"))
     embedding = "" if getattr(base.config, "head", "") == "none" else base.places.tied
     path = f"{embedding}/embedding"
-    head, w_head = adapter.factors.get("lm_head"), adapter.weights.get("lm_head/kernel")
+    head, w_head = adapter.factors.get(HEAD), adapter.weights.get(f"{HEAD}/kernel")
     has_head = head is not None or w_head is not None
     touched = embedding in adapter.factors or path in adapter.weights
-    apart = touched and not adapter.config.get("ensure_weight_tying", True)
+    apart = touched and not adapter.config.get(TYING, True)
     if not embedding or not (has_head or apart):
         return adapter, None
     without = lambda named, name: {key: value for key, value in named.items() if key != name}
-    weights = without(adapter.weights, "lm_head/kernel")
-    rest = Adapter(without(adapter.factors, "lm_head"), weights, adapter.config)
+    weights = without(adapter.weights, f"{HEAD}/kernel")
+    rest = Adapter(without(adapter.factors, HEAD), weights, adapter.config)
     shape = tree.flatten(base.params)[path].shape
     if w_head is not None and w_head.T.shape != shape:
-        raise ValueError(f"lm_head/kernel: {w_head.shape} given, the base's {shape[::-1]}")
+        raise ValueError(f"{HEAD}/kernel: {w_head.shape} given, the base's {shape[::-1]}")
     if head is not None and head.m is not None:
-        raise ValueError("lm_head: DoRA of a head that is the embedding is not supported")
+        raise ValueError(f"{HEAD}: DoRA of a head that is the embedding is not supported")
     twin = None if head is None else Factors(head.b.T, head.a.T, head.s)
     return rest, Head(path, None if w_head is None else w_head.T, twin)
 
