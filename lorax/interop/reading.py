@@ -10,7 +10,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorax.interop import loralib, peft, states
 from lorax.interop.adapter import Adapter, Dense
@@ -53,11 +53,17 @@ def format_of(path: Path) -> str:
 
     Raises FileNotFoundError, or ValueError for a config that can't be read.
     """
+    return _format_and_config(path)[0]
+
+
+def _format_and_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """(`format_of` the path, the fields of PEFT's config or {})."""
     if is_checkpoint(path):
-        return "loralib"
+        return "loralib", {}
     if not (path / peft.CONFIG).exists() and states.is_here(path):
-        return "lorax"
-    return peft.read_config(path / peft.CONFIG)["peft_type"]
+        return "lorax", {}
+    config = peft.read_config(path / peft.CONFIG)
+    return config["peft_type"], config
 
 
 def check_alpha(path: Path, alpha: float | None) -> None:
@@ -103,8 +109,7 @@ def read(
 
 def task_type(path: Path) -> str | None:
     """PEFT's word for the kind of model, None if the files don't say it."""
-    peft_says = format_of(path) not in ("loralib", "lorax")
-    return peft.read_config(path / peft.CONFIG).get("task_type") if peft_says else None
+    return _format_and_config(path)[1].get("task_type")
 
 
 def classes(path: Path) -> int | None:
