@@ -9,9 +9,8 @@ import numpy as np
 
 from lorax import methods, tree
 from lorax.interop.peft import matrices
+from lorax.interop.peft.matrices import Arrays
 from lorax.models import Base
-
-Arrays = dict[str, np.ndarray]
 
 
 def build(

@@ -16,8 +16,6 @@ import numpy as np
 from lorax.interop.peft.config import CONFIG, WEIGHTS, check_targets
 from lorax.interop.places import Places
 
-Arrays = dict[str, np.ndarray]
-
 
 def write(whole: Mapping[str, np.ndarray], places: Places):
     parent = lambda name: name.rpartition(".")[0]
@@ -35,7 +33,7 @@ def write(whole: Mapping[str, np.ndarray], places: Places):
     return tensors, {"target_modules": sorted(norms)}, rest
 
 
-def read(stored: Mapping[str, np.ndarray], config, where: pathlib.Path) -> Arrays:
+def read(stored: Mapping[str, np.ndarray], config, where: pathlib.Path) -> dict[str, np.ndarray]:
     file, word = where / WEIGHTS, ".ln_tuning_layers."
     norms = {key: key.replace(word, ".") for key in stored if word in key}
     if not norms:

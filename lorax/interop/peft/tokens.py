@@ -24,8 +24,6 @@ import numpy as np
 from lorax.interop.peft.config import CONFIG, WEIGHTS
 from lorax.interop.peft.matrices import fit
 
-Arrays = dict[str, np.ndarray]
-
 #: Families in which PEFT's prefix works as ours does.
 PREFIX_FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
 #: Families for which PEFT has LLaMA-Adapter. Its GPT-2 leaves out the output projection.
