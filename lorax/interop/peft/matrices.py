@@ -141,7 +141,11 @@ def _widest(layers: Mapping[str, Arrays], name: str, where) -> int:
 
 
 def write_adalora(modules, shared, hp):
-    """All triplets, including those that the budget has set to zero; PEFT drops pruned ones."""
+    """`lora_A` (r, in), `lora_E` (r, 1) and `lora_B` (out, r) of every module, with one rank for
+    all.
+
+    All triplets are written, including those that the budget has set to zero; PEFT drops pruned
+    ones. Raises ValueError for an alpha of at most 0."""
     if hp["scale"] <= 0:
         raise ValueError(f"method.alpha: {hp['alpha']} given; PEFT takes the rank for one below 0")
     joined = {place.name: _joined(place, parts, ("a", "e"), ("b",)) for place, parts in modules}
@@ -166,6 +170,10 @@ ADALORA |= {"orthogonal": "orth_reg_weight", "beta1": "beta1", "beta2": "beta2"}
 
 
 def read_adalora(modules, shared, config, where):
+    """The triplets, also of modules that PEFT has pruned, whose rank is in `rank_pattern`.
+
+    Raises ValueError for shapes that don't fit, a rank that the config contradicts, and if all
+    updates are zero."""
     init_r, alpha = config.get("init_r", 12), config.get("lora_alpha", 8)
     alpha = float(alpha if alpha > 0 else init_r)
     patterns = config.get("rank_pattern") or {}
@@ -199,6 +207,9 @@ HADA = {"a1": "hada_w1_b", "a2": "hada_w2_b", "b1": "hada_w1_a", "b2": "hada_w2_
 
 
 def write_loha(modules, shared, hp):
+    """`hada_w1_a` and `hada_w2_a` (out, r), `hada_w1_b` and `hada_w2_b` (r, in) of every module.
+
+    Raises ValueError for GPT-2's Conv1D, and for parts of a module with different scales."""
     tensors, ranks, scales = {}, {}, {}
     for place, parts in modules:
         if place.conv1d:
@@ -210,6 +221,10 @@ def write_loha(modules, shared, hp):
 
 
 def read_loha(modules, shared, config, where):
+    """The two pairs of factors, with each module's own rank and scale.
+
+    Raises ValueError for shapes that don't fit, a rank that the config contradicts, and if all
+    updates are zero."""
     layers = {}
     for place, tensors in modules:
         shapes = {
@@ -231,6 +246,10 @@ KRON = {"w": "lokr_w{}", "a": "lokr_w{}_b", "b": "lokr_w{}_a"}
 
 
 def write_lokr(modules, shared, hp):
+    """`lokr_w1` (out 1, in 1) of every module, or its factors `lokr_w1_a` (out 1, r) and
+    `lokr_w1_b` (r, in 1); `lokr_w2` alike. The update is their Kronecker product.
+
+    Raises ValueError for GPT-2's Conv1D and for parts of a fused module."""
     tensors, ranks, scales = {}, {}, {}
     for place, parts in modules:
         if place.conv1d or place.fused:
@@ -250,6 +269,10 @@ def write_lokr(modules, shared, hp):
 
 
 def read_lokr(modules, shared, config, where):
+    """The two sides of the product, whole or in factors, with each module's own scale.
+
+    Raises ValueError for a fused module, shapes that don't fit, sides that don't make the base's
+    matrix, and modules with different ranks."""
     layers, ranks = {}, set()
     for place, tensors in modules:
         here = f"{where / WEIGHTS}: {place.name}"
@@ -317,6 +340,10 @@ def _alpha_of(rank: int, layers: Mapping[str, Arrays]) -> dict[str, Any]:
 
 
 def write_vera(modules, shared, hp):
+    """`base_model.vera_A` (r, in) and `base_model.vera_B` (out, r), with the sizes of the widest
+    module, and `vera_lambda_d` (r,) and `vera_lambda_b` (out,) of every module.
+
+    r is our rank times the number of copies of the pair; d is zero in a module's other copies."""
     used = shared["a"].any(axis=0) | shared["b"].any(axis=1)  # the rest is padding
     a, b = shared["a"][:, used], shared["b"][used]
     copies: dict[bytes, np.ndarray] = {}  # the outputs that see a copy
@@ -342,6 +369,10 @@ def write_vera(modules, shared, hp):
 
 
 def read_vera(modules, shared, config, where):
+    """One pair for all layers, joined from the copies that are used, and each layer's d and v.
+
+    Raises ValueError for a file without the pair (`save_projection=False`), a rank that the config
+    contradicts, and shapes that don't fit."""
     file = where / WEIGHTS
     if set(shared) != {"vera_A", "vera_B"}:
         raise ValueError(
@@ -395,6 +426,11 @@ def _copy(place: Place, layer: str) -> tuple[bytes, np.ndarray]:
 
 
 def write_ia3(modules, shared, hp):
+    """`ia3_l` of every module: (1, in) if it scales the input, and the module is named in
+    `feedforward_modules`, otherwise (out, 1).
+
+    Raises ValueError for a module of which only some parts have their input scaled, or parts that
+    don't share one vector for it."""
     tensors, inner = {}, []
     for place, parts in modules:
         first = next(iter(parts.values()))
@@ -418,6 +454,10 @@ def write_ia3(modules, shared, hp):
 
 
 def read_ia3(modules, shared, config, where):
+    """Scales of inputs for modules named in `feedforward_modules`, otherwise of outputs; if the
+    config does not have the field, the shape decides.
+
+    Raises ValueError for a shape that does not fit."""
     layers, named = {}, config.get("feedforward_modules")
     for place, tensors in modules:
         if isinstance(named, str):

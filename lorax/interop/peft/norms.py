@@ -18,6 +18,10 @@ from lorax.interop.places import Places
 
 
 def write(whole: Mapping[str, np.ndarray], places: Places):
+    """`<norm>.ln_tuning_layers.weight` (features,), and `bias` if the norm has one.
+
+    A norm of which only some parameters are trained is in the rest. Raises ValueError if no norm is
+    trained."""
     parent = lambda name: name.rpartition(".")[0]
     is_scale = lambda name: any(path.endswith("/scale") for path in places.at(name))
     norms = {parent(name) for name in whole if is_scale(name)}
@@ -34,6 +38,10 @@ def write(whole: Mapping[str, np.ndarray], places: Places):
 
 
 def read(stored: Mapping[str, np.ndarray], config, where: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of norms with the names that the base has for them, and all others.
+
+    Raises ValueError for a file without norms, a norm that occurs twice, and one that the config
+    leaves out."""
     file, word = where / WEIGHTS, ".ln_tuning_layers."
     norms = {key: key.replace(word, ".") for key in stored if word in key}
     if not norms:

@@ -56,6 +56,7 @@ class Attention(NamedTuple):
 
     @property
     def heads(self) -> int:
+        """Number of attention heads."""
         return self.field("num_attention_heads", "n_head")
 
 
@@ -67,6 +68,10 @@ class Kind(NamedTuple):
 
 
 def write_prefix(arrays, base):
+    """k and v (L, tokens, K D) as one `prompt_embeddings`.
+
+    Raises ValueError for a base whose prefix differs in PEFT, and for a prefix in some layers
+    only."""
     _check_prefix(base)
     if not arrays["on"].all():
         raise ValueError("method.layers: PEFT has a prefix in all layers or in none")
@@ -79,6 +84,10 @@ def write_prefix(arrays, base):
 
 
 def read_prefix(stored, config, base, where):
+    """k and v (L, tokens, K D).
+
+    Raises ValueError for a base whose prefix differs in PEFT, features that don't make k and v of
+    every layer, and a config that contradicts the tensor or the base."""
     _check_prefix(base)
     n = fit(str(where / WEIGHTS), stored, prompt_embeddings=("tokens", "all"))
     layers = len(base.modules)
@@ -98,6 +107,8 @@ def _check_prefix(base: Attention) -> None:
 
 
 def write_prompt(arrays, base):
+    """The prompt (tokens, features) as `prompt_embeddings`. Raises ValueError for a base that is
+    not causal."""
     base.need("prompt")
     tokens, width = arrays["prompt"].shape
     config = {"num_virtual_tokens": tokens, "prompt_tuning_init": "RANDOM"}
@@ -105,6 +116,9 @@ def write_prompt(arrays, base):
 
 
 def read_prompt(stored, config, base, where):
+    """The prompt (tokens, features).
+
+    Raises ValueError for a base that is not causal, and a config that contradicts the tensor."""
     base.need("prompt")
     n = fit(str(where / WEIGHTS), stored, prompt_embeddings=("tokens", "features"))
     sizes = dict(num_virtual_tokens=n["tokens"], token_dim=n["features"])
@@ -113,6 +127,10 @@ def read_prompt(stored, config, base, where):
 
 
 def write_adapter(arrays, base):
+    """A prompt (tokens, features) and a gate of each adapted layer.
+
+    Raises ValueError for a base whose LLaMA-Adapter differs in PEFT, and for layers that are not
+    the last ones."""
     base.need("llama-adapter", ADAPTER_FAMILIES)
     on, depth = np.flatnonzero(arrays["on"]), len(arrays["on"])
     if list(on) != list(range(depth - len(on), depth)):
@@ -126,6 +144,10 @@ def write_adapter(arrays, base):
 
 
 def read_adapter(stored, config, base, where):
+    """prompt (L, tokens, features) and gate (L,), zero in layers that are not adapted.
+
+    Raises ValueError for a base whose LLaMA-Adapter differs in PEFT, an attention that it does not
+    have, layers with different shapes, and a config that contradicts the tensors or the base."""
     base.need("llama-adapter", ADAPTER_FAMILIES)
     file, by_layer = where / WEIGHTS, {}
     for name, x in stored.items():

@@ -143,5 +143,6 @@ def oriented(name: str, tensor: np.ndarray, places: Places, file: pathlib.Path):
 
 
 def ours(tensor: np.ndarray, axes, columns: slice | np.ndarray) -> np.ndarray:
+    """A parameter in our orientation from its tensor: its axes reordered, then its columns."""
     axes = range(tensor.ndim) if axes is None else axes
     return np.ascontiguousarray(tensor.transpose(tuple(axes))[..., columns])
