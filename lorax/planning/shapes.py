@@ -6,7 +6,7 @@ from lorax import quant, tasks
 from lorax.models.load import skeleton
 from lorax.models.shapes import architecture
 from lorax.train import evidence, stacks
-from lorax.train.batches import steps_per_call
+from lorax.train.batches import axes, steps_per_call
 from lorax.train.prepare import base_settings
 
 
@@ -46,8 +46,7 @@ def one_member(trees):
 
 def rows(c, base=None) -> dict:
     """The batches of one call of the training program, of one member: leaves (K, A, B, ...)."""
-    k, parts = steps_per_call(c.eval.every, c.train.offload), c.train.accumulate
-    lead = k, parts, c.train.batch_size // parts
+    lead = axes(c.train, steps_per_call(c.eval.every, c.train.offload))
     return tasks.batch_shapes(c.task, lead, c.train.seq_len, base)
 
 

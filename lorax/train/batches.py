@@ -19,20 +19,23 @@ def steps_per_call(every: int, offload: str | None = None) -> int:
     return 1 if offload else max(k for k in range(1, STEPS_PER_CALL + 1) if every % k == 0)
 
 
+def axes(train, k: int) -> tuple[int, int, int]:
+    """(K, A, B), the axes of one member's batches of k steps: steps, parts of a step, rows."""
+    return k, train.accumulate, train.batch_size // train.accumulate
+
+
 def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
     """The batches of steps first .. first + k - 1: leaves (M, K, A, B, ...), on the host.
 
     A member's rows depend only on its seed and the step. Rows that are grouped by length are cut to
     the smallest of `tasks.widths` that holds the longest of them.
     """
-    c, lengths = stacked.config.train, task.lengths
-    shape = (k, c.accumulate, c.batch_size // c.accumulate)
-    rows = []
+    c, lengths, rows = stacked.config.train, task.lengths, []
     for member in stacked.members:
         n = tasks.train_size(member.config.task, task)
         steps, known = range(first, first + k), None if lengths is None else lengths[:n]
         order = tasks.orders(n, c.batch_size, member.config.seed, steps, known)
-        rows.append(order.reshape(shape))
+        rows.append(order.reshape(axes(c, k)))
     rows, width = np.stack(rows), tasks.widths(task)[-1]
     if lengths is not None:
         width = min(w for w in tasks.widths(task) if w >= lengths[rows].max())
@@ -41,7 +44,7 @@ def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
 
 def batch_shapes(train, task: tasks.Task, k: int) -> dict:
     """Shapes of one member's batches of k steps at their widest: leaves (K, A, B, ...)."""
-    lead = k, train.accumulate, train.batch_size // train.accumulate
+    lead = axes(train, k)
     return {
         name: jax.ShapeDtypeStruct((*lead, *x.shape[1:]), x.dtype) for name, x in task.train.items()
     }
