@@ -62,16 +62,19 @@ class Packed(leaves.FrozenWeight):
         """(rows, n) -> (rows, the other), in x's dtype."""
         kernel, n_out = kernels(self.on), math.prod(self.kernel) // self.n_in
         small = jnp.bfloat16
+
+        def two_passes(x):
+            w = self.decoded().reshape(self.n_in, n_out).astype(x.dtype)
+            return matmul.dot(x, w, (1, axis))
+
         if axis == 0 and len(x) <= FUSED_ROWS and not kernel.can_use(len(x), self.n_in, n_out, 64):
             fused = lambda x: kernel.matmul(
                 x.astype(small), self.words, self.scales, self.table, jnp.float32
             ).astype(x.dtype)
-            two_passes = lambda x: matmul.dot(x, self.decoded().astype(x.dtype), (1, 0))
             # On another device (a run continued without this one) use the plain product.
             on = {"cuda" if self.on == "gpu" else "tpu": fused}
             return jax.lax.platform_dependent(x, **on, default=two_passes)
-        w = self.decoded().reshape(self.n_in, n_out).astype(x.dtype)
-        return matmul.dot(x, w, (1, axis))
+        return two_passes(x)
 
 
 def kernels(on: str) -> ModuleType:

@@ -1,5 +1,7 @@
 """Leaves in a kernel's order: what they stand for, their products, and when they are made."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,15 @@ def test_its_products_and_gradient(on, rows):
     assert off(dx, np.float64(g) @ w.T) < 4 * 2**-9
     members = jax.vmap(lambda x: leaf.product(x, 0))(x.reshape(3, -1, 256))
     np.testing.assert_array_equal(members.reshape(rows, 384), y)
+
+
+@pytest.mark.parametrize("rows", [3, 600])
+def test_the_product_of_a_kernel_with_several_output_axes(rows):
+    """A layer with heads (`nn.DenseGeneral`): its kernel is (in, heads, features)."""
+    flat = packed.pack(leaf_of((256, 384)), "gpu")
+    heads = dataclasses.replace(flat, kernel=(256, 3, 128))
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, 256)), jnp.bfloat16)
+    np.testing.assert_array_equal(heads.product(x, 0), flat.product(x, 0))
 
 
 def test_the_kernel_of_few_rows_is_in_the_program():
