@@ -272,10 +272,11 @@ def dora(**hp) -> Method:
         sites = sites or ops.sites_from_shapes(params)
         bound = tree.flatten(bind_columns(trainable, constants, params, sites=sites))
         flat = tree.flatten(params)
-        wide = lambda leaf, path: ops.dense(leaf, sites[path]).astype(jnp.float32)
-        return {
-            path: wide(bound[path], path) - wide(flat[path], path) for path in joined(trainable)
-        }
+        updates = {}
+        for path in joined(trainable):
+            w, adapted = (ops.wide(leaves_[path], sites[path]) for leaves_ in (flat, bound))
+            updates[path] = (adapted - w).astype(jnp.float32)
+        return updates
 
     def count(params, sites=None):
         adapted = matrices(params, _ranks(method.hp, params, sites))

@@ -119,6 +119,18 @@ def test_dora_keeps_the_lengths_as_constants_to_the_gradient():
             np.testing.assert_allclose(got, want, rtol=1e-9)
 
 
+def test_doras_update_of_a_bfloat16_weight_is_not_rounded_to_bfloat16():
+    """The update is small beside the weight, whose rounding would hide it."""
+    rough = {"q": {"kernel": jax.random.normal(jax.random.key(1), (16, 8)).astype(jnp.bfloat16)}}
+    exact = jax.tree.map(lambda w: w.astype(jnp.float32), rough)
+    method = lorax.method("dora", rank=2, targets=("q",))
+    state = method.init(jax.random.key(0), rough)
+    state.trainable["q"]["kernel"]["b"] = 1e-3 * jax.random.normal(jax.random.key(2), (2, 8))
+    got, want = (method.delta(*state, params)["q/kernel"] for params in (rough, exact))
+    assert got.dtype == jnp.float32 and np.abs(want).max() < 1e-2
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-6)
+
+
 def test_lora_plus_moves_b_as_much_faster_as_it_says():
     """The inner optimiser's update, b's times the ratio."""
     base = {"q": {"kernel": jnp.ones((4, 6))}}
