@@ -47,6 +47,11 @@ def unflatten(flat: dict) -> dict:
     return tree
 
 
+def sibling(path: str, name: str) -> str:
+    """The path of `name` in the module of another path: ("h/q/kernel", "bias") -> "h/q/bias"."""
+    return "/".join((*path.split("/")[:-1], name))
+
+
 def match(rules: Iterable[tuple[str, object]], paths: Iterable[str]) -> dict[str, object]:
     """The value of the first rule whose regex fully matches each path.
 

@@ -31,6 +31,11 @@ def test_flatten_joins_keys_with_slashes_and_keeps_the_order():
     assert tree.flatten(freeze(TREE)) == tree.flatten(TREE)
 
 
+def test_a_sibling_is_a_leaf_of_the_same_module():
+    assert tree.sibling("h/q/kernel", "bias") == "h/q/bias"
+    assert tree.sibling("kernel", "bias") == "bias"
+
+
 @pytest.mark.parametrize("paths", [("a", "a/b"), ("a/b", "a"), ("a/b/c", "a/b"), ("a/b", "a/b/c")])
 def test_unflatten_refuses_a_path_through_a_leaf(paths):
     with pytest.raises(ValueError, match="leaf"):

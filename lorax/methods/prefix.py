@@ -209,7 +209,7 @@ def prompt(tokens: int = 10, std: float | None = None) -> Method:
             start = ops.embed(ids, tree.flatten(params)[path]).astype(jnp.float32)
         else:
             start = std * jax.random.normal(key, (tokens, features))
-        return State(tree.unflatten({_beside(path, "prompt"): start}), {})
+        return State(tree.unflatten({tree.sibling(path, "prompt"): start}), {})
 
     def bind(trainable, constants, params, key=None, sites=None):
         ((parent, x),) = joined(trainable).items()
@@ -248,7 +248,7 @@ def llama_adapter(tokens: int = 10, layers: tuple[int, ...] | None = None) -> Me
         for path, x in joined(trainable, constants).items():
             keys_and_values = []
             for name in "kv":
-                kernel, bias = (_beside(path, f"{name}/{part}") for part in ("kernel", "bias"))
+                kernel, bias = (tree.sibling(path, f"{name}/{part}") for part in ("kernel", "bias"))
                 project = ops.linear
                 for _ in range(sites[kernel].stack):
                     project = jax.vmap(project)
@@ -302,10 +302,6 @@ def _embedding(params, sites) -> tuple:
     return paths[0], *tree.flatten(params)[paths[0]].shape
 
 
-def _beside(path: str, name: str) -> str:
-    return f"{path.rpartition('/')[0]}/{name}".removeprefix("/")
-
-
 def _bound(params, around: dict, beside: str, root: Ahead) -> dict:
     """The parameters with the leaves of `around` {path: leaf}, and `root` around the model itself.
 
@@ -314,6 +310,6 @@ def _bound(params, around: dict, beside: str, root: Ahead) -> dict:
     """
     flat = tree.flatten(params)
     for path, leaf in around.items():
-        kernel = _beside(path, beside)
+        kernel = tree.sibling(path, beside)
         flat |= {f"{path}/{intercept.AROUND}": leaf, kernel: leaves.Same(flat[kernel])}
     return tree.unflatten(flat | {intercept.AROUND: root})

@@ -72,7 +72,7 @@ def _vector(x):
 
 def _bias(path: str, flat: dict) -> str | None:
     """The path of a kernel's bias, None if there is none."""
-    bias = path.rpartition("/")[0] + "/bias"
+    bias = tree.sibling(path, "bias")
     return bias if bias in flat else None
 
 

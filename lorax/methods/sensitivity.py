@@ -60,8 +60,8 @@ def evidence(
     total, weight, rows = _summed(base.module, kind, flat, probes, batches)
     read = {
         "gradient": lambda path: base.sites[path].to_matrix(total[path] / jnp.maximum(weight, 1)),
-        "moments": lambda path: total[_beside(path, "moments")],
-        "covariance": lambda path: total[_beside(path, "covariance")] / jnp.maximum(rows, 1),
+        "moments": lambda path: total[tree.sibling(path, "moments")],
+        "covariance": lambda path: total[tree.sibling(path, "covariance")] / jnp.maximum(rows, 1),
     }
     return {path: {name: read[name](path) for name in statistics} for path in paths}
 
@@ -99,10 +99,6 @@ _tapped.defvjp(
 )
 
 
-def _beside(path: str, statistic: str) -> str:
-    return f"{path.rpartition('/')[0]}/{statistic}"
-
-
 def _taps(base: Base, flat: dict, paths, statistic: str) -> dict:
     """{path of a tap: zeros (layers..., in, in)}, with one more row and column for "moments"."""
     taps = {}
@@ -114,7 +110,7 @@ def _taps(base: Base, flat: dict, paths, statistic: str) -> dict:
             raise ValueError(f"paths: {path}: a language model's head is read in parts, not whole")
         axes, n_in, _ = site.matrix_shape(flat[path].shape)
         size = n_in + (statistic == "moments")
-        taps[_beside(path, statistic)] = jnp.zeros((*axes, size, size), jnp.float32)
+        taps[tree.sibling(path, statistic)] = jnp.zeros((*axes, size, size), jnp.float32)
     return taps
 
 

@@ -171,6 +171,19 @@ def test_a_trained_bias_is_scaled_as_well():
         np.testing.assert_allclose(dw, whole[path] - flat[path], rtol=0, atol=1e-6)
 
 
+def test_the_bias_of_a_model_that_is_one_layer_is_scaled():
+    module, x = nn.Dense(5), jnp.ones((2, 4))
+    params = jax.tree.map(lambda w: w + 1, module.init(jax.random.key(0), x)["params"])
+    sites = intercept.sites(module, params, x)
+    method = ia3(targets=("re:kernel",), feedforward=())
+    state = method.init(jax.random.key(0), params, sites)
+    state.trainable["kernel"]["l"] *= 2
+    bound = method.bind(*state, params, sites=sites)
+    plain = module.apply({"params": params}, x)
+    np.testing.assert_allclose(lorax.apply(module, bound, x), 2 * plain, rtol=1e-6)
+    assert {*method.delta(*state, params, sites)} == {"kernel", "bias"}
+
+
 # ------------------------------------------------------------------------------------------ errors
 
 
