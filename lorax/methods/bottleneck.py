@@ -43,8 +43,7 @@ def houlsby(
     norms, which are trained in all layers.
     Raises ValueError for a value out of range and a target that is not a linear layer.
     """
-    words = (full,) if isinstance(full, str) else tuple(full)
-    words = tuple(dict.fromkeys(("norms", *words)))
+    words = tuple(dict.fromkeys(("norms", *words_of(full))))
     return beside(_bottleneck("houlsby", rank, activation, targets, layers), words, "float32")
 
 

@@ -30,7 +30,7 @@ def full(
     Raises ValueError for a word that matches nothing and a layer that does not exist.
     """
     words = words_of(parameters)
-    besides = (full,) if isinstance(full, str) else tuple(full)
+    besides = words_of(full)
 
     def chosen(params, sites):
         """{path: trained layers of a stacked parameter, (n,) integers, or None for all of it}."""
@@ -122,7 +122,7 @@ def beside(method: Method, words: tuple[str, ...], dtype: str) -> Method:
     Raises ValueError for an unknown dtype. The method's `init` and `count` raise for words that
     match nothing or name parameters that the method adapts itself.
     """
-    words = (words,) if isinstance(words, str) else tuple(words)
+    words = words_of(words)
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"method.dtype: {dtype!r} is not one of float32, bfloat16")
     method = method._replace(hp={"full": words} | method.hp | {"dtype": dtype})

@@ -43,7 +43,7 @@ from lorax.methods.contract import Method, State
 from lorax.methods.full import full as full_fine_tuning
 from lorax.methods.hadamard import at_least, hadamard
 from lorax.methods.lora import lora
-from lorax.methods.targets import Default, stack_depths
+from lorax.methods.targets import Default, stack_depths, words_of
 
 OWN = "subspace"  # path of z, the scales and the key in the trees
 BLOCK = 1 << 14  # entries in a block of Pi
@@ -112,8 +112,7 @@ def lora_subspace(
 
 def _parameters(parameters, layers, full) -> tuple[Method, dict]:
     """(full fine-tuning of what the words of both name, the hyperparameters)."""
-    tupled = lambda words: (words,) if isinstance(words, str) else tuple(words)
-    hp = dict(parameters=tupled(parameters), layers=layers, full=tupled(full))
+    hp = dict(parameters=words_of(parameters), layers=layers, full=words_of(full))
     return full_fine_tuning((*hp["parameters"], *hp["full"]), layers), hp
 
 
