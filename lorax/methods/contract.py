@@ -49,9 +49,9 @@ class Method(NamedTuple):
     delta(trainable, constants, params, sites=None) -> {path: dW in the kernel's shape, float32};
         None if the method does not change weights.
     count(params, sites=None) -> number of trainable parameters, padding not counted.
-    factors(trainable, constants, params, sites=None) -> {path: (a, b, s)} with dW = s a b, a
-        (layers..., in, r), b (layers..., r, out), s (layers...), padding included; None if the
-        update is not of low rank.
+    factors(trainable, constants, params, sites=None) -> {path: (a, b, s, m)} with dW = s a b, a
+        (layers..., in, r), b (layers..., r, out), s (layers...), padding included; m: None, or
+        DoRA's trained column lengths (layers..., out). None if the update is not of low rank.
     optimizer(inner, constants, train) -> the `optax.GradientTransformation` that trains it, wrapped
         around `inner`, the configured one. train: the section of the config.
     penalty(trainable, constants) -> () float32, added to the training loss; None for no penalty.
