@@ -19,6 +19,8 @@ from lorax.methods import lora
 
 @methods.register("lora-xs", varies=("rank", "alpha", "targets", "layers"))
 def lora_xs(rank=8, alpha=8.0, targets=("q", "v"), layers=None):
+    """LoRA-XS of linear layers. Raises ValueError for a rank above min(in, out)."""
+
     def adapts(params, sites=None):
         return methods.adapted_matrices(params, sites, targets, layers, rank)
 

@@ -38,24 +38,33 @@ DAMP = 0.01  # CorDA: share of the mean of c's diagonal; doubled until c can be 
 
 
 def pissa(key, w, rank: int, scale: float, evidence=None):
+    """PiSSA: (a, b) with s a b the best rank-r approximation of w."""
     return _halves(*jnp.linalg.svd(w, full_matrices=False), rank, scale)
 
 
 def pissa_fast(key, w, rank: int, scale: float, evidence=None):
+    """PiSSA by a randomised SVD, which `key` draws."""
     return _halves(*randomised_svd(key, w, rank), rank, scale)
 
 
 def olora(key, w, rank: int, scale: float, evidence=None):
+    """OLoRA: the first rows and columns of a QR decomposition of w^T."""
     q, r = jnp.linalg.qr(w.T)
     return r[:rank].T, q[:, :rank].T
 
 
 def eva(key, w, rank: int, scale: float, evidence=None):
+    """EVA: the principal directions of the inputs with these "moments", and b = 0."""
     _, directions = principal(evidence["moments"])
     return directions[:, :rank], jnp.zeros((rank, w.shape[1]), w.dtype)
 
 
 def corda(key, w, rank: int, scale: float, evidence=None, part=slice(None)):
+    """CorDA: the first r terms of c w, divided by c, the damped "covariance" of the inputs.
+
+    part: of the singular values, to take the r terms from. Raises ValueError if no damping makes c
+    invertible.
+    """
     c, damp = evidence["covariance"].astype(w.dtype), DAMP
     identity = jnp.eye(len(c), dtype=w.dtype)
     while True:
@@ -72,22 +81,26 @@ def corda(key, w, rank: int, scale: float, evidence=None, part=slice(None)):
 
 
 def corda_kpm(key, w, rank: int, scale: float, evidence=None):
+    """CorDA with the last r terms of c w, those that matter least to the inputs."""
     return corda(key, w, rank, scale, evidence, part=slice(min(w.shape) - rank, None))
 
 
 def lora_ga(key, w, rank: int, scale: float, evidence=None):
+    """LoRA-GA as in PEFT. Raises ValueError for a rank above min(in, out) / 2."""
     u, sigma, vt = _gradient_svd(w, rank, evidence)
     stable = w.shape[1] ** 0.25 / GAMMA**0.5
     return u[:, :rank], stable * sigma[rank : 2 * rank, None] * vt[rank : 2 * rank]
 
 
 def lora_ga_paper(key, w, rank: int, scale: float, evidence=None):
+    """LoRA-GA as in the paper: without singular values in b, and with a scaled as well."""
     u, _, vt = _gradient_svd(w, rank, evidence)
     stable = w.shape[1] ** 0.25 / GAMMA**0.5
     return stable * u[:, :rank], stable * vt[rank : 2 * rank]
 
 
 def loftq_once(key, w, rank: int, scale: float, evidence):
+    """LoftQ with one iteration: s a b is the best rank-r approximation of the "residual"."""
     return pissa(key, evidence["residual"], rank, scale)
 
 
