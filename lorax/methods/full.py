@@ -14,7 +14,14 @@ import numpy as np
 from lorax import ops, tree
 from lorax.methods.arrays import joined
 from lorax.methods.contract import Method, State
-from lorax.methods.targets import Default, layer_of, resolve_full, stack_depths, words_of
+from lorax.methods.targets import (
+    Default,
+    layer_of,
+    layers_from_0,
+    resolve_full,
+    stack_depths,
+    words_of,
+)
 
 
 def full(
@@ -72,10 +79,7 @@ def _in_layers(paths, layers, words, params, sites) -> dict:
     stacks = stack_depths(params, sites or ops.sites_from_shapes(params))
     numbers = {path: layer_of(path) for path in paths if path not in stacks}
     depth = max([*stacks.values(), *(n + 1 for n in numbers.values())], default=0)
-    bad = [i for i in layers if not -depth <= i < depth]
-    if bad or not layers:
-        raise ValueError(f"method.layers: {bad or '()'} given, the base has {depth} layers")
-    indices = sorted({i % depth for i in layers})
+    indices = sorted(layers_from_0(layers, depth, "the base has"))
     trained = {path: np.array(indices) for path in paths if path in stacks}
     trained |= {path: None for path in paths if numbers.get(path, -1) in indices}
     if not trained:

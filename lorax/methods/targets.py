@@ -156,10 +156,7 @@ def active_layers(layers: tuple[int, ...] | None, targets: Mapping, shapes: Mapp
         default=0,
     )
     if layers is not None:
-        bad = [i for i in layers if not -depth <= i < depth]
-        if bad or not layers:
-            raise ValueError(f"method.layers: {bad or '()'} given, the targets have {depth} layers")
-        layers = {i % depth for i in layers}
+        layers = layers_from_0(layers, depth, "the targets have")
     active = {}
     for path, axes in stacked.items():
         mask = np.ones(axes, bool)
@@ -171,6 +168,15 @@ def active_layers(layers: tuple[int, ...] | None, targets: Mapping, shapes: Mapp
     if not any(mask.any() for mask in active.values()):
         raise ValueError(f"method.layers: {sorted(layers)} leave nothing of {', '.join(targets)}")
     return active
+
+
+def layers_from_0(layers: tuple[int, ...], depth: int, there: str) -> set[int]:
+    """The indices with negative ones counted from the end. Raises ValueError, which says how many
+    layers `there` are, for one that is not below `depth` and for none at all."""
+    bad = [i for i in layers if not -depth <= i < depth]
+    if bad or not layers:
+        raise ValueError(f"method.layers: {bad or '()'} given, {there} {depth} layers")
+    return {i % depth for i in layers}
 
 
 def layer_of(path: str) -> int:
