@@ -211,9 +211,11 @@ ROWS: dict[str, Row] = {
 }
 
 
-def keys() -> dict[str, Key]:
-    """{name: Key} of `config.method`, including the keys that users' methods add."""
-    return KEYS | {name: key for row in ROWS.values() for name, key in row.keys.items()}
+def keys(without: str | None = None) -> dict[str, Key]:
+    """{name: Key} of `config.method`, including the keys that users' methods add, except those of
+    the method `without`."""
+    rows = [row for row in ROWS.values() if row.name != without]
+    return KEYS | {name: key for row in rows for name, key in row.keys.items()}
 
 
 def axes() -> dict[str, str]:
@@ -275,10 +277,7 @@ def register(
                     f"method {name!r}: has no hyperparameter {field!r}, only "
                     f"{', '.join(parameters)}{nearest(field, parameters)}"
                 )
-        others = (row.keys for row in ROWS.values() if row.name != name)
-        known_keys = KEYS | {
-            key: parameter for row_keys in others for key, parameter in row_keys.items()
-        }
+        known_keys = keys(without=name)
         for field, kind in kinds.items():
             known = known_keys.get(field, Key(kind)).kind
             if kind not in (None, known) and (kind, known) != (int, float):
