@@ -299,7 +299,9 @@ def test_mosaic_kernel_lowers_for_rows_that_fill_no_block(rows):
     "rows, k", ((8, 128), (16, 256), (32, 64), (64, 256), (128, 128), (256, 64))
 )
 def test_mosaic_kernel_lowers_for_every_cut(rows, k, parts, out_dtype):
-    cuda(256, 4096, 256, out_dtype=out_dtype, cut=mosaic.Blocks(rows, k, parts, 3))
+    text = cuda(256, 4096, 256, out_dtype=out_dtype, cut=mosaic.Blocks(rows, k, parts, 3))
+    kind = {jnp.bfloat16: "bf16", jnp.float32: "f32"}[out_dtype]
+    assert "mosaic_gpu" in text and f"256x256x{kind}" in text
 
 
 @pytest.mark.parametrize("rows, n_in, n_out", [(r, *s) for r in ROWS for s in SIZES[:3]])
