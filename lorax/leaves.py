@@ -21,6 +21,7 @@ from lorax.ops import (
     frozen,
     is_operator,
     linear,
+    over_layers,
 )
 
 Array = jax.Array
@@ -466,9 +467,8 @@ def column_norms(leaf: LowRank, site: Site, squares=None) -> Array:
         update = jnp.sum(((a.T @ a) @ b) * b, axis=0)
         return jnp.sqrt(jnp.maximum(squares + 2 * s * cross + s * s * update, 0))
 
-    for _ in range(site.stack):
-        lengths = jax.vmap(lengths)
-    return lengths(as_matrix(leaf.w, site), leaf.a, leaf.b, leaf.s, squares)
+    w = as_matrix(leaf.w, site)
+    return over_layers(lengths, site.stack)(w, leaf.a, leaf.b, leaf.s, squares)
 
 
 def dora(leaf: LowRank, m, site: Site, squares=None) -> Scaled:

@@ -8,6 +8,7 @@ way, and nothing else needs to know it. `lorax.intercept` makes Linen layers cal
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -197,6 +198,13 @@ def column_squares(leaf, site: Site) -> Array:
 def as_matrix(leaf, site: Site):
     """The leaf with the weight at its bottom as (in, out)."""
     return leaf.as_matrix(site) if is_operator(leaf) else site.to_matrix(leaf)
+
+
+def over_layers(function: Callable, stack: int) -> Callable:
+    """The function of one layer's arrays, for arrays with `stack` layer axes first."""
+    for _ in range(stack):
+        function = jax.vmap(function)
+    return function
 
 
 # -------------------------------------------------------------------------------------------- sites

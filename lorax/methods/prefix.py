@@ -249,9 +249,7 @@ def llama_adapter(tokens: int = 10, layers: tuple[int, ...] | None = None) -> Me
             keys_and_values = []
             for name in "kv":
                 kernel, bias = (tree.sibling(path, f"{name}/{part}") for part in ("kernel", "bias"))
-                project = ops.linear
-                for _ in range(sites[kernel].stack):
-                    project = jax.vmap(project)
+                project = ops.over_layers(ops.linear, sites[kernel].stack)
                 keys_and_values.append(project(x["prompt"], flat[kernel], flat.get(bias)))
             around[path] = Gated(*keys_and_values, x["gate"] * x["on"].astype(x["gate"].dtype))
         return _bound(params, around, "k/kernel", Ahead())

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import leaves, tree
+from lorax import leaves, ops, tree
 from lorax.quant import matmul, nf4
 
 FUSED_ROWS = 512  # more rows use two passes
@@ -51,8 +51,7 @@ class Packed(leaves.FrozenWeight):
 
     def decoded(self):
         weight = lambda words, scales: kernels(self.on).weight(words, scales, self.table)
-        for _ in self.words.shape[:-2]:
-            weight = jax.vmap(weight)
+        weight = ops.over_layers(weight, self.words.ndim - 2)
         return weight(self.words, self.scales).reshape(self.shape)
 
     def product(self, x, axis: int):
@@ -111,9 +110,8 @@ def placed(params, device: jax.Device, dtype) -> dict:
 def pack(leaf: nf4.Quantised, on: str) -> Packed:
     """The leaf in a kernel's order, with double-quantised scales as float32."""
     repack = functools.partial(kernels(on).repack, n_in=leaf.n_in, n_out=leaf.n_out)
-    for _ in leaf.codes.shape[:-1]:
-        repack = jax.vmap(repack)
-    words, scales = jax.jit(repack)(leaf.codes, leaf.scales())
+    repack = jax.jit(ops.over_layers(repack, leaf.codes.ndim - 1))
+    words, scales = repack(leaf.codes, leaf.scales())
     return Packed(words, scales, leaf.kernel, leaf.n_in, leaf.kind, on)
 
 
