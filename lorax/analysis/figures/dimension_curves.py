@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from lorax.analysis import intrinsic as search
-from lorax.analysis.figures.style import DASHES, GREY, LOSS, STYLE, line_style, named, plain
+from lorax.analysis.figures.style import DASHES, GREY, LOSS, STYLE, line_style, named, panels, plain
 
 
 def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, loss: str = LOSS) -> Figure:
@@ -22,17 +22,13 @@ def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, loss: str = LOSS) ->
     """
     metric = estimates["metric"].iloc[0]
     columns = 2 if len(estimates) == 4 else min(3, len(estimates))
-    rows = -(-len(estimates) // columns)
     lora = (table["kind"] == "lora").any()
     with matplotlib.rc_context(STYLE):
-        size = (6.8, 3.4) if columns == 1 else (2.3 + 2.5 * columns, 0.9 + 2.4 * rows)
-        figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-        for axes in grid[len(estimates) :]:
-            axes.set_axis_off()
-        for axes in grid[: len(estimates)][-columns:]:  # panels with none below
+        inches = {"size": (2.3, 0.9), "per_panel": (2.5, 2.4), "alone": (6.8, 3.4)}
+        figure, grid = panels(len(estimates), columns, **inches, sharex=True, sharey=True)
+        for axes in grid[-columns:]:  # panels with none below
             axes.tick_params(labelbottom=True)
-        for axes, (_, row) in zip(grid, estimates.iterrows(), strict=False):
+        for axes, (_, row) in zip(grid, estimates.iterrows(), strict=True):
             subspaces = table[
                 (table["kind"] == "subspace") & (table["condition"] == row["condition"])
             ]

@@ -17,6 +17,7 @@ from lorax.analysis.figures.style import (
     line_style,
     main_axis,
     named,
+    panels,
     pick,
     plain,
     values_in_order,
@@ -145,15 +146,10 @@ def trajectory(
     """
     drawn = [name for name in quantities or QUANTITIES if name in table]
     columns = min(3, len(drawn))
-    lines = -(-len(drawn) // columns)
     values = values_in_order(table[main])
     with matplotlib.rc_context(STYLE):
-        size = (1.4 + 2.5 * columns, 0.8 + 2.2 * lines)
-        figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(lines, columns, sharex=True, squeeze=False).ravel()
-        for axes in grid[len(drawn) :]:
-            axes.set_axis_off()
-        for axes, name in zip(grid, drawn, strict=False):
+        figure, grid = panels(len(drawn), columns, (1.4, 0.8), (2.5, 2.2), sharex=True)
+        for axes, name in zip(grid, drawn, strict=True):
             for n, value in enumerate(values):
                 of_value = table[table[main] == value]
                 for _, member in of_value.groupby("member"):

@@ -21,6 +21,7 @@ from lorax.analysis.figures.style import (
     has_no_order,
     main_axis,
     named,
+    panels,
     pick,
     plain,
     style_of,
@@ -123,21 +124,17 @@ def learning_curves(
     """
     evals = metrics[(metrics["split"] == "eval") & metrics["member"].isin(points.index)]
     lines = [runs.fields(row, by.others) for _, row in points.iterrows()]
-    panels = list(dict.fromkeys(lines))
+    titles = list(dict.fromkeys(lines))
     of_axis = points[by.main] if by.main else [None] * len(points)
     values = _ordered(of_axis)
     which = np.array([values.index(None if runs.is_missing(v) else v) for v in of_axis])
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
-    rows = -(-len(panels) // columns)
+    columns = 2 if len(titles) == 4 else min(3, len(titles))
     with matplotlib.rc_context(STYLE):
-        size = (6.4, 3.8) if len(panels) == 1 else (1.9 + 2.3 * columns, 0.8 + 2.1 * rows)
-        figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-        for axes in grid[len(panels) :]:
-            axes.set_axis_off()
+        inches = {"size": (1.9, 0.8), "per_panel": (2.3, 2.1), "alone": (6.4, 3.8)}
+        figure, grid = panels(len(titles), columns, **inches, sharex=True, sharey=True)
         handles = {}
-        for axes, panel in zip(grid, panels, strict=False):
-            in_panel = np.array([line == panel for line in lines])
+        for axes, title in zip(grid, titles, strict=True):
+            in_panel = np.array([line == title for line in lines])
             for n in sorted(set(which[in_panel])):
                 members = points[in_panel & (which == n)]
                 handles[n] = _with_mean(axes, evals, members, style_of(n, len(values)))
@@ -146,14 +143,14 @@ def learning_curves(
                     handles[n].set_label(f"{named(by.main)} {value}")
                 else:
                     handles[n].set_label("mean over seeds")
-            axes.set_title(plain(panel).replace(", ", "\n"))
+            axes.set_title(plain(title).replace(", ", "\n"))
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
             axes.tick_params(labelbottom=True)
         _clip_to_converged(grid[0], evals, points)
         figure.supxlabel("optimizer step", fontsize=9)
         figure.supylabel(loss, fontsize=9)
         handles = [handles[n] for n in sorted(handles)]
-        if len(panels) > 1 or len(handles) > 5:
+        if len(titles) > 1 or len(handles) > 5:
             figure.legend(handles=handles, loc="outside right upper")
         else:
             grid[0].legend(handles=handles)

@@ -21,6 +21,7 @@ from lorax.analysis.figures.style import (
     main_axis,
     named,
     panel_title,
+    panels,
     pick,
     plain,
     values_in_order,
@@ -119,17 +120,12 @@ def base_spectrum(sigmas: pd.DataFrame, layers: Sequence[int] | None = None) -> 
         layers = [all_layers[round(x)] for x in places]
     targets = list(dict.fromkeys(sigmas["target"]))
     columns = min(4, len(targets))
-    lines = -(-len(targets) // columns)
     # Values that are only rounding would stretch the axis by ten decades.
     drawn = sigmas[sigmas["layer"].isin(layers)]
     drawn = drawn[drawn["sigma"] > 1e-7 * drawn.groupby("path")["sigma"].transform("max")]
     with matplotlib.rc_context(STYLE):
-        size = (1.4 + 2.2 * columns, 0.9 + 2.0 * lines)
-        figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
-        for axes in grid[len(targets) :]:
-            axes.set_axis_off()
-        for axes, target in zip(grid, targets, strict=False):
+        figure, grid = panels(len(targets), columns, (1.4, 0.9), (2.2, 2.0), sharey=True)
+        for axes, target in zip(grid, targets, strict=True):
             for n, layer in enumerate(layers):
                 curve = drawn[(drawn["layer"] == layer) & (drawn["target"] == target)]
                 marker_step = max(1, len(curve) // 6)

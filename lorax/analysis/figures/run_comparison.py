@@ -12,6 +12,7 @@ from lorax.analysis.figures.style import (
     NAMES,
     STYLE,
     named,
+    panels,
     pick,
     plain,
     style_of,
@@ -30,14 +31,9 @@ def curves(points: pd.DataFrame, loss: str) -> Figure:
     lines = list(dict.fromkeys(zip(points["run"], points["part"], strict=True)))
     styles = [style_of(n, len(lines)) for n in range(len(lines))]
     columns = min(2, len(axes_of))
-    rows = -(-len(axes_of) // columns)
     with matplotlib.rc_context(STYLE):
-        size = (1.8 + 3.2 * columns, 0.7 + 2.6 * rows)
-        figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-        for axes in grid[len(axes_of) :]:
-            axes.set_axis_off()
-        for axes, axis in zip(grid, axes_of, strict=False):
+        figure, grid = panels(len(axes_of), columns, (1.8, 0.7), (3.2, 2.6), sharey=True)
+        for axes, axis in zip(grid, axes_of, strict=True):
             of_axis = points[points["axis"] == axis]
             for (run, part), style in zip(lines, styles, strict=True):
                 line = of_axis[(of_axis["run"] == run) & (of_axis["part"] == part)]

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from lorax.analysis.calibration import ESTIMATORS
-from lorax.analysis.figures.style import COLOURS, GREY, MARKERS, STYLE
+from lorax.analysis.figures.style import COLOURS, GREY, MARKERS, STYLE, panels, pick
 
 COLUMNS = 4
 ZERO = 0.5  # where zero is drawn on a logarithmic axis
@@ -20,11 +20,9 @@ def calibration(estimates: pd.DataFrame) -> Figure:
     names = [name for name in ESTIMATORS if name in set(estimates["estimator"])]
     noises = sorted(set(estimates["noise"]))
     columns = min(COLUMNS, len(names))
-    lines = -(-len(names) // columns)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(0.8 + 2.3 * columns, 1.0 + 2.2 * lines), layout="constrained")
-        grid = figure.subplots(lines, columns, squeeze=False)
-        for axes, name in zip(grid.flat, names, strict=False):
+        figure, grid = panels(len(names), columns, (0.8, 1.0), (2.3, 2.2))
+        for axes, name in zip(grid, names, strict=True):
             of_estimator = estimates[estimates["estimator"] == name]
             unit = "d*" if of_estimator["quantity"].iloc[0] == "dimension" else "r*"
             levels = [noise for noise in noises if noise in set(of_estimator["noise"])]
@@ -37,8 +35,8 @@ def calibration(estimates: pd.DataFrame) -> Figure:
                     of_noise["truth"].clip(lower=ZERO) * shift,
                     of_noise["estimate"].clip(lower=ZERO),
                     linestyle="",
-                    marker=MARKERS[n % len(MARKERS)],
-                    color=COLOURS[n % len(COLOURS)],
+                    marker=pick(MARKERS, n),
+                    color=pick(COLOURS, n),
                     fillstyle="none",
                     label=f"noise {noise:g}",
                 )
@@ -46,8 +44,6 @@ def calibration(estimates: pd.DataFrame) -> Figure:
             axes.set_title(name)
             axes.set_xlabel(f"planted {unit}")
             axes.set_ylabel(f"estimate of {unit}")
-        for axes in list(grid.flat)[len(names) :]:
-            axes.set_axis_off()
         shown = {  # not every panel has every noise level
             label: handle
             for axes in figure.axes

@@ -99,6 +99,34 @@ def main_axis(
     return values, lambda column: np.array(list(column), float)
 
 
+def panels(
+    count: int,
+    columns: int,
+    size: tuple[float, float],
+    per_panel: tuple[float, float],
+    alone: tuple[float, float] | None = None,
+    **shared: bool | str,
+) -> tuple[Figure, np.ndarray]:
+    """A figure of `count` panels, row by row, and their axes (count,). Places left over stay empty.
+
+    Args:
+      columns: how many panels a row has.
+      size: inches (width, height) outside the panels.
+      per_panel: inches (width, height) of a column and of a row.
+      alone: the figure's inches if there is only one panel, if not the sum of both.
+      shared: which axes the panels share, as in `Figure.subplots`.
+    """
+    rows = -(-count // columns)
+    inches = (size[0] + per_panel[0] * columns, size[1] + per_panel[1] * rows)
+    if alone is not None and count == 1:
+        inches = alone
+    figure = Figure(figsize=inches, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    return figure, grid[:count]
+
+
 def has_no_order(values: Sequence) -> bool:
     """Whether the values of an axis are names (of methods, targets) or None, which no line should
     connect."""
