@@ -7,7 +7,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from lorax.analysis import intrinsic as search
-from lorax.analysis.figures.style import DASHES, GREY, LOSS, STYLE, line_style, named, panels, plain
+from lorax.analysis.figures.style import (
+    DASHES,
+    GREY,
+    LOSS,
+    STYLE,
+    line_style,
+    mean_line,
+    named,
+    panels,
+    plain,
+)
 
 
 def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, loss: str = LOSS) -> Figure:
@@ -75,7 +85,5 @@ def _against_size(axes: Axes, best: pd.DataFrame, by: str, n: int, label: str) -
     """A line through the means over seeds with standard errors, and the seeds as dots."""
     values = best.groupby(by)["value"]
     style = line_style(n)
-    mean = values.mean()
-    bars = values.sem() if values.sem().notna().any() else None  # none for one seed
-    axes.errorbar(mean.index, mean, yerr=bars, capsize=2, label=label, **style)
+    mean_line(axes, values, capsize=2, label=label, **style)
     axes.plot(best[by], best["value"], ".", color=style["color"], alpha=0.45, markersize=4)

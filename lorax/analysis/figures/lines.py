@@ -16,6 +16,7 @@ from lorax.analysis.figures.style import (
     legend_of_values,
     line_style,
     main_axis,
+    mean_line,
     named,
     panels,
     pick,
@@ -119,9 +120,7 @@ def intruder_counts(table: pd.DataFrame, k: int = 10, main: str = "rank") -> Fig
         axes = figure.add_subplot()
         for n, value in enumerate(values):
             by_epsilon = sums[sums[main] == value].groupby("epsilon")
-            mean, bars = by_epsilon["intruders"].mean(), by_epsilon["intruders"].sem()
-            bars = bars if bars.notna().any() else None
-            axes.errorbar(mean.index, mean, yerr=bars, capsize=3, **line_style(n))
+            mean_line(axes, by_epsilon["intruders"], capsize=3, **line_style(n))
             control = by_epsilon["control"].mean()
             if control.notna().any():
                 dotted = {"color": pick(COLOURS, n), "linestyle": (0, (1, 2)), "linewidth": 1}
@@ -181,9 +180,7 @@ def cka(table: pd.DataFrame, main: str = "rank") -> Figure:
         axes = figure.add_subplot()
         for n, value in enumerate(values):
             by_layer = table[table[main] == value].groupby("layer")["cka"]
-            mean, bars = by_layer.mean(), by_layer.sem()
-            bars = bars if bars.notna().any() else None
-            axes.errorbar(mean.index, mean, yerr=bars, capsize=3, **line_style(n))
+            mean_line(axes, by_layer, capsize=3, **line_style(n))
         axes.set_xlabel("layer")
         axes.set_ylabel("linear CKA with the base (0 to 1)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -17,6 +17,7 @@ from lorax.analysis.figures.style import (
     LOSS,
     MARKERS,
     STYLE,
+    bars,
     distinct,
     has_no_order,
     main_axis,
@@ -58,15 +59,14 @@ def rank_curve(
             n = 0 if same_style else n
             style = {"color": pick(COLOURS, n)}
             style["linestyle"] = "none" if names else pick(DASHES, n)
-            # One seed has no bar: zero-length bars would look like certainty.
-            bars = rows["se"].to_numpy(float) if rows["se"].notna().any() else None
+            errors = bars(rows["se"])
             description = "mean of seeds" if (rows["n"] > 1).any() else "one seed"
-            description += " ± standard error" * (bars is not None)
+            description += " ± standard error" * (errors is not None)
             label = plain(line) or (description if lines == 1 else None)
             axes.errorbar(
                 place(rows[main]),
                 rows["mean"],
-                yerr=bars,
+                yerr=errors,
                 marker=pick(MARKERS, n),
                 capsize=3,
                 label=None if same_style else label,

@@ -19,6 +19,7 @@ from lorax.analysis.figures.style import (
     legend_of_values,
     line_style,
     main_axis,
+    mean_line,
     named,
     panel_title,
     panels,
@@ -197,9 +198,7 @@ def by_layer_and_value(table: pd.DataFrame, columns: Sequence[str], main: str = 
                 for n, value in enumerate(values):
                     of_value = finite[(finite[main] == value) & (finite["target"] == target)]
                     of_layer = of_value.groupby("layer")[column]
-                    bars = of_layer.sem() if of_layer.sem().notna().any() else None
-                    mean = of_layer.mean()
-                    axes.errorbar(mean.index, mean, yerr=bars, capsize=3, **line_style(n))
+                    mean_line(axes, of_layer, capsize=3, **line_style(n))
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True))
                 axes.xaxis.set_major_formatter(
                     FuncFormatter(lambda x, _: "none" if x == -1 else f"{x:g}")

@@ -11,6 +11,7 @@ from lorax.analysis.figures.style import (
     MARKERS,
     NAMES,
     STYLE,
+    bars,
     named,
     panels,
     pick,
@@ -37,8 +38,7 @@ def curves(points: pd.DataFrame, loss: str) -> Figure:
             of_axis = points[points["axis"] == axis]
             for (run, part), style in zip(lines, styles, strict=True):
                 line = of_axis[(of_axis["run"] == run) & (of_axis["part"] == part)]
-                bars = line["se"] if line["se"].notna().any() else None
-                axes.errorbar(line["x"], line["mean"], yerr=bars, capsize=2, **style)
+                axes.errorbar(line["x"], line["mean"], yerr=bars(line["se"]), capsize=2, **style)
             axes.set_xlabel(NAMES.get(axis, named(axis)))
             _logarithmic(axes, axis, of_axis["x"])
         figure.supylabel("final " + loss, fontsize=9)

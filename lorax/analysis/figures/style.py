@@ -127,6 +127,18 @@ def panels(
     return figure, grid[:count]
 
 
+def bars(errors: pd.Series) -> pd.Series | None:
+    """Standard errors to draw, or None if there are none (one seed): bars of length zero would look
+    like certainty."""
+    return errors if errors.notna().any() else None
+
+
+def mean_line(axes: Axes, values: pd.core.groupby.SeriesGroupBy, **style: object) -> None:
+    """A line through the means of the groups, with standard errors."""
+    mean = values.mean()
+    axes.errorbar(mean.index, mean, yerr=bars(values.sem()), **style)
+
+
 def has_no_order(values: Sequence) -> bool:
     """Whether the values of an axis are names (of methods, targets) or None, which no line should
     connect."""
