@@ -171,7 +171,7 @@ def crossings(rows: pd.DataFrame, by: str, level: float, metric: str) -> dict[st
     tested_max.
     """
     means = rows.groupby(by)["value"].mean()
-    passing = means.index[_sign(metric) * means >= _sign(metric) * level]
+    passing = means.index[reaches(means, level, metric)]
     of_means = crossing(means.index, means, level, metric)
     by_seed = {
         seed: crossing(rows_of_seed[by], rows_of_seed["value"], level, metric)
