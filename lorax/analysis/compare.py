@@ -81,7 +81,7 @@ def curve(table: pd.DataFrame, by: Axes, x: str) -> pd.DataFrame:
     """
     if x not in table or not pd.to_numeric(table[x], errors="coerce").notna().any():
         return pd.DataFrame(columns=["part", "x", "mean", "se", "n", "line"])
-    axes = [name for name in (by.main, *by.others) if name and name != x]
+    axes = [name for name in by.names if name != x]
     separate, others = ([n for n in axes if (n in UNLIKE) == unlike] for unlike in (True, False))
     reached = runs.settings(table, Axes(x, tuple(axes))).dropna(subset=["mean", x])
     for name, names in (("part", separate), ("line", others)):

@@ -133,6 +133,11 @@ class Axes(NamedTuple):
     main: str | None  # None: all members have the same setting, apart from the seed
     others: tuple[str, ...]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All fields in which the settings differ; the main axis first."""
+        return self.others if self.main is None else (self.main, *self.others)
+
 
 class Answer(NamedTuple):
     """The one-standard-error rule over a table of settings (rows of `settings`)."""

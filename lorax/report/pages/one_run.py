@@ -155,7 +155,7 @@ def _of_updates(
 
 def _similarity(of: Sweep, members: dict, shown: pd.DataFrame) -> Section:
     """The directions that updates of several members share."""
-    main, axes = of.main, [name for name in (of.by.main, *of.by.others) if name]
+    main, axes = of.main, of.by.names
     comparisons = [] if main == "method" else shared_directions.of_sweep(shown, members, axes)
     absent = shared_directions.absent_of_sweep(comparisons, main, of.table, shown)
     return shared_directions.section(comparisons, absent)

@@ -292,9 +292,7 @@ def _methods(sweeps: dict[str, Sweep]) -> list[Section]:
     """Every method of every run at its best setting."""
     tables = []
     for name, sweep in sweeps.items():
-        axes = tuple(
-            axis for axis in (sweep.by.main, *sweep.by.others) if axis and axis != "method"
-        )
+        axes = tuple(axis for axis in sweep.by.names if axis != "method")
         by = runs.Axes("method", axes)
         settings = runs.settings(sweep.table, by)
         if settings["mean"].notna().any():

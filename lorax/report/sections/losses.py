@@ -71,7 +71,7 @@ def learning(run: runs.Run, table: pd.DataFrame, by: runs.Axes, which: str = "")
         which += f"{_and(map(words.axis, by.others))} with the lowest loss; members.csv has all."
         table = table[lines.isin(best)]
     figure = figures.learning_curves(run.metrics, table, by, runs.loss_name(run))
-    axes = [name for name in (by.main, *by.others) if name]
+    axes = list(by.names)
     fields = table[["name", *axes, "status"]].rename(columns={"name": "member_name"})
     evals = run.metrics[run.metrics["split"] == "eval"][["member", "step", "loss"]]
     evals = evals.join(fields, on="member", how="inner")

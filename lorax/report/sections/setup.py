@@ -15,8 +15,7 @@ def facts(run: runs.Run, table: pd.DataFrame, by: runs.Axes, redraw: str) -> Sec
     task = task.get("name", "") if isinstance(task, dict) else task
     seeds = table["seed"].nunique()
     steps = run.status.get("steps", table["final_step"].max())
-    swept = [name for name in (by.main, *by.others) if name]
-    varied = "; ".join(f"{words.axis(name)}: {words.listed(table[name])}" for name in swept)
+    varied = "; ".join(f"{words.axis(name)}: {words.listed(table[name])}" for name in by.names)
     targets = words.listed(table["targets"]) if "targets" in table else ""
     methods = words.listed(table["method"])
     base = config.get("base") or "an unnamed base"
