@@ -36,10 +36,8 @@ def methods(
     """
     if "optimizer_bytes" not in table:  # an older run
         table = table.assign(optimizer_bytes=None)
-    reached = settings.dropna(subset=["mean"])
-    best = reached.loc[reached.groupby("method")["mean"].idxmin()]
     rows = []
-    for _, setting in best.sort_values("mean").iterrows():
+    for _, setting in best_of_methods(settings).sort_values("mean").iterrows():
         members = table[of_setting(table, setting, by)]
         of_members = ranks[ranks["member"].isin(members.index)] if len(ranks) else ranks
         rows.append(
@@ -54,6 +52,12 @@ def methods(
             }
         )
     return pd.DataFrame(rows)
+
+
+def best_of_methods(settings: pd.DataFrame) -> pd.DataFrame:
+    """The row of each method's lowest mean. settings: as in `methods`."""
+    reached = settings.dropna(subset=["mean"])
+    return reached.loc[reached.groupby("method")["mean"].idxmin()]
 
 
 def of_setting(table: pd.DataFrame, setting: pd.Series, by: Axes) -> pd.Series:

@@ -165,8 +165,7 @@ def _shown(of: Sweep, members: Iterable[int]) -> list[int]:
     """The members that figures of updates show: those that differ from the best setting only in
     the main axis and the seed, or each method's best."""
     if of.main == "method":
-        reached = of.settings.dropna(subset=["mean"])
-        best = reached.loc[reached.groupby("method")["mean"].idxmin()]
+        best = compare.best_of_methods(of.settings)
         of_best = [compare.of_setting(of.table, setting, of.by) for _, setting in best.iterrows()]
         return [member for member in members if any(same[member] for same in of_best)]
     # If nothing has been evaluated, there is no best setting: take the first member's.
