@@ -20,7 +20,7 @@ from lorax.analysis.tables.directions import (
 )
 from lorax.analysis.tables.intervention import Interventions, interventions
 from lorax.analysis.tables.learned import has_factors, sensitivity, updates
-from lorax.analysis.tables.matrices import Updates, layer_and_target, shape_of, stacks
+from lorax.analysis.tables.matrices import Updates, layer_and_target, misfit, shape_of, stacks
 from lorax.analysis.tables.singular_values import base_spectra, base_svds, spectra
 from lorax.analysis.tables.statistics import (
     RESERVED,
@@ -56,6 +56,7 @@ __all__ = [
     "intruder_table",
     "layer_and_target",
     "leading",
+    "misfit",
     "read_statistics",
     "sensitivity",
     "shape_of",

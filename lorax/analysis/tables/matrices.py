@@ -65,12 +65,19 @@ def by_matrix(
         for path, update in by_path.items()
     }
     for (_, path), update in flat.items() if kernels is not None else ():
-        if path not in kernels:
-            raise KeyError(f"{path}: adapted, but not among the base's kernels")
-        shape = shape_of(update)[:2]
-        if shape != kernels[path].shape:
-            raise ValueError(f"{path}: an update of {shape}, but a kernel of {kernels[path].shape}")
+        if reason := misfit(path, update, kernels):
+            raise (ValueError if path in kernels else KeyError)(reason)
     return flat
+
+
+def misfit(path: str, update: Factors | np.ndarray, kernels: Mapping[str, np.ndarray]) -> str:
+    """Why an update doesn't fit its kernel; "" if it fits."""
+    if path not in kernels:
+        return f"{path}: adapted, but not among the base's kernels"
+    shape = shape_of(update)[:2]
+    if shape != kernels[path].shape:
+        return f"{path}: an update of {shape}, but a kernel of {kernels[path].shape}"
+    return ""
 
 
 def with_base(every: dict, kernels: Mapping, svds: SVDs, keys: list) -> tuple:

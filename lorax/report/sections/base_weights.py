@@ -101,14 +101,12 @@ def sections(
 
 def _misfit(members: Members, kernels: Kernels) -> str:
     """What is wrong with the first update that doesn't fit its kernel; "" if all fit."""
-    for updates in members.values():
-        for path, update in updates.items():
-            if path not in kernels:
-                return f"{path}: adapted, but not among the base's kernels"
-            shape = tables.shape_of(update)[:2]
-            if shape != kernels[path].shape:
-                return f"{path}: an update of {shape}, but a kernel of {kernels[path].shape}"
-    return ""
+    reasons = (
+        tables.misfit(path, update, kernels)
+        for updates in members.values()
+        for path, update in updates.items()
+    )
+    return next(filter(None, reasons), "")
 
 
 def limited(paths: Sequence[str], layers: int | None) -> tuple[list[str], str]:
