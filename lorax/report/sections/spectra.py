@@ -17,16 +17,14 @@ def spectra(sigmas: pd.DataFrame, main: str, where: str = "") -> Section:
     sigmas: from `tables.spectra`, with a column `main` that distinguishes the lines. where: which
     members these are, if not all.
     """
-    layers = spread(sorted(set(sigmas["layer"])), MAX_LAYERS)
-    targets = spread(list(dict.fromkeys(sigmas["target"])), MAX_TARGETS)
+    all_layers = sorted(set(sigmas["layer"]))
+    all_targets = list(dict.fromkeys(sigmas["target"]))
+    layers, targets = spread(all_layers, MAX_LAYERS), spread(all_targets, MAX_TARGETS)
     drawn = sigmas[sigmas["layer"].isin(layers) & sigmas["target"].isin(targets)]
     caption = "Singular values of ΔW (of s·a·b for an update with factors)." + (
         f" Shown for {where}; analysis/spectra.csv has all." if where else ""
     )
-    all_places = sorted(set(sigmas["layer"])), list(dict.fromkeys(sigmas["target"]))
-    caption += drawn_of(
-        layers, all_places[0], targets, all_places[1], "analysis/spectra.csv has all"
-    )
+    caption += drawn_of(layers, all_layers, targets, all_targets, "analysis/spectra.csv has all")
     first, last = (drawn[drawn["index"] == i]["sigma"] for i in (1, 2))
     alt = f"Log-log line charts of singular values for layers {', '.join(map(str, layers))}"
     if len(last) and first.mean() > 0:
