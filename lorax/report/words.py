@@ -24,6 +24,12 @@ def setting(row: pd.Series, by: runs.Axes) -> str:
     return f"{name} = {value}" + (f" with {row['line']}" if row["line"] else "")
 
 
+def task(config: dict[str, Any]) -> str:
+    """The name of a config's task; "" if it has none."""
+    named = config.get("task", "")
+    return named.get("name", "") if isinstance(named, dict) else named
+
+
 def axis(name: str) -> str:
     return {"lr": "learning rate", "n_train": "training examples"}.get(name, name.replace("_", " "))
 

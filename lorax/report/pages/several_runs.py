@@ -139,12 +139,11 @@ def _summary(name: str, sweep: Sweep, is_search: bool) -> dict[str, object]:
     reached = "–" if best is None else words.setting(best, sweep.by)
     if is_search:  # it has dimensions, not a best setting
         best, reached = None, "; ".join(map(intrinsic.brief, _found(sweep.run)))
-    task = config.get("task", "")
     base = words.listed(sweep.table["base"]) if "base" in sweep.table else config.get("base")
     return {
         "run": name,
         "base": base,
-        "task": task.get("name", "") if isinstance(task, dict) else task,
+        "task": words.task(config),
         "methods": words.listed(sweep.table["method"]),
         "members": len(sweep.table),
         "seeds": sweep.table["seed"].nunique(),

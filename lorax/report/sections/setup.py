@@ -11,8 +11,7 @@ def facts(run: runs.Run, table: pd.DataFrame, by: runs.Axes, redraw: str) -> Sec
     """What was run: base, task, axes, device, versions, and the command that repeats it. redraw:
     the command that redraws the page."""
     config = run.config.get("config", {})
-    task = config.get("task", "")
-    task = task.get("name", "") if isinstance(task, dict) else task
+    task = words.task(config)
     seeds = table["seed"].nunique()
     steps = run.status.get("steps", table["final_step"].max())
     varied = "; ".join(f"{words.axis(name)}: {words.listed(table[name])}" for name in by.names)
