@@ -109,6 +109,14 @@ def needed(start: float, full: float, threshold: float, metric: str) -> float:
     return start - threshold * (start - full) if metric == "loss" else threshold * full
 
 
+def points_of(table: pd.DataFrame, condition: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(points of a condition's subspaces, points of LoRA with the same baseline). table: of
+    points."""
+    subspaces = table[(table["kind"] == "subspace") & (table["condition"] == condition)]
+    shared = subspaces["shared"].iloc[0]
+    return subspaces, table[(table["kind"] == "lora") & (table["shared"] == shared)]
+
+
 def rates(rows: pd.DataFrame, metric: str) -> list[float]:
     """The learning rates of points of one size, best first: rates with the most seeds come before
     the others, which one lucky seed might favour; then by the mean over seeds."""
@@ -241,7 +249,7 @@ def estimate(table: pd.DataFrame, threshold: float, metric: str) -> pd.DataFrame
         if not improves:
             crossed |= dict.fromkeys(("size", "low", "high", "smallest"), np.nan)
             crossed |= {"verdict": "no baseline", "n": 0, "by_seed": ""}
-        lora = table[(table["kind"] == "lora") & (table["shared"] == shared)]
+        lora = points_of(table, condition)[1]
         lora_crossed = {"verdict": "", "size": np.nan, "low": np.nan, "high": np.nan}
         if len(lora) and improves:
             lora_crossed = crossings(tuned(lora, "params", metric), "params", level, metric)

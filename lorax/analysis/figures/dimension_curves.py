@@ -39,12 +39,8 @@ def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, loss: str = LOSS) ->
         for axes in grid[-columns:]:  # panels with none below
             axes.tick_params(labelbottom=True)
         for axes, (_, row) in zip(grid, estimates.iterrows(), strict=True):
-            subspaces = table[
-                (table["kind"] == "subspace") & (table["condition"] == row["condition"])
-            ]
+            subspaces, lora_points = search.points_of(table, row["condition"])
             _against_size(axes, search.tuned(subspaces, "dim", metric), "dim", 0, "random subspace")
-            shared = subspaces["shared"].iloc[0]
-            lora_points = table[(table["kind"] == "lora") & (table["shared"] == shared)]
             if len(lora_points):
                 _against_size(
                     axes, search.tuned(lora_points, "params", metric), "params", 1, "LoRA"

@@ -157,12 +157,7 @@ def _numbers(points: pd.DataFrame, estimated: pd.DataFrame, metric: str) -> pd.D
     the mean and standard error over seeds and the panel's levels."""
     drawn, levels = [], ["baseline", "needed", "d", "low", "high"]
     for _, row in estimated.iterrows():
-        subspaces = points[
-            (points["kind"] == "subspace") & (points["condition"] == row["condition"])
-        ]
-        lora = points[
-            (points["kind"] == "lora") & (points["shared"] == subspaces["shared"].iloc[0])
-        ]
+        subspaces, lora = intrinsic.points_of(points, row["condition"])
         for rows, by in ((subspaces, "dim"), (lora, "params")):
             if len(rows):
                 best = intrinsic.tuned(rows, by, metric)
