@@ -129,11 +129,7 @@ def section(comparisons: Sequence[Comparison], absent: Sequence[str] = ()) -> Se
         parts.append(page.note(text))
     pictures = {}
     if comparisons:
-        pictures["similarity"] = _diagonals(comparisons)
-        kinds = " and ".join(OF[kind] for kind in sorted(which))
-        caption = f"φ(i, i) of {kinds}, mean over matrices. The band is the chance level."
-        alt = "Line chart of φ(i, i): " + "; ".join(map(_corners, comparisons)) + "."
-        parts.append(page.figure("similarity", caption, alt))
+        parts.append(_similarity(comparisons, pictures))
     for number, comparison in enumerate(comparisons):
         parts.append(f"<h3>Between {page.escape(comparison.title)}</h3>")
         if number < MAX_MAPS:
@@ -155,6 +151,18 @@ def section(comparisons: Sequence[Comparison], absent: Sequence[str] = ()) -> Se
     parts += [page.paragraph(text) for text in absent]
     files = _files(comparisons) if comparisons else {}
     return Section("Subspace similarity", "".join(parts), pictures, files)
+
+
+def _similarity(
+    comparisons: Sequence[Comparison], pictures: dict[str, Picture], kind: str = ""
+) -> str:
+    """The figure of phi(i, i) of all comparisons; adds it to `pictures`. kind: whose directions; by
+    default those of each comparison's maps."""
+    pictures["similarity"] = _diagonals(comparisons, kind)
+    of_kinds = " and ".join(OF[k] for k in sorted({kind or c.kind for c in comparisons}))
+    caption = f"φ(i, i) of {of_kinds}, mean over matrices. The band is the chance level."
+    corners = "; ".join(_corners(comparison, kind) for comparison in comparisons)
+    return page.figure("similarity", caption, f"Line chart of φ(i, i): {corners}.")
 
 
 def _maps(comparison: Comparison, pictures: dict[str, Picture]) -> str:
@@ -210,11 +218,7 @@ def across(comparisons: Sequence[Comparison], absent: Sequence[str]) -> Section:
         parts.append(page.table(header, rows, caption, sortable=True))
     pictures = {}
     if comparisons:
-        pictures["similarity"] = _diagonals(comparisons, "dW in")
-        caption = "φ(i, i) of ΔW's input side, mean over matrices. The band is the chance level."
-        alt = "Line chart of φ(i, i): "
-        alt += "; ".join(_corners(comparison, "dW in") for comparison in comparisons) + "."
-        parts.append(page.figure("similarity", caption, alt))
+        parts.append(_similarity(comparisons, pictures, "dW in"))
     for comparison in comparisons[:MAX_MAPS]:
         name = f"similarity_{comparison.name}"
         pictures[name], cut = maps(comparison, "dW in")
