@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import matplotlib
-import matplotlib.lines
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -16,6 +15,7 @@ from lorax.analysis.figures.style import (
     MARKERS,
     STYLE,
     has_no_order,
+    legend_lines,
     legend_of_values,
     line_style,
     main_axis,
@@ -167,14 +167,12 @@ def by_layer(ranks: pd.DataFrame) -> Figure:
             axes.set_ylim(bottom=0)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.supxlabel("layer", fontsize=9)
-        handles, labels = _handles(len(targets)), [plain(target) for target in targets]
+        styles, labels = list(map(line_style, range(len(targets)))), list(map(plain, targets))
         if len(adapters) > 1:
-            handles += [
-                matplotlib.lines.Line2D([], [], color="0.3", linestyle=pick(DASHES, m))
-                for m in range(len(adapters))
-            ]
-            labels += [plain(adapter) for adapter in adapters]
-        figure.legend(handles, labels, loc="outside right upper")
+            dashes = [pick(DASHES, m) for m in range(len(adapters))]
+            styles += [{"color": "0.3", "linestyle": dash} for dash in dashes]
+            labels += map(plain, adapters)
+        figure.legend(legend_lines(styles), labels, loc="outside right upper")
         return figure
 
 
@@ -211,8 +209,3 @@ def by_layer_and_value(table: pd.DataFrame, columns: Sequence[str], main: str = 
         figure.supxlabel("layer", fontsize=9)
         legend_of_values(figure, values, main)
         return figure
-
-
-def _handles(count: int) -> list[matplotlib.lines.Line2D]:
-    """Legend lines, also for values that a panel lacks."""
-    return [matplotlib.lines.Line2D([], [], **line_style(n)) for n in range(count)]

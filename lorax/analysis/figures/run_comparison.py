@@ -1,7 +1,6 @@
 """Figures that compare runs: their curves, and their methods."""
 
 import matplotlib
-import matplotlib.lines
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter, NullLocator
@@ -12,6 +11,7 @@ from lorax.analysis.figures.style import (
     NAMES,
     STYLE,
     bars,
+    legend_lines,
     named,
     panels,
     pick,
@@ -42,9 +42,8 @@ def curves(points: pd.DataFrame, loss: str) -> Figure:
             axes.set_xlabel(NAMES.get(axis, named(axis)))
             _logarithmic(axes, axis, of_axis["x"])
         figure.supylabel("final " + loss, fontsize=9)
-        handles = [matplotlib.lines.Line2D([], [], **style) for style in styles]
         labels = [plain(", ".join(filter(None, line))) for line in lines]
-        figure.legend(handles, labels, loc="outside upper center", ncols=2)
+        figure.legend(legend_lines(styles), labels, loc="outside upper center", ncols=2)
         return figure
 
 

@@ -150,12 +150,16 @@ def values_in_order(column: pd.Series) -> list:
     return sorted(set(column), key=lambda value: (isinstance(value, str), value))
 
 
+def legend_lines(styles: Iterable[dict]) -> list[matplotlib.lines.Line2D]:
+    """Lines for a legend, also of values that a panel lacks."""
+    return [matplotlib.lines.Line2D([], [], **style) for style in styles]
+
+
 def legend_of_values(
     figure: Figure, values: Sequence, main: str, more: Mapping[str, dict] | None = None
 ) -> None:
     """A legend of all values, also those that a panel lacks, and of the lines in `more`."""
-    lines = [matplotlib.lines.Line2D([], [], **line_style(n)) for n in range(len(values))]
-    lines += [matplotlib.lines.Line2D([], [], **style) for style in (more or {}).values()]
+    lines = legend_lines([*map(line_style, range(len(values))), *(more or {}).values()])
     labels = [f"{named(main)} = {plain(runs.in_words(value, main))}" for value in values]
     figure.legend(lines, [*labels, *(more or {})], loc="outside right upper")
 
