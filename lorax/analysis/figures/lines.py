@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from lorax.analysis.figures.style import (
     COLOURS,
     GREY,
+    REFERENCE,
     STYLE,
     legend_of_values,
     line_style,
@@ -55,7 +56,7 @@ def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> Figure:
         mean, low, high = (np.diagonal(part) for part in band)
         i = np.arange(1, len(mean) + 1)
         axes.fill_between(i, low, high, color=GREY, alpha=0.25, linewidth=0, label="chance, 5-95%")
-        axes.plot(i, mean, color=GREY, linewidth=1, linestyle=(0, (6, 3)), label="chance, mean")
+        axes.plot(i, mean, label="chance, mean", **REFERENCE)
         for n, (name, values) in enumerate(phi.items()):
             on_diagonal = np.diagonal(values)
             marker_step = max(1, len(on_diagonal) // 8)
@@ -83,7 +84,7 @@ def table7(amplified: pd.DataFrame, main: str = "rank") -> Figure:
         for n, (column, label) in enumerate(NORMS.items()):
             _quartiles(left, amplified, main, column, n, label)
         _quartiles(right, amplified, main, "factor", 0, None)
-        right.axhline(1, color=GREY, linewidth=1, linestyle=(0, (6, 3)))
+        right.axhline(1, **REFERENCE)
         left.set_ylabel("Frobenius norm")
         right.set_ylabel("amplification ‖ΔW‖ / ‖UᵀWV‖")
         handles, labels = left.get_legend_handles_labels()

@@ -16,6 +16,7 @@ from lorax.analysis.figures.style import (
     GREY,
     LOSS,
     MARKERS,
+    REFERENCE,
     STYLE,
     bars,
     distinct,
@@ -190,14 +191,13 @@ def _base_line(axes: Axes, base: float, settings: pd.DataFrame, points: pd.DataF
     edge, with the value in the legend."""
     if not np.isfinite(base):
         return
-    style = {"color": GREY, "linestyle": (0, (6, 3)), "linewidth": 1}
     losses = np.concatenate([settings["mean"].dropna(), points["final_loss"].dropna()])
     low, high = (losses.min(), losses.max()) if len(losses) else (base, base)
     if base <= high + 1.5 * (high - low):
-        axes.axhline(base, label="base, unadapted", **style)
+        axes.axhline(base, label="base, unadapted", **REFERENCE)
         return
     label = f"base, unadapted: {base:.3f}, above this scale"
-    axes.plot([0, 1], [1, 1], transform=axes.transAxes, clip_on=False, label=label, **style)
+    axes.plot([0, 1], [1, 1], transform=axes.transAxes, clip_on=False, label=label, **REFERENCE)
 
 
 def _mark(axes: Axes, places: np.ndarray, main: str, answer: Answer, place: Callable) -> None:

@@ -11,8 +11,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from lorax.analysis.figures.style import (
     COLOURS,
     DASHES,
-    GREY,
     MARKERS,
+    REFERENCE,
     STYLE,
     has_no_order,
     legend_lines,
@@ -89,7 +89,7 @@ def update_ranks(ranks: pd.DataFrame, main: str = "rank") -> Figure:
             joined = {"linestyle": "none"} if has_no_order(values) else {}
             adapter_rank = pd.to_numeric(ranks["rank"], errors="coerce")
             nominal = adapter_rank.groupby(place(ranks[main])).mean().dropna()
-            style = {"color": GREY, "linewidth": 1, "linestyle": (0, (6, 3))} | joined
+            style = REFERENCE | joined
             style |= {"marker": "_", "markersize": 20} if joined else {}
             if len(nominal):  # no line for a method without a rank
                 axes.plot(nominal.index, nominal, label="rank at most", **style)

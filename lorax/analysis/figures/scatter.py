@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from lorax.analysis.calibration import ESTIMATORS
-from lorax.analysis.figures.style import COLOURS, GREY, MARKERS, STYLE, panels, pick
+from lorax.analysis.figures.style import COLOURS, MARKERS, REFERENCE, STYLE, panels, pick
 
 COLUMNS = 4
 ZERO = 0.5  # where zero is drawn on a logarithmic axis
@@ -62,9 +62,7 @@ def _square(axes, estimates: pd.DataFrame) -> None:
     values = np.concatenate([truths, estimates["estimate"].dropna().clip(lower=ZERO)])
     low, high = values.min() / 1.4, values.max() * 1.4
     ticks = truths + [truths[-1] * 2**n for n in range(1, 12) if truths[-1] * 2**n < high]
-    axes.plot(
-        [low, high], [low, high], color=GREY, linewidth=1, linestyle=(0, (6, 3)), label="truth"
-    )
+    axes.plot([low, high], [low, high], label="truth", **REFERENCE)
     for axis, set_scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
         set_scale("log", base=2)
         axis.set_major_locator(FixedLocator(ticks))

@@ -21,6 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (7, 2)), (0, (2, 2)), "-")
 GREY = "0.45"
+REFERENCE = {"color": GREY, "linewidth": 1, "linestyle": (0, (6, 3))}  # chance, the base, a bound
 LOSS = "eval loss (nats)"  # for models that predict tokens or classes
 NAMES = {"rank": "rank r of the adapter", "lr": "learning rate", "alpha": "α"}
 NAMES |= {"trainable_params": "trainable parameters", "n_train": "training examples"}
