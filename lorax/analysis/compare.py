@@ -9,12 +9,8 @@ import pandas as pd
 from lorax.analysis import runs
 from lorax.analysis.runs import Axes
 
-CURVES = (
-    "rank",
-    "alpha",
-    "lr",
-    "trainable_params",
-)  # x axes of the loss curves that compare runs
+# x axes of the loss curves that compare runs
+CURVES = ("rank", "alpha", "lr", "trainable_params")
 # Fields whose values get separate lines: other methods, other networks, other tasks.
 UNLIKE = ("method", "base", "n_train", "shuffle", "planted_rank", "noise", "inputs")
 

@@ -53,4 +53,5 @@ the nearest dimension tried before.</li>
 
 
 def section(*texts: str) -> Section:
+    """The section with these notes, e.g. `LOSSES` and `UPDATES`."""
     return Section("Method notes", f"<ul>{''.join(texts)}</ul>")

@@ -53,9 +53,8 @@ class Section(NamedTuple):
     title: str
     content: str  # HTML; a figure appears in it as src="NAME" until the page is put together
     pictures: dict[str, Picture] = {}
-    files: dict[
-        str, pd.DataFrame | dict[str, np.ndarray]
-    ] = {}  # of analysis/, NAME.csv or NAME.npz
+    # Of analysis/: NAME.csv or NAME.npz.
+    files: dict[str, pd.DataFrame | dict[str, np.ndarray]] = {}
     error: Exception | None = None  # why the section failed
 
 
@@ -179,6 +178,7 @@ def _data(value: pd.DataFrame | dict[str, np.ndarray]) -> bytes:
 
 
 def csv(table: pd.DataFrame) -> bytes:
+    """The table as CSV, without its index."""
     return table.to_csv(index=False).encode()
 
 
@@ -193,12 +193,14 @@ def lay_out(figure: Figure) -> None:
 
 
 def png(figure: Figure) -> bytes:
+    """The figure as PNG, as `lay_out` laid it out."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
 
 
 def pdf(figure: Figure) -> bytes:
+    """The figure as PDF, without the date, so that its bytes are the same each time."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"pdf.fonttype": 42}):  # TrueType: text stays text
         FigureCanvasPdf(figure).print_pdf(buffer, metadata={"CreationDate": None})
@@ -255,6 +257,7 @@ def put_together(
 
 
 def slug(title: str) -> str:
+    """A title as an HTML id or a part of a file's name: lower case, with hyphens between words."""
     return re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
@@ -330,14 +333,17 @@ def aid(text: str) -> str:
 
 
 def note(text: str) -> str:
+    """A caveat on what the page shows, set apart from the text."""
     return f'<p class="note">{escape(text)}</p>'
 
 
 def paragraph(text: str) -> str:
+    """A paragraph of plain text."""
     return f"<p>{escape(text)}</p>"
 
 
 def listing(items: Iterable[str]) -> str:
+    """A list of plain texts."""
     return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
 
 
@@ -356,6 +362,7 @@ def facts(pairs: dict[str, Any], code: Iterable[str] = ()) -> str:
 
 
 def escape(value: Any) -> str:
+    """A value as `show` shows it, with HTML's characters escaped."""
     return html.escape(value if isinstance(value, str) else show(value), quote=True)
 
 

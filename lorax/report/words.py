@@ -31,6 +31,7 @@ def task(config: dict[str, Any]) -> str:
 
 
 def axis(name: str) -> str:
+    """The name of a field in words."""
     return {"lr": "learning rate", "n_train": "training examples"}.get(name, name.replace("_", " "))
 
 
@@ -46,10 +47,12 @@ def listed(column: pd.Series) -> str:
 
 
 def at_step(step: Any) -> str:
+    """ " at step 50"; "" for a missing step."""
     return "" if is_missing(step) else f" at step {int(step)}"
 
 
 def duration(seconds: Any) -> str:
+    """ "2 min 5 s", or hours and minutes from one hour on; "" for a missing value."""
     if is_missing(seconds):
         return ""
     minutes, seconds = divmod(round(float(seconds)), 60)
@@ -58,4 +61,5 @@ def duration(seconds: Any) -> str:
 
 
 def plural(count: int) -> str:
+    """The "s" after the name of `count` things."""
     return "" if count == 1 else "s"

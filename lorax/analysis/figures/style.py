@@ -40,6 +40,7 @@ MAP = {**STYLE, "axes.spines.top": True, "axes.spines.right": True}
 
 
 def pick(choices: Sequence, n: int):
+    """The nth choice; after the last, the first again."""
     return choices[n % len(choices)]
 
 
@@ -56,6 +57,7 @@ def style_of(n: int, count: int) -> dict:
 
 
 def named(main: str) -> str:
+    """A column's name in words."""
     return main.replace("_", " ")
 
 
@@ -166,4 +168,5 @@ def legend_of_values(
 
 
 def panel_title(layer: int, target: str) -> str:
+    """The title of a matrix's panel; a matrix outside all layers has only its target."""
     return f"{target}, layer {layer}" if layer >= 0 else target

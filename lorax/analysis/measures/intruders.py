@@ -33,9 +33,8 @@ class Intruders(NamedTuple):
 
     similarity: np.ndarray  # (..., k): the largest |cosine| with a vector of W, 0 to 1
     mask: np.ndarray  # (..., k) bool, or (..., e, k) for e epsilons: similarity < epsilon
-    count: (
-        np.ndarray
-    )  # (...) int, or (..., e): how many of the k; the paper sums them over matrices
+    # (...) int, or (..., e): how many of the k; the paper sums them over matrices
+    count: np.ndarray
     u: np.ndarray  # (..., in, k); W + dW = u @ diag(sigma) @ vt + the rest of its SVD
     sigma: np.ndarray  # (..., k), descending
     vt: np.ndarray  # (..., k, out)
@@ -145,7 +144,7 @@ def intervene(
       lam: a number, or an array that broadcasts with the leading axes: (l,) for a sweep over one
         matrix, (l, 1) for one over a stack. 0 removes the intruder, 1 changes nothing.
       found: the `intruders` of the same w, delta and side, if already computed: saves all of the
-      work.
+        work.
     """
     if found is None:
         found = intruders(w, delta, k, epsilon, side=side, w_svd=w_svd)

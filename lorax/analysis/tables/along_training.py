@@ -20,7 +20,7 @@ COLUMNS += ("overlap_final",)
 def trajectory(run: runs.Run) -> pd.DataFrame | None:
     """One row per member, step and matrix, with `COLUMNS`; None if the run has no trajectory.
 
-    norm: ||dW||_F. effective, stable, energy90: ranks (`lorax.analysis.spectrum`), 0 for no update.
+    norm: ||dW||_F. effective, stable, energy90: ranks (`measures.spectrum`), 0 for no update.
     overlap_final: phi(k, k) between the k leading input directions at this step and at the member's
     last step, from 0 (none in common, or no update yet) to 1. k is the number of directions at the
     last step, at most 4; NaN if there are none. Matrices that a member does not adapt have no

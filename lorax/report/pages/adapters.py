@@ -181,9 +181,8 @@ def _sections(
     layers: int | None,
     statistics: Sequence[tables.Statistic],
 ) -> list[Section]:
-    by_kind = sorted(
-        given, key=lambda adapter: "Ranks" not in adapter.facts
-    )  # those with factors first
+    # Those with factors first.
+    by_kind = sorted(given, key=lambda adapter: "Ranks" not in adapter.facts)
     updates = {adapter.name: adapter.updates for adapter in by_kind}
     sigmas, ranks = tables.spectra(updates)
     sigmas, ranks = sigmas.assign(adapter=sigmas["member"]), ranks.assign(adapter=ranks["member"])
