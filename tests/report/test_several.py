@@ -10,6 +10,7 @@ from reading import Page
 from synthetic import WIDTH, make_run, make_search, planted_factors
 
 from lorax.analysis import compare, figures, runs, update_similarity
+from lorax.report import naming
 from lorax.report.pages import several_runs
 
 
@@ -96,7 +97,7 @@ def test_names_that_give_one_file_name_are_told_apart(tmp_path, undrawn):
     runs = [tmp_path / "a_b" / "c", tmp_path / "a" / "b_c", tmp_path / "d" / "c"]
     for directory in runs:
         make_run(directory, ranks=(2,))
-    assert several_runs.names(runs)[:2] == ["a_b/c", "a/b_c"]
+    assert naming.names(runs)[:2] == ["a_b/c", "a/b_c"]
     several_runs.write(runs, tmp_path / "out")
     table = pd.read_csv(tmp_path / "out" / "analysis" / "similarity.csv")
     assert table["comparison"].nunique() == 6  # three runs with each other, and with themselves
@@ -104,11 +105,11 @@ def test_names_that_give_one_file_name_are_told_apart(tmp_path, undrawn):
 
 
 def test_names_tell_runs_apart(tmp_path):
-    assert several_runs.names([tmp_path / "a/x", tmp_path / "b/x"]) == ["a/x", "b/x"]
+    assert naming.names([tmp_path / "a/x", tmp_path / "b/x"]) == ["a/x", "b/x"]
     with pytest.raises(ValueError, match="given twice"):
-        several_runs.names([tmp_path / "a", tmp_path / "b" / ".." / "a"])
-    name = several_runs.default_name("compare", [f"run_{i}" for i in range(40)])
-    assert len(name) <= several_runs.MAX_LENGTH and name.startswith("compare-run_0-run_1-")
+        naming.names([tmp_path / "a", tmp_path / "b" / ".." / "a"])
+    name = naming.default_name("compare", [f"run_{i}" for i in range(40)])
+    assert len(name) <= naming.MAX_LENGTH and name.startswith("compare-run_0-run_1-")
 
 
 def test_curve_takes_the_best_of_the_rest(tmp_path):

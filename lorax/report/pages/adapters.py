@@ -16,10 +16,9 @@ from lorax import rundir
 from lorax.analysis import basis_similarity, figures, tables
 from lorax.interop import peft, reading
 from lorax.interop.adapter import Factors
-from lorax.report import bases, notes, page, selection
+from lorax.report import bases, naming, notes, page, selection
 from lorax.report.bases import Kernels
 from lorax.report.page import Picture, Section
-from lorax.report.pages import several_runs
 from lorax.report.sections import base_weights, shared_directions, spectra, user_statistics
 
 LEAD = "A low-rank update: its size, its rank and its directions."
@@ -69,12 +68,12 @@ def write(
     with threadpool_limits(1, user_api="blas"):
         kernels, sources, why = _base(paths, base)
         names = [_name(path) for path in paths]
-        names = names if len(set(names)) == len(names) else several_runs.names(paths)
+        names = names if len(set(names)) == len(names) else naming.names(paths)
         given = [read(*source, sources, alpha) for source in zip(names, paths, strict=True)]
         for adapter in given:
             if kernels is not None:
                 _check(adapter, kernels, base or "its base")
-        name = several_runs.default_name("adapter", names)
+        name = naming.default_name("adapter", names)
         directory = pathlib.Path("runs") / name if out is None else pathlib.Path(out)
         options = {"base": base, "alpha": alpha, "layers": layers, "also": also, "out": directory}
         command = page.command(paths, **options)
@@ -270,7 +269,7 @@ def _layers(ranks: pd.DataFrame, also: pd.DataFrame | None) -> Section:
 def _both(given: list[Given]) -> Section:
     """The directions that two adapters share."""
     first, second = (tables.bases(adapter.updates) for adapter in given)
-    first, second = several_runs.fitting(first, second)
+    first, second = shared_directions.fitting(first, second)
     title = f"{given[0].name} and {given[1].name}"
     comparison = shared_directions.compare("adapters", title, [(first, second)] if first else [])
     if comparison is not None:

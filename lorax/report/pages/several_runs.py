@@ -1,6 +1,5 @@
 """The report of several runs: their results, and how their configs differ."""
 
-import hashlib
 import itertools
 import os
 import pathlib
@@ -13,14 +12,13 @@ from threadpoolctl import threadpool_limits
 
 from lorax import rundir
 from lorax.analysis import compare, figures, intrinsic, runs, tables
-from lorax.report import notes, page, words
+from lorax.report import naming, notes, page, words
 from lorax.report.page import Picture, Section
 from lorax.report.pages import dimension
 from lorax.report.sections import outcome, shared_directions
 from lorax.report.sections.outcome import Sweep
 
 LEAD = "Several runs side by side."
-MAX_LENGTH = 60  # of a directory's name
 EVALUATED = ("eval.examples", "train.seq_len")  # with task.*: keys that select the eval rows
 TRAINED = ("train.batch_size", "task.n_train")  # with the steps: keys that set the training budget
 
@@ -37,8 +35,10 @@ def write(
     Raises what `lorax.analysis.runs.load` raises, before anything is written.
     """
     with threadpool_limits(1, user_api="blas"):
-        named = dict(zip(names(directories), map(runs.load, directories), strict=True))
-        directory = pathlib.Path("runs") / default_name("compare", named) if out is None else out
+        named = dict(zip(naming.names(directories), map(runs.load, directories), strict=True))
+        directory = (
+            pathlib.Path("runs") / naming.default_name("compare", named) if out is None else out
+        )
         directory = pathlib.Path(directory)
         sweeps = {name: outcome.read(run) for name, run in named.items()}
         searches = {name: run for name, run in named.items() if dimension.is_search(run)}
@@ -54,30 +54,6 @@ def write(
             notes.section(notes.LOSSES, notes.UPDATES, *[notes.SEARCHES] * bool(searches)),
         ]
         return page.save(directory, ", ".join(named), LEAD, sections, command)
-
-
-def names(directories: Sequence[str | os.PathLike]) -> list[str]:
-    """Names for the runs: as many of the last parts of their paths as make the names different.
-
-    Raises ValueError if a directory is given twice.
-    """
-    parts = [pathlib.Path(directory).resolve().parts for directory in directories]
-    if len(set(parts)) < len(parts):
-        twice = next(directory for directory, path in zip(directories, parts, strict=True)
-                     if parts.count(path) > 1)  # fmt: skip
-        raise ValueError(f"{twice}: given twice; a comparison takes different directories")
-    for length in itertools.count(1):
-        candidates = ["/".join(path[-length:]) for path in parts]
-        if len(set(candidates)) == len(candidates):
-            return candidates
-
-
-def default_name(sort: str, subjects: Sequence[str]) -> str:
-    """The name of a report's directory: the kind of report and what it is about."""
-    name = re.sub(r"[^\w.-]+", "_", f"{sort}-" + "-".join(subjects))
-    if len(name) <= MAX_LENGTH:
-        return name
-    return name[: MAX_LENGTH - 9] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 # --------------------------------------------------------------------------------- runs and members
@@ -382,8 +358,8 @@ def _similarity(sweeps: dict[str, Sweep]) -> list[Section]:
         else:
             pairs = list(itertools.product(bases[first], bases[second]))
             title = f"{first} and {second}"
-        common = [fitting(u, v) for u, v in pairs]
-        name = default_name("similarity", [first, second]).removeprefix("similarity-")
+        common = [shared_directions.fitting(u, v) for u, v in pairs]
+        name = naming.default_name("similarity", [first, second]).removeprefix("similarity-")
         name = page.unused(name, [comparison.name for comparison in comparisons])
         compared = shared_directions.compare(name, title, [pair for pair in common if pair[0]])
         if compared is not None:
@@ -412,15 +388,3 @@ def _best_bases(sweep: Sweep) -> tuple[list[tables.Bases], str]:
     updates, missing = tables.updates(sweep.run, members)
     reason = next(iter(missing.values()), "its best setting has no member with an update")
     return [tables.bases(update) for update in updates.values()], reason
-
-
-def fitting(first: tables.Bases, second: tables.Bases) -> tuple[tables.Bases, tables.Bases]:
-    """The matrices that both have in the same shape."""
-    kinds = tables.KINDS[2:]
-    paths = [
-        path
-        for path in first
-        if path in second
-        and all(len(first[path][kind]) == len(second[path][kind]) for kind in kinds)
-    ]
-    return {path: first[path] for path in paths}, {path: second[path] for path in paths}

@@ -109,6 +109,18 @@ def compare(name: str, title: str, pairs: Sequence[tuple[dict, dict]]) -> Compar
     return Comparison(name, title, phi, size, len(pairs), ranks, control)
 
 
+def fitting(first: tables.Bases, second: tables.Bases) -> tuple[tables.Bases, tables.Bases]:
+    """The matrices that both have in the same shape."""
+    kinds = tables.KINDS[2:]
+    paths = [
+        path
+        for path in first
+        if path in second
+        and all(len(first[path][kind]) == len(second[path][kind]) for kind in kinds)
+    ]
+    return {path: first[path] for path in paths}, {path: second[path] for path in paths}
+
+
 def section(comparisons: Sequence[Comparison], absent: Sequence[str] = ()) -> Section:
     """Maps and tables of every comparison. absent: which comparisons are missing, and why."""
     which = {comparison.kind for comparison in comparisons}
