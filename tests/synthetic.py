@@ -1,5 +1,6 @@
 """A small made-up run directory with planted structure, as training would leave it."""
 
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -48,6 +49,19 @@ def kernels() -> dict[str, np.ndarray]:
     }
 
 
+def measurements(member: int, final: float, broken: bool) -> list[dict[str, Any]]:
+    """Losses from the base's to `final`, in a straight line; none after step 0 if it is broken."""
+    metrics = []
+    for step in STEPS:
+        loss = BASE_LOSS + (final - BASE_LOSS) * step / STEPS[-1]
+        loss = None if broken and step else loss
+        point = {"member": member, "step": step}
+        metrics.append({**point, "split": "eval", "loss": loss})
+        if step:
+            metrics.append({**point, "split": "train", "loss": loss, "grad_norm": 0.3})
+    return metrics
+
+
 def make_run(
     directory: pathlib.Path,
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16),
@@ -61,55 +75,41 @@ def make_run(
     members: list[dict[str, Any]] = []
     metrics: list[dict[str, Any]] = []
     status: dict[str, Any] = {}
-    for rank in ranks:
-        for alpha in alphas:
-            for lr in lrs:
-                for seed in seeds:
-                    member = len(members)
-                    scale = alpha / rank if scaling == "lora" else alpha
-                    members.append(
-                        {
-                            "member": member,
-                            "group": 0,
-                            "name": f"rank={rank},alpha={alpha:g},lr={lr:g},seed={seed}",
-                            "method": "lora",
-                            "rank": rank,
-                            "alpha": alpha,
-                            "scaling": scaling,
-                            "scale": scale,
-                            "init": "kaiming",
-                            "targets": list(TARGETS),
-                            "layers": None,
-                            "dropout": 0.0,
-                            "lr": lr,
-                            "weight_decay": 0.0,
-                            "seed": seed,
-                            "n_train": None,
-                            "trainable_params": 2 * WIDTH * rank * LAYERS * len(TARGETS),
-                        }
-                    )
-                    broken = member in diverged
-                    final = (
-                        planted_loss(rank, seed) + 0.1 * lrs.index(lr) + 0.2 * alphas.index(alpha)
-                    )
-                    for step in STEPS:
-                        loss = BASE_LOSS + (final - BASE_LOSS) * step / STEPS[-1]
-                        loss = None if broken and step else loss
-                        point = {"member": member, "step": step}
-                        metrics.append({**point, "split": "eval", "loss": loss})
-                        if step:
-                            train = {"split": "train", "loss": loss, "grad_norm": 0.3}
-                            metrics.append({**point, **train})
-                    status[str(member)] = {
-                        "status": "diverged" if broken else "finished",
-                        "diverged_at": 50 if broken else None,
-                        "seconds": 12.5,
-                    }
-                    if adapters:
-                        factors = planted_factors(rank, seed, scale)
-                        peft.save(
-                            directory / "adapters" / str(member), factors, SOURCES, "gpt2-nano"
-                        )
+    axes = itertools.product(ranks, alphas, lrs, seeds)
+    for member, (rank, alpha, lr, seed) in enumerate(axes):
+        scale = alpha / rank if scaling == "lora" else alpha
+        members.append(
+            {
+                "member": member,
+                "group": 0,
+                "name": f"rank={rank},alpha={alpha:g},lr={lr:g},seed={seed}",
+                "method": "lora",
+                "rank": rank,
+                "alpha": alpha,
+                "scaling": scaling,
+                "scale": scale,
+                "init": "kaiming",
+                "targets": list(TARGETS),
+                "layers": None,
+                "dropout": 0.0,
+                "lr": lr,
+                "weight_decay": 0.0,
+                "seed": seed,
+                "n_train": None,
+                "trainable_params": 2 * WIDTH * rank * LAYERS * len(TARGETS),
+            }
+        )
+        broken = member in diverged
+        final = planted_loss(rank, seed) + 0.1 * lrs.index(lr) + 0.2 * alphas.index(alpha)
+        metrics += measurements(member, final, broken)
+        status[str(member)] = {
+            "status": "diverged" if broken else "finished",
+            "diverged_at": 50 if broken else None,
+            "seconds": 12.5,
+        }
+        if adapters:
+            factors = planted_factors(rank, seed, scale)
+            peft.save(directory / "adapters" / str(member), factors, SOURCES, "gpt2-nano")
     sweep = {"rank": ranks, "alpha": alphas, "lr": lrs, "seed": seeds}
     config = {"base": "gpt2-nano", "sweep": sweep, "task": {"name": "restaurants"}}
     about = {
