@@ -259,3 +259,17 @@ def test_the_example_runs_from_its_file(tmp_path):
     text = (tmp_path / "run/report.html").read_text()
     assert {"Condition number", "Against w"} <= set(Page(text).headings)
     assert "could not be made" not in text
+
+
+def test_a_statistic_with_the_name_of_the_axis_keeps_its_numbers(tmp_path, undrawn):
+    """In the figure, and in the table of ranks, next to the axis."""
+    file = tmp_path / "own.py"
+    file.write_text("def alpha(update):\n    return update.singular_values[0]\n")
+    run = make_run(tmp_path / "run", ranks=(2,), alphas=(8.0, 16.0))
+    page = Page(report.draw(run, also=[f"{file}:alpha"]).read_text())
+    assert not (run / "errors.txt").exists()
+    own = pd.read_csv(run / "analysis" / "alpha.csv")
+    drawn = pd.read_csv(run / "figures" / "alpha.csv")
+    pd.testing.assert_series_equal(drawn["alpha of yours"], own["alpha"], check_names=False)
+    assert set(drawn["alpha"]) == {8.0, 16.0}
+    assert any("alpha of yours" in table[0] for table in page.tables)

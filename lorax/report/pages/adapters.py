@@ -190,7 +190,7 @@ def _sections(
     names = [adapter.name for adapter in given]
     shown = pd.DataFrame({"member": names, "adapter": names}, index=names)
     measured = tables.statistics(updates, statistics, kernels, why)
-    also = user_statistics.headings(measured)
+    also = user_statistics.headings(measured, "adapter")
     sections += page.attempt("Layer by layer", _layers, ranks, also)
     sections += user_statistics.sections(measured, shown, "adapter", statistics)
     sections += page.attempt("Spectra of the updates", spectra.spectra, sigmas, "adapter")

@@ -142,9 +142,8 @@ def _of_updates(
         title = "Spectra of the updates"
         sections += page.attempt(title, spectra.spectra, labelled[0], main, where)
         sections[0] = sections[0]._replace(files={"spectra.csv": sigmas, "ranks.csv": ranks})
-        sections += page.attempt(
-            "Effective rank", spectra.ranks, labelled[1], main, user_statistics.headings(measured)
-        )
+        also = user_statistics.headings(measured, main)
+        sections += page.attempt("Effective rank", spectra.ranks, labelled[1], main, also)
         sections += user_statistics.sections(measured, shown, main, statistics)
     sections += page.attempt("Subspace similarity", _similarity, of, updates, shown)
     arguments = (updates, kernels, why, shown, main, layers)

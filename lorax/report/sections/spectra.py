@@ -57,7 +57,7 @@ def ranks(table: pd.DataFrame, main: str, also: pd.DataFrame | None = None) -> S
     header += ["90% energy rank", "numerical rank"]
     if also is not None:
         extra = [name for name in also if name not in ("member", "path")]
-        joined = table.merge(also, on=["member", "path"], how="left", suffixes=("", " of yours"))
+        joined = table.merge(also, on=["member", "path"], how="left")
         of_extra = joined.groupby([main, "target"], sort=True, dropna=False)[extra].mean()
         means, header = means.join(of_extra, on=[main, "target"]), header + extra
         columns = columns + extra

@@ -82,9 +82,14 @@ def _described(statistics: Sequence[tables.Statistic]) -> dict[str, str]:
     return {name: line for name, line in lines.items() if line}
 
 
-def headings(measured: Mapping[str, tables.Measured]) -> pd.DataFrame | None:
-    """All statistics by member and path, side by side, under the headings of the report's
-    tables."""
+def _beside(table: pd.DataFrame, main: str) -> pd.DataFrame:
+    """The table, to which the column `main` can be added: a number of that name gets another."""
+    return table.rename(columns={main: f"{main} of yours"})
+
+
+def headings(measured: Mapping[str, tables.Measured], main: str) -> pd.DataFrame | None:
+    """All statistics by member and path, side by side, under the headings of the report's tables.
+    main: a column that these tables have."""
     joined = None
     for name, values in measured.items():
         single = values.columns == [name]
@@ -93,7 +98,7 @@ def headings(measured: Mapping[str, tables.Measured]) -> pd.DataFrame | None:
         }
         table = values.table[["member", "path", *values.columns]].rename(columns=renamed)
         joined = table if joined is None else joined.merge(table, on=["member", "path"])
-    return joined
+    return None if joined is None else _beside(joined, main)
 
 
 def _section(
@@ -103,12 +108,15 @@ def _section(
     content = page.paragraph(description) if description else ""
     if values.missing:
         content += page.note(unmeasured(values.missing, len(values.table)))
-    shown_rows = label(values.table, shown, main).dropna(subset=values.columns, how="all")
+    numbers = _beside(values.table[values.columns], main)
+    columns = list(numbers)
+    shown_rows = label(values.table[KEYS].join(numbers), shown, main)
+    shown_rows = shown_rows.dropna(subset=columns, how="all")
     if not len(shown_rows):
         return Section(
             title(name), content + page.paragraph("There are no numbers to draw."), files=files
         )
-    targets, columns = list(dict.fromkeys(shown_rows["target"])), values.columns
+    targets = list(dict.fromkeys(shown_rows["target"]))
     drawn = spread(targets, MAX_TARGETS)
     caption = (
         f"{title(name)} by layer: a line for each {words.axis(main)}, means over seeds; bars are "
