@@ -35,8 +35,7 @@ class Trained:
         """The method's name, as for `lorax.method`."""
         if self.method is not None:
             return self.method.name
-        lengths = any(factors.m is not None for factors in self.adapter.factors.values())
-        return "dora" if lengths else "lora"
+        return "dora" if self.adapter.has_lengths else "lora"
 
     @functools.cached_property
     def content(self) -> Adapter | Dense:

@@ -41,16 +41,21 @@ class Adapter(NamedTuple):
         """{layer: `Factors`}; of rank 0 if DoRA stores only a layer's lengths."""
         return self.factors
 
+    @property
+    def has_lengths(self) -> bool:
+        """Whether a layer has DoRA's lengths."""
+        return any(factors.m is not None for factors in self.factors.values())
+
     def notes(self) -> list[str]:
         """Other changes than the updates, one line each."""
-        lengths = any(factors.m is not None for factors in self.factors.values())
-        notes = ["DoRA: the columns of w + dW are scaled as well, which is not in dW."] * lengths
+        dora = "DoRA: the columns of w + dW are scaled as well, which is not in dW."
+        notes = [dora] * self.has_lengths
         return notes + [f"trained in full: {name} {_size(x)}" for name, x in self.weights.items()]
 
     def idle(self) -> str:
         """Why the adapter changes nothing, "" if it may change something."""
         every = self.factors.values()
-        if self.weights or any(factors.m is not None for factors in every):
+        if self.weights or self.has_lengths:
             return ""
         if all(factors.s == 0 for factors in every):
             return "alpha is 0, which scales every update to 0"
