@@ -9,7 +9,7 @@ import pytest
 from reading import Page
 from synthetic import WIDTH, make_run, make_search, planted_factors
 
-from lorax.analysis import compare, figures, runs, update_similarity
+from lorax.analysis import figures, runs, settings_compared, update_similarity
 from lorax.report import naming
 from lorax.report.pages import several_runs
 
@@ -115,19 +115,19 @@ def test_names_tell_runs_apart(tmp_path):
 def test_curve_takes_the_best_of_the_rest(tmp_path):
     run = runs.load(make_run(tmp_path, ranks=(1, 4), lrs=(1e-3, 2e-3), adapters=False))
     table = runs.summary(run)
-    found = compare.curve(table, runs.axes(run, table), "lr")
+    found = settings_compared.curve(table, runs.axes(run, table), "lr")
     np.testing.assert_allclose(found["mean"], [1.2, 1.3], atol=1e-12)
     assert set(found["line"]) == {"rank=4"}
-    assert compare.curve(table, runs.axes(run, table), "dim").empty
+    assert settings_compared.curve(table, runs.axes(run, table), "dim").empty
 
 
 def test_more_parameters_are_on_the_curve_only_where_they_are_better(tmp_path):
     run = runs.load(make_run(tmp_path, ranks=(1, 4), lrs=(1e-3,), adapters=False))
     table = runs.summary(run)
     by = runs.axes(run, table)
-    assert len(compare.curve(table, by, "trainable_params")) == 2
+    assert len(settings_compared.curve(table, by, "trainable_params")) == 2
     worse = table.assign(final_loss=table["final_loss"] + (table["rank"] == 4))
-    (kept,) = compare.curve(worse, by, "trainable_params")["x"]
+    (kept,) = settings_compared.curve(worse, by, "trainable_params")["x"]
     assert kept == table.loc[table["rank"] == 1, "trainable_params"].iloc[0]
 
 
@@ -176,6 +176,8 @@ def edit(directory, change):
 
 
 def test_differences():
-    found = compare.differences({"x": {"a": 1, "b": {"c": [1]}}, "y": {"a": 1, "b": {"c": [2]}}})
+    found = settings_compared.differences(
+        {"x": {"a": 1, "b": {"c": [1]}}, "y": {"a": 1, "b": {"c": [2]}}}
+    )
     assert json.loads(found.to_json(orient="records")) == [{"key": "b.c", "x": "[1]", "y": "[2]"}]
-    assert compare.differences({"x": {"a": 1}, "y": {"a": 1}}).empty
+    assert settings_compared.differences({"x": {"a": 1}, "y": {"a": 1}}).empty

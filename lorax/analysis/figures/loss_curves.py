@@ -87,7 +87,7 @@ def rank_curve(
 
 def methods(compared: pd.DataFrame) -> Figure:
     """Each method's best final eval loss with its standard error, best on top; a dashed line marks
-    full fine-tuning. compared: from `compare.methods`."""
+    full fine-tuning. compared: from `settings_compared.methods`."""
     with matplotlib.rc_context(STYLE):
         height = max(2.1, 0.9 + 0.28 * len(compared))  # room for the y label next to two methods
         figure = Figure(figsize=(6.4, height), layout="constrained")

@@ -25,7 +25,7 @@ def curves(points: pd.DataFrame, loss: str) -> Figure:
     of a run.
 
     Args:
-      points: run, axis, part, x, mean, se (rows of `compare.curve`).
+      points: run, axis, part, x, mean, se (rows of `settings_compared.curve`).
       loss: name and unit of the loss.
     """
     axes_of = list(dict.fromkeys(points["axis"]))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
-from lorax.analysis import calibration, compare, runs, tables
+from lorax.analysis import calibration, runs, settings_compared, tables
 from lorax.report import notes, page, selection
 from lorax.report.bases import Kernels
 from lorax.report.page import Section
@@ -164,8 +164,10 @@ def _shown(of: Sweep, members: Iterable[int]) -> list[int]:
     """The members that figures of updates show: those that differ from the best setting only in
     the main axis and the seed, or each method's best."""
     if of.main == "method":
-        best = compare.best_of_methods(of.settings)
-        of_best = [compare.of_setting(of.table, setting, of.by) for _, setting in best.iterrows()]
+        best = settings_compared.best_of_methods(of.settings)
+        of_best = [
+            settings_compared.of_setting(of.table, setting, of.by) for _, setting in best.iterrows()
+        ]
         return [member for member in members if any(same[member] for same in of_best)]
     # If nothing has been evaluated, there is no best setting: take the first member's.
     best = of.table.loc[min(members)] if of.answer is None else of.answer.best

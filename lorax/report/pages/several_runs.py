@@ -11,7 +11,7 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from lorax import rundir
-from lorax.analysis import compare, figures, intrinsic, runs, tables
+from lorax.analysis import figures, intrinsic, runs, settings_compared, tables
 from lorax.report import naming, notes, page, words
 from lorax.report.page import Picture, Section
 from lorax.report.pages import dimension
@@ -80,7 +80,7 @@ def _overview(
             "compared: look at where a curve bends, not at how high it is."
         )
         parts.append(page.note(text))
-    differences = compare.differences(configs)
+    differences = settings_compared.differences(configs)
     steps = {row["run"]: row["steps"] for row in rows}
     parts += map(page.note, _unlike(differences, steps))
     unfinished = [row["run"] for row in rows if row["state"] in rundir.UNFINISHED]
@@ -135,7 +135,7 @@ def _summary(name: str, sweep: Sweep, is_search: bool) -> dict[str, object]:
 def _unlike(differences: pd.DataFrame, steps: dict[str, int]) -> list[str]:
     """Why losses of runs on one task may not be comparable: different rows or more training.
 
-    differences: from `compare.differences`. steps: of each run.
+    differences: from `settings_compared.differences`. steps: of each run.
     """
     texts = []
     listed = lambda values_by_run: "; ".join(
@@ -216,9 +216,9 @@ def _loss(sweeps: dict[str, Sweep]) -> str:
 def _curves(sweeps: dict[str, Sweep]) -> list[Section]:
     """Loss against rank, alpha, learning rate and size, if the runs have several values of them."""
     curves_by_axis = []
-    for axis in compare.CURVES:
+    for axis in settings_compared.CURVES:
         of_axis = [
-            compare.curve(sweep.table, sweep.by, axis).assign(run=name, axis=axis)
+            settings_compared.curve(sweep.table, sweep.by, axis).assign(run=name, axis=axis)
             for name, sweep in sweeps.items()
         ]
         of_axis = pd.concat([rows for rows in of_axis if len(rows)] or [pd.DataFrame({"x": []})])
@@ -271,7 +271,7 @@ def _methods(sweeps: dict[str, Sweep]) -> list[Section]:
         by = runs.Axes("method", axes)
         settings = runs.settings(sweep.table, by)
         if settings["mean"].notna().any():
-            compared = compare.methods(sweep.table, settings, by, pd.DataFrame())
+            compared = settings_compared.methods(sweep.table, settings, by, pd.DataFrame())
             tables.append(compared.assign(run=name, setting=_said(compared, axes)))
     if not tables:
         return []
@@ -383,7 +383,7 @@ def _best_bases(sweep: Sweep) -> tuple[list[tables.Bases], str]:
     """(directions of the members of the best setting, "") or ([], the reason)."""
     if sweep.answer is None:
         return [], "no member has been evaluated after step 0"
-    same = compare.of_setting(sweep.table, sweep.answer.best, sweep.by)
+    same = settings_compared.of_setting(sweep.table, sweep.answer.best, sweep.by)
     members = sweep.table.index[same & (sweep.table["status"] != "diverged")]
     updates, missing = tables.updates(sweep.run, members)
     reason = next(iter(missing.values()), "its best setting has no member with an update")

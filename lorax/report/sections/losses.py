@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from lorax.analysis import compare, figures, runs
+from lorax.analysis import figures, runs, settings_compared
 from lorax.report import page, words
 from lorax.report.page import Picture, Section
 from lorax.report.sections.outcome import Sweep
@@ -105,7 +105,7 @@ def methods(sweep: Sweep, ranks: pd.DataFrame) -> list[Section]:
     _, table, by, _, settings, *_ = sweep
     if by.main != "method" or settings["mean"].isna().all():
         return []
-    compared = compare.methods(table, settings, by, ranks)
+    compared = settings_compared.methods(table, settings, by, ranks)
     bars = " Bars: one standard error." if compared["se"].notna().any() else ""
     caption = f"Each method at its best setting.{bars} Dashed: full fine-tuning, if it was run."
     best = compared.iloc[0]
