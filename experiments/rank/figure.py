@@ -30,6 +30,13 @@ def losses(sweep: sweeps.Sweep) -> pd.DataFrame:
     return sweep.table.pivot(index="seed", columns=["targets", "rank"], values="final_loss")
 
 
+def within_one_se(means: pd.DataFrame) -> int:
+    """The smallest rank whose mean is at most the best mean plus its standard error. means: from
+    `runs.settings`, one row a rank."""
+    best = means.loc[means["mean"].idxmin()]
+    return int(means.loc[means["mean"] <= best["mean"] + best["se"], "rank"].min())
+
+
 found = sweeps.read("lora_table6_rank", __doc__)
 curves, of_updates = [], []
 for sweep in found:
@@ -42,7 +49,7 @@ for sweep in found:
     for targets in TARGETS:
         own = means[means["targets"] == targets]
         row = {"targets": targets} | {f"r = {r}": sweeps.words(by_seed[targets, r]) for r in ranks}
-        row["within one se"] = runs.answer(own, "rank").smallest["rank"]
+        row["within one se"] = within_one_se(own)
         rows.append(row | {"99% of the improvement": calibration.knee(own, base)})
     sweeps.markdown(rows)
 

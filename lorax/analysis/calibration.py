@@ -49,7 +49,7 @@ def knee(settings: pd.DataFrame, base: float, share: float = SHARE) -> int:
     settings: one row per rank: rank, mean (its eval loss). base: the unadapted base's eval loss.
     Raises ValueError if no rank has a loss below the base's.
 
-    Why not the one-standard-error rule (Breiman et al. 1984, section 3.4.3; `runs.answer`)? That
+    Why not the one-standard-error rule (Breiman et al. 1984, section 3.4.3)? That
     rule asks which ranks can't be distinguished from the best. It measures by the spread between
     seeds, which says how well the loss is known, not how much of it could still be reduced. Without
     noise, all ranks from r* on reach a loss of rounding errors: the standard error is 1e-9 of the

@@ -1,4 +1,4 @@
-"""A run directory (`lorax.rundir`) as tables: members, measurements, settings, the best rank."""
+"""A run directory (`lorax.rundir`) as tables: members, measurements, settings, the best setting."""
 
 import os
 import pathlib
@@ -139,14 +139,6 @@ class Axes(NamedTuple):
         return self.others if self.main is None else (self.main, *self.others)
 
 
-class Answer(NamedTuple):
-    """The one-standard-error rule over a table of settings (rows of `settings`)."""
-
-    best: pd.Series  # lowest mean final eval loss
-    smallest: pd.Series  # smallest value of the axis within one standard error of the best
-    known: bool  # whether the best has a standard error; if not, smallest is the same as best
-
-
 def summary(run: Run) -> pd.DataFrame:
     """One row per member: its fields, then its results.
 
@@ -226,11 +218,11 @@ def axes(run: Run, table: pd.DataFrame) -> Axes:
 
 
 def settings(table: pd.DataFrame, by: Axes, scores: Iterable[str] = ()) -> pd.DataFrame:
-    """Averages over seeds: one row per setting, with mean, se (standard error), n and diverged
-    (counts), and the mean of each of `scores`.
+    """Averages over seeds: one row per setting, with mean, se (standard error), n (members with a
+    final loss), members and diverged (counts), and the mean of each of `scores`.
 
-    Diverged members are counted and left out of the mean. `line` names the other axes' values, ""
-    if there are none. se is NaN for fewer than two seeds.
+    Members without a final loss (diverged, not evaluated yet) are left out of the mean. `line`
+    names the other axes' values, "" if there are none. se is NaN for fewer than two seeds.
     """
     main = by.main or "rank"
     rows = []
@@ -247,6 +239,7 @@ def settings(table: pd.DataFrame, by: Axes, scores: Iterable[str] = ()) -> pd.Da
                 "mean": losses.mean() if len(losses) else np.nan,
                 "se": losses.std(ddof=1) / np.sqrt(len(losses)) if len(losses) > 1 else np.nan,
                 "n": len(losses),
+                "members": len(group),
                 "diverged": int((group["status"] == "diverged").sum()),
                 **{name: group[name].mean() for name in scores},
             }
@@ -254,27 +247,17 @@ def settings(table: pd.DataFrame, by: Axes, scores: Iterable[str] = ()) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def answer(table: pd.DataFrame, main: str) -> Answer | None:
-    """The smallest value of `main` whose mean is at most the best mean + the best's standard error.
+def best_setting(settings: pd.DataFrame) -> pd.Series | None:
+    """The row of the lowest mean; None if there is none.
 
-    Returns None if no setting has a loss.
+    A setting of which a seed has no final loss (it diverged) is not eligible: the mean of the seeds
+    that are left would be too good.
 
     Args:
-      table: from `settings`.
+      settings: from `settings`.
     """
-    usable = table.dropna(subset=["mean"])
-    if usable.empty:
-        return None
-    best = usable.loc[usable["mean"].idxmin()]
-    if not np.isfinite(best["se"]):
-        return Answer(best, best, False)
-    within = usable[usable["mean"] <= best["mean"] + best["se"]]
-    return Answer(best, within.sort_values([main, "mean"], key=in_order).iloc[0], True)
-
-
-def in_order(column: pd.Series) -> pd.Series:
-    """Sort key for a column that may mix numbers and words: numbers by size, then the rest."""
-    return pd.to_numeric(column, errors="coerce")
+    whole = settings[(settings["n"] > 0) & (settings["n"] == settings["members"])]
+    return None if whole.empty else whole.loc[whole["mean"].idxmin()]
 
 
 def _words(value: Any) -> Any:

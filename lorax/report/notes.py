@@ -3,10 +3,6 @@
 from lorax.report.page import Section
 
 LOSSES = """
-<li><b>One-standard-error rule.</b> The smallest rank whose mean final eval loss is at most the
-lowest mean plus its standard error (the standard deviation over seeds, with n − 1, divided by √n).
-The rule picks the simplest setting that the data can't distinguish from the best. It is not a test
-of equality.</li>
 <li><b>Loss.</b> Cross entropy in nats, per completion token, or per example for a classifier;
 squared error for a task that predicts values. The base's loss is measured at step 0.</li>
 """

@@ -20,7 +20,7 @@ def run(tmp_path_factory):
 def tables(run):
     table = runs.summary(run)
     settings = runs.settings(table, runs.axes(run, table))
-    return table, settings, runs.answer(settings, "rank")
+    return table, settings, runs.best_setting(settings)
 
 
 def labels(axes):
@@ -35,8 +35,8 @@ def draws(figure):
 
 
 def test_rank_curve(tables):
-    table, settings, answer = tables
-    figure = figures.rank_curve(settings, table, "rank", BASE_LOSS, answer)
+    table, settings, best = tables
+    figure = figures.rank_curve(settings, table, "rank", BASE_LOSS, best)
     axes = figure.axes[0]
     lines = [line.get_xydata() for line in axes.lines]
     means = settings[["rank", "mean"]].to_numpy(float)
@@ -44,28 +44,25 @@ def test_rank_curve(tables):
     assert "rank" in axes.get_xlabel() and "nats" in axes.get_ylabel()
     assert axes.get_xscale() == "log"
     assert any("base" in label for label in labels(axes))
-    # Ranks 4 and 8 lie alike, so the smaller is ringed.
-    assert [text.get_text() for text in axes.texts] == [
-        "rank 4: smallest within one standard error"
-    ]
+    assert [text.get_text() for text in axes.texts] == ["rank 4: the answer"]
     assert draws(figure)
 
 
 def test_base_is_drawn_where_it_fits(tables):
-    table, settings, answer = tables
-    figure = figures.rank_curve(settings, table, "rank", 1.7, answer)
+    table, settings, best = tables
+    figure = figures.rank_curve(settings, table, "rank", 1.7, best)
     assert any(np.all(np.equal(line.get_ydata(), 1.7)) for line in figure.axes[0].lines)
-    figure = figures.rank_curve(settings, table, "rank", float("nan"), answer)
+    figure = figures.rank_curve(settings, table, "rank", float("nan"), best)
     assert not any("base" in label for label in labels(figure.axes[0]))
 
 
 def test_one_seed_has_no_error_bars(tmp_path):
     table = runs.summary(runs.load(make_run(tmp_path / "run", seeds=(0,))))
     settings = runs.settings(table, runs.Axes("rank", ()))
-    figure = figures.rank_curve(settings, table, "rank", BASE_LOSS, runs.answer(settings, "rank"))
+    figure = figures.rank_curve(settings, table, "rank", BASE_LOSS, runs.best_setting(settings))
     axes = figure.axes[0]
     assert not axes.containers[0].has_yerr
-    assert "lowest mean" in axes.texts[0].get_text()
+    assert "the answer" in axes.texts[0].get_text()
     assert not any("standard error" in label for label in labels(axes))
 
 
@@ -73,7 +70,7 @@ def test_an_axis_of_names(tables):
     table, _, _ = tables
     table = table.assign(init=["kaiming", "gaussian"] * 4)
     settings = runs.settings(table, runs.Axes("init", ()))
-    figure = figures.rank_curve(settings, table, "init", BASE_LOSS, runs.answer(settings, "init"))
+    figure = figures.rank_curve(settings, table, "init", BASE_LOSS, runs.best_setting(settings))
     ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
     assert ticks == ["gaussian", "kaiming"] and draws(figure)
     # No line leads from one name to another.

@@ -1,4 +1,4 @@
-"""A run directory as tables: what is read, what is refused, and the one-standard-error rule."""
+"""A run directory as tables: what is read, what is refused, and the best setting."""
 
 import json
 import shutil
@@ -166,23 +166,12 @@ def test_a_last_loss_that_is_not_finite_is_a_divergence(tmp_path):
     assert runs.summary(runs.load(directory)).loc[1, "status"] == "diverged"
 
 
-def settings_of(means, errors, ranks=(1, 2, 4, 8)):
-    return pd.DataFrame({"rank": ranks, "mean": means, "se": errors, "line": ""})
-
-
-def test_one_standard_error_rule():
-    # Rank 2 is 0.004 above the best, whose error is 0.005; rank 1 is 0.006 above it.
-    answer = runs.answer(settings_of([1.006, 1.004, 1.0, 1.002], [0.1, 0.1, 0.005, 0.001]), "rank")
-    assert answer.known and answer.best["rank"] == 4 and answer.smallest["rank"] == 2
-    # The limit itself is within.
-    answer = runs.answer(settings_of([1.5, 1.25, 1.0, 1.2], [0.1, 0.1, 0.5, 0.1]), "rank")
-    assert answer.smallest["rank"] == 1
-
-
-def test_one_seed_gives_the_lowest_and_no_more():
-    answer = runs.answer(settings_of([1.001, 1.0, 1.2, 1.2], [np.nan] * 4), "rank")
-    assert not answer.known and answer.smallest["rank"] == answer.best["rank"] == 2
-    assert runs.answer(settings_of([np.nan] * 4, [np.nan] * 4), "rank") is None
+def test_a_setting_with_a_diverged_seed_is_not_the_best(tmp_path):
+    # Rank 8 is as good as rank 4 and would be the lowest with the seed that is left.
+    _, _, settings = read(runs.load(make_run(tmp_path / "a", ranks=(1, 4, 8), diverged=(5,))))
+    assert settings["mean"].idxmin() == 2 and runs.best_setting(settings)["rank"] == 4
+    run = runs.load(make_run(tmp_path / "b", ranks=(1, 4), diverged=(0, 1, 2, 3)))
+    assert runs.best_setting(read(run)[2]) is None
 
 
 def test_axes_of_several_kinds(tmp_path):

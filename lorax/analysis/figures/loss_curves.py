@@ -28,7 +28,6 @@ from lorax.analysis.figures.style import (
     plain,
     style_of,
 )
-from lorax.analysis.runs import Answer
 
 
 def rank_curve(
@@ -36,7 +35,7 @@ def rank_curve(
     points: pd.DataFrame,
     main: str,
     base: float,
-    answer: Answer | None,
+    chosen: pd.Series | None,
     loss: str = LOSS,
 ) -> Figure:
     """Final eval loss against the sweep's main axis (normally the rank, on a log2 axis).
@@ -46,7 +45,7 @@ def rank_curve(
       points: rows of `runs.summary`: the single seeds.
       main: the column on the x axis.
       base: the unadapted base's loss, or NaN if it is unknown or differs between members.
-      answer: what to mark; the band is one standard error around the best mean.
+      chosen: the row of settings to mark.
       loss: name and unit of the loss (`runs.loss_name`).
     """
     with matplotlib.rc_context(STYLE):
@@ -76,8 +75,8 @@ def rank_curve(
             of_line = points.merge(rows[_shared(rows, points, main)].drop_duplicates())
             dots = {"color": style["color"], "alpha": 0.45, "markersize": 6}
             axes.plot(place(of_line[main]), of_line["final_loss"], ".", **dots)
-        if answer is not None:
-            _mark(axes, place(settings[main]), main, answer, place)
+        if chosen is not None:
+            _mark(axes, place(settings[main]), main, chosen, place)
         _base_line(axes, base, settings, points)
         axes.margins(y=0.25)  # room for the text below the marked point
         axes.set_ylabel("final " + loss)
@@ -200,24 +199,14 @@ def _base_line(axes: Axes, base: float, settings: pd.DataFrame, points: pd.DataF
     axes.plot([0, 1], [1, 1], transform=axes.transAxes, clip_on=False, label=label, **REFERENCE)
 
 
-def _mark(axes: Axes, places: np.ndarray, main: str, answer: Answer, place: Callable) -> None:
-    """Ring the answer and shade one standard error around the best mean. places: of all
-    settings."""
-    best = answer.best
-    # A small value is preferred only for the rank.
-    ringed = answer.smallest if main == "rank" else best
-    words = "lowest mean"
-    if answer.known:
-        low, high = best["mean"] - best["se"], best["mean"] + best["se"]
-        label = "one standard error around the best"
-        axes.axhspan(low, high, color=GREY, alpha=0.18, linewidth=0, label=label)
-        words = "smallest within one standard error" if main == "rank" else words
-    (x,), y = place([ringed[main]]), ringed["mean"]
+def _mark(axes: Axes, places: np.ndarray, main: str, chosen: pd.Series, place: Callable) -> None:
+    """Ring a setting. places: of all settings."""
+    (x,), y = place([chosen[main]]), chosen["mean"]
     axes.plot([x], [y], "o", markersize=13, fillstyle="none", color="black", markeredgewidth=1.2)
     # At either end of the axis, align the text inwards.
     align = {places.max(): "right", places.min(): "left"}.get(x, "center")
     axes.annotate(
-        f"{named(main)} {plain(runs.in_words(ringed[main], main))}: {words}",
+        f"{named(main)} {plain(runs.in_words(chosen[main], main))}: the answer",
         (x, y),
         xytext=(0, -26),
         textcoords="offset points",

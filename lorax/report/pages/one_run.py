@@ -129,14 +129,14 @@ def _of_updates(
     statistics: Sequence[tables.Statistic],
 ) -> list[Section]:
     """Sections on what was learned."""
-    main, answer, sections = of.main, of.answer, []
+    main, sections = of.main, []
     shown = of.table.loc[_shown(of, updates)]
     if kernels is not None and (of.run.config.get("config", {}).get("sweep") or {}).get("base"):
         kernels, why = None, "the members of this sweep do not share a base model"
     measured = user_statistics.of_run(of.run, updates, statistics, kernels, why)
     if len(shown):
         first = runs.fields(shown.iloc[0], of.by.others)
-        where = first if answer is None else answer.best["line"]
+        where = first if of.best is None else of.best["line"]
         where = "each method's best setting" if main == "method" else where
         labelled = [selection.label(rows, shown, main) for rows in (sigmas, ranks)]
         title = "Spectra of the updates"
@@ -170,7 +170,7 @@ def _shown(of: Sweep, members: Iterable[int]) -> list[int]:
         ]
         return [member for member in members if any(same[member] for same in of_best)]
     # If nothing has been evaluated, there is no best setting: take the first member's.
-    best = of.table.loc[min(members)] if of.answer is None else of.answer.best
+    best = of.table.loc[min(members)] if of.best is None else of.best
     return [member for member in members if _on_line(of.table.loc[member], best, of.by)]
 
 

@@ -108,10 +108,7 @@ def _overview(
 
 def _summary(name: str, sweep: Sweep, is_search: bool) -> dict[str, object]:
     """A run's row of the table of runs."""
-    config, best = (
-        sweep.run.config.get("config", {}),
-        None if sweep.answer is None else sweep.answer.best,
-    )
+    config, best = sweep.run.config.get("config", {}), sweep.best
     reached = "–" if best is None else words.setting(best, sweep.by)
     if is_search:  # it has dimensions, not a best setting
         best, reached = None, "; ".join(map(intrinsic.brief, _found(sweep.run)))
@@ -165,12 +162,11 @@ def _headlines(sweeps: dict[str, Sweep], searches: dict[str, runs.Run]) -> list[
         if name in searches:
             text = "; ".join(map(dimension.headline, _found(sweep.run)))
             text = text or "no subspace has been trained yet"
-        elif sweep.answer is None:
-            text = "no member has been evaluated after step 0"
+        elif sweep.best is None:
+            text = "no setting has a final eval loss for all its seeds"
         else:
-            best = sweep.answer.best
-            text = f"final eval loss {words.mean(best)}"
-            text += f" at {words.setting(best, sweep.by)}" * (sweep.by.main is not None)
+            text = f"final eval loss {words.mean(sweep.best)}"
+            text += f" at {words.setting(sweep.best, sweep.by)}" * (sweep.by.main is not None)
         text = page.escape(text.rstrip("."))
         lines.append(f"<p><strong>{page.escape(name)}</strong>: {text}.</p>")
     return lines
@@ -381,9 +377,9 @@ def _similarity(sweeps: dict[str, Sweep]) -> list[Section]:
 
 def _best_bases(sweep: Sweep) -> tuple[list[tables.Bases], str]:
     """(directions of the members of the best setting, "") or ([], the reason)."""
-    if sweep.answer is None:
-        return [], "no member has been evaluated after step 0"
-    same = settings_compared.of_setting(sweep.table, sweep.answer.best, sweep.by)
+    if sweep.best is None:
+        return [], "no setting has a final eval loss for all its seeds"
+    same = settings_compared.of_setting(sweep.table, sweep.best, sweep.by)
     members = sweep.table.index[same & (sweep.table["status"] != "diverged")]
     updates, missing = tables.updates(sweep.run, members)
     reason = next(iter(missing.values()), "its best setting has no member with an update")

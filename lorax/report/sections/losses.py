@@ -14,21 +14,21 @@ MAX_PANELS = 12  # of learning curves
 
 def curve(sweep: Sweep) -> Section:
     """Loss against the main axis, and the table of settings."""
-    _, table, by, scores, settings, answer, base = sweep
+    table, by, scores, settings = sweep.table, sweep.by, sweep.scores, sweep.settings
     main = sweep.main
     pictures, drawn = {}, page.paragraph(
         "All members have the same setting except for the seed, so there is no curve."
     )  # fmt: skip
     if by.main is not None:
         loss = runs.loss_name(sweep.run)
-        figure = figures.rank_curve(settings, table, main, base, answer, loss)
+        figure = figures.rank_curve(settings, table, main, sweep.base, sweep.chosen, loss)
         pictures["rank_curve"] = Picture(figure, _curve_numbers(sweep))
         one_seed = not (settings["n"] > 1).any()
         bars = "One seed, so no error bars." if one_seed else "Bars: one standard error."
         caption = f"Final eval loss against {words.axis(main)}; dots are single seeds. {bars}"
         alt = f"Line chart of final eval loss by {words.axis(main)}"
-        if answer is not None:
-            alt += f": lowest at {words.setting(answer.best, by)}, {words.mean(answer.best)}"
+        if sweep.best is not None:
+            alt += f": lowest at {words.setting(sweep.best, by)}, {words.mean(sweep.best)}"
         drawn = page.aid("Lower is better. The ring marks the answer above.")
         drawn += page.figure("rank_curve", caption, alt + ".")
     names = [main, *by.others]
@@ -40,9 +40,7 @@ def curve(sweep: Sweep) -> Section:
         + [*(page.Fixed(row[name]) for name in scores), row["n"], row["diverged"]]
         for _, row in settings.iterrows()
     ]
-    chosen = None
-    if answer is not None:
-        chosen = (answer.smallest if main == "rank" else answer.best).name
+    chosen = None if sweep.chosen is None else sweep.chosen.name
     classes = ["chosen" if index == chosen else "" for index in settings.index]
     caption = "Means over seeds. The shaded row is the answer above."
     title = "Loss" if by.main is None else "Loss against " + words.axis(main)
@@ -102,7 +100,7 @@ def _and(names: Iterable[str]) -> str:
 
 def methods(sweep: Sweep, ranks: pd.DataFrame) -> list[Section]:
     """The methods side by side, if the sweep has several."""
-    _, table, by, _, settings, *_ = sweep
+    table, by, settings = sweep.table, sweep.by, sweep.settings
     if by.main != "method" or settings["mean"].isna().all():
         return []
     compared = settings_compared.methods(table, settings, by, ranks)

@@ -19,7 +19,8 @@ class Sweep(NamedTuple):
     by: runs.Axes
     scores: list[str]
     settings: pd.DataFrame  # from `runs.settings`
-    answer: runs.Answer | None
+    best: pd.Series | None  # the row of settings with the lowest mean
+    chosen: pd.Series | None  # the row that is the answer
     base: float  # the base's eval loss; NaN if unknown, or if it differs between members
 
     @property
@@ -33,22 +34,21 @@ def read(run: runs.Run) -> Sweep:
     table = runs.summary(run)
     by, scores = runs.axes(run, table), runs.scores(run)
     settings = runs.settings(table, by, scores)
-    answer = runs.answer(settings, by.main or "rank")
+    best = runs.best_setting(settings)
     losses = table["base_loss"].dropna()
     same = len(losses) > 0 and np.ptp(losses) <= 1e-3 * losses.abs().max()
     base = float(losses.mean()) if same else float("nan")
-    return Sweep(run, table, by, scores, settings, answer, base)
+    return Sweep(run, table, by, scores, settings, best, best, base)
 
 
 def answer(sweep: Sweep) -> Section:
     """The result in a sentence, how well the data support it, and its caveats: diverged members, an
     unfinished run, a scale that differs between ranks."""
-    run, table, by, _, settings, result, base = sweep
-    parts = [
-        f'<div class="answer"><p><strong>{page.escape(_headline(by, result, base))}</strong></p>'
-    ]
-    if result is not None:
-        parts.append(f"<p>{page.escape(_strength(by, settings, result))}</p>")
+    run, table, by, settings, base = sweep.run, sweep.table, sweep.by, sweep.settings, sweep.base
+    headline = page.escape(_headline(by, sweep.best, base))
+    parts = [f'<div class="answer"><p><strong>{headline}</strong></p>']
+    if sweep.best is not None:
+        parts.append(f"<p>{page.escape(_strength(by, settings, sweep.best))}</p>")
     parts.append("</div>")
     if run.status.get("state") in rundir.UNFINISHED:
         parts.append(page.note("This run is not finished, so all numbers are provisional."))
@@ -65,45 +65,24 @@ def answer(sweep: Sweep) -> Section:
     return Section("Answer", "".join(parts))
 
 
-def _headline(by: runs.Axes, answer: runs.Answer | None, base: float) -> str:
-    if answer is None:
-        return "No final eval loss yet: no member has been evaluated after step 0."
-    best, smallest = answer.best, answer.smallest
+def _headline(by: runs.Axes, best: pd.Series | None, base: float) -> str:
+    if best is None:
+        return "No setting has a final eval loss for all its seeds yet."
     unadapted = f"; base {base:.3f}" if np.isfinite(base) else ""
     if by.main is None:
         return f"One setting: final eval loss {words.mean(best)}{unadapted}."
-    if by.main != "rank" or not answer.known:
-        which = f"Lowest final eval loss at {words.setting(best, by)}"
-        return f"{which}: {words.mean(best)}{unadapted}."
-    if smallest.name == best.name:
-        which = "The best rank is also the smallest within one standard error"
-        return f"{which}: {words.setting(best, by)} (eval loss {words.mean(best)}{unadapted})."
-    return (
-        f"Smallest rank within one standard error of the best: {words.setting(smallest, by)} "
-        f"(eval loss {words.mean(smallest)} against {words.mean(best)} at "
-        f"{words.setting(best, by)}{unadapted})."
-    )
+    which = f"Lowest final eval loss at {words.setting(best, by)}"
+    return f"{which}: {words.mean(best)}{unadapted}."
 
 
-def _strength(by: runs.Axes, settings: pd.DataFrame, answer: runs.Answer) -> str:
-    best = answer.best
+def _strength(by: runs.Axes, settings: pd.DataFrame, best: pd.Series) -> str:
     n = int(best["n"])
-    if not answer.known:
-        text = "The best setting has one seed, so there is no error bar"
-        if by.main == "rank":
-            text += " and no way to tell whether a smaller rank does as well"
-        return text + ". Sweep over seeds to find out."
+    if n < 2:
+        return "One seed, so there is no error bar. Sweep over seeds to find out."
     text = f"± is the standard error of the mean over n = {n} seeds"
-    if n < 4:
-        text += f"; with {n} values it is only a rough estimate"
-    text += "."
+    text += f"; with {n} values it is only a rough estimate" * (n < 4) + "."
     if by.main == "rank" and best["rank"] == settings["rank"].max() and len(settings) > 1:
         text += " The best rank is the largest one tried; a larger one may do better."
-    if by.main is not None and by.main != "rank":
-        limit = best["mean"] + best["se"]
-        within = settings[settings["mean"] <= limit]
-        names = "; ".join(words.setting(row, by) for _, row in within.iterrows())
-        text += f" Within one standard error of the best: {names}."
     if by.others:
         text += (
             " The best setting was chosen on the same eval set, so its loss is slightly optimistic."
