@@ -120,6 +120,7 @@ SWEPT += ("projection", "granularity", "dropout")
 RESERVED = ("member", "name", "group", "method", "setting", "status", "zip", "axes", "scale")
 RESERVED += ("base", "quant", "lr", "weight_decay", "steps", "batch_size", "n_train", "shuffle")
 RESERVED += ("planted_rank", "noise", "inputs", "data_seed", "seed", "trainable_params")
+RESERVED += ("draw_seed", "order_seed", "start_seed")
 
 #: Initialisations whose product a0 b0 is subtracted from the base: two more factors per matrix.
 TAKEN_OFF = ("pissa", "pissa-fast", "olora", "eva", "corda", "corda-kpm", "lora-ga")

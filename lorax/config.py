@@ -28,7 +28,8 @@ def default() -> ConfigDict:
     c.operands = "float32"  # dtype in products with frozen weights; "bfloat16" sums in float32
     c.quant = config_dict.placeholder(str)  # quantises the frozen linear weights: nf4, fp4, int8
     c.double_quant = True  # quantises the quantisation's scales too
-    c.seed = 0  # of the adapter's initialisation, its dropout and the order of the data
+    c.seed = 0  # of a member's initial values, its dropout and the order of its training rows
+    c.seeds = _seeds()
     c.task = _task()
     c.method = _method()
     c.train = _train()
@@ -37,6 +38,19 @@ def default() -> ConfigDict:
     c.search = _search()
     c.sweep = _sweep()
     return c.lock()
+
+
+def _seeds() -> ConfigDict:
+    """Seeds that move one thing each, where `seed` moves the start and the order together."""
+    c = ConfigDict()
+    c.start = config_dict.placeholder(int)  # of a member's initial values; None: `seed`
+    # Of the order of the training rows and of dropout; None: `seed`. An initialisation that reads
+    # training batches (such as eva) follows the order too
+    c.order = config_dict.placeholder(int)
+    # Draws the `task.n_train` training rows at random among all; None: the first ones. Validation
+    # and test rows stay: they and their split follow `task.seed`, as all generated data do
+    c.data = config_dict.placeholder(int)
+    return c
 
 
 def _task() -> ConfigDict:
@@ -52,7 +66,7 @@ def _task() -> ConfigDict:
     # Batches rows of similar length and trims each batch to a quarter, half, ... of the longest row
     c.group_by_length = False
     c.n_train = config_dict.placeholder(int)  # first n training examples; None: all
-    c.seed = 0  # of generated data
+    c.seed = 0  # of generated data, for training and for evaluation
     c.shuffle = False  # images: shuffles the pixels, in the same random order for all images
     # planted: rank of the update to be found, or a tuple with one rank per kernel; None: full
     c.rank = config_dict.FieldReference(None, field_type=object)
@@ -181,6 +195,9 @@ LAST = {
     "noise": "task.noise",
     "inputs": "task.inputs",
     "data_seed": "task.seed",
+    "draw_seed": "seeds.data",
+    "order_seed": "seeds.order",
+    "start_seed": "seeds.start",
     "seed": "seed",
 }
 
@@ -272,6 +289,12 @@ def member(config: ConfigDict, index: int, point: dict) -> Member:
     ranges.check(flat(member_config), _defaults())
     name = ",".join(f"{axis}={_show(value)}" for axis, value in point.items()) or "only"
     return Member(index, name, point, member_config.lock())
+
+
+def seed_of(settings: ConfigDict, what: str) -> int:
+    """The seed of a member's "start" or "order": that of `config.seeds`, else `config.seed`.
+    settings: the member's config."""
+    return settings.seed if settings.seeds[what] is None else settings.seeds[what]
 
 
 # -------------------------------------------------------------------------------------------- axes
@@ -387,7 +410,8 @@ def _of_group(member: Member) -> dict:
         f"method.{key}": values[f"method.{key}"] in separate for key, separate in row.splits.items()
     }
     data = {f"method.{name}" for name in row.varies}
-    data |= {"train.lr", "train.weight_decay", "task.n_train", "seed"}
+    data |= {"train.lr", "train.weight_decay", "task.n_train"}
+    data |= {"seed", "seeds.start", "seeds.order"}
     return {key: value for key, value in values.items() if key not in data} | splits
 
 
@@ -480,7 +504,7 @@ def _optional() -> dict[str, type]:
     }
 
 
-SECTIONS = ("task", "train", "eval", "analysis")
+SECTIONS = ("seeds", "task", "train", "eval", "analysis")
 
 
 def flat(config, prefix: str = "") -> dict:

@@ -66,6 +66,11 @@ RULES = (
     ),
     Rule("must be in [0, 2**31)", lambda v: 0 <= v < 2**31, ("seed", "task.seed")),
     Rule(
+        "must be in [0, 2**31), or None",
+        lambda v: v is None or 0 <= v < 2**31,
+        _in("seeds", "start", "order", "data"),
+    ),
+    Rule(
         "must be at least 1 or None",
         lambda v: v is None or v >= 1,
         ("method.batches", "method.budget", "task.n_train"),
@@ -100,6 +105,12 @@ def check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
         need(key, isinstance(value, str | None) and value in words, _must_be(key, value, words))
     size, parts = values["train.batch_size"], values["train.accumulate"]
     need("train.accumulate", size % parts == 0, f"must divide train.batch_size, {size}")
+    if values["seeds.data"] is not None:
+        need("seeds.data", not values["task.packing"], "but packed rows (task.packing) stay as are")
+        some = values["task.n_train"] is not None
+        need("seeds.data", some, "needs a task.n_train, the number of training rows that it draws")
+        planted = values["task.name"] == "planted"
+        need("seeds.data", not planted, "but task 'planted' draws its rows by task.seed")
     alone = values["train.offload"] is None or values["train.parallel"] != "pmap"
     need("train.offload", alone, 'needs a train.parallel other than "pmap"')
     for key, value in values.items():

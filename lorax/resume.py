@@ -38,7 +38,8 @@ def check_same_config(workdir: Path, settings: ConfigDict) -> list[str]:
 
 def differences(old, new, prefix: str = "") -> list[str]:
     """The keys ("train.lr") in which two configs of config.json differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
+    if isinstance(old, dict) or isinstance(new, dict):
+        old, new = (side if isinstance(side, dict) else {} for side in (old, new))
         return [
             difference
             for key in sorted({*old, *new})

@@ -118,7 +118,7 @@ def estimates(
     if "planted" not in run.members:
         return pd.DataFrame()
     usable = table[table["final_loss"].notna()].copy()
-    usable["mean"] = usable["final_loss"]
+    usable["mean"], usable["seed"] = usable["final_loss"], run.members["seed"]
     # planted_dim holds for training all parameters; fewer would have another d*
     if {"parameters", "dim"} <= set(usable):
         usable = usable[usable["dim"].isna() | usable["parameters"].isin([np.nan, None, "all"])]

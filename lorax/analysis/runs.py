@@ -122,7 +122,8 @@ AXES = (
     "dropout",
     "n_train",
 )
-SEEDS = ("seed", "data_seed")  # settings are averaged over these
+# Settings are averaged over these.
+SEEDS = ("seed", "start_seed", "order_seed", "draw_seed", "data_seed")
 # What a field without a value means.
 MISSING = {"n_train": "all", "layers": "all", "inputs": "all", "quant": "none"}
 
@@ -145,8 +146,8 @@ def summary(run: Run) -> pd.DataFrame:
     Adds status ("finished", "diverged", "running"), diverged_at, seconds, step_ms (training only),
     base_loss (eval at step 0, before any update), final_step, final_loss and best_loss (evals after
     step 0), in nats per completion token, and a column per score (`scores`: accuracy, bleu...). A
-    diverged member has no final loss (NaN). `setting` is the name without its seeds; lists
-    (targets) become text like "q v".
+    diverged member has no final loss (NaN). `setting` is the name without its seeds, `seed` tells
+    the members of a setting apart (`repeats`); lists (targets) become text like "q v".
     """
     evals = run.metrics[run.metrics["split"] == "eval"].sort_values("step", kind="stable")
     rows = []
@@ -177,10 +178,22 @@ def summary(run: Run) -> pd.DataFrame:
     for column in table.columns:
         if table[column].map(lambda value: isinstance(value, list)).any():
             table[column] = [_words(value) for value in table[column]]
-    table["setting"] = [
-        re.sub(r"(^|,\s*)(data_)?seed=[^,]*", "", str(name)).strip(", ") for name in table["name"]
-    ]
+    seeds = rf"(^|,\s*)({'|'.join(SEEDS)})=[^,]*"
+    table["setting"] = [re.sub(seeds, "", str(name)).strip(", ") for name in table["name"]]
+    table["seed"] = repeats(table)
     return table.join(pd.DataFrame(rows, index=run.members.index))
+
+
+def repeats(members: pd.DataFrame) -> pd.Series:
+    """What tells the members of one setting apart: the seed or, where others of `SEEDS` differ as
+    well, all that differ ("seed=0, order_seed=1"). Members of two settings with the same value
+    form a pair. members: of a `Run`."""
+    differ = [name for name in SEEDS if name in members and members[name].nunique() > 1]
+    groups = len(members[differ].drop_duplicates()) if differ else 1
+    for name in ("seed", *differ):  # several seeds that are tied say the same
+        if name in members and members[name].nunique() >= groups:
+            return members[name]
+    return pd.Series([fields(row, differ) for _, row in members.iterrows()], members.index)
 
 
 def scores(run: Run) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from lorax.tasks import kinds
-from lorax.tasks.rows import Prompt, Rows, Task, check_n_train
+from lorax.tasks.rows import Prompt, Rows, Task, check_n_train, count
 
 QUARTERS = 4  # number of widths of batches that are grouped by length
 
@@ -20,6 +20,21 @@ def spread(rows: Rows, n: int | None) -> Rows:
     """At most n rows, evenly spaced from the first on: the same rows whatever the seed."""
     index = _spaced(size(rows), n)
     return {key: value[index] for key, value in rows.items()}
+
+
+def drawn(task: Task, n: int, seed: int) -> Task:
+    """The task with n of its train rows, drawn without replacement by `seeds.data`. With a larger n
+    the same rows come first. Raises ValueError unless n is less than the number of rows."""
+    total = size(task.train)
+    if check_n_train(n, total) == total:
+        raise ValueError(
+            f"seeds.data: {seed} given, but task.n_train takes all {count(total)} training rows; "
+            "give fewer to draw from them"
+        )
+    index = np.random.default_rng(seed).permutation(total)[:n]
+    train = {name: x[index] for name, x in task.train.items()}
+    note = f"{task.note}; {count(n)} train rows drawn with seed {seed}"
+    return task._replace(train=train, note=note)
 
 
 def prompts(task: Task, n: int) -> tuple[Prompt, ...]:

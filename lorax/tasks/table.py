@@ -30,7 +30,7 @@ from lorax.tasks import (
 from lorax.tasks.data import Data, DataError, shapes_of_texts
 from lorax.tasks.kinds import Kind
 from lorax.tasks.rows import Task, count
-from lorax.tasks.subsets import size, spread
+from lorax.tasks.subsets import drawn, size, spread
 from lorax.vocabulary import Vocabulary
 
 
@@ -138,6 +138,7 @@ def build(
     seq_len: int,
     eval_examples: int | None = None,
     base: Base | None = None,
+    draw_seed: int | None = None,
 ) -> Task:
     """Builds the rows of the task that `config` names.
 
@@ -153,12 +154,17 @@ def build(
     eval_examples: evaluation rows to keep, evenly spaced over the set (None: all). The prompts
         don't change.
     base: the base that an array task's rows must fit; not needed for a text task.
+    draw_seed: `seeds.data`, which draws the n_train train rows at random among all instead of
+        taking the first; the evaluation rows don't change.
 
     Raises ValueError, or FileNotFoundError, naming the config field or the file and line at fault.
     """
+    n_train = config.get("n_train")
+    if draw_seed is not None:
+        config = {**config, "n_train": None}  # `drawn` takes them, from all that there are
     name, known = config["name"], row(config)
     at_least_one = {"train.seq_len": seq_len, "eval.examples": eval_examples}
-    at_least_one["task.n_train"] = config.get("n_train")
+    at_least_one["task.n_train"] = n_train
     for field, value in at_least_one.items():
         if value is not None and value < 1:
             raise ValueError(f"{field}: {value} was given; it must be at least 1")
@@ -179,6 +185,8 @@ def build(
     if size(eval_rows) < size(evaluation):
         note += f"; evaluates on {count(size(eval_rows))} of these, evenly spaced"
     task = task._replace(train=train, eval=eval_rows, note=f"{name}: {note}")
+    if draw_seed is not None:
+        task = drawn(task, n_train, draw_seed)
     if config.get("group_by_length"):
         task = task._replace(lengths=kinds.lengths(task.kind, task.train))
         share = task.lengths.mean() / kinds.columns(task.kind, task.train)

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from lorax import tasks
+from lorax.config import seed_of
 from lorax.tasks import kinds
 from lorax.train.stacks import Stack
 
@@ -27,14 +28,14 @@ def axes(train, k: int) -> tuple[int, int, int]:
 def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
     """The batches of steps first .. first + k - 1: leaves (M, K, A, B, ...), on the host.
 
-    A member's rows depend only on its seed and the step. Rows that are grouped by length are cut to
-    the smallest of `tasks.widths` that holds the longest of them.
+    A member's rows depend only on the seed of its order and the step. Rows that are grouped by
+    length are cut to the smallest of `tasks.widths` that holds the longest of them.
     """
     c, lengths, rows = stacked.config.train, task.lengths, []
     for member in stacked.members:
         n = tasks.train_size(member.config.task, task)
         steps, known = range(first, first + k), None if lengths is None else lengths[:n]
-        order = tasks.orders(n, c.batch_size, member.config.seed, steps, known)
+        order = tasks.orders(n, c.batch_size, seed_of(member.config, "order"), steps, known)
         rows.append(order.reshape(axes(c, k)))
     rows, width = np.stack(rows), tasks.widths(task)[-1]
     if lengths is not None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import methods, ops, tasks, tree
+from lorax.config import seed_of
 from lorax.methods import sensitivity, starts
 from lorax.models import Base, load
 
@@ -23,11 +24,12 @@ def read(member, base: Base, task: tasks.Task, paths, kind: str, seen: dict) -> 
     c, paths = member.config, tuple(paths)
     n, size = c.method.batches or BATCHES, c.train.batch_size
     rows = tasks.train_size(c.task, task)
-    key = (id(base), id(task), kind, c.seed, rows, n, size, paths)
+    seed = seed_of(c, "order")
+    key = (id(base), id(task), kind, seed, rows, n, size, paths)
     if key not in seen and kind == "residual":
         seen[key] = residual(base, c.base, paths)
     elif key not in seen:
-        order = tasks.orders(rows, size, c.seed, range(n)).reshape(n, size)
+        order = tasks.orders(rows, size, seed, range(n)).reshape(n, size)
         batches = {name: x[order] for name, x in task.train.items()}
         seen[key] = sensitivity.evidence(base, task.kind, batches, paths, (kind,))
     return seen[key]

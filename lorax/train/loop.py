@@ -166,7 +166,8 @@ def _largest(group: Group) -> float:
 def _program_key(group: Group) -> str:
     """Everything that the programs of `fitting.fit` depend on; not the content of the rows."""
     settings = json.loads(group_key(group.stack.members[0]))
-    settings = {key: value for key, value in settings.items() if not key.startswith("task.")}
+    of_rows = lambda key: key.startswith("task.") or key == "seeds.data"
+    settings = {key: value for key, value in settings.items() if not of_rows(key)}
     dropout = any(member.config.method.dropout > 0 for member in group.stack.members)
     shapes = tree.shapes(group.stack[2:]), *_shapes(group)
     kind = group.task.kind

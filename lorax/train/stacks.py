@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import catalogue, methods, tasks, tree
-from lorax.config import Member
+from lorax.config import Member, seed_of
 from lorax.methods import Method
 from lorax.models import Base
 from lorax.train import evidence
@@ -87,7 +87,9 @@ def padding(built: list[Method], base: Base) -> Padding:
 def start(member, method: Method, base: Base, pad: Padding, task=None, seen=None) -> tuple:
     """(constants, hyper, state) of one member at step 0, for a `Stack`. Can be traced.
     task, seen: as for `stack`."""
-    init_key, dropout_key = jax.random.split(jax.random.key(member.config.seed))
+    # Two streams, so that start and dropout are independent where their seeds are the same.
+    init_key, _ = jax.random.split(jax.random.key(seed_of(member.config, "start")))
+    _, dropout_key = jax.random.split(jax.random.key(seed_of(member.config, "order")))
     read = None
     if method.needs is not None and task is not None:
         seen, matrices = {} if seen is None else seen, method.adapts(base.params, base.sites)
