@@ -117,7 +117,18 @@ KEYS = {
 SWEPT = ("targets", "layers", "init", "scaling", "alpha", "rank", "target_rank", "tokens", "dim")
 SWEPT += ("projection", "granularity", "dropout")
 #: Names that a hyperparameter can't have: a member's other fields, and axes that set other keys.
-RESERVED = ("member", "name", "group", "method", "setting", "status", "zip", "axes", "scale")
+RESERVED = (
+    "member",
+    "name",
+    "group",
+    "method",
+    "setting",
+    "status",
+    "zip",
+    "axes",
+    "tune",
+    "scale",
+)
 RESERVED += ("base", "quant", "lr", "weight_decay", "steps", "batch_size", "n_train", "shuffle")
 RESERVED += ("planted_rank", "noise", "inputs", "data_seed", "seed", "trainable_params")
 RESERVED += ("draw_seed", "order_seed", "start_seed")

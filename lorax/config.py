@@ -37,6 +37,7 @@ def default() -> ConfigDict:
     c.analysis = _analysis()
     c.search = _search()
     c.sweep = _sweep()
+    c.halving = _halving()
     return c.lock()
 
 
@@ -167,6 +168,18 @@ def _sweep() -> ConfigDict:
     # Any other key: {"train.warmup": (0, 50)}
     c.axes = config_dict.FieldReference((), field_type=object)
     c.zip = ()  # (("rank", "targets"),) ties two axes so that they advance together
+    # "lr": at every point of the other axes only the best rate is trained to the end (halving)
+    c.tune = config_dict.placeholder(str)
+    return c
+
+
+def _halving() -> ConfigDict:
+    """How `sweep.tune` finds the best value of its axis: by successive halving."""
+    c = ConfigDict()
+    c.rungs = (0.125, 0.25)  # shares of train.steps at which the values are compared
+    c.keep = 1 / 3  # share of a point's values that go on after each rung, rounded; at least one
+    # The first seeds that race; the best value is then trained with the others. None: all race
+    c.seeds = config_dict.placeholder(int)
     return c
 
 
@@ -215,10 +228,14 @@ def key_of(axis: str) -> str:
     return axes().get(axis) or (axis if axis in _defaults() else f"method.{axis}")
 
 
+#: Keys of config.sweep that are no axes.
+NO_AXES = ("axes", "zip", "tune")
+
+
 def swept(sweep: Mapping) -> dict[str, tuple]:
     """{axis: its values}, the slowest axis first. sweep: that section of a config or of a run's
     config.json."""
-    short = {axis: values for axis, values in sweep.items() if axis not in ("axes", "zip")}
+    short = {axis: values for axis, values in sweep.items() if axis not in NO_AXES}
     others = {axis_of(key): values for key, values in dict(sweep.get("axes") or {}).items()}
     order = sorted(short | others, key=_position)
     return {axis: values for axis in order if (values := (short | others)[axis])}
@@ -279,7 +296,7 @@ def member(config: ConfigDict, index: int, point: dict) -> Member:
     """The member at {axis: value}. Raises ValueError for a value out of range."""
     point = {axis: point[axis] for axis in sorted(point, key=_position)}
     values = config.to_dict()
-    for section in ("sweep", "search"):  # these belong to the run as a whole
+    for section in ("sweep", "search", "halving"):  # these belong to the run as a whole
         values.pop(section, None)
     member_config = ConfigDict(values)
     for axis, value in point.items():
@@ -303,6 +320,7 @@ def seed_of(settings: ConfigDict, what: str) -> int:
 WHOLE = {
     "sweep": "it defines the sweep",
     "search": "a search is about the whole run",
+    "halving": "halving is about the whole run",
     "analysis": "analysis and report are about the whole run",
 }
 

@@ -39,6 +39,8 @@ def train(
 
     command: the command that runs the same again, for config.json.
     """
+    if settings.sweep.tune:
+        raise ValueError("sweep.tune: the training loop doesn't halve yet; leave it None")
     tables.read_statistics(settings.analysis.also)  # raises if one can't be read
     with contextlib.suppress(RuntimeError):  # JAX has already started: its devices stay
         layouts.split_cpu()

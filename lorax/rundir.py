@@ -14,7 +14,9 @@ errors.txt            traceback of everything that failed after training
 
 The state is "running" until all members are trained, then "trained" until tables and report are
 written, then "finished". It is "stopped" if the same command can continue the run, "failed" after
-any other error. No other module spells these names.
+any other error. A member is "finished", "diverged" (a step was not finite) or "stopped":
+`config.sweep.tune` has chosen other values. Its measurements end at "stopped_at" (0: it never
+began), and it has no adapter. No other module spells these names.
 """
 
 import contextlib

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from lorax import catalogue, config
+from lorax import catalogue, config, halving
 from lorax.config import Member
 from lorax.ranges import FLOAT32_MAX
 
@@ -25,11 +25,12 @@ def members(settings: ConfigDict) -> list[Member]:
 
     The baselines are full fine-tuning at its learning rates, then LoRA, each with `search.seeds`.
     Methods, and conditions that differ only in a method's hyperparameter, share them. Raises
-    ValueError as `lorax.config.members` does, and for a key of config.search that is out of range
-    or does not fit the sweep.
+    ValueError as `lorax.config.members` does, and for a key of config.search or config.halving that
+    is out of range or does not fit the sweep.
     """
     members = config.members(settings)
     _check(settings)
+    halving.race(settings, members)  # raises for an axis that can't be tuned
     if settings.search.threshold:
         for point in _compared(settings, members):
             members.append(config.member(settings, len(members), point))

@@ -115,7 +115,7 @@ def test_every_run_and_plan_is_a_config_with_members():
 
 SMALLER = """
 import sys
-from lorax import command_line, run, rundir
+from lorax import command_line, config, run, rundir
 settings, _, workdir = command_line.read(sys.argv)
 with settings.unlocked():
     settings.train.update(steps=2, warmup=0, batch_size=4)
@@ -123,7 +123,7 @@ with settings.unlocked():
     settings.eval.generate = min(settings.eval.generate, 2)
     settings.analysis.report = False
     for axis, values in settings.sweep.items():
-        if axis not in ("axes", "zip"):
+        if axis not in config.NO_AXES:
             settings.sweep[axis] = tuple(values[:2])
     for axis in ("steps", "batch_size"):
         settings.sweep[axis] = tuple(4 for _ in settings.sweep[axis][:1])

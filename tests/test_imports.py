@@ -17,7 +17,7 @@ ROOT = pathlib.Path(lorax.__file__).parent
 #: and what they show) stands on top: it may import anything, and nothing below may import it.
 LAYERS = (
     {"callable", "errors", "fields", "files", "memory", "outside", "catalogue", "config", "rundir"}
-    | {"ranges", "scales", "tree", "vocabulary", "xla"},
+    | {"calls", "halving", "ranges", "scales", "tree", "vocabulary", "xla"},
     {"ops", "interop"},
     {"leaves"},
     {"intercept"},

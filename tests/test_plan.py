@@ -15,11 +15,12 @@ from support import few, require
 
 import lorax
 from lorax import config, methods, tasks, tree
+from lorax.calls import steps_per_call
 from lorax.models import shapes as architectures
 from lorax.models.load import skeleton
 from lorax.planning import compiled, costs, field, shapes, tables
 from lorax.train import layouts, stacks
-from lorax.train.batches import batch_shapes, steps_per_call
+from lorax.train.batches import batch_shapes
 from lorax.train.programs import compile_programs
 from lorax.xla import program_bytes
 

@@ -143,11 +143,12 @@ class Axes(NamedTuple):
 def summary(run: Run) -> pd.DataFrame:
     """One row per member: its fields, then its results.
 
-    Adds status ("finished", "diverged", "running"), diverged_at, seconds, step_ms (training only),
+    Adds status ("finished", "diverged", "running", or "stopped" by `config.sweep.tune` in favour of
+    better values), diverged_at, stopped_at, seconds, step_ms (training only),
     base_loss (eval at step 0, before any update), final_step, final_loss and best_loss (evals after
     step 0), in nats per completion token, and a column per score (`scores`: accuracy, bleu...). A
-    diverged member has no final loss (NaN). `setting` is the name without its seeds, `seed` tells
-    the members of a setting apart (`repeats`); lists (targets) become text like "q v".
+    diverged or stopped member has no final loss (NaN). `setting` is the name without its seeds,
+    `seed` tells the members of a setting apart (`repeats`); lists (targets) become text like "q v".
     """
     evals = run.metrics[run.metrics["split"] == "eval"].sort_values("step", kind="stable")
     rows = []
@@ -159,11 +160,12 @@ def summary(run: Run) -> pd.DataFrame:
         if len(after) and state == "finished" and not np.isfinite(after["loss"].iloc[-1]):
             state = "diverged"
         base = of_member.loc[of_member["step"] == 0, "loss"]
-        usable = state != "diverged" and len(after) > 0
+        usable = state not in ("diverged", "stopped") and len(after) > 0
         rows.append(
             {
                 "status": state,
                 "diverged_at": status.get("diverged_at"),
+                "stopped_at": status.get("stopped_at"),
                 "seconds": status.get("seconds"),
                 "step_ms": status.get("step_ms"),
                 "base_loss": base.iloc[0] if len(base) else np.nan,

@@ -3,10 +3,11 @@
 import jax
 
 from lorax import quant, tasks
+from lorax.calls import steps_per_call
 from lorax.models.load import skeleton
 from lorax.models.shapes import architecture
 from lorax.train import evidence, stacks
-from lorax.train.batches import axes, steps_per_call
+from lorax.train.batches import axes
 from lorax.train.prepare import base_settings
 
 

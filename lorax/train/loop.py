@@ -11,10 +11,11 @@ from typing import NamedTuple
 import jax
 
 from lorax import rundir, tasks, tree
+from lorax.calls import steps_per_call
 from lorax.config import Member, group_key
 from lorax.files import write_bytes
 from lorax.train import fitting, layouts, part, results, stacks, trajectory
-from lorax.train.batches import batch_shapes, eval_batches, steps_per_call
+from lorax.train.batches import batch_shapes, eval_batches
 from lorax.train.prepare import Group
 from lorax.train.programs import Programs
 

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from lorax import rundir, tree
+from lorax.calls import steps_per_call
 from lorax.tasks import scores
 from lorax.train import checkpoint, trajectory
-from lorax.train.batches import steps_per_call, train_batches
+from lorax.train.batches import train_batches
 from lorax.train.prepare import Group
 from lorax.train.programs import Programs
 from lorax.train.stacks import Stack

@@ -9,12 +9,13 @@ from support import few
 
 import lorax
 from lorax import config, tasks, tree
+from lorax.calls import steps_per_call
 from lorax.intercept import sites
 from lorax.models import Base, gpt2
 from lorax.tasks import kinds
 from lorax.train import fitting, layouts, stacks
 from lorax.train import step as train_step
-from lorax.train.batches import batch_shapes, eval_batches, steps_per_call, train_batches
+from lorax.train.batches import batch_shapes, eval_batches, train_batches
 
 CONFIG = gpt2.Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
 
