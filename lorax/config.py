@@ -122,7 +122,11 @@ def _eval() -> ConfigDict:
     c = ConfigDict()
     c.every = 50  # steps; checkpoints are written at the same points
     c.batch_size = 32
-    c.examples = 256
+    c.examples = 256  # validation rows of every evaluation
+    # Test rows, measured before the first step and after the last, never in between; None: all; 0:
+    # no test rows, and those of a task without test files count as validation rows
+    c.test = config_dict.placeholder(int)
+    c.keep = "last"  # step that is exported and tested; or "best": of the lowest validation loss
     c.generate = 0  # prompts that each member completes after training, to score the text; 0: none
     c.beams = 1  # of beam search; 1: greedy
     c.new_tokens = 64

@@ -55,7 +55,7 @@ RULES = (
     Rule(
         "must not be negative, or None for all",
         lambda v: v is None or v >= 0,
-        ("analysis.layers",),
+        ("analysis.layers", "eval.test"),
     ),
     # The always-zero gradient of padding is divided by eps.
     Rule(f"must be at least {FLOAT32_MIN}", lambda v: v >= FLOAT32_MIN, ("train.eps",)),
@@ -85,6 +85,7 @@ WORDS = {
     "train.offload": (None, "optimizer"),
     "train.schedule": ("linear", "cosine", "constant"),
     "train.optimizer": ("adamw", "sgd"),
+    "eval.keep": ("last", "best"),
     "train.parallel": ("auto", "members", "batch", "pmap", "none"),
 }
 

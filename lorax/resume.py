@@ -7,6 +7,9 @@ from ml_collections import ConfigDict
 
 from lorax import config, rundir
 
+#: Values in effect in runs that began before lorax had these keys; their config.json lacks them.
+BEFORE = {"eval.test": 0, "eval.keep": "last"}
+
 
 def check_same_config(workdir: Path, settings: ConfigDict) -> list[str]:
     """The keys of `config.REVISABLE` in which the config differs from that of the directory's run.
@@ -21,8 +24,15 @@ def check_same_config(workdir: Path, settings: ConfigDict) -> list[str]:
     except (ValueError, KeyError):
         file = workdir / rundir.CONFIG
         raise ValueError(f"workdir: {file} is damaged; delete {workdir} to start again") from None
+    older = in_effect(stored)
     different = differences(stored, json.loads(settings.to_json()))
     others = [key for key in different if key not in config.REVISABLE]
+    if others and set(others) <= older.keys() and rundir.has_begun(workdir):
+        flags = " ".join(f"--config.{key}={older[key]}" for key in others)
+        raise ValueError(
+            f"workdir: {workdir} holds a run that began before lorax had {', '.join(others)}; "
+            f"continue it with {flags}, or name another --workdir"
+        )
     if others and rundir.has_begun(workdir):
         raise ValueError(
             f"workdir: {workdir} holds a run of another config (it differs in "
@@ -34,6 +44,17 @@ def check_same_config(workdir: Path, settings: ConfigDict) -> list[str]:
             f"checkpoints are gone; name another --workdir"
         )
     return different
+
+
+def in_effect(stored: dict) -> dict:
+    """Add the keys of `BEFORE` that a stored config lacks to it; returns what was added."""
+    lacking = {}
+    for key, value in BEFORE.items():
+        section, _, name = key.rpartition(".")
+        values = stored.get(section)
+        if isinstance(values, dict) and name not in values:
+            values[name] = lacking[key] = value
+    return lacking
 
 
 def differences(old, new, prefix: str = "") -> list[str]:

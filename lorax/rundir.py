@@ -5,6 +5,7 @@ members.jsonl         a line per member: its name, method, hyperparameters, size
 metrics.jsonl         a line per measurement: member, step, split, loss in nats per completion token
 status.json           state of the run, result of each member, what failed
 adapters/MEMBER/      what a member has learned; LoRA factors in PEFT's format
+rows/MEMBER.npz       losses and scores of a member's test rows, before and after training
 texts/MEMBER.jsonl    the prompts that a member completed after training
 checkpoints/PART/     the last two checkpoints of the members trained in one program
 trajectory/PART/      spectra of their updates, one file per evaluation
@@ -35,16 +36,22 @@ from lorax.files import parse_json, read_json, write_bytes, write_json
 
 CONFIG, MEMBERS, METRICS = "config.json", "members.jsonl", "metrics.jsonl"
 STATUS, REPORT, ERRORS, LOCK = "status.json", "report.html", "errors.txt", ".lock"
-ADAPTERS, TEXTS, CHECKPOINTS, TRAJECTORY = "adapters", "texts", "checkpoints", "trajectory"
+ADAPTERS, ROWS, TEXTS = "adapters", "rows", "texts"
+CHECKPOINTS, TRAJECTORY = "checkpoints", "trajectory"
 ANALYSIS, FIGURES, TENSORBOARD = "analysis", "figures", "tb"
 FILES = (LOCK, CONFIG, MEMBERS, METRICS, STATUS, REPORT)
-FOLDERS = (ADAPTERS, ANALYSIS, CHECKPOINTS, FIGURES, TENSORBOARD, TEXTS, TRAJECTORY)
+FOLDERS = (ADAPTERS, ANALYSIS, CHECKPOINTS, FIGURES, ROWS, TENSORBOARD, TEXTS, TRAJECTORY)
 UNFINISHED = ("running", "stopped", "failed")  # states with members left to train
 
 
 def adapter(directory: Path, member: int) -> Path:
     """The folder of what a member has learned."""
     return Path(directory) / ADAPTERS / str(member)
+
+
+def rows(directory: Path, member: int) -> Path:
+    """The file of a member's test rows: an .npz of arrays (N,) float32; see `analysis.runs.Run`."""
+    return Path(directory) / ROWS / f"{member}.npz"
 
 
 def texts(directory: Path, member: int) -> Path:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from lorax import rundir
 from lorax.config import swept
-from lorax.interop import peft, reading, states
+from lorax.interop import peft, reading, states, tensors
 from lorax.interop.adapter import Factors
 
 METRICS = ("member", "step", "split", "loss")  # columns of every measurement
@@ -47,6 +47,22 @@ class Run:
             best = last.idxmin()
             text += f", best {self.members['name'][best]} with eval loss {last[best]:.4g}"
         return text + ">"
+
+    def rows(self, member: int) -> dict[str, np.ndarray] | None:
+        """The member's test rows, each array (N,) float32; None for a member that has none: in runs
+        without test rows (`eval.test` 0), after divergence and before it is trained.
+
+        "loss": of each row, summed over its tokens, after training; "start": the same before the
+        first step; "weight": the row's number of tokens, 1 for a row of arrays or with a label, so
+        that sum(loss) / sum(weight) is `test_loss`. "score" and "start_score", where a row has one:
+        the number of tokens, or 1 or 0 for the class, that the model predicts correctly. Rows are
+        in the same order in all members of a task.
+
+        Raises ValueError that names a damaged file.
+        """
+        file = rundir.rows(self.directory, member)
+        arrays = tensors.read_npz(file) if file.exists() else {}
+        return arrays if "loss" in arrays else None
 
     def update(self, member: int, base=None) -> dict[str, Factors] | dict[str, np.ndarray]:
         """The member's update by layer ("h/0/attn/q"), for any method: `Factors` (a, b, s with
@@ -146,11 +162,15 @@ def summary(run: Run) -> pd.DataFrame:
     Adds status ("finished", "diverged", "running", or "stopped" by `config.sweep.tune` in favour of
     better values), diverged_at, stopped_at, seconds, step_ms (training only),
     base_loss (eval at step 0, before any update), final_step, final_loss and best_loss (evals after
-    step 0), in nats per completion token, and a column per score (`scores`: accuracy, bleu...). A
-    diverged or stopped member has no final loss (NaN). `setting` is the name without its seeds,
-    `seed` tells the members of a setting apart (`repeats`); lists (targets) become text like "q v".
+    step 0), in nats per completion token, and a column per score (`scores`: accuracy, bleu...).
+    These are of validation rows; base_test_loss, test_loss and a column test_SCORE per score are of
+    test rows, NaN without them (`eval.test` 0). With `eval.keep` "best" the final step is the one
+    that was exported, 0 where no step is better than the base. A diverged or stopped member has no
+    final loss and no test loss (NaN). `setting` is the name without its seeds, `seed` tells the members of a
+    setting apart (`repeats`); lists (targets) become text like "q v".
     """
-    evals = run.metrics[run.metrics["split"] == "eval"].sort_values("step", kind="stable")
+    metrics = run.metrics.sort_values("step", kind="stable")
+    evals, tests = (metrics[metrics["split"] == split] for split in ("eval", "test"))
     rows = []
     for member in run.members.index:
         of_member = evals[evals["member"] == member]
@@ -161,6 +181,8 @@ def summary(run: Run) -> pd.DataFrame:
             state = "diverged"
         base = of_member.loc[of_member["step"] == 0, "loss"]
         usable = state not in ("diverged", "stopped") and len(after) > 0
+        final = _exported(of_member, after, status)
+        tested = tests.loc[tests["member"] == member].set_index("step")["loss"]
         rows.append(
             {
                 "status": state,
@@ -169,10 +191,14 @@ def summary(run: Run) -> pd.DataFrame:
                 "seconds": status.get("seconds"),
                 "step_ms": status.get("step_ms"),
                 "base_loss": base.iloc[0] if len(base) else np.nan,
-                "final_step": int(after["step"].iloc[-1]) if len(after) else 0,
-                "final_loss": after["loss"].iloc[-1] if usable else np.nan,
+                "final_step": int(final["step"]) if len(after) else 0,
+                "final_loss": final["loss"] if usable else np.nan,
                 "best_loss": after["loss"].min() if len(after) else np.nan,
                 **status.get("scores", {}),
+                "base_test_loss": tested.get(0, np.nan),
+                "test_loss": tested.iloc[-1] if usable and len(tested) > 1 else np.nan,
+                **{f"test_{name}": np.nan for name in status.get("scores", {})},
+                **{f"test_{name}": x for name, x in status.get("test_scores", {}).items()},
             }
         )
     # What was planted in a task (`calibration`) does not distinguish members.
@@ -196,6 +222,13 @@ def repeats(members: pd.DataFrame) -> pd.Series:
         if name in members and members[name].nunique() >= groups:
             return members[name]
     return pd.Series([fields(row, differ) for _, row in members.iterrows()], members.index)
+
+
+def _exported(evals: pd.DataFrame, after: pd.DataFrame, status: dict) -> pd.Series | None:
+    """A member's evaluation at the step that was exported: the last, or what `eval.keep` chose.
+    None before the first step."""
+    kept = evals[evals["step"] == status.get("kept_step", -1)]
+    return kept.iloc[-1] if len(kept) else after.iloc[-1] if len(after) else None
 
 
 def scores(run: Run) -> list[str]:
