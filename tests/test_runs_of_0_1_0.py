@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lorax import report
+from lorax import outside, report, resume
 from lorax.analysis import runs
 
 HERE = Path(__file__).parent / "runs_of_0_1_0"
@@ -88,6 +88,20 @@ def test_a_finished_run_is_left_alone(left):
     assert {f: f.read_bytes() for f in workdir.rglob("*") if f.is_file()} == before
 
 
+def test_the_default_of_a_key_that_0_1_0_lacks_is_not_assumed(left):
+    """Test rows would take away validation rows; the message names the flag that continues."""
+    workdir = left("sweep", "stopped")
+    config = outside.resolve(f"{HERE / 'study.py'}:get_config")()
+    with pytest.raises(ValueError, match="began before .* eval.test; .* --config.eval.test=0,"):
+        resume.check_same_config(workdir, config)
+    with config.unlocked():
+        config.eval.test = 0
+    assert resume.check_same_config(workdir, config) == []
+    config.eval.keep = "best"
+    with pytest.raises(ValueError, match="continue it with --config.eval.keep=last,"):
+        resume.check_same_config(workdir, config)
+
+
 def _again(study: str, workdir: Path, *flags: str):
     """The command of the run once more, on as many devices as it was begun with."""
     words = [
@@ -95,6 +109,7 @@ def _again(study: str, workdir: Path, *flags: str):
         "lorax.run",
         f"--config={HERE / 'study.py'}:{study}",
         f"--workdir={workdir}",
+        "--config.eval.test=0",  # 0.1.0 had no test rows
         *flags,
     ]
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
