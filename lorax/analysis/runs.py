@@ -166,8 +166,8 @@ def summary(run: Run) -> pd.DataFrame:
     These are of validation rows; base_test_loss, test_loss and a column test_SCORE per score are of
     test rows, NaN without them (`eval.test` 0). With `eval.keep` "best" the final step is the one
     that was exported, 0 where no step is better than the base. A diverged or stopped member has no
-    final loss and no test loss (NaN). `setting` is the name without its seeds, `seed` tells the members of a
-    setting apart (`repeats`); lists (targets) become text like "q v".
+    final loss and no test loss (NaN). `setting` is the name without its seeds, `seed` tells the
+    members of a setting apart (`repeats`); lists (targets) become text like "q v".
     """
     metrics = run.metrics.sort_values("step", kind="stable")
     evals, tests = (metrics[metrics["split"] == split] for split in ("eval", "test"))
