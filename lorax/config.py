@@ -132,6 +132,8 @@ def _eval() -> ConfigDict:
     c.new_tokens = 64
     c.length_penalty = 1.0
     c.no_repeat_ngram = 0
+    # Your own score, beside the task's: a function or "FILE.py:function" (docs/tasks.md)
+    c.score = config_dict.FieldReference(None, field_type=object)
     return c
 
 

@@ -53,6 +53,11 @@ RULES = (
         ("analysis.also",),
     ),
     Rule(
+        'must be a function of predictions and right answers, or "FILE.py:function"',
+        lambda v: v is None or is_name(v),
+        ("eval.score",),
+    ),
+    Rule(
         "must not be negative, or None for all",
         lambda v: v is None or v >= 0,
         ("analysis.layers", "eval.test"),

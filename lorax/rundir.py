@@ -7,6 +7,7 @@ status.json           state of the run, result of each member, what failed
 adapters/MEMBER/      what a member has learned; LoRA factors in PEFT's format
 rows/MEMBER.npz       losses and scores of a member's test rows, before and after training
 texts/MEMBER.jsonl    the prompts that a member completed after training
+texts/base.jsonl      the same prompts, completed by the base without an adapter
 checkpoints/PART/     the last two checkpoints of the members trained in one program
 trajectory/PART/      spectra of their updates, one file per evaluation
 analysis/, figures/   tables and figures of the report; report.html shows them
@@ -27,7 +28,7 @@ import os
 import shutil
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ CONFIG, MEMBERS, METRICS = "config.json", "members.jsonl", "metrics.jsonl"
 STATUS, REPORT, ERRORS, LOCK = "status.json", "report.html", "errors.txt", ".lock"
 ADAPTERS, ROWS, TEXTS = "adapters", "rows", "texts"
 CHECKPOINTS, TRAJECTORY = "checkpoints", "trajectory"
+BASE = "base"  # in place of a member's number, for the texts of the base itself
 ANALYSIS, FIGURES, TENSORBOARD = "analysis", "figures", "tb"
 FILES = (LOCK, CONFIG, MEMBERS, METRICS, STATUS, REPORT)
 FOLDERS = (ADAPTERS, ANALYSIS, CHECKPOINTS, FIGURES, ROWS, TENSORBOARD, TEXTS, TRAJECTORY)
@@ -54,9 +56,16 @@ def rows(directory: Path, member: int) -> Path:
     return Path(directory) / ROWS / f"{member}.npz"
 
 
-def texts(directory: Path, member: int) -> Path:
-    """The file of a member's completions."""
+def texts(directory: Path, member: int | str) -> Path:
+    """The file of the completions of a member, or of the base (`BASE`)."""
     return Path(directory) / TEXTS / f"{member}.jsonl"
+
+
+def writer(base: str, quant: str | None, decoding: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a line of the base's completions that say which base wrote it, and how.
+    decoding: the config's `eval` section."""
+    keys = ("new_tokens", "beams", "length_penalty", "no_repeat_ngram")
+    return {"base": base, "quant": quant} | {key: decoding.get(key) for key in keys}
 
 
 def table(directory: Path, name: str) -> Path:
@@ -272,6 +281,11 @@ def read_status(directory: Path) -> dict[str, Any]:
         return read_json(Path(directory) / STATUS)
     except (FileNotFoundError, ValueError):
         return {}
+
+
+def read_texts(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file of completions, {"prompt", "text", "references"}; [] if there is none."""
+    return _read_rows(file, {"prompt", "text", "references"}) if file.exists() else []
 
 
 def metrics_after(directory: Path, offset: int) -> tuple[list[dict], int]:

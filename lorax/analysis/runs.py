@@ -96,6 +96,22 @@ class Run:
         ValueError that names a damaged file."""
         return states.deltas(rundir.adapter(self.directory, member))
 
+    def texts(self, member: int) -> list[dict[str, Any]]:
+        """The prompts that a member completed: {"prompt", "text", "references"} each; [] if it
+        completed none."""
+        return rundir.read_texts(rundir.texts(self.directory, member))
+
+    def base_texts(self, member: int) -> dict[str, str]:
+        """{prompt: its completion by the member's base, without the adapter}; {} if there is none.
+        Both were decoded in the same way."""
+        row, config = self.members.loc[member], self.config.get("config", {})
+        decoding = dict(config.get("eval") or {})
+        # Options that the sweep moves stand on the members' lines.
+        decoding |= {key: row[f"eval.{key}"] for key in decoding if f"eval.{key}" in row}
+        of = rundir.writer(row.get("base"), row.get("quant"), decoding)
+        lines = rundir.read_texts(rundir.texts(self.directory, rundir.BASE))
+        return {x["prompt"]: x["text"] for x in lines if all(x.get(k) == of[k] for k in of)}
+
 
 def _is_empty(update: Factors | np.ndarray) -> bool:
     """Whether the update is factors of rank 0: DoRA's lengths for a layer that is not adapted."""

@@ -138,10 +138,7 @@ def _scored_texts(task: Task, metric: Callable | None) -> Task:
     """The task with its metric for texts, after a trial on the references and on the prompts."""
     if metric is None:
         return task
-    few = task.prompts[:8]
-    references = [prompt.references for prompt in few]
-    tried = scores.rehearsed(metric, [texts[0] for texts in references], references)
-    tried([prompt.text for prompt in few], references)  # a model may write anything
+    tried = scores.tried(metric, scores.trials(task))
     return task._replace(text_scores=tried, note=f"{task.note}; {_names(tried)} of eval.generate")
 
 
@@ -311,9 +308,8 @@ def _scored_outputs(task: Task, metric: Callable | None, outputs: int) -> Task:
     """The task with its metric for outputs, after a trial on random outputs."""
     if metric is None:
         return task._replace(outputs=outputs)
-    label = task.eval["label"]
-    drawn = np.random.default_rng(0).standard_normal((len(label), outputs)).astype(np.float32)
-    return task._replace(outputs=outputs, scores=scores.rehearsed(metric, drawn, label))
+    task = task._replace(outputs=outputs)
+    return task._replace(scores=scores.tried(metric, scores.trials(task)))
 
 
 def accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:

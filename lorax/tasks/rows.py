@@ -45,6 +45,8 @@ class Task(NamedTuple):
     lengths: (N,) int64, the columns that each train row needs, if batches are grouped by length.
     text_scores: (texts (N,), references (N,)) -> {metric: float}, the scores of completions; None:
         `metrics.text_scores`.
+    own_score: the user's score of outputs or of completions (`eval.score`), measured beside the
+        task's.
     facts: {name: value}, the true properties of a planted task; written to the members' lines.
     kind: of the rows.
     """
@@ -60,6 +62,7 @@ class Task(NamedTuple):
     facts: Mapping[str, Any] = MappingProxyType({})
     kind: Kind = TEXTS
     text_scores: Callable | None = None
+    own_score: Callable | None = None
 
 
 def count(n: int) -> str:

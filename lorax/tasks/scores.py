@@ -36,12 +36,28 @@ class Metric(NamedTuple):
         return values
 
 
-def rehearsed(function: Callable, predicted, right) -> Metric:
-    """A `Metric`, after a trial. Raises ValueError, with the line of its file, if it fails or
-    returns anything except a number or {name: number}."""
+def tried(function: Callable, trials: Sequence[tuple]) -> Metric:
+    """A `Metric`, after a call with each of the trials (predicted, right). Raises ValueError, with
+    the line of its file, if it fails or returns anything except a number or {name: number}."""
     if not callable(function):
         raise ValueError(f"metric: {function!r} was given; expected a function of two arguments")
-    return Metric(function, tuple(_values(function, predicted, right)))
+    metric = Metric(function, tuple(_values(function, *trials[0])))
+    for predicted, right in trials[1:]:
+        metric(predicted, right)
+    return metric
+
+
+def trials(task: Task) -> list[tuple]:
+    """Arguments to try a metric with: random outputs and the labels; or of a language model's task
+    the references, then the prompts, as if they were generated: a model may write anything."""
+    if not task.kind.causal:
+        labels = task.eval["label"]
+        shape = len(labels), task.outputs
+        return [(np.random.default_rng(0).standard_normal(shape).astype(np.float32), labels)]
+    few = task.prompts[:8]
+    references = [prompt.references for prompt in few]
+    right, wrong = [texts[0] for texts in references], [prompt.text for prompt in few]
+    return [(right, references), (wrong, references)]
 
 
 def _values(function: Callable, predicted, right) -> dict[str, float]:
@@ -67,6 +83,34 @@ def _place(function: Callable) -> str:
     return f"metric {getattr(function, '__name__', function)!s}"
 
 
+def with_own(task: Task, name: str, generates: bool) -> Task:
+    """The task with the score "FILE.py:function" of the user's (`eval.score`), after a trial.
+
+    It is called with (outputs (N, k) float, labels (N,)), or for a language model with (generated
+    texts, references) if generates, i.e. if the run generates texts. Raises FileNotFoundError or
+    ValueError, which begin with eval.score, for one that fails, that returns anything except a
+    number or {name: number}, that has the name of a score of the task, or that nothing is given to.
+    """
+    function = outside.resolve(name, "eval.score")
+    if task.kind.causal and not (generates and task.prompts):
+        why = "set eval.generate to how many prompts to complete" if task.prompts else "it has none"
+        raise ValueError(
+            f"eval.score: {name} given, which scores completions of the prompts of task "
+            f"{task.name}; {why}"
+        )
+    try:
+        own = tried(function, trials(task))
+    except ValueError as error:
+        raise ValueError(f"eval.score: {error}") from None
+    taken = [score for score in names(task, generates) if score in own.names]
+    if taken:
+        raise ValueError(
+            f"eval.score: {name} gives {taken[0]}, which task {task.name} measures itself; give "
+            "it another name"
+        )
+    return task._replace(own_score=own, kind=task.kind._replace(scored=not task.kind.causal))
+
+
 def of_members(task: Task, outputs, m: int) -> dict[str, np.ndarray]:
     """{metric: (m,) float32} of the first m members. outputs: of an evaluation, (M, N, B, k), or
     None, which gives no scores."""
@@ -74,7 +118,8 @@ def of_members(task: Task, outputs, m: int) -> dict[str, np.ndarray]:
         return {}
     labels = task.eval["label"]
     rows = np.asarray(outputs)[:m].reshape(m, -1, outputs.shape[-1])[:, : len(labels)]
-    each = [task.scores(row, labels) for row in rows]
+    measured = [metric for metric in (task.scores, task.own_score) if metric is not None]
+    each = [{k: v for metric in measured for k, v in metric(row, labels).items()} for row in rows]
     return {name: np.array([scores[name] for scores in each], np.float32) for name in each[0]}
 
 
@@ -85,16 +130,18 @@ def of_texts(
     say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, float]:
     """{metric: value} of texts that complete the task's prompts: by its own metric, or else by
-    `metrics.text_scores`, which reports those that it can't compute."""
-    if task.text_scores is not None:
-        return task.text_scores(texts, references)
-    return metrics.text_scores(texts, references, say)
+    `metrics.text_scores`, which reports those that it can't compute; and the user's score."""
+    if task.text_scores is None:
+        values = metrics.text_scores(texts, references, say)
+    else:
+        values = task.text_scores(texts, references)
+    return values | (task.own_score(texts, references) if task.own_score else {})
 
 
 def names(task: Task, generates: bool) -> list[str]:
     """The names of the scores that a run reports. generates: whether it generates texts."""
     result = []
-    if task.scores is not None:
+    if task.kind.scored:
         rows = np.zeros((1, 1, len(task.eval["label"]), task.outputs), np.float32)
         result += of_members(task, rows, 1)
     if generates:

@@ -62,10 +62,11 @@ def train(
     A row has "status" ("finished" or "diverged"), "diverged_at" (step or None), "eval_loss" (nats
     per completion token, a classifier's loss, or the squared error of values; None after
     divergence), "seconds", "step_ms" (of training alone; both are a member's share) and "scores"
-    ({metric: value} of a classifier or of generated texts). With `analysis.cka`, unless it
-    diverged, it has "cka" (per layer). "failed" ({config key: reason}) is set if the texts or the
-    CKA of a trained member failed. If training is killed at any moment and called again, metrics,
-    adapters and trajectories are bit for bit the same as without the interruption.
+    ({metric: value} of a classifier or of generated texts). Unless it diverged, it has "cka" (per
+    layer) with `analysis.cka`, and "base_scores" (of the base's own texts) with `eval.generate`.
+    "failed" ({config key: reason}) is set if the texts or the CKA of a trained member failed. If
+    training is killed at any moment and called again, metrics, adapters and trajectories are bit
+    for bit the same as without the interruption.
     """
     total = before + member_steps([m for g in groups for m in g.stack.members]) + after
     done, rows, programs, key = before, {}, None, None

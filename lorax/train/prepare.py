@@ -129,10 +129,13 @@ def _task(members: list[Member], base: Base, built: dict[str, tasks.Task], say) 
     asked = [member.config.task.n_train for member in members]
     settings = c.task.to_dict() | {"n_train": None if None in asked else max(asked)}
     made_for = [c.base, c.train.seq_len] if reads_text else _base_key(c)
-    key = json.dumps([settings, made_for, c.eval.examples, c.seeds.data], sort_keys=True)
+    own, generates = c.eval.score, bool(c.eval.generate)
+    about = [settings, made_for, c.eval.examples, c.seeds.data, own, generates]
+    key = json.dumps(about, sort_keys=True)
     if key not in built:
         arguments = base.vocabulary, c.train.seq_len, c.eval.examples, base
-        built[key] = tasks.build(settings, *arguments, c.seeds.data)
+        task = tasks.build(settings, *arguments, c.seeds.data)
+        built[key] = scores.with_own(task, own, generates) if own else task
         say(f"task {built[key].note}")
     for member in members:
         tasks.train_size(member.config.task, built[key])  # raises if there are too few

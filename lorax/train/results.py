@@ -10,7 +10,7 @@ from lorax import adapters, methods, rundir
 from lorax.errors import reason
 from lorax.train import activations
 from lorax.train.part import Part, Position, decimal, diverged_at
-from lorax.train.texts import write_texts
+from lorax.train.texts import write_base_texts, write_texts
 
 
 def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[int, dict]:
@@ -27,6 +27,10 @@ def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[
     trained = [i for i in range(m) if diverged[i] < 0]
     if part.stack.config.analysis.cka and trained:
         measure_cka(part, trainable, trained, rows)
+    if part.stack.config.eval.generate and trained:
+        measure_base_texts(part, trained, rows)
+    elif not part.stack.config.eval.generate:
+        rundir.texts(part.workdir, rundir.BASE).unlink(missing_ok=True)
     for i, member in enumerate(part.stack.members):
         if part.stack.config.eval.generate and i in trained:
             measure_texts(part, trainable, i, rows)
@@ -78,6 +82,17 @@ def measure_cka(part: Part, trainable, trained: list[int], rows: dict[int, dict]
     alike = attempt(part, "analysis.cka", members, rows, similarity)
     for i in trained if alike is not None else ():
         rows[stack.members[i].index]["cka"] = [decimal(value) for value in alike[i]]
+
+
+def measure_base_texts(part: Part, trained: list[int], rows: dict[int, dict]) -> None:
+    """Let the base complete the task's prompts, and add "base_scores", the scores of its texts, to
+    the rows of the members that did not diverge."""
+    members = [part.stack.members[i] for i in trained]
+    arguments = part.workdir, members[0], part.group.base, part.group.task, part.say
+    write = functools.partial(write_base_texts, *arguments)
+    values = attempt(part, "eval.generate", members, rows, write)
+    for member in members if values is not None else ():
+        rows[member.index]["base_scores"] = values
 
 
 def measure_texts(part: Part, trainable, i: int, rows: dict[int, dict]) -> None:

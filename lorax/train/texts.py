@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lorax import decode, rundir, tasks
@@ -48,9 +48,36 @@ def write_texts(
     Writes texts/<member>.jsonl, one {"prompt", "text", "references"} per line. Returns {metric:
     value}.
     """
-    c = member.config.eval
-    prompts = tasks.prompts(task, c.generate)
-    options = decoding_options(c)
+    prompts = tasks.prompts(task, member.config.eval.generate)
+    told = f"member {member.name}"
+    texts = _completed(base, prompts, params, member.config.eval, lambda x: say(f"{told}: {x}"))
+    _write(rundir.texts(workdir, member.index), prompts, texts)
+    return _scored(task, prompts, texts)
+
+
+def write_base_texts(
+    workdir: Path, member: Member, base: Base, task: tasks.Task, say
+) -> dict[str, float]:
+    """Let the base without an adapter complete the prompts of a member, and score its texts.
+
+    texts/base.jsonl has a line for each base, decoding and prompt: the fields of `rundir.writer`,
+    "prompt", "text" and "references". What it already has is not generated again.
+    """
+    c, file = member.config, rundir.texts(workdir, rundir.BASE)
+    of = rundir.writer(c.base, c.quant, c.eval)
+    prompts = tasks.prompts(task, c.eval.generate)
+    lines = rundir.read_texts(file)
+    known = {x["prompt"]: x["text"] for x in lines if of.items() <= x.items()}
+    missing = [prompt for prompt in prompts if prompt.text not in known]
+    if missing:
+        arguments = base.params, c.eval, lambda x: say(f"base {base.name}: {x}")
+        known |= zip((p.text for p in missing), _completed(base, missing, *arguments), strict=True)
+        _write(file, missing, [known[p.text] for p in missing], lines, of)
+    return _scored(task, prompts, [known[prompt.text] for prompt in prompts])
+
+
+def _completed(base: Base, prompts, params, c, say: Callable[[str], None]) -> list[str]:
+    """The prompts' completions. c: the config's `eval` section. say: prints the progress."""
     began = told = time.monotonic()
 
     def tell(done, total):
@@ -58,17 +85,24 @@ def write_texts(
         if time.monotonic() - told > 10 and done < total:
             told = time.monotonic()
             left = (told - began) * (total - done) / done
-            say(f"member {member.name}: {done} of {total} texts, {left:.0f} s left")
+            say(f"{done} of {total} texts, {left:.0f} s left")
 
-    asked = [p.text for p in prompts]
+    asked, options = [p.text for p in prompts], decoding_options(c)
     texts = decode.complete(base, asked, params, options, batch_size=c.batch_size, progress=tell)
-    texts = [text.strip() for text in texts]
-    values = scores.of_texts(task, texts, [p.references for p in prompts])
+    say(f"{len(texts)} texts in {time.monotonic() - began:.0f} s")
+    return [text.strip() for text in texts]
+
+
+def _write(file: Path, prompts, texts: list[str], before=(), more: Mapping = {}) -> None:
+    """Write the lines of `before`, then one per prompt, with the fields of `more` in front."""
     lines = [
-        {"prompt": p.text, "text": text, "references": p.references}
+        {**more, "prompt": p.text, "text": text, "references": p.references}
         for p, text in zip(prompts, texts, strict=True)
     ]
-    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_bytes(rundir.texts(workdir, member.index), content.encode())
-    say(f"member {member.name}: {len(texts)} texts in {time.monotonic() - began:.0f} s")
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (*before, *lines))
+    write_bytes(file, content.encode())
+
+
+def _scored(task: tasks.Task, prompts, texts: list[str]) -> dict[str, float]:
+    values = scores.of_texts(task, texts, [p.references for p in prompts])
     return {name: round(float(value), 5) for name, value in values.items()}

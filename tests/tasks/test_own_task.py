@@ -365,10 +365,10 @@ def test_a_metric_is_tried_before_training(body, message, tmp_path, vocabulary):
 
 def test_a_metric_gives_the_same_names_every_time():
     names = iter("aab")
-    metric = scores.rehearsed(lambda given, right: {next(names): 1}, ["x"], [("x",)])
+    metric = scores.tried(lambda given, right: {next(names): 1}, [(["x"], [("x",)])])
     assert metric(["x"], [("x",)]) == {"a": 1.0}
     with pytest.raises(ValueError, match="gives b now and a before"):
         metric(["x"], [("x",)])
-    assert scores.rehearsed(lambda given, right: np.float32(2), ["x"], [("x",)]).names == (
+    assert scores.tried(lambda given, right: np.float32(2), [(["x"], [("x",)])]).names == (
         "lambda",
     )
