@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from lorax import config, outside, search
+from lorax import config, outside, run_names, search
 from lorax.errors import reason
 from lorax.files import read_text
 
@@ -22,7 +22,7 @@ config_flags.DEFINE_config_file(
 flags.DEFINE_string(
     "workdir",
     None,
-    "Run directory (default: runs/<config>[-<hash of overrides>]).",
+    "Run directory (default: runs/<config>[-<the keys that are set>]).",
     flag_values=FLAGS,
 )
 
@@ -60,10 +60,8 @@ def read(argv: list[str]) -> tuple[ConfigDict, list[config.Member], Path]:
     members = search.members(settings)
     if FLAGS.workdir:
         return settings, members, Path(FLAGS.workdir)
-    name = Path(file).stem + (f"-{argument}" if argument else "")
-    overridden = config_flags.get_override_values(FLAGS["config"])
-    suffix = f"-{config.digest(overridden)}" if overridden else ""
-    return settings, members, Path("runs") / (name + suffix)
+    given = Path(file).stem, argument, config_flags.get_override_values(FLAGS["config"])
+    return settings, members, run_names.workdir(run_names.name(*given), run_names.former(*given))
 
 
 def check_flags(argv: list[str]) -> None:

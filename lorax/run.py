@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from lorax import __version__, catalogue, command_line, config, memory, rundir, search
+from lorax import __version__, catalogue, command_line, config, memory, run_names, rundir, search
 from lorax.callable import make_callable
 from lorax.errors import fail, of_machine, reason
 from lorax.resume import check_same_config
@@ -69,8 +69,9 @@ def main(argv: list[str]) -> int:
 def run(settings: ConfigDict, workdir: str | os.PathLike | None = None):
     """Train what a config asks for, as the command does, and return the `lorax.analysis.runs.Run`.
 
-    workdir: the run directory; by default runs/config-<hash of the keys that differ from
-    `lorax.config.default()`>. A stopped run is continued, a finished one is only loaded.
+    workdir: the run directory; by default runs/config-<the keys that differ from
+    `lorax.config.default()`>, as `lorax.run_names` names it. A stopped run is continued, a finished
+    one is only loaded.
 
     Raises ValueError or FileNotFoundError for a mistake in the config, MemoryError if something
     does not fit in memory. A report that fails only warns.
@@ -79,7 +80,8 @@ def run(settings: ConfigDict, workdir: str | os.PathLike | None = None):
     if workdir is None:
         usual = config.flat(config.default())
         changes = {k: v for k, v in config.flat(settings).items() if v != usual[k]}
-        workdir = Path("runs") / ("config" + f"-{config.digest(changes)}" * bool(changes))
+        given = "config", "", changes
+        workdir = run_names.workdir(run_names.name(*given), run_names.former(*given))
     workdir = Path(workdir)
     rundir.check_paths(workdir)
     changed = check_same_config(workdir, settings)

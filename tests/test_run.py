@@ -249,10 +249,9 @@ def test_default_workdir_depends_on_the_overrides():
         [sys.executable, "-c", code, f"--config={CONFIG}", *more],
         cwd=ROOT, env=environment(), capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
-    plain, one, other = ask(), ask("--config.train.steps=5"), ask("--config.train.steps=6")
-    assert plain == "runs/gpt2_rank_sweep"
-    assert re.fullmatch(r"runs/gpt2_rank_sweep-[0-9a-f]{10}", one) and one != other
-    assert ask("--config.train.steps=5") == one
+    assert ask("--config.eval.generate=8") == "runs/gpt2_rank_sweep"
+    asked = ask("--config.sweep.rank=(4,)", "--config.sweep.lr=(3e-3, 1e-2)")
+    assert asked == "runs/gpt2_rank_sweep-lr=0.003+0.01,rank=4"
 
 
 def test_members_write_texts_that_are_scored(tmp_path):
