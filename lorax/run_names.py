@@ -13,7 +13,6 @@ from typing import Any
 
 from lorax import config, rundir
 
-FOLDER = Path("runs")
 LONGEST = 80  # characters of a name
 LONGEST_VALUE = 32
 HASH = 8  # digits
@@ -23,7 +22,8 @@ _EXACT = re.compile(r"[a-z0-9.+_-]*[a-z0-9+_-]")  # Windows drops a dot at the e
 def workdir(name: str, former: Iterable[str] = ()) -> Path:
     """runs/NAME, or the directory of a run that was begun under one of its former names."""
     names = [name, *former]
-    return next((FOLDER / n for n in names if rundir.is_run(FOLDER / n)), FOLDER / name)
+    folders = [rundir.RUNS / earlier for earlier in names]
+    return next(filter(rundir.is_run, folders), folders[0])
 
 
 def name(study: str, argument: str, values: Mapping[str, Any]) -> str:

@@ -43,6 +43,7 @@ BASE = "base"  # in place of a member's number, for the texts of the base itself
 ANALYSIS, FIGURES, TENSORBOARD = "analysis", "figures", "tb"
 FILES = (LOCK, CONFIG, MEMBERS, METRICS, STATUS, REPORT)
 FOLDERS = (ADAPTERS, ANALYSIS, CHECKPOINTS, FIGURES, ROWS, TENSORBOARD, TEXTS, TRAJECTORY)
+RUNS = Path("runs")  # where run directories are, unless --workdir says otherwise
 UNFINISHED = ("running", "stopped", "failed")  # states with members left to train
 
 
@@ -154,6 +155,18 @@ def locked(directory: Path):
         finally:
             if [path.name for path in directory.iterdir()] == [LOCK]:
                 shutil.rmtree(directory)
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether a process writes to the run directory."""
+    try:
+        with open(directory / LOCK) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import yaml
 from pages import PAGES, ROOT
 
 import lorax
-from lorax import bench, convert, generate, tasks
+from lorax import bench, convert, generate, listing, tasks
 from lorax.report import __main__ as report
 
 # ------------------------------------------------------------------------- commands, by their kind
@@ -31,7 +31,7 @@ ELSEWHERE = {
     r"mkdocs (serve|build --strict)": "the gate",
     r"tensorboard --logdir \S+": "TensorBoard is not installed with lorax",
 }
-TESTED = ("run", "plan", "report", "convert", "generate", "bench")
+TESTED = ("run", "runs", "plan", "report", "convert", "generate", "bench")
 STUDY = "python -m lorax.run --config=configs/gpt2_rank_sweep.py"
 SMALL = (
     *("--config.train.steps=2", "--config.train.batch_size=2", "--config.train.seq_len=100"),
@@ -44,7 +44,7 @@ PLACEHOLDERS = re.compile(r"\b(BASE|ADAPTER|DIR|DIR_OR_HUB_ID|OUT|FILE)\b|\.zip|
 LONG = re.compile(r"lorax\.report |lorax\.bench|lorax\.plan .*(--table|--device|65b|175b)")
 
 COMMANDS = {command: where for where, command in pages.commands()}
-of = lambda module: [c for c in COMMANDS if c.startswith(f"python -m lorax.{module} ")]
+of = lambda module: [c for c in COMMANDS if f"{c} ".startswith(f"python -m lorax.{module} ")]
 arguments = lambda command: shlex.split(command)[3:]
 parameters = lambda commands: [
     pytest.param(c, marks=[pytest.mark.slow] * bool(LONG.search(c)), id=f"{COMMANDS[c]} {c[16:60]}")
@@ -170,6 +170,12 @@ def test_a_report_is_drawn(command, workspace, monkeypatch, capsys):
     if PLACEHOLDERS.search(command) or EXAMPLE.search(command):
         pytest.skip("its parts are tested with the example")
     code, said = in_process(report.main, command, workspace, monkeypatch, capsys)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("command", of("runs"))
+def test_runs_are_listed(command, workspace, monkeypatch, capsys):
+    code, said = in_process(listing.main, command, workspace, monkeypatch, capsys)
     assert code == 0, said
 
 
