@@ -2,7 +2,8 @@
 
 A report directory holds report.html, figures/NAME.png, NAME.pdf and NAME.csv (the plotted numbers)
 and analysis/ (all numbers: .csv tables, .npz arrays). .report.json lists the files that the page
-wrote. Images are embedded in the page; only the links below a figure lead to files.
+wrote. The page has its charts and what draws them in it; only the links below a figure lead to
+files.
 """
 
 import base64
@@ -19,6 +20,7 @@ import warnings
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import altair as alt
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -32,8 +34,8 @@ from lorax.analysis.runs import is_missing
 from lorax.console import console
 from lorax.errors import reason
 from lorax.files import read_json, write_bytes, write_json
+from lorax.report import charts
 
-TEMPLATE = pathlib.Path(__file__).with_name("page.html.tmpl")
 DPI = 150  # of the images
 CONSOLE = console(stderr=True)  # shows progress on a terminal
 MANIFEST = ".report.json"  # lists what a page wrote
@@ -43,7 +45,7 @@ PER_INCH = 100  # CSS pixels per inch of a figure: its 9-point text is 12.5 pixe
 class Picture(NamedTuple):
     """A figure and the numbers that it draws."""
 
-    figure: Figure
+    figure: alt.TopLevelMixin | Figure
     numbers: pd.DataFrame
 
 
@@ -82,15 +84,21 @@ def save(
     """
     failed = {section.title: section.error for section in sections if section.error is not None}
     files: dict[str, bytes] = {}
-    images: dict[str, bytes | Exception] = {}
+    images: dict[str, bytes | dict | Exception] = {}
     pictures = [(part.title, *picture) for part in sections for picture in part.pictures.items()]
     for heading, name, picture in progress(pictures, "drawing", len(pictures)):
         files[f"{rundir.FIGURES}/{name}.csv"] = csv(picture.numbers)
         try:
-            lay_out(picture.figure)
-            images[name] = png(picture.figure)
-            files[f"{rundir.FIGURES}/{name}.pdf"] = pdf(picture.figure)
-            files[f"{rundir.FIGURES}/{name}.png"] = images[name]
+            if isinstance(picture.figure, Figure):
+                lay_out(picture.figure)
+                images[name] = png(picture.figure)
+                files[f"{rundir.FIGURES}/{name}.pdf"] = pdf(picture.figure)
+                files[f"{rundir.FIGURES}/{name}.png"] = images[name]
+                continue
+            spec = charts.specification(picture.figure)
+            files[f"{rundir.FIGURES}/{name}.png"] = charts.png(spec)
+            files[f"{rundir.FIGURES}/{name}.pdf"] = charts.pdf(spec)
+            images[name] = spec
         except Exception as error:  # draw the other figures
             failed[f"{heading}, figure {name}"] = images[name] = error
     for section in sections:
@@ -211,11 +219,16 @@ def put_together(
     title: str,
     lead: str,
     sections: Sequence[Section],
-    images: dict[str, bytes | Exception],
+    images: dict[str, bytes | dict | Exception],
     command: str,
 ) -> str:
-    """The page's HTML. images: by the name in a section's src, the PNG or the error that prevented
-    it. command: redraws the page; shown where something failed."""
+    """The page's HTML.
+
+    Args:
+      images: by the figure's name, the chart's specification (`charts.specification`), the PNG of
+        a figure by matplotlib, or the error that prevented it.
+      command: redraws the page; shown where something failed.
+    """
     lost = lambda what, error: (
         f'<p class="note">{what} could not be made: {escape(reason(error))}. {rundir.ERRORS}, '
         "next to this page, has the traceback. To redraw the page: "
@@ -242,11 +255,22 @@ def put_together(
             text = lost(f"Figure {escape(name)}", image)
             body = re.sub(shown, lambda _, text=text: text, body, flags=re.DOTALL)
             continue
+        if isinstance(image, dict):
+            body = re.sub(
+                rf'<div class="image"><img src="{re.escape(name)}" alt="(.*?)"></div>',
+                lambda match, name=name: _chart(name, match[1]),
+                body,
+            )
+            continue
         width, height = (PER_INCH * x // DPI for x in struct.unpack(">II", image[16:24]))
         data = base64.b64encode(image).decode()
         size = f'width="{width}" height="{height}"'
         body = body.replace(f'src="{name}"', f'{size} src="data:image/png;base64,{data}"')
-    return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+    specs = {name: image for name, image in images.items() if isinstance(image, dict)}
+    return string.Template(_file("page.html.tmpl")).substitute(
+        css=charts.css() + "\n" + _file("page.css"),
+        library=_library(specs),
+        script=_file("page.js"),
         title=escape(title),
         lead=escape(lead),
         contents=contents,
@@ -254,6 +278,25 @@ def put_together(
         footer="Written by lorax.report. All numbers are in analysis/. Each figure is in "
         "figures/ as PNG and PDF, with the plotted numbers as CSV.",
     )
+
+
+def _file(name: str) -> str:
+    """A file next to this one: a part of every page."""
+    return pathlib.Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _chart(name: str, alt_text: str) -> str:
+    """The place of a chart; without scripts, its image. alt_text: escaped."""
+    return (
+        f'<div class="chart" data-chart="{name}" role="img" aria-label="{alt_text}"><noscript>'
+        f'<img src="figures/{name}.png" alt="{alt_text}"></noscript></div>'
+    )
+
+
+def _library(specs: dict[str, dict]) -> str:
+    """The scripts with the charts of a page and with what draws them, if it has any."""
+    data = f'<script type="application/json" id="charts">{charts.embedded(specs)}</script>'
+    return data + (f"<script>{charts.library()}</script>" if specs else "")
 
 
 def slug(title: str) -> str:
@@ -314,8 +357,9 @@ def figure(name: str, caption: str, alt: str, folded: str = "") -> str:
         f'<a href="figures/{name}.{suffix}">{suffix.upper()}</a>'
         for suffix in ("png", "pdf", "csv")
     )
+    image = f'<img src="{name}" alt="{escape(alt)}">'
     shown = (
-        f'<figure id="figure-{name}"><div><img src="{name}" alt="{escape(alt)}"></div>'
+        f'<figure id="figure-{name}"><div class="image">{image}</div>'
         f"<figcaption>{escape(caption)} "
         f'<span class="files">{files}</span></figcaption></figure>'
     )

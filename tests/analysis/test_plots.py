@@ -2,12 +2,17 @@
 
 import io
 
+import altair as alt
 import numpy as np
+import pandas as pd
 import pytest
+from drawn import marks, texts
 from matplotlib.figure import Figure
+from scipy import stats
 from synthetic import BASE_LOSS, make_run, make_search
 
 from lorax.analysis import figures, intrinsic, runs
+from lorax.analysis.figures import style
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +28,6 @@ def tables(run):
     return table, settings, runs.best_setting(settings)
 
 
-def labels(axes):
-    return [text.get_text() for text in axes.get_legend().get_texts()]
-
-
 def draws(figure):
     assert isinstance(figure, Figure)
     buffer = io.BytesIO()
@@ -37,33 +38,46 @@ def draws(figure):
 def test_rank_curve(tables):
     table, settings, best = tables
     figure = figures.rank_curve(settings, table, "rank", BASE_LOSS, best)
-    axes = figure.axes[0]
-    lines = [line.get_xydata() for line in axes.lines]
-    means = settings[["rank", "mean"]].to_numpy(float)
-    assert any(line.shape == means.shape and np.allclose(line, means) for line in lines)
-    assert "rank" in axes.get_xlabel() and "nats" in axes.get_ylabel()
-    assert axes.get_xscale() == "log"
-    assert any("base" in label for label in labels(axes))
-    assert [text.get_text() for text in axes.texts] == ["rank 4: the answer"]
-    assert draws(figure)
+    means = [mark for mark in marks(figure, "symbol") if "seeds" in mark]
+    title = "mean of eval loss (nats)"
+    assert [float(mark[title]) for mark in means] == pytest.approx(settings["mean"], abs=1e-4)
+    # Rank 1 has one seed that did not diverge, and no interval.
+    assert [mark["seeds"] for mark in means] == ["1", "2", "2", "2"]
+    low = [mark["95% interval from"] for mark in means]
+    assert low[0] == "null" and float(low[1]) < float(means[1][title])
+    said = texts(figure)
+    assert "rank r of the adapter" in said and "final eval loss (nats)" in said
+    assert any("base" in text for text in said)
+    (ring,) = [mark for mark in marks(figure) if "ringed" in mark]
+    assert ring["rank r of the adapter"] == "4"
+
+
+def test_means_are_those_of_the_members_that_are_shown(tables):
+    table, settings, best = tables
+    figure = figures.rank_curve(settings, table, "rank", BASE_LOSS, best)
+    hidden = table.index[table["seed"] == 1]
+    members = [mark for mark in marks(figure, "symbol", hidden) if "member" in mark]
+    assert [mark["seed"] for mark in members] == ["0"] * 4
+    means = [mark for mark in marks(figure, "symbol", hidden) if "seeds" in mark]
+    of_seed_0 = table.loc[table["seed"] == 0, "final_loss"]
+    drawn = [float(mark["mean of eval loss (nats)"]) for mark in means]
+    assert drawn == pytest.approx(of_seed_0, abs=1e-4)
 
 
 def test_base_is_drawn_where_it_fits(tables):
     table, settings, best = tables
     figure = figures.rank_curve(settings, table, "rank", 1.7, best)
-    assert any(np.all(np.equal(line.get_ydata(), 1.7)) for line in figure.axes[0].lines)
+    assert [mark["base"] for mark in marks(figure, "rule") if "base" in mark] == ["1.7"]
     figure = figures.rank_curve(settings, table, "rank", float("nan"), best)
-    assert not any("base" in label for label in labels(figure.axes[0]))
+    assert not any("base" in text for text in texts(figure))
 
 
-def test_one_seed_has_no_error_bars(tmp_path):
+def test_one_seed_has_no_interval(tmp_path):
     table = runs.summary(runs.load(make_run(tmp_path / "run", seeds=(0,))))
     settings = runs.settings(table, runs.Axes("rank", ()))
     figure = figures.rank_curve(settings, table, "rank", BASE_LOSS, runs.best_setting(settings))
-    axes = figure.axes[0]
-    assert not axes.containers[0].has_yerr
-    assert "the answer" in axes.texts[0].get_text()
-    assert not any("standard error" in label for label in labels(axes))
+    assert all(mark["low"] == "null" for mark in marks(figure, "rule") if "low" in mark)
+    assert "answer" in [mark.get("ringed") for mark in marks(figure)]
 
 
 def test_an_axis_of_names(tables):
@@ -71,12 +85,17 @@ def test_an_axis_of_names(tables):
     table = table.assign(init=["kaiming", "gaussian"] * 4)
     settings = runs.settings(table, runs.Axes("init", ()))
     figure = figures.rank_curve(settings, table, "init", BASE_LOSS, runs.best_setting(settings))
-    ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
-    assert ticks == ["gaussian", "kaiming"] and draws(figure)
-    # No line leads from one name to another.
-    means = settings["mean"].to_list()
-    drawn = [line for line in figure.axes[0].lines if list(line.get_ydata()) == means]
-    assert [line.get_linestyle() for line in drawn] == ["None"]
+    assert {"gaussian", "kaiming"} <= set(texts(figure))
+    assert not marks(figure, "line")  # none leads from one name to another
+
+
+def test_the_intervals_of_charts_are_those_of_t():
+    table = pd.DataFrame({"value": [1.0, 2.0, 4.0], "of": "a"})
+    chart = style.with_intervals(alt.Chart(table), "value", ["of"]).mark_rule()
+    (mark,) = marks(chart.encode(x="low:Q", x2="high:Q"), "rule")
+    low, high = stats.t.interval(0.95, 2, table["value"].mean(), stats.sem(table["value"]))
+    drawn = float(mark["low"].replace("\N{MINUS SIGN}", "-")), float(mark["high"])
+    assert drawn == pytest.approx((low, high), abs=1e-3)
 
 
 def test_learning_curves_leave_diverged_members_out_of_the_mean(run, tables):

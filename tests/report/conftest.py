@@ -4,7 +4,7 @@ import pytest
 from synthetic import kernels, make_run
 
 from lorax import report
-from lorax.report import page
+from lorax.report import charts, page
 
 ONE_PIXEL = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJ"
@@ -33,3 +33,6 @@ def draw_nothing(monkeypatch):
     monkeypatch.setattr(page, "lay_out", lambda figure: None)
     monkeypatch.setattr(page, "png", lambda figure: image)
     monkeypatch.setattr(page, "pdf", lambda figure: b"%PDF")
+    monkeypatch.setattr(charts, "png", lambda spec: image)
+    monkeypatch.setattr(charts, "pdf", lambda spec: b"%PDF")
+    monkeypatch.setattr(charts, "library", str)

@@ -1,7 +1,8 @@
 """Figures of the members' losses: by rank, by step, by method."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
+import altair as alt
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -12,21 +13,24 @@ from matplotlib.ticker import MaxNLocator
 from lorax.analysis import runs
 from lorax.analysis.figures.style import (
     COLOURS,
-    DASHES,
     GREY,
     LOSS,
     MARKERS,
-    REFERENCE,
+    NAMES,
     STYLE,
-    bars,
     distinct,
+    filtered,
     has_no_order,
-    main_axis,
+    is_numeric,
+    lines_of,
     named,
     panels,
-    pick,
     plain,
+    position,
     style_of,
+    themed,
+    tooltips,
+    with_intervals,
 )
 
 
@@ -37,51 +41,57 @@ def rank_curve(
     base: float,
     chosen: pd.Series | None,
     loss: str = LOSS,
-) -> Figure:
-    """Final eval loss against the sweep's main axis (normally the rank, on a log2 axis).
+) -> alt.LayerChart:
+    """Final eval loss against the sweep's main axis (normally the rank, on a logarithmic axis):
+    members as dots, means over seeds with their t intervals as lines.
 
     Args:
-      settings: rows of `runs.settings`: means, with standard errors if there are several seeds.
+      settings: rows of `runs.settings`.
       points: rows of `runs.summary`: the single seeds.
       main: the column on the x axis.
       base: the unadapted base's loss, or NaN if it is unknown or differs between members.
       chosen: the row of settings to mark.
       loss: name and unit of the loss (`runs.loss_name`).
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-        axes = figure.add_subplot()
-        values, place = main_axis(axes, settings[main], main)
-        lines, names = settings["line"].nunique(), has_no_order(values)
-        # With more settings than colours, dots look alike; the table distinguishes them.
-        same_style = names and lines > len(COLOURS)
-        for n, (line, rows) in enumerate(settings.groupby("line", sort=False)):
-            n = 0 if same_style else n
-            style = {"color": pick(COLOURS, n)}
-            style["linestyle"] = "none" if names else pick(DASHES, n)
-            errors = bars(rows["se"])
-            description = "mean of seeds" if (rows["n"] > 1).any() else "one seed"
-            description += " ± standard error" * (errors is not None)
-            label = plain(line) or (description if lines == 1 else None)
-            axes.errorbar(
-                place(rows[main]),
-                rows["mean"],
-                yerr=errors,
-                marker=pick(MARKERS, n),
-                capsize=3,
-                label=None if same_style else label,
-                **style,
-            )
-            of_line = points.merge(rows[_shared(rows, points, main)].drop_duplicates())
-            dots = {"color": style["color"], "alpha": 0.45, "markersize": 6}
-            axes.plot(place(of_line[main]), of_line["final_loss"], ".", **dots)
-        if chosen is not None:
-            _mark(axes, place(settings[main]), main, chosen, place)
-        _base_line(axes, base, settings, points)
-        axes.margins(y=0.25)  # room for the text below the marked point
-        axes.set_ylabel("final " + loss)
-        _legend(axes, outside=lines > 4 and not same_style)
-        return figure
+    shared = _shared(settings, points, main)
+    lines = settings[[*shared, "line"]].drop_duplicates()
+    table = points[["member", "name", "seed", *shared, "final_loss"]].merge(lines, on=shared)
+    if not is_numeric(distinct(points[main])):
+        table[main] = [runs.in_words(value, main) for value in table[main]]
+    x = alt.X(main, **position(points[main], main))
+    y = alt.Y("mean:Q", title="final " + loss, scale=alt.Scale(zero=False))
+    names = list(dict.fromkeys(settings["line"]))
+    by = {mark: lines_of("line", names, mark) for mark in ("point", "line", "rule")}
+    if len(names) == 1:
+        by = dict.fromkeys(by, {})  # no legend
+    axes = {name: NAMES.get(name, named(name)) for name in shared}
+    chart = filtered(alt.Chart(table))
+    members = (
+        chart.transform_filter("isValid(datum.final_loss)")
+        .mark_point(style="member", size=30)
+        .encode(
+            x=x,
+            y=alt.Y("final_loss:Q"),
+            tooltip=tooltips(
+                {"member": "member", **axes, "seed": "seed", "final_loss": (loss, ".4f")}
+            ),
+            **by["point"],
+        )
+    )
+    means = with_intervals(chart, "final_loss", [main, "line"]).encode(
+        x=x,
+        tooltip=tooltips(
+            {main: axes[main], "line": "setting", "mean": (f"mean of {loss}", ".4f")}
+            | {"low": ("95% interval from", ".4f"), "high": ("to", ".4f"), "n": "seeds"}
+        ),
+    )
+    layers = [members, means.mark_rule().encode(y=alt.Y("low:Q"), y2="high:Q", **by["rule"])]
+    if not has_no_order(distinct(points[main])):
+        layers.append(means.mark_line().encode(y=y, **by["line"]))
+    layers.append(means.mark_point(size=70).encode(y=y, **by["point"]))
+    layers += _base_line(base, table["final_loss"])
+    layers += _mark(chosen, main, x) if chosen is not None else []
+    return themed(alt.layer(*layers).properties(width="container"))
 
 
 def methods(compared: pd.DataFrame) -> Figure:
@@ -185,35 +195,28 @@ def _shared(rows: pd.DataFrame, points: pd.DataFrame, main: str) -> list[str]:
     return [main, *(name for name in rows if name in points and name not in measured)]
 
 
-def _base_line(axes: Axes, base: float, settings: pd.DataFrame, points: pd.DataFrame) -> None:
-    """The base's loss as a dashed line. If it is far above the losses, the line is at the upper
-    edge, with the value in the legend."""
+def _base_line(base: float, losses: pd.Series) -> list[alt.Chart]:
+    """The base's loss as a dashed line. If it is far above the losses, only its value at the upper
+    edge."""
     if not np.isfinite(base):
-        return
-    losses = np.concatenate([settings["mean"].dropna(), points["final_loss"].dropna()])
-    low, high = (losses.min(), losses.max()) if len(losses) else (base, base)
-    if base <= high + 1.5 * (high - low):
-        axes.axhline(base, label="base, unadapted", **REFERENCE)
-        return
-    label = f"base, unadapted: {base:.3f}, above this scale"
-    axes.plot([0, 1], [1, 1], transform=axes.transAxes, clip_on=False, label=label, **REFERENCE)
+        return []
+    low, high = losses.min(), losses.max()
+    fits = not losses.notna().any() or base <= high + 1.5 * (high - low)
+    words = "base, unadapted" if fits else f"base, unadapted: {base:.3f}, above this scale"
+    chart = alt.Chart(pd.DataFrame({"base": [base], "words": [words]}))
+    at = {"x": alt.value("width"), "y": alt.Y("base:Q") if fits else alt.value(0)}
+    text = chart.mark_text(style="reference-text", align="right", dy=-7)
+    text = text.encode(text="words:N", **at)
+    line = chart.mark_rule(style="reference").encode(y="base:Q")
+    return [line, text] if fits else [text]
 
 
-def _mark(axes: Axes, places: np.ndarray, main: str, chosen: pd.Series, place: Callable) -> None:
-    """Ring a setting. places: of all settings."""
-    (x,), y = place([chosen[main]]), chosen["mean"]
-    axes.plot([x], [y], "o", markersize=13, fillstyle="none", color="black", markeredgewidth=1.2)
-    # At either end of the axis, align the text inwards.
-    align = {places.max(): "right", places.min(): "left"}.get(x, "center")
-    axes.annotate(
-        f"{named(main)} {plain(runs.in_words(chosen[main], main))}: the answer",
-        (x, y),
-        xytext=(0, -26),
-        textcoords="offset points",
-        ha=align if places.min() < places.max() else "center",
-        fontsize=8,
-        arrowprops={"arrowstyle": "-", "color": "black", "linewidth": 0.6, "shrinkB": 7},
-    )
+def _mark(chosen: pd.Series, main: str, x: alt.X) -> list[alt.Chart]:
+    """A ring around a setting."""
+    value = chosen[main] if is_numeric([chosen[main]]) else runs.in_words(chosen[main], main)
+    chart = alt.Chart(pd.DataFrame({main: [value], "mean": [chosen["mean"]], "ringed": "answer"}))
+    shown = tooltips({main: NAMES.get(main, named(main)), "ringed": "ringed"})
+    return [chart.mark_point(style="ring", size=280).encode(x=x, y="mean:Q", tooltip=shown)]
 
 
 def _clip_to_converged(axes: Axes, evals: pd.DataFrame, points: pd.DataFrame) -> None:
@@ -224,10 +227,3 @@ def _clip_to_converged(axes: Axes, evals: pd.DataFrame, points: pd.DataFrame) ->
         low, high = losses.min(), losses.max()
         margin = 0.05 * (high - low or 1.0)
         axes.set_ylim(low - margin, high + margin)
-
-
-def _legend(axes: Axes, outside: bool) -> None:
-    if outside:
-        axes.figure.legend(loc="outside right upper")
-    else:
-        axes.legend()

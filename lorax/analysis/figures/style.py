@@ -1,11 +1,18 @@
 """The style of all figures: colours, markers and dashes, names of axes, legends.
 
+A figure is an Altair chart whose table is embedded in it. It names no colours of its own: marks
+take them from the theme, by their order or by the name of a style (`STYLES`), so a page can show
+the same chart on light and on dark ground.
+
 Lines have Okabe and Ito's colours and each a marker and a dash style, so they can be distinguished
 without colour. Maps are cividis, whose lightness increases uniformly. Losses are in nats.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+import altair as alt
 import matplotlib
 import matplotlib.lines
 import numpy as np
@@ -13,6 +20,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from scipy import stats
 
 from lorax.analysis import runs
 
@@ -37,6 +45,233 @@ STYLE = {
     "legend.fontsize": 8,
 }
 MAP = {**STYLE, "axes.spines.top": True, "axes.spines.right": True}
+
+
+# ------------------------------------------------------------------------------------------ Altair
+
+# The colours of a chart on light and on dark ground. Those of lines are Okabe and Ito's, without
+# yellow on white and lighter on black.
+LIGHT = {
+    "text": "#1b1f24",
+    "soft": "#57606a",
+    "grid": "#e6e9ed",
+    "ground": "#ffffff",
+    "band": "#8c959f",
+    "line-1": "#0072b2",
+    "line-2": "#d55e00",
+    "line-3": "#009e73",
+    "line-4": "#cc79a7",
+    "line-5": "#c58500",
+    "line-6": "#56b4e9",
+    "line-7": "#1b1f24",
+}
+DARK = {
+    "text": "#e6e9ee",
+    "soft": "#a4adb8",
+    "grid": "#2c323a",
+    "ground": "#14171b",
+    "band": "#8c959f",
+    "line-1": "#4aa8e0",
+    "line-2": "#f08a4b",
+    "line-3": "#2fc79a",
+    "line-4": "#e3a0c4",
+    "line-5": "#f0c04a",
+    "line-6": "#9ad4f5",
+    "line-7": "#e6e9ee",
+}
+# Markers and dashes of lines. Their numbers and that of the colours have no common divisor, so the
+# first 7 * 5 * 3 lines all look different.
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
+STROKES = ((1, 0), (6, 3), (2, 2))
+WIDTH = 600  # pixels of an image; on a page, a chart is as wide as its place
+HEIGHT = 280
+PANEL = 170  # pixels, the width of a panel in a chart of several
+LEVEL = 0.95  # of the intervals that charts compute
+
+
+def theme(colours: Mapping[str, str] = LIGHT, font: str = "sans-serif") -> dict[str, Any]:
+    """The configuration of all charts, for Vega-Lite.
+
+    Args:
+      colours: as in `LIGHT`; a page passes CSS variables of these names.
+      font: a CSS font family.
+    """
+    text, soft, lines = colours["text"], colours["soft"], [
+        colour for name, colour in colours.items() if name.startswith("line-")
+    ]  # fmt: skip
+    return {
+        "font": font,
+        "background": colours["ground"],
+        "view": {"continuousWidth": WIDTH, "continuousHeight": HEIGHT, "stroke": None},
+        "axis": {
+            "domainColor": soft,
+            "gridColor": colours["grid"],
+            "labelColor": soft,
+            "labelFontSize": 12,
+            "tickColor": soft,
+            "tickSize": 4,
+            "titleColor": text,
+            "titleFontSize": 12,
+            "titleFontWeight": "normal",
+            "titlePadding": 8,
+        },
+        "axisX": {"grid": False},
+        "axisY": {"domain": False, "ticks": False, "tickCount": 5},
+        "header": {
+            "labelColor": text,
+            "labelFontSize": 12,
+            "titleColor": soft,
+            "titleFontSize": 12,
+            "titleFontWeight": "normal",
+        },
+        "title": {"anchor": "start", "color": text, "fontSize": 12, "fontWeight": "normal"},
+        "legend": {
+            "orient": "top",
+            "columns": 4,
+            "labelColor": text,
+            "labelFontSize": 12,
+            "labelLimit": 320,
+            "symbolStrokeWidth": 1.6,
+            "titleColor": soft,
+            "titleFontSize": 12,
+            "titleFontWeight": "normal",
+        },
+        "range": {
+            "category": lines,
+            "symbol": list(SHAPES),
+            "ramp": {"scheme": "cividis"},
+            "heatmap": {"scheme": "cividis"},
+            "ordinal": {"scheme": "cividis"},
+        },
+        "line": {"color": lines[0], "strokeWidth": 1.8},
+        "point": {"color": lines[0], "filled": True, "size": 50, "opacity": 1},
+        "rule": {"color": lines[0], "strokeWidth": 1.4},
+        "bar": {"color": lines[0]},
+        "tick": {"color": lines[0]},
+        "area": {"color": lines[0]},
+        "text": {"color": text, "fontSize": 12},
+        "style": {
+            "reference": {"color": soft, "strokeDash": [6, 3], "strokeWidth": 1.2},
+            "reference-text": {"color": soft, "fontSize": 11},
+            "band": {"color": colours["band"], "fillOpacity": 0.2, "strokeOpacity": 0},
+            "member": {"opacity": 0.45},
+            "ring": {"filled": False, "color": text, "strokeWidth": 1.5},
+        },
+    }
+
+
+def themed(chart: alt.TopLevelMixin) -> alt.TopLevelMixin:
+    """The chart as it looks outside of a page, e.g. in a notebook. Every figure returns this."""
+    return chart.configure(**theme())
+
+
+def filtered(chart: alt.TopLevelMixin) -> alt.TopLevelMixin:
+    """The chart without the members that a page's reader hides, whose numbers the page puts into
+    the parameter `hidden`. The chart's table has a column `member`. The filter comes before all
+    other transforms, so what they compute (means over seeds) follows it.
+
+    Raises ValueError if the chart has no table of its own, as a layer of several tables has none.
+    """
+    if chart.data is alt.Undefined:
+        raise ValueError("filtered: the chart has no table; filter each of its parts")
+    rest = [] if chart.transform is alt.Undefined else chart.transform
+    chart = chart.copy(deep=False)
+    chart.transform = [alt.FilterTransform("indexof(hidden, datum.member) < 0"), *rest]
+    return chart.add_params(alt.param(name="hidden", value=[]))
+
+
+def with_intervals(
+    chart: alt.TopLevelMixin, value: str, groupby: Sequence[str]
+) -> alt.TopLevelMixin:
+    """Computes, in the chart, for every group: `mean` of the column `value`, `n` (how many values
+    are not missing), and `low` and `high`, the t interval of the mean at `LEVEL`. low and high are
+    null for one value, so no bar is drawn."""
+    # A chart has no quantiles of t. From 31 values on, this is Cornish and Fisher's expansion.
+    quantiles = [stats.t.ppf(0.5 + LEVEL / 2, n) for n in range(1, 31)]
+    z = stats.norm.ppf(0.5 + LEVEL / 2)
+    listed = ", ".join(f"{quantile:.5g}" for quantile in quantiles)
+    later = f"{z:.5g} + {(z**3 + z) / 4:.5g} / (datum.n - 1)"
+    t = f"(datum.n <= 31 ? [{listed}][datum.n - 2] : {later})"
+    half = f"{t} * datum.sd / sqrt(datum.n)"
+    return (
+        chart.transform_aggregate(
+            mean=f"mean({value})", sd=f"stdev({value})", n=f"valid({value})", groupby=list(groupby)
+        )
+        .transform_filter("datum.n > 0")
+        .transform_calculate(
+            low=f"datum.n > 1 ? datum.mean - {half} : null",
+            high=f"datum.n > 1 ? datum.mean + {half} : null",
+        )
+    )
+
+
+def lines_of(
+    field: str, values: Sequence, marks: str, title: str | None = None
+) -> dict[str, alt.SchemaBase]:
+    """The encodings by which marks of different values differ: colour, and the shape of points or
+    the dash of lines. Points and lines of one chart share a legend.
+
+    Args:
+      field: the chart's column of the values, as words.
+      values: all of them, in their order; the chart may lack some.
+      marks: "point", "line" or "rule".
+      title: of the legend; None for no title.
+    """
+    kept = {"title": title, "scale": alt.Scale(domain=list(values))}
+    encodings = {"color": alt.Color(f"{field}:N", **kept)}
+    if marks == "point":
+        encodings["shape"] = alt.Shape(f"{field}:N", **kept)
+    if marks == "line":
+        # With the same domain, it would take the colours' legend away with its own.
+        domain = [*values, ""]
+        strokes = alt.Scale(domain=domain, range=[list(stroke) for stroke in STROKES])
+        encodings["strokeDash"] = alt.StrokeDash(f"{field}:N", scale=strokes, legend=None)
+    return encodings
+
+
+def position(column: pd.Series, name: str, title: str | None = None) -> dict[str, Any]:
+    """Arguments of `alt.X` or `alt.Y` for an axis of a sweep: its type, title, scale and ticks.
+    Positive numbers have a logarithmic scale with a tick at every value, or where there are many,
+    at some; all else is in the order of `distinct`, as words.
+
+    name: the column's in the chart.
+    """
+    values = distinct(column)
+    title = title or NAMES.get(name, named(name))
+    if not is_numeric(values):
+        words = [runs.in_words(value, name) for value in values]
+        return {"type": "nominal", "title": title, "sort": words, "axis": alt.Axis(labelAngle=0)}
+    values = sorted(float(value) for value in values)
+    domain = [values[0] / 1.25, values[-1] * 1.25]
+    base = 2 if all(math.log2(value).is_integer() for value in values) else 10
+    return {
+        "type": "quantitative",
+        "title": title,
+        "scale": alt.Scale(type="log", base=base, domain=domain, nice=False),
+        "axis": alt.Axis(values=values, labelOverlap="greedy", format="~g"),
+    }
+
+
+def is_numeric(values: Iterable) -> bool:
+    """Whether all are positive numbers, which a logarithmic axis can show."""
+    return all(isinstance(v, (int, float, np.number)) and v > 0 for v in values)
+
+
+def tooltips(columns: Mapping[str, str | tuple[str, str]]) -> list[alt.Tooltip]:
+    """What a mark says when the pointer is on it.
+
+    columns: titles by column, or (title, format) for a number, as d3-format has them.
+    """
+    shown = []
+    for column, title in columns.items():
+        if isinstance(title, tuple):
+            shown.append(alt.Tooltip(f"{column}:Q", title=title[0], format=title[1]))
+        else:
+            shown.append(alt.Tooltip(f"{column}:N", title=title))
+    return shown
+
+
+# -------------------------------------------------------------------------------------- matplotlib
 
 
 def pick(choices: Sequence, n: int):

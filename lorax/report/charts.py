@@ -1,0 +1,80 @@
+"""Charts as images for papers, and as what a page draws with Vega."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+from lorax.analysis.figures import style
+
+SCALE = 2  # pixels of an image per pixel on a page
+DIGITS = 6  # of the numbers that a page embeds; they are drawn, and shown with fewer
+
+
+def specification(chart: alt.TopLevelMixin) -> dict[str, Any]:
+    """The chart in Vega-Lite, with its tables under "datasets".
+
+    Raises ValueError (`altair.SchemaValidationError`) if it isn't valid.
+    """
+    with alt.data_transformers.enable("default", max_rows=None):
+        return chart.to_dict()
+
+
+def sized(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The specification with a width for images, if it takes the width of its place on a page."""
+    return {**spec, "width": style.WIDTH} if spec.get("width") == "container" else dict(spec)
+
+
+def png(spec: Mapping[str, Any]) -> bytes:
+    """The chart as PNG, on light ground. spec: from `specification`."""
+    return vl_convert.vegalite_to_png(sized(spec), scale=SCALE)
+
+
+def pdf(spec: Mapping[str, Any]) -> bytes:
+    """The chart as PDF, with its text as text."""
+    return vl_convert.vegalite_to_pdf(sized(spec))
+
+
+def library() -> str:
+    """The JavaScript of Vega and Vega-Lite, as the function `vegaEmbed`."""
+    return vl_convert.javascript_bundle()
+
+
+def embedded(specs: Mapping[str, dict[str, Any]]) -> str:
+    """All charts of a page, for its script: JSON of "charts" (by name, without their tables),
+    "datasets" (each once, also if several charts have it: names of columns and rows of values) and
+    "config" (the theme, whose colours are CSS variables)."""
+    datasets = {}
+    charts = {}
+    for name, spec in specs.items():
+        charts[name] = {key: spec[key] for key in spec if key not in ("config", "$schema")}
+        tables = charts[name].pop("datasets", {})
+        datasets |= {key: columns(rows) for key, rows in tables.items() if key not in datasets}
+        charts[name]["tables"] = list(tables)
+    variables = {colour: f"var(--chart-{colour})" for colour in style.LIGHT}
+    config = style.theme(variables, "system-ui, -apple-system, 'Segoe UI', sans-serif")
+    page = {"config": config, "charts": charts, "datasets": datasets}
+    text = json.dumps(page, separators=(",", ":"), ensure_ascii=False)
+    return text.replace("<", "\\u003c")  # nothing in it ends the script
+
+
+def columns(rows: list[dict[str, Any]]) -> dict[str, list]:
+    """A table's names of columns, and its rows as lists."""
+    names = list(rows[0]) if rows else []
+    return {"names": names, "rows": [[rounded(row[name]) for name in names] for row in rows]}
+
+
+def rounded(value: Any) -> Any:
+    """A number with `DIGITS` digits; all else as it is."""
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def css() -> str:
+    """The colours of charts as CSS variables, on light and on dark ground."""
+    values = (
+        f"--chart-{name}: light-dark({light}, {style.DARK[name]});"
+        for name, light in style.LIGHT.items()
+    )
+    return f":root {{ {' '.join(values)} }}"
