@@ -57,15 +57,37 @@ function tell(handler, event, item, values) {
 const rows = ({names, rows}) => rows.map(
   (row) => Object.fromEntries(names.map((name, n) => [name, row[n]])));
 
+// A chart, or the panels of one, as wide as there is room. Pixels are those of style.py; PANEL is
+// the least width of a panel with its axis, where the panels of a row may be fewer.
+const SPACING = 20, AXIS = 80, HEADER = 60, PANEL = 190;
+function fit(chart, room) {
+  if (chart.hconcat) {
+    chart.concat = chart.hconcat;
+    chart.columns = chart.concat.length;
+    delete chart.hconcat;
+  }
+  const each = (columns, beside) => Math.floor((room - beside - SPACING * (columns - 1)) / columns);
+  if (chart.width === "container") {
+    chart.width = room;
+    chart.autosize = {type: "fit-x", contains: "padding"};
+  } else if (chart.concat) {  // every panel has its axis
+    chart.columns = Math.max(1, Math.min(chart.columns, Math.floor(room / PANEL)));
+    const width = each(chart.columns, AXIS * chart.columns);
+    chart.concat = chart.concat.map((panel) => ({...panel, width}));
+  } else if (chart.columns) {
+    chart.columns = Math.max(1, Math.min(chart.columns, Math.floor(room / PANEL)));
+    chart.spec = {...chart.spec, width: each(chart.columns, AXIS)};
+  } else if (chart.usermeta?.columns) {
+    chart.spec = {...chart.spec, width: Math.max(60, each(chart.usermeta.columns, AXIS + HEADER))};
+  }
+}
+
 async function draw(element) {
   drawn.set(element, drawn.get(element) ?? null);  // nothing else begins to draw it
   const {tables, ...chart} = page.charts[element.dataset.chart];
   const room = element.clientWidth || document.querySelector("main").clientWidth;
   const legend = {...page.config.legend, columns: room < 500 ? 2 : 4};
-  if (chart.width === "container") {
-    chart.width = room;
-    chart.autosize = {type: "fit-x", contains: "padding"};
-  }
+  fit(chart, room);
   chart.datasets = Object.fromEntries(tables.map((name) => [name, rows(page.datasets[name])]));
   const place = document.createElement("div");
   const {view} = await vegaEmbed(place, chart, {

@@ -85,7 +85,8 @@ SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
 STROKES = ((1, 0), (6, 3), (2, 2))
 WIDTH = 600  # pixels of an image; on a page, a chart is as wide as its place
 HEIGHT = 280
-PANEL = 170  # pixels, the width of a panel in a chart of several
+SPACING = 20  # pixels between panels
+AXIS, HEADER = 80, 60  # pixels beside the first panel of a row: for its axis; for the row's title
 LEVEL = 0.95  # of the intervals that charts compute
 
 
@@ -117,6 +118,8 @@ def theme(colours: Mapping[str, str] = LIGHT, font: str = "sans-serif") -> dict[
         },
         "axisX": {"grid": False},
         "axisY": {"domain": False, "ticks": False, "tickCount": 5},
+        "facet": {"spacing": SPACING},
+        "concat": {"spacing": SPACING},
         "header": {
             "labelColor": text,
             "labelFontSize": 12,
@@ -203,6 +206,48 @@ def with_intervals(
             high=f"datum.n > 1 ? datum.mean + {half} : null",
         )
     )
+
+
+def facets(
+    chart: alt.Chart | alt.LayerChart,
+    field: str,
+    values: Sequence,
+    columns: int = 3,
+    title: str = "",
+) -> alt.FacetChart:
+    """A panel for every value, row by row. A page with less room shows fewer in a row.
+
+    Args:
+      chart: the panel, with its height.
+      field: the column of the values, as words, in the chart's table.
+      values: all of them, in their order.
+      columns: how many panels a row has at most.
+      title: above all panels.
+    """
+    columns = min(columns, len(values))
+    header = alt.Header(title=title or None)
+    by = alt.Facet(f"{field}:N", sort=list(values), header=header)
+    width = (WIDTH - AXIS - SPACING * (columns - 1)) // columns
+    return chart.properties(width=width).facet(by, columns=columns)
+
+
+def facet_grid(
+    chart: alt.Chart | alt.LayerChart,
+    row: str,
+    column: str,
+    rows: Sequence,
+    columns: Sequence,
+    titles: tuple[str, str] = ("", ""),
+) -> alt.FacetChart:
+    """A panel for every pair of values, e.g. a layer and a target; all columns also where there is
+    little room. The arguments are those of `facets`, of the rows and of the columns."""
+    titled = [alt.Header(title=title or None) for title in titles]
+    room = WIDTH - AXIS - HEADER - SPACING * (len(columns) - 1)
+    grid = chart.properties(width=max(60, room // len(columns))).facet(
+        row=alt.Row(f"{row}:N", sort=list(rows), header=titled[0]),
+        column=alt.Column(f"{column}:N", sort=list(columns), header=titled[1]),
+    )
+    return grid.properties(usermeta={"columns": len(columns)})  # for the page's script
 
 
 def lines_of(
