@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from lorax import config, outside, run_names, search
+from lorax import config, halving, outside, run_names, search
 from lorax.errors import reason
 from lorax.files import read_text
 
@@ -109,7 +109,8 @@ def ignores_argument(file: str) -> bool:
 
 
 def summary(settings: ConfigDict, members: list[config.Member]) -> str:
-    """One line: the number of members, the axes, the base and task, and why there are groups."""
+    """A line: the number of members, the axes, the base and task, and why there are groups; and one
+    on what tuning an axis costs."""
     swept, ties = config.swept(settings.sweep), settings.sweep.zip
     ties = [tuple(map(config.axis_of, tie)) for tie in ties]
     single = [axis for axis in swept if not any(axis in tie for tie in ties)]
@@ -125,7 +126,9 @@ def summary(settings: ConfigDict, members: list[config.Member]) -> str:
         compared = f"; {full} of full fine-tuning" + f", {lora} of LoRA" * bool(lora)
         rounds = f", then up to {settings.search.rounds} x {most}" * bool(settings.search.rounds)
         product, trained = product + compared, trained + rounds
-    return f"{len(members)} member{plural} ({product}) of {trained}{_groups(members)}"
+    race = halving.race(settings, members)
+    tuned = f"\n{halving.budget(race)}" if race else ""
+    return f"{len(members)} member{plural} ({product}) of {trained}{_groups(members)}{tuned}"
 
 
 def _groups(members) -> str:

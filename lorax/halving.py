@@ -32,9 +32,12 @@ class Candidate(NamedTuple):
 
 
 class Race(NamedTuple):
-    """Which members compete. axis: the tuned one. rungs: shares of train.steps, ascending; keep:
-    the share of a point's candidates that goes on. points: the candidates of each point. stops:
-    {member: the steps at which its legs end}, the last of them train.steps."""
+    """Which members compete, and when. A leg is what is trained between two rungs.
+
+    axis: the tuned one. rungs: shares of train.steps, ascending. keep: the share of a point's
+    candidates that goes on after each. points: the candidates of each point. stops: {member: the
+    steps at which its legs end}, the last of them train.steps.
+    """
 
     axis: str
     rungs: tuple[float, ...]
@@ -46,6 +49,18 @@ class Race(NamedTuple):
     def starters(self) -> set[int]:
         """The members that train from the beginning."""
         return {i for point in self.points for candidate in point for i in candidate.racing}
+
+    def ends(self, member: int, leg: int) -> tuple[int, int]:
+        """The steps at which a leg of a member begins and ends. The leg after the last one is that
+        of the seeds that waited, from the first step to the last."""
+        stops = (0, *self.stops[member])
+        return stops[leg : leg + 2] if leg < len(self.rungs) + 1 else (0, stops[-1])
+
+
+def without(members: Iterable[Member]) -> Race:
+    """A race in which all members train to the end."""
+    points = tuple((Candidate(None, (member.index,), ()),) for member in members)
+    return Race("", (), 1.0, points, {m.index: (m.config.train.steps,) for m in members})
 
 
 def race(settings: ConfigDict, members: list[Member]) -> Race | None:
@@ -148,46 +163,48 @@ def kept(candidates: int, keep: float) -> int:
     return max(1, math.floor(candidates * keep + 0.5))
 
 
-def survivors(race: Race, running: set[int], losses: Mapping[int, float]) -> set[int]:
-    """The members that go on after a rung.
+def survivors(race: Race, leg: int, running: set[int], losses: Mapping[int, float]) -> set[int]:
+    """The members of the next leg: those that go on after a rung; after the last step, those of the
+    seeds that waited, at the best value of each point.
 
-    running: those that trained up to it. losses: {member: its validation loss there}, not finite
+    running: those that trained in this leg. losses: {member: its validation loss there}, not finite
     for one that has diverged; its candidate is out. Of a point whose candidates are all out, none
     goes on.
     """
     left = set()
-    for point in race.points:
+    for point in race.points if leg <= len(race.rungs) else ():
         ranked = _ranked(point, running, losses)
-        count = kept(sum(set(c.racing) <= running for c in point), race.keep)
-        left |= {i for candidate in ranked[:count] for i in candidate.racing}
+        if leg < len(race.rungs):
+            count = kept(sum(set(c.racing) <= running for c in point), race.keep)
+            left |= {i for candidate in ranked[:count] for i in candidate.racing}
+        else:
+            left |= {i for candidate in ranked[:1] for i in candidate.waiting}
     return left
 
 
-def latecomers(race: Race, running: set[int], losses: Mapping[int, float]) -> set[int]:
-    """The members of the other seeds at the best value of each point. losses: after training."""
-    best = [_ranked(point, running, losses)[:1] for point in race.points]
-    return {i for candidates in best for candidate in candidates for i in candidate.waiting}
+def values(race: Race, running: set[int]) -> dict:
+    """{value of the tuned axis: the number of points that still train it}, in the axis' order."""
+    counts = {}
+    for point in race.points:
+        for candidate in point:
+            of = set(candidate.racing) <= running
+            counts[candidate.value] = counts.get(candidate.value, 0) + of
+    return {value: n for value, n in counts.items() if n}
 
 
 def _ranked(point, running: set[int], losses: Mapping[int, float]) -> list[Candidate]:
     """The candidates of a point that are running, none of whose seeds has diverged; best first."""
     mean = lambda candidate: math.fsum(losses[i] for i in candidate.racing) / len(candidate.racing)
-    able = [
-        candidate
-        for candidate in point
-        if set(candidate.racing) <= running
-        and all(math.isfinite(losses[i]) for i in candidate.racing)
-    ]
-    return sorted(able, key=mean)
+    able = [candidate for candidate in point if set(candidate.racing) <= running]
+    return sorted((c for c in able if math.isfinite(mean(c))), key=mean)
 
 
 # ---------------------------------------------------------------------------------------- planning
 
 
-def legs(race: Race) -> list[list[int]]:
+def planned(race: Race) -> list[list[int]]:
     """The members of each leg if nothing diverges, for an estimate: which value wins is unknown, so
-    the first of each point's values stand for those that go on. The last leg, if any seeds wait,
-    is theirs."""
+    the first of each point's values stand for those that go on."""
     counts, made = [len(point) for point in race.points], []
     for _ in range(len(race.rungs) + 1):
         pairs = list(zip(race.points, counts, strict=True))
@@ -197,16 +214,14 @@ def legs(race: Race) -> list[list[int]]:
     return [*made, waiting] if waiting else made
 
 
-def member_steps(race: Race) -> int:
+def member_steps(race: Race, members: Iterable[int], leg: int) -> int:
+    """Steps of some members together in a leg."""
+    return sum(end - begin for begin, end in (race.ends(i, leg) for i in members))
+
+
+def all_steps(race: Race) -> int:
     """Steps of all members together, if nothing diverges."""
-    *raced, last = legs(race) if _waits(race) else [*legs(race), []]
-    begin = lambda i, leg: race.stops[i][leg - 1] if leg else 0
-    steps = sum(race.stops[i][n] - begin(i, n) for n, leg in enumerate(raced) for i in leg)
-    return steps + sum(race.stops[i][-1] for i in last)
-
-
-def _waits(race: Race) -> bool:
-    return any(candidate.waiting for point in race.points for candidate in point)
+    return sum(member_steps(race, members, leg) for leg, members in enumerate(planned(race)))
 
 
 def budget(race: Race) -> str:
@@ -214,7 +229,7 @@ def budget(race: Race) -> str:
     counts = sorted({len(point) for point in race.points})
     values = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     shares = ", ".join(f"{share:.3g}%" for share in (100 * share for share in race.rungs))
-    ours, full = member_steps(race), sum(stops[-1] for stops in race.stops.values())
+    ours, full = all_steps(race), sum(stops[-1] for stops in race.stops.values())
     return (
         f"tunes {race.axis} over {values} values by halving at {shares}: about "
         f"{100 * ours / full:.0f}% of the full grid's steps ({ours:,} of {full:,})"

@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from lorax import report, rundir, search, tensorboard, tree
+from lorax import halving, report, rundir, search, tensorboard, tree
 from lorax.analysis import runs, tables
 from lorax.config import Member
 from lorax.errors import reason
@@ -39,8 +39,6 @@ def train(
 
     command: the command that runs the same again, for config.json.
     """
-    if settings.sweep.tune:
-        raise ValueError("sweep.tune: the training loop doesn't halve yet; leave it None")
     tables.read_statistics(settings.analysis.also)  # raises if one can't be read
     with contextlib.suppress(RuntimeError):  # JAX has already started: its devices stay
         layouts.split_cpu()
@@ -102,7 +100,8 @@ def _train(settings, members: list[Member], log: Log, command: str) -> tuple[Bas
     if settings.search.threshold:
         prepare.check_metric(groups, settings.search.metric)
     base = groups[0].base
-    check_disk(workdir, groups)
+    race = halving.race(settings, members)
+    check_disk(workdir, groups, race)
     write_config(workdir, settings, base, command)
     log.events = tensorboard.Events(workdir)
 
@@ -120,7 +119,7 @@ def _train(settings, members: list[Member], log: Log, command: str) -> tuple[Bas
         log.write("running")
         after = (rounds - number) * most * settings.train.steps
         terminal = log.screen.terminal(lines)._replace(progress=progress)
-        results, offset = loop.train(workdir, groups, terminal, offset, before, after)
+        results, offset = loop.train(workdir, groups, terminal, offset, before, after, race)
         log.results |= results
         log.write("running")
         if number == rounds:
@@ -136,12 +135,17 @@ def _train(settings, members: list[Member], log: Log, command: str) -> tuple[Bas
     return base, lines
 
 
-def check_disk(workdir: Path, groups: list[prepare.Group]) -> None:
+def check_disk(
+    workdir: Path, groups: list[prepare.Group], race: halving.Race | None = None
+) -> None:
     """Raises ValueError if the disk has no room for the groups' checkpoints and adapters."""
     states = [tree.nbytes(group.stack.state) for group in groups]
     learned = [tree.nbytes(group.stack.state.trainable) for group in groups]
-    # Two checkpoints of each group are kept while a third is written.
-    needs = sum(learned) + 2 * sum(states) + max(states)
+    # Two checkpoints of each group are kept while a third is written; after a rung, those of the
+    # members that go on in addition.
+    legs = halving.planned(race) if race else []
+    again = sum(map(len, legs[1:])) / len(race.stops) if race else 0
+    needs = sum(learned) + 2 * (1 + again) * sum(states) + max(states)
     present = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
     free = shutil.disk_usage(workdir).free
     if needs > free + present:

@@ -74,10 +74,12 @@ def table(directory: Path, name: str) -> Path:
     return Path(directory) / ANALYSIS / f"{name}.csv"
 
 
-def part(group: int, number: int, parts: int) -> str:
-    """The name of part `number` of a group's members in checkpoints/ and trajectory/. If the group
-    is divided differently (less memory is free than last time), the names differ."""
-    return f"{group}-{number}" + (f"of{parts}" if parts > 1 else "")
+def part(group: int, number: int, parts: int, leg: int = 0) -> str:
+    """The name of part `number` of a group's members in checkpoints/ and trajectory/. leg: how many
+    rungs of a halving (`config.sweep.tune`) it has behind it. If the group is divided differently
+    (less memory is free than last time), the names differ."""
+    of = f"of{parts}" if parts > 1 else ""
+    return f"{group}" + (f".{leg}" if leg else "") + f"-{number}{of}"
 
 
 def checkpoints(directory: Path, name: str) -> Path:

@@ -75,7 +75,7 @@ class Screen:
         worst = float("inf")
         for row in sorted(members, key=lambda r: rows[r["member"]]["eval_loss"] or worst):
             final = rows[row["member"]]
-            loss, diverged = final["eval_loss"], final["diverged_at"]
+            loss = final["eval_loss"]
             table.add_row(
                 row["name"],
                 f"{row['trainable_params']:,}",
@@ -83,7 +83,7 @@ class Screen:
                 "-" if loss is None else f"{loss:.4f}",
                 *(f"{final['scores'][n]:.4f}" if n in final["scores"] else "-" for n in scores),
                 f"{final['seconds']:.1f}",
-                final["status"] + (f" at step {diverged}" if diverged is not None else ""),
+                status(final),
             )
         self.console.print(table)
 
@@ -98,3 +98,10 @@ class Screen:
         for row in rows:
             table.add_row(*row.values())
         self.console.print(table)
+
+
+def status(final: dict) -> str:
+    """A member's status and, if it ended before the last step, where. final: its row of
+    `lorax.train.loop.train`."""
+    at = final.get("stopped_at") if final["status"] == "stopped" else final["diverged_at"]
+    return final["status"] + ("" if at is None else f" at step {at}")

@@ -2,14 +2,14 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
 from lorax import memory
 from lorax.models import Base
 from lorax.tasks import kinds
-from lorax.train.layouts import layout
+from lorax.train.layouts import layout, packed
 from lorax.train.programs import Programs, compile_programs
 from lorax.train.stacks import Stack
 
@@ -37,16 +37,21 @@ def fit(
     eval_batches,
     kind: kinds.Kind,
     devices=None,
+    legs: Sequence[tuple[int, int]] = (),
 ) -> Programs:
     """`compile_programs` for as many members at once as fit into memory, as the compiler reports.
+
+    legs: (members, steps) of each leg that one program trains, if members stop on the way
+    (`layouts.packed`).
 
     Halves first the number of members side by side, then the members in one program; the caller
     runs the others in further calls of the same program. Raises MemoryError if not even one member
     fits, with a hint at what would fit.
     """
-    n = len(stacked.members)
+    n = max((members for members, _ in legs), default=len(stacked.members))
     while True:
         chosen = layout(n, train, base, devices)
+        chosen = packed(chosen, legs) if legs else chosen
         programs = compile_programs(stacked, base, chosen, batches, eval_batches, kind)
         limit = memory_limit(train, chosen.devices)
         if programs.bytes <= limit.bytes:

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -62,6 +63,23 @@ def layout(n_members: int, train, base: Base, devices=None) -> Layout:
     tokens = part * row_tokens(train, base)
     width = train.width or good_width(tokens, base, devices[0].platform)
     return Layout(mode, devices, each * shares, even_width(width, each))
+
+
+def packed(whole: Layout, legs: Sequence[tuple[int, int]]) -> Layout:
+    """`whole` with fewer members in one program, for members that stop on the way.
+
+    legs: (members, steps) of each. The program is the largest of those whose empty places cost at
+    most 5% of the steps of the best one; one that keeps the width is preferred, so that each member
+    is computed exactly as in `whole`.
+    """
+    shares = len(whole.devices) if whole.mode in ("members", "pmap") else 1
+    cost = lambda size: sum(steps * math.ceil(n / size) * size for n, steps in legs)
+    sizes = range(shares, whole.size + 1, shares)
+    least = min(map(cost, sizes))
+    good = [size for size in sizes if cost(size) <= 1.05 * least]
+    alike = [size for size in good if size // shares % whole.width == 0]
+    size = max(alike or good)
+    return whole._replace(size=size, width=even_width(whole.width, size // shares))
 
 
 def even_width(most: int, members: int) -> int:

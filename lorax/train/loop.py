@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import NamedTuple
 
 import jax
 
-from lorax import rundir, tasks, tree
+from lorax import halving, rundir, tasks, tree
 from lorax.calls import steps_per_call
 from lorax.config import Member, group_key
 from lorax.files import write_bytes
+from lorax.halving import Race
 from lorax.train import fitting, layouts, part, results, stacks, trajectory
 from lorax.train.batches import batch_shapes, eval_batches
 from lorax.train.prepare import Group
@@ -52,84 +54,178 @@ def train(
     offset: int = 0,
     before: float = 0,
     after: float = 0,
+    race: Race | None = None,
 ) -> tuple[dict[int, dict], int]:
     """Train all groups in turn, from the newest checkpoints; ({member: its final row}, bytes of
     metrics.jsonl up to their end).
 
     offset: bytes of metrics.jsonl written by earlier calls. before, after: steps of members that
-    earlier calls have trained or later ones may train, for the progress of the whole run.
+    earlier calls have trained or later ones may train, for the progress of the whole run. race:
+    which members stop at which steps in favour of others; without one all train to the end.
 
-    A row has "status" ("finished" or "diverged"), "diverged_at" (step or None), "eval_loss" (nats
-    per completion token, a classifier's loss, or the squared error of values; None after
-    divergence), "seconds", "step_ms" (of training alone; both are a member's share) and "scores"
-    ({metric: value} of a classifier or of generated texts). Unless it diverged, it has "cka" (per
-    layer) with `analysis.cka`, and "base_scores" (of the base's own texts) with `eval.generate`.
-    "failed" ({config key: reason}) is set if the texts or the CKA of a trained member failed. If
-    training is killed at any moment and called again, metrics, adapters and trajectories are bit
-    for bit the same as without the interruption.
+    A row has "status" ("finished", "diverged" or "stopped"), "diverged_at" (step or None),
+    "eval_loss" (nats per completion token, a classifier's loss, or the squared error of values;
+    None unless it finished), "seconds", "step_ms" (of training alone; both are a member's share)
+    and "scores" ({metric: value} of a classifier or of generated texts); one that a race stopped
+    also "stopped_at". If it finished, it has "cka" (per layer) with `analysis.cka`, and
+    "base_scores" (of the base's own texts) with `eval.generate`. "failed" ({config key: reason}) is
+    set if the texts or the CKA of a trained member failed. If training is killed at any moment and
+    called again, metrics, adapters and trajectories are bit for bit the same as without the
+    interruption.
     """
-    total = before + member_steps([m for g in groups for m in g.stack.members]) + after
-    done, rows, programs, key = before, {}, None, None
-    # Fail before any training if the largest group does not fit.
-    first = max(groups, key=_largest)
-    ahead = {_program_key(first): _timed_fit(first)}
-    for group in groups:
-        last, key = key, _program_key(group)
-        seconds = 0.0
-        if key != last:  # consecutive groups that differ only in their data share a program
-            programs, seconds = ahead.pop(key, None) or _timed_fit(group)
-        began = time.monotonic()
-        for width in tasks.widths(group.task):
-            programs.narrow(width)
-        seconds += time.monotonic() - began
-        parts = stacks.parts(group.stack, programs.layout.size)
-        terminal.say(_plan_line(group, programs, len(parts), seconds))
-        if why := _without_spectra(group):
-            terminal.say(f"group {group.index}: analysis.trajectory: {why}")
-        progress = lambda steps, before=done: terminal.progress(before + steps, total)
-        finals, offset = _train_group(workdir, group, programs, parts, offset, terminal, progress)
-        rows |= finals
-        done += member_steps(group.stack.members)
-    return rows, offset
+    members = [member for group in groups for member in group.stack.members]
+    race = race or halving.without(members)
+    total, done = before + halving.all_steps(race) + after, before
+    programs = Compiled(groups, race)
+    running, at, rows = race.starters, {}, {}
+    for leg in range(len(halving.planned(race))):
+        for group in groups:
+            stack = stacks.pick(group.stack, running)
+            if not stack.members:
+                continue
+            progress = lambda steps, before=done: terminal.progress(before + steps, total)
+            place = Place(workdir, group, stack, leg, programs.get(group, stack, terminal.say))
+            finals, reached, offset = _train_group(place, race, at, offset, terminal, progress)
+            rows, at = rows | finals, at | reached
+            done += halving.member_steps(race, [m.index for m in stack.members], leg)
+        left = halving.survivors(race, leg, running, _losses(rows, at, running))
+        if leg < len(race.rungs):
+            rows |= {i: results.stopped(at[i]) for i in running - left}
+            at = {i: at[i] for i in left}
+            terminal.say(_rung_line(race, leg, running, left))
+        running = left
+    never = {member.index for member in members} - rows.keys()
+    return rows | {i: results.stopped(None) for i in never}, offset
+
+
+def _losses(rows: dict[int, dict], at: dict[int, part.Position], running) -> dict[int, float]:
+    """{member: its loss at the end of a leg}, NaN for one that has diverged."""
+    losses = {}
+    for i in running:
+        if i in rows:
+            loss = rows[i]["eval_loss"]
+            losses[i] = math.nan if loss is None else loss
+        else:
+            losses[i] = float(at[i].losses) if at[i].state.diverged_at < 0 else math.nan
+    return losses
+
+
+class Place(NamedTuple):
+    """What is trained where: a leg of some members of a group, in one program."""
+
+    workdir: Path
+    group: Group
+    stack: stacks.Stack
+    leg: int
+    programs: Programs
 
 
 def _train_group(
-    workdir: Path, group: Group, programs: Programs, parts: list[stacks.Stack], offset: int,
+    place: Place, race: Race, at: dict[int, part.Position], offset: int,
     terminal: Terminal, progress: Callable[[float], None],
-) -> tuple[dict[int, dict], int]:  # fmt: skip
-    """Train a group part by part; ({member: its final row}, bytes of metrics.jsonl)."""
-    rows, done = {}, 0
+) -> tuple[dict[int, dict], dict[int, part.Position], int]:  # fmt: skip
+    """Train a leg of a group part by part; ({member: its final row}, {member: where it stands at
+    the rung}, bytes of metrics.jsonl). at: where members stood after the last leg."""
+    workdir, group, stack, leg, programs = place
+    parts = stacks.parts(stack, programs.layout.size)
+    rows, reached, done = {}, {}, 0
     params = programs.place_base(group.base.params)
     eval_rows = jax.device_put(eval_batches(group.task, group.config.eval.batch_size))
     for number, stack in enumerate(parts):
+        members = [member.index for member in stack.members]
+        start = part.together([at[i] for i in members]) if members[0] in at else None
         current = part.Part(
             workdir=workdir,
-            name=rundir.part(group.index, number, len(parts)),
+            name=rundir.part(group.index, number, len(parts), leg),
             group=group,
-            stack=stack,
+            stack=stack if start is None else stack._replace(state=start.state),
             programs=programs,
             params=params,
             eval_rows=eval_rows,
             constants=programs.place(stack.constants),
             hyper=programs.place(stack.hyper),
+            until=race.ends(members[0], leg)[1],
+            start=start,
             say=terminal.say,
         )
         tell = lambda steps, before=done: progress(before + steps)
-        finals, offset = _train_part(current, offset, tell, terminal.finished)
-        rows |= finals
-        done += member_steps(stack.members)
-    return rows, offset
+        finals, positions, offset = _train_part(current, offset, tell, terminal.finished)
+        rows, reached = rows | finals, reached | positions
+        done += halving.member_steps(race, members, leg)
+    return rows, reached, offset
 
 
-def _train_part(current: part.Part, offset: int, progress, finished) -> tuple[dict[int, dict], int]:
-    """Like `_train_group`, for one part; its state is freed on return."""
+def _train_part(
+    current: part.Part, offset: int, progress, finished
+) -> tuple[dict[int, dict], dict[int, part.Position], int]:
+    """Like `_train_group`, for one part; its state on the devices is freed on return."""
     at = part.train(current, offset, progress)
-    return results.of_part(current, at, finished), at.offset
+    if at.step < current.stack.config.train.steps:
+        return {}, part.apart(current, at), at.offset
+    return results.of_part(current, at, finished), {}, at.offset
 
 
 def member_steps(members: Iterable[Member]) -> int:
-    """Steps of all members together."""
+    """Steps of all members together, without a race."""
     return sum(member.config.train.steps for member in members)
+
+
+class Compiled:
+    """The programs of a run. `get` compiles what no earlier call has asked for; the largest group's
+    are compiled at once, to fail before anything is trained if that does not fit."""
+
+    def __init__(self, groups: list[Group], race: Race):
+        self.race, self.made, self.shown, self.last = race, {}, set(), ""
+        self.planned = halving.planned(race)
+        first = max(groups, key=_largest)
+        self._fit(first, stacks.pick(first.stack, race.starters))
+
+    def get(self, group: Group, stack: stacks.Stack, say: Callable[[str], None]) -> Programs:
+        """The programs for some members of a group; says how they run when the group is new."""
+        key = self._key(group, stack)
+        if not self.race.rungs and key != self.last:  # groups that follow each other share one
+            self.made.pop(self.last, None)
+        programs, seconds = self.made.get(key) or self._fit(group, stack)
+        began, self.last = time.monotonic(), key
+        for width in tasks.widths(group.task):
+            programs.narrow(width)
+        if group.index not in self.shown:
+            n_parts = len(stacks.parts(stack, programs.layout.size))
+            seconds += time.monotonic() - began
+            say(_plan_line(group, programs, n_parts, seconds))
+            if why := _without_spectra(group):
+                say(f"group {group.index}: analysis.trajectory: {why}")
+        self.shown.add(group.index)
+        self.made[key] = programs, 0.0
+        return programs
+
+    def _fit(self, group: Group, stack: stacks.Stack) -> tuple[Programs, float]:
+        """The programs, and the seconds that it took to compile them."""
+        began, kind = time.monotonic(), group.task.kind
+        arguments = group.stack, group.base, group.config.train, *_shapes(group), kind
+        programs = fitting.fit(*arguments, None, self._legs(group, stack))
+        made = programs, time.monotonic() - began
+        self.made[self._key(group, stack)] = made
+        return made
+
+    def _key(self, group: Group, stack: stacks.Stack) -> str:
+        return json.dumps([_program_key(group), self._legs(group, stack)])
+
+    def _legs(self, group: Group, stack: stacks.Stack) -> list[tuple[int, int]]:
+        """(members, steps) of each leg that one program trains; () if no member stops on the way.
+
+        On a CPU, where members run a few at a time, one program of few members trains all legs; an
+        accelerator runs them side by side, so there each leg has a program of its size.
+        """
+        if not self.race.rungs:
+            return []
+        if jax.local_devices()[0].platform != "cpu":
+            return [(len(stack.members), 1)]
+        mine, legs = {member.index for member in group.stack.members}, []
+        for leg, members in enumerate(self.planned):
+            of = mine & set(members)
+            legs.append((len(of), halving.member_steps(self.race, list(of)[:1], leg)))
+        return [(n, steps) for n, steps in legs if n]
 
 
 def _shapes(group: Group):
@@ -138,13 +234,6 @@ def _shapes(group: Group):
     k = steps_per_call(c.eval.every, c.train.offload)
     batches = batch_shapes(c.train, group.task, k)
     return batches, tree.shapes(eval_batches(group.task, c.eval.batch_size))
-
-
-def _timed_fit(group: Group) -> tuple[Programs, float]:
-    """The programs of a group, and the seconds that it took to compile them."""
-    began = time.monotonic()
-    arguments = group.stack, group.base, group.config.train, *_shapes(group), group.task.kind
-    return fitting.fit(*arguments), time.monotonic() - began
 
 
 def _without_spectra(group: Group) -> str:
@@ -185,4 +274,15 @@ def _plan_line(group: Group, programs: Programs, n_parts: int, seconds: float) -
     return (
         f"group {group.index}: {n} members{parts}, {layout.width} side by side on {where}{split}; "
         f"compiled in {seconds:.1f} s, {programs.bytes / 1e6:,.0f} MB"
+    )
+
+
+def _rung_line(race: Race, leg: int, running: set[int], left: set[int]) -> str:
+    steps = sorted({race.ends(i, leg)[1] for i in running})
+    at = f"step {steps[0]}" if len(steps) == 1 else f"{100 * race.rungs[leg]:.3g}% of the steps"
+    points = halving.values(race, left).items()
+    values = ", ".join(f"{value} at {n} point{'s' * (n > 1)}" for value, n in points)
+    return (
+        f"rung {leg + 1} of {len(race.rungs)}, {at}: {len(left)} of {len(running)} members go on, "
+        f"with {race.axis} {values or 'of none'}"
     )

@@ -1,4 +1,8 @@
-"""Trains one part of a group, the members of one program, from the newest checkpoint on."""
+"""Trains one part of a group, the members of one program, from the newest checkpoint on.
+
+Where a sweep is tuned by halving (`lorax.halving`), a part ends at a rung, and those of its members
+that go on are packed into parts of the next leg (`apart`, `together`).
+"""
 
 import shutil
 import time
@@ -24,7 +28,8 @@ class Part(NamedTuple):
     """Everything that stays the same while a part is trained.
 
     name: of its files in the run directory (`rundir.part`). stack: M members of the group, on the
-    host. params, eval_rows, constants, hyper: on the devices. say: prints a line.
+    host. params, eval_rows, constants, hyper: on the devices. until: the step at which it ends.
+    start: where its members stood after the last leg, None at step 0. say: prints a line.
     """
 
     workdir: Path
@@ -36,41 +41,44 @@ class Part(NamedTuple):
     eval_rows: dict
     constants: dict
     hyper: tuple
+    until: int
+    start: "Position | None"
     say: Callable[[str], None]
 
 
 class Position(NamedTuple):
     """Progress of a part.
 
-    state: of its members, on the devices. offset: bytes of metrics.jsonl so far. seconds: wall
-    clock; in_steps: the seconds spent in training steps. losses, scores: (M,) and {metric: (M,)}
-    float32 of the last evaluation.
+    state: of its members, on the devices. offset: bytes of metrics.jsonl so far. seconds: (M,)
+    float64, each member's share of the wall clock; in_steps: the same of the seconds spent in
+    training steps. losses, scores: (M,) and {metric: (M,)} float32 of the last evaluation.
     """
 
     step: int
     state: MemberState
     offset: int
-    seconds: float
-    in_steps: float
+    seconds: np.ndarray
+    in_steps: np.ndarray
     losses: np.ndarray
     scores: dict[str, np.ndarray]
 
 
 def train(part: Part, offset: int, progress: Callable[[int], None]) -> Position:
-    """Train to the last step. offset: bytes of metrics.jsonl written so far. progress: called
-    with the steps of all members so far."""
+    """Train to the part's last step. offset: bytes of metrics.jsonl written so far. progress:
+    called with the steps of all members in this part so far."""
     c, m = part.stack.config, len(part.stack.members)
     state = part.programs.place_state(part.stack.state)
     at = resume(part, state) or begin(part, state, offset)
     del state
     k, diverged = steps_per_call(c.eval.every, c.train.offload), diverged_at(part, at)
-    while at.step < c.train.steps:
+    first = part.start.step if part.start else 0
+    while at.step < part.until:
         at = advance(part, at, k)
         before, diverged = diverged, diverged_at(part, at)
         for i in np.flatnonzero((diverged >= 0) & (before < 0)):
             name = part.stack.members[i].name
             part.say(f"member {name} diverged at step {diverged[i]}; it stays there")
-        progress(at.step * m)
+        progress((at.step - first) * m)
     return at
 
 
@@ -85,7 +93,7 @@ def resume(part: Part, state: MemberState) -> Position | None:
     if meta["offset"] > rundir.metrics_size(part.workdir):
         shutil.rmtree(folder)
         return None
-    if step < steps:  # a finished part may be followed by lines of later groups
+    if step < part.until:  # a finished part may be followed by lines of later groups
         rundir.cut_metrics(part.workdir, meta["offset"])
     if step:
         part.say(f"group {part.group.index}: continues at step {step} of {steps}")
@@ -93,16 +101,23 @@ def resume(part: Part, state: MemberState) -> Position | None:
         step,
         jax.device_put(saved, jax.tree.map(lambda x: x.sharding, state)),
         meta["offset"],
-        meta["seconds"],
-        meta["in_steps"],
+        np.array(meta["seconds"]),
+        np.array(meta["in_steps"]),
         np.array(meta["eval_loss"], np.float32),
         {name: np.array(values, np.float32) for name, values in meta["scores"].items()},
     )
 
 
 def begin(part: Part, state: MemberState, offset: int) -> Position:
-    """Step 0: evaluate, and write the first metrics and checkpoint."""
-    at = Position(0, state, offset, 0.0, 0.0, *evaluate(part, state))
+    """Step 0: evaluate, and write the first metrics and checkpoint. In a later leg: only the
+    checkpoint, as the last leg has measured its members where they stand."""
+    if part.start:
+        rundir.cut_metrics(part.workdir, offset)
+        at = part.start._replace(state=state, offset=offset)
+        save(part, at)
+        return at
+    nothing = np.zeros(len(part.stack.members))
+    at = Position(0, state, offset, nothing, nothing, *evaluate(part, state))
     if part.stack.config.analysis.trajectory:
         write_spectra(part, at)
     rundir.cut_metrics(part.workdir, offset)
@@ -118,20 +133,20 @@ def advance(part: Part, at: Position, k: int) -> Position:
     rows = train_batches(part.stack, part.group.task, at.step, k)
     batches = part.programs.place_batches(rows)
     state, logs = part.programs.train(part.params, part.constants, part.hyper, at.state, batches)
-    real = min(k, c.train.steps - at.step)  # steps past the last one change nothing
+    real = min(k, part.until - at.step)  # steps past the last one change nothing
     logs = {name: np.asarray(x)[:m, :real] for name, x in logs.items()}
-    in_steps = at.in_steps + time.monotonic() - began
+    in_steps = at.in_steps + (time.monotonic() - began) / m
     at = at._replace(step=at.step + real, state=state, in_steps=in_steps)
     norms = logs["grad_norm"][:, -1]
     lines = metrics(part, at.step, "train", loss=logs["loss"].mean(1), grad_norm=norms)
-    at_checkpoint = at.step % c.eval.every == 0 or at.step == c.train.steps
+    at_checkpoint = at.step % c.eval.every == 0 or at.step == part.until
     if at_checkpoint:
         losses, scored = evaluate(part, state)
         at = at._replace(losses=losses, scores=scored)
         lines += metrics(part, at.step, "eval", loss=losses, **scored)
         if c.analysis.trajectory:
             write_spectra(part, at)
-    seconds = at.seconds + time.monotonic() - began
+    seconds = at.seconds + (time.monotonic() - began) / m
     at = at._replace(seconds=seconds, offset=rundir.append_metrics(part.workdir, lines))
     if at_checkpoint:
         save(part, at)
@@ -161,12 +176,32 @@ def diverged_at(part: Part, at: Position) -> np.ndarray:
     return np.asarray(at.state.diverged_at)[: len(part.stack.members)]
 
 
+def apart(part: Part, at: Position) -> dict[int, Position]:
+    """{member: its position, without the axis M, on the host}."""
+    host = jax.device_get(at.state)
+    of_members = host, at.seconds, at.in_steps, at.losses, at.scores
+    pick = lambda i: jax.tree.map(lambda x: x[i], of_members)
+    made = {}
+    for i, member in enumerate(part.stack.members):
+        state, *measured = pick(i)
+        made[member.index] = Position(at.step, state, at.offset, *measured)
+    return made
+
+
+def together(positions: list[Position]) -> Position:
+    """The position of a part made of members at the same step; inverse of `apart`."""
+    stack = lambda *leaves: np.stack(leaves)
+    first, of_members = positions[0], [(p.state, *p[3:]) for p in positions]
+    state, *measured = jax.tree.map(stack, *of_members)
+    return Position(first.step, state, first.offset, *measured)
+
+
 def save(part: Part, at: Position) -> None:
     """Write a checkpoint of everything that `resume` needs."""
     meta = {
         "offset": at.offset,
-        "seconds": at.seconds,
-        "in_steps": at.in_steps,
+        "seconds": at.seconds.tolist(),
+        "in_steps": at.in_steps.tolist(),
         "eval_loss": [decimal(x) for x in at.losses],
         "scores": {name: [decimal(x) for x in values] for name, values in at.scores.items()},
     }

@@ -42,14 +42,33 @@ def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[
 
 def row(part: Part, at: Position, i: int, diverged: int) -> dict:
     """The final row of member i; diverged: the step at which it did, or -1."""
-    m, steps, fine = len(part.stack.members), part.stack.config.train.steps, diverged < 0
+    steps, fine = part.stack.config.train.steps, diverged < 0
     return {
         "status": "finished" if fine else "diverged",
         "diverged_at": None if fine else diverged,
         "eval_loss": decimal(at.losses[i]) if fine else None,
-        "seconds": round(at.seconds / m, 3),
-        "step_ms": round(1e3 * at.in_steps / (m * steps), 3),
+        "seconds": round(float(at.seconds[i]), 3),
+        "step_ms": round(1e3 * float(at.in_steps[i]) / steps, 3),
         "scores": {name: decimal(values[i]) for name, values in at.scores.items() if fine},
+    }
+
+
+def stopped(at: Position | None) -> dict:
+    """The row of a member that halving has stopped. at: its own position (`part.apart`), None if it
+    never began. One that has diverged by then is "diverged"."""
+    if at is None:
+        seconds, in_steps, step, diverged = 0.0, 0.0, 0, -1
+    else:
+        seconds, in_steps, step, diverged = at.seconds, at.in_steps, at.step, at.state.diverged_at
+    fine = diverged < 0
+    return {
+        "status": "stopped" if fine else "diverged",
+        "diverged_at": None if fine else int(diverged),
+        "stopped_at": step,
+        "eval_loss": None,
+        "seconds": round(float(seconds), 3),
+        "step_ms": round(1e3 * float(in_steps) / step, 3) if step else None,
+        "scores": {},
     }
 
 

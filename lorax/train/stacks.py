@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lorax import catalogue, methods, tasks, tree
 from lorax.config import Member, seed_of
@@ -165,6 +166,15 @@ def _computation(f, *trees) -> str:
     traced, shape = jax.make_jaxpr(f, return_shape=True)(*trees)
     text = f"{traced.jaxpr} {[*map(str, traced.consts)]} {jax.tree.structure(shape)}"
     return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def pick(stacked: Stack, chosen: set[int]) -> Stack:
+    """The stack of the chosen members, by their numbers, in its order."""
+    at = [i for i, member in enumerate(stacked.members) if member.index in chosen]
+    if len(at) == len(stacked.members):
+        return stacked
+    members, built = (tuple(x[i] for i in at) for x in stacked[:2])
+    return Stack(members, built, *jax.tree.map(lambda x: x[np.array(at, int)], stacked[2:]))
 
 
 def parts(stacked: Stack, size: int) -> list[Stack]:
