@@ -178,22 +178,16 @@ def diverged_at(part: Part, at: Position) -> np.ndarray:
 
 def apart(part: Part, at: Position) -> dict[int, Position]:
     """{member: its position, without the axis M, on the host}."""
-    host = jax.device_get(at.state)
-    of_members = host, at.seconds, at.in_steps, at.losses, at.scores
-    pick = lambda i: jax.tree.map(lambda x: x[i], of_members)
-    made = {}
-    for i, member in enumerate(part.stack.members):
-        state, *measured = pick(i)
-        made[member.index] = Position(at.step, state, at.offset, *measured)
-    return made
+    host = jax.device_get(at._replace(step=None, offset=None))
+    of = lambda i: jax.tree.map(lambda x: x[i], host)._replace(step=at.step, offset=at.offset)
+    return {member.index: of(i) for i, member in enumerate(part.stack.members)}
 
 
 def together(positions: list[Position]) -> Position:
-    """The position of a part made of members at the same step; inverse of `apart`."""
-    stack = lambda *leaves: np.stack(leaves)
-    first, of_members = positions[0], [(p.state, *p[3:]) for p in positions]
-    state, *measured = jax.tree.map(stack, *of_members)
-    return Position(first.step, state, first.offset, *measured)
+    """The position of a part whose members stand at the same step; inverse of `apart`."""
+    of_members = [at._replace(step=None, offset=None) for at in positions]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *of_members)
+    return stacked._replace(step=positions[0].step, offset=positions[0].offset)
 
 
 def save(part: Part, at: Position) -> None:
