@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from absl import flags
 from ml_collections import ConfigDict
 
-from lorax import __version__, command_line, config, memory, search
+from lorax import __version__, command_line, config, halving, memory, search
 from lorax.callable import make_callable
 from lorax.command_line import FLAGS
 from lorax.errors import fail
@@ -60,18 +60,18 @@ def main(argv: list[str]) -> int:
         check_devices(devices)
         print(f"lorax {__version__}: {command_line.summary(settings, members)}", flush=True)
         memory.check()
-        show_plans(members, devices)
+        show_plans(members, devices, halving.race(settings, members))
     except Exception as error:  # a config script may raise anything: print one line
         return fail(error)
     return 0
 
 
-def show_plans(members, devices: list[str]) -> None:
-    """Print the plan of every group."""
+def show_plans(members, devices: list[str], race: halving.Race | None) -> None:
+    """Print the plan of every group. race: if an axis is tuned."""
     from lorax.planning import costs, tables  # imports JAX, for which memory may not suffice
 
     for index, group in enumerate(config.grouped(members)):
-        plan = costs.plan(group, devices)
+        plan = costs.plan(group, devices, race)
         tables.show(tables.describe(index, plan, devices), FLAGS.markdown)
 
 
@@ -85,9 +85,10 @@ def show_comparison() -> None:
 def plan_config(settings: ConfigDict, devices: str | Iterable[str] = ("cpu",)):
     """The cost of a config: a pandas DataFrame with a row per group of members and device.
 
-    Columns: group, method, base, members, parameters (of the base), trainable_params (of the
-    largest member); in bytes: weights (shared), adapters, optimizer, gradients and activations of
-    one member and peak of all members side by side; then device and the fields of
+    Columns: group, method, base, members, steps (of all members together, with what
+    `config.sweep.tune` saves if nothing diverges), parameters (of the base), trainable_params (of
+    the largest member); in bytes: weights (shared), adapters, optimizer, gradients and activations
+    of one member and peak of all members side by side; then device and the fields of
     `planning.roofline.OnDevice`. Activations, peak and the fields of a device are estimates, the
     others are exact.
 
@@ -100,9 +101,12 @@ def plan_config(settings: ConfigDict, devices: str | Iterable[str] = ("cpu",)):
     devices = (devices,) if isinstance(devices, str) else tuple(devices)
     check_devices(devices)
     rows = []
-    for index, members in enumerate(config.grouped(search.members(settings))):
-        p, c = costs.plan(members, devices), members[0].config
+    every = search.members(settings)
+    race = halving.race(settings, every)
+    for index, members in enumerate(config.grouped(every)):
+        p, c = costs.plan(members, devices, race), members[0].config
         group = {"group": index, "method": c.method.name, "base": c.base, "members": p.members}
+        group |= {"steps": p.steps[1]}
         group |= {"parameters": p.parameters, "trainable_params": max(p.trainable)}
         group |= {"weights": p.weights, "adapters": p.adapters, "optimizer": p.optimizer}
         group |= {"gradients": p.gradients, "peak": p.peak(p.members, p.at(p.width))}

@@ -14,7 +14,7 @@ import quick
 from support import few, require
 
 import lorax
-from lorax import config, methods, tasks, tree
+from lorax import config, halving, methods, tasks, tree
 from lorax.calls import steps_per_call
 from lorax.models import shapes as architectures
 from lorax.models.load import skeleton
@@ -287,12 +287,29 @@ def test_work_counts_loops_what_is_made_again_and_nothing_dead():
     assert flops(wide, jnp.ones((2, 7, n)), kernel) == [0, 2 * (2 * 7 * 4) * (3 * n)]
 
 
+def test_steps_that_halving_saves_are_not_planned(monkeypatch):
+    nothing = compiled.Measured(0, 0, 0, 0)
+    monkeypatch.setattr(compiled, "measure", lambda *given: dict.fromkeys(given[-1], nothing))
+    c = config.default()
+    c.base, c.train.steps = "random:tiny-gpt2", 80
+    c.sweep.rank, c.sweep.lr = (2, 8), (1e-3, 2e-3, 3e-3, 4e-3, 5e-3)
+    whole, tuned = {}, {}
+    for found, c.sweep.tune in ((whole, None), (tuned, "lr")):
+        (found["row"],) = lorax.plan(c).to_dict("records")
+        members = config.members(c)
+        p = costs.plan(members, (), halving.race(c, members))
+        (found["line"],) = (x for x in tables.describe(0, p, [])[0].rows if "steps of" in x[0])
+    assert whole["row"]["steps"] == 800 and whole["line"][1:] == ("80", "800", "exact")
+    assert tuned["row"]["steps"] == 2 * (5 * 10 + 2 * 10 + 60)
+    assert tuned["line"][1:] == ("80", "260", "estimated")
+
+
 def test_members_that_fit_are_the_most_that_fit():
     line = costs.Cost(1, 100.0, 1.0, 0.0, 1.0), costs.Cost(5, 460.0, 5.0, 0.0, 5.0)
     sizes = dict(weights=1000, adapters=3, constants=1, gradients=3, optimizer=6, rest=2)
     p = costs.Plan(
-        members=5, width=5, name="", remat="none", offload=False, parameters=0, trainable=[1],
-        files=[1], files_exact=True, costs=list(line), cpu=None, **sizes,
+        members=5, steps=(1, 5), width=5, name="", remat="none", offload=False, parameters=0,
+        trainable=[1], files=[1], files_exact=True, costs=list(line), cpu=None, **sizes,
     )  # fmt: skip
     assert p.at(3).temporaries == 280 and p.at(9).temporaries == 820
     assert p._replace(costs=[line[0]]).at(3).temporaries == 300

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import jax
 
-from lorax import tasks, tree
+from lorax import halving, tasks, tree
+from lorax.halving import Race
 from lorax.planning import compiled
 from lorax.planning.shapes import one_member, rows, shapes
 from lorax.train import layouts
@@ -27,7 +28,9 @@ class Cost(NamedTuple):
 class Plan(NamedTuple):
     """What one group needs, in bytes per member unless said otherwise.
 
-    members: their number. width: how many run side by side. name: a description of the group.
+    members: their number. steps: (of one, of all together), with
+    what halving saves if nothing diverges.
+    width: how many run side by side. name: a description of the group.
     parameters: number of the base's. trainable: number of each member's, without padding. weights:
     of the base, shared by all members. adapters, constants, gradients, optimizer: padded as in the
     sweep. rest: counters, learning rate, batches of one call. offload: whether the optimiser's
@@ -36,6 +39,7 @@ class Plan(NamedTuple):
     """
 
     members: int
+    steps: tuple[int, int]
     width: int
     name: str
     remat: str
@@ -98,10 +102,10 @@ class Plan(NamedTuple):
         return bisect.bisect_left(range(low + 1, high), True, key=lambda n: not fits(n)) + low
 
 
-def plan(members, devices: Iterable[str] = ()) -> Plan:
+def plan(members, devices: Iterable[str] = (), race: Race | None = None) -> Plan:
     """Plan one group of members (`config.grouped`). devices: names in `DEVICES`; with "cpu" the
-    program is also compiled for the width that a CPU uses. Raises ValueError or FileNotFoundError
-    for a config or a base that can't be planned."""
+    program is also compiled for the width that a CPU uses. race: if an axis is tuned. Raises
+    ValueError or FileNotFoundError for a config or a base that can't be planned."""
     c, n = members[0].config, len(members)
     base, stacked = shapes(members)
     batch = rows(c, base)
@@ -112,6 +116,7 @@ def plan(members, devices: Iterable[str] = ()) -> Plan:
     costs, cpu = _costs(stacked, base, batch, width, "cpu" in devices)
     return Plan(
         members=n,
+        steps=(c.train.steps, _steps(members, race or halving.without(members))),
         width=width,
         name=_name(stacked, base),
         remat=c.train.remat,
@@ -129,6 +134,13 @@ def plan(members, devices: Iterable[str] = ()) -> Plan:
         costs=costs,
         cpu=cpu,
     )
+
+
+def _steps(members, race: Race) -> int:
+    """Steps of a group's members together."""
+    mine = {member.index for member in members}
+    legs = enumerate(halving.planned(race))
+    return sum(halving.member_steps(race, mine & set(leg), n) for n, leg in legs)
 
 
 def _costs(stacked, base, batch, width: int, on_cpu: bool) -> tuple[list[Cost], Cost | None]:

@@ -32,6 +32,7 @@ def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
         "full": "recomputed in the backward pass",
         "dots": "recomputed except products",
     }[p.remat]
+    saved = p.steps[1] < n * p.steps[0]  # by halving
     steps = (one, wide._replace(half=n / p.width * wide.half, full=n / p.width * wide.full))
     lines = [
         ("parameters of the base", f"{p.parameters:,}", "shared", exact),
@@ -46,6 +47,7 @@ def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
         ("peak of training", bytes_text(p.peak(1, one)), bytes_text(p.peak(n, wide)), estimated),
         ("exported arrays", _range(p.files, bytes_text), bytes_text(sum(p.files)), export),
         ("checkpoint", *each(p.state), exact),
+        ("steps of training", *(f"{x:,}" for x in p.steps), estimated if saved else exact),
         ("FLOPs a step", *(_si(c.half + c.full) for c in steps), estimated),
         (
             "bytes moved a step",
