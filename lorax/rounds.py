@@ -26,7 +26,7 @@ from lorax.config import Member
 from lorax.errors import reason
 from lorax.files import write_bytes
 from lorax.models import Base, kernels
-from lorax.terminal import Screen
+from lorax.terminal import Evaluations, Screen
 from lorax.train import layouts, loop, prepare
 
 PACKAGES = ("lorax-research", "jax", "jaxlib", "flax", "optax")  # config.json has their versions
@@ -44,12 +44,12 @@ def train(
         layouts.split_cpu()
     with Screen() as screen:
         log = Log(workdir, screen)
-        base, lines = _train(settings, members, log, command)
+        base = _train(settings, members, log, command)
         log.write("trained")
         screen.end_bar()
         _analyse(settings, base, log)
         log.write("trained" if log.failed else "finished")
-        screen.table(lines, log.results)
+        log.attempt("table", lambda: screen.table(runs.load(workdir)))
         if settings.search.threshold:
             show = lambda: screen.dimensions(search.estimate(settings, workdir))
             log.attempt("dimensions", show)
@@ -92,9 +92,8 @@ class Log:
 # ---------------------------------------------------------------------------------------- training
 
 
-def _train(settings, members: list[Member], log: Log, command: str) -> tuple[Base, list[dict]]:
-    """Train the sweep, then the rounds of a search; (base of the first group, rows of
-    members.jsonl)."""
+def _train(settings, members: list[Member], log: Log, command: str) -> Base:
+    """Train the sweep, then the rounds of a search; the base of the first group."""
     workdir, say, loaded = log.workdir, log.screen.say, prepare.Loaded({}, {})
     groups = prepare.groups(members, say, loaded=loaded)
     if settings.search.threshold:
@@ -103,10 +102,10 @@ def _train(settings, members: list[Member], log: Log, command: str) -> tuple[Bas
     race = halving.race(settings, members)
     check_disk(workdir, groups, race)
     write_config(workdir, settings, base, command)
-    log.events = tensorboard.Events(workdir)
+    log.events, evaluations = tensorboard.Events(workdir), Evaluations(workdir)
 
     def progress(done, total):
-        log.screen.progress(done, total)
+        log.screen.progress(done, total, evaluations.newest())
         if "TensorBoard" not in log.failed:
             log.attempt("TensorBoard", log.events.update)
 
@@ -132,7 +131,7 @@ def _train(settings, members: list[Member], log: Log, command: str) -> tuple[Bas
         before, first = loop.member_steps(members), groups[-1].index + 1
         groups = prepare.groups(added, say, first, loaded)
         members += added
-    return base, lines
+    return base
 
 
 def check_disk(

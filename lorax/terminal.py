@@ -1,13 +1,52 @@
-"""The terminal during a sweep: lines, a bar with the time left, a table of members."""
+"""The terminal during a sweep: lines, a bar with the time left, a table of settings."""
 
+import statistics
 import sys
+import time
+from typing import NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lorax.analysis import intrinsic
+from lorax import rundir
+from lorax.analysis import intrinsic, runs
 from lorax.console import console
 from lorax.train.loop import Terminal
+
+WIDTH = 80  # columns of the table of settings, if the output is no terminal
+ROWS = 40  # settings in it; the others are in the report
+FEW = 12  # members, up to which each has a line when it is done
+NAME = 22  # columns of a member's name in a line
+# An evaluation has a line if so many seconds have passed since the last one, and this share of the
+# time since the beginning, and at each tenth of the way: an hour has at most about 200 lines.
+SECONDS, SHARE = 1.0, 0.03
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of the members of a program. losses: {member: loss, or None if it is not
+    finite}."""
+
+    step: int
+    losses: dict[int, float | None]
+
+
+class Evaluations:
+    """The evaluations of a run in training, as they come into metrics.jsonl."""
+
+    def __init__(self, directory):
+        self.directory, self.read = directory, rundir.metrics_size(directory)
+
+    def newest(self) -> Evaluation | None:
+        """The last evaluation since the last call; None if there was none."""
+        if rundir.metrics_size(self.directory) < self.read:  # a continued run has cut it
+            self.read = 0
+        rows, self.read = rundir.metrics_after(self.directory, self.read)
+        rows = [row for row in rows if row["split"] == "eval"]
+        if not rows:
+            return None
+        step = rows[-1]["step"]
+        return Evaluation(step, {row["member"]: row["loss"] for row in rows if row["step"] == step})
 
 
 class Screen:
@@ -28,7 +67,8 @@ class Screen:
             disable=not self.console.is_terminal,
         )
         self.bar.start()
-        self.task, self.reported = None, -1
+        self.task, self.reported, self.members = None, -1, {}
+        self.began = self.spoke = time.monotonic()
         return self
 
     def __exit__(self, *_):
@@ -40,52 +80,57 @@ class Screen:
 
     def terminal(self, members: list[dict]) -> Terminal:
         """The functions that the training loop calls. members: the rows of members.jsonl."""
-        by_index = {row["member"]: row for row in members}
-        return Terminal(self.say, self.progress, lambda row: self._finished(by_index, row))
+        self.members = {row["member"]: row for row in members}
+        return Terminal(self.say, self.progress, self._finished)
 
-    def progress(self, done: float, total: float) -> None:
-        """Show how many member steps are done; without a bar, a line at every tenth."""
+    def progress(self, done: float, total: float, newest: Evaluation | None = None) -> None:
+        """Show how many member steps are done, and the newest evaluation if there is a new one.
+
+        Without a bar, each tenth of the way has a line, unless an evaluation had one.
+        """
         if self.task is None:
             self.task = self.bar.add_task("", total=total)
         self.bar.update(self.task, completed=done, total=total)
-        tenth = int(10 * done / total)
-        if not self.console.is_terminal and tenth > self.reported:
-            left = self.bar.tasks[0].time_remaining
-            self.say(f"{10 * tenth:3d}% trained" + ("" if left is None else f", {left:.0f} s left"))
-            self.reported = tenth
+        left, tenth = self.bar.tasks[0].time_remaining, int(10 * done / total)
+        left = "" if left is None else f", {_duration(left)} left"
+        if newest and (tenth > self.reported or self._is_due()):
+            self.say(evaluated(newest, self.members) + left)
+        elif not self.console.is_terminal and tenth > self.reported:
+            self.say(f"{10 * tenth:3d}% trained{left}")
+        else:
+            return
+        self.reported, self.spoke = tenth, time.monotonic()
+
+    def _is_due(self) -> bool:
+        """Whether enough time has passed for the line of an evaluation."""
+        now = time.monotonic()
+        return now - self.spoke >= max(SECONDS, SHARE * (now - self.began))
 
     def end_bar(self) -> None:
         """End the bar of training, so that the report can draw its own."""
         if self.console.is_terminal:
             self.bar.stop()
 
-    def _finished(self, by_index, row) -> None:
-        loss = "diverged" if row["eval_loss"] is None else f"eval loss {row['eval_loss']:.4f}"
-        params = by_index[row["member"]]["trainable_params"]
-        self.say(f"  {row['name']:28s} {params:>12,} parameters   {loss}")
+    def _finished(self, row) -> None:
+        if len(self.members) <= FEW:
+            loss = "diverged" if row["eval_loss"] is None else f"eval loss {row['eval_loss']:.4f}"
+            params = self.members[row["member"]]["trainable_params"]
+            self.say(f"  {row['name']:28s} {params:>12,} parameters   {loss}")
 
-    def table(self, members: list[dict], rows: dict[int, dict]) -> None:
-        """All members, best first."""
-        table = Table(title="Members, best first", title_justify="left")
-        scores = list(dict.fromkeys(name for row in rows.values() for name in row["scores"]))
-        headings = ("member", "parameters", "scale s", "eval loss", *scores)
-        for name in (*headings, "seconds", "status"):
-            left = name in ("member", "status")
-            table.add_column(name, justify="left" if left else "right", no_wrap=name == "member")
-        worst = float("inf")
-        for row in sorted(members, key=lambda r: rows[r["member"]]["eval_loss"] or worst):
-            final = rows[row["member"]]
-            loss = final["eval_loss"]
-            table.add_row(
-                row["name"],
-                f"{row['trainable_params']:,}",
-                "-" if row["scale"] is None else f"{row['scale']:g}",
-                "-" if loss is None else f"{loss:.4f}",
-                *(f"{final['scores'][n]:.4f}" if n in final["scores"] else "-" for n in scores),
-                f"{final['seconds']:.1f}",
-                status(final),
-            )
+    def table(self, run: runs.Run) -> None:
+        """The settings of a run, best first; of several seeds, their mean."""
+        cells = settings(run)
+        width = self.console.width if self.console.is_terminal else WIDTH
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+        for heading in _fitting(cells, width):
+            left = heading in ("setting", "method", "targets", "status")
+            table.add_column(heading, justify="left" if left else "right", overflow="fold")
+        for row in cells[:ROWS]:
+            table.add_row(*(row[column.header] for column in table.columns))
+        self.say("\nSettings, best first")
         self.console.print(table)
+        if len(cells) > ROWS:
+            self.say(f"and {len(cells) - ROWS} more; the report has all")
 
     def dimensions(self, estimates) -> None:
         """The result of a search: a table of `lorax.analysis.intrinsic.estimate`."""
@@ -100,8 +145,78 @@ class Screen:
         self.console.print(table)
 
 
-def status(final: dict) -> str:
-    """A member's status and, if it ended before the last step, where. final: its row of
-    `lorax.train.loop.train`."""
-    at = final.get("stopped_at") if final["status"] == "stopped" else final["diverged_at"]
-    return final["status"] + ("" if at is None else f" at step {at}")
+def evaluated(newest: Evaluation, members: dict[int, dict]) -> str:
+    """An evaluation in a line: "step 50/150: best 2.1345 (rank=8), median 2.3456".
+    members: {member: its row of members.jsonl}."""
+    losses = {member: loss for member, loss in newest.losses.items() if loss is not None}
+    steps = members[next(iter(newest.losses))]["steps"]
+    line = f"step {newest.step}/{steps}: "
+    if not losses:
+        return line + "no finite loss"
+    if len(newest.losses) == 1 or not newest.step:
+        of_base = "" if newest.step else ", before training"
+        return f"{line}eval loss {statistics.median(losses.values()):.4f}{of_base}"
+    best = min(losses, key=losses.get)
+    name = members[best]["name"]
+    name = name if len(name) <= NAME else name[: NAME - 1] + "…"
+    median = f"median {statistics.median(losses.values()):.4f}"
+    return f"{line}best {losses[best]:.4f} ({name}), {median}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+# ------------------------------------------------------------------------------ table of settings
+
+
+def settings(run: runs.Run) -> list[dict[str, str]]:
+    """A row of texts per setting, best first: its axes, parameters, mean loss over its seeds with
+    their standard deviation, scores, and what became of the members that have no loss.
+
+    The loss and the scores are of the test rows if there are any.
+    """
+    table = runs.summary(run)
+    tested = table["test_loss"].notna().any()
+    loss, prefix = ("test_loss", "test_") if tested else ("final_loss", "")
+    scores = [name for name in runs.scores(run) if f"{prefix}{name}" in table]
+    axes = list(runs.axes(run, table).names) or ["setting"]
+    rows = []
+    for _, group in table.groupby(axes, sort=False, dropna=False):
+        first, losses = group.iloc[0], group[loss].dropna()
+        row = {name: runs.in_words(first[name], name) or "only" for name in axes}
+        row["parameters"] = f"{first['trainable_params']:,}"
+        row[loss.replace("final", "eval").replace("_", " ")] = _number(losses.mean())
+        if len(table) > len(table[axes].drop_duplicates()):
+            row |= {"± sd": _number(losses.std()), "seeds": str(len(losses))}
+        row |= {name: _number(group[f"{prefix}{name}"].mean()) for name in scores}
+        if (table["status"] != "finished").any():
+            row["status"] = _unfinished(group)
+        rows.append(((len(losses) < len(group), losses.mean() if len(losses) else 0.0), row))
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+
+
+def _unfinished(group) -> str:
+    """What became of the members of a setting that did not finish: "1 diverged" of several seeds,
+    "diverged at 50" of a single one."""
+    others = group[group["status"] != "finished"]
+    if len(group) > 1 or others.empty:
+        return ", ".join(f"{n} {status}" for status, n in others["status"].value_counts().items())
+    status, *steps = others.iloc[0][["status", "stopped_at", "diverged_at"]]
+    return status + "".join(f" at {step:g}" for step in steps if not runs.is_missing(step))
+
+
+def _number(x) -> str:
+    return "-" if x != x else f"{x:.4f}"
+
+
+def _fitting(cells: list[dict[str, str]], width: int) -> list[str]:
+    """The headings that fit side by side: the last scores are left out first."""
+    widths = {name: max(len(name), *(len(row[name]) for row in cells)) for name in cells[0]}
+    headings, loss = list(widths), next(i for i, name in enumerate(widths) if "loss" in name)
+    extra = [name for name in headings[loss + 1 :] if name not in ("± sd", "seeds", "status")]
+    while extra and sum(widths[name] + 2 for name in headings) > width:
+        headings.remove(extra.pop())
+    return headings

@@ -14,7 +14,7 @@ from synthetic import make_run
 
 import lorax
 from lorax import report
-from lorax.analysis import figures
+from lorax.analysis import figures, runs
 from lorax.analysis.figures import style
 from lorax.console import console
 from lorax.report import page
@@ -32,7 +32,7 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tables_titles_and_lines_on_the_screen_are_text(name, capsys):
+def test_tables_titles_and_lines_on_the_screen_are_text(name, tmp_path, capsys):
     said = io.StringIO()
     screen = console(file=said, width=200, force_terminal=True, color_system=None)
     table = Table(title=name)
@@ -41,13 +41,11 @@ def test_tables_titles_and_lines_on_the_screen_are_text(name, capsys):
     screen.print(table)
     screen.print(name)
     assert said.getvalue().count(name) == 4
-    member = {"member": 0, "name": name, "trainable_params": 1, "scale": 1.0}
-    row = {"eval_loss": 1.0, "diverged_at": None, "scores": {}, "seconds": 1.0}
     with Screen() as shown:
         shown.say(name)
-        terminal = shown.terminal([member])
+        terminal = shown.terminal([{"member": 0, "name": name, "trainable_params": 1}])
         terminal.finished({"member": 0, "name": name, "eval_loss": 1.0})
-        shown.table([member], {0: row | {"status": "finished"}})
+        shown.table(runs.load(named(tmp_path / "run", name)))
         found = pd.DataFrame([ESTIMATE | {"condition": name}])
         shown.dimensions(found)
     out = "".join(c for c in capsys.readouterr().out if c not in " │\n")
@@ -72,14 +70,20 @@ def test_there_is_one_console():
     assert made == [pathlib.Path("console.py")]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_report_of_such_names_is_drawn(name, tmp_path):
-    directory = make_run(tmp_path / "run", ranks=(4,), lrs=(1e-3, 2e-3), seeds=(0,))
+def named(directory, name):
+    """A run of two members, whose targets are `name` and "q v"."""
+    make_run(directory, ranks=(4,), lrs=(1e-3, 2e-3), seeds=(0,))
     lines = (directory / "members.jsonl").read_text().splitlines()
     members = [json.loads(line) for line in lines]
     for member, targets in zip(members, (name, "q v"), strict=True):
         member |= {"lr": 1e-3, "name": f"targets={targets}", "targets": [targets]}
     (directory / "members.jsonl").write_text("".join(json.dumps(m) + "\n" for m in members))
+    return directory
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_report_of_such_names_is_drawn(name, tmp_path):
+    directory = named(tmp_path / "run", name)
     text = report.write(directory).read_text()
     seen = Page(text)
     assert not seen.open
