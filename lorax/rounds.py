@@ -6,6 +6,7 @@ printed and recorded in errors.txt and status.json, and the same command tries i
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import platform
@@ -170,6 +171,7 @@ def write_config(workdir: Path, settings: ConfigDict, base: Base, command: str) 
         "git": _git_revision(),
         "base_sha256": base.sha256,
         "command": command,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     if not rundir.has_begun(workdir):
         rundir.write_config(workdir, now)

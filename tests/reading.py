@@ -21,7 +21,7 @@ class Page(html.parser.HTMLParser):
             self.tables[-1][-1].append("")
         elif tag in ("h1", "h2", "h3"):
             self.headings.append("")
-        if tag not in ("img", "meta"):
+        if tag not in ("img", "meta", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):

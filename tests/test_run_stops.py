@@ -75,8 +75,8 @@ def test_a_report_that_fails_fails_no_run(go, tmp_path):
 
 def test_a_section_that_fails_fails_no_run(go, tmp_path):
     """The page has the error in its place, the screen a line; the run is done."""
-    boom = "def boom(*_, **__): raise KeyError('x')\nfrom lorax.report.sections import setup\n"
-    done = go(boom + "setup.members = boom")
+    boom = "def boom(*_, **__): raise KeyError('x')\nfrom lorax.report.sections import members\n"
+    done = go(boom + "members.members = boom")
     assert done.returncode == 0 and done.stderr == ""
     assert "report: Members: failed (KeyError: 'x'" in done.stdout
     assert status(tmp_path / "run")["state"] == "finished"

@@ -17,7 +17,7 @@ import shlex
 import string
 import struct
 import warnings
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import altair as alt
@@ -58,6 +58,13 @@ class Section(NamedTuple):
     # Of analysis/: NAME.csv or NAME.npz.
     files: dict[str, pd.DataFrame | dict[str, np.ndarray]] = {}
     error: Exception | None = None  # why the section failed
+
+
+class Link(NamedTuple):
+    """A value of a table that leads to a file or folder beside the page."""
+
+    value: Any
+    address: str
 
 
 class Fixed(NamedTuple):
@@ -266,6 +273,8 @@ def put_together(
         data = base64.b64encode(image).decode()
         size = f'width="{width}" height="{height}"'
         body = body.replace(f'src="{name}"', f'{size} src="data:image/png;base64,{data}"')
+    numbers = itertools.count(1)
+    body = re.sub("<figcaption>", lambda _: f"<figcaption><b>Figure {next(numbers)}.</b> ", body)
     specs = {name: image for name, image in images.items() if isinstance(image, dict)}
     return string.Template(_file("page.html.tmpl")).substitute(
         css=charts.css() + "\n" + _file("page.css"),
@@ -319,10 +328,12 @@ def table(
     caption: str,
     sortable: bool = False,
     classes: Sequence[str] | None = None,
+    attributes: Sequence[Mapping[str, object]] | None = None,
 ) -> str:
     """A table with right-aligned numbers. sortable: clicking a heading sorts.
 
     rows: lists of values; `Fixed` sets the digits, a missing value (None, NaN) is shown as "–".
+    classes, attributes: of every row, in HTML.
     """
     rows = [list(row) for row in rows]
     numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(header))]
@@ -332,20 +343,23 @@ def table(
         sort = ' aria-sort="none"' if sortable else ""
         cells.append(f'<th scope="col"{_class(number)}{sort}>{text}</th>')
     body = []
-    for row, name in zip(rows, classes or [""] * len(rows), strict=True):
+    more = [_attributes(attribute) for attribute in attributes or [{}] * len(rows)]
+    for row, name, given in zip(rows, classes or [""] * len(rows), more, strict=True):
         line = []
         for column, value in enumerate(row):
             tag, scope = ("th", ' scope="row"') if column == 0 else ("td", "")
             # Sort by the full precision; a missing number has no value.
-            plain = value.value if isinstance(value, Fixed) else value
+            plain = value.value if isinstance(value, Fixed | Link) else value
             data = f' data-value="{escape(_plain(plain))}"' if sortable else ""
-            attributes = scope + _class(numeric[column]) + data
-            line.append(f"<{tag}{attributes}>{escape(show(value))}</{tag}>")
+            of_cell = scope + _class(numeric[column]) + data
+            line.append(f"<{tag}{of_cell}>{_cell(value)}</{tag}>")
         named = f' class="{escape(name)}"' if name else ""
-        body.append(f"<tr{named}>{''.join(line)}</tr>")
+        body.append(f"<tr{named}{given}>{''.join(line)}</tr>")
+    of_table = " ".join(["sortable"] * sortable + ["members"] * (attributes is not None))
+    named = f' class="{of_table}"' if of_table else ""
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
-        f"<table{' class=sortable' if sortable else ''}><caption>{escape(caption)}</caption>"
+        f"<table{named}><caption>{escape(caption)}</caption>"
         f"<thead><tr>{''.join(cells)}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
@@ -391,13 +405,20 @@ def listing(items: Iterable[str]) -> str:
     return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
 
 
-def facts(pairs: dict[str, Any], code: Iterable[str] = ()) -> str:
-    """Names and values; empty values are left out. code: names whose values are shown as code."""
+def command_block(text: str) -> str:
+    """A command or entry that a reader may copy."""
+    return f'<pre class="command"><code>{escape(text)}</code></pre>'
+
+
+def facts(pairs: dict[str, Any], code: Iterable[str] = (), commands: Iterable[str] = ()) -> str:
+    """Names and values; empty values are left out. code, commands: names whose values are shown as
+    code, or as commands to copy."""
     rows = []
     for name, value in pairs.items():
         if value in (None, "", {}):
             continue
         text = f"<code>{escape(value)}</code>" if name in code else escape(value)
+        text = command_block(value) if name in commands else text
         rows.append(f"<dt>{escape(name)}</dt><dd>{text}</dd>")
     return f"<dl>{''.join(rows)}</dl>"
 
@@ -421,6 +442,17 @@ def show(value: Any) -> str:
     if isinstance(value, (float, np.floating)):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return str(value) if not isinstance(value, (dict, list)) else json.dumps(value)
+
+
+def _cell(value: Any) -> str:
+    """A value of a table in HTML."""
+    if isinstance(value, Link):
+        return f'<a href="{escape(value.address)}">{escape(value.value)}</a>'
+    return escape(show(value))
+
+
+def _attributes(values: Mapping[str, object]) -> str:
+    return "".join(f' {name}="{escape(str(value))}"' for name, value in values.items())
 
 
 def _is_number(value: Any) -> bool:

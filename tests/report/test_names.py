@@ -87,8 +87,8 @@ def test_a_report_of_such_names_is_drawn(name, tmp_path):
     text = report.write(directory).read_text()
     seen = Page(text)
     assert not seen.open
-    rows = seen.table("name", "status")
-    assert [row["name"] for row in rows] == [f"targets={name}", "targets=q v"]
+    rows = seen.table("member", "targets")
+    assert [row["targets"] for row in rows] == [name, "q v"]
     stored = pd.read_csv(directory / "analysis" / "settings.csv")
     assert name in set(stored["targets"])
 

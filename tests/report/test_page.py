@@ -16,7 +16,7 @@ from lorax.analysis import figures, intrinsic, tables
 from lorax.report import page
 from lorax.report.__main__ import main
 from lorax.report.pages import adapters, several_runs
-from lorax.report.sections import outcome, setup
+from lorax.report.sections import members, outcome, setup
 
 
 def fails(*_, **__):
@@ -35,7 +35,7 @@ def files(directory):
 FAULTS = {
     "a figure's maker": (figures, "rank_curve", "Loss"),
     "learning curves": (figures, "learning_curves", "Learning curves"),
-    "a table": (setup, "members", "Members"),
+    "a table": (members, "members", "Members"),
     "the answer": (outcome, "answer", "Answer"),
     "facts": (setup, "facts", "What was run"),
     "spectra": (figures, "spectra", "Spectra of the updates"),
@@ -111,7 +111,7 @@ def test_the_command_ends_with_1_where_a_section_failed(tmp_path, undrawn, monke
     make_run(tmp_path / "run", ranks=(1,), adapters=False)
     arguments = [str(tmp_path / "run"), "--base=gpt2-nano"]
     assert main(arguments) == 0
-    monkeypatch.setattr(setup, "members", fails)
+    monkeypatch.setattr(members, "members", fails)
     monkeypatch.setattr("warnings.filters", [])
     assert main(arguments) == 1
     said = capsys.readouterr()
@@ -171,7 +171,7 @@ def test_the_command_that_redraws_a_page_draws_the_same(tmp_path, undrawn, monke
         assert main(arguments) == 0
         written = pathlib.Path(capsys.readouterr().out.strip())
         text = written.read_text()
-        said = text.split("<dt>Redraw this page</dt><dd><code>")[1].split("</code>")[0]
+        said = text.split("<dt>Redraw this page</dt>")[1].split("<code>")[1].split("</code>")[0]
         command = shlex.split(page.html.unescape(said))
         assert command[:3] == ["python", "-m", "lorax.report"]
         assert sorted(command[3:]) == sorted(arguments)

@@ -1,6 +1,7 @@
 """The report: right numbers, one self-contained file, and something sensible for every run."""
 
 import base64
+import hashlib
 import json
 import re
 
@@ -39,13 +40,22 @@ def test_answer_and_tables_say_the_same(written):
 
 def test_member_table(written):
     seen = Page(written[1])
-    rows = seen.table("name", "status", "best eval loss")
+    rows = seen.table("member", "status", "best eval loss")
     assert len(rows) == 10
     assert rows[0]["status"] == f"diverged at step {STEPS[1]}" and rows[0]["final eval loss"] == "–"
     assert all(row["status"] == "finished" for row in rows[1:])
     sortable = [a for tag, a in seen.tags if tag == "th" and "aria-sort" in a]
-    buttons = [a for tag, a in seen.tags if tag == "button"]
-    assert len(sortable) == len(buttons) >= len(rows[0])
+    assert len(sortable) >= len(rows[0])
+    linked = [a["href"] for tag, a in seen.tags if tag == "a" and "adapters/" in a["href"]]
+    assert linked == [f"adapters/{member}/" for member in range(10)]
+
+
+def test_the_run_can_be_cited(written):
+    directory, text = written
+    entry = text.split('id="cite-this-run"')[1]
+    settings = json.loads((directory / "config.json").read_text())["config"]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    assert f"sha256 of config {digest[:16]}, of base {'f' * 16}" in entry and "@misc{" in entry
 
 
 def test_diverged_members_are_named(written):
@@ -146,7 +156,8 @@ def test_page_needs_nothing_but_itself(written):
             target = attributes.get(name)
             if target is None:
                 continue
-            link = tag == "a" and target.startswith(("https://arxiv.org/", "#", "figures/"))
+            beside = ("https://arxiv.org/", "#", "figures/", "adapters/")
+            link = tag == "a" and target.startswith(beside)
             link |= tag == "img" and "noscript" in written[1].split(f'src="{target}"')[0][-20:]
             assert link or target.startswith("data:image/png;base64,"), (tag, target[:60])
         assert tag not in ("link", "iframe", "object", "base")

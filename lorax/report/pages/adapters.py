@@ -231,7 +231,7 @@ def _about(given: list[Given], ranks: pd.DataFrame, command: str) -> Section:
     parts = [f'<div class="answer">{"".join(lines)}</div>']
     for adapter in given:
         parts.append(page.facts(adapter.facts, code=["Adapter"]))
-    parts.append(page.facts({"Redraw this page": command}, ["Redraw this page"]))
+    parts.append(page.facts({"Redraw this page": command}, commands=["Redraw this page"]))
     return Section("What it is", "".join(parts))
 
 

@@ -8,7 +8,7 @@ from lorax import rundir
 from lorax.analysis import figures, intrinsic, runs
 from lorax.report import notes, page, words
 from lorax.report.page import Picture, Section
-from lorax.report.sections import evidence, losses, setup
+from lorax.report.sections import citation, evidence, losses, members, setup
 
 SIZES = {"subspace": "dim"}  # the column that is a kind's size; params for the others
 LEAD = "How many dimensions it takes to learn this task."
@@ -39,9 +39,10 @@ def _sections(run: runs.Run, command: str) -> list[Section]:
         *attempt("Intrinsic dimension", dimension, run, points, estimated),
         *attempt("Calibration", evidence.planted, run, table, empty, empty),
         *attempt("What was run", setup.facts, run, table, by, command),
-        *attempt("Members", setup.members, table, runs.scores(run)),
+        *attempt("Members", members.members, run, table, runs.axes(run, table), runs.scores(run)),
         *attempt("Learning curves", _learning, run, table, points, by),
         notes.section(notes.SEARCHES),
+        *attempt("Cite this run", citation.citation, run),
     ]
     sections[0] = sections[0]._replace(files=files)
     return sections

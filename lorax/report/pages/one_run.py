@@ -14,8 +14,10 @@ from lorax.report.page import Section
 from lorax.report.pages import dimension
 from lorax.report.sections import (
     base_weights,
+    citation,
     evidence,
     losses,
+    members,
     outcome,
     setup,
     shared_directions,
@@ -93,7 +95,7 @@ def of_sweep(
     facts = attempt("What was run", setup.facts, run, table, by, command)
     settings = {"settings.csv": of.settings.drop(columns="line")}
     facts[0] = facts[0]._replace(files=settings)
-    listed = attempt("Members", setup.members, table, of.scores)
+    listed = attempt("Members", members.members, run, table, by, of.scores)
     listed += attempt("Learning curves", losses.learning, run, table, by)
     # Losses of several planted tasks can't be compared.
     if planted and len(calibration.tasks(table)) > 1:
@@ -115,7 +117,8 @@ def of_sweep(
         items = [f"{table['name'][member]}: {why}" for member, why in missing.items()]
         lead = "<p>Members whose update can't be analysed:</p>"
         sections.append(Section("Not analysed", lead + page.listing(items)))
-    return [*sections, notes.section(notes.LOSSES, notes.UPDATES)]
+    sections.append(notes.section(notes.LOSSES, notes.UPDATES))
+    return sections + attempt("Cite this run", citation.citation, run)
 
 
 def _of_updates(

@@ -97,7 +97,7 @@ def _overview(
         parts.append(page.paragraph("None: their configs are the same."))
     if links:
         parts.append(f"<p>Reports of the single runs:</p><ul>{''.join(links)}</ul>")
-    parts.append(page.facts({"Redraw this page": command}, ["Redraw this page"]))
+    parts.append(page.facts({"Redraw this page": command}, commands=["Redraw this page"]))
     values = [
         {name: x.value if isinstance(x, page.Fixed) else x for name, x in row.items()}
         for row in rows

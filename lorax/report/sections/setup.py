@@ -1,4 +1,4 @@
-"""Sections on what was run: the base, the task, the axes, and a table of all members."""
+"""The section on what was run: the base, the task, the axes, the commands."""
 
 import pandas as pd
 
@@ -43,21 +43,5 @@ def facts(run: runs.Run, table: pd.DataFrame, by: runs.Axes, redraw: str) -> Sec
         "Redraw this page": redraw,
         "Resolved config": "config.json, next to this page",
     }
-    code = ("Command", "Redraw this page", "Git revision", "Base weights (sha256)")
-    return Section("What was run", page.paragraph(lead) + page.facts(known, code))
-
-
-def members(table: pd.DataFrame, scores: list[str]) -> Section:
-    """The sortable table of `runs.summary`, a row per member. scores: its columns that the task
-    measures."""
-    header = ["name", "trainable parameters", "scale s", "final eval loss", "best eval loss"]
-    header += [*scores, "status"]
-    rows = [
-        [m["name"], m["trainable_params"], m["scale"], page.Fixed(m["final_loss"])]
-        + [page.Fixed(m["best_loss"]), *(page.Fixed(m[name]) for name in scores)]
-        + [m["status"] + words.at_step(m["diverged_at"])]
-        for _, m in table.iterrows()
-    ]
-    caption = "All members; click a heading to sort. The best loss is the lowest of all evals."
-    content = page.table(header, rows, caption, sortable=True, classes=list(table["status"]))
-    return Section("Members", content, files={"members.csv": table.drop(columns="setting")})
+    code, commands = ("Git revision", "Base weights (sha256)"), ("Command", "Redraw this page")
+    return Section("What was run", page.paragraph(lead) + page.facts(known, code, commands))
