@@ -73,7 +73,11 @@ def test_the_run_directory_is_the_designs(finished):
     assert loaded.status["state"] == "finished"
     assert set(loaded.config["versions"]) >= {"jax", "flax", "optax"}
     assert re.fullmatch("[0-9a-f]{64}", loaded.config["base_sha256"])
-    assert "report.html" in done.stdout and "4 members" in done.stdout.splitlines()[0]
+    lines = done.stdout.splitlines()
+    assert "report.html" in done.stdout and "4 members" in lines[0]
+    compiling = lines.index("group 0: compiling for 4 members ...")
+    assert lines[compiling + 1].startswith("group 0: 4 members, ")
+    assert any(line.startswith("step 12/12: best ") for line in lines)
 
 
 def test_metrics_are_sound(finished):

@@ -76,7 +76,7 @@ def train(
     members = [member for group in groups for member in group.stack.members]
     race = race or halving.without(members)
     total, done = before + halving.all_steps(race) + after, before
-    programs = Compiled(groups, race)
+    programs = Compiled(groups, race, terminal.say)
     running, at, rows = race.starters, {}, {}
     for leg in range(len(halving.planned(race))):
         for group in groups:
@@ -84,7 +84,7 @@ def train(
             if not stack.members:
                 continue
             progress = lambda steps, before=done: terminal.progress(before + steps, total)
-            place = Place(workdir, group, stack, leg, programs.get(group, stack, terminal.say))
+            place = Place(workdir, group, stack, leg, programs.get(group, stack))
             finals, reached, offset = _train_group(place, race, at, offset, terminal, progress)
             rows, at = rows | finals, at | reached
             done += halving.member_steps(race, [m.index for m in stack.members], leg)
@@ -172,15 +172,16 @@ def member_steps(members: Iterable[Member]) -> int:
 
 class Compiled:
     """The programs of a run. `get` compiles what no earlier call has asked for; the largest group's
-    are compiled at once, to fail before anything is trained if that does not fit."""
+    are compiled at once, to fail before anything is trained if that does not fit. say: prints a
+    line, also before something is compiled."""
 
-    def __init__(self, groups: list[Group], race: Race):
-        self.race, self.made, self.shown, self.last = race, {}, set(), ""
+    def __init__(self, groups: list[Group], race: Race, say: Callable[[str], None]):
+        self.race, self.say, self.made, self.shown, self.last = race, say, {}, set(), ""
         self.planned = halving.planned(race)
         first = max(groups, key=_largest)
         self._fit(first, stacks.pick(first.stack, race.starters))
 
-    def get(self, group: Group, stack: stacks.Stack, say: Callable[[str], None]) -> Programs:
+    def get(self, group: Group, stack: stacks.Stack) -> Programs:
         """The programs for some members of a group; says how they run when the group is new."""
         key = self._key(group, stack)
         if not self.race.rungs and key != self.last:  # groups that follow each other share one
@@ -192,15 +193,17 @@ class Compiled:
         if group.index not in self.shown:
             n_parts = len(stacks.parts(stack, programs.layout.size))
             seconds += time.monotonic() - began
-            say(_plan_line(group, programs, n_parts, seconds))
+            self.say(_plan_line(group, programs, n_parts, seconds))
             if why := _without_spectra(group):
-                say(f"group {group.index}: analysis.trajectory: {why}")
+                self.say(f"group {group.index}: analysis.trajectory: {why}")
         self.shown.add(group.index)
         self.made[key] = programs, 0.0
         return programs
 
     def _fit(self, group: Group, stack: stacks.Stack) -> tuple[Programs, float]:
         """The programs, and the seconds that it took to compile them."""
+        n = len(stack.members)
+        self.say(f"group {group.index}: compiling for {n} member{'s' * (n > 1)} ...")
         began, kind = time.monotonic(), group.task.kind
         arguments = group.stack, group.base, group.config.train, *_shapes(group), kind
         programs = fitting.fit(*arguments, None, self._legs(group, stack))
