@@ -7,12 +7,12 @@ from lorax.report.pages.one_run import write
 __all__ = ["draw", "write"]
 
 
-def draw(*inputs, base=None, out=None, alpha=None, layers=None, also=()):
+def draw(*inputs, base=None, out=None, alpha=None, layers=None, also=(), share=None):
     """Write the report of runs or adapters, as `python -m lorax.report` does. Returns its path.
 
     inputs: a run (loaded, or its directory), several runs to compare, or one or two adapters; also
     as one list. base, out, alpha, layers: as on the command line. also: statistics of every update,
-    as functions or "FILE.py:function". Raises FileNotFoundError or ValueError that says what was
+    as functions or "FILE.py:function". share: a file to hand on, written instead. Raises FileNotFoundError or ValueError that says what was
     given and what is expected.
     """
     from lorax.report import __main__ as command  # it imports this module
@@ -22,7 +22,7 @@ def draw(*inputs, base=None, out=None, alpha=None, layers=None, also=()):
     names = [str(getattr(source, "directory", source)) for source in inputs]
     if not names:
         raise ValueError("lorax.report: nothing given; expected runs, or one or two adapters")
-    return command.write(names, base, out, alpha, layers, outside.spell(tuple(also), "also"))
+    return command.write(names, base, out, alpha, layers, outside.spell(tuple(also), "also"), share)
 
 
 make_callable(__name__, draw)

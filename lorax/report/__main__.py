@@ -57,6 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="FILE.py:function",
         help="a function of yours that computes a statistic of every update; may be repeated",
     )
+    parser.add_argument(
+        "--share",
+        metavar="OUT.html",
+        help="write one file to hand on instead: the page with its figures, their numbers and the "
+        "config in it, without paths of this machine",
+    )
     given = parser.parse_args(arguments)
     if page.CONSOLE.is_terminal:
         words = f"analysing {' and '.join(given.what)}"
@@ -70,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = say
-            options = (given.base, given.out, given.alpha, given.layers, given.also)
+            options = (given.base, given.out, given.alpha, given.layers, given.also, given.share)
             print(write(given.what, *options))
     except (FileNotFoundError, ValueError) as error:
         return _fail(error, 2)
@@ -86,6 +92,7 @@ def write(
     alpha: float | None = None,
     layers: int | None = None,
     also: Sequence[str] = (),
+    share: str | None = None,
 ) -> pathlib.Path:
     """Write the report of the named runs or adapters. Returns the path of its page.
 
@@ -94,12 +101,17 @@ def write(
     """
     if layers is not None and layers < 0:
         raise ValueError(f"--layers={layers}: a number of layers, 0 for none")
+    if share is not None and not share.endswith(".html"):
+        raise ValueError(f"--share={share}: the name of a file that ends with .html")
+    if share is not None and out is not None:
+        raise ValueError("--out: a directory; --share writes one file, so leave --out away")
+    shared = None if share is None else pathlib.Path(share)
     sorts = {name: sort(name) for name in what}
     if len(set(sorts.values())) > 1:
         listed = ", ".join(f"{name} is {kind}" for name, kind in sorts.items())
         raise ValueError(f"{listed}: give runs or adapters, not both")
     if ADAPTER in sorts.values():
-        return adapters.write(what, base, out, alpha, layers, also)
+        return adapters.write(what, base, out, alpha, layers, also, shared)
     if alpha is not None:
         raise ValueError("--alpha is for loralib's checkpoints; a run's adapters store their scale")
     if len(what) > 1:
@@ -109,12 +121,12 @@ def write(
             raise ValueError("--base is for adapters or one run; comparing runs needs no base")
         if also:
             raise ValueError("--also is for adapters or one run; give one of these runs")
-        return several_runs.write(what, out)
+        return several_runs.write(what, out, shared)
     if out is not None:
         raise ValueError(f"--out: the report of one run goes into its directory, here {what[0]}")
     config = runs.load(what[0]).config
     kernels = bases.of_config(config) if base is None else (bases.load(base), "")
-    return one_run.write(what[0], *kernels, layers, base, also)
+    return one_run.write(what[0], *kernels, layers, base, also, shared)
 
 
 def sort(name: str) -> str:

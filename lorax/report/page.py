@@ -34,7 +34,7 @@ from lorax.analysis.runs import is_missing
 from lorax.console import console
 from lorax.errors import reason
 from lorax.files import read_json, write_bytes, write_json
-from lorax.report import charts
+from lorax.report import charts, sharing
 
 DPI = 150  # of the images
 CONSOLE = console(stderr=True)  # shows progress on a terminal
@@ -78,17 +78,41 @@ class Fixed(NamedTuple):
 
 
 def save(
-    directory: pathlib.Path, title: str, lead: str, sections: Sequence[Section], command: str
+    directory: pathlib.Path,
+    title: str,
+    lead: str,
+    sections: Sequence[Section],
+    command: str,
+    share: pathlib.Path | None = None,
 ) -> pathlib.Path:
     """Draw all figures, then write them, the numbers and the page. Returns the path of report.html.
 
     Removes files that an earlier page wrote here and this one doesn't. All other files (the run's,
     the user's) stay.
 
+    share: write only this file instead: the page with the figures, their numbers and the
+    directory's config.json in it, without paths of this machine.
+
     If a section or figure fails, the page shows a note in its place with the command that redraws
     the page (`command`), a `SectionFailed` warning is issued, and errors.txt gets the traceback.
     Everything else is written.
     """
+    files, images, failed = _draw(sections)
+    if share is not None:
+        written = _write_shared(share, directory, (title, lead, sections, images, command), files)
+    else:
+        written = _write(directory, put_together(title, lead, sections, images, command), files)
+    for part_name, error in failed.items():
+        warnings.warn(
+            f"{part_name}: {rundir.keep_error(directory, error)}", SectionFailed, stacklevel=2
+        )
+    return written
+
+
+def _draw(
+    sections: Sequence[Section],
+) -> tuple[dict[str, bytes], dict[str, bytes | dict | Exception], dict[str, Exception]]:
+    """(all files but the page, by their paths; every figure, for `put_together`; what failed)."""
     failed = {section.title: section.error for section in sections if section.error is not None}
     files: dict[str, bytes] = {}
     images: dict[str, bytes | dict | Exception] = {}
@@ -112,8 +136,11 @@ def save(
         files |= {
             f"{rundir.ANALYSIS}/{name}": _data(value) for name, value in section.files.items()
         }
-    page = put_together(title, lead, sections, images, command)
+    return files, images, failed
 
+
+def _write(directory: pathlib.Path, page: str, files: dict[str, bytes]) -> pathlib.Path:
+    """Write the page and its files, and remove those that an earlier page left."""
     earlier = _written(directory)
     _write_manifest(directory, earlier | set(files))
     for name, data in files.items():
@@ -122,11 +149,30 @@ def save(
     for name in earlier - set(files):
         (directory / name).unlink(missing_ok=True)
     _write_manifest(directory, set(files))
-    for part_name, error in failed.items():
-        warnings.warn(
-            f"{part_name}: {rundir.keep_error(directory, error)}", SectionFailed, stacklevel=2
-        )
     return written
+
+
+def _write_shared(
+    out: pathlib.Path, directory: pathlib.Path, page: tuple, files: dict[str, bytes]
+) -> pathlib.Path:
+    """Write the page as one file. page: the arguments of `put_together`."""
+    title, lead, sections, images, command = page
+    config = directory / rundir.CONFIG
+    known = sharing.named_in(read_json(config)) if config.exists() else []
+    shown = sharing.without_paths([directory, out, *known])
+    sections = [part._replace(content=shown(part.content)) for part in sections]
+    images = {
+        name: json.loads(shown(json.dumps(image))) if isinstance(image, dict) else image
+        for name, image in images.items()
+    }
+    text = put_together(shown(title), shown(lead), sections, images, shown(command))
+    if config.exists():
+        files = {**files, rundir.CONFIG: config.read_bytes()}
+    inside = {
+        name: shown(data.decode()).encode() if name.endswith((".csv", ".json")) else data
+        for name, data in files.items()
+    }
+    return write_bytes(out, sharing.one_file(text, inside).encode())
 
 
 class SectionFailed(UserWarning):
@@ -417,7 +463,7 @@ def facts(pairs: dict[str, Any], code: Iterable[str] = (), commands: Iterable[st
     for name, value in pairs.items():
         if value in (None, "", {}):
             continue
-        text = f"<code>{escape(value)}</code>" if name in code else escape(value)
+        text = f"<code>{escape(value)}</code>" if name in code else _cell(value)
         text = command_block(value) if name in commands else text
         rows.append(f"<dt>{escape(name)}</dt><dd>{text}</dd>")
     return f"<dl>{''.join(rows)}</dl>"

@@ -42,6 +42,7 @@ def write(
     alpha: float | None = None,
     layers: int | None = None,
     also: Sequence[str] = (),
+    share: pathlib.Path | None = None,
 ) -> pathlib.Path:
     """Analyse one or two adapters and write their report. Returns the path of report.html.
 
@@ -53,6 +54,7 @@ def write(
       alpha: lora_alpha of loralib's checkpoints, which don't store it.
       layers: in how many layers, evenly spaced, they are compared with the base; None: all.
       also: statistics of every update, each as "FILE.py:function".
+      share: write the page as one file here instead.
 
     Raises FileNotFoundError or ValueError for an adapter that can't be read and for a base that
     can't be loaded or doesn't fit, before anything is written.
@@ -78,7 +80,7 @@ def write(
         options = {"base": base, "alpha": alpha, "layers": layers, "also": also, "out": directory}
         command = page.command(paths, **options)
         sections = _sections(given, kernels, why, command, layers, statistics)
-        return page.save(directory, " and ".join(names), LEAD, sections, command)
+        return page.save(directory, " and ".join(names), LEAD, sections, command, share)
 
 
 def read(name: str, path: pathlib.Path, sources=None, alpha: float | None = None) -> Given:

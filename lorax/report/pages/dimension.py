@@ -19,12 +19,15 @@ def is_search(run: runs.Run) -> bool:
     return bool((run.config.get("config", {}).get("search") or {}).get("threshold"))
 
 
-def write(run: runs.Run, base: str | None = None) -> pathlib.Path:
+def write(
+    run: runs.Run, base: str | None = None, share: pathlib.Path | None = None
+) -> pathlib.Path:
     """Write the report of a search into its run directory. Returns the path of report.html. base:
-    the value of --base."""
+    the value of --base. share: write the page as one file here instead."""
     command = page.command([run.directory], base=base)
     sections = page.attempt("Intrinsic dimension", _sections, run, command)
-    return page.save(run.directory, run.directory.resolve().name, LEAD, sections, command)
+    name = run.directory.resolve().name
+    return page.save(run.directory, name, LEAD, sections, command, share)
 
 
 def _sections(run: runs.Run, command: str) -> list[Section]:

@@ -38,6 +38,7 @@ def write(
     layers: int | None = None,
     base: str | None = None,
     also: Sequence[str] = (),
+    share: pathlib.Path | None = None,
 ) -> pathlib.Path:
     """Analyse a run directory and write its report. Returns the path of report.html.
 
@@ -51,6 +52,7 @@ def write(
         redraws the page.
       also: statistics of every update, each as "FILE.py:function". For statistics that only the
         run's config names (analysis.also), the page shows the numbers stored in analysis/.
+      share: write the page as one file here instead (`lorax.report.page.save`).
 
     A section that fails is replaced by its error (`lorax.report.page.save`). Raises what
     `lorax.analysis.runs.load` raises.
@@ -62,13 +64,14 @@ def write(
         if dimension.is_search(run):
             if also:
                 raise ValueError(f"analysis.also: {NO_UPDATES}")
-            return dimension.write(run, base)
+            return dimension.write(run, base, share)
         command = page.command([run.directory], base=base, layers=layers, also=also)
         analysis = run.config.get("config", {}).get("analysis") or {}
         layers = analysis.get("layers") if layers is None else layers
         arguments = (base_kernels, no_kernels, layers, command, statistics)
         sections = page.attempt("Answer", lambda: of_sweep(outcome.read(run), *arguments))
-        return page.save(run.directory, run.directory.resolve().name, LEAD, sections, command)
+        name = run.directory.resolve().name
+        return page.save(run.directory, name, LEAD, sections, command, share)
 
 
 def of_sweep(

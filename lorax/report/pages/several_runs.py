@@ -24,13 +24,16 @@ TRAINED = ("train.batch_size", "task.n_train")  # with the steps: keys that set 
 
 
 def write(
-    directories: Sequence[str | os.PathLike], out: str | os.PathLike | None = None
+    directories: Sequence[str | os.PathLike],
+    out: str | os.PathLike | None = None,
+    share: pathlib.Path | None = None,
 ) -> pathlib.Path:
     """Analyse runs and write the page that compares them. Returns the path of report.html.
 
     Args:
       directories: the runs' directories, two or more.
       out: where to write the page; by default runs/compare-<their names>.
+      share: write the page as one file here instead.
 
     Raises what `lorax.analysis.runs.load` raises, before anything is written.
     """
@@ -53,7 +56,7 @@ def write(
             *page.attempt("Subspace similarity", _similarity, trained),
             notes.section(notes.LOSSES, notes.UPDATES, *[notes.SEARCHES] * bool(searches)),
         ]
-        return page.save(directory, ", ".join(named), LEAD, sections, command)
+        return page.save(directory, ", ".join(named), LEAD, sections, command, share)
 
 
 # --------------------------------------------------------------------------------- runs and members

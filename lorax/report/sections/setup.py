@@ -41,7 +41,7 @@ def facts(run: runs.Run, table: pd.DataFrame, by: runs.Axes, redraw: str) -> Sec
         "Git revision": run.config.get("git"),
         "Command": command,
         "Redraw this page": redraw,
-        "Resolved config": "config.json, next to this page",
+        "Resolved config": page.Link("config.json", "config.json"),
     }
     code, commands = ("Git revision", "Base weights (sha256)"), ("Command", "Redraw this page")
     return Section("What was run", page.paragraph(lead) + page.facts(known, code, commands))
