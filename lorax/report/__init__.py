@@ -12,8 +12,8 @@ def draw(*inputs, base=None, out=None, alpha=None, layers=None, also=(), share=N
 
     inputs: a run (loaded, or its directory), several runs to compare, or one or two adapters; also
     as one list. base, out, alpha, layers: as on the command line. also: statistics of every update,
-    as functions or "FILE.py:function". share: a file to hand on, written instead. Raises FileNotFoundError or ValueError that says what was
-    given and what is expected.
+    as functions or "FILE.py:function". share: a file to hand on, which is written instead. Raises
+    FileNotFoundError or ValueError that says what was given and what is expected.
     """
     from lorax.report import __main__ as command  # it imports this module
 
