@@ -1,12 +1,14 @@
 """Losses of a batch: next-token prediction without storing all logits, classification, regression.
 
 Each loss of a kind of rows (`lorax.tasks.kinds`) returns the sum of the weighted losses, the sum of
-the weights, and the model's outputs, None for language models.
+the weights, and the model's outputs, None for language models. Its namesake ending in `_rows`
+returns `Rows`, what becomes of each row.
 
 Axes: B sequences, T tokens, D features, V vocabulary.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,21 @@ import optax
 from lorax import intercept
 
 ROWS = 256  # logits are computed for at most this many tokens at a time
+
+
+class Rows(NamedTuple):
+    """What becomes of each row of an evaluation.
+
+    loss: (B,) float32, summed over the row's targets. weight: (B,) float32, the number of targets:
+    tokens, or 1; 0 for a row that fills up a batch. right: (B,) float32, how many of them the model
+    predicts, its output for them being above all others; None for values. outputs: (B, k) float32,
+    the model's; None for language models.
+    """
+
+    loss: jax.Array
+    weight: jax.Array
+    right: jax.Array | None
+    outputs: jax.Array | None
 
 
 def token_losses(module, params, hidden, labels, smoothing=0.0):
@@ -37,17 +54,21 @@ def weighted_loss(module, params, hidden, labels, weights, smoothing=0.0):
     and the trained part of the head. The backward pass only scales that gradient, and no (N, V)
     array ever exists.
     """
-    n = len(labels)
-    rows = -(-n // -(-n // ROWS))  # equal parts of at most ROWS
-    pad = -n % rows
-    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, rows, hidden.shape[-1])
-    labels, weights = (jnp.pad(x, (0, pad)).reshape(-1, rows) for x in (labels, weights))
+    hidden, labels, weights = _in_parts(hidden, labels, weights)
     head = {name: params[name] for name in module.head if name in params}
 
     def loss(head, hidden, labels, weights):
         return jnp.sum(weights * token_losses(module, head, hidden, labels, smoothing))
 
     return _sum_over_rows(loss, head, hidden, labels, weights)
+
+
+def _in_parts(*arrays):
+    """Arrays (n, ...) as equal parts of at most `ROWS`, the last filled up with zeros."""
+    n = len(arrays[0])
+    rows = -(-n // -(-n // ROWS))
+    fill = lambda x: jnp.pad(x, ((0, -n % rows), *((0, 0),) * (x.ndim - 1)))
+    return tuple(fill(x).reshape(-1, rows, *x.shape[1:]) for x in arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -98,12 +119,33 @@ def lm_loss(module, params, batch, smoothing=0.0):
     batch: {"tokens": (B, T + 1) int32, "mask": (B, T + 1) float32} and, if rows hold several texts,
     "segments" (B, T + 1) int32; see `lorax.tasks.Task`.
     """
+    hidden, labels, weights = _hidden(module, params, batch)
+    total = weighted_loss(module, params, hidden, labels, weights.reshape(-1), smoothing)
+    return total, jnp.sum(weights), None
+
+
+def lm_rows(module, params, batch) -> Rows:
+    """`Rows` of next-token prediction; batch as for `lm_loss`."""
+    hidden, labels, weights = _hidden(module, params, batch)
+
+    def of_part(part):
+        logits = intercept.apply(module, params, part[0], method="logits")
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, part[1])
+        given = jnp.take_along_axis(logits, part[1][:, None], axis=1)
+        return nats, jnp.sum(logits >= given, axis=1) == 1  # none but the label itself
+
+    of_tokens = jax.lax.map(of_part, _in_parts(hidden, labels))
+    nats, right = (x.reshape(-1)[: weights.size].reshape(weights.shape) for x in of_tokens)
+    sums = (jnp.sum(weights * x, axis=1) for x in (nats, 1.0, right))
+    return Rows(*sums, None)
+
+
+def _hidden(module, params, batch):
+    """Hidden states (B T, D) and labels (B T,) of a batch of texts, weights (B, T) of the labels."""
     tokens, weights, segments = batch["tokens"], batch["mask"][:, 1:], batch.get("segments")
     segments = None if segments is None else segments[:, :-1]
     hidden = intercept.apply(module, params, tokens[:, :-1], segments, method="hidden")
-    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
-    total = weighted_loss(module, params, hidden, labels, weights.reshape(-1), smoothing)
-    return total, jnp.sum(weights), None
+    return hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1), weights
 
 
 def class_loss(module, params, batch, smoothing=0.0):
@@ -113,14 +155,17 @@ def class_loss(module, params, batch, smoothing=0.0):
     (cross entropy in nats), a float32 one a value to predict (squared error). A row without tokens
     does not count.
     """
+    return _summed(class_rows(module, params, batch, smoothing))
+
+
+def class_rows(module, params, batch, smoothing=0.0) -> Rows:
+    """`Rows` of a classifier; batch as for `class_loss`."""
     tokens, segments, label = batch["tokens"], batch["segments"], batch["label"]
     scores = intercept.apply(module, params, tokens, segments, batch["types"])
-    if jnp.issubdtype(label.dtype, jnp.integer):
-        losses = _cross_entropy(scores, label, smoothing)
-    else:
-        losses = jnp.square(scores[:, 0] - label)
     weights = jnp.any(segments > 0, axis=1).astype(jnp.float32)
-    return jnp.sum(weights * losses), jnp.sum(weights), scores
+    if jnp.issubdtype(label.dtype, jnp.integer):
+        return _of_classes(scores, label, weights, smoothing)
+    return Rows(weights * jnp.square(scores[:, 0] - label), weights, None, scores)
 
 
 def array_loss(module, params, batch, smoothing=0.0):
@@ -130,18 +175,28 @@ def array_loss(module, params, batch, smoothing=0.0):
     class (cross entropy in nats), or (B, k) float32, values (squared error, the mean over the k);
     "weight": (B,) float32}.
     """
+    return _summed(array_rows(module, params, batch, smoothing))
+
+
+def array_rows(module, params, batch, smoothing=0.0) -> Rows:
+    """`Rows` of a model of arrays; batch as for `array_loss`."""
     inputs, label, weights = batch["inputs"], batch["label"], batch["weight"]
     if inputs.dtype == jnp.uint8:
         inputs = inputs.astype(jnp.float32) / 255
     outputs = intercept.apply(module, params, inputs)
     if jnp.issubdtype(label.dtype, jnp.integer):
-        losses = _cross_entropy(outputs, label, smoothing)
-    else:
-        losses = jnp.mean(jnp.square(outputs - label), axis=-1)
-    return jnp.sum(weights * losses), jnp.sum(weights), outputs
+        return _of_classes(outputs, label, weights, smoothing)
+    losses = jnp.mean(jnp.square(outputs - label), axis=-1)
+    return Rows(weights * losses, weights, None, outputs)
 
 
-def _cross_entropy(scores, classes, smoothing):
-    """Nats of each row: scores (B, k) float32, classes (B,) int32 -> (B,) float32."""
+def _summed(rows: Rows):
+    return jnp.sum(rows.loss), jnp.sum(rows.weight), rows.outputs
+
+
+def _of_classes(scores, classes, weights, smoothing) -> Rows:
+    """`Rows` of classes: scores (B, k) float32, classes (B,) int32, weights (B,) float32."""
     target = optax.smooth_labels(jax.nn.one_hot(classes, scores.shape[-1]), smoothing)
-    return optax.softmax_cross_entropy(scores, target)
+    losses = optax.softmax_cross_entropy(scores, target)
+    right = jnp.argmax(scores, axis=-1) == classes
+    return Rows(weights * losses, weights, weights * right, scores)

@@ -5,9 +5,10 @@
     labelled  texts, or pairs of texts, each with a class or a value
     arrays    arrays, each with a class or with values
 
-All of them take `train` and `eval`, which may be generators, and `metric`, a function of (outputs,
-labels) or, for pairs and texts, of (generated texts, references). It returns a number, which is
-named after the function, or {name: number}. Rows are made later, once tokenizer and base are known.
+All of them take `train` and `eval`, which may be generators, optionally `test`, and `metric`, a
+function of (outputs, labels) or, for pairs and texts, of (generated texts, references). It returns
+a number, which is named after the function, or {name: number}. Without `test`, test rows are cut
+from `eval` (`lorax.tasks.splits`). Rows are made later, once tokenizer and base are known.
 """
 
 import inspect
@@ -21,9 +22,9 @@ import numpy as np
 
 from lorax import outside
 from lorax.errors import reason
-from lorax.tasks import kinds, metrics, rows, scores, sentences
+from lorax.tasks import kinds, metrics, rows, scores, sentences, splits
 from lorax.tasks.kinds import Kind
-from lorax.tasks.rows import Example, Prompt, Task, check_n_train, count
+from lorax.tasks.rows import Example, Task, check_n_train, count
 
 Pair = tuple[str, str]
 
@@ -35,7 +36,8 @@ class DataError(ValueError):
 class Data(NamedTuple):
     """The data of a task, before the tokenizer and the base are known.
 
-    kind: of its rows. build(config, vocabulary, seq_len, base) -> Task, config being `config.task`.
+    kind: of its rows. build(config, vocabulary, seq_len, base, apart=False) -> Task, config being
+    `config.task`, apart: whether the task has test rows (`eval.test` is not 0).
     shapes(config, lead, seq_len, base) -> shapes of batches of its train rows, `lead` being the
     axes before those of a row. uses: the settings among "packing" and "group_by_length" that apply.
     outputs: number of outputs of the encoder's head for this task, 0 for none.
@@ -57,20 +59,29 @@ def pairs(
     prompts: Iterable[Pair] | None = None,
     metric: Callable | None = None,
     note: str = "",
+    test: Iterable[Pair] | None = None,
 ) -> Data:
     """Prompts and completions, (prompt, completion) each, for a causal language model.
 
     The loss is on the completions and their end tokens. Pairs of more than `train.seq_len` tokens
     are dropped; `task.n_train` counts the others. prompts: what `eval.generate` completes, each
-    with its reference; a prompt given several times has several references; None: those of `eval`.
-    metric(texts, references): texts (N,) str as generated, references (N,) tuples of str; None:
-    BLEU, NIST, ROUGE and METEOR. note: added to the line that the task prints.
+    with its reference; a prompt given several times has several references; None: those of the test
+    rows, or of `eval` without any. metric(texts, references): texts (N,) str as generated,
+    references (N,) tuples of str; None: BLEU, NIST, ROUGE and METEOR. note: added to the line that
+    the task prints. test: as `eval`; None: half of the prompts of `eval`, with their completions.
     """
     train, eval = _pairs(train, "train"), _pairs(eval, "eval")
-    prompts = eval if prompts is None else _pairs(prompts, "prompts")
+    test = None if test is None else _pairs(test, "test")
+    prompts = None if prompts is None else _pairs(prompts, "prompts")
 
-    def build(config, vocabulary, seq_len, base):
-        task = rows.encode_pairs(config, vocabulary, seq_len, train, eval, prompts)
+    def build(config, vocabulary, seq_len, base, apart=False):
+        validation, tested = eval, None
+        if apart:
+            prompt = lambda pair: pair[0]
+            validation, tested = splits.parted(eval, test, prompt, splits.seed_of(config))
+        asked = next(part for part in (prompts, tested, eval) if part is not None)
+        sets = (part and map(lambda x: rows.pair(*x), part) for part in (train, validation, tested))
+        task = rows.encode_sets(config, vocabulary, seq_len, *sets, rows.group(asked))
         return _scored_texts(task._replace(note=task.note + note), metric)
 
     return Data(kinds.TEXTS, build, shapes_of_texts, ("packing", "group_by_length"))
@@ -79,15 +90,24 @@ def pairs(
 def examples(
     train: Iterable[Example],
     eval: Iterable[Example],
-    prompts: Sequence[Prompt],
+    question: Callable[[Example], Pair],
     metric: Callable | None = None,
     note: str = "",
+    test: Sequence[Example] | None = None,
 ) -> Data:
     """Like `pairs`, with more than two pieces: conversations. An example is a sequence of (text,
-    whether it is a target), with `rows.END` for the end token."""
+    whether it is a target), with `rows.END` for the end token. question(example) -> (prompt, its
+    reference), for `eval.generate`. Examples with the same text before their first target belong
+    together."""
 
-    def build(config, vocabulary, seq_len, base):
-        task = rows.encode_sets(config, vocabulary, seq_len, train, eval, tuple(prompts))
+    def build(config, vocabulary, seq_len, base, apart=False):
+        validation, tested = eval, None
+        if apart:
+            opening = splits.opening
+            validation, tested = splits.parted(eval, test, opening, splits.seed_of(config))
+        prompts = rows.group(map(question, eval if tested is None else tested))
+        sets = train, validation, tested
+        task = rows.encode_sets(config, vocabulary, seq_len, *sets, prompts)
         return _scored_texts(task._replace(note=task.note + note), metric)
 
     return Data(kinds.TEXTS, build, shapes_of_texts, ("packing", "group_by_length"))
@@ -99,32 +119,37 @@ def texts(
     prompts: Iterable[Pair] = (),
     metric: Callable | None = None,
     note: str = "",
+    test: Iterable[str] | None = None,
 ) -> Data:
     """Plain texts for a causal language model, packed into rows of `train.seq_len` + 1 tokens.
 
     Each row begins with the last token of the previous row, so that every token is predicted once;
     an end token separates two texts, and tokens left over at the end are dropped. `task.n_train`
-    counts rows. prompts, metric: as for `pairs`.
+    counts rows. prompts, metric: as for `pairs`. test: as `eval`; None: the second half of the rows
+    of `eval`.
     """
-    train, eval = _checked(train, "train", _text), _checked(eval, "eval", _text)
+    sets = {name: _checked(part, name, _text) for name, part in _given(train, eval, test).items()}
     prompts = _pairs(prompts, "prompts")
     if metric is not None and not rows.group(prompts):
         raise DataError("metric: given without prompts; it scores the texts that complete them")
 
-    def build(config, vocabulary, seq_len, base):
-        sets, words = [], []
-        for name, part in (("train", train), ("eval", eval)):
-            tokens, mask, total = rows.pack(part, vocabulary, seq_len)
+    def build(config, vocabulary, seq_len, base, apart=False):
+        packed, words = {}, []
+        for name in sets if apart else ("train", "eval"):
+            tokens, mask, total = rows.pack(sets[name], vocabulary, seq_len)
             if not len(tokens):
                 raise DataError(
                     f"{name}: {count(total)} tokens were given; a row of {seq_len} needs "
                     f"{count(seq_len + 1)}"
                 )
             n = check_n_train(config.get("n_train"), len(tokens)) if name == "train" else None
-            sets.append({"tokens": tokens[:n], "mask": mask[:n]})
+            packed[name] = {"tokens": tokens[:n], "mask": mask[:n]}
             words.append(f"{count(len(tokens[:n]))} {name} rows of {count(total)} tokens")
-        task = Task(config["name"], *sets, ", ".join(words) + note, rows.group(prompts))
-        return _scored_texts(task, metric)
+        if apart and "test" not in packed:
+            packed["eval"], packed["test"] = splits.halves(packed["eval"])
+            words.append("of which the second half is for test")
+        task = Task(config["name"], note=", ".join(words) + note, **packed)
+        return _scored_texts(task._replace(prompts=rows.group(prompts)), metric)
 
     return Data(kinds.TEXTS, build, shapes_of_texts)
 
@@ -148,16 +173,19 @@ def labelled(
     classes: int | Sequence[str] | None = None,
     metric: Callable | None = None,
     note: str = "",
+    test: Iterable[tuple] | None = None,
 ) -> Data:
     """Texts with a label for an encoder: (text, label) or ((text, text), label) each.
 
     A label is a class, an int from 0 on or one of the words in `classes`, or a value, a float.
     Examples longer than `train.seq_len` tokens are truncated. classes: their number or names; None:
     inferred from the largest label. metric(outputs, labels): outputs (N, classes) float, or (N, 1)
-    of values; labels (N,); None: the accuracy of classes, the Pearson correlation of values.
+    of values; labels (N,); None: the accuracy of classes, the Pearson correlation of values. test:
+    as `eval`; None: half of `eval`. Items with the same first text belong together.
     """
     names = () if classes is None or isinstance(classes, int) else tuple(classes)
-    sets = {name: _labelled(part, name, names) for name, part in (("train", train), ("eval", eval))}
+    given = _given(train, eval, test)
+    sets = {name: _labelled(part, name, names) for name, part in given.items()}
     every = [label for _, labels in sets.values() for label in labels]
     values = any(isinstance(label, float) for label in every)
     dtype = np.float32 if values else np.int32
@@ -169,18 +197,17 @@ def labelled(
         )
     metric = metric or (pearson if values else accuracy)
 
-    def build(config, vocabulary, seq_len, base):
+    def build(config, vocabulary, seq_len, base, apart=False):
         n = check_n_train(config.get("n_train"), len(sets["train"][0]))
-        encoded, words = [], []
-        for name, m in (("train", n), ("eval", None)):
-            texts, labels = (part[:m] for part in sets[name])
-            encoded_part, cut = sentences.encode(
-                texts, np.array(labels, dtype), vocabulary, seq_len
+        encoded, words = {}, []
+        for name, (texts, labels) in _apart(sets, apart, config, splits.first_text).items():
+            m = n if name == "train" else None
+            encoded[name], cut = sentences.encode(
+                texts[:m], np.array(labels[:m], dtype), vocabulary, seq_len
             )
-            encoded.append(encoded_part)
-            words.append(f"{count(len(texts))} {name} examples")
+            words.append(f"{count(len(texts[:m]))} {name} examples")
             words[-1] += f" ({count(cut)} cut at {seq_len} tokens)" * bool(cut)
-        task = Task(config["name"], *encoded, ", ".join(words) + note, kind=kinds.LABELLED)
+        task = Task(config["name"], note=", ".join(words) + note, kind=kinds.LABELLED, **encoded)
         return _scored_outputs(task, metric, outputs)
 
     def shapes(config, lead, seq_len, base):
@@ -199,6 +226,7 @@ def arrays(
     metric: Callable | None = None,
     note: str = "",
     what: str = "arrays",
+    test: tuple | None = None,
 ) -> Data:
     """Arrays (x, y) for a base that reads arrays.
 
@@ -207,33 +235,36 @@ def arrays(
     classes from 0 on, or float (N,) or (N, k), values. classes: their number; None: the number of
     outputs of the base. metric(outputs, labels): outputs (N, k) float, labels as in y, values (N,
     k); None: the accuracy of classes, nothing for values. what: a word for the arrays in messages.
+    test: as `eval`; None: half of `eval`. Equal rows of x belong together.
     """
-    sets = {name: _arrays(part, name) for name, part in (("train", train), ("eval", eval))}
-    (x, y), (x_eval, y_eval) = sets.values()
-    for i, (train_part, eval_part) in enumerate(((x, x_eval), (y, y_eval))):
-        if train_part.shape[1:] != eval_part.shape[1:] or train_part.dtype != eval_part.dtype:
-            raise DataError(
-                f"{'xy'[i]}: train has {train_part.dtype} {train_part.shape}, eval "
-                f"{eval_part.dtype} {eval_part.shape}; all but the first axis must be the same"
-            )
+    sets = {name: _arrays(part, name) for name, part in _given(train, eval, test).items()}
+    x, y = sets["train"]
+    for name, others in sets.items():
+        for letter, first, other in zip("xy", (x, y), others, strict=True):
+            if first.shape[1:] != other.shape[1:] or first.dtype != other.dtype:
+                raise DataError(
+                    f"{letter}: train has {first.dtype} {first.shape}, {name} {other.dtype} "
+                    f"{other.shape}; all but the first axis must be the same"
+                )
     values = y.dtype == np.float32
     metric = metric or (None if values else accuracy)
 
-    def build(config, vocabulary, seq_len, base):
+    def build(config, vocabulary, seq_len, base, apart=False):
         n = check_n_train(config.get("n_train"), len(x))
         shape = _row_shape(base, x.shape[1:], config["name"], what)
         _check_outputs(base, sets, None if values else classes, config["name"])
-        made = [
-            {
-                "inputs": inputs.reshape(len(inputs), *shape),
-                "label": label,
-                "weight": np.ones(len(label), np.float32),
+        made = {}
+        for name, (inputs, label) in _apart(sets, apart, config, np.ndarray.tobytes).items():
+            m = n if name == "train" else None
+            made[name] = {
+                "inputs": inputs[:m].reshape(-1, *shape),
+                "label": label[:m],
+                "weight": np.ones(len(label[:m]), np.float32),
             }
-            for inputs, label in ((x[:n], y[:n]), sets["eval"])
-        ]
-        line = f"{count(n)} train and {count(len(x_eval))} eval {what}{note}"
+        sizes = [f"{count(len(part['label']))} {name}" for name, part in made.items()]
+        line = f"{', '.join(sizes[:-1])} and {sizes[-1]} {what}{note}"
         kind = kinds.ARRAYS._replace(scored=metric is not None)
-        task = Task(config["name"], *made, line, kind=kind)
+        task = Task(config["name"], note=line, kind=kind, **made)
         return _scored_outputs(task, metric, base.traits.outputs)
 
     def shapes(config, lead, seq_len, base):
@@ -320,6 +351,23 @@ def accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
 def pearson(outputs: np.ndarray, labels: np.ndarray) -> float:
     """Pearson correlation of the values."""
     return metrics.pearson(outputs[:, 0], labels)
+
+
+def _given(train, eval, test) -> dict[str, Any]:
+    """{name of a set: what was given for it}; without "test" if that is None."""
+    sets = {"train": train, "eval": eval, "test": test}
+    return {name: part for name, part in sets.items() if part is not None}
+
+
+def _apart(sets: dict[str, tuple], apart: bool, config, key: Callable) -> dict[str, tuple]:
+    """The sets that a task has, each (inputs, labels): with test rows if `apart`, without if not.
+    key: of an input; see `splits.parted`."""
+    three = {"train": sets["train"], "eval": sets["eval"]}
+    if apart and "test" in sets:
+        three["test"] = sets["test"]
+    elif apart:
+        three["eval"], three["test"] = splits.labelled(*sets["eval"], key, splits.seed_of(config))
+    return three
 
 
 # ------------------------------------------------------------------------------- checking the input

@@ -78,17 +78,18 @@ def examples(path: str | Path, split: str) -> list[tuple[str, str]]:
 
 
 def load(config: Mapping[str, Any]) -> Data:
-    """Trains on trainset.csv (its first n_train rows), evaluates on devset.csv. The prompts are
-    the distinct meaning representations of testset_w_refs.csv with all their texts, or those of
-    devset.csv if that file is missing."""
+    """Trains on trainset.csv (its first n_train rows), validates on devset.csv, tests on
+    testset_w_refs.csv. The prompts are the distinct meaning representations of that file with all
+    their texts. If it is missing, half of the meaning representations of devset.csv are for
+    test."""
     path = check_path(config, EXPECTED)
     train = examples(path, "train")
     evaluation = examples(path, "eval")
     try:
-        prompts = examples(path, "test")
+        test = examples(path, "test")
     except FileNotFoundError:
-        prompts = evaluation
-    return pairs(train, evaluation, prompts)
+        test = None
+    return pairs(train, evaluation, prompts=test, test=test)
 
 
 def _pair(row: list[str]) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from lorax.errors import nearest
 from lorax.files import read_text
-from lorax.tasks import kinds, metrics, sentences
+from lorax.tasks import kinds, metrics, sentences, splits
 from lorax.tasks.data import Data
 from lorax.tasks.rows import Task, check_n_train, check_path, count
 from lorax.tasks.sentences import Texts
@@ -99,7 +99,9 @@ def report(subset: str, scores: ArrayLike, labels: ArrayLike) -> dict[str, float
 
 def load(config: Mapping[str, Any]) -> Data:
     """Trains on train.tsv (its first n_train examples), evaluates on dev.tsv, for MNLI on
-    dev_matched.tsv, and for MRPC in Microsoft's own files on the test set.
+    dev_matched.tsv, and for MRPC in Microsoft's own files on the test set. Half of that set is for
+    validation and half for test, as the labels of GLUE's own test files are not published; examples
+    with the same first sentence stay together.
 
     config: `subset` is a key of `SUBSETS`, case and dashes ignored; `path` the folder of that
         task, or the folder with all of them.
@@ -112,21 +114,30 @@ def load(config: Mapping[str, Any]) -> Data:
         )
     name = canonical(config["subset"])
     train_file, eval_file = _files(check_path(config, _expected(name)), name)
-    sets = {"train": (train_file, *examples(train_file, name))}
-    sets["eval"] = eval_file, *examples(eval_file, name)
+    whole = {"train": (train_file, *examples(train_file, name))}
+    whole["eval"] = eval_file, *examples(eval_file, name)
 
-    def build(config, vocabulary, seq_len, base):
-        rows, notes = [], []
-        for split, (file, texts, labels, left_out) in sets.items():
+    def build(config, vocabulary, seq_len, base, apart=False):
+        rows, notes = {}, []
+        for split, (file, texts, labels, left_out) in (
+            _apart(whole, config) if apart else whole
+        ).items():
             n = check_n_train(config.get("n_train") if split == "train" else None, len(texts))
-            encoded, cut = sentences.encode(texts[:n], labels[:n], vocabulary, seq_len)
-            rows.append(encoded)
+            rows[split], cut = sentences.encode(texts[:n], labels[:n], vocabulary, seq_len)
             notes.append(_note(n, split, file, left_out, cut, seq_len))
         note = f"{SUBSETS[name].folder}, {', '.join(notes)}"
         scored = {"outputs": outputs(name), "scores": functools.partial(report, name)}
-        return Task(config["name"], *rows, note, kind=kinds.LABELLED, **scored)
+        return Task(config["name"], note=note, kind=kinds.LABELLED, **rows, **scored)
 
     return Data(kinds.LABELLED, build, shapes, ("group_by_length",), outputs(name))
+
+
+def _apart(sets: dict[str, tuple], config) -> dict[str, tuple]:
+    """The sets with half of "eval" as "test"."""
+    file, texts, labels, left_out = sets["eval"]
+    halves = splits.labelled(texts, labels, splits.first_text, splits.seed_of(config))
+    parts = dict(zip(("eval", "test"), halves, strict=True))
+    return sets | {split: (file, *part, left_out) for split, part in parts.items()}
 
 
 def shapes(config, lead, seq_len, base):

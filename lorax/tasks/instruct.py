@@ -33,6 +33,7 @@ refused unless they are empty, as is a field that belongs to another form. All o
 categories...) are not used in training; the task's note names them.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,6 @@ from lorax.tasks.rows import (
     Example,
     check_path,
     count,
-    group,
     pair,
 )
 from lorax.tasks.templates import Chat
@@ -53,7 +53,7 @@ from lorax.vocabulary import Vocabulary
 
 EXPECTED = (
     "a file of JSON Lines or a JSON array, or a folder with train.jsonl and eval.jsonl (or "
-    "test.jsonl) in it"
+    "test.jsonl, or both) in it"
 )
 OPENINGS = (  # github.com/tatsu-lab/stanford_alpaca, train.py: PROMPT_DICT; without an input, with
     "Below is an instruction that describes a task. "
@@ -95,30 +95,50 @@ class Read(NamedTuple):
 
 
 def load(config: Mapping[str, Any], vocabulary: Vocabulary) -> Data:
-    """Trains on train.jsonl of a folder (its first n_train records) and evaluates on eval.jsonl or
-    test.jsonl next to it; from a single file the last 5% (at least one) are the evaluation set.
-    Records with empty answers are left out. The prompts are the evaluation records up to their last
-    answers."""
+    """Trains on train.jsonl of a folder (its first n_train records), validates on eval.jsonl, tests
+    on test.jsonl. If one of the two is missing, the other is the evaluation set, half of which is
+    for test; from a single file the last 5% are (at least one record, or two with test rows).
+    Records with empty answers are left out. The prompts are the test records up to their last
+    answers, those for validation without test rows."""
     path = check_path(config, EXPECTED)
-    settings = (vocabulary, config.get("template"))
-    if path.is_dir():
-        train, empty, unused = _examples(_file_in(path, "train.jsonl"), *settings)
-        eval_file = _file_in(path, "eval.jsonl", "test.jsonl")
-        evaluation, empty_eval, unused_eval = _examples(eval_file, *settings)
-        empty, unused = empty + empty_eval, unused | unused_eval
-    else:
-        pieces, empty, unused = _examples(path, *settings)
-        held_out = max(1, len(pieces) * 5 // 100)
-        train, evaluation = pieces[:-held_out], pieces[-held_out:]
-    if not train or not evaluation:
+    read = functools.partial(_examples, vocabulary=vocabulary, template=config.get("template"))
+    if not path.is_dir():
+        return _of_one_file(config, path, *read(path), vocabulary)
+    files = {"train": _file_in(path, "train.jsonl")}
+    files["eval"] = _file_in(path, "eval.jsonl", "test.jsonl")
+    test = next((x for x in _files_in(path, "test.jsonl") if x != files["eval"]), None)
+    files |= {"test": test} if test else {}
+    sets, empty, unused = {}, 0, set()
+    for name, file in files.items():
+        sets[name], left_out, others = read(file)
+        empty, unused = empty + left_out, unused | others
+    return _data(path, sets["train"], sets["eval"], sets.get("test"), empty, unused, vocabulary)
+
+
+def _of_one_file(config, path: Path, pieces, empty: int, unused: set[str], vocabulary) -> Data:
+    """The data of a single file, whose last 5% are for evaluation."""
+    held_out = max(1, len(pieces) * 5 // 100)
+    of = lambda n: _data(path, pieces[:-n], pieces[-n:], None, empty, unused, vocabulary)
+
+    def build(*arguments, apart=False):
+        return of(max(2, held_out) if apart else held_out).build(*arguments, apart=apart)
+
+    return of(held_out)._replace(build=build)
+
+
+def _data(path: Path, train, evaluation, test, empty: int, unused: set[str], vocabulary) -> Data:
+    """`data.examples` of the sets. Raises ValueError if one has no example."""
+    sizes = {"train": train, "evaluation": evaluation} | ({} if test is None else {"test": test})
+    if not all(sizes.values()):
+        sizes = " and ".join(f"{len(part)} {name}" for name, part in sizes.items())
         raise ValueError(
-            f"task.path: {str(path)!r} has {len(train)} train and {len(evaluation)} evaluation "
-            "examples with an answer; at least one of each is needed"
+            f"task.path: {str(path)!r} has {sizes} examples with an answer; at least one of each "
+            "is needed"
         )
-    prompts = group(_question(example, vocabulary) for example in evaluation)
+    question = functools.partial(_question, vocabulary=vocabulary)
     note = f"; {count(empty)} without an answer left out" * bool(empty)
     note += f"; fields without a part in training: {', '.join(sorted(unused))}" * bool(unused)
-    return data.examples(train, evaluation, prompts, note=note)
+    return data.examples(train, evaluation, question, note=note, test=test)
 
 
 def examples(
@@ -212,11 +232,15 @@ def _examples(
     return trainable, len(pieces) - len(trainable), set().union(*(read.unused for read in parsed))
 
 
+def _files_in(folder: Path, *names: str) -> list[Path]:
+    """The files of these names that there are, each as JSON Lines or JSON."""
+    both = (folder / x for name in names for x in (name, name.replace(".jsonl", ".json")))
+    return [path for path in both if path.is_file()]
+
+
 def _file_in(folder: Path, *names: str) -> Path:
-    for name in names:
-        for path in (folder / name, folder / name.replace(".jsonl", ".json")):
-            if path.is_file():
-                return path
+    for path in _files_in(folder, *names):
+        return path
     raise FileNotFoundError(
         f"task.path: {str(folder)!r} has no {' or '.join(names)}; expected {EXPECTED}"
     )

@@ -26,6 +26,7 @@ class Kind(NamedTuple):
         predicted.
     loss(module, params, batch, smoothing=0.0) -> (sum of losses, sum of weights, outputs (B, k)
         float32), all float32; outputs is None for language models.
+    rows(module, params, batch) -> `losses.Rows`, what becomes of each row.
     real(batch) -> (B, T) bool: the positions that the model reads and that are not padding; an
         array is one position, (B, 1).
     inputs(batch) -> the arguments of the model's `hidden`; None where it has none.
@@ -39,6 +40,7 @@ class Kind(NamedTuple):
     per_token: tuple[str, ...]
     ahead: int
     loss: Callable
+    rows: Callable
     real: Callable
     inputs: Callable | None
     counted: Callable | None
@@ -69,6 +71,7 @@ TEXTS = Kind(
     per_token=("tokens", "mask", "segments"),
     ahead=1,
     loss=losses.lm_loss,
+    rows=losses.lm_rows,
     real=_text_positions,
     inputs=_text_inputs,
     counted=_text_columns,
@@ -80,6 +83,7 @@ LABELLED = Kind(
     per_token=("tokens", "segments", "types"),
     ahead=0,
     loss=losses.class_loss,
+    rows=losses.class_rows,
     real=lambda batch: batch["segments"] > 0,
     inputs=lambda batch: [batch["tokens"], batch["segments"], batch["types"]],
     counted=lambda rows: rows["segments"] > 0,
@@ -92,6 +96,7 @@ ARRAYS = Kind(
     per_token=(),
     ahead=0,
     loss=losses.array_loss,
+    rows=losses.array_rows,
     real=lambda batch: batch["weight"][:, None] > 0,
     inputs=None,
     counted=None,
@@ -128,12 +133,13 @@ def lengths(kind: Kind, rows: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.where(counts.any(axis=1), last, 1)
 
 
-def trim(kind: Kind, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rows without trailing columns that are padding in every row, to save computation. A model
-    then reads a multiple of 8 tokens, or as many as before."""
+def trim(kind: Kind, *sets: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Sets of rows without trailing columns that are padding in every row of all of them, to save
+    computation. A model then reads a multiple of 8 tokens, or as many as before."""
     if not kind.per_token:
-        return dict(rows)
-    return narrowed(kind, rows, eights(lengths(kind, rows).max() - kind.ahead) + kind.ahead)
+        return [dict(rows) for rows in sets]
+    longest = max(lengths(kind, rows).max() for rows in sets)
+    return [narrowed(kind, rows, eights(longest - kind.ahead) + kind.ahead) for rows in sets]
 
 
 def eights(n: float) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 from lorax.tasks.data import Data, pairs
 from lorax.tasks.rows import linearise
 
-N_TRAIN, N_EVAL = 12_000, 512
+N_TRAIN, N_EVAL, N_TEST = 12_000, 512, 512
 MEANINGS = 4_000  # distinct meaning representations among 12,000 train examples: three texts each
 HELD_OUT = 8  # one in 8 meaning representations is for evaluation only
 
@@ -593,8 +593,8 @@ def stream(seed: int, split: str = "train") -> Iterator[tuple[str, str]]:
 
 
 def load(config: Mapping[str, Any]) -> Data:
-    """12,000 train examples (or n_train, which may be more) and 512 for evaluation, whose meaning
-    representations are the prompts."""
+    """12,000 train examples (or n_train, which may be more), 512 for validation and 512 others for
+    test, all of which have distinct meaning representations. The prompts are those for test."""
     if config.get("path"):
         raise ValueError(
             f"task.path: {config['path']!r} was given; task 'restaurants' reads no file (None)"
@@ -604,5 +604,5 @@ def load(config: Mapping[str, Any]) -> Data:
     seed = config.get("seed", 0)
     # Enough to replace examples that are too long.
     train = itertools.islice(stream(seed, "train"), max(n_train, N_TRAIN))
-    evaluation = examples(N_EVAL, seed, "eval")
-    return pairs(train, evaluation)
+    held_out = examples(N_EVAL + N_TEST, seed, "eval")
+    return pairs(train, held_out[:N_EVAL], test=held_out[N_EVAL:])

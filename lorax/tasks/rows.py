@@ -29,12 +29,13 @@ class Task(NamedTuple):
     """What to train and evaluate on. A language model reads `tokens[:, :-1]` and predicts
     `tokens[:, 1:]`, weighted by `mask[:, 1:]`. A model of arrays reads `inputs`, predicts `label`.
 
-    train, eval: {"tokens": (N, seq_len + 1) int32, "mask": (N, seq_len + 1) float32}; the mask is
-        1 where a token is a target (a completion and its end token), 0 on prompts, on padding, on
-        column 0 and on the first token of an example. Packed train rows have "segments" too:
-        (N, seq_len + 1) int32, the examples of a row counted from 1, 0 on padding; a token sees
-        its own segment alone, and its position counts from the segment's start. Rows of a text
-        classifier are `sentences.encode`'s.
+    train, eval, test: the rows to train on, to choose by (validation) and to report (None if no
+        test rows are asked for): {"tokens": (N, seq_len + 1) int32, "mask": (N, seq_len + 1)
+        float32}; the mask is 1 where a token is a target (a completion and its end token), 0 on
+        prompts, on padding, on column 0 and on the first token of an example. Packed train rows
+        have "segments" too: (N, seq_len + 1) int32, the examples of a row counted from 1, 0 on
+        padding; a token sees its own segment alone, and its position counts from the segment's
+        start. Rows of a text classifier are `sentences.encode`'s.
         Rows of an array task: {"inputs": (N, ...) uint8, pixels that the device scales to [0, 1],
         or float32 as they are; "label": (N,) int32, a class, or (N, k) float32, values; "weight":
         (N,) float32, ones, so that zero rows that fill up a batch have no weight}.
@@ -63,6 +64,7 @@ class Task(NamedTuple):
     kind: Kind = TEXTS
     text_scores: Callable | None = None
     own_score: Callable | None = None
+    test: Rows | None = None
 
 
 def count(n: int) -> str:
@@ -274,27 +276,19 @@ def encode_sets(
     seq_len: int,
     train: Iterable[Example],
     evaluation: Iterable[Example],
+    test: Iterable[Example] | None,
     prompts: tuple[Prompt, ...],
 ) -> Task:
-    """The task of a train set, which `task.packing` packs, and an evaluation set, never packed.
+    """The task of a train set, which `task.packing` packs, and validation and test sets, which are
+    never packed. test: None for no test rows.
 
     Trains on the first `task.n_train` examples that fit. Raises ValueError if fewer do.
     """
     packing, n = bool(config.get("packing")), config.get("n_train")
-    train_rows, train_note = encode(train, vocabulary, seq_len, "train", packing, n)
-    eval_rows, eval_note = encode(evaluation, vocabulary, seq_len, "eval")
-    return Task(config["name"], train_rows, eval_rows, f"{train_note}, {eval_note}", prompts)
-
-
-def encode_pairs(
-    config: Mapping[str, Any],
-    vocabulary: Vocabulary,
-    seq_len: int,
-    train: Iterable[tuple[str, str]],
-    evaluation: Pairs,
-    prompts: Pairs | None = None,
-) -> Task:
-    """`encode_sets` of (prompt, completion) pairs. prompts: None for the evaluation set's."""
-    sets = ((pair(*x) for x in pairs) for pairs in (train, evaluation))
-    prompts = group(evaluation if prompts is None else prompts)
-    return encode_sets(config, vocabulary, seq_len, *sets, prompts)
+    train_rows, note = encode(train, vocabulary, seq_len, "train", packing, n)
+    sets = {"eval": evaluation} | ({} if test is None else {"test": test})
+    encoded = {}
+    for name, part in sets.items():
+        encoded[name], words = encode(part, vocabulary, seq_len, name)
+        note += f", {words}"
+    return Task(config["name"], train_rows, note=note, prompts=prompts, **encoded)

@@ -35,16 +35,15 @@ def examples(path: str | Path, split: str) -> tuple[list[tuple[str, str]], int]:
 
 
 def load(config: Mapping[str, Any]) -> Data:
-    """Trains on train.json (its first n_train dialogues), evaluates on val.json; the prompts are
-    those of test.json if it exists."""
+    """Trains on train.json (its first n_train dialogues), validates on val.json, tests on
+    test.json, whose dialogues are the prompts; if it is missing, half of val.json is for test."""
     path = check_path(config, EXPECTED)
     train, empty = examples(path, "train")
     evaluation, empty_eval = examples(path, "eval")
     try:
-        prompts, _ = examples(path, "test")
+        test, _ = examples(path, "test")
     except FileNotFoundError:
-        prompts = evaluation
+        test = None
     left_out = empty + empty_eval
-    return pairs(
-        train, evaluation, prompts, note=f"; {count(left_out)} empty ones left out" * bool(left_out)
-    )
+    note = f"; {count(left_out)} empty ones left out" * bool(left_out)
+    return pairs(train, evaluation, prompts=test, note=note, test=test)

@@ -139,6 +139,7 @@ def build(
     eval_examples: int | None = None,
     base: Base | None = None,
     draw_seed: int | None = None,
+    test: int | None = 0,
 ) -> Task:
     """Builds the rows of the task that `config` names.
 
@@ -151,11 +152,13 @@ def build(
     seq_len: the most tokens that a model reads; a row of a language model has one more. Longer
         examples are dropped, or truncated for a classifier. Columns that no row needs are left out.
         Not used by array tasks.
-    eval_examples: evaluation rows to keep, evenly spaced over the set (None: all). The prompts
+    eval_examples: validation rows to keep, evenly spaced over the set (None: all). The prompts
         don't change.
     base: the base that an array task's rows must fit; not needed for a text task.
     draw_seed: `seeds.data`, which draws the n_train train rows at random among all instead of
         taking the first; the evaluation rows don't change.
+    test: `eval.test`, the test rows to keep, evenly spaced as well (None: all; 0: the task has no
+        test rows, and the whole evaluation set is for validation).
 
     Raises ValueError, or FileNotFoundError, naming the config field or the file and line at fault.
     """
@@ -177,14 +180,11 @@ def build(
     available = {"config": config, "vocabulary": vocabulary, "base": base}
     data = known.load(**{key: available[key] for key in outside.takes(known.load)})
     try:
-        task = data.build(config, vocabulary, seq_len, base)
+        task = data.build(config, vocabulary, seq_len, base, apart=test != 0)
     except DataError as error:
         raise ValueError(f"task.name: {name}: {error}") from error
-    train, evaluation = kinds.trim(task.kind, task.train), kinds.trim(task.kind, task.eval)
-    eval_rows, note = spread(evaluation, eval_examples), task.note
-    if size(eval_rows) < size(evaluation):
-        note += f"; evaluates on {count(size(eval_rows))} of these, evenly spaced"
-    task = task._replace(train=train, eval=eval_rows, note=f"{name}: {note}")
+    task = _kept(task, eval_examples, test)
+    task = task._replace(note=f"{name}: {task.note}")
     if draw_seed is not None:
         task = drawn(task, n_train, draw_seed)
     if config.get("group_by_length"):
@@ -192,6 +192,21 @@ def build(
         share = task.lengths.mean() / kinds.columns(task.kind, task.train)
         task = task._replace(note=f"{task.note}; rows are {share:.0%} full, grouped by length")
     return task
+
+
+def _kept(task: Task, eval_examples: int | None, test: int | None) -> Task:
+    """The task with its rows trimmed, and with as many for evaluation as are asked for.
+    Validation and test rows have the same number of columns: one program evaluates both."""
+    (train,) = kinds.trim(task.kind, task.train)
+    sets = [rows for rows in (task.eval, task.test) if rows is not None]
+    trimmed = kinds.trim(task.kind, *sets)
+    kept = [spread(rows, n) for rows, n in zip(trimmed, (eval_examples, test), strict=False)]
+    note = task.note
+    for rows, few, what in zip(sets, kept, ("evaluates on", "tests on"), strict=False):
+        if size(few) < size(rows):
+            note += f"; {what} {count(size(few))} of these, evenly spaced"
+    evaluated = dict(zip(("eval", "test"), kept, strict=False))
+    return task._replace(train=train, note=note, **evaluated)
 
 
 def _check_keys(config: Mapping[str, Any], known: Row) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorax.files import read_text
-from lorax.tasks import kinds, rows
+from lorax.tasks import kinds, rows, splits
 from lorax.tasks.data import Data, shapes_of_texts
 from lorax.tasks.rows import Task, check_n_train, check_path, count
 from lorax.vocabulary import END_OF_TEXT
@@ -16,7 +16,8 @@ from lorax.vocabulary import END_OF_TEXT
 
 def load(config: Mapping[str, Any]) -> Data:
     """Rows of `rows.pack`; end-of-text markers separate the texts. The last 5% of the rows (at
-    least one) are the evaluation set.
+    least one) are the evaluation set; with test rows at least two, the second half of them for
+    test.
 
     Raises FileNotFoundError; ValueError if the file is not UTF-8 (with the line) or holds less than
     two rows.
@@ -27,14 +28,16 @@ def load(config: Mapping[str, Any]) -> Data:
     content = read_text(path)
     parts = content.split(END_OF_TEXT) if content else []
 
-    def build(config, vocabulary, seq_len, base):
+    def build(config, vocabulary, seq_len, base, apart=False):
         tokens, mask, total = rows.pack(parts, vocabulary, seq_len)
-        if len(tokens) < 2:
+        least = 1 + apart  # of rows to evaluate
+        if len(tokens) < 1 + least:
+            needed = "a train, a validation and a test row" if apart else "a train and an eval row"
             raise ValueError(
-                f"task.path: {str(path)!r} is too short: it has {count(total)} tokens, and a train "
-                f"and an evaluation row of {seq_len} need {count(2 * seq_len + 1)}"
+                f"task.path: {str(path)!r} is too short: it has {count(total)} tokens, and "
+                f"{needed} of {seq_len} need {count((1 + least) * seq_len + 1)}"
             )
-        held_out = max(1, len(tokens) * 5 // 100)
+        held_out = max(least, len(tokens) * 5 // 100)
         n_train = check_n_train(config.get("n_train"), len(tokens) - held_out)
         train = {"tokens": tokens[:n_train], "mask": mask[:n_train]}
         evaluation = {"tokens": tokens[-held_out:], "mask": mask[-held_out:]}
@@ -43,6 +46,10 @@ def load(config: Mapping[str, Any]) -> Data:
             f"{count(n_train)} train rows, {count(held_out)} eval rows (the end of the file) of "
             f"{count(total)} tokens in all; {count(left_over)} left over at the end dropped"
         )
-        return Task(config["name"], train, evaluation, note)
+        if not apart:
+            return Task(config["name"], train, evaluation, note)
+        validation, test = splits.halves(evaluation)
+        note += f"; {count(len(test['tokens']))} of the eval rows are for test"
+        return Task(config["name"], train, validation, note, test=test)
 
     return Data(kinds.TEXTS, build, shapes_of_texts)

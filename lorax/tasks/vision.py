@@ -25,8 +25,9 @@ DIGITS_EVAL = 360  # of 1,797
 
 
 def mnist(config: Mapping[str, Any]) -> Data:
-    """Handwritten digits of 28 x 28 pixels (LeCun et al. 1998): 60,000 to train on, of which the
-    first n_train, and 10,000 to evaluate.
+    """Handwritten digits of 28 x 28 pixels (LeCun et al. 1998): 50,000 to train on, of which the
+    first n_train, the 10,000 after them for validation, and the file's 10,000 test images for test.
+    Without test rows (`eval.test` 0): 60,000 to train on, and the test images for validation.
 
     config: `path` is an .npz file of x_train (N, 28, 28) uint8, y_train (N,) integers from 0 to 9,
         x_test and y_test; other images of these shapes and classes work too.
@@ -34,17 +35,32 @@ def mnist(config: Mapping[str, Any]) -> Data:
     """
     file = check_path(config, EXPECTED)
     x_train, y_train, x_test, y_test = read(file)
-    train, evaluation = (x_train, y_train), (x_test, y_test)
-    return _arrays(config, train, evaluation, file.name)
+    test, held_out = (x_test, y_test), len(x_train) // 6
+    whole = _arrays(config, (x_train, y_train), test, file.name)
+
+    def build(*arguments, apart=False):
+        if not apart:
+            return whole.build(*arguments)
+        if not held_out:
+            raise ValueError(
+                f"task.path: {file} has {len(x_train)} train images, and one in six of them is for "
+                "validation; give at least 6, or set eval.test to 0"
+            )
+        train, evaluation = (
+            (x_train[i], y_train[i]) for i in (slice(None, -held_out), slice(-held_out, None))
+        )
+        return _arrays(config, train, evaluation, file.name, test).build(*arguments, apart=True)
+
+    return whole._replace(build=build)
 
 
 def digits(config: Mapping[str, Any]) -> Data:
     """The 1,797 digits of 8 x 8 pixels of scikit-learn (a part of UCI's "Optical Recognition of
     Handwritten Digits"): 1,437 to train on, of which the first n_train, and 360 to evaluate.
 
-    Pixels of 0 to 16 are scaled to 0 to 255. The split is always the same: `train_test_split` with
-    random_state 0, stratified, so that both parts have all classes in equal shares; train images
-    are in its random order.
+    Half of the 360 are for test. Pixels of 0 to 16 are scaled to 0 to 255. The split into 1,437 and
+    360 is always the same: `train_test_split` with random_state 0, stratified, so that both parts
+    have all classes in equal shares; train images are in its random order.
     """
     from sklearn.datasets import load_digits  # a second of imports
     from sklearn.model_selection import train_test_split
@@ -87,16 +103,19 @@ def read(file: Path) -> tuple[np.ndarray, ...]:
     return arrays
 
 
-def _arrays(config, train, evaluation, source: str) -> Data:
-    """The data from two sets of (images (N, height, width) uint8, labels (N,) integers)."""
+def _arrays(config, train, evaluation, source: str, test=None) -> Data:
+    """The data from sets of (images (N, height, width) uint8, labels (N,) integers). test: None: to
+    be cut from `evaluation`."""
+    sets = [train, evaluation] + ([] if test is None else [test])
     note = f" of {source}"
     if config.get("shuffle"):
         order = permutation(math.prod(train[0].shape[1:]), config.get("seed") or 0)
         shuffled = lambda x: x.reshape(len(x), -1)[:, order].reshape(x.shape)
-        train, evaluation = ((shuffled(x), y) for x, y in (train, evaluation))
+        sets = [(shuffled(x), y) for x, y in sets]
         note += ", pixels shuffled"
-    train, evaluation = ((x[..., None], y) for x, y in (train, evaluation))
-    return arrays(train, evaluation, CLASSES, accuracy, note=note, what="images")
+    train, evaluation, *tests = ((x[..., None], y) for x, y in sets)
+    settings = dict(note=note, what="images", test=tests[0] if tests else None)
+    return arrays(train, evaluation, CLASSES, accuracy, **settings)
 
 
 def shapes(config, lead, seq_len, base):

@@ -21,7 +21,7 @@ from lorax.tasks.data import Data, pairs
 from lorax.tasks.records import Record
 from lorax.tasks.rows import check_path, linearise
 
-SPLITS = {"train": "train", "eval": "dev"}
+SPLITS = {"train": "train", "eval": "dev", "test": "test"}
 EXPECTED = (
     "a folder with WikiSQL's train.jsonl, train.tables.jsonl, dev.jsonl and dev.tables.jsonl in it"
 )
@@ -30,7 +30,8 @@ OPERATORS = ("=", ">", "<", "OP")
 
 
 def examples(path: str | Path, split: str) -> list[tuple[str, str]]:
-    """(prompt, completion) of every question, in the file's order; split is "train" or "eval".
+    """(prompt, completion) of every question, in the file's order; split is "train", "eval" or
+    "test".
 
     Raises FileNotFoundError, or ValueError naming the file and the line.
     """
@@ -51,11 +52,16 @@ def examples(path: str | Path, split: str) -> list[tuple[str, str]]:
 
 
 def load(config: Mapping[str, Any]) -> Data:
-    """Trains on train.jsonl (its first n_train questions), evaluates on dev.jsonl, as the paper
-    does; the prompts are those of dev.jsonl."""
+    """Trains on train.jsonl (its first n_train questions), validates on dev.jsonl, tests on
+    test.jsonl; if that is missing, half of dev.jsonl is for test. The paper evaluates on dev.jsonl,
+    as a run with `eval.test` 0 does."""
     path = check_path(config, EXPECTED)
     train, evaluation = examples(path, "train"), examples(path, "eval")
-    return pairs(train, evaluation)
+    try:
+        test = examples(path, "test")
+    except FileNotFoundError:
+        test = None
+    return pairs(train, evaluation, test=test)
 
 
 def _header(table: Record) -> list[str]:

@@ -189,7 +189,7 @@ def test_registry_is_complete():
     ]
     with_tasks = {row.load.__module__ for row in tasks.TASKS.values()}
     helpers = ("metrics", "records", "rows", "sentences", "rendering", "templates")
-    helpers += ("data", "table", "kinds", "scores", "subsets", "batch_order")
+    helpers += ("data", "table", "kinds", "scores", "subsets", "splits", "batch_order")
     assert {x.__name__ for x in modules} == with_tasks | {f"lorax.tasks.{x}" for x in helpers}
 
 
@@ -233,15 +233,15 @@ def test_settings_that_a_task_has_no_use_for(vocabulary, name, field, value):
 def test_columns_that_no_row_needs_are_left_out():
     rows = {"tokens": np.arange(66).reshape(2, 33), "mask": np.zeros((2, 33), np.float32)}
     rows["mask"][0, 3:12] = rows["mask"][1, 5] = 1
-    cut = kinds.trim(kinds.TEXTS, rows)
+    (cut,) = kinds.trim(kinds.TEXTS, rows)
     assert {x.shape for x in cut.values()} == {(2, 17)}  # 11 predicted, 16 read
     np.testing.assert_array_equal(cut["tokens"], rows["tokens"][:, :17])
     classes = {"tokens": rows["tokens"], "label": np.arange(2)}
     classes["segments"] = (np.arange(33) < [[9], [2]]).astype(np.int32)
-    cut = kinds.trim(kinds.LABELLED, classes)
+    (cut,) = kinds.trim(kinds.LABELLED, classes)
     assert cut["tokens"].shape == (2, 16) and len(cut["label"]) == 2
     full = rows | {"mask": np.ones((2, 33), np.float32)}
-    assert kinds.trim(kinds.TEXTS, full)["tokens"].shape == (2, 33)
+    assert kinds.trim(kinds.TEXTS, full)[0]["tokens"].shape == (2, 33)
 
 
 # ------------------------------------------------------------------- rows that are dropped, n_train
