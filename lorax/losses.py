@@ -23,9 +23,9 @@ class Rows(NamedTuple):
     """What becomes of each row of an evaluation.
 
     loss: (B,) float32, summed over the row's targets. weight: (B,) float32, the number of targets:
-    tokens, or 1; 0 for a row that fills up a batch. right: (B,) float32, how many of them the model
-    predicts, its output for them being above all others; None for values. outputs: (B, k) float32,
-    the model's; None for language models.
+    tokens, or 1; 0 for a row that fills up a batch. right: (B,) float32, how many of the targets
+    have the largest output; None for values. outputs: (B, k) float32, the model's; None for
+    language models.
     """
 
     loss: jax.Array
@@ -132,16 +132,17 @@ def lm_rows(module, params, batch) -> Rows:
         logits = intercept.apply(module, params, part[0], method="logits")
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, part[1])
         given = jnp.take_along_axis(logits, part[1][:, None], axis=1)
-        return nats, jnp.sum(logits >= given, axis=1) == 1  # none but the label itself
+        alone = jnp.sum(logits >= given, axis=1) == 1  # no other reaches the label's
+        return nats, alone.astype(jnp.float32)
 
     of_tokens = jax.lax.map(of_part, _in_parts(hidden, labels))
     nats, right = (x.reshape(-1)[: weights.size].reshape(weights.shape) for x in of_tokens)
-    sums = (jnp.sum(weights * x, axis=1) for x in (nats, 1.0, right))
-    return Rows(*sums, None)
+    of_rows = lambda x: jnp.sum(x, axis=1)
+    return Rows(of_rows(weights * nats), of_rows(weights), of_rows(weights * right), None)
 
 
 def _hidden(module, params, batch):
-    """Hidden states (B T, D) and labels (B T,) of a batch of texts, weights (B, T) of the labels."""
+    """(hidden states (B T, D), labels (B T,), weights of the labels (B, T)) of a batch of texts."""
     tokens, weights, segments = batch["tokens"], batch["mask"][:, 1:], batch.get("segments")
     segments = None if segments is None else segments[:, :-1]
     hidden = intercept.apply(module, params, tokens[:, :-1], segments, method="hidden")
@@ -198,5 +199,5 @@ def _of_classes(scores, classes, weights, smoothing) -> Rows:
     """`Rows` of classes: scores (B, k) float32, classes (B,) int32, weights (B,) float32."""
     target = optax.smooth_labels(jax.nn.one_hot(classes, scores.shape[-1]), smoothing)
     losses = optax.softmax_cross_entropy(scores, target)
-    right = jnp.argmax(scores, axis=-1) == classes
+    right = (jnp.argmax(scores, axis=-1) == classes).astype(jnp.float32)
     return Rows(weights * losses, weights, weights * right, scores)

@@ -11,7 +11,10 @@ from lorax import outside
 from lorax.tasks import metrics
 from lorax.tasks.rows import Task
 
-RESERVED = ("loss", "member", "step", "split", "grad_norm")  # other fields of metrics.jsonl
+# Share of the target tokens whose logit is the largest, given the tokens before them
+TOKEN_ACCURACY = "token_accuracy"
+# Other fields of metrics.jsonl
+RESERVED = ("loss", "member", "step", "split", "grad_norm", TOKEN_ACCURACY)
 
 
 class Metric(NamedTuple):
@@ -111,13 +114,9 @@ def with_own(task: Task, name: str, generates: bool) -> Task:
     return task._replace(own_score=own, kind=task.kind._replace(scored=not task.kind.causal))
 
 
-def of_members(task: Task, outputs, m: int) -> dict[str, np.ndarray]:
-    """{metric: (m,) float32} of the first m members. outputs: of an evaluation, (M, N, B, k), or
-    None, which gives no scores."""
-    if outputs is None:
-        return {}
-    labels = task.eval["label"]
-    rows = np.asarray(outputs)[:m].reshape(m, -1, outputs.shape[-1])[:, : len(labels)]
+def of_members(task: Task, outputs, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """{metric: (M,) float32} of members. outputs: of an evaluation, (M, N, k). labels: (N, ...)."""
+    rows = np.asarray(outputs)
     measured = [metric for metric in (task.scores, task.own_score) if metric is not None]
     each = [{k: v for metric in measured for k, v in metric(row, labels).items()} for row in rows]
     return {name: np.array([scores[name] for scores in each], np.float32) for name in each[0]}
@@ -138,12 +137,20 @@ def of_texts(
     return values | (task.own_score(texts, references) if task.own_score else {})
 
 
+def has_token_accuracy(task: Task) -> bool:
+    """Whether a run reports `TOKEN_ACCURACY`: of a language model, if rows are looked at one by
+    one, as they are with test rows."""
+    return task.kind.causal and task.test is not None
+
+
 def names(task: Task, generates: bool) -> list[str]:
     """The names of the scores that a run reports. generates: whether it generates texts."""
     result = []
     if task.kind.scored:
-        rows = np.zeros((1, 1, len(task.eval["label"]), task.outputs), np.float32)
-        result += of_members(task, rows, 1)
+        labels = task.eval["label"]
+        result += of_members(task, np.zeros((1, len(labels), task.outputs), np.float32), labels)
+    if has_token_accuracy(task):
+        result.append(TOKEN_ACCURACY)
     if generates:
         prompt = task.prompts[0]
         result += of_texts(task, [prompt.references[0]], [prompt.references])

@@ -1,5 +1,7 @@
 """The batches that members train on at each step and are evaluated on."""
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 
@@ -40,10 +42,35 @@ def batch_shapes(train, task: tasks.Task, k: int) -> dict:
     }
 
 
+class Evaluated(NamedTuple):
+    """The rows of a split. batches: leaves (N, B, ...). n: how many of the N hold rows, the others
+    being filled up with zeros. rows: their number."""
+
+    batches: dict
+    n: int
+    rows: int
+
+
 def eval_batches(task: tasks.Task, batch_size: int) -> dict:
-    """The evaluation rows as leaves (N, B, ...); the last batch is filled up with rows of weight
+    """The validation rows as leaves (N, B, ...); the last batch is filled up with rows of weight
     0."""
-    rows = tasks.size(task.eval)
-    size = min(batch_size, rows)
-    fill = lambda x: np.pad(x, ((0, -rows % size), *((0, 0),) * (x.ndim - 1)))
-    return {name: fill(x).reshape(-1, size, *x.shape[1:]) for name, x in task.eval.items()}
+    return splits(task._replace(test=None), batch_size)["eval"].batches
+
+
+def splits(task: tasks.Task, batch_size: int) -> dict[str, Evaluated]:
+    """The validation rows, "eval", and the test rows, "test", if there are any, as batches of one
+    shape, so that one program evaluates both."""
+    sets = {"eval": task.eval} | ({} if task.test is None else {"test": task.test})
+    counts = {split: tasks.size(rows) for split, rows in sets.items()}
+    most = max(counts.values())
+    size = min(batch_size, most)
+    room = most + -most % size
+
+    def batched(x):
+        filled = np.pad(x, ((0, room - len(x)), *((0, 0),) * (x.ndim - 1)))
+        return filled.reshape(-1, size, *x.shape[1:])
+
+    return {
+        split: Evaluated({name: batched(x) for name, x in rows.items()}, -(-n // size), n)
+        for (split, rows), n in zip(sets.items(), counts.values(), strict=True)
+    }

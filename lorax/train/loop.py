@@ -17,7 +17,7 @@ from lorax.config import Member, group_key
 from lorax.files import write_bytes
 from lorax.halving import Race
 from lorax.train import fitting, layouts, part, results, stacks, trajectory
-from lorax.train.batches import batch_shapes, eval_batches
+from lorax.train.batches import batch_shapes, splits
 from lorax.train.prepare import Group
 from lorax.train.programs import Programs
 
@@ -66,8 +66,10 @@ def train(
     A row has "status" ("finished", "diverged" or "stopped"), "diverged_at" (step or None),
     "eval_loss" (nats per completion token, a classifier's loss, or the squared error of values;
     None unless it finished), "seconds", "step_ms" (of training alone; both are a member's share)
-    and "scores" ({metric: value} of a classifier or of generated texts); one that a race stopped
-    also "stopped_at". If it finished, it has "cka" (per layer) with `analysis.cka`, and
+    and "scores" ({metric: value} of a classifier, of tokens or of generated texts); one that a race
+    stopped also "stopped_at". With test rows it has "base_test_loss", that of step 0, "test_loss"
+    and "test_scores" (None and {} unless it finished); with `eval.keep` "best" it has "kept_step",
+    the step that was exported, whose results these are. If it finished, it has "cka" (per layer) with `analysis.cka`, and
     "base_scores" (of the base's own texts) with `eval.generate`. "failed" ({config key: reason}) is
     set if the texts or the CKA of a trained member failed. If training is killed at any moment and
     called again, metrics, adapters and trajectories are bit for bit the same as without the
@@ -106,7 +108,7 @@ def _losses(rows: dict[int, dict], at: dict[int, part.Position], running) -> dic
             loss = rows[i]["eval_loss"]
             losses[i] = math.nan if loss is None else loss
         else:
-            losses[i] = float(at[i].losses) if at[i].state.diverged_at < 0 else math.nan
+            losses[i] = float(at[i].measured.losses) if at[i].state.diverged_at < 0 else math.nan
     return losses
 
 
@@ -130,7 +132,11 @@ def _train_group(
     parts = stacks.parts(stack, programs.layout.size)
     rows, reached, done = {}, {}, 0
     params = programs.place_base(group.base.params)
-    eval_rows = jax.device_put(eval_batches(group.task, group.config.eval.batch_size))
+    evaluated = splits(group.task, group.config.eval.batch_size)
+    evaluated = {
+        name: split._replace(batches=jax.device_put(split.batches))
+        for name, split in evaluated.items()
+    }
     for number, stack in enumerate(parts):
         members = [member.index for member in stack.members]
         start = part.together([at[i] for i in members]) if members[0] in at else None
@@ -141,7 +147,7 @@ def _train_group(
             stack=stack if start is None else stack._replace(state=start.state),
             programs=programs,
             params=params,
-            eval_rows=eval_rows,
+            splits=evaluated,
             constants=programs.place(stack.constants),
             hyper=programs.place(stack.hyper),
             until=race.ends(members[0], leg)[1],
@@ -236,7 +242,7 @@ def _shapes(group: Group):
     c = group.config
     k = steps_per_call(c.eval.every, c.train.offload)
     batches = batch_shapes(c.train, group.task, k)
-    return batches, tree.shapes(eval_batches(group.task, c.eval.batch_size))
+    return batches, tree.shapes(splits(group.task, c.eval.batch_size)["eval"].batches)
 
 
 def _without_spectra(group: Group) -> str:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lorax import rundir, tree
+from lorax import losses, rundir, tree
 from lorax.calls import steps_per_call
-from lorax.tasks import scores
-from lorax.train import checkpoint, trajectory
-from lorax.train.batches import train_batches
+from lorax.train import checkpoint, evaluation, trajectory
+from lorax.train.batches import Evaluated, train_batches
+from lorax.train.evaluation import Measured
 from lorax.train.prepare import Group
 from lorax.train.programs import Programs
 from lorax.train.stacks import Stack
@@ -28,8 +29,9 @@ class Part(NamedTuple):
     """Everything that stays the same while a part is trained.
 
     name: of its files in the run directory (`rundir.part`). stack: M members of the group, on the
-    host. params, eval_rows, constants, hyper: on the devices. until: the step at which it ends.
-    start: where its members stood after the last leg, None at step 0. say: prints a line.
+    host. params, splits ({"eval": rows, "test": rows}), constants, hyper: on the devices. until:
+    the step at which it ends. start: where its members stood after the last leg, None at step 0.
+    say: prints a line.
     """
 
     workdir: Path
@@ -38,7 +40,7 @@ class Part(NamedTuple):
     stack: Stack
     programs: Programs
     params: dict
-    eval_rows: dict
+    splits: dict[str, Evaluated]
     constants: dict
     hyper: tuple
     until: int
@@ -46,12 +48,23 @@ class Part(NamedTuple):
     say: Callable[[str], None]
 
 
+class Kept(NamedTuple):
+    """What is exported of each member: its trainable parameters, leaves (M, ...) on the devices,
+    the steps (M,) that they are of, and the evaluation at that step."""
+
+    trainable: dict
+    steps: np.ndarray
+    measured: Measured
+
+
 class Position(NamedTuple):
     """Progress of a part.
 
     state: of its members, on the devices. offset: bytes of metrics.jsonl so far. seconds: (M,)
     float64, each member's share of the wall clock; in_steps: the same of the seconds spent in
-    training steps. losses, scores: (M,) and {metric: (M,)} float32 of the last evaluation.
+    training steps. measured: the last evaluation. tests: the evaluations of the test rows so far,
+    at step 0 and after the last step; () without test rows. kept: with `eval.keep` "best" what was
+    best so far, else None.
     """
 
     step: int
@@ -59,8 +72,9 @@ class Position(NamedTuple):
     offset: int
     seconds: np.ndarray
     in_steps: np.ndarray
-    losses: np.ndarray
-    scores: dict[str, np.ndarray]
+    measured: Measured
+    tests: tuple[Measured, ...] = ()
+    kept: Kept | None = None
 
 
 def train(part: Part, offset: int, progress: Callable[[int], None]) -> Position:
@@ -85,7 +99,8 @@ def train(part: Part, offset: int, progress: Callable[[int], None]) -> Position:
 def resume(part: Part, state: MemberState) -> Position | None:
     """The position of the newest intact checkpoint, None without any."""
     folder, steps = rundir.checkpoints(part.workdir, part.name), part.stack.config.train.steps
-    restored = checkpoint.restore(folder, tree.shapes(state), part.say)
+    like = saved_state(state, state.trainable if keeps_best(part) else None)
+    restored = checkpoint.restore(folder, tree.shapes(like), part.say)
     if restored is None:
         return None
     step, saved, meta = restored
@@ -97,14 +112,19 @@ def resume(part: Part, state: MemberState) -> Position | None:
         rundir.cut_metrics(part.workdir, meta["offset"])
     if step:
         part.say(f"group {part.group.index}: continues at step {step} of {steps}")
+    saved, kept = jax.device_put(saved, jax.tree.map(lambda x: x.sharding, like)), None
+    if keeps_best(part):
+        best = meta["kept"]
+        kept = Kept(saved["kept"], np.array(best["steps"]), read_measured(best))
     return Position(
         step,
-        jax.device_put(saved, jax.tree.map(lambda x: x.sharding, state)),
+        saved["state"] if keeps_best(part) else saved,
         meta["offset"],
         np.array(meta["seconds"]),
         np.array(meta["in_steps"]),
-        np.array(meta["eval_loss"], np.float32),
-        {name: np.array(values, np.float32) for name, values in meta["scores"].items()},
+        read_measured(meta),
+        tuple(map(read_measured, meta.get("tests", ()))),
+        kept,
     )
 
 
@@ -113,15 +133,27 @@ def begin(part: Part, state: MemberState, offset: int) -> Position:
     checkpoint, as the last leg has measured its members where they stand."""
     if part.start:
         rundir.cut_metrics(part.workdir, offset)
-        at = part.start._replace(state=state, offset=offset)
+        at, kept = part.start._replace(state=state, offset=offset), part.start.kept
+        if kept:
+            placed = part.programs.place(kept.trainable)
+            at = at._replace(kept=kept._replace(trainable=placed))
         save(part, at)
         return at
     nothing = np.zeros(len(part.stack.members))
-    at = Position(0, state, offset, nothing, nothing, *evaluate(part, state))
+    measured, _ = evaluate(part, state.trainable, "eval")
+    at = Position(0, state, offset, nothing, nothing, measured)
+    lines = metrics(part, 0, "eval", loss=measured.losses, **measured.scores)
+    if keeps_best(part):
+        copied = jax.tree.map(jnp.copy, state.trainable)  # training reuses the state's memory
+        at = at._replace(kept=Kept(copied, np.zeros(len(measured.losses), int), measured))
+    if "test" in part.splits:
+        tested, rows = evaluate(part, state.trainable, "test")
+        evaluation.write_start(part.workdir, part.stack.members, rows)
+        at = at._replace(tests=(tested,))
+        lines += metrics(part, 0, "test", loss=tested.losses, **tested.scores)
     if part.stack.config.analysis.trajectory:
         write_spectra(part, at)
     rundir.cut_metrics(part.workdir, offset)
-    lines = metrics(part, 0, "eval", loss=at.losses, **at.scores)
     at = at._replace(offset=rundir.append_metrics(part.workdir, lines))
     save(part, at)
     return at
@@ -141,11 +173,14 @@ def advance(part: Part, at: Position, k: int) -> Position:
     lines = metrics(part, at.step, "train", loss=logs["loss"].mean(1), grad_norm=norms)
     at_checkpoint = at.step % c.eval.every == 0 or at.step == part.until
     if at_checkpoint:
-        losses, scored = evaluate(part, state)
-        at = at._replace(losses=losses, scores=scored)
-        lines += metrics(part, at.step, "eval", loss=losses, **scored)
+        measured, _ = evaluate(part, state.trainable, "eval")
+        at = keep_best(part, at._replace(measured=measured))
+        lines += metrics(part, at.step, "eval", loss=measured.losses, **measured.scores)
         if c.analysis.trajectory:
             write_spectra(part, at)
+    if at.step == c.train.steps and "test" in part.splits:
+        at, more = test(part, at)
+        lines += more
     seconds = at.seconds + (time.monotonic() - began) / m
     at = at._replace(seconds=seconds, offset=rundir.append_metrics(part.workdir, lines))
     if at_checkpoint:
@@ -153,12 +188,57 @@ def advance(part: Part, at: Position, k: int) -> Position:
     return at
 
 
-def evaluate(part: Part, state: MemberState) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Current losses (M,) and {metric: (M,)} of the members."""
-    arguments = part.params, part.constants, state.trainable, part.eval_rows
-    losses, outputs = part.programs.evaluate(*arguments)
-    m = len(part.stack.members)
-    return np.asarray(losses)[:m], scores.of_members(part.group.task, outputs, m)
+def evaluate(part: Part, trainable, split: str) -> tuple[Measured, losses.Rows | None]:
+    """The members' evaluation with these trainable parameters; see `evaluation.evaluate`."""
+    arguments, m = (part.params, part.constants, trainable), len(part.stack.members)
+    return evaluation.evaluate(
+        part.programs, arguments, m, part.group.task, split, part.splits[split]
+    )
+
+
+def test(part: Part, at: Position) -> tuple[Position, list[dict]]:
+    """After the last step: evaluate what is exported on the test rows, and write what became of
+    each; (the position with that evaluation, rows of metrics.jsonl)."""
+    tested, rows = evaluate(part, exported(part, at).trainable, "test")
+    evaluation.write_end(part.workdir, part.stack.members, rows, diverged_at(part, at) >= 0)
+    lines = metrics(part, at.step, "test", loss=tested.losses, **tested.scores)
+    return at._replace(tests=(*at.tests, tested)), lines
+
+
+def keeps_best(part: Part) -> bool:
+    """Whether the step of the lowest validation loss is exported, not the last."""
+    return part.stack.config.eval.keep == "best"
+
+
+def keep_best(part: Part, at: Position) -> Position:
+    """The position after an evaluation; what was evaluated is kept of the members that have never
+    had a loss as low."""
+    if at.kept is None:
+        return at
+    new, old = at.measured, at.kept.measured
+    better = (new.losses < old.losses) | np.isnan(old.losses) & np.isfinite(new.losses)
+    pick = lambda new, old: np.where(better, new, old)
+    every = np.arange(part.programs.layout.size) < 0
+    every[: len(better)] = better  # a program may have more members, copies of the last one
+    kept = Kept(
+        _picked(every, at.state.trainable, at.kept.trainable),
+        pick(at.step, at.kept.steps),
+        jax.tree.map(pick, new, old),
+    )
+    return at._replace(kept=kept)
+
+
+@jax.jit
+def _picked(which, new, old):
+    """Of trees with leaves (M, ...), the new leaves of the members `which` (M,) bool."""
+    wide = lambda x: which.reshape(-1, *(1,) * (x.ndim - 1))
+    return jax.tree.map(lambda x, y: jnp.where(wide(x), x, y), new, old)
+
+
+def exported(part: Part, at: Position) -> Kept:
+    """What is exported: what was kept, or the members as they are."""
+    steps = np.full(len(part.stack.members), at.step)
+    return at.kept or Kept(at.state.trainable, steps, at.measured)
 
 
 def write_spectra(part: Part, at: Position) -> None:
@@ -192,14 +272,33 @@ def together(positions: list[Position]) -> Position:
 
 def save(part: Part, at: Position) -> None:
     """Write a checkpoint of everything that `resume` needs."""
-    meta = {
-        "offset": at.offset,
-        "seconds": at.seconds.tolist(),
-        "in_steps": at.in_steps.tolist(),
-        "eval_loss": [decimal(x) for x in at.losses],
-        "scores": {name: [decimal(x) for x in values] for name, values in at.scores.items()},
-    }
-    checkpoint.save(rundir.checkpoints(part.workdir, part.name), at.step, at.state, meta)
+    meta = {"offset": at.offset}
+    meta |= {"seconds": at.seconds.tolist(), "in_steps": at.in_steps.tolist()}
+    meta |= written(at.measured)
+    if at.tests:
+        meta["tests"] = [written(measured) for measured in at.tests]
+    if at.kept:
+        meta["kept"] = written(at.kept.measured) | {"steps": at.kept.steps.tolist()}
+    state = saved_state(at.state, at.kept.trainable if at.kept else None)
+    checkpoint.save(rundir.checkpoints(part.workdir, part.name), at.step, state, meta)
+
+
+def saved_state(state: MemberState, kept: dict | None):
+    """The arrays of a checkpoint: the state of the members, and what is kept of them."""
+    return state if kept is None else {"state": state, "kept": kept}
+
+
+def written(measured: Measured) -> dict:
+    """An evaluation as JSON; `read_measured` reads it."""
+    scores = {name: [decimal(x) for x in values] for name, values in measured.scores.items()}
+    return {"eval_loss": [decimal(x) for x in measured.losses], "scores": scores}
+
+
+def read_measured(meta: dict) -> Measured:
+    """An evaluation from JSON."""
+    array = lambda values: np.array(values, np.float32)
+    scores = {name: array(values) for name, values in meta["scores"].items()}
+    return Measured(array(meta["eval_loss"]), scores)
 
 
 def metrics(part: Part, step: int, split: str, **values) -> list[dict]:

@@ -130,11 +130,11 @@ def _task(members: list[Member], base: Base, built: dict[str, tasks.Task], say) 
     settings = c.task.to_dict() | {"n_train": None if None in asked else max(asked)}
     made_for = [c.base, c.train.seq_len] if reads_text else _base_key(c)
     own, generates = c.eval.score, bool(c.eval.generate)
-    about = [settings, made_for, c.eval.examples, c.seeds.data, own, generates]
+    about = [settings, made_for, c.eval.examples, c.eval.test, c.seeds.data, own, generates]
     key = json.dumps(about, sort_keys=True)
     if key not in built:
         arguments = base.vocabulary, c.train.seq_len, c.eval.examples, base
-        task = tasks.build(settings, *arguments, c.seeds.data)
+        task = tasks.build(settings, *arguments, c.seeds.data, c.eval.test)
         built[key] = scores.with_own(task, own, generates) if own else task
         say(f"task {built[key].note}")
     for member in members:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from lorax import tree, xla
 from lorax.models import Base
@@ -21,6 +22,8 @@ class Programs(NamedTuple):
 
     train(params, constants, hyper, state, batches) -> (state, metrics (M, K)); donates the state.
     evaluate(params, constants, trainable, batches) -> (losses (M,), scores (M, N, B, k) or None).
+    rows(params, constants, trainable, batches, n) -> `losses.Rows` of the first n batches, leaves
+    (M, N, B, ...). A run needs one of the two; the other is compiled if it is called.
     spectra(params, constants, trainable, n) -> {path: `trajectory.Spectrum`} of the first n
     members, leaves (n, ...) on the host; compiled on the first call.
     place_base(params), place(stacked tree), place_state(a stack's state), place_batches(batches).
@@ -32,6 +35,7 @@ class Programs(NamedTuple):
 
     train: Callable
     evaluate: Callable
+    rows: Callable
     spectra: Callable
     place_base: Callable
     place: Callable
@@ -53,25 +57,32 @@ def compile_programs(
     """Compile for `layout.size` members, from shapes alone; nothing is allocated.
 
     batches: a task's rows as `jax.ShapeDtypeStruct` (K, A, B, ...), of one member.
-    eval_batches: the same (N, B, ...), shared by all members. kind: of these rows.
+    eval_batches: the same (N, B, ...), shared by all members. kind: of these rows. With test rows
+    (`eval.test` is not 0) `rows` is compiled, without them `evaluate`.
     """
     program = program_of(stacked, base, layout.width, kind)
     known = shapes(stacked, base, layout, batches, kind)
     evaluate = over_devices(evaluation(program, layout.width), layout, (None, 0, 0, None))
+    rows = over_devices(evaluation_of_rows(program, layout.width), layout, (None, 0, 0, None, None))
     if layout.mode == "pmap":
         train = over_devices(training(program, layout.width), layout, (None, 0, 0, 0, 0), donate=3)
         trained = Training(train, narrow=lambda width: None, place=lambda state: state, bytes=0)
     else:
         compiled = offload.compile_training if program.train.offload else compile_training
-        rows = described(eval_batches, known.place.shared)
-        arguments = known.params, known.constants, known.state.trainable, rows
-        evaluate = jax.jit(evaluate).lower(*arguments).compile()
+        evaluate, rows = jax.jit(evaluate), jax.jit(rows)
+        shared = described((eval_batches, jnp.int32(0)), known.place.shared)
+        arguments = known.params, known.constants, known.state.trainable
+        if stacked.config.eval.test == 0:
+            evaluate = evaluate.lower(*arguments, shared[0]).compile()
+        else:
+            rows = rows.lower(*arguments, *shared).compile()
         trained = compiled(program, layout, known)
 
     place = lambda tree: jax.device_put(filled(tree, layout.size), known.place.members)
     return Programs(
         train=trained.train,
         evaluate=evaluate,
+        rows=rows,
         spectra=functools.partial(trajectory.of_members, jax.jit(spectra(program))),
         place_base=lambda params: jax.device_put(params, known.place.shared),
         place=place,
@@ -120,6 +131,16 @@ def evaluation(program: step.Program, width: int) -> Callable:
 
     def evaluate(params, constants, trainable, batches):
         of_member = lambda *member: step.evaluate(program, params, *member, batches)
+        return over_members(of_member, width)(constants, trainable)
+
+    return evaluate
+
+
+def evaluation_of_rows(program: step.Program, width: int) -> Callable:
+    """f(params, constants, trainable, batches, n) -> `losses.Rows`, for all members."""
+
+    def evaluate(params, constants, trainable, batches, n):
+        of_member = lambda *member: step.evaluate_rows(program, params, *member, batches, n)
         return over_members(of_member, width)(constants, trainable)
 
     return evaluate

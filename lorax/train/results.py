@@ -9,7 +9,8 @@ import numpy as np
 from lorax import adapters, methods, rundir
 from lorax.errors import reason
 from lorax.train import activations
-from lorax.train.part import Part, Position, decimal, diverged_at
+from lorax.train.evaluation import Measured
+from lorax.train.part import Part, Position, decimal, diverged_at, exported
 from lorax.train.texts import write_base_texts, write_texts
 
 
@@ -17,7 +18,7 @@ def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[
     """{member: its final row}, see `loop.train`. All adapters are exported before anything is
     measured, as measuring may fail. finished: called with the row of each member."""
     m = len(part.stack.members)
-    trainable = jax.tree.map(lambda x: np.asarray(x)[:m], at.state.trainable)
+    trainable = jax.tree.map(lambda x: np.asarray(x)[:m], exported(part, at).trainable)
     diverged = diverged_at(part, at)
     write_adapters(part, trainable)
     rows = {
@@ -43,13 +44,23 @@ def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[
 def row(part: Part, at: Position, i: int, diverged: int) -> dict:
     """The final row of member i; diverged: the step at which it did, or -1."""
     steps, fine = part.stack.config.train.steps, diverged < 0
+    kept, test = exported(part, at), {}
+    if at.tests:
+        before, after = at.tests
+        test = {
+            "base_test_loss": decimal(before.losses[i]),
+            "test_loss": decimal(after.losses[i]) if fine else None,
+            "test_scores": scores_of(after, i) if fine else {},
+        }
     return {
         "status": "finished" if fine else "diverged",
         "diverged_at": None if fine else diverged,
-        "eval_loss": decimal(at.losses[i]) if fine else None,
+        "eval_loss": decimal(kept.measured.losses[i]) if fine else None,
         "seconds": round(float(at.seconds[i]), 3),
         "step_ms": round(1e3 * float(at.in_steps[i]) / steps, 3),
-        "scores": {name: decimal(values[i]) for name, values in at.scores.items() if fine},
+        "scores": scores_of(kept.measured, i) if fine else {},
+        **test,
+        **({"kept_step": int(kept.steps[i])} if at.kept else {}),
     }
 
 
@@ -70,6 +81,11 @@ def stopped(at: Position | None) -> dict:
         "step_ms": round(1e3 * float(in_steps) / step, 3) if step else None,
         "scores": {},
     }
+
+
+def scores_of(measured: Measured, i: int) -> dict[str, float | None]:
+    """{metric: value} of member i."""
+    return {name: decimal(values[i]) for name, values in measured.scores.items()}
 
 
 def state_of(part: Part, trainable, i: int) -> tuple[dict, dict]:

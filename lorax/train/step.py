@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import leaves, ops
+from lorax import leaves, losses, ops
 from lorax.tasks import kinds
 from lorax.train import optim
 
@@ -152,3 +152,20 @@ def evaluate(program: Program, params, constants, trainable, batches):
 
     (total, weight), outputs = jax.lax.scan(add, (jnp.float32(0), jnp.float32(0)), batches)
     return total / weight, outputs
+
+
+def evaluate_rows(program: Program, params, constants, trainable, batches, n) -> losses.Rows:
+    """What becomes of each row of the first n batches: leaves (N, B, ...), zeros after them.
+
+    batches: leaves (N, B, ...). n: () int32, so that one program evaluates sets of several sizes.
+    """
+    bound = _bound(program, trainable, constants, params)
+
+    def of_batch(i):
+        rows = program.kind.rows(program.module, bound, jax.tree.map(lambda x: x[i], batches))
+        return rows if program.kind.scored else rows._replace(outputs=None)
+
+    size = len(jax.tree.leaves(batches)[0])
+    space = lambda x: jnp.zeros((size, *x.shape), x.dtype)
+    write = lambda i, done: jax.tree.map(lambda x, row: x.at[i].set(row), done, of_batch(i))
+    return jax.lax.fori_loop(0, n, write, jax.tree.map(space, jax.eval_shape(of_batch, 0)))

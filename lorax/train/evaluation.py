@@ -1,0 +1,89 @@
+"""Evaluates members on validation and test rows, and keeps what becomes of each test row.
+
+Both splits are evaluated by one program (`batches.splits`). Test rows are evaluated at step 0 and
+after the last step. A member's file has its numbers of step 0 first and gets the others at the end,
+so that a run that continues needs no second evaluation at step 0.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from lorax import losses, rundir
+from lorax.files import atomically
+from lorax.interop.tensors import read_npz
+from lorax.tasks import Task, scores
+from lorax.train.batches import Evaluated
+
+
+class Measured(NamedTuple):
+    """An evaluation of M members. losses, scores: (M,) and {metric: (M,)} float32."""
+
+    losses: np.ndarray
+    scores: dict[str, np.ndarray]
+
+
+def evaluate(programs, arguments, m: int, task: Task, split: str, on: Evaluated):
+    """(`Measured` of the first m members on the rows `on` of a split, `losses.Rows` with leaves
+    (m, rows, ...), or None if the task has no test rows).
+
+    arguments: parameters, constants and trainables on the devices.
+    """
+    labels = (task.eval if split == "eval" else task.test).get("label")
+    if task.test is None:
+        means, outputs = programs.evaluate(*arguments, on.batches)
+        scored = {}
+        if outputs is not None:
+            scored = scores.of_members(task, _flat(outputs, m, on.rows), labels)
+        return Measured(np.asarray(means)[:m], scored), None
+    rows = programs.rows(*arguments, on.batches, np.int32(on.n))
+    rows = jax.tree.map(lambda x: _flat(x, m, on.rows), rows)
+    weight = rows.weight.sum(axis=1, dtype=np.float64)
+    share = lambda x: (x.sum(axis=1, dtype=np.float64) / weight).astype(np.float32)
+    scored = {} if rows.outputs is None else scores.of_members(task, rows.outputs, labels)
+    if scores.has_token_accuracy(task):
+        scored[scores.TOKEN_ACCURACY] = share(rows.right)
+    return Measured(share(rows.loss), scored), rows
+
+
+def _flat(x, m: int, rows: int) -> np.ndarray:
+    """(m, rows, ...) of an evaluation's (M, N, B, ...)."""
+    return np.asarray(x)[:m].reshape(m, -1, *x.shape[3:])[:, :rows]
+
+
+# ------------------------------------------------------------------------------ files of test rows
+
+
+def write_start(workdir, members, rows: losses.Rows) -> None:
+    """Write the files of the members' test rows at step 0, before they are trained."""
+    for i, member in enumerate(members):
+        arrays = {"start": rows.loss[i], "weight": rows.weight[i]}
+        if rows.right is not None:
+            arrays["start_score"] = rows.right[i]
+        _write(rundir.rows(workdir, member.index), arrays)
+
+
+def write_end(workdir, members, rows: losses.Rows, diverged: np.ndarray) -> None:
+    """Add the numbers after training to the files. diverged: (M,) bool; a member that diverged has
+    no file."""
+    for i, member in enumerate(members):
+        file = rundir.rows(workdir, member.index)
+        if diverged[i]:
+            file.unlink(missing_ok=True)
+            continue
+        arrays = read_npz(file) | {"loss": rows.loss[i]}
+        if rows.right is not None:
+            arrays["score"] = rows.right[i]
+        _write(file, arrays)
+
+
+def _write(file, arrays: dict[str, np.ndarray]) -> None:
+    """Write float32 arrays as an .npz file."""
+    arrays = {name: np.asarray(x, np.float32) for name, x in sorted(arrays.items())}
+
+    def write(temporary):
+        with open(temporary, "wb") as out:  # a name without .npz would get it added
+            np.savez(out, **arrays)
+
+    atomically(file, write)
