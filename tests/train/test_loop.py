@@ -130,9 +130,12 @@ def test_adapters_of_an_mlp_are_pefts(base, tmp_path):
     assert stored["task_type"] is None and "head" in stored["target_modules"]
     own = load(base)
     adapter = peft.load(tmp_path / "adapters/0", own.sources)
-    task = tasks.build({"name": "digits", "n_train": 32}, None, 1, 50, own)
-    total, weight, scores = losses.array_loss(own.module, adapters.bind(own, adapter), task.eval)
+    task = tasks.build({"name": "digits", "n_train": 32}, None, 1, 50, own, test=None)
+    bound = adapters.bind(own, adapter)
+    total, weight, scores = losses.array_loss(own.module, bound, task.eval)
     np.testing.assert_allclose(total / weight, rows[0]["eval_loss"], rtol=1e-5)
+    tested = losses.array_rows(own.module, bound, task.test)
+    np.testing.assert_allclose(tested.loss.mean(), rows[0]["test_loss"], rtol=1e-5)
     assert rows[0]["scores"] == pytest.approx(task.scores(scores, task.eval["label"]))
     assert weight == 50
 
