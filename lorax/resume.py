@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 
 from lorax import config, rundir
 
-#: Values in effect in runs that began before lorax had these keys; their config.json lacks them.
+#: Values in effect in runs that began before lorax had these keys; their config.json lacks them. A
+#: key that is not listed had no effect then, as its default has now.
 BEFORE = {"eval.test": 0, "eval.keep": "last"}
 
 
@@ -21,10 +22,10 @@ def check_same_config(workdir: Path, settings: ConfigDict) -> list[str]:
         return []
     try:
         stored = rundir.read_config(workdir)["config"]
-    except (ValueError, KeyError):
+        older = add_lacking(stored, json.loads(config.default().to_json()))
+    except (ValueError, KeyError, AttributeError):
         file = workdir / rundir.CONFIG
         raise ValueError(f"workdir: {file} is damaged; delete {workdir} to start again") from None
-    older = in_effect(stored)
     different = differences(stored, json.loads(settings.to_json()))
     others = [key for key in different if key not in config.REVISABLE]
     if others and set(others) <= older.keys() and rundir.has_begun(workdir):
@@ -46,15 +47,18 @@ def check_same_config(workdir: Path, settings: ConfigDict) -> list[str]:
     return different
 
 
-def in_effect(stored: dict) -> dict:
-    """Add the keys of `BEFORE` that a stored config lacks to it; returns what was added."""
-    lacking = {}
-    for key, value in BEFORE.items():
-        section, _, name = key.rpartition(".")
-        values = stored.get(section)
-        if isinstance(values, dict) and name not in values:
-            values[name] = lacking[key] = value
-    return lacking
+def add_lacking(stored: dict, default: dict, prefix: str = "") -> dict:
+    """Add the keys of a default config that a stored one lacks to it, with the values of `BEFORE`
+    or their defaults; returns those of `BEFORE` that were added."""
+    added = {}
+    for name, value in default.items():
+        key = f"{prefix}.{name}".strip(".")
+        if isinstance(value, dict) and isinstance(stored.setdefault(name, {}), dict):
+            added |= add_lacking(stored[name], value, key)
+        elif name not in stored:
+            stored[name] = BEFORE.get(key, value)
+            added |= {key: BEFORE[key]} if key in BEFORE else {}
+    return added
 
 
 def differences(old, new, prefix: str = "") -> list[str]:

@@ -69,11 +69,11 @@ def train(
     and "scores" ({metric: value} of a classifier, of tokens or of generated texts); one that a race
     stopped also "stopped_at". With test rows it has "base_test_loss", that of step 0, "test_loss"
     and "test_scores" (None and {} unless it finished); with `eval.keep` "best" it has "kept_step",
-    the step that was exported, whose results these are. If it finished, it has "cka" (per layer) with `analysis.cka`, and
-    "base_scores" (of the base's own texts) with `eval.generate`. "failed" ({config key: reason}) is
-    set if the texts or the CKA of a trained member failed. If training is killed at any moment and
-    called again, metrics, adapters and trajectories are bit for bit the same as without the
-    interruption.
+    the step that was exported, whose results these are. If it finished, it has "cka" (per layer)
+    with `analysis.cka`, and "base_scores" (of the base's own texts) with `eval.generate`. "failed"
+    ({config key: reason}) is set if the texts or the CKA of a trained member failed. If training is
+    killed at any moment and called again, metrics, adapters and trajectories are bit for bit the
+    same as without the interruption.
     """
     members = [member for group in groups for member in group.stack.members]
     race = race or halving.without(members)
@@ -92,12 +92,12 @@ def train(
             done += halving.member_steps(race, [m.index for m in stack.members], leg)
         left = halving.survivors(race, leg, running, _losses(rows, at, running))
         if leg < len(race.rungs):
-            rows |= {i: results.stopped(at[i]) for i in running - left}
+            rows |= {i: results.stopped(workdir, i, at[i]) for i in running - left}
             at = {i: at[i] for i in left}
             terminal.say(_rung_line(race, leg, running, left))
         running = left
     never = {member.index for member in members} - rows.keys()
-    return rows | {i: results.stopped(None) for i in never}, offset
+    return rows | {i: results.stopped(workdir, i, None) for i in never}, offset
 
 
 def _losses(rows: dict[int, dict], at: dict[int, part.Position], running) -> dict[int, float]:

@@ -120,8 +120,7 @@ def resume(part: Part, state: MemberState) -> Position | None:
         step,
         saved["state"] if keeps_best(part) else saved,
         meta["offset"],
-        np.array(meta["seconds"]),
-        np.array(meta["in_steps"]),
+        *(shares(meta[name], len(part.stack.members)) for name in ("seconds", "in_steps")),
         read_measured(meta),
         tuple(map(read_measured, meta.get("tests", ()))),
         kept,
@@ -281,6 +280,11 @@ def save(part: Part, at: Position) -> None:
         meta["kept"] = written(at.kept.measured) | {"steps": at.kept.steps.tolist()}
     state = saved_state(at.state, at.kept.trainable if at.kept else None)
     checkpoint.save(rundir.checkpoints(part.workdir, part.name), at.step, state, meta)
+
+
+def shares(seconds: list[float] | float, m: int) -> np.ndarray:
+    """(m,) seconds of each member, from a checkpoint; lorax 0.1.0 stored their sum."""
+    return np.array(seconds) if isinstance(seconds, list) else np.full(m, seconds / m)
 
 
 def saved_state(state: MemberState, kept: dict | None):

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -64,9 +65,10 @@ def row(part: Part, at: Position, i: int, diverged: int) -> dict:
     }
 
 
-def stopped(at: Position | None) -> dict:
-    """The row of a member that halving has stopped. at: its own position (`part.apart`), None if it
-    never began. One that has diverged by then is "diverged"."""
+def stopped(workdir: Path, member: int, at: Position | None) -> dict:
+    """The row of a member that halving has stopped; it keeps no file of test rows. at: its own
+    position (`part.apart`), None if it never began. One that has diverged by then is "diverged"."""
+    rundir.rows(workdir, member).unlink(missing_ok=True)
     if at is None:
         seconds, in_steps, step, diverged = 0.0, 0.0, 0, -1
     else:
