@@ -145,7 +145,7 @@ def test_all_of_mnist_is_evaluated(tmp_path):
     c.task.path = str(data("mnist/mnist.npz"))
     c.eval.update(every=4, examples=10_000, batch_size=600)  # the last batch is not full
     rows, said = train(tmp_path, c)
-    assert any("32 train and 10,000 eval images of mnist.npz" in line for line in said)
+    assert any("32 train, 10,000 eval and 10,000 test images of mnist.npz" in line for line in said)
     right = rows[0]["scores"]["accuracy"] * 10_000
     assert right == pytest.approx(round(right), abs=0.01) and right > 500
 
@@ -265,7 +265,7 @@ def test_members_of_a_planted_task_carry_the_truth():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(eval__new_tokens=250), r"eval.generate: prompts: .* at most 200 new ones fit"),
+        (dict(eval__new_tokens=250), r"eval.generate: prompts: .* at most 208 new ones fit"),
         (dict(eval__length_penalty=1e9), "eval.generate: length_penalty: 1000000000.0 given"),
         (
             dict(eval__new_tokens=150, method__name="prefix", method__tokens=100),
