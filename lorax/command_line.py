@@ -126,6 +126,8 @@ def summary(settings: ConfigDict, members: list[config.Member]) -> str:
         compared = f"; {full} of full fine-tuning" + f", {lora} of LoRA" * bool(lora)
         rounds = f", then up to {settings.search.rounds} x {most}" * bool(settings.search.rounds)
         product, trained = product + compared, trained + rounds
+    elif settings.sweep.full_lr:
+        product += f"; {sum(m.config.method.name == 'full' for m in members)} of full fine-tuning"
     race = halving.race(settings, members)
     tuned = f"\n{halving.budget(race)}" if race else ""
     return f"{len(members)} member{plural} ({product}) of {trained}{_groups(members)}{tuned}"

@@ -174,6 +174,9 @@ def _sweep() -> ConfigDict:
     # Any other key: {"train.warmup": (0, 50)}
     c.axes = config_dict.FieldReference((), field_type=object)
     c.zip = ()  # (("rank", "targets"),) ties two axes so that they advance together
+    # Learning rates at which full fine-tuning is trained beside the sweep, with the same seeds, as
+    # the line to compare with; (): none
+    c.full_lr = ()
     # "lr": at every point of the other axes only the best rate is trained to the end (halving)
     c.tune = config_dict.placeholder(str)
     return c
@@ -235,7 +238,7 @@ def key_of(axis: str) -> str:
 
 
 #: Keys of config.sweep that are no axes.
-NO_AXES = ("axes", "zip", "tune")
+NO_AXES = ("axes", "zip", "tune", "full_lr")
 
 
 def swept(sweep: Mapping) -> dict[str, tuple]:
@@ -280,7 +283,8 @@ class Member(NamedTuple):
 
 
 def members(config: ConfigDict) -> list[Member]:
-    """The product of the sweep's axes (tied ones advance together), the last axis fastest.
+    """The product of the sweep's axes (tied ones advance together), the last axis fastest; then
+    full fine-tuning at the rates of `sweep.full_lr`.
 
     A search trains further members: see `lorax.search.members`.
 
@@ -295,7 +299,27 @@ def members(config: ConfigDict) -> list[Member]:
         raise ValueError("sweep.n_train: rows that are packed (task.packing) can't be counted off")
     blocks = _tied(axes, config.sweep.zip)
     points = [dict(itertools.chain(*parts)) for parts in itertools.product(*blocks)]
+    points += _full(config, points)
     return [member(config, index, point) for index, point in enumerate(points)]
+
+
+def _full(config: ConfigDict, points: list[dict]) -> list[dict]:
+    """The points of full fine-tuning: at every rate of `sweep.full_lr`, along every axis that is
+    not about a method or the rate."""
+    rates = config.sweep.full_lr
+    if not rates:
+        return []
+    if "full" in swept(config.sweep).get("method", (config.method.name,)):
+        raise ValueError(f"sweep.full_lr: {rates} given, but the sweep trains method 'full' itself")
+    if config.search.threshold:
+        raise ValueError(f"sweep.full_lr: {rates} given; a search has search.baseline_lr for it")
+    numbers = all(isinstance(rate, int | float) and not isinstance(rate, bool) for rate in rates)
+    if not numbers or len(set(rates)) < len(rates):
+        raise ValueError(f"sweep.full_lr: {rates} given, must be different learning rates")
+    of_method = lambda axis: axis == "lr" or key_of(axis).startswith("method.")
+    shared = [{axis: v for axis, v in point.items() if not of_method(axis)} for point in points]
+    shared = [point for i, point in enumerate(shared) if point not in shared[:i]]
+    return [{"method": "full", "lr": float(rate)} | point for rate in rates for point in shared]
 
 
 def member(config: ConfigDict, index: int, point: dict) -> Member:

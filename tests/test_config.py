@@ -168,6 +168,32 @@ def test_any_key_is_an_axis():
     assert list(config.swept(stored)) == ["rank", "train.warmup", "std", "train.b1", "seed"]
 
 
+def test_full_fine_tuning_beside_a_sweep_has_the_seeds_and_no_axis_of_the_method():
+    c = swept(rank=(1, 4), lr=(1e-2, 2e-2), layers=(None, (0,)), n_train=(8, 64), seed=(0, 1))
+    c.sweep.full_lr = (1e-3, 2e-3)
+    members = config.members(c)
+    full = members[32:]
+    assert len(members) == 40 and full[0].config.method.name == "full"
+    assert full[0].name == "method=full,lr=0.001,n_train=8,seed=0"
+    assert len({member.name for member in full}) == 8
+    assert {member.config.train.lr for member in full} == {1e-3, 2e-3}
+
+
+@pytest.mark.parametrize(
+    "change, rates, message",
+    [
+        (dict(method=("lora", "full")), (1e-3,), "the sweep trains method 'full' itself"),
+        (dict(rank=(1,)), (1e-3, 1e-3), "must be different learning rates"),
+        (dict(rank=(1,)), ("high",), "must be different learning rates"),
+    ],
+)
+def test_full_fine_tuning_beside_a_sweep_is_refused(change, rates, message):
+    c = swept(**change)
+    c.sweep.full_lr = rates
+    with pytest.raises(ValueError, match=f"sweep.full_lr: .*{message}"):
+        config.members(c)
+
+
 def test_a_key_with_a_short_name_is_the_same_axis():
     c = config.default()
     c.sweep.axes = {"train.lr": (1, 2), "quant": (None, "nf4"), "method.name": ("lora", "vera")}
