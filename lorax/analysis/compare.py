@@ -28,12 +28,13 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import optimize, special, stats
+from scipy import special, stats
 
 LEVEL = 0.95  # of intervals
 ALPHA = 0.05  # how often a decision may err
 SHARE = 0.01  # of the improvement over the base: what "as good as the best" may lose
 SEEDS = 3  # with fewer, nothing is decided
+RARE = 0.01  # a rate that is the best in fewer draws is not among those that may be the best
 DRAWS = 4000
 
 
@@ -99,13 +100,15 @@ def tail(x: ArrayLike, share: ArrayLike, seeds: int, rows: int) -> np.ndarray:
     return share * of(seeds) + (1 - np.asarray(share, float)) * of(rows)
 
 
-def quantile(alpha: float, share: float, seeds: int, rows: int) -> float:
-    """The x with `tail` = alpha, for alpha < 0.5."""
+def quantile(alpha: float, share: ArrayLike, seeds: int, rows: int) -> np.ndarray:
+    """The x with `tail` = alpha, for alpha < 0.5; by bisection."""
     ends = [-special.stdtrit(max(n - 1, 1), alpha) for n in (seeds, rows)]
-    if share in (0, 1) or ends[0] == ends[1]:
-        return float(ends[0] if share == 1 else ends[1])
-    excess = lambda x: float(tail(x, share, seeds, rows)) - alpha
-    return float(optimize.brentq(excess, min(ends), max(ends)))
+    low, high = (np.full(np.shape(share), end(ends)) for end in (min, max))
+    for _ in range(30):
+        middle = (low + high) / 2
+        above = tail(middle, share, seeds, rows) > alpha
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
+    return (low + high) / 2
 
 
 class Bootstrap(NamedTuple):
@@ -114,7 +117,8 @@ class Bootstrap(NamedTuple):
     losses: (S,), the estimates: means over seeds and (by weight) over rows; NaN if a setting is not
     eligible. over_seeds, over_rows: (D, S), draws in which only the seeds or only the rows vary;
     over_both: (D, S). seeds, rows: how many of them there are. chosen: (S,) int, which rate each
-    setting has (0 if there was nothing to choose, -1 if no rate is eligible).
+    setting has (0 if there was nothing to choose, -1 if no rate is eligible). how_often: (S, R),
+    the share of draws in which each rate is chosen.
     """
 
     losses: np.ndarray
@@ -124,6 +128,7 @@ class Bootstrap(NamedTuple):
     seeds: int
     rows: int
     chosen: np.ndarray
+    how_often: np.ndarray
 
     @property
     def over(self) -> str:
@@ -146,8 +151,8 @@ class Bootstrap(NamedTuple):
         )
         if by_both == 0:
             return Interval(value, value, value, self.over, float(value == 0))
-        share, error = by_seeds / (by_seeds + by_rows), np.sqrt(by_both)
-        half = quantile((1 - level) / 2, share, self.seeds, self.rows) * error
+        share, error = by_seeds / (by_seeds + by_rows), float(np.sqrt(by_both))
+        half = float(quantile((1 - level) / 2, share, self.seeds, self.rows) * error)
         p = 2 * float(tail(abs(value) / error, share, self.seeds, self.rows))
         return Interval(value, value - half, value + half, self.over, p)
 
@@ -168,60 +173,63 @@ def bootstrap(
     rates) are drawn with it.
 
     Args:
-      sums: each row's summed loss, (S, K, N); with `validation`, (S, R, K, N). NaN in a seed
-        (diverged, stopped) makes the setting, or that rate of it, not eligible. The base without
-        adapters can be one of the settings: the same rows for every seed.
+      sums: each row's summed loss, (S, K, N), or (S, R, K, N) if each setting has rates to choose
+        from. NaN in a seed (diverged, stopped) makes the setting, or that rate of it, not eligible.
+        The base without adapters can be one of the settings: the same rows for every seed.
       weights: each row's tokens, (N,). A setting's loss is sum(sums) / sum(weights), and rows with
         more tokens count more in its variance too (ratio estimate, by linearisation: Cochran 1977,
         Sampling Techniques, section 6.3). N = 1: rows are not known, only seeds vary.
       validation: losses (S, R, K) on other rows. The rate with the lowest mean is each setting's,
-        and this choice is made anew in every draw.
+        and this choice is made anew in every draw. Without it rates are chosen on the same rows.
       draws: how many, more than the cells S R + K.
 
     Raises ValueError for shapes that don't fit.
     """
     sums, weights = np.asarray(sums, float), np.asarray(weights, float)
-    cells, chooses = sums if validation is not None else sums[:, None], validation is not None
+    cells = sums[:, None] if sums.ndim == 3 else sums
     if cells.ndim != 4 or weights.shape != cells.shape[-1:] or not (weights > 0).all():
-        need = "(S, R, K, N)" if chooses else "(S, K, N)"
-        raise ValueError(f"sums {sums.shape} and weights {weights.shape}: need {need}, (N,) > 0")
+        raise ValueError(
+            f"sums {sums.shape} and weights {weights.shape}: need (S, K, N) or (S, R, K, N), and "
+            "(N,) above 0"
+        )
     settings, rates, seeds, rows = cells.shape
-    judged = np.asarray(validation, float) if chooses else np.zeros(cells.shape[:3])
-    if judged.shape != cells.shape[:3]:
-        raise ValueError(f"validation {judged.shape}: need {cells.shape[:3]} (S, R, K)")
-    eligible = np.isfinite(cells).all((-2, -1)) & np.isfinite(judged).all(-1)
+    losses = cells.sum(-1) / weights.sum()  # (S, R, K)
+    judged = losses if validation is None else np.asarray(validation, float)
+    if judged.shape != losses.shape:
+        raise ValueError(f"validation {judged.shape}: need {losses.shape}, (S, R, K)")
+    eligible = np.isfinite(losses).all(-1) & np.isfinite(judged).all(-1)
+    filled = lambda values: np.where(eligible[..., None], values, 0.0).reshape(-1, seeds)
     cells = np.where(eligible[..., None, None], cells, 0.0).reshape(-1, seeds, rows)
-    judged = np.where(eligible[..., None], judged, np.inf)
-
-    losses = cells.sum(-1) / weights.sum()  # (cells, K)
-    of_seeds, of_rows = _deviations(losses), _row_factor(cells, losses, weights)
+    of_rows = _row_factor(cells, filled(losses), weights)
     noise = _standard(draws, seeds + of_rows.shape[1], seed)
-    by_seed = noise[:, :seeds] @ of_seeds.T * (seeds >= SEEDS)
-    by_row = noise[:, seeds:] @ of_rows.T
-    shape = -1, settings, rates
-    mean, by_seed, by_row = (x.reshape(shape) for x in (losses.mean(-1), by_seed, by_row))
+    shaped = lambda values: values.reshape(-1, settings, rates)
+    by_seed, judged_by_seed = (
+        shaped(noise[:, :seeds] @ _deviations(filled(x)).T) * (seeds >= SEEDS)
+        for x in (losses, judged)
+    )
+    by_row = shaped(noise[:, seeds:] @ of_rows.T)
+    mean, scores = (np.where(eligible, x.mean(-1), np.inf) for x in (losses, judged))
 
-    safe = np.where(eligible[..., None], judged, 0.0)
-    moved = noise[:, :seeds] @ _deviations(safe.reshape(-1, seeds)).T * (seeds >= SEEDS)
-    drawn = (judged.mean(-1) + moved.reshape(shape)).argmin(-1)  # (D, S), the rate in every draw
-    chosen = judged.mean(-1).argmin(-1)
-    fixed = np.broadcast_to(chosen, drawn.shape)
-    none = ~eligible.any(-1)
-
-    def take(values, which):
-        values = np.broadcast_to(values, (len(which), settings, rates))
-        found = np.take_along_axis(values, which[..., None], -1)[..., 0]
-        return np.where(none, np.nan, found)
-
+    best = lambda scores: np.broadcast_to(scores.argmin(-1), (draws, settings))
+    judged_by_row = by_row if validation is None else 0.0
+    drawn = best(scores + judged_by_seed + judged_by_row)
+    take = lambda values, which: _take(np.where(eligible, values, np.nan), which)
     return Bootstrap(
-        take(mean, chosen[None])[0],
-        take(mean + by_seed, drawn),
-        take(mean + by_row, fixed),
+        take(mean, best(scores)[:1])[0],
+        take(mean + by_seed, best(scores + judged_by_seed)),
+        take(mean + by_row, best(scores + judged_by_row)),
         take(mean + by_seed + by_row, drawn),
         seeds,
         rows,
-        np.where(none, -1, chosen),
+        np.where(eligible.any(-1), scores.argmin(-1), -1),
+        (drawn[..., None] == np.arange(rates)).mean(0) * eligible,
     )
+
+
+def _take(values: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """The value (D, S) of each setting's rate `which` (D, S), of values (S, R) or (D, S, R)."""
+    values = np.broadcast_to(values, (*which.shape, values.shape[-1]))
+    return np.take_along_axis(values, which[..., None], -1)[..., 0]
 
 
 def _deviations(losses: np.ndarray) -> np.ndarray:
@@ -282,10 +290,12 @@ class NonInferiority(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    """The differences of settings, less a share of each other's improvement over the base.
+    """Differences of settings s and b: loss_s - loss_b - share (base - loss_b) - margin.
 
-    losses: (S + 1,), the base last. of_seeds, of_rows: (S + 1, S + 1), the parts of their
-    covariance.
+    A setting has a cell for every rate that may be its best, and a result is the highest over the
+    cells of both. losses: (C + 1,), of the cells, the base last. of_seeds, of_rows: (C + 1, C + 1),
+    the parts of their covariance. setting: (C,), whose cell it is, from 0, ascending. Results
+    are (C, C), [s, b], or by `highest` (S, S).
     """
 
     losses: np.ndarray
@@ -293,28 +303,42 @@ class _Pairs(NamedTuple):
     of_rows: np.ndarray
     seeds: int
     rows: int
+    setting: np.ndarray
 
-    def standardised(self, s: int, b: int, share: float, margin: float):
-        """loss_s - loss_b - share (base - loss_b) - margin: (value, standard error, share of the
-        variance from the seeds)."""
-        weights = np.zeros(len(self.losses))
-        np.add.at(weights, [s, b, -1], [1.0, share - 1.0, -share])
-        by_seeds, by_rows = (max(weights @ x @ weights, 0.0) for x in (self.of_seeds, self.of_rows))
-        total = by_seeds + by_rows
-        value = float(weights @ self.losses) - margin
-        return value, np.sqrt(total), by_seeds / total if total > 0 else 0.0
+    def standardised(self, share: ArrayLike, margin: float) -> tuple[np.ndarray, ...]:
+        """(value, standard error, share of the variance that is from the seeds), of all pairs of
+        cells, (C, C). share: a number, or (S,), of the settings s."""
+        share = np.broadcast_to(share, self.setting[-1] + 1)[self.setting][:, None, None]
+        units = np.eye(len(self.setting), len(self.losses))
+        weights = units[:, None] - (1 - share) * units
+        weights[..., -1:] -= share
+        variance = lambda of: np.maximum(np.einsum("sbi,ij,sbj->sb", weights, of, weights), 0.0)
+        by_seeds, total = variance(self.of_seeds), variance(self.of_seeds + self.of_rows)
+        from_seeds = by_seeds / np.where(total > 0, total, 1.0)
+        return weights @ self.losses - margin, np.sqrt(total), np.minimum(from_seeds, 1.0)
 
-    def p(self, s: int, b: int, share: float, margin: float) -> float:
-        """Of the hypothesis that the difference is 0 or more."""
-        value, error, of_seeds = self.standardised(s, b, share, margin)
-        if error == 0:
-            return float(value >= 0)
-        return float(tail(-value / error, of_seeds, self.seeds, self.rows))
+    def p(self, share: ArrayLike, margin: float) -> np.ndarray:
+        """Of the hypothesis that the difference is 0 or more, of all pairs of cells."""
+        value, error, from_seeds = self.standardised(share, margin)
+        p = tail(-value / np.where(error > 0, error, 1.0), from_seeds, self.seeds, self.rows)
+        return np.where(error > 0, p, value >= 0)
 
-    def bound(self, s: int, b: int, share: float, margin: float, alpha: float) -> float:
-        """The difference, at most."""
-        value, error, of_seeds = self.standardised(s, b, share, margin)
-        return value + error * quantile(alpha, of_seeds, self.seeds, self.rows)
+    def bound(self, alpha: float) -> np.ndarray:
+        """loss_s - loss_b, at most, of all pairs of cells."""
+        value, error, from_seeds = self.standardised(0.0, 0.0)
+        return value + error * quantile(alpha, from_seeds, self.seeds, self.rows)
+
+    def parts(self, share: float, margin: float, b: int) -> np.ndarray:
+        """(2, S): of the differences to setting b, standard deviation over seeds and standard error
+        from the rows."""
+        _, error, from_seeds = self.standardised(share, margin)
+        by_seeds = self.highest(error * np.sqrt(from_seeds * self.seeds))
+        return np.stack([by_seeds, self.highest(error * np.sqrt(1 - from_seeds))])[..., b]
+
+    def highest(self, values: np.ndarray) -> np.ndarray:
+        """(S, S) from (C, C)."""
+        first = np.flatnonzero(np.diff(self.setting, prepend=-1))
+        return np.maximum.reduceat(np.maximum.reduceat(values, first, 0), first, 1)
 
 
 def noninferior(
@@ -327,6 +351,7 @@ def noninferior(
     share: float = SHARE,
     margin: float | None = None,
     alpha: float = ALPHA,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> NonInferiority:
     """The cheapest setting that is as good as the best within a margin.
@@ -350,6 +375,10 @@ def noninferior(
     Under each b this errs at most at alpha. A setting counts as good if it passes under every b.
     One b is the truth, so the choice errs at most at alpha, however many settings there are.
 
+    If settings have rates to choose from, one lucky rate is not enough: s is as good as b only if
+    it is with each rate that may be its best, against each that may be the best of b. Those are the
+    rates that at least 1% of the draws choose.
+
     Args:
       sums, weights, validation: as for `bootstrap`.
       costs: (S,), e.g. trainable parameters. Of equal ones the first counts as cheaper.
@@ -360,120 +389,99 @@ def noninferior(
 
     With fewer than three seeds nothing is decided.
     """
-    sums, weights = np.asarray(sums, float), np.asarray(weights, float)
+    sums, weights, costs = (np.asarray(x, float) for x in (sums, weights, costs))
     if margin is None and start is None:
         raise ValueError("start: needed, because the margin is a share of the improvement over it")
-    if len(costs) != len(sums):
-        raise ValueError(f"costs {np.shape(costs)}: need one for each of {len(sums)} settings")
-    based = np.zeros(len(weights)) if start is None else np.asarray(start, float)
-    found = bootstrap(*_with_base(sums, weights, based, validation), seed=seed)
-    share = share if margin is None else 0.0
-    covariances = [np.cov(x.T, bias=True) for x in (found.over_seeds, found.over_rows)]
-    pairs = _Pairs(found.losses, *covariances, found.seeds, found.rows)
-    losses = found.losses[:-1]
-    eligible = np.flatnonzero(np.isfinite(losses))
-    order = eligible[np.argsort(np.asarray(costs)[eligible], kind="stable")]
-    best = int(eligible[losses[eligible].argmin()]) if len(eligible) else None
-    shift = margin or 0.0
-    if best is not None and margin is None:
-        margin = share * float(found.losses[-1] - losses[best])
-    result = _undecided(len(losses), best, np.nan if margin is None else float(margin))
-    if best is None:
+    if costs.shape != sums.shape[:1]:
+        raise ValueError(f"costs {costs.shape}: need one for each of {len(sums)} settings")
+    base = np.zeros(weights.shape) if start is None else np.asarray(start, float)
+    sums = sums[:, None] if sums.ndim == 3 else sums
+    found = bootstrap(sums, weights, validation, draws=draws, seed=seed)
+    result = _undecided(found.losses, np.nan if margin is None else margin)
+    if result.best is None:
         return result._replace(why="no setting has a loss for every seed")
-    for s in eligible:
-        value, error, of_seeds = pairs.standardised(s, best, share, shift)
-        if found.seeds >= SEEDS:
-            result.seed_sd[s] = error * np.sqrt(of_seeds * found.seeds)
-        result.row_se[s] = error * np.sqrt(1 - of_seeds)
+    share, shift = (share, 0.0) if margin is None else (0.0, margin)
+    lost = share * (base.sum() / base[..., 0].size / weights.sum() - found.losses[result.best])
+    result = result._replace(margin=float(lost + shift))
+    order = np.argsort(costs, kind="stable")
+    order = order[np.isfinite(found.losses[order])]
+    pairs = _pairs(sums, weights, base, found, order, draws, seed)
+    to_best = list(order).index(result.best)
+    result.seed_sd[order], result.row_se[order] = pairs.parts(share, shift, to_best)
     if found.seeds < SEEDS:
+        result.seed_sd[:] = np.nan
         count = f"{found.seeds} seed{'s' * (found.seeds > 1)}"
         return result._replace(why=f"{count}: at least {SEEDS} are needed to decide")
-    return _decided(result, pairs, order, share, shift, alpha, start is not None)
-
-
-def _with_base(sums, weights, start, validation) -> tuple:
-    """Arguments of `bootstrap`, with the base as the last setting."""
-    seeds, rows = sums.shape[-2:]
-    base = np.broadcast_to(start, (seeds, rows))
-    if validation is None:
-        return np.concatenate([sums, base[None]]), weights
-    base = np.broadcast_to(base, (1, *sums.shape[1:]))
-    validation = np.asarray(validation, float)
-    flat = np.zeros((1, *validation.shape[1:]))
-    return np.concatenate([sums, base]), weights, np.concatenate([validation, flat])
-
-
-def _undecided(settings: int, best: int | None, margin: float) -> NonInferiority:
-    no, nan = np.zeros(settings, bool), np.full(settings, np.nan)
-    copies = nan.copy(), nan.copy(), nan.copy()
-    return NonInferiority(
-        "undecided", None, best, no, no.copy(), *copies, margin, nan.copy(), nan.copy(), ""
-    )
-
-
-def _decided(result, pairs, order, share, shift, alpha, has_base) -> NonInferiority:
-    """The result with its tests. order: the eligible settings, cheapest first."""
-    worse_than = np.array([[1 - pairs.p(s, b, share, shift) for b in order] for s in order])
-    against = 1 - worse_than  # [s, b]: p of "s loses the margin or more to b"
-    np.fill_diagonal(worse_than, np.nan)
-    passes = lambda level: passed(against, level)
-    result.good[order] = passes(alpha)
-    adjusted = holm(worse_than.ravel()).reshape(worse_than.shape)
-    result.worse[order] = (adjusted <= alpha).any(1)
-    result.p[order] = _smallest_levels(passes, len(order))
-    for s in order:
-        others = [b for b in order if b != s]
-        highest = lambda f: max((pairs.bound(s, b, f, 0.0, alpha) for b in others), default=0.0)  # noqa: B023
-        result.bound[s] = highest(0.0)
-        if has_base:
-            result.lacks[s] = _smallest_share(highest)
-    good = [int(s) for s in order if result.good[s]]
-    if not good:
+    p = pairs.p(share, shift)
+    result.p[order] = adjusted(pairs.highest(p))
+    result.worse[order] = _worse(pairs.highest(1 - p)) <= alpha
+    result.bound[order] = pairs.highest(pairs.bound(alpha)).max(1)
+    if start is not None:
+        result.lacks[order] = _smallest_share(pairs, alpha)
+    result.good[order] = result.p[order] <= alpha
+    good = order[result.good[order]]
+    if not len(good):
         return result._replace(why="no setting is shown to be as good as the best")
-    return result._replace(decision="decided", choice=good[0])
+    return result._replace(decision="decided", choice=int(good[0]))
 
 
-def passed(against: np.ndarray, alpha: float) -> np.ndarray:
-    """Which settings pass under every assumption on the best (`noninferior`): (S,) bool.
+def _pairs(sums, weights, base, found: Bootstrap, order, draws: int, seed: int) -> _Pairs:
+    """The pairs of the settings in `order`, each with the rates that may be its best."""
+    likely = found.how_often >= RARE
+    likely[order, found.chosen[order]] = True
+    cells = [(n, sums[s, r]) for n, s in enumerate(order) for r in np.flatnonzero(likely[s])]
+    setting = np.array([n for n, _ in cells])
+    stacked = np.stack([*(cell for _, cell in cells), np.broadcast_to(base, sums.shape[-2:])])
+    drawn = bootstrap(stacked, weights, draws=max(draws, 2 * sum(stacked.shape[:2])), seed=seed)
+    parts = (np.cov(of.T, bias=True) for of in (drawn.over_seeds, drawn.over_rows))
+    return _Pairs(drawn.losses, *parts, found.seeds, found.rows, setting)
+
+
+def _undecided(losses: np.ndarray, margin: float) -> NonInferiority:
+    best = int(np.nanargmin(losses)) if np.isfinite(losses).any() else None
+    no, unknown = np.zeros(losses.shape, bool), np.full(losses.shape, np.nan)
+    good, worse, p, bound, lacks, sd, se = (x.copy() for x in (no, no, *[unknown] * 5))
+    return NonInferiority("undecided", None, best, good, worse, p, bound, lacks, margin, sd, se, "")
+
+
+def adjusted(against: np.ndarray) -> np.ndarray:
+    """(S,): the smallest alpha with which each setting passes under every assumption on the best,
+    by the rules of `noninferior`.
 
     against: (S, S), cheapest first: p of the hypothesis that s is not as good as b.
     """
-    settings = len(against)
-    good = np.ones(settings, bool)
-    for b in range(settings):
-        p, up = against[:, b], np.arange(b + 1, settings)
-        down = np.arange(b)[::-1]
-        sides = 2 if len(up) and len(down) else 1
-        dearer = holm(p[up]) <= alpha / sides
-        cheaper = np.logical_and.accumulate(p[down] <= (alpha if dearer.all() else alpha / sides))
-        if cheaper.all():
-            dearer = holm(p[up]) <= alpha
-        good[up] &= dearer
-        good[down] &= cheaper
-    return good
+    smallest = np.zeros(len(against))
+    for b in range(len(against)):
+        down, up = np.arange(b)[::-1], np.arange(b + 1, len(against))
+        cheaper, dearer = np.maximum.accumulate(against[down, b]), holm(against[up, b])
+        for which, p, others in ((down, cheaper, dearer), (up, dearer, cheaper)):
+            # alpha / 2 is enough, or alpha if all others pass at alpha / 2.
+            needs = np.minimum(2 * p, np.maximum(2 * others.max(initial=0.0), p))
+            smallest[which] = np.maximum(smallest[which], needs)
+    return np.minimum(smallest, 1.0)
 
 
-def _smallest_levels(passes: Callable[[float], np.ndarray], settings: int) -> np.ndarray:
-    """(S,): the smallest level with which each setting passes, by bisection of its logarithm."""
-    low, high = np.full(settings, np.log(1e-6)), np.zeros(settings)
-    for s in range(settings):
-        for _ in range(20):
-            middle = (low[s] + high[s]) / 2
-            if passes(np.exp(middle))[s]:
-                high[s] = middle
-            else:
-                low[s] = middle
-    return np.exp(high)
+def _worse(opposite: np.ndarray) -> np.ndarray:
+    """(S,): p of the hypothesis that a setting is as good as the best, with Holm's correction for
+    all pairs. opposite: (S, S), p of the hypothesis that s is as good as b."""
+    others = ~np.eye(len(opposite), dtype=bool)
+    corrected = np.ones(opposite.shape)
+    corrected[others] = holm(opposite[others])
+    return corrected.min(1)
 
 
-def _smallest_share(highest: Callable[[float], float]) -> float:
-    """The smallest share f of the improvement with highest(f) <= 0; 0 if none is lacking, NaN if it
-    may be all."""
-    if highest(0.0) <= 0:
-        return 0.0
-    if highest(1.0) > 0:
-        return np.nan
-    return float(optimize.brentq(highest, 0.0, 1.0))
+def _smallest_share(pairs: _Pairs, alpha: float) -> np.ndarray:
+    """(S,): the share of the improvement that each setting lacks at most, by bisection. 0 if it is
+    better than all others, NaN if it may lack all."""
+    same = np.eye(pairs.setting[-1] + 1, dtype=bool)
+    passes = lambda share: ((pairs.highest(pairs.p(share, 0.0)) <= alpha) | same).all(1)
+    low, high = np.zeros(len(same)), np.ones(len(same))
+    none, known = passes(low), passes(high)
+    for _ in range(20):
+        middle = (low + high) / 2
+        enough = passes(middle)
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    return np.where(none, 0.0, np.where(known, high, np.nan))
 
 
 # -------------------------------------------------------------------------------------------- power
@@ -491,8 +499,9 @@ def power(
     comparison with it (by default at half of ALPHA, the level of `noninferior`'s first step). NaN
     for fewer than three seeds.
 
-    The statistic has a noncentral t distribution (Julious 2004, Statistics in Medicine 23, 1921,
-    section 6), here with Satterthwaite's degrees of freedom for its two parts.
+    The difference is normal, the variance from the seeds has a chi-square distribution with
+    seeds - 1 degrees of freedom (the power of the mean over it is that of a noncentral t test:
+    Julious 2004, Statistics in Medicine 23, 1921, section 6), that from the rows counts as known.
 
     Args:
       seed_sd: standard deviation of the paired difference over seeds.
@@ -506,10 +515,11 @@ def power(
     total = by_seeds + by_rows
     if total == 0 or margin <= 0:
         return float(margin > 0)
-    share = by_seeds / total
-    degrees = 1 / (share**2 / (seeds - 1) + (1 - share) ** 2 / max(rows - 1, 1))
-    critical = quantile(alpha, share, seeds, rows)
-    return float(stats.nct.sf(critical, degrees, margin / np.sqrt(total)))
+    middles = (np.arange(200) + 0.5) / 200
+    estimated = by_seeds * stats.chi2.ppf(middles, seeds - 1) / (seeds - 1) + by_rows
+    critical = quantile(alpha, 1 - by_rows / estimated, seeds, rows)
+    excess = (margin - critical * np.sqrt(estimated)) / np.sqrt(total)
+    return float(stats.norm.cdf(excess).mean())
 
 
 def needed_seeds(
