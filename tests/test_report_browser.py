@@ -1,13 +1,16 @@
 """The report in a browser: headless Chromium, as Debian has it (chromium, chromium-driver)."""
 
 import os
+import pathlib
 import shutil
+import time
 
 import pytest
 from support import require
-from synthetic import kernels, make_run, make_search
+from synthetic import kernels, make_run, make_search, planted_loss
 
 from lorax import report
+from lorax.report import charts
 from lorax.report import page as page_module
 from lorax.report.pages import several_runs
 
@@ -15,7 +18,7 @@ FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
     "--disable-background-networking --disable-component-update"
 ).split()
-WIDTHS = (400, 1200)
+WIDTHS = (390, 1200)
 TABLE = "section[aria-labelledby=members] table.sortable"
 
 
@@ -42,11 +45,12 @@ def browser(tmp_path_factory):
 def pages(tmp_path_factory):
     """{name: the page of a sweep, of several runs with a search among them}."""
     folder = tmp_path_factory.mktemp("runs")
-    run = make_run(folder / "run", ranks=(2, 4, 8), seeds=(0,), diverged=(0,))
+    run = make_run(folder / "run", ranks=(2, 4, 8), seeds=(0,), diverged=(2,))
     bare = make_run(folder / "bare", ranks=(1, 4), seeds=(0,), lrs=(1e-3, 2e-3), adapters=False)
     search = make_search(folder / "search", dims=(10, 1000))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page_module, "pdf", lambda figure: b"%PDF")  # no browser shows them
+        patch.setattr(charts, "pdf", lambda spec: b"%PDF")
         return {
             "sweep": report.write(run, kernels()),
             "several": several_runs.write([bare, search], folder / "compared"),
@@ -56,11 +60,16 @@ def pages(tmp_path_factory):
 @pytest.fixture(params=("sweep", "several"))
 def page(browser, pages, request):
     """Each page, freshly opened, as on a screen of 1,200 pixels; nothing was logged at its end."""
-    set_media(browser)
-    set_width(browser, 1200)
-    browser.get(pages[request.param].as_uri())
+    fresh(browser, pages[request.param])
     yield browser
     assert browser.get_log("browser") == []
+
+
+def fresh(browser, page):
+    """Opens a page on light ground, as on a screen of 1,200 pixels."""
+    set_media(browser)
+    set_width(browser, 1200)
+    browser.get(page.as_uri())
 
 
 def set_media(browser, media="screen", scheme="light"):
@@ -73,37 +82,143 @@ def set_width(browser, width):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
 
-def images(browser):
-    """(name, natural width, height on the screen, whether folded) of every image."""
+def until(condition, seconds=20):
+    """Waits until a condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never held"
+        time.sleep(0.05)
+
+
+def opened(browser):
+    """Waits until all charts are drawn."""
+    all_drawn = "return drawn.size === charts.length && [...drawn.values()].every(Boolean)"
+    until(lambda: browser.execute_script(all_drawn))
+
+
+def figures(browser):
+    """(name, width of the drawing, its height on the screen, whether folded) of every figure."""
+    opened(browser)
     return browser.execute_script(
-        "return [...document.images].map(i => [i.closest('figure').id, i.naturalWidth,"
+        "return [...document.querySelectorAll('figure :is(svg, img)')].map(i => ["
+        " i.closest('figure').id, i.naturalWidth ?? Number(i.getAttribute('width')),"
         " i.checkVisibility() ? i.getBoundingClientRect().height : 0,"
         " i.closest('details:not([open])') !== null])"
     )
 
 
 def test_every_figure_is_there_and_shown(page):
-    found = images(page)
-    assert len(found) >= 3 and all(natural > 300 for _, natural, _, _ in found)
+    found = figures(page)
+    numbers = page.execute_script("return [...document.querySelectorAll('figcaption b')].length")
+    assert numbers == len(found) >= 3 and all(width > 300 for _, width, _, _ in found)
     assert all((height > 50) != folded for _, _, height, folded in found)
     # What is folded opens by the keyboard.
     for summary in page.find_elements("css selector", "summary"):
         summary.send_keys("\ue007")  # Enter
-    assert all(height > 50 for _, _, height, _ in images(page))
+    assert all(height > 50 for _, _, height, _ in figures(page))
 
 
 def test_print_shows_all_and_hides_what_is_for_the_screen(page):
+    opened(page)
     set_media(page, "print")
     page.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 50))")
-    assert all(height > 50 for _, _, height, _ in images(page))
-    seen = "document.querySelector(s).checkVisibility()"
-    hidden = f"return ['nav', '.skip', '.files'].map(s => {seen})"
-    assert page.execute_script(hidden) == [False, False, False]
+    assert all(height > 50 for _, _, height, _ in figures(page))
+    seen = "document.querySelector(s)?.checkVisibility()"
+    hidden = f"return ['nav', '.skip', '.files', '.scheme'].map(s => {seen})"
+    assert page.execute_script(hidden) == [False] * 4
+    assert luminance(colours(page, "body")[1]) == 1
+    assert page.execute_script("return document.querySelector('tr.folded, .copy') === null") or all(
+        page.execute_script(
+            "return [...document.querySelectorAll('tr.folded')].map(r => r.checkVisibility())"
+        )
+    )
     set_media(page)
     page.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 50))")
-    assert page.execute_script(hidden) == [True, True, True]
-    folded = [folded for *_, folded in images(page)]
-    assert any(folded) or not page.find_elements("css selector", "details img")
+    assert page.execute_script(hidden) == [True] * 4
+    folded = [folded for *_, folded in figures(page)]
+    assert any(folded) or not page.find_elements("css selector", "details figure")
+
+
+CURVE = "#figure-rank_curve"
+DOTS = f"{CURVE} .mark-symbol path[aria-label*='member: ']"
+
+
+def test_a_mark_says_its_values_under_the_pointer(browser, pages):
+    fresh(browser, pages["sweep"])
+    opened(browser)
+    dot = browser.find_element("css selector", DOTS)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", dot)
+    chains = require("selenium.webdriver").ActionChains
+    chains(browser).move_to_element(dot).perform()
+    tip = browser.find_element("css selector", ".tip")
+    assert tip.is_displayed()
+    terms, values = (
+        [part.text for part in tip.find_elements("tag name", name)] for name in ("dt", "dd")
+    )
+    said = dict(zip(terms, values, strict=True))
+    assert said["rank r of the adapter"] == "2"
+    loss = next(value for name, value in said.items() if "eval loss" in name)
+    assert float(loss) == pytest.approx(planted_loss(2, 0), abs=1e-4)
+    away = browser.find_element("css selector", f"{CURVE} figcaption")
+    chains(browser).move_to_element(away).perform()
+    assert not tip.is_displayed()
+
+
+def test_the_filter_of_members_moves_the_table_and_the_figures(browser, pages):
+    fresh(browser, pages["sweep"])
+    opened(browser)
+    rows = f"{TABLE} tbody tr:not([hidden])"
+    count = lambda: [len(browser.find_elements("css selector", part)) for part in (rows, DOTS)]
+    assert count() == [3, 2]  # rank 8 diverged
+    said = browser.find_element("css selector", ".filtered")
+    assert not said.is_displayed()
+    choose = "document.querySelector(`.filter input[name='rank'][value='4']`).click()"
+    browser.execute_script(choose)
+    until(lambda: count() == [1, 1])
+    assert said.text.startswith("1 of 3 members are shown")
+    browser.execute_script(choose)
+    browser.find_element("css selector", ".filter input[data-end='high']").send_keys("0.5")
+    until(lambda: count() == [0, 0])
+    said.find_element("tag name", "button").click()
+    until(lambda: count() == [3, 2])
+    assert not said.is_displayed() and browser.get_log("browser") == []
+
+
+def test_charts_follow_light_and_dark_by_the_switch(browser, pages):
+    fresh(browser, pages["sweep"])
+    opened(browser)
+    label = browser.find_element("css selector", f"{CURVE} .role-axis-title text")
+    style = "return getComputedStyle(arguments[0]).fill.match(/[\\d.]+/g).map(Number)"
+    assert luminance(browser.execute_script(style, label)) < 0.1
+    browser.find_element("css selector", ".scheme").click()
+    assert luminance(browser.execute_script(style, label)) > 0.7
+    assert luminance(colours(browser, "body")[1]) < 0.05
+
+
+def test_the_page_is_accessible(page):
+    """axe-core finds no serious fault, by light and by dark."""
+    script = pathlib.Path(require("axe_core_python").__file__).with_name("axe.min.js").read_text()
+    opened(page)
+    page.execute_script(script)
+    for scheme in ("light", "dark"):
+        set_media(page, scheme=scheme)
+        found = page.execute_async_script(
+            "axe.run(document, {resultTypes: ['violations']}).then(arguments[0])"
+        )
+        serious = {
+            (fault["id"], fault["help"]): fault["nodes"][0]["html"][:200]
+            for fault in found["violations"]
+            if fault["impact"] in ("serious", "critical")
+        }
+        assert not serious, (scheme, serious)
+
+
+def test_a_line_of_contents_is_marked(browser, pages):
+    fresh(browser, pages["sweep"])
+    browser.find_element("css selector", "nav a[href='#members']").click()
+    marked = "nav a[href='#members'][aria-current]"
+    until(lambda: browser.find_elements("css selector", marked))
+    assert browser.find_element("tag name", "nav").rect["y"] >= 0
 
 
 def column(browser, n):
@@ -183,6 +298,7 @@ def contrast(one, other):
 def test_nothing_is_wider_than_the_screen(page):
     for width in WIDTHS:
         set_width(page, width)
+        opened(page)
         room = page.execute_script(
             "const e = document.documentElement; return [e.scrollWidth, e.clientWidth]"
         )

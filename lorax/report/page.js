@@ -162,6 +162,7 @@ async function draw(element) {
     config: {...page.config, legend}});
   drawn.get(element)?.finalize();
   drawn.set(element, view);
+  place.querySelector("svg").ariaHidden = "true";  // the element around it says what it shows
   element.replaceChildren(place);
 }
 const follows = (element) =>
