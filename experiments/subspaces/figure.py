@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
 
-from lorax.analysis import basis_similarity, expected_similarity, gaussian_similarity, tables
+from lorax.analysis import basis_similarity, chance_similarity, expected_similarity, tables
 from lorax.analysis.figures.style import COLOURS, DASHES, MARKERS, STYLE
 
 HERE = pathlib.Path(__file__).parent
@@ -35,7 +35,7 @@ def table(found: list[dict], shape: tuple[int, int]) -> list[dict]:
     """
     rows = []
     spaces = {row["n"] for row in found}
-    high = {n: gaussian_similarity(0, n, 1, 1, draws=1000).high[0, 0] for n in spaces}
+    high = {n: chance_similarity(n, 1, 1).high[0, 0] for n in spaces}
     for kind, target in itertools.product(tables.KINDS, ("q", "v")):
         own = [row for row in found if row["kind"] == kind and row["target"] == target]
         phi, n = np.stack([row["phi"] for row in own]), own[0]["n"]
@@ -144,8 +144,8 @@ with matplotlib.rc_context({**STYLE, "axes.spines.top": True, "axes.spines.right
     for line, (sweep, kind) in zip(grid, itertools.product(found, MAPS), strict=True):
         phi = {target: mean(results[sweep.size, "ranks"], kind, target) for target in ("q", "v")}
         n = phi["q"][2]
-        chance = gaussian_similarity(0, n, *phi["q"][0].shape).mean
-        values = {"q": phi["q"][0], "v": phi["v"][0], "Gaussian control": chance}
+        chance = chance_similarity(n, *phi["q"][0].shape).mean
+        values = {"q": phi["q"][0], "v": phi["v"][0], "chance": chance}
         for panel, (target, value) in zip(line, values.items(), strict=True):
             r1, r2 = value.shape
             extent = (0.5, r2 + 0.5, r1 + 0.5, 0.5)
@@ -178,9 +178,9 @@ with matplotlib.rc_context(STYLE):
                 i = np.arange(1, len(phi) + 1)
                 style = {"color": COLOURS[n], "marker": MARKERS[n], "linestyle": DASHES[n]}
                 panel.errorbar(i, phi, error, capsize=2, markersize=3, label=target, **style)
-                band = gaussian_similarity(0, space, len(i), len(i))
+                band = chance_similarity(space, len(i), len(i))
                 low, high = np.diag(band.low), np.diag(band.high)
-                label = "two Gaussian matrices, 5 to 95%"
+                label = "two random subspaces, 5 to 95%"
                 style = {"color": "0.45", "alpha": 0.35, "linewidth": 0}
                 panel.fill_between(i, low, high, label=label, **style)
                 about = {"base": sweep.size, "directions": kind, "target": target, "n": space}

@@ -12,7 +12,7 @@ UPDATES = """
 <a href="https://arxiv.org/abs/2106.09685">arXiv 2106.09685</a>, section 7.2, with the singular
 vectors of A on the input side (appendix G says left ones, but for A (r × in) these are the right
 ones).
-Control: Gaussian matrices of the same shape.</li>
+Chance: uniformly random subspaces, in closed form (a beta distribution).</li>
 <li><b>Amplification.</b> The same paper, section 7.3 and table 7, with as many directions as the
 adapter's rank. The random column is about r‖W‖/√(in·out).</li>
 <li><b>ΔW against W.</b> The same paper, figure 8: φ between the directions of ΔW and of W.</li>

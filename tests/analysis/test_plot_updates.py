@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from synthetic import kernels, make_run
 
-from lorax.analysis import figures, gaussian_similarity, runs, tables
+from lorax.analysis import chance_similarity, figures, runs, tables
 from lorax.analysis.figures import lines, rank_lines
 
 
@@ -133,7 +133,7 @@ def test_sensitivity_has_shares_and_ranks():
 
 
 def test_diagonal_lies_over_the_band():
-    band = gaussian_similarity(0, 24, 4, 6, 20)
+    band = chance_similarity(24, 4, 6)
     phi = {"seeds": np.full((4, 6), 0.5), "ranks": np.full((2, 6), 0.9)}
     figure = figures.diagonal(phi, band)
     axes = figure.axes[0]

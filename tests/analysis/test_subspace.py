@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.linalg import subspace_angles
 from support import DATA
 
 from lorax.analysis import (
     basis_similarity,
+    chance_similarity,
     expected_similarity,
-    gaussian_similarity,
     output_similarity,
     principal_angles,
     subspace_similarity,
@@ -151,26 +152,34 @@ def test_zero_padding_adds_no_direction():
                                atol=1e-9)  # fmt: skip
 
 
-def test_chance_is_what_the_formula_says():
-    n, r1, r2 = 48, 4, 12
-    band = gaussian_similarity(0, n, r1, r2, draws=400)
-    i, j = np.arange(1, r1 + 1)[:, None], np.arange(1, r2 + 1)[None]
-    expected = expected_similarity(i, j, n)
-    # phi(1, 1) is a squared cosine: its standard deviation is sqrt(2) / n, less than 0.03 here,
-    # and every other entry's is smaller; the mean of 400 is within 0.008 by more than five.
-    np.testing.assert_allclose(band.mean, expected, rtol=0, atol=0.008)
-    assert np.all(band.low <= band.mean) and np.all(band.mean <= band.high)
-    again = gaussian_similarity(np.random.default_rng(0), n, r1, r2, draws=400)
-    np.testing.assert_array_equal(band.mean, again.mean)
+def test_chance_is_a_beta_distribution():
+    # phi(1, 1) is a squared cosine
+    band = chance_similarity(128, 3, 5)
+    np.testing.assert_allclose((band.mean[0, 0], band.high[0, 0]), (0.0078, 0.0299), atol=5e-5)
+    np.testing.assert_allclose(
+        band.high[0], stats.beta.ppf(0.95, np.arange(1, 6) / 2, (128 - np.arange(1, 6)) / 2)
+    )
+    i, j = np.arange(1, 4)[:, None], np.arange(1, 6)[None]
+    np.testing.assert_allclose(band.mean, expected_similarity(i, j, 128))
 
 
-def test_random_adapters_lie_in_the_band():
-    """The control fixes one basis; from-scratch Gaussian pairs must agree with it."""
-    rng = np.random.default_rng(8)
-    pairs = rng.standard_normal((2, 300, 32, 3))
-    phi = subspace_similarity(pairs[0], pairs[1]).mean(0)
-    band = gaussian_similarity(1, 32, 3, 3, draws=300)
-    np.testing.assert_allclose(phi, band.mean, rtol=0, atol=0.02)
+@pytest.mark.parametrize("n", [6, 32])
+def test_random_adapters_have_its_mean_and_quantiles(n):
+    draws = 4000
+    pairs = np.random.default_rng(8).standard_normal((2, draws, n, 4))
+    phi = subspace_similarity(pairs[0], pairs[1])
+    band = chance_similarity(n, 4, 4)
+    np.testing.assert_allclose(phi.mean(0), band.mean, rtol=0, atol=4 * phi.std() / draws**0.5)
+    for quantile, share in ((band.low, 0.05), (band.high, 0.95)):
+        np.testing.assert_allclose((phi <= quantile).mean(0), share, rtol=0, atol=0.03)
+    if n == 6:  # 3 and 4, or 4 and 4 directions of 6 share one or two
+        assert band.low[3, 3] > 0.5 and phi[:, 3, 3].min() >= 0.5 - 1e-9
+
+
+def test_all_directions_are_always_shared():
+    band = chance_similarity(3, 4, 4)
+    for part in band:
+        np.testing.assert_allclose(part[2:], 1.0)
 
 
 def test_different_spaces_are_refused():

@@ -47,7 +47,7 @@ def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> Figure:
 
     Args:
       phi: (r1, r2) by name.
-      band: from `gaussian_similarity`, for the space of the comparisons (the kernels of an MLP and
+      band: from `chance_similarity`, for the space of the comparisons (the kernels of an MLP and
         of attention may have different ones).
     """
     with matplotlib.rc_context(STYLE):

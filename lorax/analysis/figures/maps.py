@@ -24,7 +24,7 @@ CONTOURS = (0.25, 0.5, 0.75)  # of larger maps
 def similarity_maps(
     phi: dict[tuple[int, str], np.ndarray], control: np.ndarray, y_label: str, x_label: str
 ) -> Figure:
-    """Subspace similarity phi(i, j): one row per layer, one column per target, then the Gaussian
+    """Subspace similarity phi(i, j): one row per layer, one column per target, then
     control.
 
     Args:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import stats
 
 from lorax.analysis.measures.spectrum import existing, factor_svd
 
@@ -133,22 +134,34 @@ def expected_similarity(i: ArrayLike, j: ArrayLike, n: int) -> np.ndarray:
     return np.maximum(i, j) / n
 
 
-def gaussian_similarity(
-    rng: int | np.random.Generator, n: int, r1: int, r2: int, draws: int = 100
-) -> Band:
-    """The paper's control: phi between Gaussian random (n, r1) and (n, r2), over many draws.
+def chance_similarity(n: int, r1: int, r2: int) -> Band:
+    """phi between two uniformly random subspaces of R^n (the spans of Gaussian matrices, the
+    paper's control), in closed form.
 
-    Args:
-      rng: a numpy generator or a seed.
+    phi min(i, j) is the trace of a matrix with the multivariate beta distribution (Muirhead 1982,
+    Aspects of Multivariate Statistical Theory, theorem 3.3.1). For i = 1 or j = 1 that is a number
+    with the distribution Beta(m / 2, (n - m) / 2), m = max(i, j), which gives exact quantiles:
+    phi(1, 1) for n = 128 has mean 0.0078 and 95% quantile 0.0299. Otherwise the quantiles are those
+    of a beta distribution on the possible values with the exact mean m / n and the exact variance,
+    2 i j (n - i) (n - j) / (n^2 (n - 1) (n + 2)) / min(i, j)^2. (The variance follows from
+    invariance to rotations: for a projection P of rank j, the mean of P_11^2 is
+    j (j + 2) / (n (n + 2)), and the mean of the whole sum of squares of P is j.)
+
+    Returns (r1, r2) each. Phi of more than n directions is that of all n.
     """
-    rng = np.random.default_rng(rng)
-    k1, k2 = min(n, r1), min(n, r2)
-    # phi is invariant to rotating both bases together, so the first can be the unit vectors.
-    phi = np.stack(
-        [
-            basis_similarity(np.eye(n, k1), np.linalg.qr(rng.standard_normal((n, k2)))[0])
-            for _ in range(draws)
-        ]
+    i, j = (np.minimum(np.arange(1, r + 1.0), n) for r in (r1, r2))
+    i, j = np.broadcast_arrays(i[:, None], j[None])
+    few, many = np.minimum(i, j), np.maximum(i, j)
+    mean = many / n
+    lowest = np.maximum(i + j - n, 0.0) / few  # directions that have no room to differ
+    variance = 2 * i * j * (n - i) * (n - j) / (n**2 * max(n - 1, 1) * (n + 2) * few**2)
+    varies = variance > 0
+    centre = np.where(varies, (mean - lowest) / np.where(varies, 1 - lowest, 1.0), 0.5)
+    spread = np.where(varies, variance / np.where(varies, 1 - lowest, 1.0) ** 2, 0.1)
+    total = centre * (1 - centre) / spread - 1
+    quantile = lambda q: np.where(
+        varies,
+        lowest + (1 - lowest) * stats.beta.ppf(q, centre * total, (1 - centre) * total),
+        mean,
     )
-    low, high = np.quantile(phi, (0.05, 0.95), axis=0)
-    return Band(phi.mean(0), low, high)
+    return Band(mean, quantile(0.05), quantile(0.95))

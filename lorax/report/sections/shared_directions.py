@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from lorax.analysis import Band, expected_similarity, figures, gaussian_similarity, tables
+from lorax.analysis import Band, chance_similarity, expected_similarity, figures, tables
 from lorax.report import page, words
 from lorax.report.page import Picture, Section
 from lorax.report.sections.spectra import MAX_LAYERS, MAX_TARGETS
@@ -105,7 +105,7 @@ def compare(name: str, title: str, pairs: Sequence[tuple[dict, dict]]) -> Compar
     first = next(iter(phi))
     kind = next(iter(phi[first]))
     ranks = phi[first][kind].shape
-    control = gaussian_similarity(0, size[first][kind], *ranks)
+    control = chance_similarity(size[first][kind], *ranks)
     return Comparison(name, title, phi, size, len(pairs), ranks, control)
 
 
@@ -337,7 +337,7 @@ def _chosen(
 
 def _cells(drawn: dict, control: np.ndarray) -> pd.DataFrame:
     rows = [long(phi, layer=layer, target=target) for (layer, target), phi in drawn.items()]
-    rows.append(long(control, layer=np.nan, target="Gaussian control"))
+    rows.append(long(control, layer=np.nan, target="chance"))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -433,5 +433,5 @@ def _files(comparisons: Sequence[Comparison]) -> dict[str, Any]:
                     }
                 )
         for field, values in comparison.control._asdict().items():
-            arrays[f"{comparison.name}/gaussian/{field}"] = values
+            arrays[f"{comparison.name}/chance/{field}"] = values
     return {"similarity.csv": pd.DataFrame(rows), "similarity.npz": arrays}
