@@ -70,6 +70,7 @@ def make_run(
     lrs: tuple[float, ...] = (2e-3,),
     scaling: str = "lora",
     diverged: tuple[int, ...] = (),
+    stopped: tuple[int, ...] = (),
     adapters: bool = True,
 ) -> pathlib.Path:
     members: list[dict[str, Any]] = []
@@ -99,18 +100,20 @@ def make_run(
                 "trainable_params": 2 * WIDTH * rank * LAYERS * len(TARGETS),
             }
         )
-        broken = member in diverged
+        broken, out = member in diverged, member in stopped
         final = planted_loss(rank, seed) + 0.1 * lrs.index(lr) + 0.2 * alphas.index(alpha)
-        metrics += measurements(member, final, broken)
+        measured = measurements(member, final, broken)
+        metrics += [x for x in measured if not out or x["step"] <= 50]
         status[str(member)] = {
-            "status": "diverged" if broken else "finished",
+            "status": "diverged" if broken else "stopped" if out else "finished",
             "diverged_at": 50 if broken else None,
             "seconds": 12.5,
-        }
-        if adapters:
+        } | ({"stopped_at": 50} if out else {})
+        if adapters and not out:
             factors = planted_factors(rank, seed, scale)
             peft.save(directory / "adapters" / str(member), factors, SOURCES, "gpt2-nano")
     sweep = {"rank": ranks, "alpha": alphas, "lr": lrs, "seed": seeds}
+    sweep |= {"tune": "lr"} if stopped else {}
     config = {"base": "gpt2-nano", "sweep": sweep, "task": {"name": "restaurants"}}
     about = {
         "config": config,

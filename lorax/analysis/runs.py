@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lorax import rundir
-from lorax.config import swept
+from lorax.config import axis_of, swept
 from lorax.interop import peft, reading, states, tensors
 from lorax.interop.adapter import Factors
 
@@ -155,6 +155,7 @@ AXES = (
     "n_train",
 )
 # Settings are averaged over these.
+WITHOUT_RESULT = ("diverged", "stopped")  # the status of members that have no final loss
 SEEDS = ("seed", "start_seed", "order_seed", "draw_seed", "data_seed")
 # What a field without a value means.
 MISSING = {"n_train": "all", "layers": "all", "inputs": "all", "quant": "none"}
@@ -165,6 +166,7 @@ class Axes(NamedTuple):
 
     main: str | None  # None: all members have the same setting, apart from the seed
     others: tuple[str, ...]
+    tuned: tuple[str, ...] = ()  # fields of which every setting has its own best value
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -196,7 +198,7 @@ def summary(run: Run) -> pd.DataFrame:
         if len(after) and state == "finished" and not np.isfinite(after["loss"].iloc[-1]):
             state = "diverged"
         base = of_member.loc[of_member["step"] == 0, "loss"]
-        usable = state not in ("diverged", "stopped") and len(after) > 0
+        usable = state not in WITHOUT_RESULT and len(after) > 0
         final = _exported(of_member, after, status)
         tested = tests.loc[tests["member"] == member].set_index("step")["loss"]
         rows.append(
@@ -263,9 +265,12 @@ def axes(run: Run, table: pd.DataFrame) -> Axes:
     """The sweep's axes. The main axis is the method if members differ in it, else the rank, else
     the sweep's first axis with several values.
 
-    Fields that follow from others (tied axes) are not listed as axes.
+    Fields that follow from others (tied axes) are not listed as axes, nor is one that was tuned
+    (`config.sweep.tune`).
     """
-    sweep = list(swept(run.config.get("config", {}).get("sweep") or {}))
+    given = run.config.get("config", {}).get("sweep") or {}
+    tuned = (axis_of(given["tune"]),) if given.get("tune") else ()
+    sweep = [name for name in swept(given) if name not in tuned]
     order = [name for name in (*sweep, *AXES) if name in table.columns and name not in SEEDS]
     if any(name not in table.columns for name in sweep):
         order.append("setting")  # an axis that has no field in members.jsonl
@@ -274,16 +279,17 @@ def axes(run: Run, table: pd.DataFrame) -> Axes:
     if table["method"].nunique() > 1:
         order.insert(0, "method")
     chosen: list[str] = []
-    for name in dict.fromkeys(order):
+    for name in dict.fromkeys(name for name in order if name not in tuned):
         groups = len(table[chosen].drop_duplicates()) if chosen else 1
         if len(table[[*chosen, name]].drop_duplicates()) > groups:
             chosen.append(name)
-    return Axes(chosen[0], tuple(chosen[1:])) if chosen else Axes(None, ())
+    return Axes(chosen[0] if chosen else None, tuple(chosen[1:]), tuned)
 
 
 def settings(table: pd.DataFrame, by: Axes, scores: Iterable[str] = ()) -> pd.DataFrame:
     """Averages over seeds: one row per setting, with mean, se (standard error), n (members with a
-    final loss), members and diverged (counts), and the mean of each of `scores`.
+    final loss), members and diverged (counts), and the mean of each of `scores`. Where a field was
+    tuned, a setting has its members at the best value, in a column of that name (`at_best`).
 
     Members without a final loss (diverged, not evaluated yet) are left out of the mean. `line`
     names the other axes' values, "" if there are none. se is NaN for fewer than two seeds.
@@ -291,12 +297,13 @@ def settings(table: pd.DataFrame, by: Axes, scores: Iterable[str] = ()) -> pd.Da
     main = by.main or "rank"
     rows = []
     for _, group in table.groupby([main, *by.others], sort=True, dropna=False):
+        group = at_best(group, by.tuned)
         first = group.iloc[0]
         losses = group["final_loss"].dropna()
         rows.append(
             {
                 main: first[main],
-                **{name: first[name] for name in by.others},
+                **{name: first[name] for name in (*by.others, *by.tuned)},
                 "line": fields(first, by.others),
                 "scale": pd.to_numeric(group["scale"]).mean(),
                 "trainable_params": first["trainable_params"],
@@ -309,6 +316,27 @@ def settings(table: pd.DataFrame, by: Axes, scores: Iterable[str] = ()) -> pd.Da
             }
         )
     return pd.DataFrame(rows)
+
+
+def at_best(group: pd.DataFrame, tuned: tuple[str, ...]) -> pd.DataFrame:
+    """The members of a setting at the best value of the tuned fields: the one of the lowest mean
+    final loss of which every seed has one; if there is none, the one that was trained longest. All
+    members if nothing is tuned."""
+    if not tuned:
+        return group
+    values = [rows for _, rows in group.groupby(list(tuned), dropna=False)]
+    whole = [rows for rows in values if rows["final_loss"].notna().all()]
+    if whole:
+        return min(whole, key=lambda rows: rows["final_loss"].mean())
+    return max(values, key=lambda rows: rows["final_step"].sum())
+
+
+def averaged(table: pd.DataFrame, by: Axes) -> pd.Index:
+    """The members that means over seeds are of: those that neither diverged nor were stopped and,
+    where a field was tuned, have each setting's best value of it."""
+    names = [*by.names] or ["method"]
+    groups = [at_best(group, by.tuned) for _, group in table.groupby(names, dropna=False)]
+    return pd.concat(groups).query("status not in @WITHOUT_RESULT").index
 
 
 def best_setting(settings: pd.DataFrame) -> pd.Series | None:

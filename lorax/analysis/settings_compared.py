@@ -40,7 +40,7 @@ def methods(
             {
                 "method": setting["method"],
                 "trainable_params": setting["trainable_params"],
-                **{name: setting[name] for name in by.others},
+                **{name: setting[name] for name in (*by.others, *by.tuned)},
                 **{name: setting[name] for name in ("mean", "se", "n", "diverged")},
                 "optimizer_bytes": members["optimizer_bytes"].iloc[0],
                 "step_ms": members["step_ms"].mean(),
@@ -57,10 +57,10 @@ def best_of_methods(settings: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_setting(table: pd.DataFrame, setting: pd.Series, by: Axes) -> pd.Series:
-    """Which members (rows of `runs.summary`) have the setting, a row of `runs.settings`: (members,)
-    bool."""
+    """Which members (rows of `runs.summary`) have the setting, a row of `runs.settings`, at its
+    best value of what was tuned: (members,) bool."""
     same = pd.Series(True, index=table.index)
-    for name in (by.main or "rank", *by.others):
+    for name in (by.main or "rank", *by.others, *by.tuned):
         missing = pd.isna(setting[name])
         same &= table[name].isna() if missing else table[name] == setting[name]
     return same
@@ -82,8 +82,9 @@ def curve(table: pd.DataFrame, by: Axes, x: str) -> pd.DataFrame:
     if x not in table or not pd.to_numeric(table[x], errors="coerce").notna().any():
         return pd.DataFrame(columns=["part", "x", "mean", "se", "n", "line"])
     axes = [name for name in by.names if name != x]
+    tuned = tuple(name for name in by.tuned if name != x)
     separate, others = ([n for n in axes if (n in UNLIKE) == unlike] for unlike in (True, False))
-    reached = runs.settings(table, Axes(x, tuple(axes))).dropna(subset=["mean", x])
+    reached = runs.settings(table, Axes(x, tuple(axes), tuned)).dropna(subset=["mean", x])
     for name, names in (("part", separate), ("line", others)):
         reached[name] = [runs.fields(row, names) for _, row in reached.iterrows()]
     best = reached.loc[reached.groupby(["part", x], sort=False)["mean"].idxmin()]

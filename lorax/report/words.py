@@ -17,11 +17,12 @@ def mean(row: pd.Series) -> str:
 
 
 def setting(row: pd.Series, by: runs.Axes) -> str:
-    """A setting as its values on the sweep's axes: "r = 4 with alpha=8"."""
+    """A setting as its values on the sweep's axes and of what was tuned: "r = 4 with alpha=8"."""
     main = by.main or "rank"
     value = "none" if cell(main, row[main]) is None else show(cell(main, row[main]))
     name = "r" if main == "rank" else axis(main)
-    return f"{name} = {value}" + (f" with {row['line']}" if row["line"] else "")
+    others = ", ".join(filter(None, [row["line"], runs.fields(row, by.tuned)]))
+    return f"{name} = {value}" + (f" with {others}" if others else "")
 
 
 def task(config: dict[str, Any]) -> str:
@@ -44,6 +45,12 @@ def listed(column: pd.Series) -> str:
     """The distinct values of a column of members, in order."""
     values = (cell(column.name, value) for value in column)
     return ", ".join(dict.fromkeys(show(value) for value in values if not is_missing(value)))
+
+
+def status(member: pd.Series) -> str:
+    """A member's status and, if it ended before the last step, where. member: of `runs.summary`."""
+    end = {"diverged": "diverged_at", "stopped": "stopped_at"}.get(member["status"])
+    return member["status"] + (at_step(member[end]) if end else "")
 
 
 def at_step(step: Any) -> str:

@@ -125,7 +125,7 @@ def learning_curves(
 ) -> Figure:
     """Eval loss against step: one panel per setting of the other axes, one colour per value of the
     main axis. Thin lines are members, thick lines means over members that differ only in the seed.
-    Diverged members are thin and dashed.
+    Diverged and stopped members are thin and dashed.
 
     Args:
       metrics: of a run.
@@ -147,7 +147,7 @@ def learning_curves(
             in_panel = np.array([line == title for line in lines])
             for n in sorted(set(which[in_panel])):
                 members = points[in_panel & (which == n)]
-                handles[n] = _with_mean(axes, evals, members, style_of(n, len(values)))
+                handles[n] = _with_mean(axes, evals, members, by, style_of(n, len(values)))
                 if by.main:
                     value = plain(runs.in_words(values[n], by.main))
                     handles[n].set_label(f"{named(by.main)} {value}")
@@ -167,10 +167,10 @@ def learning_curves(
         return figure
 
 
-def _with_mean(axes: Axes, evals: pd.DataFrame, members: pd.DataFrame, style: dict):
-    """Draws thin lines for members that differ only in the seed and a thick line for the mean of
-    those that did not diverge. Returns the thick line."""
-    converged = members.index[members["status"] != "diverged"]
+def _with_mean(axes: Axes, evals: pd.DataFrame, members: pd.DataFrame, by: runs.Axes, style: dict):
+    """Draws thin lines for members that differ only in the seed (and in what was tuned) and a thick
+    line for the mean of those with a result (`runs.averaged`). Returns the thick line."""
+    converged = runs.averaged(members, by)
     for member in members.index:
         curve = evals[evals["member"] == member].sort_values("step")
         thin = {"color": style["color"], "alpha": 0.35, "linewidth": 0.8}

@@ -88,7 +88,7 @@ def of_sweep(
     updates, missing, failed = {}, {}, []
     sigmas, ranks = pd.DataFrame(), pd.DataFrame()
     try:
-        usable = table[table["status"] != "diverged"]
+        usable = table[~table["status"].isin(runs.WITHOUT_RESULT)]
         updates, missing = tables.updates(run, usable.index)
         sigmas, ranks = tables.spectra(updates)
     except Exception as error:
@@ -177,7 +177,8 @@ def _shown(of: Sweep, members: Iterable[int]) -> list[int]:
         return [member for member in members if any(same[member] for same in of_best)]
     # If nothing has been evaluated, there is no best setting: take the first member's.
     best = of.table.loc[min(members)] if of.best is None else of.best
-    return [member for member in members if _on_line(of.table.loc[member], best, of.by)]
+    members = set(members) & set(runs.averaged(of.table, of.by))
+    return [member for member in sorted(members) if _on_line(of.table.loc[member], best, of.by)]
 
 
 def _on_line(member: pd.Series, best: pd.Series, by: runs.Axes) -> bool:

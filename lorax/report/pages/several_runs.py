@@ -195,7 +195,7 @@ def _members(sweeps: dict[str, Sweep]) -> Section:
     rows = [
         [m["name"], m["run"], m["method"], m["rank"], m["lr"], m["trainable_params"], m["scale"]]
         + [page.Fixed(m["final_loss"]), page.Fixed(m["best_loss"])]
-        + [*(page.Fixed(m[name]) for name in scores), m["status"] + words.at_step(m["diverged_at"])]
+        + [*(page.Fixed(m[name]) for name in scores), words.status(m)]
         for _, m in table.iterrows()
     ]
     caption = "Every member of every run; click a heading to sort."
@@ -267,7 +267,7 @@ def _methods(sweeps: dict[str, Sweep]) -> list[Section]:
     tables = []
     for name, sweep in sweeps.items():
         axes = tuple(axis for axis in sweep.by.names if axis != "method")
-        by = runs.Axes("method", axes)
+        by = runs.Axes("method", axes, sweep.by.tuned)
         settings = runs.settings(sweep.table, by)
         if settings["mean"].notna().any():
             compared = settings_compared.methods(sweep.table, settings, by, pd.DataFrame())
@@ -383,7 +383,7 @@ def _best_bases(sweep: Sweep) -> tuple[list[tables.Bases], str]:
     if sweep.best is None:
         return [], "no setting has a final eval loss for all its seeds"
     same = settings_compared.of_setting(sweep.table, sweep.best, sweep.by)
-    members = sweep.table.index[same & (sweep.table["status"] != "diverged")]
+    members = sweep.table.index[same & ~sweep.table["status"].isin(runs.WITHOUT_RESULT)]
     updates, missing = tables.updates(sweep.run, members)
     reason = next(iter(missing.values()), "its best setting has no member with an update")
     return [tables.bases(update) for update in updates.values()], reason

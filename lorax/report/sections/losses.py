@@ -31,7 +31,7 @@ def curve(sweep: Sweep) -> Section:
             alt += f": lowest at {words.setting(sweep.best, by)}, {words.mean(sweep.best)}"
         drawn = page.aid("Lower is better. The ring marks the answer above.")
         drawn += page.figure("rank_curve", caption, alt + ".")
-    names = [main, *by.others]
+    names = [main, *by.others, *by.tuned]
     header = [*(words.axis(name) for name in names), "scale s", "trainable parameters"]
     header += ["final eval loss", "standard error", *scores, "n", "diverged"]
     rows = [
@@ -50,7 +50,7 @@ def curve(sweep: Sweep) -> Section:
 
 def _curve_numbers(sweep: Sweep) -> pd.DataFrame:
     """What `figures.rank_curve` draws: a row per mean, then a row per seed."""
-    names = [sweep.main, *sweep.by.others]
+    names = [sweep.main, *sweep.by.others, *sweep.by.tuned]
     means = sweep.settings[[*names, "mean", "se", "n"]].rename(columns={"mean": "loss"})
     seeds = sweep.table[[*names, "seed", "final_loss"]].rename(columns={"final_loss": "loss"})
     return pd.concat([means.assign(shows="mean"), seeds.assign(shows="seed")], ignore_index=True)
@@ -74,7 +74,7 @@ def learning(run: runs.Run, table: pd.DataFrame, by: runs.Axes, which: str = "")
     evals = run.metrics[run.metrics["split"] == "eval"][["member", "step", "loss"]]
     evals = evals.join(fields, on="member", how="inner")
     numbers = evals.assign(shows="member")
-    means = evals[evals["status"] != "diverged"]
+    means = evals[evals["member"].isin(runs.averaged(table, by))]
     if len(means):
         means = means.groupby([*axes, "step"], dropna=False)["loss"].mean().reset_index()
         numbers = pd.concat([numbers, means.assign(shows="mean")], ignore_index=True)
@@ -84,6 +84,9 @@ def learning(run: runs.Run, table: pd.DataFrame, by: runs.Axes, which: str = "")
     caption += which
     if (table["status"] == "diverged").any():
         caption += " Diverged members are dashed and may leave the frame."
+    if stopped := (table["status"] == "stopped").sum():
+        values = _and(map(words.axis, by.tuned))
+        caption += f" Dashed, in no mean: {stopped} members, stopped for a better {values}."
     alt = "Line charts of eval loss by step"
     if table["final_loss"].notna().any():
         low, high = table["final_loss"].min(), table["final_loss"].max()
@@ -109,14 +112,15 @@ def methods(sweep: Sweep, ranks: pd.DataFrame) -> list[Section]:
     best = compared.iloc[0]
     alt = f"Dot chart of final eval loss by method: {best['method']} is lowest, {words.mean(best)}."
     figure = page.figure("methods", caption, alt)
-    header = ["method", "trainable parameters", *(f"best {words.axis(name)}" for name in by.others)]
+    axes = (*by.others, *by.tuned)
+    header = ["method", "trainable parameters", *(f"best {words.axis(n)}" for n in axes)]
     header += ["eval loss (nats)", "standard error", "n", "diverged", "optimiser bytes"]
     header += ["step (ms)", "effective rank of ΔW"]
     rows = [
         [
             row["method"],
             row["trainable_params"],
-            *(words.cell(name, row[name]) for name in by.others),
+            *(words.cell(name, row[name]) for name in axes),
         ]
         + [page.Fixed(row["mean"]), page.Fixed(row["se"]), row["n"], row["diverged"]]
         + [row["optimizer_bytes"], page.Fixed(row["step_ms"], 1), page.Fixed(row["effective"], 1)]

@@ -33,7 +33,8 @@ def facts(run: runs.Run, table: pd.DataFrame, by: runs.Axes, redraw: str) -> Sec
         "Targets": targets,
         "Steps": steps,
         "Members": f"{len(table)} ({(table['status'] == 'finished').sum()} finished, "
-        f"{(table['status'] == 'diverged').sum()} diverged)",
+        f"{(table['status'] == 'diverged').sum()} diverged{_stopped(table)})",
+        "Tuned": "; ".join(f"{words.axis(n)}: {words.listed(table[n])}" for n in by.tuned),
         "Seeds": words.listed(table["seed"]),
         "Device": run.config.get("device"),
         "Wall time": words.duration(run.status.get("wall_seconds")),
@@ -45,3 +46,9 @@ def facts(run: runs.Run, table: pd.DataFrame, by: runs.Axes, redraw: str) -> Sec
     }
     code, commands = ("Git revision", "Base weights (sha256)"), ("Command", "Redraw this page")
     return Section("What was run", page.paragraph(lead) + page.facts(known, code, commands))
+
+
+def _stopped(table: pd.DataFrame) -> str:
+    """ ", 9 stopped in favour of better values"; "" if none were."""
+    count = (table["status"] == "stopped").sum()
+    return f", {count} stopped in favour of better values" if count else ""
