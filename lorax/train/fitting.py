@@ -9,7 +9,7 @@ import jax
 from lorax import memory
 from lorax.models import Base
 from lorax.tasks import kinds
-from lorax.train.layouts import layout, packed
+from lorax.train.layouts import layout
 from lorax.train.programs import Programs, compile_programs
 from lorax.train.stacks import Stack
 
@@ -41,8 +41,7 @@ def fit(
 ) -> Programs:
     """`compile_programs` for as many members at once as fit into memory, as the compiler reports.
 
-    legs: (members, steps) of each leg that one program trains, if members stop on the way
-    (`layouts.packed`).
+    legs: as for `layout`.
 
     Halves first the number of members side by side, then the members in one program; the caller
     runs the others in further calls of the same program. Raises MemoryError if not even one member
@@ -50,8 +49,7 @@ def fit(
     """
     n = max((members for members, _ in legs), default=len(stacked.members))
     while True:
-        chosen = layout(n, train, base, devices)
-        chosen = packed(chosen, legs) if legs else chosen
+        chosen = layout(n, train, base, devices, legs)
         programs = compile_programs(stacked, base, chosen, batches, eval_batches, kind)
         limit = memory_limit(train, chosen.devices)
         if programs.bytes <= limit.bytes:

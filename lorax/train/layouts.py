@@ -37,8 +37,12 @@ class Layout(NamedTuple):
     width: int
 
 
-def layout(n_members: int, train, base: Base, devices=None) -> Layout:
+def layout(
+    n_members: int, train, base: Base, devices=None, legs: Sequence[tuple[int, int]] = ()
+) -> Layout:
     """The layout set by config.train, chosen automatically for "auto" and width 0.
+
+    legs: (members, steps) of each leg that the program trains, if members stop on the way.
 
     Raises ValueError for "batch" if a batch can't be split evenly over the devices.
     """
@@ -62,24 +66,31 @@ def layout(n_members: int, train, base: Base, devices=None) -> Layout:
     each = math.ceil(n_members / shares)
     tokens = part * row_tokens(train, base)
     width = train.width or good_width(tokens, base, devices[0].platform)
+    each = packed(legs, shares, each, width) if legs else each
     return Layout(mode, devices, each * shares, even_width(width, each))
 
 
-def packed(whole: Layout, legs: Sequence[tuple[int, int]]) -> Layout:
-    """`whole` with fewer members in one program, for members that stop on the way.
+def on_cpu() -> bool:
+    """Whether members are trained on a CPU."""
+    return jax.local_devices()[0].platform == "cpu"
 
-    legs: (members, steps) of each. The program is the largest of those whose empty places cost at
-    most 5% of the steps of the best one; one that keeps the width is preferred, so that each member
-    is computed exactly as in `whole`.
+
+def packed(legs: Sequence[tuple[int, int]], shares: int, each: int, most: int) -> int:
+    """Members on each of `shares` devices in one program, for members that stop on the way.
+
+    legs: (members, steps) of each. each: of all members together; most: side by side. The number
+    that leaves the fewest places empty over all steps; a call counts as a tenth of a member. One
+    that runs members side by side is preferred if `each` does, at up to a fifth more: a member
+    alone is computed in another order (`step.Program.merge`).
     """
-    shares = len(whole.devices) if whole.mode in ("members", "pmap") else 1
-    cost = lambda size: sum(steps * math.ceil(n / size) * size for n, steps in legs)
-    sizes = range(shares, whole.size + 1, shares)
-    least = min(map(cost, sizes))
-    good = [size for size in sizes if cost(size) <= 1.05 * least]
-    alike = [size for size in good if size // shares % whole.width == 0]
-    size = max(alike or good)
-    return whole._replace(size=size, width=even_width(whole.width, size // shares))
+    calls = lambda n: sum(steps * math.ceil(members / (n * shares)) for members, steps in legs)
+    cost = lambda n: calls(n) * (n + 0.1)
+    alone = lambda n: even_width(most, n) == 1
+    best = min(range(1, each + 1), key=cost)
+    alike = [
+        n for n in range(1, each + 1) if alone(n) == alone(each) and cost(n) <= 1.2 * cost(best)
+    ]
+    return min(alike, key=cost, default=best)
 
 
 def even_width(most: int, members: int) -> int:

@@ -228,7 +228,7 @@ class Compiled:
         """
         if not self.race.rungs:
             return []
-        if jax.local_devices()[0].platform != "cpu":
+        if not layouts.on_cpu():
             return [(len(stack.members), 1)]
         mine, legs = {member.index for member in group.stack.members}, []
         for leg, members in enumerate(self.planned):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lorax import config, halving, rundir
-from lorax.train import loop, part, prepare
+from lorax.train import layouts, loop, part, prepare
 
 
 def study(**axes):
@@ -87,6 +87,20 @@ def test_survivors_are_bit_for_bit_what_they_are_in_the_full_grid(grid, tmp_path
             assert row["eval_loss"] is None and row["diverged_at"] is None
     kept = {f: x for f, x in adapters_of_grid.items() if int(f.split("/")[1]) in finished}
     assert adapters == kept and len(kept) == 4
+
+
+def test_an_accelerator_has_a_program_for_each_leg(grid, tmp_path, monkeypatch):
+    """As many members side by side as there are; the CPU's are the same within rounding."""
+    monkeypatch.setattr(loop.layouts, "on_cpu", lambda: False)
+    programs = fitted(monkeypatch)
+    c = study(rank=(1, 2), lr=RATES, seed=(0, 1))
+    c.train.width = 0
+    rows, _ = train(tmp_path / "run", c)
+    assert [program.layout.size for program in programs] == [20, 8, 4]
+    done = [i for i, row in rows.items() if row["status"] == "finished"]
+    assert len(done) == 4
+    for i in done:
+        assert rows[i]["eval_loss"] == pytest.approx(grid[0][i]["eval_loss"], rel=1e-5)
 
 
 def test_the_best_at_a_rung_go_on_wherever_they_are_trained(grid, tmp_path):
@@ -179,3 +193,20 @@ def test_progress_counts_what_is_left_after_the_rungs(tmp_path):
     race = halving.race(c, config.members(c))
     assert seen[-1] == (halving.all_steps(race),) * 2
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+@pytest.mark.parametrize(
+    ("points", "shares", "most", "each"),
+    [
+        (12, 2, 8, 6),  # 60, 24 and 12 members: nothing stays empty
+        (12, 1, 1, 12),
+        (7, 1, 8, 7),
+        (7, 1, 5, 4),  # 7 would run one at a time, and 35 don't
+        (1, 1, 8, 1),  # 2 side by side would cost half as much again
+        (1, 8, 8, 1),
+    ],
+)
+def test_few_places_stay_empty(points, shares, most, each):
+    """5 rates, of which 2 and then 1 go on."""
+    legs = [(5 * points, 20), (2 * points, 20), (points, 120)]
+    assert layouts.packed(legs, shares, -(-5 * points // shares), most) == each
