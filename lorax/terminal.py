@@ -176,24 +176,27 @@ def settings(run: runs.Run) -> list[dict[str, str]]:
     """A row of texts per setting, best first: its axes, parameters, mean loss over its seeds with
     their standard deviation, scores, and what became of the members that have no loss.
 
-    The loss and the scores are of the test rows if there are any.
+    Where an axis was tuned, a setting stands at its best value, and has it. The loss and the scores
+    are of the test rows if there are any.
     """
     table = runs.summary(run)
     tested = table["test_loss"].notna().any()
     loss, prefix = ("test_loss", "test_") if tested else ("final_loss", "")
     scores = [name for name in runs.scores(run) if f"{prefix}{name}" in table]
-    axes = list(runs.axes(run, table).names) or ["setting"]
-    rows = []
-    for _, group in table.groupby(axes, sort=False, dropna=False):
+    by = runs.axes(run, table)
+    axes = list(by.names) or ["method" if by.tuned else "setting"]
+    fields, rows = [*axes, *by.tuned], []
+    for _, members in table.groupby(axes, sort=False, dropna=False):
+        group = runs.at_best(members, by.tuned)
         first, losses = group.iloc[0], group[loss].dropna()
-        row = {name: runs.in_words(first[name], name) or "only" for name in axes}
+        row = {name: runs.in_words(first[name], name) or "only" for name in fields}
         row["parameters"] = f"{first['trainable_params']:,}"
         row[loss.replace("final", "eval").replace("_", " ")] = _number(losses.mean())
-        if len(table) > len(table[axes].drop_duplicates()):
+        if len(table) > len(table[fields].drop_duplicates()):
             row |= {"± sd": _number(losses.std()), "seeds": str(len(losses))}
         row |= {name: _number(group[f"{prefix}{name}"].mean()) for name in scores}
         if (table["status"] != "finished").any():
-            row["status"] = _unfinished(group)
+            row["status"] = _unfinished(members)
         rows.append(((len(losses) < len(group), losses.mean() if len(losses) else 0.0), row))
     return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 

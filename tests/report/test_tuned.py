@@ -5,7 +5,7 @@ import pandas as pd
 from reading import Page
 from synthetic import kernels, make_run
 
-from lorax import report
+from lorax import report, terminal
 from lorax.analysis import runs
 
 RATES = (1e-3, 2e-3)
@@ -44,6 +44,14 @@ def test_every_setting_stands_at_its_own_best_value(tmp_path):
     assert list(runs.averaged(table, by)) == [0, 1, 6, 7]
 
 
+def test_the_terminal_has_a_line_for_every_setting(tmp_path):
+    rows = terminal.settings(runs.load(tuned(tmp_path)))
+    assert [(row["rank"], row["lr"], row["seeds"], row["status"]) for row in rows] == [
+        ("4", "0.002", "2", "2 stopped"),
+        ("1", "0.001", "2", "2 stopped"),
+    ]
+
+
 def test_a_point_with_nothing_left_is_shown_without_a_result(tmp_path):
     run = runs.load(tuned(tmp_path))
     table = runs.summary(run)
@@ -55,7 +63,7 @@ def test_a_point_with_nothing_left_is_shown_without_a_result(tmp_path):
 def test_the_page_of_a_tuned_run(tmp_path, undrawn):
     text = report.write(tuned(tmp_path), kernels()).read_text()
     assert "8 (4 finished, 0 diverged, 4 stopped in favour of better values)" in text
-    rows = Page(text).table("name", "status")
+    rows = Page(text).table("member", "status")
     assert [row["status"] for row in rows].count("stopped at step 50") == 4
     assert "4 members, stopped for a better learning rate" in text
     assert "could not be made" not in text
