@@ -77,7 +77,7 @@ def race(settings: ConfigDict, members: list[Member]) -> Race | None:
     for member in members:
         others = {a: v for a, v in member.point.items() if a != axis and not is_seed(a)}
         values = points.setdefault(json.dumps(others), {})
-        values.setdefault(json.dumps(member.point[axis]), []).append(member)
+        values.setdefault(json.dumps(member.point.get(axis)), []).append(member)
     if max(map(len, points.values())) < 2:
         raise ValueError(
             f"sweep.tune: {settings.sweep.tune!r} given, but it has one value at every point of "
@@ -98,7 +98,7 @@ def race(settings: ConfigDict, members: list[Member]) -> Race | None:
 def _candidate(axis: str, members: list[Member], seeds: int) -> Candidate:
     """members: one for each seed; the first `seeds` race."""
     of = [member.index for member in members]
-    return Candidate(members[0].point[axis], tuple(of[:seeds]), tuple(of[seeds:]))
+    return Candidate(members[0].point.get(axis), tuple(of[:seeds]), tuple(of[seeds:]))
 
 
 def is_seed(axis: str) -> bool:

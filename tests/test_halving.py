@@ -96,6 +96,17 @@ def test_any_axis_can_be_tuned_and_seeds_can_wait():
     assert spent == halving.all_steps(race) == 10 * (3 * 20 + 20 + 120 + 2 * 160)
 
 
+def test_full_fine_tuning_beside_the_sweep_races_at_its_own_rates():
+    race, members = race_of(study({"sweep.full_lr": (1e-4, 1e-3)}))
+    assert [len(point) for point in race.points] == [5, 5, 2]
+    done, _ = raced(race, lambda i, step: members[i].point["lr"])
+    assert {m.point["lr"] for i, m in members.items() if i in done} == {1e-3, 1e-4}
+    # An axis that full fine-tuning doesn't have: each of its rates trains to the end.
+    keys = {"sweep.full_lr": (1e-4, 1e-3), "sweep.tune": "alpha"}
+    race, _ = race_of(study(keys, alpha=(4.0, 8.0, 16.0), lr=(1e-3,)))
+    assert [len(point) for point in race.points] == [3, 3, 1, 1]
+
+
 def test_the_default_brings_five_rates_to_a_third_and_says_so():
     c = study()
     line = command_line.summary(c, config.members(c)).splitlines()[1]

@@ -173,7 +173,9 @@ def advance(part: Part, at: Position, k: int) -> Position:
     at_checkpoint = at.step % c.eval.every == 0 or at.step == part.until
     if at_checkpoint:
         measured, _ = evaluate(part, state.trainable, "eval")
-        at = keep_best(part, at._replace(measured=measured))
+        at = at._replace(measured=measured)
+        if at.step % c.eval.every == 0 or at.step == c.train.steps:  # not a rung alone
+            at = keep_best(part, at)
         lines += metrics(part, at.step, "eval", loss=measured.losses, **measured.scores)
         if c.analysis.trajectory:
             write_spectra(part, at)
