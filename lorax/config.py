@@ -150,6 +150,12 @@ def _analysis() -> ConfigDict:
     c.layers = config_dict.placeholder(int)
     # Statistics of every update: your own functions, or "FILE.py:function" (docs/analyses.md)
     c.also = ()
+    # The answer (docs/reports.md) is the cheapest setting that is as good as the best: that loses
+    # at most this share of what the best improves on the base, or the margin if one is given
+    c.delta = 0.01
+    c.margin = config_dict.placeholder(float)  # in the metric's unit
+    c.metric = "loss"  # that settings are compared by; or a score of the task, such as accuracy
+    c.level = 0.95  # of intervals; the answer errs at most in 1 - level
     return c
 
 
@@ -269,6 +275,10 @@ REVISABLE = (
     "analysis.cka",
     "analysis.layers",
     "analysis.also",
+    "analysis.delta",
+    "analysis.margin",
+    "analysis.metric",
+    "analysis.level",
     "train.memory_gb",
 )
 

@@ -69,6 +69,8 @@ RULES = (
         lambda v: 0 <= v <= BELOW_1,
         _in("train", "b1", "b2", "label_smoothing") + ("method.dropout",),
     ),
+    Rule("must be in (0, 1)", lambda v: 0 < v < 1, _in("analysis", "delta", "level")),
+    Rule("must be above 0, or None", lambda v: v is None or v > 0, ("analysis.margin",)),
     Rule("must be in [0, 2**31)", lambda v: 0 <= v < 2**31, ("seed", "task.seed")),
     Rule(
         "must be in [0, 2**31), or None",

@@ -22,7 +22,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lorax import halving, report, rundir, search, tensorboard, tree
-from lorax.analysis import runs, tables
+from lorax.analysis import answer, runs, tables
 from lorax.config import Member
 from lorax.errors import reason
 from lorax.files import write_bytes
@@ -216,6 +216,8 @@ def _analyse(settings: ConfigDict, base: Base, log: Log) -> None:
         failed = result.get("failed", {}).items()
         log.failed |= {f"{key} of member {member}": why for key, why in failed}
     log.attempt("tables", lambda: _write_tables(workdir))
+    if not settings.search.threshold:  # a search has dimensions
+        log.attempt("answer", lambda: answer.write(runs.load(workdir)))
     if settings.analysis.report:
         say("analysing the updates and drawing the report")
         log.attempt("report", lambda: _report(workdir, base, settings.analysis.also, say))

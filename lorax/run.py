@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
     print(f"lorax {__version__}: {command_line.summary(settings, members)}", flush=True)
     if rundir.has_finished(workdir) and not changed:
         print(f"{workdir} is finished. Report: {workdir / rundir.REPORT}")
+        _show_answer(workdir, settings)
         return 0
     try:
         command = "python -m lorax.run " + shlex.join(sys.argv[1:])
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> int:
         print(f"lorax: {line}", file=sys.stderr)
         return 1
     _show_places(workdir, settings.analysis.report and "report" not in failed)
+    _show_answer(workdir, settings)
     if failed:
         print(f"lorax: {_what_failed(failed, workdir)}", file=sys.stderr)
     return 1 if failed else 0
@@ -117,6 +119,20 @@ def _show_places(workdir: Path, has_report: bool) -> None:
     adapters = workdir / rundir.ADAPTERS
     print(f"Adapters     {adapters} ({formats(adapters)})")
     print(f"TensorBoard  tensorboard --logdir {workdir / rundir.TENSORBOARD}")
+
+
+def _show_answer(workdir: Path, settings: ConfigDict) -> None:
+    """Print the answer in three lines. A search has dimensions instead, which are shown before."""
+    if settings.search.threshold:
+        return
+    from lorax.analysis import answer, runs
+
+    try:
+        found = answer.read(workdir) or answer.answer(runs.load(workdir))
+    except (ValueError, OSError) as error:
+        print(f"\nNo answer: {reason(error)}")
+        return
+    print("", *answer.lines(found), sep="\n")
 
 
 def _help() -> None:

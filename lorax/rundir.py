@@ -10,6 +10,7 @@ texts/MEMBER.jsonl    the prompts that a member completed after training
 texts/base.jsonl      the same prompts, completed by the base without an adapter
 checkpoints/PART/     the last two checkpoints of the members trained in one program
 trajectory/PART/      spectra of their updates, one file per evaluation
+analysis/answer.json  the sweep's answer: which setting, and how sure that is
 analysis/, figures/   tables and figures of the report; report.html shows them
 tb/                   the same measurements for TensorBoard
 errors.txt            traceback of everything that failed after training
@@ -72,6 +73,11 @@ def writer(base: str, quant: str | None, decoding: Mapping[str, Any]) -> dict[st
 def table(directory: Path, name: str) -> Path:
     """The file of an analysis table: "trajectory", "cka", "intrinsic"..."""
     return Path(directory) / ANALYSIS / f"{name}.csv"
+
+
+def answer(directory: Path) -> Path:
+    """The file of a sweep's answer; see `lorax.analysis.answer`."""
+    return Path(directory) / ANALYSIS / "answer.json"
 
 
 def part(group: int, number: int, parts: int, leg: int = 0) -> str:

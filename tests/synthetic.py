@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -228,3 +229,78 @@ def make_search(
     (directory / "members.jsonl").write_text("".join(json.dumps(m) + "\n" for m in members))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
     return directory
+
+
+ROWS = 40  # test rows of a study
+
+
+def make_study(
+    directory: pathlib.Path,
+    axes: dict[str, tuple],
+    loss: Callable[[dict], float],
+    seeds: tuple[int, ...] = (0, 1, 2),
+    diverged: tuple[int, ...] = (),
+    stopped: tuple[int, ...] = (),
+    rows: bool = True,
+    metric: str = "loss",
+    config: dict[str, Any] | None = None,
+    noise: float = 0.001,
+) -> pathlib.Path:
+    """A run whose members have the test loss that `loss` gives their setting, give or take `noise`
+    of seeds; or, with another `metric`, that score. Test rows are alike in all members except for
+    that; the base has loss 3 and score 0.1. rows: whether the losses of single rows are kept.
+    `config` adds sections."""
+    members, metrics, status = [], [], {}
+    start = {"loss": 3.0}.get(metric, 0.1)
+    points = [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+    for member, (point, seed) in enumerate(itertools.product(points, seeds)):
+        rank = point.get("rank", 4)
+        usual = {"method": "lora", "rank": rank, "alpha": 8.0, "scale": 2.0, "lr": 1e-2}
+        row = usual | {"n_train": None, "quant": None, "targets": ["q", "v"]} | point
+        size = 100_000 if row["method"] == "full" else 100 * rank
+        name = ",".join(f"{axis}={value}" for axis, value in (point | {"seed": seed}).items())
+        row |= {"member": member, "group": 0, "name": name, "trainable_params": size, "seed": seed}
+        members.append(row)
+        rng = np.random.default_rng([member, 7])
+        value = loss(row) + noise * rng.standard_normal()
+        state = "diverged" if member in diverged else "stopped" if member in stopped else "finished"
+        done = state == "finished"
+        status[str(member)] = {"status": state, "seconds": 1.0} | (
+            {"diverged_at": 50} if state == "diverged" else {}
+        )
+        losses = {"loss": value if metric == "loss" else 1.0, "start": 3.0}
+        for split in ("eval", "test") if rows else ("eval",):
+            for step, key in ((0, "start"), (100, "loss")):
+                if step and not done:
+                    continue
+                point_ = {"member": member, "step": step, "split": split, "loss": losses[key]}
+                if metric != "loss":
+                    point_[metric] = start if step == 0 else value
+                metrics.append(point_)
+        if metric != "loss" and done:
+            status[str(member)] |= {"scores": {metric: value}}
+            status[str(member)] |= {"test_scores": {metric: value}} if rows else {}
+        if rows and done:
+            _write_rows(directory / "rows" / f"{member}.npz", value, start, metric, rng)
+    given = {"base": "gpt2-nano", "task": {"name": "restaurants"}, **(config or {})}
+    given["sweep"] = {**axes, "seed": seeds} | (config or {}).get("sweep", {})
+    command = "python -m lorax.run --config=configs/gpt2_rank_sweep.py"
+    about = {"config": given, "versions": {}, "command": command}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(about))
+    (directory / "status.json").write_text(json.dumps({"state": "finished", "members": status}))
+    (directory / "members.jsonl").write_text("".join(json.dumps(m) + "\n" for m in members))
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    return directory
+
+
+def _write_rows(file: pathlib.Path, value: float, start: float, metric: str, rng) -> None:
+    """Test rows of 10 tokens each, whose mean is exactly `value` (before training: `start`)."""
+    own = np.random.default_rng(0).standard_normal(ROWS) * 0.2
+    own, extra = own - own.mean(), 0.002 * rng.standard_normal(ROWS)
+    arrays = {name: np.full(ROWS, x) for name, x in (("weight", 10), ("loss", 10), ("start", 30))}
+    names = ("loss", "start") if metric == "loss" else ("score", "start_score")
+    after = 10 * (value + 0.1 * own + extra - extra.mean())
+    arrays |= {names[0]: after, names[1]: 10 * (start + 0.1 * own)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(file, **{name: array.astype(np.float32) for name, array in arrays.items()})

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lorax import config
-from lorax.analysis import runs, tables
+from lorax import config, convert, generate
+from lorax.analysis import answer, runs, tables
 from lorax.command_line import summary
 from lorax.run import formats
 
@@ -80,6 +81,19 @@ def test_the_run_directory_is_the_designs(finished):
     assert any(line.startswith("step 12/12: best ") for line in lines)
 
 
+def test_it_ends_with_its_answer_whose_commands_run(finished):
+    workdir, done = finished
+    found = answer.read(workdir)
+    assert done.stdout.splitlines()[-3:] == answer.lines(found)
+    assert found["verdict"] == "undecided" and found["next"]["changes"]["seed"] == [0, 1, 2]
+    mains = {"show": convert.main, "merge": convert.main, "generate": generate.main}
+    for name, main in mains.items():
+        assert main(shlex.split(found["commands"][name])[3:]) == 0
+    (merged,) = workdir.glob("merged-*")
+    assert (merged / "model.safetensors").exists() and str(merged) in found["commands"]["merge"]
+    compile(found["commands"]["peft"], "snippet", "exec")
+
+
 def test_metrics_are_sound(finished):
     loaded = runs.load(finished[0])
     evals = loaded.metrics.query("split == 'eval'")
@@ -134,6 +148,7 @@ def test_a_finished_run_says_so_and_is_left_alone(finished):
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
     again = run(f"--config={CONFIG}", f"--workdir={workdir}", *SMALL)
     assert again.returncode == 0 and "is finished" in again.stdout
+    assert again.stdout.splitlines()[-3:] == finished[1].stdout.splitlines()[-3:]  # the answer
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
 
 

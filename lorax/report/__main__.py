@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Sequence
 
 from lorax import rundir
-from lorax.analysis import runs
+from lorax.analysis import answer, runs
 from lorax.errors import nearest
 from lorax.interop import reading
 from lorax.report import bases, page
@@ -77,7 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = say
             options = (given.base, given.out, given.alpha, given.layers, given.also, given.share)
-            print(write(given.what, *options))
+            written = write(given.what, *options)
+            if len(given.what) == 1 and (found := answer.read(given.what[0])):
+                print(*answer.lines(found), "", sep="\n")
+            print(written)
     except (FileNotFoundError, ValueError) as error:
         return _fail(error, 2)
     except (OSError, MemoryError) as error:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import json
 import re
 
@@ -14,6 +15,7 @@ from synthetic import STEPS, WIDTH, kernels, make_run, make_search, planted_fact
 
 from lorax import report
 from lorax.analysis import amplification, runs, subspace_similarity
+from lorax.analysis.answer import lines
 from lorax.report import bases, page
 
 
@@ -29,7 +31,12 @@ def written(tmp_path_factory):
 def test_answer_and_tables_say_the_same(written):
     directory, text = written
     answer = re.search(r'class="answer"><p><strong>(.*?)</strong>', text)[1]
-    assert "r = 4" in answer and "1.200 ± 0.010" in answer and "base 3.456" in answer
+    assert "rank 4" in answer and "eval loss 1.200" in answer and "base&#x27;s 3.456" in answer
+    found = json.loads((directory / "analysis" / "answer.json").read_text())
+    assert html.unescape(answer) == lines(found)[0]
+    shown = {row["setting"]: row for row in Page(text).table("setting", "verdict")}
+    assert shown["rank 4"]["eval loss"] == "1.2000" and shown["rank 4"]["verdict"] == "best"
+    assert shown["rank 1"]["verdict"] == "not eligible"
     rows = {row["rank"]: row for row in Page(text).table("rank", "standard error")}
     assert rows["4"]["final eval loss"] == "1.2000" and rows["4"]["standard error"] == "0.0100"
     assert rows["1"]["n"] == "1" and rows["1"]["standard error"] == "–"
@@ -47,7 +54,9 @@ def test_member_table(written):
     sortable = [a for tag, a in seen.tags if tag == "th" and "aria-sort" in a]
     assert len(sortable) >= len(rows[0])
     linked = [a["href"] for tag, a in seen.tags if tag == "a" and "adapters/" in a["href"]]
-    assert linked == [f"adapters/{member}/" for member in range(10)]
+    first, table = linked[:2], linked[2:]
+    assert sorted(first) == ["adapters/4/", "adapters/5/"]  # of the answer
+    assert table == [f"adapters/{member}/" for member in range(10)]
 
 
 def test_the_run_can_be_cited(written):
@@ -60,12 +69,12 @@ def test_the_run_can_be_cited(written):
 
 def test_diverged_members_are_named(written):
     assert re.search(
-        r"Diverged, and excluded from every mean.*?rank=1,.*?seed=0 at step 50", written[1]
+        r"Diverged: rank=1,.*?seed=0 at step 50. Their settings are not eligible", written[1]
     )
 
 
 def test_scale_confound_is_said_with_its_size(written, tmp_path, undrawn):
-    assert "by up to a factor of 16" in written[1] and "scaling=fixed" in written[1]
+    assert "by up to a factor of 16" in written[1] and "scaling to fixed" in written[1]
     fixed = make_run(tmp_path / "fixed", ranks=(1, 2), scaling="fixed", adapters=False)
     assert "mix capacity with scale" not in report.write(fixed).read_text()
 
@@ -180,21 +189,22 @@ def test_page_is_well_made(written):
 def test_one_seed(tmp_path, undrawn):
     directory = make_run(tmp_path / "run", ranks=(1, 4), seeds=(0,))
     text = report.write(directory, kernels()).read_text()
-    assert "Lowest final eval loss at r = 4" in text and "no error bar" in text
+    assert "Undecided (1 seed: at least 3 are needed to decide): the best, rank 4" in text
+    assert "1 seed, so there is no interval" in text
     assert "Between seeds: not available" in text
     assert not (directory / "figures" / "similarity_between_seeds.png").exists()
 
 
 def test_a_curve_that_still_falls_at_its_end_is_said(tmp_path, undrawn):
     text = lambda ranks: report.write(make_run(tmp_path / str(ranks), ranks=ranks)).read_text()
-    assert "The best rank is the largest one tried" in text((1, 2))
-    assert "The best rank is the largest one tried" not in text((1, 2, 4, 8))
+    assert "The best rank, 2, is the largest tried" in text((1, 2))
+    assert "is the largest tried" not in text((1, 2, 4, 8))
 
 
 def test_no_rank_axis(tmp_path, undrawn):
     directory = make_run(tmp_path / "run", ranks=(4,), alphas=(8.0, 16.0))
     text = report.write(directory).read_text()
-    assert "Loss against alpha" in text and "Lowest final eval loss at alpha = 8" in text
+    assert "Loss against alpha" in text and "the best, alpha 8 (" in text
     assert "Between ranks: not available" in text
     assert "Not computed: the base model&#x27;s kernels were not given. Amplification" in text
 
@@ -202,7 +212,8 @@ def test_no_rank_axis(tmp_path, undrawn):
 def test_one_setting_and_kernels_that_do_not_fit(tmp_path, undrawn):
     directory = make_run(tmp_path / "run", ranks=(4,), seeds=(0,))
     text = report.write(directory, {"h/0/attn/q": np.ones((3, 3))}).read_text()
-    assert "One setting: final eval loss 1.190; base 3.456." in text
+    assert "One setting, so nothing is compared: rank 4 (" in text
+    assert "has eval loss 1.190, 2.266 below the base&#x27;s 3.456." in text
     assert "kernels don&#x27;t fit the adapters" in text
 
 
@@ -221,13 +232,13 @@ def test_torn_line_and_unfinished_run(tmp_path, undrawn):
 def test_nothing_evaluated_yet(tmp_path, undrawn):
     directory = make_run(tmp_path / "run", ranks=(1, 2), adapters=False)
     (directory / "metrics.jsonl").write_text("")
-    assert "No setting has a final eval loss" in report.write(directory).read_text()
+    assert "No answer yet: no setting" in report.write(directory).read_text()
 
 
 def test_all_diverged(tmp_path, undrawn):
     directory = make_run(tmp_path / "run", ranks=(1,), diverged=(0, 1))
     text = report.write(directory).read_text()
-    assert "No setting has a final eval loss" in text and "Diverged, and excluded" in text
+    assert "No answer yet: no setting" in text and "Diverged: rank=1" in text
 
 
 def test_names_from_outside_are_text(tmp_path, undrawn):

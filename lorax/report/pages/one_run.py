@@ -69,21 +69,24 @@ def write(
         analysis = run.config.get("config", {}).get("analysis") or {}
         layers = analysis.get("layers") if layers is None else layers
         arguments = (base_kernels, no_kernels, layers, command, statistics)
-        sections = page.attempt("Answer", lambda: of_sweep(outcome.read(run), *arguments))
+        found, first = outcome.answered(run)
+        make = lambda: of_sweep(outcome.read(run, found), first, *arguments)
+        sections = page.attempt("What was run", make)
         name = run.directory.resolve().name
         return page.save(run.directory, name, LEAD, sections, command, share)
 
 
 def of_sweep(
     of: Sweep,
+    first: list[Section],
     kernels: Kernels | None,
     no_kernels: str,
     layers: int | None,
     command: str,
     statistics: Sequence[tables.Statistic] = (),
 ) -> list[Section]:
-    """All sections on a sweep, in their order. command: redraws the page. The other arguments are
-    those of `write`."""
+    """All sections on a sweep, in their order. first: the answer. command: redraws the page. The
+    other arguments are those of `write`."""
     run, table, by, attempt = of.run, of.table, of.by, page.attempt
     updates, missing, failed = {}, {}, []
     sigmas, ranks = pd.DataFrame(), pd.DataFrame()
@@ -104,7 +107,7 @@ def of_sweep(
     if planted and len(calibration.tasks(table)) > 1:
         return [*planted, *facts, *listed]
     sections = [
-        *attempt("Answer", outcome.answer, of),
+        *first,
         *facts,
         *attempt("Loss", losses.curve, of),
         *attempt("Methods", losses.methods, of, ranks),

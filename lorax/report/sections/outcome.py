@@ -1,14 +1,17 @@
-"""The first section on a sweep: its answer, and how well the data support it."""
+"""The first section on a sweep: its answer, how sure it is, and what to do with it."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from lorax import rundir
-from lorax.analysis import runs
-from lorax.report import page, words
+from lorax.analysis import answer, runs
+from lorax.analysis.answer import words as said
+from lorax.report import page
 from lorax.report.page import Section
+
+TITLE = "Answer"
 
 
 class Sweep(NamedTuple):
@@ -29,8 +32,9 @@ class Sweep(NamedTuple):
         return self.by.main or "rank"
 
 
-def read(run: runs.Run) -> Sweep:
-    """The tables that the sections of a run are made from."""
+def read(run: runs.Run, found: Mapping[str, Any] | None = None) -> Sweep:
+    """The tables that the sections of a run are made from. found: its answer
+    (`lorax.analysis.answer`); without one, or with several, the best setting is marked."""
     table = runs.summary(run)
     by, scores = runs.axes(run, table), runs.scores(run)
     settings = runs.settings(table, by, scores)
@@ -38,72 +42,167 @@ def read(run: runs.Run) -> Sweep:
     losses = table["base_loss"].dropna()
     same = len(losses) > 0 and np.ptp(losses) <= 1e-3 * losses.abs().max()
     base = float(losses.mean()) if same else float("nan")
-    return Sweep(run, table, by, scores, settings, best, best, base)
+    members = (found or {}).get("members") or []
+    chosen = best
+    if members:
+        first = table.loc[members[0]]
+        own = [_is_at(row, first, by.names or ("rank",)) for _, row in settings.iterrows()]
+        chosen = settings[own].iloc[0]
+    return Sweep(run, table, by, scores, settings, best, chosen, base)
 
 
-def answer(sweep: Sweep) -> Section:
-    """The result in a sentence, how well the data support it, and its caveats: diverged members, an
-    unfinished run, a scale that differs between ranks."""
-    run, table, by, settings, base = sweep.run, sweep.table, sweep.by, sweep.settings, sweep.base
-    headline = page.escape(_headline(by, sweep.best, base))
-    parts = [f'<div class="answer"><p><strong>{headline}</strong></p>']
-    if sweep.best is not None:
-        parts.append(f"<p>{page.escape(_strength(by, settings, sweep.best))}</p>")
-    parts.append("</div>")
-    if run.status.get("state") in rundir.UNFINISHED:
-        parts.append(page.note("This run is not finished, so all numbers are provisional."))
-    diverged = table[table["status"] == "diverged"]
-    if len(diverged):
-        names = ", ".join(
-            f"{m['name']}{words.at_step(m['diverged_at'])}" for _, m in diverged.iterrows()
+def _is_at(row: pd.Series, member: pd.Series, names) -> bool:
+    equal = lambda x, y: x == y or (pd.isna(x) and pd.isna(y))
+    return all(equal(row[name], member[name]) for name in names)
+
+
+def answered(run: runs.Run) -> tuple[dict[str, Any] | None, list[Section]]:
+    """(the answer of a run, its section), written to analysis/answer.json; (None, a section with
+    the error) if that failed."""
+    try:
+        found = answer.write(run)
+        return found, [section(found)]
+    except Exception as error:  # show the rest of the page
+        return None, [Section(TITLE, "", error=error)]
+
+
+def section(found: Mapping[str, Any]) -> Section:
+    """The section on an answer, from what analysis/answer.json holds."""
+    if "conditions" not in found:
+        return Section(TITLE, _of_condition(found))
+    parts = [page.paragraph(f"{found['why'][0].upper()}{found['why'][1:]}.")]
+    for one in found["conditions"]:
+        parts.append(f"<h3>{page.escape(said.in_words(one['condition']))}</h3>")
+        parts.append(_of_condition(one))
+    return Section(TITLE, "".join(parts))
+
+
+def _of_condition(found: Mapping[str, Any]) -> str:
+    """The answer for members that can be compared."""
+    first, *more = answer.lines(found)
+    text = f"<p><strong>{page.escape(first)}</strong></p>"
+    text += "".join(map(page.paragraph, more[:1]))
+    parts = [f'<div class="answer">{text}</div>', *map(page.note, caveats(found))]
+    if found["setting"] is None:
+        return "".join(parts)
+    return "".join([*parts, _settings(found), _effects(found), _next(found), _use(found)])
+
+
+def caveats(found: Mapping[str, Any]) -> list[str]:
+    """What the answer can't say, or leaves out."""
+    notes = []
+    if not found["finished"]:
+        notes.append("This run is not finished, so all numbers are provisional.")
+    if found["diverged"]:
+        notes.append(f"Diverged: {', '.join(found['diverged'])}. Their settings are not eligible.")
+    short = [row for row in found["excluded"] if "seeds" in row["why"]]
+    if short:
+        listed = "; ".join(f"{row['words']}: {row['why']}" for row in short)
+        notes.append(f"Not eligible, because seeds are missing: {listed}.")
+    if found["setting"] is None:
+        return notes
+    if found["split"] == "eval":
+        notes.append(
+            "This run has no test rows: the numbers are from the evaluation rows, on which the "
+            "best values were chosen as well, so they are slightly optimistic."
         )
-        parts.append(page.note(f"Diverged, and excluded from every mean and analysis: {names}."))
-    parts.append(_scale_note(by, settings))
-    if np.isnan(base) and table["base_loss"].notna().any():
-        text = "The base's loss before training differs between members, so it is not drawn."
-        parts.append(page.note(text))
-    return Section("Answer", "".join(parts))
-
-
-def _headline(by: runs.Axes, best: pd.Series | None, base: float) -> str:
-    if best is None:
-        return "No setting has a final eval loss for all its seeds yet."
-    unadapted = f"; base {base:.3f}" if np.isfinite(base) else ""
-    if by.main is None:
-        return f"One setting: final eval loss {words.mean(best)}{unadapted}."
-    which = f"Lowest final eval loss at {words.setting(best, by)}"
-    return f"{which}: {words.mean(best)}{unadapted}."
-
-
-def _strength(by: runs.Axes, settings: pd.DataFrame, best: pd.Series) -> str:
-    n = int(best["n"])
-    if n < 2:
-        return "One seed, so there is no error bar. Sweep over seeds to find out."
-    text = f"± is the standard error of the mean over n = {n} seeds"
-    text += f"; with {n} values it is only a rough estimate" * (n < 4) + "."
-    if by.main == "rank" and best["rank"] == settings["rank"].max() and len(settings) > 1:
-        text += " The best rank is the largest one tried; a larger one may do better."
-    if by.others:
-        text += (
-            " The best setting was chosen on the same eval set, so its loss is slightly optimistic."
+    if not found["baseline"]["same_for_all"] and found["baseline"]["value"] is not None:
+        notes.append(
+            "Members start from different losses before training; the gains are over the median."
         )
-    return text
+    if found["scale_spread"]:
+        notes.append(
+            f"The scale s of the update differs between ranks by up to a factor of "
+            f"{found['scale_spread']:.4g}, so differences between ranks mix capacity with scale. "
+            "To separate the two, set config.method.scaling to fixed (one s for all) or rslora "
+            "(α/√r), sweep over scaling, or sweep the learning rate at every rank."
+        )
+    return notes
 
 
-def _scale_note(by: runs.Axes, settings: pd.DataFrame) -> str:
-    scales = settings["scale"].dropna()
-    if by.main != "rank" or not len(scales) or (scales <= 0).any():
+def _settings(found: Mapping[str, Any]) -> str:
+    """The settings that are compared."""
+    called = said.called(found)
+    header = ["setting", "trainable parameters", called, "interval"]
+    header += ["worse than the best by", "interval of that", "verdict"]
+    rows, classes = [], []
+    for row in [*found["settings"], *filter(None, [_full_row(found)])]:
+        behind = row["behind"] or {"value": None, "low": None, "high": None}
+        rows.append(
+            [row["words"], row["trainable_params"], page.Fixed(row["value"])]
+            + [_interval(row["interval"]), page.Fixed(behind["value"]), _interval(behind)]
+            + [row["verdict"]]
+        )
+        classes.append("chosen" if row["setting"] == found["setting"] else "")
+    caption = f"The settings that are compared. The answer is {found['delta']['rule']}."
+    return page.table(header, rows, caption, classes=classes)
+
+
+def _full_row(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    full = found["full"]
+    if full is None:
+        return None
+    words = said.in_words(full["setting"])
+    return full | {"words": words, "behind": None, "verdict": "for comparison"}
+
+
+def _interval(found: Mapping[str, Any] | None) -> str:
+    if found is None or found["low"] is None:
+        return "–"
+    return f"{found['low']:.4f} to {found['high']:.4f}"
+
+
+def _effects(found: Mapping[str, Any]) -> str:
+    """The main effect of each axis, if there are several."""
+    effects = found["effects"]
+    if len(found["axes"]["compared"] + found["axes"]["at_its_best"]) < 2 or not effects:
         return ""
-    spread = max(
-        (rows["scale"].max() / rows["scale"].min() for _, rows in settings.groupby("line")),
-        default=1.0,
+    unit = f" ({found['unit']})" if found["unit"] else ""
+    rows = []
+    for effect in effects:
+        means = zip(effect["values"], effect["means"], strict=True)
+        averaged = f"{effect['settings']} settings of {said.listed(effect['averaged_over'])}"
+        averaged += f"; {effect['left_out']} incomplete ones left out" * bool(effect["left_out"])
+        rows.append(
+            [effect["axis"], page.Fixed(effect["range"]["value"]), _interval(effect["range"])]
+            + ["; ".join(f"{said.value(v)}: {said.amount(x)}" for v, x in means), averaged]
+        )
+    header = ["axis", f"effect{unit}", "interval", f"mean {said.called(found)}", "averaged over"]
+    caption = (
+        "Main effects: the largest mean less the smallest. Each mean is over the settings of the "
+        "other axes that were measured at every value of the axis."
     )
-    if spread < 1 + 1e-6:
+    return page.fold("Main effect of each axis", page.table(header, rows, caption))
+
+
+def _next(found: Mapping[str, Any]) -> str:
+    """What to run next."""
+    proposed = found["next"]
+    if not proposed["changes"]:
         return ""
-    text = (
-        f"The scale s of the update differs between ranks by up to a factor of {spread:.4g}, so "
-        "differences between ranks mix capacity with scale. To separate the two, set "
-        "<code>--config.method.scaling=fixed</code> (one s for all) or <code>rslora</code> (α/√r), "
-        "sweep over <code>scaling</code>, or sweep the learning rate at every rank."
+    why = page.escape(proposed["why"])
+    if proposed["command"] is None:
+        return page.paragraph(answer.lines(found)[2])
+    return f"<p>To run next, {why}:</p>{page.command_block(proposed['command'])}"
+
+
+def _use(found: Mapping[str, Any]) -> str:
+    """The adapters of the answer, and what to do with the first."""
+    if not found["adapters"]:
+        return ""
+    link = lambda folder: f'<a href="{page.escape(folder)}/">{page.escape(folder)}</a>'
+    links = ", ".join(map(link, found["adapters"]))
+    titles = {
+        "generate": "Complete a prompt",
+        "merge": "Merge it into the base",
+        "show": "Show its updates",
+        "peft": "Load it with PEFT (Python)",
+    }
+    blocks = "".join(
+        f"<p>{title}:</p>{page.command_block(found['commands'][name])}"
+        for name, title in titles.items()
+        if name in found["commands"]
     )
-    return f'<p class="note">{text}</p>'
+    best = "; the first has the lowest validation loss" * (len(found["adapters"]) > 1)
+    text = f"<p>Adapters of {page.escape(found['words'])}{best}: {links}.</p>"
+    return text + (page.fold("Use the adapter", blocks) if blocks else "")

@@ -1,0 +1,249 @@
+"""An answer in words: the three lines that the terminal and the report print."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lorax.analysis.runs import MISSING
+
+MOST_DIGITS = 5  # after the point
+MANY = 3  # names in a sentence
+MOST_CONDITIONS = 4  # with a line each
+
+
+def lines(answer: Mapping[str, Any]) -> list[str]:
+    """Three lines: the answer, how sure it is and where its grid ends, what to run next. If there
+    are several conditions, a line for each instead. answer: from `lorax.analysis.answer.answer`."""
+    if "conditions" in answer:
+        several, first = answer["conditions"], f"Answer: {answer['why']}"
+        if len(several) > MOST_CONDITIONS:
+            return [f"{first}; analysis/answer.json has all {len(several)}."]
+        return [f"{first}.", *(_prefix(one) + headline(one) for one in several)]
+    if answer["setting"] is None:
+        return [headline(answer)]
+    return [headline(answer), sureness(answer), following(answer)]
+
+
+def _prefix(answer: Mapping[str, Any]) -> str:
+    return f"{in_words(answer['condition'])}: "
+
+
+# ---------------------------------------------------------------------------------------- the lines
+
+
+def headline(answer: Mapping[str, Any]) -> str:
+    """The answer in a sentence or two."""
+    verdict = answer["verdict"]
+    if answer["setting"] is None:
+        return f"No answer yet: {answer['why']}."
+    best, base = answer["best"], amount(answer["baseline"]["value"])
+    if verdict == "nothing beats the base":
+        text = f"Nothing beats the base: {called(answer)} {base} before training"
+        return f"{text}, {_amount_of(best)} with the best setting, {best['words']}."
+    reached = f"{called(answer)} {_amount_of(answer)}{_gain(answer)}"
+    size = f"{answer['words']} ({answer['trainable_params']:,} trainable parameters)"
+    if verdict == "one setting":
+        return f"One setting, so nothing is compared: {size} has {reached}."
+    if answer["chosen"] is None:
+        why = f" ({answer['why'].rstrip('.')})" if answer["why"] else ""
+        return f"Undecided{why}: the best, {size}, has {reached}.{_may(answer)}"
+    text = f"Answer: {size} has {reached}. "
+    delta = f"{amount(answer['delta']['value'])} {answer['unit']}".strip()
+    if answer["setting"] == best["setting"]:
+        cheaper = [row["verdict"] for row in answer["settings"] if _is_cheaper(row, answer)]
+        text += "It is the best"
+        if cheaper and set(cheaper) <= {"worse", "not eligible"}:
+            text += f", and every cheaper setting is shown to lose more than {delta}"
+        text += "."
+    else:
+        text += f"It is as good as the best, {best['words']}, within {delta}."
+    return text + _may(answer)
+
+
+def _is_cheaper(row: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
+    return row["trainable_params"] < answer["trainable_params"]
+
+
+def _may(answer: Mapping[str, Any]) -> str:
+    """Which cheaper settings may be as good, and how many seeds would tell."""
+    open_ = answer["undecided"]
+    if not open_:
+        return ""
+    names = listed(_some([row["words"] for row in open_]), "or")
+    needed = [row["seeds"] for row in open_]
+    now = f"{answer['seeds']} seed{'s' * (answer['seeds'] != 1)} can't tell"
+    text = f" Whether {names} {'is' if len(open_) == 1 else 'are'} as good, {now}"
+    if None in needed:
+        return text + "."
+    most = max(needed)
+    return text + (f"; {most} would." if most > answer["seeds"] else ".")
+
+
+def _gain(answer: Mapping[str, Any]) -> str:
+    """ ", 2.65 [2.6, 2.7] below the base"."""
+    gain = answer["gain"]
+    if gain is None:
+        return ""
+    side = "above" if answer["higher_is_better"] else "below"
+    text = f", {_with_interval(gain)} {side} the base's {amount(answer['baseline']['value'])}"
+    unsure = gain["low"] is not None and gain["low"] <= 0
+    return text + ", which may be chance" * unsure
+
+
+def sureness(answer: Mapping[str, Any]) -> str:
+    """What the intervals know, what is equal, the neighbours of the setting, and edges."""
+    text = _intervals(answer)
+    tuned = answer["axes"]["at_its_best"]
+    text += f"; each setting is at its own best {listed(tuned)} on the validation rows" * bool(
+        tuned
+    )
+    parts = [text, *filter(None, map(_neighbour, _sized(answer))), *edges(answer)]
+    lost = [row["words"] for row in answer["excluded"] if row["why"].startswith("diverged")]
+    if lost:
+        parts.append(f"Not eligible, because a seed diverged: {listed(_some(lost))}")
+    if answer["full"]:
+        parts.append(_full(answer))
+    return ". ".join(part[0].upper() + part[1:] for part in parts) + "."
+
+
+def _intervals(answer: Mapping[str, Any]) -> str:
+    """What the intervals are over."""
+    interval, seeds = answer["interval"], answer["seeds"]
+    of_seeds = f"{seeds} seed{'s' * (seeds != 1)}"
+    of_rows = f"{answer['rows'] or 0:,} {answer['split']} rows"
+    if interval["low"] is None:
+        return f"{of_seeds}, so there is no interval"
+    over = {
+        "seeds and rows": f"{of_seeds} and {of_rows}",
+        "seeds": f"{of_seeds}, not over the rows, whose losses are not known",
+        "rows": f"{of_rows}, not over seeds ({seeds})",
+    }
+    return f"{interval['level']:.0%} intervals are over {over[interval['over']]}"
+
+
+def following(answer: Mapping[str, Any]) -> str:
+    """The next command, and why."""
+    found = answer["next"]
+    if found["command"]:
+        return f"Next ({found['why']}): {found['command']}"
+    if found["changes"]:
+        values = "; ".join(f"config.sweep.{k} = {tuple(v)}" for k, v in found["changes"].items())
+        return f"Next ({found['why']}): {values}"
+    return "Next: nothing to refine in this grid."
+
+
+def _sized(answer: Mapping[str, Any]) -> list[Mapping]:
+    """The neighbours along the axes that decide the size; else those along all."""
+    own = [n for n in answer["neighbours"] if n["axis"] in answer["axes"]["compared"]]
+    return own or answer["neighbours"]
+
+
+def _neighbour(found: Mapping[str, Any]) -> str:
+    """ "rank 8 is 0.02 [0.01, 0.03] worse, rank 32 0.01 [0, 0.02] better"."""
+    texts = []
+    for side in ("lower", "higher"):
+        if side in found and found[side]["behind"] is not None:
+            name = f"{found['axis']} {value(found[side]['value'])}"
+            texts.append(f"{name} is {difference(found[side]['behind'])}")
+    return ", ".join(texts)
+
+
+def edges(answer: Mapping[str, Any]) -> list[str]:
+    """A sentence, without its full stop, for each axis at whose end the best lies or the loss still
+    falls."""
+    return [text for edge in answer["edges"] if (text := _edge(edge))]
+
+
+def _edge(edge: Mapping[str, Any]) -> str:
+    extreme = {"lower": "smallest", "higher": "largest"}
+    if edge["at"]:
+        also = f" (also of {listed(_some(edge['also']))})" if edge["also"] else ""
+        text = f"The best {edge['axis']}, {value(edge['value'])}{also}, is the"
+        text += f" {extreme[edge['at']]} tried"
+        if edge["limit"]:
+            return f"{text} and possible" if edge["open"] else ""
+        fall = edge["fall"]
+        if fall is not None:
+            text += f", {_with_interval(fall)} better than the one before"
+        return text + ("" if edge["open"] else ": going on gains little")
+    if edge["falls_at"]:
+        ends = listed([value(edge["ends"][side]) for side in edge["falls_at"]])
+        return f"The loss falls again at the end of the grid, {edge['axis']} {ends}"
+    return ""
+
+
+def _full(answer: Mapping[str, Any]) -> str:
+    full = answer["full"]
+    text = f"Full fine-tuning has {_amount_of(full)}"
+    share = full["share_of_gain"]["value"]
+    return text if share is None else f"{text}; this setting has {share:.1%} of its gain"
+
+
+# --------------------------------------------------------------------------------------- the pieces
+
+
+def called(answer: Mapping[str, Any]) -> str:
+    """ "test loss": the split and the metric."""
+    return f"{answer['split']} {answer['metric']}"
+
+
+def in_words(setting: Mapping[str, Any]) -> str:
+    """A setting: "dora, rank 4, lr 0.01"."""
+    alone = ("method", "setting")  # their values say what they are
+    named = lambda axis: "" if axis in alone else f"{axis} "
+    return ", ".join(named(axis) + value(x, axis) for axis, x in setting.items())
+
+
+def value(x: Any, axis: str = "") -> str:
+    """A value of an axis."""
+    return MISSING.get(axis, "none") if x is None else f"{x:g}" if isinstance(x, float) else str(x)
+
+
+def amount(x: float | None) -> str:
+    """A loss or a difference: three digits after the point, more for small ones."""
+    if x is None:
+        return "unknown"
+    return f"{x:.2g}" if 0 < abs(x) < 10**-MOST_DIGITS else f"{x:.{_digits(x)}f}"
+
+
+def _digits(size: float) -> int:
+    """How many digits after the point show a number of this size."""
+    return min(max(3, math.ceil(-math.log10(abs(size)))), MOST_DIGITS) if size else 3
+
+
+def difference(found: Mapping[str, Any]) -> str:
+    """ "0.02 [0.01, 0.03] worse", or "better" with the signs turned."""
+    if found["value"] >= 0:
+        return f"{_with_interval(found)} worse"
+    low, high = found["low"], found["high"]
+    turned = (None, None) if low is None else (-high, -low)
+    return (
+        f"{_with_interval({'value': -found['value'], 'low': turned[0], 'high': turned[1]})} better"
+    )
+
+
+def _with_interval(found: Mapping[str, Any]) -> str:
+    """ "0.512 [0.498, 0.526]"; without an interval that has no width."""
+    low, high = found["low"], found["high"]
+    if low is None or high - low < 10**-MOST_DIGITS * max(abs(low), abs(high)):
+        return amount(found["value"])
+    width = (high - low) / 2
+    if width < 10**-MOST_DIGITS:
+        return f"{found['value']:.3g} [{low:.3g}, {high:.3g}]"
+    digits = _digits(width)
+    return f"{found['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _amount_of(row: Mapping[str, Any]) -> str:
+    return _with_interval({"value": row["value"], **row["interval"]})
+
+
+def _some(names: list[str]) -> list[str]:
+    more = len(names) - MANY
+    return names if more <= 0 else [*names[:MANY], f"{more} more"]
+
+
+def listed(names: Iterable[Any], word: str = "and") -> str:
+    """ "a, b and c"; "" for none."""
+    *most, last = [str(name) for name in names] or [""]
+    return f"{', '.join(most)} {word} {last}" if most else last
