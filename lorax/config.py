@@ -315,7 +315,7 @@ def members(config: ConfigDict) -> list[Member]:
 
 def _full(config: ConfigDict, points: list[dict]) -> list[dict]:
     """The points of full fine-tuning: at every rate of `sweep.full_lr`, along every axis that is
-    not about a method or the rate."""
+    not about a method, the rate or a quantised base, which can't be trained in full."""
     rates = config.sweep.full_lr
     if not rates:
         return []
@@ -326,10 +326,11 @@ def _full(config: ConfigDict, points: list[dict]) -> list[dict]:
     numbers = all(isinstance(rate, int | float) and not isinstance(rate, bool) for rate in rates)
     if not numbers or len(set(rates)) < len(rates):
         raise ValueError(f"sweep.full_lr: {rates} given, must be different learning rates")
-    of_method = lambda axis: axis == "lr" or key_of(axis).startswith("method.")
-    shared = [{axis: v for axis, v in point.items() if not of_method(axis)} for point in points]
+    differs = lambda axis: axis in ("lr", "quant") or key_of(axis).startswith("method.")
+    shared = [{axis: v for axis, v in point.items() if not differs(axis)} for point in points]
     shared = [point for i, point in enumerate(shared) if point not in shared[:i]]
-    return [{"method": "full", "lr": float(rate)} | point for rate in rates for point in shared]
+    whole = {"method": "full"} | ({"quant": None} if config.quant or config.sweep.quant else {})
+    return [whole | {"lr": float(rate)} | point for rate in rates for point in shared]
 
 
 def member(config: ConfigDict, index: int, point: dict) -> Member:

@@ -177,6 +177,8 @@ def test_full_fine_tuning_beside_a_sweep_has_the_seeds_and_no_axis_of_the_method
     assert full[0].name == "method=full,lr=0.001,n_train=8,seed=0"
     assert len({member.name for member in full}) == 8
     assert {member.config.train.lr for member in full} == {1e-3, 2e-3}
+    c.quant = "nf4"
+    assert {member.config.quant for member in config.members(c)[32:]} == {None}
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def _group(index: int, members: list[Member], loaded: Loaded, say: Callable) -> 
 
     # Catch errors that would otherwise show only after training.
     check_positions(group)
-    if c.eval.generate:
+    if tasks.prompts(task, c.eval.generate):
         texts.check_texts(base, task, c.eval, virtual_tokens(group), say)
     if c.analysis.cka:
         state = group.stack.state.trainable, group.stack.constants
@@ -129,20 +129,19 @@ def _task(members: list[Member], base: Base, built: dict[str, tasks.Task], say) 
     asked = [member.config.task.n_train for member in members]
     settings = c.task.to_dict() | {"n_train": None if None in asked else max(asked)}
     made_for = [c.base, c.train.seq_len] if reads_text else _base_key(c)
-    own, generates = c.eval.score, bool(c.eval.generate)
+    own, generates = c.eval.score, c.eval.generate > 0
     about = [settings, made_for, c.eval.examples, c.eval.test, c.seeds.data, own, generates]
     key = json.dumps(about, sort_keys=True)
     if key not in built:
         arguments = base.vocabulary, c.train.seq_len, c.eval.examples, base
         task = tasks.build(settings, *arguments, c.seeds.data, c.eval.test)
+        generates = bool(tasks.prompts(task, c.eval.generate))
         built[key] = scores.with_own(task, own, generates) if own else task
         say(f"task {built[key].note}")
+        if c.eval.generate and not generates:
+            say(f"eval.generate: task {c.task.name} has no prompts, so no texts are generated")
     for member in members:
         tasks.train_size(member.config.task, built[key])  # raises if there are too few
-    if c.eval.generate and not built[key].prompts:
-        raise ValueError(
-            f"eval.generate: {c.eval.generate} given, task {c.task.name} has no prompts"
-        )
     return built[key]
 
 
@@ -219,7 +218,7 @@ def check_metric(groups: list[Group], metric: str) -> None:
     """Raises ValueError if a group's task does not measure the metric of a search."""
     for group in groups:
         c, task = group.config, group.task
-        names = ["loss", *scores.names(task, bool(c.eval.generate))]
+        names = ["loss", *scores.names(task, bool(tasks.prompts(task, c.eval.generate)))]
         if metric not in names:
             raise ValueError(
                 f"search.metric: {metric!r} given, task {c.task.name} measures "

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lorax import adapters, methods, rundir
+from lorax import adapters, methods, rundir, tasks
 from lorax.errors import reason
 from lorax.train import activations
 from lorax.train.evaluation import Measured
@@ -29,12 +29,13 @@ def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[
     trained = [i for i in range(m) if diverged[i] < 0]
     if part.stack.config.analysis.cka and trained:
         measure_cka(part, trainable, trained, rows)
-    if part.stack.config.eval.generate and trained:
+    generates = bool(tasks.prompts(part.group.task, part.stack.config.eval.generate))
+    if generates and trained:
         measure_base_texts(part, trained, rows)
-    elif not part.stack.config.eval.generate:
+    elif not generates:
         rundir.texts(part.workdir, rundir.BASE).unlink(missing_ok=True)
     for i, member in enumerate(part.stack.members):
-        if part.stack.config.eval.generate and i in trained:
+        if generates and i in trained:
             measure_texts(part, trainable, i, rows)
         else:  # left over from an evaluation that is no longer configured
             rundir.texts(part.workdir, member.index).unlink(missing_ok=True)

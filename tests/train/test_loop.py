@@ -183,10 +183,16 @@ def test_a_base_and_a_task_that_do_not_fit(base, task, message):
         prepare.groups(config.members(c), lambda line: None)
 
 
+def test_without_prompts_no_texts_are_generated_and_a_line_says_so():
+    c, said = images(), []
+    c.eval.generate = 3
+    prepare.groups(config.members(c), said.append)
+    assert "eval.generate: task digits has no prompts, so no texts are generated" in said
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("eval.generate", 3, "eval.generate: 3 given, task digits has no prompts"),
         ("train.remat", "full", r"random:mlp-64-10 \(mlp\) has no setting remat"),
         ("method.targets", ("q",), "'q' matches nothing; there is paths head/kernel"),
         ("method.rank", 11, "method.rank: 11 given, but head/kernel is 64 x 10"),
