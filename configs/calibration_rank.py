@@ -41,6 +41,7 @@ def get_config(arg=None):
     config.eval.every = 1000
     config.eval.batch_size = 1024
     config.eval.examples = 1024
+    config.eval.test = 0  # nothing is chosen by these rows: all of them are for the estimates
 
     sweep = config.sweep
     sweep.planted_rank = (1, 2, 4, 8, 16)

@@ -47,5 +47,6 @@ def get_config(task=None):
     config.eval.every = -(-examples // batch)  # once an epoch
     config.eval.batch_size = 64
     config.eval.examples = 10_000  # all
+    config.eval.test = 0  # like the paper: all of the development set
     config.sweep.seed = (0, 1, 2, 3, 4)
     return config

@@ -56,6 +56,7 @@ def get_config(arg=None):
     config.train.width = 1  # a member's parameters fill a CPU's cache
     config.eval.every = 500
     config.eval.examples = 10_000  # all
+    config.eval.test = 0  # like the paper: 60,000 images to train on, the 10,000 others to measure
     config.eval.batch_size = 500
     config.sweep.base, config.sweep.shuffle = VARIANTS[arg]
     config.sweep.dim = (100, 200, 400, 800, 1600)

@@ -36,6 +36,7 @@ def stories() -> ConfigDict:
     config.train.warmup = 20
     config.eval.every = 100
     config.eval.examples = 256
+    config.eval.test = 512
     return config
 
 
@@ -59,6 +60,7 @@ def gpt2_medium() -> ConfigDict:
     config.eval.every = 1000
     config.eval.batch_size = 16
     config.eval.examples = 1024
+    config.eval.test = 1024
     return config
 
 
