@@ -91,6 +91,36 @@ def test_weighted_loss_is_cross_entropy_in_value_and_gradients(module, target, t
         np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("module", [TIED, UNTIED])
+def test_rows_of_texts_are_sums_over_their_tokens(module):
+    """The rows' losses add up to the batch's; a right token's logit is above all others."""
+    params, batch = random(shapes_of(module)), jax.tree.map(lambda x: x[0], batches(1))
+    rows = jit(functools.partial(losses.lm_rows, module))(params, batch)
+    total, weight, _ = losses.lm_loss(module, params, batch)
+    np.testing.assert_allclose(rows.loss.sum(), total, rtol=1e-5)
+    np.testing.assert_allclose(rows.weight.sum(), weight, rtol=1e-6)
+    hidden = lorax.apply(module, params, batch["tokens"][:, :-1], method="hidden")
+    logits = lorax.apply(module, params, hidden, method="logits")
+    labels, weights = batch["tokens"][:, 1:], batch["mask"][:, 1:]
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    np.testing.assert_allclose(rows.loss, (weights * nats).sum(axis=1), rtol=1e-5)
+    right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    np.testing.assert_allclose(rows.right, (weights * right).sum(axis=1), rtol=1e-6)
+    flat = jax.tree.map(jnp.zeros_like, params)  # all logits are the same: nothing is predicted
+    assert not losses.lm_rows(module, flat, batch).right.any()
+
+
+def test_rows_of_fewer_batches_are_the_first():
+    member, part = start(), batches(3)
+    run = jit(functools.partial(steps.evaluate_rows, member.program))
+    arguments = member.params, member.constants, member.state.trainable, part
+    all_, first = run(*arguments, jnp.int32(3)), run(*arguments, jnp.int32(2))
+    loss, _ = steps.evaluate(member.program, *arguments)
+    np.testing.assert_allclose(all_.loss.sum() / all_.weight.sum(), loss, rtol=1e-5)
+    np.testing.assert_array_equal(first.loss[:2], all_.loss[:2])
+    assert not first.loss[2].any() and all_.loss.shape == (3, 4) and all_.outputs is None
+
+
 def test_no_logits_of_all_tokens_are_ever_made():
     params = shapes_of(TIED)
     loss = lambda hidden, params: losses.weighted_loss(TIED, params, hidden, LABELS, WEIGHTS)
