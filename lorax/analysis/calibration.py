@@ -49,16 +49,13 @@ def knee(settings: pd.DataFrame, base: float, share: float = SHARE) -> int:
     settings: one row per rank: rank, mean (its eval loss). base: the unadapted base's eval loss.
     Raises ValueError if no rank has a loss below the base's.
 
-    Why not the one-standard-error rule (Breiman et al. 1984, section 3.4.3)? That
-    rule asks which ranks can't be distinguished from the best. It measures by the spread between
-    seeds, which says how well the loss is known, not how much of it could still be reduced. Without
-    noise, all ranks from r* on reach a loss of rounding errors: the standard error is 1e-9 of the
-    loss, and chance decides which rank has the lowest. With few seeds of a hard task, the standard
-    error is so large that ranks far below r* pass. A share of the improvement means the same in
-    both cases, needs only one seed, and fits the loss of a planted update: what rank r can't learn
-    is the energy of the singular values after the r-th. So the knee is r* if the smallest singular
-    value holds more than 1 - share of the energy (a flat spectrum with r* < 100), and otherwise the
-    energy rank at `share`.
+    Why a share of the improvement, and no test of which ranks are as good (`compare.noninferior`)?
+    A test says what the seeds can show: with few seeds of a hard task it says nothing. And without
+    noise all ranks from r* on reach a loss of rounding errors, which any test of differences would
+    still tell apart. A share of the improvement means the same in both cases, needs only one seed,
+    and fits the loss of a planted update: what rank r can't learn is the energy of the singular
+    values after the r-th. So the knee is r* if the smallest singular value holds more than 1 -
+    share of the energy (a flat spectrum with r* < 100), and otherwise the energy rank at `share`.
     """
     usable = settings.dropna(subset=["mean"])
     best = usable["mean"].min()
@@ -117,7 +114,9 @@ def estimates(
     """
     if "planted" not in run.members:
         return pd.DataFrame()
-    usable = table[table["final_loss"].notna()].copy()
+    # A rate at which a seed diverged is not a choice for the others either.
+    diverged = set(table.loc[table["status"] == "diverged", "setting"])
+    usable = table[table["final_loss"].notna() & ~table["setting"].isin(diverged)].copy()
     usable["mean"], usable["seed"] = usable["final_loss"], run.members["seed"]
     # planted_dim holds for training all parameters; fewer would have another d*
     if {"parameters", "dim"} <= set(usable):

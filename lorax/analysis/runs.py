@@ -339,16 +339,18 @@ def averaged(table: pd.DataFrame, by: Axes) -> pd.Index:
     return pd.concat(groups).query("status not in @WITHOUT_RESULT").index
 
 
-def best_setting(settings: pd.DataFrame) -> pd.Series | None:
-    """The row of the lowest mean; None if there is none.
+def eligible(settings: pd.DataFrame) -> pd.DataFrame:
+    """The settings of which every seed has a final loss; rows of `settings`.
 
-    A setting of which a seed has no final loss (it diverged) is not eligible: the mean of the seeds
-    that are left would be too good.
-
-    Args:
-      settings: from `settings`.
+    A setting with a diverged or stopped seed is not eligible: the mean of the seeds that are left
+    would be too good.
     """
-    whole = settings[(settings["n"] > 0) & (settings["n"] == settings["members"])]
+    return settings[(settings["n"] > 0) & (settings["n"] == settings["members"])]
+
+
+def best_setting(settings: pd.DataFrame) -> pd.Series | None:
+    """The eligible row of `settings` with the lowest mean; None if there is none."""
+    whole = eligible(settings)
     return None if whole.empty else whole.loc[whole["mean"].idxmin()]
 
 

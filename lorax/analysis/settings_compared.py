@@ -28,7 +28,8 @@ def methods(
 
     Returns method, trainable_params, the other axes' best values, mean and se of the final eval
     loss (nats), n, diverged, optimizer_bytes and step_ms (a member's), effective (rank of dW, mean
-    over its matrices; NaN if there is none). Diverged settings have no mean and are left out.
+    over its matrices; NaN if there is none). Settings with a diverged seed are left out, and so are
+    methods that have no other.
     """
     if "optimizer_bytes" not in table:  # an older run
         table = table.assign(optimizer_bytes=None)
@@ -51,8 +52,9 @@ def methods(
 
 
 def best_of_methods(settings: pd.DataFrame) -> pd.DataFrame:
-    """The row of each method's lowest mean. settings: as in `methods`."""
-    reached = settings.dropna(subset=["mean"])
+    """The row of each method's lowest mean among those that are eligible (`runs.eligible`).
+    settings: as in `methods`."""
+    reached = runs.eligible(settings)
     return reached.loc[reached.groupby("method")["mean"].idxmin()]
 
 
@@ -70,8 +72,8 @@ def curve(table: pd.DataFrame, by: Axes, x: str) -> pd.DataFrame:
     """The loss against one field of a run's members, with all other fields at their best.
 
     One row per value and part: part, x, mean and se of the final eval loss over n seeds, and
-    `line`, the best values of the other fields. Parts get separate lines: their members differ in a
-    field of `UNLIKE`.
+    `line`, the best values of the other fields. Settings with a diverged seed are left out. Parts
+    get separate lines: their members differ in a field of `UNLIKE`.
 
     Args:
       table: from `runs.summary`.
@@ -84,7 +86,8 @@ def curve(table: pd.DataFrame, by: Axes, x: str) -> pd.DataFrame:
     axes = [name for name in by.names if name != x]
     tuned = tuple(name for name in by.tuned if name != x)
     separate, others = ([n for n in axes if (n in UNLIKE) == unlike] for unlike in (True, False))
-    reached = runs.settings(table, Axes(x, tuple(axes), tuned)).dropna(subset=["mean", x])
+    whole = runs.eligible(runs.settings(table, Axes(x, tuple(axes), tuned)))
+    reached = whole.dropna(subset=[x]).copy()
     for name, names in (("part", separate), ("line", others)):
         reached[name] = [runs.fields(row, names) for _, row in reached.iterrows()]
     best = reached.loc[reached.groupby(["part", x], sort=False)["mean"].idxmin()]

@@ -171,6 +171,21 @@ def test_what_a_spectrum_that_is_not_flat_would_give():
     assert np.isclose(expected["stable rank"], 1.3125) and expected["energy rank 0.9"] == 2
 
 
+def test_a_rate_at_which_a_seed_diverged_is_no_choice(run):
+    # Rank 1 has the loss of rank 2 at a rate at which another seed diverged.
+    table = runs.summary(run)
+    of_two = table[(table["planted_rank"].astype(str) == "2") & (table["method"] == "lora")]
+    lucky = of_two[of_two["rank"] == 1].assign(final_loss=0.0, lr=1.0, setting="lr=1.0")
+    other = lucky.assign(final_loss=np.nan, seed=1, status="diverged")
+    knees = []
+    for rows in ([of_two], [of_two, lucky], [of_two, lucky, other]):
+        members = pd.concat(rows)
+        members.index = of_two.index.append(of_two.index[:1].repeat(len(members) - len(of_two)))
+        knees.append(calibration.estimates(run, members, pd.DataFrame(), pd.DataFrame()))
+    knees = [x.loc[x["estimator"] == "knee", "estimate"].tolist() for x in knees]
+    assert knees == [[2], [1], [2]]
+
+
 def test_summary(found):
     table = calibration.summary(found).set_index(["estimator", "noise"])
     assert table.loc[("knee", 0.0), "exact"] == 1 and table.loc[("knee", 0.0), "n"] == 1

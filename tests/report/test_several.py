@@ -121,6 +121,22 @@ def test_curve_takes_the_best_of_the_rest(tmp_path):
     assert settings_compared.curve(table, runs.axes(run, table), "dim").empty
 
 
+def test_a_setting_with_a_diverged_seed_is_nowhere_the_best(tmp_path):
+    run = runs.load(make_run(tmp_path, ranks=(1, 4), lrs=(1e-3, 2e-3), adapters=False))
+    table = runs.summary(run)
+    by = runs.axes(run, table)
+    best = table["final_loss"].idxmin()
+    broken = table.assign(final_loss=table["final_loss"] - 1.0 * (table["rank"] == 4))
+    broken.loc[best, ["final_loss", "status"]] = [np.nan, "diverged"]
+    of_rank = settings_compared.curve(broken, by, "rank")
+    rate = {1e-3, 2e-3} - {table.loc[best, "lr"]}
+    assert of_rank.loc[of_rank["x"] == 4, "line"].tolist() == [f"lr={rate.pop():g}"]
+    named = broken.assign(method=broken["lr"].astype(str))
+    settings = runs.settings(named, runs.Axes("method", ("rank",)))
+    kept = settings_compared.best_of_methods(settings)
+    assert (kept["diverged"] == 0).all() and len(kept) == 2
+
+
 def test_more_parameters_are_on_the_curve_only_where_they_are_better(tmp_path):
     run = runs.load(make_run(tmp_path, ranks=(1, 4), lrs=(1e-3,), adapters=False))
     table = runs.summary(run)

@@ -269,7 +269,7 @@ def _methods(sweeps: dict[str, Sweep]) -> list[Section]:
         axes = tuple(axis for axis in sweep.by.names if axis != "method")
         by = runs.Axes("method", axes, sweep.by.tuned)
         settings = runs.settings(sweep.table, by)
-        if settings["mean"].notna().any():
+        if len(runs.eligible(settings)):
             compared = settings_compared.methods(sweep.table, settings, by, pd.DataFrame())
             tables.append(compared.assign(run=name, setting=_said(compared, axes)))
     if not tables:

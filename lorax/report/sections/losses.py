@@ -104,7 +104,7 @@ def _and(names: Iterable[str]) -> str:
 def methods(sweep: Sweep, ranks: pd.DataFrame) -> list[Section]:
     """The methods side by side, if the sweep has several."""
     table, by, settings = sweep.table, sweep.by, sweep.settings
-    if by.main != "method" or settings["mean"].isna().all():
+    if by.main != "method" or runs.eligible(settings).empty:
         return []
     compared = settings_compared.methods(table, settings, by, ranks)
     bars = " Bars: one standard error." if compared["se"].notna().any() else ""
