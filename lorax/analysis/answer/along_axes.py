@@ -69,6 +69,7 @@ def along(field: Field, draws: Draws, axis: str, candidate: int) -> dict[str, An
             difference = draws.difference(among, steps[near].at, steps[here].at)
         sides[side] = {
             "end": steps[end].value,
+            "before": steps[before].value if len(steps) > 1 else None,
             "at_end": here == end,
             "fall": fall,
             "falls": fall is not None and fall["low"] is not None and fall["low"] > 0,

@@ -145,7 +145,8 @@ def undecided(field: Field, choice: Choice, rule: Rule) -> list[dict[str, Any]]:
                 *spread, tested.margin, len(field.weights), (1 - rule.level) / 2
             )
         setting = field.setting(n)
-        found.append({"setting": setting, "words": in_words(setting), "seeds": needed})
+        names = {"words": in_words(setting), "name": in_words(field.sizes_of(n), " ")}
+        found.append({"setting": setting, **names, "seeds": needed})
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lorax.analysis import runs
+from lorax.analysis import compare, runs
 from lorax.analysis.answer.candidates import Field
 from lorax.config import axes, axis_of, key_of, swept
 
@@ -58,8 +58,12 @@ def _seeds(field: Field, found: Mapping[str, Any]) -> tuple[list[int], str]:
     now = len(field.seeds)
     if len(_seed_axes(field)) > 1:
         return field.seeds, ""
-    wanted, why = max(now, 3), "with three seeds, the fewest that decide anything"
-    if now >= 3 and found["undecided"] and not any(edge["open"] for edge in found["edges"]):
+    wanted, why = max(now, compare.SEEDS), "with three seeds, the fewest that decide anything"
+    if (
+        now >= compare.SEEDS
+        and found["undecided"]
+        and not any(edge["open"] for edge in found["edges"])
+    ):
         needed = max([now + 2, *(row["seeds"] or 0 for row in found["undecided"])])
         wanted = max(now, min(needed, MOST_SEEDS))
         why = f"with {wanted} seeds" + f", though it may take {needed}" * (needed > wanted)
@@ -93,19 +97,22 @@ def _grid(field: Field, found: Mapping[str, Any]) -> tuple[dict[str, tuple], lis
         return {}, []
     for block in blocks:
         steps = list(zip(*(values[name] for name in block), strict=True))
-        new = refined[block] or _kept(field, block, steps, found, opened)
+        new, kept = refined[block], _kept(field, block, steps, found, opened)
+        if set(block) & set(field.sizes) & set(opened):  # they stay to be compared with
+            new = [*kept, *(step for step in new if step not in kept)]
+        new = new or kept
         if new != steps:
             changes |= dict(zip(block, zip(*new, strict=True), strict=True))
     return changes, why
 
 
 def _kept(field: Field, block, steps: list[tuple], found, opened) -> list[tuple]:
-    """The steps of axes that get no new values: those that the answer is between. All of them where
-    the answer may change: at an open edge of a tuned axis all settings may, and a size beyond an
-    edge may have another best value of the tuned axes."""
+    """The steps that the answer is between. All of them where it may be another: with too few
+    seeds; at an open edge of a tuned axis, beyond which each size may be better; and along the
+    tuned axes themselves, of which a size beyond an edge may have another best value."""
     axis = next((axis for axis in block if axis in field.axes), None)
     moves = set(opened) & set(field.tuned) if axis in field.sizes else opened
-    if axis is None or moves:
+    if axis is None or moves or len(field.seeds) < compare.SEEDS:
         return steps
     rows = [found["best"], *filter(None, [found["chosen"]]), *found["undecided"]]
     used = {_word(row["setting"].get(axis)) for row in rows}

@@ -89,7 +89,7 @@ def neighbours(field: Field, draws: Draws, axis: str, shown: int) -> dict[str, A
 def edge(field: Field, draws: Draws, choice: Choice, axis: str) -> dict[str, Any]:
     """Whether the best lies at an end of an axis' grid, and whether the loss still falls at one.
 
-    at: "lower", "higher" or None. fall: the loss of the value before that end less that of the end.
+    at: "lower", "higher" or None. fall: the loss of the value beside that end less that of the end.
     limit: the axis can't go further. open: a better setting may lie beyond: the axis can go
     further, and the loss falls by what may be more than delta. also: other settings whose best
     value is at this end.
@@ -103,12 +103,15 @@ def edge(field: Field, draws: Draws, choice: Choice, axis: str) -> dict[str, Any
     if side and axis in field.tuned:
         for n in map(int, np.flatnonzero(field.candidates["eligible"])):
             other = along_axes.along(field, draws, axis, n)
-            also += [in_words(field.sizes_of(n))] * (n != choice.best and other[side]["at_end"])
+            also += [in_words(field.sizes_of(n), " ")] * (
+                n != choice.best and other[side]["at_end"]
+            )
     return {
         "axis": axis,
         "value": along["value"],
         "at": side,
         "fall": fall,
+        "beside": along[side]["before"] if side else None,
         "limit": limit,
         "open": bool(side) and not limit and could,
         "falls_at": [end for end in SIDES if along[end]["falls"]],

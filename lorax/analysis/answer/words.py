@@ -69,14 +69,14 @@ def _may(answer: Mapping[str, Any]) -> str:
     open_ = answer["undecided"]
     if not open_:
         return ""
-    names = listed(_some([row["words"] for row in open_]), "or")
+    names = listed(_some([row["name"] for row in open_]), "or")
     needed = [row["seeds"] for row in open_]
     now = f"{answer['seeds']} seed{'s' * (answer['seeds'] != 1)} can't tell"
     text = f" Whether {names} {'is' if len(open_) == 1 else 'are'} as good, {now}"
     if None in needed:
         return text + "."
     most = max(needed)
-    return text + (f"; {most} would." if most > answer["seeds"] else ".")
+    return text + (f"; about {most} would." if most > answer["seeds"] else ".")
 
 
 def _gain(answer: Mapping[str, Any]) -> str:
@@ -162,9 +162,9 @@ def _edge(edge: Mapping[str, Any]) -> str:
         text += f" {extreme[edge['at']]} tried"
         if edge["limit"]:
             return f"{text} and possible" if edge["open"] else ""
-        fall = edge["fall"]
-        if fall is not None:
-            text += f", {_with_interval(fall)} better than the one before"
+        if edge["fall"] is not None:
+            beside = value(edge["beside"])
+            text += f", {_with_interval(edge['fall'])} better than {edge['axis']} {beside}"
         return text + ("" if edge["open"] else ": going on gains little")
     if edge["falls_at"]:
         ends = listed([value(edge["ends"][side]) for side in edge["falls_at"]])
@@ -187,11 +187,11 @@ def called(answer: Mapping[str, Any]) -> str:
     return f"{answer['split']} {answer['metric']}"
 
 
-def in_words(setting: Mapping[str, Any]) -> str:
-    """A setting: "dora, rank 4, lr 0.01"."""
+def in_words(setting: Mapping[str, Any], between: str = ", ") -> str:
+    """A setting: "dora, rank 4, lr 0.01"; in a list, with spaces between its parts."""
     alone = ("method", "setting")  # their values say what they are
     named = lambda axis: "" if axis in alone else f"{axis} "
-    return ", ".join(named(axis) + value(x, axis) for axis, x in setting.items())
+    return between.join(named(axis) + value(x, axis) for axis, x in setting.items())
 
 
 def value(x: Any, axis: str = "") -> str:
