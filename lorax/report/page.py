@@ -160,19 +160,27 @@ def _write_shared(
     config = directory / rundir.CONFIG
     known = sharing.named_in(read_json(config)) if config.exists() else []
     shown = sharing.without_paths([directory, out, *known])
-    sections = [part._replace(content=shown(part.content)) for part in sections]
+    if config.exists():
+        files = {**files, rundir.CONFIG: config.read_bytes()}
+    sections = [part._replace(content=shown(part.content)) for part in (*sections, _tables(files))]
     images = {
         name: json.loads(shown(json.dumps(image))) if isinstance(image, dict) else image
         for name, image in images.items()
     }
     text = put_together(shown(title), shown(lead), sections, images, shown(command))
-    if config.exists():
-        files = {**files, rundir.CONFIG: config.read_bytes()}
     inside = {
         name: shown(data.decode()).encode() if name.endswith((".csv", ".json")) else data
         for name, data in files.items()
     }
     return write_bytes(out, sharing.one_file(text, inside).encode())
+
+
+def _tables(files: Iterable[str]) -> Section:
+    """The section that leads to the files that no figure leads to."""
+    names = [name for name in files if not name.startswith(rundir.FIGURES)]
+    links = (f'<li><a href="{name}">{name}</a></li>' for name in names if name[-4:] != ".npz")
+    said = "The config and all tables. Large ones are compressed. Arrays are left out."
+    return Section("Files", f"{paragraph(said)}<ul>{''.join(links)}</ul>")
 
 
 class SectionFailed(UserWarning):

@@ -48,7 +48,7 @@ def test_a_shared_page_has_its_files_in_it(shared, tmp_path):
     addresses = [a["href"] for tag, a in Page(text).tags if tag == "a"]
     assert all(address.startswith(("#", "https:", "data:")) for address in addresses)
     files = inside(text)
-    assert {"rank_curve.csv", "rank_curve.pdf", "spectra.csv", "config.json"} <= set(files)
+    assert {"rank_curve.csv", "rank_curve.pdf", "settings.csv", "config.json"} <= set(files)
     (tmp_path / "curve.csv").write_bytes(files["rank_curve.csv"])
     assert set(pd.read_csv(tmp_path / "curve.csv")["rank"]) == {1, 2}
     assert json.loads(files["config.json"])["config"]["base"] == "a base"
