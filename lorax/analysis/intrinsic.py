@@ -27,15 +27,8 @@ import numpy as np
 import pandas as pd
 from sklearn.isotonic import IsotonicRegression
 
-from lorax.analysis import runs
+from lorax.analysis import compare, runs
 from lorax.config import shared_axes, swept
-
-#: 97.5% quantiles of Student's t for 1 to 30 degrees of freedom
-T975 = (
-    (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-    + (2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860)
-    + (2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423)
-)
 
 
 class Crossing(NamedTuple):
@@ -149,27 +142,42 @@ def crossing(sizes, values, level: float, metric: str) -> Crossing:
     return Crossing("reached", float(np.exp(x[i - 1] + t * (x[i] - x[i - 1]))))
 
 
-def interval(sizes) -> tuple[float, float, float]:
-    """Geometric mean of sizes (n,) with its 95% confidence interval: Student's t on log(size). The
-    interval is NaN for n = 1."""
+def interval(sizes, moved: float = 0.0, seeds: int = 0) -> tuple[float, float, float]:
+    """Geometric mean of sizes (n,) with its 95% confidence interval on log(size). The interval is
+    NaN for n = 1.
+
+    moved: the standard error of log(size) that comes from the level, whose own estimate is from
+    `seeds` seeds; NaN (not known) gives no interval. The two parts of the variance have n - 1 and
+    seeds - 1 degrees of freedom (`compare.quantile`); without the second it is Student's t.
+    """
     logs = np.log(np.asarray(sizes, float))
-    n, mean = len(logs), logs.mean()
-    half = _t975(n - 1) * logs.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
+    n, mean, half = len(logs), logs.mean(), np.nan
+    if n > 1:
+        parts = logs.var(ddof=1) / n, moved**2
+        share = parts[0] / sum(parts) if sum(parts) > 0 else 1.0
+        half = float(compare.quantile(0.025, share, n, seeds or n)) * np.sqrt(sum(parts))
     return tuple(float(np.exp(x)) for x in (mean, mean - half, mean + half))
 
 
-def _t975(degrees: int) -> float:
-    """Beyond the table: the first terms in 1 / degrees (Abramowitz and Stegun, 26.7.5)."""
-    if degrees <= len(T975):
-        return T975[degrees - 1]
-    z = 1.959964
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / degrees + second / degrees**2 + third / degrees**3
+def _moved(means: pd.Series, level: float, error: float, metric: str) -> float:
+    """By how much log(size) of the crossing moves if the level moves by its standard error, mean of
+    both directions (of one, if the other is outside the curve); NaN if it isn't known."""
+    if error == 0:
+        return 0.0
+    middle, *ends = (
+        np.log(crossing(means.index, means, level + d, metric).size) for d in (0, -error, error)
+    )
+    moves = [abs(end - middle) for end in ends if np.isfinite(end)]
+    return float(np.mean(moves)) if moves else np.nan
 
 
-def crossings(rows: pd.DataFrame, by: str, level: float, metric: str) -> dict[str, Any]:
+def crossings(
+    rows: pd.DataFrame, by: str, level: float, metric: str, error: float = 0.0, seeds: int = 0
+) -> dict[str, Any]:
     """The size that reaches a level, estimated from points at their best learning rates.
+
+    error: the level's standard error, from `seeds` seeds of the baseline: it is part of the
+    interval. NaN (one seed) gives no interval.
 
     If every seed's curve crosses the level, the estimate is the geometric mean of the crossings. If
     only some do, it is where the curve of the means crosses, without an interval, and the verdict
@@ -188,7 +196,8 @@ def crossings(rows: pd.DataFrame, by: str, level: float, metric: str) -> dict[st
     crossed = [c.size for c in by_seed.values() if c.verdict == "reached"]
     verdict, size, low, high = of_means.verdict, of_means.size, np.nan, np.nan
     if len(crossed) == len(by_seed):
-        verdict, (size, low, high) = "reached", interval(crossed)
+        moved = _moved(means, level, error, metric)
+        verdict, (size, low, high) = "reached", interval(crossed, moved, seeds)
     elif verdict == "reached":
         verdict = "partly reached"
     words = lambda c: f"{c.size:.4g}" if c.verdict == "reached" else c.verdict
@@ -208,14 +217,15 @@ def crossings(rows: pd.DataFrame, by: str, level: float, metric: str) -> dict[st
 
 def baseline(table: pd.DataFrame, shared: str, metric: str) -> dict[str, float]:
     """The result of full fine-tuning: start, baseline (best over learning rates of the mean over
-    seeds), its baseline_lr, baseline_n (seeds), full_params. NaN if there is none."""
+    seeds), its standard error baseline_se (NaN for one seed), its baseline_lr, baseline_n (seeds),
+    full_params. NaN if there is none."""
     full = table[(table["kind"] == "full") & (table["shared"] == shared)]
-    names = ("start", "baseline", "baseline_lr", "baseline_n", "full_params")
+    names = ("start", "baseline", "baseline_se", "baseline_lr", "baseline_n", "full_params")
     if full.empty:
         return dict.fromkeys(names, np.nan)
     best = tuned(full, "params", metric)
-    row = best.iloc[0]
-    values = best["start"].mean(), best["value"].mean(), row["lr"], len(best), row["params"]
+    row, error = best.iloc[0], best["value"].sem(ddof=1)
+    values = best["start"].mean(), best["value"].mean(), error, row["lr"], len(best), row["params"]
     return dict(zip(names, values, strict=True))
 
 
@@ -244,7 +254,9 @@ def estimate(table: pd.DataFrame, threshold: float, metric: str) -> pd.DataFrame
         shared = of_condition["shared"].iloc[0]
         reference = baseline(table, shared, metric)
         level = needed(reference["start"], reference["baseline"], threshold, metric)
-        crossed = crossings(tuned(of_condition, "dim", metric), "dim", level, metric)
+        # The base is one model; full fine-tuning varies between seeds.
+        error = threshold * reference["baseline_se"], reference["baseline_n"]
+        crossed = crossings(tuned(of_condition, "dim", metric), "dim", level, metric, *error)
         improves = gain(reference, metric) > 0
         if not improves:
             crossed |= dict.fromkeys(("size", "low", "high", "smallest"), np.nan)
@@ -252,7 +264,8 @@ def estimate(table: pd.DataFrame, threshold: float, metric: str) -> pd.DataFrame
         lora = points_of(table, condition)[1]
         lora_crossed = {"verdict": "", "size": np.nan, "low": np.nan, "high": np.nan}
         if len(lora) and improves:
-            lora_crossed = crossings(tuned(lora, "params", metric), "params", level, metric)
+            of_lora = tuned(lora, "params", metric)
+            lora_crossed = crossings(of_lora, "params", level, metric, *error)
         d = crossed.pop("size")
         rows.append(
             {
@@ -299,7 +312,9 @@ def headline(row: pd.Series) -> str:
     of_all = f"of D = {count(row['full_params'])}"
     share = f"{of_all}: {100 / row['full_over_d']:.2g}% of the parameters"
     spread = f"95% CI {count(row['low'])} to {count(row['high'])}, {row['n']} seeds"
-    spread = spread if row["n"] > 1 else "one seed, so no interval"
+    if row["low"] != row["low"]:
+        which = "" if row["n"] == 1 else " of full fine-tuning"
+        spread = f"one seed{which}, so no interval"
     partly = f"where the mean's curve crosses; {row['n']} of {row['seeds']} seeds do, no interval"
     return (
         f"{brief(row)}"

@@ -81,7 +81,7 @@ def test_needed():
 def test_an_interval_by_hand():
     """Logs 1, 2, 3 (base 10): deviation 1, t of two degrees 4.3027, so 2 +- 4.3027 / sqrt(3)."""
     size, low, high = intrinsic.interval([10, 100, 1000])
-    half = 4.3027 / math.sqrt(3)
+    half = stats.t.ppf(0.975, 2) / math.sqrt(3)
     assert size == pytest.approx(100, rel=1e-12)
     assert (math.log10(low), math.log10(high)) == pytest.approx((2 - half, 2 + half), abs=1e-9)
     assert (
@@ -90,17 +90,36 @@ def test_an_interval_by_hand():
     )
 
 
-def test_quantiles_of_t():
-    """The table to its four digits, and the expansion past it."""
-    assert intrinsic._t975(1) == pytest.approx(math.tan(0.475 * math.pi), abs=5e-5)
-    for degrees in (*range(1, 31), 31, 50, 200):
-        assert intrinsic._t975(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), abs=6e-5)
+def test_the_error_of_the_baseline_is_in_the_interval():
+    points = table(curve(seeds=(0, 1, 2), shift=0.02))
+    alone = only(points)
+    best = (points["kind"] == "full") & (points["lr"] == 0.01)
+    moved = points.assign(
+        value=points["value"] + best * (0.04 * points["seed"] - 0.02)
+    )  # 0.98, 1.02
+    row = only(moved)
+    assert row["baseline_se"] == pytest.approx(0.02) and row["d"] == pytest.approx(alone["d"])
+    # The mean curve is 0.82, 1.02 at 100, 1000: 0.9 x 0.02 moves its crossing by 0.018 / 0.2.
+    logs = [2.5, 2 + 0.08 / 0.2, 2 + 0.06 / 0.2]
+    parts = np.var(logs, ddof=1) / 3, (0.018 / 0.2) ** 2
+    error, share = math.sqrt(sum(parts)), parts[0] / sum(parts)
+    half = math.log10(row["high"] / row["low"]) / 2
+    tails = share * stats.t.sf(half / error, 2) + (1 - share) * stats.t.sf(half / error, 1)
+    assert tails == pytest.approx(0.025, rel=1e-6)
+    assert half > math.log10(alone["high"] / alone["low"]) / 2
+
+
+def test_one_seed_of_the_baseline_gives_no_interval():
+    points = table(curve(seeds=(0, 1, 2), shift=0.02))
+    row = only(points[(points["kind"] == "subspace") | (points["seed"] == 0)])
+    assert row["verdict"] == "reached" and np.isnan([row["low"], row["high"]]).all()
+    assert "(one seed of full fine-tuning, so no interval)" in intrinsic.headline(row)
 
 
 def test_seeds_give_the_estimate_and_its_interval():
     row = only(table(curve(seeds=(0, 1, 2), shift=0.02)))
     logs = [2.5, 2 + 0.08 / 0.2, 2 + 0.06 / 0.2]
-    half = 4.3027 * np.std(logs, ddof=1) / math.sqrt(3)
+    half = stats.t.ppf(0.975, 2) * np.std(logs, ddof=1) / math.sqrt(3)
     assert row["verdict"] == "reached" and row["n"] == row["seeds"] == 3
     assert math.log10(row["d"]) == pytest.approx(np.mean(logs), abs=1e-9)
     assert math.log10(row["low"]) == pytest.approx(np.mean(logs) - half, abs=1e-9)

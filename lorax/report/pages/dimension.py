@@ -133,7 +133,7 @@ def curves(
         f"{measured[0].upper()}{measured[1:]} against the "
         "dimension of the subspace, each at its best learning rate. Dots are single seeds, bars "
         "one standard error. Dashed: full fine-tuning. Dotted: the value to reach. Vertical: "
-        f"{called}, with its 95% interval shaded."
+        f"{called}, with its 95% interval (with the error of full fine-tuning in it) shaded."
     )
     alt = f"Line charts of {metric} by dimension. " + " ".join(
         headline(row) + "." for _, row in estimated.iterrows()
