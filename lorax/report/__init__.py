@@ -10,7 +10,7 @@ __all__ = ["draw", "write"]
 def draw(*inputs, base=None, out=None, alpha=None, layers=None, also=(), share=None):
     """Write the report of runs or adapters, as `python -m lorax.report` does. Returns its path.
 
-    inputs: a run (loaded, or its directory), several runs to compare, or one or two adapters; also
+    inputs: a run (loaded, or its directory), several runs to compare, or adapters; also
     as one list. base, out, alpha, layers: as on the command line. also: statistics of every update,
     as functions or "FILE.py:function". share: a file to hand on, which is written instead. Raises
     FileNotFoundError or ValueError that says what was given and what is expected.
@@ -21,7 +21,7 @@ def draw(*inputs, base=None, out=None, alpha=None, layers=None, also=(), share=N
         (inputs,) = inputs
     names = [str(getattr(source, "directory", source)) for source in inputs]
     if not names:
-        raise ValueError("lorax.report: nothing given; expected runs, or one or two adapters")
+        raise ValueError("lorax.report: nothing given; expected runs or adapters")
     return command.write(names, base, out, alpha, layers, outside.spell(tuple(also), "also"), share)
 
 

@@ -3,7 +3,7 @@
     python -m lorax.report RUN                the run's own report, in its directory
     python -m lorax.report RUN RUN...         a page that compares runs
     python -m lorax.report ADAPTER            a PEFT adapter from anywhere, or a run's in any format
-    python -m lorax.report ADAPTER ADAPTER    two adapters compared
+    python -m lorax.report ADAPTER ADAPTER... adapters compared
 
 Writes report.html, a single file that a browser opens from disk; all numbers shown, as
 analysis/*.csv and *.npz; and each figure in figures/ as PNG, PDF and CSV (the plotted numbers). It
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Exit codes: 0; 1 if a section or the report failed; 2 for wrong input."""
     parser = argparse.ArgumentParser(prog="python -m lorax.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("what", nargs="+", help="run directories, or one or two adapters")
+    parser.add_argument("what", nargs="+", help="run directories, or adapters")
     parser.add_argument(
         "--base",
         help="the base model of an adapter or a run: a shipped model, a directory or a Hub id "

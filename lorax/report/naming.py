@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 MAX_LENGTH = 60  # of a directory's name
+SHOWN = 32  # characters of a name on a page
 
 
 def names(directories: Sequence[str | os.PathLike]) -> list[str]:
@@ -24,6 +25,24 @@ def names(directories: Sequence[str | os.PathLike]) -> list[str]:
         candidates = ["/".join(path[-length:]) for path in parts]
         if len(set(candidates)) == len(candidates):
             return candidates
+
+
+def shortened(names: Sequence[str], most: int = SHOWN) -> list[str]:
+    """Names of at most `most` characters that can be told apart. If one is longer, the beginning
+    and the end that all have in common are replaced by "…", word by word."""
+    if all(len(name) <= most for name in names):
+        return list(names)
+    parts = [re.split(r"(?<=[-,/ ])", name) for name in names]
+    if len(names) > 1:
+        start = len(os.path.commonprefix(parts))
+        end = len(os.path.commonprefix([part[start:][::-1] for part in parts]))
+        cut = ["".join(part[start : len(part) - end]) for part in parts]
+        if all(cut):
+            names = ["…" * (start > 0) + name.strip("-,/ ") + "…" * (end > 0) for name in cut]
+    half = (most - 1) // 2
+    fit = [x if len(x) <= most else f"{x[:half]}…{x[-half:]}" for x in names]
+    same = {name for name in fit if fit.count(name) > 1}
+    return [f"{n} {name}" if name in same else name for n, name in enumerate(fit, 1)]
 
 
 def default_name(sort: str, subjects: Sequence[str]) -> str:

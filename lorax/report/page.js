@@ -140,7 +140,8 @@ function fit(chart, room) {
     chart.concat = chart.concat.map((panel) => ({...panel, width}));
   } else if (chart.columns) {
     chart.columns = Math.max(1, Math.min(chart.columns, Math.floor(room / PANEL)));
-    chart.spec = {...chart.spec, width: each(chart.columns, AXIS)};
+    const axes = chart.resolve?.scale?.y === "independent" ? chart.columns : 1;
+    chart.spec = {...chart.spec, width: each(chart.columns, AXIS * axes)};
   } else if (chart.usermeta?.columns) {
     chart.spec = {...chart.spec, width: Math.max(60, each(chart.usermeta.columns, AXIS + HEADER))};
   }

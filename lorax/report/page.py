@@ -11,6 +11,7 @@ import html
 import io
 import itertools
 import json
+import math
 import pathlib
 import re
 import shlex
@@ -72,6 +73,7 @@ class Fixed(NamedTuple):
 
     value: Any
     digits: int = 4
+    half: float = math.nan  # half the width of its interval: "2.31 ± 0.12"
 
 
 # ------------------------------------------------------------------------------------------ saving
@@ -488,7 +490,10 @@ def escape(value: Any) -> str:
 def show(value: Any) -> str:
     """A value as a table shows it."""
     if isinstance(value, Fixed):
-        return "–" if is_missing(value.value) else f"{value.value:.{value.digits}f}"
+        if is_missing(value.value):
+            return "–"
+        half = "" if is_missing(value.half) else f" ± {value.half:.{value.digits}f}"
+        return f"{value.value:.{value.digits}f}{half}"
     if is_missing(value):
         return "–"
     if isinstance(value, (int, np.integer)):

@@ -1,5 +1,6 @@
 """Which members, layers and targets a figure or table shows, and the words that say so."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,28 +19,6 @@ def label(rows: pd.DataFrame, shown: pd.DataFrame, main: str) -> pd.DataFrame:
             for value in labelled[main].astype(object)
         ]
     return labelled
-
-
-def shown_of(some: Sequence, every: Sequence, what: str = "") -> str:
-    """Which values a figure shows, and of how many: "layers 0, 4, 11 (3 of 12)"."""
-    named = ", ".join("none" if what == "layers" and x == -1 else str(x) for x in some)
-    return f"{what} {named} ({len(some)} of {len(every)})".strip()
-
-
-def drawn_of(
-    layers: Sequence[int],
-    all_layers: Sequence[int],
-    targets: Sequence[str],
-    all_targets: Sequence[str],
-    where: str = "the tables have all",
-) -> str:
-    """The end of the caption of a figure that leaves out layers or targets; "" if it has all."""
-    parts = []
-    if len(layers) < len(all_layers):
-        parts.append(shown_of(layers, all_layers, "layers"))
-    if len(targets) < len(all_targets):
-        parts.append(shown_of(targets, all_targets, "targets"))
-    return f" Drawn: {' and '.join(parts)}; {where}." if parts else ""
 
 
 def unchanged(ranks: pd.DataFrame) -> str:
@@ -75,6 +54,19 @@ def unmeasured(missing: Mapping[tuple, str], count: int) -> str:
         parts.append(f"{path} of member {member}{others}: {why}")
     rest = f"; and {len(reasons) - 3} other reasons" * (len(reasons) > 3)
     return f"No number for {len(missing)} of {count} matrices. {'; '.join(parts)}{rest}."
+
+
+def pages(values: Sequence, size: int) -> list[list]:
+    """The values in lists of at most `size`, as many in each as possible."""
+    count = -(-len(values) // size)
+    ends = [round(n * len(values) / count) for n in range(count + 1)] if count else [0]
+    return [list(values[start:end]) for start, end in itertools.pairwise(ends)]
+
+
+def layers_in_words(layers: Sequence[int]) -> str:
+    """ "layers 0 to 3", "layer 2", "no layer": consecutive layers, for the title of a page."""
+    named = ["none" if layer < 0 else str(layer) for layer in (min(layers), max(layers))]
+    return f"layer {named[0]}" if len(set(layers)) == 1 else f"layers {named[0]} to {named[1]}"
 
 
 def spread(values: Sequence, most: int) -> list:

@@ -10,6 +10,7 @@ from synthetic import make_adapter
 from lorax import models
 from lorax.analysis import amplification, basis_similarity, tables
 from lorax.interop import loralib, peft
+from lorax.report import naming
 from lorax.report.pages import adapters
 
 LAYERS = 2  # that `make_adapter` adapts
@@ -49,6 +50,43 @@ def test_two_adapters_are_compared(tmp_path, undrawn):
     own, other = (tables.bases(of)["h/1/attn/q"]["dW in"] for of in (one, two))
     np.testing.assert_allclose(phi, basis_similarity(own, other), atol=1e-9)
     assert {"Between layers of a", "Between layers of b"} <= set(Page(text).headings)
+
+
+def test_any_number_of_adapters_is_compared_pairwise(tmp_path, undrawn):
+    found = [
+        make_adapter(tmp_path / f"study-{n}", n, rank=n + 1, base="elsewhere") for n in range(3)
+    ]
+    paths = [tmp_path / f"study-{n}" for n in range(3)]
+    text = adapters.write(paths, out=tmp_path / "out").read_text()
+    page = Page(text)
+    assert page.headings[0] == "study-0, study-1 and study-2" and not page.open
+    pairs = pd.read_csv(tmp_path / "out" / "analysis" / "overlap.csv")
+    assert len(pairs) == 6  # of two sides
+    row = pairs[(pairs["first"] == "study-0") & (pairs["second"] == "study-2")].iloc[0]
+    assert (row["side"], row["i"], row["j"], row["by_chance"]) == ("input", 1, 3, 3 / 128)
+    one, two = (tables.bases(found[n]) for n in (0, 2))
+    phi = [basis_similarity(one[p]["dW in"], two[p]["dW in"])[-1, -1] for p in one]
+    assert row["phi"] == pytest.approx(np.mean(phi)) and row["matrices"] == 4
+    assert len(page.table("adapter", "and", "over chance")) == 6
+    assert {r["adapter"] for r in page.table("matrix", "adapter")} == {p.name for p in paths}
+
+
+def test_adapters_without_a_common_matrix_are_named(tmp_path, undrawn):
+    for n in range(2):
+        make_adapter(tmp_path / f"{n}", n, base="elsewhere")
+    make_adapter(tmp_path / "wide", 2, base="elsewhere", width=64)
+    paths = [tmp_path / name for name in ("0", "1", "wide")]
+    text = adapters.write(paths, out=tmp_path / "out").read_text()
+    assert "No matrix of the same name and shape: 0 and wide; 1 and wide." in text
+
+
+def test_names_are_shortened_so_that_they_can_be_told_apart():
+    names = [f"a-long-name-of-a-study-of-ranks,lr=0.01,rank={n}-adapters" for n in (1, 16)]
+    assert naming.shortened(names) == ["…rank=1…", "…rank=16…"]
+    assert naming.shortened(["a", "b"]) == ["a", "b"]
+    long = ["x" * 60 + "1" + "x" * 60, "x" * 60 + "2" + "x" * 60]
+    short = naming.shortened(long)
+    assert len(set(short)) == 2 and all(len(name) <= 36 for name in short)
 
 
 def test_between_layers_is_phi_of_all_directions(tmp_path, undrawn):

@@ -1,4 +1,4 @@
-"""Figures: tables and arrays in, `matplotlib.figure.Figure` out, with no global state.
+"""Figures: tables and arrays in, charts out (Altair's, or while they are moved matplotlib's).
 
 `style` has their colours, markers and dashes. Their inputs are what `lorax.analysis.runs`,
 `lorax.analysis.tables` etc. return.
@@ -13,6 +13,7 @@ from lorax.analysis.figures.maps import (
     figure3,
     figure4,
     layer_grid,
+    overlap,
     sensitivity,
     similarity_maps,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "learning_curves",
     "methods",
     "methods_of_runs",
+    "overlap",
     "rank_curve",
     "sensitivity",
     "similarity_maps",

@@ -2,39 +2,36 @@
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib
+import altair as alt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from lorax.analysis.figures.panels import (
+    INTERVAL,
+    digits,
+    in_words,
+    means_of_layers,
+    whole_numbers,
+    wrapped,
+)
 from lorax.analysis.figures.style import (
-    COLOURS,
-    GREY,
-    REFERENCE,
-    STYLE,
-    legend_of_values,
-    line_style,
-    main_axis,
-    mean_line,
+    NAMES,
+    filtered,
+    lines_of,
     named,
-    panels,
-    pick,
-    plain,
-    values_in_order,
+    themed,
+    tooltips,
+    with_intervals,
 )
 from lorax.analysis.measures.overlap import Band
 
 # Labels for columns of `amplifications` and of a trajectory.
-NORMS = {
-    "delta_norm": "‖ΔW‖",
-    "w_in_w": "‖UᵀWV‖, W's directions",
-    "w_in_delta": "‖UᵀWV‖, ΔW's directions",
-    "w_in_random": "‖UᵀWV‖, random directions",
+RATIOS = {
+    "factor": "amplification factor",
+    "over_chance": "W in ΔW's directions, over chance",
 }
 QUANTITIES = {
-    "norm": "‖ΔW‖ (Frobenius)",
+    "norm": "Frobenius norm of ΔW",
     "effective": "effective rank of ΔW",
     "stable": "stable rank of ΔW",
     "energy90": "90% energy rank of ΔW",
@@ -42,102 +39,116 @@ QUANTITIES = {
 }
 
 
-def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> Figure:
-    """phi(i, i) against i, one line per comparison, over the chance level: mean and 5% to 95%.
+def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> alt.LayerChart:
+    """phi(i, i) against i, one line per comparison, over the level of chance: mean and 5% to 95%.
 
     Args:
-      phi: (r1, r2) by name.
-      band: from `chance_similarity`, for the space of the comparisons (the kernels of an MLP and
-        of attention may have different ones).
+      phi: (r1, r2) by name, or (layers, r1, r2): then lines are means over layers, with their t
+        intervals.
+      band: chance in the space of the comparisons (the kernels of an MLP and of attention may have
+        different ones).
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-        axes = figure.add_subplot()
-        mean, low, high = (np.diagonal(part) for part in band)
-        i = np.arange(1, len(mean) + 1)
-        axes.fill_between(i, low, high, color=GREY, alpha=0.25, linewidth=0, label="chance, 5-95%")
-        axes.plot(i, mean, label="chance, mean", **REFERENCE)
-        for n, (name, values) in enumerate(phi.items()):
-            on_diagonal = np.diagonal(values)
-            marker_step = max(1, len(on_diagonal) // 8)
-            i = np.arange(1, len(on_diagonal) + 1)
-            axes.plot(i, on_diagonal, label=plain(name), markevery=marker_step, **line_style(n))
-        axes.set_xlabel("i: top directions of both")
-        axes.set_ylabel("subspace similarity φ(i, i)")
-        axes.set_ylim(0, 1.03)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside right upper")
-        return figure
+    mean, low, high = (np.diagonal(part) for part in band)
+    chance = pd.DataFrame({"i": range(1, len(mean) + 1), "mean": mean, "low": low, "high": high})
+    rows = [
+        {"line": name, "layer": layer, "i": i, "phi": value}
+        for name, values in phi.items()
+        for layer, matrix in enumerate(np.atleast_3d(values.T).T)
+        for i, value in enumerate(np.diagonal(matrix), 1)
+    ]
+    table = pd.DataFrame(rows)
+    x = alt.X("i:Q", title="i: top directions of both", **whole_numbers(table["i"]))
+    y = alt.Y("mean:Q", title="φ(i, i)", scale=alt.Scale(domain=[0, 1]))
+    words = {"i": "i", "mean": ("mean of φ(i, i)", ".3f")}
+    by_chance = alt.Chart(chance.round(4)).encode(
+        x=x,
+        tooltip=tooltips({"i": "i", "mean": ("by chance", ".3f")} | _interval("5% to 95% from")),
+    )
+    means = with_intervals(alt.Chart(table.assign(phi=digits(table["phi"]))), "phi", ["line", "i"])
+    means = means.encode(
+        x=x,
+        tooltip=tooltips({"line": ""} | words | _interval("95% interval from") | {"n": "layers"}),
+    )
+    lines = lambda marks: lines_of("line", list(phi), marks)
+    bar = means.mark_rule(strokeOpacity=0.5)
+    parts = [
+        by_chance.mark_area(style="band").encode(y="low:Q", y2="high:Q"),
+        by_chance.mark_line(style="reference").encode(y=y),
+        bar.encode(y=alt.Y("low:Q"), y2="high:Q", **lines("rule")),
+        means.mark_line().encode(y=y, **lines("line")),
+        means.mark_point(size=24).encode(y=y, **lines("point")),
+    ]
+    return themed(alt.layer(*parts).properties(width="container"))
 
 
-def table7(amplified: pd.DataFrame, main: str = "rank") -> Figure:
-    """The paper's table 7 against the rank: the norms of W and dW in each other's directions, and
-    the amplification factor. Medians over matrices and members; bars are quartiles. The norms are
-    Frobenius norms, the axes logarithmic.
+def _interval(words: str) -> dict:
+    return {"low": (words, ".3f"), "high": ("to", ".3f")}
+
+
+def table7(amplified: pd.DataFrame, main: str = "rank") -> alt.FacetChart:
+    """The paper's amplification factor against the rank, and W's norm in dW's directions over that
+    in random ones, one line per target. Dots are layers, means over members; lines are means over
+    layers, with their t intervals.
 
     Args:
       amplified: rows of `tables.amplifications`, with a column `main`.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.4, 3.4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for n, (column, label) in enumerate(NORMS.items()):
-            _quartiles(left, amplified, main, column, n, label)
-        _quartiles(right, amplified, main, "factor", 0, None)
-        right.axhline(1, **REFERENCE)
-        left.set_ylabel("Frobenius norm")
-        right.set_ylabel("amplification ‖ΔW‖ / ‖UᵀWV‖")
-        handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=2)
-        return figure
+    # A factor is infinite if W is zero in these directions.
+    finite = amplified[list(RATIOS)].replace(np.inf, np.nan)
+    table = amplified.assign(reference=1.0, **finite)
+    return means_of_layers(table, main, RATIOS)
 
 
-def _quartiles(axes: Axes, table: pd.DataFrame, main: str, column: str, n: int, label) -> None:
-    values, place = main_axis(axes, table[main], main)
-    # A factor is infinite if W is zero in these directions; a log axis has no zero.
-    usable = table[np.isfinite(table[column]) & (table[column] > 0)]
-    parts = usable.groupby(place(usable[main]))[column].quantile([0.25, 0.5, 0.75]).unstack()
-    if len(parts):
-        middle = parts[0.5]
-        bars = [middle - parts[0.25], parts[0.75] - middle]
-        axes.errorbar(parts.index, middle, yerr=bars, capsize=3, label=label, **line_style(n))
-        axes.set_yscale("log")
-
-
-def intruder_counts(table: pd.DataFrame, k: int = 10, main: str = "rank") -> Figure:
+def intruder_counts(table: pd.DataFrame, k: int = 10, main: str = "rank") -> alt.LayerChart:
     """Intruders among the k leading directions, summed over matrices, against epsilon: means over
-    members with standard errors, one line per value of `main`. The norm-matched random control is
-    thin and dotted, without markers, in the same colour.
+    members with their t intervals, one line per value of `main`. The norm-matched random control is
+    dotted.
 
     Args:
       table: rows of `tables.intruder_table`, with a column `main`.
     """
-    sums = table[table["k"] == k].groupby([main, "member", "epsilon"], dropna=False)
-    sums = sums[["intruders", "control"]].sum(min_count=1).reset_index()
-    matrices = table.loc[table["k"] == k].groupby("member")["path"].nunique().max()
-    values = values_in_order(sums[main])
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.8, 3.6), layout="constrained")
-        axes = figure.add_subplot()
-        for n, value in enumerate(values):
-            by_epsilon = sums[sums[main] == value].groupby("epsilon")
-            mean_line(axes, by_epsilon["intruders"], capsize=3, **line_style(n))
-            control = by_epsilon["control"].mean()
-            if control.notna().any():
-                dotted = {"color": pick(COLOURS, n), "linestyle": (0, (1, 2)), "linewidth": 1}
-                axes.plot(control.index, control, **dotted)
-        axes.set_xlabel("ε: an intruder's largest |cosine| with a direction of W")
-        axes.set_ylabel(f"intruders in the top {k} of {matrices} matrices")
-        dotted = {"color": "black", "linestyle": (0, (1, 2)), "linewidth": 1}
-        legend_of_values(figure, values, main, {"norm-matched control": dotted})
-        return figure
+    chosen, order = in_words(table[table["k"] == k], main)
+    matrices = chosen.groupby("member")["path"].nunique().max()
+    sums = chosen.groupby(["line", "member", "epsilon"], sort=False)[["intruders", "control"]]
+    sums = sums.sum(min_count=1).reset_index()
+    kinds = {"intruders": "intruders", "control": "norm-matched control"}
+    sums = sums.rename(columns=kinds)
+    chart = alt.Chart(sums).transform_fold(list(kinds.values()), as_=["kind", "value"])
+    chart = chart.transform_filter("isValid(datum.value)")
+    means = with_intervals(chart, "value", ["kind", "line", "epsilon"]).encode(
+        x=alt.X("epsilon:Q", title="ε: an intruder's largest |cosine| with a direction of W"),
+        tooltip=tooltips(
+            {"kind": "number", "line": named(main), "epsilon": "ε"}
+            | {"mean": ("mean over members", ".1f")}
+            | INTERVAL
+            | {"n": "members"}
+        ),
+    )
+    title = NAMES.get(main, named(main))
+    lines = lambda marks: lines_of("line", order, marks, title)
+    dash = alt.Scale(domain=list(kinds.values()), range=[[1, 0], [2, 3]])
+    scale = alt.Scale(domainMin=0)
+    y = alt.Y("mean:Q", title=f"intruders in the top {k} of {matrices} matrices", scale=scale)
+    bars = means.transform_filter("datum.kind === 'intruders'").transform_calculate(
+        low="max(datum.low, 0)", high=f"min(datum.high, {k * matrices})"
+    )
+    parts = [
+        bars.mark_rule(strokeOpacity=0.5).encode(y=alt.Y("low:Q"), y2="high:Q", **lines("rule")),
+        means.mark_line().encode(
+            y=y,
+            color=lines("line")["color"],
+            strokeDash=alt.StrokeDash("kind:N", scale=dash, title=None),
+        ),
+        means.mark_point(size=30).encode(y=y, **lines("point")),
+    ]
+    return themed(filtered(alt.layer(*parts)).properties(width="container"))
 
 
 def trajectory(
     table: pd.DataFrame, main: str = "rank", quantities: Sequence[str] | None = None
-) -> Figure:
-    """Properties of updates during training, one panel per quantity. Thick lines: means over
-    matrices and members, one line per value of `main`. Thin lines: single members.
+) -> alt.FacetChart:
+    """Properties of updates during training, one panel per quantity: thick lines are means over
+    members, thin ones members; each is the mean over the member's matrices.
 
     Args:
       table: columns member, step, path, the quantities (norm, effective, stable, energy90,
@@ -145,45 +156,63 @@ def trajectory(
       quantities: which to draw; by default all in the table.
     """
     drawn = [name for name in quantities or QUANTITIES if name in table]
-    columns = min(3, len(drawn))
-    values = values_in_order(table[main])
-    with matplotlib.rc_context(STYLE):
-        figure, grid = panels(len(drawn), columns, (1.4, 0.8), (2.5, 2.2), sharex=True)
-        for axes, name in zip(grid, drawn, strict=True):
-            for n, value in enumerate(values):
-                of_value = table[table[main] == value]
-                for _, member in of_value.groupby("member"):
-                    by_step = member.groupby("step")[name].mean()
-                    axes.plot(
-                        by_step.index, by_step, color=pick(COLOURS, n), alpha=0.3, linewidth=0.7
-                    )
-                mean = of_value.groupby("step")[name].mean()
-                marker_step = max(1, len(mean) // 8)
-                axes.plot(mean.index, mean, markevery=marker_step, **line_style(n))
-            axes.set_ylabel(QUANTITIES.get(name, named(name)))
-            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-            axes.tick_params(labelbottom=True)
-        figure.supxlabel("optimizer step", fontsize=9)
-        legend_of_values(figure, values, main)
-        return figure
+    titles = {name: QUANTITIES.get(name, named(name)) for name in drawn}
+    table, order = in_words(table, main)
+    means = table.groupby(["member", "step", "line"], sort=False)[drawn].mean().reset_index()
+    means = means.assign(**{name: digits(means[name]) for name in drawn})
+    chart = (
+        alt.Chart(means)
+        .transform_fold(drawn, as_=["kind", "value"])
+        .transform_joinaggregate(
+            mean="mean(value)", n="valid(value)", groupby=["kind", "line", "step"]
+        )
+        .encode(x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickCount=4, format="d")))
+    )
+    lines = lambda marks: lines_of("line", order, marks, NAMES.get(main, named(main)))
+    place = {"line": named(main), "step": "step"}
+    tips = {
+        "value": place | {"member": "member", "value": ("mean over matrices", ".4~g")},
+        "mean": place | {"mean": ("mean over members", ".4~g"), "n": "members"},
+    }
+    y = lambda name: {
+        "y": alt.Y(f"{name}:Q", title=None, scale=alt.Scale(zero=False)),
+        "tooltip": tooltips(tips[name]),
+    }
+    parts = [
+        chart.mark_line(style="member", strokeWidth=0.8).encode(
+            detail="member:N", color=lines("line")["color"], **y("value")
+        ),
+        chart.mark_line().encode(**y("mean"), **lines("line")),
+        chart.mark_point(size=20).encode(**y("mean"), **lines("point")),
+    ]
+    panels = wrapped(alt.layer(*parts).properties(height=150), titles, "kind", 3)
+    return themed(filtered(panels.resolve_scale(y="independent")))
 
 
-def cka(table: pd.DataFrame, main: str = "rank") -> Figure:
+def cka(table: pd.DataFrame, main: str = "rank") -> alt.LayerChart:
     """Linear CKA between the adapted model's and the base's activations against the layer: means
-    over members with standard errors, one line per value of `main`.
+    over members with their t intervals, one line per value of `main`.
 
     Args:
       table: columns member, layer, cka and `main`.
     """
-    values = values_in_order(table[main])
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-        axes = figure.add_subplot()
-        for n, value in enumerate(values):
-            by_layer = table[table[main] == value].groupby("layer")["cka"]
-            mean_line(axes, by_layer, capsize=3, **line_style(n))
-        axes.set_xlabel("layer")
-        axes.set_ylabel("linear CKA with the base (0 to 1)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        legend_of_values(figure, values, main)
-        return figure
+    table, order = in_words(table, main)
+    data = table[["member", "layer", "line"]].assign(cka=digits(table["cka"], 5))
+    means = with_intervals(alt.Chart(data), "cka", ["line", "layer"]).encode(
+        x=alt.X("layer:Q", title="layer", **whole_numbers(data["layer"])),
+        tooltip=tooltips(
+            {"line": named(main), "layer": "layer", "mean": ("mean over members", ".4f")}
+            | INTERVAL
+            | {"n": "members"}
+        ),
+    )
+    lines = lambda marks: lines_of("line", order, marks, NAMES.get(main, named(main)))
+    y = lambda name: alt.Y(
+        f"{name}:Q", title="linear CKA with the base (0 to 1)", scale=alt.Scale(zero=False)
+    )
+    parts = [
+        means.mark_rule().encode(y=y("low"), y2="high:Q", **lines("rule")),
+        means.mark_line().encode(y=y("mean"), **lines("line")),
+        means.mark_point(size=30).encode(y=y("mean"), **lines("point")),
+    ]
+    return themed(filtered(alt.layer(*parts)).properties(width="container"))

@@ -1,111 +1,88 @@
 """Maps: subspace similarity, and one number for every matrix.
 
-Colours are cividis, whose lightness increases uniformly. Small maps show their numbers in the
-cells, large maps contours. Figure numbers are those of the LoRA paper (arXiv 2106.09685).
+Colours are cividis, whose lightness increases uniformly. Small maps have a rectangle for every cell
+and show its number; a larger map is an image, with cells under the pointer for some (i, j). Figure
+numbers are those of the LoRA paper (arXiv 2106.09685).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-import matplotlib
+import altair as alt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator
 
-from lorax.analysis.figures.style import MAP, panel_title, plain
+from lorax.analysis.figures.panels import digits, wrapped
+from lorax.analysis.figures.style import distinct, panel_title, themed, tooltips
 
-PHI = "subspace similarity φ(i, j)"
+PHI = "φ(i, j)"
 FEW = 8  # rows and columns; maps up to this size show their numbers in the cells
-CONTOURS = (0.25, 0.5, 0.75)  # of larger maps
+CELLS = 32  # rows and columns that are drawn of larger maps
+SMALL = 12  # the same where there are many maps
+HEIGHT, LOW = 150, 100  # pixels, of a panel; where there are many
+CONTROL = "chance"
 
 
 def similarity_maps(
-    phi: dict[tuple[int, str], np.ndarray], control: np.ndarray, y_label: str, x_label: str
-) -> Figure:
-    """Subspace similarity phi(i, j): one row per layer, one column per target, then
-    control.
+    phi: Mapping[tuple[int, str], np.ndarray], control: np.ndarray, y_label: str, x_label: str
+) -> alt.FacetChart:
+    """Subspace similarity phi(i, j), one panel per matrix, then the level of chance. Of more than
+    `SMALL` directions, as many are drawn, evenly spaced.
 
     Args:
-      phi: (r1, r2) by (layer, target), from `basis_similarity`; missing pairs stay empty.
+      phi: (r1, r2) by (layer, target), from `basis_similarity`.
       control: (r1, r2), the mean over random subspaces of the same space.
       y_label, x_label: what i and j count ("i: top directions, r = 8").
     """
-    layers = sorted({layer for layer, _ in phi})
-    targets = list(dict.fromkeys(target for _, target in phi))
-    with matplotlib.rc_context(MAP):
-        size = (1.3 + 2.0 * (len(targets) + 1), 0.9 + 1.5 * len(layers))
-        figure = Figure(figsize=size, layout="constrained")
-        shape = (len(layers), len(targets) + 1)
-        grid = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False)
-        image = None
-        for row, layer in enumerate(layers):
-            for column, target in enumerate([*targets, None]):
-                axes = grid[row, column]
-                values = control if target is None else phi.get((layer, target))
-                if values is None or (target is None and row < len(layers) - 1):
-                    axes.set_axis_off()
-                    continue
-                image = _map(axes, values)
-                title = "Gaussian control" if target is None else panel_title(layer, target)
-                axes.set_title(plain(title))
-        figure.supxlabel(x_label, fontsize=9)
-        figure.supylabel(y_label, fontsize=9)
-        bar = figure.colorbar(image, ax=grid, shrink=0.9 if len(layers) == 1 else 0.6, pad=0.02)
-        bar.set_label(PHI)
-        return figure
+    maps = {panel_title(*place): values for place, values in phi.items()}
+    return _maps(maps | {CONTROL: control}, x_label, y_label, SMALL, columns=4)
 
 
-def figure3(phi: dict[tuple[int, str], np.ndarray], control: np.ndarray | None = None) -> Figure:
-    """The paper's figure 3, one row per matrix: phi(i, j) of a small rank (i, downwards) against a
-    large one (j, to the right), and next to it a zoom on j <= r1.
+def figure3(
+    phi: Mapping[tuple[int, str], np.ndarray], control: np.ndarray | None = None
+) -> alt.FacetChart:
+    """The paper's figure 3, two panels per matrix: phi(i, j) of a small rank (i, downwards) against
+    a large one (j, to the right), and next to it a zoom on j <= r1.
 
     The zoom shows the lower-left triangle, j <= i, where phi says how much of the large rank's top
-    j directions the small rank's top i contain. Cells with j > i are grey; the full map shows them.
+    j directions the small rank's top i contain.
 
     Args:
       phi: (r1, r2) by (layer, target), r1 <= r2.
-      control: (r1, r2), the mean over random subspaces; drawn as a last row.
+      control: (r1, r2), the mean over random subspaces; its panels are the last.
     """
     r1, r2 = next(iter(phi.values())).shape
-    rows = [(panel_title(*place), values) for place, values in phi.items()]
-    rows += [("Gaussian control", control)] if control is not None else []
-    with matplotlib.rc_context(MAP):
-        figure = Figure(figsize=(7.0, 0.7 + 2.0 * len(rows)), layout="constrained")
-        grid = figure.subplots(len(rows), 2, sharey=True, squeeze=False, width_ratios=(1.7, 1))
-        for (full, zoom), (title, values) in zip(grid, rows, strict=True):
-            image = _map(full, values)
-            corner = np.array(values[:, :r1], float)
-            corner[np.triu_indices(r1, 1, corner.shape[1])] = np.nan
-            zoom.set_facecolor("0.8")
-            _map(zoom, corner)
-            full.set_title(plain(title))
-            zoom.set_title("zoom: the triangle j ≤ i")
-            full.set_ylabel(f"i (r = {r1})")
-        for axes in grid[-1]:
-            axes.set_xlabel(f"j (r = {r2})")
-        figure.colorbar(image, ax=grid, shrink=0.9 / len(rows) ** 0.5, pad=0.02).set_label(PHI)
-        return figure
+    whole = {panel_title(*place): values for place, values in phi.items()}
+    whole |= {CONTROL: control} if control is not None else {}
+    maps = {}
+    for title, values in whole.items():
+        corner = np.array(values[:, :r1], float)
+        corner[np.triu_indices(r1, 1, corner.shape[1])] = np.nan
+        maps |= {title: values, f"{title}: j ≤ i": corner}
+    return _maps(maps, f"j: top directions, r = {r2}", f"i: top directions, r = {r1}", columns=4)
 
 
-def figure4(phi: Mapping[str | tuple[int, str], np.ndarray], gaussian: np.ndarray) -> Figure:
-    """The paper's figure 4: phi(i, j) between two seeds, the targets side by side, then the
-    Gaussian control.
+def figure4(
+    phi: Mapping[str | tuple[int, str], np.ndarray], gaussian: np.ndarray
+) -> alt.FacetChart:
+    """The paper's figure 4: phi(i, j) between two seeds, one panel per matrix, then the level of
+    chance.
 
     Args:
       phi: (r, r) by target or (layer, target).
       gaussian: (r, r), for two random matrices or the mean of many.
     """
-    titles = [name if isinstance(name, str) else panel_title(*name) for name in phi]
-    maps = [*zip(titles, phi.values(), strict=True), ("Gaussian control", gaussian)]
+    maps = {
+        name if isinstance(name, str) else panel_title(*name): values
+        for name, values in phi.items()
+    }
     r1, r2 = gaussian.shape
-    return _row_of_maps(maps, f"j (r = {r2}, the other seed)", f"i (r = {r1}, one seed)", PHI)
+    labels = f"j: of the other seed, r = {r2}", f"i: of one seed, r = {r1}"
+    return _maps(maps | {CONTROL: gaussian}, *labels)
 
 
 def against_base(
     phi: Mapping[str, np.ndarray], chance: np.ndarray | None = None, top: float = 0.1
-) -> Figure:
+) -> alt.FacetChart:
     """The paper's figure 8: how much of dW's directions (j, to the right) W's leading ones (i,
     downwards) contain; one panel per title ("r = 8"), then chance. The dashed line is at W's top
     share.
@@ -115,17 +92,72 @@ def against_base(
       chance: (r, n), for random directions.
       top: the share of W's directions above the line; the paper discusses the first 10%.
     """
-    maps = [(title, np.transpose(values)) for title, values in phi.items()]
-    maps += [("random directions", np.transpose(chance))] if chance is not None else []
-    label = "i: directions of W"
-    figure = _row_of_maps(maps, "j: directions of ΔW", label, PHI, sharex=False)
-    for axes, (_, values) in zip(figure.axes, maps, strict=False):
-        line = {"color": "white", "linewidth": 1, "linestyle": (0, (4, 2))}
-        axes.axhline(max(1, round(top * len(values))) + 0.5, **line)
-    return figure
+    maps = {title: np.transpose(values) for title, values in phi.items()}
+    maps |= {"random directions": np.transpose(chance)} if chance is not None else {}
+    return _maps(maps, "j: directions of ΔW", "i: directions of W", top=top)
 
 
-def layer_grid(values: pd.DataFrame, label: str, *, log: bool = False) -> Figure:
+def between_layers(
+    maps: Mapping[tuple[str, str], tuple[list[int], np.ndarray]],
+) -> alt.FacetChart:
+    """How much the directions of different layers' updates agree, one panel per target and side.
+
+    Args:
+      maps: by (target, side): the layers and phi (layers, layers) between them.
+    """
+    rows = [
+        {"panel": f"{target}, {side}", "i": layers[i], "j": layers[j], "phi": phi[i, j]}
+        for (target, side), (layers, phi) in maps.items()
+        for i, j in np.ndindex(phi.shape)
+    ]
+    table = pd.DataFrame(rows)
+    table["phi"] = digits(table["phi"], 3)
+    layers = sorted(set(table["i"]))
+    step = -(-len(layers) // 8)
+    axis = alt.Axis(values=layers[::step], labelAngle=0)
+    cells = alt.Chart(table).encode(
+        x=alt.X("j:O", title="layer", axis=axis),
+        y=alt.Y("i:O", title="layer", axis=axis),
+        color=_colour("φ(r, r)"),
+        tooltip=tooltips(
+            {"panel": "target and side", "i": "layer", "j": "and layer"}
+            | {"phi": ("φ(r, r)", ".3f")}
+        ),
+    )
+    chart = alt.layer(cells.mark_rect(aria=False)).properties(height=HEIGHT)
+    return themed(wrapped(chart, distinct(table["panel"])))
+
+
+def overlap(pairs: pd.DataFrame, names: Sequence[str]) -> alt.FacetChart:
+    """phi of all directions between every two adapters, one panel per side of dW.
+
+    Args:
+      pairs: first, second (names), side, phi and by_chance, one row per pair and side.
+      names: of all adapters, in their order.
+    """
+    turned = pairs.rename(columns={"first": "second", "second": "first"})
+    table = pd.concat([pairs, turned])[["first", "second", "side", "phi", "by_chance"]]
+    for name in ("phi", "by_chance"):
+        table[name] = digits(table[name], 3)
+    table["ground"] = np.where(table["phi"] > 0.55, "light", "dark")
+    cells = alt.Chart(table).encode(
+        x=alt.X("second:N", title=None, sort=list(names), axis=alt.Axis(labelAngle=-40)),
+        y=alt.Y("first:N", title=None, sort=list(names)),
+        tooltip=tooltips(
+            {"first": "between", "second": "and", "phi": ("φ", ".3f")}
+            | {"by_chance": ("by chance", ".3f")}
+        ),
+    )
+    parts = [cells.mark_rect().encode(color=_colour("φ of all directions"))]
+    if len(names) <= FEW:
+        text = alt.Text("phi:Q", format=".2f")
+        parts.append(cells.mark_text(fontSize=11).encode(text=text, color=_ON_GROUND))
+    sides = {side: f"{side} side" for side in distinct(table["side"])}
+    height = 26 * len(names)
+    return themed(wrapped(alt.layer(*parts).properties(height=height), sides, "side", 2))
+
+
+def layer_grid(values: pd.DataFrame, label: str, *, log: bool = False) -> alt.LayerChart:
     """One number for every matrix: one row per target, one column per layer, the numbers in the
     cells.
 
@@ -134,125 +166,146 @@ def layer_grid(values: pd.DataFrame, label: str, *, log: bool = False) -> Figure
       label: the name and unit of the number.
       log: colour by the logarithm, for numbers that span decades; only for positive numbers.
     """
-    table = values.pivot_table(index="target", columns="layer", values="value", dropna=False)
-    table = table.reindex(dict.fromkeys(values["target"]))
-    return _grid(table, table.map(_short), label, log=log)
+    table = values.groupby(["target", "layer"], sort=False)["value"].mean().reset_index()
+    return _grid(table.assign(words=table["value"].map(_short)), label, log=log)
 
 
-def sensitivity(ranking: pd.DataFrame) -> Figure:
+def sensitivity(ranking: pd.DataFrame) -> alt.LayerChart:
     """Score of every matrix as a share of the sum, with the rank chosen for it. ranking: rows of
     `tables.sensitivity` for one member."""
-    at = {"index": "target", "columns": "layer"}
-    order = list(dict.fromkeys(ranking["target"]))
-    share = ranking.assign(value=ranking["score"] / ranking["score"].sum())
-    share = share.pivot_table(values="value", **at).reindex(order)
-    ranks = ranking.pivot_table(values="rank", **at).reindex(order)
-    return _grid(share, ranks.map("{:g}".format), "share of the score")
-
-
-def between_layers(maps: dict[tuple[str, str], tuple[list[int], np.ndarray]]) -> Figure:
-    """How much the directions of different layers' updates agree: one row per side, one column per
-    target.
-
-    Args:
-      maps: by (target, side): the layers and phi (layers, layers) between them.
-    """
-    targets, sides = (list(dict.fromkeys(key[n] for key in maps)) for n in (0, 1))
-    with matplotlib.rc_context(MAP):
-        size = (1.3 + 1.9 * len(targets), 0.8 + 1.8 * len(sides))
-        figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(len(sides), len(targets), squeeze=False)
-        image = None
-        for row, side in enumerate(sides):
-            for column, target in enumerate(targets):
-                axes, layers_and_phi = grid[row, column], maps.get((target, side))
-                if layers_and_phi is None:
-                    axes.set_axis_off()
-                    continue
-                layers, phi = layers_and_phi
-                image = axes.imshow(phi, vmin=0, vmax=1, cmap="cividis", interpolation="nearest")
-                axes.set_title(plain(f"{target}, {side}"), fontsize=8)
-                ticks = sorted({0, len(layers) // 2, len(layers) - 1})
-                axes.set_xticks(ticks, [layers[tick] for tick in ticks])
-                axes.set_yticks(ticks, [layers[tick] for tick in ticks])
-        figure.supxlabel("layer", fontsize=9)
-        figure.supylabel("layer", fontsize=9)
-        bar = figure.colorbar(image, ax=grid, shrink=0.8, pad=0.02)
-        bar.set_label("φ(r, r)")
-        return figure
+    table = ranking.assign(
+        value=ranking["score"] / ranking["score"].sum(), words=ranking["rank"].map("{:g}".format)
+    )
+    return _grid(table, "share of the score")
 
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if 100 <= abs(value) < np.inf else f"{value:.2g}"
 
 
-def _map(axes: Axes, values: np.ndarray):
-    """phi as an image, from 0 to 1, with (1, 1) at the upper left; with numbers if there are few
-    cells, else with contours."""
-    rows, columns = values.shape
-    extent = (0.5, columns + 0.5, rows + 0.5, 0.5)
-    style = {"cmap": "cividis", "aspect": "auto", "interpolation": "nearest"}
-    image = axes.imshow(values, vmin=0, vmax=1, extent=extent, **style)
-    axes.xaxis.set_major_locator(FixedLocator(_ticks(columns)))
-    axes.yaxis.set_major_locator(FixedLocator(_ticks(rows)))
-    if max(rows, columns) <= FEW:
-        for (i, j), value in np.ndenumerate(values):
-            if value == value:
-                colour = "white" if value < 0.6 else "black"
-                text = {"ha": "center", "va": "center", "fontsize": 6, "color": colour}
-                axes.text(j + 1, i + 1, f"{value:.2f}".removeprefix("0"), **text)
-        return image
-    crossed = [c for c in CONTOURS if np.nanmin(values) < c < np.nanmax(values)]
-    if crossed and min(rows, columns) > 1:
-        i, j = np.arange(1, rows + 1), np.arange(1, columns + 1)
-        colours = ["white" if level < 0.6 else "black" for level in crossed]
-        lines = axes.contour(j, i, values, levels=crossed, colors=colours, linewidths=0.7)
-        axes.clabel(lines, fontsize=6, fmt="%g")
-    return image
+def _grid(table: pd.DataFrame, label: str, *, log: bool = False) -> alt.LayerChart:
+    """One cell per matrix, coloured by `value`, with the text in `words`: targets x layers."""
+    shown = np.isfinite(table["value"]) & ((table["value"] > 0) | (not log))
+    table = table.assign(shown=table["value"].where(shown).map(lambda x: float(f"{x:.4g}")))
+    low, high = table["shown"].min(), table["shown"].max()
+    low, high = (low, high) if shown.any() else (0.1, 1.0)
+    low = low if log else min(low, 0.0)
+    place = np.log(table["shown"] / low) / np.log(high / low or 1) if log else None
+    place = table["shown"] / (high or 1.0) if place is None else place
+    table["ground"] = np.where(shown, np.where(place > 0.55, "light", "dark"), "none")
+    table["number"] = table["value"].map(_short)
+    columns = ["target", "layer", "shown", "ground", "words", "number"]
+    grid = alt.Chart(table[columns]).encode(
+        x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("target:N", title=None, sort=distinct(table["target"])),
+        tooltip=tooltips({"target": "target", "layer": "layer", "number": label}),
+    )
+    scale = alt.Scale(type="log" if log else "linear", domain=[low, high], scheme="cividis")
+    colour = alt.Color("shown:Q", title=label, scale=scale, legend=_LEGEND)
+    text = grid.mark_text(fontSize=11).encode(text="words:N", color=_ON_GROUND)
+    chart = alt.layer(grid.mark_rect().encode(color=colour), text)
+    return themed(chart.properties(width=alt.Step(40), height=alt.Step(26)))
 
 
-def _row_of_maps(maps, x_label: str, y_label: str, label: str, *, sharex: bool = True) -> Figure:
-    with matplotlib.rc_context(MAP):
-        figure = Figure(figsize=(1.4 + 2.1 * len(maps), 3.0), layout="constrained")
-        grid = figure.subplots(1, len(maps), sharex=sharex, sharey=True, squeeze=False)[0]
-        for axes, (title, values) in zip(grid, maps, strict=True):
-            image = _map(axes, values)
-            axes.set_title(plain(title))
-        figure.supxlabel(x_label, fontsize=9)
-        grid[0].set_ylabel(y_label)
-        figure.colorbar(image, ax=grid, pad=0.02).set_label(label)
-        return figure
+# ------------------------------------------------------------------------------------ maps of phi
+
+_LEGEND = alt.Legend(orient="top", gradientLength=160, gradientThickness=10, gradientOpacity=1)
+# Text on cividis, whose colours are the same on a light and on a dark page.
+_ON_GROUND = (
+    alt.when("datum.ground === 'dark'")
+    .then(alt.value("white"))
+    .when("datum.ground === 'light'")
+    .then(alt.value("black"))
+)
 
 
-def _grid(table: pd.DataFrame, words: pd.DataFrame, label: str, *, log: bool = False) -> Figure:
-    """One cell per matrix, coloured by `table`, with the text in `words`: targets (rows) x
-    layers."""
-    values = table.to_numpy(float)
-    shown = np.isfinite(values) & ((values > 0) | (not log))
-    coloured = np.where(shown, values, np.nan)
-    with matplotlib.rc_context(MAP):
-        size = (2.2 + 0.55 * values.shape[1], 1.0 + 0.35 * values.shape[0])
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots()
-        axes.set_facecolor("0.9")
-        low, high = (np.nanmin(coloured), np.nanmax(coloured)) if shown.any() else (0.1, 1.0)
-        norm = LogNorm(low, high) if log else Normalize(min(low, 0.0), high)
-        image = axes.imshow(coloured, norm=norm, cmap="cividis", aspect="auto")
-        for (i, j), value in np.ndenumerate(values):
-            if value == value:  # also infinite values, in black on grey
-                dark = shown[i, j] and norm(value) < 0.6
-                text = {"ha": "center", "va": "center", "fontsize": 8}
-                axes.text(j, i, words.iloc[i, j], color="white" if dark else "black", **text)
-        axes.set_xticks(range(len(table.columns)), table.columns)
-        axes.set_yticks(range(len(table.index)), map(plain, table.index))
-        axes.set_xlabel("layer")
-        axes.set_ylabel("target")
-        figure.colorbar(image, ax=axes, pad=0.02).set_label(label)
-        return figure
+def _colour(title: str) -> alt.Color:
+    scale = alt.Scale(domain=[0, 1], scheme="cividis")
+    return alt.Color("phi:Q", title=title, scale=scale, legend=_LEGEND)
 
 
-def _ticks(r: int) -> list[int]:
-    """1 and r, and the quarters in between if there is room."""
-    if r <= 4:
-        return list(range(1, r + 1))
-    return sorted({1, *(round(r * share) for share in (0.25, 0.5, 0.75)), r})
+def _maps(
+    maps: Mapping[str, np.ndarray],
+    x_label: str,
+    y_label: str,
+    most: int = CELLS,
+    top: float | None = None,
+    columns: int = 3,
+) -> alt.FacetChart:
+    """phi of every title, from 0 to 1, with (1, 1) at the upper left.
+
+    Args:
+      most: rows and columns of cells in a panel; of more, evenly spaced ones are drawn.
+      top: a dashed line below this share of the rows.
+      columns: how many panels a row has at most.
+    """
+    rows = [_panel(title, values, most, top) for title, values in maps.items()]
+    chart = (
+        alt.Chart(pd.DataFrame(rows))
+        .transform_flatten(["phi"])
+        .transform_window(k="row_number()", groupby=["panel"])
+        .transform_filter("isValid(datum.phi)")
+        .transform_calculate(
+            row="floor((datum.k - 1) / (length(datum.right) - 1))",
+            column="(datum.k - 1) % (length(datum.right) - 1)",
+        )
+        .transform_calculate(i="datum.down[datum.row + 1]", j="datum.right[datum.column + 1]")
+        .transform_calculate(
+            above="datum.down[datum.row] + 0.5",
+            below="datum.i + 0.5",
+            before="datum.right[datum.column] + 0.5",
+            after="datum.j + 0.5",
+            number="datum.few ? replace(format(datum.phi, '.2f'), '0.', '.') : ''",
+            ground="datum.phi > 0.55 ? 'light' : 'dark'",
+            line="datum.k === 1 ? datum.top : null",
+        )
+    )
+    x, y = _counted("j", maps, 1), _counted("i", maps, 0)
+    # A stroke of the cell's own colour leaves no seams.
+    stroke = alt.ExprRef("scale('color', datum.phi)")
+    cells = chart.mark_rect(stroke=stroke, strokeWidth=0.7, aria=False).encode(
+        x=alt.X("before:Q", **x),
+        x2="after:Q",
+        y=alt.Y("above:Q", **y),
+        y2="below:Q",
+        color=_colour(PHI),
+        tooltip=tooltips({"panel": "between", "i": "i", "j": "j", "phi": (PHI, ".3f")}),
+    )  # fmt: skip
+    numbers = chart.mark_text(fontSize=9, aria=False).encode(
+        x=alt.X("j:Q", **x), y=alt.Y("i:Q", **y), text="number:N", color=_ON_GROUND
+    )
+    height = HEIGHT if most == CELLS else LOW
+    parts = [cells, numbers] if any(row["few"] for row in rows) else [cells]
+    if top is not None:
+        parts.append(chart.mark_rule(color="white", strokeDash=[4, 3]).encode(y="line:Q"))
+    faceted = wrapped(alt.layer(*parts).properties(height=height), list(maps), columns=columns)
+    if len({values.shape for values in maps.values()}) > 1:
+        faceted = faceted.resolve_scale(x="independent", y="independent")
+    heading = alt.Title(f"{y_label}; {x_label}", anchor="start", offset=12)
+    return themed(faceted.properties(title=heading))
+
+
+def _panel(title: str, values: np.ndarray, most: int, top: float | None) -> dict:
+    """A panel's row of the chart's table: phi at the ends of the cells, row by row, and these ends,
+    which begin with 0."""
+    down, right = (
+        sorted({round(x) for x in np.linspace(0, size, min(size, most) + 1)})
+        for size in values.shape
+    )
+    few = values[np.ix_(np.array(down[1:]) - 1, np.array(right[1:]) - 1)]
+    phi = [None if np.isnan(value) else round(float(value), 3) for value in few.ravel()]
+    row = {"panel": title, "down": down, "right": right, "phi": phi}
+    row["few"] = max(values.shape) <= FEW
+    return row | ({} if top is None else {"top": max(1, round(top * len(values))) + 0.5})
+
+
+def _counted(title: str, maps: Mapping[str, np.ndarray], side: int) -> dict:
+    """Arguments of `alt.X` or `alt.Y` for the directions on one side of the maps, from 1."""
+    sizes = {values.shape[side] for values in maps.values()}
+    scale = alt.Scale(nice=False, zero=False, reverse=side == 0)
+    axis = alt.Axis(grid=False, format="d", tickMinStep=1, tickCount=5)
+    if len(sizes) == 1:
+        (size,) = sizes
+        ticks = {1, *(round(size * share) for share in (0.25, 0.5, 0.75)), size} - {0}
+        axis.values = sorted(ticks)
+    return {"title": title, "scale": scale, "axis": axis}

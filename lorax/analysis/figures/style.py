@@ -184,11 +184,12 @@ def filtered(chart: alt.TopLevelMixin) -> alt.TopLevelMixin:
 
 
 def with_intervals(
-    chart: alt.TopLevelMixin, value: str, groupby: Sequence[str]
+    chart: alt.TopLevelMixin, value: str, groupby: Sequence[str], *, keep: bool = False
 ) -> alt.TopLevelMixin:
     """Computes, in the chart, for every group: `mean` of the column `value`, `n` (how many values
     are not missing), and `low` and `high`, the t interval of the mean at `LEVEL`. low and high are
-    null for one value, so no bar is drawn."""
+    null for one value, so no bar is drawn. keep: whether the values stay, each with the numbers of
+    its group."""
     # A chart has no quantiles of t. From 31 values on, this is Cornish and Fisher's expansion.
     quantiles = [stats.t.ppf(0.5 + LEVEL / 2, n) for n in range(1, 31)]
     z = stats.norm.ppf(0.5 + LEVEL / 2)
@@ -196,10 +197,10 @@ def with_intervals(
     later = f"{z:.5g} + {(z**3 + z) / 4:.5g} / (datum.n - 1)"
     t = f"(datum.n <= 31 ? [{listed}][datum.n - 2] : {later})"
     half = f"{t} * datum.sd / sqrt(datum.n)"
+    numbers = {"mean": f"mean({value})", "sd": f"stdev({value})", "n": f"valid({value})"}
+    summarised = chart.transform_joinaggregate if keep else chart.transform_aggregate
     return (
-        chart.transform_aggregate(
-            mean=f"mean({value})", sd=f"stdev({value})", n=f"valid({value})", groupby=list(groupby)
-        )
+        summarised(**numbers, groupby=list(groupby))
         .transform_filter("datum.n > 0")
         .transform_calculate(
             low=f"datum.n > 1 ? datum.mean - {half} : null",

@@ -8,6 +8,7 @@ thread (`threadpoolctl`): more threads only wait for each other.
 """
 
 from lorax.analysis.tables.along_training import cka, trajectory
+from lorax.analysis.tables.clusters import over_layers
 from lorax.analysis.tables.directions import (
     KINDS,
     LEADING,
@@ -57,6 +58,7 @@ __all__ = [
     "layer_and_target",
     "leading",
     "misfit",
+    "over_layers",
     "read_statistics",
     "sensitivity",
     "shape_of",

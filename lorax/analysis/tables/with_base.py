@@ -70,7 +70,10 @@ def amplifications(
 ) -> pd.DataFrame:
     """Table 7 for every update with factors, in as many directions as its rank.
 
-    Columns: member, path, layer, target, rank, delta_norm, w_in_delta, w_in_w, w_in_random, factor.
+    Columns: member, path, layer, target, rank, delta_norm, w_in_delta, w_in_w, w_in_random, factor,
+    by_chance, over_chance. by_chance is the root mean square of ||U^T W V||_F over random U and V:
+    rank ||W||_F / sqrt(in out). over_chance is w_in_delta / by_chance: unlike the factor, it does
+    not grow with ||dW||.
 
     Args:
       kernels: the frozen (in, out) kernels by path. A KeyError names a missing path.
@@ -98,10 +101,10 @@ def amplifications(
     rows = []
     for key, update in flat.items():
         *shape, rank = shape_of(update)
-        rows.append(
-            {**identity(*key), "rank": min(rank, *shape)}
-            | dict(zip(Amplification._fields, map(float, values[key]), strict=True))
-        )
+        row = {**identity(*key), "rank": min(rank, *shape)}
+        row |= dict(zip(Amplification._fields, map(float, values[key]), strict=True))
+        row["by_chance"] = row["rank"] * np.linalg.norm(sigma[key[1]]) / np.sqrt(np.prod(shape))
+        rows.append(row | {"over_chance": row["w_in_delta"] / (row["by_chance"] or np.nan)})
     return pd.DataFrame(rows)
 
 

@@ -1,6 +1,7 @@
-"""The report on one or two adapters from anywhere: PEFT directories, loralib checkpoints, and the
+"""The report on adapters from anywhere: PEFT directories, loralib checkpoints, and the
 dense updates that lorax writes for other methods."""
 
+import itertools
 import pathlib
 import re
 import warnings
@@ -22,7 +23,6 @@ from lorax.report.page import Picture, Section
 from lorax.report.sections import base_weights, shared_directions, spectra, user_statistics
 
 LEAD = "A low-rank update: its size, its rank and its directions."
-MAX_TARGETS = 8  # columns of a figure
 NO_SCALE = "none in the file: s = 1, so norms are those of BA; give --alpha"
 
 
@@ -44,7 +44,7 @@ def write(
     also: Sequence[str] = (),
     share: pathlib.Path | None = None,
 ) -> pathlib.Path:
-    """Analyse one or two adapters and write their report. Returns the path of report.html.
+    """Analyse one adapter or several and write their report. Returns the path of report.html.
 
     Args:
       paths: PEFT directories or loralib checkpoints.
@@ -60,8 +60,6 @@ def write(
     can't be loaded or doesn't fit, before anything is written.
     """
     paths = [pathlib.Path(path) for path in paths]
-    if len(paths) > 2:
-        raise ValueError(f"{len(paths)} adapters given: a page takes one, or two to compare")
     if alpha is not None and not any(reading.is_checkpoint(path) for path in paths):
         raise ValueError(
             "--alpha is for loralib's checkpoints; a PEFT adapter_config.json already has it"
@@ -71,6 +69,7 @@ def write(
         kernels, sources, why = _base(paths, base)
         names = [_name(path) for path in paths]
         names = names if len(set(names)) == len(names) else naming.names(paths)
+        names = naming.shortened(names)
         given = [read(*source, sources, alpha) for source in zip(names, paths, strict=True)]
         for adapter in given:
             if kernels is not None:
@@ -80,7 +79,14 @@ def write(
         options = {"base": base, "alpha": alpha, "layers": layers, "also": also, "out": directory}
         command = page.command(paths, **options)
         sections = _sections(given, kernels, why, command, layers, statistics)
-        return page.save(directory, " and ".join(names), LEAD, sections, command, share)
+        return page.save(directory, _title(names), LEAD, sections, command, share)
+
+
+def _title(names: Sequence[str]) -> str:
+    """The page's title: "a", "a and b", "a, b and 3 more adapters"."""
+    if len(names) > 3:
+        return f"{names[0]}, {names[1]} and {len(names) - 2} more adapters"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def read(name: str, path: pathlib.Path, sources=None, alpha: float | None = None) -> Given:
@@ -198,6 +204,8 @@ def _sections(
     sections += page.attempt("Spectra of the updates", spectra.spectra, sigmas, "adapter")
     if len(given) == 2:
         sections += page.attempt("Subspace similarity", _both, given)
+    elif len(given) > 2:
+        sections += page.attempt("Subspace similarity", _pairwise, given)
     figure_names: list[str] = []
     for adapter in given:
         name = f"between_layers_{page.slug(adapter.name)}" if len(given) > 1 else "between_layers"
@@ -245,8 +253,12 @@ def _layers(ranks: pd.DataFrame, also: pd.DataFrame | None) -> Section:
         f"Line charts of norm, effective and stable rank by layer: the effective rank is between "
         f"{low:.1f} and {high:.1f}, with ranks of up to {ranks['rank'].max()}."
     )
-    caption = "Norm and ranks of ΔW by layer, one line per target."
     several_given = ranks["member"].nunique() > 1
+    caption = "Norm and ranks of ΔW by layer, one line per target."
+    if several_given:
+        caption = (
+            "Norm and ranks of ΔW by layer, one row of panels per target, one line per adapter."
+        )
     header = ["matrix", *["adapter"] * several_given, "layer", "target", "rank", "‖ΔW‖"]
     header += ["effective rank", "stable rank", "90% energy rank", "numerical rank"]
     extra = [] if also is None else [name for name in also if name not in ("member", "path")]
@@ -280,6 +292,53 @@ def _both(given: list[Given]) -> Section:
     return Section("Subspace similarity", page.paragraph(text))
 
 
+def _pairwise(given: list[Given]) -> Section:
+    """How many directions each pair of adapters shares, as a matrix."""
+    bases_of = {adapter.name: tables.bases(adapter.updates) for adapter in given}
+    rows, apart = [], []
+    for first, second in itertools.combinations(bases_of, 2):
+        pair = shared_directions.fitting(bases_of[first], bases_of[second])
+        comparison = shared_directions.compare("", "", [pair] if pair[0] else [])
+        if comparison is None:
+            apart.append(f"{first} and {second}")
+            continue
+        rows += shared_directions.of_sides(comparison, first=first, second=second)
+    if not rows:
+        text = "Not computed: no matrix has the same name and shape in two of the adapters."
+        return Section("Subspace similarity", page.paragraph(text))
+    pairs = pd.DataFrame(rows)
+    top = pairs.loc[(pairs["phi"] / pairs["by_chance"]).idxmax()]
+    caption = (
+        "φ of all directions of ΔW between every two adapters, on the input and the output side: "
+        "means over layers, a layer being the mean over its matrices that both adapters have."
+    )
+    alt = (
+        f"Matrices of φ between {len(given)} adapters: the most above chance are {top['first']} "
+        f"and {top['second']} ({top['side']} side), {top['phi']:.2f} where chance is "
+        f"{top['by_chance']:.2f}."
+    )
+    header = ["adapter", "and", "side", "matrices", "φ(1, 1)", "by chance", "i, j", "φ(i, j)"]
+    header += ["by chance", "over chance"]
+    listed = [
+        [r["first"], r["second"], r["side"], r["matrices"], page.Fixed(r["phi_1_1"], 3)]
+        + [page.Fixed(r["chance_1_1"], 3), f"{r['i']}, {r['j']}"]
+        + [page.Fixed(r["phi"], 3, r["half"]), page.Fixed(r["by_chance"], 3)]
+        + [page.Fixed(r["phi"] / r["by_chance"], 2)]
+        for _, r in pairs.iterrows()
+    ]
+    content = page.paragraph(f"{shared_directions.EXPLANATION} {shared_directions.DENSE}")
+    content += page.aid("Over chance near 1: the two adapters share no more than random ones.")
+    content += page.figure("overlap", caption, alt)
+    note = f"Every pair; i and j are all directions of the two. {spectra.OVER_LAYERS}"
+    content += page.table(header, listed, note, sortable=True)
+    if apart:
+        text = f"No matrix of the same name and shape: {'; '.join(apart)}."
+        content += page.note(text)
+    names = [adapter.name for adapter in given]
+    pictures = {"overlap": Picture(figures.overlap(pairs, names), pairs)}
+    return Section("Subspace similarity", content, pictures, {"overlap.csv": pairs})
+
+
 def _between_layers(given: Given, title: str, name: str) -> list[Section]:
     """Whether layers are changed in the same directions. No section if no target has two layers of
     the same shape. name: of the figure."""
@@ -306,10 +365,7 @@ def _between_layers(given: Given, title: str, name: str) -> list[Section]:
             ]
     if not maps:
         return []
-    targets_with_maps = list(dict.fromkeys(target for target, _ in maps))
-    shown_targets = selection.spread(targets_with_maps, MAX_TARGETS)
     numbers = pd.DataFrame(rows)
-    drawn = {key: value for key, value in maps.items() if key[0] in shown_targets}
     pairs = numbers[numbers["layer"] != numbers["other"]]
     top = pairs.loc[pairs["phi"].idxmax()]
     alt = (
@@ -318,12 +374,11 @@ def _between_layers(given: Given, title: str, name: str) -> list[Section]:
         f"{top['other']} of {top['target']} ({top['side']} side), {top['phi']:.2f}."
     )
     caption = (
-        "Overlap of the directions of one layer's ΔW with those of another's, on the input and the "
-        "output side. The diagonal is 1, the chance level r/n."
-    ) + selection.drawn_of([], [], shown_targets, targets_with_maps, "the CSV has all")
+        "φ of all directions between one layer's ΔW and another's, on the input and the output "
+        "side. The diagonal is 1, the chance level r/n."
+    )
     content = page.aid(
         "Bright blocks off the diagonal: layers that are changed in the same directions."
     )
     content += page.figure(name, caption, alt)
-    pictures = {name: Picture(figures.between_layers(drawn), numbers)}
-    return [Section(title, content, pictures)]
+    return [Section(title, content, {name: Picture(figures.between_layers(maps), numbers)})]

@@ -22,6 +22,7 @@ from lorax.report.sections import (
     setup,
     shared_directions,
     spectra,
+    texts,
     training,
     user_statistics,
 )
@@ -114,6 +115,7 @@ def of_sweep(
         *attempt("Which matrices matter", evidence.evidence, run, table),
         *planted,
         *listed,
+        *attempt(texts.TITLE, texts.texts, run, table),
         *failed,
     ]
     if updates:

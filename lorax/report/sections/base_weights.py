@@ -14,14 +14,14 @@ import numpy as np
 import pandas as pd
 
 from lorax.analysis import figures, tables
-from lorax.analysis.figures.rank_lines import MOST_LINES
+from lorax.analysis.figures.maps import CELLS
 from lorax.report import page, words
 from lorax.report.bases import Kernels
 from lorax.report.page import Fixed, Picture, Section
 from lorax.report.sections.shared_directions import long
-from lorax.report.selection import label, shown_of, spread, unchanged
+from lorax.report.sections.spectra import OVER_LAYERS
+from lorax.report.selection import label, spread, unchanged
 
-MAX_PANELS = 4  # values of the main axis in figure 8; its tables have all
 INTRUDERS_OF = (1, 10)  # leading directions of W + dW
 EPSILON = 0.5  # in the table; the figure has all
 TOP = 0.1  # share of W's directions that figure 8's text is about
@@ -39,7 +39,8 @@ COLUMNS = {
     "delta_norm": "‖ΔW‖",
     "w_in_delta": "‖UᵀWV‖ in ΔW's directions",
     "w_in_w": "W's own",
-    "w_in_random": "random",
+    "by_chance": "by chance",
+    "over_chance": "over chance",
     "factor": "amplification",
 }
 Members = Mapping[object, tables.Updates]
@@ -248,13 +249,14 @@ def _amplification(
     columns = list(COLUMNS)
     finite = shown_rows.assign(factor=shown_rows["factor"].replace(np.inf, np.nan))
     infinite = int(np.isinf(shown_rows["factor"]).sum())
-    means = finite.groupby(["target", main], sort=True)[columns].mean().reset_index()
+    means = tables.over_layers(finite, ["target", main], columns)
     by_layer = finite.groupby(["target", main, "layer"], sort=True)[columns].mean().reset_index()
     median = shown_rows["factor"].median()
     content = page.paragraph(lacking) if without else ""
     content += page.aid(
-        "Amplification = ‖ΔW‖/‖UᵀWV‖ in ΔW's own directions. It is large if the update strengthens "
-        "directions that are weak in the base. W in random directions is the chance level."
+        "Over chance: the norm of W in ΔW's directions, ‖UᵀWV‖, over that in random ones. Above 1, "
+        "the update lies where the base is strong. The paper's amplification ‖ΔW‖/‖UᵀWV‖ grows "
+        "with ‖ΔW‖, and so with the learning rate; this number doesn't."
     )
     if text := unchanged(shown_rows.assign(norm=shown_rows["delta_norm"])):
         content += page.note(f"{text} Their amplification is 0/0 and left out of all means.")
@@ -265,27 +267,36 @@ def _amplification(
         )
     pictures = {}
     if shown_rows[main].nunique() > 1:
-        caption = "Table 7 as a figure: medians over matrices and seeds; bars are quartiles."
+        caption = (
+            "The paper's table 7 as a figure, by target. Dots are layers, means over members; "
+            f"lines are means over layers; dashed: 1. {OVER_LAYERS}"
+        )
+        over = shown_rows["over_chance"].mean()
         alt = (
-            f"Line charts of norms and of amplification by {words.axis(main)}: the median "
-            f"amplification is {page.show(float(f'{median:.3g}'))}."
+            f"Line charts of amplification and of W in ΔW's directions over chance by "
+            f"{words.axis(main)}: the median amplification is "
+            f"{page.show(float(f'{median:.3g}'))}, and W is {over:.2f} times chance on average."
         )
         content += page.figure("amplification", caption, alt)
         pictures["amplification"] = Picture(figures.table7(shown_rows, main), shown_rows)
     content += _table7(means, by_layer, main)
     last = by_layer[main].iloc[-1]  # the largest rank
-    best = by_layer.loc[by_layer[main] == last, ["layer", "target", "factor"]]
-    best = best.rename(columns={"factor": "value"})
-    if best["value"].notna().any() and best["layer"].nunique() > 1:
+    for column, title in (("over_chance", "over chance"), ("factor", "amplification")):
+        best = by_layer.loc[by_layer[main] == last, ["layer", "target", column]]
+        best = best.rename(columns={column: "value"})
+        if best["value"].isna().all() or best["layer"].nunique() == 1:
+            continue
         top = best.loc[best["value"].idxmax()]
-        caption = f"Amplification of every matrix at {_title(main, last)}, mean over seeds."
+        caption = (
+            f"{title.capitalize()} of every matrix at {_title(main, last)}, means over members."
+        )
         alt = (
-            f"Grid of amplification by target and layer: highest, {top['value']:.3g}, for "
+            f"Grid of {title} by target and layer: highest, {top['value']:.3g}, for "
             f"{top['target']} in layer {top['layer']}."
         )
-        content += page.figure("amplification_layers", caption, alt, folded="The same as a map")
-        grid = figures.layer_grid(best, "amplification")
-        pictures["amplification_layers"] = Picture(grid, best)
+        name = "amplification_layers" if column == "factor" else "over_chance_layers"
+        content += page.figure(name, caption, alt, folded=f"Every matrix: {title}")
+        pictures[name] = Picture(figures.layer_grid(best, title), best)
     return [Section("Amplification", content, pictures, {"amplification.csv": amplified})]
 
 
@@ -294,8 +305,11 @@ def _table7(means: pd.DataFrame, by_layer: pd.DataFrame, main: str) -> str:
     heads, columns = [words.axis(main), *COLUMNS.values()], list(COLUMNS)
     whole = page.table(
         ["target", *heads],
-        [[r["target"], r[main], *(Fixed(r[c], 3) for c in columns)] for _, r in means.iterrows()],
-        "Table 7: Frobenius norms, means over layers and seeds.",
+        [
+            [r["target"], r[main], *(page.Fixed(r[c], 3, r[f"{c}_half"]) for c in columns)]
+            for _, r in means.iterrows()
+        ],
+        f"Table 7: Frobenius norms, means over layers and members. {OVER_LAYERS}",
     )
     single = page.table(
         ["target", "layer", *heads],
@@ -303,7 +317,7 @@ def _table7(means: pd.DataFrame, by_layer: pd.DataFrame, main: str) -> str:
             [r["target"], r["layer"], r[main], *(Fixed(r[c], 3) for c in columns)]
             for _, r in by_layer.iterrows()
         ],
-        "Table 7 by layer, means over seeds; click a heading to sort.",
+        "Table 7 by layer, means over members; click a heading to sort.",
         sortable=True,
     )
     return whole + page.fold("By layer", single)
@@ -316,20 +330,17 @@ def _figure8(compared: Compared, path: str, shown: pd.DataFrame, main: str) -> S
     """How much of dW's directions W's leading directions contain; as maps for one path."""
     held = label(compared.held, shown, main)
     keys = ["target", main, "side", "j_of_dW", "i_of_W"]
-    means = held.groupby(keys, sort=False)[["phi", "by_chance"]].mean().reset_index()
+    means = tables.over_layers(held, keys, ["phi", "by_chance"])
     drawn, chance = _by_value(compared.phi, held, main)
-    titles = spread(list(drawn), MAX_PANELS)
-    figure = figures.against_base({title: drawn[title] for title in titles}, chance, TOP)
     numbers = [long(phi, shows=title, path=path) for title, phi in drawn.items()]
     numbers.append(long(chance, shows="random directions", path=path))
     renamed = {"i": "j_of_dW", "j": "i_of_W"}
     numbers = pd.concat(numbers, ignore_index=True).rename(columns=renamed)
     caption = (
-        f"Figure 8: φ between the directions of ΔW and those of W for {path}, input side, means "
-        f"over seeds; W's top {TOP:.0%} are above the dashed line."
+        f"As figure 8 of the paper: φ between the directions of ΔW and those of W for {path}, "
+        f"input side, means over members; W's top {TOP:.0%} are above the dashed line. Of more "
+        f"than {CELLS} directions, as many are drawn, evenly spaced."
     )
-    if len(titles) < len(drawn):
-        caption += f" Drawn: {shown_of(titles, drawn)}; the CSV has all."
     value, by_chance = held["phi"].mean(), held["by_chance"].mean()
     alt = (
         f"Heat maps of φ between ΔW and W: W's top {TOP:.0%} of directions and ΔW's first "
@@ -342,16 +353,39 @@ def _figure8(compared: Compared, path: str, shown: pd.DataFrame, main: str) -> S
     header = ["target", words.axis(main), "side", "ΔW's j, W's i", "φ", "by chance"]
     rows = [
         [r["target"], r[main], r["side"], f"{r['j_of_dW']}, {r['i_of_W']}"]
-        + [Fixed(r["phi"], 3), Fixed(r["by_chance"], 3)]
+        + [page.Fixed(r["phi"], 3, r["phi_half"]), Fixed(r["by_chance"], 3)]
         for _, r in means.iterrows()
     ]
     caption = (
-        f"ΔW's first directions against W's top {TOP:.0%}, means over layers and seeds; "
-        "analysis/against_base.csv has every matrix."
+        f"ΔW's first directions against W's top {TOP:.0%}, means over layers and members; "
+        f"analysis/against_base.csv has every matrix. {OVER_LAYERS}"
     )
     content += page.table(header, rows, caption)
+    figure = figures.against_base(drawn, chance, TOP)
     pictures = {"against_base": Picture(figure, numbers)}
+    if held["layer"].nunique() > 1:
+        content += _every_matrix(held, main, pictures)
     return Section("ΔW against W", content, pictures, {"against_base.csv": compared.held})
+
+
+def _every_matrix(held: pd.DataFrame, main: str, pictures: dict[str, Picture]) -> str:
+    """A folded map of figure 8's number over chance for every matrix at the last value of `main`;
+    adds it to `pictures`."""
+    last = held[main].max() if pd.api.types.is_numeric_dtype(held[main]) else held[main].iloc[-1]
+    chosen = held[(held[main] == last) & (held["side"] == "input")]
+    grid = chosen.assign(value=chosen["phi"] / chosen["by_chance"])
+    grid = grid.groupby(["layer", "target"], sort=False)["value"].mean().reset_index()
+    top = grid.loc[grid["value"].idxmax()]
+    caption = (
+        f"φ between ΔW's first {FIRST} directions and W's top {TOP:.0%} over chance, input side, "
+        f"for every matrix at {_title(main, last)}, means over members."
+    )
+    alt = (
+        f"Grid of φ over chance by target and layer: highest, {top['value']:.3g}, for "
+        f"{top['target']} in layer {top['layer']}."
+    )
+    pictures["against_base_layers"] = Picture(figures.layer_grid(grid, "φ over chance"), grid)
+    return page.figure("against_base_layers", caption, alt, folded="Every matrix")
 
 
 def _by_value(
@@ -398,8 +432,9 @@ def _intruders(table: pd.DataFrame, shown: pd.DataFrame, main: str) -> list[Sect
     sums = sums.reset_index()
     most = sums.loc[sums["intruders"].idxmax()]
     caption = (
-        f"Intruders among the {k} leading output directions of W + ΔW, summed over matrices; means "
-        "over seeds. Dotted: an update with the same singular values in random directions."
+        f"Intruders among the {k} leading output directions of W + ΔW, summed over the matrices of "
+        "a member; means over members, with 95% intervals over members. Dotted: an update with the "
+        "same singular values in random directions, without intervals."
     )
     alt = (
         f"Line chart of intruder dimensions by epsilon: at {EPSILON} there are up to "
@@ -423,7 +458,7 @@ def _intruders(table: pd.DataFrame, shown: pd.DataFrame, main: str) -> list[Sect
         + [int(r["members"])]
         for _, r in sums.iterrows()
     ]
-    note = "Means over seeds; analysis/intruders.csv has every member, matrix, ε and k."
+    note = "Means over members; analysis/intruders.csv has every member, matrix, ε and k."
     content += page.table(header, rows, note)
     drawn = labelled[labelled["k"] == k]
     figure = figures.intruder_counts(labelled, k, main)
@@ -437,28 +472,24 @@ def _intruders(table: pd.DataFrame, shown: pd.DataFrame, main: str) -> list[Sect
 def _spectrum(sigmas: pd.DataFrame, ranks: pd.DataFrame) -> Section:
     """The spectrum of W, and its rank deficiency."""
     columns = ["effective", "stable", "energy90", "numerical", "deficiency"]
-    means = ranks.groupby("target", sort=False)[columns].mean().reset_index()
+    means = tables.over_layers(ranks, ["target"], columns)
     most = ranks.loc[ranks["deficiency"].idxmax()]
     lacking = int((ranks["deficiency"] > 0).sum())
     alt = (
         f"Line charts of the singular values of W by target: {lacking} of {len(ranks)} matrices "
         f"are rank deficient, by at most {most['deficiency']}."
     )
-    all_layers = sorted(set(sigmas["layer"]))
-    layers = spread(all_layers, MOST_LINES)
     caption = "Singular values of the base's adapted matrices, one line per layer."
-    if len(layers) < len(all_layers):
-        caption += (
-            f" Drawn: {shown_of(layers, all_layers, 'layers')}; analysis/base_spectra.csv has all."
-        )
     content = page.aid("Deficiency is the number of directions in which W is zero in float32.")
     content += page.figure("base_spectrum", caption, alt, folded="Singular values of W")
     header = ["target", "effective rank", "stable rank", "90% energy rank", "numerical rank"]
     header += ["deficiency"]
-    rows = [[r["target"], *(Fixed(r[c], 1) for c in columns)] for _, r in means.iterrows()]
-    note = "Means over layers; analysis/base_ranks.csv has every matrix."
+    rows = [
+        [r["target"], *(page.Fixed(r[c], 1, r[f"{c}_half"]) for c in columns)]
+        for _, r in means.iterrows()
+    ]
+    note = f"Means over layers; analysis/base_ranks.csv has every matrix. {OVER_LAYERS}"
     content += page.table(header, rows, note)
-    drawn = sigmas[sigmas["layer"].isin(layers)]
-    pictures = {"base_spectrum": Picture(figures.base_spectrum(sigmas, layers), drawn)}
+    pictures = {"base_spectrum": Picture(figures.base_spectrum(sigmas), sigmas)}
     files = {"base_spectra.csv": sigmas, "base_ranks.csv": ranks}
     return Section("Spectrum of W", content, pictures, files)

@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 
 from lorax.analysis import Band, chance_similarity, expected_similarity, figures, tables
+from lorax.analysis.figures.maps import CELLS, SMALL
 from lorax.report import page, words
 from lorax.report.page import Picture, Section
-from lorax.report.sections.spectra import MAX_LAYERS, MAX_TARGETS
-from lorax.report.selection import drawn_of, spread
+from lorax.report.sections.spectra import OVER_LAYERS, PANELS
+from lorax.report.selection import layers_in_words, pages
 
 MAX_MAPS = 6  # comparisons with maps; the tables have all
 SMALL_RANK = 8  # the paper's figure 3 compares r = 8 with r = 64
@@ -172,24 +173,56 @@ def _similarity(
     default those of each comparison's maps."""
     pictures["similarity"] = _diagonals(comparisons, kind)
     of_kinds = " and ".join(OF[k] for k in sorted({kind or c.kind for c in comparisons}))
-    caption = f"φ(i, i) of {of_kinds}, mean over matrices. The band is the chance level."
+    caption = (
+        f"φ(i, i) of {of_kinds}, means over layers (a layer is the mean over its targets and the "
+        "pairs of members), with 95% intervals over layers. Dashed: chance, with its 5% to 95%."
+    )
     corners = "; ".join(_corners(comparison, kind) for comparison in comparisons)
     return page.figure("similarity", caption, f"Line chart of φ(i, i): {corners}.")
 
 
 def _maps(comparison: Comparison, pictures: dict[str, Picture]) -> str:
     """The figures of one comparison; adds them to `pictures`."""
-    name, kind = f"similarity_{comparison.name}", comparison.kind
-    pictures[name], layer, cut = paper(comparison)
-    pictures[f"{name}_layers"], cut_layers = maps(comparison, kind)
-    many = f"mean over {comparison.pairs} pairs" if comparison.pairs > 1 else "one pair"
+    name = f"similarity_{comparison.name}"
+    pictures[name], layer = paper(comparison)
     place = f"layer {layer}" if layer >= 0 else "the embeddings"
-    which = "Figure 4" if comparison.ranks[0] == comparison.ranks[1] else "Figure 3"
-    caption = f"{which}: φ(i, j) of {OF[kind]} between {comparison.title}, {many}, in {place}.{cut}"
+    which = 4 if comparison.ranks[0] == comparison.ranks[1] else 3
+    caption = (
+        f"As figure {which} of the paper: φ(i, j) of {OF[comparison.kind]} between "
+        f"{comparison.title}, "
+        f"{_over_pairs(comparison)}, in {place}; last: chance. Of more than {CELLS} directions, as "
+        "many are drawn, evenly spaced."
+    )
     drawn = page.figure(name, caption, f"Heat maps of φ: {_corners(comparison)}.")
-    caption = f"The same by layer, between {comparison.title}; last panel: chance.{cut_layers}"
-    alt = f"Heat maps of φ by layer: {_corners(comparison)}."
-    return drawn + page.figure(f"{name}_layers", caption, alt, folded="Layer by layer")
+    layers = f"{name}_layers"
+    return drawn + _layer_by_layer(layers, comparison, comparison.kind, "Layer by layer", pictures)
+
+
+def _layer_by_layer(
+    name: str, comparison: Comparison, kind: str, folded: str, pictures: dict[str, Picture]
+) -> str:
+    """Folded maps of every matrix, in one figure or several called `name`; adds them to
+    `pictures`."""
+    content, layers = "", sorted({tables.layer_and_target(path)[0] for path in comparison.phi})
+    targets = {tables.layer_and_target(path)[1] for path in comparison.phi}
+    parts = pages(layers, max(1, PANELS // len(targets)))
+    for number, part in enumerate(parts, 1):
+        figure = name + f"_{number}" * (len(parts) > 1)
+        pictures[figure] = maps(comparison, kind, part)
+        caption = (
+            f"φ(i, j) of {OF[kind]} between {comparison.title}, {_over_pairs(comparison)}, in "
+            f"{layers_in_words(part)}; last: chance. Of more than {SMALL} directions, as many are "
+            "drawn, evenly spaced."
+        )
+        alt = f"Heat maps of φ by layer: {_corners(comparison, kind)}."
+        more = f", {layers_in_words(part)}" * (len(parts) > 1)
+        content += page.figure(figure, caption, alt, folded=folded + more)
+    return content
+
+
+def _over_pairs(comparison: Comparison) -> str:
+    count = comparison.pairs
+    return f"mean over {count} pairs of members" if count > 1 else "one pair of members"
 
 
 def _fewer_maps(comparisons: Sequence[Comparison]) -> str:
@@ -211,38 +244,60 @@ def across(comparisons: Sequence[Comparison], absent: Sequence[str]) -> Section:
             "chance level, which any two updates have."
         ),
     ]
-    rows = []
-    for comparison in comparisons:
-        for kind in tables.KINDS[2:]:
-            maps_of_kind = [phi[kind] for phi in comparison.phi.values()]
-            n = np.mean([size[kind] for size in comparison.size.values()])
-            i, j = maps_of_kind[0].shape
-            first, last = (np.mean([phi[c] for phi in maps_of_kind]) for c in ((0, 0), (-1, -1)))
-            rows.append(
-                [comparison.title, "input" if kind.endswith("in") else "output", len(maps_of_kind)]
-                + [comparison.pairs, page.Fixed(first, 3), page.Fixed(1 / n, 3), f"{i}, {j}"]
-                + [page.Fixed(last, 3), page.Fixed(max(i, j) / n, 3)]
-            )
+    rows = [
+        [comparison.title, row["side"], row["matrices"], comparison.pairs]
+        + [page.Fixed(row["phi_1_1"], 3), page.Fixed(row["chance_1_1"], 3)]
+        + [f"{row['i']}, {row['j']}", page.Fixed(row["phi"], 3, row["half"])]
+        + [page.Fixed(row["by_chance"], 3)]
+        for comparison in comparisons
+        for row in of_sides(comparison)
+    ]
     header = ["between", "side", "matrices", "pairs", "φ(1, 1)", "by chance", "i, j at most"]
     header += ["φ(i, j)", "by chance"]
     if rows:
-        caption = "Means over matrices and pairs of members, each run at its best setting."
+        caption = (
+            "Means over layers and pairs of members, each run at its best setting; i and j are all "
+            f"directions. {OVER_LAYERS}"
+        )
         parts.append(page.table(header, rows, caption, sortable=True))
     pictures = {}
     if comparisons:
         parts.append(_similarity(comparisons, pictures, "dW in"))
     for comparison in comparisons[:MAX_MAPS]:
-        name = f"similarity_{comparison.name}"
-        pictures[name], cut = maps(comparison, "dW in")
-        caption = f"φ(i, j) of ΔW's input side between {comparison.title}; last panel: chance.{cut}"
-        alt = f"Heat maps of φ by layer: {_corners(comparison, 'dW in')}."
         unfold = f"Layer by layer: {comparison.title}"
-        parts.append(page.figure(name, caption, alt, folded=unfold))
+        name = f"similarity_{comparison.name}"
+        parts.append(_layer_by_layer(name, comparison, "dW in", unfold, pictures))
     if len(comparisons) > MAX_MAPS:
         parts.append(page.note(_fewer_maps(comparisons)))
     parts += [page.paragraph(text) for text in absent]
     files = _files(comparisons) if comparisons else {}
     return Section("Subspace similarity", "".join(parts), pictures, files)
+
+
+def of_sides(comparison: Comparison, **about: Any) -> list[dict[str, Any]]:
+    """A row for each side of dW: `about`, side, matrices, phi(1, 1) and phi of all directions (i,
+    j) with half the width of its 95% interval over layers, and their levels of chance. The numbers
+    are means over layers."""
+    rows = []
+    for kind in tables.KINDS[2:]:
+        table = pd.DataFrame(
+            {
+                "side": "input" if kind.endswith("in") else "output",
+                "layer": tables.layer_and_target(path)[0],
+                "phi_1_1": phi[kind][0, 0],
+                "phi": phi[kind][-1, -1],
+                "chance_1_1": 1 / comparison.size[path][kind],
+                "by_chance": min(1, max(phi[kind].shape) / comparison.size[path][kind]),
+            }
+            for path, phi in comparison.phi.items()
+        )
+        columns = ["phi_1_1", "chance_1_1", "phi", "by_chance"]
+        mean = tables.over_layers(table, ["side"], columns).iloc[0]
+        shapes = [phi[kind].shape for phi in comparison.phi.values()]
+        i, j = (max(sizes) for sizes in zip(*shapes, strict=True))
+        row = {**about, "side": mean["side"], "matrices": len(table), "i": i, "j": j}
+        rows.append(row | {"half": mean["phi_half"]} | {name: mean[name] for name in columns})
+    return rows
 
 
 def absent_of_sweep(
@@ -290,49 +345,31 @@ def _one_seed(table: pd.DataFrame, shown: pd.DataFrame) -> str:
     )
 
 
-def paper(comparison: Comparison) -> tuple[Picture, int, str]:
+def paper(comparison: Comparison) -> tuple[Picture, int]:
     """(the paper's figure for the middle layer: figure 3 between two ranks, 4 between two seeds;
-    the layer; which targets are drawn, if not all)."""
+    the layer)."""
     layers = sorted({tables.layer_and_target(path)[0] for path in comparison.phi})
-    layer = layers[len(layers) // 2]
-    drawn, cut = _chosen(comparison, comparison.kind, [layer])
+    layer, control = layers[len(layers) // 2], comparison.control.mean
+    drawn = _of_layers(comparison, comparison.kind, [layer])
     if comparison.ranks[0] == comparison.ranks[1]:
-        figure = figures.figure4(drawn, comparison.control.mean)
-    else:
-        figure = figures.figure3(drawn, comparison.control.mean)
-    return Picture(figure, _cells(drawn, comparison.control.mean)), layer, cut
+        return Picture(figures.figure4(drawn, control), _cells(drawn, control)), layer
+    return Picture(figures.figure3(drawn, control), _cells(drawn, control)), layer
 
 
-def maps(comparison: Comparison, kind: str) -> tuple[Picture, str]:
-    """Heat maps by layer and target, and which are drawn, if not all."""
-    layers = sorted({tables.layer_and_target(path)[0] for path in comparison.phi})
-    drawn, cut = _chosen(comparison, kind, spread(layers, MAX_LAYERS), layers)
-    rank1, rank2 = comparison.ranks
-    figure = figures.similarity_maps(
-        drawn,
-        comparison.control.mean,
-        f"i: top directions, r = {rank1}",
-        f"j: top directions, r = {rank2}",
-    )
-    return Picture(figure, _cells(drawn, comparison.control.mean)), cut
+def maps(comparison: Comparison, kind: str, layers: Sequence[int]) -> Picture:
+    """Heat maps of every matrix of these layers."""
+    drawn, control = _of_layers(comparison, kind, layers), comparison.control.mean
+    first, second = (f"top directions, r = {rank}" for rank in comparison.ranks)
+    figure = figures.similarity_maps(drawn, control, f"i: {first}", f"j: {second}")
+    return Picture(figure, _cells(drawn, control))
 
 
-def _chosen(
-    comparison: Comparison, kind: str, layers: Sequence[int], all_layers: Sequence[int] = ()
-) -> tuple[dict, str]:
-    """phi by (layer, target) for these layers and as many targets as fit in a figure, and a
-    sentence on what is left out. all_layers: given if the
-    sentence is to say which layers are drawn."""
-    maps_by_place = [
-        (tables.layer_and_target(path), kinds[kind]) for path, kinds in comparison.phi.items()
-    ]
-    all_targets = [target for (layer, target), _ in maps_by_place if layer in layers or all_layers]
-    all_targets = list(dict.fromkeys(all_targets))
-    targets = spread(all_targets, MAX_TARGETS)
-    drawn = {
-        place: phi for place, phi in maps_by_place if place[0] in layers and place[1] in targets
-    }
-    return drawn, drawn_of(layers, all_layers or layers, targets, all_targets)
+def _of_layers(
+    comparison: Comparison, kind: str, layers: Sequence[int]
+) -> dict[tuple[int, str], np.ndarray]:
+    """phi by (layer, target), layer by layer."""
+    places = {tables.layer_and_target(path): phi[kind] for path, phi in comparison.phi.items()}
+    return {place: places[place] for layer in layers for place in places if place[0] == layer}
 
 
 def _cells(drawn: dict, control: np.ndarray) -> pd.DataFrame:
@@ -345,13 +382,15 @@ def _diagonals(comparisons: Sequence[Comparison], kind: str = "") -> Picture:
     """phi(i, i) of all comparisons in one figure, with the longest band."""
     lines, rows = {}, []
     for comparison in comparisons:
-        maps_of_kind = [phi[kind or comparison.kind] for phi in comparison.phi.values()]
-        length = min(min(phi.shape) for phi in maps_of_kind)
-        diagonals = [np.diagonal(phi)[:length] for phi in maps_of_kind]
-        mean = np.mean(diagonals, axis=0)
-        lines[comparison.title] = np.diag(mean)
-        i = np.arange(1, length + 1)
-        rows.append(pd.DataFrame({"shows": comparison.title, "i": i, "phi": mean}))
+        of_kind = {path: phi[kind or comparison.kind] for path, phi in comparison.phi.items()}
+        length = min(min(phi.shape) for phi in of_kind.values())
+        layers: dict[int, list] = {}
+        for path, phi in of_kind.items():
+            layers.setdefault(tables.layer_and_target(path)[0], []).append(phi[:length, :length])
+        lines[comparison.title] = np.stack([np.mean(of_layer, 0) for of_layer in layers.values()])
+        for layer, phi in zip(layers, lines[comparison.title], strict=True):
+            about = {"shows": comparison.title, "layer": layer}
+            rows.append(pd.DataFrame({**about, "i": range(1, length + 1), "phi": np.diag(phi)}))
     band = max((c.control for c in comparisons), key=lambda band: min(band.mean.shape))
     for name, part in band._asdict().items():
         diagonal = np.diagonal(part)
@@ -395,12 +434,16 @@ def _table(comparison: Comparison) -> str:
         for kind in comparison.phi[paths[0]]:
             row: list[Any] = [target, kind.replace("dW", "ΔW")]
             for i, j in points:
-                phi = np.mean([at(comparison.phi[path][kind], i, j) for path in paths])
+                values = [at(comparison.phi[path][kind], i, j) for path in paths]
+                layers = [tables.layer_and_target(path)[0] for path in paths]
+                table = pd.DataFrame({"target": target, "layer": layers, "phi": values})
+                (mean,) = tables.over_layers(table, ["target"], ["phi"]).itertuples()
                 n = comparison.size[paths[0]][kind]
                 chance = expected_similarity(min(i, n), min(j, n), n)
-                row += [page.Fixed(phi, 3), page.Fixed(chance, 3)]
+                row += [page.Fixed(mean.phi, 3, mean.phi_half), page.Fixed(chance, 3)]
             rows.append(row)
-    return page.table(header, rows, "Means over layers. By chance: max(i, j)/n.")
+    caption = f"Means over layers; by chance: max(i, j)/n. {OVER_LAYERS}"
+    return page.table(header, rows, caption)
 
 
 def _files(comparisons: Sequence[Comparison]) -> dict[str, Any]:

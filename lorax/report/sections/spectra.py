@@ -2,36 +2,50 @@
 
 import pandas as pd
 
-from lorax.analysis import figures
+from lorax.analysis import figures, tables
 from lorax.report import page, words
 from lorax.report.page import Picture, Section
-from lorax.report.selection import drawn_of, spread, unchanged
+from lorax.report.selection import layers_in_words, pages, unchanged
 
-MAX_LAYERS = 4  # rows of a figure; the tables hold every layer
-MAX_TARGETS = 4  # columns
+PANELS = 48  # of a folded figure: more matrices have several
+OVER_LAYERS = (
+    "95% intervals are over layers: a layer counts once, as its mean over members, because "
+    "matrices of one layer are not independent."
+)
 
 
 def spectra(sigmas: pd.DataFrame, main: str, where: str = "") -> Section:
-    """Singular values by index.
+    """Singular values by index: by target, and folded, of every matrix.
 
     sigmas: from `tables.spectra`, with a column `main` that distinguishes the lines. where: which
     members these are, if not all.
     """
-    all_layers = sorted(set(sigmas["layer"]))
-    all_targets = list(dict.fromkeys(sigmas["target"]))
-    layers, targets = spread(all_layers, MAX_LAYERS), spread(all_targets, MAX_TARGETS)
-    drawn = sigmas[sigmas["layer"].isin(layers) & sigmas["target"].isin(targets)]
-    caption = "Singular values of ΔW (of s·a·b for an update with factors)." + (
-        f" Shown for {where}; analysis/spectra.csv has all." if where else ""
+    if not (sigmas["sigma"] > 0).any():
+        text = "There is nothing to draw: all singular values are zero."
+        return Section("Spectra of the updates", page.paragraph(text))
+    targets, layers = sigmas["target"].nunique(), sorted(set(sigmas["layer"]))
+    shown = f" Shown for {where}; analysis/spectra.csv has all." if where else ""
+    several = "layers and members" if len(layers) > 1 else "members"
+    caption = (
+        "Singular values of ΔW (of s·a·b for an update with factors), one panel per target: means "
+        f"over {several}." + shown
     )
-    caption += drawn_of(layers, all_layers, targets, all_targets, "analysis/spectra.csv has all")
-    first, last = (drawn[drawn["index"] == i]["sigma"] for i in (1, 2))
-    alt = f"Log-log line charts of singular values for layers {', '.join(map(str, layers))}"
-    if len(last) and first.mean() > 0:
-        alt += f": the second is {last.mean() / first.mean():.2f} of the first on average"
+    first, second = (sigmas[sigmas["index"] == i]["sigma"] for i in (1, 2))
+    alt = f"Log-log line charts of singular values by target for {len(layers)} layers"
+    if len(second) and first.mean() > 0:
+        alt += f": the second is {second.mean() / first.mean():.2f} of the first on average"
     content = page.aid("A steep line is an update in few directions, whatever its rank.")
     content += page.figure("spectra", caption, alt + ".")
-    pictures = {"spectra": Picture(figures.spectra(drawn, layers, main), drawn)}
+    pictures = {"spectra": Picture(figures.spectra(sigmas, main), sigmas)}
+    parts = pages(layers, max(1, PANELS // targets)) if len(layers) > 1 else []
+    for number, part in enumerate(parts, 1):
+        name = "spectra_layers" + f"_{number}" * (len(parts) > 1)
+        rows = sigmas[sigmas["layer"].isin(part)]
+        caption = f"The same for every matrix of {layers_in_words(part)}: means over members."
+        alt = f"Log-log line charts of singular values in {layers_in_words(part)}."
+        folded = f"Every matrix: {layers_in_words(part)}"
+        content += page.figure(name, caption + shown, alt, folded=folded)
+        pictures[name] = Picture(figures.spectra(rows, main, each=True), rows)
     return Section("Spectra of the updates", content, pictures)
 
 
@@ -44,7 +58,14 @@ def ranks(table: pd.DataFrame, main: str, also: pd.DataFrame | None = None) -> S
         heading.
     """
     columns = ["norm", "effective", "stable", "energy90", "numerical"]
-    means = table.groupby([main, "target"], sort=True, dropna=False)[columns].mean().reset_index()
+    header = [words.axis(main), "target", "‖ΔW‖", "effective rank", "stable rank"]
+    header += ["90% energy rank", "numerical rank"]
+    joined = table
+    if also is not None:
+        extra = [name for name in also if name not in ("member", "path")]
+        joined = table.merge(also, on=["member", "path"], how="left")
+        header, columns = header + extra, columns + extra
+    means = tables.over_layers(joined, [main, "target"], columns)
     ends = means.groupby(main, dropna=False)["effective"].mean()
     alt = (
         "Line charts of effective and stable rank: the effective rank is "
@@ -52,18 +73,13 @@ def ranks(table: pd.DataFrame, main: str, also: pd.DataFrame | None = None) -> S
     )
     if len(ends) > 1:
         alt += f" and {ends.iloc[-1]:.1f} at {page.show(ends.index[-1])}"
-    caption = "Ranks of ΔW: lines are means, dots single matrices (layers, seeds)."
-    header = [words.axis(main), "target", "‖ΔW‖", "effective rank", "stable rank"]
-    header += ["90% energy rank", "numerical rank"]
-    if also is not None:
-        extra = [name for name in also if name not in ("member", "path")]
-        joined = table.merge(also, on=["member", "path"], how="left")
-        of_extra = joined.groupby([main, "target"], sort=True, dropna=False)[extra].mean()
-        means, header = means.join(of_extra, on=[main, "target"]), header + extra
-        columns = columns + extra
+    caption = (
+        "Ranks of ΔW by target. Dots are layers, means over members; lines are means over layers. "
+        f"{OVER_LAYERS}"
+    )
     rows = [
-        [row[main], row["target"], page.Fixed(row["norm"], 3)]
-        + [page.Fixed(row[name], 2) for name in columns[1:]]
+        [row[main], row["target"], page.Fixed(row["norm"], 3, row["norm_half"])]
+        + [page.Fixed(row[name], 2, row[f"{name}_half"]) for name in columns[1:]]
         for _, row in means.iterrows()
     ]
     content = page.aid(
@@ -74,6 +90,6 @@ def ranks(table: pd.DataFrame, main: str, also: pd.DataFrame | None = None) -> S
     if text := unchanged(table):
         content += page.note(text)
     content += page.figure("update_ranks", caption, alt + ".")
-    content += page.table(header, rows, "Means over layers and seeds.")
+    content += page.table(header, rows, f"Means over layers and members. {OVER_LAYERS}")
     pictures = {"update_ranks": Picture(figures.update_ranks(table, main), table)}
     return Section("Effective rank", content, pictures)

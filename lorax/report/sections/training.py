@@ -30,7 +30,10 @@ def _read(run: runs.Run, name: str, shown: pd.DataFrame, main: str) -> pd.DataFr
 def _trajectory(table: pd.DataFrame, main: str) -> Section:
     last = table[table["step"] == table["step"].max()]
     half = table[table["norm"] >= 0.5 * last["norm"].mean()]["step"].min()
-    caption = "The updates during training. Thick lines are means over matrices and members."
+    caption = (
+        "The updates during training. Thin lines are members, each the mean over its matrices of "
+        "all layers and targets; thick lines are means over the members of a value."
+    )
     alt = (
         f"Line charts of ΔW during training: at the last step the effective rank is "
         f"{last['effective'].mean():.1f} on average, and half of the final norm is first reached "
@@ -47,7 +50,10 @@ def _trajectory(table: pd.DataFrame, main: str) -> Section:
 
 def _cka(table: pd.DataFrame, main: str) -> Section:
     lowest = table.loc[table["cka"].idxmin()]
-    caption = "Linear CKA between the residual streams with and without the adapter, by layer."
+    caption = (
+        "Linear CKA between the residual streams with and without the adapter, by layer: means "
+        "over members, with 95% intervals over members."
+    )
     alt = (
         f"Line chart of CKA by layer: lowest, {lowest['cka']:.3f}, in layer {lowest['layer']:.0f} "
         f"at {words.axis(main)} {page.show(lowest[main])}."

@@ -9,10 +9,8 @@ from lorax import rundir
 from lorax.analysis import figures, runs, tables
 from lorax.report import page, words
 from lorax.report.page import Picture, Section
-from lorax.report.selection import drawn_of, label, spread, unmeasured
+from lorax.report.selection import label, unmeasured
 
-MAX_TARGETS = 4  # columns of a figure
-MAX_NUMBERS = 4  # rows
 KEYS = ["member", "path", "layer", "target"]
 
 
@@ -116,21 +114,21 @@ def _section(
         return Section(
             title(name), content + page.paragraph("There are no numbers to draw."), files=files
         )
-    targets = list(dict.fromkeys(shown_rows["target"]))
-    drawn = spread(targets, MAX_TARGETS)
-    caption = (
-        f"{title(name)} by layer: a line for each {words.axis(main)}, means over seeds; bars are "
-        "one standard error." + drawn_of([], [], drawn, targets, f"analysis/{name}.csv has all")
-    )
-    if len(columns) > MAX_NUMBERS:
-        caption += f" The first {MAX_NUMBERS} of {len(columns)} numbers."
     first = shown_rows[columns[0]]
+    caption = (
+        f"{title(name)} by layer, one panel per target: means over members, with 95% intervals "
+        "over members."
+    )
     alt = (
         f"Line charts of {words.axis(name)} by layer: from {first.min():.3g} to {first.max():.3g}, "
         f"{first.mean():.3g} on average."
     )
-    content += page.figure(name, caption, alt)
-    figure = figures.by_layer_and_value(
-        shown_rows[shown_rows["target"].isin(drawn)], columns[:MAX_NUMBERS], main
-    )
-    return Section(title(name), content, {name: Picture(figure, shown_rows)}, files)
+    pictures: dict[str, Picture] = {}
+    for column in columns:
+        chart = page.unused(name if not pictures else f"{name}_{page.slug(column)}", pictures)
+        of = caption if len(columns) == 1 else f"{words.axis(column)}: {caption}"
+        content += page.figure(chart, of, alt, folded=words.axis(column) if pictures else "")
+        drawn = figures.by_layer_and_value(shown_rows, column, main)
+        pictures[chart] = Picture(drawn, shown_rows)
+        alt = f"Line charts of {words.axis(column)} by layer."
+    return Section(title(name), content, pictures, files)
