@@ -75,7 +75,7 @@ def test_a_plateau_with_little_noise_is_decided_and_with_much_is_not(tmp_path):
     assert open_["setting"] == {"rank": 1} and open_["seeds"] > 3
     first, _, third = answer.lines(found)
     assert (
-        first.startswith("Undecided (")
+        first.startswith("Undecided: ")
         and f"3 seeds can't tell; about {open_['seeds']} would" in first
     )
     assert "(with 20 seeds" in third and '--config.sweep.rank="(1, 2)"' in third

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lorax.analysis.compare import SEEDS
 from lorax.analysis.runs import MISSING
 
 MOST_DIGITS = 5  # after the point
@@ -32,51 +33,57 @@ def _prefix(answer: Mapping[str, Any]) -> str:
 
 
 def headline(answer: Mapping[str, Any]) -> str:
-    """The answer in a sentence or two."""
-    verdict = answer["verdict"]
+    """The answer, and what it rests on."""
+    return " ".join(sentences(answer))
+
+
+def sentences(answer: Mapping[str, Any]) -> list[str]:
+    """The answer in a sentence, then how it compares and what is open."""
     if answer["setting"] is None:
-        return f"No answer yet: {answer['why']}."
+        return [f"No answer yet: {answer['why']}."]
     best, base = answer["best"], amount(answer["baseline"]["value"])
-    if verdict == "nothing beats the base":
+    if answer["verdict"] == "nothing beats the base":
         text = f"Nothing beats the base: {called(answer)} {base} before training"
-        return f"{text}, {_amount_of(best)} with the best setting, {best['words']}."
-    reached = f"{called(answer)} {_amount_of(answer)}{_gain(answer)}"
+        return [f"{text}, {amount_of(best)} with the best setting, {best['words']}."]
+    reached = f"{called(answer)} {amount_of(answer)}{_gain(answer)}"
     size = f"{answer['words']} ({answer['trainable_params']:,} trainable parameters)"
-    if verdict == "one setting":
-        return f"One setting, so nothing is compared: {size} has {reached}."
+    if answer["verdict"] == "one setting":
+        return [f"One setting, so nothing is compared: {size} has {reached}."]
     if answer["chosen"] is None:
-        why = f" ({answer['why'].rstrip('.')})" if answer["why"] else ""
-        return f"Undecided{why}: the best, {size}, has {reached}.{_may(answer)}"
-    text = f"Answer: {size} has {reached}. "
-    delta = f"{amount(answer['delta']['value'])} {answer['unit']}".strip()
-    if answer["setting"] == best["setting"]:
-        cheaper = [row["verdict"] for row in answer["settings"] if _is_cheaper(row, answer)]
-        text += "It is the best"
-        if cheaper and set(cheaper) <= {"worse", "not eligible"}:
-            text += f", and every cheaper setting is shown to lose more than {delta}"
-        text += "."
-    else:
-        text += f"It is as good as the best, {best['words']}, within {delta}."
-    return text + _may(answer)
+        return [f"Undecided: the best, {size}, has {reached}.", *_why(answer)]
+    return [f"Answer: {size} has {reached}.", _standing(answer), *_may(answer)]
 
 
-def _is_cheaper(row: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
-    return row["trainable_params"] < answer["trainable_params"]
+def _why(answer: Mapping[str, Any]) -> list[str]:
+    """Why nothing is decided: the cheaper settings that may be as good, or what is missing."""
+    why = f"{answer['why'][:1].upper()}{answer['why'][1:]}."
+    return _may(answer) if answer["undecided"] and answer["seeds"] >= SEEDS else [why]
 
 
-def _may(answer: Mapping[str, Any]) -> str:
+def _standing(answer: Mapping[str, Any]) -> str:
+    """How the chosen setting compares with the best."""
+    best, delta = answer["best"], f"{amount(answer['delta']['value'])} {answer['unit']}".strip()
+    if answer["setting"] != best["setting"]:
+        return f"It is as good as the best, {best['words']}, within {delta}."
+    size = answer["trainable_params"]
+    cheaper = {row["verdict"] for row in answer["settings"] if row["trainable_params"] < size}
+    if cheaper and cheaper <= {"worse", "not eligible"}:
+        return f"It is the best, and every cheaper setting is shown to lose more than {delta}."
+    return "It is the best."
+
+
+def _may(answer: Mapping[str, Any]) -> list[str]:
     """Which cheaper settings may be as good, and how many seeds would tell."""
-    open_ = answer["undecided"]
-    if not open_:
-        return ""
-    names = listed(_some([row["name"] for row in open_]), "or")
-    needed = [row["seeds"] for row in open_]
-    now = f"{answer['seeds']} seed{'s' * (answer['seeds'] != 1)} can't tell"
-    text = f" Whether {names} {'is' if len(open_) == 1 else 'are'} as good, {now}"
-    if None in needed:
-        return text + "."
-    most = max(needed)
-    return text + (f"; about {most} would." if most > answer["seeds"] else ".")
+    some = answer["undecided"]
+    if not some:
+        return []
+    names = listed(_some([row["name"] for row in some]), "or")
+    needed = [row["seeds"] for row in some]
+    text = f"Whether {names} {'is' if len(some) == 1 else 'are'} as good, "
+    text += f"{answer['seeds']} seed{'s' * (answer['seeds'] != 1)} can't tell"
+    if None not in needed and max(needed) > answer["seeds"]:
+        text += f"; about {max(needed)} would"
+    return [text + "."]
 
 
 def _gain(answer: Mapping[str, Any]) -> str:
@@ -85,7 +92,7 @@ def _gain(answer: Mapping[str, Any]) -> str:
     if gain is None:
         return ""
     side = "above" if answer["higher_is_better"] else "below"
-    text = f", {_with_interval(gain)} {side} the base's {amount(answer['baseline']['value'])}"
+    text = f", {with_interval(gain)} {side} the base's {amount(answer['baseline']['value'])}"
     unsure = gain["low"] is not None and gain["low"] <= 0
     return text + ", which may be chance" * unsure
 
@@ -164,7 +171,7 @@ def _edge(edge: Mapping[str, Any]) -> str:
             return f"{text} and possible" if edge["open"] else ""
         if edge["fall"] is not None:
             beside = value(edge["beside"])
-            text += f", {_with_interval(edge['fall'])} better than {edge['axis']} {beside}"
+            text += f", {with_interval(edge['fall'])} better than {edge['axis']} {beside}"
         return text + ("" if edge["open"] else ": going on gains little")
     if edge["falls_at"]:
         ends = listed([value(edge["ends"][side]) for side in edge["falls_at"]])
@@ -174,7 +181,7 @@ def _edge(edge: Mapping[str, Any]) -> str:
 
 def _full(answer: Mapping[str, Any]) -> str:
     full = answer["full"]
-    text = f"Full fine-tuning has {_amount_of(full)}"
+    text = f"Full fine-tuning has {amount_of(full)}"
     share = full["share_of_gain"]["value"]
     return text if share is None else f"{text}; this setting has {share:.1%} of its gain"
 
@@ -214,15 +221,15 @@ def _digits(size: float) -> int:
 def difference(found: Mapping[str, Any]) -> str:
     """ "0.02 [0.01, 0.03] worse", or "better" with the signs turned."""
     if found["value"] >= 0:
-        return f"{_with_interval(found)} worse"
+        return f"{with_interval(found)} worse"
     low, high = found["low"], found["high"]
     turned = (None, None) if low is None else (-high, -low)
     return (
-        f"{_with_interval({'value': -found['value'], 'low': turned[0], 'high': turned[1]})} better"
+        f"{with_interval({'value': -found['value'], 'low': turned[0], 'high': turned[1]})} better"
     )
 
 
-def _with_interval(found: Mapping[str, Any]) -> str:
+def with_interval(found: Mapping[str, Any]) -> str:
     """ "0.512 [0.498, 0.526]"; without an interval that has no width."""
     low, high = found["low"], found["high"]
     if low is None or high - low < 10**-MOST_DIGITS * max(abs(low), abs(high)):
@@ -234,8 +241,8 @@ def _with_interval(found: Mapping[str, Any]) -> str:
     return f"{found['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def _amount_of(row: Mapping[str, Any]) -> str:
-    return _with_interval({"value": row["value"], **row["interval"]})
+def amount_of(row: Mapping[str, Any]) -> str:
+    return with_interval({"value": row["value"], **row["interval"]})
 
 
 def _some(names: list[str]) -> list[str]:

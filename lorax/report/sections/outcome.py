@@ -79,9 +79,10 @@ def section(found: Mapping[str, Any]) -> Section:
 
 def _of_condition(found: Mapping[str, Any]) -> str:
     """The answer for members that can be compared."""
-    first, *more = answer.lines(found)
+    first, *more = said.sentences(found)
     text = f"<p><strong>{page.escape(first)}</strong></p>"
-    text += "".join(map(page.paragraph, more[:1]))
+    text += page.paragraph(" ".join(more)) if more else ""
+    text += "".join(map(page.paragraph, answer.lines(found)[1:2]))
     parts = [f'<div class="answer">{text}</div>', *map(page.note, caveats(found))]
     if found["setting"] is None:
         return "".join(parts)
@@ -122,20 +123,17 @@ def caveats(found: Mapping[str, Any]) -> list[str]:
 
 def _settings(found: Mapping[str, Any]) -> str:
     """The settings that are compared."""
-    called = said.called(found)
-    header = ["setting", "trainable parameters", called, "interval"]
-    header += ["worse than the best by", "interval of that", "verdict"]
+    level = f"{found['interval']['level']:.0%}"
+    header = ["setting", "parameters", f"{said.called(found)} [{level}]"]
+    header += [f"worse than the best by [{level}]", "verdict"]
     rows, classes = [], []
     for row in [*found["settings"], *filter(None, [_full_row(found)])]:
-        behind = row["behind"] or {"value": None, "low": None, "high": None}
-        rows.append(
-            [row["words"], row["trainable_params"], page.Fixed(row["value"])]
-            + [_interval(row["interval"]), page.Fixed(behind["value"]), _interval(behind)]
-            + [row["verdict"]]
-        )
+        reached = "–" if row["value"] is None else said.amount_of(row)
+        behind = "–" if row["behind"] is None else said.with_interval(row["behind"])
+        rows.append([row["words"], row["trainable_params"], reached, behind, row["verdict"]])
         classes.append("chosen" if row["setting"] == found["setting"] else "")
-    caption = f"The settings that are compared. The answer is {found['delta']['rule']}."
-    return page.table(header, rows, caption, classes=classes)
+    rule = page.aid(f"The answer is {found['delta']['rule']}.")
+    return rule + page.table(header, rows, "The settings that are compared.", classes=classes)
 
 
 def _full_row(found: Mapping[str, Any]) -> dict[str, Any] | None:
