@@ -118,7 +118,7 @@ import sys
 from lorax import command_line, config, run, rundir
 settings, _, workdir = command_line.read(sys.argv)
 with settings.unlocked():
-    settings.train.update(steps=2, warmup=0, batch_size=4)
+    settings.train.update(steps=4 if settings.sweep.tune else 2, warmup=0, batch_size=4)
     settings.eval.update(every=2, examples=8, batch_size=8)
     settings.eval.generate = min(settings.eval.generate, 2)
     settings.analysis.report = False
