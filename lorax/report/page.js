@@ -152,17 +152,20 @@ async function draw(element) {
   const {tables, ...chart} = page.charts[element.dataset.chart];
   const room = element.clientWidth || document.querySelector("main section").clientWidth;
   const legend = {...page.config.legend, columns: room < 500 ? 2 : 4};
+  const view = {...page.config.view};
+  // Else Vega takes a chart whose axis has names for one of a fixed width, and warns.
+  if (page.charts[element.dataset.chart].width === "container") view.discreteWidth = room;
   fit(chart, room);
   chart.datasets = Object.fromEntries(tables.map((name) => [name, rows(page.datasets[name])]));
   if (follows(element)) {
     chart.params = chart.params.map((p) => p.name === "hidden" ? {...p, value: hidden} : p);
   }
   const place = document.createElement("div");
-  const {view} = await vegaEmbed(place, chart, {
+  const {view: made} = await vegaEmbed(place, chart, {
     mode: "vega-lite", renderer: "svg", actions: false, tooltip: tell, logLevel: 1,  // errors
-    config: {...page.config, legend}});
+    config: {...page.config, legend, view}});
   drawn.get(element)?.finalize();
-  drawn.set(element, view);
+  drawn.set(element, made);
   place.querySelector("svg").ariaHidden = "true";  // the element around it says what it shows
   element.replaceChildren(place);
 }
