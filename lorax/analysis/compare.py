@@ -17,10 +17,10 @@ bootstrap, arXiv:0712.1111). The draws of `bootstrap` have the right variance in
 
 How many degrees of freedom? MS_seed has K - 1 = 2 for three seeds, MS_row N - 1, and their shares
 of the variance are unknown. `tail` weighs the two t distributions by the estimated shares, as
-Cochran and Cox (1957, Experimental Designs, section 4.14) weigh their quantiles. By simulation with
-3, 5 and 10 seeds, 100 and 500 rows and all kinds of shares, 95% intervals made so cover 94.9% to
-96.5%. Satterthwaite's degrees of freedom cover 92.2% to 95.5%, Cochran and Cox's mean of quantiles
-95.0% to 97.1%, a plain bootstrap with 1.96 standard errors 75% for three seeds.
+Cochran and Cox (1957, Experimental Designs) weigh their quantiles. By simulation with 3, 5 and 10
+seeds, 100 and 500 rows and all kinds of shares, 95% intervals made so cover 94.9% to 96.5%.
+Satterthwaite's degrees of freedom cover 92.2% to 95.5%, Cochran and Cox's mean of quantiles 95.0%
+to 97.1%, a plain bootstrap with 1.96 standard errors 75% for three seeds.
 """
 
 from collections.abc import Callable
@@ -181,7 +181,7 @@ def bootstrap(
         Sampling Techniques, section 6.3). N = 1: rows are not known, only seeds vary.
       validation: losses (S, R, K) on other rows. The rate with the lowest mean is each setting's,
         and this choice is made anew in every draw. Without it rates are chosen on the same rows.
-      draws: how many, more than the cells S R + K.
+      draws: how many; at least twice as many as are needed for the exact covariance.
 
     Raises ValueError for shapes that don't fit.
     """
@@ -201,6 +201,7 @@ def bootstrap(
     filled = lambda values: np.where(eligible[..., None], values, 0.0).reshape(-1, seeds)
     cells = np.where(eligible[..., None, None], cells, 0.0).reshape(-1, seeds, rows)
     of_rows = _row_factor(cells, filled(losses), weights)
+    draws = max(draws, 2 * (seeds + of_rows.shape[1]))
     noise = _standard(draws, seeds + of_rows.shape[1], seed)
     shaped = lambda values: values.reshape(-1, settings, rates)
     by_seed, judged_by_seed = (
@@ -432,7 +433,7 @@ def _pairs(sums, weights, base, found: Bootstrap, order, draws: int, seed: int) 
     cells = [(n, sums[s, r]) for n, s in enumerate(order) for r in np.flatnonzero(likely[s])]
     setting = np.array([n for n, _ in cells])
     stacked = np.stack([*(cell for _, cell in cells), np.broadcast_to(base, sums.shape[-2:])])
-    drawn = bootstrap(stacked, weights, draws=max(draws, 2 * sum(stacked.shape[:2])), seed=seed)
+    drawn = bootstrap(stacked, weights, draws=draws, seed=seed)
     parts = (np.cov(of.T, bias=True) for of in (drawn.over_seeds, drawn.over_rows))
     return _Pairs(drawn.losses, *parts, found.seeds, found.rows, setting)
 
@@ -500,8 +501,8 @@ def power(
     for fewer than three seeds.
 
     The difference is normal, the variance from the seeds has a chi-square distribution with
-    seeds - 1 degrees of freedom (the power of the mean over it is that of a noncentral t test:
-    Julious 2004, Statistics in Medicine 23, 1921, section 6), that from the rows counts as known.
+    seeds - 1 degrees of freedom (averaged over it, this is the power of a noncentral t test:
+    Julious 2004, Statistics in Medicine 23, 1921), that from the rows counts as known.
 
     Args:
       seed_sd: standard deviation of the paired difference over seeds.

@@ -281,7 +281,8 @@ def test_a_search_is_reported_by_its_dimension(tmp_path):
     text = report.write(tmp_path).read_text()
     seen = Page(text)
     assert not seen.open and seen.headings[1:] == [
-        "Intrinsic dimension", "What was run", "Members", "Learning curves", "Method notes"
+        "Intrinsic dimension", "What was run", "Members", "Learning curves", "Method notes",
+        "Cite this run",
     ]  # fmt: skip
     stored = pd.read_csv(tmp_path / "analysis" / "intrinsic.csv").set_index("condition")
     plain = stored.loc["shuffle=False"]
