@@ -139,8 +139,9 @@ def check_disk(
     workdir: Path, groups: list[prepare.Group], race: halving.Race | None = None
 ) -> None:
     """Raises ValueError if the disk has no room for the groups' checkpoints and adapters."""
-    states = [tree.nbytes(group.stack.state) for group in groups]
     learned = [tree.nbytes(group.stack.state.trainable) for group in groups]
+    kept = [size * (g.config.eval.keep == "best") for size, g in zip(learned, groups, strict=True)]
+    states = [tree.nbytes(g.stack.state) + size for g, size in zip(groups, kept, strict=True)]
     # Two checkpoints of each group are kept while a third is written; after a rung, those of the
     # members that go on in addition.
     legs = halving.planned(race) if race else []

@@ -35,7 +35,9 @@ class Plan(NamedTuple):
     of the base, shared by all members. adapters, constants, gradients, optimizer: padded as in the
     sweep. rest: counters, learning rate, batches of one call. offload: whether the optimiser's
     state is kept in the host's memory. files: arrays that each member exports. costs: by width,
-    ascending. cpu: the cost of the width that a CPU uses, None if no CPU was asked for.
+    ascending. cpu: the cost of the width that a CPU uses, None if no CPU was asked for. kept: of
+    the best step, with `eval.keep` "best". evaluated: number of validation rows that a member is
+    evaluated on in all, and of test rows, None where only the data tell.
     """
 
     members: int
@@ -56,6 +58,8 @@ class Plan(NamedTuple):
     files_exact: bool
     costs: list[Cost]
     cpu: Cost | None
+    kept: int = 0
+    evaluated: tuple[int, int | None] = (0, 0)
 
     @property
     def state(self) -> int:
@@ -82,14 +86,14 @@ class Plan(NamedTuple):
 
     def peak(self, members: int, cost: Cost) -> int:
         """Bytes of a program for this many members, `cost.width` of them side by side."""
-        each = self.resident + self.constants + self.rest
+        each = self.resident + self.constants + self.rest + self.kept
         total = self.weights + members * each + cost.temporaries
         if cost.width < members:  # the loop holds finished members, and those that are running
             total += cost.width * each
             made = (members - cost.width) * self.gradients
             total += made if self.offload else members * self.state
         if self.offload:  # the update is a separate program
-            update = self.state + self.constants + self.gradients
+            update = self.state + self.constants + self.gradients + self.kept
             total = max(total, self.weights + members * update)
         return math.ceil(total)
 
@@ -133,7 +137,16 @@ def plan(members, devices: Iterable[str] = (), race: Race | None = None) -> Plan
         files_exact=exported == 1,
         costs=costs,
         cpu=cpu,
+        kept=one(stacked.state.trainable) if c.eval.keep == "best" else 0,
+        evaluated=_evaluated(c),
     )
+
+
+def _evaluated(c) -> tuple[int, int | None]:
+    """`Plan.evaluated`: validation rows at step 0 and at every evaluation, if the task has as many;
+    test rows twice."""
+    validation = c.eval.examples * (1 + -(-c.train.steps // c.eval.every))
+    return validation, None if c.eval.test is None else 2 * c.eval.test
 
 
 def _steps(members, race: Race) -> int:

@@ -39,6 +39,7 @@ def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
         ("trainable parameters", _range(p.trainable, "{:,}"), f"{sum(p.trainable):,}", exact),
         ("weights", bytes_text(p.weights), "shared", exact),
         ("adapters, padded alike", *each(p.adapters), exact),
+        *[("adapters of the best step", *each(p.kept), exact)] * bool(p.kept),
         ("constants of the method", *each(p.constants), exact),
         (f"optimiser state{', in the host memory' * p.offload}", *each(p.optimizer), exact),
         ("batches and counters", *each(p.rest), exact),
@@ -46,8 +47,13 @@ def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
         (f"activations, {remat}", *(bytes_text(p.activations(c)) for c in (one, wide)), estimated),
         ("peak of training", bytes_text(p.peak(1, one)), bytes_text(p.peak(n, wide)), estimated),
         ("exported arrays", _range(p.files, bytes_text), bytes_text(sum(p.files)), export),
-        ("checkpoint", *each(p.state), exact),
+        ("checkpoint", *each(p.state + p.kept), exact),
         ("steps of training", *(f"{x:,}" for x in p.steps), estimated if saved else exact),
+        (
+            _evaluations(p),
+            *(f"{m * sum(x or 0 for x in p.evaluated):,}" for m in (1, n)),
+            "at most",
+        ),
         ("FLOPs a step", *(_si(c.half + c.full) for c in steps), estimated),
         (
             "bytes moved a step",
@@ -68,6 +74,11 @@ def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
     note += "; ".join(f"{name}: {DEVICES[name].source}" for name in devices) + "."
     what = Table(title, headings, lines)
     return [what, Table(f"Group {index} on devices", columns, reached, note)]
+
+
+def _evaluations(p: Plan) -> str:
+    """Evaluation is a forward pass, a third of the work of a training row."""
+    return "rows evaluated" + ", test rows apart" * (p.evaluated[1] is None)
 
 
 def _on_device(p: Plan, name: str) -> tuple[str, ...]:

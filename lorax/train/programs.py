@@ -29,8 +29,8 @@ class Programs(NamedTuple):
     place_base(params), place(stacked tree), place_state(a stack's state), place_batches(batches).
     narrow(width): compile train for batches cut to `width` columns (`tasks.widths`) in advance;
     otherwise the first call compiles.
-    bytes: memory of one call to train on one device: arguments + temporaries + outputs - aliases; 0
-    if not known in advance (`train.parallel` "pmap").
+    bytes: memory of one call to train on one device: arguments + temporaries + outputs - aliases,
+    and what `eval.keep` "best" keeps; 0 if not known in advance (`train.parallel` "pmap").
     """
 
     train: Callable
@@ -90,8 +90,14 @@ def compile_programs(
         place_batches=lambda rows: jax.device_put(filled(rows, layout.size), known.place.batches),
         narrow=trained.narrow,
         layout=layout,
-        bytes=trained.bytes,
+        bytes=trained.bytes and trained.bytes + kept_bytes(known, layout, stacked.config.eval.keep),
     )
+
+
+def kept_bytes(known: Shapes, layout: Layout, keep: str) -> int:
+    """Bytes on one device of the trainable parameters of the best step; 0 unless they are kept."""
+    shares = len(layout.devices) if layout.mode == "members" else 1
+    return tree.nbytes(known.state.trainable) // shares if keep == "best" else 0
 
 
 def program_of(stacked: Stack, base: Base, width: int, kind: kinds.Kind) -> step.Program:
