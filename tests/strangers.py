@@ -14,7 +14,7 @@ def small(name):
     c = config.default()
     c.method.name, c.task.n_train = name, 64
     c.train.steps, c.train.batch_size, c.train.seq_len, c.train.warmup = 3, 2, 100, 0
-    c.eval.every, c.eval.examples, c.eval.batch_size = 3, 2, 2
+    c.eval.update(every=3, examples=2, test=2, batch_size=2)
     c.train.parallel = "none"
     return c
 

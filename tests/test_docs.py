@@ -36,6 +36,7 @@ STUDY = "python -m lorax.run --config=configs/gpt2_rank_sweep.py"
 SMALL = (
     *("--config.train.steps=2", "--config.train.batch_size=2", "--config.train.seq_len=100"),
     *("--config.train.warmup=0", "--config.eval.every=2", "--config.eval.examples=8"),
+    "--config.eval.test=8",
     *("--config.eval.batch_size=8", "--config.task.n_train=32", "--config.analysis.report=False"),
 )
 #: What a reader fills in, or downloads; such a command is parsed, up to the file that is missing.
@@ -119,7 +120,7 @@ from lorax import command_line, config, run, rundir
 settings, _, workdir = command_line.read(sys.argv)
 with settings.unlocked():
     settings.train.update(steps=4 if settings.sweep.tune else 2, warmup=0, batch_size=4)
-    settings.eval.update(every=2, examples=8, batch_size=8)
+    settings.eval.update(every=2, examples=8, test=8, batch_size=8)
     settings.eval.generate = min(settings.eval.generate, 2)
     settings.analysis.report = False
     for axis, values in settings.sweep.items():
@@ -227,7 +228,7 @@ EXAMPLES = [
 ]
 #: What an example trains, made smaller.
 STEPS = "config.train.steps = 150"
-FEW = "config.train.update(steps=2, batch_size=2); config.eval.update(every=2, examples=8)"
+FEW = "config.train.update(steps=2, batch_size=2); config.eval.update(every=2, examples=8, test=8)"
 #: What a snippet takes for granted.
 PRELUDE = "from lorax import methods, ops, tasks, tree\n"
 

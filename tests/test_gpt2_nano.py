@@ -56,7 +56,7 @@ def adapted(tmp_path_factory):
     c = config.default()
     c.sweep.base = ("gpt2-nano", "random:gpt2-nano")
     c.train.update(steps=60, batch_size=8, lr=1e-2, parallel="none")
-    c.eval.update(every=60, examples=64)
+    c.eval.update(every=60, examples=64, test=64)
     c.task.n_train = 1000
     workdir, said, finished = tmp_path_factory.mktemp("run"), [], []
     groups = prepare.groups(config.members(c), said.append)

@@ -21,6 +21,7 @@ RUN = (
     "--config.train.warmup=0",
     "--config.eval.every=2",
     "--config.eval.examples=8",
+    "--config.eval.test=8",
     "--config.task.n_train=64",
     "--config.analysis.report=False",
 )

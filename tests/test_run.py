@@ -29,6 +29,7 @@ SMALL = (
     "--config.train.warmup=0",
     "--config.eval.every=2",
     "--config.eval.examples=8",
+    "--config.eval.test=8",
     "--config.task.n_train=64",
     "--config.analysis.trajectory=True",
     "--config.analysis.cka=8",
@@ -382,7 +383,7 @@ def test_a_network_of_random_weights_learns_images(tmp_path):
     study.write_text(STUDY)
     done = run(f"--config={study}", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
-    assert "1,437 train and 360 eval images of scikit-learn's digits" in done.stdout
+    assert "1,437 train, 180 eval and 180 test images of scikit-learn's digits" in done.stdout
     loaded = runs.load(workdir)
     last = loaded.metrics.query("split == 'eval' and step == 100").set_index("member")["accuracy"]
     first = loaded.metrics.query("split == 'eval' and step == 0")["accuracy"]

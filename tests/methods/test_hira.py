@@ -177,7 +177,13 @@ def test_what_does_not_come_from_the_trees_is_no_part_of_a_shared_program(hira, 
 #: What a test changes in the study.
 FEW = {
     **{"task.n_train": 64, "train.steps": 3, "train.batch_size": 2, "train.seq_len": 100},
-    **{"train.warmup": 1, "train.parallel": "none", "eval.every": 3, "eval.examples": 2},
+    **{
+        "train.warmup": 1,
+        "train.parallel": "none",
+        "eval.every": 3,
+        "eval.examples": 2,
+        "eval.test": 2,
+    },
     "method.gain": 3.0,
 }
 AXES = {"rank": (2, 4), "gain": (2.0, 32), "seed": (0,)}

@@ -277,6 +277,7 @@ def test_a_function_that_reads_arrays_is_planted_in():
 SMALL = (
     *("--config.train.steps=2", "--config.train.batch_size=2", "--config.train.seq_len=100"),
     *("--config.train.warmup=0", "--config.eval.every=2", "--config.eval.examples=8"),
+    "--config.eval.test=8",
     *("--config.eval.batch_size=8", "--config.task.n_train=32", "--config.analysis.layers=1"),
     "--config.sweep.rank=(1, 2)",
 )

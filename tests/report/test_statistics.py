@@ -233,6 +233,7 @@ def test_the_command_takes_it_for_a_run_and_an_adapter(tmp_path, undrawn, capsys
 SMALL = (
     *("--config.train.steps=2", "--config.train.batch_size=2", "--config.train.seq_len=100"),
     *("--config.train.warmup=0", "--config.eval.every=2", "--config.eval.examples=8"),
+    "--config.eval.test=8",
     *("--config.eval.batch_size=8", "--config.task.n_train=32", "--config.sweep.rank=(1,)"),
     *("--config.sweep.seed=(0,)", "--config.analysis.layers=0"),
 )

@@ -19,7 +19,7 @@ from lorax.train.batches import train_batches
 def members():
     c = config.default()
     c.train.update(steps=6, batch_size=4, seq_len=96, lr=1e-2, warmup=0, parallel="none")
-    c.eval.update(every=2, examples=8, batch_size=8)
+    c.eval.update(every=2, examples=8, test=8, batch_size=8)
     c.task.n_train = 64
     c.sweep.seed = (0, 1)
     return c
