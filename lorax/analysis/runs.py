@@ -257,8 +257,13 @@ def scores(run: Run) -> list[str]:
 
 
 def loss_name(run: Run) -> str:
-    """Name and unit of the loss: nats, except for a planted task, whose labels are values."""
-    return f"eval loss ({'squared error' if 'planted' in run.members else 'nats'})"
+    """Name and unit of the loss."""
+    return f"eval loss ({loss_unit(run)})"
+
+
+def loss_unit(run: Run) -> str:
+    """The loss is in nats, except for a planted task, whose labels are values."""
+    return "squared error" if "planted" in run.members else "nats"
 
 
 def axes(run: Run, table: pd.DataFrame) -> Axes:
@@ -356,6 +361,32 @@ def best_setting(settings: pd.DataFrame) -> pd.Series | None:
 
 def _words(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+class Measured(NamedTuple):
+    """The column of the losses that are reported, the column of the base's, and their split."""
+
+    loss: str
+    base: str
+    split: str
+
+
+def measured(table: pd.DataFrame) -> Measured:
+    """What is reported of the members (rows of `summary`): the loss on the test rows if there
+    are any, else on the validation rows."""
+    if "test_loss" in table and table["test_loss"].notna().any():
+        return Measured("test_loss", "base_test_loss", "test")
+    return Measured("final_loss", "base_loss", "validation")
+
+
+def base_loss(table: pd.DataFrame) -> float | None:
+    """The base's loss on the rows that `measured` names; None if it is unknown, or differs between
+    members."""
+    name = measured(table).base
+    losses = table[name].dropna() if name in table else table["base_loss"].iloc[:0]
+    if losses.empty or losses.max() - losses.min() > 1e-3 * losses.abs().max():
+        return None
+    return float(losses.mean())
 
 
 def in_words(value: Any, name: str = "") -> str:

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+from scipy import stats
 
 from lorax.analysis import runs
+from lorax.analysis.compare import LEVEL
 from lorax.analysis.runs import Axes
 
 # x axes of the loss curves that compare runs
@@ -26,15 +28,16 @@ def methods(
       by: the sweep's axes.
       ranks: from `tables.spectra`; empty if no member has a weight update.
 
-    Returns method, trainable_params, the other axes' best values, mean and se of the final eval
-    loss (nats), n, diverged, optimizer_bytes and step_ms (a member's), effective (rank of dW, mean
-    over its matrices; NaN if there is none). Settings with a diverged seed are left out, and so are
-    methods that have no other.
+    Returns method, trainable_params, the other axes' best values, mean and se of the final loss
+    (nats; `on_test`), n, diverged, optimizer_bytes and step_ms (a member's), effective (rank of dW,
+    mean over its matrices; NaN if there is none). Settings with a diverged seed are left out, and
+    so are methods that have no other.
     """
     if "optimizer_bytes" not in table:  # an older run
         table = table.assign(optimizer_bytes=None)
     rows = []
-    for _, setting in best_of_methods(settings).sort_values("mean").iterrows():
+    best = on_test(best_of_methods(settings).sort_values("mean"), table, by)
+    for _, setting in best.iterrows():
         members = table[of_setting(table, setting, by)]
         of_members = ranks[ranks["member"].isin(members.index)] if len(ranks) else ranks
         rows.append(
@@ -58,6 +61,23 @@ def best_of_methods(settings: pd.DataFrame) -> pd.DataFrame:
     return reached.loc[reached.groupby("method")["mean"].idxmin()]
 
 
+def on_test(chosen: pd.DataFrame, table: pd.DataFrame, by: Axes) -> pd.DataFrame:
+    """The chosen settings with mean, se and n on the test rows, if the run has any: they were
+    chosen on the validation rows, whose lowest loss is too low.
+
+    Args:
+      chosen: rows of `runs.settings`.
+      table: from `runs.summary`.
+      by: the axes of the settings.
+    """
+    loss = runs.measured(table).loss
+    if loss == "final_loss":
+        return chosen
+    found = [table.loc[of_setting(table, row, by), loss] for _, row in chosen.iterrows()]
+    numbers = {"mean": [x.mean() for x in found], "se": [x.sem() for x in found]}
+    return chosen.assign(**numbers, n=[x.count() for x in found])
+
+
 def of_setting(table: pd.DataFrame, setting: pd.Series, by: Axes) -> pd.Series:
     """Which members (rows of `runs.summary`) have the setting, a row of `runs.settings`, at its
     best value of what was tuned: (members,) bool."""
@@ -71,7 +91,7 @@ def of_setting(table: pd.DataFrame, setting: pd.Series, by: Axes) -> pd.Series:
 def curve(table: pd.DataFrame, by: Axes, x: str) -> pd.DataFrame:
     """The loss against one field of a run's members, with all other fields at their best.
 
-    One row per value and part: part, x, mean and se of the final eval loss over n seeds, and
+    One row per value and part: part, x, mean and se of the final loss (`on_test`) over n seeds, and
     `line`, the best values of the other fields. Settings with a diverged seed are left out. Parts
     get separate lines: their members differ in a field of `UNLIKE`.
 
@@ -91,11 +111,19 @@ def curve(table: pd.DataFrame, by: Axes, x: str) -> pd.DataFrame:
     for name, names in (("part", separate), ("line", others)):
         reached[name] = [runs.fields(row, names) for _, row in reached.iterrows()]
     best = reached.loc[reached.groupby(["part", x], sort=False)["mean"].idxmin()]
+    best = on_test(best, table, Axes(x, tuple(axes), tuned))
     best = best.rename(columns={x: "x"})[["part", "x", "mean", "se", "n", "line"]]
     best = best.sort_values(["part", "x"])
     if x != "trainable_params":
         return best
     return best[best["mean"] <= best.groupby("part")["mean"].cummin()]
+
+
+def with_interval(settings: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
+    """The table with low and high, the t interval of `mean` over n seeds, of which `se` is the
+    standard error; NaN for one seed. settings: with columns mean, se and n."""
+    half = stats.t.ppf((1 + level) / 2, (settings["n"] - 1).clip(lower=1)) * settings["se"]
+    return settings.assign(low=settings["mean"] - half, high=settings["mean"] + half)
 
 
 def differences(configs: Mapping[str, dict[str, Any]]) -> pd.DataFrame:

@@ -125,6 +125,7 @@ const rows = ({names, rows}) => rows.map(
 // the least width of a panel with its axis, where the panels of a row may be fewer.
 const SPACING = 20, AXIS = 80, HEADER = 60, PANEL = 190;
 function fit(chart, room) {
+  for (const part of chart.vconcat ?? []) fit(part, room);
   if (chart.hconcat) {
     chart.concat = chart.hconcat;
     chart.columns = chart.concat.length;
@@ -149,7 +150,7 @@ function fit(chart, room) {
 
 async function draw(element) {
   drawn.set(element, drawn.get(element) ?? null);  // nothing else begins to draw it
-  const {tables, ...chart} = page.charts[element.dataset.chart];
+  const {tables, ...chart} = structuredClone(page.charts[element.dataset.chart]);
   const room = element.clientWidth || document.querySelector("main section").clientWidth;
   const legend = {...page.config.legend, columns: room < 500 ? 2 : 4};
   const view = {...page.config.view};

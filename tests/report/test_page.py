@@ -82,7 +82,7 @@ def test_a_figure_that_cannot_be_drawn_costs_itself_alone(tmp_path, monkeypatch)
     with pytest.warns(page.SectionFailed, match="Loss against rank, figure rank_curve: failed"):
         text = report.write(directory).read_text()
     assert "Figure rank_curve could not be made: " in text and not Page(text).open
-    assert Page(text).table("rank", "standard error")  # the table of the same section
+    assert Page(text).table("rank", "95% from")  # the table of the same section
     assert {"figures/rank_curve.csv", "figures/learning_curves.png"} <= files(directory)
     assert "figures/rank_curve.png" not in files(directory)
     assert 'src="rank_curve"' not in text and "figures/rank_curve" not in text

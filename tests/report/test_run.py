@@ -37,9 +37,9 @@ def test_answer_and_tables_say_the_same(written):
     shown = {row["setting"]: row for row in Page(text).table("setting", "verdict")}
     assert shown["rank 4"]["eval loss [95%]"] == "1.200" and shown["rank 4"]["verdict"] == "best"
     assert shown["rank 1"]["verdict"] == "not eligible"
-    rows = {row["rank"]: row for row in Page(text).table("rank", "standard error")}
-    assert rows["4"]["final eval loss"] == "1.2000" and rows["4"]["standard error"] == "0.0100"
-    assert rows["1"]["n"] == "1" and rows["1"]["standard error"] == "–"
+    rows = {row["rank"]: row for row in Page(text).table("rank", "scale s", "95% from")}
+    assert rows["4"]["validation loss"] == "1.2000" and rows["4"]["to"] == "1.3271"
+    assert rows["1"]["seeds"] == "1" and rows["1"]["to"] == "–"
     stored = pd.read_csv(directory / "analysis" / "settings.csv").set_index("rank")
     assert stored.loc[2, "mean"] == pytest.approx(1.4, abs=1e-12)
     assert stored.loc[2, "trainable_params"] == 2 * WIDTH * 2 * 6
@@ -134,6 +134,8 @@ def test_every_figure_is_a_file_and_in_the_page(written):
     files = {path.name: path.read_bytes() for path in (directory / "figures").iterdir()}
     names = {
         "rank_curve",
+        "size_curve",
+        "parallel",
         "learning_curves",
         "spectra",
         "spectra_layers",

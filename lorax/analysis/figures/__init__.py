@@ -1,12 +1,14 @@
-"""Figures: tables and arrays in, charts out (Altair's, or while they are moved matplotlib's).
+"""Figures: tables and arrays in, Altair's charts out.
 
-`style` has their colours, markers and dashes. Their inputs are what `lorax.analysis.runs`,
-`lorax.analysis.tables` etc. return.
+`style` has their colours, markers and dashes, `layout` chooses what of a sweep is drawn how. Their
+inputs are what `lorax.analysis.runs`, `lorax.analysis.tables` etc. return.
 """
 
 from lorax.analysis.figures.dimension_curves import intrinsic
 from lorax.analysis.figures.lines import cka, diagonal, intruder_counts, table7, trajectory
-from lorax.analysis.figures.loss_curves import learning_curves, methods, rank_curve
+from lorax.analysis.figures.loss_curves import learning_curves, rank_curve
+from lorax.analysis.figures.loss_maps import setting_map
+from lorax.analysis.figures.loss_sizes import size_curve
 from lorax.analysis.figures.maps import (
     against_base,
     between_layers,
@@ -17,6 +19,7 @@ from lorax.analysis.figures.maps import (
     sensitivity,
     similarity_maps,
 )
+from lorax.analysis.figures.members import parallel
 from lorax.analysis.figures.rank_lines import (
     base_spectrum,
     by_layer,
@@ -43,12 +46,14 @@ __all__ = [
     "intruder_counts",
     "layer_grid",
     "learning_curves",
-    "methods",
     "methods_of_runs",
     "overlap",
+    "parallel",
     "rank_curve",
     "sensitivity",
     "similarity_maps",
+    "setting_map",
+    "size_curve",
     "spectra",
     "table7",
     "trajectory",

@@ -1,85 +1,125 @@
 """The figure of a search for the intrinsic dimension."""
 
-import matplotlib
+import altair as alt
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from lorax.analysis import intrinsic as search
-from lorax.analysis.figures.style import (
-    DASHES,
-    GREY,
-    LOSS,
-    STYLE,
-    line_style,
-    mean_line,
-    named,
-    panels,
-    plain,
-)
+from lorax.analysis.figures import style
+from lorax.analysis.figures.encodings import in_panels
+
+UNIT = "nats"
+LEVELS = {"full fine-tuning": ("bottom", -3), "needed": ("top", 4)}  # where the names stand
+SERIES = ("random subspace", "LoRA")
 
 
-def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, loss: str = LOSS) -> Figure:
+def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, unit: str = UNIT) -> alt.TopLevelMixin:
     """The metric against the dimension of the subspace, one panel per condition: means over seeds
-    at each dimension's best learning rate with standard errors, single seeds as dots, and LoRA if
-    it was run. Horizontal lines: full fine-tuning and the level to reach. Vertical line: the
-    estimate with its 95% interval.
+    at each dimension's best learning rate with 95% intervals, single seeds as dots, and LoRA if it
+    was run. Horizontal lines: full fine-tuning and the level to reach. Ring: the estimate; the band
+    is its 95% interval.
 
     Args:
       table: from `intrinsic.points`.
       estimates: from `intrinsic.estimate`.
+      unit: of the loss.
     """
     metric = estimates["metric"].iloc[0]
-    columns = 2 if len(estimates) == 4 else min(3, len(estimates))
-    lora = (table["kind"] == "lora").any()
-    with matplotlib.rc_context(STYLE):
-        inches = {"size": (2.3, 0.9), "per_panel": (2.5, 2.4), "alone": (6.8, 3.4)}
-        figure, grid = panels(len(estimates), columns, **inches, sharex=True, sharey=True)
-        for axes in grid[-columns:]:  # panels with none below
-            axes.tick_params(labelbottom=True)
-        for axes, (_, row) in zip(grid, estimates.iterrows(), strict=True):
-            subspaces, lora_points = search.points_of(table, row["condition"])
-            _against_size(axes, search.tuned(subspaces, "dim", metric), "dim", 0, "random subspace")
-            if len(lora_points):
-                _against_size(
-                    axes, search.tuned(lora_points, "params", metric), "params", 1, "LoRA"
-                )
-            called = search.name(row["threshold"])
-            if row["verdict"] != "no baseline":
-                style = {"color": "black", "linewidth": 1}
-                axes.axhline(
-                    row["baseline"], linestyle=DASHES[1], label="full fine-tuning", **style
-                )
-                axes.axhline(row["needed"], linestyle=DASHES[2], label="needed", **style)
-            if row["d"] == row["d"]:
-                axes.axvline(row["d"], color=GREY, linewidth=1.2)
-                ring = {"fillstyle": "none", "markersize": 11, "linestyle": "none"}
-                axes.plot([row["d"]], [row["needed"]], "o", color="black", label=called, **ring)
-                if row["low"] == row["low"]:
-                    style = {"color": GREY, "alpha": 0.25, "linewidth": 0}
-                    axes.axvspan(row["low"], row["high"], label="95% interval", **style)
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500, 1k, 2k
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            words = [*row["condition"].split(", "), search.brief(row)]
-            axes.set_title("\n".join(plain(word) for word in words if word))
-        x_label = "dimension d of the subspace"
-        figure.supxlabel(x_label + ("; trainable parameters of LoRA" if lora else ""), fontsize=9)
-        unit = " (fraction)" * (metric == "accuracy")
-        label = loss if metric == "loss" else f"eval {plain(named(metric))}{unit}"
-        figure.supylabel("final " + label, fontsize=9)
-        handles = {}
-        for axes in grid:
-            handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper")
-        return figure
+    data = pd.concat(
+        [drawn(table, row, metric) for _, row in estimates.iterrows()], ignore_index=True
+    )
+    panels = list(dict.fromkeys(data["panel"]))
+    of = f"loss ({unit})" if metric == "loss" else f"{style.named(metric)} (fraction)"
+    title = f"final validation {of}"
+    lora = SERIES[1] in set(data["series"])
+    x_title = "dimension d" + "; parameters of LoRA" * lora
+    scale = alt.Scale(type="log", nice=False, padding=12)
+    x = lambda name: alt.X(
+        f"{name}:Q", title=x_title, scale=scale, axis=alt.Axis(format="~s", tickCount=5)
+    )
+    y = lambda name: alt.Y(f"{name}:Q", title=title, scale=alt.Scale(zero=False))
+    layers = [*_levels(y, title), *_estimate(x, y), *_curves(x, y, title, lora)]
+    chart = in_panels(alt.layer(*layers), data, panels if len(panels) > 1 else [])
+    if len(panels) == 1:
+        chart = chart.properties(title=panels[0])
+    return style.themed(style.filtered(chart))
 
 
-def _against_size(axes: Axes, best: pd.DataFrame, by: str, n: int, label: str) -> None:
-    """A line through the means over seeds with standard errors, and the seeds as dots."""
-    values = best.groupby(by)["value"]
-    style = line_style(n)
-    mean_line(axes, values, capsize=2, label=label, **style)
-    axes.plot(best[by], best["value"], ".", color=style["color"], alpha=0.45, markersize=4)
+def drawn(table: pd.DataFrame, estimate: pd.Series, metric: str) -> pd.DataFrame:
+    """The rows of a condition's panel. Series: "random subspace" and "LoRA" (member, size, value),
+    "full fine-tuning" and "needed" (value), and the estimate (size, low, high, value)."""
+    subspaces, lora = search.points_of(table, estimate["condition"])
+    parts = []
+    for series, rows, by in zip(SERIES, (subspaces, lora), ("dim", "params"), strict=True):
+        if len(rows):
+            best = search.tuned(rows, by, metric)
+            columns = {"size": best[by], "value": best["value"], "member": best["member"]}
+            parts.append(pd.DataFrame({**columns, "lr": best["lr"], "series": series}))
+    if estimate["verdict"] != "no baseline":
+        levels = {"full fine-tuning": estimate["baseline"], "needed": estimate["needed"]}
+        parts.append(pd.DataFrame({"series": list(levels), "value": list(levels.values())}))
+    if estimate["d"] == estimate["d"]:
+        ends = {"low": estimate["low"], "high": estimate["high"], "value": estimate["needed"]}
+        parts.append(pd.DataFrame([{"series": "estimate", "size": estimate["d"], **ends}]))
+    words = [estimate["condition"], search.brief(estimate)]
+    rows = pd.concat(parts, ignore_index=True).assign(panel=": ".join(filter(None, words)))
+    return rows.fillna({"member": -1})  # no member, so never hidden
+
+
+def _of(series: str) -> alt.Chart:
+    return alt.Chart().transform_filter(f"datum.series === '{series}'")
+
+
+def _levels(y, title: str) -> list[alt.Chart]:
+    """The lines of full fine-tuning and of the value to reach, with their names."""
+    said = style.tooltips({"series": "line", "value": (title, ".4f")})
+    rule = alt.Chart().transform_filter(alt.FieldOneOfPredicate("series", list(LEVELS)))
+    rule = rule.mark_rule(style="reference").encode(y=y("value"), tooltip=said)
+    texts = [
+        _of(series)
+        .mark_text(style="reference-text", align="right", baseline=baseline, dy=dy)
+        .encode(x=alt.value("width"), y=y("value"), text="series:N")
+        for series, (baseline, dy) in LEVELS.items()
+    ]
+    return [rule, *texts]
+
+
+def _estimate(x, y) -> list[alt.Chart]:
+    """The band of the interval, and the ring."""
+    said = {
+        "size": ("estimate", ",.4r"),
+        "low": ("95% interval from", ",.4r"),
+        "high": ("to", ",.4r"),
+    }
+    said = style.tooltips(said)
+    return [
+        _of("estimate").mark_rect(style="band").encode(x=x("low"), x2="high:Q", tooltip=said),
+        _of("estimate")
+        .mark_point(style="ring", size=200)
+        .encode(x=x("size"), y=y("value"), tooltip=said),
+    ]
+
+
+def _curves(x, y, title: str, lora: bool) -> list[alt.Chart]:
+    """Means with their intervals, and the seeds."""
+    size = "trainable parameters" if lora else "dimension d"
+    points = alt.Chart().transform_filter(alt.FieldOneOfPredicate("series", list(SERIES)))
+    over = style.with_intervals(points, "value", ["series", "size", "panel", "lr"])
+    look = lambda marks: style.lines_of("series", SERIES[: 1 + lora], marks) if lora else {}
+    said = {"series": "of", "size": (size, ","), "lr": ("learning rate", "~g")}
+    seed = style.tooltips(said | {"member": "member", "value": (title, ".4f")})
+    mean = {
+        "mean": (f"mean {title}", ".4f"),
+        "low": ("95% interval from", ".4f"),
+        "high": ("to", ".4f"),
+    }
+    return [
+        over.mark_rule().encode(x=x("size"), y=y("low"), y2="high:Q", **look("rule")),
+        over.mark_line().encode(x=x("size"), y=y("mean"), **look("line")),
+        points.mark_point(style="member", size=14).encode(
+            x=x("size"), y=y("value"), **look("rule"), tooltip=seed
+        ),
+        over.mark_point().encode(
+            x=x("size"), y=y("mean"), **look("point"),
+            tooltip=style.tooltips(said | mean | {"n": "seeds"}),
+        ),
+    ]  # fmt: skip

@@ -1,87 +1,99 @@
 """Figures that compare runs: their curves, and their methods."""
 
-import matplotlib
+import altair as alt
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter, NullLocator
 
-from lorax.analysis.figures.style import (
-    COLOURS,
-    MARKERS,
-    NAMES,
-    STYLE,
-    bars,
-    legend_lines,
-    named,
-    panels,
-    pick,
-    plain,
-    style_of,
-)
+from lorax.analysis.figures import style
+from lorax.analysis.figures.encodings import in_panels, label
+from lorax.analysis.figures.loss_marks import FORMAT
+from lorax.analysis.settings_compared import with_interval
+
+EVEN = ("rank", "alpha")  # axes of powers of two
 
 
-def curves(points: pd.DataFrame, loss: str) -> Figure:
-    """Final eval loss against the axes of the runs' sweeps: one panel per axis, one line per part
-    of a run.
+def curves(points: pd.DataFrame, loss: str) -> alt.TopLevelMixin:
+    """Final loss against the axes of the runs' sweeps: one panel per axis, one line per part of a
+    run, with 95% intervals.
 
     Args:
-      points: run, axis, part, x, mean, se (rows of `settings_compared.curve`).
+      points: run, axis, part, x, mean, se, n, line (rows of `settings_compared.curve`).
       loss: name and unit of the loss.
     """
-    axes_of = list(dict.fromkeys(points["axis"]))
-    lines = list(dict.fromkeys(zip(points["run"], points["part"], strict=True)))
-    styles = [style_of(n, len(lines)) for n in range(len(lines))]
-    columns = min(2, len(axes_of))
-    with matplotlib.rc_context(STYLE):
-        figure, grid = panels(len(axes_of), columns, (1.8, 0.7), (3.2, 2.6), sharey=True)
-        for axes, axis in zip(grid, axes_of, strict=True):
-            of_axis = points[points["axis"] == axis]
-            for (run, part), style in zip(lines, styles, strict=True):
-                line = of_axis[(of_axis["run"] == run) & (of_axis["part"] == part)]
-                axes.errorbar(line["x"], line["mean"], yerr=bars(line["se"]), capsize=2, **style)
-            axes.set_xlabel(NAMES.get(axis, named(axis)))
-            _logarithmic(axes, axis, of_axis["x"])
-        figure.supylabel("final " + loss, fontsize=9)
-        labels = [plain(", ".join(filter(None, line))) for line in lines]
-        figure.legend(legend_lines(styles), labels, loc="outside upper center", ncols=2)
-        return figure
+    data = with_interval(points)
+    data["of"] = [
+        ", ".join(filter(None, pair)) for pair in zip(data["run"], data["part"], strict=True)
+    ]
+    names = list(dict.fromkeys(data["of"]))
+    charts = [
+        _curve(data[data["axis"] == axis], axis, names, loss) for axis in _distinct(data["axis"])
+    ]
+    if len(charts) == 1:
+        return style.themed(charts[0].properties(width="container", height=style.HEIGHT))
+    charts = [chart.properties(width=240, height=190) for chart in charts]
+    return style.themed(alt.concat(*charts, columns=2).resolve_scale(y="shared"))
 
 
-def methods_of_runs(points: pd.DataFrame, loss: str) -> Figure:
-    """The best final eval loss of each method of each run, with standard errors: one row per
-    method, one marker per run. points: run, method, mean, se."""
-    of_methods, of_runs = (list(dict.fromkeys(points[name])) for name in ("method", "run"))
-    with matplotlib.rc_context(STYLE):
-        height = 1.1 + 0.3 * len(of_methods) * max(1, 0.5 * len(of_runs))
-        figure = Figure(figsize=(6.4, height), layout="constrained")
-        axes = figure.add_subplot()
-        for n, run in enumerate(of_runs):
-            of_run = points[points["run"] == run]
-            shift = 0.6 * ((n + 0.5) / len(of_runs) - 0.5)
-            rows = of_run["method"].map(of_methods.index) + shift
-            errors = of_run["se"].fillna(0) if of_run["se"].notna().any() else None
-            style = {"fmt": pick(MARKERS, n), "color": pick(COLOURS, n), "capsize": 3}
-            axes.errorbar(of_run["mean"], rows, xerr=errors, label=plain(run), **style)
-        axes.set_yticks(range(len(of_methods)), map(plain, of_methods))
-        axes.set_ylim(len(of_methods) - 0.5, -0.5)
-        axes.set_xlabel("final " + loss)
-        figure.legend(loc="outside upper center", ncols=2)
-        return figure
+def _curve(data: pd.DataFrame, axis: str, names: list[str], loss: str) -> alt.LayerChart:
+    values = sorted(set(data["x"]))
+    log = values[0] > 0 and len(values) > 1
+    scale = {"type": "log", "base": 2 if axis in EVEN else 10} if log else {"zero": False}
+    ticks = {"values": values} if axis in EVEN or len(values) <= 5 else {"tickCount": 4}
+    ticks |= {"format": "~s" if axis == "trainable_params" else "~g", "labelOverlap": "greedy"}
+    x = alt.X(
+        "x:Q",
+        title=label(axis),
+        scale=alt.Scale(nice=False, padding=14, **scale),
+        axis=alt.Axis(**ticks),
+    )
+    y = lambda name: alt.Y(f"{name}:Q", title=f"final {loss}", scale=alt.Scale(zero=False))
+    of = lambda marks: style.lines_of("of", names, marks)
+    said = {"run": "run", "part": "of", "x": (label(axis), "~g"), "line": "at its best"}
+    base = alt.Chart(data)
+    return alt.layer(
+        base.mark_rule().encode(x=x, y=y("low"), y2="high:Q", **of("rule")),
+        base.mark_line().encode(x=x, y=y("mean"), **of("line")),
+        base.mark_point().encode(
+            x=x, y=y("mean"), **of("point"), tooltip=style.tooltips(said | numbers(data, loss))
+        ),
+    )
 
 
-def _logarithmic(axes, axis: str, x: pd.Series) -> None:
-    """Ranks and alphas on a log2 axis, learning rates and counts on a log10 axis."""
-    if (x <= 0).any():
-        return
-    if axis in ("rank", "alpha"):
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    else:
-        axes.set_xscale("log")
-        if axis == "trainable_params":
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    if x.nunique() == 1 or axis in ("rank", "alpha"):
-        axes.xaxis.set_minor_locator(NullLocator())
-    if x.max() < 10 * x.min() and axis not in ("rank", "alpha"):
-        axes.set_xticks(sorted(set(x))[:: max(1, x.nunique() // 4)])
+def methods_of_runs(points: pd.DataFrame, loss: str) -> alt.TopLevelMixin:
+    """The best final loss of each method of each run, with 95% intervals: one row per method, one
+    marker per run.
+
+    Args:
+      points: run, method, setting, trainable_params, mean, se, n.
+      loss: name and unit of the loss.
+    """
+    data = with_interval(points)
+    names = _distinct(data["run"])
+    order = list(data.groupby("method")["mean"].min().sort_values(kind="stable").index)
+    place = {
+        "y": alt.Y("method:N", sort=order, title=None, axis=alt.Axis(grid=True, labelLimit=260)),
+        "yOffset": alt.YOffset("run:N", sort=names),
+    }
+    x = lambda name: alt.X(f"{name}:Q", title=f"final {loss}", scale=alt.Scale(zero=False))
+    of = lambda marks: style.lines_of("run", names, marks)
+    said = {"run": "run", "method": "method"}
+    said |= {"setting": "best setting"} if "setting" in data else {}
+    base = alt.Chart()
+    chart = alt.layer(
+        base.mark_rule().encode(x=x("low"), x2="high:Q", **place, **of("rule")),
+        base.mark_point().encode(
+            x=x("mean"), **place, **of("point"), tooltip=style.tooltips(said | numbers(data, loss))
+        ),
+    )
+    return style.themed(in_panels(chart, data, [], {"step": 18 if len(names) > 1 else 26}))
+
+
+def numbers(points: pd.DataFrame, loss: str) -> dict:
+    """For tooltips: mean, interval (if there is one) and seeds."""
+    found = {"mean": (f"mean {loss}", FORMAT), "n": "seeds"}
+    if points["low"].notna().any():
+        found |= {"low": ("95% interval from", FORMAT), "high": ("to", FORMAT)}
+    return found
+
+
+def _distinct(column: pd.Series) -> list[str]:
+    return list(dict.fromkeys(column))

@@ -121,6 +121,7 @@ def theme(colours: Mapping[str, str] = LIGHT, font: str = "sans-serif") -> dict[
         "facet": {"spacing": SPACING},
         "concat": {"spacing": SPACING},
         "header": {
+            "labelAnchor": "start",
             "labelColor": text,
             "labelFontSize": 12,
             "titleColor": soft,
@@ -159,6 +160,7 @@ def theme(colours: Mapping[str, str] = LIGHT, font: str = "sans-serif") -> dict[
             "band": {"color": colours["band"], "fillOpacity": 0.2, "strokeOpacity": 0},
             "member": {"opacity": 0.45},
             "ring": {"filled": False, "color": text, "strokeWidth": 1.5},
+            "halo": {"color": colours["ground"], "stroke": colours["ground"], "strokeWidth": 4},
         },
     }
 

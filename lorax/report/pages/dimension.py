@@ -100,7 +100,7 @@ def dimension(run: runs.Run, points: pd.DataFrame, estimated: pd.DataFrame) -> S
         parts.append(page.note(text))
     called, metric = intrinsic.name(estimated["threshold"].iloc[0]), estimated["metric"].iloc[0]
     measured = runs.loss_name(run) if metric == "loss" else words.axis(metric)
-    content, picture = curves(points, estimated, measured, runs.loss_name(run))
+    content, picture = curves(points, estimated, measured, runs.loss_unit(run))
     parts.append(content)
     parts.append(estimates(estimated))
     seeds = [
@@ -122,18 +122,19 @@ def headline(row: pd.Series) -> str:
 
 
 def curves(
-    points: pd.DataFrame, estimated: pd.DataFrame, measured: str, loss: str, name: str = "intrinsic"
+    points: pd.DataFrame, estimated: pd.DataFrame, measured: str, unit: str, name: str = "intrinsic"
 ) -> tuple[str, Picture]:
     """The HTML and the figure of the metric against the dimension, with a panel per condition.
 
-    measured: the metric's name. loss: name and unit of the eval loss. name: the figure's.
+    measured: the metric's name. unit: of the loss. name: the figure's.
     """
     called, metric = intrinsic.name(estimated["threshold"].iloc[0]), estimated["metric"].iloc[0]
     caption = (
         f"{measured[0].upper()}{measured[1:]} against the "
-        "dimension of the subspace, each at its best learning rate. Dots are single seeds, bars "
-        "one standard error. Dashed: full fine-tuning. Dotted: the value to reach. Vertical: "
-        f"{called}, with its 95% interval (with the error of full fine-tuning in it) shaded."
+        "dimension of the subspace, each at its best learning rate. Dots: means over seeds; bars: "
+        "95% intervals over seeds (Student's t); small dots: seeds. Dashed: full fine-tuning and "
+        f"the value to reach, on the validation rows. Ring: {called}, with its 95% interval (with "
+        "the error of full fine-tuning in it) shaded."
     )
     alt = f"Line charts of {metric} by dimension. " + " ".join(
         headline(row) + "." for _, row in estimated.iterrows()
@@ -141,7 +142,7 @@ def curves(
     content = page.aid("The estimate is where the line crosses the value to reach.")
     content += page.figure(name, caption, alt)
     return content, Picture(
-        figures.intrinsic(points, estimated, loss), _numbers(points, estimated, metric)
+        figures.intrinsic(points, estimated, unit), _numbers(points, estimated, metric)
     )
 
 

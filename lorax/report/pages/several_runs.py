@@ -208,8 +208,19 @@ def _members(sweeps: dict[str, Sweep]) -> Section:
 
 def _loss(sweeps: dict[str, Sweep]) -> str:
     """The name of the losses, with their unit if all runs have the same."""
-    units = {runs.loss_name(sweep.run) for sweep in sweeps.values()}
-    return units.pop() if len(units) == 1 else "eval loss"
+    units = {runs.loss_unit(sweep.run) for sweep in sweeps.values()}
+    return f"loss ({units.pop()})" if len(units) == 1 else "loss"
+
+
+def _splits(sweeps: dict[str, Sweep]) -> str:
+    """Which rows the losses are from."""
+    of_runs: dict[str, list[str]] = {}
+    for name, sweep in sweeps.items():
+        of_runs.setdefault(runs.measured(sweep.table).split, []).append(name)
+    if len(of_runs) == 1:
+        return f"Losses are those of the {next(iter(of_runs))} rows."
+    said = "; ".join(f"{split} rows: {', '.join(names)}" for split, names in of_runs.items())
+    return f"Losses are not all of the same split. {said}."
 
 
 def _curves(sweeps: dict[str, Sweep]) -> list[Section]:
@@ -227,12 +238,15 @@ def _curves(sweeps: dict[str, Sweep]) -> list[Section]:
         return []
     columns = ["axis", "run", "part", "x", "mean", "se", "n", "line"]
     numbers = pd.concat(curves_by_axis, ignore_index=True)[columns]
+    numbers = settings_compared.with_interval(numbers)
     drawn = ", ".join(words.axis(axis) for axis in dict.fromkeys(numbers["axis"]))
     lowest = numbers.loc[numbers["mean"].idxmin()]
     caption = (
-        "Final eval loss: a line for each method of each run (and for each base, task or number of "
-        "training examples). All other axes are at their best for each value. Against the number "
-        "of parameters, only points are shown that beat all smaller ones. Bars: one standard error."
+        "Final loss: a line for each method of each run (and for each base, task or number of "
+        "training examples). All other axes are at their best for each value, by the mean "
+        "validation loss. Against the number of parameters, only points are shown that beat all "
+        "smaller ones. Dots: means over seeds; bars: 95% intervals over seeds (Student's t). "
+        + _splits(sweeps)
     )
     alt = (
         f"Line charts of final eval loss against {drawn}: the lowest is {lowest['mean']:.3f} of "
@@ -241,7 +255,7 @@ def _curves(sweeps: dict[str, Sweep]) -> list[Section]:
     content = page.aid(
         "Lower is better. Where a line is flat, a larger value does not help."
     ) + page.figure("curves", caption, alt)
-    header = ["run", "of", "against", "value", "final eval loss", "standard error", "n"]
+    header = ["run", "of", "against", "value", "final loss", "95% from", "to", "seeds"]
     header += ["at its best"]
     rows = [
         [
@@ -250,7 +264,8 @@ def _curves(sweeps: dict[str, Sweep]) -> list[Section]:
             words.axis(r["axis"]),
             r["x"],
             page.Fixed(r["mean"]),
-            page.Fixed(r["se"]),
+            page.Fixed(r["low"]),
+            page.Fixed(r["high"]),
             r["n"],
         ]
         + [r["line"] or "–"]
@@ -277,25 +292,28 @@ def _methods(sweeps: dict[str, Sweep]) -> list[Section]:
     names_of = ["run", "method", "setting", "trainable_params", "mean", "se", "n", "diverged"]
     names_of += ["optimizer_bytes", "step_ms"]
     numbers = pd.concat([rows[names_of] for rows in tables], ignore_index=True)
+    numbers = settings_compared.with_interval(numbers)
     best = numbers.loc[numbers["mean"].idxmin()]
-    caption = "Each method of each run at its best setting. Bars: one standard error."
+    caption = (
+        "Final loss of each method of each run at its best setting, by the mean validation loss. "
+        "Dots: means over seeds; bars: 95% intervals over seeds (Student's t). " + _splits(sweeps)
+    )
     alt = (
         f"Dot chart of final eval loss by method and run: {best['method']} of {best['run']} is "
         f"lowest, {words.mean(best)}."
     )
-    header = ["method", "run", "best setting", "trainable parameters", "final eval loss"]
-    header += ["standard error", "n", "diverged", "optimiser bytes", "step (ms)"]
+    header = ["method", "run", "best setting", "trainable parameters", "final loss"]
+    header += ["95% from", "to", "seeds", "diverged", "optimiser bytes", "step (ms)"]
     rows = [
         [r["method"], r["run"], r["setting"], r["trainable_params"], page.Fixed(r["mean"])]
-        + [page.Fixed(r["se"]), r["n"], r["diverged"], r["optimizer_bytes"]]
+        + [page.Fixed(r["low"]), page.Fixed(r["high"]), r["n"], r["diverged"]]
+        + [r["optimizer_bytes"]]
         + [page.Fixed(r["step_ms"], 1)]
         for _, r in numbers.sort_values("mean", kind="stable").iterrows()
     ]
     content = page.aid(
-        "Lower is better. Bars that don't overlap prove nothing: for two equal methods this "
-        "happens by chance in one of three cases with two seeds, one of four with three seeds and "
-        "one of six with many. With three seeds, the means of equal methods differ by more than "
-        "twice the sum of both bars in one of twenty cases."
+        "Lower is better. An interval holds for one mean. Whether two settings of a run differ is "
+        "a question of their differences by seed, which the run's own page answers."
     )
     content += page.figure("methods", caption, alt)
     content += page.table(header, rows, "Best first; click a heading to sort.", sortable=True)
@@ -328,7 +346,8 @@ def _dimensions(searches: dict[str, runs.Run]) -> list[Section]:
         loss = " and ".join(dict.fromkeys(runs.loss_name(run) for run in searches.values()))
         measured = loss if metric == "loss" else words.axis(metric)
         name = "intrinsic" if estimated["metric"].nunique() == 1 else f"intrinsic_{metric}"
-        content, picture = dimension.curves(points, of_metric, measured, loss, name)
+        unit = " and ".join(dict.fromkeys(runs.loss_unit(run) for run in searches.values()))
+        content, picture = dimension.curves(points, of_metric, measured, unit, name)
         content += dimension.estimates(of_metric)
         title = "Intrinsic dimension" + f" by {metric}" * (estimated["metric"].nunique() > 1)
         files = {"intrinsic.csv": estimated, "intrinsic_points.csv": points}
