@@ -309,14 +309,19 @@ class _Pairs(NamedTuple):
     def standardised(self, share: ArrayLike, margin: float) -> tuple[np.ndarray, ...]:
         """(value, standard error, share of the variance that is from the seeds), of all pairs of
         cells, (C, C). share: a number, or (S,), of the settings s."""
-        share = np.broadcast_to(share, self.setting[-1] + 1)[self.setting][:, None, None]
-        units = np.eye(len(self.setting), len(self.losses))
-        weights = units[:, None] - (1 - share) * units
-        weights[..., -1:] -= share
-        variance = lambda of: np.maximum(np.einsum("sbi,ij,sbj->sb", weights, of, weights), 0.0)
+        lost = np.broadcast_to(share, self.setting[-1] + 1)[self.setting][:, None]
+        kept, losses = 1 - lost, self.losses[:-1]
+
+        def variance(of):
+            own, with_base, base = np.diag(of)[:-1], of[:-1, -1], of[-1, -1]
+            apart = own[:, None] + kept**2 * own - 2 * kept * of[:-1, :-1]
+            from_base = lost**2 * base - 2 * lost * with_base[:, None] + 2 * lost * kept * with_base
+            return np.maximum(apart + from_base, 0.0)
+
         by_seeds, total = variance(self.of_seeds), variance(self.of_seeds + self.of_rows)
         from_seeds = by_seeds / np.where(total > 0, total, 1.0)
-        return weights @ self.losses - margin, np.sqrt(total), np.minimum(from_seeds, 1.0)
+        value = losses[:, None] - kept * losses - lost * self.losses[-1] - margin
+        return value, np.sqrt(total), np.minimum(from_seeds, 1.0)
 
     def p(self, share: ArrayLike, margin: float) -> np.ndarray:
         """Of the hypothesis that the difference is 0 or more, of all pairs of cells."""
