@@ -56,8 +56,8 @@ class Section(NamedTuple):
     title: str
     content: str  # HTML; a figure appears in it as src="NAME" until the page is put together
     pictures: dict[str, Picture] = {}
-    # Of analysis/: NAME.csv or NAME.npz.
-    files: dict[str, pd.DataFrame | dict[str, np.ndarray]] = {}
+    # Of analysis/: NAME.csv or NAME.npz; bytes for any other.
+    files: dict[str, pd.DataFrame | dict[str, np.ndarray] | bytes] = {}
     error: Exception | None = None  # why the section failed
 
 
@@ -239,8 +239,10 @@ def save_files(
         write_bytes(directory / rundir.ANALYSIS / name, _data(value))
 
 
-def _data(value: pd.DataFrame | dict[str, np.ndarray]) -> bytes:
-    """A table as CSV, arrays as npz."""
+def _data(value: pd.DataFrame | dict[str, np.ndarray] | bytes) -> bytes:
+    """A table as CSV, arrays as npz; bytes as they are."""
+    if isinstance(value, bytes):
+        return value
     if isinstance(value, pd.DataFrame):
         return csv(value)
     buffer = io.BytesIO()

@@ -310,6 +310,7 @@ def test_the_terminal_says_what_the_file_holds(tmp_path, capsys):
     run = runs.load(make_study(tmp_path / "run", {"rank": (4, 8)}, bend))
     found = answer.write(run)
     assert answer.read(tmp_path / "run") == json.loads(json.dumps(found))
+    assert answer.lines(answer.read(tmp_path / "run")) == answer.lines(found)
     assert rundir.answer(tmp_path / "run") == tmp_path / "run" / "analysis" / "answer.json"
     settings = config.default()
     _show_answer(tmp_path / "run", settings)

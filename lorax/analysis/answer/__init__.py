@@ -8,6 +8,7 @@ else is equal, or said. `answer` returns all of it as a dictionary, which analys
 and from which the terminal and the report take their words.
 """
 
+import json
 import os
 import pathlib
 from typing import Any
@@ -18,9 +19,9 @@ from lorax.analysis.answer import along_axes, decision, next_run, parts, use
 from lorax.analysis.answer.candidates import Field, fields, plain
 from lorax.analysis.answer.decision import Rule
 from lorax.analysis.answer.words import lines, listed
-from lorax.files import read_json, write_json
+from lorax.files import read_json, write_bytes
 
-__all__ = ["answer", "fields", "lines", "read", "write"]
+__all__ = ["answer", "as_json", "fields", "lines", "read", "write"]
 
 #: Keys of the shown setting that stand at the top of the answer.
 SHOWN = ("setting", "words", "trainable_params", "value", "interval", "gain", "members")
@@ -46,8 +47,13 @@ def answer(run: runs.Run) -> dict[str, Any]:
 def write(run: runs.Run) -> dict[str, Any]:
     """`answer` of a run, written to its analysis/answer.json."""
     found = answer(run)
-    write_json(rundir.answer(run.directory), found)
+    write_bytes(rundir.answer(run.directory), as_json(found))
     return found
+
+
+def as_json(found: dict[str, Any]) -> bytes:
+    """An answer as analysis/answer.json holds it: axes stay in their order."""
+    return (json.dumps(found, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read(directory: str | os.PathLike) -> dict[str, Any] | None:

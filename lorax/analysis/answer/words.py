@@ -104,7 +104,7 @@ def sureness(answer: Mapping[str, Any]) -> str:
     text += f"; each setting is at its own best {listed(tuned)} on the validation rows" * bool(
         tuned
     )
-    parts = [text, *filter(None, map(_neighbour, _sized(answer))), *edges(answer)]
+    parts = [text, *filter(None, map(_neighbour, _told(answer))), *edges(answer)]
     lost = [row["words"] for row in answer["excluded"] if row["why"].startswith("diverged")]
     if lost:
         parts.append(f"Not eligible, because a seed diverged: {listed(_some(lost))}")
@@ -139,29 +139,34 @@ def following(answer: Mapping[str, Any]) -> str:
     return "Next: nothing to refine in this grid."
 
 
-def _sized(answer: Mapping[str, Any]) -> list[Mapping]:
-    """The neighbours along the axes that decide the size; else those along all."""
-    own = [n for n in answer["neighbours"] if n["axis"] in answer["axes"]["compared"]]
-    return own or answer["neighbours"]
+def _told(answer: Mapping[str, Any]) -> list[Mapping]:
+    """The neighbours along the axes that decide the size, and along the learning rate; else those
+    along all."""
+    told = {*answer["axes"]["compared"], "lr"}
+    return [n for n in answer["neighbours"] if n["axis"] in told] or answer["neighbours"]
 
 
 def _neighbour(found: Mapping[str, Any]) -> str:
-    """ "rank 8 is 0.02 [0.01, 0.03] worse, rank 32 0.01 [0, 0.02] better"."""
+    """ "at rank 8 it is 0.02 [0.01, 0.03] worse, at rank 32 0.01 [0, 0.02] better"."""
     texts = []
     for side in ("lower", "higher"):
         if side in found and found[side]["behind"] is not None:
-            name = f"{found['axis']} {value(found[side]['value'])}"
-            texts.append(f"{name} is {difference(found[side]['behind'])}")
+            verb = " it is" if not texts else ""
+            at = f"at {found['axis']} {value(found[side]['value'])}{verb}"
+            texts.append(f"{at} {difference(found[side]['behind'])}")
     return ", ".join(texts)
 
 
 def edges(answer: Mapping[str, Any]) -> list[str]:
     """A sentence, without its full stop, for each axis at whose end the best lies or the loss still
     falls."""
-    return [text for edge in answer["edges"] if (text := _edge(edge))]
+    is_best = answer["setting"] == answer["best"]["setting"]
+    told = {found["axis"] for found in _told(answer) if is_best}
+    return [text for edge in answer["edges"] if (text := _edge(edge, edge["axis"] in told))]
 
 
-def _edge(edge: Mapping[str, Any]) -> str:
+def _edge(edge: Mapping[str, Any], is_told: bool) -> str:
+    """is_told: whether the difference to the value beside it is said already."""
     extreme = {"lower": "smallest", "higher": "largest"}
     if edge["at"]:
         also = f" (also of {listed(_some(edge['also']))})" if edge["also"] else ""
@@ -169,7 +174,7 @@ def _edge(edge: Mapping[str, Any]) -> str:
         text += f" {extreme[edge['at']]} tried"
         if edge["limit"]:
             return f"{text} and possible" if edge["open"] else ""
-        if edge["fall"] is not None:
+        if edge["fall"] is not None and not is_told:
             beside = value(edge["beside"])
             text += f", {with_interval(edge['fall'])} better than {edge['axis']} {beside}"
         return text + ("" if edge["open"] else ": going on gains little")

@@ -57,11 +57,12 @@ def _is_at(row: pd.Series, member: pd.Series, names) -> bool:
 
 
 def answered(run: runs.Run) -> tuple[dict[str, Any] | None, list[Section]]:
-    """(the answer of a run, its section), written to analysis/answer.json; (None, a section with
-    the error) if that failed."""
+    """(the answer of a run, its section with analysis/answer.json); (None, a section with the
+    error) if that failed."""
     try:
-        found = answer.write(run)
-        return found, [section(found)]
+        found = answer.answer(run)
+        files = {"answer.json": answer.as_json(found)}
+        return found, [section(found)._replace(files=files)]
     except Exception as error:  # show the rest of the page
         return None, [Section(TITLE, "", error=error)]
 
