@@ -6,7 +6,6 @@ loss chooses. Members that were trained or measured on different data are never 
 a `Field` for each such condition.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lorax.analysis import runs
+from lorax.analysis.answer.measured import Metric, measured, of_rows
 from lorax.config import key_of
 
 #: Keys, and sections, that decide what is measured: with other values, losses can't be compared.
@@ -21,28 +21,6 @@ CONDITIONS = ("base", "quant", "train.seq_len")
 CONDITION_SECTIONS = ("task.", "eval.")
 #: Why a member has no value, by its status.
 LATER = {"diverged": "diverged", "running": "not finished", "stopped": "stopped for better values"}
-
-
-class Metric(NamedTuple):
-    """What settings are compared by.
-
-    name: "loss", or a score of the task. sign: 1 if lower is better, else -1. split: "test", or
-    "eval" if the run has no test rows. validation, value, base: columns of the field's table: what
-    choices are made by, what is reported, and the same before training.
-    """
-
-    name: str
-    unit: str  # "nats"; "" for a score
-    sign: int
-    split: str
-    validation: str = "_validation"
-    value: str = "_value"
-    base: str = "_base"
-
-    @property
-    def called(self) -> str:
-        """ "test loss"."""
-        return f"{self.split} {self.name}"
 
 
 class Field(NamedTuple):
@@ -54,8 +32,8 @@ class Field(NamedTuple):
     sizes, tuned: the axes of the candidates, and those along which each is at its best.
     points: a row per point: its axes, trainable_params, members (a list, one a seed or None),
     eligible, why it is not, candidate (its number), place (its number among the R).
-    candidates: a row per candidate: its sizes, and those of `points` at its best point (point: the
-    number of that).
+    candidates: a row per candidate: its sizes, trainable_params, and its best point: the number of
+    that (point; -1 if none is eligible), eligible, members.
     sums: (P, K, N), each row's summed loss. weights: (N,). validation: (P, K). start: (K, N), the
     base's summed losses. full: the number of the point of full fine-tuning that others are shown
     beside, None if there is none.
@@ -150,39 +128,6 @@ def _groups(table: pd.DataFrame, names: Sequence[str]) -> Iterator[tuple[dict, p
         yield {name: members[name].iloc[0] for name in names}, members
 
 
-def measured(run: runs.Run, table: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, Metric]:
-    """The table of `runs.summary` with the columns of a `Metric`, and that metric."""
-    if metric == "loss":
-        names = ("final_loss", "test_loss", "base_loss", "base_test_loss")
-    else:
-        names = (metric, f"test_{metric}", "", "")
-        if metric not in table:
-            known = ", ".join(["loss", *runs.scores(run)])
-            raise ValueError(f"analysis.metric: {metric!r} given, this run measures {known}")
-    validation, test, base, base_test = names
-    has_test = test in table and table[test].notna().any()
-    split = "test" if has_test else "eval"
-    unit = ("squared error" if "planted" in run.members else "nats") if metric == "loss" else ""
-    measure = Metric(metric, unit, 1 if metric == "loss" else -1, split)
-    before = base_test if has_test else base
-    start = table[before] if before in table else _at_start(run, table, metric, split)
-    value = table[test if has_test else validation]
-    lost = table["status"].isin(["diverged", "stopped"])  # a score may have been measured before
-    columns = {measure.validation: table[validation], measure.value: value, measure.base: start}
-    columns = {name: measure.sign * pd.to_numeric(c) for name, c in columns.items()}
-    for name in (measure.validation, measure.value):
-        columns[name] = columns[name].mask(lost)
-    return table.assign(**columns), measure
-
-
-def _at_start(run: runs.Run, table: pd.DataFrame, metric: str, split: str) -> pd.Series:
-    """A score of each member at step 0; NaN where it was not measured."""
-    if metric not in run.metrics:
-        return pd.Series(np.nan, table.index)
-    first = run.metrics[(run.metrics["step"] == 0) & (run.metrics["split"] == split)]
-    return first.set_index("member")[metric].reindex(table.index)
-
-
 # ----------------------------------------------------------------------------------- of a condition
 
 
@@ -198,7 +143,7 @@ def _field(run, table: pd.DataFrame, metric: Metric, condition: dict, axes: list
         _point(members, metric, values, seeds) for values, members in _groups(table, axes or varied)
     )
     points, candidates = _candidates(points, sizes, tuned)
-    rows = _rows(run, table, metric)
+    rows = of_rows(run, table, metric)
     at = [[member for member in members] for members in points["members"]]
     value = lambda column: np.array(
         [[np.nan if m is None else table[column][m] for m in members] for members in at], float
@@ -206,7 +151,7 @@ def _field(run, table: pd.DataFrame, metric: Metric, condition: dict, axes: list
     validation, kept = value(metric.validation), ~points["eligible"].to_numpy()
     if rows is None:
         sums, weights = value(metric.value)[..., None], np.ones(1)
-        start = np.full((len(seeds), 1), _median(table[metric.base]))
+        start = np.full((len(seeds), 1), table[metric.base].median())
     else:
         first, weights, losses = rows
         blank = np.full(len(weights), np.nan)
@@ -290,36 +235,3 @@ def _best(points: pd.DataFrame, which: pd.Series, validation: np.ndarray) -> int
     """The number of the eligible point with the lowest mean validation loss among some."""
     own = points.index[which & points["eligible"]]
     return int(own[np.argmin(validation[own].mean(1))]) if len(own) else None
-
-
-def _median(values: pd.Series) -> float:
-    return float(values.median()) if values.notna().any() else math.nan
-
-
-# ---------------------------------------------------------------------------------- of single rows
-
-
-def _rows(run: runs.Run, table: pd.DataFrame, metric: Metric):
-    """(the base's summed losses (N,), weights (N,), {member: summed losses (N,)}) of the test rows;
-    None if they are not known, or not the same rows for all."""
-    if metric.split != "test" or ("data_seed" in table and table["data_seed"].nunique() > 1):
-        return None
-    kept = {m: run.rows(m) for m in table.index[table[metric.value].notna()]}
-    if not kept or any(rows is None for rows in kept.values()):
-        return None
-    weights = np.asarray(next(iter(kept.values()))["weight"], float)
-    same = lambda rows: np.array_equal(np.asarray(rows["weight"], float), weights)
-    if not all(map(same, kept.values())):
-        return None
-    name, start = ("loss", "start") if metric.name == "loss" else ("score", "start_score")
-    losses = {m: metric.sign * np.asarray(r[name], float) for m, r in kept.items() if name in r}
-    agree = lambda m: math.isclose(
-        losses[m].sum() / weights.sum(), table[metric.value][m], rel_tol=1e-3, abs_tol=1e-4
-    )
-    # The score of single rows may be another than the one that was asked for.
-    if len(losses) < len(kept) or not all(map(agree, losses)):
-        return None
-    begun = table.loc[list(kept), metric.base]
-    middle = (begun - begun.median()).abs()
-    first = middle.idxmin() if middle.notna().any() else next(iter(kept))
-    return metric.sign * np.asarray(kept[first][start], float), weights, losses
