@@ -249,7 +249,7 @@ def test_overlap_is_a_symmetric_matrix():
     pairs = pd.DataFrame(rows, columns=["first", "second", "side", "phi", "by_chance"])
     table = data(figures.overlap(pairs, list("abc")))
     assert len(table) == 4 and set(table[table["first"] == "b"]["phi"]) == {0.5}
-    assert "input side" in drawn.texts(figures.overlap(pairs, list("abc")))
+    assert "input" in drawn.texts(figures.overlap(pairs, list("abc")))
 
 
 def test_several_adapters_have_a_row_of_panels_for_every_target(learned):

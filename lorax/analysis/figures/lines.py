@@ -69,7 +69,7 @@ def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> alt.LayerChart:
         x=x,
         tooltip=tooltips({"line": ""} | words | _interval("95% interval from") | {"n": "layers"}),
     )
-    lines = lambda marks: lines_of("line", list(phi), marks)
+    lines = lambda marks: _below_each_other(lines_of("line", list(phi), marks))
     bar = means.mark_rule(strokeOpacity=0.5)
     parts = [
         by_chance.mark_area(style="band").encode(y="low:Q", y2="high:Q"),
@@ -79,6 +79,14 @@ def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> alt.LayerChart:
         means.mark_point(size=24).encode(y=y, **lines("point")),
     ]
     return themed(alt.layer(*parts).properties(width="container"))
+
+
+def _below_each_other(encodings: dict) -> dict:
+    """The encodings with a legend of one column, for long names."""
+    for name in ("color", "shape"):
+        if name in encodings:
+            encodings[name].legend = alt.Legend(columns=1)
+    return encodings
 
 
 def _interval(words: str) -> dict:
@@ -137,7 +145,9 @@ def intruder_counts(table: pd.DataFrame, k: int = 10, main: str = "rank") -> alt
         means.mark_line().encode(
             y=y,
             color=lines("line")["color"],
-            strokeDash=alt.StrokeDash("kind:N", scale=dash, title=None),
+            strokeDash=alt.StrokeDash(
+                "kind:N", scale=dash, title=None, legend=alt.Legend(columns=1)
+            ),
         ),
         means.mark_point(size=30).encode(y=y, **lines("point")),
     ]

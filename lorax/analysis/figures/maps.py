@@ -12,7 +12,15 @@ import numpy as np
 import pandas as pd
 
 from lorax.analysis.figures.panels import digits, wrapped
-from lorax.analysis.figures.style import distinct, panel_title, themed, tooltips
+from lorax.analysis.figures.style import (
+    AXIS,
+    HEADER,
+    WIDTH,
+    distinct,
+    panel_title,
+    themed,
+    tooltips,
+)
 
 PHI = "φ(i, j)"
 FEW = 8  # rows and columns; maps up to this size show their numbers in the cells
@@ -140,9 +148,9 @@ def overlap(pairs: pd.DataFrame, names: Sequence[str]) -> alt.FacetChart:
     for name in ("phi", "by_chance"):
         table[name] = digits(table[name], 3)
     table["ground"] = np.where(table["phi"] > 0.55, "light", "dark")
-    cells = alt.Chart(table).encode(
-        x=alt.X("second:N", title=None, sort=list(names), axis=alt.Axis(labelAngle=-40)),
-        y=alt.Y("first:N", title=None, sort=list(names)),
+    cells = alt.Chart().encode(
+        x=alt.X("second:N", title=None, sort=list(names), axis=alt.Axis(labelAngle=-35)),
+        y=alt.Y("first:N", title=None, sort=list(names), axis=alt.Axis(labelLimit=110)),
         tooltip=tooltips(
             {"first": "between", "second": "and", "phi": ("φ", ".3f")}
             | {"by_chance": ("by chance", ".3f")}
@@ -152,9 +160,11 @@ def overlap(pairs: pd.DataFrame, names: Sequence[str]) -> alt.FacetChart:
     if len(names) <= FEW:
         text = alt.Text("phi:Q", format=".2f")
         parts.append(cells.mark_text(fontSize=11).encode(text=text, color=_ON_GROUND))
-    sides = {side: f"{side} side" for side in distinct(table["side"])}
-    height = 26 * len(names)
-    return themed(wrapped(alt.layer(*parts).properties(height=height), sides, "side", 2))
+    panel = alt.layer(*parts, data=table)
+    panel = panel.properties(height=28 * len(names), width=WIDTH - AXIS - HEADER)
+    sides = alt.Row("side:N", title=None, sort=distinct(table["side"]))
+    chart = panel.facet(row=sides).resolve_scale(x="independent")
+    return themed(chart.properties(usermeta={"columns": 1}))  # as `facet_grid`
 
 
 def layer_grid(values: pd.DataFrame, label: str, *, log: bool = False) -> alt.LayerChart:
@@ -303,7 +313,8 @@ def _counted(title: str, maps: Mapping[str, np.ndarray], side: int) -> dict:
     """Arguments of `alt.X` or `alt.Y` for the directions on one side of the maps, from 1."""
     sizes = {values.shape[side] for values in maps.values()}
     scale = alt.Scale(nice=False, zero=False, reverse=side == 0)
-    axis = alt.Axis(grid=False, format="d", tickMinStep=1, tickCount=5)
+    whole = "datum.value % 1 ? '' : datum.label"
+    axis = alt.Axis(grid=False, format="d", tickCount=5, labelExpr=whole)
     if len(sizes) == 1:
         (size,) = sizes
         ticks = {1, *(round(size * share) for share in (0.25, 0.5, 0.75)), size} - {0}

@@ -25,6 +25,7 @@ from lorax.analysis.figures.style import (
     with_intervals,
 )
 
+SHORT = 10  # characters of a name that fits below a panel of many
 INTERVAL = {"low": ("95% interval from", ".4~g"), "high": ("to", ".4~g")}  # in tooltips
 
 
@@ -87,7 +88,10 @@ def means_of_layers(
         )
     )
     chart = with_intervals(layers, "value", ["kind", "target", "x"], keep=True)
-    chart = chart.encode(x=alt.X("x", **position(data["x"], main)))
+    x = position(data["x"], main)
+    if not joined and data["line"].str.len().max() > SHORT:
+        x["axis"] = alt.Axis(labelAngle=-35)
+    chart = chart.encode(x=alt.X("x", **x))
     chart = chart.transform_calculate(bar=f"isValid(datum.low) ? max(datum.low, {lowest}) : null")
     height = lambda column: alt.Y(f"{column}:Q", **y)
     lines = lambda marks: lines_of("target", distinct(data["target"]), marks, "target")
@@ -149,9 +153,12 @@ def logarithmic(values: pd.Series, base: int = 10) -> dict[str, Any]:
     low, high = (math.floor(powers.min()), math.ceil(powers.max())) if len(powers) else (0, 1)
     step = -(-(high - low) // 6) or 1
     ticks = [float(base) ** power for power in range(low, high + 1, step)]
+    inside = [tick for tick in ticks if values.min() <= tick <= values.max()]
+    if len(inside) < 2:
+        ticks = alt.Undefined
     return {
         "scale": alt.Scale(type="log", base=base, nice=False),
-        "axis": alt.Axis(values=ticks, format="~g", labelOverlap="greedy"),
+        "axis": alt.Axis(values=ticks, format="~g", labelOverlap="greedy", tickCount=4),
     }
 
 

@@ -303,10 +303,12 @@ def _amplification(
 def _table7(means: pd.DataFrame, by_layer: pd.DataFrame, main: str) -> str:
     """Table 7 over all layers, and folded, by layer."""
     heads, columns = [words.axis(main), *COLUMNS.values()], list(COLUMNS)
+    norms = columns[:-2]
     whole = page.table(
         ["target", *heads],
         [
-            [r["target"], r[main], *(page.Fixed(r[c], 3, r[f"{c}_half"]) for c in columns)]
+            [r["target"], r[main], *(Fixed(r[c], 3) for c in norms)]
+            + [Fixed(r[c], 3, r[f"{c}_half"]) for c in ("over_chance", "factor")]
             for _, r in means.iterrows()
         ],
         f"Table 7: Frobenius norms, means over layers and members. {OVER_LAYERS}",
