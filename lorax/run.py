@@ -129,7 +129,7 @@ def _show_answer(workdir: Path, settings: ConfigDict) -> None:
 
     try:
         found = answer.read(workdir) or answer.answer(runs.load(workdir))
-    except (ValueError, OSError) as error:
+    except Exception as error:  # the run is whole without it
         print(f"\nNo answer: {reason(error)}")
         return
     print("", *answer.lines(found), sep="\n")
