@@ -238,6 +238,9 @@ def test_one_method_beside_full_fine_tuning_goes_by_its_rank(tmp_path):
     assert found["words"] == "rank 8" and found["axes"]["compared"] == ["rank"]
     assert found["full"]["setting"] == {"method": "full", "lr": 2e-3}
     assert found["full"]["share_of_gain"]["value"] == pytest.approx(1.0, abs=0.01)
+    (tmp_path / "members.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[3:]))
+    found = answer.answer(runs.load(tmp_path))
+    assert found["verdict"] == "one setting" and found["words"] == "rank 8" and found["full"]
 
 
 # ------------------------------------------------------------------------------------ what is next

@@ -134,14 +134,14 @@ def _groups(table: pd.DataFrame, names: Sequence[str]) -> Iterator[tuple[dict, p
 def _field(run, table: pd.DataFrame, metric: Metric, condition: dict, axes: list[str]) -> Field:
     is_full = (table["method"] == "full") & (table["method"] != "full").any()
     own = table[~is_full]
-    varied = [name for name in axes if own[name].nunique(dropna=False) > 1] or ["rank"]
+    varied = [name for name in axes if own[name].nunique(dropna=False) > 1]
+    varied = varied or ["rank" if own["rank"].notna().any() else "method"]
     sizes = tuple(n for n in varied if _is_size(own, n, varied)) or tuple(varied[:1])
     tuned = tuple(name for name in varied if name not in sizes)
     seeds = sorted(own["seed"].unique(), key=str)
     seeds = sorted(seeds) if all(isinstance(seed, (int, np.integer)) for seed in seeds) else seeds
-    points = pd.DataFrame(
-        _point(members, metric, values, seeds) for values, members in _groups(table, axes or varied)
-    )
+    grouped = _groups(table, list(dict.fromkeys([*axes, *varied])))
+    points = pd.DataFrame(_point(own, metric, values, seeds) for values, own in grouped)
     points, candidates = _candidates(points, sizes, tuned)
     rows = of_rows(run, table, metric)
     at = [[member for member in members] for members in points["members"]]
