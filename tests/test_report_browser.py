@@ -82,7 +82,7 @@ def set_width(browser, width):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
 
-def until(condition, seconds=20):
+def until(condition, seconds=60):
     """Waits until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():

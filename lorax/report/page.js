@@ -148,10 +148,18 @@ function fit(chart, room) {
   }
 }
 
+// Vega-Lite says so wherever the rows of a chart give its height, though only its width is to fit.
+const warn = console.warn;
+console.warn = (...said) => { if (!said.join(" ").includes('Dropping "fit-y"')) warn(...said); };
+
+// Pixels beside the margins; a folded chart has none of its own yet.
+const roomOf = (element) =>
+  element.clientWidth || document.querySelector("main section").clientWidth;
+
 async function draw(element) {
-  drawn.set(element, drawn.get(element) ?? null);  // nothing else begins to draw it
+  drawn.set(element, drawn.get(element) ?? null);  // only a change of width draws it again
   const {tables, ...chart} = structuredClone(page.charts[element.dataset.chart]);
-  const room = element.clientWidth || document.querySelector("main section").clientWidth;
+  const room = roomOf(element);
   const legend = {...page.config.legend, columns: room < 500 ? 2 : 4};
   const view = {...page.config.view};
   // Else Vega takes a chart whose axis has names for one of a fixed width, and warns.
@@ -165,6 +173,10 @@ async function draw(element) {
   const {view: made} = await vegaEmbed(place, chart, {
     mode: "vega-lite", renderer: "svg", actions: false, tooltip: tell, logLevel: 1,  // errors
     config: {...page.config, legend, view}});
+  if (room !== roomOf(element)) {  // it has changed meanwhile
+    made.finalize();
+    return draw(element);
+  }
   drawn.get(element)?.finalize();
   drawn.set(element, made);
   place.querySelector("svg").ariaHidden = "true";  // the element around it says what it shows
@@ -182,7 +194,7 @@ const seen = new IntersectionObserver((entries) => {
   }
 }, {rootMargin: "600px"});
 for (const element of charts) seen.observe(element);
-const idle = window.requestIdleCallback ?? ((work) => setTimeout(work, 200));
+const idle = (work) => window.requestIdleCallback?.(work, {timeout: 300}) ?? setTimeout(work, 200);
 idle(async function rest() {
   const next = charts.find((element) => !drawn.has(element));
   if (next) { await draw(next); idle(rest); }
