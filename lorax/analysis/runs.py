@@ -173,6 +173,11 @@ class Axes(NamedTuple):
         """All fields in which the settings differ; the main axis first."""
         return self.others if self.main is None else (self.main, *self.others)
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """`names`, and the fields that were tuned: all in which members differ but for the seed."""
+        return (*self.names, *self.tuned)
+
 
 def summary(run: Run) -> pd.DataFrame:
     """One row per member: its fields, then its results.

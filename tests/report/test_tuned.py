@@ -6,7 +6,7 @@ from reading import Page
 from synthetic import kernels, make_run
 
 from lorax import report, terminal
-from lorax.analysis import runs
+from lorax.analysis import answer, runs
 
 RATES = (1e-3, 2e-3)
 
@@ -42,6 +42,12 @@ def test_every_setting_stands_at_its_own_best_value(tmp_path):
     table.loc[[2, 3], ["status", "final_loss"]] = "finished", 9.0
     assert runs.settings(table, by)["mean"].equals(settings["mean"])
     assert list(runs.averaged(table, by)) == [0, 1, 6, 7]
+
+
+def test_the_answer_is_among_the_settings_at_their_best(tmp_path):
+    found = answer.answer(runs.load(tuned(tmp_path)))
+    assert found["axes"] == {"compared": ["rank"], "at_its_best": ["lr"]}
+    assert found["setting"] == {"rank": 4, "lr": 2e-3}
 
 
 def test_the_terminal_has_a_line_for_every_setting(tmp_path):

@@ -87,8 +87,8 @@ def fields(run: runs.Run, metric: str = "loss") -> list[Field]:
     """
     table, measure = measured(run, runs.summary(run), metric)
     by = runs.axes(run, table)
-    conditions = [name for name in by.names if is_condition(name)]
-    axes = [name for name in by.names if name not in conditions]
+    conditions = [name for name in by.fields if is_condition(name)]
+    axes = [name for name in by.fields if name not in conditions]
     return [
         _field(run, members, measure, condition, axes)
         for condition, members in _groups(table, conditions)

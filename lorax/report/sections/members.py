@@ -23,7 +23,7 @@ def members(run: runs.Run, table: pd.DataFrame, by: runs.Axes, scores: list[str]
       by: the axes in which the members differ.
       scores: the columns of the table that the task measures.
     """
-    axes = [name for name in (*by.names, *by.tuned, *SEEDS, "status") if name in table]
+    axes = [name for name in (*by.fields, *SEEDS, "status") if name in table]
     axes = [name for name in axes if table[name].astype(str).nunique() > 1]
     header = ["member", *map(words.axis, axes), "trainable parameters", "scale s"]
     header += ["final eval loss", "best eval loss", *scores]
