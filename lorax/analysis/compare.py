@@ -185,18 +185,8 @@ def bootstrap(
 
     Raises ValueError for shapes that don't fit.
     """
-    sums, weights = np.asarray(sums, float), np.asarray(weights, float)
-    cells = sums[:, None] if sums.ndim == 3 else sums
-    if cells.ndim != 4 or weights.shape != cells.shape[-1:] or not (weights > 0).all():
-        raise ValueError(
-            f"sums {sums.shape} and weights {weights.shape}: need (S, K, N) or (S, R, K, N), and "
-            "(N,) above 0"
-        )
+    cells, weights, losses, judged = _checked(sums, weights, validation)
     settings, rates, seeds, rows = cells.shape
-    losses = cells.sum(-1) / weights.sum()  # (S, R, K)
-    judged = losses if validation is None else np.asarray(validation, float)
-    if judged.shape != losses.shape:
-        raise ValueError(f"validation {judged.shape}: need {losses.shape}, (S, R, K)")
     eligible = np.isfinite(losses).all(-1) & np.isfinite(judged).all(-1)
     filled = lambda values: np.where(eligible[..., None], values, 0.0).reshape(-1, seeds)
     cells = np.where(eligible[..., None, None], cells, 0.0).reshape(-1, seeds, rows)
@@ -225,6 +215,23 @@ def bootstrap(
         np.where(eligible.any(-1), scores.argmin(-1), -1),
         (drawn[..., None] == np.arange(rates)).mean(0) * eligible,
     )
+
+
+def _checked(sums, weights, validation) -> tuple[np.ndarray, ...]:
+    """(sums (S, R, K, N), weights (N,), losses (S, R, K), the losses that choose (S, R, K)) from
+    arguments of `bootstrap`. Raises ValueError for shapes that don't fit."""
+    sums, weights = np.asarray(sums, float), np.asarray(weights, float)
+    cells = sums[:, None] if sums.ndim == 3 else sums
+    if cells.ndim != 4 or weights.shape != cells.shape[-1:]:
+        given = f"sums {sums.shape} and weights {weights.shape}"
+        raise ValueError(f"{given}: need (S, K, N) or (S, R, K, N), and (N,)")
+    if not ((weights >= 0).all() and weights.sum() > 0):
+        raise ValueError(f"weights {weights}: must be 0 or more, and not all 0")
+    losses = cells.sum(-1) / weights.sum()
+    judged = losses if validation is None else np.asarray(validation, float)
+    if judged.shape != losses.shape:
+        raise ValueError(f"validation {judged.shape}: need {losses.shape}, (S, R, K)")
+    return cells, weights, losses, judged
 
 
 def _take(values: np.ndarray, which: np.ndarray) -> np.ndarray:
@@ -283,7 +290,7 @@ class NonInferiority(NamedTuple):
         np.ndarray
     )  # the smallest alpha with which the setting is shown to be good; NaN: not eligible
     bound: np.ndarray  # its loss above the best's, at most (one-sided, for this setting alone)
-    lacks: np.ndarray  # the share of the best's improvement that it lacks, at most; NaN: no base
+    lacks: np.ndarray  # the share of the best's improvement that it lacks, at most; NaN: not known
     margin: float  # how much may be lost, in the unit of the loss
     seed_sd: np.ndarray  # of its difference to the best: standard deviation over seeds
     row_se: np.ndarray  # and standard error from the rows; both for `power`
@@ -418,11 +425,16 @@ def noninferior(
         result.seed_sd[:] = np.nan
         count = f"{found.seeds} seed{'s' * (found.seeds > 1)}"
         return result._replace(why=f"{count}: at least {SEEDS} are needed to decide")
+    return _tested(result, pairs, order, share, shift, alpha)
+
+
+def _tested(result: NonInferiority, pairs: _Pairs, order, share, shift, alpha) -> NonInferiority:
+    """The result with its tests. order: the eligible settings, cheapest first."""
     p = pairs.p(share, shift)
     result.p[order] = adjusted(pairs.highest(p))
     result.worse[order] = _worse(pairs.highest(1 - p)) <= alpha
     result.bound[order] = pairs.highest(pairs.bound(alpha)).max(1)
-    if start is not None:
+    if share > 0:
         result.lacks[order] = _smallest_share(pairs, alpha)
     result.good[order] = result.p[order] <= alpha
     good = order[result.good[order]]

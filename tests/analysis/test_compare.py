@@ -138,6 +138,8 @@ def test_a_setting_with_a_diverged_seed_is_not_eligible():
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match=r"need \(S, K, N\) or \(S, R, K, N\)"):
         compare.bootstrap(np.ones((2, 3, 4)), np.ones(5))
+    with pytest.raises(ValueError, match="not all 0"):
+        compare.bootstrap(np.ones((2, 3, 4)), np.zeros(4))
     with pytest.raises(ValueError, match=r"validation \(2, 3\): need \(2, 2, 3\)"):
         compare.bootstrap(np.ones((2, 2, 3, 4)), np.ones(4), np.ones((2, 3)))
     with pytest.raises(ValueError, match="start: needed"):
