@@ -155,7 +155,7 @@ def _in_words(field: Field, rule: Rule) -> str:
     tuned = f", each at its own best {listed(field.tuned)} on the validation rows," * bool(
         field.tuned
     )
-    within = f"{rule.share:.3g} of the best's improvement on the base"
+    within = f"{100 * rule.share:.3g}% of the best's improvement on the base"
     if rule.margin is not None:
         within = f"{rule.margin:g} {field.metric.unit}".strip()
     paired = "by seed" + " and by row" * (len(field.weights) > 1)

@@ -127,7 +127,7 @@ def _rates(field: Field, found: Mapping[str, Any]) -> tuple[tuple, str]:
     worse = found["verdict"] == "nothing beats the base"
     factors = (0.03, 0.1, 0.3) if worse else (0.3, 1.0, 3.0)
     values = tuple(float(f"{rates[0] * factor:.2g}") for factor in factors)
-    return values, "smaller learning rates" if worse else "learning rates: one was tried"
+    return values, "smaller learning rates" if worse else "other learning rates: one was tried"
 
 
 def _blocks(values: Mapping[str, tuple], ties: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:

@@ -237,7 +237,7 @@ def difference(found: Mapping[str, Any]) -> str:
 def with_interval(found: Mapping[str, Any]) -> str:
     """ "0.512 [0.498, 0.526]"; without an interval that has no width."""
     low, high = found["low"], found["high"]
-    if low is None or high - low < 10**-MOST_DIGITS * max(abs(low), abs(high)):
+    if low is None or high - low <= 10**-MOST_DIGITS * max(abs(low), abs(high)):
         return amount(found["value"])
     width = (high - low) / 2
     if width < 10**-MOST_DIGITS:

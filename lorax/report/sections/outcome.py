@@ -182,7 +182,7 @@ def _next(found: Mapping[str, Any]) -> str:
     why = page.escape(proposed["why"])
     if proposed["command"] is None:
         return page.paragraph(answer.lines(found)[2])
-    return f"<p>To run next, {why}:</p>{page.command_block(proposed['command'])}"
+    return f"<p>Run next ({why}):</p>{page.command_block(proposed['command'])}"
 
 
 def _use(found: Mapping[str, Any]) -> str:
