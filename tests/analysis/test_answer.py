@@ -191,6 +191,14 @@ def test_rates_that_halving_stopped_are_no_candidates(tmp_path):
         "stopped for better values"
     }
     assert found["diverged"] == []
+    # More seeds race over the same rates.
+    near = lambda member: 1 + 0.06 * (member["rank"] != 4) + 0.1 * (member["lr"] < 1e-2)
+    out = [n for n in range(27) if n // 3 % 3 != 1]  # but for the middle rate of each rank
+    noisy = {"stopped": out, "noise": 0.03, "config": {"sweep": {"tune": "lr"}}}
+    found = ask(tmp_path / "b", {"rank": (2, 4, 8), "lr": (1e-3, 1e-2, 1e-1)}, near, **noisy)
+    changes = found["next"]["changes"]
+    assert found["verdict"] == "undecided" and changes["rank"] == (2, 4)
+    assert len(changes["seed"]) > 3 and "lr" not in changes
 
 
 def test_main_effects_are_over_balanced_settings(tmp_path):

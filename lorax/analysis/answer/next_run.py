@@ -112,7 +112,8 @@ def _kept(field: Field, block, steps: list[tuple], found, opened) -> list[tuple]
     tuned axes themselves, of which a size beyond an edge may have another best value."""
     axis = next((axis for axis in block if axis in field.axes), None)
     moves = set(opened) & set(field.tuned) if axis in field.sizes else opened
-    if axis is None or moves or len(field.seeds) < compare.SEEDS:
+    raced = axis_of(_sweep(field).get("tune") or "") in block  # halving needs several values
+    if axis is None or raced or moves or len(field.seeds) < compare.SEEDS:
         return steps
     rows = [found["best"], *filter(None, [found["chosen"]]), *found["undecided"]]
     used = {_word(row["setting"].get(axis)) for row in rows}
