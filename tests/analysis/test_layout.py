@@ -116,6 +116,16 @@ def test_the_axis_of_losses_reaches_to_a_base_that_is_near():
     assert layout.extent(pd.Series([np.nan]), None) == (0.0, 1.0)
 
 
+def test_the_axis_of_losses_has_room_for_intervals():
+    table = members(rank=[1, 2]).assign(final_loss=[1.0, 1.1, 2.0, 2.0])
+    low, high = layout.widened((0.9, 2.1), table, ["rank"], "final_loss")
+    assert low == pytest.approx(compare.interval([1.0, 1.1]).low) and high == 2.1
+    table["final_loss"] = [1.0, 1.9, 2.0, 2.0]  # from -4.3: half of the axis more
+    assert layout.widened((0.9, 2.1), table, ["rank"], "final_loss")[0] == pytest.approx(0.3)
+    one = table[table["seed"] == 0]
+    assert layout.widened((0.9, 2.1), one, ["rank"], "final_loss") == (0.9, 2.1)
+
+
 def test_many_evaluations_are_thinned_and_the_last_of_each_member_stays():
     steps, count = 400, 50
     curves = pd.DataFrame(

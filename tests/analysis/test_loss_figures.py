@@ -207,8 +207,8 @@ def test_all_members_are_lines_through_their_values(grid):
     table.loc[0, ["status", "final_loss"]] = ["diverged", np.nan]
     figure = figures.parallel(table, ["rank", "alpha", "lr"])
     said = texts(figure)
-    assert {"rank", "α", "learning rate", "trainable parameters", "loss"} <= set(said)
-    assert {"0.001", "0.002", "none", "10,000"} <= set(said)
+    assert {"rank", "α", "rate", "parameters", "loss"} <= set(said)
+    assert {"0.001", "0.002", "none", "10k"} <= set(said)
     at, ticks = figures.members.heights(table["rank"], "rank")
     assert at[90] == 0 and at[table.index[-3]] == 1 and ticks["none"] == 0
     assert ticks["1"] < ticks["2"] < ticks["4"]

@@ -158,7 +158,7 @@ def in_panels(
     chart: alt.LayerChart,
     data: pd.DataFrame,
     panels: Sequence[str],
-    height: Any = None,
+    height: int | None = None,
     columns: int | None = None,
     *,
     independent: bool = False,
@@ -166,7 +166,7 @@ def in_panels(
     """The chart on the data; if there are panels (titles), one for each, row by row.
 
     Args:
-      height: pixels, or {"step": pixels of a row}; None: that of other figures.
+      height: in pixels; None: that of other figures.
       columns: how many panels a row has at most; None: as their number suggests.
       independent: whether every panel has its own y axis.
     """

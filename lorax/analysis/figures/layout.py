@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from lorax.analysis import runs
+from lorax.analysis.figures import style
 
 # How it was trained rather than what was trained: the first to be shown at their best.
 NUISANCES = ("lr", "weight_decay", "dropout")
@@ -168,8 +170,14 @@ def of_panels(table: pd.DataFrame, name: str | None, values: Sequence | None) ->
 
 
 def panel_of(points: pd.DataFrame, by: runs.Axes) -> list[str]:
-    """The title of each member's panel of learning curves: its values on the other axes."""
-    return [runs.fields(row, by.others).replace("=", " = ") for _, row in points.iterrows()]
+    """The title of each member's panel of learning curves: its values on the other axes, and
+    whether it is full fine-tuning, if that is none of them."""
+    full = (points["method"] == "full") & ("method" not in by.names)
+    others = [runs.fields(row, by.others).replace("=", " = ") for _, row in points.iterrows()]
+    return [
+        ", ".join(filter(None, [FULL * is_full, of]))
+        for is_full, of in zip(full, others, strict=True)
+    ]
 
 
 def is_setting(table: pd.DataFrame, setting: pd.Series | None, names: Iterable[str]) -> list[bool]:
@@ -224,6 +232,28 @@ def extent(losses: pd.Series, base: float | None) -> tuple[float, float]:
             low, high = min(low, base), max(high, base)
     pad = 0.08 * (high - low) or 0.01
     return float(low - pad), float(high + pad)
+
+
+def widened(
+    ends: tuple[float, float], table: pd.DataFrame, names: Sequence[str], loss: str
+) -> tuple[float, float]:
+    """The ends of the axis, moved so that the 95% intervals of the settings' means fit; each by at
+    most half of the axis, as two seeds have very wide ones.
+
+    Args:
+      ends: from `extent`.
+      table, names: the members, and the axes whose values make a setting.
+      loss: the column.
+    """
+    reached = table[~table["status"].isin(runs.WITHOUT_RESULT)]
+    of = reached.groupby(list(names), dropna=False)[loss]
+    half = stats.t.ppf(0.5 + style.LEVEL / 2, (of.count() - 1).clip(lower=1)) * of.sem()
+    most = 0.5 * (ends[1] - ends[0])
+    inside = of.mean() <= ends[1]
+    low, high = (of.mean() - half)[inside].min(), (of.mean() + half)[inside].max()
+    low = ends[0] if np.isnan(low) else max(min(ends[0], low), ends[0] - most)
+    high = ends[1] if np.isnan(high) else min(max(ends[1], high), ends[1] + most)
+    return float(low), float(high)
 
 
 def frontier(params: Sequence[float], losses: Sequence[float]) -> list[bool]:

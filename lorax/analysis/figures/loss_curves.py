@@ -29,10 +29,13 @@ from lorax.analysis.figures.layout import (
     of_panels,
     panel_of,
     thinned,
+    widened,
 )
 from lorax.analysis.figures.loss_marks import FORMAT, LossAxis, means, references
 
 UNIT = "nats"
+ROW = 26  # pixels of a name
+DODGED = 14  # pixels of a colour beside others at a name
 
 
 def rank_curve(
@@ -58,6 +61,7 @@ def rank_curve(
     points = of_panels(points, layout.panel, panels)
     data = of_members(points, layout.names, found.loss, layout.panel, chosen)
     ends = extent(pd.concat([points, others])[found.loss], runs.base_loss(table))
+    ends = widened(ends, points, layout.names, found.loss)
     across = has_order(points[layout.x])
     axis = LossAxis("y" if across else "x", f"final {found.split} loss ({unit})", ends)
     encode = {}
@@ -74,9 +78,11 @@ def rank_curve(
     marks = means(points, layout.names, encode, layout.colour, axis, across)
     lines = line_names(others, points, layout.x)
     chart = alt.layer(*marks, *references(others, lines, table, axis))
-    rows = None if across else {"step": 16 if layout.colour else 26}
+    rows = points[layout.x].nunique(dropna=False)
+    each = ROW if layout.colour is None else max(ROW, DODGED * points[layout.colour].nunique())
+    height = None if across else each * max(rows, 2)
     shown = titles_in_order(points, layout.panel) if layout.panel else []
-    return style.themed(style.filtered(in_panels(chart, data, shown, rows)))
+    return style.themed(style.filtered(in_panels(chart, data, shown, height)))
 
 
 def _names(data: pd.DataFrame, name: str) -> alt.Y:

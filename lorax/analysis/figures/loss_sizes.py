@@ -13,6 +13,7 @@ from lorax.analysis.figures.loss_marks import LossAxis, of_mean, references
 
 HEIGHT = 340  # pixels
 LETTER = 6  # pixels, of a name
+MOST_LEFT = 0.25  # of the width, for the first name
 SLANT = 0.65  # the sine of 40 degrees: names are slanted, so that each has its room
 
 
@@ -40,7 +41,11 @@ def size_curve(
     groups = [*map(field, names), "params", "short", "lost"]
     mean = style.with_intervals(alt.Chart(), "loss", groups)
     kept = _frontier(mean)
-    scale = alt.Scale(type="log", nice=False, padding=20 + SLANT * longest)
+    sizes = table["trainable_params"]
+    share = min(MOST_LEFT, SLANT * longest / style.WIDTH)
+    left = (sizes.max() / sizes.min()) ** (share / (1 - share))
+    domain = [float(sizes.min() / left / 1.1), float(sizes.max() * 1.3)]
+    scale = alt.Scale(type="log", nice=False, domain=domain)
     axis_x = alt.Axis(format="~s", tickCount=6, labelOverlap="greedy")
     x = alt.X("params:Q", title=label("trainable_params"), scale=scale, axis=axis_x)
     of = lambda marks: colours(colour, table[colour] if colour else (), marks)

@@ -73,13 +73,21 @@ def heights(column: pd.Series, name: str) -> tuple[pd.Series, dict[str, float]]:
     at = dict(zip([*missing, *present], [*[0.0] * len(missing), *places], strict=True))
     found = pd.Series([at[None if runs.is_missing(x) else x] for x in column], column.index)
     kept = list(at)[:: -(-len(at) // MOST_TICKS)]
-    words = {x: f"{x:,}" if name == SIZE else runs.in_words(x, name) for x in kept}
+    words = {x: compact(x) if name == SIZE else runs.in_words(x, name) for x in kept}
     return found.astype(float), {words[x]: float(at[x]) for x in kept}
 
 
+def compact(count: float) -> str:
+    """A number in few characters: 288, 18.4k, 1M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:g}"
+
+
 def short(name: str) -> str:
-    """The title of an axis: two words at most."""
-    return {"rank": "rank", "lr": "learning rate"}.get(name, label(name))
+    """The title of an axis, short enough for a narrow page."""
+    return {"rank": "rank", "lr": "rate", SIZE: "parameters"}.get(name, label(name))
 
 
 def _x(order: Sequence[str] | None = None) -> alt.X:

@@ -84,7 +84,7 @@ def methods_of_runs(points: pd.DataFrame, loss: str) -> alt.TopLevelMixin:
             x=x("mean"), **place, **of("point"), tooltip=style.tooltips(said | numbers(data, loss))
         ),
     )
-    return style.themed(in_panels(chart, data, [], {"step": 18 if len(names) > 1 else 26}))
+    return style.themed(in_panels(chart, data, [], len(order) * max(26, 16 * len(names))))
 
 
 def numbers(points: pd.DataFrame, loss: str) -> dict:

@@ -104,7 +104,7 @@ def of_sweep(
     settings = {"settings.csv": of.settings.drop(columns="line")}
     facts[0] = facts[0]._replace(files=settings)
     listed = attempt("Members", members.members, run, table, by, of.scores)
-    listed += attempt("Learning curves", losses.learning, run, table, by)
+    listed += attempt("Learning curves", losses.learning, run, table, losses.axes(of))
     # Losses of several planted tasks can't be compared.
     if planted and len(calibration.tasks(table)) > 1:
         return [*planted, *facts, *listed]

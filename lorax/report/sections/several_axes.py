@@ -53,7 +53,7 @@ def sizes(sweep: Sweep) -> list[Section]:
     found = runs.measured(table)
     if by.main is None or table["trainable_params"].nunique() < 2 or table[found.loss].isna().all():
         return []
-    names = [*sweep.by.names, *sweep.by.tuned]
+    names = [*by.names, *by.tuned]
     layout = layouts.layout(table[table["method"] != "full"], by)
     figure = figures.size_curve(table, names, layout.colour, runs.loss_unit(sweep.run))
     kept = frontier(sweep)
@@ -68,10 +68,11 @@ def sizes(sweep: Sweep) -> list[Section]:
     said = " ".join([said, losses.split(table, False)])
     alt = f"Scatter chart of final loss by trainable parameters; {len(kept)} settings are on the "
     alt += "frontier."
-    header = ["trainable parameters", *map(words.axis, names)]
+    axes = ["method", *(name for name in names if name != "method")]
+    header = ["trainable parameters", *map(words.axis, axes)]
     header += [f"{found.split} loss", "95% from", "to", "seeds"]
     rows = [
-        [row["trainable_params"], *(words.cell(name, row[name]) for name in names)]
+        [row["trainable_params"], *(words.cell(name, row[name]) for name in axes)]
         + [page.Fixed(row[name]) for name in ("mean", "low", "high")]
         + [row["n"]]
         for _, row in kept.iterrows()
@@ -84,18 +85,23 @@ def sizes(sweep: Sweep) -> list[Section]:
 
 def frontier(sweep: Sweep) -> pd.DataFrame:
     """The settings that no other beats with as many trainable parameters or fewer: their axes,
-    trainable_params, mean, low, high, n. A setting of which a seed is lost is not among them."""
-    whole = runs.eligible(sweep.settings)
-    whole = settings_compared.on_test(whole, sweep.table, sweep.by)
+    method, trainable_params, mean, low, high, n. A setting of which a seed is lost is not among
+    them."""
+    by = losses.axes(sweep)
+    others = [*by.others, *["method"] * ("method" not in by.names)]
+    by = runs.Axes(by.main, tuple(others), by.tuned)
+    whole = runs.eligible(runs.settings(sweep.table, by))
+    whole = settings_compared.on_test(whole, sweep.table, by)
     whole = settings_compared.with_interval(whole)
     kept = layouts.frontier(list(whole["trainable_params"]), list(whole["mean"]))
-    columns = [*sweep.by.names, *sweep.by.tuned, "trainable_params", "mean", "low", "high", "n"]
+    columns = [*by.names, *by.tuned, "trainable_params", "mean", "low", "high", "n"]
     return whole.loc[kept, columns].sort_values("trainable_params", kind="stable")
 
 
 def parallel(sweep: Sweep) -> list[Section]:
     """Every member as a line through its values on all axes."""
-    table, names = sweep.table, [*sweep.by.names, *sweep.by.tuned]
+    table, by = sweep.table, losses.axes(sweep)
+    names = [*by.names, *by.tuned]
     if not names or len(table) < 3:
         return []
     found = runs.measured(table)
