@@ -23,6 +23,7 @@ def get_config(arg=None):
     config.method.scaling = "fixed"  # s = alpha at every rank, so that a rank is not also a rate
     config.train.steps = 200
     config.train.batch_size = 8
+    config.train.seq_len = 256
     config.train.warmup = 10
     config.eval.every = 50
     config.eval.examples = 128
