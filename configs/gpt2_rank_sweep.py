@@ -20,6 +20,7 @@ def get_config(arg=None):
     config.train.lr = 1e-2
     config.eval.every = 80
     config.eval.examples = 64
+    config.eval.test = 256
     config.eval.generate = 8
     config.sweep.rank = (1, 4, 8, 16, 32, 64)
     config.sweep.seed = (0, 1, 2)
