@@ -177,12 +177,15 @@ def settings(run: runs.Run) -> list[dict[str, str]]:
     their standard deviation, scores, and what became of the members that have no loss.
 
     Where an axis was tuned, a setting stands at its best value, and has it. The loss and the scores
-    are of the test rows if there are any.
+    are of the test rows if there are any; scores of generated texts are of the task's prompts.
     """
     table = runs.summary(run)
     tested = table["test_loss"].notna().any()
-    loss, prefix = ("test_loss", "test_") if tested else ("final_loss", "")
-    scores = [name for name in runs.scores(run) if f"{prefix}{name}" in table]
+    loss = "test_loss" if tested else "final_loss"
+    has_numbers = lambda column: column in table and table[column].notna().any()
+    columns = {
+        name: f"test_{name}" if has_numbers(f"test_{name}") else name for name in runs.scores(run)
+    }
     by = runs.axes(run, table)
     axes = list(by.names) or ["method" if by.tuned else "setting"]
     fields, rows = [*axes, *by.tuned], []
@@ -194,7 +197,7 @@ def settings(run: runs.Run) -> list[dict[str, str]]:
         row[loss.replace("final", "eval").replace("_", " ")] = _number(losses.mean())
         if len(table) > len(table[fields].drop_duplicates()):
             row |= {"± sd": _number(losses.std()), "seeds": str(len(losses))}
-        row |= {name: _number(group[f"{prefix}{name}"].mean()) for name in scores}
+        row |= {name: _number(group[column].mean()) for name, column in columns.items()}
         if (table["status"] != "finished").any():
             row["status"] = _unfinished(members)
         rows.append(((len(losses) < len(group), losses.mean() if len(losses) else 0.0), row))

@@ -97,3 +97,17 @@ def test_a_setting_of_one_member_says_where_it_ended(tmp_path):
     rows = terminal.settings(runs.load(make_run(tmp_path, (1, 2), (0,), diverged=(1,))))
     assert [(row["rank"], row["status"]) for row in rows] == [("1", ""), ("2", "diverged at 50")]
     assert "seeds" not in rows[0] and rows[1]["eval loss"] == "-"
+
+
+def test_scores_of_generated_texts_stand_beside_a_test_loss(tmp_path):
+    directory = make_run(tmp_path, (1,), (0,))
+    status = json.loads((directory / "status.json").read_text())
+    scored = {"scores": {"bleu": 0.25, "accuracy": 0.5}, "test_scores": {"accuracy": 0.75}}
+    status["members"]["0"] |= scored
+    (directory / "status.json").write_text(json.dumps(status))
+    with open(directory / "metrics.jsonl", "a") as file:
+        for step, loss in ((0, 3.0), (100, 1.5)):
+            line = {"member": 0, "step": step, "split": "test", "loss": loss}
+            file.write(json.dumps(line) + "\n")
+    (row,) = terminal.settings(runs.load(directory))
+    assert (row["test loss"], row["bleu"], row["accuracy"]) == ("1.5000", "0.2500", "0.7500")

@@ -117,7 +117,7 @@ def with_own(task: Task, name: str, generates: bool) -> Task:
 def of_members(task: Task, outputs, labels: np.ndarray) -> dict[str, np.ndarray]:
     """{metric: (M,) float32} of members. outputs: of an evaluation, (M, N, k). labels: (N, ...)."""
     rows = np.asarray(outputs)
-    measured = [metric for metric in (task.scores, task.own_score) if metric is not None]
+    measured = [metric for metric in (task.own_score, task.scores) if metric is not None]
     each = [{k: v for metric in measured for k, v in metric(row, labels).items()} for row in rows]
     return {name: np.array([scores[name] for scores in each], np.float32) for name in each[0]}
 
@@ -134,7 +134,7 @@ def of_texts(
         values = metrics.text_scores(texts, references, say)
     else:
         values = task.text_scores(texts, references)
-    return values | (task.own_score(texts, references) if task.own_score else {})
+    return (task.own_score(texts, references) if task.own_score else {}) | values
 
 
 def has_token_accuracy(task: Task) -> bool:
