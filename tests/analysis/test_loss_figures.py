@@ -184,6 +184,20 @@ def test_a_map_frames_the_best_of_each_row_and_marks_edges(grid):
     assert sorted(arrows) == ["◂"] * 6
 
 
+def test_a_map_says_which_cells_were_stopped(grid):
+    table = runs.summary(grid)
+    table.loc[table["lr"] == 2e-3, ["status", "final_loss"]] = ["stopped", np.nan]
+    by = runs.Axes("rank", (), ("lr",))
+    figure = figures.setting_map(table, layout.map_layout(table, by, "rank", "lr"))
+    assert texts(figure).count("stopped") == 3 and "undefined" not in texts(figure)
+
+
+def test_full_fine_tuning_has_a_panel_of_learning_curves(run):
+    table = with_full(runs.summary(run))
+    assert set(layout.panel_of(table, runs.Axes("rank", ()))) == {"adapters", "full fine-tuning"}
+    assert set(layout.panel_of(runs.summary(run), runs.Axes("rank", ()))) == {""}
+
+
 def test_the_frontier_of_the_chart_is_that_of_the_table(grid):
     table = with_full(runs.summary(grid))
     table["trainable_params"] *= np.where(table["alpha"] == 16, 2, 1)

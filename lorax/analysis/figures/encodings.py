@@ -58,9 +58,9 @@ def of_members(
     panel: str | None = None,
     setting: pd.Series | None = None,
 ) -> pd.DataFrame:
-    """The members as a chart of means over seeds embeds them: their axes, member, name, loss, panel
-    (its title), lost (seeds of the setting that did not reach the end), and chosen (whether they
-    have the setting to mark).
+    """The members as a chart of means over seeds embeds them: their axes, member, name, status,
+    loss, panel (its title), lost (seeds of the setting that did not reach the end), and chosen
+    (whether they have the setting to mark).
 
     Args:
       table: rows of `runs.summary`.
@@ -73,6 +73,7 @@ def of_members(
     return of_axes(table, names).assign(
         member=table["member"],
         name=table["name"],
+        status=table["status"],
         loss=table[loss].where(reached),
         panel=titles(table, panel),
         lost=lost(table, names),

@@ -174,10 +174,9 @@ def panel_of(points: pd.DataFrame, by: runs.Axes) -> list[str]:
     whether it is full fine-tuning, if that is none of them."""
     full = (points["method"] == "full") & ("method" not in by.names)
     others = [runs.fields(row, by.others).replace("=", " = ") for _, row in points.iterrows()]
-    return [
-        ", ".join(filter(None, [FULL * is_full, of]))
-        for is_full, of in zip(full, others, strict=True)
-    ]
+    named = [FULL * bool(is_full) for is_full in full]
+    titles = [", ".join(filter(None, pair)) for pair in zip(named, others, strict=True)]
+    return [title or "adapters" * bool(full.any()) for title in titles]
 
 
 def is_setting(table: pd.DataFrame, setting: pd.Series | None, names: Iterable[str]) -> list[bool]:

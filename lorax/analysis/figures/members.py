@@ -124,7 +124,7 @@ def _lines(
         x=x, y=Y, detail="member:N", color=colour, strokeWidth=width, tooltip=said
     )
     lost = lines.transform_filter("!isValid(datum.loss)")
-    lost = lost.mark_line(style="reference", strokeWidth=1)
+    lost = lost.mark_line(style="reference", strokeWidth=1, opacity=0.4)
     lost = lost.encode(x=x, y=Y, detail="member:N", tooltip=said)
     return [lost, reached.add_params(hover)]
 
