@@ -53,13 +53,17 @@ parameters = lambda commands: [
 ]
 
 
-def python(*words, cwd, **more):
-    """A command in a process of its own, with the devices that a person has, compiled quickly."""
+def quickly(**more) -> dict[str, str]:
+    """The environment of a command with the devices that a person has, compiled quickly."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     flags = " ".join(f"--{name}={value}" for name, value in quick.OPTIONS.items())
-    env = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | more
+
+
+def python(*words, cwd, **more):
+    """A command in a process of its own, as `quickly` has it."""
     return subprocess.run(
-        [sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, **more
+        [sys.executable, *words], cwd=cwd, env=quickly(), capture_output=True, text=True, **more
     )
 
 
@@ -114,36 +118,38 @@ def test_every_run_and_plan_is_a_config_with_members():
     assert not [f"{COMMANDS[c]}: {c}: {said}" for c, said in pairs if said[:2] != "ok"]
 
 
-SMALLER = """
-import sys
-from lorax import command_line, config, run, rundir
-settings, _, workdir = command_line.read(sys.argv)
-with settings.unlocked():
-    settings.train.update(steps=4 if settings.sweep.tune else 2, warmup=0, batch_size=4)
-    settings.eval.update(every=2, examples=8, test=8, batch_size=8)
-    settings.eval.generate = min(settings.eval.generate, 2)
-    settings.analysis.report = False
-    for axis, values in settings.sweep.items():
-        if axis not in config.NO_AXES:
-            settings.sweep[axis] = tuple(values[:2])
-    for axis in ("steps", "batch_size"):
-        settings.sweep[axis] = tuple(4 for _ in settings.sweep[axis][:1])
-run.run(settings, workdir)
-sys.exit(not rundir.has_finished(workdir))
-"""
 #: Commands on the examples of docs/, which have tests of their own.
 EXAMPLE = re.compile(
     "|".join(f"docs/examples/{f.stem}.py|runs/{f.stem}/" for f in ROOT.glob("docs/examples/*.py"))
 )
 RUNS = [c for c in of("run") if not PLACEHOLDERS.search(c) and not EXAMPLE.search(c)]
+#: Without those that differ from another one only in their directory.
+STUDIES = {re.sub(r" --workdir=\S+", "", command): command for command in reversed(RUNS)}.values()
+
+
+@pytest.fixture(scope="module")
+def studies():
+    """Arguments of a command -> [exit code, output] of its study, made small (tests/studies.py)."""
+    words = [sys.executable, "-W", "ignore:os.fork:RuntimeWarning", str(ROOT / "tests/studies.py")]
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=quickly(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+    )  # fmt: skip
+
+    def study(words: list[str]) -> list:
+        process.stdin.write(json.dumps(words) + "\n")
+        return json.loads(process.stdout.readline())
+
+    with process:
+        yield study
+        process.stdin.close()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", RUNS, ids=lambda c: f"{COMMANDS[c]} {c[34:]}")
-def test_a_study_runs(command, tmp_path):
-    """Two steps of two values of each axis."""
-    done = python("-c", SMALLER, *arguments(command), f"--workdir={tmp_path / 'run'}", cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("command", STUDIES, ids=lambda c: f"{COMMANDS[c]} {c[34:]}")
+def test_a_study_runs(command, studies, tmp_path):
+    code, said = studies([*arguments(command), f"--workdir={tmp_path / 'run'}"])
+    assert code == 0, said
 
 
 def test_the_examples_that_are_run_are_files_with_tests_of_their_own():

@@ -13,9 +13,9 @@ from support import few
 import lorax
 from lorax import config, intercept, methods, tasks, tree
 from lorax.models import Base, gpt2
-from lorax.train import fitting, stacks
+from lorax.train import programs, stacks
 from lorax.train import step as steps
-from lorax.train.batches import eval_batches, train_batches
+from lorax.train.batches import train_batches
 
 #: method -> hyperparameters of two members that share a program.
 CASES = {
@@ -205,18 +205,10 @@ def test_alone_is_in_the_sweep(name):
 
     def losses(pick):
         stacked = stacks.stack([members[i] for i in pick], [built[i] for i in pick], base())
-        batches = train_batches(stacked, task, 0, 5)
-        evals = eval_batches(task, 4)
-        shapes = tree.shapes({key: x[0] for key, x in batches.items()})
-        devices = jax.devices()[:1]
-        programs = fitting.fit(
-            stacked, base(), c.train, shapes, tree.shapes(evals), task.kind, devices
-        )
-        place = programs.place
-        state, logs = programs.train(
-            programs.place_base(base().params), place(stacked.constants), place(stacked.hyper),
-            place(stacked.state), programs.place_batches(batches),
-        )  # fmt: skip
+        program = programs.program_of(stacked, base(), len(pick), task.kind)
+        train = jit(programs.training(program, len(pick)))
+        arguments = stacked.constants, stacked.hyper, stacked.state
+        _, logs = train(base().params, *arguments, train_batches(stacked, task, 0, 5))
         return np.asarray(logs["loss"])
 
     together = losses((0, 1))
