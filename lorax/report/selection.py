@@ -64,9 +64,13 @@ def pages(values: Sequence, size: int) -> list[list]:
 
 
 def layers_in_words(layers: Sequence[int]) -> str:
-    """ "layers 0 to 3", "layer 2", "no layer": consecutive layers, for the title of a page."""
-    named = ["none" if layer < 0 else str(layer) for layer in (min(layers), max(layers))]
-    return f"layer {named[0]}" if len(set(layers)) == 1 else f"layers {named[0]} to {named[1]}"
+    """ "layers 0 to 3", "layer 2": consecutive layers, for the title of a page; with "what is
+    outside all layers" if -1 is among them."""
+    inside = sorted({layer for layer in layers if layer >= 0})
+    words = f"layers {inside[0]} to {inside[-1]}" if len(inside) > 1 else ""
+    words = f"layer {inside[0]}" if len(inside) == 1 else words
+    outside = "what is outside all layers" if min(layers) < 0 else ""
+    return " and ".join(filter(None, [words, outside]))
 
 
 def spread(values: Sequence, most: int) -> list:
