@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from plotting import line_style
 
 from lorax.analysis import runs
-from lorax.analysis.figures.style import line_style
 
 
 class Sweep(NamedTuple):

@@ -11,7 +11,6 @@ from synthetic import kernels, make_run, make_search, planted_loss
 
 from lorax import report
 from lorax.report import charts
-from lorax.report import page as page_module
 from lorax.report.pages import several_runs
 
 FLAGS = (
@@ -49,8 +48,7 @@ def pages(tmp_path_factory):
     bare = make_run(folder / "bare", ranks=(1, 4), seeds=(0,), lrs=(1e-3, 2e-3), adapters=False)
     search = make_search(folder / "search", dims=(10, 1000))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_module, "pdf", lambda figure: b"%PDF")  # no browser shows them
-        patch.setattr(charts, "pdf", lambda spec: b"%PDF")
+        patch.setattr(charts, "pdf", lambda spec: b"%PDF")  # no browser shows them
         return {
             "sweep": report.write(run, kernels()),
             "several": several_runs.write([bare, search], folder / "compared"),

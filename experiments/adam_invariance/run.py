@@ -10,6 +10,7 @@ alone is trained. Writes numbers.csv and figure.png beside this file.
 import argparse
 import functools
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -19,9 +20,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+sys.path.append(str(Path(__file__).parents[1]))
+from plotting import COLOURS, GREY, MARKERS, STYLE
+
 import lorax
 from lorax import config, methods, tasks, tree
-from lorax.analysis.figures.style import COLOURS, GREY, MARKERS, STYLE
 from lorax.train import step
 
 HERE = Path(__file__).parent

@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
+from plotting import STYLE
 
 import lorax
 from lorax.analysis import amplification, tables
-from lorax.analysis.figures.style import STYLE
 
 HERE = pathlib.Path(__file__).parent
 SMALL = 4

@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
-
-from lorax.analysis.figures.style import GREY, STYLE
+from plotting import GREY, STYLE
 
 HERE = pathlib.Path(__file__).parent
 

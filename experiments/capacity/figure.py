@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
-
-from lorax.analysis.figures.style import GREY, STYLE
+from plotting import GREY, STYLE
 
 HERE = pathlib.Path(__file__).parent
 LARGE = 0.02  # of the loss compared with: less is not called behind

@@ -18,9 +18,9 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
+from plotting import COLOURS, MARKERS, STYLE
 
 from lorax.analysis import tables
-from lorax.analysis.figures.style import COLOURS, MARKERS, STYLE
 
 HERE = pathlib.Path(__file__).parent
 RANKS = ["effective", "energy90", "stable"]

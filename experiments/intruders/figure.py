@@ -18,8 +18,7 @@ from matplotlib.ticker import NullFormatter, NullLocator
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
-
-from lorax.analysis.figures.style import COLOURS, DASHES, MARKERS, STYLE
+from plotting import COLOURS, DASHES, MARKERS, STYLE
 
 HERE = pathlib.Path(__file__).parent
 K, EPSILON = 10, 0.5

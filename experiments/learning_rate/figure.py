@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
+from plotting import STYLE
 
 from lorax.analysis import runs
-from lorax.analysis.figures.style import STYLE
 
 HERE = pathlib.Path(__file__).parent
 

@@ -10,6 +10,7 @@ beside this file.
 import argparse
 import importlib.util
 import os
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -22,10 +23,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+sys.path.append(str(Path(__file__).parents[1]))
+from plotting import COLOURS, GREY, MARKERS, STYLE
+
 import lorax
 from lorax import adapters, methods, tree
 from lorax.adapters import peft_methods
-from lorax.analysis.figures.style import COLOURS, GREY, MARKERS, STYLE
 from lorax.interop import peft
 from lorax.models.directories import ASSETS
 

@@ -13,6 +13,7 @@ file.
 import argparse
 import functools
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -25,9 +26,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+sys.path.append(str(Path(__file__).parents[1]))
+from plotting import COLOURS, GREY, MARKERS, STYLE
+
 import lorax
 from lorax import bench, decode
-from lorax.analysis.figures.style import COLOURS, GREY, MARKERS, STYLE
 
 HERE = Path(__file__).parent
 PROMPT = 128

@@ -8,6 +8,7 @@ the normal distribution. Writes numbers.csv and figure.png beside this file.
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -17,9 +18,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+sys.path.append(str(Path(__file__).parents[1]))
+from plotting import COLOURS, MARKERS, STYLE
+
 import lorax
 from lorax import methods, quant, tree
-from lorax.analysis.figures.style import COLOURS, MARKERS, STYLE
 
 HERE = Path(__file__).parent
 SEEDS, SIZE, BLOCK = range(8), 1024, 64

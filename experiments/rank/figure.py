@@ -15,9 +15,9 @@ from matplotlib.ticker import EngFormatter, NullFormatter, NullLocator
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
+from plotting import COLOURS, STYLE
 
 from lorax.analysis import calibration, runs, tables
-from lorax.analysis.figures.style import COLOURS, STYLE
 
 HERE = pathlib.Path(__file__).parent
 TARGETS = ["q", "q v", "q k v o"]

@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
-
-from lorax.analysis.figures.style import STYLE
+from plotting import STYLE
 
 HERE = pathlib.Path(__file__).parent
 FIRST = 20  # steps, a third of the run: what "the first steps" means here

@@ -10,6 +10,7 @@ alone is measured. Writes starts.csv, training.csv and figure.png beside this fi
 import argparse
 import functools
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,9 +20,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+sys.path.append(str(Path(__file__).parents[1]))
+from plotting import COLOURS, GREY, MARKERS, STYLE
+
 import lorax
 from lorax import config, tree
-from lorax.analysis.figures.style import COLOURS, GREY, MARKERS, STYLE
 from lorax.train import fitting, layouts, prepare
 from lorax.train.batches import eval_batches, train_batches
 

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import sweeps
+from plotting import COLOURS, DASHES, MARKERS, STYLE
 
 from lorax.analysis import basis_similarity, chance_similarity, expected_similarity, tables
-from lorax.analysis.figures.style import COLOURS, DASHES, MARKERS, STYLE
 
 HERE = pathlib.Path(__file__).parent
 SMALL = 8

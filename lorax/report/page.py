@@ -6,7 +6,6 @@ wrote. The page has its charts and what draws them in it; only the links below a
 files.
 """
 
-import base64
 import html
 import io
 import itertools
@@ -16,18 +15,13 @@ import pathlib
 import re
 import shlex
 import string
-import struct
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import altair as alt
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_pdf import FigureCanvasPdf
-from matplotlib.figure import Figure
 from rich.progress import track
 
 from lorax import rundir
@@ -37,16 +31,14 @@ from lorax.errors import reason
 from lorax.files import read_json, write_bytes, write_json
 from lorax.report import charts, sharing
 
-DPI = 150  # of the images
 CONSOLE = console(stderr=True)  # shows progress on a terminal
 MANIFEST = ".report.json"  # lists what a page wrote
-PER_INCH = 100  # CSS pixels per inch of a figure: its 9-point text is 12.5 pixels high
 
 
 class Picture(NamedTuple):
     """A figure and the numbers that it draws."""
 
-    figure: alt.TopLevelMixin | Figure
+    figure: alt.TopLevelMixin
     numbers: pd.DataFrame
 
 
@@ -54,7 +46,7 @@ class Section(NamedTuple):
     """A part of a page, with its figures and files."""
 
     title: str
-    content: str  # HTML; a figure appears in it as src="NAME" until the page is put together
+    content: str  # HTML
     pictures: dict[str, Picture] = {}
     # Of analysis/: NAME.csv or NAME.npz; bytes for any other.
     files: dict[str, pd.DataFrame | dict[str, np.ndarray] | bytes] = {}
@@ -113,21 +105,15 @@ def save(
 
 def _draw(
     sections: Sequence[Section],
-) -> tuple[dict[str, bytes], dict[str, bytes | dict | Exception], dict[str, Exception]]:
+) -> tuple[dict[str, bytes], dict[str, dict | Exception], dict[str, Exception]]:
     """(all files but the page, by their paths; every figure, for `put_together`; what failed)."""
     failed = {section.title: section.error for section in sections if section.error is not None}
     files: dict[str, bytes] = {}
-    images: dict[str, bytes | dict | Exception] = {}
+    images: dict[str, dict | Exception] = {}
     pictures = [(part.title, *picture) for part in sections for picture in part.pictures.items()]
     for heading, name, picture in progress(pictures, "drawing", len(pictures)):
         files[f"{rundir.FIGURES}/{name}.csv"] = csv(picture.numbers)
         try:
-            if isinstance(picture.figure, Figure):
-                lay_out(picture.figure)
-                images[name] = png(picture.figure)
-                files[f"{rundir.FIGURES}/{name}.pdf"] = pdf(picture.figure)
-                files[f"{rundir.FIGURES}/{name}.png"] = images[name]
-                continue
             spec = charts.specification(picture.figure)
             files[f"{rundir.FIGURES}/{name}.png"] = charts.png(spec)
             files[f"{rundir.FIGURES}/{name}.pdf"] = charts.pdf(spec)
@@ -255,43 +241,18 @@ def csv(table: pd.DataFrame) -> bytes:
     return table.to_csv(index=False).encode()
 
 
-def lay_out(figure: Figure) -> None:
-    """Compute the layout once; each drawing would compute it again."""
-    figure.set_dpi(DPI)
-    figure.get_layout_engine().execute(figure)
-    figure.set_layout_engine("none")
-
-
-# figure.savefig draws twice, these canvases once. Their bytes are reproducible.
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as PNG, as `lay_out` laid it out."""
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
-
-
-def pdf(figure: Figure) -> bytes:
-    """The figure as PDF, without the date, so that its bytes are the same each time."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"pdf.fonttype": 42}):  # TrueType: text stays text
-        FigureCanvasPdf(figure).print_pdf(buffer, metadata={"CreationDate": None})
-    return buffer.getvalue()
-
-
 def put_together(
     title: str,
     lead: str,
     sections: Sequence[Section],
-    images: dict[str, bytes | dict | Exception],
+    images: dict[str, dict | Exception],
     command: str,
 ) -> str:
     """The page's HTML.
 
     Args:
-      images: by the figure's name, the chart's specification (`charts.specification`), the PNG of
-        a figure by matplotlib, or the error that prevented it.
+      images: by the figure's name, the chart's specification (`charts.specification`), or the
+        error that prevented it.
       command: redraws the page; shown where something failed.
     """
     lost = lambda what, error: (
@@ -319,18 +280,6 @@ def put_together(
             shown = rf'<figure id="figure-{re.escape(name)}">.*?</figure>'
             text = lost(f"Figure {escape(name)}", image)
             body = re.sub(shown, lambda _, text=text: text, body, flags=re.DOTALL)
-            continue
-        if isinstance(image, dict):
-            body = re.sub(
-                rf'<div class="image"><img src="{re.escape(name)}" alt="(.*?)"></div>',
-                lambda match, name=name: _chart(name, match[1]),
-                body,
-            )
-            continue
-        width, height = (PER_INCH * x // DPI for x in struct.unpack(">II", image[16:24]))
-        data = base64.b64encode(image).decode()
-        size = f'width="{width}" height="{height}"'
-        body = body.replace(f'src="{name}"', f'{size} src="data:image/png;base64,{data}"')
     numbers = itertools.count(1)
     body = re.sub("<figcaption>", lambda _: f"<figcaption><b>Figure {next(numbers)}.</b> ", body)
     specs = {name: image for name, image in images.items() if isinstance(image, dict)}
@@ -350,14 +299,6 @@ def put_together(
 def _file(name: str) -> str:
     """A file next to this one: a part of every page."""
     return pathlib.Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-def _chart(name: str, alt_text: str) -> str:
-    """The place of a chart; without scripts, its image. alt_text: escaped."""
-    return (
-        f'<div class="chart" data-chart="{name}" role="img" aria-label="{alt_text}"><noscript>'
-        f'<img src="figures/{name}.png" alt="{alt_text}"></noscript></div>'
-    )
 
 
 def _library(specs: dict[str, dict]) -> str:
@@ -429,9 +370,12 @@ def figure(name: str, caption: str, alt: str, folded: str = "") -> str:
         f'<a href="figures/{name}.{suffix}">{suffix.upper()}</a>'
         for suffix in ("png", "pdf", "csv")
     )
-    image = f'<img src="{name}" alt="{escape(alt)}">'
+    said = escape(alt)
+    # Its image is for browsers without scripts.
     shown = (
-        f'<figure id="figure-{name}"><div class="image">{image}</div>'
+        f'<figure id="figure-{name}"><div class="chart" data-chart="{name}" role="img" '
+        f'aria-label="{said}"><noscript><img src="figures/{name}.png" alt="{said}"></noscript>'
+        "</div>"
         f"<figcaption>{escape(caption)} "
         f'<span class="files">{files}</span></figcaption></figure>'
     )

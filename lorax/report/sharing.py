@@ -20,17 +20,20 @@ def without_paths(known: Iterable[pathlib.Path]) -> Callable[[str], str]:
     Those are `known` ones, also where they have spaces and are quoted; absolute ones of at least
     two parts; and relative ones that exist.
     """
-    names = {}
+    names, folders = {}, set()
     for path in known:
-        for form in {str(path), str(path.absolute()), str(path.resolve())}:
-            if form not in (".", "/"):
-                for written in (shlex.quote(form), form):
-                    names[html.escape(written)] = names[written] = path.absolute().name
+        for form in {path, path.absolute(), path.resolve()} - {pathlib.Path(), pathlib.Path("/")}:
+            for written in (shlex.quote(str(form)), str(form)):
+                names[html.escape(written)] = names[written] = path.absolute().name
+            # With a space in it, no word is a path; others beside it may be named, too.
+            folders |= {f"{form.parent}/"} if " " in str(form.parent) else set()
     ordered = sorted(names, key=len, reverse=True)
 
     def replace(text: str) -> str:
         for written in ordered:
-            text = re.sub(rf"(?<![\w./-]){re.escape(written)}(?![\w/-])", names[written], text)
+            text = re.sub(rf"(?<![\w./-]){re.escape(written)}(?![\w-])", names[written], text)
+        for folder in sorted(folders, key=len, reverse=True):
+            text = text.replace(folder, "")
         return WORD.sub(lambda match: _name(match[0]), text)
 
     return replace
@@ -44,9 +47,9 @@ def named_in(value: object) -> list[pathlib.Path]:
     if not isinstance(value, str):
         return []
     try:
-        words = [value, *shlex.split(value)]
+        words = [value] if value.startswith("/") else shlex.split(value)
     except ValueError:  # not a command
-        words = [value]
+        return []
     ends = (word.rpartition("=")[2] for word in words)
     return [pathlib.Path(end) for end in ends if end.startswith("/")]
 

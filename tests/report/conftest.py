@@ -4,7 +4,7 @@ import pytest
 from synthetic import kernels, make_run
 
 from lorax import report
-from lorax.report import charts, page
+from lorax.report import charts
 
 ONE_PIXEL = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJ"
@@ -30,9 +30,6 @@ def whole(tmp_path_factory):
 
 def draw_nothing(monkeypatch):
     image = base64.b64decode(ONE_PIXEL)
-    monkeypatch.setattr(page, "lay_out", lambda figure: None)
-    monkeypatch.setattr(page, "png", lambda figure: image)
-    monkeypatch.setattr(page, "pdf", lambda figure: b"%PDF")
     monkeypatch.setattr(charts, "png", lambda spec: image)
     monkeypatch.setattr(charts, "pdf", lambda spec: b"%PDF")
     monkeypatch.setattr(charts, "library", str)

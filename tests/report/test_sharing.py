@@ -10,7 +10,7 @@ import pytest
 from reading import Page
 from synthetic import kernels, make_run
 
-from lorax.report import page, sharing
+from lorax.report import charts, sharing
 from lorax.report.__main__ import main
 from lorax.report.pages import one_run
 
@@ -25,7 +25,7 @@ def shared(tmp_path_factory):
     config["command"] = f"python -m lorax.run --workdir='{directory}' '--config={folder}/sweep.py'"
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "pdf", lambda figure: b"%PDF")
+        patch.setattr(charts, "pdf", lambda spec: b"%PDF")
         written = one_run.write(directory, kernels(), share=folder / "page.html")
     return directory, written.read_text()
 
