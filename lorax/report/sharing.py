@@ -23,8 +23,9 @@ def without_paths(known: Iterable[pathlib.Path]) -> Callable[[str], str]:
     names, folders = {}, set()
     for path in known:
         for form in {path, path.absolute(), path.resolve()} - {pathlib.Path(), pathlib.Path("/")}:
-            for written in (shlex.quote(str(form)), str(form)):
-                names[html.escape(written)] = names[written] = path.absolute().name
+            for quoted in (str, shlex.quote):
+                written, name = quoted(str(form)), quoted(path.absolute().name)
+                names[written], names[html.escape(written)] = name, html.escape(name)
             # With a space in it, no word is a path; others beside it may be named, too.
             folders |= {f"{form.parent}/"} if " " in str(form.parent) else set()
     ordered = sorted(names, key=len, reverse=True)

@@ -104,10 +104,11 @@ def of_sweep(
     settings = {"settings.csv": of.settings.drop(columns="line")}
     facts[0] = facts[0]._replace(files=settings)
     listed = attempt("Members", members.members, run, table, by, of.scores)
-    listed += attempt("Learning curves", losses.learning, run, table, losses.axes(of))
+    curves = attempt("Learning curves", losses.learning, run, table, losses.axes(of))
     # Losses of several planted tasks can't be compared.
     if planted and len(calibration.tasks(table)) > 1:
-        return [*planted, *facts, *listed]
+        return [*planted, *facts, *listed, *curves]
+    listed += attempt("All members", several_axes.parallel, of)
     sections = [
         *first,
         *facts,
@@ -117,8 +118,8 @@ def of_sweep(
         *attempt("Methods", losses.methods, of, ranks),
         *attempt("Which matrices matter", evidence.evidence, run, table),
         *planted,
-        *attempt("All members", several_axes.parallel, of),
         *listed,
+        *curves,
         *attempt(texts.TITLE, texts.texts, run, table),
         *failed,
     ]
