@@ -104,7 +104,8 @@ def of_sweep(
     settings = {"settings.csv": of.settings.drop(columns="line")}
     facts[0] = facts[0]._replace(files=settings)
     listed = attempt("Members", members.members, run, table, by, of.scores)
-    curves = attempt("Learning curves", losses.learning, run, table, losses.axes(of))
+    by_adapters = outcome.without_full(of).by
+    curves = attempt("Learning curves", losses.learning, run, table, by_adapters)
     # Losses of several planted tasks can't be compared.
     if planted and len(calibration.tasks(table)) > 1:
         return [*planted, *facts, *listed, *curves]
@@ -144,8 +145,13 @@ def _of_updates(
     layers: int | None,
     statistics: Sequence[tables.Statistic],
 ) -> list[Section]:
-    """Sections on what was learned."""
-    main, sections = of.main, []
+    """Sections on what was learned. Beside adapters, full fine-tuning is not shown."""
+    of, sections = outcome.without_full(of), []
+    updates, main = (
+        {member: updates[member] for member in updates if member in of.table.index},
+        of.main,
+    )
+    sigmas, ranks = (rows[rows["member"].isin(of.table.index)] for rows in (sigmas, ranks))
     shown = of.table.loc[_shown(of, updates)]
     if kernels is not None and (of.run.config.get("config", {}).get("sweep") or {}).get("base"):
         kernels, why = None, "the members of this sweep do not share a base model"

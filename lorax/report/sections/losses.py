@@ -9,20 +9,12 @@ from lorax.analysis.figures import layout as layouts
 from lorax.analysis.figures.layout import Layout
 from lorax.report import page, words
 from lorax.report.page import Picture, Section
-from lorax.report.sections.outcome import Sweep
+from lorax.report.sections.outcome import Sweep, without_full
 
 NOT_REACHED = "Hollow dots: a seed diverged or was stopped, and is not in the mean."
 
 
 # ----------------------------------------------------------------------------------- what is drawn
-
-
-def axes(sweep: Sweep) -> runs.Axes:
-    """The axes of the adapters; those of all members if the adapters have one setting. Full
-    fine-tuning is a line beside the adapters, not a value of an axis."""
-    adapted = sweep.table[sweep.table["method"] != "full"]
-    by = runs.axes(sweep.run, adapted) if len(adapted) else sweep.by
-    return sweep.by if by.main is None else by
 
 
 def paged(
@@ -135,7 +127,7 @@ def numbers(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 def curve(sweep: Sweep) -> Section:
     """Loss against an axis of the sweep, and the table of settings."""
-    by = axes(sweep)
+    by = without_full(sweep).by
     if by.main is None:
         text = "All members have the same setting except for the seed, so there is no curve."
         return Section("Loss", page.paragraph(text) + settings(sweep))

@@ -51,6 +51,18 @@ def read(run: runs.Run, found: Mapping[str, Any] | None = None) -> Sweep:
     return Sweep(run, table, by, scores, settings, best, chosen, base)
 
 
+def without_full(sweep: Sweep) -> Sweep:
+    """The sweep without the members of full fine-tuning, which stand beside it; the sweep itself if
+    nothing else differs then."""
+    table = sweep.table[sweep.table["method"] != "full"]
+    by = runs.axes(sweep.run, table) if len(table) else sweep.by
+    if by.main is None or len(table) == len(sweep.table):
+        return sweep
+    settings = runs.settings(table, by, sweep.scores)
+    best = runs.best_setting(settings)
+    return sweep._replace(table=table, by=by, settings=settings, best=best)
+
+
 def _is_at(row: pd.Series, member: pd.Series, names) -> bool:
     equal = lambda x, y: x == y or (pd.isna(x) and pd.isna(y))
     return all(equal(row[name], member[name]) for name in names)
