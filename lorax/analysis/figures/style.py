@@ -119,17 +119,24 @@ def theme(colours: Mapping[str, str] = LIGHT, font: str = "sans-serif") -> dict[
             "heatmap": {"scheme": "cividis"},
             "ordinal": {"scheme": "cividis"},
         },
-        "line": {"color": lines[0], "strokeWidth": 1.8},
-        "point": {"color": lines[0], "filled": True, "size": 50, "opacity": 1},
-        "rule": {"color": lines[0], "strokeWidth": 1.4},
-        "bar": {"color": lines[0]},
-        "tick": {"color": lines[0]},
-        "area": {"color": lines[0]},
+    } | _marks(colours)
+
+
+def _marks(colours: Mapping[str, str]) -> dict[str, Any]:
+    """The theme of marks, and the styles that a chart may name."""
+    text, soft, band, line = (colours[name] for name in ("text", "soft", "band", "line-1"))
+    return {
+        "line": {"color": line, "strokeWidth": 1.8},
+        "point": {"color": line, "filled": True, "size": 50, "opacity": 1},
+        "rule": {"color": line, "strokeWidth": 1.4},
+        "bar": {"color": line},
+        "tick": {"color": line},
+        "area": {"color": line},
         "text": {"color": text, "fontSize": 12},
         "style": {
             "reference": {"color": soft, "strokeDash": [6, 3], "strokeWidth": 1.2},
             "reference-text": {"color": soft, "fontSize": 11},
-            "band": {"color": colours["band"], "fillOpacity": 0.2, "strokeOpacity": 0},
+            "band": {"color": band, "fillOpacity": 0.2, "strokeOpacity": 0},
             "member": {"opacity": 0.45},
             "ring": {"filled": False, "color": text, "strokeWidth": 1.5},
             "halo": {"color": colours["ground"], "stroke": colours["ground"], "strokeWidth": 4},
