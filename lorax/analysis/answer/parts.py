@@ -152,7 +152,10 @@ def adapters(field: Field, shown: int) -> list[str]:
 
 def scale_spread(field: Field) -> float | None:
     """By which factor the update's scale differs between ranks that don't have a rate of their own;
-    None if it doesn't."""
+    None if it doesn't, or only as rsLoRA's, which keeps the size of the activations at every rank
+    (arXiv:2312.03732)."""
+    if set(field.table.get("scaling", pd.Series()).dropna()) == {"rslora"}:
+        return None
     scales = pd.to_numeric(field.table["scale"], errors="coerce").dropna()
     if "rank" not in field.sizes or "lr" in field.tuned or not len(scales) or scales.min() <= 0:
         return None

@@ -280,6 +280,14 @@ def _amplification(
         content += page.figure("amplification", caption, alt)
         pictures["amplification"] = Picture(figures.table7(shown_rows, main), shown_rows)
     content += _table7(means, by_layer, main)
+    grids, drawn = _grids(by_layer, main)
+    content, pictures = content + grids, pictures | drawn
+    return [Section("Amplification", content, pictures, {"amplification.csv": amplified})]
+
+
+def _grids(by_layer: pd.DataFrame, main: str) -> tuple[str, dict[str, Picture]]:
+    """Every matrix at the largest value of the main axis, folded."""
+    content, pictures = "", {}
     last = by_layer[main].iloc[-1]  # the largest rank
     for column, title in (("over_chance", "over chance"), ("factor", "amplification")):
         best = by_layer.loc[by_layer[main] == last, ["layer", "target", column]]
@@ -297,7 +305,7 @@ def _amplification(
         name = "amplification_layers" if column == "factor" else "over_chance_layers"
         content += page.figure(name, caption, alt, folded=f"Every matrix: {title}")
         pictures[name] = Picture(figures.layer_grid(best, title), best)
-    return [Section("Amplification", content, pictures, {"amplification.csv": amplified})]
+    return content, pictures
 
 
 def _table7(means: pd.DataFrame, by_layer: pd.DataFrame, main: str) -> str:

@@ -128,8 +128,8 @@ def caveats(found: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"The scale s of the update differs between ranks by up to a factor of "
             f"{found['scale_spread']:.4g}, so differences between ranks mix capacity with scale. "
-            "To separate the two, set config.method.scaling to fixed (one s for all) or rslora "
-            "(α/√r), sweep over scaling, or sweep the learning rate at every rank."
+            "To separate the two, tune the learning rate at every rank (sweep.tune), or set "
+            "config.method.scaling to rslora (α/√r) or fixed (one s for all)."
         )
     return notes
 
