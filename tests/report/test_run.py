@@ -189,7 +189,7 @@ def test_page_is_well_made(written):
     ids = {a["id"] for _, a in seen.tags if "id" in a}
     assert {a["href"][1:] for _, a in seen.tags if a.get("href", "").startswith("#")} <= ids
     assert all(a.get("scope") in ("col", "row") for tag, a in seen.tags if tag == "th")
-    assert "Answer" in seen.headings[1] and "Method notes" in seen.headings[-1]
+    assert "Answer" in seen.headings[1] and "Method notes" in seen.headings[-2]
 
 
 def test_one_seed(tmp_path, undrawn):

@@ -71,7 +71,7 @@ def test_the_page_of_a_tuned_run(tmp_path, undrawn):
     assert "8 (4 finished, 0 diverged, 4 stopped in favour of better values)" in text
     rows = Page(text).table("member", "status")
     assert [row["status"] for row in rows].count("stopped at step 50") == 4
-    assert "4 members, stopped for a better learning rate" in text
+    assert "where members were stopped: 4, for a better learning rate" in text
     assert "could not be made" not in text
     settings = pd.read_csv(tmp_path / "analysis" / "settings.csv")
     assert settings["lr"].tolist() == [1e-3, 2e-3]

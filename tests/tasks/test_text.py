@@ -72,7 +72,7 @@ def test_at_least_one_evaluation_row(tmp_path, tokenizer, vocabulary):
     with pytest.raises(ValueError) as error:
         build(path, vocabulary, n)
     assert str(error.value) == (
-        f"task.path: {str(path)!r} is too short: it has {n} tokens, and a train and an evaluation "
+        f"task.path: {str(path)!r} is too short: it has {n} tokens, and a train and an eval "
         f"row of {n} need {2 * n + 1}"
     )
 
