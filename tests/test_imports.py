@@ -73,7 +73,13 @@ def test_imports_point_one_way(file):
 def test_the_rule_is_about_modules_that_exist():
     parts = {part for part, _ in FILES.values()}
     assert set().union(*LAYERS) | set(NEVER) <= parts
-    assert FILES["train/step.py"][1] == {"leaves", "ops", "tasks", "train"}  # and the reader reads
+    assert FILES["train/step.py"][1] == {
+        "leaves",
+        "losses",
+        "ops",
+        "tasks",
+        "train",
+    }  # and the reader reads
     assert FILES["models/base.py"][1] >= {"ops", "tree", "interop", "models"}
 
 
