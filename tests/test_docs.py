@@ -264,7 +264,7 @@ def test_records_of_the_three_forms_are_read(tmp_path):
 
 
 def test_code_is_in_a_language_that_a_test_runs():
-    assert {block.language for block in pages.blocks()} <= {"sh", "python", "json"}
+    assert {block.language for block in pages.blocks()} <= {"sh", "python", "json", "text"}
 
 
 # ---------------------------------------------------------------------------- links, size, citation

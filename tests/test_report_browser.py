@@ -155,7 +155,7 @@ def test_a_mark_says_its_values_under_the_pointer(browser, pages):
     )
     said = dict(zip(terms, values, strict=True))
     assert said["rank r of the adapter"] == "2"
-    loss = next(value for name, value in said.items() if "eval loss" in name)
+    loss = next(value for name, value in said.items() if "loss" in name)
     assert float(loss) == pytest.approx(planted_loss(2, 0), abs=1e-4)
     away = browser.find_element("css selector", f"{CURVE} figcaption")
     chains(browser).move_to_element(away).perform()

@@ -198,7 +198,11 @@ def test_keys_that_only_evaluate_or_draw_may_change(tmp_path, key):
     (tmp_path / "checkpoints").mkdir()
     section, _, name = key.partition(".")
     value = config.default()[section][name]
-    another = {bool: lambda: not value, tuple: lambda: ("FILE.py:statistic",)}
+    another = {
+        bool: lambda: not value,
+        str: lambda: "accuracy",
+        tuple: lambda: ("FILE.py:statistic",),
+    }
     other = another.get(type(value), lambda: (value or 0) + 1)()
     assert revised(tmp_path, **{f"{section}__{name}": value}) == []
     assert revised(tmp_path, **{f"{section}__{name}": other}) == [key]
