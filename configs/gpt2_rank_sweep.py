@@ -16,13 +16,13 @@ def get_config(arg=None):
     config.method.scaling = "rslora"
     config.method.alpha = 4.0
     config.train.batch_size = 8
-    config.train.steps = 240
+    config.train.steps = 120
     config.train.lr = 1e-2
-    config.eval.every = 80
+    config.eval.every = 40
     config.eval.examples = 64
     config.eval.test = 256
     config.eval.generate = 8
-    config.sweep.rank = (1, 4, 8, 16, 32, 64)
+    config.sweep.rank = (1, 4, 16, 32, 64)
     config.sweep.seed = (0, 1, 2)
     config.sweep.full_lr = (2e-3,)
     return config
