@@ -1,5 +1,6 @@
 """From members to groups: loads bases and tasks, checks and initialises every member."""
 
+import functools
 import json
 from collections.abc import Callable
 from typing import NamedTuple
@@ -53,6 +54,7 @@ def groups(
     anything is trained.
     """
     loaded = loaded or Loaded({}, {})
+    say = functools.cache(say)  # groups with the same base or task say the same about it
     made = [_group(i, part, loaded, say) for i, part in enumerate(grouped(members), first)]
     for line in idle(made):
         say(line)
