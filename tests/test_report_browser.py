@@ -228,7 +228,7 @@ def column(browser, n):
 def test_members_sort_by_click_and_by_key(page):
     header = page.find_elements("css selector", f"{TABLE} thead th")
     names = [th.text.strip() for th in header]
-    n = names.index("final eval loss")
+    n = names.index("validation loss")
     button = header[n].find_element("tag name", "button")
     given = column(page, n)
 

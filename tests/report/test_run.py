@@ -46,9 +46,9 @@ def test_answer_and_tables_say_the_same(written):
 
 def test_member_table(written):
     seen = Page(written[1])
-    rows = seen.table("member", "status", "best eval loss")
+    rows = seen.table("member", "status", "best validation loss")
     assert len(rows) == 10
-    assert rows[0]["status"] == f"diverged at step {STEPS[1]}" and rows[0]["final eval loss"] == "–"
+    assert rows[0]["status"] == f"diverged at step {STEPS[1]}" and rows[0]["validation loss"] == "–"
     assert all(row["status"] == "finished" for row in rows[1:])
     sortable = [a for tag, a in seen.tags if tag == "th" and "aria-sort" in a]
     assert len(sortable) >= len(rows[0])
@@ -73,7 +73,7 @@ def test_diverged_members_are_named(written):
 
 
 def test_scale_confound_is_said_with_its_size(written, tmp_path, undrawn):
-    assert "by up to a factor of 16" in written[1] and "scaling to fixed" in written[1]
+    assert "by up to a factor of 16" in written[1] and "scaling to rslora" in written[1]
     fixed = make_run(tmp_path / "fixed", ranks=(1, 2), scaling="fixed", adapters=False)
     assert "mix capacity with scale" not in report.write(fixed).read_text()
 

@@ -37,7 +37,7 @@ def test_everything_is_on_the_page(written, directories):
     titles = ["Runs", "Differences", "Curves", "Methods", "Intrinsic dimension", "Members"]
     assert page.headings[1:] == [*titles, "Subspace similarity", "Method notes"]
     rows = {row["run"]: row for row in page.table("run", "best setting", "state")}
-    assert rows["one"]["best setting"] == "r = 4" and rows["one"]["final eval loss"] == "1.2000"
+    assert rows["one"]["best setting"] == "r = 4" and rows["one"]["validation loss"] == "1.2000"
     assert rows["two"]["best setting"] == "alpha = 8" and rows["search"]["task"] == "digits"
     assert rows["search"]["best setting"].startswith("d90")
     differ = {row["key"]: row for row in page.table("key", "one", "two")}

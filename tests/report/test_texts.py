@@ -56,7 +56,7 @@ def test_reference_base_and_members_stand_side_by_side(written, undrawn):
     assert best.startswith("2: rank=4, loss 1.190") and worst.startswith("0: rank=1")
     assert rows[-1][best] == "<2> wrote 8" and rows[-1]["base"] == "base 8"
     assert rows[0]["reference"] == "An inn. / One inn."
-    scores = page.table("by", "eval loss", "bleu")
+    scores = page.table("by", "validation loss", "bleu")
     assert [row["bleu"] for row in scores][:2] == ["0.050", "0.200"] and len(scores) == 5
     stored = pd.read_csv(written / "analysis" / "texts.csv")
     assert len(stored) == 36 and set(stored["member"]) == {0, 1, 2, 4}

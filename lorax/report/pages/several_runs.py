@@ -125,7 +125,7 @@ def _summary(name: str, sweep: Sweep, is_search: bool) -> dict[str, object]:
         "seeds": sweep.table["seed"].nunique(),
         "steps": sweep.run.status.get("steps", sweep.table["final_step"].max()),
         "best setting": reached,
-        "final eval loss": page.Fixed(np.nan if best is None else best["mean"]),
+        "validation loss": page.Fixed(np.nan if best is None else best["mean"]),
         "standard error": page.Fixed(np.nan if best is None else best["se"]),
         "base's loss": page.Fixed(sweep.base),
         "state": sweep.run.status.get("state", "unknown"),
@@ -166,9 +166,9 @@ def _headlines(sweeps: dict[str, Sweep], searches: dict[str, runs.Run]) -> list[
             text = "; ".join(map(dimension.headline, _found(sweep.run)))
             text = text or "no subspace has been trained yet"
         elif sweep.best is None:
-            text = "no setting has a final eval loss for all its seeds"
+            text = "no setting has a validation loss for all its seeds"
         else:
-            text = f"final eval loss {words.mean(sweep.best)}"
+            text = f"validation loss {words.mean(sweep.best)}"
             text += f" at {words.setting(sweep.best, sweep.by)}" * (sweep.by.main is not None)
         text = page.escape(text.rstrip("."))
         lines.append(f"<p><strong>{page.escape(name)}</strong>: {text}.</p>")
@@ -189,7 +189,7 @@ def _members(sweeps: dict[str, Sweep]) -> Section:
     scores = list(dict.fromkeys(name for sweep in sweeps.values() for name in sweep.scores))
     table = table[["run", *(name for name in table if name != "run")]]
     header = ["name", "run", "method", "rank", "learning rate", "trainable parameters", "scale s"]
-    header += ["final eval loss", "best eval loss", *scores, "status"]
+    header += ["validation loss", "best validation loss", *scores, "status"]
     for name in ("rank", "lr", "scale"):
         table[name] = table.get(name)
     rows = [
@@ -249,7 +249,7 @@ def _curves(sweeps: dict[str, Sweep]) -> list[Section]:
         + _splits(sweeps)
     )
     alt = (
-        f"Line charts of final eval loss against {drawn}: the lowest is {lowest['mean']:.3f} of "
+        f"Line charts of validation loss against {drawn}: the lowest is {lowest['mean']:.3f} of "
         f"{lowest['run']} at {words.axis(lowest['axis'])} {page.show(lowest['x'])}."
     )
     content = page.aid(
@@ -299,7 +299,7 @@ def _methods(sweeps: dict[str, Sweep]) -> list[Section]:
         "Dots: means over seeds; bars: 95% intervals over seeds (Student's t). " + _splits(sweeps)
     )
     alt = (
-        f"Dot chart of final eval loss by method and run: {best['method']} of {best['run']} is "
+        f"Dot chart of validation loss by method and run: {best['method']} of {best['run']} is "
         f"lowest, {words.mean(best)}."
     )
     header = ["method", "run", "best setting", "trainable parameters", "final loss"]
@@ -400,7 +400,7 @@ def _similarity(sweeps: dict[str, Sweep]) -> list[Section]:
 def _best_bases(sweep: Sweep) -> tuple[list[tables.Bases], str]:
     """(directions of the members of the best setting, "") or ([], the reason)."""
     if sweep.best is None:
-        return [], "no setting has a final eval loss for all its seeds"
+        return [], "no setting has a validation loss for all its seeds"
     same = settings_compared.of_setting(sweep.table, sweep.best, sweep.by)
     members = sweep.table.index[same & ~sweep.table["status"].isin(runs.WITHOUT_RESULT)]
     updates, missing = tables.updates(sweep.run, members)

@@ -26,7 +26,7 @@ def members(run: runs.Run, table: pd.DataFrame, by: runs.Axes, scores: list[str]
     axes = [name for name in (*by.fields, *SEEDS, "status") if name in table]
     axes = [name for name in axes if table[name].astype(str).nunique() > 1]
     header = ["member", *map(words.axis, axes), "trainable parameters", "scale s"]
-    header += ["final eval loss", "best eval loss", *scores]
+    header += ["validation loss", "best validation loss", *scores]
     header += ["status"] * ("status" not in axes)
     rows = []
     for number, m in table.iterrows():
@@ -87,7 +87,7 @@ def _filter(table: pd.DataFrame, axes: Iterable[str]) -> str:
         else _switches(name, words.axis(name), table[name])
         for name in axes
     ]
-    controls.append(_range("final_loss", "final eval loss", table["final_loss"].dropna()))
+    controls.append(_range("final_loss", "validation loss", table["final_loss"].dropna()))
     return (
         '<form class="filter" aria-label="Filter of members" hidden>'
         "<p>Choose values to see only their members, in the table and in the figures that have a "

@@ -98,7 +98,7 @@ def _scores(run: runs.Run, ordered: pd.DataFrame) -> str:
             [ordered.loc[member, "name"], page.Fixed(ordered.loc[member, "final_loss"], 3)]
             + [page.Fixed(scores.get(name), 3) for name in names]
         )
-    header = ["by", "eval loss", *map(words.axis, names)]
+    header = ["by", "validation loss", *map(words.axis, names)]
     caption = "Scores of all generated texts, for each base and every member."
     return page.table(header, rows, caption, sortable=True)
 
