@@ -4,7 +4,7 @@
 
 After LoRA (arXiv:2106.09685) tables 6 and 18 and section 7.2, on every linear layer of gpt2-nano
 and a data-to-text task, with three seeds. The scale is alpha / sqrt(r) (rsLoRA, arXiv:2312.03732):
-with it one learning rate is near the best at every rank, so the curve shows the rank, not the rate.
+with it one learning rate is near the best at every rank (LOG.md), so the curve shows the rank.
 """
 
 from lorax.config import default
@@ -17,7 +17,7 @@ def get_config(arg=None):
     config.method.alpha = 4.0
     config.train.batch_size = 8
     config.train.steps = 120
-    config.train.lr = 1e-2
+    config.train.lr = 1.4e-2
     config.eval.every = 60
     config.eval.examples = 64
     config.eval.test = 200
@@ -25,5 +25,5 @@ def get_config(arg=None):
     config.analysis.delta = 0.02  # what the answer may lose of the best rank's gain
     config.sweep.rank = (1, 4, 16, 32, 64)
     config.sweep.seed = (0, 1, 2)
-    config.sweep.full_lr = (2e-3,)
+    config.sweep.full_lr = (4e-3,)
     return config
