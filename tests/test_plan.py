@@ -481,7 +481,8 @@ def test_gpt3_takes_seconds_and_little_memory():
     """Time of the processor, which others on the machine don't lengthen: on its own it is less."""
     changes = {"base": "random:gpt3-175b", "dtype": "bfloat16", "param_dtype": "bfloat16"}
     changes |= {"train.remat": "full", "train.batch_size": 1, "train.seq_len": 2048}
-    changes |= {"sweep.rank": "(4,)", "sweep.seed": "(0,)"}
+    changes |= {"sweep.rank": "(4,)", "sweep.seed": "(0,)", "sweep.full_lr": "()"}
+    changes |= {"method.targets": "('q','v')"}
     given = [f"--config.{key}={value}" for key, value in changes.items()]
     out = run_python("-c", GPT3, CONFIG, *given).stdout
     code, seconds, peak = map(float, out.splitlines()[-1].split())
