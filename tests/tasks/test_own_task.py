@@ -58,7 +58,7 @@ def test_the_example_is_trained_scored_and_planned(tmp_path):
     members = config.members(sums_config(tmp_path))
     run = trained_with_status(members, tmp_path / "run")
     table = lorax.runs.summary(run)
-    assert lorax.runs.scores(run) == ["correct", "digits"]
+    assert lorax.runs.scores(run) == ["token_accuracy", "correct", "digits"]
     assert len(table) == 4 and table["correct"].between(0, 1).all()
     lines = (tmp_path / "run/texts/3.jsonl").read_text().splitlines()
     assert len(lines) == 2 and json.loads(lines[0])["prompt"].endswith(" =")
@@ -75,7 +75,7 @@ def trained_with_status(members, folder):
     (folder / "config.json").write_text("{}")
     (folder / "status.json").write_text(json.dumps({"members": rows}))
     prepare.check_metric([group], "digits")
-    with pytest.raises(ValueError, match="measures loss, correct, digits"):
+    with pytest.raises(ValueError, match="measures loss, token_accuracy, correct, digits"):
         prepare.check_metric([group], "accuracy")
     return lorax.runs.load(folder)
 
