@@ -108,7 +108,10 @@ def figures(browser):
 def test_every_figure_is_there_and_shown(page):
     found = figures(page)
     numbers = page.execute_script("return [...document.querySelectorAll('figcaption b')].length")
-    assert numbers == len(found) >= 3 and all(width > 300 for _, width, _, _ in found)
+    assert numbers == len(found) >= 3
+    grids = "grid", "layers"  # as wide as they have layers
+    wide = [figure for figure in found if not figure[0].endswith(grids)]
+    assert all(width > 300 for _, width, _, _ in wide)
     assert all((height > 50) != folded for _, _, height, folded in found)
     # What is folded opens by the keyboard.
     for summary in page.find_elements("css selector", "summary"):
