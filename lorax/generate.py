@@ -1,7 +1,7 @@
 """Complete prompts with a base model, with or without adapters.
 
     python -m lorax.generate --base gpt2-nano --prompt "Once upon a time"
-    python -m lorax.generate --base gpt2-nano --adapter runs/gpt2_rank_sweep/adapters/10 \\
+    python -m lorax.generate --base gpt2-nano --adapter runs/gpt2_rank_sweep/adapters/6 \\
         --prompts prompts.txt --beams 4 --no-repeat-ngram 4 --out texts.jsonl
 
 Several --adapter run side by side in one batch: each completes every prompt ("base" means the model

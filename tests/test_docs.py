@@ -192,7 +192,7 @@ def test_an_adapter_is_read(command, workspace, monkeypatch, capsys):
     if EXAMPLE.search(command):
         pytest.skip("tested with the example")
     if "--base merged" in command and not (workspace / "merged").exists():
-        merge = "python -m lorax.convert merge gpt2-nano runs/gpt2_rank_sweep/adapters/10 merged"
+        merge = "python -m lorax.convert merge gpt2-nano runs/gpt2_rank_sweep/adapters/6 merged"
         assert merge in COMMANDS
         in_process(convert.main, merge, workspace, monkeypatch, capsys)
     if "merge gpt2-nano" in command:
