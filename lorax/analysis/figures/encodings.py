@@ -12,11 +12,11 @@ import pandas as pd
 from lorax.analysis import runs
 from lorax.analysis.figures import style
 from lorax.analysis.figures.layout import distinct, has_order, is_setting, lost
+from lorax.analysis.figures.panels import side_by_side
 
 # From low to high: as light as lines have to be on white and on black ground.
 RAMP = ((76, 91, 212), (154, 75, 200), (209, 71, 127), (224, 122, 47))
 SHOWN = "indexof(hidden, datum.member) < 0"  # the filter of `style.filtered`
-COLUMNS = {2: 2, 4: 2}  # of panels, by their number
 HEIGHT = 150  # pixels of a panel
 DODGE = 0.014  # between colours at one value, as a share of the axis
 
@@ -161,24 +161,18 @@ def in_panels(
     panels: Sequence[str],
     height: int | None = None,
     columns: int | None = None,
-    *,
-    independent: bool = False,
 ) -> Any:
     """The chart on the data; if there are panels (titles), one for each, row by row.
 
     Args:
       height: in pixels; None: that of other figures.
       columns: how many panels a row has at most; None: as their number suggests.
-      independent: whether every panel has its own y axis.
     """
     if not panels:
         height = style.HEIGHT if height is None else height
         return chart.properties(data=data, width="container", height=height)
-    columns = columns or COLUMNS.get(len(panels), 3)
+    columns = columns or side_by_side(len(panels), 3)
     chart = chart.properties(data=data, height=HEIGHT if height is None else height)
     chart = style.facets(chart, "panel", panels, columns)
-    if independent:
-        chart.spec.width -= style.AXIS * (chart.columns - 1) // chart.columns
-        chart = chart.resolve_scale(y="independent")
     # A shared axis would also stand below a gap.
     return chart.resolve_axis(x="independent") if len(panels) % chart.columns else chart

@@ -164,7 +164,7 @@ def overlap(pairs: pd.DataFrame, names: Sequence[str]) -> alt.FacetChart:
     panel = panel.properties(height=28 * len(names), width=WIDTH - AXIS - HEADER)
     sides = alt.Row("side:N", title=None, sort=distinct(table["side"]))
     chart = panel.facet(row=sides).resolve_scale(x="independent")
-    return themed(chart.properties(usermeta={"columns": 1}))  # as `facet_grid`
+    return themed(chart.properties(usermeta={"columns": 1}))  # for the page's script
 
 
 def layer_grid(values: pd.DataFrame, label: str, *, log: bool = False) -> alt.LayerChart:

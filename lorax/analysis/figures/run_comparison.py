@@ -23,10 +23,9 @@ def curves(points: pd.DataFrame, loss: str) -> alt.TopLevelMixin:
     data["of"] = [
         ", ".join(filter(None, pair)) for pair in zip(data["run"], data["part"], strict=True)
     ]
-    names = list(dict.fromkeys(data["of"]))
-    charts = [
-        _curve(data[data["axis"] == axis], axis, names, loss) for axis in _distinct(data["axis"])
-    ]
+    names = style.distinct(data["of"])
+    by_axis = data.groupby("axis", sort=False)
+    charts = [_curve(rows, axis, names, loss) for axis, rows in by_axis]
     if len(charts) == 1:
         return style.themed(charts[0].properties(width="container", height=style.HEIGHT))
     charts = [chart.properties(width=240, height=190) for chart in charts]
@@ -67,7 +66,7 @@ def methods_of_runs(points: pd.DataFrame, loss: str) -> alt.TopLevelMixin:
       loss: name and unit of the loss.
     """
     data = with_interval(points)
-    names = _distinct(data["run"])
+    names = style.distinct(data["run"])
     order = list(data.groupby("method")["mean"].min().sort_values(kind="stable").index)
     place = {
         "y": alt.Y("method:N", sort=order, title=None, axis=alt.Axis(grid=True, labelLimit=260)),
@@ -93,7 +92,3 @@ def numbers(points: pd.DataFrame, loss: str) -> dict:
     if points["low"].notna().any():
         found |= {"low": ("95% interval from", FORMAT), "high": ("to", FORMAT)}
     return found
-
-
-def _distinct(column: pd.Series) -> list[str]:
-    return list(dict.fromkeys(column))

@@ -195,7 +195,6 @@ def facets(
     field: str,
     values: Sequence,
     columns: int = 3,
-    title: str = "",
 ) -> alt.FacetChart:
     """A panel for every value, row by row. A page with less room shows fewer in a row.
 
@@ -204,32 +203,11 @@ def facets(
       field: the column of the values, as words, in the chart's table.
       values: all of them, in their order.
       columns: how many panels a row has at most.
-      title: above all panels.
     """
     columns = min(columns, len(values))
-    header = alt.Header(title=title or None)
-    by = alt.Facet(f"{field}:N", sort=list(values), header=header)
+    by = alt.Facet(f"{field}:N", sort=list(values), header=alt.Header(title=None))
     width = (WIDTH - AXIS - SPACING * (columns - 1)) // columns
     return chart.properties(width=width).facet(by, columns=columns)
-
-
-def facet_grid(
-    chart: alt.Chart | alt.LayerChart,
-    row: str,
-    column: str,
-    rows: Sequence,
-    columns: Sequence,
-    titles: tuple[str, str] = ("", ""),
-) -> alt.FacetChart:
-    """A panel for every pair of values, e.g. a layer and a target; all columns also where there is
-    little room. The arguments are those of `facets`, of the rows and of the columns."""
-    titled = [alt.Header(title=title or None) for title in titles]
-    room = WIDTH - AXIS - HEADER - SPACING * (len(columns) - 1)
-    grid = chart.properties(width=max(60, room // len(columns))).facet(
-        row=alt.Row(f"{row}:N", sort=list(rows), header=titled[0]),
-        column=alt.Column(f"{column}:N", sort=list(columns), header=titled[1]),
-    )
-    return grid.properties(usermeta={"columns": len(columns)})  # for the page's script
 
 
 def lines_of(
@@ -256,7 +234,7 @@ def lines_of(
     return encodings
 
 
-def position(column: pd.Series, name: str, title: str | None = None) -> dict[str, Any]:
+def position(column: pd.Series, name: str) -> dict[str, Any]:
     """Arguments of `alt.X` or `alt.Y` for an axis of a sweep: its type, title, scale and ticks.
     Positive numbers have a logarithmic scale with a tick at every value, or where there are many,
     at some; all else is in the order of `distinct`, as words.
@@ -264,7 +242,7 @@ def position(column: pd.Series, name: str, title: str | None = None) -> dict[str
     name: the column's in the chart.
     """
     values = distinct(column)
-    title = title or NAMES.get(name, named(name))
+    title = NAMES.get(name, named(name))
     if not is_numeric(values):
         words = [runs.in_words(value, name) for value in values]
         return {"type": "nominal", "title": title, "sort": words, "axis": alt.Axis(labelAngle=0)}
