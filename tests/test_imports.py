@@ -96,6 +96,13 @@ def test_import_without_jax(module):
     assert in_a_fresh_process(code) == "[]"
 
 
+def test_a_run_is_read_without_what_takes_a_second_to_import():
+    heavy = ("jax", "scipy.stats", "sklearn", "matplotlib")
+    code = "import sys; from lorax.analysis import answer, figures, intrinsic, runs, tables; "
+    code += f"print([m for m in {heavy} if m in sys.modules])"
+    assert in_a_fresh_process(code) == "[]"
+
+
 def test_bfloat16_is_read_without_jax(tmp_path):
     """numpy has no such type of its own: safetensors know it only once ml_dtypes is there."""
     file = tmp_path / "adapter_model.safetensors"

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from sklearn.isotonic import IsotonicRegression
 
 from lorax.analysis import compare, runs
 from lorax.config import shared_axes, swept
@@ -130,6 +129,8 @@ def crossing(sizes, values, level: float, metric: str) -> Crossing:
     The values are made monotone in size by isotonic regression, since a larger subspace can do no
     worse, and interpolated linearly in log(size).
     """
+    from sklearn.isotonic import IsotonicRegression  # a run need not wait for it
+
     x, sign = np.log(np.asarray(sizes, float)), _sign(metric)
     y = IsotonicRegression().fit_transform(x, sign * np.asarray(values, float))
     reached = np.flatnonzero(y >= sign * level)

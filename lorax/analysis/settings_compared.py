@@ -5,10 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
-from scipy import stats
 
-from lorax.analysis import runs
-from lorax.analysis.compare import LEVEL
+from lorax.analysis import compare, runs
 from lorax.analysis.runs import Axes
 
 # x axes of the loss curves that compare runs
@@ -119,10 +117,10 @@ def curve(table: pd.DataFrame, by: Axes, x: str) -> pd.DataFrame:
     return best[best["mean"] <= best.groupby("part")["mean"].cummin()]
 
 
-def with_interval(settings: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
+def with_interval(settings: pd.DataFrame, level: float = compare.LEVEL) -> pd.DataFrame:
     """The table with low and high, the t interval of `mean` over n seeds, of which `se` is the
     standard error; NaN for one seed. settings: with columns mean, se and n."""
-    half = stats.t.ppf((1 + level) / 2, (settings["n"] - 1).clip(lower=1)) * settings["se"]
+    half = compare.half_width(settings["se"], settings["n"], level)
     return settings.assign(low=settings["mean"] - half, high=settings["mean"] + half)
 
 

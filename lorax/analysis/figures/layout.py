@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from lorax.analysis import runs
+from lorax.analysis import compare, runs
 from lorax.analysis.figures import style
 
 # How it was trained rather than what was trained: the first to be shown at their best.
@@ -246,7 +245,7 @@ def widened(
     """
     reached = table[~table["status"].isin(runs.WITHOUT_RESULT)]
     of = reached.groupby(list(names), dropna=False)[loss]
-    half = stats.t.ppf(0.5 + style.LEVEL / 2, (of.count() - 1).clip(lower=1)) * of.sem()
+    half = compare.half_width(of.sem(), of.count(), style.LEVEL)
     most = 0.5 * (ends[1] - ends[0])
     inside = of.mean() <= ends[1]
     low, high = (of.mean() - half)[inside].min(), (of.mean() + half)[inside].max()

@@ -15,7 +15,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from lorax.analysis import runs
 
@@ -172,8 +172,8 @@ def with_intervals(
     null for one value, so no bar is drawn. keep: whether the values stay, each with the numbers of
     its group."""
     # A chart has no quantiles of t. From 31 values on, this is Cornish and Fisher's expansion.
-    quantiles = [stats.t.ppf(0.5 + LEVEL / 2, n) for n in range(1, 31)]
-    z = stats.norm.ppf(0.5 + LEVEL / 2)
+    quantiles = special.stdtrit(range(1, 31), 0.5 + LEVEL / 2)
+    z = special.ndtri(0.5 + LEVEL / 2)
     listed = ", ".join(f"{quantile:.5g}" for quantile in quantiles)
     later = f"{z:.5g} + {(z**3 + z) / 4:.5g} / (datum.n - 1)"
     t = f"(datum.n <= 31 ? [{listed}][datum.n - 2] : {later})"

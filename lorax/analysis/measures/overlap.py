@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special
 
 from lorax.analysis.measures.spectrum import existing, factor_svd
 
@@ -161,7 +161,7 @@ def chance_similarity(n: int, r1: int, r2: int) -> Band:
     total = centre * (1 - centre) / spread - 1
     quantile = lambda q: np.where(
         varies,
-        lowest + (1 - lowest) * stats.beta.ppf(q, centre * total, (1 - centre) * total),
+        lowest + (1 - lowest) * special.betaincinv(centre * total, (1 - centre) * total, q),
         mean,
     )
     return Band(mean, quantile(0.05), quantile(0.95))

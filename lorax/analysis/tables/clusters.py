@@ -8,13 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-LEVEL = 0.95  # of the intervals
+from lorax.analysis import compare
 
 
 def over_layers(
-    table: pd.DataFrame, by: Sequence[str], columns: Sequence[str], level: float = LEVEL
+    table: pd.DataFrame, by: Sequence[str], columns: Sequence[str], level: float = compare.LEVEL
 ) -> pd.DataFrame:
     """One row per group: its values of `by`, the means of the columns over layers, and for each
     "<column>_half", half the width of the mean's t interval over layers; NaN for one layer.
@@ -26,7 +25,5 @@ def over_layers(
     finite = table[columns].replace([np.inf, -np.inf], np.nan)
     layers = table[[*by, "layer"]].join(finite).groupby([*by, "layer"], sort=True, dropna=False)
     groups = layers[columns].mean().groupby(level=list(range(len(by))), sort=True, dropna=False)
-    mean, sd, n = groups.mean(), groups.std(), groups.count()
-    t = stats.t.ppf(0.5 + level / 2, np.maximum(n - 1, 1))
-    half = (t * sd / np.sqrt(n.where(n > 0))).add_suffix("_half")
-    return mean.join(half).reset_index()
+    half = compare.half_width(groups.sem(), groups.count(), level).add_suffix("_half")
+    return groups.mean().join(half).reset_index()
