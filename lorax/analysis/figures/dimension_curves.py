@@ -85,12 +85,7 @@ def _levels(y, title: str) -> list[alt.Chart]:
 
 def _estimate(x, y) -> list[alt.Chart]:
     """The band of the interval, and the ring."""
-    said = {
-        "size": ("estimate", ",.4r"),
-        "low": ("95% interval from", ",.4r"),
-        "high": ("to", ",.4r"),
-    }
-    said = style.tooltips(said)
+    said = style.tooltips({"size": ("estimate", ",.4r")} | style.interval(",.4r"))
     return [
         _of("estimate").mark_rect(style="band").encode(x=x("low"), x2="high:Q", tooltip=said),
         _of("estimate")
@@ -107,11 +102,7 @@ def _curves(x, y, title: str, lora: bool) -> list[alt.Chart]:
     look = lambda marks: style.lines_of("series", SERIES[: 1 + lora], marks) if lora else {}
     said = {"series": "of", "size": (size, ","), "lr": ("learning rate", "~g")}
     seed = style.tooltips(said | {"member": "member", "value": (title, ".4f")})
-    mean = {
-        "mean": (f"mean {title}", ".4f"),
-        "low": ("95% interval from", ".4f"),
-        "high": ("to", ".4f"),
-    }
+    mean = {"mean": (f"mean {title}", ".4f")} | style.interval(".4f")
     return [
         over.mark_rule().encode(x=x("size"), y=y("low"), y2="high:Q", **look("rule")),
         over.mark_line().encode(x=x("size"), y=y("mean"), **look("line")),

@@ -16,7 +16,6 @@ from lorax.analysis.figures.panels import side_by_side
 
 # From low to high: as light as lines have to be on white and on black ground.
 RAMP = ((76, 91, 212), (154, 75, 200), (209, 71, 127), (224, 122, 47))
-SHOWN = "indexof(hidden, datum.member) < 0"  # the filter of `style.filtered`
 HEIGHT = 150  # pixels of a panel
 DODGE = 0.014  # between colours at one value, as a share of the axis
 
@@ -24,11 +23,6 @@ DODGE = 0.014  # between colours at one value, as a share of the axis
 def field(name: str) -> str:
     """A column's name in a chart: Vega reads dots and brackets as paths."""
     return re.sub(r"\W", "_", name)
-
-
-def label(name: str) -> str:
-    """An axis in words, as titles and tooltips show it."""
-    return style.NAMES.get(name, style.named(name))
 
 
 # -------------------------------------------------------------------------------------------- rows
@@ -85,7 +79,7 @@ def titles(table: pd.DataFrame, panel: str | None) -> list[str]:
     """The title of each member's panel: "alpha = 8"; "" without panels."""
     if panel is None:
         return [""] * len(table)
-    return [f"{label(panel)} = {runs.in_words(value, panel)}" for value in table[panel]]
+    return [f"{style.label(panel)} = {runs.in_words(value, panel)}" for value in table[panel]]
 
 
 def titles_in_order(table: pd.DataFrame, panel: str) -> list[str]:
@@ -110,7 +104,7 @@ def place(name: str, values: Iterable, **options: Any) -> dict[str, Any]:
         of = style.position(pd.Series(values), name)
     else:
         axis = alt.Axis(labelAngle=0, labelLimit=260)
-        of = {"type": "ordinal", "sort": values, "title": label(name), "axis": axis}
+        of = {"type": "ordinal", "sort": values, "title": style.label(name), "axis": axis}
     return {"shorthand": field(name), **of, **options}
 
 
@@ -123,7 +117,7 @@ def colours(name: str | None, values: Iterable, marks: str) -> dict[str, Any]:
     if name is None:
         return {}
     domain = in_order(name, values)
-    encodings = style.lines_of(field(name), domain, marks, label(name))
+    encodings = style.lines_of(field(name), domain, marks, style.label(name))
     if has_order(values):
         encodings["color"].scale = alt.Scale(domain=domain, range=ramp(len(domain)))
     return encodings
@@ -149,7 +143,7 @@ def ramp(count: int) -> list[str]:
 def tooltips(names: Iterable[str], table: pd.DataFrame, more: dict[str, Any]) -> list[alt.Tooltip]:
     """A mark's axes, then `more` (as in `style.tooltips`)."""
     axes = {
-        field(name): (label(name), "~g") if is_numeric(table[name]) else label(name)
+        field(name): (style.label(name), "~g") if is_numeric(table[name]) else style.label(name)
         for name in names
     }
     return style.tooltips(axes | more)

@@ -15,8 +15,9 @@ from lorax.analysis.figures.panels import (
     wrapped,
 )
 from lorax.analysis.figures.style import (
-    NAMES,
     filtered,
+    interval,
+    label,
     lines_of,
     named,
     themed,
@@ -62,12 +63,14 @@ def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> alt.LayerChart:
     words = {"i": "i", "mean": ("mean of φ(i, i)", ".3f")}
     by_chance = alt.Chart(chance.round(4)).encode(
         x=x,
-        tooltip=tooltips({"i": "i", "mean": ("by chance", ".3f")} | _interval("5% to 95% from")),
+        tooltip=tooltips(
+            {"i": "i", "mean": ("by chance", ".3f")} | interval(".3f", "5% to 95% from")
+        ),
     )
     means = with_intervals(alt.Chart(table.assign(phi=digits(table["phi"]))), "phi", ["line", "i"])
     means = means.encode(
         x=x,
-        tooltip=tooltips({"line": ""} | words | _interval("95% interval from") | {"n": "layers"}),
+        tooltip=tooltips({"line": ""} | words | interval(".3f") | {"n": "layers"}),
     )
     lines = lambda marks: _below_each_other(lines_of("line", list(phi), marks))
     bar = means.mark_rule(strokeOpacity=0.5)
@@ -87,10 +90,6 @@ def _below_each_other(encodings: dict) -> dict:
         if name in encodings:
             encodings[name].legend = alt.Legend(columns=1)
     return encodings
-
-
-def _interval(words: str) -> dict:
-    return {"low": (words, ".3f"), "high": ("to", ".3f")}
 
 
 def table7(amplified: pd.DataFrame, main: str = "rank") -> alt.FacetChart:
@@ -132,7 +131,7 @@ def intruder_counts(table: pd.DataFrame, k: int = 10, main: str = "rank") -> alt
             | {"n": "members"}
         ),
     )
-    title = NAMES.get(main, named(main))
+    title = label(main)
     lines = lambda marks: lines_of("line", order, marks, title)
     dash = alt.Scale(domain=list(kinds.values()), range=[[1, 0], [2, 3]])
     scale = alt.Scale(domainMin=0)
@@ -178,7 +177,7 @@ def trajectory(
         )
         .encode(x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickCount=4, format="d")))
     )
-    lines = lambda marks: lines_of("line", order, marks, NAMES.get(main, named(main)))
+    lines = lambda marks: lines_of("line", order, marks, label(main))
     place = {"line": named(main), "step": "step"}
     tips = {
         "value": place | {"member": "member", "value": ("mean over matrices", ".4~g")},
@@ -216,7 +215,7 @@ def cka(table: pd.DataFrame, main: str = "rank") -> alt.LayerChart:
             | {"n": "members"}
         ),
     )
-    lines = lambda marks: lines_of("line", order, marks, NAMES.get(main, named(main)))
+    lines = lambda marks: lines_of("line", order, marks, label(main))
     y = lambda name: alt.Y(
         f"{name}:Q", title="linear CKA with the base (0 to 1)", scale=alt.Scale(zero=False)
     )

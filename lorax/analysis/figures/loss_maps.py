@@ -10,7 +10,6 @@ from lorax.analysis.figures import style
 from lorax.analysis.figures.encodings import (
     field,
     in_panels,
-    label,
     of_members,
     titles_in_order,
     tooltips,
@@ -66,7 +65,7 @@ def _cells(
     """Layers: the cells, the frames of the best, the numbers, and words for what is lost."""
     x, y = map(field, layout[:2])
     discrete = lambda name, channel, **axis: channel(
-        field(name), type="ordinal", title=label(name), axis=alt.Axis(format="~g", **axis)
+        field(name), type="ordinal", title=style.label(name), axis=alt.Axis(format="~g", **axis)
     )
     place = {
         "x": discrete(layout.x, alt.X, labelAngle=0),

@@ -9,7 +9,7 @@ import pandas as pd
 
 from lorax.analysis import runs
 from lorax.analysis.figures import style
-from lorax.analysis.figures.encodings import SHOWN, colours, field, tooltips
+from lorax.analysis.figures.encodings import colours, field, tooltips
 
 FORMAT = ".4f"
 
@@ -76,7 +76,7 @@ def of_mean(table: pd.DataFrame, names: Sequence[str], title: str) -> dict[str, 
     """For tooltips: the numbers of a mean over seeds; without an interval if there is one seed."""
     found = {"mean": (f"mean {title}", FORMAT)}
     if table.groupby(list(names), dropna=False).size().max() > 1:
-        found |= {"low": ("95% interval from", FORMAT), "high": ("to", FORMAT)}
+        found |= style.interval(FORMAT)
     return found | {"n": "seeds", "lost": "seeds that did not reach the end"}
 
 
@@ -100,7 +100,7 @@ def references(
     if lines.empty:
         return []
     across = axis.channel == "y"
-    lines = alt.Chart(lines).transform_filter(SHOWN)
+    lines = alt.Chart(lines).transform_filter(style.SHOWN)
     mean = lines.transform_aggregate(mean="mean(loss)", n="valid(loss)", groupby=["line"])
     mean = mean.transform_filter("datum.n > 0").transform_calculate(
         text="datum.line + ' ' + format(datum.mean, '.3f')"

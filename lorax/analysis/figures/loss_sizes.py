@@ -7,7 +7,7 @@ import pandas as pd
 
 from lorax.analysis import runs
 from lorax.analysis.figures import style
-from lorax.analysis.figures.encodings import colours, field, in_panels, label, of_members, tooltips
+from lorax.analysis.figures.encodings import colours, field, in_panels, of_members, tooltips
 from lorax.analysis.figures.layout import FULL, extent
 from lorax.analysis.figures.loss_marks import LossAxis, of_mean, references
 
@@ -47,9 +47,9 @@ def size_curve(
     domain = [float(sizes.min() / left / 1.1), float(sizes.max() * 1.3)]
     scale = alt.Scale(type="log", nice=False, domain=domain)
     axis_x = alt.Axis(format="~s", tickCount=6, labelOverlap="greedy")
-    x = alt.X("params:Q", title=label("trainable_params"), scale=scale, axis=axis_x)
+    x = alt.X("params:Q", title=style.label("trainable_params"), scale=scale, axis=axis_x)
     of = lambda marks: colours(colour, table[colour] if colour else (), marks)
-    said = {"params": (label("trainable_params"), ",")} | of_mean(table, names, axis.title)
+    said = {"params": (style.label("trainable_params"), ",")} | of_mean(table, names, axis.title)
     said = tooltips(names, table, said)
     pale = alt.condition("datum.kept", alt.value(1), alt.value(0.35))
     line = kept.transform_filter("datum.kept").mark_line(

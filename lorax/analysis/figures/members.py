@@ -8,7 +8,7 @@ import pandas as pd
 
 from lorax.analysis import runs
 from lorax.analysis.figures import style
-from lorax.analysis.figures.encodings import label, of_axes, ramp, tooltips
+from lorax.analysis.figures.encodings import of_axes, ramp, tooltips
 from lorax.analysis.figures.layout import distinct, extent, has_order
 from lorax.analysis.figures.loss_marks import FORMAT
 
@@ -44,7 +44,7 @@ def parallel(table: pd.DataFrame, names: Sequence[str], unit: str = "nats") -> a
         member=order["member"], name=order["name"], status=order["status"],
         loss=order[found.loss], params=order[SIZE],
     )  # fmt: skip
-    said = {"name": "member", "params": (label(SIZE), ","), "loss": (title, FORMAT)}
+    said = {"name": "member", "params": (style.label(SIZE), ","), "loss": (title, FORMAT)}
     said = tooltips(names, order, said | {"status": "status"})
     fields = [name for name in members if name != "member"]
     lines = style.filtered(alt.Chart(pd.concat(parts, ignore_index=True)).transform_lookup(
@@ -87,7 +87,7 @@ def compact(count: float) -> str:
 
 def short(name: str) -> str:
     """The title of an axis, short enough for a narrow page."""
-    return {"rank": "rank", "lr": "rate", SIZE: "parameters"}.get(name, label(name))
+    return {"rank": "rank", "lr": "rate", SIZE: "parameters"}.get(name, style.label(name))
 
 
 def _x(order: Sequence[str] | None = None) -> alt.X:

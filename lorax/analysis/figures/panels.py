@@ -15,6 +15,7 @@ from lorax.analysis.figures.style import (
     facets,
     filtered,
     has_no_order,
+    interval,
     lines_of,
     named,
     panel_title,
@@ -26,7 +27,7 @@ from lorax.analysis.figures.style import (
 )
 
 SHORT = 10  # characters of a name that fits below a panel of many
-INTERVAL = {"low": ("95% interval from", ".4~g"), "high": ("to", ".4~g")}  # in tooltips
+INTERVAL = interval(".4~g")  # in tooltips
 
 
 def wrapped(

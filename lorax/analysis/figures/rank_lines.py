@@ -18,9 +18,9 @@ from lorax.analysis.figures.panels import (
     wrapped,
 )
 from lorax.analysis.figures.style import (
-    NAMES,
     distinct,
     filtered,
+    label,
     lines_of,
     named,
     themed,
@@ -82,7 +82,7 @@ def _curves(
             ),
         )
     )
-    title = NAMES.get(main, named(main))
+    title = label(main)
     if len(order) <= MOST:
         parts = [
             means.mark_line().encode(**lines_of("line", order, "line", title)),
@@ -171,7 +171,7 @@ def by_layer_and_value(table: pd.DataFrame, column: str, main: str = "rank") -> 
             | {"n": "members"}
         ),
     )
-    lines = lambda marks: lines_of("line", order, marks, NAMES.get(main, named(main)))
+    lines = lambda marks: lines_of("line", order, marks, label(main))
     parts = [
         means.mark_rule().encode(y=alt.Y("low:Q", **y), y2="high:Q", **lines("rule")),
         means.mark_line().encode(**lines("line")),

@@ -4,7 +4,7 @@ import altair as alt
 import pandas as pd
 
 from lorax.analysis.figures import style
-from lorax.analysis.figures.encodings import in_panels, label
+from lorax.analysis.figures.encodings import in_panels
 from lorax.analysis.figures.loss_marks import FORMAT
 from lorax.analysis.settings_compared import with_interval
 
@@ -40,13 +40,13 @@ def _curve(data: pd.DataFrame, axis: str, names: list[str], loss: str) -> alt.La
     ticks |= {"format": "~s" if axis == "trainable_params" else "~g", "labelOverlap": "greedy"}
     x = alt.X(
         "x:Q",
-        title=label(axis),
+        title=style.label(axis),
         scale=alt.Scale(nice=False, padding=14, **scale),
         axis=alt.Axis(**ticks),
     )
     y = lambda name: alt.Y(f"{name}:Q", title=f"final {loss}", scale=alt.Scale(zero=False))
     of = lambda marks: style.lines_of("of", names, marks)
-    said = {"run": "run", "part": "of", "x": (label(axis), "~g"), "line": "at its best"}
+    said = {"run": "run", "part": "of", "x": (style.label(axis), "~g"), "line": "at its best"}
     base = alt.Chart(data)
     return alt.layer(
         base.mark_rule().encode(x=x, y=y("low"), y2="high:Q", **of("rule")),
@@ -90,5 +90,5 @@ def numbers(points: pd.DataFrame, loss: str) -> dict:
     """For tooltips: mean, interval (if there is one) and seeds."""
     found = {"mean": (f"mean {loss}", FORMAT), "n": "seeds"}
     if points["low"].notna().any():
-        found |= {"low": ("95% interval from", FORMAT), "high": ("to", FORMAT)}
+        found |= style.interval(FORMAT)
     return found

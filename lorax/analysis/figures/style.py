@@ -60,6 +60,7 @@ HEIGHT = 280
 SPACING = 20  # pixels between panels
 AXIS, HEADER = 80, 60  # pixels beside the first panel of a row: for its axis; for the row's title
 LEVEL = 0.95  # of the intervals that charts compute
+SHOWN = "indexof(hidden, datum.member) < 0"  # whether a page's reader sees a mark's member
 
 
 def theme(colours: Mapping[str, str] = LIGHT, font: str = "sans-serif") -> dict[str, Any]:
@@ -160,7 +161,7 @@ def filtered(chart: alt.TopLevelMixin) -> alt.TopLevelMixin:
         raise ValueError("filtered: the chart has no table; filter each of its parts")
     rest = [] if chart.transform is alt.Undefined else chart.transform
     chart = chart.copy(deep=False)
-    chart.transform = [alt.FilterTransform("indexof(hidden, datum.member) < 0"), *rest]
+    chart.transform = [alt.FilterTransform(SHOWN), *rest]
     return chart.add_params(alt.param(name="hidden", value=[]))
 
 
@@ -242,7 +243,7 @@ def position(column: pd.Series, name: str) -> dict[str, Any]:
     name: the column's in the chart.
     """
     values = distinct(column)
-    title = NAMES.get(name, named(name))
+    title = label(name)
     if not is_numeric(values):
         words = [runs.in_words(value, name) for value in values]
         return {"type": "nominal", "title": title, "sort": words, "axis": alt.Axis(labelAngle=0)}
@@ -276,9 +277,19 @@ def tooltips(columns: Mapping[str, str | tuple[str, str]]) -> list[alt.Tooltip]:
     return shown
 
 
+def interval(digits: str, words: str = "95% interval from") -> dict[str, tuple[str, str]]:
+    """For `tooltips`: the columns low and high. digits: their format."""
+    return {"low": (words, digits), "high": ("to", digits)}
+
+
 def named(main: str) -> str:
     """A column's name in words."""
     return main.replace("_", " ")
+
+
+def label(name: str) -> str:
+    """An axis of a sweep in words, as titles and legends show it."""
+    return NAMES.get(name, named(name))
 
 
 def distinct(column: Iterable) -> list:
