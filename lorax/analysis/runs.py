@@ -154,8 +154,8 @@ AXES = (
     "dropout",
     "n_train",
 )
-# Settings are averaged over these.
 WITHOUT_RESULT = ("diverged", "stopped")  # the status of members that have no final loss
+# Settings are averaged over these.
 SEEDS = ("seed", "start_seed", "order_seed", "draw_seed", "data_seed")
 # What a field without a value means.
 MISSING = {"n_train": "all", "layers": "all", "inputs": "all", "quant": "none"}
@@ -388,10 +388,22 @@ def base_loss(table: pd.DataFrame) -> float | None:
     """The base's loss on the rows that `measured` names; None if it is unknown, or differs between
     members."""
     name = measured(table).base
-    losses = table[name].dropna() if name in table else table["base_loss"].iloc[:0]
-    if losses.empty or losses.max() - losses.min() > 1e-3 * losses.abs().max():
-        return None
-    return float(losses.mean())
+    losses = table[name] if name in table else table["base_loss"].iloc[:0]
+    return float(losses.mean()) if agree(losses) else None
+
+
+def agree(losses: pd.Series) -> bool:
+    """Whether there are losses (not NaN), and all are the same, but for rounding."""
+    known = losses.dropna()
+    return len(known) > 0 and bool(np.ptp(known) <= 1e-3 * known.abs().max())
+
+
+def alike(table: pd.DataFrame, row: pd.Series, names: Iterable[str]) -> pd.Series:
+    """Which rows of a table have the fields of another row, or lack them as well: (rows,) bool."""
+    same = pd.Series(True, table.index)
+    for name in names:
+        same &= table[name].isna() if is_missing(row[name]) else table[name] == row[name]
+    return same
 
 
 def in_words(value: Any, name: str = "") -> str:

@@ -79,11 +79,7 @@ def on_test(chosen: pd.DataFrame, table: pd.DataFrame, by: Axes) -> pd.DataFrame
 def of_setting(table: pd.DataFrame, setting: pd.Series, by: Axes) -> pd.Series:
     """Which members (rows of `runs.summary`) have the setting, a row of `runs.settings`, at its
     best value of what was tuned: (members,) bool."""
-    same = pd.Series(True, index=table.index)
-    for name in (by.main or "rank", *by.others, *by.tuned):
-        missing = pd.isna(setting[name])
-        same &= table[name].isna() if missing else table[name] == setting[name]
-    return same
+    return runs.alike(table, setting, (by.main or "rank", *by.others, *by.tuned))
 
 
 def curve(table: pd.DataFrame, by: Axes, x: str) -> pd.DataFrame:

@@ -40,11 +40,7 @@ def line(field: Field, axis: str, candidate: int) -> tuple[str, list[Step], int]
         among, rows = "points", points[points["candidate"] == candidate]
         own = points.loc[candidates["point"][candidate]]
         others = [name for name in field.axes if name != axis]
-    same = pd.Series(True, rows.index)
-    for name in others:
-        missing = runs.is_missing(own[name])
-        same &= rows[name].isna() if missing else rows[name] == own[name]
-    rows = rows[same & rows[axis].notna()]
+    rows = rows[runs.alike(rows, own, others) & rows[axis].notna()]
     rows = rows.assign(_at=pd.to_numeric(rows[axis])).sort_values("_at")
     steps = [Step(scalar(value), int(at)) for at, value in rows[axis].items()]
     return among, steps, [step.value for step in steps].index(scalar(own[axis]))

@@ -43,12 +43,12 @@ def measured(run: runs.Run, table: pd.DataFrame, metric: str) -> tuple[pd.DataFr
     validation, test, base, base_test = names
     has_test = test in table and table[test].notna().any()
     split = "test" if has_test else "eval"
-    unit = ("squared error" if "planted" in run.members else "nats") if metric == "loss" else ""
+    unit = runs.loss_unit(run) if metric == "loss" else ""
     measure = Metric(metric, unit, 1 if metric == "loss" else -1, split)
     before = base_test if has_test else base
     start = table[before] if before in table else _at_start(run, table, metric, split)
     value = table[test if has_test else validation]
-    lost = table["status"].isin(["diverged", "stopped"])  # a score may have been measured before
+    lost = table["status"].isin(runs.WITHOUT_RESULT)  # a score may have been measured before
     columns = {measure.validation: table[validation], measure.value: value, measure.base: start}
     columns = {name: measure.sign * pd.to_numeric(c) for name, c in columns.items()}
     for name in (measure.validation, measure.value):

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lorax import rundir
+from lorax.analysis import runs
 from lorax.analysis.answer import along_axes, next_run
 from lorax.analysis.answer.candidates import Field, plain
 from lorax.analysis.answer.decision import Choice, Draws, as_dict
@@ -49,10 +50,8 @@ def baseline(field: Field, draws: Draws) -> dict[str, Any]:
     """The base before training, and whether all members start from it."""
     sign, boot = field.metric.sign, draws.candidates
     base = as_dict(boot.interval(lambda loss: sign * loss[..., -1], draws.level))
-    values = field.table[field.metric.base].dropna()
-    same = len(values) > 0 and np.ptp(values) <= 1e-3 * values.abs().max()
     found = {"value": base["value"], "interval": _interval(base, draws.level)}
-    return found | {"same_for_all": bool(same)}
+    return found | {"same_for_all": runs.agree(field.table[field.metric.base])}
 
 
 def full(field: Field, draws: Draws, shown: int) -> dict[str, Any] | None:

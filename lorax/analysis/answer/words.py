@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lorax.analysis import runs
 from lorax.analysis.compare import SEEDS
-from lorax.analysis.runs import MISSING
 
 MOST_DIGITS = 5  # after the point
 MANY = 3  # names in a sentence
@@ -152,7 +152,7 @@ def _neighbour(found: Mapping[str, Any]) -> str:
     for side in ("lower", "higher"):
         if side in found and found[side]["behind"] is not None:
             verb = " it is" if not texts else ""
-            at = f"at {found['axis']} {value(found[side]['value'])}{verb}"
+            at = f"at {found['axis']} {runs.in_words(found[side]['value'])}{verb}"
             texts.append(f"{at} {difference(found[side]['behind'])}")
     return ", ".join(texts)
 
@@ -170,16 +170,16 @@ def _edge(edge: Mapping[str, Any], is_told: bool) -> str:
     extreme = {"lower": "smallest", "higher": "largest"}
     if edge["at"]:
         also = f" (also of {listed(_some(edge['also']))})" if edge["also"] else ""
-        text = f"The best {edge['axis']}, {value(edge['value'])}{also}, is the"
+        text = f"The best {edge['axis']}, {runs.in_words(edge['value'])}{also}, is the"
         text += f" {extreme[edge['at']]} tried"
         if edge["limit"]:
             return f"{text} and possible" if edge["open"] else ""
         if edge["fall"] is not None and not is_told:
-            beside = value(edge["beside"])
+            beside = runs.in_words(edge["beside"])
             text += f", {with_interval(edge['fall'])} better than {edge['axis']} {beside}"
         return text + ("" if edge["open"] else ": going on gains little")
     if edge["falls_at"]:
-        ends = listed([value(edge["ends"][side]) for side in edge["falls_at"]])
+        ends = listed([runs.in_words(edge["ends"][side]) for side in edge["falls_at"]])
         return f"The loss falls again at the end of the grid, {edge['axis']} {ends}"
     return ""
 
@@ -203,12 +203,7 @@ def in_words(setting: Mapping[str, Any], between: str = ", ") -> str:
     """A setting: "dora, rank 4, lr 0.01"; in a list, with spaces between its parts."""
     alone = ("method", "setting")  # their values say what they are
     named = lambda axis: "" if axis in alone else f"{axis} "
-    return between.join(named(axis) + value(x, axis) for axis, x in setting.items())
-
-
-def value(x: Any, axis: str = "") -> str:
-    """A value of an axis."""
-    return MISSING.get(axis, "none") if x is None else f"{x:g}" if isinstance(x, float) else str(x)
+    return between.join(named(axis) + runs.in_words(x, axis) for axis, x in setting.items())
 
 
 def amount(x: float | None) -> str:

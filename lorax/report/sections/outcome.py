@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from lorax.analysis import answer, runs
@@ -39,15 +38,12 @@ def read(run: runs.Run, found: Mapping[str, Any] | None = None) -> Sweep:
     by, scores = runs.axes(run, table), runs.scores(run)
     settings = runs.settings(table, by, scores)
     best = runs.best_setting(settings)
-    losses = table["base_loss"].dropna()
-    same = len(losses) > 0 and np.ptp(losses) <= 1e-3 * losses.abs().max()
-    base = float(losses.mean()) if same else float("nan")
+    base = float(table["base_loss"].mean()) if runs.agree(table["base_loss"]) else float("nan")
     members = (found or {}).get("members") or []
     chosen = best
     if members:
         first = table.loc[members[0]]
-        own = [_is_at(row, first, by.names or ("rank",)) for _, row in settings.iterrows()]
-        chosen = settings[own].iloc[0]
+        chosen = settings[runs.alike(settings, first, by.names or ("rank",))].iloc[0]
     return Sweep(run, table, by, scores, settings, best, chosen, base)
 
 
@@ -61,11 +57,6 @@ def without_full(sweep: Sweep) -> Sweep:
     settings = runs.settings(table, by, sweep.scores)
     best = runs.best_setting(settings)
     return sweep._replace(table=table, by=by, settings=settings, best=best)
-
-
-def _is_at(row: pd.Series, member: pd.Series, names) -> bool:
-    equal = lambda x, y: x == y or (pd.isna(x) and pd.isna(y))
-    return all(equal(row[name], member[name]) for name in names)
 
 
 def answered(run: runs.Run) -> tuple[dict[str, Any] | None, list[Section]]:
@@ -176,7 +167,7 @@ def _effects(found: Mapping[str, Any]) -> str:
         averaged += f"; {effect['left_out']} incomplete ones left out" * bool(effect["left_out"])
         rows.append(
             [effect["axis"], page.Fixed(effect["range"]["value"]), _interval(effect["range"])]
-            + ["; ".join(f"{said.value(v)}: {said.amount(x)}" for v, x in means), averaged]
+            + ["; ".join(f"{runs.in_words(v)}: {said.amount(x)}" for v, x in means), averaged]
         )
     header = ["axis", f"effect{unit}", "interval", f"mean {said.called(found)}", "averaged over"]
     caption = (
