@@ -86,7 +86,7 @@ def layout(table: pd.DataFrame, by: runs.Axes) -> Layout:
 def map_layout(table: pd.DataFrame, by: runs.Axes, y: str, x: str) -> Layout:
     """A map of two axes. Of the others, the first without an order makes panels, or else the first
     that is not like the learning rate; the rest is at its best. (`colour` is the axis of rows.)"""
-    others = [name for name in (*by.names, *by.tuned) if name not in (y, x)]
+    others = [name for name in by.fields if name not in (y, x)]
     late = lambda name: (name in NUISANCES, has_order(table[name]))
     panel = min(others, key=late, default=None)
     panel = None if panel in NUISANCES else panel
@@ -96,16 +96,9 @@ def map_layout(table: pd.DataFrame, by: runs.Axes, y: str, x: str) -> Layout:
 def pairs(table: pd.DataFrame, by: runs.Axes) -> list[tuple[str, str]]:
     """Every two numeric axes as (rows, columns) of a map: the learning rate and its like are the
     columns, the maps of the main axis come first."""
-    numeric = [name for name in (*by.names, *by.tuned) if has_order(table[name])]
+    numeric = [name for name in by.fields if has_order(table[name])]
     numeric.sort(key=lambda name: name in NUISANCES)
     return [(y, x) for n, y in enumerate(numeric) for x in numeric[n + 1 :]]
-
-
-def pages(values: Sequence, most: int = MOST_PANELS) -> list[list]:
-    """The panels in pages of at most `most`, which are about equally long."""
-    count = -(-len(values) // most)
-    ends = [round(len(values) * n / count) for n in range(count + 1)]
-    return [list(values[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
 
 
 # ------------------------------------------------------------------------------------ which members

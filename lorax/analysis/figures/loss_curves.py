@@ -116,7 +116,7 @@ def learning_curves(
     evals = metrics[(metrics["split"] == "eval") & metrics["member"].isin(points.index)]
     curves = evals[["member", "step", "loss"]].dropna().sort_values(["member", "step"])
     curves = thinned(curves).assign(last=lambda rows: ~rows["member"].duplicated(keep="last"))
-    names = [*by.names, *by.tuned]
+    names = by.fields
     members = of_axes(points, names).assign(
         member=points.index,
         name=points["name"],

@@ -1,13 +1,14 @@
 """Sections on the losses of a sweep: by an axis, by step, by method."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 
 from lorax.analysis import figures, runs, settings_compared
+from lorax.analysis.answer.words import listed
 from lorax.analysis.figures import layout as layouts
 from lorax.analysis.figures.layout import Layout
-from lorax.report import page, words
+from lorax.report import page, selection, words
 from lorax.report.page import Picture, Section
 from lorax.report.sections.outcome import Sweep, without_full
 
@@ -34,7 +35,7 @@ def paged(
       draw: makes the figure of some panels, or for None of all.
       numbers: what all of them draw.
     """
-    parts = layouts.pages(panels) if panels else [None]
+    parts = selection.pages(panels, layouts.MOST_PANELS) if panels else [None]
     content, pictures, first = "", {}, 1
     for n, part in enumerate(parts):
         key = name if n == 0 else f"{name}_{n + 1}"
@@ -80,7 +81,7 @@ def places(layout: Layout) -> str:
     if layout.panel:
         said.append(f"Panels: {words.axis(layout.panel)}.")
     if layout.best:
-        best = _and(map(words.axis, layout.best))
+        best = listed(map(words.axis, layout.best))
         are = "are" if len(layout.best) > 1 else "is"
         said.append(f"At each of these, {best} {are} at the best: the lowest mean validation loss.")
     return " ".join(said)
@@ -93,7 +94,7 @@ def lines(sweep: Sweep, layout: Layout) -> str:
     base, found = runs.base_loss(sweep.table), runs.measured(sweep.table)
     dashed = ["the unadapted base"] * (base is not None)
     dashed += [f"{name}, at its best" for name in names]
-    said = f"Dashed: {_and(dashed)}." if dashed else ""
+    said = f"Dashed: {listed(dashed)}." if dashed else ""
     drawn = pd.concat([points, others])[found.loss]
     if (drawn > layouts.extent(drawn, base)[1]).any():
         said += " Losses far above the base's are drawn at the edge."
@@ -191,7 +192,7 @@ def learning(run: runs.Run, table: pd.DataFrame, by: runs.Axes, which: str = "")
         order = list(table["final_loss"].groupby(panels).min().sort_values(kind="stable").index)
     if order == [""]:
         order = []
-    fields = [*by.names, *by.tuned]
+    fields = by.fields
     evals = run.metrics[run.metrics["split"] == "eval"][["member", "step", "loss"]]
     of_members = table[["name", *fields, "status"]].rename(columns={"name": "member_name"})
     evals = evals.join(of_members, on="member", how="inner")
@@ -204,14 +205,14 @@ def learning(run: runs.Run, table: pd.DataFrame, by: runs.Axes, which: str = "")
     if by.main:
         said += f" Colours: {words.axis(by.main)}."
     if by.others:
-        said += f" One panel for each {_and(map(words.axis, by.others))}"
+        said += f" One panel for each {listed(map(words.axis, by.others))}"
         said += ", the lowest loss first." if len(order) > layouts.MOST_PANELS else "."
     said += which
     if (table["status"] == "diverged").any():
         said += " Diverged members are dashed, end in a bar and are in no mean."
     if stopped := (table["status"] == "stopped").sum():
         said += f" A bar marks where members were stopped: {stopped}, for a better "
-        said += f"{_and(map(words.axis, by.tuned))}; they are in no mean."
+        said += f"{listed(map(words.axis, by.tuned))}; they are in no mean."
     if len(layouts.thinned(evals.dropna())) < len(evals.dropna()):
         said += " Only some evaluations are drawn, evenly spaced; metrics.jsonl has all."
     alt = "Line charts of validation loss by step"
@@ -221,12 +222,6 @@ def learning(run: runs.Run, table: pd.DataFrame, by: runs.Axes, which: str = "")
     draw = lambda part: figures.learning_curves(run.metrics, table, by, unit, part or order or None)
     content, pictures = paged("learning_curves", order, draw, said, alt + ".", drawn)
     return Section("Learning curves", content, pictures)
-
-
-def _and(names: Iterable[str]) -> str:
-    """ "a, b and c"."""
-    *most, last = names
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 def methods(sweep: Sweep, ranks: pd.DataFrame) -> list[Section]:

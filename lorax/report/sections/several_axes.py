@@ -53,7 +53,7 @@ def sizes(sweep: Sweep) -> list[Section]:
     found = runs.measured(table)
     if by.main is None or table["trainable_params"].nunique() < 2 or table[found.loss].isna().all():
         return []
-    names = [*by.names, *by.tuned]
+    names = by.fields
     layout = layouts.layout(table[table["method"] != "full"], by)
     figure = figures.size_curve(table, names, layout.colour, runs.loss_unit(sweep.run))
     kept = frontier(sweep)
@@ -94,14 +94,14 @@ def frontier(sweep: Sweep) -> pd.DataFrame:
     whole = settings_compared.on_test(whole, sweep.table, by)
     whole = settings_compared.with_interval(whole)
     kept = layouts.frontier(list(whole["trainable_params"]), list(whole["mean"]))
-    columns = [*by.names, *by.tuned, "trainable_params", "mean", "low", "high", "n"]
+    columns = [*by.fields, "trainable_params", "mean", "low", "high", "n"]
     return whole.loc[kept, columns].sort_values("trainable_params", kind="stable")
 
 
 def parallel(sweep: Sweep) -> list[Section]:
     """Every member as a line through its values on all axes."""
     table, by = sweep.table, without_full(sweep).by
-    names = [*by.names, *by.tuned]
+    names = by.fields
     if not names or len(table) < 3:
         return []
     found = runs.measured(table)
