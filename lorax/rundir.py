@@ -310,12 +310,15 @@ def read_texts(file: Path) -> list[dict[str, Any]]:
 
 
 def metrics_after(directory: Path, offset: int) -> tuple[list[dict], int]:
-    """The complete lines of metrics.jsonl from byte `offset` on, and the offset after them."""
+    """The complete lines of metrics.jsonl that begin at byte `offset` or after it, and the offset
+    after them."""
     with open(Path(directory) / METRICS, "rb") as file:
-        file.seek(offset)
-        data = file.read()
+        file.seek(max(offset - 1, 0))
+        if offset:
+            file.readline()  # ends there, unless the file was cut and went on with other lines
+        begin, data = file.tell(), file.read()
     data = data[: data.rfind(b"\n") + 1]
-    return [json.loads(line) for line in data.splitlines()], offset + len(data)
+    return [json.loads(line) for line in data.splitlines()], begin + len(data)
 
 
 def _there(file: Path) -> Path:

@@ -72,6 +72,19 @@ def test_evaluations_are_read_as_they_are_written(tmp_path):
     assert evaluations.newest() == (2, {1: 4.0})
 
 
+def test_a_run_that_ended_within_a_line_goes_on(tmp_path):
+    row = {"member": 0, "step": 5, "split": "eval", "loss": 3.0}
+    end = rundir.append_metrics(tmp_path, [row])
+    with open(tmp_path / rundir.METRICS, "a") as file:
+        file.write('{"member": 0, "st')  # the disk was full
+    evaluations = Evaluations(tmp_path)
+    rundir.cut_metrics(tmp_path, end)
+    rundir.append_metrics(tmp_path, [row | {"step": 10}, row | {"step": 15}])
+    assert evaluations.newest() == (15, {0: 3.0})
+    rundir.append_metrics(tmp_path, [row | {"step": 20}])
+    assert evaluations.newest() == (20, {0: 3.0})
+
+
 def test_thirty_six_members_with_three_axes_are_a_table_of_80_columns(tmp_path, capsys):
     run = make_run(
         tmp_path, (1, 2, 16), (0, 1, 2), (8.0, 16.0), (1e-3, 1e-2), diverged=(4,), adapters=False
