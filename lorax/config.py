@@ -339,11 +339,10 @@ def member(config: ConfigDict, index: int, point: dict) -> Member:
     values = config.to_dict()
     for section in ("sweep", "search", "halving"):  # these belong to the run as a whole
         values.pop(section, None)
-    member_config = ConfigDict(values)
-    for axis, value in point.items():
+    for axis, value in point.items():  # `_values` has checked; a rank may be a number or a word
         section, _, name = key_of(axis).rpartition(".")
-        with member_config.ignore_type():  # `_values` has checked; a rank may be a number or a word
-            (member_config[section] if section else member_config)[name] = value
+        (values[section] if section else values)[name] = value
+    member_config = ConfigDict(values)
     ranges.check(flat(member_config), _defaults())
     name = ",".join(f"{axis}={_show(value)}" for axis, value in point.items()) or "only"
     return Member(index, name, point, member_config.lock())

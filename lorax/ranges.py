@@ -110,7 +110,8 @@ def check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
             need(key, rule.fits(values[key]), rule.right)
     for key, words in WORDS.items():
         value = values[key]
-        need(key, isinstance(value, str | None) and value in words, _must_be(key, value, words))
+        if not isinstance(value, str | None) or value not in words:
+            need(key, False, _must_be(key, value, words))
     size, parts = values["train.batch_size"], values["train.accumulate"]
     need("train.accumulate", size % parts == 0, f"must divide train.batch_size, {size}")
     if values["seeds.data"] is not None:
