@@ -327,10 +327,19 @@ def _full(config: ConfigDict, points: list[dict]) -> list[dict]:
     if not numbers or len(set(rates)) < len(rates):
         raise ValueError(f"sweep.full_lr: {rates} given, must be different learning rates")
     differs = lambda axis: axis in ("lr", "quant") or key_of(axis).startswith("method.")
-    shared = [{axis: v for axis, v in point.items() if not differs(axis)} for point in points]
-    shared = [point for i, point in enumerate(shared) if point not in shared[:i]]
+    shared = conditions(points, [axis for axis in points[0] if not differs(axis)])
     whole = {"method": "full"} | ({"quant": None} if config.quant or config.sweep.quant else {})
     return [whole | {"lr": float(rate)} | point for rate in rates for point in shared]
+
+
+def conditions(points: Iterable[dict], axes: Iterable[str]) -> list[dict]:
+    """The points along these axes alone, each once, in their order."""
+    found = []
+    for point in points:
+        condition = {axis: point[axis] for axis in axes}
+        if condition not in found:
+            found.append(condition)
+    return found
 
 
 def member(config: ConfigDict, index: int, point: dict) -> Member:

@@ -40,20 +40,19 @@ def members(settings: ConfigDict) -> list[Member]:
 def _compared(settings, swept: list[Member]) -> list[dict]:
     """The points of the baselines, full fine-tuning and LoRA."""
     search, lrs = settings.search, settings.sweep.lr or (settings.train.lr,)
-    conditions, points = [], []
-    for member in swept:
-        condition = {axis: member.point[axis] for axis in config.shared_axes(member.point)}
-        if condition not in conditions:
-            conditions.append(condition)
+    points = [member.point for member in swept]
+    conditions = config.conditions(points, config.shared_axes(points[0]))
     choices = [{"method": "full", "lr": float(lr)} for lr in search.baseline_lr or lrs]
     choices += [
         {"method": "lora", "rank": rank, "lr": float(lr)}
         for rank in search.lora_ranks
         for lr in lrs
     ]
-    for choice, condition in itertools.product(choices, conditions):
-        points += [condition | choice | {"seed": seed} for seed in seeds(settings)]
-    return points
+    return [
+        condition | choice | {"seed": seed}
+        for choice, condition in itertools.product(choices, conditions)
+        for seed in seeds(settings)
+    ]
 
 
 def seeds(settings: ConfigDict) -> tuple[int, ...]:
