@@ -40,12 +40,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(arguments)
     folders = given.directories or [rundir.RUNS]
-    try:
-        for folder in given.directories:
-            if not folder.is_dir():
-                raise FileNotFoundError(f"{folder}: no such directory; expected a run or runs")
-    except FileNotFoundError as error:
-        return fail(error)
+    for folder in given.directories:
+        if not folder.is_dir():
+            why = f"{folder}: no such directory; expected a run or runs"
+            return fail(FileNotFoundError(why))
     found = [describe(directory) for folder in folders for directory in below(folder)]
     found.sort(key=lambda run: run["changed"], reverse=True)
     if given.json:
@@ -114,7 +112,7 @@ def _read(directory: Path) -> dict[str, Any]:
 
 def _best(directory: Path, state: str, members: list[dict], rows: dict) -> dict[str, Any] | None:
     """The best setting: the answer's, or that of the member with the lowest evaluation loss."""
-    answer = directory / rundir.ANALYSIS / "answer.json"
+    answer = rundir.answer(directory)
     if state not in rundir.UNFINISHED and answer.exists():
         found = read_json(answer)
         if found["setting"] is None:
@@ -164,7 +162,7 @@ def _facts(run: dict[str, Any]) -> list[str]:
         COLUMNS.format(
             state=run["state"],
             members=members,
-            took="" if run["seconds"] is None else _duration(run["seconds"]),
+            took="" if run["seconds"] is None else duration(run["seconds"]),
             changed=datetime.fromisoformat(run["changed"]).strftime("%d %b %H:%M"),
             best="" if best is None else "{split} {metric} {value:.4g}: {setting}".format(**best),
         ).rstrip()
@@ -182,7 +180,8 @@ def _cut(line: str, width: int) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """About how long: "42 s", "12 min", "2.5 h"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

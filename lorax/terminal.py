@@ -12,6 +12,7 @@ from rich.table import Table
 from lorax import rundir
 from lorax.analysis import intrinsic, runs
 from lorax.console import console
+from lorax.listing import duration
 from lorax.train.loop import Terminal
 
 WIDTH = 80  # columns of the table of settings, if the output is no terminal
@@ -92,7 +93,7 @@ class Screen:
             self.task = self.bar.add_task("", total=total)
         self.bar.update(self.task, completed=done, total=total)
         left, tenth = self.bar.tasks[0].time_remaining, int(10 * done / total)
-        left = "" if left is None else f", {_duration(left)} left"
+        left = "" if left is None else f", {duration(left)} left"
         if newest and (tenth > self.reported or self._is_due()):
             self.say(evaluated(newest, self.members) + left)
         elif not self.console.is_terminal and tenth > self.reported:
@@ -163,12 +164,6 @@ def evaluated(newest: Evaluation, members: dict[int, dict]) -> str:
     return f"{line}best {losses[best]:.4f} ({name}), {median}"
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 # ------------------------------------------------------------------------------ table of settings
 
 
@@ -180,8 +175,7 @@ def settings(run: runs.Run) -> list[dict[str, str]]:
     are of the test rows if there are any; scores of generated texts are of the task's prompts.
     """
     table = runs.summary(run)
-    tested = table["test_loss"].notna().any()
-    loss = "test_loss" if tested else "final_loss"
+    loss = runs.measured(table).loss
     has_numbers = lambda column: column in table and table[column].notna().any()
     columns = {
         name: f"test_{name}" if has_numbers(f"test_{name}") else name for name in runs.scores(run)
