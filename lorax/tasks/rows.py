@@ -66,6 +66,11 @@ class Task(NamedTuple):
     own_score: Callable | None = None
     test: Rows | None = None
 
+    @property
+    def evaluated(self) -> dict[str, Rows]:
+        """{"eval": validation rows, "test": test rows}; without "test" if it has none."""
+        return {"eval": self.eval} | ({} if self.test is None else {"test": self.test})
+
 
 def count(n: int) -> str:
     """A number for a message: 12345 -> "12,345"."""

@@ -198,15 +198,14 @@ def _kept(task: Task, eval_examples: int | None, test: int | None) -> Task:
     """The task with its rows trimmed, and with as many for evaluation as are asked for.
     Validation and test rows have the same number of columns: one program evaluates both."""
     (train,) = kinds.trim(task.kind, task.train)
-    sets = [rows for rows in (task.eval, task.test) if rows is not None]
-    trimmed = kinds.trim(task.kind, *sets)
-    kept = [spread(rows, n) for rows, n in zip(trimmed, (eval_examples, test), strict=False)]
-    note = task.note
-    for rows, few, what in zip(sets, kept, ("evaluates on", "tests on"), strict=False):
-        if size(few) < size(rows):
-            note += f"; {what} {count(size(few))} of these, evenly spaced"
-    evaluated = dict(zip(("eval", "test"), kept, strict=False))
-    return task._replace(train=train, note=note, **evaluated)
+    asked = {"eval": (eval_examples, "evaluates on"), "test": (test, "tests on")}
+    sets, note, kept = task.evaluated, task.note, {}
+    for split, rows in zip(sets, kinds.trim(task.kind, *sets.values()), strict=True):
+        n, what = asked[split]
+        kept[split] = spread(rows, n)
+        if size(kept[split]) < size(rows):
+            note += f"; {what} {count(size(kept[split]))} of these, evenly spaced"
+    return task._replace(train=train, note=note, **kept)
 
 
 def _check_keys(config: Mapping[str, Any], known: Row) -> None:

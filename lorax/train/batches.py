@@ -60,8 +60,7 @@ def eval_batches(task: tasks.Task, batch_size: int) -> dict:
 def splits(task: tasks.Task, batch_size: int) -> dict[str, Evaluated]:
     """The validation rows, "eval", and the test rows, "test", if there are any, as batches of one
     shape, so that one program evaluates both."""
-    sets = {"eval": task.eval} | ({} if task.test is None else {"test": task.test})
-    counts = {split: tasks.size(rows) for split, rows in sets.items()}
+    counts = {split: tasks.size(rows) for split, rows in task.evaluated.items()}
     most = max(counts.values())
     size = min(batch_size, most)
     room = most + -most % size
@@ -72,5 +71,5 @@ def splits(task: tasks.Task, batch_size: int) -> dict[str, Evaluated]:
 
     return {
         split: Evaluated({name: batched(x) for name, x in rows.items()}, -(-n // size), n)
-        for (split, rows), n in zip(sets.items(), counts.values(), strict=True)
+        for (split, rows), n in zip(task.evaluated.items(), counts.values(), strict=True)
     }

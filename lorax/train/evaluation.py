@@ -30,7 +30,7 @@ def evaluate(programs, arguments, m: int, task: Task, split: str, on: Evaluated)
 
     arguments: parameters, constants and trainables on the devices.
     """
-    labels = (task.eval if split == "eval" else task.test).get("label")
+    labels = task.evaluated[split].get("label")
     if task.test is None:
         means, outputs = programs.evaluate(*arguments, on.batches)
         scored = {}
