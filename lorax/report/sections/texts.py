@@ -25,7 +25,7 @@ def texts(run: runs.Run, table: pd.DataFrame) -> list[Section]:
     if not len(ordered):
         return []
     chosen = spread(list(ordered.index), OPEN)
-    first = written[chosen[0]]
+    first, base = written[chosen[0]], run.base_texts(chosen[0])
     prompts = spread(range(len(first)), PROMPTS)
     content = page.aid(
         f"The members with the lowest, the middle and the highest loss of {len(ordered)}, the base "
@@ -36,7 +36,7 @@ def texts(run: runs.Run, table: pd.DataFrame) -> list[Section]:
     headings = [_called(ordered, member) for member in chosen]
     rows = [
         [first[n]["prompt"], " / ".join(first[n]["references"])]
-        + [run.base_texts(chosen[0]).get(first[n]["prompt"])]
+        + [base.get(first[n]["prompt"])]
         + [_text(written[member], first[n]["prompt"]) for member in chosen]
         for n in prompts
     ]
