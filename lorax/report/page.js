@@ -56,10 +56,10 @@ for (const command of every(".command")) {
 const FEW = 12;  // rows of a long table that are shown at first
 const unfolded = new Set();
 function fold(table) {
+  const more = table.parentElement.nextElementSibling;
+  if (!more?.matches(".more")) return;  // it is short
   const shown = [...table.tBodies[0].rows].filter((row) => !row.hidden);
   shown.forEach((row, n) => row.classList.toggle("folded", n >= FEW && !unfolded.has(table)));
-  const more = table.parentElement.nextElementSibling;
-  if (!more?.matches(".more")) return;
   more.hidden = shown.length <= FEW;
   more.textContent = unfolded.has(table) ? `Show the first ${FEW} rows` : `Show all ${shown.length} rows`;
   more.ariaExpanded = unfolded.has(table);
@@ -91,7 +91,7 @@ for (const button of every("table.sortable th button")) {
       return falling ? -order : order;
     });
     body.append(...rows);
-    if (table.parentElement.nextElementSibling?.matches(".more")) fold(table);
+    fold(table);
   });
 }
 
@@ -225,7 +225,7 @@ function filter() {
       || !limits.every(within);
   }
   hidden = members.filter((row) => row.hidden).map((row) => Number(row.dataset.member));
-  if (table.parentElement.nextElementSibling?.matches(".more")) fold(table);
+  fold(table);
   const all = members.length, shown = all - hidden.length;
   const count = hidden.length ? `${shown} of ${all} members are shown` : `All ${all} members are shown`;
   form.querySelector("output").textContent = count;
