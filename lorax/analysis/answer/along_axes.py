@@ -46,6 +46,12 @@ def line(field: Field, axis: str, candidate: int) -> tuple[str, list[Step], int]
     return among, steps, [step.value for step in steps].index(scalar(own[axis]))
 
 
+def is_at_end(field: Field, axis: str, candidate: int, side: str) -> bool:
+    """Whether a candidate is at an end of an axis' line. side: "lower" or "higher"."""
+    _, steps, here = line(field, axis, candidate)
+    return here == (0 if side == "lower" else len(steps) - 1)
+
+
 def along(field: Field, draws: Draws, axis: str, candidate: int) -> dict[str, Any]:
     """The neighbours of a candidate along an axis, and the ends of the grid.
 

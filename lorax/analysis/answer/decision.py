@@ -19,6 +19,9 @@ class Rule(NamedTuple):
     level: float
 
 
+BASE = -1  # the base's number among the draws
+
+
 class Draws(NamedTuple):
     """Bootstraps of a field. points: of its P points and, last, the base; candidates: of its S
     candidates, each with its best point chosen in every draw, of full fine-tuning (if the field has
@@ -84,7 +87,7 @@ def choose(field: Field, draws: Draws, rule: Rule) -> Choice:
     """The decision on a field of which at least one candidate is eligible."""
     count = len(field.candidates)
     losses = draws.candidates.losses[:count]
-    best, gain = int(np.nanargmin(losses)), draws.candidates.losses[-1] - np.nanmin(losses)
+    best, gain = int(np.nanargmin(losses)), draws.candidates.losses[BASE] - np.nanmin(losses)
     margin = rule.share * gain if rule.margin is None else rule.margin
     known = rule.margin is not None or gain > 0
     delta = {

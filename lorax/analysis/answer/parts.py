@@ -9,7 +9,7 @@ from lorax import rundir
 from lorax.analysis import runs
 from lorax.analysis.answer import along_axes, next_run
 from lorax.analysis.answer.candidates import Field, plain
-from lorax.analysis.answer.decision import Choice, Draws, as_dict
+from lorax.analysis.answer.decision import BASE, Choice, Draws, as_dict
 from lorax.analysis.answer.words import in_words
 
 SIDES = ("lower", "higher")
@@ -17,7 +17,7 @@ SIDES = ("lower", "higher")
 
 def candidate(field: Field, draws: Draws, choice: Choice, n: int) -> dict[str, Any]:
     """A row of "settings". behind: its loss less the best's; gain: the base's less its own."""
-    row, count, sign = field.candidates.loc[n], len(field.candidates), field.metric.sign
+    row = field.candidates.loc[n]
     found = {
         "setting": field.setting(n),
         "words": in_words(field.setting(n)),
@@ -28,30 +28,27 @@ def candidate(field: Field, draws: Draws, choice: Choice, n: int) -> dict[str, A
     }
     if not row["eligible"]:
         return found
-    boot, base = draws.candidates, len(draws.candidates.losses) - 1
-    value = as_dict(boot.interval(lambda loss: sign * loss[..., n], draws.level))
     verdict = "best" if n == choice.best else choice.shown(n)
     return found | {
-        "verdict": verdict if count > 1 else "only",
-        "value": value["value"],
-        "interval": _interval(value, draws.level),
-        "gain": draws.difference("candidates", base, n),
+        "verdict": verdict if len(field.candidates) > 1 else "only",
+        **_measured(field, draws, n),
+        "gain": draws.difference("candidates", BASE, n),
         "behind": draws.difference("candidates", n, choice.best),
         "members": [int(member) for member in row["members"]],
     }
 
 
-def _interval(found: dict[str, Any], level: float) -> dict[str, Any]:
-    """The interval of a value, and what it knows of chance."""
-    return {name: found[name] for name in ("low", "high", "over")} | {"level": level}
+def _measured(field: Field, draws: Draws, at: int) -> dict[str, Any]:
+    """The metric, with its interval, of a number among the draws of candidates."""
+    sign = field.metric.sign
+    interval = as_dict(draws.candidates.interval(lambda loss: sign * loss[..., at], draws.level))
+    return {"value": interval.pop("value"), "interval": interval | {"level": draws.level}}
 
 
 def baseline(field: Field, draws: Draws) -> dict[str, Any]:
     """The base before training, and whether all members start from it."""
-    sign, boot = field.metric.sign, draws.candidates
-    base = as_dict(boot.interval(lambda loss: sign * loss[..., -1], draws.level))
-    found = {"value": base["value"], "interval": _interval(base, draws.level)}
-    return found | {"same_for_all": runs.agree(field.table[field.metric.base])}
+    same = runs.agree(field.table[field.metric.base])
+    return _measured(field, draws, BASE) | {"same_for_all": same}
 
 
 def full(field: Field, draws: Draws, shown: int) -> dict[str, Any] | None:
@@ -59,17 +56,14 @@ def full(field: Field, draws: Draws, shown: int) -> dict[str, Any] | None:
     it can be shown."""
     if field.full is None:
         return None
-    at, boot, base = len(field.candidates), draws.candidates, len(draws.candidates.losses) - 1
-    sign, row = field.metric.sign, field.points.loc[field.full]
-    value = as_dict(boot.interval(lambda loss: sign * loss[..., at], draws.level))
-    share = lambda loss: (loss[..., base] - loss[..., shown]) / (loss[..., base] - loss[..., at])
+    at, row = len(field.candidates), field.points.loc[field.full]
+    share = lambda loss: (loss[..., BASE] - loss[..., shown]) / (loss[..., BASE] - loss[..., at])
     return {
         "setting": plain(row, ("method", "lr")),
         "trainable_params": int(row["trainable_params"]),
-        "value": value["value"],
-        "interval": _interval(value, draws.level),
+        **_measured(field, draws, at),
         "behind": draws.difference("candidates", shown, at),
-        "share_of_gain": as_dict(boot.interval(share, draws.level)),
+        "share_of_gain": as_dict(draws.candidates.interval(share, draws.level)),
         "members": [int(member) for member in row["members"]],
     }
 
@@ -98,13 +92,8 @@ def edge(field: Field, draws: Draws, choice: Choice, axis: str) -> dict[str, Any
     fall = along[side]["fall"] if side else None
     limit = side is not None and next_run.is_limit(field, axis, along["value"], side)
     could = _could_matter(fall, choice.delta["value"])
-    also = []
-    if side and axis in field.tuned:
-        for n in map(int, np.flatnonzero(field.candidates["eligible"])):
-            other = along_axes.along(field, draws, axis, n)
-            also += [in_words(field.sizes_of(n), " ")] * (
-                n != choice.best and other[side]["at_end"]
-            )
+    others = np.flatnonzero(field.candidates["eligible"]) if side and axis in field.tuned else ()
+    also = [n for n in others if n != choice.best and along_axes.is_at_end(field, axis, n, side)]
     return {
         "axis": axis,
         "value": along["value"],
@@ -115,7 +104,7 @@ def edge(field: Field, draws: Draws, choice: Choice, axis: str) -> dict[str, Any
         "open": bool(side) and not limit and could,
         "falls_at": [end for end in SIDES if along[end]["falls"]],
         "ends": {end: along[end]["end"] for end in SIDES},
-        "also": also,
+        "also": [in_words(field.sizes_of(n), " ") for n in also],
     }
 
 
