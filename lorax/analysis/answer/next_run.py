@@ -12,6 +12,7 @@ import numpy as np
 
 from lorax.analysis import compare, runs
 from lorax.analysis.answer.candidates import Field
+from lorax.analysis.tables import shape_of
 from lorax.config import axes, axis_of, key_of, swept
 
 MOST_SEEDS = 20  # that a command asks for
@@ -77,11 +78,10 @@ def _seeds(field: Field, found: Mapping[str, Any]) -> tuple[list[int], str]:
 
 def _grid(field: Field, found: Mapping[str, Any]) -> tuple[dict[str, tuple], list[str]]:
     """({axis: values} that differ from the run's sweep, why in words: none if the grid is fine)."""
-    values, opened = swept(_sweep(field)), {e["axis"]: e for e in found["edges"] if e["open"]}
+    opened = {e["axis"]: e for e in found["edges"] if e["open"]}
     refined, changes, why = {}, {}, []
-    blocks = _blocks(values, _sweep(field).get("zip") or ())
-    for block in blocks:
-        steps = list(zip(*(values[name] for name in block), strict=True))
+    blocks = _blocks(swept(_sweep(field)), _sweep(field).get("zip") or ())
+    for block, steps in blocks.items():
         axis = next((axis for axis in block if axis in opened), None)
         if axis is not None:
             refined[block], text = _beyond(field, block, steps, axis, opened[axis]["at"])
@@ -95,8 +95,7 @@ def _grid(field: Field, found: Mapping[str, Any]) -> tuple[dict[str, tuple], lis
         return ({"lr": rates}, [text]) if rates else ({}, [])
     if not why and not found["undecided"]:
         return {}, []
-    for block in blocks:
-        steps = list(zip(*(values[name] for name in block), strict=True))
+    for block, steps in blocks.items():
         new, kept = refined[block], _kept(field, block, steps, found, opened)
         if set(block) & set(field.sizes) & set(opened):  # they stay to be compared with
             new = [*kept, *(step for step in new if step not in kept)]
@@ -131,11 +130,14 @@ def _rates(field: Field, found: Mapping[str, Any]) -> tuple[tuple, str]:
     return values, "smaller learning rates" if worse else "other learning rates: one was tried"
 
 
-def _blocks(values: Mapping[str, tuple], ties: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """The axes that advance together, without those of seeds."""
+def _blocks(
+    values: Mapping[str, tuple], ties: Sequence[Sequence[str]]
+) -> dict[tuple[str, ...], list[tuple]]:
+    """{axes that advance together: their steps, with a value of each}, without those of seeds."""
     tied = [tuple(map(axis_of, tie)) for tie in ties]
     single = [(axis,) for axis in values if not any(axis in tie for tie in tied)]
-    return [block for block in [*tied, *single] if not set(block) & set(runs.SEEDS)]
+    blocks = [block for block in [*tied, *single] if not set(block) & set(runs.SEEDS)]
+    return {block: list(zip(*(values[axis] for axis in block), strict=True)) for block in blocks}
 
 
 def _word(value: Any) -> str:
@@ -145,14 +147,13 @@ def _word(value: Any) -> str:
 
 def _beyond(field: Field, block, steps, axis: str, side: str) -> tuple[list[tuple], str]:
     """The step at the edge, and up to two beyond it; [] if there is none."""
-    at = block.index(axis)
+    at, limits = block.index(axis), [_limits(field, name) for name in block]
+    most = [FURTHEST if name in field.sizes else FURTHEST_ELSE for name in block]
     order = sorted(steps, key=lambda step: step[at], reverse=side == "lower")
     new = order[-1:]
-    while len(new) <= BEYOND and not is_limit(field, axis, new[-1][at], side):
-        before = [*order[:-1], *new]
-        new.append(
-            tuple(_next(field, name, [step[i] for step in before]) for i, name in enumerate(block))
-        )
+    while len(new) <= BEYOND and not _is_beyond(limits[at], new[-1][at], side):
+        before = zip(*order[:-1], *new, strict=True)  # the values of each axis
+        new.append(tuple(map(_next, before, most, limits)))
         if new[-1][at] == new[-2][at]:
             return [], ""
     if len(new) == 1:
@@ -160,19 +161,17 @@ def _beyond(field: Field, block, steps, axis: str, side: str) -> tuple[list[tupl
     return sorted(new, key=lambda step: step[at]), f"{axis} beyond {_word(order[-1][at])}"
 
 
-def _next(field: Field, name: str, values: Sequence) -> Any:
-    """The value that goes on with a grid: by the factor of its last step or, where a value is 0, by
-    their difference. For words the last one."""
+def _next(values: Sequence, most: float, limits: tuple[float, float]) -> Any:
+    """The value that goes on with a grid: by the factor of its last step, at most `most`, or, where
+    a value is 0, by their difference; within the limits. For words the last one."""
     if not all(map(_is_number, values[-2:])):
         return values[-1]
     before, last = values[-2:] if len(values) > 1 else (values[-1] / 2, values[-1])
     if last * before > 0:
-        most = FURTHEST if name in field.sizes else FURTHEST_ELSE
         new = last * min(max(last / before, 1 / most), most)
     else:
         new = 2 * last - before
-    low, high = _limits(field, name)
-    new = min(max(new, low), high)
+    new = min(max(new, limits[0]), limits[1])
     return round(new) if isinstance(last, int) else float(f"{new:.2g}")
 
 
@@ -213,8 +212,12 @@ SHARES = ("dropout", "train.label_smoothing")  # below 1
 
 def is_limit(field: Field, axis: str, value: Any, side: str) -> bool:
     """Whether an axis can't go beyond a value. side: "lower" or "higher"."""
-    low, high = _limits(field, axis)
-    return value <= low if side == "lower" else value >= high
+    return _is_beyond(_limits(field, axis), value, side)
+
+
+def _is_beyond(limits: tuple[float, float], value: Any, side: str) -> bool:
+    """Whether a value is at its limit on a side, or beyond."""
+    return value <= limits[0] if side == "lower" else value >= limits[1]
 
 
 def _limits(field: Field, axis: str) -> tuple[float, float]:
@@ -234,9 +237,8 @@ def _largest_rank(field: Field) -> float:
                 updates = field.run.update(member)
             except (OSError, ValueError):  # it saved nothing, or needs its base to be read
                 continue
-            shapes = [(x.a.shape[0], x.b.shape[1]) if hasattr(x, "a") else x.shape
-                      for x in updates.values()]  # fmt: skip
-            return min((min(shape) for shape in shapes), default=math.inf)
+            widths = (min(shape_of(update)[:2]) for update in updates.values())
+            return min(widths, default=math.inf)
     return math.inf
 
 
@@ -257,7 +259,7 @@ def rerun(command: str, changes: Mapping[str, tuple], sweep: Mapping[str, Any]) 
     if words[:3] != ["python", "-m", "lorax.run"]:
         return None
     flags = _flags(words[3:])
-    others = {key: values for key, values in dict(sweep.get("axes") or {}).items()}
+    others = dict(sweep.get("axes") or {})
     for axis, values in changes.items():
         if axis in axes():
             flags[f"config.sweep.{axis}"] = _text(values)
@@ -296,11 +298,11 @@ def _flag(name: str, value: str | None) -> str:
 
 def _text(values: Sequence) -> str:
     """A tuple as the command line reads it."""
-    plain = lambda value: (
-        tuple(map(plain, value))
-        if isinstance(value, (list, tuple))
-        else value.item()
-        if isinstance(value, np.generic)
-        else value
-    )
-    return repr(plain(list(values)))
+    return repr(_plain(tuple(values)))
+
+
+def _plain(value: Any) -> Any:
+    """A value as Python has it: tuples, and numbers that are not numpy's."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,6 +1,5 @@
 """What one does with an adapter, as commands that run as they are."""
 
-import json
 import pathlib
 import shlex
 from collections.abc import Sequence
@@ -70,9 +69,8 @@ def _snippet(base: str, folder: pathlib.Path) -> str:
 
 def _prompt(run: runs.Run, member: int) -> str:
     """The first prompt that the member completed after training, else any."""
-    file = rundir.texts(run.directory, member)
     try:
-        with open(file, encoding="utf-8") as lines:
-            return str(json.loads(next(lines))["prompt"])
-    except (OSError, ValueError, KeyError, StopIteration):
-        return PROMPT
+        completed = run.texts(member)
+    except (OSError, ValueError):  # a damaged file
+        completed = []
+    return str(completed[0]["prompt"]) if completed else PROMPT
