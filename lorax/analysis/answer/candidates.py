@@ -132,8 +132,7 @@ def _groups(table: pd.DataFrame, names: Sequence[str]) -> Iterator[tuple[dict, p
 
 
 def _field(run, table: pd.DataFrame, metric: Metric, condition: dict, axes: list[str]) -> Field:
-    is_full = (table["method"] == "full") & (table["method"] != "full").any()
-    own = table[~is_full]
+    own = table[~_beside(table)]
     varied = [name for name in axes if own[name].nunique(dropna=False) > 1]
     varied = varied or ["rank" if own["rank"].notna().any() else "method"]
     sizes = tuple(n for n in varied if _is_size(own, n, varied)) or tuple(varied[:1])
@@ -144,7 +143,7 @@ def _field(run, table: pd.DataFrame, metric: Metric, condition: dict, axes: list
     points = pd.DataFrame(_point(own, metric, values, seeds) for values, own in grouped)
     points, candidates = _candidates(points, sizes, tuned)
     rows = of_rows(run, table, metric)
-    at = [[member for member in members] for members in points["members"]]
+    at = list(points["members"])
     value = lambda column: np.array(
         [[np.nan if m is None else table[column][m] for m in members] for members in at], float
     )
@@ -159,9 +158,16 @@ def _field(run, table: pd.DataFrame, metric: Metric, condition: dict, axes: list
         start = np.broadcast_to(first, (len(seeds), len(weights)))
     sums[kept], validation[kept] = np.nan, np.nan
     candidates = _at_best(points, candidates, validation)
-    full = _best(points, points["method"] == "full", validation) if is_full.any() else None
+    full = _best(points, _beside(points), validation)
     found = (points, candidates, sums, weights, validation, start, full)
     return Field(run, table, metric, condition, sizes, tuned, seeds, *found)
+
+
+def _beside(rows: pd.DataFrame) -> pd.Series:
+    """Which rows are of full fine-tuning beside other methods, (rows,) bool: it is no candidate,
+    but what they are shown beside."""
+    is_full = rows["method"] == "full"
+    return is_full & ~is_full.all()
 
 
 def _is_size(table: pd.DataFrame, name: str, axes: Sequence[str]) -> bool:
@@ -196,28 +202,13 @@ def _point(members: pd.DataFrame, metric: Metric, values: dict, seeds: list) -> 
 
 
 def _candidates(points: pd.DataFrame, sizes, tuned) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(points with the numbers of their candidates, a row per candidate). Full fine-tuning is no
-    candidate if there are other methods: it is what they are shown beside."""
-    beside = (points["method"] == "full") & (points["method"] != "full").any()
-    keys = [[_key(row[name]) for name in sizes] for _, row in points.iterrows()]
-    places = [[_key(row[name]) for name in tuned] for _, row in points.iterrows()]
-    firsts, seen = {}, {}
-    for number, (key, is_beside) in enumerate(zip(keys, beside, strict=True)):
-        if not is_beside:
-            firsts.setdefault(tuple(key), number)
-    for place in places:
-        seen.setdefault(tuple(place), len(seen))
-    order = {key: number for number, key in enumerate(firsts)}
-    own = [-1 if b else order[tuple(k)] for k, b in zip(keys, beside, strict=True)]
-    points = points.assign(candidate=own, place=[seen[tuple(place)] for place in places])
-    candidates = points.loc[
-        list(firsts.values()), list(dict.fromkeys([*sizes, "trainable_params"]))
-    ]
+    """(points with the numbers of their candidates, a row per candidate)."""
+    number = lambda rows, names: rows.groupby(names, sort=False, dropna=False).ngroup()
+    own = number(points[~_beside(points)], list(sizes)).reindex(points.index, fill_value=-1)
+    points = points.assign(candidate=own, place=number(points, list(tuned)) if tuned else 0)
+    firsts = points[points["candidate"] >= 0].drop_duplicates("candidate")
+    candidates = firsts[list(dict.fromkeys([*sizes, "trainable_params"]))]
     return points, candidates.reset_index(drop=True)
-
-
-def _key(value: Any) -> Any:
-    return None if runs.is_missing(value) else value
 
 
 def _at_best(points, candidates: pd.DataFrame, validation: np.ndarray) -> pd.DataFrame:
