@@ -219,9 +219,11 @@ def member_steps(race: Race, members: Iterable[int], leg: int) -> int:
     return sum(end - begin for begin, end in (race.ends(i, leg) for i in members))
 
 
-def all_steps(race: Race) -> int:
-    """Steps of all members together, if nothing diverges."""
-    return sum(member_steps(race, members, leg) for leg, members in enumerate(planned(race)))
+def all_steps(race: Race, among: Iterable[int] | None = None) -> int:
+    """Steps of all members together, or of those `among` them, if nothing diverges."""
+    chosen = set(race.stops if among is None else among)
+    legs = enumerate(planned(race))
+    return sum(member_steps(race, chosen.intersection(members), leg) for leg, members in legs)
 
 
 def budget(race: Race) -> str:

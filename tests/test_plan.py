@@ -298,10 +298,14 @@ def test_steps_that_halving_saves_are_not_planned(monkeypatch):
         (found["row"],) = lorax.plan(c).to_dict("records")
         members = config.members(c)
         p = costs.plan(members, (), halving.race(c, members))
-        (found["line"],) = (x for x in tables.describe(0, p, [])[0].rows if "steps of" in x[0])
+        lines = tables.describe(0, p, [])[0].rows
+        (found["line"],) = (x for x in lines if "steps of" in x[0])
+        (found["rows"],) = (x for x in lines if "rows evaluated" in x[0])
     assert whole["row"]["steps"] == 800 and whole["line"][1:] == ("80", "800", "exact")
     assert tuned["row"]["steps"] == 2 * (5 * 10 + 2 * 10 + 60)
     assert tuned["line"][1:] == ("80", "260", "estimated")
+    assert whole["rows"][1:] == ("768", "7,680", "at most")  # 256 rows at steps 0, 50 and 80
+    assert tuned["rows"][1:] == ("1,280", "12,800", "at most")  # and at the rungs, steps 10 and 20
 
 
 def test_members_that_fit_are_the_most_that_fit():

@@ -28,15 +28,14 @@ class Cost(NamedTuple):
 class Plan(NamedTuple):
     """What one group needs, in bytes per member unless said otherwise.
 
-    members: their number. steps: (of one, of all together), with
-    what halving saves if nothing diverges.
-    width: how many run side by side. name: a description of the group.
-    parameters: number of the base's. trainable: number of each member's, without padding. weights:
-    of the base, shared by all members. adapters, constants, gradients, optimizer: padded as in the
-    sweep. rest: counters, learning rate, batches of one call. offload: whether the optimiser's
-    state is kept in the host's memory. files: arrays that each member exports. costs: by width,
-    ascending. cpu: the cost of the width that a CPU uses, None if no CPU was asked for. kept: of
-    the best step, with `eval.keep` "best". evaluated: number of validation rows that a member is
+    members: their number. steps: (of one, of all together), with what halving saves if nothing
+    diverges. width: how many run side by side. name: a description of the group. parameters: number
+    of the base's. trainable: number of each member's, without padding. weights: of the base, shared
+    by all members. adapters, constants, gradients, optimizer: padded as in the sweep. rest:
+    counters, learning rate, batches of one call. offload: whether the optimiser's state is kept in
+    the host's memory. files: arrays that each member exports. costs: by width, ascending. cpu: the
+    cost of the width that a CPU uses, None if no CPU was asked for. kept: of the best step, with
+    `eval.keep` "best". evaluated: number of validation rows that a member that trains to the end is
     evaluated on in all, and of test rows, None where only the data tell.
     """
 
@@ -111,6 +110,7 @@ def plan(members, devices: Iterable[str] = (), race: Race | None = None) -> Plan
     program is also compiled for the width that a CPU uses. race: if an axis is tuned. Raises
     ValueError or FileNotFoundError for a config or a base that can't be planned."""
     c, n = members[0].config, len(members)
+    race = race or halving.without(members)
     base, stacked = shapes(members)
     batch = rows(c, base)
     one = lambda t: tree.nbytes(t) // n
@@ -120,7 +120,7 @@ def plan(members, devices: Iterable[str] = (), race: Race | None = None) -> Plan
     costs, cpu = _costs(stacked, base, batch, width, "cpu" in devices)
     return Plan(
         members=n,
-        steps=(c.train.steps, _steps(members, race or halving.without(members))),
+        steps=(c.train.steps, halving.all_steps(race, [member.index for member in members])),
         width=width,
         name=_name(stacked, base),
         remat=c.train.remat,
@@ -138,22 +138,15 @@ def plan(members, devices: Iterable[str] = (), race: Race | None = None) -> Plan
         costs=costs,
         cpu=cpu,
         kept=one(stacked.state.trainable) if c.eval.keep == "best" else 0,
-        evaluated=_evaluated(c),
+        evaluated=_evaluated(c, race.stops[members[0].index]),
     )
 
 
-def _evaluated(c) -> tuple[int, int | None]:
-    """`Plan.evaluated`: validation rows at step 0 and at every evaluation, if the task has as many;
-    test rows twice."""
-    validation = c.eval.examples * (1 + -(-c.train.steps // c.eval.every))
-    return validation, None if c.eval.test is None else 2 * c.eval.test
-
-
-def _steps(members, race: Race) -> int:
-    """Steps of a group's members together."""
-    mine = {member.index for member in members}
-    legs = enumerate(halving.planned(race))
-    return sum(halving.member_steps(race, mine & set(leg), n) for n, leg in legs)
+def _evaluated(c, stops: Iterable[int]) -> tuple[int, int | None]:
+    """`Plan.evaluated`: validation rows at every evaluation, from step 0 to the last, if the task
+    has as many; test rows twice. stops: `Race.stops` of a member."""
+    at = {*range(0, c.train.steps, c.eval.every), *stops}
+    return c.eval.examples * len(at), None if c.eval.test is None else 2 * c.eval.test
 
 
 def _costs(stacked, base, batch, width: int, on_cpu: bool) -> tuple[list[Cost], Cost | None]:

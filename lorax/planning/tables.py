@@ -50,7 +50,7 @@ def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
         ("checkpoint", *each(p.state + p.kept), exact),
         ("steps of training", *(f"{x:,}" for x in p.steps), estimated if saved else exact),
         (
-            _evaluations(p),
+            "rows evaluated" + ", test rows apart" * (p.evaluated[1] is None),
             *(f"{m * sum(x or 0 for x in p.evaluated):,}" for m in (1, n)),
             "at most",
         ),
@@ -74,11 +74,6 @@ def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
     note += "; ".join(f"{name}: {DEVICES[name].source}" for name in devices) + "."
     what = Table(title, headings, lines)
     return [what, Table(f"Group {index} on devices", columns, reached, note)]
-
-
-def _evaluations(p: Plan) -> str:
-    """Evaluation is a forward pass, a third of the work of a training row."""
-    return "rows evaluated" + ", test rows apart" * (p.evaluated[1] is None)
 
 
 def _on_device(p: Plan, name: str) -> tuple[str, ...]:
