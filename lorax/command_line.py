@@ -60,8 +60,8 @@ def read(argv: list[str]) -> tuple[ConfigDict, list[config.Member], Path]:
     members = search.members(settings)
     if FLAGS.workdir:
         return settings, members, Path(FLAGS.workdir)
-    given = Path(file).stem, argument, config_flags.get_override_values(FLAGS["config"])
-    return settings, members, run_names.workdir(run_names.name(*given), run_names.former(*given))
+    given = config_flags.get_override_values(FLAGS["config"])
+    return settings, members, run_names.workdir(Path(file).stem, argument, given)
 
 
 def check_flags(argv: list[str]) -> None:

@@ -82,8 +82,7 @@ def run(settings: ConfigDict, workdir: str | os.PathLike | None = None):
     if workdir is None:
         usual = config.flat(config.default())
         changes = {k: v for k, v in config.flat(settings).items() if v != usual[k]}
-        given = "config", "", changes
-        workdir = run_names.workdir(run_names.name(*given), run_names.former(*given))
+        workdir = run_names.workdir("config", "", changes)
     workdir = Path(workdir)
     rundir.check_paths(workdir)
     changed = check_same_config(workdir, settings)

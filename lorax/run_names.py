@@ -7,7 +7,7 @@ has other characters than digits, small letters and ".+_-".
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,10 +19,11 @@ HASH = 8  # digits
 _EXACT = re.compile(r"[a-z0-9.+_-]*[a-z0-9+_-]")  # Windows drops a dot at the end
 
 
-def workdir(name: str, former: Iterable[str] = ()) -> Path:
-    """runs/NAME, or the directory of a run that was begun under one of its former names."""
-    names = [name, *former]
-    folders = [rundir.RUNS / earlier for earlier in names]
+def workdir(study: str, argument: str, values: Mapping[str, Any]) -> Path:
+    """runs/NAME, or the directory of a run that was begun under one of the names that earlier
+    versions gave it. The arguments are those of `name`."""
+    given = study, argument, values
+    folders = [rundir.RUNS / each for each in (name(*given), *_former(*given))]
     return next(filter(rundir.is_run, folders), folders[0])
 
 
@@ -48,7 +49,7 @@ def name(study: str, argument: str, values: Mapping[str, Any]) -> str:
     return f"{cut}-{config.digest({'argument': argument, 'values': values})[:HASH]}"
 
 
-def former(study: str, argument: str, values: Mapping[str, Any]) -> list[str]:
+def _former(study: str, argument: str, values: Mapping[str, Any]) -> list[str]:
     """The names that versions before this one gave to the same run."""
     stem = study + (f"-{argument}" if argument else "")
     kept = {key: value for key, value in values.items() if key not in config.REVISABLE}

@@ -63,8 +63,7 @@ def test_what_is_long_is_left_out_first_and_arguments_are_no_folders():
 def test_a_run_under_a_former_name_is_continued(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     values = {"train.steps": 5, "eval.generate": 8}
-    given = "study", "stories", values
-    named = lambda: run_names.workdir(run_names.name(*given), run_names.former(*given))
+    named = lambda: run_names.workdir("study", "stories", values)
     assert str(named()) == "runs/study-stories-train.steps=5"
     without = config.digest({"train.steps": 5})
     for former in (f"study-stories-{without}", f"study-stories-{config.digest(values)}"):
