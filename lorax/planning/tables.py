@@ -107,14 +107,17 @@ def _si(x: float, unit: str = "") -> str:
 
 
 def bytes_text(x: float) -> str:
+    """A number of bytes: 1.23 GB."""
     return _si(x, "B")
 
 
 def seconds_text(x: float) -> str:
+    """Seconds, or below one milliseconds."""
     return f"{x:.3g} s" if x >= 1 else f"{1e3 * x:.3g} ms"
 
 
 def show(tables: Iterable[Table], markdown: bool) -> None:
+    """Print the tables, each with its note below it: in Markdown, or drawn for the terminal."""
     if markdown:
         for t in tables:
             lines = [t.headings, ["---"] + ["---:"] * (len(t.headings) - 1), *t.rows]
