@@ -1,10 +1,11 @@
 """The report of several runs: their results, and how their configs differ."""
 
+import functools
 import itertools
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from lorax.report.sections.outcome import Sweep
 LEAD = "Several runs side by side."
 EVALUATED = ("eval.examples", "train.seq_len")  # with task.*: keys that select the eval rows
 TRAINED = ("train.batch_size", "task.n_train")  # with the steps: keys that set the training budget
+Read = Callable[[], tuple[pd.DataFrame, pd.DataFrame]]  # reads a search once: `dimension.read`
 
 
 def write(
@@ -44,14 +46,18 @@ def write(
         )
         directory = pathlib.Path(directory)
         sweeps = {name: outcome.read(run) for name, run in named.items()}
-        searches = {name: run for name, run in named.items() if dimension.is_search(run)}
+        searches = {
+            name: functools.cache(functools.partial(dimension.read, run))
+            for name, run in named.items()
+            if dimension.is_search(run)
+        }
         trained = {name: of for name, of in sweeps.items() if name not in searches}
         command = page.command(directories, out=directory)
         sections = [
             *page.attempt("Runs", _overview, sweeps, searches, directory, command),
             *page.attempt("Curves", _curves, trained),
             *page.attempt("Methods", _methods, trained),
-            *page.attempt("Intrinsic dimension", _dimensions, searches),
+            *page.attempt("Intrinsic dimension", _dimensions, sweeps, searches),
             *page.attempt("Members", _members, sweeps),
             *page.attempt("Subspace similarity", _similarity, trained),
             notes.section(notes.LOSSES, notes.UPDATES, *[notes.SEARCHES] * bool(searches)),
@@ -64,12 +70,12 @@ def write(
 
 def _overview(
     sweeps: dict[str, Sweep],
-    searches: dict[str, runs.Run],
+    searches: dict[str, Read],
     directory: pathlib.Path,
     command: str,
 ) -> Section:
     """The runs, and how their configs differ. command: redraws the page."""
-    rows = [_summary(name, sweep, name in searches) for name, sweep in sweeps.items()]
+    rows = [_summary(name, sweep, searches.get(name)) for name, sweep in sweeps.items()]
     configs = {name: sweep.run.config.get("config", {}) for name, sweep in sweeps.items()}
     links = []
     for name, sweep in sweeps.items():
@@ -109,12 +115,12 @@ def _overview(
     return Section("Runs", "".join(parts), files=files)
 
 
-def _summary(name: str, sweep: Sweep, is_search: bool) -> dict[str, object]:
+def _summary(name: str, sweep: Sweep, search: Read | None) -> dict[str, object]:
     """A run's row of the table of runs."""
     config, best = sweep.run.config.get("config", {}), sweep.best
     reached = "–" if best is None else words.setting(best, sweep.by)
-    if is_search:  # it has dimensions, not a best setting
-        best, reached = None, "; ".join(map(intrinsic.brief, _found(sweep.run)))
+    if search is not None:  # it has dimensions, not a best setting
+        best, reached = None, "; ".join(map(intrinsic.brief, _found(search)))
     base = words.listed(sweep.table["base"]) if "base" in sweep.table else config.get("base")
     return {
         "run": name,
@@ -159,11 +165,11 @@ def _unlike(differences: pd.DataFrame, steps: dict[str, int]) -> list[str]:
     return texts
 
 
-def _headlines(sweeps: dict[str, Sweep], searches: dict[str, runs.Run]) -> list[str]:
+def _headlines(sweeps: dict[str, Sweep], searches: dict[str, Read]) -> list[str]:
     lines = []
     for name, sweep in sweeps.items():
         if name in searches:
-            text = "; ".join(map(dimension.headline, _found(sweep.run)))
+            text = "; ".join(map(dimension.headline, _found(searches[name])))
             text = text or "no subspace has been trained yet"
         elif sweep.best is None:
             text = "no setting has a validation loss for all its seeds"
@@ -175,9 +181,9 @@ def _headlines(sweeps: dict[str, Sweep], searches: dict[str, runs.Run]) -> list[
     return lines
 
 
-def _found(run: runs.Run) -> list[pd.Series]:
+def _found(search: Read) -> list[pd.Series]:
     """The estimates of a search: a row per condition."""
-    return [row for _, row in dimension.read(run)[1].iterrows()]
+    return [row for _, row in search()[1].iterrows()]
 
 
 def _members(sweeps: dict[str, Sweep]) -> Section:
@@ -326,11 +332,11 @@ def _said(settings: pd.DataFrame, axes: Sequence[str]) -> list[str]:
     return [runs.fields(row, axes) or "–" for _, row in settings.iterrows()]
 
 
-def _dimensions(searches: dict[str, runs.Run]) -> list[Section]:
+def _dimensions(sweeps: dict[str, Sweep], searches: dict[str, Read]) -> list[Section]:
     """d90 of every search, in panels side by side."""
     every: list[tuple[pd.DataFrame, pd.DataFrame]] = []
-    for name, run in searches.items():
-        points, estimated = dimension.read(run)
+    for name, search in searches.items():
+        points, estimated = search()
         if len(estimated):
             label = lambda text, name=name: f"{name}, {text}" if text else name
             points = points.assign(shared=points["shared"].map(label))
@@ -341,12 +347,12 @@ def _dimensions(searches: dict[str, runs.Run]) -> list[Section]:
     points, estimated = (
         pd.concat(tables, ignore_index=True) for tables in zip(*every, strict=True)
     )
-    sections = []
+    sections, of_searches = [], [sweeps[name].run for name in searches]
     for metric, of_metric in estimated.groupby("metric", sort=False):
-        loss = " and ".join(dict.fromkeys(runs.loss_name(run) for run in searches.values()))
+        loss = " and ".join(dict.fromkeys(runs.loss_name(run) for run in of_searches))
         measured = loss if metric == "loss" else words.axis(metric)
         name = "intrinsic" if estimated["metric"].nunique() == 1 else f"intrinsic_{metric}"
-        unit = " and ".join(dict.fromkeys(runs.loss_unit(run) for run in searches.values()))
+        unit = " and ".join(dict.fromkeys(runs.loss_unit(run) for run in of_searches))
         content, picture = dimension.curves(points, of_metric, measured, unit, name)
         content += dimension.estimates(of_metric)
         title = "Intrinsic dimension" + f" by {metric}" * (estimated["metric"].nunique() > 1)
