@@ -171,14 +171,11 @@ def panel_of(points: pd.DataFrame, by: runs.Axes) -> list[str]:
     return [title or "adapters" * bool(full.any()) for title in titles]
 
 
-def is_setting(table: pd.DataFrame, setting: pd.Series | None, names: Iterable[str]) -> list[bool]:
+def is_setting(table: pd.DataFrame, setting: pd.Series | None, names: Iterable[str]) -> pd.Series:
     """Which members have the setting's values on these axes; none if it is None."""
     if setting is None:
-        return [False] * len(table)
-    names = [name for name in names if name in setting]
-    words = [[runs.in_words(value, name) for value in table[name]] for name in names]
-    wanted = tuple(runs.in_words(setting[name], name) for name in names)
-    return [row == wanted for row in zip(*words, strict=True)]
+        return pd.Series(False, table.index)
+    return runs.alike(table, setting, [name for name in names if name in setting])
 
 
 def lost(table: pd.DataFrame, names: Sequence[str]) -> pd.Series:

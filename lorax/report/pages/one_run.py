@@ -193,13 +193,5 @@ def _shown(of: Sweep, members: Iterable[int]) -> list[int]:
         return [member for member in members if any(same[member] for same in of_best)]
     # If nothing has been evaluated, there is no best setting: take the first member's.
     best = of.table.loc[min(members)] if of.best is None else of.best
-    members = set(members) & set(runs.averaged(of.table, of.by))
-    return [member for member in sorted(members) if _on_line(of.table.loc[member], best, of.by)]
-
-
-def _on_line(member: pd.Series, best: pd.Series, by: runs.Axes) -> bool:
-    return all(_same(member[name], best[name]) for name in by.others)
-
-
-def _same(x, y) -> bool:
-    return x == y or (pd.isna(x) and pd.isna(y))
+    table = of.table.loc[sorted(set(members) & set(runs.averaged(of.table, of.by)))]
+    return list(table.index[runs.alike(table, best, of.by.others)])
