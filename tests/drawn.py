@@ -29,6 +29,11 @@ def texts(chart, hidden: Iterable[int] = ()) -> list[str]:
     return [" ".join(text) if isinstance(text, list) else str(text) for text in found]
 
 
+def number(text: str) -> float:
+    """A number as a chart writes it."""
+    return float(text.replace("\N{MINUS SIGN}", "-").replace(",", ""))
+
+
 def _drawn(chart, hidden: Iterable[int]) -> dict:
     spec = charts.sized(charts.specification(chart))
     for parameter in spec.get("params", []):

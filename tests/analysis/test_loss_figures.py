@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from drawn import marks, texts
+from drawn import marks, number, texts
 from synthetic import BASE_LOSS, make_run
 
 from lorax.analysis import compare, figures, runs
@@ -48,10 +48,6 @@ def grid(tmp_path_factory):
 
 def means(figure, **options):
     return [mark for mark in marks(figure, "symbol", **options) if MEAN in mark]
-
-
-def number(text):
-    return float(text.replace("\N{MINUS SIGN}", "-").replace(",", ""))
 
 
 def test_the_curve_has_means_with_t_intervals_seeds_and_lines(run):

@@ -23,7 +23,7 @@ def data(chart) -> pd.DataFrame:
 
 
 def numbers(marks, *columns):
-    return [tuple(float(mark[column].replace("−", "-")) for column in columns) for mark in marks]
+    return [tuple(drawn.number(mark[column]) for column in columns) for mark in marks]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import altair as alt
 import pandas as pd
 import pytest
-from drawn import marks, texts
+from drawn import marks, number, texts
 from scipy import stats
 from synthetic import make_search
 
@@ -18,12 +18,7 @@ def test_the_intervals_of_charts_are_those_of_t():
     chart = style.with_intervals(alt.Chart(table), "value", ["of"]).mark_rule()
     (mark,) = marks(chart.encode(x="low:Q", x2="high:Q"), "rule")
     low, high = stats.t.interval(0.95, 2, table["value"].mean(), stats.sem(table["value"]))
-    drawn = float(mark["low"].replace("\N{MINUS SIGN}", "-")), float(mark["high"])
-    assert drawn == pytest.approx((low, high), abs=1e-3)
-
-
-def number(text):
-    return float(text.replace("\N{MINUS SIGN}", "-").replace(",", ""))
+    assert (number(mark["low"]), number(mark["high"])) == pytest.approx((low, high), abs=1e-3)
 
 
 def test_intrinsic(tmp_path):
