@@ -250,8 +250,8 @@ def estimate(table: pd.DataFrame, threshold: float, metric: str) -> pd.DataFrame
     missing or no better than no training.
     """
     rows = []
-    subspaces = table[table["kind"] == "subspace"]
-    for condition, of_condition in subspaces.groupby("condition", sort=False):
+    for condition in table.loc[table["kind"] == "subspace", "condition"].unique():
+        of_condition, lora = points_of(table, condition)
         shared = of_condition["shared"].iloc[0]
         reference = baseline(table, shared, metric)
         level = needed(reference["start"], reference["baseline"], threshold, metric)
@@ -262,7 +262,6 @@ def estimate(table: pd.DataFrame, threshold: float, metric: str) -> pd.DataFrame
         if not improves:
             crossed |= dict.fromkeys(("size", "low", "high", "smallest"), np.nan)
             crossed |= {"verdict": "no baseline", "n": 0, "by_seed": ""}
-        lora = points_of(table, condition)[1]
         lora_crossed = {"verdict": "", "size": np.nan, "low": np.nan, "high": np.nan}
         if len(lora) and improves:
             of_lora = tuned(lora, "params", metric)
