@@ -291,9 +291,8 @@ class NonInferiority(NamedTuple):
     best: int | None  # the lowest loss
     good: np.ndarray  # bool: shown to be as good as the best
     worse: np.ndarray  # bool: shown to be worse than that
-    p: (
-        np.ndarray
-    )  # the smallest alpha with which the setting is shown to be good; NaN: not eligible
+    # The smallest alpha with which the setting is shown to be good; NaN: not eligible
+    p: np.ndarray
     bound: np.ndarray  # its loss above the best's, at most (one-sided, for this setting alone)
     lacks: np.ndarray  # the share of the best's improvement that it lacks, at most; NaN: not known
     margin: float  # how much may be lost, in the unit of the loss

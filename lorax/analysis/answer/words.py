@@ -242,6 +242,7 @@ def with_interval(found: Mapping[str, Any]) -> str:
 
 
 def amount_of(row: Mapping[str, Any]) -> str:
+    """The value of a part of an answer (a setting, the base...), with its interval."""
     return with_interval({"value": row["value"], **row["interval"]})
 
 
