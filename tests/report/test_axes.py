@@ -5,11 +5,13 @@ import json
 import pandas as pd
 import pytest
 from reading import Page
-from synthetic import kernels, make_run, make_search
+from synthetic import STEPS, kernels, make_run, make_search
 
 from lorax import config, report
 from lorax.analysis import runs
+from lorax.analysis.figures import layout
 from lorax.report.pages import several_runs
+from lorax.report.sections import losses
 
 #: axis -> a value beside None, as members.jsonl has it
 VALUES = {
@@ -141,3 +143,16 @@ def test_what_a_missing_value_means():
     assert runs.in_words(None, "quant") == runs.in_words(None, "dim") == "none"
     row = pd.Series({"quant": None, "rank": None, "n_train": float("nan")})
     assert runs.fields(row, row.index) == "quant=none, n_train=all"
+
+
+def test_thinned_curves_are_said_beside_full_fine_tuning(tmp_path, monkeypatch):
+    """It has no rank, and its evaluations count like all others."""
+    directory = make_run(tmp_path, ranks=(1, 4), seeds=(0,))
+    rows = [json.loads(line) for line in (directory / "members.jsonl").read_text().splitlines()]
+    rows[1] |= {"method": "full", "rank": None}
+    (directory / "members.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = runs.load(directory)
+    monkeypatch.setattr(layout, "FEWEST_STEPS", 2)
+    monkeypatch.setattr(layout, "MOST_POINTS", 2 * len(STEPS) - 1)
+    section = losses.learning(run, runs.summary(run), runs.Axes("rank", ()))
+    assert "Only some evaluations are drawn" in section.content

@@ -213,7 +213,8 @@ def learning(run: runs.Run, table: pd.DataFrame, by: runs.Axes, which: str = "")
     if stopped := (table["status"] == "stopped").sum():
         said += f" A bar marks where members were stopped: {stopped}, for a better "
         said += f"{listed(map(words.axis, by.tuned))}; they are in no mean."
-    if len(layouts.thinned(evals.dropna())) < len(evals.dropna()):
+    measured = evals[["member", "step", "loss"]].dropna()
+    if len(layouts.thinned(measured)) < len(measured):
         said += " Only some evaluations are drawn, evenly spaced; metrics.jsonl has all."
     alt = "Line charts of validation loss by step"
     if table["final_loss"].notna().any():
