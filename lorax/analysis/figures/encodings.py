@@ -75,6 +75,13 @@ def of_members(
     )
 
 
+def with_members(chart: alt.TopLevelMixin, members: pd.DataFrame) -> alt.TopLevelMixin:
+    """The chart, whose table has a column `member`, with the other columns of a table of members,
+    which is embedded once instead of on every row."""
+    columns = [name for name in members if name != "member"]
+    return chart.transform_lookup("member", alt.LookupData(members, "member", columns))
+
+
 def titles(table: pd.DataFrame, panel: str | None) -> list[str]:
     """The title of each member's panel: "alpha = 8"; "" without panels."""
     if panel is None:

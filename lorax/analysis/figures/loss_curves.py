@@ -19,6 +19,7 @@ from lorax.analysis.figures.encodings import (
     place,
     titles_in_order,
     tooltips,
+    with_members,
 )
 from lorax.analysis.figures.layout import (
     Layout,
@@ -133,9 +134,7 @@ def learning_curves(
         colour["color"].legend = stroke
     chart = alt.layer(*_members(points, names, colour, axis), *_means(points, names, colour, axis))
     chart = in_panels(chart, curves, shown if shown != [""] else [])
-    fields = [name for name in members if name != "member"]
-    chart = chart.transform_lookup("member", alt.LookupData(members, "member", fields))
-    return style.themed(style.filtered(chart))
+    return style.themed(style.filtered(with_members(chart, members)))
 
 
 def _members(

@@ -196,7 +196,7 @@ def _short(value: float) -> str:
 def _grid(table: pd.DataFrame, label: str, *, log: bool = False) -> alt.LayerChart:
     """One cell per matrix, coloured by `value`, with the text in `words`: targets x layers."""
     shown = np.isfinite(table["value"]) & ((table["value"] > 0) | (not log))
-    table = table.assign(shown=table["value"].where(shown).map(lambda x: float(f"{x:.4g}")))
+    table = table.assign(shown=digits(table["value"].where(shown)))
     low, high = table["shown"].min(), table["shown"].max()
     low, high = (low, high) if shown.any() else (0.1, 1.0)
     low = low if log else min(low, 0.0)

@@ -8,7 +8,7 @@ import pandas as pd
 
 from lorax.analysis import runs
 from lorax.analysis.figures import style
-from lorax.analysis.figures.encodings import of_axes, ramp, tooltips
+from lorax.analysis.figures.encodings import of_axes, ramp, tooltips, with_members
 from lorax.analysis.figures.layout import distinct, extent, has_order
 from lorax.analysis.figures.loss_marks import FORMAT
 
@@ -46,10 +46,8 @@ def parallel(table: pd.DataFrame, names: Sequence[str], unit: str = "nats") -> a
     )  # fmt: skip
     said = {"name": "member", "params": (style.label(SIZE), ","), "loss": (title, FORMAT)}
     said = tooltips(names, order, said | {"status": "status"})
-    fields = [name for name in members if name != "member"]
-    lines = style.filtered(alt.Chart(pd.concat(parts, ignore_index=True)).transform_lookup(
-        "member", alt.LookupData(members, "member", fields)
-    ))  # fmt: skip
+    lines = alt.Chart(pd.concat(parts, ignore_index=True))
+    lines = style.filtered(with_members(lines, members))
     axes = pd.DataFrame(ticks, columns=["axis", "height", "text"])
     layers = [_axes(axes), *_lines(lines, list(columns), title, (low, high), said), *_ticks(axes)]
     return style.themed(alt.layer(*layers).properties(width="container", height=340))

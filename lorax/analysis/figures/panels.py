@@ -132,7 +132,7 @@ def in_words(table: pd.DataFrame, main: str) -> tuple[pd.DataFrame, list[str]]:
     return table.assign(line=table[main].map(words)), list(dict.fromkeys(words.values()))
 
 
-def in_panels(table: pd.DataFrame) -> pd.DataFrame:
+def with_panels(table: pd.DataFrame) -> pd.DataFrame:
     """The table with the column `panel`, the title of each row's matrix; its rows are in the order
     of layers, and of targets within a layer."""
     order = {target: n for n, target in enumerate(dict.fromkeys(table["target"]))}

@@ -10,11 +10,11 @@ import pandas as pd
 from lorax.analysis.figures.panels import (
     INTERVAL,
     digits,
-    in_panels,
     in_words,
     logarithmic,
     means_of_layers,
     whole_numbers,
+    with_panels,
     wrapped,
 )
 from lorax.analysis.figures.style import (
@@ -42,7 +42,7 @@ def spectra(sigmas: pd.DataFrame, main: str = "rank", *, each: bool = False) -> 
       main: the column that colours the lines, normally the rank.
     """
     table, order = in_words(sigmas[sigmas["sigma"] > 0], main)
-    table = in_panels(table) if each else table.assign(panel=table["target"])
+    table = with_panels(table) if each else table.assign(panel=table["target"])
     of = "mean over members" if each else "mean over layers and members"
     return _curves(table, order, main, "singular value of ΔW", of)
 

@@ -244,7 +244,7 @@ def position(column: pd.Series, name: str) -> dict[str, Any]:
     """
     values = distinct(column)
     title = label(name)
-    if not is_numeric(values):
+    if not _are_positive(values):
         words = [runs.in_words(value, name) for value in values]
         return {"type": "nominal", "title": title, "sort": words, "axis": alt.Axis(labelAngle=0)}
     values = sorted(float(value) for value in values)
@@ -258,7 +258,7 @@ def position(column: pd.Series, name: str) -> dict[str, Any]:
     }
 
 
-def is_numeric(values: Iterable) -> bool:
+def _are_positive(values: Iterable) -> bool:
     """Whether all are positive numbers, which a logarithmic axis can show."""
     return all(isinstance(v, (int, float, np.number)) and v > 0 for v in values)
 
