@@ -1,12 +1,13 @@
 """The report on adapters from anywhere: PEFT directories, loralib checkpoints, and the
 dense updates that lorax writes for other methods."""
 
+import functools
 import itertools
 import pathlib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from lorax.report.sections import base_weights, shared_directions, spectra, user
 
 LEAD = "A low-rank update: its size, its rank and its directions."
 NO_SCALE = "none in the file: s = 1, so norms are those of BA; give --alpha"
+Directions = Callable[[str], tables.Bases]  # of an adapter, by its name; computed once
 
 
 class Given(NamedTuple):
@@ -202,16 +204,18 @@ def _sections(
     sections += page.attempt("Layer by layer", _layers, ranks, also)
     sections += user_statistics.sections(measured, shown, "adapter", statistics)
     sections += page.attempt("Spectra of the updates", spectra.spectra, sigmas, "adapter")
+    directions = functools.cache(lambda name: tables.bases(updates[name]))
     if len(given) == 2:
-        sections += page.attempt("Subspace similarity", _both, given)
+        sections += page.attempt("Subspace similarity", _both, names, directions)
     elif len(given) > 2:
-        sections += page.attempt("Subspace similarity", _pairwise, given)
+        sections += page.attempt("Subspace similarity", _pairwise, names, directions)
     figure_names: list[str] = []
-    for adapter in given:
-        name = f"between_layers_{page.slug(adapter.name)}" if len(given) > 1 else "between_layers"
-        figure_names.append(page.unused(name, figure_names))
-        title = "Between layers" + f" of {adapter.name}" * (len(given) > 1)
-        sections += page.attempt(title, _between_layers, adapter, title, figure_names[-1])
+    for name in names:
+        figure = f"between_layers_{page.slug(name)}" if len(given) > 1 else "between_layers"
+        figure_names.append(page.unused(figure, figure_names))
+        title = "Between layers" + f" of {name}" * (len(given) > 1)
+        arguments = (name, directions, title, figure_names[-1])
+        sections += page.attempt(title, _between_layers, *arguments)
     arguments = (updates, kernels, why, shown, "adapter", layers)
     sections += page.attempt(base_weights.TITLE, base_weights.sections, *arguments)
     return [*sections, notes.section(notes.UPDATES)]
@@ -280,11 +284,10 @@ def _layers(ranks: pd.DataFrame, also: pd.DataFrame | None) -> Section:
     return Section("Layer by layer", content, {"layers": Picture(figures.by_layer(ranks), ranks)})
 
 
-def _both(given: list[Given]) -> Section:
+def _both(names: list[str], directions: Directions) -> Section:
     """The directions that two adapters share."""
-    first, second = (tables.bases(adapter.updates) for adapter in given)
-    first, second = shared_directions.fitting(first, second)
-    title = f"{given[0].name} and {given[1].name}"
+    first, second = shared_directions.fitting(*map(directions, names))
+    title = " and ".join(names)
     comparison = shared_directions.compare("adapters", title, [(first, second)] if first else [])
     if comparison is not None:
         return shared_directions.section([comparison])
@@ -292,12 +295,11 @@ def _both(given: list[Given]) -> Section:
     return Section("Subspace similarity", page.paragraph(text))
 
 
-def _pairwise(given: list[Given]) -> Section:
+def _pairwise(names: list[str], directions: Directions) -> Section:
     """How many directions each pair of adapters shares, as a matrix."""
-    bases_of = {adapter.name: tables.bases(adapter.updates) for adapter in given}
     rows, apart = [], []
-    for first, second in itertools.combinations(bases_of, 2):
-        pair = shared_directions.fitting(bases_of[first], bases_of[second])
+    for first, second in itertools.combinations(names, 2):
+        pair = shared_directions.fitting(directions(first), directions(second))
         comparison = shared_directions.compare("", "", [pair] if pair[0] else [])
         if comparison is None:
             apart.append(f"{first} and {second}")
@@ -313,7 +315,7 @@ def _pairwise(given: list[Given]) -> Section:
         "means over layers, a layer being the mean over its matrices that both adapters have."
     )
     alt = (
-        f"Matrices of φ between {len(given)} adapters: the most above chance are {top['first']} "
+        f"Matrices of φ between {len(names)} adapters: the most above chance are {top['first']} "
         f"and {top['second']} ({top['side']} side), {top['phi']:.2f} where chance is "
         f"{top['by_chance']:.2f}."
     )
@@ -334,16 +336,15 @@ def _pairwise(given: list[Given]) -> Section:
     if apart:
         text = f"No matrix of the same name and shape: {'; '.join(apart)}."
         content += page.note(text)
-    names = [adapter.name for adapter in given]
     pictures = {"overlap": Picture(figures.overlap(pairs, names), pairs)}
     return Section("Subspace similarity", content, pictures, {"overlap.csv": pairs})
 
 
-def _between_layers(given: Given, title: str, name: str) -> list[Section]:
-    """Whether layers are changed in the same directions. No section if no target has two layers of
-    the same shape. name: of the figure."""
+def _between_layers(adapter: str, directions: Directions, title: str, name: str) -> list[Section]:
+    """Whether an adapter changes its layers in the same directions. No section if no target has two
+    layers of the same shape. name: of the figure."""
     maps: dict[tuple[str, str], tuple[list[int], np.ndarray]] = {}
-    bases_by_path, rows = tables.bases(given.updates), []
+    bases_by_path, rows = directions(adapter), []
     targets: dict[str, list[str]] = {}
     for path in bases_by_path:
         targets.setdefault(tables.layer_and_target(path)[1], []).append(path)
