@@ -44,8 +44,8 @@ def library() -> str:
 
 def embedded(specs: Mapping[str, dict[str, Any]]) -> str:
     """All charts of a page, for its script: JSON of "charts" (by name, without their tables),
-    "datasets" (each once, also if several charts have it: names of columns and rows of values) and
-    "config" (the theme, whose colours are CSS variables)."""
+    "datasets" (each once, also if several charts have it: names of columns and rows of values),
+    "config" (the theme, whose colours are CSS variables) and "pixels" (the room beside panels)."""
     datasets = {}
     charts = {}
     for name, spec in specs.items():
@@ -55,7 +55,8 @@ def embedded(specs: Mapping[str, dict[str, Any]]) -> str:
         charts[name]["tables"] = list(tables)
     variables = {colour: f"var(--chart-{colour})" for colour in style.LIGHT}
     config = style.theme(variables, "system-ui, -apple-system, 'Segoe UI', sans-serif")
-    page = {"config": config, "charts": charts, "datasets": datasets}
+    pixels = {"spacing": style.SPACING, "axis": style.AXIS, "header": style.HEADER}
+    page = {"config": config, "charts": charts, "datasets": datasets, "pixels": pixels}
     text = json.dumps(page, separators=(",", ":"), ensure_ascii=False)
     return text.replace("<", "\\u003c")  # nothing in it ends the script
 

@@ -121,9 +121,9 @@ function tell(handler, event, item, values) {
 const rows = ({names, rows}) => rows.map(
   (row) => Object.fromEntries(names.map((name, n) => [name, row[n]])));
 
-// A chart, or the panels of one, as wide as there is room. Pixels are those of style.py; PANEL is
-// the least width of a panel with its axis, where the panels of a row may be fewer.
-const SPACING = 20, AXIS = 80, HEADER = 60, PANEL = 190;
+// A chart, or the panels of one, as wide as there is room. PANEL is the least width of a panel with
+// its axis, where the panels of a row may be fewer.
+const {spacing, axis, header} = page.pixels, PANEL = 190;
 function fit(chart, room) {
   for (const part of chart.vconcat ?? []) fit(part, room);
   if (chart.hconcat) {
@@ -131,20 +131,20 @@ function fit(chart, room) {
     chart.columns = chart.concat.length;
     delete chart.hconcat;
   }
-  const each = (columns, beside) => Math.floor((room - beside - SPACING * (columns - 1)) / columns);
+  const each = (columns, beside) => Math.floor((room - beside - spacing * (columns - 1)) / columns);
   if (chart.width === "container") {
     chart.width = room;
     chart.autosize = {type: "fit-x", contains: "padding"};
   } else if (chart.concat) {  // every panel has its axis
     chart.columns = Math.max(1, Math.min(chart.columns, Math.floor(room / PANEL)));
-    const width = each(chart.columns, AXIS * chart.columns);
+    const width = each(chart.columns, axis * chart.columns);
     chart.concat = chart.concat.map((panel) => ({...panel, width}));
   } else if (chart.columns) {
     chart.columns = Math.max(1, Math.min(chart.columns, Math.floor(room / PANEL)));
     const axes = chart.resolve?.scale?.y === "independent" ? chart.columns : 1;
-    chart.spec = {...chart.spec, width: each(chart.columns, AXIS * axes)};
+    chart.spec = {...chart.spec, width: each(chart.columns, axis * axes)};
   } else if (chart.usermeta?.columns) {
-    chart.spec = {...chart.spec, width: Math.max(60, each(chart.usermeta.columns, AXIS + HEADER))};
+    chart.spec = {...chart.spec, width: Math.max(60, each(chart.usermeta.columns, axis + header))};
   }
 }
 
