@@ -62,8 +62,10 @@ def compile_programs(
     """
     program = program_of(stacked, base, layout.width, kind)
     known = shapes(stacked, base, layout, batches, kind)
-    evaluate = over_devices(evaluation(program, layout.width), layout, (None, 0, 0, None))
-    rows = over_devices(evaluation_of_rows(program, layout.width), layout, (None, 0, 0, None, None))
+    evaluate = evaluation(program, layout.width, step.evaluate)
+    evaluate = over_devices(evaluate, layout, (None, 0, 0, None))
+    rows = evaluation(program, layout.width, step.evaluate_rows)
+    rows = over_devices(rows, layout, (None, 0, 0, None, None))
     if layout.mode == "pmap":
         train = over_devices(training(program, layout.width), layout, (None, 0, 0, 0, 0), donate=3)
         trained = Training(train, narrow=lambda width: None, place=lambda state: state, bytes=0)
@@ -132,22 +134,13 @@ def training(program: step.Program, width: int) -> Callable:
     return train
 
 
-def evaluation(program: step.Program, width: int) -> Callable:
-    """f(params, constants, trainable, batches) -> (losses, scores), for all members."""
+def evaluation(program: step.Program, width: int, of_member: Callable) -> Callable:
+    """f(params, constants, trainable, *batches) -> what `of_member`, which is `step.evaluate` or
+    `step.evaluate_rows`, returns; for all members."""
 
-    def evaluate(params, constants, trainable, batches):
-        of_member = lambda *member: step.evaluate(program, params, *member, batches)
-        return over_members(of_member, width)(constants, trainable)
-
-    return evaluate
-
-
-def evaluation_of_rows(program: step.Program, width: int) -> Callable:
-    """f(params, constants, trainable, batches, n) -> `losses.Rows`, for all members."""
-
-    def evaluate(params, constants, trainable, batches, n):
-        of_member = lambda *member: step.evaluate_rows(program, params, *member, batches, n)
-        return over_members(of_member, width)(constants, trainable)
+    def evaluate(params, constants, trainable, *batches):
+        of_one = lambda *member: of_member(program, params, *member, *batches)
+        return over_members(of_one, width)(constants, trainable)
 
     return evaluate
 
