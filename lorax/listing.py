@@ -119,7 +119,8 @@ def _best(directory: Path, state: str, members: list[dict], rows: dict) -> dict[
             return None
         setting = ",".join(f"{axis}={value}" for axis, value in found["setting"].items())
         return {"setting": setting} | {key: found[key] for key in ("metric", "split", "value")}
-    losses = {key: row["eval_loss"] for key, row in rows.items() if row.get("eval_loss")}
+    losses = {key: row.get("eval_loss") for key, row in rows.items()}
+    losses = {key: loss for key, loss in losses.items() if loss is not None}
     if not losses:
         return None
     best = min(losses, key=losses.get)

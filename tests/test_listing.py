@@ -50,6 +50,11 @@ def test_the_newest_is_first_with_its_best_setting(tmp_path, capsys):
     assert lines[2].endswith("eval loss 2.25: rank=2") and len(lines) == 5
 
 
+def test_a_loss_of_zero_is_the_lowest(tmp_path, capsys):
+    run = begun(tmp_path / "run", losses=(1e-9, 0.0))
+    assert listed(capsys, run)[-1].endswith("eval loss 0: rank=2")
+
+
 def test_what_the_answer_says_is_the_best(tmp_path, capsys):
     run = begun(tmp_path / "run")
     answer = {"setting": {"rank": 1, "lr": 0.01}, "metric": "bleu", "split": "test", "value": 30.5}
