@@ -491,10 +491,14 @@ def grouped(members: Iterable[Member]) -> list[list[Member]]:
 
 
 def differences(groups: list[list[Member]]) -> list[str]:
-    """The keys in which the groups differ."""
-    first, *others = (_of_group(group[0]) for group in groups)
-    shared = [key for key in first if all(key in other for other in others)]
-    return [key for key in shared if any(other[key] != first[key] for other in others)]
+    """The keys in which the groups differ; a method's own keys only among groups of that method."""
+    values: dict[tuple, list] = {}
+    for of_group in (_of_group(group[0]) for group in groups):
+        for key, value in of_group.items():
+            own = key.startswith("method.") and key != "method.name"
+            values.setdefault((key, of_group["method.name"] if own else None), []).append(value)
+    differing = (key for (key, _), found in values.items() if any(x != found[0] for x in found))
+    return list(dict.fromkeys(differing))
 
 
 # -------------------------------------------------------------------------------------------- keys

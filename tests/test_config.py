@@ -149,6 +149,13 @@ def test_a_malformed_sweep_is_one_clear_error(axes, zip_, message):
         config.members(swept(zip_, **axes))
 
 
+def test_groups_of_different_methods_differ_in_the_method():
+    c = swept(rank=(1, 2), full_lr=(1e-3,))
+    c.method.init = "pissa"  # full fine-tuning has no initialisation to compare
+    groups = config.grouped(config.members(c))
+    assert len(groups) == 2 and config.differences(groups) == ["method.name"]
+
+
 def test_any_key_is_an_axis():
     c = swept(rank=(1, 2), seed=(0, 1))
     c.sweep.axes = {"train.warmup": (0, 50), "method.std": (0.5, 1), "train.b1": (0, 0.9)}
