@@ -27,6 +27,7 @@ def get_config(arg=None):
     config.train.warmup = 10
     config.eval.every = 50
     config.eval.examples = 128
+    config.eval.test = 1024  # all rows of a large set would cost more than the training
     config.sweep.targets = (("q", "v"), ("all-linear",))
     config.sweep.alpha = (1.0, 2.0)
     config.sweep.rank = (1, 4, 16, 32)

@@ -52,8 +52,8 @@ class Run:
         """The member's test rows, each array (N,) float32; None for a member that has none: in runs
         without test rows (`eval.test` 0), after divergence and before it is trained.
 
-        "loss": of each row, summed over its tokens, after training; "start": the same before the
-        first step; "weight": the row's number of tokens, 1 for a row of arrays or with a label, so
+        "loss": of each row, summed over its tokens, after training; "start": the same of the base;
+        "weight": the row's number of tokens, 1 for a row of arrays or with a label, so
         that sum(loss) / sum(weight) is `test_loss`. "score" and "start_score", where a row has one:
         the number of tokens, or 1 or 0 for the class, that the model predicts correctly. Rows are
         in the same order in all members of a task.

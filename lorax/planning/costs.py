@@ -144,9 +144,9 @@ def plan(members, devices: Iterable[str] = (), race: Race | None = None) -> Plan
 
 def _evaluated(c, stops: Iterable[int]) -> tuple[int, int | None]:
     """`Plan.evaluated`: validation rows at every evaluation, from step 0 to the last, if the task
-    has as many; test rows twice. stops: `Race.stops` of a member."""
+    has as many; test rows once. stops: `Race.stops` of a member."""
     at = {*range(0, c.train.steps, c.eval.every), *stops}
-    return c.eval.examples * len(at), None if c.eval.test is None else 2 * c.eval.test
+    return c.eval.examples * len(at), c.eval.test
 
 
 def _costs(stacked, base, batch, width: int, on_cpu: bool) -> tuple[list[Cost], Cost | None]:

@@ -1,8 +1,8 @@
 """Evaluates members on validation and test rows, and keeps what becomes of each test row.
 
-Both splits are evaluated by one program (`batches.splits`). Test rows are evaluated at step 0 and
-after the last step. A member's file has its numbers of step 0 first and gets the others at the end,
-so that a run that continues needs no second evaluation at step 0.
+Both splits are evaluated by one program (`batches.splits`). Members are evaluated on test rows
+after the last step; what their files and metrics have for step 0 are the numbers of the base, which
+all members share.
 """
 
 from typing import NamedTuple
@@ -39,12 +39,31 @@ def evaluate(programs, arguments, m: int, task: Task, split: str, on: Evaluated)
         return Measured(np.asarray(means)[:m], scored), None
     rows = programs.rows(*arguments, on.batches, np.int32(on.n))
     rows = jax.tree.map(lambda x: _flat(x, m, on.rows), rows)
+    return _measured(rows, task, labels), rows
+
+
+def of_base(programs, params, task: Task, on: Evaluated) -> tuple[Measured, losses.Rows]:
+    """`evaluate` of the base on the test rows `on`, as a single member. params: on the devices."""
+    # Each device has all of the base, and one of them is enough.
+    params = jax.tree.map(lambda x: x.addressable_shards[0].data, params)
+    rows = programs.base_rows(params, on.batches, np.int32(on.n))
+    rows = jax.tree.map(lambda x: _flat(x[None], 1, on.rows), rows)
+    return _measured(rows, task, task.test.get("label")), rows
+
+
+def of_each(base: tuple[Measured, losses.Rows], m: int) -> tuple[Measured, losses.Rows]:
+    """`of_base` as the evaluation of m members."""
+    return jax.tree.map(lambda x: np.repeat(x, m, axis=0), base)
+
+
+def _measured(rows: losses.Rows, task: Task, labels) -> Measured:
+    """Means over rows, leaves (M, rows, ...). labels: (rows, ...), or None."""
     weight = rows.weight.sum(axis=1, dtype=np.float64)
     share = lambda x: (x.sum(axis=1, dtype=np.float64) / weight).astype(np.float32)
     scored = {} if rows.outputs is None else scores.of_members(task, rows.outputs, labels)
     if scores.has_token_accuracy(task):
         scored[scores.TOKEN_ACCURACY] = share(rows.right)
-    return Measured(share(rows.loss), scored), rows
+    return Measured(share(rows.loss), scored)
 
 
 def _flat(x, m: int, rows: int) -> np.ndarray:

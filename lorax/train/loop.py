@@ -16,8 +16,8 @@ from lorax.calls import steps_per_call
 from lorax.config import Member, group_key
 from lorax.files import write_bytes
 from lorax.halving import Race
-from lorax.train import fitting, layouts, part, results, stacks, trajectory
-from lorax.train.batches import batch_shapes, splits
+from lorax.train import evaluation, fitting, layouts, part, results, stacks, trajectory
+from lorax.train.batches import Evaluated, batch_shapes, splits
 from lorax.train.prepare import Group
 from lorax.train.programs import Programs
 
@@ -86,7 +86,7 @@ def train(
             if not stack.members:
                 continue
             progress = lambda steps, before=done: terminal.progress(before + steps, total)
-            place = Place(workdir, group, stack, leg, programs.get(group, stack))
+            place = Place(workdir, group, stack, leg, programs)
             finals, reached, offset = _train_group(place, race, at, offset, terminal, progress)
             rows, at = rows | finals, at | reached
             done += halving.member_steps(race, [m.index for m in stack.members], leg)
@@ -113,13 +113,13 @@ def _losses(rows: dict[int, dict], at: dict[int, part.Position], running) -> dic
 
 
 class Place(NamedTuple):
-    """What is trained where: a leg of some members of a group, in one program."""
+    """What is trained where: a leg of some members of a group."""
 
     workdir: Path
     group: Group
     stack: stacks.Stack
     leg: int
-    programs: Programs
+    compiled: "Compiled"
 
 
 def _train_group(
@@ -128,7 +128,8 @@ def _train_group(
 ) -> tuple[dict[int, dict], dict[int, part.Position], int]:  # fmt: skip
     """Train a leg of a group part by part; ({member: its final row}, {member: where it stands at
     the rung}, bytes of metrics.jsonl). at: where members stood after the last leg."""
-    workdir, group, stack, leg, programs = place
+    workdir, group, stack, leg, compiled = place
+    programs = compiled.get(group, stack)
     parts = stacks.parts(stack, programs.layout.size)
     rows, reached, done = {}, {}, 0
     params = programs.place_base(group.base.params)
@@ -137,6 +138,7 @@ def _train_group(
         name: split._replace(batches=jax.device_put(split.batches))
         for name, split in evaluated.items()
     }
+    base_test = lambda: compiled.base_test(group, programs, params, evaluated["test"])
     for number, stack in enumerate(parts):
         members = [member.index for member in stack.members]
         start = part.together([at[i] for i in members]) if members[0] in at else None
@@ -150,6 +152,7 @@ def _train_group(
             splits=evaluated,
             constants=programs.place(stack.constants),
             hyper=programs.place(stack.hyper),
+            base_test=base_test,
             until=race.ends(members[0], leg)[1],
             start=start,
             say=terminal.say,
@@ -183,6 +186,7 @@ class Compiled:
 
     def __init__(self, groups: list[Group], race: Race, say: Callable[[str], None]):
         self.race, self.say, self.made, self.shown, self.last = race, say, {}, set(), ""
+        self.base_tests = {}
         self.planned = halving.planned(race)
         first = max(groups, key=_largest)
         self._fit(first, stacks.pick(first.stack, race.starters))
@@ -205,6 +209,18 @@ class Compiled:
         self.shown.add(group.index)
         self.made[key] = programs, 0.0
         return programs
+
+    def base_test(self, group: Group, programs: Programs, params, on: Evaluated):
+        """`evaluation.of_base`, once for groups with the same base and task."""
+        key = id(group.base), id(group.task), group.config.operands
+        if key not in self.base_tests:
+            began = time.monotonic()
+            found = evaluation.of_base(programs, params, group.task, on)
+            self.base_tests[key] = found
+            seconds = time.monotonic() - began
+            loss = f"loss {found[0].losses[0]:.4f}, {seconds:.1f} s"
+            self.say(f"group {group.index}: the base on {on.rows:,} test rows: {loss}")
+        return self.base_tests[key]
 
     def _fit(self, group: Group, stack: stacks.Stack) -> tuple[Programs, float]:
         """The programs, and the seconds that it took to compile them."""

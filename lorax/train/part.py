@@ -29,9 +29,9 @@ class Part(NamedTuple):
     """Everything that stays the same while a part is trained.
 
     name: of its files in the run directory (`rundir.part`). stack: M members of the group, on the
-    host. params, splits ({"eval": rows, "test": rows}), constants, hyper: on the devices. until:
-    the step at which it ends. start: where its members stood after the last leg, None at step 0.
-    say: prints a line.
+    host. params, splits ({"eval": rows, "test": rows}), constants, hyper: on the devices.
+    base_test(): `evaluation.of_base` of the test rows. until: the step at which it ends. start:
+    where its members stood after the last leg, None at step 0. say: prints a line.
     """
 
     workdir: Path
@@ -43,6 +43,7 @@ class Part(NamedTuple):
     splits: dict[str, Evaluated]
     constants: dict
     hyper: tuple
+    base_test: Callable[[], tuple[Measured, losses.Rows]]
     until: int
     start: "Position | None"
     say: Callable[[str], None]
@@ -146,7 +147,7 @@ def begin(part: Part, state: MemberState, offset: int) -> Position:
         copied = jax.tree.map(jnp.copy, state.trainable)  # training reuses the state's memory
         at = at._replace(kept=Kept(copied, np.zeros(len(measured.losses), int), measured))
     if "test" in part.splits:
-        tested, rows = evaluate(part, state.trainable, "test")
+        tested, rows = evaluation.of_each(part.base_test(), len(part.stack.members))
         evaluation.write_start(part.workdir, part.stack.members, rows)
         at = at._replace(tests=(tested,))
         lines += metrics(part, 0, "test", loss=tested.losses, **tested.scores)

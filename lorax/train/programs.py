@@ -24,6 +24,8 @@ class Programs(NamedTuple):
     evaluate(params, constants, trainable, batches) -> (losses (M,), scores (M, N, B, k) or None).
     rows(params, constants, trainable, batches, n) -> `losses.Rows` of the first n batches, leaves
     (M, N, B, ...). A run needs one of the two; the other is compiled if it is called.
+    base_rows(params, batches, n) -> the same of the base without any member, leaves (N, B, ...), on
+    one device; compiled on the first call.
     spectra(params, constants, trainable, n) -> {path: `trajectory.Spectrum`} of the first n
     members, leaves (n, ...) on the host; compiled on the first call.
     place_base(params), place(stacked tree), place_state(a stack's state), place_batches(batches).
@@ -36,6 +38,7 @@ class Programs(NamedTuple):
     train: Callable
     evaluate: Callable
     rows: Callable
+    base_rows: Callable
     spectra: Callable
     place_base: Callable
     place: Callable
@@ -85,6 +88,7 @@ def compile_programs(
         train=trained.train,
         evaluate=evaluate,
         rows=rows,
+        base_rows=jax.jit(functools.partial(step.base_rows, program)),
         spectra=functools.partial(trajectory.of_members, jax.jit(spectra(program))),
         place_base=lambda params: jax.device_put(params, known.place.shared),
         place=place,

@@ -159,8 +159,15 @@ def evaluate_rows(program: Program, params, constants, trainable, batches, n) ->
 
     batches: leaves (N, B, ...). n: () int32, so that one program evaluates sets of several sizes.
     """
-    bound = _bound(program, trainable, constants, params)
+    return _rows(program, _bound(program, trainable, constants, params), batches, n)
 
+
+def base_rows(program: Program, params, batches, n) -> losses.Rows:
+    """`evaluate_rows` of the base without any member."""
+    return _rows(program, leaves.to_bfloat16(params, program.halved), batches, n)
+
+
+def _rows(program: Program, bound, batches, n) -> losses.Rows:
     def of_batch(i):
         rows = program.kind.rows(program.module, bound, jax.tree.map(lambda x: x[i], batches))
         return rows if program.kind.scored else rows._replace(outputs=None)

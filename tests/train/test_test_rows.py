@@ -78,6 +78,15 @@ def test_rows_are_the_bases_before_training_and_the_adapters_after(sweep, task):
         np.testing.assert_array_equal(rows[f"{name}_score".strip("_")], found.right)
 
 
+def test_the_base_is_measured_once_for_all_groups(tmp_path):
+    c, lines = digits(rank=(1, 2), full_lr=(1e-3,)), []
+    groups = prepare.groups(config.members(c), lambda line: None)
+    loop.train(tmp_path, groups, loop.Terminal(lines.append, *[lambda *_: None] * 2))
+    starts = [dict(np.load(rundir.rows(tmp_path, i)))["start"] for i in range(3)]
+    assert len(groups) == 2 and len([x for x in lines if "the base on" in x]) == 1
+    assert (starts[0] == starts[1]).all() and (starts[0] == starts[2]).all()
+
+
 def test_a_member_alone_has_the_rows_that_it_has_in_a_sweep(sweep, tmp_path):
     c = digits(seed=(1,))
     alone = trained(tmp_path / "run", c).rows(0)
