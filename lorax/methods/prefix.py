@@ -126,7 +126,8 @@ class Prefix:
             jnp.concatenate([_heads(new, x), x], axis=1) for new, x in ((self.k, k), (self.v, v))
         )
         seen = jnp.broadcast_to(self.on > 0, (*mask.shape[:2], len(self.k)))
-        return model_layers.attention(q, k, v, jnp.concatenate([seen, mask], -1), scale), kv
+        mask = jnp.concatenate([seen, mask], -1)
+        return model_layers.attention(q, k, v, mask, scale, module.cap), kv
 
 
 @jax.tree_util.register_dataclass
@@ -143,7 +144,8 @@ class Gated:
     def __call__(self, module, call, q, k, v, mask, scale, kv=None, at=None):
         o, kv = call(q, k, v, mask, scale, kv, at)
         everyone = jnp.ones((1, q.shape[1], len(self.k)), bool)
-        extra = model_layers.attention(q, _heads(self.k, k), _heads(self.v, v), everyone, scale)
+        k, v = _heads(self.k, k), _heads(self.v, v)
+        extra = model_layers.attention(q, k, v, everyone, scale, module.cap)
         return o + self.gate.astype(o.dtype) * extra, kv
 
 

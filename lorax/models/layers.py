@@ -24,22 +24,33 @@ KEEP = 256 * 256  # queries x keys up to which a layer stores its probabilities 
 BLOCKS = 4  # of queries in causal attention; 8 are slower below 1024 tokens (measured on a CPU)
 
 
-def _probabilities(q, k, mask, scale):
-    """Masked softmax of q (B, K, G * T, D) with k (B, K, S, D): (B, K, G * T, S) float32."""
+def _probabilities(q, k, mask, scale, cap):
+    """Masked softmax of q (B, K, G * T, D) with k (B, K, S, D), (B, K, G * T, S) float32, and the
+    slope of `soft_cap` at the scores, None without a cap."""
     scores = scale * jnp.einsum("bkmd,bksd->bkms", q, k, preferred_element_type=jnp.float32)
+    slope = None
+    if cap is not None:
+        scores = soft_cap(scores, cap)
+        slope = 1 - jnp.square(scores / cap)
     grouped = scores.reshape(*scores.shape[:2], -1, *mask.shape[1:])  # (B, K, G, T, S)
     grouped = jnp.where(mask[:, None, None], grouped, jnp.finfo(jnp.float32).min)
     p = jnp.exp(grouped - jnp.max(grouped, axis=-1, keepdims=True))
-    return (p / jnp.sum(p, axis=-1, keepdims=True)).reshape(scores.shape)
+    return (p / jnp.sum(p, axis=-1, keepdims=True)).reshape(scores.shape), slope
 
 
-def attention(q, k, v, mask, scale):
+def soft_cap(x, cap):
+    """x squeezed into (-cap, cap): cap tanh(x / cap) (Gemma 2, arXiv:2408.00118, section 2)."""
+    return cap * jnp.tanh(x / cap)
+
+
+def attention(q, k, v, mask, scale, cap=None):
     """Scaled dot-product attention (arXiv:1706.03762, equation 1), grouped-query where K < H
     (arXiv:2305.13245).
 
     q: (B, T, H, D); k, v: (B, S, K, D), K a divisor of H; one floating dtype. mask: (B or 1, T, S)
     bool, True where a query may attend (a query with no True attends to all keys equally). scale:
-    float. Returns (B, T, H, D) in that dtype; the softmax is in float32.
+    float. cap: of the scaled scores before the mask (`soft_cap`), None for none. Returns
+    (B, T, H, D) in that dtype; the softmax is in float32.
 
     For long sequences the backward pass recomputes the probabilities from q and k, as
     FlashAttention does (arXiv:2205.14135, section 3.1); for short ones storing them is cheaper.
@@ -48,29 +59,30 @@ def attention(q, k, v, mask, scale):
     t, heads = q.shape[1], k.shape[2]
     q = rearrange(q, "b t (k g) d -> b k (g t) d", k=heads)
     k, v = (rearrange(x, "b s k d -> b k s d") for x in (k, v))
-    o = _attention(q, k, v, mask, scale)
+    o = _attention(q, k, v, mask, scale, cap)
     return rearrange(o, "b k (g t) d -> b t (k g) d", t=t)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q, k, v, mask, scale):
-    return _attention_forward(q, k, v, mask, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q, k, v, mask, scale, cap):
+    return _attention_forward(q, k, v, mask, scale, cap)[0]
 
 
-def _attention_forward(q, k, v, mask, scale):
-    p = _probabilities(q, k, mask, scale)
+def _attention_forward(q, k, v, mask, scale, cap):
+    p, slope = _probabilities(q, k, mask, scale, cap)
     o = jnp.einsum("bkms,bksd->bkmd", p.astype(v.dtype), v)
-    saved_p = p if mask.shape[-2] * mask.shape[-1] <= KEEP else None
-    return o, (q, k, v, mask, o, saved_p)
+    keep = mask.shape[-2] * mask.shape[-1] <= KEEP
+    return o, (q, k, v, mask, o, (p, slope) if keep else None)
 
 
-def _attention_backward(scale, saved, do):
-    q, k, v, mask, o, p = saved
-    p = _probabilities(q, k, mask, scale) if p is None else p
+def _attention_backward(scale, cap, saved, do):
+    q, k, v, mask, o, kept = saved
+    p, slope = _probabilities(q, k, mask, scale, cap) if kept is None else kept
     dv = jnp.einsum("bkms,bkmd->bksd", p.astype(do.dtype), do)
     dp = jnp.einsum("bkmd,bksd->bkms", do, v, preferred_element_type=jnp.float32)
     row = jnp.einsum("bkmd,bkmd->bkm", do, o, preferred_element_type=jnp.float32)
-    ds = (scale * p * (dp - row[..., None])).astype(q.dtype)
+    ds = scale * p * (dp - row[..., None])
+    ds = (ds if slope is None else ds * slope).astype(q.dtype)
     dq = jnp.einsum("bkms,bksd->bkmd", ds, k)
     return dq, jnp.einsum("bkms,bkmd->bksd", ds, q), dv, None
 
@@ -78,7 +90,7 @@ def _attention_backward(scale, saved, do):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def causal_attention(q, k, v, mask, scale):
+def causal_attention(q, k, v, mask, scale, cap=None):
     """Self-attention (S = T) in which no token sees later ones; `mask` must say so.
 
     Queries are split into `BLOCKS` blocks, each multiplied only with the keys up to its last query:
@@ -88,7 +100,7 @@ def causal_attention(q, k, v, mask, scale):
     size = max(1, -(-t // BLOCKS))
     ends = [(start, min(start + size, t)) for start in range(0, t, size)]
     blocks = [
-        attention(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end], scale)
+        attention(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end], scale, cap)
         for start, end in ends
     ]
     return jnp.concatenate(blocks, axis=1)
@@ -113,7 +125,7 @@ def empty_cache(layers: int, batch: int, room: int, heads: int, features: int, d
     return Cache(kv, kv, jnp.zeros((batch, room), bool), jnp.int32(0))
 
 
-def cached_attention(q, k, v, mask, scale, kv, at):
+def cached_attention(q, k, v, mask, scale, kv, at, cap=None):
     """Causal attention that also sees the cached tokens: (o (B, T, H, D), kv with k and v added);
     shapes as in `attention`.
 
@@ -121,9 +133,9 @@ def cached_attention(q, k, v, mask, scale, kv, at):
     each, where k and v (B, T, K, D) are written.
     """
     if kv is None:
-        return causal_attention(q, k, v, mask, scale), None
+        return causal_attention(q, k, v, mask, scale, cap), None
     k, v, kv = remember(k, v, kv, at)
-    return attention(q, k, v, mask, scale), kv
+    return attention(q, k, v, mask, scale, cap), kv
 
 
 def remember(k, v, kv, at):
@@ -144,14 +156,17 @@ def remember(k, v, kv, at):
 
 class Attend(nn.Module):
     """The attention of a layer, without the projections, as a module without parameters. Returns
-    (o, kv) of `cached_attention`, or, if not causal (an encoder), (o of `attention`, None)."""
+    (o, kv) of `cached_attention`, or, if not causal (an encoder), (o of `attention`, None).
+
+    cap: of the scores, as in `attention`."""
 
     causal: bool = True
+    cap: float | None = None
 
     def __call__(self, q, k, v, mask, scale, kv=None, at=None):
         if self.causal:
-            return cached_attention(q, k, v, mask, scale, kv, at)
-        return attention(q, k, v, mask, scale), None
+            return cached_attention(q, k, v, mask, scale, kv, at, self.cap)
+        return attention(q, k, v, mask, scale, self.cap), None
 
 
 class Context(NamedTuple):

@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 from quick import jit
 
+from lorax.methods import prefix
 from lorax.models import layers
 
 
@@ -83,20 +84,56 @@ def test_causal_attention_in_blocks(tokens):
     assert_same_with_gradients(ours, whole, q, k, v)
 
 
-@pytest.mark.parametrize("keep", [1 << 30, 0])
-def test_grouped_attention_under_any_mask(monkeypatch, keep):
-    """Four query heads on two of keys: each pair is plain attention on a copy of its keys."""
+@pytest.mark.parametrize(("keep", "cap"), [(1 << 30, None), (0, None), (1 << 30, 1.5), (0, 1.5)])
+def test_grouped_attention_under_any_mask(monkeypatch, keep, cap):
+    """Four query heads on two of keys: each pair is plain attention on a copy of its keys. A soft
+    cap comes after the scale and before the mask."""
     monkeypatch.setattr(layers, "KEEP", keep)
     q, k, v = normal(0, 2, 5, 4, 3), normal(1, 2, 6, 2, 3), normal(2, 2, 6, 2, 3)
     mask = jnp.asarray(np.random.default_rng(3).random((2, 5, 6)) < 0.7).at[:, :, 0].set(True)
 
     def formula(q, k, v):
         k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
-        scores = jnp.where(mask[:, None], 0.7 * jnp.einsum("bthd,bshd->bhts", q, k), -jnp.inf)
+        scores = 0.7 * jnp.einsum("bthd,bshd->bhts", q, k)
+        scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+        scores = jnp.where(mask[:, None], scores, -jnp.inf)
         return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v)
 
-    ours = lambda q, k, v: layers.attention(q, k, v, mask, 0.7)
+    ours = lambda q, k, v: layers.attention(q, k, v, mask, 0.7, cap)
     assert_same_with_gradients(ours, formula, q, k, v)
+
+
+def test_every_way_to_attend_caps_the_scores():
+    """In blocks, with a cache, in an encoder, behind a prefix, and in LLaMA-Adapter's softmax."""
+    q, k, v = normal(0, 2, 8, 4, 3), normal(1, 2, 8, 2, 3), normal(2, 2, 8, 2, 3)
+    mask, everyone = jnp.tril(jnp.ones((1, 8, 8), bool)), jnp.ones((1, 8, 3), bool)
+    module, encoder = layers.Attend(cap=1.5), layers.Attend(causal=False, cap=1.5)
+
+    @jit
+    def run(q, k, v):
+        first = lambda x: jnp.broadcast_to(x[:1, :3], (2, 3, 2, 3))
+        want = layers.attention(q, k, v, mask, 2.0, 1.5)
+        extra = layers.attention(q, first(k), first(v), everyone, 2.0, 1.5)
+        cache = layers.empty_cache(1, 2, 8, 2, 3, "float32")[:2]
+        tokens = (x[0, :3].reshape(3, 6) for x in (k, v))
+        off = prefix.Prefix(k[0, :1].reshape(1, 6), v[0, :1].reshape(1, 6), jnp.float32(0))
+        gated = prefix.Gated(*tokens, jnp.float32(1))
+        call = functools.partial(module.apply, {})
+        ways = {
+            "blocks": call(q, k, v, mask, 2.0),
+            "cache": call(q, k, v, mask, 2.0, cache, (0, 0)),
+            "encoder": encoder.apply({}, q, k, v, mask, 2.0),
+            "prefix": off(module, call, q, k, v, mask, 2.0),
+            "gated": gated(module, call, q, k, v, mask, 2.0),
+        }
+        ways = {name: o for name, (o, _) in ways.items()}
+        return ways, want, extra, layers.attention(q, k, v, mask, 2.0)
+
+    ways, want, extra, free = run(q, k, v)
+    assert np.abs(want - free).max() > 0.1
+    for name, got in ways.items():
+        right = want + extra if name == "gated" else want
+        np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0], [0, 0, 1, 1, 1, 1]])
