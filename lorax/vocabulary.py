@@ -16,6 +16,12 @@ IDS = {
     "eos_token_id": fields.either(fields.optional(fields.ID), fields.each(fields.ID)),
     "pad_token_id": fields.optional(fields.whole(-1)),
 }
+#: Fields read from tokenizer_config.json. A token is a string, or an object with its "content".
+CONFIG = "tokenizer_config.json"
+START = {
+    "add_bos_token": fields.optional(fields.FLAG),
+    "bos_token": fields.optional(fields.either(fields.TEXT, fields.OBJECT)),
+}
 
 
 class Vocabulary(NamedTuple):
@@ -112,7 +118,9 @@ def _in_front(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def read(directory: Path, rows: int | None = None) -> Vocabulary | None:
     """The vocabulary of a model directory, None if it has no tokenizer.json. rows: as for
-    `from_tokenizer`.
+    `from_tokenizer`. If the tokenizer puts nothing in front of a text but tokenizer_config.json has
+    `add_bos_token`, texts start with its `bos_token`, as in transformers 4 (transformers 5 ignores
+    the field where there is a tokenizer.json).
 
     Raises ValueError that names the unreadable file or the wrong field, and as `from_tokenizer`.
     """
@@ -132,4 +140,22 @@ def read(directory: Path, rows: int | None = None) -> Vocabulary | None:
         raise ValueError(
             f"{file}: not a tokenizer.json of the tokenizers library ({error}){pointer_hint(file)}"
         ) from None
-    return from_tokenizer(tokenizer, ids, rows)
+    vocabulary = from_tokenizer(tokenizer, ids, rows)
+    return vocabulary if vocabulary.start else _with_bos(vocabulary, directory / CONFIG)
+
+
+def _with_bos(vocabulary: Vocabulary, file: Path) -> Vocabulary:
+    """The vocabulary with the start that a tokenizer_config.json asks for, if any."""
+    stored = fields.read(read_json(file), START, file) if file.exists() else {}
+    if not stored.get("add_bos_token"):
+        return vocabulary
+    token = stored.get("bos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    start = vocabulary.tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if start is None:
+        raise ValueError(
+            f"{file}: add_bos_token is true, but bos_token {fields.shown(token)} is no token of "
+            "tokenizer.json"
+        )
+    vocabulary.check((start,), "begins every text")
+    return vocabulary._replace(start=(start,))

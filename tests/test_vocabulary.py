@@ -103,6 +103,46 @@ def test_the_start_is_the_whole_of_what_a_template_has_in_front(template, start)
     assert vocabulary.from_tokenizer(tokenizer, {"eos_token_id": 3}).start == start
 
 
+def gemma(directory, template, **config):
+    """A folder with a tokenizer like Gemma's, and transformers' tokenizer of it."""
+    words = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "a": 4, "b": 5}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    if template is not None:
+        special = [("<bos>", 2)]
+        tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=special)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>"} | config
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return require("transformers").AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("add", [{}, {"add_bos_token": True}, {"add_bos_token": False}], ids=str)
+def test_a_template_with_bos_puts_it_in_front_once(tmp_path, add):
+    theirs = gemma(tmp_path, "<bos> $A", **add)
+    words = vocabulary.read(tmp_path)
+    assert words.start == (2,) and [*words.start, *words.encode("a")] == theirs("a").input_ids
+
+
+@pytest.mark.parametrize("template", [None, "$A"])
+@pytest.mark.parametrize("token", ["<bos>", {"content": "<bos>", "lstrip": False}], ids=str)
+def test_a_tokenizer_config_that_asks_for_bos_gets_it(tmp_path, template, token):
+    gemma(tmp_path, template)
+    assert vocabulary.read(tmp_path).start == ()
+    edit(tmp_path / "tokenizer_config.json", add_bos_token=True, bos_token=token)
+    words = vocabulary.read(tmp_path, rows=6)
+    assert words.start == (2,) and words.encode("a") == [4]
+    edit(tmp_path / "tokenizer_config.json", add_bos_token=False)
+    assert vocabulary.read(tmp_path).start == ()
+
+
+@pytest.mark.parametrize("token", [None, "<s>", {"lstrip": False}], ids=str)
+def test_a_bos_that_the_tokenizer_lacks_is_named(tmp_path, token):
+    gemma(tmp_path, "$A")
+    edit(tmp_path / "tokenizer_config.json", add_bos_token=True, bos_token=token)
+    with pytest.raises(ValueError, match="tokenizer_config.json: add_bos_token is true, but bos_t"):
+        vocabulary.read(tmp_path)
+
+
 # ------------------------------------------------------------------------------------ what is there
 
 
