@@ -28,10 +28,8 @@ from lorax.models.layers import (
     causal_context,
     empty_cache,
     over_layers,
-    rope,
-    rope_frequencies,
-    rotate,
 )
+from lorax.models.rope import rope, rope_frequencies, rotate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from lorax.interop.hf import Source
-from lorax.models import bert, deberta, falcon, gpt2, llama, vision, vit
+from lorax.models import bert, deberta, decoder, decoder_families, falcon, gpt2, vision, vit
 
 #: Hugging Face's model_type -> (module with its Hugging Face layout, its Linen class)
 FAMILIES = {
     "gpt2": (gpt2, gpt2.GPT2),
-    **dict.fromkeys(("llama", "mistral", "qwen2"), (llama, llama.Llama)),
+    **dict.fromkeys(decoder_families.FAMILIES, (decoder_families, decoder.Decoder)),
     "falcon": (falcon, falcon.Falcon),
     **dict.fromkeys(("bert", "roberta"), (bert, bert.BERT)),
     "deberta-v2": (deberta, deberta.DeBERTa),
@@ -20,7 +20,7 @@ FAMILIES = {
     "mlp": (vision, vision.MLP),
     "lenet": (vision, vision.LeNet),
 }
-CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "falcon")
+CAUSAL = ("gpt2", *decoder_families.FAMILIES, "falcon")
 #: Families that read images.
 IMAGES = ("vit", "mlp", "lenet")
 #: Families without pretrained weights: the whole network is initialised at random, not just a head.

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
@@ -314,44 +313,19 @@ rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 class RMSNorm(nn.Module):
-    """`nn.RMSNorm` with the same parameter ("scale"), computed in float32."""
+    """`nn.RMSNorm` with the same parameter ("scale"), computed in float32. offset: added to the
+    parameter, which starts at 1 - offset (Gemma's is 1)."""
 
     epsilon: float = 1e-6
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
-        wide = (t.astype(jnp.float32) for t in (x, scale))
-        return rms_norm(*wide, self.epsilon).astype(x.dtype)
-
-
-# --------------------------------------------------------------------------------------- positions
-
-
-def rope_frequencies(features: int, theta: float) -> np.ndarray:
-    """(features / 2,) radians by which each pair of features rotates per position:
-    theta^(-2i / features) for i = 0, 1... (RoPE, arXiv:2104.09864, section 3.2.2)."""
-    return theta ** (-np.arange(0, features, 2) / features)
-
-
-def rope(positions, frequencies, scale: float = 1.0):
-    """(cos, sin) of every position, each (B, T, 1, features / 2) float32, for `rotate`.
-
-    positions: (B, T) int32. frequencies: (features / 2,), or (B, T, features / 2) where they
-    depend on the text. scale: multiplies both (YaRN's attention factor).
-    """
-    frequencies = jnp.asarray(frequencies, jnp.float32)
-    frequencies = jnp.broadcast_to(frequencies, (*positions.shape, frequencies.shape[-1]))
-    angles = (positions[..., None].astype(jnp.float32) * frequencies)[:, :, None]
-    return scale * jnp.cos(angles), scale * jnp.sin(angles)
-
-
-def rotate(x, cos, sin):
-    """Rotary embedding of queries or keys x (B, T, H, D): feature i is paired with feature i + D /
-    2, as in Hugging Face's checkpoints (the paper pairs neighbours); computed in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+        start = nn.initializers.constant(1 - self.offset)
+        scale = self.param("scale", start, x.shape[-1:], jnp.float32)
+        wide, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
+        scale = scale + self.offset if self.offset else scale
+        return rms_norm(wide, scale, self.epsilon).astype(x.dtype)
 
 
 # ------------------------------------------------------------------------------------- activations

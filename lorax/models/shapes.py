@@ -12,17 +12,83 @@ import re
 from lorax.models import gpt2
 
 
-def _llama(layers, hidden, heads, inner, positions=2048, kv_heads=None, epsilon=1e-6):
+def _decoder(model_type, layers, hidden, heads, inner, kv_heads=None, **more):
+    """A row of `decoder_families`."""
     return {
-        "model_type": "llama",
+        "model_type": model_type,
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads or heads,
         "intermediate_size": inner,
-        "max_position_embeddings": positions,
-        "rms_norm_eps": epsilon,
+    } | more
+
+
+def _llama(layers, hidden, heads, inner, positions=2048, kv_heads=None, epsilon=1e-6):
+    more = {"max_position_embeddings": positions, "rms_norm_eps": epsilon}
+    return _decoder("llama", layers, hidden, heads, inner, kv_heads, **more)
+
+
+def _llama3(layers, hidden, heads, inner, stretch=None, tied=False):
+    """LLaMA 3 (stretch None), or 3.1 to 3.3, for texts `stretch` times as long as trained on."""
+    more = {"vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_theta": 5e5}
+    more |= {"max_position_embeddings": 8192 if stretch is None else 131072}
+    if stretch is not None:
+        more["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": stretch,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    return _decoder("llama", layers, hidden, heads, inner, 8, tie_word_embeddings=tied, **more)
+
+
+def _smollm2(layers, hidden, heads, inner, kv_heads):
+    more = {"vocab_size": 49152, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5}
+    more |= {"rope_theta": 1e5, "tie_word_embeddings": True}
+    return _decoder("llama", layers, hidden, heads, inner, kv_heads, **more)
+
+
+def _qwen25(layers, hidden, heads, inner, kv_heads, vocabulary=151936, tied=False):
+    more = {"vocab_size": vocabulary, "rope_theta": 1e6, "tie_word_embeddings": tied}
+    return _decoder("qwen2", layers, hidden, heads, inner, kv_heads, **more)
+
+
+def _qwen3(layers, hidden, heads, inner, tied=False):
+    more = {"max_position_embeddings": 40960, "rope_theta": 1e6, "tie_word_embeddings": tied}
+    return _decoder("qwen3", layers, hidden, heads, inner, 8, **more)
+
+
+def _olmo2(layers, hidden, heads, inner, kv_heads=None):
+    more = {"vocab_size": 100352, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6}
+    return _decoder("olmo2", layers, hidden, heads, inner, kv_heads, rope_theta=5e5, **more)
+
+
+def _olmo3(layers, hidden, heads, inner, kv_heads=None):
+    more = {"vocab_size": 100278, "max_position_embeddings": 65536, "rms_norm_eps": 1e-6}
+    more["rope_scaling"] = {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "attention_factor": 1.2079441541679836,
+        "original_max_position_embeddings": 8192,
     }
+    return _decoder("olmo3", layers, hidden, heads, inner, kv_heads, rope_theta=5e5, **more)
+
+
+def _mistral(layers, hidden, inner, vocabulary, positions, window=None, theta=1e6):
+    more = {"vocab_size": vocabulary, "max_position_embeddings": positions, "rms_norm_eps": 1e-5}
+    more |= {"sliding_window": window, "head_dim": 128, "rope_theta": theta}
+    return _decoder("mistral", layers, hidden, 32, inner, 8, **more)
+
+
+def _granite(hidden, inner, attention, logits):
+    more = {"vocab_size": 49159, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
+    more |= {"rope_theta": 1e7, "tie_word_embeddings": True, "embedding_multiplier": 12.0}
+    more |= {"residual_multiplier": 0.22, "attention_multiplier": attention}
+    return _decoder("granite", 40, hidden, 32, inner, 8, logits_scaling=logits, **more)
 
 
 def _falcon(layers, hidden, heads, kv_heads):
@@ -72,6 +138,42 @@ ARCHITECTURES: dict[str, dict] = {
     "llama2-7b": _llama(32, 4096, 32, 11008, 4096, epsilon=1e-5),
     "llama2-13b": _llama(40, 5120, 40, 13824, 4096, epsilon=1e-5),
     "llama2-70b": _llama(80, 8192, 64, 28672, 4096, kv_heads=8, epsilon=1e-5),  # 68,976,648,192
+    "llama3-8b": _llama3(32, 4096, 32, 14336),
+    "llama3-70b": _llama3(80, 8192, 64, 28672),
+    "llama3.1-8b": _llama3(32, 4096, 32, 14336, 8.0),
+    "llama3.1-70b": _llama3(80, 8192, 64, 28672, 8.0),
+    "llama3.1-405b": _llama3(126, 16384, 128, 53248, 8.0),
+    "llama3.2-1b": _llama3(16, 2048, 32, 8192, 32.0, tied=True),
+    "llama3.2-3b": _llama3(28, 3072, 24, 8192, 32.0, tied=True),
+    "smollm2-135m": _smollm2(30, 576, 9, 1536, 3),
+    "smollm2-360m": _smollm2(32, 960, 15, 2560, 5),
+    "smollm2-1.7b": _smollm2(24, 2048, 32, 8192, 32),
+    "smollm3-3b": {"model_type": "smollm3", "max_position_embeddings": 65536, "rope_theta": 5e6},
+    "mistral-7b": _mistral(32, 4096, 14336, 32000, 32768, 4096, 1e4),
+    "mistral-nemo-12b": _mistral(40, 5120, 14336, 131072, 1024000),
+    "mistral-small-24b": _mistral(40, 5120, 32768, 131072, 32768, theta=1e8),
+    "ministral-8b": _mistral(36, 4096, 12288, 131072, 32768, 32768, 1e8),
+    "qwen2.5-0.5b": _qwen25(24, 896, 14, 4864, 2, tied=True),
+    "qwen2.5-1.5b": _qwen25(28, 1536, 12, 8960, 2, tied=True),
+    "qwen2.5-3b": _qwen25(36, 2048, 16, 11008, 2, tied=True),
+    "qwen2.5-7b": _qwen25(28, 3584, 28, 18944, 4, 152064),
+    "qwen2.5-14b": _qwen25(48, 5120, 40, 13824, 8, 152064),
+    "qwen2.5-32b": _qwen25(64, 5120, 40, 27648, 8, 152064),
+    "qwen2.5-72b": _qwen25(80, 8192, 64, 29568, 8, 152064),
+    "qwen3-0.6b": _qwen3(28, 1024, 16, 3072, tied=True),
+    "qwen3-1.7b": _qwen3(28, 2048, 16, 6144, tied=True),
+    "qwen3-4b": _qwen3(36, 2560, 32, 9728, tied=True),
+    "qwen3-8b": _qwen3(36, 4096, 32, 12288),
+    "qwen3-14b": _qwen3(40, 5120, 40, 17408),
+    "qwen3-32b": _qwen3(64, 5120, 64, 25600),
+    "olmo2-1b": _olmo2(16, 2048, 16, 8192),
+    "olmo2-7b": _olmo2(32, 4096, 32, 11008),
+    "olmo2-13b": _olmo2(40, 5120, 40, 13824),
+    "olmo2-32b": _olmo2(64, 5120, 40, 27648, 8),
+    "olmo3-7b": _olmo3(32, 4096, 32, 11008),
+    "olmo3-32b": _olmo3(64, 5120, 40, 27648, 8),
+    "granite3.3-2b": _granite(2048, 8192, 0.015625, 8.0),
+    "granite3.3-8b": _granite(4096, 12800, 0.0078125, 16.0),
     "falcon-7b": {"model_type": "falcon"},  # 6,921,720,704
     "falcon-40b": _falcon(60, 8192, 128, 8),  # 41,303,293,952
     "falcon-180b": _falcon(80, 14848, 232, 8),  # 178,557,088,768 with its tied head counted once

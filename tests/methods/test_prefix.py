@@ -15,14 +15,14 @@ from support import require
 import lorax
 from lorax import config, decode, intercept, losses, methods, models, ops, tree
 from lorax.methods.prefix import llama_adapter, prefix, prompt
-from lorax.models import bert, deberta, falcon, gpt2, llama
+from lorax.models import bert, deberta, decoder, falcon, gpt2
 from lorax.train import step as steps
 
 SMALL = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=4)
 MODULES = {
     "gpt2": gpt2.GPT2(gpt2.Config(24, n_positions=32, n_embd=16, n_layer=3, n_head=2)),
-    "llama": llama.Llama(
-        llama.Config(vocab_size=24, intermediate_size=20, num_key_value_heads=2, **SMALL)
+    "llama": decoder.Decoder(
+        decoder.Config(vocab_size=24, intermediate_size=20, num_key_value_heads=2, **SMALL)
     ),
     "falcon": falcon.Falcon(falcon.Config(vocab_size=24, **SMALL)),
     "falcon-alibi": falcon.Falcon(falcon.Config(vocab_size=24, alibi=True, **SMALL)),

@@ -12,7 +12,7 @@ import pytest
 
 import lorax
 from lorax import fields, models, tree
-from lorax.models import falcon, llama
+from lorax.models import falcon, rope
 from lorax.models.families import FAMILIES
 from lorax.models.load import config_fields, skeleton
 
@@ -72,12 +72,12 @@ def mutations(name: str):
     for field in kinds(family):
         for value in VALUES:
             yield field, config | {field: value}
-    inner = {"falcon": falcon, "llama": llama}.get(family)
-    for place in ROPE_PLACES if inner else ():
-        for field in inner.ROPE_FIELDS:
+    inner = {"falcon": falcon.ROPE_FIELDS, "llama": rope.ROPE_FIELDS}.get(family, {})
+    for place in ROPE_PLACES:
+        for field in inner:
             for value in VALUES:
-                rope = config.get("rope_parameters", {}) | {field: value}
-                yield field, config | {place: rope}
+                given = config.get("rope_parameters", {}) | {field: value}
+                yield field, config | {place: given}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -112,6 +112,7 @@ def test_what_is_not_read_is_no_business_of_ours():
 
 def test_every_field_of_a_family_that_a_file_sets_is_in_its_table():
     ours = {"dtype", "remat", "unroll", "head", "labels"}
+    ours |= {"sliding_rope", "qkv_bias", "norms", "norm_offset", "qk_norm", "scale_embeddings"}
     for family in FAMILIES:
         table = {*kinds(family)} | {"model_type"} | ours
         assert {*config_fields(family)} <= table, family

@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 import lorax
 from lorax import models, quant, tree
 from lorax.interop import hf
-from lorax.models import bert, gpt2, llama
+from lorax.models import bert, decoder_families, gpt2
 from lorax.models.load import skeleton
 
 GPT2 = gpt2.hf_config(gpt2.Config(vocab_size=20, n_positions=6, n_embd=8, n_layer=2, n_head=2))
@@ -153,7 +153,7 @@ def test_both_generations_of_transformers_find_their_rope(kind, generation, tmp_
     assert {name: said[name] for name in old} == old and said["rope_parameters"] == turning
     for gone in (old, new):  # each reads its own
         half = {name: x for name, x in said.items() if name not in gone}
-        assert llama.config_from_hf(half) == base.config
+        assert decoder_families.config_from_hf(half) == base.config
     if kind == "longrope":  # where transformers 4 looks for it
         assert said["original_max_position_embeddings"] == 16
 

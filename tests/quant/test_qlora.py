@@ -11,15 +11,15 @@ from support import data
 
 import lorax
 from lorax import config, intercept, ops, quant, tree
-from lorax.models import gpt2, llama
+from lorax.models import decoder, gpt2
 from lorax.train import loop, prepare
 from lorax.train import step as steps
 
 MODELS = {
     "gpt2": gpt2.GPT2(gpt2.Config(vocab_size=64, n_positions=32, n_embd=512, n_layer=6, n_head=4)),
     # 352 is no multiple of 64: blocks go across the rows of "down", which is decoded whole.
-    "llama": llama.Llama(
-        llama.Config(
+    "llama": decoder.Decoder(
+        decoder.Config(
             vocab_size=64, hidden_size=512, intermediate_size=352, num_hidden_layers=6,
             num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32,
         )

@@ -11,7 +11,7 @@ from quick import jit
 import lorax
 from lorax import config, intercept, tasks, tree
 from lorax.analysis import linear_cka
-from lorax.models import Base, bert, falcon, gpt2, llama
+from lorax.models import Base, bert, decoder, falcon, gpt2
 from lorax.tasks import kinds
 from lorax.train import activations, prepare
 
@@ -24,8 +24,8 @@ FAMILIES = {
         "ln_f",
     ),
     "llama": (
-        llama.Config(**SMALL, intermediate_size=24, num_key_value_heads=1),
-        llama.Llama,
+        decoder.Config(**SMALL, intermediate_size=24, num_key_value_heads=1),
+        decoder.Decoder,
         "norm",
     ),
     "falcon": (falcon.Config(**SMALL), falcon.Falcon, "norm"),

@@ -1,4 +1,4 @@
-"""LLaMA, Mistral and Qwen2 are transformers' own, there and back, in whatever way texts come."""
+"""Every family of decoders is transformers' own, there and back, in whatever way texts come."""
 
 import dataclasses
 import functools
@@ -7,79 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoders import CASES, LLAMA3, LONG, TINY, TOKENS, YARN, reference, saved
 from quick import jit
 from support import data, require
 
 import lorax
 from lorax import models, tree
-from lorax.models import layers, llama
-from lorax.models.families import FAMILIES
+from lorax.models import decoder, layers, rope
+from lorax.models.decoder import FULL, SLIDING
+from lorax.models.decoder_families import config_from_hf, hf_config, hf_tensors
 
-TINY = dict(
-    vocab_size=40,
-    hidden_size=24,
-    intermediate_size=20,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=8,
-)
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
-LLAMA3 |= dict(original_max_position_embeddings=16)
-YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
-LONG = dict(rope_type="longrope", original_max_position_embeddings=8)
-LONG |= dict(short_factor=[1.0, 1.5, 2.0], long_factor=[1.0, 3.0, 5.0])
-VARIANTS = {
-    "llama-biases": ("Llama", dict(head_dim=10, attention_bias=True, mlp_bias=True)),
-    "llama-3": (
-        "Llama",
-        dict(
-            tie_word_embeddings=True,
-            rms_norm_eps=0.01,
-            rope_parameters=LLAMA3,
-            max_position_embeddings=128,
-        ),
-    ),
-    "llama-dynamic": ("Llama", dict(rope_parameters=dict(rope_type="dynamic", factor=3.0))),
-    "llama-longrope": ("Llama", dict(rope_parameters=LONG, num_key_value_heads=1)),
-    "mistral": ("Mistral", dict(sliding_window=3, head_dim=4)),
-    "mistral-full": (
-        "Mistral",
-        dict(sliding_window=None, num_key_value_heads=4, hidden_act="gelu"),
-    ),
-    "qwen2": ("Qwen2", dict(rope_parameters=YARN, max_position_embeddings=64)),
-    "qwen2-mixed": ("Qwen2", dict(use_sliding_window=True, sliding_window=3, max_window_layers=1)),
-}
-TOKENS = np.random.default_rng(0).integers(0, TINY["vocab_size"], (3, 12), np.int32)
 LEFT = np.array([[1] * 12, [0] * 3 + [1] * 9, [0] * 8 + [1] * 4], np.int32)
 RIGHT = LEFT[:, ::-1].copy()
-
-
-@pytest.fixture(autouse=True)
-def _families(monkeypatch):
-    for family in ("llama", "mistral", "qwen2"):
-        monkeypatch.setitem(FAMILIES, family, (llama, llama.Llama))
-
-
-@functools.cache
-def reference(name):
-    """A random model of transformers, with weights and biases large enough to matter."""
-    torch, transformers = require("torch"), require("transformers")
-    torch.manual_seed(0)
-    family, options = VARIANTS[name]
-    config = getattr(transformers, f"{family}Config")(**TINY | options)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            by = 5 if parameter.ndim == 2 else 1
-            parameter.copy_(by * parameter + 0.2 * torch.randn_like(parameter))
-    return model
 
 
 def as_ours(config, tensors):
     """{our path: array} of {transformers' name: torch tensor}, for two layers."""
     flat = {}
-    for path, source in llama.hf_tensors(config).items():
+    for path, source in hf_tensors(config).items():
         layers = (0, 1) if "{}" in source.name else (None,)
         parts = [tensors[source.name.format(i)].detach().numpy() for i in layers]
         parts = [part.T if source.axes else part for part in parts]
@@ -91,8 +36,8 @@ def as_ours(config, tensors):
 def ours(name):
     """The same model by way of memory."""
     model = reference(name)
-    config = llama.config_from_hf(model.config.to_dict())
-    return llama.Llama(config), tree.unflatten(as_ours(config, model.state_dict()))
+    config = config_from_hf(model.config.to_dict())
+    return decoder.Decoder(config), tree.unflatten(as_ours(config, model.state_dict()))
 
 
 def torch_logits(model, tokens=TOKENS, mask=None):
@@ -102,11 +47,10 @@ def torch_logits(model, tokens=TOKENS, mask=None):
         return model(torch.from_numpy(tokens).long(), attention_mask=mask).logits.numpy()
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_transformers_there_and_back(name, tmp_path):
     transformers, model = require("transformers"), reference(name)
-    model.save_pretrained(tmp_path / "theirs")
-    base = lorax.load(str(tmp_path / "theirs"))
+    base = lorax.load(str(saved(name)))
     expected = torch_logits(model)
     assert np.ptp(expected) > 5  # flat logits would agree with anything
     logits = jit(functools.partial(lorax.apply, base.module))(base.params, TOKENS)
@@ -119,7 +63,7 @@ def test_logits_are_those_of_transformers_there_and_back(name, tmp_path):
     assert type(back) is type(model)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     np.testing.assert_array_equal(torch_logits(back.eval()), expected)
-    assert llama.config_from_hf(llama.hf_config(base.config)) == base.config
+    assert config_from_hf(hf_config(base.config)) == base.config
 
 
 # ------------------------------------------------------------------------------- texts in one batch
@@ -201,7 +145,7 @@ def test_gradients_are_those_of_transformers(remat, unroll):
     module, params = ours("llama-biases")
     config = dataclasses.replace(module.config, remat=remat, unroll=unroll)
     loss = lambda params: jnp.mean(
-        jax.nn.logsumexp(llama.Llama(config).apply({"params": params}, TOKENS), axis=-1)
+        jax.nn.logsumexp(decoder.Decoder(config).apply({"params": params}, TOKENS), axis=-1)
     )
     grads = tree.flatten(jit(jax.grad(loss))(params))
     for path, want in as_ours(config, torch_gradients("llama-biases")).items():
@@ -254,21 +198,22 @@ def test_positions_turn_as_in_transformers(name, old):
     """By the fields of transformers 5 and of those before it; texts of 50 and 99 of 64 tokens."""
     transformers, torch = require("transformers"), require("torch")
     fields = dict(hidden_size=32, num_attention_heads=4, max_position_embeddings=64)
-    rope = dict(ROPES[name])
+    given = dict(ROPES[name])
     if old:
-        fields["rope_theta"] = rope.pop("rope_theta", 10000.0)
-        rope["type"] = rope.pop("rope_type", "default")
-        fields["rope_scaling"] = rope if len(rope) > 1 else None
+        fields["rope_theta"] = given.pop("rope_theta", 10000.0)
+        given["type"] = given.pop("rope_type", "default")
+        fields["rope_scaling"] = given if len(given) > 1 else None
     else:
-        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0} | rope
-    config = llama.config_from_hf(fields)
+        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0} | given
+    config = config_from_hf(fields)
     theirs = transformers.LlamaConfig(**fields)
     embedding = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
     for length in (50, 99):
         at = np.arange(length)[None]
         want = embedding(torch.zeros(1), torch.from_numpy(at))
         lengths = None if length <= 64 and "longrope" not in name else jnp.full((1, length), length)
-        got = layers.rope(jnp.asarray(at), *llama.frequencies(config, lengths))
+        turning = rope.frequencies(config.rope_parameters, 8, 64, lengths)
+        got = rope.rope(jnp.asarray(at), *turning)
         for ours, their in zip(got, want, strict=True):
             np.testing.assert_allclose(ours[:, :, 0], their[..., :4].numpy(), rtol=0, atol=2e-5)
 
@@ -350,38 +295,38 @@ def test_weights_in_bfloat16_tell_nearly_the_same():
         (dict(rope_parameters=LLAMA3 | {"low_freq_factor": None}), "needs low_freq_factor"),
         (dict(rope_parameters=LONG | {"long_factor": [1.0]}), "long_factor has 1 numbers, .* 3"),
         (
-            dict(rope_parameters={llama.FULL: {"rope_theta": 2.0}}),
+            dict(rope_parameters={FULL: {"rope_theta": 2.0}}),
             "by layer type are not .*full_att",
         ),
         (dict(model_type="mistral", sliding_window=0), "sliding_window: 0 given, must be a whole"),
-        (dict(model_type="mistral", layer_types=[llama.FULL] * 2), "not supported for mistral"),
-        (dict(model_type="qwen2", layer_types=[llama.SLIDING] * 2), "sliding_window=None, where"),
+        (dict(model_type="mistral", layer_types=[FULL] * 2), "not supported for mistral"),
+        (dict(model_type="qwen2", layer_types=[SLIDING] * 2), "sliding_window=None, where"),
         (
-            dict(model_type="qwen2", layer_types=[llama.FULL]),
+            dict(model_type="qwen2", layer_types=[FULL]),
             "layer_types: 1 given for num_h",
         ),
     ],
 )
 def test_what_the_module_does_not_compute_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        llama.config_from_hf(TINY | fields)
+        config_from_hf(TINY | fields)
 
 
 def test_fields_that_a_file_leaves_out_are_those_of_transformers():
     for family, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2")):
         theirs = getattr(require("transformers"), f"{name}Config")().to_dict()
-        assert llama.config_from_hf({"model_type": family}) == llama.config_from_hf(theirs)
-    assert llama.config_from_hf({}) == llama.Config()
+        assert config_from_hf({"model_type": family}) == config_from_hf(theirs)
+    assert config_from_hf({}) == decoder.Config()
 
 
 def test_only_layers_from_max_window_layers_slide():
     hf = TINY | dict(model_type="qwen2", use_sliding_window=True, num_hidden_layers=3)
-    config = llama.config_from_hf(hf | dict(max_window_layers=2))
-    assert config.layer_types == (llama.FULL, llama.FULL, llama.SLIDING)
+    config = config_from_hf(hf | dict(max_window_layers=2))
+    assert config.layer_types == (FULL, FULL, SLIDING)
     assert config.sliding_window == 4096
-    assert llama.config_from_hf(hf).sliding_window is None  # 28 is beyond the last layer
-    same = llama.config_from_hf(hf | dict(max_window_layers=0, sliding_window=5))
+    assert config_from_hf(hf).sliding_window is None  # 28 is beyond the last layer
+    same = config_from_hf(hf | dict(max_window_layers=0, sliding_window=5))
     assert (same.layer_types, same.sliding_window) == (None, 5)
-    assert llama.hf_config(same)["layer_types"] == [llama.SLIDING] * 3
-    named = llama.config_from_hf(hf | dict(layer_types=[llama.SLIDING, llama.FULL, llama.FULL]))
-    assert named.layer_types[0] == llama.SLIDING
+    assert hf_config(same)["layer_types"] == [SLIDING] * 3
+    named = config_from_hf(hf | dict(layer_types=[SLIDING, FULL, FULL]))
+    assert named.layer_types[0] == SLIDING

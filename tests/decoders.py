@@ -1,0 +1,132 @@
+"""Tiny random models of every family of decoders, for tests over all of them.
+
+    for case in decoders.CASES.values():
+        theirs = decoders.reference(case.name)           # transformers' model, with large weights
+        directory = decoders.saved(case.name)            # its directory, saved once
+        base = lorax.load(str(directory))
+
+A family has one case for each of its options.
+"""
+
+import functools
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from support import require
+
+VOCABULARY = 40
+TINY = dict(
+    vocab_size=VOCABULARY, hidden_size=24, intermediate_size=20, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8,
+    bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 |= dict(original_max_position_embeddings=16)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+LONG = dict(rope_type="longrope", original_max_position_embeddings=8)
+LONG |= dict(short_factor=[1.0, 1.5, 2.0], long_factor=[1.0, 3.0, 5.0])
+
+#: The words of `lorax.methods.targets` that a decoder with a head of its own answers to.
+WORDS = ("q", "k", "v", "o", "gate", "up", "down", "embed", "head")
+TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (3, 12), np.int32)
+
+
+class Case(NamedTuple):
+    """name: of the case. model_type: Hugging Face's. options: fields of transformers' config beside
+    those of `TINY`. words: the target words that mean something here."""
+
+    name: str
+    model_type: str
+    options: Mapping
+    words: tuple[str, ...]
+
+
+def _case(name, model_type, words=WORDS, **options):
+    if options.get("tie_word_embeddings"):
+        words = tuple(word for word in words if word != "head")
+    return Case(name, model_type, options, words)
+
+
+CASES = {
+    case.name: case
+    for case in (
+        _case("llama-biases", "llama", head_dim=10, attention_bias=True, mlp_bias=True),
+        _case(
+            "llama-3", "llama", tie_word_embeddings=True, rms_norm_eps=0.01,
+            rope_parameters=LLAMA3, max_position_embeddings=128,
+        ),
+        _case("llama-dynamic", "llama", rope_parameters=dict(rope_type="dynamic", factor=3.0)),
+        _case("llama-longrope", "llama", rope_parameters=LONG, num_key_value_heads=1),
+        _case("mistral", "mistral", sliding_window=3, head_dim=4),
+        _case(
+            "mistral-full", "mistral",
+            sliding_window=None, num_key_value_heads=4, hidden_act="gelu",
+        ),
+        _case("qwen2", "qwen2", rope_parameters=YARN, max_position_embeddings=64),
+        _case(
+            "qwen2-mixed", "qwen2",
+            use_sliding_window=True, sliding_window=3, max_window_layers=1,
+        ),
+        _case(
+            "ministral", "ministral",
+            head_dim=6, sliding_window=3, layer_types=["full_attention", "sliding_attention"],
+        ),
+        _case("qwen3", "qwen3", head_dim=8, tie_word_embeddings=True),
+        _case(
+            "qwen3-mixed", "qwen3", head_dim=8, attention_bias=True,
+            use_sliding_window=True, sliding_window=3, max_window_layers=1,
+        ),
+        _case("smollm3", "smollm3", no_rope_layers=[1, 0]),
+        _case(
+            "smollm3-windows", "smollm3", num_hidden_layers=3, no_rope_layer_interval=2,
+            use_sliding_window=True, sliding_window=3, attention_bias=True, mlp_bias=True,
+        ),
+        _case("olmo2", "olmo2", attention_bias=True),
+        _case("olmo3", "olmo3", num_hidden_layers=4, sliding_window=3),
+        _case(
+            "olmo3-ropes", "olmo3", sliding_window=3, num_key_value_heads=4,
+            layer_types=["full_attention", "sliding_attention"],
+            rope_parameters={
+                "full_attention": YARN | dict(rope_theta=5000.0),
+                "sliding_attention": dict(rope_type="default", rope_theta=300.0),
+            },
+        ),
+        _case("granite", "granite", attention_bias=True, mlp_bias=True),
+        _case(
+            "granite-multipliers", "granite", tie_word_embeddings=True, embedding_multiplier=3.0,
+            residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=2.0,
+        ),
+    )
+}  # fmt: skip
+
+
+@functools.cache
+def reference(name: str):
+    """transformers' model of a case in float32, with random weights, biases and norms that are
+    large enough to matter."""
+    torch, transformers = require("torch"), require("transformers")
+    torch.manual_seed(0)
+    case = CASES[name]
+    config = transformers.AutoConfig.for_model(case.model_type, **TINY | case.options)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            by = 5 if parameter.ndim == 2 else 1
+            parameter.copy_(by * parameter + 0.2 * torch.randn_like(parameter))
+    return model
+
+
+@functools.cache
+def saved(name: str) -> Path:
+    """The directory of `reference`, as transformers saves it."""
+    directory = Path(_directory().name) / name
+    reference(name).save_pretrained(directory)
+    return directory
+
+
+@functools.cache
+def _directory():
+    return tempfile.TemporaryDirectory()  # removed when Python ends
