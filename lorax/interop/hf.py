@@ -1,11 +1,14 @@
 """Hugging Face's model directory: config.json, model.safetensors (or shards), tokenizer.json.
 
-Weights are read in small blocks into the final arrays, so peak memory is the tree itself.
+Weights are read in small blocks into the final arrays, so peak memory is the tree itself. The files
+are not mapped into memory: their pages would count as the process's own.
 Only safetensors are opened: a pickled `.bin` can run code and is refused.
 """
 
+import concurrent.futures
 import functools
 import math
+import os
 import reprlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,9 +20,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lorax.files import atomically, read_json, write_json
-from lorax.interop.tensors import check_finite, check_weight, opened, weight
+from lorax.interop.tensors import Stored, check_finite, check_weight, opened, stored
 
-BLOCK = 1 << 24  # bytes that are read at a time
+THREADS = min(8, os.cpu_count() or 1)  # that read weights
+BLOCK = 1 << 20  # bytes that are read at a time; they stay in the processor's cache
+ALIGNMENT = 64  # of the memory that JAX takes as it is on a CPU
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -130,97 +135,130 @@ def read(
     dtype=jnp.float32,
     optional: Collection[str] = (),
 ) -> dict[str, jax.Array]:
-    """{path: array} of the parameters in `sources`, in `dtype`, read in blocks.
+    """{path: array} of the parameters in `sources`, in `dtype`, read in blocks by several threads.
 
     shapes: {path: expected shape}; a leading layer axis is filled from one tensor per layer.
     optional: paths that may be missing from the files, or have another shape there (a classifier
     with other classes); they are then missing from the result.
     Raises ValueError that names file and tensor if shapes disagree, a file is corrupt, a number is
     NaN, infinite or too large for `dtype`, or two tied tensors differ.
+
+    On a CPU the arrays are the memory that the files are read into. Another device gets a copy, one
+    parameter after the other.
     """
-    where = tensors(directory)
+    params = {}
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        for path, found in _find(directory, sources, shapes, optional).items():
+            leaf, source = _aligned(tuple(shapes[path]), np.dtype(dtype)), sources[path]
+            parts = [
+                (leaf if layer is None else leaf[layer, ...], tensor, rows)
+                for layer, tensor in found.items()
+                for rows in _cuts(tensor, _rows(source, tensor))
+            ]
+            for _ in pool.map(lambda part, source=source: _fill(source, *part), parts):
+                pass  # raises what the thread has raised
+            params[path] = jax.device_put(leaf, may_alias=True)
+    return params
+
+
+def _find(
+    directory: Path,
+    sources: Mapping[str, Source],
+    shapes: Mapping[str, tuple],
+    optional: Collection[str],
+) -> dict[str, dict]:
+    """{path: {layer: its tensor}} of the parameters in `sources`, checked; the layer is None for a
+    parameter that is not stacked. Arguments and errors as for `read`."""
+    where: dict[str, Stored] = {}
+    for file in dict.fromkeys(file for _, file in tensors(directory).values()):
+        where |= stored(file)
     widths: dict[str, int] = {}  # of fused tensors
     for source in sources.values():
         if source.part is not None:
             widths[source.name] = max(source.width(), widths.get(source.name, 0))
 
-    def stored(source, shape) -> list[int]:
-        """The shape of their tensor if ours has `shape`."""
-        whole = (*shape[:-1], widths.get(source.name, shape[-1]))
-        return [whole[i] for i in np.argsort(source.axes or range(len(whole)))]
-
-    def find(source, layer, shape):
-        """(the tensor of one layer, to be sliced, its name, its file)."""
+    def one(source, layer, shape, optional) -> Stored | None:
+        """The tensor of one layer, which has `shape` in ours."""
         key = _key(source, layer, where)
+        if key is None and optional:
+            return None
         if key is None:
             name = source.name.format(layer)
             raise ValueError(f"{directory}: no tensor {name!r} in its safetensors files")
-        handle, file = where[key]
-        piece = weight(handle, key, file)
-        given, right = piece.get_shape(), stored(source, shape)
-        if given != right:
+        whole = (*shape[:-1], widths.get(source.name, shape[-1])) if shape else ()
+        right = tuple(whole[i] for i in np.argsort(source.axes or range(len(whole))))
+        if where[key].shape != right and optional:
+            return None
+        tensor = where[key].checked()
+        if tensor.shape != right:
             raise ValueError(
-                f"{file}: {key} has shape {tuple(given)}, config.json says {tuple(right)}"
+                f"{tensor.file}: {key} has shape {tensor.shape}, config.json says {right}"
             )
-        return piece, key, file
+        if source.tied in where and source.tied != key:
+            _check_equal(tensor, where[source.tied].checked())
+        return tensor
 
-    def fits(source, shape):
-        key = _key(source, None, where)
-        return key and where[key][0].get_slice(key).get_shape() == stored(source, shape)
-
-    params = {}
+    found = {}
     for path, source in sources.items():
         shape = tuple(shapes[path])
-        if path in optional and not fits(source, shape):
-            continue
-        leaf, stacked = jnp.zeros(shape, dtype), "{}" in source.name
-        for layer in range(shape[0]) if stacked else [None]:
-            layer_shape = shape[1:] if stacked else shape
-            piece, key, file = find(source, layer, layer_shape)
-            if source.tied in where and source.tied != key:
-                _check_equal(piece, key, source.tied, *where[source.tied])
-            for start, value in _blocks(piece, source, layer_shape):
-                start_index = (start, *(0,) * (len(layer_shape) - 1))
-                if stacked:
-                    value, start_index = value[None], (layer, *start_index)
-                check_weight(value, key, file, dtype)
-                leaf = _put(
-                    leaf, value, start_index
-                ).block_until_ready()  # or blocks in flight pile up
-        params[path] = leaf
-    return params
+        if "{}" in source.name:
+            found[path] = {i: one(source, i, shape[1:], False) for i in range(shape[0])}
+        elif (tensor := one(source, None, shape, path in optional)) is not None:
+            found[path] = {None: tensor}
+    return found
 
 
-def _blocks(piece, source: Source, shape):
-    """(first row, rows) of our array, as many rows at a time as `BLOCK` bytes hold. Only our part
-    is read from the disk, unless its columns are scattered."""
-    axes = source.axes or tuple(range(len(shape)))
-    many = max(1, BLOCK // (4 * math.prod(shape[1:]))) if len(shape) > 1 else max(shape, default=1)
-    for start in range(0, shape[0] if shape else 1, many):
-        cut = [slice(None)] * len(shape)
-        if len(shape) > 1:
-            cut[axes[0]] = slice(start, min(start + many, shape[0]))
-        if isinstance(source.part, slice):
-            cut[axes[-1]] = source.part
-        value = (piece[tuple(cut)] if shape else piece[:]).transpose(axes)
-        yield start, value[..., source.part] if isinstance(source.part, np.ndarray) else value
+def _aligned(shape: tuple, dtype: np.dtype) -> np.ndarray:
+    """An array without values, in memory that JAX takes as it is on a CPU."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % ALIGNMENT
+    return memory[first : first + size].view(dtype).reshape(shape)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(leaf, value, at):
-    """The leaf with a block filled in, in place."""
-    return jax.lax.dynamic_update_slice(leaf, value.astype(leaf.dtype), at)
+def _cuts(tensor: Stored, rows: range) -> list[range]:
+    """Rows of a tensor in blocks of `BLOCK` bytes."""
+    many = max(1, BLOCK // tensor.row)
+    return [rows[i : i + many] for i in range(0, len(rows), many)]
 
 
-def _check_equal(piece, key: str, other: str, handle, file: Path) -> None:
+def _rows(source: Source, tensor: Stored) -> range:
+    """The rows of a tensor that hold our part of it."""
+    rows = range(tensor.rows)
+    whole = not _parts_rows(source, tensor) or not isinstance(source.part, slice)
+    return rows if whole else rows[source.part]
+
+
+def _parts_rows(source: Source, tensor: Stored) -> bool:
+    """Whether our part of a fused tensor, some of our last axis, is some of its rows."""
+    return source.part is not None and (source.axes or range(len(tensor.shape)))[-1] == 0
+
+
+def _fill(source: Source, leaf: np.ndarray, tensor: Stored, rows: range) -> None:
+    """Fill a layer of a parameter with some rows of its tensor."""
+    block = tensor.read(rows)
+    check_weight(block, tensor.key, tensor.file, leaf.dtype)
+    leaf, axes = np.atleast_1d(leaf), source.axes or tuple(range(block.ndim))
+    value, ours = block.transpose(axes), slice(rows.start, rows.stop)
+    if not _parts_rows(source, tensor):
+        value = value if source.part is None else value[..., source.part]
+    elif isinstance(source.part, slice):
+        begin = source.part.start or 0
+        ours = slice(rows.start - begin, rows.stop - begin)
+    else:
+        ours = np.flatnonzero((source.part >= rows.start) & (source.part < rows.stop))
+        value = value[..., source.part[ours] - rows.start]
+    leaf[(*[slice(None)] * axes.index(0), ours)] = value
+
+
+def _check_equal(tensor: Stored, twin: Stored) -> None:
     """Raises ValueError if the files of a tied model have two different weights."""
-    twin, shape = weight(handle, other, file), piece.get_shape()
-    rows = max(1, BLOCK // max(1, 4 * math.prod(shape[1:])))
-    cuts = [slice(i, min(i + rows, shape[0])) for i in range(0, shape[0], rows)]
-    same = twin.get_shape() == shape and all(np.array_equal(piece[x], twin[x]) for x in cuts)
-    if not same:
+    if tensor.shape != twin.shape or not all(
+        np.array_equal(tensor.read(rows), twin.read(rows))
+        for rows in _cuts(tensor, range(tensor.rows))
+    ):
         raise ValueError(
-            f"{file}: {other} differs from {key}, to which config.json ties it; "
+            f"{tensor.file}: {twin.key} differs from {tensor.key}, to which config.json ties it; "
             "tie_word_embeddings must be false there"
         )
 

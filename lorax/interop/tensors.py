@@ -4,16 +4,24 @@ Nothing is unpickled. Types other than floats of at least 16 bits, NaN and infin
 that names file and tensor.
 """
 
+import math
 import os
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import ml_dtypes  # gives numpy the bfloat16 that safetensors returns
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lorax.files import pointer_hint
+from lorax.files import parse_json, pointer_hint
 
-FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors call them
+#: Types of weights, as safetensors call them.
+FLOATS = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+}
 
 
 def opened(file: str | os.PathLike):
@@ -29,6 +37,61 @@ def opened(file: str | os.PathLike):
         raise ValueError(
             f"{file}: not a readable safetensors file ({error}){pointer_hint(file)}"
         ) from None
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file. kind: its type as safetensors call it; start: where its
+    numbers begin in the file, in bytes."""
+
+    file: str | os.PathLike
+    key: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+
+    def checked(self) -> "Stored":
+        """The same tensor. Raises ValueError if it holds no floats of at least 16 bits."""
+        if self.kind not in FLOATS:
+            raise _no_weight(self.file, self.key, self.kind)
+        return self
+
+    @property
+    def rows(self) -> int:
+        """Length of the first axis, 1 without axes."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row(self) -> int:
+        """Bytes of one row, an element of the first axis."""
+        return math.prod(self.shape[1:]) * np.dtype(FLOATS[self.kind]).itemsize
+
+    def read(self, rows: range) -> np.ndarray:
+        """Some rows of a tensor of floats, (rows, ...), as they are stored. Raises ValueError if
+        the file ends before."""
+        buffer = np.empty(len(rows) * self.row, np.uint8)
+        part = memoryview(buffer)
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.start + rows.start * self.row)
+            while part and (read := file.readinto(part)):
+                part = part[read:]
+        if part:
+            raise ValueError(f"{self.file}: it ends within {self.key}")
+        return buffer.view(FLOATS[self.kind]).reshape(len(rows), *self.shape[1:])
+
+
+def stored(file: str | os.PathLike) -> dict[str, Stored]:
+    """{tensor's name: its place} of a safetensors file that `opened` has opened without an error,
+    which checks what the places are read from."""
+    with open(file, "rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = parse_json(handle.read(size).decode(), file)
+    return {
+        key: Stored(
+            file, key, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
+        )
+        for key, entry in header.items()
+        if key != "__metadata__"
+    }
 
 
 def weight(stored, key: str, file: str | os.PathLike):
