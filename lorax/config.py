@@ -93,12 +93,20 @@ def _train() -> ConfigDict:
     """Training."""
     c = ConfigDict()
     c.steps = 200
+    # Passes over the training rows, whose number decides the steps; train.steps is then 0 or its
+    # default. 0: train.steps
+    c.epochs = 0.0
+    # Of an epoch: "full", filled up with the next epoch's first rows; "short", of the rows left
+    # over; or "drop", leaves them out
+    c.last_batch = "full"
     c.batch_size = 16  # sequences per step
     c.seq_len = 128  # tokens per sequence
     c.accumulate = 1  # computes a batch in this many parts and adds their gradients
     c.lr = 2e-3
     c.schedule = "linear"  # to zero; or "cosine", "constant"
     c.warmup = 10  # steps
+    # Share of the steps, rounded up; train.warmup is then 0 or its default. 0: train.warmup
+    c.warmup_ratio = 0.0
     c.optimizer = "adamw"  # or "sgd"
     c.b1 = 0.9  # sgd: momentum
     c.b2 = 0.999
@@ -307,6 +315,8 @@ def members(config: ConfigDict) -> list[Member]:
     axes = {axis: _values(config, axis, given) for axis, given in swept(config.sweep).items()}
     if "n_train" in axes and config.task.packing:
         raise ValueError("sweep.n_train: rows that are packed (task.packing) can't be counted off")
+    if "steps" in axes and (config.train.epochs or "train.epochs" in axes):
+        raise ValueError(f"sweep.steps: {axes['steps']} given, but train.epochs decides the steps")
     blocks = _tied(axes, config.sweep.zip)
     points = [dict(itertools.chain(*parts)) for parts in itertools.product(*blocks)]
     points += _full(config, points)
@@ -343,7 +353,8 @@ def conditions(points: Iterable[dict], axes: Iterable[str]) -> list[dict]:
 
 
 def member(config: ConfigDict, index: int, point: dict) -> Member:
-    """The member at {axis: value}. Raises ValueError for a value out of range."""
+    """The member at {axis: value}; with `train.epochs` its steps are 0 until the rows are counted
+    (`with_n_steps`). Raises ValueError for a value out of range."""
     point = {axis: point[axis] for axis in sorted(point, key=_position)}
     values = config.to_dict()
     for section in ("sweep", "search", "halving"):  # these belong to the run as a whole
@@ -353,8 +364,17 @@ def member(config: ConfigDict, index: int, point: dict) -> Member:
         (values[section] if section else values)[name] = value
     member_config = ConfigDict(values)
     ranges.check(flat(member_config), _defaults())
+    if member_config.train.epochs:
+        member_config.train.steps = 0
     name = ",".join(f"{axis}={_show(value)}" for axis, value in point.items()) or "only"
     return Member(index, name, point, member_config.lock())
+
+
+def with_n_steps(member: Member, steps: int) -> Member:
+    """The member with as many steps as its `train.epochs` makes."""
+    settings = member.config.copy_and_resolve_references()
+    settings.train.steps = steps
+    return member._replace(config=settings.lock())
 
 
 def seed_of(settings: ConfigDict, what: str) -> int:

@@ -36,7 +36,8 @@ class Race(NamedTuple):
 
     axis: the tuned one. rungs: shares of train.steps, ascending. keep: the share of a point's
     candidates that goes on after each. points: the candidates of each point. stops: {member: the
-    steps at which its legs end}, the last of them train.steps.
+    steps at which its legs end}, the last of them train.steps; () as long as the rows that
+    `train.epochs` passes over aren't counted.
     """
 
     axis: str
@@ -108,10 +109,12 @@ def is_seed(axis: str) -> bool:
 
 
 def _stops(member: Member, rungs: Iterable[float]) -> tuple[int, ...]:
-    """The steps at which a member's legs end: whole calls of the program. Raises ValueError for a
-    rung that leaves nothing to train after it."""
+    """The steps at which a member's legs end: whole calls of the program; () if its steps are still
+    unknown. Raises ValueError for a rung that leaves nothing to train after it."""
     c = member.config
     k, steps = steps_per_call(c.eval.every, c.train.offload), c.train.steps
+    if not steps:
+        return ()
     stops = [max(1, round(share * steps / k)) * k for share in rungs]
     if stops[-1] >= steps:
         raise ValueError(
@@ -146,7 +149,7 @@ def _check_axis(settings: ConfigDict, axis: str) -> None:
         why = f"must be an axis of this sweep; it has {', '.join(axes) or 'none'}"
     elif is_seed(axis):
         why = "but a seed is no choice: losses are averaged over it"
-    elif axis == "steps":
+    elif axis in ("steps", "train.epochs"):
         why = "but values are compared at the same step"
     elif config.key_of(axis).startswith(MEASURED) and axis != "n_train":
         why = "but it changes what the loss is measured on"
@@ -227,12 +230,13 @@ def all_steps(race: Race, among: Iterable[int] | None = None) -> int:
 
 
 def budget(race: Race) -> str:
-    """A line: what is tuned, how, and what it costs of the full grid."""
+    """A line: what is tuned, how, and what it costs of the full grid, once the steps are known."""
     counts = sorted({len(point) for point in race.points})
     values = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     shares = ", ".join(f"{share:.3g}%" for share in (100 * share for share in race.rungs))
+    how = f"tunes {race.axis} over {values} values by halving at {shares}"
+    if not all(race.stops.values()):
+        return f"{how} of the steps"
     ours, full = all_steps(race), sum(stops[-1] for stops in race.stops.values())
-    return (
-        f"tunes {race.axis} over {values} values by halving at {shares}: about "
-        f"{100 * ours / full:.0f}% of the full grid's steps ({ours:,} of {full:,})"
-    )
+    share = f"{100 * ours / full:.0f}% of the full grid's steps ({ours:,} of {full:,})"
+    return f"{how}: about {share}"

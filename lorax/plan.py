@@ -9,7 +9,8 @@ fit.
 
 Nothing is allocated: shapes come from `jax.eval_shape`, and the training step is compiled, for one
 member and for a group's members side by side, to see which buffers it needs. Of a base only
-config.json is read; "random:NAME" is an architecture of lorax/models/shapes.py.
+config.json is read; "random:NAME" is an architecture of lorax/models/shapes.py. Only `train.epochs`
+makes a plan read the task's rows, to count them.
 
 Numbers that follow from shapes are exact. Estimated are: temporaries, including activations, as XLA
 allocates them for a CPU (without converting bfloat16 weights to float32 first, which it does only
@@ -60,16 +61,20 @@ def main(argv: list[str]) -> int:
         check_devices(devices)
         print(f"lorax {__version__}: {command_line.summary(settings, members)}", flush=True)
         memory.check()
-        show_plans(members, devices, halving.race(settings, members))
+        show_plans(settings, members, devices)
     except Exception as error:  # a config script may raise anything: print one line
         return fail(error)
     return 0
 
 
-def show_plans(members, devices: list[str], race: halving.Race | None) -> None:
-    """Print the plan of every group. race: if an axis is tuned."""
-    from lorax.planning import costs, tables  # imports JAX, for which memory may not suffice
+def show_plans(settings: ConfigDict, members, devices: list[str]) -> None:
+    """Print the plan of every group."""
+    from lorax.planning import costs, shapes, tables  # imports JAX; memory may not suffice for it
 
+    members = shapes.with_steps(members, print)
+    race = halving.race(settings, members)
+    if race and any(member.config.train.epochs for member in members):
+        print(halving.budget(race))
     for index, group in enumerate(config.grouped(members)):
         plan = costs.plan(group, devices, race)
         tables.show(tables.describe(index, plan, devices), FLAGS.markdown)
@@ -96,12 +101,12 @@ def plan_config(settings: ConfigDict, devices: str | Iterable[str] = ("cpu",)):
     """
     import pandas as pd
 
-    from lorax.planning import costs, roofline
+    from lorax.planning import costs, roofline, shapes
 
     devices = (devices,) if isinstance(devices, str) else tuple(devices)
     check_devices(devices)
     rows = []
-    every = search.members(settings)
+    every = shapes.with_steps(search.members(settings))
     race = halving.race(settings, every)
     for index, members in enumerate(config.grouped(every)):
         p, c = costs.plan(members, devices, race), members[0].config

@@ -37,13 +37,13 @@ RULES = (
     Rule(
         "must be at least 1",
         lambda v: v >= 1,
-        _in("train", "steps", "batch_size", "seq_len", "accumulate")
+        _in("train", "batch_size", "seq_len", "accumulate")
         + _in("eval", "every", "batch_size", "examples", "beams", "new_tokens"),
     ),
     Rule(
         "must not be negative",
         lambda v: v >= 0,
-        _in("train", "warmup", "width", "memory_gb", "weight_decay", "clip", "lr")
+        _in("train", "epochs", "warmup", "width", "memory_gb", "weight_decay", "clip", "lr")
         + _in("eval", "generate", "no_repeat_ngram")
         + ("analysis.cka",),
     ),
@@ -67,7 +67,7 @@ RULES = (
     Rule(
         "must be in [0, 1)",
         lambda v: 0 <= v <= BELOW_1,
-        _in("train", "b1", "b2", "label_smoothing") + ("method.dropout",),
+        _in("train", "b1", "b2", "label_smoothing", "warmup_ratio") + ("method.dropout",),
     ),
     Rule("must be in (0, 1)", lambda v: 0 < v < 1, _in("analysis", "delta", "level")),
     Rule("must be above 0, or None", lambda v: v is None or v > 0, ("analysis.margin",)),
@@ -84,12 +84,15 @@ RULES = (
     ),
     Rule('must be at least 1, or "auto"', _is_rank, ("method.rank",)),
 )
+#: {key: the key that it takes the place of, which is then 0 or its default}.
+INSTEAD = {"train.epochs": "train.steps", "train.warmup_ratio": "train.warmup"}
 #: Keys whose values are one of a few words.
 WORDS = {
     **dict.fromkeys(("dtype", "param_dtype", "operands"), ("float32", "bfloat16")),
     "quant": (None, "nf4", "fp4", "int8"),
     "train.remat": ("none", "full", "dots"),  # see `lorax.models.layers.over_layers`
     "train.offload": (None, "optimizer"),
+    "train.last_batch": ("full", "short", "drop"),
     "train.schedule": ("linear", "cosine", "constant"),
     "train.optimizer": ("adamw", "sgd"),
     "eval.keep": ("last", "best"),
@@ -112,6 +115,10 @@ def check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
         value = values[key]
         if not isinstance(value, str | None) or value not in words:
             need(key, False, _must_be(key, value, words))
+    for key, other in INSTEAD.items():
+        alone = not values[key] or values[other] in (0, defaults[other])
+        need(key, alone, f"and {other}: {values[other]} as well; set one of them to 0")
+    need("train.steps", values["train.steps"] >= (not values["train.epochs"]), "must be at least 1")
     size, parts = values["train.batch_size"], values["train.accumulate"]
     need("train.accumulate", size % parts == 0, f"must divide train.batch_size, {size}")
     if values["seeds.data"] is not None:

@@ -100,7 +100,9 @@ def _train(settings, members: list[Member], log: Log, command: str) -> Base:
     if settings.search.threshold:
         prepare.check_metric(groups, settings.search.metric)
     base = groups[0].base
-    race = halving.race(settings, members)
+    race = halving.race(settings, prepare.members_of(groups))
+    if race and any(member.config.train.epochs for member in members):
+        say(halving.budget(race))
     check_disk(workdir, groups, race)
     write_config(workdir, settings, base, command)
     log.events, evaluations = tensorboard.Events(workdir), Evaluations(workdir)
@@ -117,7 +119,7 @@ def _train(settings, members: list[Member], log: Log, command: str) -> Base:
         rundir.write_members(workdir, lines)
         loop.write_rankings(workdir, groups)
         log.write("running")
-        after = (rounds - number) * most * settings.train.steps
+        after = (rounds - number) * most * groups[0].config.train.steps
         terminal = log.screen.terminal(lines)._replace(progress=progress)
         results, offset = loop.train(workdir, groups, terminal, offset, before, after, race)
         log.results |= results
@@ -129,7 +131,8 @@ def _train(settings, members: list[Member], log: Log, command: str) -> Base:
             say("search: nothing is left to try")
             break
         say(f"search: round {number} of {rounds - 1}, {len(added)} members")
-        before, first = loop.member_steps(members), groups[-1].index + 1
+        before += loop.member_steps(prepare.members_of(groups))
+        first = groups[-1].index + 1
         groups = prepare.groups(added, say, first, loaded)
         members += added
     return base

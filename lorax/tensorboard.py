@@ -24,6 +24,8 @@ from lorax.analysis import runs
 from lorax.analysis.measures import spectrum
 from lorax.train import optim
 
+SCHEDULE = ("schedule", "warmup", "warmup_ratio")  # keys of config.train
+
 
 class Events:
     """The events of a run in training: `update` adds new measurements, `finish` the rest."""
@@ -83,9 +85,7 @@ class Events:
         }
         if point["split"] == "train":
             member = self._member(point["member"])
-            schedule = (
-                member.get(f"train.{key}", self.train[key]) for key in ("schedule", "warmup")
-            )
+            schedule = (member.get(f"train.{key}", self.train.get(key, 0)) for key in SCHEDULE)
             factors = _factors(*schedule, member["steps"])
             numbers["train/learning_rate"] = member["lr"] * factors[point["step"] - 1]
         return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
@@ -122,9 +122,10 @@ def _effective_ranks(arrays: dict) -> dict[int, dict[str, float]]:
 
 
 @functools.cache
-def _factors(schedule: str, warmup: int, steps: int) -> np.ndarray:
+def _factors(schedule: str, warmup: int, warmup_ratio: float, steps: int) -> np.ndarray:
     """The factors (steps,) on the learning rate."""
-    train = types.SimpleNamespace(schedule=schedule, warmup=warmup, steps=steps)
+    values = schedule, warmup, warmup_ratio
+    train = types.SimpleNamespace(**dict(zip(SCHEDULE, values, strict=True)), steps=steps)
     return np.broadcast_to(np.asarray(optim.schedule(train)(np.arange(steps))), (steps,))
 
 

@@ -266,8 +266,16 @@ def test_a_key_that_can_not_be_swept_is_one_clear_error(axes, message):
         ],
         *[
             ({f"train__{k}": -1}, f"train.{k}: -1.* given, must not be negative")
-            for k in ("warmup", "width", "memory_gb", "weight_decay", "clip", "lr")
+            for k in ("epochs", "warmup", "width", "memory_gb", "weight_decay", "clip", "lr")
         ],
+        (dict(train__warmup_ratio=1.0), r"train.warmup_ratio: 1.0 given, must be in \[0, 1\)"),
+        (dict(train__epochs=2, train__steps=9), "train.epochs: 2.0 given, and train.steps: 9 as"),
+        (
+            dict(train__warmup_ratio=0.1, train__warmup=5),
+            "train.warmup_ratio: 0.1 given, and train.warmup: 5 as well; set one of them to 0",
+        ),
+        (dict(train__epochs=2, sweep__steps=(200,)), r"sweep.steps: \(200,\) given, but train.ep"),
+        (dict(train__last_batch="shor"), "train.last_batch: 'shor' .*did you mean 'short'"),
         (dict(train__eps=0.0), "train.eps: 0.0 given, must be at least"),
         (dict(train__b2=0.99999999), r"train.b2: 0.99999999 given, must be in \[0, 1\)"),
         (dict(task__seed=-1), "task.seed: -1 given"),

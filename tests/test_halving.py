@@ -7,6 +7,7 @@ import pytest
 
 from lorax import command_line, config, halving, search
 
+EPOCHS = {"axes": {"train.epochs": (1, 2)}, "lr": (1.0,)}
 RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 
 
@@ -125,6 +126,7 @@ def test_the_default_brings_five_rates_to_a_third_and_says_so():
         ({"sweep.tune": "seed"}, {}, "sweep.tune: 'seed' given, but a seed is no choice"),
         ({"sweep.tune": "data_seed"}, {"data_seed": (0, 1)}, "'data_seed' given, but a seed"),
         ({"sweep.tune": "steps"}, {"steps": (50, 99)}, "'steps' given, .* at the same step"),
+        ({"sweep.tune": "train.epochs", "train.steps": 0}, EPOCHS, ".* at the same step"),
         ({"sweep.tune": "noise"}, {"noise": (0.0, 1.0)}, "'noise' given, .* measured on"),
         ({}, {"zip": (("rank", "lr"),), "rank": (1, 2, 3, 4, 5)}, "'lr' given, but it has one val"),
         ({}, {"lr": (1.0,)}, "sweep.tune: 'lr' given, but it has one value at every point"),

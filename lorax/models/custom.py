@@ -116,8 +116,10 @@ def load(name: str, dtype: str, param_dtype, run: Mapping) -> Base:
 
 
 def skeleton(name: str, dtype: str, param_dtype, run: Mapping) -> Base:
-    """As `models.load.skeleton`, for "FILE.py:function": nothing is allocated or read."""
-    return _shapes(_call(name, dtype, run), param_dtype, run)[0]
+    """As `models.load.skeleton`, for "FILE.py:function": nothing is allocated."""
+    request = _call(name, dtype, run)
+    base = _shapes(request, param_dtype, run)[0]
+    return base.replace(vocabulary=_vocabulary(request, base))
 
 
 # --------------------------------------------------------------------------------- the function

@@ -48,8 +48,7 @@ def load(name, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
         return custom.load(name, dtype, param_dtype, run)
     random = name.startswith("random:")
     base, directory, init = _build(name, not random, dtype, param_dtype, run)
-    rows = getattr(base.config, "vocab_size", None)
-    base = base.replace(vocabulary=vocabulary.read(directory, rows) if directory else None)
+    base = base.replace(vocabulary=_vocabulary(base, directory))
     if random:
         _check_room(name, jax.tree.leaves(base.params))
         params = jax.tree.map(lambda x: x.astype(param_dtype), jax.jit(init)())
@@ -77,13 +76,19 @@ def _read(base: Base, directory: Path, param_dtype, init) -> tuple[dict, tuple[s
 
 
 def skeleton(name, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
-    """`load` without the weights: reads only config.json, `params` is a tree of
+    """`load` without the weights: reads only config.json and the tokenizer, `params` is a tree of
     `jax.ShapeDtypeStruct`, and `fresh` is inferred from config.json. Arguments and errors as for
     `load`."""
     name = outside.spell(name, "base")
     if custom.is_custom(name):
         return custom.skeleton(name, dtype, param_dtype, run)
-    return _build(name, False, dtype, param_dtype, run)[0]
+    base, directory, _ = _build(name, False, dtype, param_dtype, run)
+    return base.replace(vocabulary=_vocabulary(base, directory))
+
+
+def _vocabulary(base: Base, directory: Path | None) -> vocabulary.Vocabulary | None:
+    rows = getattr(base.config, "vocab_size", None)
+    return vocabulary.read(directory, rows) if directory else None
 
 
 def _build(name: str, weights: bool, dtype, param_dtype, run: dict):

@@ -1,12 +1,14 @@
 """A group of members as shapes: base, stack and batches as training has them, nothing allocated."""
 
+import functools
+
 import jax
 
 from lorax import quant, tasks
 from lorax.calls import steps_per_call
 from lorax.models.load import skeleton
 from lorax.models.shapes import architecture
-from lorax.train import evidence, stacks
+from lorax.train import evidence, prepare, stacks
 from lorax.train.batches import axes
 from lorax.train.prepare import base_settings
 
@@ -38,6 +40,26 @@ def shapes(members):
     many = lambda x: jax.ShapeDtypeStruct((len(members), *x.shape), x.dtype)
     arrays = jax.tree.map(many, jax.eval_shape(start, base.params))
     return base, stacks.Stack(tuple(members), tuple(built), *arrays)
+
+
+def with_steps(members, say=lambda line: None):
+    """The members with the steps that their `train.epochs` makes; reads the rows, not the weights.
+
+    Raises ValueError or FileNotFoundError if the rows can't be counted. say: prints a line.
+    """
+
+    def base_of(c):
+        base = skeleton(c.base, **base_settings(c))
+        lacks_tokenizer = tasks.kind_of(c.task).reads == "tokens" and base.vocabulary is None
+        if lacks_tokenizer or c.task.name == "planted":
+            why = "has no tokenizer to make rows with" if lacks_tokenizer else "is not loaded"
+            raise ValueError(
+                f"train.epochs: {c.train.epochs:g} given, but {c.base} {why}, so that a plan can't "
+                "count the rows of this task; set train.epochs to 0 and train.steps to a number"
+            )
+        return base
+
+    return prepare.with_steps(members, base_of, {}, functools.cache(say))
 
 
 def one_member(trees):

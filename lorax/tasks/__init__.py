@@ -5,7 +5,7 @@ labels, both encoded with a base's vocabulary, or arrays that fit a base (`lorax
 A task of your own is a function that returns what `pairs`, `texts`, `labelled` or `arrays` returns.
 """
 
-from lorax.tasks.batch_order import order, orders
+from lorax.tasks.batch_order import order, orders, steps_of
 from lorax.tasks.data import Data, arrays, labelled, pairs, texts
 from lorax.tasks.rows import Prompt, Task
 from lorax.tasks.subsets import prompts, size, spread, train_examples, train_size, widths
@@ -13,4 +13,4 @@ from lorax.tasks.table import TASKS, batch_shapes, build, check_base, kind_of, o
 
 __all__ = ["arrays", "labelled", "pairs", "texts", "Data", "Prompt", "TASKS", "Task"]
 __all__ += ["batch_shapes", "build", "check_base", "kind_of", "order", "orders", "outputs"]
-__all__ += ["prompts", "size", "spread", "train_examples", "train_size", "widths"]
+__all__ += ["prompts", "size", "spread", "steps_of", "train_examples", "train_size", "widths"]

@@ -20,18 +20,23 @@ def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
     """The batches of steps first .. first + k - 1: leaves (M, K, A, B, ...), on the host.
 
     A member's rows depend only on the seed of its order and the step. Rows that are grouped by
-    length are cut to the smallest of `tasks.widths` that holds the longest of them.
+    length are cut to the smallest of `tasks.widths` that holds the longest of them. Rows of zeros
+    fill up a short batch (`train.last_batch`).
     """
     c, lengths, rows = stacked.config.train, task.lengths, []
     for member in stacked.members:
         n = tasks.train_size(member.config.task, task)
         steps, known = range(first, first + k), None if lengths is None else lengths[:n]
-        order = tasks.orders(n, c.batch_size, seed_of(member.config, "order"), steps, known)
+        seed = seed_of(member.config, "order")
+        order = tasks.orders(n, c.batch_size, seed, steps, known, c.last_batch)
         rows.append(order.reshape(axes(c, k)))
     rows, width = np.stack(rows), tasks.widths(task)[-1]
     if lengths is not None:
-        width = min(w for w in tasks.widths(task) if w >= lengths[rows].max())
-    return {name: x[rows] for name, x in kinds.narrowed(task.kind, task.train, width).items()}
+        width = min(w for w in tasks.widths(task) if w >= lengths[rows[rows >= 0]].max())
+    batches = {name: x[rows] for name, x in kinds.narrowed(task.kind, task.train, width).items()}
+    for x in batches.values():
+        x[rows < 0] = 0
+    return batches
 
 
 def batch_shapes(train, task: tasks.Task, k: int) -> dict:

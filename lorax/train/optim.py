@@ -1,5 +1,7 @@
 """Optimisers whose learning rate and weight decay can be traced: they differ between members."""
 
+import math
+
 import optax
 
 from lorax import tree
@@ -8,19 +10,20 @@ from lorax import tree
 def schedule(train):
     """step -> factor in [0, 1] on the learning rate: linear warm-up, then `train.schedule`.
 
-    train: the config's `train` section (`schedule`, `warmup`, `steps`). Without warm-up the first
-    step has the full rate.
+    train: the config's `train` section (`schedule`, `warmup`, `warmup_ratio`, `steps`). The first
+    step of a warm-up has a rate of zero; without warm-up it has the full rate.
     """
-    rest = max(train.steps - train.warmup, 1)
+    warmup = math.ceil(train.warmup_ratio * train.steps) if train.warmup_ratio else train.warmup
+    rest = max(train.steps - warmup, 1)
     after = {
         "linear": optax.linear_schedule(1.0, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(1.0, rest),
         "constant": optax.constant_schedule(1.0),
     }[train.schedule]
-    if not train.warmup:
+    if not warmup:
         return after
-    up = optax.linear_schedule(0.0, 1.0, train.warmup)
-    return optax.join_schedules([up, after], [train.warmup])
+    up = optax.linear_schedule(0.0, 1.0, warmup)
+    return optax.join_schedules([up, after], [warmup])
 
 
 def optimizer(train, lr, weight_decay) -> optax.GradientTransformation:

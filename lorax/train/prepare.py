@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 
 from lorax import quant, tasks, tree
-from lorax.config import Member, grouped, key_of
+from lorax.config import Member, grouped, key_of, with_n_steps
 from lorax.errors import nearest
 from lorax.methods import prefix
 from lorax.models import Base, load
@@ -50,15 +50,46 @@ def groups(
     """Load bases and tasks, check every member against its base, and initialise all members.
 
     first: number of the first group. loaded: cache of bases and tasks; new ones are added to it.
-    Raises ValueError, FileNotFoundError or MemoryError for mistakes that a user can fix, before
-    anything is trained.
+    Members with `train.epochs` get their steps. Raises ValueError, FileNotFoundError or MemoryError
+    for mistakes that a user can fix, before anything is trained.
     """
     loaded = loaded or Loaded({}, {})
     say = functools.cache(say)  # groups with the same base or task say the same about it
+    members = with_steps(members, lambda c: _base(c, loaded.bases, say), loaded.tasks, say)
     made = [_group(i, part, loaded, say) for i, part in enumerate(grouped(members), first)]
     for line in idle(made):
         say(line)
     return made
+
+
+def with_steps(
+    members: list[Member], base_of: Callable, built: dict[str, tasks.Task], say: Callable
+) -> list[Member]:
+    """The members with the steps that their `train.epochs` makes of the rows; others as they are.
+
+    base_of(config) -> the base that the rows are built with. built: as `Loaded.tasks`.
+    """
+    known = {}
+    for part in grouped(m for m in members if m.config.train.epochs):
+        c = part[0].config
+        base = base_of(c)
+        tasks.check_base(c.task, base, c.train.seq_len)
+        task = task_of(part, base, built, say)
+        for member in part:
+            rows, t = tasks.train_size(member.config.task, task), member.config.train
+            steps = tasks.steps_of(t.epochs, rows, t.batch_size, t.last_batch)
+            known[member.index] = with_n_steps(member, steps)
+            say(
+                f"train.epochs: {t.epochs:g} over {rows:,} rows in batches of {t.batch_size}: "
+                f"{steps:,} steps"
+            )
+    return [known.get(member.index, member) for member in members]
+
+
+def members_of(groups: list[Group]) -> list[Member]:
+    """The members of groups, in the order of their numbers."""
+    members = (member for group in groups for member in group.stack.members)
+    return sorted(members, key=lambda member: member.index)
 
 
 def _group(index: int, members: list[Member], loaded: Loaded, say: Callable) -> Group:
@@ -71,7 +102,7 @@ def _group(index: int, members: list[Member], loaded: Loaded, say: Callable) -> 
     automatic = [m for m in members if evidence.is_automatic(m, hps[m.index])]
     stacks.build_methods([m for m in members if m not in automatic], base)  # raises on mistakes
 
-    task = _task(members, base, loaded.tasks, say)
+    task = task_of(members, base, loaded.tasks, say)
     if automatic:
         say(f"group {index}: choosing targets and ranks of {len(automatic)} members")
     rankings, seen = {}, {}
@@ -122,7 +153,7 @@ def _base_key(c) -> str:
     return json.dumps([c.base, base_settings(c), c.quant, c.double_quant])
 
 
-def _task(members: list[Member], base: Base, built: dict[str, tasks.Task], say) -> tasks.Task:
+def task_of(members: list[Member], base: Base, built: dict[str, tasks.Task], say) -> tasks.Task:
     """The task of members that may differ in `task.n_train`; from `built`, or built and added."""
     c = members[0].config
     reads_text = tasks.kind_of(c.task).reads == "tokens"

@@ -107,7 +107,7 @@ def test_grouped_order_is_that_of_transformers(n, batch_size, monkeypatch):
 def test_grouped_order_is_a_pure_function_and_pads_less():
     n, lengths = 4000, lengths_of(4000)
     rows = tasks.orders(n, 16, 3, range(500), lengths)  # two epochs
-    batch_order._grouped.cache_clear()
+    batch_order._epoch.cache_clear()
     np.testing.assert_array_equal(tasks.orders(n, 16, 3, [7, 260], lengths), rows[[7, 260]])
     for epoch in rows.reshape(2, -1):
         np.testing.assert_array_equal(np.sort(epoch), np.arange(n))
