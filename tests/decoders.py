@@ -99,6 +99,43 @@ CASES = {
             "granite-multipliers", "granite", tie_word_embeddings=True, embedding_multiplier=3.0,
             residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=2.0,
         ),
+        _case(
+            "gemma", "gemma", head_dim=8, num_key_value_heads=1, attention_bias=True,
+            tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=50.0),
+        ),
+        _case(
+            "gemma2", "gemma2", head_dim=8, num_hidden_layers=3, sliding_window=3,
+            query_pre_attn_scalar=5, attn_logit_softcapping=2.0, final_logit_softcapping=6.0,
+            tie_word_embeddings=True,
+        ),
+        _case(
+            "gemma2-free", "gemma2", head_dim=4, attention_bias=True, tie_word_embeddings=False,
+            attn_logit_softcapping=None, final_logit_softcapping=None, rms_norm_eps=0.01,
+            hidden_activation="gelu", sliding_window=3, query_pre_attn_scalar=8,
+            layer_types=["full_attention", "sliding_attention"],
+        ),
+        _case(
+            "gemma3", "gemma3_text", head_dim=8, num_hidden_layers=7, sliding_window=3,
+            query_pre_attn_scalar=5, tie_word_embeddings=True,
+            rope_parameters={
+                "full_attention": dict(rope_type="linear", factor=4.0, rope_theta=900.0),
+                "sliding_attention": dict(rope_type="default", rope_theta=50.0),
+            },
+        ),
+        _case(
+            "gemma3-capped", "gemma3_text", head_dim=6, num_hidden_layers=3, sliding_window=3,
+            attention_bias=True, final_logit_softcapping=6.0, sliding_window_pattern=2,
+            tie_word_embeddings=True,
+        ),
+        _case(
+            "phi3", "phi3", hidden_size=32, sliding_window=3,
+            rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5, rope_theta=50.0),
+        ),
+        _case(
+            "phi3-long", "phi3", hidden_size=32, num_key_value_heads=1, tie_word_embeddings=True,
+            original_max_position_embeddings=8, max_position_embeddings=64,
+            rope_parameters=LONG | dict(partial_rotary_factor=0.75),
+        ),
     )
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ names of its tensors where they are not LLaMA's.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from lorax import fields
@@ -28,6 +28,7 @@ OPTIONS = {
     "logits_scaling": 1.0,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
+    "use_bidirectional_attention": False,
 }
 #: The options of families whose layers may see a window. Others ignore these, as in transformers.
 WINDOW = ("sliding_window", "layer_types")
@@ -44,7 +45,8 @@ class Family(NamedTuple):
     sliding_theta: that of layers with a window, if the file has a rotation for each type of layers;
     None: all layers have the same. sliding_theta_field: where files before transformers 5 have it.
     partial: whether it has `partial_rotary_factor`. renamed: field of `Config` -> its name in
-    config.json, where it differs. tensors: our module -> its name in a layer of theirs, where it is
+    config.json, where it differs. meant: the fields of a config.json -> the same with older values
+    as transformers reads them. tensors: our module -> its name in a layer of theirs, where it is
     not that of `TENSORS`; modules with the same name lie side by side in one tensor, in this order.
     """
 
@@ -58,6 +60,7 @@ class Family(NamedTuple):
     sliding_theta_field: str = "rope_theta"
     partial: bool = False
     renamed: Mapping[str, str] = {}
+    meant: Callable[[dict], dict] = dict
     tensors: Mapping[str, str] = {}
 
 
@@ -88,6 +91,40 @@ _QWEN = {
 }
 _QWEN_WINDOW = ("use_sliding_window", "max_window_layers", *WINDOW)
 _OLMO = {"vocab_size": 50304, "rms_norm_eps": 1e-5}
+_GEMMA = {
+    "vocab_size": 256000,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+_GEMMA_2 = _GEMMA | {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+_GEMMA_FIXED = {"scale_embeddings": True, "norm_offset": 1.0}
+_GEMMA_2_TENSORS = {"norm_2": "pre_feedforward_layernorm"}
+
+
+def _gemma(hf: dict) -> dict:
+    """The first files say "gelu" for its approximation."""
+    return hf | ({"hidden_act": "gelu_pytorch_tanh"} if hf.get("hidden_act") == "gelu" else {})
+
+
+def _phi3(hf: dict) -> dict:
+    """LongRoPE was called "su" and "yarn" first; 4096 is the length of the texts before it."""
+    hf = {"original_max_position_embeddings": 4096} | hf
+    for place in ("rope_parameters", "rope_scaling"):
+        given = hf.get(place) or {}
+        if given.get("rope_type", given.get("type")) in ("su", "yarn"):
+            hf[place] = given | {"rope_type": "longrope"}
+    return hf
+
 
 #: model_type -> its row.
 FAMILIES = {
@@ -139,6 +176,63 @@ FAMILIES = {
         ),
         defaults={"attention_multiplier": 1.0},
     ),
+    "gemma": Family(  # arXiv:2403.08295
+        "Gemma",
+        options=("attention_bias",),
+        defaults=_GEMMA
+        | {
+            "hidden_size": 3072,
+            "intermediate_size": 24576,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+        },
+        fixed=_GEMMA_FIXED,
+        meant=_gemma,
+    ),
+    "gemma2": Family(  # arXiv:2408.00118
+        "Gemma2",
+        options=(
+            *("attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping"),
+            *("final_logit_softcapping", *WINDOW),
+        ),
+        defaults=_GEMMA_2 | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        fixed=_GEMMA_FIXED | {"norms": "both"},
+        full_every=2,
+        renamed={"hidden_act": "hidden_activation"},
+        tensors=_GEMMA_2_TENSORS,
+    ),
+    "gemma3_text": Family(  # arXiv:2503.19786; transformers caps no scores
+        "Gemma3",
+        options=(
+            *("attention_bias", "query_pre_attn_scalar", "final_logit_softcapping"),
+            *("sliding_window_pattern", *WINDOW),
+        ),
+        defaults=_GEMMA_2 | {"vocab_size": 262208, "max_position_embeddings": 131072},
+        fixed=_GEMMA_FIXED | {"norms": "both", "qk_norm": "head"},
+        full_every=6,
+        theta=1e6,
+        sliding_theta=1e4,
+        sliding_theta_field="rope_local_base_freq",
+        renamed={"hidden_act": "hidden_activation"},
+        tensors=_GEMMA_2_TENSORS,
+    ),
+    "phi3": Family(  # Phi-3, 3.5 and 4, arXiv:2404.14219, 2412.08905
+        "Phi3",
+        options=("sliding_window",),
+        defaults={
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+        partial=True,
+        meant=_phi3,
+        tensors={
+            **{f"attn/{name}": "self_attn.qkv_proj" for name in "qkv"},
+            **{f"mlp/{name}": "mlp.gate_up_proj" for name in ("gate", "up")},
+        },
+    ),
 }
 
 #: Fields of `Config` that every family's config.json has.
@@ -148,7 +242,10 @@ _COMMON = (
     *("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
 )
 #: Options that are not fields of `Config` by the same name and type.
-_READ_APART = ("use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers")
+_READ_APART = (
+    *("use_sliding_window", "max_window_layers", "sliding_window_pattern", "layer_types"),
+    "no_rope_layers",
+)
 
 #: Fields read from a config.json.
 FIELDS = {
@@ -158,12 +255,13 @@ FIELDS = {
     **dict.fromkeys(("hidden_size", "intermediate_size"), fields.SIZE),
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads"), fields.SIZE),
     **dict.fromkeys(("num_key_value_heads", "head_dim"), fields.optional(fields.SIZE)),
-    "hidden_act": ACTIVATION,
+    **dict.fromkeys(("hidden_act", "hidden_activation"), ACTIVATION),
     "rms_norm_eps": fields.POSITIVE,
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), fields.FLAG),
     "sliding_window": fields.optional(fields.ROWS),
     "use_sliding_window": fields.optional(fields.FLAG),
     "max_window_layers": fields.COUNT,
+    "sliding_window_pattern": fields.SIZE,
     "layer_types": fields.optional(fields.each(fields.one_of((FULL, SLIDING)))),
     "no_rope_layers": fields.optional(fields.each(fields.whole(0, 1))),
     "no_rope_layer_interval": fields.SIZE,
@@ -173,6 +271,8 @@ FIELDS = {
         ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
         fields.optional(fields.POSITIVE),
     ),
+    "use_bidirectional_attention": fields.optional(fields.FLAG),
+    "rope_local_base_freq": fields.above(1),
     **rope.FIELDS,
 }
 
@@ -188,8 +288,9 @@ def config_from_hf(hf: dict, **run) -> Config:
     if model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not one of {[*FAMILIES]}")
     family = FAMILIES[model_type]
+    hf = family.meant(hf)
     for option, without in OPTIONS.items():
-        if option not in family.options and hf.get(option, without) != without:
+        if option not in family.options and hf.get(option) not in (None, without):
             value = fields.shown(hf[option])
             raise ValueError(f"{option}={value} is not supported for {model_type}")
     names = {name: theirs for name, theirs in _read(family).items() if theirs in hf}
@@ -280,6 +381,8 @@ def _implied_types(hf: dict, family: Family, config: Config) -> list[str]:
         on = config.no_rope_layers or [1 for _ in count]
         return [FULL if on[i] else SLIDING for i in count]
     every = family.full_every
+    if "sliding_window_pattern" in family.options:
+        every = hf.get("sliding_window_pattern", every)
     return [FULL if every and (i + 1) % every == 0 else SLIDING for i in count]
 
 

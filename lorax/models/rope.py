@@ -255,10 +255,13 @@ def _check(r: Rope, place: str, features: int) -> None:
 def to_hf(r: Rope) -> dict:
     """The fields of a config.json that describe the rotation to transformers 4 and 5."""
     turning = {name: x for name, x in dataclasses.asdict(r).items() if x is not None}
-    stretch = {name: x for name, x in turning.items() if name != "rope_theta"}
+    apart = ("rope_theta", "partial_rotary_factor")  # transformers 4 has them beside the rest
+    stretch = {name: x for name, x in turning.items() if name not in apart}
     described = {"rope_parameters": turning, "rope_theta": turning["rope_theta"]}
     described["rope_scaling"] = None if stretch == {"rope_type": "default"} else stretch
     if r.rope_type == "longrope":  # transformers 4 reads it only there
         name = "original_max_position_embeddings"
         described[name] = turning[name]
+    if r.partial_rotary_factor is not None:
+        described["partial_rotary_factor"] = r.partial_rotary_factor
     return described
