@@ -112,7 +112,8 @@ _GEMMA_2_TENSORS = {"norm_2": "pre_feedforward_layernorm"}
 
 
 def _gemma(hf: dict) -> dict:
-    """The first files say "gelu" for its approximation."""
+    """The first files say "gelu" for its approximation, and null for the default activation."""
+    hf = {name: x for name, x in hf.items() if (name, x) != ("hidden_activation", None)}
     return hf | ({"hidden_act": "gelu_pytorch_tanh"} if hf.get("hidden_act") == "gelu" else {})
 
 
@@ -199,6 +200,7 @@ FAMILIES = {
         fixed=_GEMMA_FIXED | {"norms": "both"},
         full_every=2,
         renamed={"hidden_act": "hidden_activation"},
+        meant=_gemma,
         tensors=_GEMMA_2_TENSORS,
     ),
     "gemma3_text": Family(  # arXiv:2503.19786; transformers caps no scores
@@ -214,6 +216,7 @@ FAMILIES = {
         sliding_theta=1e4,
         sliding_theta_field="rope_local_base_freq",
         renamed={"hidden_act": "hidden_activation"},
+        meant=_gemma,
         tensors=_GEMMA_2_TENSORS,
     ),
     "phi3": Family(  # Phi-3, 3.5 and 4, arXiv:2404.14219, 2412.08905
@@ -255,7 +258,8 @@ FIELDS = {
     **dict.fromkeys(("hidden_size", "intermediate_size"), fields.SIZE),
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads"), fields.SIZE),
     **dict.fromkeys(("num_key_value_heads", "head_dim"), fields.optional(fields.SIZE)),
-    **dict.fromkeys(("hidden_act", "hidden_activation"), ACTIVATION),
+    "hidden_act": ACTIVATION,
+    "hidden_activation": fields.optional(ACTIVATION),
     "rms_norm_eps": fields.POSITIVE,
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), fields.FLAG),
     "sliding_window": fields.optional(fields.ROWS),

@@ -2,9 +2,11 @@
 
 `load("random:llama-7b")` and `skeleton` build them without any file. Sources: `gpt2.SIZES` names
 its own; LLaMA arXiv:2302.13971, table 2; LLaMA 2 arXiv:2307.09288, table 1, with the widths of the
-released models; Falcon arXiv:2311.16867, table 16; RoBERTa arXiv:1907.11692, section 5; DeBERTa v2
-XXL as its authors released it (arXiv:2006.03654); the fully connected networks and LeNets
-arXiv:1804.08838, sections 3.1 and 3.2. Other fully connected networks are named by their widths.
+released models; Gemma 1, 2 and 3 (arXiv:2403.08295, 2408.00118, 2503.19786) and Phi-3 and 4
+(arXiv:2404.14219, 2412.08905) as released; Falcon arXiv:2311.16867, table 16; RoBERTa
+arXiv:1907.11692, section 5; DeBERTa v2 XXL as its authors released it (arXiv:2006.03654); the fully
+connected networks and LeNets arXiv:1804.08838, sections 3.1 and 3.2. Other fully connected networks
+are named by their widths.
 """
 
 import re
@@ -91,6 +93,30 @@ def _granite(hidden, inner, attention, logits):
     return _decoder("granite", 40, hidden, 32, inner, 8, logits_scaling=logits, **more)
 
 
+def _gemma(layers, hidden, heads, inner, kv_heads):
+    return _decoder("gemma", layers, hidden, heads, inner, kv_heads)
+
+
+def _gemma2(layers, hidden, heads, inner, features=256, scalar=256):
+    more = {"head_dim": features, "query_pre_attn_scalar": scalar}
+    return _decoder("gemma2", layers, hidden, heads, inner, heads // 2, **more)
+
+
+def _gemma3(layers, hidden, heads, inner, kv_heads, features=256, scalar=256):
+    """The text model; the sizes up to 1B read no images, and shorter texts."""
+    small = layers <= 26
+    more = {"vocab_size": 262144 if small else 262208, "sliding_window": 512 if small else 1024}
+    more |= {"max_position_embeddings": 32768 if small else 131072}
+    more |= {"head_dim": features, "query_pre_attn_scalar": scalar}
+    if not small:
+        more["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+    return _decoder("gemma3_text", layers, hidden, heads, inner, kv_heads, **more)
+
+
+def _phi(layers, hidden, heads, inner, kv_heads, **more):
+    return _decoder("phi3", layers, hidden, heads, inner, kv_heads, **more)
+
+
 def _falcon(layers, hidden, heads, kv_heads):
     return {
         "model_type": "falcon",
@@ -174,6 +200,24 @@ ARCHITECTURES: dict[str, dict] = {
     "olmo3-32b": _olmo3(64, 5120, 40, 27648, 8),
     "granite3.3-2b": _granite(2048, 8192, 0.015625, 8.0),
     "granite3.3-8b": _granite(4096, 12800, 0.0078125, 16.0),
+    "gemma-2b": _gemma(18, 2048, 8, 16384, 1),  # 2,506,172,416
+    "gemma-7b": _gemma(28, 3072, 16, 24576, 16),  # 8,537,680,896
+    "gemma2-2b": _gemma2(26, 2304, 8, 9216),  # 2,614,341,888
+    "gemma2-9b": _gemma2(42, 3584, 16, 14336),  # 9,241,705,984
+    "gemma2-27b": _gemma2(46, 4608, 32, 36864, 128, 144),  # 27,227,128,320
+    "gemma3-270m": _gemma3(18, 640, 4, 2048, 1),  # 268,098,176
+    "gemma3-1b": _gemma3(26, 1152, 4, 6912, 1),  # 999,885,952
+    "gemma3-4b": _gemma3(34, 2560, 8, 10240, 4),  # 3,880,263,168
+    "gemma3-12b": _gemma3(48, 3840, 16, 15360, 8),  # 11,766,034,176
+    "gemma3-27b": _gemma3(62, 5376, 32, 21504, 16, 128, 168),  # 27,009,346,304
+    "phi3-mini": _phi(32, 3072, 32, 8192, 32, sliding_window=2047),  # 3,821,079,552
+    "phi3-medium": _phi(40, 5120, 40, 17920, 10, sliding_window=2047),  # 13,960,238,080
+    "phi4": _phi(  # 14,659,507,200
+        *(40, 5120, 40, 17920, 10),
+        vocab_size=100352,
+        max_position_embeddings=16384,
+        rope_theta=250000.0,
+    ),
     "falcon-7b": {"model_type": "falcon"},  # 6,921,720,704
     "falcon-40b": _falcon(60, 8192, 128, 8),  # 41,303,293,952
     "falcon-180b": _falcon(80, 14848, 232, 8),  # 178,557,088,768 with its tied head counted once

@@ -282,7 +282,7 @@ def test_weights_in_bfloat16_tell_nearly_the_same():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(model_type="gemma"), r"model_type 'gemma' is not one of .*'mistral'"),
+        (dict(model_type="mamba"), r"model_type 'mamba' is not one of .*'mistral'"),
         (dict(model_type="mistral", attention_bias=True), "attention_bias=true .* for mistral"),
         (dict(model_type="qwen2", mlp_bias=True), "mlp_bias=true is not supported for qwen2"),
         (dict(hidden_act="swish7"), "hidden_act: .swish7. given, must be one of .*silu"),

@@ -19,6 +19,11 @@ TINY = dict(
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
     ),
     gpt2=dict(vocab_size=64, n_positions=64, n_embd=64, n_layer=2, n_head=4),
+    phi3=dict(
+        vocab_size=64, hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        original_max_position_embeddings=64, pad_token_id=0,
+    ),
 )  # fmt: skip
 
 
@@ -51,7 +56,7 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("family", "kind", "double"),
-    [("llama", "nf4", True), ("llama", "fp4", False), ("gpt2", "nf4", True)],
+    [("llama", "nf4", True), ("llama", "fp4", False), ("gpt2", "nf4", True), ("phi3", "nf4", True)],
 )
 def test_logits_are_those_of_the_quantised_model(saved, family, kind, double):
     import torch

@@ -1,0 +1,215 @@
+"""What Gemma and Phi have and other decoders have not; their logits are in test_decoder."""
+
+import dataclasses
+import functools
+import json
+
+import decoders
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoders import LONG, TINY, TOKENS
+from quick import jit
+from support import few, require
+
+import lorax
+from lorax import decode, tree
+from lorax.models import decoder, rope
+from lorax.models.decoder import FULL, SLIDING
+from lorax.models.decoder_families import config_from_hf, hf_config
+from lorax.models.load import skeleton
+
+NAMES = ("gemma2", "gemma3", "phi3")
+LEFT = np.array([[1] * 12, [0] * 3 + [1] * 9, [0] * 8 + [1] * 4], np.int32)
+
+
+@functools.cache
+def base(name):
+    return lorax.load(str(decoders.saved(name)))
+
+
+def torch_logits(name, tokens, mask=None):
+    torch = require("torch")
+    with torch.no_grad():
+        mask = None if mask is None else torch.from_numpy(mask)
+        model = decoders.reference(name)
+        return model(torch.from_numpy(tokens).long(), attention_mask=mask).logits.numpy()
+
+
+# ------------------------------------------------------------------------------ ways to read a text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_a_cache_and_packing_change_nothing(name):
+    """Windows, rotations by layer type and caps, in whatever way texts come."""
+    ours = base(name)
+    apply = functools.partial(lorax.apply, ours.module, ours.params)
+    whole, real = jit(apply), LEFT > 0
+    want = torch_logits(name, TOKENS, LEFT)
+    np.testing.assert_allclose(whole(TOKENS, LEFT)[real], want[real], rtol=0, atol=1e-4)
+
+    @jit
+    def read(tokens, segments, cache):
+        hidden, cache = apply(tokens, segments, cache, method="hidden")
+        return apply(hidden, method="logits"), cache
+
+    cache, parts = ours.module.empty_cache(3, 13), []
+    for part in (slice(0, 10), slice(10, 11), slice(11, 12)):
+        logits, cache = read(TOKENS[:, part], LEFT[:, part], cache)
+        parts.append(logits)
+    got = np.concatenate(parts, axis=1)
+    np.testing.assert_allclose(got[real], want[real], rtol=0, atol=1e-4)
+
+    segments = np.array([[1] * 5 + [2] * 7, [0] * 3 + [1] * 9, [3] * 6 + [1] * 5 + [0]], np.int32)
+    packed = whole(TOKENS, segments)
+    for row, number in ((0, 1), (0, 2), (2, 3), (2, 1)):
+        at = segments[row] == number
+        alone = torch_logits(name, TOKENS[row : row + 1, at])[0]
+        np.testing.assert_allclose(packed[row, at], alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", few(NAMES, ["gemma3", "phi3"]))
+def test_greedy_text_beyond_the_window_is_that_of_transformers(name):
+    torch, ours, new = require("torch"), base(name), 9
+    assert ours.config.sliding_window == 3
+    options = decode.DecodingOptions(max_new_tokens=new, ends=(2,), pad=0)
+    key = jax.random.key(0)
+    got = decode.generate(ours.module, ours.params, TOKENS, LEFT, key, options)
+    want = decoders.reference(name).generate(
+        torch.tensor(TOKENS).long(), attention_mask=torch.tensor(LEFT), max_new_tokens=new,
+        do_sample=False, eos_token_id=2, pad_token_id=0,
+    ).numpy()[:, 12:]  # fmt: skip
+    np.testing.assert_array_equal(got, np.pad(want, ((0, 0), (0, new - want.shape[1]))))
+    assert len({tuple(row) for row in want}) == 3
+
+
+@pytest.mark.parametrize(("name", "remat"), [("gemma2", "full"), ("phi3", "dots")])
+def test_gradients_are_those_of_transformers(name, remat):
+    """Of the norms with an offset, through the caps, and of parts of fused tensors."""
+    torch, model, ours = require("torch"), decoders.reference(name), base(name)
+    model.zero_grad()
+    logits = model(torch.from_numpy(TOKENS).long()).logits
+    torch.logsumexp(logits, dim=-1).mean().backward()
+    theirs = {key: value.grad.numpy() for key, value in model.named_parameters()}
+    module = decoder.Decoder(dataclasses.replace(ours.config, remat=remat))
+    loss = lambda params: jnp.mean(jax.nn.logsumexp(lorax.apply(module, params, TOKENS), axis=-1))
+    grads = tree.flatten(jit(jax.grad(loss))(ours.params))
+    for path, source in ours.sources.items():
+        for layer in range(len(grads[path])) if "{}" in source.name else (...,):
+            want = theirs[source.name.format(layer)]
+            want = want.T if source.axes else want
+            want = want if source.part is None else want[..., source.part]
+            scale = np.abs(want).max()
+            assert scale > 1e-5, path
+            np.testing.assert_allclose(
+                grads[path][layer], want, rtol=1e-3, atol=2e-4 * scale, err_msg=f"{path} {layer}"
+            )
+
+
+def test_embeddings_are_scaled_by_a_root_that_is_rounded_as_the_weights_are(tmp_path):
+    """sqrt(24) = 4.899 is 4.906 in bfloat16. With an epsilon of 1e4 the last norm shows it."""
+    torch, transformers = require("torch"), require("transformers")
+    config = transformers.AutoConfig.for_model(
+        "gemma3_text", **TINY | dict(num_hidden_layers=1, head_dim=6, rms_norm_eps=1e4)
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            norm = name.endswith("norm.weight")
+            parameter.copy_(-torch.ones_like(parameter) if norm else torch.randn_like(parameter))
+        model.model.norm.weight.fill_(9.0)  # the layer itself adds nothing
+    model = model.bfloat16()
+    model.save_pretrained(tmp_path)
+    ours = lorax.load(str(tmp_path), dtype="bfloat16", param_dtype="bfloat16")
+    hidden = jit(functools.partial(lorax.apply, ours.module, method="hidden"))
+    got = np.asarray(hidden(ours.params, TOKENS), np.float32)
+    with torch.no_grad():
+        want = model.model(torch.from_numpy(TOKENS).long()).last_hidden_state.float().numpy()
+    np.testing.assert_array_equal(got, want)
+    assert np.abs(want).max() > 0.1
+
+
+# ------------------------------------------------------------------------------------------- config
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2", "gemma3_text", "phi3"])
+def test_fields_that_a_file_leaves_out_are_those_of_transformers(model_type):
+    theirs = require("transformers").AutoConfig.for_model(model_type).to_dict()
+    assert config_from_hf({"model_type": model_type}) == config_from_hf(theirs)
+
+
+def test_five_of_six_layers_of_gemma_3_see_a_window():
+    config = skeleton("random:gemma3-4b").config
+    assert config.types == ((SLIDING,) * 5 + (FULL,)) * 5 + (SLIDING,) * 4
+    assert config.sliding_rope == rope.Rope(rope_theta=1e4) and config.sliding_window == 1024
+    assert config.rope_parameters == rope.Rope("linear", 1e6, 8.0)
+    assert skeleton("random:gemma2-2b").config.types == (SLIDING, FULL) * 13
+
+
+OLD = {
+    "gemma": dict(hidden_act="gelu", hidden_activation=None, rope_theta=100.0),
+    "gemma2": dict(hidden_act="relu", rope_theta=100.0, cache_implementation="hybrid"),
+    "gemma3_text": dict(
+        rope_theta=5000.0, rope_local_base_freq=30.0, sliding_window_pattern=3,
+        rope_scaling=dict(rope_type="linear", factor=2.0), num_hidden_layers=4,
+    ),
+    "phi3": dict(
+        rope_theta=100.0, rope_scaling=dict(LONG, type="su"), original_max_position_embeddings=8,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", OLD)
+def test_older_files_mean_what_transformers_makes_of_them(model_type):
+    hf = TINY | OLD[model_type] | {"model_type": model_type}
+    hf.get("rope_scaling", {}).pop("rope_type", None) if model_type == "phi3" else None
+    theirs = require("transformers").AutoConfig.for_model(**json.loads(json.dumps(hf))).to_dict()
+    config = config_from_hf(hf)
+    assert config == config_from_hf(theirs)
+    assert config_from_hf(json.loads(json.dumps(hf_config(config)))) == config
+    given = theirs["rope_parameters"]
+    full = given.get(FULL, given)
+    assert config.rope_parameters.rope_theta == full["rope_theta"]
+    assert config.rope_parameters.rope_type == full["rope_type"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            dict(model_type="gemma2", use_bidirectional_attention=True),
+            "use_bidirectional_attention",
+        ),
+        (
+            dict(model_type="gemma3_text", attn_logit_softcapping=50.0),
+            "50.0 is not supported for g",
+        ),
+        (dict(model_type="llama", final_logit_softcapping=30.0), "final_logit_softcapping=30.0"),
+        (dict(model_type="gemma2", attn_logit_softcapping=0), "attn_logit_softcapping: 0 given"),
+        (dict(model_type="gemma2", query_pre_attn_scalar=-1), "query_pre_attn_scalar: -1 given"),
+        (dict(model_type="gemma2", hidden_activation="tanh"), "hidden_activation: .tanh. given"),
+        (dict(model_type="gemma3_text", rope_local_base_freq=1), "rope_local_base_freq: 1 given"),
+        (dict(model_type="phi3", partial_rotary_factor=0.5), "rotates 3 of 6 features"),
+        (dict(model_type="phi3", attention_bias=True), "attention_bias=true .* for phi3"),
+    ],
+)
+def test_what_the_module_does_not_compute_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(TINY | fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("gemma-2b", 2_506_172_416),
+        ("gemma2-2b", 2_614_341_888),
+        ("gemma2-9b", 9_241_705_984),
+        ("gemma3-1b", 999_885_952),
+        ("gemma3-4b", 3_880_263_168),
+        ("phi3-mini", 3_821_079_552),
+        ("phi4", 14_659_507_200),
+    ],
+)
+def test_named_models_have_their_published_size(name, parameters):
+    assert tree.count(skeleton(f"random:{name}").params) == parameters
