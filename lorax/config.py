@@ -29,6 +29,7 @@ def default() -> ConfigDict:
     c.quant = config_dict.placeholder(str)  # quantises the frozen linear weights: nf4, fp4, int8
     c.double_quant = True  # quantises the quantisation's scales too
     c.seed = 0  # of a member's initial values, its dropout and the order of its training rows
+    c.track = ("tensorboard",)  # who follows the run: tensorboard, wandb, trackio (docs/runs.md)
     c.seeds = _seeds()
     c.task = _task()
     c.method = _method()
@@ -107,10 +108,11 @@ def _train() -> ConfigDict:
     c.warmup = 10  # steps
     # Share of the steps, rounded up; train.warmup is then 0 or its default. 0: train.warmup
     c.warmup_ratio = 0.0
-    c.optimizer = "adamw"  # or "sgd"
-    c.b1 = 0.9  # sgd: momentum
-    c.b2 = 0.999
-    c.eps = 1e-8
+    c.optimizer = "adamw"  # sgd | adafactor | lion | muon | schedule-free (docs/runs.md)
+    # Of the optimisers that have them; None: the optimiser's own default (docs/runs.md)
+    c.b1 = config_dict.placeholder(float)  # sgd, muon: momentum
+    c.b2 = config_dict.placeholder(float)
+    c.eps = config_dict.placeholder(float)
     c.weight_decay = 0.0
     c.label_smoothing = 0.0  # share of the target spread over all classes
     c.clip = 1.0  # largest gradient norm of a member; 0: off
@@ -288,6 +290,7 @@ REVISABLE = (
     "analysis.metric",
     "analysis.level",
     "train.memory_gb",
+    "track",
 )
 
 
@@ -391,6 +394,7 @@ WHOLE = {
     "search": "a search is about the whole run",
     "halving": "halving is about the whole run",
     "analysis": "analysis and report are about the whole run",
+    "track": "trackers follow the whole run",
 }
 
 

@@ -7,6 +7,7 @@ from lorax.errors import nearest
 from lorax.outside import is_name
 
 FLOAT32_MAX, FLOAT32_MIN = 3.4028234e38, 1.1754944e-38  # the smallest of full precision
+TRACKERS = ("tensorboard", "wandb", "trackio")
 BELOW_1 = 1 - 2**-24  # the largest
 
 
@@ -48,6 +49,11 @@ RULES = (
         + ("analysis.cka",),
     ),
     Rule(
+        f"must be a tuple of names among {', '.join(TRACKERS)}",
+        lambda v: isinstance(v, tuple) and set(v) <= {*TRACKERS},
+        ("track",),
+    ),
+    Rule(
         'must be functions of an update, or "FILE.py:function"',
         lambda v: isinstance(v, tuple) and all(map(is_name, v)),
         ("analysis.also",),
@@ -63,11 +69,20 @@ RULES = (
         ("analysis.layers", "eval.test"),
     ),
     # The always-zero gradient of padding is divided by eps.
-    Rule(f"must be at least {FLOAT32_MIN}", lambda v: v >= FLOAT32_MIN, ("train.eps",)),
+    Rule(
+        f"must be at least {FLOAT32_MIN}, or None",
+        lambda v: v is None or v >= FLOAT32_MIN,
+        ("train.eps",),
+    ),
     Rule(
         "must be in [0, 1)",
         lambda v: 0 <= v <= BELOW_1,
-        _in("train", "b1", "b2", "label_smoothing", "warmup_ratio") + ("method.dropout",),
+        _in("train", "label_smoothing", "warmup_ratio") + ("method.dropout",),
+    ),
+    Rule(
+        "must be in [0, 1), or None",
+        lambda v: v is None or 0 <= v <= BELOW_1,
+        _in("train", "b1", "b2"),
     ),
     Rule("must be in (0, 1)", lambda v: 0 < v < 1, _in("analysis", "delta", "level")),
     Rule("must be above 0, or None", lambda v: v is None or v > 0, ("analysis.margin",)),
@@ -94,7 +109,7 @@ WORDS = {
     "train.offload": (None, "optimizer"),
     "train.last_batch": ("full", "short", "drop"),
     "train.schedule": ("linear", "cosine", "constant"),
-    "train.optimizer": ("adamw", "sgd"),
+    "train.optimizer": ("adamw", "sgd", "adafactor", "lion", "muon", "schedule-free"),
     "eval.keep": ("last", "best"),
     "train.parallel": ("auto", "members", "batch", "pmap", "none"),
 }
@@ -129,6 +144,12 @@ def check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
         need("seeds.data", not planted, "but task 'planted' draws its rows by task.seed")
     alone = values["train.offload"] is None or values["train.parallel"] != "pmap"
     need("train.offload", alone, 'needs a train.parallel other than "pmap"')
+    if values["train.optimizer"] == "schedule-free":
+        constant, of = values["train.schedule"] == "constant", 'optimizer "schedule-free"'
+        need("train.schedule", constant, f'{of} needs "constant": it averages in place of a decay')
+        need("train.b1", values["train.b1"] != 0, f"{of} needs one above 0")
+        adalora = values["method.name"] == "adalora"
+        need("method.name", not adalora, f"{of} can't prune: the pruned values live on in averages")
     for key, value in values.items():
         if isinstance(value, bool):
             need(key, type(defaults[key]) not in (int, float), "must be a number")

@@ -11,6 +11,9 @@ from lorax import config, rundir
 #: key that is not listed had no effect then, as its default has now.
 BEFORE = {"eval.test": 0, "eval.keep": "last"}
 
+#: Defaults that a run's config.json may have where it would say None now, and means the same.
+FORMER = {"train.b1": 0.9, "train.b2": 0.999, "train.eps": 1e-8}
+
 
 def check_same_config(workdir: Path, settings: ConfigDict) -> list[str]:
     """The keys of `config.REVISABLE` in which the config differs from that of the directory's run.
@@ -71,4 +74,5 @@ def differences(old, new, prefix: str = "") -> list[str]:
             for difference in differences(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))
         ]
     blank = (None, [])  # a key that one of the two does not have, and its default
-    return [] if old == new or (old in blank and new in blank) else [prefix]
+    same = old == new or (old in blank and new in blank)
+    return [] if same or (new is None and old == FORMER.get(prefix)) else [prefix]

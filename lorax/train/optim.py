@@ -1,10 +1,23 @@
 """Optimisers whose learning rate and weight decay can be traced: they differ between members."""
 
 import math
+from collections.abc import Mapping
 
+import jax
 import optax
 
-from lorax import tree
+from lorax import ops, tree
+from lorax.train import matrix_optim
+
+#: What an optimiser reads of `train.b1`, `train.b2` and `train.eps`, with its values for None.
+USUAL = {
+    "adamw": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
+    "sgd": {"b1": 0.9},
+    "adafactor": {},
+    "lion": {"b1": 0.9, "b2": 0.99},
+    "muon": {"b1": 0.95, "b2": 0.999, "eps": 1e-8},
+    "schedule-free": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
+}
 
 
 def schedule(train):
@@ -26,24 +39,69 @@ def schedule(train):
     return optax.join_schedules([up, after], [warmup])
 
 
-def optimizer(train, lr, weight_decay) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) or SGD with momentum, after clipping by the global norm.
+def optimizer(
+    train, lr, weight_decay, sites: Mapping[str, ops.Site]
+) -> optax.GradientTransformation:
+    """The optimiser of that name, after clipping by the global norm: AdamW (arXiv:1711.05101), SGD
+    with momentum, Lion (arXiv:2302.06675, algorithm 2), Adafactor or Muon (`matrix_optim`); for
+    schedule-free AdamW the steps of z, which `averaging` completes.
 
-    A method may wrap it (`Method.optimizer`). lr, weight_decay: numbers or traced scalars. Weight
-    decay is decoupled, multiplied by the learning rate, and not applied to biases and norms.
+    A method may wrap it (`Method.optimizer`). lr, weight_decay: numbers or traced scalars. sites:
+    {path: Site} of the base's kernels. Weight decay is decoupled, multiplied by the learning rate,
+    and not applied to biases and norms.
     """
     factor = schedule(train)
-    core = (
-        optax.scale_by_adam(train.b1, train.b2, train.eps)
-        if train.optimizer == "adamw"
-        else optax.trace(train.b1)
-    )
     return optax.chain(
         optax.clip_by_global_norm(train.clip) if train.clip else optax.identity(),
-        core,
+        _scaling(train, sites),
         optax.masked(optax.add_decayed_weights(weight_decay), _decays),
         optax.scale_by_learning_rate(lambda count: lr * factor(count)),
     )
+
+
+def _scaling(train, sites) -> optax.GradientTransformation:
+    """What an optimiser makes of gradients, without rate and decay."""
+    given = {name: train[name] for name in ("b1", "b2", "eps") if train[name] is not None}
+    values = {name: given.get(name, usual) for name, usual in USUAL[train.optimizer].items()}
+    match train.optimizer:
+        case "adamw":
+            return optax.scale_by_adam(**values)
+        case "sgd":
+            return optax.trace(values["b1"])
+        case "lion":
+            return optax.scale_by_lion(**values)
+        case "adafactor":
+            return matrix_optim.adafactor(sites)
+        case "muon":
+            adam = optax.scale_by_adam(b2=values["b2"], eps=values["eps"])
+            return matrix_optim.muon(sites, adam, values["b1"])
+        case "schedule-free":  # Adam without first moment
+            rms = {"decay": values["b2"], "eps": values["eps"], "eps_in_sqrt": False}
+            return optax.scale_by_rms(**rms, bias_correction=True)
+
+
+def averaging(inner: optax.GradientTransformation, train, lr) -> optax.GradientTransformation:
+    """`inner`, or with `train.optimizer` "schedule-free" what makes it that (Defazio et al. 2024,
+    arXiv:2405.15682, section 2):
+
+        y = (1 - b1) z + b1 x          gradients are taken at y, the parameters in training
+        z' = z - lr g(y)               g: the steps of `inner`
+        x' = (1 - c) x + c z'          the average, which is evaluated and exported; c = lr^2 over
+                                       the sum of lr^2 so far
+
+    It goes around what a method makes of its optimiser: b of LoRA+ is faster in z.
+    """
+    if train.optimizer != "schedule-free":
+        return inner
+    factor = schedule(train)
+    rate = lambda count: lr * factor(count - 1)  # that of the step; optax counts from 1
+    b1 = USUAL["schedule-free"]["b1"] if train.b1 is None else train.b1
+    return optax.contrib.schedule_free(inner, rate, b1)
+
+
+def averaged(trainable, z, b1):
+    """x of schedule-free training: y is `trainable`. Equal to y, to the bit, where z is."""
+    return jax.tree.map(lambda y, z: z + (y - z) / b1.astype(y.dtype), trainable, z)
 
 
 def _decays(params) -> dict:

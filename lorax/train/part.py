@@ -139,12 +139,12 @@ def begin(part: Part, state: MemberState, offset: int) -> Position:
             at = at._replace(kept=kept._replace(trainable=placed))
         save(part, at)
         return at
-    nothing = np.zeros(len(part.stack.members))
-    measured, _ = evaluate(part, state.trainable, "eval")
+    nothing, learned = np.zeros(len(part.stack.members)), part.programs.learned(state)
+    measured, _ = evaluate(part, learned, "eval")
     at = Position(0, state, offset, nothing, nothing, measured)
     lines = metrics(part, 0, "eval", loss=measured.losses, **measured.scores)
     if keeps_best(part):
-        copied = jax.tree.map(jnp.copy, state.trainable)  # training reuses the state's memory
+        copied = jax.tree.map(jnp.copy, learned)  # training reuses the state's memory
         at = at._replace(kept=Kept(copied, np.zeros(len(measured.losses), int), measured))
     if "test" in part.splits:
         tested, rows = evaluation.of_each(part.base_test(), len(part.stack.members))
@@ -173,7 +173,7 @@ def advance(part: Part, at: Position, k: int) -> Position:
     lines = metrics(part, at.step, "train", loss=logs["loss"].mean(1), grad_norm=norms)
     at_checkpoint = at.step % c.eval.every == 0 or at.step == part.until
     if at_checkpoint:
-        measured, _ = evaluate(part, state.trainable, "eval")
+        measured, _ = evaluate(part, part.programs.learned(state), "eval")
         at = at._replace(measured=measured)
         if at.step % c.eval.every == 0 or at.step == c.train.steps:  # not a rung alone
             at = keep_best(part, at)
@@ -223,7 +223,7 @@ def keep_best(part: Part, at: Position) -> Position:
     every = np.arange(part.programs.layout.size) < 0
     every[: len(better)] = better  # a program may have more members, copies of the last one
     kept = Kept(
-        _picked(every, at.state.trainable, at.kept.trainable),
+        _picked(every, part.programs.learned(at.state), at.kept.trainable),
         pick(at.step, at.kept.steps),
         jax.tree.map(pick, new, old),
     )
@@ -240,13 +240,13 @@ def _picked(which, new, old):
 def exported(part: Part, at: Position) -> Kept:
     """What is exported: what was kept, or the members as they are."""
     steps = np.full(len(part.stack.members), at.step)
-    return at.kept or Kept(at.state.trainable, steps, at.measured)
+    return at.kept or Kept(part.programs.learned(at.state), steps, at.measured)
 
 
 def write_spectra(part: Part, at: Position) -> None:
     """Write the current spectra of all updates to a file, if the method has any."""
     members = part.stack.members
-    arguments = part.params, part.constants, at.state.trainable, len(members)
+    arguments = part.params, part.constants, part.programs.learned(at.state), len(members)
     spectra = part.programs.spectra(*arguments)
     if spectra:
         file = rundir.spectra(part.workdir, part.name, at.step)

@@ -26,6 +26,7 @@ class Programs(NamedTuple):
     (M, N, B, ...). A run needs one of the two; the other is compiled if it is called.
     base_rows(params, batches, n) -> the same of the base without any member, leaves (N, B, ...), on
     one device; compiled on the first call.
+    learned(state) -> the trainable parameters to evaluate and export; see `step.learned`.
     spectra(params, constants, trainable, n) -> {path: `trajectory.Spectrum`} of the first n
     members, leaves (n, ...) on the host; compiled on the first call.
     place_base(params), place(stacked tree), place_state(a stack's state), place_batches(batches).
@@ -39,6 +40,7 @@ class Programs(NamedTuple):
     evaluate: Callable
     rows: Callable
     base_rows: Callable
+    learned: Callable
     spectra: Callable
     place_base: Callable
     place: Callable
@@ -89,6 +91,7 @@ def compile_programs(
         evaluate=evaluate,
         rows=rows,
         base_rows=jax.jit(functools.partial(step.base_rows, program)),
+        learned=functools.partial(learned, program.train, known.place.members),
         spectra=functools.partial(trajectory.of_members, jax.jit(spectra(program))),
         place_base=lambda params: jax.device_put(params, known.place.shared),
         place=place,
@@ -147,6 +150,14 @@ def evaluation(program: step.Program, width: int, of_member: Callable) -> Callab
         return over_members(of_one, width)(constants, trainable)
 
     return evaluate
+
+
+def learned(train, members, state: step.MemberState) -> dict:
+    """`step.learned` of all members, on the devices. members: the sharding of their trees."""
+    if train.optimizer != "schedule-free":
+        return state.trainable
+    state = jax.device_put(state, members)  # with `train.offload` the average is on the host
+    return jax.jit(lambda state: step.learned(train, state), out_shardings=members)(state)
 
 
 def spectra(program: step.Program) -> Callable:

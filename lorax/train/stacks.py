@@ -98,7 +98,8 @@ def start(member, method: Method, base: Base, pad: Padding, task=None, seen=None
     trainable, constants = method.init(init_key, base.params, base.sites, *pad, read)
     train = member.config.train
     hyper = train_step.Hyper(jnp.float32(train.lr), jnp.float32(train.weight_decay), dropout_key)
-    return constants, hyper, train_step.start(method, trainable, constants, train, hyper)
+    state = train_step.start(method, trainable, constants, train, hyper, base.sites)
+    return constants, hyper, state
 
 
 def stack(

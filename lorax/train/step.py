@@ -23,7 +23,8 @@ class Hyper(NamedTuple):
 
 
 class MemberState(NamedTuple):
-    """All of a member that training changes. diverged_at: () int32, -1 unless it has diverged."""
+    """All of a member that training changes. trainable: where gradients are taken; what is
+    evaluated and exported is `learned`. diverged_at: () int32, -1 unless it has diverged."""
 
     trainable: dict
     opt_state: object
@@ -31,15 +32,25 @@ class MemberState(NamedTuple):
     diverged_at: jax.Array
 
 
-def optimizer(method, constants, train, hyper: Hyper) -> optax.GradientTransformation:
+def optimizer(method, constants, train, hyper: Hyper, sites) -> optax.GradientTransformation:
     """The optimiser of `train`, the config's section, wrapped by the method's."""
-    return method.optimizer(optim.optimizer(train, hyper.lr, hyper.weight_decay), constants, train)
+    inner = optim.optimizer(train, hyper.lr, hyper.weight_decay, sites)
+    return optim.averaging(method.optimizer(inner, constants, train), train, hyper.lr)
 
 
-def start(method, trainable, constants, train, hyper: Hyper) -> MemberState:
-    """State at step 0. train: the config's `train` section."""
-    opt_state = optimizer(method, constants, train, hyper).init(trainable)
+def start(method, trainable, constants, train, hyper: Hyper, sites) -> MemberState:
+    """State at step 0. train: the config's `train` section. sites: the base's."""
+    opt_state = optimizer(method, constants, train, hyper, sites).init(trainable)
     return MemberState(trainable, opt_state, jnp.int32(0), jnp.int32(-1))
+
+
+def learned(train, state: MemberState) -> dict:
+    """The trainable tree to evaluate and export: the state's, or the average that schedule-free
+    training keeps beside it. Leaves may have a member axis."""
+    if train.optimizer != "schedule-free":
+        return state.trainable
+    of_member = jax.vmap(optim.averaged) if jnp.ndim(state.step) else optim.averaged
+    return of_member(state.trainable, state.opt_state.z, state.opt_state.b1)
 
 
 # --------------------------------------------------------------------------------- train, evaluate
@@ -113,7 +124,7 @@ def gradients(program: Program, params, constants, hyper: Hyper, trainable, step
 def update(program: Program, constants, hyper: Hyper, state: MemberState, value, grads):
     """The half of a step that reads the optimiser's state; value, grads: from `gradients`."""
     norm = optax.tree.norm(grads)
-    transformation = optimizer(program.method, constants, program.train, hyper)
+    transformation = optimizer(program.method, constants, program.train, hyper, program.sites)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
         updates, opt_state = transformation.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)

@@ -6,12 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from support import data
 
-from lorax import adapters, config, losses, memory, tasks
+from lorax import adapters, config, losses, memory, tasks, tree
 from lorax.interop import peft
 from lorax.models import load
-from lorax.train import loop, prepare
+from lorax.train import checkpoint, loop, prepare, step
 from lorax.train.batches import train_batches
 
 
@@ -52,6 +53,34 @@ def test_an_offloaded_optimiser_resumes_bit_for_bit(members, tmp_path):
     _, said = train(torn, members)
     assert any("continues at step 4 of 6" in line for line in said)
     assert contents(torn) == contents(whole)
+
+
+def test_other_optimizers_are_an_axis_and_resume_bit_for_bit(members, tmp_path):
+    """Of schedule-free training the averages are exported, also when its state is on the host."""
+    members.train.update(steps=4, schedule="constant", offload="optimizer")
+    members.sweep.seed, members.eval.test = (), 0
+    members.sweep.axes = {"train.optimizer": ("muon", "schedule-free")}
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    whole.mkdir()
+    train(whole, members)
+    shutil.copytree(whole, torn)
+    for group in (0, 1):  # the second begins again, after the lines of the first
+        shutil.rmtree(torn / f"checkpoints/{group}-0/4")
+    shutil.rmtree(torn / "adapters")
+    _, said = train(torn, members)
+    assert any("continues at step 2 of 4" in line for line in said)
+    assert contents(torn) == contents(whole)
+
+    group = prepare.groups(config.members(members), said.append)[1]
+    like = tree.shapes(group.stack.state)
+    _, state, _ = checkpoint.restore(whole / "checkpoints/1-0", like, said.append)
+    path = "h/attn/q/kernel/a"
+    learned, trained = step.learned(group.config.train, state), tree.flatten(state.trainable)[path]
+    written = load_file(whole / "adapters/1/adapter_model.safetensors")
+    layer = next(x for name, x in written.items() if "h.1.attn" in name and "lora_A" in name)
+    average = np.asarray(tree.flatten(learned)[path])[0, 1].T
+    np.testing.assert_allclose(layer[: len(average)], average, rtol=1e-5, atol=1e-7)
+    assert np.abs(average - np.asarray(trained)[0, 1].T).max() > 1e-4
 
 
 def test_groups_that_are_done_keep_their_lines_when_a_later_one_continues(members, tmp_path):

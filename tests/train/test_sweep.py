@@ -81,7 +81,7 @@ def run(c, base, task, pick=None, devices=None, steps=7, k=4):
             )
             curve.append(np.asarray(logs["loss"])[:m, : steps - first])
         n = np.int32(len(evals[next(iter(evals))]))
-        rows = programs.rows(params, constants, state.trainable, evals, n)
+        rows = programs.rows(params, constants, programs.learned(state), evals, n)
         finals.append(np.asarray(rows.loss.sum((1, 2)) / rows.weight.sum((1, 2)))[:m])
         losses.append(np.concatenate(curve, axis=1))
         trees.append(jax.device_get(state.trainable))
@@ -119,6 +119,19 @@ def test_a_member_alone_equals_itself_in_the_sweep(base, task, reference, index)
     final, losses, trainable, *_ = run(settings(**MIXED), base, task, pick=[index])
     np.testing.assert_allclose(losses[0], reference[1][index], rtol=1e-5)
     np.testing.assert_allclose(final[0], reference[0][index], rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "lion", "muon", "schedule-free"])
+def test_a_member_alone_equals_itself_in_the_sweep_with_other_optimizers(base, task, optimizer):
+    """Rank 1 of two matrices, padded to rank 20 of all; wider than the matrices."""
+    axes = {"rank": (1, 16), "targets": (("q", "v"), ("all-linear",))}
+    c = settings(**axes)
+    c.train.optimizer = optimizer
+    pick = lambda pick: run(c, base, task, pick=pick)
+    (final, losses, *_), (of_one, losses_of_one, *_) = pick([0, 3]), pick([0])
+    np.testing.assert_allclose(losses_of_one[0], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(of_one[0], final[0], rtol=1e-5)
+    assert losses[0, -1] < losses[0, 0] - 0.001
 
 
 def test_members_learn_and_differ(reference):
