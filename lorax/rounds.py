@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from lorax import halving, report, rundir, search, tensorboard, tree
+from lorax import halving, report, rundir, search, track, tree
 from lorax.analysis import answer, runs, tables
 from lorax.config import Member
 from lorax.errors import reason
@@ -41,14 +41,16 @@ def train(
     command: the command that runs the same again, for config.json.
     """
     tables.read_statistics(settings.analysis.also)  # raises if one can't be read
+    track.check(settings.track)
     with contextlib.suppress(RuntimeError):  # JAX has already started: its devices stay
         layouts.split_cpu()
     with Screen() as screen:
         log = Log(workdir, screen)
-        base = _train(settings, members, log, command)
-        log.write("trained")
-        screen.end_bar()
-        _analyse(settings, base, log)
+        with contextlib.closing(log):
+            base = _train(settings, members, log, command)
+            log.write("trained")
+            screen.end_bar()
+            _analyse(settings, base, log)
         log.write("trained" if log.failed else "finished")
         log.attempt("table", lambda: screen.table(runs.load(workdir)))
         if settings.search.threshold:
@@ -62,12 +64,13 @@ class Log:
     """The state of a run, as in status.json, and the screen that reports it.
 
     results: {member: its row of `lorax.train.loop.train`}. failed: {what failed after training:
-    why}. seconds: wall clock of earlier starts of the run. began: when this one started.
+    why}. seconds: wall clock of earlier starts of the run. began: when this one started. trackers:
+    {name to print: what follows the run}.
     """
 
     workdir: Path
     screen: Screen
-    events: tensorboard.Events | None = None
+    trackers: dict = dataclasses.field(default_factory=dict)
     results: dict[int, dict] = dataclasses.field(default_factory=dict)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
@@ -89,6 +92,11 @@ class Log:
             self.failed[what] = reason(error)
             self.screen.say(f"{what}: {rundir.keep_error(self.workdir, error)}")
 
+    def close(self) -> None:
+        """Leave the trackers, so that this process can continue the run."""
+        for name, tracker in self.trackers.items():
+            self.attempt(name, tracker.close)
+
 
 # ---------------------------------------------------------------------------------------- training
 
@@ -105,12 +113,13 @@ def _train(settings, members: list[Member], log: Log, command: str) -> Base:
         say(halving.budget(race))
     check_disk(workdir, groups, race)
     write_config(workdir, settings, base, command)
-    log.events, evaluations = tensorboard.Events(workdir), Evaluations(workdir)
+    log.trackers, evaluations = track.trackers(settings.track, workdir), Evaluations(workdir)
 
     def progress(done, total):
         log.screen.progress(done, total, evaluations.newest())
-        if "TensorBoard" not in log.failed:
-            log.attempt("TensorBoard", log.events.update)
+        for name, tracker in log.trackers.items():
+            if name not in log.failed:
+                log.attempt(name, tracker.update)
 
     members, lines, offset, before = list(members), [], 0, 0
     rounds, most = search.rounds(settings), search.most_members(settings, members)
@@ -214,7 +223,7 @@ def _git_revision() -> str | None:
 
 
 def _analyse(settings: ConfigDict, base: Base, log: Log) -> None:
-    """Write the tables, the report and TensorBoard's files of a trained run."""
+    """Write the tables and the report of a trained run, and send the rest to the trackers."""
     workdir, say = log.workdir, log.screen.say
     for member, result in log.results.items():
         failed = result.get("failed", {}).items()
@@ -225,7 +234,11 @@ def _analyse(settings: ConfigDict, base: Base, log: Log) -> None:
     if settings.analysis.report:
         say("analysing the updates and drawing the report")
         log.attempt("report", lambda: _report(workdir, base, settings.analysis.also, say))
-    log.attempt("TensorBoard", log.events.finish)
+    for name, tracker in log.trackers.items():
+        log.failed.pop(name, None)  # everything is sent now
+        log.attempt(name, tracker.finish)
+        if name not in log.failed:
+            say(f"{name}: {tracker.where()}")
 
 
 def _write_tables(workdir: Path) -> None:

@@ -117,7 +117,6 @@ def _show_places(workdir: Path, has_report: bool) -> None:
         print(f"Figures      {workdir / rundir.FIGURES}\nNumbers      {workdir / rundir.ANALYSIS}")
     adapters = workdir / rundir.ADAPTERS
     print(f"Adapters     {adapters} ({formats(adapters)})")
-    print(f"TensorBoard  tensorboard --logdir {workdir / rundir.TENSORBOARD}")
 
 
 def _show_answer(workdir: Path, settings: ConfigDict) -> None:

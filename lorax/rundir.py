@@ -13,6 +13,7 @@ trajectory/PART/      spectra of their updates, one file per evaluation
 analysis/answer.json  the sweep's answer: which setting, and how sure that is
 analysis/, figures/   tables and figures of the report; report.html shows them
 tb/                   the same measurements for TensorBoard
+track/                what other trackers have been sent (`config.track`)
 errors.txt            traceback of everything that failed after training
 
 The state is "running" until all members are trained, then "trained" until tables and report are
@@ -41,9 +42,9 @@ STATUS, REPORT, ERRORS, LOCK = "status.json", "report.html", "errors.txt", ".loc
 ADAPTERS, ROWS, TEXTS = "adapters", "rows", "texts"
 CHECKPOINTS, TRAJECTORY = "checkpoints", "trajectory"
 BASE = "base"  # in place of a member's number, for the texts of the base itself
-ANALYSIS, FIGURES, TENSORBOARD = "analysis", "figures", "tb"
+ANALYSIS, FIGURES, TENSORBOARD, TRACK = "analysis", "figures", "tb", "track"
 FILES = (LOCK, CONFIG, MEMBERS, METRICS, STATUS, REPORT)
-FOLDERS = (ADAPTERS, ANALYSIS, CHECKPOINTS, FIGURES, ROWS, TENSORBOARD, TEXTS, TRAJECTORY)
+FOLDERS = (ADAPTERS, ANALYSIS, CHECKPOINTS, FIGURES, ROWS, TENSORBOARD, TEXTS, TRACK, TRAJECTORY)
 RUNS = Path("runs")  # where run directories are, unless --workdir says otherwise
 UNFINISHED = ("running", "stopped", "failed")  # states with members left to train
 
@@ -68,6 +69,11 @@ def writer(base: str, quant: str | None, decoding: Mapping[str, Any]) -> dict[st
     decoding: the config's `eval` section."""
     keys = ("new_tokens", "beams", "length_penalty", "no_repeat_ngram")
     return {"base": base, "quant": quant} | {key: decoding.get(key) for key in keys}
+
+
+def tracked(directory: Path) -> Path:
+    """The folder of what trackers have been sent."""
+    return Path(directory) / TRACK
 
 
 def table(directory: Path, name: str) -> Path:

@@ -54,8 +54,9 @@ def status(workdir):
 
 def test_a_report_that_fails_fails_no_run(go, tmp_path):
     """Nor do TensorBoard's files; the same command then does what is left."""
-    boom = "def boom(*_, **__): raise KeyError('x')\nfrom lorax import report, tensorboard\n"
-    done = go(boom + "report.write = tensorboard.Events.update = boom")
+    boom = "def boom(*_, **__): raise KeyError('x')\nfrom lorax import report\n"
+    boom += "from lorax.track import tensorboard\n"
+    done = go(boom + "report.write = tensorboard.Tracker.update = boom")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (line,) = done.stderr.splitlines()
     assert "all members are trained, but TensorBoard, report failed; run the same command" in line

@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from tensorboardX.record_writer import masked_crc32c
 
-from lorax import tensorboard
+from lorax.track import tensorboard
 
 
 def events(folder):
@@ -81,7 +81,7 @@ def test_points_are_there_while_it_trains_and_none_comes_twice(run):
     whole = lines(run)
     names = ["rank=1,alpha=16,lr=0.002,seed=0", "rank=4,alpha=16,lr=0.002,seed=0"]
     (run / "metrics.jsonl").write_text("".join(whole[:3]) + whole[3][:9])
-    follower = tensorboard.Events(run)
+    follower = tensorboard.Tracker(run)
     follower.update()
     assert len(scalars(run / "tb" / names[0])) > 3
     (run / "metrics.jsonl").write_text("".join(whole[:4]))
@@ -92,7 +92,7 @@ def test_points_are_there_while_it_trains_and_none_comes_twice(run):
     follower.update()
     same(scalars(run / "tb" / names[0]), expected(run, 0))
     (run / "metrics.jsonl").write_text("".join(whole))
-    again = tensorboard.Events(run)  # of the process that continues it
+    again = tensorboard.Tracker(run)  # of the process that continues it
     again.update()
     for member, name in enumerate(names):
         same(scalars(run / "tb" / name), expected(run, member))
@@ -101,7 +101,7 @@ def test_points_are_there_while_it_trains_and_none_comes_twice(run):
 
 def test_hyperparameters_are_in_the_file_that_is_read(run):
     """A second writer of tensorboardX on the same folder overwrote what was there, or itself."""
-    tensorboard.Events(run).finish()
+    tensorboard.Tracker(run).finish()
     for name, rank in (("rank=1,", 1), ("rank=4,", 4)):
         (folder,) = (run / "tb").glob(f"{name}*")
         found = {}
@@ -129,7 +129,7 @@ def test_effective_ranks_of_a_trajectory_are_among_the_points(run):
     arrays |= {"h/0/attn/q/used": np.array([True, False])}
     (run / "trajectory/0-0").mkdir(parents=True)
     save_file(arrays, run / "trajectory/0-0/50.safetensors")
-    follower = tensorboard.Events(run)
+    follower = tensorboard.Tracker(run)
     follower.update()
     follower.update()
     first, second = sorted((run / "tb").iterdir())
@@ -142,8 +142,8 @@ def test_figures_are_there_as_they_are(run):
     (run / "figures").mkdir()
     pixels = np.random.default_rng(0).random((5, 7, 3))
     image.imsave(run / "figures/curve.png", pixels)
-    tensorboard.Events(run).finish()
-    tensorboard.Events(run).finish()
+    tensorboard.Tracker(run).finish()
+    tensorboard.Tracker(run).finish()
     _, event = events(run / "tb/figures")
     (value,) = event.summary.value
     assert (value.tag, value.image.height, value.image.width) == ("curve", 5, 7)
@@ -158,6 +158,6 @@ def test_a_full_disk_is_an_error_and_no_hang(run):
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
     try:
         with pytest.raises(OSError):
-            tensorboard.Events(run).finish()
+            tensorboard.Tracker(run).finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
