@@ -5,7 +5,7 @@
         directory = decoders.saved(case.name)            # its directory, saved once
         base = lorax.load(str(directory))
 
-A family has one case for each of its options.
+A family has one case for each of its options, and the last one has several.
 """
 
 import functools
@@ -54,17 +54,17 @@ CASES = {
     case.name: case
     for case in (
         _case("llama-biases", "llama", head_dim=10, attention_bias=True, mlp_bias=True),
+        _case("llama-dynamic", "llama", rope_parameters=dict(rope_type="dynamic", factor=3.0)),
+        _case("llama-longrope", "llama", rope_parameters=LONG, num_key_value_heads=1),
         _case(
             "llama-3", "llama", tie_word_embeddings=True, rms_norm_eps=0.01,
             rope_parameters=LLAMA3, max_position_embeddings=128,
         ),
-        _case("llama-dynamic", "llama", rope_parameters=dict(rope_type="dynamic", factor=3.0)),
-        _case("llama-longrope", "llama", rope_parameters=LONG, num_key_value_heads=1),
-        _case("mistral", "mistral", sliding_window=3, head_dim=4),
         _case(
             "mistral-full", "mistral",
             sliding_window=None, num_key_value_heads=4, hidden_act="gelu",
         ),
+        _case("mistral", "mistral", sliding_window=3, head_dim=4),
         _case("qwen2", "qwen2", rope_parameters=YARN, max_position_embeddings=64),
         _case(
             "qwen2-mixed", "qwen2",
@@ -138,6 +138,10 @@ CASES = {
         ),
     )
 }  # fmt: skip
+
+
+#: model_type -> the last case of the family.
+OF_FAMILY = {case.model_type: case.name for case in CASES.values()}
 
 
 @functools.cache

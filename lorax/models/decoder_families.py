@@ -6,6 +6,7 @@ names of its tensors where they are not LLaMA's.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -279,6 +280,25 @@ FIELDS = {
     "rope_local_base_freq": fields.above(1),
     **rope.FIELDS,
 }
+
+
+#: Fields of a config.json that change nothing that a model computes from given weights.
+_BOOKKEEPING = (
+    r"_.*|model_type|architectures|auto_map|transformers_version|(torch_)?dtype|initializer_.*|"
+    r"use_cache|pretraining_tp|.*_token_id|.*(dropout|_pdrop).*|.*label.*|problem_type|"
+    r"quantization_config|output_.*|return_dict|is_.*|no_rope_layer_interval|task_.*"
+)
+
+
+def unread(hf: Mapping) -> list[str]:
+    """The fields of a config.json that are set and that no family of decoders reads: what stands in
+    the way of a `model_type` that is not one of `FAMILIES`."""
+    off = (None, False, 0, 1, "", [], {})
+    return [
+        name
+        for name, value in hf.items()
+        if name not in FIELDS and value not in off and not re.fullmatch(_BOOKKEEPING, name)
+    ]
 
 
 def config_from_hf(hf: dict, **run) -> Config:

@@ -12,7 +12,7 @@ from lorax import fields, intercept, memory, outside, tree, vocabulary
 from lorax.errors import nearest
 from lorax.files import read_json
 from lorax.interop import hf
-from lorax.models import custom
+from lorax.models import custom, decoder_families
 from lorax.models.base import Base
 from lorax.models.directories import find
 from lorax.models.families import FAMILIES, WHOLE, traits
@@ -133,7 +133,7 @@ def family_of(name: str, raw: Mapping) -> str:
         )
     if family not in FAMILIES:
         known = f"{', '.join(FAMILIES)}{nearest(str(family), FAMILIES)}"
-        raise ValueError(f"{place}: model_type {family!r} is not one of {known}")
+        raise ValueError(f"{place}: model_type {family!r} is not one of {known}{_in_the_way(raw)}")
     coded = described.get("quantization_config") or {}
     coded = fields.read(coded, CODED, f"{place}: quantization_config")
     if described.get("quantization_config") and not coded.get("load_in_4bit"):
@@ -142,6 +142,16 @@ def family_of(name: str, raw: Mapping) -> str:
             "supported are bitsandbytes' 4 bits, and weights in float32, float16 or bfloat16"
         )
     return family
+
+
+def _in_the_way(raw: Mapping) -> str:
+    """The end of an error for an unknown causal model: the fields that our decoder lacks."""
+    causal = "CausalLM" in str(raw.get("architectures"))
+    names = decoder_families.unread(raw) if causal else []
+    if not names:
+        return ""
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return f"; no decoder among these computes with its {', '.join(names[:6])}{more}"
 
 
 def config_of(name: str, raw: Mapping, **run):

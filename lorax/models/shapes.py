@@ -2,11 +2,11 @@
 
 `load("random:llama-7b")` and `skeleton` build them without any file. Sources: `gpt2.SIZES` names
 its own; LLaMA arXiv:2302.13971, table 2; LLaMA 2 arXiv:2307.09288, table 1, with the widths of the
-released models; Gemma 1, 2 and 3 (arXiv:2403.08295, 2408.00118, 2503.19786) and Phi-3 and 4
-(arXiv:2404.14219, 2412.08905) as released; Falcon arXiv:2311.16867, table 16; RoBERTa
-arXiv:1907.11692, section 5; DeBERTa v2 XXL as its authors released it (arXiv:2006.03654); the fully
-connected networks and LeNets arXiv:1804.08838, sections 3.1 and 3.2. Other fully connected networks
-are named by their widths.
+released models; Gemma 1, 2 and 3 (arXiv:2403.08295, 2408.00118, 2503.19786), Phi-3 and 4
+(arXiv:2404.14219, 2412.08905) and other newer decoders as released; Falcon arXiv:2311.16867, table
+16; RoBERTa arXiv:1907.11692, section 5; DeBERTa v2 XXL as its authors released it
+(arXiv:2006.03654); the fully connected networks and LeNets arXiv:1804.08838, sections 3.1 and 3.2.
+Other fully connected networks are named by their widths.
 """
 
 import re

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoders import CASES, LLAMA3, LONG, TINY, TOKENS, YARN, reference, saved
+from decoders import CASES, LLAMA3, LONG, OF_FAMILY, TINY, TOKENS, YARN, reference, saved
 from quick import jit
-from support import data, require
+from support import data, few, require
 
 import lorax
-from lorax import models, tree
+from lorax import decode, models, tree
 from lorax.models import decoder, layers, rope
 from lorax.models.decoder import FULL, SLIDING
-from lorax.models.decoder_families import config_from_hf, hf_config, hf_tensors
+from lorax.models.decoder_families import FAMILIES, config_from_hf, hf_config, hf_tensors, unread
 
 LEFT = np.array([[1] * 12, [0] * 3 + [1] * 9, [0] * 8 + [1] * 4], np.int32)
 RIGHT = LEFT[:, ::-1].copy()
@@ -33,11 +33,12 @@ def as_ours(config, tensors):
 
 
 @functools.cache
+def loaded(name):
+    return lorax.load(str(saved(name)))
+
+
 def ours(name):
-    """The same model by way of memory."""
-    model = reference(name)
-    config = config_from_hf(model.config.to_dict())
-    return decoder.Decoder(config), tree.unflatten(as_ours(config, model.state_dict()))
+    return loaded(name).module, loaded(name).params
 
 
 def torch_logits(model, tokens=TOKENS, mask=None):
@@ -50,7 +51,7 @@ def torch_logits(model, tokens=TOKENS, mask=None):
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_transformers_there_and_back(name, tmp_path):
     transformers, model = require("transformers"), reference(name)
-    base = lorax.load(str(saved(name)))
+    base = loaded(name)
     expected = torch_logits(model)
     assert np.ptp(expected) > 5  # flat logits would agree with anything
     logits = jit(functools.partial(lorax.apply, base.module))(base.params, TOKENS)
@@ -76,7 +77,11 @@ def run(name):
     return lambda tokens, segments: np.asarray(apply(tokens, segments))
 
 
-@pytest.mark.parametrize("name", ["llama-3", "qwen2-mixed"])
+#: Cases with masks and rotations of several kinds.
+KINDS = ["qwen2-mixed", "smollm3-windows", "olmo3-ropes"]
+
+
+@pytest.mark.parametrize("name", few(["llama-3", *KINDS], KINDS[1:]))
 def test_padding_on_either_side_is_not_seen(name):
     for segments in (LEFT, RIGHT):
         got, want = run(name)(TOKENS, segments), torch_logits(reference(name), TOKENS, segments)
@@ -84,7 +89,10 @@ def test_padding_on_either_side_is_not_seen(name):
         np.testing.assert_allclose(got[real], want[real], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama-3", "llama-dynamic", "llama-longrope", "qwen2-mixed"])
+ROPED = ["llama-3", "llama-dynamic", "llama-longrope"]
+
+
+@pytest.mark.parametrize("name", few([*ROPED, *KINDS], [*ROPED[1:], *KINDS[1:]]))
 def test_packed_texts_are_texts_apart(name):
     """Also where one of them is so long that its own positions turn slower, and the other not."""
     segments = np.array([[0, *[5] * 9, 1, 1], [2] * 3 + [3] * 9, [1] * 6 + [2] * 6], np.int32)
@@ -96,7 +104,7 @@ def test_packed_texts_are_texts_apart(name):
         np.testing.assert_allclose(packed[row, at], alone, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama-3", "qwen2-mixed"])
+@pytest.mark.parametrize("name", few(["llama-3", *KINDS], KINDS[1:]))
 def test_reading_in_parts_with_a_cache_is_one_pass(name):
     module, params = ours(name)
 
@@ -107,12 +115,29 @@ def test_reading_in_parts_with_a_cache_is_one_pass(name):
         return apply(hidden, method="logits"), cache
 
     cache, parts = module.empty_cache(3, 14), []
-    assert cache.k.shape == (2, 3, 14, 2, module.config.head_dim)
+    c = module.config
+    assert cache.k.shape == (c.num_hidden_layers, 3, 14, c.num_key_value_heads, c.head_dim)
     for part in (slice(0, 9), slice(9, 10), slice(10, 11), slice(11, 12)):
         logits, cache = read(TOKENS[:, part], LEFT[:, part], cache)
         parts.append(logits)
     got = np.concatenate(parts, axis=1)
     np.testing.assert_allclose(got[LEFT > 0], run(name)(TOKENS, LEFT)[LEFT > 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", few([*OF_FAMILY.values()], KINDS[1:]))
+def test_greedy_text_is_that_of_transformers(name):
+    """Prompts of 6 to 12 tokens, padded on the left, and 10 more tokens."""
+    torch, base = require("torch"), loaded(name)
+    segments = np.array([[1] * 12, [0] * 3 + [1] * 9, [0] * 6 + [1] * 6], np.int32)
+    variety = dict(no_repeat_ngram_size=2)  # or random models say one token for ever
+    how = decode.DecodingOptions(max_new_tokens=10, ends=(), pad=0, **variety)
+    got = decode.generate(base.module, base.params, TOKENS, segments, jax.random.key(0), how)
+    want = reference(name).generate(
+        torch.from_numpy(TOKENS).long(), attention_mask=torch.from_numpy(segments),
+        max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0, **variety,
+    )  # fmt: skip
+    np.testing.assert_array_equal(got, want[:, 12:].numpy())
+    assert len(np.unique(got)) >= 5
 
 
 @pytest.mark.parametrize("name", ["llama-dynamic", "llama-longrope"])
@@ -140,15 +165,21 @@ def torch_gradients(name):
     return {key: value.grad for key, value in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [("none", 1), ("full", 2)])
-def test_gradients_are_those_of_transformers(remat, unroll):
-    module, params = ours("llama-biases")
+RUNS = [("llama-biases", "none", 1), ("qwen3-mixed", "dots", 0), ("olmo3-ropes", "full", 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "remat", "unroll"),
+    few([*RUNS, ("llama-biases", "full", 2), ("granite-multipliers", "none", 0)], RUNS),
+)
+def test_gradients_are_those_of_transformers(name, remat, unroll):
+    module, params = ours(name)
     config = dataclasses.replace(module.config, remat=remat, unroll=unroll)
     loss = lambda params: jnp.mean(
         jax.nn.logsumexp(decoder.Decoder(config).apply({"params": params}, TOKENS), axis=-1)
     )
     grads = tree.flatten(jit(jax.grad(loss))(params))
-    for path, want in as_ours(config, torch_gradients("llama-biases")).items():
+    for path, want in as_ours(config, torch_gradients(name)).items():
         scale = np.abs(want).max()
         assert scale > 1e-4, path
         np.testing.assert_allclose(grads[path], want, rtol=1e-3, atol=1e-4 * scale, err_msg=path)
@@ -312,9 +343,17 @@ def test_what_the_module_does_not_compute_is_refused(fields, message):
         config_from_hf(TINY | fields)
 
 
+def test_the_fields_that_no_family_reads_are_said():
+    cohere = TINY | dict(
+        model_type="cohere", logit_scale=0.0625, layer_norm_eps=1e-5, use_qk_norm=False,
+        bos_token_id=5, attention_dropout=0.1, _name_or_path="x", rope_theta=1e4,
+    )  # fmt: skip
+    assert unread(cohere) == ["logit_scale", "layer_norm_eps"]
+
+
 def test_fields_that_a_file_leaves_out_are_those_of_transformers():
-    for family, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2")):
-        theirs = getattr(require("transformers"), f"{name}Config")().to_dict()
+    for family in FAMILIES:
+        theirs = require("transformers").AutoConfig.for_model(family).to_dict()
         assert config_from_hf({"model_type": family}) == config_from_hf(theirs)
     assert config_from_hf({}) == decoder.Config()
 

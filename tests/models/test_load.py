@@ -421,6 +421,10 @@ DAMAGE = {
         lambda d: edit_config(d, model_type="mamba"),
         (ValueError, "model_type 'mamba' is not one of gpt2"),
     ),
+    "family with fields of its own": (
+        lambda d: edit_config(d, model_type="gpt_neo", architectures=["GPTNeoForCausalLM"]),
+        (ValueError, "'gpt_neo' is not one of .*; no decoder among these computes with its "),
+    ),
     "option": (
         lambda d: edit_config(d, scale_attn_by_inverse_layer_idx=True),
         (ValueError, "scale_attn_by_inverse_layer_idx=true is not supported"),
