@@ -23,7 +23,9 @@ Array = jax.Array
 class Site(NamedTuple):
     """The meaning of a kernel's axes, not counting layer axes.
 
-    kind: "linear", "conv" or "embed". stack: number of leading layer axes (`nn.scan`).
+    kind: "linear", "conv" or "embed"; "other" for a kernel of an NNX module that no product reads
+        as it is, and whose leaf is made a plain kernel.
+    stack: number of leading layer axes (`nn.scan`).
     ins, outs: kernel axes that are contracted with the input, and that the layer produces.
     word: the canonical target ("q") that a user's model assigns to it; "" if the name says it.
     """

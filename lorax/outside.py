@@ -65,6 +65,8 @@ def spelled(function: Callable, field: str = "") -> str:
     with `field`, for a lambda, a nested function or another callable that can't be looked up by
     name.
     """
+    if is_nnx(function):
+        return _of_module(function)
     name, where = getattr(function, "__qualname__", ""), f"{field}: " * bool(field)
     if not name.isidentifier():
         raise ValueError(
@@ -74,6 +76,30 @@ def spelled(function: Callable, field: str = "") -> str:
     text = f"{_file_of(function)}:{name}"
     _FUNCTIONS[text] = function, None
     return text
+
+
+def is_nnx(value) -> bool:
+    """Whether a value is an NNX module. Nothing is imported: who made it has imported NNX."""
+    return "flax.nnx" in sys.modules and isinstance(value, sys.modules["flax.nnx"].Module)
+
+
+def _of_module(module) -> str:
+    """The name of an NNX module that exists only in this process, as of a function of a notebook
+    that returns it."""
+    kind, number = type(module).__name__, 1
+    name = f"{NOTEBOOK}:{kind}"
+    while name in _FUNCTIONS and getattr(_FUNCTIONS[name][0], "module", None) is not module:
+        number += 1
+        name = f"{NOTEBOOK}:{kind}_{number}"
+
+    def function():
+        return module
+
+    function.module = module
+    function.__wrapped__ = type(module).__call__  # whose file `blame` names
+    function.__signature__ = inspect.Signature()
+    _FUNCTIONS.setdefault(name, (function, None))
+    return name
 
 
 def is_known(name: str) -> bool:

@@ -20,7 +20,7 @@ LAYERS = (
     | {"calls", "halving", "ranges", "scales", "tree", "vocabulary", "xla"},
     {"ops", "interop"},
     {"leaves"},
-    {"intercept"},
+    {"intercept", "interpret"},
     {"losses"},
     {"quant", "methods", "models"},
     {"adapters", "decode"},

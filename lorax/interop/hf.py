@@ -48,7 +48,8 @@ class Source(NamedTuple):
     their axes in ours, None for the same; (1, 0) for a torch `Linear`. part: slice or integer
     array, our columns of a fused tensor; None for all. tied: another tensor with the same weight,
     read if the files have only that one. layer: the parameter's name in one layer, with "{}" for
-    the number, if the number does not follow the first word of its path.
+    the number, if the number does not follow the first word of its path. linear: whether a kernel
+    with more than two axes is that of a linear layer, whose inputs or outputs have several axes.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Source(NamedTuple):
     part: slice | np.ndarray | None = None
     tied: str | None = None
     layer: str | None = None
+    linear: bool = False
 
     def width(self) -> int:
         """The fewest columns that a fused tensor with this part can have."""

@@ -71,11 +71,9 @@ def resolve(
 def matching(word: str, sites: Mapping[str, ops.Site], field: str = "method.targets") -> list[str]:
     """Paths among `sites` that a word of `resolve` means; an empty list if there are none."""
     if word == "all-linear":
-        return [
-            path
-            for path, site in sites.items()
-            if site.kind != "embed" and not re.fullmatch(rf"head/.*|{WORDS['head']}", path)
-        ]
+        is_head = lambda path: re.fullmatch(rf"head/.*|{WORDS['head']}", path)
+        kinds = "linear", "conv"
+        return [p for p, site in sites.items() if site.kind in kinds and not is_head(p)]
     meant = GROUPS.get(word, (word,))
     patterns = _patterns(word) or [rf"(.*/)?{re.escape(word)}/(kernel|embedding)"]
     hits = _matches(patterns, sites, f"{field}: {word!r}")

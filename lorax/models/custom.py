@@ -1,4 +1,4 @@
-"""A base model of your own: a Python function that returns a Linen module.
+"""A base model of your own: a Python function that returns a Linen or an NNX module.
 
     def tiny():
         return Tiny(vocab_size=1024, width=64, depth=2)
@@ -11,6 +11,7 @@ more: where its weights come from, which tokenizer it uses, what its layers are 
 import functools
 import hashlib
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -41,22 +42,24 @@ WORDS = ("q", "k", "v", "o", "up", "gate", "down", "embed", "head")
 class Model(NamedTuple):
     """What a user's function returns; a bare module is `Model(module)`.
 
-    module: Linen module, of tokens (B, T) int32 -> logits (B, T, V) or of arrays (B, ...) float32
-        -> scores (B, k). All its variables are in the collection "params".
+    module: Linen or NNX module, of tokens (B, T) int32 -> logits (B, T, V) or of arrays (B, ...)
+        float32 -> scores (B, k). All variables of a Linen module are in the collection "params".
     inputs: an example input, integer tokens (B, T) or float arrays (B, ...); None: one token.
     vocabulary: directory with tokenizer.json (and config.json, for the ids that end a text), a
         shipped model's name, or a `Vocabulary`; None: the model can't read texts.
     weights: function without arguments that returns the tree of params, or {path: array} with
-        paths like "blocks/mlp/up/kernel"; None: the module's initializers draw them from a seed.
+        paths like "blocks/mlp/up/kernel"; None: the module's initializers draw them from a seed, or
+        the values that an NNX module has.
     positions: the longest input in tokens, None without a limit.
     targets: {canonical word: end of the module's path, or "re:" and a regex of parameter paths}:
         {"q": "query", "up": "re:.*/ffn/in/kernel"}. Layers called q, k, v, o, up, gate, down need
         no entry, and a layer's own name is always a target.
     cached: whether the module has `hidden`, `logits`, `empty_cache` and `head` like `gpt2.GPT2`:
-        then training never holds all logits, and generation computes each token once.
+        then training never holds all logits, and generation computes each token once. Not for
+        NNX.
     """
 
-    module: nn.Module
+    module: object
     inputs: object = None
     vocabulary: str | Path | Vocabulary | None = None
     weights: Callable[[], Mapping] | None = None
@@ -97,7 +100,7 @@ def save(directory: Path, base: Base) -> None:
 
 def load(name: str, dtype: str, param_dtype, run: Mapping) -> Base:
     """As `models.load`, for "FILE.py:function"."""
-    request = _call(name, dtype, run)
+    request = _call(name, dtype, run, whole=True)
     base, init = _shapes(request, param_dtype, run)
     if request.file is not None:
         flat = _checked(base, lambda: read_safetensors(request.file)[0], request, param_dtype)
@@ -105,7 +108,7 @@ def load(name: str, dtype: str, param_dtype, run: Mapping) -> Base:
         flat = _checked(base, request.model.weights, request, param_dtype)
     else:
         with outside.blame(request.function, f"base: {name}"):
-            flat = tree.flatten(jax.tree.map(lambda x: x.astype(param_dtype), jax.jit(init)()))
+            flat = tree.flatten(jax.tree.map(lambda x: x.astype(param_dtype), init()))
     params = tree.unflatten({path: jnp.asarray(flat[path]) for path in tree.flatten(base.params)})
     base = base.replace(
         params=params, vocabulary=_vocabulary(request, base), sha256=_sha256(params)
@@ -117,7 +120,7 @@ def load(name: str, dtype: str, param_dtype, run: Mapping) -> Base:
 
 def skeleton(name: str, dtype: str, param_dtype, run: Mapping) -> Base:
     """As `models.load.skeleton`, for "FILE.py:function": nothing is allocated."""
-    request = _call(name, dtype, run)
+    request = _call(name, dtype, run, whole=False)
     base = _shapes(request, param_dtype, run)[0]
     return base.replace(vocabulary=_vocabulary(request, base))
 
@@ -125,8 +128,9 @@ def skeleton(name: str, dtype: str, param_dtype, run: Mapping) -> Base:
 # --------------------------------------------------------------------------------- the function
 
 
-def _call(name: str, dtype: str, run: Mapping) -> Given:
-    """Call the function with dtype and the fields of run, as far as it takes them."""
+def _call(name: str, dtype: str, run: Mapping, whole: bool) -> Given:
+    """Call the function with dtype and the fields of run, as far as it takes them. whole: False if
+    shapes do for the weights of an NNX module."""
     place, (spelled, suffix, random) = f"base: {name}", outside.base_name(name)
     function = outside.resolve(spelled, "base")
     seed, file = 0, None
@@ -146,49 +150,109 @@ def _call(name: str, dtype: str, run: Mapping) -> Given:
         if field not in takes and value != usual.get(field):
             why = "the task's classes" if field == "labels" else f"{field}: {value!r} given"
             raise ValueError(f"{place}: {why}, but the function takes no argument {field!r}")
-    model = outside.call(function, field=place, **{k: v for k, v in asked.items() if k in takes})
-    if isinstance(model, nn.Module):
-        model = Model(model)
-    elif isinstance(model, tuple) and not isinstance(model, Model) and len(model) == 2:
-        model = Model(*model)
-    if not isinstance(model, Model) or not isinstance(model.module, nn.Module):
-        raise ValueError(
-            f"{place}: returns {type(model).__name__}, expected a flax.linen.Module, a pair "
-            "(module, example of its input) or a lorax.models.Model"
-        )
+    asked = {k: v for k, v in asked.items() if k in takes}
+    make = lambda: _model(outside.call(function, field=place, **asked, **_rngs(takes, seed)), place)
+    model = None
+    if not whole and "flax.nnx" in sys.modules:
+        from lorax.models import nnx
+
+        model = nnx.of_shapes(make)
+    model = model or make()
+    if outside.is_nnx(model.module) and seed and "rngs" not in takes:
+        raise ValueError(f"{place}: @{seed} given, but the function takes no argument 'rngs'")
     return Given(name, function, model, seed, file, random)
 
 
-def _shapes(request: Given, param_dtype, run: Mapping):
-    """(`Base` whose params are shapes, init() -> float32 params)."""
-    model, place = request.model, f"base: {request.name}"
-    example = jnp.zeros((1, 1), jnp.int32) if model.inputs is None else jnp.asarray(model.inputs)
-    tokens = jnp.issubdtype(example.dtype, jnp.integer)
-    if (tokens and example.ndim != 2) or (not tokens and example.ndim < 2):
+def _model(returned, place: str) -> Model:
+    """What a function returned, as a `Model`."""
+    model = returned
+    if isinstance(model, nn.Module) or outside.is_nnx(model):
+        model = Model(model)
+    elif isinstance(model, tuple) and not isinstance(model, Model) and len(model) == 2:
+        model = Model(*model)
+    if not isinstance(model, Model) or not (
+        isinstance(model.module, nn.Module) or outside.is_nnx(model.module)
+    ):
         raise ValueError(
-            f"{place}: inputs of shape {example.shape} {example.dtype} given, must be tokens "
-            "(B, T) of integers or arrays (B, ...) of floats"
+            f"{place}: returns {type(model).__name__}, expected a flax.linen.Module, a "
+            "flax.nnx.Module, a pair (module, example of its input) or a lorax.models.Model"
         )
-    zeros = lambda: jnp.zeros(example.shape, jnp.int32 if tokens else jnp.float32)
-    inputs, labels = jax.eval_shape(zeros), run.get("labels")
-    extra_inputs = (zeros(), zeros()) if labels else ()  # segments, types
-    init = lambda: _only_params(
-        model.module.init(jax.random.key(request.seed), zeros(), *extra_inputs)
-    )
+    if model.cached and outside.is_nnx(model.module):
+        raise ValueError(f"{place}: cached: True given, which is for Linen modules only")
+    return model
+
+
+def _rngs(takes, seed: int) -> dict:
+    """The argument `rngs` of a function of an NNX module, if it takes one."""
+    if "rngs" not in takes:
+        return {}
+    from flax import nnx
+
+    return {"rngs": nnx.Rngs(seed)}
+
+
+class Described(NamedTuple):
+    """A module as lorax needs it. module: in Linen. init() -> its params; shapes: of these. sites,
+    stacks: see `intercept.sites` and `_stacks`. packs: whether it takes segments. whole, notes: see
+    `Traits`."""
+
+    module: nn.Module
+    init: Callable[[], dict]
+    shapes: dict
+    sites: dict[str, ops.Site]
+    stacks: dict[str, tuple[int, int]]
+    packs: bool
+    whole: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _linen(request: Given, *inputs) -> Described:
+    """A Linen module. inputs: shapes."""
+    module = request.model.module
+    zeros = lambda: [jnp.zeros(x.shape, x.dtype) for x in inputs]
+    init = jax.jit(lambda: _only_params(module.init(jax.random.key(request.seed), *zeros())))
+    shapes = jax.eval_shape(init)
+    sites = intercept.sites(module, shapes, *inputs)
+    packs = "segments" in outside.takes(type(module).__call__)
+    return Described(module, init, shapes, sites, _stacks(module, shapes, *inputs), packs)
+
+
+def _nnx(request: Given, *inputs) -> Described:
+    """An NNX module. inputs: shapes."""
+    from lorax.models import nnx
+
+    given = request.model.module
+    split = nnx.Split(given, *inputs)
+    packs = "segments" in outside.takes(type(given).__call__)
+    notes = [
+        f"{kind} {', '.join(paths[:3])}{' ...' * (len(paths) > 3)}: frozen, in evaluation mode"
+        for kind, paths in split.frozen.items()
+    ]
+    module, init, shapes = nnx.NNXModule(split), lambda: split.params, tree.shapes(split.params)
+    about = split.sites, split.stacks, packs, split.whole, tuple(notes)
+    return Described(module, init, shapes, *about)
+
+
+def _shapes(request: Given, param_dtype, run: Mapping):
+    """(`Base` whose params are shapes, init() -> its params in the module's own dtypes)."""
+    model, place = request.model, f"base: {request.name}"
+    example = _example(model, place)
+    tokens = example.dtype == jnp.int32
+    labels = run.get("labels")
+    inputs = (example,) * (3 if labels else 1)  # an encoder's: tokens, segments, types
     with outside.blame(request.function, place):
-        shapes = jax.eval_shape(init)
-        out = jax.eval_shape(
-            lambda p: model.module.apply({"params": p}, zeros(), *extra_inputs), shapes
-        )
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype), shapes)
+        about = _nnx(request, *inputs) if outside.is_nnx(model.module) else _linen(request, *inputs)
+        apply = lambda params, *inputs: about.module.apply({"params": params}, *inputs)
+        out = jax.eval_shape(apply, about.shapes, *inputs)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype), about.shapes)
     causal = bool(tokens) and not labels
-    _check_output(place, out, inputs, causal)
-    module = model.module
+    _check_output(place, out, example, causal)
+    module = about.module
     if causal and not model.cached:
-        module = Plain(module, "segments" in outside.takes(type(module).__call__))
+        module = Plain(module, about.packs)
+    source = lambda path: _source(path, about.sites.get(path), *about.stacks[path])
     with outside.blame(request.function, place):
-        sites = intercept.sites(model.module, params, inputs, *extra_inputs)
-        stacks = _stacks(model.module, params, inputs, *extra_inputs)
+        sources = {path: source(path) for path in about.stacks}
     traits = Traits(
         causal=causal,
         input_shape=None if tokens else example.shape[1:],
@@ -196,12 +260,29 @@ def _shapes(request: Given, param_dtype, run: Mapping):
         positions=model.positions,
         head=model.module.head if causal and model.cached else (),
         packs=model.cached or module.packs if causal else False,
-        sources={path: _source(path, sites.get(path), *stacks[path]) for path in stacks},
+        sources=sources,
+        whole=about.whole,
+        notes=about.notes,
     )
-    sites = _with_words(sites, model.targets, place)
+    sites = _with_words(about.sites, model.targets, place)
     family = f"module {type(model.module).__name__}"
     base = Base(module, params, None, None, sites, family, request.name, "", traits=traits)
-    return base, init
+    return base, about.init
+
+
+def _example(model: Model, place: str) -> jax.ShapeDtypeStruct:
+    """Shape and dtype, int32 or float32, of the example input."""
+    if model.inputs is None:
+        return jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    given = model.inputs if hasattr(model.inputs, "dtype") else np.asarray(model.inputs)
+    shape, dtype = given.shape, given.dtype
+    tokens = jnp.issubdtype(dtype, jnp.integer)
+    if (tokens and len(shape) != 2) or (not tokens and len(shape) < 2):
+        raise ValueError(
+            f"{place}: inputs of shape {shape} {dtype} given, must be tokens (B, T) of integers or "
+            "arrays (B, ...) of floats"
+        )
+    return jax.ShapeDtypeStruct(shape, jnp.int32 if tokens else jnp.float32)
 
 
 def _only_params(variables: Mapping) -> dict:
@@ -366,7 +447,8 @@ def _source(path: str, site, axes: int, depth: int) -> hf.Source:
         order = tuple(int(i) for i in np.argsort(theirs))
     last = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
     words[-1] = last.get(words[-1], words[-1])
-    return hf.Source(".".join(words), order, layer=layer)
+    linear = site is not None and site.kind in ("linear", "other")
+    return hf.Source(".".join(words), order, layer=layer, linear=linear)
 
 
 class Plain(nn.Module):

@@ -44,6 +44,9 @@ class Traits(NamedTuple):
     packs: whether it takes `segments`, so that several texts share a row without seeing each other.
     sources: {parameter path: its place in Hugging Face's tensors}.
     config: the fields of the config.json that goes with these tensors.
+    whole: paths of kernels that the module also reads in a way for which an operator leaf has to be
+        made a plain kernel (NNX modules).
+    notes: what a user should know about the model, a line each.
     """
 
     causal: bool = False
@@ -57,6 +60,8 @@ class Traits(NamedTuple):
     packs: bool = True
     sources: Mapping[str, Source] = {}
     config: Mapping = {}
+    whole: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def example(self) -> jax.Array:
         """The smallest input of the model, all zeros: a batch of one array or one token."""

@@ -11,7 +11,7 @@ from lorax import halving, tasks, tree
 from lorax.halving import Race
 from lorax.planning import compiled
 from lorax.planning.shapes import one_member, rows, shapes
-from lorax.train import layouts
+from lorax.train import layouts, stacks
 
 
 class Cost(NamedTuple):
@@ -36,7 +36,8 @@ class Plan(NamedTuple):
     the host's memory. files: arrays that each member exports. costs: by width, ascending. cpu: the
     cost of the width that a CPU uses, None if no CPU was asked for. kept: of the best step, with
     `eval.keep` "best". evaluated: number of validation rows that a member that trains to the end is
-    evaluated on in all, and of test rows, None where only the data tell.
+    evaluated on in all, and of test rows, None where only the data tell. notes: what else to know
+    about the base, a line each.
     """
 
     members: int
@@ -59,6 +60,7 @@ class Plan(NamedTuple):
     cpu: Cost | None
     kept: int = 0
     evaluated: tuple[int, int | None] = (0, 0)
+    notes: tuple[str, ...] = ()
 
     @property
     def state(self) -> int:
@@ -139,6 +141,7 @@ def plan(members, devices: Iterable[str] = (), race: Race | None = None) -> Plan
         cpu=cpu,
         kept=one(stacked.state.trainable) if c.eval.keep == "best" else 0,
         evaluated=_evaluated(c, race.stops[members[0].index]),
+        notes=tuple(filter(None, (*base.traits.notes, stacks.made_whole(stacked, base)))),
     )
 
 

@@ -72,7 +72,7 @@ def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
     note = f"All estimated. Memory to use: {SHARE:.0%} of an accelerator's, 80% of what is free "
     note += "on this machine. Peaks: "
     note += "; ".join(f"{name}: {DEVICES[name].source}" for name in devices) + "."
-    what = Table(title, headings, lines)
+    what = Table(title, headings, lines, "\n".join(p.notes))
     return [what, Table(f"Group {index} on devices", columns, reached, note)]
 
 

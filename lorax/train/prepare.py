@@ -112,6 +112,8 @@ def _group(index: int, members: list[Member], loaded: Loaded, say: Callable) -> 
     built = stacks.build_methods(members, base, hps)
     group = Group(index, base, task, stacks.stack(members, built, base, task, seen), rankings)
 
+    if line := stacks.made_whole(group.stack, base):
+        say(f"group {index}: {line}")
     # Catch errors that would otherwise show only after training.
     check_positions(group)
     if tasks.prompts(task, c.eval.generate):
@@ -146,6 +148,8 @@ def _base(c, bases: dict[str, Base], say: Callable) -> Base:
     if base.fresh:
         fresh = ", ".join(base.fresh)
         say(f"base {c.base}: no weights for {fresh}: initialised at random and trained")
+    for note in base.traits.notes:
+        say(f"base {c.base}: {note}")
     return base
 
 

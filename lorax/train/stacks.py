@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import catalogue, methods, tasks, tree
+from lorax import catalogue, methods, ops, tasks, tree
 from lorax.config import Member, seed_of
 from lorax.methods import Method
 from lorax.models import Base
@@ -124,6 +124,31 @@ def stack(
         check_alike(built, base, started)
     together = lambda *leaves: jnp.stack(leaves)
     return Stack(tuple(members), tuple(built), *jax.tree.map(together, *started))
+
+
+def made_whole(stacked: Stack, base: Base) -> str:
+    """A line about kernels whose operator leaves the module can't compute with, so that each call
+    makes them plain arrays; "" if there are none. Arrays may be shapes."""
+    method, flat = stacked.methods[0], tree.flatten(base.params)
+
+    def bound(states, params):
+        member = jax.tree.map(lambda x: x[0], states)
+        return method.bind(*member, params, sites=base.sites)
+
+    if not base.traits.whole:
+        return ""
+    states = stacked.state.trainable, stacked.constants
+    leaves = tree.flatten(jax.eval_shape(bound, states, base.params))
+    paths = [path for path in base.traits.whole if ops.is_operator(leaves[path])]
+    weights = [ops.frozen(flat[path]) for path in paths]
+    size = sum(x.size * x.dtype.itemsize for x in map(_as_shape, weights))
+    named = ", ".join(path.rpartition("/")[0] for path in paths[:4]) + " ..." * (len(paths) > 4)
+    line = f"each member's step makes {len(paths)} kernels plain arrays, {size / 1e6:.3g} MB in all"
+    return f"{line}, because the module does more than multiply by them: {named}" * bool(paths)
+
+
+def _as_shape(x) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def check_alike(built: list[Method], base: Base, started: list[tuple]) -> None:

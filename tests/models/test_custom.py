@@ -214,7 +214,7 @@ def no_tokenizer():
     [
         (leaking, "the last token changes the logits of earlier tokens"),
         (fails, r"test_custom\.py:\d+: NameError: name 'undefined' is not defined"),
-        (nothing, r"returns int, expected a flax\.linen\.Module, a pair"),
+        (nothing, r"returns int, expected a flax\.linen\.Module, a flax\.nnx"),
         (wrong_inputs, "base: .*wrong_inputs: .*"),
         (wrong_output, "base: .*wrong_output: .*"),
         (unread, "weights: 'Dense_0/bias' of the module is missing"),

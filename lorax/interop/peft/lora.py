@@ -236,7 +236,8 @@ def _join(module: str, places: Places, parts: dict[str, Factors]) -> _Joined:
     sources = places.at(f"{module}.weight")
     embedding = next(iter(sources)).endswith("/embedding")
     layers = {path.rsplit("/", 1)[0]: source for path, source in sources.items()}
-    if any(source.axes not in (None, (1, 0)) for source in layers.values()):
+    is_linear = lambda source: source.linear or source.axes in (None, (1, 0))
+    if not all(map(is_linear, layers.values())):
         raise ValueError(f"{', '.join(parts)}: {module} is a convolution, which can't be stored")
     n_in, n_out = next(iter(parts.values())).a.shape[0], fused_width(sources)
     # The module has the largest scale; B is multiplied by each part's ratio to it, at most 1.
