@@ -143,7 +143,8 @@ def made_whole(stacked: Stack, base: Base) -> str:
     weights = [ops.frozen(flat[path]) for path in paths]
     size = sum(x.size * x.dtype.itemsize for x in map(_as_shape, weights))
     named = ", ".join(path.rpartition("/")[0] for path in paths[:4]) + " ..." * (len(paths) > 4)
-    line = f"each member's step makes {len(paths)} kernels plain arrays, {size / 1e6:.3g} MB in all"
+    size = f"{size / 1e6:.3g} MB" if size >= 1e6 else f"{size / 1e3:.3g} kB"
+    line = f"each member's step makes {len(paths)} kernels plain arrays, {size} in all"
     return f"{line}, because the module does more than multiply by them: {named}" * bool(paths)
 
 
