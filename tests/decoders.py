@@ -79,9 +79,10 @@ CASES = {
             "qwen3-mixed", "qwen3", head_dim=8, attention_bias=True,
             use_sliding_window=True, sliding_window=3, max_window_layers=1,
         ),
-        _case("smollm3", "smollm3", no_rope_layers=[1, 0]),
+        _case("smollm3", "smollm3", no_rope_layers=[1, 0], tie_word_embeddings=False),
         _case(
             "smollm3-windows", "smollm3", num_hidden_layers=3, no_rope_layer_interval=2,
+            tie_word_embeddings=True,
             use_sliding_window=True, sliding_window=3, attention_bias=True, mlp_bias=True,
         ),
         _case("olmo2", "olmo2", attention_bias=True),
@@ -158,6 +159,14 @@ def reference(name: str):
             by = 5 if parameter.ndim == 2 else 1
             parameter.copy_(by * parameter + 0.2 * torch.randn_like(parameter))
     return model
+
+
+def logits(model, tokens=TOKENS, mask=None) -> np.ndarray:
+    """Those of a model of transformers. mask: (B, T), 0 for padding."""
+    torch = require("torch")
+    with torch.no_grad():
+        mask = None if mask is None else torch.from_numpy(mask)
+        return model(torch.from_numpy(tokens).long(), attention_mask=mask).logits.numpy()
 
 
 @functools.cache

@@ -3,16 +3,19 @@
 PEFT itself has no LoHa and no LoKr of GPT-2's Conv1D, so those two have LLaMA alone.
 """
 
+import copy
 import functools
 import json
 import types
 
+import decoders
 import jax
 import numpy as np
 import parity
 import pytest
 import safetensors.numpy
 from peft_files import as_running
+from quick import jit
 from support import few, require
 
 import lorax
@@ -525,6 +528,26 @@ def test_a_projected_prefix_is_read_as_what_it_became(made, tmp_path):
     model.save_pretrained(tmp_path)
     method, state = peft_methods.load(tmp_path, base)
     assert_close(parity.logits(base, method, state), parity.logits_torch(model))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", few(["qwen3", "smollm3", "olmo2", "granite-multipliers"], ["smollm3"])
+)
+def test_pefts_prefix_is_ours_in_newer_decoders(name, tmp_path):
+    """Norms and rotation of keys, or neither, come before the prefix joins them."""
+    peft = require("peft")
+    model = copy.deepcopy(decoders.reference(name))
+    model = peft.get_peft_model(model, peft.PrefixTuningConfig(**TOKENS)).eval()
+    parity.disturb(model)
+    model.save_pretrained(tmp_path)
+    base = lorax.load(str(decoders.saved(name)))
+    method, state = peft_methods.load(tmp_path, base)
+    expected = decoders.logits(model)
+    bound = method.bind(*state, base.params, sites=base.sites)
+    got = jit(functools.partial(lorax.apply, base.module))(bound, decoders.TOKENS)
+    assert np.abs(got - decoders.logits(decoders.reference(name))).max() > 0.1
+    assert_close(got, expected)
 
 
 def test_one_kronecker_product_of_q_k_and_v_can_not_be_read(made, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import decoders
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from support import data, few, require
 
 import lorax
 from lorax import decode, models, tree
+from lorax.methods import targets
 from lorax.models import decoder, layers, rope
 from lorax.models.decoder import FULL, SLIDING
 from lorax.models.decoder_families import FAMILIES, config_from_hf, hf_config, hf_tensors, unread
@@ -41,18 +43,11 @@ def ours(name):
     return loaded(name).module, loaded(name).params
 
 
-def torch_logits(model, tokens=TOKENS, mask=None):
-    torch = require("torch")
-    with torch.no_grad():
-        mask = None if mask is None else torch.from_numpy(mask)
-        return model(torch.from_numpy(tokens).long(), attention_mask=mask).logits.numpy()
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_transformers_there_and_back(name, tmp_path):
     transformers, model = require("transformers"), reference(name)
     base = loaded(name)
-    expected = torch_logits(model)
+    expected = decoders.logits(model)
     assert np.ptp(expected) > 5  # flat logits would agree with anything
     logits = jit(functools.partial(lorax.apply, base.module))(base.params, TOKENS)
     assert logits.dtype == jnp.float32
@@ -63,8 +58,17 @@ def test_logits_are_those_of_transformers_there_and_back(name, tmp_path):
     )
     assert type(back) is type(model)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    np.testing.assert_array_equal(torch_logits(back.eval()), expected)
+    np.testing.assert_array_equal(decoders.logits(back.eval()), expected)
     assert config_from_hf(hf_config(base.config)) == base.config
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_target_word_means_one_weight_of_a_layer(name):
+    base, words = loaded(name), CASES[name].words
+    hits = {word: [*targets.resolve((word,), base.sites)] for word in words}
+    assert all(len(paths) == 1 for paths in hits.values())
+    assert {path for paths in hits.values() for path in paths} == {*base.sites}
+    assert {path for path in base.sources if path.endswith("kernel")} < {*base.sites}
 
 
 # ------------------------------------------------------------------------------- texts in one batch
@@ -84,7 +88,7 @@ KINDS = ["qwen2-mixed", "smollm3-windows", "olmo3-ropes"]
 @pytest.mark.parametrize("name", few(["llama-3", *KINDS], KINDS[1:]))
 def test_padding_on_either_side_is_not_seen(name):
     for segments in (LEFT, RIGHT):
-        got, want = run(name)(TOKENS, segments), torch_logits(reference(name), TOKENS, segments)
+        got, want = run(name)(TOKENS, segments), decoders.logits(reference(name), TOKENS, segments)
         real = segments > 0
         np.testing.assert_allclose(got[real], want[real], rtol=0, atol=1e-4)
 
@@ -99,8 +103,8 @@ def test_packed_texts_are_texts_apart(name):
     packed = run(name)(TOKENS, segments)
     for row, number in ((0, 5), (0, 1), (1, 2), (1, 3), (2, 2)):
         at = segments[row] == number
-        torch_logits(reference(name), TOKENS[:, :1])  # forgets the longest text it has seen
-        alone = torch_logits(reference(name), TOKENS[row : row + 1, at])[0]
+        decoders.logits(reference(name), TOKENS[:, :1])  # forgets the longest text it has seen
+        alone = decoders.logits(reference(name), TOKENS[row : row + 1, at])[0]
         np.testing.assert_allclose(packed[row, at], alone, rtol=0, atol=1e-4)
 
 
@@ -292,7 +296,7 @@ def test_a_model_that_learnt_stories_tells_them():
     assert abs(nats(logits) - 1.2451) < 1e-3
     model = require("transformers").AutoModelForCausalLM.from_pretrained(base.name)
     real = segments[:6] > 0
-    expected = torch_logits(model.eval(), tokens[:6])[real]
+    expected = decoders.logits(model.eval(), tokens[:6])[real]
     np.testing.assert_allclose(np.asarray(logits)[:6][real], expected, rtol=0, atol=1e-4)
 
 

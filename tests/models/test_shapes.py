@@ -1,7 +1,10 @@
 """Named architectures have exactly as many parameters as the models they are named after."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
+from support import require
 
 from lorax import tree
 from lorax.models import decoder, decoder_families
@@ -66,17 +69,26 @@ COUNTS = {
     "phi3-medium": 13_960_238_080,
     "phi4": 14_659_507_200,
 }
+OF_DECODERS = {
+    name: fields
+    for name, fields in ARCHITECTURES.items()
+    if fields["model_type"] in decoder_families.FAMILIES
+}
 
 
 def test_decoders_are_as_large_as_the_released_models():
-    of_decoders = {
-        name: fields
-        for name, fields in ARCHITECTURES.items()
-        if fields["model_type"] in decoder_families.FAMILIES
-    }
-    assert of_decoders.keys() == COUNTS.keys()
+    assert OF_DECODERS.keys() == COUNTS.keys()
     token = jnp.zeros((1, 1), jnp.int32)
-    for name, fields in of_decoders.items():
+    for name, fields in OF_DECODERS.items():
         module = decoder.Decoder(decoder_families.config_from_hf(fields))
         params = jax.eval_shape(module.init, jax.random.key(0), token)["params"]
         assert tree.count(params) == COUNTS[name], name
+
+
+def test_transformers_reads_a_named_decoder_as_we_do():
+    """Most of them are written as files were before transformers 5."""
+    transformers = require("transformers")
+    for name, fields in OF_DECODERS.items():
+        theirs = transformers.AutoConfig.for_model(**copy.deepcopy(fields)).to_dict()
+        ours = decoder_families.config_from_hf(fields)
+        assert ours == decoder_families.config_from_hf(theirs), name
