@@ -289,6 +289,7 @@ ROBERTA = dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, in
 ROBERTA |= dict(vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, type_vocab_size=1)
 FALCON = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY)
 FALCON |= dict(new_decoder_architecture=True, num_kv_heads=2, bias=True)
+SMALL = LLAMA | dict(pad_token_id=0, sliding_window=3, head_dim=4)
 MODELS = {
     "gpt2": Model("gpt2", "GPT2", "LMHeadModel", TINY | {"tie_word_embeddings": False}),
     "gpt2-tied": Model("gpt2", "GPT2", "LMHeadModel", TINY),
@@ -297,6 +298,8 @@ MODELS = {
     "roberta": Model("roberta", "Roberta", "ForSequenceClassification", ROBERTA),
     "bert": Model("bert", "Bert", "ForMaskedLM", ROBERTA),
     "falcon": Model("falcon", "Falcon", "ForCausalLM", FALCON),
+    "phi3": Model("phi3", "Phi3", "ForCausalLM", SMALL),
+    "gemma2": Model("gemma2", "Gemma2", "ForCausalLM", SMALL),
 }
 ALL = ["c_attn", "c_proj", "c_fc"]
 PATTERNS = dict(rank_pattern={"c_attn": 3, "h.1.mlp.c_proj": 1}, alpha_pattern={"h.0.*": 5})
@@ -328,6 +331,18 @@ CASES = {
     "bert-lookup": ("bert", dict(target_modules=["query", "word_embeddings"], task_type=None)),
     "roberta-head": ("roberta", dict(target_modules=["value"], task_type="SEQ_CLS")),
     "falcon": ("falcon", dict(target_modules=["h.0.self_attention.query_key_value"], **FUSED)),
+    "phi3": ("phi3", dict(target_modules="all-linear", rank_pattern={"qkv_proj": 3})),
+    "phi3-dora": ("phi3", dict(target_modules=["qkv_proj", "gate_up_proj"], use_dora=True)),
+    "phi3-save": (
+        "phi3",
+        dict(target_modules=["qkv_proj"], modules_to_save=["gate_up_proj", "input_layernorm"]),
+    ),
+    "gemma2": ("gemma2", dict(target_modules="all-linear", modules_to_save=["norm"])),
+    "gemma2-embed": (
+        "gemma2",
+        dict(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),
+    ),
+    "gemma2-lookup": ("gemma2", dict(target_modules=["embed_tokens"], use_dora=True)),
 }
 TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (3, 9), np.int32)
 
