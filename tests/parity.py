@@ -24,7 +24,8 @@ LR, DECAY = 5e-3, 0.1
 
 
 def pair(family: str, directory):
-    """(Base, transformers model) of random weights, "gpt2" or "llama" (two heads of keys)."""
+    """(Base, transformers model) of random weights: "gpt2", or the `model_type` of a decoder, with
+    two heads of keys."""
     torch, transformers = require("torch"), require("transformers")
     torch.manual_seed(0)
     if family == "gpt2":
@@ -35,12 +36,14 @@ def pair(family: str, directory):
         )  # fmt: skip
         model = transformers.GPT2LMHeadModel(hf)
     else:
-        hf = transformers.LlamaConfig(
+        more = {} if family == "llama" else dict(head_dim=WIDTH // HEADS, pad_token_id=0)
+        hf = transformers.AutoConfig.for_model(
+            family, **more,
             vocab_size=VOCABULARY, max_position_embeddings=64, hidden_size=WIDTH,
             num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=HEADS // 2,
             intermediate_size=INNER, bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
-        model = transformers.LlamaForCausalLM(hf)
+        model = transformers.AutoModelForCausalLM.from_config(hf)
     with torch.no_grad():
         for p in model.parameters():  # biases and norms as well, and weights that are felt
             p.add_(0.1 * torch.randn_like(p))

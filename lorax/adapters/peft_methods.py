@@ -144,7 +144,9 @@ def _read(name: str, stored: Arrays, config: dict, base: Base, directory: pathli
 def _attention(base: Base) -> tokens.Attention:
     keys = [layer for layer in base.layers if layer.endswith("attn/k")]
     modules = tuple(base.places.module(layer).rpartition(".")[0] for layer in keys)
-    return tokens.Attention(base.family, base.causal, base.traits.config, modules)
+    scaled = getattr(base.config, "scale_embeddings", False)
+    embedded = base.config.hidden_size**0.5 if scaled else 1.0
+    return tokens.Attention(base.family, base.causal, base.traits.config, modules, embedded)
 
 
 def _weights(state: methods.State, base: Base) -> Arrays:

@@ -14,7 +14,8 @@
 - Prompt tuning (Lester et al. 2021, arXiv:2104.08691). As in PEFT, the virtual tokens have the
   positions 0 to `tokens` - 1. A classifier reads the text's first token, as without them (PEFT's
   reads the first virtual one). Several texts in a row of a causal model share one copy at the start
-  of the row, since virtual tokens don't depend on the text after them.
+  of the row, since virtual tokens don't depend on the text after them. A model that scales its
+  embeddings (Gemma) scales the virtual ones as well; PEFT's are scaled already.
 - LLaMA-Adapter (Zhang et al. 2023, arXiv:2303.16199, section 3). The keys of p are not rotated, and
   p goes through the base's frozen projections. As in PEFT there is one scalar gate per layer,
   without a tanh (the released code has tanh(g) per head). g starts at zero, which is the identity.

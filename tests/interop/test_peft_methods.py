@@ -85,6 +85,15 @@ CASES = {
     "prefix-gpt2": Case("gpt2", "prefix", dict(tokens=4), "PrefixTuningConfig", TOKENS),
     "prompt": Case("gpt2", "prompt", dict(tokens=4), "PromptTuningConfig", TOKENS),
     "prompt-llama": Case("llama", "prompt", dict(tokens=4), "PromptTuningConfig", TOKENS),
+    "prompt-gemma": Case("gemma2", "prompt", dict(tokens=4), "PromptTuningConfig", TOKENS),
+    "vera-phi": Case(
+        "phi3", "vera", dict(targets=("q", "v", "o", "up"), rank=12), "VeraConfig",
+        dict(target_modules=["qkv_proj", "gate_up_proj", "o_proj"], r=12),
+    ),
+    "ia3-phi": Case(
+        "phi3", "ia3", dict(targets=("k", "v", "down")), "IA3Config",
+        dict(target_modules=["qkv_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    ),
     "llama-adapter": Case(
         "llama", "llama-adapter", dict(tokens=4, layers=(1,)), "AdaptionPromptConfig", LAST
     ),
@@ -97,10 +106,12 @@ CASES = {
         GPT2 | dict(r=4, bias="vera_only", modules_to_save=["ln_f"]),
     ),
 }  # fmt: skip
-#: Cases that come back with other arrays which compute the same: every part of c_attn has a pair of
-#: its own beside the one of the whole modules, and a norm of one layer comes with its stack.
-OTHERWISE = ("vera-fused", "tied-beside", "ln-tuning-some")
+#: Cases that come back with other arrays which compute the same: every part of a fused module has
+#: a pair of its own beside the one of the whole modules, and a norm of one layer comes with its
+#: stack.
+OTHERWISE = ("vera-fused", "vera-phi", "tied-beside", "ln-tuning-some")
 TWICE = ("loha-patterns", "lokr-both", "prefix-gpt2", "prompt-llama", "ln-tuning-some")
+TWICE += ("vera-phi", "ia3-phi")
 #: Methods of which PEFT has one adapter in a model, without a name.
 TOKENS_OF_THEIR_OWN = ("prefix", "prompt", "llama-adapter")
 QUICK = [name for name in CASES if name not in TWICE]
@@ -115,8 +126,7 @@ def made(tmp_path_factory):
     def make(family):
         transformers = require("transformers")
         base, _ = parity.pair(family, tmp / family)
-        stem = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[family]
-        return tmp / family, base, getattr(transformers, stem).from_pretrained
+        return tmp / family, base, transformers.AutoModelForCausalLM.from_pretrained
 
     return make
 

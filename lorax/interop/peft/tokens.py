@@ -35,12 +35,14 @@ ADAPTER_FAMILIES = ("llama", "mistral")
 
 class Attention(NamedTuple):
     """Facts about a base. family: Hugging Face's model_type. causal: whether it generates text.
-    raw: its config.json. modules: PEFT's name of each layer's attention."""
+    raw: its config.json. modules: PEFT's name of each layer's attention. embedded: factor by which
+    the embedding module multiplies its rows (Gemma's does), and which PEFT's prompts go without."""
 
     family: str
     causal: bool
     raw: Mapping[str, Any]
     modules: tuple[str, ...]
+    embedded: float = 1.0
 
     def field(self, *names: str) -> Any:
         """The first of these fields of config.json that is set."""
@@ -110,12 +112,13 @@ def _check_prefix(base: Attention) -> None:
 
 
 def write_prompt(arrays, base):
-    """The prompt (tokens, features) as `prompt_embeddings`. Raises ValueError for a base that is
-    not causal."""
+    """The prompt (tokens, features), times `base.embedded`, as `prompt_embeddings`. Raises
+    ValueError for a base that is not causal."""
     base.need("prompt")
     tokens, width = arrays["prompt"].shape
     config = {"num_virtual_tokens": tokens, "prompt_tuning_init": "RANDOM"}
-    return {"prompt_embeddings": arrays["prompt"]}, config | base.sizes(base.heads, width)
+    prompt = arrays["prompt"] * np.float32(base.embedded)
+    return {"prompt_embeddings": prompt}, config | base.sizes(base.heads, width)
 
 
 def read_prompt(stored, config, base, where):
@@ -126,7 +129,8 @@ def read_prompt(stored, config, base, where):
     n = fit(str(where / WEIGHTS), stored, prompt_embeddings=("tokens", "features"))
     sizes = dict(num_virtual_tokens=n["tokens"], token_dim=n["features"])
     _agree(config, where, num_transformer_submodules=1, **sizes)
-    return {"tokens": n["tokens"]}, {"prompt": stored["prompt_embeddings"]}
+    prompt = stored["prompt_embeddings"] / np.float32(base.embedded)
+    return {"tokens": n["tokens"]}, {"prompt": prompt}
 
 
 def write_adapter(arrays, base):
