@@ -62,8 +62,13 @@ def _task() -> ConfigDict:
     # or your own function (docs/tasks.md), on the command line FILE.py:function
     c.name = config_dict.FieldReference("restaurants", field_type=object)
     c.path = config_dict.placeholder(str)  # file or folder, for tasks that read one
-    c.subset = config_dict.placeholder(str)  # glue: cola sst2 mrpc qnli qqp rte mnli stsb
-    c.template = config_dict.placeholder(str)  # instruct: a Jinja chat template
+    # glue: cola sst2 mrpc qnli qqp rte mnli stsb; instruct: a configuration of a Hub data set
+    c.subset = config_dict.placeholder(str)
+    # instruct: a Jinja chat template or a file of one, for all records; None: the base's own, for
+    # conversations; "plain": none
+    c.template = config_dict.placeholder(str)
+    c.split = config_dict.placeholder(str)  # instruct: names of train,eval,test sets, e.g. "a,b"
+    c.columns = config_dict.placeholder(str)  # instruct: renames fields, e.g. "question=prompt"
     c.packing = False  # packs several examples into a row; they don't attend to each other
     # Batches rows of similar length and trims each batch to a quarter, half, ... of the longest row
     c.group_by_length = False

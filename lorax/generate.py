@@ -3,11 +3,18 @@
     python -m lorax.generate --base gpt2-nano --prompt "Once upon a time"
     python -m lorax.generate --base gpt2-nano --adapter runs/gpt2_rank_sweep/adapters/6 \\
         --prompts prompts.txt --beams 4 --no-repeat-ngram 4 --out texts.jsonl
+    python -m lorax.generate --base HuggingFaceTB/SmolLM2-135M-Instruct --chat
 
 Several --adapter run side by side in one batch: each completes every prompt ("base" means the model
 without an adapter). An adapter is a directory in PEFT's format or in lorax's own (your own method
 also needs --method FILE, the Python file that registers it), or a checkpoint of loralib (with
 --alpha). Only low-rank updates can share a batch; give other methods one at a time.
+
+With --chat, every prompt is a message to the model, in its chat template. Without a prompt, each
+line that you write is the next message of one conversation.
+
+What you leave out is taken from the model's generation_config.json, and the command says what; a
+text ends at each of its eos_token_id. --temperature 0 takes the likeliest token in any case.
 """
 
 import argparse
@@ -25,16 +32,22 @@ def main(arguments: list[str]) -> int:
     written to --out and are printed instead."""
     args = _parser().parse_args(arguments)
     try:
-        prompts = read_prompts(args.prompt, args.prompts)
+        talks = args.chat and not args.prompt and args.prompts is None
+        check_chat(args, talks)
+        prompts = [] if talks else read_prompts(args.prompt, args.prompts)
         if args.out is not None:
             check_out(args.out)
         print(f"loading {args.base}", file=sys.stderr, flush=True)
+        if talks:
+            talk(args)
+            return 0
         rows = run(args, prompts)
     except (ValueError, OSError) as error:
         return fail(error)
     if args.out is None:
         for row in rows:
-            show(f"[{row['adapter']}] " * (len(args.adapter) > 1) + row["prompt"] + row["text"])
+            prompt = "" if args.chat else row["prompt"]
+            show(f"[{row['adapter']}] " * (len(args.adapter) > 1) + prompt + row["text"])
         return 0
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
@@ -71,27 +84,23 @@ def _parser() -> argparse.ArgumentParser:
     add("--method", metavar="FILE", help="Python file that registers the adapter's method")
     add("--prompt", action="append", default=[], help="a prompt; repeatable")
     add("--prompts", help='file of prompts: one per line, or .jsonl or .json with "prompt" fields')
+    add("--chat", action="store_true", help="prompts are messages, in the model's chat template")
+    add("--system", help="with --chat: a system message in front")
+    add("--template", help="with --chat: another template, or a file of one, as task.template")
     add("--out", help="file for the texts, as JSON lines (default: print them)")
+    default = "(default: the model's generation_config.json, or %s)"
     add(
-        "--max-new-tokens",
-        "--new-tokens",
-        type=int,
-        default=64,
-        help="most tokens to generate (default: %(default)s)",
+        *("--max-new-tokens", "--new-tokens"),
+        **{"type": int, "help": f"most tokens to generate {default % 64}"},
     )
-    add(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="0: greedy (default); above 0: sample",
-    )
-    add("--top-k", type=int, default=0, help="sample only from the k likeliest tokens; 0: all")
-    add("--top-p", type=float, default=1.0, help="sample only from the likeliest with sum p")
-    add("--num-beams", "--beams", type=int, default=1, help="above 1: beam search")
-    add("--length-penalty", type=float, default=1.0, help="of beam search")
+    add("--temperature", type=float, help=f"0: greedy; above 0: sample {default % 0}")
+    add("--top-k", type=int, help=f"sample only from the k likeliest tokens; 0: all {default % 0}")
+    add("--top-p", type=float, help=f"sample only from the likeliest with sum p {default % 1}")
+    add("--num-beams", "--beams", type=int, help=f"above 1: beam search {default % 1}")
+    add("--length-penalty", type=float, help=f"of beam search {default % 1}")
     add(
         *("--no-repeat-ngram-size", "--no-repeat-ngram"),
-        **{"type": int, "default": 0, "help": "never repeat n tokens in a row; 0: off"},
+        **{"type": int, "help": f"never repeat n tokens in a row; 0: off {default % 0}"},
     )
     add("--batch-size", type=int, default=32, help="prompts per batch")
     add("--seed", type=int, default=0, help="of sampling, from 0 to 2^32 - 1")
@@ -141,38 +150,91 @@ def check_out(file: str) -> None:
         raise ValueError(f"--out: {file!r} can't be written: no write access to {str(folder)!r}")
 
 
-def run(args, prompts: list[str]) -> list[dict]:
-    """{"prompt", "adapter", "text"} of every prompt with every adapter."""
-    import lorax
-    from lorax import adapters, catalogue, decode
+def check_chat(args, talks: bool) -> None:
+    """Raises ValueError for options that go with --chat alone, or with prompts."""
+    for name in () if args.chat else ("system", "template"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name}: given without --chat")
+    if talks and args.out is not None:
+        raise ValueError("--out: given without a prompt; a conversation is printed")
+    if talks and len(args.adapter) > 1:
+        raise ValueError(f"--adapter: {len(args.adapter)} given; a conversation is with one")
 
-    options = decode.DecodingOptions(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        num_beams=args.num_beams,
-        length_penalty=args.length_penalty,
-        no_repeat_ngram_size=args.no_repeat_ngram_size,
-    )
-    decode.check(options, args.batch_size, args.seed)
+
+def prepared(args):
+    """(base, names of the adapters, what is loaded of them, decoding options)."""
+    import lorax
+    from lorax import adapters, catalogue, decode, generation_config
+
+    given = {name: getattr(args, name) for name in generation_config.OPTIONS if name in args}
+    decode.check(generation_config.merged(given, {})[0], args.batch_size, args.seed)
     if args.method:
         catalogue.read(args.method)
     base = lorax.load(args.base, dtype=args.dtype)
+    options, said = generation_config.merged(given, generation_config.read(base.directory))
+    decode.check(options, args.batch_size, args.seed)
+    if said:
+        print(said, file=sys.stderr, flush=True)
     names = args.adapter or ["base"]
     loaded = [None if name == "base" else adapters.load(name, base, args.alpha) for name in names]
-    jobs = [(prompt, row) for prompt in prompts for row in range(len(loaded))]
+    return base, names, loaded, options
+
+
+def run(args, prompts: list[str]) -> list[dict]:
+    """{"prompt", "adapter", "text"} of every prompt with every adapter."""
+    from lorax import decode
+
+    base, names, loaded, options = prepared(args)
+    asked = messages(args, base, [[prompt] for prompt in prompts]) if args.chat else prompts
+    jobs = [(i, row) for i in range(len(prompts)) for row in range(len(loaded))]
     rows = [row for _, row in jobs] if len(loaded) > 1 else None
     params = bound(base, names, loaded, rows)
-    show = lambda done, total: print(f"{done} of {total} texts", file=sys.stderr, flush=True)
+    progress = lambda done, total: print(f"{done} of {total} texts", file=sys.stderr, flush=True)
     texts = decode.complete(
-        base, [prompt for prompt, _ in jobs], params, options,
-        rows=rows, batch_size=args.batch_size, seed=args.seed, progress=show,
+        base, [asked[i] for i, _ in jobs], params, options,
+        rows=rows, batch_size=args.batch_size, seed=args.seed, progress=progress,
     )  # fmt: skip
     return [
-        {"prompt": prompt, "adapter": names[row], "text": text}
-        for (prompt, row), text in zip(jobs, texts, strict=True)
+        {"prompt": prompts[i], "adapter": names[row], "text": text}
+        for (i, row), text in zip(jobs, texts, strict=True)
     ]
+
+
+def talk(args) -> None:
+    """A conversation: each line of the standard input is a message, each answer is printed."""
+    from lorax import decode
+
+    base, names, loaded, options = prepared(args)
+    params, said = bound(base, names, loaded, None), []
+    messages(args, base, [["Hello"]])  # without a template it fails before anybody writes
+    print("your messages, one a line (end with Ctrl-D):", file=sys.stderr, flush=True)
+    for line in sys.stdin:
+        if not line.strip():
+            continue
+        (prompt,) = messages(args, base, [[*said, line.strip()]])
+        (text,) = decode.complete(base, [prompt], params, options, seed=args.seed + len(said) // 2)
+        show(text)
+        sys.stdout.flush()
+        said += [line.strip(), text.strip()]
+
+
+def messages(args, base, conversations: list[list[str]]) -> list[str]:
+    """Conversations, whose messages are the user's and the model's in turn, in the chat template,
+    with the generation prompt. Raises ValueError if there is none."""
+    from lorax.tasks import templates
+
+    if base.vocabulary is None:
+        raise ValueError(f"base: {base.name} has no tokenizer.json, which prompts need")
+    texts = templates.chosen(args.template, base.vocabulary)
+    if not texts:
+        raise ValueError(f"--chat: {base.name} has no chat template; give one with --template FILE")
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    roles = ("user", "assistant")
+    chats = [
+        [*system, *({"role": roles[i % 2], "content": text} for i, text in enumerate(turns))]
+        for turns in conversations
+    ]
+    return templates.prompts(texts, templates.spelling(base.vocabulary), chats)
 
 
 def bound(base, names: list[str], loaded: list, rows: list[int] | None) -> dict:

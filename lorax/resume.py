@@ -25,7 +25,8 @@ def check_same_config(workdir: Path, settings: ConfigDict) -> list[str]:
         return []
     try:
         stored = rundir.read_config(workdir)["config"]
-        older = add_lacking(stored, json.loads(config.default().to_json()))
+        older = worded_plainly(stored)
+        older |= add_lacking(stored, json.loads(config.default().to_json()))
     except (ValueError, KeyError, AttributeError):
         file = workdir / rundir.CONFIG
         raise ValueError(f"workdir: {file} is damaged; delete {workdir} to start again") from None
@@ -48,6 +49,16 @@ def check_same_config(workdir: Path, settings: ConfigDict) -> list[str]:
             f"checkpoints are gone; name another --workdir"
         )
     return different
+
+
+def worded_plainly(stored: dict) -> dict:
+    """Mark that a run on conversations which began when lorax used no template of the base uses
+    none; returns the key that was set, if any."""
+    task = stored["task"]
+    if task["name"] != "instruct" or task["template"] is not None or "columns" in task:
+        return {}
+    task["template"] = "plain"
+    return {"task.template": "plain"}
 
 
 def add_lacking(stored: dict, default: dict, prefix: str = "") -> dict:

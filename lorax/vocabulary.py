@@ -1,12 +1,13 @@
 """A tokenizer with a model's special ids."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from lorax import fields
+from lorax import chat_files, fields
 from lorax.files import pointer_hint, read_json, read_text
 
 END_OF_TEXT = "<|endoftext|>"
@@ -33,6 +34,8 @@ class Vocabulary(NamedTuple):
     ends: ids that end a text, () for none; `end`, the first, ends training examples.
     pad: id that fills up rows; it is never attended to, so any valid id will do.
     rows: the model has embeddings for ids 0 to rows - 1; None if that isn't known.
+    templates: {name: Jinja text} of the model's chat templates, "default" for the usual one.
+    special: {"bos_token": "<s>", ...}, the special tokens by the names that templates use.
     """
 
     tokenizer: Tokenizer
@@ -40,6 +43,8 @@ class Vocabulary(NamedTuple):
     ends: tuple[int, ...]
     pad: int
     rows: int | None = None
+    templates: Mapping[str, str] = MappingProxyType({})
+    special: Mapping[str, str] = MappingProxyType({})
 
     @property
     def end(self) -> int:
@@ -140,7 +145,9 @@ def read(directory: Path, rows: int | None = None) -> Vocabulary | None:
         raise ValueError(
             f"{file}: not a tokenizer.json of the tokenizers library ({error}){pointer_hint(file)}"
         ) from None
-    vocabulary = from_tokenizer(tokenizer, ids, rows)
+    vocabulary = from_tokenizer(tokenizer, ids, rows)._replace(
+        templates=chat_files.templates(directory), special=chat_files.special_tokens(directory)
+    )
     return vocabulary if vocabulary.start else _with_bos(vocabulary, directory / CONFIG)
 
 
@@ -149,9 +156,8 @@ def _with_bos(vocabulary: Vocabulary, file: Path) -> Vocabulary:
     stored = fields.read(read_json(file), START, file) if file.exists() else {}
     if not stored.get("add_bos_token"):
         return vocabulary
-    token = stored.get("bos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    start = vocabulary.tokenizer.token_to_id(token) if isinstance(token, str) else None
+    token = vocabulary.special.get("bos_token")
+    start = vocabulary.tokenizer.token_to_id(token) if token else None
     if start is None:
         raise ValueError(
             f"{file}: add_bos_token is true, but bos_token {fields.shown(token)} is no token of "

@@ -16,14 +16,25 @@ ROOT = pathlib.Path(lorax.__file__).parent
 #: A module may import those to its left and its own package. What is not named here (the commands
 #: and what they show) stands on top: it may import anything, and nothing below may import it.
 LAYERS = (
-    {"callable", "errors", "fields", "files", "memory", "outside", "catalogue", "config", "rundir"}
+    {
+        "callable",
+        "chat_files",
+        "errors",
+        "fields",
+        "files",
+        "memory",
+        "outside",
+        "catalogue",
+        "config",
+        "rundir",
+    }
     | {"calls", "halving", "ranges", "scales", "tree", "vocabulary", "xla"},
     {"ops", "interop"},
     {"leaves"},
     {"intercept", "interpret"},
     {"losses"},
     {"quant", "methods", "models"},
-    {"adapters", "decode"},
+    {"adapters", "decode", "generation_config"},
     {"tasks"},
     {"train"},
 )

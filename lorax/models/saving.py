@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import ops, tree, vocabulary
+from lorax import chat_files, ops, tree, vocabulary
 from lorax.files import atomically, read_json, write_json
 from lorax.interop import hf
 from lorax.models import custom
@@ -53,6 +53,7 @@ def save(directory: str | Path, base: Base, dtype=None) -> None:
             atomically(directory / file.relative_to(base.directory), copy)
     if ids:
         atomically(directory / "tokenizer.json", lambda tmp: base.tokenizer.save(str(tmp)))
+        chat_files.write(directory, base.vocabulary.templates, base.vocabulary.special)
         generation = directory / "generation_config.json"
         if generation.exists():
             write_json(generation, read_json(generation) | ids)

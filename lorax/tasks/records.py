@@ -73,5 +73,5 @@ def find(folder: Path, name: str, expected: str) -> Path:
 
 def shown(value: Any) -> str:
     """A JSON value, shortened for an error message."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)  # a table has dates and bytes, too
     return text if len(text) <= 40 else text[:37] + "..."

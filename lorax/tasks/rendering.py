@@ -1,9 +1,10 @@
 """The process that renders a chat template: `python rendering.py`, started by `templates.render`.
 
 Reads JSON lines: first the settings with the template, then one conversation per line
-(`templates.Chat`). Answers each with a line: {"pieces": [[text, target], ...]}, with null as the
-text of the end token, or {"error": reason}. The system kills it if it takes too long. Imports
-nothing from lorax, to start fast.
+(`templates.Chat`). Answers each with a line: {"pieces": [[text, target], ...], "remarks": [...]},
+with null as the text of the end token and the names of `templates.REMARKS` that apply, or
+{"error": reason}. The system kills it if it takes too long. Imports nothing from lorax, to start
+fast.
 """
 
 import datetime
@@ -30,18 +31,18 @@ def main() -> None:
     def compiled():
         nonlocal template
         template = environment(settings["longest"]).from_string(settings["source"])
-        return []
+        return {}
 
     answer(settings, compiled)
     for line in sys.stdin.buffer:
-        answer(settings, lambda line=line: pieces(template, json.loads(line), settings["ends"]))
+        answer(settings, lambda line=line: rendered(template, json.loads(line), settings))
 
 
 def answer(settings: dict, work) -> None:
     """Write the result of `work`, or write its error and exit. A template may raise anything."""
     signal.setitimer(signal.ITIMER_PROF, settings["seconds"])
     try:
-        line, ended = {"pieces": work()}, False
+        line, ended = work(), False
     except MemoryError:
         line, ended = {"error": f"it needs more than {settings['memory'] >> 20} MiB"}, True
     except RecursionError:
@@ -152,17 +153,14 @@ def environment(longest: int) -> ImmutableSandboxedEnvironment:
     return jinja
 
 
-def written(template, messages: list, eos: str, extra: dict, cue: bool = False) -> str:
-    """The rendered messages; the extension then holds the spans that the template marked."""
+def written(template, messages: list, special: dict, extra: dict, cue: bool = False) -> str:
+    """The rendered messages; the extension then holds the spans that the template marked.
+
+    special: {"eos_token": "</s>", ...}. cue: whether the generation prompt follows."""
     environment = template.environment
     marks = environment.extensions[Generation.identifier]
     marks.spans, marks.length, parts = [], 0, []
-    variables = {
-        "messages": messages,
-        "add_generation_prompt": cue,
-        "bos_token": "",
-        "eos_token": eos,
-    }
+    variables = special | {"messages": messages, "add_generation_prompt": cue}
     variables |= {"tools": extra.get("tools"), "documents": extra.get("documents")}
     for part in template.root_render_func(template.new_context(variables)):
         parts.append(part)
@@ -183,51 +181,75 @@ def aliased(message: dict) -> dict:
 # ---------------------------------------------------------------------------------- conversations
 
 
-def pieces(template, chat: dict, ends: list[str]) -> list:
-    """(text, whether it is a target) of a conversation's parts, as `templates.render` explains; the
-    text of the end token is None.
+def rendered(template, chat: dict, settings: dict) -> dict:
+    """The answer to a conversation: its pieces, as `templates.render` explains, and remarks.
 
     chat: the fields of a `templates.Chat`. Raises RefusedError, and whatever the template raises.
     """
-    messages, learnt, extra = chat["messages"], set(chat["learnt"]), chat["extra"]
+    messages, extra, start = chat["messages"], chat["extra"], settings["start"]
 
     def text(messages: list, cue: bool = False, extra: dict = extra) -> str:
         if not set(REASONING).isdisjoint(chat["carried"]):
             messages = [aliased(message) for message in messages]
-        return written(template, messages, ends[0], extra, cue)
+        return written(template, messages, settings["special"], extra, cue)
 
-    whole = text(messages)
+    whole = text(messages, cue=not chat["learnt"])
     try:
         whole.encode()
     except UnicodeEncodeError:
         raise RefusedError("it renders half of a character") from None
     marks = template.environment.extensions[Generation.identifier]
-    spans = marks.spans
+    spans, remarks = marks.spans, [] if whole.startswith(start) else ["start"]
     for name in chat["carried"]:
         without = [{k: v for k, v in message.items() if k != name} for message in messages]
         check_used(lambda without=without: text(without), whole, name)
     for name in extra:
         without = {k: v for k, v in extra.items() if k != name}
         check_used(lambda without=without: text(messages, extra=without), whole, name)
-    if marks.used:
-        return marked(whole, spans, messages, learnt)
-    result, at = [], 0
+    if not chat["learnt"]:
+        result = [(whole, False)]
+    elif marks.used:
+        result = marked(whole, spans, messages, set(chat["learnt"]))
+    else:
+        result, further = turns(text, messages, chat["learnt"], settings["ends"])
+        remarks += further
+    if not (marks.used and chat["learnt"]):
+        check_read(whole, messages)
+    (first, target), *rest = result
+    result = [(first.removeprefix(start), target), *rest]
+    return {"pieces": [piece for piece in result if piece[0] != ""], "remarks": remarks}
+
+
+def turns(text, messages: list, learnt: list[int], ends: list[str]) -> tuple[list, list[str]]:
+    """(pieces, remarks) of a conversation up to its last target, from a template without marks.
+
+    text(messages, cue=False) renders messages. A turn that the later ones change is no target: the
+    model would learn to write what no prompt asks for. Raises RefusedError if the last target does
+    not continue its own prompt."""
+    last = max(learnt)
+    whole = text(messages[: last + 1])
+    result, at, remarks = [], 0, set()
     for i in sorted(learnt):
         before = text(messages[:i], cue=True)
-        after = text(messages[: i + 1]) if i + 1 < len(messages) else whole
-        if not (len(before) >= at and after.startswith(before) and whole.startswith(after)):
+        after = whole if i == last else text(messages[: i + 1])
+        continued = len(before) >= at and after.startswith(before) and whole.startswith(after)
+        if not continued and i == last:
             raise RefusedError(
                 f"it does not render message {i} as the continuation of those before it and the "
                 "generation prompt, so its words can't be told apart; it could mark them with "
                 "{% generation %}"
             )
+        if not continued:
+            remarks.add("unstable")
+            continue
         turn = after[len(before) :]
         check_words(turn, messages, [i])
         result += [(whole[at : len(before)], False), (turn, True)]
         if not any(end in turn for end in ends):
             result.append((None, True))
+            remarks.add("ended")
         at = len(after)
-    return [piece for piece in result if piece[0] != ""]
+    return result, sorted(remarks)
 
 
 def check_used(render, whole: str, name: str) -> None:
@@ -251,6 +273,14 @@ def check_words(targets: str, messages: list, learnt: list[int]) -> None:
         raise RefusedError(f"it renders no word of message {which} as what is to be learnt")
 
 
+def check_read(whole: str, messages: list) -> None:
+    """Raises RefusedError for a message of no assistant that the template leaves out."""
+    for i, message in enumerate(messages):
+        words = message["content"].split() if message["role"] != "assistant" else []
+        if words and not any(word in whole for word in words):
+            raise RefusedError(f"it leaves out message {i}, of role {message['role']!r}")
+
+
 def marked(whole: str, spans: list, messages: list, learnt: set[int]) -> list:
     """The spans marked by the template as targets, except in turns that are not to be learnt."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -270,7 +300,7 @@ def marked(whole: str, spans: list, messages: list, learnt: set[int]) -> list:
         result += [(whole[at:start], False), (text, True)]
         at = start + len(text)
     check_words("".join(text for text, target in result if target), messages, sorted(learnt))
-    return [piece for piece in result if piece[0] != ""]
+    return result
 
 
 if __name__ == "__main__":

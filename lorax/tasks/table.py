@@ -49,6 +49,7 @@ class Row(NamedTuple):
 
 
 _PAIRS = kinds.TEXTS, shapes_of_texts, ("packing", "group_by_length")
+_RECORDS = ("template", "split", "columns", "subset")
 _PLANTED = ("rank", "spectrum", "strength", "noise", "inputs", "examples")
 
 TASKS = {
@@ -56,7 +57,7 @@ TASKS = {
     "e2e": Row(e2e.load, *_PAIRS),
     "wikisql": Row(wikisql.load, *_PAIRS),
     "samsum": Row(samsum.load, *_PAIRS),
-    "instruct": Row(instruct.load, *_PAIRS[:2], (*_PAIRS[2], "template")),
+    "instruct": Row(instruct.load, *_PAIRS[:2], (*_PAIRS[2], *_RECORDS)),
     "text": Row(text.load, kinds.TEXTS, shapes_of_texts),
     "glue": Row(
         glue.load,
