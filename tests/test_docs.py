@@ -254,13 +254,13 @@ def test_the_loop_of_the_readme_is_the_example():
     assert block in text
 
 
-def test_records_of_the_three_forms_are_read(tmp_path):
+def test_records_of_all_forms_are_read(tmp_path):
     (block,) = (block for block in pages.blocks() if block.language == "json")
     (tmp_path / "train.jsonl").write_text(block.text)
     (tmp_path / "eval.jsonl").write_text(block.text)
     base = lorax.load("gpt2-nano")
     task = tasks.build({"name": "instruct", "path": str(tmp_path)}, base.vocabulary, 128)
-    assert tasks.size(task.train) == tasks.size(task.eval) == 3
+    assert tasks.size(task.train) == tasks.size(task.eval) == 5
 
 
 def test_code_is_in_a_language_that_a_test_runs():

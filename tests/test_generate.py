@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -209,3 +210,71 @@ def test_texts_that_can_not_be_written_are_printed(written, monkeypatch, tmp_pat
     shown = capsys.readouterr()
     assert code == 1 and [json.loads(shown.out)] == written
     assert "No space left on device" in shown.err and "printed instead" in shown.err
+
+
+# ------------------------------------------------------------------------------------------- chats
+
+TURNS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tuned(base, tmp_path_factory):
+    """gpt2-nano with a chat template and with generation settings."""
+    folder = tmp_path_factory.mktemp("tuned") / "model"
+    shutil.copytree(base.directory, folder)
+    (folder / "chat_template.jinja").write_text(TURNS)
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 5, "min_p": 0.1}')
+    return str(folder)
+
+
+def test_messages_are_completed_in_the_chat_template(base, tuned, tmp_path, capsys):
+    out = tmp_path / "texts.jsonl"
+    asked = ["--base", tuned, "--chat", "--prompt", "Who is it?", "--out", str(out)]
+    assert generate.main([*asked, "--system", "Be brief."]) == 0
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    rendered = "system: Be brief.\nuser: Who is it?\nassistant:"
+    options = decode.DecodingOptions(max_new_tokens=5)
+    assert row["prompt"] == "Who is it?"
+    assert [row["text"]] == texts(base, [rendered], base.params, options)
+    assert (
+        "generation_config.json: max_new_tokens 5; not used: min_p 0.1" in capsys.readouterr().err
+    )
+
+
+def test_a_conversation_goes_on_line_by_line(base, tuned, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who is it?\n\nAnd where?\n"))
+    assert generate.main(["--base", tuned, "--chat"]) == 0
+    options = decode.DecodingOptions(max_new_tokens=5)
+    first = "user: Who is it?\nassistant:"
+    (answer,) = texts(base, [first], base.params, options)
+    second = f"{first} {answer.strip()}\nuser: And where?\nassistant:"
+    (another,) = texts(base, [second], base.params, options)
+    assert capsys.readouterr().out == f"{answer}\n{another}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--chat", "--prompt", "a"], "--chat: gpt2-nano has no chat template; give one with --te"),
+        (["--chat"], "--chat: gpt2-nano has no chat template"),
+        (["--system", "a", "--prompt", "b"], "--system: given without --chat"),
+        (
+            ["--chat", "--out", "x.jsonl"],
+            "--out: given without a prompt; a conversation is printed",
+        ),
+        (
+            ["--chat", "--adapter", "base", "--adapter", "base"],
+            "--adapter: 2 given; a conversati",
+        ),
+        (
+            ["--chat", "--prompt", "a", "--template", "x"],
+            "task.template: 'x' is neither a Jinja t",
+        ),
+    ],
+)
+def test_a_chat_that_can_not_be_is_one_line(arguments, message, capsys):
+    assert generate.main(["--base", "gpt2-nano", *arguments]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"lorax: {message}")

@@ -316,7 +316,8 @@ def _conversation(record: Record, form: str, unused: set[str]) -> Read:
                 )
                 raise ValueError(f"{turn.place}: field {name!r} is not read; {mend}")
         is_target = _weight(turn, role) and not is_context
-        if is_target and (content.strip() or turn.fields.get("tool_calls")):
+        calls = turn.fields.get("tool_calls") or turn.fields.get("function_call")
+        if is_target and (content.strip() or calls):
             learnt.append(i)
         extra = {k: v for k, v in turn.fields.items() if k in CARRIED and v not in ("", [], {})}
         carried += [k for k in extra if k not in (CALLED if role == "tool" else CALLED[:1])]

@@ -188,7 +188,8 @@ def test_registry_is_complete():
         pkgutil.resolve_name(f"lorax.tasks.{x.name}") for x in pkgutil.iter_modules(tasks.__path__)
     ]
     with_tasks = {row.load.__module__ for row in tasks.TASKS.values()}
-    helpers = ("metrics", "records", "rows", "sentences", "rendering", "templates")
+    helpers = ("metrics", "records", "rows", "sentences", "rendering", "templates", "sources")
+    helpers += ("tabular",)
     helpers += ("data", "table", "kinds", "scores", "subsets", "splits", "batch_order")
     assert {x.__name__ for x in modules} == with_tasks | {f"lorax.tasks.{x}" for x in helpers}
 
