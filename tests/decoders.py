@@ -86,7 +86,10 @@ CASES = {
             use_sliding_window=True, sliding_window=3, attention_bias=True, mlp_bias=True,
         ),
         _case("olmo2", "olmo2", attention_bias=True),
-        _case("olmo3", "olmo3", num_hidden_layers=4, sliding_window=3),
+        _case(
+            "olmo3", "olmo3", num_hidden_layers=4, sliding_window=3, attention_bias=True,
+            tie_word_embeddings=True,
+        ),
         _case(
             "olmo3-ropes", "olmo3", sliding_window=3, num_key_value_heads=4,
             layer_types=["full_attention", "sliding_attention"],

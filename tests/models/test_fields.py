@@ -9,10 +9,12 @@ import json
 import math
 
 import pytest
+from support import few
 
 import lorax
 from lorax import fields, models, tree
-from lorax.models import falcon, rope
+from lorax.models import decoder_families, falcon, rope
+from lorax.models.decoder import FULL, SLIDING
 from lorax.models.families import FAMILIES
 from lorax.models.load import config_fields, skeleton
 
@@ -36,6 +38,16 @@ SMALL = {
     "llama": DECODER,
     "mistral": DECODER | {"sliding_window": 5},
     "qwen2": DECODER | {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1},
+    "ministral": DECODER | {"sliding_window": 5, "layer_types": [SLIDING, FULL]},
+    "qwen3": DECODER,
+    "smollm3": DECODER | {"sliding_window": 5, "use_sliding_window": True},
+    "olmo2": DECODER,
+    "olmo3": DECODER | {"sliding_window": 5, "layer_types": [SLIDING, FULL]},
+    "granite": DECODER,
+    "gemma": DECODER,
+    "gemma2": DECODER,
+    "gemma3_text": DECODER | {"sliding_window_pattern": 2},
+    "phi3": DECODER,
     **{f"llama {kind}": DECODER | {"rope_parameters": {"rope_type": kind} | more}
        for kind, more in ROPES.items()},
     "falcon": {"vocab_size": 20, "hidden_size": 24, "num_hidden_layers": 2}
@@ -78,6 +90,9 @@ def mutations(name: str):
             for value in VALUES:
                 given = config.get("rope_parameters", {}) | {field: value}
                 yield field, config | {place: given}
+    for field in rope.ROPE_FIELDS if family == "olmo3" else ():
+        for value in VALUES:
+            yield field, config | {"rope_parameters": {SLIDING: {field: value}, FULL: {}}}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -91,7 +106,10 @@ def test_every_value_of_every_field_is_read_or_refused_by_name(name):
             assert len(str(error)) < 400, error
 
 
-@pytest.mark.parametrize("name", SMALL)
+OTHER_ROWS = {*decoder_families.FAMILIES} - {"llama", "gemma2"}
+
+
+@pytest.mark.parametrize("name", few(SMALL, {*SMALL} - OTHER_ROWS))
 def test_sizes_cost_nothing_before_the_weights(name, tmp_path):
     """The skeleton of a model that no machine can hold is made like any other."""
     module, config = FAMILIES[name.split()[0]][0], {"model_type": name.split()[0]} | SMALL[name]
