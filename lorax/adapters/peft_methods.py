@@ -146,7 +146,8 @@ def _attention(base: Base) -> tokens.Attention:
     modules = tuple(base.places.module(layer).rpartition(".")[0] for layer in keys)
     scaled = getattr(base.config, "scale_embeddings", False)
     embedded = base.config.hidden_size**0.5 if scaled else 1.0
-    return tokens.Attention(base.family, base.causal, base.traits.config, modules, embedded)
+    raw = base.traits.config.get("text_config", base.traits.config)
+    return tokens.Attention(base.family, base.causal, raw, modules, embedded)
 
 
 def _weights(state: methods.State, base: Base) -> Arrays:

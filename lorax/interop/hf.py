@@ -37,6 +37,13 @@ SIDE = (
     *("preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*"),
 )
 
+#: First words of the names of the tensors that read images, which no model of text computes with.
+IMAGES = tuple(
+    f"{first}{part}."
+    for first in ("", "model.")
+    for part in ("vision_tower", "multi_modal_projector")
+)
+
 #: Dtypes that are kept when weights are written again, by safetensors' names.
 _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 
@@ -273,8 +280,10 @@ def _key(source: Source, layer: int | None, where: Collection[str]) -> str | Non
 
 def spellings(name: str) -> list[str]:
     """Possible names of a tensor: a checkpoint of the bare model lacks the prefix "transformer.",
-    and the oldest BERT files call a norm's weight and bias gamma and beta."""
+    the oldest BERT files call a norm's weight and bias gamma and beta, and the oldest models of
+    images and texts have "model." after "language_model."."""
     names = [name, name.split(".", 1)[-1]]
+    names += [name.replace("model.language_model.", "language_model.model.")]
     old = [n.replace("LayerNorm.weight", "LayerNorm.gamma") for n in names]
     return names + [n.replace("LayerNorm.bias", "LayerNorm.beta") for n in old]
 
@@ -294,16 +303,29 @@ def dtypes(
     return result
 
 
+def images(directory: Path) -> dict[str, np.ndarray]:
+    """{name: tensor} of the part of a model that reads images, as stored; {} for a model of text.
+    Raises ValueError for one that is stored as something other than floats."""
+    return {
+        key: tensor.checked().read(range(tensor.rows)).reshape(tensor.shape)
+        for file in weight_files(directory)
+        for key, tensor in stored(file).items()
+        if key.startswith(IMAGES)
+    }
+
+
 def write(
     directory: Path,
     config: dict,
     sources: Mapping[str, Source],
     params: Mapping,
     dtypes: Mapping | None = None,
+    beside: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Write {path: array} and config.json so that transformers loads them; inverse of `read`.
 
-    dtypes: {path: dtype} to round to; None for float32. Raises ValueError that names the tensor,
+    dtypes: {path: dtype} to round to; None for float32. beside: {name: tensor} of further tensors.
+    Raises ValueError that names the tensor,
     before anything is written, for NaN, infinity and numbers too large for the dtype.
     """
     parts: dict[str, list] = {}  # of each tensor
@@ -316,7 +338,7 @@ def write(
             index = ... if layer is None else layer
             check_finite(name, leaf[index], rounded[index])
             parts.setdefault(name, []).append((source, rounded[index]))
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, np.ndarray] = dict(beside or {})
     for name, pieces in parts.items():
         source, whole = pieces[0]
         axes = source.axes or range(whole.ndim)

@@ -49,6 +49,8 @@ class Family(NamedTuple):
     config.json, where it differs. meant: the fields of a config.json -> the same with older values
     as transformers reads them. tensors: our module -> its name in a layer of theirs, where it is
     not that of `TENSORS`; modules with the same name lie side by side in one tensor, in this order.
+    text: in a model that reads images, too, the `model_type` of the part that reads text, which is
+    all that is computed here: config.json has it as `text_config`.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Family(NamedTuple):
     renamed: Mapping[str, str] = {}
     meant: Callable[[dict], dict] = dict
     tensors: Mapping[str, str] = {}
+    text: str | None = None
 
 
 #: Our module in a layer -> its name in Hugging Face's layer, for most families.
@@ -127,6 +130,23 @@ def _phi3(hf: dict) -> dict:
             hf[place] = given | {"rope_type": "longrope"}
     return hf
 
+
+_GEMMA_3 = Family(  # arXiv:2503.19786; transformers caps no scores
+    "Gemma3",
+    options=(
+        *("attention_bias", "query_pre_attn_scalar", "final_logit_softcapping"),
+        *("sliding_window_pattern", *WINDOW),
+    ),
+    defaults=_GEMMA_2 | {"vocab_size": 262208, "max_position_embeddings": 131072},
+    fixed=_GEMMA_FIXED | {"norms": "both", "qk_norm": "head"},
+    full_every=6,
+    theta=1e6,
+    sliding_theta=1e4,
+    sliding_theta_field="rope_local_base_freq",
+    renamed={"hidden_act": "hidden_activation"},
+    meant=_gemma,
+    tensors=_GEMMA_2_TENSORS,
+)
 
 #: model_type -> its row.
 FAMILIES = {
@@ -204,22 +224,8 @@ FAMILIES = {
         meant=_gemma,
         tensors=_GEMMA_2_TENSORS,
     ),
-    "gemma3_text": Family(  # arXiv:2503.19786; transformers caps no scores
-        "Gemma3",
-        options=(
-            *("attention_bias", "query_pre_attn_scalar", "final_logit_softcapping"),
-            *("sliding_window_pattern", *WINDOW),
-        ),
-        defaults=_GEMMA_2 | {"vocab_size": 262208, "max_position_embeddings": 131072},
-        fixed=_GEMMA_FIXED | {"norms": "both", "qk_norm": "head"},
-        full_every=6,
-        theta=1e6,
-        sliding_theta=1e4,
-        sliding_theta_field="rope_local_base_freq",
-        renamed={"hidden_act": "hidden_activation"},
-        meant=_gemma,
-        tensors=_GEMMA_2_TENSORS,
-    ),
+    "gemma3_text": _GEMMA_3,
+    "gemma3": _GEMMA_3._replace(text="gemma3_text"),
     "phi3": Family(  # Phi-3, 3.5 and 4, arXiv:2404.14219, 2412.08905
         "Phi3",
         options=("sliding_window",),
@@ -278,6 +284,7 @@ FIELDS = {
     ),
     "use_bidirectional_attention": fields.optional(fields.FLAG),
     "rope_local_base_freq": fields.above(1),
+    "text_config": fields.optional(fields.OBJECT),
     **rope.FIELDS,
 }
 
@@ -312,7 +319,7 @@ def config_from_hf(hf: dict, **run) -> Config:
     if model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not one of {[*FAMILIES]}")
     family = FAMILIES[model_type]
-    hf = family.meant(hf)
+    hf = family.meant(hf if family.text is None else _text_part(hf, family))
     for option, without in OPTIONS.items():
         if option not in family.options and hf.get(option) not in (None, without):
             value = fields.shown(hf[option])
@@ -321,12 +328,22 @@ def config_from_hf(hf: dict, **run) -> Config:
     arguments = family.defaults | {name: hf[theirs] for name, theirs in names.items()}
     if "use_sliding_window" in family.options and not hf.get("use_sliding_window"):
         arguments["sliding_window"] = None
-    config = Config(**family.fixed | arguments, **run)
+    config = Config(**family.fixed | arguments | {"model_type": model_type}, **run)
     _check_heads(config, arguments.get("head_dim") is not None)
     if "no_rope_layers" in family.options:
         config = _with_no_rope_layers(hf, config)
     config = dataclasses.replace(config, **_ropes(hf, family, config))
     return _with_layer_types(hf, family, config)
+
+
+def _text_part(hf: dict, family: Family) -> dict:
+    """The fields of the part that reads text."""
+    text = fields.read(hf.get("text_config") or {}, FIELDS, "text_config")
+    if text.get("model_type", family.text) != family.text:
+        raise ValueError(
+            f"text_config: model_type {text['model_type']!r} given, must be {family.text!r}"
+        )
+    return text | {name: hf[name] for name in ("tie_word_embeddings",) if name in hf}
 
 
 def _read(family: Family) -> dict[str, str]:
@@ -434,19 +451,21 @@ def _with_layer_types(hf: dict, family: Family, config: Config) -> Config:
 def hf_tensors(config: Config) -> dict[str, Source]:
     """{parameter path: its place in Hugging Face's tensors}. torch's `Linear` stores kernels (out,
     in)."""
+    family = FAMILIES[config.model_type]
+    first = "model" if family.text is None else "model.language_model"
     head = "lm_head.weight" if config.tie_word_embeddings else None
     names = {
-        "embed/embedding": Source("model.embed_tokens.weight", tied=head),
-        "norm/scale": Source("model.norm.weight"),
+        "embed/embedding": Source(f"{first}.embed_tokens.weight", tied=head),
+        "norm/scale": Source(f"{first}.norm.weight"),
     }
     if not config.tie_word_embeddings:
         names["lm_head/kernel"] = Source("lm_head.weight", axes=(1, 0))
-    theirs = TENSORS | FAMILIES[config.model_type].tensors
+    theirs = TENSORS | family.tensors
     for module in _norms(config):
-        names[f"h/{module}/scale"] = Source(f"model.layers.{{}}.{theirs[module]}.weight")
+        names[f"h/{module}/scale"] = Source(f"{first}.layers.{{}}.{theirs[module]}.weight")
     linears = _linears(config)
     for module, (width, bias) in linears.items():
-        name = f"model.layers.{{}}.{theirs[module]}"
+        name = f"{first}.layers.{{}}.{theirs[module]}"
         beside = [other for other in linears if theirs[other] == theirs[module]]
         start = sum(linears[other][0] for other in beside[: beside.index(module)])
         part = slice(start, start + width) if len(beside) > 1 else None
@@ -499,4 +518,11 @@ def hf_config(config: Config) -> dict:
     if "no_rope_layers" in family.options:
         all_on = (1,) * config.num_hidden_layers
         described["no_rope_layers"] = list(config.no_rope_layers or all_on)
-    return described | {"architectures": [f"{family.name}ForCausalLM"]}
+    if family.text is None:
+        return described | {"architectures": [f"{family.name}ForCausalLM"]}
+    return {
+        "model_type": config.model_type,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "text_config": described | {"model_type": family.text},
+        "architectures": [f"{family.name}ForConditionalGeneration"],
+    }

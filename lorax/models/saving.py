@@ -21,10 +21,12 @@ def save(directory: str | Path, base: Base, dtype=None) -> None:
 
     A base that was loaded from a directory keeps what lorax doesn't use: the other fields of its
     config.json, its `hf.SIDE` files, and the dtype of each weight there. 4-bit weights are decoded.
-    dtype: of all weights, instead of the files'. For a user's base see `custom.save`.
+    The part of a model that reads images is copied from the directory. dtype: of all weights,
+    instead of the files'. For a user's base see `custom.save`.
 
-    Raises ValueError that names the tensor, before anything is written, for weights that are NaN or
-    infinite, or too large for their dtype.
+    Raises ValueError for random weights of a model with such a part, and ValueError that names the
+    tensor, before anything is written, for weights that are NaN or infinite, or too large for their
+    dtype.
     """
     directory, flat = Path(directory), tree.flatten(base.params)
     if custom.is_custom(base.name):
@@ -46,7 +48,7 @@ def save(directory: str | Path, base: Base, dtype=None) -> None:
     if base.directory is not None or stated != "float32":
         config |= {"dtype": stated, "torch_dtype": stated}  # the key of transformers 5, and of 4
     ids = _special_ids(base.vocabulary) if _new_vocabulary(base) else {}
-    hf.write(directory, config | ids, base.sources, flat, dtypes)
+    hf.write(directory, config | ids, base.sources, flat, dtypes, _images(base, dtype))
     for pattern in hf.SIDE if base.directory is not None else ():
         for file in base.directory.glob(pattern):
             copy = lambda temporary, file=file: shutil.copyfile(file, temporary)
@@ -57,6 +59,19 @@ def save(directory: str | Path, base: Base, dtype=None) -> None:
         generation = directory / "generation_config.json"
         if generation.exists():
             write_json(generation, read_json(generation) | ids)
+
+
+def _images(base: Base, dtype) -> dict[str, np.ndarray]:
+    """{name: tensor} of the part of the base that reads images."""
+    if base.directory is not None:
+        images = hf.images(base.directory)
+        return {name: x.astype(dtype or x.dtype) for name, x in images.items()}
+    if "text_config" in base.traits.config:
+        raise ValueError(
+            f"base: {base.name}: {base.family} has a part that reads images, of which there are no "
+            "random weights; save a base with a model_type of text alone"
+        )
+    return {}
 
 
 def stored_dtypes(base: Base) -> dict[str, np.dtype]:

@@ -1,5 +1,6 @@
 """What Gemma and Phi have and other decoders have not; their logits are in test_decoder."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -9,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from decoders import LONG, TINY, TOKENS
 from quick import jit
 from support import few, require
 
 import lorax
-from lorax import decode, tree
+from lorax import adapters, decode, models, tree
+from lorax.interop import peft
 from lorax.models import decoder, rope
 from lorax.models.decoder import FULL, SLIDING
 from lorax.models.decoder_families import config_from_hf, hf_config
@@ -130,6 +133,94 @@ def test_embeddings_are_scaled_by_a_root_that_is_rounded_as_the_weights_are(tmp_
     assert np.abs(want).max() > 0.1
 
 
+# -------------------------------------------------------------------- models that read images, too
+
+
+@functools.cache
+def seeing():
+    """A random Gemma 3 of texts and images, from transformers."""
+    torch, transformers = require("torch"), require("transformers")
+    torch.manual_seed(0)
+    vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config = transformers.Gemma3Config(
+        text_config=TINY | dict(head_dim=6, sliding_window=3, sliding_window_pattern=2),
+        vision_config=vision | dict(model_type="siglip_vision_model", image_size=8, patch_size=4),
+        mm_tokens_per_image=4, image_token_index=39,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(5 * parameter + 0.2 * torch.randn_like(parameter))
+    return model
+
+
+def logits_of(model):
+    torch = require("torch")
+    with torch.no_grad():
+        return model(torch.from_numpy(TOKENS).long()).logits.numpy()
+
+
+def as_first_published(directory):
+    """Renames the tensors in the file of a model as in Google's own files."""
+    file = directory / "model.safetensors"
+    tensors = {
+        key.replace("model.language_model.", "language_model.model.").removeprefix("model."): x
+        for key, x in safetensors.numpy.load_file(file).items()
+    }
+    safetensors.numpy.save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_the_text_part_of_gemma_3_is_read_and_the_part_for_images_kept(first, tmp_path):
+    transformers, model = require("transformers"), seeing()
+    model.save_pretrained(tmp_path / "theirs")
+    if first:
+        as_first_published(tmp_path / "theirs")
+    ours = lorax.load(str(tmp_path / "theirs"))
+    assert ours.family == "gemma3" and ours.config.types == (SLIDING, FULL)
+    got = jit(functools.partial(lorax.apply, ours.module))(ours.params, TOKENS)
+    np.testing.assert_allclose(got, logits_of(model), rtol=0, atol=1e-4)
+    assert config_from_hf(hf_config(ours.config)) == ours.config
+    changed = tree.flatten(ours.params)
+    changed["norm/scale"] = changed["norm/scale"] + 1
+    models.save(tmp_path / "ours", ours.replace(params=tree.unflatten(changed)))
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert type(back) is type(model)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    for (name, x), y in zip(back.state_dict().items(), model.state_dict().values(), strict=True):
+        more = 1 if name == "model.language_model.norm.weight" else 0
+        np.testing.assert_array_equal(x, y + more, err_msg=name)
+
+
+@pytest.mark.filterwarnings("ignore")  # what PEFT and transformers warn about is not ours
+def test_an_adapter_of_the_text_part_leaves_the_part_for_images_alone(tmp_path):
+    library, model = require("peft"), seeing()
+    model.save_pretrained(tmp_path / "theirs")
+    ours = lorax.load(str(tmp_path / "theirs"))
+    method = lorax.method("lora", rank=2, alpha=4, targets=("q", "v", "down"))
+    state = method.init(jax.random.key(0), ours.params, ours.sites)
+    draw = lambda x: 0.3 * np.random.default_rng(x.shape).standard_normal(x.shape, np.float32)
+    state = state._replace(trainable=jax.tree.map(draw, state.trainable))
+    adapter = adapters.factored(ours, method, state)
+    peft.save(tmp_path / "adapter", adapter, ours.sources, str(tmp_path / "theirs"))
+    bound = method.bind(*state, ours.params, sites=ours.sites)
+    expected = jit(functools.partial(lorax.apply, ours.module))(bound, TOKENS)
+    theirs = library.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter").eval()
+    np.testing.assert_allclose(logits_of(theirs), expected, rtol=0, atol=1e-4)
+    assert np.abs(logits_of(model) - expected).max() > 0.1
+    adapted = [name for name, _ in theirs.named_parameters() if "lora_" in name]
+    assert len(adapted) == 2 * 3 * 2 and all("language_model" in name for name in adapted)
+
+
+def test_random_weights_have_no_part_for_images_to_save(tmp_path):
+    seeing().save_pretrained(tmp_path)
+    ours = lorax.load(f"random:{tmp_path}")
+    with pytest.raises(ValueError, match="gemma3 has a part that reads images, of which there are"):
+        models.save(tmp_path / "ours", ours)
+
+
 # ------------------------------------------------------------------------------------------- config
 
 
@@ -190,6 +281,11 @@ def test_older_files_mean_what_transformers_makes_of_them(model_type):
         (dict(model_type="gemma2", query_pre_attn_scalar=-1), "query_pre_attn_scalar: -1 given"),
         (dict(model_type="gemma2", hidden_activation="tanh"), "hidden_activation: .tanh. given"),
         (dict(model_type="gemma3_text", rope_local_base_freq=1), "rope_local_base_freq: 1 given"),
+        (
+            dict(model_type="gemma3", text_config=dict(model_type="t5")),
+            "text_config: model_type .t5",
+        ),
+        (dict(model_type="gemma3", text_config=dict(head_dim=0)), "text_config: head_dim: 0 given"),
         (dict(model_type="phi3", partial_rotary_factor=0.5), "rotates 3 of 6 features"),
         (dict(model_type="phi3", attention_bias=True), "attention_bias=true .* for phi3"),
     ],
