@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+from pathlib import Path
 
 import decoders
 import jax
@@ -189,6 +191,17 @@ def test_gradients_are_those_of_transformers(name, remat, unroll):
         np.testing.assert_allclose(grads[path], want, rtol=1e-3, atol=1e-4 * scale, err_msg=path)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_computes_in_bfloat16_if_asked(name):
+    """No float in a `Config` makes it wider; strict promotion raises where dtypes meet."""
+    config = dataclasses.replace(loaded(name).config, dtype="bfloat16")
+    module = decoder.Decoder(config)
+    read = lambda method: jax.eval_shape(
+        lambda params: module.apply({"params": params}, TOKENS, method=method), ours(name)[1]
+    )
+    assert (read("hidden").dtype, read("__call__").dtype) == (jnp.bfloat16, jnp.float32)
+
+
 def test_rms_norm_has_the_values_and_gradients_of_flax():
     from flax import linen as nn
 
@@ -345,6 +358,13 @@ def test_weights_in_bfloat16_tell_nearly_the_same():
 def test_what_the_module_does_not_compute_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf(TINY | fields)
+
+
+def test_the_page_on_bases_says_what_each_family_has():
+    page = (Path(__file__).parents[2] / "docs" / "bases.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall("`(.*?)`", row)}
+    assert named - {"model_type"} == {*FAMILIES}
 
 
 def test_the_fields_that_no_family_reads_are_said():
