@@ -178,7 +178,7 @@ def _repeated(train: Sequence[Example], held_out: Sequence[Example]) -> str:
     n = sum(tuple(example) in trained for example in held_out)
     if not n:
         return ""
-    return f"; WARNING: {count(n)} of {count(len(held_out))} held-out examples are trained on, too"
+    return f"; warning: {count(n)} of {count(len(held_out))} held-out examples are trained on, too"
 
 
 def examples(

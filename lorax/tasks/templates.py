@@ -22,6 +22,7 @@ JINJA = (3, 1, 6)  # older sandboxes are known to leak
 SECONDS = 10.0  # of CPU time, for one conversation
 MEMORY = 2**30  # bytes that the process of a template may address
 LONGEST = 10_000_000  # characters of a conversation
+MANY = 4096  # conversations that one process renders, so that memory holds no more of them twice
 PLAIN = "plain"  # as `task.template`: no template
 DEVELOPER = "developer"  # OpenAI's newer name for the role "system"
 #: What the task's line says about conversations, by the names that `rendering` gives.
@@ -150,10 +151,11 @@ def render(texts: Mapping[str, str], spelling: Spelling, chats: Sequence[Chat]) 
     examples, remarks = [()] * len(chats), collections.Counter()
     for name, text in texts.items():
         which = [i for i, chat in enumerate(chats) if named(chat) == name]
-        answers = _answers(text, spelling, [_known(chats[i], text) for i in which]) if which else []
-        for i, answer in zip(which, answers, strict=True):
-            examples[i] = tuple((piece, target) for piece, target in answer["pieces"])
-            remarks.update(answer["remarks"])
+        for part in (which[at : at + MANY] for at in range(0, len(which), MANY)):
+            answers = _answers(text, spelling, [_known(chats[i], text) for i in part])
+            for i, answer in zip(part, answers, strict=True):
+                examples[i] = tuple((piece, target) for piece, target in answer["pieces"])
+                remarks.update(answer["remarks"])
     return Rendered(examples, remarks)
 
 

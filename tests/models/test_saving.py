@@ -91,6 +91,20 @@ def test_a_vocabulary_of_the_users_own_is_written(tmp_path):
     assert generation["temperature"] == 0.6 and generation["eos_token_id"] == 1
 
 
+def test_a_chat_template_comes_with_the_vocabulary(tmp_path):
+    theirs = directory_of(tmp_path / "theirs", GPT2 | {"eos_token_id": 0})
+    Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(theirs / "tokenizer.json"))
+    (theirs / "tokenizer_config.json").write_text('{"eos_token": "a", "chat_template": "x"}')
+    models.save(tmp_path / "random", lorax.load(f"random:{theirs}"))
+    base = lorax.load(str(theirs))
+    texts = {"default": "y", "tool_use": "z"}
+    changed = base.replace(vocabulary=base.vocabulary._replace(templates=texts))
+    models.save(tmp_path / "changed", changed)
+    for name, expected in (("random", {"default": "x"}), ("changed", texts)):
+        words = lorax.load(str(tmp_path / name)).vocabulary
+        assert words.templates == expected and words.special == {"eos_token": "a"}
+
+
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
 def test_weights_stay_in_the_dtype_of_the_files(name, tmp_path):
     theirs = directory_of(tmp_path / "theirs", GPT2 | {"torch_dtype": name}, jnp.dtype(name))

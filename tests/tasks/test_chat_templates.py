@@ -200,6 +200,37 @@ def test_a_prompt_of_messages_is_masked_as_in_trl(name, record, family):
     assert mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
 
 
+@pytest.mark.filterwarnings("ignore")  # what the trainer tells its own users
+@pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama3", "gemma", "marked"])
+def test_labels_are_those_of_trls_trainer(name, family, tmp_path):
+    trl, transformers, datasets = map(require, ("trl", "transformers", "datasets"))
+    folder, is_marked = family(name), name == "marked"
+    theirs, words = transformers.AutoTokenizer.from_pretrained(folder), vocabulary.read(folder)
+    theirs.pad_token = theirs.eos_token
+    sizes = dict(
+        vocab_size=len(theirs),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    record = CHAT if is_marked else {"prompt": [USER, ANSWER, AGAIN], "completion": [LAST]}
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(
+            str(tmp_path), use_cpu=True, bf16=False, report_to=[], assistant_only_loss=is_marked
+        ),
+        train_dataset=datasets.Dataset.from_list([record, {**record, "id": "0"}]),
+        processing_class=theirs,
+    )
+    ids, mask = tokens(record, words)
+    given = trainer.train_dataset[0]
+    assert given["input_ids"][: len(ids)] == ids
+    assert [int(label != -100) for label in given["labels"]][: len(ids)] == mask
+    assert all(label == -100 for label in given["labels"][len(ids) :])
+
+
 def test_smollm2_itself(tmp_path):
     folder = data("models/smollm2")
     words = vocabulary.read(folder)

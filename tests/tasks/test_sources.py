@@ -187,12 +187,12 @@ def test_columns_are_renamed_and_left_out(tmp_path, vocabulary):
 
 def test_examples_on_both_sides_of_the_cut_are_warned_of(tmp_path, vocabulary):
     file = lines(tmp_path / "x.jsonl", PAIRS)
-    assert "WARNING" not in build(file, vocabulary).note
+    assert "warning" not in build(file, vocabulary).note
     lines(file, [*PAIRS[:-1], PAIRS[0]])
-    assert "; WARNING: 1 of 2 held-out examples are trained on, too" in build(file, vocabulary).note
+    assert "; warning: 1 of 2 held-out examples are trained on, too" in build(file, vocabulary).note
     lines(tmp_path / "f/train.jsonl", PAIRS)
     lines(tmp_path / "f/test.jsonl", [*PAIRS[:2], {**PAIRS[2], "completion": "other"}])
-    assert "; WARNING: 2 of 3 held-out ex" in build(tmp_path / "f", vocabulary).note
+    assert "; warning: 2 of 3 held-out ex" in build(tmp_path / "f", vocabulary).note
 
 
 # -------------------------------------------------------------------------------------------- forms
