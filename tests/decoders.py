@@ -34,6 +34,17 @@ WORDS = ("q", "k", "v", "o", "gate", "up", "down", "embed", "head")
 TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (3, 12), np.int32)
 
 
+#: Fields of a tiny Gemma 3 of texts and images.
+SEEING = dict(
+    text_config=TINY | dict(head_dim=6, sliding_window=3, sliding_window_pattern=2),
+    vision_config=dict(
+        model_type="siglip_vision_model", hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, image_size=8, patch_size=4,
+    ),
+    mm_tokens_per_image=4, image_token_index=39,
+)  # fmt: skip
+
+
 class Case(NamedTuple):
     """name: of the case. model_type: Hugging Face's. options: fields of transformers' config beside
     those of `TINY`. words: the target words that mean something here."""

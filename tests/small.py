@@ -12,6 +12,7 @@ from quick import jit
 import lorax
 from lorax import config, intercept
 from lorax.models import gpt2
+from lorax.tasks import kinds
 from lorax.train import stacks
 from lorax.train import step as steps
 
@@ -54,16 +55,19 @@ def trained(module, base, tokens, n, method, trainable, constants):
     return jax.lax.scan(step, (trainable, optimizer.init(trainable)), None, n)[0][0]
 
 
-def swept(built, base, n=4):
+def swept(built, base, n=4, batches=None, kind=kinds.TEXTS):
     """The members of a sweep after n steps: (state, losses (M, n)), as `lorax.train.programs` has
-    them side by side."""
+    them side by side. batches: leaves (n, 1, B, ...), by default texts of 20 tokens."""
     c = config.default()
     c.train.update(lr=0.01, weight_decay=0.1, warmup=0)
     members = [config.Member(i, str(i), {}, c) for i in range(len(built))]
     stacked = stacks.stack(members, built, base)
-    program = steps.Program(base.module, built[0], base.sites, c.train, False, False)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 20, (n, 1, 2, 7), np.int32))
-    batches = {"tokens": tokens, "mask": jnp.ones(tokens.shape, jnp.float32)}
+    program = steps.Program(
+        base.module, built[0], base.sites, c.train, dropout=False, merge=False, kind=kind
+    )
+    if batches is None:
+        tokens = jnp.asarray(np.random.default_rng(0).integers(0, 20, (n, 1, 2, 7), np.int32))
+        batches = {"tokens": tokens, "mask": jnp.ones(tokens.shape, jnp.float32)}
     run = lambda *member: steps.train_steps(program, base.params, *member, batches)
     state, logs = jit(jax.vmap(run))(stacked.constants, stacked.hyper, stacked.state)
     return state, np.asarray(logs["loss"])

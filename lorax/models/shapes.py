@@ -221,9 +221,11 @@ ARCHITECTURES: dict[str, dict] = {
     "falcon-7b": {"model_type": "falcon"},  # 6,921,720,704
     "falcon-40b": _falcon(60, 8192, 128, 8),  # 41,303,293,952
     "falcon-180b": _falcon(80, 14848, 232, 8),  # 178,557,088,768 with its tied head counted once
+    "bert-base": {"model_type": "bert"},  # 109,514,298 with its masked language model's head
     "roberta-base": _roberta(12, 768, 12),
     "roberta-large": _roberta(24, 1024, 16),
     "deberta-v2-xxlarge": _DEBERTA,
+    "vit-base": {"model_type": "vit"},
     "mnist-fc": {"model_type": "mlp", "widths": [784, 200, 200, 10]},  # 199,210
     "cifar-fc": {"model_type": "mlp", "widths": [3072, 200, 200, 10]},  # 656,810
     "mnist-lenet": {"model_type": "lenet"},  # 44,426

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from decoders import LONG, TINY, TOKENS
+from decoders import LONG, SEEING, TINY, TOKENS
 from quick import jit
 from support import few, require
 
@@ -141,12 +141,7 @@ def seeing():
     """A random Gemma 3 of texts and images, from transformers."""
     torch, transformers = require("torch"), require("transformers")
     torch.manual_seed(0)
-    vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    config = transformers.Gemma3Config(
-        text_config=TINY | dict(head_dim=6, sliding_window=3, sliding_window_pattern=2),
-        vision_config=vision | dict(model_type="siglip_vision_model", image_size=8, patch_size=4),
-        mm_tokens_per_image=4, image_token_index=39,
-    )  # fmt: skip
+    config = transformers.Gemma3Config(**SEEING)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
