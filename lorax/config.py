@@ -147,6 +147,8 @@ def _eval() -> ConfigDict:
     c.new_tokens = 64
     c.length_penalty = 1.0
     c.no_repeat_ngram = 0
+    # Tasks of lm-evaluation-harness that each member does after training: names or YAML files
+    c.harness = ()
     # Your own score, beside the task's: a function or "FILE.py:function" (docs/tasks.md)
     c.score = config_dict.FieldReference(None, field_type=object)
     return c
@@ -286,6 +288,7 @@ REVISABLE = (
     "eval.new_tokens",
     "eval.length_penalty",
     "eval.no_repeat_ngram",
+    "eval.harness",
     "analysis.report",
     "analysis.cka",
     "analysis.layers",

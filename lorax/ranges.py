@@ -54,6 +54,11 @@ RULES = (
         ("track",),
     ),
     Rule(
+        "must be a tuple of names of tasks, or of YAML files",
+        lambda v: isinstance(v, tuple) and all(isinstance(name, str) for name in v),
+        ("eval.harness",),
+    ),
+    Rule(
         'must be functions of an update, or "FILE.py:function"',
         lambda v: isinstance(v, tuple) and all(map(is_name, v)),
         ("analysis.also",),

@@ -66,14 +66,14 @@ def train(
     A row has "status" ("finished", "diverged" or "stopped"), "diverged_at" (step or None),
     "eval_loss" (nats per completion token, a classifier's loss, or the squared error of values;
     None unless it finished), "seconds", "step_ms" (of training alone; both are a member's share)
-    and "scores" ({metric: value} of a classifier, of tokens or of generated texts); one that a race
-    stopped also "stopped_at". With test rows it has "base_test_loss", that of step 0, "test_loss"
-    and "test_scores" (None and {} unless it finished); with `eval.keep` "best" it has "kept_step",
-    the step that was exported, whose results these are. If it finished, it has "cka" (per layer)
-    with `analysis.cka`, and "base_scores" (of the base's own texts) with `eval.generate`. "failed"
-    ({config key: reason}) is set if the texts or the CKA of a trained member failed. If training is
-    killed at any moment and called again, metrics, adapters and trajectories are bit for bit the
-    same as without the interruption.
+    and "scores" ({metric: value} of a classifier, of tokens, of generated texts or of the tasks of
+    `eval.harness`); one that a race stopped also "stopped_at". With test rows it has
+    "base_test_loss", that of step 0, "test_loss" and "test_scores" (None and {} unless it
+    finished); with `eval.keep` "best" it has "kept_step", the step that was exported, whose results
+    these are. If it finished, it has "cka" (per layer) with `analysis.cka`, and "base_scores" (of
+    the base's own texts) with `eval.generate`. "failed" ({config key: reason}) is set if texts,
+    tasks or the CKA of a trained member failed. If training is killed at any moment and called
+    again, metrics, adapters and trajectories are bit for bit the same as without the interruption.
     """
     members = [member for group in groups for member in group.stack.members]
     race = race or halving.without(members)

@@ -13,7 +13,7 @@ from lorax.errors import nearest
 from lorax.methods import prefix
 from lorax.models import Base, load
 from lorax.tasks import kinds, scores
-from lorax.train import activations, evidence, stacks, texts
+from lorax.train import activations, benchmarks, evidence, stacks, texts
 
 
 class Group(NamedTuple):
@@ -118,6 +118,8 @@ def _group(index: int, members: list[Member], loaded: Loaded, say: Callable) -> 
     check_positions(group)
     if tasks.prompts(task, c.eval.generate):
         texts.check_texts(base, task, c.eval, virtual_tokens(group), say)
+    if c.eval.harness:
+        benchmarks.check(base, c.eval.harness)
     if c.analysis.cka:
         state = group.stack.state.trainable, group.stack.constants
         activations.rehearse(base, built[0], *state, task, c.analysis.cka, c.eval.batch_size)

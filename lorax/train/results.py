@@ -9,7 +9,7 @@ import numpy as np
 
 from lorax import adapters, methods, rundir, tasks
 from lorax.errors import reason
-from lorax.train import activations
+from lorax.train import activations, benchmarks
 from lorax.train.evaluation import Measured
 from lorax.train.part import Part, Position, decimal, diverged_at, exported
 from lorax.train.texts import write_base_texts, write_texts
@@ -39,6 +39,8 @@ def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[
             measure_texts(part, trainable, i, rows)
         else:  # left over from an evaluation that is no longer configured
             rundir.texts(part.workdir, member.index).unlink(missing_ok=True)
+        if part.stack.config.eval.harness and i in trained:
+            measure_tasks(part, trainable, i, rows)
         finished({"member": member.index, "name": member.name} | rows[member.index])
     return rows
 
@@ -135,11 +137,24 @@ def measure_base_texts(part: Part, trained: list[int], rows: dict[int, dict]) ->
 
 def measure_texts(part: Part, trainable, i: int, rows: dict[int, dict]) -> None:
     """Let member i complete the task's prompts, and add the scores of its texts to its row."""
-    base, member, method = part.group.base, part.stack.members[i], part.stack.methods[i]
-    bound = method.bind(*state_of(part, trainable, i), base.params, sites=base.sites)
+    base, member, bound = part.group.base, part.stack.members[i], bound_to(part, trainable, i)
     arguments = part.workdir, member, base, part.group.task, bound, part.say
     write = functools.partial(write_texts, *arguments)
     rows[member.index]["scores"] |= attempt(part, "eval.generate", [member], rows, write) or {}
+
+
+def measure_tasks(part: Part, trainable, i: int, rows: dict[int, dict]) -> None:
+    """Let member i do the tasks of `eval.harness`, and add their results to the scores of its
+    row."""
+    base, member, bound = part.group.base, part.stack.members[i], bound_to(part, trainable, i)
+    measure = functools.partial(benchmarks.scores, base, bound, member.config.eval)
+    rows[member.index]["scores"] |= attempt(part, "eval.harness", [member], rows, measure) or {}
+
+
+def bound_to(part: Part, trainable, i: int) -> dict:
+    """The parameters of member i: the base's, with its adapter."""
+    base, method = part.group.base, part.stack.methods[i]
+    return method.bind(*state_of(part, trainable, i), base.params, sites=base.sites)
 
 
 def attempt(part: Part, key: str, members, rows: dict[int, dict], work: Callable):

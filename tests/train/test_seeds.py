@@ -120,7 +120,8 @@ def test_a_run_from_before_these_keys_continues(tmp_path):
     del stored["seeds"]
     for axis in ("start_seed", "order_seed", "draw_seed"):
         del stored["sweep"][axis]
+    stored["train"].update(b1=0.9, b2=0.999, eps=1e-8)  # defaults then; now None means the same
     (tmp_path / "config.json").write_text(json.dumps({"config": stored}))
     assert resume.check_same_config(tmp_path, c) == []
-    c.seeds.order = 1
-    assert resume.check_same_config(tmp_path, c) == ["seeds.order"]
+    c.seeds.order, c.train.b1 = 1, 0.8
+    assert resume.check_same_config(tmp_path, c) == ["seeds.order", "train.b1"]
