@@ -33,6 +33,7 @@ def save(directory: str | Path, base: Base, dtype=None) -> None:
         if dtype is not None:
             flat = {path: leaf.astype(dtype) for path, leaf in flat.items()}
         return custom.save(directory, base.replace(params=tree.unflatten(flat)))
+    images = _images(base, dtype)
     flat = {path: ops.dense(leaf, base.sites.get(path)) for path, leaf in flat.items()}
     dtypes = stored_dtypes(base) if dtype is None else dict.fromkeys(flat, jnp.dtype(dtype))
     sizes = collections.Counter()
@@ -48,7 +49,7 @@ def save(directory: str | Path, base: Base, dtype=None) -> None:
     if base.directory is not None or stated != "float32":
         config |= {"dtype": stated, "torch_dtype": stated}  # the key of transformers 5, and of 4
     ids = _special_ids(base.vocabulary) if _new_vocabulary(base) else {}
-    hf.write(directory, config | ids, base.sources, flat, dtypes, _images(base, dtype))
+    hf.write(directory, config | ids, base.sources, flat, dtypes, images)
     for pattern in hf.SIDE if base.directory is not None else ():
         for file in base.directory.glob(pattern):
             copy = lambda temporary, file=file: shutil.copyfile(file, temporary)

@@ -210,19 +210,13 @@ def test_an_adapter_of_the_text_part_leaves_the_part_for_images_alone(tmp_path):
 
 
 def test_random_weights_have_no_part_for_images_to_save(tmp_path):
-    seeing().save_pretrained(tmp_path)
-    ours = lorax.load(f"random:{tmp_path}")
+    seeing().config.save_pretrained(tmp_path)
+    ours = skeleton(f"random:{tmp_path}")
     with pytest.raises(ValueError, match="gemma3 has a part that reads images, of which there are"):
         models.save(tmp_path / "ours", ours)
 
 
 # ------------------------------------------------------------------------------------------- config
-
-
-@pytest.mark.parametrize("model_type", ["gemma", "gemma2", "gemma3_text", "phi3"])
-def test_fields_that_a_file_leaves_out_are_those_of_transformers(model_type):
-    theirs = require("transformers").AutoConfig.for_model(model_type).to_dict()
-    assert config_from_hf({"model_type": model_type}) == config_from_hf(theirs)
 
 
 def test_five_of_six_layers_of_gemma_3_see_a_window():
@@ -288,19 +282,3 @@ def test_older_files_mean_what_transformers_makes_of_them(model_type):
 def test_what_the_module_does_not_compute_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf(TINY | fields)
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("gemma-2b", 2_506_172_416),
-        ("gemma2-2b", 2_614_341_888),
-        ("gemma2-9b", 9_241_705_984),
-        ("gemma3-1b", 999_885_952),
-        ("gemma3-4b", 3_880_263_168),
-        ("phi3-mini", 3_821_079_552),
-        ("phi4", 14_659_507_200),
-    ],
-)
-def test_named_models_have_their_published_size(name, parameters):
-    assert tree.count(skeleton(f"random:{name}").params) == parameters
