@@ -6,6 +6,7 @@ names of its tensors where they are not LLaMA's.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -387,9 +388,12 @@ def _ropes(hf: dict, family: Family, config: Config) -> dict[str, rope.Rope]:
     """The fields of `Config` with rotations, as in hf."""
     theta = hf.get("rope_theta") or family.theta
     place = rope.place_of(hf)
-    read = lambda place, given, theta: rope.from_hf(
-        *(hf, place, given, config.head_dim, config.max_position_embeddings, theta),
-        family.partial,
+    read = functools.partial(
+        rope.from_hf,
+        hf,
+        features=config.head_dim,
+        longest=config.max_position_embeddings,
+        partial=family.partial,
     )
     if family.sliding_theta is None:
         return {"rope_parameters": read(place, hf.get(place) or {}, theta)}
@@ -407,7 +411,7 @@ def _ropes(hf: dict, family: Family, config: Config) -> dict[str, rope.Rope]:
     local = hf.get(family.sliding_theta_field) or family.sliding_theta
     return {
         "rope_parameters": read(place, full, theta),
-        "sliding_rope": read("rope_parameters", given.get(SLIDING) or {}, local),
+        "sliding_rope": read(f"rope_parameters: {SLIDING}", given.get(SLIDING) or {}, local),
     }
 
 

@@ -187,14 +187,14 @@ def place_of(hf: dict) -> str:
 
 
 def from_hf(
-    hf: dict, place: str, given: dict, features: int, longest: int, theta: float, partial: bool
+    hf: dict, place: str, given: dict, theta: float, *, features: int, longest: int, partial: bool
 ) -> Rope:
     """The `Rope` that a config.json describes.
 
     hf: its fields (`FIELDS`). given: the object with the rotation's fields, found in its field
-    `place`. features, longest: as for `frequencies`. theta: `rope_theta`, if `given` has none.
-    partial: whether the family may rotate a part of each head. Raises ValueError
-    that names the field for a rotation that lorax does not compute.
+    `place`. theta: `rope_theta`, if `given` has none. features, longest: as for `frequencies`.
+    partial: whether the family may rotate a part of each head. Raises ValueError that names the
+    field for a rotation that lorax does not compute.
     """
     nested = [key for key, x in given.items() if isinstance(x, dict) and key not in ROPE_FIELDS]
     if nested:
