@@ -70,6 +70,8 @@ def _task() -> ConfigDict:
     c.split = config_dict.placeholder(str)  # instruct: names of train,eval,test sets, e.g. "a,b"
     c.columns = config_dict.placeholder(str)  # instruct: renames fields, e.g. "question=prompt"
     c.packing = False  # packs several examples into a row; they don't attend to each other
+    c.truncate = False  # cuts examples that are too long for a row, which are left out otherwise
+    c.loss_on = "completions"  # or "all": trains on prompts too, and evaluates on completions still
     # Batches rows of similar length and trims each batch to a quarter, half, ... of the longest row
     c.group_by_length = False
     c.n_train = config_dict.placeholder(int)  # first n training examples; None: all

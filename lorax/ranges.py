@@ -110,6 +110,7 @@ INSTEAD = {"train.epochs": "train.steps", "train.warmup_ratio": "train.warmup"}
 WORDS = {
     **dict.fromkeys(("dtype", "param_dtype", "operands"), ("float32", "bfloat16")),
     "quant": (None, "nf4", "fp4", "int8"),
+    "task.loss_on": ("completions", "all"),
     "train.remat": ("none", "full", "dots"),  # see `lorax.models.layers.over_layers`
     "train.offload": (None, "optimizer"),
     "train.last_batch": ("full", "short", "drop"),

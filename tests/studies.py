@@ -16,7 +16,9 @@ from lorax import command_line, config, rounds, run, rundir  # noqa: F401  (roun
 def smaller(settings, given: set[str]) -> None:
     """Two steps of two values of each axis. given: the keys that the command sets; with any of
     them, what the study trains and writes beside its sweep is left to the command without."""
-    settings.train.update(steps=4 if settings.sweep.tune else 2, warmup=0, batch_size=4)
+    epochs = 0.01 * bool(settings.train.epochs)  # two steps of 800 rows
+    steps = 0 if epochs else 4 if settings.sweep.tune else 2
+    settings.train.update(steps=steps, epochs=epochs, warmup=0, batch_size=4)
     settings.eval.update(every=2, examples=8, test=8, batch_size=8)
     settings.eval.generate = min(settings.eval.generate, 2)
     settings.analysis.report = False

@@ -27,6 +27,8 @@ from lorax.tasks.kinds import Kind
 from lorax.tasks.rows import Example, Task, check_n_train, count
 
 Pair = tuple[str, str]
+#: The settings of `config.task` that apply to prompts and completions.
+PAIRS_USE = ("packing", "group_by_length", "truncate", "loss_on")
 
 
 class DataError(ValueError):
@@ -39,7 +41,7 @@ class Data(NamedTuple):
     kind: of its rows. build(config, vocabulary, seq_len, base, apart=False) -> Task, config being
     `config.task`, apart: whether the task has test rows (`eval.test` is not 0).
     shapes(config, lead, seq_len, base) -> shapes of batches of its train rows, `lead` being the
-    axes before those of a row. uses: the settings among "packing" and "group_by_length" that apply.
+    axes before those of a row. uses: the settings among `PAIRS_USE` that apply.
     outputs: number of outputs of the encoder's head for this task, 0 for none.
     """
 
@@ -63,12 +65,13 @@ def pairs(
 ) -> Data:
     """Prompts and completions, (prompt, completion) each, for a causal language model.
 
-    The loss is on the completions and their end tokens. Pairs of more than `train.seq_len` tokens
-    are dropped; `task.n_train` counts the others. prompts: what `eval.generate` completes, each
-    with its reference; a prompt given several times has several references; None: those of the test
-    rows, or of `eval` without any. metric(texts, references): texts (N,) str as generated,
-    references (N,) tuples of str; None: BLEU, NIST, ROUGE and METEOR. note: added to the line that
-    the task prints. test: as `eval`; None: half of the prompts of `eval`, with their completions.
+    The loss is on the completions and their end tokens (`task.loss_on`). Pairs of more than
+    `train.seq_len` tokens are dropped (`task.truncate`); `task.n_train` counts the others. prompts:
+    what `eval.generate` completes, each with its reference; a prompt given several times has
+    several references; None: those of the test rows, or of `eval` without any. metric(texts,
+    references): texts (N,) str as generated, references (N,) tuples of str; None: BLEU, NIST, ROUGE
+    and METEOR. note: added to the line that the task prints. test: as `eval`; None: half of the
+    prompts of `eval`, with their completions.
     """
     train, eval = _pairs(train, "train"), _pairs(eval, "eval")
     test = None if test is None else _pairs(test, "test")
@@ -84,7 +87,7 @@ def pairs(
         task = rows.encode_sets(config, vocabulary, seq_len, *sets, rows.group(asked))
         return _scored_texts(task._replace(note=task.note + note), metric)
 
-    return Data(kinds.TEXTS, build, shapes_of_texts, ("packing", "group_by_length"))
+    return Data(kinds.TEXTS, build, shapes_of_texts, PAIRS_USE)
 
 
 def examples(
@@ -110,7 +113,7 @@ def examples(
         task = rows.encode_sets(config, vocabulary, seq_len, *sets, prompts)
         return _scored_texts(task._replace(note=task.note + note), metric)
 
-    return Data(kinds.TEXTS, build, shapes_of_texts, ("packing", "group_by_length"))
+    return Data(kinds.TEXTS, build, shapes_of_texts, PAIRS_USE)
 
 
 def texts(

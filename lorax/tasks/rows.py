@@ -180,6 +180,24 @@ def first_fit(lengths: Sequence[int], width: int) -> np.ndarray:
     return row_of
 
 
+class Fitting(NamedTuple):
+    """The examples that fit into rows, (ids, whether each is a target) each; how many were looked
+    at, how many of them were cut, and the width of a row."""
+
+    examples: list[tuple[list[int], list[bool]]]
+    seen: int
+    cut: int
+    width: int
+
+    @property
+    def left_out(self) -> str:
+        """What happened to the others, for a note; "" if there are none."""
+        dropped = self.seen - len(self.examples)
+        parts = [f"{count(dropped)} of {count(self.seen)} dropped"] * bool(dropped)
+        parts += [f"{count(self.cut)} of {count(self.seen)} cut"] * bool(self.cut)
+        return f" ({', '.join(parts)}, longer than {self.width} tokens)" if parts else ""
+
+
 def encode(
     examples: Iterable[Example],
     vocabulary: Vocabulary,
@@ -187,18 +205,48 @@ def encode(
     what: str,
     packing: bool = False,
     n: int | None = None,
+    truncate: bool = False,
+    loss_on: str = "completions",
 ) -> tuple[Rows, str]:
     """Rows of start + pieces, filled up with `vocabulary.pad`, and a note of what was dropped.
 
-    Pieces are tokenised separately, as when a model completes a prompt. Examples of more than
-    seq_len + 1 tokens are dropped, never truncated. packing: as many examples per row as fit,
-    otherwise one. n: use the first n examples that fit and read no further; None: all. what:
-    "train" or "eval", for messages. Raises ValueError if none fits, or fewer than n.
+    Pieces are tokenised separately, as when a model completes a prompt. packing: as many examples
+    per row as fit, otherwise one. n: use the first n examples that fit and read no further; None:
+    all. what: "train" or "eval", for messages. truncate: examples of more than seq_len + 1 tokens
+    are cut to that, unless no target is left; otherwise they are dropped. loss_on: as
+    `task.loss_on`. Raises ValueError if none fits, or fewer than n.
     """
-    width, fitting, lengths, examples = seq_len + 1, [], [], iter(examples)
+    fitted = _fitting(examples, vocabulary, seq_len, what, n, truncate)
+    fitting, width = fitted.examples, fitted.width
+    lengths = [len(ids) for ids, _ in fitting]
+    row_of = first_fit(lengths, width) if packing else np.arange(len(fitting))
+    shape = (int(row_of.max()) + 1, width)
+    tokens = np.full(shape, vocabulary.pad, np.int32)
+    mask, segments = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    filled = np.zeros(len(tokens), np.int64)
+    for row, (ids, targets) in zip(row_of, fitting, strict=True):
+        at = slice(filled[row], filled[row] + len(ids))
+        tokens[row, at], mask[row, at] = ids, targets if loss_on == "completions" else 1.0
+        mask[row, at.start] = 0.0  # nothing before it to predict it from
+        segments[row, at] = segments[row, at.start - 1] + 1 if at.start else 1
+        filled[row] = at.stop
+
+    note = f"{count(len(fitting))} {what} examples"
+    if packing:
+        note += f" packed into {count(len(tokens))} rows"
+    note += fitted.left_out
+    rows = {"tokens": tokens, "mask": mask} | ({"segments": segments} if packing else {})
+    return rows, note
+
+
+def _fitting(examples, vocabulary, seq_len: int, what: str, n, truncate: bool) -> Fitting:
+    """The first n examples that fit; arguments as for `encode`."""
+    width, fitting, lengths, cut, examples = seq_len + 1, [], [], 0, iter(examples)
     while part := list(itertools.islice(examples, None if n is None else n - len(fitting))):
         for ids, targets in _tokens(part, vocabulary):
             lengths.append(len(ids) - 1)
+            if truncate and len(ids) > width and any(targets[1:width]):
+                ids, targets, cut = ids[:width], targets[:width], cut + 1
             if len(ids) <= width:
                 fitting.append((ids, targets))
     if not fitting:
@@ -208,28 +256,7 @@ def encode(
         )
     dropped = len(lengths) - len(fitting)
     check_n_train(n, len(fitting), f" of at most {width} tokens" * (dropped > 0))
-
-    lengths = [len(ids) for ids, _ in fitting]
-    row_of = first_fit(lengths, width) if packing else np.arange(len(fitting))
-    shape = (int(row_of.max()) + 1, width)
-    tokens = np.full(shape, vocabulary.pad, np.int32)
-    mask, segments = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
-    filled = np.zeros(len(tokens), np.int64)
-    for row, (ids, targets) in zip(row_of, fitting, strict=True):
-        at = slice(filled[row], filled[row] + len(ids))
-        tokens[row, at], mask[row, at] = ids, targets
-        mask[row, at.start] = 0.0  # nothing before it to predict it from
-        segments[row, at] = segments[row, at.start - 1] + 1 if at.start else 1
-        filled[row] = at.stop
-
-    note = f"{count(len(fitting))} {what} examples"
-    if packing:
-        note += f" packed into {count(len(tokens))} rows"
-    if dropped:
-        looked_at = count(dropped + len(fitting))
-        note += f" ({count(dropped)} of {looked_at} dropped, longer than {width} tokens)"
-    rows = {"tokens": tokens, "mask": mask} | ({"segments": segments} if packing else {})
-    return rows, note
+    return Fitting(fitting, len(lengths), cut, width)
 
 
 def _tokens(
@@ -290,10 +317,12 @@ def encode_sets(
     Trains on the first `task.n_train` examples that fit. Raises ValueError if fewer do.
     """
     packing, n = bool(config.get("packing")), config.get("n_train")
-    train_rows, note = encode(train, vocabulary, seq_len, "train", packing, n)
+    truncate, loss_on = bool(config.get("truncate")), config.get("loss_on", "completions")
+    given = packing, n, truncate, loss_on
+    train_rows, note = encode(train, vocabulary, seq_len, "train", *given)
     sets = {"eval": evaluation} | ({} if test is None else {"test": test})
     encoded = {}
     for name, part in sets.items():
-        encoded[name], words = encode(part, vocabulary, seq_len, name)
+        encoded[name], words = encode(part, vocabulary, seq_len, name, truncate=truncate)
         note += f", {words}"
     return Task(config["name"], train_rows, note=note, prompts=prompts, **encoded)

@@ -27,7 +27,7 @@ from lorax.tasks import (
     vision,
     wikisql,
 )
-from lorax.tasks.data import Data, DataError, shapes_of_texts
+from lorax.tasks.data import PAIRS_USE, Data, DataError, shapes_of_texts
 from lorax.tasks.kinds import Kind
 from lorax.tasks.rows import Task, count
 from lorax.tasks.subsets import drawn, size, spread
@@ -48,7 +48,7 @@ class Row(NamedTuple):
     outputs: Callable[[Mapping[str, Any]], int] = lambda config: 0
 
 
-_PAIRS = kinds.TEXTS, shapes_of_texts, ("packing", "group_by_length")
+_PAIRS = kinds.TEXTS, shapes_of_texts, PAIRS_USE
 _RECORDS = ("template", "split", "columns", "subset")
 _PLANTED = ("rank", "spectrum", "strength", "noise", "inputs", "examples")
 
@@ -151,8 +151,8 @@ def build(
         whose rows are all full), and other keys of `config.task`.
     vocabulary: needed for a text task.
     seq_len: the most tokens that a model reads; a row of a language model has one more. Longer
-        examples are dropped, or truncated for a classifier. Columns that no row needs are left out.
-        Not used by array tasks.
+        examples are dropped, or truncated for a classifier and with `truncate`. Columns that no row
+        needs are left out. Not used by array tasks.
     eval_examples: validation rows to keep, evenly spaced over the set (None: all). The prompts
         don't change.
     base: the base that an array task's rows must fit; not needed for a text task.

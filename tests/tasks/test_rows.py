@@ -151,6 +151,37 @@ def test_long_examples_are_dropped_and_counted(vocabulary):
     assert note == f"{kept.sum()} train examples ({dropped})"
 
 
+def test_long_examples_are_cut_where_a_target_is_left(vocabulary):
+    examples = [rows.pair(*x) for x in PAIRS]
+    whole, _ = rows.encode(examples, vocabulary, 256, "train")
+    first = np.argmax(whole["mask"], axis=1)  # target
+    seq_len = int(np.median(first))
+    kept, long = first <= seq_len, (whole["tokens"] != vocabulary.end).sum(1) > seq_len
+    part, note = rows.encode(examples, vocabulary, seq_len, "train", truncate=True)
+    for name, x in part.items():
+        np.testing.assert_array_equal(x, whole[name][kept][:, : seq_len + 1])
+    said = f"{300 - kept.sum()} of 300 dropped, {(kept & long).sum()} of 300 cut, longer than"
+    assert (
+        0 < kept.sum() < 300
+        and note == f"{kept.sum()} train examples ({said} {seq_len + 1} tokens)"
+    )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_training_is_on_all_tokens_if_asked_and_evaluation_on_completions(vocabulary, packing):
+    examples = [rows.pair(*x) for x in PAIRS[:9]]
+    packed, _ = rows.encode(examples, vocabulary, 300, "train", packing=True)
+    built = {}
+    for loss_on in ("completions", "all"):
+        settings = {"name": "x", "packing": packing, "loss_on": loss_on}
+        built[loss_on] = rows.encode_sets(settings, vocabulary, 300, *[examples] * 2, None, ())
+    usual, task = built.values()
+    # but the first of each example, which nothing predicts
+    assert task.train["mask"].sum() == (packed["segments"] > 0).sum() - len(examples)
+    np.testing.assert_array_equal(task.train["tokens"], usual.train["tokens"])
+    np.testing.assert_array_equal(task.eval["mask"], usual.eval["mask"])
+
+
 def test_no_example_fits(vocabulary):
     examples = [rows.pair(*x) for x in PAIRS]
     whole, _ = rows.encode(examples, vocabulary, 256, "train")
