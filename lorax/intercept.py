@@ -1,8 +1,9 @@
 """Makes Linen layers compute with operator leaves, and finds a model's adaptable kernels.
 
 `apply` runs a module under an interceptor. Where the kernel of a `Dense`, `DenseGeneral`, `Einsum`,
-`Embed` or `Conv` is an operator leaf, the layer's output is computed by the functions of
-`lorax.ops`. A call without the interceptor fails: Flax can't multiply by a `LowRank`.
+`Embed`, `Conv` or `lorax.grouped.GroupedDense` is an operator leaf, the layer's output is computed
+by the functions of `lorax.ops`. A call without the interceptor fails: Flax can't multiply by a
+`LowRank`.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from lorax import tree
+from lorax.grouped import GroupedDense
 from lorax.ops import (
     Site,
     add_bias,
@@ -27,6 +29,7 @@ from lorax.ops import (
     inner,
     is_operator,
     linear,
+    ragged,
 )
 
 
@@ -121,6 +124,10 @@ def _dense(module, leaf, bias, x):
     return linear(x.astype(_compute_dtype(module, x, leaf)), leaf, bias)
 
 
+def _grouped(module, leaf, bias, x, sizes):
+    return ragged(x.astype(_compute_dtype(module, x, leaf)), leaf, sizes, bias)
+
+
 def _canonical(axis, ndim) -> tuple[int, ...]:
     axes = axis if isinstance(axis, tuple | list) else (axis,)
     return tuple(sorted(i % ndim for i in axes))
@@ -200,6 +207,7 @@ def _conv(module, leaf, bias, x):
 
 _RULES = {
     (nn.Dense, "__call__"): _Rule("linear", lambda module, x: ((0,), (1,)), _dense),
+    (GroupedDense, "__call__"): _Rule("experts", lambda module, x, sizes: ((0,), (1,)), _grouped),
     (nn.DenseGeneral, "__call__"): _Rule("linear", _dense_general_axes, _dense_general),
     (nn.Einsum, "__call__"): _Rule("linear", _einsum_axes, _einsum),
     (nn.Embed, "__call__"): _Rule("embed", lambda module, ids: ((0,), (1,)), _embed),
@@ -228,8 +236,8 @@ def sites(module: nn.Module, params: dict, *inputs, **kwargs) -> dict[str, Site]
             axes = rule.axes(context.module, *args, **call_kwargs)
             path = "/".join((*context.module.path, name))
             if axes is not None and path in shapes:
-                kernel = context.module.get_variable("params", name)
-                traced[path] = Site(rule.kind, len(shapes[path]) - kernel.ndim, *axes)
+                stack = len(shapes[path]) - len(axes[0]) - len(axes[1])
+                traced[path] = Site(rule.kind, stack, *axes)
         return next_fun(*args, **call_kwargs)
 
     def trace(params, *inputs):

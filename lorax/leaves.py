@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from lorax import tree
+from lorax import grouped, tree
+from lorax.grouped import PRODUCT
 from lorax.ops import (
     Leaf,
     Site,
@@ -22,12 +23,10 @@ from lorax.ops import (
     is_operator,
     linear,
     over_layers,
+    ragged,
 )
 
 Array = jax.Array
-
-#: Checkpoint name for products that remat policies can't see as `dot_general` (`models.layers`).
-PRODUCT = "product"
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +44,13 @@ def dropout(x, settings: Dropout | None):
         return x
     keep = jax.random.uniform(settings.key, x.shape) >= settings.rate
     return jnp.where(keep, x / (1 - settings.rate).astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+def _ragged_dropout(x, settings: Dropout | None):
+    """`dropout` of rows of several experts, which share the rate: by the first one's key."""
+    if settings is None:
+        return x
+    return dropout(x, Dropout(settings.rate[0], settings.key[0]))
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +84,11 @@ class LowRank(Leaf):
         if self.merge and plain and worthwhile:
             return merged_linear(x, self.w.astype(x.dtype), a, b, s)
         return linear(x, self.w) + s * ((dropout(x, self.dropout) @ a) @ b)
+
+    def ragged(self, x, sizes):
+        a, b, s = (t.astype(x.dtype) for t in (self.a, self.b, self.s))
+        z = grouped.product(_ragged_dropout(x, self.dropout), a, sizes)
+        return ragged(x, self.w, sizes) + grouped.product(z, s[:, None, None] * b, sizes)
 
     def embed(self, ids, dtype=None):
         rows = embed(ids, self.w, dtype)
@@ -115,6 +126,9 @@ class Scaled(Leaf):
     def linear(self, x):
         return _over_last(linear(x, self.w), self.g)
 
+    def ragged(self, x, sizes):
+        return _over_last(ragged(x, self.w, sizes), grouped.of_rows(self.g, sizes, len(x)))
+
     def embed(self, ids, dtype=None):
         return _over_last(embed(ids, self.w, dtype), self.g)
 
@@ -143,6 +157,9 @@ class ScaledInput(Leaf):
 
     def linear(self, x):
         return linear(_over_last(x, self.g), self.w)
+
+    def ragged(self, x, sizes):
+        return ragged(_over_last(x, grouped.of_rows(self.g, sizes, len(x))), self.w, sizes)
 
     def dense(self, w, site):
         g = self.g[..., None].astype(w.dtype)
@@ -250,6 +267,12 @@ class Kronecker(Leaf):
         w1, w2, s = self._as(x.dtype)
         return linear(x, self.w) + s * kron_product(dropout(x, self.dropout), w1, w2)
 
+    def ragged(self, x, sizes):  # kron(w1, w2) of all experts
+        w1, w2, s = self._as(x.dtype)
+        update = s[:, None, None] * kron(w1, w2)
+        x_update = _ragged_dropout(x, self.dropout)
+        return ragged(x, self.w, sizes) + grouped.product(x_update, update, sizes)
+
     def embed(self, ids, dtype=None):
         rows = embed(ids, self.w, dtype)
         w1, w2, s = self._as(rows.dtype)
@@ -294,6 +317,9 @@ class Same(Leaf):
     def affine(self, x, bias):
         return linear(x, self.w, bias)
 
+    def ragged(self, x, sizes):
+        return ragged(x, self.w, sizes)
+
     def embed(self, ids, dtype=None):
         return embed(ids, self.w, dtype)
 
@@ -319,6 +345,9 @@ class FrozenWeight(Leaf):
 
     def linear(self, x):
         return checkpoint_name(self.product(x, 0), PRODUCT)
+
+    def ragged(self, x, sizes):  # of the experts that have rows, each is decoded
+        return grouped.product(x, self, sizes)
 
     def embed(self, ids, dtype=None):
         rows = self.rows(ids)
@@ -358,6 +387,9 @@ class BFloat16Weight(FrozenWeight):
     def product(self, x, axis: int):
         return bfloat16_product(x, self.w, axis)
 
+    def ragged(self, x, sizes):
+        return grouped.product(x.astype(jnp.bfloat16), self.w, sizes).astype(x.dtype)
+
     def rows(self, ids):
         return jnp.take(self.w, ids, axis=0)
 
@@ -372,7 +404,7 @@ def to_bfloat16(params, sites: Mapping[str, Site]):
     """The parameters with the linear and embedding kernels of `sites` as `BFloat16Weight`s."""
     flat = tree.flatten(params)
     for path, site in sites.items():
-        if site.kind in ("linear", "embed") and not isinstance(flat[path], FrozenWeight):
+        if site.kind in ("linear", "experts", "embed") and not isinstance(flat[path], FrozenWeight):
             flat[path] = BFloat16Weight(flat[path].astype(jnp.bfloat16))
     return tree.unflatten(flat)
 
@@ -393,10 +425,10 @@ def allow_merge(params):
 
 
 def _over_last(y, g):
-    """y times g along its last axis, in y's dtype, computed in the wider dtype of the two: bfloat16
-    would round a g near 1 to 1."""
+    """y times g along its last axis or axes, in y's dtype, computed in the wider dtype of the two:
+    bfloat16 would round a g near 1 to 1."""
     wide = np.promote_types(y.dtype, g.dtype)
-    g = g.astype(wide).reshape((1,) * (y.ndim - 1) + (-1,))
+    g = g.astype(wide).reshape((1,) * (y.ndim - g.ndim) + g.shape)
     return (y.astype(wide) * g).astype(y.dtype)
 
 

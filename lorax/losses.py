@@ -16,7 +16,21 @@ import optax
 
 from lorax import intercept
 
+#: The Linen collection in which a model may sow `Routed` in training.
+ROUTED = "routed"
 ROWS = 256  # logits are computed for at most this many tokens at a time
+
+
+class Routed(NamedTuple):
+    """How a mixture of experts routes each token, the mean over layers.
+
+    used: (B, T, E) float32, how often the token goes to an expert. p: (B, T, E) float32, the
+    router's probabilities. coefficient: () float32, of `balance` in the training loss.
+    """
+
+    used: jax.Array
+    p: jax.Array
+    coefficient: jax.Array
 
 
 class Rows(NamedTuple):
@@ -113,20 +127,47 @@ def _sum_over_rows_backward(f, saved, dtotal):
 _sum_over_rows.defvjp(_sum_over_rows_forward, _sum_over_rows_backward, symbolic_zeros=True)
 
 
-def lm_loss(module, params, batch, smoothing=0.0):
+def lm_loss(module, params, batch, smoothing=0.0, training=False):
     """(sum of weighted nats, sum of weights, None) of next-token prediction.
 
     batch: {"tokens": (B, T + 1) int32, "mask": (B, T + 1) float32} and, if rows hold several texts,
-    "segments" (B, T + 1) int32; see `lorax.tasks.Task`.
+    "segments" (B, T + 1) int32; see `lorax.tasks.Task`. training: with the model's load-balancing
+    loss (`balance`) times its coefficient and the sum of weights, so that it is added to the mean.
     """
-    hidden, labels, weights = _hidden(module, params, batch)
+    (hidden, labels, weights), routed = _hidden(module, params, batch, training)
     total = weighted_loss(module, params, hidden, labels, weights.reshape(-1), smoothing)
-    return total, jnp.sum(weights), None
+    whole = jnp.sum(weights)
+    for router in routed:
+        total += router.coefficient * balance(router, text_positions(batch)) * whole
+    return total, whole, None
+
+
+def balance(router: Routed, real) -> jax.Array:
+    """The load-balancing loss of Switch Transformers (arXiv:2101.03961, equations 4 to 6) as in
+    transformers, () float32: E times the sum over experts of how often a token goes to the expert
+    times its mean probability. It is k, the experts of a token, if all are used alike.
+
+    real: (B, T) bool, tokens that count, the last columns of the router's.
+    """
+    real = real.astype(jnp.float32)
+    share = lambda x: jnp.einsum("bte,bt->e", x[:, -real.shape[1] :], real)
+    whole = jnp.maximum(jnp.sum(real), 1)
+    experts = router.p.shape[-1]
+    return experts * jnp.sum(share(router.used) / whole * share(router.p) / whole)
+
+
+def text_positions(batch) -> jax.Array:
+    """(B, T) bool: the tokens of a batch of texts that a model reads and that are not padding."""
+    if "segments" in batch:  # packed rows
+        return batch["segments"][:, :-1] > 0
+    # A text continues as long as targets follow.
+    weighted = (batch["mask"][:, 1:] > 0).astype(jnp.int32)
+    return jnp.flip(jnp.cumsum(jnp.flip(weighted, 1), 1), 1) > 0
 
 
 def lm_rows(module, params, batch) -> Rows:
     """`Rows` of next-token prediction; batch as for `lm_loss`."""
-    hidden, labels, weights = _hidden(module, params, batch)
+    (hidden, labels, weights), _ = _hidden(module, params, batch)
 
     def of_part(part):
         logits = intercept.apply(module, params, part[0], method="logits")
@@ -141,15 +182,21 @@ def lm_rows(module, params, batch) -> Rows:
     return Rows(of_rows(weights * nats), of_rows(weights), of_rows(weights * right), None)
 
 
-def _hidden(module, params, batch):
-    """(hidden states (B T, D), labels (B T,), weights of the labels (B, T)) of a batch of texts."""
+def _hidden(module, params, batch, training=False):
+    """((hidden states (B T, D), labels (B T,), weights of the labels (B, T)) of a batch of texts,
+    [`Routed`] in training, if the model has a load-balancing loss)."""
     tokens, weights, segments = batch["tokens"], batch["mask"][:, 1:], batch.get("segments")
     segments = None if segments is None else segments[:, :-1]
-    hidden = intercept.apply(module, params, tokens[:, :-1], segments, method="hidden")
-    return hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1), weights
+    apply = functools.partial(intercept.apply, module, params, method="hidden")
+    if training:
+        hidden, sown = apply(tokens[:, :-1], segments, mutable=[ROUTED])
+    else:
+        hidden, sown = apply(tokens[:, :-1], segments), {}
+    rows = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1), weights
+    return rows, jax.tree.leaves(sown, is_leaf=lambda x: isinstance(x, Routed))
 
 
-def class_loss(module, params, batch, smoothing=0.0):
+def class_loss(module, params, batch, smoothing=0.0, training=False):
     """(sum of losses, number of examples, scores (B, k) float32) of a classifier.
 
     batch: {"tokens", "segments", "types": (B, T) int32, "label": (B,)}. An int32 label is a class
@@ -169,7 +216,7 @@ def class_rows(module, params, batch, smoothing=0.0) -> Rows:
     return Rows(weights * jnp.square(scores[:, 0] - label), weights, None, scores)
 
 
-def array_loss(module, params, batch, smoothing=0.0):
+def array_loss(module, params, batch, smoothing=0.0, training=False):
     """(sum of weighted losses, sum of weights, outputs (B, k) float32) of a model of arrays.
 
     batch: {"inputs": (B, ...) uint8, scaled to [0, 1] here, or float32; "label": (B,) int32, a

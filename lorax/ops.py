@@ -1,13 +1,15 @@
 """What a layer computes with its kernel, which is an array or an operator leaf.
 
-`method.bind` replaces kernels by operator leaves (`Leaf`). `linear`, `embed`, `attend` and
-`convolve` are the only way to compute with one; `dense` and `matrix` return the plain kernel that
-it represents. lorax's own leaves are in `lorax.leaves`; a user's leaf extends `Leaf` in the same
-way, and nothing else needs to know it. `lorax.intercept` makes Linen layers call these functions.
+`method.bind` replaces kernels by operator leaves (`Leaf`). `linear`, `ragged`, `embed`, `attend`
+and `convolve` are the only way to compute with one; `dense` and `matrix` return the plain kernel
+that it represents. lorax's own leaves are in `lorax.leaves`; a user's leaf extends `Leaf` in the
+same way, and nothing else needs to know it. `lorax.intercept` makes Linen layers call these
+functions.
 """
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import tree
+from lorax import grouped, tree
 
 Array = jax.Array
 
@@ -23,9 +25,10 @@ Array = jax.Array
 class Site(NamedTuple):
     """The meaning of a kernel's axes, not counting layer axes.
 
-    kind: "linear", "conv" or "embed"; "other" for a kernel of an NNX module that no product reads
-        as it is, and whose leaf is made a plain kernel.
-    stack: number of leading layer axes (`nn.scan`).
+    kind: "linear", "conv" or "embed"; "experts" for linear kernels of which each row of the input
+        takes one; "other" for a kernel of an NNX module that no product reads as it is, and whose
+        leaf is made a plain kernel.
+    stack: number of leading layer axes (`nn.scan`), with the axis of the experts.
     ins, outs: kernel axes that are contracted with the input, and that the layer produces.
     word: the canonical target ("q") that a user's model assigns to it; "" if the name says it.
     """
@@ -70,7 +73,9 @@ class Leaf:
         `site.from_matrix` convert between the kernel's shape and (layers..., in, out).
 
     `embed`, `attend` and `convolve` are for embeddings and convolutions; the base class raises
-    ValueError.
+    ValueError. `ragged` is for experts; the base class computes dense(leaf) for all of them, at the
+    cost of E in out numbers and their gradient for every layer and member. Override it if `linear`
+    does anything that `dense` leaves out, such as dropout.
     """
 
     def linear(self, x):
@@ -79,6 +84,11 @@ class Leaf:
     def affine(self, x, bias):
         """`linear` plus a bias, (out,) or None; for leaves that do more with a bias than add it."""
         return add_bias(self.linear(x), bias)
+
+    def ragged(self, x, sizes):
+        """x[i] @ dense(leaf)[e] for each row of x (rows, in) sorted by expert e: (rows, out).
+        sizes: (E,) int32, rows of each expert. The leaf's arrays have the experts' axis first."""
+        return grouped.product(x, self.plain(EXPERTS, x.dtype), sizes)
 
     def embed(self, ids, dtype=None):
         """Rows `ids` of a kernel (V, features): (...,) integers -> (..., features)."""
@@ -118,6 +128,10 @@ class Leaf:
         return f"<{type(self).__name__} leaf, for lorax.apply>"
 
 
+#: A stack of experts' kernels (E, in, out), of one layer.
+EXPERTS = Site("experts", 1, (0,), (1,))
+
+
 def is_operator(leaf) -> bool:
     """True for leaves that only the functions of this module can compute with."""
     return isinstance(leaf, Leaf)
@@ -139,6 +153,20 @@ def linear(x, leaf, bias=None):
     cast. leaf: an (in, out) array or operator leaf.
     """
     return leaf.affine(x, bias) if is_operator(leaf) else add_bias(x @ leaf.astype(x.dtype), bias)
+
+
+def ragged(x, leaf, sizes, bias=None):
+    """y[i] = x[i] @ dense(leaf)[e] + bias[e], e the expert of row i.
+
+    x: (rows, in) in the compute dtype, sorted by expert. leaf: an (E, in, out) array or operator
+    leaf. sizes: (E,) int32, rows of each expert, all rows in all. bias: (E, out) or None. Returns
+    (rows, out) in x's dtype.
+    """
+    if is_operator(leaf):
+        y = leaf.ragged(x, sizes)
+    else:
+        y = grouped.product(x, leaf.astype(x.dtype), sizes)
+    return y if bias is None else y + grouped.of_rows(bias.astype(y.dtype), sizes, len(y))
 
 
 def matrix(leaf):
@@ -216,12 +244,15 @@ def sites_from_shapes(params: dict) -> dict[str, Site]:
     """{path: Site} by the naming rule of the models in `lorax.models`.
 
     A kernel with two axes is (in, out), with three (layers, in, out); an embedding (V, features).
-    Kernels of other models may have head or window axes; `lorax.sites` finds them by tracing.
+    The kernels of "experts/up" and the like are (layers..., experts, in, out). Kernels of other
+    models may have head or window axes; `lorax.sites` finds them by tracing.
     """
     sites = {}
     for path, leaf in tree.flatten(inner(params)).items():
         name, ndim = path.rsplit("/", 1)[-1], len(leaf.shape)
-        if name == "kernel" and ndim in (2, 3):
+        if name == "kernel" and re.fullmatch(r"(.*/)?experts/(gate|up|down)/kernel", path):
+            sites[path] = Site("experts", ndim - 2, (0,), (1,))
+        elif name == "kernel" and ndim in (2, 3):
             sites[path] = Site("linear", ndim - 2, (0,), (1,))
         elif name == "embedding" and ndim == 2:
             sites[path] = Site("embed", 0, (0,), (1,))

@@ -31,6 +31,8 @@ LONG |= dict(short_factor=[1.0, 1.5, 2.0], long_factor=[1.0, 3.0, 5.0])
 
 #: The words of `lorax.methods.targets` that a decoder with a head of its own answers to.
 WORDS = ("q", "k", "v", "o", "gate", "up", "down", "embed", "head")
+EXPERTS = (*("q", "k", "v", "o", "experts.gate", "experts.up", "experts.down", "router"),)
+EXPERTS += ("embed", "head")
 TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (3, 12), np.int32)
 
 
@@ -150,6 +152,30 @@ CASES = {
             "phi3-long", "phi3", hidden_size=32, num_key_value_heads=1, tie_word_embeddings=True,
             original_max_position_embeddings=8, max_position_embeddings=64,
             rope_parameters=LONG | dict(partial_rotary_factor=0.75),
+        ),
+        _case("mixtral", "mixtral", EXPERTS, num_local_experts=5, num_experts_per_tok=2),
+        _case(
+            "mixtral-window", "mixtral", EXPERTS, num_local_experts=3, num_experts_per_tok=1,
+            sliding_window=3, head_dim=8, tie_word_embeddings=True,
+        ),
+        _case(
+            "qwen3-moe", "qwen3_moe", EXPERTS, num_experts=6, num_experts_per_tok=3, head_dim=8,
+            moe_intermediate_size=12, norm_topk_prob=True,
+        ),
+        _case(
+            "qwen3-moe-window", "qwen3_moe", EXPERTS, num_experts=4, num_experts_per_tok=2,
+            head_dim=8, moe_intermediate_size=12, norm_topk_prob=False, attention_bias=True,
+            use_sliding_window=True, sliding_window=3,
+        ),
+        _case("olmoe", "olmoe", EXPERTS, num_experts=6, num_experts_per_tok=2, clip_qkv=1.5),
+        _case(
+            "olmoe-normed", "olmoe", EXPERTS, num_experts=4, num_experts_per_tok=2,
+            norm_topk_prob=True, attention_bias=True,
+        ),
+        _case(
+            "gpt-oss", "gpt_oss", EXPERTS, num_local_experts=4, num_experts_per_tok=2, head_dim=8,
+            sliding_window=3, swiglu_limit=1.5, max_position_embeddings=64,
+            rope_parameters=YARN | dict(truncate=False),
         ),
     )
 }  # fmt: skip

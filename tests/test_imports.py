@@ -29,6 +29,7 @@ LAYERS = (
         "rundir",
     }
     | {"calls", "halving", "ranges", "scales", "tree", "vocabulary", "xla"},
+    {"grouped"},
     {"ops", "interop"},
     {"leaves"},
     {"intercept", "interpret"},

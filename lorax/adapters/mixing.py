@@ -18,7 +18,8 @@ def mixed(base: Base, adapters: Sequence[Adapter | None], rows) -> dict:
 
     rows: (B,) integers below len(adapters), concrete (not traced); B is the batch size of the calls
     that use these parameters. Raises ValueError for an adapter that does not fit, or that has more
-    than low-rank factors (DoRA, biases, a head): those can't differ from row to row.
+    than low-rank factors (DoRA, biases, a head), or updates experts: those can't differ from row to
+    row.
     """
     rows = np.asarray(rows)
     if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
@@ -31,6 +32,11 @@ def mixed(base: Base, adapters: Sequence[Adapter | None], rows) -> dict:
     ]
     flat = tree.flatten(base.params)
     for path in dict.fromkeys(path for by_path in stacked for path in by_path):
+        if base.sites[path].kind == "experts":
+            raise ValueError(
+                f"{path}: updates of experts can't differ from row to row: the rows of a batch are "
+                "sorted by expert; use one adapter at a time"
+            )
         layers, n_in, n_out = base.sites[path].matrix_shape(flat[path].shape)
         a, b, s = _side_by_side([by_path.get(path) for by_path in stacked], layers, n_in, n_out)
         every_layer = np.broadcast_to(rows.astype(np.int32), (*layers, len(rows)))

@@ -51,12 +51,15 @@ _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 class Source(NamedTuple):
     """A parameter's place in Hugging Face's tensors: ours = theirs.transpose(axes)[..., part].
 
-    name: of their tensor, with "{}" for the layer if ours stacks all layers. axes: the order of
-    their axes in ours, None for the same; (1, 0) for a torch `Linear`. part: slice or integer
-    array, our columns of a fused tensor; None for all. tied: another tensor with the same weight,
-    read if the files have only that one. layer: the parameter's name in one layer, with "{}" for
-    the number, if the number does not follow the first word of its path. linear: whether a kernel
-    with more than two axes is that of a linear layer, whose inputs or outputs have several axes.
+    name: of their tensor, with "{}" for the layer if ours stacks all layers, and a second one for
+    the expert if ours stacks those as well. axes: the order of their axes in ours, None for the
+    same; (1, 0) for a torch `Linear`. part: slice or integer array, our columns of a fused tensor;
+    None for all. tied: another tensor with the same weight, read if the files have only that one.
+    layer: the parameter's name in one layer, with "{}" for each number, if there is not just one,
+    which follows the first word of its path. other: the parameter's place in another version's
+    files, read if the first one is not there. experts: their number if the tensor has all experts
+    of a layer along its first axis, and the name no "{}" for them. linear: whether a kernel with
+    more than two axes is that of a linear layer, whose inputs or outputs have several axes.
     """
 
     name: str
@@ -65,6 +68,13 @@ class Source(NamedTuple):
     tied: str | None = None
     layer: str | None = None
     linear: bool = False
+    other: "Source | None" = None
+    experts: int | None = None
+
+    @property
+    def axes_stacked(self) -> int:
+        """Leading axes of ours, layers and experts, that are numbers in the tensors' names."""
+        return self.name.count("{}")
 
     def width(self) -> int:
         """The fewest columns that a fused tensor with this part can have."""
@@ -146,7 +156,8 @@ def read(
 ) -> dict[str, jax.Array]:
     """{path: array} of the parameters in `sources`, in `dtype`, read in blocks by several threads.
 
-    shapes: {path: expected shape}; a leading layer axis is filled from one tensor per layer.
+    shapes: {path: expected shape}; leading axes of layers and experts are filled from one tensor
+    for each.
     optional: paths that may be missing from the files, or have another shape there (a classifier
     with other classes); they are then missing from the result.
     Raises ValueError that names file and tensor if shapes disagree, a file is corrupt, a number is
@@ -157,11 +168,11 @@ def read(
     """
     params = {}
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        for path, found in _find(directory, sources, shapes, optional).items():
-            leaf, source = _aligned(tuple(shapes[path]), np.dtype(dtype)), sources[path]
+        for path, (source, found) in _find(directory, sources, shapes, optional).items():
+            leaf = _aligned(tuple(shapes[path]), np.dtype(dtype))
             parts = [
-                (leaf if layer is None else leaf[layer, ...], tensor, rows)
-                for layer, tensor in found.items()
+                (leaf[(*index, ...)], tensor, rows)
+                for index, tensor in found.items()
                 for rows in _cuts(tensor, _rows(source, tensor))
             ]
             for _ in pool.map(lambda part, source=source: _fill(source, *part), parts):
@@ -175,24 +186,25 @@ def _find(
     sources: Mapping[str, Source],
     shapes: Mapping[str, tuple],
     optional: Collection[str],
-) -> dict[str, dict]:
-    """{path: {layer: its tensor}} of the parameters in `sources`, checked; the layer is None for a
-    parameter that is not stacked. Arguments and errors as for `read`."""
+) -> dict[str, tuple[Source, dict]]:
+    """{path: (its place, {index along the stacked axes: its tensor})} of the parameters in
+    `sources`, checked. Arguments and errors as for `read`."""
     where: dict[str, Stored] = {}
     for file in dict.fromkeys(file for _, file in tensors(directory).values()):
         where |= stored(file)
+    sources = {path: stored_place(source, where) for path, source in sources.items()}
     widths: dict[str, int] = {}  # of fused tensors
     for source in sources.values():
         if source.part is not None:
             widths[source.name] = max(source.width(), widths.get(source.name, 0))
 
-    def one(source, layer, shape, optional) -> Stored | None:
+    def one(source, index, shape, optional) -> Stored | None:
         """The tensor of one layer, which has `shape` in ours."""
-        key = _key(source, layer, where)
+        key = _key(source, index, where)
         if key is None and optional:
             return None
         if key is None:
-            name = source.name.format(layer)
+            name = source.name.format(*index)
             raise ValueError(f"{directory}: no tensor {name!r} in its safetensors files")
         whole = (*shape[:-1], widths.get(source.name, shape[-1])) if shape else ()
         right = tuple(whole[i] for i in np.argsort(source.axes or range(len(whole))))
@@ -209,11 +221,14 @@ def _find(
 
     found = {}
     for path, source in sources.items():
-        shape = tuple(shapes[path])
-        if "{}" in source.name:
-            found[path] = {i: one(source, i, shape[1:], False) for i in range(shape[0])}
-        elif (tensor := one(source, None, shape, path in optional)) is not None:
-            found[path] = {None: tensor}
+        axes = source.axes_stacked
+        stack, shape = tuple(shapes[path][:axes]), tuple(shapes[path][axes:])
+        each = {
+            index: one(source, index, shape, path in optional and not stack)
+            for index in np.ndindex(*stack)
+        }
+        if None not in each.values():
+            found[path] = source, each
     return found
 
 
@@ -272,9 +287,16 @@ def _check_equal(tensor: Stored, twin: Stored) -> None:
         )
 
 
-def _key(source: Source, layer: int | None, where: Collection[str]) -> str | None:
+def stored_place(source: Source, where: Collection[str]) -> Source:
+    """The source itself, or its `other` if the files have only that one's first tensor."""
+    first = lambda place: _key(place, (0,) * place.axes_stacked, where)
+    other = source.other
+    return other if other and first(source) is None and first(other) is not None else source
+
+
+def _key(source: Source, index: tuple[int, ...], where: Collection[str]) -> str | None:
     """The name of one layer's tensor in the files, None if it is missing."""
-    names = (*spellings(source.name.format(layer)), source.tied)
+    names = (*spellings(source.name.format(*index)), source.tied)
     return next((key for key in names if key in where), None)
 
 
@@ -295,8 +317,9 @@ def dtypes(
     widest if layers differ. sources, shapes: as for `read`."""
     where, result = tensors(directory), {}
     for path, source in sources.items():
-        layers = range(shapes[path][0]) if "{}" in source.name else [None]
-        keys = [key for layer in layers if (key := _key(source, layer, where)) is not None]
+        source = stored_place(source, where)
+        layers = np.ndindex(*shapes[path][: source.axes_stacked])
+        keys = [key for index in layers if (key := _key(source, index, where)) is not None]
         kinds = {where[key][0].get_slice(key).get_dtype() for key in keys}
         if kinds and kinds <= _DTYPES.keys():
             result[path] = np.dtype(functools.reduce(jnp.promote_types, map(_DTYPES.get, kinds)))
@@ -333,9 +356,8 @@ def write(
         leaf = np.asarray(params[path])
         with np.errstate(over="ignore"):  # `check_finite` says it with the tensor's name
             rounded = leaf.astype(np.float32 if dtypes is None else dtypes[path])
-        for layer in range(len(leaf)) if "{}" in source.name else [None]:
-            name = source.name.format(layer)
-            index = ... if layer is None else layer
+        for index in np.ndindex(*leaf.shape[: source.axes_stacked]):
+            name = source.name.format(*index)
             check_finite(name, leaf[index], rounded[index])
             parts.setdefault(name, []).append((source, rounded[index]))
     tensors: dict[str, np.ndarray] = dict(beside or {})

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,8 @@ class Places:
 
     tied: path of the embedding whose weight a causal model's head shares ("wte"), "" if the head
     has a separate weight. A tied head has a place too, "lm_head/kernel", because PEFT adapts
-    modules.
+    modules. experts: {parameter of a layer that holds all its experts: their number}; each of them
+    has a place of its own, "...experts.{}.gate_up_proj.weight" (`lorax.interop.peft.experts`).
     """
 
     def __init__(self, sources: Mapping[str, Source]):
@@ -36,29 +38,46 @@ class Places:
             sources = {**sources, f"{HEAD}/kernel": linear}
         self.sources: dict[str, Source] = {}  # by "h/{}/attn/q/kernel"
         self.tensors: dict[str, dict[str, Source]] = {}  # by "transformer.h.{}.attn.c_attn.weight"
+        self.experts: dict[str, int] = {}  # by "model.layers.{}.mlp.experts.gate_up_proj"
+        older: dict[str, dict[str, Source]] = {}
         for path, source in sources.items():
             path = in_one_layer(path, source)
+            packed = source if source.experts else source.other
+            if packed is not None:
+                if packed is not source:  # a file of transformers 4 may have it there
+                    older.setdefault(source.name, {})[path] = source
+                source = self._one_expert(packed) if packed.experts else packed
             self.sources[path] = source
             self.tensors.setdefault(source.name, {})[path] = source
         self.bare = {name.partition(".")[2]: name for name in self.tensors}
+        self.older = {name: at for name, at in older.items() if name not in self.tensors}
+
+    def _one_expert(self, packed: Source) -> Source:
+        """The place of one expert's part of a tensor that has all of a layer."""
+        if packed.name.endswith("_bias"):
+            return packed._replace(name=packed.name.replace("experts.", "experts.{}."))
+        self.experts[packed.name] = packed.experts
+        container, _, name = packed.name.rpartition(".")
+        return packed._replace(name=f"{container}.{{}}.{name}.weight", axes=(1, 0))
 
     def of(self, path: str) -> Source | None:
         """The place of one layer's parameter: "h/3/attn/q/kernel" -> its `Source`, or None."""
-        for template, number in templates(path, "/"):
+        for template, numbers in templates(path, "/"):
             if template in self.sources:
                 source = self.sources[template]
-                return source._replace(name=source.name.format(number))
+                return source._replace(name=source.name.format(*numbers))
         return None
 
     def at(self, tensor: str) -> dict[str, Source]:
         """{path: Source} of the parameters in a tensor, in order along its last axis; {} for an
         unknown tensor. In a checkpoint of the bare model, names lack their first word."""
-        for template, number in templates(tensor, "."):
+        for template, numbers in templates(tensor, "."):
             for name in (template, self.bare.get(template)):
-                if name in self.tensors:
+                found = self.tensors.get(name) or self.older.get(name)
+                if found:
                     sources = {
-                        path.format(number): source._replace(name=source.name.format(number))
-                        for path, source in self.tensors[name].items()
+                        path.format(*numbers): source._replace(name=source.name.format(*numbers))
+                        for path, source in found.items()
                     }
                     return dict(sorted(sources.items(), key=lambda item: _first(item[1].part)))
         return {}
@@ -78,8 +97,8 @@ class Places:
     def below(self, module: str) -> list[str]:
         """All tensors of one module."""
         return [
-            name.format(number)
-            for template, number in templates(module, ".")
+            name.format(*numbers)
+            for template, numbers in templates(module, ".")
             for name in self.tensors
             if name.startswith(f"{template}.")
         ]
@@ -94,13 +113,15 @@ def in_one_layer(path: str, source: Source | None) -> str:
     return f"{first}/{{}}/{rest}"
 
 
-def templates(name: str, separator: str) -> Iterator[tuple[str, str]]:
-    """(template, number): the name itself, then with "{}" in place of each of its numbers."""
-    yield name, ""
+def templates(name: str, separator: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(template, numbers): the name itself, then with "{}" in place of one or two of its numbers,
+    of a layer, or of a layer and its expert."""
     words = name.split(separator)
-    for i, word in enumerate(words):
-        if word.isdigit():
-            yield separator.join((*words[:i], "{}", *words[i + 1 :])), word
+    places = [i for i, word in enumerate(words) if word.isdigit()]
+    for count in range(3):
+        for taken in itertools.combinations(places, count):
+            put = ("{}" if i in taken else word for i, word in enumerate(words))
+            yield separator.join(put), tuple(words[i] for i in taken)
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -129,17 +150,17 @@ def place_as_json(source: Source) -> dict[str, Any]:
 
 
 def columns_as_json(part: slice | np.ndarray | None) -> str | list[int] | None:
-    """A part of a tensor's last axis: "0:64", [0, 3, 5], or None for all of it."""
+    """A part of a tensor's last axis: "0:64", "1:64:2", [0, 3, 5], or None for all of it."""
     if isinstance(part, slice):
-        return f"{part.start or 0}:{part.stop}"
+        step = "" if part.step in (None, 1) else f":{part.step}"
+        return f"{part.start or 0}:{part.stop}{step}"
     return None if part is None else [int(i) for i in part]
 
 
 def as_index(part) -> slice | np.ndarray:
     """A part, or its form from `columns_as_json`, as an index."""
     if isinstance(part, str):
-        start, stop = map(int, part.split(":"))
-        return slice(start, stop)
+        return slice(*map(int, part.split(":")))
     if part is None:
         return slice(None)
     return part if isinstance(part, slice) else np.asarray(part, int)

@@ -121,14 +121,14 @@ class Prefix:
     on: jax.Array
     method: ClassVar[str] = "__call__"
 
-    def __call__(self, module, call, q, k, v, mask, scale, kv=None, at=None):
+    def __call__(self, module, call, q, k, v, mask, scale, kv=None, at=None, sinks=None):
         k, v, kv = model_layers.remember(k, v, kv, at)
         k, v = (
             jnp.concatenate([_heads(new, x), x], axis=1) for new, x in ((self.k, k), (self.v, v))
         )
         seen = jnp.broadcast_to(self.on > 0, (*mask.shape[:2], len(self.k)))
         mask = jnp.concatenate([seen, mask], -1)
-        return model_layers.attention(q, k, v, mask, scale, module.cap), kv
+        return model_layers.attention(q, k, v, mask, scale, module.cap, sinks), kv
 
 
 @jax.tree_util.register_dataclass
@@ -142,8 +142,8 @@ class Gated:
     gate: jax.Array
     method: ClassVar[str] = "__call__"
 
-    def __call__(self, module, call, q, k, v, mask, scale, kv=None, at=None):
-        o, kv = call(q, k, v, mask, scale, kv, at)
+    def __call__(self, module, call, q, k, v, mask, scale, kv=None, at=None, sinks=None):
+        o, kv = call(q, k, v, mask, scale, kv, at, sinks)
         everyone = jnp.ones((1, q.shape[1], len(self.k)), bool)
         k, v = _heads(self.k, k), _heads(self.v, v)
         extra = model_layers.attention(q, k, v, everyone, scale, module.cap)

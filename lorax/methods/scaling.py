@@ -44,7 +44,7 @@ def ia3(
             resolve(feedforward, sites, "method.feedforward")
         inner = {path for word in feedforward for path in matching(word, sites)}
         for m in matrices(params, adapts(params, sites), targets, key):
-            if m.path in inner and m.site.kind != "linear":
+            if m.path in inner and m.site.kind not in ("linear", "experts"):
                 raise ValueError(f"method.feedforward: {m.path} is not a linear layer's kernel")
             yield (m, "l_in", m.n_in) if m.path in inner else (m, "l", m.n_out)
 

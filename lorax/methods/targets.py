@@ -13,15 +13,23 @@ from lorax import ops, tree
 from lorax.errors import nearest
 
 #: Canonical words -> parameter paths (regex). Every model of `lorax.models` uses these names.
+#: "up", "gate" and "down" are those of feed-forward layers without experts.
 WORDS = {
-    **{w: rf"(.*/)?{w}/kernel" for w in ("q", "k", "v", "o", "up", "gate", "down")},
+    **{w: rf"(.*/)?{w}/kernel" for w in ("q", "k", "v", "o")},
+    **{w: rf"(.*/)?(?<!experts/){w}/kernel" for w in ("up", "gate", "down")},
+    **{f"experts.{w}": rf"(.*/)?experts/{w}/kernel" for w in ("up", "gate", "down")},
+    "router": r"(.*/)?router/kernel",
     "embed": r"(.*/)?(wte|embed)/embedding",
     "head": r"(.*/)?lm_head/kernel",
 }
 #: Further words for parameters that are trained in full (`full`); "norms" are the scale and bias of
 #: every norm.
 FULL_WORDS = {"all": r".*", "classifier": r"head/.*", "biases": r"(.*/)?bias", "norms": None}
-GROUPS = {"attention": ("q", "k", "v", "o"), "mlp": ("up", "gate", "down")}
+GROUPS = {
+    "attention": ("q", "k", "v", "o"),
+    "mlp": ("up", "gate", "down"),
+    "experts": ("experts.up", "experts.gate", "experts.down"),
+}
 
 
 class Default(tuple):
@@ -40,8 +48,9 @@ def resolve(
 ) -> dict[str, ops.Site]:
     """{path: Site} of the `sites` that the words of `targets` name.
 
-    A word is canonical (`WORDS` or `Site.word`), a group ("attention", "mlp", "all-linear": every
-    linear and convolution kernel except the heads), the name of a module ("query" for
+    A word is canonical (`WORDS` or `Site.word`), a group ("attention", "mlp", "experts",
+    "all-linear": every linear and convolution kernel except the heads, with experts and their
+    routers), the name of a module ("query" for
     "blocks/query/kernel"), or "re:" and a regex that matches a whole path.
     Raises ValueError for a word that matches nothing, with a list of what there is. field: the key
     that holds the words, for messages.
@@ -72,7 +81,7 @@ def matching(word: str, sites: Mapping[str, ops.Site], field: str = "method.targ
     """Paths among `sites` that a word of `resolve` means; an empty list if there are none."""
     if word == "all-linear":
         is_head = lambda path: re.fullmatch(rf"head/.*|{WORDS['head']}", path)
-        kinds = "linear", "conv"
+        kinds = "linear", "conv", "experts"
         return [p for p, site in sites.items() if site.kind in kinds and not is_head(p)]
     meant = GROUPS.get(word, (word,))
     patterns = _patterns(word) or [rf"(.*/)?{re.escape(word)}/(kernel|embedding)"]

@@ -153,9 +153,9 @@ class Base:
 
     @functools.cached_property
     def _parts_of(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        stacked = lambda path: path in self.sources and "{}" in self.sources[path].name
+        layer = lambda path: in_one_layer(path, self.sources.get(path))
         return {
-            path: self._numbered(path, leaf.shape[: int(stacked(path))])
+            path: self._numbered(path, leaf.shape[: layer(path).count("{}")])
             for path, leaf in tree.flatten(self.params).items()
         }
 

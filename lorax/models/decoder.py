@@ -17,6 +17,8 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from lorax.losses import ROUTED
+from lorax.models.experts import Experts, routed
 from lorax.models.layers import (
     ACTIVATIONS,
     Attend,
@@ -59,6 +61,18 @@ class Config:
     of q k^T; None: query_pre_attn_scalar^-0.5, or D^-0.5 if that is None. logits_scaling: divides
     the logits. attn_logit_softcapping, final_logit_softcapping: `soft_cap` of the scaled scores and
     of the logits; None: no cap.
+
+    Attention. attention_sinks: a trained score per head, (H,), that takes part in the softmax and
+    has no value (arXiv:2309.17453, section 3.3). clip_qkv: queries, keys and values are clipped to
+    [-clip_qkv, clip_qkv]; None: not.
+
+    Experts (`experts.Experts`). num_experts: E, in place of each feed-forward layer; 0: there is
+    one, without a router. num_experts_per_tok: k of them read a token. moe_intermediate_size:
+    features inside an expert; None: intermediate_size. norm_topk_prob: whether the k weights sum to
+    1. expert_bias: of the router and of gate, up and down of each expert. swiglu_limit,
+    swiglu_alpha: of gpt-oss' activation (`experts.gated`); None: SwiGLU. output_router_logits:
+    whether router_aux_loss_coef times the load-balancing loss (`losses.balance`) is added to the
+    training loss, as in transformers.
     """
 
     model_type: str = "llama"
@@ -92,6 +106,17 @@ class Config:
     logits_scaling: float = 1.0
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    attention_sinks: bool = False
+    clip_qkv: float | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    expert_bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.001
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 0
@@ -101,6 +126,11 @@ class Config:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+
+    @property
+    def expert_size(self) -> int:
+        """Features inside an expert."""
+        return self.moe_intermediate_size or self.intermediate_size
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -145,6 +175,8 @@ class Attention(nn.Module):
             y = dense(count * c.head_dim, use_bias=bias, name=name)(x)
             if norm == "whole":
                 y = _norm(c, f"{name}_norm")(y)
+            if c.clip_qkv is not None:
+                y = jnp.clip(y, -c.clip_qkv, c.clip_qkv)
             y = rearrange(y, "b t (h d) -> b t h d", h=count)
             return _norm(c, f"{name}_norm")(y) if norm == "head" else y
 
@@ -152,7 +184,10 @@ class Attention(nn.Module):
         k = rotate(heads("k", c.num_key_value_heads, c.qk_norm), *turn)
         v = heads("v", c.num_key_value_heads)
         attend = Attend(cap=c.attn_logit_softcapping, name="attend")
-        o, kv = attend(q, k, v, mask, c.attention_scale, kv, at)
+        sinks = None
+        if c.attention_sinks:
+            sinks = self.param("sinks", _normal, (c.num_attention_heads,), jnp.float32)
+        o, kv = attend(q, k, v, mask, c.attention_scale, kv, at, sinks)
         o = rearrange(o, "b t h d -> b t (h d)")
         return dense(c.hidden_size, use_bias=c.attention_bias, name="o")(o), kv
 
@@ -176,8 +211,8 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """One layer: (x, kv), layer number, the number of its mask and of its turn (None: there is one
-    for all layers), masks and turns (as in `Decoder.hidden`), column -> ((x, kv), None); see
-    `cached_attention`."""
+    for all layers), masks and turns (as in `Decoder.hidden`), column -> ((x, kv), logits of the
+    router or None); see `cached_attention`."""
 
     config: Config
 
@@ -191,9 +226,12 @@ class Block(nn.Module):
         turn = turns if turn_of is None else tuple(x[turn_of] for x in turns)
         read, kv = Attention(c, name="attn")(before("norm_1", x), mask, turn, kv, (layer, column))
         x = x + _times(after("norm_1", read), c.residual_multiplier)
-        fed = MLP(c, name="mlp")(before("norm_2", x))
+        if c.num_experts:
+            fed, router = Experts(c, name="experts")(before("norm_2", x))
+        else:
+            fed, router = MLP(c, name="mlp")(before("norm_2", x)), None
         x = x + _times(after("norm_2", fed), c.residual_multiplier)
-        return (x, kv), None
+        return (x, kv), router
 
 
 class Decoder(nn.Module):
@@ -249,7 +287,10 @@ class Decoder(nn.Module):
         x = _times(self.embed(tokens), c.embedding_multiplier)
         if c.scale_embeddings:  # rounded as Gemma rounds it
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
-        (x, kv), _ = self.h((x, kv), layers, mask_of, turn_of, masks, turns, column)
+        (x, kv), router = self.h((x, kv), layers, mask_of, turn_of, masks, turns, column)
+        if c.num_experts and c.output_router_logits:
+            how = routed(router, c.num_experts_per_tok, c.router_aux_loss_coef)
+            self.sow(ROUTED, "router", how)  # only in training
         hidden = self.norm(x)
         if cache is None:
             return hidden

@@ -31,6 +31,10 @@ OPTIONS = {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "use_bidirectional_attention": False,
+    "clip_qkv": None,
+    "router_jitter_noise": 0.0,
+    "mlp_only_layers": (),
+    "decoder_sparse_step": 1,
 }
 #: The options of families whose layers may see a window. Others ignore these, as in transformers.
 WINDOW = ("sliding_window", "layer_types")
@@ -46,10 +50,11 @@ class Family(NamedTuple):
     has no `layer_types`; None: all see the window. theta: its `rope_theta` by default.
     sliding_theta: that of layers with a window, if the file has a rotation for each type of layers;
     None: all layers have the same. sliding_theta_field: where files before transformers 5 have it.
-    partial: whether it has `partial_rotary_factor`. renamed: field of `Config` -> its name in
-    config.json, where it differs. meant: the fields of a config.json -> the same with older values
-    as transformers reads them. tensors: our module -> its name in a layer of theirs, where it is
-    not that of `TENSORS`; modules with the same name lie side by side in one tensor, in this order.
+    partial: whether it has `partial_rotary_factor`. rope: its rotation if a file has none. renamed:
+    field of `Config` -> its name in config.json, where it differs. meant: the fields of a
+    config.json -> the same with older values as transformers reads them. tensors: our module -> its
+    name in a layer of theirs, where it is not that of `TENSORS`; modules with the same name lie
+    side by side in one tensor, in this order.
     text: in a model that reads images, too, the `model_type` of the part that reads text, which is
     all that is computed here: config.json has it as `text_config`.
     """
@@ -63,6 +68,7 @@ class Family(NamedTuple):
     sliding_theta: float | None = None
     sliding_theta_field: str = "rope_theta"
     partial: bool = False
+    rope: Mapping = {}
     renamed: Mapping[str, str] = {}
     meant: Callable[[dict], dict] = dict
     tensors: Mapping[str, str] = {}
@@ -79,6 +85,8 @@ TENSORS = {
     "attn/k_norm": "self_attn.k_norm",
     **{f"attn/{name}": f"self_attn.{name}_proj" for name in "qkvo"},
     **{f"mlp/{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+    "experts/router": "mlp.gate",
+    **{f"experts/{name}": f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")},
 }
 
 _MISTRAL = {
@@ -95,6 +103,7 @@ _QWEN = {
     "sliding_window": 4096,
 }
 _QWEN_WINDOW = ("use_sliding_window", "max_window_layers", *WINDOW)
+_MIXTURE = ("num_experts", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef")
 _OLMO = {"vocab_size": 50304, "rms_norm_eps": 1e-5}
 _GEMMA = {
     "vocab_size": 256000,
@@ -244,8 +253,102 @@ FAMILIES = {
             **{f"mlp/{name}": "mlp.gate_up_proj" for name in ("gate", "up")},
         },
     ),
-}
+    "mixtral": Family(  # arXiv:2401.04088
+        "Mixtral",
+        options=("sliding_window", *_MIXTURE),
+        defaults={
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "num_experts": 8,
+        },
+        theta=1e6,
+        renamed={"num_experts": "num_local_experts"},
+        tensors={
+            "experts/router": "block_sparse_moe.gate",
+            "experts/gate": "block_sparse_moe.experts.{}.w1",
+            "experts/up": "block_sparse_moe.experts.{}.w3",
+            "experts/down": "block_sparse_moe.experts.{}.w2",
+        },
+    ),
+    "qwen3_moe": Family(  # arXiv:2505.09388
+        "Qwen3Moe",
+        options=(
+            *("attention_bias", "use_sliding_window", "sliding_window", *_MIXTURE),
+            *("norm_topk_prob", "moe_intermediate_size"),
+        ),
+        defaults={
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+        },
+        fixed={"qk_norm": "head"},
+    ),
+    "olmoe": Family(  # arXiv:2409.02060
+        "Olmoe",
+        options=("attention_bias", "clip_qkv", "norm_topk_prob", *_MIXTURE),
+        defaults={
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "router_aux_loss_coef": 0.01,
+            "norm_topk_prob": False,
+        },
+        fixed={"qk_norm": "whole"},
+    ),
+    "gpt_oss": Family(  # arXiv:2508.10925
+        "GptOss",
+        options=("attention_bias", *WINDOW, "swiglu_limit", "swiglu_alpha", *_MIXTURE),
+        defaults={
+            "vocab_size": 201088,
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 128,
+            "attention_bias": True,
+            "num_experts": 128,
+            "num_experts_per_tok": 4,
+            "swiglu_limit": 7.0,
+        },
+        fixed={"attention_sinks": True, "expert_bias": True},
+        full_every=2,
+        theta=150000.0,
+        rope={
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "truncate": False, "original_max_position_embeddings": 4096,
+        },
+        renamed={"num_experts": "num_local_experts"},
+        tensors={
+            "experts/router": "mlp.router",
+            "experts/gate": "mlp.experts.gate_up_proj",
+            "experts/up": "mlp.experts.gate_up_proj",
+            "experts/down": "mlp.experts.down_proj",
+        },
+    ),
+}  # fmt: skip
 
+#: Names of the number of experts in a config.json.
+EXPERTS = ("num_experts", "num_local_experts")
 #: Fields of `Config` that every family's config.json has.
 _COMMON = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -286,6 +389,16 @@ FIELDS = {
     "use_bidirectional_attention": fields.optional(fields.FLAG),
     "rope_local_base_freq": fields.above(1),
     "text_config": fields.optional(fields.OBJECT),
+    "clip_qkv": fields.optional(fields.POSITIVE),
+    **dict.fromkeys((*EXPERTS, "num_experts_per_tok"), fields.SIZE),
+    "moe_intermediate_size": fields.SIZE,
+    **dict.fromkeys(("norm_topk_prob", "output_router_logits"), fields.FLAG),
+    **dict.fromkeys(("router_aux_loss_coef", "router_jitter_noise"), fields.NOT_NEGATIVE),
+    "mlp_only_layers": fields.optional(fields.each(fields.COUNT))._replace(
+        read=lambda x: tuple(x or ())
+    ),
+    "decoder_sparse_step": fields.SIZE,
+    **dict.fromkeys(("swiglu_limit", "swiglu_alpha"), fields.POSITIVE),
     **rope.FIELDS,
 }
 
@@ -321,6 +434,11 @@ def config_from_hf(hf: dict, **run) -> Config:
         raise ValueError(f"model_type {model_type!r} is not one of {[*FAMILIES]}")
     family = FAMILIES[model_type]
     hf = family.meant(hf if family.text is None else _text_part(hf, family))
+    # transformers 5 writes either name, whatever the family's own is.
+    counts = {hf[name] for name in EXPERTS if name in hf}
+    if len(counts) > 1:
+        raise ValueError(f"{' and '.join(EXPERTS)}: {sorted(counts)} given, must be one number")
+    hf |= {name: count for name in EXPERTS for count in counts}
     for option, without in OPTIONS.items():
         if option not in family.options and hf.get(option) not in (None, without):
             value = fields.shown(hf[option])
@@ -331,6 +449,11 @@ def config_from_hf(hf: dict, **run) -> Config:
         arguments["sliding_window"] = None
     config = Config(**family.fixed | arguments | {"model_type": model_type}, **run)
     _check_heads(config, arguments.get("head_dim") is not None)
+    if config.num_experts and config.num_experts_per_tok > config.num_experts:
+        raise ValueError(
+            f"num_experts_per_tok {config.num_experts_per_tok} is more than num_experts "
+            f"{config.num_experts}"
+        )
     if "no_rope_layers" in family.options:
         config = _with_no_rope_layers(hf, config)
     config = dataclasses.replace(config, **_ropes(hf, family, config))
@@ -396,7 +519,7 @@ def _ropes(hf: dict, family: Family, config: Config) -> dict[str, rope.Rope]:
         partial=family.partial,
     )
     if family.sliding_theta is None:
-        return {"rope_parameters": read(place, hf.get(place) or {}, theta)}
+        return {"rope_parameters": read(place, hf.get(place) or dict(family.rope), theta)}
     # Before transformers 5, `rope_scaling` was that of the layers that see all tokens.
     given = hf.get("rope_parameters") or {}
     if given and not given.keys() & {FULL, SLIDING}:
@@ -476,6 +599,37 @@ def hf_tensors(config: Config) -> dict[str, Source]:
         names[f"h/{module}/kernel"] = Source(f"{name}.weight", (1, 0), part)
         if bias:
             names[f"h/{module}/bias"] = Source(f"{name}.bias", None, part)
+    if config.attention_sinks:
+        names["h/attn/sinks"] = Source("model.layers.{}.self_attn.sinks")
+    return names | (_experts(config, theirs) if config.num_experts else {})
+
+
+def _experts(config: Config, theirs: Mapping[str, str]) -> dict[str, Source]:
+    """The places of all experts and their routers. A file has a tensor for each expert, or one for
+    all of a layer (out before in), as transformers 5 holds them in memory; gpt-oss' always has the
+    latter, with in before out and with gate and up interleaved."""
+    size, experts, names = config.expert_size, config.num_experts, {}
+    together = theirs["experts/gate"] == theirs["experts/up"]
+    halves = slice(0, 2 * size, 2), slice(1, 2 * size, 2)
+    halves = halves if together else (slice(0, size), slice(size, 2 * size))
+    for name, part in zip(("gate", "up", "down"), (*halves, None), strict=True):
+        fused = f"model.layers.{{}}.mlp.experts.{'down' if part is None else 'gate_up'}_proj"
+        layer = f"h/{{}}/experts/{{}}/{name}"
+        axes = None if together else (0, 2, 1)
+        place = Source(fused, axes, part, layer=f"{layer}/kernel", experts=experts)
+        if together:
+            bias = Source(f"{fused}_bias", None, part, layer=f"{layer}/bias", experts=experts)
+            names[f"h/experts/{name}/bias"] = bias
+        else:
+            one = f"model.layers.{{}}.{theirs[f'experts/{name}']}.weight"
+            place = Source(one, (1, 0), layer=f"{layer}/kernel", other=place)
+        names[f"h/experts/{name}/kernel"] = place
+    router = f"model.layers.{{}}.{theirs['experts/router']}"
+    newer = Source("model.layers.{}.mlp.gate.weight", (1, 0))
+    other = None if together or newer.name == f"{router}.weight" else newer
+    names["h/experts/router/kernel"] = Source(f"{router}.weight", (1, 0), other=other)
+    if config.expert_bias:
+        names["h/experts/router/bias"] = Source(f"{router}.bias")
     return names
 
 
@@ -496,10 +650,15 @@ def _linears(config: Config) -> dict[str, tuple[int, bool]]:
         "attn/k": (keys, qkv_bias),
         "attn/v": (keys, qkv_bias),
         "attn/o": (c.hidden_size, c.attention_bias),
-        "mlp/gate": (c.intermediate_size, c.mlp_bias),
-        "mlp/up": (c.intermediate_size, c.mlp_bias),
-        "mlp/down": (c.hidden_size, c.mlp_bias),
-    }
+    } | (
+        {}
+        if c.num_experts
+        else {
+            "mlp/gate": (c.intermediate_size, c.mlp_bias),
+            "mlp/up": (c.intermediate_size, c.mlp_bias),
+            "mlp/down": (c.hidden_size, c.mlp_bias),
+        }
+    )
 
 
 def hf_config(config: Config) -> dict:

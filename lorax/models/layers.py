@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from lorax import fields, leaves
+from lorax import fields, grouped
 from lorax.errors import nearest
 
 # --------------------------------------------------------------------------------------- attention
@@ -23,9 +23,9 @@ KEEP = 256 * 256  # queries x keys up to which a layer stores its probabilities 
 BLOCKS = 4  # of queries in causal attention; 8 are slower below 1024 tokens (measured on a CPU)
 
 
-def _probabilities(q, k, mask, scale, cap):
+def _probabilities(q, k, mask, sinks, scale, cap):
     """Masked softmax of q (B, K, G * T, D) with k (B, K, S, D), (B, K, G * T, S) float32, and the
-    slope of `soft_cap` at the scores, None without a cap."""
+    slope of `soft_cap` at the scores, None without a cap. sinks: (K, G) or None."""
     scores = scale * jnp.einsum("bkmd,bksd->bkms", q, k, preferred_element_type=jnp.float32)
     slope = None
     if cap is not None:
@@ -33,8 +33,14 @@ def _probabilities(q, k, mask, scale, cap):
         slope = 1 - jnp.square(scores / cap)
     grouped = scores.reshape(*scores.shape[:2], -1, *mask.shape[1:])  # (B, K, G, T, S)
     grouped = jnp.where(mask[:, None, None], grouped, jnp.finfo(jnp.float32).min)
-    p = jnp.exp(grouped - jnp.max(grouped, axis=-1, keepdims=True))
-    return (p / jnp.sum(p, axis=-1, keepdims=True)).reshape(scores.shape), slope
+    most = jnp.max(grouped, axis=-1, keepdims=True)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32)[None, :, :, None, None]
+        most = jnp.maximum(most, sinks)
+    p = jnp.exp(grouped - most)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    total = total if sinks is None else total + jnp.exp(sinks - most)
+    return (p / total).reshape(scores.shape), slope
 
 
 def soft_cap(x, cap):
@@ -42,14 +48,15 @@ def soft_cap(x, cap):
     return cap * jnp.tanh(x / cap)
 
 
-def attention(q, k, v, mask, scale, cap=None):
+def attention(q, k, v, mask, scale, cap=None, sinks=None):
     """Scaled dot-product attention (arXiv:1706.03762, equation 1), grouped-query where K < H
     (arXiv:2305.13245).
 
     q: (B, T, H, D); k, v: (B, S, K, D), K a divisor of H; one floating dtype. mask: (B or 1, T, S)
     bool, True where a query may attend (a query with no True attends to all keys equally). scale:
-    float. cap: of the scaled scores before the mask (`soft_cap`), None for none. Returns
-    (B, T, H, D) in that dtype; the softmax is in float32.
+    float. cap: of the scaled scores before the mask (`soft_cap`), None for none. sinks: (H,), for
+    each head one more score of every query, whose value is zero (arXiv:2309.17453, section 3.3);
+    None for none. Returns (B, T, H, D) in that dtype; the softmax is in float32.
 
     For long sequences the backward pass recomputes the probabilities from q and k, as
     FlashAttention does (arXiv:2205.14135, section 3.1); for short ones storing them is cheaper.
@@ -58,38 +65,44 @@ def attention(q, k, v, mask, scale, cap=None):
     t, heads = q.shape[1], k.shape[2]
     q = rearrange(q, "b t (k g) d -> b k (g t) d", k=heads)
     k, v = (rearrange(x, "b s k d -> b k s d") for x in (k, v))
-    o = _attention(q, k, v, mask, scale, cap)
+    sinks = None if sinks is None else sinks.reshape(heads, -1)
+    o = _attention(q, k, v, mask, sinks, scale, cap)
     return rearrange(o, "b k (g t) d -> b t (k g) d", t=t)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q, k, v, mask, scale, cap):
-    return _attention_forward(q, k, v, mask, scale, cap)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, mask, sinks, scale, cap):
+    return _attention_forward(q, k, v, mask, sinks, scale, cap)[0]
 
 
-def _attention_forward(q, k, v, mask, scale, cap):
-    p, slope = _probabilities(q, k, mask, scale, cap)
+def _attention_forward(q, k, v, mask, sinks, scale, cap):
+    p, slope = _probabilities(q, k, mask, sinks, scale, cap)
     o = jnp.einsum("bkms,bksd->bkmd", p.astype(v.dtype), v)
     keep = mask.shape[-2] * mask.shape[-1] <= KEEP
-    return o, (q, k, v, mask, o, (p, slope) if keep else None)
+    return o, (q, k, v, mask, sinks, o, (p, slope) if keep else None)
 
 
 def _attention_backward(scale, cap, saved, do):
-    q, k, v, mask, o, kept = saved
-    p, slope = _probabilities(q, k, mask, scale, cap) if kept is None else kept
+    q, k, v, mask, sinks, o, kept = saved
+    p, slope = _probabilities(q, k, mask, sinks, scale, cap) if kept is None else kept
     dv = jnp.einsum("bkms,bkmd->bksd", p.astype(do.dtype), do)
     dp = jnp.einsum("bkmd,bksd->bkms", do, v, preferred_element_type=jnp.float32)
     row = jnp.einsum("bkmd,bkmd->bkm", do, o, preferred_element_type=jnp.float32)
     ds = scale * p * (dp - row[..., None])
     ds = (ds if slope is None else ds * slope).astype(q.dtype)
     dq = jnp.einsum("bkms,bksd->bkmd", ds, k)
-    return dq, jnp.einsum("bkms,bkmd->bksd", ds, q), dv, None
+    dsinks = None
+    if sinks is not None:  # a sink's own share of the softmax is what the keys have left
+        left = (1 - jnp.sum(p, axis=-1)) * row
+        left = left.reshape(*row.shape[:2], -1, mask.shape[1])  # (B, K, G, T)
+        dsinks = -jnp.sum(left, axis=(0, 3)).astype(sinks.dtype)
+    return dq, jnp.einsum("bkms,bkmd->bksd", ds, q), dv, None, dsinks
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def causal_attention(q, k, v, mask, scale, cap=None):
+def causal_attention(q, k, v, mask, scale, cap=None, sinks=None):
     """Self-attention (S = T) in which no token sees later ones; `mask` must say so.
 
     Queries are split into `BLOCKS` blocks, each multiplied only with the keys up to its last query:
@@ -98,8 +111,9 @@ def causal_attention(q, k, v, mask, scale, cap=None):
     t = q.shape[1]
     size = max(1, -(-t // BLOCKS))
     ends = [(start, min(start + size, t)) for start in range(0, t, size)]
+    settings = scale, cap, sinks
     blocks = [
-        attention(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end], scale, cap)
+        attention(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end], *settings)
         for start, end in ends
     ]
     return jnp.concatenate(blocks, axis=1)
@@ -124,7 +138,7 @@ def empty_cache(layers: int, batch: int, room: int, heads: int, features: int, d
     return Cache(kv, kv, jnp.zeros((batch, room), bool), jnp.int32(0))
 
 
-def cached_attention(q, k, v, mask, scale, kv, at, cap=None):
+def cached_attention(q, k, v, mask, scale, kv, at, cap=None, sinks=None):
     """Causal attention that also sees the cached tokens: (o (B, T, H, D), kv with k and v added);
     shapes as in `attention`.
 
@@ -132,9 +146,9 @@ def cached_attention(q, k, v, mask, scale, kv, at, cap=None):
     each, where k and v (B, T, K, D) are written.
     """
     if kv is None:
-        return causal_attention(q, k, v, mask, scale, cap), None
+        return causal_attention(q, k, v, mask, scale, cap, sinks), None
     k, v, kv = remember(k, v, kv, at)
-    return attention(q, k, v, mask, scale, cap), kv
+    return attention(q, k, v, mask, scale, cap, sinks), kv
 
 
 def remember(k, v, kv, at):
@@ -157,15 +171,15 @@ class Attend(nn.Module):
     """The attention of a layer, without the projections, as a module without parameters. Returns
     (o, kv) of `cached_attention`, or, if not causal (an encoder), (o of `attention`, None).
 
-    cap: of the scores, as in `attention`."""
+    cap, sinks: as in `attention`."""
 
     causal: bool = True
     cap: float | None = None
 
-    def __call__(self, q, k, v, mask, scale, kv=None, at=None):
+    def __call__(self, q, k, v, mask, scale, kv=None, at=None, sinks=None):
         if self.causal:
-            return cached_attention(q, k, v, mask, scale, kv, at, self.cap)
-        return attention(q, k, v, mask, scale, self.cap), None
+            return cached_attention(q, k, v, mask, scale, kv, at, self.cap, sinks)
+        return attention(q, k, v, mask, scale, self.cap, sinks), None
 
 
 class Context(NamedTuple):
@@ -369,7 +383,7 @@ _policies = jax.checkpoint_policies
 POLICIES = {
     "full": _policies.nothing_saveable,
     "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(leaves.PRODUCT)
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(grouped.PRODUCT)
     ),
 }
 

@@ -117,6 +117,13 @@ def _phi(layers, hidden, heads, inner, kv_heads, **more):
     return _decoder("phi3", layers, hidden, heads, inner, kv_heads, **more)
 
 
+def _experts(model_type, layers, hidden, heads, inner, kv_heads, experts, per_token, **more):
+    more |= {"num_experts": experts, "num_experts_per_tok": per_token}
+    if model_type == "qwen3_moe":
+        more["moe_intermediate_size"] = inner
+    return _decoder(model_type, layers, hidden, heads, inner, kv_heads, **more)
+
+
 def _falcon(layers, hidden, heads, kv_heads):
     return {
         "model_type": "falcon",
@@ -218,6 +225,13 @@ ARCHITECTURES: dict[str, dict] = {
         max_position_embeddings=16384,
         rope_theta=250000.0,
     ),
+    "mixtral-8x7b": _experts("mixtral", 32, 4096, 32, 14336, 8, 8, 2),
+    "qwen3-30b-a3b": _experts(
+        *("qwen3_moe", 48, 2048, 32, 768, 4, 128, 8),
+        **{"head_dim": 128, "norm_topk_prob": True, "rope_theta": 1e6},
+    ),
+    "olmoe-1b-7b": _experts("olmoe", 16, 2048, 16, 1024, 16, 64, 8),
+    "gpt-oss-20b": _experts("gpt_oss", 24, 2880, 64, 2880, 8, 32, 4),
     "falcon-7b": {"model_type": "falcon"},  # 6,921,720,704
     "falcon-40b": _falcon(60, 8192, 128, 8),  # 41,303,293,952
     "falcon-180b": _falcon(80, 14848, 232, 8),  # 178,557,088,768 with its tied head counted once

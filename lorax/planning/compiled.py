@@ -86,6 +86,8 @@ def _work(jaxpr) -> np.ndarray:
         name, given = equation.primitive.name, equation.params
         if name in ("dot_general", "conv_general_dilated"):
             total += _of_product(equation)
+        elif name.startswith("ragged_dot"):
+            total += _of_groups(equation)
         elif name == "cond":
             total += np.max([_work(branch.jaxpr) for branch in given["branches"]], axis=0)
         else:
@@ -110,8 +112,23 @@ def _of_product(equation) -> np.ndarray:
     return np.array([flops * half, flops * (not half), moved], float)
 
 
+def _of_groups(equation) -> np.ndarray:
+    """`work` of a product of rows by group: each row takes part once, and groups without rows are
+    not read."""
+    left, right, sizes, out = (v.aval for v in (*equation.invars[:3], *equation.outvars))
+    rows = left.shape[0]
+    of_rows = [aval.size for aval in (left, right, out) if aval.shape[0] == rows and aval.ndim == 2]
+    flops = 2 * rows * math.prod(size // rows for size in of_rows)
+    half = left.dtype.itemsize <= 2 and right.dtype.itemsize <= 2
+    read = lambda aval: aval.size * (1 if aval.ndim == 2 else min(1, rows / sizes.size))
+    moved = sum(read(aval) * aval.dtype.itemsize for aval in (left, right, out))
+    return np.array([flops * half, flops * (not half), moved], float)
+
+
 def widest_decoded(params, dtype: str) -> int:
-    """Bytes of the largest quantised weight of one layer when it is decoded, 0 without any."""
+    """Bytes of the largest quantised weight of one layer, with all its experts, when it is decoded;
+    0 without any."""
     coded = [x for x in tree.flatten(params).values() if isinstance(x, quant.Quantised)]
-    widest = max((leaf.n_in * leaf.n_out for leaf in coded), default=0)
+    experts = lambda leaf: leaf.codes.shape[1] if leaf.codes.ndim > 2 else 1  # of (L, E, bytes)
+    widest = max((experts(leaf) * leaf.n_in * leaf.n_out for leaf in coded), default=0)
     return widest * np.dtype(dtype).itemsize

@@ -39,18 +39,20 @@ def read(
         return {}
     kernels = {}
     for path, source in sources.items():
-        stacked = "{}" in source.name
-        layers = range(shapes[path][0]) if stacked else [None]
-        names = [_stored(source.name.format(layer), where) for layer in layers]
+        source = hf.stored_place(source, where)
+        stacked = source.axes_stacked
+        layers = [*np.ndindex(*shapes[path][:stacked])]
+        names = [_stored(source.name.format(*index), where) for index in layers]
         if not any(names):
             continue
         if not all(names):
             raise ValueError(f"{directory}: {path}: some of its layers are quantised, others not")
-        shape = tuple(shapes[path][1:] if stacked else shapes[path])
+        axes, shape = tuple(shapes[path][:stacked]), tuple(shapes[path][stacked:])
         leaves = [_leaf(name, where, source, shape) for name in names]
         if len({jax.tree.structure(leaf) for leaf in leaves}) > 1:
             raise ValueError(f"{directory}: {path}: its layers are quantised in different ways")
-        kernels[path] = jax.tree.map(lambda *x: jnp.stack(x), *leaves) if stacked else leaves[0]
+        stack = lambda *x, axes=axes: jnp.stack(x).reshape(*axes, *x[0].shape)
+        kernels[path] = jax.tree.map(stack, *leaves) if stacked else leaves[0]
     return kernels
 
 

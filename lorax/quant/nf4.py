@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import leaves, ops, tree
-from lorax.methods.targets import resolve
+from lorax.methods.targets import matching, resolve
 from lorax.quant import matmul
 
 Array = jax.Array
@@ -186,15 +186,19 @@ class Quantised(leaves.FrozenWeight):
 def quantize(params, kind: str = "nf4", double: bool = False, block: int = 64, sites=None):
     """The parameters with `Quantised` leaves for the kernels of linear layers.
 
-    Heads, embeddings, parameters that are not matrices (QLoRA, section 3) and quantised kernels are
-    unchanged. sites: {path: `ops.Site`}, None for `ops.sites_from_shapes`. Kernels are
-    quantised one at a time. Raises ValueError for an unknown kind or block and, with its path, for
-    a kernel that is not finite or whose output axes come before its input axes.
+    Heads, embeddings, routers of experts, parameters that are not matrices (QLoRA, section 3) and
+    quantised kernels are unchanged. sites: {path: `ops.Site`}, None for `ops.sites_from_shapes`.
+    Kernels are quantised one at a time. Raises ValueError for an unknown kind or block and, with
+    its path, for a kernel that is not finite or whose output axes come before its input axes.
     """
     flat = tree.flatten(params)
     sites = ops.sites_from_shapes(params) if sites is None else sites
-    linear = {path: site for path, site in sites.items() if site.kind == "linear"}
+    kinds = ("linear", "experts")
+    linear = {path: site for path, site in sites.items() if site.kind in kinds}
+    routers = matching("router", linear)
     for path, site in resolve(("all-linear",), linear).items():
+        if path in routers:
+            continue
         if isinstance(flat[path], Quantised):
             continue
         w = flat[path]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lorax import losses
@@ -24,8 +23,9 @@ class Kind(NamedTuple):
     per_token: names of the arrays (N, T) that have a column for each token; () for arrays.
     ahead: columns of a row that the model does not read: a language model's last token is only
         predicted.
-    loss(module, params, batch, smoothing=0.0) -> (sum of losses, sum of weights, outputs (B, k)
-        float32), all float32; outputs is None for language models.
+    loss(module, params, batch, smoothing=0.0, training=False) -> (sum of losses, sum of weights,
+        outputs (B, k) float32), all float32; outputs is None for language models. training: with
+        the model's load-balancing loss (`losses.balance`).
     rows(module, params, batch) -> `losses.Rows`, what becomes of each row.
     real(batch) -> (B, T) bool: the positions that the model reads and that are not padding; an
         array is one position, (B, 1).
@@ -47,14 +47,6 @@ class Kind(NamedTuple):
     scored: bool = False
 
 
-def _text_positions(batch) -> jax.Array:
-    if "segments" in batch:  # packed rows
-        return batch["segments"][:, :-1] > 0
-    # A text continues as long as targets follow.
-    weighted = (batch["mask"][:, 1:] > 0).astype(jnp.int32)
-    return jnp.flip(jnp.cumsum(jnp.flip(weighted, 1), 1), 1) > 0
-
-
 def _text_inputs(batch) -> list[jax.Array]:
     inputs = batch["tokens"], batch.get("segments")
     return [x[:, :-1] for x in inputs if x is not None]
@@ -72,7 +64,7 @@ TEXTS = Kind(
     ahead=1,
     loss=losses.lm_loss,
     rows=losses.lm_rows,
-    real=_text_positions,
+    real=losses.text_positions,
     inputs=_text_inputs,
     counted=_text_columns,
 )

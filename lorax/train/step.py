@@ -99,7 +99,7 @@ def gradients(program: Program, params, constants, hyper: Hyper, trainable, step
     def loss(trainable, part, key):
         bound = _bound(program, trainable, constants, params, key if program.dropout else None)
         smoothing = program.train.label_smoothing
-        return program.kind.loss(program.module, bound, part, smoothing)[:2]
+        return program.kind.loss(program.module, bound, part, smoothing, training=True)[:2]
 
     def add(carry, indexed):
         index, part = indexed

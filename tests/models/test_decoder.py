@@ -29,9 +29,10 @@ def as_ours(config, tensors):
     """{our path: array} of {transformers' name: torch tensor}, for two layers."""
     flat = {}
     for path, source in hf_tensors(config).items():
+        source = source.other or source  # as in memory
         layers = (0, 1) if "{}" in source.name else (None,)
         parts = [tensors[source.name.format(i)].detach().numpy() for i in layers]
-        parts = [part.T if source.axes else part for part in parts]
+        parts = [part.transpose(source.axes) if source.axes else part for part in parts]
         flat[path] = np.stack(parts) if len(parts) == 2 else parts[0]
     return flat
 

@@ -123,12 +123,11 @@ _TOKENS = _EACH | {"num_virtual_tokens": COUNT, "modules_to_save": LIST} | dict.
 #: Fields that, when set, change the meaning of the tensors in an unsupported way.
 _REFUSED = {
     "LORA": """alora_invocation_tokens arrow_config enable_lora kasa_config layer_replication
-    lora_bias monteclora_config target_parameters trainable_token_indices use_bdlora
-    use_qalora""".split()
+    lora_bias monteclora_config trainable_token_indices use_bdlora use_qalora""".split()
 }
-_REFUSED["ADALORA"] = [*_REFUSED["LORA"], "use_dora"]
+_REFUSED["ADALORA"] = [*_REFUSED["LORA"], "target_parameters", "use_dora"]
 _REFUSED["LOHA"] = _REFUSED["LOKR"] = ["use_effective_conv2d"]
-_LORA |= dict.fromkeys(_REFUSED["LORA"], ANY)
+_LORA |= dict.fromkeys(_REFUSED["LORA"], ANY) | {"target_parameters": LIST}
 #: Initialisations that subtract something from the base: the factors then update a changed base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -232,6 +231,8 @@ def _left_out_by(config: dict[str, Any], module: str) -> str:
     if any(f".{name}." in f".{module}." for name in config.get("modules_to_save") or []):
         return "modules_to_save"
     targets = config.get("target_modules")
+    if ends(x.removesuffix(".weight") for x in config.get("target_parameters") or ()):
+        return ""  # a router, which is a parameter in transformers 5
     if targets is None or targets == "all-linear":  # PEFT chooses by the model
         return ""
     if isinstance(targets, str):
@@ -252,8 +253,11 @@ def _left_out_by(config: dict[str, Any], module: str) -> str:
 
 def scale_of(config: dict[str, Any], module: str, rank: int, file: pathlib.Path) -> float:
     """PEFT's rule: alpha / r, or alpha / sqrt(r), with values of the first matching pattern."""
-    r = from_patterns(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = from_patterns(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    named = lambda field, default: from_patterns(
+        config.get(field), module, from_patterns(config.get(field), f"{module}.weight", default)
+    )  # a module, or a parameter of one
+    r = named("rank_pattern", config.get("r", 8))
+    alpha = named("alpha_pattern", config.get("lora_alpha", 8))
     if r != rank:
         raise ValueError(
             f"{file}: r or rank_pattern: {module} has rank {r} here and {rank} in {WEIGHTS}"

@@ -7,7 +7,7 @@ stored transposed, whatever `fan_in_fan_out` says about the base's own weight.
 
 A fused module (GPT-2's c_attn holds q, k and v side by side) is joined exactly: A has the rows of
 all parts one after the other (only once if parts share them) and B is block-diagonal. PEFT reads
-that as one module; the file's metadata says how to split it again.
+that as one module; the file's metadata says how to split it again. Experts: see `experts`.
 
 A head that is tied to the embedding shares its update here. PEFT adapts modules, not weights, so
 such an update is written for both, and read as one if both agree.
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lorax.interop.adapter import Adapter, Factors
-from lorax.interop.peft import files
+from lorax.interop.peft import experts, files
 from lorax.interop.peft.config import (
     CONFIG,
     WEIGHTS,
@@ -104,12 +104,15 @@ def save(
         raise ValueError(
             f"{plain[0]}: no magnitudes, but others have: PEFT has DoRA in all or none"
         )
+    modules = experts.with_one_scale(modules)
     joined = {module: _join(module, places, parts) for module, parts in sorted(modules.items())}
+    joined = experts.pack(joined, places)
     whole = stored_weights(weights, places)
     saved, bias = how_saved(whole, set(modules), places, task_type)
     tensors: dict[str, np.ndarray] = {}
     for module, stored in joined.items():
-        tensors |= {f"{module}.{name}": tensor for name, tensor in stored.tensors.items()}
+        below = experts.stored_at(module, joined)
+        tensors |= {f"{below}.{name}": tensor for name, tensor in stored.tensors.items()}
     for name, tensor in whole.items():
         module, _, last = name.rpartition(".")
         tensors[f"{module}.base_layer.{last}" if module in modules else name] = tensor
@@ -124,7 +127,8 @@ def save(
     config = _config(joined) | {
         "task_type": task_type,
         "base_model_name_or_path": base_name,
-        "lora_dropout": float(dropout),
+        # PEFT has no dropout on the input of a parameter, and refuses a config with any.
+        "lora_dropout": 0.0 if any(map(experts.is_parameter, joined)) else float(dropout),
         "bias": bias,
         "modules_to_save": saved or None,
         "use_dora": dora,
@@ -147,9 +151,14 @@ def _for_both_uses(adapter: Adapter, places: Places, masked: bool, task_type: st
     return *with_head(factors, weights, tied), tied
 
 
-def _config(joined: Mapping[str, _Joined]) -> dict[str, Any]:
+def _config(joined: Mapping[str, Joined]) -> dict[str, Any]:
     """The fields of a config for these modules: the commonest rank and alpha, and patterns for the
     modules that differ."""
+    modules = sorted(module for module in joined if not experts.is_parameter(module))
+    parameters = sorted(experts.parameter_of(module) for module in joined if module not in modules)
+    joined = {
+        experts.parameter_of(m) if experts.is_parameter(m) else m: one for m, one in joined.items()
+    }
     r, ranks = as_patterns({module: module_.rank for module, module_ in joined.items()})
     alpha, alphas = as_patterns({module: module_.alpha for module, module_ in joined.items()})
     return {
@@ -160,12 +169,12 @@ def _config(joined: Mapping[str, _Joined]) -> dict[str, Any]:
         "lora_alpha": alpha,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
-        "target_modules": sorted(joined),
+        "target_modules": modules,
         "fan_in_fan_out": any(module_.conv1d for module_ in joined.values()),
         "init_lora_weights": True,
         "inference_mode": True,
         "use_rslora": False,
-    }
+    } | ({"target_parameters": parameters} if parameters else {})
 
 
 def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = None) -> Adapter:
@@ -194,12 +203,13 @@ def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = No
         raise ValueError(f"{given}; LORA is read here, others by lorax.adapters.peft_methods")
     stored, metadata = files.read_tensors(file)
     modules, whole = _sort(stored, file)
-    check_targets(config, modules, directory / CONFIG)
-    updates = {
-        module: _update(module, sides, config, directory)
-        for module, sides in sorted(modules.items(), key=lambda item: natural(item[0]))
-    }
     places = Places(sources or {})
+    modules, updates = experts.unpack(modules, config, places, directory)
+    check_targets(config, modules, directory / CONFIG)
+    updates |= {
+        module: _update(module, sides, config, directory) for module, sides in modules.items()
+    }
+    updates = dict(sorted(updates.items(), key=lambda item: natural(item[0])))
     check_saved(config, whole, places, file)
     tied = places.tied
     if "lorax" in metadata:
@@ -220,7 +230,7 @@ def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = No
 # ---------------------------------------------------------------------------------------- writing
 
 
-class _Joined(NamedTuple):
+class Joined(NamedTuple):
     """A module as stored. tensors: {name below the module: value}. rank, alpha: of the module.
     conv1d: whether its weight is (in, out). parts: {our layer: how to extract it again}."""
 
@@ -231,7 +241,7 @@ class _Joined(NamedTuple):
     parts: dict[str, dict[str, Any]]
 
 
-def _join(module: str, places: Places, parts: dict[str, Factors]) -> _Joined:
+def _join(module: str, places: Places, parts: dict[str, Factors]) -> Joined:
     """One module of PEFT's from the layers in it."""
     sources = places.at(f"{module}.weight")
     embedding = next(iter(sources)).endswith("/embedding")
@@ -271,7 +281,7 @@ def _join(module: str, places: Places, parts: dict[str, Factors]) -> _Joined:
     if next(iter(parts.values())).m is not None:
         tensors["lora_magnitude_vector"] = _magnitudes(module, layers, parts)
     conv1d = not embedding and all(source.axes is None for source in layers.values())
-    return _Joined(tensors, rank, scale * rank, conv1d, entries)
+    return Joined(tensors, rank, scale * rank, conv1d, entries)
 
 
 def _magnitudes(module: str, layers: dict[str, Source], parts: dict[str, Factors]) -> np.ndarray:

@@ -67,10 +67,11 @@ def _own_factors(
         if not np.isfinite(own_b).all() or part.any() and not own_b.any():
             raise ValueError(f"scale {s} of {path} beside {common}")
         factors[path] = Factors(np.ascontiguousarray(a[:, rows]), own_b, s, own_m)
-    for module, (_, b, _, m) in updates.items():
+    for module, (a, b, _, m) in updates.items():
         *part, columns = taken[module]
-        part = np.array(part)
-        if b[~part].any() or not part.any(axis=1).all() or m is not None and not columns.all():
+        part, used = np.array(part), a.any(axis=0) | b.any(axis=1)  # experts may be padded
+        part_of_each = part.any(axis=1)[used]
+        if b[~part].any() or not part_of_each.all() or m is not None and not columns.all():
             raise ValueError(f"it leaves out a part of {module}")
     return factors
 
@@ -105,7 +106,7 @@ def _number(x: Any) -> float:
 
 def _index(part: Any, size: int) -> slice | np.ndarray:
     """`as_index` of a part of an axis in the metadata. Raises ValueError if it is not one."""
-    if isinstance(part, str) and re.fullmatch(r"\d{1,9}:\d{1,9}", part):
+    if isinstance(part, str) and re.fullmatch(r"\d{1,9}:\d{1,9}(:[1-9])?", part):
         index = as_index(part)
         if index.start <= index.stop <= size:
             return index

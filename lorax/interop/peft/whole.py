@@ -69,6 +69,11 @@ def stored_weights(weights: Mapping[str, np.ndarray], places: Places) -> dict[st
         source = places.of(path)
         if source is None:
             raise ValueError(f"{path}: the base has no such parameter")
+        if source.experts:
+            raise ValueError(
+                f"{path}: PEFT can't store a single expert that was trained in full; save the "
+                "whole model, or adapt experts by LoRA"
+            )
         if source.name in tensors:
             continue
         sources = places.at(source.name)
