@@ -292,6 +292,18 @@ def test_a_key_that_can_not_be_swept_is_one_clear_error(axes, message):
         (dict(train__accumulate=3), "train.accumulate: 3 given, must divide train.batch_size, 16"),
         (dict(dtype="float16"), "dtype: 'float16' given, must be one of .*did you mean 'bfloat16'"),
         (dict(train__schedule="linaer"), "train.schedule: 'linaer' .*did you mean 'linear'"),
+        (dict(train__optimizer="schedule-free"), "train.schedule: 'linear' .* needs \"constant\""),
+        (
+            dict(
+                train__optimizer="schedule-free", train__schedule="constant", method__name="adalora"
+            ),
+            "method.name: 'adalora' given, optimizer .* can't prune",
+        ),
+        (
+            dict(track=("tensorbord",)),
+            "track: .*tensorbord.* must be a tuple of names among tensorb",
+        ),
+        (dict(eval__harness=(1,)), r"eval.harness: \(1,\) given, must be a tuple of names"),
         (dict(train__optimizer="adam"), "train.optimizer: 'adam' .*did you mean 'adamw'"),
         (dict(train__remat="ful"), "train.remat: 'ful' .*none, full, dots; did you mean 'full'"),
         (dict(train__remat=True), 'train.remat: True given, .* did you mean "full"'),
