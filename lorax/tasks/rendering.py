@@ -210,6 +210,8 @@ def rendered(template, chat: dict, settings: dict) -> dict:
         result = [(whole, False)]
     elif marks.used:
         result = marked(whole, spans, messages, set(chat["learnt"]))
+        earlier = [text(messages[: i + 1]) for i in chat["learnt"]]
+        remarks += [] if all(map(whole.startswith, earlier)) else ["marked"]
     else:
         result, further = turns(text, messages, chat["learnt"], settings["ends"])
         remarks += further

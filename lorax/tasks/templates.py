@@ -28,6 +28,8 @@ DEVELOPER = "developer"  # OpenAI's newer name for the role "system"
 #: What the task's line says about conversations, by the names that `rendering` gives.
 REMARKS = {
     "ended": "answers are followed by {end}, since the template writes no token that ends a text",
+    "marked": "the template changes earlier answers when more messages follow, and has them "
+    "trained on as they are then",
     "start": "the tokenizer puts {start} in front, which the template leaves out",
     "unstable": "the template changes earlier answers when more messages follow, so these answers "
     "are not trained on (the last is)",

@@ -263,6 +263,20 @@ def test_a_template_that_changes_earlier_turns_trains_the_last(family):
     assert tokens(cut, words) == tokens({"messages": [USER, ANSWER]}, words)
 
 
+def test_marks_that_change_earlier_turns_are_said(family):
+    words = vocabulary.read(family("smollm2"))
+    marked = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ '<think></think>' if loop.last }}{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    (example,), _ = instruct.examples([instruct.read(Record("f:1", CHAT))], words, marked)
+    assert [text.count("<think>") for text, target in example if target] == [0, 1]
+    assert "in 1 of them the template changes earlier answers" in said([CHAT], words, marked)
+    assert said([{"messages": [USER, ANSWER]}], words, marked) == ""
+    assert said([CHAT], vocabulary.read(family("marked"))) == ""
+
+
 def test_answers_between_tool_calls_stay_as_they_were_written(family):
     words = vocabulary.read(family("qwen3"))
     called = {"role": "assistant", "content": "", "reasoning_content": "add", "tool_calls": [CALL]}
