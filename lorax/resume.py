@@ -55,7 +55,7 @@ def worded_plainly(stored: dict) -> dict:
     """Mark that a run on conversations which began when lorax used no template of the base uses
     none; returns the key that was set, if any."""
     task = stored["task"]
-    if task["name"] != "instruct" or task["template"] is not None or "columns" in task:
+    if task.get("name") != "instruct" or task.get("template") or "columns" in task:
         return {}
     task["template"] = "plain"
     return {"task.template": "plain"}

@@ -384,8 +384,19 @@ def test_a_run_from_before_templates_were_used_is_continued_without():
 # ------------------------------------------------------------------------------------------- files
 
 
-def test_templates_and_special_tokens_are_found_as_transformers_finds_them(tmp_path):
-    require("transformers")
+def test_named_templates_are_those_of_transformers(tmp_path, family):
+    transformers, folder = require("transformers"), family("llama3")
+    chat_files.write(folder, {"tool_use": "{{ tools }}"}, {})
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    words = vocabulary.read(folder)
+    assert words.templates == theirs.chat_template == {"default": LLAMA3, "tool_use": "{{ tools }}"}
+    assert words.special == {k: str(v) for k, v in theirs.special_tokens_map.items()}
+    theirs.save_pretrained(tmp_path)
+    assert chat_files.templates(tmp_path) == words.templates
+    assert chat_files.special_tokens(tmp_path) == words.special
+
+
+def test_templates_and_special_tokens_of_older_files(tmp_path):
     stored = {"chat_template": "{{ 1 }}", "eos_token": {"content": "</s>"}, "bos_token": None}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(stored))
     assert chat_files.templates(tmp_path) == {"default": "{{ 1 }}"}
