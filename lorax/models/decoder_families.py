@@ -52,9 +52,10 @@ class Family(NamedTuple):
     None: all layers have the same. sliding_theta_field: where files before transformers 5 have it.
     partial: whether it has `partial_rotary_factor`. rope: its rotation if a file has none. renamed:
     field of `Config` -> its name in config.json, where it differs. meant: the fields of a
-    config.json -> the same with older values as transformers reads them. tensors: our module -> its
-    name in a layer of theirs, where it is not that of `TENSORS`; modules with the same name lie
-    side by side in one tensor, in this order.
+    config.json -> the same with older values as transformers reads them. written: the fields that
+    we write -> the same as transformers 4 takes them, too. tensors: our module -> its name in a
+    layer of theirs, where it is not that of `TENSORS`; modules with the same name lie side by side
+    in one tensor, in this order.
     text: in a model that reads images, too, the `model_type` of the part that reads text, which is
     all that is computed here: config.json has it as `text_config`.
     """
@@ -71,6 +72,7 @@ class Family(NamedTuple):
     rope: Mapping = {}
     renamed: Mapping[str, str] = {}
     meant: Callable[[dict], dict] = dict
+    written: Callable[[dict], dict] = dict
     tensors: Mapping[str, str] = {}
     text: str | None = None
 
@@ -139,6 +141,16 @@ def _phi3(hf: dict) -> dict:
         if given.get("rope_type", given.get("type")) in ("su", "yarn"):
             hf[place] = given | {"rope_type": "longrope"}
     return hf
+
+
+def _phi3_written(hf: dict) -> dict:
+    """transformers 4 takes three fields of LongRoPE alone, and computes the others from lengths."""
+    long = hf["rope_scaling"] or {}
+    usual = hf["max_position_embeddings"] / hf.get("original_max_position_embeddings", 1)
+    if long.get("rope_type") != "longrope" or "attention_factor" in long or long["factor"] != usual:
+        return hf
+    factors = {name: long[name] for name in ("short_factor", "long_factor")}
+    return hf | {"rope_scaling": {"type": "longrope"} | factors}
 
 
 _GEMMA_3 = Family(  # arXiv:2503.19786; transformers caps no scores
@@ -248,6 +260,7 @@ FAMILIES = {
         },
         partial=True,
         meant=_phi3,
+        written=_phi3_written,
         tensors={
             **{f"attn/{name}": "self_attn.qkv_proj" for name in "qkv"},
             **{f"mlp/{name}": "mlp.gate_up_proj" for name in ("gate", "up")},
@@ -681,6 +694,7 @@ def hf_config(config: Config) -> dict:
     if "no_rope_layers" in family.options:
         all_on = (1,) * config.num_hidden_layers
         described["no_rope_layers"] = list(config.no_rope_layers or all_on)
+    described = family.written(described)
     if family.text is None:
         return described | {"architectures": [f"{family.name}ForCausalLM"]}
     return {

@@ -254,6 +254,28 @@ def test_older_files_mean_what_transformers_makes_of_them(model_type):
     assert config.rope_parameters.rope_type == full["rope_type"]
 
 
+def test_a_long_phi_is_written_for_transformers_4_and_5():
+    """transformers 4 takes three fields and no other; the rest is beside them."""
+    long = rope.Rope(
+        "longrope", factor=8.0, original_max_position_embeddings=8, partial_rotary_factor=0.5,
+        short_factor=(1.0, 2.0), long_factor=(1.0, 5.0),
+    )  # fmt: skip
+    config = decoder.Config(
+        "phi3", hidden_size=32, num_attention_heads=4, max_position_embeddings=64,
+        rope_parameters=long,
+    )  # fmt: skip
+    written = json.loads(json.dumps(hf_config(config)))
+    factors = {"short_factor": [1.0, 2.0], "long_factor": [1.0, 5.0]}
+    assert written["rope_scaling"] == {"type": "longrope"} | factors
+    assert written["original_max_position_embeddings"] == 8
+    assert written["partial_rotary_factor"] == 0.5 and written["rope_theta"] == 10000.0
+    theirs = require("transformers").AutoConfig.for_model(**written).to_dict()
+    assert config_from_hf(written) == config_from_hf(theirs) == config
+    other = dataclasses.replace(long, factor=4.0)  # not what the lengths say
+    written = hf_config(dataclasses.replace(config, rope_parameters=other))
+    assert written["rope_scaling"]["factor"] == 4.0
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
