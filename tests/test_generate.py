@@ -244,6 +244,17 @@ def test_messages_are_completed_in_the_chat_template(base, tuned, tmp_path, caps
     )
 
 
+def test_a_text_ends_at_each_eos_of_the_file(base, tuned, tmp_path, capsys):
+    shutil.copytree(tuned, tmp_path / "model")
+    (whole,) = texts(base, ["The"], base.params, decode.DecodingOptions(max_new_tokens=5))
+    ids = base.vocabulary.encode(whole)
+    stored = {"max_new_tokens": 5, "eos_token_id": [base.vocabulary.end, ids[3]]}
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(stored))
+    assert generate.main(["--base", str(tmp_path / "model"), "--prompt", "The"]) == 0
+    cut = base.vocabulary.decode(ids[: ids.index(ids[3])])
+    assert capsys.readouterr().out == f"The{cut}\n" != f"The{whole}\n"
+
+
 def test_a_conversation_goes_on_line_by_line(base, tuned, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("Who is it?\n\nAnd where?\n"))
     assert generate.main(["--base", tuned, "--chat"]) == 0

@@ -116,21 +116,23 @@ def load(config: Mapping[str, Any], vocabulary: Vocabulary) -> Data:
     of which is for test; without both, the last 5% of the train set are (at least one record, or
     two with test rows). Records with empty answers are left out. The prompts are the test records
     up to their last answers, those for validation without test rows."""
-    sets, notes = {}, Notes([], 0, set())
+    whose = "task.template" if config.get("template") else "the base's chat template"
+    sets, notes = {}, Notes(whose, [], 0, set())
     for name, found in sources.read(config).items():
         pieces, notes = _examples(found, vocabulary, config.get("template"), notes)
         sets[name] = pieces
     place, train = config["path"], sets.pop("train")
     if not sets:
         return _of_one_set(place, train, notes, vocabulary)
-    evaluation = sets.pop("eval", None) or sets.pop("test")
+    evaluation = sets.pop("eval" if "eval" in sets else "test")
     return _data(place, train, evaluation, sets.get("test"), notes, vocabulary)
 
 
 class Notes(NamedTuple):
-    """What the task's line says. rendered: of every set, by templates (`templates.Rendered`).
+    """What the task's line says. template: what a template is called there. rendered: of every set.
     empty: number of records without an answer. unused: fields that are not used in training."""
 
+    template: str
     rendered: list[templates.Rendered]
     empty: int
     unused: set[str]
@@ -166,7 +168,7 @@ def _note(notes: Notes, vocabulary: Vocabulary) -> str:
     remarks = sum((part.remarks for part in notes.rendered), collections.Counter())
     note = f"; {count(notes.empty)} without an answer left out" * bool(notes.empty)
     if n:
-        note += f"; {count(n)} rendered with a chat template (task.template)"
+        note += f"; {count(n)} rendered with {notes.template}"
         note += templates.said(remarks, templates.spelling(vocabulary))
     unused = ", ".join(sorted(notes.unused))
     return note + f"; fields without a part in training: {unused}" * bool(unused)
@@ -302,7 +304,7 @@ def _examples(
     trainable = [example for example in pieces if example]
     empty = notes.empty + len(pieces) - len(trainable)
     unused = notes.unused.union(*(read.unused for read in parsed))
-    return trainable, Notes([*notes.rendered, rendered], empty, unused)
+    return trainable, Notes(notes.template, [*notes.rendered, rendered], empty, unused)
 
 
 def _conversation(record: Record, form: str, unused: set[str]) -> Read:

@@ -314,7 +314,7 @@ def test_the_bases_template_is_for_conversations(family, tmp_path):
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     build = lambda **more: tasks.build({"name": "instruct", "path": str(file), **more}, words, 300)
     task = build()
-    assert "; 3 rendered with a chat template (task.template)" in task.note
+    assert "; 3 rendered with the base's chat template" in task.note
     starts = [words.decode(row[:9]) for row in task.train["tokens"]]
     assert starts[1].startswith("2 + 2 =") and starts[0] == starts[2] != starts[1]
     bare = words._replace(templates={})
@@ -326,7 +326,8 @@ def test_the_bases_template_is_for_conversations(family, tmp_path):
     assert (
         "chat template" not in plain.note and words.decode(plain.train["tokens"][0][:5]) == "User:"
     )
-    assert "; 4 rendered with a chat" in build(template=SMOLLM2).note  # a template is for all forms
+    other = build(template=SMOLLM2)  # is for all forms
+    assert "; 4 rendered with task.template" in other.note
 
 
 def test_records_with_tools_take_the_template_for_them(family):
