@@ -115,8 +115,9 @@ def results(follower: Follower) -> Iterator[Result]:
 class Sent:
     """What a tracker outside the run directory has been sent: track/NAME.json.
 
-    token: names the run there, for as long as the directory lives. A run that continues repeats
-    the measurements after its checkpoint bit for bit; by its last step a member's are sent once.
+    token: names the run there, for as long as the directory lives. last: {member: step up to which
+    its points were sent}. A run that continues repeats the measurements after its checkpoint bit
+    for bit, so these are sent once.
     done: members whose results were sent as points, and "report".
     """
 
@@ -128,12 +129,8 @@ class Sent:
         self.done = set(state.get("done", ()))
 
     def fresh(self, member: int, points: dict[int, dict]) -> list[tuple[int, dict]]:
-        """The points of a member that were not sent, by step; they count as sent once `write` is
-        called."""
-        fresh = [(s, x) for s, x in sorted(points.items()) if s > self.last.get(member, -1)]
-        if fresh:
-            self.last[member] = fresh[-1][0]
-        return fresh
+        """The points of a member that were not sent, by step. Whoever sends them sets `last`."""
+        return [(s, x) for s, x in sorted(points.items()) if s > self.last.get(member, -1)]
 
     def write(self) -> None:
         """Remember it."""

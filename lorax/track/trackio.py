@@ -58,7 +58,7 @@ class Tracker:
         points = self.follower.new()
         for member, _, final, step in follow.results(self.follower):
             fresh = self.sent.fresh(member, points.get(member, {}))
-            if str(member) not in self.sent.done:
+            if final and str(member) not in self.sent.done:
                 fresh.append((step, final))
             self._send(member, fresh)
             self.sent.done.add(str(member))
@@ -79,6 +79,8 @@ class Tracker:
             with self._run(name, self.follower.settings(member)):
                 for step, values in points:
                     trackio.log(values, step=step)
+            steps = [step for step, _ in points]  # the final values may be of an earlier one
+            self.sent.last[member] = max(self.sent.last.get(member, 0), *steps)
 
     @contextlib.contextmanager
     def _run(self, name: str, settings: dict):

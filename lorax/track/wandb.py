@@ -69,9 +69,9 @@ class Tracker:
         return self.url or f"wandb sync --append {folder}/offline-run-*"
 
     def _send(self, member: int, points: dict[int, dict[str, float]]) -> None:
-        fresh = self.sent.fresh(member, points)
-        for step, values in fresh:
+        for step, values in self.sent.fresh(member, points):
             self._run(member).log(values, step=step)
+            self.sent.last[member] = step
 
     def _run(self, member: int):
         if member not in self.open:

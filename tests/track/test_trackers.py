@@ -134,6 +134,59 @@ def test_wandb_has_members_as_runs_and_no_point_twice(run, monkeypatch):
     assert {"report.html", "figures/curve.png"} <= files
 
 
+class FakeRun:
+    """A run of wandb's that keeps what it is sent; `open` are those that are not finished."""
+
+    open, offline = set(), True
+
+    def __init__(self, **given):
+        self.id, self.points, self.summary = given["id"], [], {}
+        FakeRun.open.add(self.id)
+
+    def log(self, values, step=None):
+        self.points.append(step)
+
+    def log_artifact(self, artefact):
+        pass
+
+    def finish(self, exit_code=0):
+        FakeRun.open.remove(self.id)
+
+
+def test_wandb_has_few_runs_open_and_what_failed_is_sent_in_the_end(run, monkeypatch):
+    """The first call to wandb fails, as without a network."""
+    service = require("wandb")
+    from lorax.track import wandb
+
+    made, most = {}, []
+
+    def init(**given):
+        if not most:
+            most.append(0)
+            raise OSError("no network")
+        made[given["id"]] = FakeRun(**given)
+        most.append(len(FakeRun.open))
+        return made[given["id"]]
+
+    rows = [json.loads(line) for line in lines(run / "metrics.jsonl")]
+    members = json.loads(lines(run / "members.jsonl")[0])
+    many = [members | {"member": i, "name": f"m{i}"} for i in range(40)]
+    (run / "members.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    rows = [row | {"member": i} for i in range(40) for row in rows if row["member"] == 0]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(service, "init", init)
+    tracker = wandb.Tracker(run)
+    with pytest.raises(OSError, match="no network"):
+        tracker.update()
+    tracker.follower.begin()
+    tracker.update()
+    assert len(FakeRun.open) == wandb.LIVE == 16
+    tracker.finish()
+    assert not FakeRun.open and len(made) == 41 and max(most) == 16
+    steps = sorted(measured(run)[0])
+    assert all(made[f"{tracker.sent.token}-{i}"].points == steps for i in range(40))
+
+
 def test_trackio_has_members_as_runs_and_no_point_twice(run, tmp_path):
     """In another process: trackio reads where its files are when it is imported."""
     require("trackio")
