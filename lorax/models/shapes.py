@@ -113,6 +113,17 @@ def _gemma3(layers, hidden, heads, inner, kv_heads, features=256, scalar=256):
     return _decoder("gemma3_text", layers, hidden, heads, inner, kv_heads, **more)
 
 
+# Of Phi-4-mini, as released.
+_PHI_LONG = [
+    *(1.0, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817),
+    *(2.187582649, 2.446418898, 2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023),
+    *(4.785517845, 5.351743533, 5.984965424, 6.693110555, 7.485043894, 8.370679318, 9.36110372),
+    *(10.4687158, 11.70738129, 13.09260651, 14.64173252, 16.37415215, 18.31155283, 20.47818807),
+    *(22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66),
+    *(32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77),
+]
+
+
 def _phi(layers, hidden, heads, inner, kv_heads, **more):
     return _decoder("phi3", layers, hidden, heads, inner, kv_heads, **more)
 
@@ -219,6 +230,16 @@ ARCHITECTURES: dict[str, dict] = {
     "gemma3-27b": _gemma3(62, 5376, 32, 21504, 16, 128, 168),  # 27,009,346,304
     "phi3-mini": _phi(32, 3072, 32, 8192, 32, sliding_window=2047),  # 3,821,079,552
     "phi3-medium": _phi(40, 5120, 40, 17920, 10, sliding_window=2047),  # 13,960,238,080
+    "phi4-mini": _phi(
+        *(32, 3072, 24, 8192, 8),
+        vocab_size=200064,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        partial_rotary_factor=0.75,
+        rope_scaling={"type": "longrope", "short_factor": [1.0] * 48, "long_factor": _PHI_LONG},
+        tie_word_embeddings=True,
+        sliding_window=262144,
+    ),
     "phi4": _phi(  # 14,659,507,200
         *(40, 5120, 40, 17920, 10),
         vocab_size=100352,
