@@ -87,6 +87,13 @@ CASES = {
             "ministral", "ministral",
             head_dim=6, sliding_window=3, layer_types=["full_attention", "sliding_attention"],
         ),
+        _case(
+            "ministral3", "ministral3", head_dim=8, tie_word_embeddings=True,
+            rope_parameters=YARN | dict(
+                rope_theta=1e4, original_max_position_embeddings=3, llama_4_scaling_beta=0.3,
+                mscale=1.0, mscale_all_dim=1.0,
+            ),
+        ),
         _case("qwen3", "qwen3", head_dim=8, tie_word_embeddings=True),
         _case(
             "qwen3-mixed", "qwen3", head_dim=8, attention_bias=True,

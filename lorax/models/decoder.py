@@ -29,7 +29,7 @@ from lorax.models.layers import (
     over_layers,
     soft_cap,
 )
-from lorax.models.rope import Rope, frequencies, rope, rotate
+from lorax.models.rope import Rope, frequencies, query_growth, rope, rotate
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 NOPE = "no_rope"
@@ -160,8 +160,8 @@ class Config:
 
 
 class Attention(nn.Module):
-    """Causal self-attention: x, mask, turn, kv, at -> (o, kv); turn: (cos, sin) of
-    `rope`; the rest as in `cached_attention`."""
+    """Causal self-attention: x, mask, turn, kv, at -> (o, kv); turn: (cos, sin) of `rope`, and
+    `query_growth` if queries grow; the rest as in `cached_attention`."""
 
     config: Config
 
@@ -180,8 +180,11 @@ class Attention(nn.Module):
             y = rearrange(y, "b t (h d) -> b t h d", h=count)
             return _norm(c, f"{name}_norm")(y) if norm == "head" else y
 
-        q = rotate(heads("q", c.num_attention_heads, c.qk_norm), *turn)
-        k = rotate(heads("k", c.num_key_value_heads, c.qk_norm), *turn)
+        cos, sin, *growth = turn
+        q = rotate(heads("q", c.num_attention_heads, c.qk_norm), cos, sin)
+        for factor in growth:
+            q = q * factor.astype(q.dtype)
+        k = rotate(heads("k", c.num_key_value_heads, c.qk_norm), cos, sin)
         v = heads("v", c.num_key_value_heads)
         attend = Attend(cap=c.attn_logit_softcapping, name="attend")
         sinks = None
@@ -334,8 +337,8 @@ def _distinct(kinds: Sequence[str]):
 
 
 def _turn(config: Config, r: Rope | None, context, room: int, cached: bool):
-    """(cos, sin) of `rope` for the layers with a rotation; r: None turns nothing. room: tokens that
-    a row can have."""
+    """The turn (see `Attention`) of the layers with a rotation; r: None turns nothing. room: tokens
+    that a row can have."""
     if r is None:
         width = config.rope_parameters.rotated(config.head_dim) // 2
         return rope(context.positions, np.zeros(width))
@@ -350,4 +353,7 @@ def _turn(config: Config, r: Rope | None, context, room: int, cached: bool):
         last = jnp.max(jnp.where(context.mask, context.positions[:, :, None], 0), axis=1)
         lengths = last + 1
     turning = frequencies(r, config.head_dim, config.max_position_embeddings, lengths)
-    return rope(context.positions, *turning)
+    turn = rope(context.positions, *turning)
+    if r.llama_4_scaling_beta is None:
+        return turn
+    return *turn, query_growth(r, context.positions)

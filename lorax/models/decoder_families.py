@@ -50,8 +50,8 @@ class Family(NamedTuple):
     has no `layer_types`; None: all see the window. theta: its `rope_theta` by default.
     sliding_theta: that of layers with a window, if the file has a rotation for each type of layers;
     None: all layers have the same. sliding_theta_field: where files before transformers 5 have it.
-    partial: whether it has `partial_rotary_factor`. rope: its rotation if a file has none. renamed:
-    field of `Config` -> its name in config.json, where it differs. meant: the fields of a
+    rope_options: the keys of `rope.OPTIONS` that it has. rope: its rotation if a file has none.
+    renamed: field of `Config` -> its name in config.json, where it differs. meant: the fields of a
     config.json -> the same with older values as transformers reads them. written: the fields that
     we write -> the same as transformers 4 takes them, too. tensors: our module -> its name in a
     layer of theirs, where it is not that of `TENSORS`; modules with the same name lie side by side
@@ -68,7 +68,7 @@ class Family(NamedTuple):
     theta: float = 10000.0
     sliding_theta: float | None = None
     sliding_theta_field: str = "rope_theta"
-    partial: bool = False
+    rope_options: tuple[str, ...] = ()
     rope: Mapping = {}
     renamed: Mapping[str, str] = {}
     meant: Callable[[dict], dict] = dict
@@ -176,6 +176,31 @@ FAMILIES = {
     "llama": Family("Llama", options=("attention_bias", "mlp_bias")),
     "mistral": Family("Mistral", options=("sliding_window",), defaults=_MISTRAL),
     "ministral": Family("Ministral", options=WINDOW, defaults=_MISTRAL),
+    "ministral3": Family(
+        "Ministral3",
+        options=("sliding_window",),
+        defaults={
+            "vocab_size": 131072,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 34,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+        },
+        rope_options=("llama_4_scaling_beta",),
+        rope={
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    ),
     "qwen2": Family("Qwen2", options=_QWEN_WINDOW, defaults=_QWEN, fixed={"qkv_bias": True}),
     "qwen3": Family(  # arXiv:2505.09388
         "Qwen3",
@@ -258,7 +283,7 @@ FAMILIES = {
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
         },
-        partial=True,
+        rope_options=("partial_rotary_factor",),
         meant=_phi3,
         written=_phi3_written,
         tensors={
@@ -529,7 +554,7 @@ def _ropes(hf: dict, family: Family, config: Config) -> dict[str, rope.Rope]:
         hf,
         features=config.head_dim,
         longest=config.max_position_embeddings,
-        partial=family.partial,
+        options=family.rope_options,
     )
     if family.sliding_theta is None:
         return {"rope_parameters": read(place, hf.get(place) or dict(family.rope), theta)}

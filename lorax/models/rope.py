@@ -6,6 +6,7 @@ Axes: B batch, T positions, H heads, D features of one head, R of them rotated.
 
 import dataclasses
 import math
+from collections.abc import Collection
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ class Rope:
 
     A field is None if the `rope_type` doesn't use it, or for its default. partial_rotary_factor:
     the share of each head's features that is rotated, the first ones; None: all.
+    llama_4_scaling_beta: see `query_growth`; None: queries don't grow.
     """
 
     rope_type: str = "default"
@@ -36,6 +38,7 @@ class Rope:
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
     partial_rotary_factor: float | None = None
+    llama_4_scaling_beta: float | None = None
 
     def rotated(self, features: int) -> int:
         """R, the number of a head's `features` that are rotated."""
@@ -76,6 +79,15 @@ def rotate(x, cos, sin):
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     turned = turned.astype(x.dtype)
     return turned if r == x.shape[-1] else jnp.concatenate([turned, x[..., r:]], axis=-1)
+
+
+def query_growth(r: Rope, positions):
+    """The factor of queries at positions (B, T), as (B, T, 1, 1) float32: 1 + beta log(1 + floor(t
+    / n)) at position t, which keeps attention sharp beyond n = `original_max_position_embeddings`
+    (LLaMA 4's temperature, which Ministral 3 has)."""
+    lengths = positions // r.original_max_position_embeddings
+    growth = 1 + r.llama_4_scaling_beta * jnp.log1p(lengths.astype(jnp.float32))
+    return growth[..., None, None]
 
 
 def frequencies(r: Rope, features: int, longest: int, lengths=None):
@@ -164,6 +176,7 @@ ROPE_FIELDS = {
         + ("mscale_all_dim", "beta_fast", "beta_slow"),
         fields.optional(fields.POSITIVE),
     ),
+    "llama_4_scaling_beta": fields.optional(fields.POSITIVE),
     "truncate": fields.optional(fields.FLAG),
     "short_factor": fields.optional(fields.each(fields.POSITIVE)),
     "long_factor": fields.optional(fields.each(fields.POSITIVE)),
@@ -180,6 +193,13 @@ _NEEDS = {
 }
 
 
+#: Fields of `Rope` that only some families have -> what the others do.
+OPTIONS = {
+    "partial_rotary_factor": "RoPE rotates whole heads",
+    "llama_4_scaling_beta": "queries don't grow with their position",
+}
+
+
 def place_of(hf: dict) -> str:
     """The field of a config.json that holds the rotation: `rope_parameters` (transformers 5), or
     `rope_scaling` beside `rope_theta` (before)."""
@@ -187,14 +207,21 @@ def place_of(hf: dict) -> str:
 
 
 def from_hf(
-    hf: dict, place: str, given: dict, theta: float, *, features: int, longest: int, partial: bool
+    hf: dict,
+    place: str,
+    given: dict,
+    theta: float,
+    *,
+    features: int,
+    longest: int,
+    options: Collection[str] = (),
 ) -> Rope:
     """The `Rope` that a config.json describes.
 
     hf: its fields (`FIELDS`). given: the object with the rotation's fields, found in its field
     `place`. theta: `rope_theta`, if `given` has none. features, longest: as for `frequencies`.
-    partial: whether the family may rotate a part of each head. Raises ValueError that names the
-    field for a rotation that lorax does not compute.
+    options: which of the fields in `OPTIONS` the family has. Raises ValueError that names the field
+    for a rotation that the family does not have or lorax does not compute.
     """
     nested = [key for key, x in given.items() if isinstance(x, dict) and key not in ROPE_FIELDS]
     if nested:
@@ -207,17 +234,16 @@ def from_hf(
     if kind not in _NEEDS:
         raise ValueError(f"rope_type {kind!r} is not one of {[*_NEEDS]}")
     share = parameters.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-    if share not in (None, 1) and not partial:
-        raise ValueError(
-            f"partial_rotary_factor={share} is not supported; RoPE rotates whole heads"
-        )
     parameters["partial_rotary_factor"] = None if share == 1 else share
-    if kind in ("llama3", "yarn", "longrope"):
+    for name, without in OPTIONS.items():
+        if name not in options and parameters.get(name) is not None:
+            raise ValueError(f"{name}={parameters[name]} is not supported; {without}")
+    if kind in ("llama3", "yarn", "longrope") or parameters.get("llama_4_scaling_beta"):
         name = "original_max_position_embeddings"
         parameters[name] = hf.get(name) or parameters.get(name) or longest
         if parameters[name] < 2:
             raise ValueError(f"{place}: {name}, or max_position_embeddings, is {parameters[name]}")
-        if kind != "llama3" and parameters.get("factor") is None:
+        if kind in ("yarn", "longrope") and parameters.get("factor") is None:
             parameters["factor"] = longest / parameters[name]
     for name in _NEEDS[kind]:
         if parameters.get(name) is None:

@@ -339,6 +339,10 @@ def test_weights_in_bfloat16_tell_nearly_the_same():
         (dict(num_key_value_heads=3), "num_attention_heads 4 .* of num_key_value_heads 3"),
         (dict(head_dim=5), "head_dim 5 is odd"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported"),
+        (
+            dict(rope_parameters={"llama_4_scaling_beta": 0.1}),
+            "llama_4_scaling_beta=0.1 is not supported",
+        ),
         (dict(rope_scaling={"type": "su"}), "rope_type 'su' is not one of .*'longrope'"),
         (dict(rope_parameters={"rope_type": "linear"}), "'linear' needs factor; given are"),
         (dict(rope_parameters=LLAMA3 | {"low_freq_factor": None}), "needs low_freq_factor"),

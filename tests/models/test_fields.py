@@ -39,6 +39,7 @@ SMALL = {
     "mistral": DECODER | {"sliding_window": 5},
     "qwen2": DECODER | {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1},
     "ministral": DECODER | {"sliding_window": 5, "layer_types": [SLIDING, FULL]},
+    "ministral3": DECODER,
     "qwen3": DECODER,
     "smollm3": DECODER | {"sliding_window": 5, "use_sliding_window": True},
     "olmo2": DECODER,
