@@ -178,6 +178,18 @@ def aliased(message: dict) -> dict:
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
+def with_text_arguments(message: dict) -> dict:
+    """A message whose tool calls have their arguments as JSON text."""
+
+    def spelled(call: dict) -> dict:
+        if "function" in call:
+            return call | {"function": spelled(call["function"])}
+        return call | {"arguments": json.dumps(call.get("arguments"), ensure_ascii=False)}
+
+    calls = message.get("tool_calls")
+    return message | {"tool_calls": [spelled(call) for call in calls]} if calls else message
+
+
 # ---------------------------------------------------------------------------------- conversations
 
 
@@ -193,7 +205,12 @@ def rendered(template, chat: dict, settings: dict) -> dict:
             messages = [aliased(message) for message in messages]
         return written(template, messages, settings["special"], extra, cue)
 
-    whole = text(messages, cue=not chat["learnt"])
+    cue = not chat["learnt"]
+    try:
+        whole = text(messages, cue)
+    except TypeError:  # DeepSeek's templates join the arguments of a call to other text
+        messages = [with_text_arguments(message) for message in messages]
+        whole = text(messages, cue)
     try:
         whole.encode()
     except UnicodeEncodeError:

@@ -290,6 +290,14 @@ def test_answers_between_tool_calls_stay_as_they_were_written(family):
     assert not rendered.remarks
 
 
+def test_a_template_may_want_arguments_as_text(family):
+    words = vocabulary.read(family("qwen3"))
+    source = QWEN3.replace("call.function.arguments | tojson", "call.function.arguments")
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    want = tokens({"messages": [USER, called]}, words)
+    assert source != QWEN3 and tokens({"messages": [USER, called]}, words, source) == want
+
+
 def test_a_last_turn_that_does_not_continue_its_prompt_is_refused(family):
     cue = "<|im_start|>assistant\n<think>\n"  # as in templates of models that always think
     source = SMOLLM2.replace("<|im_start|>assistant\n", cue)

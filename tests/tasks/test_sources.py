@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -248,3 +250,25 @@ def test_calls_of_tools_have_their_arguments_as_objects():
     assert chat.learnt == [1, 3]  # as in LLaMA-Factory
     legacy = form({"messages": [USER, {"role": "assistant", "function_call": text}]}).chat
     assert legacy.messages[1]["function_call"] == call and legacy.learnt == [1]
+
+
+# ----------------------------------------------------------------------------- what may be missing
+
+
+def test_an_optional_library_that_is_missing_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved/state.json").write_text("{}")
+    install = r"pip install lorax-research\[data\]$"
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=f"^task.path: '.*x.parquet' needs pyarrow: {install}"):
+        read(tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=f"^task.path: '.*saved' needs datasets: {install}"):
+        read(tmp_path / "saved")
+    with pytest.raises(ValueError, match="^task.path: 'me/chats' is no file or folder; as a data "):
+        read("me/chats")
+    older = types.SimpleNamespace(__version__="3.6.0")
+    monkeypatch.setitem(sys.modules, "datasets", older)  # ran the code of a data set
+    with pytest.raises(ValueError, match="needs datasets 4 or later, which runs no code .* 3.6.0"):
+        read("me/chats")
