@@ -69,6 +69,10 @@ COUNTS = {
     "phi3-medium": 13_960_238_080,
     "phi4-mini": 3_836_021_760,
     "phi4": 14_659_507_200,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "olmoe-1b-7b": 6_919_161_856,
+    "gpt-oss-20b": 20_914_757_184,
 }
 OF_DECODERS = {
     name: fields
