@@ -197,10 +197,19 @@ def examples(
     chats = [read.chat for read in parsed if is_rendered(read)]
     rendered = templates.Rendered([], collections.Counter())
     if chats:
-        rendered = templates.render(texts, templates.spelling(vocabulary), chats)
+        rendered = _rendered(texts, vocabulary, chats, not template)
     pieces = iter(rendered.examples)
     worded = lambda read: _worded(read) if read.chat.learnt else ()
     return [next(pieces) if is_rendered(read) else worded(read) for read in parsed], rendered
+
+
+def _rendered(texts, vocabulary, chats: list[Chat], of_base: bool) -> templates.Rendered:
+    """`templates.render`; an error says what to do about a template that the user didn't choose."""
+    try:
+        return templates.render(texts, templates.spelling(vocabulary), chats)
+    except ValueError as error:
+        hint = " (the template is the base's; task.template=plain does without it)" * of_base
+        raise ValueError(f"{error}{hint}") from None
 
 
 def read(record: Record) -> Read:

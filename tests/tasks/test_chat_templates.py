@@ -308,8 +308,13 @@ def test_a_last_turn_that_does_not_continue_its_prompt_is_refused(family):
 def test_a_message_that_the_template_leaves_out_is_refused(family):
     words = vocabulary.read(family("qwen3"))
     record = {"messages": [{"role": "narrator", "content": "Once upon"}, USER, ANSWER]}
-    with pytest.raises(ValueError, match="f:1: task.template: it leaves out message 0, of role 'n"):
+    error = "^f:1: task.template: it leaves out message 0, of role 'narrator'"
+    with pytest.raises(
+        ValueError, match=error + r" \(the template is the base's; task.template=pl"
+    ):
         tokens(record, words)
+    with pytest.raises(ValueError, match=error + "$"):
+        tokens(record, words, QWEN3)
 
 
 # --------------------------------------------------------------------- which template, what starts
