@@ -207,7 +207,7 @@ def _middle(a: float, b: float, coarse: float) -> float | int | None:
 # ------------------------------------------------------------------------------------------ limits
 
 POSITIVE = ("rank", "steps", "batch_size")  # at least 1
-SHARES = ("dropout", "train.label_smoothing")  # below 1
+SHARES = ("dropout", "train.label_smoothing", "train.warmup_ratio")  # below 1
 
 
 def is_limit(field: Field, axis: str, value: Any, side: str) -> bool:
