@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,17 @@ def data(path: str) -> Path:
     if not (DATA / path).exists():
         pytest.skip(f"no {path} in {DATA}")
     return DATA / path
+
+
+def real_model(name: str) -> Path:
+    """The directory of a real pretrained model, "minilm" or "smollm2", in the folder LORAX_MODELS,
+    where the data's models/fetch.py puts it. Skips without that folder."""
+    fetch, folder = data("models/fetch.py"), os.environ.get("LORAX_MODELS")
+    if not folder:
+        pytest.skip(f"LORAX_MODELS names no folder for what {fetch} makes")
+    if not (Path(folder) / name / "complete").exists():
+        subprocess.run([sys.executable, fetch, folder, name], check=True)
+    return Path(folder) / name
 
 
 def traced(monkeypatch, module, name: str) -> list:
