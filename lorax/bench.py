@@ -2,6 +2,7 @@
 
     python -m lorax.bench sweep
     python -m lorax.bench step mixed
+    python -m lorax.bench load --rounds=3
     python -m lorax.bench sweep --shapes=nano --rounds=5 --json=sweep.json
 
 A row has a time, what it is compared with, and the median ratio over rounds (above 1: faster than
@@ -11,11 +12,14 @@ because a machine's speed drifts; compare only rows of the same run.
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
 import platform
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,7 +28,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from lorax import analysis, config, decode, intercept, leaves, methods, quant, tasks, tree
+from lorax import analysis, config, decode, intercept, leaves, methods, models, quant, tasks, tree
 from lorax.console import console
 from lorax.files import write_bytes
 from lorax.models import Base, gpt2
@@ -220,6 +224,74 @@ def bench_svd(shapes: list[str], rounds: int) -> list[Row]:
     return rows
 
 
+LOAD = """
+import json, resource, sys, time
+start, (side, path, dtype) = time.process_time(), sys.argv[1:]
+if side == "lorax":
+    import jax, lorax
+    lorax.load("gpt2-nano")
+else:
+    import torch, transformers
+    from transformers import AutoModelForCausalLM
+    transformers.utils.logging.disable_progress_bar()
+    from transformers.models.llama import modeling_llama
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before, begin = peak(), time.process_time()
+if side == "lorax":
+    loaded = jax.block_until_ready(jax.tree.leaves(lorax.load(path, param_dtype=dtype).params))
+    size = sum(x.nbytes for x in loaded)
+else:
+    loaded = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).parameters()
+    loaded = [x.detach() for x in loaded]
+    [x.sum() for x in loaded]
+    size = sum(x.nbytes for x in loaded)
+end = time.process_time()
+print(json.dumps([end - begin, end - start, (peak() - before) / size]))
+"""
+
+
+def bench_load(shapes: list[str], rounds: int) -> list[Row]:
+    """Loading a LLaMA of 135 million parameters (SmolLM2's shape; 538 MB in float32) against
+    transformers' `from_pretrained`, each in a process of its own: CPU time of the call alone, and
+    with the imports before it. transformers maps the files into memory, so its side ends when every
+    weight has been read once. Memory is the peak of the process above what it has before the call,
+    as a multiple of the weights in the dtype that is asked for."""
+    if not _torch():
+        raise SystemExit("bench load compares with transformers: pip install torch transformers")
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        for stored, asked in (
+            ("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"),
+        ):  # fmt: skip
+            path = os.path.join(directory, stored)
+            if not os.path.exists(path):
+                base = models.load("random:smollm2-135m", param_dtype=stored)
+                models.save(path, base, stored)
+            sides = {
+                side: functools.partial(_loading, side, path, asked)
+                for side in ("lorax", "transformers")
+            }
+            found = _measure(sides, rounds)
+            for i, what in enumerate(
+                ("CPU time of the call", "CPU time with imports", "peak memory")
+            ):
+                ours, theirs = (found[side][:, i] for side in sides)
+                row = _row(f"load, {asked} from {stored}, {what}", ours, theirs, "from_pretrained")
+                per = 1e-3 if what == "peak memory" else 1
+                unit = "x weights" if what == "peak memory" else "ms"
+                rows.append(
+                    row._replace(value=per * row.value, baseline=per * row.baseline, unit=unit)
+                )
+    return rows
+
+
+def _loading(side: str, path: str, dtype: str) -> list[float]:
+    """[CPU seconds of the call, the same with imports, peak memory] of one process."""
+    command = [sys.executable, "-c", LOAD, side, path, dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def _once(run: Callable) -> Callable[[], float]:
     """Seconds of one call."""
 
@@ -244,9 +316,7 @@ def _base(shape: Shape, param_dtype: str = "float32") -> Base:
     example = np.zeros((1, 1), np.int32)
     params = jax.jit(module.init)(jax.random.key(0), example)["params"]
     params = jax.tree.map(lambda x: x.astype(param_dtype), params)
-    return Base(
-        module, params, config, None, intercept.sites(module, params, example), "gpt2", "", ""
-    )
+    return Base(module, params, config, None, intercept.sites(module, params, example), "gpt2", "")
 
 
 def _train(shape: Shape, members: int, operands="float32", **method) -> Callable[[], float]:
@@ -393,8 +463,8 @@ def _peft_mixed(shape: Shape, tokens: int, adapters: int = 8) -> Callable[[], fl
     return run
 
 
-def _measure(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each side in each round, after a warm-up round."""
+def _measure(sides: dict[str, Callable], rounds: int) -> dict[str, np.ndarray]:
+    """What each side returns, seconds, in each round, after a warm-up round."""
     times = {name: [] for name in sides}
     for i in range(rounds + 1):
         for name, run in sides.items():
@@ -437,6 +507,7 @@ BENCHES = {
     "mixed": bench_mixed,
     "nf4": bench_nf4,
     "svd": bench_svd,
+    "load": bench_load,
 }
 
 

@@ -167,7 +167,7 @@ def draw(curve, unigram):
 
 def _save(directory, params, tokenizer):
     words = vocabulary.from_tokenizer(tokenizer)
-    save(directory, Base(None, params, CONFIG, words, {}, "gpt2", "gpt2-nano", ""))
+    save(directory, Base(None, params, CONFIG, words, {}, "gpt2", "gpt2-nano"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ other layers ("h/attn/q/kernel", at index 3), and the tensor that Hugging Face s
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,10 +36,10 @@ class Base:
     module: Linen module; params: its "params" collection, arrays, `jax.ShapeDtypeStruct`s
     (`skeleton`) or quantised leaves; config: the family's Config; vocabulary: its tokenizer with
     its special ids, or None; sites: {path: `ops.Site`} of every adaptable parameter; family:
-    Hugging Face's model_type; name: as passed to `load`; sha256: of the weight files ("random" for
-    random weights); fresh: paths of a head that the files lack and that was initialised at random;
-    directory: where the files are, None for random weights; traits: the model's inputs and outputs,
-    by default those of its family.
+    Hugging Face's model_type; name: as passed to `load`; hashed: returns `sha256`, which is
+    computed only if it is asked for; fresh: paths of a head that the files lack and that was
+    initialised at random; directory: where the files are, None for random weights; traits: the
+    model's inputs and outputs, by default those of its family.
     """
 
     module: nn.Module
@@ -49,7 +49,7 @@ class Base:
     sites: dict[str, ops.Site]
     family: str
     name: str
-    sha256: str
+    hashed: Callable[[], str] = str
     fresh: tuple[str, ...] = ()
     directory: Path | None = None
     traits: Traits | None = None
@@ -74,6 +74,12 @@ class Base:
     def replace(self, **changes) -> "Base":
         """The same base with other fields."""
         return dataclasses.replace(self, **changes)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hash of the weight files, of the arrays of a user's own module, or "random" for random
+        weights. Raises ValueError if a file has changed since it was loaded."""
+        return self.hashed()
 
     @property
     def tokenizer(self):

@@ -111,7 +111,9 @@ def load(name: str, dtype: str, param_dtype, run: Mapping) -> Base:
             flat = tree.flatten(jax.tree.map(lambda x: x.astype(param_dtype), init()))
     params = tree.unflatten({path: jnp.asarray(flat[path]) for path in tree.flatten(base.params)})
     base = base.replace(
-        params=params, vocabulary=_vocabulary(request, base), sha256=_sha256(params)
+        params=params,
+        vocabulary=_vocabulary(request, base),
+        hashed=functools.cache(lambda: _sha256(params)),
     )
     if base.causal:
         _check_causal(base, request)
@@ -266,7 +268,7 @@ def _shapes(request: Given, param_dtype, run: Mapping):
     )
     sites = _with_words(about.sites, model.targets, place)
     family = f"module {type(model.module).__name__}"
-    base = Base(module, params, None, None, sites, family, request.name, "", traits=traits)
+    base = Base(module, params, None, None, sites, family, request.name, traits=traits)
     return base, about.init
 
 

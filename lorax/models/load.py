@@ -1,6 +1,7 @@
 """`load`: a shipped model, a Hugging Face directory or a Hub id -> `Base`."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,10 +53,11 @@ def load(name, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
     if random:
         _check_room(name, jax.tree.leaves(base.params))
         params = jax.tree.map(lambda x: x.astype(param_dtype), jax.jit(init)())
-        return base.replace(params=params, sha256="random")
+        return base.replace(params=params, hashed=lambda: "random")
+    files = {file: _version(file) for file in hf.weight_files(directory)}
     params, fresh = _read(base, directory, param_dtype, init)
-    sha256 = _sha256(hf.weight_files(directory))
-    return base.replace(params=params, sha256=sha256, fresh=fresh, directory=directory)
+    hashed = functools.cache(lambda: _sha256(files))
+    return base.replace(params=params, hashed=hashed, fresh=fresh, directory=directory)
 
 
 def _read(base: Base, directory: Path, param_dtype, init) -> tuple[dict, tuple[str, ...]]:
@@ -116,7 +118,7 @@ def _build(name: str, weights: bool, dtype, param_dtype, run: dict):
     has_head = not random and (in_files or getattr(config, "head", None) != "classification")
     head = tuple(p for p in tree.flatten(params) if p.startswith("head/"))
     fresh = () if has_head or family in WHOLE else head
-    return Base(module, params, config, None, sites, family, name, "", fresh), directory, init
+    return Base(module, params, config, None, sites, family, name, fresh=fresh), directory, init
 
 
 def family_of(name: str, raw: Mapping) -> str:
@@ -225,10 +227,19 @@ def config_fields(family: str) -> tuple[str, ...]:
     return tuple(model.__dataclass_fields__["config"].type.__dataclass_fields__)
 
 
-def _sha256(files: list[Path]) -> str:
+def _version(file: Path) -> tuple[int, int]:
+    """Changes when a file is written: its size in bytes and its time in ns."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _sha256(files: Mapping[Path, tuple[int, int]]) -> str:
+    """Hash of the content of files, which must have the versions that are given."""
     digest = hashlib.sha256()
-    for file in files:
+    for file, version in files.items():
         with open(file, "rb") as handle:
             while chunk := handle.read(1 << 22):
                 digest.update(chunk)
+        if _version(file) != version:
+            raise ValueError(f"{file}: it has changed since it was loaded; load it again")
     return digest.hexdigest()

@@ -31,9 +31,7 @@ def base() -> Base:
     module = gpt2.GPT2(CONFIG)
     params = jit(module.init)(jax.random.key(7), TOKENS)["params"]
     params = jax.tree.map(lambda x: 3 * x, params)
-    return Base(
-        module, params, CONFIG, None, intercept.sites(module, params, TOKENS), "gpt2", "", ""
-    )
+    return Base(module, params, CONFIG, None, intercept.sites(module, params, TOKENS), "gpt2", "")
 
 
 def moved(state, seed=0):

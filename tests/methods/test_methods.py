@@ -64,7 +64,7 @@ def base() -> Base:
     draw = lambda i, x: x + 0.1 * jax.random.normal(jax.random.key(i), x.shape)
     params = jax.tree.unflatten(treedef, [draw(i, x) for i, x in enumerate(leaves)])
     sites = intercept.sites(module, params, TOKENS)
-    return Base(module, params, CONFIG, None, sites, "gpt2", "tiny", "")
+    return Base(module, params, CONFIG, None, sites, "gpt2", "tiny")
 
 
 def started(name, hp, seed=1, **kwargs):

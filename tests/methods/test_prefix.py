@@ -46,7 +46,7 @@ def base(name):
     noise = lambda x: jnp.asarray(0.4 * rng.standard_normal(x.shape), jnp.float32)
     params = jax.tree.map(noise, params)
     sites = ops.sites_from_shapes(params)
-    return models.Base(module, params, module.config, None, sites, name, name, "")
+    return models.Base(module, params, module.config, None, sites, name, name)
 
 
 @functools.cache

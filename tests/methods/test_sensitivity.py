@@ -141,7 +141,7 @@ def one_matters() -> Base:
         if path.endswith("attn/v/kernel"):
             flat[path] = jnp.zeros_like(flat[path])
     sites = ops.sites_from_shapes(params)
-    return Base(module, tree.unflatten(flat), config, None, sites, "gpt2", "-", "random")
+    return Base(module, tree.unflatten(flat), config, None, sites, "gpt2", "-")
 
 
 def test_a_budget_passes_over_what_does_not_fit():

@@ -29,7 +29,6 @@ def mlp(*widths, seed=0):
         intercept.sites(module, params, example),
         "mlp",
         name,
-        "random",
     )
 
 

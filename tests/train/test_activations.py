@@ -43,9 +43,7 @@ def make(family, **run):
     module, tokens = model(own), np.zeros((1, 4), np.int32)
     params = jit(module.init)(jax.random.key(1), tokens)["params"]
     params = jax.tree.map(lambda x: 3 * x, params)
-    return Base(
-        module, params, own, None, intercept.sites(module, params, tokens), family, "tiny", ""
-    )
+    return Base(module, params, own, None, intercept.sites(module, params, tokens), family, "tiny")
 
 
 @pytest.fixture(scope="module")

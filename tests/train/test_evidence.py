@@ -21,7 +21,7 @@ def base():
     tokens = np.zeros((1, 4), np.int32)
     params = jax.jit(module.init)(jax.random.key(7), tokens)["params"]
     params = jax.tree.map(lambda x: 3 * x, params)
-    return Base(module, params, CONFIG, None, sites(module, params, tokens), "gpt2", "tiny", "")
+    return Base(module, params, CONFIG, None, sites(module, params, tokens), "gpt2", "tiny")
 
 
 @pytest.fixture(scope="module")

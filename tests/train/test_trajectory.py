@@ -32,7 +32,7 @@ def base():
     tokens = np.zeros((1, 4), np.int32)
     params = jit(module.init)(jax.random.key(7), tokens)["params"]
     sites = intercept.sites(module, params, tokens)
-    return Base(module, params, CONFIG, None, sites, "gpt2", "tiny", "")
+    return Base(module, params, CONFIG, None, sites, "gpt2", "tiny")
 
 
 def moved(tree_, seed=0):
