@@ -225,7 +225,7 @@ def bench_svd(shapes: list[str], rounds: int) -> list[Row]:
 
 
 LOAD = """
-import json, resource, sys, time
+import json, sys, time
 start, (side, path, dtype) = time.process_time(), sys.argv[1:]
 if side == "lorax":
     import jax, lorax
@@ -235,7 +235,9 @@ else:
     from transformers import AutoModelForCausalLM
     transformers.utils.logging.disable_progress_bar()
     from transformers.models.llama import modeling_llama
-peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # Linux's; `getrusage` has that of the process which started this one, too
+    lines = [line.split() for line in open("/proc/self/status")]
+    return next(1024 * int(words[1]) for words in lines if words[0] == "VmHWM:")
 before, begin = peak(), time.process_time()
 if side == "lorax":
     loaded = jax.block_until_ready(jax.tree.leaves(lorax.load(path, param_dtype=dtype).params))

@@ -87,6 +87,15 @@ def test_load_is_the_inverse_of_save(base, directory):
     assert back.sha256 == hashlib.sha256(weights).hexdigest()
 
 
+def test_the_hash_is_of_the_files_that_were_loaded(directory):
+    """It is computed when it is asked for: only a run does."""
+    base = lorax.load(str(directory))
+    edit_tensors(directory, transformer__wpe__weight=np.ones((6, 8), np.float32))
+    os.utime(directory / "model.safetensors", ns=(0, 0))
+    with pytest.raises(ValueError, match="model.safetensors: it has changed since it was loaded"):
+        _ = base.replace(name="other").sha256
+
+
 def test_a_model_without_a_tokenizer_loads(directory):
     (directory / "tokenizer.json").unlink()
     assert lorax.load(str(directory)).tokenizer is None
