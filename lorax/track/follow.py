@@ -118,7 +118,8 @@ class Sent:
     token: names the run there, for as long as the directory lives. last: {member: step up to which
     its points were sent}. A run that continues repeats the measurements after its checkpoint bit
     for bit, so these are sent once.
-    done: members whose results were sent as points, and "report".
+    done: members whose results were sent as points, and "report". begun: {member: (step before it,
+    folder)} of what a tracker writes at its end: a process that was killed has lost it.
     """
 
     def __init__(self, directory: Path, name: str):
@@ -127,6 +128,7 @@ class Sent:
         self.token = state.get("token") or secrets.token_hex(4)
         self.last = {int(member): step for member, step in state.get("last", {}).items()}
         self.done = set(state.get("done", ()))
+        self.begun = {int(member): tuple(x) for member, x in state.get("begun", {}).items()}
 
     def fresh(self, member: int, points: dict[int, dict]) -> list[tuple[int, dict]]:
         """The points of a member that were not sent, by step. Whoever sends them sets `last`."""
@@ -135,7 +137,8 @@ class Sent:
     def write(self) -> None:
         """Remember it."""
         self.file.parent.mkdir(exist_ok=True)
-        write_json(self.file, {"token": self.token, "last": self.last, "done": sorted(self.done)})
+        state = {"token": self.token, "last": self.last, "done": sorted(self.done)}
+        write_json(self.file, state | {"begun": self.begun})
 
 
 def artefacts(directory: Path) -> list[Path]:

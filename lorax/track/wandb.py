@@ -7,6 +7,7 @@ WANDB_PROJECT names another project than "lorax".
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import wandb
@@ -33,6 +34,13 @@ class Tracker:
     def __init__(self, directory: Path):
         self.directory, self.follower = Path(directory), follow.Follower(directory)
         self.sent, self.open, self.url = follow.Sent(directory, "wandb"), {}, None
+        for member, (step, folder) in self.sent.begun.items():
+            # Offline, wandb writes most of a run at its end, so one that was killed is sent again;
+            # online, it ignores the steps that it has.
+            self.sent.last[member] = step
+            if folder.startswith("offline-run-"):
+                shutil.rmtree(self._folder() / "wandb" / folder, ignore_errors=True)
+        self.sent.begun = {}
 
     def update(self) -> None:
         """Send the new points of members that are live."""
@@ -50,40 +58,45 @@ class Tracker:
         points = self.follower.new()
         for member, _, final, _ in follow.results(self.follower):
             self._send(member, points.get(member, {}))
-            run = self._run(member)
-            run.summary.update(final)
-            run.finish()
-            del self.open[member]
-            self.sent.write()
+            self._run(member).summary.update(final)
+            self._end(member)
         if files := follow.artefacts(self.directory):
             self._send_report(files)
 
     def close(self) -> None:
         """Finish the runs that are still open, as those of a run that has not ended well."""
-        while self.open:
-            self.open.popitem()[1].finish(exit_code=1)
+        for member in [*self.open]:
+            self._end(member, exit_code=1)
 
     def where(self) -> str:
         """Where the runs are, or the command that uploads them."""
-        folder = rundir.tracked(self.directory) / "wandb"
-        return self.url or f"wandb sync --append {folder}/offline-run-*"
+        return self.url or f"wandb sync --append {self._folder()}/wandb/offline-run-*"
+
+    def _folder(self) -> Path:
+        return rundir.tracked(self.directory)
 
     def _send(self, member: int, points: dict[int, dict[str, float]]) -> None:
         for step, values in self.sent.fresh(member, points):
-            self._run(member).log(values, step=step)
+            self._run(member).log(values, step=step, commit=True)
             self.sent.last[member] = step
 
     def _run(self, member: int):
         if member not in self.open:
             settings = self.follower.settings(member)
             name = self.follower.member(member)["name"]
-            self.open[member] = self._begin(str(member), name, "member", settings)
+            self.open[member] = run = self._begin(str(member), name, "member", settings)
+            self.sent.begun[member] = self.sent.last.get(member, -1), Path(run.dir).parent.name
+            self.sent.write()
         return self.open[member]
+
+    def _end(self, member: int, exit_code: int = 0) -> None:
+        self.open.pop(member).finish(exit_code=exit_code)
+        del self.sent.begun[member]
+        self.sent.write()
 
     def _begin(self, last: str, name: str, kind: str, settings: dict):
         """A run that is continued if it was begun before. last: of its id."""
-        folder = rundir.tracked(self.directory)
-        folder.mkdir(exist_ok=True)
+        self._folder().mkdir(exist_ok=True)
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             group=f"{self.directory.resolve().name} {self.sent.token}",
@@ -91,7 +104,7 @@ class Tracker:
             name=name,
             job_type=kind,
             config=settings,
-            dir=folder,
+            dir=self._folder(),
             resume="allow",
             reinit="create_new",
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),

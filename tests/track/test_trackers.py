@@ -141,9 +141,10 @@ class FakeRun:
 
     def __init__(self, **given):
         self.id, self.points, self.summary = given["id"], [], {}
+        self.dir = f"offline-run-{self.id}/files"
         FakeRun.open.add(self.id)
 
-    def log(self, values, step=None):
+    def log(self, values, step=None, commit=True):
         self.points.append(step)
 
     def log_artifact(self, artefact):
@@ -185,6 +186,36 @@ def test_wandb_has_few_runs_open_and_what_failed_is_sent_in_the_end(run, monkeyp
     assert not FakeRun.open and len(made) == 41 and max(most) == 16
     steps = sorted(measured(run)[0])
     assert all(made[f"{tracker.sent.token}-{i}"].points == steps for i in range(40))
+
+
+def test_what_a_killed_process_has_not_written_is_sent_again(run, monkeypatch):
+    """Offline, wandb writes a run at its end; its folder is then of no use."""
+    service = require("wandb")
+    from lorax.track import wandb
+
+    made = []
+
+    def init(**given):
+        made.append(FakeRun(**given))
+        (run / "track/wandb" / made[-1].dir).mkdir(parents=True, exist_ok=True)
+        return made[-1]
+
+    monkeypatch.setattr(service, "init", init)
+    whole = lines(run / "metrics.jsonl")
+    (run / "metrics.jsonl").write_text("".join(whole[:3]))
+    ended = wandb.Tracker(run)
+    ended.update()
+    ended.close()
+    (run / "metrics.jsonl").write_text("".join(whole))
+    wandb.Tracker(run).update()  # and killed
+    killed = sorted((run / "track/wandb").iterdir())
+    last = wandb.Tracker(run)
+    assert killed and not [*(run / "track/wandb").iterdir()]
+    FakeRun.open.clear()
+    last.finish()
+    steps = sorted(measured(run)[0])
+    assert made[0].points and made[1].points == made[-3].points == steps[len(made[0].points) :]
+    assert json.loads((run / "track/wandb.json").read_text())["begun"] == {}
 
 
 def test_trackio_has_members_as_runs_and_no_point_twice(run, tmp_path):
