@@ -83,6 +83,8 @@ CASES = {
     ),
     "prefix": Case("llama", "prefix", dict(tokens=4), "PrefixTuningConfig", TOKENS),
     "prefix-gpt2": Case("gpt2", "prefix", dict(tokens=4), "PrefixTuningConfig", TOKENS),
+    "prefix-gemma": Case("gemma", "prefix", dict(tokens=4), "PrefixTuningConfig", TOKENS),
+    "prefix-phi": Case("phi3", "prefix", dict(tokens=4), "PrefixTuningConfig", TOKENS),
     "prompt": Case("gpt2", "prompt", dict(tokens=4), "PromptTuningConfig", TOKENS),
     "prompt-llama": Case("llama", "prompt", dict(tokens=4), "PromptTuningConfig", TOKENS),
     "prompt-gemma": Case("gemma2", "prompt", dict(tokens=4), "PromptTuningConfig", TOKENS),
@@ -111,7 +113,7 @@ CASES = {
 #: stack.
 OTHERWISE = ("vera-fused", "vera-phi", "tied-beside", "ln-tuning-some")
 TWICE = ("loha-patterns", "lokr-both", "prefix-gpt2", "prompt-llama", "ln-tuning-some")
-TWICE += ("vera-phi", "ia3-phi")
+TWICE += ("vera-phi", "ia3-phi", "prefix-phi", "prefix-gemma")
 #: Methods of which PEFT has one adapter in a model, without a name.
 TOKENS_OF_THEIR_OWN = ("prefix", "prompt", "llama-adapter")
 QUICK = [name for name in CASES if name not in TWICE]

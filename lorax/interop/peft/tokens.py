@@ -27,7 +27,7 @@ from lorax.interop.peft.matrices import fit
 #: Families in which PEFT's prefix works as ours does.
 PREFIX_FAMILIES = (
     *("gpt2", "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3"),
-    *("olmo2", "olmo3", "granite"),
+    *("olmo2", "olmo3", "granite", "gemma", "phi3"),
 )
 #: Families for which PEFT has LLaMA-Adapter. Its GPT-2 leaves out the output projection.
 ADAPTER_FAMILIES = ("llama", "mistral")
