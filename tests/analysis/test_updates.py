@@ -47,6 +47,8 @@ def dense(update: Factors) -> np.ndarray:
         ("wte", -1, "wte"),
         ("roberta.encoder.layer.11.attention.self.query", 11, "query"),
         ("model.layers2.proj", -1, "proj"),
+        ("h/3/experts/5/up", 3, "experts.5.up"),
+        ("h/3/experts/router", 3, "router"),
     ],
 )
 def test_place(path, layer, target):

@@ -16,9 +16,12 @@ SVDs = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]  # u, sigma, vt b
 
 def layer_and_target(path: str) -> tuple[int, str]:
     """Layer and target of a path: "h/3/attn/q" -> (3, "q"), and of another library's module
-    "encoder.layer.3.attention.query" -> (3, "query"); -1 for a matrix outside all layers."""
+    "encoder.layer.3.attention.query" -> (3, "query"); -1 for a matrix outside all layers. Each
+    expert is a target: "h/3/experts/5/up" -> (3, "experts.5.up")."""
     parts = re.split(r"[/.]", path)
-    return next((int(part) for part in parts if part.isdecimal()), -1), parts[-1]
+    layer = next((int(part) for part in parts if part.isdecimal()), -1)
+    of_expert = len(parts) > 2 and parts[-3] == "experts" and parts[-2].isdecimal()
+    return layer, ".".join(parts[-3:]) if of_expert else parts[-1]
 
 
 def identity(member: Hashable, path: str) -> dict:
