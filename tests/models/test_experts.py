@@ -17,6 +17,7 @@ from support import few, require
 import lorax
 from lorax import adapters, config, decode, losses, methods, models, quant, tree
 from lorax.models.decoder_families import config_from_hf
+from lorax.models.load import skeleton
 from lorax.planning import compiled
 from lorax.train import stacks
 from lorax.train import step as steps
