@@ -187,7 +187,7 @@ def passed_on(jaxpr: core.Jaxpr) -> list[int | None]:
         inner = eqn.params["jaxpr"]
         inside = passed_on(getattr(inner, "jaxpr", inner))
         if eqn.primitive.name == "scan":  # a carry must stay where it is, as must a scanned array
-            n, m = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
+            n, m = _bounds(eqn)
             carries = [i if i == n + j else None for j, i in enumerate(inside[: m - n])]
             inside = carries + [i if i is not None and i >= m else None for i in inside[m - n :]]
         for var, i in zip(eqn.outvars, inside, strict=True):
@@ -275,8 +275,7 @@ def _remat(eqn, inputs) -> list:
 def _scan(eqn, inputs) -> list:
     """A scan over a kernel takes its layers one by one: every array of its leaf has the layer axis
     first."""
-    p, inner = eqn.params, eqn.params["jaxpr"]
-    n, m = p["num_consts"], p["num_consts"] + p["num_carry"]
+    inner, (n, m) = eqn.params["jaxpr"], _bounds(eqn)
     consts, layers = [x if isinstance(x, Kernel) else _whole(x) for x in inputs[:n]], inputs[m:]
     stacked = [x if _is_stack(x) else _whole(x) for x in layers]
 
@@ -286,9 +285,21 @@ def _scan(eqn, inputs) -> list:
         outs = [_settled(x) for x in outs]
         return outs[: m - n], outs[m - n :]
 
-    options = {key: p[key] for key in ("length", "reverse", "unroll")}
+    options = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
     carry, made = jax.lax.scan(body, [_whole(x) for x in inputs[n:m]], stacked, **options)
     return [*carry, *made]
+
+
+def _bounds(eqn) -> tuple[int, int]:
+    """Positions of the first carry and of the first scanned array among a scan's inputs, which are
+    constants, carries and scanned arrays. Only the last lose an axis inside; the equation's own
+    account of their numbers differs between versions of JAX."""
+    inner = eqn.params["jaxpr"]
+    same = lambda atoms, avals: sum(
+        atom.aval.shape == aval.shape for atom, aval in zip(atoms, avals, strict=True)
+    )
+    m = same(eqn.invars, inner.in_avals)
+    return m - same(eqn.outvars, inner.out_avals), m
 
 
 def _is_stack(x) -> bool:

@@ -17,7 +17,6 @@ returns the logits. Nothing of the library is changed. Other libraries need as l
 Time: about a minute on two cores.
 """
 
-import mamba2_jax
 from flax import nnx
 
 from lorax import models
@@ -36,6 +35,8 @@ class Logits(nnx.Module):
 
 def mamba(rngs):
     """Random weights, gpt2-nano's tokenizer; `from_pretrained` of the library reads real ones."""
+    import mamba2_jax  # here, so that the study can be read without it
+
     sizes = {"hidden_size": 32, "state_size": 8, "head_dim": 8, "num_hidden_layers": 2}
     sizes |= {"vocab_size": 1024, "chunk_size": 128}
     model = mamba2_jax.Mamba2ForCausalLM(mamba2_jax.Mamba2Config(**sizes), rngs=rngs)

@@ -43,7 +43,7 @@ class Decoder(nnx.Module):
         self.norm = nnx.LayerNorm(width, rngs=rngs)
 
     def __call__(self, tokens):
-        x = self.words(tokens) + self.places(jnp.arange(tokens.shape[1]))
+        x = self.words(tokens) + self.places(jnp.arange(tokens.shape[1]))[None]
         for block in self.blocks:
             x = block(x)
         return self.words.attend(self.norm(x))

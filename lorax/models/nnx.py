@@ -97,7 +97,10 @@ class Split:
         flat = tree.flatten(params)
         for path in flat:
             if path not in self.positions:
-                raise ValueError(f"the NNX module has no parameter {path!r}")
+                raise ValueError(
+                    f"the NNX module has no parameter {path!r}; methods that read the inputs of "
+                    "layers (init 'eva', 'corda') need a Linen module"
+                )
         leaves = [flat[path] for path in self.positions]
         rest = jax.tree.map(_array, [_value(x) for x in self.rest.values()])
         traced = self.trace([_shape(ops.frozen(leaf)) for leaf in leaves], *inputs)
