@@ -54,7 +54,7 @@ def agree(base, inputs, name="lora", **hp):
     module.eval()
     effect = np.abs(ours - before).max()
     assert effect > 1e-3 * np.abs(before).max()
-    returned = quick.jit(lambda x: module(x))(inputs)
+    returned = nnx.jit(lambda module, x: module(x))(module, inputs)
     return max(np.abs(ours - theirs).max(), np.abs(ours - returned).max()) / effect
 
 
@@ -392,9 +392,7 @@ def test_to_nnx_puts_parameters_into_the_modules_dtypes():
     assert back is not module and back.words.embedding.dtype == jnp.bfloat16
     nnx.update(module, nnx.state(to_nnx(base, jax.tree.map(jnp.zeros_like, base.params))))
     assert not np.any(module.words.embedding[...])
-    with pytest.raises(
-        ValueError, match="no parameter 'out/moments'; methods that read the inputs"
-    ):
+    with pytest.raises(ValueError, match="no parameter 'out/moments'; methods that read"):
         lorax.apply(base.module, base.params | {"out": {"moments": jnp.zeros(2)}}, TOKENS)
     with pytest.raises(ValueError, match="gpt2-nano is gpt2, not made of an NNX module"):
         to_nnx(skeleton("gpt2-nano"))
