@@ -11,6 +11,7 @@ import pytest
 import quick
 from flax import linen as nn
 from flax import nnx
+from support import require
 
 import lorax
 from lorax import adapters, convert, decode, outside, quant, tree
@@ -168,7 +169,7 @@ def test_the_study_of_the_example_is_swept_exported_and_merged(tmp_path, capsys)
 
 def test_a_library_is_swept_exported_and_merged(tmp_path, capsys):
     """Mamba-2 of mamba2-jax, as it is on the package index; one of its kernels is no product's."""
-    pytest.importorskip("mamba2_jax")
+    require("mamba2_jax")
     name = f"{EXAMPLES / 'nnx_library.py'}:mamba"
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # its code
         run = study("nnx_library", tmp_path)
