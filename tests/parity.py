@@ -87,7 +87,7 @@ def train(base, method, state, n: int = 20):
     section = _section()
     hyper = steps.Hyper(jnp.float32(LR), jnp.float32(DECAY), jax.random.key(0))
     program = steps.Program(base.module, method, base.sites, section, dropout=False, merge=False)
-    member = steps.start(method, state.trainable, state.constants, section, hyper)
+    member = steps.start(method, *state, section, hyper, base.sites)
     run = jit(functools.partial(steps.train_steps, program))
     tokens = jnp.asarray(batches(n))[:, None]
     mask = jnp.ones(tokens.shape, jnp.float32)

@@ -121,7 +121,7 @@ def program(name, eps, clip):
     section.update(steps=STEPS, schedule="constant", warmup=0, eps=eps, clip=clip)
     of = step.Program(base.module, method, base.sites, section, dropout=False, merge=True)
     start = lambda trainable, constants, hyper: step.start(
-        method, trainable, constants, section, hyper
+        method, trainable, constants, section, hyper, base.sites
     )
     return jax.jit(functools.partial(step.train_steps, of)), jax.jit(start)
 

@@ -60,7 +60,7 @@ def train(method, state, section, n, tokens=None, base=base):
     )
     model = base()
     program = steps.Program(model.module, method, model.sites, section, dropout=False, merge=False)
-    member = steps.start(method, *state, section, hyper)
+    member = steps.start(method, *state, section, hyper, model.sites)
     tokens = jnp.asarray(tokens, jnp.int32)[:, None]
     batches = {"tokens": tokens, "mask": jnp.ones(tokens.shape, jnp.float32)}
     run = jit(functools.partial(steps.train_steps, program))

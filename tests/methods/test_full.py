@@ -38,7 +38,7 @@ def trained(method, n=2):
     section.update(lr=0.01, warmup=0)
     hyper = steps.Hyper(jnp.float32(0.01), jnp.float32(0), jax.random.key(0))
     state = method.init(jax.random.key(0), base.params, base.sites)
-    member = steps.start(method, state.trainable, state.constants, section, hyper)
+    member = steps.start(method, *state, section, hyper, base.sites)
     program = steps.Program(base.module, method, base.sites, section, False, False)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 20, (n, 1, 2, 7), np.int32))
     batches = {"tokens": tokens, "mask": jnp.ones(tokens.shape, jnp.float32)}

@@ -146,7 +146,7 @@ def trained(method, state, count=6):
     part = section()
     hyper = steps.Hyper(jnp.float32(part.lr), jnp.float32(part.weight_decay), jax.random.key(3))
     program = steps.Program(base().module, method, base().sites, part, dropout=False, merge=False)
-    member = steps.start(method, *state, part, hyper)
+    member = steps.start(method, *state, part, hyper, program.sites)
     tokens = np.random.default_rng(4).integers(0, 40, (count, 1, 4, 9)).astype(np.int32)
     batches = {"tokens": tokens, "mask": np.ones(tokens.shape, np.float32)}
     run = jit(functools.partial(steps.train_steps, program))
@@ -181,7 +181,7 @@ def test_no_step_calls_lapack(name):
     method, state = started(name, CASES[name][0])
     program = steps.Program(base().module, method, base().sites, section(), False, False)
     hyper = steps.Hyper(jnp.float32(1e-2), jnp.float32(0.1), jax.random.key(3))
-    member = steps.start(method, *state, section(), hyper)
+    member = steps.start(method, *state, section(), hyper, program.sites)
     batch = {"tokens": TOKENS[None, None], "mask": jnp.ones((1, 1, *TOKENS.shape))}
     given = base().params, state.constants, hyper, member, batch
     step = jax.jit(functools.partial(steps.train_steps, program)).lower(*given)
@@ -289,7 +289,7 @@ def step_bytes(name: str) -> int:
     state = method.init(jax.random.key(0), params, sites)
     hyper = steps.Hyper(jnp.float32(0.1), jnp.float32(0.1), jax.random.key(0))
     program = steps.Program(module, method, sites, section, dropout=False, merge=False)
-    member = steps.start(method, *state, section, hyper)
+    member = steps.start(method, *state, section, hyper, sites)
     batch = {"tokens": jnp.zeros((1, 1, 8), jnp.int32), "mask": jnp.ones((1, 1, 8))}
     step = jit(functools.partial(steps.train_step, program))
     compiled = step.lower(shapes, state.constants, hyper, member, batch).compile()

@@ -185,7 +185,7 @@ def train(name, method, states, vmapped):
     batch = {"tokens": tokens, "mask": np.ones(tokens.shape, np.float32), "segments": segments}
 
     def run(state):
-        member = steps.start(method, *state, section, hyper)
+        member = steps.start(method, *state, section, hyper, program.sites)
         end, logs = steps.train_steps(
             program, base(name).params, state.constants, hyper, member, batch
         )

@@ -288,7 +288,7 @@ def step_bytes(width: int, dim: int) -> tuple[int, int]:
     state = method.init(jax.random.key(0), zeros, sites)
     hyper = steps.Hyper(jnp.float32(0.1), jnp.float32(0.0), jax.random.key(0))
     program = steps.Program(module, method, sites, section, dropout=False, merge=True)
-    member = steps.start(method, *state, section, hyper)
+    member = steps.start(method, *state, section, hyper, sites)
     batches = {"tokens": jnp.zeros((2, 1, 1, 9), jnp.int32), "mask": jnp.ones((2, 1, 1, 9))}
     run = jax.jit(functools.partial(steps.train_steps, program))
     compiled = run.lower(params, state.constants, hyper, member, batches).compile()

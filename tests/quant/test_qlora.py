@@ -40,7 +40,7 @@ def test_a_step_holds_no_decoded_copy_of_more_than_one_layer(family, remat):
     concrete = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
     state = method.init(jax.random.key(0), concrete, sites)
     hyper = steps.Hyper(jnp.float32(0.1), jnp.float32(0.1), jax.random.key(0))
-    member = steps.start(method, *state, section, hyper)
+    member = steps.start(method, *state, section, hyper, sites)
     batch = {"tokens": jnp.zeros((1, 2, 8), jnp.int32), "mask": jnp.ones((1, 2, 8))}
     program = steps.Program(module, method, sites, section, dropout=False, merge=False)
     step = jax.jit(functools.partial(steps.train_step, program))

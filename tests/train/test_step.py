@@ -303,7 +303,7 @@ def start(dropout=0.0, merge=False, dtype="float32", **train):
     program = steps.Program(
         module, method, ops.sites_from_shapes(params), section, dropout > 0, merge
     )
-    state = steps.start(method, random(trainable, seed=1), constants, section, hyper)
+    state = steps.start(method, random(trainable, seed=1), constants, section, hyper, program.sites)
     run = jit(functools.partial(steps.train_step, program))
     step = lambda state, batch, hyper=hyper: run(params, constants, hyper, state, batch)
     return Member(program, params, constants, hyper, state, step)
@@ -342,7 +342,7 @@ def test_adam_does_not_see_how_scale_and_rates_are_shared():
         flat = tree.flatten(random(trainable, seed=1))  # B off zero: eps = 0 makes 0 / 0 of it
         flat = {path: (p if path.endswith("/a") else q) * x for path, x in flat.items()}
         hyper = steps.Hyper(jnp.float32(0.1 * p), jnp.float32(0), jax.random.key(0))
-        state = steps.start(method, tree.unflatten(flat), constants, made.train, hyper)
+        state = steps.start(method, tree.unflatten(flat), constants, made.train, hyper, sites)
         state, logs = go(params, constants, hyper, state, several)
         return logs["loss"], method.delta(state.trainable, constants, params)
 
@@ -463,7 +463,9 @@ def temporaries(method, trainable, constants, params, module):
     section = config.default().train
     hyper = steps.Hyper(jnp.float32(0.1), jnp.float32(0.1), jax.random.key(0))
     program = steps.Program(module, method, {}, section, dropout=False, merge=False)
-    state = jax.eval_shape(lambda t: steps.start(method, t, constants, section, hyper), trainable)
+    state = jax.eval_shape(
+        lambda t: steps.start(method, t, constants, section, hyper, {}), trainable
+    )
     batch = {"tokens": jnp.zeros((1, 1, 7), jnp.int32), "mask": jnp.ones((1, 1, 7))}
     compiled = (
         jit(functools.partial(steps.train_step, program))
