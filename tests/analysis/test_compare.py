@@ -186,6 +186,17 @@ def test_what_is_shown_to_be_worse():
     assert result.choice == 2 and result.decision == "decided" and result.why == ""
 
 
+def test_many_settings_hide_no_clear_difference():
+    # With a correction for all 56 pairs the setting at 1.1 would be undecided.
+    rng = np.random.default_rng(3)
+    means = [2.9, 2.0, 1.6, 1.5, 1.5, 1.1, 0.95, 0.935]
+    losses = sweep(rng, means, 3, by_seed=0.012, by_row=0.01)
+    result = compare.noninferior(losses, np.ones(ROWS), range(8), np.full(ROWS, 4.5))
+    assert result.worse.tolist() == [True] * 6 + [False] * 2 and not result.good[6]
+    alone = compare.noninferior(losses[:1], np.ones(ROWS), [1], np.full(ROWS, 4.5))
+    assert not alone.worse[0] and alone.choice == 0
+
+
 # -------------------------------------------------------------------------------------- simulations
 
 # Variance of a mean that is due to seeds, rows and the rest.

@@ -174,7 +174,8 @@ def _tested(result: NonInferiority, pairs: _Pairs, order, share, shift, alpha) -
     """The result with its tests. order: the eligible settings, cheapest first."""
     p = pairs.p(share, shift)
     result.p[order] = adjusted(pairs.highest(p))
-    result.worse[order] = _worse(pairs.highest(1 - p)) <= alpha
+    behind = pairs.highest(1 - pairs.p(0.0, 0.0))
+    result.worse[order] = _worse(pairs.highest(1 - p), behind) <= alpha
     result.bound[order] = pairs.highest(pairs.bound(alpha)).max(1)
     if share > 0:
         result.lacks[order] = _smallest_share(pairs, alpha)
@@ -221,13 +222,26 @@ def adjusted(against: np.ndarray) -> np.ndarray:
     return np.minimum(smallest, 1.0)
 
 
-def _worse(opposite: np.ndarray) -> np.ndarray:
-    """(S,): p of the hypothesis that a setting is as good as the best, with Holm's correction for
-    all pairs. opposite: (S, S), p of the hypothesis that s is as good as b."""
-    others = ~np.eye(len(opposite), dtype=bool)
-    corrected = np.ones(opposite.shape)
-    corrected[others] = holm(opposite[others])
-    return corrected.min(1)
+def _worse(opposite: np.ndarray, behind: np.ndarray) -> np.ndarray:
+    """(S,): the smallest alpha with which each setting is shown not to be as good as the best.
+
+    The question is split by the best setting b, as in `noninferior`. At alpha / 2 another setting is
+    shown to be better than b, so that b is not the best after all; and at alpha / 2, with Holm's
+    correction, settings are shown to lack more than the margin of b. A setting counts as worse if
+    one of the two holds under every b.
+
+    opposite: (S, S), p of the hypothesis that s is as good as b. behind: (S, S), p of the
+    hypothesis that s has no higher loss than b.
+    """
+    count = len(opposite)
+    smallest = np.zeros(count)
+    for b in range(count):
+        others = np.arange(count) != b
+        not_best = 2 * (count - 1) * behind[b, others].min() if count > 1 else 1.0
+        smallest[b] = max(smallest[b], not_best)
+        lacking = np.minimum(2 * holm(opposite[others, b]), not_best)
+        smallest[others] = np.maximum(smallest[others], lacking)
+    return smallest
 
 
 def _smallest_share(pairs: _Pairs, alpha: float) -> np.ndarray:
