@@ -68,7 +68,7 @@ class Screen:
             disable=not self.console.is_terminal,
         )
         self.bar.start()
-        self.task, self.reported, self.members = None, -1, {}
+        self.task, self.reported, self.members, self.said = None, -1, {}, set()
         self.began = self.spoke = time.monotonic()
         return self
 
@@ -94,8 +94,12 @@ class Screen:
         self.bar.update(self.task, completed=done, total=total)
         left, tenth = self.bar.tasks[0].time_remaining, int(10 * done / total)
         left = "" if left is None else f", {duration(left)} left"
-        if newest and (tenth > self.reported or self._is_due()):
-            self.say(evaluated(newest, self.members) + left)
+        line = evaluated(newest, self.members) if newest else None
+        if line in self.said:  # parts of a group start from the same loss
+            line = None
+        if line and (tenth > self.reported or self._is_due()):
+            self.say(line + left)
+            self.said.add(line)
         elif not self.console.is_terminal and tenth > self.reported:
             self.say(f"{10 * tenth:3d}% trained{left}")
         else:

@@ -57,6 +57,15 @@ def test_quick_evaluations_do_not_flood(clock, capsys):
         assert lines[0].startswith("step 0/") and lines[-1].startswith("step 100/100: best 1.0")
 
 
+def test_the_loss_that_all_parts_start_from_is_said_once(capsys):
+    with Screen() as screen:
+        screen.terminal([{"member": i} | row for i, row in MEMBERS.items()])
+        for done, step, loss in ((0, 0, 3.0), (5, 50, 2.0), (5, 0, 3.0), (10, 50, 1.0)):
+            screen.progress(done, 10, Evaluation(step, {0: loss, 1: loss}))
+    said = capsys.readouterr().out
+    assert said.count("before training") == 1 and said.count("step 50/") == 2
+
+
 def test_evaluations_are_read_as_they_are_written(tmp_path):
     row = lambda step, member, loss, split="eval": {
         "member": member, "step": step, "split": split, "loss": loss

@@ -20,12 +20,16 @@ class LossAxis(NamedTuple):
     channel: str  # "x" or "y"
     title: str  # with its split and unit
     ends: tuple[float, float]
+    first: float | None = None  # lower values have no label: the space there is for something else
 
     def of(self, name: str) -> dict[str, Any]:
         """The encoding of a column of losses. What is beyond the ends lies on them."""
         make = alt.X if self.channel == "x" else alt.Y
         scale = alt.Scale(domain=list(self.ends), clamp=True, nice=False, zero=False)
-        return {self.channel: make(name, type="quantitative", title=self.title, scale=scale)}
+        labels = f"datum.value < {self.first} ? '' : datum.label"
+        axis = alt.Undefined if self.first is None else alt.Axis(labelExpr=labels)
+        encoding = make(name, type="quantitative", title=self.title, scale=scale, axis=axis)
+        return {self.channel: encoding}
 
     def span(self, low: str, high: str) -> dict[str, Any]:
         """The encodings of an interval."""

@@ -35,7 +35,7 @@ def size_curve(
     longest = LETTER * max(map(len, said))
     low, high = extent(table[found.loss], runs.base_loss(table))
     ends = low - SLANT * longest / HEIGHT * (high - low), high
-    axis = LossAxis("y", f"final {found.split} loss ({unit})", ends)
+    axis = LossAxis("y", f"final {found.split} loss ({unit})", ends, first=low)
     data = of_members(table, names, found.loss)
     data["params"], data["short"] = table["trainable_params"], said
     groups = [*map(field, names), "params", "short", "lost"]
