@@ -225,8 +225,8 @@ def adjusted(against: np.ndarray) -> np.ndarray:
 def _worse(opposite: np.ndarray, behind: np.ndarray) -> np.ndarray:
     """(S,): the smallest alpha with which each setting is shown not to be as good as the best.
 
-    The question is split by the best setting b, as in `noninferior`. At alpha / 2 another setting is
-    shown to be better than b, so that b is not the best after all; and at alpha / 2, with Holm's
+    The question is split by the best setting b, as in `noninferior`. At alpha / 2 another setting
+    is shown to be better than b, so that b is not the best after all; and at alpha / 2, with Holm's
     correction, settings are shown to lack more than the margin of b. A setting counts as worse if
     one of the two holds under every b.
 
