@@ -189,24 +189,24 @@ def revised(tmp_path, state="finished", begun=True, **changes):
     (tmp_path / "metrics.jsonl").write_text("{}\n" * begun)
     c = config.default()
     for key, value in changes.items():
-        section, _, name = key.partition("__")
-        c[section][name] = value
+        *section, name = key.split("__")
+        (c[section[0]] if section else c)[name] = value
     return resume.check_same_config(tmp_path, c)
 
 
 @pytest.mark.parametrize("key", config.REVISABLE)
 def test_keys_that_only_evaluate_or_draw_may_change(tmp_path, key):
     (tmp_path / "checkpoints").mkdir()
-    section, _, name = key.partition(".")
-    value = config.default()[section][name]
+    value = config.flat(config.default())[key]
     another = {
         bool: lambda: not value,
         str: lambda: "accuracy",
         tuple: lambda: ("FILE.py:statistic",),
     }
     other = another.get(type(value), lambda: (value or 0) + 1)()
-    assert revised(tmp_path, **{f"{section}__{name}": value}) == []
-    assert revised(tmp_path, **{f"{section}__{name}": other}) == [key]
+    argument = key.replace(".", "__")
+    assert revised(tmp_path, **{argument: value}) == []
+    assert revised(tmp_path, **{argument: other}) == [key]
 
 
 def test_other_keys_may_not_and_nothing_is_trained_anew(tmp_path):

@@ -132,6 +132,7 @@ def test_what_is_not_read_is_no_business_of_ours():
 def test_every_field_of_a_family_that_a_file_sets_is_in_its_table():
     ours = {"dtype", "remat", "unroll", "head", "labels"}
     ours |= {"sliding_rope", "qkv_bias", "norms", "norm_offset", "qk_norm", "scale_embeddings"}
+    ours |= {"attention_sinks", "expert_bias"}
     for family in FAMILIES:
         table = {*kinds(family)} | {"model_type"} | ours
         assert {*config_fields(family)} <= table, family
