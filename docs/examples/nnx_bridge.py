@@ -13,20 +13,20 @@ from lorax.config import default
 
 
 class Features(nn.Module):
-    """Images (B, 8, 8) -> features (B, 32), in Linen."""
+    """Images (B, 8, 8, 1) -> features (B, 32), in Linen."""
 
     @nn.compact
     def __call__(self, images):
-        x = nn.relu(nn.Conv(8, (3, 3), name="window")(images[..., None]))
+        x = nn.relu(nn.Conv(8, (3, 3), name="window")(images))
         return nn.relu(nn.Dense(32, name="hidden")(x.reshape(len(x), -1)))
 
 
 class Classifier(nnx.Module):
-    """Images (B, 8, 8) -> scores (B, 10)."""
+    """Images (B, 8, 8, 1) -> scores (B, 10)."""
 
     def __init__(self, rngs):
         linen = nnx.bridge.ToNNX(Features(), rngs=rngs)
-        self.features = linen.lazy_init(jnp.zeros((1, 8, 8)))  # makes its parameters
+        self.features = linen.lazy_init(jnp.zeros((1, 8, 8, 1)))  # makes its parameters
         self.norm = nnx.BatchNorm(32, rngs=rngs)  # its averages stay as they are
         self.scores = nnx.Linear(32, 10, rngs=rngs)
 
@@ -35,7 +35,7 @@ class Classifier(nnx.Module):
 
 
 def classifier(rngs):
-    return Classifier(rngs), jnp.zeros((1, 8, 8))
+    return Classifier(rngs), jnp.zeros((1, 8, 8, 1))
 
 
 def get_config(arg=None):

@@ -115,7 +115,7 @@ def test_a_bridged_linen_module_is_adapted_like_any_other():
     assert kinds["features/window/kernel"] == "conv" and kinds["features/hidden/kernel"] == "linear"
     assert base.traits.notes == ("BatchStat norm/mean, norm/var: frozen, in evaluation mode",)
     words = ("window", "hidden", "scores")
-    assert agree(base, normal(1, 3, 8, 8), rank=2, targets=words) < 1e-4
+    assert agree(base, normal(1, 3, 8, 8, 1), rank=2, targets=words) < 1e-4
 
 
 SMALL = {"steps": 2, "batch_size": 2, "seq_len": 64, "warmup": 0}
@@ -165,6 +165,18 @@ def test_the_study_of_the_example_is_swept_exported_and_merged(tmp_path, capsys)
     prompts = ["One day, a little girl", "The"]
     alone = decode.complete(back, prompts[1:], options=options)
     assert decode.complete(back, prompts, options=options)[1:] == alone  # padding is not seen
+
+
+def test_the_study_of_the_bridge_is_swept_and_merged(tmp_path):
+    run = study("nnx_bridge", tmp_path)
+    base = lorax.load(BRIDGE)
+    merged = adapters.load(run / "adapters" / "1", base).merge()
+    images = normal(1, 3, 8, 8, 1)
+    scores, start = (to_nnx(base, params)(images) for params in (merged.params, base.params))
+    assert not convert.main(["merge", BRIDGE, str(run / "adapters" / "1"), str(tmp_path / "out")])
+    again = lorax.load(f"{BRIDGE}@{tmp_path / 'out'}")
+    np.testing.assert_allclose(to_nnx(again, again.params)(images), scores, atol=1e-5)
+    assert np.abs(scores - start).max() > 1e-3
 
 
 def test_a_library_is_swept_exported_and_merged(tmp_path, capsys):
