@@ -131,7 +131,11 @@ def test_reading_in_parts_with_a_cache_is_one_pass(name):
     np.testing.assert_allclose(got[LEFT > 0], run(name)(TOKENS, LEFT)[LEFT > 0], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", few([*OF_FAMILY.values()], KINDS[1:]))
+#: With LongRoPE a cache has no room for the text (see below).
+GREEDY = [*(OF_FAMILY | {"phi3": "phi3"}).values()]
+
+
+@pytest.mark.parametrize("name", few(GREEDY, KINDS[1:]))
 def test_greedy_text_is_that_of_transformers(name):
     """Prompts of 6 to 12 tokens, padded on the left, and 10 more tokens."""
     torch, base = require("torch"), loaded(name)
