@@ -26,7 +26,9 @@ from lorax.models.layers import (
     RMSNorm,
     causal_context,
     empty_cache,
+    of_layers,
     over_layers,
+    returned,
     soft_cap,
 )
 from lorax.models.rope import Rope, frequencies, query_growth, rope, rotate
@@ -284,9 +286,7 @@ class Decoder(nn.Module):
         turns = [_turn(c, c.ropes[kind], context, room, cache is not None) for kind in kinds]
         turns = turns[0] if turn_of is None else tuple(map(jnp.stack, zip(*turns, strict=True)))
 
-        layers = None if cache is None else jnp.arange(c.num_hidden_layers)
-        kv = None if cache is None else (cache.k, cache.v)
-        column = None if cache is None else cache.length
+        layers, kv, column = of_layers(cache, c.num_hidden_layers)
         x = _times(self.embed(tokens), c.embedding_multiplier)
         if c.scale_embeddings:  # rounded as Gemma rounds it
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
@@ -294,10 +294,7 @@ class Decoder(nn.Module):
         if c.num_experts and c.output_router_logits:
             how = routed(router, c.num_experts_per_tok, c.router_aux_loss_coef)
             self.sow(ROUTED, "router", how)  # only in training
-        hidden = self.norm(x)
-        if cache is None:
-            return hidden
-        return hidden, context.cache._replace(k=kv[0], v=kv[1])
+        return returned(self.norm(x), context, kv)
 
     def logits(self, hidden):
         """Hidden states (..., hidden_size) -> logits (..., V) float32."""

@@ -27,7 +27,9 @@ from lorax.models.layers import (
     LayerNorm,
     causal_context,
     empty_cache,
+    of_layers,
     over_layers,
+    returned,
 )
 from lorax.models.rope import rope, rope_frequencies, rotate
 
@@ -162,15 +164,10 @@ class Falcon(nn.Module):
         """
         c = self.config
         context = causal_context(tokens, segments, cache, first=first)
-        layers = None if cache is None else jnp.arange(c.num_hidden_layers)
-        kv = None if cache is None else (cache.k, cache.v)
-        column = None if cache is None else cache.length
+        layers, kv, column = of_layers(cache, c.num_hidden_layers)
         place = _place(c, context.positions)
         (x, kv), _ = self.h((self.embed(tokens), kv), layers, context.mask, place, column)
-        hidden = self.norm(x)
-        if cache is None:
-            return hidden
-        return hidden, context.cache._replace(k=kv[0], v=kv[1])
+        return returned(self.norm(x), context, kv)
 
     def logits(self, hidden):
         """Hidden states (..., hidden_size) -> logits (..., V) float32."""

@@ -23,7 +23,9 @@ from lorax.models.layers import (
     LayerNorm,
     causal_context,
     empty_cache,
+    of_layers,
     over_layers,
+    returned,
 )
 
 
@@ -158,14 +160,9 @@ class GPT2(nn.Module):
             raise ValueError(f"{t} tokens{after}, but n_positions is {c.n_positions}")
         context = causal_context(tokens, segments, cache, first=first)
         x = self.wte(tokens) + self.wpe(context.positions)
-        layers = None if cache is None else jnp.arange(c.n_layer)
-        kv = None if cache is None else (cache.k, cache.v)
-        column = None if cache is None else cache.length
+        layers, kv, column = of_layers(cache, c.n_layer)
         (x, kv), _ = self.h((x, kv), layers, context.mask, column)
-        hidden = self.ln_f(x)
-        if cache is None:
-            return hidden
-        return hidden, context.cache._replace(k=kv[0], v=kv[1])
+        return returned(self.ln_f(x), context, kv)
 
     def logits(self, hidden):
         """Hidden states (..., n_embd) -> logits (..., V) float32."""

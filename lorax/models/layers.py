@@ -138,6 +138,14 @@ def empty_cache(layers: int, batch: int, room: int, heads: int, features: int, d
     return Cache(kv, kv, jnp.zeros((batch, room), bool), jnp.int32(0))
 
 
+def of_layers(cache: Cache | None, layers: int):
+    """What the layers of a causal model take of a cache: (their numbers (layers,) int32, (k, v),
+    the column to write), each None without a cache."""
+    if cache is None:
+        return None, None, None
+    return jnp.arange(layers), (cache.k, cache.v), cache.length
+
+
 def cached_attention(q, k, v, mask, scale, kv, at, cap=None, sinks=None):
     """Causal attention that also sees the cached tokens: (o (B, T, H, D), kv with k and v added);
     shapes as in `attention`.
@@ -192,6 +200,14 @@ class Context(NamedTuple):
     positions: jax.Array
     mask: jax.Array
     cache: Cache | None
+
+
+def returned(hidden, context: Context, kv):
+    """What a causal model's `hidden` returns: the hidden states; with a cache, the pair (hidden,
+    cache with kv, the keys and values of all layers)."""
+    if context.cache is None:
+        return hidden
+    return hidden, context.cache._replace(k=kv[0], v=kv[1])
 
 
 def causal_context(
