@@ -1,6 +1,7 @@
 """Error messages of the commands: one line, and the nearest name for a wrong one."""
 
 import difflib
+import importlib
 import os
 import re
 import sys
@@ -11,6 +12,17 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """'; did you mean "x"?' for the closest of `names`, or '' if none is close."""
     close = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def optional(module: str, package: str, missing: str):
+    """A module that imports an optional package. Raises ValueError, with the text `missing`, if the
+    package is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise ValueError(missing) from None
 
 
 def fail(error: Exception) -> int:

@@ -17,12 +17,9 @@ IDS = {
     "eos_token_id": fields.either(fields.optional(fields.ID), fields.each(fields.ID)),
     "pad_token_id": fields.optional(fields.whole(-1)),
 }
-#: Fields read from tokenizer_config.json. A token is a string, or an object with its "content".
 CONFIG = "tokenizer_config.json"
-START = {
-    "add_bos_token": fields.optional(fields.FLAG),
-    "bos_token": fields.optional(fields.either(fields.TEXT, fields.OBJECT)),
-}
+#: Fields read from it, beside its tokens and templates (`chat_files`).
+START = {"add_bos_token": fields.optional(fields.FLAG)}
 
 
 class Vocabulary(NamedTuple):

@@ -6,9 +6,10 @@ not; `where()` says how to look at it.
 They read the run directory and nothing else (`lorax.track.follow`), and call no training code.
 """
 
-import importlib
 from collections.abc import Iterable
 from pathlib import Path
+
+from lorax.errors import optional
 
 #: {name in `config.track`: the name to print}.
 NAMES = {"tensorboard": "TensorBoard", "wandb": "W&B", "trackio": "trackio"}
@@ -27,11 +28,5 @@ def trackers(names: Iterable[str], directory: Path) -> dict:
 
 def _module(name: str):
     """The file of a tracker. Raises ValueError if its package is not installed."""
-    try:
-        return importlib.import_module(f"lorax.track.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise ValueError(
-            f"track: {name!r} needs a package: pip install lorax-research[trackers]"
-        ) from None
+    missing = f"track: {name!r} needs a package: pip install lorax-research[trackers]"
+    return optional(f"lorax.track.{name}", name, missing)

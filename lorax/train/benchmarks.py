@@ -3,6 +3,7 @@
 `lorax.tasks.harness` imports lm-eval, so it is imported only where tasks are asked for.
 """
 
+from lorax.errors import optional
 from lorax.models import Base
 
 
@@ -21,12 +22,5 @@ def scores(base: Base, params, c) -> dict[str, float]:
 
 
 def _harness():
-    try:
-        from lorax.tasks import harness
-    except ModuleNotFoundError as error:
-        if error.name != "lm_eval":
-            raise
-        raise ValueError(
-            "eval.harness: tasks need lm-eval: pip install lorax-research[harness]"
-        ) from None
-    return harness
+    missing = "eval.harness: tasks need lm-eval: pip install lorax-research[harness]"
+    return optional("lorax.tasks.harness", "lm_eval", missing)
