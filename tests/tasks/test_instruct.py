@@ -333,7 +333,8 @@ HOSTILE = {
 
 @pytest.mark.parametrize("source", HOSTILE)
 def test_a_template_without_end_or_bounds_is_one_line(source, vocabulary, monkeypatch):
-    monkeypatch.setattr(templates, "SECONDS", 0.5)
+    # Time is short only where it is what runs out: elsewhere a busy machine must not be first.
+    monkeypatch.setattr(templates, "SECONDS", 0.5 if "0.5 s" in HOSTILE[source] else 60)
     monkeypatch.setattr(templates, "MEMORY", 2**28)
     with pytest.raises(ValueError) as error:
         pieces(CHAT, vocabulary, source if "{" in source else "{% raw %}" + source + "{% endraw %}")
