@@ -22,6 +22,7 @@ LAYERS = (
         "errors",
         "fields",
         "files",
+        "hosts",
         "memory",
         "outside",
         "catalogue",
