@@ -341,6 +341,8 @@ class FrozenWeight(Leaf):
         embedding (V, features), in x's dtype, without a gradient for the weight.
     rows(ids): the kernel's rows, (...,) integers -> (..., columns).
     decoded(): the kernel as an array.
+    specs(by, sizes): the leaf with a `PartitionSpec` for each array (`lorax.sharding`). by: axes of
+        the mesh for the kernel's (inputs, outputs). sizes: {axis of the mesh: devices}.
     """
 
     def linear(self, x):
@@ -364,6 +366,9 @@ class FrozenWeight(Leaf):
 
     def as_matrix(self, site):  # it is one already
         return self
+
+    def specs(self, by, sizes):
+        raise ValueError(f"train.mesh: a {type(self).__name__} weight can't be divided")
 
 
 @jax.tree_util.register_dataclass

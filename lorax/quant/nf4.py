@@ -25,6 +25,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from lorax import leaves, ops, tree
 from lorax.methods.targets import matching, resolve
@@ -172,6 +173,23 @@ class Quantised(leaves.FrozenWeight):
 
     def decoded(self) -> Array:
         return jnp.swapaxes(self.rows_of_outputs(), -1, -2).reshape(self.shape)
+
+    def specs(self, by, sizes):
+        """Outputs, which are rows of the codes, are divided by both axes of the mesh: by "tensor",
+        and each of these parts by "fsdp". A part has whole rows and whole blocks."""
+        axes = [axis for axis in ("tensor", "fsdp") if axis in by]
+        whole = lambda parts: (
+            not self.n_out % parts and not self.n_in * self.n_out // parts % self.block
+        )
+        while axes and not whole(math.prod(sizes[axis] for axis in axes)):
+            axes.pop()
+        parts = math.prod(sizes[axis] for axis in axes)
+        split = P(*(None,) * (self.codes.ndim - 1), tuple(axes) or None)
+        if not isinstance(self.absmax, Nested):
+            return dataclasses.replace(self, codes=split, absmax=split)
+        nested = self.absmax.codes.shape[-1] % (parts * NESTED_BLOCK) == 0
+        absmax = Nested(split, split if nested else P(), P())
+        return dataclasses.replace(self, codes=split, absmax=absmax)
 
     def product(self, x, axis: int):
         return matmul.product(x, self, axis)
