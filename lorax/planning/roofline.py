@@ -6,7 +6,7 @@ import jax
 
 from lorax import config
 from lorax.planning.costs import Plan
-from lorax.planning.devices import DEVICES, SHARE
+from lorax.devices import DEVICES, SHARE
 from lorax.train import fitting
 
 
