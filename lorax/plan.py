@@ -30,8 +30,8 @@ from ml_collections import ConfigDict
 from lorax import __version__, command_line, config, halving, memory, search
 from lorax.callable import make_callable
 from lorax.command_line import FLAGS
-from lorax.errors import fail
 from lorax.devices import DEVICES, check_devices
+from lorax.errors import fail
 
 flags.DEFINE_string(
     "device", "h200,a100,tpu-v5p,cpu", "Devices to plan for, by name.", flag_values=FLAGS

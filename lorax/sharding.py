@@ -68,12 +68,12 @@ def specs(params: dict, sites, shape: Shape) -> dict:
     nor is an axis whose length is not a multiple of the devices.
     """
     sizes = shape._asdict()
-    after = {path for word in AFTER_WORDS for path in matching(word, sites)}
+    behind = after(sites)
     flat = tree.flatten(params)
     for path, leaf in flat.items():
         if path in sites:
             site = sites[path]
-            by = EMBEDDING if site.kind == "embed" else AFTER if path in after else LINEAR
+            by = EMBEDDING if site.kind == "embed" else AFTER if path in behind else LINEAR
             if ops.is_operator(leaf):
                 flat[path] = leaf.specs(by, sizes)
             else:
@@ -83,6 +83,11 @@ def specs(params: dict, sites, shape: Shape) -> dict:
         else:
             flat[path] = P()
     return tree.unflatten(flat)
+
+
+def after(sites) -> set[str]:
+    """Paths of the kernels whose inputs are outputs of layers that "tensor" divides."""
+    return {path for word in AFTER_WORDS for path in matching(word, sites)}
 
 
 def _of_kernel(shape, site: ops.Site, by: tuple[str, str], sizes: dict[str, int]) -> P:

@@ -29,7 +29,7 @@ LAYERS = (
         "config",
         "rundir",
     }
-    | {"calls", "halving", "meshes", "ranges", "scales", "tree", "vocabulary", "xla"},
+    | {"calls", "devices", "halving", "meshes", "ranges", "scales", "tree", "vocabulary", "xla"},
     {"grouped"},
     {"ops", "interop"},
     {"leaves"},

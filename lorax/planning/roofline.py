@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 
 from lorax import config
-from lorax.planning.costs import Plan
 from lorax.devices import DEVICES, SHARE
+from lorax.planning.costs import Plan
 from lorax.train import fitting
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from rich import box, table
 
 from lorax.console import console
-from lorax.planning.costs import Plan
 from lorax.devices import DEVICES, SHARE
+from lorax.planning.costs import Plan
 from lorax.planning.roofline import on_device
 
 

@@ -1,0 +1,249 @@
+"""What a step costs on a mesh, from shapes alone, and which meshes are the fastest.
+
+What one device receives in a step, and sends as much, with f devices along "fsdp" and t along
+"tensor":
+
+    weights       S (f - 1)/f of a weight of S bytes that fsdp divides, in each pass over it:
+                  forward, backward, and forward again with remat
+    gradients     2 S (f - 1)/f of the S bytes that a member trains: all-reduced in a ring
+    activations   2 S (t - 1)/t of the outputs of a layer whose inputs tensor divides (o, down, an
+                  embedding) in each forward pass, and of its rows once more backward, for the
+                  layers before it whose outputs tensor divides
+
+Rings as in Thakur et al. 2005, "Optimization of collective communication operations in MPICH".
+Time is a roofline: the longest of computing, reading memory and communicating, which assumes that
+they overlap; `Seconds.apart` assumes that communication does not.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec
+
+from lorax import ops, sharding, tree
+from lorax.devices import Device
+from lorax.meshes import Shape
+from lorax.models import Base
+
+#: Fields of a config that hold the number of heads of keys and values, the first one that is set.
+_HEADS = ("num_key_value_heads", "num_kv_heads", "num_attention_heads", "n_head")
+
+
+class Load(NamedTuple):
+    """What a step of a group computes. train: the config's section. tokens: of a row. halved:
+    whether products are those of bfloat16. members: in one program. width: how many side by side,
+    at most. trained: bytes of a member's adapters. activation: bytes of a number between layers."""
+
+    base: Base
+    train: object
+    tokens: int
+    halved: bool
+    members: int
+    width: int
+    trained: int
+    activation: int
+
+    def turns(self, shape: Shape) -> int:
+        """How often each device reads the base for a step of its members."""
+        each = math.ceil(self.members / shape.member)
+        return math.ceil(each / min(self.width, each)) * self.train.accumulate
+
+    def tokens_on(self, shape: Shape) -> float:
+        """Tokens that each device computes in a step."""
+        each = math.ceil(self.members / shape.member)
+        return each * self.train.batch_size * self.tokens / shape.fsdp
+
+
+class Traffic(NamedTuple):
+    """Bytes that a device receives in a step: of gathered weights, gradients, activations."""
+
+    weights: float
+    gradients: float
+    activations: float
+
+
+class Seconds(NamedTuple):
+    """A step of all members, at least: computing, reading memory, communicating."""
+
+    compute: float
+    memory: float
+    communication: float
+
+    @property
+    def overlapped(self) -> float:
+        return max(self)
+
+    @property
+    def apart(self) -> float:
+        """As `overlapped` if nothing is computed while devices communicate."""
+        return max(self.compute, self.memory) + self.communication
+
+
+class Weight(NamedTuple):
+    """An array of a base, or a quantised kernel, on a mesh. stored: bytes of all of it. split:
+    devices that each hold another part. axes: of the mesh, that divide it. site: None if no product
+    reads it. layers: how many it holds. n_in, n_out: of one of them."""
+
+    path: str
+    stored: int
+    split: int
+    axes: frozenset[str]
+    site: ops.Site | None
+    layers: int
+    n_in: int
+    n_out: int
+
+
+def weights(base: Base, shape: Shape) -> list[Weight]:
+    """The arrays of a base on a mesh, the codes and scales of a quantised kernel together."""
+    flat = tree.flatten(base.params)
+    specs = tree.flatten(sharding.specs(base.params, base.sites, shape))
+    found = []
+    for path, leaf in flat.items():
+        site, arrays = base.sites.get(path), jax.tree.leaves(leaf)
+        largest = max(range(len(arrays)), key=lambda i: _bytes(arrays[i]))
+        axes = _axes(_specs(specs[path])[largest], shape)
+        split = math.prod(getattr(shape, axis) for axis in axes)
+        lead, n_in, n_out = site.matrix_shape(leaf.shape) if site else ((), 0, 0)
+        stored = sum(map(_bytes, arrays))
+        found.append(Weight(path, stored, split, axes, site, math.prod(lead), n_in, n_out))
+    return found
+
+
+def nbytes(base: Base, shape: Shape) -> int:
+    """Bytes of a base on each device, exact."""
+    specs = _specs(sharding.specs(base.params, base.sites, shape))
+    parts = [math.prod(getattr(shape, axis) for axis in _axes(spec, shape)) for spec in specs]
+    arrays = jax.tree.leaves(base.params)
+    return sum(_bytes(x) // part for x, part in zip(arrays, parts, strict=True))
+
+
+def gathered(base: Base, shape: Shape) -> int:
+    """Bytes of the weights of one layer, as they are stored, that a device has while it computes
+    that layer: of the largest one, an embedding or a head included. 0 if fsdp divides nothing."""
+    sizes = {}
+    for w in weights(base, shape):
+        if "fsdp" in w.axes:
+            layer = w.path.split("/")[0] if w.layers > 1 else w.path
+            one = w.stored / w.layers / (w.split // shape.fsdp)
+            sizes[layer] = sizes.get(layer, 0) + one
+    return math.ceil(max(sizes.values(), default=0))
+
+
+def traffic(load: Load, shape: Shape) -> Traffic:
+    """What each device receives in a step."""
+    f, t = shape.fsdp, shape.tensor
+    gather = reduced = 0.0
+    for w in weights(load.base, shape):
+        forward, backward = _passes(load, w)
+        if "fsdp" in w.axes:
+            gather += (forward + backward) * w.stored / (w.split // f) * (f - 1) / f
+        if "tensor" in w.axes:
+            reduced += _reduced(load, w)
+    gradients = load.trained * math.ceil(load.members / shape.member) * load.train.accumulate
+    return Traffic(
+        gather * load.turns(shape),
+        2 * (f - 1) / f * gradients,
+        2 * (t - 1) / t * reduced * load.tokens_on(shape) * load.activation,
+    )
+
+
+def _passes(load: Load, w: Weight) -> tuple[int, int]:
+    """How often a weight is read forward and backward in one pass over a batch's part."""
+    if _is_head(load.base, w):
+        return 1 + (w.site.kind == "embed"), 1  # an embedding that is the head is read twice
+    if w.site is not None and w.site.kind == "embed":
+        return 1, 0
+    return 1 if load.train.remat == "none" or w.layers == 1 else 2, 1
+
+
+def _reduced(load: Load, w: Weight) -> int:
+    """Numbers of each token that devices along "tensor" add because this weight is divided."""
+    if w.site is None:
+        return 0
+    looked_up = w.n_out if w.site.kind == "embed" else 0
+    if _is_head(load.base, w):
+        return looked_up + (looked_up or w.n_in)
+    if w.path not in sharding.after(load.base.sites):
+        return looked_up
+    # Backward: of what the layers before it read. With remat, o again; what down gives isn't read.
+    return w.layers * w.n_out * sum(_passes(load, w))
+
+
+def _is_head(base: Base, w: Weight) -> bool:
+    """Whether logits are products with this weight: of the tied names, the last that there is."""
+    names = [name for name in base.traits.head if name in base.params]
+    return bool(names) and w.site is not None and w.path.split("/")[0] == names[-1]
+
+
+def seconds(load: Load, shape: Shape, device: Device) -> Seconds:
+    """A roofline of a step of all members: matrix products, weights read, and `traffic`."""
+    tokens, flops, read = load.tokens_on(shape), 0.0, 0.0
+    for w in weights(load.base, shape):
+        if w.site is None or (w.site.kind == "embed" and not _is_head(load.base, w)):
+            continue
+        passes = sum(_passes(load, w)) - (w.site.kind == "embed")
+        parts = shape.tensor if "tensor" in w.axes else 1
+        flops += 2 * passes * _used(load.base, w) * w.layers * w.n_in * w.n_out / parts * tokens
+        read += passes * w.stored / (w.split // shape.fsdp if "fsdp" in w.axes else w.split)
+    moved = traffic(load, shape)
+    fsdp = bandwidth(device, shape.tensor, shape.fsdp)
+    communication = (moved.weights + moved.gradients) / fsdp
+    communication += moved.activations / bandwidth(device, 1, shape.tensor)
+    rate = device.half if load.halved else device.full
+    return Seconds(flops / rate, read * load.turns(shape) / device.bandwidth, communication)
+
+
+def _used(base: Base, w: Weight) -> float:
+    """The share of its layers that a token passes: of the experts, those that it takes."""
+    if w.site.kind != "experts":
+        return 1.0
+    return base.config.num_experts_per_tok / base.config.num_experts
+
+
+def bandwidth(device: Device, inner: int, size: int) -> float:
+    """Bytes/s of a ring of `size` devices, `inner` apart. Where it leaves the links of a host, each
+    of its devices there sends an equal part over its own network card."""
+    if inner * size <= device.linked:
+        return device.link
+    return min(device.link, max(1, device.linked // inner) * device.network)
+
+
+def shapes(load: Load, devices: int) -> list[Shape]:
+    """The meshes of so many devices that divide a part of a batch and the heads of attention; of
+    fewer devices where there are not enough members for all."""
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    rows = load.train.batch_size // load.train.accumulate
+    heads = next((n for name in _HEADS if (n := getattr(load.base.config, name, None))), 1)
+    pairs = [(f, t) for f in divisors for t in divisors if devices % (f * t) == 0]
+    return [
+        Shape(min(load.members, devices // (f * t)), f, t)
+        for f, t in pairs
+        if rows % f == 0 and heads % t == 0
+    ]
+
+
+def ranked(load: Load, devices: int, device: Device) -> list[Shape]:
+    """The meshes of so many devices, the fastest first by `Seconds.overlapped`; of equally fast
+    ones that with the smallest tensor and fsdp. The first that fits is the one to take."""
+
+    def order(shape):
+        return float(f"{seconds(load, shape, device).overlapped:.3g}"), shape.tensor, shape.fsdp
+
+    return sorted(shapes(load, devices), key=order)
+
+
+def _bytes(x) -> int:
+    return x.size * x.dtype.itemsize
+
+
+def _specs(specs) -> list[PartitionSpec]:
+    return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def _axes(spec: PartitionSpec, shape: Shape) -> frozenset[str]:
+    """The axes of the mesh that a spec names and that have several devices."""
+    parts = (part if isinstance(part, tuple) else (part,) for part in spec)
+    named = {axis for part in parts for axis in part if axis is not None}
+    return frozenset(axis for axis in named if getattr(shape, axis) > 1)
