@@ -16,6 +16,7 @@ they overlap; `Seconds.apart` assumes that communication does not.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -33,7 +34,8 @@ _HEADS = ("num_key_value_heads", "num_kv_heads", "num_attention_heads", "n_head"
 class Load(NamedTuple):
     """What a step of a group computes. train: the config's section. tokens: of a row. halved:
     whether products are those of bfloat16. members: in one program. width: how many side by side,
-    at most. trained: bytes of a member's adapters. activation: bytes of a number between layers."""
+    at most. trained: bytes of a member's adapters. state: bytes of a member's adapters, constants
+    and optimiser. activation: bytes of a number between layers."""
 
     base: Base
     train: object
@@ -42,6 +44,7 @@ class Load(NamedTuple):
     members: int
     width: int
     trained: int
+    state: int
     activation: int
 
     def turns(self, shape: Shape) -> int:
@@ -210,6 +213,27 @@ def bandwidth(device: Device, inner: int, size: int) -> float:
     return min(device.link, max(1, device.linked // inner) * device.network)
 
 
+def estimate(load: Load, shape: Shape) -> float:
+    """About how many bytes a program needs on each device, one member at a time: the base, all
+    members' state, a gathered layer, and what the backward pass keeps of each layer: the outputs of
+    its kernels, or with `train.remat` "full" its input alone."""
+    widths, inside = {}, {}
+    for w in weights(load.base, shape):
+        layer = w.path.split("/")[0]
+        if w.site is not None and w.layers > 1:
+            parts = shape.tensor if "tensor" in w.axes else 1
+            inside[layer] = inside.get(layer, 0) + w.n_out * _used(load.base, w) / parts
+            widths[layer] = w.layers, min(w.n_in, widths.get(layer, (0, w.n_in))[1])
+    kept = sum(
+        layers * (width if load.train.remat == "full" else inside[layer])
+        for layer, (layers, width) in widths.items()
+    )
+    one = load._replace(members=1).tokens_on(shape) / load.train.accumulate
+    working = one * load.activation * (kept + 2 * max(inside.values(), default=0))
+    each = math.ceil(load.members / shape.member) * load.state
+    return nbytes(load.base, shape) + gathered(load.base, shape) + each + working
+
+
 def shapes(load: Load, devices: int) -> list[Shape]:
     """The meshes of so many devices that divide a part of a batch and the heads of attention; of
     fewer devices where there are not enough members for all."""
@@ -226,12 +250,17 @@ def shapes(load: Load, devices: int) -> list[Shape]:
 
 def ranked(load: Load, devices: int, device: Device) -> list[Shape]:
     """The meshes of so many devices, the fastest first by `Seconds.overlapped`; of equally fast
-    ones that with the smallest tensor and fsdp. The first that fits is the one to take."""
+    ones that with the smallest tensor and fsdp."""
 
     def order(shape):
         return float(f"{seconds(load, shape, device).overlapped:.3g}"), shape.tensor, shape.fsdp
 
     return sorted(shapes(load, devices), key=order)
+
+
+def choose(load: Load, devices: int, device: Device, fits: Callable) -> Shape | None:
+    """The fastest mesh (see `ranked`) that fits, None if none does. fits(shape) -> bool."""
+    return next(filter(fits, ranked(load, devices, device)), None)
 
 
 def _bytes(x) -> int:

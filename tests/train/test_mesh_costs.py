@@ -36,7 +36,7 @@ def load_of(members=1, quant=False, **changes):
     train.update({"batch_size": 8, "seq_len": 16} | changes)
     base = skeleton("random:tiny")
     base = quantised(base, "nf4", False) if quant else base
-    return Load(base, train, 16, False, members, members, 1000, 4)
+    return Load(base, train, 16, False, members, members, 1000, 4000, 4)
 
 
 @pytest.mark.parametrize("quant", [False, True])
@@ -117,6 +117,17 @@ def test_members_spread_first_and_the_base_is_divided_where_it_must_be():
     assert mesh_costs.ranked(load_of(8), 8, slow)[:3] == [
         Shape(8, 1, 1), Shape(4, 2, 1), Shape(2, 4, 1)
     ]  # fmt: skip
+
+
+def test_the_fastest_mesh_that_fits_is_chosen():
+    load, slow = load_of(8), DEVICES["h200"]._replace(full=1e9)
+    within = lambda most: lambda shape: mesh_costs.estimate(load, shape) <= most
+    choose = lambda most: mesh_costs.choose(load, 8, slow, within(most))
+    sizes = {shape: mesh_costs.estimate(load, shape) for shape in mesh_costs.shapes(load, 8)}
+    assert choose(max(sizes.values())) == Shape(8, 1, 1) and choose(min(sizes.values()) - 1) is None
+    assert choose(sizes[Shape(4, 2, 1)]) == Shape(4, 2, 1)
+    whole, kept = (mesh_costs.estimate(load_of(8, remat=r), Shape()) for r in ("full", "none"))
+    assert tree.nbytes(load.base.params) + 8 * load.state < whole < kept
 
 
 def test_devices_are_known_by_the_name_that_jax_has():
