@@ -529,8 +529,8 @@ def in_4_bits(where, plain):
             key, leaf = name.format(i), jax.tree.map(lambda x, i=i: x[i], coded[path])
             state = {"blocksize": leaf.block, "dtype": str(tensors[key].dtype)}
             state = json.dumps(state | {"shape": tensors[key].shape}).encode()
-            tensors[key] = np.asarray(leaf.codes)[:, None]
-            tensors[f"{key}.absmax"] = np.asarray(leaf.absmax)
+            tensors[key] = np.asarray(leaf.codes).reshape(-1, 1)
+            tensors[f"{key}.absmax"] = np.asarray(leaf.absmax).reshape(-1)
             tensors[f"{key}.quant_map"] = nf4.CODES["nf4"].values
             tensors[f"{key}.quant_state.bitsandbytes__nf4"] = np.frombuffer(state, np.uint8)
     where.mkdir()

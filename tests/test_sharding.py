@@ -109,16 +109,26 @@ def test_codes_are_divided_on_whole_rows_and_blocks(tmp_path, double):
     base = base.replace(params=coded)
     specs = specs_of(base, Shape(1, 4, 2))
     leaf = specs[next(path for path in specs if path.endswith("down/kernel"))]
-    assert leaf.codes == P(None, ("tensor", "fsdp"))
+    assert leaf.codes == P(None, "fsdp", "tensor")
     assert (leaf.absmax.codes if double else leaf.absmax) == leaf.codes
     structure = jax.tree.structure
     assert structure(sharding.specs(base.params, base.sites, Shape(1, 4, 2))) == structure(coded)
 
 
-@pytest.mark.parametrize(("n_out", "axes"), [(48, ("tensor", "fsdp")), (6, ("tensor",)), (7, None)])
-def test_outputs_of_codes_that_the_mesh_does_not_divide(n_out, axes):
-    leaf = quant.nf4.quantise(jnp.ones((64, n_out)))
-    assert leaf.specs(("fsdp", "tensor"), Shape(1, 4, 2)._asdict()).codes == P(axes)
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((512, 6), P("tensor", "fsdp")),
+        ((512, 7), P(None, "fsdp")),
+        ((320, 6), P("tensor", None)),  # five blocks
+        ((100, 32), P("tensor")),  # 16 outputs, 25 blocks: no axis of outputs
+        ((100, 30), P(None)),
+    ],
+)
+def test_codes_that_the_mesh_does_not_divide(shape, spec):
+    leaf = quant.quantise(jnp.ones(shape))
+    divided = leaf.specs(("fsdp", "tensor"), Shape(1, 4, 2)._asdict())
+    assert divided.codes == divided.absmax == spec
 
 
 def test_arrays_go_to_their_devices():

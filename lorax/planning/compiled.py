@@ -129,6 +129,7 @@ def widest_decoded(params, dtype: str) -> int:
     """Bytes of the largest quantised weight of one layer, with all its experts, when it is decoded;
     0 without any."""
     coded = [x for x in tree.flatten(params).values() if isinstance(x, quant.Quantised)]
-    experts = lambda leaf: leaf.codes.shape[1] if leaf.codes.ndim > 2 else 1  # of (L, E, bytes)
+    # Of the leading axes, (L,) or (L, E).
+    experts = lambda leaf: math.prod(leaf.shape[1 : len(leaf.shape) - len(leaf.kernel)])
     widest = max((experts(leaf) * leaf.n_in * leaf.n_out for leaf in coded), default=0)
     return widest * np.dtype(dtype).itemsize

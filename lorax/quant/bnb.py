@@ -121,7 +121,7 @@ def _leaf(name: str, where, source: hf.Source, shape: tuple) -> nf4.Quantised:
         codes = codes[first * n_in // 2 : -(-last * n_in // 2)]
         scales = scales.decoded() if nested else scales  # blocks of 256 may span several parts
         scales = scales[first * n_in // block : -(-last * n_in // block)]
-    return nf4.Quantised(jnp.asarray(codes), scales, shape, n_in, kind, block, dtype)
+    return nf4.from_flat(jnp.asarray(codes), scales, shape, kind, block, dtype)
 
 
 def _rows(part, where: str) -> tuple[int, int]:

@@ -13,7 +13,6 @@ decoded as a whole and multiplied by the library's product (`lorax.quant.packed`
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -64,13 +63,8 @@ def _folded(axis: int):
 def of_rows(x, leaf, axis: int):
     """(rows, n) -> (rows, the other) for a `nf4.Quantised` of one matrix."""
     whole = functools.partial(_whole, axis=axis)
-    tiled = functools.partial(_tiled, axis=axis) if can_tile(leaf) else whole
+    tiled = functools.partial(_tiled, axis=axis) if leaf.in_rows else whole
     return jax.lax.platform_dependent(x, leaf, cpu=tiled, default=whole)
-
-
-def can_tile(leaf) -> bool:
-    """Whether an output's weights fill whole bytes and whole blocks."""
-    return leaf.n_in % math.lcm(leaf.block, leaf.code.per_byte) == 0
 
 
 def dot(x, w, axes):

@@ -3,7 +3,9 @@
     w = table[code] * scale    scale = the largest |w| of 64 neighbours
 
 A weight (in, out) is stored as in bitsandbytes (0.50), bit for bit: the values of W (out, in) in
-order, two codes per byte, the first in the high half. The rule of bitsandbytes, checked on ties,
+order, two codes per byte, the first in the high half. Where an output's weights fill whole bytes
+and blocks, codes and scales have an axis of outputs, so that a mesh of devices can divide them by
+outputs and by inputs. The rule of bitsandbytes, checked on ties,
 blocks of zeros and tails: the code is that of the value nearest to x * (1 / s), ties go to the
 smaller value, and a short last block divides by s instead. Numbers below 1.2e-38 count as zero, as
 in XLA on a CPU.
@@ -112,8 +114,8 @@ DYNAMIC = Code(8, _dynamic_map())
 class Nested:
     """Scales in 8 bits: values[codes] * absmax + offset.
 
-    codes: uint8 (layers..., blocks). absmax: float32 (layers..., ceil(blocks / 256)). offset:
-    float32 (layers...), the mean of the scales. values: float32 (layers..., 256), the table.
+    codes: uint8, in the shape of the scales that they stand for (`Quantised.absmax`). absmax:
+    float32 (layers..., ceil(blocks / 256)). offset: float32 (layers...), the mean of the scales.
     """
 
     codes: Array
@@ -121,13 +123,13 @@ class Nested:
     offset: Array
 
     def decoded(self) -> Array:
-        """(layers..., blocks) float32."""
-        blocks = self.codes.shape[-1]
+        """The scales, float32."""
+        axes = self.codes.ndim - self.offset.ndim
+        blocks = math.prod(self.codes.shape[self.offset.ndim :])
         each = jnp.repeat(self.absmax, NESTED_BLOCK, axis=-1)[..., :blocks]
-        return (
-            _rounded(jnp.take(DYNAMIC.values, self.codes, mode="clip") * each)
-            + (self.offset[..., None])
-        )
+        each = each.reshape(self.codes.shape)
+        offset = self.offset.reshape(*self.offset.shape, *(1,) * axes)
+        return _rounded(jnp.take(DYNAMIC.values, self.codes, mode="clip") * each) + offset
 
 
 @jax.tree_util.register_dataclass
@@ -135,10 +137,12 @@ class Nested:
 class Quantised(leaves.FrozenWeight):
     """A linear layer's frozen kernel as codes. Its product: `lorax.quant.matmul`.
 
-    codes: uint8 (layers..., ceil(in out / codes in a byte)), of W (out, in) row by row.
-    absmax: the scales, float32 (layers..., ceil(in out / block)) or `Nested`.
+    codes: uint8 (layers..., out, in / codes in a byte), of W (out, in) row by row.
+    absmax: the scales, float32 (layers..., out, in / block) or `Nested`.
     kernel: (static) the kernel's own shape, its inputs' axes first. n_in: (static) their product.
     kind: (static) of `CODES`. block: (static). dtype: (static) to which decoded values are rounded.
+    Where an output's weights don't fill whole bytes and blocks (`in_rows` is False), they have no
+    axis of outputs: (layers..., ceil(in out / codes in a byte)), (layers..., ceil(in out / block)).
     """
 
     codes: Array
@@ -151,7 +155,12 @@ class Quantised(leaves.FrozenWeight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.codes.shape[:-1], *self.kernel)
+        return (*self.codes.shape[: -2 if self.in_rows else -1], *self.kernel)
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether codes and scales have an axis of outputs."""
+        return fills_rows(self.n_in, self.kind, self.block)
 
     @property
     def code(self) -> Code:
@@ -162,7 +171,7 @@ class Quantised(leaves.FrozenWeight):
         return math.prod(self.kernel) // self.n_in
 
     def scales(self) -> Array:
-        """(layers..., blocks) float32."""
+        """In the shape of `absmax`, float32."""
         return self.absmax.decoded() if isinstance(self.absmax, Nested) else self.absmax
 
     def rows_of_outputs(self) -> Array:
@@ -175,20 +184,19 @@ class Quantised(leaves.FrozenWeight):
         return jnp.swapaxes(self.rows_of_outputs(), -1, -2).reshape(self.shape)
 
     def specs(self, by, sizes):
-        """Outputs, which are rows of the codes, are divided by both axes of the mesh: by "tensor",
-        and each of these parts by "fsdp". A part has whole rows and whole blocks."""
-        axes = [axis for axis in ("tensor", "fsdp") if axis in by]
-        whole = lambda parts: (
-            not self.n_out % parts and not self.n_in * self.n_out // parts % self.block
-        )
-        while axes and not whole(math.prod(sizes[axis] for axis in axes)):
-            axes.pop()
-        parts = math.prod(sizes[axis] for axis in axes)
-        split = P(*(None,) * (self.codes.ndim - 1), tuple(axes) or None)
-        if not isinstance(self.absmax, Nested):
-            return dataclasses.replace(self, codes=split, absmax=split)
-        nested = self.absmax.codes.shape[-1] % (parts * NESTED_BLOCK) == 0
-        absmax = Nested(split, split if nested else P(), P())
+        """The kernel's rule, for parts that have whole outputs, blocks and bytes; codes without an
+        axis of outputs are divided by outputs alone. Scales of scales are replicated."""
+        ins, outs = by
+        part = lambda n, axis: n // sizes[axis] if n % sizes[axis] == 0 else 0
+        if self.in_rows:
+            whole = part(self.n_out, outs), part(self.n_in, ins)
+            whole = whole[0], fills_rows(whole[1], self.kind, self.block) and whole[1]
+            axes = [axis if n else None for axis, n in zip((outs, ins), whole, strict=True)]
+        else:
+            whole = part(self.n_out, outs) * self.n_in
+            axes = [outs if whole and fills_rows(whole, self.kind, self.block) else None]
+        split = P(*(None,) * (self.codes.ndim - len(axes)), *axes)
+        absmax = Nested(split, P(), P()) if isinstance(self.absmax, Nested) else split
         return dataclasses.replace(self, codes=split, absmax=absmax)
 
     def product(self, x, axis: int):
@@ -196,6 +204,26 @@ class Quantised(leaves.FrozenWeight):
 
     def of_rows(self, x, axis: int):
         return matmul.of_rows(x, self, axis)
+
+
+def fills_rows(n_in: int, kind: str, block: int) -> bool:
+    """Whether the weights of one output, n_in of them, fill whole bytes and whole blocks."""
+    return n_in % math.lcm(block, CODES[kind].per_byte) == 0
+
+
+def from_flat(codes, absmax, kernel: tuple[int, int], kind: str, block: int, dtype) -> Quantised:
+    """A kernel (in, out) from its codes and scales in the order of bitsandbytes.
+
+    codes: uint8 (ceil(in out / codes in a byte),). absmax: float32 (ceil(in out / block),), or
+    `Nested` with codes of that shape.
+    """
+    n_in, n_out = kernel
+    if fills_rows(n_in, kind, block):
+        rows = lambda x: x.reshape(n_out, -1)
+        codes = rows(codes)
+        nested = isinstance(absmax, Nested)
+        absmax = dataclasses.replace(absmax, codes=rows(absmax.codes)) if nested else rows(absmax)
+    return Quantised(codes, absmax, kernel, n_in, kind, block, dtype)
 
 
 # --------------------------------------------------------------------------------------- to codes
@@ -243,14 +271,13 @@ def quantise(w, kind: str = "nf4", block: int = 64, double: bool = False) -> Qua
     w, code = jnp.asarray(w), CODES[kind]
     *layers, n_in, n_out = w.shape
     stack = w.reshape(-1, n_in, n_out)
-    if n_in % block == 0:
+    if fills_rows(n_in, kind, block):
         # Several programs: in a single one XLA would recompute the scale for each number.
         scales = _scales(stack, block)
         codes = _turned(_pack(stack, scales, code, block))
         absmax = jnp.swapaxes(scales, 1, 2)
     else:
         codes, absmax = jax.lax.map(lambda matrix: _flat(matrix, code, block), stack)
-    codes, absmax = (x.reshape(len(stack), -1) for x in (codes, absmax))
     fits = jnp.all(absmax < _MOST)
     if not isinstance(fits, jax.core.Tracer) and not fits:
         raise ValueError(f"holds numbers that are not finite, or above {_MOST:.0e}")
@@ -288,7 +315,8 @@ def _pack(w, scales, code: Code, block: int):
 @jax.jit
 def _turned(words):
     """(layers, words, out) -> (layers, out, bytes) uint8. Transposes words, which is faster."""
-    return jax.lax.bitcast_convert_type(jnp.swapaxes(words, 1, 2), jnp.uint8)
+    bytes_ = jax.lax.bitcast_convert_type(jnp.swapaxes(words, 1, 2), jnp.uint8)
+    return bytes_.reshape(*bytes_.shape[:2], -1)
 
 
 def _blocks(w, block: int):
@@ -329,9 +357,11 @@ def _or_one(scale):
 
 @jax.jit
 def _nest(absmax) -> Nested:
-    offset = jnp.mean(absmax)
-    codes, outer = _nearest(DYNAMIC, absmax - offset, NESTED_BLOCK)
-    return Nested(codes, outer, offset)
+    """The scales of one layer."""
+    flat = absmax.reshape(-1)
+    offset = jnp.mean(flat)
+    codes, outer = _nearest(DYNAMIC, flat - offset, NESTED_BLOCK)
+    return Nested(codes.reshape(absmax.shape), outer, offset)
 
 
 # ------------------------------------------------------------------------------------- from codes
@@ -339,13 +369,13 @@ def _nest(absmax) -> Nested:
 
 def _decode(codes, scales, n_in: int, n_out: int, kind: str, block: int):
     """(layers..., out, in) float32."""
-    if codes.ndim > 1:
-        decode_layer = lambda c, s: _decode(c, s, n_in, n_out, kind, block)
-        return jax.vmap(decode_layer)(codes, scales)
-    n = n_in * n_out
-    values = jnp.take(jnp.asarray(pairs(kind)), codes, axis=0, mode="clip").reshape(-1)[:n]
-    each = jnp.repeat(scales, block)[:n]
-    return (values * each).reshape(n_out, n_in)
+    values = jnp.take(jnp.asarray(pairs(kind)), codes, axis=0, mode="clip")
+    values = values.reshape(*codes.shape[:-1], -1)
+    if fills_rows(n_in, kind, block):
+        return values * jnp.repeat(scales, block, axis=-1)
+    each = jnp.repeat(scales, block, axis=-1)[..., : n_in * n_out]
+    w = values[..., : n_in * n_out] * each
+    return w.reshape(*codes.shape[:-1], n_out, n_in)
 
 
 @functools.cache

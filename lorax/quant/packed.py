@@ -109,9 +109,12 @@ def placed(params, device: jax.Device, dtype) -> dict:
 
 def pack(leaf: nf4.Quantised, on: str) -> Packed:
     """The leaf in a kernel's order, with double-quantised scales as float32."""
-    repack = functools.partial(kernels(on).repack, n_in=leaf.n_in, n_out=leaf.n_out)
-    repack = jax.jit(ops.over_layers(repack, leaf.codes.ndim - 1))
-    words, scales = repack(leaf.codes, leaf.scales())
+
+    def repack(codes, scales):
+        return kernels(on).repack(codes.reshape(-1), scales.reshape(-1), leaf.n_in, leaf.n_out)
+
+    of_layers = jax.jit(ops.over_layers(repack, leaf.codes.ndim - 2))
+    words, scales = of_layers(leaf.codes, leaf.scales())
     return Packed(words, scales, leaf.kernel, leaf.n_in, leaf.kind, on)
 
 

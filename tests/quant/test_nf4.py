@@ -70,8 +70,8 @@ def test_codes_scales_and_values_are_those_of_bitsandbytes(bnb, shape, kind, blo
     codes, state = packed(bnb, np.asarray(given, np.float32), kind, block, dtype)
     # A last block of zeros that is short gets the scale 1e-38 there, zero here: zero, both of them.
     absmax = np.where(state.absmax.numpy() == np.float32(1e-38), 0, state.absmax.numpy())
-    np.testing.assert_array_equal(ours.absmax, absmax)
-    np.testing.assert_array_equal(ours.codes, codes.numpy().reshape(-1))
+    np.testing.assert_array_equal(ours.absmax.reshape(-1), absmax)
+    np.testing.assert_array_equal(ours.codes.reshape(-1), codes.numpy().reshape(-1))
     theirs = defined(codes.numpy().reshape(-1), absmax, state.code.numpy(), block, w.shape)
     if shape[0] % 64 == 0 and block < 2048:  # where the native decoder is right
         native = bnb.dequantize_4bit(codes, state).float().numpy()
@@ -108,13 +108,14 @@ def test_eight_bits_decode_as_those_of_bitsandbytes(bnb):
     w = matrix(128, 5, 3, "int8", 64)
     ours = quant.quantise(jnp.asarray(w).T, "int8")
     theirs = bnb.dequantize_blockwise(
-        torch.tensor(np.asarray(ours.codes)), absmax=torch.tensor(np.asarray(ours.absmax)),
+        torch.tensor(np.asarray(ours.codes).reshape(-1)),
+        absmax=torch.tensor(np.asarray(ours.absmax).reshape(-1)),
         code=torch.tensor(nf4.CODES["int8"].values), blocksize=64,
     )  # fmt: skip
     np.testing.assert_array_equal(ours.rows_of_outputs().reshape(-1), theirs.numpy())
     # Steps are 1/127 of a block's scale: half of one is the most that is lost.
     lost = np.abs(w.reshape(-1, 64) - np.asarray(ours.rows_of_outputs()).reshape(-1, 64))
-    assert np.all(lost <= np.asarray(ours.absmax)[:, None] * (0.5 / 127 + 1e-6))
+    assert np.all(lost <= np.asarray(ours.absmax).reshape(-1, 1) * (0.5 / 127 + 1e-6))
 
 
 @pytest.mark.parametrize("shape", [(1024, 512), (100, 77)])
@@ -126,10 +127,9 @@ def test_nested_scales_decode_as_those_of_bitsandbytes(bnb, shape):
         state.absmax, state.state2.absmax, state.offset)))  # fmt: skip
     scales = (bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset).numpy()
     np.testing.assert_array_equal(jax.jit(nf4.Nested.decoded)(absmax), scales)
-    leaf = nf4.Quantised(
-        jnp.asarray(codes.numpy().reshape(-1)), absmax, shape, shape[0], "nf4", 64, jnp.float32
-    )
-    theirs = defined(np.asarray(leaf.codes), scales, state.code.numpy(), 64, w.shape)
+    codes = jnp.asarray(codes.numpy().reshape(-1))
+    leaf = nf4.from_flat(codes, absmax, shape, "nf4", 64, jnp.float32)
+    theirs = defined(np.asarray(codes), scales, state.code.numpy(), 64, w.shape)
     np.testing.assert_array_equal(jax.jit(nf4.Quantised.rows_of_outputs)(leaf), theirs)
 
 
