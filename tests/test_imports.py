@@ -32,7 +32,7 @@ LAYERS = (
     | {"calls", "devices", "halving", "meshes", "ranges", "scales", "tree", "vocabulary", "xla"},
     {"grouped"},
     {"ops", "interop"},
-    {"leaves"},
+    {"gather", "leaves"},
     {"intercept", "interpret"},
     {"losses"},
     {"quant", "methods", "models", "sharding"},

@@ -1,9 +1,11 @@
 """Adapters to and from training: an initial state from an adapter, an adapter from a state."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import methods, ops, tree
+from lorax import gather, methods, ops, tree
 from lorax.adapters.stacking import stacks
 from lorax.interop.adapter import Adapter, Factors
 from lorax.models import Base
@@ -49,6 +51,9 @@ def _lengths_beside(base: Base, factors: dict[str, Factors]) -> dict[str, Factor
     """Rank-0 factors with the base's column lengths for unadapted layers that share a fused tensor
     with adapted ones (GPT-2's k with q and v): DoRA stores the lengths of whole modules."""
     flat, tensors, lengths = tree.flatten(base.params), {}, {}
+    squares = functools.cache(
+        lambda path: gather.by_layer(ops.column_squares, flat[path], base.sites[path])
+    )
     for layer, (path, index) in base.layers.items():  # {tensor of one layer: its parts}
         if path in base.sources:
             tensors.setdefault((base.sources[path].name, index), []).append(layer)
@@ -61,6 +66,6 @@ def _lengths_beside(base: Base, factors: dict[str, Factors]) -> dict[str, Factor
             site = base.sites[path]
             _, n_in, n_out = site.matrix_shape(flat[path].shape)
             a, b = np.zeros((n_in, 0), np.float32), np.zeros((0, n_out), np.float32)
-            m = np.asarray(jnp.sqrt(ops.column_squares(flat[path], site))[index])
+            m = np.asarray(jnp.sqrt(squares(path))[index])
             lengths[layer] = Factors(a, b, factors[adapted[0]].s, m)
     return lengths

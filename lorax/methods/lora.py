@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lorax import leaves, ops, tree
+from lorax import gather, leaves, ops, tree
 from lorax.errors import nearest
 from lorax.methods.arrays import Matrix, joined, key_for, matrices
 from lorax.methods.contract import Method, State
@@ -173,12 +173,11 @@ def _drawing(hp: dict, m: Matrix, leaf, evidence: Mapping) -> Callable:
                 else f", lorax.methods.sensitivity.evidence(..., statistics=({kind!r},))"
             )
         )
-    if m.active.any():
-        w = m.site.to_matrix(ops.dense(leaf, m.site)).astype(jnp.float32)
 
     def draw(key, index):
-        seen = {name: value[index] for name, value in evidence.items()}
-        a, b = start(key, w[index], int(m.active[index]), hp["scale"], seen)
+        w = gather.matrix(leaf, m.site, index).astype(jnp.float32)
+        seen = {name: gather.layer(value, index) for name, value in evidence.items()}
+        a, b = start(key, w, int(m.active[index]), hp["scale"], seen)
         return {"a": a, "b": b}
 
     return draw
@@ -253,7 +252,7 @@ def dora(**hp) -> Method:
         flat, ranks = tree.flatten(params), _ranks(method.hp, params, sites)
         lengths, constants = {}, {}
         for path, x in joined(*state).items():
-            squares = ops.column_squares(flat[path], sites[path])
+            squares = gather.by_layer(ops.column_squares, flat[path], sites[path])
             on = ranks[path][1] > 0 if path in ranks else np.zeros(x["s"].shape, bool)
             lengths[f"{path}/m"] = jnp.sqrt(squares)
             constants |= {f"{path}/squares": squares, f"{path}/on": jnp.asarray(on, jnp.float32)}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lorax import ops, tree
+from lorax import gather, ops, tree
 from lorax.models import Base
 
 STATISTICS = ("gradient", "moments", "covariance")
@@ -51,13 +51,17 @@ def evidence(
         if path not in base.sites:
             raise ValueError(f"paths: {path} can't be adapted; there is {', '.join(base.sites)}")
     # Quantised weights are decoded: gradients need numbers, not codes.
-    probe = lambda path: ops.dense(flat[path], base.sites[path])
+    mesh = gather.mesh_of(base.params)
+    decoded = lambda leaf, site: gather.divided(lambda leaf: ops.dense(leaf, site), mesh, leaf)
+    probe = lambda path: (
+        decoded(flat[path], base.sites[path]) if ops.is_operator(flat[path]) else flat[path]
+    )
     probes = {path: probe(path) for path in paths if "gradient" in statistics}
     for statistic in statistics:
         probes |= {} if statistic == "gradient" else _taps(base, flat, paths, statistic)
 
-    batches = jax.tree.map(jnp.asarray, dict(batches))
-    total, weight, rows = _summed(base.module, kind, flat, probes, batches)
+    batches = gather.side_by_side(jax.tree.map(jnp.asarray, dict(batches)), mesh, axis=1)
+    total, weight, rows = _summed(base.module, kind, mesh, flat, probes, batches)
     read = {
         "gradient": lambda path: base.sites[path].to_matrix(total[path] / jnp.maximum(weight, 1)),
         "moments": lambda path: total[tree.sibling(path, "moments")],
@@ -66,9 +70,13 @@ def evidence(
     return {path: {name: read[name](path) for name in statistics} for path in paths}
 
 
-@functools.partial(jax.jit, static_argnames=("module", "kind"))  # once for all seeds and members
-def _summed(module, kind, flat: dict, probes: dict, batches: dict):
-    """(the probes' gradients, weights, rows with a real token), each summed over the batches."""
+@functools.partial(jax.jit, static_argnames=("module", "kind", "mesh"))  # once for all members
+def _summed(module, kind, mesh, flat: dict, probes: dict, batches: dict):
+    """(the probes' gradients, weights, rows with a real token), each summed over the batches. mesh:
+    that the gradients are divided over, None for one device."""
+    divide = lambda x: (
+        x if mesh is None else jax.lax.with_sharding_constraint(x, gather.division(x.shape, mesh))
+    )
 
     def loss(probes, batch):
         with nn.intercept_methods(_listen(kind.real(batch))):
@@ -76,11 +84,11 @@ def _summed(module, kind, flat: dict, probes: dict, batches: dict):
 
     def add(carry, batch):
         grads, weight = jax.grad(loss, has_aux=True)(probes, batch)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        grads = jax.tree.map(lambda g: divide(g.astype(jnp.float32)), grads)
         rows = jnp.sum(jnp.any(kind.real(batch), axis=1).astype(jnp.float32))
         return jax.tree.map(jnp.add, carry, (grads, weight, rows)), None
 
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), probes)
+    zero = jax.tree.map(lambda x: divide(jnp.zeros(x.shape, jnp.float32)), probes)
     return jax.lax.scan(add, (zero, jnp.float32(0), jnp.float32(0)), batches)[0]
 
 
@@ -215,6 +223,6 @@ def spectra(evidence: Mapping[str, Mapping]) -> dict:
 
 def _gradients(evidence):
     for path, kinds in evidence.items():
-        gradients = np.asarray(kinds["gradient"])
+        gradients = kinds["gradient"]
         for index in np.ndindex(*gradients.shape[:-2]):
-            yield (path, index), gradients[index]
+            yield (path, index), np.asarray(gather.layer(gradients, index))

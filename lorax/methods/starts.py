@@ -32,6 +32,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax import gather
+
 GAMMA = 16  # LoRA-GA's default of `stable_gamma`
 RHO = 2.0  # EVA: no matrix gets more than this times the mean rank
 DAMP = 0.01  # CorDA: share of the mean of c's diagonal; doubled until c can be inverted
@@ -217,7 +219,7 @@ def explained(evidence: Mapping[str, Mapping]) -> dict:
     for path, kinds in evidence.items():
         moments = kinds["moments"]
         for index in np.ndindex(*moments.shape[:-2]):
-            shares[path, index] = np.asarray(principal(moments[index])[0])
+            shares[path, index] = np.asarray(principal(gather.layer(moments, index))[0])
     return shares
 
 

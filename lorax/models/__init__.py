@@ -1,8 +1,8 @@
 """Plain Linen modules that know nothing about adapters, and `load`."""
 
-from lorax.models.base import Base, kernels
+from lorax.models.base import Base, Kernels, kernel, kernels
 from lorax.models.custom import Model
 from lorax.models.load import load
 from lorax.models.saving import save
 
-__all__ = ["Base", "Model", "kernels", "load", "save"]
+__all__ = ["Base", "Kernels", "Model", "kernel", "kernels", "load", "save"]

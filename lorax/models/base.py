@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from flax import linen as nn
 
-from lorax import ops, tree
+from lorax import gather, ops, tree
 from lorax.interop.hf import Source
 from lorax.interop.places import Places, in_one_layer
 from lorax.models.families import FAMILIES, Traits, traits
@@ -174,13 +174,38 @@ class Base:
         return {name.format(*index): index for index in np.ndindex(*axes)}
 
 
-def kernels(base: Base) -> dict[str, np.ndarray]:
-    """{layer: (in, out) float32} of every adaptable weight.
+def kernel(base: Base, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
+    """(in, out) float32: one layer of an adaptable weight, decoded if it is quantised. index: along
+    the parameter's layer axes, as in `Base.layers`."""
+    leaf = tree.flatten(base.params)[path]
+    return np.asarray(gather.matrix(leaf, base.sites[path], index), np.float32)
+
+
+class Kernels(Mapping):
+    """{layer: (in, out) float32} of a base's adaptable weights, each read when it is asked for.
 
     Stacked weights are split: "h/attn/q/kernel" (L, in, out) gives "h/0/attn/q", "h/1/attn/q"...
+    shapes: {layer: (in, out)}, for which nothing is read.
     """
-    flat, matrices = tree.flatten(base.params), {}
-    for path, site in base.sites.items():
-        matrix = np.asarray(site.to_matrix(ops.dense(flat[path], site)), np.float32)
-        matrices |= {layer: matrix[index] for layer, index in base.layers_of(path).items()}
-    return matrices
+
+    def __init__(self, base: Base):
+        flat, self._base = tree.flatten(base.params), base
+        size = lambda path: base.sites[path].matrix_shape(flat[path].shape)[1:]
+        self.shapes = {layer: size(path) for layer, (path, _) in base.layers.items()}
+
+    def __getitem__(self, layer: str) -> np.ndarray:
+        return kernel(self._base, *self._base.layers[layer])
+
+    def __contains__(self, layer) -> bool:
+        return layer in self.shapes
+
+    def __iter__(self):
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def kernels(base: Base) -> Kernels:
+    """{layer: (in, out) float32} of every adaptable weight."""
+    return Kernels(base)

@@ -2,6 +2,7 @@
 code and no JAX."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 import lorax
 from lorax import outside
 
-Kernels = dict[str, np.ndarray]  # frozen (in, out) matrices by path ("h/0/attn/q")
+Kernels = Mapping[str, np.ndarray]  # frozen (in, out) matrices by path ("h/0/attn/q")
 
 
 def of_config(config: dict[str, Any]) -> tuple[Kernels | None, str]:
@@ -33,7 +34,7 @@ def load(name: str) -> Kernels:
     """Kernels of a shipped model, a directory or a Hub id. Raises what `models.load` raises."""
     from lorax.models import kernels, load
 
-    return {path: np.asarray(w) for path, w in kernels(load(name)).items()}
+    return kernels(load(name))
 
 
 def with_sources(name: str) -> tuple[Kernels, dict[str, Any]]:
@@ -41,7 +42,7 @@ def with_sources(name: str) -> tuple[Kernels, dict[str, Any]]:
     from lorax import models
 
     base = models.load(name)
-    return {path: np.asarray(w) for path, w in models.kernels(base).items()}, base.sources
+    return models.kernels(base), base.sources
 
 
 def here(name: str) -> str | None:

@@ -21,7 +21,14 @@ from lorax.analysis.tables.directions import (
 )
 from lorax.analysis.tables.intervention import Interventions, interventions
 from lorax.analysis.tables.learned import has_factors, sensitivity, updates
-from lorax.analysis.tables.matrices import Updates, layer_and_target, misfit, shape_of, stacks
+from lorax.analysis.tables.matrices import (
+    Updates,
+    kernel_shape,
+    layer_and_target,
+    misfit,
+    shape_of,
+    stacks,
+)
 from lorax.analysis.tables.singular_values import base_spectra, base_svds, spectra
 from lorax.analysis.tables.statistics import (
     RESERVED,
@@ -55,6 +62,7 @@ __all__ = [
     "has_factors",
     "interventions",
     "intruder_table",
+    "kernel_shape",
     "layer_and_target",
     "leading",
     "misfit",

@@ -77,10 +77,16 @@ def misfit(path: str, update: Factors | np.ndarray, kernels: Mapping[str, np.nda
     """Why an update doesn't fit its kernel; "" if it fits."""
     if path not in kernels:
         return f"{path}: adapted, but not among the base's kernels"
-    shape = shape_of(update)[:2]
-    if shape != kernels[path].shape:
-        return f"{path}: an update of {shape}, but a kernel of {kernels[path].shape}"
+    shape, known = shape_of(update)[:2], kernel_shape(kernels, path)
+    if shape != known:
+        return f"{path}: an update of {shape}, but a kernel of {known}"
     return ""
+
+
+def kernel_shape(kernels: Mapping[str, np.ndarray], path: str) -> tuple[int, int]:
+    """(in, out) of a kernel. `lorax.models.Kernels` says it without reading the weight."""
+    shapes = getattr(kernels, "shapes", None)
+    return kernels[path].shape if shapes is None else shapes[path]
 
 
 def with_base(every: dict, kernels: Mapping, svds: SVDs, keys: list) -> tuple:

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterable, Mapping
 import numpy as np
 import pandas as pd
 
-from lorax.analysis.tables.matrices import SVDs, Updates, identity, stacks
+from lorax.analysis.tables.matrices import SVDs, Updates, identity, kernel_shape, stacks
 from lorax.analysis.tables.statistics import each, numbers
 from lorax.analysis.tables.update import BUILT_IN, Update
 
@@ -43,7 +43,7 @@ def base_svds(
     """
     chosen = list(kernels) if paths is None else list(dict.fromkeys(paths))
     svds = {}
-    for keys in stacks({path: kernels[path].shape for path in chosen}):
+    for keys in stacks({path: kernel_shape(kernels, path) for path in chosen}):
         stack = np.stack([np.asarray(kernels[path], np.float64) for path in keys])
         svd = np.linalg.svd(stack, full_matrices=False)
         svds |= dict(zip(keys, zip(*svd, strict=True), strict=True))

@@ -13,6 +13,7 @@ from lorax.analysis.tables.matrices import (
     Updates,
     by_matrix,
     identity,
+    kernel_shape,
     shape_of,
     stacked,
     stacks,
@@ -57,7 +58,7 @@ def against_base(
         for kind, phi in kinds.items():
             i, j = np.arange(1, phi.shape[0] + 1)[:, None], np.arange(1, phi.shape[1] + 1)
             side = kind.removeprefix("dW ")
-            n = kernels[path].shape[0 if side == "in" else 1]
+            n = kernel_shape(kernels, path)[0 if side == "in" else 1]
             result[path][side] = phi
             result[path][f"{side} chance"] = overlap.expected_similarity(i, j, n)
     return result

@@ -171,8 +171,9 @@ def _check(given: Given, kernels: Kernels, base: str) -> None:
     """Raises ValueError if an update does not fit its kernel."""
     for path, update in given.updates.items():
         shape = tables.shape_of(update)[:2]
-        if path not in kernels or kernels[path].shape != shape:
-            has = f"is {kernels[path].shape}" if path in kernels else "is not"
+        known = tables.kernel_shape(kernels, path) if path in kernels else None
+        if known != shape:
+            has = "is not" if known is None else f"is {known}"
             raise ValueError(
                 f"{given.path}: its {path} is {shape}, which {has} in {base}; --base must be "
                 "the model that the adapter was trained on"

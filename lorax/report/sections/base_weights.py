@@ -141,7 +141,7 @@ def _announce(paths: Sequence[str], kernels: Kernels, members: int) -> None:
     """Announce a comparison that will take long, and how to shorten it."""
     seconds = 0.0
     for path in paths:
-        short, wide = sorted(kernels[path].shape)
+        short, wide = sorted(tables.kernel_shape(kernels, path))
         seconds += SVD * short**2 * wide + LEADING * 3 * members * short * wide
     seconds /= CORES
     if seconds > LONG:
@@ -173,23 +173,25 @@ def compare(
             for member, updates in updates_by_member.items()
         }
         shown_part = part(shown_updates)
-        svds = tables.base_svds(kernels, chunk)
+        w = {path: kernels[path] for path in chunk}  # read once
+        svds = tables.base_svds(w, chunk)
         phi = {
-            member: tables.against_base({member: updates}, kernels, [member], svds=svds)
+            member: tables.against_base({member: updates}, w, [member], svds=svds)
             for member, updates in shown_part.items()
             if updates
         }
         held = [row for member, by_path in phi.items() for row in _held(member, by_path)]
         rng = np.random.default_rng([0, number])
         return Compared(
-            tables.amplifications(part(members), kernels, svds),
+            tables.amplifications(part(members), w, svds),
             pd.DataFrame(held),
             {member: by_path[drawn] for member, by_path in phi.items() if drawn in by_path},
-            tables.intruder_table(shown_part, kernels, INTRUDERS_OF, rng=rng, svds=svds),
-            *tables.base_spectra({path: kernels[path] for path in chunk}, svds),
+            tables.intruder_table(shown_part, w, INTRUDERS_OF, rng=rng, svds=svds),
+            *tables.base_spectra(w, svds),
         )
 
-    stacks = list(tables.stacks({path: kernels[path].shape for path in paths}))
+    shapes = {path: tables.kernel_shape(kernels, path) for path in paths}
+    stacks = list(tables.stacks(shapes))
     with ThreadPoolExecutor(CORES) as pool:
         parts = pool.map(compare_stack, enumerate(stacks))
         parts = list(page.progress(parts, "against the base", len(stacks)))

@@ -1,0 +1,91 @@
+"""One layer of a weight on one device, also if the devices of a mesh hold parts of the weight.
+
+What reads a base's numbers outside of a compiled model, such as a start that decomposes a matrix,
+reads them by layer: no device and no host ever has more than one layer's matrix whole. With several
+processes, each gathers the same layers in the same order.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lorax import hosts, ops
+
+
+def mesh_of(tree) -> Mesh | None:
+    """The mesh of devices that hold parts of a tree's arrays; None if each array is whole on one
+    device, is no array yet (a shape, or while JAX traces), or all devices have copies of it."""
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+            if isinstance(x.sharding, NamedSharding) and not x.is_fully_replicated:
+                return x.sharding.mesh
+    return None
+
+
+def here(x):
+    """An array whole on this process's first device; itself if it is on one device already. All
+    processes must call it together."""
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array) or _is_here(x):
+        return x
+    return jnp.asarray(hosts.whole(x))
+
+
+def _is_here(x: jax.Array) -> bool:
+    return len(x.sharding.device_set) == 1 and x.is_fully_addressable
+
+
+def layer(leaf, index: tuple[int, ...]):
+    """One layer of a stacked leaf, an array or operator leaf of a base: `index` along the layer
+    axes, () for a leaf that is not stacked."""
+    return jax.tree.map(lambda x: here(x[index]) if index else here(x), leaf)
+
+
+def matrix(leaf, site: ops.Site, index: tuple[int, ...]) -> jax.Array:
+    """One layer's kernel as (in, out), decoded if it is quantised, in the dtype of its weight."""
+    alone = site._replace(stack=0)
+    return alone.to_matrix(ops.dense(layer(leaf, index), alone))
+
+
+def by_layer(function: Callable, leaf, site: ops.Site) -> jax.Array:
+    """function(leaf, site), an array with the layer axes first; of a leaf that several devices hold
+    parts of, computed for each layer alone."""
+    if mesh_of(leaf) is None:
+        return function(leaf, site)
+    axes, alone = site.matrix_shape(leaf.shape)[0], site._replace(stack=0)
+    each = [function(layer(leaf, index), alone) for index in np.ndindex(*axes)]
+    return jnp.stack(each).reshape(*axes, *each[0].shape)
+
+
+def division(shape, mesh: Mesh) -> NamedSharding:
+    """How matrices (layers..., n, m) that are computed from a base's are divided over its mesh: n
+    over fsdp and m over tensor, each if it is a multiple of the devices."""
+    spec = [None] * len(shape)
+    for axis, name in ((-2, "fsdp"), (-1, "tensor")):
+        if shape[axis] % mesh.shape[name] == 0:
+            spec[axis] = name
+    return NamedSharding(mesh, P(*spec))
+
+
+def divided(function: Callable, mesh: Mesh | None, *arguments):
+    """function(*arguments), one stack of matrices, compiled with the result's `division` over the
+    mesh; as it is without a mesh."""
+    if mesh is None:
+        return function(*arguments)
+    shape = jax.eval_shape(function, *arguments).shape
+    return jax.jit(function, out_shardings=division(shape, mesh))(*arguments)
+
+
+def side_by_side(batches: dict, mesh: Mesh | None, axis: int) -> dict:
+    """Batches on the devices that compute with a base: their rows, along `axis`, divided over the
+    mesh's members and fsdp if their number allows it. Without a mesh as they are."""
+    if mesh is None:
+        return batches
+    over = ("member", "fsdp")
+    parts = mesh.shape["member"] * mesh.shape["fsdp"]
+    rows = lambda x: over if x.shape[axis] % parts == 0 else None
+    spec = lambda x: NamedSharding(mesh, P(*(None,) * axis, rows(x)))
+    return hosts.place(batches, jax.tree.map(spec, batches))
