@@ -1,12 +1,16 @@
 """Hugging Face's model directory: config.json, model.safetensors (or shards), tokenizer.json.
 
-Weights are read in small blocks into the final arrays, so peak memory is the tree itself. The files
-are not mapped into memory: their pages would count as the process's own.
+Weights are read in small blocks into the final arrays, so peak memory is the tree itself, and only
+the parts that are asked for are read. The files are not mapped into memory: their pages would count
+as the process's own, and copying from them takes as long as reading (measured: 0.09 s for 538 MB in
+the cache, 0.08 s read).
 Only safetensors are opened: a pickled `.bin` can run code and is refused.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
+import itertools
 import math
 import os
 import reprlib
@@ -14,7 +18,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
@@ -125,73 +128,101 @@ def _weight_map(directory: Path) -> dict[str, str]:
     return where
 
 
-def tensors(directory: Path) -> dict[str, tuple]:
-    """{tensor's name: (open handle, its file)} of all safetensors files of a model directory.
+def tensors(directory: Path) -> dict[str, Stored]:
+    """{tensor's name: its place} of all safetensors files of a model directory.
 
     Raises as `weight_files`; ValueError that names a damaged file, or a tensor that is in two files
     or in another file than the index says."""
-    where = {}
+    where: dict[str, Stored] = {}
     files = weight_files(directory)
     for file in files:
-        handle = opened(file)
-        for key in handle.keys():
+        opened(file)  # raises for a damaged file
+        for key, place in stored(file).items():
             if key in where:
-                raise ValueError(f"{directory}: {key} is in {where[key][1].name} and {file.name}")
-            where[key] = handle, file
+                raise ValueError(f"{directory}: {key} is in {where[key].file.name} and {file.name}")
+            where[key] = place
     listed = {} if files == [directory / SINGLE] else _weight_map(directory)
     for key, name in listed.items():
-        if key in where and where[key][1].name != name:
+        if key in where and where[key].file.name != name:
             raise ValueError(
-                f"{directory}: {key} is in {where[key][1].name}, and {INDEX} says in {name}"
+                f"{directory}: {key} is in {where[key].file.name}, and {INDEX} says in {name}"
             )
     return where
 
 
-def read(
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parameter:
+    """A parameter in the files of a model; nothing of it is read yet.
+
+    each: {index along the stacked axes: its tensor}. twin: another tensor in the files to which
+    config.json ties the only one. dtype: of the arrays that `read` gives.
+    """
+
+    source: Source
+    each: Mapping[tuple[int, ...], Stored]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    twin: Stored | None = None
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """A block of the parameter, read by several threads. index: a slice for each axis.
+
+        Raises ValueError that names file and tensor if a file is corrupt, a number is NaN, infinite
+        or too large for the dtype, or the two tied tensors differ.
+        """
+        at = [range(n)[part] for n, part in zip(self.shape, index, strict=True)]
+        block = _aligned(tuple(map(len, at)), self.dtype)
+        stacked = self.source.axes_stacked
+        layers = itertools.product(*at[:stacked])
+        places = np.ndindex(*block.shape[:stacked])
+        pieces = [
+            piece
+            for layer, place in zip(layers, places, strict=True)
+            for piece in self._pieces(self.each[layer], block[(*place, ...)], at[stacked:])
+        ]
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            for _ in pool.map(lambda piece: self._fill(*piece), pieces):
+                pass  # raises what the thread has raised
+        return block
+
+    def _pieces(self, tensor: Stored, ours: np.ndarray, at: list[range]) -> list[tuple]:
+        """The arguments of `_fill` for a layer. ours: its block; at: positions of that."""
+        axes = self.source.axes or tuple(range(ours.ndim))
+        theirs = dict(zip(axes, at, strict=True))  # {axis of the tensor: positions along it}
+        part = self.source.part
+        if part is not None:
+            columns = range(tensor.shape[axes[-1]])[part] if isinstance(part, slice) else part
+            theirs[axes[-1]] = columns[at[-1].start : at[-1].stop]
+        turned = ours.transpose(np.argsort(axes)) if axes else ours
+        cuts = _cuts(turned.shape, tensor.dtype.itemsize)
+        index = lambda cut: [theirs[axis][where] for axis, where in enumerate(cut)]
+        return [(turned[(*cut, ...)], tensor, index(cut)) for cut in cuts]
+
+    def _fill(self, ours: np.ndarray, tensor: Stored, index: list) -> None:
+        """Fill a piece of a block. index: its positions in the tensor."""
+        value = tensor.read(index)
+        check_weight(value, tensor.key, tensor.file, self.dtype)
+        if self.twin is not None and not np.array_equal(value, self.twin.read(index)):
+            raise _differ(tensor, self.twin)
+        ours[...] = value
+
+
+def parameters(
     directory: Path,
     sources: Mapping[str, Source],
     shapes: Mapping[str, tuple],
     dtype=jnp.float32,
     optional: Collection[str] = (),
-) -> dict[str, jax.Array]:
-    """{path: array} of the parameters in `sources`, in `dtype`, read in blocks by several threads.
+) -> dict[str, Parameter]:
+    """{path: `Parameter`} of the parameters in `sources`, to be read in `dtype`.
 
     shapes: {path: expected shape}; leading axes of layers and experts are filled from one tensor
     for each.
     optional: paths that may be missing from the files, or have another shape there (a classifier
     with other classes); they are then missing from the result.
-    Raises ValueError that names file and tensor if shapes disagree, a file is corrupt, a number is
-    NaN, infinite or too large for `dtype`, or two tied tensors differ.
-
-    On a CPU the arrays are the memory that the files are read into. Another device gets a copy, one
-    parameter after the other.
+    Raises ValueError that names file and tensor if shapes disagree or a file is corrupt.
     """
-    params = {}
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        for path, (source, found) in _find(directory, sources, shapes, optional).items():
-            leaf = _aligned(tuple(shapes[path]), np.dtype(dtype))
-            parts = [
-                (leaf[(*index, ...)], tensor, rows)
-                for index, tensor in found.items()
-                for rows in _cuts(tensor, _rows(source, tensor))
-            ]
-            for _ in pool.map(lambda part, source=source: _fill(source, *part), parts):
-                pass  # raises what the thread has raised
-            params[path] = jax.device_put(leaf, may_alias=True)
-    return params
-
-
-def _find(
-    directory: Path,
-    sources: Mapping[str, Source],
-    shapes: Mapping[str, tuple],
-    optional: Collection[str],
-) -> dict[str, tuple[Source, dict]]:
-    """{path: (its place, {index along the stacked axes: its tensor})} of the parameters in
-    `sources`, checked. Arguments and errors as for `read`."""
-    where: dict[str, Stored] = {}
-    for file in dict.fromkeys(file for _, file in tensors(directory).values()):
-        where |= stored(file)
+    where = tensors(directory)
     sources = {path: stored_place(source, where) for path, source in sources.items()}
     widths: dict[str, int] = {}  # of fused tensors
     for source in sources.values():
@@ -215,8 +246,6 @@ def _find(
             raise ValueError(
                 f"{tensor.file}: {key} has shape {tensor.shape}, config.json says {right}"
             )
-        if source.tied in where and source.tied != key:
-            _check_equal(tensor, where[source.tied].checked())
         return tensor
 
     found = {}
@@ -228,8 +257,26 @@ def _find(
             for index in np.ndindex(*stack)
         }
         if None not in each.values():
-            found[path] = source, each
+            twin = _twin(source, each, where)
+            found[path] = Parameter(source, each, (*stack, *shape), np.dtype(dtype), twin)
     return found
+
+
+def _twin(source: Source, each: Mapping, where: Mapping[str, Stored]) -> Stored | None:
+    """The tensor that config.json ties to a parameter's only one, if the files have both."""
+    if source.tied not in where or each[()].key == source.tied:
+        return None
+    twin = where[source.tied].checked()
+    if twin.shape != each[()].shape:
+        raise _differ(each[()], twin)
+    return twin
+
+
+def _differ(tensor: Stored, twin: Stored) -> ValueError:
+    return ValueError(
+        f"{tensor.file}: {twin.key} differs from {tensor.key}, to which config.json ties it; "
+        "tie_word_embeddings must be false there"
+    )
 
 
 def _aligned(shape: tuple, dtype: np.dtype) -> np.ndarray:
@@ -240,51 +287,15 @@ def _aligned(shape: tuple, dtype: np.dtype) -> np.ndarray:
     return memory[first : first + size].view(dtype).reshape(shape)
 
 
-def _cuts(tensor: Stored, rows: range) -> list[range]:
-    """Rows of a tensor in blocks of `BLOCK` bytes."""
-    many = max(1, BLOCK // tensor.row)
-    return [rows[i : i + many] for i in range(0, len(rows), many)]
-
-
-def _rows(source: Source, tensor: Stored) -> range:
-    """The rows of a tensor that hold our part of it."""
-    rows = range(tensor.rows)
-    whole = not _parts_rows(source, tensor) or not isinstance(source.part, slice)
-    return rows if whole else rows[source.part]
-
-
-def _parts_rows(source: Source, tensor: Stored) -> bool:
-    """Whether our part of a fused tensor, some of our last axis, is some of its rows."""
-    return source.part is not None and (source.axes or range(len(tensor.shape)))[-1] == 0
-
-
-def _fill(source: Source, leaf: np.ndarray, tensor: Stored, rows: range) -> None:
-    """Fill a layer of a parameter with some rows of its tensor."""
-    block = tensor.read(rows)
-    check_weight(block, tensor.key, tensor.file, leaf.dtype)
-    leaf, axes = np.atleast_1d(leaf), source.axes or tuple(range(block.ndim))
-    value, ours = block.transpose(axes), slice(rows.start, rows.stop)
-    if not _parts_rows(source, tensor):
-        value = value if source.part is None else value[..., source.part]
-    elif isinstance(source.part, slice):
-        begin = source.part.start or 0
-        ours = slice(rows.start - begin, rows.stop - begin)
-    else:
-        ours = np.flatnonzero((source.part >= rows.start) & (source.part < rows.stop))
-        value = value[..., source.part[ours] - rows.start]
-    leaf[(*[slice(None)] * axes.index(0), ours)] = value
-
-
-def _check_equal(tensor: Stored, twin: Stored) -> None:
-    """Raises ValueError if the files of a tied model have two different weights."""
-    if tensor.shape != twin.shape or not all(
-        np.array_equal(tensor.read(rows), twin.read(rows))
-        for rows in _cuts(tensor, range(tensor.rows))
-    ):
-        raise ValueError(
-            f"{tensor.file}: {twin.key} differs from {tensor.key}, to which config.json ties it; "
-            "tie_word_embeddings must be false there"
-        )
+def _cuts(shape: tuple[int, ...], itemsize: int) -> list[tuple[slice, ...]]:
+    """An array with numbers of `itemsize` bytes, cut along its first axes into blocks of at most
+    `BLOCK` bytes: a slice for each axis."""
+    if not shape:
+        return [()]
+    row = math.prod(shape[1:]) * itemsize
+    many = max(1, BLOCK // row)
+    inner = _cuts(shape[1:], itemsize) if row > BLOCK else [tuple(slice(n) for n in shape[1:])]
+    return [(slice(i, i + many), *rest) for i in range(0, shape[0], many) for rest in inner]
 
 
 def stored_place(source: Source, where: Collection[str]) -> Source:
@@ -320,7 +331,7 @@ def dtypes(
         source = stored_place(source, where)
         layers = np.ndindex(*shapes[path][: source.axes_stacked])
         keys = [key for index in layers if (key := _key(source, index, where)) is not None]
-        kinds = {where[key][0].get_slice(key).get_dtype() for key in keys}
+        kinds = {where[key].kind for key in keys}
         if kinds and kinds <= _DTYPES.keys():
             result[path] = np.dtype(functools.reduce(jnp.promote_types, map(_DTYPES.get, kinds)))
     return result
@@ -330,9 +341,8 @@ def images(directory: Path) -> dict[str, np.ndarray]:
     """{name: tensor} of the part of a model that reads images, as stored; {} for a model of text.
     Raises ValueError for one that is stored as something other than floats."""
     return {
-        key: tensor.checked().read(range(tensor.rows)).reshape(tensor.shape)
-        for file in weight_files(directory)
-        for key, tensor in stored(file).items()
+        key: tensor.checked().read()
+        for key, tensor in tensors(directory).items()
         if key.startswith(IMAGES)
     }
 

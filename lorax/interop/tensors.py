@@ -4,9 +4,10 @@ Nothing is unpickled. Types other than floats of at least 16 bits, NaN and infin
 that names file and tensor.
 """
 
+import itertools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import ml_dtypes  # gives numpy the bfloat16 that safetensors returns
@@ -22,6 +23,8 @@ FLOATS = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
 }
+#: And of codes of weights.
+CODES = {"U8": np.uint8}
 
 
 def opened(file: str | os.PathLike):
@@ -41,13 +44,14 @@ def opened(file: str | os.PathLike):
 
 class Stored(NamedTuple):
     """A tensor in a safetensors file. kind: its type as safetensors call it; start: where its
-    numbers begin in the file, in bytes."""
+    numbers begin in the file, size: how many they are, both in bytes."""
 
     file: str | os.PathLike
     key: str
     kind: str
     shape: tuple[int, ...]
     start: int
+    size: int
 
     def checked(self) -> "Stored":
         """The same tensor. Raises ValueError if it holds no floats of at least 16 bits."""
@@ -56,27 +60,61 @@ class Stored(NamedTuple):
         return self
 
     @property
-    def rows(self) -> int:
-        """Length of the first axis, 1 without axes."""
-        return self.shape[0] if self.shape else 1
+    def dtype(self) -> np.dtype:
+        """Raises ValueError for a type that holds neither floats of at least 16 bits nor codes."""
+        if self.kind not in FLOATS | CODES:
+            raise _no_weight(self.file, self.key, self.kind)
+        return np.dtype((FLOATS | CODES)[self.kind])
 
-    @property
-    def row(self) -> int:
-        """Bytes of one row, an element of the first axis."""
-        return math.prod(self.shape[1:]) * np.dtype(FLOATS[self.kind]).itemsize
+    def as_bytes(self) -> "Stored":
+        """Its bytes, (size,) uint8, whatever its type is."""
+        return self._replace(kind="U8", shape=(self.size,))
 
-    def read(self, rows: range) -> np.ndarray:
-        """Some rows of a tensor of floats, (rows, ...), as they are stored. Raises ValueError if
-        the file ends before."""
-        buffer = np.empty(len(rows) * self.row, np.uint8)
-        part = memoryview(buffer)
+    def flat(self) -> "Stored":
+        """Its numbers in order, (n,)."""
+        return self._replace(shape=(math.prod(self.shape),))
+
+    def read(self, index: Sequence[Sequence[int]] | None = None) -> np.ndarray:
+        """The numbers at `index`, as they are stored; only they are read.
+
+        index: for each axis, the positions along it, a range or an array; None for all numbers.
+        Raises ValueError if the file ends before.
+        """
+        index = [range(n) for n in self.shape] if index is None else index
+        out = np.empty(tuple(map(len, index)), self.dtype)
+        part = memoryview(out.reshape(-1).view(np.uint8))
         with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.start + rows.start * self.row)
-            while part and (read := file.readinto(part)):
-                part = part[read:]
-        if part:
-            raise ValueError(f"{self.file}: it ends within {self.key}")
-        return buffer.view(FLOATS[self.kind]).reshape(len(rows), *self.shape[1:])
+            for first, size in self._runs(index):
+                file.seek(self.start + first * out.itemsize)
+                end = size * out.itemsize
+                while end and (read := file.readinto(part[:end])):
+                    part, end = part[read:], end - read
+                if end:
+                    raise ValueError(f"{self.file}: it ends within {self.key}")
+        return out
+
+    def _runs(self, index: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
+        """(first number, how many) of the stretches of the file that hold the numbers at `index`,
+        in order."""
+        if not self.shape:
+            yield 0, 1
+            return
+        pairs = enumerate(zip(index, self.shape, strict=True))
+        parted = [i for i, (at, n) in pairs if isinstance(at, np.ndarray) or len(at) < n]
+        last = max(parted, default=0)  # the axes after it are whole
+        *steps, step = (math.prod(self.shape[axis + 1 :]) for axis in range(last + 1))
+        runs = _neighbours(index[last])
+        for outer in itertools.product(*index[:last]):
+            first = sum(i * width for i, width in zip(outer, steps, strict=True))
+            for run in runs:
+                yield first + run[0] * step, len(run) * step
+
+
+def _neighbours(positions: Sequence[int]) -> list[Sequence[int]]:
+    """Positions in stretches of neighbours."""
+    if isinstance(positions, range):
+        return [positions]
+    return np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
 
 
 def stored(file: str | os.PathLike) -> dict[str, Stored]:
@@ -85,13 +123,13 @@ def stored(file: str | os.PathLike) -> dict[str, Stored]:
     with open(file, "rb") as handle:
         size = int.from_bytes(handle.read(8), "little")
         header = parse_json(handle.read(size).decode(), file)
-    return {
-        key: Stored(
-            file, key, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
-        )
-        for key, entry in header.items()
-        if key != "__metadata__"
-    }
+    tensors = {}
+    for key, entry in header.items():
+        if key != "__metadata__":
+            start, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            tensors[key] = Stored(file, key, entry["dtype"], shape, 8 + size + start, end - start)
+    return tensors
 
 
 def weight(stored, key: str, file: str | os.PathLike):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -13,7 +13,7 @@ from lorax import fields, intercept, memory, outside, tree, vocabulary
 from lorax.errors import nearest
 from lorax.files import read_json
 from lorax.interop import hf
-from lorax.models import custom, decoder_families
+from lorax.models import custom, decoder_families, streaming
 from lorax.models.base import Base
 from lorax.models.directories import find
 from lorax.models.families import FAMILIES, WHOLE, traits
@@ -28,8 +28,13 @@ DESCRIBED = {
 }
 CODED = {"load_in_4bit": fields.FLAG, "quant_method": fields.TEXT}
 
+#: (params as shapes, sites) -> the tree of the params' shardings, such as `sharding.shardings`.
+Place = Callable[[dict, Mapping], dict]
 
-def load(name, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
+
+def load(
+    name, dtype: str = "float32", param_dtype=jnp.float32, place: Place | None = None, **run
+) -> Base:
     """Load a base model.
 
     name: a shipped model ("gpt2-nano"), a directory in Hugging Face's layout, or a Hub id. With
@@ -37,9 +42,12 @@ def load(name, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
     from seed 0, or from seed 3 for "random:mnist-fc@3"; this also works for the names that
     `shapes.architecture` knows. A function that returns a Linen module, or its name
     "FILE.py:function", is a model of your own (`models.custom`).
-    dtype: of the computation. param_dtype: of the weights. run: further fields of the family's
-    Config: how to run it (`remat`, `unroll`) or, for an encoder, its head (`head="classification"`,
-    `labels=2`; initialised at random if the files have none); for a function, its arguments.
+    dtype: of the computation. param_dtype: of the weights. place: (shapes of the params, sites) ->
+    tree of shardings, to divide the weights over devices (`lorax.sharding`); the same numbers, and
+    no process reads or holds more than its devices' parts. None: JAX's default device. run: further
+    fields of the family's Config: how to run it (`remat`, `unroll`) or, for an encoder, its head
+    (`head="classification"`, `labels=2`; initialised at random if the files have none); for a
+    function, its arguments.
 
     Raises ValueError or FileNotFoundError that names what was given and what is expected,
     MemoryError if the weights do not fit into memory.
@@ -51,28 +59,37 @@ def load(name, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:
     base, directory, init = _build(name, not random, dtype, param_dtype, run)
     base = base.replace(vocabulary=_vocabulary(base, directory))
     if random:
-        _check_room(name, jax.tree.leaves(base.params))
-        params = jax.tree.map(lambda x: x.astype(param_dtype), jax.jit(init)())
+        shardings = place(base.params, base.sites) if place else None
+        _check_room(name, base.params, shardings)
+        params = streaming.drawn(init, shardings)
+        params = jax.tree.map(lambda x: x.astype(param_dtype), params)
         return base.replace(params=params, hashed=lambda: "random")
     files = {file: _version(file) for file in hf.weight_files(directory)}
-    params, fresh = _read(base, directory, param_dtype, init)
+    params, fresh = _read(base, directory, param_dtype, init, place)
     hashed = functools.cache(lambda: _sha256(files))
     return base.replace(params=params, hashed=hashed, fresh=fresh, directory=directory)
 
 
-def _read(base: Base, directory: Path, param_dtype, init) -> tuple[dict, tuple[str, ...]]:
+def _read(
+    base: Base, directory: Path, param_dtype, init, place: Place | None
+) -> tuple[dict, tuple[str, ...]]:
     """(params from the files, paths of a head that they lack and that `init` initialises)."""
-    arrays = tree.flatten(base.params)
-    shapes = {path: x.shape for path, x in arrays.items()}
+    described = tree.flatten(base.params)
+    shapes = {path: x.shape for path, x in described.items()}
     head = tuple(path for path in shapes if path.startswith("head/"))
-    flat = bnb.read(directory, base.sources, shapes)
+    flat = bnb.parameters(directory, base.sources, shapes)
     _check_size(base, directory)
     rest = {path: source for path, source in base.sources.items() if path not in flat}
-    _check_room(base.name, [arrays[path] for path in rest])
-    flat |= hf.read(directory, rest, shapes, param_dtype, optional=head)
+    flat |= hf.parameters(directory, rest, shapes, param_dtype, optional=head)
     fresh = tuple(path for path in head if path not in flat)
+    described = tree.unflatten(described | tree.shapes(flat))
+    shardings = place(described, base.sites) if place else None
+    _check_room(base.name, described, shardings)
+    placed = tree.flatten(shardings) if place else {}
+    flat = {path: streaming.placed(x, placed.get(path)) for path, x in flat.items()}
     if fresh:
-        drawn = tree.flatten(jax.jit(lambda: init()["head"])())
+        drawn = streaming.drawn(lambda: init()["head"], shardings and shardings["head"])
+        drawn = tree.flatten(drawn)
         flat |= {path: drawn[path.removeprefix("head/")].astype(param_dtype) for path in fresh}
     return tree.unflatten({path: flat[path] for path in shapes}), fresh
 
@@ -172,11 +189,11 @@ def config_of(name: str, raw: Mapping, **run):
         raise ValueError(f"base: {name}: {error}") from None
 
 
-def _check_room(name: str, arrays) -> None:
-    """Raises MemoryError if the weights don't fit; allocates nothing. arrays: their shapes."""
-    needs, free = tree.nbytes(arrays), memory.free()
+def _check_room(name: str, params, shardings=None) -> None:
+    """Raises MemoryError if the weights don't fit; allocates nothing. params: their shapes."""
+    needs, free = tree.nbytes(params), memory.free()
     if needs > free.bytes:
-        stored = arrays[0].dtype.name
+        stored = jax.tree.leaves(params)[0].dtype.name
         smaller = ", or param_dtype=bfloat16" * (stored == "float32")
         raise MemoryError(
             f"base: {name} has {needs / 1e9:.2f} GB of weights in {stored} and "

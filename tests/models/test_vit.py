@@ -14,7 +14,7 @@ import lorax
 from lorax import intercept, methods, tree
 from lorax.files import read_json
 from lorax.interop import hf
-from lorax.models import vit
+from lorax.models import streaming, vit
 
 TINY = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=36)
 TINY |= dict(image_size=12, patch_size=4)
@@ -56,8 +56,8 @@ def read(directory, **run):
     shapes = tree.flatten(jax.eval_shape(init, vit.example(config))["params"])
     shapes = {path: leaf.shape for path, leaf in shapes.items()}
     head = [path for path in shapes if path.startswith("head/")]
-    flat = hf.read(directory, vit.hf_tensors(config), shapes, optional=head)
-    return module, tree.unflatten(flat)
+    flat = hf.parameters(directory, vit.hf_tensors(config), shapes, optional=head)
+    return module, streaming.placed(tree.unflatten(flat))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

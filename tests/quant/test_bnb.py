@@ -118,7 +118,7 @@ def test_damaged_states_are_refused(saved, tmp_path):
         "absmax: 3 scales; expected 64": lambda t: t.update(
             {f"{name}.absmax": t[f"{name}.absmax"][:3]}
         ),
-        "absmax: int8 with 1 scales of their own; expected uint8": lambda t: t.update(
+        "absmax: I8 with 1 scales of their own; expected U8 with one": lambda t: t.update(
             {f"{name}.absmax": t[f"{name}.absmax"].view(np.int8)}
         ),
         "nested_absmax: NaN or infinity in it": lambda t: t[f"{name}.nested_absmax"].fill(np.nan),

@@ -1,0 +1,56 @@
+"""Arrays that are read block by block to where they belong: a process reads the blocks that its
+devices hold, and never has more than two of them beside the arrays."""
+
+from typing import Protocol
+
+import jax
+import numpy as np
+
+
+class Readable(Protocol):
+    """An array that is not in memory. read(index) -> its block there, for one slice an axis."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray: ...
+
+
+def array(source: Readable, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
+    """The array of a source, on the devices of a sharding; None: on JAX's default device.
+
+    A block that several devices of this process hold is read once. On a CPU the array is the memory
+    that was read into; other devices get a copy.
+    """
+    if sharding is None:
+        return jax.device_put(source.read((slice(None),) * len(source.shape)), may_alias=True)
+    where = sharding.addressable_devices_indices_map(source.shape)
+    devices: dict[tuple, list] = {}  # of each block
+    for device, index in where.items():
+        block = tuple(part.indices(n)[:2] for part, n in zip(index, source.shape, strict=True))
+        devices.setdefault(block, []).append(device)
+    held, before = {}, None
+    for block, places in devices.items():
+        values = source.read(tuple(slice(*ends) for ends in block))
+        copies = [jax.device_put(values, device, may_alias=True) for device in places]
+        held |= dict(zip(places, copies, strict=True))
+        jax.block_until_ready(before)  # its host memory is free
+        before = copies
+    shards = [held[device] for device in where]
+    return jax.make_array_from_single_device_arrays(source.shape, sharding, shards)
+
+
+def placed(source, sharding=None):
+    """A tree of sources as arrays. sharding: a tree of them, None for the default device."""
+    if sharding is None:
+        return jax.tree.map(array, source)
+    return jax.tree.map(array, source, sharding)
+
+
+def drawn(init, shardings=None):
+    """The tree of arrays that init() draws. shardings: a tree of them, None for the default device.
+
+    The numbers are the same on any devices: with JAX's threefry in its partitionable form, which is
+    the default, each is a function of the key and of its place in the array.
+    """
+    return jax.jit(init, out_shardings=shardings)()

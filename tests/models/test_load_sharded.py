@@ -1,0 +1,146 @@
+"""A base is read straight into the parts that a mesh of devices divides it into."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import lorax
+from lorax import models, quant, sharding, tree
+from lorax.interop import hf, tensors
+
+SIZES = dict(
+    vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+    num_attention_heads=4, num_key_value_heads=2,
+)  # fmt: skip
+CODED = SIZES | dict(
+    hidden_size=256, intermediate_size=512, quantization_config={"load_in_4bit": True}
+)  # of 64 neighbours for each of the devices
+FIELDS = {
+    "llama": dict(model_type="llama", tie_word_embeddings=False) | SIZES,
+    "tied": dict(model_type="llama", tie_word_embeddings=True) | SIZES,
+    "gpt2": dict(model_type="gpt2", vocab_size=64, n_positions=16, n_embd=64, n_layer=2, n_head=4),
+    "phi3": dict(model_type="phi3", pad_token_id=0) | SIZES,
+    "falcon": dict(
+        model_type="falcon", vocab_size=64, hidden_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True,
+    ),
+    "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2) | SIZES,
+    "coded": dict(model_type="llama") | CODED,
+    "coded phi3": dict(model_type="phi3", pad_token_id=0) | CODED,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """stored(name) -> a directory with random weights, in 4 bits where the name says so."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            directory = made[name] = tmp_path_factory.mktemp("stored")
+            (directory / "config.json").write_text(json.dumps(FIELDS[name]))
+            models.save(directory, lorax.load(f"random:{directory}"))
+            (directory / "config.json").write_text(json.dumps(FIELDS[name]))
+            if "coded" in name:
+                in_4_bits(directory)
+        return made[name]
+
+    return make
+
+
+def in_4_bits(directory):
+    """Replace the linear layers' weights by codes, as bitsandbytes stores them."""
+    held = {}
+    for name, weight in load_file(directory / hf.SINGLE).items():
+        held[name] = weight
+        if name.endswith("proj.weight"):
+            leaf = quant.quantise(weight.T, double=True)
+            nested = leaf.absmax
+            state = dict(blocksize=64, dtype="float32", shape=weight.shape, nested_blocksize=256)
+            state = json.dumps(state | {"nested_offset": float(nested.offset)}).encode()
+            held[name] = np.asarray(leaf.codes).reshape(-1, 1)
+            held |= {
+                f"{name}.absmax": np.asarray(nested.codes).reshape(-1),
+                f"{name}.nested_absmax": np.asarray(nested.absmax),
+                f"{name}.nested_quant_map": quant.nf4.DYNAMIC.values,
+                f"{name}.quant_map": quant.CODES["nf4"].values,
+                f"{name}.quant_state.bitsandbytes__nf4": np.frombuffer(state, np.uint8),
+            }
+    save_file(held, directory / hf.SINGLE)
+
+
+def places(text):
+    """How `load` is told to divide a base over a mesh of the devices."""
+    mesh = sharding.mesh(sharding.parse(text))
+    return lambda params, sites: sharding.shardings(params, sites, mesh)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Bytes of each read from a file, in order."""
+    seen, read = [], tensors.Stored.read
+
+    def counted(self, index=None):
+        value = read(self, index)
+        seen.append(value.nbytes)
+        return value
+
+    monkeypatch.setattr(tensors.Stored, "read", counted)
+    return seen
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Bytes of every buffer that a parameter is read into."""
+    seen, aligned = [], hf._aligned
+
+    def counted(shape, dtype):
+        seen.append(int(np.prod(shape)) * dtype.itemsize)
+        return aligned(shape, dtype)
+
+    monkeypatch.setattr(hf, "_aligned", counted)
+    return seen
+
+
+def assert_same(loaded, expected):
+    pairs = jax.tree.leaves(loaded.params), jax.tree.leaves(expected.params)
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(expected.params)
+    for ours, theirs in zip(*pairs, strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_shards_hold_what_load_gives_and_every_byte_is_read_once(name, stored, reads, blocks):
+    directory = str(stored(name))
+    expected = lorax.load(directory)
+    alone = sum(reads)
+    reads.clear(), blocks.clear()
+    place = places("fsdp=4,tensor=2")
+    base = lorax.load(directory, place=place)
+    assert alone <= sum(reads) <= 1.01 * alone  # a scale of scales may serve two blocks
+    assert_same(base, expected)
+    planned = jax.tree.leaves(place(tree.shapes(expected.params), expected.sites))
+    largest = 0
+    for leaf, at in zip(jax.tree.leaves(base.params), planned, strict=True):
+        assert leaf.sharding == at
+        part = int(np.prod(at.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        assert {shard.data.nbytes for shard in leaf.addressable_shards} == {part}
+        largest = max(largest, part)
+    assert max(blocks) <= largest < tree.nbytes(base.params) / 8
+    per_device = sum(
+        leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(base.params)
+    )
+    assert per_device < 0.2 * tree.nbytes(base.params)
+
+
+def test_a_block_that_several_devices_hold_is_read_once(stored, reads):
+    directory = str(stored("llama"))
+    expected = lorax.load(directory)
+    reads.clear()
+    base = lorax.load(directory, place=places("member=2,fsdp=4"))
+    assert sum(reads) == tree.nbytes(expected.params)
+    assert_same(base, expected)
