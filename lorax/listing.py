@@ -7,7 +7,8 @@
 The first line of a run is its directory. "interrupted" is a run that no process continues: repeat
 its command. The best setting is that of analysis/answer.json or, before there is one, the member
 with the lowest evaluation loss so far. What was set on the command line is shown where the
-directory's name does not say it.
+directory's name does not say it. Of a launched run (`lorax.launch`) that is not done, the state of
+its parts is shown: waiting, running, trying again, done, failed.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from typing import Any
 from lorax import rundir
 from lorax.errors import fail, reason
 from lorax.files import read_json
+from lorax.launching import state as launched
 
 DEPTH = 3  # folders below a DIR in which runs are looked for
 WIDTH = 80  # columns, if the output is no terminal
@@ -75,7 +77,7 @@ def describe(directory: Path) -> dict[str, Any]:
     to it, or "damaged"; changed, when (ISO 8601, local time); problem, why it is damaged or has
     stopped; members, {"total", "done", "diverged", "stopped"}; seconds, wall clock of all starts;
     best, {"setting", "metric", "split", "value"} or None; set, {"train.lr": text} as on the command
-    line; command.
+    line; command; parts, of a launched run, each as `launching.state.read` says.
     """
     files = [path for name in rundir.FILES if (path := directory / name).exists()]
     changed = datetime.fromtimestamp(max(path.stat().st_mtime for path in files))
@@ -83,7 +85,14 @@ def describe(directory: Path) -> dict[str, Any]:
     try:
         return found | _read(directory)
     except Exception as error:  # whatever a file has in it, the other runs are listed
-        blank = {"members": {}, "seconds": None, "best": None, "set": {}, "command": ""}
+        blank = {
+            "members": {},
+            "seconds": None,
+            "best": None,
+            "set": {},
+            "command": "",
+            "parts": [],
+        }
         return found | blank | {"state": "damaged", "problem": reason(error)}
 
 
@@ -96,7 +105,11 @@ def _read(directory: Path) -> dict[str, Any]:
     state = status.get("state", "running")
     if state == "running" and not rundir.is_locked(directory):
         state = "interrupted"
-    rows = status.get("members", {})
+    rows, parts = status.get("members", {}), launched.read_all(directory)
+    if state in (*rundir.UNFINISHED, "interrupted"):  # what the parts have is not merged yet
+        for part in parts:
+            of = rundir.read_status(directory / rundir.PARTS / str(part["part"]))
+            rows = rows | of.get("members", {})
     count = lambda word: sum(row.get("status") == word for row in rows.values())
     return {
         "state": state,
@@ -107,6 +120,7 @@ def _read(directory: Path) -> dict[str, Any]:
         "best": _best(directory, state, members, rows),
         "set": overrides(command),
         "command": command,
+        "parts": parts,
     }
 
 
@@ -174,7 +188,39 @@ def _facts(run: dict[str, Any]) -> list[str]:
     gone = [f"{n} {word}" for word in ("diverged", "stopped") if (n := count.get(word))]
     if gone:
         facts.append(f"  members: {', '.join(gone)}")
-    return facts + [f"  {run['problem']}"] * bool(run["problem"])
+    facts += [f"  {run['problem']}"] * bool(run["problem"])
+    return facts + (_parts(run["parts"]) if run["state"] not in ("trained", "finished") else [])
+
+
+def _parts(parts: list[dict[str, Any]]) -> list[str]:
+    """The lines of a launched run's parts: those that are done or wait together, the others one by
+    one."""
+    facts = []
+    for state in ("done", "waiting"):
+        if numbers := [part["part"] for part in parts if part["state"] == state]:
+            facts.append(f"  part{'s' * (len(numbers) > 1)} {_ranges(numbers)}: {state}")
+    for part in parts:
+        where = f" on {part['host']}" if part["host"] else ""
+        if part["state"] == "running":
+            facts.append(f"  part {part['part']}: running{where}")
+        elif part["state"] == "again":
+            why = f": {part['reason']}" if part["reason"] else ""
+            tries = part["tries"] + (not where)
+            facts.append(f"  part {part['part']}: trying again{where}, worker {tries}{why}")
+        elif part["state"] == "failed":
+            facts.append(f"  part {part['part']}: failed: {part['reason']}")
+    return facts
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers in short: "0-3, 5"."""
+    runs = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
 
 
 def _cut(line: str, width: int) -> str:

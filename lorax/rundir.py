@@ -8,6 +8,7 @@ adapters/MEMBER/      what a member has learned; LoRA factors in PEFT's format
 rows/MEMBER.npz       losses and scores of a member's test rows, before and after training
 texts/MEMBER.jsonl    the prompts that a member completed after training
 texts/base.jsonl      the same prompts, completed by the base without an adapter
+parts/I/              what one worker of `lorax.launch` has trained, as a run directory of its own
 checkpoints/PART/     the last two checkpoints of the members trained in one program
 trajectory/PART/      spectra of their updates, one file per evaluation
 analysis/answer.json  the sweep's answer: which setting, and how sure that is
@@ -41,10 +42,12 @@ CONFIG, MEMBERS, METRICS = "config.json", "members.jsonl", "metrics.jsonl"
 STATUS, REPORT, ERRORS, LOCK = "status.json", "report.html", "errors.txt", ".lock"
 ADAPTERS, ROWS, TEXTS = "adapters", "rows", "texts"
 CHECKPOINTS, TRAJECTORY = "checkpoints", "trajectory"
+PARTS, PART = "parts", "part.json"  # of a run that was launched; `lorax.launching.parts`
 BASE = "base"  # in place of a member's number, for the texts of the base itself
 ANALYSIS, FIGURES, TENSORBOARD, TRACK = "analysis", "figures", "tb", "track"
 FILES = (LOCK, CONFIG, MEMBERS, METRICS, STATUS, REPORT)
-FOLDERS = (ADAPTERS, ANALYSIS, CHECKPOINTS, FIGURES, ROWS, TENSORBOARD, TEXTS, TRACK, TRAJECTORY)
+FOLDERS = (ADAPTERS, ANALYSIS, CHECKPOINTS, FIGURES, PARTS, ROWS, TENSORBOARD, TEXTS, TRACK)
+FOLDERS += (TRAJECTORY,)
 RUNS = Path("runs")  # where run directories are, unless --workdir says otherwise
 UNFINISHED = ("running", "stopped", "failed")  # states with members left to train
 

@@ -9,6 +9,8 @@ import pytest
 
 import lorax
 from lorax import listing, rundir
+from lorax.files import write_json
+from lorax.launching import state as launched
 
 COMMAND = "python -m lorax.run --config=study.py"
 
@@ -82,6 +84,41 @@ def test_states(tmp_path, capsys):
     assert "1/2" in text and "0/2" in text and "eval loss 3: rank=1" in text
     assert lines[lines.index(str(full)) + 2] == "  No space left on device"
     assert f"{bad}/status.json" in text and max(map(len, lines[2::2])) <= listing.WIDTH
+
+
+def test_parts_of_a_launched_run(tmp_path, capsys):
+    """From files alone; those that wait or are done are together, the others one by one."""
+    run = begun(tmp_path / "run", "running", losses=(None,) * 3)
+    parts = [run / "parts" / str(i) for i in range(11)]
+    for part in parts:
+        part.mkdir(parents=True)
+        launched.launch(part)
+    for part in (*parts[:4], parts[10]):
+        with launched.recorded(part):
+            pass
+    rows = {"1": {"status": "finished", "eval_loss": 2.0}}
+    rundir.write_status(parts[0], "finished", rows, 1.0, {})
+    for part, state, tries in ((parts[4], "running", 1), (parts[5], "running", 2)):
+        write_json(part / launched.WORKER, {"state": state, "host": "gpu7", "tries": tries})
+    stopped = {"state": "stopped", "host": "gpu8", "tries": 2, "reason": "device lost"}
+    write_json(parts[6] / launched.WORKER, stopped)
+    write_json(parts[7] / launched.WORKER, stopped)
+    launched.end(parts[7], "device lost; see its log")
+    with rundir.locked(run):
+        lines = listed(capsys, run)
+        (found,) = json.loads("\n".join(listed(capsys, run, "--json")))
+    assert lines[-6:] == [
+        "  parts 0-3, 10: done",
+        "  parts 8-9: waiting",
+        "  part 4: running on gpu7",
+        "  part 5: trying again on gpu7, worker 2",
+        "  part 6: trying again, worker 3: device lost",
+        "  part 7: failed: device lost; see its log",
+    ]
+    assert "1/3" in lines[2] and "eval loss 2: rank=2" in lines[2]
+    assert [part["part"] for part in found["parts"]] == list(range(11))
+    rundir.write_status(run, "finished", {}, 1.0, {})
+    assert not [line for line in listed(capsys, run) if line.startswith("  part")]
 
 
 def test_what_was_set_is_shown_where_the_name_does_not_say_it(tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 worker.json   of the newest worker: state, host, process, how many there were, why it ended
 launch.json   of the launcher: the job that an engine made of the part, and how that ended
-log.txt       what all workers of the part have printed
+worker.log    what all its workers have printed
 
 A worker is "running", "done", "stopped" (it died of an error, or was preempted: the next one goes
 on from the checkpoint) or "failed" (the input is wrong: no other worker will do better). One that
@@ -18,10 +18,11 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorax import rundir
 from lorax.errors import reason
 from lorax.files import read_json, write_json
 
-WORKER, LAUNCH, LOG = "worker.json", "launch.json", "log.txt"
+WORKER, LAUNCH, LOG = "worker.json", "launch.json", "worker.log"
 #: Mistakes in the input, which another try repeats.
 MISTAKES = (ValueError, FileNotFoundError)
 
@@ -31,7 +32,8 @@ MISTAKES = (ValueError, FileNotFoundError)
 
 @contextlib.contextmanager
 def recorded(part: Path):
-    """Context in which a worker trains a part: worker.json says that it does, then how it ended."""
+    """Context in which a worker trains a part that it has locked: worker.json says that it does,
+    then how it ended."""
     facts = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -58,8 +60,8 @@ def recorded(part: Path):
 
 @contextlib.contextmanager
 def logged(part: Path):
-    """Context in which all that the process prints, its libraries too, is appended to log.txt, with
-    the traceback of an error at the end. For processes that an engine began."""
+    """Context in which all that the process prints, its libraries too, is appended to worker.log,
+    and an error's traceback. For processes that an engine began."""
     kept = [os.dup(1), os.dup(2)]
     with open(part / LOG, "ab") as log:
         try:
@@ -85,20 +87,19 @@ def _flush() -> None:
 # --------------------------------------------------------------------------------- in the launcher
 
 
-def launch(part: Path, job: str) -> None:
-    """A launcher gives the part to an engine: workers are counted from here. job: what finds it
-    again ("slurm 123_4")."""
+def launch(part: Path) -> None:
+    """A launcher takes the part on: its workers are counted from here."""
     (part / WORKER).unlink(missing_ok=True)
-    write_json(part / LAUNCH, {"state": "waiting", "job": job})
+    write_json(part / LAUNCH, {"state": "waiting"})
 
 
-def relaunch(part: Path, job: str) -> None:
-    """The part is tried again by another job, as its worker has died."""
+def submitted(part: Path, job: str) -> None:
+    """An engine has made a job of the part, which `job` returns to a later launcher."""
     write_json(part / LAUNCH, {"state": "waiting", "job": job})
 
 
 def end(part: Path, why: str | None) -> None:
-    """The part is done, or has failed for good: why."""
+    """The part is done, or it failed for good: why."""
     failed = {"state": "failed", "reason": why} if why else {"state": "done"}
     write_json(part / LAUNCH, _read(part / LAUNCH) | failed)
 
@@ -125,7 +126,7 @@ def outcome(part: Path) -> Outcome:
         return Outcome(True, False, None)
     if not worker:
         why = "its worker did not begin"
-    elif is_alive(worker):
+    elif is_alive(part):
         why = f"an earlier worker on {worker['host']} (process {worker['pid']}) still trains it"
     else:
         why = worker.get("reason", f"its worker on {worker['host']} died")
@@ -135,6 +136,12 @@ def outcome(part: Path) -> Outcome:
 # ----------------------------------------------------------------------------------- for listings
 
 
+def read_all(run: Path) -> list[dict[str, Any]]:
+    """`read` of all parts of a run, in the order of their numbers; [] if it was not launched."""
+    numbers = [path.name for path in (run / rundir.PARTS).glob("*") if path.name.isdecimal()]
+    return [read(run / rundir.PARTS / number) for number in sorted(numbers, key=int)]
+
+
 def read(part: Path) -> dict[str, Any]:
     """The state of a part: {"part": its number, "state", "host", "tries", "reason"}.
 
@@ -142,7 +149,7 @@ def read(part: Path) -> dict[str, Any]:
     will), "done" or "failed". host: where a worker runs, else None. tries: workers so far.
     """
     launched, worker = _read(part / LAUNCH), _read(part / WORKER)
-    alive, tries = is_alive(worker), worker.get("tries", 0)
+    alive, tries = is_alive(part), worker.get("tries", 0)
     if worker.get("state") == "done":
         state = "done"
     elif alive:
@@ -161,20 +168,13 @@ def read(part: Path) -> dict[str, Any]:
     }
 
 
-def is_alive(worker: dict[str, Any]) -> bool:
-    """Whether a worker runs, as far as this machine can know: one on another host that is killed is
-    missed by its launcher alone."""
+def is_alive(part: Path) -> bool:
+    """Whether a worker trains the part, as far as this machine can know: of one that was killed on
+    another host only its launcher hears."""
+    worker = _read(part / WORKER)
     if worker.get("state") != "running":
         return False
-    if worker["host"] != socket.gethostname():
-        return True
-    try:
-        os.kill(worker["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is there, and somebody else's
-        pass
-    return True
+    return worker["host"] != socket.gethostname() or rundir.is_locked(part)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from lorax import rundir
 from lorax.launching import state
 
 
@@ -26,9 +27,10 @@ def seen(part):
 
 def test_a_part_that_is_trained(part):
     assert seen(part) == ("waiting", 0) and state.job(part) == ""
-    state.launch(part, "slurm 12_3")
-    assert seen(part) == ("waiting", 0) and state.job(part) == "slurm 12_3"
-    with state.recorded(part):
+    state.launch(part)
+    state.submitted(part, "12_3")
+    assert seen(part) == ("waiting", 0) and state.job(part) == "12_3"
+    with rundir.locked(part), state.recorded(part):
         assert seen(part) == ("running", 1) and state.read(part)["host"] == os.uname().nodename
     assert state.outcome(part) == (True, False, None)
     state.end(part, None)
@@ -46,29 +48,35 @@ def test_a_part_that_is_trained(part):
     ],
 )
 def test_a_worker_that_ends_says_why_and_whether_another_may_do_better(part, error, again, why):
-    state.launch(part, "local 1")
+    state.launch(part)
     for tries in (1, 2):
-        with pytest.raises(type(error)), state.recorded(part):
+        with pytest.raises(type(error)), rundir.locked(part), state.recorded(part):
             assert seen(part) == ("running" if tries == 1 else "again", tries)
             raise error
-        assert state.outcome(part) == (False, again, f"{why}; see {part}/log.txt")
+        assert state.outcome(part) == (False, again, f"{why}; see {part}/worker.log")
         assert seen(part) == ("again" if again else "failed", tries)
     assert state.read(part)["reason"] == why
     state.end(part, f"{why}; see the log")
     assert seen(part) == ("failed", 2) and state.read(part)["reason"] == f"{why}; see the log"
-    state.launch(part, "local 2")  # the command is repeated
+    state.launch(part)  # the command is repeated
     assert seen(part) == ("waiting", 0)
 
 
-DIES = "import os, sys, pathlib; from lorax.launching import state\n"
-DIES += "with state.recorded(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+DIES = """
+import os, sys, pathlib
+from lorax import rundir
+from lorax.launching import state
+part = pathlib.Path(sys.argv[1])
+with rundir.locked(part), state.recorded(part):
+    os.kill(os.getpid(), 9)
+"""
 
 
 def test_a_worker_that_is_killed_is_told_from_one_that_runs(part):
     assert state.outcome(part).reason.startswith("its worker did not begin; see ")
     done = subprocess.run([sys.executable, "-c", DIES, str(part)])
     assert done.returncode == -signal.SIGKILL and seen(part) == ("again", 1)
-    why = f"its worker on {os.uname().nodename} died; see {part}/log.txt"
+    why = f"its worker on {os.uname().nodename} died; see {part}/worker.log"
     assert state.outcome(part) == (False, True, why)
     facts = json.loads((part / state.WORKER).read_text())
     (part / state.WORKER).write_text(json.dumps(facts | {"host": "elsewhere"}))
