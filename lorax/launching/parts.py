@@ -5,6 +5,10 @@ a run directory, with the numbers that the members have in the whole run. Its st
 a run: the part is done when its state is "finished". Nothing here imports JAX.
 """
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +16,9 @@ from typing import Any, NamedTuple
 from lorax import config, rundir
 from lorax.config import Member
 from lorax.files import read_json, write_json
+
+#: Files of machines with GPUs or TPUs.
+ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio")
 
 
 class Part(NamedTuple):
@@ -109,6 +116,24 @@ class Machine(NamedTuple):
 
     platform: str
     devices: int
+
+
+def here() -> Machine:
+    """This machine, as `lorax.run` would use it."""
+    cores = min(8, os.cpu_count() or 1)  # as `lorax.train.layouts.split_cpu` makes of a CPU
+    forced = re.search(
+        r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
+    )
+    cpu = Machine("cpu", int(forced[1]) if forced else cores)
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    others = [path for path in ACCELERATORS if Path(path).exists()]
+    if wanted == "cpu" or not (wanted or others):
+        return cpu
+    # In a process of its own: the launcher must not hold the memory of the GPUs.
+    ask = "import jax; x = jax.local_devices(); print(x[0].platform, len(x))"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    platform, count = (done.stdout.split() or ["cpu", "1"])[-2:]
+    return cpu if platform == "cpu" else Machine(platform, int(count))
 
 
 class Attempts:
