@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import intercept, leaves
+from lorax import gather, hosts, intercept, leaves
 from lorax.files import check_unicode
 from lorax.methods import prefix
 from lorax.models import Base
@@ -127,6 +127,7 @@ def complete(
     Raises ValueError as `encode` does.
     """
     params = base.params if params is None else params
+    mesh = gather.mesh_of(params)
     options, vocabulary = check(options or DecodingOptions(), batch_size, seed), base.vocabulary
     ahead = prefix.ahead(params).tokens
     ids = encode(base, prompts, options.max_new_tokens, ahead)
@@ -153,7 +154,8 @@ def complete(
             which = np.asarray(which + which[-1:] * (batch_size - len(which)), np.int32)
             chosen = _rows(params, lambda _, which=which: which)
         key = jax.random.fold_in(jax.random.key(seed), start)
-        written = np.asarray(generate(base.module, chosen, tokens, segments, key, options))
+        rows_of = gather.side_by_side((tokens, segments), mesh, axis=0)
+        written = hosts.whole(generate(base.module, chosen, *rows_of, key, options, mesh))
         left = len(ids) - start
         texts += [
             _continuation(vocabulary, prompt, _until(row, options.ends))
@@ -189,16 +191,17 @@ def _until(row, ends) -> list[int]:
     return list(row[: positions[0]] if len(positions) else row)
 
 
-@functools.partial(jax.jit, static_argnames=("module", "options"))
-def generate(module, params, tokens, segments, key, options: DecodingOptions):
+@functools.partial(jax.jit, static_argnames=("module", "options", "mesh"))
+def generate(module, params, tokens, segments, key, options: DecodingOptions, mesh=None):
     """(B, max_new_tokens) int32: the continuation of each prompt, `options.pad` after an end.
 
     tokens, segments: (B, T) int32, prompts padded on the left, segments 0 on padding and 1 on text.
+    mesh: that the base is divided over (`gather.mesh_of`); rows and heads of the cache are too.
     """
     b, t = tokens.shape
     ahead = prefix.ahead(params)
     begun = ahead.before(tokens, segments)
-    cache = module.empty_cache(b, begun[0].shape[1] + options.max_new_tokens)
+    cache = _divided(module.empty_cache(b, begun[0].shape[1] + options.max_new_tokens), mesh)
     logits, cache = read(module, params, *begun, cache)
     if options.num_beams > 1:
         return _beams(module, params, tokens, segments, logits, cache, options)
@@ -218,6 +221,15 @@ def generate(module, params, tokens, segments, key, options: DecodingOptions):
     text, real = _room(tokens, options.pad, options), _room(segments > 0, False, options)
     state = (jnp.int32(0), text, real, logits, cache, jnp.zeros(b, bool), key)
     return jax.lax.while_loop(unfinished, write, state)[1][:, t:]
+
+
+def _divided(cache, mesh):
+    """A cache with its rows and heads divided over a mesh; as it is without a mesh."""
+    if mesh is None:
+        return cache
+    place = gather.fitting(mesh, cache.k.shape, None, gather.ROWS, None, "tensor", None)
+    k, v = (jax.lax.with_sharding_constraint(x, place) for x in (cache.k, cache.v))
+    return cache._replace(k=k, v=v)
 
 
 def read(module, params, tokens, segments, cache):

@@ -5,6 +5,7 @@ reads them by layer: no device and no host ever has more than one layer's matrix
 processes, each gathers the same layers in the same order.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -14,6 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorax import hosts, ops
+
+ROWS = ("member", "fsdp")  # axes of a mesh that rows are divided over where no member is trained
 
 
 def mesh_of(tree) -> Mesh | None:
@@ -29,13 +32,16 @@ def mesh_of(tree) -> Mesh | None:
 def here(x):
     """An array whole on this process's first device; itself if it is on one device already. All
     processes must call it together."""
-    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array) or _is_here(x):
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
         return x
-    return jnp.asarray(hosts.whole(x))
+    alone = len(x.sharding.device_set) == 1 and x.is_fully_addressable
+    return x if alone else jnp.asarray(hosts.whole(x))
 
 
-def _is_here(x: jax.Array) -> bool:
-    return len(x.sharding.device_set) == 1 and x.is_fully_addressable
+def is_here(tree) -> bool:
+    """Whether this process's devices have all of a tree's arrays."""
+    arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+    return all(x.is_fully_addressable for x in arrays)
 
 
 def layer(leaf, index: tuple[int, ...]):
@@ -57,17 +63,24 @@ def by_layer(function: Callable, leaf, site: ops.Site) -> jax.Array:
         return function(leaf, site)
     axes, alone = site.matrix_shape(leaf.shape)[0], site._replace(stack=0)
     each = [function(layer(leaf, index), alone) for index in np.ndindex(*axes)]
-    return jnp.stack(each).reshape(*axes, *each[0].shape)
+    return jnp.stack(each).reshape((*axes, *each[0].shape))
+
+
+def fitting(mesh: Mesh, shape, *axes) -> NamedSharding:
+    """How an array of this shape is divided over a mesh. axes: for each dimension the axis of the
+    mesh, several of them or None; one that doesn't divide its dimension is left out."""
+    sizes = [math.prod(mesh.shape[name] for name in _named(axis)) for axis in axes]
+    divides = [n % size == 0 for n, size in zip(shape, sizes, strict=True)]
+    return NamedSharding(mesh, P(*(a if ok else None for a, ok in zip(axes, divides, strict=True))))
+
+
+def _named(axis) -> tuple[str, ...]:
+    return () if axis is None else (axis,) if isinstance(axis, str) else axis
 
 
 def division(shape, mesh: Mesh) -> NamedSharding:
-    """How matrices (layers..., n, m) that are computed from a base's are divided over its mesh: n
-    over fsdp and m over tensor, each if it is a multiple of the devices."""
-    spec = [None] * len(shape)
-    for axis, name in ((-2, "fsdp"), (-1, "tensor")):
-        if shape[axis] % mesh.shape[name] == 0:
-            spec[axis] = name
-    return NamedSharding(mesh, P(*spec))
+    """How matrices (layers..., n, m) that are computed from a base's are divided over its mesh."""
+    return fitting(mesh, shape, *(None,) * (len(shape) - 2), "fsdp", "tensor")
 
 
 def divided(function: Callable, mesh: Mesh | None, *arguments):
@@ -79,13 +92,10 @@ def divided(function: Callable, mesh: Mesh | None, *arguments):
     return jax.jit(function, out_shardings=division(shape, mesh))(*arguments)
 
 
-def side_by_side(batches: dict, mesh: Mesh | None, axis: int) -> dict:
-    """Batches on the devices that compute with a base: their rows, along `axis`, divided over the
-    mesh's members and fsdp if their number allows it. Without a mesh as they are."""
+def side_by_side(batches, mesh: Mesh | None, axis: int):
+    """A tree of batches on the devices that compute with a base: their rows, along `axis`, divided
+    over the mesh if their number allows it. Without a mesh as they are."""
     if mesh is None:
         return batches
-    over = ("member", "fsdp")
-    parts = mesh.shape["member"] * mesh.shape["fsdp"]
-    rows = lambda x: over if x.shape[axis] % parts == 0 else None
-    spec = lambda x: NamedSharding(mesh, P(*(None,) * axis, rows(x)))
-    return hosts.place(batches, jax.tree.map(spec, batches))
+    rows = lambda x: fitting(mesh, x.shape[: axis + 1], *(None,) * axis, ROWS)
+    return hosts.place(batches, jax.tree.map(rows, batches))

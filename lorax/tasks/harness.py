@@ -22,7 +22,7 @@ from lm_eval import evaluator, utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
-from lorax import decode, losses
+from lorax import decode, gather, hosts, losses
 from lorax.errors import reason
 from lorax.methods import prefix
 from lorax.models import Base
@@ -108,8 +108,10 @@ class Model(TemplateLM):
                 ids, count = cut[i]
                 tokens[row, : len(ids)] = ids
                 mask[row, len(ids) - count : len(ids)] = 1
-            rows = _rows(self.base.module, self.params, {"tokens": tokens, "mask": mask})
-            loss, right = np.asarray(rows.loss), np.asarray(rows.right)
+            batch = {"tokens": tokens, "mask": mask}
+            batch = gather.side_by_side(batch, gather.mesh_of(self.params), axis=0)
+            rows = _rows(self.base.module, self.params, batch)
+            loss, right = hosts.whole((rows.loss, rows.right))
             for row, i in enumerate(part):
                 answers[i] = float(-loss[row]), bool(right[row] == cut[i][1])
         return [answers[i] for i in range(len(cut))]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lorax import losses, rundir
+from lorax import gather, hosts, losses, rundir
 from lorax.files import atomically
 from lorax.interop.tensors import read_npz
 from lorax.tasks import Task, scores
@@ -36,7 +36,7 @@ def evaluate(programs, arguments, m: int, task: Task, split: str, on: Evaluated)
         scored = {}
         if outputs is not None:
             scored = scores.of_members(task, _flat(outputs, m, on.rows), labels)
-        return Measured(np.asarray(means)[:m], scored), None
+        return Measured(hosts.whole(means)[:m], scored), None
     rows = programs.rows(*arguments, on.batches, np.int32(on.n))
     rows = jax.tree.map(lambda x: _flat(x, m, on.rows), rows)
     return _measured(rows, task, labels), rows
@@ -44,8 +44,8 @@ def evaluate(programs, arguments, m: int, task: Task, split: str, on: Evaluated)
 
 def of_base(programs, params, task: Task, on: Evaluated) -> tuple[Measured, losses.Rows]:
     """`evaluate` of the base on the test rows `on`, as a single member. params: on the devices."""
-    # Each device has all of the base, and one of them is enough.
-    params = jax.tree.map(lambda x: x.addressable_shards[0].data, params)
+    if gather.mesh_of(params) is None:  # each device has all of the base, and one is enough
+        params = jax.tree.map(lambda x: x.addressable_shards[0].data, params)
     rows = programs.base_rows(params, on.batches, np.int32(on.n))
     rows = jax.tree.map(lambda x: _flat(x[None], 1, on.rows), rows)
     return _measured(rows, task, task.test.get("label")), rows
@@ -68,7 +68,7 @@ def _measured(rows: losses.Rows, task: Task, labels) -> Measured:
 
 def _flat(x, m: int, rows: int) -> np.ndarray:
     """(m, rows, ...) of an evaluation's (M, N, B, ...)."""
-    return np.asarray(x)[:m].reshape(m, -1, *x.shape[3:])[:, :rows]
+    return hosts.whole(x)[:m].reshape(m, -1, *x.shape[3:])[:, :rows]
 
 
 # ------------------------------------------------------------------------------ files of test rows

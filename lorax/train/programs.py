@@ -92,7 +92,7 @@ def compile_programs(
         rows=rows,
         base_rows=jax.jit(functools.partial(step.base_rows, program)),
         learned=functools.partial(learned, program.train, known.place.members),
-        spectra=functools.partial(trajectory.of_members, jax.jit(spectra(program))),
+        spectra=trajectory.decomposer(program.method, program.sites),
         place_base=lambda params: jax.device_put(params, known.place.shared),
         place=place,
         place_state=lambda state: trained.place(place(state)),
@@ -158,16 +158,6 @@ def learned(train, members, state: step.MemberState) -> dict:
         return state.trainable
     state = jax.device_put(state, members)  # with `train.offload` the average is on the host
     return jax.jit(lambda state: step.learned(train, state), out_shardings=members)(state)
-
-
-def spectra(program: step.Program) -> Callable:
-    """f(params, constants, trainable, i) -> the spectra of member i."""
-
-    def of_member(params, constants, trainable, i):
-        member = jax.tree.map(lambda x: x[i], (constants, trainable))
-        return trajectory.spectra(program.method, program.sites, params, *member)
-
-    return of_member
 
 
 def compile_training(program: step.Program, layout: Layout, known: Shapes) -> Training:

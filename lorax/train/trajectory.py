@@ -16,6 +16,7 @@ import scipy.linalg  # noqa: F401  JAX calls its LAPACK, whose threads are limit
 from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits
 
+from lorax import gather
 from lorax.files import atomically
 from lorax.models import Base
 
@@ -36,20 +37,37 @@ class Spectrum(NamedTuple):
     used: jax.Array
 
 
+def decomposer(method, sites) -> Callable:
+    """f(params, constants, trainable, n) -> `spectra` of the first n members of stacked trees on
+    the devices, leaves (n, ...) on the host; compiled on the first call."""
+
+    def of_one(function):
+        member = lambda i, trees: jax.tree.map(lambda x: x[i], trees)
+        return jax.jit(lambda params, *t, i: function(method, sites, params, *member(i, t)))
+
+    of_member, updates = of_one(spectra), of_one(_updates)
+
+    def of_members(params, constants, trainable, n: int) -> dict[str, Spectrum]:
+        arguments = params, constants, trainable, n
+        with threadpool_limits(1, user_api="blas"):
+            if gather.is_here(trainable) and gather.mesh_of(params) is None:
+                results = _each_on_its_device(of_member, *arguments)
+            else:
+                results = _layer_by_layer(updates, *arguments)
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *results)
+
+    return of_members
+
+
 def spectra(method, sites, params, constants, trainable) -> dict[str, Spectrum]:
     """{parameter path: Spectrum} of one member's updates; {} for a method that doesn't change
     weights. As in `lorax.analysis`, DoRA's update is s a b, without its column magnitudes."""
-    if method.factors is not None:
-        updates = method.factors(trainable, constants, params, sites)
-        return {path: _of_factors(*factors_[:3]) for path, factors_ in updates.items()}
-    updates = _matrices(method, sites, params, constants, trainable)
-    return {path: _of_matrix(dw) for path, dw in updates.items() if _is_small(dw)}
+    updates = _updates(method, sites, params, constants, trainable)
+    return {path: _decomposed(update) for path, update in updates.items()}
 
 
-def of_members(of_member: Callable, params, constants, trainable, n: int) -> dict[str, Spectrum]:
-    """`spectra` of the first n members of stacked trees, leaves (n, ...) on the host.
-
-    of_member(params, constants, trainable, i): `spectra` of member i, compiled.
+def _each_on_its_device(of_member, params, constants, trainable, n: int) -> list[dict]:
+    """The first n members' spectra. of_member(params, constants, trainable, i=i): of member i.
 
     Members are decomposed one after another, each on its own device, not in one program over all
     devices. A CPU's devices share a pool of one thread per core; batched LAPACK calls wait there
@@ -64,10 +82,27 @@ def of_members(of_member: Callable, params, constants, trainable, n: int) -> dic
             y.data for y in x.addressable_shards if y.device == on
         )
         stacked = jax.tree.map(here, (params, constants, trainable))
-        with threadpool_limits(1, user_api="blas"):
-            for i in range(min(len(shard.data), n - len(results))):
-                results.append(jax.device_get(of_member(*stacked, i)))
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *results)
+        for i in range(min(len(shard.data), n - len(results))):
+            results.append(jax.device_get(of_member(*stacked, i=i)))
+    return results
+
+
+def _layer_by_layer(updates, params, constants, trainable, n: int) -> list[dict]:
+    """The first n members' spectra, of updates to a base that several devices hold parts of: one
+    layer's update at a time is gathered. updates(params, constants, trainable, i=i): of member i.
+    """
+    return [
+        {path: _of_layers(update) for path, update in of_member.items()}
+        for of_member in (updates(params, constants, trainable, i=i) for i in range(n))
+    ]
+
+
+def _of_layers(update) -> Spectrum:
+    """`_decomposed`, on the host. update: on several devices."""
+    axes = update[2].shape if isinstance(update, tuple) else update.shape[:-2]
+    layers = [_of_layer(gather.layer(update, index)) for index in np.ndindex(*axes)]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *layers)
+    return jax.tree.map(lambda x: x.reshape((*axes, *x.shape[1:])), stacked)
 
 
 def left_out(method, base: Base, constants, trainable) -> str:
@@ -96,6 +131,15 @@ def write(file: Path, by_path: dict[str, Spectrum], members, base: Base) -> None
     atomically(file, lambda temporary: save_file(arrays, temporary))
 
 
+def _updates(method, sites, params, constants, trainable) -> dict:
+    """{path: its update's factors (a, b, s), or an update without factors that is small}."""
+    if method.factors is not None:
+        factors = method.factors(trainable, constants, params, sites)
+        return {path: of_path[:3] for path, of_path in factors.items()}
+    updates = _matrices(method, sites, params, constants, trainable)
+    return {path: dw for path, dw in updates.items() if _is_small(dw)}
+
+
 def _matrices(method, sites, params, constants, trainable) -> dict[str, jax.Array]:
     """{path: dW (layers..., in, out)} of an update without factors."""
     if method.delta is None:
@@ -106,6 +150,13 @@ def _matrices(method, sites, params, constants, trainable) -> dict[str, jax.Arra
 
 def _is_small(dw) -> bool:
     return min(dw.shape[-2:]) <= WIDEST
+
+
+def _decomposed(update) -> Spectrum:
+    return _of_factors(*update) if isinstance(update, tuple) else _of_matrix(update)
+
+
+_of_layer = jax.jit(_decomposed)
 
 
 def _of_factors(a, b, s) -> Spectrum:

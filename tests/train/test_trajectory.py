@@ -134,15 +134,9 @@ mesh = jax.make_mesh((len(jax.devices()),), ("devices",))
 put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
 params, (constants, trainable) = put(params, P()), put(stacked, P("devices"))
 
-
-@jax.jit
-def one(params, constants, trainable, i):
-    member = jax.tree.map(lambda x: x[i], (constants, trainable))
-    return trajectory.spectra(method, sites, params, *member)
-
-
+decompose = trajectory.decomposer(method, sites)
 for _ in range(200):
-    found = trajectory.of_members(one, params, constants, trainable, n)
+    found = decompose(params, constants, trainable, n)
 sigma = np.linalg.svd(noise, compute_uv=False)
 np.testing.assert_allclose(found["h/q/kernel"].sigma, sigma, rtol=1e-4, atol=1e-4)
 """
