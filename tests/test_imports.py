@@ -29,7 +29,8 @@ LAYERS = (
         "config",
         "rundir",
     }
-    | {"calls", "devices", "halving", "meshes", "ranges", "scales", "tree", "vocabulary", "xla"},
+    | {"calls", "devices", "divided", "halving", "meshes", "ranges", "scales", "tree", "vocabulary"}
+    | {"xla"},
     {"grouped"},
     {"ops", "interop"},
     {"gather", "leaves"},

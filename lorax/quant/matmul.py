@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
+from lorax import divided
+
 TILE = 512  # outputs decoded at a time on a CPU
 
 
@@ -45,6 +47,8 @@ def _folded(axis: int):
     def folded(x, leaf):
         # Without the barrier XLA decodes before a loop over micro-batches and keeps everything.
         x, leaf = jax.lax.optimization_barrier((x, leaf))
+        if divided.divides_base():
+            return _divided(x, leaf, axis)
         y = leaf.of_rows(x.reshape(-1, x.shape[-1]), axis)
         return y.reshape(*x.shape[:-1], -1)
 
@@ -58,6 +62,12 @@ def _folded(axis: int):
         return jax.lax.map(each, (x if x_batched else jnp.zeros(size), leaf)), True
 
     return folded
+
+
+def _divided(x, leaf, axis: int):
+    """The product where a mesh divides w. x keeps its axes: the rows of several members, each of
+    which is divided, are not one axis that is divided."""
+    return dot(x, leaf.gathered_rows().astype(x.dtype), (x.ndim - 1, 1 - axis))
 
 
 def of_rows(x, leaf, axis: int):

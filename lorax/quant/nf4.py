@@ -27,9 +27,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorax import leaves, ops, tree
+from lorax import divided, leaves, ops, sharding, tree
 from lorax.methods.targets import matching, resolve
 from lorax.quant import matmul
 
@@ -141,6 +142,7 @@ class Quantised(leaves.FrozenWeight):
     absmax: the scales, float32 (layers..., out, in / block) or `Nested`.
     kernel: (static) the kernel's own shape, its inputs' axes first. n_in: (static) their product.
     kind: (static) of `CODES`. block: (static). dtype: (static) to which decoded values are rounded.
+    by: (static) axes of a mesh that would divide inputs and outputs (`lorax.sharding`).
     Where an output's weights don't fill whole bytes and blocks (`in_rows` is False), they have no
     axis of outputs: (layers..., ceil(in out / codes in a byte)), (layers..., ceil(in out / block)).
     """
@@ -152,6 +154,7 @@ class Quantised(leaves.FrozenWeight):
     kind: str = dataclasses.field(metadata={"static": True})
     block: int = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    by: tuple[str, str] = dataclasses.field(default=sharding.LINEAR, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -187,7 +190,7 @@ class Quantised(leaves.FrozenWeight):
         """The kernel's rule, for parts that have whole outputs, blocks and bytes; codes without an
         axis of outputs are divided by outputs alone. Scales of scales are replicated."""
         ins, outs = by
-        part = lambda n, axis: n // sizes[axis] if n % sizes[axis] == 0 else 0
+        part = lambda n, axis: 0 if n % sizes[axis] else n // sizes[axis]
         if self.in_rows:
             whole = part(self.n_out, outs), part(self.n_in, ins)
             whole = whole[0], fills_rows(whole[1], self.kind, self.block) and whole[1]
@@ -198,6 +201,13 @@ class Quantised(leaves.FrozenWeight):
         split = P(*(None,) * (self.codes.ndim - len(axes)), *axes)
         absmax = Nested(split, P(), P()) if isinstance(self.absmax, Nested) else split
         return dataclasses.replace(self, codes=split, absmax=absmax)
+
+    def gathered_rows(self) -> Array:
+        """`rows_of_outputs` of one matrix that a mesh divides: the codes along "fsdp" are gathered,
+        and each device decodes its part along "tensor"."""
+        specs = self.specs(self.by, divided.here()._asdict())
+        w = jax.tree.map(divided.gathered, self, specs).rows_of_outputs()
+        return divided.gathered(w, specs.codes if self.in_rows else (*specs.codes, None))
 
     def product(self, x, axis: int):
         return matmul.product(x, self, axis)
@@ -234,11 +244,13 @@ def quantize(params, kind: str = "nf4", double: bool = False, block: int = 64, s
 
     Heads, embeddings, routers of experts, parameters that are not matrices (QLoRA, section 3) and
     quantised kernels are unchanged. sites: {path: `ops.Site`}, None for `ops.sites_from_shapes`.
-    Kernels are quantised one at a time. Raises ValueError for an unknown kind or block and, with
-    its path, for a kernel that is not finite or whose output axes come before its input axes.
+    Kernels are quantised one at a time; codes of a kernel that a mesh divides are divided like it,
+    as in `quantise`. Raises ValueError for an unknown kind or block and, with its path, for a
+    kernel that is not finite or whose output axes come before its input axes.
     """
     flat = tree.flatten(params)
     sites = ops.sites_from_shapes(params) if sites is None else sites
+    after = sharding.after(sites)
     kinds = ("linear", "experts")
     linear = {path: site for path, site in sites.items() if site.kind in kinds}
     routers = matching("router", linear)
@@ -251,15 +263,24 @@ def quantize(params, kind: str = "nf4", double: bool = False, block: int = 64, s
         if site.ins + site.outs != tuple(range(len(site.ins + site.outs))):
             raise ValueError(f"quant: {path}: axes {site.outs} are outputs, before its inputs")
         try:
-            leaf = quantise(site.to_matrix(w), kind, block, double)
+            by = sharding.AFTER if path in after else sharding.LINEAR
+            leaf = quantise(site.to_matrix(w), kind, block, double, by)
         except ValueError as error:
             raise ValueError(f"quant: {path}: {error}") from error
         flat[path] = dataclasses.replace(leaf, kernel=w.shape[site.stack :])
     return tree.unflatten(flat)
 
 
-def quantise(w, kind: str = "nf4", block: int = 64, double: bool = False) -> Quantised:
+def quantise(
+    w, kind: str = "nf4", block: int = 64, double: bool = False, by=sharding.LINEAR
+) -> Quantised:
     """(in, out), or (layers..., in, out), in float32, bfloat16 or float16, as codes.
+
+    A w that a mesh divides (a global array with a `NamedSharding` over a `sharding.mesh`, also of
+    several processes, all of which call this) is quantised where it is: every device makes the
+    codes of its own part, divided over that mesh as `Quantised.specs` says, and no device has more
+    of w. With `double`, each device sees all scales, a 64th of the numbers of w. The codes are the
+    same bit for bit as those of one device. by: as in `Quantised`, the rule of w's axes.
 
     Raises ValueError for an unknown kind or block, and for numbers that are not finite or so large
     that their inverse is subnormal.
@@ -281,9 +302,32 @@ def quantise(w, kind: str = "nf4", block: int = 64, double: bool = False) -> Qua
     fits = jnp.all(absmax < _MOST)
     if not isinstance(fits, jax.core.Tracer) and not fits:
         raise ValueError(f"holds numbers that are not finite, or above {_MOST:.0e}")
-    held = (codes, jax.vmap(_nest)(absmax) if double else absmax)
+    held = (codes, jax.vmap(_nest)(_whole(absmax)) if double else absmax)
     held = jax.tree.map(lambda x: x.reshape(*layers, *x.shape[1:]), held)
-    return Quantised(*held, (n_in, n_out), n_in, kind, block, w.dtype)
+    leaf = Quantised(*held, (n_in, n_out), n_in, kind, block, w.dtype, by)
+    return _like(w, leaf)
+
+
+def _mesh_of(x):
+    """The mesh that divides an array; None without one, and for a traced array."""
+    place = None if isinstance(x, jax.core.Tracer) else x.sharding
+    on_mesh = isinstance(place, NamedSharding) and place.mesh.axis_names == sharding.AXES
+    return place.mesh if on_mesh else None
+
+
+def _whole(x):
+    """x on every device of its mesh, so that a mean over it rounds as on one device."""
+    mesh = _mesh_of(x)
+    return x if mesh is None else jax.device_put(x, NamedSharding(mesh, P()))
+
+
+def _like(w, leaf: Quantised) -> Quantised:
+    """The leaf, divided over w's mesh, if there is one."""
+    mesh = _mesh_of(w)
+    if mesh is None:
+        return leaf
+    specs = leaf.specs(leaf.by, mesh.shape)
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), leaf, specs)
 
 
 @functools.partial(jax.jit, static_argnames="block")

@@ -1,0 +1,110 @@
+"""Quantised weights that a mesh divides: the same codes and products, and no device holds more than
+its part of one layer."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lorax import sharding
+from lorax.quant import matmul, nf4
+from lorax.sharding import AFTER, LINEAR, Shape
+
+MESHES = [Shape(1, 4, 2), Shape(2, 4, 1)]
+LAYERS, WIDTH, INNER = 3, 256, 512
+
+
+def drawn(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def placed(mesh, tree, specs):
+    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    return jax.tree.map(place, tree, specs)
+
+
+def divided(mesh, leaf):
+    return placed(mesh, leaf, leaf.specs(leaf.by, mesh.shape))
+
+
+def on_mesh(f, mesh, *specs):
+    """f of members, as `lorax.train.members` spreads it."""
+    return jax.shard_map(
+        f, mesh=mesh, in_specs=specs, out_specs=P("member"), axis_names={"member"}, check_vma=False
+    )
+
+
+# ------------------------------------------------------------------------------------------- codes
+
+
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("size", [(LAYERS, WIDTH, INNER), (2, 100, 32)])
+def test_a_divided_kernel_has_the_codes_of_one_device(shape, kind, size):
+    mesh, w = sharding.mesh(shape), drawn(*size, dtype=jnp.bfloat16)
+    for by in (LINEAR, AFTER):
+        one = nf4.quantise(w, kind, double=True, by=by)
+        given = jax.device_put(w, NamedSharding(mesh, P(None, *by)))
+        leaf = nf4.quantise(given, kind, double=True, by=by)
+        specs = leaf.specs(by, mesh.shape)
+        expected = placed(mesh, one, specs)
+        for ours, theirs in zip(jax.tree.leaves(leaf), jax.tree.leaves(expected), strict=True):
+            assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+            np.testing.assert_array_equal(ours, theirs)
+        if size[1] == WIDTH:
+            part = leaf.codes.addressable_shards[0].data
+            assert part.size * shape.fsdp * shape.tensor == leaf.codes.size
+
+
+# ---------------------------------------------------------------------------------------- products
+
+
+def gradient(x, up, down):
+    """Of a residual network under scan, as a model's layers are."""
+
+    def layer(h, weights):
+        up, down = weights
+        y = matmul.product(jax.nn.silu(matmul.product(h, up, 0)), down, 0)
+        return h + y / INNER, None
+
+    value = lambda x: jnp.sum(jax.lax.scan(layer, x, (up, down))[0] ** 2)
+    return jax.value_and_grad(value)(x)
+
+
+@functools.cache
+def weights(kind, double):
+    up = nf4.quantise(drawn(LAYERS, WIDTH, INNER), kind, double=double)
+    down = nf4.quantise(drawn(LAYERS, INNER, WIDTH, seed=1), kind, double=double, by=AFTER)
+    return up, down
+
+
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("nf4", False), ("int8", True)])
+def test_products_and_gradients_are_those_of_one_device(shape, kind, double):
+    x, mesh = drawn(4, 8, 16, WIDTH, seed=2), sharding.mesh(shape)
+    of_members = jax.vmap(gradient, in_axes=(0, None, None))
+    expected = jax.jit(of_members)(x, *weights(kind, double))
+    places = jax.device_put(x, NamedSharding(mesh, P("member", "fsdp")))
+    arguments = places, *(divided(mesh, leaf) for leaf in weights(kind, double))
+    compiled = jax.jit(on_mesh(of_members, mesh, P("member"), P(), P())).lower(*arguments).compile()
+    for found, one in zip(compiled(*arguments), expected, strict=True):
+        np.testing.assert_allclose(found, one, atol=1e-5 * np.abs(one).max())
+    assert_local(compiled.as_text(), shape)
+
+
+def assert_local(text, shape):
+    """Codes and scales of one layer are gathered along fsdp; nothing larger than it is decoded."""
+    size = lambda axes: int(np.prod([int(n) for n in axes.split(",")]))
+    layer = WIDTH * INNER // shape.tensor
+    most = {"u8": layer, "f32": layer // 64}
+    gathers = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", text)
+    assert any(dtype == "u8" for dtype, _ in gathers)
+    assert all(size(axes) <= most[dtype] for dtype, axes in gathers)
+    activations = 4 * 8 * 16 * INNER // 8
+    floats = re.findall(r"f32\[([\d,]+)\]", text)
+    assert max(map(size, floats)) <= max(layer, activations * LAYERS)
