@@ -18,7 +18,7 @@ from lorax.models.base import Base
 from lorax.models.directories import find
 from lorax.models.families import FAMILIES, WHOLE, traits
 from lorax.models.shapes import architecture
-from lorax.quant import bnb
+from lorax.quant import bnb, nf4
 
 #: Fields read from any family's config.json, and from its "quantization_config".
 DESCRIBED = {
@@ -77,7 +77,7 @@ def _read(
     described = tree.flatten(base.params)
     shapes = {path: x.shape for path, x in described.items()}
     head = tuple(path for path in shapes if path.startswith("head/"))
-    flat = bnb.parameters(directory, base.sources, shapes)
+    flat = nf4.by_words(bnb.parameters(directory, base.sources, shapes), base.sites)
     _check_size(base, directory)
     rest = {path: source for path, source in base.sources.items() if path not in flat}
     flat |= hf.parameters(directory, rest, shapes, param_dtype, optional=head)

@@ -271,6 +271,13 @@ def quantize(params, kind: str = "nf4", double: bool = False, block: int = 64, s
     return tree.unflatten(flat)
 
 
+def by_words(kernels: dict, sites) -> dict:
+    """{path: leaf}, each with the axes of a mesh that its word asks for. sites: {path: `Site`}."""
+    after = sharding.after(sites)
+    by = lambda path: sharding.AFTER if path in after else sharding.LINEAR
+    return {path: dataclasses.replace(leaf, by=by(path)) for path, leaf in kernels.items()}
+
+
 def quantise(
     w, kind: str = "nf4", block: int = 64, double: bool = False, by=sharding.LINEAR
 ) -> Quantised:
