@@ -129,6 +129,9 @@ def _train() -> ConfigDict:
     # "optimizer": its state stays in the host's memory except during the update; one step per call
     c.offload = config_dict.placeholder(str)
     c.parallel = "auto"  # what is split over devices: members | batch | pmap | none
+    # Mesh that the base is divided over, such as "fsdp=4,tensor=2" (docs/many_machines.md); "auto":
+    # none if it fits on each device
+    c.mesh = "auto"
     c.width = 0  # members computed side by side in a program; 0: automatic
     c.memory_gb = 0.0  # memory limit of one program; 0: what the device has
     return c

@@ -1,7 +1,4 @@
-"""Atomic file writing, and reading of text and JSON with errors that name the file.
-
-Of a program's processes (`lorax.hosts`), only the first one writes.
-"""
+"""Atomic file writing, and reading of text and JSON with errors that name the file."""
 
 import json
 import os
@@ -9,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorax import hosts
 from lorax.errors import of_machine
 
 LFS = b"version https://git-lfs"  # how a pointer begins
@@ -22,8 +18,6 @@ def atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> Path
     Raises OSError (a full disk), also if a library reports it with another type.
     """
     path = Path(path)
-    if not hosts.first():
-        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -40,12 +34,6 @@ def atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> Path
     finally:
         temporary.unlink(missing_ok=True)
     return path
-
-
-def remove(path: str | os.PathLike) -> None:
-    """Remove a file if it is there; like `atomically`, by the first process."""
-    if hosts.first():
-        Path(path).unlink(missing_ok=True)
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> Path:

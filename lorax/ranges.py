@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lorax.errors import nearest
+from lorax.meshes import parse
 from lorax.outside import is_name
 
 FLOAT32_MAX, FLOAT32_MIN = 3.4028234e38, 1.1754944e-38  # the smallest of full precision
@@ -150,6 +151,10 @@ def check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
         need("seeds.data", not planted, "but task 'planted' draws its rows by task.seed")
     alone = values["train.offload"] is None or values["train.parallel"] != "pmap"
     need("train.offload", alone, 'needs a train.parallel other than "pmap"')
+    if values["train.mesh"] != "auto":
+        parse(values["train.mesh"])
+        of = f"with train.mesh {values['train.mesh']}"
+        need("train.parallel", values["train.parallel"] == "auto", f'must be "auto" {of}')
     if values["train.optimizer"] == "schedule-free":
         constant, of = values["train.schedule"] == "constant", 'optimizer "schedule-free"'
         need("train.schedule", constant, f'{of} needs "constant": it averages in place of a decay')

@@ -18,7 +18,9 @@ from lorax import ops, tree
 from lorax.meshes import AXES, Shape, parse
 from lorax.methods.targets import matching
 
-__all__ = ("AXES", "Shape", "mesh", "parse", "shape_of", "shardings", "specs")
+__all__ = [
+    "AXES", "Shape", "device_bytes", "mesh", "parse", "shape_of", "shardings", "specs",
+]  # fmt: skip
 
 #: Axes that divide the (inputs, outputs) of a linear layer, and of those whose inputs are divided
 #: already: the outputs of the layers before them.
@@ -48,6 +50,12 @@ def mesh(shape: Shape, devices=None) -> Mesh:
 def shape_of(mesh: Mesh) -> Shape:
     """The shape of a mesh that `mesh` made."""
     return Shape(**mesh.shape)
+
+
+def device_bytes(placed) -> int:
+    """Bytes on one device of a tree of arrays, or of shapes with shardings."""
+    on_one = lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+    return tree.nbytes(jax.tree.map(on_one, placed))
 
 
 def shardings(params: dict, sites, mesh: Mesh) -> dict:

@@ -5,11 +5,15 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
-from lorax import memory
+from lorax import memory, sharding, tree
 from lorax.models import Base
+from lorax.sharding import Shape
 from lorax.tasks import kinds
-from lorax.train.layouts import layout
+from lorax.train import layouts, mesh_costs
+from lorax.train.layouts import Layout, layout
 from lorax.train.programs import Programs, compile_programs
 from lorax.train.stacks import Stack
 
@@ -29,6 +33,44 @@ def memory_limit(train, devices) -> memory.Free:
     return available._replace(bytes=int(share * available.bytes))
 
 
+def base_mesh(c, described: Callable[[], Base], n_members: int, devices=None) -> Mesh | None:
+    """The mesh to load a base over; None if it and a member fit on each device, by an estimate.
+
+    c: the config of one of so many members. described() -> the base with shapes, called if they
+    decide. Raises ValueError for a `train.mesh` of more devices than there are.
+    """
+    train, devices = c.train, tuple(devices or jax.devices())
+    if train.mesh != "auto":
+        return sharding.mesh(sharding.parse(train.mesh), devices)
+    free = devices[0].platform == "cpu" and not train.memory_gb  # they share one memory
+    if len(devices) == 1 or train.parallel != "auto" or free:
+        return None
+    base = described()
+    limit, rows = memory_limit(train, devices).bytes, train.batch_size // train.accumulate
+    tokens, dtype = layouts.row_tokens(train, base), np.dtype(c.dtype)
+    # Of a member alone, whose adapters are small; in full fine-tuning with two moments in float32.
+    state = 12 * tree.count(base.params) if c.method.name == "full" else 0
+    load = mesh_costs.Load(
+        base, train, tokens, dtype != np.float32, 1, 1, state // 3, state, dtype.itemsize
+    )
+    for parts in (n for n in range(1, len(devices) + 1) if len(devices) % n == 0):
+        shape = layouts.divided(parts, n_members, rows, len(devices)) if parts > 1 else Shape()
+        if mesh_costs.estimate(load, shape) <= limit:
+            break
+    return sharding.mesh(shape, devices) if parts > 1 else None
+
+
+def more_divided(train, chosen: Layout, n_members: int, devices: int) -> Shape | None:
+    """The mesh of so many devices that divides the base into more parts than a layout does; None if
+    there is none, or if the config says how to divide it."""
+    if train.mesh != "auto" or train.parallel != "auto":
+        return None
+    now = chosen.shape.fsdp * chosen.shape.tensor if chosen.mode == "mesh" else 1
+    rows = train.batch_size // train.accumulate
+    more = (n for n in range(now + 1, devices + 1) if devices % n == 0)
+    return next((layouts.divided(n, n_members, rows, devices) for n in more), None)
+
+
 def fit(
     stacked: Stack,
     base: Base,
@@ -44,10 +86,12 @@ def fit(
     legs: as for `layout`.
 
     Halves first the number of members side by side, then the members in one program; the caller
-    runs the others in further calls of the same program. Raises MemoryError if not even one member
-    fits, with a hint at what would fit.
+    runs the others in further calls of the same program. Where not even one member fits, a base
+    that nothing says how to divide (`train.mesh`, `train.parallel`) is divided over more devices.
+    Raises MemoryError if that does not help, with a hint at what would fit.
     """
-    n = max((members for members, _ in legs), default=len(stacked.members))
+    n = all_ = max((members for members, _ in legs), default=len(stacked.members))
+    given, devices = train, tuple(devices or jax.devices())
     while True:
         chosen = layout(n, train, base, devices, legs)
         programs = compile_programs(stacked, base, chosen, batches, eval_batches, kind)
@@ -59,6 +103,9 @@ def fit(
             train.width = chosen.width // 2
         elif n > 1:
             n = math.ceil(n / 2)
+        elif wider := more_divided(given, chosen, all_, len(devices)):
+            train, n = given.copy_and_resolve_references(), all_
+            train.mesh = str(wider)
         else:
             ask = functools.partial(compile_programs, stacked, base, chosen)
             needs = lambda batches, ask=ask: ask(batches, eval_batches, kind).bytes

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import jax
 
-from lorax import tree
+from lorax import gather, sharding, tree
 from lorax.models import Base
+from lorax.sharding import Shape
 
 TOKEN_FEATURES = 200_000  # limit on tokens x features side by side on a CPU (lorax.bench sweep)
 CPU_COPIES = 128e6  # limit in bytes on a CPU's copies of the base, one per device, under "auto"
@@ -25,16 +26,24 @@ def split_cpu() -> None:
 
 
 class Layout(NamedTuple):
-    """How members and batches are spread over devices.
+    """How members, batches and the base are spread over devices.
 
-    mode: "none", "members", "batch" or "pmap". devices: the ones in use. size: members in one
-    program, a multiple of the number of devices that share them. width: members side by side.
+    mode: "none", "members", "batch", "pmap" or "mesh". devices: the ones in use. size: members in
+    one program, a multiple of the number of devices that share them. width: members side by side.
+    shape: of the mesh of the devices. The base is divided over it in mode "mesh", and whole on each
+    device in the others.
     """
 
     mode: str
     devices: tuple
     size: int
     width: int
+    shape: Shape = Shape()
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The devices as a mesh."""
+        return sharding.mesh(self.shape, self.devices)
 
 
 def layout(
@@ -44,30 +53,61 @@ def layout(
 
     legs: (members, steps) of each leg that the program trains, if members stop on the way.
 
-    Raises ValueError for "batch" if a batch can't be split evenly over the devices.
+    Raises ValueError for a mesh that needs more devices than there are, and for "batch" and a mesh
+    with an fsdp axis that do not divide a batch.
     """
-    devices = tuple(devices or jax.local_devices())
-    mode, part = train.parallel, train.batch_size // train.accumulate
+    devices = tuple(devices or jax.devices())
+    mode, shape = _spread(n_members, train, base, devices)
+    devices = devices[: shape.size]
+    part = train.batch_size // train.accumulate
+    if mode in ("batch", "mesh") and part % shape.fsdp:
+        key = "train.parallel: 'batch'" if mode == "batch" else f"train.mesh: fsdp={shape.fsdp}"
+        raise ValueError(f"{key} over {shape.fsdp} devices, but a batch has {part} sequences")
+    each = math.ceil(n_members / shape.member)
+    tokens = part // shape.fsdp * row_tokens(train, base)
+    width = train.width or good_width(tokens, base, devices[0].platform)
+    each = packed(legs, shape.member, each, width) if legs else each
+    return Layout(mode, devices, each * shape.member, even_width(width, each), shape)
+
+
+def _spread(n_members: int, train, base: Base, devices: tuple) -> tuple[str, Shape]:
+    """(mode, shape of the mesh) of a `Layout`."""
+    n, mode = len(devices), train.parallel
+    if shape := mesh_shape(train, base):
+        return "mesh", sharding.shape_of(sharding.mesh(shape, devices))  # raises without so many
     if mode == "auto":
-        copies = tree.nbytes(base.params) * len(devices)
-        if len(devices) == 1 or (devices[0].platform == "cpu" and copies > CPU_COPIES):
+        copies = tree.nbytes(base.params) * n
+        if n == 1 or (devices[0].platform == "cpu" and copies > CPU_COPIES):
             mode = "none"
-        elif n_members >= len(devices):
+        elif n_members >= n:
             mode = "members"
         else:
-            mode = "batch" if part % len(devices) == 0 else "none"
-    if mode == "batch" and part % len(devices):
-        raise ValueError(
-            f"train.parallel: 'batch' over {len(devices)} devices, but a batch has {part} sequences"
-        )
-    if mode == "none":
-        devices = devices[:1]
-    shares = len(devices) if mode in ("members", "pmap") else 1
-    each = math.ceil(n_members / shares)
-    tokens = part * row_tokens(train, base)
-    width = train.width or good_width(tokens, base, devices[0].platform)
-    each = packed(legs, shares, each, width) if legs else each
-    return Layout(mode, devices, each * shares, even_width(width, each))
+            part = train.batch_size // train.accumulate
+            mode = "batch" if part % n == 0 else "none"
+    shapes = {"none": Shape(), "batch": Shape(fsdp=n)}
+    return mode, shapes.get(mode, Shape(member=n))
+
+
+def mesh_shape(train, base: Base) -> Shape | None:
+    """The mesh that `train.mesh` names, or else the one that the base is divided over; None if
+    every device has all of it."""
+    if train.mesh != "auto":
+        return sharding.parse(train.mesh)
+    mesh = gather.mesh_of(base.params)
+    return mesh and sharding.shape_of(mesh)
+
+
+def divided(parts: int, n_members: int, rows: int, devices: int) -> Shape:
+    """The mesh of so many devices for a base in at least `parts` parts, a divisor of `devices`.
+
+    Members are spread as far as there are any. What is left is fsdp as far as it divides the rows
+    of a batch, and then tensor.
+    """
+    spare = devices // parts
+    member = max(m for m in range(1, min(spare, n_members) + 1) if spare % m == 0)
+    left = devices // member
+    fsdp = math.gcd(left, rows)
+    return Shape(member, fsdp, left // fsdp)
 
 
 def on_cpu() -> bool:

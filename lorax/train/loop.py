@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from lorax import halving, hosts, rundir, tasks, tree
+from lorax import halving, rundir, tasks, tree
 from lorax.calls import steps_per_call
 from lorax.config import Member, group_key
 from lorax.files import write_bytes
@@ -91,7 +91,6 @@ def train(
             rows, at = rows | finals, at | reached
             done += halving.member_steps(race, [m.index for m in stack.members], leg)
         left = halving.survivors(race, leg, running, _losses(rows, at, running))
-        left = set(hosts.agreed(sorted(left)))
         if leg < len(race.rungs):
             rows |= {i: results.stopped(workdir, i, at[i]) for i in running - left}
             at = {i: at[i] for i in left}
@@ -136,7 +135,7 @@ def _train_group(
     params = programs.place_base(group.base.params)
     evaluated = splits(group.task, group.config.eval.batch_size)
     evaluated = {
-        name: split._replace(batches=jax.device_put(split.batches))
+        name: split._replace(batches=programs.place_rows(split.batches))
         for name, split in evaluated.items()
     }
     base_test = lambda: compiled.base_test(group, programs, params, evaluated["test"])
@@ -296,6 +295,8 @@ def _plan_line(group: Group, programs: Programs, n_parts: int, seconds: float) -
     where = f"{len(layout.devices)} {layout.devices[0].platform} device"
     where += "s" * (len(layout.devices) > 1)
     split = "" if layout.mode == "none" else f", {layout.mode} spread"
+    if layout.mode == "mesh":
+        split = f", {layout.shape}"
     parts = f" in {n_parts} parts" if n_parts > 1 else ""
     return (
         f"group {group.index}: {n} members{parts}, {layout.width} side by side on {where}{split}; "

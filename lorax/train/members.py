@@ -9,30 +9,60 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import DictKey, tree_map_with_path
 
+from lorax import sharding, tree
+from lorax.models import Base
 from lorax.train.layouts import Layout
 
 
 class Placement(NamedTuple):
     """How arrays are placed on the devices of a layout.
 
-    shared: for arrays that all members read, such as the base. members: trees with a leading axis
-    M. batches: leaves (M, K, A, B, ...).
+    base: the tree of the base's parameters. shared: other arrays that all members read. members:
+    trees with a leading axis M (but see `of_members`). batches: leaves (M, K, A, B, ...).
+    evaluated: leaves (N, B, ...), that all members read (but see `of_rows`).
     """
 
+    base: dict
     shared: NamedSharding
     members: NamedSharding
     batches: NamedSharding
+    evaluated: NamedSharding
+
+    def of_members(self, stacked):
+        """The shardings of a tree with a leading axis M: a parameter that is trained in full is
+        divided as the base's, and so is what an optimiser keeps of it; all else is whole."""
+        bases = tree.flatten(self.base)
+
+        def place(path, x):
+            keys = [key.key for key in path if isinstance(key, DictKey)]
+            of_base = bases.get("/".join(keys[:-1])) if keys and keys[-1] == "w" else None
+            if not isinstance(of_base, NamedSharding) or len(of_base.spec) >= x.ndim:
+                return self.members
+            return NamedSharding(of_base.mesh, P("member", *of_base.spec))
+
+        return tree_map_with_path(place, stacked)
+
+    def of_rows(self, batches) -> NamedSharding:
+        """The sharding of leaves (N, B, ...): whole if the mesh does not divide their B."""
+        leaf = jax.tree.leaves(batches)[0]
+        divides = leaf.shape[1] % self.evaluated.mesh.shape["fsdp"] == 0
+        return self.evaluated if divides else self.shared
 
 
-def placement(layout: Layout) -> Placement:
+def placement(layout: Layout, base: Base) -> Placement:
     """The shardings of a layout."""
-    mesh = Mesh(np.array(layout.devices), ("devices",))
-    members = P("devices") if layout.mode in ("members", "pmap") else P()
-    batches = P(None, None, None, "devices") if layout.mode == "batch" else members
-    return Placement(*(NamedSharding(mesh, spec) for spec in (P(), members, batches)))
+    mesh = layout.mesh
+    named = lambda *spec: NamedSharding(mesh, P(*spec))
+    if layout.mode == "mesh":
+        params, evaluated = sharding.shardings(base.params, base.sites, mesh), (None, "fsdp")
+    else:
+        params, evaluated = jax.tree.map(lambda _: named(), base.params), ()
+    batches = named("member", None, None, "fsdp")
+    return Placement(params, named(), named("member"), batches, named(*evaluated))
 
 
 def over_members(f, width: int):
@@ -50,12 +80,16 @@ def over_devices(f, layout: Layout, axes: tuple[int | None, ...], donate: int | 
     """
     if layout.mode == "pmap":
         return _pmapped(f, layout.devices, axes, donate)
-    if layout.mode != "members":
+    if layout.mode == "none":
         return f
-    shared, members, _ = placement(layout)
-    specs = tuple(shared.spec if axis is None else members.spec for axis in axes)
+    specs = tuple(P() if axis is None else P("member") for axis in axes)
     return jax.shard_map(
-        f, mesh=members.mesh, in_specs=specs, out_specs=members.spec, check_vma=False
+        f,
+        mesh=layout.mesh,
+        in_specs=specs,
+        out_specs=P("member"),
+        axis_names={"member"},
+        check_vma=False,
     )
 
 

@@ -11,10 +11,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lorax import tree, xla
+from lorax import sharding, xla
 from lorax.train import step
 from lorax.train.layouts import Layout
-from lorax.train.members import over_devices, over_members, placement
+from lorax.train.members import over_devices, over_members
 from lorax.train.shapes import Shapes, Training
 
 HOST = "pinned_host"  # memory kind that holds the state
@@ -34,17 +34,18 @@ def gradients(program: step.Program, width: int):
 
 def compile_training(program: step.Program, layout: Layout, shapes: Shapes) -> Training:
     """The two programs as one `Training`; `place` puts the optimiser's state on the host."""
-    members = placement(layout).members
-    host = members.with_memory_kind(HOST)
+    params, constants, hyper, state = shapes.params, shapes.constants, shapes.hyper, shapes.state
+    on_device = jax.tree.map(lambda x: x.sharding, state)
+    host = jax.tree.map(lambda place: place.with_memory_kind(HOST), on_device.opt_state)
+    members = shapes.place.members
 
     def update(*member):
         return over_members(lambda *m: step.update(program, *m), layout.width)(*member)
 
     take = over_devices(gradients(program, layout.width), layout, (None, 0, 0, 0, 0, 0))
-    take = jax.jit(take, out_shardings=members)
+    take = jax.jit(take, out_shardings=(members, on_device.trainable))
     update = over_devices(update, layout, (0, 0, 0, 0, 0))
-    update = jax.jit(update, donate_argnums=2, out_shardings=members)
-    params, constants, hyper, state = shapes.params, shapes.constants, shapes.hyper, shapes.state
+    update = jax.jit(update, donate_argnums=2, out_shardings=(on_device, members))
     value = jax.ShapeDtypeStruct((layout.size,), jnp.float32, sharding=members)
     update = update.lower(constants, hyper, state, value, state.trainable).compile()
 
@@ -62,10 +63,10 @@ def compile_training(program: step.Program, layout: Layout, shapes: Shapes) -> T
         run = compiled(shapes.width_of(batches))
         result = run(params, constants, hyper, state.trainable, state.step, batches)
         jax.block_until_ready(result)  # activations are freed before the state is copied
-        here = state._replace(opt_state=jax.device_put(state.opt_state, members))
+        here = state._replace(opt_state=jax.device_put(state.opt_state, on_device.opt_state))
         state, logs = update(constants, hyper, here, *result)
         return away(state), jax.tree.map(lambda x: x[:, None], logs)
 
     needs = xla.program_bytes(compiled(shapes.widest))
-    needs = max(needs, tree.nbytes(params) + xla.program_bytes(update))
+    needs = max(needs, sharding.device_bytes(params) + xla.program_bytes(update))
     return Training(train, narrow=compiled, place=away, bytes=needs)

@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import jax
 
-from lorax import quant, tasks, tree
+from lorax import quant, sharding, tasks, tree
 from lorax.config import Member, grouped, key_of, with_n_steps
 from lorax.errors import nearest
 from lorax.methods import prefix
 from lorax.models import Base, load
+from lorax.models.load import skeleton
 from lorax.tasks import kinds, scores
-from lorax.train import activations, benchmarks, evidence, stacks, texts
+from lorax.train import activations, benchmarks, evidence, fitting, stacks, texts
 
 
 class Group(NamedTuple):
@@ -55,7 +56,9 @@ def groups(
     """
     loaded = loaded or Loaded({}, {})
     say = functools.cache(say)  # groups with the same base or task say the same about it
-    members = with_steps(members, lambda c: _base(c, loaded.bases, say), loaded.tasks, say)
+    members = with_steps(
+        members, lambda c: _base(c, len(members), loaded.bases, say), loaded.tasks, say
+    )
     made = [_group(i, part, loaded, say) for i, part in enumerate(grouped(members), first)]
     for line in idle(made):
         say(line)
@@ -95,7 +98,7 @@ def members_of(groups: list[Group]) -> list[Member]:
 def _group(index: int, members: list[Member], loaded: Loaded, say: Callable) -> Group:
     """One group: load, check, initialise."""
     c = members[0].config
-    base = _base(c, loaded.bases, say)
+    base = _base(c, len(members), loaded.bases, say)
     tasks.check_base(c.task, base, c.train.seq_len)
     activations.check(base, c.analysis.cka)
     hps = {member.index: stacks.hyperparameters(member, base) for member in members}
@@ -135,15 +138,20 @@ def base_settings(c) -> dict:
     return settings | ({} if c.train.remat == "none" else {"remat": c.train.remat})
 
 
-def _base(c, bases: dict[str, Base], say: Callable) -> Base:
-    """The base of a config, quantised if it says so; from `bases`, or loaded and added to it."""
+def _base(c, n_members: int, bases: dict[str, Base], say: Callable) -> Base:
+    """The base of a config, quantised if it says so, and divided over a mesh if it says so or if it
+    would not fit on a device; from `bases`, or loaded and added to it. n_members: that train it."""
     key = _base_key(c)
     if key in bases:
         return bases[key]
-    base = load(c.base, **base_settings(c))
+    mesh = fitting.base_mesh(c, lambda: _described(c), n_members)
+    place = mesh and functools.partial(sharding.shardings, mesh=mesh)
+    base = load(c.base, **base_settings(c), place=place)
     if c.quant:
-        params = quant.quantize(base.params, c.quant, c.double_quant, sites=base.sites)
-        base = base.replace(params=quant.placed(params, jax.local_devices()[0], c.dtype))
+        base = base.replace(params=_coded(c, base.sites, base.params))
+    if c.quant and not mesh:  # the order of codes that kernels read can't be divided
+        placed = quant.placed(base.params, jax.local_devices()[0], c.dtype)
+        base = base.replace(params=placed)
     bases[key] = base
     size = f"{tree.count(base.params):,} parameters, {tree.nbytes(base.params) / 1e6:.1f} MB"
     say(f"base {c.base}: {base.family}, {size}")
@@ -155,8 +163,21 @@ def _base(c, bases: dict[str, Base], say: Callable) -> Base:
     return base
 
 
+def _described(c) -> Base:
+    """The base of a config with the shapes of its parameters, quantised if it says so."""
+    base = skeleton(c.base, **base_settings(c))
+    if not c.quant:
+        return base
+    coded = functools.partial(_coded, c, base.sites)
+    return base.replace(params=jax.eval_shape(coded, base.params))
+
+
+def _coded(c, sites, params) -> dict:
+    return quant.quantize(params, c.quant, c.double_quant, sites=sites)
+
+
 def _base_key(c) -> str:
-    return json.dumps([c.base, base_settings(c), c.quant, c.double_quant])
+    return json.dumps([c.base, base_settings(c), c.quant, c.double_quant, c.train.mesh])
 
 
 def task_of(members: list[Member], base: Base, built: dict[str, tasks.Task], say) -> tasks.Task:

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax import tree, xla
+from lorax import hosts, sharding, tree, xla
 from lorax.models import Base
 from lorax.tasks import kinds
 from lorax.train import offload, step, trajectory
 from lorax.train.layouts import Layout
-from lorax.train.members import filled, over_devices, over_members
+from lorax.train.members import Placement, filled, over_devices, over_members
 from lorax.train.shapes import Shapes, Training, described, shapes
 from lorax.train.stacks import Stack
 
@@ -29,7 +29,8 @@ class Programs(NamedTuple):
     learned(state) -> the trainable parameters to evaluate and export; see `step.learned`.
     spectra(params, constants, trainable, n) -> {path: `trajectory.Spectrum`} of the first n
     members, leaves (n, ...) on the host; compiled on the first call.
-    place_base(params), place(stacked tree), place_state(a stack's state), place_batches(batches).
+    place_base(params), place(stacked tree), place_state(a stack's state), place_batches(batches),
+    place_rows(batches to evaluate, leaves (N, B, ...)).
     narrow(width): compile train for batches cut to `width` columns (`tasks.widths`) in advance;
     otherwise the first call compiles.
     bytes: memory of one call to train on one device: arguments + temporaries + outputs - aliases,
@@ -46,6 +47,7 @@ class Programs(NamedTuple):
     place: Callable
     place_state: Callable
     place_batches: Callable
+    place_rows: Callable
     narrow: Callable
     layout: Layout
     bytes: int
@@ -77,36 +79,39 @@ def compile_programs(
     else:
         compiled = offload.compile_training if program.train.offload else compile_training
         evaluate, rows = jax.jit(evaluate), jax.jit(rows)
-        shared = described((eval_batches, jnp.int32(0)), known.place.shared)
-        arguments = known.params, known.constants, known.state.trainable
+        given = described(eval_batches, known.place.of_rows(eval_batches))
+        arguments = known.params, known.constants, known.state.trainable, given
         if stacked.config.eval.test == 0:
-            evaluate = evaluate.lower(*arguments, shared[0]).compile()
+            evaluate = evaluate.lower(*arguments).compile()
         else:
-            rows = rows.lower(*arguments, *shared).compile()
+            n = described(jnp.int32(0), known.place.shared)
+            rows = rows.lower(*arguments, n).compile()
         trained = compiled(program, layout, known)
 
-    place = lambda tree: jax.device_put(filled(tree, layout.size), known.place.members)
+    def place(tree):
+        return hosts.place(filled(tree, layout.size), known.place.of_members(tree))
+
     return Programs(
         train=trained.train,
         evaluate=evaluate,
         rows=rows,
         base_rows=jax.jit(functools.partial(step.base_rows, program)),
-        learned=functools.partial(learned, program.train, known.place.members),
+        learned=functools.partial(learned, program.train, known.place),
         spectra=trajectory.decomposer(program.method, program.sites),
-        place_base=lambda params: jax.device_put(params, known.place.shared),
+        place_base=lambda params: hosts.place(params, known.place.base),
         place=place,
         place_state=lambda state: trained.place(place(state)),
-        place_batches=lambda rows: jax.device_put(filled(rows, layout.size), known.place.batches),
+        place_batches=lambda rows: hosts.place(filled(rows, layout.size), known.place.batches),
+        place_rows=lambda rows: hosts.place(rows, known.place.of_rows(rows)),
         narrow=trained.narrow,
         layout=layout,
-        bytes=trained.bytes and trained.bytes + kept_bytes(known, layout, stacked.config.eval.keep),
+        bytes=trained.bytes and trained.bytes + kept_bytes(known, stacked.config.eval.keep),
     )
 
 
-def kept_bytes(known: Shapes, layout: Layout, keep: str) -> int:
+def kept_bytes(known: Shapes, keep: str) -> int:
     """Bytes on one device of the trainable parameters of the best step; 0 unless they are kept."""
-    shares = len(layout.devices) if layout.mode == "members" else 1
-    return tree.nbytes(known.state.trainable) // shares if keep == "best" else 0
+    return sharding.device_bytes(known.state.trainable) if keep == "best" else 0
 
 
 def program_of(stacked: Stack, base: Base, width: int, kind: kinds.Kind) -> step.Program:
@@ -152,18 +157,21 @@ def evaluation(program: step.Program, width: int, of_member: Callable) -> Callab
     return evaluate
 
 
-def learned(train, members, state: step.MemberState) -> dict:
-    """`step.learned` of all members, on the devices. members: the sharding of their trees."""
+def learned(train, place: Placement, state: step.MemberState) -> dict:
+    """`step.learned` of all members, on the devices."""
     if train.optimizer != "schedule-free":
         return state.trainable
-    state = jax.device_put(state, members)  # with `train.offload` the average is on the host
-    return jax.jit(lambda state: step.learned(train, state), out_shardings=members)(state)
+    shardings = place.of_members(state)
+    state = jax.device_put(state, shardings)  # with `train.offload` the average is on the host
+    average = jax.jit(lambda s: step.learned(train, s), out_shardings=shardings.trainable)
+    return average(state)
 
 
 def compile_training(program: step.Program, layout: Layout, known: Shapes) -> Training:
     """`training` compiled for shapes, with everything on the devices."""
+    shardings = jax.tree.map(lambda x: x.sharding, known.state)
     train = over_devices(training(program, layout.width), layout, (None, 0, 0, 0, 0))
-    train = jax.jit(train, donate_argnums=3)
+    train = jax.jit(train, donate_argnums=3, out_shardings=(shardings, known.place.members))
 
     @functools.cache
     def compiled(width):

@@ -59,15 +59,18 @@ class Training(NamedTuple):
 
 def shapes(stacked: Stack, base: Base, layout: Layout, rows, kind: kinds.Kind) -> Shapes:
     """The shapes of `layout.size` members. rows: of one member's call, see `Shapes`."""
-    place = placement(layout)
+    place = placement(layout, base)
     member = jax.eval_shape(lambda t: jax.tree.map(lambda x: x[0], t), stacked[2:])
-    trees = described(member, place.members, layout.size)
-    params = described(base.params, place.shared)
+    trees = described(member, place.of_members(stacked[2:]), layout.size)
+    params = described(base.params, place.base)
     return Shapes(params, *trees, rows, kind, layout.size, place)
 
 
-def described(tree, sharding, size: int | None = None):
-    """The shapes of a tree with a sharding, and with a leading member axis of `size` if set."""
+def described(tree, shardings, size: int | None = None):
+    """The shapes of a tree with a sharding for all or a tree of them, and with a leading member
+    axis of `size` if set."""
     lead = () if size is None else (size,)
-    struct = lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=sharding)
-    return jax.tree.map(struct, tree)
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    struct = lambda x, s: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=s)
+    return jax.tree.map(struct, tree, shardings)
