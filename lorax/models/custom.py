@@ -22,11 +22,12 @@ import numpy as np
 from flax import linen as nn
 from safetensors.numpy import save_file
 
-from lorax import intercept, ops, outside, tree, vocabulary
+from lorax import hosts, intercept, ops, outside, tree, vocabulary
 from lorax.errors import nearest
 from lorax.files import atomically, write_json
 from lorax.interop import hf
-from lorax.interop.tensors import check_weight, read_safetensors
+from lorax.interop.tensors import check_weight, opened, stored
+from lorax.models import room, streaming
 from lorax.models.base import Base
 from lorax.models.directories import find
 from lorax.models.families import Traits
@@ -98,18 +99,13 @@ def save(directory: Path, base: Base) -> None:
     write_json(directory / "config.json", {"model_type": MODEL_TYPE, "function": function})
 
 
-def load(name: str, dtype: str, param_dtype, run: Mapping) -> Base:
+def load(name: str, dtype: str, param_dtype, run: Mapping, place: Callable | None = None) -> Base:
     """As `models.load`, for "FILE.py:function"."""
     request = _call(name, dtype, run, whole=True)
     base, init = _shapes(request, param_dtype, run)
-    if request.file is not None:
-        flat = _checked(base, lambda: read_safetensors(request.file)[0], request, param_dtype)
-    elif request.model.weights is not None and not request.drawn:
-        flat = _checked(base, request.model.weights, request, param_dtype)
-    else:
-        with outside.blame(request.function, f"base: {name}"):
-            flat = tree.flatten(jax.tree.map(lambda x: x.astype(param_dtype), init()))
-    params = tree.unflatten({path: jnp.asarray(flat[path]) for path in tree.flatten(base.params)})
+    shardings = place(base.params, base.sites) if place else None
+    room.check(name, base.params, shardings)
+    params = _weights(request, base, init, param_dtype, shardings)
     base = base.replace(
         params=params,
         vocabulary=_vocabulary(request, base),
@@ -332,8 +328,37 @@ def _with_words(sites: Mapping, targets: Mapping[str, str], place: str) -> dict:
 # --------------------------------------------------------------------------------------- weights
 
 
-def _checked(base: Base, read: Callable, request: Given, param_dtype) -> dict:
-    """{path: array in param_dtype} as read: exactly the module's parameters, or ValueError."""
+def _weights(request: Given, base: Base, init: Callable, param_dtype, shardings) -> dict:
+    """The params, read or drawn, in param_dtype. shardings: as for `streaming.placed`."""
+    in_order = lambda flat: tree.unflatten({p: flat[p] for p in tree.flatten(base.params)})
+    rounded = lambda tree: jax.tree.map(lambda x: jnp.asarray(x).astype(param_dtype), tree)
+    put = lambda params: params if shardings is None else hosts.place(params, shardings)
+    if request.file is not None:
+        read = lambda: _parameters(request.file, param_dtype)
+        return streaming.placed(in_order(_checked(base, read, request)), shardings)
+    if request.model.weights is not None and not request.drawn:
+        flat = _checked(base, request.model.weights, request)
+        for path, x in flat.items():
+            check_weight(np.asarray(x), path, f"base: {request.name}: weights", param_dtype)
+        return put(in_order(rounded(flat)))
+    with outside.blame(request.function, f"base: {request.name}"):
+        if outside.is_nnx(request.model.module):  # has its values
+            return put(in_order(tree.flatten(rounded(init()))))
+        return in_order(tree.flatten(rounded(streaming.drawn(init, shardings))))
+
+
+def _parameters(file: Path, param_dtype) -> dict[str, hf.Parameter]:
+    """{path: parameter} of a file that `save` has written. Raises as `opened`, and for a type other
+    than float."""
+    opened(file)
+    return {
+        path: hf.Parameter(hf.Source(path), {(): x.checked()}, x.shape, np.dtype(param_dtype))
+        for path, x in stored(file).items()
+    }
+
+
+def _checked(base: Base, read: Callable, request: Given) -> dict:
+    """{path: array or parameter} as read: exactly the module's, or ValueError."""
     place = f"base: {request.name}: weights"
     with outside.blame(request.function, place):
         arrays = read()
@@ -353,8 +378,7 @@ def _checked(base: Base, read: Callable, request: Given, param_dtype) -> dict:
                 f"{place}: {path} has shape {np.shape(arrays[path])}, the module's is "
                 f"{wanted[path]}"
             )
-        check_weight(np.asarray(arrays[path]), path, place, param_dtype)
-    return {path: jnp.asarray(x).astype(param_dtype) for path, x in arrays.items()}
+    return arrays
 
 
 def _vocabulary(request: Given, base: Base) -> Vocabulary | None:
@@ -382,7 +406,7 @@ def _sha256(params: dict) -> str:
     digest = hashlib.sha256()
     for path, leaf in tree.flatten(params).items():
         digest.update(f"{path} {leaf.shape} {leaf.dtype}".encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
+        digest.update(np.ascontiguousarray(hosts.whole(leaf)).tobytes())
     return digest.hexdigest()
 
 
@@ -391,7 +415,7 @@ def _check_causal(base: Base, request: Given) -> None:
     length = min(8, base.positions or 8)
     first = jnp.zeros((1, length), jnp.int32)
     with outside.blame(request.function, f"base: {request.name}"):
-        logits = lambda tokens: np.asarray(base.module.apply({"params": base.params}, tokens))
+        logits = lambda tokens: hosts.whole(base.module.apply({"params": base.params}, tokens))
         before, after = logits(first), logits(first.at[0, -1].set(1))
     scale = np.abs(before).max() + 1e-6
     if np.abs(before - after)[:, :-1].max(initial=0) > 1e-3 * scale:

@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from lorax import fields, intercept, memory, outside, tree, vocabulary
+from lorax import fields, hosts, intercept, outside, tree, vocabulary
 from lorax.errors import nearest
 from lorax.files import read_json
 from lorax.interop import hf
-from lorax.models import custom, decoder_families, streaming
+from lorax.models import custom, decoder_families, room, streaming
 from lorax.models.base import Base
 from lorax.models.directories import find
 from lorax.models.families import FAMILIES, WHOLE, traits
@@ -54,19 +54,20 @@ def load(
     """
     name = outside.spell(name, "base")
     if custom.is_custom(name):
-        return custom.load(name, dtype, param_dtype, run)
+        return custom.load(name, dtype, param_dtype, run, place)
     random = name.startswith("random:")
     base, directory, init = _build(name, not random, dtype, param_dtype, run)
     base = base.replace(vocabulary=_vocabulary(base, directory))
     if random:
         shardings = place(base.params, base.sites) if place else None
-        _check_room(name, base.params, shardings)
+        room.check(name, base.params, shardings)
         params = streaming.drawn(init, shardings)
         params = jax.tree.map(lambda x: x.astype(param_dtype), params)
         return base.replace(params=params, hashed=lambda: "random")
     files = {file: _version(file) for file in hf.weight_files(directory)}
     params, fresh = _read(base, directory, param_dtype, init, place)
-    hashed = functools.cache(lambda: _sha256(files))
+    # One process reads the files a second time, for all.
+    hashed = functools.cache(lambda: hosts.agreed(_sha256(files) if hosts.first() else None))
     return base.replace(params=params, hashed=hashed, fresh=fresh, directory=directory)
 
 
@@ -84,7 +85,7 @@ def _read(
     fresh = tuple(path for path in head if path not in flat)
     described = tree.unflatten(described | tree.shapes(flat))
     shardings = place(described, base.sites) if place else None
-    _check_room(base.name, described, shardings)
+    room.check(base.name, described, shardings)
     placed = tree.flatten(shardings) if place else {}
     flat = {path: streaming.placed(x, placed.get(path)) for path, x in flat.items()}
     if fresh:
@@ -187,18 +188,6 @@ def config_of(name: str, raw: Mapping, **run):
         return FAMILIES[family][0].config_from_hf(raw, **run)
     except ValueError as error:
         raise ValueError(f"base: {name}: {error}") from None
-
-
-def _check_room(name: str, params, shardings=None) -> None:
-    """Raises MemoryError if the weights don't fit; allocates nothing. params: their shapes."""
-    needs, free = tree.nbytes(params), memory.free()
-    if needs > free.bytes:
-        stored = jax.tree.leaves(params)[0].dtype.name
-        smaller = ", or param_dtype=bfloat16" * (stored == "float32")
-        raise MemoryError(
-            f"base: {name} has {needs / 1e9:.2f} GB of weights in {stored} and "
-            f"{free.bytes / 1e9:.2f} GB {free.limit}; take a smaller base{smaller}"
-        )
 
 
 def _check_size(base: Base, directory: Path) -> None:

@@ -24,20 +24,23 @@ def array(source: Readable, sharding: jax.sharding.Sharding | None = None) -> ja
     """
     if sharding is None:
         return jax.device_put(source.read((slice(None),) * len(source.shape)), may_alias=True)
-    where = sharding.addressable_devices_indices_map(source.shape)
-    devices: dict[tuple, list] = {}  # of each block
-    for device, index in where.items():
-        block = tuple(part.indices(n)[:2] for part, n in zip(index, source.shape, strict=True))
-        devices.setdefault(block, []).append(device)
     held, before = {}, None
-    for block, places in devices.items():
+    for block, places in blocks(source.shape, sharding).items():
         values = source.read(tuple(slice(*ends) for ends in block))
         copies = [jax.device_put(values, device, may_alias=True) for device in places]
         held |= dict(zip(places, copies, strict=True))
         jax.block_until_ready(before)  # its host memory is free
         before = copies
-    shards = [held[device] for device in where]
-    return jax.make_array_from_single_device_arrays(source.shape, sharding, shards)
+    return jax.make_array_from_single_device_arrays(source.shape, sharding, [*held.values()])
+
+
+def blocks(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> dict[tuple, list]:
+    """{(first, end) along each axis: its devices} of the blocks that this process holds."""
+    devices: dict[tuple, list] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        block = tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))
+        devices.setdefault(block, []).append(device)
+    return devices
 
 
 def placed(source, sharding=None):

@@ -1,15 +1,19 @@
 """A base is read straight into the parts that a mesh of devices divides it into."""
 
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 import lorax
-from lorax import models, quant, sharding, tree
+from lorax import memory, models, quant, sharding, tree
 from lorax.interop import hf, tensors
+from lorax.models.load import skeleton
 
 SIZES = dict(
     vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
@@ -42,7 +46,9 @@ def stored(tmp_path_factory):
         if name not in made:
             directory = made[name] = tmp_path_factory.mktemp("stored")
             (directory / "config.json").write_text(json.dumps(FIELDS[name]))
-            models.save(directory, lorax.load(f"random:{directory}"))
+            shapes, rng = skeleton(f"random:{directory}"), np.random.default_rng(0)
+            draw = lambda x: rng.normal(size=x.shape).astype(np.float32)
+            models.save(directory, shapes.replace(params=jax.tree.map(draw, shapes.params)))
             (directory / "config.json").write_text(json.dumps(FIELDS[name]))
             if "coded" in name:
                 in_4_bits(directory)
@@ -144,3 +150,61 @@ def test_a_block_that_several_devices_hold_is_read_once(stored, reads):
     base = lorax.load(directory, place=places("member=2,fsdp=4"))
     assert sum(reads) == tree.nbytes(expected.params)
     assert_same(base, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_random_weights_are_those_of_one_device(name, stored):
+    name = f"random:{stored(name)}@1"
+    base = lorax.load(name, param_dtype="bfloat16", place=places("fsdp=4,tensor=2"))
+    assert_same(base, lorax.load(name, param_dtype="bfloat16"))
+    assert base.params["h"]["attn"]["q"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
+
+
+def test_a_module_of_ones_own_is_divided_too(tmp_path):
+    """Drawn, read from its file, and given by its function."""
+    place = places("fsdp=4,tensor=2")
+    drawn = lorax.load(tower, place=place)
+    assert_same(drawn, lorax.load(tower))
+    assert drawn.params["up"]["kernel"].sharding.spec == P("fsdp", "tensor")
+    models.save(tmp_path, drawn)
+    name = f"{drawn.name}@{tmp_path}"
+    assert_same(lorax.load(name, place=place), drawn)
+    given = lorax.load(of_ones, place=place)
+    assert given.params["up"]["kernel"].sharding.spec == P("fsdp", "tensor")
+    assert_same(given, lorax.load(of_ones))
+    assert given.sha256 == lorax.load(of_ones).sha256
+
+
+class Tower(nn.Module):
+    """Two layers that read arrays."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="down")(nn.relu(nn.Dense(16, name="up")(x)))
+
+
+def tower():
+    return Tower(), np.zeros((1, 8), np.float32)
+
+
+def of_ones():
+    weights = {
+        "up": {"kernel": np.ones((8, 16)), "bias": np.ones(16)},
+        "down": {"kernel": np.ones((16, 4)), "bias": np.ones(4)},
+    }
+    return models.Model(*tower(), weights=lambda: weights)
+
+
+def test_the_room_that_a_base_needs_is_that_of_its_parts(stored, monkeypatch):
+    directory, place = str(stored("llama")), places("fsdp=4,tensor=2")
+    whole = tree.nbytes(lorax.load(directory).params)
+    monkeypatch.setattr(memory, "free", lambda: memory.Free(whole - 1, "are free"))
+    with pytest.raises(MemoryError, match="GB of weights in float32 here and 0.00 GB are free"):
+        lorax.load(directory, place=place)
+    stats = {"bytes_limit": whole // 4, "bytes_in_use": 0}
+    device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    lorax.load(directory, place=place)
+    stats["bytes_in_use"] = whole // 8
+    with pytest.raises(MemoryError, match="are free on a device; take a smaller base, or par"):
+        lorax.load(directory, place=place)
