@@ -1,4 +1,7 @@
-"""Atomic file writing, and reading of text and JSON with errors that name the file."""
+"""Atomic file writing, and reading of text and JSON with errors that name the file.
+
+Of a program's processes (`lorax.hosts`), only the first one writes.
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lorax import hosts
 from lorax.errors import of_machine
 
 LFS = b"version https://git-lfs"  # how a pointer begins
@@ -18,6 +22,8 @@ def atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> Path
     Raises OSError (a full disk), also if a library reports it with another type.
     """
     path = Path(path)
+    if not hosts.first():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -34,6 +40,12 @@ def atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> Path
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def remove(path: str | os.PathLike) -> None:
+    """Remove a file if it is there; like `atomically`, by the first process."""
+    if hosts.first():
+        Path(path).unlink(missing_ok=True)
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> Path:

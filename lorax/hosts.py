@@ -5,6 +5,8 @@ and the terminal. With a single process everything here is the identity. JAX is 
 it is needed: `first` answers before that.
 """
 
+import argparse
+import importlib.util
 import json
 import os
 import re
@@ -23,6 +25,28 @@ class Coordinator(NamedTuple):
     process: int | None = None
 
 
+#: The command line's flags for a `Coordinator`.
+FLAGS = {
+    "coordinator": "Many hosts: HOST:PORT where process 0 listens, if the cluster does not say it.",
+    "processes": "Many hosts: number of processes; 1 stays alone on a cluster of several.",
+    "process": "Many hosts: number of this process, from 0 on.",
+}
+
+
+def flags(argv: list[str]) -> tuple[Coordinator, list[str]]:
+    """The coordinator of a command line, and the command line without it. Raises ValueError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name, kind in zip(FLAGS, (str, int, int), strict=True):
+        parser.add_argument(f"--{name}", type=kind)
+    try:
+        given, rest = parser.parse_known_args(argv[1:])
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error.argument_name}: {error.message}") from None
+    if given.coordinator is not None and not re.fullmatch(r".+:\d+", given.coordinator):
+        raise ValueError(f"--coordinator: {given.coordinator!r} given, must be HOST:PORT")
+    return Coordinator(given.coordinator, given.processes, given.process), [*argv[:1], *rest]
+
+
 def start(coordinator: Coordinator | None = None) -> None:
     """Join the processes of this program, before JAX's first computation.
 
@@ -33,11 +57,15 @@ def start(coordinator: Coordinator | None = None) -> None:
     Raises ValueError for a coordinator that is not whole, RuntimeError if not all processes have
     started within `SECONDS`.
     """
-    given = coordinator or Coordinator()
-    if given.processes == 1 or (given == Coordinator() and _is_alone()):
+    given, expected = coordinator or Coordinator(), _expected()
+    if given.processes == 1 or (given == Coordinator() and not expected):
         return
+    if given.address and "OMPI_COMM_WORLD_SIZE" in os.environ:  # JAX does not know Open MPI 5
+        size, rank = (int(os.environ[f"OMPI_COMM_WORLD_{name}"]) for name in ("SIZE", "RANK"))
+        given = Coordinator(given.address, given.processes or size, given.process or rank)
     import jax
 
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     try:
         jax.distributed.initialize(
             *given,
@@ -45,21 +73,24 @@ def start(coordinator: Coordinator | None = None) -> None:
             initialization_timeout=SECONDS,
         )
     except ValueError as error:
-        if given == Coordinator() and "should be defined" in str(error):
-            return  # no cluster that JAX knows
-        raise ValueError(
-            f"--coordinator: {error} Give --coordinator=HOST:PORT --processes=N --process=I"
-        ) from None
+        if given == Coordinator() and expected == "a TPU":
+            return  # libtpu without a TPU
+        asked = "give --coordinator=HOST:PORT --processes=N --process=I, or --processes=1"
+        raise ValueError(f"--coordinator: {error} ({expected or 'no cluster'}); {asked}") from None
 
 
-def _is_alone() -> bool:
-    """Whether a cluster has started this program in one process, which must not wait for others."""
+def _expected() -> str:
+    """What may have started this program in several processes; "" if nothing has."""
     here = os.environ
-    if "SLURM_JOB_ID" in here:  # a batch script or a login shell sees its job's number of tasks
-        return int(here.get("SLURM_STEP_NUM_TASKS", 1)) == 1
-    if "OMPI_COMM_WORLD_SIZE" in here:
-        return int(here["OMPI_COMM_WORLD_SIZE"]) == 1
-    return "KUBERNETES_SERVICE_HOST" in here and "JOB_COMPLETION_INDEX" not in here
+    if int(here.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # SLURM_NTASKS is also set where srun is not
+        return "SLURM"
+    if int(here.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return "Open MPI"
+    if "KUBERNETES_SERVICE_HOST" in here and "JOB_COMPLETION_INDEX" in here:
+        return "an indexed job of Kubernetes; JAX needs pip install 'jax[k8s]'"
+    if "JAX_COORDINATOR_ADDRESS" in here:
+        return "JAX_COORDINATOR_ADDRESS"
+    return "a TPU" if importlib.util.find_spec("libtpu") else ""
 
 
 def _has_all_devices() -> bool:
@@ -71,32 +102,40 @@ def _has_all_devices() -> bool:
     return re.fullmatch(r"1(\(x\d+\))?", on_machine) is not None or len(seen) == 1
 
 
+def are_many() -> bool:
+    """Whether this program has several processes. Unlike the numbers below, it starts no device."""
+    jax = sys.modules.get("jax")  # if it is not imported, nothing was started
+    return jax is not None and jax.distributed.is_initialized()
+
+
 def count() -> int:
     """The number of processes."""
-    return sys.modules["jax"].process_count() if _are_many() else 1
+    return sys.modules["jax"].process_count() if are_many() else 1
+
+
+def process() -> int:
+    """The number of this process, from 0 on."""
+    return sys.modules["jax"].process_index() if are_many() else 0
 
 
 def first() -> bool:
     """Whether this process writes the run directory and the terminal: process 0."""
-    return not _are_many() or sys.modules["jax"].process_index() == 0
-
-
-def _are_many() -> bool:
-    jax = sys.modules.get("jax")  # if it is not imported, nothing was started
-    return jax is not None and jax.distributed.is_initialized()
+    return process() == 0
 
 
 def whole(tree):
     """A tree of arrays as NumPy arrays, on every process, whatever their shardings; one leaf after
     the other is gathered. All processes must call it together."""
     import jax
+
+    if count() == 1:
+        return jax.device_get(tree)
     import numpy as np
+    from jax.experimental import multihost_utils
 
     def gathered(x):
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
             return np.asarray(x)
-        from jax.experimental import multihost_utils
-
         return multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(gathered, tree)
@@ -113,6 +152,9 @@ def place(tree, shardings):
     def placed(x, sharding):
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return jax.device_put(x, sharding)
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = placed(jax.random.key_data(x), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 

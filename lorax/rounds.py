@@ -21,11 +21,11 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from lorax import halving, report, rundir, search, track, tree
+from lorax import halving, hosts, report, rundir, search, track, tree
 from lorax.analysis import answer, runs, tables
 from lorax.config import Member
 from lorax.errors import reason
-from lorax.files import write_bytes
+from lorax.files import remove, write_bytes
 from lorax.models import Base, kernels
 from lorax.terminal import Evaluations, Screen
 from lorax.train import layouts, loop, prepare
@@ -38,7 +38,8 @@ def train(
 ) -> dict[str, str]:
     """Train all members of a run, export, analyse, report; {what failed after training: why}.
 
-    command: the command that runs the same again, for config.json.
+    command: the command that runs the same again, for config.json. With several processes
+    (`lorax.hosts`) all train, and the first one alone writes, analyses and knows what failed.
     """
     tables.read_statistics(settings.analysis.also)  # raises if one can't be read
     track.check(settings.track)
@@ -48,6 +49,8 @@ def train(
         log = Log(workdir, screen)
         with contextlib.closing(log):
             base = _train(settings, members, log, command)
+            if not hosts.first():
+                return {}
             log.write("trained")
             screen.end_bar()
             _analyse(settings, base, log)
@@ -111,11 +114,15 @@ def _train(settings, members: list[Member], log: Log, command: str) -> Base:
     race = halving.race(settings, prepare.members_of(groups))
     if race and any(member.config.train.epochs for member in members):
         say(halving.budget(race))
-    check_disk(workdir, groups, race)
-    write_config(workdir, settings, base, command)
-    log.trackers, evaluations = track.trackers(settings.track, workdir), Evaluations(workdir)
+    if hosts.first():
+        check_disk(workdir, groups, race)
+        write_config(workdir, settings, base, command)
+        log.trackers = track.trackers(settings.track, workdir)
+    evaluations = Evaluations(workdir)
 
     def progress(done, total):
+        if not hosts.first():
+            return
         log.screen.progress(done, total, evaluations.newest())
         for name, tracker in log.trackers.items():
             if name not in log.failed:
@@ -247,7 +254,7 @@ def _write_tables(workdir: Path) -> None:
     for name, table in (("trajectory", tables.trajectory(run)), ("cka", tables.cka(run))):
         file = rundir.table(workdir, name)
         if table is None:
-            file.unlink(missing_ok=True)  # left by an analysis that is no longer asked for
+            remove(file)  # left by an analysis that is no longer asked for
         else:
             write_bytes(file, table.to_csv(index=False).encode())
 

@@ -23,10 +23,22 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from lorax import __version__, catalogue, command_line, config, memory, run_names, rundir, search
+from lorax import (
+    __version__,
+    catalogue,
+    command_line,
+    config,
+    hosts,
+    memory,
+    run_names,
+    rundir,
+    search,
+    together,
+)
 from lorax.callable import make_callable
 from lorax.errors import fail, of_machine, reason
 from lorax.resume import check_same_config
+from lorax.together import End
 
 
 def main(argv: list[str]) -> int:
@@ -35,37 +47,48 @@ def main(argv: list[str]) -> int:
         _help()
         return 0
     try:
+        coordinator, argv = hosts.flags(argv)
+        hosts.start(coordinator)
+    except (ValueError, RuntimeError) as error:
+        return fail(error)
+    end = together.run(lambda: _main(argv))
+    if end.line:
+        print(f"lorax: {end.line}", file=sys.stderr)
+    return end.code
+
+
+def _main(argv: list[str]) -> End:
+    """`main` in each process of the program."""
+    try:
         settings, members, workdir = command_line.read(argv)
         rundir.check_paths(workdir)
         changed = check_same_config(workdir, settings)
     except Exception as error:  # a config script may raise anything
-        return fail(error)
+        return End(2, reason(error), whole=False)
     print(f"lorax {__version__}: {command_line.summary(settings, members)}", flush=True)
-    if rundir.has_finished(workdir) and not changed:
+    if hosts.agreed(rundir.has_finished(workdir)) and not changed:
         print(f"{workdir} is finished. Report: {workdir / rundir.REPORT}")
         _show_answer(workdir, settings)
-        return 0
+        return End(0)
     try:
-        command = "python -m lorax.run " + shlex.join(sys.argv[1:])
+        command = "python -m lorax.run " + shlex.join(argv[1:])
         failed = _train(settings, members, workdir, command)
     except KeyboardInterrupt:
-        print("lorax: stopped. Run the same command to continue.", file=sys.stderr)
-        return 130
+        return End(130, "stopped. Run the same command to continue.", whole=False, stopped=True)
     except (ValueError, FileNotFoundError, BlockingIOError) as error:
-        return fail(error)
+        return End(2, reason(error), whole=False)
     except Exception as error:
         if not of_machine(error):
             raise
         line = (
             f"stopped: {reason(of_machine(error))}. Fix that and run the same command to continue."
         )
-        print(f"lorax: {line}", file=sys.stderr)
-        return 1
+        return End(1, line, whole=False, stopped=True)
+    if not hosts.first():
+        return End(0)
     _show_places(workdir, settings.analysis.report and "report" not in failed)
     _show_answer(workdir, settings)
-    if failed:
-        print(f"lorax: {_what_failed(failed, workdir)}", file=sys.stderr)
-    return 1 if failed else 0
+    return End(1, _what_failed(failed, workdir)) if failed else End(0)
 
 
 def run(settings: ConfigDict, workdir: str | os.PathLike | None = None):
@@ -97,6 +120,8 @@ def run(settings: ConfigDict, workdir: str | os.PathLike | None = None):
 
 def _train(settings, members, workdir: Path, command: str) -> dict[str, str]:
     """`lorax.rounds.train` with the run directory locked."""
+    over = rundir.UNFINISHED
+    together.at_stop.append(lambda end: rundir.record(workdir, end.line, end.stopped, over))
     with rundir.locked(workdir), rundir.recorded(workdir):
         memory.check()
         from lorax import rounds  # imports JAX; the plan line is printed before
@@ -135,8 +160,8 @@ def _show_answer(workdir: Path, settings: ConfigDict) -> None:
 
 def _help() -> None:
     print(__doc__)
-    for name in ("config", "workdir"):
-        print(f"  --{name:8s} {command_line.FLAGS[name].help}")
+    for name, text in {n: command_line.FLAGS[n].help for n in ("config", "workdir")} | hosts.FLAGS:
+        print(f"  --{name:8s} {text}")
     for name, key in catalogue.keys().items():
         usual = "" if key.default is None else f" (default: {key.default})"
         print(f"  --config.method.{name:15s} {key.help}{usual}")

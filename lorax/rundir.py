@@ -35,6 +35,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorax import hosts
 from lorax.errors import of_machine, reason
 from lorax.files import parse_json, read_json, write_bytes, write_json
 
@@ -152,11 +153,16 @@ def check_paths(directory: Path) -> None:
 
 @contextlib.contextmanager
 def locked(directory: Path):
-    """Context in which no other process writes to the run directory.
+    """Context in which no other process writes to the run directory. Of a program's processes, the
+    first one has it.
 
     Removes the directory if it stayed empty. Raises BlockingIOError if another process writes to
     it, ValueError if it can't be written to.
     """
+    if not hosts.first():
+        _check_shared(directory)
+        yield
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = open(directory / LOCK, "w")
@@ -167,11 +173,28 @@ def locked(directory: Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(f"workdir: another process writes to {directory}") from None
+        if hosts.are_many():
+            file.write(str(os.getpid()))
+            file.flush()
+            os.fsync(file.fileno())
+            _check_shared(directory)
         try:
             yield
         finally:
             if [path.name for path in directory.iterdir()] == [LOCK]:
                 shutil.rmtree(directory)
+
+
+def _check_shared(directory: Path) -> None:
+    """Raises ValueError in a process that does not see the lock file of the first one."""
+    file = directory / LOCK
+    mine = file.read_text() if hosts.first() else ""
+    written = hosts.agreed(mine)
+    if not file.exists() or file.read_text() != written:
+        raise ValueError(
+            f"--workdir: process {hosts.process()} does not see what process 0 writes to "
+            f"{directory}; name a directory on a filesystem that all hosts share"
+        )
 
 
 def is_locked(directory: Path) -> bool:
@@ -196,16 +219,22 @@ def recorded(directory: Path):
     try:
         yield
     except BaseException as error:
-        status = read_status(directory)
-        if status:
-            machine = of_machine(error)
-            stopped = machine or isinstance(error, KeyboardInterrupt)
-            if status.get("state") == "running":
-                status["state"] = "stopped" if stopped else "failed"
-            status["reason"] = reason(machine or error)
-            with contextlib.suppress(OSError):  # the disk may be full
-                write_json(directory / STATUS, status)
+        machine = of_machine(error)
+        stopped = machine is not None or isinstance(error, KeyboardInterrupt)
+        record(directory, reason(machine or error), stopped)
         raise
+
+
+def record(directory: Path, why: str, stopped: bool, over: Iterable[str] = ("running",)) -> None:
+    """Write to status.json, if there is one, why a run has ended, and that it is "stopped" or
+    "failed" in place of a state in `over`."""
+    status = read_status(directory)
+    if not status:
+        return
+    if status.get("state") in over:
+        status["state"] = "stopped" if stopped else "failed"
+    with contextlib.suppress(OSError):  # the disk may be full
+        write_json(directory / STATUS, status | {"reason": why})
 
 
 def write_status(
@@ -234,7 +263,10 @@ def write_members(directory: Path, rows: Iterable[dict]) -> None:
 
 
 def append_metrics(directory: Path, rows: Iterable[dict]) -> int:
-    """Append to metrics.jsonl and sync it to the disk; the file's new length in bytes."""
+    """Append to metrics.jsonl and sync it to the disk; the file's new length in bytes, which only
+    the first of a program's processes knows."""
+    if not hosts.first():
+        return 0
     with open(directory / METRICS, "ab") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         file.flush()
@@ -244,8 +276,9 @@ def append_metrics(directory: Path, rows: Iterable[dict]) -> int:
 
 def cut_metrics(directory: Path, length: int) -> None:
     """Shorten metrics.jsonl to `length` bytes: measurements after a checkpoint are repeated."""
-    with open(directory / METRICS, "ab") as file:
-        file.truncate(length)
+    if hosts.first():
+        with open(directory / METRICS, "ab") as file:
+            file.truncate(length)
 
 
 def metrics_size(directory: Path) -> int:
@@ -257,8 +290,9 @@ def metrics_size(directory: Path) -> int:
 def keep_error(directory: Path, error: BaseException) -> str:
     """Append an error's traceback to errors.txt; a one-line message about it."""
     file = Path(directory) / ERRORS
-    with open(file, "a") as out:
-        out.write("".join(traceback.format_exception(error)) + "\n")
+    if hosts.first():
+        with open(file, "a") as out:
+            out.write("".join(traceback.format_exception(error)) + "\n")
     return f"failed ({reason(error)}; traceback in {file})"
 
 

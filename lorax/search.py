@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from lorax import catalogue, config, halving
+from lorax import catalogue, config, halving, hosts
 from lorax.config import Member
 from lorax.ranges import FLOAT32_MAX
 
@@ -82,14 +82,19 @@ def next_round(
     settings: ConfigDict, members: list[Member], directory: Path, say: Callable[[str], None]
 ) -> list[Member]:
     """The members of the next round, chosen from the results so far, whose estimate is printed."""
+    asked = hosts.agreed(_asked(settings, directory, say) if hosts.first() else None)
+    return more_members(settings, members, asked)
+
+
+def _asked(settings: ConfigDict, directory: Path, say: Callable[[str], None]) -> list[dict]:
+    """`refine` of the results so far."""
     from lorax.analysis import intrinsic  # imports pandas, which `members` can do without
 
     search, table = settings.search, points(directory)
     for _, row in intrinsic.estimate(table, search.threshold, search.metric).iterrows():
         condition = f"{row['condition']}: " if row["condition"] else ""
         say(f"search: {condition}{intrinsic.headline(row)}")
-    asked = refine(table, search.threshold, search.metric, search.points, seeds(settings))
-    return more_members(settings, members, asked)
+    return refine(table, search.threshold, search.metric, search.points, seeds(settings))
 
 
 def estimate(settings: ConfigDict, directory: Path):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from lorax import gather, hosts, losses, rundir
-from lorax.files import atomically
+from lorax.files import atomically, remove
 from lorax.interop.tensors import read_npz
 from lorax.tasks import Task, scores
 from lorax.train.batches import Evaluated
@@ -44,9 +44,10 @@ def evaluate(programs, arguments, m: int, task: Task, split: str, on: Evaluated)
 
 def of_base(programs, params, task: Task, on: Evaluated) -> tuple[Measured, losses.Rows]:
     """`evaluate` of the base on the test rows `on`, as a single member. params: on the devices."""
+    arguments = params, on.batches
     if gather.mesh_of(params) is None:  # each device has all of the base, and one is enough
-        params = jax.tree.map(lambda x: x.addressable_shards[0].data, params)
-    rows = programs.base_rows(params, on.batches, np.int32(on.n))
+        arguments = jax.tree.map(lambda x: x.addressable_shards[0].data, arguments)
+    rows = programs.base_rows(*arguments, np.int32(on.n))
     rows = jax.tree.map(lambda x: _flat(x[None], 1, on.rows), rows)
     return _measured(rows, task, task.test.get("label")), rows
 
@@ -86,10 +87,12 @@ def write_start(workdir, members, rows: losses.Rows) -> None:
 def write_end(workdir, members, rows: losses.Rows, diverged: np.ndarray) -> None:
     """Add the numbers after training to the files. diverged: (M,) bool; a member that diverged has
     no file."""
+    if not hosts.first():  # which has the files to add to
+        return
     for i, member in enumerate(members):
         file = rundir.rows(workdir, member.index)
         if diverged[i]:
-            file.unlink(missing_ok=True)
+            remove(file)
             continue
         arrays = read_npz(file) | {"loss": rows.loss[i]}
         if rows.right is not None:

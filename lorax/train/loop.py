@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from lorax import halving, rundir, tasks, tree
+from lorax import halving, hosts, rundir, tasks, tree
 from lorax.calls import steps_per_call
 from lorax.config import Member, group_key
 from lorax.files import write_bytes
@@ -91,6 +91,7 @@ def train(
             rows, at = rows | finals, at | reached
             done += halving.member_steps(race, [m.index for m in stack.members], leg)
         left = halving.survivors(race, leg, running, _losses(rows, at, running))
+        left = set(hosts.agreed(sorted(left)))
         if leg < len(race.rungs):
             rows |= {i: results.stopped(workdir, i, at[i]) for i in running - left}
             at = {i: at[i] for i in left}

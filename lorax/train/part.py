@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import losses, rundir, tree
+from lorax import hosts, losses, rundir, tree
 from lorax.calls import steps_per_call
 from lorax.train import checkpoint, evaluation, trajectory
 from lorax.train.batches import Evaluated, train_batches
 from lorax.train.evaluation import Measured
+from lorax.train.members import filled
 from lorax.train.prepare import Group
 from lorax.train.programs import Programs
 from lorax.train.stacks import Stack
@@ -101,19 +102,21 @@ def resume(part: Part, state: MemberState) -> Position | None:
     """The position of the newest intact checkpoint, None without any."""
     folder, steps = rundir.checkpoints(part.workdir, part.name), part.stack.config.train.steps
     like = saved_state(state, state.trainable if keeps_best(part) else None)
-    restored = checkpoint.restore(folder, tree.shapes(like), part.say)
+    restored = checkpoint.restore(folder, like if hosts.are_many() else tree.shapes(like), part.say)
     if restored is None:
         return None
     step, saved, meta = restored
     # metrics.jsonl is shorter than at the checkpoint: an earlier group was rolled back.
-    if meta["offset"] > rundir.metrics_size(part.workdir):
-        shutil.rmtree(folder)
+    if hosts.agreed(meta["offset"] > rundir.metrics_size(part.workdir)):
+        if hosts.first():
+            shutil.rmtree(folder)
         return None
     if step < part.until:  # a finished part may be followed by lines of later groups
         rundir.cut_metrics(part.workdir, meta["offset"])
     if step:
         part.say(f"group {part.group.index}: continues at step {step} of {steps}")
-    saved, kept = jax.device_put(saved, jax.tree.map(lambda x: x.sharding, like)), None
+    saved, kept = _refilled(part, saved), None
+    saved = hosts.place(saved, jax.tree.map(lambda x: x.sharding, like))
     if keeps_best(part):
         best = meta["kept"]
         kept = Kept(saved["kept"], np.array(best["steps"]), read_measured(best))
@@ -126,6 +129,15 @@ def resume(part: Part, state: MemberState) -> Position | None:
         tuple(map(read_measured, meta.get("tests", ()))),
         kept,
     )
+
+
+def _refilled(part: Part, saved):
+    """What a checkpoint has, for so many members as the program: other devices may have written
+    it, and filled up the members to another number."""
+    members, size = len(part.stack.members), part.programs.layout.size
+    if len(jax.tree.leaves(saved)[0]) == size:
+        return saved
+    return filled(jax.tree.map(lambda x: x[:members], hosts.whole(saved)), size)
 
 
 def begin(part: Part, state: MemberState, offset: int) -> Position:
@@ -166,7 +178,7 @@ def advance(part: Part, at: Position, k: int) -> Position:
     batches = part.programs.place_batches(rows)
     state, logs = part.programs.train(part.params, part.constants, part.hyper, at.state, batches)
     real = min(k, part.until - at.step)  # steps past the last one change nothing
-    logs = {name: np.asarray(x)[:m, :real] for name, x in logs.items()}
+    logs = {name: x[:m, :real] for name, x in hosts.whole(logs).items()}
     in_steps = at.in_steps + (time.monotonic() - began) / m
     at = at._replace(step=at.step + real, state=state, in_steps=in_steps)
     norms = logs["grad_norm"][:, -1]
@@ -255,12 +267,12 @@ def write_spectra(part: Part, at: Position) -> None:
 
 def diverged_at(part: Part, at: Position) -> np.ndarray:
     """(M,) int32: the step at which each member diverged, -1 for the others."""
-    return np.asarray(at.state.diverged_at)[: len(part.stack.members)]
+    return hosts.whole(at.state.diverged_at)[: len(part.stack.members)]
 
 
 def apart(part: Part, at: Position) -> dict[int, Position]:
     """{member: its position, without the axis M, on the host}."""
-    host = jax.device_get(at._replace(step=None, offset=None))
+    host = hosts.whole(at._replace(step=None, offset=None))
     of = lambda i: jax.tree.map(lambda x: x[i], host)._replace(step=at.step, offset=at.offset)
     return {member.index: of(i) for i, member in enumerate(part.stack.members)}
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from lorax import adapters, methods, rundir, tasks
+from lorax import adapters, hosts, methods, rundir, tasks
 from lorax.errors import reason
+from lorax.files import remove
 from lorax.train import activations, benchmarks
 from lorax.train.evaluation import Measured
 from lorax.train.part import Part, Position, decimal, diverged_at, exported
@@ -19,7 +19,7 @@ def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[
     """{member: its final row}, see `loop.train`. All adapters are exported before anything is
     measured, as measuring may fail. finished: called with the row of each member."""
     m = len(part.stack.members)
-    trainable = jax.tree.map(lambda x: np.asarray(x)[:m], exported(part, at).trainable)
+    trainable = jax.tree.map(lambda x: x[:m], hosts.whole(exported(part, at).trainable))
     diverged = diverged_at(part, at)
     write_adapters(part, trainable)
     rows = {
@@ -33,12 +33,12 @@ def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[
     if generates and trained:
         measure_base_texts(part, trained, rows)
     elif not generates:
-        rundir.texts(part.workdir, rundir.BASE).unlink(missing_ok=True)
+        remove(rundir.texts(part.workdir, rundir.BASE))
     for i, member in enumerate(part.stack.members):
         if generates and i in trained:
             measure_texts(part, trainable, i, rows)
         else:  # left over from an evaluation that is no longer configured
-            rundir.texts(part.workdir, member.index).unlink(missing_ok=True)
+            remove(rundir.texts(part.workdir, member.index))
         if part.stack.config.eval.harness and i in trained:
             measure_tasks(part, trainable, i, rows)
         finished({"member": member.index, "name": member.name} | rows[member.index])
@@ -71,7 +71,7 @@ def row(part: Part, at: Position, i: int, diverged: int) -> dict:
 def stopped(workdir: Path, member: int, at: Position | None) -> dict:
     """The row of a member that halving has stopped; it keeps no file of test rows. at: its own
     position (`part.apart`), None if it never began. One that has diverged by then is "diverged"."""
-    rundir.rows(workdir, member).unlink(missing_ok=True)
+    remove(rundir.rows(workdir, member))
     if at is None:
         seconds, in_steps, step, diverged = 0.0, 0.0, 0, -1
     else:
