@@ -47,7 +47,15 @@ def is_here(tree) -> bool:
 def layer(leaf, index: tuple[int, ...]):
     """One layer of a stacked leaf, an array or operator leaf of a base: `index` along the layer
     axes, () for a leaf that is not stacked."""
-    return jax.tree.map(lambda x: here(x[index]) if index else here(x), leaf)
+    return jax.tree.map(lambda x: _of_layer(x, index), leaf)
+
+
+def _of_layer(x, index: tuple[int, ...]):
+    if hasattr(x, "read"):  # a `lorax.models.streaming.Readable`: still in its file
+        rest = x.shape[len(index) :]
+        block = x.read((*(slice(i, i + 1) for i in index), *(slice(None),) * len(rest)))
+        return jnp.asarray(block.reshape(rest))
+    return here(x[index]) if index else here(x)
 
 
 def matrix(leaf, site: ops.Site, index: tuple[int, ...]) -> jax.Array:

@@ -21,12 +21,13 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from lorax import halving, hosts, report, rundir, search, track, tree
+from lorax import gather, halving, hosts, report, rundir, search, track, tree
 from lorax.analysis import answer, runs, tables
 from lorax.config import Member
 from lorax.errors import reason
 from lorax.files import remove, write_bytes
 from lorax.models import Base, kernels
+from lorax.report import bases
 from lorax.terminal import Evaluations, Screen
 from lorax.train import layouts, loop, prepare
 
@@ -264,4 +265,7 @@ def _report(workdir: Path, base: Base, also: tuple[str, ...], say: Callable[[str
     does not fail the run."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"report: {message}")
-        report.write(workdir, kernels(base), also=also)
+        # Other processes hold parts of the base and no longer take part: its files have all of it.
+        alone = gather.is_here(base.params)
+        read = (kernels(base), "") if alone else bases.of_config(rundir.read_config(workdir))
+        report.write(workdir, *read, also=also)

@@ -2,7 +2,7 @@
 
 from lorax.models.base import Base, Kernels, kernel, kernels
 from lorax.models.custom import Model
-from lorax.models.load import load
+from lorax.models.load import load, unread
 from lorax.models.saving import save
 
-__all__ = ["Base", "Kernels", "Model", "kernel", "kernels", "load", "save"]
+__all__ = ["Base", "Kernels", "Model", "kernel", "kernels", "load", "save", "unread"]

@@ -75,14 +75,8 @@ def _read(
     base: Base, directory: Path, param_dtype, init, place: Place | None
 ) -> tuple[dict, tuple[str, ...]]:
     """(params from the files, paths of a head that they lack and that `init` initialises)."""
-    described = tree.flatten(base.params)
+    described, (flat, fresh) = tree.flatten(base.params), _in_files(base, directory, param_dtype)
     shapes = {path: x.shape for path, x in described.items()}
-    head = tuple(path for path in shapes if path.startswith("head/"))
-    flat = nf4.by_words(bnb.parameters(directory, base.sources, shapes), base.sites)
-    _check_size(base, directory)
-    rest = {path: source for path, source in base.sources.items() if path not in flat}
-    flat |= hf.parameters(directory, rest, shapes, param_dtype, optional=head)
-    fresh = tuple(path for path in head if path not in flat)
     described = tree.unflatten(described | tree.shapes(flat))
     shardings = place(described, base.sites) if place else None
     room.check(base.name, described, shardings)
@@ -93,6 +87,32 @@ def _read(
         drawn = tree.flatten(drawn)
         flat |= {path: drawn[path.removeprefix("head/")].astype(param_dtype) for path in fresh}
     return tree.unflatten({path: flat[path] for path in shapes}), fresh
+
+
+def _in_files(base: Base, directory: Path, param_dtype) -> tuple[dict, tuple[str, ...]]:
+    """({path: the parameter in the files, not yet read}, paths of a head that they lack)."""
+    shapes = {path: x.shape for path, x in tree.flatten(base.params).items()}
+    head = tuple(path for path in shapes if path.startswith("head/"))
+    flat = nf4.by_words(bnb.parameters(directory, base.sources, shapes), base.sites)
+    _check_size(base, directory)
+    rest = {path: source for path, source in base.sources.items() if path not in flat}
+    flat |= hf.parameters(directory, rest, shapes, param_dtype, optional=head)
+    return flat, tuple(path for path in head if path not in flat)
+
+
+def unread(name, param_dtype=jnp.float32, place: Place | None = None) -> Base:
+    """`load` of a model in Hugging Face's files that reads no weights yet: the arrays of `params`
+    are `streaming.Readable`s, of which `lorax.models.kernels` reads a layer when it is asked for.
+    Of random weights, a user's own model and one whose head the files lack: `load` itself."""
+    name = outside.spell(name, "base")
+    if custom.is_custom(name) or name.startswith("random:"):
+        return load(name, param_dtype=param_dtype, place=place)
+    base, directory, _ = _build(name, True, "float32", param_dtype, {})
+    flat, fresh = _in_files(base, directory, param_dtype)
+    if fresh:
+        return load(name, param_dtype=param_dtype, place=place)
+    params = tree.unflatten({path: flat[path] for path in tree.flatten(base.params)})
+    return base.replace(params=params, directory=directory)
 
 
 def skeleton(name, dtype: str = "float32", param_dtype=jnp.float32, **run) -> Base:

@@ -32,16 +32,16 @@ def of_config(config: dict[str, Any]) -> tuple[Kernels | None, str]:
 
 def load(name: str) -> Kernels:
     """Kernels of a shipped model, a directory or a Hub id. Raises what `models.load` raises."""
-    from lorax.models import kernels, load
+    from lorax.models import kernels, unread
 
-    return kernels(load(name))
+    return kernels(unread(name))
 
 
 def with_sources(name: str) -> tuple[Kernels, dict[str, Any]]:
     """`load`, and where in Hugging Face's tensors the model's parameters are (`Base.sources`)."""
     from lorax import models
 
-    base = models.load(name)
+    base = models.unread(name)
     return models.kernels(base), base.sources
 
 

@@ -1,15 +1,17 @@
 """Initialisation, targets and ranks that are chosen from a member's first training batches."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import methods, ops, tasks, tree
+from lorax import gather, methods, ops, sharding, tasks, tree
 from lorax.config import seed_of
 from lorax.methods import sensitivity, starts
-from lorax.models import Base, load
+from lorax.models import Base, unread
 
 BATCHES = 8  # read for evidence, unless `method.batches` is set
 AUTO = "auto"
@@ -35,11 +37,34 @@ def read(member, base: Base, task: tasks.Task, paths, kind: str, seen: dict) -> 
     return seen[key]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Residual:
+    """The quantisation error of a kernel, (layers..., in, out) float32, a layer computed when it is
+    read (`gather.layer`). plain, coded: the kernel before and after."""
+
+    plain: object
+    coded: object
+    site: ops.Site
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        axes, n_in, n_out = self.site.matrix_shape(self.coded.shape)
+        return (*axes, n_in, n_out)
+
+    def read(self, index: tuple[slice, ...]) -> jax.Array:
+        """The error of one layer. index: a slice for each axis, of length 1 for those of layers."""
+        layer = tuple(part.start for part in index[: self.site.stack])
+        wide = lambda leaf: gather.matrix(leaf, self.site, layer).astype(jnp.float32)
+        return wide(self.plain) - wide(self.coded)
+
+
 def residual(base: Base, name: str, paths) -> dict:
-    """{path: {"residual": (layers..., in, out) float32}}: the quantisation error of the base,
-    the weights of `lorax.load(name)` minus the quantised ones. Raises ValueError if nothing is
-    quantised."""
-    residuals, coded, plain = {}, tree.flatten(base.params), tree.flatten(load(name).params)
+    """{path: {"residual": `Residual`}}: the quantisation error of the base, the weights of
+    `lorax.load(name)` minus the quantised ones. Raises ValueError if nothing is quantised."""
+    mesh = gather.mesh_of(base.params)
+    place = mesh and (lambda shapes, sites: sharding.shardings(shapes, sites, mesh))
+    plain = tree.flatten(unread(name, place=place).params)
+    residuals, coded = {}, tree.flatten(base.params)
     for path in paths:
         site = base.sites[path]
         if not ops.is_operator(coded[path]) or ops.is_operator(plain[path]):
@@ -47,8 +72,7 @@ def residual(base: Base, name: str, paths) -> dict:
                 f"method.init: 'loftq' starts from the quantisation error of {path}: set quant, "
                 "and give a base that is not quantised yet"
             )
-        wide = lambda leaf, site=site: site.to_matrix(ops.dense(leaf, site)).astype(jnp.float32)
-        residuals[path] = {"residual": wide(plain[path]) - wide(coded[path])}
+        residuals[path] = {"residual": Residual(plain[path], coded[path], site)}
     return residuals
 
 
