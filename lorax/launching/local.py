@@ -19,9 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorax import rundir
-from lorax.launching import parts, worker
+from lorax.launching import parts, state, worker
 
-LOG = "worker.log"  # in a part's folder: what its workers have printed
 SECONDS = 0.2  # between two looks at the workers
 
 
@@ -49,6 +48,8 @@ def run(directories: Sequence[Path], options) -> Iterator[tuple[Path, str | None
     """Run the parts, as many at a time as there are workers."""
     here = machine(options)
     free = list(range(options.workers or here.devices))
+    for part in directories:
+        state.launch(part)
     waiting, running, attempts = list(directories), {}, parts.Attempts()
     try:
         while waiting or running:
@@ -60,12 +61,12 @@ def run(directories: Sequence[Path], options) -> Iterator[tuple[Path, str | None
             for part, slot in ended.items():
                 code = running.pop(part)[1].returncode
                 free.append(slot)
-                if code == 0:
-                    yield part, None
-                elif code != 2 and attempts.again(part):
+                if code not in (0, 2) and attempts.again(part):
                     waiting.insert(0, part)
-                else:
-                    yield part, parts.failure(part) or _how_it_ended(code, part)
+                    continue
+                why = (parts.failure(part) or _how_it_ended(code, part)) if code else None
+                state.end(part, why)
+                yield part, why
     finally:
         for _, process in running.values():
             process.terminate()
@@ -79,7 +80,7 @@ def _start(part: Path, platform: str, slot: int) -> subprocess.Popen:
     if platform == "gpu":
         known = environment.get("CUDA_VISIBLE_DEVICES")
         environment["CUDA_VISIBLE_DEVICES"] = known.split(",")[slot] if known else str(slot)
-    with open(part / LOG, "ab") as log:
+    with open(part / state.LOG, "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "lorax.launching.local", str(part)],
             stdin=subprocess.PIPE,
@@ -95,7 +96,7 @@ def _ended(process: subprocess.Popen) -> bool:
 
 def _how_it_ended(code: int, part: Path) -> str:
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return f"its worker {how}; see {part / LOG}"
+    return f"its worker {how}; see {part / state.LOG}"
 
 
 def _end_with_launcher() -> None:

@@ -10,13 +10,14 @@ made: lorax and its packages must be installed on every node, as they are here.
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorax import errors
-from lorax.launching import state
+from lorax.launching import parts, state
 
 MISSING = "--on=ray needs Ray: pip install lorax-research[ray]"
 STORE = 80_000_000  # bytes of an object store that holds paths; Ray takes no less than 75 MiB
@@ -29,16 +30,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     usual = os.environ.get("RAY_ADDRESS", HERE)
     add("--address", default=usual, help="of the cluster: auto, HOST:PORT, or local (this machine)")
     add("--workers", type=int, metavar="N", help="parts that run at the same time")
-    add("--gpus", type=float, metavar="N", help="of each part (default: 1 if there are GPUs)")
-    add("--cpus", type=float, default=1, metavar="N", help="of each part (1)")
+    add("--gpus", type=float, metavar="N", help="of each part (default: 1 if this machine has any)")
+    add("--cpus", type=int, default=1, metavar="N", help="of each part (1)")
     add("--memory", type=float, metavar="GB", help="of each part")
     add("--retries", type=int, default=2, metavar="N", help="of a part whose worker dies (2)")
 
 
-def check(options: argparse.Namespace) -> None:
-    """Raises ValueError if Ray is not installed or an option is out of range."""
+def machine(options: argparse.Namespace) -> parts.Machine:
+    """A machine with the GPUs of one part; without any, this machine, or one with the cores of a
+    part. Raises ValueError if Ray is not installed or an option is out of range."""
+    _check(options)
+    here = parts.here() if options.address == HERE else parts.Machine("cpu", int(options.cpus))
+    if options.gpus is None and here.platform == "gpu":
+        options.gpus = 1
+    return parts.Machine("gpu", math.ceil(options.gpus)) if options.gpus else here
+
+
+def _check(options: argparse.Namespace) -> None:
     errors.optional("ray", "ray", MISSING)
-    least = {"workers": 1, "gpus": 0, "cpus": 0, "memory": 0, "retries": 0}
+    least = {"workers": 1, "gpus": 0, "cpus": 1, "memory": 0, "retries": 0}
     for name, low in least.items():
         value = getattr(options, name)
         if value is not None and value < low:
@@ -109,20 +119,24 @@ def _connected(options: argparse.Namespace):
 
 
 def resources(options: argparse.Namespace) -> dict[str, float]:
-    """What each task takes. Raises ValueError if this machine has less; a cluster may grow."""
+    """What each task takes. Raises ValueError for more than this machine has, and for parts on CPUs
+    of a cluster with GPUs that nobody has asked for."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most = lambda name: max((node.get(name, 0) for node in nodes), default=0)
-    gpus = min(1, most("GPU")) if options.gpus is None else options.gpus
-    memory = (options.memory or 0) * 1e9
-    for flag, of, asked in (("cpus", "CPU", options.cpus), ("gpus", "GPU", gpus)):
-        _enough(options, flag, asked, most(of))
-    _enough(options, "memory", memory / 1e9, most("memory") / 1e9)
-    return {"num_cpus": options.cpus, "num_gpus": gpus} | ({"memory": memory} if memory else {})
+    if options.gpus is None and most("GPU"):
+        raise ValueError("--gpus: not given, and there are some; --gpus=0 trains on CPUs")
+    gpus, memory = options.gpus or 0, options.memory or 0
+    _enough(options, "cpus", options.cpus, most("CPU"))
+    _enough(options, "gpus", gpus, most("GPU"))
+    _enough(options, "memory", memory, most("memory") / 1e9)
+    asked = {"num_cpus": options.cpus, "num_gpus": gpus}
+    return asked | ({"memory": memory * 1e9} if memory else {})
 
 
 def _enough(options: argparse.Namespace, flag: str, asked: float, most: float) -> None:
+    """Raises ValueError if this machine has less; a line if a cluster has less, which may grow."""
     if asked > most and options.address == HERE:
         raise ValueError(f"--{flag}: {asked:g} given, this machine has {most:.3g}")
     if asked > most:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorax import errors
-from lorax.launching import state
+from lorax.launching import parts, state
 
 CLUSTERS = ("slurm", "local", "debug")
 FOLDER = "submitit"  # in the run directory
@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--cluster", choices=CLUSTERS, default="slurm", help="local: processes on this machine")
     add("--partition", help="as sbatch --partition")
     add("--time", default="1-0", help="of a job: minutes, H:MM:SS or D-HH:MM:SS (default: a day)")
-    add("--gpus", type=int, metavar="N", help="of each part")
+    add("--gpus", type=int, metavar="N", help="of each part (0)")
     add("--cpus", type=int, metavar="N", help="of each part")
     add("--memory", type=float, metavar="GB", help="of each part")
     add("--account", help="as sbatch --account")
@@ -46,12 +46,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--setup", action="append", metavar="LINE", help="of shell, before each part")
     at_once = {"dest": "workers", "help": "parts that run at the same time"}
     add("--max-parallel", "--workers", type=int, metavar="N", **at_once)
-    add("--retries", type=int, default=2, metavar="N", help="of a part whose worker dies (2)")
+    add(
+        "--retries",
+        type=int,
+        default=2,
+        metavar="N",
+        help="of a part whose workers die in turn (2)",
+    )
     add("--timeouts", type=int, default=100, metavar="N", help="how often a part may use up --time")
 
 
-def check(options: argparse.Namespace) -> None:
-    """Raises ValueError if this machine can't submit parts with these options."""
+def machine(options: argparse.Namespace) -> parts.Machine:
+    """A machine with the GPUs or the cores of one part. Raises ValueError if this one can't submit
+    parts with these options."""
+    _check(options)
+    if options.gpus:
+        return parts.Machine("gpu", options.gpus)
+    if options.cluster != "slurm":
+        return parts.here()
+    return parts.Machine("cpu", min(8, options.cpus or 1))
+
+
+def _check(options: argparse.Namespace) -> None:
     errors.optional("submitit", "submitit", MISSING)
     least = {"gpus": 0, "cpus": 1, "memory": 0, "workers": 1, "retries": 0, "timeouts": 0}
     for name, low in least.items():
@@ -91,9 +107,10 @@ def run(
 ) -> Iterator[tuple[Path, str | None]]:
     """Run the parts of one run; (part, None or why it failed for good) of each as it ends. A part
     whose worker dies is submitted again."""
-    executor = _executor(directories[0].parents[1] / FOLDER, options)
+    executor = _executor(parts.run_of(directories[0]) / FOLDER, options)
     jobs = {part: job for part in directories if (job := _running(part, executor))}
-    waiting, retries = [part for part in directories if part not in jobs], {}
+    waiting = [part for part in directories if part not in jobs]
+    attempts = parts.Attempts(1 + options.retries)
     for part in waiting:
         state.launch(part)
     at_once = len(directories) if options.cluster == "slurm" else options.workers or 1
@@ -105,8 +122,7 @@ def run(
             for part in ended:
                 del jobs[part]
                 outcome = state.outcome(part)
-                if outcome.again and retries.get(part, 0) < options.retries:
-                    retries[part] = retries.get(part, 0) + 1
+                if outcome.again and attempts.again(part):
                     waiting.append(part)
                     print(f"part {part.name}: {outcome.reason}. It is tried again.", flush=True)
                 else:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lorax import rundir
 from lorax.errors import fail, of_machine, reason
-from lorax.launching import parts
+from lorax.launching import parts, state
 
 
 def run(directory: Path) -> None:
@@ -20,7 +20,7 @@ def run(directory: Path) -> None:
     mistake that another try would repeat, whatever else stopped it, which status.json says too.
     """
     directory = Path(directory).absolute()
-    with rundir.locked(directory), rundir.recorded(directory):
+    with rundir.locked(directory), state.recorded(directory), rundir.recorded(directory):
         if not parts.is_done(directory):
             from lorax.launching import training  # imports JAX
 

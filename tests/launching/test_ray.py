@@ -11,15 +11,15 @@ ray = require("ray")
 from launching import fakes  # noqa: E402
 from launching.fakes import states, stop, then, until  # noqa: E402
 
+from lorax.launching import parts, state  # noqa: E402
 from lorax.launching import ray as engine  # noqa: E402
-from lorax.launching import state  # noqa: E402
 
 
 def options(*words):
     parser = argparse.ArgumentParser()
     engine.add_options(parser)
     given = parser.parse_args(["--address=local", *words])
-    engine.check(given)
+    engine.machine(given)
     return given
 
 
@@ -58,7 +58,7 @@ def test_what_can_not_work_is_refused_before(words, why):
         options(words)
 
 
-def test_more_than_this_machine_has_is_refused(tmp_path, monkeypatch):
+def test_more_than_this_machine_has_is_refused(monkeypatch):
     """In one line, before a part waits for ever."""
     nodes = [{"Alive": True, "Resources": {"CPU": 4.0, "memory": 8e9}}]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
@@ -67,15 +67,26 @@ def test_more_than_this_machine_has_is_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=why):
             engine.resources(options(words))
     nodes[0]["Resources"]["GPU"] = 8.0
-    asked = engine.resources(options("--memory=2"))
-    assert asked == {"num_cpus": 1, "num_gpus": 1, "memory": 2e9}
+    asked = engine.resources(options("--memory=2", "--gpus=0.5"))
+    assert asked == {"num_cpus": 1, "num_gpus": 0.5, "memory": 2e9}
 
 
-def test_a_cluster_may_still_grow(monkeypatch, capsys):
+def test_gpus_of_a_cluster_are_asked_for_and_it_may_grow(monkeypatch, capsys):
     monkeypatch.setattr(ray, "nodes", lambda: [])
     assert engine.resources(options("--gpus=8", "--address=auto"))["num_gpus"] == 8
     line = "lorax: --gpus: no node of the cluster has 8 yet; parts wait for one"
     assert line in capsys.readouterr().err
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"GPU": 8, "CPU": 9}}])
+    with pytest.raises(ValueError, match=r"^--gpus: not given, and there are some; --gpus=0 trai"):
+        engine.resources(options("--address=auto"))
+
+
+def test_the_machine_is_that_of_a_part(monkeypatch):
+    of = lambda *words: engine.machine(options(*words))
+    assert of() == parts.here() and of("--address=auto", "--cpus=4") == ("cpu", 4)
+    assert of("--gpus=0.5") == ("gpu", 1) and of("--gpus=2", "--address=auto") == ("gpu", 2)
+    monkeypatch.setattr(parts, "here", lambda: parts.Machine("gpu", 8))
+    assert of() == ("gpu", 1)
 
 
 def test_no_cluster_at_the_address_is_one_line(tmp_path, monkeypatch):
