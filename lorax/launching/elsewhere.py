@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lorax.launching import parts, state
+from lorax.launching import state
 
 SECONDS = 2.0  # between two looks at the parts
 
@@ -25,13 +25,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--retries", type=int, default=10, metavar="N", help="workers of a part that may die (10)")
 
 
-def machine(options: argparse.Namespace) -> parts.Machine:
-    """A machine with the GPUs of one worker; without any, this one. Raises ValueError for an option
-    out of range."""
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError for an option out of range."""
     for name, low in {"workers": 1, "gpus": 0, "retries": 0}.items():
         if getattr(options, name) < low:
             raise ValueError(f"--{name}: {getattr(options, name)} given, must be at least {low}")
-    return parts.Machine("gpu", options.gpus) if options.gpus else parts.here()
 
 
 def run(

@@ -10,14 +10,13 @@ made: lorax and its packages must be installed on every node, as they are here.
 
 import argparse
 import contextlib
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorax import errors
-from lorax.launching import parts, state
+from lorax.launching import state
 
 MISSING = "--on=ray needs Ray: pip install lorax-research[ray]"
 STORE = 80_000_000  # bytes of an object store that holds paths; Ray takes no less than 75 MiB
@@ -36,17 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--retries", type=int, default=2, metavar="N", help="of a part whose worker dies (2)")
 
 
-def machine(options: argparse.Namespace) -> parts.Machine:
-    """A machine with the GPUs of one part; without any, this machine, or one with the cores of a
-    part. Raises ValueError if Ray is not installed or an option is out of range."""
-    _check(options)
-    here = parts.here() if options.address == HERE else parts.Machine("cpu", int(options.cpus))
-    if options.gpus is None and here.platform == "gpu":
-        options.gpus = 1
-    return parts.Machine("gpu", math.ceil(options.gpus)) if options.gpus else here
-
-
-def _check(options: argparse.Namespace) -> None:
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError if Ray is not installed or an option is out of range."""
     errors.optional("ray", "ray", MISSING)
     least = {"workers": 1, "gpus": 0, "cpus": 1, "memory": 0, "retries": 0}
     for name, low in least.items():
@@ -125,9 +115,11 @@ def resources(options: argparse.Namespace) -> dict[str, float]:
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most = lambda name: max((node.get(name, 0) for node in nodes), default=0)
-    if options.gpus is None and most("GPU"):
-        raise ValueError("--gpus: not given, and there are some; --gpus=0 trains on CPUs")
-    gpus, memory = options.gpus or 0, options.memory or 0
+    gpus, memory = options.gpus, options.memory or 0
+    if gpus is None:
+        gpus = min(1, most("GPU"))
+        if gpus and options.address != HERE:
+            raise ValueError("--gpus: not given, and there are some; --gpus=0 trains on CPUs")
     _enough(options, "cpus", options.cpus, most("CPU"))
     _enough(options, "gpus", gpus, most("GPU"))
     _enough(options, "memory", memory, most("memory") / 1e9)

@@ -51,23 +51,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=2,
         metavar="N",
-        help="of a part whose workers die in turn (2)",
+        help="of a part whose worker dies (2)",
     )
     add("--timeouts", type=int, default=100, metavar="N", help="how often a part may use up --time")
 
 
-def machine(options: argparse.Namespace) -> parts.Machine:
-    """A machine with the GPUs or the cores of one part. Raises ValueError if this one can't submit
-    parts with these options."""
-    _check(options)
-    if options.gpus:
-        return parts.Machine("gpu", options.gpus)
-    if options.cluster != "slurm":
-        return parts.here()
-    return parts.Machine("cpu", min(8, options.cpus or 1))
-
-
-def _check(options: argparse.Namespace) -> None:
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError if this machine can't submit parts with these options."""
     errors.optional("submitit", "submitit", MISSING)
     least = {"gpus": 0, "cpus": 1, "memory": 0, "workers": 1, "retries": 0, "timeouts": 0}
     for name, low in least.items():
@@ -110,7 +100,7 @@ def run(
     executor = _executor(parts.run_of(directories[0]) / FOLDER, options)
     jobs = {part: job for part in directories if (job := _running(part, executor))}
     waiting = [part for part in directories if part not in jobs]
-    attempts = parts.Attempts(1 + options.retries)
+    retries = {}
     for part in waiting:
         state.launch(part)
     at_once = len(directories) if options.cluster == "slurm" else options.workers or 1
@@ -122,7 +112,8 @@ def run(
             for part in ended:
                 del jobs[part]
                 outcome = state.outcome(part)
-                if outcome.again and attempts.again(part):
+                if outcome.again and retries.get(part, 0) < options.retries:
+                    retries[part] = retries.get(part, 0) + 1
                     waiting.append(part)
                     print(f"part {part.name}: {outcome.reason}. It is tried again.", flush=True)
                 else:

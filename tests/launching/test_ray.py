@@ -11,15 +11,15 @@ ray = require("ray")
 from launching import fakes  # noqa: E402
 from launching.fakes import states, stop, then, until  # noqa: E402
 
-from lorax.launching import parts, state  # noqa: E402
 from lorax.launching import ray as engine  # noqa: E402
+from lorax.launching import state  # noqa: E402
 
 
 def options(*words):
     parser = argparse.ArgumentParser()
     engine.add_options(parser)
     given = parser.parse_args(["--address=local", *words])
-    engine.machine(given)
+    engine.check(given)
     return given
 
 
@@ -79,14 +79,6 @@ def test_gpus_of_a_cluster_are_asked_for_and_it_may_grow(monkeypatch, capsys):
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"GPU": 8, "CPU": 9}}])
     with pytest.raises(ValueError, match=r"^--gpus: not given, and there are some; --gpus=0 trai"):
         engine.resources(options("--address=auto"))
-
-
-def test_the_machine_is_that_of_a_part(monkeypatch):
-    of = lambda *words: engine.machine(options(*words))
-    assert of() == parts.here() and of("--address=auto", "--cpus=4") == ("cpu", 4)
-    assert of("--gpus=0.5") == ("gpu", 1) and of("--gpus=2", "--address=auto") == ("gpu", 2)
-    monkeypatch.setattr(parts, "here", lambda: parts.Machine("gpu", 8))
-    assert of() == ("gpu", 1)
 
 
 def test_no_cluster_at_the_address_is_one_line(tmp_path, monkeypatch):

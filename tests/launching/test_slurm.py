@@ -10,7 +10,7 @@ submitit = require("submitit")
 from launching import fakes, imitated_slurm  # noqa: E402
 from launching.fakes import preempt, runs, states, stop, then, until, worker  # noqa: E402
 
-from lorax.launching import parts, slurm, state  # noqa: E402
+from lorax.launching import slurm, state  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def options(*words, cluster="local"):
     parser = argparse.ArgumentParser()
     slurm.add_options(parser)
     given = parser.parse_args([f"--cluster={cluster}", *words])
-    slurm.machine(given)
+    slurm.check(given)
     return given
 
 
@@ -152,12 +152,6 @@ def test_what_can_not_work_is_refused_before(words, why):
     with pytest.raises(ValueError) as refused:
         options(words)
     assert str(refused.value).startswith(why)
-
-
-def test_the_machine_is_that_of_a_part(cluster):
-    of = lambda *words, on="slurm": slurm.machine(options(*words, cluster=on))
-    assert of("--gpus=8") == ("gpu", 8) and of("--cpus=4") == ("cpu", 4)
-    assert of("--cpus=64") == ("cpu", 8) and of() == ("cpu", 1) and of(on="local") == parts.here()
 
 
 def test_without_submitit_the_line_says_what_to_install(monkeypatch):
