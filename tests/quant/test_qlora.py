@@ -64,7 +64,7 @@ def test_the_loss_on_four_bits_follows_that_on_sixteen(tmp_path):
     c.base = str(data("models/stories-llama-260k"))
     c.param_dtype = "bfloat16"
     c.method.update(rank=8, alpha=16.0, targets=("all-linear",))
-    c.train.update(steps=200, batch_size=16, seq_len=128, lr=3e-3, warmup=20, parallel="none")
+    c.train.update(steps=200, batch_size=8, seq_len=96, lr=3e-3, warmup=20, parallel="none")
     c.eval.update(every=50, examples=64, test=64)
     c.sweep.quant, c.sweep.seed = (None, "nf4"), (0, 1)
     groups = prepare.groups(config.members(c), lambda line: None)
