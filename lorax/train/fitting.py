@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lorax import memory, sharding, tree
+from lorax import hosts, memory, sharding, tree
 from lorax.models import Base
 from lorax.sharding import Shape
 from lorax.tasks import kinds
@@ -20,7 +20,9 @@ from lorax.train.stacks import Stack
 
 def memory_limit(train, devices) -> memory.Free:
     """Bytes that one program may use on each device, and what sets them: `train.memory_gb`, or most
-    of the free memory. A CPU's devices share its memory."""
+    of the free memory. A CPU's devices share its memory. Of several processes all take what the
+    first one has."""
+    devices = [device for device in devices if device.process_index == jax.process_index()]
     stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
     if stats:
         available, share = memory.Free(stats["bytes_limit"], "has the device"), 0.9
@@ -29,8 +31,10 @@ def memory_limit(train, devices) -> memory.Free:
         available = available._replace(bytes=available.bytes // len(devices))
     limit = memory.Free(int(train.memory_gb * 1e9), "are given by train.memory_gb")
     if limit.bytes:
-        return min(limit, available)
-    return available._replace(bytes=int(share * available.bytes))
+        found = min(limit, available)
+    else:
+        found = available._replace(bytes=int(share * available.bytes))
+    return memory.Free(*hosts.agreed(found))
 
 
 def base_mesh(c, described: Callable[[], Base], n_members: int, devices=None) -> Mesh | None:
