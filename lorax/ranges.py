@@ -152,9 +152,13 @@ def check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
     alone = values["train.offload"] is None or values["train.parallel"] != "pmap"
     need("train.offload", alone, 'needs a train.parallel other than "pmap"')
     if values["train.mesh"] != "auto":
-        parse(values["train.mesh"])
-        of = f"with train.mesh {values['train.mesh']}"
-        need("train.parallel", values["train.parallel"] == "auto", f'must be "auto" {of}')
+        mesh, rows = parse(values["train.mesh"]), size // parts
+        alone = values["train.parallel"] == "auto"
+        need(
+            "train.mesh", alone, f'needs a train.parallel "auto", not "{values["train.parallel"]}"'
+        )
+        of_batch = "sequences of a batch (train.batch_size / train.accumulate)"
+        need("train.mesh", rows % mesh.fsdp == 0, f"its fsdp must divide the {rows} {of_batch}")
     if values["train.optimizer"] == "schedule-free":
         constant, of = values["train.schedule"] == "constant", 'optimizer "schedule-free"'
         need("train.schedule", constant, f'{of} needs "constant": it averages in place of a decay')

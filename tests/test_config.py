@@ -313,6 +313,9 @@ def test_a_key_that_can_not_be_swept_is_one_clear_error(axes, message):
             dict(train__offload="optimizer", train__parallel="pmap"),
             "train.offload: .* other than .pmap",
         ),
+        (dict(train__mesh="fsdp=x"), "train.mesh: 'fsdp=x' given, must be auto or sizes of member"),
+        (dict(train__mesh="fsdp=2", train__parallel="batch"), "train.mesh: .*parallel .auto., not"),
+        (dict(train__mesh="fsdp=3"), "train.mesh: .*its fsdp must divide the 16 sequences"),
         (dict(train__parallel="member"), "train.parallel: 'member' .*did you mean 'members'"),
     ],
 )

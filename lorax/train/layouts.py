@@ -53,16 +53,17 @@ def layout(
 
     legs: (members, steps) of each leg that the program trains, if members stop on the way.
 
-    Raises ValueError for a mesh that needs more devices than there are, and for "batch" and a mesh
-    with an fsdp axis that do not divide a batch.
+    Raises ValueError for a mesh that needs more devices than there are, and for "batch" if a batch
+    can't be split evenly over the devices.
     """
     devices = tuple(devices or jax.devices())
     mode, shape = _spread(n_members, train, base, devices)
     devices = devices[: shape.size]
     part = train.batch_size // train.accumulate
-    if mode in ("batch", "mesh") and part % shape.fsdp:
-        key = "train.parallel: 'batch'" if mode == "batch" else f"train.mesh: fsdp={shape.fsdp}"
-        raise ValueError(f"{key} over {shape.fsdp} devices, but a batch has {part} sequences")
+    if part % shape.fsdp:  # of a mesh, the config has said so already
+        raise ValueError(
+            f"train.parallel: 'batch' over {shape.fsdp} devices, but a batch has {part} sequences"
+        )
     each = math.ceil(n_members / shape.member)
     tokens = part // shape.fsdp * row_tokens(train, base)
     width = train.width or good_width(tokens, base, devices[0].platform)
