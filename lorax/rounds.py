@@ -7,6 +7,7 @@ printed and recorded in errors.txt and status.json, and the same command tries i
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import platform
@@ -35,12 +36,18 @@ PACKAGES = ("lorax-research", "jax", "jaxlib", "flax", "optax")  # config.json h
 
 
 def train(
-    settings: ConfigDict, members: list[Member], workdir: Path, command: str
+    settings: ConfigDict,
+    members: list[Member],
+    workdir: Path,
+    command: str,
+    launch: Callable | None = None,
 ) -> dict[str, str]:
     """Train all members of a run, export, analyse, report; {what failed after training: why}.
 
-    command: the command that runs the same again, for config.json. With several processes
-    (`lorax.hosts`) all train, and the first one alone writes, analyses and knows what failed.
+    command: the command that runs the same again, for config.json. launch: has other processes
+    train the groups of a round, with the arguments of `loop.train`, which trains them here. With
+    several processes (`lorax.hosts`) all train, and the first one alone writes, analyses and knows
+    what failed.
     """
     tables.read_statistics(settings.analysis.also)  # raises if one can't be read
     track.check(settings.track)
@@ -49,7 +56,7 @@ def train(
     with Screen() as screen:
         log = Log(workdir, screen)
         with contextlib.closing(log):
-            base = _train(settings, members, log, command)
+            base = _train(settings, members, log, command, launch)
             if not hosts.first():
                 return {}
             log.write("trained")
@@ -105,10 +112,11 @@ class Log:
 # ---------------------------------------------------------------------------------------- training
 
 
-def _train(settings, members: list[Member], log: Log, command: str) -> Base:
+def _train(settings, members: list[Member], log: Log, command: str, launch) -> Base:
     """Train the sweep, then the rounds of a search; the base of the first group."""
     workdir, say, loaded = log.workdir, log.screen.say, prepare.Loaded({}, {})
-    groups = prepare.groups(members, say, loaded=loaded)
+    prepared = functools.partial(prepare.groups, say=say, loaded=loaded, samples=bool(launch))
+    train, groups = launch or loop.train, prepared(members)
     if settings.search.threshold:
         prepare.check_metric(groups, settings.search.metric)
     base = groups[0].base
@@ -138,7 +146,7 @@ def _train(settings, members: list[Member], log: Log, command: str) -> Base:
         log.write("running")
         after = (rounds - number) * most * groups[0].config.train.steps
         terminal = log.screen.terminal(lines)._replace(progress=progress)
-        results, offset = loop.train(workdir, groups, terminal, offset, before, after, race)
+        results, offset = train(workdir, groups, terminal, offset, before, after, race)
         log.results |= results
         log.write("running")
         if number == rounds:
@@ -149,8 +157,7 @@ def _train(settings, members: list[Member], log: Log, command: str) -> Base:
             break
         say(f"search: round {number} of {rounds - 1}, {len(added)} members")
         before += loop.member_steps(prepare.members_of(groups))
-        first = groups[-1].index + 1
-        groups = prepare.groups(added, say, first, loaded)
+        groups = prepared(added, first=groups[-1].index + 1)
         members += added
     return base
 
@@ -159,9 +166,11 @@ def check_disk(
     workdir: Path, groups: list[prepare.Group], race: halving.Race | None = None
 ) -> None:
     """Raises ValueError if the disk has no room for the groups' checkpoints and adapters."""
-    learned = [tree.nbytes(group.stack.state.trainable) for group in groups]
+    # A group may have initialised only some of its members.
+    of_all = lambda group, x: tree.nbytes(x) * len(group.members) // len(group.stack.members)
+    learned = [of_all(group, group.stack.state.trainable) for group in groups]
     kept = [size * (g.config.eval.keep == "best") for size, g in zip(learned, groups, strict=True)]
-    states = [tree.nbytes(g.stack.state) + size for g, size in zip(groups, kept, strict=True)]
+    states = [of_all(g, g.stack.state) + size for g, size in zip(groups, kept, strict=True)]
     # Two checkpoints of each group are kept while a third is written; after a rung, those of the
     # members that go on in addition.
     legs = halving.planned(race) if race else []
@@ -170,7 +179,7 @@ def check_disk(
     present = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
     free = shutil.disk_usage(workdir).free
     if needs > free + present:
-        count = sum(len(group.stack.members) for group in groups)
+        count = sum(len(group.members) for group in groups)
         raise ValueError(
             f"--workdir: {workdir} needs {needs / 1e9:.2f} GB for checkpoints and adapters of "
             f"{count} members, and {(free + present) / 1e9:.2f} GB are free there; name another "

@@ -1,8 +1,9 @@
 """Parts of a run: members that one worker trains by itself, in a run directory of their own.
 
 Part I is in parts/I of the run directory. part.json says what it trains; the rest are the files of
-a run directory, with the numbers that the members have in the whole run. Its status.json is that of
-a run: the part is done when its state is "finished". Nothing here imports JAX.
+a run directory, with the numbers that the members have in the whole run, and those of
+`lorax.launching.state`. Its status.json is that of a run: the part is done when its state is
+"finished". Nothing here imports JAX.
 """
 
 import os
@@ -16,25 +17,35 @@ from typing import Any, NamedTuple
 from lorax import config, rundir
 from lorax.config import Member
 from lorax.files import read_json, write_json
+from lorax.halving import Race
 
 #: Files of machines with GPUs or TPUs.
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio")
 
 
 class Part(NamedTuple):
-    """What one worker trains.
+    """What one worker trains: part.json.
 
-    members: their numbers in the run, ascending. round: of a search, from 1. layout: {"platform",
-    "devices"}, the devices of the one machine whose numbers the run has. groups: {number of a
-    group: all its members, of this part or not, as {"member", "point", "steps"}}, for the groups
-    that the part's members are of. flags: of the command line that began the run; folder: where it
-    was given.
+    members: their numbers in the run, ascending. round: of a search, from 1. layout: the `Machine`
+    whose numbers the run has, as a dictionary.
     """
 
     members: tuple[int, ...]
     round: int
     layout: dict[str, Any]
+
+
+class Round(NamedTuple):
+    """What the parts of a round share: parts/round-N.json.
+
+    groups: {number of a group: all its members as `written` has them}. sizes: {number of a group:
+    how many of its members the one machine trains in a program}, 0 for all. bases: {number of a
+    group: hash of its base's weights}. flags: of the command line; folder: where it was given.
+    """
+
     groups: dict[int, list[dict[str, Any]]]
+    sizes: dict[int, int]
+    bases: dict[int, str]
     flags: tuple[str, ...]
     folder: str
 
@@ -63,19 +74,34 @@ def write(part: Path, value: Part) -> None:
 def read(part: Path) -> Part:
     """The content of part.json. Raises FileNotFoundError if it is missing, ValueError if it is
     damaged."""
-    file = Path(part) / rundir.PART
-    try:
-        value = read_json(file)
-        return Part(
-            members=tuple(value["members"]),
-            round=value["round"],
-            layout=value["layout"],
-            groups={int(number): of for number, of in value["groups"].items()},
-            flags=tuple(value["flags"]),
-            folder=value["folder"],
-        )
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{file}: damaged; is {Path(part).parent} of a launched run?") from None
+    value = _read(part / rundir.PART, Part)
+    return value._replace(members=tuple(value.members))
+
+
+def write_round(workdir: Path, number: int, value: Round) -> None:
+    """Write the file of a round."""
+    write_json(_round_file(workdir, number), value._asdict())
+
+
+def read_round(workdir: Path, number: int) -> Round | None:
+    """The content of a round's file, None without one. Raises ValueError if it is damaged."""
+    if not _round_file(workdir, number).exists():
+        return None
+    value = _read(_round_file(workdir, number), Round)
+    numbered = ({int(key): x for key, x in of.items()} for of in value[:3])
+    return Round(*numbered, tuple(value.flags), value.folder)
+
+
+def _round_file(workdir: Path, number: int) -> Path:
+    return Path(workdir) / rundir.PARTS / f"round-{number}.json"
+
+
+def _read(file: Path, kind: type):
+    """A file of JSON as a NamedTuple."""
+    value = read_json(file)
+    if not isinstance(value, dict) or set(value) != set(kind._fields):
+        raise ValueError(f"{file}: damaged; its keys should be {', '.join(kind._fields)}")
+    return kind(**value)
 
 
 def is_done(part: Path) -> bool:
@@ -83,14 +109,22 @@ def is_done(part: Path) -> bool:
     return rundir.has_finished(part)
 
 
-def failure(part: Path) -> str:
-    """Why the last worker of a part stopped, as it said itself; "" if it could say nothing."""
-    return rundir.read_status(part).get("reason", "")
+def written(members: Sequence[Member], race: Race | None) -> list[dict[str, Any]]:
+    """Members as `Round.groups` has them: {"member": number, "point", "steps", "legs": [[leg, its
+    last step]] of those that the member may train}. `members_of` reads them."""
+    return [
+        {"member": m.index, "point": m.point, "steps": m.config.train.steps}
+        | {"legs": _legs(m, race)}
+        for m in members
+    ]
 
 
-def written(members: Sequence[Member]) -> list[dict[str, Any]]:
-    """Members as `Part.groups` has them; `members_of` reads them."""
-    return [{"member": m.index, "point": m.point, "steps": m.config.train.steps} for m in members]
+def _legs(member: Member, race: Race | None) -> list[list[int]]:
+    if race is None:
+        return [[0, member.config.train.steps]]
+    if member.index in race.starters:
+        return [[leg, step] for leg, step in enumerate(race.stops[member.index])]
+    return [[len(race.rungs) + 1, member.config.train.steps]]
 
 
 def members_of(settings, lines: Sequence[dict[str, Any]]) -> list[Member]:
@@ -108,14 +142,16 @@ def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-# ---------------------------------------------------------------------------------------- engines
+# --------------------------------------------------------------------------------------- machines
 
 
 class Machine(NamedTuple):
-    """The one machine whose numbers a run has: "cpu", "gpu" or "tpu", and how many devices."""
+    """The one machine whose numbers a run has. platform: "cpu", "gpu" or "tpu". devices: how many.
+    each: how many of them a worker has; on a CPU all, which the workers share."""
 
     platform: str
     devices: int
+    each: int
 
 
 def here() -> Machine:
@@ -124,7 +160,7 @@ def here() -> Machine:
     forced = re.search(
         r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
     )
-    cpu = Machine("cpu", int(forced[1]) if forced else cores)
+    cpu = Machine("cpu", *[int(forced[1]) if forced else cores] * 2)
     wanted = os.environ.get("JAX_PLATFORMS", "")
     others = [path for path in ACCELERATORS if Path(path).exists()]
     if wanted == "cpu" or not (wanted or others):
@@ -133,20 +169,5 @@ def here() -> Machine:
     ask = "import jax; x = jax.local_devices(); print(x[0].platform, len(x))"
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
     platform, count = (done.stdout.split() or ["cpu", "1"])[-2:]
-    return cpu if platform == "cpu" else Machine(platform, int(count))
-
-
-class Attempts:
-    """Decides whether a part whose worker has died is tried again: unless `most` workers in turn
-    have died without a new checkpoint."""
-
-    def __init__(self, most: int = 3):
-        self.most, self.left, self.seen = most, {}, {}
-
-    def again(self, part: Path) -> bool:
-        """Whether to start another worker; called when one has died."""
-        now = sorted(map(str, (part / rundir.CHECKPOINTS).glob("*/[0-9]*")))
-        if self.seen.get(part) != now:
-            self.seen[part], self.left[part] = now, self.most
-        self.left[part] -= 1
-        return self.left[part] > 0
+    each = 1 if platform == "gpu" else int(count)
+    return cpu if platform == "cpu" else Machine(platform, int(count), each)

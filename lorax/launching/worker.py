@@ -17,7 +17,8 @@ def run(directory: Path) -> None:
     """Train a part from its newest checkpoint, or from the beginning.
 
     Raises BlockingIOError if another process trains it, ValueError or FileNotFoundError for a
-    mistake that another try would repeat, whatever else stopped it, which status.json says too.
+    mistake that another try would repeat, or whatever else stopped it. worker.json and status.json
+    say so too (`lorax.launching.state`).
     """
     directory = Path(directory).absolute()
     with rundir.locked(directory), state.recorded(directory), rundir.recorded(directory):
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
         run(Path(argv[1]))
     except KeyboardInterrupt:
         return 130
-    except (ValueError, FileNotFoundError) as error:
+    except state.MISTAKES as error:
         return fail(error)
     except Exception as error:
         if not of_machine(error):

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from lorax.models import Base
 from lorax.sharding import Shape
 from lorax.tasks import kinds
 from lorax.train import layouts, mesh_costs
-from lorax.train.layouts import Layout, layout
+from lorax.train.layouts import Layout, cut, layout
 from lorax.train.programs import Programs, compile_programs
 from lorax.train.stacks import Stack
 
@@ -84,20 +85,24 @@ def fit(
     kind: kinds.Kind,
     devices=None,
     legs: Sequence[tuple[int, int]] = (),
+    share: Fraction = Fraction(1),
 ) -> Programs:
     """`compile_programs` for as many members at once as fit into memory, as the compiler reports.
 
-    legs: as for `layout`.
+    stacked: its members are those of the whole group; its arrays may be of fewer, which then run in
+    the group's program, cut to their number. legs: as for `layout`. share: of the devices of the
+    machine that would train the whole group, those that are here.
 
     Halves first the number of members side by side, then the members in one program; the caller
     runs the others in further calls of the same program. Where not even one member fits, a base
     that nothing says how to divide (`train.mesh`, `train.parallel`) is divided over more devices.
     Raises MemoryError if that does not help, with a hint at what would fit.
     """
-    n = all_ = max((members for members, _ in legs), default=len(stacked.members))
-    given, devices = train, tuple(devices or jax.devices())
+    n = max((members for members, _ in legs), default=len(stacked.members))
+    n = all_ = math.ceil(n * share)
+    given, devices, here = train, tuple(devices or jax.devices()), len(stacked.state.step)
     while True:
-        chosen = layout(n, train, base, devices, legs)
+        chosen = cut(layout(n, train, base, devices, legs), here)
         programs = compile_programs(stacked, base, chosen, batches, eval_batches, kind)
         limit = memory_limit(train, chosen.devices)
         if programs.bytes <= limit.bytes:

@@ -111,6 +111,13 @@ def divided(parts: int, n_members: int, rows: int, devices: int) -> Shape:
     return Shape(member, fsdp, left // fsdp)
 
 
+def cut(chosen: Layout, members: int) -> Layout:
+    """The layout for some of the members: as many side by side, in a program of no more than they
+    need. What it computes of a member stays the same, bit for bit."""
+    together = chosen.width * chosen.shape.member
+    return chosen._replace(size=min(chosen.size, math.ceil(members / together) * together))
+
+
 def on_cpu() -> bool:
     """Whether members are trained on a CPU."""
     return jax.local_devices()[0].platform == "cpu"

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +56,7 @@ def train(
     before: float = 0,
     after: float = 0,
     race: Race | None = None,
+    devices: int | None = None,
 ) -> tuple[dict[int, dict], int]:
     """Train all groups in turn, from the newest checkpoints; ({member: its final row}, bytes of
     metrics.jsonl up to their end).
@@ -62,6 +64,8 @@ def train(
     offset: bytes of metrics.jsonl written by earlier calls. before, after: steps of members that
     earlier calls have trained or later ones may train, for the progress of the whole run. race:
     which members stop at which steps in favour of others; without one all train to the end.
+    devices: of the machine that would train all members of the groups, if it is not this one: the
+    members that are trained here run in its programs.
 
     A row has "status" ("finished", "diverged" or "stopped"), "diverged_at" (step or None),
     "eval_loss" (nats per completion token, a classifier's loss, or the squared error of values;
@@ -77,9 +81,10 @@ def train(
     """
     members = [member for group in groups for member in group.stack.members]
     race = race or halving.without(members)
-    total, done = before + halving.all_steps(race) + after, before
-    programs = Compiled(groups, race, terminal.say)
-    running, at, rows = race.starters, {}, {}
+    mine = {member.index for member in members}
+    total, done = before + halving.all_steps(race, mine) + after, before
+    programs = Compiled(groups, race, terminal.say, devices)
+    running, at, rows = race.starters & mine, {}, {}
     for leg in range(len(halving.planned(race))):
         for group in groups:
             stack = stacks.pick(group.stack, running)
@@ -97,7 +102,7 @@ def train(
             at = {i: at[i] for i in left}
             terminal.say(_rung_line(race, leg, running, left))
         running = left
-    never = {member.index for member in members} - rows.keys()
+    never = mine - rows.keys()
     return rows | {i: results.stopped(workdir, i, None) for i in never}, offset
 
 
@@ -183,12 +188,18 @@ def member_steps(members: Iterable[Member]) -> int:
 class Compiled:
     """The programs of a run. `get` compiles what no earlier call has asked for; the largest group's
     are compiled at once, to fail before anything is trained if that does not fit. say: prints a
-    line, also before something is compiled."""
+    line, also before something is compiled. devices: as for `train`."""
 
-    def __init__(self, groups: list[Group], race: Race, say: Callable[[str], None]):
+    def __init__(
+        self,
+        groups: list[Group],
+        race: Race,
+        say: Callable[[str], None],
+        devices: int | None = None,
+    ):
         self.race, self.say, self.made, self.shown, self.last = race, say, {}, set(), ""
+        self.share = Fraction(len(jax.devices()), devices) if devices else Fraction(1)
         self.base_tests = {}
-        self.planned = halving.planned(race)
         first = max(groups, key=_largest)
         self._fit(first, stacks.pick(first.stack, race.starters))
 
@@ -228,30 +239,34 @@ class Compiled:
         n = len(stack.members)
         self.say(f"group {group.index}: compiling for {n} member{'s' * (n > 1)} ...")
         began, kind = time.monotonic(), group.task.kind
-        arguments = group.stack, group.base, group.config.train, *_shapes(group), kind
-        programs = fitting.fit(*arguments, None, self._legs(group, stack))
+        whole = group.stack._replace(members=group.members)
+        arguments = whole, group.base, group.config.train, *_shapes(group), kind
+        programs = fitting.fit(*arguments, None, legs(group, stack, self.race), self.share)
         made = programs, time.monotonic() - began
         self.made[self._key(group, stack)] = made
         return made
 
     def _key(self, group: Group, stack: stacks.Stack) -> str:
-        return json.dumps([_program_key(group), self._legs(group, stack)])
+        return json.dumps([_program_key(group), legs(group, stack, self.race)])
 
-    def _legs(self, group: Group, stack: stacks.Stack) -> list[tuple[int, int]]:
-        """(members, steps) of each leg that one program trains; () if no member stops on the way.
 
-        On a CPU, where members run a few at a time, one program of few members trains all legs; an
-        accelerator runs them side by side, so there each leg has a program of its size.
-        """
-        if not self.race.rungs:
-            return []
-        if not layouts.on_cpu():
-            return [(len(stack.members), 1)]
-        mine, legs = {member.index for member in group.stack.members}, []
-        for leg, members in enumerate(self.planned):
-            of = mine & set(members)
-            legs.append((len(of), halving.member_steps(self.race, list(of)[:1], leg)))
-        return [(n, steps) for n, steps in legs if n]
+def legs(group: Group, stack: stacks.Stack, race: Race) -> list[tuple[int, int]]:
+    """(members, steps) of each leg that one program trains; () if no member stops on the way.
+
+    On a CPU, where members run a few at a time, one program of few members trains all legs; an
+    accelerator runs them side by side, so there each leg has a program of its size. stack: the
+    members of this leg, of those of the group that are trained here.
+    """
+    if not race.rungs:
+        return []
+    if not layouts.on_cpu():
+        of_all = Fraction(len(group.members), len(group.stack.members))
+        return [(math.ceil(len(stack.members) * of_all), 1)]
+    mine, found = {member.index for member in group.members}, []
+    for leg, members in enumerate(halving.planned(race)):
+        of = mine & set(members)
+        found.append((len(of), halving.member_steps(race, list(of)[:1], leg)))
+    return [(n, steps) for n, steps in found if n]
 
 
 def _shapes(group: Group):
@@ -285,7 +300,7 @@ def _program_key(group: Group) -> str:
     settings = json.loads(group_key(group.stack.members[0]))
     of_rows = lambda key: key.startswith("task.") or key == "seeds.data"
     settings = {key: value for key, value in settings.items() if not of_rows(key)}
-    dropout = any(member.config.method.dropout > 0 for member in group.stack.members)
+    dropout = any(member.config.method.dropout > 0 for member in group.members)
     shapes = tree.shapes(group.stack[2:]), *_shapes(group)
     kind = group.task.kind
     return json.dumps([settings, dropout, kind.name, kind.scored, str(shapes)], sort_keys=True)

@@ -20,13 +20,17 @@ from lorax.train import activations, benchmarks, evidence, fitting, stacks, text
 class Group(NamedTuple):
     """Members that share a compiled program, with their base and task.
 
-    rankings: {member: rows of `evidence.decide`}, for members whose targets or ranks it chose.
+    stack: those that are trained here; members, methods: of all, and `stack` is padded to the
+    widest of these. rankings: {member: rows of `evidence.decide`}, for members whose targets or
+    ranks it chose.
     """
 
     index: int
     base: Base
     task: tasks.Task
     stack: stacks.Stack
+    members: tuple[Member, ...]
+    methods: tuple[stacks.Method, ...]
     rankings: dict[int, list[dict]] = {}
 
     @property
@@ -47,10 +51,12 @@ def groups(
     say: Callable[[str], None],
     first: int = 0,
     loaded: Loaded | None = None,
+    samples: bool = False,
 ) -> list[Group]:
     """Load bases and tasks, check every member against its base, and initialise all members.
 
     first: number of the first group. loaded: cache of bases and tasks; new ones are added to it.
+    samples: initialise only the first member of each group, for whoever trains none of them.
     Members with `train.epochs` get their steps. Raises ValueError, FileNotFoundError or MemoryError
     for mistakes that a user can fix, before anything is trained.
     """
@@ -59,7 +65,10 @@ def groups(
     members = with_steps(
         members, lambda c: _base(c, len(members), loaded.bases, say), loaded.tasks, say
     )
-    made = [_group(i, part, loaded, say) for i, part in enumerate(grouped(members), first)]
+    made = []
+    for index, part in enumerate(grouped(members), first):
+        only = {part[0].index} if samples else None
+        made.append(group_of(index, part, loaded, say, only))
     for line in idle(made):
         say(line)
     return made
@@ -91,12 +100,14 @@ def with_steps(
 
 def members_of(groups: list[Group]) -> list[Member]:
     """The members of groups, in the order of their numbers."""
-    members = (member for group in groups for member in group.stack.members)
+    members = (member for group in groups for member in group.members)
     return sorted(members, key=lambda member: member.index)
 
 
-def _group(index: int, members: list[Member], loaded: Loaded, say: Callable) -> Group:
-    """One group: load, check, initialise."""
+def group_of(
+    index: int, members: list[Member], loaded: Loaded, say: Callable, only: set[int] | None = None
+) -> Group:
+    """One group: load, check, initialise; only these members, or all."""
     c = members[0].config
     base = _base(c, len(members), loaded.bases, say)
     tasks.check_base(c.task, base, c.train.seq_len)
@@ -113,7 +124,8 @@ def _group(index: int, members: list[Member], loaded: Loaded, say: Callable) -> 
         decided = evidence.decide(member, hps[member.index], base, task, seen)
         hps[member.index], rankings[member.index] = decided
     built = stacks.build_methods(members, base, hps)
-    group = Group(index, base, task, stacks.stack(members, built, base, task, seen), rankings)
+    stack = stacks.stack(members, built, base, task, seen, only)
+    group = Group(index, base, task, stack, tuple(members), tuple(built), rankings)
 
     if line := stacks.made_whole(group.stack, base):
         say(f"group {index}: {line}")
@@ -235,10 +247,9 @@ def idle(groups: list[Group]) -> list[str]:
         "method.alpha: 0": lambda _, method: method.hp.get("scale", method.hp.get("alpha")) == 0,
     }
     why = {"train.lr: 0": "nothing is learned", "method.alpha: 0": "the update is multiplied by 0"}
-    stacked = [group.stack for group in groups]
     lines = []
     for field, applies in is_idle.items():
-        pairs = [pair for s in stacked for pair in zip(s.members, s.methods, strict=True)]
+        pairs = [pair for g in groups for pair in zip(g.members, g.methods, strict=True)]
         names = [member.name for member, method in pairs if applies(member, method)]
         others = f" and {len(names) - 3} more" if len(names) > 3 else ""
         if names:
@@ -249,7 +260,7 @@ def idle(groups: list[Group]) -> list[str]:
 def describe(group: Group) -> list[dict]:
     """The lines of members.jsonl for a group's members."""
     optimizer = tree.nbytes(group.stack.state.opt_state) // len(group.stack.members)
-    pairs = zip(group.stack.members, group.stack.methods, strict=True)
+    pairs = zip(group.members, group.methods, strict=True)
     return [
         _settings(member, method, group)
         | {"train_examples": tasks.train_examples(member.config.task, group.task)}

@@ -108,9 +108,11 @@ def stack(
     base: Base,
     task: tasks.Task | None = None,
     seen: dict | None = None,
+    only: set[int] | None = None,
 ) -> Stack:
     """Initialise every member, padded to the largest width (rank, or dimension of a subspace) and
-    the union of the targets, and stack them.
+    the union of the targets, and stack them. only: the numbers of those that are stacked, if not
+    all; the padding is that of all.
 
     In LoRA and similar methods, zero rows of b with zero columns of a have zero gradients, so
     padding stays exactly zero under AdamW and weight decay. The same holds for a matrix that a
@@ -118,7 +120,10 @@ def stack(
     (`lorax.train.evidence`).
     """
     pad, seen = padding(built, base), {} if seen is None else seen
-    pairs = zip(members, built, strict=True)
+    pairs = list(zip(members, built, strict=True))
+    if only is not None:
+        pairs = [(member, method) for member, method in pairs if member.index in only]
+        members, built = zip(*pairs, strict=True)
     started = [start(member, method, base, pad, task, seen) for member, method in pairs]
     if isinstance(catalogue.row(built[0].name).where, Callable):
         check_alike(built, base, started)
