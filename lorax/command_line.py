@@ -1,8 +1,10 @@
 """Reads a command line: the config, its members and the run directory."""
 
 import ast
+import contextlib
 import os
 import re
+import sys
 import sysconfig
 import traceback
 from pathlib import Path
@@ -33,7 +35,8 @@ def read(argv: list[str]) -> tuple[ConfigDict, list[config.Member], Path]:
     if script:
         outside.reach(script[1])
     try:
-        rest = FLAGS(argv)
+        with _as_sys_argv(argv):
+            rest = FLAGS(argv)
         settings = FLAGS.config
         if failure := getattr(settings, "__dict__", {}).get("_error"):
             raise failure  # an OSError, which ml_collections does not raise
@@ -62,6 +65,16 @@ def read(argv: list[str]) -> tuple[ConfigDict, list[config.Member], Path]:
         return settings, members, Path(FLAGS.workdir)
     given = config_flags.get_override_values(FLAGS["config"])
     return settings, members, run_names.workdir(Path(file).stem, argument, given)
+
+
+@contextlib.contextmanager
+def _as_sys_argv(argv: list[str]):
+    """Context in which these are the words of `sys.argv`, where ml_collections looks for keys."""
+    kept, sys.argv = sys.argv, argv
+    try:
+        yield
+    finally:
+        sys.argv = kept
 
 
 def check_flags(argv: list[str]) -> None:

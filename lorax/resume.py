@@ -15,12 +15,14 @@ BEFORE = {"eval.test": 0, "eval.keep": "last"}
 FORMER = {"train.b1": 0.9, "train.b2": 0.999, "train.eps": 1e-8}
 
 
-def check_same_config(workdir: Path, settings: ConfigDict) -> list[str]:
+def check_same_config(workdir: Path, settings: ConfigDict, launched: bool = False) -> list[str]:
     """The keys of `config.REVISABLE` in which the config differs from that of the directory's run.
 
-    Raises ValueError if the directory holds a run of another config, or if new values of these keys
-    can no longer take effect.
+    launched: whether workers are to train it (`lorax.launch`). Raises ValueError if the directory
+    holds a run of another config or of the other command, or if new values of these keys can no
+    longer take effect.
     """
+    _check_command(workdir, launched)
     if not (workdir / rundir.CONFIG).exists():
         return []
     try:
@@ -43,12 +45,25 @@ def check_same_config(workdir: Path, settings: ConfigDict) -> list[str]:
             f"workdir: {workdir} holds a run of another config (it differs in "
             f"{', '.join(others)}); name another --workdir or delete it"
         )
-    if different and rundir.has_finished(workdir) and not (workdir / rundir.CHECKPOINTS).exists():
+    kept = any((workdir / name).exists() for name in (rundir.CHECKPOINTS, rundir.PARTS))
+    if different and rundir.has_finished(workdir) and not kept:
         raise ValueError(
             f"workdir: {workdir} holds a finished run with other {', '.join(different)}, and its "
             f"checkpoints are gone; name another --workdir"
         )
     return different
+
+
+def _check_command(workdir: Path, launched: bool) -> None:
+    """Raises ValueError if the run was begun by the other one of lorax.run and lorax.launch."""
+    has_parts = (workdir / rundir.PARTS).exists()
+    if rundir.has_finished(workdir) or has_parts == launched or not rundir.has_begun(workdir):
+        return
+    command = "lorax.launch" if has_parts else "lorax.run"
+    raise ValueError(
+        f"workdir: {workdir} holds a run that python -m {command} began; continue it with that, or "
+        "name another --workdir"
+    )
 
 
 def worded_plainly(stored: dict) -> dict:

@@ -19,6 +19,7 @@ import os
 import shlex
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -51,28 +52,29 @@ def main(argv: list[str]) -> int:
         hosts.start(coordinator)
     except (ValueError, RuntimeError) as error:
         return fail(error)
-    end = together.run(lambda: _main(argv))
+    command = "python -m lorax.run " + shlex.join(argv[1:])
+    end = together.run(lambda: carry_out(argv, command, _train))
     if end.line:
         print(f"lorax: {end.line}", file=sys.stderr)
     return end.code
 
 
-def _main(argv: list[str]) -> End:
-    """`main` in each process of the program."""
+def carry_out(argv: list[str], command: str, train: Callable, launched: bool = False) -> End:
+    """A command line in each process of the program. command: the same as text. train(settings,
+    members, workdir, command) -> {what failed after training: why}. launched: by workers."""
     try:
         settings, members, workdir = command_line.read(argv)
         rundir.check_paths(workdir)
-        changed = check_same_config(workdir, settings)
+        changed = check_same_config(workdir, settings, launched)
     except Exception as error:  # a config script may raise anything
         return End(2, reason(error), whole=False)
     print(f"lorax {__version__}: {command_line.summary(settings, members)}", flush=True)
     if hosts.agreed(rundir.has_finished(workdir)) and not changed:
         print(f"{workdir} is finished. Report: {workdir / rundir.REPORT}")
-        _show_answer(workdir, settings)
+        show_answer(workdir, settings)
         return End(0)
     try:
-        command = "python -m lorax.run " + shlex.join(argv[1:])
-        failed = _train(settings, members, workdir, command)
+        failed = train(settings, members, workdir, command)
     except KeyboardInterrupt:
         return End(130, "stopped. Run the same command to continue.", whole=False, stopped=True)
     except (ValueError, FileNotFoundError, BlockingIOError) as error:
@@ -86,9 +88,9 @@ def _main(argv: list[str]) -> End:
         return End(1, line, whole=False, stopped=True)
     if not hosts.first():
         return End(0)
-    _show_places(workdir, settings.analysis.report and "report" not in failed)
-    _show_answer(workdir, settings)
-    return End(1, _what_failed(failed, workdir)) if failed else End(0)
+    show_places(workdir, settings.analysis.report and "report" not in failed)
+    show_answer(workdir, settings)
+    return End(1, what_failed(failed, workdir)) if failed else End(0)
 
 
 def run(settings: ConfigDict, workdir: str | os.PathLike | None = None):
@@ -112,7 +114,7 @@ def run(settings: ConfigDict, workdir: str | os.PathLike | None = None):
     if changed or not rundir.has_finished(workdir):
         failed = _train(settings, members, workdir, f"lorax.run(config, {str(workdir)!r})")
         if failed:
-            warnings.warn(_what_failed(failed, workdir), stacklevel=2)
+            warnings.warn(what_failed(failed, workdir), stacklevel=2)
     from lorax.analysis import runs  # imports pandas, which the command line need not wait for
 
     return runs.load(workdir)
@@ -129,14 +131,16 @@ def _train(settings, members, workdir: Path, command: str) -> dict[str, str]:
         return rounds.train(settings, members, workdir, command)
 
 
-def _what_failed(failed: dict[str, str], workdir: Path) -> str:
+def what_failed(failed: dict[str, str], workdir: Path) -> str:
+    """A line about what failed after training."""
     return (
         f"all members are trained, but {', '.join(failed)} failed; run the same command "
         f"to try that again, or python -m lorax.report {workdir} to redraw only the report"
     )
 
 
-def _show_places(workdir: Path, has_report: bool) -> None:
+def show_places(workdir: Path, has_report: bool) -> None:
+    """Print where the results are."""
     if has_report:
         print(f"\nReport       {workdir / rundir.REPORT}")
         print(f"Figures      {workdir / rundir.FIGURES}\nNumbers      {workdir / rundir.ANALYSIS}")
@@ -144,7 +148,7 @@ def _show_places(workdir: Path, has_report: bool) -> None:
     print(f"Adapters     {adapters} ({formats(adapters)})")
 
 
-def _show_answer(workdir: Path, settings: ConfigDict) -> None:
+def show_answer(workdir: Path, settings: ConfigDict) -> None:
     """Print the answer in three lines. A search has dimensions instead, which are shown before."""
     if settings.search.threshold:
         return

@@ -12,16 +12,12 @@ from types import ModuleType
 from lorax import halving, rundir
 from lorax.halving import Race
 from lorax.launching import merge, parts, split, state
-from lorax.launching.parts import Machine
+from lorax.launching.machines import Machine
 from lorax.train import prepare
 from lorax.train.loop import Terminal
 from lorax.train.prepare import Group
 
 SECONDS = 0.5  # between two looks at what the parts have measured
-
-
-class PartsFailedError(RuntimeError):
-    """Parts have failed for good; what the others have trained is merged."""
 
 
 class Launcher:
@@ -55,7 +51,7 @@ class Launcher:
         after: float = 0,
         race: Race | None = None,
     ) -> tuple[dict[int, dict], int]:
-        """As `loop.train`. Raises `PartsFailedError` with the reasons of parts that failed for good."""
+        """As `loop.train`. Raises ChildProcessError if parts fail for good."""
         self.round += 1
         mine = self._parts(workdir, groups, race)
         every = parts.directories(workdir)
@@ -114,7 +110,7 @@ class Launcher:
         seconds = rundir.read_status(workdir).get("wall_seconds", 0.0)
         rundir.write_status(workdir, "running", results, seconds, failed)
         line = "; ".join(f"{name} failed: {why}" for name, why in failed.items())
-        raise PartsFailedError(f"{line}. The others are merged into {workdir}")
+        raise ChildProcessError(f"{line}. The others are merged into {workdir}")
 
 
 def _is_same(begun: parts.Round, planned: parts.Round) -> bool:

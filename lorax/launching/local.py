@@ -1,15 +1,14 @@
 """The engine of one machine: a process per GPU, or per share of the cores of a CPU.
 
-An engine is a module with three functions:
+    python -m lorax.launch --config=FILE --on=local --workers=2
 
-add_options(parser)      adds its options to the `argparse.ArgumentParser` of `lorax.launch`
-machine(options)         the `parts.Machine` whose numbers the run has; raises ValueError, before
-                         anything starts, for options that can't be met
-run(parts, options)      runs the parts, tries those whose workers die again, and yields (part, None
-                         or why it failed for good) as each ends
+An engine is a module with three functions: add_options(parser) adds its options; check(options)
+raises ValueError, before anything starts, if they can't be met; run(directories, options) runs
+parts, tries those whose worker dies again, and yields (part, None or why it failed for good) as
+each ends. Workers of this one end with their launcher.
 """
 
-import contextlib
+import argparse
 import os
 import subprocess
 import sys
@@ -19,57 +18,65 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorax import rundir
-from lorax.launching import parts, state, worker
+from lorax.launching import machines, state, worker
 
 SECONDS = 0.2  # between two looks at the workers
 
 
-def add_options(parser) -> None:
-    """The options of this engine."""
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes (default: one for each GPU, or for each of up to 8 cores)",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `--on=local`."""
+    add = parser.add_argument_group("--on=local").add_argument
+    of = "one for each GPU, or for 8 cores of a CPU"
+    add("--workers", type=int, metavar="N", help=f"processes (default: {of})")
+    add("--retries", type=int, default=2, metavar="N", help="of a part whose worker dies (2)")
 
 
-def machine(options) -> parts.Machine:
-    """This machine, as `lorax.run` would use it."""
-    here = parts.here()
-    most = here.devices if here.platform != "cpu" else os.cpu_count() or 1
-    if options.workers is not None and not 1 <= options.workers <= max(most, here.devices):
-        kind = "cores" if here.platform == "cpu" else f"{here.platform.upper()}s"
-        raise ValueError(f"--workers: {options.workers} given, this machine has {most} {kind}")
-    return here
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError for numbers out of range."""
+    for name, low in (("workers", 1), ("retries", 0)):
+        value = getattr(options, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name}: {value} given, must be at least {low}")
+    here = machines.here()
+    if here.platform != "cpu" and (options.workers or 1) > machines.most_here(here):
+        raise ValueError(
+            f"--workers: {options.workers} given, this machine has {here.devices} "
+            f"{here.platform.upper()}s for {machines.most_here(here)} workers"
+        )
 
 
-def run(directories: Sequence[Path], options) -> Iterator[tuple[Path, str | None]]:
-    """Run the parts, as many at a time as there are workers."""
-    here = machine(options)
-    free = list(range(options.workers or here.devices))
-    for part in directories:
+def run(
+    directories: Sequence[Path], options: argparse.Namespace
+) -> Iterator[tuple[Path, str | None]]:
+    """Run the parts; (part, None or why it failed for good) of each as it ends."""
+    here = machines.here()
+    free = list(range(options.workers or machines.most_here(here)))
+    waiting, running, retries = list(directories), {}, {}
+    for part in waiting:
         state.launch(part)
-    waiting, running, attempts = list(directories), {}, parts.Attempts()
     try:
         while waiting or running:
             while waiting and free:
                 part, slot = waiting.pop(0), free.pop(0)
                 running[part] = slot, _start(part, here.platform, slot)
             time.sleep(SECONDS)
-            ended = {part: slot for part, (slot, process) in running.items() if _ended(process)}
-            for part, slot in ended.items():
-                code = running.pop(part)[1].returncode
+            for part in [
+                part for part, (_, process) in running.items() if process.poll() is not None
+            ]:
+                slot, process = running.pop(part)
+                process.stdin.close()
                 free.append(slot)
-                if code not in (0, 2) and attempts.again(part):
+                outcome = state.outcome(part)
+                if outcome.again and retries.get(part, 0) < options.retries:
+                    retries[part] = retries.get(part, 0) + 1
                     waiting.insert(0, part)
-                    continue
-                why = (parts.failure(part) or _how_it_ended(code, part)) if code else None
-                state.end(part, why)
-                yield part, why
+                    print(f"part {part.name}: {outcome.reason}. It is tried again.", flush=True)
+                else:
+                    state.end(part, outcome.reason)
+                    yield part, outcome.reason
     finally:
         for _, process in running.values():
-            process.terminate()
+            process.stdin.close()  # they end
         for _, process in running.values():
             process.wait()
 
@@ -90,30 +97,19 @@ def _start(part: Path, platform: str, slot: int) -> subprocess.Popen:
         )
 
 
-def _ended(process: subprocess.Popen) -> bool:
-    return process.poll() is not None
-
-
-def _how_it_ended(code: int, part: Path) -> str:
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return f"its worker {how}; see {part / state.LOG}"
-
-
 def _end_with_launcher() -> None:
     """End this process as soon as its standard input ends: the launcher is gone."""
-    with contextlib.suppress(OSError):
-        sys.stdin.buffer.read()
+    os.read(0, 1)  # nothing is ever written there
     os._exit(1)
 
 
-def _main(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """A worker that does not outlive its launcher."""
     threading.Thread(target=_end_with_launcher, daemon=True).start()
-    part = Path(argv[1])
-    while rundir.is_locked(part):  # by the worker of a launcher that was killed just now
+    while rundir.is_locked(Path(argv[1])):  # by the worker of a launcher that was killed just now
         time.sleep(SECONDS)
     return worker.main(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv))
+    sys.exit(main(sys.argv))

@@ -6,10 +6,6 @@ a run directory, with the numbers that the members have in the whole run, and th
 "finished". Nothing here imports JAX.
 """
 
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,15 +15,12 @@ from lorax.config import Member
 from lorax.files import read_json, write_json
 from lorax.halving import Race
 
-#: Files of machines with GPUs or TPUs.
-ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio")
-
 
 class Part(NamedTuple):
     """What one worker trains: part.json.
 
-    members: their numbers in the run, ascending. round: of a search, from 1. layout: the `Machine`
-    whose numbers the run has, as a dictionary.
+    members: their numbers in the run, ascending. round: of a search, from 1. layout: the
+    `machines.Machine` whose numbers the run has, as a dictionary.
     """
 
     members: tuple[int, ...]
@@ -140,34 +133,3 @@ def members_of(settings, lines: Sequence[dict[str, Any]]) -> list[Member]:
 def _tuples(value):
     """A value as a config has it: JSON has lists instead of tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-# --------------------------------------------------------------------------------------- machines
-
-
-class Machine(NamedTuple):
-    """The one machine whose numbers a run has. platform: "cpu", "gpu" or "tpu". devices: how many.
-    each: how many of them a worker has; on a CPU all, which the workers share."""
-
-    platform: str
-    devices: int
-    each: int
-
-
-def here() -> Machine:
-    """This machine, as `lorax.run` would use it."""
-    cores = min(8, os.cpu_count() or 1)  # as `lorax.train.layouts.split_cpu` makes of a CPU
-    forced = re.search(
-        r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
-    )
-    cpu = Machine("cpu", *[int(forced[1]) if forced else cores] * 2)
-    wanted = os.environ.get("JAX_PLATFORMS", "")
-    others = [path for path in ACCELERATORS if Path(path).exists()]
-    if wanted == "cpu" or not (wanted or others):
-        return cpu
-    # In a process of its own: the launcher must not hold the memory of the GPUs.
-    ask = "import jax; x = jax.local_devices(); print(x[0].platform, len(x))"
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
-    platform, count = (done.stdout.split() or ["cpu", "1"])[-2:]
-    each = 1 if platform == "gpu" else int(count)
-    return cpu if platform == "cpu" else Machine(platform, int(count), each)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import jax
 
 from lorax.halving import Race
-from lorax.launching.parts import Machine
+from lorax.launching.machines import Machine
 from lorax.train import layouts, loop
 from lorax.train.prepare import Group
 

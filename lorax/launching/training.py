@@ -14,6 +14,7 @@ import jax
 
 from lorax import command_line, halving, memory, rundir
 from lorax.launching import parts
+from lorax.launching.machines import Machine
 from lorax.train import loop, prepare
 
 
@@ -24,7 +25,7 @@ def train(directory: Path, part: parts.Part) -> None:
     if common is None:
         raise FileNotFoundError(f"{run}: no file of round {part.round}; start the launcher again")
     memory.check()
-    machine = parts.Machine(**part.layout)
+    machine = Machine(**part.layout)
     _take_devices(machine)
     with contextlib.chdir(common.folder):  # paths in the config are from there
         settings = _settings(run, common)
@@ -48,7 +49,7 @@ def train(directory: Path, part: parts.Part) -> None:
         rundir.write_status(directory, "finished", results, seconds, {})
 
 
-def _take_devices(machine: parts.Machine) -> None:
+def _take_devices(machine: Machine) -> None:
     """Make as many devices of a CPU as the one machine has. Raises ValueError for other devices
     than the part was made for."""
     if machine.platform == "cpu" and "device_count" not in os.environ.get("XLA_FLAGS", ""):
