@@ -33,7 +33,13 @@ Place = Callable[[dict, Mapping], dict]
 
 
 def load(
-    name, dtype: str = "float32", param_dtype=jnp.float32, place: Place | None = None, **run
+    name,
+    dtype: str = "float32",
+    param_dtype=jnp.float32,
+    place: Place | None = None,
+    quant: str | None = None,
+    double_quant: bool = False,
+    **run,
 ) -> Base:
     """Load a base model.
 
@@ -44,7 +50,9 @@ def load(
     "FILE.py:function", is a model of your own (`models.custom`).
     dtype: of the computation. param_dtype: of the weights. place: (shapes of the params, sites) ->
     tree of shardings, to divide the weights over devices (`lorax.sharding`); the same numbers, and
-    no process reads or holds more than its devices' parts. None: JAX's default device. run: further
+    no process reads or holds more than its devices' parts. None: JAX's default device. quant,
+    double_quant: as `kind` and `double` of `lorax.quantize`, which gives the same; kernels in files
+    are quantised layer by layer as they are read, so that they are never in memory. run: further
     fields of the family's Config: how to run it (`remat`, `unroll`) or, for an encoder, its head
     (`head="classification"`, `labels=2`; initialised at random if the files have none); for a
     function, its arguments.
@@ -53,8 +61,10 @@ def load(
     MemoryError if the weights do not fit into memory.
     """
     name = outside.spell(name, "base")
+    coded = functools.partial(_coded, quant, double_quant)
     if custom.is_custom(name):
-        return custom.load(name, dtype, param_dtype, run, place)
+        base = custom.load(name, dtype, param_dtype, run, place)
+        return base.replace(params=coded(base.sites, base.params))
     random = name.startswith("random:")
     base, directory, init = _build(name, not random, dtype, param_dtype, run)
     base = base.replace(vocabulary=_vocabulary(base, directory))
@@ -63,30 +73,36 @@ def load(
         room.check(name, base.params, shardings)
         params = streaming.drawn(init, shardings)
         params = jax.tree.map(lambda x: x.astype(param_dtype), params)
-        return base.replace(params=params, hashed=lambda: "random")
+        return base.replace(params=coded(base.sites, params), hashed=lambda: "random")
     files = {file: _version(file) for file in hf.weight_files(directory)}
-    params, fresh = _read(base, directory, param_dtype, init, place)
+    params, fresh = _read(base, directory, param_dtype, init, place, coded)
     # One process reads the files a second time, for all.
     hashed = functools.cache(lambda: hosts.agreed(_sha256(files) if hosts.first() else None))
     return base.replace(params=params, hashed=hashed, fresh=fresh, directory=directory)
 
 
+def _coded(quant: str | None, double_quant: bool, sites, params) -> dict:
+    """The params with linear kernels in `quant`; as they are for None."""
+    return nf4.quantize(params, quant, double_quant, sites=sites) if quant else params
+
+
 def _read(
-    base: Base, directory: Path, param_dtype, init, place: Place | None
+    base: Base, directory: Path, param_dtype, init, place: Place | None, coded: Callable
 ) -> tuple[dict, tuple[str, ...]]:
     """(params from the files, paths of a head that they lack and that `init` initialises)."""
-    described, (flat, fresh) = tree.flatten(base.params), _in_files(base, directory, param_dtype)
-    shapes = {path: x.shape for path, x in described.items()}
-    described = tree.unflatten(described | tree.shapes(flat))
+    flat, fresh = _in_files(base, directory, param_dtype)
+    described = tree.unflatten(tree.flatten(base.params) | tree.shapes(flat))
     shardings = place(described, base.sites) if place else None
-    room.check(base.name, described, shardings)
-    placed = tree.flatten(shardings) if place else {}
-    flat = {path: streaming.placed(x, placed.get(path)) for path, x in flat.items()}
+    final = jax.eval_shape(lambda params: coded(base.sites, params), described)
+    room.check(base.name, final, place and place(final, base.sites))
+    at = tree.flatten(shardings) if place else {}
+    coming = {path: streaming.coming(x, at.get(path)) for path, x in flat.items()}
     if fresh:
         drawn = streaming.drawn(lambda: init()["head"], shardings and shardings["head"])
         drawn = tree.flatten(drawn)
-        flat |= {path: drawn[path.removeprefix("head/")].astype(param_dtype) for path in fresh}
-    return tree.unflatten({path: flat[path] for path in shapes}), fresh
+        coming |= {path: drawn[path.removeprefix("head/")].astype(param_dtype) for path in fresh}
+    params = tree.unflatten({path: coming[path] for path in tree.flatten(base.params)})
+    return streaming.arrived(coded(base.sites, params)), fresh
 
 
 def _in_files(base: Base, directory: Path, param_dtype) -> tuple[dict, tuple[str, ...]]:

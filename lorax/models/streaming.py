@@ -1,6 +1,8 @@
 """Arrays that are read block by block to where they belong: a process reads the blocks that its
 devices hold, and never has more than two of them beside the arrays."""
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Protocol
 
 import jax
@@ -43,11 +45,65 @@ def blocks(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> dict[tupl
     return devices
 
 
-def placed(source, sharding=None):
-    """A tree of sources as arrays. sharding: a tree of them, None for the default device."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Coming:
+    """An array that is still to be read to the devices of a sharding; None: the default device."""
+
+    source: Readable
+    sharding: jax.sharding.Sharding | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    def array(self) -> jax.Array:
+        """All of it."""
+        return array(self.source, self.sharding)
+
+    def layers(self) -> Iterator[jax.Array]:
+        """Its parts along the first axis, each read when it is asked for."""
+        place = self.sharding
+        if place is not None:
+            place = place.update(spec=jax.sharding.PartitionSpec(*place.spec[1:]))
+        for i in range(self.shape[0]):
+            yield array(Layer(self.source, i), place)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """A part of an array along its first axis, as a `Readable`."""
+
+    source: Readable
+    i: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.dtype
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """As `Readable` says."""
+        return self.source.read((slice(self.i, self.i + 1), *index))[0]
+
+
+def coming(source, sharding=None):
+    """A tree of sources as `Coming`. sharding: a tree of them, None for the default device."""
     if sharding is None:
-        return jax.tree.map(array, source)
-    return jax.tree.map(array, source, sharding)
+        return jax.tree.map(lambda x: Coming(x, None), source)
+    return jax.tree.map(Coming, source, sharding)
+
+
+def arrived(params):
+    """A tree with the arrays that were `Coming`."""
+    return jax.tree.map(lambda x: x.array() if isinstance(x, Coming) else x, params)
+
+
+def placed(source, sharding=None):
+    """A tree of sources as arrays. sharding: as for `coming`."""
+    return arrived(coming(source, sharding))
 
 
 def drawn(init, shardings=None):

@@ -244,9 +244,10 @@ def quantize(params, kind: str = "nf4", double: bool = False, block: int = 64, s
 
     Heads, embeddings, routers of experts, parameters that are not matrices (QLoRA, section 3) and
     quantised kernels are unchanged. sites: {path: `ops.Site`}, None for `ops.sites_from_shapes`.
-    Kernels are quantised one at a time; codes of a kernel that a mesh divides are divided like it,
-    as in `quantise`. Raises ValueError for an unknown kind or block and, with its path, for a
-    kernel that is not finite or whose output axes come before its input axes.
+    Kernels are quantised one at a time, and one that is still to be read (`streaming.Coming`) layer
+    by layer; codes of a kernel that a mesh divides are divided like it, as in `quantise`. Raises
+    ValueError for an unknown kind or block and, with its path, for a kernel that is not finite or
+    whose output axes come before its input axes.
     """
     flat = tree.flatten(params)
     sites = ops.sites_from_shapes(params) if sites is None else sites
@@ -262,13 +263,37 @@ def quantize(params, kind: str = "nf4", double: bool = False, block: int = 64, s
         w = flat[path]
         if site.ins + site.outs != tuple(range(len(site.ins + site.outs))):
             raise ValueError(f"quant: {path}: axes {site.outs} are outputs, before its inputs")
+        by = sharding.AFTER if path in after else sharding.LINEAR
+        code = functools.partial(quantise, kind=kind, block=block, double=double, by=by)
         try:
-            by = sharding.AFTER if path in after else sharding.LINEAR
-            leaf = quantise(site.to_matrix(w), kind, block, double, by)
+            flat[path] = dataclasses.replace(_coded(w, site, code), kernel=w.shape[site.stack :])
         except ValueError as error:
             raise ValueError(f"quant: {path}: {error}") from error
-        flat[path] = dataclasses.replace(leaf, kernel=w.shape[site.stack :])
     return tree.unflatten(flat)
+
+
+def _coded(w, site, code) -> Quantised:
+    """A kernel in codes. code: `quantise`. w: an array, or one that is not read yet."""
+    if not hasattr(w, "layers"):
+        return code(site.to_matrix(w))
+    if not site.stack:
+        return code(site.to_matrix(w.array()))
+    alone = site._replace(stack=site.stack - 1)
+    return _stacked([code(alone.to_matrix(layer)) for layer in w.layers()])
+
+
+def _stacked(layers: list[Quantised]) -> Quantised:
+    """The kernels of all layers as one, divided over the mesh that divides each."""
+    mesh = _mesh_of(layers[0].codes)
+    if mesh is None:
+        return jax.tree.map(lambda *each: jnp.stack(each), *layers)
+    specs = layers[0].specs(layers[0].by, mesh.shape)
+
+    def stack(first, spec, *rest):
+        place = NamedSharding(mesh, P(None, *spec) if len(spec) else spec)
+        return jax.jit(lambda *each: jnp.stack(each), out_shardings=place)(first, *rest)
+
+    return jax.tree.map(stack, layers[0], specs, *layers[1:])
 
 
 def by_words(kernels: dict, sites) -> dict:

@@ -158,9 +158,8 @@ def _base(c, n_members: int, bases: dict[str, Base], say: Callable) -> Base:
         return bases[key]
     mesh = fitting.base_mesh(c, lambda: _described(c), n_members)
     place = mesh and functools.partial(sharding.shardings, mesh=mesh)
-    base = load(c.base, **base_settings(c), place=place)
-    if c.quant:
-        base = base.replace(params=_coded(c, base.sites, base.params))
+    coded = {"quant": c.quant, "double_quant": c.double_quant}
+    base = load(c.base, **base_settings(c), place=place, **coded)
     if c.quant and not mesh:  # the order of codes that kernels read can't be divided
         placed = quant.placed(base.params, jax.local_devices()[0], c.dtype)
         base = base.replace(params=placed)

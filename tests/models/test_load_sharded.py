@@ -152,6 +152,21 @@ def test_a_block_that_several_devices_hold_is_read_once(stored, reads):
     assert_same(base, expected)
 
 
+@pytest.mark.parametrize(("name", "mesh"), [("llama", None), ("mixtral", "fsdp=4,tensor=2")])
+def test_kernels_are_quantised_layer_by_layer_as_they_are_read(name, mesh, stored, blocks):
+    directory = str(stored(name))
+    expected = lorax.quantize(lorax.load(directory), double=True)
+    blocks.clear()
+    place = mesh and places(mesh)
+    base = lorax.load(directory, place=place, quant="nf4", double_quant=True)
+    assert_same(base, expected)
+    layer = 64 * 128 * (4 if name == "mixtral" else 1)  # of all experts
+    assert max(blocks) == 4 * layer // (8 if mesh else 1)
+    if mesh:
+        planned = jax.tree.leaves(place(tree.shapes(expected.params), expected.sites))
+        assert [leaf.sharding for leaf in jax.tree.leaves(base.params)] == planned
+
+
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_random_weights_are_those_of_one_device(name, stored):
     name = f"random:{stored(name)}@1"
