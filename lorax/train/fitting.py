@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lorax import hosts, memory, sharding, tree
+from lorax.devices import of_kind
 from lorax.models import Base
 from lorax.sharding import Shape
 from lorax.tasks import kinds
@@ -39,7 +40,8 @@ def memory_limit(train, devices) -> memory.Free:
 
 
 def base_mesh(c, described: Callable[[], Base], n_members: int, devices=None) -> Mesh | None:
-    """The mesh to load a base over; None if it and a member fit on each device, by an estimate.
+    """The mesh to load a base over: `train.mesh`, or that of `mesh_costs.divide`; None if each
+    device has room for all of it.
 
     c: the config of one of so many members. described() -> the base with shapes, called if they
     decide. Raises ValueError for a `train.mesh` of more devices than there are.
@@ -50,30 +52,30 @@ def base_mesh(c, described: Callable[[], Base], n_members: int, devices=None) ->
     free = devices[0].platform == "cpu" and not train.memory_gb  # they share one memory
     if len(devices) == 1 or train.parallel != "auto" or free:
         return None
-    base = described()
-    limit, rows = memory_limit(train, devices).bytes, train.batch_size // train.accumulate
-    tokens, dtype = layouts.row_tokens(train, base), np.dtype(c.dtype)
-    # Of a member alone, whose adapters are small; in full fine-tuning with two moments in float32.
+    limit, kind = memory_limit(train, devices).bytes, of_kind(devices[0].device_kind)
+    shape = mesh_costs.divide(load_of(c, described(), n_members), len(devices), kind, limit)
+    return shape and sharding.mesh(shape, devices)
+
+
+def load_of(c, base: Base, n_members: int) -> mesh_costs.Load:
+    """What a step costs, as far as it is known before adapters are made, which are small; full
+    fine-tuning has two moments in float32."""
+    tokens, dtype = layouts.row_tokens(c.train, base), np.dtype(c.dtype)
     state = 12 * tree.count(base.params) if c.method.name == "full" else 0
-    load = mesh_costs.Load(
-        base, train, tokens, dtype != np.float32, 1, 1, state // 3, state, dtype.itemsize
-    )
-    for parts in (n for n in range(1, len(devices) + 1) if len(devices) % n == 0):
-        shape = layouts.divided(parts, n_members, rows, len(devices)) if parts > 1 else Shape()
-        if mesh_costs.estimate(load, shape) <= limit:
-            break
-    return sharding.mesh(shape, devices) if parts > 1 else None
+    halved = dtype != np.float32 or c.operands == "bfloat16"
+    sizes = state // 3, state, dtype.itemsize
+    return mesh_costs.Load(base, c.train, tokens, halved, n_members, n_members, *sizes)
 
 
-def more_divided(train, chosen: Layout, n_members: int, devices: int) -> Shape | None:
-    """The mesh of so many devices that divides the base into more parts than a layout does; None if
-    there is none, or if the config says how to divide it."""
+def more_divided(c, train, base: Base, chosen: Layout, n_members: int, devices) -> Shape | None:
+    """The fastest mesh that divides the base into more parts than a layout does; None if there is
+    none, or if the config says how to divide it. train: the config's section."""
     if train.mesh != "auto" or train.parallel != "auto":
         return None
     now = chosen.shape.fsdp * chosen.shape.tensor if chosen.mode == "mesh" else 1
-    rows = train.batch_size // train.accumulate
-    more = (n for n in range(now + 1, devices + 1) if devices % n == 0)
-    return next((layouts.divided(n, n_members, rows, devices) for n in more), None)
+    more = lambda shape: shape.fsdp * shape.tensor > now
+    kind = of_kind(devices[0].device_kind)
+    return mesh_costs.choose(load_of(c, base, n_members), len(devices), kind, more)
 
 
 def fit(
@@ -112,7 +114,7 @@ def fit(
             train.width = chosen.width // 2
         elif n > 1:
             n = math.ceil(n / 2)
-        elif wider := more_divided(given, chosen, all_, len(devices)):
+        elif wider := more_divided(stacked.config, given, base, chosen, all_, devices):
             train, n = given.copy_and_resolve_references(), all_
             train.mesh = str(wider)
         else:

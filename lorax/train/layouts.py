@@ -98,19 +98,6 @@ def mesh_shape(train, base: Base) -> Shape | None:
     return mesh and sharding.shape_of(mesh)
 
 
-def divided(parts: int, n_members: int, rows: int, devices: int) -> Shape:
-    """The mesh of so many devices for a base in at least `parts` parts, a divisor of `devices`.
-
-    Members are spread as far as there are any. What is left is fsdp as far as it divides the rows
-    of a batch, and then tensor.
-    """
-    spare = devices // parts
-    member = max(m for m in range(1, min(spare, n_members) + 1) if spare % m == 0)
-    left = devices // member
-    fsdp = math.gcd(left, rows)
-    return Shape(member, fsdp, left // fsdp)
-
-
 def cut(chosen: Layout, members: int) -> Layout:
     """The layout for some of the members: as many side by side, in a program of no more than they
     need. What it computes of a member stays the same, bit for bit."""

@@ -35,7 +35,8 @@ class Load(NamedTuple):
     """What a step of a group computes. train: the config's section. tokens: of a row. halved:
     whether products are those of bfloat16. members: in one program. width: how many side by side,
     at most. trained: bytes of a member's adapters. state: bytes of a member's adapters, constants
-    and optimiser. activation: bytes of a number between layers."""
+    and optimiser. activation: bytes of a number between layers. copied: whether each device has all
+    of the base, so that fsdp divides rows alone. backward: False for an evaluation."""
 
     base: Base
     train: object
@@ -46,6 +47,8 @@ class Load(NamedTuple):
     trained: int
     state: int
     activation: int
+    copied: bool = False
+    backward: bool = True
 
     def turns(self, shape: Shape) -> int:
         """How often each device reads the base for a step of its members."""
@@ -54,8 +57,22 @@ class Load(NamedTuple):
 
     def tokens_on(self, shape: Shape) -> float:
         """Tokens that each device computes in a step."""
-        each = math.ceil(self.members / shape.member)
-        return each * self.train.batch_size * self.tokens / shape.fsdp
+        each, part = math.ceil(self.members / shape.member), self.part
+        return (
+            each
+            * self.train.batch_size
+            * self.tokens
+            / (shape.fsdp if part % shape.fsdp == 0 else 1)
+        )
+
+    @property
+    def part(self) -> int:
+        """Rows that a device with all of a batch's part computes together."""
+        return self.train.batch_size // self.train.accumulate
+
+    def weights(self, shape: Shape) -> list["Weight"]:
+        """The arrays of the base as the mesh divides them."""
+        return weights(self.base, Shape() if self.copied else shape)
 
 
 class Traffic(NamedTuple):
@@ -138,13 +155,14 @@ def traffic(load: Load, shape: Shape) -> Traffic:
     """What each device receives in a step."""
     f, t = shape.fsdp, shape.tensor
     gather = reduced = 0.0
-    for w in weights(load.base, shape):
+    for w in load.weights(shape):
         forward, backward = _passes(load, w)
         if "fsdp" in w.axes:
             gather += (forward + backward) * w.stored / (w.split // f) * (f - 1) / f
         if "tensor" in w.axes:
             reduced += _reduced(load, w)
     gradients = load.trained * math.ceil(load.members / shape.member) * load.train.accumulate
+    gradients *= load.backward
     return Traffic(
         gather * load.turns(shape),
         2 * (f - 1) / f * gradients,
@@ -155,10 +173,11 @@ def traffic(load: Load, shape: Shape) -> Traffic:
 def _passes(load: Load, w: Weight) -> tuple[int, int]:
     """How often a weight is read forward and backward in one pass over a batch's part."""
     if _is_head(load.base, w):
-        return 1 + (w.site.kind == "embed"), 1  # an embedding that is the head is read twice
+        return 1 + (w.site.kind == "embed"), load.backward  # a tied one is read twice
     if w.site is not None and w.site.kind == "embed":
         return 1, 0
-    return 1 if load.train.remat == "none" or w.layers == 1 else 2, 1
+    again = load.backward and load.train.remat != "none" and w.layers > 1
+    return 1 + again, load.backward
 
 
 def _reduced(load: Load, w: Weight) -> int:
@@ -167,7 +186,7 @@ def _reduced(load: Load, w: Weight) -> int:
         return 0
     looked_up = w.n_out if w.site.kind == "embed" else 0
     if _is_head(load.base, w):
-        return looked_up + (looked_up or w.n_in)
+        return looked_up + (looked_up or w.n_in) * load.backward
     if w.path not in sharding.after(load.base.sites):
         return looked_up
     # Backward: of what the layers before it read. With remat, o again; what down gives isn't read.
@@ -183,7 +202,7 @@ def _is_head(base: Base, w: Weight) -> bool:
 def seconds(load: Load, shape: Shape, device: Device) -> Seconds:
     """A roofline of a step of all members: matrix products, weights read, and `traffic`."""
     tokens, flops, read = load.tokens_on(shape), 0.0, 0.0
-    for w in weights(load.base, shape):
+    for w in load.weights(shape):
         if w.site is None or (w.site.kind == "embed" and not _is_head(load.base, w)):
             continue
         passes = sum(_passes(load, w)) - (w.site.kind == "embed")
@@ -218,7 +237,7 @@ def estimate(load: Load, shape: Shape) -> float:
     members' state, a gathered layer, and what the backward pass keeps of each layer: the outputs of
     its kernels, or with `train.remat` "full" its input alone."""
     widths, inside = {}, {}
-    for w in weights(load.base, shape):
+    for w in load.weights(shape):
         layer = w.path.split("/")[0]
         if w.site is not None and w.layers > 1:
             parts = shape.tensor if "tensor" in w.axes else 1
@@ -231,6 +250,7 @@ def estimate(load: Load, shape: Shape) -> float:
     one = load._replace(members=1).tokens_on(shape) / load.train.accumulate
     working = one * load.activation * (kept + 2 * max(inside.values(), default=0))
     each = math.ceil(load.members / shape.member) * load.state
+    shape = Shape() if load.copied else shape
     return nbytes(load.base, shape) + gathered(load.base, shape) + each + working
 
 
@@ -238,29 +258,40 @@ def shapes(load: Load, devices: int) -> list[Shape]:
     """The meshes of so many devices that divide a part of a batch and the heads of attention; of
     fewer devices where there are not enough members for all."""
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    rows = load.train.batch_size // load.train.accumulate
     heads = next((n for name in _HEADS if (n := getattr(load.base.config, name, None))), 1)
     pairs = [(f, t) for f in divisors for t in divisors if devices % (f * t) == 0]
     return [
         Shape(min(load.members, devices // (f * t)), f, t)
         for f, t in pairs
-        if rows % f == 0 and heads % t == 0
+        if load.part % f == 0 and heads % t == 0
     ]
 
 
 def ranked(load: Load, devices: int, device: Device) -> list[Shape]:
-    """The meshes of so many devices, the fastest first by `Seconds.overlapped`; of equally fast
-    ones that with the smallest tensor and fsdp."""
+    """The meshes of so many devices whose tensor stays within fast links, the fastest first by
+    `Seconds.overlapped`; of equally fast ones that with the smallest tensor and fsdp."""
 
     def order(shape):
         return float(f"{seconds(load, shape, device).overlapped:.3g}"), shape.tensor, shape.fsdp
 
-    return sorted(shapes(load, devices), key=order)
+    near = [shape for shape in shapes(load, devices) if shape.tensor <= device.linked]
+    return sorted(near, key=order)
 
 
 def choose(load: Load, devices: int, device: Device, fits: Callable) -> Shape | None:
     """The fastest mesh (see `ranked`) that fits, None if none does. fits(shape) -> bool."""
     return next(filter(fits, ranked(load, devices, device)), None)
+
+
+def divide(load: Load, devices: int, device: Device, limit: float) -> Shape | None:
+    """The mesh to divide a base over so that it and one member need at most `limit` bytes on each
+    device, by `estimate`: the fastest (see `ranked`), and where none fits the one that needs least.
+    None if a device has room for all of the base."""
+    needs = lambda shape: estimate(load._replace(members=1), shape)
+    if devices == 1 or needs(Shape()) <= limit:
+        return None
+    fits = lambda shape: needs(shape) <= limit
+    return choose(load, devices, device, fits) or min(shapes(load, devices), key=needs)
 
 
 def _bytes(x) -> int:

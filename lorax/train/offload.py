@@ -32,6 +32,13 @@ def gradients(program: step.Program, width: int):
     return run
 
 
+def jitted(program: step.Program, layout: Layout, shapes: Shapes):
+    """`gradients` for the devices of a layout, not compiled yet."""
+    take = over_devices(gradients(program, layout.width), layout, (None, 0, 0, 0, 0, 0))
+    trainable = jax.tree.map(lambda x: x.sharding, shapes.state.trainable)
+    return jax.jit(take, out_shardings=(shapes.place.members, trainable))
+
+
 def compile_training(program: step.Program, layout: Layout, shapes: Shapes) -> Training:
     """The two programs as one `Training`; `place` puts the optimiser's state on the host."""
     params, constants, hyper, state = shapes.params, shapes.constants, shapes.hyper, shapes.state
@@ -42,8 +49,7 @@ def compile_training(program: step.Program, layout: Layout, shapes: Shapes) -> T
     def update(*member):
         return over_members(lambda *m: step.update(program, *m), layout.width)(*member)
 
-    take = over_devices(gradients(program, layout.width), layout, (None, 0, 0, 0, 0, 0))
-    take = jax.jit(take, out_shardings=(members, on_device.trainable))
+    take = jitted(program, layout, shapes)
     update = over_devices(update, layout, (0, 0, 0, 0, 0))
     update = jax.jit(update, donate_argnums=2, out_shardings=(on_device, members))
     value = jax.ShapeDtypeStruct((layout.size,), jnp.float32, sharding=members)

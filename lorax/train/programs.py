@@ -167,11 +167,16 @@ def learned(train, place: Placement, state: step.MemberState) -> dict:
     return average(state)
 
 
-def compile_training(program: step.Program, layout: Layout, known: Shapes) -> Training:
-    """`training` compiled for shapes, with everything on the devices."""
+def jitted(program: step.Program, layout: Layout, known: Shapes):
+    """`training` for the devices of a layout, not compiled yet."""
     shardings = jax.tree.map(lambda x: x.sharding, known.state)
     train = over_devices(training(program, layout.width), layout, (None, 0, 0, 0, 0))
-    train = jax.jit(train, donate_argnums=3, out_shardings=(shardings, known.place.members))
+    return jax.jit(train, donate_argnums=3, out_shardings=(shardings, known.place.members))
+
+
+def compile_training(program: step.Program, layout: Layout, known: Shapes) -> Training:
+    """`training` compiled for shapes, with everything on the devices."""
+    train = jitted(program, layout, known)
 
     @functools.cache
     def compiled(width):

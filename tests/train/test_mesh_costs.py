@@ -51,7 +51,7 @@ def test_bytes_of_a_device_are_those_of_the_arrays_on_it(shape, quant):
                  if s.device == device]  # fmt: skip
         assert sum(x.nbytes for x in parts) == mesh_costs.nbytes(base, shape)
     assert mesh_costs.nbytes(base, Shape()) == tree.nbytes(base.params)
-    assert mesh_costs.nbytes(base, shape) < tree.nbytes(base.params) / 3
+    assert mesh_costs.nbytes(base, shape) < tree.nbytes(base.params) / 2
 
 
 LAYER = 4 * (2 * D * D + 2 * D * KV + 3 * D * F)  # bytes of the kernels of one layer
@@ -128,6 +128,27 @@ def test_the_fastest_mesh_that_fits_is_chosen():
     assert choose(sizes[Shape(4, 2, 1)]) == Shape(4, 2, 1)
     whole, kept = (mesh_costs.estimate(load_of(8, remat=r), Shape()) for r in ("full", "none"))
     assert tree.nbytes(load.base.params) + 8 * load.state < whole < kept
+
+
+def test_a_base_that_fits_is_not_divided():
+    load, slow = load_of(8), DEVICES["h200"]._replace(full=1e9)
+    needs = lambda shape: mesh_costs.estimate(load._replace(members=1), shape)
+    divide = lambda limit: mesh_costs.divide(load, 8, slow, limit)
+    assert divide(needs(Shape())) is None and mesh_costs.divide(load, 1, slow, 1) is None
+    assert divide(needs(Shape()) - 1) == Shape(4, 2, 1)
+    assert divide(1) == min(mesh_costs.shapes(load, 8), key=needs)
+
+
+def test_an_evaluation_passes_once_and_reduces_nothing_of_gradients():
+    load = load_of(remat="full")._replace(backward=False)
+    moved = mesh_costs.traffic(load, Shape(1, 4, 1))
+    assert moved == ((L * LAYER + 2 * HEAD) * 3 / 4, 0, 0)
+    assert mesh_costs.traffic(load, Shape(1, 1, 2)).activations == 4 * 8 * 16 * D * (L * 2 + 1)
+    copied = load_of()._replace(copied=True)
+    moved = mesh_costs.traffic(copied, Shape(1, 8, 1))
+    assert moved == (0, 2 * 7 / 8 * 1000, 0)
+    alone = mesh_costs.seconds(copied, Shape(), FLAT).compute
+    assert mesh_costs.seconds(copied, Shape(1, 8, 1), FLAT).compute == alone / 8
 
 
 def test_devices_are_known_by_the_name_that_jax_has():
