@@ -303,6 +303,7 @@ REVISABLE = (
     "analysis.metric",
     "analysis.level",
     "train.memory_gb",
+    "train.mesh",
     "track",
 )
 

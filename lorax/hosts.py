@@ -10,7 +10,9 @@ import importlib.util
 import json
 import os
 import re
+import subprocess
 import sys
+import warnings
 from typing import NamedTuple
 
 SECONDS = 300  # within which all processes must have started
@@ -54,8 +56,8 @@ def start(coordinator: Coordinator | None = None) -> None:
     elsewhere `coordinator` does. A program that none of them has started in several processes stays
     alone, as it does with `processes` 1.
 
-    Raises ValueError for a coordinator that is not whole, RuntimeError if not all processes have
-    started within `SECONDS`.
+    Raises ValueError for a coordinator that is not whole. If not all processes have started within
+    `SECONDS`, JAX ends this one.
     """
     given, expected = coordinator or Coordinator(), _expected()
     if given.processes == 1 or (given == Coordinator() and not expected):
@@ -66,17 +68,29 @@ def start(coordinator: Coordinator | None = None) -> None:
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
+    late = last_words(f"the processes of this program have not all started within {SECONDS} s")
     try:
-        jax.distributed.initialize(
-            *given,
-            local_device_ids=[] if _has_all_devices() else None,
-            initialization_timeout=SECONDS,
-        )
+        with warnings.catch_warnings(action="ignore"):  # `_expected` says what Kubernetes lacks
+            jax.distributed.initialize(
+                *given,
+                local_device_ids=[] if _has_all_devices() else None,
+                initialization_timeout=SECONDS,
+            )
     except ValueError as error:
         if given == Coordinator() and expected == "a TPU":
             return  # libtpu without a TPU
         asked = "give --coordinator=HOST:PORT --processes=N --process=I, or --processes=1"
         raise ValueError(f"--coordinator: {error} ({expected or 'no cluster'}); {asked}") from None
+    finally:
+        late.communicate(b"joined\n")
+
+
+def last_words(line: str) -> subprocess.Popen:
+    """A process that prints a line to stderr if this one ends before it has written one to its
+    stdin: JAX aborts a process in the middle of its own threads."""
+    wait = 'read said || printf "%s\\n" "$0" >&2'
+    words = ["sh", "-c", wait, f"lorax: {line}"]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _expected() -> str:
@@ -174,6 +188,17 @@ def agreed(value):
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     data = multihost_utils.broadcast_one_to_all(data if first() else np.zeros(size, np.uint8))
     return json.loads(data.tobytes())
+
+
+def least(number: int) -> int:
+    """The smallest of the numbers (int64) that the processes give, on every process."""
+    if count() == 1:
+        return number
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    mine = np.frombuffer(np.int64(number).tobytes(), np.uint8)  # JAX's own integers have 32 bits
+    return int(np.ascontiguousarray(multihost_utils.process_allgather(mine)).view(np.int64).min())
 
 
 def meet(name: str) -> None:

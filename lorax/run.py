@@ -98,7 +98,7 @@ def run(settings: ConfigDict, workdir: str | os.PathLike | None = None):
 
     workdir: the run directory; by default runs/config-<the keys that differ from
     `lorax.config.default()`>, as `lorax.run_names` names it. A stopped run is continued, a finished
-    one is only loaded.
+    one is only loaded. After `jax.distributed.initialize()`, all processes call this together.
 
     Raises ValueError or FileNotFoundError for a mistake in the config, MemoryError if something
     does not fit in memory. A report that fails only warns.
@@ -111,10 +111,11 @@ def run(settings: ConfigDict, workdir: str | os.PathLike | None = None):
     workdir = Path(workdir)
     rundir.check_paths(workdir)
     changed = check_same_config(workdir, settings)
-    if changed or not rundir.has_finished(workdir):
+    if changed or not hosts.agreed(rundir.has_finished(workdir)):
         failed = _train(settings, members, workdir, f"lorax.run(config, {str(workdir)!r})")
         if failed:
             warnings.warn(what_failed(failed, workdir), stacklevel=2)
+        hosts.meet("the first process has written everything")
     from lorax.analysis import runs  # imports pandas, which the command line need not wait for
 
     return runs.load(workdir)

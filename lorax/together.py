@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -59,11 +58,9 @@ def run(work: Callable[[], End]) -> End:
     meetings = _Meetings()
     with _silent() if not hosts.first() else contextlib.nullcontext():
         try:
-            end = work()
+            return meetings.leave(work())
         except BaseException as error:  # the others must hear of everything
-            traceback.print_exception(error)
-            end = End(1, reason(error), whole=False)
-    return meetings.leave(end)
+            meetings.leave(End(1, reason(error), whole=False), error)
 
 
 class _Meetings:
@@ -75,11 +72,13 @@ class _Meetings:
         self.client, self.process = multihost.get_jax_distributed_client(), hosts.process()
         self.said, self.end = None, None
         self.left, self.over = threading.Event(), threading.Event()
-        self.last_words = _last_words(self.process)
+        other = ", or process 0 was, which ends all" if self.process else ""
+        self.last_words = hosts.last_words(f"process {self.process} was killed{other}; {AGAIN}")
         threading.Thread(target=self._meet, daemon=True).start()
 
-    def leave(self, end: End) -> End:
-        """Say how this process ends, and wait for how all do."""
+    def leave(self, end: End, error: BaseException | None = None) -> End:
+        """Say how this process ends, and wait for how all do. error: to be shown with its traceback
+        if it is what ends them, and no consequence of another's end."""
         self.left.set()
         if hosts.first() or not end.whole:
             self.said = end._replace(process=self.process)
@@ -87,6 +86,8 @@ class _Meetings:
         if self.end.whole:
             self.last_words.communicate(b"whole\n")
             return self.end
+        if error and self.end.process == self.process and self.end.line == end.line:
+            traceback.print_exception(error)
         self._exit()
 
     def _meet(self) -> None:
@@ -116,9 +117,9 @@ class _Meetings:
         print(f"lorax: {where}{self.end.line}", file=sys.stderr, flush=True)
         self.last_words.communicate(b"said\n")
         if hosts.first():
+            time.sleep(2 * PERIOD)  # JAX ends the others without a word once this process is gone
             for call in at_stop:
                 call(self.end)
-            time.sleep(2 * PERIOD)  # JAX ends the others without a word once this process is gone
         os._exit(self.end.code)
 
 
@@ -128,14 +129,6 @@ def _lost(text: str) -> str:
     if not absent:
         return f"lost the other processes ({' '.join(text.split())[:200]})"
     return f"process {' and '.join(absent)} has died or does not answer"
-
-
-def _last_words(process: int) -> subprocess.Popen:
-    """A process that prints a line if this one ends without a word: JAX aborts a process that has
-    lost process 0, from its own threads."""
-    line = f"lorax: process {process} was killed, or process 0 was, which ends all; {AGAIN}"
-    wait = 'read said || printf "%s\\n" "$0" >&2'
-    return subprocess.Popen(["sh", "-c", wait, line], stdin=subprocess.PIPE, start_new_session=True)
 
 
 @contextlib.contextmanager

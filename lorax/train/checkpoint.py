@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -85,6 +86,8 @@ def restore(directory: Path, like, warn) -> tuple[int, object, dict] | None:
         stored = path.absolute() / "state"
         if hosts.are_many():
             like = _as_stored(like, checkpointer.metadata(stored).item_metadata.tree)
+        else:  # NumPy arrays, also of shards that several processes have written
+            like = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), like)
         state = checkpointer.restore(stored, like)
     return step, state, hosts.agreed(read_json(path / MANIFEST)["meta"] if hosts.first() else None)
 

@@ -22,21 +22,20 @@ from lorax.train.stacks import Stack
 
 def memory_limit(train, devices) -> memory.Free:
     """Bytes that one program may use on each device, and what sets them: `train.memory_gb`, or most
-    of the free memory. A CPU's devices share its memory. Of several processes all take what the
-    first one has."""
-    devices = [device for device in devices if device.process_index == jax.process_index()]
+    of the free memory. A CPU's devices share its memory. Of several processes, the one with the
+    least sets it."""
+    devices = [device for device in devices if device.process_index == hosts.process()]
     stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
     if stats:
         available, share = memory.Free(stats["bytes_limit"], "has the device"), 0.9
     else:
         available, share = memory.free(), 0.8
         available = available._replace(bytes=available.bytes // len(devices))
+    available = available._replace(bytes=hosts.least(available.bytes))
     limit = memory.Free(int(train.memory_gb * 1e9), "are given by train.memory_gb")
     if limit.bytes:
-        found = min(limit, available)
-    else:
-        found = available._replace(bytes=int(share * available.bytes))
-    return memory.Free(*hosts.agreed(found))
+        return min(limit, available)
+    return available._replace(bytes=int(share * available.bytes))
 
 
 def base_mesh(c, described: Callable[[], Base], n_members: int, devices=None) -> Mesh | None:

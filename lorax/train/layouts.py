@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from lorax import gather, sharding, tree
+from lorax import gather, hosts, sharding, tree
 from lorax.models import Base
 from lorax.sharding import Shape
 
@@ -53,12 +53,15 @@ def layout(
 
     legs: (members, steps) of each leg that the program trains, if members stop on the way.
 
-    Raises ValueError for a mesh that needs more devices than there are, and for "batch" if a batch
-    can't be split evenly over the devices.
+    Raises ValueError for a mesh that needs more devices than there are, for "batch" if a batch
+    can't be split evenly over the devices, and for a layout without devices of some process
+    (`lorax.hosts`).
     """
     devices = tuple(devices or jax.devices())
     mode, shape = _spread(n_members, train, base, devices)
     devices = devices[: shape.size]
+    if hosts.are_many():
+        _check_processes(mode, train, devices)
     part = train.batch_size // train.accumulate
     if part % shape.fsdp:  # of a mesh, the config has said so already
         raise ValueError(
@@ -71,6 +74,17 @@ def layout(
     return Layout(mode, devices, each * shape.member, even_width(width, each), shape)
 
 
+def _check_processes(mode: str, train, devices: tuple) -> None:
+    """Raises ValueError if a process has none of the devices that are used, or for pmap."""
+    used = {device.process_index for device in devices}
+    if len(used) < hosts.count() or mode == "pmap":
+        key = f"train.mesh: {train.mesh}" if mode == "mesh" else f"train.parallel: {mode!r}"
+        raise ValueError(
+            f"{key} does not use the {jax.device_count()} devices of {hosts.count()} processes; "
+            "give a train.mesh of so many, or start fewer processes"
+        )
+
+
 def _spread(n_members: int, train, base: Base, devices: tuple) -> tuple[str, Shape]:
     """(mode, shape of the mesh) of a `Layout`."""
     n, mode = len(devices), train.parallel
@@ -78,13 +92,14 @@ def _spread(n_members: int, train, base: Base, devices: tuple) -> tuple[str, Sha
         return "mesh", sharding.shape_of(sharding.mesh(shape, devices))  # raises without so many
     if mode == "auto":
         copies = tree.nbytes(base.params) * n
+        alone = "members" if hosts.are_many() else "none"  # no process may be without a part
         if n == 1 or (devices[0].platform == "cpu" and copies > CPU_COPIES):
-            mode = "none"
+            mode = alone
         elif n_members >= n:
             mode = "members"
         else:
             part = train.batch_size // train.accumulate
-            mode = "batch" if part % n == 0 else "none"
+            mode = "batch" if part % n == 0 else alone
     shapes = {"none": Shape(), "batch": Shape(fsdp=n)}
     return mode, shapes.get(mode, Shape(member=n))
 
