@@ -1,15 +1,33 @@
 """Computing on a base that a mesh of devices divides (`lorax.sharding`).
 
-`jit` divides a program by itself, from where its arguments are. Products and losses ask here for
-what it would not do alone: to gather codes rather than decoded weights, and rows of a batch where
-they are. Without a mesh all of this is the identity.
+`jit` divides a program by itself, from where its arguments are. Layers and losses say here what it
+would not do alone: keep the rows of a batch where they are and gather the weights of one layer at
+a time, or send the rows to the weights if that is less. Without a mesh this is the identity.
 """
 
+import functools
+import re
+
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from lorax.meshes import AXES, Shape
+
+#: Axes that divide the (inputs, outputs) of a linear layer, and of those whose inputs are divided
+#: already: the outputs of the layers before them.
+LINEAR = ("fsdp", "tensor")
+AFTER = ("tensor", "fsdp")
+#: Of an embedding's (tokens, features). A head, features by tokens, is as `LINEAR` the same.
+EMBEDDING = ("tensor", "fsdp")
+
+
+def axes_of(path: str, kind: str = "linear") -> tuple[str, str]:
+    """Axes of the mesh for a kernel's (inputs, outputs), by its name in the models of lorax."""
+    if kind == "embed":
+        return EMBEDDING
+    return AFTER if re.fullmatch(r"(.*/)?(o|down)/kernel", path) else LINEAR
 
 
 def here() -> Shape:
@@ -27,13 +45,67 @@ def divides_base() -> bool:
     return mesh.fsdp * mesh.tensor > 1
 
 
-def gathered(x, spec):
-    """x, divided by these axes of the mesh, with its parts along "fsdp" gathered."""
-    return constrained(x, *(axis if axis == "tensor" else None for axis in spec))
-
-
 def constrained(x, *axes: str | None):
-    """x divided over the mesh by these axes, one for each of its own; None: not divided."""
+    """x divided over the mesh by these axes, one for each of its first axes; None: not divided. An
+    axis that does not divide x is left out."""
     if not divides_base():
         return x
-    return jax.lax.with_sharding_constraint(x, P(*axes))
+    sizes = here()._asdict()
+    fits = lambda n, axis: axis is not None and n % sizes[axis] == 0
+    spec = [axis if fits(n, axis) else None for n, axis in zip(x.shape, axes)]  # noqa: B905
+    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def gathered(x, axes):
+    """x, divided by these axes of the mesh, with its parts along "fsdp" gathered."""
+    return constrained(x, *(axis if axis == "tensor" else None for axis in axes))
+
+
+def whole(x):
+    """x, whole on each device."""
+    return constrained(x)
+
+
+def batch(x):
+    """x, with its first axis, the rows of a batch, divided over "fsdp"."""
+    return constrained(x, "fsdp")
+
+
+def sends_rows(x, outputs: int, nbytes: int) -> bool:
+    """Whether x (..., in) and its products with a weight of so many outputs and bytes are less than
+    the weight: then the weight stays where it is, as for the few tokens of a step of decoding."""
+    rows = x.size // x.shape[-1]
+    return rows * (x.shape[-1] + outputs) * x.dtype.itemsize < nbytes
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(x, w, by: tuple[str, str], axis: int):
+    """The product of x (..., n) with axis `axis` of a matrix w that the axes `by` of the mesh
+    divide, in x's dtype. Its gradient is that of a plain product; it gathers w again."""
+    if sends_rows(x, w.shape[1 - axis], w.size * w.dtype.itemsize):
+        x, w = whole(x), constrained(w, *by)
+    else:
+        w = gathered(w, by)
+    return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (axis,)), ((), ())))
+
+
+def _product_forward(x, w, by, axis):
+    return product(x, w, by, axis), (x, w)
+
+
+def _product_backward(by, axis, saved, dy):
+    x, w = saved
+    rows = tuple(range(x.ndim - 1))
+    of_axis = (x, dy) if axis == 0 else (dy, x)
+    dw = jnp.tensordot(*of_axis, (rows, rows)).astype(w.dtype)  # dropped if w is frozen
+    return product(dy, w, by, 1 - axis), constrained(dw, *by)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def rows(table, ids):
+    """Rows `ids` of an embedding (V, features): each device looks up the part that it has of all
+    rows, and gets the features of its own part of the batch."""
+    found = jnp.take(constrained(table, *EMBEDDING), whole(ids), axis=0)
+    return batch(found) if ids.ndim > 1 else whole(found)

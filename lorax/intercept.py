@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lorax import tree
+from lorax import divided, leaves, tree
 from lorax.grouped import GroupedDense
 from lorax.ops import (
     Site,
@@ -29,6 +29,7 @@ from lorax.ops import (
     inner,
     is_operator,
     linear,
+    on_frozen,
     ragged,
 )
 
@@ -94,6 +95,9 @@ def _computed(next_fun, context, *args, **kwargs):
     module = context.module
     name = "embedding" if isinstance(module, nn.Embed) else "kernel"
     leaf = module.get_variable("params", name)
+    if divided.divides_base() and rule.kind != "conv":
+        by = divided.axes_of("/".join((*module.path, name)), rule.kind)
+        leaf = on_frozen(leaf, lambda w: leaves.Divided(w, by))
     if not is_operator(leaf):
         return next_fun(*args, **kwargs)
     bias = module.get_variable("params", "bias") if getattr(module, "use_bias", False) else None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from lorax import grouped, tree
+from lorax import divided, grouped, tree
 from lorax.grouped import PRODUCT
 from lorax.ops import (
     Leaf,
@@ -331,6 +331,35 @@ class Same(Leaf):
 
     def dense(self, w, site):
         return w
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Divided(Leaf):
+    """A plain kernel while a layer computes with it that a mesh divides (`lorax.divided`).
+
+    w: (in, out), an embedding (V, features), or experts' (E, in, out). by: (static) axes of the
+    mesh that divide its last two axes.
+    """
+
+    w: Array
+    by: tuple[str, str] = dataclasses.field(metadata={"static": True})
+
+    def linear(self, x):
+        return checkpoint_name(divided.product(x, self.w, self.by, 0), PRODUCT)
+
+    def ragged(self, x, sizes):
+        return grouped.product(x, self.w.astype(x.dtype), sizes, self.by)
+
+    def embed(self, ids, dtype=None):
+        rows = divided.rows(self.w, ids)
+        return rows if dtype is None else rows.astype(dtype)
+
+    def attend(self, x):
+        return divided.product(x, self.w, self.by, 1)
+
+    def plain(self, site, dtype):
+        return self.w.astype(dtype)
 
 
 class FrozenWeight(Leaf):

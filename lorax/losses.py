@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import intercept
+from lorax import divided, intercept
 
 #: The Linen collection in which a model may sow `Routed` in training.
 ROUTED = "routed"
@@ -49,7 +49,7 @@ class Rows(NamedTuple):
 
 
 def token_losses(module, params, hidden, labels, smoothing=0.0):
-    """Negative log-likelihood in nats: hidden (N, D), labels (N,) int32 -> (N,) float32.
+    """Negative log-likelihood in nats: hidden (..., D), labels (...,) int32 -> (...,) float32.
 
     smoothing: share of the target that is spread over the vocabulary (arXiv:1512.00567, section 7).
     """
@@ -66,7 +66,8 @@ def weighted_loss(module, params, hidden, labels, weights, smoothing=0.0):
 
     Logits are computed for at most `ROWS` tokens at a time, together with the gradient for `hidden`
     and the trained part of the head. The backward pass only scales that gradient, and no (N, V)
-    array ever exists.
+    array ever exists. Where a mesh divides the rows of a batch, each device computes the logits of
+    `ROWS` of its own tokens at a time.
     """
     hidden, labels, weights = _in_parts(hidden, labels, weights)
     head = {name: params[name] for name in module.head if name in params}
@@ -78,11 +79,36 @@ def weighted_loss(module, params, hidden, labels, weights, smoothing=0.0):
 
 
 def _in_parts(*arrays):
-    """Arrays (n, ...) as equal parts of at most `ROWS`, the last filled up with zeros."""
-    n = len(arrays[0])
+    """Arrays (n, ...) as equal parts of at most `ROWS`, the last filled up with zeros: (parts,
+    rows, ...); where a mesh divides the n, parts of each device's own: (parts, devices, rows, ...).
+    """
+    devices = _devices(len(arrays[0]))
+    n = len(arrays[0]) // devices
     rows = -(-n // -(-n // ROWS))
-    fill = lambda x: jnp.pad(x, ((0, -n % rows), *((0, 0),) * (x.ndim - 1)))
-    return tuple(fill(x).reshape(-1, rows, *x.shape[1:]) for x in arrays)
+
+    def parts(x):  # (n, ...) -> (parts, rows, ...)
+        x = jnp.pad(x, ((0, -n % rows), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(-1, rows, *x.shape[1:])
+
+    def divided_parts(x):
+        x = jax.vmap(parts, out_axes=1)(x.reshape(devices, n, *x.shape[1:]))
+        return divided.constrained(x, None, "fsdp")
+
+    return tuple(map(parts if devices == 1 else divided_parts, arrays))
+
+
+def _together(x, n: int):
+    """(n,), the inverse of `_in_parts` for an array of one number a row."""
+    if x.ndim == 3:  # (parts, devices, rows)
+        x = jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1)
+        return x[:, : n // len(x)].reshape(-1)
+    return x.reshape(-1)[:n]
+
+
+def _devices(n: int) -> int:
+    """Among how many devices the mesh divides n rows."""
+    devices = divided.here().fsdp
+    return devices if n % devices == 0 else 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -172,12 +198,12 @@ def lm_rows(module, params, batch) -> Rows:
     def of_part(part):
         logits = intercept.apply(module, params, part[0], method="logits")
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, part[1])
-        given = jnp.take_along_axis(logits, part[1][:, None], axis=1)
-        alone = jnp.sum(logits >= given, axis=1) == 1  # no other reaches the label's
+        given = jnp.take_along_axis(logits, part[1][..., None], axis=-1)
+        alone = jnp.sum(logits >= given, axis=-1) == 1  # no other reaches the label's
         return nats, alone.astype(jnp.float32)
 
     of_tokens = jax.lax.map(of_part, _in_parts(hidden, labels))
-    nats, right = (x.reshape(-1)[: weights.size].reshape(weights.shape) for x in of_tokens)
+    nats, right = (_together(x, weights.size).reshape(weights.shape) for x in of_tokens)
     of_rows = lambda x: jnp.sum(x, axis=1)
     return Rows(of_rows(weights * nats), of_rows(weights), of_rows(weights * right), None)
 

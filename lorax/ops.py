@@ -143,6 +143,16 @@ def frozen(leaf):
     return leaf.frozen() if is_operator(leaf) else leaf
 
 
+def on_frozen(leaf, function: Callable):
+    """The leaf with function(array) in place of the array at its bottom; a
+    `lorax.leaves.FrozenWeight` stays."""
+    if not is_operator(leaf):
+        return function(leaf)
+    if frozen(leaf) is leaf:
+        return leaf
+    return dataclasses.replace(leaf, w=on_frozen(leaf.w, function))
+
+
 # ---------------------------------------------------------------------------------------- products
 
 

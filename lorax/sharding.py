@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorax import ops, tree
+from lorax.divided import AFTER, EMBEDDING, LINEAR
 from lorax.meshes import AXES, Shape, parse
 from lorax.methods.targets import matching
 
@@ -22,13 +23,8 @@ __all__ = [
     "AXES", "Shape", "device_bytes", "mesh", "parse", "shape_of", "shardings", "specs",
 ]  # fmt: skip
 
-#: Axes that divide the (inputs, outputs) of a linear layer, and of those whose inputs are divided
-#: already: the outputs of the layers before them.
-LINEAR = ("fsdp", "tensor")
-AFTER = ("tensor", "fsdp")
+#: Words whose kernels are divided as `AFTER`.
 AFTER_WORDS = ("o", "down", "experts.down")
-#: Of an embedding's (tokens, features). A head, features by tokens, is as `LINEAR` the same.
-EMBEDDING = ("tensor", "fsdp")
 LARGE = 1 << 22  # numbers of an array without a site that is divided as well
 
 

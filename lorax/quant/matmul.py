@@ -67,7 +67,10 @@ def _folded(axis: int):
 def _divided(x, leaf, axis: int):
     """The product where a mesh divides w. x keeps its axes: the rows of several members, each of
     which is divided, are not one axis that is divided."""
-    return dot(x, leaf.gathered_rows().astype(x.dtype), (x.ndim - 1, 1 - axis))
+    outputs = leaf.n_in if axis else leaf.n_out
+    sends = divided.sends_rows(x, outputs, leaf.codes.size)
+    w = leaf.parts_of_outputs(gather=not sends).astype(x.dtype)
+    return dot(divided.whole(x) if sends else x, w, (x.ndim - 1, 1 - axis))
 
 
 def of_rows(x, leaf, axis: int):

@@ -202,12 +202,13 @@ class Quantised(leaves.FrozenWeight):
         absmax = Nested(split, P(), P()) if isinstance(self.absmax, Nested) else split
         return dataclasses.replace(self, codes=split, absmax=absmax)
 
-    def gathered_rows(self) -> Array:
-        """`rows_of_outputs` of one matrix that a mesh divides: the codes along "fsdp" are gathered,
-        and each device decodes its part along "tensor"."""
+    def parts_of_outputs(self, gather: bool) -> Array:
+        """`rows_of_outputs` of one matrix that a mesh divides: each device decodes its part along
+        "tensor", after it has gathered the codes along "fsdp", or only what it has."""
         specs = self.specs(self.by, divided.here()._asdict())
-        w = jax.tree.map(divided.gathered, self, specs).rows_of_outputs()
-        return divided.gathered(w, specs.codes if self.in_rows else (*specs.codes, None))
+        place = divided.gathered if gather else lambda x, axes: divided.constrained(x, *axes)
+        w = jax.tree.map(place, self, specs).rows_of_outputs()
+        return place(w, specs.codes if self.in_rows else (*specs.codes, None))
 
     def product(self, x, axis: int):
         return matmul.product(x, self, axis)
