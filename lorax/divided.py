@@ -7,6 +7,7 @@ a time, or send the rows to the weights if that is less. Without a mesh this is 
 
 import functools
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,15 @@ def whole(x):
 def batch(x):
     """x, with its first axis, the rows of a batch, divided over "fsdp"."""
     return constrained(x, "fsdp")
+
+
+def of_devices(n: int) -> Callable:
+    """A function of arrays (n, ...), the rows of a batch: the same array, or (devices, n / devices,
+    ...) where a mesh divides n."""
+    devices = here().fsdp
+    if devices == 1 or n % devices:
+        return lambda x: x
+    return lambda x: batch(x.reshape(devices, n // devices, *x.shape[1:]))
 
 
 def sends_rows(x, outputs: int, nbytes: int) -> bool:

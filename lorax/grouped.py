@@ -6,7 +6,8 @@ Every row is multiplied once, by its own expert: none is dropped, and no expert 
 or TPU computes this with `jax.lax.ragged_dot`. On a CPU that multiplies every row by every expert,
 so there blocks of a few rows are multiplied one after the other. `jax.vmap` works in every
 argument: members of a sweep that share w become more groups of one product (JAX has no rule for
-that).
+that). Where a mesh divides experts and rows (`lorax.divided`), x is (devices, rows, in): each
+device sorts and multiplies its own rows.
 
 Axes: m rows, G groups, E experts. G is E, or a multiple of it if members were joined; group g has
 the weights of expert g mod E.
@@ -20,6 +21,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
+from jax.sharding import PartitionSpec as P
+
+from lorax import divided
 
 #: Checkpoint name for products that remat policies can't see as `dot_general` (`models.layers`).
 PRODUCT = "product"
@@ -55,28 +59,29 @@ def of_rows(values, sizes, rows: int):
     return jnp.repeat(values, sizes, axis=0, total_repeat_length=rows)
 
 
-def product(x, stack, sizes):
+def product(x, stack, sizes, by: tuple = (None, None)):
     """x (m, in), experts (E, in, out), sizes (E,) int32 -> (m, out) in x's dtype.
 
     stack: an array, or a `lorax.leaves.FrozenWeight` with the experts' axis first, of which each
     expert that has rows is decoded, without a gradient. The sum of sizes must be m: rows beyond it
-    belong to no expert, and what they become is undefined. Sums are in float32.
+    belong to no expert, and what they become is undefined. Sums are in float32. by: axes of a mesh
+    that divide the experts' inputs and outputs.
     """
-    return checkpoint_name(_product(x, stack, sizes), PRODUCT)
+    return checkpoint_name(_product(x, stack, sizes, by), PRODUCT)
 
 
-@jax.custom_vjp
-def _product(x, stack, sizes):
-    return _joined(False)(x, stack, sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _product(x, stack, sizes, by):
+    return _joined(False, by)(x, stack, sizes)
 
 
-def _forward(x, stack, sizes):
-    return _product(x, stack, sizes), (x, stack, sizes)
+def _forward(x, stack, sizes, by):
+    return _product(x, stack, sizes, by), (x, stack, sizes)
 
 
-def _backward(saved, dy):
+def _backward(by, saved, dy):
     x, stack, sizes = saved
-    dx = _joined(True)(dy, stack, sizes)
+    dx = _joined(True, by)(dy, stack, sizes)
     if not isinstance(stack, jax.Array):
         return dx, None, None
     each = _outer(x, dy, sizes)  # the compiler drops it if the experts are frozen
@@ -90,16 +95,16 @@ _product.defvjp(_forward, _backward)
 
 
 @functools.cache
-def _joined(turned: bool):
+def _joined(turned: bool, by: tuple):
     """The product with w, or w^T if `turned`, whose batching rule makes members groups."""
 
     @custom_vmap
     def joined(x, stack, sizes):
         # Without the barrier XLA decodes before a loop over micro-batches and keeps everything.
         x, stack, sizes = jax.lax.optimization_barrier((x, stack, sizes))
-        one = functools.partial(_in_blocks, turned=turned)
-        whole = functools.partial(_whole, turned=turned)
-        return jax.lax.platform_dependent(x, stack, sizes, cpu=one, default=whole)
+        if divided.divides_base():
+            return _on_devices(x, stack, sizes, turned, by)
+        return _alone(x, stack, sizes, turned)
 
     @joined.def_vmap
     def members(size, batched, x, stack, sizes):
@@ -108,6 +113,8 @@ def _joined(turned: bool):
         if own and not isinstance(stack, jax.Array):  # of each member's own: one after the other
             stack = jax.tree.map(functools.partial(_each, size), batched[1], stack)
             return jax.lax.map(lambda member: joined(*member), (x, stack, sizes)), True
+        if divided.divides_base():
+            return joined(x, stack, sizes), True
         if own:
             turns = sizes.shape[1] // stack.shape[1]
             stack = jnp.tile(stack, (1, turns, 1, 1)).reshape(-1, *stack.shape[2:])
@@ -120,12 +127,16 @@ def _joined(turned: bool):
 @custom_vmap
 def _outer(x, dy, sizes):
     """The sum of x[i]^T dy[i] over each group's rows: (m, in), (m, out) -> (G, in, out) float32."""
-    return jax.lax.platform_dependent(x, dy, sizes, cpu=_outer_in_blocks, default=_outer_whole)
+    if divided.divides_base():
+        return _outer_on_devices(x, dy, sizes)
+    return _outer_alone(x, dy, sizes)
 
 
 @_outer.def_vmap
 def _outer_of_members(size, batched, x, dy, sizes):
     x, dy, sizes = (_each(size, b, t) for b, t in zip(batched, (x, dy, sizes), strict=True))
+    if divided.divides_base():
+        return _outer(x, dy, sizes), True
     flat = lambda t: t.reshape(-1, t.shape[-1])
     each = _outer(flat(x), flat(dy), sizes.reshape(-1))
     return each.reshape(size, -1, *each.shape[1:]), True
@@ -135,7 +146,73 @@ def _each(size: int, batched: bool, x):
     return x if batched else jnp.broadcast_to(x[None], (size, *x.shape))
 
 
+# ------------------------------------------------------------------------------------------ devices
+
+
+def _on_devices(x, stack, sizes, turned: bool, by: tuple):
+    """The product where a mesh divides it: each device multiplies its own rows. It gathers the
+    experts' parts along "fsdp", and takes of them its own part along "tensor".
+
+    x: (..., m, in), sizes (..., E): in front are the axis of members, if there is one, and that of
+    the devices. stack: (..., E, in, out), with the axis of members or without it.
+    """
+    if isinstance(stack, jax.Array):
+        fits = lambda n, axis: axis == "tensor" and n % divided.here().tensor == 0
+        axes = [a if fits(n, a) else None for n, a in zip(stack.shape[-2:], by, strict=True)]
+        specs = P(*(None,) * (stack.ndim - 2), *axes)
+    else:
+        stack, specs, axes = stack.tensor_parts()
+    contracted, made = axes[::-1] if turned else axes
+
+    def of_device(x, stack, sizes):
+        w = stack.reshape(-1, *stack.shape[-2:]) if isinstance(stack, jax.Array) else stack
+        y = _alone(x.reshape(-1, x.shape[-1]), w, sizes.reshape(-1), turned)
+        y = y.reshape(*x.shape[:-1], -1)
+        return y if contracted is None else jax.lax.psum(y, contracted)
+
+    rows = _rows_spec(x)
+    specs = P(*rows, None, contracted), specs, P(*rows, None)
+    return _on_each(of_device, specs, P(*rows, None, made))(x, stack, sizes)
+
+
+def _outer_on_devices(x, dy, sizes):
+    """(..., m, in), (..., m, out), (..., E) -> (..., E, in, out), as in `_on_devices`."""
+
+    def of_device(x, dy, sizes):
+        flat = lambda t: t.reshape(-1, t.shape[-1])
+        each = _outer_alone(flat(x), flat(dy), sizes.reshape(-1))
+        return each.reshape(*sizes.shape, *each.shape[1:])
+
+    rows = _rows_spec(x)
+    specs = P(*rows, None, None), P(*rows, None, None), P(*rows, None)
+    return _on_each(of_device, specs, P(*rows, None, None, None))(x, dy, sizes)
+
+
+def _rows_spec(x) -> list:
+    """How the axes before (m, n) are divided: the last one, of the devices, over "fsdp"."""
+    lead = x.shape[:-2]
+    divides = bool(lead) and lead[-1] % divided.here().fsdp == 0
+    return [None] * (len(lead) - 1) + ["fsdp" if divides else None] * bool(lead)
+
+
+def _on_each(function, in_specs, out_specs):
+    return jax.shard_map(
+        function,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={"fsdp", "tensor"},
+        check_vma=False,
+    )
+
+
 # -------------------------------------------------------------------------------------- one program
+
+
+def _alone(x, stack, sizes, turned: bool):
+    """The product on one device."""
+    one = functools.partial(_in_blocks, turned=turned)
+    whole = functools.partial(_whole, turned=turned)
+    return jax.lax.platform_dependent(x, stack, sizes, cpu=one, default=whole)
 
 
 def _whole(x, stack, sizes, turned: bool):
@@ -150,6 +227,10 @@ def _whole(x, stack, sizes, turned: bool):
     order = jnp.argsort(expert, stable=True)
     y = dot(jnp.take(x, order, axis=0), w, jnp.sum(sizes.reshape(-1, len(w)), axis=0))
     return jnp.zeros_like(y).at[order].set(y, unique_indices=True).astype(x.dtype)
+
+
+def _outer_alone(x, dy, sizes):
+    return jax.lax.platform_dependent(x, dy, sizes, cpu=_outer_in_blocks, default=_outer_whole)
 
 
 def _outer_whole(x, dy, sizes):

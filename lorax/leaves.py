@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from lorax import divided, grouped, tree
 from lorax.grouped import PRODUCT
@@ -87,8 +88,10 @@ class LowRank(Leaf):
 
     def ragged(self, x, sizes):
         a, b, s = (t.astype(x.dtype) for t in (self.a, self.b, self.s))
-        z = grouped.product(_ragged_dropout(x, self.dropout), a, sizes)
-        return ragged(x, self.w, sizes) + grouped.product(z, s[:, None, None] * b, sizes)
+        ins, outs = axes_of(self.w)
+        z = grouped.product(_ragged_dropout(x, self.dropout), a, sizes, (ins, None))
+        update = grouped.product(z, s[:, None, None] * b, sizes, (None, outs))
+        return ragged(x, self.w, sizes) + update
 
     def embed(self, ids, dtype=None):
         rows = embed(ids, self.w, dtype)
@@ -362,6 +365,15 @@ class Divided(Leaf):
         return self.w.astype(dtype)
 
 
+def axes_of(leaf) -> tuple[str | None, str | None]:
+    """Axes of the mesh that divide (inputs, outputs) of the weight at a leaf's bottom."""
+    while not hasattr(leaf, "by"):
+        if not is_operator(leaf):
+            return None, None
+        leaf = leaf.w
+    return leaf.by
+
+
 class FrozenWeight(Leaf):
     """A frozen weight that is not stored as an array of its values. Subclasses have
 
@@ -370,15 +382,21 @@ class FrozenWeight(Leaf):
         embedding (V, features), in x's dtype, without a gradient for the weight.
     rows(ids): the kernel's rows, (...,) integers -> (..., columns).
     decoded(): the kernel as an array.
+    by: axes of a mesh that divide a linear kernel's (inputs, outputs).
+    tensor_parts(): for experts that a mesh divides, (a leaf of the part that a device has once it
+        has gathered those along "fsdp", but with the whole arrays, how they are divided, which of
+        the kernel's inputs and outputs are divided over "tensor" as (axis or None, axis or None)).
     specs(by, sizes): the leaf with a `PartitionSpec` for each array (`lorax.sharding`). by: axes of
         the mesh for the kernel's (inputs, outputs). sizes: {axis of the mesh: devices}.
     """
+
+    by = divided.LINEAR
 
     def linear(self, x):
         return checkpoint_name(self.product(x, 0), PRODUCT)
 
     def ragged(self, x, sizes):  # of the experts that have rows, each is decoded
-        return grouped.product(x, self, sizes)
+        return grouped.product(x, self, sizes, self.by)
 
     def embed(self, ids, dtype=None):
         rows = self.rows(ids)
@@ -396,6 +414,9 @@ class FrozenWeight(Leaf):
     def as_matrix(self, site):  # it is one already
         return self
 
+    def tensor_parts(self):
+        return self, jax.tree.map(lambda _: P(), self), (None, None)
+
     def specs(self, by, sizes):
         raise ValueError(f"train.mesh: a {type(self).__name__} weight can't be divided")
 
@@ -405,10 +426,12 @@ class FrozenWeight(Leaf):
 class BFloat16Weight(FrozenWeight):
     """A frozen weight that multiplies in bfloat16 with float32 sums: y = bf16(x) @ w.
 
-    w: bfloat16, (in, out), or an embedding (V, features), layer axes first.
+    w: bfloat16, (in, out), or an embedding (V, features), layer axes first. by: (static) axes of a
+    mesh that divide it.
     """
 
     w: Array
+    by: tuple[str, str] = dataclasses.field(default=divided.LINEAR, metadata={"static": True})
 
     @property
     def shape(self):
@@ -419,13 +442,13 @@ class BFloat16Weight(FrozenWeight):
         return self.w.dtype
 
     def product(self, x, axis: int):
-        return bfloat16_product(x, self.w, axis)
+        return bfloat16_product(x, self.w, axis, self.by)
 
     def ragged(self, x, sizes):
-        return grouped.product(x.astype(jnp.bfloat16), self.w, sizes).astype(x.dtype)
+        return grouped.product(x.astype(jnp.bfloat16), self.w, sizes, self.by).astype(x.dtype)
 
     def rows(self, ids):
-        return jnp.take(self.w, ids, axis=0)
+        return divided.rows(self.w, ids)
 
     def decoded(self):
         return self.w
@@ -439,7 +462,8 @@ def to_bfloat16(params, sites: Mapping[str, Site]):
     flat = tree.flatten(params)
     for path, site in sites.items():
         if site.kind in ("linear", "experts", "embed") and not isinstance(flat[path], FrozenWeight):
-            flat[path] = BFloat16Weight(flat[path].astype(jnp.bfloat16))
+            by = divided.axes_of(path, site.kind)
+            flat[path] = BFloat16Weight(flat[path].astype(jnp.bfloat16), by)
     return tree.unflatten(flat)
 
 
@@ -502,10 +526,12 @@ def _merged_linear_backward(saved, dy):
 merged_linear.defvjp(_merged_linear_forward, _merged_linear_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def bfloat16_product(x, w, axis: int):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def bfloat16_product(x, w, axis: int, by=divided.LINEAR):
     """The product of x (..., n) with axis `axis` of a bfloat16 matrix w: operands in bfloat16, sums
-    in float32, in both directions. Returns x's dtype. w gets no gradient."""
+    in float32, in both directions. Returns x's dtype. w gets no gradient. by: axes of a mesh that
+    divide w."""
+    w = divided.gathered(w, by)
     dimensions = (((x.ndim - 1,), (axis,)), ((), ()))
     y = jax.lax.dot_general(
         x.astype(jnp.bfloat16), w, dimensions, preferred_element_type=jnp.float32
@@ -514,8 +540,8 @@ def bfloat16_product(x, w, axis: int):
 
 
 bfloat16_product.defvjp(
-    lambda x, w, axis: (bfloat16_product(x, w, axis), w),
-    lambda axis, w, dy: (bfloat16_product(dy, w, 1 - axis), None),
+    lambda x, w, axis, by: (bfloat16_product(x, w, axis, by), w),
+    lambda axis, by, w, dy: (bfloat16_product(dy, w, 1 - axis, by), None),
 )
 
 

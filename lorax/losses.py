@@ -82,19 +82,19 @@ def _in_parts(*arrays):
     """Arrays (n, ...) as equal parts of at most `ROWS`, the last filled up with zeros: (parts,
     rows, ...); where a mesh divides the n, parts of each device's own: (parts, devices, rows, ...).
     """
-    devices = _devices(len(arrays[0]))
-    n = len(arrays[0]) // devices
+    arrays = tuple(map(divided.of_devices(len(arrays[0])), arrays))
+    divides = arrays[-1].ndim == 2  # (devices, n)
+    n = arrays[-1].shape[-1]
     rows = -(-n // -(-n // ROWS))
 
     def parts(x):  # (n, ...) -> (parts, rows, ...)
         x = jnp.pad(x, ((0, -n % rows), *((0, 0),) * (x.ndim - 1)))
         return x.reshape(-1, rows, *x.shape[1:])
 
-    def divided_parts(x):
-        x = jax.vmap(parts, out_axes=1)(x.reshape(devices, n, *x.shape[1:]))
-        return divided.constrained(x, None, "fsdp")
+    def parts_of_devices(x):
+        return divided.constrained(jax.vmap(parts, out_axes=1)(x), None, "fsdp")
 
-    return tuple(map(parts if devices == 1 else divided_parts, arrays))
+    return tuple(map(parts_of_devices if divides else parts, arrays))
 
 
 def _together(x, n: int):
@@ -103,12 +103,6 @@ def _together(x, n: int):
         x = jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1)
         return x[:, : n // len(x)].reshape(-1)
     return x.reshape(-1)[:n]
-
-
-def _devices(n: int) -> int:
-    """Among how many devices the mesh divides n rows."""
-    devices = divided.here().fsdp
-    return devices if n % devices == 0 else 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

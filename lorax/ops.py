@@ -170,8 +170,10 @@ def ragged(x, leaf, sizes, bias=None):
 
     x: (rows, in) in the compute dtype, sorted by expert. leaf: an (E, in, out) array or operator
     leaf. sizes: (E,) int32, rows of each expert, all rows in all. bias: (E, out) or None. Returns
-    (rows, out) in x's dtype.
+    (rows, out) in x's dtype. x and sizes may have an axis in front, of devices that each have rows.
     """
+    if x.ndim == 3:
+        return jax.vmap(lambda x, sizes: ragged(x, leaf, sizes, bias))(x, sizes)
     if is_operator(leaf):
         y = leaf.ragged(x, sizes)
     else:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lorax import grouped
+from lorax import divided, grouped
 from lorax.losses import Routed
 from lorax.models.layers import ACTIVATIONS
 
@@ -40,10 +40,13 @@ class Experts(nn.Module):
         logits = router(x).astype(jnp.float32)
         weights, experts = chosen(logits.reshape(-1, c.num_experts), k, c.norm_topk_prob)
 
-        # Rows by expert: row i of the sorted ones is token order[i] // k.
-        order = jnp.argsort(experts.reshape(-1), stable=True)
-        sizes = jnp.bincount(experts.reshape(-1), length=c.num_experts).astype(jnp.int32)
-        rows = x.reshape(-1, x.shape[-1]).at[order // k].get(mode="promise_in_bounds")
+        # Where a mesh divides the batch, each device sorts its own tokens.
+        each = divided.of_devices(len(experts))
+        tokens, weights, experts = map(each, (x.reshape(-1, x.shape[-1]), weights, experts))
+        over_devices = jax.vmap if tokens.ndim == 3 else lambda function: function
+        rows, sizes, order = over_devices(functools.partial(sort_rows, c.num_experts))(
+            tokens, experts
+        )
         dense = functools.partial(
             grouped.GroupedDense, c.num_experts, use_bias=c.expert_bias, dtype=c.dtype,
             kernel_init=init,
@@ -55,11 +58,25 @@ class Experts(nn.Module):
         product = jax.checkpoint(product, prevent_cse=False)
         out = dense(features=x.shape[-1], name="down")(product(gate, up), sizes)
 
-        place = jnp.argsort(order)  # of each token's k rows among the sorted ones
-        of_tokens = out.at[place].get(mode="promise_in_bounds", unique_indices=True)
-        of_tokens = of_tokens.reshape(*weights.shape, -1)
-        y = jnp.sum(weights[..., None].astype(out.dtype) * of_tokens, axis=1)
+        y = over_devices(add_rows)(out, weights, order)
         return y.reshape(x.shape), logits
+
+
+def sort_rows(n_experts: int, tokens, experts):
+    """Rows by expert: tokens (N, D), experts (N, k) -> (rows (N k, D), sizes (E,) int32, how many
+    each expert has, order (N k,)). Row i is token order[i] // k."""
+    order = jnp.argsort(experts.reshape(-1), stable=True)
+    sizes = jnp.bincount(experts.reshape(-1), length=n_experts).astype(jnp.int32)
+    return tokens.at[order // experts.shape[1]].get(mode="promise_in_bounds"), sizes, order
+
+
+def add_rows(out, weights, order):
+    """The weighted sum of each token's k rows: out (N k, D), weights (N, k), order (N k,) of
+    `sort_rows` -> (N, D)."""
+    place = jnp.argsort(order)  # of each token's k rows among the sorted ones
+    of_tokens = out.at[place].get(mode="promise_in_bounds", unique_indices=True)
+    of_tokens = of_tokens.reshape(*weights.shape, -1)
+    return jnp.sum(weights[..., None].astype(out.dtype) * of_tokens, axis=1)
 
 
 def chosen(logits, k: int, normalise: bool):

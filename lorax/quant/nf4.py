@@ -210,6 +210,19 @@ class Quantised(leaves.FrozenWeight):
         w = jax.tree.map(place, self, specs).rows_of_outputs()
         return place(w, specs.codes if self.in_rows else (*specs.codes, None))
 
+    def tensor_parts(self):
+        sizes = divided.here()._asdict()
+        specs = self.specs(self.by, sizes)
+        if not self.in_rows:
+            return super().tensor_parts()
+        outs, ins = (axis if axis == "tensor" else None for axis in specs.codes[-2:])
+        part = lambda n, axis: n if axis is None else n // sizes[axis]
+        kernel = part(self.n_in, ins), part(self.n_out, outs)
+        scales = divided.constrained(self.scales(), *specs.codes)
+        leaf = dataclasses.replace(self, absmax=scales, kernel=kernel, n_in=kernel[0])
+        split = P(*(None,) * (self.codes.ndim - 2), outs, ins)
+        return leaf, dataclasses.replace(leaf, codes=split, absmax=split), (ins, outs)
+
     def product(self, x, axis: int):
         return matmul.product(x, self, axis)
 
