@@ -1,12 +1,13 @@
 """Adapters merged into plain parameters, and taken out again."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import ops, tree
+from lorax import gather, ops, sharding, tree
 from lorax.adapters import tied
 from lorax.adapters.stacking import by_parameter, with_weights
 from lorax.interop.adapter import Adapter, Factors
@@ -28,9 +29,10 @@ def merge(base: Base, adapter: Adapter, dtypes: Mapping[str, np.dtype] | None = 
     """The adapter merged: w + s a b, for DoRA with its columns rescaled to length m.
 
     The sum is computed in float64 and rounded once, to the dtype of the base's weight or to that in
-    `dtypes` for its path. A quantised weight is decoded first. Raises ValueError as `bind` does,
-    for an adapter that gives a tied head another weight than the embedding, and for a layer whose
-    weights become NaN or too large for their dtype.
+    `dtypes` for its path. A quantised weight is decoded first. Where a mesh of devices divides the
+    weights, one layer at a time is gathered, and the sum is divided like them.
+    Raises ValueError as `bind` does, for an adapter that gives a tied head another weight than the
+    embedding, and for a layer whose weights become NaN or too large for their dtype.
     """
     rest, head = tied.split(base, adapter)
     if head is not None:
@@ -40,19 +42,41 @@ def merge(base: Base, adapter: Adapter, dtypes: Mapping[str, np.dtype] | None = 
         )
     flat, error = with_weights(base, rest.weights), {}
     for path, layers in by_parameter(base, rest.factors).items():
-        site = base.sites[path]
-        leaf = ops.dense(flat[path], site)
-        before = np.asarray(site.to_matrix(leaf))
-        after = before.astype((dtypes or {}).get(path, leaf.dtype))
-        for layer, index, factors in layers:
-            exact = _sum(before[index], factors)
-            after[index] = _rounded(exact, after.dtype)
-            check_finite(layer, exact, after[index])
-            off = np.abs(after[index].astype(np.float64) - exact).max(initial=0)
-            error[layer] = float(off / (np.abs(exact).max(initial=0) or 1))
-        flat[path] = site.from_matrix(jnp.asarray(after), leaf.shape)
+        dtype = (dtypes or {}).get(path, ops.frozen(flat[path]).dtype)
+        matrices = _sums(flat[path], base.sites[path], layers, dtype, error)
+        flat[path] = _replaced(base, path, flat[path], matrices, dtype)
     params = tree.unflatten(flat)
     return Merged(params, replaced(base, params), error)
+
+
+def _sums(leaf, site: ops.Site, layers: list, dtype, error: dict[str, float]) -> Iterator[tuple]:
+    """(index, merged matrix in `dtype`) of each layer. error: where its rounding error is added."""
+    for layer, index, factors in layers:
+        exact = _sum(np.asarray(gather.matrix(leaf, site, index)), factors)
+        after = _rounded(exact, dtype)
+        check_finite(layer, exact, after)
+        off = np.abs(after.astype(np.float64) - exact).max(initial=0)
+        error[layer] = float(off / (np.abs(exact).max(initial=0) or 1))
+        yield index, after
+
+
+def _replaced(base: Base, path: str, leaf, matrices: Iterator[tuple], dtype):
+    """The plain kernel in `dtype`, with other matrices in some of its layers."""
+    mesh, site = gather.mesh_of(leaf), base.sites[path]
+    stack = lambda leaf: site.to_matrix(ops.dense(leaf, site))
+    if mesh is None:
+        whole = np.array(stack(leaf)).astype(dtype)
+        for index, matrix in matrices:
+            whole[index] = matrix
+        return site.from_matrix(jnp.asarray(whole), leaf.shape)
+    whole = gather.divided(lambda leaf: stack(leaf).astype(dtype), mesh, leaf)
+    put = lambda whole, matrix, index: whole.at[index].set(matrix)
+    put = jax.jit(put, donate_argnums=0, out_shardings=whole.sharding)
+    for index, matrix in matrices:
+        whole = put(whole, matrix, index)
+    shape = tree.unflatten({path: jax.ShapeDtypeStruct(leaf.shape, dtype)})
+    at = tree.flatten(sharding.shardings(shape, base.sites, mesh))[path]
+    return jax.jit(lambda whole: site.from_matrix(whole, leaf.shape), out_shardings=at)(whole)
 
 
 def replaced(base: Base, params: dict) -> dict:

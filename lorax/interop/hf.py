@@ -14,7 +14,8 @@ import itertools
 import math
 import os
 import reprlib
-from collections.abc import Collection, Mapping
+import shutil
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,12 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from lorax.files import atomically, read_json, write_json
+from lorax import hosts
+from lorax.files import atomically, read_json, remove, write_json
 from lorax.interop.tensors import Stored, check_finite, check_weight, opened, stored
 
 THREADS = min(8, os.cpu_count() or 1)  # that read weights
 BLOCK = 1 << 20  # bytes that are read at a time; they stay in the processor's cache
 ALIGNMENT = 64  # of the memory that JAX takes as it is on a CPU
+FILE = 5 * 10**9  # bytes of weights in a file that is written; at least one tensor
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -355,31 +358,79 @@ def write(
     dtypes: Mapping | None = None,
     beside: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write {path: array} and config.json so that transformers loads them; inverse of `read`.
+    """Write {path: array} and config.json so that transformers loads them; inverse of
+    `parameters`.
 
+    params: each has a `shape` and gives its layers by `[index]`, which are asked for one at a time.
+    More than `FILE` bytes make several files and an index; only one file is in memory at a time.
     dtypes: {path: dtype} to round to; None for float32. beside: {name: tensor} of further tensors.
-    Raises ValueError that names the tensor,
-    before anything is written, for NaN, infinity and numbers too large for the dtype.
+    Raises ValueError that names the tensor, and leaves the directory as it was, for NaN, infinity
+    and numbers too large for the dtype.
     """
-    parts: dict[str, list] = {}  # of each tensor
+    dtype_of = lambda path: np.dtype(np.float32 if dtypes is None else dtypes[path])
+    parts: dict[str, list] = {}  # of each tensor: (source, path, index of the layer)
     for path, source in sources.items():
-        leaf = np.asarray(params[path])
-        with np.errstate(over="ignore"):  # `check_finite` says it with the tensor's name
-            rounded = leaf.astype(np.float32 if dtypes is None else dtypes[path])
-        for index in np.ndindex(*leaf.shape[: source.axes_stacked]):
-            name = source.name.format(*index)
-            check_finite(name, leaf[index], rounded[index])
-            parts.setdefault(name, []).append((source, rounded[index]))
-    tensors: dict[str, np.ndarray] = dict(beside or {})
-    for name, pieces in parts.items():
+        for index in np.ndindex(*params[path].shape[: source.axes_stacked]):
+            parts.setdefault(source.name.format(*index), []).append((source, path, index))
+    widths = {name: max(s.width() for s, *_ in p) for name, p in parts.items() if _is_fused(p)}
+
+    def tensor(name: str) -> np.ndarray:
+        pieces = []
+        for source, path, index in parts[name]:
+            exact = np.asarray(params[path][index])
+            with np.errstate(over="ignore"):  # `check_finite` says it with the tensor's name
+                pieces.append((source, exact.astype(dtype_of(path))))
+            check_finite(name, exact, pieces[-1][1])
         source, whole = pieces[0]
         axes = source.axes or range(whole.ndim)
-        if source.part is not None:
-            width = max(source.width() for source, _ in pieces)
-            whole = np.zeros((*whole.shape[:-1], width), whole.dtype)
+        if name in widths:
+            whole = np.zeros((*whole.shape[:-1], widths[name]), whole.dtype)
             for source, value in pieces:
                 whole[..., source.part] = value
-        tensors[name] = np.ascontiguousarray(whole.transpose(np.argsort(axes)))
-    weights = lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"})
-    atomically(directory / SINGLE, weights)
+        return np.ascontiguousarray(whole.transpose(np.argsort(axes)))
+
+    def size(name: str) -> int:
+        _, path, index = parts[name][0]
+        *shape, columns = (1, *params[path].shape[len(index) :])
+        return math.prod(shape) * widths.get(name, columns) * dtype_of(path).itemsize
+
+    beside = dict(beside or {})
+    sizes = {name: x.nbytes for name, x in beside.items()} | {name: size(name) for name in parts}
+    _write_files(directory, sizes, lambda name: beside[name] if name in beside else tensor(name))
     write_json(directory / "config.json", config)
+
+
+def _is_fused(pieces: list[tuple]) -> bool:
+    return pieces[0][0].part is not None
+
+
+def _write_files(directory: Path, sizes: Mapping[str, int], tensor: Callable) -> None:
+    """Write the tensors of a model, in one file if they are no more than `FILE` bytes. sizes:
+    {name: bytes}. tensor(name) -> it."""
+    groups: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if groups[-1] and sum(sizes[other] for other in groups[-1]) + size > FILE:
+            groups.append([])
+        groups[-1].append(name)
+
+    def write(file: Path, names: list[str]) -> None:
+        tensors = {name: tensor(name) for name in names}
+        atomically(file, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+
+    if len(groups) == 1:
+        write(directory / SINGLE, groups[0])
+        return
+    files = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
+    drafts = directory / f".weights.{os.getpid()}.tmp"
+    try:
+        for file, names in zip(files, groups, strict=True):
+            write(drafts / file, names)
+        if hosts.first():
+            for file in files:
+                os.replace(drafts / file, directory / file)
+    finally:
+        shutil.rmtree(drafts, ignore_errors=True)
+    named = {name: file for file, names in zip(files, groups, strict=True) for name in names}
+    total = {"total_size": sum(sizes.values())}
+    write_json(directory / INDEX, {"metadata": total, "weight_map": named})
+    remove(directory / SINGLE)  # which would be read first

@@ -1,6 +1,8 @@
 """A method by its name, and its update merged into a model."""
 
-from lorax import catalogue, ops, tree
+import jax
+
+from lorax import catalogue, gather, ops, sharding, tree
 from lorax.errors import nearest
 from lorax.methods import full
 from lorax.methods.contract import Method, State
@@ -41,4 +43,20 @@ def merge(method: Method, state: State, params: dict, sites=None) -> dict:
         raise ValueError(f"{method.name}: is no change of weights and can't be merged")
     sites = sites or ops.sites_from_shapes(params)
     flat = tree.flatten(method.bind(*state, params, sites=sites))
+    mesh = gather.mesh_of(params)
+    if mesh is not None:
+        return tree.unflatten(_divided(flat, sites, mesh))
     return tree.unflatten({path: ops.dense(leaf, sites.get(path)) for path, leaf in flat.items()})
+
+
+def _divided(flat: dict, sites, mesh) -> dict:
+    """{path: plain parameter} of leaves that a mesh divides, divided by the same rule; no device
+    has more of one."""
+    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    shapes = {path: shape(ops.frozen(leaf)) for path, leaf in flat.items()}
+    at = tree.flatten(sharding.shardings(tree.unflatten(shapes), sites, mesh))
+    for path, leaf in flat.items():
+        if ops.is_operator(leaf):
+            dense = jax.jit(ops.dense, static_argnums=1, out_shardings=at[path])
+            flat[path] = dense(leaf, sites.get(path))
+    return flat

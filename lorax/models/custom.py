@@ -91,7 +91,7 @@ def save(directory: Path, base: Base) -> None:
     in the module and in their dtypes in `base`, and a config.json that names the function. `load`
     reads them as "FILE.py:function@directory"."""
     flat = tree.flatten(base.params)
-    flat = {path: np.asarray(ops.dense(x, base.sites.get(path))) for path, x in flat.items()}
+    flat = {path: hosts.whole(ops.dense(x, base.sites.get(path))) for path, x in flat.items()}
     for path, x in flat.items():
         check_weight(x, path, directory / hf.SINGLE, x.dtype)
     atomically(directory / hf.SINGLE, lambda file: save_file(flat, file))

@@ -1,13 +1,15 @@
 """`save`: a `Base` -> a model directory in Hugging Face's layout."""
 
 import collections
+import dataclasses
+import math
 import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import chat_files, ops, tree, vocabulary
+from lorax import chat_files, gather, ops, tree, vocabulary
 from lorax.files import atomically, read_json, write_json
 from lorax.interop import hf
 from lorax.models import custom
@@ -21,6 +23,8 @@ def save(directory: str | Path, base: Base, dtype=None) -> None:
 
     A base that was loaded from a directory keeps what lorax doesn't use: the other fields of its
     config.json, its `hf.SIDE` files, and the dtype of each weight there. 4-bit weights are decoded.
+    Weights are gathered layer by layer, if a mesh of devices divides them; all processes must call
+    it together, and the first one writes. More than 5 GB make several files (`hf.FILE`).
     The part of a model that reads images is copied from the directory. dtype: of all weights,
     instead of the files'. For a user's base see `custom.save`.
 
@@ -34,11 +38,11 @@ def save(directory: str | Path, base: Base, dtype=None) -> None:
             flat = {path: leaf.astype(dtype) for path, leaf in flat.items()}
         return custom.save(directory, base.replace(params=tree.unflatten(flat)))
     images = _images(base, dtype)
-    flat = {path: ops.dense(leaf, base.sites.get(path)) for path, leaf in flat.items()}
+    flat = {path: Weight(leaf, base.sites.get(path)) for path, leaf in flat.items()}
     dtypes = stored_dtypes(base) if dtype is None else dict.fromkeys(flat, jnp.dtype(dtype))
     sizes = collections.Counter()
     for path, leaf in flat.items():
-        sizes[dtypes[path].name] += leaf.size
+        sizes[dtypes[path].name] += math.prod(leaf.shape)
     stated = sizes.most_common(1)[0][0]
     config = dict(base.traits.config)
     if base.directory is not None:
@@ -60,6 +64,24 @@ def save(directory: str | Path, base: Base, dtype=None) -> None:
         generation = directory / "generation_config.json"
         if generation.exists():
             write_json(generation, read_json(generation) | ids)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+    """A parameter whose layers are gathered and decoded one at a time. site: None if no operator
+    leaf can be there."""
+
+    leaf: object
+    site: ops.Site | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.leaf.shape
+
+    def __getitem__(self, index: tuple[int, ...]):
+        """One layer's array. index: along the leading axes, () for all of it."""
+        alone = self.site and self.site._replace(stack=self.site.stack - len(index))
+        return ops.dense(gather.layer(self.leaf, index), alone)
 
 
 def _images(base: Base, dtype) -> dict[str, np.ndarray]:

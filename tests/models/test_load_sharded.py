@@ -4,6 +4,7 @@ import json
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 import lorax
-from lorax import memory, models, quant, sharding, tree
+from lorax import adapters, memory, methods, models, quant, sharding, tree
 from lorax.interop import hf, tensors
 from lorax.models.load import skeleton
 
@@ -223,3 +224,31 @@ def test_the_room_that_a_base_needs_is_that_of_its_parts(stored, monkeypatch):
     stats["bytes_in_use"] = whole // 8
     with pytest.raises(MemoryError, match="are free on a device; take a smaller base, or par"):
         lorax.load(directory, place=place)
+
+
+def test_a_divided_base_is_merged_and_saved_as_one_on_a_single_device(stored, tmp_path, blocks):
+    """With a method's state, and with an adapter's factors; both stay divided."""
+    directory = str(stored("tied"))
+    alone = lorax.load(directory)
+    divided = lorax.load(directory, place=places("fsdp=4,tensor=2"))
+    method = lorax.method("lora", rank=2, targets=("q", "down"))
+    state = method.init(jax.random.key(0), alone.params, alone.sites)
+    state = (jax.tree.map(jnp.ones_like, state[0]), state[1])
+    merged = lorax.merge(method, state, divided.params, divided.sites)
+    expected = lorax.merge(method, state, alone.params, alone.sites)
+    assert_divided_alike(merged, divided.params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), merged, expected)
+
+    def trained(base):
+        return adapters.from_training(base, method, methods.State(*state)).merge()
+
+    assert_divided_alike(trained(divided).params, divided.params)
+    for name, base in (("alone", alone), ("divided", divided)):
+        models.save(tmp_path / name, base.replace(params=trained(base).params))
+    files = [(tmp_path / name / hf.SINGLE).read_bytes() for name in ("alone", "divided")]
+    assert files[0] == files[1]
+
+
+def assert_divided_alike(params, expected):
+    where = lambda params: [leaf.sharding for leaf in jax.tree.leaves(params)]
+    assert where(params) == where(expected)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -229,3 +230,26 @@ def test_the_hub_is_asked_for_the_files_beside(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     lorax.load("someone/something")
     assert {"config.json", *hf.SIDE} <= set(asked)
+
+
+def test_large_models_are_written_as_several_files_and_an_index(monkeypatch, tmp_path):
+    config = gpt2.hf_config(
+        gpt2.Config(vocab_size=20, n_positions=6, n_embd=8, n_layer=3, n_head=2)
+    )
+    base = lorax.load(str(directory_of(tmp_path / "one", config)))
+    monkeypatch.setattr(hf, "FILE", 3000)
+    where = tmp_path / "several"
+    where.mkdir()
+    (where / hf.SINGLE).write_bytes(b"of another model, read first if it stayed")
+    models.save(where, base)
+    files = sorted(file.name for file in where.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert all(file.stat().st_size < 4500 for file in where.glob("*.safetensors"))
+    index = json.loads((where / hf.INDEX).read_text())
+    assert index["metadata"]["total_size"] == tree.nbytes(base.params)
+    jax.tree.map(np.testing.assert_array_equal, lorax.load(str(where)).params, base.params)
+    before = {file.name: file.read_bytes() for file in where.iterdir()}
+    broken = jax.tree.map(lambda x: x * np.nan, base.params["ln_f"])
+    with pytest.raises(ValueError, match="ln_f.* NaN or infinity"):
+        models.save(where, base.replace(params=base.params | {"ln_f": broken}))
+    assert {file.name: file.read_bytes() for file in where.iterdir()} == before
