@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+from lorax.devices import Device
+
 AXES = ("member", "fsdp", "tensor")
 
 
@@ -38,3 +40,20 @@ def parse(text: str) -> Shape:
             )
         axes[name] = int(size)
     return Shape(**axes)
+
+
+def devices_of(device: Device, mesh: str | None, hosts: int | None) -> int:
+    """How many devices `--mesh` and `--hosts` mean: those of the hosts, or of a mesh that is named;
+    one without either.
+
+    Raises ValueError for a mesh of more devices than the hosts have, and for no hosts.
+    """
+    if hosts is not None and hosts < 1:
+        raise ValueError(f"--hosts: {hosts} given, must be at least 1")
+    named = parse(mesh).size if mesh not in (None, "auto") else 0
+    there = (hosts or 1) * device.per_host
+    if hosts and named > there:
+        raise ValueError(f"--mesh: {mesh} needs {named} devices, and {hosts} hosts have {there}")
+    if named:
+        return there if hosts else named
+    return there if hosts or mesh else 1

@@ -5,6 +5,8 @@ fit.
     python -m lorax.plan --config=configs/gpt2_rank_sweep.py --config.base=random:gpt3-175b \\
         --config.param_dtype=bfloat16 --config.dtype=bfloat16 --config.train.remat=full
     python -m lorax.plan --config=FILE --device=h200,cpu
+    python -m lorax.plan --config=FILE --device=h200 --hosts=8
+    python -m lorax.plan --config=FILE --device=h200 --mesh=fsdp=4,tensor=2
     python -m lorax.plan --table --markdown
 
 Nothing is allocated: shapes come from `jax.eval_shape`, and the training step is compiled, for one
@@ -17,6 +19,12 @@ allocates them for a CPU (without converting bfloat16 weights to float32 first, 
 there); FLOPs, those of matrix products; bytes moved, what these products and the optimiser read and
 write. Rows are assumed to be `train.seq_len` long. Time is a roofline, a lower bound.
 
+--hosts and --mesh plan for many devices: what each holds and receives, and how long a step and the
+sweep take, in one program and in independent parts. --mesh=auto, the default, is what a run takes:
+the base copied to every device if it fits there with a member, else the fastest mesh that fits, by
+a roofline that overlaps communication with computing. What a device receives follows from the rule
+of lorax/train/mesh_costs.py; temporaries are those of the program compiled for the mesh.
+
 --table instead compares well-known models: trainable parameters by rank, and full fine-tuning
 with LoRA and QLoRA. --markdown prints tables as Markdown.
 """
@@ -27,11 +35,13 @@ from collections.abc import Iterable
 from absl import flags
 from ml_collections import ConfigDict
 
-from lorax import __version__, command_line, config, halving, memory, search
+from lorax import __version__, command_line, config, halving, memory, meshes, search
 from lorax.callable import make_callable
 from lorax.command_line import FLAGS
 from lorax.devices import DEVICES, check_devices
 from lorax.errors import fail
+
+MOST_COMPILED = 512  # devices of a CPU that a program is compiled for
 
 flags.DEFINE_string(
     "device", "h200,a100,tpu-v5p,cpu", "Devices to plan for, by name.", flag_values=FLAGS
@@ -39,6 +49,10 @@ flags.DEFINE_string(
 flags.DEFINE_bool(
     "table", False, "Compare well-known models; needs no --config.", flag_values=FLAGS
 )
+flags.DEFINE_string(
+    "mesh", None, "Devices along each axis, such as fsdp=4,tensor=2, or auto.", flag_values=FLAGS
+)
+flags.DEFINE_integer("hosts", None, "Hosts, each with all of its devices.", flag_values=FLAGS)
 flags.DEFINE_bool("markdown", False, "Print tables as Markdown.", flag_values=FLAGS)
 
 
@@ -46,7 +60,7 @@ def main(argv: list[str]) -> int:
     """The command line. Exit code 0, or 2 for a mistake in the input."""
     if {"--help", "-h", "-help"} & set(argv[1:]):
         print(__doc__)
-        for name in ("config", "device", "table", "markdown"):
+        for name in ("config", "device", "mesh", "hosts", "table", "markdown"):
             print(f"  --{name:9s} {FLAGS[name].help}")
         print(f"  devices: {', '.join(DEVICES)}")
         return 0
@@ -61,23 +75,40 @@ def main(argv: list[str]) -> int:
         check_devices(devices)
         print(f"lorax {__version__}: {command_line.summary(settings, members)}", flush=True)
         memory.check()
-        show_plans(settings, members, devices)
+        asked = FLAGS.mesh, FLAGS.hosts
+        counts = check_mesh(devices, *asked) if any(x is not None for x in asked) else {}
+        show_plans(settings, members, devices, counts, FLAGS.mesh)
     except Exception as error:  # a config script may raise anything: print one line
         return fail(error)
     return 0
 
 
-def show_plans(settings: ConfigDict, members, devices: list[str]) -> None:
-    """Print the plan of every group."""
-    from lorax.planning import costs, shapes, tables  # imports JAX; memory may not suffice for it
+def check_mesh(devices: Iterable[str], mesh: str | None, hosts: int | None) -> dict[str, int]:
+    """{device: how many of them --mesh and --hosts mean}; JAX gets as many CPU devices to compile
+    for. Raises ValueError for a mesh that is none, or of more devices than the hosts have."""
+    counts = {name: meshes.devices_of(DEVICES[name], mesh, hosts) for name in devices}
+    import jax
+
+    if not jax.config.jax_num_cpu_devices or jax.config.jax_num_cpu_devices < 0:
+        jax.config.update("jax_num_cpu_devices", min(MOST_COMPILED, max(counts.values())))
+    return counts
+
+
+def show_plans(settings: ConfigDict, members, devices: list[str], counts=None, mesh=None) -> None:
+    """Print the plan of every group. counts: {device: number of them} for plans of several."""
+    from lorax.planning import costs, shapes, spread, tables  # import JAX; memory may not suffice
 
     members = shapes.with_steps(members, print)
     race = halving.race(settings, members)
     if race and any(member.config.train.epochs for member in members):
         print(halving.budget(race))
     for index, group in enumerate(config.grouped(members)):
-        plan = costs.plan(group, devices, race)
-        tables.show(tables.describe(index, plan, devices), FLAGS.markdown)
+        if not counts:
+            plan = costs.plan(group, devices, race)
+            tables.show(tables.describe(index, plan, devices), FLAGS.markdown)
+        for name, count in (counts or {}).items():
+            plan = spread.plan(group, name, count, mesh, race)
+            tables.show(tables.describe_mesh(index, plan, name, count), FLAGS.markdown)
 
 
 def show_comparison() -> None:
@@ -87,38 +118,63 @@ def show_comparison() -> None:
     tables.show(field.tables(), FLAGS.markdown)
 
 
-def plan_config(settings: ConfigDict, devices: str | Iterable[str] = ("cpu",)):
+def plan_config(
+    settings: ConfigDict,
+    devices: str | Iterable[str] = ("cpu",),
+    mesh: str | None = None,
+    hosts: int | None = None,
+):
     """The cost of a config: a pandas DataFrame with a row per group of members and device.
+
+    mesh, hosts: as --mesh and --hosts of the command; without both of them on one device.
 
     Columns: group, method, base, members, steps (of all members together, with what
     `config.sweep.tune` saves if nothing diverges), parameters (of the base), trainable_params (of
-    the largest member); in bytes: weights (shared), adapters, optimizer, gradients and activations
-    of one member and peak of all members side by side; then device and the fields of
-    `planning.roofline.OnDevice`. Activations, peak and the fields of a device are estimates, the
-    others are exact.
+    the largest member), device, mesh, mode (of `train.layouts.Layout`), devices; in bytes on each
+    device: weights (shared), adapters, optimizer, gradients and activations of one member, gathered
+    (the largest layer that it gathers, as stored) and peak of all its members side by side, and
+    weights_received, gradients_received and activations_received in a step of all members; the
+    fields of `planning.roofline.OnDevice`; parts and parts_seconds of the sweep in independent
+    parts. Activations, peak, what is received and all after it are estimates, the others are exact.
 
-    Raises ValueError or FileNotFoundError for a mistake in the config or a device.
+    Raises ValueError or FileNotFoundError for a mistake in the config, a device or a mesh.
     """
     import pandas as pd
 
-    from lorax.planning import costs, roofline, shapes
+    from lorax.planning import costs, shapes, spread
 
     devices = (devices,) if isinstance(devices, str) else tuple(devices)
     check_devices(devices)
+    counts = check_mesh(devices, mesh, hosts) if mesh or hosts is not None else {}
     rows = []
     every = shapes.with_steps(search.members(settings))
     race = halving.race(settings, every)
     for index, members in enumerate(config.grouped(every)):
-        p, c = costs.plan(members, devices, race), members[0].config
-        group = {"group": index, "method": c.method.name, "base": c.base, "members": p.members}
-        group |= {"steps": p.steps[1]}
-        group |= {"parameters": p.parameters, "trainable_params": max(p.trainable)}
-        group |= {"weights": p.weights, "adapters": p.adapters, "optimizer": p.optimizer}
-        group |= {"gradients": p.gradients, "peak": p.peak(p.members, p.at(p.width))}
-        group |= {"activations": int(p.activations(p.at(1)))}
-        on = lambda name, p=p: roofline.on_device(p, name)._asdict()
-        rows += [group | {"device": name} | on(name) for name in devices]
+        c = members[0].config
+        group = {"group": index, "method": c.method.name, "base": c.base, "members": len(members)}
+        if not counts:
+            shared = costs.plan(members, devices, race)
+        for name in devices:
+            count = counts.get(name, 1)
+            p = spread.plan(members, name, count, mesh, race) if counts else shared
+            rows.append(group | _columns(p, name, count))
     return pd.DataFrame(rows)
+
+
+def _columns(p, name: str, devices: int) -> dict:
+    """The columns of `plan_config` for a plan of a group on so many devices."""
+    from lorax.planning import roofline
+    from lorax.train import mesh_costs
+
+    on, parts = roofline.on_device(p, name), roofline.in_parts(p, name, devices)
+    received = mesh_costs.traffic(p.load, p.spread.shape)._asdict()
+    row = {"steps": p.steps[1], "parameters": p.parameters, "trainable_params": max(p.trainable)}
+    row |= {"device": name, "mesh": str(p.spread.shape), "mode": p.spread.mode, "devices": devices}
+    row |= {"weights": p.weights, "adapters": p.adapters, "optimizer": p.optimizer}
+    row |= {"gradients": p.gradients, "activations": int(p.activations(p.at(1)))}
+    row |= {"gathered": p.gathered, "peak": p.peak(p.each, p.at(p.width))}
+    row |= {f"{what}_received": round(size) for what, size in received.items()}
+    return row | on._asdict() | {"parts": parts.parts, "parts_seconds": parts.seconds}
 
 
 make_callable(__name__, plan_config)

@@ -10,7 +10,8 @@ import jax.extend
 import numpy as np
 from jax.interpreters import partial_eval
 
-from lorax import quant, tasks, tree, xla
+from lorax import quant, sharding, tasks, tree, xla
+from lorax.meshes import Shape
 from lorax.models import Base
 from lorax.train import offload, programs
 from lorax.train.layouts import Layout
@@ -38,16 +39,41 @@ class Measured(NamedTuple):
     moved: float
 
 
-def measure(stacked: Stack, base: Base, batch, wanted: Iterable) -> dict[tuple, Measured]:
-    """{(width, widened): what the training program needs}, for the wanted pairs. batch: shapes of
-    one member's call. widened: with the copies of bfloat16 weights that only a CPU makes."""
+class Spread(NamedTuple):
+    """How a group is spread: the mode and the mesh of a `lorax.train.layouts.Layout`."""
+
+    mode: str = "none"
+    shape: Shape = Shape()
+
+
+ALONE = Spread()
+
+
+class Bytes(NamedTuple):
+    """On one device, of the base and of one member."""
+
+    weights: int
+    adapters: int
+    constants: int
+    optimizer: int
+    batches: int
+
+
+def measure(
+    stacked: Stack, base: Base, batch, wanted: Iterable, spread: Spread = ALONE
+) -> dict[tuple, Measured]:
+    """{(width, widened): what the training program needs on each device}, for the wanted pairs.
+    batch: shapes of one member's call. widened: with the copies of bfloat16 weights that only a CPU
+    makes. Products are taken to be divided evenly over fsdp and tensor."""
     lowered, works, jobs = {}, {}, {}
+    parts = spread.shape.fsdp * spread.shape.tensor
     with ThreadPoolExecutor(2) as pool:
         for width, widened in wanted:
             if width not in lowered:
-                traced = trace(stacked, base, batch, width)
+                alone = trace(stacked, base, batch, width)
+                traced = trace(stacked, base, batch, width, spread) if parts > 1 else alone
                 steps = jax.tree.leaves(batch)[0].shape[0]
-                lowered[width], works[width] = traced.lower(), work(traced.jaxpr) / steps
+                lowered[width], works[width] = traced.lower(), work(alone.jaxpr) / steps / parts
             options = xla.known(_QUICK if widened else _QUICK | _NARROW)
             jobs[width, widened] = pool.submit(lowered[width].compile, compiler_options=options)
     beside = lambda m: m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
@@ -57,20 +83,49 @@ def measure(stacked: Stack, base: Base, batch, wanted: Iterable) -> dict[tuple, 
     }
 
 
-def trace(stacked: Stack, base: Base, batch, width: int):
-    """The program that `lorax.train` runs, traced for `width` members side by side on one CPU. With
+def layout_of(spread: Spread, width: int) -> Layout:
+    """The layout of so many members side by side on each device, on CPU devices in place of those
+    that are planned for. Members on other devices run the same program, so that none are there."""
+    shape = spread.shape._replace(member=1)
+    devices = jax.local_devices(backend="cpu")
+    if shape.size > len(devices):
+        raise ValueError(
+            f"--mesh: {shape} is compiled for {shape.size} devices of a CPU, and JAX has started "
+            f"with {len(devices)}: call jax.config.update('jax_num_cpu_devices', {shape.size}) "
+            "before its first computation, or use python -m lorax.plan"
+        )
+    mode = spread.mode if shape.size > 1 else "none"
+    return Layout(mode, tuple(devices[: shape.size]), width, width, shape)
+
+
+def trace(stacked: Stack, base: Base, batch, width: int, spread: Spread = ALONE):
+    """The program that `lorax.train` runs, traced for `width` members side by side. With
     `train.offload` it is the program that computes gradients, without the optimiser's state."""
     kind = tasks.kind_of(stacked.config.task)
-    layout = Layout("none", tuple(jax.local_devices(backend="cpu")[:1]), width, width)
+    layout = layout_of(spread, width)
     given = shapes(stacked, base, layout, batch, kind)
     program = programs.program_of(stacked, base, width, kind)
     batches, state = given.batches(given.widest), given.state
     if stacked.config.train.offload:
-        f = jax.jit(offload.gradients(program, width))
         state = state.trainable, state.step
+        f = offload.jitted(program, layout, given)
         return f.trace(given.params, given.constants, given.hyper, *state, batches)
-    f = jax.jit(programs.training(program, width), donate_argnums=3)
+    f = programs.jitted(program, layout, given)
     return f.trace(given.params, given.constants, given.hyper, state, batches)
+
+
+def on_one_device(stacked: Stack, base: Base, batch, spread: Spread) -> Bytes:
+    """Bytes of the arguments of the training program on each device, of one member."""
+    kind = tasks.kind_of(stacked.config.task)
+    given = shapes(stacked, base, layout_of(spread, 1), batch, kind)
+    size = sharding.device_bytes
+    return Bytes(
+        size(given.params),
+        size(given.state.trainable),
+        size(given.constants),
+        size(given.state.opt_state),
+        size(given.batches(given.widest)),
+    )
 
 
 def work(closed):

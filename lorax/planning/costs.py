@@ -10,8 +10,9 @@ import jax
 from lorax import halving, tasks, tree
 from lorax.halving import Race
 from lorax.planning import compiled
+from lorax.planning.compiled import Spread
 from lorax.planning.shapes import one_member, rows, shapes
-from lorax.train import layouts, stacks
+from lorax.train import fitting, layouts, mesh_costs, stacks
 
 
 class Cost(NamedTuple):
@@ -26,7 +27,7 @@ class Cost(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one group needs, in bytes per member unless said otherwise.
+    """What one group needs on each device, in bytes per member unless said otherwise.
 
     members: their number. steps: (of one, of all together), with what halving saves if nothing
     diverges. width: how many run side by side. name: a description of the group. parameters: number
@@ -37,7 +38,9 @@ class Plan(NamedTuple):
     cost of the width that a CPU uses, None if no CPU was asked for. kept: of the best step, with
     `eval.keep` "best". evaluated: number of validation rows that a member that trains to the end is
     evaluated on in all, and of test rows, None where only the data tell. notes: what else to know
-    about the base, a line each.
+    about the base, a line each. spread: over which devices; `members` are those of all of them.
+    load: what a step costs on a mesh. gathered: bytes of the largest layer that a device gathers.
+    eval_batch: rows that are evaluated together.
     """
 
     members: int
@@ -61,6 +64,15 @@ class Plan(NamedTuple):
     kept: int = 0
     evaluated: tuple[int, int | None] = (0, 0)
     notes: tuple[str, ...] = ()
+    spread: Spread = Spread()
+    load: mesh_costs.Load | None = None
+    gathered: int = 0
+    eval_batch: int = 1
+
+    @property
+    def each(self) -> int:
+        """Members on each device."""
+        return math.ceil(self.members / self.spread.shape.member)
 
     @property
     def state(self) -> int:
@@ -107,19 +119,29 @@ class Plan(NamedTuple):
         return bisect.bisect_left(range(low + 1, high), True, key=lambda n: not fits(n)) + low
 
 
-def plan(members, devices: Iterable[str] = (), race: Race | None = None) -> Plan:
+def plan(
+    members,
+    devices: Iterable[str] = (),
+    race: Race | None = None,
+    spread: Spread | None = None,
+    described: tuple | None = None,
+) -> Plan:
     """Plan one group of members (`config.grouped`). devices: names in `DEVICES`; with "cpu" the
-    program is also compiled for the width that a CPU uses. race: if an axis is tuned. Raises
-    ValueError or FileNotFoundError for a config or a base that can't be planned."""
-    c, n = members[0].config, len(members)
+    program is also compiled for the width that a CPU uses. race: if an axis is tuned. spread: over
+    devices; None: on one. described: `planning.shapes.shapes` of the members, where they are known.
+    Raises ValueError or FileNotFoundError for a config or a base that can't be planned."""
+    c, n, spread = members[0].config, len(members), spread or Spread()
     race = race or halving.without(members)
-    base, stacked = shapes(members)
+    base, stacked = described or shapes(members)
     batch = rows(c, base)
-    one = lambda t: tree.nbytes(t) // n
     trainable = [method.count(base.params, base.sites) for method in stacked.methods]
     exported = _exported(stacked, base)
-    width = layouts.even_width(c.train.width or n, n)
-    costs, cpu = _costs(stacked, base, batch, width, "cpu" in devices)
+    each = math.ceil(n / spread.shape.member)
+    width = layouts.even_width(c.train.width or each, each)
+    on_cpu = "cpu" in devices and spread.shape.size == 1
+    costs, cpu = _costs(stacked, base, batch, width, on_cpu, spread)
+    one = compiled.on_one_device(stacked, base, batch, spread)
+    load = load_of(stacked, base, width)._replace(copied=spread.mode != "mesh")
     return Plan(
         members=n,
         steps=(c.train.steps, halving.all_steps(race, [member.index for member in members])),
@@ -129,20 +151,33 @@ def plan(members, devices: Iterable[str] = (), race: Race | None = None) -> Plan
         offload=bool(c.train.offload),
         parameters=tree.count(base.params),
         trainable=trainable,
-        weights=tree.nbytes(base.params),
-        adapters=one(stacked.state.trainable),
-        constants=one(stacked.constants),
-        gradients=one(stacked.state.trainable),
-        optimizer=one(stacked.state.opt_state),
-        rest=tree.nbytes(batch) + 24,  # step, divergence, learning rate, decay and a key
+        weights=one.weights,
+        adapters=one.adapters,
+        constants=one.constants,
+        gradients=one.adapters,
+        optimizer=one.optimizer,
+        rest=one.batches + 24,  # step, divergence, learning rate, decay and a key
         files=[round(4 * exported * count) for count in trainable],
         files_exact=exported == 1,
         costs=costs,
         cpu=cpu,
-        kept=one(stacked.state.trainable) if c.eval.keep == "best" else 0,
+        kept=one.adapters if c.eval.keep == "best" else 0,
         evaluated=_evaluated(c, race.stops[members[0].index]),
         notes=tuple(filter(None, (*base.traits.notes, stacks.made_whole(stacked, base)))),
+        spread=spread,
+        load=load,
+        gathered=0 if load.copied else mesh_costs.gathered(base, spread.shape),
+        eval_batch=c.eval.batch_size,
     )
+
+
+def load_of(stacked: stacks.Stack, base, width: int) -> mesh_costs.Load:
+    """What a step of a stack costs on a mesh, `width` members side by side."""
+    n = len(stacked.members)
+    trained = tree.nbytes(stacked.state.trainable) // n
+    state = trained + (tree.nbytes((stacked.state.opt_state, stacked.constants)) // n)
+    load = fitting.load_of(stacked.config, base, n)
+    return load._replace(width=width, trained=trained, state=state)
 
 
 def _evaluated(c, stops: Iterable[int]) -> tuple[int, int | None]:
@@ -152,7 +187,9 @@ def _evaluated(c, stops: Iterable[int]) -> tuple[int, int | None]:
     return c.eval.examples * len(at), c.eval.test
 
 
-def _costs(stacked, base, batch, width: int, on_cpu: bool) -> tuple[list[Cost], Cost | None]:
+def _costs(
+    stacked, base, batch, width: int, on_cpu: bool, spread: Spread
+) -> tuple[list[Cost], Cost | None]:
     """(costs of one member and of `width`, ascending; the cost of a CPU's width, or None)."""
     c, n = stacked.config, len(stacked.members)
     widened = "bfloat16" in (c.dtype, c.operands, c.param_dtype) and not c.quant
@@ -160,7 +197,7 @@ def _costs(stacked, base, batch, width: int, on_cpu: bool) -> tuple[list[Cost], 
     most = c.train.width or layouts.good_width(tokens, base, "cpu")
     slow = [(layouts.even_width(most, n), widened)] if on_cpu else []
     wide = [(w, False) for w in sorted({1, width})]
-    measured = compiled.measure(stacked, base, batch, dict.fromkeys([*wide, *slow]))
+    measured = compiled.measure(stacked, base, batch, dict.fromkeys([*wide, *slow]), spread)
     state = stacked.state
     touched = 2 * tree.nbytes((state.trainable, state.opt_state, state.trainable)) // n
 
@@ -171,6 +208,7 @@ def _costs(stacked, base, batch, width: int, on_cpu: bool) -> tuple[list[Cost], 
     decoded = compiled.widest_decoded(
         base.params, c.dtype
     )  # whole, except on a CPU, which decodes tiles
+    decoded //= spread.shape.tensor
     return [cost(key, decoded) for key in wide], cost(slow[0], 0) if slow else None
 
 

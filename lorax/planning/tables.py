@@ -9,7 +9,8 @@ from rich import box, table
 from lorax.console import console
 from lorax.devices import DEVICES, SHARE
 from lorax.planning.costs import Plan
-from lorax.planning.roofline import on_device
+from lorax.planning.roofline import OnDevice, in_parts, memory_of, on_device
+from lorax.train import mesh_costs
 
 
 class Table(NamedTuple):
@@ -74,6 +75,68 @@ def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
     note += "; ".join(f"{name}: {DEVICES[name].source}" for name in devices) + "."
     what = Table(title, headings, lines, "\n".join(p.notes))
     return [what, Table(f"Group {index} on devices", columns, reached, note)]
+
+
+def describe_mesh(index: int, p: Plan, name: str, devices: int) -> list[Table]:
+    """The tables of a group on several devices of one kind: what each has and receives, and how
+    fast the meshes are. devices: how many there are."""
+    device, on, shape = DEVICES[name], on_device(p, name), p.spread.shape
+    each, one = p.each, p.at(1)
+    wide = p.at(max(1, min(p.width, on.fit_side_by_side // shape.member)))
+    load = p.load._replace(width=wide.width)
+    alone, all_ = (
+        mesh_costs.traffic(load._replace(members=n), shape) for n in (shape.member, p.members)
+    )
+    exact, estimated = "exact", "estimated"
+    two = lambda x: (bytes_text(x), bytes_text(each * x))
+    lines = [
+        ("weights", bytes_text(p.weights), "shared", exact),
+        ("adapters, padded alike", *two(p.adapters), exact),
+        (f"optimiser state{', in the host memory' * p.offload}", *two(p.optimizer), exact),
+        ("gradients", bytes_text(p.gradients), bytes_text(wide.width * p.gradients), exact),
+        ("activations", *(bytes_text(p.activations(c)) for c in (one, wide)), estimated),
+        ("of these a gathered layer, as stored", bytes_text(p.gathered), "shared", exact),
+        ("peak of training", bytes_text(p.peak(1, one)), bytes_text(p.peak(each, wide)), estimated),
+        ("received in a step: weights", *map(bytes_text, (alone[0], all_[0])), "by the rule"),
+        ("gradients of adapters", *map(bytes_text, (alone[1], all_[1])), "by the rule"),
+        ("activations", *map(bytes_text, (alone[2], all_[2])), "by the rule"),
+    ]
+    how = {"mesh": str(shape), "none": "one of them", "members": "members spread, base copied"}
+    how = how.get(p.spread.mode, "rows spread, base copied")
+    title = f"Group {index} on {devices} {name}: {how}"
+    headings = ("on each device", "one member", f"all {each}, {wide.width} side by side", "")
+    note = f"By the rule of lorax/train/mesh_costs.py. Links: {device.links}."
+    return [Table(title, headings, lines, note), _times(index, p, name, devices, on)]
+
+
+def _times(index: int, p: Plan, name: str, devices: int, on: OnDevice) -> Table:
+    """How long a step and the sweep take: on the mesh of the plan, in parts, and on other meshes by
+    the roofline of shapes alone."""
+    shape, limit = p.spread.shape, memory_of(name)
+    split = in_parts(p, name, devices)
+    step = on.compute_seconds, on.moving_seconds, on.communication_seconds, on.step_seconds
+    step = [seconds_text(x) for x in (*step, on.apart_seconds, on.sweep_seconds)]
+    fits = lambda room: "yes" if room else "no"
+    room = fits(p.peak(1, p.at(1)) <= limit)
+    taken = f"batch over {shape.fsdp}" if p.spread.mode == "batch" else str(shape)
+    lines = [(f"{taken} (taken)", shape.size, room, on.fit_one_at_a_time, *step)]
+    parts = f"{split.parts} part{'s' * (split.parts > 1)} of {split.mesh}"
+    ends = seconds_text(split.seconds)
+    lines.append((parts, split.parts * split.devices, room, *[""] * 6, ends))
+    others = p.load._replace(copied=False)
+    for other in mesh_costs.ranked(others, devices, DEVICES[name])[:5]:
+        if other != shape or p.spread.mode == "batch":
+            time = mesh_costs.seconds(others, other, DEVICES[name])
+            need = mesh_costs.estimate(others._replace(members=1), other)
+            times = [seconds_text(x) for x in (*time, time.overlapped, time.apart)]
+            lines.append((str(other), other.size, fits(need <= limit), "", *times, ""))
+    columns = ("mesh", "devices", "fits", "members", "compute", "memory", "links", "step", "apart")
+    note = "All estimated: a roofline without latencies. Members: that fit. Step: of all members, "
+    note += "communication overlapped; apart: not overlapped. Sweep: all steps and evaluations of "
+    note += "all members, without starting, compiling and loading. Parts: independent programs "
+    note += "(lorax.launch). Last: the fastest other meshes, by shapes alone."
+    rows = [tuple(map(str, line)) for line in lines]
+    return Table(f"Group {index}: time on {devices} {name}", (*columns, "sweep"), rows, note)
 
 
 def _on_device(p: Plan, name: str) -> tuple[str, ...]:

@@ -52,7 +52,8 @@ def base_mesh(c, described: Callable[[], Base], n_members: int, devices=None) ->
     if len(devices) == 1 or train.parallel != "auto" or free:
         return None
     limit, kind = memory_limit(train, devices).bytes, of_kind(devices[0].device_kind)
-    shape = mesh_costs.divide(load_of(c, described(), n_members), len(devices), kind, limit)
+    load, many = load_of(c, described(), n_members), hosts.are_many()
+    shape = mesh_costs.divide(load, len(devices), kind, limit, many)
     return shape and sharding.mesh(shape, devices)
 
 
@@ -72,7 +73,8 @@ def more_divided(c, train, base: Base, chosen: Layout, n_members: int, devices) 
     if train.mesh != "auto" or train.parallel != "auto":
         return None
     now = chosen.shape.fsdp * chosen.shape.tensor if chosen.mode == "mesh" else 1
-    more = lambda shape: shape.fsdp * shape.tensor > now
+    used = lambda shape: shape.size == len(devices) or not hosts.are_many()
+    more = lambda shape: shape.fsdp * shape.tensor > now and used(shape)
     kind = of_kind(devices[0].device_kind)
     return mesh_costs.choose(load_of(c, base, n_members), len(devices), kind, more)
 

@@ -90,15 +90,24 @@ def _spread(n_members: int, train, base: Base, devices: tuple) -> tuple[str, Sha
     n, mode = len(devices), train.parallel
     if shape := mesh_shape(train, base):
         return "mesh", sharding.shape_of(sharding.mesh(shape, devices))  # raises without so many
+    part, copies = train.batch_size // train.accumulate, tree.nbytes(base.params) * n
+    room = devices[0].platform != "cpu" or copies <= CPU_COPIES
+    return copied(mode, n_members, part, n, hosts.are_many(), room)
+
+
+def copied(
+    mode: str, n_members: int, part: int, n: int, many: bool, room: bool = True
+) -> tuple[str, Shape]:
+    """(mode, shape of the mesh) of a `Layout` of n devices that each have all of the base. mode:
+    `train.parallel`. part: rows of a part of a batch. many: whether the devices belong to several
+    processes, none of which may be without a part. room: whether "auto" may use several devices."""
     if mode == "auto":
-        copies = tree.nbytes(base.params) * n
-        alone = "members" if hosts.are_many() else "none"  # no process may be without a part
-        if n == 1 or (devices[0].platform == "cpu" and copies > CPU_COPIES):
+        alone = "members" if many else "none"
+        if n == 1 or not room:
             mode = alone
         elif n_members >= n:
             mode = "members"
         else:
-            part = train.batch_size // train.accumulate
             mode = "batch" if part % n == 0 else alone
     shapes = {"none": Shape(), "batch": Shape(fsdp=n)}
     return mode, shapes.get(mode, Shape(member=n))

@@ -283,15 +283,17 @@ def choose(load: Load, devices: int, device: Device, fits: Callable) -> Shape | 
     return next(filter(fits, ranked(load, devices, device)), None)
 
 
-def divide(load: Load, devices: int, device: Device, limit: float) -> Shape | None:
+def divide(
+    load: Load, devices: int, device: Device, limit: float, all_: bool = False
+) -> Shape | None:
     """The mesh to divide a base over so that it and one member need at most `limit` bytes on each
     device, by `estimate`: the fastest (see `ranked`), and where none fits the one that needs least.
-    None if a device has room for all of the base."""
+    None if a device has room for all of the base. all_: use every device."""
     needs = lambda shape: estimate(load._replace(members=1), shape)
     if devices == 1 or needs(Shape()) <= limit:
         return None
-    fits = lambda shape: needs(shape) <= limit
-    return choose(load, devices, device, fits) or min(shapes(load, devices), key=needs)
+    full = [s for s in ranked(load, devices, device) if s.size == devices or not all_]
+    return next((s for s in full if needs(s) <= limit), min(full, key=needs, default=None))
 
 
 def _bytes(x) -> int:

@@ -137,6 +137,8 @@ def test_a_base_that_fits_is_not_divided():
     assert divide(needs(Shape())) is None and mesh_costs.divide(load, 1, slow, 1) is None
     assert divide(needs(Shape()) - 1) == Shape(4, 2, 1)
     assert divide(1) == min(mesh_costs.shapes(load, 8), key=needs)
+    few = mesh_costs.divide(load_of(1), 16, DEVICES["h200"], 1, all_=True)
+    assert few.size == 16  # of several processes none may be without a part
 
 
 def test_an_evaluation_passes_once_and_reduces_nothing_of_gradients():
