@@ -88,6 +88,19 @@ def sends_rows(x, outputs: int, nbytes: int) -> bool:
     return rows * (x.shape[-1] + outputs) * x.dtype.itemsize < nbytes
 
 
+def on_each(function, in_specs, out_specs):
+    """function of what each device has of the arguments: `jax.shard_map` over the mesh."""
+    axes = {"fsdp", "tensor"}
+    return jax.shard_map(
+        function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False
+    )
+
+
+def summed(y, axis: str | None):
+    """The sum over the devices along an axis, computed in float32; inside `on_each`."""
+    return y if axis is None else jax.lax.psum(y.astype(jnp.float32), axis).astype(y.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def product(x, w, by: tuple[str, str], axis: int):
     """The product of x (..., n) with axis `axis` of a matrix w that the axes `by` of the mesh

@@ -167,12 +167,11 @@ def _on_devices(x, stack, sizes, turned: bool, by: tuple):
     def of_device(x, stack, sizes):
         w = stack.reshape(-1, *stack.shape[-2:]) if isinstance(stack, jax.Array) else stack
         y = _alone(x.reshape(-1, x.shape[-1]), w, sizes.reshape(-1), turned)
-        y = y.reshape(*x.shape[:-1], -1)
-        return y if contracted is None else jax.lax.psum(y, contracted)
+        return divided.summed(y.reshape(*x.shape[:-1], -1), contracted)
 
     rows = _rows_spec(x)
     specs = P(*rows, None, contracted), specs, P(*rows, None)
-    return _on_each(of_device, specs, P(*rows, None, made))(x, stack, sizes)
+    return divided.on_each(of_device, specs, P(*rows, None, made))(x, stack, sizes)
 
 
 def _outer_on_devices(x, dy, sizes):
@@ -185,7 +184,7 @@ def _outer_on_devices(x, dy, sizes):
 
     rows = _rows_spec(x)
     specs = P(*rows, None, None), P(*rows, None, None), P(*rows, None)
-    return _on_each(of_device, specs, P(*rows, None, None, None))(x, dy, sizes)
+    return divided.on_each(of_device, specs, P(*rows, None, None, None))(x, dy, sizes)
 
 
 def _rows_spec(x) -> list:
@@ -193,16 +192,6 @@ def _rows_spec(x) -> list:
     lead = x.shape[:-2]
     divides = bool(lead) and lead[-1] % divided.here().fsdp == 0
     return [None] * (len(lead) - 1) + ["fsdp" if divides else None] * bool(lead)
-
-
-def _on_each(function, in_specs, out_specs):
-    return jax.shard_map(
-        function,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names={"fsdp", "tensor"},
-        check_vma=False,
-    )
 
 
 # -------------------------------------------------------------------------------------- one program

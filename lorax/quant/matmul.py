@@ -27,8 +27,9 @@ TILE = 512  # outputs decoded at a time on a CPU
 def product(x, leaf, axis: int):
     """x @ w for axis 0, x @ w^T for axis 1: (..., n) -> (..., the other), in x's dtype.
 
-    leaf: a single matrix, with a method of_rows(x (rows, n), axis). Operands have x's dtype, sums
-    are in float32. Only x gets a gradient.
+    leaf: a single matrix, with methods of_rows(x (rows, n), axis) and, for its product where a mesh
+    divides it (`lorax.divided`), on_mesh(x (..., n), axis). Operands have x's dtype, sums are in
+    float32. Only x gets a gradient.
     """
     return _folded(axis)(x, leaf)
 
@@ -48,7 +49,7 @@ def _folded(axis: int):
         # Without the barrier XLA decodes before a loop over micro-batches and keeps everything.
         x, leaf = jax.lax.optimization_barrier((x, leaf))
         if divided.divides_base():
-            return _divided(x, leaf, axis)
+            return leaf.on_mesh(x, axis)
         y = leaf.of_rows(x.reshape(-1, x.shape[-1]), axis)
         return y.reshape(*x.shape[:-1], -1)
 
@@ -64,9 +65,9 @@ def _folded(axis: int):
     return folded
 
 
-def _divided(x, leaf, axis: int):
-    """The product where a mesh divides w. x keeps its axes: the rows of several members, each of
-    which is divided, are not one axis that is divided."""
+def on_mesh(x, leaf, axis: int):
+    """The product with a `nf4.Quantised` where a mesh divides w. x keeps its axes: the rows of
+    several members, each of which is divided, are not one axis that is divided."""
     outputs = leaf.n_in if axis else leaf.n_out
     sends = divided.sends_rows(x, outputs, leaf.codes.size)
     w = leaf.parts_of_outputs(gather=not sends).astype(x.dtype)

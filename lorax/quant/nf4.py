@@ -30,7 +30,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorax import divided, leaves, ops, sharding, tree
+from lorax import divided, gather, leaves, ops, sharding, tree
 from lorax.methods.targets import matching, resolve
 from lorax.quant import matmul
 
@@ -229,6 +229,9 @@ class Quantised(leaves.FrozenWeight):
     def of_rows(self, x, axis: int):
         return matmul.of_rows(x, self, axis)
 
+    def on_mesh(self, x, axis: int):
+        return matmul.on_mesh(x, self, axis)
+
 
 def fills_rows(n_in: int, kind: str, block: int) -> bool:
     """Whether the weights of one output, n_in of them, fill whole bytes and whole blocks."""
@@ -298,7 +301,7 @@ def _coded(w, site, code) -> Quantised:
 
 def _stacked(layers: list[Quantised]) -> Quantised:
     """The kernels of all layers as one, divided over the mesh that divides each."""
-    mesh = _mesh_of(layers[0].codes)
+    mesh = gather.mesh_of(layers[0].codes)
     if mesh is None:
         return jax.tree.map(lambda *each: jnp.stack(each), *layers)
     specs = layers[0].specs(layers[0].by, mesh.shape)
@@ -354,22 +357,15 @@ def quantise(
     return _like(w, leaf)
 
 
-def _mesh_of(x):
-    """The mesh that divides an array; None without one, and for a traced array."""
-    place = None if isinstance(x, jax.core.Tracer) else x.sharding
-    on_mesh = isinstance(place, NamedSharding) and place.mesh.axis_names == sharding.AXES
-    return place.mesh if on_mesh else None
-
-
 def _whole(x):
     """x on every device of its mesh, so that a mean over it rounds as on one device."""
-    mesh = _mesh_of(x)
+    mesh = gather.mesh_of(x)
     return x if mesh is None else jax.device_put(x, NamedSharding(mesh, P()))
 
 
 def _like(w, leaf: Quantised) -> Quantised:
     """The leaf, divided over w's mesh, if there is one."""
-    mesh = _mesh_of(w)
+    mesh = gather.mesh_of(w)
     if mesh is None:
         return leaf
     specs = leaf.specs(leaf.by, mesh.shape)

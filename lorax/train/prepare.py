@@ -160,7 +160,7 @@ def _base(c, n_members: int, bases: dict[str, Base], say: Callable) -> Base:
     place = mesh and functools.partial(sharding.shardings, mesh=mesh)
     coded = {"quant": c.quant, "double_quant": c.double_quant}
     base = load(c.base, **base_settings(c), place=place, **coded)
-    if c.quant and not mesh:  # the order of codes that kernels read can't be divided
+    if c.quant:
         placed = quant.placed(base.params, jax.local_devices()[0], c.dtype)
         base = base.replace(params=placed)
     bases[key] = base

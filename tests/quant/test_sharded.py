@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorax import sharding
-from lorax.quant import matmul, nf4
+from lorax.quant import matmul, nf4, packed
 from lorax.sharding import AFTER, LINEAR, Shape
 
 MESHES = [Shape(1, 4, 2), Shape(2, 4, 1)]
@@ -108,3 +108,53 @@ def assert_local(text, shape):
     activations = 4 * 8 * 16 * INNER // 8
     floats = re.findall(r"f32\[([\d,]+)\]", text)
     assert max(map(size, floats)) <= max(layer, activations * LAYERS)
+
+
+# ----------------------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.parametrize("on", ["gpu", "tpu"])
+def test_a_kernels_order_is_divided_and_multiplies_as_one_device(on):
+    """Few rows go to the parts of the weight, many rows gather it; the first use the kernel."""
+    mesh, shape = sharding.mesh(Shape(1, 2, 2)), (512, 512)
+    w = drawn(2, *shape, dtype=jnp.bfloat16)
+    for by in (LINEAR, AFTER):
+        one = packed.pack(nf4.quantise(w, by=by), on)
+        given = divided(mesh, nf4.quantise(w, by=by))
+        assert packed._device_part(given, on) == (256, 256)
+        leaf = packed.pack(given, on)
+        for ours, theirs in zip(*map(jax.tree.leaves, (leaf, divided(mesh, one))), strict=True):
+            assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+            np.testing.assert_array_equal(ours, theirs)
+
+        def products(x, leaf):
+            few = leaf.product(x[0, :2], 0)
+            return few, leaf.product(x, 0), leaf.product(few, 1)
+
+        layer = jax.tree.map(lambda x: x[1], one)
+        x = drawn(2, 4, 200, 512, seed=1, dtype=jnp.bfloat16)
+        expected = jax.jit(products)(x, layer)
+        last = jax.tree.map(lambda x: x[1], leaf)
+        with jax.set_mesh(mesh):
+            found = jax.jit(products)(x, last)
+        for y, exact in zip(found, expected, strict=True):
+            np.testing.assert_allclose(
+                np.float64(y), np.float64(exact), atol=2**-7 * np.abs(np.float64(exact)).max()
+            )
+
+
+def test_the_kernel_is_called_on_each_device():
+    """Lowered for GPUs that are not here."""
+    mesh = sharding.mesh(Shape(1, 2, 2))
+    leaf = packed.pack(divided(mesh, nf4.quantise(drawn(512, 512, dtype=jnp.bfloat16))), "gpu")
+    x = jax.ShapeDtypeStruct((16, 512), jnp.bfloat16)
+    with jax.set_mesh(mesh):
+        traced = jax.jit(lambda x, leaf: leaf.product(x, 0)).trace(x, leaf)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text and "32x256xi32" not in text
+
+
+def test_a_part_that_the_kernel_cannot_use_stays_in_the_order_of_bitsandbytes():
+    mesh = sharding.mesh(Shape(1, 4, 2))
+    leaf = divided(mesh, nf4.quantise(drawn(512, 512, dtype=jnp.bfloat16)))  # parts have 128 inputs
+    assert packed._device_part(leaf, "gpu") is None
