@@ -4,10 +4,10 @@
     python -m lorax.launch --config=configs/gpt2_rank_sweep.py --on=slurm --partition=gpu --gpus=1
     python -m lorax.launch --on=ray --help
 
---on says who starts the workers; --help with it lists that engine's options. Any key of the config
-can be set as with lorax.run, and the run directory has the members, metrics and adapters that
-lorax.run writes on one machine, bit for bit (docs/many_machines.md). Tables, answer and report are
-made once, when all parts are trained.
+--on says who starts the workers: local, slurm, ray or elsewhere; --help with it lists the options.
+Any key of the config can be set as with lorax.run, and the run directory has the members, metrics
+and adapters that lorax.run writes on one machine, bit for bit (docs/many_machines.md). Tables,
+answer and report are made once, when all parts are trained.
 
 Repeating the command continues a run: parts that are trained are kept, the others go on from their
 checkpoints. A part that fails for good is named with its reason; the others are kept and merged.
@@ -23,7 +23,7 @@ from lorax import memory, run, rundir
 from lorax.errors import fail, nearest
 from lorax.resume import check_same_config
 
-ENGINES = ("local", "slurm", "ray")
+ENGINES = ("local", "slurm", "ray", "elsewhere")
 
 
 def main(argv: list[str]) -> int:

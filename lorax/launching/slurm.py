@@ -44,8 +44,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--constraint", help="as sbatch --constraint")
     add("--sbatch", action="append", metavar="NAME=VALUE", help="another option of sbatch")
     add("--setup", action="append", metavar="LINE", help="of shell, before each part")
-    at_once = {"dest": "workers", "help": "parts that run at the same time"}
-    add("--max-parallel", "--workers", type=int, metavar="N", **at_once)
+    add("--workers", type=int, metavar="N", help="about how many parts to make (8)")
+    add("--max-parallel", type=int, metavar="N", help="parts that run at the same time (all)")
     add(
         "--retries",
         type=int,
@@ -59,11 +59,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check(options: argparse.Namespace) -> None:
     """Raises ValueError if this machine can't submit parts with these options."""
     errors.optional("submitit", "submitit", MISSING)
-    least = {"gpus": 0, "cpus": 1, "memory": 0, "workers": 1, "retries": 0, "timeouts": 0}
-    for name, low in least.items():
+    least = {"gpus": 0, "cpus": 1, "memory": 0, "retries": 0, "timeouts": 0}
+    for name, low in (least | {"workers": 1, "max_parallel": 1}).items():
         value = getattr(options, name)
         if value is not None and value < low:
-            raise ValueError(f"--{name}: {value} given, must be at least {low}")
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: {value} given, must be at least {low}")
     minutes(options.time)
     for given in options.sbatch or ():
         if not re.fullmatch(r"[a-z][a-z-]*=.+", given):
@@ -103,7 +104,8 @@ def run(
     retries = {}
     for part in waiting:
         state.launch(part)
-    at_once = len(directories) if options.cluster == "slurm" else options.workers or 1
+    here = options.max_parallel or options.workers or 1
+    at_once = len(directories) if options.cluster == "slurm" else here
     try:
         while waiting or jobs:
             some, waiting = waiting[: at_once - len(jobs)], waiting[at_once - len(jobs) :]
@@ -142,7 +144,7 @@ def _executor(folder: Path, options: argparse.Namespace):
         slurm_partition=options.partition,
         slurm_account=options.account,
         slurm_constraint=options.constraint,
-        slurm_array_parallelism=options.workers,
+        slurm_array_parallelism=options.max_parallel,
         slurm_setup=options.setup,
         slurm_additional_parameters={"requeue": True} | more,
     )

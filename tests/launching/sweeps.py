@@ -90,3 +90,17 @@ def killed(run: Path, seed: int, times: int, seconds: float):
     finally:
         over.set()
         thread.join()
+
+
+def repeated_while_killed(single, folder: Path, *words: str, times: int = 10) -> None:
+    """Asserts that launched runs are that of one machine though `times` of their workers are
+    killed, each at a random moment. words: of `lorax.launch`, without retries."""
+    config, expected = single
+    seed, hits, launches = random.SystemRandom().randrange(2**32), 0, 0
+    while hits < times:
+        run = folder / str(launches)
+        with killed(run, seed + launches, times - hits, seconds=12.0) as hit:
+            lorax("launch", config, run, *words, f"--retries={times}")
+        same(expected, run)
+        hits, launches = hits + len(hit), launches + 1
+        assert launches < times, "workers end before they are killed"

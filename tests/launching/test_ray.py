@@ -8,7 +8,7 @@ import pytest
 from support import require
 
 ray = require("ray")
-from launching import fakes  # noqa: E402
+from launching import fakes, sweeps  # noqa: E402
 from launching.fakes import states, stop, then, until  # noqa: E402
 
 from lorax.launching import ray as engine  # noqa: E402
@@ -91,3 +91,21 @@ def test_without_ray_the_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install lorax-research\[ray\]"):
         options()
+
+
+# ------------------------------------------------------------------------------------ real training
+
+LOCAL = ("--on=ray", "--address=local", "--workers=2")
+
+
+@pytest.mark.slow
+def test_a_sweep_is_that_of_one_machine(single, tmp_path):
+    config, expected = single
+    sweeps.lorax("launch", config, tmp_path / "run", *LOCAL)
+    sweeps.same(expected, tmp_path / "run")
+    assert [found["state"] for found in state.read_all(tmp_path / "run")] == ["done"] * 2
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_workers_are_killed_is_that_of_one_machine(single, tmp_path):
+    sweeps.repeated_while_killed(single, tmp_path, *LOCAL)

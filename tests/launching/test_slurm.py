@@ -7,7 +7,7 @@ import pytest
 from support import require
 
 submitit = require("submitit")
-from launching import fakes, imitated_slurm  # noqa: E402
+from launching import fakes, imitated_slurm, sweeps  # noqa: E402
 from launching.fakes import preempt, runs, states, stop, then, until, worker  # noqa: E402
 
 from lorax.launching import slurm, state  # noqa: E402
@@ -143,7 +143,7 @@ def test_times_are_those_of_sbatch(text, minutes):
         ("--time=0", "--time: '0' given; must be longer"),
         ("--sbatch=qos", "--sbatch: 'qos' given; expected NAME=VALUE, e.g. qos=high"),
         ("--retries=-1", "--retries: -1 given, must be at least 0"),
-        ("--max-parallel=0", "--workers: 0 given, must be at least 1"),
+        ("--max-parallel=0", "--max-parallel: 0 given, must be at least 1"),
         ("--partition=gpu", "--partition: only SLURM reads it, not --cluster=local"),
         ("--cluster=slurm", "--on=slurm: this machine has no sbatch; start it on a login node"),
     ],
@@ -165,3 +165,36 @@ def test_debug_runs_them_in_this_process(tmp_path, monkeypatch):
     found = dict(slurm.run(parts, options(cluster="debug")))
     assert found[parts[0]] is None and found[parts[1]].startswith("train.lr: 0 given; see ")
     assert worker(parts[0])["pid"] == os.getpid()
+
+
+# ------------------------------------------------------------------------------------ real training
+
+LOCAL = ("--on=slurm", "--cluster=local", "--workers=2")
+
+
+@pytest.mark.slow
+def test_a_sweep_is_that_of_one_machine(single, tmp_path):
+    config, expected = single
+    sweeps.lorax("launch", config, tmp_path / "run", *LOCAL)
+    sweeps.same(expected, tmp_path / "run")
+    assert [found["state"] for found in state.read_all(tmp_path / "run")] == ["done"] * 2
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_preempted_is_that_of_one_machine(single, tmp_path):
+    config, expected = single
+    part = tmp_path / "run/parts/0"
+
+    def when_there_is_a_checkpoint():
+        until(lambda: any(part.glob("checkpoints/*/[1-9]*")))
+        preempt(part)
+
+    with then(when_there_is_a_checkpoint):
+        sweeps.lorax("launch", config, tmp_path / "run", *LOCAL, "--retries=0")
+    sweeps.same(expected, tmp_path / "run")
+    assert state.read(part)["tries"] == 2 and "continues at step" in (part / state.LOG).read_text()
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_workers_are_killed_is_that_of_one_machine(single, tmp_path):
+    sweeps.repeated_while_killed(single, tmp_path, *LOCAL)
