@@ -29,6 +29,8 @@ ELSEWHERE = {
     r"pytest( tests/\w+)?( -n 2)?( -m \w+)?( --cov=lorax)?": "this is pytest",
     r"\.ci/run": "the gate",
     r"mkdocs (serve|build --strict)": "the gate",
+    r"(srun|mpirun|gcloud) .*": "a cluster; tests/train/test_hosts.py starts several processes",
+    r"kubectl apply -f docs/examples/jobset_mesh\.yaml": "a cluster",
     r"tensorboard --logdir \S+": "TensorBoard is not installed with lorax",
 }
 TESTED = ("run", "runs", "plan", "report", "convert", "generate", "bench")
@@ -92,9 +94,10 @@ def test_every_command_is_known():
 
 PARSE = """
 import json, os, sys
-from lorax import command_line, plan, run
+from lorax import command_line, hosts, plan, run
 for argv in json.load(sys.stdin):
     if not os.fork():
+        _, argv = hosts.flags(argv)
         sys.argv = argv
         try:
             settings, members, workdir = command_line.read(argv)
