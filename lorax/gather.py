@@ -29,6 +29,12 @@ def mesh_of(tree) -> Mesh | None:
     return None
 
 
+def is_divided(x) -> bool:
+    """Whether several devices hold parts of each member's array of x (M, ...)."""
+    place = getattr(x, "sharding", None)
+    return isinstance(place, NamedSharding) and any(place.spec[1:])
+
+
 def here(x):
     """An array whole on this process's first device; itself if it is on one device already. All
     processes must call it together."""

@@ -19,7 +19,7 @@ import pathlib
 
 import numpy as np
 
-from lorax import catalogue, methods, tree
+from lorax import catalogue, hosts, methods, tree
 from lorax.adapters import peft_matrices, peft_states
 from lorax.adapters.task_types import check_task, task_type
 from lorax.interop import peft
@@ -156,10 +156,10 @@ def _weights(state: methods.State, base: Base) -> Arrays:
     for path, arrays in methods.joined(*state).items():
         if "layers" in arrays:
             first, rest = path.split("/", 1)
-            numbered = zip(np.asarray(arrays["layers"]), np.asarray(arrays["w"]), strict=True)
+            numbered = zip(*hosts.whole((arrays["layers"], arrays["w"])), strict=True)
             weights |= {f"{first}/{i}/{rest}": x for i, x in numbered}
         elif "w" in arrays:
-            weights |= base.parts_of(path, np.asarray(arrays["w"]))
+            weights |= base.parts_of(path, hosts.whole(arrays["w"]))
     return weights
 
 

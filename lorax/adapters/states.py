@@ -9,12 +9,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from safetensors.numpy import save_file
 
-from lorax import catalogue, methods, tree
+from lorax import catalogue, gather, hosts, methods, tree
 from lorax.errors import nearest
-from lorax.files import atomically, write_json
+from lorax.files import write_json
+from lorax.interop import tensors
 from lorax.interop.adapter import Dense
 from lorax.interop.states import DELTA, METHOD, STATE, about
 from lorax.interop.tensors import read_arrays
@@ -27,23 +26,23 @@ def save(
     """Write a trained method."""
     directory = Path(directory)
     arrays = {
-        f"{kind}/{path}": np.asarray(x)
+        f"{kind}/{path}": x
         for kind, arrays_of in state._asdict().items()
         for path, x in tree.flatten(arrays_of).items()
     }
-    atomically(directory / STATE, lambda file: save_file(arrays, file))
+    tensors.write(directory / STATE, arrays)
     fields = {"name": method.name, "hp": method.hp}
     file = catalogue.row(method.name).file
     if file is not None:
         fields["file"] = Path(file).name
     write_json(directory / METHOD, fields)
     if method.delta is not None and method.stores_delta:
-        updates = dense(base, method, state).updates
-        atomically(directory / DELTA, lambda file: save_file(updates, file))
+        tensors.write(directory / DELTA, dense(base, method, state).updates)
 
 
 def dense(base: Base, method: methods.Method, state: methods.State) -> Dense:
-    """The updates of a trained method by layer; layers that it does not change are left out."""
+    """The updates of a trained method by layer; layers that it does not change are left out. Those
+    to a base that a mesh divides stay on its devices."""
     if method.delta is None:
         return Dense(method.name, method.hp, {}, tree.flatten(state.trainable), False)
     updates, beside = {}, {}
@@ -51,7 +50,9 @@ def dense(base: Base, method: methods.Method, state: methods.State) -> Dense:
         if path not in base.sites:
             beside[path] = update
             continue
-        matrices = np.asarray(base.sites[path].to_matrix(update))
+        matrices = base.sites[path].to_matrix(update)
+        if gather.mesh_of(matrices) is None:
+            matrices = hosts.whole(matrices)
         for layer, index in base.layers_of(path).items():
             if matrices[index].any():
                 updates[layer] = matrices[index]

@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import gather, methods, ops, tree
+from lorax import gather, hosts, methods, ops, tree
 from lorax.adapters.stacking import stacks
 from lorax.interop.adapter import Adapter, Factors
 from lorax.models import Base
@@ -43,7 +43,7 @@ def factored(base: Base, method: methods.Method, state: methods.State) -> Adapte
         factors |= _lengths_beside(base, factors)
     for path, arrays in methods.joined(state.trainable).items():
         if "w" in arrays:
-            weights |= base.parts_of(path, np.asarray(arrays["w"], np.float32))
+            weights |= base.parts_of(path, np.asarray(hosts.whole(arrays["w"]), np.float32))
     return Adapter(factors, weights, {})
 
 

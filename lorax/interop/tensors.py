@@ -5,16 +5,18 @@ that names file and tensor.
 """
 
 import itertools
+import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import ml_dtypes  # gives numpy the bfloat16 that safetensors returns
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lorax.files import parse_json, pointer_hint
+from lorax import hosts
+from lorax.files import atomically, parse_json, pointer_hint
 
 #: Types of weights, as safetensors call them.
 FLOATS = {
@@ -25,6 +27,42 @@ FLOATS = {
 }
 #: And of codes of weights.
 CODES = {"U8": np.uint8}
+#: All types that lorax writes, in the order of safetensors.
+TYPES = {"BOOL": np.bool_, **CODES, "I8": np.int8, "I16": np.int16, "U16": np.uint16}
+TYPES |= {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "U32": np.uint32}
+TYPES |= {"F32": np.float32, "F64": np.float64, "I64": np.int64, "U64": np.uint64}
+
+
+def write(file: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
+    """Write arrays as a safetensors file, byte for byte as `safetensors.numpy.save_file` does, with
+    only one of them in this process's memory at a time.
+
+    arrays: {name: NumPy or JAX array}; the parts of one that several devices or processes hold are
+    gathered when it is written, so all processes must call it together (`lorax.hosts`).
+    """
+    kinds = {np.dtype(kind): name for name, kind in TYPES.items()}
+    order = [*kinds]
+    names = sorted(arrays, key=lambda name: (-order.index(np.dtype(arrays[name].dtype)), name))
+    header, end = {}, 0
+    for name in names:
+        x = arrays[name]
+        start, end = end, end + math.prod(x.shape) * np.dtype(x.dtype).itemsize
+        kind = {"dtype": kinds[np.dtype(x.dtype)], "shape": [*x.shape]}
+        header[name] = kind | {"data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write_to(temporary):
+        with open(temporary, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                out.write(np.ascontiguousarray(hosts.whole(arrays[name])).tobytes())
+
+    if hosts.first():
+        atomically(file, write_to)
+    else:  # which has only to give its parts
+        for name in names:
+            hosts.whole(arrays[name])
 
 
 def opened(file: str | os.PathLike):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from lorax import adapters, hosts, methods, rundir, tasks
+from lorax import adapters, gather, hosts, methods, rundir, tasks
 from lorax.errors import reason
 from lorax.files import remove
 from lorax.train import activations, benchmarks
@@ -19,7 +19,7 @@ def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[
     """{member: its final row}, see `loop.train`. All adapters are exported before anything is
     measured, as measuring may fail. finished: called with the row of each member."""
     m = len(part.stack.members)
-    trainable = jax.tree.map(lambda x: x[:m], hosts.whole(exported(part, at).trainable))
+    trainable = jax.tree.map(lambda x: of_members(x, m), exported(part, at).trainable)
     diverged = diverged_at(part, at)
     write_adapters(part, trainable)
     rows = {
@@ -43,6 +43,12 @@ def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[
             measure_tasks(part, trainable, i, rows)
         finished({"member": member.index, "name": member.name} | rows[member.index])
     return rows
+
+
+def of_members(x: jax.Array, m: int):
+    """The first m members' arrays on the host; of a parameter that is trained in full and divided
+    as the base is, on the devices."""
+    return x[:m] if gather.is_divided(x) else hosts.whole(x)[:m]
 
 
 def row(part: Part, at: Position, i: int, diverged: int) -> dict:

@@ -5,13 +5,14 @@ import json
 import struct
 import zipfile
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from lorax.files import LFS
-from lorax.interop import loralib, peft
+from lorax.interop import loralib, peft, tensors
 from lorax.interop.tensors import read_npz, read_npz_weights, read_safetensors
 
 FACTORS = {"q.lora_A": np.ones((2, 3), np.float32), "q.lora_B": np.ones((4, 2), np.float32)}
@@ -157,3 +158,12 @@ def test_a_pointer_of_git_lfs_as_weights_is_told(tmp_path, suffix):
         reader(suffix)(tmp_path / "nothing")
     with pytest.raises(ValueError, match=f"{tmp_path.name}: not a readable .*file"):
         reader(suffix)(tmp_path)
+
+
+def test_files_written_array_by_array_have_the_bytes_of_safetensors(tmp_path):
+    kinds = np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.uint8, bool
+    arrays = {f"b/{i}": np.arange(3 * i).reshape(3, i).astype(kind) for i, kind in enumerate(kinds)}
+    arrays |= {"a": np.array(1.5, np.float32), "é": np.arange(6, dtype=np.uint32)}
+    tensors.write(tmp_path / "ours", {name: jnp.asarray(x) for name, x in arrays.items()})
+    safetensors.numpy.save_file(arrays, tmp_path / "theirs")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
