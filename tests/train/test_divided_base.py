@@ -14,12 +14,13 @@ from small import three_layers
 from support import few
 
 import lorax
-from lorax import adapters, config, decode, gather, methods, models, sharding, tasks, tree
+from lorax import adapters, config, decode, gather, methods, models, sharding, tasks
 from lorax.methods import sensitivity, starts
 from lorax.models import Base, gpt2
 from lorax.tasks import kinds
-from lorax.train import activations, evidence, stacks, trajectory
+from lorax.train import activations, evidence, layouts, stacks, trajectory
 from lorax.train import step as steps
+from lorax.train.members import placement
 
 MESHES = ("fsdp=4,tensor=2", "member=2,fsdp=4")
 LLAMA = dict(
@@ -176,21 +177,6 @@ def _moved(trainable, seed=0):
     return jax.tree.map(draw, trainable)
 
 
-def _placed(trees, base: Base):
-    """Stacked trees on the devices of a base: what is trained in full as the base is."""
-    flat = tree.flatten(base.params)
-
-    def place(path, x):
-        of_base = flat.get(path.removesuffix("/w"))
-        if of_base is None or gather.mesh_of(of_base) is None:
-            return gather.side_by_side(x, gather.mesh_of(base.params), axis=x.ndim)
-        at = of_base.sharding
-        spec = jax.sharding.PartitionSpec("member", *at.spec)
-        return jax.device_put(x, jax.sharding.NamedSharding(at.mesh, spec))
-
-    return [tree.unflatten({p: place(p, x) for p, x in tree.flatten(t).items()}) for t in trees]
-
-
 @pytest.mark.parametrize("name", ["lora", "full"])
 def test_spectra_are_those_of_one_device(base, name, gathered):
     hp = {"lora": dict(rank=3), "full": dict(parameters=("q", "embed"))}[name]
@@ -202,7 +188,11 @@ def test_spectra_are_those_of_one_device(base, name, gathered):
     alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     expected = decompose(*jax.device_put((base.params, constants, trainable), alone), 2)
     spread = divided(base, MESHES[1])
-    found = decompose(spread.params, *_placed((constants, trainable), spread), 2)
+    mesh = layouts.Layout("mesh", tuple(jax.devices()), 2, 1, sharding.parse(MESHES[1]))
+    placed = [
+        jax.device_put(x, placement(mesh, base).of_members(x)) for x in (constants, trainable)
+    ]
+    found = decompose(spread.params, *placed, 2)
     assert_close(found, expected)
     assert max(gathered) <= largest(base)
 
@@ -259,10 +249,12 @@ def _gpt2() -> Base:
     return Base(small.module, small.params, c, None, small.sites, "gpt2", "tiny")
 
 
-@pytest.mark.parametrize("name", few(list(methods.METHODS), keep=["dora", "full"]))
+@pytest.mark.parametrize("name", few(list(methods.METHODS), keep=["full"]))
 def test_a_method_starts_trains_and_is_exported(name, tmp_path, gathered):
     method, c = lorax.method(name, **HP.get(name, {})), config.default()
-    c.train.update(lr=0.01, warmup=0)
+    c.train.update(
+        lr=0.01, warmup=0, optimizer="sgd"
+    )  # Adam divides the rounding of zeros by itself
     batches = {k: x[:, None] for k, x in rows(8, 7, 20).items()}
     batches = jax.tree.map(lambda x: x.reshape(2, 1, 4, 7), batches)
     member = config.Member(0, "0", {}, c)
@@ -289,7 +281,7 @@ def test_a_method_starts_trains_and_is_exported(name, tmp_path, gathered):
         assert arrays[file].keys() == expected.keys()
         for key, x in expected.items():
             # A step of Adam is as long as the learning rate however small a gradient is.
-            np.testing.assert_allclose(arrays[file][key], x, rtol=0, atol=1e-4, err_msg=key)
+            np.testing.assert_allclose(arrays[file][key], x, rtol=0, atol=1e-5, err_msg=key)
     if name != "full":
         assert max(gathered, default=0) <= 20 * 8
 
