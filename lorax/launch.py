@@ -48,8 +48,8 @@ def main(argv: list[str]) -> int:
 
 
 def read(arguments: list[str]):
-    """(engine, its options, the flags that are lorax.run's), or (engine, None, []) for --help,
-    which it prints. Raises ValueError for an engine or an option that does not exist."""
+    """(engine, its options, the flags that are lorax.run's); (engine, None, []) for --help, which
+    is printed. Raises ValueError for an engine or an option that does not exist."""
     parser = argparse.ArgumentParser(
         prog="python -m lorax.launch",
         description=__doc__,
@@ -68,13 +68,13 @@ def read(arguments: list[str]):
     engine = importlib.import_module(f"lorax.launching.{name or 'local'}")
     parser.error = _refuse
     engine.add_options(parser)
+    if {"--help", "-h"} & set(arguments):
+        parser.print_help()
+        return engine, None, []
     try:
         options, flags = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ValueError(f"{error.argument_name}: {error.message}") from None
-    if options.help:
-        parser.print_help()
-        return engine, None, []
     if name is None:
         raise ValueError(f"--on is missing; expected --on={', --on='.join(ENGINES)}")
     for flag in flags:

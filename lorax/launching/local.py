@@ -58,7 +58,7 @@ def run(
         while waiting or running:
             while waiting and free:
                 part, slot = waiting.pop(0), free.pop(0)
-                running[part] = slot, _start(part, here.platform, slot)
+                running[part] = slot, start(part, here.platform, slot)
             time.sleep(SECONDS)
             for part in [
                 part for part, (_, process) in running.items() if process.poll() is not None
@@ -81,7 +81,7 @@ def run(
             process.wait()
 
 
-def _start(part: Path, platform: str, slot: int) -> subprocess.Popen:
+def start(part: Path, platform: str, slot: int) -> subprocess.Popen:
     """Start a worker. Its standard input stays open as long as this process lives."""
     environment = dict(os.environ)
     if platform == "gpu":

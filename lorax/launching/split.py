@@ -21,7 +21,7 @@ from lorax.train.prepare import Group
 def split(
     groups: Sequence[Group], race: Race | None, machine: Machine, workers: int
 ) -> list[tuple[int, ...]]:
-    """The members of each part, about one part for each worker; parts that take longest first.
+    """The members of each part, at most one part for each worker; the longest part first.
 
     A group is divided only if its share of the work is more than a worker's.
     """
@@ -36,7 +36,7 @@ def split(
             units = [members[i : i + at_once] for i in range(0, len(members), at_once)]
             share = sum(work[i] for i in members) / total
             found += _chunks(units, max(1, round(workers * share)))
-    return sorted(found, key=lambda part: -sum(work[i] for i in part))
+    return _packed(found, workers, work)
 
 
 def size(group: Group, race: Race | None, machine: Machine) -> int:
@@ -63,6 +63,17 @@ def _chunks(units: list[list[int]], count: int) -> list[tuple[int, ...]]:
     ends = [len(units) * i // count for i in range(count + 1)]
     pairs = zip(ends, ends[1:], strict=False)
     return [tuple(sorted(sum(units[a:b], []))) for a, b in pairs]
+
+
+def _packed(chunks: list[tuple[int, ...]], workers: int, work: dict[int, float]) -> list[tuple]:
+    """The chunks in as many parts as there are workers, which take about the same time: the longest
+    chunk first, each to the part that has the least to do."""
+    cost = lambda part: sum(work[i] for i in part)
+    found = [()] * min(workers, len(chunks))
+    for chunk in sorted(chunks, key=cost, reverse=True):
+        least = min(range(len(found)), key=lambda i: cost(found[i]))
+        found[least] = tuple(sorted(found[least] + chunk))
+    return sorted(found, key=cost, reverse=True)
 
 
 def _at_once(group: Group, machine: Machine) -> int:

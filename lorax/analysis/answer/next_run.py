@@ -251,12 +251,12 @@ def _is_number(value: Any) -> bool:
 
 def rerun(command: str, changes: Mapping[str, tuple], sweep: Mapping[str, Any]) -> str | None:
     """The command that runs a study again with other values on some axes, in another directory;
-    None if `command` is not a call of lorax.run.
+    None if `command` is not a call of lorax.run or lorax.launch.
 
     sweep: the section of the config; an axis that `sweep.axes` names is changed there.
     """
     words = shlex.split(command)
-    if words[:3] != ["python", "-m", "lorax.run"]:
+    if words[:2] != ["python", "-m"] or words[2] not in ("lorax.run", "lorax.launch"):
         return None
     flags = _flags(words[3:])
     others = dict(sweep.get("axes") or {})
