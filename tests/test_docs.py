@@ -16,7 +16,7 @@ import yaml
 from pages import PAGES, ROOT
 
 import lorax
-from lorax import bench, convert, generate, listing, tasks
+from lorax import bench, convert, generate, launch, listing, tasks
 from lorax.report import __main__ as report
 
 # ------------------------------------------------------------------------- commands, by their kind
@@ -33,7 +33,7 @@ ELSEWHERE = {
     r"kubectl apply -f docs/examples/jobset_mesh\.yaml": "a cluster",
     r"tensorboard --logdir \S+": "TensorBoard is not installed with lorax",
 }
-TESTED = ("run", "runs", "plan", "report", "convert", "generate", "bench")
+TESTED = ("run", "launch", "runs", "plan", "report", "convert", "generate", "bench")
 STUDY = "python -m lorax.run --config=configs/gpt2_rank_sweep.py"
 SMALL = (
     *("--config.train.steps=2", "--config.train.batch_size=2", "--config.train.seq_len=100"),
@@ -110,10 +110,14 @@ for argv in json.load(sys.stdin):
 """
 
 
-def test_every_run_and_plan_is_a_config_with_members():
+def test_every_run_launch_and_plan_is_a_config_with_members():
     """The commands' own parser reads them, and the config's own checks pass; nothing is trained."""
     asked = [c for c in (*of("run"), *of("plan")) if "--table" not in c]
-    lines = json.dumps([["lorax", *arguments(command)] for command in asked])
+    words = {command: arguments(command) for command in asked}
+    launched = {command: launch.read(arguments(command)) for command in of("launch")}
+    words |= {c: flags for c, (_, options, flags) in launched.items() if options}  # not --help
+    asked = list(words)
+    lines = json.dumps([["lorax", *words[command]] for command in asked])
     done = python("-c", PARSE, cwd=ROOT, input=lines)
     answers = done.stdout.splitlines()
     assert done.returncode == 0 and len(answers) == len(asked), done.stderr

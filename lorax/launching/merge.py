@@ -131,6 +131,8 @@ def _put(source: Path, target: Path) -> None:
             shutil.rmtree(target)
         target.unlink(missing_ok=True)
         return
+    if target.is_file() and target.samefile(source):  # a link already, which a rename would keep
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     if source.is_dir():
