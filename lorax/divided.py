@@ -130,5 +130,36 @@ product.defvjp(_product_forward, _product_backward)
 def rows(table, ids):
     """Rows `ids` of an embedding (V, features): each device looks up the part that it has of all
     rows, and gets the features of its own part of the batch."""
-    found = jnp.take(constrained(table, *EMBEDDING), whole(ids), axis=0)
-    return batch(found) if ids.ndim > 1 else whole(found)
+    if not divides_base():
+        return jnp.take(table, ids, axis=0)
+    sizes = here()._asdict()
+    tokens, features = (
+        axis if n % sizes[axis] == 0 else None
+        for n, axis in zip(table.shape, EMBEDDING, strict=True)
+    )
+
+    def found(table, ids):  # by hand: XLA fails on a look-up that three axes of a mesh divide
+        if tokens is None:
+            return jnp.take(table, ids, axis=0)
+        at = ids - jax.lax.axis_index(tokens) * len(table)
+        mine = (at >= 0) & (at < len(table))
+        part = jnp.take(table, jnp.clip(at, 0, len(table) - 1), axis=0)
+        return jax.lax.psum(jnp.where(mine[..., None], part, 0), tokens)
+
+    looked_up = jax.shard_map(
+        found,
+        in_specs=(P(tokens, features), P()),
+        out_specs=P(*(None,) * ids.ndim, features),
+        axis_names={"fsdp", "tensor"},
+        check_vma=False,
+    )(table, ids)
+    return batch(looked_up) if ids.ndim > 1 else whole(looked_up)
+
+
+def entries(x, index):
+    """x[..., index], (..., n) and (...) int32: as `jnp.take_along_axis`, on which XLA fails where
+    three axes of a mesh divide it."""
+    if not divides_base():
+        return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
+    chosen = jax.lax.broadcasted_iota(index.dtype, x.shape, x.ndim - 1) == index[..., None]
+    return jnp.sum(jnp.where(chosen, x, 0), axis=-1)

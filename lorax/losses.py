@@ -54,11 +54,18 @@ def token_losses(module, params, hidden, labels, smoothing=0.0):
     smoothing: share of the target that is spread over the vocabulary (arXiv:1512.00567, section 7).
     """
     logits = intercept.apply(module, params, hidden, method="logits")
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    nats = _nats(logits, labels)
     if not smoothing:
         return nats
     even = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
     return (1 - smoothing) * nats + smoothing * even
+
+
+def _nats(logits, labels):
+    """Cross-entropy: logits (..., V) float32, labels (...) int32 -> (...) float32."""
+    if not divided.divides_base():
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jax.nn.logsumexp(logits, axis=-1) - divided.entries(logits, labels)
 
 
 def weighted_loss(module, params, hidden, labels, weights, smoothing=0.0):
@@ -191,8 +198,8 @@ def lm_rows(module, params, batch) -> Rows:
 
     def of_part(part):
         logits = intercept.apply(module, params, part[0], method="logits")
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, part[1])
-        given = jnp.take_along_axis(logits, part[1][..., None], axis=-1)
+        nats = _nats(logits, part[1])
+        given = divided.entries(logits, part[1])[..., None]
         alone = jnp.sum(logits >= given, axis=-1) == 1  # no other reaches the label's
         return nats, alone.astype(jnp.float32)
 

@@ -80,7 +80,7 @@ def over_devices(f, layout: Layout, axes: tuple[int | None, ...], donate: int | 
     """
     if layout.mode == "pmap":
         return _pmapped(f, layout.devices, axes, donate)
-    if layout.mode == "none":
+    if layout.mode in ("none", "batch"):
         return f
     specs = tuple(P() if axis is None else P("member") for axis in axes)
     return jax.shard_map(
