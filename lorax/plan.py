@@ -29,6 +29,7 @@ of lorax/train/mesh_costs.py; temporaries are those of the program compiled for 
 with LoRA and QLoRA. --markdown prints tables as Markdown.
 """
 
+import os
 import sys
 from collections.abc import Iterable
 
@@ -75,8 +76,8 @@ def main(argv: list[str]) -> int:
         check_devices(devices)
         print(f"lorax {__version__}: {command_line.summary(settings, members)}", flush=True)
         memory.check()
-        asked = FLAGS.mesh, FLAGS.hosts
-        counts = check_mesh(devices, *asked) if any(x is not None for x in asked) else {}
+        counts = check_mesh(devices, FLAGS.mesh, FLAGS.hosts)
+        start_devices(max(counts.values(), default=1))
         show_plans(settings, members, devices, counts, FLAGS.mesh)
     except Exception as error:  # a config script may raise anything: print one line
         return fail(error)
@@ -84,18 +85,26 @@ def main(argv: list[str]) -> int:
 
 
 def check_mesh(devices: Iterable[str], mesh: str | None, hosts: int | None) -> dict[str, int]:
-    """{device: how many of them --mesh and --hosts mean}; JAX gets as many CPU devices to compile
-    for. Raises ValueError for a mesh that is none, or of more devices than the hosts have."""
-    counts = {name: meshes.devices_of(DEVICES[name], mesh, hosts) for name in devices}
+    """{device: how many of them --mesh and --hosts mean}; {} without both. Raises ValueError for a
+    mesh that is none, or of more devices than the hosts have."""
+    if mesh is None and hosts is None:
+        return {}
+    return {name: meshes.devices_of(DEVICES[name], mesh, hosts) for name in devices}
+
+
+def start_devices(n: int) -> None:
+    """Start JAX with so many CPU devices, at most `MOST_COMPILED`, for programs to be compiled for.
+    Must be called before JAX's first computation."""
     import jax
 
-    if not jax.config.jax_num_cpu_devices or jax.config.jax_num_cpu_devices < 0:
-        jax.config.update("jax_num_cpu_devices", min(MOST_COMPILED, max(counts.values())))
-    return counts
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", min(MOST_COMPILED, n))
 
 
-def show_plans(settings: ConfigDict, members, devices: list[str], counts=None, mesh=None) -> None:
-    """Print the plan of every group. counts: {device: number of them} for plans of several."""
+def show_plans(
+    settings: ConfigDict, members, devices: list[str], counts: dict[str, int], mesh: str | None
+) -> None:
+    """Print the plan of every group. counts: {device: number of them}, for plans of several."""
     from lorax.planning import costs, shapes, spread, tables  # import JAX; memory may not suffice
 
     members = shapes.with_steps(members, print)
@@ -106,7 +115,7 @@ def show_plans(settings: ConfigDict, members, devices: list[str], counts=None, m
         if not counts:
             plan = costs.plan(group, devices, race)
             tables.show(tables.describe(index, plan, devices), FLAGS.markdown)
-        for name, count in (counts or {}).items():
+        for name, count in counts.items():
             plan = spread.plan(group, name, count, mesh, race)
             tables.show(tables.describe_mesh(index, plan, name, count), FLAGS.markdown)
 
@@ -145,7 +154,7 @@ def plan_config(
 
     devices = (devices,) if isinstance(devices, str) else tuple(devices)
     check_devices(devices)
-    counts = check_mesh(devices, mesh, hosts) if mesh or hosts is not None else {}
+    counts = check_mesh(devices, mesh, hosts)
     rows = []
     every = shapes.with_steps(search.members(settings))
     race = halving.race(settings, every)

@@ -1,6 +1,7 @@
 """A plan says what the real thing takes: arrays, the compiled program, memory, FLOPs."""
 
 import functools
+import math
 import os
 import re
 import subprocess
@@ -16,10 +17,11 @@ from support import few, require
 import lorax
 from lorax import config, halving, methods, tasks, tree
 from lorax.calls import steps_per_call
+from lorax.meshes import Shape
 from lorax.models import shapes as architectures
 from lorax.models.load import skeleton
-from lorax.planning import compiled, costs, field, shapes, tables
-from lorax.train import layouts, stacks
+from lorax.planning import compiled, costs, field, shapes, spread, tables
+from lorax.train import layouts, mesh_costs, stacks
 from lorax.train.batches import batch_shapes
 from lorax.train.programs import compile_programs
 from lorax.xla import program_bytes
@@ -50,6 +52,14 @@ TINY = {
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "intermediate_size": 688,
+    },
+    "deep-llama": {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "intermediate_size": 344,
     },
     "tiny-roberta": {
         "model_type": "roberta",
@@ -175,8 +185,9 @@ def test_weights_that_are_not_there_are_planned_all_the_same(tmp_path):
 # --------------------------------------------------------------------------------------- estimated
 
 
-def compiled_sweep(members, width, monkeypatch, options=quick.OPTIONS):
+def compiled_sweep(members, width, monkeypatch, options=quick.OPTIONS, mode="none", shape=None):
     """The training program that a run compiles for these members."""
+    shape = shape or Shape()
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
     kept = []
     keep = lambda x: kept.append(x) or program_bytes(x)
@@ -186,7 +197,8 @@ def compiled_sweep(members, width, monkeypatch, options=quick.OPTIONS):
     evaluation = {
         name: jax.ShapeDtypeStruct((1, *x.shape[2:]), x.dtype) for name, x in batch.items()
     }
-    layout = layouts.Layout("none", tuple(jax.devices()[:1]), len(members), width)
+    devices = tuple(jax.devices()[: shape.size])
+    layout = layouts.Layout(mode, devices, len(members), width, shape)
     kind = tasks.kind_of(members[0].config.task)
     programs = compile_programs(stacked, base, layout, batch, evaluation, kind)
     return programs.bytes, kept[0]
@@ -223,6 +235,64 @@ def test_peak_is_the_compiled_programs(base, n, width, changes, monkeypatch):
     found, _ = compiled_sweep(members, width, monkeypatch)
     assert p.cpu.width == p.width == width and p.cpu.temporaries > found / 3
     assert p.peak(n, p.cpu) == pytest.approx(found, rel=0.03)
+
+
+BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u8": 1, "pred": 1}
+
+
+def received(text: str) -> dict[str, float]:
+    """{collective: bytes that a device receives} of a compiled program, each operation once."""
+    total = {}
+    for line in text.splitlines():
+        found = re.search(r"= (.*?) (all-gather|all-reduce|all-to-all)(?:-start)?\(", line)
+        if not found:
+            continue
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", found[1])
+        size = sum(
+            BYTES[kind] * math.prod(map(int, filter(None, n.split(",")))) for kind, n in arrays
+        )
+        if named := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", line):
+            sizes = dict(part.split("=") for part in named[1].split(","))
+            among = math.prod(int(sizes[axis.strip()]) for axis in named[2].split(","))
+        elif listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+            among = len(listed[1].split(","))
+        else:
+            among = int(re.search(r"replica_groups=\[\d+,(\d+)\]", line)[1])
+        turns = 2 if found[2] == "all-reduce" else 1
+        key = f"{found[2]} of {among}"
+        total[key] = total.get(key, 0) + turns * size * (among - 1) / among
+    return total
+
+
+MESHES = [
+    ("deep-llama", Shape(1, 4, 2), {"train__remat": "full"}),
+    ("deep-llama", Shape(2, 4, 1), {}),
+    ("tiny-gpt2", Shape(1, 8, 1), {"quant": "nf4"}),
+    ("tiny-llama", Shape(1, 4, 2), {"method__name": "full"}),
+    ("tiny-gpt2", Shape(2, 2, 2), {"train__offload": "optimizer"}),
+]
+
+
+@pytest.mark.parametrize(("base", "shape", "changes"), few(MESHES, MESHES[:3]))
+def test_bytes_of_a_device_of_a_mesh_are_the_compiled_programs(base, shape, changes, monkeypatch):
+    """Within 10 %, and what it receives is what the program sends."""
+    members = members_of(base, ranks=(8, 4)[: shape.member], train__batch_size=8, **changes)
+    p = spread.plan(members, "cpu", shape.size, str(shape))
+    assert p.each == p.width == 1 and p.spread.shape == shape
+    found, program = compiled_sweep(members, 1, monkeypatch, mode="mesh", shape=shape)
+    assert p.peak(1, p.at(1)._replace(temporaries=_temporaries(p))) == pytest.approx(found, rel=0.1)
+    alone = costs.plan(members[:1])
+    assert p.weights < 1.1 * alone.weights / (shape.fsdp * shape.tensor)
+    if base == "deep-llama":
+        sent, got = received(program.as_text()), mesh_costs.traffic(p.load, shape)
+        assert sent["all-gather of 4"] == pytest.approx(got.weights, rel=0.1)
+        if shape.tensor > 1:
+            assert sent["all-reduce of 2"] == pytest.approx(got.activations, rel=0.1)
+
+
+def _temporaries(p):
+    """Without the whole weight that only an accelerator decodes."""
+    return p.at(1).temporaries - compiled.widest_decoded(p.load.base.params, "float32")
 
 
 def test_what_is_made_again_costs_work_and_saves_memory():
@@ -292,7 +362,7 @@ def test_work_counts_loops_what_is_made_again_and_nothing_dead():
 
 def test_steps_that_halving_saves_are_not_planned(monkeypatch):
     nothing = compiled.Measured(0, 0, 0, 0)
-    monkeypatch.setattr(compiled, "measure", lambda *given: dict.fromkeys(given[-1], nothing))
+    monkeypatch.setattr(compiled, "measure", lambda *given: dict.fromkeys(given[3], nothing))
     c = config.default()
     c.base, c.train.steps = "random:tiny-gpt2", 80
     c.sweep.rank, c.sweep.lr = (2, 8), (1e-3, 2e-3, 3e-3, 4e-3, 5e-3)
@@ -335,7 +405,7 @@ import jax, jax.numpy as jnp
 from lorax import config, tasks
 from lorax.planning import costs, shapes
 from lorax.models import shapes as architectures
-from lorax.train import layouts, stacks
+from lorax.train import layouts, mesh_costs, stacks
 from lorax.train.programs import compile_programs
 
 architectures.ARCHITECTURES["gpt2-of-8"] = {

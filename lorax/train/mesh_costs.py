@@ -3,12 +3,13 @@
 What one device receives in a step, and sends as much, with f devices along "fsdp" and t along
 "tensor":
 
-    weights       S (f - 1)/f of a weight of S bytes that fsdp divides, in each pass over it:
-                  forward, backward, and forward again with remat
+    weights       S (f - 1)/f of a weight of S bytes that fsdp divides, forward and once more
+                  backward, where remat computes the layer again too; of a head only once, because
+                  the loss makes its gradients at once
     gradients     2 S (f - 1)/f of the S bytes that a member trains: all-reduced in a ring
-    activations   2 S (t - 1)/t of the outputs of a layer whose inputs tensor divides (o, down, an
-                  embedding) in each forward pass, and of its rows once more backward, for the
-                  layers before it whose outputs tensor divides
+    activations   2 S (t - 1)/t of the outputs of a kernel whose inputs tensor divides (o, down),
+                  forward, and of the inputs' gradient of each kernel whose outputs tensor divides,
+                  backward; S (f - 1)/f of what an embedding looks up
 
 Rings as in Thakur et al. 2005, "Optimization of collective communication operations in MPICH".
 Time is a roofline: the longest of computing, reading memory and communicating, which assumes that
@@ -154,43 +155,50 @@ def gathered(base: Base, shape: Shape) -> int:
 def traffic(load: Load, shape: Shape) -> Traffic:
     """What each device receives in a step."""
     f, t = shape.fsdp, shape.tensor
-    gather = reduced = 0.0
+    gather = reduced = looked_up = 0.0
     for w in load.weights(shape):
-        forward, backward = _passes(load, w)
         if "fsdp" in w.axes:
-            gather += (forward + backward) * w.stored / (w.split // f) * (f - 1) / f
-        if "tensor" in w.axes:
+            gather += _gathers(load, w) * w.stored / (w.split // f) * (f - 1) / f
+            looked_up += w.n_out * (w.site is not None and w.site.kind == "embed")
+        if "tensor" in w.axes and w.site is not None:
             reduced += _reduced(load, w)
     gradients = load.trained * math.ceil(load.members / shape.member) * load.train.accumulate
     gradients *= load.backward
     return Traffic(
         gather * load.turns(shape),
         2 * (f - 1) / f * gradients,
-        2 * (t - 1) / t * reduced * load.tokens_on(shape) * load.activation,
+        (2 * (t - 1) / t * reduced + (f - 1) / f * looked_up)
+        * load.tokens_on(shape)
+        * load.activation,
     )
 
 
-def _passes(load: Load, w: Weight) -> tuple[int, int]:
-    """How often a weight is read forward and backward in one pass over a batch's part."""
-    if _is_head(load.base, w):
-        return 1 + (w.site.kind == "embed"), load.backward  # a tied one is read twice
-    if w.site is not None and w.site.kind == "embed":
-        return 1, 0
+def _passes(load: Load, w: Weight) -> int:
+    """How often a weight is multiplied by in one pass over a batch's part."""
     again = load.backward and load.train.remat != "none" and w.layers > 1
-    return 1 + again, load.backward
+    return 1 + again + load.backward
+
+
+def _gathers(load: Load, w: Weight) -> int:
+    """How often a weight is gathered in one pass over a batch's part."""
+    if _is_head(load.base, w):
+        return 1
+    if w.site is not None and w.site.kind == "embed":
+        return 0
+    return 1 + load.backward
 
 
 def _reduced(load: Load, w: Weight) -> int:
     """Numbers of each token that devices along "tensor" add because this weight is divided."""
-    if w.site is None:
-        return 0
-    looked_up = w.n_out if w.site.kind == "embed" else 0
-    if _is_head(load.base, w):
-        return looked_up + (looked_up or w.n_in) * load.backward
+    head, looked_up = _is_head(load.base, w), w.site.kind == "embed"
+    if head or looked_up:
+        width = w.n_out if looked_up else w.n_in
+        return width * (looked_up + head * load.backward)
     if w.path not in sharding.after(load.base.sites):
-        return looked_up
-    # Backward: of what the layers before it read. With remat, o again; what down gives isn't read.
-    return w.layers * w.n_out * sum(_passes(load, w))
+        return w.layers * w.n_in * load.backward
+    # With remat o computes again; what down gives is not read.
+    again = load.backward and load.train.remat != "none" and "down" not in w.path
+    return w.layers * w.n_out * (1 + again)
 
 
 def _is_head(base: Base, w: Weight) -> bool:
@@ -205,7 +213,7 @@ def seconds(load: Load, shape: Shape, device: Device) -> Seconds:
     for w in load.weights(shape):
         if w.site is None or (w.site.kind == "embed" and not _is_head(load.base, w)):
             continue
-        passes = sum(_passes(load, w)) - (w.site.kind == "embed")
+        passes = _passes(load, w)
         parts = shape.tensor if "tensor" in w.axes else 1
         flops += 2 * passes * _used(load.base, w) * w.layers * w.n_in * w.n_out / parts * tokens
         read += passes * w.stored / (w.split // shape.fsdp if "fsdp" in w.axes else w.split)
