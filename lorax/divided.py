@@ -62,6 +62,15 @@ def gathered(x, axes):
     return constrained(x, *(axis if axis == "tensor" else None for axis in axes))
 
 
+def gathered_for(x, w, axes):
+    """x, and w gathered when x is there. Otherwise XLA may gather all layers before a loop over
+    steps, and keep them."""
+    if not divides_base():
+        return x, w
+    x, w = jax.lax.optimization_barrier((x, w))
+    return x, gathered(w, axes)
+
+
 def whole(x):
     """x, whole on each device."""
     return constrained(x)
@@ -108,7 +117,7 @@ def product(x, w, by: tuple[str, str], axis: int):
     if sends_rows(x, w.shape[1 - axis], w.size * w.dtype.itemsize):
         x, w = whole(x), constrained(w, *by)
     else:
-        w = gathered(w, by)
+        x, w = gathered_for(x, w, by)
     return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (axis,)), ((), ())))
 
 

@@ -531,7 +531,7 @@ def bfloat16_product(x, w, axis: int, by=divided.LINEAR):
     """The product of x (..., n) with axis `axis` of a bfloat16 matrix w: operands in bfloat16, sums
     in float32, in both directions. Returns x's dtype. w gets no gradient. by: axes of a mesh that
     divide w."""
-    w = divided.gathered(w, by)
+    x, w = divided.gathered_for(x, w, by)
     dimensions = (((x.ndim - 1,), (axis,)), ((), ()))
     y = jax.lax.dot_general(
         x.astype(jnp.bfloat16), w, dimensions, preferred_element_type=jnp.float32
