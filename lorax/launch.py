@@ -103,8 +103,8 @@ def _train(settings, members, workdir: Path, command: str, engine, options, flag
             jax.config.update("jax_platforms", "cpu")  # the workers have the accelerators
         from lorax import rounds  # imports JAX; the plan line is printed before
 
-        launch = launcher.Launcher(engine, options, machine, workers, flags, revised)
-        return rounds.train(settings, members, workdir, command, launch.train)
+        by_workers = launcher.Launcher(engine, options, machine, workers, flags, revised)
+        return rounds.train(settings, members, workdir, command, by_workers)
 
 
 if __name__ == "__main__":

@@ -40,12 +40,12 @@ def train(
     members: list[Member],
     workdir: Path,
     command: str,
-    launch: Callable | None = None,
+    launcher=None,
 ) -> dict[str, str]:
     """Train all members of a run, export, analyse, report; {what failed after training: why}.
 
-    command: the command that runs the same again, for config.json. launch: has other processes
-    train the groups of a round, with the arguments of `loop.train`, which trains them here. With
+    command: the command that runs the same again, for config.json. launcher: has other processes
+    train the groups of a round (`lorax.launching.launcher`); without it they are trained here. With
     several processes (`lorax.hosts`) all train, and the first one alone writes, analyses and knows
     what failed.
     """
@@ -56,7 +56,7 @@ def train(
     with Screen() as screen:
         log = Log(workdir, screen)
         with contextlib.closing(log):
-            base = _train(settings, members, log, command, launch)
+            base = _train(settings, members, log, command, launcher)
             if not hosts.first():
                 return {}
             log.write("trained")
@@ -112,11 +112,11 @@ class Log:
 # ---------------------------------------------------------------------------------------- training
 
 
-def _train(settings, members: list[Member], log: Log, command: str, launch) -> Base:
+def _train(settings, members: list[Member], log: Log, command: str, launcher) -> Base:
     """Train the sweep, then the rounds of a search; the base of the first group."""
     workdir, say, loaded = log.workdir, log.screen.say, prepare.Loaded({}, {})
-    prepared = functools.partial(prepare.groups, say=say, loaded=loaded, samples=bool(launch))
-    train, groups = launch or loop.train, prepared(members)
+    prepared = functools.partial(prepare.groups, say=say, loaded=loaded, samples=bool(launcher))
+    train, groups = launcher.train if launcher else loop.train, prepared(members)
     if settings.search.threshold:
         prepare.check_metric(groups, settings.search.metric)
     base = groups[0].base
@@ -125,7 +125,7 @@ def _train(settings, members: list[Member], log: Log, command: str, launch) -> B
         say(halving.budget(race))
     if hosts.first():
         check_disk(workdir, groups, race)
-        write_config(workdir, settings, base, command)
+        write_config(workdir, settings, base, command, launcher and launcher.device)
         log.trackers = track.trackers(settings.track, workdir)
     evaluations = Evaluations(workdir)
 
@@ -187,17 +187,19 @@ def check_disk(
         )
 
 
-def write_config(workdir: Path, settings: ConfigDict, base: Base, command: str) -> None:
+def write_config(
+    workdir: Path, settings: ConfigDict, base: Base, command: str, device: str | None = None
+) -> None:
     """Write config.json. If the run has begun, only its config and command are updated.
 
-    Raises ValueError if the weights of the base differ from those that the run began with.
+    device: what trains, if that is not this machine. Raises ValueError if the weights of the base differ from those that the run began with.
     """
     devices, cores = jax.devices(), f"{platform.machine()}, {os.cpu_count()} cores"
     now = {
         "config": json.loads(settings.to_json()),
         "versions": {name: _version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
-        "device": f"{len(devices)} x {devices[0].device_kind} ({cores})",
+        "device": device or f"{len(devices)} x {devices[0].device_kind} ({cores})",
         "git": _git_revision(),
         "base_sha256": base.sha256,
         "command": command,

@@ -41,6 +41,12 @@ class Launcher:
         self.workers, self.flags, self.revised = workers, flags, revised
         self.round = 0
 
+    @property
+    def device(self) -> str | None:
+        """What trains, for config.json; None for a CPU like the launcher's."""
+        of = self.machine
+        return None if of.platform == "cpu" else f"{of.devices} x {of.platform} of workers"
+
     def train(
         self,
         workdir: Path,

@@ -73,10 +73,10 @@ class Process:
 
 
 def serve() -> None:
-    from lorax import rounds, run  # noqa: F401  all that takes long to import
+    from lorax import launch, rounds, run  # noqa: F401  all that takes long to import
     from lorax.launching import training, worker  # noqa: F401
 
-    commands = {"run": run.main, "worker": worker.main}
+    commands = {"run": run.main, "worker": worker.main, "launch": launch.main}
     for line in sys.stdin:
         asked = json.loads(line)
         if isinstance(asked, int):

@@ -6,7 +6,7 @@ import random
 import time
 
 import pytest
-from launching import forks
+from launching import forks, sweeps
 from safetensors.numpy import load_file
 
 from lorax import launch, resume, rundir
@@ -273,3 +273,39 @@ def test_help_lists_the_options_of_an_engine(engine, capsys):
     assert launch.main(["lorax.launch", "--help", f"--on={engine}"]) == 0
     said = capsys.readouterr().out
     assert "--workers" in said and "--retries" in said and f"--on={engine}:" in said
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_goes_on(start, alone, tmp_path, server):
+    """Its workers end with it; another one uses what they have left."""
+    workdir, study = tmp_path / "run", tmp_path / "study.py"
+    study.write_text(STUDY)
+    words = ["--on=local", "--workers=2", f"--config={study}", f"--workdir={workdir}"]
+    launcher = server.fork("launch", words, tmp_path / "log")
+    while not list(workdir.glob("parts/*/checkpoints/*/[1-9]*")):
+        assert launcher.poll() is None
+        time.sleep(0.02)
+    os.kill(launcher.pid, 9)
+    while any(map(rundir.is_locked, parts.directories(workdir))):
+        time.sleep(0.02)
+    assert start(workdir, "", "--workers=2") == 0
+    assert_same(workdir, alone(""))
+
+
+#: The default study, with all that it measures.
+SMALL = (
+    *("--config.train.steps=4", "--config.train.batch_size=4", "--config.train.warmup=0"),
+    *("--config.eval.every=2", "--config.eval.examples=8", "--config.eval.test=8"),
+    *("--config.task.n_train=64", "--config.eval.generate=2", "--config.analysis.report=False"),
+    "--config.analysis.trajectory=True",
+)
+
+
+@pytest.mark.slow
+def test_the_default_study_is_that_of_one_machine(tmp_path):
+    """In processes as a person starts them, compiled as theirs are."""
+    config = sweeps.ROOT / "configs/gpt2_rank_sweep.py"
+    sweeps.lorax("run", config, tmp_path / "alone", *SMALL)
+    sweeps.lorax("launch", config, tmp_path / "run", "--on=local", "--workers=2", *SMALL)
+    assert len(parts.directories(tmp_path / "run")) == 2
+    assert_same(tmp_path / "run", tmp_path / "alone")
