@@ -192,7 +192,8 @@ def write_config(
 ) -> None:
     """Write config.json. If the run has begun, only its config and command are updated.
 
-    device: what trains, if that is not this machine. Raises ValueError if the weights of the base differ from those that the run began with.
+    device: what trains, if that is not this machine. Raises ValueError if the weights of the base
+    differ from those that the run began with.
     """
     devices, cores = jax.devices(), f"{platform.machine()}, {os.cpu_count()} cores"
     now = {

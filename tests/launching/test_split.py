@@ -1,0 +1,68 @@
+"""How members are split into parts, and parts merged: nothing runs."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lorax import config, halving, rundir
+from lorax.launching import machines, merge, parts, split
+
+
+def group(index, members, steps=10):
+    c = config.default()
+    c.train.update(steps=steps, width=2)
+    made = tuple(config.Member(i, str(i), {}, c) for i in members)
+    base = SimpleNamespace(params={"w": np.zeros((4, 4), np.float32)}, input_shape=None)
+    return SimpleNamespace(index=index, members=made, config=c, base=base)
+
+
+@pytest.fixture
+def machine():
+    return machines.Machine("cpu", 2, 2)
+
+
+def test_a_part_has_multiples_of_what_devices_compute_at_a_time(machine):
+    """Width 2 on two devices: four members at a time."""
+    found = split.split([group(0, range(16))], None, machine, 3)
+    assert sorted(map(len, found)) == [4, 4, 8]
+    assert sorted(sum(found, ())) == list(range(16)) and len(found[0]) == 8
+    assert all(list(part) == list(range(part[0], part[0] + len(part))) for part in found)
+
+
+def test_small_groups_share_parts_and_large_ones_are_divided(machine):
+    groups = [group(0, range(8)), *(group(i, (7 + i,)) for i in range(1, 5))]
+    found = split.split(groups, None, machine, 2)
+    assert found == [tuple(range(8)), (8, 9, 10, 11)]
+    long = [group(0, range(8), 100), group(1, range(8, 12), 1)]
+    assert split.split(long, None, machine, 3) == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)]
+
+
+def test_members_that_compete_are_in_one_part(machine):
+    candidate = lambda *of: halving.Candidate(of[0], of[:1], of[1:])
+    points = tuple((candidate(4 * i, 4 * i + 1), candidate(4 * i + 2, 4 * i + 3)) for i in range(3))
+    race = halving.Race("lr", (0.5,), 0.5, points, {i: (5, 10) for i in range(12)})
+    found = split.split([group(0, range(12))], race, machine, 2)
+    assert found == [tuple(range(4, 12)), (0, 1, 2, 3)]
+
+
+def test_lines_are_merged_in_the_order_of_one_machine(tmp_path):
+    """Three members, two in a program; their parts have measured them in another order."""
+    lines = [{"member": i, "point": {}, "steps": 2, "legs": [[0, 2]]} for i in range(3)]
+    parts.write_round(tmp_path, 1, parts.Round({0: lines}, {0: 2}, {0: ""}, (), "/"))
+    row = lambda member, step, kind: {"member": member, "step": step, "split": kind, "loss": 0.5}
+    for number, members in enumerate([(1, 2), (0,)]):
+        here = parts.directory(tmp_path, number)
+        parts.write(here, parts.Part(members, 1, {}))
+        rows = [row(i, step, kind) for i in members for step, kind in ((0, "eval"), (2, "train"))]
+        rundir.append_metrics(here, [*rows, *(row(i, 2, "eval") for i in members)])
+    with open(here / rundir.METRICS, "a") as file:
+        file.write('{"member": 0, "st')  # of a worker that is writing, or was killed
+    merge.metrics(tmp_path, parts.directories(tmp_path))
+    found = [json.loads(line) for line in (tmp_path / rundir.METRICS).read_text().splitlines()]
+    order = [(0, "eval"), (2, "train"), (2, "eval")]
+    programs = [(0, 1), (2,)]
+    assert [tuple(x.values())[:3] for x in found] == [
+        (i, step, kind) for members in programs for step, kind in order for i in members
+    ]
