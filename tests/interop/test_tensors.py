@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import zipfile
 
@@ -167,3 +168,26 @@ def test_files_written_array_by_array_have_the_bytes_of_safetensors(tmp_path):
     tensors.write(tmp_path / "ours", {name: jnp.asarray(x) for name, x in arrays.items()})
     safetensors.numpy.save_file(arrays, tmp_path / "theirs")
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_parts_of_a_tensor_are_read_as_numpy_takes_them(tmp_path):
+    rng, file = np.random.default_rng(0), tmp_path / "parts.safetensors"
+    whole = rng.standard_normal((3000, 3, 7)).astype(np.float16)
+    safetensors.numpy.save_file({"before": np.ones(3, np.float32), "x": whole}, file)
+    x = tensors.stored(file)["x"]
+    everything = [range(n) for n in whole.shape]
+    places = np.array([2, 3, 4, 900, 2998])
+    for index in (
+        everything,
+        [range(5, 2000), *everything[1:]],
+        [range(2500, 2503), range(1, 3), range(7)],
+        [range(3000), range(3), range(2, 5)],
+        [places, range(3), range(7)],
+        [places, range(1, 2), np.array([6, 0])],
+    ):
+        np.testing.assert_array_equal(x.read(index), whole[np.ix_(*index)])
+    np.testing.assert_array_equal(x.read(), whole)
+    os.truncate(file, file.stat().st_size - 10)
+    for index in (None, [range(2990, 3000), range(1), range(7)]):
+        with pytest.raises(ValueError, match="parts.safetensors: it ends within x"):
+            x.read(index)

@@ -1,6 +1,11 @@
 """A base is read straight into the parts that a mesh of devices divides it into."""
 
+import hashlib
 import json
+import os
+import socket
+import subprocess
+import sys
 import types
 
 import jax
@@ -252,3 +257,66 @@ def test_a_divided_base_is_merged_and_saved_as_one_on_a_single_device(stored, tm
 def assert_divided_alike(params, expected):
     where = lambda params: [leaf.sharding for leaf in jax.tree.leaves(params)]
     assert where(params) == where(expected)
+
+
+#: What each of two processes reads, has and saves: two lines of JSON.
+TWO = """
+import hashlib, json, sys
+from lorax import hosts
+coordinator, (_, directory, out) = hosts.flags(sys.argv)
+hosts.start(coordinator)
+import jax, numpy as np
+import lorax
+from lorax import models, sharding
+from lorax.interop import tensors
+
+seen, read = [], tensors.Stored.read
+tensors.Stored.read = lambda self, index=None: (seen.append(x := read(self, index)), x)[1]
+mesh = sharding.mesh(sharding.parse("fsdp=4,tensor=2"))
+place = lambda params, sites: sharding.shardings(params, sites, mesh)
+
+def described(base):
+    bytes_read = sum(x.nbytes for x in seen)
+    seen.clear()
+    digest = hashlib.sha256()
+    for x in jax.tree.leaves(hosts.whole(base.params)):
+        digest.update(x.tobytes())
+    return [bytes_read, digest.hexdigest(), base.sha256]
+
+base = lorax.load(directory, place=place)
+plain = described(base)
+models.save(out, base)
+coded = described(lorax.load(directory, place=place, quant="nf4", double_quant=True))
+print(json.dumps([plain, coded]))
+"""
+
+
+def test_each_of_two_processes_reads_its_half(stored, tmp_path):
+    directory, out = stored("llama"), tmp_path / "out"
+    out.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = [f"--coordinator=127.0.0.1:{port}", "--processes=2"]
+    command = [sys.executable, "-c", TWO, str(directory), str(out), *flags]
+    here = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    started = [
+        subprocess.Popen([*command, f"--process={i}"], env=here, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    ends = [process.communicate(timeout=300)[0].splitlines()[-1] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    base = lorax.load(str(directory))
+    total = tree.nbytes(base.params)
+    for found, expected in zip(
+        zip(*map(json.loads, ends), strict=True),
+        (base, lorax.quantize(base, double=True)),
+        strict=True,
+    ):
+        digest = hashlib.sha256()
+        for x in jax.tree.leaves(expected.params):
+            digest.update(np.asarray(x).tobytes())
+        for bytes_read, values, sha256 in found:
+            assert values == digest.hexdigest() and sha256 == base.sha256
+            assert 0.5 * total <= bytes_read < 0.51 * total  # norms are in both halves
+    assert (out / hf.SINGLE).read_bytes() == (directory / hf.SINGLE).read_bytes()
