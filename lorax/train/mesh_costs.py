@@ -3,9 +3,9 @@
 What one device receives in a step, and sends as much, with f devices along "fsdp" and t along
 "tensor":
 
-    weights       S (f - 1)/f of a weight of S bytes that fsdp divides, forward and once more
-                  backward, where remat computes the layer again too; of a head only once, because
-                  the loss makes its gradients at once
+    weights       S (f - 1)/f of a weight of S bytes that fsdp divides: forward, backward, and with
+                  remat forward again, but for down, whose outputs nothing reads then; of a head
+                  only once, because the loss makes its gradients at once
     gradients     2 S (f - 1)/f of the S bytes that a member trains: all-reduced in a ring
     activations   2 S (t - 1)/t of the outputs of a kernel whose inputs tensor divides (o, down),
                   forward, and of the inputs' gradient of each kernel whose outputs tensor divides,
@@ -173,19 +173,20 @@ def traffic(load: Load, shape: Shape) -> Traffic:
     )
 
 
-def _passes(load: Load, w: Weight) -> int:
-    """How often a weight is multiplied by in one pass over a batch's part."""
+def _forward(load: Load, w: Weight) -> int:
+    """How often the products of a layer with a weight are computed for a part of a batch. With
+    remat twice, but for the last, which nothing reads the second time."""
     again = load.backward and load.train.remat != "none" and w.layers > 1
-    return 1 + again + load.backward
+    return 1 + (again and "down" not in w.path)
 
 
 def _gathers(load: Load, w: Weight) -> int:
-    """How often a weight is gathered in one pass over a batch's part."""
+    """How often a weight is gathered for a part of a batch."""
     if _is_head(load.base, w):
         return 1
     if w.site is not None and w.site.kind == "embed":
         return 0
-    return 1 + load.backward
+    return _forward(load, w) + load.backward
 
 
 def _reduced(load: Load, w: Weight) -> int:
@@ -196,9 +197,7 @@ def _reduced(load: Load, w: Weight) -> int:
         return width * (looked_up + head * load.backward)
     if w.path not in sharding.after(load.base.sites):
         return w.layers * w.n_in * load.backward
-    # With remat o computes again; what down gives is not read.
-    again = load.backward and load.train.remat != "none" and "down" not in w.path
-    return w.layers * w.n_out * (1 + again)
+    return w.layers * w.n_out * _forward(load, w)
 
 
 def _is_head(base: Base, w: Weight) -> bool:
@@ -213,7 +212,7 @@ def seconds(load: Load, shape: Shape, device: Device) -> Seconds:
     for w in load.weights(shape):
         if w.site is None or (w.site.kind == "embed" and not _is_head(load.base, w)):
             continue
-        passes = _passes(load, w)
+        passes = _forward(load, w) + load.backward
         parts = shape.tensor if "tensor" in w.axes else 1
         flops += 2 * passes * _used(load.base, w) * w.layers * w.n_in * w.n_out / parts * tokens
         read += passes * w.stored / (w.split // shape.fsdp if "fsdp" in w.axes else w.split)

@@ -63,7 +63,8 @@ def test_traffic_by_hand(remat, again):
     # A sweep of 4 members, two at a time, that gathers for each of two parts of a batch.
     load = load_of(4, remat=remat, accumulate=2)._replace(width=2)
     moved = mesh_costs.traffic(load, Shape(1, 4, 1))
-    once = 2 * L * LAYER + HEAD  # forward and backward; the loss makes its gradients at once
+    # Forward, backward and with remat again without down; the loss makes its gradients at once.
+    once = L * (2 * LAYER + again * (LAYER - 4 * D * F)) + HEAD
     assert moved.weights == once * 3 / 4 * 2 * 2
     assert moved.gradients == 2 * 3 / 4 * 4 * 1000 * 2
     assert moved.activations == 3 / 4 * 4 * (4 * 8 * 16 / 4) * D  # rows of the embedding
