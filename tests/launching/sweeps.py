@@ -27,6 +27,14 @@ def get_config(arg=None):
     c.sweep.update(rank=(1, 2), seed=(0, 1), full_lr=(1e-3,))
     return c
 """
+#: The study of the README with all its members, in four steps.
+DEFAULT = "configs/gpt2_rank_sweep.py"
+SHORT = (
+    *("--config.train.steps=4", "--config.train.batch_size=4", "--config.train.warmup=0"),
+    *("--config.eval.every=2", "--config.eval.examples=8", "--config.eval.test=8"),
+    *("--config.eval.batch_size=8", "--config.eval.generate=0", "--config.task.n_train=32"),
+    "--config.analysis.report=False",
+)
 FILES = ("members.jsonl", "metrics.jsonl")
 
 

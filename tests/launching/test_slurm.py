@@ -196,5 +196,11 @@ def test_a_sweep_that_is_preempted_is_that_of_one_machine(single, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_default_study_is_that_of_one_machine(default_study, tmp_path):
+    sweeps.lorax("launch", sweeps.DEFAULT, tmp_path / "run", *sweeps.SHORT, *LOCAL)
+    sweeps.same(default_study, tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_a_sweep_whose_workers_are_killed_is_that_of_one_machine(single, tmp_path):
     sweeps.repeated_while_killed(single, tmp_path, *LOCAL)
