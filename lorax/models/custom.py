@@ -20,12 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from safetensors.numpy import save_file
 
 from lorax import hosts, intercept, ops, outside, tree, vocabulary
 from lorax.errors import nearest
-from lorax.files import atomically, write_json
-from lorax.interop import hf
+from lorax.files import write_json
+from lorax.interop import hf, tensors
 from lorax.interop.tensors import check_weight, opened, stored
 from lorax.models import room, streaming
 from lorax.models.base import Base
@@ -91,10 +90,10 @@ def save(directory: Path, base: Base) -> None:
     in the module and in their dtypes in `base`, and a config.json that names the function. `load`
     reads them as "FILE.py:function@directory"."""
     flat = tree.flatten(base.params)
-    flat = {path: hosts.whole(ops.dense(x, base.sites.get(path))) for path, x in flat.items()}
+    flat = {path: ops.dense(x, base.sites.get(path)) for path, x in flat.items()}
     for path, x in flat.items():
-        check_weight(x, path, directory / hf.SINGLE, x.dtype)
-    atomically(directory / hf.SINGLE, lambda file: save_file(flat, file))
+        check_weight(hosts.whole(x), path, directory / hf.SINGLE, x.dtype)
+    tensors.write(directory / hf.SINGLE, flat)
     function = outside.base_name(base.name).function
     write_json(directory / "config.json", {"model_type": MODEL_TYPE, "function": function})
 

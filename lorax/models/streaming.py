@@ -7,6 +7,7 @@ from typing import Protocol
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 class Readable(Protocol):
@@ -50,7 +51,7 @@ class Coming:
     """An array that is still to be read to the devices of a sharding; None: the default device."""
 
     source: Readable
-    sharding: jax.sharding.Sharding | None
+    sharding: NamedSharding | None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,7 +65,7 @@ class Coming:
         """Its parts along the first axis, each read when it is asked for."""
         place = self.sharding
         if place is not None:
-            place = place.update(spec=jax.sharding.PartitionSpec(*place.spec[1:]))
+            place = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
         for i in range(self.shape[0]):
             yield array(Layer(self.source, i), place)
 
