@@ -179,7 +179,7 @@ def merge(args) -> None:
 
     _check_new(args.out)
     args.base = _onto(args)
-    trained = adapters.load(args.adapter, args.base, args.alpha)
+    trained = adapters.load(args.adapter, args.base, args.alpha, unread=True)
     base = trained.base
     unset = [path for path in base.fresh if path not in trained.whole]
     if unset:
@@ -252,13 +252,17 @@ def _unchanged(merged, base, dtypes) -> bool:
     """Whether all parameters, in the dtypes they are written in, equal those of the base."""
     import numpy as np
 
-    from lorax import ops, tree
+    from lorax import tree
+    from lorax.models.saving import Weight
 
     params = tree.flatten(merged.params)
     for path, leaf in merged.replaced.items():
-        pair = (ops.dense(leaf_, base.sites.get(path)) for leaf_ in (leaf, params[path]))
-        if not np.array_equal(*(np.asarray(leaf_).astype(dtypes[path]) for leaf_ in pair)):
-            return False
+        site = base.sites.get(path)
+        before, after = Weight(leaf, site), Weight(params[path], site)
+        for index in np.ndindex(*leaf.shape[: site.stack if site else 0]):
+            pair = (np.asarray(weight[index]).astype(dtypes[path]) for weight in (before, after))
+            if not np.array_equal(*pair):
+                return False
     return True
 
 

@@ -10,17 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import synthetic
 from quick import jit
 from support import data, require
 
 import lorax
-from lorax import adapters, convert, ops, quant, tree
+from lorax import adapters, convert, models, ops, quant, tree
 from lorax.adapters import peft_methods
 from lorax.analysis import factor_svd
 from lorax.interop import hf, loralib, peft
 from lorax.interop.peft import Adapter, Factors
 from lorax.models.families import FAMILIES
 from lorax.models.load import skeleton
+from lorax.models.saving import stored_dtypes
 from lorax.quant import nf4
 
 MNLI = "adapters/lora_roberta_mnli/roberta_base_lora_mnli.npz"
@@ -662,3 +664,22 @@ def test_numbers_that_are_none_are_refused_before_anything_is_written(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"{file}: {name}: NaN or infinity in it" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_merging_reads_and_writes_one_layer_after_the_other(tmp_path, monkeypatch):
+    """The file is that of a base in memory, and no buffer is larger than the embedding."""
+    synthetic.make_adapter(tmp_path / "adapter", 0)
+    trained = adapters.load(tmp_path / "adapter", lorax.load("gpt2-nano"))
+    merged = trained.merge(stored_dtypes(trained.base))
+    models.save(tmp_path / "whole", trained.base.replace(params=merged.params))
+    seen, read = [], hf.Parameter.read
+
+    def counted(self, index):
+        seen.append(read(self, index))
+        return seen[-1]
+
+    monkeypatch.setattr(hf.Parameter, "read", counted)
+    assert run("merge", "gpt2-nano", tmp_path / "adapter", tmp_path / "merged") == 0
+    assert max(x.nbytes for x in seen) == 4 * 1024 * 128 and len(seen) > 4 * 12
+    whole, layered = (tmp_path / name / hf.SINGLE for name in ("whole", "merged"))
+    assert layered.read_bytes() == whole.read_bytes()

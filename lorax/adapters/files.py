@@ -22,6 +22,7 @@ def load(
     base: Base | str,
     alpha: float | None = None,
     weights: bool = True,
+    unread: bool = False,
 ) -> Trained:
     """Read a trained adapter of any kind, onto its base.
 
@@ -33,6 +34,8 @@ def load(
       weights: whether to load the weights of a base given by name. Without them the result can be
         inspected and saved, but neither bound nor merged. Methods other than low-rank factors
         always load them.
+      unread: whether the weights of a base given by name stay in their files, to merge low-rank
+        factors into one layer after the other as they are saved. Other methods load them.
 
     Raises FileNotFoundError, or ValueError that names the file and the field, tensor or layer that
     is damaged, can't be read, or does not fit the base; if possible before weights are loaded.
@@ -52,6 +55,8 @@ def load(
                 binding.check(shapes, adapter)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
+            if unread and isinstance(base, str):
+                return Trained(models.unread(base, **fields), adapter)
             return Trained(whole() if weights else shapes, adapter)
         case _:
             return from_training(onto := whole(), *peft_methods.load(path, onto))

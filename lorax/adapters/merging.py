@@ -1,6 +1,7 @@
 """Adapters merged into plain parameters, and taken out again."""
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax import gather, ops, sharding, tree
-from lorax.adapters import tied
+from lorax.adapters import altered, tied
 from lorax.adapters.stacking import by_parameter, with_weights
 from lorax.interop.adapter import Adapter, Factors
 from lorax.interop.tensors import check_finite
@@ -18,7 +19,8 @@ from lorax.models import Base
 class Merged(NamedTuple):
     """params: the base's parameters with the adapter merged; changed ones are plain arrays.
     replaced: {path: leaf} of the base's leaves that differ in params. error: {layer: largest
-    |merged - exact| over largest |exact|}, the rounding error."""
+    |merged - exact| over largest |exact|}, the rounding error; of a base that is still in its files
+    (`models.unread`) added as its layers are read."""
 
     params: dict
     replaced: dict
@@ -43,37 +45,41 @@ def merge(base: Base, adapter: Adapter, dtypes: Mapping[str, np.dtype] | None = 
     flat, error = with_weights(base, rest.weights), {}
     for path, layers in by_parameter(base, rest.factors).items():
         dtype = (dtypes or {}).get(path, ops.frozen(flat[path]).dtype)
-        matrices = _sums(flat[path], base.sites[path], layers, dtype, error)
-        flat[path] = _replaced(base, path, flat[path], matrices, dtype)
+        site, of = base.sites[path], functools.partial(_merged, flat[path], base.sites[path], dtype)
+        matrices = {layer[1]: functools.partial(of, *layer, error) for layer in layers}
+        if altered.is_unread(flat[path]):
+            flat[path] = altered.with_matrices(flat[path], site, dtype, matrices)
+        else:
+            flat[path] = _replaced(base, path, flat[path], matrices, dtype)
     params = tree.unflatten(flat)
     return Merged(params, replaced(base, params), error)
 
 
-def _sums(leaf, site: ops.Site, layers: list, dtype, error: dict[str, float]) -> Iterator[tuple]:
-    """(index, merged matrix in `dtype`) of each layer. error: where its rounding error is added."""
-    for layer, index, factors in layers:
-        exact = _sum(np.asarray(gather.matrix(leaf, site, index)), factors)
-        after = _rounded(exact, dtype)
-        check_finite(layer, exact, after)
-        off = np.abs(after.astype(np.float64) - exact).max(initial=0)
-        error[layer] = float(off / (np.abs(exact).max(initial=0) or 1))
-        yield index, after
+def _merged(leaf, site: ops.Site, dtype, layer: str, index: tuple, factors: Factors, error: dict):
+    """The merged matrix of one layer in `dtype`. error: where its rounding error is added."""
+    exact = _sum(np.asarray(gather.matrix(leaf, site, index)), factors)
+    after = _rounded(exact, dtype)
+    check_finite(layer, exact, after)
+    off = np.abs(after.astype(np.float64) - exact).max(initial=0)
+    error[layer] = float(off / (np.abs(exact).max(initial=0) or 1))
+    return after
 
 
-def _replaced(base: Base, path: str, leaf, matrices: Iterator[tuple], dtype):
-    """The plain kernel in `dtype`, with other matrices in some of its layers."""
+def _replaced(base: Base, path: str, leaf, matrices: Mapping[tuple, Callable], dtype):
+    """The plain kernel in `dtype`, with other matrices in some of its layers: {index: function that
+    returns it}."""
     mesh, site = gather.mesh_of(leaf), base.sites[path]
     stack = lambda leaf: site.to_matrix(ops.dense(leaf, site))
     if mesh is None:
         whole = np.array(stack(leaf)).astype(dtype)
-        for index, matrix in matrices:
-            whole[index] = matrix
+        for index, matrix in matrices.items():
+            whole[index] = matrix()
         return site.from_matrix(jnp.asarray(whole), leaf.shape)
     whole = gather.divided(lambda leaf: stack(leaf).astype(dtype), mesh, leaf)
     put = lambda whole, matrix, index: whole.at[index].set(matrix)
     put = jax.jit(put, donate_argnums=0, out_shardings=whole.sharding)
-    for index, matrix in matrices:
-        whole = put(whole, matrix, index)
+    for index, matrix in matrices.items():
+        whole = put(whole, matrix(), index)
     shape = tree.unflatten({path: jax.ShapeDtypeStruct(leaf.shape, dtype)})
     at = tree.flatten(sharding.shardings(shape, base.sites, mesh))[path]
     return jax.jit(lambda whole: site.from_matrix(whole, leaf.shape), out_shardings=at)(whole)

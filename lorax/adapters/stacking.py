@@ -4,13 +4,15 @@ Factors are padded with zeros to the largest rank of the stack, which does not c
 layers without factors have zeros.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import ops, tree
+from lorax import gather, hosts, ops, tree
+from lorax.adapters import altered
 from lorax.errors import nearest
 from lorax.interop.adapter import Factors
 from lorax.models import Base
@@ -73,12 +75,28 @@ def with_weights(base: Base, weights: Mapping[str, np.ndarray]) -> dict:
     base's, in the base's dtype. Raises ValueError as `check_weights`."""
     check_weights(base, weights)
     flat = tree.flatten(base.params)
+    layers: dict[str, dict] = {}
     for name, value in weights.items():
         path, index = base.parts[name]
-        leaf = ops.dense(flat[path], base.sites.get(path))
-        value = jnp.asarray(value).astype(leaf.dtype)
-        flat[path] = leaf.at[index].set(value) if index else value
+        layers.setdefault(path, {})[index] = value
+    for path, values in layers.items():
+        flat[path] = _with_layers(flat[path], base.sites.get(path), values)
     return flat
+
+
+def _with_layers(leaf, site, values: dict[tuple, np.ndarray]):
+    """A leaf with other numbers in some of its layers, or in all of it (index ())."""
+    dtype, cast = ops.frozen(leaf).dtype, lambda value: jnp.asarray(value).astype(dtype)
+    if () in values:
+        whole = cast(values[()])
+        return whole if gather.mesh_of(leaf) is None else hosts.place(whole, leaf.sharding)
+    if altered.is_unread(leaf):
+        later = {index: functools.partial(cast, value) for index, value in values.items()}
+        return altered.Altered(leaf, site, dtype, later)
+    leaf = ops.dense(leaf, site)
+    for index, value in values.items():
+        leaf = leaf.at[index].set(cast(value))
+    return leaf
 
 
 def check_weights(base: Base, weights: Mapping[str, np.ndarray]) -> None:

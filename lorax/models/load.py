@@ -116,17 +116,18 @@ def _in_files(base: Base, directory: Path, param_dtype) -> tuple[dict, tuple[str
     return flat, tuple(path for path in head if path not in flat)
 
 
-def unread(name, param_dtype=jnp.float32, place: Place | None = None) -> Base:
+def unread(name, param_dtype=jnp.float32, place: Place | None = None, **run) -> Base:
     """`load` of a model in Hugging Face's files that reads no weights yet: the arrays of `params`
     are `streaming.Readable`s, of which `lorax.models.kernels` reads a layer when it is asked for.
     Of random weights, a user's own model and one whose head the files lack: `load` itself."""
     name = outside.spell(name, "base")
     if custom.is_custom(name) or name.startswith("random:"):
-        return load(name, param_dtype=param_dtype, place=place)
-    base, directory, _ = _build(name, True, "float32", param_dtype, {})
+        return load(name, param_dtype=param_dtype, place=place, **run)
+    base, directory, _ = _build(name, True, "float32", param_dtype, run)
+    base = base.replace(vocabulary=_vocabulary(base, directory))
     flat, fresh = _in_files(base, directory, param_dtype)
     if fresh:
-        return load(name, param_dtype=param_dtype, place=place)
+        return load(name, param_dtype=param_dtype, place=place, **run)
     params = tree.unflatten({path: flat[path] for path in tree.flatten(base.params)})
     return base.replace(params=params, directory=directory)
 
