@@ -53,7 +53,8 @@ def devices_of(device: Device, mesh: str | None, hosts: int | None) -> int:
     named = parse(mesh).size if mesh not in (None, "auto") else 0
     there = (hosts or 1) * device.per_host
     if hosts and named > there:
-        raise ValueError(f"--mesh: {mesh} needs {named} devices, and {hosts} hosts have {there}")
+        have = "host has" if hosts == 1 else "hosts have"
+        raise ValueError(f"--mesh: {mesh} needs {named} devices, and {hosts} {have} {there}")
     if named:
         return there if hosts else named
     return there if hosts or mesh else 1

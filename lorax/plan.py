@@ -25,8 +25,8 @@ the base copied to every device if it fits there with a member, else the fastest
 a roofline that overlaps communication with computing. What a device receives follows from the rule
 of lorax/train/mesh_costs.py; temporaries are those of the program compiled for the mesh.
 
---table instead compares well-known models: trainable parameters by rank, and full fine-tuning
-with LoRA and QLoRA. --markdown prints tables as Markdown.
+--table instead compares well-known models: trainable parameters by rank, full fine-tuning with LoRA
+and QLoRA, and models that need several devices. --markdown prints tables as Markdown.
 """
 
 import os
@@ -43,6 +43,7 @@ from lorax.devices import DEVICES, check_devices
 from lorax.errors import fail
 
 MOST_COMPILED = 512  # devices of a CPU that a program is compiled for
+MOST_TABLE = 64  # of --table
 
 flags.DEFINE_string(
     "device", "h200,a100,tpu-v5p,cpu", "Devices to plan for, by name.", flag_values=FLAGS
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> int:
         if any(argument.lstrip("-") in ("table", "table=true") for argument in argv[1:]):
             FLAGS(argv)
             print(f"lorax {__version__}: well-known models, from their shapes", flush=True)
+            start_devices(MOST_TABLE)
             show_comparison()
             return 0
         settings, members, _ = command_line.read(argv)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,15 @@ import quick
 from support import few, require
 
 import lorax
-from lorax import config, halving, methods, tasks, tree
+from lorax import config, halving, methods, sharding, tasks, tree
 from lorax.calls import steps_per_call
+from lorax.devices import DEVICES
+from lorax.memory import Free
 from lorax.meshes import Shape
 from lorax.models import shapes as architectures
 from lorax.models.load import skeleton
-from lorax.planning import compiled, costs, field, shapes, spread, tables
-from lorax.train import layouts, mesh_costs, stacks
+from lorax.planning import compiled, costs, field, roofline, shapes, spread, tables
+from lorax.train import fitting, layouts, mesh_costs, stacks
 from lorax.train.batches import batch_shapes
 from lorax.train.programs import compile_programs
 from lorax.xla import program_bytes
@@ -80,6 +83,10 @@ def _known(monkeypatch):
 
 
 def members_of(base="tiny-gpt2", ranks=(8,), **changes):
+    return config.members(config_of(base, ranks, **changes))
+
+
+def config_of(base="tiny-gpt2", ranks=(8,), **changes):
     c = config.default()
     c.base = f"random:{base}"
     c.train.batch_size, c.train.seq_len, c.eval.every = 4, 64, 2
@@ -87,7 +94,7 @@ def members_of(base="tiny-gpt2", ranks=(8,), **changes):
     for key, value in changes.items():
         section, _, name = key.rpartition("__")
         (c[section] if section else c)[name] = value
-    return config.members(c)
+    return c
 
 
 def real_stack(members):
@@ -298,6 +305,115 @@ def _temporaries(p):
     return p.at(1).temporaries - compiled.widest_decoded(p.load.base.params, "float32")
 
 
+@pytest.fixture
+def quickly(monkeypatch):
+    """Nothing is compiled: temporaries of 1,000 bytes for each member."""
+
+    def measured(stacked, base, batch, wanted, spread=None):
+        return {key: compiled.Measured(1000 * key[0], 1e6, 0, 1e3) for key in wanted}
+
+    monkeypatch.setattr(compiled, "measure", measured)
+
+
+@pytest.mark.parametrize(
+    ("n", "rows", "memory", "mode", "shape"),
+    [
+        (8, 4, 1e9, "members", Shape(8, 1, 1)),
+        (3, 8, 1e9, "batch", Shape(1, 8, 1)),
+        (3, 4, 1e9, "none", Shape()),
+        (8, 8, 2.2e6, "mesh", None),
+        (1, 8, 1, "mesh", None),
+    ],
+)
+def test_the_mesh_is_the_one_that_a_run_takes(n, rows, memory, mode, shape, monkeypatch, quickly):
+    """With room for it the base is copied to every device, as `layouts.layout` has it; without it
+    is divided as `fitting.base_mesh` does."""
+    members = members_of("wide-llama", ranks=tuple(range(1, n + 1)), train__batch_size=rows)
+    monkeypatch.setattr(spread, "memory_of", lambda name: memory)
+    p = spread.plan(members, "h200", 8, "auto")
+    assert p.spread.mode == mode and p.spread.shape == (shape or p.spread.shape)
+    c, base = members[0].config, p.load.base
+    if shape:
+        devices = tuple(Faked("gpu") for _ in range(8))
+        chosen = layouts.layout(n, c.train, base, devices)
+        assert (chosen.mode, chosen.shape) == p.spread
+    else:
+        devices = tuple(jax.devices())
+        monkeypatch.setattr("lorax.train.fitting.memory_limit", lambda *_: Free(int(memory), ""))
+        monkeypatch.setattr("lorax.train.fitting.of_kind", lambda _: DEVICES["h200"])
+        c.unlock()
+        c.train.memory_gb = 1.0  # so that a CPU's devices are taken for several
+        taken = fitting.base_mesh(c, lambda: base, n, devices)
+        assert sharding.shape_of(taken) == p.spread.shape and p.spread.shape.size > 1
+
+
+class Faked(NamedTuple):
+    platform: str
+
+
+def test_the_sweep_takes_its_steps_and_evaluations(quickly):
+    members = members_of("wide-llama", ranks=(1, 2, 3, 4, 5, 6, 7, 8), train__batch_size=8)
+    one = spread.plan(members, "h200", 1, None)
+    wide = spread.plan(members, "h200", 8, "member=8")
+    on_one, on_eight = (roofline.on_device(p, "h200") for p in (one, wide))
+    assert wide.each == 1 and on_eight.communication_seconds == 0
+    assert on_one.compute_seconds == pytest.approx(on_eight.compute_seconds)  # of one width
+    assert on_eight.sweep_seconds > one.steps[0] * on_eight.step_seconds
+    none = wide._replace(evaluated=(0, 0))
+    steps = roofline.on_device(none, "h200").sweep_seconds
+    assert steps == pytest.approx(one.steps[0] * on_eight.step_seconds)
+    divided = spread.plan(members, "h200", 8, "fsdp=4,tensor=2")
+    on = roofline.on_device(divided, "h200")
+    assert on.step_seconds == max(on.compute_seconds, on.moving_seconds, on.communication_seconds)
+    assert on.apart_seconds > on.step_seconds > on_eight.step_seconds
+    # Machines that do not talk: each has a part of the members.
+    parts = roofline.in_parts(divided, "h200", 32)
+    assert parts[:3] == (4, 8, "fsdp=4,tensor=2")
+    halved = roofline.in_parts(divided._replace(members=16), "h200", 32)
+    assert parts.seconds < halved.seconds <= 2 * parts.seconds
+    assert roofline.in_parts(wide, "h200", 8)[:3] == (1, 8, "member=8")
+
+
+def test_many_devices_are_shown_and_in_columns(quickly):
+    c = config_of("wide-llama", train__batch_size=8)
+    (row,) = lorax.plan(c, "h200", mesh="fsdp=4,tensor=2").to_dict("records")
+    base = skeleton("random:wide-llama")
+    assert row["weights"] == mesh_costs.nbytes(base, Shape(1, 4, 2)) < tree.nbytes(base.params) / 7
+    assert (row["mesh"], row["mode"], row["devices"]) == ("fsdp=4,tensor=2", "mesh", 8)
+    assert row["weights_received"] > row["gradients_received"] > 0 < row["activations_received"]
+    assert row["apart_seconds"] > row["step_seconds"] >= row["communication_seconds"] > 0
+    assert row["gathered"] == mesh_costs.gathered(base, Shape(1, 4, 2))
+    p = spread.plan(config.members(c), "h200", 8, "fsdp=4,tensor=2")
+    first, second = tables.describe_mesh(0, p, "h200", 8)
+    assert first.title == "Group 0 on 8 h200: fsdp=4,tensor=2" and "DGX H200" in first.note
+    cells = {line[0]: line[1] for line in first.rows}
+    assert cells["weights"] == tables.bytes_text(row["weights"])
+    assert cells["received in a step: weights"] == tables.bytes_text(row["weights_received"])
+    assert second.rows[0][0] == "fsdp=4,tensor=2 (taken)" and second.rows[1][0].startswith("1 part")
+    assert len({len(line) for line in [second.headings, *second.rows]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("mesh", "hosts", "message"),
+    [
+        ("data=2", None, "train.mesh: 'data=2' given, must be auto or sizes of member"),
+        ("fsdp=16", 1, "--mesh: fsdp=16 needs 16 devices, and 1 host has 8"),
+        ("auto", 0, "--hosts: 0 given, must be at least 1"),
+        ("fsdp=8", None, "--mesh: fsdp=8 does not divide the 4 rows"),
+        (
+            "fsdp=4,tensor=4",
+            None,
+            "is compiled for 16 devices of a CPU, and JAX has started with 8",
+        ),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_one_line(mesh, hosts, message):
+    c = config_of(train__batch_size=4)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        lorax.plan(c, "h200", mesh=mesh, hosts=hosts)
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_what_is_made_again_costs_work_and_saves_memory():
     """Activations as the plan shows them: none > dots > full, and FLOPs the other way round."""
     words = ("none", "dots", "full")
@@ -408,7 +524,7 @@ import jax, jax.numpy as jnp
 from lorax import config, tasks
 from lorax.planning import costs, shapes
 from lorax.models import shapes as architectures
-from lorax.train import layouts, mesh_costs, stacks
+from lorax.train import fitting, layouts, mesh_costs, stacks
 from lorax.train.programs import compile_programs
 
 architectures.ARCHITECTURES["gpt2-of-8"] = {
@@ -610,7 +726,10 @@ def test_what_does_not_fit_the_base_is_an_error(base, changes, message):
 def test_tables_in_markdown():
     out = run_python("-m", "lorax.plan", "--table", "--markdown").stdout
     assert "| gpt3-175b, LoRA r = 4, q+v | 18,874,368 | 349 GB |" in out
-    assert "| falcon-7b, q+v |" in out and out.count("\n| --- |") == 3
+    assert "| falcon-7b, q+v |" in out and out.count("\n| --- |") == 4
+    page = (ROOT / "docs/many_machines.md").read_text().splitlines()
+    shown = [line for line in page if " h200 | fsdp=" in line]
+    assert len(shown) == 9 and all(line in out for line in shown)
 
 
 def test_help_helps():

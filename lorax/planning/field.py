@@ -3,10 +3,13 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from lorax import methods, tree
+from lorax import config, methods, tree
 from lorax.models.load import skeleton
+from lorax.planning import spread
+from lorax.planning.roofline import on_device
 from lorax.planning.shapes import quantised
-from lorax.planning.tables import Table, bytes_text, count_text
+from lorax.planning.tables import Table, bytes_text, count_text, seconds_text
+from lorax.train import mesh_costs
 
 RANKS = (1, 2, 4, 8, 16, 64, 256)
 
@@ -65,6 +68,43 @@ def tables() -> Iterable[Table]:
     note += "GPT-3 without saying what it includes; the closest here is Adam in 16 bits, 1.27 TiB. "
     note += "QLoRA's 780 GB for LLaMA 65B match Adam in 32 bits."
     yield Table("Full fine-tuning, LoRA and QLoRA", headings, lines, note)
+    yield on_devices()
+
+
+#: (model, four bits) on numbers of devices -> parts of a batch (`train.accumulate`).
+SPREAD = (("llama2-70b", "nf4"), ("llama2-70b", None), ("gpt3-175b", None))
+DEVICE, PARTS = "h200", {1: 16, 8: 2, 64: 1}
+
+
+def on_devices() -> Table:
+    """Models that need several devices, on meshes that a run would choose."""
+    headings = ("", "mesh", "base", "peak", "members", "received a step", "compute", "links")
+    lines = []
+    for name, four_bits in SPREAD:
+        for devices, parts in PARTS.items():
+            c = config.default()
+            c.base, c.quant, c.double_quant = f"random:{name}", four_bits, True
+            c.dtype = c.param_dtype = "bfloat16"
+            c.method.rank, c.method.targets = 8, _QV
+            c.train.update(batch_size=64, seq_len=2048, remat="full", accumulate=parts)
+            c.eval.every = 1
+            p = spread.plan(config.members(c), DEVICE, devices, "auto")
+            on, received = on_device(p, DEVICE), mesh_costs.traffic(p.load, p.spread.shape)
+            times = on.compute_seconds, on.communication_seconds, on.step_seconds, on.apart_seconds
+            label = f"{name}, {'NF4' if four_bits else 'bfloat16'}, {devices} {DEVICE}"
+            sizes = map(bytes_text, (p.weights, p.peak(1, p.at(1))))
+            if on.fit_one_at_a_time == 0:
+                times, shown = (), ["does not fit", *[""] * 5]
+            else:
+                shown = [f"{on.fit_one_at_a_time:,}", bytes_text(sum(received))]
+            lines.append((label, str(p.spread.shape), *sizes, *shown, *map(seconds_text, times)))
+    note = "LoRA r = 8 on q+v, a step of 64 rows of 2,048 tokens in 16, 2 and 1 parts, with remat. "
+    note += "Base and peak: of training one member, bytes on each device. Members: that fit one "
+    note += (
+        "after another. The base is exact, all else is estimated: a roofline without latencies, "
+    )
+    note += "with communication overlapped (step) or not (apart)."
+    return Table("On several devices", (*headings, "step", "apart"), lines, note)
 
 
 class Training(NamedTuple):
