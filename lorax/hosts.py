@@ -177,6 +177,13 @@ def place(tree, shardings):
     return jax.tree.map(placed, tree, shardings)
 
 
+def part(shape: tuple[int, ...], sharding) -> tuple[slice, ...]:
+    """The smallest part of an array that has all that is on this process's devices."""
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    ends = [[s.indices(n)[:2] for s, n in zip(index, shape, strict=True)] for index in indices]
+    return tuple(slice(min(a)[0], max(b for _, b in a)) for a in zip(*ends, strict=True))
+
+
 def agreed(value):
     """Process 0's value, anything that JSON holds, on every process."""
     if count() == 1:

@@ -125,7 +125,8 @@ def _train(settings, members: list[Member], log: Log, command: str, launcher) ->
         say(halving.budget(race))
     if hosts.first():
         check_disk(workdir, groups, race)
-        write_config(workdir, settings, base, command, launcher and launcher.device)
+    write_config(workdir, settings, base, command, launcher and launcher.device)
+    if hosts.first():
         log.trackers = track.trackers(settings.track, workdir)
     evaluations = Evaluations(workdir)
 
@@ -206,6 +207,8 @@ def write_config(
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+    if not hosts.first():  # the base's hash takes all processes
+        return
     if not rundir.has_begun(workdir):
         rundir.write_config(workdir, now)
         return

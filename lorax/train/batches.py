@@ -16,12 +16,15 @@ def axes(train, k: int) -> tuple[int, int, int]:
     return k, train.accumulate, train.batch_size // train.accumulate
 
 
-def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
+def train_batches(
+    stacked: Stack, task: tasks.Task, first: int, k: int, needed: tuple[slice, ...] | None = None
+) -> dict:
     """The batches of steps first .. first + k - 1: leaves (M, K, A, B, ...), on the host.
 
     A member's rows depend only on the seed of its order and the step. Rows that are grouped by
     length are cut to the smallest of `tasks.widths` that holds the longest of them. Rows of zeros
-    fill up a short batch (`train.last_batch`).
+    fill up a short batch (`train.last_batch`). needed: the part of (M, K, A, B) that is read; the
+    rest is left zeros, which take no memory. None: all of it.
     """
     c, lengths, rows = stacked.config.train, task.lengths, []
     for member in stacked.members:
@@ -33,10 +36,20 @@ def train_batches(stacked: Stack, task: tasks.Task, first: int, k: int) -> dict:
     rows, width = np.stack(rows), tasks.widths(task)[-1]
     if lengths is not None:
         width = min(w for w in tasks.widths(task) if w >= lengths[rows[rows >= 0]].max())
-    batches = {name: x[rows] for name, x in kinds.narrowed(task.kind, task.train, width).items()}
+    read = kinds.narrowed(task.kind, task.train, width)
+    batches = {name: _taken(x, rows, needed) for name, x in read.items()}
     for x in batches.values():
         x[rows < 0] = 0
     return batches
+
+
+def _taken(x: np.ndarray, rows: np.ndarray, needed: tuple[slice, ...] | None) -> np.ndarray:
+    """x[rows] where it is needed."""
+    if needed is None:
+        return x[rows]
+    taken = np.zeros((*rows.shape, *x.shape[1:]), x.dtype)
+    taken[needed] = x[rows[needed]]
+    return taken
 
 
 def batch_shapes(train, task: tasks.Task, k: int) -> dict:

@@ -17,7 +17,7 @@ import numpy as np
 from lorax import hosts, losses, rundir, tree
 from lorax.calls import steps_per_call
 from lorax.train import checkpoint, evaluation, trajectory
-from lorax.train.batches import Evaluated, train_batches
+from lorax.train.batches import Evaluated, axes, train_batches
 from lorax.train.evaluation import Measured
 from lorax.train.members import filled
 from lorax.train.prepare import Group
@@ -174,7 +174,8 @@ def begin(part: Part, state: MemberState, offset: int) -> Position:
 def advance(part: Part, at: Position, k: int) -> Position:
     """One call of the program, k steps; at a checkpoint, evaluate and save as well."""
     c, m, began = part.stack.config, len(part.stack.members), time.monotonic()
-    rows = train_batches(part.stack, part.group.task, at.step, k)
+    needed = part.programs.needed((m, *axes(c.train, k)))
+    rows = train_batches(part.stack, part.group.task, at.step, k, needed)
     batches = part.programs.place_batches(rows)
     state, logs = part.programs.train(part.params, part.constants, part.hyper, at.state, batches)
     real = min(k, part.until - at.step)  # steps past the last one change nothing

@@ -31,6 +31,7 @@ class Programs(NamedTuple):
     members, leaves (n, ...) on the host; compiled on the first call.
     place_base(params), place(stacked tree), place_state(a stack's state), place_batches(batches),
     place_rows(batches to evaluate, leaves (N, B, ...)).
+    needed((M, K, A, B)) -> the part of batches that this process's devices need; None for all.
     narrow(width): compile train for batches cut to `width` columns (`tasks.widths`) in advance;
     otherwise the first call compiles.
     bytes: memory of one call to train on one device: arguments + temporaries + outputs - aliases,
@@ -46,6 +47,7 @@ class Programs(NamedTuple):
     place_base: Callable
     place: Callable
     place_state: Callable
+    needed: Callable
     place_batches: Callable
     place_rows: Callable
     narrow: Callable
@@ -88,6 +90,10 @@ def compile_programs(
             rows = rows.lower(*arguments, n).compile()
         trained = compiled(program, layout, known)
 
+    def full(rows):  # without a copy where nothing is to be filled up
+        size = len(jax.tree.leaves(rows)[0])
+        return rows if size == layout.size else filled(rows, layout.size)
+
     def place(tree):
         return hosts.place(filled(tree, layout.size), known.place.of_members(tree))
 
@@ -101,12 +107,23 @@ def compile_programs(
         place_base=lambda params: hosts.place(params, known.place.base),
         place=place,
         place_state=lambda state: trained.place(place(state)),
-        place_batches=lambda rows: hosts.place(filled(rows, layout.size), known.place.batches),
+        needed=functools.partial(needed, layout.size, known.place.batches),
+        place_batches=lambda rows: hosts.place(full(rows), known.place.batches),
         place_rows=lambda rows: hosts.place(rows, known.place.of_rows(rows)),
         narrow=trained.narrow,
         layout=layout,
         bytes=trained.bytes and trained.bytes + kept_bytes(known, stacked.config.eval.keep),
     )
+
+
+def needed(size: int, sharding, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
+    """The part of batches of shape (M, K, A, B) that this process's devices need, filled up to
+    `size` members; None for all of it."""
+    if not hosts.are_many():
+        return None
+    members, *rows = hosts.part((size, *shape[1:]), sharding)
+    last = shape[0] - 1  # of whom the members that fill up are copies
+    return slice(min(members.start, last), min(members.stop, last + 1)), *rows
 
 
 def kept_bytes(known: Shapes, keep: str) -> int:

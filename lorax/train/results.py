@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from lorax import adapters, gather, hosts, methods, rundir, tasks
-from lorax.errors import reason
+from lorax.errors import of_machine, reason
 from lorax.files import remove
 from lorax.train import activations, benchmarks
 from lorax.train.evaluation import Measured
@@ -164,10 +164,17 @@ def bound_to(part: Part, trainable, i: int) -> dict:
 
 
 def attempt(part: Part, key: str, members, rows: dict[int, dict], work: Callable):
-    """work(), or None if it fails; then prints a line and adds "failed" to the members' rows."""
+    """work(), or None if it fails; then prints a line and adds "failed" to the members' rows.
+
+    Several processes do the same work and fail alike, except for what is wrong with one machine:
+    that ends the run, as the others would wait for its process forever.
+    """
     try:
         return work()
     except Exception as error:
+        of_one = of_machine(error) or isinstance(error, jax.errors.JaxRuntimeError)
+        if hosts.are_many() and of_one:
+            raise
         message = rundir.keep_error(part.workdir, error)
         part.say(f"{key} of member {members[0].name}: {message}")
         for member in members:

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lorax import hosts, rundir, together, tree
+from lorax import config, hosts, rundir, together, tree
 from lorax.run import run
-from lorax.train import checkpoint
+from lorax.train import checkpoint, prepare
+from lorax.train.batches import train_batches
+from lorax.train.programs import needed
 
 ROOT = Path(__file__).parents[2]
 STUDY = """
@@ -184,6 +186,28 @@ def test_a_checkpoint_of_two_processes_is_restored_by_one(one, two):
         np.testing.assert_array_equal(x, y)
 
 
+def test_a_process_builds_the_rows_that_its_devices_need(monkeypatch):
+    """Four of six places and half of every batch; the places after the third copy the last one."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:6]).reshape(3, 2), ("member", "fsdp"))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("member", None, "fsdp"))
+    every = place.addressable_devices_indices_map((6, 2, 8))
+    mine = {device: every[device] for device in mesh.devices[1:, 0]}
+    there = type("Sharding", (), {"addressable_devices_indices_map": lambda self, shape: mine})()
+    assert hosts.part((6, 2, 8), there) == (slice(2, 6), slice(0, 2), slice(0, 4))
+    monkeypatch.setattr(hosts, "are_many", lambda: True)
+    assert needed(6, there, (5, 2, 8)) == (slice(2, 5), slice(0, 2), slice(0, 4))
+    assert needed(6, there, (2, 2, 8)) == (slice(1, 2), slice(0, 2), slice(0, 4))
+    monkeypatch.undo()
+    assert needed(6, there, (5, 2, 8)) is None
+
+    group = prepare.groups(config.members(study("members")), lambda line: None)[0]
+    whole = train_batches(group.stack, group.task, 2, 2)
+    part = (slice(1, 3), slice(0, 2), slice(0, 1), slice(2, 6))
+    for name, x in train_batches(group.stack, group.task, 2, 2, part).items():
+        np.testing.assert_array_equal(x[part], whole[name][part])
+        assert not x[0].any() and not x[:, :, :, 6:].any()
+
+
 # ------------------------------------------------------------------------------- ending together
 
 
@@ -212,6 +236,19 @@ def test_a_killed_process_ends_the_others_and_the_command_goes_on(one, tmp_path)
     assert rundir.read_status(tmp_path / "run")["state"] == "stopped"
     assert [code for code, *_ in ends(start(tmp_path, 2, 2, COMMAND, *command))] == [0, 0]
     assert_equal(tmp_path / "run", one("members"))
+
+
+def test_without_process_0_the_others_end_at_once(tmp_path):
+    """JAX aborts them; a line below its message says what to do."""
+    code = DIE.replace('== "1"', '== "0"') + COMMAND
+    command = ["--config=study.py", "--workdir=run"]
+    (killed, said, _), (code, last, _) = ends(start(tmp_path, 2, 2, code, *command))
+    assert killed == -9 and code != 0
+    assert said == ["lorax: process 0 was killed; run the same command to continue"]
+    assert last == [
+        "lorax: process 1 was killed, or process 0 was, which ends all; run the same command to "
+        "continue"
+    ]
 
 
 def test_a_mistake_on_one_host_ends_all_with_its_line(tmp_path):
