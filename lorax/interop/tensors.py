@@ -4,11 +4,12 @@ Nothing is unpickled. Types other than floats of at least 16 bits, NaN and infin
 that names file and tensor.
 """
 
+import collections
 import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes  # gives numpy the bfloat16 that safetensors returns
@@ -38,7 +39,8 @@ def write(file: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
     only one of them in this process's memory at a time.
 
     arrays: {name: NumPy or JAX array}; the parts of one that several devices or processes hold are
-    gathered when it is written, so all processes must call it together (`lorax.hosts`).
+    gathered when it is written, layer by layer, so all processes must call it together
+    (`lorax.hosts`).
     """
     kinds = {np.dtype(kind): name for name, kind in TYPES.items()}
     order = [*kinds]
@@ -56,13 +58,23 @@ def write(file: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
         with open(temporary, "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                out.write(np.ascontiguousarray(hosts.whole(arrays[name])).tobytes())
+                for piece in _pieces(arrays[name]):
+                    out.write(np.ascontiguousarray(piece).tobytes())
 
     if hosts.first():
         atomically(file, write_to)
     else:  # which has only to give its parts
         for name in names:
-            hosts.whole(arrays[name])
+            collections.deque(_pieces(arrays[name]), maxlen=0)
+
+
+def _pieces(x) -> Iterator[np.ndarray]:
+    """An array whole; layer by layer if several devices hold parts of a stack of matrices."""
+    if x.ndim < 3 or getattr(x, "is_fully_replicated", True):
+        yield hosts.whole(x)
+        return
+    for i in range(len(x)):
+        yield hosts.whole(x[i])
 
 
 def opened(file: str | os.PathLike):
