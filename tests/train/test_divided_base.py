@@ -3,6 +3,10 @@ on one device, and no device or host ever gathers more than one layer's matrix."
 
 import functools
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -318,3 +322,83 @@ def test_a_run_is_that_of_one_device(tmp_path, shape):
             continue
         compared += 1
     assert compared > 15
+
+
+# -------------------------------------------------------------------------------- two processes
+
+TOGETHER = """
+import json, sys
+import jax, numpy as np
+import lorax
+from lorax import adapters, decode, gather, hosts, methods, models, sharding
+from lorax.methods import sensitivity
+from lorax.tasks import kinds
+from lorax.train import evidence, trajectory
+
+address, process, name, out = sys.argv[1:]
+hosts.start(hosts.Coordinator(address, 2, int(process)))
+mesh = sharding.mesh(sharding.parse("fsdp=4,tensor=2"))
+place = lambda params, sites: sharding.shardings(params, sites, mesh)
+one, many = lorax.load(name), lorax.load(name, place=place)
+assert not gather.is_here(many.params)
+
+
+def check(function, tolerance=0.0):
+    for x, y in zip(*(jax.tree.leaves(hosts.whole(function(b))) for b in (one, many)), strict=True):
+        np.testing.assert_allclose(y, x, rtol=0, atol=tolerance * np.abs(x).max(initial=0))
+
+
+tokens = np.random.default_rng(0).integers(3, 64, (2, 4, 9)).astype(np.int32)
+batches = {"tokens": tokens, "mask": np.ones(tokens.shape, np.float32)}
+path, start = "h/attn/q/kernel", lambda method, base, seen=None: method.init(
+    jax.random.key(0), base.params, base.sites, evidence=seen
+)
+lora = lambda init: lorax.method("lora", rank=3, init=init, targets=("q",))
+seen = lambda base: sensitivity.evidence(base, kinds.TEXTS, batches, (path,), ("gradient",))
+check(lambda base: dict(models.kernels(base)))
+check(seen, 1e-5)
+check(lambda base: start(lora("pissa"), base))
+check(lambda base: start(lorax.method("dora", rank=3), base), 1e-6)
+gradients = seen(many)
+check(lambda base: start(lora("lora-ga"), base, gradients))
+
+options = decode.DecodingOptions(max_new_tokens=4, ends=(1,))
+prompts = tokens[0], np.ones_like(tokens[0])
+
+
+def write(base):
+    across = gather.mesh_of(base.params)
+    given = gather.side_by_side(prompts, across, axis=0)
+    return decode.generate(base.module, base.params, *given, jax.random.key(0), options, across)
+
+
+check(write)
+
+for method in (lora("kaiming"), lorax.method("full", parameters=("q", "embed"))):
+    moved = lambda x: x + 0.125 if x.dtype == np.float32 else x
+    learned = lambda base: jax.tree.map(moved, start(method, base))
+    stacked = lambda base: jax.tree.map(lambda x: x[None], learned(base))
+    decompose = trajectory.decomposer(method, one.sites)
+    alone = lambda trees: jax.device_put(trees, jax.local_devices()[0])
+    on = lambda base, trees: trees if base is many else alone(trees)
+    check(lambda base: decompose(*on(base, (base.params, *stacked(base)[::-1])), 1), 1e-5)
+    for base, folder in ((one, "one"), (many, "many")):
+        trained = adapters.from_training(base, method, learned(base))
+        adapters.save(f"{out}/{folder}/{method.name}", trained, "tiny")
+hosts.meet("the end")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_device_finds(base, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = lambda i: [sys.executable, "-c", TOGETHER, address, str(i), base.name, str(tmp_path)]
+    started = [subprocess.Popen(command(i), env=environment) for i in range(2)]
+    assert [process.wait(300) for process in started] == [0, 0]
+    files = sorted(file.relative_to(tmp_path / "one") for file in (tmp_path / "one").rglob("*.*"))
+    assert len(files) == 5
+    for file in files:
+        assert (tmp_path / "many" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
