@@ -6,9 +6,9 @@ submitit writes the jobs and asks `sacct` about them. It pickles what a job call
 holds a path) to submitit/ in the run directory, and the job unpickles that. The launcher unpickles
 nothing: a part's JSON says how it ended. All nodes must see the run directory.
 
-`--cluster=local` makes processes on this machine of the same jobs, `--cluster=debug` runs them in
-this process, one after another. A launcher may stop while SLURM's jobs go on: the same command
-follows them again.
+`--cluster=local` makes processes on this machine's CPU of the same jobs, `--cluster=debug` runs
+them in this process, one after another. A launcher may stop while SLURM's jobs go on: the same
+command follows them again.
 """
 
 import argparse
@@ -27,14 +27,14 @@ FOLDER = "submitit"  # in the run directory
 SECONDS = 0.2  # between two looks at the jobs; submitit itself asks sacct ever less often
 DAY = 24 * 60
 MISSING = "--on=slurm needs submitit: pip install lorax-research[slurm]"
-#: Options that only sbatch reads.
-SBATCH = ("partition", "account", "constraint", "cpus", "memory", "sbatch", "setup")
+#: Options that only sbatch reads; submitit's local executor would give all parts the same GPUs.
+SBATCH = ("partition", "gpus", "account", "constraint", "cpus", "memory", "sbatch", "setup")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `--on=slurm`. What is not given is the cluster's to choose."""
     add = parser.add_argument_group("--on=slurm").add_argument
-    add("--cluster", choices=CLUSTERS, default="slurm", help="local: processes on this machine")
+    add("--cluster", choices=CLUSTERS, default="slurm", help="local: processes on this CPU")
     add("--partition", help="as sbatch --partition")
     add("--time", default="1-0", help="of a job: minutes, H:MM:SS or D-HH:MM:SS (default: a day)")
     add("--gpus", type=int, metavar="N", help="of each part (0)")
@@ -46,13 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--setup", action="append", metavar="LINE", help="of shell, before each part")
     add("--workers", type=int, metavar="N", help="about how many parts to make (8)")
     add("--max-parallel", type=int, metavar="N", help="parts that run at the same time (all)")
-    add(
-        "--retries",
-        type=int,
-        default=2,
-        metavar="N",
-        help="of a part whose worker dies (2)",
-    )
+    add("--retries", type=int, default=2, metavar="N", help="of a part whose worker dies (2)")
     add("--timeouts", type=int, default=100, metavar="N", help="how often a part may use up --time")
 
 
@@ -72,11 +66,14 @@ def check(options: argparse.Namespace) -> None:
     if options.cluster != "slurm":
         for name in SBATCH:
             if getattr(options, name) is not None:
-                raise ValueError(f"--{name}: only SLURM reads it, not --cluster={options.cluster}")
+                raise ValueError(
+                    f"--{name}: only SLURM reads it, not --cluster={options.cluster}; "
+                    f"--on=local uses the GPUs of this machine"
+                )
     elif not shutil.which("sbatch"):
         raise ValueError(
             "--on=slurm: this machine has no sbatch; start it on a login node of a SLURM cluster, "
-            "or add --cluster=local to run the parts here"
+            "or run the parts here with --on=local"
         )
 
 
@@ -167,7 +164,7 @@ def _submit(some: Sequence[Path], executor, options: argparse.Namespace) -> dict
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"--on=slurm: sbatch refused the jobs: {said[-1]}") from error
     for part, job in zip(some, jobs, strict=True):
-        state.submitted(part, job.job_id)
+        state.submitted(part, f"{options.cluster} {job.job_id}")
     return dict(zip(some, jobs, strict=True))
 
 
@@ -175,8 +172,8 @@ def _running(part: Path, executor):
     """The job of SLURM that an earlier launcher made of a part, if it has not ended; else None."""
     import submitit
 
-    number = state.job(part)
-    if executor.cluster != "slurm" or not number:
+    cluster, _, number = state.job(part).partition(" ")
+    if (cluster, executor.cluster) != ("slurm", "slurm"):
         return None
     job = submitit.SlurmJob(executor.folder, number)
     if job.done(force_check=True):

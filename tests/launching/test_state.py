@@ -28,8 +28,8 @@ def seen(part):
 def test_a_part_that_is_trained(part):
     assert seen(part) == ("waiting", 0) and state.job(part) == ""
     state.launch(part)
-    state.submitted(part, "12_3")
-    assert seen(part) == ("waiting", 0) and state.job(part) == "12_3"
+    state.submitted(part, "slurm 12_3")
+    assert seen(part) == ("waiting", 0) and state.job(part) == "slurm 12_3"
     with rundir.locked(part), state.recorded(part):
         assert seen(part) == ("running", 1) and state.read(part)["host"] == os.uname().nodename
     assert state.outcome(part) == (True, False, None)
