@@ -99,9 +99,9 @@ def _connected(options: argparse.Namespace):
             logging_level="ERROR",
             **(here if options.address == HERE else {}),
         )
-    except ConnectionError as error:
+    except Exception as error:  # Ray has no type of its own for them
         why = errors.reason(error)
-        raise ValueError(f"--address: {options.address!r} given, no Ray there ({why})") from None
+        raise ValueError(f"--address: {options.address!r} given, no Ray there ({why})") from error
     try:
         yield
     finally:

@@ -82,8 +82,15 @@ def test_gpus_of_a_cluster_are_asked_for_and_it_may_grow(monkeypatch, capsys):
 
 
 def test_no_cluster_at_the_address_is_one_line(tmp_path, monkeypatch):
+    def init(address, **_):
+        raise ConnectionError(f"Could not find any running Ray instance.\n  {address}")
+
     parts = fakes.make(tmp_path / "run", monkeypatch, ["ok"])
-    with pytest.raises(ValueError, match=r"^--address: 'auto' given, no Ray there"):
+    monkeypatch.setattr(ray, "init", init)
+    why = (
+        r"^--address: 'auto' given, no Ray there \(Could not find any running Ray instance. auto\)"
+    )
+    with pytest.raises(ValueError, match=why):
         list(engine.run(parts, options("--address=auto")))
 
 
