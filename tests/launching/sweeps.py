@@ -48,6 +48,7 @@ def study(folder: Path) -> Path:
 def lorax(command: str, config: Path | str, workdir: Path, *words: str) -> str:
     """What `python -m lorax.COMMAND` prints, of processes with the devices that a person has."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # workers compile the same
     flags = [f"--config={config}", f"--workdir={workdir}", *words]
     done = subprocess.run(
         [sys.executable, "-m", f"lorax.{command}", *flags],
