@@ -281,36 +281,35 @@ def quantize(params, kind: str = "nf4", double: bool = False, block: int = 64, s
         if site.ins + site.outs != tuple(range(len(site.ins + site.outs))):
             raise ValueError(f"quant: {path}: axes {site.outs} are outputs, before its inputs")
         by = sharding.AFTER if path in after else sharding.LINEAR
-        code = functools.partial(quantise, kind=kind, block=block, double=double, by=by)
         try:
-            flat[path] = dataclasses.replace(_coded(w, site, code), kernel=w.shape[site.stack :])
+            leaf = _coded(w, site, kind, block, double, by)
         except ValueError as error:
             raise ValueError(f"quant: {path}: {error}") from error
+        flat[path] = dataclasses.replace(leaf, kernel=w.shape[site.stack :])
     return tree.unflatten(flat)
 
 
-def _coded(w, site, code) -> Quantised:
-    """A kernel in codes. code: `quantise`. w: an array, or one that is not read yet."""
+def _coded(w, site, kind: str, block: int, double: bool, by) -> Quantised:
+    """A kernel in codes. w: an array, or one that is not read yet."""
     if not hasattr(w, "layers"):
-        return code(site.to_matrix(w))
+        return quantise(site.to_matrix(w), kind, block, double, by)
     if not site.stack:
-        return code(site.to_matrix(w.array()))
+        return quantise(site.to_matrix(w.array()), kind, block, double, by)
     alone = site._replace(stack=site.stack - 1)
-    return _stacked([code(alone.to_matrix(layer)) for layer in w.layers()])
+    code = lambda layer: quantise(alone.to_matrix(layer), kind, block, by=by)
+    first, *rest = (code(layer) for layer in w.layers())
+    stacked = jax.tree.map(_stacked, first, *rest)
+    # Of all layers at once, as in `quantise`: a mean of one layer alone rounds differently.
+    return _like(first.codes, _with_nested(stacked) if double else stacked)
 
 
-def _stacked(layers: list[Quantised]) -> Quantised:
-    """The kernels of all layers as one, divided over the mesh that divides each."""
-    mesh = gather.mesh_of(layers[0].codes)
-    if mesh is None:
-        return jax.tree.map(lambda *each: jnp.stack(each), *layers)
-    specs = layers[0].specs(layers[0].by, mesh.shape)
-
-    def stack(first, spec, *rest):
-        place = NamedSharding(mesh, P(None, *spec) if len(spec) else spec)
-        return jax.jit(lambda *each: jnp.stack(each), out_shardings=place)(first, *rest)
-
-    return jax.tree.map(stack, layers[0], specs, *layers[1:])
+def _stacked(*layers):
+    """Arrays as one, divided over the mesh that divides each, if there is one."""
+    at = layers[0].sharding
+    if not isinstance(at, NamedSharding):
+        return jnp.stack(layers)
+    place = NamedSharding(at.mesh, P(None, *at.spec))
+    return jax.jit(lambda *layers: jnp.stack(layers), out_shardings=place)(*layers)
 
 
 def by_words(kernels: dict, sites) -> dict:
@@ -351,10 +350,18 @@ def quantise(
     fits = jnp.all(absmax < _MOST)
     if not isinstance(fits, jax.core.Tracer) and not fits:
         raise ValueError(f"holds numbers that are not finite, or above {_MOST:.0e}")
-    held = (codes, jax.vmap(_nest)(_whole(absmax)) if double else absmax)
-    held = jax.tree.map(lambda x: x.reshape(*layers, *x.shape[1:]), held)
+    held = (x.reshape(*layers, *x.shape[1:]) for x in (codes, absmax))
     leaf = Quantised(*held, (n_in, n_out), n_in, kind, block, w.dtype, by)
-    return _like(w, leaf)
+    return _like(w, _with_nested(leaf) if double else leaf)
+
+
+def _with_nested(leaf: Quantised) -> Quantised:
+    """The leaf with its scales in 8 bits."""
+    axes = leaf.codes.ndim - (2 if leaf.in_rows else 1)
+    layers, each = leaf.absmax.shape[:axes], leaf.absmax.shape[axes:]
+    nested = jax.vmap(_nest)(_whole(leaf.absmax.reshape(-1, *each)))
+    nested = jax.tree.map(lambda x: x.reshape(*layers, *x.shape[1:]), nested)
+    return dataclasses.replace(leaf, absmax=nested)
 
 
 def _whole(x):
