@@ -86,9 +86,8 @@ class _Meetings:
         if self.end.whole:
             self.last_words.communicate(b"whole\n")
             return self.end
-        if error and self.end.process == self.process and self.end.line == end.line:
-            traceback.print_exception(error)
-        self._exit()
+        mine = self.end.process == self.process and self.end.line == end.line
+        self._exit(error if mine else None)
 
     def _meet(self) -> None:
         """Meet until it is known how all end; then end a process that does not leave by itself."""
@@ -111,16 +110,21 @@ class _Meetings:
         ends = [End(*json.loads(said)) for _, said in self.client.key_value_dir_get(ENDS)]
         return min(ends, key=lambda end: (end.whole, end.process), default=None)
 
-    def _exit(self) -> None:
+    def _exit(self, error: BaseException | None = None) -> None:
         """End this process in the middle of whatever it does."""
-        where = f"process {self.end.process}: " if self.end.process else ""
-        print(f"lorax: {where}{self.end.line}", file=sys.stderr, flush=True)
-        self.last_words.communicate(b"said\n")
-        if hosts.first():
-            time.sleep(2 * PERIOD)  # JAX ends the others without a word once this process is gone
-            for call in at_stop:
-                call(self.end)
-        os._exit(self.end.code)
+        try:
+            with contextlib.suppress(OSError):  # nobody may read stderr any more
+                if error:
+                    traceback.print_exception(error)
+                where = f"process {self.end.process}: " if self.end.process else ""
+                print(f"lorax: {where}{self.end.line}", file=sys.stderr, flush=True)
+            self.last_words.communicate(b"said\n")
+            if hosts.first():
+                time.sleep(2 * PERIOD)  # JAX ends the others wordless once this process is gone
+                for call in at_stop:
+                    call(self.end)
+        finally:
+            os._exit(self.end.code)
 
 
 def _lost(text: str) -> str:
