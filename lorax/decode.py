@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import gather, hosts, intercept, leaves
+from lorax import divided, gather, hosts, intercept, leaves
 from lorax.files import check_unicode
 from lorax.methods import prefix
 from lorax.models import Base
@@ -155,7 +155,9 @@ def complete(
             chosen = _rows(params, lambda _, which=which: which)
         key = jax.random.fold_in(jax.random.key(seed), start)
         rows_of = gather.side_by_side((tokens, segments), mesh, axis=0)
-        written = hosts.whole(generate(base.module, chosen, *rows_of, key, options, mesh))
+        with divided.on(mesh):
+            written = generate(base.module, chosen, *rows_of, key, options, mesh)
+        written = hosts.whole(written)
         left = len(ids) - start
         texts += [
             _continuation(vocabulary, prompt, _until(row, options.ends))

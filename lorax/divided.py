@@ -5,13 +5,14 @@ would not do alone: keep the rows of a batch where they are and gather the weigh
 a time, or send the rows to the weights if that is less. Without a mesh this is the identity.
 """
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from lorax.meshes import AXES, Shape
@@ -22,6 +23,10 @@ LINEAR = ("fsdp", "tensor")
 AFTER = ("tensor", "fsdp")
 #: Of an embedding's (tokens, features). A head, features by tokens, is as `LINEAR` the same.
 EMBEDDING = ("tensor", "fsdp")
+
+
+#: Rows of x up to which they may be sent to a weight (`sends_rows`).
+FEW = 64
 
 
 def axes_of(path: str, kind: str = "linear") -> tuple[str, str]:
@@ -40,6 +45,11 @@ def here() -> Shape:
     return Shape(**{axis: mesh.shape[axis] for axis in AXES if axis in automatic})
 
 
+def on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Context in which programs are traced for a mesh; None changes nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
 def divides_base() -> bool:
     """Whether the program is traced for a mesh that may divide the base."""
     mesh = here()
@@ -51,10 +61,15 @@ def constrained(x, *axes: str | None):
     axis that does not divide x is left out."""
     if not divides_base():
         return x
+    return jax.lax.with_sharding_constraint(x, P(*fitting(x.shape, axes)))
+
+
+def fitting(shape, axes) -> list[str | None]:
+    """The axes of the mesh for the first dimensions of a shape, None in place of one that does not
+    divide its dimension."""
     sizes = here()._asdict()
     fits = lambda n, axis: axis is not None and n % sizes[axis] == 0
-    spec = [axis if fits(n, axis) else None for n, axis in zip(x.shape, axes)]  # noqa: B905
-    return jax.lax.with_sharding_constraint(x, P(*spec))
+    return [axis if fits(n, axis) else None for n, axis in zip(shape, axes)]  # noqa: B905
 
 
 def gathered(x, axes):
@@ -91,10 +106,27 @@ def of_devices(n: int) -> Callable:
 
 
 def sends_rows(x, outputs: int, nbytes: int) -> bool:
-    """Whether x (..., in) and its products with a weight of so many outputs and bytes are less than
-    the weight: then the weight stays where it is, as for the few tokens of a step of decoding."""
+    """Whether x (..., in) has few rows, and they and their products with a weight of so many
+    outputs and bytes are less than the weight: then it stays where it is, as for a step of
+    decoding. (The head of a loss reads many rows in parts, and is gathered once for all.)"""
     rows = x.size // x.shape[-1]
-    return rows * (x.shape[-1] + outputs) * x.dtype.itemsize < nbytes
+    return rows <= FEW and rows * (x.shape[-1] + outputs) * x.dtype.itemsize < nbytes
+
+
+def sent(x, w, by: tuple[str, str], axis: int):
+    """The product of few rows x (..., n) with axis `axis` of a matrix w: each device multiplies all
+    rows by the part of w that the axes `by` of the mesh give it."""
+    by = tuple(fitting(w.shape, by))
+    contracted, made = by if axis == 0 else by[::-1]
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+
+    def of_device(x, w):
+        dimensions = ((x.ndim - 1,), (axis,)), ((), ())
+        return summed(jax.lax.dot_general(x, w, dimensions, None, dtype), contracted)
+
+    lead = (None,) * (x.ndim - 1)
+    y = on_each(of_device, (P(*lead, contracted), P(*by)), P(*lead, made))(x, w)
+    return y.astype(x.dtype)
 
 
 def on_each(function, in_specs, out_specs):
@@ -115,9 +147,8 @@ def product(x, w, by: tuple[str, str], axis: int):
     """The product of x (..., n) with axis `axis` of a matrix w that the axes `by` of the mesh
     divide, in x's dtype. Its gradient is that of a plain product; it gathers w again."""
     if sends_rows(x, w.shape[1 - axis], w.size * w.dtype.itemsize):
-        x, w = whole(x), constrained(w, *by)
-    else:
-        x, w = gathered_for(x, w, by)
+        return sent(x, w.astype(x.dtype), by, axis)
+    x, w = gathered_for(x, w, by)
     return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (axis,)), ((), ())))
 
 
@@ -141,11 +172,7 @@ def rows(table, ids):
     rows, and gets the features of its own part of the batch."""
     if not divides_base():
         return jnp.take(table, ids, axis=0)
-    sizes = here()._asdict()
-    tokens, features = (
-        axis if n % sizes[axis] == 0 else None
-        for n, axis in zip(table.shape, EMBEDDING, strict=True)
-    )
+    tokens, features = fitting(table.shape, EMBEDDING)
 
     def found(table, ids):  # by hand: XLA fails on a look-up that three axes of a mesh divide
         if tokens is None:
@@ -153,15 +180,10 @@ def rows(table, ids):
         at = ids - jax.lax.axis_index(tokens) * len(table)
         mine = (at >= 0) & (at < len(table))
         part = jnp.take(table, jnp.clip(at, 0, len(table) - 1), axis=0)
-        return jax.lax.psum(jnp.where(mine[..., None], part, 0), tokens)
+        return summed(jnp.where(mine[..., None], part, jnp.zeros((), part.dtype)), tokens)
 
-    looked_up = jax.shard_map(
-        found,
-        in_specs=(P(tokens, features), P()),
-        out_specs=P(*(None,) * ids.ndim, features),
-        axis_names={"fsdp", "tensor"},
-        check_vma=False,
-    )(table, ids)
+    features_last = P(*(None,) * ids.ndim, features)
+    looked_up = on_each(found, (P(tokens, features), P()), features_last)(table, ids)
     return batch(looked_up) if ids.ndim > 1 else whole(looked_up)
 
 

@@ -23,6 +23,7 @@ from lorax.ops import (
     frozen,
     is_operator,
     linear,
+    on_frozen,
     over_layers,
     ragged,
 )
@@ -250,6 +251,10 @@ class Untied(Leaf):
     def attend(self, x):
         return attend(x, self.head)
 
+    def on_frozen(self, function):
+        w, head = (on_frozen(x, function) for x in (self.w, self.head))
+        return Untied(w, head)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -406,6 +411,9 @@ class FrozenWeight(Leaf):
         return self.product(x, 1)
 
     def frozen(self):
+        return self
+
+    def on_frozen(self, function):
         return self
 
     def plain(self, site, dtype):

@@ -113,6 +113,10 @@ class Leaf:
         """The kernel that the leaf represents, computed in `dtype`."""
         return self.dense(_plain(self.w, site, dtype), site)
 
+    def on_frozen(self, function: Callable):
+        """The leaf with function(array) in place of the array at the bottom."""
+        return dataclasses.replace(self, w=on_frozen(self.w, function))
+
     def as_matrix(self, site: Site):
         """The leaf with the weight at the bottom as (in, out)."""
         return dataclasses.replace(self, w=as_matrix(self.w, site))
@@ -146,11 +150,7 @@ def frozen(leaf):
 def on_frozen(leaf, function: Callable):
     """The leaf with function(array) in place of the array at its bottom; a
     `lorax.leaves.FrozenWeight` stays."""
-    if not is_operator(leaf):
-        return function(leaf)
-    if frozen(leaf) is leaf:
-        return leaf
-    return dataclasses.replace(leaf, w=on_frozen(leaf.w, function))
+    return leaf.on_frozen(function) if is_operator(leaf) else function(leaf)
 
 
 # ---------------------------------------------------------------------------------------- products

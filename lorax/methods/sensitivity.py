@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lorax import gather, ops, tree
+from lorax import divided, gather, ops, tree
 from lorax.models import Base
 
 STATISTICS = ("gradient", "moments", "covariance")
@@ -61,7 +61,8 @@ def evidence(
         probes |= {} if statistic == "gradient" else _taps(base, flat, paths, statistic)
 
     batches = gather.side_by_side(jax.tree.map(jnp.asarray, dict(batches)), mesh, axis=1)
-    total, weight, rows = _summed(base.module, kind, mesh, flat, probes, batches)
+    with divided.on(mesh):
+        total, weight, rows = _summed(base.module, kind, mesh, flat, probes, batches)
     read = {
         "gradient": lambda path: base.sites[path].to_matrix(total[path] / jnp.maximum(weight, 1)),
         "moments": lambda path: total[tree.sibling(path, "moments")],

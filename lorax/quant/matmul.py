@@ -71,7 +71,9 @@ def on_mesh(x, leaf, axis: int):
     outputs = leaf.n_in if axis else leaf.n_out
     sends = divided.sends_rows(x, outputs, leaf.codes.size)
     w = leaf.parts_of_outputs(gather=not sends).astype(x.dtype)
-    return dot(divided.whole(x) if sends else x, w, (x.ndim - 1, 1 - axis))
+    if sends:
+        return divided.sent(x, w, leaf.by[::-1], 1 - axis)
+    return dot(x, w, (x.ndim - 1, 1 - axis))
 
 
 def of_rows(x, leaf, axis: int):

@@ -22,7 +22,7 @@ from lm_eval import evaluator, utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
-from lorax import decode, gather, hosts, losses
+from lorax import decode, divided, gather, hosts, losses
 from lorax.errors import reason
 from lorax.methods import prefix
 from lorax.models import Base
@@ -109,8 +109,10 @@ class Model(TemplateLM):
                 tokens[row, : len(ids)] = ids
                 mask[row, len(ids) - count : len(ids)] = 1
             batch = {"tokens": tokens, "mask": mask}
-            batch = gather.side_by_side(batch, gather.mesh_of(self.params), axis=0)
-            rows = _rows(self.base.module, self.params, batch)
+            mesh = gather.mesh_of(self.params)
+            with divided.on(mesh):
+                batch = gather.side_by_side(batch, mesh, axis=0)
+                rows = _rows(self.base.module, self.params, batch)
             loss, right = hosts.whole((rows.loss, rows.right))
             for row, i in enumerate(part):
                 answers[i] = float(-loss[row]), bool(right[row] == cut[i][1])

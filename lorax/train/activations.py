@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import gather, hosts, intercept, tasks
+from lorax import divided, gather, hosts, intercept, tasks
 from lorax.errors import reason
 from lorax.models import Base
 from lorax.tasks import kinds
@@ -39,12 +39,13 @@ def similarity(
     before, compared = _programs(base, method, task.kind)
     mesh = gather.mesh_of(base.params)
     batches = gather.side_by_side(jax.device_put(_batches(task, rows, batch_size)), mesh, axis=1)
-    first = before(base.params, batches)
-    of_members = []
-    for i in range(len(jax.tree.leaves(trainable)[0])):
-        member = jax.tree.map(lambda x, i=i: x[i], (trainable, constants))
-        of_members.append(hosts.whole(compared(base.params, *member, batches, first)))
-    return np.stack(of_members)
+    with divided.on(mesh):
+        first = before(base.params, batches)
+        of_members = []
+        for i in range(len(jax.tree.leaves(trainable)[0])):
+            member = jax.tree.map(lambda x, i=i: x[i], (trainable, constants))
+            of_members.append(hosts.whole(compared(base.params, *member, batches, first)))
+        return np.stack(of_members)
 
 
 def rehearse(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lorax import gather, hosts, losses, rundir
+from lorax import divided, gather, hosts, losses, rundir
 from lorax.files import atomically, remove
 from lorax.interop.tensors import read_npz
 from lorax.tasks import Task, scores
@@ -47,7 +47,8 @@ def of_base(programs, params, task: Task, on: Evaluated) -> tuple[Measured, loss
     arguments = params, on.batches
     if gather.mesh_of(params) is None:  # each device has all of the base, and one is enough
         arguments = jax.tree.map(lambda x: x.addressable_shards[0].data, arguments)
-    rows = programs.base_rows(*arguments, np.int32(on.n))
+    with divided.on(gather.mesh_of(params)):
+        rows = programs.base_rows(*arguments, np.int32(on.n))
     rows = jax.tree.map(lambda x: _flat(x[None], 1, on.rows), rows)
     return _measured(rows, task, task.test.get("label")), rows
 
