@@ -15,6 +15,9 @@ from pathlib import Path
 from lorax.launching import state
 
 
+DEVICES = 2  # of each process
+
+
 class Server:
     """The process, and the workers that it has started, [(part, process)]."""
 
@@ -22,7 +25,7 @@ class Server:
         import quick
 
         flags = " ".join(f"--{name}={value}" for name, value in quick.OPTIONS.items())
-        flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}"}
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES} {flags}"}
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__))],
             env=os.environ | flags | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},

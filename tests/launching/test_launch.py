@@ -10,7 +10,7 @@ from launching import forks, sweeps
 from safetensors.numpy import load_file
 
 from lorax import launch, resume, rundir
-from lorax.launching import local, parts, state
+from lorax.launching import local, machines, parts, state
 
 #: Of ml_collections, which reads the config's script.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.*:DeprecationWarning")
@@ -25,7 +25,7 @@ def get_config(arg=None):
     c.eval.update(every=2, examples=20, batch_size=20)
     c.analysis.report, c.track = False, ()
     c.sweep.rank = (1, 3)
-    c.sweep.seed = tuple(range(8))
+    c.sweep.seed = tuple(range(4))
     if arg == "halving":
         c.train.parallel = "none"
         c.sweep.seed, c.sweep.lr, c.sweep.tune = (0, 1), (1e-3, 1e-2, 1e-1, 1e3), "lr"
@@ -55,6 +55,8 @@ def start(server, monkeypatch, tmp_path):
     study.write_text(STUDY)
     server.workers.clear()
     monkeypatch.setattr(local, "start", server.start)
+    machine = machines.Machine("cpu", forks.DEVICES, forks.DEVICES)
+    monkeypatch.setattr(machines, "cpu", lambda: machine)
 
     def started(workdir, variant, *options):
         words = [f"--config={study}:{variant}".rstrip(":"), f"--workdir={workdir}"]
@@ -108,9 +110,9 @@ def test_a_launched_sweep_is_the_run_of_one_machine(start, alone, tmp_path, serv
     assert start(workdir, "all", "--workers=4") == 0
     assert_same(workdir, alone("all"))
     members = [parts.read(part).members for part in parts.directories(workdir)]
-    assert [len(of) for of in members] == [8] * 4 and sorted(sum(members, ())) == list(range(32))
+    assert [len(of) for of in members] == [4] * 4 and sorted(sum(members, ())) == list(range(16))
     file = next((workdir / rundir.TRAJECTORY).rglob("8.safetensors"))
-    assert len(load_file(file)["members"]) == 16
+    assert len(load_file(file)["members"]) == 8
     (found,) = {found["state"] for found in state.read_all(workdir)}
     assert found == "done" and len(server.workers) == 4
     hidden = [path for path in workdir.rglob(".*") if path.name != rundir.LOCK]
@@ -216,7 +218,7 @@ def test_a_part_that_fails_for_good_is_named_and_the_rest_is_kept(
     assert line.endswith("run the same command to continue.")
     assert [found["state"] for found in state.read_all(workdir)] == ["done", "failed"]
     status = rundir.read_status(workdir)
-    assert status["state"] == "stopped" and len(status["members"]) == 8
+    assert status["state"] == "stopped" and len(status["members"]) == 4
     kept = sorted(int(path.name) for path in (workdir / rundir.ADAPTERS).iterdir())
     assert kept == list(parts.read(parts.directory(workdir, 0)).members)
     with pytest.raises(
