@@ -14,7 +14,6 @@ from pathlib import Path
 
 from lorax.launching import state
 
-
 DEVICES = 2  # of each process
 
 
