@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -107,8 +108,9 @@ class Launcher:
                 value = parts.Part(members, self.round, self.machine._asdict())
                 parts.write(parts.directory(workdir, number), value)
         mine = [p for p in parts.directories(workdir) if parts.read(p).round == self.round]
-        for part in mine if self.revised else ():
-            _reopen(part)
+        for part in mine:
+            if self.revised or _has_failed(part):
+                _reopen(part)
         return mine
 
     def _fail(self, workdir: Path, results: dict[int, dict], failed: dict[str, str]) -> None:
@@ -140,6 +142,11 @@ def _tell(part: Path, terminal: Terminal) -> None:
             terminal.finished({"member": int(member), "name": names[int(member)]} | row)
 
 
+def _has_failed(part: Path) -> bool:
+    """Whether something failed after the part's members were trained."""
+    return any(row.get("failed") for row in rundir.read_status(part).get("members", {}).values())
+
+
 def _reopen(part: Path) -> None:
     """Have a worker measure the part's members again, from the last checkpoint."""
     status = rundir.read_status(part)
@@ -168,13 +175,13 @@ def _following(workdir: Path, directories: list[Path], tell: Callable[[float], N
                 rundir.append_metrics(workdir, new)
             tell(sum(steps.values()))
 
-    thread = threading.Thread(target=follow)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(follow)
+        try:
+            yield
+        finally:
+            ended.set()
+        following.result()  # raises what the thread has raised
 
 
 def _read_on(part: Path, offset: int, steps: dict[int, int]) -> tuple[list[dict], int]:

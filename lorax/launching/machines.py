@@ -5,6 +5,7 @@ a run is computed as one machine would compute it: on a CPU, the launcher's; wit
 with the devices of all workers together. JAX is not imported: the launcher leaves GPUs alone.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -59,10 +60,16 @@ def here() -> Machine:
     wanted = os.environ.get("JAX_PLATFORMS", "")
     if wanted == "cpu" or not (wanted or any(Path(path).exists() for path in ACCELERATORS)):
         return cpu()
-    # In a process of its own, which gives the GPUs' memory back.
+    platform, count = _seen_by_jax()
+    if platform == "cpu":
+        return cpu()
+    return Machine(platform, count, 1 if platform == "gpu" else count)
+
+
+@functools.cache
+def _seen_by_jax() -> tuple[str, int]:
+    """Platform and number of the devices, asked in a process that gives their memory back."""
     ask = "import jax; x = jax.local_devices(); print(x[0].platform, len(x))"
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
     platform, count = (done.stdout.split() or ["cpu", "1"])[-2:]
-    if platform == "cpu":
-        return cpu()
-    return Machine(platform, int(count), 1 if platform == "gpu" else int(count))
+    return platform, int(count)

@@ -153,16 +153,18 @@ def _link(source, target) -> None:
 
 
 def _merge_base_texts(workdir: Path, done: list[Path]) -> None:
-    """texts/base.jsonl: each base, decoding and prompt once, in the order of the groups."""
-    first_of = lambda part: parts.read(part).members[0]
-    lines = {}
-    for part in sorted(done, key=first_of):
+    """texts/base.jsonl: each base, decoding and prompt once, in the order of the members."""
+    of_base, first, lines = lambda row: (row["base"], row["quant"]), {}, {}
+    for part in sorted(done, key=lambda part: parts.read(part).members[0]):
+        for row in rundir.read_members(part):
+            first[of_base(row)] = min(row["member"], first.get(of_base(row), row["member"]))
         file = rundir.texts(part, rundir.BASE)
         if file.exists():
             lines |= dict.fromkeys(file.read_bytes().splitlines(keepends=True))
     target = rundir.texts(workdir, rundir.BASE)
     if lines:
-        write_bytes(target, b"".join(lines))
+        in_order = sorted(lines, key=lambda line: first[of_base(json.loads(line))])
+        write_bytes(target, b"".join(in_order))
     else:
         target.unlink(missing_ok=True)
 

@@ -66,3 +66,24 @@ def test_lines_are_merged_in_the_order_of_one_machine(tmp_path):
     assert [tuple(x.values())[:3] for x in found] == [
         (i, step, kind) for members in programs for step, kind in order for i in members
     ]
+
+
+def test_texts_of_the_bases_are_merged_in_the_order_of_the_members(tmp_path):
+    """The bases alternate over two parts, and both parts have texts of the second base."""
+    line = lambda base, prompt: {"base": base, "quant": None, "prompt": prompt, "text": "", "of": 1}
+    of = {0: ((0, 3), ("a", "c")), 1: ((1, 2), ("b", "c"))}
+    for number, (members, bases) in of.items():
+        here = parts.directory(tmp_path, number)
+        parts.write(here, parts.Part(members, 1, {}))
+        rows = zip(members, bases, strict=True)
+        more = {"name": "", "method": "lora", "quant": None}
+        rundir.write_members(here, [{"member": i, "base": base} | more for i, base in rows])
+        rundir.write_status(here, "finished", {}, 0.0, {})
+        texts = [line(base, prompt) for base in bases for prompt in "xy"]
+        file = rundir.texts(here, rundir.BASE)
+        file.parent.mkdir()
+        file.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    parts.write_round(tmp_path, 1, parts.Round({}, {}, {}, (), "/"))
+    assert merge.merge(tmp_path, parts.directories(tmp_path)) == {}
+    found = [json.loads(x) for x in rundir.texts(tmp_path, rundir.BASE).read_text().splitlines()]
+    assert [x["base"] + x["prompt"] for x in found] == ["ax", "ay", "bx", "by", "cx", "cy"]
