@@ -297,8 +297,10 @@ def test_a_launcher_that_is_killed_goes_on(start, alone, tmp_path, server):
     assert_same(workdir, alone(""))
 
 
-#: The default study, with all that it measures.
+#: The default study with all that it measures, in two ranks and full fine-tuning. It has fewer
+#: members of the latter than a machine has devices, which then divide its batches.
 SMALL = (
+    *("--config.sweep.rank=(1,8)", "--config.sweep.seed=(0,)"),
     *("--config.train.steps=4", "--config.train.batch_size=4", "--config.train.warmup=0"),
     *("--config.eval.every=2", "--config.eval.examples=8", "--config.eval.test=8"),
     *("--config.task.n_train=64", "--config.eval.generate=2", "--config.analysis.report=False"),
