@@ -8,7 +8,9 @@ the output and whose "gradient" is defined as x^T x of the layer's inputs. So th
 `nn.scan` and remat like gradients, stacked by layer and summed over batches.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -27,6 +29,8 @@ def evidence(
     base: Base, kind, batches: Mapping, paths, statistics=("gradient",)
 ) -> dict[str, dict]:
     """{path: {statistic: float32 array, the layer axes first}} of the kernels at `paths`.
+
+    Of a base that a mesh divides they are divided too; `gather.layer` gives one layer of each.
 
     kind: of the rows, a `lorax.tasks.kinds.Kind`: their loss, and which positions are real.
     batches: the leaves of a task's rows, (N, B, ...), N batches.
@@ -58,14 +62,14 @@ def evidence(
     )
     probes = {path: probe(path) for path in paths if "gradient" in statistics}
     for statistic in statistics:
-        probes |= {} if statistic == "gradient" else _taps(base, flat, paths, statistic)
+        probes |= {} if statistic == "gradient" else _taps(base, flat, paths, statistic, mesh)
 
     batches = gather.side_by_side(jax.tree.map(jnp.asarray, dict(batches)), mesh, axis=1)
     with divided.on(mesh):
         total, weight, rows = _summed(base.module, kind, mesh, flat, probes, batches)
     read = {
         "gradient": lambda path: base.sites[path].to_matrix(total[path] / jnp.maximum(weight, 1)),
-        "moments": lambda path: total[tree.sibling(path, "moments")],
+        "moments": lambda path: _filled(base, flat, path, total[tree.sibling(path, "moments")]),
         "covariance": lambda path: total[tree.sibling(path, "covariance")] / jnp.maximum(rows, 1),
     }
     return {path: {name: read[name](path) for name in statistics} for path in paths}
@@ -108,8 +112,9 @@ _tapped.defvjp(
 )
 
 
-def _taps(base: Base, flat: dict, paths, statistic: str) -> dict:
-    """{path of a tap: zeros (layers..., in, in)}, with one more row and column for "moments"."""
+def _taps(base: Base, flat: dict, paths, statistic: str, mesh) -> dict:
+    """{path of a tap: zeros (layers..., in, in)}, with one more row and column for "moments", and
+    then as many as a mesh needs to divide it."""
     taps = {}
     for path in paths:
         site, top = base.sites[path], path.partition("/")[0]
@@ -119,8 +124,34 @@ def _taps(base: Base, flat: dict, paths, statistic: str) -> dict:
             raise ValueError(f"paths: {path}: a language model's head is read in parts, not whole")
         axes, n_in, _ = site.matrix_shape(flat[path].shape)
         size = n_in + (statistic == "moments")
+        if statistic == "moments" and mesh is not None:
+            size += -size % math.lcm(mesh.shape["fsdp"], mesh.shape["tensor"])
         taps[tree.sibling(path, statistic)] = jnp.zeros((*axes, size, size), jnp.float32)
     return taps
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corner:
+    """The first `size` rows and columns of matrices (layers..., n, n) that a mesh divides, of which
+    one layer at a time is read (`gather.layer`)."""
+
+    matrices: jax.Array
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.matrices.shape[:-2], self.size, self.size)
+
+    def read(self, index: tuple[slice, ...]) -> jax.Array:
+        """One layer. index: a slice for each axis, of length 1 for those of layers."""
+        layer = gather.layer(self.matrices, tuple(part.start for part in index[:-2]))
+        return layer[: self.size, : self.size]
+
+
+def _filled(base: Base, flat: dict, path: str, moments):
+    """Moments without the rows and columns that only the mesh needs."""
+    _, n_in, _ = base.sites[path].matrix_shape(flat[path].shape)
+    return moments if moments.shape[-1] == n_in + 1 else Corner(moments, n_in + 1)
 
 
 def _listen(real):
@@ -135,8 +166,11 @@ def _listen(real):
         mask = real if real.shape == x.shape[:-1] else jnp.ones(x.shape[:-1], bool)
         for statistic, read in rows_of.items():
             if module.has_variable("params", statistic):
+                tap = module.get_variable("params", statistic)
                 rows = read(jax.lax.stop_gradient(x.astype(jnp.float32)), mask)
-                x = _tapped(x, module.get_variable("params", statistic), rows)
+                more = tap.shape[-1] - rows.shape[-1]
+                rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, more)]) if more else rows
+                x = _tapped(x, tap, rows)
         return next_fun(x, **kwargs)
 
     return listen

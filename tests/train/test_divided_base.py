@@ -32,6 +32,8 @@ LLAMA = dict(
     num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32,
 )  # fmt: skip
 
+MOMENTS = 68 * 68  # of the 64 inputs of down in a layer, their sums, and three columns for the mesh
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Base:
@@ -116,17 +118,19 @@ def statistics(base):
 
 def test_evidence_and_what_is_chosen_by_it(statistics, gathered):
     one, many = statistics
-    assert_close(many, one)
-    for of_path in many.values():
-        for name in ("gradient", "covariance"):
-            assert not of_path[name].is_fully_replicated
+    for path, of_path in many.items():
+        for name, x in of_path.items():
+            for layer in ((0,), (1,)):
+                assert_close(gather.layer(x, layer), gather.layer(one[path][name], layer))
+            held = x.matrices if name == "moments" else x
+            assert held.addressable_shards[0].data.size == held.size // 8
     most = 2 * 8 * 64 * 4
     choose = lambda x: sensitivity.choose(sensitivity.rank_matrices(x, 4), 4, n=3, budget=most)
     assert choose(many) == choose(one)
     allot = lambda worth: starts.redistribute(worth, 4)
     assert allot(sensitivity.spectra(many)) == allot(sensitivity.spectra(one))
     assert allot(starts.explained(many)) == allot(starts.explained(one))
-    assert max(gathered) <= 65 * 65  # second moments of the 64 inputs of down, and their sums
+    assert max(gathered) <= MOMENTS
 
 
 @pytest.mark.parametrize("shape", MESHES)
@@ -148,7 +152,7 @@ def test_starts_are_those_of_one_device(base, statistics, shape, gathered):
     # Lengths of columns are summed in another order in a stack of layers.
     dora = lorax.method("dora", rank=3, targets=("q", "down"))
     assert_close(*(dora.init(jax.random.key(0), b.params, b.sites) for b in (spread, base)), 1e-6)
-    assert max(gathered) <= 65 * 65
+    assert max(gathered) <= MOMENTS
 
 
 def _products(factors) -> dict:
@@ -157,7 +161,7 @@ def _products(factors) -> dict:
     return {path: np.asarray(a @ b[..., : a.shape[-1], :]) for path, (a, b) in halves.items()}
 
 
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", few(MESHES, keep=MESHES[:1]))
 def test_loftq_starts_from_what_a_layer_loses_in_codes(base, shape, gathered):
     coded = lorax.quantize(base, "nf4")
     method = lorax.method("lora", rank=3, init="loftq", targets=("q", "down"))
