@@ -2,7 +2,8 @@
 
     python -m lorax.launch --config=FILE --on=slurm --partition=gpu --gpus=1 --time=4:00:00
 
-submitit writes the jobs and asks `sacct` about them. It pickles what a job calls (`job.Job`, which
+submitit writes and submits the jobs; `squeue` says which are left, as clusters without accounting
+have no `sacct`, which submitit would ask. submitit pickles what a job calls (`job.Job`, which
 holds a path) to submitit/ in the run directory, and the job unpickles that. The launcher unpickles
 nothing: a part's JSON says how it ended. All nodes must see the run directory.
 
@@ -12,11 +13,14 @@ command follows them again.
 """
 
 import argparse
+import contextlib
+import os
 import re
 import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lorax import errors
@@ -24,7 +28,8 @@ from lorax.launching import parts, state
 
 CLUSTERS = ("slurm", "local", "debug")
 FOLDER = "submitit"  # in the run directory
-SECONDS = 0.2  # between two looks at the jobs; submitit itself asks sacct ever less often
+SECONDS = 0.2  # between two looks at the jobs' files
+SQUEUE = 30.0  # seconds between two questions to SLURM
 DAY = 24 * 60
 MISSING = "--on=slurm needs submitit: pip install lorax-research[slurm]"
 #: Options that only sbatch reads; submitit's local executor would give all parts the same GPUs.
@@ -96,7 +101,7 @@ def run(
     """Run the parts of one run; (part, None or why it failed for good) of each as it ends. A part
     whose worker dies is submitted again."""
     executor = _executor(parts.run_of(directories[0]) / FOLDER, options)
-    jobs = {part: job for part in directories if (job := _running(part, executor))}
+    jobs, asked = _running(directories, executor), time.monotonic()
     waiting = [part for part in directories if part not in jobs]
     retries = {}
     for part in waiting:
@@ -107,7 +112,9 @@ def run(
         while waiting or jobs:
             some, waiting = waiting[: at_once - len(jobs)], waiting[at_once - len(jobs) :]
             jobs |= _submit(some, executor, options)
-            ended = [part for part, job in jobs.items() if _ended(job, options)]
+            ask = time.monotonic() > asked + SQUEUE
+            asked = time.monotonic() if ask else asked
+            ended = _ended(jobs, options, ask)
             for part in ended:
                 del jobs[part]
                 outcome = state.outcome(part)
@@ -152,13 +159,11 @@ def _submit(some: Sequence[Path], executor, options: argparse.Namespace) -> dict
     """{part: its job}; several become one array. Raises ValueError if SLURM refuses them."""
     if not some:
         return {}
-    from submitit import helpers
-
     from lorax.launching.job import Job
 
     made = [Job(part.absolute(), log=options.cluster != "debug") for part in some]
     try:
-        with helpers.clean_env():  # a launcher that is a job itself gives its parts nothing of that
+        with outside_of_jobs():
             jobs = executor.submit_array(made)
     except RuntimeError as error:  # what sbatch said, in several lines
         said = str(error).strip().splitlines() or [type(error).__name__]
@@ -168,25 +173,61 @@ def _submit(some: Sequence[Path], executor, options: argparse.Namespace) -> dict
     return dict(zip(some, jobs, strict=True))
 
 
-def _running(part: Path, executor):
-    """The job of SLURM that an earlier launcher made of a part, if it has not ended; else None."""
+@contextlib.contextmanager
+def outside_of_jobs():
+    """Context without the variables of the job that the launcher itself may be in, such as its
+    memory, which sbatch and submitit would read."""
+    inside = "SLURM_JOB_ID" in os.environ
+    kept = {k: v for k, v in os.environ.items() if inside and re.match("SLURM_(?!CONF$)", k)}
+    for name in kept:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def _running(directories: Sequence[Path], executor) -> dict:
+    """{part: its job} of those that an earlier launcher submitted to SLURM and that have not ended.
+    Raises ValueError if SLURM can't be asked."""
     import submitit
 
-    cluster, _, number = state.job(part).partition(" ")
-    if (cluster, executor.cluster) != ("slurm", "slurm"):
-        return None
-    job = submitit.SlurmJob(executor.folder, number)
-    if job.done(force_check=True):
-        return None
-    print(f"part {part.name}: job {number} goes on", flush=True)
-    return job
+    found = {part: state.job(part).partition(" ") for part in directories}
+    numbers = {part: number for part, (cluster, _, number) in found.items() if cluster == "slurm"}
+    if executor.cluster != "slurm" or not numbers:
+        return {}
+    queued = _queued(numbers.values())
+    if queued is None:
+        raise ValueError("--on=slurm: squeue fails, so it is unknown which parts run already")
+    jobs = {}
+    for part, number in numbers.items():
+        if number in queued:
+            print(f"part {part.name}: job {number} goes on", flush=True)
+            jobs[part] = submitit.SlurmJob(executor.folder, number)
+    return jobs
 
 
-def _ended(job, options: argparse.Namespace) -> bool:
+def _ended(jobs: dict, options: argparse.Namespace, ask: bool) -> list[Path]:
+    """The parts whose jobs have ended. ask: SLURM too, as a job that dies leaves no result."""
+    if options.cluster == "slurm":
+        queued = _queued([job.job_id for job in jobs.values()]) if ask and jobs else None
+        gone = lambda job: queued is not None and job.job_id not in queued
+        return [p for p, job in jobs.items() if job.paths.result_pickle.exists() or gone(job)]
     if options.cluster == "debug":
-        job.exception()  # runs it
-        return True
-    return job.done()
+        for job in jobs.values():
+            job.exception()  # runs it
+        return list(jobs)
+    return [part for part, job in jobs.items() if job.done()]
+
+
+def _queued(numbers: Iterable[str]) -> set[str] | None:
+    """The jobs that SLURM still has to run or runs; None if it can't be asked."""
+    arrays = sorted({number.partition("_")[0] for number in numbers})
+    command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(arrays)}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and "Invalid job id" not in done.stderr:  # it has forgotten a single one
+        return None
+    return set(done.stdout.split())
 
 
 def _leave(jobs: dict, options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""SLURM's commands on one machine, for submitit: sbatch, srun, sacct, scontrol, scancel.
+"""SLURM's commands on one machine, for submitit: sbatch, srun, squeue, scontrol, scancel.
 
 `install(folder)` makes them. Jobs are processes; their states are files in folder/jobs.
 """
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMANDS = ("sbatch", "srun", "sacct", "scontrol", "scancel")
+COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel")
 
 
 def install(folder: Path) -> Path:
@@ -67,12 +67,14 @@ def srun(folder: Path, *words: str) -> None:
     os.execvp(words[5], words[5:])
 
 
-def sacct(folder: Path, *words: str) -> None:
-    """The states of jobs."""
-    print("JobID|State|NodeList")
+def squeue(folder: Path, *words: str) -> None:
+    """The jobs that have not ended."""
+    assert words[:-1] == ("--noheader", "--array", "--format=%i")
+    numbers = words[-1].removeprefix("--jobs=").split(",")
     for file in sorted((folder / "jobs").iterdir()):
-        if not file.suffix:
-            print(f"{file.name}|{file.read_text()}|here")
+        if file.name.partition("_")[0] in numbers and not file.suffix:
+            if file.read_text() == "RUNNING":
+                print(file.name)
 
 
 def scontrol(folder: Path, verb: str, name: str) -> None:

@@ -26,7 +26,7 @@ def cluster(tmp_path, monkeypatch):
     """A folder with SLURM's commands, first in PATH."""
     folder = imitated_slurm.install(tmp_path / "bin")
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    submitit.SlurmJob.watcher.clear()
+    monkeypatch.setattr(slurm, "SQUEUE", 0.5)
     return folder
 
 
@@ -107,6 +107,27 @@ def test_jobs_go_on_without_the_launcher_and_the_next_one_follows_them(
         assert list(slurm.run(parts[:1], given)) == [(parts[0], None)]
     assert capfd.readouterr().out == "part 0: job 11_0 goes on\n"
     assert len(list(cluster.glob("*.sh"))) == 1 and states(parts) == [("done", 2), ("done", 1)]
+
+
+def test_which_jobs_go_on_must_be_known(tmp_path, monkeypatch, cluster):
+    """A part is never given to a second worker because SLURM did not answer."""
+    (part,) = fakes.make(tmp_path / "run", monkeypatch, ["ok"])
+    state.submitted(part, "slurm 11")
+    (cluster / "squeue").write_text("#!/bin/sh\necho slurm_load_jobs error: timeout >&2; exit 1\n")
+    with pytest.raises(ValueError, match="squeue fails, so it is unknown which parts run already"):
+        list(slurm.run([part], options(cluster="slurm")))
+
+
+def test_a_launcher_that_is_a_job_gives_its_parts_nothing_of_that(monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "1000")
+    inside = lambda: {name for name in os.environ if name.startswith("SLURM_")}
+    with slurm.outside_of_jobs():
+        assert inside() == {"SLURM_CONF", "SLURM_MEM_PER_NODE"}  # the user's own
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    with slurm.outside_of_jobs():
+        assert inside() == {"SLURM_CONF"}
+    assert inside() == {"SLURM_CONF", "SLURM_MEM_PER_NODE", "SLURM_JOB_ID"}
 
 
 def test_jobs_that_somebody_ended_are_made_anew(tmp_path, monkeypatch, cluster):
