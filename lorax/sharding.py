@@ -40,7 +40,8 @@ def mesh(shape: Shape, devices=None) -> Mesh:
             f"{'are' if len(devices) > 1 else 'is'} {len(devices)}"
         )
     automatic = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(shape), AXES, automatic, devices=devices[: shape.size])
+    devices = devices[: shape.size]
+    return jax.make_mesh(tuple(shape), AXES, axis_types=automatic, devices=devices)
 
 
 def shape_of(mesh: Mesh) -> Shape:
