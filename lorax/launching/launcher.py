@@ -61,11 +61,11 @@ class Launcher:
         """As `loop.train`. Raises ChildProcessError if parts fail for good."""
         self.round += 1
         mine = self._parts(workdir, groups, race)
-        every = parts.directories(workdir)
+        # A run that is continued may have parts of later rounds.
+        every = [p for p in parts.directories(workdir) if parts.read(p).round <= self.round]
         merge.metrics(workdir, every)
-        total = (
-            before + halving.all_steps(race or halving.without(prepare.members_of(groups))) + after
-        )
+        race_of = race or halving.without(prepare.members_of(groups))
+        total = before + halving.all_steps(race_of) + after
         tell = lambda done: terminal.progress(min(before + done, total), total)
         waiting = [part for part in mine if not parts.is_done(part)]
         terminal.say(f"{len(mine)} parts, {len(mine) - len(waiting)} of them trained before")
@@ -100,14 +100,18 @@ class Launcher:
                 )
             shutil.rmtree(workdir / rundir.PARTS)
             begun = None
-        parts.write_round(workdir, self.round, planned)
-        known = parts.directories(workdir)
+        of_round = lambda: [
+            part for part in parts.directories(workdir) if parts.read(part).round == self.round
+        ]
         if begun is None:
+            for part in of_round():  # left by a launcher that was killed before it had written all
+                shutil.rmtree(part)
             found = split.split(groups, race, self.machine, self.workers)
-            for number, members in enumerate(found, len(known)):
+            for number, members in enumerate(found, len(parts.directories(workdir))):
                 value = parts.Part(members, self.round, self.machine._asdict())
                 parts.write(parts.directory(workdir, number), value)
-        mine = [p for p in parts.directories(workdir) if parts.read(p).round == self.round]
+        parts.write_round(workdir, self.round, planned)
+        mine = of_round()
         for part in mine:
             if self.revised or _has_failed(part):
                 _reopen(part)
