@@ -133,9 +133,10 @@ class Stored(NamedTuple):
         Raises ValueError if the file ends before.
         """
         index = [range(n) for n in self.shape] if index is None else index
-        parted = [isinstance(at, np.ndarray) for at in index[:1]]
+        apart = lambda at: isinstance(at, np.ndarray) or at.step != 1
+        parted = [apart(at) for at in index[:1]]
         pairs = zip(index[1:], self.shape[1:], strict=True)
-        parted += [isinstance(at, np.ndarray) or len(at) < n for at, n in pairs]
+        parted += [apart(at) or len(at) < n for at, n in pairs]
         return self._mapped(index) if any(parted) else self._whole_rows(*index[:1])
 
     def _row(self) -> int:
@@ -170,9 +171,9 @@ class Stored(NamedTuple):
         rows = np.frombuffer(held, self.dtype, offset=beyond)
         part = rows.reshape(last + 1 - first, *self.shape[1:])
         for axis, at in enumerate(index):
-            at = slice(at.start, at.stop) if isinstance(at, range) else at
+            at = slice(at.start, at.stop, at.step) if isinstance(at, range) else at
             if axis == 0:  # the rows between are mapped as well
-                at = slice(None) if isinstance(at, slice) else at - first
+                at = slice(None, None, at.step) if isinstance(at, slice) else at - first
             part = part[(*(slice(None),) * axis, at)]
         return np.array(part, order="C")
 

@@ -184,6 +184,8 @@ def test_parts_of_a_tensor_are_read_as_numpy_takes_them(tmp_path):
         [range(3000), range(3), range(2, 5)],
         [places, range(3), range(7)],
         [places, range(1, 2), np.array([6, 0])],
+        [range(3000), range(3), range(1, 7, 2)],
+        [range(10, 2990, 7), range(0, 3, 2), range(7)],
     ):
         np.testing.assert_array_equal(x.read(index), whole[np.ix_(*index)])
     np.testing.assert_array_equal(x.read(), whole)
