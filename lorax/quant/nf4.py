@@ -359,8 +359,10 @@ def _with_nested(leaf: Quantised) -> Quantised:
     """The leaf with its scales in 8 bits."""
     axes = leaf.codes.ndim - (2 if leaf.in_rows else 1)
     layers, each = leaf.absmax.shape[:axes], leaf.absmax.shape[axes:]
-    nested = jax.vmap(_nest)(_whole(leaf.absmax.reshape(-1, *each)))
+    # Flat before the program of `_nest`: within it, the mean would be summed in another order.
+    nested = jax.vmap(_nest)(_whole(leaf.absmax).reshape(-1, math.prod(each)))
     nested = jax.tree.map(lambda x: x.reshape(*layers, *x.shape[1:]), nested)
+    nested = dataclasses.replace(nested, codes=nested.codes.reshape(*layers, *each))
     return dataclasses.replace(leaf, absmax=nested)
 
 
@@ -450,11 +452,10 @@ def _or_one(scale):
 
 @jax.jit
 def _nest(absmax) -> Nested:
-    """The scales of one layer."""
-    flat = absmax.reshape(-1)
-    offset = jnp.mean(flat)
-    codes, outer = _nearest(DYNAMIC, flat - offset, NESTED_BLOCK)
-    return Nested(codes.reshape(absmax.shape), outer, offset)
+    """The scales (blocks,) of one layer."""
+    offset = jnp.mean(absmax)
+    codes, outer = _nearest(DYNAMIC, absmax - offset, NESTED_BLOCK)
+    return Nested(codes, outer, offset)
 
 
 # ------------------------------------------------------------------------------------- from codes

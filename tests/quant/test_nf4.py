@@ -147,6 +147,14 @@ def test_nested_codes_are_the_nearest():
     assert np.all(chosen <= distance.min(1) + 1e-7)
 
 
+def test_the_mean_of_scales_is_that_of_a_flat_list():
+    """Bit for bit: with an axis of outputs, a compiler would sum it in another order."""
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((2, 256, 192)), jnp.float32)
+    scales = quant.quantise(w).absmax.reshape(2, -1)
+    offset = jax.jit(lambda x: jnp.mean(x, axis=1))(scales)
+    np.testing.assert_array_equal(quant.quantise(w, double=True).absmax.offset, offset)
+
+
 def test_a_stack_of_layers_is_its_layers():
     w = jnp.asarray(np.random.default_rng(0).standard_normal((3, 128, 40)), jnp.float32)
     whole = quant.quantise(w, double=True)
