@@ -100,7 +100,9 @@ def _train(settings, members, workdir: Path, command: str, engine, options, flag
         if machine.platform != "cpu":
             import jax
 
-            jax.config.update("jax_platforms", "cpu")  # the workers have the accelerators
+            # The workers have the accelerators; the base is divided here as it is there.
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", machine.each)
         from lorax import rounds  # imports JAX; the plan line is printed before
 
         by_workers = launcher.Launcher(engine, options, machine, workers, flags, revised)

@@ -34,14 +34,19 @@ def mesh(shape: Shape, devices=None) -> Mesh:
     Raises ValueError if there are too few.
     """
     devices = list(jax.devices() if devices is None else devices)
-    if len(devices) < shape.size:
-        raise ValueError(
-            f"train.mesh: {shape} needs {shape.size} devices, and there "
-            f"{'are' if len(devices) > 1 else 'is'} {len(devices)}"
-        )
+    check(shape, len(devices))
     automatic = (AxisType.Auto,) * len(AXES)
     devices = devices[: shape.size]
     return jax.make_mesh(tuple(shape), AXES, axis_types=automatic, devices=devices)
+
+
+def check(shape: Shape, devices: int) -> None:
+    """Raises ValueError if there are too few devices for a mesh."""
+    if devices < shape.size:
+        raise ValueError(
+            f"train.mesh: {shape} needs {shape.size} devices, and there "
+            f"{'are' if devices > 1 else 'is'} {devices}"
+        )
 
 
 def shape_of(mesh: Mesh) -> Shape:

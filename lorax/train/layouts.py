@@ -89,7 +89,8 @@ def _spread(n_members: int, train, base: Base, devices: tuple) -> tuple[str, Sha
     """(mode, shape of the mesh) of a `Layout`."""
     n, mode = len(devices), train.parallel
     if shape := mesh_shape(train, base):
-        return "mesh", sharding.shape_of(sharding.mesh(shape, devices))  # raises without so many
+        sharding.check(shape, n)
+        return "mesh", shape
     part, copies = train.batch_size // train.accumulate, tree.nbytes(base.params) * n
     room = devices[0].platform != "cpu" or copies <= CPU_COPIES
     return copied(mode, n_members, part, n, hosts.are_many(), room)

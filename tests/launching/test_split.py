@@ -39,6 +39,16 @@ def test_small_groups_share_parts_and_large_ones_are_divided(machine):
     assert split.split(long, None, machine, 3) == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)]
 
 
+def test_a_mesh_is_that_of_a_workers_devices_whatever_the_launcher_has():
+    """Width 2 on both parts of the member axis; four GPUs a worker."""
+    some, gpus = group(0, range(8)), machines.Machine("gpu", 8, 4)
+    some.config.train.mesh = "member=2,fsdp=2"
+    assert sorted(map(len, split.split([some], None, gpus, 2))) == [4, 4]
+    some.config.train.mesh = "fsdp=8"
+    with pytest.raises(ValueError, match="train.mesh: fsdp=8 needs 8 devices, and there are 4"):
+        split.split([some], None, gpus, 2)
+
+
 def test_members_that_compete_are_in_one_part(machine):
     candidate = lambda *of: halving.Candidate(of[0], of[:1], of[1:])
     points = tuple((candidate(4 * i, 4 * i + 1), candidate(4 * i + 2, 4 * i + 3)) for i in range(3))
