@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -92,13 +93,16 @@ def _connected(options: argparse.Namespace):
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     here = {"include_dashboard": False, "object_store_memory": STORE}
     try:
-        ray.init(
-            address=options.address,
-            namespace="lorax",
-            log_to_driver=False,
-            logging_level="ERROR",
-            **(here if options.address == HERE else {}),
-        )
+        with warnings.catch_warnings():
+            # Ray's programs are started by a fork that runs nothing of JAX.
+            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+            ray.init(
+                address=options.address,
+                namespace="lorax",
+                log_to_driver=False,
+                logging_level="ERROR",
+                **(here if options.address == HERE else {}),
+            )
     except Exception as error:  # Ray has no type of its own for them
         why = errors.reason(error)
         raise ValueError(f"--address: {options.address!r} given, no Ray there ({why})") from error

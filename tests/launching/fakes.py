@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+import lorax.launching
 from lorax import rundir
 from lorax.launching import state
 
@@ -53,6 +54,7 @@ def make(workdir: Path, monkeypatch, *plans: list[str]) -> list[Path]:
     (site / "sitecustomize.py").write_text(SITE)
     monkeypatch.setenv("PYTHONPATH", f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setitem(sys.modules, "lorax.launching.worker", sys.modules[__name__])
+    monkeypatch.setattr(lorax.launching, "worker", sys.modules[__name__], raising=False)
     parts = [workdir / "parts" / str(i) for i in range(len(plans))]
     for part, plan in zip(parts, plans, strict=True):
         part.mkdir(parents=True)
@@ -74,11 +76,16 @@ def until(condition):
 
 @contextlib.contextmanager
 def then(do):
-    """Context beside which `do` runs in a thread."""
+    """Context beside which `do` runs in a thread, and Ctrl-C raises KeyboardInterrupt: a shell has
+    what it runs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=do)
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def worker(part):
