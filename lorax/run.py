@@ -165,8 +165,9 @@ def show_answer(workdir: Path, settings: ConfigDict) -> None:
 
 def _help() -> None:
     print(__doc__)
-    for name, text in {n: command_line.FLAGS[n].help for n in ("config", "workdir")} | hosts.FLAGS:
-        print(f"  --{name:8s} {text}")
+    own = {name: command_line.FLAGS[name].help for name in ("config", "workdir")}
+    for name, text in (own | hosts.FLAGS).items():
+        print(f"  --{name:11s} {text}")
     for name, key in catalogue.keys().items():
         usual = "" if key.default is None else f" (default: {key.default})"
         print(f"  --config.method.{name:15s} {key.help}{usual}")

@@ -47,7 +47,9 @@ def test_commands_are_modules_and_functions_whatever_was_imported(first):
 
 def test_commands_say_their_arguments():
     assert list(inspect.signature(lorax.run).parameters) == ["settings", "workdir"]
-    assert list(inspect.signature(lorax.plan).parameters) == ["settings", "devices"]
+    assert list(inspect.signature(lorax.plan).parameters) == [
+        "settings", "devices", "mesh", "hosts",
+    ]  # fmt: skip
     assert "also" in inspect.signature(lorax.report).parameters
 
 
