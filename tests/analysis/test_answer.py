@@ -14,7 +14,7 @@ from synthetic import make_run, make_search, make_study
 from lorax import config, rundir
 from lorax.analysis import answer, runs
 from lorax.analysis.answer import next_run
-from lorax.run import _show_answer
+from lorax.run import show_answer
 
 ROOT = pathlib.Path(__file__).parents[2]
 RANKS = (1, 2, 4, 8, 16)
@@ -324,10 +324,10 @@ def test_the_terminal_says_what_the_file_holds(tmp_path, capsys):
     assert answer.lines(answer.read(tmp_path / "run")) == answer.lines(found)
     assert rundir.answer(tmp_path / "run") == tmp_path / "run" / "analysis" / "answer.json"
     settings = config.default()
-    _show_answer(tmp_path / "run", settings)
+    show_answer(tmp_path / "run", settings)
     assert capsys.readouterr().out.splitlines()[1:] == answer.lines(found)
     settings.search.threshold = 0.9
-    _show_answer(make_search(tmp_path / "search"), settings)
+    show_answer(make_search(tmp_path / "search"), settings)
     assert capsys.readouterr().out == ""
 
 
