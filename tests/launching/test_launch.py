@@ -297,22 +297,13 @@ def test_a_launcher_that_is_killed_goes_on(start, alone, tmp_path, server):
     assert_same(workdir, alone(""))
 
 
-#: The default study with all that it measures, in two ranks and full fine-tuning. It has fewer
-#: members of the latter than a machine has devices, which then divide its batches.
-SMALL = (
-    *("--config.sweep.rank=(1,8)", "--config.sweep.seed=(0,)"),
-    *("--config.train.steps=4", "--config.train.batch_size=4", "--config.train.warmup=0"),
-    *("--config.eval.every=2", "--config.eval.examples=8", "--config.eval.test=8"),
-    *("--config.task.n_train=64", "--config.eval.generate=2", "--config.analysis.report=False"),
-    "--config.analysis.trajectory=True",
-)
-
-
 @pytest.mark.slow
-def test_the_default_study_is_that_of_one_machine(tmp_path):
-    """In processes as a person starts them, compiled as theirs are."""
-    config = sweeps.ROOT / "configs/gpt2_rank_sweep.py"
-    sweeps.lorax("run", config, tmp_path / "alone", *SMALL)
-    sweeps.lorax("launch", config, tmp_path / "run", "--on=local", "--workers=2", *SMALL)
+def test_workers_as_a_person_starts_them_are_one_machine(tmp_path):
+    """In processes, compiled as theirs are; the only member of full fine-tuning divides its batches
+    over the devices. The default study goes through the other engines."""
+    config, words = sweeps.study(tmp_path), ["--config.sweep.seed=(0,)"]
+    words += ["--config.analysis.trajectory=True"]
+    sweeps.lorax("run", config, tmp_path / "alone", *words)
+    sweeps.lorax("launch", config, tmp_path / "run", "--on=local", "--workers=2", *words)
     assert len(parts.directories(tmp_path / "run")) == 2
     assert_same(tmp_path / "run", tmp_path / "alone")
