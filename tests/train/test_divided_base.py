@@ -290,15 +290,21 @@ def test_a_method_starts_trains_and_is_exported(name, tmp_path, gathered):
         for key, x in expected.items():
             np.testing.assert_allclose(arrays[file][key], x, rtol=0, atol=1e-5, err_msg=key)
     own = max(x.size for of_file in arrays.values() for x in of_file.values())
-    assert max(gathered) <= (20 * 8 if name == "full" else max(20 * 8, own))
+    assert max(gathered, default=0) <= (20 * 8 if name == "full" else max(20 * 8, own))
 
 
 # ------------------------------------------------------------------------------------- a whole run
 
 
-@pytest.mark.parametrize("shape", MESHES)
+def spanned(file):
+    """The arrays of a file; of directions what they span together, because their signs, and which
+    is which of two that are nearly as large, are rounding."""
+    span = lambda x: x @ np.swapaxes(x, -1, -2)
+    return {k: span(x) if k.endswith("/directions") else x for k, x in load_file(file).items()}
+
+
 @pytest.mark.slow
-def test_a_run_is_that_of_one_device(tmp_path, shape):
+def test_a_run_is_that_of_one_device(tmp_path):
     """Start, evaluation, test rows, spectra, CKA, texts, adapters and the report's tables."""
 
     def run(folder, **train):
@@ -310,15 +316,14 @@ def test_a_run_is_that_of_one_device(tmp_path, shape):
         c.analysis.update(cka=16, trajectory=True)
         return lorax.run(c, tmp_path / folder).directory
 
-    one, many = run("one", parallel="none"), run("many", mesh=shape)
+    one, many = run("one", parallel="none"), run("many", mesh=MESHES[0])
     assert json.loads((many / "status.json").read_text()).get("failed") is None
     compared = 0
     for file in sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file()):
         if file.parts[0] == "texts":
             assert (many / file).read_text() == (one / file).read_text()
         elif file.suffix == ".safetensors" and file.parts[0] in ("adapters", "trajectory"):
-            size = lambda d, file=file: jax.tree.map(np.abs, load_file(d / file))  # directions have
-            assert_close(size(many), size(one), 1e-4)  # no sign
+            assert_close(spanned(many / file), spanned(one / file), 1e-4)
         elif file.suffix == ".csv" and file.name not in ("members.csv", "amplification.csv"):
             pd.testing.assert_frame_equal(
                 pd.read_csv(many / file), pd.read_csv(one / file), rtol=1e-4, atol=1e-5
