@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorax.launching import state
+from lorax.launching.options import at_least
 
 SECONDS = 2.0  # between two looks at the parts
 
@@ -27,9 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Raises ValueError for an option out of range."""
-    for name, low in {"workers": 1, "gpus": 0, "retries": 0}.items():
-        if getattr(options, name) < low:
-            raise ValueError(f"--{name}: {getattr(options, name)} given, must be at least {low}")
+    at_least(options, workers=1, gpus=0, retries=0)
 
 
 def run(

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from lorax import rundir
 from lorax.launching import machines, state, worker
+from lorax.launching.options import at_least
 
 SECONDS = 0.2  # between two looks at the workers
 
@@ -33,10 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Raises ValueError for numbers out of range."""
-    for name, low in (("workers", 1), ("retries", 0)):
-        value = getattr(options, name)
-        if value is not None and value < low:
-            raise ValueError(f"--{name}: {value} given, must be at least {low}")
+    at_least(options, workers=1, retries=0)
     here = machines.here()
     if here.platform != "cpu" and (options.workers or 1) > machines.most_here(here):
         raise ValueError(
@@ -67,10 +65,8 @@ def run(
                 process.stdin.close()
                 free.append(slot)
                 outcome = state.outcome(part)
-                if outcome.again and retries.get(part, 0) < options.retries:
-                    retries[part] = retries.get(part, 0) + 1
+                if state.tries_again(part, outcome, retries, options.retries):
                     waiting.insert(0, part)
-                    print(f"part {part.name}: {outcome.reason}. It is tried again.", flush=True)
                 else:
                     state.end(part, outcome.reason)
                     yield part, outcome.reason

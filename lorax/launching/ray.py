@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lorax import errors
 from lorax.launching import state
+from lorax.launching.options import at_least
 
 MISSING = "--on=ray needs Ray: pip install lorax-research[ray]"
 STORE = 80_000_000  # bytes of an object store that holds paths; Ray takes no less than 75 MiB
@@ -39,11 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check(options: argparse.Namespace) -> None:
     """Raises ValueError if Ray is not installed or an option is out of range."""
     errors.optional("ray", "ray", MISSING)
-    least = {"workers": 1, "gpus": 0, "cpus": 1, "memory": 0, "retries": 0}
-    for name, low in least.items():
-        value = getattr(options, name)
-        if value is not None and value < low:
-            raise ValueError(f"--{name}: {value} given, must be at least {low}")
+    at_least(options, workers=1, gpus=0, cpus=1, memory=0, retries=0)
 
 
 def run(

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from lorax import errors
 from lorax.launching import parts, state
+from lorax.launching.options import at_least
 
 CLUSTERS = ("slurm", "local", "debug")
 FOLDER = "submitit"  # in the run directory
@@ -58,12 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check(options: argparse.Namespace) -> None:
     """Raises ValueError if this machine can't submit parts with these options."""
     errors.optional("submitit", "submitit", MISSING)
-    least = {"gpus": 0, "cpus": 1, "memory": 0, "retries": 0, "timeouts": 0}
-    for name, low in (least | {"workers": 1, "max_parallel": 1}).items():
-        value = getattr(options, name)
-        if value is not None and value < low:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag}: {value} given, must be at least {low}")
+    at_least(options, gpus=0, cpus=1, memory=0, retries=0, timeouts=0, workers=1, max_parallel=1)
     minutes(options.time)
     for given in options.sbatch or ():
         if not re.fullmatch(r"[a-z][a-z-]*=.+", given):
@@ -118,10 +114,8 @@ def run(
             for part in ended:
                 del jobs[part]
                 outcome = state.outcome(part)
-                if outcome.again and retries.get(part, 0) < options.retries:
-                    retries[part] = retries.get(part, 0) + 1
+                if state.tries_again(part, outcome, retries, options.retries):
                     waiting.append(part)
-                    print(f"part {part.name}: {outcome.reason}. It is tried again.", flush=True)
                 else:
                     state.end(part, outcome.reason)
                     yield part, outcome.reason

@@ -133,6 +133,16 @@ def outcome(part: Path) -> Outcome:
     return Outcome(False, worker.get("state") != "failed", f"{why}; see {part / LOG}")
 
 
+def tries_again(part: Path, ended: Outcome, retries: dict[Path, int], most: int) -> bool:
+    """Whether an engine has another worker try a part, and says so. retries: {part: how often
+    already}, counted here; most: at most so often."""
+    if not ended.again or retries.get(part, 0) >= most:
+        return False
+    retries[part] = retries.get(part, 0) + 1
+    print(f"part {part.name}: {ended.reason}. It is tried again.", flush=True)
+    return True
+
+
 # ----------------------------------------------------------------------------------- for listings
 
 
