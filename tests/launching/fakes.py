@@ -7,6 +7,7 @@ mistake  raises an error that every try will meet
 wait     waits for its end, once; the next try goes on with the following word
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -60,6 +61,15 @@ def make(workdir: Path, monkeypatch, *plans: list[str]) -> list[Path]:
         part.mkdir(parents=True)
         (part / "plan.json").write_text(json.dumps(plan))
     return parts
+
+
+def options(engine, *words: str):
+    """An engine's options as from a command line, checked."""
+    parser = argparse.ArgumentParser()
+    engine.add_options(parser)
+    given = parser.parse_args(words)
+    engine.check(given)
+    return given
 
 
 def states(parts):

@@ -37,6 +37,11 @@ SHORT = (
     "--config.analysis.report=False",
 )
 FILES = ("members.jsonl", "metrics.jsonl")
+#: Flags of `lorax.launch` for the engines of other packages, on this machine.
+ENGINES = {
+    "ray": ("--on=ray", "--address=local", "--workers=2"),
+    "slurm": ("--on=slurm", "--cluster=local", "--workers=2"),
+}
 
 
 def study(folder: Path) -> Path:

@@ -1,21 +1,16 @@
 """Parts whose workers somebody else starts."""
 
-import argparse
+import functools
 import threading
 from pathlib import Path
 
 import pytest
+from launching import fakes
 
 from lorax import rundir
 from lorax.launching import elsewhere, state
 
-
-def options(*words):
-    parser = argparse.ArgumentParser()
-    elsewhere.add_options(parser)
-    given = parser.parse_args(["--workers=3", *words])
-    elsewhere.check(given)
-    return given
+options = functools.partial(fakes.options, elsewhere, "--workers=3")
 
 
 def work(part: Path, *errors):

@@ -1,6 +1,6 @@
 """Parts as tasks of Ray, on a Ray of this machine."""
 
-import argparse
+import functools
 import os
 import sys
 
@@ -8,19 +8,13 @@ import pytest
 from support import require
 
 ray = require("ray")
-from launching import fakes, sweeps  # noqa: E402
+from launching import fakes  # noqa: E402
 from launching.fakes import states, stop, then, until  # noqa: E402
 
 from lorax.launching import ray as engine  # noqa: E402
 from lorax.launching import state  # noqa: E402
 
-
-def options(*words):
-    parser = argparse.ArgumentParser()
-    engine.add_options(parser)
-    given = parser.parse_args(["--address=local", *words])
-    engine.check(given)
-    return given
+options = functools.partial(fakes.options, engine, "--address=local")
 
 
 def test_workers_that_die_are_tried_again_and_a_mistake_is_not(tmp_path, monkeypatch):
@@ -98,27 +92,3 @@ def test_without_ray_the_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install lorax-research\[ray\]"):
         options()
-
-
-# ------------------------------------------------------------------------------------ real training
-
-LOCAL = ("--on=ray", "--address=local", "--workers=2")
-
-
-@pytest.mark.slow
-def test_a_sweep_is_that_of_one_machine(single, tmp_path):
-    config, expected = single
-    sweeps.lorax("launch", config, tmp_path / "run", *LOCAL)
-    sweeps.same(expected, tmp_path / "run")
-    assert [found["state"] for found in state.read_all(tmp_path / "run")] == ["done"] * 2
-
-
-@pytest.mark.slow
-def test_the_default_study_is_that_of_one_machine(default_study, tmp_path):
-    sweeps.lorax("launch", sweeps.DEFAULT, tmp_path / "run", *sweeps.SHORT, *LOCAL)
-    sweeps.same(default_study, tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_a_sweep_whose_workers_are_killed_is_that_of_one_machine(single, tmp_path):
-    sweeps.repeated_while_killed(single, tmp_path, *LOCAL)

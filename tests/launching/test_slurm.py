@@ -1,6 +1,5 @@
 """Parts as jobs of submitit: its local executor runs them here, SLURM itself is imitated."""
 
-import argparse
 import os
 
 import pytest
@@ -31,11 +30,7 @@ def cluster(tmp_path, monkeypatch):
 
 
 def options(*words, cluster="local"):
-    parser = argparse.ArgumentParser()
-    slurm.add_options(parser)
-    given = parser.parse_args([f"--cluster={cluster}", *words])
-    slurm.check(given)
-    return given
+    return fakes.options(slurm, f"--cluster={cluster}", *words)
 
 
 # ------------------------------------------------------------------------------ on this machine
@@ -190,16 +185,6 @@ def test_debug_runs_them_in_this_process(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------ real training
 
-LOCAL = ("--on=slurm", "--cluster=local", "--workers=2")
-
-
-@pytest.mark.slow
-def test_a_sweep_is_that_of_one_machine(single, tmp_path):
-    config, expected = single
-    sweeps.lorax("launch", config, tmp_path / "run", *LOCAL)
-    sweeps.same(expected, tmp_path / "run")
-    assert [found["state"] for found in state.read_all(tmp_path / "run")] == ["done"] * 2
-
 
 @pytest.mark.slow
 def test_a_sweep_that_is_preempted_is_that_of_one_machine(single, tmp_path):
@@ -211,17 +196,6 @@ def test_a_sweep_that_is_preempted_is_that_of_one_machine(single, tmp_path):
         preempt(part)
 
     with then(when_there_is_a_checkpoint):
-        sweeps.lorax("launch", config, tmp_path / "run", *LOCAL, "--retries=0")
+        sweeps.lorax("launch", config, tmp_path / "run", *sweeps.ENGINES["slurm"], "--retries=0")
     sweeps.same(expected, tmp_path / "run")
     assert state.read(part)["tries"] == 2 and "continues at step" in (part / state.LOG).read_text()
-
-
-@pytest.mark.slow
-def test_the_default_study_is_that_of_one_machine(default_study, tmp_path):
-    sweeps.lorax("launch", sweeps.DEFAULT, tmp_path / "run", *sweeps.SHORT, *LOCAL)
-    sweeps.same(default_study, tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_a_sweep_whose_workers_are_killed_is_that_of_one_machine(single, tmp_path):
-    sweeps.repeated_while_killed(single, tmp_path, *LOCAL)

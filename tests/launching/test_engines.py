@@ -1,0 +1,33 @@
+"""A sweep that Ray or submitit launches is that of one machine."""
+
+import pytest
+from launching import sweeps
+from support import require
+
+from lorax.launching import state
+
+pytestmark = pytest.mark.slow
+PACKAGES = {"ray": "ray", "slurm": "submitit"}
+
+
+@pytest.fixture(params=sweeps.ENGINES)
+def engine(request):
+    """The flags of an engine, whose package is there."""
+    require(PACKAGES[request.param])
+    return sweeps.ENGINES[request.param]
+
+
+def test_a_sweep_is_that_of_one_machine(engine, single, tmp_path):
+    config, expected = single
+    sweeps.lorax("launch", config, tmp_path / "run", *engine)
+    sweeps.same(expected, tmp_path / "run")
+    assert [found["state"] for found in state.read_all(tmp_path / "run")] == ["done"] * 2
+
+
+def test_the_default_study_is_that_of_one_machine(engine, default_study, tmp_path):
+    sweeps.lorax("launch", sweeps.DEFAULT, tmp_path / "run", *sweeps.SHORT, *engine)
+    sweeps.same(default_study, tmp_path / "run")
+
+
+def test_a_sweep_whose_workers_are_killed_is_that_of_one_machine(engine, single, tmp_path):
+    sweeps.repeated_while_killed(single, tmp_path, *engine)
