@@ -64,6 +64,13 @@ def _of_layer(x, index: tuple[int, ...]):
     return here(x[index]) if index else here(x)
 
 
+def decoded(leaf, site: ops.Site | None, index: tuple[int, ...]):
+    """One layer of a leaf as a plain array, decoded if it is quantised. site: None if no operator
+    leaf can be there. index: along the leading axes, () for all of it."""
+    alone = site and site._replace(stack=site.stack - len(index))
+    return ops.dense(layer(leaf, index), alone)
+
+
 def matrix(leaf, site: ops.Site, index: tuple[int, ...]) -> jax.Array:
     """One layer's kernel as (in, out), decoded if it is quantised, in the dtype of its weight."""
     alone = site._replace(stack=0)

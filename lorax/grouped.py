@@ -157,8 +157,7 @@ def _on_devices(x, stack, sizes, turned: bool, by: tuple):
     the devices. stack: (..., E, in, out), with the axis of members or without it.
     """
     if isinstance(stack, jax.Array):
-        fits = lambda n, axis: axis == "tensor" and n % divided.here().tensor == 0
-        axes = [a if fits(n, a) else None for n, a in zip(stack.shape[-2:], by, strict=True)]
+        axes = divided.fitting(stack.shape[-2:], [a if a == "tensor" else None for a in by])
         specs = P(*(None,) * (stack.ndim - 2), *axes)
     else:
         stack, specs, axes = stack.tensor_parts()

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 SECONDS = 300  # within which all processes must have started
@@ -195,6 +196,11 @@ def agreed(value):
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     data = multihost_utils.broadcast_one_to_all(data if first() else np.zeros(size, np.uint8))
     return json.loads(data.tobytes())
+
+
+def of_first(function: Callable, *arguments):
+    """function(*arguments) as process 0 computes it, anything that JSON holds, on every process."""
+    return agreed(function(*arguments) if first() else None)
 
 
 def least(number: int) -> int:

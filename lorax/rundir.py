@@ -47,8 +47,9 @@ PARTS, PART = "parts", "part.json"  # of a run that was launched; `lorax.launchi
 BASE = "base"  # in place of a member's number, for the texts of the base itself
 ANALYSIS, FIGURES, TENSORBOARD, TRACK = "analysis", "figures", "tb", "track"
 FILES = (LOCK, CONFIG, MEMBERS, METRICS, STATUS, REPORT)
-FOLDERS = (ADAPTERS, ANALYSIS, CHECKPOINTS, FIGURES, PARTS, ROWS, TENSORBOARD, TEXTS, TRACK)
-FOLDERS += (TRAJECTORY,)
+FOLDERS = (
+    ADAPTERS, ANALYSIS, CHECKPOINTS, FIGURES, PARTS, ROWS, TENSORBOARD, TEXTS, TRACK, TRAJECTORY,
+)  # fmt: skip
 RUNS = Path("runs")  # where run directories are, unless --workdir says otherwise
 UNFINISHED = ("running", "stopped", "failed")  # states with members left to train
 

@@ -82,7 +82,7 @@ def next_round(
     settings: ConfigDict, members: list[Member], directory: Path, say: Callable[[str], None]
 ) -> list[Member]:
     """The members of the next round, chosen from the results so far, whose estimate is printed."""
-    asked = hosts.agreed(_asked(settings, directory, say) if hosts.first() else None)
+    asked = hosts.of_first(_asked, settings, directory, say)
     return more_members(settings, members, asked)
 
 

@@ -44,8 +44,7 @@ class Altered:
     def _layer(self, layer: tuple[int, ...]):
         if layer in self.layers:
             return self.layers[layer]()
-        alone = self.site and self.site._replace(stack=self.site.stack - len(layer))
-        return ops.dense(gather.layer(self.leaf, layer), alone)
+        return gather.decoded(self.leaf, self.site, layer)
 
 
 def with_matrices(leaf, site: ops.Site, dtype, matrices: Mapping[tuple, Callable]) -> Altered:

@@ -77,7 +77,7 @@ def load(
     files = {file: _version(file) for file in hf.weight_files(directory)}
     params, fresh = _read(base, directory, param_dtype, init, place, coded)
     # One process reads the files a second time, for all.
-    hashed = functools.cache(lambda: hosts.agreed(_sha256(files) if hosts.first() else None))
+    hashed = functools.cache(lambda: hosts.of_first(_sha256, files))
     return base.replace(params=params, hashed=hashed, fresh=fresh, directory=directory)
 
 

@@ -80,8 +80,7 @@ class Weight:
 
     def __getitem__(self, index: tuple[int, ...]):
         """One layer's array. index: along the leading axes, () for all of it."""
-        alone = self.site and self.site._replace(stack=self.site.stack - len(index))
-        return ops.dense(gather.layer(self.leaf, index), alone)
+        return gather.decoded(self.leaf, self.site, index)
 
 
 def _images(base: Base, dtype) -> dict[str, np.ndarray]:

@@ -38,11 +38,8 @@ def plan(members, name: str, devices: int, mesh: str | None, race: Race | None =
     many = devices > device.per_host
     shape = mesh_costs.divide(load, devices, device, memory, many)
     while shape is not None:
-        p, parts = make(Spread("mesh", shape)), shape.fsdp * shape.tensor
-        more = lambda shape, parts=parts: (
-            shape.fsdp * shape.tensor > parts and (shape.size == devices or not many)
-        )
-        wider = mesh_costs.choose(load, devices, device, more)
+        p = make(Spread("mesh", shape))
+        wider = mesh_costs.wider(load, devices, device, shape, many)
         if p.peak(1, p.at(1)) <= memory or wider is None:
             return p
         shape = wider

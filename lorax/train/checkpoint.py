@@ -78,7 +78,7 @@ def restore(directory: Path, like, warn) -> tuple[int, object, dict] | None:
     a multiple of the devices), the state has as many as were, on every process. warn: called with
     one line for every checkpoint that is skipped because it is incomplete or corrupt.
     """
-    step = hosts.agreed(_newest(directory, warn) if hosts.first() else None)
+    step = hosts.of_first(_newest, directory, warn)
     if step is None:
         return None
     path = directory / str(step)
@@ -89,7 +89,7 @@ def restore(directory: Path, like, warn) -> tuple[int, object, dict] | None:
         else:  # NumPy arrays, also of shards that several processes have written
             like = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), like)
         state = checkpointer.restore(stored, like)
-    return step, state, hosts.agreed(read_json(path / MANIFEST)["meta"] if hosts.first() else None)
+    return step, state, hosts.of_first(read_json, path / MANIFEST)["meta"]
 
 
 def _newest(directory: Path, warn) -> int | None:

@@ -72,11 +72,9 @@ def more_divided(c, train, base: Base, chosen: Layout, n_members: int, devices) 
     none, or if the config says how to divide it. train: the config's section."""
     if train.mesh != "auto" or train.parallel != "auto":
         return None
-    now = chosen.shape.fsdp * chosen.shape.tensor if chosen.mode == "mesh" else 1
-    used = lambda shape: shape.size == len(devices) or not hosts.are_many()
-    more = lambda shape: shape.fsdp * shape.tensor > now and used(shape)
-    kind = of_kind(devices[0].device_kind)
-    return mesh_costs.choose(load_of(c, base, n_members), len(devices), kind, more)
+    now = chosen.shape if chosen.mode == "mesh" else Shape()
+    load, kind = load_of(c, base, n_members), of_kind(devices[0].device_kind)
+    return mesh_costs.wider(load, len(devices), kind, now, hosts.are_many())
 
 
 def fit(

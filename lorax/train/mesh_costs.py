@@ -51,20 +51,19 @@ class Load(NamedTuple):
     copied: bool = False
     backward: bool = True
 
+    def each(self, shape: Shape) -> int:
+        """Members on each device."""
+        return math.ceil(self.members / shape.member)
+
     def turns(self, shape: Shape) -> int:
         """How often each device reads the base for a step of its members."""
-        each = math.ceil(self.members / shape.member)
+        each = self.each(shape)
         return math.ceil(each / min(self.width, each)) * self.train.accumulate
 
     def tokens_on(self, shape: Shape) -> float:
         """Tokens that each device computes in a step."""
-        each, part = math.ceil(self.members / shape.member), self.part
-        return (
-            each
-            * self.train.batch_size
-            * self.tokens
-            / (shape.fsdp if part % shape.fsdp == 0 else 1)
-        )
+        rows = self.train.batch_size / (shape.fsdp if self.part % shape.fsdp == 0 else 1)
+        return self.each(shape) * rows * self.tokens
 
     @property
     def part(self) -> int:
@@ -162,7 +161,7 @@ def traffic(load: Load, shape: Shape) -> Traffic:
             looked_up += w.n_out * (w.site is not None and w.site.kind == "embed")
         if "tensor" in w.axes and w.site is not None:
             reduced += _reduced(load, w)
-    gradients = load.trained * math.ceil(load.members / shape.member) * load.train.accumulate
+    gradients = load.trained * load.each(shape) * load.train.accumulate
     gradients *= load.backward
     return Traffic(
         gather * load.turns(shape),
@@ -256,7 +255,7 @@ def estimate(load: Load, shape: Shape) -> float:
     )
     one = load._replace(members=1).tokens_on(shape) / load.train.accumulate
     working = one * load.activation * (kept + 2 * max(inside.values(), default=0))
-    each = math.ceil(load.members / shape.member) * load.state
+    each = load.each(shape) * load.state
     shape = Shape() if load.copied else shape
     return nbytes(load.base, shape) + gathered(load.base, shape) + each + working
 
@@ -288,6 +287,15 @@ def ranked(load: Load, devices: int, device: Device) -> list[Shape]:
 def choose(load: Load, devices: int, device: Device, fits: Callable) -> Shape | None:
     """The fastest mesh (see `ranked`) that fits, None if none does. fits(shape) -> bool."""
     return next(filter(fits, ranked(load, devices, device)), None)
+
+
+def wider(load: Load, devices: int, device: Device, shape: Shape, all_: bool) -> Shape | None:
+    """The fastest mesh that divides a base into more parts than `shape`, None if there is none.
+    all_: use every device."""
+    parts = shape.fsdp * shape.tensor
+    more = lambda other: other.fsdp * other.tensor > parts
+    used = lambda other: other.size == devices or not all_
+    return choose(load, devices, device, lambda other: more(other) and used(other))
 
 
 def divide(
