@@ -12,7 +12,7 @@ from lorax import methods, tree
 from lorax.interop import peft
 from lorax.interop.peft import matrices
 from lorax.interop.peft.config import check_targets
-from lorax.interop.peft.matrices import Arrays, Place
+from lorax.interop.peft.modules import Arrays, Place
 from lorax.interop.places import as_index, fused_width, natural
 from lorax.methods.vera import SHARED
 from lorax.models import Base

@@ -24,7 +24,7 @@ from lorax.adapters import peft_matrices, peft_states
 from lorax.adapters.task_types import check_task, task_type
 from lorax.interop import peft
 from lorax.interop.peft import files, matrices, norms, tokens, whole
-from lorax.interop.peft.matrices import Arrays
+from lorax.interop.peft.modules import Arrays
 from lorax.models import Base
 
 #: lorax's name -> PEFT's peft_type, of methods that are not written as LoRA.

@@ -9,7 +9,7 @@ import numpy as np
 
 from lorax import methods, tree
 from lorax.interop.peft import matrices
-from lorax.interop.peft.matrices import Arrays
+from lorax.interop.peft.modules import Arrays
 from lorax.models import Base
 
 

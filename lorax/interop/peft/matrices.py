@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -39,103 +39,7 @@ from lorax.interop.peft.config import (
     from_patterns,
     scale_of,
 )
-
-Arrays = dict[str, np.ndarray]
-
-
-class Place(NamedTuple):
-    """A linear module of PEFT's. inputs, outputs: its sizes. columns: {layer: its outputs in the
-    module}, slice or integers. fused: whether the module holds several layers. conv1d: whether it
-    is GPT-2's `Conv1D`, whose weight is (in, out)."""
-
-    name: str
-    inputs: int
-    outputs: int
-    columns: dict[str, slice | np.ndarray]
-    fused: bool
-    conv1d: bool
-
-
-class Kind(NamedTuple):
-    """names: regex for a method's tensors in a module. bias: PEFT's word for biases trained with
-    their modules ("lora_only"), None if it stores none."""
-
-    names: str
-    write: Callable
-    read: Callable
-    bias: str | None = None
-
-
-def fit(where: str, tensors: Mapping[str, np.ndarray], **shapes: tuple) -> dict[str, int]:
-    """{word: size} of the sizes that are words in `shapes`.
-
-    Raises ValueError, which begins with `where`, for a tensor that is missing, has another shape or
-    is unknown.
-    """
-    sizes: dict[str, int] = {}
-    for name, shape in shapes.items():
-        got = tensors.get(name)
-        right = got is not None and got.ndim == len(shape)
-        for want, n in zip(shape, got.shape if right else (), strict=False):
-            right &= n == (sizes.setdefault(want, n) if isinstance(want, str) else want)
-        if not right:
-            given = "there is none" if got is None else f"it is {got.shape}"
-            want = ", ".join(str(sizes.get(n, n)) for n in shape)
-            raise ValueError(f"{where}: {name} should be ({want}), {given}")
-    unknown = sorted(set(tensors) - set(shapes))
-    if unknown:
-        raise ValueError(f"{where}: {', '.join(unknown)} can't be read")
-    return sizes
-
-
-# ------------------------------------------------------------------------------------ fused modules
-
-
-def _joined(place: Place, parts: Mapping[str, Arrays], inner: tuple, outer: tuple) -> Arrays:
-    """A module's arrays from those of its parts: `inner`, (..., r) each, are concatenated to
-    (R, ...); `outer`, (r, out), become (outputs, R). Parts with equal inner arrays share them.
-    Ranks that are zero in all of `outer` (padding) are left out."""
-    spans, rank, cut = {}, 0, {}
-    for layer, arrays in parts.items():
-        used = np.any([arrays[name].any(axis=1) for name in outer], axis=0)
-        used[:1] |= not used.any()  # PEFT has no rank 0
-        cut[layer] = {name: arrays[name][..., used].T for name in inner}
-        cut[layer] |= {name: arrays[name][used].T for name in outer}
-        same = lambda other, layer=layer: all(
-            np.array_equal(cut[other][name], cut[layer][name]) for name in inner
-        )
-        twin = next((other for other in spans if same(other)), None)
-        spans[layer] = spans[twin] if twin else slice(rank, rank + int(used.sum()))
-        rank = max(rank, spans[layer].stop)
-    first = next(iter(cut.values()))
-    joined = {name: np.zeros((rank, *first[name].shape[1:]), np.float32) for name in inner}
-    joined |= {name: np.zeros((place.outputs, rank), np.float32) for name in outer}
-    for layer, arrays in cut.items():
-        for name in inner:
-            joined[name][spans[layer]] = arrays[name]
-        for name in outer:
-            joined[name][place.columns[layer], spans[layer]] = arrays[name]
-    return joined
-
-
-def _apart(place: Place, arrays: Arrays, inner: tuple, outer: tuple) -> dict[str, Arrays]:
-    """Inverse of `_joined`: {layer: arrays}, without ranks that are zero in all of `outer`."""
-    by_layer = {}
-    for layer, columns in place.columns.items():
-        cut = {name: arrays[name].T[:, columns] for name in outer}
-        used = np.any([x.any(axis=1) for x in cut.values()], axis=0)
-        if used.any():
-            by_layer[layer] = {name: arrays[name].T[..., used] for name in inner}
-            by_layer[layer] |= {name: x[used] for name, x in cut.items()}
-    return by_layer
-
-
-def _widest(layers: Mapping[str, Arrays], name: str, where) -> int:
-    """The largest rank of the layers' arrays `name`, (..., r)."""
-    if not layers:
-        raise ValueError(f"{where}: there is no update, all is zero")
-    return max(arrays[name].shape[-1] for arrays in layers.values())
-
+from lorax.interop.peft.modules import Arrays, Kind, Place, apart, fit, joined, widest
 
 # ---------------------------------------------------------------------------------------- AdaLoRA
 
@@ -148,10 +52,10 @@ def write_adalora(modules, shared, hp):
     ones. Raises ValueError for an alpha of at most 0."""
     if hp["scale"] <= 0:
         raise ValueError(f"method.alpha: {hp['alpha']} given; PEFT takes the rank for one below 0")
-    joined = {place.name: _joined(place, parts, ("a", "e"), ("b",)) for place, parts in modules}
-    rank = max(len(arrays["e"]) for arrays in joined.values())
+    whole = {place.name: joined(place, parts, ("a", "e"), ("b",)) for place, parts in modules}
+    rank = max(len(arrays["e"]) for arrays in whole.values())
     tensors = {}
-    for name, arrays in joined.items():
+    for name, arrays in whole.items():
         padding = rank - len(arrays["e"])  # PEFT has one rank for all
         tensors[f"{name}.lora_A"] = np.pad(arrays["a"], ((0, padding), (0, 0)))
         tensors[f"{name}.lora_E"] = np.pad(arrays["e"], (0, padding))[:, None]
@@ -190,10 +94,10 @@ def read_adalora(modules, shared, config, where):
         if rank != said:
             raise ValueError(f"{here}: rank {rank}, but {said} in {CONFIG}, {field}")
         arrays = {"a": tensors["lora_A"], "e": tensors["lora_E"][:, 0], "b": tensors["lora_B"]}
-        layers |= _apart(place, arrays, ("a", "e"), ("b",))
+        layers |= apart(place, arrays, ("a", "e"), ("b",))
     for arrays in layers.values():
         arrays["real"] = np.ones(len(arrays["e"]), bool)
-    rank = _widest(layers, "e", where)
+    rank = widest(layers, "e", where)
     scale = alpha / (init_r + 1e-5)  # PEFT's scale does not change with pruning
     hp = {"rank": rank, "alpha": alpha if rank == init_r else scale * (rank + 1e-5)}
     hp["target_rank"] = min(config.get("target_r", 8), rank)
@@ -214,7 +118,7 @@ def write_loha(modules, shared, hp):
     for place, parts in modules:
         if place.conv1d:
             raise ValueError(f"{place.name}: PEFT has no LoHa of GPT-2's Conv1D; store it as LoRA")
-        arrays = _joined(place, parts, ("a1", "a2"), ("b1", "b2"))
+        arrays = joined(place, parts, ("a1", "a2"), ("b1", "b2"))
         tensors |= {f"{place.name}.{HADA[name]}": x for name, x in arrays.items()}
         ranks[place.name], scales[place.name] = len(arrays["a1"]), _scale(parts, hp)
     return tensors, _lycoris(ranks, scales) | {"rank_dropout": 0.0, "module_dropout": 0.0}
@@ -233,11 +137,11 @@ def read_loha(modules, shared, config, where):
         }
         rank = fit(f"{where / WEIGHTS}: {place.name}", tensors, **shapes)["r"]
         arrays = {ours: tensors[theirs] for ours, theirs in HADA.items()}
-        parts = _apart(place, arrays, ("a1", "a2"), ("b1", "b2"))
+        parts = apart(place, arrays, ("a1", "a2"), ("b1", "b2"))
         for part in parts.values():
             part["s"] = _lycoris_scale(config, place.name, rank, where)
         layers |= parts
-    rank = _widest(layers, "a1", where)
+    rank = widest(layers, "a1", where)
     return _alpha_of(rank, layers), layers, {}
 
 

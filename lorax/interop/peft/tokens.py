@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorax.interop.peft.config import CONFIG, WEIGHTS
-from lorax.interop.peft.matrices import fit
+from lorax.interop.peft.modules import fit
 
 #: Families in which PEFT's prefix works as ours does.
 PREFIX_FAMILIES = (
