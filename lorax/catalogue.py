@@ -72,8 +72,9 @@ KEYS = {
     "init": Key(
         str,
         "kaiming",
-        "of a: kaiming, gaussian; or computed from the base: pissa, pissa-fast, olora, loftq; "
-        "or from the first training batches: eva, corda, corda-kpm, lora-ga, lora-ga-paper",
+        "of a: kaiming, gaussian; of b: init-b; of both: both, both-kept; or computed from the "
+        "base: pissa, pissa-fast, olora, loftq; or from the first training batches: eva, corda, "
+        "corda-kpm, lora-ga, lora-ga-paper",
     ),
     "targets": Key(
         tuple,
@@ -134,7 +135,7 @@ RESERVED += ("planted_rank", "noise", "inputs", "data_seed", "seed", "trainable_
 RESERVED += ("draw_seed", "order_seed", "start_seed")
 
 #: Initialisations whose product a0 b0 is subtracted from the base: two more factors per matrix.
-TAKEN_OFF = ("pissa", "pissa-fast", "olora", "eva", "corda", "corda-kpm", "lora-ga")
+TAKEN_OFF = ("both", "pissa", "pissa-fast", "olora", "eva", "corda", "corda-kpm", "lora-ga")
 TAKEN_OFF += ("lora-ga-paper",)
 
 

@@ -11,10 +11,7 @@
 - LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): a keeps its initial values.
 - LoRA+ (Hayou et al. 2024, arXiv:2402.12354): b learns `ratio` times as fast as a.
 
-One of the two factors starts at zero, so that an adapted model equals its base at step 0. The paper
-draws A from a Gaussian without giving its width; its released code, PEFT and this file's default
-use `kaiming_uniform(sqrt 5)`, which is U(-1/sqrt(in), 1/sqrt(in)). Initialisations that read the
-base or data (`lorax.methods.starts`) start the adapter at a0 b0 and subtract that from the base:
+Where a start (`lorax.methods.starts`) has a product a0 b0 that is to be subtracted from the base,
 the leaf computes x w + s (x a b - x a0 b0), and the base itself is unchanged.
 """
 
@@ -27,10 +24,11 @@ import numpy as np
 import optax
 
 from lorax import gather, leaves, ops, tree
+from lorax.catalogue import TAKEN_OFF
 from lorax.errors import nearest
 from lorax.methods.arrays import Matrix, joined, key_for, matrices
 from lorax.methods.contract import Method, State
-from lorax.methods.starts import KEPT, NEEDS, STARTS
+from lorax.methods.starts import DRAWN, NEEDS, STARTS
 from lorax.methods.targets import Default, adapted_matrices, words_of
 
 SCALINGS = {
@@ -38,20 +36,6 @@ SCALINGS = {
     "rslora": lambda alpha, rank: alpha / math.sqrt(rank),
     "fixed": lambda alpha, rank: alpha,
 }
-
-
-def _kaiming(key, n_in, rank):
-    """`torch.nn.init.kaiming_uniform_(a=sqrt 5)` for the paper's (r, in) matrix, transposed."""
-    bound = 1 / math.sqrt(n_in)
-    return jax.random.uniform(key, (n_in, rank), jnp.float32, -bound, bound)
-
-
-def _gaussian(key, n_in, rank):
-    """PEFT's `init_lora_weights="gaussian"`: standard deviation 1 / r."""
-    return jax.random.normal(key, (n_in, rank), jnp.float32) / rank
-
-
-INITS = {"kaiming": _kaiming, "gaussian": _gaussian}
 
 
 def lora(
@@ -67,8 +51,8 @@ def lora(
     """LoRA with the given hyperparameters; see `lorax.methods.Method` for what its functions take.
 
     rank: r >= 1, at most min(in, out) of every target. alpha, scaling: set the scale s.
-    init: "kaiming" or "gaussian" for `a`, or one of `lorax.methods.starts.STARTS` for a and b;
-    those that read data need `evidence`. targets: see `lorax.methods.resolve`. layers: indices of
+    init: how a and b start, one of `lorax.methods.starts.DRAWN` or `STARTS`; those that read data
+    need `evidence`. targets: see `lorax.methods.resolve`. layers: indices of
     the layers to adapt, None for all. dropout: rate in [0, 1) on the input of a.
     ranks: {path: rank, or nested lists of ranks over the layer axes}, 0 for matrices that are not
     adapted. It replaces `rank`, which then only sets s (as in PEFT after EVA has redistributed
@@ -87,7 +71,7 @@ def lora(
             draw = _drawing(hp, m, flat[m.path], (evidence or {}).get(m.path, {}))
             trainable[m.path] = m.fill({"a": (m.n_in, r), "b": (r, m.n_out)}, draw)
             constants[m.path] = {"s": m.full(hp["scale"]), "dropout": m.full(dropout)}
-            if init in STARTS and init not in KEPT:
+            if init in TAKEN_OFF:
                 a, b = trainable[m.path]["a"], trainable[m.path]["b"]
                 taken = jnp.any(b != 0, axis=(-2, -1), keepdims=True)  # if not, a b is already zero
                 constants[m.path] |= {"a0": jnp.where(taken, a, 0), "b0": b}
@@ -112,7 +96,7 @@ def _scale(hp: dict) -> float:
         raise ValueError(f"method.rank: {hp['rank']} given, must be at least 1")
     if not 0 <= hp["dropout"] < 1:
         raise ValueError(f"method.dropout: {hp['dropout']} given, must be in [0, 1)")
-    for field, known in (("scaling", SCALINGS), ("init", {**INITS, **STARTS})):
+    for field, known in (("scaling", SCALINGS), ("init", {**DRAWN, **STARTS})):
         if hp[field] not in known:
             raise ValueError(
                 f"method.{field}: {hp[field]!r} is not one of {', '.join(known)}"
@@ -158,9 +142,10 @@ def _drawing(hp: dict, m: Matrix, leaf, evidence: Mapping) -> Callable:
 
         def draw(key, index):
             rank = int(m.active[index])
-            if m.site.kind == "embed":  # as in loralib and PEFT, the rows start at zero
+            if m.site.kind == "embed" and hp["init"] in ("kaiming", "gaussian"):
+                # as in loralib and PEFT, the rows start at zero
                 return {"b": jax.random.normal(key, (rank, m.n_out))}
-            return {"a": INITS[hp["init"]](key, m.n_in, rank)}
+            return DRAWN[hp["init"]](key, m.n_in, m.n_out, rank)
 
         return draw
     kind = NEEDS.get(hp["init"])
@@ -291,8 +276,15 @@ def dora(**hp) -> Method:
 
 
 def lora_fa(**hp) -> Method:
-    """LoRA-FA: LoRA that trains only b. hp: the hyperparameters of `lora`."""
+    """LoRA-FA: LoRA that trains only b. hp: the hyperparameters of `lora`.
+
+    Raises ValueError for an `init` that starts a at zero, which would never change.
+    """
     method = lora(**hp)
+    if method.hp["init"] == "init-b":
+        raise ValueError(
+            "method.init: 'init-b' given, but it starts a at zero, and lora-fa trains only b"
+        )
 
     def init(*args, **kwargs):
         trainable, constants = method.init(*args, **kwargs)

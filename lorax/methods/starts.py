@@ -1,10 +1,25 @@
-"""Initialisations of LoRA from the base's weight or from data, for `lora(init=...)`.
+"""Initialisations of LoRA, for `lora(init=...)`: drawn, or from the base's weight or from data.
 
-A start computes the initial factors a (in, r), b (r, out) of a matrix w (in, out). The papers
-subtract the initial s a b from w. Here all members of a sweep share the base, which never changes:
-the initial factors are stored as constants a0, b0 and subtracted in the product,
-x w + s (x a b - x a0 b0). So an adapted model equals its base at step 0, up to rounding.
-w = u diag(sigma) v^T throughout:
+A start makes the initial factors a (in, r), b (r, out) of a matrix w (in, out). `DRAWN` has those
+that read neither w nor data:
+
+- kaiming: a ~ U(-1/sqrt(in), 1/sqrt(in)), which is torch's `kaiming_uniform_(sqrt 5)`, and b = 0.
+  LoRA's paper (arXiv:2106.09685) draws A from a Gaussian without giving its width; its released
+  code and PEFT have this. Hayou et al. 2024, arXiv:2406.08447, call it Init[A].
+- gaussian: a of standard deviation 1 / r, and b = 0, as PEFT's `init_lora_weights="gaussian"`.
+- init-b (Init[B] of arXiv:2406.08447): a = 0, and b ~ U(-1/sqrt(r), 1/sqrt(r)), the same rule for
+  a matrix that reads r numbers.
+- both (Li et al. 2025, arXiv:2505.23194, Init[AB]): a and b, each from kaiming's U(-1/sqrt(in),
+  1/sqrt(in)). Their s a b is noise, which is subtracted as below. both-kept leaves it in the
+  weights, as the paper finds harmless; step 0 is then a disturbed base.
+
+For an embedding, kaiming and gaussian start a at zero and draw b, as loralib and PEFT do.
+
+Other starts have a product s a b that is subtracted from w in the papers. Here all members of a
+sweep share the base, which never changes: the initial factors are stored as constants a0, b0 and
+subtracted in the product, x w + s (x a b - x a0 b0). So an adapted model equals its base at step 0,
+up to rounding. The update dW = s (a b - a0 b0) then has a rank of up to 2 r. w = u diag(sigma) v^T
+throughout:
 
 - pissa (Meng et al. 2024, arXiv:2404.02948, equations 2 and 3): the r largest singular values,
   a = u sqrt(sigma / s), b = sqrt(sigma / s) v^T. pissa-fast: the same by randomised SVD.
@@ -26,6 +41,7 @@ PEFT's EVA and LoRA-GA use a randomised SVD; here all SVDs are exact except that
   q is. More iterations would need a different base for every rank; see the function `loftq`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -37,6 +53,49 @@ from lorax import gather
 GAMMA = 16  # LoRA-GA's default of `stable_gamma`
 RHO = 2.0  # EVA: no matrix gets more than this times the mean rank
 DAMP = 0.01  # CorDA: share of the mean of c's diagonal; doubled until c can be inverted
+
+
+# -------------------------------------------------------------------------------------------- drawn
+
+
+def kaiming(key, n_in: int, n_out: int, rank: int):
+    """Init[A]: a as by `torch.nn.init.kaiming_uniform_(a=sqrt 5)`; b stays at zero."""
+    return {"a": _uniform(key, n_in, (n_in, rank))}
+
+
+def gaussian(key, n_in: int, n_out: int, rank: int):
+    """PEFT's "gaussian": a with standard deviation 1 / r; b stays at zero."""
+    return {"a": jax.random.normal(key, (n_in, rank), jnp.float32) / rank}
+
+
+def init_b(key, n_in: int, n_out: int, rank: int):
+    """Init[B]: b as by `kaiming_uniform_`, whose input is of size r; a stays at zero."""
+    return {"b": _uniform(key, rank, (rank, n_out))}
+
+
+def both(key, n_in: int, n_out: int, rank: int):
+    """Init[AB]: a as by `kaiming` with the same key, and b of the same width."""
+    b = _uniform(jax.random.fold_in(key, 1), n_in, (rank, n_out))
+    return kaiming(key, n_in, n_out, rank) | {"b": b}
+
+
+def _uniform(key, fan_in: int, shape: tuple[int, int]):
+    bound = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+#: {value of `method.init`: function (key, in, out, rank) -> {"a": (in, rank), "b": (rank, out)},
+#: float32}; a factor that it leaves out is zero.
+DRAWN: dict[str, Callable] = {
+    "kaiming": kaiming,
+    "gaussian": gaussian,
+    "init-b": init_b,
+    "both": both,
+    "both-kept": both,
+}
+
+
+# --------------------------------------------------------------------- from the weight or from data
 
 
 def pissa(key, w, rank: int, scale: float, evidence=None):
@@ -119,8 +178,6 @@ STARTS: dict[str, Callable] = {
     "lora-ga-paper": lora_ga_paper,
     "loftq": loftq_once,
 }
-#: Starts whose initial a b is not subtracted from the base.
-KEPT = ("loftq",)
 #: {start that reads more than w: the kind of evidence that it needs}, a statistic of
 #: `lorax.methods.sensitivity.evidence`, or "residual", (layers..., in, out) float32, the
 #: quantisation error.

@@ -1,4 +1,4 @@
-"""Starts that read the base or data: the base at step 0, PEFT's own starts, what is exported."""
+"""Starts: the base at step 0, PEFT's own starts, what is drawn, what is exported."""
 
 import copy
 import functools
@@ -13,6 +13,7 @@ from support import require
 
 import lorax
 from lorax import adapters, methods, tree
+from lorax.catalogue import TAKEN_OFF
 from lorax.interop import peft as adapter_files
 from lorax.methods import sensitivity, starts
 from lorax.tasks.kinds import TEXTS
@@ -26,7 +27,7 @@ MODULES = {
 }
 TARGETS = ("q", "o", "down")
 #: LoftQ's start makes up for what quantising took, and is tested with it (test_evidence).
-EXACT = [init for init in starts.STARTS if init not in starts.KEPT]
+EXACT = TAKEN_OFF
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,6 +123,50 @@ def test_what_is_exported_is_the_whole_update_and_peft_loads_it(pair, evidence, 
     ours = parity.logits(base, method, state)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert np.abs(ours - base_logits(base)).max() > 0.01
+
+
+# ------------------------------------------------------------------------------------------ drawn
+
+
+def test_drawn_starts_have_their_widths(pair):
+    """Init[A], Init[B] and Init[AB] of one seed share their factors; what is left out is zero."""
+    base = pair[0]
+    own = {
+        init: methods.joined(*started(of(init, targets=("q", "down")), base, None))
+        for init in ("kaiming", "init-b", "both", "both-kept")
+    }
+    for path, f in own["both"].items():
+        n_in, drawn = f["a"].shape[-2], {init: own[init][path] for init in own}
+        np.testing.assert_array_equal(f["a"], drawn["kaiming"]["a"])
+        for name in ("a", "b"):
+            np.testing.assert_array_equal(f[name], drawn["both-kept"][name])
+            np.testing.assert_array_equal(f[name], f[f"{name}0"])
+            assert 0.9 < np.abs(f[name]).max() * n_in**0.5 <= 1
+        b = drawn["init-b"]["b"]
+        assert not drawn["init-b"]["a"].any() and 0.9 < np.abs(b).max() * RANK**0.5 <= 1
+        assert "a0" not in drawn["init-b"] and "a0" not in drawn["both-kept"]
+
+
+def test_noise_stays_in_the_base_or_is_taken_out(pair):
+    base, want = pair[0], base_logits(pair[0])
+    logits = lambda init: parity.logits(base, of(init), started(of(init), base, None))
+    np.testing.assert_array_equal(logits("init-b"), want)
+    np.testing.assert_allclose(logits("both"), want, atol=1e-5)
+    kept = of("both-kept")
+    state = started(kept, base, None)
+    for path, dw in kept.delta(*state, base.params, base.sites).items():
+        f = methods.joined(*state)[path]
+        np.testing.assert_allclose(dw, ALPHA / RANK * (f["a"] @ f["b"]), rtol=1e-5, atol=1e-7)
+    assert np.abs(logits("both-kept") - want).max() > 0.01
+
+
+def test_an_embedding_starts_by_the_same_rules():
+    params = {"wte": {"embedding": jnp.ones((50, 6))}}
+    for init in ("init-b", "both"):
+        method = lorax.method("lora", rank=3, targets="embed", init=init)
+        f = methods.joined(*method.init(jax.random.key(0), params))["wte/embedding"]
+        assert f["a"].any() == (init == "both")
+        assert np.abs(f["b"]).max() <= (1 / 3**0.5 if init == "init-b" else 1 / 50**0.5)
 
 
 # ------------------------------------------------------------------------------------------- PEFT
@@ -338,6 +383,11 @@ def test_what_does_not_fit_is_one_clear_error(pair, evidence, hp, message):
     given = evidence if hp.get("init") == "lora-ga" else None
     with pytest.raises(ValueError, match=message):
         started(of(**{"init": "kaiming"} | hp), pair[0], given)
+
+
+def test_lora_fa_needs_an_a_to_read_through():
+    with pytest.raises(ValueError, match="method.init: 'init-b' given, but it starts a at zero"):
+        lorax.method("lora-fa", init="init-b")
 
 
 def test_variants_count_ranks_of_their_own():
