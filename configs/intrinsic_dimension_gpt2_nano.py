@@ -7,7 +7,7 @@ After Aghajanyan et al. 2020 (arXiv:2012.13255): fine-tuning in a random subspac
 LoRA's number of parameters for the same loss. d90 is the smallest d with 90% of full fine-tuning's
 decrease of the loss. With a folder of checkpoints, d90 over pretraining:
 
-    python experiments/gpt2_nano/pretrain.py --data=DIR --output=CHECKPOINTS/final \\
+    python -m experiments.gpt2_nano.pretrain --data=DIR --output=CHECKPOINTS/final \\
         --checkpoints=CHECKPOINTS
     python -m lorax.run --config=configs/intrinsic_dimension_gpt2_nano.py:CHECKPOINTS
 

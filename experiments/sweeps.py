@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from plotting import line_style
 
+from experiments.plotting import line_style
 from lorax.analysis import runs
 
 
@@ -31,7 +31,7 @@ def read(config: str, about: str) -> list[Sweep]:
     return [load(directory, config) for directory in parser.parse_args().runs]
 
 
-def load(directory: str, config: str) -> Sweep:
+def load(directory: str | pathlib.Path, config: str) -> Sweep:
     """A run of configs/`config`.py; see `read`."""
     run = runs.load(directory)
     command = run.config.get("command", "")

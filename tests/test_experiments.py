@@ -17,7 +17,8 @@ FOLDERS = sorted(
 SCRIPTS = sorted((ROOT / "experiments").rglob("*.py"))
 #: How gpt2-nano was made: no claim from the literature.
 NO_CLAIM = ("gpt2_nano",)
-HEADINGS = ("Claim", "Command", "Result", "Verdict")
+HEADINGS = ("Claim", "Command", "Verdict")
+WITH_RULE = ("Claim", "Rule", "Command", "Verdict")
 IMAGES, TABLES = r"!\[[^\]]*\]\(([^)]+)\)", r"`([\w./-]+\.csv)`"
 
 
@@ -26,17 +27,18 @@ def readme(folder) -> str:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_an_experiment_has_claim_command_result_and_verdict(folder):
+def test_an_experiment_has_its_claim_command_and_verdict(folder):
     text = readme(folder)
     assert text.startswith("# ")
     if folder in NO_CLAIM:
         return
     at = []
-    for heading in HEADINGS:  # "**Claim.**", "**Claims.**", "**Verdict: reproduced.**"
+    headings = WITH_RULE if (ROOT / "experiments" / folder / "rule.py").is_file() else HEADINGS
+    for heading in headings:  # "**Claim.**", "**Claims.**", "**Verdict: reproduced.**"
         found = re.search(rf"^\*\*{heading}s?\b", text, flags=re.MULTILINE)
         assert found, f"{folder}: no **{heading}.**"
         at.append(found.start())
-    assert at == sorted(at), f"{folder}: {', '.join(HEADINGS)} in this order"
+    assert at == sorted(at), f"{folder}: {', '.join(headings)} in this order"
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -45,6 +47,8 @@ def test_a_command_names_files_that_are_there(folder):
     assert commands, f"{folder}: no command"
     for command in commands:
         files = re.findall(r"(?:configs|experiments)/[\w/]+\.py", command)
+        modules = re.findall(r"-m (experiments\.[\w.]+)", command)
+        files += [f"{module.replace('.', '/')}.py" for module in modules]
         assert files or "-m lorax." in command, f"{folder}: {command}"
         for file in files:
             assert (ROOT / file).is_file(), f"{folder}: {file}"
@@ -54,7 +58,7 @@ def test_a_command_names_files_that_are_there(folder):
 def test_what_a_readme_names_is_there_and_what_is_there_is_named(folder):
     text, here = readme(folder), ROOT / "experiments" / folder
     images, tables = re.findall(IMAGES, text), re.findall(TABLES, text)
-    assert images, f"{folder}: no figure"
+    assert images or not list(here.glob("*.csv")), f"{folder}: no figure"
     for name in [*images, *(name for name in tables if "/" not in name)]:
         assert (here / name).is_file(), f"{folder}: {name}"
     unnamed = {path.name for path in here.glob("*.csv")} - set(tables)

@@ -1,7 +1,7 @@
 """LoRA under Adam has fewer hyperparameters than it seems: the scale, the width of A's start and
 both learning rates, changed together, change nothing.
 
-    python experiments/adam_invariance/run.py [--data=DIR]
+    python -m experiments.adam_invariance.run [--data=DIR]
 
 DIR (or $LORAX_DATA) holds models/stories-llama-260k and e2e/e2e-dataset.zip; without them gpt2-nano
 alone is trained. Writes numbers.csv and figure.png beside this file.
@@ -10,7 +10,6 @@ alone is trained. Writes numbers.csv and figure.png beside this file.
 import argparse
 import functools
 import os
-import sys
 from pathlib import Path
 
 import jax
@@ -20,10 +19,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-sys.path.append(str(Path(__file__).parents[1]))
-from plotting import COLOURS, GREY, MARKERS, STYLE
-
 import lorax
+from experiments.plotting import COLOURS, GREY, MARKERS, STYLE
 from lorax import config, methods, tasks, tree
 from lorax.train import step
 

@@ -1,6 +1,6 @@
 """What does an update amplify? Reads runs of configs/lora_table6_rank.py, and the base's kernels.
 
-    python experiments/amplification/figure.py runs/lora_table6_rank runs/lora_table6_rank-stories
+    python -m experiments.amplification.figure runs/lora_table6_rank runs/lora_table6_rank-stories
 
 Takes the members on q and v of rank 4 and of the largest rank; the base is the one that the run's
 config names. Writes matrices.csv and amplification.png beside itself and prints the table of the
@@ -8,18 +8,15 @@ README.
 """
 
 import pathlib
-import sys
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-import sweeps
-from plotting import STYLE
-
 import lorax
+from experiments import sweeps
+from experiments.plotting import STYLE
 from lorax.analysis import amplification, tables
 
 HERE = pathlib.Path(__file__).parent

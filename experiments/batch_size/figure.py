@@ -1,21 +1,19 @@
 """Does LoRA fall behind as the batch grows? Reads runs of configs/batch_size.py.
 
-    python experiments/batch_size/figure.py runs/batch_size runs/batch_size-stories
+    python -m experiments.batch_size.figure runs/batch_size runs/batch_size-stories
 
 Writes batch_size.csv and batch_size.png beside itself and prints the tables of the README.
 """
 
 import pathlib
-import sys
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-import sweeps
-from plotting import GREY, STYLE
+from experiments import sweeps
+from experiments.plotting import GREY, STYLE
 
 HERE = pathlib.Path(__file__).parent
 

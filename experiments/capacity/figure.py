@@ -1,20 +1,18 @@
 """When does a rank fall behind full fine-tuning? Reads runs of configs/capacity.py.
 
-    python experiments/capacity/figure.py runs/capacity runs/capacity-stories
+    python -m experiments.capacity.figure runs/capacity runs/capacity-stories
 
 Writes capacity.csv and capacity.png beside itself and prints the table of the README.
 """
 
 import pathlib
-import sys
 
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-import sweeps
-from plotting import GREY, STYLE
+from experiments import sweeps
+from experiments.plotting import GREY, STYLE
 
 HERE = pathlib.Path(__file__).parent
 LARGE = 0.02  # of the loss compared with: less is not called behind

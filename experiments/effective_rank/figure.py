@@ -1,6 +1,6 @@
 """How many directions does dW use? Reads runs of configs/intruders.py.
 
-    python experiments/effective_rank/figure.py runs/intruders runs/intruders-stories
+    python -m experiments.effective_rank.figure runs/intruders runs/intruders-stories
 
 Writes ranks.csv (a row a member and matrix) and effective_rank.png beside itself and prints the
 tables of the README. Matrices are the linear layers; the embedding, which only full fine-tuning
@@ -8,7 +8,6 @@ changes, is left out.
 """
 
 import pathlib
-import sys
 
 import matplotlib
 import numpy as np
@@ -16,10 +15,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-import sweeps
-from plotting import COLOURS, MARKERS, STYLE
-
+from experiments import sweeps
+from experiments.plotting import COLOURS, MARKERS, STYLE
 from lorax.analysis import tables
 
 HERE = pathlib.Path(__file__).parent

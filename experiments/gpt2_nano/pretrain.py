@@ -1,6 +1,6 @@
 """Pretrain `gpt2-nano`, the GPT-2 that ships with lorax, from two public texts.
 
-    python experiments/gpt2_nano/pretrain.py --data=DIR [--output=lorax/assets/gpt2-nano]
+    python -m experiments.gpt2_nano.pretrain --data=DIR [--output=lorax/assets/gpt2-nano]
 
 DIR holds tinystories/tinystories_sample.txt (CDLA-Sharing-1.0) and
 tinyshakespeare/input.txt (1,115,394 bytes, MIT). Everything else is below: about 20 minutes on two

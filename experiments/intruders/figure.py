@@ -1,6 +1,6 @@
 """Draws what measure.py measured and prints the tables of the README.
 
-    python experiments/intruders/figure.py
+    python -m experiments.intruders.figure
 
 Reads members.csv, counts.csv and scaled.csv beside itself, writes intruders.png (configs/intruders)
 and rates.png (configs/lr_vs_rank, where it was measured). Of k and epsilon it shows K and EPSILON,
@@ -8,7 +8,6 @@ the paper's, and prints the others.
 """
 
 import pathlib
-import sys
 
 import matplotlib
 import numpy as np
@@ -16,9 +15,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-import sweeps
-from plotting import COLOURS, DASHES, MARKERS, STYLE
+from experiments import sweeps
+from experiments.plotting import COLOURS, DASHES, MARKERS, STYLE
 
 HERE = pathlib.Path(__file__).parent
 K, EPSILON = 10, 0.5

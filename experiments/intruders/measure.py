@@ -1,6 +1,6 @@
 """Intruders of every member, what it forgot, and what scaling its intruders does.
 
-    python experiments/intruders/measure.py --data=DIR runs/intruders runs/intruders-stories
+    python -m experiments.intruders.measure --data=DIR runs/intruders runs/intruders-stories
 
 The runs are of configs/intruders.py, or of configs/lr_vs_rank.py for five learning rates (all
 linear layers in both). DIR holds tinystories/tinystories_sample.txt and tinyshakespeare/input.txt,
@@ -20,7 +20,6 @@ scaled.csv    a row a member, lambda and way of changing dW, for some LoRA membe
 
 import argparse
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +27,8 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-import sweeps
-
 import lorax
+from experiments import sweeps
 from lorax import adapters, losses, tasks, tree
 from lorax.analysis import intervene, intruders, norm_matched, update_svd
 from lorax.interop.peft import Adapter, Factors

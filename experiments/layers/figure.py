@@ -1,21 +1,18 @@
 """Attention or feed-forward, at as many parameters? Reads runs of configs/mlp_vs_attention.py.
 
-    python experiments/layers/figure.py runs/mlp_vs_attention runs/mlp_vs_attention-stories
+    python -m experiments.layers.figure runs/mlp_vs_attention runs/mlp_vs_attention-stories
 
 Writes layers.csv and layers.png beside itself and prints the tables of the README.
 """
 
 import pathlib
-import sys
 
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-import sweeps
-from plotting import STYLE
-
+from experiments import sweeps
+from experiments.plotting import STYLE
 from lorax.analysis import runs
 
 HERE = pathlib.Path(__file__).parent

@@ -1,6 +1,6 @@
 """Where is the best learning rate, at each rank? Reads runs of configs/lr_vs_rank.py.
 
-    python experiments/learning_rate/figure.py runs/lr_vs_rank runs/lr_vs_rank-alpha4 \\
+    python -m experiments.learning_rate.figure runs/lr_vs_rank runs/lr_vs_rank-alpha4 \\
         runs/lr_vs_rank-stories
 
 Writes curves.csv, optima.csv and learning_rate.png beside itself and prints the tables of the
@@ -8,17 +8,14 @@ README.
 """
 
 import pathlib
-import sys
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-import sweeps
-from plotting import STYLE
-
+from experiments import sweeps
+from experiments.plotting import STYLE
 from lorax.analysis import runs
 
 HERE = pathlib.Path(__file__).parent

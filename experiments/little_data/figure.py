@@ -1,20 +1,18 @@
 """Which method does best with little data? Reads runs of configs/n_train.py.
 
-    python experiments/little_data/figure.py runs/n_train runs/n_train-stories
+    python -m experiments.little_data.figure runs/n_train runs/n_train-stories
 
 Writes little_data.csv and little_data.png beside itself and prints the tables of the README.
 """
 
 import pathlib
-import sys
 
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-import sweeps
-from plotting import STYLE
+from experiments import sweeps
+from experiments.plotting import STYLE
 
 HERE = pathlib.Path(__file__).parent
 POINTS = {"best_loss": "best evaluation", "final_loss": "last evaluation"}

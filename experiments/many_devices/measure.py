@@ -1,6 +1,6 @@
 """What a part of a sweep costs before it trains, and what each of its members adds.
 
-    python experiments/many_devices/measure.py
+    python -m experiments.many_devices.measure
 
 Runs LoRA of rank 32 of configs/gpt2_rank_sweep.py with 1, 2, 4 and 8 seeds, each in a process of
 its own on one core, and writes measured.csv beside itself: members, and the processor's seconds

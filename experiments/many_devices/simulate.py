@@ -1,6 +1,6 @@
 """How long a sweep takes on 1 to 1,000 devices, on paper. Reads measured.csv (see measure.py).
 
-    python experiments/many_devices/simulate.py
+    python -m experiments.many_devices.simulate
 
 Writes parts.csv, sharded.csv, gather.csv and many_devices.png beside itself and prints the tables
 of docs/many_machines.md. Nothing is run: independent parts take what measure.py has measured, one
@@ -10,12 +10,12 @@ sharded base takes the roofline of `lorax.train.mesh_costs`.
 import csv
 import math
 import pathlib
-import sys
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.plotting import GREY, STYLE
 from lorax import config, methods
 from lorax.devices import DEVICES, SHARE
 from lorax.meshes import Shape
@@ -24,8 +24,6 @@ from lorax.planning.shapes import quantised
 from lorax.train import mesh_costs
 
 HERE = pathlib.Path(__file__).parent
-sys.path.append(str(HERE.parent))
-from plotting import GREY, STYLE  # noqa: E402
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 125, 250, 500, 1000)
 SWEEPS = (15, 100, 1000)  # members

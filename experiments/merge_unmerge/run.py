@@ -1,6 +1,6 @@
 """Merge an adapter into the weights and take it out again: how much of the weights is lost?
 
-    python experiments/merge_unmerge/run.py [--data=DIR]
+    python -m experiments.merge_unmerge.run [--data=DIR]
 
 DIR (or $LORAX_DATA) holds models/stories-llama-260k; without it gpt2-nano alone is measured. Where
 torch, transformers and PEFT are installed, PEFT does the same. Writes numbers.csv and figure.png
@@ -10,7 +10,6 @@ beside this file.
 import argparse
 import importlib.util
 import os
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -23,10 +22,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-sys.path.append(str(Path(__file__).parents[1]))
-from plotting import COLOURS, GREY, MARKERS, STYLE
-
 import lorax
+from experiments.plotting import COLOURS, GREY, MARKERS, STYLE
 from lorax import adapters, methods, tree
 from lorax.adapters import peft_methods
 from lorax.interop import peft

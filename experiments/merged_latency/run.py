@@ -1,6 +1,6 @@
 """What does an adapter cost in inference? LoRA merged and not, Houlsby's and Pfeiffer's adapters.
 
-    python experiments/merged_latency/run.py [DIR...] [--clock=cpu|wall]
+    python -m experiments.merged_latency.run [DIR...] [--clock=cpu|wall]
 
 Times of gpt2-nano, of models in Hugging Face's layout (DIR) and of a GPT-2 small with random
 weights: reading a prompt of 128 tokens, one and eight at a time, and the next token behind it. The
@@ -13,7 +13,6 @@ file.
 import argparse
 import functools
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -26,10 +25,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-sys.path.append(str(Path(__file__).parents[1]))
-from plotting import COLOURS, GREY, MARKERS, STYLE
-
 import lorax
+from experiments.plotting import COLOURS, GREY, MARKERS, STYLE
 from lorax import bench, decode
 
 HERE = Path(__file__).parent

@@ -1,6 +1,6 @@
 """How far are 4-bit weights from the weights? NF4, FP4 and INT4, blocks of 64 numbers.
 
-    python experiments/nf4_error/run.py [--data=DIR]
+    python -m experiments.nf4_error.run [--data=DIR]
 
 DIR (or $LORAX_DATA) holds models/stories-llama-260k; without it gpt2-nano alone is measured beside
 the normal distribution. Writes numbers.csv and figure.png beside this file.
@@ -8,7 +8,6 @@ the normal distribution. Writes numbers.csv and figure.png beside this file.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import jax
@@ -18,10 +17,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-sys.path.append(str(Path(__file__).parents[1]))
-from plotting import COLOURS, MARKERS, STYLE
-
 import lorax
+from experiments.plotting import COLOURS, MARKERS, STYLE
 from lorax import methods, quant, tree
 
 HERE = Path(__file__).parent

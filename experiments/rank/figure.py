@@ -1,22 +1,19 @@
 """How much rank does adaptation need? Reads runs of configs/lora_table6_rank.py.
 
-    python experiments/rank/figure.py runs/lora_table6_rank runs/lora_table6_rank-stories
+    python -m experiments.rank.figure runs/lora_table6_rank runs/lora_table6_rank-stories
 
 Writes losses.csv, updates.csv and rank.png beside itself and prints the tables of the README.
 """
 
 import pathlib
-import sys
 
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter, NullLocator
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-import sweeps
-from plotting import COLOURS, STYLE
-
+from experiments import sweeps
+from experiments.plotting import COLOURS, STYLE
 from lorax.analysis import calibration, runs, tables
 
 HERE = pathlib.Path(__file__).parent

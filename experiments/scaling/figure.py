@@ -1,20 +1,18 @@
 """Do the first steps coincide over ranks? Reads runs of configs/rslora_vs_lora.py.
 
-    python experiments/scaling/figure.py runs/rslora_vs_lora runs/rslora_vs_lora-stories
+    python -m experiments.scaling.figure runs/rslora_vs_lora runs/rslora_vs_lora-stories
 
 Writes scaling.csv and scaling.png beside itself and prints the tables of the README.
 """
 
 import pathlib
-import sys
 
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-import sweeps
-from plotting import STYLE
+from experiments import sweeps
+from experiments.plotting import STYLE
 
 HERE = pathlib.Path(__file__).parent
 FIRST = 20  # steps, a third of the run: what "the first steps" means here

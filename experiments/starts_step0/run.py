@@ -1,7 +1,7 @@
 """LoRA that starts from the base's weights or from data: is step 0 the base, and does PiSSA learn
 faster?
 
-    python experiments/starts_step0/run.py [--data=DIR]
+    python -m experiments.starts_step0.run [--data=DIR]
 
 DIR (or $LORAX_DATA) holds models/stories-llama-260k and e2e/e2e-dataset.zip; without them gpt2-nano
 alone is measured. Writes starts.csv, training.csv and figure.png beside this file.
@@ -10,7 +10,6 @@ alone is measured. Writes starts.csv, training.csv and figure.png beside this fi
 import argparse
 import functools
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -20,10 +19,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-sys.path.append(str(Path(__file__).parents[1]))
-from plotting import COLOURS, GREY, MARKERS, STYLE
-
 import lorax
+from experiments.plotting import COLOURS, GREY, MARKERS, STYLE
 from lorax import config, tree
 from lorax.train import fitting, layouts, prepare
 from lorax.train.batches import eval_batches, train_batches

@@ -1,6 +1,6 @@
 """Do ranks, and seeds, find the same subspaces? Reads runs of configs/lora_table6_rank.py.
 
-    python experiments/subspaces/figure.py runs/lora_table6_rank runs/lora_table6_rank-stories
+    python -m experiments.subspaces.figure runs/lora_table6_rank runs/lora_table6_rank-stories
 
 Takes the members on q and v of rank 8 and of the largest rank. Writes pairs.csv, curves.csv,
 maps.csv, ranks.png and seeds.png beside itself and prints the tables of the README.
@@ -8,17 +8,14 @@ maps.csv, ranks.png and seeds.png beside itself and prints the tables of the REA
 
 import itertools
 import pathlib
-import sys
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-import sweeps
-from plotting import COLOURS, DASHES, MARKERS, STYLE
-
+from experiments import sweeps
+from experiments.plotting import COLOURS, DASHES, MARKERS, STYLE
 from lorax.analysis import basis_similarity, chance_similarity, expected_similarity, tables
 
 HERE = pathlib.Path(__file__).parent

@@ -1,21 +1,18 @@
 """Which matrices should a fixed budget go to? Reads runs of configs/lora_table5_targets.py.
 
-    python experiments/targets/figure.py runs/lora_table5_targets runs/lora_table5_targets-stories
+    python -m experiments.targets.figure runs/lora_table5_targets runs/lora_table5_targets-stories
 
 Writes losses.csv and targets.png beside itself and prints the tables of the README.
 """
 
 import pathlib
-import sys
 
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-import sweeps
-from plotting import COLOURS, MARKERS, STYLE
-
+from experiments import sweeps
+from experiments.plotting import COLOURS, MARKERS, STYLE
 from lorax.analysis import runs
 
 HERE = pathlib.Path(__file__).parent

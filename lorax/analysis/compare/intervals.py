@@ -112,8 +112,7 @@ class Bootstrap(NamedTuple):
     @property
     def over(self) -> str:
         """What varies in the intervals: "seeds and rows", "seeds", "rows", or "" for neither."""
-        names = ["seeds"] * (self.seeds >= SEEDS) + ["rows"] * (self.rows > 1)
-        return " and ".join(names)
+        return _over(self.seeds, self.rows)
 
     def interval(self, of: Callable[[np.ndarray], np.ndarray], level: float = LEVEL) -> Interval:
         """The interval of any function of the settings' losses: (..., S) -> (...).
@@ -128,12 +127,37 @@ class Bootstrap(NamedTuple):
         by_seeds, by_rows, by_both = (
             float(np.var(of(draws))) for draws in (self.over_seeds, self.over_rows, self.over_both)
         )
-        if by_both == 0:
-            return Interval(value, value, value, self.over, float(value == 0))
-        share, error = by_seeds / (by_seeds + by_rows), float(np.sqrt(by_both))
-        half = float(quantile((1 - level) / 2, share, self.seeds, self.rows) * error)
-        p = 2 * float(tail(abs(value) / error, share, self.seeds, self.rows))
-        return Interval(value, value - half, value + half, self.over, p)
+        return _interval(value, by_seeds, by_rows, by_both, self.seeds, self.rows, level)
+
+
+def of_variances(
+    value: float, by_seeds: float, by_rows: float, seeds: int, rows: int, level: float = LEVEL
+) -> Interval:
+    """The interval of an estimate with these variances from the seeds and from the rows, as
+    `Bootstrap.interval` has it for a linear function. rows: 1 if they are not known, with by_rows
+    0. With fewer than three seeds it is over the rows alone."""
+    by_seeds = by_seeds if seeds >= SEEDS else 0.0
+    over = _over(seeds, rows)
+    if not over:
+        return Interval(value, np.nan, np.nan, "")
+    return _interval(value, by_seeds, by_rows, by_seeds + by_rows, seeds, rows, level)
+
+
+def _over(seeds: int, rows: int) -> str:
+    names = ["seeds"] * (seeds >= SEEDS) + ["rows"] * (rows > 1)
+    return " and ".join(names)
+
+
+def _interval(
+    value: float, by_seeds: float, by_rows: float, both: float, seeds: int, rows: int, level: float
+) -> Interval:
+    over = _over(seeds, rows)
+    if both == 0:
+        return Interval(value, value, value, over, float(value == 0))
+    share, error = by_seeds / (by_seeds + by_rows), float(np.sqrt(both))
+    half = float(quantile((1 - level) / 2, share, seeds, rows) * error)
+    p = 2 * float(tail(abs(value) / error, share, seeds, rows))
+    return Interval(value, value - half, value + half, over, p)
 
 
 def bootstrap(

@@ -1,0 +1,130 @@
+"""Losses of settings, each at its best learning rate, and contrasts of them with intervals.
+
+A run sweeps settings, rates and seeds (`sweep.tune = "lr"` or the whole grid). The validation loss
+chooses the rate and the loss of test rows is compared, so that the choice makes none look better.
+Two files have all that a contrast needs:
+
+losses.csv  a row a member: base, the setting, lr, seed, status, trainable_params, and losses in
+            nats a token: start and start_test before training, validation and test after it (none
+            for members that a race stopped, or that diverged)
+rows.csv    the part of the settings' errors that comes from the test rows: the covariance of the
+            mean losses of two settings, by `lorax.analysis.compare.bootstrap`. The other part, from
+            the seeds, follows from losses.csv
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from experiments import sweeps, verdicts
+from lorax.analysis import compare, runs
+from lorax.analysis.compare import Interval
+
+START = "start"  # the base before training, as a setting: the same for every seed
+
+
+class Losses(NamedTuple):
+    """Test losses of one base's settings at their best rates."""
+
+    members: pd.DataFrame  # of losses.csv, those at the best rates
+    by_seed: pd.DataFrame  # (K seeds, S settings), and START
+    from_rows: pd.DataFrame  # (S, S): covariance of the means that comes from the test rows
+    rows: int  # how many test rows
+    at_edge: list[str]  # settings whose best rate is the lowest or the highest that was tried
+
+    def contrast(self, weights: Mapping, level: float = compare.LEVEL) -> Interval:
+        """The interval of the sum over {setting: weight} of weight times loss, over seeds and rows:
+        a difference is {a: 1, b: -1}."""
+        weights = pd.Series(weights, dtype=float)
+        seeds = self.by_seed[list(weights.index)] @ weights.to_numpy()
+        rows = self.from_rows.loc[list(weights.index), list(weights.index)].to_numpy()
+        by_seeds, by_rows = float(seeds.var(ddof=1) / len(seeds)), float(weights @ rows @ weights)
+        return compare.of_variances(
+            float(seeds.mean()), by_seeds, by_rows, len(seeds), self.rows, level
+        )
+
+
+def collect(given: Mapping[str, list[Path]], folder: Path, by: list[str], config: str) -> None:
+    """Write losses.csv and rows.csv. given: as for a rule's `collect`. by: columns of
+    `lorax.analysis.runs.summary` that tell the settings apart. config: the study in configs/ that
+    the runs are of."""
+    tables, covariances = [], []
+    for base, directories in given.items():
+        for directory in directories:
+            run = sweeps.load(directory, config)
+            table = of_members(run.run, run.table, base, by)
+            tables.append(table)
+            covariances.append(covariance(run.run, table, base, by))
+    verdicts.write(pd.concat(tables), folder, "losses.csv")
+    verdicts.write(pd.concat(covariances), folder, "rows.csv")
+
+
+def of_members(run: runs.Run, table: pd.DataFrame, base: str, by: list[str]) -> pd.DataFrame:
+    """Rows of losses.csv, with the member's number as index. table: of `sweeps.load`."""
+    names = {
+        "base_loss": "start",
+        "base_test_loss": "start_test",
+        "final_loss": "validation",
+        "test_loss": "test",
+    }
+    columns = [*by, "lr", "seed", "status", "trainable_params", *names]
+    table = table[columns].rename(columns=names)
+    table.insert(0, "base", base)
+    return table
+
+
+def covariance(run: runs.Run, table: pd.DataFrame, base: str, by: list[str]) -> pd.DataFrame:
+    """Rows of rows.csv, from the test rows of the members at their settings' best rates."""
+    best = verdicts.tuned(table.assign(member=table.index), by, "validation").members
+    of = {
+        label(setting): [run.rows(member) for member in members.sort_values("seed")["member"]]
+        for setting, members in best.groupby(by, sort=False)
+    }
+    seeds = {len(rows) for rows in of.values()}
+    if len(seeds) > 1:
+        raise ValueError(f"{base}: settings have {seeds} seeds; need the same for all")
+    first = next(iter(of.values()))[0]
+    sums = [[rows["loss"] for rows in members] for members in of.values()]
+    sums.append([first["start"]] * seeds.pop())
+    drawn = compare.bootstrap(np.array(sums), first["weight"])
+    names = [*of, START]
+    from_rows = np.cov(drawn.over_rows.T, bias=True)
+    return pd.DataFrame(
+        [
+            {"base": base, "a": a, "b": b, "covariance": from_rows[i, j], "rows": drawn.rows}
+            for i, a in enumerate(names)
+            for j, b in enumerate(names)
+            if i <= j
+        ]
+    )
+
+
+def label(setting) -> str:
+    """A setting as one word: ("q v", 8) is "q v, 8"."""
+    return ", ".join(map(str, setting))
+
+
+def read(folder: Path, by: list[str]) -> dict[str, Losses]:
+    """{base: its losses}, from the CSVs; {} if there are none. Settings are called as `label`
+    says."""
+    table, rows = (verdicts.numbers(folder, name) for name in ("losses.csv", "rows.csv"))
+    return {
+        base: _of_base(members, rows[rows["base"] == base], by)
+        for base, members in table.groupby("base", sort=False)
+    }
+
+
+def _of_base(members: pd.DataFrame, rows: pd.DataFrame, by: list[str]) -> Losses:
+    best, at_edge = verdicts.tuned(members, by, "validation")
+    best["setting"] = best[by].apply(label, axis=1)
+    by_seed = verdicts.by_seed(best, ["setting"], "test")
+    by_seed[START] = members["start_test"].iloc[0]
+    names = list(by_seed)
+    from_rows = pd.DataFrame(0.0, names, names)
+    for row in rows.itertuples():
+        from_rows.loc[row.a, row.b] = from_rows.loc[row.b, row.a] = row.covariance
+    count = int(rows["rows"].iloc[0]) if len(rows) else 1
+    return Losses(best, by_seed, from_rows, count, at_edge)

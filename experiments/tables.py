@@ -1,0 +1,96 @@
+"""Writes the verdicts, as the committed numbers give them, into the READMEs.
+
+    python -m experiments.tables
+
+For every claim with a rule: into the README of its folder and into the table of
+experiments/README.md, between the lines MARKS. tests/test_verdicts.py asserts that they are there.
+"""
+
+from pathlib import Path
+
+from experiments import verdicts
+from experiments.verdicts import HERE, LADDER, NOT_RUN, Verdict
+from lorax import files
+
+MARKS = "<!-- verdicts: python -m experiments.tables -->", "<!-- end of the verdicts -->"
+RANDOM, OTHERS = "random weights", "others"
+
+
+def of_claim(found: list[Verdict]) -> str:
+    """The table of a claim's folder: a row a part and base; bases that were not run in one line."""
+    rows = [v for v in found if v.verdict != NOT_RUN]
+    lines = ["| | base | verdict | number (95% interval) |", "|---|---|---|---|"]
+    lines += [f"| {v.part} | {v.base} | **{v.verdict}** | {v.number} |" for v in rows]
+    lines = lines if rows else []
+    missing = {base: None for base in (v.base for v in found if v.verdict == NOT_RUN)}
+    every = [base for base in missing if not any(v.base == base for v in rows)]
+    if every:
+        lines += ["", f"Not run: {', '.join(every)}."]
+    some = [f"{v.part} ({v.base})" for v in found if v.verdict == NOT_RUN and v.base not in every]
+    if some:
+        lines += ["", f"Not run: {'; '.join(some)}."]
+    return "\n".join(lines).strip()
+
+
+def of_all() -> str:
+    """The table of experiments/README.md: a row a part of a claim, a column a base."""
+    heads = ["claim", "source", *LADDER, RANDOM, OTHERS]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for claim in verdicts.claims():
+        rule = verdicts.rule(claim)
+        found = rule.verdicts(HERE / claim)
+        for n, part in enumerate(dict.fromkeys(v.part for v in found)):
+            first = f"[{rule.CLAIM}]({claim}/README.md)" if n == 0 else ""
+            cells = [f"{first}{': ' if first else ''}{part}", rule.SOURCE if n == 0 else ""]
+            own = [v for v in found if v.part == part]
+            cells += [_cell([v for v in own if column(v.base) == name]) for name in heads[2:]]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def column(base: str) -> str:
+    """The column of a base: its own on the ladder, that of random weights, or of all others."""
+    model, *further = base.split(" ")
+    return RANDOM if "random" in further else model if model in LADDER else OTHERS
+
+
+def _cell(own: list[Verdict]) -> str:
+    """Verdicts of one part in one column; whose they are where the column does not say it."""
+    cells = []
+    for v in own:
+        label = "" if v.base in LADDER else f"{v.base.replace(' random', '')}: "
+        verdict = NOT_RUN if v.verdict == NOT_RUN else f"**{v.verdict}** {v.number}".strip()
+        cells.append(label + verdict)
+    return "; ".join(cells)
+
+
+def filled(text: str, table: str) -> str:
+    """A README with this table between MARKS. Raises ValueError if the marks are not there."""
+    before, mark, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (mark and end):
+        raise ValueError(f"the lines {MARKS[0]!r} and {MARKS[1]!r} are missing")
+    return f"{before}{mark}\n\n{table}\n\n{end}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """{README: its table}: of all claims, and of each."""
+    of_each = {claim: verdicts.rule(claim).verdicts(HERE / claim) for claim in verdicts.claims()}
+    tables = {HERE / claim / "README.md": of_claim(found) for claim, found in of_each.items()}
+    return {HERE / "README.md": of_all(), **tables}
+
+
+def main() -> None:
+    for page, table in pages().items():
+        text = files.read_text(page)
+        try:
+            new = filled(text, table)
+        except ValueError as error:
+            raise SystemExit(f"{page}: {error}") from None
+        if new != text:
+            page.write_text(new, encoding="utf-8")
+            print(page.relative_to(HERE.parent))
+
+
+if __name__ == "__main__":
+    main()

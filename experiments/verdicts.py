@@ -1,0 +1,176 @@
+"""Verdicts, and the rules that claims share. Statistics come from `lorax.analysis.compare`.
+
+A rule names a quantity and the side of a margin on which the claim puts it. The 95% interval
+decides: all of it on that side, *reproduced*; on the other side, *contradicted*; else *undecided*.
+"No difference" is a margin to both sides, and the 90% interval decides (two one-sided tests at 5%:
+Schuirmann 1987). A number is *withdrawn* where the rule can't be applied to it, as for a best
+learning rate at the edge of its grid, and a claim is *not run* where there are no numbers.
+"""
+
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from lorax.analysis.compare import Interval
+from lorax.errors import nearest
+
+HERE = Path(__file__).parent
+REPRODUCED, CONTRADICTED, UNDECIDED = "reproduced", "contradicted", "undecided"
+WITHDRAWN, NOT_RUN = "withdrawn", "not run"
+WORDS = (REPRODUCED, CONTRADICTED, UNDECIDED, WITHDRAWN, NOT_RUN)
+#: The ladder, smallest first, and the argument of the configs for each (`lorax.scales`). A base may
+#: have a further word: "MiniLM CoLA" is another task, "MiniLM random" has random weights.
+LADDER = {
+    "gpt2-nano": None,
+    "stories-llama-260k": "stories",
+    "MiniLM": "minilm",
+    "SmolLM2-135M": "smollm2",
+}
+
+
+class Verdict(NamedTuple):
+    """What became of one part of a claim on one base."""
+
+    part: str  # what is claimed, in a few words; the same for every base
+    base: str  # "gpt2-nano", "MiniLM CoLA", "SmolLM2-135M random"
+    verdict: str  # one of WORDS
+    number: str  # that decides, with its interval; why, if it is withdrawn
+    interval: Interval | None = None  # the same number, for comparison with another run's
+
+
+# ------------------------------------------------------------------------------------------- rules
+
+
+def by_interval(interval: Interval, side: str, margin: float = 0.0) -> str:
+    """The verdict on "the value is above (below) the margin". interval: of 95%. side: "above" or
+    "below". Undecided without an interval, as of one seed."""
+    if side not in ("above", "below"):
+        raise ValueError(f"side {side!r}: choose above or below")
+    low, high = interval.low - margin, interval.high - margin
+    if side == "below":
+        low, high = -high, -low
+    return REPRODUCED if low > 0 else CONTRADICTED if high < 0 else UNDECIDED
+
+
+def by_equivalence(interval: Interval, low: float, high: float) -> str:
+    """The verdict on "the value lies between low and high": reproduced if the whole interval does,
+    contradicted if none of it. interval: of 90%."""
+    if interval.low > low and interval.high < high:
+        return REPRODUCED
+    return CONTRADICTED if interval.low > high or interval.high < low else UNDECIDED
+
+
+def all_of(verdicts: Iterable[str]) -> str:
+    """The verdict on a claim that says several things: reproduced if all are, contradicted if one
+    is, else undecided."""
+    found = set(verdicts)
+    if CONTRADICTED in found:
+        return CONTRADICTED
+    return REPRODUCED if found == {REPRODUCED} else UNDECIDED
+
+
+def shown(interval: Interval, digits: int = 3) -> str:
+    """An interval as text: "0.204 (0.182 to 0.226)"; only the value without an interval."""
+    value = f"{interval.value:.{digits}f}"
+    if not np.isfinite(interval.low):
+        return value
+    return f"{value} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
+
+
+# ------------------------------------------------------------------------------------------- rates
+
+
+class Tuned(NamedTuple):
+    """The members of every setting at its best learning rate."""
+
+    members: pd.DataFrame
+    at_edge: list[str]  # settings whose best rate is the lowest or highest that was tried
+
+
+def tuned(table: pd.DataFrame, by: list[str], loss: str = "final_loss", rate: str = "lr") -> Tuned:
+    """Every setting's members at its best rate: the lowest mean loss over seeds of the rates of
+    which every seed has a loss. A rate with a seed that diverged is not eligible; nor is one that
+    was stopped in favour of others (`sweep.tune`), but it counts as tried.
+
+    table: a row a member, of all rates. by: columns that tell the settings apart. Raises ValueError
+    that names a setting without an eligible rate.
+    """
+    best, at_edge = [], []
+    for setting, members in table.groupby(by, dropna=False, sort=False):
+        losses = members.groupby(rate)[loss].agg(lambda values: values.mean(skipna=False)).dropna()
+        words = ", ".join(f"{name}={value}" for name, value in zip(by, setting, strict=True))
+        if losses.empty:
+            raise ValueError(f"{words}: no {rate} of which every seed has a {loss}")
+        chosen = losses.idxmin()
+        best.append(members[members[rate] == chosen])
+        tried = sorted(set(members[rate]))
+        if len(tried) > 1 and chosen in (tried[0], tried[-1]):
+            at_edge.append(f"{words}: {rate} {chosen:g}")
+    return Tuned(pd.concat(best, ignore_index=True), at_edge)
+
+
+def by_seed(members: pd.DataFrame, columns: list[str], loss: str = "final_loss") -> pd.DataFrame:
+    """A row a seed, a column a setting: what is compared seed by seed. Raises ValueError if a
+    setting lacks a seed."""
+    table = members.pivot(index="seed", columns=columns, values=loss)
+    if lacks := [name for name in table if table[name].isna().any()]:
+        raise ValueError(f"{columns} {lacks}: need a {loss} for each of {len(table)} seeds")
+    return table
+
+
+# ------------------------------------------------------------------------------------------ claims
+
+
+def claims() -> list[str]:
+    """Names of the folders that have a rule."""
+    return sorted(file.parent.name for file in HERE.glob("*/rule.py"))
+
+
+def rule(claim: str) -> ModuleType:
+    """The rule of a claim's folder. Raises ValueError for a name that there is not."""
+    if claim not in claims():
+        known = ", ".join(claims())
+        raise ValueError(f"no claim {claim!r}: choose {known}{nearest(claim, claims())}")
+    return importlib.import_module(f"experiments.{claim}.rule")
+
+
+def numbers(folder: Path, name: str) -> pd.DataFrame:
+    """A CSV of a claim; an empty table, with the column "base", if there is none yet."""
+    file = folder / name
+    return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["base"])
+
+
+def write(table: pd.DataFrame, folder: Path, name: str) -> None:
+    """Write a claim's CSV, six digits a number. Rows of bases that the table does not have stay
+    as they are: bases are run one at a time. table: with a column "base"."""
+    kept = numbers(folder, name)
+    kept = kept[~kept["base"].isin(set(table["base"]))]
+    whole = pd.concat([kept, table]) if len(kept) else table
+    order = [base for base in LADDER if base in set(whole["base"])]
+    order += sorted(set(whole["base"]) - set(order))
+    whole = whole.sort_values("base", key=lambda of: of.map(order.index), kind="stable")
+    whole.to_csv(folder / name, index=False, float_format="%.6g")
+
+
+def complete(
+    verdicts: Iterable[Verdict], parts: Iterable[str], bases: Iterable[str] = tuple(LADDER)
+) -> list[Verdict]:
+    """All verdicts of a claim, part by part, in the order of the bases; "not run" for the bases
+    that have none, and bases that are not on the ladder last. Raises ValueError for a part that is
+    not in `parts`, and for a part and base that have two verdicts."""
+    found = {}
+    parts = list(parts)
+    for verdict in verdicts:
+        place = (verdict.part, verdict.base)
+        if verdict.part not in parts or place in found:
+            raise ValueError(f"{place}: the verdict is of no part of {parts}, or there are two")
+        found[place] = verdict
+    bases = list(dict.fromkeys([*bases, *(base for _, base in found)]))
+    pairs = [(part, base) for part in parts for base in bases]
+    ladder = [pair for pair in pairs if pair in found or pair[1] in LADDER]
+    return [found.get(pair, Verdict(*pair, NOT_RUN, "")) for pair in ladder]

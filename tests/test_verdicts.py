@@ -1,0 +1,156 @@
+"""Every verdict follows from the committed numbers by its rule, and stands in the READMEs."""
+
+import importlib
+import math
+import shlex
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments import rerun, tables, verdicts
+from experiments.verdicts import CONTRADICTED, NOT_RUN, REPRODUCED, UNDECIDED, Verdict
+from lorax.analysis import compare
+
+CLAIMS = verdicts.claims()
+ALL = {claim: verdicts.rule(claim).verdicts(verdicts.HERE / claim) for claim in CLAIMS}
+
+
+# ------------------------------------------------------------------------------------- every claim
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_rule_says_what_a_reader_needs_and_its_verdicts_are_whole(claim):
+    rule, found = verdicts.rule(claim), ALL[claim]
+    for text in (rule.CLAIM, rule.SOURCE, rule.RULE):
+        assert text and text == text.strip() and "\n" not in text
+    assert found and all(isinstance(verdict, Verdict) for verdict in found)
+    assert {verdict.verdict for verdict in found} <= set(verdicts.WORDS)
+    places = [(verdict.part, verdict.base) for verdict in found]
+    assert len(set(places)) == len(places), "a part and base with two verdicts"
+    for verdict in found:
+        assert (verdict.verdict == NOT_RUN) == (verdict.number == ""), verdict
+        assert "|" not in f"{verdict.part}{verdict.number}", "ends a cell of the table"
+    decided = {verdict.base for verdict in found if verdict.verdict != NOT_RUN}
+    assert decided <= set(rule.COMMANDS), "a number without the command that makes it"
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_claim_without_numbers_is_not_run(claim, tmp_path):
+    assert {verdict.verdict for verdict in verdicts.rule(claim).verdicts(tmp_path)} == {NOT_RUN}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_commands_are_of_python_and_name_what_is_there(claim):
+    for commands in verdicts.rule(claim).COMMANDS.values():
+        assert not isinstance(commands, str) and commands, "a tuple of commands is expected"
+        for command in commands:
+            python, flag, module, *_ = shlex.split(command)
+            assert (python, flag) == ("python", "-m") and "--workdir" not in command, command
+            assert importlib.util.find_spec(module), command
+
+
+@pytest.mark.parametrize("page", tables.pages(), ids=lambda page: page.parent.name)
+def test_verdicts_in_the_readmes_are_recomputed(page):
+    text = page.read_text(encoding="utf-8")
+    # `python -m experiments.tables` writes them
+    assert tables.filled(text, tables.pages()[page]) == text
+
+
+# -------------------------------------------------------------------------------------- the rules
+
+
+def test_an_interval_decides_for_a_side():
+    of = lambda low, high: compare.Interval((low + high) / 2, low, high, "seeds")
+    assert verdicts.by_interval(of(0.1, 0.2), "above") == REPRODUCED
+    assert verdicts.by_interval(of(0.1, 0.2), "below") == CONTRADICTED
+    assert verdicts.by_interval(of(0.1, 0.2), "above", 0.15) == UNDECIDED
+    assert verdicts.by_interval(of(0.1, 0.2), "below", 0.3) == REPRODUCED
+    assert verdicts.by_interval(of(math.nan, math.nan), "above") == UNDECIDED
+    assert verdicts.by_equivalence(of(-0.1, 0.1), -0.2, 0.2) == REPRODUCED
+    assert verdicts.by_equivalence(of(-0.3, 0.1), -0.2, 0.2) == UNDECIDED
+    assert verdicts.by_equivalence(of(0.3, 0.4), -0.2, 0.2) == CONTRADICTED
+    with pytest.raises(ValueError, match="choose above or below"):
+        verdicts.by_interval(of(0, 1), "over")
+
+
+def test_a_claim_that_says_several_things_holds_if_all_do():
+    assert verdicts.all_of([REPRODUCED, REPRODUCED]) == REPRODUCED
+    assert verdicts.all_of([REPRODUCED, UNDECIDED]) == UNDECIDED
+    assert verdicts.all_of([UNDECIDED, CONTRADICTED]) == CONTRADICTED
+
+
+def members(losses: dict) -> pd.DataFrame:
+    """Members of rank 1 from {rate: losses of the seeds}."""
+    rows = [(1, lr, s, x) for lr, values in losses.items() for s, x in enumerate(values)]
+    return pd.DataFrame(rows, columns=["rank", "lr", "seed", "final_loss"])
+
+
+def test_the_best_rate_has_a_loss_for_every_seed():
+    table = members({1e-3: (3.0, 3.1), 2e-3: (2.0, 2.2), 4e-3: (1.0, math.nan)})
+    best = verdicts.tuned(table, ["rank"])
+    assert set(best.members["lr"]) == {2e-3} and best.at_edge == []
+    assert verdicts.by_seed(best.members, ["rank"])[1].tolist() == [2.0, 2.2]
+
+
+def test_a_best_rate_at_the_edge_of_the_grid_is_told():
+    table = members({1e-3: (3.0, 3.1), 2e-3: (2.0, 2.2)})
+    assert verdicts.tuned(table, ["rank"]).at_edge == ["rank=1: lr 0.002"]
+    # One rate is no grid.
+    assert verdicts.tuned(members({1e-3: (3.0,)}), ["rank"]).at_edge == []
+    with pytest.raises(ValueError, match="rank=1: no lr of which every seed has a final_loss"):
+        verdicts.tuned(members({1e-3: (math.nan,)}), ["rank"])
+
+
+def test_numbers_of_another_base_stay(tmp_path):
+    first = pd.DataFrame({"base": ["SmolLM2-135M"] * 2, "x": [1.0, 2.0]})
+    verdicts.write(first, tmp_path, "x.csv")
+    verdicts.write(pd.DataFrame({"base": ["gpt2-nano"], "x": [3.0]}), tmp_path, "x.csv")
+    again = pd.DataFrame({"base": ["SmolLM2-135M"], "x": [np.pi]})
+    verdicts.write(again, tmp_path, "x.csv")
+    text = (tmp_path / "x.csv").read_text()
+    assert text == "base,x\ngpt2-nano,3\nSmolLM2-135M,3.14159\n"
+    assert verdicts.numbers(tmp_path, "none.csv").empty
+
+
+def test_parts_and_bases_without_a_verdict_are_not_run():
+    one = Verdict("b", "MiniLM CoLA", REPRODUCED, "1")
+    found = verdicts.complete([one, Verdict("a", "gpt2-nano", UNDECIDED, "2")], ("a", "b"))
+    assert [v.part for v in found] == ["a"] * 4 + ["b"] * 5 and found[-1] == one
+    assert found[0].verdict == UNDECIDED and found[1].verdict == NOT_RUN
+    with pytest.raises(ValueError, match="no part of"):
+        verdicts.complete([one], ("a",))
+
+
+# --------------------------------------------------------------------------------------- tables
+
+
+def test_columns_of_bases():
+    bases = ("MiniLM", "MiniLM CoLA", "MiniLM random", "LeNet")
+    assert [tables.column(base) for base in bases] == ["MiniLM", "MiniLM", tables.RANDOM, "others"]
+
+
+def test_a_readme_without_marks_is_told():
+    with pytest.raises(ValueError, match="are missing"):
+        tables.filled("text", "| table |")
+
+
+# ---------------------------------------------------------------------------------------- rerun
+
+
+def test_rerun_compares_in_halves_of_the_committed_interval():
+    old = Verdict("a", "MiniLM", REPRODUCED, "2", compare.Interval(2.0, 1.0, 3.0, "seeds"))
+    new = old._replace(number="2.5", interval=compare.Interval(2.5, 1.0, 4.0, "seeds"))
+    changed, text = rerun.compared([old], [new], ["MiniLM"])
+    assert not changed and "+0.50 half intervals" in text and text.endswith("no verdict changed")
+    changed, text = rerun.compared([old], [new._replace(verdict=UNDECIDED)], ["MiniLM"])
+    assert changed and text.endswith("a verdict changed")
+    assert rerun.compared([old], [new._replace(verdict=UNDECIDED)], ["gpt2-nano"])[0] is False
+
+
+def test_rerun_refuses_what_it_does_not_know(capsys):
+    assert rerun.main(["ranck"]) == 2
+    assert "no claim 'ranck'" in capsys.readouterr().err
+    assert rerun.main(["--list"]) == 0
+    with pytest.raises(SystemExit):
+        rerun.main([])
