@@ -12,7 +12,7 @@ except for o).
     --config=configs/lora_table5_targets.py:gpt2-medium --config.task.path=ZIP
 """
 
-from lorax.scales import scale
+from lorax.scales import scale, tune
 
 
 def get_config(arg=None):
@@ -22,4 +22,5 @@ def get_config(arg=None):
     sweep.rank = (8, 8, 8, 8, 4, 4, 2)
     sweep.zip = (("targets", "rank"),)
     sweep.seed = (0, 1, 2)
+    tune(config, 2e-2 if arg is None else None)
     return config

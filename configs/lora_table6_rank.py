@@ -11,7 +11,7 @@ r = 1 or 2 on (WikiSQL, q and v: 73.4, 73.3, 73.7, 73.8, 73.5), and q alone stay
     --config=configs/lora_table6_rank.py:gpt2-medium --config.task.path=ZIP
 """
 
-from lorax.scales import LARGEST_RANK, scale
+from lorax.scales import LARGEST_RANK, scale, tune
 
 
 def get_config(arg=None):
@@ -19,4 +19,5 @@ def get_config(arg=None):
     config.sweep.targets = (("q",), ("q", "v"), ("q", "k", "v", "o"))
     config.sweep.rank = (1, 2, 4, 8, LARGEST_RANK[arg])
     config.sweep.seed = (0, 1, 2)
+    tune(config, 2e-2 if arg is None else None)
     return config
