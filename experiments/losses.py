@@ -12,7 +12,7 @@ rows.csv    the part of the settings' errors that comes from the test rows: the 
             the seeds, follows from losses.csv
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,15 +47,22 @@ class Losses(NamedTuple):
         )
 
 
-def collect(given: Mapping[str, list[Path]], folder: Path, by: list[str], config: str) -> None:
+def collect(
+    given: Mapping[str, list[Path]],
+    folder: Path,
+    by: list[str],
+    config: str,
+    only: Callable[[pd.DataFrame], pd.Series] | None = None,
+) -> None:
     """Write losses.csv and rows.csv. given: as for a rule's `collect`. by: columns of
     `lorax.analysis.runs.summary` that tell the settings apart. config: the study in configs/ that
-    the runs are of."""
+    the runs are of. only: of a table of members, which the claim is about; None: all."""
     tables, covariances = [], []
     for base, directories in given.items():
         for directory in directories:
             run = sweeps.load(directory, config)
-            table = of_members(run.run, run.table, base, by)
+            chosen = run.table if only is None else run.table[only(run.table)]
+            table = of_members(run.run, chosen, base, by)
             tables.append(table)
             covariances.append(covariance(run.run, table, base, by))
     verdicts.write(pd.concat(tables), folder, "losses.csv")
