@@ -27,24 +27,40 @@ START = "start"  # the base before training, as a setting: the same for every se
 
 
 class Losses(NamedTuple):
-    """Test losses of one base's settings at their best rates."""
+    """Losses of one base's settings at their best rates: of test rows, where a run has them."""
 
+    split: str  # "test", or "validation" if there are no test rows: a column of losses.csv
     members: pd.DataFrame  # of losses.csv, those at the best rates
     by_seed: pd.DataFrame  # (K seeds, S settings), and START
     from_rows: pd.DataFrame  # (S, S): covariance of the means that comes from the test rows
     rows: int  # how many test rows
-    at_edge: list[str]  # settings whose best rate is the lowest or the highest that was tried
+    doubts: dict[str, str]  # settings whose best rate is not known, and why
 
     def contrast(self, weights: Mapping, level: float = compare.LEVEL) -> Interval:
         """The interval of the sum over {setting: weight} of weight times loss, over seeds and rows:
         a difference is {a: 1, b: -1}."""
         weights = pd.Series(weights, dtype=float)
         seeds = self.by_seed[list(weights.index)] @ weights.to_numpy()
+        if not np.isfinite(seeds).all():
+            raise ValueError(f"{list(weights.index)}: a seed has no test loss")
         rows = self.from_rows.loc[list(weights.index), list(weights.index)].to_numpy()
         by_seeds, by_rows = float(seeds.var(ddof=1) / len(seeds)), float(weights @ rows @ weights)
         return compare.of_variances(
             float(seeds.mean()), by_seeds, by_rows, len(seeds), self.rows, level
         )
+
+    def means(self) -> pd.DataFrame:
+        """A row a setting: its fields, and `loss` with its interval, `low` and `high`."""
+        rows = []
+        for setting, members in self.members.groupby("setting", sort=False):
+            loss = self.contrast({setting: 1})
+            row = members.iloc[0].to_dict() | {"loss": loss.value}
+            rows.append(row | {"low": loss.low, "high": loss.high, "n": len(members)})
+        return pd.DataFrame(rows)
+
+    def doubt(self, *settings: str) -> str:
+        """Why the best rate of one of these settings is not known; "" if all are."""
+        return next((self.doubts[name] for name in settings if name in self.doubts), "")
 
 
 def collect(
@@ -85,10 +101,13 @@ def of_members(run: runs.Run, table: pd.DataFrame, base: str, by: list[str]) -> 
 
 def covariance(run: runs.Run, table: pd.DataFrame, base: str, by: list[str]) -> pd.DataFrame:
     """Rows of rows.csv, from the test rows of the members at their settings' best rates."""
+    columns = ["base", "a", "b", "covariance", "rows"]
     best = verdicts.tuned(table.assign(member=table.index), by, "validation").members
+    if run.rows(best["member"].iloc[0]) is None:  # a run without test rows
+        return pd.DataFrame(columns=columns)
     of = {
-        label(setting): [run.rows(member) for member in members.sort_values("seed")["member"]]
-        for setting, members in best.groupby(by, sort=False)
+        setting: [run.rows(member) for member in members.sort_values("seed")["member"]]
+        for setting, members in best.groupby("setting", sort=False)
     }
     seeds = {len(rows) for rows in of.values()}
     if len(seeds) > 1:
@@ -99,24 +118,18 @@ def covariance(run: runs.Run, table: pd.DataFrame, base: str, by: list[str]) -> 
     drawn = compare.bootstrap(np.array(sums), first["weight"])
     names = [*of, START]
     from_rows = np.cov(drawn.over_rows.T, bias=True)
-    return pd.DataFrame(
-        [
-            {"base": base, "a": a, "b": b, "covariance": from_rows[i, j], "rows": drawn.rows}
-            for i, a in enumerate(names)
-            for j, b in enumerate(names)
-            if i <= j
-        ]
-    )
-
-
-def label(setting) -> str:
-    """A setting as one word: ("q v", 8) is "q v, 8"."""
-    return ", ".join(map(str, setting))
+    rows = [
+        (base, a, b, from_rows[i, j], drawn.rows)
+        for i, a in enumerate(names)
+        for j, b in enumerate(names)
+        if i <= j
+    ]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def read(folder: Path, by: list[str]) -> dict[str, Losses]:
-    """{base: its losses}, from the CSVs; {} if there are none. Settings are called as `label`
-    says."""
+    """{base: its losses}, from the CSVs; {} if there are none. Settings are called as
+    `verdicts.label` says."""
     table, rows = (verdicts.numbers(folder, name) for name in ("losses.csv", "rows.csv"))
     return {
         base: _of_base(members, rows[rows["base"] == base], by)
@@ -125,13 +138,14 @@ def read(folder: Path, by: list[str]) -> dict[str, Losses]:
 
 
 def _of_base(members: pd.DataFrame, rows: pd.DataFrame, by: list[str]) -> Losses:
-    best, at_edge = verdicts.tuned(members, by, "validation")
-    best["setting"] = best[by].apply(label, axis=1)
-    by_seed = verdicts.by_seed(best, ["setting"], "test")
-    by_seed[START] = members["start_test"].iloc[0]
+    best, doubts = verdicts.tuned(members, by, "validation")
+    split, start = ("test", "start_test") if best["test"].notna().all() else ("validation", "start")
+    by_seed = best.pivot(index="seed", columns="setting", values=split)
+    by_seed[START] = members[start].iloc[0]
     names = list(by_seed)
     from_rows = pd.DataFrame(0.0, names, names)
-    for row in rows.itertuples():
-        from_rows.loc[row.a, row.b] = from_rows.loc[row.b, row.a] = row.covariance
+    if split == "test":
+        for row in rows.itertuples():
+            from_rows.loc[row.a, row.b] = from_rows.loc[row.b, row.a] = row.covariance
     count = int(rows["rows"].iloc[0]) if len(rows) else 1
-    return Losses(best, by_seed, from_rows, count, at_edge)
+    return Losses(split, best, by_seed, from_rows, count, doubts)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from experiments import verdicts
 from experiments.plotting import line_style
 from lorax.analysis import runs
 
@@ -56,13 +57,11 @@ def name(method: str, rank: int) -> str:
     return {"full": "full fine-tuning", "prefix": "prefix"}.get(method, f"LoRA, r = {rank}")
 
 
-def best_rates(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """The members of each setting (`by`) at its best learning rate: that of the lowest mean of
-    final_loss over seeds. A rate at which a seed diverged is not the best."""
-    losses = table.groupby([*by, "lr"], dropna=False)["final_loss"]
-    means = losses.agg(lambda loss: loss.mean(skipna=False)).dropna()
-    best = means.groupby(level=by, dropna=False).idxmin()
-    return table.set_index([*by, "lr"]).loc[best.tolist()].reset_index()
+def at_best(sweep: Sweep, by: list[str]) -> pd.DataFrame:
+    """The members of each setting (`by`) at its best learning rate, by their numbers; see
+    `experiments.verdicts.tuned`."""
+    table = sweep.table.assign(number=sweep.table.index)
+    return verdicts.tuned(table, by).members.set_index("number").rename_axis(None)
 
 
 def words(values, digits: int = 3) -> str:

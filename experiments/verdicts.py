@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lorax.analysis.compare import Interval
+from lorax.analysis import compare
+from lorax.analysis.compare import LEVEL, Interval
 from lorax.errors import nearest
 
 HERE = Path(__file__).parent
@@ -88,8 +89,13 @@ def shown(interval: Interval, digits: int = 3) -> str:
 class Tuned(NamedTuple):
     """The members of every setting at its best learning rate."""
 
-    members: pd.DataFrame
-    at_edge: list[str]  # settings whose best rate is the lowest or highest that was tried
+    members: pd.DataFrame  # with their setting's `label` in a column "setting"
+    doubts: dict[str, str]  # settings whose best rate is not known, and why
+
+
+def label(setting: Iterable) -> str:
+    """A setting in words: ("q v", 8) is "q v, 8"."""
+    return ", ".join(map(str, setting))
 
 
 def tuned(table: pd.DataFrame, by: list[str], loss: str = "final_loss", rate: str = "lr") -> Tuned:
@@ -100,27 +106,28 @@ def tuned(table: pd.DataFrame, by: list[str], loss: str = "final_loss", rate: st
     table: a row a member, of all rates. by: columns that tell the settings apart. Raises ValueError
     that names a setting without an eligible rate.
     """
-    best, at_edge = [], []
+    best, doubts = [], {}
     for setting, members in table.groupby(by, dropna=False, sort=False):
         losses = members.groupby(rate)[loss].agg(lambda values: values.mean(skipna=False)).dropna()
-        words = ", ".join(f"{name}={value}" for name, value in zip(by, setting, strict=True))
+        words = label(setting)
         if losses.empty:
             raise ValueError(f"{words}: no {rate} of which every seed has a {loss}")
         chosen = losses.idxmin()
-        best.append(members[members[rate] == chosen])
+        best.append(members[members[rate] == chosen].assign(setting=words))
         tried = sorted(set(members[rate]))
-        if len(tried) > 1 and chosen in (tried[0], tried[-1]):
-            at_edge.append(f"{words}: {rate} {chosen:g}")
-    return Tuned(pd.concat(best, ignore_index=True), at_edge)
+        if len(tried) == 1:
+            doubts[words] = f"one learning rate, {chosen:g}"
+        elif chosen in (tried[0], tried[-1]):
+            doubts[words] = f"best rate of {words} at the edge of its grid, {chosen:g}"
+    return Tuned(pd.concat(best, ignore_index=True), doubts)
 
 
-def by_seed(members: pd.DataFrame, columns: list[str], loss: str = "final_loss") -> pd.DataFrame:
-    """A row a seed, a column a setting: what is compared seed by seed. Raises ValueError if a
-    setting lacks a seed."""
-    table = members.pivot(index="seed", columns=columns, values=loss)
-    if lacks := [name for name in table if table[name].isna().any()]:
-        raise ValueError(f"{columns} {lacks}: need a {loss} for each of {len(table)} seeds")
-    return table
+def crossed(values: pd.DataFrame, level: float = LEVEL) -> Interval:
+    """The interval of the mean of values (K, L), a row a seed and a column a layer, over both:
+    the layers of a seed are no samples of their own (`lorax.analysis.compare`)."""
+    sums = values.to_numpy()[None]
+    drawn = compare.bootstrap(sums, np.ones(values.shape[1]))
+    return drawn.interval(lambda losses: losses[..., 0], level)
 
 
 # ------------------------------------------------------------------------------------------ claims

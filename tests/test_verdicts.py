@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import rerun, tables, verdicts
+from experiments import losses, rerun, tables, verdicts
 from experiments.verdicts import CONTRADICTED, NOT_RUN, REPRODUCED, UNDECIDED, Verdict
 from lorax.analysis import compare
 
@@ -23,7 +23,8 @@ ALL = {claim: verdicts.rule(claim).verdicts(verdicts.HERE / claim) for claim in 
 def test_a_rule_says_what_a_reader_needs_and_its_verdicts_are_whole(claim):
     rule, found = verdicts.rule(claim), ALL[claim]
     for text in (rule.CLAIM, rule.SOURCE, rule.RULE):
-        assert text and text == text.strip() and "\n" not in text
+        assert text and text == text.strip()
+    assert "\n" not in rule.CLAIM + rule.SOURCE, "a line each"
     assert found and all(isinstance(verdict, Verdict) for verdict in found)
     assert {verdict.verdict for verdict in found} <= set(verdicts.WORDS)
     places = [(verdict.part, verdict.base) for verdict in found]
@@ -89,17 +90,41 @@ def members(losses: dict) -> pd.DataFrame:
 def test_the_best_rate_has_a_loss_for_every_seed():
     table = members({1e-3: (3.0, 3.1), 2e-3: (2.0, 2.2), 4e-3: (1.0, math.nan)})
     best = verdicts.tuned(table, ["rank"])
-    assert set(best.members["lr"]) == {2e-3} and best.at_edge == []
-    assert verdicts.by_seed(best.members, ["rank"])[1].tolist() == [2.0, 2.2]
+    assert set(best.members["lr"]) == {2e-3} and best.doubts == {}
 
 
 def test_a_best_rate_at_the_edge_of_the_grid_is_told():
     table = members({1e-3: (3.0, 3.1), 2e-3: (2.0, 2.2)})
-    assert verdicts.tuned(table, ["rank"]).at_edge == ["rank=1: lr 0.002"]
-    # One rate is no grid.
-    assert verdicts.tuned(members({1e-3: (3.0,)}), ["rank"]).at_edge == []
-    with pytest.raises(ValueError, match="rank=1: no lr of which every seed has a final_loss"):
+    edge = "best rate of 1 at the edge of its grid, 0.002"
+    assert verdicts.tuned(table, ["rank"]).doubts == {"1": edge}
+    one = verdicts.tuned(members({1e-3: (3.0,)}), ["rank"])
+    assert one.doubts == {"1": "one learning rate, 0.001"}
+    with pytest.raises(ValueError, match="1: no lr of which every seed has a final_loss"):
         verdicts.tuned(members({1e-3: (math.nan,)}), ["rank"])
+
+
+def test_a_contrast_has_the_interval_of_the_bootstrap_over_seeds_and_rows():
+    rng = np.random.default_rng(0)
+    sums = rng.normal(2, 0.3, (3, 4, 1)) + rng.normal(0, 0.5, (1, 1, 30))
+    sums = sums + rng.normal(0, 0.1, (3, 4, 30))
+    drawn = compare.bootstrap(sums, np.ones(30))
+    names = ["r8", "r64", losses.START]
+    by_seed = pd.DataFrame(sums.mean(-1).T, columns=names)
+    covariance = pd.DataFrame(np.cov(drawn.over_rows.T, bias=True), names, names)
+    of = losses.Losses("test", None, by_seed, covariance, 30, {})
+    mine = of.contrast({"r8": 1, "r64": -0.98, losses.START: -0.02})
+    other = drawn.interval(lambda x: x[..., 0] - 0.98 * x[..., 1] - 0.02 * x[..., 2])
+    assert mine.over == other.over == "seeds and rows"
+    np.testing.assert_allclose(mine[:3], other[:3], rtol=1e-9)
+
+
+def test_layers_of_one_seed_are_no_samples_of_their_own():
+    one = pd.DataFrame(np.add.outer([0.0, 0.1, 0.2], [1.0, 2.0, 3.0, 4.0]))
+    wide = verdicts.crossed(one)
+    naive = compare.interval(one.to_numpy().ravel())
+    assert wide.value == pytest.approx(naive.value) and wide.high - wide.low > 2 * (
+        naive.high - naive.low
+    )
 
 
 def test_numbers_of_another_base_stay(tmp_path):
