@@ -103,6 +103,7 @@ KEYS = {
     "decompose_both": Key(bool, None, "lokr: the first factor is a product as well"),
     "d_initial": Key(float, None, "vera: initial scale of a's columns"),
     "projection_seed": Key(int, None, "vera: seed of its shared matrices"),
+    "mini_rank": Key(int, None, "miss: outputs that do not share"),
     "std": Key(float, None, "prefix, prompt: standard deviation of the initial values"),
     "tokens": Key(int, None, "prefix, prompt, llama-adapter: number of virtual tokens"),
     "dim": Key(int, None, "subspace, said, lora-subspace: the dimension d"),
@@ -151,6 +152,7 @@ _LOKR = ("rank", "alpha", "scaling", "factor", "decompose_both", "targets", "lay
 _ADALORA = ("rank", "alpha", "target_rank", "targets", "layers", "dropout")
 _ADALORA += ("tinit", "tfinal", "every", "orthogonal", "beta1", "beta2")
 _VERA = ("rank", "d_initial", "projection_seed", "targets", "layers", "dropout")
+_MISS = ("rank", "mini_rank", "targets", "layers", "dropout")
 _WHOLE = ("parameters", "layers", "full")
 _BOTTLENECK = ("rank", "activation", "targets", "layers")
 _SUBSPACE = ("dim", "projection", "granularity")
@@ -169,6 +171,13 @@ ROWS: dict[str, Row] = {
         Row("loha", "lorax.methods.kronecker:loha", _LOHA, _LOHA, peft="LOHA"),
         Row("lokr", "lorax.methods.kronecker:lokr", _LOKR, _LOHA, peft="LOKR"),
         Row("vera", "lorax.methods.vera:vera", _VERA, _VERA, peft="VERA"),
+        Row(
+            "miss",
+            "lorax.methods.miss:miss",
+            _MISS,
+            ("rank", "targets", "layers", "dropout"),
+            peft="MISS",
+        ),
         Row("full", "lorax.methods.full:full", _WHOLE),
         Row("bitfit", "lorax.methods.full:bitfit", ("layers", "full")),
         Row("ln-tuning", "lorax.methods.full:ln_tuning", ("layers", "full"), peft="LN_TUNING"),

@@ -3,13 +3,14 @@
 `adapter_model.safetensors` holds a method's arrays by PEFT's modules, `adapter_config.json` their
 meaning. They are written so that `PeftModel.from_pretrained` computes the same as `method.bind`,
 and read so that `bind` computes the same as PEFT (0.21). In `lorax.interop.peft`, `matrices` has
-AdaLoRA, LoHa, LoKr, VeRA and (IA)3, `tokens` prefixes, prompts and LLaMA-Adapter, `norms`
-LN-tuning.
+the methods with arrays per module, such as VeRA, `tokens` prefixes, prompts and LLaMA-Adapter,
+`norms` LN-tuning.
 
 Parameters trained in full with a method become PEFT's `modules_to_save` or biases. If a file has a
 parameter only for some layers (one norm of a stack), the others get the base's values.
 
-PEFT has no LoHa or LoKr for GPT-2's Conv1D, and no bottleneck adapters, BitFit or full fine-tuning.
+PEFT has no LoHa, LoKr or MiSS for GPT-2's Conv1D, and no bottleneck adapters, BitFit or full
+fine-tuning.
 """
 
 from __future__ import annotations

@@ -96,6 +96,17 @@ CASES = {
         "phi3", "ia3", dict(targets=("k", "v", "down")), "IA3Config",
         dict(target_modules=["qkv_proj", "down_proj"], feedforward_modules=["down_proj"]),
     ),
+    "miss": Case(
+        "llama", "miss", QVD | dict(rank=6), "MissConfig", LLAMA | dict(r=6)
+    ),
+    "miss-mini": Case(
+        "llama", "miss", QVD | dict(rank=4, mini_rank=4), "MissConfig",
+        LLAMA | dict(r=4, mini_r=4, init_weights="mini"),
+    ),
+    "miss-phi": Case(
+        "phi3", "miss", dict(targets=("q", "v", "up"), rank=5), "MissConfig",
+        dict(target_modules=["qkv_proj", "gate_up_proj"], r=5),
+    ),
     "llama-adapter": Case(
         "llama", "llama-adapter", dict(tokens=4, layers=(1,)), "AdaptionPromptConfig", LAST
     ),
@@ -113,7 +124,7 @@ CASES = {
 #: stack.
 OTHERWISE = ("vera-fused", "vera-phi", "tied-beside", "ln-tuning-some")
 TWICE = ("loha-patterns", "lokr-both", "prefix-gpt2", "prompt-llama", "ln-tuning-some")
-TWICE += ("vera-phi", "ia3-phi", "prefix-phi", "prefix-gemma")
+TWICE += ("vera-phi", "ia3-phi", "prefix-phi", "prefix-gemma", "miss-mini")
 #: Methods of which PEFT has one adapter in a model, without a name.
 TOKENS_OF_THEIR_OWN = ("prefix", "prompt", "llama-adapter")
 QUICK = [name for name in CASES if name not in TWICE]
@@ -245,7 +256,7 @@ def test_pefts_pruned_triplets_are_read_with_the_scale_of_all(family, made, tmp_
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["adalora", "loha", "lokr", "vera"])
+@pytest.mark.parametrize("name", ["adalora", "loha", "lokr", "vera", "miss"])
 def test_a_member_of_a_sweep_is_stored_without_its_padding(name, made, tmp_path):
     _, base, _ = made("llama")
     method, own = trained(Case("llama", name, dict(rank=2, targets=("q", "v")), "", {}), base)
@@ -335,6 +346,8 @@ def test_a_classifier_brings_its_head(name, tmp_path):
         ("gpt2", "loha", dict(rank=2), "c_attn: PEFT has no LoHa of GPT-2's Conv1D"),
         ("gpt2", "lokr", dict(rank=2), "c_attn: PEFT has no LoKr of GPT-2's Conv1D"),
         ("gpt2", "lokr", dict(targets=("up",)), "c_fc: PEFT has no LoKr of GPT-2's Conv1D"),
+        ("gpt2", "miss", dict(rank=2), "c_attn: PEFT has no MiSS of GPT-2's Conv1D"),
+        ("phi3", "miss", dict(rank=2, mini_rank=2), "outputs of all .*qkv_proj share in PEFT"),
         ("gpt2", "llama-adapter", {}, "llama-adapter: PEFT has the same for llama, mistral, not"),
         ("llama", "llama-adapter", dict(layers=(0,)), "adapts the last layers alone"),
         ("llama", "prefix", dict(layers=(0,)), "a prefix in all layers or in none"),
@@ -407,6 +420,7 @@ def edited(stored, name, directory, config=None, tensors=lambda tensors: tensors
 
 LAST_LAYER = dict(LLAMA, layers_to_transform=[1])
 EACH = ("adalora", "loha", "lokr", "vera", "ia3", "ln-tuning", "prefix", "prompt", "llama-adapter")
+EACH += ("miss",)
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -488,6 +502,8 @@ def test_a_config_of_nonsense_is_read_or_named(name, stored, tmp_path):
         ("vera", {"target_modules": ["q_proj"]}, {}, "target_modules: .* leaves out .*_proj"),
         ("loha", LAST_LAYER, {}, r"layers_to_transform: \[1\] leaves out model.layers.0"),
         ("loha", {"use_effective_conv2d": True}, {}, "use_effective_conv2d: True given"),
+        ("miss", {"r": 7}, {}, r"_proj, r 7: miss_block should be \(7, 16\), it is \(6, 16\)"),
+        ("miss", {"init_weights": "bat"}, {}, "init_weights: 'bat' given; it should be true, "),
         ("ia3", {"exclude_modules": ["v_proj"]}, {}, "exclude_modules: .* leaves out .*v_proj"),
         ("ia3", {"modules_to_save": ["lm_head"]}, {}, "lm_head.weight is missing"),
         ("ln-tuning", {"target_modules": ["norm"]}, {}, "target_modules: .* leaves out"),

@@ -31,6 +31,7 @@ CASES = {
     "loha": (dict(rank=2), dict(rank=3, layers=(1,))),
     "lokr": (dict(rank=2), dict(rank=3, layers=(1,))),
     "vera": (dict(rank=3), dict(rank=4, layers=(1,))),
+    "miss": (dict(rank=3), dict(rank=5, layers=(1,))),
     "prefix": (dict(tokens=2), dict(tokens=2, layers=(1,))),
     "prompt": (dict(tokens=2), dict(tokens=2)),
     "llama-adapter": (dict(tokens=2), dict(tokens=2, layers=(1,))),
@@ -141,9 +142,9 @@ def section(**changes):
     return found
 
 
-def trained(method, state, count=6):
-    """Trainable tree after a few AdamW steps, losses, and the logits then."""
-    part = section()
+def trained(method, state, count=6, **changes):
+    """Trainable tree after a few steps, losses, and the logits then. changes: of `section`."""
+    part = section(**changes)
     hyper = steps.Hyper(jnp.float32(part.lr), jnp.float32(part.weight_decay), jax.random.key(3))
     program = steps.Program(base().module, method, base().sites, part, dropout=False, merge=False)
     member = steps.start(method, *state, part, hyper, program.sites)
@@ -155,10 +156,14 @@ def trained(method, state, count=6):
     return after, np.asarray(logs["loss"]), logits(bound(method, after))
 
 
-@pytest.mark.parametrize(
-    "name", few([name for name in CASES if name not in UNPADDED], ("dora", "vera"))
-)
-def test_padding_and_other_members_targets_change_nothing(name):
+#: Methods whose padding is checked with SGD as well.
+WITH_SGD = ("miss",)
+PADDED = [(name, "adamw") for name in CASES if name not in UNPADDED]
+PADDED += [(name, "sgd") for name in WITH_SGD]
+
+
+@pytest.mark.parametrize(("name", "optimizer"), few(PADDED, (("dora", "adamw"), ("vera", "adamw"))))
+def test_padding_and_other_members_targets_change_nothing(name, optimizer):
     """Alone, and in arrays for a larger rank and for more matrices."""
     hp = CASES[name][1]
     method, alone = started(name, hp)
@@ -167,8 +172,8 @@ def test_padding_and_other_members_targets_change_nothing(name):
     wider = 24 if "dim" in method.hp else wider
     _, padded = started(name, hp, targets=union, pad=wider)
     assert tree.count(padded.trainable) > tree.count(alone.trainable)
-    _, losses, out = trained(method, alone)
-    _, padded_losses, padded_out = trained(method, padded)
+    _, losses, out = trained(method, alone, optimizer=optimizer)
+    _, padded_losses, padded_out = trained(method, padded, optimizer=optimizer)
     np.testing.assert_allclose(losses, padded_losses, rtol=2e-6)
     np.testing.assert_allclose(out, padded_out, rtol=0, atol=2e-5)
     assert losses[-1] != losses[0]

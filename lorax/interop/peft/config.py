@@ -151,6 +151,10 @@ FIELDS: dict[str, dict[str, Want]] = {
     "IA3": _TARGETS
     | {"exclude_modules": NAMES, "feedforward_modules": NAMES, "fan_in_fan_out": FLAG}
     | {"init_ia3_weights": ANY},
+    "MISS": _LAYERS
+    | {"exclude_modules": NAMES, "r": COUNT, "mini_r": COUNT, "miss_dropout": SHARE}
+    | {"init_weights": _either("true, false or mini", FLAG, _one_of("mini"))}
+    | {"bias": BIAS("MiSS_only")},
     "LN_TUNING": _TARGETS | {"exclude_modules": NAMES},
     "PREFIX_TUNING": _TOKENS
     | {"encoder_hidden_size": _or_null(COUNT), "prefix_projection": FLAG, "init_weights": ANY},

@@ -1,4 +1,5 @@
-"""AdaLoRA, LoHa, LoKr, VeRA and (IA)3 in PEFT's modules, as numpy arrays on both sides.
+"""PEFT's methods with arrays per module, as numpy arrays on both sides: AdaLoRA, LoHa, LoKr, VeRA
+and (IA)3 here, others in files of their own; all are in `KINDS`.
 
 PEFT adapts modules. If a module is several matrices here (GPT-2's c_attn is q, k and v)
 
@@ -39,6 +40,7 @@ from lorax.interop.peft.config import (
     from_patterns,
     scale_of,
 )
+from lorax.interop.peft.miss import read_miss, write_miss
 from lorax.interop.peft.modules import Arrays, Kind, Place, apart, fit, joined, widest
 
 # ---------------------------------------------------------------------------------------- AdaLoRA
@@ -388,4 +390,5 @@ KINDS = {
     "lokr": Kind("lokr_[a-z0-9_]+", write_lokr, read_lokr),
     "vera": Kind("vera_lambda_[bd]", write_vera, read_vera, "vera_only"),
     "ia3": Kind("ia3_l", write_ia3, read_ia3),
+    "miss": Kind("miss_block", write_miss, read_miss, "MiSS_only"),
 }
