@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -146,6 +147,9 @@ def _eval() -> ConfigDict:
     # Test rows, measured before the first step and after the last, never in between; None: all; 0:
     # no test rows, and those of a task without test files count as validation rows
     c.test = config_dict.placeholder(int)
+    # Further tasks that every evaluation measures too, and with them the KL from the base to the
+    # member on this task's rows: (("stories", {"name": "text", "path": FILE}),), docs/forgetting.md
+    c.also = ()
     c.keep = "last"  # step that is exported and tested; or "best": of the lowest validation loss
     c.generate = 0  # prompts that each member completes after training, to score the text; 0: none
     c.beams = 1  # of beam search; 1: greedy
@@ -381,10 +385,62 @@ def member(config: ConfigDict, index: int, point: dict) -> Member:
         (values[section] if section else values)[name] = value
     member_config = ConfigDict(values)
     ranges.check(flat(member_config), _defaults())
+    also(member_config)  # raises on mistakes
     if member_config.train.epochs:
         member_config.train.steps = 0
     name = ",".join(f"{axis}={_show(value)}" for axis, value in point.items()) or "only"
     return Member(index, name, point, member_config.lock())
+
+
+def also(settings: ConfigDict) -> dict[str, dict]:
+    """{name: its `config.task`, with every key} of the further tasks of `eval.also`. settings: a
+    member's config.
+
+    A task that does not say how many training rows it has is built with one, as none is read.
+    Raises ValueError, which begins with eval.also, for anything except pairs of a name and the keys
+    of a task, a name that comes twice, a key that is none, and a value that it can't have.
+    """
+    found = {}
+    for pair in settings.eval.also:
+        if not _names_a_task(pair):
+            right = 'pairs like ("stories", {"name": "text", "path": FILE})'
+            raise ValueError(f"eval.also: {pair!r} given, must be {right}")
+        name, keys = pair
+        if name in found:
+            raise ValueError(f"eval.also: {name!r} names two tasks; each needs its own name")
+        try:
+            found[name] = _further(settings, dict(keys))
+        except ValueError as error:
+            raise ValueError(f"eval.also: {name}: {error}") from None
+    return found
+
+
+_SHORT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # it becomes a part of columns' names
+
+
+def _names_a_task(pair) -> bool:
+    """Whether a value is a pair (name, {"name": task, key: value})."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        return False
+    name, keys = pair
+    named = isinstance(name, str) and _SHORT_NAME.fullmatch(name)
+    return bool(named) and isinstance(keys, Mapping) and "name" in keys
+
+
+def _further(settings: ConfigDict, keys: dict) -> dict:
+    """The whole `config.task` of a further task. Raises ValueError."""
+    task = _task()
+    task.n_train = 1
+    for key, value in keys.items():
+        check_key(f"task.{key}")
+        try:
+            task[key] = tuple(value) if isinstance(value, list) else value
+        except TypeError:
+            kind = task.get_type(key).__name__
+            raise ValueError(f"task.{key}: {value!r} given, must be of type {kind}") from None
+    values = flat(settings) | {"seeds.data": None}
+    ranges.check(values | flat(task, "task."), _defaults())
+    return task.to_dict()
 
 
 def with_n_steps(member: Member, steps: int) -> Member:
@@ -581,10 +637,7 @@ def _spell(config, prefix: str = "") -> None:
         if isinstance(value, ConfigDict):
             _spell(value, f"{name}.")
             continue
-        if isinstance(value, Mapping):  # sweep.axes
-            spelled = {of: outside.spell(values, name) for of, values in value.items()}
-        else:
-            spelled = outside.spell(value, name)
+        spelled = outside.spell(value, name)
         if spelled != value:
             with config.ignore_type():
                 config[key] = spelled

@@ -39,13 +39,26 @@ class Rows(NamedTuple):
     loss: (B,) float32, summed over the row's targets. weight: (B,) float32, the number of targets:
     tokens, or 1; 0 for a row that fills up a batch. right: (B,) float32, how many of the targets
     have the largest output; None for values. outputs: (B, k) float32, the model's; None for
-    language models.
+    language models. kl: (B,) float32, KL(base || model) in nats, summed over the row's targets;
+    None unless it is asked for, and for values.
     """
 
     loss: jax.Array
     weight: jax.Array
     right: jax.Array | None
     outputs: jax.Array | None
+    kl: jax.Array | None = None
+
+
+class Reference(NamedTuple):
+    """What a model is compared with by KL(base || model).
+
+    params: the base's. states: (B, T, D), its hidden states of the batch, from which its logits are
+    computed a part at a time; of a classifier (B, k), its outputs.
+    """
+
+    params: dict
+    states: jax.Array
 
 
 def token_losses(module, params, hidden, labels, smoothing=0.0):
@@ -192,21 +205,36 @@ def text_positions(batch) -> jax.Array:
     return jnp.flip(jnp.cumsum(jnp.flip(weighted, 1), 1), 1) > 0
 
 
-def lm_rows(module, params, batch) -> Rows:
-    """`Rows` of next-token prediction; batch as for `lm_loss`."""
+def lm_rows(module, params, batch, base: Reference | None = None) -> Rows:
+    """`Rows` of next-token prediction; batch as for `lm_loss`. base: to compare with, if any."""
     (hidden, labels, weights), _ = _hidden(module, params, batch)
+    states = () if base is None else (base.states.reshape(-1, base.states.shape[-1]),)
 
     def of_part(part):
-        logits = intercept.apply(module, params, part[0], method="logits")
-        nats = _nats(logits, part[1])
-        given = divided.entries(logits, part[1])[..., None]
+        hidden, *states, labels = part
+        logits = intercept.apply(module, params, hidden, method="logits")
+        nats = _nats(logits, labels)
+        given = divided.entries(logits, labels)[..., None]
         alone = jnp.sum(logits >= given, axis=-1) == 1  # no other reaches the label's
-        return nats, alone.astype(jnp.float32)
+        of_base = [intercept.apply(module, base.params, x, method="logits") for x in states]
+        return nats, alone.astype(jnp.float32), *[_kl(x, logits) for x in of_base]
 
-    of_tokens = jax.lax.map(of_part, _in_parts(hidden, labels))
-    nats, right = (_together(x, weights.size).reshape(weights.shape) for x in of_tokens)
-    of_rows = lambda x: jnp.sum(x, axis=1)
-    return Rows(of_rows(weights * nats), of_rows(weights), of_rows(weights * right), None)
+    of_tokens = jax.lax.map(of_part, _in_parts(hidden, *states, labels))
+    of_tokens = (_together(x, weights.size).reshape(weights.shape) for x in of_tokens)
+    nats, right, *kl = (jnp.sum(weights * x, axis=1) for x in of_tokens)
+    return Rows(nats, jnp.sum(weights, axis=1), right, None, *kl)
+
+
+def lm_states(module, params, batch) -> jax.Array:
+    """`Reference.states` of a batch of texts: (B, T, D)."""
+    (hidden, _, weights), _ = _hidden(module, params, batch)
+    return hidden.reshape(*weights.shape, -1)
+
+
+def _kl(of_base, outputs) -> jax.Array:
+    """KL(base || model) in nats: logits (..., V) float32 of both -> (...) float32."""
+    base, model = (jax.nn.log_softmax(x, axis=-1) for x in (of_base, outputs))
+    return optax.losses.kl_divergence_with_log_targets(model, base)
 
 
 def _hidden(module, params, batch, training=False):
@@ -233,14 +261,19 @@ def class_loss(module, params, batch, smoothing=0.0, training=False):
     return _summed(class_rows(module, params, batch, smoothing))
 
 
-def class_rows(module, params, batch, smoothing=0.0) -> Rows:
-    """`Rows` of a classifier; batch as for `class_loss`."""
-    tokens, segments, label = batch["tokens"], batch["segments"], batch["label"]
-    scores = intercept.apply(module, params, tokens, segments, batch["types"])
+def class_rows(module, params, batch, smoothing=0.0, base: Reference | None = None) -> Rows:
+    """`Rows` of a classifier; batch as for `class_loss`. base: to compare with, if any."""
+    segments, label = batch["segments"], batch["label"]
+    scores = class_states(module, params, batch)
     weights = jnp.any(segments > 0, axis=1).astype(jnp.float32)
     if jnp.issubdtype(label.dtype, jnp.integer):
-        return _of_classes(scores, label, weights, smoothing)
+        return _of_classes(scores, label, weights, smoothing, base)
     return Rows(weights * jnp.square(scores[:, 0] - label), weights, None, scores)
+
+
+def class_states(module, params, batch) -> jax.Array:
+    """The outputs of a classifier, (B, k) float32."""
+    return intercept.apply(module, params, batch["tokens"], batch["segments"], batch["types"])
 
 
 def array_loss(module, params, batch, smoothing=0.0, training=False):
@@ -253,25 +286,32 @@ def array_loss(module, params, batch, smoothing=0.0, training=False):
     return _summed(array_rows(module, params, batch, smoothing))
 
 
-def array_rows(module, params, batch, smoothing=0.0) -> Rows:
-    """`Rows` of a model of arrays; batch as for `array_loss`."""
-    inputs, label, weights = batch["inputs"], batch["label"], batch["weight"]
-    if inputs.dtype == jnp.uint8:
-        inputs = inputs.astype(jnp.float32) / 255
-    outputs = intercept.apply(module, params, inputs)
+def array_rows(module, params, batch, smoothing=0.0, base: Reference | None = None) -> Rows:
+    """`Rows` of a model of arrays; batch as for `array_loss`. base: to compare with, if any."""
+    label, weights = batch["label"], batch["weight"]
+    outputs = array_states(module, params, batch)
     if jnp.issubdtype(label.dtype, jnp.integer):
-        return _of_classes(outputs, label, weights, smoothing)
+        return _of_classes(outputs, label, weights, smoothing, base)
     losses = jnp.mean(jnp.square(outputs - label), axis=-1)
     return Rows(weights * losses, weights, None, outputs)
+
+
+def array_states(module, params, batch) -> jax.Array:
+    """The outputs of a model of arrays, (B, k) float32."""
+    inputs = batch["inputs"]
+    if inputs.dtype == jnp.uint8:
+        inputs = inputs.astype(jnp.float32) / 255
+    return intercept.apply(module, params, inputs)
 
 
 def _summed(rows: Rows):
     return jnp.sum(rows.loss), jnp.sum(rows.weight), rows.outputs
 
 
-def _of_classes(scores, classes, weights, smoothing) -> Rows:
+def _of_classes(scores, classes, weights, smoothing, base: Reference | None) -> Rows:
     """`Rows` of classes: scores (B, k) float32, classes (B,) int32, weights (B,) float32."""
     target = optax.smooth_labels(jax.nn.one_hot(classes, scores.shape[-1]), smoothing)
     losses = optax.softmax_cross_entropy(scores, target)
     right = (jnp.argmax(scores, axis=-1) == classes).astype(jnp.float32)
-    return Rows(weights * losses, weights, weights * right, scores)
+    kl = None if base is None else weights * _kl(base.states, scores)
+    return Rows(weights * losses, weights, weights * right, scores, kl)

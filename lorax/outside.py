@@ -48,13 +48,16 @@ def base_name(name: str) -> BaseName | None:
 
 
 def spell(value, field: str = ""):
-    """A config's value with every function in it, also in tuples, replaced by its name.
+    """A config's value with every function in it, also in tuples and dictionaries, replaced by its
+    name.
 
     Raises ValueError, which begins with `field`, for a function that can't be looked up by name in
     its file.
     """
     if isinstance(value, tuple | list):
         return type(value)(spell(item, field) for item in value)
+    if isinstance(value, dict):
+        return {key: spell(item, field) for key, item in value.items()}
     return spelled(value, field) if callable(value) else value
 
 

@@ -60,6 +60,11 @@ RULES = (
         ("eval.harness",),
     ),
     Rule(
+        'must be a tuple of pairs like ("stories", {"name": "text", "path": FILE})',
+        lambda v: isinstance(v, tuple),
+        ("eval.also",),
+    ),
+    Rule(
         'must be functions of an update, or "FILE.py:function"',
         lambda v: isinstance(v, tuple) and all(map(is_name, v)),
         ("analysis.also",),

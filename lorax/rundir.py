@@ -50,6 +50,7 @@ FILES = (LOCK, CONFIG, MEMBERS, METRICS, STATUS, REPORT)
 FOLDERS = (
     ADAPTERS, ANALYSIS, CHECKPOINTS, FIGURES, PARTS, ROWS, TENSORBOARD, TEXTS, TRACK, TRAJECTORY,
 )  # fmt: skip
+ALSO = "also:"  # and a name: the split of a further task's measurements (`eval.also`)
 RUNS = Path("runs")  # where run directories are, unless --workdir says otherwise
 UNFINISHED = ("running", "stopped", "failed")  # states with members left to train
 

@@ -189,11 +189,17 @@ def summary(run: Run) -> pd.DataFrame:
     These are of validation rows; base_test_loss, test_loss and a column test_SCORE per score are of
     test rows, NaN without them (`eval.test` 0). With `eval.keep` "best" the final step is the one
     that was exported, 0 where no step is better than the base. A diverged or stopped member has no
-    final loss and no test loss (NaN). `setting` is the name without its seeds, `seed` tells the
-    members of a setting apart (`repeats`); lists (targets) become text like "q v".
+    final loss and no test loss (NaN). With `eval.also`: final_also_NAME, the final loss on a
+    further task, forgetting_NAME, that less the loss before the first step, and final_kl,
+    KL(base || member) on the validation rows, in nats a target. `setting` is the name without its
+    seeds, `seed` tells the members of a setting apart (`repeats`); lists (targets) become text like
+    "q v".
     """
     metrics = run.metrics.sort_values("step", kind="stable")
     evals, tests = (metrics[metrics["split"] == split] for split in ("eval", "test"))
+    also = {
+        split: rows for split, rows in metrics.groupby("split") if split.startswith(rundir.ALSO)
+    }
     rows = []
     for member in run.members.index:
         of_member = evals[evals["member"] == member]
@@ -222,6 +228,8 @@ def summary(run: Run) -> pd.DataFrame:
                 "test_loss": tested.iloc[-1] if usable and len(tested) > 1 else np.nan,
                 **{f"test_{name}": np.nan for name in status.get("scores", {})},
                 **{f"test_{name}": x for name, x in status.get("test_scores", {}).items()},
+                **({"final_kl": final["kl"] if usable else np.nan} if "kl" in evals else {}),
+                **_forgotten(also, member, int(final["step"]) if usable else None),
             }
         )
     # What was planted in a task (`calibration`) does not distinguish members.
@@ -233,6 +241,17 @@ def summary(run: Run) -> pd.DataFrame:
     table["setting"] = [re.sub(seeds, "", str(name)).strip(", ") for name in table["name"]]
     table["seed"] = repeats(table)
     return table.join(pd.DataFrame(rows, index=run.members.index))
+
+
+def _forgotten(also: dict[str, pd.DataFrame], member: int, step: int | None) -> dict[str, float]:
+    """final_also_NAME and forgetting_NAME of a member at its final step, NaN without one."""
+    found = {}
+    for split, rows in also.items():
+        losses = rows.loc[rows["member"] == member].set_index("step")["loss"]
+        name, after = split.removeprefix(rundir.ALSO), losses.get(step, np.nan)
+        found[f"final_also_{name}"] = after
+        found[f"forgetting_{name}"] = after - losses.get(0, np.nan)
+    return found
 
 
 def repeats(members: pd.DataFrame) -> pd.Series:

@@ -26,7 +26,9 @@ class Kind(NamedTuple):
     loss(module, params, batch, smoothing=0.0, training=False) -> (sum of losses, sum of weights,
         outputs (B, k) float32), all float32; outputs is None for language models. training: with
         the model's load-balancing loss (`losses.balance`).
-    rows(module, params, batch) -> `losses.Rows`, what becomes of each row.
+    rows(module, params, batch, base=None) -> `losses.Rows`, what becomes of each row. base: a
+        `losses.Reference`, for the KL from the base.
+    states(module, params, batch) -> `losses.Reference.states`, of a base's parameters.
     real(batch) -> (B, T) bool: the positions that the model reads and that are not padding; an
         array is one position, (B, 1).
     inputs(batch) -> the arguments of the model's `hidden`; None where it has none.
@@ -41,6 +43,7 @@ class Kind(NamedTuple):
     ahead: int
     loss: Callable
     rows: Callable
+    states: Callable
     real: Callable
     inputs: Callable | None
     counted: Callable | None
@@ -64,6 +67,7 @@ TEXTS = Kind(
     ahead=1,
     loss=losses.lm_loss,
     rows=losses.lm_rows,
+    states=losses.lm_states,
     real=losses.text_positions,
     inputs=_text_inputs,
     counted=_text_columns,
@@ -76,6 +80,7 @@ LABELLED = Kind(
     ahead=0,
     loss=losses.class_loss,
     rows=losses.class_rows,
+    states=losses.class_states,
     real=lambda batch: batch["segments"] > 0,
     inputs=lambda batch: [batch["tokens"], batch["segments"], batch["types"]],
     counted=lambda rows: rows["segments"] > 0,
@@ -89,11 +94,17 @@ ARRAYS = Kind(
     ahead=0,
     loss=losses.array_loss,
     rows=losses.array_rows,
+    states=losses.array_states,
     real=lambda batch: batch["weight"][:, None] > 0,
     inputs=None,
     counted=None,
     scored=True,
 )
+
+
+def has_probabilities(kind: Kind, rows: Mapping[str, Any]) -> bool:
+    """Whether the outputs of a model of such rows are logits, of tokens or classes, not values."""
+    return kind.causal or np.issubdtype(rows["label"].dtype, np.integer)
 
 
 # ------------------------------------------------------------------------------------------ columns

@@ -3,6 +3,12 @@
 Both splits are evaluated by one program (`batches.splits`). Members are evaluated on test rows
 after the last step; what their files and metrics have for step 0 are the numbers of the base, which
 all members share.
+
+With `eval.also` every evaluation measures the members on further tasks too, and on the validation
+rows of their own task how far they are from the base: KL(base || member), in nats a target. The
+base is the same frozen parameters without an adapter. Its hidden states of these rows are computed
+once for all members and steps (`states_of_base`), from which its logits are made again for a few
+tokens at a time.
 """
 
 from typing import NamedTuple
@@ -10,11 +16,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lorax import divided, gather, hosts, losses, rundir
+from lorax import divided, gather, hosts, losses, rundir, tree
 from lorax.files import atomically, remove
 from lorax.interop.tensors import read_npz
 from lorax.tasks import Task, scores
 from lorax.train.batches import Evaluated
+
+# Bytes up to which the base's states of the validation rows are kept on each device. The limit is
+# one of shapes alone, so that a run that is continued elsewhere computes the same.
+MOST_STATES = 512e6
 
 
 class Measured(NamedTuple):
@@ -42,15 +52,45 @@ def evaluate(programs, arguments, m: int, task: Task, split: str, on: Evaluated)
     return _measured(rows, task, labels), rows
 
 
+def evaluate_also(programs, arguments, m: int, task: Task, on: Evaluated) -> Measured:
+    """`Measured` of the first m members on the rows `on` of a further task."""
+    rows = programs.also_rows(*arguments, on.batches, np.int32(on.n))
+    rows = jax.tree.map(lambda x: _flat(x, m, on.rows), rows)
+    return _measured(rows, task, task.eval.get("label"))
+
+
+def compare(programs, arguments, m: int, task: Task, on: Evaluated, states):
+    """(`Measured` of the first m members on the validation rows `on`, their KL(base || member) (m,)
+    float32, in nats a target). states: as for `step.compared_rows`."""
+    rows = programs.compared_rows(*arguments, on.batches, np.int32(on.n), states)
+    rows = jax.tree.map(lambda x: _flat(x, m, on.rows), rows)
+    return _measured(rows, task, task.eval.get("label")), _mean(rows.kl, rows)
+
+
+def states_of_base(programs, params, on: Evaluated):
+    """`step.base_states` of the rows `on`, on the devices of the members; None if they are larger
+    than `MOST_STATES`."""
+    shapes = jax.eval_shape(programs.base_states, params, on.batches)
+    if tree.nbytes(shapes) > MOST_STATES:
+        return None
+    return programs.place_rows(_by_base(programs.base_states, params, on.batches))
+
+
 def of_base(programs, params, task: Task, on: Evaluated) -> tuple[Measured, losses.Rows]:
     """`evaluate` of the base on the test rows `on`, as a single member. params: on the devices."""
-    arguments = params, on.batches
-    if gather.mesh_of(params) is None:  # each device has all of the base, and one is enough
-        arguments = jax.tree.map(lambda x: x.addressable_shards[0].data, arguments)
-    with divided.on(gather.mesh_of(params)):
-        rows = programs.base_rows(*arguments, np.int32(on.n))
+    n = np.int32(on.n)
+    rows = _by_base(lambda *arguments: programs.base_rows(*arguments, n), params, on.batches)
     rows = jax.tree.map(lambda x: _flat(x[None], 1, on.rows), rows)
     return _measured(rows, task, task.test.get("label")), rows
+
+
+def _by_base(program, *arguments):
+    """program(parameters of the base, batches), both on the devices."""
+    mesh = gather.mesh_of(arguments[0])
+    if mesh is None:  # each device has all of the base, and one is enough
+        arguments = jax.tree.map(lambda x: x.addressable_shards[0].data, arguments)
+    with divided.on(mesh):
+        return program(*arguments)
 
 
 def of_each(base: tuple[Measured, losses.Rows], m: int) -> tuple[Measured, losses.Rows]:
@@ -60,12 +100,16 @@ def of_each(base: tuple[Measured, losses.Rows], m: int) -> tuple[Measured, losse
 
 def _measured(rows: losses.Rows, task: Task, labels) -> Measured:
     """Means over rows, leaves (M, rows, ...). labels: (rows, ...), or None."""
-    weight = rows.weight.sum(axis=1, dtype=np.float64)
-    share = lambda x: (x.sum(axis=1, dtype=np.float64) / weight).astype(np.float32)
     scored = {} if rows.outputs is None else scores.of_members(task, rows.outputs, labels)
     if scores.has_token_accuracy(task):
-        scored[scores.TOKEN_ACCURACY] = share(rows.right)
-    return Measured(share(rows.loss), scored)
+        scored[scores.TOKEN_ACCURACY] = _mean(rows.right, rows)
+    return Measured(_mean(rows.loss, rows), scored)
+
+
+def _mean(x, rows: losses.Rows) -> np.ndarray:
+    """(M,) float32, the mean over targets of sums over the targets of rows, (M, rows)."""
+    weight = rows.weight.sum(axis=1, dtype=np.float64)
+    return (x.sum(axis=1, dtype=np.float64) / weight).astype(np.float32)
 
 
 def _flat(x, m: int, rows: int) -> np.ndarray:

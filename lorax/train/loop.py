@@ -139,7 +139,10 @@ def _train_group(
     parts = stacks.parts(stack, programs.layout.size)
     rows, reached, done = {}, {}, 0
     params = programs.place_base(group.base.params)
-    evaluated = splits(group.task, group.config.eval.batch_size)
+    size = group.config.eval.batch_size
+    evaluated = splits(group.task, size)
+    for name, task in group.also.items():
+        evaluated[rundir.ALSO + name] = splits(task, size)["eval"]
     evaluated = {
         name: split._replace(batches=programs.place_rows(split.batches))
         for name, split in evaluated.items()
@@ -159,6 +162,7 @@ def _train_group(
             constants=programs.place(stack.constants),
             hyper=programs.place(stack.hyper),
             base_test=base_test,
+            base_states=compiled.base_states(group, programs, params, evaluated["eval"]),
             until=race.ends(members[0], leg)[1],
             start=start,
             say=terminal.say,
@@ -199,7 +203,7 @@ class Compiled:
     ):
         self.race, self.say, self.made, self.shown, self.last = race, say, {}, set(), ""
         self.share = Fraction(len(jax.devices()), devices) if devices else Fraction(1)
-        self.base_tests = {}
+        self.base_tests, self.states = {}, ("", None)
         first = max(groups, key=_largest)
         self._fit(first, stacks.pick(first.stack, race.starters))
 
@@ -233,6 +237,18 @@ class Compiled:
             loss = f"loss {found[0].losses[0]:.4f}, {seconds:.1f} s"
             self.say(f"group {group.index}: the base on {on.rows:,} test rows: {loss}")
         return self.base_tests[key]
+
+    def base_states(self, group: Group, programs: Programs, params, on: Evaluated):
+        """`evaluation.states_of_base`, once for groups that follow each other with the same base
+        and task; None if nothing is compared with the base."""
+        if not group.compares:
+            return None
+        placed = programs.layout.mode, programs.layout.devices
+        key = id(group.base), id(group.task), group.config.operands, placed
+        if key != self.states[0]:
+            self.states = "", None  # free the last ones first
+            self.states = key, evaluation.states_of_base(programs, params, on)
+        return self.states[1]
 
     def _fit(self, group: Group, stack: stacks.Stack) -> tuple[Programs, float]:
         """The programs, and the seconds that it took to compile them."""

@@ -30,9 +30,10 @@ class Part(NamedTuple):
     """Everything that stays the same while a part is trained.
 
     name: of its files in the run directory (`rundir.part`). stack: M members of the group, on the
-    host. params, splits ({"eval": rows, "test": rows}), constants, hyper: on the devices.
-    base_test(): `evaluation.of_base` of the test rows. until: the step at which it ends. start:
-    where its members stood after the last leg, None at step 0. say: prints a line.
+    host. params, splits ({"eval": rows, "test": rows, "also:NAME": rows}), constants, hyper: on the
+    devices. base_test(): `evaluation.of_base` of the test rows. base_states: as for
+    `step.compared_rows`, if the group compares its members with the base. until: the step at which
+    it ends. start: where its members stood after the last leg, None at step 0. say: prints a line.
     """
 
     workdir: Path
@@ -45,6 +46,7 @@ class Part(NamedTuple):
     constants: dict
     hyper: tuple
     base_test: Callable[[], tuple[Measured, losses.Rows]]
+    base_states: jax.Array | None
     until: int
     start: "Position | None"
     say: Callable[[str], None]
@@ -152,9 +154,8 @@ def begin(part: Part, state: MemberState, offset: int) -> Position:
         save(part, at)
         return at
     nothing, learned = np.zeros(len(part.stack.members)), part.programs.learned(state)
-    measured, _ = evaluate(part, learned, "eval")
+    measured, lines = validate(part, learned, 0)
     at = Position(0, state, offset, nothing, nothing, measured)
-    lines = metrics(part, 0, "eval", loss=measured.losses, **measured.scores)
     if keeps_best(part):
         copied = jax.tree.map(jnp.copy, learned)  # training reuses the state's memory
         at = at._replace(kept=Kept(copied, np.zeros(len(measured.losses), int), measured))
@@ -186,11 +187,10 @@ def advance(part: Part, at: Position, k: int) -> Position:
     lines = metrics(part, at.step, "train", loss=logs["loss"].mean(1), grad_norm=norms)
     at_checkpoint = at.step % c.eval.every == 0 or at.step == part.until
     if at_checkpoint:
-        measured, _ = evaluate(part, part.programs.learned(state), "eval")
-        at = at._replace(measured=measured)
+        measured, more = validate(part, part.programs.learned(state), at.step)
+        at, lines = at._replace(measured=measured), lines + more
         if at.step % c.eval.every == 0 or at.step == c.train.steps:  # not a rung alone
             at = keep_best(part, at)
-        lines += metrics(part, at.step, "eval", loss=measured.losses, **measured.scores)
         if c.analysis.trajectory:
             write_spectra(part, at)
     if at.step == c.train.steps and "test" in part.splits:
@@ -201,6 +201,24 @@ def advance(part: Part, at: Position, k: int) -> Position:
     if at_checkpoint:
         save(part, at)
     return at
+
+
+def validate(part: Part, trainable, step: int) -> tuple[Measured, list[dict]]:
+    """(The members' evaluation on the validation rows, rows of metrics.jsonl: of this evaluation,
+    with the KL from the base if the group is compared with it, and of every further task)."""
+    group, m, kl = part.group, len(part.stack.members), {}
+    arguments = part.params, part.constants, trainable
+    if group.compares:
+        on = part.splits["eval"], part.base_states
+        measured, kl["kl"] = evaluation.compare(part.programs, arguments, m, group.task, *on)
+    else:
+        measured, _ = evaluate(part, trainable, "eval")
+    lines = metrics(part, step, "eval", loss=measured.losses, **measured.scores, **kl)
+    for name, task in group.also.items():
+        split = rundir.ALSO + name
+        also = evaluation.evaluate_also(part.programs, arguments, m, task, part.splits[split])
+        lines += metrics(part, step, split, loss=also.losses, **also.scores)
+    return measured, lines
 
 
 def evaluate(part: Part, trainable, split: str) -> tuple[Measured, losses.Rows | None]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 
 from lorax import quant, sharding, tasks, tree
-from lorax.config import Member, grouped, key_of, with_n_steps
+from lorax.config import Member, also, grouped, key_of, with_n_steps
 from lorax.errors import nearest
 from lorax.methods import prefix
 from lorax.models import Base, load
@@ -22,7 +22,7 @@ class Group(NamedTuple):
 
     stack: those that are trained here; members, methods: of all, and `stack` is padded to the
     widest of these. rankings: {member: rows of `evidence.decide`}, for members whose targets or
-    ranks it chose.
+    ranks it chose. also: {name: task} of `eval.also`, without test rows.
     """
 
     index: int
@@ -32,11 +32,18 @@ class Group(NamedTuple):
     members: tuple[Member, ...]
     methods: tuple[stacks.Method, ...]
     rankings: dict[int, list[dict]] = {}
+    also: dict[str, tasks.Task] = {}
 
     @property
     def config(self):
         """The config of the first member; the others differ only in values passed as data."""
         return self.stack.config
+
+    @property
+    def compares(self) -> bool:
+        """Whether evaluations have the KL from the base: with `eval.also`, if the model gives
+        probabilities."""
+        return bool(self.also) and kinds.has_probabilities(self.task.kind, self.task.eval)
 
 
 class Loaded(NamedTuple):
@@ -117,6 +124,7 @@ def group_of(
     stacks.build_methods([m for m in members if m not in automatic], base)  # raises on mistakes
 
     task = task_of(members, base, loaded.tasks, say)
+    also = also_of(c, task, base, loaded.tasks, say)
     if automatic:
         say(f"group {index}: choosing targets and ranks of {len(automatic)} members")
     rankings, seen = {}, {}
@@ -125,7 +133,7 @@ def group_of(
         hps[member.index], rankings[member.index] = decided
     built = stacks.build_methods(members, base, hps)
     stack = stacks.stack(members, built, base, task, seen, only)
-    group = Group(index, base, task, stack, tuple(members), tuple(built), rankings)
+    group = Group(index, base, task, stack, tuple(members), tuple(built), rankings, also)
 
     if line := stacks.made_whole(group.stack, base):
         say(f"group {index}: {line}")
@@ -199,10 +207,8 @@ def task_of(members: list[Member], base: Base, built: dict[str, tasks.Task], say
         raise ValueError(f"base: {c.base} has no tokenizer.json, which task {c.task.name} needs")
     asked = [member.config.task.n_train for member in members]
     settings = c.task.to_dict() | {"n_train": None if None in asked else max(asked)}
-    made_for = [c.base, c.train.seq_len] if reads_text else _base_key(c)
     own, generates = c.eval.score, c.eval.generate > 0
-    about = [settings, made_for, c.eval.examples, c.eval.test, c.seeds.data, own, generates]
-    key = json.dumps(about, sort_keys=True)
+    key = _rows_key(c, settings, reads_text, c.seeds.data, own, generates)
     if key not in built:
         arguments = base.vocabulary, c.train.seq_len, c.eval.examples, base
         task = tasks.build(settings, *arguments, c.seeds.data, c.eval.test)
@@ -214,6 +220,60 @@ def task_of(members: list[Member], base: Base, built: dict[str, tasks.Task], say
     for member in members:
         tasks.train_size(member.config.task, built[key])  # raises if there are too few
     return built[key]
+
+
+def also_of(
+    c, task: tasks.Task, base: Base, built: dict[str, tasks.Task], say
+) -> dict[str, tasks.Task]:
+    """{name: task} of `eval.also`, from `built`, or built and added; each has the validation rows
+    that a run on it has, and no others. Raises ValueError or FileNotFoundError for one that a model
+    of `task` can't be evaluated on."""
+    found = {}
+    for name, settings in also(c).items():
+        try:
+            found[name] = _further(c, settings, task, base, built)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"eval.also: {name}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"eval.also: {name}: {error}") from None
+        say(f"eval.also {name}: {found[name].note}")
+    if found and not kinds.has_probabilities(task.kind, task.eval):
+        say(f"eval.also: no KL from the base: task {c.task.name} has values, not classes")
+    return found
+
+
+def _further(
+    c, settings: dict, task: tasks.Task, base: Base, built: dict[str, tasks.Task]
+) -> tasks.Task:
+    """A task of `eval.also`. settings: its `config.task`."""
+    kind, name = tasks.kind_of(settings), settings["name"]
+    if kind.name != task.kind.name or tasks.outputs(settings) != tasks.outputs(c.task):
+        one_model = "a task is evaluated with the model of the run's own"
+        raise ValueError(
+            f"task {name!r} needs another kind of model than {c.task.name!r}: {one_model}"
+        )
+    tasks.check_base(settings, base, c.train.seq_len)
+    key = _rows_key(c, settings, kind.reads == "tokens", "also")
+    if key not in built:
+        arguments = base.vocabulary, c.train.seq_len, c.eval.examples, base
+        further = tasks.build(settings, *arguments, test=c.eval.test)
+        if further.outputs != task.outputs:
+            right = f"{further.outputs} outputs, and the model of {c.task.name!r} {task.outputs}"
+            raise ValueError(f"task {name!r} has {right}")
+        sets = (task.kind, task.eval), (further.kind, further.eval)
+        if len({kinds.has_probabilities(*of_rows) for of_rows in sets}) > 1:
+            raise ValueError(
+                f"one of the tasks {name!r} and {c.task.name!r} has values, not classes"
+            )
+        built[key] = further._replace(test=None)
+    return built[key]
+
+
+def _rows_key(c, settings: dict, reads_text: bool, *more) -> str:
+    """What a task's rows depend on, and more, as text. settings: its `config.task`."""
+    made_for = [c.base, c.train.seq_len] if reads_text else _base_key(c)
+    about = [settings, made_for, c.eval.examples, c.eval.test, *more]
+    return json.dumps(about, sort_keys=True)
 
 
 def virtual_tokens(group: Group) -> int:

@@ -24,8 +24,12 @@ class Programs(NamedTuple):
     evaluate(params, constants, trainable, batches) -> (losses (M,), scores (M, N, B, k) or None).
     rows(params, constants, trainable, batches, n) -> `losses.Rows` of the first n batches, leaves
     (M, N, B, ...). A run needs one of the two; the other is compiled if it is called.
+    also_rows(...) -> the same as `rows`, of batches of any shape; compiled on their first call.
+    compared_rows(params, constants, trainable, batches, n, states) -> `rows` with the KL from the
+    base, compiled on the first call. states: of `base_states`, or None.
     base_rows(params, batches, n) -> the same of the base without any member, leaves (N, B, ...), on
     one device; compiled on the first call.
+    base_states(params, batches) -> `step.base_states`; compiled on the first call.
     learned(state) -> the trainable parameters to evaluate and export; see `step.learned`.
     spectra(params, constants, trainable, n) -> {path: `trajectory.Spectrum`} of the first n
     members, leaves (n, ...) on the host; compiled on the first call.
@@ -41,7 +45,10 @@ class Programs(NamedTuple):
     train: Callable
     evaluate: Callable
     rows: Callable
+    also_rows: Callable
+    compared_rows: Callable
     base_rows: Callable
+    base_states: Callable
     learned: Callable
     spectra: Callable
     place_base: Callable
@@ -75,12 +82,15 @@ def compile_programs(
     evaluate = over_devices(evaluate, layout, (None, 0, 0, None))
     rows = evaluation(program, layout.width, step.evaluate_rows)
     rows = over_devices(rows, layout, (None, 0, 0, None, None))
+    compared = evaluation(program, layout.width, step.compared_rows)
+    compared = over_devices(compared, layout, (None, 0, 0, None, None, None))
+    jitted_rows = rows if layout.mode == "pmap" else jax.jit(rows)
     if layout.mode == "pmap":
         train = over_devices(training(program, layout.width), layout, (None, 0, 0, 0, 0), donate=3)
         trained = Training(train, narrow=lambda width: None, place=lambda state: state, bytes=0)
     else:
         compiled = offload.compile_training if program.train.offload else compile_training
-        evaluate, rows = jax.jit(evaluate), jax.jit(rows)
+        evaluate, compared, rows = jax.jit(evaluate), jax.jit(compared), jitted_rows
         given = described(eval_batches, known.place.of_rows(eval_batches))
         arguments = known.params, known.constants, known.state.trainable, given
         if stacked.config.eval.test == 0:
@@ -101,7 +111,10 @@ def compile_programs(
         train=trained.train,
         evaluate=evaluate,
         rows=rows,
+        also_rows=jitted_rows,
+        compared_rows=compared,
         base_rows=jax.jit(functools.partial(step.base_rows, program)),
+        base_states=jax.jit(functools.partial(step.base_states, program)),
         learned=functools.partial(learned, program.train, known.place),
         spectra=trajectory.decomposer(program.method, program.sites),
         place_base=lambda params: hosts.place(params, known.place.base),
@@ -164,8 +177,8 @@ def training(program: step.Program, width: int) -> Callable:
 
 
 def evaluation(program: step.Program, width: int, of_member: Callable) -> Callable:
-    """f(params, constants, trainable, *batches) -> what `of_member`, which is `step.evaluate` or
-    `step.evaluate_rows`, returns; for all members."""
+    """f(params, constants, trainable, *batches) -> what `of_member`, which is `step.evaluate`,
+    `step.evaluate_rows` or `step.compared_rows`, returns; for all members."""
 
     def evaluate(params, constants, trainable, *batches):
         of_one = lambda *member: of_member(program, params, *member, *batches)

@@ -173,14 +173,39 @@ def evaluate_rows(program: Program, params, constants, trainable, batches, n) ->
     return _rows(program, _bound(program, trainable, constants, params), batches, n)
 
 
+def compared_rows(
+    program: Program, params, constants, trainable, batches, n, states
+) -> losses.Rows:
+    """`evaluate_rows` with the KL from the base. states: `base_states` of the batches; None where
+    they are too large to be kept, and computed again, once for all members side by side."""
+    bound, base = _bound(program, trainable, constants, params), _base(program, params)
+
+    def reference(i, batch):
+        of_batch = program.kind.states(program.module, base, batch) if states is None else states[i]
+        return losses.Reference(base, of_batch)
+
+    return _rows(program, bound, batches, n, reference)
+
+
 def base_rows(program: Program, params, batches, n) -> losses.Rows:
     """`evaluate_rows` of the base without any member."""
-    return _rows(program, leaves.to_bfloat16(params, program.halved), batches, n)
+    return _rows(program, _base(program, params), batches, n)
 
 
-def _rows(program: Program, bound, batches, n) -> losses.Rows:
+def base_states(program: Program, params, batches) -> jax.Array:
+    """`losses.Reference.states` of batches with leaves (N, B, ...): (N, B, T, D), or (N, B, k)."""
+    base = _base(program, params)
+    return jax.lax.map(lambda batch: program.kind.states(program.module, base, batch), batches)
+
+
+def _base(program: Program, params) -> dict:
+    return leaves.to_bfloat16(params, program.halved)
+
+
+def _rows(program: Program, bound, batches, n, reference=lambda i, batch: None) -> losses.Rows:
     def of_batch(i):
-        rows = program.kind.rows(program.module, bound, jax.tree.map(lambda x: x[i], batches))
+        batch = jax.tree.map(lambda x: x[i], batches)
+        rows = program.kind.rows(program.module, bound, batch, base=reference(i, batch))
         return rows if program.kind.scored else rows._replace(outputs=None)
 
     size = len(jax.tree.leaves(batches)[0])

@@ -1,41 +1,17 @@
 """Test rows: measured before and after training, row by row, and what is exported is what is
 measured."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
+from digits import BASE, contents, digits, trained
 
 from lorax import adapters, config, losses, rundir, tasks
 from lorax.analysis import runs
 from lorax.interop import peft
 from lorax.models import load
 from lorax.train import loop, prepare
-
-BASE = "random:mlp-64-10"
-
-
-def digits(**axes):
-    c = config.default()
-    c.base, c.task.name, c.method.targets = BASE, "digits", ("re:.*/kernel",)
-    c.method.rank, c.task.n_train = 2, 32
-    c.train.update(steps=6, batch_size=8, warmup=0, parallel="none", schedule="constant", lr=1e-2)
-    c.eval.update(every=2, examples=50, batch_size=32)
-    for axis, values in axes.items():
-        c.sweep[axis] = values
-    return c
-
-
-def trained(workdir, c) -> runs.Run:
-    """A run, or its continuation."""
-    workdir.mkdir(exist_ok=True)
-    groups = prepare.groups(config.members(c), lambda line: None)
-    rows, _ = loop.train(workdir, groups, loop.Terminal(*[lambda *_: None] * 3))
-    rundir.write_members(workdir, [line for g in groups for line in prepare.describe(g)])
-    rundir.write_config(workdir, {"config": json.loads(c.to_json())})
-    rundir.write_status(workdir, "trained", rows, 0.0, {})
-    return runs.load(workdir)
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +88,6 @@ def steep():
     c = digits(lr=(0.02, 1e30), seed=(0, 1))
     c.train.steps, c.eval.keep = 12, "best"
     return c
-
-
-def contents(workdir):
-    """Metrics, and the bytes of adapters and rows."""
-    files = [f for name in ("adapters", "rows") for f in sorted((workdir / name).rglob("*.*"))]
-    files = [f for f in files if f.suffix in (".safetensors", ".npz")]
-    assert {f.suffix for f in files} == {".safetensors", ".npz"}
-    return (workdir / "metrics.jsonl").read_bytes(), {
-        str(f.relative_to(workdir)): f.read_bytes() for f in files
-    }
 
 
 @pytest.fixture(scope="module")
