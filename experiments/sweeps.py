@@ -58,10 +58,12 @@ def name(method: str, rank: int) -> str:
 
 
 def at_best(sweep: Sweep, by: list[str]) -> pd.DataFrame:
-    """The members of each setting (`by`) at its best learning rate, by their numbers; see
-    `experiments.verdicts.tuned`."""
+    """The members of each setting (`by`) at its best learning rate, by their numbers, with a column
+    `doubt`; see `experiments.verdicts.tuned`."""
     table = sweep.table.assign(number=sweep.table.index)
-    return verdicts.tuned(table, by).members.set_index("number").rename_axis(None)
+    best, doubts = verdicts.tuned(table, by)
+    best["doubt"] = [doubts.get(setting, "") for setting in best["setting"]]
+    return best.set_index("number").rename_axis(None)
 
 
 def words(values, digits: int = 3) -> str:

@@ -123,14 +123,37 @@ def tuned(table: pd.DataFrame, by: list[str], loss: str = "final_loss", rate: st
 
 
 def crossed(values: pd.DataFrame, level: float = LEVEL) -> Interval:
-    """The interval of the mean of values (K, L), a row a seed and a column a layer, over both:
-    the layers of a seed are no samples of their own (`lorax.analysis.compare`)."""
-    sums = values.to_numpy()[None]
-    drawn = compare.bootstrap(sums, np.ones(values.shape[1]))
-    return drawn.interval(lambda losses: losses[..., 0], level)
+    """The interval of the mean of values (K, L), a row a seed and a column a layer, over both: the
+    layers of a seed are no samples of their own.
+
+    The widest of three: of the crossed model (`lorax.analysis.compare`), over the seeds' means, and
+    over the layers'. With so few of both, the crossed model's estimate of a part of the variance is
+    often 0 by chance. A table of one row has the interval over its layers.
+    """
+    values = values.to_numpy(float)
+    drawn = compare.bootstrap(values[None], np.ones(values.shape[1]))
+    both = drawn.interval(lambda losses: losses[..., 0], level)
+    each = [compare.interval(values.mean(axis), level) for axis in (0, 1)]
+    known = [interval for interval in (both, *each) if np.isfinite(interval.low)]
+    return max(known, key=lambda interval: interval.high - interval.low)
 
 
 # ------------------------------------------------------------------------------------------ claims
+
+
+def commands(config: str, *bases: str, flags: str = "") -> dict[str, tuple[str]]:
+    """COMMANDS of a claim that one run of configs/`config`.py decides on each base."""
+    return {
+        base: (f"python -m lorax.run --config=configs/{config}.py{argument(base)} {flags}".strip(),)
+        for base in bases
+    }
+
+
+def argument(base: str) -> str:
+    """A base as an argument of the configs: "" for gpt2-nano, ":minilm-cola" for "MiniLM CoLA"."""
+    model, *further = base.split(" ")
+    words = [word for word in (LADDER[model], *further) if word]
+    return f":{'-'.join(words).lower()}" if words else ""
 
 
 def claims() -> list[str]:

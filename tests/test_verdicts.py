@@ -147,6 +147,14 @@ def test_parts_and_bases_without_a_verdict_are_not_run():
         verdicts.complete([one], ("a",))
 
 
+def test_commands_name_the_base():
+    bases = ("gpt2-nano", "MiniLM CoLA", "SmolLM2-135M random")
+    commands = verdicts.commands("x", *bases, flags="--config.seed=1")
+    ends = [command.partition("x.py")[2] for (command,) in commands.values()]
+    flag = "--config.seed=1"
+    assert ends == [f" {flag}", f":minilm-cola {flag}", f":smollm2-random {flag}"]
+
+
 # --------------------------------------------------------------------------------------- tables
 
 

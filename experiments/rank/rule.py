@@ -6,7 +6,17 @@ import pandas as pd
 
 from experiments import losses, sweeps
 from experiments.losses import START, Losses
-from experiments.verdicts import WITHDRAWN, Verdict, all_of, by_interval, complete, shown, write
+from experiments.verdicts import (
+    LADDER,
+    WITHDRAWN,
+    Verdict,
+    all_of,
+    by_interval,
+    commands,
+    complete,
+    shown,
+    write,
+)
 from lorax.analysis import tables
 
 CLAIM = "a rank of 1 to 8 is enough"
@@ -19,18 +29,8 @@ With q and v adapted and each setting at its own best rate, a rank r is enough i
 q alone stays behind if the interval of loss(q) - loss(q, v) lies above 0 at every rank, and does
 not if it lies below 0 at one. A best rate at the edge of its grid withdraws the number."""
 BY, STUDY = ["targets", "rank"], "lora_table6_rank"
-ARGUMENTS = {
-    "gpt2-nano": "",
-    "stories-llama-260k": ":stories",
-    "MiniLM": ":minilm",
-    "MiniLM CoLA": ":minilm-cola",
-    "SmolLM2-135M": ":smollm2",
-    "SmolLM2-135M random": ":smollm2-random",
-}
-COMMANDS = {
-    base: (f"python -m lorax.run --config=configs/{STUDY}.py{argument}",)
-    for base, argument in ARGUMENTS.items()
-}
+BASES = (*LADDER, "MiniLM CoLA", "SmolLM2-135M random")
+COMMANDS = commands(STUDY, *BASES)
 ENOUGH, BEHIND = "r = {} is enough (q, v)", "q alone stays behind q and v"
 UPDATES = ["base", "rank", "seed", "layer", "target", "norm", "effective", "energy90", "stable"]
 PARTS = (ENOUGH.format(8), ENOUGH.format(1), BEHIND)
