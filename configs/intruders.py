@@ -12,14 +12,14 @@ minutes: 48 of 350 against 0.7), and as many for random directions of the same s
     --config=configs/intruders.py:gpt2-medium --config.task.path=ZIP
 """
 
-from lorax.scales import LARGEST_RANK, scale
+from lorax.scales import largest_rank, scale
 
 
 def get_config(arg=None):
     config = scale(arg)
     config.method.targets = ("all-linear",)
     lr = config.train.lr / 2
-    ranks = (1, 8, LARGEST_RANK[arg])
+    ranks = (1, 8, largest_rank(arg))
     # alpha times the learning rate is the same everywhere, as in the paper
     points = [("lora", r, 8.0, lr) for r in ranks]
     points += [("lora", r, 2.0 * r, lr * 8 / (2 * r)) for r in ranks]

@@ -11,12 +11,12 @@ a minute and a half on two cores.
     --config=configs/lora_fig3_subspace.py:gpt2-medium --config.task.path=ZIP
 """
 
-from lorax.scales import LARGEST_RANK, scale
+from lorax.scales import largest_rank, scale
 
 
 def get_config(arg=None):
     config = scale(arg)
     config.method.targets = ("q", "v")
-    config.sweep.rank = (8, LARGEST_RANK[arg])
+    config.sweep.rank = (8, largest_rank(arg))
     config.sweep.seed = (0, 1, 2)
     return config

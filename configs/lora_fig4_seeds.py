@@ -11,12 +11,12 @@ directions than v, the Gaussian control none. Here: experiments/subspaces: phi(8
     --config=configs/lora_fig4_seeds.py:gpt2-medium --config.task.path=ZIP
 """
 
-from lorax.scales import LARGEST_RANK, scale
+from lorax.scales import largest_rank, scale
 
 
 def get_config(arg=None):
     config = scale(arg)
     config.method.targets = ("q", "v")
-    config.method.rank = LARGEST_RANK[arg]
+    config.method.rank = largest_rank(arg)
     config.sweep.seed = (0, 1, 2, 3)
     return config

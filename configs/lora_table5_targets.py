@@ -9,6 +9,8 @@ of q, v, 2.901 of o, 3.165 of v, 3.408 of q, k, 3.560 of q, 3.765 of k (stories,
 except for o).
 
     --config=configs/lora_table5_targets.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/lora_table5_targets.py:minilm (SST-2; minilm-cola; minilm-random)
+    --config=configs/lora_table5_targets.py:smollm2 (E2E; smollm2-random)
     --config=configs/lora_table5_targets.py:gpt2-medium --config.task.path=ZIP
 """
 

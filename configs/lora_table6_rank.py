@@ -8,16 +8,18 @@ r = 1 or 2 on (WikiSQL, q and v: 73.4, 73.3, 73.7, 73.8, 73.5), and q alone stay
 2.619, 2.415, no plateau; q alone 0.76 to 1.03 behind (stories, 18 minutes: the same).
 
     --config=configs/lora_table6_rank.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/lora_table6_rank.py:minilm (SST-2; minilm-cola; minilm-random)
+    --config=configs/lora_table6_rank.py:smollm2 (E2E; smollm2-random)
     --config=configs/lora_table6_rank.py:gpt2-medium --config.task.path=ZIP
 """
 
-from lorax.scales import LARGEST_RANK, scale, tune
+from lorax.scales import largest_rank, scale, tune
 
 
 def get_config(arg=None):
     config = scale(arg)
     config.sweep.targets = (("q",), ("q", "v"), ("q", "k", "v", "o"))
-    config.sweep.rank = (1, 2, 4, 8, LARGEST_RANK[arg])
+    config.sweep.rank = (1, 2, 4, 8, largest_rank(arg))
     config.sweep.seed = (0, 1, 2)
     tune(config, 2e-2 if arg is None else None)
     return config

@@ -11,12 +11,12 @@ These members are table 6's; 1 min 16 s on two cores.
     --config=configs/lora_table7_amplification.py:gpt2-medium --config.task.path=ZIP
 """
 
-from lorax.scales import LARGEST_RANK, scale
+from lorax.scales import largest_rank, scale
 
 
 def get_config(arg=None):
     config = scale(arg)
     config.method.targets = ("q", "v")
-    config.sweep.rank = (4, LARGEST_RANK[arg])
+    config.sweep.rank = (4, largest_rank(arg))
     config.sweep.seed = (0, 1, 2)
     return config

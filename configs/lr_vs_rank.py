@@ -11,7 +11,7 @@ Here: experiments/learning_rate, 12 minutes on two busy cores: 5.3e-3 at r = 4, 
     --config=configs/lr_vs_rank.py:gpt2-medium --config.task.path=ZIP
 """
 
-from lorax.scales import LARGEST_RANK, scale, two_digits
+from lorax.scales import largest_rank, scale, two_digits
 
 FACTORS = (0.1, 0.3, 1, 3, 10)  # of the learning rate
 
@@ -23,7 +23,7 @@ def get_config(arg=None):
     config.train.schedule = "constant"
     config.train.lr = {"gpt2-medium": 5e-4}.get(arg, 5e-3)
     config.eval.every = config.train.steps
-    ranks = (1, 4, 16, LARGEST_RANK[arg])
+    ranks = (1, 4, 16, largest_rank(arg))
     lr = config.train.lr
     rates = [two_digits(lr * factor) for factor in FACTORS]
     points = [("lora", r, rate) for r in ranks for rate in rates]

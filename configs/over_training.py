@@ -11,7 +11,7 @@ and LoRA of half the width, ten seeds, singular values at eight steps. 10 minute
     --config=configs/over_training.py:gpt2-medium --config.task.path=ZIP
 """
 
-from lorax.scales import LARGEST_RANK, scale
+from lorax.scales import largest_rank, scale
 
 
 def get_config(arg=None):
@@ -25,7 +25,7 @@ def get_config(arg=None):
     config.eval.test = 0
     config.analysis.trajectory = True
     lr = config.train.lr
-    points = [("full", 8, lr / 10), ("lora", LARGEST_RANK[arg], lr / 2)]
+    points = [("full", 8, lr / 10), ("lora", largest_rank(arg), lr / 2)]
     sweep = config.sweep
     sweep.method, sweep.rank, sweep.lr = zip(*points, strict=True)
     sweep.zip = (("method", "rank", "lr"),)

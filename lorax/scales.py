@@ -1,12 +1,32 @@
-"""The three sizes of the studies in configs/: base, task, batch, steps and learning rate.
+"""The sizes of the studies in configs/: base, task, batch, steps and learning rate.
 
-A config file starts from `scale(argument)` and changes the keys that its study is about.
+A config file starts from `scale(argument)` and changes the keys that its study is about. The ladder
+of pretrained bases is gpt2-nano (1 million parameters), stories (0.26), minilm (23) and smollm2
+(135); "-random" after a name is the same architecture with random weights, the control.
+
+Data and models lie where the environment variables LORAX_DATA and LORAX_MODELS say, if they are
+set; --config.base=DIR and --config.task.path=PATH name them one by one.
 """
+
+import os
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from lorax.config import default
 from lorax.errors import nearest
+
+
+def data(path: str) -> str:
+    """Where data lie: PATH in the folder LORAX_DATA, or its last part where that is unset."""
+    folder = os.environ.get("LORAX_DATA")
+    return str(Path(folder) / path) if folder else Path(path).name
+
+
+def model(name: str, hub: str) -> str:
+    """Where a model lies: NAME in the folder LORAX_MODELS, or its Hub id where that is unset."""
+    folder = os.environ.get("LORAX_MODELS")
+    return str(Path(folder) / name) if folder else hub
 
 
 def nano() -> ConfigDict:
@@ -26,9 +46,9 @@ def stories() -> ConfigDict:
     Its vocabulary of 512 makes texts long; examples of up to 128 tokens are kept, a third of all.
     """
     config = default()
-    config.base = "stories-llama-260k"
+    config.base = data("models/stories-llama-260k")
     config.task.name = "e2e"
-    config.task.path = "e2e-dataset.zip"
+    config.task.path = data("e2e/e2e-dataset.zip")
     config.train.batch_size = 8
     config.train.seq_len = 128
     config.train.steps = 200
@@ -37,6 +57,57 @@ def stories() -> ConfigDict:
     config.eval.every = 100
     config.eval.examples = 256
     config.eval.test = 512
+    return config
+
+
+def minilm() -> ConfigDict:
+    """SST-2 with all-MiniLM-L6-v2, an encoder of 22.7 million parameters (BERT, 6 layers of 384).
+
+    Accuracy on GLUE's development set, 872 sentences, which no choice sees.
+    """
+    config = default()
+    config.base = model("minilm", "sentence-transformers/all-MiniLM-L6-v2")
+    config.task.name = "glue"
+    config.task.subset = "sst2"
+    config.task.path = data("glue")
+    config.task.group_by_length = True
+    config.train.seq_len = 64
+    config.train.steps = 300
+    config.train.lr = 4e-3
+    config.train.warmup = 30
+    config.eval.every = 100
+    config.eval.batch_size = 64
+    config.eval.examples = 512
+    config.analysis.metric = "loss"
+    return config
+
+
+def minilm_cola() -> ConfigDict:
+    """CoLA with all-MiniLM-L6-v2: is a sentence grammatical? Matthews correlation on 1,043."""
+    config = minilm()
+    config.task.subset = "cola"
+    return config
+
+
+def smollm2() -> ConfigDict:
+    """E2E with SmolLM2-135M-Instruct, a LLaMA of 30 layers of 576 (134.5 million parameters).
+
+    Two examples share a row of 128 tokens. Products with frozen weights multiply in bfloat16.
+    """
+    config = default()
+    config.base = model("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    config.task.name = "e2e"
+    config.task.path = data("e2e/e2e-dataset.zip")
+    config.task.packing = True
+    config.operands = "bfloat16"
+    config.train.batch_size = 4
+    config.train.steps = 60
+    config.train.lr = 4e-3
+    config.train.warmup = 6
+    config.eval.every = 30
+    config.eval.batch_size = 8
+    config.eval.examples = 64
+    config.eval.test = 192
     return config
 
 
@@ -64,14 +135,42 @@ def gpt2_medium() -> ConfigDict:
     return config
 
 
-SCALES = {None: nano, "stories": stories, "gpt2-medium": gpt2_medium}
-#: The studies' large rank; k and v of stories are 64 x 32.
-LARGEST_RANK = {None: 64, "stories": 32, "gpt2-medium": 64}
+SCALES = {
+    None: nano,
+    "stories": stories,
+    "minilm": minilm,
+    "minilm-cola": minilm_cola,
+    "smollm2": smollm2,
+    "gpt2-medium": gpt2_medium,
+}
+
+
+def largest_rank(name: str | None) -> int:
+    """The studies' large rank at a size: 64, or 32 for stories, whose k and v are 64 x 32."""
+    return 32 if name in ("stories", "stories-random") else 64
 
 
 def two_digits(rate: float) -> float:
     """A learning rate rounded to two digits: 0.0035 for 0.0035355."""
     return float(f"{rate:.2g}")
+
+
+def scale(name: str | None) -> ConfigDict:
+    """The config of a size, named by the argument of --config=FILE:ARGUMENT; None is `nano`, and
+    "random" is `nano` from random weights.
+
+    Raises ValueError for an unknown name.
+    """
+    drawn = name is not None and name.endswith("random")
+    size = name.removesuffix("random").rstrip("-") or None if drawn else name
+    if size not in SCALES:
+        names = [known for known in SCALES if known]
+        hint = nearest(name, names)
+        raise ValueError(f"--config=FILE:{name}: no such size; choose {', '.join(names)}{hint}")
+    config = SCALES[size]()
+    if drawn:
+        config.base = f"random:{config.base}"
+    return config
 
 
 def tune(config: ConfigDict, rate: float | None = None) -> None:
@@ -87,15 +186,3 @@ def tune(config: ConfigDict, rate: float | None = None) -> None:
     config.halving.rungs = (0.25, 0.5)
     config.halving.keep = 0.5
     config.halving.seeds = 1
-
-
-def scale(name: str | None) -> ConfigDict:
-    """The config of a size, named by the argument of --config=FILE:ARGUMENT; None is `nano`.
-
-    Raises ValueError for an unknown name.
-    """
-    if name not in SCALES:
-        names = [known for known in SCALES if known]
-        hint = nearest(name, names)
-        raise ValueError(f"--config=FILE:{name}: no such size; choose {', '.join(names)}{hint}")
-    return SCALES[name]()

@@ -462,8 +462,21 @@ def test_digest_changes_with_any_value_and_with_nothing_else():
 
 
 def test_a_size_that_there_is_not_is_one_clear_error():
-    with pytest.raises(ValueError, match="no such size; choose stories, gpt2-medium; did you mean"):
+    with pytest.raises(ValueError, match="no such size; choose stories, minilm, .*; did you mean"):
         scales.scale("storys")
+
+
+@pytest.mark.parametrize("name, base", [("random", "gpt2-nano"), ("smollm2-random", "M/smollm2")])
+def test_a_size_has_its_control_of_random_weights(name, base, monkeypatch):
+    """Models and data are found in the folders that the environment names."""
+    monkeypatch.setenv("LORAX_MODELS", "M")
+    monkeypatch.setenv("LORAX_DATA", "D")
+    control = scales.scale(name)
+    pretrained = scales.scale(name.removesuffix("random").rstrip("-") or None)
+    assert control.base == f"random:{pretrained.base}" == f"random:{base}"
+    control.base = pretrained.base
+    assert control == pretrained
+    assert control.task.path in (None, "D/e2e/e2e-dataset.zip")
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
