@@ -113,6 +113,7 @@ KEYS = {
     ),
     "scales": Key(str, None, "said: one trained scale per layer | tensor"),
     "activation": Key(str, None, "houlsby, pfeiffer: activation function"),
+    "blocks": Key(int, None, "gralora: parts k of a matrix's inputs and of its outputs"),
     "batches": Key(int, None, "training batches that the initialisation reads; None: 8"),
 }
 #: The keys that are axes of a sweep, in order; keys of users' methods come after them.
@@ -157,6 +158,7 @@ _WHOLE = ("parameters", "layers", "full")
 _BOTTLENECK = ("rank", "activation", "targets", "layers")
 _SUBSPACE = ("dim", "projection", "granularity")
 _FACTORS = ("rank", "alpha", "scaling", "init", "targets")
+_GRALORA = ("rank", "alpha", "scaling", "blocks", "targets", "layers", "dropout")
 
 #: name -> row of every registered method.
 ROWS: dict[str, Row] = {
@@ -229,6 +231,7 @@ ROWS: dict[str, Row] = {
             (*_SUBSPACE, *_FACTORS),
             ("dim",),
         ),
+        Row("gralora", "lorax.methods.gralora:gralora", _GRALORA, _LOHA, peft="GRALORA"),
     )
 }
 

@@ -1,4 +1,7 @@
-"""The operator leaves of lorax's own methods and frozen weights; see `lorax.ops.Leaf`."""
+"""The operator leaves of lorax's own methods and frozen weights; see `lorax.ops.Leaf`.
+
+A leaf that only one method has may be in that method's file.
+"""
 
 import dataclasses
 import functools
@@ -48,7 +51,7 @@ def dropout(x, settings: Dropout | None):
     return jnp.where(keep, x / (1 - settings.rate).astype(x.dtype), jnp.zeros((), x.dtype))
 
 
-def _ragged_dropout(x, settings: Dropout | None):
+def ragged_dropout(x, settings: Dropout | None):
     """`dropout` of rows of several experts, which share the rate: by the first one's key."""
     if settings is None:
         return x
@@ -90,7 +93,7 @@ class LowRank(Leaf):
     def ragged(self, x, sizes):
         a, b, s = (t.astype(x.dtype) for t in (self.a, self.b, self.s))
         ins, outs = axes_of(self.w)
-        z = grouped.product(_ragged_dropout(x, self.dropout), a, sizes, (ins, None))
+        z = grouped.product(ragged_dropout(x, self.dropout), a, sizes, (ins, None))
         update = grouped.product(z, s[:, None, None] * b, sizes, (None, outs))
         return ragged(x, self.w, sizes) + update
 
@@ -278,7 +281,7 @@ class Kronecker(Leaf):
     def ragged(self, x, sizes):  # kron(w1, w2) of all experts
         w1, w2, s = self._as(x.dtype)
         update = s[:, None, None] * kron(w1, w2)
-        x_update = _ragged_dropout(x, self.dropout)
+        x_update = ragged_dropout(x, self.dropout)
         return ragged(x, self.w, sizes) + grouped.product(x_update, update, sizes)
 
     def embed(self, ids, dtype=None):

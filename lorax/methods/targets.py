@@ -226,3 +226,12 @@ def adapted_matrices(params: dict, sites, targets, layers, rank: int | None = No
             )
     active = active_layers(layers, chosen, shapes)
     return {path: (site, active[path]) for path, site in chosen.items()}
+
+
+def only_linear(adapted: dict) -> dict:
+    """`adapted`, as from `adapted_matrices`, for a method that adapts neither embeddings nor
+    convolutions. Raises ValueError that names one."""
+    for path, (site, _) in adapted.items():
+        if site.kind in ("embed", "conv"):
+            raise ValueError(f"method.targets: {path} is not a linear layer's kernel")
+    return adapted

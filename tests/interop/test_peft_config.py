@@ -27,6 +27,7 @@ CLASSES = {
     "LOKR": "LoKrConfig",
     "VERA": "VeraConfig",
     "IA3": "IA3Config",
+    "GRALORA": "GraloraConfig",
     "LN_TUNING": "LNTuningConfig",
     "PREFIX_TUNING": "PrefixTuningConfig",
     "PROMPT_TUNING": "PromptTuningConfig",

@@ -74,6 +74,14 @@ CASES = {
         "gpt2", "ia3", dict(targets=("k", "down"), layers=(1,)), "IA3Config",
         dict(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"]),
     ),
+    "gralora": Case(
+        "llama", "gralora", QVD | dict(rank=4, alpha=6), "GraloraConfig",
+        LLAMA | dict(r=4, alpha=6),
+    ),
+    "gralora-conv1d": Case(
+        "gpt2", "gralora", dict(targets=("o", "up"), rank=8, blocks=4), "GraloraConfig",
+        dict(target_modules=["attn.c_proj", "c_fc"], r=8, gralora_k=4, alpha=3),
+    ),
     "ln-tuning": Case(
         "llama", "ln-tuning", {}, "LNTuningConfig",
         dict(target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
@@ -125,6 +133,7 @@ CASES = {
 OTHERWISE = ("vera-fused", "vera-phi", "tied-beside", "ln-tuning-some")
 TWICE = ("loha-patterns", "lokr-both", "prefix-gpt2", "prompt-llama", "ln-tuning-some")
 TWICE += ("vera-phi", "ia3-phi", "prefix-phi", "prefix-gemma", "miss-mini")
+TWICE += ("gralora-conv1d",)
 #: Methods of which PEFT has one adapter in a model, without a name.
 TOKENS_OF_THEIR_OWN = ("prefix", "prompt", "llama-adapter")
 QUICK = [name for name in CASES if name not in TWICE]
@@ -256,7 +265,7 @@ def test_pefts_pruned_triplets_are_read_with_the_scale_of_all(family, made, tmp_
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["adalora", "loha", "lokr", "vera", "miss"])
+@pytest.mark.parametrize("name", ["adalora", "loha", "lokr", "vera", "miss", "gralora"])
 def test_a_member_of_a_sweep_is_stored_without_its_padding(name, made, tmp_path):
     _, base, _ = made("llama")
     method, own = trained(Case("llama", name, dict(rank=2, targets=("q", "v")), "", {}), base)
@@ -349,6 +358,7 @@ def test_a_classifier_brings_its_head(name, tmp_path):
         ("gpt2", "miss", dict(rank=2), "c_attn: PEFT has no MiSS of GPT-2's Conv1D"),
         ("phi3", "miss", dict(rank=2, mini_rank=2), "outputs of all .*qkv_proj share in PEFT"),
         ("gpt2", "llama-adapter", {}, "llama-adapter: PEFT has the same for llama, mistral, not"),
+        ("gpt2", "gralora", {}, "c_attn: PEFT has one GraLoRA of h/0/attn/q, h/0/attn/k, "),
         ("llama", "llama-adapter", dict(layers=(0,)), "adapts the last layers alone"),
         ("llama", "prefix", dict(layers=(0,)), "a prefix in all layers or in none"),
         ("llama", "prompt", dict(full=("norms",)), "PEFT stores no weights beside it"),
@@ -421,6 +431,7 @@ def edited(stored, name, directory, config=None, tensors=lambda tensors: tensors
 LAST_LAYER = dict(LLAMA, layers_to_transform=[1])
 EACH = ("adalora", "loha", "lokr", "vera", "ia3", "ln-tuning", "prefix", "prompt", "llama-adapter")
 EACH += ("miss",)
+EACH += ("gralora",)
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -506,6 +517,10 @@ def test_a_config_of_nonsense_is_read_or_named(name, stored, tmp_path):
         ("miss", {"init_weights": "bat"}, {}, "init_weights: 'bat' given; it should be true, "),
         ("ia3", {"exclude_modules": ["v_proj"]}, {}, "exclude_modules: .* leaves out .*v_proj"),
         ("ia3", {"modules_to_save": ["lm_head"]}, {}, "lm_head.weight is missing"),
+        ("gralora", {"hybrid_r": 2}, {}, "hybrid_r: 2 given; GRALORA can only be read without it"),
+        ("gralora", {"r": 6}, {}, r"gralora_A should be \(2, 20, 6\), it is \(2, 20, 4\)"),
+        ("gralora", {"gralora_k": 4}, {}, r"gralora_A should be \(4, 10, 4\), it is"),
+        ("gralora", {"gralora_k": 3}, {}, "r: 4, which gralora_k, 3, must divide"),
         ("ln-tuning", {"target_modules": ["norm"]}, {}, "target_modules: .* leaves out"),
         ("adalora", {"trainable_token_indices": [1]}, {}, "trainable_token_indices: "),
         ("prefix", {"num_virtual_tokens": 5}, {}, "num_virtual_tokens: 5 given, the tensors and"),

@@ -41,6 +41,7 @@ CASES = {
     "subspace": (dict(dim=5), dict(dim=9)),
     "said": (dict(dim=14), dict(dim=20)),
     "lora-subspace": (dict(dim=5, rank=2), dict(dim=9, rank=2)),
+    "gralora": (dict(rank=2), dict(rank=4, layers=(1,))),
 }
 #: Methods that do not start as the base, and why.
 NOT_THE_IDENTITY = {

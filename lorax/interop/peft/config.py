@@ -127,6 +127,7 @@ _REFUSED = {
 }
 _REFUSED["ADALORA"] = [*_REFUSED["LORA"], "target_parameters", "use_dora"]
 _REFUSED["LOHA"] = _REFUSED["LOKR"] = ["use_effective_conv2d"]
+_REFUSED["GRALORA"] = ["hybrid_r"]
 _LORA |= dict.fromkeys(_REFUSED["LORA"], ANY) | {"target_parameters": LIST}
 #: Initialisations that subtract something from the base: the factors then update a changed base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -148,6 +149,9 @@ FIELDS: dict[str, dict[str, Want]] = {
     | {"r": COUNT, "projection_prng_key": INDEX, "save_projection": FLAG, "init_weights": ANY}
     | {"vera_dropout": SHARE, "d_initial": NUMBER, "fan_in_fan_out": FLAG}
     | {"bias": BIAS("vera_only")},
+    "GRALORA": _LAYERS
+    | {"r": COUNT, "hybrid_r": INDEX, "alpha": NUMBER, "gralora_k": COUNT, "init_weights": ANY}
+    | {"gralora_dropout": SHARE, "fan_in_fan_out": FLAG, "bias": BIAS("gralora_only")},
     "IA3": _TARGETS
     | {"exclude_modules": NAMES, "feedforward_modules": NAMES, "fan_in_fan_out": FLAG}
     | {"init_ia3_weights": ANY},

@@ -19,7 +19,8 @@ WHOLE = re.compile(r"(?!.*lora_)(.+)\.(weight|bias)")
 # A tensor of an adapter in a module: in a running model an adapter's name follows the word.
 _OWN = re.compile(
     r"(?P<start>(.+\.)?(lora_(embedding_)?[ABE]|lora_magnitude_vector|hada_\w+|lokr_\w+"
-    r"|vera_lambda_[bd]|vera_[AB]|ia3_l|ln_tuning_layers|miss_block))"
+    r"|vera_lambda_[bd]|vera_[AB]|ia3_l|ln_tuning_layers|miss_block"
+    r"|gralora_[AB](_general)?))"
     r"(\.(?P<name>[^.]+))??(?P<end>(\.(weight|bias))?)"
 )
 # A module trained whole: the trained copy, and the base's original, which is unused.

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from lorax.interop.peft import gralora
 from lorax.interop.peft.config import (
     CONFIG,
     WEIGHTS,
@@ -391,4 +392,5 @@ KINDS = {
     "vera": Kind("vera_lambda_[bd]", write_vera, read_vera, "vera_only"),
     "ia3": Kind("ia3_l", write_ia3, read_ia3),
     "miss": Kind("miss_block", write_miss, read_miss, "MiSS_only"),
+    "gralora": Kind("gralora_[A-Za-z_]+", gralora.write, gralora.read, "gralora_only"),
 }

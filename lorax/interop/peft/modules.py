@@ -58,6 +58,16 @@ def fit(where: str, tensors: Mapping[str, np.ndarray], **shapes: tuple) -> dict[
 # ------------------------------------------------------------------------------------ fused modules
 
 
+def only_layer(place: Place, method: str, where: str | None = None) -> str:
+    """The layer that a module is. Raises ValueError, which begins with `where` (default: the
+    module), for a module of several layers, of which PEFT has one update for all together."""
+    if place.fused:
+        layers = ", ".join(place.columns)
+        raise ValueError(f"{where or place.name}: PEFT has one {method} of {layers} together")
+    (layer,) = place.columns
+    return layer
+
+
 def joined(place: Place, parts: Mapping[str, Arrays], inner: tuple, outer: tuple) -> Arrays:
     """A module's arrays from those of its parts: `inner`, (..., r) each, are concatenated to
     (R, ...); `outer`, (r, out), become (outputs, R). Parts with equal inner arrays share them.
