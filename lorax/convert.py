@@ -281,9 +281,11 @@ def whole(out: str) -> Iterator[Path]:
 
     Raises FileExistsError if `out` exists already.
     """
+    from lorax.files import draft
+
     _check_new(out)
     out = Path(out)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = draft(out)
     try:
         temporary.mkdir(parents=True)
         yield temporary

@@ -12,6 +12,7 @@ from typing import Any
 from lorax import hosts
 from lorax.errors import of_machine
 
+DRAFTS = ".*.[0-9]*.tmp"  # glob of the files that `draft` names
 LFS = b"version https://git-lfs"  # how a pointer begins
 
 
@@ -25,7 +26,7 @@ def atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> Path
     if not hosts.first():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = draft(path)
     try:
         write(temporary)
         os.chmod(temporary, 0o644)  # safetensors makes files that only the owner can read
@@ -40,6 +41,11 @@ def atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> Path
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def draft(path: Path) -> Path:
+    """Where a process writes what it then renames to `path`; it stays if the process is killed."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def remove(path: str | os.PathLike) -> None:

@@ -135,7 +135,7 @@ def _train(settings, members, workdir: Path, command: str) -> dict[str, str]:
 def what_failed(failed: dict[str, str], workdir: Path) -> str:
     """A line about what failed after training."""
     return (
-        f"all members are trained, but {', '.join(failed)} failed; run the same command "
+        f"all members are trained, but {', '.join(sorted(failed))} failed; run the same command "
         f"to try that again, or python -m lorax.report {workdir} to redraw only the report"
     )
 

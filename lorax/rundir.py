@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 from lorax import hosts
 from lorax.errors import of_machine, reason
-from lorax.files import parse_json, read_json, write_bytes, write_json
+from lorax.files import DRAFTS, parse_json, read_json, write_bytes, write_json
 
 CONFIG, MEMBERS, METRICS = "config.json", "members.jsonl", "metrics.jsonl"
 STATUS, REPORT, ERRORS, LOCK = "status.json", "report.html", "errors.txt", ".lock"
@@ -158,8 +158,8 @@ def locked(directory: Path):
     """Context in which no other process writes to the run directory. Of a program's processes, the
     first one has it.
 
-    Removes the directory if it stayed empty. Raises BlockingIOError if another process writes to
-    it, ValueError if it can't be written to.
+    Removes what a killed process had half written, and the directory if it stayed empty. Raises
+    BlockingIOError if another process writes to it, ValueError if it can't be written to.
     """
     if not hosts.first():
         _check_shared(directory)
@@ -180,11 +180,20 @@ def locked(directory: Path):
             file.flush()
             os.fsync(file.fileno())
             _check_shared(directory)
+        _remove_drafts(directory)
         try:
             yield
         finally:
             if [path.name for path in directory.iterdir()] == [LOCK]:
                 shutil.rmtree(directory)
+
+
+def _remove_drafts(directory: Path) -> None:
+    """Remove what writers that were killed left. A part has a lock of its own: its worker may be
+    writing there."""
+    for draft in directory.rglob(DRAFTS):
+        if directory / PARTS not in draft.parents:
+            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
 
 
 def _check_shared(directory: Path) -> None:

@@ -6,7 +6,7 @@ import re
 import pytest
 
 import lorax
-from lorax import rundir
+from lorax import files, rundir
 
 ROOT = rundir.Path(lorax.__file__).parent
 SPELLED = r'"(members\.jsonl|metrics\.jsonl|status\.json|report\.html|errors\.txt|\.lock)"'
@@ -78,3 +78,19 @@ def test_status_of_what_is_no_run_is_empty(tmp_path):
     assert rundir.read_status(tmp_path) == {} and not rundir.is_run(tmp_path)
     (tmp_path / rundir.STATUS).write_text(json.dumps({"state": "running"})[:-3])
     assert rundir.read_status(tmp_path) == {} and rundir.is_run(tmp_path)
+
+
+def test_what_a_killed_writer_left_goes_and_what_a_worker_writes_stays(tmp_path):
+    drafts = [
+        ".status.json.7.tmp",
+        "adapters/0/.adapter_model.safetensors.7.tmp",
+        "adapters/.1.7.tmp/a",
+    ]
+    others = ["parts/0/.status.json.8.tmp", "metrics.jsonl", "adapters/0/adapter_model.safetensors"]
+    for name in (*drafts, *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert files.draft(tmp_path / "status.json").match(files.DRAFTS)
+    with rundir.locked(tmp_path):
+        left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert left == {*others, rundir.LOCK}

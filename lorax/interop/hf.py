@@ -23,7 +23,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lorax import hosts
-from lorax.files import atomically, read_json, remove, write_json
+from lorax.files import atomically, draft, read_json, remove, write_json
 from lorax.interop.tensors import Stored, check_finite, check_weight, opened, stored
 
 THREADS = min(8, os.cpu_count() or 1)  # that read weights
@@ -420,7 +420,7 @@ def _write_files(directory: Path, sizes: Mapping[str, int], tensor: Callable) ->
         write(directory / SINGLE, groups[0])
         return
     files = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
-    drafts = directory / f".weights.{os.getpid()}.tmp"
+    drafts = draft(directory / "weights")
     try:
         for file, names in zip(files, groups, strict=True):
             write(drafts / file, names)

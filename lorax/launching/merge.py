@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from lorax import rundir
-from lorax.files import atomically, write_bytes
+from lorax.files import atomically, draft, write_bytes
 from lorax.launching import parts
 
 SPLITS = ("train", "eval", "test")  # in the order in which they are written at a step
@@ -134,7 +134,7 @@ def _put(source: Path, target: Path) -> None:
     if target.is_file() and target.samefile(source):  # a link already, which a rename would keep
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    partial = draft(target)
     if source.is_dir():
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial, copy_function=_link)

@@ -589,7 +589,7 @@ def test_peak_memory_of_loading_is_at_most_a_fifth_above_the_tree(tmp_path):
     plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-c", PEAK, str(tmp_path)]
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=plain)
-    assert 1 <= float(out.stdout) < 1.2
+    assert 0.99 < float(out.stdout) < 1.2  # below 1: the system took back what came before
 
 
 @pytest.mark.parametrize(("name", "count"), [("gpt2", 124_439_808), ("gpt3-175b", 174_604_259_328)])
