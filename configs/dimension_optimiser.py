@@ -18,7 +18,8 @@ RATES = {
 }
 
 
-def get_config(arg="adamw"):
+def get_config(arg=None):
+    arg = arg or "adamw"
     if arg not in RATES:
         raise ValueError(f"{arg!r} is no optimiser of this study; there is {', '.join(RATES)}")
     config = default()
