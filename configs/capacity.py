@@ -11,7 +11,7 @@ minutes on two busy cores: all ranks are behind from step 10, and only r = 16 co
     --config=configs/capacity.py:gpt2-medium --config.task.path=ZIP
 """
 
-from lorax.scales import scale
+from lorax.scales import scale, tune, two_digits
 
 
 def get_config(arg=None):
@@ -21,9 +21,8 @@ def get_config(arg=None):
     config.train.steps = max(config.train.steps, 500)
     config.eval.every = config.train.steps // 10
     lr = config.train.lr / 2
-    points = [("lora", r, lr) for r in (1, 4, 16)] + [("full", 8, lr / 10)]
-    sweep = config.sweep
-    sweep.method, sweep.rank, sweep.lr = zip(*points, strict=True)
-    sweep.zip = (("method", "rank", "lr"),)
-    sweep.seed = (0, 1, 2)
+    config.sweep.rank = (1, 4, 16)
+    config.sweep.seed = (0, 1, 2)
+    config.sweep.full_lr = tuple(two_digits(lr * factor) for factor in (0.1, 0.2, 0.4, 0.8))
+    tune(config, lr)
     return config

@@ -11,7 +11,7 @@ experiments/layers, 5 minutes on two busy cores: mlp 1.449, all-linear 1.448, at
     --config=configs/mlp_vs_attention.py:gpt2-medium --config.task.path=ZIP
 """
 
-from lorax.scales import scale, two_digits
+from lorax.scales import scale, tune
 
 #: ranks of attention and mlp that make as many parameters within 1%, of all-linear 6 to 10% fewer
 RANKS = {None: (10, 8, 4), "stories": (11, 7, 4), "gpt2-medium": (10, 8, 4)}
@@ -23,6 +23,6 @@ def get_config(arg=None):
     sweep.targets = (("attention",), ("mlp",), ("all-linear",))
     sweep.rank = RANKS[arg]
     sweep.zip = (("targets", "rank"),)
-    sweep.lr = tuple(two_digits(config.train.lr * factor) for factor in (0.3, 1, 3))
     sweep.seed = (0, 1, 2)
+    tune(config)
     return config

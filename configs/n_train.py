@@ -11,17 +11,20 @@ on 100 examples and by 1.76 on all (stories, 6 minutes: 0.74, 1.05), the prefix 
     --config=configs/n_train.py:gpt2-medium --config.task.path=ZIP
 """
 
-from lorax.scales import scale
+from lorax.scales import scale, two_digits
 
 
 def get_config(arg=None):
     config = scale(arg)
     config.method.tokens = 8
-    # A small set is soon memorised, so the best evaluation counts.
+    # A small set is soon memorised: the step of the best validation loss is tested.
     config.eval.every = config.train.steps // 5
+    config.eval.keep = "best"
     lr = config.train.lr
+    rates = [("lora", lr), ("full", lr / 5), ("prefix", lr * 30)]
+    points = [(method, two_digits(rate * f)) for method, rate in rates for f in (0.4, 1, 2.5)]
     sweep = config.sweep
-    sweep.method, sweep.lr = ("lora", "full", "prefix"), (lr, lr / 5, lr * 30)
+    sweep.method, sweep.lr = zip(*points, strict=True)
     sweep.zip = (("method", "lr"),)
     sweep.n_train = (100, 1000, None)
     sweep.seed = (0, 1, 2)

@@ -29,5 +29,5 @@ def get_config(arg=None):
     sweep = config.sweep
     sweep.rank, sweep.scaling, sweep.alpha = zip(*points, strict=True)
     sweep.zip = (("rank", "scaling", "alpha"),)
-    sweep.seed = (0, 1, 2)
+    sweep.seed = (0, 1, 2, 3, 4)
     return config

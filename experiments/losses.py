@@ -95,6 +95,8 @@ def of_members(run: runs.Run, table: pd.DataFrame, base: str, by: list[str]) -> 
     }
     columns = [*by, "lr", "seed", "status", "trainable_params", *names]
     table = table[columns].rename(columns=names)
+    if "n_train" in by:
+        table["n_train"] = ["all" if np.isnan(n) else f"{n:.0f}" for n in table["n_train"]]
     table.insert(0, "base", base)
     return table
 

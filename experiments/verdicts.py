@@ -187,6 +187,14 @@ def write(table: pd.DataFrame, folder: Path, name: str) -> None:
     whole.to_csv(folder / name, index=False, float_format="%.6g")
 
 
+def means_only(folder: Path, name: str, parts: Iterable[str], have: Iterable[str]) -> list[Verdict]:
+    """Verdicts of the bases of a first run's CSV of which only means over the seeds were kept: its
+    numbers are withdrawn until the base is run again. have: the bases that were."""
+    bases = [base for base in dict.fromkeys(numbers(folder, name)["base"]) if base not in set(have)]
+    why = "until it is run again: only means over seeds were kept"
+    return [Verdict(part, base, WITHDRAWN, why) for base in bases for part in parts]
+
+
 def complete(
     verdicts: Iterable[Verdict], parts: Iterable[str], bases: Iterable[str] = tuple(LADDER)
 ) -> list[Verdict]:
