@@ -36,7 +36,7 @@ def get_config(arg=None):
     config.eval.examples = 10_000  # all
     config.eval.test = 0
     config.eval.batch_size = 64
-    config.sweep.dim = (40, 57, 80, 113, 160, 226, 320)  # sqrt 2 apart
+    config.sweep.dim = (57, 80, 113, 160, 226, 320)  # sqrt 2 apart
     config.sweep.lr, config.sweep.full_lr = RATES[arg]
     config.sweep.seed = tuple(range(8))
     return config
