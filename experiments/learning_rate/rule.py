@@ -50,7 +50,8 @@ def collect(runs: dict[str, list[Path]], folder: Path) -> None:
 def verdicts(folder: Path) -> list[Verdict]:
     found = []
     for base, best in numbers(folder, "optima.csv").groupby("base", sort=False):
-        if wrong := edges(best.fillna({"edge": ""})):
+        edge = best["edge"].astype(object)  # a CSV has no empty text, only NaN
+        if wrong := edges(best.assign(edge=edge.where(edge.notna(), ""))):
             found += [Verdict(part, base, WITHDRAWN, wrong) for part in PARTS]
             continue
         by_seed = best.pivot(index="seed", columns=BY, values="best")
