@@ -13,7 +13,7 @@ from lorax.config import default
 
 #: rates of a subspace, and of full fine-tuning
 RATES = {
-    "adamw": ((0.01, 0.02, 0.04, 0.08, 0.16), (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
+    "adamw": ((0.02, 0.04, 0.08, 0.16, 0.32), (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
     "sgd": ((0.125, 0.25, 0.5, 1.0, 2.0), (0.025, 0.05, 0.1, 0.2, 0.4)),
 }
 
