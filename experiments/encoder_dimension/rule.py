@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.verdicts import WITHDRAWN, Verdict, by_interval, complete, numbers, shown, write
+from experiments.dimensions import COLUMNS, THRESHOLD, as_dimension, compared, log_d90
+from experiments.verdicts import WITHDRAWN, Verdict, by_interval, complete, numbers, write
 from lorax.analysis import intrinsic, runs
-from lorax.analysis.compare import Interval
 
 CLAIM = "a pretrained encoder has few intrinsic dimensions, fewer with a scale per layer"
 SOURCE = "Aghajanyan et al. 2020 (arXiv:2012.13255), table 1 and figure 2"
@@ -32,7 +32,7 @@ FEW, SCALES, PRETRAINED = (
     "pretraining lowers DID's d90",
 )
 PARTS = (FEW, SCALES, PRETRAINED)
-SHARE, THRESHOLD = 1e-3, 0.9
+SHARE = 1e-3
 METRIC = {"MiniLM": "accuracy", "MiniLM CoLA": "matthews"}
 
 
@@ -45,8 +45,7 @@ def collect(runs_of: dict[str, list[Path]], folder: Path) -> None:
         drawn = table["condition"].str.contains("random:") | table["shared"].str.contains("random:")
         table["weights"] = np.where(drawn, "random", "pretrained")
         table.insert(0, "base", base)
-        columns = ["base", "weights", "kind", "method", "dim", "lr", "seed", "params", "status"]
-        tables.append(table[[*columns, "start", "value"]])
+        tables.append(table[["base", "weights", *COLUMNS]])
     write(pd.concat(tables), folder, "points.csv")
 
 
@@ -77,30 +76,6 @@ def of_base(base: str, table: pd.DataFrame) -> list[Verdict]:
     return [*found, compared(PRETRAINED, base, did, control, "pretrained d90")]
 
 
-def log_d90(table: pd.DataFrame, method: str, metric: str) -> Interval:
-    """log2 of d90 with its interval; NaN if a curve does not cross what is needed."""
-    own = table[(table["kind"] == "full") | (table["method"] == method)]
-    own = own.assign(condition="", shared="", member=np.arange(len(own)))
-    row = intrinsic.estimate(own, THRESHOLD, metric).iloc[0]
-    return Interval(*np.log2([row["d"], row["low"], row["high"]]), over="seeds")
-
-
 def best_of(table: pd.DataFrame) -> pd.DataFrame:
     """The members at the best rate of those that every seed has."""
     return table[table["lr"] == table.groupby("lr")["value"].mean().idxmax()]
-
-
-def compared(part: str, base: str, a: Interval, b: Interval, what: str) -> Verdict:
-    """The verdict on log2 of a smaller than b, two independent intervals."""
-    if not np.isfinite([a.value, b.value]).all():
-        return Verdict(part, base, WITHDRAWN, f"{what}: outside the tested dimensions")
-    half = np.hypot((a.high - a.low) / 2, (b.high - b.low) / 2)
-    value = a.value - b.value
-    ratio = Interval(value, value - half, value + half, over="seeds")
-    number = f"{what} {as_dimension(a)} against {as_dimension(b)}, log2 of the ratio {shown(ratio)}"
-    return Verdict(part, base, by_interval(ratio, "below"), number, ratio)
-
-
-def as_dimension(log: Interval) -> str:
-    """log2 of a dimension as the dimension with its interval."""
-    return f"{2**log.value:,.0f} ({2**log.low:,.0f} to {2**log.high:,.0f})"
