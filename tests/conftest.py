@@ -25,17 +25,25 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-#: Tests that only `-m slow` runs, besides those that are marked where they stand: a name of
-#: `pytest --collect-only -q` a line, or that of a test without its [parameters]. They take the most
-#: of the time (`--durations`), and a quicker test or parameter holds the same behaviour.
-SLOW = set((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines())
+#: Tests that only `-m slow` or only `-m soak` runs, besides those that are marked where they stand:
+#: a name of `pytest --collect-only -q` a line, or that of a test without its [parameters]. Slow
+#: ones take the most of the time (`--durations`), and a quicker test or parameter holds the same
+#: behaviour; the gate runs them. Soak is what repeats a slow test many times or with everything:
+#: ten kills, each engine, each method on each mesh. It is run before a release, and whoever changes
+#: what it repeats runs the part that they touch.
+TIERS = {
+    name: set((Path(__file__).parent / f"{name}.txt").read_text(encoding="utf-8").splitlines())
+    for name in ("soak", "slow")
+}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.nodeid in SLOW or item.nodeid.partition("[")[0] in SLOW:
-            item.add_marker(pytest.mark.slow)
+        names = {item.nodeid, item.nodeid.partition("[")[0]}
+        tier = next((tier for tier, listed in TIERS.items() if names & listed), None)
+        if tier and not any(item.iter_markers("soak")):
+            item.add_marker(tier)
 
 
 def pytest_configure(config):

@@ -44,9 +44,16 @@ def traced(monkeypatch, module, name: str) -> list:
     return calls
 
 
-def few(values, keep) -> list:
-    """Parameters of a test: those in `keep` as they are, the others marked slow."""
-    mark = lambda v: v if v in keep else pytest.param(*_tuple(v), marks=pytest.mark.slow)
+def few(values, keep, slow=None) -> list:
+    """Parameters of a test: those in `keep` as they are, the others marked slow; with `slow` only
+    those in it are, and the rest is marked soak."""
+
+    def mark(value):
+        if value in keep:
+            return value
+        tier = pytest.mark.slow if slow is None or value in slow else pytest.mark.soak
+        return pytest.param(*_tuple(value), marks=tier)
+
     return [mark(value) for value in values]
 
 

@@ -14,6 +14,7 @@ import pytest
 import quick
 import yaml
 from pages import PAGES, ROOT
+from support import few
 
 import lorax
 from lorax import bench, convert, generate, launch, listing, tasks
@@ -156,8 +157,23 @@ def studies():
         process.stdin.close()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", STUDIES, ids=lambda c: f"{COMMANDS[c]} {c[34:]}")
+#: Of these the gate runs one of each kind: what a study measures or how it is made differs from the
+#: others. The rest, which all have members (above), is soak: their configs differ in settings that
+#: have tests of their own.
+KINDS = re.compile(
+    r"(table5_targets|table7_amplification|calibration_rank|dimension_digits|methods_compare)\.py$"
+    r"|train\.epochs=|sweep\.tune=lr|eval\.generate=64$|analysis\.cka=|init=loftq$"
+)
+SOME = [*filter(KINDS.search, STUDIES)]
+
+
+def test_some_studies_of_each_kind_run():
+    assert len(SOME) == 10, SOME
+
+
+@pytest.mark.parametrize(
+    "command", few([*STUDIES], [], SOME), ids=lambda c: f"{COMMANDS[c]} {c[34:]}"
+)
 def test_a_study_runs(command, studies, tmp_path):
     code, said = studies([*arguments(command), f"--workdir={tmp_path / 'run'}"])
     assert code == 0, said
@@ -216,8 +232,7 @@ def test_an_adapter_is_read(command, workspace, monkeypatch, capsys):
         assert code == 0, said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", of("bench"))
+@pytest.mark.parametrize("command", few(of("bench"), [], of("bench")[-1:]))
 def test_a_bench_measures(command, workspace):
     """The smallest model in one round; what takes minutes or needs torch is known by name."""
     names = [word for word in arguments(command) if not word.startswith("--")]
@@ -246,7 +261,10 @@ EXAMPLES = [
 ]
 #: What an example trains, made smaller.
 STEPS = "config.train.steps = 150"
-FEW = "config.train.update(steps=2, batch_size=2); config.eval.update(every=2, examples=8, test=8)"
+FEW = (
+    "config.train.update(steps=2, batch_size=2); config.eval.update(every=2, examples=8, test=8);"
+    "config.task.n_train = 32; config.analysis.report = False"
+)
 #: What a snippet takes for granted.
 PRELUDE = "from lorax import methods, ops, tasks, tree\n"
 

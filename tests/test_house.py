@@ -70,10 +70,11 @@ def test_no_module_uses_a_private_name_of_another():
     assert {name: names for name, names in found.items() if names} == {}
 
 
-def test_every_slow_test_is_there():
+def test_every_test_of_a_list_is_there():
     here = pathlib.Path(__file__).parent
-    names = {line.partition("[")[0] for line in (here / "slow.txt").read_text().splitlines()}
-    for name in names:
+    listed = [set((here / f"{tier}.txt").read_text().splitlines()) for tier in ("slow", "soak")]
+    assert not listed[0] & listed[1]
+    for name in {line.partition("[")[0] for line in listed[0] | listed[1]}:
         file, _, function = name.partition("::")
         assert function in functions(parsed(here.parent / file)), name
 

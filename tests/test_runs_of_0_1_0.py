@@ -10,15 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support import few
 
 from lorax import outside, report, resume
 from lorax.analysis import runs
 
 HERE = Path(__file__).parent / "runs_of_0_1_0"
 # The subspaces and texts take longer to compile.
-STUDIES = ["sweep", "methods"] + [
-    pytest.param(x, marks=pytest.mark.slow) for x in ("text", "search")
-]
+STUDIES = few(["sweep", "methods", "text", "search"], [], ["methods", "search"])
 TIMES = ("seconds", "step_ms", "tokens_per_second")
 
 

@@ -107,7 +107,7 @@ def killed(run: Path, seed: int, times: int, seconds: float):
         thread.join()
 
 
-def repeated_while_killed(single, folder: Path, *words: str, times: int = 10) -> None:
+def repeated_while_killed(single, folder: Path, *words: str, times: int) -> None:
     """Asserts that launched runs are that of one machine though `times` of their workers are
     killed, each at a random moment. words: of `lorax.launch`, without retries."""
     config, expected = single

@@ -6,7 +6,6 @@ from support import require
 
 from lorax.launching import state
 
-pytestmark = pytest.mark.slow
 PACKAGES = {"ray": "ray", "slurm": "submitit"}
 
 
@@ -17,6 +16,7 @@ def engine(request):
     return sweeps.ENGINES[request.param]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_that_of_one_machine(engine, single, tmp_path):
     config, expected = single
     sweeps.lorax("launch", config, tmp_path / "run", *engine)
@@ -24,10 +24,14 @@ def test_a_sweep_is_that_of_one_machine(engine, single, tmp_path):
     assert [found["state"] for found in state.read_all(tmp_path / "run")] == ["done"] * 2
 
 
+@pytest.mark.soak
 def test_the_default_study_is_that_of_one_machine(engine, default_study, tmp_path):
     sweeps.lorax("launch", sweeps.DEFAULT, tmp_path / "run", *sweeps.SHORT, *engine)
     sweeps.same(default_study, tmp_path / "run")
 
 
-def test_a_sweep_whose_workers_are_killed_is_that_of_one_machine(engine, single, tmp_path):
-    sweeps.repeated_while_killed(single, tmp_path, *engine)
+@pytest.mark.parametrize(
+    "times", [pytest.param(1, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.soak)]
+)
+def test_a_sweep_whose_workers_are_killed_is_that_of_one_machine(engine, single, tmp_path, times):
+    sweeps.repeated_while_killed(single, tmp_path, *engine, times=times)

@@ -172,7 +172,7 @@ def test_workers_that_are_killed_change_nothing(start, alone, tmp_path, server, 
     assert_same(workdir, alone(""))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_workers_killed_at_random_moments_change_nothing(
     start, alone, tmp_path, server, monkeypatch
 ):

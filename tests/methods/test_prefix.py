@@ -140,7 +140,7 @@ def test_a_llama_adapter_starts_as_its_base_and_adds_to_some_layers(name):
     [
         ("prefix", "gpt2"),
         ("prompt", "llama"),
-        pytest.param("prompt", "gpt2", marks=pytest.mark.slow),
+        pytest.param("prompt", "gpt2", marks=pytest.mark.soak),
         pytest.param("prefix", "falcon-alibi", marks=pytest.mark.slow),
         pytest.param("llama-adapter", "llama", marks=pytest.mark.slow),
     ],
@@ -298,8 +298,8 @@ def of_the_text(model, virtual):
         ("gpt2", "prefix"),
         ("llama", "prompt"),
         ("llama", "llama-adapter"),
-        pytest.param("gpt2", "prompt", marks=pytest.mark.slow),
-        pytest.param("llama", "prefix", marks=pytest.mark.slow),
+        pytest.param("gpt2", "prompt", marks=pytest.mark.soak),
+        pytest.param("llama", "prefix", marks=pytest.mark.soak),
     ],
 )
 def test_logits_and_training_are_pefts(family, kind, tmp_path):

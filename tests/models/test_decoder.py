@@ -135,7 +135,9 @@ def test_reading_in_parts_with_a_cache_is_one_pass(name):
 GREEDY = [*(OF_FAMILY | {"phi3": "phi3"}).values()]
 
 
-@pytest.mark.parametrize("name", few(GREEDY, KINDS[1:]))
+@pytest.mark.parametrize(
+    "name", few(GREEDY, KINDS[1:], ["llama-3", "ministral3", "gemma3-capped", "mixtral-window"])
+)
 def test_greedy_text_is_that_of_transformers(name):
     """Prompts of 6 to 12 tokens, padded on the left, and 10 more tokens."""
     torch, base = require("torch"), loaded(name)

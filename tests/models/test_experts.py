@@ -225,7 +225,7 @@ def started(name, targets=("experts", "router"), **hp):
     return method, methods.State(noisy(state.trainable, 0.1), state.constants)
 
 
-@pytest.mark.parametrize("name", few(ADAPTED, ["lora", "dora", "lokr", "ia3"]))
+@pytest.mark.parametrize("name", few(ADAPTED, ["lora", "dora", "lokr", "ia3"], ["adalora"]))
 def test_an_adapted_expert_computes_with_what_is_merged(name):
     method, state = started(name)
     ours = base("mixtral")

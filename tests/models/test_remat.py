@@ -65,7 +65,7 @@ def compiled(name, remat, shape=(2, 12), **run):
     return jax.jit(gradient, compiler_options=OPTIONS).lower(trainable).compile(), trainable
 
 
-@pytest.mark.parametrize("name", few(SMALL, ["gpt2", "llama"]))
+@pytest.mark.parametrize("name", few(SMALL, [], ["gpt2", "deberta-v2"]))
 def test_policies_change_no_gradient(name):
     """Beyond the rounding of operations that XLA joins in another way: a gradient's own, and, as
     what goes through a softmax is a difference of larger numbers, one of the largest gradient's."""
@@ -80,7 +80,7 @@ def test_policies_change_no_gradient(name):
             np.testing.assert_allclose(got, want[path], rtol=0, atol=atol, err_msg=path)
 
 
-@pytest.mark.parametrize("name", few(SMALL, ["gpt2", "llama"]))
+@pytest.mark.parametrize("name", few(SMALL, ["llama"], ["deberta-v2"]))
 def test_what_is_made_again_is_not_kept(name):
     """Of short texts, where the products' outputs are the larger part of what a layer keeps."""
     shape = (8, 128)

@@ -57,7 +57,7 @@ def test_a_step_holds_no_decoded_copy_of_more_than_one_layer(family, remat):
     assert needed(coded) < 2 * layer  # of six
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # four members of 200 steps; the gate has every kernel and a model on codes
 def test_the_loss_on_four_bits_follows_that_on_sixteen(tmp_path):
     """Within 2 % on a real pretrained model, means of 50 training steps over two seeds."""
     c = config.default()

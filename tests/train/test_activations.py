@@ -77,8 +77,8 @@ def batches(n=6, size=3):
     [
         ("gpt2", "none"),
         ("llama", "none"),
-        pytest.param("falcon", "none", marks=pytest.mark.slow),
-        pytest.param("bert", "none", marks=pytest.mark.slow),
+        pytest.param("falcon", "none", marks=pytest.mark.soak),
+        pytest.param("bert", "none", marks=pytest.mark.soak),
         pytest.param("gpt2", "full", marks=pytest.mark.slow),
     ],
 )

@@ -258,7 +258,11 @@ def _gpt2() -> Base:
     return Base(small.module, small.params, c, None, small.sites, "gpt2", "tiny")
 
 
-@pytest.mark.parametrize("name", few(list(methods.METHODS), keep=["full"]))
+#: One of each kind, beside full fine-tuning; the others are soak.
+KINDS = ["adalora", "lokr", "vera", "prefix", "said"]
+
+
+@pytest.mark.parametrize("name", few(list(methods.METHODS), ["full"], KINDS))
 def test_a_method_starts_trains_and_is_exported(name, tmp_path, gathered):
     method, c = lorax.method(name, **HP.get(name, {})), config.default()
     c.train.update(

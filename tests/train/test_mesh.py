@@ -141,6 +141,8 @@ METHODS = {
 
 
 CASES = [(method, mesh) for method in METHODS for mesh in (FLAT, LINES, CUBE)]
+#: Each method once and each mesh; the rest of the product is soak.
+QUICK, SLOW = [("lora", CUBE), ("nf4", FLAT)], [("full", LINES), ("dora", FLAT)]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +156,7 @@ def on_one_device(name, method):
     return Trained(name, counting(), ONE, axes, quantised=quantised)
 
 
-@pytest.mark.parametrize(("method", "mesh"), few(CASES, [("lora", CUBE), ("nf4", FLAT)]))
+@pytest.mark.parametrize(("method", "mesh"), few(CASES, QUICK, SLOW))
 def test_a_mesh_trains_what_one_device_trains(name, task, method, mesh):
     axes, quantised = METHODS[method]
     one = on_one_device(name, method)
@@ -187,9 +189,12 @@ def gpt2(tmp_path_factory):
 
 
 OTHERS = [method for method in catalogue.ROWS if method not in METHODS]
+#: One of each kind: triplets that are pruned, layers between others, what is put before the text,
+#: one vector for all weights.
+KINDS = ["adalora", "pfeiffer", "prefix", "subspace"]
 
 
-@pytest.mark.parametrize("method", few(OTHERS, []))
+@pytest.mark.parametrize("method", few(OTHERS, [], KINDS))
 def test_every_method_trains_on_a_mesh(gpt2, task, method):
     axes = {"method": (method,), "seed": (0, 1)}
     one, ours = (Trained(gpt2, task, mesh, axes, {}) for mesh in (ONE, CUBE))
