@@ -9,6 +9,7 @@ experiments/README.md, between the lines MARKS. tests/test_verdicts.py asserts t
 from pathlib import Path
 
 from experiments import verdicts
+from experiments.lora_paper.page import tables as lora_paper
 from experiments.verdicts import HERE, LADDER, NOT_RUN, Verdict
 from lorax import files
 
@@ -74,9 +75,10 @@ def filled(text: str, table: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """{README: its table}: of all claims, and of each."""
+    """{README: its table}: of all claims, of each, and of the LoRA paper's tables beside ours."""
     of_each = {claim: verdicts.rule(claim).verdicts(HERE / claim) for claim in verdicts.claims()}
     tables = {HERE / claim / "README.md": of_claim(found) for claim, found in of_each.items()}
+    tables[HERE / "lora_paper" / "README.md"] = lora_paper()
     return {HERE / "README.md": of_all(), **tables}
 
 
