@@ -72,9 +72,9 @@ KEYS = {
     "init": Key(
         str,
         "kaiming",
-        "of a: kaiming, gaussian; of b: init-b; of both: both, both-kept; or computed from the "
-        "base: pissa, pissa-fast, olora, loftq; or from the first training batches: eva, corda, "
-        "corda-kpm, lora-ga, lora-ga-paper",
+        "of a: kaiming, gaussian; of b: init-b; of both: both, both-kept, orthogonal; or computed "
+        "from the base: pissa, pissa-fast, milora, olora, loftq; or from the first training "
+        "batches: eva, corda, corda-kpm, lora-ga, lora-ga-paper, lora-one",
     ),
     "targets": Key(
         tuple,
@@ -137,8 +137,8 @@ RESERVED += ("planted_rank", "noise", "inputs", "data_seed", "seed", "trainable_
 RESERVED += ("draw_seed", "order_seed", "start_seed")
 
 #: Initialisations whose product a0 b0 is subtracted from the base: two more factors per matrix.
-TAKEN_OFF = ("both", "pissa", "pissa-fast", "olora", "eva", "corda", "corda-kpm", "lora-ga")
-TAKEN_OFF += ("lora-ga-paper",)
+TAKEN_OFF = ("both", "pissa", "pissa-fast", "milora", "olora", "eva", "corda", "corda-kpm")
+TAKEN_OFF += ("lora-ga", "lora-ga-paper")
 
 
 def _lora(name, function, takes, peft="LORA"):

@@ -12,6 +12,10 @@ that read neither w nor data:
 - both (Li et al. 2025, arXiv:2505.23194, Init[AB]): a and b, each from kaiming's U(-1/sqrt(in),
   1/sqrt(in)). Their s a b is noise, which is subtracted as below. both-kept leaves it in the
   weights, as the paper finds harmless; step 0 is then a disturbed base.
+- orthogonal (datta0.github.io/posts/rethink-lora-init, as in PEFT): of the rows of an orthogonal
+  matrix (r, r), a = n1 q_odd / 10 and b = q_even^T n2 / 10 with Gaussian n1 (in, r / 2) and n2
+  (r / 2, out). Both are random, of rank r / 2, and a b = 0 up to rounding, of which bfloat16 has
+  more. r must be even.
 
 For an embedding, kaiming and gaussian start a at zero and draw b, as loralib and PEFT do.
 
@@ -23,6 +27,8 @@ throughout:
 
 - pissa (Meng et al. 2024, arXiv:2404.02948, equations 2 and 3): the r largest singular values,
   a = u sqrt(sigma / s), b = sqrt(sigma / s) v^T. pissa-fast: the same by randomised SVD.
+- milora (Wang et al. 2024, arXiv:2406.09044): pissa with the r smallest singular values. Directions
+  in which w is singular start at zero in both factors and so are never trained.
 - olora (Büyükakyüz 2024, arXiv:2406.01775): w^T = q r; b = the first columns of q, a = the first
   rows of r, both transposed. As in PEFT, s is not divided out.
 - eva (Paischer et al. 2024, arXiv:2410.07170): a = the r principal directions of the layer's
@@ -36,9 +42,16 @@ throughout:
 
 PEFT's EVA and LoRA-GA use a randomised SVD; here all SVDs are exact except that of pissa-fast.
 
+Two starts are not to be the base, and nothing is subtracted:
+
+- lora-one (Zhang et al. 2025, arXiv:2502.01235) is a step of full gradient descent: from the
+  gradient g = u diag(sigma) v^T, a b = -(best rank-r part of g) sqrt(out) / (gamma sigma_1), half
+  in each factor, with gamma = 128. This is the authors' code, whose README leaves out the division
+  by sigma_1; s is not divided out, so the step grows with s. They then train with preconditioned
+  AdamW, which is `train.optimizer="riemannian"` with `train.damping` 1e-6.
 - loftq (Li et al. 2023, arXiv:2310.08659, algorithm 1 with one iteration) on a quantised base q:
-  s a b = the best rank-r approximation of w - q. Nothing is subtracted: step 0 is closer to w than
-  q is. More iterations would need a different base for every rank; see the function `loftq`.
+  s a b = the best rank-r approximation of w - q. Step 0 is closer to w than q is. More iterations
+  would need a different base for every rank; see the function `loftq`.
 """
 
 import math
@@ -51,6 +64,7 @@ import numpy as np
 from lorax import gather
 
 GAMMA = 16  # LoRA-GA's default of `stable_gamma`
+GAMMA_ONE = 128  # LoRA-One's
 RHO = 2.0  # EVA: no matrix gets more than this times the mean rank
 DAMP = 0.01  # CorDA: share of the mean of c's diagonal; doubled until c can be inverted
 
@@ -79,6 +93,22 @@ def both(key, n_in: int, n_out: int, rank: int):
     return kaiming(key, n_in, n_out, rank) | {"b": b}
 
 
+def orthogonal(key, n_in: int, n_out: int, rank: int):
+    """PEFT's "orthogonal": both factors random with a b = 0. Raises ValueError for an odd rank."""
+    if rank % 2:
+        raise ValueError(f"method.rank: {rank} given, must be even with init 'orthogonal'")
+    square, before, after = (
+        jax.random.normal(k, shape)
+        for k, shape in zip(
+            jax.random.split(key, 3),
+            ((rank, rank), (n_in, rank // 2), (rank // 2, n_out)),
+            strict=True,
+        )
+    )
+    q, _ = jnp.linalg.qr(square)
+    return {"a": before @ q[0::2] / 10, "b": q[1::2].T @ after / 10}
+
+
 def _uniform(key, fan_in: int, shape: tuple[int, int]):
     bound = 1 / math.sqrt(fan_in)
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
@@ -92,6 +122,7 @@ DRAWN: dict[str, Callable] = {
     "init-b": init_b,
     "both": both,
     "both-kept": both,
+    "orthogonal": orthogonal,
 }
 
 
@@ -106,6 +137,13 @@ def pissa(key, w, rank: int, scale: float, evidence=None):
 def pissa_fast(key, w, rank: int, scale: float, evidence=None):
     """PiSSA by a randomised SVD, which `key` draws."""
     return _halves(*randomised_svd(key, w, rank), rank, scale)
+
+
+def milora(key, w, rank: int, scale: float, evidence=None):
+    """MiLoRA: (a, b) with s a b the r terms of w with the smallest singular values."""
+    u, sigma, vt = jnp.linalg.svd(w, full_matrices=False)
+    first = len(sigma) - rank
+    return _halves(u[:, first:], sigma[first:], vt[first:], rank, scale)
 
 
 def olora(key, w, rank: int, scale: float, evidence=None):
@@ -160,6 +198,14 @@ def lora_ga_paper(key, w, rank: int, scale: float, evidence=None):
     return stable * u[:, :rank], stable * vt[rank : 2 * rank]
 
 
+def lora_one(key, w, rank: int, scale: float, evidence=None):
+    """LoRA-One: a b is a step against the best rank-r approximation of the gradient."""
+    u, sigma, vt = jnp.linalg.svd(evidence["gradient"].astype(w.dtype), full_matrices=False)
+    part = sigma / jnp.maximum(sigma[0], jnp.finfo(w.dtype).tiny)
+    a, b = _halves(u, part * w.shape[1] ** 0.5 / GAMMA_ONE, vt, rank, 1.0)
+    return -a, b
+
+
 def loftq_once(key, w, rank: int, scale: float, evidence):
     """LoftQ with one iteration: s a b is the best rank-r approximation of the "residual"."""
     return pissa(key, evidence["residual"], rank, scale)
@@ -170,12 +216,14 @@ def loftq_once(key, w, rank: int, scale: float, evidence):
 STARTS: dict[str, Callable] = {
     "pissa": pissa,
     "pissa-fast": pissa_fast,
+    "milora": milora,
     "olora": olora,
     "eva": eva,
     "corda": corda,
     "corda-kpm": corda_kpm,
     "lora-ga": lora_ga,
     "lora-ga-paper": lora_ga_paper,
+    "lora-one": lora_one,
     "loftq": loftq_once,
 }
 #: {start that reads more than w: the kind of evidence that it needs}, a statistic of
@@ -187,6 +235,7 @@ NEEDS = {
     "corda-kpm": "covariance",
     "lora-ga": "gradient",
     "lora-ga-paper": "gradient",
+    "lora-one": "gradient",
     "loftq": "residual",
 }
 

@@ -169,6 +169,42 @@ def test_an_embedding_starts_by_the_same_rules():
         assert np.abs(f["b"]).max() <= (1 / 3**0.5 if init == "init-b" else 1 / 50**0.5)
 
 
+@pytest.mark.parametrize("name", ["pissa", "milora"])
+def test_the_largest_and_the_smallest_singular_values_of_w(pair, name):
+    """What is subtracted, s a0 b0, by numpy in float64."""
+    base, method = pair[0], of(name)
+    flat = tree.flatten(base.params)
+    for path, f in methods.joined(*started(method, base, None)).items():
+        w = np.asarray(base.sites[path].to_matrix(flat[path]), float)
+        u, sigma, vt = np.linalg.svd(w, full_matrices=False)
+        chosen = slice(RANK) if name == "pissa" else slice(-RANK, None)
+        want = (u[..., chosen] * sigma[:, None, chosen]) @ vt[:, chosen]
+        np.testing.assert_allclose(ALPHA / RANK * (f["a0"] @ f["b0"]), want, atol=2e-6)
+
+
+def test_lora_one_is_a_step_of_gradient_descent(pair, evidence):
+    """a b is along minus the gradient's best rank-r part; a small step lowers the loss."""
+    base, method = pair[0], of("lora-one", alpha=0.1)
+    state = started(method, base, evidence)
+    for path, f in methods.joined(*state).items():
+        g = np.asarray(evidence[path]["gradient"], float)
+        u, sigma, vt = np.linalg.svd(g, full_matrices=False)
+        part = (u[..., :RANK] * sigma[:, None, :RANK] / sigma[:, :1, None]) @ vt[:, :RANK]
+        want = -part * g.shape[-1] ** 0.5 / 128
+        np.testing.assert_allclose(f["a"] @ f["b"], want, atol=1e-5 * np.abs(want).max())
+        lengths = [np.linalg.norm(f["a"], axis=-2), np.linalg.norm(f["b"], axis=-1)]
+        np.testing.assert_allclose(*lengths, rtol=1e-4)
+        assert "a0" not in f
+
+    def loss(params):
+        tokens = jnp.concatenate(list(parity.batches()[:2]))
+        batch = {"tokens": tokens, "mask": jnp.ones(tokens.shape)}
+        return float(jit(lambda params: TEXTS.loss(base.module, params, batch)[0])(params))
+
+    bound = method.bind(*state, base.params, sites=base.sites)
+    assert loss(bound) < loss(base.params) - 1e-3
+
+
 # ------------------------------------------------------------------------------------------- PEFT
 
 
@@ -266,6 +302,30 @@ def test_starts_are_pefts(pair, evidence, monkeypatch, init, name, tolerance):
             off = float(np.abs(ours - want).max() / (np.abs(want).max() or 1))
             worst[what] = max(worst[what], off)
     assert max(worst.values()) <= tolerance and worst["ab"] <= tolerance / 5, worst
+
+
+def test_orthogonal_is_pefts_by_the_same_draws(pair, monkeypatch):
+    torch, drawn = require("torch"), []
+    normal = jax.random.normal
+    record = lambda key, shape: drawn.append(normal(key, shape)) or drawn[-1]
+    monkeypatch.setattr(jax.random, "normal", record)
+    params = {"h": {"down": {"kernel": jnp.ones((2, 24, 16))}}}
+    method = lorax.method("lora", rank=RANK, targets="down", init="orthogonal")
+    own = methods.joined(*method.init(jax.random.key(0), params))["h/down/kernel"]
+    layers = list(zip(own["a"], own["b"], strict=True))
+    monkeypatch.undo()
+    layer = require("peft.tuners.lora.layer")
+    for n, (a, b) in enumerate(layers):
+        given = iter(torch.tensor(np.asarray(x)) for x in drawn[3 * n : 3 * n + 3])
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randn", lambda *shape, given=given: next(given))
+            settings = layer.LoraConfig(r=RANK, init_lora_weights="orthogonal")
+            frozen = torch.nn.Linear(a.shape[0], b.shape[1])
+            theirs = layer.Linear(frozen, "default", settings, r=RANK)
+        for ours, factor in ((a, theirs.lora_A), (b, theirs.lora_B)):
+            want = factor["default"].weight.detach().numpy().T
+            np.testing.assert_allclose(ours, want, atol=1e-6)
+        assert np.abs(a @ b).max() < 1e-7 < 0.01 < np.abs(a).max()
 
 
 def test_training_from_pissa_goes_as_with_peft(pair):
@@ -371,6 +431,7 @@ def test_randomised_svd_finds_the_largest_singular_values():
         (dict(init="pissa", alpha=0.0), "method.alpha: 0.0 given, must be positive with init"),
         (dict(init="eva"), "method.init: 'eva' reads data: pass evidence with 'moments' of h/attn"),
         (dict(init="lora-ga", rank=9), "method.rank: 9 given, but LoRA-GA .*: at most 8"),
+        (dict(init="orthogonal", rank=3), "method.rank: 3 given, must be even with init 'ortho"),
         (dict(init="pissa", ranks={"h/x": 1}), "method.ranks: h/x are not among method.targets"),
         (
             dict(ranks={"h/attn/q/kernel": [1, 17]}),
