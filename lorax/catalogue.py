@@ -39,7 +39,9 @@ class Row(NamedTuple):
     hyperparameters: their names. varies: keys of `config.method` that may differ between members of
     one program because they change only data or padding; any other difference needs another
     program. splits: {key in `varies`: values that need a separate program}. peft: PEFT's name for
-    the method, None if PEFT lacks it. keys: the keys of `config.method` that the method adds.
+    the method, None if PEFT lacks it. keys: the keys of `config.method` that the method adds. pair:
+    whether it trains two factors path/a and path/b of each matrix, whose product times the constant
+    path/s is the update, as `train.optimizer` "riemannian" and "lora-muon" need.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Row(NamedTuple):
     splits: Mapping[str, tuple] = types.MappingProxyType({})
     peft: str | None = None
     keys: Mapping[str, Key] = types.MappingProxyType({})
+    pair: bool = False
 
     @property
     def function(self) -> Callable:
@@ -141,10 +144,12 @@ TAKEN_OFF = ("both", "pissa", "pissa-fast", "milora", "olora", "eva", "corda", "
 TAKEN_OFF += ("lora-ga", "lora-ga-paper")
 
 
-def _lora(name, function, takes, peft="LORA"):
+def _lora(name, function, takes, peft="LORA", pair=True):
     varies = ("rank", "alpha", "scaling", "init", "targets", "layers", "dropout", "ratio")
     varies += ("budget", "batches")
-    return Row(name, f"lorax.methods.lora:{function}", takes, varies, {"init": TAKEN_OFF}, peft)
+    return Row(
+        name, f"lorax.methods.lora:{function}", takes, varies, {"init": TAKEN_OFF}, peft, pair=pair
+    )
 
 
 _LORA = ("rank", "alpha", "scaling", "init", "targets", "layers", "dropout", "ranks")
@@ -167,7 +172,7 @@ ROWS: dict[str, Row] = {
         _lora("lora", "lora", _LORA),
         _lora("rslora", "rslora", tuple(key for key in _LORA if key != "scaling")),
         _lora("dora", "dora", _LORA),
-        _lora("lora-fa", "lora_fa", _LORA),
+        _lora("lora-fa", "lora_fa", _LORA, pair=False),
         _lora("lora+", "lora_plus", (*_LORA, "ratio")),
         Row("adalora", "lorax.methods.adalora:adalora", _ADALORA, _ADALORA, peft="ADALORA"),
         Row("loha", "lorax.methods.kronecker:loha", _LOHA, _LOHA, peft="LOHA"),
@@ -268,6 +273,7 @@ def register(
     varies: tuple[str, ...] = (),
     splits: Mapping[str, tuple] | None = None,
     help: Mapping[str, str] | None = None,
+    pair: bool = False,
 ) -> Callable[[Callable], Callable]:
     """Decorator that registers a function of hyperparameters as the method `name`.
 
@@ -275,8 +281,8 @@ def register(
     (None means the function's default) and an axis of `config.sweep`. Its type comes from the
     annotation, or else from the default: int, float, bool, str or tuple.
 
-    varies, splits: see `Row`. A hyperparameter in `varies` must be stored in the trees of `State`:
-    the functions of one member's `Method` are called with the trees of all members.
+    varies, splits, pair: see `Row`. A hyperparameter in `varies` must be stored in the trees of
+    `State`: the functions of one member's `Method` are called with the trees of all members.
     help: {hyperparameter: one line}.
 
     A second registration of a name replaces the first. Raises ValueError that names method and
@@ -312,7 +318,9 @@ def register(
                 )
         lines = help or {}
         new = {f: Key(kind, None, lines.get(f, "")) for f, kind in kinds.items() if f not in KEYS}
-        ROWS[name] = Row(name, function, tuple(parameters), varies, splits or {}, keys=new)
+        ROWS[name] = Row(
+            name, function, tuple(parameters), varies, splits or {}, keys=new, pair=pair
+        )
         return function
 
     return enter

@@ -116,11 +116,13 @@ def _train() -> ConfigDict:
     c.warmup = 10  # steps
     # Share of the steps, rounded up; train.warmup is then 0 or its default. 0: train.warmup
     c.warmup_ratio = 0.0
-    c.optimizer = "adamw"  # sgd | adafactor | lion | muon | schedule-free (docs/runs.md)
+    # sgd | adafactor | lion | muon | riemannian | lora-muon | schedule-free (docs/runs.md)
+    c.optimizer = "adamw"
     # Of the optimisers that have them; None: the optimiser's own default (docs/runs.md)
-    c.b1 = config_dict.placeholder(float)  # sgd, muon: momentum
+    c.b1 = config_dict.placeholder(float)  # sgd, muon, lora-muon: momentum
     c.b2 = config_dict.placeholder(float)
     c.eps = config_dict.placeholder(float)
+    c.damping = config_dict.placeholder(float)  # riemannian: added to the factors' Gram matrices
     c.weight_decay = 0.0
     c.label_smoothing = 0.0  # share of the target spread over all classes
     c.clip = 1.0  # largest gradient norm of a member; 0: off

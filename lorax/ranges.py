@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from lorax import catalogue
 from lorax.errors import nearest
 from lorax.meshes import parse
 from lorax.outside import is_name
@@ -79,11 +80,11 @@ RULES = (
         lambda v: v is None or v >= 0,
         ("analysis.layers", "eval.test"),
     ),
-    # The always-zero gradient of padding is divided by eps.
+    # The always-zero gradient of padding is divided by them.
     Rule(
         f"must be at least {FLOAT32_MIN}, or None",
         lambda v: v is None or v >= FLOAT32_MIN,
-        ("train.eps",),
+        _in("train", "eps", "damping"),
     ),
     Rule(
         "must be in [0, 1)",
@@ -121,10 +122,13 @@ WORDS = {
     "train.offload": (None, "optimizer"),
     "train.last_batch": ("full", "short", "drop"),
     "train.schedule": ("linear", "cosine", "constant"),
-    "train.optimizer": ("adamw", "sgd", "adafactor", "lion", "muon", "schedule-free"),
+    "train.optimizer": ("adamw", "sgd", "adafactor", "lion", "muon", "riemannian", "lora-muon")
+    + ("schedule-free",),
     "eval.keep": ("last", "best"),
     "train.parallel": ("auto", "members", "batch", "pmap", "none"),
 }
+#: Optimisers that train LoRA's a and b together (`lorax.train.factor_optim`).
+PAIRED = ("riemannian", "lora-muon")
 
 
 def check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
@@ -170,6 +174,10 @@ def check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
         need("train.b1", values["train.b1"] != 0, f"{of} needs one above 0")
         adalora = values["method.name"] == "adalora"
         need("method.name", not adalora, f"{of} can't prune: the pruned values live on in averages")
+    if values["train.optimizer"] in PAIRED:
+        name, able = values["method.name"], [r.name for r in catalogue.ROWS.values() if r.pair]
+        right = f"needs a method with LoRA's two factors, such as {', '.join(able)}; not {name}"
+        need("train.optimizer", name in able, right)
     for key, value in values.items():
         if isinstance(value, bool):
             need(key, type(defaults[key]) not in (int, float), "must be a number")

@@ -1,23 +1,27 @@
 """Optimisers whose learning rate and weight decay can be traced: they differ between members."""
 
 import math
+import types
 from collections.abc import Mapping
 
 import jax
 import optax
 
 from lorax import ops, tree
-from lorax.train import matrix_optim
+from lorax.train import factor_optim, matrix_optim
 
-#: What an optimiser reads of `train.b1`, `train.b2` and `train.eps`, with its values for None.
+#: What an optimiser reads of the keys `READ` of `config.train`, with its values for None.
 USUAL = {
     "adamw": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
     "sgd": {"b1": 0.9},
     "adafactor": {},
     "lion": {"b1": 0.9, "b2": 0.99},
     "muon": {"b1": 0.95, "b2": 0.999, "eps": 1e-8},
+    "riemannian": {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "damping": 1e-2},
+    "lora-muon": {"b1": 0.95, "b2": 0.999, "eps": 1e-8},
     "schedule-free": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
 }
+READ = ("b1", "b2", "eps", "damping")
 
 
 def schedule(train):
@@ -40,29 +44,46 @@ def schedule(train):
 
 
 def optimizer(
-    train, lr, weight_decay, sites: Mapping[str, ops.Site]
+    train,
+    lr,
+    weight_decay,
+    sites: Mapping[str, ops.Site],
+    scales: Mapping[str, jax.Array] = types.MappingProxyType({}),
 ) -> optax.GradientTransformation:
     """The optimiser of that name, after clipping by the global norm: AdamW (arXiv:1711.05101), SGD
-    with momentum, Lion (arXiv:2302.06675, algorithm 2), Adafactor or Muon (`matrix_optim`); for
-    schedule-free AdamW the steps of z, which `averaging` completes.
+    with momentum, Lion (arXiv:2302.06675, algorithm 2), Adafactor or Muon (`matrix_optim`),
+    Riemannian AdamW or LoRA-Muon (`factor_optim`); for schedule-free AdamW the steps of z, which
+    `averaging` completes.
 
     A method may wrap it (`Method.optimizer`). lr, weight_decay: numbers or traced scalars. sites:
-    {path: Site} of the base's kernels. Weight decay is decoupled, multiplied by the learning rate,
-    and not applied to biases and norms.
+    {path: Site} of the base's kernels. scales: {path: s (layers...)} of LoRA's factors. Weight
+    decay is decoupled, multiplied by the learning rate, and not applied to biases and norms.
     """
     factor = schedule(train)
-    return optax.chain(
-        optax.clip_by_global_norm(train.clip) if train.clip else optax.identity(),
-        _scaling(train, sites),
+    rate = lambda count: lr * factor(count)
+    clip = optax.clip_by_global_norm(train.clip) if train.clip else optax.identity()
+    decayed = (
         optax.masked(optax.add_decayed_weights(weight_decay), _decays),
-        optax.scale_by_learning_rate(lambda count: lr * factor(count)),
+        optax.scale_by_learning_rate(rate),
     )
+    if train.optimizer == "lora-muon":  # which decays the product of two parameters
+        values = _values(train)
+        adam = optax.scale_by_adam(b2=values["b2"], eps=values["eps"])
+        rest = optax.chain(adam, *decayed)
+        muon = factor_optim.lora_muon(rest, rate, weight_decay, values["b1"], scales)
+        return optax.chain(clip, muon)
+    return optax.chain(clip, _scaling(train, sites), *decayed)
+
+
+def _values(train) -> dict:
+    """The numbers that the optimiser reads, {name: value}."""
+    usual = USUAL[train.optimizer]
+    return usual | {name: train[name] for name in READ if name in usual and train[name] is not None}
 
 
 def _scaling(train, sites) -> optax.GradientTransformation:
     """What an optimiser makes of gradients, without rate and decay."""
-    given = {name: train[name] for name in ("b1", "b2", "eps") if train[name] is not None}
-    values = {name: given.get(name, usual) for name, usual in USUAL[train.optimizer].items()}
+    values = _values(train)
     match train.optimizer:
         case "adamw":
             return optax.scale_by_adam(**values)
@@ -75,6 +96,9 @@ def _scaling(train, sites) -> optax.GradientTransformation:
         case "muon":
             adam = optax.scale_by_adam(b2=values["b2"], eps=values["eps"])
             return matrix_optim.muon(sites, adam, values["b1"])
+        case "riemannian":
+            gradients = factor_optim.riemannian(values.pop("damping"))
+            return optax.chain(gradients, optax.scale_by_adam(**values))
         case "schedule-free":  # Adam without first moment
             rms = {"decay": values["b2"], "eps": values["eps"], "eps_in_sqrt": False}
             return optax.scale_by_rms(**rms, bias_correction=True)

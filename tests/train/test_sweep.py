@@ -122,9 +122,12 @@ def test_a_member_alone_equals_itself_in_the_sweep(base, task, reference, index)
 
 
 OPTIMIZERS = {"adafactor": "none", "lion": "none", "muon": "members", "schedule-free": "pmap"}
+OPTIMIZERS |= {"riemannian": "pmap", "lora-muon": "members"}
 
 
-@pytest.mark.parametrize("optimizer", few(OPTIMIZERS, ["schedule-free"], ["muon"]))
+@pytest.mark.parametrize(
+    "optimizer", few(OPTIMIZERS, ["schedule-free"], ["muon", "lora-muon", "riemannian"])
+)
 def test_a_member_alone_equals_itself_in_the_sweep_with_other_optimizers(base, task, optimizer):
     """Rank 1 of two matrices, padded to rank 16 of all; over two devices and on one."""
     axes = {"rank": (1, 16), "targets": (("q", "v"), ("all-linear",))}
