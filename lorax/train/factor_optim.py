@@ -104,6 +104,12 @@ def lora_muon(
     return optax.GradientTransformation(init, update)
 
 
+def scales(constants: dict) -> dict[str, jax.Array]:
+    """{path: s (layers...)} of a method's constants."""
+    flat = tree.flatten(constants)
+    return {path.removesuffix("/s"): x for path, x in flat.items() if path.endswith("/s")}
+
+
 def pairs(flat: Mapping) -> list[str]:
     """The paths of which `flat`, {path/name: array}, has both factors, path/a and path/b."""
     paths = [path.removesuffix("/a") for path in flat if path.endswith("/a")]

@@ -1,7 +1,6 @@
 """Optimisers whose learning rate and weight decay can be traced: they differ between members."""
 
 import math
-import types
 from collections.abc import Mapping
 
 import jax
@@ -48,7 +47,7 @@ def optimizer(
     lr,
     weight_decay,
     sites: Mapping[str, ops.Site],
-    scales: Mapping[str, jax.Array] = types.MappingProxyType({}),
+    constants: dict | None = None,
 ) -> optax.GradientTransformation:
     """The optimiser of that name, after clipping by the global norm: AdamW (arXiv:1711.05101), SGD
     with momentum, Lion (arXiv:2302.06675, algorithm 2), Adafactor or Muon (`matrix_optim`),
@@ -56,8 +55,9 @@ def optimizer(
     `averaging` completes.
 
     A method may wrap it (`Method.optimizer`). lr, weight_decay: numbers or traced scalars. sites:
-    {path: Site} of the base's kernels. scales: {path: s (layers...)} of LoRA's factors. Weight
-    decay is decoupled, multiplied by the learning rate, and not applied to biases and norms.
+    {path: Site} of the base's kernels. constants: of the method's state, for the scale of LoRA's
+    factors. Weight decay is decoupled, multiplied by the learning rate, and not applied to biases
+    and norms.
     """
     factor = schedule(train)
     rate = lambda count: lr * factor(count)
@@ -70,6 +70,7 @@ def optimizer(
         values = _values(train)
         adam = optax.scale_by_adam(b2=values["b2"], eps=values["eps"])
         rest = optax.chain(adam, *decayed)
+        scales = factor_optim.scales(constants or {})
         muon = factor_optim.lora_muon(rest, rate, weight_decay, values["b1"], scales)
         return optax.chain(clip, muon)
     return optax.chain(clip, _scaling(train, sites), *decayed)

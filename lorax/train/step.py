@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 
 from lorax import leaves, losses, ops
-from lorax.methods import joined
 from lorax.tasks import kinds
 from lorax.train import optim
 
@@ -35,8 +34,7 @@ class MemberState(NamedTuple):
 
 def optimizer(method, constants, train, hyper: Hyper, sites) -> optax.GradientTransformation:
     """The optimiser of `train`, the config's section, wrapped by the method's."""
-    scales = {path: x["s"] for path, x in joined(constants).items() if "s" in x}
-    inner = optim.optimizer(train, hyper.lr, hyper.weight_decay, sites, scales)
+    inner = optim.optimizer(train, hyper.lr, hyper.weight_decay, sites, constants)
     return optim.averaging(method.optimizer(inner, constants, train), train, hyper.lr)
 
 

@@ -36,7 +36,8 @@ def transformation(name, scale=1.0, decay=DECAY, **changes):
     section = config.default().train
     section.update(dict(steps=99, warmup=0, clip=0.0, schedule="constant", optimizer=name))
     section.update(changes)
-    return optim.optimizer(section, RATE, decay, SITES, {"h/q/kernel": jnp.full(LAYERS, scale)})
+    constants = {"h": {"q": {"kernel": {"s": jnp.full(LAYERS, scale)}}}}
+    return optim.optimizer(section, RATE, decay, SITES, constants)
 
 
 def run(transformation, a, b, gradient, steps, **others):

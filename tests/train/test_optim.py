@@ -21,7 +21,7 @@ PARAMS = {
 }
 PARAMS = jax.tree.map(np.float32, PARAMS)
 SITES = {path: ops.Site("linear", 0, (0,), (1,)) for path in ("dense/kernel", "q/kernel")}
-SCALES = {"q/kernel": np.float32(1)}  # of a and b
+CONSTANTS = {"q": {"kernel": {"s": np.float32(1)}}}
 GRADS = [jax.tree.map(lambda x: np.float32(RNG.normal(size=x.shape)), PARAMS) for _ in range(10)]
 
 
@@ -40,7 +40,7 @@ def stepper(static, constant=None):
     def step(params, state, grads, lr, weight_decay):
         lr, weight_decay = constant or (lr, weight_decay)
         with jax.numpy_dtype_promotion("standard"):
-            inner = optim.optimizer(section, lr, weight_decay, SITES, SCALES)
+            inner = optim.optimizer(section, lr, weight_decay, SITES, CONSTANTS)
             optimizer = optim.averaging(inner, section, lr)
             updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -51,7 +51,7 @@ def stepper(static, constant=None):
 def run(grads, lr, weight_decay, params=PARAMS, constant=False, **static):
     step = stepper(tuple(static.items()), (lr, weight_decay) if constant else None)
     section = train(**static)
-    inner = optim.optimizer(section, lr, weight_decay, SITES, SCALES)
+    inner = optim.optimizer(section, lr, weight_decay, SITES, CONSTANTS)
     state = optim.averaging(inner, section, lr).init(params)
     for gradient in grads:
         params, state = step(params, state, gradient, jnp.float32(lr), jnp.float32(weight_decay))
