@@ -111,6 +111,15 @@ def smollm2() -> ConfigDict:
     return config
 
 
+def smollm2_text() -> ConfigDict:
+    """Shakespeare with SmolLM2-135M-Instruct: the next token of a text (tinyshakespeare)."""
+    config = smollm2()
+    config.task.name = "text"
+    config.task.path = data("tinyshakespeare/input.txt")
+    config.task.packing = False
+    return config
+
+
 def gpt2_medium() -> ConfigDict:
     """E2E with GPT-2 medium and the LoRA paper's hyperparameters (arXiv:2106.09685, table 11)."""
     config = default()
@@ -141,6 +150,7 @@ SCALES = {
     "minilm": minilm,
     "minilm-cola": minilm_cola,
     "smollm2": smollm2,
+    "smollm2-text": smollm2_text,
     "gpt2-medium": gpt2_medium,
 }
 

@@ -29,7 +29,7 @@ With q and v adapted and each setting at its own best rate, a rank r is enough i
 q alone stays behind if the interval of loss(q) - loss(q, v) lies above 0 at every rank, and does
 not if it lies below 0 at one. A best rate at the edge of its grid withdraws the number."""
 BY, STUDY = ["targets", "rank"], "lora_table6_rank"
-BASES = (*LADDER, "MiniLM CoLA", "SmolLM2-135M random")
+BASES = (*LADDER, "MiniLM CoLA", "SmolLM2-135M random", "SmolLM2-135M text")
 COMMANDS = commands(STUDY, *BASES)
 ENOUGH, BEHIND = "r = {} is enough (q, v)", "q alone stays behind q and v"
 UPDATES = ["base", "rank", "seed", "layer", "target", "norm", "effective", "energy90", "stable"]

@@ -15,7 +15,7 @@ validation loss), over seeds and test rows, lies below 0, and do not if it lies 
 alone is worst if the interval of the better of the two less the worst of the other sets lies above
 0, and is not if it lies below 0. A best rate at the edge of its grid withdraws the number."""
 BY, STUDY = ["targets", "rank"], "lora_table5_targets"
-COMMANDS = commands(STUDY, *LADDER, "MiniLM CoLA", "SmolLM2-135M random")
+COMMANDS = commands(STUDY, *LADDER, "MiniLM CoLA", "SmolLM2-135M random", "SmolLM2-135M text")
 ONE = ("q", "k", "v", "o")
 PARTS = ("q and v beat one matrix", "all four beat one matrix", "q or k alone is worst")
 
