@@ -33,6 +33,9 @@ def default() -> ConfigDict:
     c.track = ("tensorboard",)  # who follows the run: tensorboard, wandb, trackio (docs/runs.md)
     c.seeds = _seeds()
     c.task = _task()
+    # Tasks to train one after the other in place of `task`; every member goes on from its own
+    # merged model: (("e2e", {"name": "e2e", "path": ZIP}), ("plays", {...})), docs/forgetting.md
+    c.sequence = ()
     c.method = _method()
     c.train = _train()
     c.eval = _eval()
@@ -399,21 +402,30 @@ def also(settings: ConfigDict) -> dict[str, dict]:
     member's config.
 
     A task that does not say how many training rows it has is built with one, as none is read.
-    Raises ValueError, which begins with eval.also, for anything except pairs of a name and the keys
+    Raises ValueError as `named_tasks` does.
+    """
+    return named_tasks(settings, "eval.also", {"n_train": 1})
+
+
+def named_tasks(settings: ConfigDict, field: str, usual: Mapping = {}) -> dict[str, dict]:
+    """{name: its `config.task`, with every key} of a field that names tasks. usual: values of keys
+    that a task does not set.
+
+    Raises ValueError, which begins with the field, for anything except pairs of a name and the keys
     of a task, a name that comes twice, a key that is none, and a value that it can't have.
     """
     found = {}
-    for pair in settings.eval.also:
+    for pair in flat(settings)[field]:
         if not _names_a_task(pair):
             right = 'pairs like ("stories", {"name": "text", "path": FILE})'
-            raise ValueError(f"eval.also: {pair!r} given, must be {right}")
+            raise ValueError(f"{field}: {pair!r} given, must be {right}")
         name, keys = pair
         if name in found:
-            raise ValueError(f"eval.also: {name!r} names two tasks; each needs its own name")
+            raise ValueError(f"{field}: {name!r} names two tasks; each needs its own name")
         try:
-            found[name] = _further(settings, dict(keys))
+            found[name] = _named_task(settings, {**usual, **keys})
         except ValueError as error:
-            raise ValueError(f"eval.also: {name}: {error}") from None
+            raise ValueError(f"{field}: {name}: {error}") from None
     return found
 
 
@@ -429,10 +441,9 @@ def _names_a_task(pair) -> bool:
     return bool(named) and isinstance(keys, Mapping) and "name" in keys
 
 
-def _further(settings: ConfigDict, keys: dict) -> dict:
-    """The whole `config.task` of a further task. Raises ValueError."""
+def _named_task(settings: ConfigDict, keys: dict) -> dict:
+    """The whole `config.task` with these keys. Raises ValueError."""
     task = _task()
-    task.n_train = 1
     for key, value in keys.items():
         check_key(f"task.{key}")
         try:
@@ -467,6 +478,7 @@ WHOLE = {
     "halving": "halving is about the whole run",
     "analysis": "analysis and report are about the whole run",
     "track": "trackers follow the whole run",
+    "sequence": "it makes several runs",
 }
 
 

@@ -63,7 +63,7 @@ RULES = (
     Rule(
         'must be a tuple of pairs like ("stories", {"name": "text", "path": FILE})',
         lambda v: isinstance(v, tuple),
-        ("eval.also",),
+        ("eval.also", "sequence"),
     ),
     Rule(
         'must be functions of an update, or "FILE.py:function"',

@@ -34,6 +34,7 @@ from lorax import (
     run_names,
     rundir,
     search,
+    sequence,
     together,
 )
 from lorax.callable import make_callable
@@ -64,9 +65,26 @@ def carry_out(argv: list[str], command: str, train: Callable, launched: bool = F
     members, workdir, command) -> {what failed after training: why}. launched: by workers."""
     try:
         settings, members, workdir = command_line.read(argv)
+        if settings.sequence and launched:
+            raise ValueError(
+                "config.sequence: python -m lorax.run trains it, lorax.launch does not"
+            )
+    except Exception as error:  # a config script may raise anything
+        return End(2, reason(error), whole=False)
+    if settings.sequence:
+        one = lambda *of_task: _carry_out(*of_task, command, train, launched)
+        return sequence.carry_out(settings, workdir, one)
+    return _carry_out(settings, members, workdir, command, train, launched)
+
+
+def _carry_out(
+    settings: ConfigDict, members, workdir: Path, command: str, train: Callable, launched: bool
+) -> End:
+    """One run."""
+    try:
         rundir.check_paths(workdir)
         changed = check_same_config(workdir, settings, launched)
-    except Exception as error:  # a config script may raise anything
+    except (ValueError, OSError) as error:
         return End(2, reason(error), whole=False)
     print(f"lorax {__version__}: {command_line.summary(settings, members)}", flush=True)
     if hosts.agreed(rundir.has_finished(workdir)) and not changed:
@@ -98,7 +116,8 @@ def run(settings: ConfigDict, workdir: str | os.PathLike | None = None):
 
     workdir: the run directory; by default runs/config-<the keys that differ from
     `lorax.config.default()`>, as `lorax.run_names` names it. A stopped run is continued, a finished
-    one is only loaded. After `jax.distributed.initialize()`, all processes call this together.
+    one is only loaded. After `jax.distributed.initialize()`, all processes call this together. For
+    a sequence of tasks (`config.sequence`) the `Run` of each, a list.
 
     Raises ValueError or FileNotFoundError for a mistake in the config, MemoryError if something
     does not fit in memory. A report that fails only warns.
@@ -109,6 +128,8 @@ def run(settings: ConfigDict, workdir: str | os.PathLike | None = None):
         changes = {k: v for k, v in config.flat(settings).items() if v != usual[k]}
         workdir = run_names.workdir("config", "", changes)
     workdir = Path(workdir)
+    if settings.sequence:
+        return sequence.train(settings, workdir, lambda of_task, _, folder: run(of_task, folder))
     rundir.check_paths(workdir)
     changed = check_same_config(workdir, settings)
     if changed or not hosts.agreed(rundir.has_finished(workdir)):

@@ -9,6 +9,7 @@ rows/MEMBER.npz       losses and scores of a member's test rows, before and afte
 texts/MEMBER.jsonl    the prompts that a member completed after training
 texts/base.jsonl      the same prompts, completed by the base without an adapter
 parts/I/              what one worker of `lorax.launch` has trained, as a run directory of its own
+merged/MEMBER/        a member's model with its update added, where a sequence of tasks goes on
 checkpoints/PART/     the last two checkpoints of the members trained in one program
 trajectory/PART/      spectra of their updates, one file per evaluation
 analysis/answer.json  the sweep's answer: which setting, and how sure that is
@@ -41,14 +42,16 @@ from lorax.files import DRAFTS, parse_json, read_json, write_bytes, write_json
 
 CONFIG, MEMBERS, METRICS = "config.json", "members.jsonl", "metrics.jsonl"
 STATUS, REPORT, ERRORS, LOCK = "status.json", "report.html", "errors.txt", ".lock"
-ADAPTERS, ROWS, TEXTS = "adapters", "rows", "texts"
+ADAPTERS, ROWS, TEXTS, MERGED = "adapters", "rows", "texts", "merged"
+SEQUENCE = "sequence.csv"  # beside the runs of a sequence of tasks: losses on every task after each
 CHECKPOINTS, TRAJECTORY = "checkpoints", "trajectory"
 PARTS, PART = "parts", "part.json"  # of a run that was launched; `lorax.launching.parts`
 BASE = "base"  # in place of a member's number, for the texts of the base itself
 ANALYSIS, FIGURES, TENSORBOARD, TRACK = "analysis", "figures", "tb", "track"
 FILES = (LOCK, CONFIG, MEMBERS, METRICS, STATUS, REPORT)
 FOLDERS = (
-    ADAPTERS, ANALYSIS, CHECKPOINTS, FIGURES, PARTS, ROWS, TENSORBOARD, TEXTS, TRACK, TRAJECTORY,
+    ADAPTERS, ANALYSIS, CHECKPOINTS, FIGURES, MERGED, PARTS, ROWS, TENSORBOARD, TEXTS, TRACK,
+    TRAJECTORY,
 )  # fmt: skip
 ALSO = "also:"  # and a name: the split of a further task's measurements (`eval.also`)
 RUNS = Path("runs")  # where run directories are, unless --workdir says otherwise
@@ -58,6 +61,11 @@ UNFINISHED = ("running", "stopped", "failed")  # states with members left to tra
 def adapter(directory: Path, member: int) -> Path:
     """The folder of what a member has learned."""
     return Path(directory) / ADAPTERS / str(member)
+
+
+def merged(directory: Path, member: int) -> Path:
+    """The folder of a member's merged model."""
+    return Path(directory) / MERGED / str(member)
 
 
 def rows(directory: Path, member: int) -> Path:

@@ -120,7 +120,8 @@ def _carried(theirs: dict, ours: dict, base: Base) -> dict:
     )
     carried = {name: x for name, x in theirs.items() if name not in dropped}
     carried = {name: x for name, x in carried.items() if x is not None or name not in ours}
-    return ours | carried | new | {"architectures": ours["architectures"]}
+    # Models of arrays, which transformers does not have, name no architecture.
+    return ours | carried | new | {k: ours[k] for k in ("architectures",) if k in ours}
 
 
 def _new_vocabulary(base: Base) -> bool:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 
-from lorax import halving, hosts, rundir, tasks, tree
+from lorax import halving, hosts, outside, rundir, tasks, tree
 from lorax.calls import steps_per_call
 from lorax.config import Member, group_key
 from lorax.files import write_bytes
@@ -316,6 +316,8 @@ def _program_key(group: Group) -> str:
     settings = json.loads(group_key(group.stack.members[0]))
     of_rows = lambda key: key.startswith("task.") or key == "seeds.data"
     settings = {key: value for key, value in settings.items() if not of_rows(key)}
+    if outside.base_name(group.config.base) is None:  # of lorax's own, which a repr describes
+        settings["base"] = [repr(group.base.module), str(tree.shapes(group.base.params))]
     dropout = any(member.config.method.dropout > 0 for member in group.members)
     shapes = tree.shapes(group.stack[2:]), *_shapes(group)
     kind = group.task.kind
