@@ -159,8 +159,8 @@ def sequence(directory: str | os.PathLike) -> pd.DataFrame:
     One row per member, run and task: after (the task that was trained last), number (of its run,
     from 1), member (of that run), first (the same member in the first run), line, lr and seed as in
     `points`, task, loss (on its validation rows, NaN if the member diverged), before (of the base
-    that the sequence began with), learned (of the member when that task had just been trained; NaN
-    before that) and forgetting (loss less learned).
+    that the sequence began with), learned (of the member when that task had just been trained, NaN
+    before that; `before` for a task that is never trained) and forgetting (loss less learned).
 
     Raises FileNotFoundError if there is no run in the directory.
     """
@@ -205,5 +205,6 @@ def _since_learned(table: pd.DataFrame) -> pd.DataFrame:
     learned = own["loss"].reindex(at).to_numpy()
     known = own["number"].reindex(at).to_numpy() <= table["number"].to_numpy()
     table = table.assign(before=begun.reindex(at).to_numpy())
-    table["learned"] = np.where(known, learned, np.nan)
+    never = ~table["task"].isin(set(table["after"]))  # what the base knew: a task of `eval.also`
+    table["learned"] = np.where(never, table["before"], np.where(known, learned, np.nan))
     return table.assign(forgetting=table["loss"] - table["learned"]).drop(columns="start")
