@@ -14,10 +14,11 @@ RULE = (
     "Forgetting is the loss on the pretraining text (gpt2-nano: the mean of its two texts) less "
     "the base's. Learns less: at the rate of the lowest mean final loss, LoRA's final validation "
     "loss less full fine-tuning's, paired by seed, has its 95% interval above 0; a best rate at "
-    "the edge of its grid withdraws the number. Forgets less: at the lowest loss that every seed of both "
-    "reaches, the least forgetting over rates and steps (linear between evaluations), LoRA's less "
-    "full fine-tuning's, has its interval below 0. A high rank forgets more than a low one: the "
-    "same difference of the two ranks lies above 0. Full fine-tuning may stop early like LoRA."
+    "the edge of its grid withdraws the number. Forgets less: at the lowest loss that every seed "
+    "of both reaches, the least forgetting over rates and steps (linear between evaluations), "
+    "LoRA's less full fine-tuning's, has its interval below 0. A high rank forgets more than a low "
+    "one: the same difference of the two ranks lies above 0. Full fine-tuning may stop early like "
+    "LoRA."
 )
 STUDY = "forgetting"
 COMMANDS = {
