@@ -42,6 +42,10 @@ from lorax.command_line import FLAGS
 from lorax.devices import DEVICES, check_devices
 from lorax.errors import fail
 
+ONE_TASK = (
+    "sequence: a plan is of one task; give --config.sequence=() and the config.task of one. From "
+    "the second task on, each member has its own base and trains alone"
+)
 MOST_COMPILED = 512  # devices of a CPU that a program is compiled for
 MOST_TABLE = 64  # of --table
 
@@ -74,6 +78,8 @@ def main(argv: list[str]) -> int:
             show_comparison()
             return 0
         settings, members, _ = command_line.read(argv)
+        if settings.sequence:
+            raise ValueError(ONE_TASK)
         devices = FLAGS.device.split(",")
         check_devices(devices)
         print(f"lorax {__version__}: {command_line.summary(settings, members)}", flush=True)
@@ -157,6 +163,8 @@ def plan_config(
     devices = (devices,) if isinstance(devices, str) else tuple(devices)
     check_devices(devices)
     counts = check_mesh(devices, mesh, hosts)
+    if settings.sequence:
+        raise ValueError(ONE_TASK)
     rows = []
     every = shapes.with_steps(search.members(settings))
     race = halving.race(settings, every)

@@ -11,7 +11,7 @@ from lorax import halving, tasks, tree
 from lorax.halving import Race
 from lorax.planning import compiled
 from lorax.planning.compiled import Spread
-from lorax.planning.shapes import one_member, rows, shapes
+from lorax.planning.shapes import one_member, rows, shapes, states_of_base
 from lorax.train import fitting, layouts, mesh_costs, stacks
 
 
@@ -37,8 +37,10 @@ class Plan(NamedTuple):
     the host's memory. files: arrays that each member exports. costs: by width, ascending. cpu: the
     cost of the width that a CPU uses, None if no CPU was asked for. kept: of the best step, with
     `eval.keep` "best". evaluated: number of validation rows that a member that trains to the end is
-    evaluated on in all, and of test rows, None where only the data tell. notes: what else to know
-    about the base, a line each. spread: over which devices; `members` are those of all of them.
+    evaluated on in all, those of further tasks (`eval.also`) included, and of test rows, None where
+    only the data tell. states: bytes of the base's states that the KL of `eval.also` reads. notes:
+    what else to know about the base, a line each. spread: over which devices; `members` are those
+    of all of them.
     load: what a step costs on a mesh. gathered: bytes of the largest layer that a device gathers.
     eval_batch: rows that are evaluated together.
     """
@@ -68,6 +70,7 @@ class Plan(NamedTuple):
     load: mesh_costs.Load | None = None
     gathered: int = 0
     eval_batch: int = 1
+    states: int = 0
 
     @property
     def each(self) -> int:
@@ -100,14 +103,14 @@ class Plan(NamedTuple):
     def peak(self, members: int, cost: Cost) -> int:
         """Bytes of a program for this many members, `cost.width` of them side by side."""
         each = self.resident + self.constants + self.rest + self.kept
-        total = self.weights + members * each + cost.temporaries
+        total = self.weights + self.states + members * each + cost.temporaries
         if cost.width < members:  # the loop holds finished members, and those that are running
             total += cost.width * each
             made = (members - cost.width) * self.gradients
             total += made if self.offload else members * self.state
         if self.offload:  # the update is a separate program
             update = self.state + self.constants + self.gradients + self.kept
-            total = max(total, self.weights + members * update)
+            total = max(total, self.weights + self.states + members * update)
         return math.ceil(total)
 
     def most(self, memory: float, side_by_side: bool) -> int:
@@ -168,6 +171,7 @@ def plan(
         load=load,
         gathered=0 if load.copied else mesh_costs.gathered(base, spread.shape),
         eval_batch=c.eval.batch_size,
+        states=states_of_base(c, base),
     )
 
 
@@ -182,9 +186,9 @@ def load_of(stacked: stacks.Stack, base, width: int) -> mesh_costs.Load:
 
 def _evaluated(c, stops: Iterable[int]) -> tuple[int, int | None]:
     """`Plan.evaluated`: validation rows at every evaluation, from step 0 to the last, if the task
-    has as many; test rows once. stops: `Race.stops` of a member."""
+    has as many, and of every further task; test rows once. stops: `Race.stops` of a member."""
     at = {*range(0, c.train.steps, c.eval.every), *stops}
-    return c.eval.examples * len(at), c.eval.test
+    return c.eval.examples * len(at) * (1 + len(c.eval.also)), c.eval.test
 
 
 def _costs(

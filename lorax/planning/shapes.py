@@ -1,14 +1,16 @@
 """A group of members as shapes: base, stack and batches as training has them, nothing allocated."""
 
 import functools
+import math
 
 import jax
 
-from lorax import quant, tasks
+from lorax import config, quant, tasks, tree
 from lorax.calls import steps_per_call
 from lorax.models.load import skeleton
 from lorax.models.shapes import architecture
-from lorax.train import evidence, prepare, stacks
+from lorax.tasks import kinds
+from lorax.train import evaluation, evidence, prepare, stacks
 from lorax.train.batches import axes
 from lorax.train.prepare import base_settings
 
@@ -26,6 +28,11 @@ def shapes(members):
         hint = f" To plan without its files: --config.base=random:{known}"
         raise FileNotFoundError(f"{error}{hint * bool(architecture(known))}") from None
     tasks.check_base(c.task, base, c.train.seq_len)
+    for name, settings in config.also(c).items():
+        try:
+            prepare.check_further(c, settings, base)
+        except ValueError as error:
+            raise ValueError(f"eval.also: {name}: {error}") from None
     base = quantised(base, c.quant, c.double_quant) if c.quant else base
     for member in members:
         if evidence.is_automatic(member, stacks.hyperparameters(member, base)):
@@ -71,6 +78,18 @@ def rows(c, base=None) -> dict:
     """The batches of one call of the training program, of one member: leaves (K, A, B, ...)."""
     lead = axes(c.train, steps_per_call(c.eval.every, c.train.offload))
     return tasks.batch_shapes(c.task, lead, c.train.seq_len, base)
+
+
+def states_of_base(c, base) -> int:
+    """Bytes of the base's states of the validation rows that a run with `eval.also` keeps on each
+    device for the KL; 0 if it keeps none."""
+    kind, size = tasks.kind_of(c.task), min(c.eval.batch_size, c.eval.examples)
+    batch = tasks.batch_shapes(c.task, (size,), c.train.seq_len, base)
+    if not c.eval.also or not kinds.has_probabilities(kind, batch):
+        return 0
+    states = jax.eval_shape(lambda p, b: kind.states(base.module, p, b), base.params, batch)
+    whole = math.ceil(c.eval.examples / size) * tree.nbytes(states)
+    return whole if whole <= evaluation.MOST_STATES else 0
 
 
 def quantised(base, kind: str, double: bool):

@@ -41,6 +41,8 @@ def describe(index: int, p: Plan, devices: Iterable[str]) -> list[Table]:
         ("weights", bytes_text(p.weights), "shared", exact),
         ("adapters, padded alike", *each(p.adapters), exact),
         *[("adapters of the best step", *each(p.kept), exact)] * bool(p.kept),
+        *[("states of the base, for the KL", bytes_text(p.states), "shared", exact)]
+        * bool(p.states),
         ("constants of the method", *each(p.constants), exact),
         (f"optimiser state{', in the host memory' * p.offload}", *each(p.optimizer), exact),
         ("batches and counters", *each(p.rest), exact),

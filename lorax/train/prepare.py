@@ -246,14 +246,9 @@ def _further(
     c, settings: dict, task: tasks.Task, base: Base, built: dict[str, tasks.Task]
 ) -> tasks.Task:
     """A task of `eval.also`. settings: its `config.task`."""
-    kind, name = tasks.kind_of(settings), settings["name"]
-    if kind.name != task.kind.name or tasks.outputs(settings) != tasks.outputs(c.task):
-        one_model = "a task is evaluated with the model of the run's own"
-        raise ValueError(
-            f"task {name!r} needs another kind of model than {c.task.name!r}: {one_model}"
-        )
-    tasks.check_base(settings, base, c.train.seq_len)
-    key = _rows_key(c, settings, kind.reads == "tokens", "also")
+    name = settings["name"]
+    check_further(c, settings, base)
+    key = _rows_key(c, settings, task.kind.reads == "tokens", "also")
     if key not in built:
         arguments = base.vocabulary, c.train.seq_len, c.eval.examples, base
         further = tasks.build(settings, *arguments, test=c.eval.test)
@@ -267,6 +262,18 @@ def _further(
             )
         built[key] = further._replace(test=None)
     return built[key]
+
+
+def check_further(c, settings: dict, base: Base) -> None:
+    """Raises ValueError for a task of `eval.also` whose rows the model can't read; none is built.
+    settings: its `config.task`."""
+    kinds_of = [tasks.kind_of(of).name for of in (settings, c.task)]
+    if len({*kinds_of}) > 1 or tasks.outputs(settings) != tasks.outputs(c.task):
+        raise ValueError(
+            f"task {settings['name']!r} needs another kind of model than {c.task.name!r}: a task "
+            "is evaluated with the model of the run's own"
+        )
+    tasks.check_base(settings, base, c.train.seq_len)
 
 
 def _rows_key(c, settings: dict, reads_text: bool, *more) -> str:

@@ -5,6 +5,7 @@ inputs are what `lorax.analysis.runs`, `lorax.analysis.tables` etc. return.
 """
 
 from lorax.analysis.figures.dimension_curves import intrinsic
+from lorax.analysis.figures.frontiers import frontier
 from lorax.analysis.figures.lines import cka, diagonal, intruder_counts, table7, trajectory
 from lorax.analysis.figures.loss_curves import learning_curves, rank_curve
 from lorax.analysis.figures.loss_maps import setting_map
@@ -42,6 +43,7 @@ __all__ = [
     "diagonal",
     "figure3",
     "figure4",
+    "frontier",
     "intrinsic",
     "intruder_counts",
     "layer_grid",

@@ -26,14 +26,17 @@ def members(run: runs.Run, table: pd.DataFrame, by: runs.Axes, scores: list[str]
     axes = [name for name in (*by.fields, *SEEDS, "status") if name in table]
     axes = [name for name in axes if table[name].astype(str).nunique() > 1]
     header = ["member", *map(words.axis, axes), "trainable parameters", "scale s"]
-    header += ["validation loss", "best validation loss", *scores]
+    further = {name: name.replace("forgetting_", "forgetting of ") for name in table.columns}
+    further = {name: title for name, title in further.items() if name != title}
+    further |= {"final_kl": "KL from the base"} if "final_kl" in table else {}
+    header += ["validation loss", "best validation loss", *scores, *further.values()]
     header += ["status"] * ("status" not in axes)
     rows = []
     for number, m in table.iterrows():
         row = [_number(run, number), *(_cell(m, name) for name in axes)]
         row += [m["trainable_params"], m["scale"]]
         row += [page.Fixed(m["final_loss"]), page.Fixed(m["best_loss"])]
-        row += [*(page.Fixed(m[name]) for name in scores)]
+        row += [*(page.Fixed(m[name]) for name in (*scores, *further))]
         rows.append(row + [_cell(m, "status")] * ("status" not in axes))
     caption = (
         "All members; click a heading to sort. The best loss is the lowest of all evals. A "
