@@ -17,11 +17,12 @@ MARGIN = 0.1  # of R^2
 RULE = (
     "Of every member after its last step: forgetting on the pretraining text (gpt2-nano: the mean "
     "of its two texts), KL(base || tuned) in nats a token on the new task's validation rows, the "
-    "squared norm of dW over all matrices, and the rank. A polynomial of second degree in one of "
-    "them (the rank as its logarithm) predicts the forgetting of each setting (full fine-tuning, "
-    "or LoRA of one rank) from the others; R^2 is over all members. KL explains more than another "
-    "if the difference of the two R^2 lies above 0.1 with its 95% interval, the jackknife's over "
-    "seeds; not if it lies below."
+    "squared norm of dW over all matrices, and the rank. A polynomial in one of them (the rank as "
+    "its logarithm), of first or second degree, whichever is better, predicts the forgetting of "
+    "each setting (full fine-tuning, or LoRA of one rank) from the others; R^2 is over all "
+    "members, and one below 0 counts as 0: the mean of all is better. KL explains more than "
+    "another if the difference of the two R^2 lies above 0.1 with its 95% interval, the "
+    "jackknife's over seeds; not if it lies below."
 )
 STUDY = "forgetting"
 COMMANDS = {
@@ -68,7 +69,8 @@ def explains_more(base: str, members: pd.DataFrame, rival: str, part: str) -> Ve
 
 def r2(members: pd.DataFrame, name: str) -> float:
     groups = members["method"] + members["rank"].astype(str)
-    return forgetting.held_out_r2(members[name], members["forgetting"], groups)
+    arguments = members[name], members["forgetting"], groups
+    return max(0.0, *(forgetting.held_out_r2(*arguments, degree) for degree in (1, 2)))
 
 
 def jackknife(members: pd.DataFrame, of) -> Interval:
