@@ -52,15 +52,16 @@ def main(argv: list[str]) -> int:
         steps = plan(rule, arguments.claim, bases, Path(arguments.out))
     except (ValueError, FileNotFoundError) as error:
         return fail(error)
-    for step in steps:
+    different = {step.directory: step for step in steps}.values()  # bases may share a command
+    for step in different:
         print(f"{step.base}: {shlex.join(step.words)}")
     if arguments.dry_run:
         return 0
-    for n, step in enumerate(steps, 1):
-        print(f"\n{arguments.claim}, {step.base}: command {n} of {len(steps)}", flush=True)
+    for n, step in enumerate(different, 1):
+        print(f"\n{arguments.claim}, {step.base}: command {n} of {len(different)}", flush=True)
         code = subprocess.run(step.words, cwd=ROOT).returncode
         if code:
-            print(f"command {n} of {len(steps)} failed with exit code {code}", file=sys.stderr)
+            print(f"command {n} of {len(different)} failed with exit code {code}", file=sys.stderr)
             return 2 if code == 2 else 1
     runs = {base: [step.directory for step in steps if step.base == base] for base in bases}
     committed = rule.verdicts(HERE / arguments.claim)
@@ -121,15 +122,16 @@ def chosen(rule: ModuleType, given: str | None) -> list[str]:
 
 def plan(rule: ModuleType, claim: str, bases: list[str], out: Path) -> list[Step]:
     """The commands with their directories, checked. Raises ValueError for one that can't run."""
+    every = list(dict.fromkeys(c for commands in rule.COMMANDS.values() for c in commands))
     steps = []
     for base in bases:
         directories: list[Path] = []
-        for n, command in enumerate(rule.COMMANDS[base], 1):
+        for command in rule.COMMANDS[base]:
             earlier = lambda match: str(directories[int(match[1]) - 1])  # noqa: B023
             words = shlex.split(re.sub(r"\{(\d+)\}", earlier, command))
             if words[0] != "python":
                 raise ValueError(f"{claim}, {base}: {command}: must begin with python")
-            name = f"{claim}-{base}-{n}"
+            name = f"{claim}-{every.index(command) + 1}"
             if words[1:3] == ["-m", "lorax.run"]:
                 name = _checked(words[3:])
             directories.append((out / name).absolute())

@@ -6,10 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 
 from experiments import verdicts
-from experiments.plotting import line_style
 from lorax.analysis import runs
 
 
@@ -89,8 +87,3 @@ def markdown(rows: list[dict]) -> None:
     for row in rows:
         print("| " + " | ".join(str(row.get(head, "")) for head in heads) + " |")
     print()
-
-
-def line(axes: Axes, n: int, x, means, errors, label: str) -> None:
-    """The n-th line of a panel: means with standard errors."""
-    axes.errorbar(x, means, yerr=errors, capsize=3, label=label, **line_style(n))

@@ -8,7 +8,7 @@ learning rate at the edge of its grid, and a claim is *not run* where there are 
 """
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -175,6 +175,11 @@ def numbers(folder: Path, name: str) -> pd.DataFrame:
     return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["base"])
 
 
+def texts(column: pd.Series) -> pd.Series:
+    """A CSV's column of texts, "" where it has none: which pandas reads as NaN."""
+    return column.astype(object).where(column.notna(), "")
+
+
 def write(table: pd.DataFrame, folder: Path, name: str) -> None:
     """Write a claim's CSV, six digits a number. Rows of bases that the table does not have stay
     as they are: bases are run one at a time. table: with a column "base"."""
@@ -185,6 +190,15 @@ def write(table: pd.DataFrame, folder: Path, name: str) -> None:
     order += sorted(set(whole["base"]) - set(order))
     whole = whole.sort_values("base", key=lambda of: of.map(order.index), kind="stable")
     whole.to_csv(folder / name, index=False, float_format="%.6g")
+
+
+def copied(runs: Mapping[str, list[Path]], folder: Path, *names: str) -> None:
+    """`collect` of a claim whose own script writes the CSVs: each base's rows of those that its
+    last command has written."""
+    for name in names:
+        tables = [pd.read_csv(directories[-1] / name) for directories in runs.values()]
+        own = [of[of["base"] == base] for base, of in zip(runs, tables, strict=True)]
+        write(pd.concat(own), folder, name)
 
 
 def means_only(folder: Path, name: str, parts: Iterable[str], have: Iterable[str]) -> list[Verdict]:
@@ -198,17 +212,20 @@ def means_only(folder: Path, name: str, parts: Iterable[str], have: Iterable[str
 def complete(
     verdicts: Iterable[Verdict], parts: Iterable[str], bases: Iterable[str] = tuple(LADDER)
 ) -> list[Verdict]:
-    """All verdicts of a claim, part by part, in the order of the bases; "not run" for the bases
-    that have none, and bases that are not on the ladder last. Raises ValueError for a part that is
-    not in `parts`, and for a part and base that have two verdicts."""
-    found = {}
-    parts = list(parts)
+    """All verdicts on parts of a claim, part by part, in the order of the bases; "not run" for the
+    bases that have none, and verdicts on other bases last. Raises ValueError for a part that is not
+    in `parts`, and for a part and base that have two verdicts."""
+    found, parts = {}, list(parts)
     for verdict in verdicts:
         place = (verdict.part, verdict.base)
         if verdict.part not in parts or place in found:
-            raise ValueError(f"{place}: the verdict is of no part of {parts}, or there are two")
+            raise ValueError(f"{place}: the verdict is of no part of {parts}, or a second one")
         found[place] = verdict
-    bases = list(dict.fromkeys([*bases, *(base for _, base in found)]))
-    pairs = [(part, base) for part in parts for base in bases]
-    ladder = [pair for pair in pairs if pair in found or pair[1] in LADDER]
-    return [found.get(pair, Verdict(*pair, NOT_RUN, "")) for pair in ladder]
+    others = [base for _, base in found if base not in set(bases)]
+    pairs = [
+        (part, base)
+        for part in parts
+        for base in (*bases, *dict.fromkeys(others))
+        if base in bases or (part, base) in found
+    ]
+    return [found.get(pair, Verdict(*pair, NOT_RUN, "")) for pair in pairs]

@@ -142,6 +142,7 @@ def test_parts_and_bases_without_a_verdict_are_not_run():
     one = Verdict("b", "MiniLM CoLA", REPRODUCED, "1")
     found = verdicts.complete([one, Verdict("a", "gpt2-nano", UNDECIDED, "2")], ("a", "b"))
     assert [v.part for v in found] == ["a"] * 4 + ["b"] * 5 and found[-1] == one
+    assert verdicts.complete([one], ("b",), ("MiniLM CoLA",)) == [one]
     assert found[0].verdict == UNDECIDED and found[1].verdict == NOT_RUN
     with pytest.raises(ValueError, match="no part of"):
         verdicts.complete([one], ("a",))

@@ -1,7 +1,7 @@
 """LoRA under Adam has fewer hyperparameters than it seems: the scale, the width of A's start and
 both learning rates, changed together, change nothing.
 
-    python -m experiments.adam_invariance.run [--data=DIR]
+    python -m experiments.adam_invariance.run [--data=DIR] [--workdir=DIR]
 
 DIR (or $LORAX_DATA) holds models/stories-llama-260k and e2e/e2e-dataset.zip; without them gpt2-nano
 alone is trained. Writes numbers.csv and figure.png beside this file.
@@ -37,7 +37,10 @@ PAIR = (4, 16)  # of the controls
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", default=os.environ.get("LORAX_DATA"))
-    data = parser.parse_args().data
+    parser.add_argument("--workdir", default=HERE, type=Path, help="for tables and figures")
+    flags = parser.parse_args()
+    data, folder = flags.data, flags.workdir
+    folder.mkdir(parents=True, exist_ok=True)
 
     # ------------------------------------------------------------------------- bases and tasks
     asked = [("gpt2-nano", {"name": "restaurants"})]
@@ -79,11 +82,11 @@ def main():
         print(f"with eps = 0 itself the loss is not finite in step {run(1, 1, eps=0.0)[2]}")
 
     table = pd.DataFrame(rows)
-    table.to_csv(HERE / "numbers.csv", index=False, float_format="%.6g", lineterminator="\n")
+    table.to_csv(folder / "numbers.csv", index=False, float_format="%.6g", lineterminator="\n")
     columns = ["loss_difference", "update_difference"]
     shown = table.groupby(["base", "what", "p", "q"], sort=False)[columns]
     print(shown.agg(["mean", "sem"]).to_string(float_format=lambda x: f"{x:.3g}"))
-    figure(table).savefig(HERE / "figure.png", dpi=110)
+    figure(table).savefig(folder / "figure.png", dpi=110)
 
 
 def train(

@@ -11,6 +11,7 @@ the way go to --checkpoints, where given.
 import csv
 import functools
 import math
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -27,9 +28,13 @@ from lorax import vocabulary
 from lorax.models import Base, gpt2, save
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("data", None, "folder with tinystories/ and tinyshakespeare/", required=True)
+flags.DEFINE_string(
+    "data", os.environ.get("LORAX_DATA"), "folder with tinystories/ and tinyshakespeare/"
+)
 flags.DEFINE_string("output", "lorax/assets/gpt2-nano", "where the model goes")
 flags.DEFINE_string("checkpoints", None, "folder for checkpoints on the way")
+flags.DEFINE_string("workdir", None, "folder for the model, the checkpoints and the curve")
+flags.mark_flag_as_required("data")
 
 CONFIG = gpt2.Config(
     vocab_size=1024, n_positions=256, n_embd=128, n_layer=4, n_head=4, unroll=4
@@ -42,7 +47,10 @@ END = "<|endoftext|>"
 
 def main(_):
     # ------------------------------------------------------------ text:
-    data = Path(FLAGS.data)
+    data, folder = Path(FLAGS.data), Path(FLAGS.workdir or Path(__file__).parent)
+    output, checkpoints = FLAGS.output, FLAGS.checkpoints
+    if FLAGS.workdir:
+        output, checkpoints = folder / "final", folder
     stories = (data / "tinystories/tinystories_sample.txt").read_text(encoding="utf-8")
     plays = (data / "tinyshakespeare/input.txt").read_text(encoding="utf-8")
     documents = [[d.strip() for d in stories.split(END)], [d.strip() for d in plays.split("\n\n")]]
@@ -136,21 +144,21 @@ def main(_):
                 f"step {step:5d}  train {loss:.4f}  held out {curve[-1][2]:.4f}  {left:.0f} s left",
                 flush=True,
             )
-        if FLAGS.checkpoints and step in (200, 600, 1200, 2400, STEPS):
-            _save(Path(FLAGS.checkpoints) / f"step{step}", params, tokenizer)
+        if checkpoints and step in (200, 600, 1200, 2400, STEPS):
+            _save(Path(checkpoints) / f"step{step}", params, tokenizer)
 
     # ------------------------------------------------------------ write
-    _save(Path(FLAGS.output), params, tokenizer)
-    with open(Path(__file__).parent / "curve.csv", "w", newline="") as file:
+    _save(Path(output), params, tokenizer)
+    with open(folder / "curve.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["step", "train_nats_per_token", "held_out_nats_per_token"])
         writer.writerows(curve)
-    draw(curve, unigram)
+    draw(curve, unigram, folder)
     print(f"unigram {unigram:.4f}  random weights {at_random:.4f}  gpt2-nano {curve[-1][2]:.4f}")
 
 
-def draw(curve, unigram):
-    """The training curve as curve.png; unigram in nats a token."""
+def draw(curve, unigram, folder):
+    """The training curve as curve.png in a folder; unigram in nats a token."""
     steps, train, held_out = zip(*curve, strict=True)
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -162,7 +170,7 @@ def draw(curve, unigram):
     axes.set(xlabel="optimiser step", ylabel="loss (nats per token)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(Path(__file__).parent / "curve.png", dpi=150)
+    figure.savefig(folder / "curve.png", dpi=150)
 
 
 def _save(directory, params, tokenizer):

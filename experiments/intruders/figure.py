@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
 from experiments import sweeps
-from experiments.plotting import COLOURS, DASHES, MARKERS, STYLE
+from experiments.plotting import COLOURS, DASHES, MARKERS, STYLE, line
+from lorax.analysis import compare
 
 HERE = pathlib.Path(__file__).parent
 K, EPSILON = 10, 0.5
@@ -53,6 +54,11 @@ def correlations(table, names=("count", "control", "norm", "task")) -> dict[str,
     return own | {f"{name}, norm held": f"{value:.2f}" for name, value in held.items()}
 
 
+def half(groups) -> np.ndarray:
+    """Half of the 95% interval of each group's mean over seeds."""
+    return compare.half_width(groups.sem(), groups.count())
+
+
 # --------------------------------------------------------------------------------------- read
 counts, members = pd.read_csv(HERE / "counts.csv"), pd.read_csv(HERE / "members.csv")
 at = counts[(counts["k"] == K) & (counts["epsilon"] == EPSILON)]
@@ -72,9 +78,9 @@ for size, own in main.groupby("base", sort=False):
     matrices, before = own["matrices"].iloc[0], own["base_text"].iloc[0]
     print(f"{size}: {matrices} matrices, k = {K}, epsilon = {EPSILON}; text before {before:.3f}\n")
     rows = []
-    for (line, r, lr), seeds in own.groupby(settings):
+    for (of_line, r, lr), seeds in own.groupby(settings):
         row = {
-            "": line,
+            "": of_line,
             "r": r or "-",
             "lr": f"{lr:.2g}",
             "norm of dW": f"{seeds['norm'].mean():.1f}",
@@ -93,11 +99,11 @@ for size, own in main.groupby("base", sort=False):
     all_counts = counts[(counts["base"] == size) & (counts["config"] == "intruders")]
     all_counts = all_counts.merge(own[["member", "line"]], on="member")
     rows = []
-    for (line, r, lr), seeds in all_counts.groupby(settings):
+    for (of_line, r, lr), seeds in all_counts.groupby(settings):
         mean = seeds.groupby(["k", "epsilon"])[["count", "control"]].mean()
         pick = {f"ε = {e:g}": (K, e) for e in sorted(set(seeds["epsilon"]))}
         pick |= {f"k = {k}": (k, EPSILON) for k in sorted(set(seeds["k"])) if k != K}
-        row = {"": line, "r": r or "-", "lr": f"{lr:.2g}"}
+        row = {"": of_line, "r": r or "-", "lr": f"{lr:.2g}"}
         in_words = lambda pair: f"{pair['count']:.0f} ({pair['control']:.0f})"
         rows.append(row | {name: in_words(mean.loc[where]) for name, where in pick.items()})
     sweeps.markdown(rows)
@@ -169,18 +175,18 @@ with matplotlib.rc_context(STYLE):
     ):
         own = main[main["base"] == size]
         adapted = sorted(set(own[own["method"] == "lora"]["rank"]))
-        for n, (line, of_line) in enumerate(own.groupby("line")):
-            for factor, group in of_line.groupby("factor"):
+        for n, (way, of_way) in enumerate(own.groupby("line")):
+            for factor, group in of_way.groupby("factor"):
                 style = {"color": COLOURS[n], "marker": MARKERS[n], "capsize": 3}
                 style |= {"fillstyle": "full" if factor == 1 else "none"}
                 style |= {"linestyle": "-" if factor == 1 else (0, (3, 1.5))}
-                style |= {"label": line if factor == 1 else f"{line}, 3 x lr"}
-                mean, error = (group.groupby("rank")["count"].agg(f) for f in ("mean", "sem"))
-                x = [2 * adapted[-1]] if line == FULL else mean.index
-                left.errorbar(x, mean, error, **style)
+                style |= {"label": way if factor == 1 else f"{way}, 3 x lr"}
+                mean = group.groupby("rank")["count"].mean()
+                x = [2 * adapted[-1]] if way == FULL else mean.index
+                left.errorbar(x, mean, half(group.groupby("rank")["count"]), **style)
                 control = group.groupby("rank")["control"].mean()
                 style |= {"color": "0.6", "label": None}
-                left.errorbar(x, control, group.groupby("rank")["control"].sem(), **style)
+                left.errorbar(x, control, half(group.groupby("rank")["control"]), **style)
                 style |= {"color": COLOURS[n], "linestyle": "none"}
                 middle.errorbar(group["count"], group["forgotten"], **style)
         left.set_xscale("log", base=2)
@@ -218,9 +224,8 @@ with matplotlib.rc_context(STYLE):
             own = rates[rates["base"] == size]
             for n, ((method, r), group) in enumerate(own.groupby(["method", "rank"])):
                 for panel, name in zip(panels, ("count", "forgotten"), strict=True):
-                    by = group.groupby("lr")[name]
-                    label = sweeps.name(method, r)
-                    sweeps.line(panel, n, by.mean().index, by.mean(), by.sem(), label)
+                    values = group.pivot(index="lr", columns="seed", values=name)
+                    line(panel, n, values, sweeps.name(method, r))
                     panel.set_xscale("log")
                     panel.xaxis.set_minor_formatter(NullFormatter())
                     panel.set(xlabel="learning rate", title=size)

@@ -1,12 +1,12 @@
 """Intruders of every member, what it forgot, and what scaling its intruders does.
 
-    python -m experiments.intruders.measure --data=DIR runs/intruders runs/intruders-stories
+    python -m experiments.intruders.measure [--data=DIR] [--workdir=DIR] RUN...
 
 The runs are of configs/intruders.py, or of configs/lr_vs_rank.py for five learning rates (all
 linear layers in both). DIR holds tinystories/tinystories_sample.txt and tinyshakespeare/input.txt,
 which the bases were trained on: stories-llama-260k on the first, gpt2-nano on both.
 
-Writes beside itself, for figure.py (rows of runs that are not named stay as they are):
+Writes beside itself or into --workdir (rows of runs that are not named stay as they are):
 
 members.csv   a row a member: the task's loss and that on the pretraining text, in nats a token,
               and the same of the control: an update with the same singular values in random
@@ -19,6 +19,7 @@ scaled.csv    a row a member, lambda and way of changing dW, for some LoRA membe
 """
 
 import argparse
+import os
 import pathlib
 
 import jax
@@ -29,6 +30,7 @@ from safetensors.numpy import load_file
 
 import lorax
 from experiments import sweeps
+from experiments.verdicts import tuned
 from lorax import adapters, losses, tasks, tree
 from lorax.analysis import intervene, intruders, norm_matched, update_svd
 from lorax.interop.peft import Adapter, Factors
@@ -120,8 +122,16 @@ def scaled(w, svds, found, update, kind, lam):
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("runs", nargs="+", metavar="RUN")
-parser.add_argument("--data", required=True, type=pathlib.Path, help="folder of the two texts")
+parser.add_argument(
+    "--data",
+    required="LORAX_DATA" not in os.environ,
+    default=os.environ.get("LORAX_DATA"),
+    type=pathlib.Path,
+    help="folder of the two texts, by default $LORAX_DATA",
+)
+parser.add_argument("--workdir", default=HERE, type=pathlib.Path, help="for the tables")
 flags = parser.parse_args()
+flags.workdir.mkdir(parents=True, exist_ok=True)
 
 members, counts, trials = [], [], []
 for directory in flags.runs:
@@ -146,7 +156,7 @@ for directory in flags.runs:
     # ---------------------------------------------------------- every member: intruders, forgetting
     lora, of_scaling = table[(table["method"] == "lora") & (table["alpha"] == 8)], []
     if name == "intruders":
-        own = sweeps.best_rates(lora[lora["rank"].isin(SCALED)], ["rank"])
+        own = tuned(lora[lora["rank"].isin(SCALED)], ["rank"]).members
         of_scaling = own["member"].tolist()
         of_task = task_batches(run.config["config"], base.vocabulary)
     for member, row in table[table["status"] == "finished"].iterrows():
@@ -192,7 +202,7 @@ for directory in flags.runs:
             raise ValueError(f"{directory}: member {member} has {again}, not {row['final_loss']}")
 
 for file, rows in (("members", members), ("counts", counts), ("scaled", trials)):
-    rows, path = pd.DataFrame(rows), HERE / f"{file}.csv"
+    rows, path = pd.DataFrame(rows), flags.workdir / f"{file}.csv"
     if path.exists() and len(rows):
         kept = pd.read_csv(path)
         measured = kept.set_index(["base", "config"]).index.isin(

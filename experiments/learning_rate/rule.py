@@ -14,6 +14,7 @@ from experiments.verdicts import (
     commands,
     complete,
     numbers,
+    texts,
     write,
 )
 from lorax.analysis import compare
@@ -50,8 +51,7 @@ def collect(runs: dict[str, list[Path]], folder: Path) -> None:
 def verdicts(folder: Path) -> list[Verdict]:
     found = []
     for base, best in numbers(folder, "optima.csv").groupby("base", sort=False):
-        edge = best["edge"].astype(object)  # a CSV has no empty text, only NaN
-        if wrong := edges(best.assign(edge=edge.where(edge.notna(), ""))):
+        if wrong := edges(best.assign(edge=texts(best["edge"]))):
             found += [Verdict(part, base, WITHDRAWN, wrong) for part in PARTS]
             continue
         by_seed = best.pivot(index="seed", columns=BY, values="best")

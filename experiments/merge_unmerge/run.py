@@ -1,10 +1,10 @@
 """Merge an adapter into the weights and take it out again: how much of the weights is lost?
 
-    python -m experiments.merge_unmerge.run [--data=DIR]
+    python -m experiments.merge_unmerge.run [--data=DIR] [--workdir=DIR]
 
 DIR (or $LORAX_DATA) holds models/stories-llama-260k; without it gpt2-nano alone is measured. Where
 torch, transformers and PEFT are installed, PEFT does the same. Writes numbers.csv and figure.png
-beside this file.
+beside this file, or into --workdir.
 """
 
 import argparse
@@ -40,7 +40,10 @@ GUARD = 1e-8  # that PEFT adds to (IA)3's vectors before it divides by them
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", default=os.environ.get("LORAX_DATA"))
-    data = parser.parse_args().data
+    parser.add_argument("--workdir", default=HERE, type=Path, help="for tables and figures")
+    flags = parser.parse_args()
+    data, folder = flags.data, flags.workdir
+    folder.mkdir(parents=True, exist_ok=True)
     names = {"gpt2-nano": str(ASSETS / "gpt2-nano")}
     if data and (Path(data) / "models/stories-llama-260k").exists():
         names["stories-llama-260k"] = str(Path(data) / "models/stories-llama-260k")
@@ -72,7 +75,7 @@ def main():
 
     # ------------------------------------------------------------------------------------ results
     table = pd.DataFrame(rows)
-    table.to_csv(HERE / "numbers.csv", index=False, float_format="%.6g", lineterminator="\n")
+    table.to_csv(folder / "numbers.csv", index=False, float_format="%.6g", lineterminator="\n")
     each = table.groupby(["dtype", "base", "method", "way"], sort=False)
     shown = each[["size", "units", "relative", "changed", "units_after"]].agg(["mean", "sem"])
     shown = shown.drop(columns=[("size", "sem")])
@@ -80,7 +83,7 @@ def main():
     print(shown.to_string(float_format=lambda x: f"{x:.3g}"))
     kept = table.loc[table["way"] == "subtract", "kept"].dropna()
     print("lorax's own, bit for bit:", kept.value_counts().to_dict())
-    figure(table).savefig(HERE / "figure.png", dpi=110)
+    figure(table).savefig(folder / "figure.png", dpi=110)
 
 
 def perturbed(base, name, seed, zero=False):

@@ -1,6 +1,6 @@
 """What does an adapter cost in inference? LoRA merged and not, Houlsby's and Pfeiffer's adapters.
 
-    python -m experiments.merged_latency.run [DIR...] [--clock=cpu|wall]
+    python -m experiments.merged_latency.run [DIR...] [--clock=cpu|wall] [--workdir=DIR]
 
 Times of gpt2-nano, of models in Hugging Face's layout (DIR) and of a GPT-2 small with random
 weights: reading a prompt of 128 tokens, one and eight at a time, and the next token behind it. The
@@ -42,8 +42,12 @@ LARGE = {"1 x 128": 12, "1 x 1": 30, "8 x 128": 6}
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
-    parser.add_argument("bases", nargs="*", metavar="DIR", help="small models")
+    data = os.environ.get("LORAX_DATA")
+    default = [f"{data}/models/stories-llama-260k"] if data else []
+    parser.add_argument("bases", nargs="*", default=default, metavar="DIR", help="small models")
+    parser.add_argument("--workdir", default=HERE, type=Path, help="for table and figure")
     flags = parser.parse_args()
+    flags.workdir.mkdir(parents=True, exist_ok=True)
     clock, bases = CLOCKS[flags.clock], ["gpt2-nano", *flags.bases]
 
     rows = []
@@ -75,7 +79,7 @@ def main():
             print(f"{name}, {shape}: done", flush=True)
             table = pd.DataFrame(rows)
             table.to_csv(
-                HERE / "numbers.csv", index=False, float_format="%.5g", lineterminator="\n"
+                flags.workdir / "numbers.csv", index=False, float_format="%.5g", lineterminator="\n"
             )
 
     each = table.groupby(["base", "shape", "side"], sort=False)
@@ -88,7 +92,7 @@ def main():
         three_quarters=("ratio", lambda x: x.quantile(0.75)),
     )
     print(shown.to_string(float_format=lambda x: f"{x:.3f}"))
-    figure(table).savefig(HERE / "figure.png", dpi=110)
+    figure(table).savefig(flags.workdir / "figure.png", dpi=110)
 
 
 def width(base) -> int:

@@ -1,6 +1,6 @@
 """How far are 4-bit weights from the weights? NF4, FP4 and INT4, blocks of 64 numbers.
 
-    python -m experiments.nf4_error.run [--data=DIR]
+    python -m experiments.nf4_error.run [--data=DIR] [--workdir=DIR]
 
 DIR (or $LORAX_DATA) holds models/stories-llama-260k; without it gpt2-nano alone is measured beside
 the normal distribution. Writes numbers.csv and figure.png beside this file.
@@ -30,13 +30,16 @@ FORMATS += ("int4, 16 levels without 0", "fp4")
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", default=os.environ.get("LORAX_DATA"))
-    data = parser.parse_args().data
+    parser.add_argument("--workdir", default=HERE, type=Path, help="for tables and figures")
+    flags = parser.parse_args()
+    data, folder = flags.data, flags.workdir
+    folder.mkdir(parents=True, exist_ok=True)
 
     # --------------------------------------------------------------------- N(0, 1), a seed a row
     rows = []
     for seed in SEEDS:
         w = jax.random.normal(jax.random.key(seed), (SIZE, SIZE))
-        rows += errors("N(0, 1)", f"seed {seed}", w)
+        rows += errors("N(0,1)", f"seed {seed}", w)
 
     # ------------------------------------------------------- the linear layers of real models
     names = ["gpt2-nano"]
@@ -53,9 +56,9 @@ def main():
 
     # ------------------------------------------------------------------------------------ results
     table = pd.DataFrame(rows)
-    table["over_nf4"] = table["mse"] / table.groupby(["weights", "of"])["mse"].transform("first")
-    table.to_csv(HERE / "numbers.csv", index=False, float_format="%.6g", lineterminator="\n")
-    each = table.groupby(["weights", "format"], sort=False)
+    table["over_nf4"] = table["mse"] / table.groupby(["base", "of"])["mse"].transform("first")
+    table.to_csv(folder / "numbers.csv", index=False, float_format="%.6g", lineterminator="\n")
+    each = table.groupby(["base", "format"], sort=False)
     shown = each.agg(
         n=("of", "size"),
         mse=("mse", "mean"),
@@ -67,11 +70,11 @@ def main():
         worse_than_nf4=("over_nf4", lambda x: (x > 1).sum()),
     )
     print(shown.to_string(float_format=lambda x: f"{x:.5f}"))
-    closer = table[(table["format"] == FORMATS[2]) & (table["weights"] != "N(0, 1)")]
+    closer = table[(table["format"] == FORMATS[2]) & (table["base"] != "N(0,1)")]
     print("INT4 over NF4 against peak, rank correlation:")
     print(closer[["over_nf4", "peak"]].corr(method="spearman").to_string())
     print(closer[closer["over_nf4"] < 1].to_string())
-    figure(table).savefig(HERE / "figure.png", dpi=110)
+    figure(table).savefig(folder / "figure.png", dpi=110)
 
 
 def errors(weights, of, w):
@@ -97,7 +100,7 @@ def errors(weights, of, w):
     size = np.mean(np.square(np.asarray(w, float)))
     peak = np.mean(absmax / np.sqrt(np.mean(np.square(x), axis=1, keepdims=True)))
     return [
-        {"weights": weights, "of": of, "format": name, "peak": peak}
+        {"base": weights, "of": of, "format": name, "peak": peak}
         | {"mse": np.mean(np.square(np.asarray(decoded[name], float) - np.asarray(w))) / size}
         for name in FORMATS
     ]
@@ -108,10 +111,10 @@ def figure(table) -> Figure:
     with matplotlib.rc_context(STYLE):
         drawn = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = drawn.add_subplot()
-        for n, (weights, own) in enumerate(table.groupby("weights", sort=False)):
+        for n, (weights, own) in enumerate(table.groupby("base", sort=False)):
             found = own.groupby("format", sort=False)["mse"].agg(["mean", "sem"]).loc[list(FORMATS)]
             y = np.arange(len(FORMATS)) + 0.2 * (n - 1)
-            what = "seeds" if weights == "N(0, 1)" else "matrices"
+            what = "seeds" if weights == "N(0,1)" else "matrices"
             label = f"{weights}, {own['of'].nunique()} {what}"
             style = {"color": COLOURS[n], "marker": MARKERS[n], "linestyle": ""}
             axes.errorbar(found["mean"], y, xerr=found["sem"], capsize=3, label=label, **style)

@@ -1,7 +1,7 @@
 """LoRA that starts from the base's weights or from data: is step 0 the base, and does PiSSA learn
 faster?
 
-    python -m experiments.starts_step0.run [--data=DIR]
+    python -m experiments.starts_step0.run [--data=DIR] [--workdir=DIR]
 
 DIR (or $LORAX_DATA) holds models/stories-llama-260k and e2e/e2e-dataset.zip; without them gpt2-nano
 alone is measured. Writes starts.csv, training.csv and figure.png beside this file.
@@ -35,7 +35,10 @@ TOLERANCE = 1e-5  # of the largest logit
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", default=os.environ.get("LORAX_DATA"))
-    data = parser.parse_args().data
+    parser.add_argument("--workdir", default=HERE, type=Path, help="for tables and figures")
+    flags = parser.parse_args()
+    data, folder = flags.data, flags.workdir
+    folder.mkdir(parents=True, exist_ok=True)
     layouts.split_cpu()
     # Starts that read data compile one program for every seed: the same one.
     cache = tempfile.TemporaryDirectory()
@@ -67,7 +70,7 @@ def main():
             for group in prepare.groups(config.members(c), print, loaded=loaded):
                 starts += step_0(group, c.base, forward)
     starts = pd.DataFrame(starts)
-    starts.to_csv(HERE / "starts.csv", **write)
+    starts.to_csv(folder / "starts.csv", **write)
     pd.set_option("display.width", 200)
     each = starts.groupby(["base", "quant", "init"], sort=False)[["largest", "rms", "of_quantised"]]
     print(each.agg(["mean", "sem"]).to_string(float_format=lambda x: f"{x:.3g}"))
@@ -87,7 +90,7 @@ def main():
                 training.append(row | {"mean": own.mean()})
 
     training = pd.DataFrame(training)
-    training.to_csv(HERE / "training.csv", **write)
+    training.to_csv(folder / "training.csv", **write)
     each = training.groupby(["base", "init", "lr"], sort=False)[["mean", f"to_{STEPS}"]]
     print(each.agg(["mean", "sem"]).to_string(float_format=lambda x: f"{x:.4f}"))
     for base in starts["base"].unique():
@@ -96,7 +99,7 @@ def main():
             gain = own["kaiming"][column].to_numpy() - own["pissa"][column].to_numpy()
             se = gain.std(ddof=1) / np.sqrt(len(gain))
             print(f"{base}, {column}: kaiming - pissa = {gain.mean():.4f} +- {se:.4f}", gain)
-    figure(starts, training).savefig(HERE / "figure.png", dpi=110)
+    figure(starts, training).savefig(folder / "figure.png", dpi=110)
 
 
 def step_0(group, name, forward):
