@@ -6,6 +6,7 @@ For every claim with a rule: into the README of its folder and into the table of
 experiments/README.md, between the lines MARKS. tests/test_verdicts.py asserts that they are there.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from experiments import verdicts
@@ -33,13 +34,12 @@ def of_claim(found: list[Verdict]) -> str:
     return "\n".join(lines).strip()
 
 
-def of_all() -> str:
+def of_all(of_each: Mapping[str, list[Verdict]]) -> str:
     """The table of experiments/README.md: a row a part of a claim, a column a base."""
     heads = ["claim", "source", *LADDER, RANDOM, OTHERS]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for claim in verdicts.claims():
+    for claim, found in of_each.items():
         rule = verdicts.rule(claim)
-        found = rule.verdicts(HERE / claim)
         for n, part in enumerate(dict.fromkeys(v.part for v in found)):
             first = f"[{rule.CLAIM}]({claim}/README.md)" if n == 0 else ""
             cells = [f"{first}{': ' if first else ''}{part}", rule.SOURCE if n == 0 else ""]
@@ -74,16 +74,20 @@ def filled(text: str, table: str) -> str:
     return f"{before}{mark}\n\n{table}\n\n{end}{after}"
 
 
-def pages() -> dict[Path, str]:
+def recomputed() -> dict[str, list[Verdict]]:
+    """{claim: its verdicts}, from the committed numbers."""
+    return {claim: verdicts.rule(claim).verdicts(HERE / claim) for claim in verdicts.claims()}
+
+
+def pages(of_each: Mapping[str, list[Verdict]]) -> dict[Path, str]:
     """{README: its table}: of all claims, of each, and of the LoRA paper's tables beside ours."""
-    of_each = {claim: verdicts.rule(claim).verdicts(HERE / claim) for claim in verdicts.claims()}
     tables = {HERE / claim / "README.md": of_claim(found) for claim, found in of_each.items()}
     tables[HERE / "lora_paper" / "README.md"] = lora_paper()
-    return {HERE / "README.md": of_all(), **tables}
+    return {HERE / "README.md": of_all(of_each), **tables}
 
 
 def main() -> None:
-    for page, table in pages().items():
+    for page, table in pages(recomputed()).items():
         text = files.read_text(page)
         try:
             new = filled(text, table)
