@@ -3,9 +3,8 @@
     python -m lorax.run --config=configs/capacity.py
 
 "LoRA Without Regret" (Thinking Machines 2025): each rank follows full fine-tuning until its
-capacity binds, at a number of steps that grows with the rank. Here: experiments/capacity, 10
-minutes on two busy cores: all ranks are behind from step 10, and only r = 16 comes closer (stories,
-10 minutes: by the training loss r = 1, 4, 16 leave at steps 30, 40, 60).
+capacity binds, at a number of steps that grows with the rank. Each rank has its own best of five
+learning rates, full fine-tuning of four. Here: experiments/capacity.
 
     --config=configs/capacity.py:stories --config.base=DIR --config.task.path=ZIP
     --config=configs/capacity.py:gpt2-medium --config.task.path=ZIP

@@ -3,9 +3,9 @@
     python -m lorax.run --config=configs/lora_fig3_subspace.py
 
 phi(i, j) between the directions of r = 8 and of r = 64, on q and v of every layer. Published: the
-top direction is shared (phi above 0.5), the others are not. Here: experiments/subspaces: 0.52 and
-0.58 (q, v), and no less for four directions. These members are table 6's;
-a minute and a half on two cores.
+top direction is shared (phi above 0.5), the others are not. phi depends on the learning rate, and
+experiments/subspaces takes table 6's members at their best rates. This trains two ranks at one
+rate: a minute and a half on two cores.
 
     --config=configs/lora_fig3_subspace.py:stories --config.base=DIR --config.task.path=ZIP
     --config=configs/lora_fig3_subspace.py:gpt2-medium --config.task.path=ZIP

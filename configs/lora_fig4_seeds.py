@@ -3,9 +3,9 @@
     python -m lorax.run --config=configs/lora_fig4_seeds.py
 
 phi(i, j) between seeds at one large rank, beside two Gaussian matrices. Published: q shares more
-directions than v, the Gaussian control none. Here: experiments/subspaces: phi(8, 8) is 0.50 and
-0.54 (q, v), 0.06 by chance. Its members but one are table
-6's; a minute on two cores.
+directions than v, the Gaussian control none. phi depends on the learning rate, and
+experiments/subspaces takes table 6's members at their best rates. This trains four seeds at one
+rate: a minute on two cores.
 
     --config=configs/lora_fig4_seeds.py:stories --config.base=DIR --config.task.path=ZIP
     --config=configs/lora_fig4_seeds.py:gpt2-medium --config.task.path=ZIP

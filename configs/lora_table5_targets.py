@@ -4,9 +4,8 @@
 
 q, k, v or o alone at rank 8, two of them at 4, all four at 2: the same number of parameters.
 Published (GPT-3, WikiSQL): 70.4, 70.0, 73.0, 73.2 alone, 71.4 for q, k and 73.7 for q, v and for
-all four. Here: experiments/targets, 6 minutes on two busy cores: loss 2.687 of all four, 2.805
-of q, v, 2.901 of o, 3.165 of v, 3.408 of q, k, 3.560 of q, 3.765 of k (stories, 3 minutes: the same
-except for o).
+all four. Each set has its own best of five learning rates, on which the order of the best depends.
+Here: experiments/targets.
 
     --config=configs/lora_table5_targets.py:stories --config.base=DIR --config.task.path=ZIP
     --config=configs/lora_table5_targets.py:minilm (SST-2; minilm-cola; minilm-random)

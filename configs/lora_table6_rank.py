@@ -4,8 +4,7 @@
 
 Rank 1 to 64 on q, on q and v, and on all of attention. Published (GPT-3): accuracy is flat from
 r = 1 or 2 on (WikiSQL, q and v: 73.4, 73.3, 73.7, 73.8, 73.5), and q alone stays below
-(68.8 to 70.5). Here: experiments/rank, 8 minutes on two busy cores: q and v 3.497, 3.120, 2.805,
-2.619, 2.415, no plateau; q alone 0.76 to 1.03 behind (stories, 18 minutes: the same).
+(68.8 to 70.5). Each setting has its own best of five learning rates. Here: experiments/rank.
 
     --config=configs/lora_table6_rank.py:stories --config.base=DIR --config.task.path=ZIP
     --config=configs/lora_table6_rank.py:minilm (SST-2; minilm-cola; minilm-random)

@@ -3,9 +3,8 @@
     python -m lorax.run --config=configs/mlp_vs_attention.py
 
 "LoRA Without Regret" (Thinking Machines 2025) and Biderman et al. (arXiv:2405.09673): with the same
-number of parameters the feed-forward layers win, all layers are about as good. Here:
-experiments/layers, 5 minutes on two busy cores: mlp 1.449, all-linear 1.448, attention 2.050
-(stories, 5 minutes: 1.260, 1.276, 1.494).
+number of parameters the feed-forward layers win, all layers are about as good. Each has its own
+best of five learning rates. Here: experiments/layers.
 
     --config=configs/mlp_vs_attention.py:stories --config.base=DIR --config.task.path=ZIP
     --config=configs/mlp_vs_attention.py:gpt2-medium --config.task.path=ZIP

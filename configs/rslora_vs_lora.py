@@ -4,8 +4,7 @@
 
 At one learning rate the first steps of alpha / r coincide at every rank ("LoRA Without Regret",
 Thinking Machines 2025); those of alpha / sqrt(r) part. alpha is such that both agree at r = 4.
-Here: experiments/scaling, 3.5 minutes on two busy cores (stories: 2). Over the first 20 steps the
-ranks are 10% of the fall apart with alpha / r and 26% with alpha / sqrt(r) (stories: 13.5%, 27%).
+Here: experiments/scaling.
 
     --config=configs/rslora_vs_lora.py:stories --config.base=DIR --config.task.path=ZIP
     --config=configs/rslora_vs_lora.py:gpt2-medium --config.task.path=ZIP
