@@ -4,8 +4,8 @@ A row says where a method's function is, which hyperparameters it takes, and whi
 differ between members of one compiled program. `lorax.config` makes the keys of `config.method` and
 the axes of `config.sweep` from the rows, including those that a user's file registers:
 
-    @methods.register("hira", varies=("rank", "gain", "targets", "layers"))
-    def hira(rank: int = 8, gain: float = 1.0, targets: tuple[str, ...] = ("q", "v"), layers=None):
+    @methods.register("peanut", varies=("rank", "gain", "targets", "layers"))
+    def peanut(rank: int = 8, gain: float = 1.0, targets=("q", "v"), layers=None):
         ...  # returns a `lorax.methods.Method`
 
 adds --config.method.gain and config.sweep.gain, and a column `gain` to the tables of a run.
@@ -75,9 +75,9 @@ KEYS = {
     "init": Key(
         str,
         "kaiming",
-        "of a: kaiming, gaussian; of b: init-b; of both: both, both-kept, orthogonal; or computed "
-        "from the base: pissa, pissa-fast, milora, olora, loftq; or from the first training "
-        "batches: eva, corda, corda-kpm, lora-ga, lora-ga-paper, lora-one",
+        "of a: kaiming, gaussian, orthonormal; of b: init-b; of both: both, both-kept, orthogonal; "
+        "or computed from the base: pissa, pissa-fast, milora, olora, loftq; or from the first "
+        "training batches: eva, corda, corda-kpm, lora-ga, lora-ga-paper, lora-one",
     ),
     "targets": Key(
         tuple,
@@ -107,7 +107,8 @@ KEYS = {
     "d_initial": Key(float, None, "vera: initial scale of a's columns"),
     "projection_seed": Key(int, None, "vera: seed of its shared matrices"),
     "mini_rank": Key(int, None, "miss: outputs that do not share"),
-    "std": Key(float, None, "prefix, prompt: standard deviation of the initial values"),
+    "mask": Key(str, None, "shira: which entries are trained, random | magnitude"),
+    "std": Key(float, None, "prefix, prompt, lora-xs: standard deviation of the initial values"),
     "tokens": Key(int, None, "prefix, prompt, llama-adapter: number of virtual tokens"),
     "dim": Key(int, None, "subspace, said, lora-subspace: the dimension d"),
     "projection": Key(str, None, "subspace: fastfood | sparse | dense"),
@@ -158,6 +159,9 @@ _LOKR = ("rank", "alpha", "scaling", "factor", "decompose_both", "targets", "lay
 _ADALORA = ("rank", "alpha", "target_rank", "targets", "layers", "dropout")
 _ADALORA += ("tinit", "tfinal", "every", "orthogonal", "beta1", "beta2")
 _VERA = ("rank", "d_initial", "projection_seed", "targets", "layers", "dropout")
+_LORA_XS = ("rank", "alpha", "scaling", "std", "targets", "layers", "dropout")
+_HIRA = ("rank", "targets", "layers", "dropout")
+_SHIRA = ("rank", "mask", "targets", "layers")
 _MISS = ("rank", "mini_rank", "targets", "layers", "dropout")
 _WHOLE = ("parameters", "layers", "full")
 _BOTTLENECK = ("rank", "activation", "targets", "layers")
@@ -174,6 +178,8 @@ ROWS: dict[str, Row] = {
         _lora("dora", "dora", _LORA),
         _lora("lora-fa", "lora_fa", _LORA, pair=False),
         _lora("lora+", "lora_plus", (*_LORA, "ratio")),
+        _lora("frozen-b", "frozen_b", _LORA, pair=False),
+        Row("lora-xs", "lorax.methods.lora_xs:lora_xs", _LORA_XS, _LORA_XS),
         Row("adalora", "lorax.methods.adalora:adalora", _ADALORA, _ADALORA, peft="ADALORA"),
         Row("loha", "lorax.methods.kronecker:loha", _LOHA, _LOHA, peft="LOHA"),
         Row("lokr", "lorax.methods.kronecker:lokr", _LOKR, _LOHA, peft="LOKR"),
@@ -185,6 +191,8 @@ ROWS: dict[str, Row] = {
             ("rank", "targets", "layers", "dropout"),
             peft="MISS",
         ),
+        Row("hira", "lorax.methods.hira:hira", _HIRA, _HIRA, peft="HIRA"),
+        Row("shira", "lorax.methods.shira:shira", _SHIRA, _SHIRA, peft="SHIRA"),
         Row("full", "lorax.methods.full:full", _WHOLE),
         Row("bitfit", "lorax.methods.full:bitfit", ("layers", "full")),
         Row("ln-tuning", "lorax.methods.full:ln_tuning", ("layers", "full"), peft="LN_TUNING"),

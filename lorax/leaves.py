@@ -16,16 +16,19 @@ from jax.sharding import PartitionSpec as P
 from lorax import divided, grouped, tree
 from lorax.grouped import PRODUCT
 from lorax.ops import (
+    EXPERTS,
     Leaf,
     Site,
     as_matrix,
     attend,
     column_squares,
     convolve,
+    dense,
     embed,
     frozen,
     is_operator,
     linear,
+    matrix,
     on_frozen,
     over_layers,
     ragged,
@@ -312,6 +315,49 @@ def kron_product(x, w1, w2):
     """x @ kron(w1, w2) without the Kronecker product: (..., m n), (m, l), (n, k) -> (..., l k)."""
     y = x.reshape(*x.shape[:-1], w1.shape[0], w2.shape[0]) @ w2  # (..., m, k)
     return jnp.einsum("...mk,ml->...lk", y, w1).reshape(*x.shape[:-1], -1)
+
+
+class Updated(Leaf):
+    """A frozen weight plus an update that is computed whole: dense(leaf) = w + dW.
+
+    Subclasses are dataclasses with the fields w, a kernel or another operator leaf, and dropout, on
+    the update's input (None at evaluation), and with a method
+    update(w): dW of one layer, (in, out), from the layer's matrix w and in its dtype.
+    The backward pass computes dW again: otherwise a scan over layers would keep one for each layer.
+    """
+
+    def linear(self, x):
+        return jax.checkpoint(_updated_linear)(self, x)
+
+    def ragged(self, x, sizes):
+        update = self.delta(dense(self.w, EXPERTS).astype(x.dtype), EXPERTS)
+        x_update = _ragged_dropout(x, self.dropout)
+        return ragged(x, self.w, sizes) + grouped.product(x_update, update, sizes)
+
+    def embed(self, ids, dtype=None):
+        rows = embed(ids, self.w, dtype)
+        return rows + jnp.take(self.update(matrix(self.w).astype(rows.dtype)), ids, axis=0)
+
+    def attend(self, x):
+        return attend(x, self.w) + x @ self.update(matrix(self.w).astype(x.dtype)).T
+
+    def dense(self, w, site):
+        return w + self.delta(w, site)
+
+    def delta(self, w, site):
+        """dW of all layers in the shape and dtype of w, the kernel that `self.w` represents."""
+        update = over_layers(lambda leaf, w: leaf.update(w), site.stack)
+        arrays = dataclasses.replace(self, w=None, dropout=None)
+        return site.from_matrix(update(arrays, site.to_matrix(w)), w.shape)
+
+
+def _updated_linear(leaf: Updated, x):
+    """x w + dropout(x) dW; x (w + dW) in float32 without dropout. bfloat16 would round a small
+    update away in the sum."""
+    w = matrix(leaf.w).astype(x.dtype)
+    if leaf.dropout is None and x.dtype != jnp.bfloat16:
+        return x @ (w + leaf.update(w))
+    return linear(x, leaf.w) + dropout(x, leaf.dropout) @ leaf.update(w)
 
 
 @jax.tree_util.register_dataclass

@@ -9,6 +9,7 @@ import json
 import math
 import mmap
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -227,13 +228,24 @@ def read_arrays(file: str | os.PathLike) -> dict[str, np.ndarray]:
         return {key: array(stored, key, file) for key in stored.keys()}
 
 
-def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """({name: float32 array}, the file's metadata).
+def read_safetensors(
+    file: str | os.PathLike, integers: str | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """({name: float32 array}, the file's metadata). integers: a regex for names of tensors that may
+    hold integers, which stay as they are stored.
 
     Raises FileNotFoundError; ValueError that names the file, and the tensor if it is not a weight.
     """
+
+    def read(stored, key):
+        if integers and re.fullmatch(integers, key):
+            whole = array(stored, key, file)
+            if whole.dtype.kind in "iu":
+                return whole
+        return floats(stored, key, file)
+
     with opened(file) as stored:
-        return {key: floats(stored, key, file) for key in stored.keys()}, stored.metadata() or {}
+        return {key: read(stored, key) for key in stored.keys()}, stored.metadata() or {}
 
 
 def read_npz(file: str | os.PathLike, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:

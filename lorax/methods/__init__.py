@@ -2,7 +2,7 @@
 
 `lorax.method("lora", rank=8)` returns the method with its hyperparameters filled in. To add one,
 write a function of hyperparameters that returns a `Method`, in any file, and `register` it
-(`lorax.catalogue`); docs/examples/hira.py is an example with its own operator leaf.
+(`lorax.catalogue`); docs/examples/peanut.py is an example with its own operator leaf.
 """
 
 import types

@@ -32,9 +32,9 @@ class Matrix(NamedTuple):
     active: np.ndarray
     key: jax.Array | None = None
 
-    def fill(self, shapes: Mapping[str, tuple], draw: Callable) -> dict:
-        """{name: float32 array (*axes, *shape)}, drawn for active layers; see `fill` below."""
-        return fill(self.key, self.axes, self.active > 0, shapes, draw)
+    def fill(self, shapes: Mapping[str, tuple], draw: Callable, dtype=np.float32) -> dict:
+        """{name: array (*axes, *shape)}, drawn for active layers; see `fill` below."""
+        return fill(self.key, self.axes, self.active > 0, shapes, draw, dtype)
 
     def full(self, value, dtype=jnp.float32) -> jax.Array:
         """An array over the layer axes that holds `value` in each."""
@@ -72,8 +72,8 @@ def key_for(key: jax.Array, path: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def fill(key, axes, active, shapes: Mapping[str, tuple], draw: Callable) -> dict:
-    """{name: float32 array (*axes, *shape)}, drawn for active layers and zero elsewhere.
+def fill(key, axes, active, shapes: Mapping[str, tuple], draw: Callable, dtype=np.float32) -> dict:
+    """{name: array (*axes, *shape) of the dtype}, drawn for active layers and zero elsewhere.
 
     axes: sizes of the layer axes, () for a weight that is not stacked. active: boolean numpy array
     over them. draw(key, index) -> {name: array at most as large as shapes[name]}, written into the
@@ -89,15 +89,24 @@ def fill(key, axes, active, shapes: Mapping[str, tuple], draw: Callable) -> dict
     array = jnp if traced else np  # numpy is quicker
 
     def padded(layer, name, shape):
-        value = layer.get(name, np.zeros((0,) * len(shape), np.float32))
+        value = layer.get(name, np.zeros((0,) * len(shape), dtype))
         after = [(0, most - n) for most, n in zip(shape, np.shape(value), strict=True)]
-        return array.pad(array.asarray(value, np.float32), after or 0)
+        return array.pad(array.asarray(value, dtype), after or 0)
 
     def stacked(name, shape):
         layers = [padded(layer, name, shape) for layer in drawn]
         return jnp.asarray(array.stack(layers).reshape((*axes, *shape)))
 
     return {name: stacked(name, shape) for name, shape in shapes.items()}
+
+
+def updates(bind: Callable, trainable, constants, params, sites=None) -> dict:
+    """{path: dW in the kernel's shape, float32} of a method that binds to `leaves.Updated`."""
+    sites = sites or ops.sites_from_shapes(params)
+    flat, bound = tree.flatten(params), tree.flatten(bind(trainable, constants, params))
+    wide = lambda path: ops.wide(flat[path], sites[path])
+    deltas = {path: bound[path].delta(wide(path), sites[path]) for path in joined(trainable)}
+    return {path: dw.astype(jnp.float32) for path, dw in deltas.items()}
 
 
 def joined(*trees: dict) -> dict[str, dict]:

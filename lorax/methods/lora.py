@@ -9,6 +9,8 @@
   With dropout, PEFT also uses the dropped-out x in (m / n - 1) x w, at the cost of a second
   product; here, as in LoRA, dropout is only on the input of `a`.
 - LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): a keeps its initial values.
+- frozen-b (Zhu et al. 2024, arXiv:2402.16842): b keeps its random values and a is
+  trained, from zero: the transpose of LoRA-FA.
 - LoRA+ (Hayou et al. 2024, arXiv:2402.12354): b learns `ratio` times as fast as a.
 
 Where a start (`lorax.methods.starts`) has a product a0 b0 that is to be subtracted from the base,
@@ -28,7 +30,7 @@ from lorax.catalogue import TAKEN_OFF
 from lorax.errors import nearest
 from lorax.methods.arrays import Matrix, joined, key_for, matrices
 from lorax.methods.contract import Method, State
-from lorax.methods.starts import DRAWN, NEEDS, STARTS
+from lorax.methods.starts import DRAWN, NEEDS, STARTS, gaussian, kaiming, orthonormal
 from lorax.methods.targets import Default, adapted_matrices, words_of
 
 SCALINGS = {
@@ -142,7 +144,7 @@ def _drawing(hp: dict, m: Matrix, leaf, evidence: Mapping) -> Callable:
 
         def draw(key, index):
             rank = int(m.active[index])
-            if m.site.kind == "embed" and hp["init"] in ("kaiming", "gaussian"):
+            if m.site.kind == "embed" and hp["init"] in ("kaiming", "gaussian", "orthonormal"):
                 # as in loralib and PEFT, the rows start at zero
                 return {"b": jax.random.normal(key, (rank, m.n_out))}
             return DRAWN[hp["init"]](key, m.n_in, m.n_out, rank)
@@ -180,7 +182,7 @@ def dropout_of(path: str, x: Mapping, key) -> leaves.Dropout | None:
     """Dropout at the rates x["dropout"] of a matrix's layers; None without a key."""
     if key is None:
         return None
-    return leaves.Dropout(x["dropout"], jax.random.split(key_for(key, path), x["s"].shape))
+    return leaves.Dropout(x["dropout"], jax.random.split(key_for(key, path), x["dropout"].shape))
 
 
 def _update(x: Mapping) -> tuple:
@@ -296,6 +298,43 @@ def lora_fa(**hp) -> Method:
     def count(params, sites=None):
         adapted = matrices(params, _ranks(method.hp, params, sites))
         return sum(int(m.active.sum()) * m.n_out for m in adapted)
+
+    return method._replace(init=init, count=count)
+
+
+def frozen_b(**hp) -> Method:
+    """LoRA that trains only a. hp: the hyperparameters of `lora`.
+
+    kaiming, gaussian and orthonormal draw b as they draw a of the transposed matrix, and a starts
+    at zero. Raises ValueError for an `init` that starts b at zero, which would never change.
+    """
+    method = lora(**hp)
+    start = DRAWN.get(method.hp["init"])
+    transposed = start in (kaiming, gaussian, orthonormal)
+    if method.hp["init"] == "eva":
+        raise ValueError(
+            "method.init: 'eva' given, but it starts b at zero, and frozen-b trains only a"
+        )
+
+    def init(key, params, sites=None, targets=None, pad=None, evidence=None):
+        trainable, constants = method.init(key, params, sites, targets, pad, evidence)
+        flat = tree.flatten(trainable)
+        fixed = {path: x for path, x in flat.items() if path.endswith("/b")}
+        moving = {path: x for path, x in flat.items() if path not in fixed}
+        if transposed:
+            adapted, rank = _ranks(method.hp, params, sites), method.hp["rank"]
+            for m in matrices(params, adapted, targets, key, rank):
+
+                def draw(key, index, m=m):
+                    return {"b": start(key, m.n_out, m.n_in, int(m.active[index]))["a"].T}
+
+                fixed[f"{m.path}/b"] = m.fill({"b": fixed[f"{m.path}/b"].shape[-2:]}, draw)["b"]
+            moving = jax.tree.map(jnp.zeros_like, moving)
+        return State(tree.unflatten(moving), _with(constants, fixed))
+
+    def count(params, sites=None):
+        adapted = matrices(params, _ranks(method.hp, params, sites))
+        return sum(int(m.active.sum()) * m.n_in for m in adapted)
 
     return method._replace(init=init, count=count)
 

@@ -7,6 +7,8 @@ that read neither w nor data:
   LoRA's paper (arXiv:2106.09685) draws A from a Gaussian without giving its width; its released
   code and PEFT have this. Hayou et al. 2024, arXiv:2406.08447, call it Init[A].
 - gaussian: a of standard deviation 1 / r, and b = 0, as PEFT's `init_lora_weights="gaussian"`.
+- orthonormal: a with orthonormal columns, uniform over all such, and b = 0, the frozen factor of
+  Zhu et al. 2024, arXiv:2402.16842.
 - init-b (Init[B] of arXiv:2406.08447): a = 0, and b ~ U(-1/sqrt(r), 1/sqrt(r)), the same rule for
   a matrix that reads r numbers.
 - both (Li et al. 2025, arXiv:2505.23194, Init[AB]): a and b, each from kaiming's U(-1/sqrt(in),
@@ -17,7 +19,7 @@ that read neither w nor data:
   (r / 2, out). Both are random, of rank r / 2, and a b = 0 up to rounding, of which bfloat16 has
   more. r must be even.
 
-For an embedding, kaiming and gaussian start a at zero and draw b, as loralib and PEFT do.
+For an embedding, these three of a start a at zero and draw b, as loralib and PEFT do.
 
 Other starts have a product s a b that is subtracted from w in the papers. Here all members of a
 sweep share the base, which never changes: the initial factors are stored as constants a0, b0 and
@@ -82,6 +84,12 @@ def gaussian(key, n_in: int, n_out: int, rank: int):
     return {"a": jax.random.normal(key, (n_in, rank), jnp.float32) / rank}
 
 
+def orthonormal(key, n_in: int, n_out: int, rank: int):
+    """a with orthonormal columns, drawn uniformly; b stays at zero."""
+    q, r = jnp.linalg.qr(jax.random.normal(key, (n_in, rank)))
+    return {"a": q * jnp.sign(jnp.diag(r))[None]}  # without the signs q is not uniform
+
+
 def init_b(key, n_in: int, n_out: int, rank: int):
     """Init[B]: b as by `kaiming_uniform_`, whose input is of size r; a stays at zero."""
     return {"b": _uniform(key, rank, (rank, n_out))}
@@ -119,6 +127,7 @@ def _uniform(key, fan_in: int, shape: tuple[int, int]):
 DRAWN: dict[str, Callable] = {
     "kaiming": kaiming,
     "gaussian": gaussian,
+    "orthonormal": orthonormal,
     "init-b": init_b,
     "both": both,
     "both-kept": both,

@@ -115,6 +115,16 @@ CASES = {
         "phi3", "miss", dict(targets=("q", "v", "up"), rank=5), "MissConfig",
         dict(target_modules=["qkv_proj", "gate_up_proj"], r=5),
     ),
+    "hira": Case(
+        "llama", "hira", QVD | dict(rank=3), "HiraConfig",
+        LLAMA | dict(r=3, rank_pattern={"down_proj": 2}),
+    ),
+    "hira-fused": Case("gpt2", "hira", QVO | dict(rank=3), "HiraConfig", GPT2 | dict(r=3)),
+    "shira": Case("llama", "shira", QVD | dict(rank=2), "ShiraConfig", LLAMA | dict(r=2)),
+    "shira-phi": Case(
+        "phi3", "shira", dict(targets=("q", "v", "up"), rank=2), "ShiraConfig",
+        dict(target_modules=["qkv_proj", "gate_up_proj"], r=2),
+    ),
     "llama-adapter": Case(
         "llama", "llama-adapter", dict(tokens=4, layers=(1,)), "AdaptionPromptConfig", LAST
     ),
@@ -130,10 +140,11 @@ CASES = {
 #: Cases that come back with other arrays which compute the same: every part of a fused module has
 #: a pair of its own beside the one of the whole modules, and a norm of one layer comes with its
 #: stack.
-OTHERWISE = ("vera-fused", "vera-phi", "tied-beside", "ln-tuning-some")
+OTHERWISE = ("shira-phi", "vera-fused", "vera-phi", "tied-beside", "ln-tuning-some")
 TWICE = ("loha-patterns", "lokr-both", "prefix-gpt2", "prompt-llama", "ln-tuning-some")
 TWICE += ("vera-phi", "ia3-phi", "prefix-phi", "prefix-gemma", "miss-mini")
 TWICE += ("gralora-conv1d",)
+TWICE += ("hira", "miss-phi")
 #: Methods of which PEFT has one adapter in a model, without a name.
 TOKENS_OF_THEIR_OWN = ("prefix", "prompt", "llama-adapter")
 QUICK = [name for name in CASES if name not in TWICE]
@@ -223,7 +234,7 @@ def test_we_compute_with_pefts_file_what_it_does(name, made, tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     method, state = peft_methods.load(tmp_path / "theirs", base)
     assert_close(parity.logits(base, method, state), expected)
-    if case.name not in TOKENS_OF_THEIR_OWN:
+    if case.name not in (*TOKENS_OF_THEIR_OWN, "shira"):  # whose places are in no state dict
         running = as_running(tmp_path / "theirs", model, tmp_path / "running")
         assert_same_state(peft_methods.load(running, base)[1], state)
     peft_methods.save(tmp_path / "ours", method, state, base, str(directory))
@@ -265,7 +276,9 @@ def test_pefts_pruned_triplets_are_read_with_the_scale_of_all(family, made, tmp_
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["adalora", "loha", "lokr", "vera", "miss", "gralora"])
+@pytest.mark.parametrize(
+    "name", ["adalora", "loha", "lokr", "vera", "miss", "hira", "shira", "gralora"]
+)
 def test_a_member_of_a_sweep_is_stored_without_its_padding(name, made, tmp_path):
     _, base, _ = made("llama")
     method, own = trained(Case("llama", name, dict(rank=2, targets=("q", "v")), "", {}), base)
@@ -355,6 +368,7 @@ def test_a_classifier_brings_its_head(name, tmp_path):
         ("gpt2", "loha", dict(rank=2), "c_attn: PEFT has no LoHa of GPT-2's Conv1D"),
         ("gpt2", "lokr", dict(rank=2), "c_attn: PEFT has no LoKr of GPT-2's Conv1D"),
         ("gpt2", "lokr", dict(targets=("up",)), "c_fc: PEFT has no LoKr of GPT-2's Conv1D"),
+        ("gpt2", "shira", dict(rank=2), "c_attn: PEFT has no SHiRA of GPT-2's Conv1D"),
         ("gpt2", "miss", dict(rank=2), "c_attn: PEFT has no MiSS of GPT-2's Conv1D"),
         ("phi3", "miss", dict(rank=2, mini_rank=2), "outputs of all .*qkv_proj share in PEFT"),
         ("gpt2", "llama-adapter", {}, "llama-adapter: PEFT has the same for llama, mistral, not"),
@@ -430,8 +444,7 @@ def edited(stored, name, directory, config=None, tensors=lambda tensors: tensors
 
 LAST_LAYER = dict(LLAMA, layers_to_transform=[1])
 EACH = ("adalora", "loha", "lokr", "vera", "ia3", "ln-tuning", "prefix", "prompt", "llama-adapter")
-EACH += ("miss",)
-EACH += ("gralora",)
+EACH += ("miss", "hira", "shira", "gralora")
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -513,6 +526,8 @@ def test_a_config_of_nonsense_is_read_or_named(name, stored, tmp_path):
         ("vera", {"target_modules": ["q_proj"]}, {}, "target_modules: .* leaves out .*_proj"),
         ("loha", LAST_LAYER, {}, r"layers_to_transform: \[1\] leaves out model.layers.0"),
         ("loha", {"use_effective_conv2d": True}, {}, "use_effective_conv2d: True given"),
+        ("hira", {"r": 7}, {}, "rank 3, but 7 in adapter_config.json, r or rank_pattern"),
+        ("shira", {"r": 1}, {}, r"_proj, r 1: shira_weight should be \(56\), it is \(112,\)"),
         ("miss", {"r": 7}, {}, r"_proj, r 7: miss_block should be \(7, 16\), it is \(6, 16\)"),
         ("miss", {"init_weights": "bat"}, {}, "init_weights: 'bat' given; it should be true, "),
         ("ia3", {"exclude_modules": ["v_proj"]}, {}, "exclude_modules: .* leaves out .*v_proj"),

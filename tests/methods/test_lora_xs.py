@@ -1,60 +1,43 @@
-"""docs/examples/lora_xs.py, a method of a user's file without a leaf of its own."""
-
-import shutil
-from pathlib import Path
+"""LoRA-XS: the dense formula, what is frozen, and the subspaces that it can't leave."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from quick import jit
-from strangers import assert_same_update, small, trained
+import pytest
+from small import noisy, three_layers
 
-import lorax
-from lorax import catalogue, config, methods, tree
-from lorax.planning import shapes
-from lorax.train import prepare
-
-FILE = Path(__file__).parents[2] / "docs" / "examples" / "lora_xs.py"
+from lorax import methods, tree
+from lorax.methods.lora_xs import lora_xs
 
 
-def test_it_starts_at_the_base_and_merges(registry):
-    catalogue.read(str(FILE))
-    base = lorax.load("gpt2-nano")
-    method = lorax.method("lora-xs", rank=3, targets=("q", "down"))
+def test_the_update_is_the_dense_formula():
+    """It lies in the span of w's first singular vectors, on either side."""
+    base = three_layers()
+    method = lora_xs(rank=3, alpha=6, targets=("q", "down"), layers=(0, 2))
     state = method.init(jax.random.key(0), base.params, base.sites)
-    assert method.count(base.params, base.sites) == tree.count(state.trainable) == 4 * 2 * 9
-    tokens = jnp.arange(12)[None]
-    run = jit(lambda params: lorax.apply(base.module, params, tokens))
-    plain = run(base.params)
-    np.testing.assert_array_equal(run(method.bind(*state, base.params)), plain)
+    assert method.count(base.params, base.sites) == 2 * 2 * 9
+    assert not any(np.any(x) for x in tree.flatten(state.trainable).values())
+    state = state._replace(trainable=noisy(state.trainable))
+    flat, deltas = tree.flatten(base.params), method.delta(*state, base.params, base.sites)
+    assert len(deltas) == 2
+    for path, dw in deltas.items():
+        assert not np.any(dw[1])
+        for layer in (0, 2):
+            u, sigma, vt = np.linalg.svd(flat[path][layer], full_matrices=False)
+            m = np.asarray(methods.joined(state.trainable)[path]["m"][layer], np.float64)
+            # The signs of singular vectors are the decomposition's own; u and v share them.
+            a = np.asarray(methods.joined(state.constants)[path]["a"][layer])
+            signs = np.sign(np.sum(a * u[:, :3], axis=0))
+            left, right = u[:, :3] * sigma[:3] * signs, signs[:, None] * vt[:3]
+            np.testing.assert_allclose(dw[layer], 2 * left @ m @ right, rtol=0, atol=1e-5)
 
-    noisy = jax.tree.map(lambda x: x + 0.1, state.trainable)
-    moved = methods.State(noisy, state.constants)
-    bound = run(method.bind(*moved, base.params))
-    merged = run(lorax.merge(method, moved, base.params))
-    np.testing.assert_allclose(merged, bound, rtol=0, atol=1e-4)
-    assert np.abs(bound - plain).max() > 0.01
 
-
-def test_it_sweeps_in_one_group(registry, tmp_path):
-    """Ranks, seeds, layers and targets: one program, whose members are themselves alone."""
-    catalogue.read(str(FILE))
-    c = small("lora-xs")
-    c.sweep.rank, c.sweep.targets, c.sweep.seed = (2, 5), (("q",), ("v", "up")), (0, 1)
-    members, together = config.members(c), trained(c, tmp_path / "together")
-    (group,) = prepare.groups(members, lambda line: None)
-    assert len(group.stack.members) == 8
-    rows = prepare.describe(group)
-    assert [row["trainable_params"] for row in rows] == [16, 16, 100, 100, 32, 32, 200, 200]
-    for member in (members[0], members[7]):
-        alone = small("lora-xs")
-        for axis, value in member.point.items():
-            alone.sweep[axis] = (value,)
-        assert_same_update(
-            together.adapter(member.index), trained(alone, tmp_path / "a").adapter(0)
-        )
-        shutil.rmtree(tmp_path / "a")
-    factors = together.adapter(7)
-    assert {path.rpartition("/")[2] for path in factors} == {"v", "up"}
-    assert all(f.a.shape[1] == 5 for f in factors.values())
-    shapes.shapes(members)
+def test_the_papers_start_is_nearly_the_base():
+    base = three_layers()
+    method = lora_xs(rank=3, std=1e-5)
+    state = method.init(jax.random.key(0), base.params, base.sites)
+    drawn = np.concatenate([np.ravel(x) for x in tree.flatten(state.trainable).values()])
+    assert 0.5e-5 < drawn.std() < 2e-5
+    with pytest.raises(ValueError, match="method.std: -1 given, must be at least 0"):
+        lora_xs(std=-1)
+    with pytest.raises(ValueError, match="method.rank: 9 given, but .* is 8 x 8: at most 8"):
+        lora_xs(rank=9).count(base.params, base.sites)

@@ -24,6 +24,8 @@ CASES = {
     "dora": (dict(rank=2), dict(rank=3, targets=("v", "down"), layers=(0,))),
     "lora-fa": (dict(rank=2), dict(rank=3)),
     "lora+": (dict(rank=2, ratio=4.0), dict(rank=3)),
+    "frozen-b": (dict(rank=2), dict(rank=3, init="orthonormal", targets=("q", "up"))),
+    "lora-xs": (dict(rank=2), dict(rank=3, layers=(1,))),
     "adalora": (dict(rank=3), dict(rank=4, target_rank=2, layers=(1,))),
     "ia3": (dict(), dict(targets=("q", "down"), layers=(0,))),
     "houlsby": (dict(rank=2), dict(rank=3, layers=(1,))),
@@ -32,6 +34,8 @@ CASES = {
     "lokr": (dict(rank=2), dict(rank=3, layers=(1,))),
     "vera": (dict(rank=3), dict(rank=4, layers=(1,))),
     "miss": (dict(rank=3), dict(rank=5, layers=(1,))),
+    "hira": (dict(rank=2), dict(rank=3, layers=(1,))),
+    "shira": (dict(rank=2), dict(rank=3, mask="magnitude", layers=(1,))),
     "prefix": (dict(tokens=2), dict(tokens=2, layers=(1,))),
     "prompt": (dict(tokens=2), dict(tokens=2)),
     "llama-adapter": (dict(tokens=2), dict(tokens=2, layers=(1,))),
@@ -158,7 +162,7 @@ def trained(method, state, count=6, **changes):
 
 
 #: Methods whose padding is checked with SGD as well.
-WITH_SGD = ("miss",)
+WITH_SGD = ("frozen-b", "lora-xs", "miss", "hira", "shira")
 PADDED = [(name, "adamw") for name in CASES if name not in UNPADDED]
 PADDED += [(name, "sgd") for name in WITH_SGD]
 

@@ -69,9 +69,9 @@ def plus(model):
     )  # fmt: skip
 
 
-def frozen_a(model):
+def frozen(model, factor):
     for name, p in model.named_parameters():
-        if "lora_A" in name:
+        if factor in name:
             p.requires_grad = False
 
 
@@ -80,11 +80,13 @@ VARIANTS = {
     "rslora": ({"use_rslora": True}, HP),
     "dora": ({"use_dora": True}, HP),
     "lora-fa": ({}, HP),
+    "frozen-b": ({}, HP),
     "lora+": ({}, HP | {"ratio": 4.0}),
 }
 #: Each variant on one family; on the other one it is soak.
 PAIRS = [(name, family) for name in VARIANTS for family in ("gpt2", "llama")]
 SLOW = [("lora", "gpt2"), ("dora", "gpt2"), ("lora-fa", "llama"), ("lora+", "llama")]
+SLOW += [("frozen-b", "gpt2")]
 
 
 @pytest.mark.parametrize(("name", "family"), few(PAIRS, [("rslora", "llama")], SLOW))
@@ -93,8 +95,8 @@ def test_same_as_peft_in_logits_and_over_twenty_steps(name, family, tmp_path):
     base, method, state, model = both(name, family, tmp_path, fields, hp)
     ours = parity.logits(base, method, state)
     np.testing.assert_allclose(ours, parity.logits_torch(model), rtol=0, atol=1e-5)
-    if name == "lora-fa":
-        frozen_a(model)
+    if name in ("lora-fa", "frozen-b"):
+        frozen(model, "lora_A" if name == "lora-fa" else "lora_B")
     losses = parity.train_torch(model, plus(model) if name == "lora+" else None)
     np.testing.assert_allclose(parity.train(base, method, state), losses, rtol=1e-4)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -132,6 +134,36 @@ def test_doras_update_of_a_bfloat16_weight_is_not_rounded_to_bfloat16():
     got, want = (method.delta(*state, params)["q/kernel"] for params in (rough, exact))
     assert got.dtype == jnp.float32 and np.abs(want).max() < 1e-2
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthonormal"])
+def test_frozen_b_is_lora_fa_of_the_transposed_matrix(init):
+    """Kernels 8 x 12 and 12 x 8, whose constant and trained factor swap."""
+    params = lambda *shape: {"q": {"kernel": jnp.ones(shape)}}
+    draw = lambda name, *shape: lorax.method(name, rank=3, init=init, targets=("q",)).init(
+        jax.random.key(0), params(*shape)
+    )
+    fa, fb = draw("lora-fa", 12, 8), draw("frozen-b", 8, 12)
+    np.testing.assert_array_equal(
+        fb.constants["q"]["kernel"]["b"], fa.constants["q"]["kernel"]["a"].T
+    )
+    assert fb.trainable["q"]["kernel"]["a"].shape == (8, 3)
+    assert not np.any(fb.trainable["q"]["kernel"]["a"])
+    if init == "orthonormal":
+        b = np.asarray(fb.constants["q"]["kernel"]["b"])
+        np.testing.assert_allclose(b @ b.T, np.eye(3), rtol=0, atol=1e-6)
+
+
+def test_frozen_b_of_another_start_keeps_that_b():
+    params = {"q": {"kernel": jax.random.normal(jax.random.key(1), (8, 12))}}
+    draw = lambda name, init: lorax.method(name, rank=3, init=init, targets=("q",)).init(
+        jax.random.key(0), params
+    )
+    for init in ("init-b", "both", "pissa"):
+        b = draw("frozen-b", init).constants["q"]["kernel"]["b"]
+        np.testing.assert_array_equal(b, draw("lora", init).trainable["q"]["kernel"]["b"])
+    with pytest.raises(ValueError, match="'eva' given, but it starts b at zero"):
+        draw("frozen-b", "eva")
 
 
 def test_lora_plus_moves_b_as_much_faster_as_it_says():

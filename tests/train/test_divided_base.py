@@ -245,7 +245,7 @@ HP = {
     "lora": dict(rank=2), "adalora": dict(rank=3), "subspace": dict(dim=5), "said": dict(dim=14),
     "lora-subspace": dict(dim=5, rank=2), "prefix": dict(tokens=2), "prompt": dict(tokens=2),
     "llama-adapter": dict(tokens=2), "lora+": dict(rank=2, full=("norms", "embed")),
-    "miss": dict(rank=5),
+    "miss": dict(rank=5), "hira": dict(rank=2), "shira": dict(rank=2),
 }  # fmt: skip
 
 

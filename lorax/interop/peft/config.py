@@ -159,6 +159,12 @@ FIELDS: dict[str, dict[str, Want]] = {
     | {"exclude_modules": NAMES, "r": COUNT, "mini_r": COUNT, "miss_dropout": SHARE}
     | {"init_weights": _either("true, false or mini", FLAG, _one_of("mini"))}
     | {"bias": BIAS("MiSS_only")},
+    "HIRA": _LAYERS
+    | {"exclude_modules": NAMES, "fan_in_fan_out": FLAG, "r": COUNT, "rank_pattern": RANKS}
+    | {"hira_dropout": SHARE, "init_weights": ANY},
+    "SHIRA": _TARGETS
+    | {"r": COUNT, "mask_type": TEXT, "random_seed": _or_null(INDEX), "fan_in_fan_out": FLAG}
+    | {"init_weights": FLAG},
     "LN_TUNING": _TARGETS | {"exclude_modules": NAMES},
     "PREFIX_TUNING": _TOKENS
     | {"encoder_hidden_size": _or_null(COUNT), "prefix_projection": FLAG, "init_weights": ANY},

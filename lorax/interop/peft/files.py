@@ -19,8 +19,8 @@ WHOLE = re.compile(r"(?!.*lora_)(.+)\.(weight|bias)")
 # A tensor of an adapter in a module: in a running model an adapter's name follows the word.
 _OWN = re.compile(
     r"(?P<start>(.+\.)?(lora_(embedding_)?[ABE]|lora_magnitude_vector|hada_\w+|lokr_\w+"
-    r"|vera_lambda_[bd]|vera_[AB]|ia3_l|ln_tuning_layers|miss_block"
-    r"|gralora_[AB](_general)?))"
+    r"|vera_lambda_[bd]|vera_[AB]|ia3_l|ln_tuning_layers|miss_block|hira_[AB]"
+    r"|shira_weight|shira_indices|gralora_[AB](_general)?))"
     r"(\.(?P<name>[^.]+))??(?P<end>(\.(weight|bias))?)"
 )
 # A module trained whole: the trained copy, and the base's original, which is unused.
@@ -35,7 +35,8 @@ def write(
 ) -> pathlib.Path:
     """Write the two files of an adapter; the directory. metadata: of the safetensors file."""
     directory = pathlib.Path(directory)
-    tensors = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()}
+    stored = lambda x: np.ascontiguousarray(x, np.int32 if x.dtype.kind == "i" else np.float32)
+    tensors = {name: stored(tensor) for name, tensor in tensors.items()}
     data = serialise(tensors, {"format": "pt"} | dict(metadata or {}))
     write_bytes(directory / WEIGHTS, data)
     write_bytes(directory / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
@@ -56,11 +57,12 @@ def serialise(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes
 
 
 def read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """({name: float32 array}, the file's metadata) of a safetensors file. Raises FileNotFoundError,
-    or ValueError for any other file and for a tensor that is not of finite floats."""
+    """({name: float32 array}, the file's metadata) of a safetensors file; SHiRA's places may be
+    integers. Raises FileNotFoundError, or ValueError for any other file and for a tensor that is
+    not of finite floats."""
     if not file.exists():
         raise missing(file)
-    return read_safetensors(file)
+    return read_safetensors(file, integers=r".*\.shira_indices(\..+)?")
 
 
 def own_names(stored: Mapping[str, np.ndarray], file: pathlib.Path) -> dict[str, np.ndarray]:

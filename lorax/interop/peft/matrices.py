@@ -41,6 +41,7 @@ from lorax.interop.peft.config import (
     from_patterns,
     scale_of,
 )
+from lorax.interop.peft.high_rank import read_hira, read_shira, write_hira, write_shira
 from lorax.interop.peft.miss import read_miss, write_miss
 from lorax.interop.peft.modules import Arrays, Kind, Place, apart, fit, joined, widest
 
@@ -391,6 +392,8 @@ KINDS = {
     "lokr": Kind("lokr_[a-z0-9_]+", write_lokr, read_lokr),
     "vera": Kind("vera_lambda_[bd]", write_vera, read_vera, "vera_only"),
     "ia3": Kind("ia3_l", write_ia3, read_ia3),
+    "hira": Kind("hira_[AB]", write_hira, read_hira),
+    "shira": Kind("shira_(weight|indices)", write_shira, read_shira),
     "miss": Kind("miss_block", write_miss, read_miss, "MiSS_only"),
     "gralora": Kind("gralora_[A-Za-z_]+", gralora.write, gralora.read, "gralora_only"),
 }

@@ -1,4 +1,4 @@
-"""docs/examples/hira.py, a method of a user's file: from its registration to its report."""
+"""docs/examples/peanut.py, a method of a user's file: from its registration to its report."""
 
 import dataclasses
 import json
@@ -26,12 +26,12 @@ from lorax.report import __main__ as report
 from lorax.train import prepare, stacks
 
 ROOT = Path(__file__).parents[2]
-FILE = ROOT / "docs" / "examples" / "hira.py"
+FILE = ROOT / "docs" / "examples" / "peanut.py"
 COMMANDS = [command for where, command in pages.commands() if where.startswith("docs/methods.md")]
 
 
 @pytest.fixture
-def hira(registry):
+def peanut(registry):
     return catalogue.read(str(FILE))
 
 
@@ -52,28 +52,28 @@ def products(bound, path, layer):
     return ops.linear(x, leaf), x @ ops.matrix(leaf)
 
 
-def test_the_update_is_the_dense_formula(hira):
+def test_the_update_is_the_dense_formula(peanut):
     base = three_layers()
-    method = lorax.method("hira", rank=3, gain=2.5, targets=("q", "down"), layers=(0, 2))
+    method = lorax.method("peanut", rank=3, gain=2.5, targets=("q", "down"), layers=(0, 2))
     state = method.init(jax.random.key(0), base.params, base.sites)
     assert not any(np.any(dw) for dw in method.delta(*state, base.params, base.sites).values())
     state = moved(state)
-    assert method.count(base.params, base.sites) == 2 * 3 * (8 + 8 + 12 + 8)
+    assert method.count(base.params, base.sites) == 2 * 3 * (8 + 8 + 8 + 8)
     flat, deltas = tree.flatten(base.params), method.delta(*state, base.params, base.sites)
     bound = tree.flatten(method.bind(*state, base.params))
     merged = tree.flatten(lorax.merge(method, state, base.params, base.sites))
     assert not any(map(ops.is_operator, merged.values()))
     for path, x in methods.joined(*state).items():
-        dense = 2.5 * np.asarray(flat[path]) * np.asarray(x["a"] @ x["b"])
+        dense = 2.5 * np.maximum(np.asarray(flat[path] @ x["a"]), 0) @ np.asarray(x["b"])
         np.testing.assert_allclose(deltas[path], dense, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(merged[path] - flat[path], dense, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(*products(bound, path, 2), rtol=1e-4, atol=1e-5)
 
 
-def test_a_leaf_of_its_own_on_a_quantised_base(hira):
+def test_a_leaf_of_its_own_on_a_quantised_base(peanut):
     base = three_layers()
     coded = quant.quantize(base.params, "nf4", sites=base.sites)
-    method = lorax.method("hira", rank=3)
+    method = lorax.method("peanut", rank=3)
     state = moved(method.init(jax.random.key(0), coded, base.sites))
     bound = tree.flatten(method.bind(*state, coded))
     merged = tree.flatten(lorax.merge(method, state, coded, base.sites))
@@ -82,13 +82,13 @@ def test_a_leaf_of_its_own_on_a_quantised_base(hira):
         np.testing.assert_allclose(*products(bound, path, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_a_leaf_of_its_own_in_any_linen_layer(hira):
+def test_a_leaf_of_its_own_in_any_linen_layer(peanut):
     """Kernels with head axes, found by tracing."""
     attention = nn.MultiHeadDotProductAttention(num_heads=4)
     x = jax.random.normal(jax.random.key(5), (2, 10, 32))
     params = attention.init(jax.random.key(0), x)["params"]
     sites = lorax.sites(attention, params, x)
-    method = lorax.method("hira", rank=4, targets=("re:(query|value|out)/kernel",))
+    method = lorax.method("peanut", rank=4, targets=("re:(query|value|out)/kernel",))
     state = moved(method.init(jax.random.key(1), params, sites))
     bound = lorax.apply(attention, method.bind(*state, params), x)
     merged = attention.apply({"params": lorax.merge(method, state, params, sites)}, x)
@@ -96,11 +96,11 @@ def test_a_leaf_of_its_own_in_any_linen_layer(hira):
     assert np.abs(bound - attention.apply({"params": params}, x)).max() > 0.1
 
 
-def test_what_a_leaf_can_not_do_is_said(hira):
+def test_what_a_leaf_can_not_do_is_said(peanut):
     base = three_layers()
-    method = lorax.method("hira", rank=3, targets=("embed",))
+    method = lorax.method("peanut", rank=3, targets=("embed",))
     state = method.init(jax.random.key(0), base.params, base.sites)
-    with pytest.raises(ValueError, match="embedding with a Elementwise leaf is not supported"):
+    with pytest.raises(ValueError, match="embedding with a WeightAware leaf is not supported"):
         lorax.apply(base.module, method.bind(*state, base.params), jnp.arange(6)[None])
 
 
@@ -108,13 +108,13 @@ def test_what_a_leaf_can_not_do_is_said(hira):
 
 
 def swept(**axes):
-    c = small("hira")
+    c = small("peanut")
     for axis, values in axes.items():
         c.sweep[axis] = values
     return c
 
 
-def test_it_is_planned_with_the_shapes_of_the_arrays(hira):
+def test_it_is_planned_with_the_shapes_of_the_arrays(peanut):
     members = config.members(swept(rank=(2, 4), gain=(1.0, 8.0)))
     base, shaped = shapes.shapes(members)
     stacked = stacks.stack(members, shaped.methods, lorax.load("gpt2-nano"))
@@ -125,7 +125,7 @@ def test_it_is_planned_with_the_shapes_of_the_arrays(hira):
 
 
 @pytest.mark.parametrize("remat", few(["full", "dots"], ["dots"]))
-def test_it_trains_with_a_quantised_base_and_remat(hira, remat, tmp_path):
+def test_it_trains_with_a_quantised_base_and_remat(peanut, remat, tmp_path):
     c = swept(rank=(2, 4))
     c.quant, c.train.remat, c.train.width = "nf4", remat, 2
     run = trained(c, tmp_path / "run")
@@ -133,12 +133,12 @@ def test_it_trains_with_a_quantised_base_and_remat(hira, remat, tmp_path):
     assert (losses.last() < losses.first()).all()
 
 
-def test_what_does_not_come_from_the_trees_is_no_part_of_a_shared_program(hira, registry):
+def test_what_does_not_come_from_the_trees_is_no_part_of_a_shared_program(peanut, registry):
     base = lorax.load("gpt2-nano")
 
     @methods.register("closed", varies=("rank", "gain", "layers"))
     def closed(rank=8, gain=1.0, layers=None):
-        method = hira.hira(rank=rank, layers=layers)
+        method = peanut.peanut(rank=rank, layers=layers)
 
         def bind(trainable, constants, params, key=None, sites=None):
             scale = lambda path, x: x * gain if path.endswith("/s") else x
@@ -211,7 +211,7 @@ def clone(tmp_path_factory):
     """A folder like a clone in which the page's first command was run, in a few steps."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "docs").symlink_to(ROOT / "docs")
-    said = command(*shlex.split(COMMANDS[0])[2:], "--workdir=runs/hira", *FLAGS, cwd=folder)
+    said = command(*shlex.split(COMMANDS[0])[2:], "--workdir=runs/peanut", *FLAGS, cwd=folder)
     assert "rank (2, 4) x gain (2.0, 32)" in said and "lorax's own format" in said
     return folder
 
@@ -225,7 +225,7 @@ def here(main, command, monkeypatch, capsys, cwd, code=0):
 
 
 def test_the_flags_make_columns_of_the_report(clone):
-    run = lorax.runs.load(clone / "runs" / "hira")
+    run = lorax.runs.load(clone / "runs" / "peanut")
     assert run.members["gain"].tolist() == [2, 32, 2, 32]
     assert run.members["group"].nunique() == 1
     assert run.config["config"]["method"]["gain"] == 3
@@ -234,9 +234,9 @@ def test_the_flags_make_columns_of_the_report(clone):
     assert "gain" in (run.directory / "report.html").read_text()
 
 
-def test_a_member_of_the_group_is_itself_alone(clone, hira, tmp_path):
-    together = lorax.runs.load(clone / "runs" / "hira")
-    c = hira.get_config()
+def test_a_member_of_the_group_is_itself_alone(clone, peanut, tmp_path):
+    together = lorax.runs.load(clone / "runs" / "peanut")
+    c = peanut.get_config()
     c.update_from_flattened_dict(FEW)
     for axis, value in {"rank": 2, "gain": 32.0, "seed": 0}.items():
         c.sweep[axis] = (value,)
@@ -246,7 +246,7 @@ def test_a_member_of_the_group_is_itself_alone(clone, hira, tmp_path):
         assert np.abs(mine[path] - alone[path]).max() < 1e-3 * np.abs(alone[path]).max(), path
 
 
-def test_rank_gain_and_seed_are_one_group(hira):
+def test_rank_gain_and_seed_are_one_group(peanut):
     members = config.members(swept(rank=(2, 4), gain=(1.0, 8.0), seed=(0, 1)))
     (group,) = prepare.groups(members, lambda line: None)
     assert len(group.stack.members) == 8
@@ -254,7 +254,7 @@ def test_rank_gain_and_seed_are_one_group(hira):
 
 def test_a_run_of_it_resumes_and_mistakes_are_named(clone):
     line = COMMANDS[0].split()[2:]
-    assert "is finished" in command(*line, "--workdir=runs/hira", *FLAGS, cwd=clone)
+    assert "is finished" in command(*line, "--workdir=runs/peanut", *FLAGS, cwd=clone)
     wrong = command(*line, "--config.method.gian=3", cwd=clone, code=2)
     assert "no key 'method.gian'; did you mean 'method.gain'" in wrong
     wrong = command(*line, "--config.method.gain=much", cwd=clone, code=2)
@@ -262,10 +262,10 @@ def test_a_run_of_it_resumes_and_mistakes_are_named(clone):
 
 
 def test_a_file_beside_the_config_may_register_it(tmp_path):
-    (tmp_path / "beside.py").write_text(FILE.read_text().replace('"hira"', '"hira2"'))
+    (tmp_path / "beside.py").write_text(FILE.read_text().replace('"peanut"', '"peanut2"'))
     (tmp_path / "study.py").write_text(
         "import beside\nfrom lorax.config import default\n\ndef get_config(arg=None):\n"
-        "    c = default()\n    c.base = 'random:gpt2'\n    c.method.name = 'hira2'\n"
+        "    c = default()\n    c.base = 'random:gpt2'\n    c.method.name = 'peanut2'\n"
         "    c.sweep.gain = (1.0, 2.0)\n    return c\n"
     )
     (tmp_path / "elsewhere").mkdir()
@@ -281,7 +281,7 @@ def test_the_page_plans_merges_generates_and_reports(clone, registry, monkeypatc
     run = lambda main, line: here(main, shlex.split(line)[3:], monkeypatch, capsys, clone)
     said = {name: [c for c in COMMANDS if f"lorax.{name} " in c] for name in ("convert", "report")}
     (merge,) = said["convert"]
-    assert "hira merged" in run(convert.main, merge)
+    assert "peanut merged" in run(convert.main, merge)
     (complete,) = (c for c in COMMANDS if "lorax.generate" in c)
     text = run(generate.main, f"{complete} --new-tokens 6")
     option = complete[complete.index("--prompt") :]
@@ -289,13 +289,13 @@ def test_the_page_plans_merges_generates_and_reports(clone, registry, monkeypatc
     assert text == merged and text.startswith("name =")
     (shown,) = said["report"]
     page = (clone / run(report.main, f"{shown} --out=page").strip()).read_text()
-    assert "gain=2.0" in page and "hira" in page and "h/3/attn/v" in page
+    assert "gain=2.0" in page and "peanut" in page and "h/3/attn/v" in page
 
 
 def test_an_adapter_says_what_it_is(clone, registry, monkeypatch, capsys):
-    adapter = clone / "runs" / "hira" / "adapters" / "1"
+    adapter = clone / "runs" / "peanut" / "adapters" / "1"
     about = json.loads((adapter / "method.json").read_text())
-    assert about["name"] == "hira" and about["hp"]["gain"] == 32 and about["file"] == "hira.py"
+    assert about["name"] == "peanut" and about["hp"]["gain"] == 32 and about["file"] == "peanut.py"
     show = ["show", adapter, "--base", "gpt2-nano", "--method", FILE]
     said = here(convert.main, show, monkeypatch, capsys, clone)
     assert "h/0/attn/q" in said and "dW of every layer" in said
@@ -304,21 +304,21 @@ def test_an_adapter_says_what_it_is(clone, registry, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["convert", "generate"])
 def test_a_method_that_is_not_registered_is_named(clone, name, registry, monkeypatch, capsys):
     main, line = {
-        "convert": (convert.main, ["show", "runs/hira/adapters/0", "--base", "gpt2-nano"]),
+        "convert": (convert.main, ["show", "runs/peanut/adapters/0", "--base", "gpt2-nano"]),
         "generate": (
             generate.main,
-            ["--base", "gpt2-nano", "--adapter", "runs/hira/adapters/0", "--prompt", "a"],
+            ["--base", "gpt2-nano", "--adapter", "runs/peanut/adapters/0", "--prompt", "a"],
         ),
     }[name]
     said = here(main, line, monkeypatch, capsys, clone, code=2)
-    assert "method.json: method 'hira' is not registered; give --method FILE that" in said
-    assert "as hira.py did" in said and len(said.strip().splitlines()) <= 2  # and "loading"
+    assert "method.json: method 'peanut' is not registered; give --method FILE that" in said
+    assert "as peanut.py did" in said and len(said.strip().splitlines()) <= 2  # and "loading"
     said = here(main, [*line, "--method", "nowhere.py"], monkeypatch, capsys, clone, code=2)
     assert "--method: 'nowhere.py' is no Python file" in said
 
 
-def test_what_does_not_fit_is_named(clone, hira, tmp_path):
-    base, adapter = lorax.load("gpt2-nano"), clone / "runs" / "hira" / "adapters" / "3"
+def test_what_does_not_fit_is_named(clone, peanut, tmp_path):
+    base, adapter = lorax.load("gpt2-nano"), clone / "runs" / "peanut" / "adapters" / "3"
     method, state = states.load(adapter, base)
     assert method.hp["rank"] == 4 and method.hp["gain"] == 32 and method.hp["targets"] == ("q", "v")
     states.save(tmp_path / "copy", method, state, base)
@@ -328,6 +328,6 @@ def test_what_does_not_fit_is_named(clone, hira, tmp_path):
     narrow = dataclasses.replace(base, params=jax.tree.map(cut, base.params))
     with pytest.raises(ValueError, match="state.safetensors: .*does not fit|.*has .* there"):
         states.load(adapter, narrow)
-    (tmp_path / "copy" / "method.json").write_text('{"name": "hira"}')
+    (tmp_path / "copy" / "method.json").write_text('{"name": "peanut"}')
     with pytest.raises(ValueError, match="method.json: must have the name and the hyperparameters"):
         states.load(tmp_path / "copy", base)

@@ -1,0 +1,107 @@
+"""HiRA and SHiRA in PEFT's modules; see `lorax.interop.peft.matrices`.
+
+HiRA's inner ranks of the parts of a fused module are concatenated, each with its own outputs;
+SHiRA's entries are put side by side.
+"""
+
+import numpy as np
+
+from lorax.interop.peft.config import CONFIG, WEIGHTS, as_patterns, from_patterns
+from lorax.interop.peft.modules import apart, fit, joined, widest
+
+
+def write_hira(modules, shared, hp):
+    """`hira_A` (r, in) and `hira_B` (out, r) of every module."""
+    tensors, ranks = {}, {}
+    for place, parts in modules:
+        arrays = joined(place, parts, ("a",), ("b",))
+        tensors |= {f"{place.name}.hira_{n.upper()}": x for n, x in arrays.items()}
+        ranks[place.name] = len(arrays["a"])
+    r, rank_pattern = as_patterns(ranks)
+    config = {"r": r, "rank_pattern": rank_pattern, "init_weights": True}
+    return tensors, config | {"hira_dropout": hp["dropout"]}
+
+
+def read_hira(modules, shared, config, where):
+    """The factors, with each module's own rank.
+
+    Raises ValueError for shapes that don't fit, a rank that the config contradicts, and if all
+    updates are zero."""
+    layers = {}
+    for place, tensors in modules:
+        here = f"{where / WEIGHTS}: {place.name}"
+        shapes = {"hira_A": ("r", place.inputs), "hira_B": (place.outputs, "r")}
+        rank = fit(here, tensors, **shapes)["r"]
+        said = from_patterns(config.get("rank_pattern"), place.name, config.get("r", 32))
+        if rank != said:
+            raise ValueError(f"{here}: rank {rank}, but {said} in {CONFIG}, r or rank_pattern")
+        arrays = {"a": tensors["hira_A"], "b": tensors["hira_B"]}
+        layers |= apart(place, arrays, ("a",), ("b",))
+    rank = widest(layers, "a", where)
+    return {"rank": rank, "dropout": config.get("hira_dropout", 0.0)}, layers, {}
+
+
+def write_shira(modules, shared, hp):
+    """`shira_weight` (n,) and `shira_indices` (2, n), outputs and inputs, of every module, with
+    n = r (in + out) as PEFT demands: where a fused module has fewer entries, zeros are added.
+
+    Raises ValueError for GPT-2's Conv1D, and for a module too small for that n."""
+    entries = []
+    for place, parts in modules:
+        if place.conv1d:
+            raise ValueError(f"{place.name}: PEFT has no SHiRA of GPT-2's Conv1D")
+        found = []
+        for layer, arrays in parts.items():
+            own = np.arange(place.outputs)[place.columns[layer]]
+            real = arrays["places"] > 0
+            row, column = np.divmod(arrays["places"][real] - 1, len(own))
+            found.append((arrays["values"][real], own[column], row))
+        entries.append((place, *(np.concatenate(x) for x in zip(*found, strict=True))))
+    # One rank for all modules, the smallest that has room for the entries of each.
+    r = max(-(-len(x) // (place.inputs + place.outputs)) for place, x, *_ in entries)
+    tensors = {}
+    for place, values, outputs, inputs in entries:
+        missing = r * (place.inputs + place.outputs) - len(values)
+        used = np.zeros((place.outputs, place.inputs), bool)
+        used[outputs, inputs] = True
+        free = np.argwhere(~used)[:missing].T
+        if free.shape[1] < missing:
+            raise ValueError(f"{place.name}: PEFT's SHiRA has no rank {r} for so small a module")
+        indices = np.concatenate([[outputs, inputs], free], axis=1).astype(np.int32)
+        tensors[f"{place.name}.shira_indices"] = indices
+        tensors[f"{place.name}.shira_weight"] = np.pad(values, (0, missing))
+    return tensors, {"r": r, "mask_type": "random", "init_weights": True}
+
+
+def read_shira(modules, shared, config, where):
+    """The entries, those of a fused module by its parts. A part of a fused module whose entries are
+    zero is not adapted.
+
+    Raises ValueError for shapes that don't fit, and places that are not in a module or come twice.
+    """
+    layers, r, rank = {}, config.get("r", 32), 0
+    for place, tensors in modules:
+        here = f"{where / WEIGHTS}: {place.name}"
+        n = r * (place.inputs + place.outputs)
+        fit(f"{here}, r {r}", tensors, shira_weight=(n,), shira_indices=(2, n))
+        indices = tensors["shira_indices"].astype(np.int64)
+        size = np.array([[place.outputs], [place.inputs]])
+        if np.any((indices < 0) | (indices >= size)):
+            raise ValueError(f"{here}: shira_indices: not all are in {size[0, 0]} x {size[1, 0]}")
+        if len(np.unique(indices, axis=1).T) < n:
+            raise ValueError(f"{here}: shira_indices: a place comes twice")
+        column, row = indices
+        for layer, columns in place.columns.items():
+            own = np.full(place.outputs, -1)  # the part's number of each output of the module
+            width = len(own[columns])
+            own[columns] = np.arange(width)
+            mine = own[column] >= 0
+            values = tensors["shira_weight"][mine]
+            if place.fused and not values.any():
+                continue
+            places = 1 + row[mine] * width + own[column[mine]]
+            layers[layer] = {"values": values, "places": places}
+            rank = max(rank, -(-len(values) // (place.inputs + width)))
+    if not layers:
+        raise ValueError(f"{where}: there is no update, all is zero")
+    return {"rank": rank}, layers, {}
