@@ -32,6 +32,7 @@ from lorax.ops import (
     on_frozen,
     over_layers,
     ragged,
+    wide,
 )
 
 Array = jax.Array
@@ -331,7 +332,7 @@ class Updated(Leaf):
 
     def ragged(self, x, sizes):
         update = self.delta(dense(self.w, EXPERTS).astype(x.dtype), EXPERTS)
-        x_update = _ragged_dropout(x, self.dropout)
+        x_update = ragged_dropout(x, self.dropout)
         return ragged(x, self.w, sizes) + grouped.product(x_update, update, sizes)
 
     def embed(self, ids, dtype=None):
@@ -340,6 +341,13 @@ class Updated(Leaf):
 
     def attend(self, x):
         return attend(x, self.w) + x @ self.update(matrix(self.w).astype(x.dtype)).T
+
+    def convolve(self, module, x):
+        ndim = len(frozen(self).shape)
+        site = Site("conv", 0, tuple(range(ndim - 1)), (ndim - 1,))
+        kernel = {"kernel": self.delta(wide(self.w, site), site)}
+        update = module.apply({"params": kernel}, dropout(x, self.dropout))
+        return convolve(module, self.w, x) + update
 
     def dense(self, w, site):
         return w + self.delta(w, site)

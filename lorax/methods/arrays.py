@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import ops, tree
+from lorax import gather, ops, tree
 
 
 class Matrix(NamedTuple):
@@ -103,10 +103,12 @@ def fill(key, axes, active, shapes: Mapping[str, tuple], draw: Callable, dtype=n
 def updates(bind: Callable, trainable, constants, params, sites=None) -> dict:
     """{path: dW in the kernel's shape, float32} of a method that binds to `leaves.Updated`."""
     sites = sites or ops.sites_from_shapes(params)
-    flat, bound = tree.flatten(params), tree.flatten(bind(trainable, constants, params))
-    wide = lambda path: ops.wide(flat[path], sites[path])
-    deltas = {path: bound[path].delta(wide(path), sites[path]) for path in joined(trainable)}
-    return {path: dw.astype(jnp.float32) for path, dw in deltas.items()}
+    bound, deltas = tree.flatten(bind(trainable, constants, params)), {}
+    for path in joined(trainable):
+        leaf, site = bound[path], sites[path]
+        change = lambda leaf, site=site: leaf.delta(ops.wide(leaf.w, site), site)
+        deltas[path] = gather.divided(change, gather.mesh_of(leaf.w), leaf).astype(jnp.float32)
+    return deltas
 
 
 def joined(*trees: dict) -> dict[str, dict]:

@@ -116,8 +116,7 @@ CASES = {
         dict(target_modules=["qkv_proj", "gate_up_proj"], r=5),
     ),
     "hira": Case(
-        "llama", "hira", QVD | dict(rank=3), "HiraConfig",
-        LLAMA | dict(r=3, rank_pattern={"down_proj": 2}),
+        "llama", "hira", QVD | dict(rank=3), "HiraConfig", LLAMA | dict(r=3)
     ),
     "hira-fused": Case("gpt2", "hira", QVO | dict(rank=3), "HiraConfig", GPT2 | dict(r=3)),
     "shira": Case("llama", "shira", QVD | dict(rank=2), "ShiraConfig", LLAMA | dict(r=2)),

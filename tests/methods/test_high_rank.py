@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+from flax import linen as nn
 from small import noisy, three_layers
 from support import require
 
@@ -68,6 +69,20 @@ def test_an_embedding_that_is_the_head_and_a_quantised_base(name):
         merged = lorax.apply(base.module, lorax.merge(method, state, params, base.sites), tokens)
         np.testing.assert_allclose(bound, merged, rtol=0, atol=2e-5)
         assert np.abs(bound - lorax.apply(base.module, params, tokens)).max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["hira", "shira"])
+def test_a_convolution(name):
+    layer, x = nn.Conv(6, (3, 3)), jax.random.normal(jax.random.key(0), (2, 7, 7, 4))
+    params = layer.init(jax.random.key(1), x)["params"]
+    sites = lorax.sites(layer, params, x)
+    method = lorax.method(name, rank=2, targets=("re:kernel",))
+    state = method.init(jax.random.key(0), params, sites)
+    state = state._replace(trainable=noisy(state.trainable))
+    bound = lorax.apply(layer, method.bind(*state, params), x)
+    merged = layer.apply({"params": lorax.merge(method, state, params, sites)}, x)
+    np.testing.assert_allclose(bound, merged, rtol=0, atol=1e-5)
+    assert np.abs(bound - layer.apply({"params": params}, x)).max() > 1e-2
 
 
 def test_in_bfloat16_a_small_update_is_not_rounded_away():

@@ -213,6 +213,9 @@ ADAPTED = {
     "loha": dict(rank=2),
     "lokr": dict(rank=2),
     "vera": dict(rank=2),
+    "hira": dict(rank=2),
+    "shira": dict(rank=1, targets=("experts",)),
+    "miss": dict(rank=3),
     "ia3": dict(targets=("experts",), feedforward=("experts.down",)),
     "lora-subspace": dict(dim=5, rank=2),
 }
@@ -225,7 +228,9 @@ def started(name, targets=("experts", "router"), **hp):
     return method, methods.State(noisy(state.trainable, 0.1), state.constants)
 
 
-@pytest.mark.parametrize("name", few(ADAPTED, ["lora", "dora", "lokr", "ia3"], ["adalora"]))
+@pytest.mark.parametrize(
+    "name", few(ADAPTED, ["lora", "dora", "lokr", "ia3", "shira"], ["adalora"])
+)
 def test_an_adapted_expert_computes_with_what_is_merged(name):
     method, state = started(name)
     ours = base("mixtral")
