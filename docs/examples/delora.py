@@ -5,7 +5,7 @@ length of their own.
     a (in, r), b (r, out), both random; lam, trained, starts at alpha; |w| is the Frobenius norm
 
 A method without a leaf of its own: `leaves.LowRank` computes it. One compiled program trains all
-six members, in half a minute on two cores:
+six members:
 
     python -m lorax.run --config=docs/examples/delora.py
 """

@@ -3,8 +3,7 @@
     y = x (w + dW)    dW = gain relu(w a) b    a (out, r), b (r, out), zero at the start
 
 This is PEANuT without hidden layers. A method in a file of its own, with an operator leaf and a
-hyperparameter, `gain`, that lorax knows nothing of. One compiled program trains all 8 members, in a
-minute or two on two cores:
+hyperparameter, `gain`, that lorax knows nothing of. One compiled program trains all 8 members:
 
     python -m lorax.run --config=docs/examples/peanut.py
     python -m lorax.run --config=docs/examples/peanut.py --config.sweep.gain="(4.0, 16.0)"

@@ -9,8 +9,8 @@
   With dropout, PEFT also uses the dropped-out x in (m / n - 1) x w, at the cost of a second
   product; here, as in LoRA, dropout is only on the input of `a`.
 - LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): a keeps its initial values.
-- frozen-b (Zhu et al. 2024, arXiv:2402.16842): b keeps its random values and a is
-  trained, from zero: the transpose of LoRA-FA.
+- frozen-b (Zhu et al. 2024, arXiv:2402.16842): b keeps its random values and a is trained,
+  from zero: the transpose of LoRA-FA.
 - LoRA+ (Hayou et al. 2024, arXiv:2402.12354): b learns `ratio` times as fast as a.
 
 Where a start (`lorax.methods.starts`) has a product a0 b0 that is to be subtracted from the base,
