@@ -143,7 +143,7 @@ OTHERWISE = ("shira-phi", "vera-fused", "vera-phi", "tied-beside", "ln-tuning-so
 TWICE = ("loha-patterns", "lokr-both", "prefix-gpt2", "prompt-llama", "ln-tuning-some")
 TWICE += ("vera-phi", "ia3-phi", "prefix-phi", "prefix-gemma", "miss-mini")
 TWICE += ("gralora-conv1d",)
-TWICE += ("hira", "miss-phi")
+TWICE += ("hira", "miss-phi", "shira")
 #: Methods of which PEFT has one adapter in a model, without a name.
 TOKENS_OF_THEIR_OWN = ("prefix", "prompt", "llama-adapter")
 QUICK = [name for name in CASES if name not in TWICE]
