@@ -116,6 +116,18 @@ def test_states_that_are_too_large_are_computed_with_the_members(sweep, tmp_path
     np.testing.assert_allclose(*kl, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("spread", ["mesh", "members"])
+def test_it_is_the_same_where_devices_share_the_base_or_the_members(sweep, tmp_path, spread):
+    c = further(rank=(1, 2))
+    c.train.update(
+        {"mesh": {"parallel": "auto", "mesh": "fsdp=2"}}.get(spread, {"parallel": spread})
+    )
+    run = trained(tmp_path / "run", c)
+    for name in ("loss", "kl"):
+        ours, alone = run.metrics[name], sweep.metrics[name]
+        np.testing.assert_allclose(ours, alone, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
 def test_a_diverged_member_has_no_forgetting(tmp_path):
     table = runs.summary(trained(tmp_path / "run", further(lr=(1e-2, 1e30))))
     assert table["status"].tolist() == ["finished", "diverged"]
