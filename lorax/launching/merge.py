@@ -19,7 +19,7 @@ from lorax import rundir
 from lorax.files import atomically, draft, write_bytes
 from lorax.launching import parts
 
-SPLITS = ("train", "eval", "test")  # in the order in which they are written at a step
+SPLITS = ("train", "eval", rundir.ALSO, "test")  # in the order in which they are written at a step
 
 
 def merge(workdir: Path, directories: Sequence[Path]) -> dict[int, dict]:
@@ -112,10 +112,13 @@ def _of_group(group: int, leg: int, by_member: dict[int, list], size: int) -> li
     """The programs of a leg of a group, `size` members each; 0 for all."""
     members, found = list(by_member), []
     size = size or len(members)
+    seen = list(dict.fromkeys(line.split for lines in by_member.values() for line in lines))
+    kind = lambda split: rundir.ALSO if split.startswith(rundir.ALSO) else split
+    place = lambda split: (SPLITS.index(kind(split)), seen.index(split))
     chunks = [members[i : i + size] for i in range(0, len(members), size)]
     for number, chunk in enumerate(chunks):
         at = {member: i for i, member in enumerate(chunk)}
-        order = lambda line, at=at: (line.step, SPLITS.index(line.split), at[line.member])
+        order = lambda line, at=at: (line.step, *place(line.split), at[line.member])
         lines = sorted((line for member in chunk for line in by_member[member]), key=order)
         found.append(Program(rundir.part(group, number, len(chunks), leg), chunk, lines))
     return found

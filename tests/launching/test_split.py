@@ -61,17 +61,18 @@ def test_lines_are_merged_in_the_order_of_one_machine(tmp_path):
     """Three members, two in a program; their parts have measured them in another order."""
     lines = [{"member": i, "point": {}, "steps": 2, "legs": [[0, 2]]} for i in range(3)]
     parts.write_round(tmp_path, 1, parts.Round({0: lines}, {0: 2}, {0: ""}, (), "/"))
+    further = ("eval", "also:old", "also:a")  # in the order of the config, not of the alphabet
+    order = [(0, kind) for kind in further] + [(2, "train")] + [(2, kind) for kind in further]
     row = lambda member, step, kind: {"member": member, "step": step, "split": kind, "loss": 0.5}
     for number, members in enumerate([(1, 2), (0,)]):
         here = parts.directory(tmp_path, number)
         parts.write(here, parts.Part(members, 1, {}))
-        rows = [row(i, step, kind) for i in members for step, kind in ((0, "eval"), (2, "train"))]
-        rundir.append_metrics(here, [*rows, *(row(i, 2, "eval") for i in members)])
+        rows = [row(i, step, kind) for i in members for step, kind in order[:4]]
+        rundir.append_metrics(here, [*rows, *(row(i, *at) for at in order[4:] for i in members)])
     with open(here / rundir.METRICS, "a") as file:
         file.write('{"member": 0, "st')  # of a worker that is writing, or was killed
     merge.metrics(tmp_path, parts.directories(tmp_path))
     found = [json.loads(line) for line in (tmp_path / rundir.METRICS).read_text().splitlines()]
-    order = [(0, "eval"), (2, "train"), (2, "eval")]
     programs = [(0, 1), (2,)]
     assert [tuple(x.values())[:3] for x in found] == [
         (i, step, kind) for members in programs for step, kind in order for i in members
