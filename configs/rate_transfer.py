@@ -13,7 +13,7 @@ cores.
 from lorax.scales import scale, two_digits
 
 #: the middle of an optimiser's rates
-MIDDLE = {"adamw": 5e-3, "muon": 2e-2, "lora-muon": 2e-2}
+MIDDLE = {"adamw": 5e-3, "muon": 1e-2, "lora-muon": 0.16}
 FACTORS = tuple(2.0**k for k in range(-3, 3))  # of the rate
 
 
