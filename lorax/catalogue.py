@@ -38,7 +38,8 @@ class Row(NamedTuple):
     where: the function from hyperparameters to the `Method`, or its "module:name".
     hyperparameters: their names. varies: keys of `config.method` that may differ between members of
     one program because they change only data or padding; any other difference needs another
-    program. splits: {key in `varies`: values that need a separate program}. peft: PEFT's name for
+    program. splits: {key in `varies`: values that need a separate program, or a function: members
+    with values for which it returns something else need separate ones}. peft: PEFT's name for
     the method, None if PEFT lacks it. keys: the keys of `config.method` that the method adds. pair:
     whether it trains two factors path/a and path/b of each matrix, whose product times the constant
     path/s is the update, as `train.optimizer` "riemannian" and "lora-muon" need.
@@ -48,7 +49,7 @@ class Row(NamedTuple):
     where: Callable | str
     hyperparameters: tuple[str, ...]
     varies: tuple[str, ...] = ()
-    splits: Mapping[str, tuple] = types.MappingProxyType({})
+    splits: Mapping[str, tuple | Callable] = types.MappingProxyType({})
     peft: str | None = None
     keys: Mapping[str, Key] = types.MappingProxyType({})
     pair: bool = False
@@ -105,10 +106,10 @@ KEYS = {
     "factor": Key(int, None, "lokr: size of the first factor"),
     "decompose_both": Key(bool, None, "lokr: the first factor is a product as well"),
     "d_initial": Key(float, None, "vera: initial scale of a's columns"),
-    "projection_seed": Key(int, None, "vera: seed of its shared matrices"),
+    "projection_seed": Key(int, None, "vera, randlora: seed of the shared matrices"),
     "mini_rank": Key(int, None, "miss: outputs that do not share"),
     "mask": Key(str, None, "shira: which entries are trained, random | magnitude"),
-    "std": Key(float, None, "prefix, prompt, lora-xs: standard deviation of the initial values"),
+    "std": Key(float, None, "prefix, prompt, lora-xs, fourierft: deviation of the initial values"),
     "tokens": Key(int, None, "prefix, prompt, llama-adapter: number of virtual tokens"),
     "dim": Key(int, None, "subspace, said, lora-subspace: the dimension d"),
     "projection": Key(str, None, "subspace: fastfood | sparse | dense"),
@@ -117,12 +118,17 @@ KEYS = {
     ),
     "scales": Key(str, None, "said: one trained scale per layer | tensor"),
     "activation": Key(str, None, "houlsby, pfeiffer: activation function"),
+    "block_size": Key(int, None, "oft: rows of a block that is turned by itself"),
+    "neumann": Key(int, None, "oft: terms of the rotation's series; 0: the exact rotation"),
+    "frequencies": Key(int, None, "fourierft: trained numbers of a matrix"),
+    "spectral_scale": Key(float, None, "fourierft: the scale of the update"),
+    "places_seed": Key(int, None, "fourierft: seed of the frequencies that are trained"),
     "blocks": Key(int, None, "gralora: parts k of a matrix's inputs and of its outputs"),
     "batches": Key(int, None, "training batches that the initialisation reads; None: 8"),
 }
 #: The keys that are axes of a sweep, in order; keys of users' methods come after them.
 SWEPT = ("targets", "layers", "init", "scaling", "alpha", "rank", "target_rank", "tokens", "dim")
-SWEPT += ("projection", "granularity", "dropout")
+SWEPT += ("blocks", "block_size", "frequencies", "projection", "granularity", "dropout")
 #: Names that a hyperparameter can't have: a member's other fields, and axes that set other keys.
 RESERVED = (
     "member",
@@ -153,6 +159,12 @@ def _lora(name, function, takes, peft="LORA", pair=True):
     )
 
 
+def _odd_part(size: int | None) -> int:
+    """The largest odd divisor: of two block sizes that share it, one divides the other."""
+    size = size or 1
+    return size // (size & -size)
+
+
 _LORA = ("rank", "alpha", "scaling", "init", "targets", "layers", "dropout", "ranks")
 _LOHA = ("rank", "alpha", "scaling", "targets", "layers", "dropout")
 _LOKR = ("rank", "alpha", "scaling", "factor", "decompose_both", "targets", "layers", "dropout")
@@ -167,6 +179,10 @@ _WHOLE = ("parameters", "layers", "full")
 _BOTTLENECK = ("rank", "activation", "targets", "layers")
 _SUBSPACE = ("dim", "projection", "granularity")
 _FACTORS = ("rank", "alpha", "scaling", "init", "targets")
+_OFT = ("block_size", "neumann", "targets", "layers")
+_FOURIERFT = ("frequencies", "spectral_scale", "places_seed", "std", "targets", "layers")
+_HRA = ("rank", "targets", "layers")
+_RANDLORA = ("rank", "alpha", "scaling", "projection_seed", "targets", "layers", "dropout")
 _GRALORA = ("rank", "alpha", "scaling", "blocks", "targets", "layers", "dropout")
 
 #: name -> row of every registered method.
@@ -245,6 +261,25 @@ ROWS: dict[str, Row] = {
             ("dim",),
         ),
         Row("gralora", "lorax.methods.gralora:gralora", _GRALORA, _LOHA, peft="GRALORA"),
+        Row(
+            "oft",
+            "lorax.methods.oft:oft",
+            _OFT,
+            ("block_size", "targets", "layers"),
+            {"block_size": _odd_part},
+            peft="OFT",
+        ),
+        Row(
+            "fourierft",
+            "lorax.methods.fourierft:fourierft",
+            _FOURIERFT,
+            _FOURIERFT,
+            peft="FOURIERFT",
+        ),
+        Row("hra", "lorax.methods.hra:hra", _HRA, _HRA, peft="HRA"),
+        Row(
+            "randlora", "lorax.methods.randlora:randlora", _RANDLORA, _RANDLORA[1:], peft="RANDLORA"
+        ),
     )
 }
 
@@ -279,7 +314,7 @@ TYPES = (bool, int, float, str, tuple)  # of a hyperparameter's values
 def register(
     name: str,
     varies: tuple[str, ...] = (),
-    splits: Mapping[str, tuple] | None = None,
+    splits: Mapping[str, tuple | Callable] | None = None,
     help: Mapping[str, str] | None = None,
     pair: bool = False,
 ) -> Callable[[Callable], Callable]:

@@ -581,9 +581,10 @@ def _of_group(member: Member) -> dict:
     """{key: value} of the settings that members of one program must share."""
     values = flat(member.config)
     row = catalogue.ROWS.get(values["method.name"], catalogue.Row("", "", ()))
-    splits = {
-        f"method.{key}": values[f"method.{key}"] in separate for key, separate in row.splits.items()
-    }
+    splits = {}
+    for key, separate in row.splits.items():
+        value = values[f"method.{key}"]
+        splits[f"method.{key}"] = separate(value) if callable(separate) else value in separate
     data = {f"method.{name}" for name in row.varies}
     data |= {"train.lr", "train.weight_decay", "task.n_train"}
     data |= {"seed", "seeds.start", "seeds.order"}

@@ -87,6 +87,7 @@ def as_running(directory: pathlib.Path, model, to: pathlib.Path) -> pathlib.Path
     saved, here = safetensors.numpy.load_file(file), model.state_dict()
     own = ("lora_", "hada_", "lokr_", "vera_lambda_", "base_model.vera_", "ia3_", "ln_tuning_")
     own += ("miss_", "hira_", "shira_", "gralora_")
+    own += ("oft_R", "fourierft_", "hra_", "randlora_")
     own += ("modules_to_save", "original_module")
     running = [key for key in here if any(word in key for word in own)]
     assert any(".default" in key for key in running)

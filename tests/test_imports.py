@@ -30,7 +30,7 @@ LAYERS = (
         "rundir",
     }
     | {"calls", "devices", "divided", "halving", "meshes", "ranges", "scales", "tree", "vocabulary"}
-    | {"xla"},
+    | {"permutations", "xla"},
     {"grouped"},
     {"ops", "interop"},
     {"gather", "leaves"},

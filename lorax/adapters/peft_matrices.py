@@ -14,14 +14,13 @@ from lorax.interop.peft import matrices
 from lorax.interop.peft.config import check_targets
 from lorax.interop.peft.modules import Arrays, Place
 from lorax.interop.places import as_index, fused_width, natural
-from lorax.methods.vera import SHARED
 from lorax.models import Base
 
 
 def write(method: methods.Method, state: methods.State, base: Base):
     """(tensors, config) of PEFT's, by the modules that the state adapts."""
     arrays, trained = methods.joined(*state), methods.joined(state.trainable)
-    shared = {name: np.asarray(x) for name, x in arrays.pop(SHARED, {}).items()}
+    shared = {name: np.asarray(x) for name, x in arrays.pop(method.name, {}).items()}
     modules: dict[str, tuple[Place, dict[str, Arrays]]] = {}
     for layer, (path, index) in base.layers.items():
         layer_arrays = {name: np.asarray(x)[index] for name, x in arrays.get(path, {}).items()}
@@ -52,7 +51,7 @@ def read(name: str, stored: Arrays, config: dict, base: Base, directory: pathlib
         for module in sorted(modules, key=natural)
     ]
     hp, layers, shared = kind.read(placed, shared, config, directory)
-    arrays = {f"{SHARED}/{leaf}": {(): x} for leaf, x in shared.items()}
+    arrays = {f"{name}/{leaf}": {(): x} for leaf, x in shared.items()}
     for layer, layer_arrays in layers.items():
         path, index = base.layers[layer]
         for leaf, value in layer_arrays.items():
@@ -74,10 +73,10 @@ def _sort(names: str, stored: Arrays):
     modules: dict[str, Arrays] = {}
     shared, rest = {}, {}
     for key, tensor in stored.items():
-        if match := re.fullmatch(rf"(?P<module>.+)\.(?P<name>{names})", key):
-            modules.setdefault(match["module"], {})[match["name"]] = tensor
-        elif key.startswith("base_model."):
+        if key.startswith("base_model."):
             shared[key.removeprefix("base_model.")] = tensor
+        elif match := re.fullmatch(rf"(?P<module>.+)\.(?P<name>{names})", key):
+            modules.setdefault(match["module"], {})[match["name"]] = tensor
         else:
             rest[key] = tensor
     return modules, shared, rest

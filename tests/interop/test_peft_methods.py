@@ -82,6 +82,39 @@ CASES = {
         "gpt2", "gralora", dict(targets=("o", "up"), rank=8, blocks=4), "GraloraConfig",
         dict(target_modules=["attn.c_proj", "c_fc"], r=8, gralora_k=4, alpha=3),
     ),
+    "oft": Case(
+        "llama", "oft", QVD | dict(block_size=8, neumann=5), "OFTConfig",
+        LLAMA | dict(oft_block_size=8),
+    ),
+    "oft-exact": Case(
+        "llama", "oft", QVD | dict(block_size=4), "OFTConfig",
+        LLAMA | dict(oft_block_size=3, use_cayley_neumann=False),
+    ),
+    "oft-phi": Case(
+        "phi3", "oft", dict(targets=("o", "down"), block_size=4, neumann=3), "OFTConfig",
+        dict(target_modules=["qkv_proj", "o_proj"], r=4, oft_block_size=0),
+    ),
+    "fourierft": Case(
+        "llama", "fourierft", QVD | dict(frequencies=30, spectral_scale=60.0), "FourierFTConfig",
+        LLAMA | dict(n_frequency=30, scaling=60.0, n_frequency_pattern={"down_proj": 50}),
+    ),
+    "fourierft-conv1d": Case(
+        "gpt2", "fourierft", dict(targets=("o", "up"), frequencies=30, places_seed=3),
+        "FourierFTConfig", dict(target_modules=["attn.c_proj", "c_fc"], n_frequency=30),
+    ),
+    "hra": Case("llama", "hra", QVD | dict(rank=4), "HRAConfig", LLAMA | dict(r=4)),
+    "hra-phi": Case(
+        "phi3", "hra", dict(targets=("o", "down"), rank=3), "HRAConfig",
+        dict(target_modules=["qkv_proj", "o_proj"], r=5),
+    ),
+    "randlora": Case(
+        "llama", "randlora", QVD | dict(rank=6, alpha=60), "RandLoraConfig",
+        LLAMA | dict(r=6, randlora_alpha=60),
+    ),
+    "randlora-conv1d": Case(
+        "gpt2", "randlora", dict(targets=("o", "up"), rank=4, alpha=20), "RandLoraConfig",
+        dict(target_modules=["attn.c_proj", "c_fc"], r=4, randlora_alpha=50, sparse=True),
+    ),
     "ln-tuning": Case(
         "llama", "ln-tuning", {}, "LNTuningConfig",
         dict(target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
@@ -142,7 +175,7 @@ CASES = {
 OTHERWISE = ("shira-phi", "vera-fused", "vera-phi", "tied-beside", "ln-tuning-some")
 TWICE = ("loha-patterns", "lokr-both", "prefix-gpt2", "prompt-llama", "ln-tuning-some")
 TWICE += ("vera-phi", "ia3-phi", "prefix-phi", "prefix-gemma", "miss-mini")
-TWICE += ("gralora-conv1d",)
+TWICE += ("gralora-conv1d", "oft-phi", "fourierft-conv1d", "hra-phi", "randlora-conv1d")
 TWICE += ("hira", "miss-phi", "shira")
 #: Methods of which PEFT has one adapter in a model, without a name.
 TOKENS_OF_THEIR_OWN = ("prefix", "prompt", "llama-adapter")
@@ -276,7 +309,7 @@ def test_pefts_pruned_triplets_are_read_with_the_scale_of_all(family, made, tmp_
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "name", ["adalora", "loha", "lokr", "vera", "miss", "hira", "shira", "gralora"]
+    "name", ["adalora", "loha", "lokr", "vera", "miss", "hira", "shira", "gralora", "hra"]
 )
 def test_a_member_of_a_sweep_is_stored_without_its_padding(name, made, tmp_path):
     _, base, _ = made("llama")
@@ -371,6 +404,21 @@ def test_a_classifier_brings_its_head(name, tmp_path):
         ("gpt2", "miss", dict(rank=2), "c_attn: PEFT has no MiSS of GPT-2's Conv1D"),
         ("phi3", "miss", dict(rank=2, mini_rank=2), "outputs of all .*qkv_proj share in PEFT"),
         ("gpt2", "llama-adapter", {}, "llama-adapter: PEFT has the same for llama, mistral, not"),
+        ("gpt2", "oft", dict(block_size=4), "c_attn: PEFT has no OFT of GPT-2's Conv1D"),
+        (
+            "phi3",
+            "oft",
+            dict(block_size=4),
+            "q, h/0/attn/v: PEFT turns the input of .*qkv_proj once",
+        ),
+        ("gpt2", "hra", {}, "c_attn: PEFT has no HRA of GPT-2's Conv1D"),
+        (
+            "gpt2",
+            "fourierft",
+            dict(frequencies=9),
+            "c_attn: PEFT has one FourierFT of h/0/attn/q, ",
+        ),
+        ("gpt2", "randlora", dict(rank=4), "c_attn: PEFT has one RandLoRA of h/0/attn/q, "),
         ("gpt2", "gralora", {}, "c_attn: PEFT has one GraLoRA of h/0/attn/q, h/0/attn/k, "),
         ("llama", "llama-adapter", dict(layers=(0,)), "adapts the last layers alone"),
         ("llama", "prefix", dict(layers=(0,)), "a prefix in all layers or in none"),
@@ -444,6 +492,7 @@ def edited(stored, name, directory, config=None, tensors=lambda tensors: tensors
 LAST_LAYER = dict(LLAMA, layers_to_transform=[1])
 EACH = ("adalora", "loha", "lokr", "vera", "ia3", "ln-tuning", "prefix", "prompt", "llama-adapter")
 EACH += ("miss", "hira", "shira", "gralora")
+EACH += ("oft", "fourierft", "hra", "randlora")
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -512,7 +561,7 @@ def test_a_config_of_nonsense_is_read_or_named(name, stored, tmp_path):
 @pytest.mark.parametrize(
     ("name", "config", "tensors", "words"),
     [
-        ("loha", {"peft_type": "OFT"}, {}, "'OFT' can't be read; supported are LORA, AD"),
+        ("loha", {"peft_type": "BOFT"}, {}, "'BOFT' can't be read; supported are LORA, AD"),
         ("loha", {"peft_type": "LORA"}, {}, "'LORA' given; .* LORA by lorax.interop.peft"),
         ("loha", {"peft_type": "VERA"}, {}, "holds no tensors of VERA"),
         ("loha", {"r": 7, "rank_pattern": {}}, {}, "has rank 7 here and 3 in"),
@@ -535,6 +584,19 @@ def test_a_config_of_nonsense_is_read_or_named(name, stored, tmp_path):
         ("gralora", {"r": 6}, {}, r"gralora_A should be \(2, 20, 6\), it is \(2, 20, 4\)"),
         ("gralora", {"gralora_k": 4}, {}, r"gralora_A should be \(4, 10, 4\), it is"),
         ("gralora", {"gralora_k": 3}, {}, "r: 4, which gralora_k, 3, must divide"),
+        ("oft", {"use_cayley_neumann": None}, {}, "use_cayley_neumann is missing: the"),
+        ("oft", {"peft_version": "0.17.1"}, {}, "peft_version: '0.17.1' given; with use_"),
+        ("oft", {"peft_version": None}, {}, "peft_version: None given; with use_cayley_neumann"),
+        ("oft", {"num_cayley_neumann_terms": 1}, {}, "num_cayley_neumann_terms: 1 given, no rota"),
+        ("oft", {"oft_block_size": 4}, {}, "oft_block_size: 4 given, .*, but .* blocks of 8"),
+        ("oft", {"r": 2}, {}, "r: 2 and oft_block_size: 8 given; one must be 0"),
+        ("oft", {"coft": True}, {}, "coft: True given; OFT can only be read without it"),
+        ("oft", {"block_share": True}, {}, "block_share: True given; OFT can only be read without"),
+        ("fourierft", {"n_frequency": 31}, {}, r"n_frequency 31 .*_spectrum should be \(31\)"),
+        ("hra", {"apply_GS": True}, {}, "apply_GS: True given; HRA can only be read without it"),
+        ("hra", {"r": 3}, {}, r"r 3 in .*: hra_u should be \(40, 3\), it is \(40, 4\)"),
+        ("randlora", {"r": 5}, {}, r"r 5 .*: randlora_A should be \(5, 1, 16\), it is"),
+        ("randlora", {}, {"base_model.randlora_A": None}, "save with save_projection=True"),
         ("ln-tuning", {"target_modules": ["norm"]}, {}, "target_modules: .* leaves out"),
         ("adalora", {"trainable_token_indices": [1]}, {}, "trainable_token_indices: "),
         ("prefix", {"num_virtual_tokens": 5}, {}, "num_virtual_tokens: 5 given, the tensors and"),
@@ -585,6 +647,43 @@ def test_a_projected_prefix_is_read_as_what_it_became(made, tmp_path):
     model.save_pretrained(tmp_path)
     method, state = peft_methods.load(tmp_path, base)
     assert_close(parity.logits(base, method, state), parity.logits_torch(model))
+
+
+def test_a_rotation_of_an_unknown_version_is_refused(stored, tmp_path):
+    base = edited(stored, "oft", tmp_path)
+    config = json.loads((tmp_path / peft_files.CONFIG).read_text())
+    for field, words in (
+        ("oft_block_size", "from before PEFT 0.14"),
+        ("use_cayley_neumann", "add"),
+    ):
+        less = {key: value for key, value in config.items() if key != field}
+        (tmp_path / peft_files.CONFIG).write_text(json.dumps(less))
+        with pytest.raises(ValueError, match=f"{field} is missing: .*{words}"):
+            peft_methods.load(tmp_path, base)
+
+
+def test_a_sweeps_rotation_is_stored_in_blocks_of_its_own_size(made, tmp_path):
+    """Computed in blocks of 8 beside a wider member, stored in blocks of 4."""
+    _, base, _ = made("llama")
+    method = lorax.method("oft", block_size=4)
+    state = method.init(jax.random.key(0), base.params, base.sites, pad=8)
+    rng = np.random.default_rng(0)
+    noise = lambda x: x + 0.2 * rng.standard_normal(x.shape).astype(np.float32)
+    state = state._replace(trainable=jax.tree.map(noise, state.trainable))  # also where masked
+    peft_methods.save(tmp_path, method, state, base, "x")
+    again, own = peft_methods.load(tmp_path, base)
+    assert again.hp["block_size"] == 4
+    shapes = {x.shape[1:] for x in jax.tree.leaves(own.trainable)}
+    assert shapes == {(4, 6)}
+    assert_close(parity.logits(base, again, own), parity.logits(base, method, state))
+
+
+def test_a_copy_of_random_bases_that_differs_is_named(stored, tmp_path):
+    key = "base_model.model.model.layers.0.self_attn.q_proj.randlora_A"
+    other = lambda tensors: tensors | {key: 1 + tensors["base_model.randlora_A"]}
+    base = edited(stored, "randlora", tmp_path, tensors=other)
+    with pytest.raises(ValueError, match="q_proj: randlora_A is not that of all modules, base_mod"):
+        peft_methods.load(tmp_path, base)
 
 
 @pytest.mark.filterwarnings("ignore")

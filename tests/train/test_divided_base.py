@@ -244,6 +244,7 @@ def test_texts_are_those_of_one_device(base, beams):
 HP = {
     "lora": dict(rank=2), "adalora": dict(rank=3), "subspace": dict(dim=5), "said": dict(dim=14),
     "lora-subspace": dict(dim=5, rank=2), "prefix": dict(tokens=2), "prompt": dict(tokens=2),
+    "oft": dict(block_size=4), "fourierft": dict(frequencies=9), "randlora": dict(rank=4),
     "llama-adapter": dict(tokens=2), "lora+": dict(rank=2, full=("norms", "embed")),
     "miss": dict(rank=5), "hira": dict(rank=2), "shira": dict(rank=2),
 }  # fmt: skip

@@ -82,6 +82,7 @@ SHARE = Want("a number from 0 to below 1", lambda x: NUMBER.fits(x) and 0 <= x <
 COUNT = _whole("a whole number of at least 1", 1)
 INDEX = _whole("a whole number of at least 0", 0)
 WHOLE = _whole("a whole number", -MOST)
+TERMS = Want("a whole number from 1 to 64", lambda x: type(x) is int and 1 <= x <= 64)
 REGEX = Want("a regex", lambda x: isinstance(x, str) and _compiles(x))
 NAMES = _or_null(_either("a list of names, a regex", _list(TEXT, "a list of names"), REGEX))
 LIST = _or_null(_list(TEXT, "a list of names"))
@@ -128,6 +129,8 @@ _REFUSED = {
 _REFUSED["ADALORA"] = [*_REFUSED["LORA"], "target_parameters", "use_dora"]
 _REFUSED["LOHA"] = _REFUSED["LOKR"] = ["use_effective_conv2d"]
 _REFUSED["GRALORA"] = ["hybrid_r"]
+_REFUSED["OFT"] = ["coft", "block_share"]
+_REFUSED["HRA"] = ["apply_GS"]
 _LORA |= dict.fromkeys(_REFUSED["LORA"], ANY) | {"target_parameters": LIST}
 #: Initialisations that subtract something from the base: the factors then update a changed base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -171,6 +174,22 @@ FIELDS: dict[str, dict[str, Want]] = {
     "PROMPT_TUNING": _TOKENS
     | dict.fromkeys(("prompt_tuning_init", "prompt_tuning_init_text"), ANY)
     | dict.fromkeys(("tokenizer_name_or_path", "tokenizer_kwargs"), ANY),
+    "OFT": _LAYERS
+    | {"r": INDEX, "oft_block_size": INDEX, "module_dropout": SHARE, "init_weights": ANY}
+    | {"coft": FLAG, "eps": NUMBER, "block_share": FLAG, "use_cayley_neumann": FLAG}
+    | {"num_cayley_neumann_terms": TERMS, "exclude_modules": NAMES, "fan_in_fan_out": FLAG}
+    | {"bias": BIAS("oft_only")},
+    "FOURIERFT": _LAYERS
+    | {"n_frequency": COUNT, "n_frequency_pattern": RANKS, "scaling": NUMBER}
+    | {"random_loc_seed": INDEX, "init_weights": ANY, "exclude_modules": NAMES}
+    | {"fan_in_fan_out": FLAG, "bias": BIAS("fourier_only")},
+    "HRA": _LAYERS
+    | {"r": COUNT, "apply_GS": FLAG, "init_weights": ANY, "exclude_modules": NAMES}
+    | {"bias": BIAS("hra_only")},
+    "RANDLORA": _LAYERS
+    | {"r": COUNT, "randlora_alpha": NUMBER, "randlora_dropout": SHARE, "init_weights": ANY}
+    | {"projection_prng_key": INDEX, "save_projection": FLAG, "sparse": FLAG}
+    | {"very_sparse": FLAG, "fan_in_fan_out": FLAG, "bias": BIAS("randlora_only")},
     "ADAPTION_PROMPT": _EACH
     | {"target_modules": _or_null(TEXT), "adapter_len": COUNT, "adapter_layers": COUNT},
 }

@@ -20,7 +20,8 @@ WHOLE = re.compile(r"(?!.*lora_)(.+)\.(weight|bias)")
 _OWN = re.compile(
     r"(?P<start>(.+\.)?(lora_(embedding_)?[ABE]|lora_magnitude_vector|hada_\w+|lokr_\w+"
     r"|vera_lambda_[bd]|vera_[AB]|ia3_l|ln_tuning_layers|miss_block|hira_[AB]"
-    r"|shira_weight|shira_indices|gralora_[AB](_general)?))"
+    r"|shira_weight|shira_indices|gralora_[AB](_general)?|oft_(embedding_)?R"
+    r"|fourierft_spectrum|hra_u|randlora_(lambda|gamma|A|B)))"
     r"(\.(?P<name>[^.]+))??(?P<end>(\.(weight|bias))?)"
 )
 # A module trained whole: the trained copy, and the base's original, which is unused.

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from lorax.interop.peft import gralora
+from lorax.interop.peft import fourierft, gralora, hra, oft, randlora
 from lorax.interop.peft.config import (
     CONFIG,
     WEIGHTS,
@@ -43,7 +43,16 @@ from lorax.interop.peft.config import (
 )
 from lorax.interop.peft.high_rank import read_hira, read_shira, write_hira, write_shira
 from lorax.interop.peft.miss import read_miss, write_miss
-from lorax.interop.peft.modules import Arrays, Kind, Place, apart, fit, joined, widest
+from lorax.interop.peft.modules import (
+    Arrays,
+    Kind,
+    Place,
+    apart,
+    fit,
+    input_of,
+    joined,
+    widest,
+)
 
 # ---------------------------------------------------------------------------------------- AdaLoRA
 
@@ -343,13 +352,7 @@ def write_ia3(modules, shared, hp):
     for place, parts in modules:
         first = next(iter(parts.values()))
         if "l_in" in first:
-            if any(
-                not np.array_equal(arrays.get("l_in"), first["l_in"]) for arrays in parts.values()
-            ):
-                raise ValueError(f"{', '.join(parts)}: PEFT scales the input of {place.name} once")
-            if len(parts) < len(place.columns):
-                raise ValueError(f"{', '.join(parts)}: PEFT scales the input of all {place.name}")
-            tensors[f"{place.name}.ia3_l"] = first["l_in"][None]
+            tensors[f"{place.name}.ia3_l"] = input_of(place, parts, "l_in", "scales")[None]
             inner.append(place.name)
         else:
             whole = np.ones(place.outputs, np.float32)
@@ -396,4 +399,8 @@ KINDS = {
     "shira": Kind("shira_(weight|indices)", write_shira, read_shira),
     "miss": Kind("miss_block", write_miss, read_miss, "MiSS_only"),
     "gralora": Kind("gralora_[A-Za-z_]+", gralora.write, gralora.read, "gralora_only"),
+    "oft": Kind(r"oft_(embedding_)?R\.weight", oft.write, oft.read, "oft_only"),
+    "fourierft": Kind("fourierft_spectrum", fourierft.write, fourierft.read, "fourier_only"),
+    "hra": Kind("hra_u", hra.write, hra.read, "hra_only"),
+    "randlora": Kind("randlora_(lambda|gamma|A|B)", randlora.write, randlora.read, "randlora_only"),
 }

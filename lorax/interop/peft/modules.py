@@ -58,6 +58,18 @@ def fit(where: str, tensors: Mapping[str, np.ndarray], **shapes: tuple) -> dict[
 # ------------------------------------------------------------------------------------ fused modules
 
 
+def input_of(place: Place, parts: Mapping[str, Arrays], name: str, verb: str) -> np.ndarray:
+    """The array `name` of the layers that a module consists of, where it changes their common
+    input. verb: what PEFT does to the input, for errors. Raises ValueError if the layers have
+    different ones, or if some have none."""
+    first = next(iter(parts.values()))[name]
+    if any(not np.array_equal(arrays.get(name), first) for arrays in parts.values()):
+        raise ValueError(f"{', '.join(parts)}: PEFT {verb} the input of {place.name} once")
+    if len(parts) < len(place.columns):
+        raise ValueError(f"{', '.join(parts)}: PEFT {verb} the input of all {place.name}")
+    return first
+
+
 def only_layer(place: Place, method: str, where: str | None = None) -> str:
     """The layer that a module is. Raises ValueError, which begins with `where` (default: the
     module), for a module of several layers, of which PEFT has one update for all together."""

@@ -1,0 +1,22 @@
+"""Random permutations as torch draws them, without torch."""
+
+import numpy as np
+
+#: A permutation of so many numbers or more is drawn by torch in another way.
+TOO_MANY = (2**32 - 1) // 20
+
+
+def first(size: int, n: int, seed: int) -> np.ndarray:
+    """(n,) int64: the first n numbers of `torch.randperm(size, generator=g)` with the CPU's
+    generator g = `torch.Generator().manual_seed(seed)`, size < `TOO_MANY`, 0 <= seed < 2^32.
+
+    A Fisher-Yates shuffle by the Mersenne Twister, of which only n swaps are made.
+    """
+    drawn = np.random.RandomState(seed).randint(0, 2**32, n, dtype=np.uint32).astype(np.int64)
+    places = np.arange(n)
+    numbers: dict[int, int] = {}  # place -> number there, where another one was at first
+    order = []
+    for i, j in enumerate((places + drawn % (size - places)).tolist()):
+        order.append(numbers.get(j, j))
+        numbers[j] = numbers.get(i, i)
+    return np.array(order)
