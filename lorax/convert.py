@@ -5,9 +5,9 @@
     python -m lorax.convert merge BASE ADAPTER OUT              a base model with the update added
 
 ADAPTER is one of:
-  - a directory in PEFT's format, such as `runs/NAME/adapters/0`. PEFT's AdaLoRA, LoHa and VeRA are
-    converted to the LoRA with the same update. LoKr, (IA)3 and LN-tuning can be shown and merged,
-    virtual tokens only shown. All except LoRA and DoRA need --base to be shown.
+  - a directory in PEFT's format, such as `runs/NAME/adapters/0`. PEFT's AdaLoRA, LoHa, VeRA,
+    GraLoRA and HRA are converted to the LoRA with the same update. Other changes of weights can be
+    shown and merged, virtual tokens only shown. All except LoRA and DoRA need --base to be shown.
   - a checkpoint of loralib, the LoRA authors' code, as .npz or .safetensors. It does not hold its
     scale: give --alpha.
   - a directory in lorax's own format (method.json). Without a delta.safetensors it needs --base to

@@ -9,8 +9,8 @@ the methods with arrays per module, such as VeRA, `tokens` prefixes, prompts and
 Parameters trained in full with a method become PEFT's `modules_to_save` or biases. If a file has a
 parameter only for some layers (one norm of a stack), the others get the base's values.
 
-PEFT has no LoHa, LoKr, MiSS or SHiRA for GPT-2's Conv1D, and no bottleneck adapters, BitFit or
-full fine-tuning.
+PEFT has no LoHa, LoKr, MiSS, SHiRA, OFT or HRA for GPT-2's Conv1D, and no bottleneck adapters,
+BitFit or full fine-tuning.
 """
 
 from __future__ import annotations

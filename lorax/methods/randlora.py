@@ -124,7 +124,7 @@ def randlora(
         adapted = matrices(params, adapts(params, sites))
         return sum(int(m.active.sum()) * _count(min(m.n_in, m.n_out), rank) for m in adapted)
 
-    return Method("randlora", hp, init, bind, delta, count, adapts=adapts, width=rank)
+    return Method("randlora", hp, init, bind, delta, count, adapts=adapts)
 
 
 def _count(least: int, rank: int) -> int:
