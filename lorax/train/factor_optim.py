@@ -15,8 +15,6 @@ import optax
 
 from lorax import tree
 
-NOISE = 1e-5  # singular values below this share of the largest are zero but for rounding
-
 
 class MuonState(NamedTuple):
     """count: () int32, steps so far. momenta: of the factors, in their places. rest: the state of
@@ -67,9 +65,10 @@ def lora_muon(
     so s da b and s a db have spectral norm lr / 2 each, whatever the rank, s, and the sizes of a
     and b, and the decay is that of the product, 1 - lr weight_decay. From the paper: these formulas
     with m <- momentum m + (1 - momentum) g. Decided here: s is divided out, as the paper's product
-    has none; msign and the roots come from exact SVDs instead of Newton-Schulz steps; directions in
-    which the partner is zero get no step (a pseudo-inverse), so from b = 0 the first step moves b
-    alone; there is no factor of the matrix's shape.
+    has none; msign and the roots are iterated until they are exact but for rounding, by products of
+    matrices alone (on a CPU, SVDs of a stack in a compiled step can wait for each other for ever);
+    directions in which the partner is zero get no step (a pseudo-inverse), so from b = 0 the first
+    step moves b alone; there is no factor of the matrix's shape.
 
     rest: what moves all else, with its rate and decay. rate: step -> lr, which may be traced.
     scales: {path: s (layers...)}.
@@ -129,26 +128,38 @@ def _spectral(a, b, m_a, m_b):
     used = (jnp.any(a != 0, axis=-2) | jnp.any(b != 0, axis=-1)).astype(jnp.float32)
     of_b, of_a = _inverse_root(_t(b)), _inverse_root(a)
     step_a = _sign(m_a @ of_b) @ of_b
-    step_b = of_a @ _sign(of_a @ m_b)
+    step_b = of_a @ _t(_sign(_t(of_a @ m_b)))
     return step_a * used[..., None, :], step_b * used[..., :, None]
 
 
 def _inverse_root(x):
-    """(x^T x)^-1/2 (..., r, r) of x (..., n, r), zero where x is."""
-    _, sigma, vt = jnp.linalg.svd(x, full_matrices=False)
-    inverse = jnp.where(_above_noise(sigma), 1 / jnp.where(sigma > 0, sigma, 1), 0)
-    return _t(vt) @ (inverse[..., None] * vt)
+    """(x^T x)^-1/2 (..., r, r) of x (..., n, r), zero where x is.
+
+    The root is x^T sign(x), whose condition is that of x and not its square. Its pseudo-inverse is
+    the limit of z (2 - root z) from a multiple of the root (Ben-Israel and Cohen 1966).
+    """
+    root = _t(x) @ _sign(x)
+    root = (root + _t(root)) / 2
+    identity = jnp.broadcast_to(jnp.eye(root.shape[-1]), root.shape)
+    first = root / jnp.square(_length(root))
+    return jax.lax.fori_loop(0, 32, lambda _, z: z @ (2 * identity - root @ z), first)
 
 
 def _sign(x):
-    """u v^T of x = u diag(sigma) v^T, without the directions in which x is zero."""
-    u, sigma, vt = jnp.linalg.svd(x, full_matrices=False)
-    return (u * _above_noise(sigma).astype(x.dtype)[..., None, :]) @ vt
+    """u v^T of x = u diag(sigma) v^T (..., n, r), by Newton-Schulz steps of order five, which take
+    all singular values above 1e-5 of the largest to 1 and leave zeros as they are."""
+
+    def step(_, x):
+        gram = _t(x) @ x
+        return 1.875 * x - x @ (1.25 * gram - 0.375 * (gram @ gram))
+
+    return jax.lax.fori_loop(0, 20, step, x / _length(x))
 
 
-def _above_noise(sigma):
-    """Which singular values (..., r), largest first, are not zero within rounding."""
-    return sigma > NOISE * sigma[..., :1]
+def _length(x):
+    """Frobenius norms (..., 1, 1), 1 for zeros."""
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
+    return jnp.where(norm > 0, norm, 1)
 
 
 def _solved(gram, right, damping: float):
