@@ -65,16 +65,24 @@ def main(argv: list[str]) -> int:
             return 2 if code == 2 else 1
     runs = {base: [step.directory for step in steps if step.base == base] for base in bases}
     committed = rule.verdicts(HERE / arguments.claim)
-    if arguments.write:
-        rule.collect(runs, HERE / arguments.claim)
-        new = rule.verdicts(HERE / arguments.claim)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            rule.collect(runs, Path(folder))
-            new = rule.verdicts(Path(folder))
+    try:
+        new = collected(rule, runs, HERE / arguments.claim if arguments.write else None)
+    except (ValueError, FileNotFoundError) as error:
+        return fail(error)
     changed, text = compared(committed, new, bases)
     print(f"\n{text}")
+    if arguments.write:
+        print(f"written to {HERE / arguments.claim}; python -m experiments.tables does the READMEs")
     return int(changed)
+
+
+def collected(rule: ModuleType, runs: dict[str, list[Path]], folder: Path | None) -> list[Verdict]:
+    """The verdicts on the numbers of these runs, which go into a folder (None: a temporary one)."""
+    if folder is not None:
+        rule.collect(runs, folder)
+        return rule.verdicts(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        return collected(rule, runs, Path(temporary))
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

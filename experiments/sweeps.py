@@ -1,6 +1,5 @@
-"""What the figures of experiments/ that are made of sweeps have in common."""
+"""Runs of the studies in configs/, as the rules' `collect` reads them, and numbers in words."""
 
-import argparse
 import pathlib
 from typing import NamedTuple
 
@@ -19,27 +18,16 @@ class Sweep(NamedTuple):
     table: pd.DataFrame  # a row a member, of `runs.summary`; full fine-tuning has rank 0 here
 
 
-def read(config: str, about: str) -> list[Sweep]:
-    """The runs of configs/`config`.py that the command line names, one a size.
-
-    about: the calling script's docstring, for --help. Raises ValueError for a run of another
-    config; prints a line for one that is not finished, of which there is what it has so far.
-    """
-    parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"run of configs/{config}.py")
-    return [load(directory, config) for directory in parser.parse_args().runs]
-
-
 def load(directory: str | pathlib.Path, config: str) -> Sweep:
-    """A run of configs/`config`.py; see `read`."""
+    """A run of configs/`config`.py. Raises ValueError for a run of another config, and for one that
+    is not finished: its settings don't have all of their members."""
     run = runs.load(directory)
     command = run.config.get("command", "")
     if f"configs/{config}.py" not in command:
         raise ValueError(f"{directory}: need a run of configs/{config}.py, got one of {command!r}")
+    if (state := run.status.get("state")) != "finished":
+        raise ValueError(f"{directory}: the run is {state}; run its command again to finish it")
     table = runs.summary(run)
-    if run.status.get("state") != "finished":
-        done = (table["status"] == "finished").sum()
-        print(f"{directory}: not finished, {done} of {len(table)} members are\n")
     table["rank"] = table["rank"].fillna(0).astype(int)
     return Sweep(pathlib.Path(run.config["config"]["base"]).name, run, table)
 
