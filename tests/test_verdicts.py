@@ -7,6 +7,7 @@ import shlex
 import numpy as np
 import pandas as pd
 import pytest
+from synthetic import make_study
 
 from experiments import losses, rerun, tables, verdicts
 from experiments.verdicts import CONTRADICTED, NOT_RUN, REPRODUCED, UNDECIDED, Verdict
@@ -117,6 +118,41 @@ def test_a_contrast_has_the_interval_of_the_bootstrap_over_seeds_and_rows():
     other = drawn.interval(lambda x: x[..., 0] - 0.98 * x[..., 1] - 0.02 * x[..., 2])
     assert mine.over == other.over == "seeds and rows"
     np.testing.assert_allclose(mine[:3], other[:3], rtol=1e-9)
+
+
+def collected(tmp_path, best: float = 2e-2) -> dict[str, losses.Losses]:
+    """Losses of a made-up run of two ranks and three rates, of which `best` is the best."""
+    loss = lambda row: 2.0 + (0.1 if row["rank"] == 8 else 0.0) + abs(row["lr"] - best)
+    axes = {"rank": (8, 64), "lr": (1e-2, 2e-2, 4e-2)}
+    run = make_study(tmp_path / "run", axes, loss, stopped=(1, 2))  # seeds 1, 2 of 8 at 1e-2
+    losses.collect({"gpt2-nano": [run]}, tmp_path, ["rank"], "gpt2_rank_sweep")
+    return losses.read(tmp_path, ["rank"])
+
+
+def test_losses_are_collected_at_the_best_rates_and_contrasted(tmp_path):
+    of = collected(tmp_path)["gpt2-nano"]
+    assert of.split == "test" and set(of.members["lr"]) == {2e-2} and not of.doubt("8", "64")
+    difference = of.contrast({"8": 1, "64": -1})
+    assert difference.value == pytest.approx(0.1, abs=5e-3) and difference.over == "seeds and rows"
+    assert difference.low < 0.1 < difference.high
+    assert of.contrast({losses.START: 1}).value == pytest.approx(3.0)
+    means = of.means().set_index("rank")
+    assert (means["low"] < means["loss"]).all() and (means["loss"] < means["high"]).all()
+
+
+def test_a_setting_with_its_best_rate_at_the_edge_is_in_doubt(tmp_path):
+    of = collected(tmp_path, best=4e-2)["gpt2-nano"]
+    assert of.doubt("64", "8") == "best rate of 64 at the edge of its grid, 0.04"
+
+
+def test_a_run_of_another_study_or_not_finished_has_no_numbers(tmp_path):
+    collected(tmp_path)
+    with pytest.raises(ValueError, match="need a run of configs/other.py"):
+        losses.collect({"gpt2-nano": [tmp_path / "run"]}, tmp_path, ["rank"], "other")
+    status = tmp_path / "run" / "status.json"
+    status.write_text(status.read_text().replace('"state": "finished', '"state": "running'))
+    with pytest.raises(ValueError, match="the run is running; run its command again"):
+        losses.collect({"gpt2-nano": [tmp_path / "run"]}, tmp_path, ["rank"], "gpt2_rank_sweep")
 
 
 def test_layers_of_one_seed_are_no_samples_of_their_own():
