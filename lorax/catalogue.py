@@ -106,8 +106,12 @@ KEYS = {
     "factor": Key(int, None, "lokr: size of the first factor"),
     "decompose_both": Key(bool, None, "lokr: the first factor is a product as well"),
     "d_initial": Key(float, None, "vera: initial scale of a's columns"),
-    "projection_seed": Key(int, None, "vera, randlora: seed of the shared matrices"),
+    "projection_seed": Key(
+        int, None, "vera, randlora, tinylora: seed of what is random and frozen"
+    ),
     "mini_rank": Key(int, None, "miss: outputs that do not share"),
+    "numbers": Key(int, None, "tinylora: trained numbers of a group of matrices"),
+    "tying": Key(float, None, "tinylora: 0: each matrix is a group, 1: all are one"),
     "mask": Key(str, None, "shira: which entries are trained, random | magnitude"),
     "std": Key(float, None, "prefix, prompt, lora-xs, fourierft: deviation of the initial values"),
     "tokens": Key(int, None, "prefix, prompt, llama-adapter: number of virtual tokens"),
@@ -172,6 +176,7 @@ _ADALORA = ("rank", "alpha", "target_rank", "targets", "layers", "dropout")
 _ADALORA += ("tinit", "tfinal", "every", "orthogonal", "beta1", "beta2")
 _VERA = ("rank", "d_initial", "projection_seed", "targets", "layers", "dropout")
 _LORA_XS = ("rank", "alpha", "scaling", "std", "targets", "layers", "dropout")
+_TINYLORA = ("rank", "numbers", "tying", "projection_seed", "targets", "layers", "dropout")
 _HIRA = ("rank", "targets", "layers", "dropout")
 _SHIRA = ("rank", "mask", "targets", "layers")
 _MISS = ("rank", "mini_rank", "targets", "layers", "dropout")
@@ -207,6 +212,7 @@ ROWS: dict[str, Row] = {
             ("rank", "targets", "layers", "dropout"),
             peft="MISS",
         ),
+        Row("tinylora", "lorax.methods.tinylora:tinylora", _TINYLORA, _TINYLORA[1:]),
         Row("hira", "lorax.methods.hira:hira", _HIRA, _HIRA, peft="HIRA"),
         Row("shira", "lorax.methods.shira:shira", _SHIRA, _SHIRA, peft="SHIRA"),
         Row("full", "lorax.methods.full:full", _WHOLE),

@@ -34,6 +34,7 @@ CASES = {
     "lokr": (dict(rank=2), dict(rank=3, layers=(1,))),
     "vera": (dict(rank=3), dict(rank=4, layers=(1,))),
     "miss": (dict(rank=3), dict(rank=5, layers=(1,))),
+    "tinylora": (dict(numbers=3), dict(numbers=4, tying=1.0, layers=(1,))),
     "hira": (dict(rank=2), dict(rank=3, layers=(1,))),
     "shira": (dict(rank=2), dict(rank=3, mask="magnitude", layers=(1,))),
     "prefix": (dict(tokens=2), dict(tokens=2, layers=(1,))),
@@ -166,7 +167,7 @@ def trained(method, state, count=6, **changes):
 
 
 #: Methods whose padding is checked with SGD as well.
-WITH_SGD = ("frozen-b", "lora-xs", "miss", "hira", "shira")
+WITH_SGD = ("frozen-b", "lora-xs", "miss", "tinylora", "hira", "shira")
 PADDED = [(name, "adamw") for name in CASES if name not in UNPADDED]
 PADDED += [(name, "sgd") for name in WITH_SGD]
 

@@ -214,6 +214,7 @@ ADAPTED = {
     "lokr": dict(rank=2),
     "vera": dict(rank=2),
     "hira": dict(rank=2),
+    "tinylora": dict(),
     "shira": dict(rank=1, targets=("experts",)),
     "miss": dict(rank=3),
     "ia3": dict(targets=("experts",), feedforward=("experts.down",)),
