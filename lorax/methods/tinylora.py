@@ -1,4 +1,5 @@
-"""TinyLoRA: a handful of numbers, shared by groups of matrices (arXiv:2602.04118).
+"""TinyLoRA: a handful of numbers, shared by groups of matrices ("Learning to reason in 13
+parameters", 2026, arXiv:2602.04118).
 
     y = x w + (dropout(x) a) (sum_i v_i p_i) b        w = u diag(sigma) z^T
     a = the first r columns of u diag(sqrt sigma), b = the first r rows of diag(sqrt sigma) z^T
