@@ -132,7 +132,8 @@ KEYS = {
 }
 #: The keys that are axes of a sweep, in order; keys of users' methods come after them.
 SWEPT = ("targets", "layers", "init", "scaling", "alpha", "rank", "target_rank", "tokens", "dim")
-SWEPT += ("blocks", "block_size", "frequencies", "projection", "granularity", "dropout")
+SWEPT += ("blocks", "block_size", "frequencies", "numbers", "tying", "mini_rank", "mask")
+SWEPT += ("projection", "granularity", "dropout")
 #: Names that a hyperparameter can't have: a member's other fields, and axes that set other keys.
 RESERVED = (
     "member",

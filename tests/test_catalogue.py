@@ -63,7 +63,8 @@ def test_the_default_is_that_of_every_run_before():
     assert list(method) == ["name", *catalogue.KEYS]
     assert {key: value for key, value in method.items() if value is not None} == DEFAULT
     first = ["method", "base", "quant", "targets", "layers", "init", "scaling", "alpha", "rank"]
-    first += ["target_rank", "tokens", "dim", "projection", "granularity", "dropout", "lr"]
+    first += ["target_rank", "tokens", "dim", "blocks", "block_size", "frequencies", "numbers"]
+    first += ["tying", "mini_rank", "mask", "projection", "granularity", "dropout", "lr"]
     assert list(config.axes())[: len(first)] == first and list(config.axes())[-1] == "seed"
 
 
