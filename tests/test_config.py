@@ -402,6 +402,8 @@ SPLIT |= {"quant": ("nf4", "fp4"), "target_rank": (2, 3), "tokens": (4, 5)}
 SPLIT |= {"dim": (10, 20), "projection": ("dense", "sparse"), "granularity": ("global", "tensor")}
 SPLIT |= {"shuffle": (False, True), "planted_rank": (2, (1, 3)), "noise": (0.0, 0.1)}
 SPLIT |= {"inputs": (2, 4), "data_seed": (0, 1), "draw_seed": (0, 1), "batch_size": (4, 8)}
+SPLIT |= {"blocks": (2, 4), "block_size": (2, 4), "frequencies": (5, 6), "numbers": (2, 3)}
+SPLIT |= {"tying": (0.0, 1.0), "mini_rank": (2, 4), "mask": ("random", "magnitude")}
 
 
 def test_every_axis_either_shares_a_program_or_does_not():
