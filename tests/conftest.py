@@ -77,3 +77,14 @@ def registry():
     yield catalogue.ROWS
     catalogue.ROWS.clear()
     catalogue.ROWS.update(before)
+
+
+@pytest.fixture(scope="module")
+def unoptimised():
+    """Programs that a module's tests make are compiled as `quick` has it. For runs of a few steps
+    that are compared with each other: an optimised program takes seconds to compile."""
+    import quick
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", quick.jit)
+        yield

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import quick
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
@@ -47,10 +48,11 @@ SMALLER = {
 
 
 def environment(**more):
-    # The tests' eight devices are not what a person has.
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))
-    return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path} | more
+    # The devices that a person has, not the tests' eight; compiled quickly.
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    flags = " ".join(f"--{name}={value}" for name, value in quick.OPTIONS.items())
+    here = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": flags}
+    return os.environ | here | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | more
 
 
 def made(arguments, workdir):

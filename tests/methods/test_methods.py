@@ -92,8 +92,13 @@ def moved(state, seed=2):
     return methods.State(tree.unflatten(noisy), state.constants)
 
 
+@functools.cache
+def _apply():
+    return jit(functools.partial(lorax.apply, base().module))
+
+
 def logits(params, tokens=TOKENS):
-    return np.asarray(jit(functools.partial(lorax.apply, base().module))(params, tokens))
+    return np.asarray(_apply()(params, tokens))
 
 
 def bound(method, state):
@@ -206,7 +211,8 @@ def test_no_step_calls_lapack(name):
 
 @pytest.mark.parametrize("name", few(CASES, ("dora",)))
 def test_alone_is_in_the_sweep(name):
-    """Two members in one program, vmapped, and each by itself."""
+    """Two members in one program, vmapped, and the second by itself; what the first is padded with
+    is the test above."""
     c = config.default()
     c.train.update(section().to_dict())
     c.train.update(batch_size=4, seq_len=8, parallel="none", width=2, steps=5)
@@ -226,10 +232,9 @@ def test_alone_is_in_the_sweep(name):
         _, logs = train(base().params, *arguments, train_batches(stacked, task, 0, 5))
         return np.asarray(logs["loss"])
 
-    together = losses((0, 1))
-    alone = np.concatenate([losses((0,)), losses((1,))])
-    np.testing.assert_allclose(together, alone, rtol=5e-6)
-    assert np.all(np.isfinite(together))
+    first, second = losses((0, 1))
+    np.testing.assert_allclose(second, losses((1,))[0], rtol=5e-6)
+    assert np.all(np.isfinite(first)) and np.any(first != second)
 
 
 class Norm(nn.Module):

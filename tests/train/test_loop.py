@@ -15,6 +15,8 @@ from lorax.models import load
 from lorax.train import checkpoint, loop, prepare, step
 from lorax.train.batches import train_batches
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 @pytest.fixture
 def members():

@@ -11,6 +11,7 @@ from lorax import config
 from lorax.tasks import metrics
 from lorax.train import loop, prepare
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
 BODY = """
 def lengths(texts, references):
     return {"words": sum(len(t.split()) for t in texts) / len(texts), "texts": len(texts)}
