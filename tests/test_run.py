@@ -15,7 +15,7 @@ import pytest
 
 from lorax import config, convert, generate
 from lorax.analysis import answer, runs, tables
-from lorax.command_line import summary
+from lorax.command_line import FLAGS, summary
 from lorax.run import formats
 from lorax.run import main as run_main
 
@@ -227,16 +227,29 @@ MISTAKES = {
 }
 
 
+@pytest.fixture
+def start(monkeypatch):
+    """start(*arguments): the exit code of the command in this process, where absl would keep the
+    flags of the config that it has seen."""
+    monkeypatch.chdir(ROOT)
+
+    def started(*arguments):
+        argv = ["lorax.run", *arguments]
+        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks
+        return run_main(argv)
+
+    yield started
+    for name in [name for name in FLAGS if name.startswith("config.")]:
+        delattr(FLAGS, name)
+
+
 @pytest.mark.filterwarnings("ignore:the load_module.*:DeprecationWarning")  # of ml_collections
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_every_mistake_is_one_clear_line_and_exit_code_2(mistake, tmp_path, monkeypatch, capfd):
+def test_every_mistake_is_one_clear_line_and_exit_code_2(mistake, start, tmp_path, capfd):
     arguments, says = MISTAKES[mistake]
     if mistake != "workdir":
         arguments = [*arguments, f"--workdir={tmp_path / 'run'}"]
-    argv = ["lorax.run", f"--config={CONFIG}", *arguments]
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks
-    assert run_main(argv) == 2
+    assert start(f"--config={CONFIG}", *arguments) == 2
     said = capfd.readouterr()
     assert len(said.err.splitlines()) == 1 and says in said.err, said.err
     assert "Traceback" not in said.out

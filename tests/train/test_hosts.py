@@ -275,7 +275,7 @@ def test_four_processes_equal_one(one, tmp_path):
     assert_close(tmp_path / "fsdp", one("fsdp"))
 
 
-def test_two_processes_hand_over_to_one(one, tmp_path):
+def test_four_processes_hand_over_to_one(one, tmp_path):
     """Stopped by an interrupt; one process with all devices goes on from their checkpoint."""
     command = ["--config=study.py", "--workdir=run"]
     stop = """
@@ -290,7 +290,7 @@ def stopping(directory, at, *rest):
 if len(sys.argv) > 5:
     checkpoint.save = stopping
 """
-    for code, said, _ in ends(start(tmp_path, 2, 2, stop + COMMAND, *command)):
+    for code, said, _ in ends(start(tmp_path, 4, 1, stop + COMMAND, *command)):
         assert code == 130 and said[0].endswith("stopped. Run the same command to continue.")
     assert checkpoint.steps(tmp_path / "run" / "checkpoints" / "0-0")[-1] == 4
     assert ends(start(tmp_path, 1, 4, COMMAND, *command))[0][0] == 0
