@@ -62,8 +62,8 @@ def _seeds() -> ConfigDict:
 def _task() -> ConfigDict:
     """The data."""
     c = ConfigDict()
-    # restaurants | e2e | text | glue | instruct | wikisql | samsum; images: mnist | digits; planted
-    # or your own function (docs/tasks.md), on the command line FILE.py:function
+    # restaurants | e2e | text | glue | instruct | wikisql | samsum; random_strings; images: mnist |
+    # digits; planted; or your own function (docs/tasks.md), on the command line FILE.py:function
     c.name = config_dict.FieldReference("restaurants", field_type=object)
     c.path = config_dict.placeholder(str)  # file or folder, for tasks that read one
     # glue: cola sst2 mrpc qnli qqp rte mnli stsb; instruct: a configuration of a Hub data set
@@ -87,7 +87,8 @@ def _task() -> ConfigDict:
     c.strength = 1.0  # planted: norm of the update over that of its kernel
     c.noise = 0.0  # planted: standard deviation of the noise over that of the signal
     c.inputs = config_dict.placeholder(int)  # planted: dimension that inputs span; None: all
-    c.examples = 4096  # planted: training examples
+    c.examples = 4096  # planted: training examples; random_strings: how many
+    c.alphabet = 2048  # random_strings: different tokens in them; fewer if the base has fewer
     return c
 
 
@@ -174,6 +175,12 @@ def _analysis() -> ConfigDict:
     c.report = True
     # Spectrum and leading directions of every update at each evaluation: analysis/trajectory.csv
     c.trajectory = False
+    # Share of every update's energy in W's leading and last singular directions, this many of each,
+    # in trajectory.csv; 0: not measured. Needs analysis.trajectory
+    c.subspaces = 0
+    # How much of the span of a lies in the leading directions of the first full gradient, in
+    # trajectory.csv. Needs analysis.trajectory; reads `method.batches` batches
+    c.first_gradient = False
     # Evaluation rows for linear CKA between the trained model and the base, on the residual stream
     # after each layer: analysis/cka.csv; 0: none
     c.cka = 0

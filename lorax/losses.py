@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lorax import divided, intercept
@@ -39,8 +40,8 @@ class Rows(NamedTuple):
     loss: (B,) float32, summed over the row's targets. weight: (B,) float32, the number of targets:
     tokens, or 1; 0 for a row that fills up a batch. right: (B,) float32, how many of the targets
     have the largest output; None for values. outputs: (B, k) float32, the model's; None for
-    language models. kl: (B,) float32, KL(base || model) in nats, summed over the row's targets;
-    None unless it is asked for, and for values.
+    language models, except in `string_rows`. kl: (B,) float32, KL(base || model) in nats, summed
+    over the row's targets; None unless it is asked for, and for values.
     """
 
     loss: jax.Array
@@ -207,6 +208,28 @@ def text_positions(batch) -> jax.Array:
 
 def lm_rows(module, params, batch, base: Reference | None = None) -> Rows:
     """`Rows` of next-token prediction; batch as for `lm_loss`. base: to compare with, if any."""
+    return _of_targets(*_of_tokens(module, params, batch, base))
+
+
+def string_loss(module, params, batch, smoothing=0.0, training=False):
+    """`lm_loss`; in evaluation with the outputs of `string_rows`."""
+    if training:
+        return lm_loss(module, params, batch, smoothing, training)
+    return _summed(string_rows(module, params, batch))
+
+
+def string_rows(module, params, batch, base: Reference | None = None) -> Rows:
+    """`lm_rows` with outputs (B, 2) float32: the row's loss in nats, and how many of its targets
+    have a probability above 1/2."""
+    weights, nats, *others = _of_tokens(module, params, batch, base)
+    rows = _of_targets(weights, nats, *others)
+    likely = jnp.sum(weights * (nats < np.log(2)).astype(jnp.float32), axis=1)
+    return rows._replace(outputs=jnp.stack([rows.loss, likely], axis=1))
+
+
+def _of_tokens(module, params, batch, base: Reference | None):
+    """(weights, nats, 1.0 where the label alone has the largest logit, KL if there is a base to
+    compare with), each (B, T) float32, of next-token prediction."""
     (hidden, labels, weights), _ = _hidden(module, params, batch)
     states = () if base is None else (base.states.reshape(-1, base.states.shape[-1]),)
 
@@ -220,7 +243,10 @@ def lm_rows(module, params, batch, base: Reference | None = None) -> Rows:
         return nats, alone.astype(jnp.float32), *[_kl(x, logits) for x in of_base]
 
     of_tokens = jax.lax.map(of_part, _in_parts(hidden, *states, labels))
-    of_tokens = (_together(x, weights.size).reshape(weights.shape) for x in of_tokens)
+    return weights, *(_together(x, weights.size).reshape(weights.shape) for x in of_tokens)
+
+
+def _of_targets(weights, *of_tokens) -> Rows:
     nats, right, *kl = (jnp.sum(weights * x, axis=1) for x in of_tokens)
     return Rows(nats, jnp.sum(weights, axis=1), right, None, *kl)
 

@@ -1,8 +1,8 @@
 """Kinds of rows: what the engine asks of a batch, whatever the task.
 
-There are three: texts of a language model, texts with a label, and arrays with a class or with
-values. Axes: B rows, T tokens, k outputs. A row of zeros has no weight in any kind, so zeros fill
-up the last batch of an evaluation.
+There are four: texts of a language model, random strings to be memorised by one, texts with a
+label, and arrays with a class or with values. Axes: B rows, T tokens, k outputs. A row of zeros has
+no weight in any kind, so zeros fill up the last batch of an evaluation.
 """
 
 import math
@@ -18,14 +18,15 @@ from lorax import losses
 class Kind(NamedTuple):
     """What the engine needs to know about rows. All functions are pure and can be traced.
 
-    name: "texts", "labelled" or "arrays". reads: what the base must read, "tokens" or "arrays".
+    name: "texts", "strings", "labelled" or "arrays". reads: what the base must read, "tokens" or
+    "arrays".
     causal: whether the base must be a causal language model.
     per_token: names of the arrays (N, T) that have a column for each token; () for arrays.
     ahead: columns of a row that the model does not read: a language model's last token is only
         predicted.
     loss(module, params, batch, smoothing=0.0, training=False) -> (sum of losses, sum of weights,
-        outputs (B, k) float32), all float32; outputs is None for language models. training: with
-        the model's load-balancing loss (`losses.balance`).
+        outputs (B, k) float32), all float32; outputs is None for texts. training: with the model's
+        load-balancing loss (`losses.balance`).
     rows(module, params, batch, base=None) -> `losses.Rows`, what becomes of each row. base: a
         `losses.Reference`, for the KL from the base.
     states(module, params, batch) -> `losses.Reference.states`, of a base's parameters.
@@ -71,6 +72,9 @@ TEXTS = Kind(
     real=losses.text_positions,
     inputs=_text_inputs,
     counted=_text_columns,
+)
+STRINGS = TEXTS._replace(
+    name="strings", loss=losses.string_loss, rows=losses.string_rows, scored=True
 )
 LABELLED = Kind(
     name="labelled",

@@ -41,15 +41,17 @@ class Task(NamedTuple):
         (N,) float32, ones, so that zero rows that fill up a batch have no weight}.
     note: one line for the terminal: counts, and what was dropped and why.
     prompts: to complete and score; () if the task generates no texts.
-    outputs: number of outputs of the model per row; 0 for language models.
+    outputs: number of outputs per row that are scored; 0 for texts.
     scores: (outputs (N, k) float, labels (N,)) -> {metric: float}, the scores of outputs.
     lengths: (N,) int64, the columns that each train row needs, if batches are grouped by length.
     text_scores: (texts (N,), references (N,)) -> {metric: float}, the scores of completions; None:
         `metrics.text_scores`.
+    per_parameter: names of scores that are also reported per trainable parameter of a member.
     own_score: the user's score of outputs or of completions (`eval.score`), measured beside the
         task's.
     facts: {name: value}, the true properties of a planted task; written to the members' lines.
     kind: of the rows.
+    memorised: whether the rows to evaluate are the train rows: then all of them are trained on.
     """
 
     name: str
@@ -65,6 +67,8 @@ class Task(NamedTuple):
     text_scores: Callable | None = None
     own_score: Callable | None = None
     test: Rows | None = None
+    per_parameter: tuple[str, ...] = ()
+    memorised: bool = False
 
     @property
     def evaluated(self) -> dict[str, Rows]:

@@ -10,6 +10,7 @@ import numpy as np
 from lorax import outside
 from lorax.tasks import metrics
 from lorax.tasks.rows import Task
+from lorax.tasks.subsets import size
 
 # Share of the target tokens whose logit is the largest, given the tokens before them
 TOKEN_ACCURACY = "token_accuracy"
@@ -114,12 +115,18 @@ def with_own(task: Task, name: str, generates: bool) -> Task:
     return task._replace(own_score=own, kind=task.kind._replace(scored=not task.kind.causal))
 
 
-def of_members(task: Task, outputs, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """{metric: (M,) float32} of members. outputs: of an evaluation, (M, N, k). labels: (N, ...)."""
+def of_members(task: Task, outputs, labels: np.ndarray | None) -> dict[str, np.ndarray]:
+    """{metric: (M,) float32} of members. outputs: of an evaluation, (M, N, k). labels: (N, ...), or
+    None for rows without."""
     rows = np.asarray(outputs)
     measured = [metric for metric in (task.own_score, task.scores) if metric is not None]
     each = [{k: v for metric in measured for k, v in metric(row, labels).items()} for row in rows]
     return {name: np.array([scores[name] for scores in each], np.float32) for name in each[0]}
+
+
+def per_parameter(name: str) -> str:
+    """The name of a score divided by the trainable parameters (`Task.per_parameter`)."""
+    return f"{name}_per_parameter"
 
 
 def of_texts(
@@ -147,8 +154,9 @@ def names(task: Task, generates: bool) -> list[str]:
     """The names of the scores that a run reports. generates: whether it generates texts."""
     result = []
     if task.kind.scored:
-        labels = task.eval["label"]
-        result += of_members(task, np.zeros((1, len(labels), task.outputs), np.float32), labels)
+        outputs = np.zeros((1, size(task.eval), task.outputs), np.float32)
+        result += of_members(task, outputs, task.eval.get("label"))
+        result += [per_parameter(name) for name in task.per_parameter]
     if has_token_accuracy(task):
         result.append(TOKEN_ACCURACY)
     if generates:

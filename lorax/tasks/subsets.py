@@ -22,10 +22,21 @@ def spread(rows: Rows, n: int | None) -> Rows:
     return {key: value[index] for key, value in rows.items()}
 
 
+def check_memorised(task: Task, n: int | None) -> None:
+    """Raises ValueError for n train rows of a task whose train rows are all measured."""
+    if task.memorised and n is not None:
+        raise ValueError(
+            f"task.n_train: {n} was given; task {task.name} is measured on all the rows that it "
+            "trains on: leave it out, and set their number with task.examples"
+        )
+
+
 def drawn(task: Task, n: int, seed: int) -> Task:
     """The task with n of its train rows, drawn without replacement by `seeds.data`. With a larger n
-    the same rows come first. Raises ValueError unless n is less than the number of rows."""
+    the same rows come first. Raises ValueError unless n is less than the number of rows, and for a
+    task that trains all."""
     total = size(task.train)
+    check_memorised(task, n)
     if check_n_train(n, total) == total:
         raise ValueError(
             f"seeds.data: {seed} given, but task.n_train takes all {count(total)} training rows; "
@@ -52,9 +63,10 @@ def train_size(settings: Mapping[str, Any], task: Task) -> int:
     """How many train rows, from the first on, a member with `settings` as its config.task visits.
 
     A task may hold more, as members of a sweep over n_train share it. Packed rows already hold only
-    the examples that n_train counts. Raises ValueError if the task has fewer.
+    the examples that n_train counts. Raises ValueError if the task has fewer, or trains all.
     """
     total = size(task.train)
+    check_memorised(task, settings["n_train"])
     return total if settings["packing"] else check_n_train(settings["n_train"], total)
 
 

@@ -21,6 +21,7 @@ from lorax.tasks import (
     instruct,
     kinds,
     planted,
+    random_strings,
     restaurants,
     samsum,
     text,
@@ -58,6 +59,9 @@ TASKS = {
     "wikisql": Row(wikisql.load, *_PAIRS),
     "samsum": Row(samsum.load, *_PAIRS),
     "instruct": Row(instruct.load, *_PAIRS[:2], (*_PAIRS[2], *_RECORDS)),
+    "random_strings": Row(
+        random_strings.load, kinds.STRINGS, shapes_of_texts, ("alphabet", "examples")
+    ),
     "text": Row(text.load, kinds.TEXTS, shapes_of_texts),
     "glue": Row(
         glue.load,
@@ -198,6 +202,8 @@ def build(
 def _kept(task: Task, eval_examples: int | None, test: int | None) -> Task:
     """The task with its rows trimmed, and with as many for evaluation as are asked for.
     Validation and test rows have the same number of columns: one program evaluates both."""
+    if task.memorised:
+        return task
     (train,) = kinds.trim(task.kind, task.train)
     asked = {"eval": (eval_examples, "evaluates on"), "test": (test, "tests on")}
     sets, note, kept = task.evaluated, task.note, {}

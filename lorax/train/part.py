@@ -16,6 +16,7 @@ import numpy as np
 
 from lorax import hosts, losses, rundir, tree
 from lorax.calls import steps_per_call
+from lorax.tasks import scores
 from lorax.train import checkpoint, evaluation, trajectory
 from lorax.train.batches import Evaluated, axes, train_batches
 from lorax.train.evaluation import Measured
@@ -32,8 +33,9 @@ class Part(NamedTuple):
     name: of its files in the run directory (`rundir.part`). stack: M members of the group, on the
     host. params, splits ({"eval": rows, "test": rows, "also:NAME": rows}), constants, hyper: on the
     devices. base_test(): `evaluation.of_base` of the test rows. base_states: as for
-    `step.compared_rows`, if the group compares its members with the base. until: the step at which
-    it ends. start: where its members stood after the last leg, None at step 0. say: prints a line.
+    `step.compared_rows`, if the group compares its members with the base. compared: of each member,
+    what its updates are compared with (`compared.of_members`). until: the step at which it ends.
+    start: where its members stood after the last leg, None at step 0. say: prints a line.
     """
 
     workdir: Path
@@ -47,6 +49,7 @@ class Part(NamedTuple):
     hyper: tuple
     base_test: Callable[[], tuple[Measured, losses.Rows]]
     base_states: jax.Array | None
+    compared: list[dict]
     until: int
     start: "Position | None"
     say: Callable[[str], None]
@@ -162,6 +165,7 @@ def begin(part: Part, state: MemberState, offset: int) -> Position:
     if "test" in part.splits:
         tested, rows = evaluation.of_each(part.base_test(), len(part.stack.members))
         evaluation.write_start(part.workdir, part.stack.members, rows)
+        tested = per_parameter(part, tested)
         at = at._replace(tests=(tested,))
         lines += metrics(part, 0, "test", loss=tested.losses, **tested.scores)
     if part.stack.config.analysis.trajectory:
@@ -224,9 +228,21 @@ def validate(part: Part, trainable, step: int) -> tuple[Measured, list[dict]]:
 def evaluate(part: Part, trainable, split: str) -> tuple[Measured, losses.Rows | None]:
     """The members' evaluation with these trainable parameters; see `evaluation.evaluate`."""
     arguments, m = (part.params, part.constants, trainable), len(part.stack.members)
-    return evaluation.evaluate(
+    measured, rows = evaluation.evaluate(
         part.programs, arguments, m, part.group.task, split, part.splits[split]
     )
+    return per_parameter(part, measured), rows
+
+
+def per_parameter(part: Part, measured: Measured) -> Measured:
+    """The evaluation with the scores that the task also reports per trainable parameter."""
+    names, base = part.group.task.per_parameter, part.group.base
+    if not names:
+        return measured
+    counts = [method.count(base.params, base.sites) for method in part.stack.methods]
+    counts = np.array(counts, np.float32)
+    more = {scores.per_parameter(name): measured.scores[name] / counts for name in names}
+    return measured._replace(scores=measured.scores | more)
 
 
 def test(part: Part, at: Position) -> tuple[Position, list[dict]]:
@@ -276,9 +292,8 @@ def exported(part: Part, at: Position) -> Kept:
 
 def write_spectra(part: Part, at: Position) -> None:
     """Write the current spectra of all updates to a file, if the method has any."""
-    members = part.stack.members
-    arguments = part.params, part.constants, part.programs.learned(at.state), len(members)
-    spectra = part.programs.spectra(*arguments)
+    members, learned = part.stack.members, part.programs.learned(at.state)
+    spectra = part.programs.spectra(part.params, part.constants, learned, part.compared)
     if spectra:
         file = rundir.spectra(part.workdir, part.name, at.step)
         trajectory.write(file, spectra, members, part.group.base)
