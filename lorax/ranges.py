@@ -48,7 +48,7 @@ RULES = (
         lambda v: v >= 0,
         _in("train", "epochs", "warmup", "width", "memory_gb", "weight_decay", "clip", "lr")
         + _in("eval", "generate", "no_repeat_ngram")
-        + ("analysis.cka",),
+        + _in("analysis", "cka", "subspaces"),
     ),
     Rule(
         f"must be a tuple of names among {', '.join(TRACKERS)}",
@@ -158,6 +158,9 @@ def check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
         need("seeds.data", some, "needs a task.n_train, the number of training rows that it draws")
         planted = values["task.name"] == "planted"
         need("seeds.data", not planted, "but task 'planted' draws its rows by task.seed")
+    for key in ("analysis.subspaces", "analysis.first_gradient"):
+        followed = not values[key] or values["analysis.trajectory"]
+        need(key, followed, "needs analysis.trajectory=True: it is measured at each of its points")
     alone = values["train.offload"] is None or values["train.parallel"] != "pmap"
     need("train.offload", alone, 'needs a train.parallel other than "pmap"')
     if values["train.mesh"] != "auto":

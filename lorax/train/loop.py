@@ -17,7 +17,7 @@ from lorax.calls import steps_per_call
 from lorax.config import Member, group_key
 from lorax.files import write_bytes
 from lorax.halving import Race
-from lorax.train import evaluation, fitting, layouts, part, results, stacks, trajectory
+from lorax.train import compared, evaluation, fitting, layouts, part, results, stacks, trajectory
 from lorax.train.batches import Evaluated, batch_shapes, splits
 from lorax.train.prepare import Group
 from lorax.train.programs import Programs
@@ -148,6 +148,7 @@ def _train_group(
         for name, split in evaluated.items()
     }
     base_test = lambda: compiled.base_test(group, programs, params, evaluated["test"])
+    known = _compared(group, stack)
     for number, stack in enumerate(parts):
         members = [member.index for member in stack.members]
         start = part.together([at[i] for i in members]) if members[0] in at else None
@@ -163,6 +164,7 @@ def _train_group(
             hyper=programs.place(stack.hyper),
             base_test=base_test,
             base_states=compiled.base_states(group, programs, params, evaluated["eval"]),
+            compared=[known[i] for i in members],
             until=race.ends(members[0], leg)[1],
             start=start,
             say=terminal.say,
@@ -293,13 +295,31 @@ def _shapes(group: Group):
     return batches, tree.shapes(splits(group.task, c.eval.batch_size)["eval"].batches)
 
 
+def _compared(group: Group, stack: stacks.Stack) -> dict[int, dict]:
+    """{member: what its updates are compared with over training (`compared.of_members`)}."""
+    of_members = [{}] * len(stack.members)
+    if group.config.analysis.trajectory:
+        paths = trajectory.paths(stack.methods[0], group.base, *_first(stack))
+        of_members = compared.of_members(group.base, group.task, stack, paths)
+    return {member.index: x for member, x in zip(stack.members, of_members, strict=True)}
+
+
 def _without_spectra(group: Group) -> str:
     """What trajectories leave out of the updates; "" for nothing or without trajectories."""
-    if not group.config.analysis.trajectory:
+    analysis, stack = group.config.analysis, group.stack
+    if not analysis.trajectory:
         return ""
-    stack = group.stack
-    member = jax.tree.map(lambda x: x[0], (stack.constants, stack.state.trainable))
-    return trajectory.left_out(stack.methods[0], group.base, *member)
+    method, first = stack.methods[0], _first(stack)
+    without = trajectory.left_out(method, group.base, *first)
+    if analysis.first_gradient and not any(trajectory.paths(method, group.base, *first).values()):
+        without += "; " * bool(without)
+        without += f"analysis.first_gradient: {method.name} trains no a to compare with a gradient"
+    return without
+
+
+def _first(stack: stacks.Stack) -> tuple[dict, dict]:
+    """(constants, trainable) of the first member."""
+    return jax.tree.map(lambda x: x[0], (stack.constants, stack.state.trainable))
 
 
 def _largest(group: Group) -> float:

@@ -215,6 +215,7 @@ def validate(part: Part, trainable, step: int) -> tuple[Measured, list[dict]]:
     if group.compares:
         on = part.splits["eval"], part.base_states
         measured, kl["kl"] = evaluation.compare(part.programs, arguments, m, group.task, *on)
+        measured = per_parameter(part, measured)
     else:
         measured, _ = evaluate(part, trainable, "eval")
     lines = metrics(part, step, "eval", loss=measured.losses, **measured.scores, **kl)

@@ -31,8 +31,8 @@ class Programs(NamedTuple):
     one device; compiled on the first call.
     base_states(params, batches) -> `step.base_states`; compiled on the first call.
     learned(state) -> the trainable parameters to evaluate and export; see `step.learned`.
-    spectra(params, constants, trainable, n) -> {path: `trajectory.Spectrum`} of the first n
-    members, leaves (n, ...) on the host; compiled on the first call.
+    spectra(params, constants, trainable, compared) -> {path: `trajectory.Spectrum`} of the members
+    that `compared` has, leaves (n, ...) on the host; compiled on the first call.
     place_base(params), place(stacked tree), place_state(a stack's state), place_batches(batches),
     place_rows(batches to evaluate, leaves (N, B, ...)).
     needed((M, K, A, B)) -> the part of batches that this process's devices need; None for all.

@@ -1,12 +1,14 @@
-"""Trajectories: singular values and leading directions of every update, computed on the device.
+"""Trajectories: singular values and leading directions of every update, computed on the device, and
+where they lie among directions that do not move (`lorax.train.compared`).
 
 A low-rank update is decomposed through its factors, a QR of both and an SVD of the small core
 between them: dW is never formed. Updates without factors are decomposed matrix by matrix, if small.
 Each recorded step is one file; `lorax.analysis.tables` reads them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -16,12 +18,14 @@ import scipy.linalg  # noqa: F401  JAX calls its LAPACK, whose threads are limit
 from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits
 
-from lorax import gather
+from lorax import gather, tree
 from lorax.files import atomically
 from lorax.models import Base
+from lorax.train.compared import Compared
 
 DIRECTIONS = 4  # number of leading input directions that are stored
-WIDEST = 512  # longest shorter side of an update without factors that is decomposed
+WIDEST = 1024  # longest shorter side of an update without factors that is decomposed
+EMPTY: Mapping = MappingProxyType({})
 
 
 class Spectrum(NamedTuple):
@@ -30,25 +34,44 @@ class Spectrum(NamedTuple):
     sigma: (layers..., k), descending. directions: (layers..., in, at most `DIRECTIONS`), the left
     singular vectors of dW (in, out), zeros where sigma is only rounding error. used: (layers...)
     bool, False where a member's update is all zeros, e.g. for a matrix that it does not adapt.
+    energy: (layers..., 3, 3), shares of |dW|_F^2: those in W's k leading singular directions, in
+    its k last ones, and in k directions at random, on average; of both sides |U^T dW V|_F^2, of the
+    input side |U^T dW|_F^2, of the output side |dW V|_F^2. NaN where there is no update.
+    phi: (layers..., 2), how much of the span of a lies in that of as many leading directions of the
+    first gradient, from 0 to 1, and r / in, what it is for directions at random on average.
+    energy, phi: None if the run does not ask for them, or the method has no a that is trained.
     """
 
     sigma: jax.Array
     directions: jax.Array
     used: jax.Array
+    energy: jax.Array | None = None
+    phi: jax.Array | None = None
+
+
+class Learned(NamedTuple):
+    """One stack of layers of a member. update: its factors (a, b, s), or dW (layers..., in, out).
+    span: the trained a (layers..., in, r), None for a method without."""
+
+    update: tuple | jax.Array
+    span: jax.Array | None
 
 
 def decomposer(method, sites) -> Callable:
-    """f(params, constants, trainable, n) -> `spectra` of the first n members of stacked trees on
-    the devices, leaves (n, ...) on the host; compiled on the first call."""
+    """f(params, constants, trainable, compared) -> `spectra` of the first members of stacked trees
+    on the devices, as many as `compared` has, leaves (n, ...) on the host; compiled on the first
+    call. compared: {path: Compared} of each member, numpy."""
 
     def of_one(function):
         member = lambda i, trees: jax.tree.map(lambda x: x[i], trees)
-        return jax.jit(lambda params, *t, i: function(method, sites, params, *member(i, t)))
+        return jax.jit(
+            lambda params, *t, i, **given: function(method, sites, params, *member(i, t), **given)
+        )
 
     of_member, updates = of_one(spectra), of_one(_updates)
 
-    def of_members(params, constants, trainable, n: int) -> dict[str, Spectrum]:
-        arguments = params, constants, trainable, n
+    def of_members(params, constants, trainable, compared) -> dict[str, Spectrum]:
+        arguments = params, constants, trainable, compared
         with threadpool_limits(1, user_api="blas"):
             if gather.is_here(trainable) and gather.mesh_of(params) is None:
                 results = _each_on_its_device(of_member, *arguments)
@@ -59,15 +82,25 @@ def decomposer(method, sites) -> Callable:
     return of_members
 
 
-def spectra(method, sites, params, constants, trainable) -> dict[str, Spectrum]:
+def spectra(
+    method, sites, params, constants, trainable, compared: Mapping[str, Compared] = EMPTY
+) -> dict[str, Spectrum]:
     """{parameter path: Spectrum} of one member's updates; {} for a method that doesn't change
     weights. As in `lorax.analysis`, DoRA's update is s a b, without its column magnitudes."""
     updates = _updates(method, sites, params, constants, trainable)
-    return {path: _decomposed(update) for path, update in updates.items()}
+    return {path: _decomposed(learned, compared.get(path)) for path, learned in updates.items()}
 
 
-def _each_on_its_device(of_member, params, constants, trainable, n: int) -> list[dict]:
-    """The first n members' spectra. of_member(params, constants, trainable, i=i): of member i.
+def paths(method, base: Base, constants, trainable) -> dict[str, int]:
+    """{path of a parameter whose updates are decomposed: columns of its a, 0 if no a is trained},
+    of one member."""
+    arguments = base.params, constants, trainable
+    updates = jax.eval_shape(lambda *t: _updates(method, base.sites, *t), *arguments)
+    return {path: 0 if x.span is None else x.span.shape[-1] for path, x in updates.items()}
+
+
+def _each_on_its_device(of_member, params, constants, trainable, compared) -> list[dict]:
+    """The members' spectra. of_member(params, constants, trainable, i=i): of member i.
 
     Members are decomposed one after another, each on its own device, not in one program over all
     devices. A CPU's devices share a pool of one thread per core; batched LAPACK calls wait there
@@ -82,25 +115,30 @@ def _each_on_its_device(of_member, params, constants, trainable, n: int) -> list
             y.data for y in x.addressable_shards if y.device == on
         )
         stacked = jax.tree.map(here, (params, constants, trainable))
-        for i in range(min(len(shard.data), n - len(results))):
-            results.append(jax.device_get(of_member(*stacked, i=i)))
+        for i in range(min(len(shard.data), len(compared) - len(results))):
+            given = compared[len(results)]
+            results.append(jax.device_get(of_member(*stacked, i=i, compared=given)))
     return results
 
 
-def _layer_by_layer(updates, params, constants, trainable, n: int) -> list[dict]:
-    """The first n members' spectra, of updates to a base that several devices hold parts of: one
-    layer's update at a time is gathered. updates(params, constants, trainable, i=i): of member i.
-    """
-    return [
-        {path: _of_layers(update) for path, update in of_member.items()}
-        for of_member in (updates(params, constants, trainable, i=i) for i in range(n))
-    ]
+def _layer_by_layer(updates, params, constants, trainable, compared) -> list[dict]:
+    """The members' spectra, of updates to a base that several devices hold parts of: one layer's
+    update at a time is gathered. updates(params, constants, trainable, i=i): of member i."""
+    results = []
+    for i, given in enumerate(compared):
+        of_member = updates(params, constants, trainable, i=i)
+        results.append({path: _of_layers(x, given.get(path)) for path, x in of_member.items()})
+    return results
 
 
-def _of_layers(update) -> Spectrum:
-    """`_decomposed`, on the host. update: on several devices."""
+def _of_layers(learned: Learned, compared: Compared | None) -> Spectrum:
+    """`_decomposed`, on the host. learned: on several devices."""
+    update = learned.update
     axes = update[2].shape if isinstance(update, tuple) else update.shape[:-2]
-    layers = [_of_layer(gather.layer(update, index)) for index in np.ndindex(*axes)]
+    layers = []
+    for index in np.ndindex(*axes):
+        of_layer = jax.tree.map(lambda x, at=index: x[at], compared)
+        layers.append(_of_layer(gather.layer(learned, index), of_layer))
     stacked = jax.tree.map(lambda *x: np.stack(x), *layers)
     return jax.tree.map(lambda x: x.reshape((*axes, *x.shape[1:])), stacked)
 
@@ -121,23 +159,25 @@ def write(file: Path, by_path: dict[str, Spectrum], members, base: Base) -> None
     """Write the spectra of many members, leaves (M, ...) on the host, as one file.
 
     Arrays: "members" (M,) int32, the numbers of `members`, and for every layer's matrix
-    "h/3/attn/q/sigma" (M, k), ".../directions" (M, in, d), ".../used" (M,).
+    "h/3/attn/q/sigma" (M, k), ".../directions" (M, in, d), ".../used" (M,), and where they are
+    asked for ".../energy" (M, 3, 3) and ".../phi" (M, 2).
     """
     arrays = {"members": np.array([member.index for member in members], np.int32)}
     for path, spectrum in by_path.items():
         for name, index in base.layers_of(path).items():
             for kind, x in spectrum._asdict().items():
-                arrays[f"{name}/{kind}"] = np.ascontiguousarray(x[:, *index])
+                if x is not None:
+                    arrays[f"{name}/{kind}"] = np.ascontiguousarray(x[:, *index])
     atomically(file, lambda temporary: save_file(arrays, temporary))
 
 
-def _updates(method, sites, params, constants, trainable) -> dict:
-    """{path: its update's factors (a, b, s), or an update without factors that is small}."""
+def _updates(method, sites, params, constants, trainable) -> dict[str, Learned]:
+    """{path: what is learned of it}; without updates that have no factors and are not small."""
     if method.factors is not None:
-        factors = method.factors(trainable, constants, params, sites)
-        return {path: of_path[:3] for path, of_path in factors.items()}
+        factors, flat = method.factors(trainable, constants, params, sites), tree.flatten(trainable)
+        return {path: Learned(x[:3], flat.get(f"{path}/a")) for path, x in factors.items()}
     updates = _matrices(method, sites, params, constants, trainable)
-    return {path: dw for path, dw in updates.items() if _is_small(dw)}
+    return {path: Learned(dw, None) for path, dw in updates.items() if _is_small(dw)}
 
 
 def _matrices(method, sites, params, constants, trainable) -> dict[str, jax.Array]:
@@ -152,24 +192,71 @@ def _is_small(dw) -> bool:
     return min(dw.shape[-2:]) <= WIDEST
 
 
-def _decomposed(update) -> Spectrum:
-    return _of_factors(*update) if isinstance(update, tuple) else _of_matrix(update)
+def _decomposed(learned: Learned, compared: Compared | None) -> Spectrum:
+    update, span = learned
+    spectrum = _of_factors(*update) if isinstance(update, tuple) else _of_matrix(update)
+    if compared is None:
+        return spectrum
+    return spectrum._replace(
+        energy=None if compared.u is None else _energy(update, spectrum.sigma, compared),
+        phi=None if span is None or compared.gradient is None else _phi(span, compared.gradient),
+    )
 
 
 _of_layer = jax.jit(_decomposed)
 
 
+def _energy(update, sigma, compared: Compared):
+    """`Spectrum.energy`."""
+    u, v = compared.u, compared.v  # (layers..., 2, in, k), (layers..., 2, out, k)
+    if isinstance(update, tuple):
+        a, b, s = (x.astype(jnp.float32) for x in update)
+        a, b = (s[..., None, None] * a)[..., None, :, :], b[..., None, :, :]
+        left, right = _product(_turned(u), a), _product(b, v)
+        parts = _product(left, right), _product(left, b), _product(a, right)
+    else:
+        dw = update.astype(jnp.float32)[..., None, :, :]
+        left = _product(_turned(u), dw)
+        parts = _product(left, v), left, _product(dw, v)
+    inside = jnp.stack([jnp.sum(jnp.square(x), axis=(-2, -1)) for x in parts], axis=-1)
+    whole = jnp.sum(jnp.square(sigma), axis=-1)[..., None, None]
+    share = jnp.where(whole > 0, inside / jnp.where(whole > 0, whole, 1), jnp.nan)
+    ins, outs = u.shape[-1] / u.shape[-2], v.shape[-1] / v.shape[-2]
+    chance = jnp.broadcast_to(jnp.float32([ins * outs, ins, outs]), (*share.shape[:-2], 1, 3))
+    return jnp.concatenate([share, chance], axis=-2)
+
+
+def _phi(a, directions):
+    """`Spectrum.phi`; a: (layers..., in, r), of which a member may use fewer columns."""
+    u, sigma, _ = jnp.linalg.svd(a.astype(jnp.float32), full_matrices=False)
+    u = _existing(u, sigma, a.shape[-2:])
+    rank = jnp.sum(jnp.any(u != 0, axis=-2), axis=-1)  # (layers...)
+    many = directions.shape[-1]
+    order = jnp.broadcast_to(jnp.arange(many), (*rank.shape, many))
+    as_many = (order < rank[..., None]).astype(jnp.float32)[..., None, :]
+    inside = jnp.sum(jnp.square(_product(_turned(u), directions * as_many)), axis=(-2, -1))
+    few = jnp.minimum(rank, many).astype(jnp.float32)
+    known = jnp.where(few > 0, inside / jnp.maximum(few, 1), jnp.nan)
+    return jnp.stack([known, rank.astype(jnp.float32) / a.shape[-2]], axis=-1)
+
+
+def _product(x, y):
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def _turned(x):
+    return jnp.swapaxes(x, -1, -2)
+
+
 def _of_factors(a, b, s) -> Spectrum:
     a, b, s = (x.astype(jnp.float32) for x in (a, b, s))
-    product = lambda x, y: jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
     qa, ra = jnp.linalg.qr(a)
-    _, rb = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
-    u, sigma, _ = jnp.linalg.svd(
-        s[..., None, None] * product(ra, jnp.swapaxes(rb, -1, -2)), full_matrices=False
-    )
+    _, rb = jnp.linalg.qr(_turned(b))
+    core = s[..., None, None] * _product(ra, _turned(rb))
+    u, sigma, _ = jnp.linalg.svd(core, full_matrices=False)
     used = jnp.any(a != 0, axis=(-2, -1)) | jnp.any(b != 0, axis=(-2, -1))
     shape = a.shape[-2], b.shape[-1]
-    return Spectrum(sigma, _existing(product(qa, u[..., :DIRECTIONS]), sigma, shape), used)
+    return Spectrum(sigma, _existing(_product(qa, u[..., :DIRECTIONS]), sigma, shape), used)
 
 
 def _of_matrix(dw) -> Spectrum:

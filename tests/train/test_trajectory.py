@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from quick import jit
 
 import lorax
-from lorax import config, intercept, tree
+from lorax import config, intercept, quant, tree
 from lorax.analysis import runs, tables
 from lorax.analysis.measures import overlap, spectrum
 from lorax.analysis.tables import along_training
-from lorax.models import Base, gpt2
-from lorax.train import layouts, loop, prepare, stacks, trajectory
+from lorax.models import Base, gpt2, load
+from lorax.models.base import kernel
+from lorax.train import compared, evidence, layouts, loop, prepare, stacks, trajectory
 from lorax.train.batches import batch_shapes, eval_batches
 from lorax.train.members import over_members
 from lorax.train.programs import compile_programs
@@ -61,7 +64,7 @@ def test_spectra_of_padded_members_are_those_of_their_own_factors(base):
     one = lambda *m: trajectory.spectra(built[0], base.sites, base.params, *m)
     found = jit(over_members(one, 3))(stack.constants, trainable)
     assert set(found) == {"h/attn/q/kernel", "h/attn/v/kernel"}
-    for path, (sigma, directions, used) in found.items():
+    for path, (sigma, directions, used, *_) in found.items():
         own = tree.flatten(trainable)
         a, b = (np.asarray(own[f"{path}/{name}"]) for name in "ab")
         s = np.asarray(tree.flatten(stack.constants)[f"{path}/s"])
@@ -89,7 +92,7 @@ def test_an_update_without_factors_is_taken_apart_where_it_is_small(base, monkey
     found = trajectory.spectra(method, base.sites, base.params, constants, trainable)
     delta = method.delta(trainable, constants, base.params, base.sites)
     assert "h/attn/q/kernel" in found and "wte/embedding" in found
-    for path, (sigma, directions, used) in found.items():
+    for path, (sigma, directions, used, *_) in found.items():
         u, expected, _ = np.linalg.svd(np.asarray(delta[path]), full_matrices=False)
         np.testing.assert_allclose(sigma, expected, rtol=1e-4, atol=1e-5)
         cosines = np.abs(np.sum(np.asarray(directions) * u[..., : directions.shape[-1]], axis=-2))
@@ -136,7 +139,7 @@ params, (constants, trainable) = put(params, P()), put(stacked, P("devices"))
 
 decompose = trajectory.decomposer(method, sites)
 for _ in range(200):
-    found = decompose(params, constants, trainable, n)
+    found = decompose(params, constants, trainable, [{}] * n)
 sigma = np.linalg.svd(noise, compute_uv=False)
 np.testing.assert_allclose(found["h/q/kernel"].sigma, sigma, rtol=1e-4, atol=1e-4)
 """
@@ -227,6 +230,115 @@ def test_a_trajectory_ends_in_the_exported_update_and_survives_a_kill(name, tmp_
     assert contents(tmp_path / "off", "adapters") == contents(whole, "adapters")
 
 
+def in_directions(dw, u, v):
+    """Shares of |dw|^2 of both sides, the input side, the output side."""
+    parts = (u.T @ dw @ v, u.T @ dw, dw @ v)
+    return [np.sum(x**2) / np.sum(dw**2) for x in parts]
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_trajectory_says_where_updates_lie_among_directions_that_do_not_move(name, tmp_path):
+    c, k = study(True, name=name), 3
+    c.sweep.seed, c.train.steps = (1,), 3
+    if name == "lora":
+        c.sweep.rank = (1, 3)
+    c.analysis.update(subspaces=k, first_gradient=True)
+    run, said = train(tmp_path / "run", c)
+    table, base = tables.trajectory(run), load(c.base)
+    spans = name == "lora"
+    columns = (*along_training.COLUMNS, *along_training.ENERGY, *along_training.GRADIENT * spans)
+    assert tuple(table.columns) == columns
+    assert any("trains no a to compare" in line for line in said) != spans
+    start = table.query("step == 0")
+    assert start[[*along_training.ENERGY[:6]]].isna().all(axis=None)
+    (group,) = prepare.groups(config.members(c), lambda line: None)
+    rows = evidence.read(group.members[0], base, group.task, base.sites, "gradient", {})
+    for _, row in table.query("step == 3").iterrows():
+        w, update = kernel(base, *base.layers[row["path"]]), run.update(row["member"])[row["path"]]
+        u, _, vt = np.linalg.svd(w.astype(np.float64), full_matrices=False)
+        dw = update.s * update.a @ update.b if spans else update
+        for part, take in (("top", slice(k)), ("bottom", slice(-k, None))):
+            got = [row[f"energy_{part}{side}"] for side in ("", "_in", "_out")]
+            expected = in_directions(dw, u[:, take], vt[take].T)
+            np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-6)
+        sides = k / w.shape[0], k / w.shape[1]
+        got = row[["chance", "chance_in", "chance_out"]].astype(float)
+        np.testing.assert_allclose(got, [np.prod(sides), *sides], rtol=1e-6)
+        if spans:
+            path, r = base.layers[row["path"]][0], update.a.shape[1]
+            g = np.linalg.svd(np.asarray(rows[path]["gradient"]))[0][:, :r]
+            phi = np.sum((np.linalg.qr(update.a)[0].T @ g) ** 2) / r
+            np.testing.assert_allclose(row["gradient_overlap"], phi, rtol=1e-3)
+            np.testing.assert_allclose(row["gradient_chance"], r / w.shape[0], rtol=1e-6)
+
+
+def test_energy_in_random_directions_is_chance(base):
+    """And all of it lies in all directions of W: the shares of a full basis are 1."""
+    path, rng = "h/attn/q/kernel", np.random.default_rng(0)
+    method = lorax.method("full", parameters=("q",))
+    trainable, constants = method.init(jax.random.key(0), base.params, base.sites)
+    noise = rng.standard_normal(
+        (200, *trainable["h"]["attn"]["q"]["kernel"]["w"].shape), np.float32
+    )
+    for k, tolerance in ((16, 1e-5), (4, 0.1)):
+        known = {path: compared.Compared(*compared.of_weights(base, path, k))}
+        of_one = jit(
+            lambda x, given: (
+                trajectory.spectra(
+                    method,
+                    base.sites,
+                    base.params,
+                    constants,
+                    jax.tree.map(lambda w: w + x, trainable),
+                    given,
+                )[path].energy
+            )
+        )
+        found = np.mean([of_one(x, known) for x in noise], axis=0)
+        np.testing.assert_allclose(
+            found, np.broadcast_to(found[:, 2:], found.shape), rtol=tolerance
+        )
+
+
+def test_directions_of_a_coded_base_and_on_a_mesh_are_those_of_one_device(base):
+    """Of what the codes stand for; the numbers of a divided base are gathered layer by layer."""
+    path = "h/attn/q/kernel"
+    coded = base.replace(params=quant.quantize(base.params, "nf4", sites=base.sites))
+    u, v = compared.of_weights(coded, path, 2)
+    for layer in range(3):
+        w = kernel(coded, path, (layer,))
+        assert np.linalg.norm(w - kernel(base, path, (layer,))) > 1e-3
+        sigma = np.linalg.svd(w)[1]
+        for end, expected in ((0, sigma[:2]), (1, sigma[-2:])):
+            inside = u[layer, end].T @ w @ v[layer, end]
+            np.testing.assert_allclose(inside, np.diag(expected), atol=1e-5)
+
+    method = lorax.method("lora", rank=2, targets=("q",))
+    trainable, constants = method.init(jax.random.key(0), base.params, base.sites)
+    trainable = moved(trainable)
+    gradient = compared.of_gradient(jax.random.normal(jax.random.key(1), (3, 16, 16)), 2)
+    known = [{path: compared.Compared(u, v, gradient)}]
+    decompose = trajectory.decomposer(method, base.sites)
+    many = jax.tree.map(lambda x: x[None], (constants, trainable))
+    one = decompose(base.params, *many, known)[path]
+    mesh = jax.make_mesh((2,), ("fsdp",))
+    place = lambda x: NamedSharding(mesh, P(*[None] * (x.ndim - 1), "fsdp" if x.ndim > 1 else None))
+    params = jax.tree.map(lambda x: jax.device_put(x, place(x)), base.params)
+    rest = jax.device_put(many, NamedSharding(mesh, P()))
+    two = decompose(params, *rest, known)[path]
+    assert one.energy.shape == (1, 3, 3, 3) and one.phi.shape == (1, 3, 2)
+    for mine, theirs in zip(one[3:], two[3:], strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_what_trajectories_measure_needs_a_trajectory():
+    for key, value in (("subspaces", 4), ("first_gradient", True)):
+        c = study(False)
+        c.analysis[key] = value
+        with pytest.raises(ValueError, match=rf"^analysis\.{key}: {value} given, needs analysis"):
+            config.members(c)
+
+
 @pytest.mark.slow
 def test_devices_that_share_the_members_see_what_one_sees(tmp_path):
     """Three members on two devices, or one after the other: the copy that fills up has no rows."""
@@ -245,7 +357,7 @@ def test_devices_that_share_the_members_see_what_one_sees(tmp_path):
         constants = programs.place(stack.constants)
         params = programs.place_base(group.base.params)
         file = tmp_path / mode / "trajectory" / "0-0" / "1.safetensors"
-        spectra = programs.spectra(params, constants, trainable, 3)
+        spectra = programs.spectra(params, constants, trainable, [{}] * 3)
         trajectory.write(file, spectra, stack.members, group.base)
         found.append(tables.trajectory(runs.Run(tmp_path / mode, {}, None, None, {})))
     assert list(found[0]["member"].unique()) == [0, 1, 2]

@@ -37,6 +37,9 @@ QUANTITIES = {
     "stable": "stable rank of ΔW",
     "energy90": "90% energy rank of ΔW",
     "overlap_final": "overlap with final ΔW",
+    "energy_top": "energy in W's leading directions",
+    "energy_bottom": "energy in W's last directions",
+    "gradient_overlap": "overlap of a with first gradient",
 }
 
 
