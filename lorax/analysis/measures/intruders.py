@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lorax.analysis.measures import spectrum
-from lorax.analysis.measures.spectrum import leading_svd, update_svd
+from lorax.analysis.measures.spectrum import dense_update, leading_svd, update_svd
 
 
 class Intruders(NamedTuple):
@@ -181,7 +181,7 @@ def _leading(w, delta, k, w_svd):
     are computed from W's SVD, one matrix at a time."""
     n = min(w.shape[-2:])
     if not isinstance(delta, tuple) or n < spectrum.LARGE or 8 * max(k, _width(delta)) > n:
-        return leading_svd(w + _dense(delta), k)
+        return leading_svd(w + dense_update(delta), k)
     lead = np.broadcast_shapes(w.shape[:-2], _shape(delta)[:-2])
     a, b, s = _factors(delta)
     stacks = *w_svd, a, b, s
@@ -206,14 +206,6 @@ def _shape(delta) -> tuple[int, ...]:
         return np.shape(delta)
     a, b = np.shape(delta[0]), np.shape(delta[1])
     return (*np.broadcast_shapes(a[:-2], b[:-2]), a[-2], b[-1])
-
-
-def _dense(delta) -> np.ndarray:
-    """The update as one array (..., in, out)."""
-    if not isinstance(delta, tuple):
-        return np.asarray(delta, np.float64)
-    a, b, s = _factors(delta)
-    return s[..., None, None] * (a @ b)
 
 
 def _haar(rng, shape) -> np.ndarray:

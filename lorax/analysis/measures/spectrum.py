@@ -49,6 +49,14 @@ def update_svd(
     return np.linalg.svd(np.asarray(delta, np.float64), full_matrices=False)
 
 
+def dense_update(delta: ArrayLike | tuple[ArrayLike, ...]) -> np.ndarray:
+    """An update (..., in, out) float64: of a tuple (a, b) or (a, b, s), or as it is."""
+    if not isinstance(delta, tuple):
+        return np.asarray(delta, np.float64)
+    a, b, s = (np.asarray(x, np.float64) for x in (*delta, 1.0)[:3])
+    return s[..., None, None] * (a @ b)
+
+
 class RandomisedSVD(NamedTuple):
     """The leading k singular values and vectors of A (in, out), with their errors."""
 
