@@ -3,6 +3,8 @@
     python -m lorax.convert show ADAPTER                        spectrum and rank of every update
     python -m lorax.convert peft ADAPTER OUT --base BASE        an adapter in PEFT's format
     python -m lorax.convert merge BASE ADAPTER OUT              a base model with the update added
+    python -m lorax.convert shrink ADAPTER OUT --base BASE --energy 0.9
+                                                                an adapter with fewer directions
 
 ADAPTER is one of:
   - a directory in PEFT's format, such as `runs/NAME/adapters/0`. PEFT's AdaLoRA, LoHa, VeRA,
@@ -20,6 +22,7 @@ the 16-bit model that BASE was quantised from instead.
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import shutil
 import sys
@@ -76,6 +79,17 @@ def _parser() -> argparse.ArgumentParser:
         help="if BASE is in 4 bits: merge into its decoded weights (default), or into the model "
         "that it was quantised from",
     )
+    sub = command("shrink", shrink, "ADAPTER", "OUT", base=True)
+    how = sub.add_mutually_exclusive_group(required=True)
+    how.add_argument("--energy", type=float, help="share of every squared norm to keep, 0 to 1")
+    how.add_argument("--rank", type=int, help="directions to keep of every matrix")
+    how.add_argument(
+        "--loss",
+        type=float,
+        help="nats (or squared error) that may be lost on the run's validation rows: keeps the "
+        "largest singular values of all matrices, as few as that takes",
+    )
+    sub.add_argument("--run", metavar="RUN", help="its task is used; by default the adapter's run")
     return parser
 
 
@@ -170,6 +184,22 @@ def to_peft(args) -> None:
     print(f"{args.out}: {len(trained.updates)} adapted matrices")
     if why := trained.content.idle():
         print(f"{NOTHING}: {why}")
+
+
+def shrink(args) -> None:
+    """A smaller low-rank adapter in PEFT's format, with the error that this makes."""
+    from lorax import adapters, shrinking
+
+    _check_new(args.out)
+    if args.run and args.loss is None:
+        raise ValueError("--run: given without --loss, which alone needs validation rows")
+    trained = adapters.load(args.adapter, args.base, args.alpha, weights=args.loss is not None)
+    found = shrinking.shrink(trained, args)
+    with whole(args.out) as directory:
+        adapters.save_as_lora(directory, dataclasses.replace(trained, adapter=found.adapter))
+    for line in shrinking.lines(found):
+        print(line)
+    print(f"{args.out}: {shrinking.summary(found)}")
 
 
 def merge(args) -> None:

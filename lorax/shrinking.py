@@ -1,0 +1,202 @@
+"""`convert shrink`: an adapter that keeps the leading singular directions of its updates.
+
+    s a b = u diag(sigma) v^T   ->   a = u_k sqrt(sigma_k), b = sqrt(sigma_k) v_k^T, s = 1
+
+The first k directions are the best approximation of rank k (Eckart & Young 1936); what is lost is
+the norm of the other singular values. Every layer has its own k. DoRA keeps its column lengths, and
+parameters that were trained in full stay.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lorax import rundir
+from lorax.adapters import Adapter, Trained
+from lorax.analysis.measures import spectrum
+from lorax.interop.adapter import Factors
+
+SVDs = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]  # by layer: u, sigma, vt; float64
+
+
+class Shrunk(NamedTuple):
+    """adapter: the smaller one. ranks: {layer: (before, after)}. errors: {layer: norm of what is
+    left out of dW over the norm of dW}; error: the same of all layers together. loss: (before,
+    after) on validation rows, None if it was not asked for."""
+
+    adapter: Adapter
+    ranks: dict[str, tuple[int, int]]
+    errors: dict[str, float]
+    error: float
+    loss: tuple[float, float] | None = None
+
+
+def shrink(trained: Trained, how) -> Shrunk:
+    """The smaller adapter. how: has `energy`, `rank` and `loss`, one of them not None, and for
+    `loss` `adapter`, the adapter's path, and `run`, a run directory or None.
+
+    Raises ValueError for a number out of range, a method without factors, an adapter that changes
+    nothing and a run whose rows can't be taken.
+    """
+    adapter = trained.adapter
+    if adapter is None:
+        raise ValueError(f"{trained.name} has no low-rank factors to shrink")
+    checked = {
+        "energy": (0, 1, "a share, above 0 and at most 1"),
+        "rank": (0, np.inf, "at least 1"),
+        "loss": (0, np.inf, "nats, above 0"),
+    }
+    for name, (low, high, right) in checked.items():
+        value = getattr(how, name)
+        if value is not None and not low < value <= high:
+            raise ValueError(f"--{name}: {value:g} given, must be {right}")
+    layers = {layer: f for layer, f in adapter.factors.items() if f.a.shape[1]}
+    svds = {layer: spectrum.factor_svd(f.a, f.b, f.s) for layer, f in layers.items()}
+    if not any(sigma.any() for _, sigma, _ in svds.values()):
+        raise ValueError(f"nothing to shrink: {adapter.idle() or 'every update is 0'}")
+    losses = None
+    if how.energy is not None:
+        ranks = {
+            k: int(spectrum.energy_rank(sigma, how.energy)) for k, (_, sigma, _) in svds.items()
+        }
+    elif how.rank is not None:
+        ranks = {layer: min(how.rank, _rank(svd)) for layer, svd in svds.items()}
+    else:
+        loss_of = _loss_of(trained, svds, _run_of(how.adapter, how.run))
+        ranks, losses = within(svds, loss_of, how.loss)
+    if adapter.has_lengths:  # PEFT has no DoRA of rank 0
+        ranks = {layer: max(1, k) for layer, k in ranks.items()}
+    return cut(adapter, svds, ranks)._replace(loss=losses)
+
+
+def cut(adapter: Adapter, svds: SVDs, ranks: Mapping[str, int]) -> Shrunk:
+    """The adapter with so many directions of each layer; layers of rank 0 are left out."""
+    factors = {k: f for k, f in adapter.factors.items() if not f.a.shape[1]}  # DoRA's lengths alone
+    left, whole, errors, changed = 0.0, 0.0, {}, {}
+    for layer, (u, sigma, vt) in svds.items():
+        k, squares = ranks[layer], sigma**2
+        if k:
+            factors[layer] = _factors(u, sigma, vt, k, adapter.factors[layer].m)
+        left, whole = left + squares[k:].sum(), whole + squares.sum()
+        errors[layer] = float(np.sqrt(squares[k:].sum() / squares.sum())) if squares.any() else 0.0
+        changed[layer] = adapter.factors[layer].a.shape[1], k
+    in_order = {layer: factors[layer] for layer in adapter.factors if layer in factors}
+    smaller = adapter._replace(factors=in_order)
+    return Shrunk(smaller, changed, errors, float(np.sqrt(left / whole)))
+
+
+def _factors(u, sigma, vt, k: int, m) -> Factors:
+    half = np.sqrt(sigma[:k])
+    a, b = u[:, :k] * half, half[:, None] * vt[:k]
+    return Factors(a.astype(np.float32), b.astype(np.float32), 1.0, m)
+
+
+def _rank(svd) -> int:
+    u, sigma, vt = svd
+    return int(spectrum.numerical_rank(sigma, (u.shape[0], vt.shape[1])))
+
+
+def largest(svds: SVDs, n: int) -> dict[str, int]:
+    """{layer: how many of its singular values are among the n largest of all}: for n directions
+    the smallest error of all layers together."""
+    every = [(x, layer) for layer, (_, sigma, _) in svds.items() for x in sigma]
+    ranks = dict.fromkeys(svds, 0)
+    for _, layer in sorted(every, key=lambda pair: -pair[0])[:n]:
+        ranks[layer] += 1
+    return ranks
+
+
+def within(svds: SVDs, loss_of: Callable, margin: float) -> tuple[dict, tuple[float, float]]:
+    """({layer: rank}, (loss before, after)) of the fewest directions, the largest of all, that lose
+    at most `margin`; found by bisection, which takes the loss to fall with the directions.
+    loss_of({layer: rank}) -> the loss."""
+    few, many = 0, sum(map(_rank, svds.values()))
+    ranks = largest(svds, many)
+    before = after = loss_of(ranks)
+    while many - few > 1:
+        middle = (few + many) // 2
+        tried = largest(svds, middle)
+        loss = loss_of(tried)
+        if loss - before <= margin:
+            many, ranks, after = middle, tried, loss
+        else:
+            few = middle
+    return ranks, (before, after)
+
+
+def _run_of(adapter: str, run: str | None) -> Path:
+    """The directory of the run whose validation rows are used. Raises ValueError without one."""
+    directory = Path(run) if run else Path(adapter).resolve().parent.parent
+    if not rundir.is_run(directory):
+        if run:
+            raise ValueError(f"--run: {run} is no run directory")
+        raise ValueError(
+            f"--loss: {adapter} lies in no run directory; name a run with its task by --run"
+        )
+    return directory
+
+
+def _loss_of(trained: Trained, svds: SVDs, run: Path) -> Callable:
+    """f({layer: rank}) -> the loss on the run's validation rows with so many directions."""
+    import jax
+
+    from lorax import adapters, tasks
+    from lorax.config import key_of, swept
+    from lorax.train.batches import eval_batches
+
+    config = rundir.read_config(run)["config"]
+    moved = [key_of(axis) for axis in swept(config["sweep"])]
+    moved = [key for key in moved if key.startswith("task.") and key != "task.n_train"]
+    if moved:
+        raise ValueError(f"--loss: {run} sweeps {', '.join(moved)}: its members differ in rows")
+    base, evaluation = trained.base, config["eval"]
+    sizes = config["train"]["seq_len"], evaluation["examples"]
+    tasks.check_base(config["task"], base, sizes[0])
+    task = tasks.build(config["task"], base.vocabulary, *sizes, base, test=evaluation["test"])
+    batches = eval_batches(task, evaluation["batch_size"])
+
+    @jax.jit
+    def sums(params, batch):
+        rows = task.kind.rows(base.module, params, batch)
+        return rows.loss.sum(), rows.weight.sum()
+
+    def loss_of(ranks: Mapping[str, int]) -> float:
+        kept = {}
+        for layer, (u, sigma, vt) in svds.items():  # of one shape for all ranks: compiled once
+            kept_sigma = np.where(np.arange(len(sigma)) < ranks[layer], sigma, 0)
+            m = trained.adapter.factors[layer].m
+            kept[layer] = _factors(u, kept_sigma, vt, len(sigma), m)
+        bound = adapters.bind(
+            base, trained.adapter._replace(factors=trained.adapter.factors | kept)
+        )
+        every = range(len(jax.tree.leaves(batches)[0]))
+        totals = [sums(bound, jax.tree.map(lambda x, i=i: x[i], batches)) for i in every]
+        loss, weight = np.sum(np.array(totals, np.float64), axis=0)
+        return float(loss / weight)
+
+    return loss_of
+
+
+def lines(found: Shrunk) -> list[str]:
+    """A line for each layer, and for the loss."""
+    said = [
+        f"{layer}: rank {before} -> {after}, relative error {found.errors[layer]:.3g}"
+        for layer, (before, after) in found.ranks.items()
+    ]
+    if found.loss is not None:
+        before, after = found.loss
+        said.append(f"validation loss {before:.5g} -> {after:.5g} ({after - before:+.2g})")
+    if found.adapter.has_lengths:
+        said.append("DoRA: the columns' lengths stay, and errors are those of the low-rank part")
+    return said
+
+
+def summary(found: Shrunk) -> str:
+    """The sizes before and after, and the error of all layers together."""
+    before, after = (sum(pair[i] for pair in found.ranks.values()) for i in (0, 1))
+    return (
+        f"{after} of {before} directions in {len(found.adapter.factors)} of {len(found.ranks)} "
+        f"matrices; relative error {found.error:.3g} of all together"
+    )
