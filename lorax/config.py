@@ -184,6 +184,12 @@ def _analysis() -> ConfigDict:
     # Evaluation rows for linear CKA between the trained model and the base, on the residual stream
     # after each layer: analysis/cka.csv; 0: none
     c.cka = 0
+    # Loss of every member when all its updates keep only their k leading singular directions, for
+    # k = 0, 1, 2, 4...: analysis/kept_rank.csv
+    c.kept_ranks = False
+    # Training batches over which the largest eigenvalue of every member's Hessian is measured, at
+    # step 0 and after training: `sharpness` in members.csv; 0: not measured
+    c.sharpness = 0
     # Number of layers, evenly spread, whose updates the report compares with the base; None: all
     c.layers = config_dict.placeholder(int)
     # Statistics of every update: your own functions, or "FILE.py:function" (docs/analyses.md)
@@ -312,6 +318,8 @@ REVISABLE = (
     "eval.harness",
     "analysis.report",
     "analysis.cka",
+    "analysis.kept_ranks",
+    "analysis.sharpness",
     "analysis.layers",
     "analysis.also",
     "analysis.delta",

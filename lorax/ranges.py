@@ -48,7 +48,7 @@ RULES = (
         lambda v: v >= 0,
         _in("train", "epochs", "warmup", "width", "memory_gb", "weight_decay", "clip", "lr")
         + _in("eval", "generate", "no_repeat_ngram")
-        + _in("analysis", "cka", "subspaces"),
+        + _in("analysis", "cka", "subspaces", "sharpness"),
     ),
     Rule(
         f"must be a tuple of names among {', '.join(TRACKERS)}",

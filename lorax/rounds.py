@@ -265,9 +265,11 @@ def _analyse(settings: ConfigDict, base: Base, log: Log) -> None:
 
 
 def _write_tables(workdir: Path) -> None:
-    """Write analysis/trajectory.csv and analysis/cka.csv from what training has recorded."""
+    """Write trajectory.csv, cka.csv and kept_rank.csv in analysis/ from what training has
+    recorded."""
     run = runs.load(workdir)
-    for name, table in (("trajectory", tables.trajectory(run)), ("cka", tables.cka(run))):
+    for name in ("trajectory", "cka", "kept_rank"):
+        table = getattr(tables, name)(run)
         file = rundir.table(workdir, name)
         if table is None:
             remove(file)  # left by an analysis that is no longer asked for

@@ -30,7 +30,7 @@ LAYERS = (
         "rundir",
     }
     | {"calls", "devices", "divided", "halving", "meshes", "ranges", "scales", "tree", "vocabulary"}
-    | {"permutations", "xla"},
+    | {"lanczos", "permutations", "xla"},
     {"grouped"},
     {"ops", "interop"},
     {"gather", "leaves"},

@@ -5,6 +5,7 @@ No training code; all arithmetic is numpy.
 
 from lorax.analysis.measures.amplification import Amplification, amplification
 from lorax.analysis.measures.cka import linear_cka
+from lorax.analysis.measures.drift import spectral_drift
 from lorax.analysis.measures.intruders import (
     Intervention,
     Intruders,
@@ -33,12 +34,14 @@ from lorax.analysis.measures.spectrum import (
     stable_rank,
     update_svd,
 )
+from lorax.lanczos import Largest, largest_eigenvalues
 
 __all__ = [
     "Amplification",
     "Band",
     "Intervention",
     "Intruders",
+    "Largest",
     "RandomisedSVD",
     "amplification",
     "basis_similarity",
@@ -49,6 +52,7 @@ __all__ = [
     "factor_svd",
     "intervene",
     "intruders",
+    "largest_eigenvalues",
     "leading_svd",
     "linear_cka",
     "norm_matched",
@@ -56,6 +60,7 @@ __all__ = [
     "output_similarity",
     "principal_angles",
     "randomised_svd",
+    "spectral_drift",
     "stable_rank",
     "subspace_similarity",
     "update_similarity",

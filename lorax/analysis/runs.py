@@ -223,6 +223,7 @@ def summary(run: Run) -> pd.DataFrame:
                 "final_step": int(final["step"]) if len(after) else 0,
                 "final_loss": final["loss"] if usable else np.nan,
                 "best_loss": after["loss"].min() if len(after) else np.nan,
+                **_sharpness(status),
                 **status.get("scores", {}),
                 "base_test_loss": tested.get(0, np.nan),
                 "test_loss": tested.iloc[-1] if usable and len(tested) > 1 else np.nan,
@@ -252,6 +253,21 @@ def _forgotten(also: dict[str, pd.DataFrame], member: int, step: int | None) -> 
         found[f"final_also_{name}"] = after
         found[f"forgetting_{name}"] = after - losses.get(0, np.nan)
     return found
+
+
+def _sharpness(status: dict) -> dict[str, float]:
+    """A member's columns of `analysis.sharpness`: the largest eigenvalue of its Hessian at step 0
+    (start_sharpness) and after training (sharpness), each with the residual that bounds its
+    error."""
+    measured = status.get("sharpness", {})
+    columns = {}
+    for when, name in (("start", "start_sharpness"), ("end", "sharpness")):
+        if when in measured:
+            columns |= {
+                name: measured[when]["value"],
+                f"{name}_residual": measured[when]["residual"],
+            }
+    return columns
 
 
 def repeats(members: pd.DataFrame) -> pd.Series:

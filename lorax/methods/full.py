@@ -164,18 +164,18 @@ def _both(method: Method, whole: Method) -> Method:
         """The method's function of (trainable, constants, params, ...), for the joint trees."""
 
         def of_both(trainable, constants, params, *args, **kwargs):
-            leaves, whole_trained = _apart(trainable)
+            leaves, whole_trained = apart(trainable)
             return function(leaves, constants, bind(whole_trained, {}, params), *args, **kwargs)
 
         return function and of_both
 
     def delta_of_both(trainable, constants, params, sites=None):
         updates = on_trained(method.delta)(trainable, constants, params, sites)
-        moved = delta(_apart(trainable)[1], {}, params)
+        moved = delta(apart(trainable)[1], {}, params)
         return updates | {path: dw + updates.get(path, 0) for path, dw in moved.items()}
 
     def penalty(trainable, constants):
-        return method.penalty(_apart(trainable)[0], constants)
+        return method.penalty(apart(trainable)[0], constants)
 
     def count(params, sites=None):
         return method.count(params, sites) + whole.count(params)
@@ -190,7 +190,7 @@ def _both(method: Method, whole: Method) -> Method:
     )
 
 
-def _apart(trainable) -> tuple[dict, dict]:
+def apart(trainable) -> tuple[dict, dict]:
     """(the method's own leaves, those of parameters trained in full, named w)."""
     flat = tree.flatten(trainable)
     part = lambda yes: tree.unflatten({p: x for p, x in flat.items() if p.endswith("/w") == yes})

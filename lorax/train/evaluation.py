@@ -52,9 +52,10 @@ def evaluate(programs, arguments, m: int, task: Task, split: str, on: Evaluated)
     return _measured(rows, task, labels), rows
 
 
-def evaluate_also(programs, arguments, m: int, task: Task, on: Evaluated) -> Measured:
-    """`Measured` of the first m members on the rows `on` of a further task."""
-    rows = programs.also_rows(*arguments, on.batches, np.int32(on.n))
+def evaluate_rows(program, arguments, m: int, task: Task, on: Evaluated) -> Measured:
+    """`Measured` of the first m members on the rows `on` of a further task, or of members that are
+    changed. program: `Programs.also_rows` or `Programs.truncated_rows`."""
+    rows = program(*arguments, on.batches, np.int32(on.n))
     rows = jax.tree.map(lambda x: _flat(x, m, on.rows), rows)
     return _measured(rows, task, task.eval.get("label"))
 

@@ -221,7 +221,8 @@ def validate(part: Part, trainable, step: int) -> tuple[Measured, list[dict]]:
     lines = metrics(part, step, "eval", loss=measured.losses, **measured.scores, **kl)
     for name, task in group.also.items():
         split = rundir.ALSO + name
-        also = evaluation.evaluate_also(part.programs, arguments, m, task, part.splits[split])
+        program = part.programs.also_rows
+        also = evaluation.evaluate_rows(program, arguments, m, task, part.splits[split])
         lines += metrics(part, step, split, loss=also.losses, **also.scores)
     return measured, lines
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import hosts, sharding, tree, xla
+from lorax.methods import truncated
 from lorax.models import Base
 from lorax.tasks import kinds
 from lorax.train import offload, step, trajectory
@@ -25,8 +26,13 @@ class Programs(NamedTuple):
     rows(params, constants, trainable, batches, n) -> `losses.Rows` of the first n batches, leaves
     (M, N, B, ...). A run needs one of the two; the other is compiled if it is called.
     also_rows(...) -> the same as `rows`, of batches of any shape; compiled on their first call.
+    truncated_rows(...) -> the same as `rows`, of members whose updates are the factors of
+    `lorax.methods.truncated`; compiled on the first call.
     compared_rows(params, constants, trainable, batches, n, states) -> `rows` with the KL from the
     base, compiled on the first call. states: of `base_states`, or None.
+    hessian(params, constants, trainable, batches, vectors) -> the products of the members' Hessians
+    with vectors, trees like trainable, over the batches of `place_batches`; compiled on the first
+    call.
     base_rows(params, batches, n) -> the same of the base without any member, leaves (N, B, ...), on
     one device; compiled on the first call.
     base_states(params, batches) -> `step.base_states`; compiled on the first call.
@@ -46,7 +52,9 @@ class Programs(NamedTuple):
     evaluate: Callable
     rows: Callable
     also_rows: Callable
+    truncated_rows: Callable
     compared_rows: Callable
+    hessian: Callable
     base_rows: Callable
     base_states: Callable
     learned: Callable
@@ -82,15 +90,13 @@ def compile_programs(
     evaluate = over_devices(evaluate, layout, (None, 0, 0, None))
     rows = evaluation(program, layout.width, step.evaluate_rows)
     rows = over_devices(rows, layout, (None, 0, 0, None, None))
-    compared = evaluation(program, layout.width, step.compared_rows)
-    compared = over_devices(compared, layout, (None, 0, 0, None, None, None))
     jitted_rows = rows if layout.mode == "pmap" else jax.jit(rows)
     if layout.mode == "pmap":
         train = over_devices(training(program, layout.width), layout, (None, 0, 0, 0, 0), donate=3)
         trained = Training(train, narrow=lambda width: None, place=lambda state: state, bytes=0)
     else:
         compiled = offload.compile_training if program.train.offload else compile_training
-        evaluate, compared, rows = jax.jit(evaluate), jax.jit(compared), jitted_rows
+        evaluate, rows = jax.jit(evaluate), jitted_rows
         given = described(eval_batches, known.place.of_rows(eval_batches))
         arguments = known.params, known.constants, known.state.trainable, given
         if stacked.config.eval.test == 0:
@@ -112,7 +118,7 @@ def compile_programs(
         evaluate=evaluate,
         rows=rows,
         also_rows=jitted_rows,
-        compared_rows=compared,
+        **when_called(program, layout),
         base_rows=jax.jit(functools.partial(step.base_rows, program)),
         base_states=jax.jit(functools.partial(step.base_states, program)),
         learned=functools.partial(learned, program.train, known.place),
@@ -127,6 +133,19 @@ def compile_programs(
         layout=layout,
         bytes=trained.bytes and trained.bytes + kept_bytes(known, stacked.config.eval.keep),
     )
+
+
+def when_called(program: step.Program, layout: Layout) -> dict[str, Callable]:
+    """The programs that only some runs call, by their names in `Programs`."""
+    of_truncated = program._replace(method=truncated.of(program.method))
+    compared = evaluation(program, layout.width, step.compared_rows)
+    rows = evaluation(of_truncated, layout.width, step.evaluate_rows)
+    made = {
+        "compared_rows": over_devices(compared, layout, (None, 0, 0, None, None, None)),
+        "truncated_rows": over_devices(rows, layout, (None, 0, 0, None, None)),
+        "hessian": over_devices(hessians(program, layout.width), layout, (None, 0, 0, 0, 0)),
+    }
+    return made if layout.mode == "pmap" else {name: jax.jit(f) for name, f in made.items()}
 
 
 def needed(size: int, sharding, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
@@ -185,6 +204,21 @@ def evaluation(program: step.Program, width: int, of_member: Callable) -> Callab
         return over_members(of_one, width)(constants, trainable)
 
     return evaluate
+
+
+def hessians(program: step.Program, width: int) -> Callable:
+    """f(params, constants, trainable, batches, vectors) -> `step.hessian_product` of all members,
+    batches being those of training, leaves (M, K, A, B, ...)."""
+    program = program._replace(merge=False)
+
+    def of_one(params, constants, trainable, batches, vector):
+        parts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches)
+        return step.hessian_product(program, params, constants, trainable, parts, vector)
+
+    def of_all(params, *members):
+        return over_members(functools.partial(of_one, params), width)(*members)
+
+    return of_all
 
 
 def learned(train, place: Placement, state: step.MemberState) -> dict:

@@ -9,7 +9,7 @@ import jax
 from lorax import adapters, gather, hosts, methods, rundir, tasks
 from lorax.errors import of_machine, reason
 from lorax.files import remove
-from lorax.train import activations, benchmarks
+from lorax.train import activations, benchmarks, kept_rank, sharpness, stacks
 from lorax.train.evaluation import Measured
 from lorax.train.part import Part, Position, decimal, diverged_at, exported
 from lorax.train.texts import write_base_texts, write_texts
@@ -29,6 +29,10 @@ def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[
     trained = [i for i in range(m) if diverged[i] < 0]
     if part.stack.config.analysis.cka and trained:
         measure_cka(part, trainable, trained, rows)
+    if part.stack.config.analysis.kept_ranks and trained:
+        measure_kept_ranks(part, trainable, trained, rows)
+    if part.stack.config.analysis.sharpness and trained:
+        measure_sharpness(part, trainable, trained, rows)
     generates = bool(tasks.prompts(part.group.task, part.stack.config.eval.generate))
     if generates and trained:
         measure_base_texts(part, trained, rows)
@@ -128,6 +132,42 @@ def measure_cka(part: Part, trainable, trained: list[int], rows: dict[int, dict]
     alike = attempt(part, "analysis.cka", members, rows, similarity)
     for i in trained if alike is not None else ():
         rows[stack.members[i].index]["cka"] = [decimal(value) for value in alike[i]]
+
+
+def measure_kept_ranks(part: Part, trainable, trained: list[int], rows: dict[int, dict]) -> None:
+    """Add "kept_rank" to the rows of the members that did not diverge, if their updates have
+    ranks."""
+    stack = part.stack
+    if why := kept_rank.why_not(stack.methods[0], part.group.base):
+        part.say(f"analysis.kept_ranks: {why}")
+        return
+    members = [stack.members[i] for i in trained]
+    measure = functools.partial(kept_rank.measure, part, trainable, trained)
+    kept = attempt(part, "analysis.kept_ranks", members, rows, measure)
+    for member, of_member in zip(members, kept or (), strict=bool(kept)):
+        rows[member.index]["kept_rank"] = of_member
+
+
+def measure_sharpness(part: Part, trainable, trained: list[int], rows: dict[int, dict]) -> None:
+    """Add "sharpness" at step 0 and after training to the rows of the members that did not
+    diverge."""
+    if why := sharpness.why_not(part):
+        part.say(f"analysis.sharpness: {why}; it is not measured")
+        return
+    members = [part.stack.members[i] for i in trained]
+    first = stacks.pick(part.group.stack, {member.index for member in part.stack.members})
+    batches = part.stack.config.analysis.sharpness
+
+    def measure():
+        states = {"start": first.state.trainable, "end": trainable}
+        return {when: sharpness.measure(part, state, batches) for when, state in states.items()}
+
+    found = attempt(part, "analysis.sharpness", members, rows, measure) or {}
+    for when, of_members in found.items():
+        for i, member in zip(trained, members, strict=True):
+            numbers = {"value": of_members.value[i], "residual": of_members.residual[i]}
+            numbers = {name: decimal(x) for name, x in numbers.items()}
+            rows[member.index].setdefault("sharpness", {})[when] = numbers
 
 
 def measure_base_texts(part: Part, trained: list[int], rows: dict[int, dict]) -> None:

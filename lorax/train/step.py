@@ -148,6 +148,33 @@ def train_steps(program: Program, params, constants, hyper, state, batches):
     return jax.lax.scan(step, state, batches)
 
 
+def hessian_product(program: Program, params, constants, trainable, batches, vector):
+    """H v, like trainable: H the Hessian of the mean training loss over batches with leaves
+    (N, B, ...) with respect to the trainable parameters, without dropout and penalty; `vector` v
+    like trainable. DoRA's lengths of columns are constants in it, as they are for its gradient.
+    """
+    constants = program.method.expand(constants, params, program.sites)
+    smoothing = program.train.label_smoothing
+
+    def loss(trainable, batch):
+        bound = _bound(program, trainable, constants, params)
+        return program.kind.loss(program.module, bound, batch, smoothing, training=True)[:2]
+
+    def add(carry, batch):
+        def along(trainable):  # the derivative of the loss along the vector
+            gradient, weight = jax.grad(loss, has_aux=True)(trainable, batch)
+            return optax.tree.vdot(gradient, vector), weight
+
+        # Not a jvp of the gradient: layers with a backward pass of their own have none.
+        product, weight = jax.grad(along, has_aux=True)(trainable)
+        return jax.tree.map(jnp.add, carry, (product, weight)), None
+
+    zero = jax.tree.map(jnp.zeros_like, trainable), jnp.float32(0)
+    (product, weight), _ = jax.lax.scan(add, zero, batches)
+    weight = jnp.maximum(weight, 1.0)
+    return jax.tree.map(lambda x: x / weight.astype(x.dtype), product)
+
+
 def evaluate(program: Program, params, constants, trainable, batches):
     """(mean loss () float32, outputs) over batches with leaves (N, B, ...).
 

@@ -6,7 +6,14 @@ inputs are what `lorax.analysis.runs`, `lorax.analysis.tables` etc. return.
 
 from lorax.analysis.figures.dimension_curves import intrinsic
 from lorax.analysis.figures.frontiers import frontier
-from lorax.analysis.figures.lines import cka, diagonal, intruder_counts, table7, trajectory
+from lorax.analysis.figures.lines import (
+    cka,
+    diagonal,
+    intruder_counts,
+    kept_rank,
+    table7,
+    trajectory,
+)
 from lorax.analysis.figures.loss_curves import learning_curves, rank_curve
 from lorax.analysis.figures.loss_maps import setting_map
 from lorax.analysis.figures.loss_sizes import size_curve
@@ -46,6 +53,7 @@ __all__ = [
     "frontier",
     "intrinsic",
     "intruder_counts",
+    "kept_rank",
     "layer_grid",
     "learning_curves",
     "methods_of_runs",

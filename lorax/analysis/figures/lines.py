@@ -208,20 +208,38 @@ def cka(table: pd.DataFrame, main: str = "rank") -> alt.LayerChart:
     Args:
       table: columns member, layer, cka and `main`.
     """
+    x = alt.X("layer:Q", title="layer", **whole_numbers(table["layer"]))
+    return _means(table, main, x, "cka", "linear CKA with the base (0 to 1)")
+
+
+def kept_rank(table: pd.DataFrame, main: str = "rank", unit: str = "nats") -> alt.LayerChart:
+    """The validation loss against the rank that is kept of every update: means over members with
+    their t intervals, one line per value of `main`.
+
+    Args:
+      table: columns member, kept, loss and `main`.
+      unit: of the loss.
+    """
+    kept = sorted(set(table["kept"]))
+    x = alt.X("kept:O", title="singular directions kept of every ΔW", sort=kept)
+    return _means(table, main, x, "loss", f"validation loss ({unit})")
+
+
+def _means(table: pd.DataFrame, main: str, x: alt.X, value: str, title: str) -> alt.LayerChart:
+    """Means over members of the column `value` against x, one line per value of `main`."""
     table, order = in_words(table, main)
-    data = table[["member", "layer", "line"]].assign(cka=digits(table["cka"], 5))
-    means = with_intervals(alt.Chart(data), "cka", ["line", "layer"]).encode(
-        x=alt.X("layer:Q", title="layer", **whole_numbers(data["layer"])),
+    column = x.to_dict()["field"]
+    data = table[["member", column, "line"]].assign(**{value: digits(table[value], 5)})
+    means = with_intervals(alt.Chart(data), value, ["line", column]).encode(
+        x=x,
         tooltip=tooltips(
-            {"line": named(main), "layer": "layer", "mean": ("mean over members", ".4f")}
+            {"line": named(main), column: column, "mean": ("mean over members", ".4f")}
             | INTERVAL
             | {"n": "members"}
         ),
     )
     lines = lambda marks: lines_of("line", order, marks, label(main))
-    y = lambda name: alt.Y(
-        f"{name}:Q", title="linear CKA with the base (0 to 1)", scale=alt.Scale(zero=False)
-    )
+    y = lambda name: alt.Y(f"{name}:Q", title=title, scale=alt.Scale(zero=False))
     parts = [
         means.mark_rule().encode(y=y("low"), y2="high:Q", **lines("rule")),
         means.mark_line().encode(y=y("mean"), **lines("line")),

@@ -7,7 +7,7 @@ they use the same paths for their layers. kernels are the frozen (in, out) weigh
 thread (`threadpoolctl`): more threads only wait for each other.
 """
 
-from lorax.analysis.tables.along_training import cka, trajectory
+from lorax.analysis.tables.along_training import cka, kept_rank, trajectory
 from lorax.analysis.tables.clusters import over_layers
 from lorax.analysis.tables.directions import (
     KINDS,
@@ -62,6 +62,7 @@ __all__ = [
     "has_factors",
     "interventions",
     "intruder_table",
+    "kept_rank",
     "kernel_shape",
     "layer_and_target",
     "leading",

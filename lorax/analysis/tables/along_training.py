@@ -116,3 +116,21 @@ def cka(run: runs.Run) -> pd.DataFrame | None:
         )
     ]
     return pd.DataFrame(rows) if rows else None
+
+
+def kept_rank(run: runs.Run) -> pd.DataFrame | None:
+    """One row per member and rank k that was kept of its updates (`config.analysis.kept_ranks`):
+    member, kept, energy, loss and the task's scores, of the validation rows; None if nothing was
+    measured.
+
+    kept: k; 0 (the base, with what was trained in full beside the factors of a method that has
+    some), the powers of two, and the largest numerical rank of the member's updates, its last row.
+    energy: the share of the squared norm of all updates together. DoRA keeps its column lengths.
+    """
+    members = run.status.get("members", {})
+    rows = [
+        {"member": member} | row
+        for member in run.members.index
+        for row in members.get(str(member), {}).get("kept_rank", [])
+    ]
+    return pd.DataFrame(rows) if rows else None

@@ -28,9 +28,9 @@ Statistic = Callable[[Update], float | Mapping[str, float]]
 RESERVED = (
     "against_base against_base_layers amplification amplification_layers base_ranks base_spectra "
     "base_spectrum between_layers calibration cka curves differences frontier intrinsic "
-    "intrinsic_points intruders layers learning_curves members methods over_chance_layers overlap "
-    "parallel rank_curve ranks runs sensitivity settings similarity similarity_grid size_curve "
-    "spectra spectra_layers texts trajectory update_ranks"
+    "intrinsic_points intruders kept_rank layers learning_curves members methods "
+    "over_chance_layers overlap parallel rank_curve ranks runs sensitivity settings similarity "
+    "similarity_grid size_curve spectra spectra_layers texts trajectory update_ranks"
 ).split()
 #: Columns in tables of updates
 COLUMNS = ("member", "path", "layer", "target", "rank", "name", "adapter", "sigma", "index")

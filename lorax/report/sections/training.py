@@ -1,5 +1,6 @@
-"""Sections on training: how the updates grew, and how the activations changed. They need
-`config.analysis.trajectory` and `config.analysis.cka`."""
+"""Sections on training: how the updates grew, how the activations changed, and the loss by kept
+rank. They need `config.analysis.trajectory`, `config.analysis.cka` and
+`config.analysis.kept_ranks`."""
 
 import pandas as pd
 
@@ -12,12 +13,14 @@ from lorax.report.selection import label
 
 def sections(run: runs.Run, shown: pd.DataFrame, main: str) -> list[Section]:
     """Sections on the shown members, one for each table in analysis/."""
-    tables = {name: _read(run, name, shown, main) for name in ("trajectory", "cka")}
+    tables = {name: _read(run, name, shown, main) for name in ("trajectory", "cka", "kept_rank")}
     parts = []
     if tables["trajectory"] is not None:
         parts.append(_trajectory(tables["trajectory"], main))
     if tables["cka"] is not None:
         parts.append(_cka(tables["cka"], main))
+    if tables["kept_rank"] is not None:
+        parts.append(_kept_rank(tables["kept_rank"], main, runs.loss_unit(run)))
     return parts
 
 
@@ -62,3 +65,23 @@ def _cka(table: pd.DataFrame, main: str) -> Section:
     content += page.figure("cka", caption, alt)
     figure = figures.cka(table, main)
     return Section("Activations", content, {"cka": Picture(figure, table)})
+
+
+def _kept_rank(table: pd.DataFrame, main: str, unit: str) -> Section:
+    whole = table[table["kept"] == table.groupby("member")["kept"].transform("max")]
+    best = whole.loc[whole["loss"].idxmin()]
+    caption = (
+        "The validation loss when every update keeps only its leading singular directions: means "
+        "over members, with 95% intervals over members. At 0 nothing is left of the updates."
+    )
+    alt = (
+        f"Line chart of loss by kept rank: with all of it the lowest is {best['loss']:.4g}, at "
+        f"{words.axis(main)} {page.show(best[main])}."
+    )
+    content = page.aid(
+        "Where a line is flat, the further directions do nothing. Training at that rank may find "
+        "a better update than cutting one."
+    )
+    content += page.figure("kept_rank", caption, alt)
+    figure = figures.kept_rank(table, main, unit)
+    return Section("Kept rank", content, {"kept_rank": Picture(figure, table)})
