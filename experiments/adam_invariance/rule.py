@@ -20,6 +20,7 @@ Five other pairs: reproduced if dW differs at most twice as much, in the worst o
 does in the worst seed when A's start is off in its last bit."""
 BASES = ("gpt2-nano", "stories-llama-260k")
 COMMANDS = dict.fromkeys(BASES, ("python -m experiments.adam_invariance.run",))
+MINUTES = dict.fromkeys(BASES, 15)
 PARTS = ("powers of two: to the bit", "other numbers: to rounding")
 
 

@@ -30,6 +30,7 @@ if the slope at r = 32 lies between a half and one and a half times that at r = 
 of both differences. A best rate at the edge of its grid withdraws the number."""
 BY, STUDY, SMALL, LARGE = ["method", "rank", "batch_size"], "batch_size", 4, 32
 COMMANDS = commands(STUDY, "gpt2-nano", "stories-llama-260k")
+MINUTES = {"gpt2-nano": 14, "stories-llama-260k": 8}
 PARTS = ("the gap widens with the batch", "as much at r = 32 as at r = 4")
 
 

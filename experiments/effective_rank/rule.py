@@ -30,6 +30,7 @@ lies below at one. alpha = 8 lowers that of the largest rank if the interval of 
 alpha = 2 r, at the same alpha times rate, lies below 1 at both, and does not if it lies above."""
 STUDY = "intruders"
 COMMANDS = commands(STUDY, "gpt2-nano", "stories-llama-260k", "MiniLM", "SmolLM2-135M")
+MINUTES = {"gpt2-nano": 8, "stories-llama-260k": 15}
 PARTS = ("full fine-tuning: twice LoRA's or more", "alpha = 8: below alpha = 2 r")
 COLUMNS = ["base", "member", "method", "rank", "alpha", "lr", "factor", "seed", "path", "width"]
 COLUMNS += ["norm", "effective", "energy90", "stable"]

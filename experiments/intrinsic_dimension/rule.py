@@ -41,6 +41,7 @@ COMMANDS = {
     NANO: (f"{STUDY}gpt2_nano.py",),
     OLDER: (PRETRAIN, f"{STUDY}gpt2_nano.py:{{1}}"),
 }
+MINUTES = {MNIST: 36, NANO: 10, OLDER: 32}
 FC, FC_SHUFFLED, LENET, LENET_SHUFFLED = (
     f"base=random:mnist-{net}, shuffle={shuffle}"
     for net in ("fc", "lenet")

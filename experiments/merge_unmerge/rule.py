@@ -13,6 +13,7 @@ most 1 unit (two roundings explain that), and do not if it is more. DoRA and (IA
 by their formulas in float32 if the largest error after a hundred is above 1 unit in every seed."""
 BASES = ("gpt2-nano", "stories-llama-260k")
 COMMANDS = dict.fromkeys(BASES, ("python -m experiments.merge_unmerge.run",))
+MINUTES = dict.fromkeys(BASES, 5)
 ADDITIVE, OTHERS = ("lora", "rslora", "loha", "lokr", "vera"), {"dora": "DoRA", "ia3": "(IA)3"}
 PARTS = ("additive methods: within a unit of rounding", "DoRA and (IA)3: not, in float32")
 

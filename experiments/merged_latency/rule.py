@@ -28,6 +28,7 @@ COMMANDS = dict.fromkeys(
     ("gpt2-nano", "stories-llama-260k", "gpt2"),
     ("python -m experiments.merged_latency.run --clock=wall",),
 )
+MINUTES = dict.fromkeys(COMMANDS, 2.6)
 PARTS = ("merged: within 5% of the base", "Houlsby's adapters: 20% or more at batch 1")
 
 

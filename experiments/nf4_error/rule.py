@@ -18,6 +18,7 @@ INT4 is taken in the plain symmetric way, of 15 levels, and with all 16 levels a
 largest number."""
 BASES = ("gpt2-nano", "stories-llama-260k", "N(0,1)")
 COMMANDS = dict.fromkeys(BASES, ("python -m experiments.nf4_error.run",))
+MINUTES = dict.fromkeys(BASES, 2)
 ABOVE = {
     "nearer than INT4 of 15 levels": "int4, 15 levels",
     "nearer than INT4 of all 16 levels": "int4, 16 levels from -8 to 7",

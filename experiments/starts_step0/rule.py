@@ -27,6 +27,7 @@ training loss over 60 steps less that of PiSSA, each at its own best rate, seed 
 0, and does not if it lies below. A best rate at the edge of its grid withdraws the number."""
 BASES = ("gpt2-nano", "stories-llama-260k")
 COMMANDS = dict.fromkeys(BASES, ("python -m experiments.starts_step0.run",))
+MINUTES = dict.fromkeys(BASES, 49)
 PARTS = ("step 0 is the base", "PiSSA lowers the training loss faster")
 
 
