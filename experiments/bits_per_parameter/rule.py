@@ -1,0 +1,90 @@
+"""How many bits does a trainable parameter store? See `experiments`."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from experiments import sweeps
+from experiments.verdicts import (
+    WITHDRAWN,
+    Verdict,
+    by_interval,
+    complete,
+    numbers,
+    shown,
+    tuned,
+    write,
+)
+from lorax.analysis import compare
+
+CLAIM = "full fine-tuning stores more bits a parameter than LoRA, feed-forward more than attention"
+SOURCE = "Tan, Du and Feng (arXiv:2607.21351)"
+MARGIN = 1.2
+RULE = (
+    "Bits a trainable parameter of random strings that hold several times as many, each setting "
+    "at its best rate, seed by seed. Full above LoRA: the 95% interval over seeds of the ratio of "
+    "one o matrix in full to LoRA on all o lies above 1. Feed-forward above attention: the ratio "
+    "of LoRA there to LoRA in attention lies above 1.2. A pretrained base stores more: LoRA in "
+    "attention, ratio to a base with random weights, above 1. A best rate at the edge of its grid "
+    "withdraws the number, and so does a setting that recalls more than 95% of the tokens: then "
+    "the strings ran out."
+)
+STUDY = "stored_bits"
+COMMANDS = {
+    "stories-llama-260k": tuple(
+        f"python -m lorax.run --config=configs/{STUDY}.py:{name}"
+        for name in ("stories", "stories-random")
+    ),
+    "gpt2-nano": tuple(
+        f"python -m lorax.run --config=configs/{STUDY}.py{name}" for name in ("", ":random")
+    ),
+}
+FULL, MLP, BASE = "full above LoRA", "feed-forward above attention", "pretrained above random"
+BY = ["weights", "method", "targets"]
+
+
+def collect(runs: dict[str, list[Path]], folder: Path) -> None:
+    """bits.csv: a row a member; weights is "random" for a base with random weights."""
+    found = []
+    for base, directories in runs.items():
+        for directory in directories:
+            sweep = sweeps.load(directory, STUDY)
+            columns = ["method", "targets", "lr", "seed", "status", "trainable_params"]
+            scores = ["final_loss", "bits", "bits_per_parameter", "recalled"]
+            table = sweep.table.reindex(columns=[*columns, *scores]).copy()
+            drawn = str(sweep.run.config["config"]["base"]).startswith("random:")
+            table.insert(0, "base", base)
+            table.insert(1, "weights", "random" if drawn else "pretrained")
+            table.loc[table["method"] == "full", "targets"] = "o"
+            found.append(table)
+    write(pd.concat(found), folder, "bits.csv")
+
+
+def verdicts(folder: Path) -> list[Verdict]:
+    found = []
+    for base, table in numbers(folder, "bits.csv").groupby("base", sort=False):
+        best = tuned(table.assign(less=-table["bits_per_parameter"]), BY, "less")
+        of = lambda above, below, margin: (base, best, above, below, margin)  # noqa: B023
+        found += [
+            ratio(FULL, *of("pretrained, full, o", "pretrained, lora, o", 1.0)),
+            ratio(MLP, *of("pretrained, lora, mlp", "pretrained, lora, attention", MARGIN)),
+            ratio(BASE, *of("pretrained, lora, attention", "random, lora, attention", 1.0)),
+        ]
+    return complete(found, (FULL, MLP, BASE))
+
+
+def ratio(part: str, base: str, best, above: str, below: str, margin: float) -> Verdict:
+    settings = best.members.set_index(["setting", "seed"])
+    for name in (above, below):
+        if name not in settings.index:
+            return Verdict(part, base, WITHDRAWN, f"{name} has no run")
+        if name in best.doubts:
+            return Verdict(part, base, WITHDRAWN, best.doubts[name])
+        if (recalled := settings.loc[name, "recalled"].mean()) > 0.95:
+            return Verdict(part, base, WITHDRAWN, f"{name} recalls {recalled:.0%}")
+    bits = settings["bits_per_parameter"]
+    interval = compare.interval((bits[above] / bits[below]).to_numpy())
+    number = (
+        f"{shown(interval, 2)} ({bits[above].mean():.2f} against {bits[below].mean():.2f} bits)"
+    )
+    return Verdict(part, base, by_interval(interval, "above", margin), number, interval)
