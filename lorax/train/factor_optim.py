@@ -163,9 +163,23 @@ def _length(x):
 
 
 def _solved(gram, right, damping: float):
-    """(gram + damping I)^-1 right, in the dtype of `right`."""
-    damped = gram + jnp.broadcast_to(damping * jnp.eye(gram.shape[-1]), gram.shape)
-    return jnp.linalg.solve(damped, right.astype(gram.dtype)).astype(right.dtype)
+    """(gram + damping I)^-1 right, in the dtype of `right`.
+
+    The inverse is by the sweep operator (Goodnight 1979), which takes no pivots other than the
+    diagonal's, and no routine of LAPACK: see `lora_muon`.
+    """
+    size = gram.shape[-1]
+
+    def sweep(i, x):
+        column = jax.lax.dynamic_index_in_dim(x, i, axis=-1)  # (..., r, 1)
+        pivot = jax.lax.dynamic_index_in_dim(column, i, axis=-2)  # (..., 1, 1)
+        here = jnp.broadcast_to((jnp.arange(size) == i)[:, None], column.shape)
+        u = jnp.where(here, -1, column)
+        return jnp.where(here | _t(here), 0, x) - u * _t(u) / pivot
+
+    damped = gram + jnp.broadcast_to(damping * jnp.eye(size), gram.shape)
+    inverse = -jax.lax.fori_loop(0, size, sweep, damped)
+    return (inverse @ right.astype(gram.dtype)).astype(right.dtype)
 
 
 def _t(x):
