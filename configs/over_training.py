@@ -24,6 +24,7 @@ def get_config(arg=None):
     config.eval.examples = 32  # the loss is only a check here
     config.eval.test = 0
     config.analysis.trajectory = True
+    config.analysis.subspaces = 8
     lr = config.train.lr
     points = [("full", 8, lr / 10), ("lora", largest_rank(arg), lr / 2)]
     sweep = config.sweep
