@@ -116,8 +116,8 @@ def test_shapes_are_those_of_the_arrays(name):
     """Of every method: the same trees, so that every exact number is exact."""
     base = "tiny-llama" if name == "llama-adapter" else "tiny-gpt2"
     changes = {"method__target_rank": 2} if name == "adalora" else {}
-    ranks = (2, 3)
-    if name in ("lora-subspace", "tinylora"):  # constants of r: members of a group share the rank
+    ranks = (2, 4) if name == "gralora" else (2, 3)  # a multiple of its blocks
+    if name in ("lora-subspace", "tinylora", "randlora"):  # members of a group share the rank
         ranks, changes = (2,), {"sweep__seed": (0, 1)}
     members = members_of(base, ranks=ranks, method__name=name, **changes)
     assert len(members) == 2

@@ -60,7 +60,7 @@ class Spectral(ops.Leaf):
 
 def waves(values, rows, columns, s, n_in: int, n_out: int):
     """s Re IFFT2(S) (in, out), at least in float32."""
-    dtype = jnp.promote_types(values.dtype, jnp.float32)
+    dtype = np.promote_types(values.dtype, np.float32)
     spectrum = jnp.zeros((n_in, n_out), dtype).at[rows, columns].add(values.astype(dtype))
     return s.astype(dtype) * jnp.fft.ifft2(spectrum).real
 
@@ -130,7 +130,9 @@ def bind(trainable, constants, params, key=None, sites=None):
     flat = tree.flatten(params)
     for path, x in joined(trainable, constants).items():
         values = x["values"]
-        index = jnp.arange(values.shape[-1]).reshape((1,) * (values.ndim - 1) + (-1,))
+        index = jnp.arange(values.shape[-1], dtype=jnp.int32).reshape(
+            (1,) * (values.ndim - 1) + (-1,)
+        )
         values = jnp.where(index < x["n"][..., None], values, 0)
         flat[path] = Spectral(flat[path], values, x["rows"], x["columns"], x["s"])
     return tree.unflatten(flat)
