@@ -88,7 +88,23 @@ def spectra(
     """{parameter path: Spectrum} of one member's updates; {} for a method that doesn't change
     weights. As in `lorax.analysis`, DoRA's update is s a b, without its column magnitudes."""
     updates = _updates(method, sites, params, constants, trainable)
-    return {path: _decomposed(learned, compared.get(path)) for path, learned in updates.items()}
+    return {path: _one_by_one(learned, compared.get(path)) for path, learned in updates.items()}
+
+
+def _one_by_one(learned: Learned, compared: Compared | None) -> Spectrum:
+    """`_decomposed`, one layer after another: LAPACK's call for a batch of matrices waits in a
+    CPU's thread for parts of its work, and where as many such calls run as there are threads, none
+    is left to do these parts."""
+    axes = _axes(learned)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(axes) :]), (learned, compared))
+    found = jax.lax.map(lambda layer: _decomposed(*layer), flat)
+    return jax.tree.map(lambda x: x.reshape(*axes, *x.shape[1:]), found)
+
+
+def _axes(learned: Learned) -> tuple[int, ...]:
+    """The lengths of the layer axes."""
+    update = learned.update
+    return update[2].shape if isinstance(update, tuple) else update.shape[:-2]
 
 
 def paths(method, base: Base, constants, trainable) -> dict[str, int]:
@@ -102,9 +118,7 @@ def paths(method, base: Base, constants, trainable) -> dict[str, int]:
 def _each_on_its_device(of_member, params, constants, trainable, compared) -> list[dict]:
     """The members' spectra. of_member(params, constants, trainable, i=i): of member i.
 
-    Members are decomposed one after another, each on its own device, not in one program over all
-    devices. A CPU's devices share a pool of one thread per core; batched LAPACK calls wait there
-    for their subtasks, and if every thread waits, none is left to run them. Each call uses one BLAS
+    Members are decomposed one after another, each on its own device. Each call uses one BLAS
     thread: several would wait for each other on a busy machine, which makes matrices of 128 x 128
     fifty times slower.
     """
@@ -133,8 +147,7 @@ def _layer_by_layer(updates, params, constants, trainable, compared) -> list[dic
 
 def _of_layers(learned: Learned, compared: Compared | None) -> Spectrum:
     """`_decomposed`, on the host. learned: on several devices."""
-    update = learned.update
-    axes = update[2].shape if isinstance(update, tuple) else update.shape[:-2]
+    axes = _axes(learned)
     layers = []
     for index in np.ndindex(*axes):
         of_layer = jax.tree.map(lambda x, at=index: x[at], compared)
@@ -193,6 +206,7 @@ def _is_small(dw) -> bool:
 
 
 def _decomposed(learned: Learned, compared: Compared | None) -> Spectrum:
+    """The spectrum of one layer's update."""
     update, span = learned
     spectrum = _of_factors(*update) if isinstance(update, tuple) else _of_matrix(update)
     if compared is None:
