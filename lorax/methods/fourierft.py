@@ -14,12 +14,13 @@ fourierft_spectrum, n_frequency is `frequencies`, scaling `spectral_scale` and r
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import ops, permutations, tree
+from lorax import gather, ops, permutations, tree
 from lorax.methods.arrays import joined, matrices
 from lorax.methods.contract import Method, State
 from lorax.methods.targets import Default, adapted_matrices, only_linear, words_of
@@ -143,6 +144,11 @@ def delta(trainable, constants, params, sites=None):
     sites = sites or ops.sites_from_shapes(params)
     bound, updates = tree.flatten(bind(trainable, constants, params)), {}
     for path in joined(trainable):
-        nothing = jnp.zeros(tree.flatten(params)[path].shape, jnp.float32)
-        updates[path] = bound[path].dense(nothing, sites[path])
+        leaf = bound[path]
+        change = functools.partial(_update, sites[path])
+        updates[path] = gather.divided(change, gather.mesh_of(leaf.w), leaf)
     return updates
+
+
+def _update(site, leaf: Spectral):
+    return leaf.dense(jnp.zeros(ops.frozen(leaf.w).shape, jnp.float32), site)
