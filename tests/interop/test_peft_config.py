@@ -120,7 +120,7 @@ def test_a_lora_of_any_other_config_is_read_or_named(foreigner, tmp_path):
         ('{"peft_type": "LORA", "rank_pattern": [1]}', r"rank_pattern: \[1\] given"),
         ('{"peft_type": ["LORA"]}', r"peft_type \['LORA'\] can't be read"),
         ('{"r": 8}', "peft_type is missing; supported are LORA, ADALORA, LOHA"),
-        ('{"peft_type": "OFT"}', "'OFT' can't be read; supported are LORA, ADALORA, LOHA"),
+        ('{"peft_type": "POLY"}', "'POLY' can't be read; supported are LORA, ADALORA, LOHA"),
         ("[1]", "a JSON object is expected"),
     ],
 )

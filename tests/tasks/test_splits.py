@@ -114,7 +114,8 @@ def keys(task, rows) -> list[bytes]:
 
 
 def test_every_shipped_task_is_here():
-    assert TASKS.keys() == tasks.TASKS.keys()
+    """But random strings, which are measured on what is trained on: no row is apart."""
+    assert TASKS.keys() | {"random_strings"} == tasks.TASKS.keys()
 
 
 @pytest.mark.parametrize("name", TASKS)
