@@ -84,10 +84,8 @@ def gralora(
     target. Trainable: a (layers..., k, k, in/k, r/k), b (layers..., k, k, r/k, out/k).
     Raises ValueError as LoRA, and for a rank, blocks or targets that are not as said.
     """
-    hp = lora.lora(rank, alpha, scaling, targets=targets, layers=layers, dropout=dropout).hp
-    hp = {name: hp[name] for name in ("rank", "alpha", "scaling", "targets", "layers", "dropout")}
-    scale = lora.SCALINGS[scaling](alpha, rank)
-    hp |= {"blocks": blocks, "scale": scale}
+    hp = dict(rank=rank, alpha=alpha, scaling=scaling, targets=targets, layers=layers)
+    hp = lora.checked(**hp, dropout=dropout) | {"blocks": blocks}
     if blocks < 1:
         raise ValueError(f"method.blocks: {blocks} given, must be at least 1")
     if rank % blocks:
@@ -117,7 +115,7 @@ def gralora(
             shapes = {"a": (n_in, width), "b": (width, n_out)}
             shapes = {name: (blocks, blocks, *shape) for name, shape in shapes.items()}
             trainable[m.path] = m.fill(shapes, draw)
-            constants[m.path] = {"s": m.full(scale), "dropout": m.full(dropout)}
+            constants[m.path] = {"s": m.full(hp["scale"]), "dropout": m.full(dropout)}
         return State(tree.unflatten(trainable), tree.unflatten(constants))
 
     def count(params, sites=None):

@@ -57,8 +57,7 @@ def hira(
 
     Trainable: a (layers..., in, r), b (layers..., r, out).
     """
-    checked = lora.lora(rank, targets=targets, layers=layers, dropout=dropout).hp
-    hp = {name: checked[name] for name in ("rank", "targets", "layers", "dropout")}
+    hp = lora.checked(rank=rank, targets=targets, layers=layers, dropout=dropout)
 
     def adapts(params, sites=None):
         return adapted_matrices(params, sites, hp["targets"], layers, rank)

@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 
 from lorax import ops, tree
+from lorax.methods import lora
 from lorax.methods.arrays import joined, matrices
 from lorax.methods.contract import Method, State
 from lorax.methods.elimination import inverse
-from lorax.methods.targets import Default, adapted_matrices, only_linear, words_of
+from lorax.methods.targets import Default, adapted_matrices, only_linear
 
 
 @jax.tree_util.register_dataclass
@@ -63,9 +64,7 @@ def hra(
     see `lorax.methods.lora.lora`. Trainable: u (layers..., in, r).
     Raises ValueError for a rank below 1, and for targets that are not linear layers.
     """
-    if rank < 1:
-        raise ValueError(f"method.rank: {rank} given, must be at least 1")
-    hp = dict(rank=rank, targets=words_of(targets), layers=layers)
+    hp = lora.checked(rank=rank, targets=targets, layers=layers)
 
     def adapts(params, sites=None):
         return only_linear(adapted_matrices(params, sites, hp["targets"], layers))
@@ -127,9 +126,4 @@ def factors(trainable, constants, params, sites=None):
 
 def delta(trainable, constants, params, sites=None):
     """{path: -U T^T U^T w in the kernel's shape, float32}."""
-    sites = sites or ops.sites_from_shapes(params)
-    flat = tree.flatten(params)
-    return {
-        path: sites[path].from_matrix(a @ b, flat[path].shape).astype(jnp.float32)
-        for path, (a, b, _, _) in factors(trainable, constants, params, sites).items()
-    }
+    return lora.products(factors(trainable, constants, params, sites), params, sites)

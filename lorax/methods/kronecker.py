@@ -50,7 +50,8 @@ def loha(
     Trainable: a1, a2 (layers..., in, r), b1, b2 (layers..., r, out). Padding is zero in all four
     and stays so, as the gradient of each is a product with another.
     """
-    hp = _checked(rank, alpha, scaling, targets, layers, dropout)
+    hp = dict(rank=rank, alpha=alpha, scaling=scaling, targets=targets, layers=layers)
+    hp = lora.checked(**hp, dropout=dropout)
 
     def arrays(n_in, n_out, pad=None):
         a, b = (n_in, pad or rank), (pad or rank, n_out)
@@ -98,7 +99,8 @@ def lokr(
     needs w{i}, where on{i} () float32 says whether w{i} is used. Raises ValueError as LoRA, and for
     a factor out of range.
     """
-    hp = _checked(rank, alpha, scaling, targets, layers, dropout)
+    hp = dict(rank=rank, alpha=alpha, scaling=scaling, targets=targets, layers=layers)
+    hp = lora.checked(**hp, dropout=dropout)
     hp |= {"factor": factor, "decompose_both": decompose_both}
     factorization(1, factor)
 
@@ -163,13 +165,6 @@ def factorization(size: int, factor: int = -1) -> tuple[int, int]:
 
 
 # ------------------------------------------------------------------------------------------- both
-
-
-def _checked(*values) -> dict:
-    """The hyperparameters shared with LoRA, checked there, and the scale."""
-    names = ("rank", "alpha", "scaling", "targets", "layers", "dropout")
-    hp = lora.lora(**dict(zip(names, values, strict=True))).hp
-    return {name: hp[name] for name in (*names, "scale")}
 
 
 def _from_arrays(arrays, zero, hp, most=None) -> dict:

@@ -112,6 +112,13 @@ def _scale(hp: dict) -> float:
     return scale
 
 
+def checked(**hp) -> dict:
+    """Hyperparameters that another method shares with `lora`, checked as there, and the scale s if
+    alpha is one of them. Raises ValueError for a value out of range."""
+    own = lora(**hp).hp
+    return {name: own[name] for name in (*hp, *(("scale",) if "alpha" in hp else ()))}
+
+
 def _ranks(hp: dict, params, sites) -> dict:
     """{path: (Site, rank of each layer, 0 if it isn't adapted)} of the targets."""
     nominal = hp["rank"] if hp["ranks"] is None else None

@@ -33,10 +33,8 @@ def lora_xs(
 
     Trainable: m (layers..., r, r).
     """
-    names = ("rank", "alpha", "scaling", "targets", "layers", "dropout")
-    values = (rank, alpha, scaling, targets, layers, dropout)
-    checked = lora.lora(**dict(zip(names, values, strict=True))).hp
-    hp = {name: checked[name] for name in (*names, "scale")} | {"std": std}
+    hp = dict(rank=rank, alpha=alpha, scaling=scaling, targets=targets, layers=layers)
+    hp = lora.checked(**hp, dropout=dropout) | {"std": std}
     if std < 0:
         raise ValueError(f"method.std: {std} given, must be at least 0")
 

@@ -34,8 +34,7 @@ def miss(
     share, a divisor of the outputs of every target; None: no outputs share.
     Trainable: d (layers..., r, out), or (layers..., r, mini_rank).
     """
-    checked = lora.lora(rank, targets=targets, layers=layers, dropout=dropout).hp
-    hp = {name: checked[name] for name in ("rank", "targets", "layers", "dropout")}
+    hp = lora.checked(rank=rank, targets=targets, layers=layers, dropout=dropout)
     hp["mini_rank"] = mini_rank
     if mini_rank is not None and mini_rank < 1:
         raise ValueError(f"method.mini_rank: {mini_rank} given, must be at least 1")

@@ -99,9 +99,8 @@ def randlora(
     run. Trainable: lam (layers..., r, n), gamma (layers..., n, min).
     Raises ValueError as LoRA, and for targets that are not linear layers.
     """
-    hp = lora.lora(rank, alpha, scaling, targets=targets, layers=layers, dropout=dropout).hp
-    names = ("rank", "alpha", "scaling", "targets", "layers", "dropout", "scale")
-    hp = {name: hp[name] for name in names} | {"projection_seed": projection_seed}
+    hp = dict(rank=rank, alpha=alpha, scaling=scaling, targets=targets, layers=layers)
+    hp = lora.checked(**hp, dropout=dropout) | {"projection_seed": projection_seed}
 
     def adapts(params, sites=None):
         return only_linear(adapted_matrices(params, sites, hp["targets"], layers, rank))

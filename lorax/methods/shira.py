@@ -61,8 +61,7 @@ def shira(
     rank: r, so that r (in + out) entries are trained, not more than there are. mask: of `MASKS`.
     Trainable: values (layers..., r (in + out)).
     """
-    checked = lora.lora(rank, targets=targets, layers=layers).hp
-    hp = {name: checked[name] for name in ("rank", "targets", "layers")} | {"mask": mask}
+    hp = lora.checked(rank=rank, targets=targets, layers=layers) | {"mask": mask}
     if mask not in MASKS:
         known = f"not one of {', '.join(MASKS)}{nearest(mask, MASKS)}"
         raise ValueError(f"method.mask: {mask!r} is {known}")

@@ -45,8 +45,7 @@ def tinylora(
     projection_seed: of p, which is the same for every `seed` of a run.
     Trainable: v (groups, numbers) for all matrices, with rows of zeros if there are fewer groups.
     """
-    checked = lora.lora(rank, targets=targets, layers=layers, dropout=dropout).hp
-    hp = {name: checked[name] for name in ("rank", "targets", "layers", "dropout")}
+    hp = lora.checked(rank=rank, targets=targets, layers=layers, dropout=dropout)
     hp |= {"numbers": numbers, "tying": tying, "projection_seed": projection_seed}
     if numbers < 1:
         raise ValueError(f"method.numbers: {numbers} given, must be at least 1")

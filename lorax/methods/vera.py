@@ -42,8 +42,7 @@ def vera(
     projection_seed: of a and b, which are the same for every `seed` of a run.
     Trainable: d (layers..., r), v (layers..., out).
     """
-    checked = lora.lora(rank, targets=targets, layers=layers, dropout=dropout).hp
-    hp = {name: checked[name] for name in ("rank", "targets", "layers", "dropout")}
+    hp = lora.checked(rank=rank, targets=targets, layers=layers, dropout=dropout)
     hp |= {"d_initial": d_initial, "projection_seed": projection_seed}
 
     def adapts(params, sites=None):
