@@ -20,7 +20,7 @@ from lorax import leaves, ops, tree
 from lorax.methods import lora
 from lorax.methods.arrays import joined, matrices, updates
 from lorax.methods.contract import Method, State
-from lorax.methods.starts import kaiming
+from lorax.methods.starts import drawn
 from lorax.methods.targets import Default, adapted_matrices
 
 
@@ -67,9 +67,7 @@ def hira(
         for m in matrices(params, adapts(params, sites), targets, key, rank):
 
             def draw(key, index, m=m):  # what it leaves out stays zero
-                if m.site.kind == "embed":
-                    return {"b": jax.random.normal(key, (rank, m.n_out))}
-                return kaiming(key, m.n_in, m.n_out, rank)
+                return drawn("kaiming", m.site.kind, key, m.n_in, m.n_out, rank)
 
             trainable[m.path] = m.fill({"a": (m.n_in, width), "b": (width, m.n_out)}, draw)
             constants[m.path] = {"dropout": m.full(dropout)}

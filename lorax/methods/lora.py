@@ -30,7 +30,7 @@ from lorax.catalogue import TAKEN_OFF
 from lorax.errors import nearest
 from lorax.methods.arrays import Matrix, joined, key_for, matrices
 from lorax.methods.contract import Method, State
-from lorax.methods.starts import DRAWN, NEEDS, STARTS, gaussian, kaiming, orthonormal
+from lorax.methods.starts import DRAWN, NEEDS, OF_A, STARTS, drawn
 from lorax.methods.targets import Default, adapted_matrices, words_of
 
 SCALINGS = {
@@ -151,10 +151,7 @@ def _drawing(hp: dict, m: Matrix, leaf, evidence: Mapping) -> Callable:
 
         def draw(key, index):
             rank = int(m.active[index])
-            if m.site.kind == "embed" and hp["init"] in ("kaiming", "gaussian", "orthonormal"):
-                # as in loralib and PEFT, the rows start at zero
-                return {"b": jax.random.normal(key, (rank, m.n_out))}
-            return DRAWN[hp["init"]](key, m.n_in, m.n_out, rank)
+            return drawn(hp["init"], m.site.kind, key, m.n_in, m.n_out, rank)
 
         return draw
     kind = NEEDS.get(hp["init"])
@@ -296,11 +293,7 @@ def lora_fa(**hp) -> Method:
         )
 
     def init(*args, **kwargs):
-        trainable, constants = method.init(*args, **kwargs)
-        flat = tree.flatten(trainable)
-        fixed = {path: x for path, x in flat.items() if path.endswith("/a")}
-        moving = {path: x for path, x in flat.items() if path not in fixed}
-        return State(tree.unflatten(moving), _with(constants, fixed))
+        return _freezing("a", method.init(*args, **kwargs))
 
     def count(params, sites=None):
         adapted = matrices(params, _ranks(method.hp, params, sites))
@@ -316,34 +309,38 @@ def frozen_b(**hp) -> Method:
     at zero. Raises ValueError for an `init` that starts b at zero, which would never change.
     """
     method = lora(**hp)
-    start = DRAWN.get(method.hp["init"])
-    transposed = start in (kaiming, gaussian, orthonormal)
     if method.hp["init"] == "eva":
         raise ValueError(
             "method.init: 'eva' given, but it starts b at zero, and frozen-b trains only a"
         )
 
     def init(key, params, sites=None, targets=None, pad=None, evidence=None):
-        trainable, constants = method.init(key, params, sites, targets, pad, evidence)
-        flat = tree.flatten(trainable)
-        fixed = {path: x for path, x in flat.items() if path.endswith("/b")}
-        moving = {path: x for path, x in flat.items() if path not in fixed}
-        if transposed:
-            adapted, rank = _ranks(method.hp, params, sites), method.hp["rank"]
-            for m in matrices(params, adapted, targets, key, rank):
+        state = _freezing("b", method.init(key, params, sites, targets, pad, evidence))
+        if method.hp["init"] not in OF_A:
+            return state
+        start, b = DRAWN[method.hp["init"]], {}
+        ranks, width = _ranks(method.hp, params, sites), pad or method.hp["widest"]
+        for m in matrices(params, ranks, targets, key, method.hp["rank"]):
 
-                def draw(key, index, m=m):
-                    return {"b": start(key, m.n_out, m.n_in, int(m.active[index]))["a"].T}
+            def draw(key, index, m=m):
+                return {"b": start(key, m.n_out, m.n_in, int(m.active[index]))["a"].T}
 
-                fixed[f"{m.path}/b"] = m.fill({"b": fixed[f"{m.path}/b"].shape[-2:]}, draw)["b"]
-            moving = jax.tree.map(jnp.zeros_like, moving)
-        return State(tree.unflatten(moving), _with(constants, fixed))
+            b[f"{m.path}/b"] = m.fill({"b": (width, m.n_out)}, draw)["b"]
+        return State(jax.tree.map(jnp.zeros_like, state.trainable), _with(state.constants, b))
 
     def count(params, sites=None):
         adapted = matrices(params, _ranks(method.hp, params, sites))
         return sum(int(m.active.sum()) * m.n_in for m in adapted)
 
     return method._replace(init=init, count=count)
+
+
+def _freezing(name: str, state: State) -> State:
+    """The state with the factors of that name among the constants."""
+    flat = tree.flatten(state.trainable)
+    frozen = {path: x for path, x in flat.items() if path.endswith(f"/{name}")}
+    moving = {path: x for path, x in flat.items() if path not in frozen}
+    return State(tree.unflatten(moving), _with(state.constants, frozen))
 
 
 def lora_plus(ratio: float = 16.0, **hp) -> Method:

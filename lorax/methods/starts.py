@@ -19,7 +19,8 @@ that read neither w nor data:
   (r / 2, out). Both are random, of rank r / 2, and a b = 0 up to rounding, of which bfloat16 has
   more. r must be even.
 
-For an embedding, these three of a start a at zero and draw b, as loralib and PEFT do.
+Of an embedding, kaiming, gaussian and orthonormal start a at zero and draw b, as loralib and PEFT
+do.
 
 Other starts have a product s a b that is subtracted from w in the papers. Here all members of a
 sweep share the base, which never changes: the initial factors are stored as constants a0, b0 and
@@ -133,6 +134,17 @@ DRAWN: dict[str, Callable] = {
     "both-kept": both,
     "orthogonal": orthogonal,
 }
+#: Those that draw a alone; of an embedding b alone, see `drawn`.
+OF_A = ("kaiming", "gaussian", "orthonormal")
+
+
+def drawn(init: str, kind: str, key, n_in: int, n_out: int, rank: int) -> dict:
+    """{"a": (in, rank), "b": (rank, out)} by a start of `DRAWN`; a factor that it leaves out is
+    zero. kind: of the matrix's `Site`. Of an embedding, those of `OF_A` draw b instead of a, as
+    loralib and PEFT do."""
+    if kind == "embed" and init in OF_A:
+        return {"b": jax.random.normal(key, (rank, n_out))}
+    return DRAWN[init](key, n_in, n_out, rank)
 
 
 # --------------------------------------------------------------------- from the weight or from data
