@@ -171,7 +171,7 @@ def plan(
         load=load,
         gathered=0 if load.copied else mesh_costs.gathered(base, spread.shape),
         eval_batch=c.eval.batch_size,
-        states=states_of_base(c, base),
+        states=states_of_base(stacked, base),
     )
 
 

@@ -5,12 +5,12 @@ import math
 
 import jax
 
-from lorax import config, quant, tasks, tree
+from lorax import config, quant, tasks
 from lorax.calls import steps_per_call
 from lorax.models.load import skeleton
 from lorax.models.shapes import architecture
 from lorax.tasks import kinds
-from lorax.train import evaluation, evidence, prepare, stacks
+from lorax.train import evidence, prepare, programs, stacks
 from lorax.train.batches import axes
 from lorax.train.prepare import base_settings
 
@@ -80,16 +80,17 @@ def rows(c, base=None) -> dict:
     return tasks.batch_shapes(c.task, lead, c.train.seq_len, base)
 
 
-def states_of_base(c, base) -> int:
-    """Bytes of the base's states of the validation rows that a run with `eval.also` keeps on each
-    device for the KL; 0 if it keeps none."""
+def states_of_base(stacked: stacks.Stack, base) -> int:
+    """Bytes of the base's states of the validation rows that a run keeps on each device for the KL
+    of `eval.also`; 0 if it keeps none."""
+    c = stacked.config
     kind, size = tasks.kind_of(c.task), min(c.eval.batch_size, c.eval.examples)
-    batch = tasks.batch_shapes(c.task, (size,), c.train.seq_len, base)
-    if not c.eval.also or not kinds.has_probabilities(kind, batch):
+    lead = math.ceil(c.eval.examples / size), size
+    batches = tasks.batch_shapes(c.task, lead, c.train.seq_len, base)
+    if not c.eval.also or not kinds.has_probabilities(kind, batches):
         return 0
-    states = jax.eval_shape(lambda p, b: kind.states(base.module, p, b), base.params, batch)
-    whole = math.ceil(c.eval.examples / size) * tree.nbytes(states)
-    return whole if whole <= evaluation.MOST_STATES else 0
+    program = programs.program_of(stacked, base, 1, kind)
+    return programs.states_bytes(program, base.params, batches, lead[0])
 
 
 def quantised(base, kind: str, double: bool):

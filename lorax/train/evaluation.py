@@ -68,13 +68,21 @@ def compare(programs, arguments, m: int, task: Task, on: Evaluated, states):
     return _measured(rows, task, task.eval.get("label")), _mean(rows.kl, rows)
 
 
+def kept_states(base_states, params, batches, n: int) -> int:
+    """Bytes of the base's states of the first n batches that a run which compares members with the
+    base keeps on each device; 0 if they are larger than `MOST_STATES`. base_states: as in
+    `Programs`. params, batches: arrays or shapes."""
+    size = tree.nbytes(jax.eval_shape(lambda *given: base_states(*given, n), params, batches))
+    return size if size <= MOST_STATES else 0
+
+
 def states_of_base(programs, params, on: Evaluated):
-    """`step.base_states` of the rows `on`, on the devices of the members; None if they are larger
-    than `MOST_STATES`."""
-    shapes = jax.eval_shape(programs.base_states, params, on.batches)
-    if tree.nbytes(shapes) > MOST_STATES:
+    """`step.base_states` of the rows `on`, on the devices of the members; None if they are not kept
+    (`kept_states`)."""
+    if not kept_states(programs.base_states, params, on.batches, on.n):
         return None
-    return programs.place_rows(_by_base(programs.base_states, params, on.batches))
+    of_rows = lambda *arguments: programs.base_states(*arguments, on.n)
+    return programs.place_rows(_by_base(of_rows, params, on.batches))
 
 
 def of_base(programs, params, task: Task, on: Evaluated) -> tuple[Measured, losses.Rows]:

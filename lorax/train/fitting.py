@@ -87,12 +87,14 @@ def fit(
     devices=None,
     legs: Sequence[tuple[int, int]] = (),
     share: Fraction = Fraction(1),
+    compared: int = 0,
 ) -> Programs:
     """`compile_programs` for as many members at once as fit into memory, as the compiler reports.
 
     stacked: its members are those of the whole group; its arrays may be of fewer, which then run in
     the group's program, cut to their number. legs: as for `layout`. share: of the devices of the
-    machine that would train the whole group, those that are here.
+    machine that would train the whole group, those that are here. compared: as for
+    `compile_programs`.
 
     Halves first the number of members side by side, then the members in one program; the caller
     runs the others in further calls of the same program. Where not even one member fits, a base
@@ -101,10 +103,11 @@ def fit(
     """
     n = max((members for members, _ in legs), default=len(stacked.members))
     n = all_ = math.ceil(n * share)
+    compiled = functools.partial(compile_programs, compared=compared)
     given, devices, here = train, tuple(devices or jax.devices()), len(stacked.state.step)
     while True:
         chosen = cut(layout(n, train, base, devices, legs), here)
-        programs = compile_programs(stacked, base, chosen, batches, eval_batches, kind)
+        programs = compiled(stacked, base, chosen, batches, eval_batches, kind)
         limit = memory_limit(train, chosen.devices)
         if programs.bytes <= limit.bytes:
             return programs
@@ -117,7 +120,7 @@ def fit(
             train, n = given.copy_and_resolve_references(), all_
             train.mesh = str(wider)
         else:
-            ask = functools.partial(compile_programs, stacked, base, chosen)
+            ask = functools.partial(compiled, stacked, base, chosen)
             needs = lambda batches, ask=ask: ask(batches, eval_batches, kind).bytes
             raise MemoryError(
                 f"one member needs {programs.bytes / 1e9:.2f} GB and {limit.bytes / 1e9:.2f} GB "

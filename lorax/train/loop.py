@@ -259,7 +259,11 @@ class Compiled:
         began, kind = time.monotonic(), group.task.kind
         whole = group.stack._replace(members=group.members)
         arguments = whole, group.base, group.config.train, *_shapes(group), kind
-        programs = fitting.fit(*arguments, None, legs(group, stack, self.race), self.share)
+        size, compared = group.config.eval.batch_size, 0
+        if group.compares:
+            compared = splits(group.task, size)["eval"].n
+        of_legs = legs(group, stack, self.race)
+        programs = fitting.fit(*arguments, None, of_legs, self.share, compared)
         made = programs, time.monotonic() - began
         self.made[self._key(group, stack)] = made
         return made

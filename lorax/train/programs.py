@@ -12,6 +12,7 @@ from lorax.methods import truncated
 from lorax.models import Base
 from lorax.tasks import kinds
 from lorax.train import offload, step, trajectory
+from lorax.train.evaluation import kept_states
 from lorax.train.layouts import Layout
 from lorax.train.members import Placement, filled, over_devices, over_members
 from lorax.train.shapes import Shapes, Training, described, shapes
@@ -35,7 +36,7 @@ class Programs(NamedTuple):
     call.
     base_rows(params, batches, n) -> the same of the base without any member, leaves (N, B, ...), on
     one device; compiled on the first call.
-    base_states(params, batches) -> `step.base_states`; compiled on the first call.
+    base_states(params, batches, n) -> `step.base_states`; compiled on the first call.
     learned(state) -> the trainable parameters to evaluate and export; see `step.learned`.
     spectra(params, constants, trainable, compared) -> {path: `trajectory.Spectrum`} of the members
     that `compared` has, leaves (n, ...) on the host; compiled on the first call.
@@ -45,7 +46,8 @@ class Programs(NamedTuple):
     narrow(width): compile train for batches cut to `width` columns (`tasks.widths`) in advance;
     otherwise the first call compiles.
     bytes: memory of one call to train on one device: arguments + temporaries + outputs - aliases,
-    and what `eval.keep` "best" keeps; 0 if not known in advance (`train.parallel` "pmap").
+    and what `eval.keep` "best" and the KL of `eval.also` keep; 0 if not known in advance
+    (`train.parallel` "pmap").
     """
 
     train: Callable
@@ -77,12 +79,14 @@ def compile_programs(
     batches,
     eval_batches,
     kind: kinds.Kind,
+    compared: int = 0,
 ) -> Programs:
     """Compile for `layout.size` members, from shapes alone; nothing is allocated.
 
     batches: a task's rows as `jax.ShapeDtypeStruct` (K, A, B, ...), of one member.
     eval_batches: the same (N, B, ...), shared by all members. kind: of these rows. With test rows
-    (`eval.test` is not 0) `rows` is compiled, without them `evaluate`.
+    (`eval.test` is not 0) `rows` is compiled, without them `evaluate`. compared: on how many of the
+    eval_batches members are compared with the base, whose states of them count as memory.
     """
     program = program_of(stacked, base, layout.width, kind)
     known = shapes(stacked, base, layout, batches, kind)
@@ -105,6 +109,8 @@ def compile_programs(
             n = described(jnp.int32(0), known.place.shared)
             rows = rows.lower(*arguments, n).compile()
         trained = compiled(program, layout, known)
+    beside = kept_bytes(known, stacked.config.eval.keep)
+    beside += states_bytes(program, known.params, eval_batches, compared) if compared else 0
 
     def full(rows):  # without a copy where nothing is to be filled up
         size = len(jax.tree.leaves(rows)[0])
@@ -120,7 +126,7 @@ def compile_programs(
         also_rows=jitted_rows,
         **when_called(program, layout),
         base_rows=jax.jit(functools.partial(step.base_rows, program)),
-        base_states=jax.jit(functools.partial(step.base_states, program)),
+        base_states=jax.jit(functools.partial(step.base_states, program), static_argnums=2),
         learned=functools.partial(learned, program.train, known.place),
         spectra=trajectory.decomposer(program.method, program.sites),
         place_base=lambda params: hosts.place(params, known.place.base),
@@ -131,7 +137,7 @@ def compile_programs(
         place_rows=lambda rows: hosts.place(rows, known.place.of_rows(rows)),
         narrow=trained.narrow,
         layout=layout,
-        bytes=trained.bytes and trained.bytes + kept_bytes(known, stacked.config.eval.keep),
+        bytes=trained.bytes and trained.bytes + beside,
     )
 
 
@@ -161,6 +167,11 @@ def needed(size: int, sharding, shape: tuple[int, ...]) -> tuple[slice, ...] | N
 def kept_bytes(known: Shapes, keep: str) -> int:
     """Bytes on one device of the trainable parameters of the best step; 0 unless they are kept."""
     return sharding.device_bytes(known.state.trainable) if keep == "best" else 0
+
+
+def states_bytes(program: step.Program, params, eval_batches, n: int) -> int:
+    """`evaluation.kept_states` of the first n batches to evaluate, by this program."""
+    return kept_states(functools.partial(step.base_states, program), params, eval_batches, n)
 
 
 def program_of(stacked: Stack, base: Base, width: int, kind: kinds.Kind) -> step.Program:

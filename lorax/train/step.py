@@ -219,9 +219,10 @@ def base_rows(program: Program, params, batches, n) -> losses.Rows:
     return _rows(program, _base(program, params), batches, n)
 
 
-def base_states(program: Program, params, batches) -> jax.Array:
-    """`losses.Reference.states` of batches with leaves (N, B, ...): (N, B, T, D), or (N, B, k)."""
-    base = _base(program, params)
+def base_states(program: Program, params, batches, n: int) -> jax.Array:
+    """`losses.Reference.states` of the first n batches with leaves (N, B, ...): (n, B, T, D), or
+    (n, B, k)."""
+    base, batches = _base(program, params), jax.tree.map(lambda x: x[:n], batches)
     return jax.lax.map(lambda batch: program.kind.states(program.module, base, batch), batches)
 
 

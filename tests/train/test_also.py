@@ -8,10 +8,11 @@ from digits import contents, digits, trained
 from quick import jit
 from small import noisy, three_layers
 
-from lorax import adapters, config, losses, rundir, tasks
+from lorax import adapters, config, halving, losses, rundir, tasks
 from lorax.analysis import runs
 from lorax.interop import peft
 from lorax.models import load
+from lorax.planning import costs
 from lorax.tasks import kinds
 from lorax.train import evaluation, loop, prepare
 
@@ -114,6 +115,23 @@ def test_states_that_are_too_large_are_computed_with_the_members(sweep, tmp_path
     again = trained(tmp_path / "run", further(rank=(1, 2)))
     kl = [r.metrics.query("split == 'eval'")["kl"] for r in (sweep, again)]
     np.testing.assert_allclose(*kl, rtol=1e-4, atol=1e-6)
+
+
+def fitted(c):
+    """The programs of a run of one group, which fit into its memory."""
+    (group,) = prepare.groups(config.members(c), lambda line: None)
+    race = halving.without(group.members)
+    return loop.Compiled([group], race, lambda line: None).get(group, group.stack)
+
+
+def test_what_the_kl_keeps_is_counted_where_programs_are_fitted_into_memory():
+    c, needed = further(), fitted(further()).bytes
+    kept = costs.plan(config.members(c)).states
+    assert kept == 64 * 10 * 4  # two batches of 32 rows, the last one filled up
+    assert needed - fitted(digits()).bytes == kept
+    c.train.memory_gb = (needed - 1) / 1e9
+    with pytest.raises(MemoryError, match="one member needs"):
+        fitted(c)
 
 
 @pytest.mark.parametrize("spread", ["mesh", "members"])
