@@ -284,7 +284,8 @@ def dora(**hp) -> Method:
 def lora_fa(**hp) -> Method:
     """LoRA-FA: LoRA that trains only b. hp: the hyperparameters of `lora`.
 
-    Raises ValueError for an `init` that starts a at zero, which would never change.
+    Raises ValueError for an `init` that starts a at zero, which would never change, and the
+    method's `adapts` and `init` do for one that starts an embedding's a at zero.
     """
     method = lora(**hp)
     if method.hp["init"] == "init-b":
@@ -292,14 +293,25 @@ def lora_fa(**hp) -> Method:
             "method.init: 'init-b' given, but it starts a at zero, and lora-fa trains only b"
         )
 
-    def init(*args, **kwargs):
-        return _freezing("a", method.init(*args, **kwargs))
+    def adapts(params, sites=None):
+        adapted = method.adapts(params, sites)
+        for path, (site, _) in adapted.items():
+            if site.kind == "embed" and method.hp["init"] in OF_A:
+                raise ValueError(
+                    f"method.targets: {path} is an embedding, whose a init {method.hp['init']!r} "
+                    "starts at zero, and lora-fa trains only b; 'both' starts it with numbers"
+                )
+        return adapted
+
+    def init(key, params, sites=None, *args, **kwargs):
+        adapts(params, sites)
+        return _freezing("a", method.init(key, params, sites, *args, **kwargs))
 
     def count(params, sites=None):
         adapted = matrices(params, _ranks(method.hp, params, sites))
         return sum(int(m.active.sum()) * m.n_out for m in adapted)
 
-    return method._replace(init=init, count=count)
+    return method._replace(init=init, count=count, adapts=adapts)
 
 
 def frozen_b(**hp) -> Method:

@@ -449,6 +449,16 @@ def test_what_does_not_fit_is_one_clear_error(pair, evidence, hp, message):
 def test_lora_fa_needs_an_a_to_read_through():
     with pytest.raises(ValueError, match="method.init: 'init-b' given, but it starts a at zero"):
         lorax.method("lora-fa", init="init-b")
+    params = {"wte": {"embedding": jnp.ones((50, 6))}}
+    of_embedding = functools.partial(lorax.method, "lora-fa", rank=3, targets="embed")
+    for init in starts.OF_A:
+        message = f"method.targets: wte/embedding is an embedding, whose a init '{init}' starts at"
+        method = of_embedding(init=init)
+        for refuses in (method.adapts, functools.partial(method.init, jax.random.key(0))):
+            with pytest.raises(ValueError, match=message):
+                refuses(params)
+    state = of_embedding(init="both").init(jax.random.key(0), params)
+    assert np.any(state.constants["wte"]["embedding"]["a"])
 
 
 def test_variants_count_ranks_of_their_own():
