@@ -316,7 +316,7 @@ def test_training_ends_at_the_target_budget_spread_unevenly():
     method = methods.full.beside(method, ("biases",), "float32")
     state = method.init(jax.random.key(0), base().params, base().sites)
     member, losses = train(method, state, section(14), 14)
-    own = ranks(methods.full._apart(member.trainable)[0])
+    own = ranks(methods.full.apart(member.trainable)[0])
     left = np.concatenate([n.ravel() for n in own.values()])
     assert left.size == 3 * 3 and left.sum() == 2 * left.size and left.max() - left.min() >= 2
     assert np.isfinite(losses).all() and int(member.step) == 14
