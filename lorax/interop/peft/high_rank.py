@@ -7,7 +7,7 @@ SHiRA's entries are put side by side.
 import numpy as np
 
 from lorax.interop.peft.config import CONFIG, WEIGHTS, from_patterns
-from lorax.interop.peft.modules import apart, fit, joined, widest
+from lorax.interop.peft.modules import apart, fit, joined, not_conv1d, widest
 
 
 def write_hira(modules, shared, hp):
@@ -50,8 +50,7 @@ def write_shira(modules, shared, hp):
     Raises ValueError for GPT-2's Conv1D, and for a module too small for that n."""
     entries = []
     for place, parts in modules:
-        if place.conv1d:
-            raise ValueError(f"{place.name}: PEFT has no SHiRA of GPT-2's Conv1D")
+        not_conv1d(place, "SHiRA")
         found = []
         for layer, arrays in parts.items():
             own = np.arange(place.outputs)[place.columns[layer]]

@@ -5,7 +5,7 @@ has no HRA of GPT-2's Conv1D.
 """
 
 from lorax.interop.peft.config import CONFIG, WEIGHTS
-from lorax.interop.peft.modules import Arrays, fit, input_of
+from lorax.interop.peft.modules import Arrays, fit, input_of, not_conv1d
 
 
 def write(modules, shared, hp):
@@ -14,8 +14,7 @@ def write(modules, shared, hp):
     Raises ValueError for GPT-2's Conv1D, and for a module whose parts are reflected differently."""
     tensors = {}
     for place, parts in modules:
-        if place.conv1d:
-            raise ValueError(f"{place.name}: PEFT has no HRA of GPT-2's Conv1D")
+        not_conv1d(place, "HRA")
         tensors[f"{place.name}.hra_u"] = input_of(place, parts, "u", "reflects")[:, : hp["rank"]]
     return tensors, {"r": hp["rank"], "apply_GS": False, "init_weights": True}
 
@@ -29,8 +28,7 @@ def read(modules, shared, config, where):
     rank = config.get("r", 8)
     for place, tensors in modules:
         here = f"{where / WEIGHTS}: {place.name}"
-        if place.conv1d:
-            raise ValueError(f"{here}: PEFT has no HRA of GPT-2's Conv1D")
+        not_conv1d(place, "HRA", here)
         fit(f"{here}, r {rank} in {CONFIG}", tensors, hra_u=(place.inputs, rank))
         if not tensors["hra_u"].any(axis=0).all():
             raise ValueError(f"{here}: hra_u has a column of zeros, which is no reflection")

@@ -51,6 +51,8 @@ from lorax.interop.peft.modules import (
     fit,
     input_of,
     joined,
+    largest,
+    not_conv1d,
     widest,
 )
 
@@ -129,8 +131,7 @@ def write_loha(modules, shared, hp):
     Raises ValueError for GPT-2's Conv1D, and for parts of a module with different scales."""
     tensors, ranks, scales = {}, {}, {}
     for place, parts in modules:
-        if place.conv1d:
-            raise ValueError(f"{place.name}: PEFT has no LoHa of GPT-2's Conv1D; store it as LoRA")
+        not_conv1d(place, "LoHa", instead="; store it as LoRA")
         arrays = joined(place, parts, ("a1", "a2"), ("b1", "b2"))
         tensors |= {f"{place.name}.{HADA[name]}": x for name, x in arrays.items()}
         ranks[place.name], scales[place.name] = len(arrays["a1"]), _scale(parts, hp)
@@ -269,7 +270,7 @@ def write_vera(modules, shared, hp):
             key, rows = _copy(place, layer)
             copies[key] = max(copies.get(key, rows), rows, key=len)
     spans = {key: slice(i * len(b), (i + 1) * len(b)) for i, key in enumerate(copies)}
-    inputs, outputs = (max(getattr(p, x) for p, _ in modules) for x in ("inputs", "outputs"))
+    inputs, outputs = largest(modules)
     B = np.zeros((outputs, len(copies) * len(b)), np.float32)
     for key, rows in copies.items():
         B[rows, spans[key]] = b[:, : len(rows)].T
@@ -296,7 +297,7 @@ def read_vera(modules, shared, config, where):
             f"{file}: vera_A and vera_B are missing, which torch's generator would draw again; "
             "save with save_projection=True"
         )
-    inputs, outputs = (max(getattr(p, x) for p, _ in modules) for x in ("inputs", "outputs"))
+    inputs, outputs = largest(modules)
     r = fit(str(file), shared, vera_A=("r", inputs), vera_B=(outputs, "r"))["r"]
     if r != config.get("r", 256):
         raise ValueError(f"{where / CONFIG}: r: {config.get('r', 256)}, but {r} in vera_A")

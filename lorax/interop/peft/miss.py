@@ -6,7 +6,7 @@ The parts of a fused module are side by side, with zeros for parts that are not 
 import numpy as np
 
 from lorax.interop.peft.config import CONFIG, WEIGHTS
-from lorax.interop.peft.modules import fit
+from lorax.interop.peft.modules import fit, not_conv1d
 
 
 def write_miss(modules, shared, hp):
@@ -15,8 +15,7 @@ def write_miss(modules, shared, hp):
     Raises ValueError for GPT-2's Conv1D, and for parts of a fused module whose outputs share."""
     tensors = {}
     for place, parts in modules:
-        if place.conv1d:
-            raise ValueError(f"{place.name}: PEFT has no MiSS of GPT-2's Conv1D; store it as LoRA")
+        not_conv1d(place, "MiSS", instead="; store it as LoRA")
         if hp["mini_rank"] and place.fused:
             raise ValueError(
                 f"{', '.join(parts)}: outputs of all {place.name} share in PEFT's mini; "
@@ -26,7 +25,7 @@ def write_miss(modules, shared, hp):
         for layer, arrays in parts.items():  # padded, where a sweep has larger ranks
             block[:, place.columns[layer]] = arrays["d"][: hp["rank"]]
         tensors[f"{place.name}.miss_block"] = block
-    config = {"r": hp["rank"], "mini_r": hp["mini_rank"] or 1, "bias": "none"}
+    config = {"r": hp["rank"], "mini_r": hp["mini_rank"] or 1}
     config["init_weights"] = "mini" if hp["mini_rank"] else True
     return tensors, config | {"miss_dropout": hp["dropout"]}
 

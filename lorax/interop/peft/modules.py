@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -78,6 +78,19 @@ def only_layer(place: Place, method: str, where: str | None = None) -> str:
         raise ValueError(f"{where or place.name}: PEFT has one {method} of {layers} together")
     (layer,) = place.columns
     return layer
+
+
+def not_conv1d(place: Place, method: str, where: str | None = None, instead: str = "") -> None:
+    """Raises ValueError, which begins with `where` (default: the module), for GPT-2's `Conv1D`, of
+    which PEFT does not have the method. instead: what to do, for the end of the message."""
+    if place.conv1d:
+        raise ValueError(f"{where or place.name}: PEFT has no {method} of GPT-2's Conv1D{instead}")
+
+
+def largest(modules: Sequence[tuple[Place, Any]]) -> tuple[int, int]:
+    """(the largest inputs, the largest outputs) of all modules, which may be those of two."""
+    places = [place for place, _ in modules]
+    return max(place.inputs for place in places), max(place.outputs for place in places)
 
 
 def joined(place: Place, parts: Mapping[str, Arrays], inner: tuple, outer: tuple) -> Arrays:

@@ -11,7 +11,7 @@ on is there a `peft_version`.
 import numpy as np
 
 from lorax.interop.peft.config import CONFIG, WEIGHTS
-from lorax.interop.peft.modules import Arrays, fit, input_of
+from lorax.interop.peft.modules import Arrays, fit, input_of, not_conv1d
 
 
 def write(modules, shared, hp):
@@ -20,8 +20,7 @@ def write(modules, shared, hp):
     Raises ValueError for GPT-2's Conv1D, and for a module whose parts are turned differently."""
     tensors, size = {}, hp["block_size"]
     for place, parts in modules:
-        if place.conv1d:
-            raise ValueError(f"{place.name}: PEFT has no OFT of GPT-2's Conv1D")
+        not_conv1d(place, "OFT")
         q = _narrow(input_of(place, parts, "q", "turns"), size, place.inputs)
         tensors[f"{place.name}.oft_R.weight"] = q if hp["neumann"] else -q
     config = {"r": 0, "oft_block_size": size, "module_dropout": 0.0, "init_weights": True}
@@ -56,8 +55,7 @@ def read(modules, shared, config, where):
     sizes = {}
     for place, tensors in modules:
         here = f"{where / WEIGHTS}: {place.name}"
-        if place.conv1d:
-            raise ValueError(f"{here}: PEFT has no OFT of GPT-2's Conv1D")
+        not_conv1d(place, "OFT", here)
         n = fit(here, tensors, **{"oft_R.weight": ("blocks", "pairs")})["blocks"]
         if n == 0 or place.inputs % n:
             raise ValueError(f"{here}: oft_R.weight has {n} blocks for {place.inputs} inputs")

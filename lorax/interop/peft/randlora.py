@@ -7,21 +7,12 @@ them, so it can neither be written nor read.
 import numpy as np
 
 from lorax.interop.peft.config import CONFIG, WEIGHTS, as_number
-from lorax.interop.peft.modules import Arrays, fit, only_layer
+from lorax.interop.peft.modules import Arrays, fit, largest, only_layer
 
 
-def _sizes(place, rank: int) -> tuple[int, int, int]:
-    """(the smaller size of a module, the larger one, the number n of products of full rank)."""
-    least = min(place.inputs, place.outputs)
-    return least, max(place.inputs, place.outputs), -(-least // rank)
-
-
-def _shared_sizes(places, rank: int) -> tuple[int, int, int]:
-    """`_sizes` of the shared pair. PEFT's least is that of the largest inputs and outputs of all
-    modules, which may be those of two modules."""
-    inputs, outputs = (
-        max(getattr(place, side) for place in places) for side in ("inputs", "outputs")
-    )
+def _sizes(inputs: int, outputs: int, rank: int) -> tuple[int, int, int]:
+    """(the smaller size, the larger one, the number n of products that make the full rank) of a
+    module, or with the `largest` inputs and outputs of all modules of PEFT's shared pair."""
     least = min(inputs, outputs)
     return least, max(inputs, outputs), -(-least // rank)
 
@@ -36,7 +27,7 @@ def write(modules, shared, hp):
         arrays = parts[only_layer(place, "RandLoRA")]
         tensors[f"{place.name}.randlora_lambda"] = arrays["lam"]
         tensors[f"{place.name}.randlora_gamma"] = arrays["gamma"]
-    least, most, n = _shared_sizes([place for place, _ in modules], rank)
+    least, most, n = _sizes(*largest(modules), rank)
     a, b = np.zeros((rank, least), np.float32), np.zeros((most, n * rank), np.float32)
     for whole, part in ((a, shared["a"]), (b, shared["b"])):
         corner = part[: whole.shape[0], : whole.shape[1]]
@@ -60,12 +51,12 @@ def read(modules, shared, config, where):
             f"{file}: randlora_A and randlora_B are missing, which torch's generator would draw "
             "again, in the half precision of the machine; save with save_projection=True"
         )
-    least, most, n = _shared_sizes([place for place, _ in modules], rank)
+    least, most, n = _sizes(*largest(modules), rank)
     said = f"{file}, r {rank} in {CONFIG}"
     fit(said, shared, randlora_A=(rank, 1, least), randlora_B=(most, n, rank))
     layers: dict[str, Arrays] = {}
     s = np.float64(config.get("randlora_alpha", 640) / rank)
-    sizes = [_sizes(place, rank) for place, _ in modules]
+    sizes = [_sizes(place.inputs, place.outputs, rank) for place, _ in modules]
     for (place, tensors), (smaller, _, count) in zip(modules, sizes, strict=True):
         here = f"{file}: {place.name}"
         layer = only_layer(place, "RandLoRA", here)
