@@ -414,17 +414,12 @@ def member(config: ConfigDict, index: int, point: dict) -> Member:
 
 def also(settings: ConfigDict) -> dict[str, dict]:
     """{name: its `config.task`, with every key} of the further tasks of `eval.also`. settings: a
-    member's config.
-
-    A task that does not say how many training rows it has is built with one, as none is read.
-    Raises ValueError as `named_tasks` does.
-    """
-    return named_tasks(settings, "eval.also", {"n_train": 1})
+    member's config. Raises ValueError as `named_tasks` does."""
+    return named_tasks(settings, "eval.also")
 
 
-def named_tasks(settings: ConfigDict, field: str, usual: Mapping = {}) -> dict[str, dict]:
-    """{name: its `config.task`, with every key} of a field that names tasks. usual: values of keys
-    that a task does not set.
+def named_tasks(settings: ConfigDict, field: str) -> dict[str, dict]:
+    """{name: its `config.task`, with every key} of a field that names tasks.
 
     Raises ValueError, which begins with the field, for anything except pairs of a name and the keys
     of a task, a name that comes twice, a key that is none, and a value that it can't have.
@@ -438,7 +433,7 @@ def named_tasks(settings: ConfigDict, field: str, usual: Mapping = {}) -> dict[s
         if name in found:
             raise ValueError(f"{field}: {name!r} names two tasks; each needs its own name")
         try:
-            found[name] = _named_task(settings, {**usual, **keys})
+            found[name] = _named_task(settings, dict(keys))
         except ValueError as error:
             raise ValueError(f"{field}: {name}: {error}") from None
     return found

@@ -246,34 +246,40 @@ def _further(
     c, settings: dict, task: tasks.Task, base: Base, built: dict[str, tasks.Task]
 ) -> tasks.Task:
     """A task of `eval.also`. settings: its `config.task`."""
-    name = settings["name"]
-    check_further(c, settings, base)
+    name, kind = settings["name"], check_further(c, settings, base)
+    if settings["n_train"] is None and kind is not kinds.STRINGS:
+        settings = settings | {"n_train": 1}  # none is read
     key = _rows_key(c, settings, task.kind.reads == "tokens", "also")
     if key not in built:
         arguments = base.vocabulary, c.train.seq_len, c.eval.examples, base
-        further = tasks.build(settings, *arguments, test=c.eval.test)
-        if further.outputs != task.outputs:
-            right = f"{further.outputs} outputs, and the model of {c.task.name!r} {task.outputs}"
-            raise ValueError(f"task {name!r} has {right}")
-        sets = (task.kind, task.eval), (further.kind, further.eval)
-        if len({kinds.has_probabilities(*of_rows) for of_rows in sets}) > 1:
-            raise ValueError(
-                f"one of the tasks {name!r} and {c.task.name!r} has values, not classes"
-            )
-        built[key] = further._replace(test=None)
-    return built[key]
+        built[key] = tasks.build(settings, *arguments, test=c.eval.test)._replace(test=None)
+    further = built[key]
+    if further.outputs != task.outputs:
+        right = f"{further.outputs} outputs, and the model of {c.task.name!r} {task.outputs}"
+        raise ValueError(f"task {name!r} has {right}")
+    sets = (task.kind, task.eval), (further.kind, further.eval)
+    if len({kinds.has_probabilities(*of_rows) for of_rows in sets}) > 1:
+        raise ValueError(f"one of the tasks {name!r} and {c.task.name!r} has values, not classes")
+    return further
 
 
-def check_further(c, settings: dict, base: Base) -> None:
-    """Raises ValueError for a task of `eval.also` whose rows the model can't read; none is built.
-    settings: its `config.task`."""
-    kinds_of = [tasks.kind_of(of).name for of in (settings, c.task)]
-    if len({*kinds_of}) > 1 or tasks.outputs(settings) != tasks.outputs(c.task):
+def check_further(c, settings: dict, base: Base) -> kinds.Kind:
+    """The kind of a task of `eval.also`, which is not built. Raises ValueError if the model can't
+    read its rows, or the run's program does not measure them. settings: its `config.task`."""
+    kind, own = tasks.kind_of(settings), tasks.kind_of(c.task)
+    reads = lambda kind: (kind.reads, kind.causal)
+    if reads(kind) != reads(own) or tasks.outputs(settings) != tasks.outputs(c.task):
         raise ValueError(
             f"task {settings['name']!r} needs another kind of model than {c.task.name!r}: a task "
             "is evaluated with the model of the run's own"
         )
+    if kind.name != own.name:  # texts, and random strings
+        raise ValueError(
+            f"task {settings['name']!r} is scored otherwise than {c.task.name!r}: a program scores "
+            "random strings, or texts"
+        )
     tasks.check_base(settings, base, c.train.seq_len)
+    return kind
 
 
 def _rows_key(c, settings: dict, reads_text: bool, *more) -> str:

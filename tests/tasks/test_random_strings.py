@@ -107,7 +107,9 @@ def test_bits_are_those_of_the_formula():
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_a_run_reports_what_its_members_have_stored(tmp_path, tokenizer):
+@pytest.fixture
+def small(tmp_path, tokenizer):
+    """The config of a run on six strings."""
     fields = dict(model_type="gpt2", vocab_size=512, n_positions=8, n_embd=16, n_layer=1, n_head=1)
     (tmp_path / "config.json").write_text(json.dumps(fields))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -116,6 +118,11 @@ def test_a_run_reports_what_its_members_have_stored(tmp_path, tokenizer):
     c.task.update(examples=6, alphabet=16)
     c.train.update(steps=60, batch_size=6, seq_len=6, warmup=0, schedule="constant")
     c.eval.update(every=60, examples=2)
+    return c
+
+
+def test_a_run_reports_what_its_members_have_stored(small, tmp_path):
+    c = small
     c.sweep.lr = (1e-4, 3e-2)
     run = trained(tmp_path / "run", c)
     stored, table = ["bits", "recalled", "bits_per_parameter"], runs.summary(run)
@@ -128,6 +135,18 @@ def test_a_run_reports_what_its_members_have_stored(tmp_path, tokenizer):
     assert 0.8 * 6 * 24 < table["bits"][1] <= 6 * 24 and table["recalled"][1] > 0.75
     before = run.metrics.query("step == 0")
     assert len(before) == 4 and not before[stored].any(axis=None)
+
+
+def test_other_strings_can_be_measured_beside_them_and_texts_can_not(small, tmp_path):
+    """`eval.also`."""
+    small.eval.also = (("others", {"name": "random_strings", "examples": 4, "seed": 1}),)
+    (group,) = prepare.groups(config.members(small), lambda line: None)
+    assert tasks.size(group.also["others"].eval) == 4 and group.also["others"].test is None
+    (tmp_path / "text.txt").write_text("one two")
+    small.eval.also = (("text", {"name": "text", "path": str(tmp_path / "text.txt")}),)
+    message = "eval.also: text: task 'text' is scored otherwise than 'random_strings': "
+    with pytest.raises(ValueError, match=message):
+        prepare.groups(config.members(small), lambda line: None)
 
 
 def trained(workdir, c):
