@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from lorax.interop.peft import fourierft, gralora, hra, oft, randlora
+from lorax.interop.peft import fourierft, gralora, hira, hra, miss, oft, randlora, shira
 from lorax.interop.peft.config import (
     CONFIG,
     WEIGHTS,
@@ -41,8 +41,6 @@ from lorax.interop.peft.config import (
     from_patterns,
     scale_of,
 )
-from lorax.interop.peft.high_rank import read_hira, read_shira, write_hira, write_shira
-from lorax.interop.peft.miss import read_miss, write_miss
 from lorax.interop.peft.modules import (
     Arrays,
     Kind,
@@ -396,9 +394,9 @@ KINDS = {
     "lokr": Kind("lokr_[a-z0-9_]+", write_lokr, read_lokr),
     "vera": Kind("vera_lambda_[bd]", write_vera, read_vera, "vera_only"),
     "ia3": Kind("ia3_l", write_ia3, read_ia3),
-    "hira": Kind("hira_[AB]", write_hira, read_hira),
-    "shira": Kind("shira_(weight|indices)", write_shira, read_shira),
-    "miss": Kind("miss_block", write_miss, read_miss, "MiSS_only"),
+    "hira": Kind("hira_[AB]", hira.write, hira.read),
+    "shira": Kind("shira_(weight|indices)", shira.write, shira.read),
+    "miss": Kind("miss_block", miss.write, miss.read, "MiSS_only"),
     "gralora": Kind("gralora_[A-Za-z_]+", gralora.write, gralora.read, "gralora_only"),
     "oft": Kind(r"oft_(embedding_)?R\.weight", oft.write, oft.read, "oft_only"),
     "fourierft": Kind("fourierft_spectrum", fourierft.write, fourierft.read, "fourier_only"),

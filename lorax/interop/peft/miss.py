@@ -1,6 +1,7 @@
-"""MiSS in PEFT's modules; see `lorax.interop.peft.matrices`.
+"""MiSS in PEFT's modules (`lorax.interop.peft.matrices` says what `write` and `read` are).
 
-The parts of a fused module are side by side, with zeros for parts that are not adapted.
+The parts of a fused module are side by side, with zeros for parts that are not adapted. PEFT has no
+MiSS of GPT-2's Conv1D.
 """
 
 import numpy as np
@@ -9,7 +10,7 @@ from lorax.interop.peft.config import CONFIG, WEIGHTS
 from lorax.interop.peft.modules import fit, not_conv1d
 
 
-def write_miss(modules, shared, hp):
+def write(modules, shared, hp):
     """`miss_block` (r, out) of every module, or (r, mini_r).
 
     Raises ValueError for GPT-2's Conv1D, and for parts of a fused module whose outputs share."""
@@ -30,7 +31,7 @@ def write_miss(modules, shared, hp):
     return tensors, config | {"miss_dropout": hp["dropout"]}
 
 
-def read_miss(modules, shared, config, where):
+def read(modules, shared, config, where):
     """The blocks. A part of a fused module whose block is zero is not adapted.
 
     Raises ValueError for shapes that don't fit, a rank above a module's inputs, and a fused module

@@ -1,49 +1,16 @@
-"""HiRA and SHiRA in PEFT's modules; see `lorax.interop.peft.matrices`.
+"""SHiRA in PEFT's modules (`lorax.interop.peft.matrices` says what `write` and `read` are).
 
-HiRA's inner ranks of the parts of a fused module are concatenated, each with its own outputs;
-SHiRA's entries are put side by side.
+The entries of the parts of a fused module are put side by side. PEFT has no SHiRA of GPT-2's
+Conv1D.
 """
 
 import numpy as np
 
-from lorax.interop.peft.config import CONFIG, WEIGHTS, from_patterns
-from lorax.interop.peft.modules import apart, fit, joined, not_conv1d, widest
+from lorax.interop.peft.config import WEIGHTS
+from lorax.interop.peft.modules import fit, not_conv1d
 
 
-def write_hira(modules, shared, hp):
-    """`hira_A` (r, in) and `hira_B` (out, r) of every module, with one rank for all, as PEFT 0.21
-    does not look at `rank_pattern`."""
-    whole = {place.name: joined(place, parts, ("a",), ("b",)) for place, parts in modules}
-    rank, tensors = max(len(arrays["a"]) for arrays in whole.values()), {}
-    for name, arrays in whole.items():
-        padding = rank - len(arrays["a"])
-        tensors[f"{name}.hira_A"] = np.pad(arrays["a"], ((0, padding), (0, 0)))
-        tensors[f"{name}.hira_B"] = np.pad(arrays["b"], ((0, 0), (0, padding)))
-    config = {"r": rank, "rank_pattern": {}, "init_weights": True}
-    return tensors, config | {"hira_dropout": hp["dropout"]}
-
-
-def read_hira(modules, shared, config, where):
-    """The factors, with r or, what PEFT 0.21 does not make, the rank of `rank_pattern`.
-
-    Raises ValueError for shapes that don't fit, a rank that the config contradicts, and if all
-    updates are zero."""
-    layers = {}
-    for place, tensors in modules:
-        here = f"{where / WEIGHTS}: {place.name}"
-        shapes = {"hira_A": ("r", place.inputs), "hira_B": (place.outputs, "r")}
-        rank = fit(here, tensors, **shapes)["r"]
-        r = config.get("r", 32)
-        said = from_patterns(config.get("rank_pattern"), place.name, r)
-        if rank not in (r, said):
-            raise ValueError(f"{here}: rank {rank}, but {said} in {CONFIG}, r or rank_pattern")
-        arrays = {"a": tensors["hira_A"], "b": tensors["hira_B"]}
-        layers |= apart(place, arrays, ("a",), ("b",))
-    rank = widest(layers, "a", where)
-    return {"rank": rank, "dropout": config.get("hira_dropout", 0.0)}, layers, {}
-
-
-def write_shira(modules, shared, hp):
+def write(modules, shared, hp):
     """`shira_weight` (n,) and `shira_indices` (2, n), outputs and inputs, of every module, with
     n = r (in + out) as PEFT demands: where a fused module has fewer entries, zeros are added.
 
@@ -74,7 +41,7 @@ def write_shira(modules, shared, hp):
     return tensors, {"r": r, "mask_type": "random", "init_weights": True}
 
 
-def read_shira(modules, shared, config, where):
+def read(modules, shared, config, where):
     """The entries, those of a fused module by its parts. A part of a fused module whose entries are
     zero is not adapted.
 
