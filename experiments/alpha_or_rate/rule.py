@@ -11,6 +11,7 @@ from experiments.verdicts import (
     Verdict,
     by_equivalence,
     by_interval,
+    commands,
     complete,
     numbers,
     shown,
@@ -30,11 +31,7 @@ RULE = (
     "of its grid withdraws the number."
 )
 STUDY, BY = "rank_scale_rate", ["init", "rank", "alpha"]
-ARGUMENTS = {"gpt2-nano": "", "stories-llama-260k": ":stories"}
-COMMANDS = {
-    base: (f"python -m lorax.run --config=configs/{STUDY}.py{argument}",)
-    for base, argument in ARGUMENTS.items()
-}
+COMMANDS = commands(STUDY, "gpt2-nano", "stories-llama-260k")
 ROOT, BEATS = "the best alpha goes as sqrt(r)", "the best alpha beats the best rate"
 
 

@@ -8,10 +8,12 @@ import pandas as pd
 from experiments import sweeps
 from experiments.verdicts import (
     CONTRADICTED,
+    LADDER,
     REPRODUCED,
     UNDECIDED,
     Verdict,
     by_interval,
+    commands,
     complete,
     numbers,
     shown,
@@ -29,17 +31,7 @@ RULE = (
     "above 0. Minor directions: the same of the 8 last ones, which should fall."
 )
 STUDY = "over_training"
-ARGUMENTS = {
-    "gpt2-nano": "",
-    "gpt2-nano random": ":random",
-    "stories-llama-260k": ":stories",
-    "MiniLM": ":minilm",
-    "SmolLM2-135M": ":smollm2",
-}
-COMMANDS = {
-    base: (f"python -m lorax.run --config=configs/{STUDY}.py{argument}",)
-    for base, argument in ARGUMENTS.items()
-}
+COMMANDS = commands(STUDY, *LADDER, "gpt2-nano random")
 METHODS = {"lora": "LoRA", "full": "full fine-tuning"}
 RISES, FALLS, ABOVE = "principal share rises", "minor share falls", "principal share above chance"
 PARTS = [f"{name}: {what}" for name in METHODS.values() for what in (RISES, FALLS, ABOVE)]

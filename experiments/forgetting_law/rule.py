@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from experiments import verdicts as common
-from experiments.verdicts import Verdict, by_interval, complete, shown
+from experiments.verdicts import Verdict, by_interval, commands, complete, shown
 from lorax.analysis import compare, forgetting, runs
 from lorax.analysis.compare import Interval
 
@@ -25,10 +25,7 @@ RULE = (
     "jackknife's over seeds; not if it lies below."
 )
 STUDY = "forgetting"
-COMMANDS = {
-    base: (f"python -m lorax.run --config=configs/{STUDY}.py{argument}",)
-    for base, argument in {"gpt2-nano": "", "stories-llama-260k": ":stories"}.items()
-}
+COMMANDS = commands(STUDY, "gpt2-nano", "stories-llama-260k")
 FULL_RANK = {"gpt2-nano": 128, "stories-llama-260k": 64}  # of most matrices: the width
 RIVALS = {"squared_norm": "the norm of dW", "log_rank": "the rank"}
 PARTS = tuple(f"KL explains forgetting better than {words}" for words in RIVALS.values())

@@ -16,6 +16,7 @@ from experiments.verdicts import (
     WITHDRAWN,
     Verdict,
     by_interval,
+    commands,
     complete,
     numbers,
     shown,
@@ -36,11 +37,7 @@ RULE = (
     "withdraws the number."
 )
 STUDY, BY = "full_rank_updates", ["method"]
-ARGUMENTS = {"gpt2-nano": "", "stories-llama-260k": ":stories", "SmolLM2-135M": ":smollm2"}
-COMMANDS = {
-    base: (f"python -m lorax.run --config=configs/{STUDY}.py{argument}",)
-    for base, argument in ARGUMENTS.items()
-}
+COMMANDS = commands(STUDY, "gpt2-nano", "stories-llama-260k", "SmolLM2-135M")
 ORDERED = "loss falls with the effective rank"
 METHODS = ("gralora", "hira", "shira", "randlora", "fourierft")
 PARTS = (ORDERED, *(f"{method} beats lora" for method in METHODS))

@@ -10,6 +10,7 @@ from experiments.verdicts import (
     WITHDRAWN,
     Verdict,
     by_equivalence,
+    commands,
     complete,
     numbers,
     shown,
@@ -30,11 +31,7 @@ RULE = (
     "grid in more than one of the cells, withdraws the numbers."
 )
 STUDY = "generalisation_gap"
-ARGUMENTS = {"gpt2-nano": "", "stories-llama-260k": ":stories", "SmolLM2-135M": ":smollm2"}
-COMMANDS = {
-    base: (f"python -m lorax.run --config=configs/{STUDY}.py{argument}",)
-    for base, argument in ARGUMENTS.items()
-}
+COMMANDS = commands(STUDY, "gpt2-nano", "stories-llama-260k", "SmolLM2-135M")
 RANK, DATA = "p of r^p is 1/2", "q of N^-q is 1/2"
 
 

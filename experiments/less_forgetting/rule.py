@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiments import verdicts as common
-from experiments.verdicts import WITHDRAWN, Verdict, by_interval, complete, shown
+from experiments.verdicts import WITHDRAWN, Verdict, by_interval, commands, complete, shown
 from lorax.analysis import compare, forgetting, runs
 
 CLAIM = "LoRA learns less than full fine-tuning, and forgets less where both have learned as much"
@@ -21,10 +21,7 @@ RULE = (
     "LoRA."
 )
 STUDY = "forgetting"
-COMMANDS = {
-    base: (f"python -m lorax.run --config=configs/{STUDY}.py{argument}",)
-    for base, argument in {"gpt2-nano": "", "stories-llama-260k": ":stories"}.items()
-}
+COMMANDS = commands(STUDY, "gpt2-nano", "stories-llama-260k")
 RANKS = {"low": "lora 4", "high": "lora large"}
 FULL = "full"
 PARTS = (

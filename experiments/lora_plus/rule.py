@@ -4,7 +4,7 @@ from pathlib import Path
 
 from experiments import losses
 from experiments.losses import START, Losses
-from experiments.verdicts import WITHDRAWN, Verdict, by_interval, complete, shown
+from experiments.verdicts import WITHDRAWN, Verdict, by_interval, commands, complete, shown
 
 CLAIM = "a rate of b of about 16 times that of a beats equal rates"
 SOURCE = "LoRA+ (arXiv:2402.12354), section 4"
@@ -17,11 +17,7 @@ RULE = (
     "rate at the edge of its grid withdraws the number."
 )
 STUDY, BY = "lora_plus", ["method", "ratio"]
-ARGUMENTS = {"gpt2-nano": "", "stories-llama-260k": ":stories"}
-COMMANDS = {
-    base: (f"python -m lorax.run --config=configs/{STUDY}.py{argument}",)
-    for base, argument in ARGUMENTS.items()
-}
+COMMANDS = commands(STUDY, "gpt2-nano", "stories-llama-260k")
 PARTS = ("ratio 16 beats 1", "ratio 4 beats 1")
 
 

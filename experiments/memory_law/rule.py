@@ -10,6 +10,7 @@ from experiments import sweeps
 from experiments.verdicts import (
     Verdict,
     by_interval,
+    commands,
     complete,
     numbers,
     shown,
@@ -30,11 +31,7 @@ RULE = (
     "capacity of C r that fills the strings up, min(L, C r / l)."
 )
 STUDY = "memory_law"
-ARGUMENTS = {"gpt2-nano": "", "stories-llama-260k": ":stories"}
-COMMANDS = {
-    base: (f"python -m lorax.run --config=configs/{STUDY}.py{argument}",)
-    for base, argument in ARGUMENTS.items()
-}
+COMMANDS = commands(STUDY, "gpt2-nano", "stories-llama-260k")
 #: law: (function of the rank r, the length n and its constants, where the fit begins)
 LAWS = {
     "the law": (lambda r, n, c, a, b, d: c * r**a * n**-b + d, (1.0, 0.5, 0.5, 0.0)),

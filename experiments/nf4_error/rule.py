@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.verdicts import Verdict, by_interval, complete, numbers, write
+from experiments.verdicts import Verdict, by_interval, complete, copied, numbers
 from lorax.analysis import compare
 
 CLAIM = "NF4 is nearer to weights than 4-bit integers and floats; double quantisation costs little"
@@ -29,9 +29,7 @@ PARTS = (*ABOVE, DOUBLE)
 
 
 def collect(runs: dict[str, list[Path]], folder: Path) -> None:
-    tables = [pd.read_csv(directories[-1] / "numbers.csv") for directories in runs.values()]
-    own = [of[of["base"] == base] for base, of in zip(runs, tables, strict=True)]
-    write(pd.concat(own), folder, "numbers.csv")
+    copied(runs, folder, "numbers.csv")
 
 
 def verdicts(folder: Path) -> list[Verdict]:

@@ -11,6 +11,7 @@ from experiments.verdicts import (
     Verdict,
     by_equivalence,
     by_interval,
+    commands,
     complete,
     numbers,
     shown,
@@ -29,11 +30,7 @@ RULE = (
     "the last number."
 )
 STUDY, BY = "rank_scale_rate", ["init", "rank", "alpha"]
-ARGUMENTS = {"gpt2-nano": "", "stories-llama-260k": ":stories"}
-COMMANDS = {
-    base: (f"python -m lorax.run --config=configs/{STUDY}.py{argument}",)
-    for base, argument in ARGUMENTS.items()
-}
+COMMANDS = commands(STUDY, "gpt2-nano", "stories-llama-260k")
 SQRT, PLAIN, COMMON = {2: 4.0, 32: 1.0}, {2: 8.0, 32: 0.5}, (8, 2.0)
 FALLS = "alpha / sqrt(r): falls at one rate"
 FLAT = "alpha / r: does not fall at one rate"

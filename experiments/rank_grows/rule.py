@@ -8,10 +8,12 @@ import pandas as pd
 from experiments import sweeps
 from experiments.verdicts import (
     CONTRADICTED,
+    LADDER,
     REPRODUCED,
     UNDECIDED,
     Verdict,
     by_interval,
+    commands,
     complete,
     numbers,
     shown,
@@ -35,16 +37,7 @@ RULE = (
     "the largest that a matrix can have, lies above 0."
 )
 STUDY = "over_training"
-ARGUMENTS = {
-    "gpt2-nano": "",
-    "stories-llama-260k": ":stories",
-    "MiniLM": ":minilm",
-    "SmolLM2-135M": ":smollm2",
-}
-COMMANDS = {
-    base: (f"python -m lorax.run --config=configs/{STUDY}.py{argument}",)
-    for base, argument in ARGUMENTS.items()
-}
+COMMANDS = commands(STUDY, *LADDER)
 GROWS = {"full": "full fine-tuning: grows", "lora": "LoRA: grows"}
 SIGNAL = "full fine-tuning: not noise alone"
 MLP = "full fine-tuning: feed-forward above attention"

@@ -6,7 +6,15 @@ import numpy as np
 
 from experiments import losses
 from experiments.optima import edges, optima, slopes
-from experiments.verdicts import WITHDRAWN, Verdict, by_equivalence, complete, numbers, shown
+from experiments.verdicts import (
+    WITHDRAWN,
+    Verdict,
+    by_equivalence,
+    commands,
+    complete,
+    numbers,
+    shown,
+)
 from lorax.analysis import compare
 
 CLAIM = "at s ~ r^-g the best learning rate goes as r^-(1-g)/2 if a starts random"
@@ -20,11 +28,7 @@ RULE = (
     "edge of the grid withdraws the number."
 )
 STUDY, BY = "rank_scale_rate", ["init", "rank", "alpha"]
-ARGUMENTS = {"gpt2-nano": "", "stories-llama-260k": ":stories"}
-COMMANDS = {
-    base: (f"python -m lorax.run --config=configs/{STUDY}.py{argument}",)
-    for base, argument in ARGUMENTS.items()
-}
+COMMANDS = commands(STUDY, "gpt2-nano", "stories-llama-260k")
 #: part: (start, s at each rank, slope that is claimed)
 PARTS = {
     "a random, s = 16 / r: slope 0": ("kaiming", {2: 8, 8: 2, 32: 0.5}, 0.0),

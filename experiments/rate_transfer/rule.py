@@ -5,7 +5,16 @@ from pathlib import Path
 import pandas as pd
 
 from experiments import losses
-from experiments.verdicts import WITHDRAWN, Verdict, by_interval, complete, numbers, shown, tuned
+from experiments.verdicts import (
+    WITHDRAWN,
+    Verdict,
+    by_interval,
+    commands,
+    complete,
+    numbers,
+    shown,
+    tuned,
+)
 from lorax.analysis import compare
 
 CLAIM = "under LoRA-Muon a learning rate that rank 2 finds serves every rank"
@@ -19,11 +28,7 @@ RULE = (
     "0. A best rate at the edge of its grid withdraws the number."
 )
 STUDY, BY = "rate_transfer", ["train.optimizer", "rank"]
-ARGUMENTS = {"gpt2-nano": "", "stories-llama-260k": ":stories"}
-COMMANDS = {
-    base: (f"python -m lorax.run --config=configs/{STUDY}.py{argument}",)
-    for base, argument in ARGUMENTS.items()
-}
+COMMANDS = commands(STUDY, "gpt2-nano", "stories-llama-260k")
 MUON, ADAMW, PLAIN = (f"{name}: rank 2's rate serves" for name in ("LoRA-Muon", "AdamW", "Muon"))
 BETTER = "AdamW's regret is larger than LoRA-Muon's"
 OPTIMISERS = {MUON: "lora-muon", ADAMW: "adamw", PLAIN: "muon"}

@@ -5,7 +5,7 @@ from pathlib import Path
 from experiments import losses
 from experiments.losses import Losses
 from experiments.optima import edges, optima
-from experiments.verdicts import WITHDRAWN, Verdict, by_interval, complete, numbers, shown
+from experiments.verdicts import WITHDRAWN, Verdict, by_interval, commands, complete, numbers, shown
 from lorax.analysis import compare
 
 CLAIM = "a random and b zero allows a larger learning rate than the reverse, and learns better"
@@ -18,11 +18,7 @@ RULE = (
     "random less that with a random, each at its best rate and the mean over cells, lies above 0."
 )
 STUDY, BY = "rank_scale_rate", ["init", "rank", "alpha"]
-ARGUMENTS = {"gpt2-nano": "", "stories-llama-260k": ":stories"}
-COMMANDS = {
-    base: (f"python -m lorax.run --config=configs/{STUDY}.py{argument}",)
-    for base, argument in ARGUMENTS.items()
-}
+COMMANDS = commands(STUDY, "gpt2-nano", "stories-llama-260k")
 RATE, LOSS = "a random: larger rate", "a random: lower loss"
 CELLS = ((2, 8.0), (2, 4.0), (2, 2.0), (8, 2.0), (32, 0.5), (32, 1.0), (32, 2.0))
 

@@ -4,7 +4,15 @@ from pathlib import Path
 
 from experiments import losses
 from experiments.losses import START, Losses
-from experiments.verdicts import WITHDRAWN, Verdict, all_of, by_equivalence, complete, shown
+from experiments.verdicts import (
+    WITHDRAWN,
+    Verdict,
+    all_of,
+    by_equivalence,
+    commands,
+    complete,
+    shown,
+)
 
 CLAIM = "LoRA's variants tie once each has its own learning rate"
 SOURCE = "Lee et al. (arXiv:2602.04998)"
@@ -18,11 +26,7 @@ RULE = (
     "it."
 )
 STUDY, BY = "variants", ["method", "init"]
-ARGUMENTS = {"gpt2-nano": "", "stories-llama-260k": ":stories", "SmolLM2-135M": ":smollm2"}
-COMMANDS = {
-    base: (f"python -m lorax.run --config=configs/{STUDY}.py{argument}",)
-    for base, argument in ARGUMENTS.items()
-}
+COMMANDS = commands(STUDY, "gpt2-nano", "stories-llama-260k", "SmolLM2-135M")
 LORA, FULL = "lora, kaiming", "full, nan"
 ALL = "all seven tie"
 VARIANTS = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from experiments import losses
 from experiments.losses import START, Losses
-from experiments.verdicts import WITHDRAWN, Verdict, by_interval, complete, shown
+from experiments.verdicts import LADDER, WITHDRAWN, Verdict, by_interval, commands, complete, shown
 
 CLAIM = "training b with a random frozen a is as good as LoRA, the reverse is not"
 SOURCE = "Zhu et al. (arXiv:2402.16842)"
@@ -18,16 +18,7 @@ RULE = (
     "edge of its grid withdraws the number."
 )
 STUDY, BY = "which_factor", ["method", "targets", "rank"]
-ARGUMENTS = {
-    "gpt2-nano": "",
-    "stories-llama-260k": ":stories",
-    "MiniLM": ":minilm",
-    "SmolLM2-135M": ":smollm2",
-}
-COMMANDS = {
-    base: (f"python -m lorax.run --config=configs/{STUDY}.py{argument}",)
-    for base, argument in ARGUMENTS.items()
-}
+COMMANDS = commands(STUDY, *LADDER)
 TARGETS, RANKS = ("attention", "down", "up"), (4, 16)
 #: words of a part: (method, the side on which the claim puts it)
 ALONE = {"b alone is as good": ("lora-fa", "below"), "a alone is worse": ("frozen-b", "above")}
