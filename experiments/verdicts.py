@@ -8,13 +8,15 @@ learning rate at the edge of its grid, and a claim is *not run* where there are 
 """
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
+from scipy import stats
 
 from lorax.analysis import compare
 from lorax.analysis.compare import LEVEL, Interval
@@ -66,6 +68,16 @@ def by_equivalence(interval: Interval, low: float, high: float) -> str:
     return CONTRADICTED if interval.low > high or interval.high < low else UNDECIDED
 
 
+def by_signs(values: ArrayLike, side: str) -> str:
+    """The verdict on "the value lies above (below) 0" by a two-sided sign test at 5% of values, one
+    a seed: of ten seeds nine must agree (p = 0.02), five are too few. side: "above" or "below"."""
+    above, below = (int((sign * np.asarray(values) > 0).sum()) for sign in (1, -1))
+    right, wrong = (above, below) if side == "above" else (below, above)
+    if stats.binomtest(max(right, wrong), len(values)).pvalue >= 1 - LEVEL:
+        return UNDECIDED
+    return REPRODUCED if right > wrong else CONTRADICTED
+
+
 def all_of(verdicts: Iterable[str]) -> str:
     """The verdict on a claim that says several things: reproduced if all are, contradicted if one
     is, else undecided."""
@@ -73,6 +85,13 @@ def all_of(verdicts: Iterable[str]) -> str:
     if CONTRADICTED in found:
         return CONTRADICTED
     return REPRODUCED if found == {REPRODUCED} else UNDECIDED
+
+
+def mapped(interval: Interval, function: Callable[[float], float]) -> Interval:
+    """An interval of an increasing function of the value: of a ratio, by `np.exp`, from one of its
+    logarithm."""
+    value, low, high = map(function, interval[:3])
+    return interval._replace(value=value, low=low, high=high)
 
 
 def shown(interval: Interval, digits: int = 3) -> str:

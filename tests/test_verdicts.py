@@ -60,6 +60,12 @@ def test_verdicts_in_the_readmes_are_recomputed(page):
     assert tables.filled(text, PAGES[page]) == text
 
 
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_readme_has_the_rule_word_for_word(claim):
+    text = (verdicts.HERE / claim / "README.md").read_text(encoding="utf-8")
+    assert " ".join(verdicts.rule(claim).RULE.split()) in " ".join(text.split())
+
+
 # -------------------------------------------------------------------------------------- the rules
 
 
@@ -75,6 +81,15 @@ def test_an_interval_decides_for_a_side():
     assert verdicts.by_equivalence(of(0.3, 0.4), -0.2, 0.2) == CONTRADICTED
     with pytest.raises(ValueError, match="choose above or below"):
         verdicts.by_interval(of(0, 1), "over")
+
+
+def test_signs_decide_where_chance_seldom_gives_as_many():
+    of = lambda right, wrong: np.array([1.0] * right + [-0.1] * wrong)
+    assert verdicts.by_signs(of(9, 1), "above") == REPRODUCED
+    assert verdicts.by_signs(of(1, 9), "above") == CONTRADICTED
+    assert verdicts.by_signs(of(1, 9), "below") == REPRODUCED
+    assert verdicts.by_signs(of(8, 2), "above") == UNDECIDED
+    assert verdicts.by_signs(of(3, 0), "above") == UNDECIDED  # p = 0.25
 
 
 def test_a_claim_that_says_several_things_holds_if_all_do():

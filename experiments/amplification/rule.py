@@ -15,6 +15,7 @@ from experiments.verdicts import (
     commands,
     complete,
     crossed,
+    mapped,
     numbers,
     write,
 )
@@ -107,5 +108,4 @@ def decided(
 
 def geometric(values: pd.DataFrame) -> Interval:
     """The geometric mean of values (seeds, layers) with its interval."""
-    logs = crossed(np.log(values))
-    return logs._replace(value=np.exp(logs.value), low=np.exp(logs.low), high=np.exp(logs.high))
+    return mapped(crossed(np.log(values)), np.exp)

@@ -7,12 +7,10 @@ import pandas as pd
 
 from experiments import sweeps
 from experiments.verdicts import (
-    CONTRADICTED,
     LADDER,
-    REPRODUCED,
-    UNDECIDED,
     Verdict,
     by_interval,
+    by_signs,
     commands,
     complete,
     numbers,
@@ -26,8 +24,9 @@ SOURCE = "SDC-LoRA (ACL Findings 2026)"
 RULE = (
     "The principal share is |U^T dW V|^2 / |dW|^2 with U and V the 8 leading singular directions "
     "of W, less its mean for a dW in random directions; the mean over matrices. It rises if its "
-    "slope on log2 of the step is positive in at least 9 of 10 seeds (p = 0.02), and does not if "
-    "it is negative in 9. Above chance: the 95% interval over seeds of the share at the end lies "
+    "slope on log2 of the step is positive in at least 9 of 10 seeds (p = 0.02 by a sign test; "
+    "of other numbers of seeds in as many as have p < 0.05), and does not if it is negative in "
+    "as many. Above chance: the 95% interval over seeds of the share at the end lies "
     "above 0. Minor directions: the same of the 8 last ones, which should fall."
 )
 STUDY = "over_training"
@@ -35,7 +34,6 @@ COMMANDS = commands(STUDY, *LADDER, "gpt2-nano random")
 METHODS = {"lora": "LoRA", "full": "full fine-tuning"}
 RISES, FALLS, ABOVE = "principal share rises", "minor share falls", "principal share above chance"
 PARTS = [f"{name}: {what}" for name in METHODS.values() for what in (RISES, FALLS, ABOVE)]
-SIGNS = 0.9  # of seeds
 
 
 def collect(runs: dict[str, list[Path]], folder: Path) -> None:
@@ -72,14 +70,13 @@ def verdicts(folder: Path) -> list[Verdict]:
 
 
 def trend(base: str, part: str, table: pd.DataFrame, column: str, sign: int) -> Verdict:
-    """Whether a share rises (sign 1) or falls (-1) in at least nine of ten seeds."""
+    """Whether a share rises (sign 1) or falls (-1) in nearly all seeds."""
     shares = table.pivot(index="step", columns="seed", values=column)
     slopes = np.polyfit(np.log2(shares.index), shares, 1)[0]
-    right, wrong = int((sign * slopes > 0).sum()), int((sign * slopes < 0).sum())
-    need = SIGNS * len(slopes)
-    verdict = REPRODUCED if right >= need else CONTRADICTED if wrong >= need else UNDECIDED
+    right = int((sign * slopes > 0).sum())
     interval = compare.interval(100 * slopes)
     number = f"in {right} of {len(slopes)} seeds, {shown(interval)} percent a doubling"
+    verdict = by_signs(slopes, "above" if sign > 0 else "below")
     return Verdict(part, base, verdict, number, interval)
 
 

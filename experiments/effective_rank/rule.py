@@ -13,6 +13,7 @@ from experiments.verdicts import (
     commands,
     complete,
     crossed,
+    mapped,
     numbers,
     shown,
     write,
@@ -73,10 +74,10 @@ def decided(
     rate."""
     at = ["factor", "seed", "path"]
     logs = np.log(a.set_index(at)["effective"] / b.set_index(at)["effective"])
-    intervals = []
-    for _, own in logs.groupby("factor"):
-        x = crossed(own.droplevel("factor").unstack("path"))
-        intervals.append(x._replace(value=np.exp(x.value), low=np.exp(x.low), high=np.exp(x.high)))
+    intervals = [
+        mapped(crossed(own.droplevel("factor").unstack("path")), np.exp)
+        for _, own in logs.groupby("factor")
+    ]
     verdict = all_of(by_interval(x, side, margin) for x in intervals)
     number = "; ".join(shown(x, 2) for x in intervals) + " times"
     return Verdict(part, base, verdict, number, intervals[0])

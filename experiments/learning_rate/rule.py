@@ -13,6 +13,7 @@ from experiments.verdicts import (
     by_equivalence,
     commands,
     complete,
+    mapped,
     numbers,
     texts,
     write,
@@ -67,8 +68,7 @@ def verdicts(folder: Path) -> list[Verdict]:
 
 def factor(logs: pd.Series) -> Interval:
     """The geometric mean over seeds with its 90% interval; logs: log2, one a seed."""
-    x = compare.interval(logs, 0.9)
-    return x._replace(value=2**x.value, low=2**x.low, high=2**x.high)
+    return mapped(compare.interval(logs, 0.9), lambda log: 2**log)
 
 
 def decided(part: str, base: str, times: Interval, low: float, high: float) -> Verdict:

@@ -12,6 +12,7 @@ from experiments.verdicts import (
     by_interval,
     complete,
     copied,
+    mapped,
     numbers,
 )
 from lorax.analysis import compare
@@ -52,8 +53,7 @@ def verdicts(folder: Path) -> list[Verdict]:
 
 def factor(ratios: pd.Series, level: float) -> Interval:
     """The geometric mean over rounds with its interval."""
-    x = compare.interval(np.log(ratios), level)
-    return x._replace(value=np.exp(x.value), low=np.exp(x.low), high=np.exp(x.high))
+    return mapped(compare.interval(np.log(ratios), level), np.exp)
 
 
 def words(x: Interval) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.verdicts import Verdict, by_interval, complete, copied, numbers
+from experiments.verdicts import Verdict, by_interval, complete, copied, mapped, numbers
 from lorax.analysis import compare
 
 CLAIM = "NF4 is nearer to weights than 4-bit integers and floats; double quantisation costs little"
@@ -43,7 +43,6 @@ def verdicts(folder: Path) -> list[Verdict]:
 
 
 def decided(part: str, base: str, ratios: pd.Series, side: str, margin: float) -> Verdict:
-    logs = compare.interval(np.log(ratios))
-    x = logs._replace(value=np.exp(logs.value), low=np.exp(logs.low), high=np.exp(logs.high))
+    x = mapped(compare.interval(np.log(ratios)), np.exp)
     number = f"{x.value:.4g} times ({x.low:.4g} to {x.high:.4g})"
     return Verdict(part, base, by_interval(x, side, margin), number, x)

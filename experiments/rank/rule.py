@@ -27,7 +27,8 @@ With q and v adapted and each setting at its own best rate, a rank r is enough i
 2% of what the largest rank R gains over the base: the 95% interval of loss(r) - loss(R) - 0.02
 (start - loss(R)), over seeds and test rows, lies below 0. It is not if the interval lies above 0.
 q alone stays behind if the interval of loss(q) - loss(q, v) lies above 0 at every rank, and does
-not if it lies below 0 at one. A best rate at the edge of its grid withdraws the number."""
+not if it lies below 0 at one. A best rate at the edge of its grid, or one
+rate alone, withdraws the number."""
 BY, STUDY = ["targets", "rank"], "lora_table6_rank"
 BASES = (*LADDER, "MiniLM CoLA", "SmolLM2-135M random", "SmolLM2-135M text")
 COMMANDS = commands(STUDY, *BASES)

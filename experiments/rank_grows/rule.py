@@ -7,12 +7,10 @@ import pandas as pd
 
 from experiments import sweeps
 from experiments.verdicts import (
-    CONTRADICTED,
     LADDER,
-    REPRODUCED,
-    UNDECIDED,
     Verdict,
     by_interval,
+    by_signs,
     commands,
     complete,
     numbers,
@@ -29,8 +27,9 @@ CLAIM = "the number of directions with 90% of dW's energy grows over training"
 SOURCE = "Biderman et al. (arXiv:2405.09673), section 4.6"
 RULE = (
     "k is the number of singular values with 90% of dW's energy, the mean over matrices. Grows: "
-    "the slope of k on log2 of the step is positive in at least 9 of 10 seeds (p = 0.02); it does "
-    "not if it is negative in 9. Not noise alone: k less the k of the part of dW below the edge "
+    "the slope of k on log2 of the step is positive in at least 9 of 10 seeds (p = 0.02 by a "
+    "sign test; of other numbers of seeds in as many as have p < 0.05); it does not if it is "
+    "negative in as many. Not noise alone: k less the k of the part of dW below the edge "
     "of the noise (singular values up to (sqrt(in) + sqrt(out)) times that part's own standard "
     "deviation) has a slope whose 95% interval over seeds lies above 0. More in the feed-forward "
     "layers: the 95% interval over seeds of their k at the end less that of attention, each over "
@@ -42,7 +41,6 @@ GROWS = {"full": "full fine-tuning: grows", "lora": "LoRA: grows"}
 SIGNAL = "full fine-tuning: not noise alone"
 MLP = "full fine-tuning: feed-forward above attention"
 PARTS = (*GROWS.values(), SIGNAL, MLP)
-SIGNS = 0.9  # of seeds
 
 
 def collect(runs: dict[str, list[Path]], folder: Path) -> None:
@@ -118,12 +116,11 @@ def slopes(table: pd.DataFrame, column: str) -> np.ndarray:
 
 def grows(base: str, table: pd.DataFrame, method: str) -> Verdict:
     found = slopes(table[table["method"] == method], "k")
-    up, down = int((found > 0).sum()), int((found < 0).sum())
-    need = SIGNS * len(found)
-    verdict = REPRODUCED if up >= need else CONTRADICTED if down >= need else UNDECIDED
     interval = compare.interval(found)
-    number = f"in {up} of {len(found)} seeds, {shown(interval, 2)} directions a doubling"
-    return Verdict(GROWS[method], base, verdict, number, interval)
+    number = (
+        f"in {(found > 0).sum()} of {len(found)} seeds, {shown(interval, 2)} directions a doubling"
+    )
+    return Verdict(GROWS[method], base, by_signs(found, "above"), number, interval)
 
 
 def not_noise(base: str, full: pd.DataFrame) -> Verdict:

@@ -14,6 +14,7 @@ from experiments.verdicts import (
     Verdict,
     by_interval,
     complete,
+    mapped,
     numbers,
     shown,
     write,
@@ -83,7 +84,7 @@ def nearer(base: str, table: pd.DataFrame) -> Verdict:
     lower = deviances(table, "first") - deviances(table, "second")
     per_seed = compare.interval(lower.groupby(table["seed"]).sum())
     n = table["seed"].nunique()
-    total = per_seed._replace(**{x: n * getattr(per_seed, x) for x in ("value", "low", "high")})
+    total = mapped(per_seed, lambda part: n * part)
     verdict = (
         REPRODUCED if total.low > LOWER else CONTRADICTED if total.high < -LOWER else UNDECIDED
     )

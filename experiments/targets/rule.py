@@ -13,7 +13,8 @@ One matrix at r = 8, two at 4, all four at 2, each set at its own best rate. q a
 beat one matrix if the 95% interval of their loss less that of the best single matrix (by the
 validation loss), over seeds and test rows, lies below 0, and do not if it lies above 0. q or k
 alone is worst if the interval of the better of the two less the worst of the other sets lies above
-0, and is not if it lies below 0. A best rate at the edge of its grid withdraws the number."""
+0, and is not if it lies below 0. A best rate at the edge of its grid, or one rate alone, withdraws
+the number."""
 BY, STUDY = ["targets", "rank"], "lora_table5_targets"
 COMMANDS = commands(STUDY, *LADDER, "MiniLM CoLA", "SmolLM2-135M random", "SmolLM2-135M text")
 ONE = ("q", "k", "v", "o")
