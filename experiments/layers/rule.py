@@ -5,7 +5,6 @@ from pathlib import Path
 from experiments import losses
 from experiments.losses import START, Losses
 from experiments.verdicts import (
-    LADDER,
     WITHDRAWN,
     Verdict,
     all_of,
@@ -27,7 +26,7 @@ good as the feed-forward ones if the 90% interval of the difference lies within 
 the feed-forward layers over the base, to both sides, and are not if none of it does. A best rate at
 the edge of its grid withdraws the number."""
 BY, STUDY = ["targets"], "mlp_vs_attention"
-COMMANDS = commands(STUDY, *LADDER)
+COMMANDS = commands(STUDY, "gpt2-nano", "stories-llama-260k", "MiniLM")
 PARTS = ("the feed-forward layers beat attention", "all layers are as good as those")
 
 
