@@ -8,7 +8,7 @@ depend only on alpha times the rate of b. Here, 4 minutes on two busy cores: at 
 larger rate helps more than a larger alpha (at 0.32 less so); the best losses per alpha are 2.56,
 2.37, 2.47 and 2.33.
 
-    --config=configs/alpha_sweep.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/alpha_sweep.py:stories
     --config=configs/alpha_sweep.py:gpt2-medium --config.task.path=ZIP
 """
 

@@ -7,7 +7,7 @@ behind that of full fine-tuning as the batch grows, whatever the rank. Every bat
 same number of examples, each method at the best of three learning rates. Here:
 experiments/batch_size, 14 minutes on two busy cores (stories 8).
 
-    --config=configs/batch_size.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/batch_size.py:stories
     --config=configs/batch_size.py:gpt2-medium --config.task.path=ZIP
 """
 

@@ -6,7 +6,7 @@
 capacity binds, at a number of steps that grows with the rank. Each rank has its own best of five
 learning rates, full fine-tuning of four. Here: experiments/capacity.
 
-    --config=configs/capacity.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/capacity.py:stories
     --config=configs/capacity.py:gpt2-medium --config.task.path=ZIP
 """
 

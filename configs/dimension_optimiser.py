@@ -5,8 +5,7 @@
 
 Li et al. (arXiv:1804.08838) measure d90 with either. SGD does not see how the random subspace is
 rotated, Adam does. Every dimension and full fine-tuning have five rates of their own, a factor of
-two apart, and eight seeds. experiments/dimension_optimiser reads both runs: 5 minutes each on two
-cores.
+two apart, and eight seeds. experiments/dimension_optimiser reads both runs.
 """
 
 from lorax.config import default

@@ -5,9 +5,9 @@
 RandLoRA (arXiv:2502.00987), HiRA and GraLoRA (arXiv:2505.20355) say so of their updates of high or
 full rank. SHiRA trains as many entries of W, at random places: its rank is high, and it has nothing
 else. About 8,200 parameters on q and v each (RandLoRA 9,200), at its best of ten rates by halving.
-experiments/full_rank_updates reads it: 12 minutes on two cores.
+experiments/full_rank_updates reads it.
 
-    --config=configs/full_rank_updates.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/full_rank_updates.py:stories
     --config=configs/full_rank_updates.py:gpt2-medium --config.task.path=ZIP
 """
 

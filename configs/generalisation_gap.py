@@ -2,11 +2,10 @@
 
     python -m lorax.run --config=configs/generalisation_gap.py
 
-arXiv:2506.14530: the gap goes as sqrt(r / N). LoRA of rank 1, 4 and 16 on 16 to 128 examples,
-each at its best rate by halving, five seeds. experiments/generalisation_gap reads it: 14 minutes on
-two cores.
+arXiv:2506.14530: the gap goes as sqrt(r / N). LoRA of rank 1, 4 and 16 on 16 to 128 examples, each
+at its best rate by halving, five seeds. experiments/generalisation_gap reads it.
 
-    --config=configs/generalisation_gap.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/generalisation_gap.py:stories
     --config=configs/generalisation_gap.py:gpt2-medium --config.task.path=ZIP
 """
 

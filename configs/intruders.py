@@ -8,7 +8,7 @@ of dW is far below full fine-tuning's. Here: experiments/intruders and
 experiments/effective_rank, 8 minutes on two busy cores: 75 of 240 against none (stories, 15
 minutes: 48 of 350 against 0.7), and as many for random directions of the same singular values.
 
-    --config=configs/intruders.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/intruders.py:stories
     --config=configs/intruders.py:gpt2-medium --config.task.path=ZIP
 """
 

@@ -7,7 +7,7 @@ top direction is shared (phi above 0.5), the others are not. phi depends on the 
 experiments/subspaces takes table 6's members at their best rates. This trains two ranks at one
 rate: a minute and a half on two cores.
 
-    --config=configs/lora_fig3_subspace.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/lora_fig3_subspace.py:stories
     --config=configs/lora_fig3_subspace.py:gpt2-medium --config.task.path=ZIP
 """
 

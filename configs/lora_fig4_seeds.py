@@ -7,7 +7,7 @@ directions than v, the Gaussian control none. phi depends on the learning rate, 
 experiments/subspaces takes table 6's members at their best rates. This trains four seeds at one
 rate: a minute on two cores.
 
-    --config=configs/lora_fig4_seeds.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/lora_fig4_seeds.py:stories
     --config=configs/lora_fig4_seeds.py:gpt2-medium --config.task.path=ZIP
 """
 

@@ -4,9 +4,9 @@
 
 The paper: a ratio of about 16 beats 1. Every ratio has five rates, a factor of two apart; those of
 a ratio q are around 1 / sqrt(q) times those of ratio 1, because what is added to W at first goes
-with the product of both rates. experiments/lora_plus reads it: 12 minutes on two cores.
+with the product of both rates. experiments/lora_plus reads it.
 
-    --config=configs/lora_plus.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/lora_plus.py:stories
     --config=configs/lora_plus.py:gpt2-medium --config.task.path=ZIP
 """
 

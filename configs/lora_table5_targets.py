@@ -7,7 +7,7 @@ Published (GPT-3, WikiSQL): 70.4, 70.0, 73.0, 73.2 alone, 71.4 for q, k and 73.7
 all four. Each set has its own best of five learning rates, on which the order of the best depends.
 Here: experiments/targets.
 
-    --config=configs/lora_table5_targets.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/lora_table5_targets.py:stories
     --config=configs/lora_table5_targets.py:minilm (SST-2; minilm-cola; minilm-random)
     --config=configs/lora_table5_targets.py:smollm2 (E2E; smollm2-random)
     --config=configs/lora_table5_targets.py:gpt2-medium --config.task.path=ZIP

@@ -6,7 +6,7 @@ Rank 1 to 64 on q, on q and v, and on all of attention. Published (GPT-3): accur
 r = 1 or 2 on (WikiSQL, q and v: 73.4, 73.3, 73.7, 73.8, 73.5), and q alone stays below
 (68.8 to 70.5). Each setting has its own best of five learning rates. Here: experiments/rank.
 
-    --config=configs/lora_table6_rank.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/lora_table6_rank.py:stories
     --config=configs/lora_table6_rank.py:minilm (SST-2; minilm-cola; minilm-random)
     --config=configs/lora_table6_rank.py:smollm2 (E2E; smollm2-random)
     --config=configs/lora_table6_rank.py:gpt2-medium --config.task.path=ZIP

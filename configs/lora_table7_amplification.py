@@ -7,7 +7,7 @@ of layer 48): dW's directions carry 0.32 of W's 61.95 at r = 4, and dW is 21.5 t
 about twice. The factor grows with the learning rate, and experiments/amplification takes table 6's
 members at their best rates. This trains two ranks at one rate: 1 min 16 s on two cores.
 
-    --config=configs/lora_table7_amplification.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/lora_table7_amplification.py:stories
     --config=configs/lora_table7_amplification.py:gpt2-medium --config.task.path=ZIP
 """
 

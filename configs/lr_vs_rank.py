@@ -7,7 +7,7 @@ a factor of two from r = 4 to 512, and is about ten times that of full fine-tuni
 Here: experiments/learning_rate, 12 minutes on two busy cores: 5.3e-3 at r = 4, 7.7e-3 at r = 64,
 2.6 to 5.2 times full fine-tuning's (stories, 21 minutes: 3.2e-3, 3.7e-3 at r = 32, 2.1 to 2.8).
 
-    --config=configs/lr_vs_rank.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/lr_vs_rank.py:stories
     --config=configs/lr_vs_rank.py:gpt2-medium --config.task.path=ZIP
 """
 

@@ -4,9 +4,9 @@
 
 arXiv:2605.30260: the reduction of the loss goes as C r^a l^-b + c with the rank r and the length l.
 64 strings of 16 to 128 tokens, LoRA of rank 1 to 16 on all linear layers, each at its best of four
-rates by halving, two seeds. experiments/memory_law reads it: 14 minutes on two cores.
+rates by halving, two seeds. experiments/memory_law reads it.
 
-    --config=configs/memory_law.py:stories --config.base=DIR
+    --config=configs/memory_law.py:stories
 """
 
 from lorax.scales import scale, two_digits

@@ -6,7 +6,7 @@ After LoRA (arXiv:2106.09685), table 16: on 100 examples of MNLI LoRA has 63.8, 
 60.2, prefixes 37.6 and 48.3; on all 392,000 it is 91.7, 89.5, 88.6 and 89.6. Every method and size
 has the best of three learning rates. Here: experiments/little_data.
 
-    --config=configs/n_train.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/n_train.py:stories
     --config=configs/n_train.py:gpt2-medium --config.task.path=ZIP
 """
 

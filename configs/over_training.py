@@ -5,9 +5,9 @@
 Two claims read this run. experiments/rank_grows (Biderman et al., arXiv:2405.09673, section 4.6):
 the number of directions with 90% of dW's energy grows over training. experiments/drift_to_principal
 (SDC-LoRA, ACL Findings 2026): dW moves from minor to principal directions of W. Full fine-tuning
-and LoRA of half the width, ten seeds, singular values at eight steps. 10 minutes on two cores.
+and LoRA of half the width, ten seeds, singular values at eight steps.
 
-    --config=configs/over_training.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/over_training.py:stories
     --config=configs/over_training.py:gpt2-medium --config.task.path=ZIP
 """
 

@@ -4,12 +4,11 @@
 
 Four claims read this run. experiments/rate_over_rank (arXiv:2602.06204): with s ~ r^-g the best
 rate goes as r^-(1-g)/2 if a starts random, not at all if b does. experiments/alpha_or_rate
-(arXiv:2606.12883): at a small rate the best alpha goes as sqrt(r), and beats the best rate at
-alpha = r. experiments/start_a_or_b (arXiv:2406.08447): a random a allows a larger rate than a
-random b. experiments/rank_at_tuned_rate (arXiv:2312.03732): at s = alpha / sqrt(r) the loss falls
-with r. 30 minutes on two cores.
+(arXiv:2606.12883): at a small rate the best alpha goes as sqrt(r), and beats the best rate at alpha
+= r. experiments/start_a_or_b (arXiv:2406.08447): a random a allows a larger rate than a random b.
+experiments/rank_at_tuned_rate (arXiv:2312.03732): at s = alpha / sqrt(r) the loss falls with r.
 
-    --config=configs/rank_scale_rate.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/rank_scale_rate.py:stories
     --config=configs/rank_scale_rate.py:gpt2-medium --config.task.path=ZIP
 """
 

@@ -3,10 +3,9 @@
     python -m lorax.run --config=configs/rate_transfer.py
 
 LoRA-Muon (arXiv:2606.12921): one rate serves all ranks, and a proxy of rank 2 finds it. Both
-factors start at random, as in the paper. experiments/rate_transfer reads it: 15 minutes on two
-cores.
+factors start at random, as in the paper. experiments/rate_transfer reads it.
 
-    --config=configs/rate_transfer.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/rate_transfer.py:stories
     --config=configs/rate_transfer.py:gpt2-medium --config.task.path=ZIP
 """
 

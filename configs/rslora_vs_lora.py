@@ -6,7 +6,7 @@ At one learning rate the first steps of alpha / r coincide at every rank ("LoRA 
 Thinking Machines 2025); those of alpha / sqrt(r) part. alpha is such that both agree at r = 4.
 Here: experiments/scaling.
 
-    --config=configs/rslora_vs_lora.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/rslora_vs_lora.py:stories
     --config=configs/rslora_vs_lora.py:gpt2-medium --config.task.path=ZIP
 """
 

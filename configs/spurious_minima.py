@@ -6,7 +6,7 @@ With K outputs and N examples of 64 inputs: r (r + 1) / 2 > K N is enough (Jang 
 arXiv:2402.11867), or r (64 + K) - r^2 > 1.35 K N (Park, arXiv:2605.03724). One linear layer, whose
 model is linear in dW, learns the labels of a teacher of full rank by squared error; as N is at most
 64, the linear model's minimum is 0. Twenty teachers and starts. experiments/spurious_minima reads
-it: 6 minutes on two cores.
+it.
 """
 
 from lorax.config import default

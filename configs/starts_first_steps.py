@@ -3,10 +3,9 @@
     python -m lorax.run --config=configs/starts_first_steps.py
 
 LoRA-One (arXiv:2502.01235) starts at the leading part of the first full gradient and should be
-ahead of LoRA-GA and of the default start early on. Part of experiments/first_gradient: 5 minutes on
-two cores.
+ahead of LoRA-GA and of the default start early on. Part of experiments/first_gradient.
 
-    --config=configs/starts_first_steps.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/starts_first_steps.py:stories
     --config=configs/starts_first_steps.py:gpt2-medium --config.task.path=ZIP
 """
 

@@ -7,7 +7,7 @@ Tan, Du and Feng (arXiv:2607.21351): full fine-tuning stores more bits a trainab
 LoRA, LoRA in the feed-forward layers more than in attention, and a random base far less. About
 4,000 parameters each: one o matrix in full, LoRA on all o, on attention and on the feed-forward
 layers; 40 strings of 63 tokens, several times what they can store. Each at its best of six rates.
-experiments/bits_per_parameter reads it: 12 minutes each on two cores.
+experiments/bits_per_parameter reads it.
 """
 
 from lorax.scales import scale, two_digits

@@ -3,10 +3,9 @@
     python -m lorax.run --config=configs/variants.py
 
 Lee et al. (arXiv:2602.04998): variants are within 1 to 2% of LoRA at their best rates, and these
-rates follow the largest eigenvalue of the Hessian. experiments/variants_tie reads it: 14 minutes on
-two cores.
+rates follow the largest eigenvalue of the Hessian. experiments/variants_tie reads it.
 
-    --config=configs/variants.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/variants.py:stories
     --config=configs/variants.py:gpt2-medium --config.task.path=ZIP
 """
 

@@ -5,10 +5,9 @@
 Zhu et al. (arXiv:2402.16842): training b with a random frozen a is about as good as LoRA, training
 a with a random frozen b is worse. Attention's matrices are as wide as they are high; down's input
 is four times as wide as its output, up's output as its input: a factor that wins by its shape would
-not win in both. Each at its best of eight rates by halving. experiments/which_factor reads it: 12
-minutes on two cores.
+not win in both. Each at its best of eight rates by halving. experiments/which_factor reads it.
 
-    --config=configs/which_factor.py:stories --config.base=DIR --config.task.path=ZIP
+    --config=configs/which_factor.py:stories
     --config=configs/which_factor.py:gpt2-medium --config.task.path=ZIP
 """
 

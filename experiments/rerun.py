@@ -9,8 +9,9 @@ committed number beside the new one, with the difference in halves of the commit
 Run directories go into --out. A run that is finished there is not repeated, an unfinished one goes
 on, and claims that read the same run share it: delete a run's folder to have it anew.
 
-Models and data are found in $LORAX_MODELS and $LORAX_DATA (docs/data.md). All commands are checked
-before the first is run: a wrong config, a missing model or missing data is an error at once.
+Models and data are found in $LORAX_MODELS and $LORAX_DATA (docs/studies.md). All commands are
+checked before the first is run: a wrong config, a missing model or missing data is an error at
+once.
 
 Exit code: 0; 1 if a verdict changed or a command failed; 2 for a mistake in the input.
 """
