@@ -30,14 +30,20 @@ class Compared(NamedTuple):
     gradient: np.ndarray | None = None
 
 
-def of_members(base: Base, task: Task, stack: Stack, paths: Mapping[str, int]) -> list[dict]:
+def of_members(
+    base: Base, task: Task, stack: Stack, paths: Mapping[str, int], known: dict
+) -> list[dict]:
     """{path: Compared} of each member, {} without `analysis.subspaces` and
     `analysis.first_gradient`. paths: {path of a parameter whose updates are decomposed: columns of
-    its a, 0 without one}; the gradients of those with an a are read."""
-    analysis, of_all = stack.config.analysis, {}
-    if analysis.subspaces:
-        of_all = {path: Compared(*of_weights(base, path, analysis.subspaces)) for path in paths}
-    spans = {path: r for path, r in paths.items() if r and analysis.first_gradient}
+    its a, 0 without one}; the gradients of those with an a are read. known: cache of `of_weights`;
+    what it lacks is added."""
+    k, of_all = stack.config.analysis.subspaces, {}
+    for path in paths if k else ():
+        key = id(base), path, k
+        if key not in known:
+            known[key] = of_weights(base, path, k)
+        of_all[path] = Compared(*known[key])
+    spans = {path: r for path, r in paths.items() if r and stack.config.analysis.first_gradient}
     if not spans:
         return [of_all] * len(stack.members)
     compared, seen, leading = [], {}, {}

@@ -148,7 +148,7 @@ def _train_group(
         for name, split in evaluated.items()
     }
     base_test = lambda: compiled.base_test(group, programs, params, evaluated["test"])
-    known = _compared(group, stack)
+    known = compiled.compared(group, stack)
     for number, stack in enumerate(parts):
         members = [member.index for member in stack.members]
         start = part.together([at[i] for i in members]) if members[0] in at else None
@@ -206,6 +206,7 @@ class Compiled:
         self.race, self.say, self.made, self.shown, self.last = race, say, {}, set(), ""
         self.share = Fraction(len(jax.devices()), devices) if devices else Fraction(1)
         self.base_tests, self.states = {}, ("", None)
+        self.of_weights, self.of_groups = {}, {}
         first = max(groups, key=_largest)
         self._fit(first, stacks.pick(first.stack, race.starters))
 
@@ -252,6 +253,19 @@ class Compiled:
             self.states = key, evaluation.states_of_base(programs, params, on)
         return self.states[1]
 
+    def compared(self, group: Group, stack: stacks.Stack) -> dict[int, dict]:
+        """{member: what its updates are compared with over training (`compared.of_members`)}, once
+        for all legs of a group. stack: the members of this leg, of those of the last one."""
+        if group.index not in self.of_groups:
+            of_members = [{}] * len(stack.members)
+            if group.config.analysis.trajectory:
+                paths = trajectory.paths(stack.methods[0], group.base, *_first(stack))
+                arguments = group.base, group.task, stack, paths, self.of_weights
+                of_members = compared.of_members(*arguments)
+            pairs = zip(stack.members, of_members, strict=True)
+            self.of_groups[group.index] = {member.index: x for member, x in pairs}
+        return self.of_groups[group.index]
+
     def _fit(self, group: Group, stack: stacks.Stack) -> tuple[Programs, float]:
         """The programs, and the seconds that it took to compile them."""
         n = len(stack.members)
@@ -259,11 +273,11 @@ class Compiled:
         began, kind = time.monotonic(), group.task.kind
         whole = group.stack._replace(members=group.members)
         arguments = whole, group.base, group.config.train, *_shapes(group), kind
-        size, compared = group.config.eval.batch_size, 0
+        batches = 0  # on which members are compared with the base
         if group.compares:
-            compared = splits(group.task, size)["eval"].n
+            batches = splits(group.task, group.config.eval.batch_size)["eval"].n
         of_legs = legs(group, stack, self.race)
-        programs = fitting.fit(*arguments, None, of_legs, self.share, compared)
+        programs = fitting.fit(*arguments, None, of_legs, self.share, batches)
         made = programs, time.monotonic() - began
         self.made[self._key(group, stack)] = made
         return made
@@ -297,15 +311,6 @@ def _shapes(group: Group):
     k = steps_per_call(c.eval.every, c.train.offload)
     batches = batch_shapes(c.train, group.task, k)
     return batches, tree.shapes(splits(group.task, c.eval.batch_size)["eval"].batches)
-
-
-def _compared(group: Group, stack: stacks.Stack) -> dict[int, dict]:
-    """{member: what its updates are compared with over training (`compared.of_members`)}."""
-    of_members = [{}] * len(stack.members)
-    if group.config.analysis.trajectory:
-        paths = trajectory.paths(stack.methods[0], group.base, *_first(stack))
-        of_members = compared.of_members(group.base, group.task, stack, paths)
-    return {member.index: x for member, x in zip(stack.members, of_members, strict=True)}
 
 
 def _without_spectra(group: Group) -> str:

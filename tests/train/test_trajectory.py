@@ -15,13 +15,22 @@ from jax.sharding import PartitionSpec as P
 from quick import jit
 
 import lorax
-from lorax import config, intercept, quant, tree
+from lorax import config, halving, intercept, quant, tree
 from lorax.analysis import runs, tables
 from lorax.analysis.measures import overlap, spectrum
 from lorax.analysis.tables import along_training
 from lorax.models import Base, gpt2, load
 from lorax.models.base import kernel
-from lorax.train import compared, evidence, layouts, loop, prepare, stacks, trajectory
+from lorax.train import (
+    compared,
+    evidence,
+    fitting,
+    layouts,
+    loop,
+    prepare,
+    stacks,
+    trajectory,
+)
 from lorax.train.batches import batch_shapes, eval_batches
 from lorax.train.members import over_members
 from lorax.train.programs import compile_programs
@@ -270,6 +279,24 @@ def test_a_trajectory_says_where_updates_lie_among_directions_that_do_not_move(n
             phi = np.sum((np.linalg.qr(update.a)[0].T @ g) ** 2) / r
             np.testing.assert_allclose(row["gradient_overlap"], phi, rtol=1e-3)
             np.testing.assert_allclose(row["gradient_chance"], r / w.shape[0], rtol=1e-6)
+
+
+def test_w_is_decomposed_once_for_all_groups_and_legs(monkeypatch):
+    c, decomposed, of_weights = study(True), [], compared.of_weights
+    c.sweep.full_lr, c.analysis.subspaces = (1e-3,), 2
+    groups = prepare.groups(config.members(c), lambda line: None)
+    race = halving.without([member for group in groups for member in group.members])
+
+    def counted(base, path, k):
+        decomposed.append(path)
+        return of_weights(base, path, k)
+
+    monkeypatch.setattr(compared, "of_weights", counted)
+    monkeypatch.setattr(fitting, "fit", lambda *arguments: None)  # nothing is compiled
+    programs = loop.Compiled(groups, race, lambda line: None)
+    found = [programs.compared(group, group.stack) for group in groups * 2]
+    assert len(groups) == 2 and all(of_member for of in found for of_member in of.values())
+    assert len(decomposed) == len({*decomposed}) > 0
 
 
 def test_energy_in_random_directions_is_chance(base):
