@@ -263,9 +263,18 @@ class Untied(Leaf):
         return Untied(w, head)
 
 
+class Added(Leaf):
+    """A frozen weight plus an update: dense(leaf) = w + dW. Subclasses have a method
+    delta(w, site): dW of all layers in the shape and dtype of w, the kernel that `self.w`
+    represents."""
+
+    def dense(self, w, site):
+        return w + self.delta(w, site)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class Kronecker(Leaf):
+class Kronecker(Added):
     """A frozen weight plus a Kronecker product: dense(leaf) = w + s * reshape(kron(w1, w2)).
 
     w: a kernel or another operator leaf. w1: (m, l), w2: (n, k) with in = m n and out = l k.
@@ -298,9 +307,9 @@ class Kronecker(Leaf):
         w1, w2, s = self._as(x.dtype)
         return attend(x, self.w) + s * kron_product(x, w1.T, w2.T)
 
-    def dense(self, w, site):
+    def delta(self, w, site):
         w1, w2, s = self._as(w.dtype)
-        return w + site.from_matrix(s[..., None, None] * kron(w1, w2), w.shape)
+        return site.from_matrix(s[..., None, None] * kron(w1, w2), w.shape)
 
     def _as(self, dtype):
         return self.w1.astype(dtype), self.w2.astype(dtype), self.s.astype(dtype)
@@ -318,7 +327,7 @@ def kron_product(x, w1, w2):
     return jnp.einsum("...mk,ml->...lk", y, w1).reshape(*x.shape[:-1], -1)
 
 
-class Updated(Leaf):
+class Updated(Added):
     """A frozen weight plus an update that is computed whole: dense(leaf) = w + dW.
 
     Subclasses are dataclasses with the fields w, a kernel or another operator leaf, and dropout, on
@@ -349,11 +358,7 @@ class Updated(Leaf):
         update = module.apply({"params": kernel}, dropout(x, self.dropout))
         return convolve(module, self.w, x) + update
 
-    def dense(self, w, site):
-        return w + self.delta(w, site)
-
     def delta(self, w, site):
-        """dW of all layers in the shape and dtype of w, the kernel that `self.w` represents."""
         update = over_layers(lambda leaf, w: leaf.update(w), site.stack)
         arrays = dataclasses.replace(self, w=None, dropout=None)
         return site.from_matrix(update(arrays, site.to_matrix(w)), w.shape)

@@ -101,9 +101,10 @@ def fill(key, axes, active, shapes: Mapping[str, tuple], draw: Callable, dtype=n
 
 
 def updates(bind: Callable, trainable, constants, params, sites=None) -> dict:
-    """{path: dW in the kernel's shape, float32} of a method that binds to `leaves.Updated`."""
+    """{path: dW in the kernel's shape, float32} of a method that binds to leaves with a `delta`
+    (`leaves.Added`); divided like the base's over its mesh."""
     sites = sites or ops.sites_from_shapes(params)
-    bound, deltas = tree.flatten(bind(trainable, constants, params)), {}
+    bound, deltas = tree.flatten(bind(trainable, constants, params, sites=sites)), {}
     for path in joined(trainable):
         leaf, site = bound[path], sites[path]
         change = lambda leaf, site=site: leaf.delta(ops.wide(leaf.w, site), site)

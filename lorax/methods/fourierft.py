@@ -14,21 +14,20 @@ fourierft_spectrum, n_frequency is `frequencies`, scaling `spectral_scale` and r
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import gather, ops, permutations, tree
-from lorax.methods.arrays import joined, matrices
+from lorax import leaves, ops, permutations, tree
+from lorax.methods.arrays import joined, matrices, updates
 from lorax.methods.contract import Method, State
 from lorax.methods.targets import Default, adapted_matrices, only_linear, words_of
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class Spectral(ops.Leaf):
+class Spectral(leaves.Added):
     """A frozen weight plus a sum of waves: dense(leaf) = w + s Re IFFT2(S), S zero but for
     S[rows[i], columns[i]] = values[i].
 
@@ -52,11 +51,11 @@ class Spectral(ops.Leaf):
 
         return ops.linear(x, self.w) + updated(x, spectrum)
 
-    def dense(self, w, site):
+    def delta(self, w, site):
         axes, n_in, n_out = site.matrix_shape(w.shape)
         make = ops.over_layers(lambda *layer: waves(*layer, n_in, n_out), len(axes))
         dw = make(self.values, self.rows, self.columns, self.s)
-        return w + site.from_matrix(dw.astype(w.dtype), w.shape)
+        return site.from_matrix(dw.astype(w.dtype), w.shape)
 
 
 def waves(values, rows, columns, s, n_in: int, n_out: int):
@@ -141,14 +140,4 @@ def bind(trainable, constants, params, key=None, sites=None):
 
 def delta(trainable, constants, params, sites=None):
     """{path: c Re IFFT2(S) in the kernel's shape, float32}."""
-    sites = sites or ops.sites_from_shapes(params)
-    bound, updates = tree.flatten(bind(trainable, constants, params)), {}
-    for path in joined(trainable):
-        leaf = bound[path]
-        change = functools.partial(_update, sites[path])
-        updates[path] = gather.divided(change, gather.mesh_of(leaf.w), leaf)
-    return updates
-
-
-def _update(site, leaf: Spectral):
-    return leaf.dense(jnp.zeros(ops.frozen(leaf.w).shape, jnp.float32), site)
+    return updates(bind, trainable, constants, params, sites)

@@ -19,17 +19,18 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lorax import grouped, leaves, ops, tree
 from lorax.methods import lora
-from lorax.methods.arrays import joined, matrices
+from lorax.methods.arrays import joined, matrices, updates
 from lorax.methods.contract import Method, State
 from lorax.methods.targets import Default, adapted_matrices, only_linear
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class Blocks(ops.Leaf):
+class Blocks(leaves.Added):
     """A frozen weight plus a low-rank update for each of its k x k blocks:
     dense(leaf)[n, m] = w[n, m] + s a[n, m] b[n, m].
 
@@ -51,16 +52,16 @@ class Blocks(ops.Leaf):
         return ops.linear(x, self.w) + s * y.reshape(*y.shape[:-2], -1)
 
     def ragged(self, x, sizes):  # the update of all experts
-        update = grouped.product(
-            leaves.ragged_dropout(x, self.dropout), self._update().astype(x.dtype), sizes
-        )
+        update = self._update(np.promote_types(x.dtype, np.float32)).astype(x.dtype)
+        update = grouped.product(leaves.ragged_dropout(x, self.dropout), update, sizes)
         return ops.ragged(x, self.w, sizes) + update
 
-    def dense(self, w, site):
-        return w + site.from_matrix(self._update().astype(w.dtype), w.shape)
+    def delta(self, w, site):
+        return site.from_matrix(self._update(w.dtype), w.shape)
 
-    def _update(self):
-        return self.s[..., None, None] * joined_blocks(self.a @ self.b)
+    def _update(self, dtype):
+        a, b, s = (t.astype(dtype) for t in (self.a, self.b, self.s))
+        return s[..., None, None] * joined_blocks(a @ b)
 
 
 def joined_blocks(blocks):
@@ -136,13 +137,7 @@ def bind(trainable, constants, params, key=None, sites=None):
 
 def delta(trainable, constants, params, sites=None):
     """{path: the matrix of all s a[n, m] b[n, m] in the kernel's shape}."""
-    sites = sites or ops.sites_from_shapes(params)
-    flat, updates = tree.flatten(params), {}
-    for path, x in joined(trainable, constants).items():
-        a, b, s = (x[name].astype(jnp.float32) for name in ("a", "b", "s"))
-        dw = s[..., None, None] * joined_blocks(a @ b)
-        updates[path] = sites[path].from_matrix(dw, flat[path].shape)
-    return updates
+    return updates(bind, trainable, constants, params, sites)
 
 
 def factors(trainable, constants, params, sites=None):

@@ -30,9 +30,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lorax import leaves, ops, tree
+from lorax import leaves, tree
 from lorax.methods import lora
-from lorax.methods.arrays import joined, key_for, matrices
+from lorax.methods.arrays import joined, key_for, matrices, updates
 from lorax.methods.contract import Method, State
 from lorax.methods.targets import Default, adapted_matrices
 
@@ -132,13 +132,7 @@ def _bind_kronecker(trainable, constants, params, key=None, sites=None):
 
 def _delta_kronecker(trainable, constants, params, sites=None):
     """{path: s kron(w1, w2) in the kernel's shape, float32}."""
-    sites = sites or ops.sites_from_shapes(params)
-    flat, updates = tree.flatten(params), {}
-    for path, x in joined(trainable, constants).items():
-        w1, w2, s = (y.astype(jnp.float32) for y in (_factor(x, 1), _factor(x, 2), x["s"]))
-        dw = s[..., None, None] * leaves.kron(w1, w2)
-        updates[path] = sites[path].from_matrix(dw, flat[path].shape)
-    return updates
+    return updates(_bind_kronecker, trainable, constants, params, sites)
 
 
 def _factor(x, i: int):

@@ -22,14 +22,13 @@ of two): Q then has the largest blocks, and is zero outside the member's.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import ops, tree
-from lorax.methods.arrays import joined, matrices
+from lorax import leaves, ops, tree
+from lorax.methods.arrays import joined, matrices, updates
 from lorax.methods.contract import Method, State
 from lorax.methods.elimination import inverse
 from lorax.methods.targets import Default, adapted_matrices, only_linear, words_of
@@ -37,7 +36,7 @@ from lorax.methods.targets import Default, adapted_matrices, only_linear, words_
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class Turned(ops.Leaf):
+class Turned(leaves.Added):
     """A weight whose inputs are turned: dense(leaf) = w + T w, T block-diagonal (in, in).
 
     w: a kernel or another operator leaf. t: (n, p, p), the blocks of T, with the layer axes first;
@@ -52,13 +51,11 @@ class Turned(ops.Leaf):
         turned = jnp.einsum("...nio,nij->...njo", turned, self.t.astype(x.dtype))
         return ops.linear(x + _out_of_blocks(turned, x.shape[-1])[..., 0], self.w)
 
-    def dense(self, w, site):
-        return w + site.from_matrix(self.update(site.to_matrix(w)), w.shape)
-
-    def update(self, w):
-        """T w of a matrix or matrices (layers..., in, out)."""
-        turned = jnp.einsum("...nij,...njo->...nio", self.t.astype(w.dtype), _in_blocks(w, self.t))
-        return _out_of_blocks(turned, w.shape[-2])
+    def delta(self, w, site):
+        rows = site.to_matrix(w)
+        blocks = _in_blocks(rows, self.t)
+        turned = jnp.einsum("...nij,...njo->...nio", self.t.astype(w.dtype), blocks)
+        return site.from_matrix(_out_of_blocks(turned, rows.shape[-2]), w.shape)
 
 
 def _in_blocks(x, t):
@@ -118,41 +115,23 @@ def oft(
         adapted = matrices(params, adapts(params, sites))
         return sum(int(m.active.sum()) * m.n_in * (block_size - 1) // 2 for m in adapted)
 
-    def leaves_of(trainable, constants, params):
-        """{path: `Turned`} of the adapted matrices."""
-        flat = tree.flatten(params)
-        return {
-            path: Turned(flat[path], turn(skew(x["q"], x["size"]), neumann))
-            for path, x in joined(trainable, constants).items()
-        }
-
     def bind(trainable, constants, params, key=None, sites=None):
-        bound = leaves_of(trainable, constants, params)
-        return tree.unflatten(tree.flatten(params) | bound)
+        flat = tree.flatten(params)
+        for path, x in joined(trainable, constants).items():
+            flat[path] = Turned(flat[path], turn(skew(x["q"], x["size"]), neumann))
+        return tree.unflatten(flat)
 
     def delta(trainable, constants, params, sites=None):
-        sites = sites or ops.sites_from_shapes(params)
-        updates = {}
-        for path, leaf in leaves_of(trainable, constants, params).items():
-            w = ops.wide(leaf.w, sites[path])
-            update = leaf.update(sites[path].to_matrix(w))
-            updates[path] = sites[path].from_matrix(update, w.shape).astype(jnp.float32)
-        return updates
+        return updates(bind, trainable, constants, params, sites)
 
     return Method("oft", hp, init, bind, delta, count, adapts=adapts, width=block_size)
-
-
-@functools.cache
-def _pairs(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, columns) of the entries above the diagonal, in PEFT's order."""
-    return np.triu_indices(size, 1)
 
 
 def skew(q, size):
     """Skew-symmetric blocks (layers..., n, p, p) with q (layers..., n, p (p - 1) / 2) above the
     diagonal; zero outside of the diagonal blocks of `size` (layers...) rows."""
     p = int(np.sqrt(2 * q.shape[-1])) + 1
-    rows, columns = _pairs(p)
+    rows, columns = np.triu_indices(p, 1)  # in PEFT's order
     size = size.astype(jnp.int32)[..., None]
     at = lambda x: jnp.asarray(x, jnp.int32).reshape((1,) * (size.ndim - 1) + x.shape)
     inside = at(rows) // size == at(columns) // size

@@ -30,7 +30,7 @@ import numpy as np
 
 from lorax import grouped, leaves, ops, tree
 from lorax.methods import lora
-from lorax.methods.arrays import fill, joined, key_for, matrices
+from lorax.methods.arrays import fill, joined, key_for, matrices, updates
 from lorax.methods.contract import Method, State
 from lorax.methods.targets import Default, adapted_matrices, only_linear
 
@@ -39,7 +39,7 @@ SHARED = "randlora"  # a and b are at randlora/a and randlora/b of the constants
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class Bases(ops.Leaf):
+class Bases(leaves.Added):
     """A frozen weight plus scaled random bases: dense(leaf) = w + s left right, see the head of
     this file.
 
@@ -66,9 +66,9 @@ class Bases(ops.Leaf):
         update = grouped.product(leaves.ragged_dropout(x, self.dropout), update, sizes)
         return ops.ragged(x, self.w, sizes) + update
 
-    def dense(self, w, site):
+    def delta(self, w, site):
         axes, n_in, _ = site.matrix_shape(w.shape)
-        return w + site.from_matrix(self._update(n_in, len(axes)).astype(w.dtype), w.shape)
+        return site.from_matrix(self._update(n_in, len(axes)).astype(w.dtype), w.shape)
 
     def _factors(self, n_in: int):
         """(in, r n) and (r n, out) of one layer."""
@@ -151,11 +151,11 @@ def _pair(drawn, padded, rank: int, seed: int) -> dict:
     return fill(key, (), np.array(True), {"a": (rank, least), "b": (most, inner)}, draw)
 
 
-def _leaves(trainable, constants, params, sites, key=None) -> dict[str, Bases]:
-    """{path: `Bases`} of the adapted matrices."""
+def bind(trainable, constants, params, key=None, sites=None):
+    """`params` with a `Bases` leaf at every adapted path; dropout if a key is given."""
     sites = sites or ops.sites_from_shapes(params)
     flat, arrays = tree.flatten(params), joined(trainable, constants)
-    shared, bound = arrays.pop(SHARED), {}
+    shared = arrays.pop(SHARED)
     for path, x in arrays.items():
         axes, n_in, n_out = sites[path].matrix_shape(ops.frozen(flat[path]).shape)
         inner = math.prod(x["lam"].shape[-2:])
@@ -163,19 +163,10 @@ def _leaves(trainable, constants, params, sites, key=None) -> dict[str, Bases]:
         b = shared["b"][: max(n_in, n_out), :inner]
         a, b = (jnp.broadcast_to(t, (*axes, *t.shape)) for t in (a, b))
         dropout = lora.dropout_of(path, x, key)
-        bound[path] = Bases(flat[path], x["lam"], x["gamma"], a, b, x["s"], dropout)
-    return bound
-
-
-def bind(trainable, constants, params, key=None, sites=None):
-    """`params` with a `Bases` leaf at every adapted path; dropout if a key is given."""
-    return tree.unflatten(tree.flatten(params) | _leaves(trainable, constants, params, sites, key))
+        flat[path] = Bases(flat[path], x["lam"], x["gamma"], a, b, x["s"], dropout)
+    return tree.unflatten(flat)
 
 
 def delta(trainable, constants, params, sites=None):
     """{path: s Q^T b^T or s b Q in the kernel's shape, float32}."""
-    sites = sites or ops.sites_from_shapes(params)
-    return {
-        path: leaf.dense(jnp.zeros(ops.frozen(leaf.w).shape, jnp.float32), sites[path])
-        for path, leaf in _leaves(trainable, constants, params, sites).items()
-    }
+    return updates(bind, trainable, constants, params, sites)
