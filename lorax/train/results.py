@@ -160,11 +160,12 @@ def measure_sharpness(part: Part, trainable, trained: list[int], rows: dict[int,
 
     def measure():
         states = {"start": first.state.trainable, "end": trainable}
-        return {when: sharpness.measure(part, state, batches) for when, state in states.items()}
+        of = functools.partial(sharpness.measure, part, batches=batches, trained=trained)
+        return {when: of(state) for when, state in states.items()}
 
     found = attempt(part, "analysis.sharpness", members, rows, measure) or {}
     for when, of_members in found.items():
-        for i, member in zip(trained, members, strict=True):
+        for i, member in enumerate(members):
             numbers = {"value": of_members.value[i], "residual": of_members.residual[i]}
             numbers = {name: decimal(x) for name, x in numbers.items()}
             rows[member.index].setdefault("sharpness", {})[when] = numbers

@@ -28,9 +28,9 @@ def why_not(part: Part) -> str:
     return ""
 
 
-def measure(part: Part, trainable, batches: int) -> Largest:
-    """Of the part's members, over their first so many training batches. trainable: leaves (M, ...)
-    on the host."""
+def measure(part: Part, trainable, batches: int, trained: list[int]) -> Largest:
+    """Of the part's members at `trained`, over their first so many training batches. trainable: of
+    all members, leaves (M, ...) on the host; those of members that diverged take no part."""
     stack, programs, m = part.stack, part.programs, len(part.stack.members)
     needed = programs.needed((m, *axes(stack.config.train, batches)))
     rows = train_batches(stack, part.group.task, 0, batches, needed)
@@ -40,13 +40,15 @@ def measure(part: Part, trainable, batches: int) -> Largest:
     mesh = gather.mesh_of(part.params)
 
     def product(vectors: np.ndarray) -> np.ndarray:
-        v = programs.place(like(vectors.astype(np.float32), trainable))
+        every = np.zeros(own.shape, np.float32)
+        every[trained] = vectors
+        v = programs.place(like(every, trainable))
         with divided.on(mesh):
             moved = programs.hessian(part.params, part.constants, at, rows, v)
-        return own * flattened(jax.tree.map(lambda x: hosts.whole(x)[:m], moved))
+        return (own * flattened(jax.tree.map(lambda x: hosts.whole(x)[:m], moved)))[trained]
 
     start = own * np.random.default_rng(0).standard_normal(own.shape)
-    return largest_eigenvalues(product, start, TOLERANCE, MOST)
+    return largest_eigenvalues(product, start[trained], TOLERANCE, MOST)
 
 
 def masks(stack, base: Base) -> dict:

@@ -107,6 +107,24 @@ def test_members_have_the_sharpness_of_their_dense_hessians_at_both_ends(tmp_pat
         assert table["sharpness"][i] == pytest.approx(dense(c, group, i, trainable), rel=5e-3)
 
 
+def test_a_diverged_member_takes_no_part(tmp_path, monkeypatch):
+    """Whatever its Hessian is."""
+    c, measure = study(), sharpness.measure
+    c.sweep.lr, c.method.rank, c.analysis.sharpness = (1e-2, 1e30), 2, 1
+    (group,) = prepare.groups(config.members(c), lambda line: None)
+
+    def spoiled(part, trainable, batches, trained):
+        assert trained == [0]
+        others = np.arange(2)[:, None] > 0
+        nan = lambda x: np.where(others.reshape(2, *(1,) * (x.ndim - 1)), np.nan, x)
+        return measure(part, jax.tree.map(nan, trainable), batches, trained)
+
+    monkeypatch.setattr(sharpness, "measure", spoiled)
+    rows, _ = loop.train(tmp_path, [group], loop.Terminal(*[lambda *_: None] * 3))
+    assert rows[1]["status"] == "diverged" and "sharpness" not in rows[1]
+    assert rows[0]["sharpness"]["end"]["value"] > 0 and "failed" not in rows[0]
+
+
 def test_the_product_is_the_difference_of_gradients_of_a_language_model():
     """Through layers that have a backward pass of their own."""
     small = gpt2.Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, n_inner=12)
