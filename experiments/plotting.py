@@ -34,7 +34,11 @@ def drawn(
     file: Path, columns: int, rows: int = 1, size: tuple[float, float] = (3.4, 3.0), **share
 ) -> Iterator:
     """A figure of rows x columns panels, each of this size in inches, as an array (rows, columns);
-    saved at the end of the block. share: sharex, sharey."""
+    saved at the end of the block. share: sharex, sharey. Raises SystemExit, with what makes the
+    numbers, if there are no panels: a claim that has not been run."""
+    if not rows * columns:
+        claim = file.parent.name
+        raise SystemExit(f"{file}: no numbers yet; python -m experiments.rerun {claim} --write")
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
         yield figure.subplots(rows, columns, squeeze=False, **share)

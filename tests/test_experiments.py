@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments import plotting
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(
     path.name
@@ -86,3 +88,9 @@ def test_what_a_script_takes_from_lorax_is_there(script):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             module = modules.get(node.value.id)
             assert module is None or hasattr(module, node.attr), f"{node.value.id}.{node.attr}"
+
+
+def test_a_figure_without_numbers_says_what_makes_them(tmp_path):
+    with pytest.raises(SystemExit, match="no numbers yet; python -m experiments.rerun layers --wr"):
+        with plotting.drawn(tmp_path / "layers" / "layers.png", 0):
+            pass

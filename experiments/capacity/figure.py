@@ -13,13 +13,12 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    curves = numbers(HERE, "curves.csv")
-    bases = list(curves[curves["split"] == "eval"].groupby("base", sort=False))
+    bases = list(numbers(HERE, "curves.csv").groupby("base", sort=False))
     with drawn(HERE / "capacity.png", 2, len(bases)) as grid:
         for (losses, apart), (base, own) in zip(grid, bases, strict=True):
             of = {
                 r: x.pivot(index="step", columns="seed", values="loss")
-                for r, x in own.groupby("rank")
+                for r, x in own[own["split"] == "eval"].groupby("rank")
             }
             for n, rank in enumerate(sorted(of, reverse=True)):  # full fine-tuning, 0, last
                 label = name("lora" if rank else "full", rank)
