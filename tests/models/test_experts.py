@@ -217,6 +217,11 @@ ADAPTED = {
     "tinylora": dict(),
     "shira": dict(rank=1, targets=("experts",)),
     "miss": dict(rank=3),
+    "gralora": dict(rank=2, targets=("experts",)),
+    "oft": dict(block_size=4, targets=("experts",)),
+    "hra": dict(rank=2),
+    "fourierft": dict(frequencies=9, spectral_scale=20.0),
+    "randlora": dict(rank=3),
     "ia3": dict(targets=("experts",), feedforward=("experts.down",)),
     "lora-subspace": dict(dim=5, rank=2),
 }
