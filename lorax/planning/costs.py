@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from lorax import halving, tasks, tree
+from lorax import config, halving, tasks, tree
 from lorax.halving import Race
 from lorax.planning import compiled
 from lorax.planning.compiled import Spread
@@ -188,7 +188,9 @@ def _evaluated(c, stops: Iterable[int]) -> tuple[int, int | None]:
     """`Plan.evaluated`: validation rows at every evaluation, from step 0 to the last, if the task
     has as many, and of every further task; test rows once. stops: `Race.stops` of a member."""
     at = {*range(0, c.train.steps, c.eval.every), *stops}
-    return c.eval.examples * len(at) * (1 + len(c.eval.also)), c.eval.test
+    measured = (c.task, *config.also(c).values())
+    rows = sum(tasks.measured(of, c.eval.examples) for of in measured)
+    return rows * len(at), tasks.measured(c.task, c.eval.test)
 
 
 def _costs(

@@ -84,8 +84,9 @@ def states_of_base(stacked: stacks.Stack, base) -> int:
     """Bytes of the base's states of the validation rows that a run keeps on each device for the KL
     of `eval.also`; 0 if it keeps none."""
     c = stacked.config
-    kind, size = tasks.kind_of(c.task), min(c.eval.batch_size, c.eval.examples)
-    lead = math.ceil(c.eval.examples / size), size
+    kind, n = tasks.kind_of(c.task), tasks.measured(c.task, c.eval.examples)
+    size = min(c.eval.batch_size, n)
+    lead = math.ceil(n / size), size
     batches = tasks.batch_shapes(c.task, lead, c.train.seq_len, base)
     if not c.eval.also or not kinds.has_probabilities(kind, batches):
         return 0

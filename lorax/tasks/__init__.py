@@ -9,8 +9,9 @@ from lorax.tasks.batch_order import order, orders, steps_of
 from lorax.tasks.data import Data, arrays, labelled, pairs, texts
 from lorax.tasks.rows import Prompt, Task
 from lorax.tasks.subsets import prompts, size, spread, train_examples, train_size, widths
-from lorax.tasks.table import TASKS, batch_shapes, build, check_base, kind_of, outputs
+from lorax.tasks.table import TASKS, batch_shapes, build, check_base, kind_of, measured, outputs
 
 __all__ = ["arrays", "labelled", "pairs", "texts", "Data", "Prompt", "TASKS", "Task"]
-__all__ += ["batch_shapes", "build", "check_base", "kind_of", "order", "orders", "outputs"]
-__all__ += ["prompts", "size", "spread", "steps_of", "train_examples", "train_size", "widths"]
+__all__ += ["batch_shapes", "build", "check_base", "kind_of", "measured", "order", "orders"]
+__all__ += ["outputs", "prompts", "size", "spread", "steps_of"]
+__all__ += ["train_examples", "train_size", "widths"]

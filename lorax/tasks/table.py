@@ -234,6 +234,13 @@ def kind_of(config: Mapping[str, Any]) -> Kind:
     return row(config).kind
 
 
+def measured(config: Mapping[str, Any], asked: int | None) -> int | None:
+    """How many validation or test rows of the task a run measures if `asked` are asked for and
+    there are as many: random strings are all measured (`Task.memorised`). None: not known before
+    the task is built, which it is not."""
+    return config["examples"] if kind_of(config) is kinds.STRINGS and asked != 0 else asked
+
+
 def batch_shapes(
     config: Mapping[str, Any], lead: tuple[int, ...], seq_len: int, base: Base
 ) -> dict[str, jax.ShapeDtypeStruct]:

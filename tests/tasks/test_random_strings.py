@@ -11,6 +11,7 @@ import lorax
 from lorax import config, losses, rundir, tasks
 from lorax.analysis import runs
 from lorax.models import gpt2
+from lorax.planning import costs
 from lorax.tasks import random_strings, subsets
 from lorax.train import loop, prepare
 
@@ -135,6 +136,13 @@ def test_a_run_reports_what_its_members_have_stored(small, tmp_path):
     assert 0.8 * 6 * 24 < table["bits"][1] <= 6 * 24 and table["recalled"][1] > 0.75
     before = run.metrics.query("step == 0")
     assert len(before) == 4 and not before[stored].any(axis=None)
+
+
+def test_a_plan_counts_all_strings_at_every_evaluation(small):
+    small.eval.also = (("others", {"name": "random_strings", "examples": 4, "seed": 1}),)
+    assert costs.plan(config.members(small)).evaluated == (2 * (6 + 4), 6)
+    small.eval.test = 0
+    assert costs.plan(config.members(small)).evaluated == (2 * (6 + 4), 0)
 
 
 def test_other_strings_can_be_measured_beside_them_and_texts_can_not(small, tmp_path):
