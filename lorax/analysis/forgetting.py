@@ -27,26 +27,29 @@ def tasks(run: Run) -> list[str]:
     return [name.removeprefix(rundir.ALSO) for name in splits if name.startswith(rundir.ALSO)]
 
 
-def points(run: Run) -> pd.DataFrame:
+def points(run: Run, table: pd.DataFrame | None = None) -> pd.DataFrame:
     """One row per further task, member and evaluation that is finite.
 
     Columns: task, member, line (the setting without its rate: "method=lora, rank=4"), lr, seed,
     step, loss (on the validation rows of the run's own task), forgetting (loss on the further task
     less that before the first step), kl (from the base; NaN where a run has none), all in nats a
-    target. Empty for a run without further tasks.
+    target. Empty for a run without further tasks. table: the run's `runs.summary`, if it is known.
     """
-    of_member = _lines(run, runs.summary(run))
+    columns = ["task", "member", "line", "lr", "seed", "step", "loss", "forgetting", "kl"]
+    further = tasks(run)
+    if not further:
+        return pd.DataFrame(columns=columns)
+    of_member = _lines(run, runs.summary(run) if table is None else table)
     evals = run.metrics[run.metrics["split"] == "eval"]
     evals = evals.reindex(columns=["member", "step", "loss", "kl"])
     found = []
-    for task in tasks(run):
+    for task in further:
         also = run.metrics[run.metrics["split"] == rundir.ALSO + task][["member", "step", "loss"]]
         start = also[also["step"] == 0].set_index("member")["loss"]
         also = also.assign(forgetting=also["loss"] - also["member"].map(start)).drop(columns="loss")
         rows = evals.merge(also, on=["member", "step"]).dropna(subset=["loss", "forgetting"])
         found.append(rows.join(of_member, on="member").assign(task=task))
-    columns = ["task", "member", "line", "lr", "seed", "step", "loss", "forgetting", "kl"]
-    return pd.concat(found)[columns] if found else pd.DataFrame(columns=columns)
+    return pd.concat(found)[columns]
 
 
 def _lines(run: Run, table: pd.DataFrame) -> pd.DataFrame:

@@ -116,7 +116,7 @@ def test_r2_of_groups_left_out_is_that_of_a_law_that_holds_for_all():
 
 
 def test_the_report_draws_the_frontier_and_has_its_numbers(run):
-    (made,) = section.section(run)
+    (made,) = section.section(run, runs.summary(run))
     assert set(made.files) == {"forgetting.csv", "frontier.csv"}
     chart = made.pictures["frontier"].figure
     assert isinstance(chart, alt.ConcatChart)
@@ -127,14 +127,14 @@ def test_the_report_draws_the_frontier_and_has_its_numbers(run):
 
 def test_a_figure_of_one_member_has_no_intervals(tmp_path):
     run = run_of(tmp_path / "run", {("lora", 4, 0.1, 0): (0.0, 0.1, 0.2)})
-    (made,) = section.section(run)
+    (made,) = section.section(run, runs.summary(run))
     assert "all members" in made.content and "±" not in made.content.partition("<table")[2]
     charts.specification(made.pictures["frontier"].figure)
 
 
 def test_where_nothing_is_learned_only_the_members_are_drawn(tmp_path):
     run = run_of(tmp_path / "run", {("lora", 4, 0.1, 0): (0.0, 0.1, 0.2)}, (4.0, 4.1, 4.2))
-    (made,) = section.section(run)
+    (made,) = section.section(run, runs.summary(run))
     assert made.pictures["frontier"].numbers.empty
     charts.specification(made.pictures["frontier"].figure)
 
@@ -143,4 +143,4 @@ def test_a_run_without_further_tasks_has_no_section(tmp_path):
     run = run_of(tmp_path / "run", {("lora", 4, 0.1, 0): (0.0, 0.1, 0.2)})
     alone = run.metrics[run.metrics["split"] == "eval"]
     run = runs.Run(run.directory, run.config, run.members, alone, run.status)
-    assert section.section(run) == [] and forgetting.points(run).empty
+    assert section.section(run, runs.summary(run)) == [] and forgetting.points(run).empty

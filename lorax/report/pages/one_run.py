@@ -118,7 +118,7 @@ def of_sweep(
         *attempt("Loss by two axes", several_axes.maps, of),
         *attempt("Loss against parameters", several_axes.sizes, of),
         *attempt("Methods", losses.methods, of, ranks),
-        *attempt(forgetting.TITLE, forgetting.section, run),
+        *attempt(forgetting.TITLE, forgetting.section, run, table),
         *attempt("Which matrices matter", evidence.evidence, run, table),
         *planted,
         *listed,

@@ -11,9 +11,10 @@ LOSSES = 9  # at which frontiers are drawn
 TITLE = "Forgetting"
 
 
-def section(run: runs.Run) -> list[Section]:
-    """What is forgotten for what is learned; [] for a run without further tasks."""
-    points = forgetting.points(run)
+def section(run: runs.Run, table: pd.DataFrame) -> list[Section]:
+    """What is forgotten for what is learned; [] for a run without further tasks. table: the run's
+    `runs.summary`."""
+    points = forgetting.points(run, table)
     learned = points[points["step"] > 0]
     if not len(learned):
         return []
