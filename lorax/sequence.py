@@ -60,9 +60,7 @@ def train(settings: ConfigDict, workdir: Path, one: Callable) -> list:
         if not at:
             print(f"{settings.sequence[number][0]}: no member is left to go on with")
             break
-    from lorax.analysis import (
-        forgetting,
-    )  # imports pandas, which the command line need not wait for
+    from lorax.analysis import forgetting  # imports pandas, for which no refusal waits
 
     forgetting.sequence(workdir).to_csv(Path(workdir) / rundir.SEQUENCE, index=False)
     return made

@@ -74,9 +74,11 @@ def train(
     `eval.harness`); one that a race stopped also "stopped_at". With test rows it has
     "base_test_loss", that of step 0, "test_loss" and "test_scores" (None and {} unless it
     finished); with `eval.keep` "best" it has "kept_step", the step that was exported, whose results
-    these are. If it finished, it has "cka" (per layer) with `analysis.cka`, and "base_scores" (of
-    the base's own texts) with `eval.generate`. "failed" ({config key: reason}) is set if texts,
-    tasks or the CKA of a trained member failed. If training is killed at any moment and called
+    these are. If it finished, it has "cka" (per layer) with `analysis.cka`, "kept_rank" (rows of
+    `kept_rank.measure`) with `analysis.kept_ranks`, "sharpness" ({"start" and "end": {"value",
+    "residual"}}) with `analysis.sharpness`, and "base_scores" (of the base's own texts) with
+    `eval.generate`. "failed" ({config key: reason}) is set if one of these, texts or tasks of a
+    trained member failed. If training is killed at any moment and called
     again, metrics, adapters and trajectories are bit for bit the same as without the interruption.
     """
     members = [member for group in groups for member in group.stack.members]
