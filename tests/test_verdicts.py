@@ -10,7 +10,7 @@ import pytest
 from synthetic import make_study
 
 from experiments import losses, rerun, tables, verdicts
-from experiments.verdicts import CONTRADICTED, NOT_RUN, REPRODUCED, UNDECIDED, Verdict
+from experiments.verdicts import CONTRADICTED, NOT_RUN, REPRODUCED, UNDECIDED, WITHDRAWN, Verdict
 from lorax.analysis import compare
 
 CLAIMS = verdicts.claims()
@@ -206,6 +206,27 @@ def test_commands_name_the_base():
     ends = [command.partition("x.py")[2] for (command,) in commands.values()]
     flag = "--config.seed=1"
     assert ends == [f" {flag}", f":minilm-cola {flag}", f":smollm2-random {flag}"]
+
+
+@pytest.mark.parametrize(
+    ("full", "verdict"),
+    [(3.0, REPRODUCED), (1.5, CONTRADICTED), (2.0, UNDECIDED), (0.0, WITHDRAWN)],
+)
+def test_bits_are_compared_as_ratios_of_what_was_stored(full, verdict, tmp_path):
+    """full: bits a parameter of full fine-tuning, where LoRA stores 2; if 0, LoRA stores 0, too."""
+    rows = [
+        ("gpt2-nano", "pretrained", method, "o", lr, seed, 0.5, bits * (1 - 0.1 * abs(lr - 2)))
+        for method, bits in (("full", full), ("lora", 2.0 if full else 0.0))
+        for lr in (1, 2, 3)
+        for seed in range(3)
+    ]
+    columns = ["base", "weights", "method", "targets", "lr", "seed", "recalled"]
+    table = pd.DataFrame(rows, columns=[*columns, "bits_per_parameter"])
+    table["bits_per_parameter"] *= 1 + 0.01 * (table["seed"] - 1) * (table["method"] == "full")
+    table.to_csv(tmp_path / "bits.csv", index=False)
+    found = verdicts.rule("bits_per_parameter").verdicts(tmp_path)
+    (first,) = [v for v in found if (v.part, v.base) == ("full above LoRA", "gpt2-nano")]
+    assert first.verdict == verdict
 
 
 # --------------------------------------------------------------------------------------- tables

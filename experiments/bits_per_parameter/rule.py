@@ -27,7 +27,7 @@ RULE = (
     "of LoRA there to LoRA in attention lies above 1.2. A pretrained base stores more: LoRA in "
     "attention, ratio to a base with random weights, above 1. A best rate at the edge of its grid "
     "withdraws the number, and so does a setting that recalls more than 95% of the tokens: then "
-    "the strings ran out."
+    "the strings ran out. So does one that stores nothing in a seed, and has no ratio."
 )
 STUDY = "stored_bits"
 COMMANDS = {
@@ -83,6 +83,8 @@ def ratio(part: str, base: str, best, above: str, below: str, margin: float) -> 
         if (recalled := settings.loc[name, "recalled"].mean()) > 0.95:
             return Verdict(part, base, WITHDRAWN, f"{name} recalls {recalled:.0%}")
     bits = settings["bits_per_parameter"]
+    if not (bits[below] > 0).all():
+        return Verdict(part, base, WITHDRAWN, f"{below} stores nothing in a seed")
     interval = compare.interval((bits[above] / bits[below]).to_numpy())
     number = (
         f"{shown(interval, 2)} ({bits[above].mean():.2f} against {bits[below].mean():.2f} bits)"
