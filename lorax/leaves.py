@@ -633,11 +633,13 @@ def column_norms(leaf: LowRank, site: Site, squares=None) -> Array:
     return over_layers(lengths, site.stack)(w, leaf.a, leaf.b, leaf.s, squares)
 
 
-def dora(leaf: LowRank, m, site: Site, squares=None) -> Scaled:
+def dora(leaf: LowRank, m, site: Site, squares=None, on=None) -> Scaled:
     """DoRA (arXiv:2402.09353, equation 5): w + s a b with columns of length m (layers..., out).
 
     The lengths that m is divided by are constants for the gradient (section 4.3). A column that is
-    zero stays zero. squares: `column_squares` of w, if they are known.
+    zero stays zero. on: (layers...,), 0 for layers whose columns are not rescaled; None: all are.
+    squares: `column_squares` of w, if they are known.
     """
     norms = jax.lax.stop_gradient(column_norms(leaf, site, squares))
-    return Scaled(leaf, jnp.where(norms > 0, m / jnp.where(norms > 0, norms, 1), 1))
+    g = jnp.where(norms > 0, m / jnp.where(norms > 0, norms, 1), 1)
+    return Scaled(leaf, g if on is None else jnp.where(on.astype(bool)[..., None], g, 1))

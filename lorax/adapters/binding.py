@@ -46,4 +46,4 @@ def check(base: Base, adapter: Adapter) -> None:
 @functools.partial(jax.jit, static_argnums=3)
 def _gain(leaf, m, has_m, site):
     """DoRA's scales of a stack's columns, 1 in a layer without lengths."""
-    return jnp.where(has_m[..., None], leaves.dora(leaf, m, site).g, 1)
+    return leaves.dora(leaf, m, site, on=has_m).g

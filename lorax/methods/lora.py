@@ -253,9 +253,8 @@ def dora(**hp) -> Method:
         sites = sites or ops.sites_from_shapes(params)
         flat = tree.flatten(bind(trainable, constants, params, key))
         for path, x in joined(trainable, constants).items():
-            scaled = leaves.dora(flat[path], x["m"], sites[path], x["squares"])
-            g = jnp.where(x["on"][..., None] > 0, scaled.g, 1)  # 1 for padding of a sweep
-            flat[path] = leaves.Scaled(flat[path], g)
+            # "on" is 0 for the padding of a sweep.
+            flat[path] = leaves.dora(flat[path], x["m"], sites[path], x["squares"], x["on"])
         return tree.unflatten(flat)
 
     def delta(trainable, constants, params, sites=None):

@@ -6,8 +6,6 @@ DoRA keeps its trained column lengths, and what is trained in full beside low-ra
 classifier, biases, norms) stays as it is trained.
 """
 
-import jax.numpy as jnp
-
 from lorax import leaves, ops, tree
 from lorax.methods import full
 from lorax.methods.arrays import joined
@@ -28,6 +26,5 @@ def bind(trainable, constants, params, key=None, sites=None):
     for path, x in joined(factors, constants).items():
         flat[path] = leaves.LowRank(flat[path], x["a"], x["b"], x["s"])
         if "m" in x:
-            scaled = leaves.dora(flat[path], x["m"], sites[path])
-            flat[path] = leaves.Scaled(flat[path], jnp.where(x["on"][..., None] > 0, scaled.g, 1))
+            flat[path] = leaves.dora(flat[path], x["m"], sites[path], on=x["on"])
     return tree.unflatten(flat)
