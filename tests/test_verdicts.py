@@ -229,6 +229,16 @@ def test_bits_are_compared_as_ratios_of_what_was_stored(full, verdict, tmp_path)
     assert first.verdict == verdict
 
 
+def test_the_jackknife_of_a_mean_is_its_t_interval():
+    x = np.random.default_rng(0).normal(size=7)
+    members = pd.DataFrame({"seed": range(7), "x": x})
+    jackknife = verdicts.rule("forgetting_law").jackknife
+    found = jackknife(members, lambda table: table["x"].mean())
+    np.testing.assert_allclose(found[:3], compare.interval(x)[:3], rtol=1e-12)
+    bent = jackknife(members, lambda table: max(0.3, table["x"].mean()))
+    assert bent.low <= bent.value <= bent.high and bent.value == pytest.approx(max(0.3, x.mean()))
+
+
 # --------------------------------------------------------------------------------------- tables
 
 

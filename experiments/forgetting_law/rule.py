@@ -71,9 +71,10 @@ def r2(members: pd.DataFrame, name: str) -> float:
 
 
 def jackknife(members: pd.DataFrame, of) -> Interval:
-    """The interval of a function of members over their seeds: Student's t of the pseudo-values
-    (Tukey 1958; Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 11)."""
+    """A function of all members with Student's t interval over their seeds, from the jackknife's
+    standard error (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 11)."""
     seeds = members["seed"].unique()
     whole, n = of(members), len(seeds)
     without = np.array([of(members[members["seed"] != seed]) for seed in seeds])
-    return compare.interval(n * whole - (n - 1) * without)._replace(value=whole)
+    # n - 1 times the deviations: a standard deviation over sqrt(n) is the jackknife's error.
+    return compare.interval(whole + (n - 1) * (without.mean() - without))
