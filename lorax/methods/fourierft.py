@@ -86,6 +86,8 @@ def fourierft(
         raise ValueError(f"method.frequencies: {frequencies} given, must be at least 1")
     if not 0 <= places_seed < 2**32:
         raise ValueError(f"method.places_seed: {places_seed} given, must be from 0 to 2^32 - 1")
+    if std < 0:
+        raise ValueError(f"method.std: {std} given, must be at least 0")
 
     def adapts(params, sites=None):
         adapted = only_linear(adapted_matrices(params, sites, hp["targets"], layers))

@@ -263,6 +263,7 @@ def test_starts_are_away_from_the_base_where_the_method_says_so(name, hp, away):
             "method.frequencies: 999 given, but down/kernel is 24 x 12: at most 288",
         ),
         ("fourierft", dict(places_seed=-1), "method.places_seed: -1 given, must be from 0 to 2"),
+        ("fourierft", dict(std=-1.0), "method.std: -1.0 given, must be at least 0"),
         ("fourierft", dict(targets=("embed",)), "wte/embedding is not a linear layer's kernel"),
         ("hra", dict(rank=0), "method.rank: 0 given, must be at least 1"),
         ("hra", dict(targets=("embed",)), "wte/embedding is not a linear layer's kernel"),
