@@ -23,13 +23,18 @@ def log_d90(table: pd.DataFrame, method: str, metric: str) -> Interval:
     return Interval(*np.log2([row["d"], row["low"], row["high"]]), over="seeds")
 
 
+def difference(a: Interval, b: Interval) -> Interval:
+    """a - b of two independent numbers, such as logarithms of dimensions."""
+    half = np.hypot((a.high - a.low) / 2, (b.high - b.low) / 2)
+    value = a.value - b.value
+    return Interval(value, value - half, value + half, over="seeds")
+
+
 def compared(part: str, base: str, a: Interval, b: Interval, what: str) -> Verdict:
     """The verdict on a below b, two independent intervals of log2 dimensions. what: a's name."""
     if not np.isfinite([a.value, b.value]).all():
         return Verdict(part, base, WITHDRAWN, f"{what}: outside the tested dimensions")
-    half = np.hypot((a.high - a.low) / 2, (b.high - b.low) / 2)
-    value = a.value - b.value
-    ratio = Interval(value, value - half, value + half, over="seeds")
+    ratio = difference(a, b)
     number = f"{what} {as_dimension(a)} against {as_dimension(b)}, log2 of the ratio {shown(ratio)}"
     return Verdict(part, base, by_interval(ratio, "below"), number, ratio)
 

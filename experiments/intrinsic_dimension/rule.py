@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from experiments.dimensions import difference
 from experiments.verdicts import (
     UNDECIDED,
     WITHDRAWN,
@@ -13,6 +14,7 @@ from experiments.verdicts import (
     by_equivalence,
     by_interval,
     complete,
+    mapped,
     numbers,
     texts,
 )
@@ -125,9 +127,8 @@ class D90s:
 
     def over(self, a: str, b: str) -> Interval:
         """d90 of a over that of b; their intervals are independent in the logarithm."""
-        logs = [np.log(self.interval(condition)[:3]) for condition in (a, b)]
-        value, half = logs[0][0] - logs[1][0], np.hypot(*(x[2] - x[0] for x in logs))
-        return Interval(*np.exp([value, value - half, value + half]), "seeds")
+        logs = (mapped(self.interval(condition), np.log) for condition in (a, b))
+        return mapped(difference(*logs), np.exp)
 
     def ratio(self, part: str, base: str, a: str, b: str, side: str) -> Verdict:
         """Whether d90 of a over that of b lies on that side of 1."""
