@@ -678,6 +678,27 @@ def test_a_sweeps_rotation_is_stored_in_blocks_of_its_own_size(made, tmp_path):
     assert_close(parity.logits(base, again, own), parity.logits(base, method, state))
 
 
+def test_places_of_no_entry_are_named(stored, tmp_path):
+    def first(value, dtype):
+        def changed(tensors):
+            key = next(key for key in sorted(tensors) if key.endswith("shira_indices"))
+            places = tensors[key].astype(dtype)
+            places[:, 0] = places[:, 1] if value is None else value
+            return tensors | {key: places}
+
+        return changed
+
+    for value, dtype, words in (
+        (0.5, np.float32, "not all are whole numbers"),
+        (-1, np.int32, "not all are in 16 x 40"),
+        (99, np.float32, "not all are in 16 x 40"),
+        (None, np.int32, "a place comes twice"),
+    ):
+        base = edited(stored, "shira", tmp_path, tensors=first(value, dtype))
+        with pytest.raises(ValueError, match=f"shira_indices: {words}"):
+            peft_methods.load(tmp_path, base)
+
+
 def test_a_copy_of_random_bases_that_differs_is_named(stored, tmp_path):
     key = "base_model.model.model.layers.0.self_attn.q_proj.randlora_A"
     other = lambda tensors: tensors | {key: 1 + tensors["base_model.randlora_A"]}

@@ -45,14 +45,16 @@ def read(modules, shared, config, where):
     """The entries, those of a fused module by its parts. A part of a fused module whose entries are
     zero is not adapted.
 
-    Raises ValueError for shapes that don't fit, and places that are not in a module or come twice.
-    """
+    Raises ValueError for shapes that don't fit, and places that are no whole numbers, are not in a
+    module or come twice."""
     layers, r, rank = {}, config.get("r", 32), 0
     for place, tensors in modules:
         here = f"{where / WEIGHTS}: {place.name}"
         n = r * (place.inputs + place.outputs)
         fit(f"{here}, r {r}", tensors, shira_weight=(n,), shira_indices=(2, n))
         indices = tensors["shira_indices"].astype(np.int64)
+        if np.any(indices != tensors["shira_indices"]):
+            raise ValueError(f"{here}: shira_indices: not all are whole numbers")
         size = np.array([[place.outputs], [place.inputs]])
         if np.any((indices < 0) | (indices >= size)):
             raise ValueError(f"{here}: shira_indices: not all are in {size[0, 0]} x {size[1, 0]}")
