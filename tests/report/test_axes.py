@@ -26,6 +26,13 @@ VALUES = {
     "granularity": "tensor",
     "inputs": 9,
     "planted_rank": [1, 2],
+    "blocks": 2,
+    "block_size": 16,
+    "frequencies": 100,
+    "numbers": 8,
+    "tying": 0.5,
+    "mini_rank": 2,
+    "mask": "magnitude",
 }
 
 
