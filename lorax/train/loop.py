@@ -257,16 +257,16 @@ class Compiled:
 
     def compared(self, group: Group, stack: stacks.Stack) -> dict[int, dict]:
         """{member: what its updates are compared with over training (`compared.of_members`)}, once
-        for all legs of a group. stack: the members of this leg, of those of the last one."""
-        if group.index not in self.of_groups:
-            of_members = [{}] * len(stack.members)
-            if group.config.analysis.trajectory:
-                paths = trajectory.paths(stack.methods[0], group.base, *_first(stack))
-                arguments = group.base, group.task, stack, paths, self.of_weights
-                of_members = compared.of_members(*arguments)
-            pairs = zip(stack.members, of_members, strict=True)
-            self.of_groups[group.index] = {member.index: x for member, x in pairs}
-        return self.of_groups[group.index]
+        for all legs of a group. stack: the members of this leg, of which some may have waited."""
+        known = self.of_groups.setdefault(group.index, {})
+        new = [member for member in stack.members if member.index not in known]
+        of_members = [{}] * len(new)
+        if new and group.config.analysis.trajectory:
+            paths = trajectory.paths(stack.methods[0], group.base, *_first(stack))
+            arguments = group.base, group.task, stack._replace(members=new), paths, self.of_weights
+            of_members = compared.of_members(*arguments)
+        known |= {member.index: x for member, x in zip(new, of_members, strict=True)}
+        return known
 
     def _fit(self, group: Group, stack: stacks.Stack) -> tuple[Programs, float]:
         """The programs, and the seconds that it took to compile them."""

@@ -192,13 +192,13 @@ def test_spectra_are_those_of_one_device(base, name, gathered):
     constants = jax.tree.map(lambda x: np.stack([x, x]), state.constants)
     decompose = trajectory.decomposer(method, base.sites)
     alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    expected = decompose(*jax.device_put((base.params, constants, trainable), alone), 2)
+    expected = decompose(*jax.device_put((base.params, constants, trainable), alone), [{}, {}])
     spread = divided(base, MESHES[1])
     mesh = layouts.Layout("mesh", tuple(jax.devices()), 2, 1, sharding.parse(MESHES[1]))
     placed = [
         jax.device_put(x, placement(mesh, base).of_members(x)) for x in (constants, trainable)
     ]
-    found = decompose(spread.params, *placed, 2)
+    found = decompose(spread.params, *placed, [{}, {}])
     assert_close(found, expected)
     assert max(gathered) <= largest(base)
 
@@ -395,7 +395,7 @@ for method in (lora("kaiming"), lorax.method("full", parameters=("q", "embed")))
     decompose = trajectory.decomposer(method, one.sites)
     alone = lambda trees: jax.device_put(trees, jax.local_devices()[0])
     on = lambda base, trees: trees if base is many else alone(trees)
-    check(lambda base: decompose(*on(base, (base.params, *stacked(base)[::-1])), 1), 1e-5)
+    check(lambda base: decompose(*on(base, (base.params, *stacked(base)[::-1])), [{}]), 1e-5)
     for base, folder in ((one, "one"), (many, "many")):
         trained = adapters.from_training(base, method, learned(base))
         adapters.save(f"{out}/{folder}/{method.name}", trained, "tiny")
