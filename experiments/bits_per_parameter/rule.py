@@ -9,6 +9,7 @@ from experiments.verdicts import (
     WITHDRAWN,
     Verdict,
     by_interval,
+    commands,
     complete,
     numbers,
     shown,
@@ -31,13 +32,8 @@ RULE = (
 )
 STUDY = "stored_bits"
 COMMANDS = {
-    "stories-llama-260k": tuple(
-        f"python -m lorax.run --config=configs/{STUDY}.py:{name}"
-        for name in ("stories", "stories-random")
-    ),
-    "gpt2-nano": tuple(
-        f"python -m lorax.run --config=configs/{STUDY}.py{name}" for name in ("", ":random")
-    ),
+    base: tuple(run for (run,) in commands(STUDY, base, f"{base} random").values())
+    for base in ("stories-llama-260k", "gpt2-nano")
 }
 FULL, MLP, BASE = "full above LoRA", "feed-forward above attention", "pretrained above random"
 BY = ["weights", "method", "targets"]

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.dimensions import COLUMNS, as_dimension, compared, log_d90
-from experiments.verdicts import UNDECIDED, Verdict, complete, numbers, write
+from experiments.verdicts import UNDECIDED, Verdict, commands, complete, numbers, write
 from lorax.analysis import intrinsic, runs
 
 CLAIM = "larger models have a smaller intrinsic dimension"
@@ -19,11 +19,7 @@ RULE = (
     "so that its number stands beside the others without a verdict."
 )
 STUDY, SMALLEST = "intrinsic_dimension_ladder", "stories-llama-260k"
-COMMANDS = {
-    "gpt2-nano": (f"python -m lorax.run --config=configs/{STUDY}.py",),
-    SMALLEST: (f"python -m lorax.run --config=configs/{STUDY}.py:stories",),
-    "SmolLM2-135M": (f"python -m lorax.run --config=configs/{STUDY}.py:smollm2",),
-}
+COMMANDS = commands(STUDY, "gpt2-nano", SMALLEST, "SmolLM2-135M")
 FEWER = "fewer dimensions than stories-llama-260k"
 
 

@@ -10,6 +10,7 @@ from experiments.verdicts import (
     WITHDRAWN,
     Verdict,
     by_interval,
+    commands,
     complete,
     numbers,
     shown,
@@ -30,12 +31,9 @@ RULE = (
     "best rate, lies above 0. A best rate at the edge of its grid withdraws the number."
 )
 TURNS, STARTS = "first_gradient", "starts_first_steps"
-ARGUMENTS = {"gpt2-nano": "", "stories-llama-260k": ":stories", "SmolLM2-135M": ":smollm2"}
 COMMANDS = {
-    base: tuple(
-        f"python -m lorax.run --config=configs/{study}.py{argument}" for study in (TURNS, STARTS)
-    )
-    for base, argument in ARGUMENTS.items()
+    base: tuple(commands(study, base)[base][0] for study in (TURNS, STARTS))
+    for base in ("gpt2-nano", "stories-llama-260k", "SmolLM2-135M")
 }
 BY, NEAR = ["init"], 0.1
 DESCENT, ADAMW = "gradient descent turns to it", "AdamW turns to it"

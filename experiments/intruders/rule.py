@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 from scipy import stats
 
-from experiments.verdicts import Verdict, by_interval, complete, copied, numbers, shown
+from experiments.verdicts import Verdict, by_interval, commands, complete, copied, numbers, shown
 from lorax.analysis import compare
 
 CLAIM = "LoRA has intruder dimensions, full fine-tuning hardly any; they forget"
@@ -22,13 +22,11 @@ forgetting if Spearman's correlation of the two over seeds, within one rank and 
 rates it is that of the rate) and as a mean over ranks, lies above 0 over the five rates, and does
 not if it lies below. Scaling each matrix's top intruder by 0.7 gives back a third of what was
 forgotten if the interval of that share lies above a third, and does not if it lies below."""
-RUNS = tuple(
-    f"python -m lorax.run --config=configs/{study}.py{{}}" for study in ("intruders", "lr_vs_rank")
-)
+STUDIES = ("intruders", "lr_vs_rank")
 MEASURE = "python -m experiments.intruders.measure {1} {2}"
 COMMANDS = {
-    base: (*(command.format(argument) for command in RUNS), MEASURE)
-    for base, argument in {"gpt2-nano": "", "stories-llama-260k": ":stories"}.items()
+    base: (*(commands(study, base)[base][0] for study in STUDIES), MEASURE)
+    for base in ("gpt2-nano", "stories-llama-260k")
 }
 PARTS = (
     "LoRA has intruders, full fine-tuning hardly any",

@@ -34,7 +34,7 @@ of the grid withdraws the number."""
 STUDY, BY = "lr_vs_rank", ["method", "rank"]
 QUARTER = "gpt2-nano alpha=4"
 COMMANDS = commands(STUDY, *LADDER)
-COMMANDS[QUARTER] = (f"{COMMANDS['gpt2-nano'][0]} --config.method.alpha=4",)
+COMMANDS[QUARTER] = commands(STUDY, "gpt2-nano", flags="--config.method.alpha=4")["gpt2-nano"]
 MINUTES = {"gpt2-nano": 12, QUARTER: 7.5, "stories-llama-260k": 21}
 PARTS = ("within a factor of two from r = 4 to the largest", "ten times full fine-tuning's")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiments import verdicts as common
-from experiments.verdicts import Verdict, by_interval, complete, shown
+from experiments.verdicts import Verdict, by_interval, commands, complete, shown
 from lorax.analysis import compare, forgetting
 from lorax.analysis.compare import Interval
 
@@ -22,12 +22,10 @@ RULE = (
     "less that of a control of the same singular values lies above 0."
 )
 STUDY = "forgetting_sequence"
+MEASURE = "python -m experiments.sequence_forgetting.measure {1}"
 COMMANDS = {
-    base: (
-        f"python -m lorax.run --config=configs/{STUDY}.py{argument}",
-        "python -m experiments.sequence_forgetting.measure {1}",
-    )
-    for base, argument in {"gpt2-nano": "", "stories-llama-260k": ":stories"}.items()
+    base: (*runs, MEASURE)
+    for base, runs in commands(STUDY, "gpt2-nano", "stories-llama-260k").items()
 }
 LOW, HIGH, FULL = "lora low", "lora high", "full"
 PARTS = (
