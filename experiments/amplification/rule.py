@@ -17,6 +17,7 @@ from experiments.verdicts import (
     crossed,
     mapped,
     numbers,
+    shown,
     write,
 )
 from lorax.analysis import amplification, tables
@@ -100,9 +101,7 @@ def decided(
         for target, own in rows.groupby("target")
     }
     verdict = all_of(by_interval(interval, side, margin) for interval in of.values())
-    number = "; ".join(
-        f"{target} {x.value:.2f} ({x.low:.2f} to {x.high:.2f})" for target, x in of.items()
-    )
+    number = "; ".join(f"{target} {shown(interval, 2)}" for target, interval in of.items())
     return Verdict(part, base, verdict, number, next(iter(of.values())))
 
 

@@ -16,6 +16,7 @@ from experiments.verdicts import (
     complete,
     mapped,
     numbers,
+    shown,
     texts,
 )
 from lorax.analysis import intrinsic, runs
@@ -135,7 +136,7 @@ class D90s:
         if doubt := self.doubt(a, b):
             return Verdict(part, base, *doubt)
         x = self.over(a, b)
-        return Verdict(part, base, by_interval(x, side, 1.0), words(x, "{:.2f}") + " times", x)
+        return Verdict(part, base, by_interval(x, side, 1.0), f"{shown(x, 2)} times", x)
 
 
 def of_mnist(of: D90s) -> list[Verdict]:
@@ -146,14 +147,10 @@ def of_mnist(of: D90s) -> list[Verdict]:
     near = all_of(
         by_equivalence(x, PUBLISHED[name] / 2, 2 * PUBLISHED[name]) for name, x in intervals.items()
     )
-    number = "; ".join(words(intervals[c], "{:.0f}") for c in (FC, LENET, LENET_SHUFFLED))
+    number = "; ".join(shown(intervals[c], 0) for c in (FC, LENET, LENET_SHUFFLED))
     found.append(Verdict(PARTS[0], MNIST, near, number, intervals[FC]))
     found.append(of.ratio(PARTS[1], MNIST, LENET, FC, "below"))
     raised, same = of.over(LENET_SHUFFLED, LENET), of.over(FC_SHUFFLED, FC)
     verdict = all_of([by_interval(raised, "above", 1.0), by_equivalence(same, 1 / 1.5, 1.5)])
-    number = f"{words(raised, '{:.2f}')} times; the other {words(same, '{:.2f}')}"
+    number = f"{shown(raised, 2)} times; the other {shown(same, 2)}"
     return [*found, Verdict(PARTS[2], MNIST, verdict, number, raised)]
-
-
-def words(x: Interval, form: str) -> str:
-    return f"{form} ({form} to {form})".format(*x[:3])

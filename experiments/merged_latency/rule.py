@@ -14,6 +14,7 @@ from experiments.verdicts import (
     copied,
     mapped,
     numbers,
+    shown,
 )
 from lorax.analysis import compare
 from lorax.analysis.compare import Interval
@@ -44,17 +45,13 @@ def verdicts(folder: Path) -> list[Verdict]:
         shapes = [shape for side, shape in ratios if side == "merged LoRA"]
         merged = {shape: factor(ratios["merged LoRA", shape], 0.9) for shape in shapes}
         verdict = all_of(by_equivalence(x, 1 / 1.05, 1.05) for x in merged.values())
-        number = "; ".join(f"{shape}: {words(x)}" for shape, x in merged.items())
+        number = "; ".join(f"{shape}: {shown(x, 2)}" for shape, x in merged.items())
         found.append(Verdict(PARTS[0], base, verdict, number, merged[shapes[0]]))
         cost = factor(ratios["houlsby", "1 x 128"], 0.95)
-        found.append(Verdict(PARTS[1], base, by_interval(cost, "above", 1.2), words(cost), cost))
+        found.append(Verdict(PARTS[1], base, by_interval(cost, "above", 1.2), shown(cost, 2), cost))
     return complete(found, PARTS)
 
 
 def factor(ratios: pd.Series, level: float) -> Interval:
     """The geometric mean over rounds with its interval."""
     return mapped(compare.interval(np.log(ratios), level), np.exp)
-
-
-def words(x: Interval) -> str:
-    return f"{x.value:.2f} ({x.low:.2f} to {x.high:.2f})"
