@@ -153,9 +153,8 @@ def _check(settings: ConfigDict) -> None:
     from lorax import methods  # imports JAX
 
     for member in {m.config.method.name: m for m in members}.values():
-        hp, name = member.config.method.to_dict(), member.config.method.name
-        known = methods.hyperparameters(name)
-        of = methods.method(name, **{k: v for k, v in hp.items() if k in known and v is not None})
+        name = member.config.method.name
+        of = methods.method(name, **methods.given(name, member.config.method.to_dict()))
         if of.delta is None and of.factors is None:
             raise ValueError(
                 f"sequence: method {name!r} does not change weights, so that no model "

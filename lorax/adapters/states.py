@@ -87,11 +87,10 @@ def _method(directory: Path) -> methods.Method:
         if code is not None:
             raise ValueError(f"{given}; give --method FILE that registers it, as {code} did")
         raise ValueError(f"{given}{nearest(name, catalogue.ROWS)}")
-    known = methods.hyperparameters(name)  # without what methods add, such as the scale
     tupled = lambda value: tuple(map(tupled, value)) if isinstance(value, list) else value
-    hp = {key: tupled(value) for key, value in fields["hp"].items() if value is not None}
+    hp = methods.given(name, fields["hp"])  # without what methods add, such as the scale
     try:
-        return methods.method(name, **{key: value for key, value in hp.items() if key in known})
+        return methods.method(name, **{key: tupled(value) for key, value in hp.items()})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
 

@@ -9,7 +9,7 @@ import types
 
 from lorax.catalogue import ROWS, register
 from lorax.methods.arrays import Matrix, fill, joined, key_for, matrices
-from lorax.methods.build import hyperparameters, merge, method
+from lorax.methods.build import given, hyperparameters, merge, method
 from lorax.methods.contract import Method, State
 from lorax.methods.targets import (
     FULL_WORDS,
@@ -39,6 +39,7 @@ __all__ = [
     "active_layers",
     "adapted_matrices",
     "fill",
+    "given",
     "hyperparameters",
     "joined",
     "key_for",

@@ -1,5 +1,8 @@
 """A method by its name, and its update merged into a model."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 
 from lorax import catalogue, gather, ops, sharding, tree
@@ -32,6 +35,13 @@ def method(name: str, **hp) -> Method:
 def hyperparameters(name: str) -> tuple[str, ...]:
     """The names of the hyperparameters of a method. Raises ValueError for an unknown name."""
     return tuple(dict.fromkeys((*catalogue.row(name).hyperparameters, "full", "dtype")))
+
+
+def given(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of {name: value} that are hyperparameters of a method, without None, which stands for
+    the method's own default. Raises ValueError for an unknown name of a method."""
+    known = hyperparameters(name)
+    return {key: value for key, value in values.items() if key in known and value is not None}
 
 
 def merge(method: Method, state: State, params: dict, sites=None) -> dict:

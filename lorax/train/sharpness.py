@@ -60,8 +60,7 @@ def masks(stack, base: Base) -> dict:
 
 
 def _own(method: methods.Method, base: Base, padded: dict) -> dict[str, np.ndarray]:
-    init = lambda params: method.init(jax.random.key(0), params, base.sites).trainable
-    shapes = {path: x.shape for path, x in tree.flatten(_described(method, init, base)).items()}
+    shapes = {path: x.shape for path, x in tree.flatten(_described(method, base)).items()}
     active = {} if method.adapts is None else method.adapts(base.params, base.sites)
     masks = {}
     for path, room in padded.items():
@@ -81,19 +80,13 @@ def _own(method: methods.Method, base: Base, padded: dict) -> dict[str, np.ndarr
     return masks
 
 
-def _described(method, init, base: Base) -> dict:
+def _described(method: methods.Method, base: Base) -> dict:
     """The trainable tree of a member alone, as shapes."""
-    if method.needs is None:
-        return jax.eval_shape(init, base.params)
-    plain = methods.method(method.name, **{**_given(method), "init": "kaiming"})
-    return jax.eval_shape(
-        lambda p: plain.init(jax.random.key(0), p, base.sites).trainable, base.params
-    )
-
-
-def _given(method) -> dict:
-    known = methods.hyperparameters(method.name)
-    return {key: value for key, value in method.hp.items() if key in known and value is not None}
+    if method.needs is not None:  # a start that reads no data has the same
+        hp = methods.given(method.name, method.hp) | {"init": "kaiming"}
+        method = methods.method(method.name, **hp)
+    init = lambda params: method.init(jax.random.key(0), params, base.sites).trainable
+    return jax.eval_shape(init, base.params)
 
 
 def flattened(stacked) -> np.ndarray:

@@ -45,10 +45,9 @@ def hyperparameters(member, base: Base) -> dict:
     default.
     """
     hp = member.config.method.to_dict()
-    known = methods.hyperparameters(hp["name"])
     if base.fresh:  # a randomly initialised head must be trained
         hp["full"] = tuple(dict.fromkeys((*hp["full"], "classifier")))
-    return {key: value for key, value in hp.items() if key in known and value is not None}
+    return methods.given(hp["name"], hp)
 
 
 def build_methods(members, base: Base, decided: dict | None = None) -> list[Method]:
