@@ -60,7 +60,7 @@ class Losses(NamedTuple):
 
     def doubt(self, *settings: str) -> str:
         """Why the best rate of one of these settings is not known; "" if all are."""
-        return next((self.doubts[name] for name in settings if name in self.doubts), "")
+        return verdicts.Tuned(self.members, self.doubts).doubt(*settings)
 
 
 def collect(

@@ -111,6 +111,12 @@ class Tuned(NamedTuple):
     members: pd.DataFrame  # with their setting's `label` in a column "setting"
     doubts: dict[str, str]  # settings whose best rate is not known, and why
 
+    def doubt(self, *settings: str) -> str:
+        """Why the best rate of one of these settings, by default of any, is not known; "" if all
+        are."""
+        asked = settings or self.doubts
+        return next((self.doubts[name] for name in asked if name in self.doubts), "")
+
 
 def label(setting: Iterable) -> str:
     """A setting in words: ("q v", 8) is "q v, 8"."""

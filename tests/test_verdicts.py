@@ -113,7 +113,9 @@ def test_the_best_rate_has_a_loss_for_every_seed():
 def test_a_best_rate_at_the_edge_of_the_grid_is_told():
     table = members({1e-3: (3.0, 3.1), 2e-3: (2.0, 2.2)})
     edge = "best rate of 1 at the edge of its grid, 0.002"
-    assert verdicts.tuned(table, ["rank"]).doubts == {"1": edge}
+    best = verdicts.tuned(table, ["rank"])
+    assert best.doubts == {"1": edge} and best.doubt("1") == best.doubt() == edge
+    assert best.doubt("2") == ""
     one = verdicts.tuned(members({1e-3: (3.0,)}), ["rank"])
     assert one.doubts == {"1": "one learning rate, 0.001"}
     with pytest.raises(ValueError, match="1: no lr of which every seed has a final_loss"):

@@ -71,8 +71,8 @@ def exponent(base: str, table) -> Verdict:
 def gap(base: str, table) -> Verdict:
     by_alpha = tuned(at_small_rate(table), ["rank"], "validation", "alpha")
     by_rate = tuned(table[table["alpha"] == 1], ["rank"], "validation")
-    if doubts := {**by_alpha.doubts, **by_rate.doubts}:
-        return Verdict(BEATS, base, WITHDRAWN, next(iter(doubts.values())))
+    if doubt := by_alpha.doubt() or by_rate.doubt():
+        return Verdict(BEATS, base, WITHDRAWN, doubt)
     means = [of.members.groupby("seed")["test"].mean() for of in (by_rate, by_alpha)]
     lost = compare.paired(*means)
     return Verdict(BEATS, base, by_interval(lost, "above"), f"by {shown(lost)} nats", lost)

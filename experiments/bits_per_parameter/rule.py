@@ -74,8 +74,8 @@ def ratio(part: str, base: str, best, above: str, below: str, margin: float) -> 
     for name in (above, below):
         if name not in settings.index:
             return Verdict(part, base, WITHDRAWN, f"{name} has no run")
-        if name in best.doubts:
-            return Verdict(part, base, WITHDRAWN, best.doubts[name])
+        if doubt := best.doubt(name):
+            return Verdict(part, base, WITHDRAWN, doubt)
         if (recalled := settings.loc[name, "recalled"].mean()) > 0.95:
             return Verdict(part, base, WITHDRAWN, f"{name} recalls {recalled:.0%}")
     bits = settings["bits_per_parameter"]

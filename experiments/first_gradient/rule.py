@@ -76,8 +76,8 @@ def turns(base: str, table: pd.DataFrame, part: str) -> Verdict:
     ]
     last = table[table["step"] == table["step"].max()]
     best = tuned(last, ["rank"])
-    if best.doubts:
-        return Verdict(part, base, WITHDRAWN, next(iter(best.doubts.values())))
+    if doubt := best.doubt():
+        return Verdict(part, base, WITHDRAWN, doubt)
     more = best.members.assign(
         phi=best.members["gradient_overlap"] - best.members["gradient_chance"]
     )

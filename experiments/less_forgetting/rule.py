@@ -78,7 +78,7 @@ def of_one(base: str, points: pd.DataFrame) -> list[Verdict]:
 def learns_less(base: str, points: pd.DataFrame, line: str, part: str) -> Verdict:
     last = points[points["step"] == points["step"].max()]
     best = common.tuned(last, ["line"], "loss")
-    if doubt := next((best.doubts[name] for name in (line, FULL) if name in best.doubts), ""):
+    if doubt := best.doubt(line, FULL):
         return Verdict(part, base, WITHDRAWN, doubt)
     of = best.members.pivot(index="seed", columns="line", values="loss")
     behind = compare.paired(of[line], of[FULL])

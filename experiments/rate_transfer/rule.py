@@ -52,8 +52,8 @@ def regret(table: pd.DataFrame, optimiser: str) -> tuple[pd.Series, str]:
     """(each seed's regret as a share of the gain, the mean over ranks; why it is not known)."""
     table = table[table["train.optimizer"] == optimiser]
     best = tuned(table, ["rank"], "validation")
-    if best.doubts:
-        return pd.Series(dtype=float), next(iter(best.doubts.values()))
+    if doubt := best.doubt():
+        return pd.Series(dtype=float), doubt
     rates = best.members.groupby("rank")["lr"].first()
     test = table.set_index(["rank", "lr", "seed"])["test"].sort_index()
     gain = table["start_test"].iloc[0] - test[PROXY, rates[PROXY]].mean()

@@ -43,8 +43,8 @@ def verdicts(folder: Path) -> list[Verdict]:
         found.append(Verdict(PARTS[0], base, verdict, f"{worst:.1e} of the largest logit"))
     for base, training in numbers(folder, "training.csv").groupby("base", sort=False):
         best = tuned(training, ["init"], "mean")
-        if doubts := list(best.doubts.values()):
-            found.append(Verdict(PARTS[1], base, WITHDRAWN, doubts[0]))
+        if doubt := best.doubt():
+            found.append(Verdict(PARTS[1], base, WITHDRAWN, doubt))
             continue
         by_seed = best.members.pivot(index="seed", columns="init", values="mean")
         ahead = compare.paired(by_seed["kaiming"], by_seed["pissa"])
