@@ -58,20 +58,20 @@ def regret(table: pd.DataFrame, optimiser: str) -> tuple[pd.Series, str]:
     test = table.set_index(["rank", "lr", "seed"])["test"].sort_index()
     gain = table["start_test"].iloc[0] - test[PROXY, rates[PROXY]].mean()
     lost = [test[r, rates[PROXY]] - test[r, rates[r]] for r in OTHERS]
-    return sum(lost) / len(OTHERS) / gain, ""
+    share = sum(lost) / len(OTHERS) / gain
+    return share, "a seed diverges at rank 2's best rate" if share.isna().any() else ""
 
 
 def serves(base: str, part: str, lost: pd.Series, doubt: str) -> Verdict:
-    if doubt or lost.isna().any():
-        return Verdict(part, base, WITHDRAWN, doubt or "a seed diverges at rank 2's best rate")
+    if doubt:
+        return Verdict(part, base, WITHDRAWN, doubt)
     interval = compare.interval(lost)
     number = f"regret {shown(interval)} of the gain"
     return Verdict(part, base, by_interval(interval, "below", SHARE), number, interval)
 
 
 def better(base: str, adamw: tuple, muon: tuple) -> Verdict:
-    for lost, doubt in (adamw, muon):
-        if doubt or lost.isna().any():
-            return Verdict(BETTER, base, WITHDRAWN, doubt or "a seed diverges at rank 2's rate")
+    if doubt := adamw[1] or muon[1]:
+        return Verdict(BETTER, base, WITHDRAWN, doubt)
     interval = compare.paired(adamw[0], muon[0])
     return Verdict(BETTER, base, by_interval(interval, "above"), f"by {shown(interval)}", interval)
