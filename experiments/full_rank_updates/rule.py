@@ -20,10 +20,9 @@ from experiments.verdicts import (
     complete,
     numbers,
     shown,
-    tuned,
     write,
 )
-from lorax.analysis.measures import spectrum
+from lorax.analysis import tables
 
 CLAIM = "at equal parameters an update of higher rank is better"
 SOURCE = "RandLoRA (arXiv:2502.00987); HiRA (ICLR 2025); GraLoRA (arXiv:2505.20355)"
@@ -48,21 +47,13 @@ def collect(runs: dict[str, list[Path]], folder: Path) -> None:
     matrices of the effective rank of dW."""
     losses.collect(runs, folder, BY, STUDY)
     found = []
-    for base, directories in runs.items():
-        sweep = sweeps.load(directories[0], STUDY)
-        best = tuned(sweep.table.assign(number=sweep.table.index), BY).members
-        for row in best.itertuples():
-            of_update = sweep.run.update(row.number).values()
-            ranks = [float(spectrum.effective_rank(sigma(update))) for update in of_update]
-            found.append(
-                {"base": base, "method": row.method, "seed": row.seed, "rank": np.mean(ranks)}
-            )
-    write(pd.DataFrame(found), folder, "ranks.csv")
-
-
-def sigma(update) -> np.ndarray:
-    """Singular values of an update, (a, b, s) or dense."""
-    return spectrum.update_svd(tuple(update)[:3] if isinstance(update, tuple) else update)[1]
+    for base, (directory,) in runs.items():
+        sweep = sweeps.load(directory, STUDY)
+        best = sweeps.at_best(sweep, BY)
+        _, ranks = tables.spectra({member: sweep.run.update(member) for member in best.index})
+        mean = ranks.groupby("member")["effective"].mean()
+        found.append(best.assign(base=base, rank=mean)[["base", "method", "seed", "rank"]])
+    write(pd.concat(found), folder, "ranks.csv")
 
 
 def verdicts(folder: Path) -> list[Verdict]:
