@@ -7,6 +7,7 @@ import pandas as pd
 from experiments import sweeps
 from experiments.verdicts import (
     WITHDRAWN,
+    Tuned,
     Verdict,
     by_interval,
     commands,
@@ -20,7 +21,6 @@ from lorax.analysis import compare
 
 CLAIM = "full fine-tuning stores more bits a parameter than LoRA, feed-forward more than attention"
 SOURCE = "Tan, Du and Feng (arXiv:2607.21351)"
-MARGIN = 1.2
 RULE = (
     "Bits a trainable parameter of random strings that hold several times as many, each setting "
     "at its best rate, seed by seed. Full above LoRA: the 95% interval over seeds of the ratio of "
@@ -35,8 +35,13 @@ COMMANDS = {
     base: tuple(run for (run,) in commands(STUDY, base, f"{base} random").values())
     for base in ("stories-llama-260k", "gpt2-nano")
 }
-FULL, MLP, BASE = "full above LoRA", "feed-forward above attention", "pretrained above random"
 BY = ["weights", "method", "targets"]
+#: part: (setting above, setting below, ratio that is claimed)
+PARTS = {
+    "full above LoRA": ("pretrained, full, o", "pretrained, lora, o", 1.0),
+    "feed-forward above attention": ("pretrained, lora, mlp", "pretrained, lora, attention", 1.2),
+    "pretrained above random": ("pretrained, lora, attention", "random, lora, attention", 1.0),
+}
 
 
 def collect(runs: dict[str, list[Path]], folder: Path) -> None:
@@ -60,16 +65,12 @@ def verdicts(folder: Path) -> list[Verdict]:
     found = []
     for base, table in numbers(folder, "bits.csv").groupby("base", sort=False):
         best = tuned(table.assign(less=-table["bits_per_parameter"]), BY, "less")
-        of = lambda above, below, margin: (base, best, above, below, margin)  # noqa: B023
-        found += [
-            ratio(FULL, *of("pretrained, full, o", "pretrained, lora, o", 1.0)),
-            ratio(MLP, *of("pretrained, lora, mlp", "pretrained, lora, attention", MARGIN)),
-            ratio(BASE, *of("pretrained, lora, attention", "random, lora, attention", 1.0)),
-        ]
-    return complete(found, (FULL, MLP, BASE))
+        found += [ratio(base, best, part) for part in PARTS]
+    return complete(found, PARTS)
 
 
-def ratio(part: str, base: str, best, above: str, below: str, margin: float) -> Verdict:
+def ratio(base: str, best: Tuned, part: str) -> Verdict:
+    above, below, margin = PARTS[part]
     settings = best.members.set_index(["setting", "seed"])
     for name in (above, below):
         if name not in settings.index:
