@@ -35,10 +35,12 @@ TIERS = {
     name: set((Path(__file__).parent / f"{name}.txt").read_text(encoding="utf-8").splitlines())
     for name in ("soak", "slow")
 }
+COLLECTED = pytest.StashKey[set[str]]()
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    config.stash[COLLECTED] = {item.nodeid for item in items}
     for item in items:
         names = {item.nodeid, item.nodeid.partition("[")[0]}
         tier = next((tier for tier, listed in TIERS.items() if names & listed), None)
@@ -68,6 +70,12 @@ def _warnings_stay_errors():
     # Some libraries reset the filters when imported.
     with warnings.catch_warnings():
         yield
+
+
+@pytest.fixture
+def collected(pytestconfig) -> set[str]:
+    """The names of all tests that were collected, also of those that another tier runs."""
+    return pytestconfig.stash[COLLECTED]
 
 
 @pytest.fixture

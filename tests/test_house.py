@@ -70,13 +70,17 @@ def test_no_module_uses_a_private_name_of_another():
     assert {name: names for name, names in found.items() if names} == {}
 
 
-def test_every_test_of_a_list_is_there():
+def test_every_test_of_a_list_is_there(collected):
+    """With its parameters, if the test was collected beside this one, as in a whole run."""
     here = pathlib.Path(__file__).parent
     listed = [set((here / f"{tier}.txt").read_text().splitlines()) for tier in ("slow", "soak")]
     assert not listed[0] & listed[1]
-    for name in {line.partition("[")[0] for line in listed[0] | listed[1]}:
+    listed, whole = listed[0] | listed[1], lambda name: name.partition("[")[0]
+    for name in set(map(whole, listed)):
         file, _, function = name.partition("::")
         assert function in functions(parsed(here.parent / file)), name
+    found = set(map(whole, collected))
+    assert {name for name in listed if whole(name) in found} <= collected | found
 
 
 def test_the_rules_find_what_they_forbid():

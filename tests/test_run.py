@@ -365,7 +365,7 @@ def test_a_classifier_learns_sentences_and_its_metric_is_logged(tmp_path):
     assert stored["task_type"] == "SEQ_CLS" and "classifier" in stored["modules_to_save"]
 
 
-@pytest.mark.slow  # two programs and a report
+@pytest.mark.soak  # two programs and a report
 def test_methods_that_peft_has_leave_its_files_and_others_say_why(tmp_path):
     done = run(
         f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", *SMALL[2:],
@@ -434,7 +434,7 @@ def get_config(arg=None):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_search_that_is_killed_in_its_second_round_is_bit_identical(tmp_path):
     (tmp_path / "search.py").write_text(SEARCH)
     arguments = lambda name: (f"--config={tmp_path / 'search.py'}", f"--workdir={tmp_path / name}")

@@ -403,7 +403,7 @@ hosts.meet("the end")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_find_what_one_device_finds(base, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
