@@ -89,8 +89,8 @@ def registry():
 
 @pytest.fixture(scope="module")
 def unoptimised():
-    """Programs that a module's tests make are compiled as `quick` has it. For runs of a few steps
-    that are compared with each other: an optimised program takes seconds to compile."""
+    """Programs that a module's tests make are compiled as `quick` has it. For those that run once,
+    or for a few steps: an optimised program takes seconds to compile."""
     import quick
 
     with pytest.MonkeyPatch.context() as patch:

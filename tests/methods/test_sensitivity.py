@@ -16,15 +16,9 @@ from lorax.methods import sensitivity, starts
 from lorax.models import Base, gpt2
 from lorax.tasks.kinds import ARRAYS, TEXTS
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
 PATHS = ("h/attn/q/kernel", "h/attn/o/kernel", "h/mlp/down/kernel")
 MODULES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-    with pytest.MonkeyPatch.context() as patch:  # each of these programs runs once
-        patch.setattr(jax, "jit", jit)
-        yield
 
 
 @pytest.fixture(scope="module")

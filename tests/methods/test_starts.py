@@ -18,6 +18,7 @@ from lorax.interop import peft as adapter_files
 from lorax.methods import sensitivity, starts
 from lorax.tasks.kinds import TEXTS
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
 RANK, ALPHA = 4, 8.0
 #: our path -> PEFT's module
 MODULES = {
@@ -28,13 +29,6 @@ MODULES = {
 TARGETS = ("q", "o", "down")
 #: LoftQ's start makes up for what quantising took, and is tested with it (test_evidence).
 EXACT = TAKEN_OFF
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-    with pytest.MonkeyPatch.context() as patch:  # each of these programs runs once
-        patch.setattr(jax, "jit", jit)
-        yield
 
 
 @pytest.fixture(scope="module")
