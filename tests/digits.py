@@ -1,4 +1,4 @@
-"""A small sweep on 8 x 8 digits: its config, a run of it without a report, what the run wrote."""
+"""A small sweep on 8 x 8 digits; a run of a config without a report, and what it wrote."""
 
 import json
 

@@ -3,16 +3,17 @@
 import json
 import re
 
+import digits
 import jax
 import numpy as np
 import pytest
 
 import lorax
 from lorax import adapters, config, convert, losses, rundir, shrinking
+from lorax.analysis import runs
 from lorax.interop import peft
 from lorax.interop.peft import Adapter, Factors
-from lorax.models import load
-from lorax.train import loop, prepare
+from lorax.train import prepare
 
 WIDTH = 16
 BASE = "random:mlp-64-12-10"
@@ -117,22 +118,17 @@ def test_no_more_is_lost_than_was_given(tmp_path, capsys):
     c.method.targets, c.method.rank = ("re:.*/kernel",), 8
     c.train.update(steps=12, batch_size=16, warmup=0, lr=3e-2, parallel="none")
     c.eval.update(every=12, examples=60, batch_size=25)
-    work = tmp_path / "run"
-    work.mkdir()
-    groups = prepare.groups(config.members(c), lambda line: None)
-    rows, _ = loop.train(work, groups, loop.Terminal(*[lambda *_: None] * 3))
-    rundir.write_members(work, [line for g in groups for line in prepare.describe(g)])
-    rundir.write_config(work, {"config": json.loads(c.to_json())})
-    rundir.write_status(work, "trained", rows, 0.0, {})
+    trained = digits.trained(tmp_path / "run", c)
 
-    out, member = tmp_path / "out", rundir.adapter(work, 0)
+    out, member = tmp_path / "out", rundir.adapter(trained.directory, 0)
     assert run("shrink", member, out, "--base", BASE, "--loss", 0.02) == 0
     said = capsys.readouterr().out
     before, after = map(float, re.search(r"validation loss (\S+) -> (\S+) ", said).groups())
-    assert before == pytest.approx(rows[0]["eval_loss"], rel=1e-4) and after - before <= 0.021
-    base = load(BASE)
-    trained = adapters.load(out, base)
-    total, weight, _ = losses.array_loss(base.module, trained.bind(), groups[0].task.eval)
+    learned = runs.summary(trained)["final_loss"][0]
+    assert before == pytest.approx(learned, rel=1e-4) and after - before <= 0.021
+    (group,) = prepare.groups(config.members(c), lambda line: None)
+    smaller = adapters.load(out, group.base)
+    total, weight, _ = losses.array_loss(group.base.module, smaller.bind(), group.task.eval)
     assert float(total / weight) == pytest.approx(after, rel=1e-4)
     kept, of = map(int, re.search(r"(\d+) of (\d+) directions", said).groups())
     assert 0 < kept < of == 16
@@ -143,7 +139,7 @@ def test_no_more_is_lost_than_was_given(tmp_path, capsys):
     alone = "shrink", tmp_path / "alone/adapter", again, "--base", BASE, "--loss", 0.02
     assert run(*alone) == 2
     assert "lies in no run directory; name a run with its task by --run" in capsys.readouterr().err
-    assert run(*alone, "--run", work) == 0
+    assert run(*alone, "--run", trained.directory) == 0
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,16 @@ import json
 import jax
 import numpy as np
 import pytest
+from digits import trained
 from quick import jit
 
 import lorax
-from lorax import config, losses, rundir, tasks
+from lorax import config, losses, tasks
 from lorax.analysis import runs
 from lorax.models import gpt2
 from lorax.planning import costs
 from lorax.tasks import random_strings, subsets
-from lorax.train import loop, prepare
+from lorax.train import prepare
 
 
 def build(vocabulary, seq_len=16, test=None, **fields):
@@ -155,14 +156,3 @@ def test_other_strings_can_be_measured_beside_them_and_texts_can_not(small, tmp_
     message = "eval.also: text: task 'text' is scored otherwise than 'random_strings': "
     with pytest.raises(ValueError, match=message):
         prepare.groups(config.members(small), lambda line: None)
-
-
-def trained(workdir, c):
-    """The run of a config."""
-    workdir.mkdir()
-    groups = prepare.groups(config.members(c), lambda line: None)
-    rows, _ = loop.train(workdir, groups, loop.Terminal(*[lambda *_: None] * 3))
-    rundir.write_members(workdir, [line for g in groups for line in prepare.describe(g)])
-    rundir.write_config(workdir, {"config": json.loads(c.to_json())})
-    rundir.write_status(workdir, "trained", rows, 0.0, {})
-    return runs.load(workdir)

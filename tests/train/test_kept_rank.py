@@ -1,16 +1,14 @@
 """The loss against the rank kept of trained updates: both ends, and what is between."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
+from digits import trained
 
-from lorax import adapters, config, losses, methods, rundir
+from lorax import adapters, config, losses, methods
 from lorax.adapters import Adapter, Factors
 from lorax.analysis import figures, runs, tables
-from lorax.models import load
-from lorax.train import kept_rank, loop, prepare
+from lorax.train import kept_rank, prepare
 
 BASE = "random:mlp-64-12-10"
 
@@ -26,18 +24,7 @@ def study(name, **method):
     return c
 
 
-def trained(workdir, c) -> runs.Run:
-    workdir.mkdir()
-    groups, said = prepare.groups(config.members(c), lambda line: None), []
-    terminal = loop.Terminal(said.append, lambda *_: None, lambda row: None)
-    rows, _ = loop.train(workdir, groups, terminal)
-    rundir.write_members(workdir, [line for g in groups for line in prepare.describe(g)])
-    rundir.write_config(workdir, {"config": json.loads(c.to_json())})
-    rundir.write_status(workdir, "trained", rows, 0.0, {})
-    return runs.load(workdir), said, groups[0].task
-
-
-def loss_of(base, task, updates: dict, lengths=None) -> float:
+def loss_of(base, task, updates: dict) -> float:
     """The loss of the base plus {layer: dW}."""
     factors = {
         layer: Factors(dw.astype(np.float32), np.eye(dw.shape[1], dtype=np.float32), 1.0)
@@ -56,8 +43,9 @@ def best_of_rank(update, k):
 def test_each_rank_has_the_loss_of_the_best_updates_of_that_rank(tmp_path):
     c = study("lora")
     c.sweep.rank = (1, 6)
-    run, _, task = trained(tmp_path / "run", c)
-    table, base = tables.kept_rank(run), load(BASE)
+    run = trained(tmp_path / "run", c)
+    (group,) = prepare.groups(config.members(c), lambda line: None)
+    table, base, task = tables.kept_rank(run), group.base, group.task
     assert table["kept"].tolist() == [0, 1, 0, 1, 2, 4, 6]
     final = runs.summary(run)
     for member, rows in table.groupby("member"):
@@ -76,7 +64,7 @@ def test_each_rank_has_the_loss_of_the_best_updates_of_that_rank(tmp_path):
 
 @pytest.mark.parametrize("name", ["full", "dora", "vera"])
 def test_the_ends_of_other_methods_are_the_base_and_the_member(name, tmp_path):
-    run, _, _ = trained(tmp_path / "run", study(name) if name == "full" else study(name, rank=4))
+    run = trained(tmp_path / "run", study(name) if name == "full" else study(name, rank=4))
     rows, final = tables.kept_rank(run), runs.summary(run).iloc[0]
     assert rows["loss"].iloc[-1] == pytest.approx(final["final_loss"], rel=1e-3)
     if name == "vera":

@@ -1,15 +1,14 @@
 """The largest eigenvalue of the Hessian: against dense matrices, and a dense Hessian of a model."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from digits import trained
 from quick import jit
 
 import lorax
-from lorax import config, intercept, rundir, tree
+from lorax import config, intercept, tree
 from lorax.analysis import largest_eigenvalues, runs
 from lorax.models import gpt2, load
 from lorax.train import loop, prepare, sharpness
@@ -87,13 +86,7 @@ def test_members_have_the_sharpness_of_their_dense_hessians_at_both_ends(tmp_pat
     c = study()
     c.sweep.rank = (1, 3)
     (group,) = prepare.groups(config.members(c), lambda line: None)
-    work = tmp_path / "run"
-    work.mkdir()
-    rows, _ = loop.train(work, [group], loop.Terminal(*[lambda *_: None] * 3))
-    rundir.write_members(work, prepare.describe(group))
-    rundir.write_config(work, {"config": json.loads(c.to_json())})
-    rundir.write_status(work, "trained", rows, 0.0, {})
-    run = runs.load(work)
+    run = trained(tmp_path / "run", c)
     table = runs.summary(run)
     for i in range(2):
         expected = dense(c, group, i, group.stack.state.trainable)
