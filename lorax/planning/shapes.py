@@ -5,7 +5,7 @@ import math
 
 import jax
 
-from lorax import config, quant, tasks
+from lorax import quant, tasks
 from lorax.calls import steps_per_call
 from lorax.models.load import skeleton
 from lorax.models.shapes import architecture
@@ -28,11 +28,7 @@ def shapes(members):
         hint = f" To plan without its files: --config.base=random:{known}"
         raise FileNotFoundError(f"{error}{hint * bool(architecture(known))}") from None
     tasks.check_base(c.task, base, c.train.seq_len)
-    for name, settings in config.also(c).items():
-        try:
-            prepare.check_further(c, settings, base)
-        except ValueError as error:
-            raise ValueError(f"eval.also: {name}: {error}") from None
+    prepare.check_also(c, base)
     base = quantised(base, c.quant, c.double_quant) if c.quant else base
     for member in members:
         if evidence.is_automatic(member, stacks.hyperparameters(member, base)):

@@ -1,5 +1,6 @@
 """From members to groups: loads bases and tasks, checks and initialises every member."""
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable
@@ -230,23 +231,38 @@ def also_of(
     of `task` can't be evaluated on."""
     found = {}
     for name, settings in also(c).items():
-        try:
+        with _naming(name):
             found[name] = _further(c, settings, task, base, built)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"eval.also: {name}: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"eval.also: {name}: {error}") from None
         say(f"eval.also {name}: {found[name].note}")
     if found and not kinds.has_probabilities(task.kind, task.eval):
         say(f"eval.also: no KL from the base: task {c.task.name} has values, not classes")
     return found
 
 
+def check_also(c, base: Base) -> None:
+    """Raises ValueError for a task of `eval.also` that a model of the run's own can't be evaluated
+    on, as far as that shows before it is built."""
+    for name, settings in also(c).items():
+        with _naming(name):
+            _check_further(c, settings, base)
+
+
+@contextlib.contextmanager
+def _naming(name: str):
+    """Context whose errors say which task of `eval.also` they are about."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"eval.also: {name}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"eval.also: {name}: {error}") from None
+
+
 def _further(
     c, settings: dict, task: tasks.Task, base: Base, built: dict[str, tasks.Task]
 ) -> tasks.Task:
     """A task of `eval.also`. settings: its `config.task`."""
-    name, kind = settings["name"], check_further(c, settings, base)
+    name, kind = settings["name"], _check_further(c, settings, base)
     if settings["n_train"] is None and kind is not kinds.STRINGS:
         settings = settings | {"n_train": 1}  # none is read
     key = _rows_key(c, settings, task.kind.reads == "tokens", "also")
@@ -263,7 +279,7 @@ def _further(
     return further
 
 
-def check_further(c, settings: dict, base: Base) -> kinds.Kind:
+def _check_further(c, settings: dict, base: Base) -> kinds.Kind:
     """The kind of a task of `eval.also`, which is not built. Raises ValueError if the model can't
     read its rows, or the run's program does not measure them. settings: its `config.task`."""
     kind, own = tasks.kind_of(settings), tasks.kind_of(c.task)
