@@ -40,13 +40,13 @@ def why_not(method: methods.Method, base: Base) -> str:
 def measure(part: Part, trainable, trained: list[int]) -> list[list[dict]]:
     """For each of the members at `trained`: rows with "kept" (k, of every matrix; the last is all
     that the member has), "energy" (share of the squared norm of all its updates), "loss" and the
-    scores of the validation rows. trainable: of all members, on the host."""
+    scores of the validation rows. trainable: of all members, on the host; those that diverged are
+    left out."""
     stack, base, programs = part.stack, part.group.base, part.programs
     member = lambda i: jax.tree.map(lambda x: x[i], (trainable, stack.constants))
-    updates = [decomposed(method, base, *member(i)) for i, method in enumerate(stack.methods)]
+    updates = [decomposed(stack.methods[i], base, *member(i)) for i in trained]
     stacked, constants = together(updates)
     constants, rows = programs.place(constants), [[] for _ in trained]
-    mine = [(row, i, rank_of(updates[i])) for row, i in zip(rows, trained, strict=True)]
     for k in ranks(updates):
         arguments = part.params, constants, programs.place(cut(stacked, k))
         on = part.group.task, part.splits["eval"]
@@ -54,9 +54,10 @@ def measure(part: Part, trainable, trained: list[int]) -> list[list[dict]]:
             measured = evaluation.evaluate_rows(
                 programs.truncated_rows, arguments, len(updates), *on
             )
-        for row, i, rank in mine:
+        for i, (row, update) in enumerate(zip(rows, updates, strict=True)):
+            rank = rank_of(update)
             if not row or row[-1]["kept"] < rank:  # else it has no further directions
-                row.append({"kept": min(k, rank), "energy": energy(updates[i], k)})
+                row.append({"kept": min(k, rank), "energy": energy(update, k)})
                 row[-1] |= {"loss": decimal(measured.losses[i])}
                 row[-1] |= {name: decimal(x[i]) for name, x in measured.scores.items()}
     return rows

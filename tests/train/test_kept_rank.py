@@ -72,6 +72,20 @@ def test_the_ends_of_other_methods_are_the_base_and_the_member(name, tmp_path):
     assert rows["kept"].iloc[-1] == 4 or name == "full" and rows["kept"].iloc[-1] > 8
 
 
+def test_a_diverged_member_takes_no_part(tmp_path, monkeypatch):
+    """The others' losses are theirs, also behind it in the program."""
+    c, seen = study("lora", rank=2), []
+    c.sweep.lr = (1e30, 3e-2)
+    together = kept_rank.together
+    monkeypatch.setattr(kept_rank, "together", lambda x: seen.append(len(x)) or together(x))
+    run = trained(tmp_path / "run", c)
+    table, final = tables.kept_rank(run), runs.summary(run)
+    assert final["status"].tolist() == ["diverged", "finished"] and seen == [1]
+    assert table["member"].tolist() == [1] * 3 and table["kept"].tolist() == [0, 1, 2]
+    ends = final.loc[1, ["base_loss", "final_loss"]].tolist()
+    assert table["loss"].iloc[[0, -1]].tolist() == pytest.approx(ends, rel=1e-4)
+
+
 def test_what_has_no_rank_is_said(tmp_path):
     class Base:
         params = {}
