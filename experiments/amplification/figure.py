@@ -5,12 +5,8 @@ python -m experiments.amplification.figure
 
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
-from experiments.plotting import GREY, STYLE, line_style
+from experiments.plotting import GREY, drawn, line
 from experiments.verdicts import numbers
-from lorax.analysis import compare
 
 HERE = Path(__file__).parent
 NAMES = {"factor": "amplification ‖ΔW‖ / ‖UᵀWV‖", "over_chance": "‖UᵀWV‖ / random directions'"}
@@ -20,16 +16,13 @@ def main() -> None:
     matrices = numbers(HERE, "matrices.csv")
     matrices = matrices[matrices["k"] == matrices["rank"]]
     bases = list(matrices.groupby("base", sort=False))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.4 + 3.1 * len(bases), 5.2), layout="constrained")
-        grid = figure.subplots(2, len(bases), sharex="col", squeeze=False)
+    file = HERE / "amplification.png"
+    with drawn(file, len(bases), len(NAMES), size=(3.8, 2.6), sharex="col") as grid:
         for panels, (base, of_base) in zip(grid.T, bases, strict=True):
             for panel, (name, label) in zip(panels, NAMES.items(), strict=True):
                 for n, ((target, rank), own) in enumerate(of_base.groupby(["target", "rank"])):
-                    layers = own.groupby("layer")[name]
-                    half = compare.half_width(layers.sem(), layers.count())
-                    style = line_style(n) | {"label": f"{target}, r = {rank}", "capsize": 3}
-                    panel.errorbar(layers.mean().index, layers.mean(), half, **style)
+                    values = own.pivot(index="layer", columns="seed", values=name)
+                    line(panel, n, values, f"{target}, r = {rank}")
                 panel.set_xticks(sorted(set(of_base["layer"])))
                 panel.set_ylabel(label)
             panels[0].set_yscale("log")
@@ -38,7 +31,6 @@ def main() -> None:
             panels[1].set_ylim(bottom=0)
             panels[1].axhline(1, color=GREY, linewidth=1)
             panels[1].set_xlabel("layer")
-        figure.savefig(HERE / "amplification.png", dpi=150)
 
 
 if __name__ == "__main__":

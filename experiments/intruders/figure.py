@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
 from experiments import sweeps
-from experiments.plotting import COLOURS, DASHES, MARKERS, STYLE, line
+from experiments.plotting import COLOURS, MARKERS, STYLE, line, line_style
 from lorax.analysis import compare
 
 HERE = pathlib.Path(__file__).parent
@@ -204,8 +204,7 @@ with matplotlib.rc_context(STYLE):
                     list(WAYS).index(way),
                     group.groupby("lambda")[["d_task", "d_text"]].mean(),
                 )
-                style = {"color": COLOURS[n], "marker": MARKERS[n], "linestyle": DASHES[n]}
-                style |= {"fillstyle": "full" if r > 1 else "none", "markersize": 4}
+                style = line_style(n) | {"fillstyle": "full" if r > 1 else "none", "markersize": 4}
                 right.plot(mean["d_task"], mean["d_text"], label=f"{words}, r = {r}", **style)
         right.axhline(0, color="0.7", linewidth=0.8)
         right.axvline(0, color="0.7", linewidth=0.8)

@@ -16,13 +16,14 @@ def main() -> None:
     bases = losses.read(HERE, BY)
     with drawn(HERE / "layers.png", len(bases)) as grid:
         for axes, (base, of) in zip(grid[0], bases.items(), strict=True):
-            for n, row in enumerate(of.means().itertuples()):
+            means = of.means()
+            for n, row in enumerate(means.itertuples()):
                 bars = [[row.loss - row.low], [row.high - row.loss]]
                 style = line_style(n) | {"linestyle": "none", "capsize": 3}
                 axes.errorbar([n], [row.loss], bars, **style)
                 seeds = of.members.loc[of.members["setting"] == row.setting, of.split]
                 axes.plot([n] * len(seeds), seeds, ".", color="0.6", markersize=4)
-            axes.set_xticks(range(len(of.means())), of.means()["targets"])
+            axes.set_xticks(range(len(means)), means["targets"])
             axes.set_title(base)
             axes.set_ylabel(f"{of.split} loss (nats a token)")
 

@@ -5,12 +5,10 @@ python -m experiments.rank.figure
 
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter, NullLocator
 
 from experiments import losses
-from experiments.plotting import COLOURS, STYLE, line_style
+from experiments.plotting import COLOURS, drawn, line_style
 from experiments.rank.rule import BY
 
 HERE = Path(__file__).parent
@@ -19,13 +17,10 @@ TARGETS = ("q", "q v", "q k v o")
 
 def main() -> None:
     bases = losses.read(HERE, BY)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.2 + 3.1 * len(bases), 5.6), layout="constrained")
-        grid = figure.subplots(2, len(bases), sharey="col", squeeze=False)
+    with drawn(HERE / "rank.png", len(bases), 2, size=(3.7, 2.8), sharey="col") as grid:
         for (base, of), panels in zip(bases.items(), grid.T, strict=True):
             draw(panels, base, of)
         grid[0, 0].legend()
-        figure.savefig(HERE / "rank.png", dpi=150)
 
 
 def draw(panels, base: str, of: losses.Losses) -> None:

@@ -6,12 +6,10 @@ python -m experiments.subspaces.figure
 import itertools
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
-from experiments.plotting import COLOURS, DASHES, GREY, MARKERS, STYLE
+from experiments.plotting import GREY, drawn, line_style
 from experiments.verdicts import numbers
 from lorax.analysis import chance_similarity, tables
 
@@ -27,9 +25,7 @@ def main() -> None:
 def two_ranks(maps: pd.DataFrame) -> None:
     """Figure 3 of the paper: phi(i, j) between the ranks, a line a base and kind of directions."""
     lines = list(maps.groupby(["base", "directions"], sort=False))
-    with matplotlib.rc_context({**STYLE, "axes.spines.top": True, "axes.spines.right": True}):
-        figure = Figure(figsize=(7.2, 0.7 + 1.5 * len(lines)), layout="constrained")
-        grid = figure.subplots(len(lines), 3, squeeze=False)
+    with drawn(HERE / "ranks.png", 3, len(lines), size=(2.4, 1.675)) as grid:
         for panels, ((base, kind), own) in zip(grid, lines, strict=True):
             of = {
                 t: x.pivot(index="i", columns="j", values="phi") for t, x in own.groupby("target")
@@ -42,23 +38,22 @@ def two_ranks(maps: pd.DataFrame) -> None:
                 style = {"vmin": 0, "vmax": 1, "cmap": "cividis", "interpolation": "nearest"}
                 extent = (0.5, r2 + 0.5, r1 + 0.5, 0.5)
                 image = panel.imshow(value, aspect="auto", extent=extent, **style)
+                panel.spines[:].set_visible(True)
                 panel.set_xticks([1, *range(r2 // 4, r2 + 1, r2 // 4)])
                 panel.set_yticks([1, 4, 8])
                 panel.set_title(title)
             panels[0].set_ylabel(f"{base}\n{TITLES[kind]}\ni, of r = 8")
             panels[1].set_xlabel(f"j, of r = {r2}")
         label = "φ(i, j), mean over layers and seeds"
-        figure.colorbar(image, ax=grid, shrink=0.5).set_label(label)
-        figure.savefig(HERE / "ranks.png", dpi=150)
+        grid[0, 0].figure.colorbar(image, ax=grid, shrink=0.5).set_label(label)
 
 
 def two_seeds(curves: pd.DataFrame) -> None:
     """Figure 4 of the paper: phi(i, i) of two seeds, a line a base, a column a kind."""
     bases = list(dict.fromkeys(curves["base"]))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.2, 0.6 + 2.3 * len(bases)), layout="constrained")
-        shape = (len(bases), len(tables.KINDS))
-        grid = figure.subplots(*shape, sharex="row", sharey=True, squeeze=False)
+    file, share = HERE / "seeds.png", {"sharex": "row", "sharey": True}
+    with drawn(file, len(tables.KINDS), len(bases), size=(2.3, 2.6), **share) as grid:
+        figure = grid[0, 0].figure
         for (row, base), (column, kind) in itertools.product(
             enumerate(bases), enumerate(tables.KINDS)
         ):
@@ -66,10 +61,8 @@ def two_seeds(curves: pd.DataFrame) -> None:
             own = curves[(curves["base"] == base) & (curves["directions"] == kind)]
             for n, (target, line) in enumerate(own.groupby("target")):
                 bars = [line["phi"] - line["phi_low"], line["phi_high"] - line["phi"]]
-                style = {"color": COLOURS[n], "marker": MARKERS[n], "linestyle": DASHES[n]}
-                panel.errorbar(
-                    line["i"], line["phi"], bars, capsize=2, markersize=3, label=target, **style
-                )
+                style = line_style(n) | {"capsize": 2, "markersize": 3, "label": target}
+                panel.errorbar(line["i"], line["phi"], bars, **style)
                 style = {"color": GREY, "alpha": 0.35, "linewidth": 0}
                 label = "two random subspaces, 5 to 95%"
                 panel.fill_between(line["i"], line["low"], line["high"], label=label, **style)
@@ -83,7 +76,6 @@ def two_seeds(curves: pd.DataFrame) -> None:
         handles, labels = grid[0, 0].get_legend_handles_labels()
         labelled = dict(zip(labels, handles, strict=True))
         figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=3)
-        figure.savefig(HERE / "seeds.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,8 @@ python -m experiments.targets.figure
 
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from experiments import losses
-from experiments.plotting import COLOURS, MARKERS, STYLE
+from experiments.plotting import COLOURS, MARKERS, drawn
 from experiments.targets.rule import BY, ONE
 
 HERE = Path(__file__).parent
@@ -17,10 +14,8 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     bases = losses.read(HERE, BY)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.2 + 3.1 * len(bases), 2.9), layout="constrained")
-        grid = figure.subplots(1, len(bases), squeeze=False)[0]
-        for panel, (base, of) in zip(grid, bases.items(), strict=True):
+    with drawn(HERE / "targets.png", len(bases), size=(3.7, 2.9)) as grid:
+        for panel, (base, of) in zip(grid[0], bases.items(), strict=True):
             rows = of.means().sort_values("loss").reset_index(drop=True)
             place = dict(zip(rows["setting"], rows.index, strict=True))
             alone = rows["targets"].isin(ONE)
@@ -36,8 +31,7 @@ def main() -> None:
             panel.invert_yaxis()
             panel.set_title(base + (", one learning rate" if of.doubts else ""))
             panel.set_xlabel(f"{of.split} loss (nats a token)")
-        grid[0].legend()
-        figure.savefig(HERE / "targets.png", dpi=150)
+        grid[0, 0].legend()
 
 
 if __name__ == "__main__":
