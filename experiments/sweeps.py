@@ -1,6 +1,7 @@
 """Runs of the studies in configs/, as the rules' `collect` reads them, and numbers in words."""
 
 import pathlib
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -67,11 +68,7 @@ def standard_error(values) -> float:
     return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
-def markdown(rows: list[dict]) -> None:
-    """Print the rows as a table in Markdown, under their keys; a row may lack some."""
-    heads = list(dict.fromkeys(key for row in rows for key in row))
-    print("| " + " | ".join(heads) + " |")
-    print("|" + "---|" * len(heads))
-    for row in rows:
-        print("| " + " | ".join(str(row.get(head, "")) for head in heads) + " |")
-    print()
+def markdown(heads: Sequence, rows: Iterable[Sequence]) -> str:
+    """A table in Markdown."""
+    line = lambda cells: "| " + " | ".join(map(str, cells)) + " |"
+    return "\n".join([line(heads), "|" + "---|" * len(heads), *map(line, rows)])

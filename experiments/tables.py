@@ -11,6 +11,7 @@ from pathlib import Path
 
 from experiments import verdicts
 from experiments.lora_paper.page import tables as lora_paper
+from experiments.sweeps import markdown
 from experiments.verdicts import HERE, LADDER, NOT_RUN, Verdict
 from lorax import files
 
@@ -21,9 +22,9 @@ RANDOM, OTHERS = "random weights", "others"
 def of_claim(found: list[Verdict]) -> str:
     """The table of a claim's folder: a row a part and base; bases that were not run in one line."""
     rows = [v for v in found if v.verdict != NOT_RUN]
-    lines = ["| | base | verdict | number (95% interval) |", "|---|---|---|---|"]
-    lines += [f"| {v.part} | {v.base} | **{v.verdict}** | {v.number} |" for v in rows]
-    lines = lines if rows else []
+    cells = [(v.part, v.base, f"**{v.verdict}**", v.number) for v in rows]
+    heads = ("", "base", "verdict", "number (95% interval)")
+    lines = [markdown(heads, cells)] if rows else []
     missing = {base: None for base in (v.base for v in found if v.verdict == NOT_RUN)}
     every = [base for base in missing if not any(v.base == base for v in rows)]
     if every:
@@ -37,7 +38,7 @@ def of_claim(found: list[Verdict]) -> str:
 def of_all(of_each: Mapping[str, list[Verdict]]) -> str:
     """The table of experiments/README.md: a row a part of a claim, a column a base."""
     heads = ["claim", "source", *LADDER, RANDOM, OTHERS]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = []
     for claim, found in of_each.items():
         rule = verdicts.rule(claim)
         for n, part in enumerate(dict.fromkeys(v.part for v in found)):
@@ -45,8 +46,8 @@ def of_all(of_each: Mapping[str, list[Verdict]]) -> str:
             cells = [f"{first}{': ' if first else ''}{part}", rule.SOURCE if n == 0 else ""]
             own = [v for v in found if v.part == part]
             cells += [_cell([v for v in own if column(v.base) == name]) for name in heads[2:]]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return markdown(heads, rows)
 
 
 def column(base: str) -> str:

@@ -54,6 +54,13 @@ def correlations(table, names=("count", "control", "norm", "task")) -> dict[str,
     return own | {f"{name}, norm held": f"{value:.2f}" for name, value in held.items()}
 
 
+def show(rows: list[dict]) -> None:
+    """Print a table in Markdown, under the rows' keys; a row may lack some."""
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[row.get(head, "") for head in heads] for row in rows]
+    print(sweeps.markdown(heads, cells), end="\n\n")
+
+
 def half(groups) -> np.ndarray:
     """Half of the 95% interval of each group's mean over seeds."""
     return compare.half_width(groups.sem(), groups.count())
@@ -91,7 +98,7 @@ for size, own in main.groupby("base", sort=False):
         row["forgetting"] = sweeps.words(seeds["forgotten"])
         row["control's"] = sweeps.words(seeds["control_forgotten"])
         rows.append(row)
-    sweeps.markdown(rows)
+    show(rows)
 
     print(
         f"{size}: intruders (control) at other epsilon, k = {K}, and other k, epsilon = {EPSILON}\n"
@@ -106,7 +113,7 @@ for size, own in main.groupby("base", sort=False):
         row = {"": of_line, "r": r or "-", "lr": f"{lr:.2g}"}
         in_words = lambda pair: f"{pair['count']:.0f} ({pair['control']:.0f})"
         rows.append(row | {name: in_words(mean.loc[where]) for name, where in pick.items()})
-    sweeps.markdown(rows)
+    show(rows)
 
     print(f"{size}: α = 8 minus α = 2r, seed by seed\n")
     lora = own[own["method"] == "lora"].set_index(["factor", "rank", "seed"])
@@ -117,7 +124,7 @@ for size, own in main.groupby("base", sort=False):
         row = {"lr": f"x {factor}", "r": r, "intruders": sweeps.words(seeds["count"], 1)}
         row["forgetting"] = sweeps.words(seeds["forgotten"])
         rows.append(row | {"eval loss": sweeps.words(seeds["task"])})
-    sweeps.markdown(rows)
+    show(rows)
 
     print(f"{size}: Spearman's correlation with forgetting\n")
     lora = own[own["method"] == "lora"]
@@ -125,14 +132,14 @@ for size, own in main.groupby("base", sort=False):
     rows = [{"": "LoRA, members", "n": len(lora)} | correlations(lora)]
     rows += [{"": "LoRA, means of settings", "n": len(average)} | correlations(average)]
     rows += [{"": "all members", "n": len(own)} | correlations(own)]
-    sweeps.markdown(rows)
+    show(rows)
 
 for size, own in rates.groupby("base", sort=False):
     print(
         f"{size}, configs/lr_vs_rank: Spearman's correlation with forgetting over learning rates\n"
     )
     groups = [(sweeps.name(m, r), g) for (m, r), g in own.groupby(["method", "rank"])]
-    sweeps.markdown([{"": name, "n": len(g)} | correlations(g) for name, g in groups])
+    show([{"": name, "n": len(g)} | correlations(g) for name, g in groups])
     print(f"{size}, configs/lr_vs_rank: intruders / forgetting, mean of seeds\n")
     rows = []
     for name, group in groups:
@@ -142,7 +149,7 @@ for size, own in rates.groupby("base", sort=False):
             for n, (_, m) in enumerate(mean.iterrows(), 1)
         }
         rows.append({"": name, "rates": f"{mean.index[0]:.2g} to {mean.index[-1]:.2g}"} | cells)
-    sweeps.markdown(rows)
+    show(rows)
 
 scaled = pd.DataFrame()
 if (HERE / "scaled.csv").exists():
@@ -164,7 +171,7 @@ if (HERE / "scaled.csv").exists():
                 row[words] = f"{sweeps.words(seeds['d_task'])} / {sweeps.words(seeds['d_text'])}"
                 row[words] += f" ({seeds['share'].mean():.0f}%)"
             rows.append(row)
-        sweeps.markdown(rows)
+        show(rows)
 
 # ------------------------------------------------------------------------------------- figures
 with matplotlib.rc_context(STYLE):

@@ -4,12 +4,9 @@
 (arXiv:2106.09685), GPT-3 175B; accuracies in percent, of WikiSQL and of MultiNLI.
 """
 
-from collections.abc import Iterable
-
-import pandas as pd
-
 from experiments import losses, verdicts
 from experiments.losses import Losses
+from experiments.sweeps import markdown
 from experiments.verdicts import HERE, crossed, shown
 
 TABLE_5 = {  # targets: WikiSQL (+-0.5), MultiNLI (+-0.1)
@@ -82,7 +79,8 @@ def figure_3() -> str:
     rows = [["GPT-3, layer 48", "q, v", "above 0.5", "", "", ""]]
     pairs = verdicts.numbers(HERE / "subspaces", "pairs.csv")
     pairs = pairs[(pairs["kind"] == "A") & (pairs["comparison"] == "ranks")]
-    for (base, target), own in _known(pairs).groupby(["base", "target"], sort=False):
+    known = pairs[pairs["doubt"].isna()]  # the best rate
+    for (base, target), own in known.groupby(["base", "target"], sort=False):
         at = lambda i, own=own: own.pivot(index="seed1", columns="layer", values=f"phi_{i}_{i}")
         rows.append([base, target, *(shown(crossed(at(i)), 2) for i in LEADING)])
     return markdown(["", "matrix", *(f"phi({i}, {i})" for i in LEADING)], rows)
@@ -97,8 +95,8 @@ def table_7() -> str:
         rows.append(["GPT-3, layer 48", "q", rank, delta, own, drawn, norm, ratio, chance])
     matrices = verdicts.numbers(HERE / "amplification", "matrices.csv")
     columns = ["w_in_delta", "w_in_w", "w_in_random", "delta_norm", "factor", "over_chance"]
-    own = _known(matrices[matrices["k"] == matrices["rank"]])
-    for setting, of in own.groupby(["base", "target", "rank"], sort=False):
+    known = matrices[(matrices["k"] == matrices["rank"]) & matrices["doubt"].isna()]
+    for setting, of in known.groupby(["base", "target", "rank"], sort=False):
         rows.append([*setting, *(f"{of[column].mean():.2f}" for column in columns)])
     return markdown(heads, rows)
 
@@ -109,17 +107,6 @@ def _tuned(claim: str) -> dict[str, Losses]:
     return {base: of for base, of in found.items() if not of.doubts}
 
 
-def _known(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose best rate is known."""
-    return table[table["doubt"].isna()] if "doubt" in table else table
-
-
 def _loss(of: Losses, setting: str) -> str:
     """A setting's loss with its interval; "-" where it was not run."""
     return shown(of.contrast({setting: 1})) if setting in of.by_seed else "-"
-
-
-def markdown(heads: Iterable, rows: Iterable[Iterable]) -> str:
-    """A table in Markdown."""
-    lines = [heads, ["---"] * len(list(heads)), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
