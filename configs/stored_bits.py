@@ -10,7 +10,7 @@ layers; 40 strings of 63 tokens, several times what they can store. Each at its 
 experiments/bits_per_parameter reads it.
 """
 
-from lorax.scales import scale, two_digits
+from lorax.scales import scale, size_of, two_digits
 
 #: size: strings; ranks of LoRA on o, on attention, on the feed-forward layers; the layer whose o is
 #: trained in full
@@ -19,7 +19,7 @@ FACTORS = tuple(2.0**k for k in range(-4, 2))  # of the rate
 
 
 def get_config(arg=None):
-    size = arg.removesuffix("random").rstrip("-") or None if arg else None
+    size = size_of(arg)
     if size not in SIZES:
         raise ValueError(f"{arg!r} is no size of this study; there is none, random, stories")
     strings, of_o, of_attention, of_mlp, layer = SIZES[size]

@@ -155,9 +155,16 @@ SCALES = {
 }
 
 
+def size_of(name: str | None) -> str | None:
+    """The size that an argument names, pretrained or random: "stories" of "stories-random"."""
+    if name is None or not name.endswith("random"):
+        return name
+    return name.removesuffix("random").rstrip("-") or None
+
+
 def largest_rank(name: str | None) -> int:
     """The studies' large rank at a size: 64, or 32 for stories, whose k and v are 64 x 32."""
-    return 32 if name in ("stories", "stories-random") else 64
+    return 32 if size_of(name) == "stories" else 64
 
 
 def two_digits(rate: float) -> float:
@@ -171,14 +178,13 @@ def scale(name: str | None) -> ConfigDict:
 
     Raises ValueError for an unknown name.
     """
-    drawn = name is not None and name.endswith("random")
-    size = name.removesuffix("random").rstrip("-") or None if drawn else name
+    size = size_of(name)
     if size not in SCALES:
         names = [known for known in SCALES if known]
         hint = nearest(name, names)
         raise ValueError(f"--config=FILE:{name}: no such size; choose {', '.join(names)}{hint}")
     config = SCALES[size]()
-    if drawn:
+    if name != size:  # "-random"
         config.base = f"random:{config.base}"
     return config
 
