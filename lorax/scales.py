@@ -106,8 +106,8 @@ def smollm2() -> ConfigDict:
     config.train.warmup = 6
     config.eval.every = 30
     config.eval.batch_size = 8
-    config.eval.examples = 64
-    config.eval.test = 192
+    config.eval.examples = 48
+    config.eval.test = 128
     return config
 
 

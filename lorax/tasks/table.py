@@ -206,12 +206,13 @@ def _kept(task: Task, eval_examples: int | None, test: int | None) -> Task:
         return task
     (train,) = kinds.trim(task.kind, task.train)
     asked = {"eval": (eval_examples, "evaluates on"), "test": (test, "tests on")}
-    sets, note, kept = task.evaluated, task.note, {}
-    for split, rows in zip(sets, kinds.trim(task.kind, *sets.values()), strict=True):
+    note, kept = task.note, {}
+    for split, rows in task.evaluated.items():
         n, what = asked[split]
         kept[split] = spread(rows, n)
         if size(kept[split]) < size(rows):
             note += f"; {what} {count(size(kept[split]))} of these, evenly spaced"
+    kept = dict(zip(kept, kinds.trim(task.kind, *kept.values()), strict=True))
     return task._replace(train=train, note=note, **kept)
 
 
