@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -66,12 +66,15 @@ def read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, s
     return read_safetensors(file, integers=r".*\.shira_indices(\..+)?")
 
 
-def own_names(stored: Mapping[str, np.ndarray], file: pathlib.Path) -> dict[str, np.ndarray]:
-    """{name as `save_pretrained` writes it, without "base_model.model.": tensor}.
+def own_names(
+    stored: Mapping[str, Any], file: pathlib.Path, same: Callable[..., bool] = np.array_equal
+) -> dict[str, Any]:
+    """{name as `save_pretrained` writes it, without "base_model.model.": tensor, an array or its
+    place in the file}.
 
     In a state dict of a running model, names include the adapter's ("lora_A.default.weight"), and a
     module trained whole occurs twice: "modules_to_save" is the trained module, "original_module"
-    the base's, which is left out.
+    the base's, which is left out. same: whether two tensors are equal.
 
     Raises ValueError that names the file if it has several adapters, a name twice with different
     values, or a base's original module without the trained one.
@@ -84,7 +87,7 @@ def own_names(stored: Mapping[str, np.ndarray], file: pathlib.Path) -> dict[str,
             f"{file}: several adapters, {named}; one can be read: save it by itself with PEFT's "
             "save_pretrained(folder, selected_adapters=[name])"
         )
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, Any] = {}
     originals = {}
     for key, tensor in stored.items():
         name = key.removeprefix(PREFIX)
@@ -98,7 +101,7 @@ def own_names(stored: Mapping[str, np.ndarray], file: pathlib.Path) -> dict[str,
                 originals[f"{match['module']}.{match['rest']}"] = key
                 continue
         name = re.sub(r"\.base_layer\.(\w+)$", r".\1", name)
-        if name in tensors and not np.array_equal(tensors[name], tensor):
+        if name in tensors and not same(tensors[name], tensor):
             raise ValueError(f"{file}: {name} occurs twice, with different values; {key} is one")
         tensors[name] = tensor
     for name, key in originals.items():

@@ -58,7 +58,7 @@ from lorax.interop.places import (
 if TYPE_CHECKING:
     from lorax.interop.hf import Source  # it imports JAX, which reading an adapter can do without
 
-_FACTOR = re.compile(
+FACTOR = re.compile(
     r"(?P<module>.+)\."
     r"(lora_(embedding_)?(?P<side>[AB])(\.weight)?|(?P<m>lora_magnitude_vector)(\.weight)?)"
 )
@@ -319,7 +319,7 @@ def _sort(stored: Mapping[str, np.ndarray], file: pathlib.Path):
     modules: dict[str, dict[str, np.ndarray]] = {}
     whole: dict[str, np.ndarray] = {}
     for name, tensor in files.own_names(stored, file).items():
-        if match := _FACTOR.fullmatch(name):
+        if match := FACTOR.fullmatch(name):
             modules.setdefault(match["module"], {})[match["side"] or "m"] = tensor
         elif files.WHOLE.fullmatch(name):
             whole[name] = tensor

@@ -1,0 +1,31 @@
+"""Adapter files of any program, recognised and read lazily: `read(path)` returns what is in one.
+
+Opening reads headers; an update's tensors are read when its `read` is called, so that one layer at
+a time is in memory. Nothing is unpickled or run.
+"""
+
+from pathlib import Path
+
+from lorax.interop.formats import kohya, peft
+from lorax.interop.formats.contract import Found, Update
+from lorax.interop.formats.opened import open_adapter
+
+__all__ = ["Found", "Update", "read"]
+
+#: Modules with `recognises(opened) -> bool` and `read(opened) -> Found`; the first that recognises
+#: a file reads it.
+FORMATS = (kohya, peft)
+
+
+def read(path: str | Path) -> Found:
+    """What an adapter's file holds: a file, a directory with one, or a Hub id.
+
+    Raises FileNotFoundError, or ValueError with one line that names the file, for what is not
+    there, not recognised, damaged, or can't be read without more than the file.
+    """
+    opened = open_adapter(path)
+    for format in FORMATS:
+        if format.recognises(opened):
+            return format.read(opened)
+    names = ", ".join([*opened.tensors][:3])
+    raise ValueError(f"{opened.file}: an unknown format of adapters; its tensors are {names}...")

@@ -1,0 +1,87 @@
+"""kohya-ss's files and those of LyCORIS: one flattened name for a module.
+
+    lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight, .lora_up.weight, .alpha
+
+(sd-scripts, networks/lora.py; LyCORIS, lycoris/modules/*.py.) The words after the first dot say the
+kind (`updates`). s is the tensor alpha over the rank; without it, or if it is 0, s is 1. The "."
+of a module's path are "_", which only the base's own names can undo.
+"""
+
+import re
+
+from lorax.interop.formats import updates
+from lorax.interop.formats.contract import Found
+from lorax.interop.formats.opened import Opened, fields, number
+from lorax.interop.tensors import Stored
+
+PREFIXES = ("lora_unet", "lora_te", "lora_transformer", "lora_prior", "lycoris", "oft_unet")
+_KEY = re.compile(r"(?P<layer>[^.]+)\.(?P<rest>.+)")
+#: Tensors that are no matrices' updates: of biases and norms.
+BESIDE = ("diff_b", "w_norm", "b_norm")
+#: Kinds that multiply the base's weights, so dW does not follow from the file: by a tensor's word.
+NEEDS_BASE = {
+    "oft_blocks": "OFT rotates the base's weights",
+    "rescale": "OFT rotates the base's weights",
+    "on_input": "IA3 scales the base's weights",
+    "a1": "GLoRA multiplies the base's weights",
+    "a2": "GLoRA multiplies the base's weights",
+    "lambda_layer": "T-LoRA's start is not in the file",
+}
+
+
+def recognises(opened: Opened) -> bool:
+    """Whether most names of tensors begin with a flattened module's name."""
+    return any(name.startswith(PREFIXES) for name in opened.tensors)
+
+
+def read(opened: Opened) -> Found:
+    """The updates of a file. Raises ValueError that names file and tensor."""
+    modules: dict[str, dict[str, Stored]] = {}
+    for name, tensor in opened.tensors.items():
+        match = _KEY.fullmatch(name)
+        if match is None or not name.startswith(PREFIXES):
+            raise ValueError(f"{opened.file}: {name}: no tensor of kohya's or LyCORIS")
+        word = match["rest"].removesuffix(".weight")
+        modules.setdefault(match["layer"], {})[word] = tensor
+    found, beside = [], {}
+    for layer, tensors in modules.items():
+        beside |= {f"{layer}.{word}": tensors.pop(word).shape for word in BESIDE if word in tensors}
+        if tensors.get("diff") is not None and len(tensors["diff"].shape) < 2:
+            beside[f"{layer}.diff"] = tensors.pop("diff").shape
+        alpha = tensors.pop("alpha", None)
+        if tensors:
+            module = updates.Module(layer, tensors, opened.file)
+            check_readable(module)
+            found.append(updates.update(module, of_alpha(alpha)))
+        elif alpha is not None and not any(name.startswith(f"{layer}.") for name in beside):
+            raise module_missing(opened, layer)
+    return Found("kohya", opened.path, tuple(found), beside, fields(opened.metadata))
+
+
+def of_alpha(alpha: Stored | None) -> updates.Scale:
+    """The rule of kohya's scale: the tensor alpha over the rank."""
+
+    def scale(layer: str, rank: int | None) -> tuple[float, str]:
+        if rank is None:
+            return 1.0, "1: the kind has no scale"
+        if alpha is None:
+            return 1.0, "default 1: the file has none"
+        value = number(alpha)
+        return (value / rank, "tensor alpha / r") if value else (1.0, "tensor alpha is 0: 1")
+
+    return scale
+
+
+def check_readable(module: updates.Module) -> None:
+    """Raises ValueError for a kind whose dW the file does not have, and for unknown tensors."""
+    for word in module.tensors:
+        why = NEEDS_BASE.get(word.partition(".")[0])
+        if why:
+            raise module.error(f"{why}, so its dW can't be read from the file alone")
+    unknown = sorted(set(module.tensors) - set(updates.WORDS))
+    if unknown:
+        raise module.error(f"unknown tensors {', '.join(unknown)}")
+
+
+def module_missing(opened: Opened, layer: str) -> ValueError:
+    return ValueError(f"{opened.file}: {layer}: alpha without an update")

@@ -1,0 +1,194 @@
+"""Finds the file of an adapter and opens it; no numbers are read yet, nothing is unpickled."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from lorax.files import LFS, pointer_hint, read_json
+from lorax.interop import tensors
+from lorax.interop.peft.config import CONFIG, PICKLES, WEIGHTS
+
+#: Types of floats in adapter files, as safetensors call them.
+FLOATS = tensors.FLOATS | {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+_INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8}
+#: Files that a directory may hold its adapter in, the first that is there is taken.
+NAMES = (WEIGHTS, "pytorch_lora_weights.safetensors", "adapters.safetensors")
+#: By the end of a file's name.
+CONTAINERS = {".safetensors": "safetensors", ".gguf": "gguf", ".h5": "h5"}
+_ORBAX = ("_METADATA", "_CHECKPOINT_METADATA")  # files of a checkpoint's directory
+_UNREAD = (*PICKLES, ".distcp", ".pkl")
+_HUB = [f"*{end}" for end in CONTAINERS] + ["*.json", "*.yaml", "*METADATA*"]
+
+
+class Opened(NamedTuple):
+    """An adapter's file, opened.
+
+    path: what was asked for. file: the file in it that holds tensors (for orbax the directory).
+    container: "safetensors", "gguf", "h5" or "orbax".
+    tensors: {name: its place} of safetensors; {} for others, which their readers open.
+    metadata: of the safetensors' header.
+    config: the adapter_config.json beside the file, {} if there is none.
+    """
+
+    path: Path
+    file: Path
+    container: str
+    tensors: dict[str, tensors.Stored]
+    metadata: dict[str, str]
+    config: dict[str, Any]
+
+
+def open_adapter(path: str | Path) -> Opened:
+    """Open a file, a directory with one, or what a Hub id stands for.
+
+    Raises FileNotFoundError or ValueError, one line that names it, for what is not there, is no
+    adapter's container, is only a pointer or is a pickle.
+    """
+    path = located(path)
+    file = adapter_file(path)
+    if file.is_dir():
+        return Opened(path, file, "orbax", {}, {}, {})
+    container = container_of(file)
+    beside = file.parent / CONFIG
+    config = read_json(beside) if beside.exists() else {}
+    if container != "safetensors":
+        return Opened(path, file, container, {}, {}, config)
+    with tensors.opened(file) as handle:
+        metadata = handle.metadata() or {}
+    return Opened(path, file, container, tensors.stored(file), metadata, config)
+
+
+def located(path: str | Path) -> Path:
+    """A local path, or the cached or downloaded files of a Hub id ("owner/name", or
+    "owner/name/file.safetensors"). Raises FileNotFoundError."""
+    local = Path(path).expanduser()
+    name = str(path)
+    if local.exists() or local.is_absolute() or name.startswith(".") or "/" not in name:
+        if not local.exists():
+            raise FileNotFoundError(f"{path}: no such file or directory")
+        return local
+    from huggingface_hub import hf_hub_download, snapshot_download  # slow to import
+
+    owner, model, *inside = name.split("/")
+    try:
+        if inside:
+            return Path(hf_hub_download(f"{owner}/{model}", "/".join(inside)))
+        return Path(snapshot_download(name, allow_patterns=_HUB))
+    except Exception as error:  # of the Hub, the network or the cache: none has it
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise FileNotFoundError(
+            f"{path}: no such file or directory, and reading it from the Hub failed "
+            f"({type(error).__name__}: {why[:120]})"
+        ) from None
+
+
+def adapter_file(path: Path) -> Path:
+    """The file that holds an adapter's tensors: the path itself, or the one in a directory; the
+    directory of an orbax checkpoint. Raises FileNotFoundError, or ValueError for several files."""
+    if not path.is_dir():
+        return path
+    named = [path / name for name in NAMES if (path / name).exists()]
+    if named:
+        return named[0]
+    if any((path / name).exists() for name in _ORBAX):
+        return path
+    files = sorted(file for end in CONTAINERS for file in path.glob(f"*{end}"))
+    if len(files) == 1:
+        return files[0]
+    below = sorted(file.parent for name in NAMES for file in path.glob(f"*/{name}"))
+    if len(below) == 1 and not files:
+        return adapter_file(below[0])
+    if found := files or below:
+        names = ", ".join(file.name for file in found[:8]) + " ..." * (len(found) > 8)
+        raise ValueError(f"{path}: holds {len(found)} adapters, {names}; give one of them")
+    pickled = sorted(file for file in path.glob("*") if file.suffix in _UNREAD)
+    if pickled:
+        raise refused(pickled[0])
+    ends = ", ".join(CONTAINERS)
+    raise FileNotFoundError(f"{path}: no adapter in it: no file {ends}, no orbax checkpoint")
+
+
+def container_of(file: Path) -> str:
+    """The container of a file, by its first bytes and its name. Raises ValueError."""
+    if file.suffix in _UNREAD:
+        raise refused(file)
+    with open(file, "rb") as handle:
+        first = handle.read(len(LFS))
+    if first == LFS:
+        raise ValueError(f"{file}: no adapter{pointer_hint(file)}")
+    if first.startswith(b"GGUF"):
+        return "gguf"
+    if file.suffix not in CONTAINERS:
+        raise ValueError(f"{file}: adapters are read from {', '.join(CONTAINERS)} and from orbax")
+    return CONTAINERS[file.suffix]
+
+
+def refused(file: Path) -> ValueError:
+    """The error for a file that is or may be a pickle."""
+    if file.suffix == ".distcp":
+        how = "export the adapter in PEFT's format with the program that wrote it"
+    else:
+        how = (
+            "save its tensors with safetensors.torch.save_file(torch.load(file, weights_only=True)"
+            ", name), or in PEFT's format with the program that wrote it"
+        )
+    return ValueError(f"{file}: a pickle can run code when opened, so it is not read; {how}")
+
+
+# ---------------------------------------------------------------------------------------- numbers
+
+
+def numbers(tensor: tensors.Stored, index: Sequence[Sequence[int]] | None = None) -> np.ndarray:
+    """A tensor of floats as float32, NaN and infinity included; with `index` a part of it, as
+    `Stored.read` takes it. Raises ValueError that names file and tensor for other types."""
+    check_floats(tensor)
+    if tensor.kind in tensors.FLOATS:
+        stored = tensor.read(index)
+    else:  # 8 bits
+        stored = tensor.as_bytes().read().view(FLOATS[tensor.kind]).reshape(tensor.shape)
+        stored = stored if index is None else stored[np.ix_(*index)]
+    with np.errstate(over="ignore"):
+        return np.asarray(stored, np.float32)
+
+
+def check_floats(tensor: tensors.Stored) -> None:
+    """Raises ValueError that names file and tensor if it holds no floats."""
+    if tensor.kind not in FLOATS:
+        known = ", ".join(FLOATS)
+        raise ValueError(f"{tensor.file}: {tensor.key}: {tensor.kind} given; expected {known}")
+
+
+def same(one: tensors.Stored, other: tensors.Stored) -> bool:
+    """Whether two tensors are equal bit for bit."""
+    if (one.kind, one.shape) != (other.kind, other.shape):
+        return False
+    return np.array_equal(one.as_bytes().read(), other.as_bytes().read())
+
+
+def number(tensor: tensors.Stored) -> float:
+    """A single finite number, of any type. Raises ValueError that names file and tensor."""
+    if tensor.shape not in ((), (1,)):
+        raise ValueError(f"{tensor.file}: {tensor.key}: one number expected, it is {tensor.shape}")
+    kinds = FLOATS | _INTEGERS
+    if tensor.kind not in kinds:
+        raise ValueError(f"{tensor.file}: {tensor.key}: {tensor.kind} given; expected a number")
+    value = float(tensor.as_bytes().read().view(kinds[tensor.kind])[0])
+    if not np.isfinite(value):
+        raise ValueError(f"{tensor.file}: {tensor.key}: {value}; it must be finite")
+    return value
+
+
+def fields(metadata: dict[str, str]) -> dict[str, Any]:
+    """A safetensors file's metadata, texts, with those that are JSON objects or lists parsed."""
+    parsed = {}
+    for name, text in metadata.items():
+        try:
+            value = json.loads(text) if text[:1] in ("{", "[") else text
+        except (ValueError, RecursionError):
+            value = text
+        parsed[name] = value
+    return parsed
