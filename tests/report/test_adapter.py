@@ -7,10 +7,9 @@ from reading import Page
 from support import data
 from synthetic import make_adapter
 
-from lorax import models
+from lorax import models, naming
 from lorax.analysis import amplification, basis_similarity, tables
 from lorax.interop import loralib, peft
-from lorax.report import naming
 from lorax.report.pages import adapters
 
 LAYERS = 2  # that `make_adapter` adapts

@@ -10,8 +10,8 @@ from drawn import marks, texts
 from reading import Page
 from synthetic import WIDTH, make_run, make_search, planted_factors
 
+from lorax import naming
 from lorax.analysis import figures, runs, settings_compared, update_similarity
-from lorax.report import naming
 from lorax.report.pages import several_runs
 
 

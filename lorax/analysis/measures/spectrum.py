@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 LARGE = 256  # rows and columns; from here on, a few eigenvectors are cheaper than all
 SQUARED = 1e-3  # times sigma_1: smaller values are inaccurate if computed from their squares
+ROUNDED = 1e-6  # times sigma_1: an error below it is below the rounding of float32 factors
 
 
 def factor_svd(
@@ -38,6 +39,28 @@ def factor_svd(
     core = ra @ np.swapaxes(rb, -1, -2) * np.asarray(s, np.float64)[..., None, None]
     u, sigma, vt = np.linalg.svd(core, full_matrices=False)
     return qa @ u, sigma, vt @ np.swapaxes(qb, -1, -2)
+
+
+def factor_sigma(a: ArrayLike, b: ArrayLike, s: float = 1.0) -> np.ndarray:
+    """The singular values of s * a @ b without its directions, many times as fast as `factor_svd`.
+
+    From the Gram matrices of both factors, a^T a and b b^T. Squaring makes values below 1e-8 of
+    s |a| |b| inaccurate; where that is more than `ROUNDED` of sigma_1, it uses `factor_svd`.
+
+    Args:
+      a: (in, r). b: (r, out).
+
+    Returns (k,) float64 descending, k = min(r, in, out).
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    (of_a, va), (of_b, vb) = np.linalg.eigh(a.T @ a), np.linalg.eigh(b @ b.T)
+    of_a, of_b = (np.sqrt(np.maximum(x, 0.0)) for x in (of_a, of_b))
+    core = (of_a[:, None] * (va.T @ vb)) * (abs(float(s)) * of_b)
+    sigma = np.linalg.svd(core, compute_uv=False)
+    lost = np.sqrt(np.finfo(np.float64).eps) * abs(float(s)) * of_a.max() * of_b.max()
+    if lost > ROUNDED * sigma[0]:
+        return factor_svd(a, b, s)[1]
+    return sigma[: min(a.shape[0], b.shape[1])]
 
 
 def update_svd(

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
-from lorax import rundir
+from lorax import naming, rundir
 from lorax.analysis import basis_similarity, figures, tables
 from lorax.interop import peft, reading
 from lorax.interop.adapter import Factors
-from lorax.report import bases, naming, notes, page, selection
+from lorax.report import bases, notes, page, selection
 from lorax.report.bases import Kernels
 from lorax.report.page import Picture, Section
 from lorax.report.sections import base_weights, shared_directions, spectra, user_statistics

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
-from lorax import rundir
+from lorax import naming, rundir
 from lorax.analysis import figures, intrinsic, runs, settings_compared, tables
-from lorax.report import naming, notes, page, words
+from lorax.report import notes, page, words
 from lorax.report.page import Picture, Section
 from lorax.report.pages import dimension
 from lorax.report.sections import outcome, shared_directions

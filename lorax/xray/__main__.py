@@ -1,0 +1,120 @@
+"""Show what is in adapters of any format: ranks, sizes, defects; compare and add several.
+
+    python -m lorax.xray FILE                  ranks and singular values of every matrix
+    python -m lorax.xray FILE FILE...          also the directions that files share, and their sum
+    python -m lorax.xray FILE --out DIR        also a page, report.html, and tables in analysis/
+    python -m lorax.xray FILE --base BASE      also compared with the weights of the base
+
+FILE is a file, a directory with one, or a Hub id (owner/name, or owner/name/file.safetensors).
+Formats: PEFT, kohya and LyCORIS, diffusers, ComfyUI, MLX, GGUF and others; pickles are never read.
+No base is needed. dW is the update of a matrix with its scale s in it: s a b for LoRA.
+
+    r           rank in the file           numerical   singular values above rounding
+    effective   exp of the entropy of the singular values
+    stable      ||dW||^2 / sigma_1^2       90%         singular values that hold 90% of ||dW||^2
+    share       of ||dW||^2 of all matrices
+    phi         of two updates' directions: 1 in common, 0 orthogonal
+    kept        of an update in the sum of all files: below 1, the others cancel a part of it
+    disturbed   what the others add on the inputs that an update reads, relative to the update
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import track
+
+from lorax import naming
+from lorax.console import console
+from lorax.errors import fail
+from lorax.interop import formats
+from lorax.xray import defects, keeping, terminal, together
+from lorax.xray.measured import Measured, measure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Exit codes: 0; 1 if a section of the page failed; 2 for wrong input."""
+    given = _parser().parse_args(arguments)
+    screen = console(width=None if sys.stdout.isatty() else 1000)
+    try:
+        return show(given, screen)
+    except (ValueError, OSError) as error:
+        return fail(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lorax.xray", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("files", nargs="+", metavar="FILE", help="adapters of any format")
+    parser.add_argument("--all", action="store_true", help="a row for every matrix, however many")
+    return parser
+
+
+def show(given: argparse.Namespace, screen) -> int:
+    """Print everything about the files. Raises ValueError or OSError, as `formats.read`."""
+    names = dict(zip(given.files, named(given.files), strict=True))
+    found = {names[file]: formats.read(file) for file in given.files}
+    measured = {}
+    for name, file in found.items():
+        screen.print(terminal.headline(name, file), soft_wrap=True)
+        for line in terminal.about(file):
+            screen.print(f"  {line}", soft_wrap=True)
+        updates = _progress(measure(file.updates), f"reading {name}", len(file.updates))
+        measured[name] = list(updates)
+        _show_one(measured[name], given.all, screen)
+    if len(found) > 1:
+        _show_together(found, measured, screen)
+    return 0
+
+
+def named(files: Sequence[str]) -> list[str]:
+    """Short names of files that can be told apart. Raises ValueError for a file given twice."""
+    names = [Path(file).stem if Path(file).suffix else Path(file).name for file in files]
+    names = names if len(set(names)) == len(names) and all(names) else naming.names(files)
+    return naming.shortened(names)
+
+
+def _show_one(measured: list[Measured], all_rows: bool, screen) -> None:
+    """The table, the defects and the smaller versions of one file."""
+    table, omitted = terminal.matrices(measured, all_rows)
+    screen.print(table)
+    for line in (omitted, terminal.total(measured)):
+        screen.print(line, soft_wrap=True) if line else None
+    ranks = {one.update.layer: terminal.numerical(one) for one in measured if not one.bad}
+    for line in defects.lines(defects.defects(measured, ranks), len(measured)):
+        screen.print(line, soft_wrap=True)
+    finite = [one for one in measured if not one.bad]
+    sigmas = {one.update.layer: one.sigma for one in finite}
+    choices = keeping.kept(sigmas, terminal.shapes(finite))
+    if choices:
+        screen.print(terminal.smaller(choices, sum(one.parameters for one in finite)))
+
+
+def _show_together(found: dict, measured: dict[str, list[Measured]], screen) -> None:
+    """The directions that files share, and what becomes of them in the sum of all."""
+    finite = {
+        name: [one.update for one in of_file if not one.bad and not one.idle]
+        for name, of_file in measured.items()
+    }
+    matrices = together.common(finite)
+    if not matrices:
+        screen.print("nothing in common: no two files change a matrix of one name and shape")
+        return
+    compared = list(_progress(together.compare(matrices), "comparing", len(matrices)))
+    pairs = [pair for of_matrix, _ in compared for pair in of_matrix]
+    added = [of_matrix for _, of_matrix in compared]
+    screen.print(terminal.pairs(together.whole(pairs)))
+    screen.print(terminal.added(together.in_sum(added)))
+    for line in terminal.conflicts(added):
+        screen.print(line, soft_wrap=True)
+
+
+def _progress(steps, doing: str, total: int):
+    """The steps, with a bar on a terminal."""
+    bar = console(stderr=True)
+    return track(steps, doing, total, console=bar, transient=True) if bar.is_terminal else steps
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The singular values of every update in a file, one matrix after the other."""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from lorax.analysis.measures import spectrum
+from lorax.interop.adapter import Factors
+from lorax.interop.formats.contract import Update
+
+WORKERS = min(8, os.cpu_count() or 1)  # each holds one matrix
+
+
+class Measured(NamedTuple):
+    """The numbers of one update.
+
+    update: as it is in its file.
+    factored: whether it has low-rank factors; without, it is dense.
+    sigma: (k,) float64, the singular values of dW, descending; NaN if a number in it is not finite.
+        k = min(r, in, out) with factors, min(in, out) without.
+    bad: how many of its stored numbers are NaN or infinite.
+    idle: why dW = 0 ("B is 0"), "" if it is not.
+    marks: a few numbers of dW and of A, as bytes: equal for equal arrays, so that only updates with
+        equal marks must be compared to find duplicates.
+    """
+
+    update: Update
+    factored: bool
+    sigma: np.ndarray
+    bad: int
+    idle: str
+    marks: tuple[bytes, bytes]
+
+    @property
+    def norm(self) -> float:
+        """||dW||_F."""
+        return float(np.linalg.norm(self.sigma))
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in its factors, or in dW."""
+        n_in, n_out = self.update.shape
+        return self.update.rank * (n_in + n_out) if self.factored else n_in * n_out
+
+
+def measure(updates: Sequence[Update]) -> Iterator[Measured]:
+    """Read and measure the updates on all cores, in their order. Raises ValueError for a damaged
+    file."""
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(WORKERS) as pool:
+        yield from pool.map(measure_one, updates)
+
+
+def measure_one(update: Update) -> Measured:
+    """Read one update and measure it."""
+    given = update.read()
+    factored = isinstance(given, Factors)
+    arrays = (given.a, given.b) if factored else (given,)
+    bad = sum(map(_not_finite, arrays))
+    marks = _mark(*arrays), _mark(arrays[0]) if factored else b""
+    if bad:
+        size = min(update.rank, *update.shape)
+        return Measured(update, factored, np.full(size, np.nan), bad, "", marks)
+    if factored:
+        sigma = spectrum.factor_sigma(given.a, given.b, given.s)
+    else:
+        sigma = np.linalg.svd(np.asarray(given, np.float64), compute_uv=False)
+    return Measured(update, factored, sigma, 0, "" if sigma.any() else _idle(given), marks)
+
+
+def _not_finite(x: np.ndarray) -> int:
+    """How many numbers are NaN or infinite."""
+    if np.isfinite(x.max()) and np.isfinite(x.min()):
+        return 0
+    return x.size - int(np.count_nonzero(np.isfinite(x)))
+
+
+def _idle(given: Factors | np.ndarray) -> str:
+    """Why an update is 0."""
+    if not isinstance(given, Factors):
+        return "dW is 0"
+    if given.s == 0:
+        return "its scale is 0"
+    if not given.b.any():
+        return "B is 0, as before the first training step"
+    return "A is 0" if not given.a.any() else "A B is 0"
+
+
+def _mark(*arrays: np.ndarray) -> bytes:
+    """The shapes and the first and last rows of some matrices."""
+    rows = (row.tobytes() for x in arrays for row in (x[0], x[-1]))
+    return b"".join((repr([x.shape for x in arrays]).encode(), *rows))
