@@ -4,9 +4,21 @@ Opening reads headers; an update's tensors are read when its `read` is called, s
 a time is in memory. Nothing is unpickled or run.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from lorax.interop.formats import kohya, peft
+from lorax.interop.formats import (
+    einsums,
+    keras_hub,
+    kohya,
+    llama_cpp,
+    megatron,
+    mlx,
+    peft,
+    tinker,
+    torchtune,
+)
 from lorax.interop.formats.contract import Found, Update
 from lorax.interop.formats.opened import open_adapter
 
@@ -14,16 +26,19 @@ __all__ = ["Found", "Update", "read"]
 
 #: Modules with `recognises(opened) -> bool` and `read(opened) -> Found`; the first that recognises
 #: a file reads it.
-FORMATS = (kohya, peft)
+FORMATS = (llama_cpp, keras_hub, einsums, kohya, mlx, torchtune, megatron, tinker, peft)
 
 
-def read(path: str | Path) -> Found:
+def read(path: str | Path, base: Mapping[str, Any] | None = None) -> Found:
     """What an adapter's file holds: a file, a directory with one, or a Hub id.
+
+    base: the fields of its base's config.json, whose heads some formats need to put the rows of q
+        and k in Hugging Face's order; None to look for one beside the file.
 
     Raises FileNotFoundError, or ValueError with one line that names the file, for what is not
     there, not recognised, damaged, or can't be read without more than the file.
     """
-    opened = open_adapter(path)
+    opened = open_adapter(path, base)
     for format in FORMATS:
         if format.recognises(opened):
             return format.read(opened)

@@ -1,7 +1,7 @@
 """Finds the file of an adapter and opens it; no numbers are read yet, nothing is unpickled."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ _INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "
 NAMES = (WEIGHTS, "pytorch_lora_weights.safetensors", "adapters.safetensors")
 #: By the end of a file's name.
 CONTAINERS = {".safetensors": "safetensors", ".gguf": "gguf", ".h5": "h5"}
-_ORBAX = ("_METADATA", "_CHECKPOINT_METADATA")  # files of a checkpoint's directory
+#: A file of an orbax checkpoint: of an item, of a step with items, of a run with steps.
+_ORBAX = ("_METADATA", "*/_METADATA", "*/*/_METADATA")
 _UNREAD = (*PICKLES, ".distcp", ".pkl")
 _HUB = [f"*{end}" for end in CONTAINERS] + ["*.json", "*.yaml", "*METADATA*"]
 
@@ -32,6 +33,7 @@ class Opened(NamedTuple):
     tensors: {name: its place} of safetensors; {} for others, which their readers open.
     metadata: of the safetensors' header.
     config: the adapter_config.json beside the file, {} if there is none.
+    base: the fields of the base's config.json, given or beside the file, {} if they are not known.
     """
 
     path: Path
@@ -40,26 +42,32 @@ class Opened(NamedTuple):
     tensors: dict[str, tensors.Stored]
     metadata: dict[str, str]
     config: dict[str, Any]
+    base: Mapping[str, Any] = {}
 
 
-def open_adapter(path: str | Path) -> Opened:
+def open_adapter(path: str | Path, base: Mapping[str, Any] | None = None) -> Opened:
     """Open a file, a directory with one, or what a Hub id stands for.
+
+    base: the fields of its base's config.json, None to look for one beside the file.
 
     Raises FileNotFoundError or ValueError, one line that names it, for what is not there, is no
     adapter's container, is only a pointer or is a pickle.
     """
     path = located(path)
     file = adapter_file(path)
-    if file.is_dir():
-        return Opened(path, file, "orbax", {}, {}, {})
-    container = container_of(file)
-    beside = file.parent / CONFIG
-    config = read_json(beside) if beside.exists() else {}
+    container = "orbax" if file.is_dir() else container_of(file)
+    folder = file if file.is_dir() else file.parent
+    config, beside = (_fields(folder / name) for name in (CONFIG, "config.json"))
+    opened = Opened(path, file, container, {}, {}, config, beside if base is None else base)
     if container != "safetensors":
-        return Opened(path, file, container, {}, {}, config)
+        return opened
     with tensors.opened(file) as handle:
         metadata = handle.metadata() or {}
-    return Opened(path, file, container, tensors.stored(file), metadata, config)
+    return opened._replace(tensors=tensors.stored(file), metadata=metadata)
+
+
+def _fields(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
 
 
 def located(path: str | Path) -> Path:
@@ -94,7 +102,7 @@ def adapter_file(path: Path) -> Path:
     named = [path / name for name in NAMES if (path / name).exists()]
     if named:
         return named[0]
-    if any((path / name).exists() for name in _ORBAX):
+    if any(next(path.glob(pattern), None) for pattern in _ORBAX):
         return path
     files = sorted(file for end in CONTAINERS for file in path.glob(f"*{end}"))
     if len(files) == 1:
