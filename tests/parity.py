@@ -3,8 +3,8 @@
 ours, theirs = parity.pair("llama", tmp_path)            # Base, transformers model: same weights
 model = peft.get_peft_model(theirs, peft_config)
 parity.disturb(model)                                    # off the identity, so that all count
-state = ...                                              # the method's State with PEFT's arrays
-assert_same(parity.train(ours, method, state), parity.train_torch(model))
+state = parity.filled(state, arrays)                     # the method's State with PEFT's arrays
+parity.assert_same(ours, method, state, model)
 """
 
 import functools
@@ -21,6 +21,11 @@ from lorax.train import step as steps
 
 VOCABULARY, WIDTH, INNER, LAYERS, HEADS = 48, 16, 40, 2, 4
 LR, DECAY = 5e-3, 0.1
+#: Three of a LLaMA's layers, and where PEFT has them.
+LLAMA = {"h/attn/q": "self_attn.q_proj", "h/attn/v": "self_attn.v_proj"}
+LLAMA |= {"h/mlp/down": "mlp.down_proj"}
+WORDS = tuple(path.rpartition("/")[2] for path in LLAMA)
+PROJECTIONS = [module.rpartition(".")[2] for module in LLAMA.values()]
 
 
 def pair(family: str, directory):
@@ -68,6 +73,16 @@ def arrays(model) -> dict[str, np.ndarray]:
         for name, p in [*model.named_parameters(), *model.named_buffers()]
         if "default" in name
     }
+
+
+def stacked(read) -> dict[str, np.ndarray]:
+    """{path/name: array of all layers} of `LLAMA`. read: from a module's name in PEFT's model to
+    {name: array}."""
+    found = {}
+    for path, module in LLAMA.items():
+        layers = [read(f"base_model.model.model.layers.{i}.{module}") for i in range(LAYERS)]
+        found |= {f"{path}/kernel/{n}": np.stack([x[n] for x in layers]) for n in layers[0]}
+    return found
 
 
 @functools.cache
@@ -140,3 +155,14 @@ def filled(state, arrays: dict[str, np.ndarray]):
     known = {path for part in state for path in tree.flatten(part)}
     assert set(arrays) <= known, sorted(set(arrays) - known)
     return type(state)(*trees)
+
+
+def assert_same(base, method, state, model, optimizer=None) -> None:
+    """The same logits, losses in twenty steps and number of trained values in both. optimizer: of
+    PEFT's model, another than AdamW."""
+    ours, theirs = logits(base, method, state), logits_torch(model)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert method.count(base.params, base.sites) == trained
+    losses = train_torch(model, optimizer)
+    np.testing.assert_allclose(train(base, method, state), losses, rtol=1e-4)

@@ -126,28 +126,13 @@ def test_a_wrong_hyperparameter_is_one_clear_error(method, message):
         method().count(base.params, base.sites)
 
 
-WORDS = {"q": "attn", "v": "attn", "down": "mlp"}
-MODULE = "base_model.model.model.layers.{}.{}.{}_proj"
-
-
-def stacked(read):
-    """{path/name: array} of read(module of PEFT's) -> {name: array}."""
-    found = {}
-    for word, block in WORDS.items():
-        module = {"attn": "self_attn"}.get(block, block)
-        layers = [read(MODULE.format(i, module, word)) for i in range(parity.LAYERS)]
-        for name in layers[0]:
-            found[f"h/{block}/{word}/kernel/{name}"] = np.stack([x[name] for x in layers])
-    return found
-
-
 @pytest.mark.filterwarnings("ignore")  # what PEFT warns about is not ours
 @pytest.mark.parametrize("name", ["hira", "shira"])
 def test_computes_and_learns_as_peft(name, tmp_path):
     peft = require("peft")
     base, model = parity.pair("llama", tmp_path)
     config = {"hira": peft.HiraConfig, "shira": peft.ShiraConfig}[name]
-    model = peft.get_peft_model(model, config(r=3, target_modules=[f"{w}_proj" for w in WORDS]))
+    model = peft.get_peft_model(model, config(r=3, target_modules=parity.PROJECTIONS))
     parity.disturb(model)
     theirs, modules = parity.arrays(model), dict(model.named_modules())
 
@@ -159,12 +144,6 @@ def test_computes_and_learns_as_peft(name, tmp_path):
         places = 1 + inputs * modules[module].out_features + outputs
         return {"values": array("shira_weight"), "places": places}
 
-    method = lorax.method(name, rank=3, targets=tuple(WORDS))
+    method = lorax.method(name, rank=3, targets=parity.WORDS)
     state = method.init(jax.random.key(0), base.params, base.sites)
-    state = parity.filled(state, stacked(read))
-    logits = parity.logits(base, method, state)
-    np.testing.assert_allclose(logits, parity.logits_torch(model), rtol=0, atol=1e-5)
-    losses = parity.train(base, method, state)
-    np.testing.assert_allclose(losses, parity.train_torch(model), rtol=1e-4)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert method.count(base.params, base.sites) == trained
+    parity.assert_same(base, method, parity.filled(state, parity.stacked(read)), model)

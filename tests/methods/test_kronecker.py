@@ -309,12 +309,8 @@ def test_starts_computes_and_learns_as_peft(name, tmp_path):
         assert np.abs(x).max() <= 1 / math.sqrt(x.shape[1])
     parity.disturb(model)
     state = parity.filled(state, from_peft(model, state, names))
-    np.testing.assert_allclose(
-        parity.logits(base, method, state), parity.logits_torch(model), rtol=0, atol=1e-5
-    )
     assert np.abs(parity.logits(base, method, state) - forward_of(base)).max() > 1e-2
-    losses = parity.train(base, method, state)
-    np.testing.assert_allclose(losses, parity.train_torch(model), rtol=1e-4)
+    parity.assert_same(base, method, state, model)
 
 
 def forward_of(base):

@@ -66,23 +66,12 @@ def test_a_wrong_hyperparameter_is_one_clear_error(hp, message):
 def test_computes_and_learns_as_peft(mini, tmp_path):
     peft = require("peft")
     base, model = parity.pair("llama", tmp_path)
-    words = {"q": "attn", "v": "attn", "down": "mlp"}
-    options = dict(r=6, target_modules=[f"{word}_proj" for word in words])
+    options = dict(r=6, target_modules=parity.PROJECTIONS)
     options |= dict(init_weights="mini", mini_r=4) if mini else {}
     model = peft.get_peft_model(model, peft.MissConfig(**options))
-    method = lorax.method("miss", rank=6, mini_rank=4 if mini else None, targets=tuple(words))
+    method = lorax.method("miss", rank=6, mini_rank=4 if mini else None, targets=parity.WORDS)
     state = method.init(jax.random.key(0), base.params, base.sites)
     parity.disturb(model)
-    theirs, found = parity.arrays(model), {}
-    key = "base_model.model.model.layers.{}.{}.{}_proj.miss_block.default"
-    for word, block in words.items():
-        module = {"attn": "self_attn"}.get(block, block)
-        layers = [theirs[key.format(i, module, word)] for i in range(parity.LAYERS)]
-        found[f"h/{block}/{word}/kernel/d"] = np.stack(layers)
-    state = parity.filled(state, found)
-    logits = parity.logits(base, method, state)
-    np.testing.assert_allclose(logits, parity.logits_torch(model), rtol=0, atol=1e-5)
-    losses = parity.train(base, method, state)
-    np.testing.assert_allclose(losses, parity.train_torch(model), rtol=1e-4)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert method.count(base.params, base.sites) == trained
+    theirs = parity.arrays(model)
+    found = parity.stacked(lambda module: {"d": theirs[f"{module}.miss_block.default"]})
+    parity.assert_same(base, method, parity.filled(state, found), model)

@@ -228,11 +228,8 @@ def test_starts_computes_and_learns_as_peft(family, tmp_path):
     parity.disturb(model)
     start = parity.logits(base, method, state)
     state = parity.filled(state, from_peft(family, model))
-    logits = parity.logits(base, method, state)
-    np.testing.assert_allclose(logits, parity.logits_torch(model), rtol=0, atol=1e-5)
-    assert np.abs(logits - start).max() > 1e-2
-    losses = parity.train(base, method, state)
-    np.testing.assert_allclose(losses, parity.train_torch(model), rtol=1e-4)
+    assert np.abs(parity.logits(base, method, state) - start).max() > 1e-2
+    parity.assert_same(base, method, state, model)
 
 
 # ------------------------------------------------------------------------------------------ errors
