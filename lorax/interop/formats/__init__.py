@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax.interop.formats import (
+    dotted,
     einsums,
     keras_hub,
     kohya,
@@ -26,7 +27,7 @@ __all__ = ["Found", "Update", "read"]
 
 #: Modules with `recognises(opened) -> bool` and `read(opened) -> Found`; the first that recognises
 #: a file reads it.
-FORMATS = (llama_cpp, keras_hub, einsums, kohya, mlx, torchtune, megatron, tinker, peft)
+FORMATS = (llama_cpp, keras_hub, einsums, kohya, dotted, mlx, torchtune, megatron, tinker, peft)
 
 
 def read(path: str | Path, base: Mapping[str, Any] | None = None) -> Found:

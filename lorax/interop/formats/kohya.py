@@ -9,7 +9,7 @@ of a module's path are "_", which only the base's own names can undo.
 
 import re
 
-from lorax.interop.formats import updates
+from lorax.interop.formats import fused, updates
 from lorax.interop.formats.contract import Found
 from lorax.interop.formats.opened import Opened, fields, number
 from lorax.interop.tensors import Stored
@@ -17,7 +17,10 @@ from lorax.interop.tensors import Stored
 PREFIXES = ("lora_unet", "lora_te", "lora_transformer", "lora_prior", "lycoris", "oft_unet")
 _KEY = re.compile(r"(?P<layer>[^.]+)\.(?P<rest>.+)")
 #: Tensors that are no matrices' updates: of biases and norms.
-BESIDE = ("diff_b", "w_norm", "b_norm")
+BESIDE = ("diff_b", "w_norm", "b_norm", "lora_up.bias")
+#: Words of PEFT's, which some trainers take.
+WORDS = {"lora_A": "lora_down", "lora_B": "lora_up", "lora_magnitude_vector": "magnitude"}
+EMBEDDING = "bundle_emb."  # of trained tokens, which OneTrainer stores beside
 #: Kinds that multiply the base's weights, so dW does not follow from the file: by a tensor's word.
 NEEDS_BASE = {
     "oft_blocks": "OFT rotates the base's weights",
@@ -36,26 +39,41 @@ def recognises(opened: Opened) -> bool:
 
 def read(opened: Opened) -> Found:
     """The updates of a file. Raises ValueError that names file and tensor."""
-    modules: dict[str, dict[str, Stored]] = {}
+    found, beside = modules(opened)
+    config = fields(opened.metadata)
+    return Found("kohya", opened.path, fused.updates_of(found), beside, config)
+
+
+def modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, ...]]]:
+    """(the modules of a file as they are stored, {name: shape} of biases and norms)."""
+    by_layer: dict[str, dict[str, Stored]] = {}
+    beside = {}
     for name, tensor in opened.tensors.items():
         match = _KEY.fullmatch(name)
-        if match is None or not name.startswith(PREFIXES):
+        if name.startswith(EMBEDDING):
+            beside[name] = tensor.shape
+        elif match is None or not name.startswith(PREFIXES):
             raise ValueError(f"{opened.file}: {name}: no tensor of kohya's or LyCORIS")
-        word = match["rest"].removesuffix(".weight")
-        modules.setdefault(match["layer"], {})[word] = tensor
-    found, beside = [], {}
-    for layer, tensors in modules.items():
-        beside |= {f"{layer}.{word}": tensors.pop(word).shape for word in BESIDE if word in tensors}
-        if tensors.get("diff") is not None and len(tensors["diff"].shape) < 2:
-            beside[f"{layer}.diff"] = tensors.pop("diff").shape
-        alpha = tensors.pop("alpha", None)
-        if tensors:
-            module = updates.Module(layer, tensors, opened.file)
-            check_readable(module)
-            found.append(updates.update(module, of_alpha(alpha)))
-        elif alpha is not None and not any(name.startswith(f"{layer}.") for name in beside):
-            raise module_missing(opened, layer)
-    return Found("kohya", opened.path, tuple(found), beside, fields(opened.metadata))
+        else:
+            word = match["rest"].removesuffix(".weight")
+            by_layer.setdefault(match["layer"], {})[WORDS.get(word, word)] = tensor
+    found = []
+    for layer, tensors in by_layer.items():
+        beside |= taken_beside(layer, tensors)
+        if set(tensors) - {"alpha"}:
+            scale = of_alpha(tensors.pop("alpha", None))
+            found.append(updates.Module(layer, tensors, scale, opened.file))
+            check_readable(found[-1])
+        elif tensors and not any(name.startswith(f"{layer}.") for name in beside):
+            raise ValueError(f"{opened.file}: {layer}: alpha without an update")
+    return found, beside
+
+
+def taken_beside(layer: str, tensors: dict[str, Stored]) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of a module's tensors that change a bias or a norm; taken out of `tensors`."""
+    vectors = [word for word in tensors if word in BESIDE]
+    vectors += ["diff"] * ("diff" in tensors and len(tensors["diff"].shape) < 2)
+    return {f"{layer}.{word}": tensors.pop(word).shape for word in vectors}
 
 
 def of_alpha(alpha: Stored | None) -> updates.Scale:
@@ -81,7 +99,3 @@ def check_readable(module: updates.Module) -> None:
     unknown = sorted(set(module.tensors) - set(updates.WORDS))
     if unknown:
         raise module.error(f"unknown tensors {', '.join(unknown)}")
-
-
-def module_missing(opened: Opened, layer: str) -> ValueError:
-    return ValueError(f"{opened.file}: {layer}: alpha without an update")

@@ -1,6 +1,6 @@
 """PEFT's files, read without their numbers: `lorax.interop.peft` has the layout."""
 
-from lorax.interop.formats import updates
+from lorax.interop.formats import fused, updates
 from lorax.interop.formats.contract import Found
 from lorax.interop.formats.opened import Opened, same
 from lorax.interop.peft.config import CONFIG, check_targets, read_config, scale_of
@@ -33,8 +33,6 @@ def read(opened: Opened) -> Found:
     check_targets(config, modules, config_file)
     source = "config lora_alpha / sqrt r" if config.get("use_rslora") else "config lora_alpha / r"
     scale = lambda layer, rank: (scale_of(config, layer, rank, config_file), source)
-    found = tuple(
-        updates.update(updates.Module(layer, modules[layer], opened.file), scale)
-        for layer in sorted(modules, key=natural)
-    )
-    return Found("PEFT", opened.path, found, beside, config)
+    names = sorted(modules, key=natural)
+    found = [updates.Module(layer, modules[layer], scale, opened.file) for layer in names]
+    return Found("PEFT", opened.path, fused.updates_of(found), beside, config)

@@ -40,10 +40,14 @@ Scale = Callable[[str, int | None], tuple[float, str]]
 
 
 class Module(NamedTuple):
-    """The tensors of one module by the words above, in a file."""
+    """The tensors of one module, by the words above, in a file.
+
+    scale: (layer, r) -> (s, where it is from), with r None for a kind without a rank.
+    """
 
     layer: str
     tensors: Mapping[str, Stored]
+    scale: Scale
     file: Path
 
     def error(self, why: str) -> ValueError:
@@ -69,25 +73,24 @@ class Module(NamedTuple):
         return numbers(self.tensors[word])
 
 
-def update(module: Module, scale: Scale) -> Update:
+def update(module: Module) -> Update:
     """The update of a module; only shapes are looked at.
 
-    scale: (module, r) -> (s, where it is from), with r None for a kind that has no rank.
     Raises ValueError that names file and module for tensors that don't fit together.
     """
     words = module.tensors
     if any(word in words for word in LORA[:3]):
-        return _lora(module, scale)
+        return _lora(module)
     if any(word in words for word in LOHA):
-        return _loha(module, scale)
+        return _loha(module)
     if any(word in words for word in LOKR):
-        return _lokr(module, scale)
+        return _lokr(module)
     if "diff" in words:
-        return _full(module, scale)
+        return _full(module)
     raise module.error("no update")
 
 
-def _lora(module: Module, scale: Scale) -> Update:
+def _lora(module: Module) -> Update:
     """LoRA, LoCon and their DoRA."""
     module.only(LORA)
     down, up = module.shape("lora_down"), module.shape("lora_up")
@@ -100,7 +103,7 @@ def _lora(module: Module, scale: Scale) -> Update:
     if not fits:
         raise module.error("need lora_down (r, in, ...) and lora_up (out, r, ...)")
     shape = down[1] * math.prod(kernel), up[0]
-    s, source = scale(module.layer, r)
+    s, source = module.scale(module.layer, r)
     dora = next((word for word in ("magnitude", "dora_scale") if word in module.tensors), None)
     per_input = dora is not None and _is_per_input(module, dora, down[1], up[0])
 
@@ -128,7 +131,7 @@ def _is_per_input(module: Module, word: str, inputs: int, outputs: int) -> bool:
     raise module.error(f"need {word} ({outputs}, 1, ...) or (1, {inputs}, ...)")
 
 
-def _loha(module: Module, scale: Scale) -> Update:
+def _loha(module: Module) -> Update:
     module.only((*LOHA, "dora_scale"))
     tucker = "hada_t1" in module.tensors or "hada_t2" in module.tensors
     shapes = []
@@ -143,7 +146,7 @@ def _loha(module: Module, scale: Scale) -> Update:
     if shapes[0] != shapes[1]:
         raise module.error(f"hada_w1 makes {shapes[0]}, hada_w2 {shapes[1]}")
     ranks = [module.shape(f"hada_w{i}_b")[0] for i in "12"]
-    s, source = scale(module.layer, ranks[0])
+    s, source = module.scale(module.layer, ranks[0])
 
     def read() -> np.ndarray:
         whole = _side(module, "hada", "1") * _side(module, "hada", "2")
@@ -153,7 +156,7 @@ def _loha(module: Module, scale: Scale) -> Update:
     return _dense(module, "hada_w1_a", "LoHa", shapes[0], math.prod(ranks), s, source, read)
 
 
-def _lokr(module: Module, scale: Scale) -> Update:
+def _lokr(module: Module) -> Update:
     module.only((*LOKR, "dora_scale"))
     sides, ranks = {}, []
     for i in "12":
@@ -176,7 +179,7 @@ def _lokr(module: Module, scale: Scale) -> Update:
     matrices = {i: (math.prod(side[1:]), side[0]) for i, side in sides.items()}
     shape = tuple(np.prod([*matrices.values()], axis=0, dtype=object))
     rank = math.prod(min(*matrices[i], *_rank_of(module, i)) for i in "12")
-    s, source = scale(module.layer, ranks[0] if ranks else None)
+    s, source = module.scale(module.layer, ranks[0] if ranks else None)
 
     def read() -> np.ndarray:
         w1, w2 = _side(module, "lokr", "1"), _side(module, "lokr", "2")
@@ -206,13 +209,13 @@ def _side(module: Module, word: str, i: str) -> np.ndarray:
     return np.einsum("ijk,ip,jq->pqk", core, a, b, optimize=True).reshape(a.shape[1], -1)
 
 
-def _full(module: Module, scale: Scale) -> Update:
+def _full(module: Module) -> Update:
     module.only(("diff", "dora_scale"))
     diff = module.shape("diff")
     if len(diff) < 2:
         raise module.error("need diff (out, in, ...)")
     shape = math.prod(diff[1:]), diff[0]
-    s, source = scale(module.layer, None)
+    s, source = module.scale(module.layer, None)
     read = lambda: np.ascontiguousarray((np.float32(s) * module["diff"].reshape(diff[0], -1)).T)
     return _dense(module, "diff", "full", shape, min(shape), s, source, read)
 

@@ -1,0 +1,144 @@
+"""Files whose tensors have a module's path with its dots: diffusers, ComfyUI's style and others.
+
+    diffusers   unet.down_blocks.0...attn1.processor.to_q_lora.down.weight   first generation
+                unet.down_blocks.0...attn1.to_q.lora.down.weight             second
+                text_encoder...q_proj.lora_linear_layer.down.weight          of text encoders
+                unet.down_blocks.0...attn1.to_q.lora_A.weight                third, PEFT's words
+    ComfyUI     diffusion_model.layers.0.attention.to_q.lora_A.weight, .lora_down.weight, .alpha
+    XLabs       double_blocks.0.processor.qkv_lora1.down.weight
+
+(diffusers, utils/state_dict_utils.py and loaders/lora_conversion_utils.py.) s is from a tensor
+"alpha", from diffusers' metadata "lora_adapter_metadata", a `LoraConfig` for each prefix, or 1.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lorax.interop.formats import fused, updates
+from lorax.interop.formats.contract import Found
+from lorax.interop.formats.kohya import check_readable, of_alpha, taken_beside
+from lorax.interop.formats.opened import Opened, fields
+from lorax.interop.peft.config import ALPHAS, COUNT, NUMBER, RANKS, scale_of
+from lorax.interop.tensors import Stored
+
+#: The first words of names, by format.
+PREFIXES = {
+    "diffusers": r"(unet|transformer(_\d)?|text_encoder(_\d)?|prior|controlnet|decoder)\.",
+    "ComfyUI": r"(diffusion_model|text_encoders|model\.diffusion_model)\.",
+    "XLabs": r"(double|single)_blocks\.\d+\.processor\.",
+}
+METADATA = "lora_adapter_metadata"
+_SIDES = {"down": "lora_down", "up": "lora_up", "A": "lora_down", "B": "lora_up"}
+_SIDES |= {"mid": "lora_mid", "magnitude_vector": "magnitude"}
+#: A module and the last words of its tensors, of every generation.
+_KEY = re.compile(
+    r"(?P<layer>.+?)("
+    r"(?P<old>_lora\d?)\.(?P<old_side>down|up)\.weight"
+    r"|\.lora(_linear_layer)?\.(?P<new_side>down|up)\.weight"
+    r"|\.lora_(?P<side>A|B|down|up|mid|magnitude_vector)(\.(?P<name>[^.]+))??(\.weight)?"
+    r"|\.(?P<word>alpha|dora_scale|hada_\w+|lokr_\w+|diff|diff_b|w_norm|b_norm)"
+    r")"
+)
+
+
+def recognises(opened: Opened) -> bool:
+    """Whether names begin with a component of a pipeline and end as an adapter's."""
+    return bool(_format(opened)) and "peft_type" not in opened.config
+
+
+def _format(opened: Opened) -> str:
+    for name, prefix in PREFIXES.items():
+        if any(re.match(prefix, key) and _KEY.fullmatch(key) for key in opened.tensors):
+            return name
+    return ""
+
+
+def read(opened: Opened) -> Found:
+    """The updates of a file. Raises ValueError that names file and tensor."""
+    found, beside = modules(opened)
+    config = fields(opened.metadata)
+    return Found(_format(opened), opened.path, fused.updates_of(found), beside, config)
+
+
+def modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, ...]]]:
+    """(the modules of a file as they are stored, {name: shape} of biases and norms)."""
+    configs = _configs(opened)
+    found, beside = [], {}
+    for layer, tensors in _by_layer(opened).items():
+        beside |= taken_beside(layer, tensors)
+        alpha = tensors.pop("alpha", None)
+        if not tensors:
+            continue
+        component, _, module = layer.partition(".")
+        if alpha is not None and component in configs:
+            raise ValueError(
+                f"{opened.file}: {layer}: a tensor alpha, and {METADATA} in the header; one of "
+                "them can say the scale"
+            )
+        scale = of_alpha(alpha)
+        if component in configs:
+            scale = _of_config(configs[component], module, opened.file)
+        found.append(updates.Module(layer, tensors, scale, opened.file))
+        check_readable(found[-1])
+    return found, beside
+
+
+def _by_layer(opened: Opened) -> dict[str, dict[str, Stored]]:
+    """{layer: {word: tensor}}, by the words of `updates`."""
+    modules: dict[str, dict[str, Stored]] = {}
+    adapters = set()
+    for key, tensor in opened.tensors.items():
+        bias = key.removesuffix(".bias")
+        match = _KEY.fullmatch(bias + ".weight" if bias != key else key)
+        if match is None or bias != key and match["side"] not in ("B", "up"):
+            raise ValueError(f"{opened.file}: {key}: no tensor of an adapter that can be read")
+        layer = match["layer"].replace(".processor.", ".") if match["old"] else match["layer"]
+        if match["old"] == "_lora" and layer.endswith("to_out"):
+            layer += ".0"  # the first generation leaves the number out
+        elif match["old"] not in (None, "_lora"):
+            layer = f"{match['layer']}{match['old']}"
+        side = match["old_side"] or match["new_side"] or match["side"]
+        word = _SIDES[side] if side else match["word"]
+        word += ".bias" if bias != key else ""
+        adapters |= {match["name"]} if match["side"] else set()
+        own = modules.setdefault(layer, {})
+        if word in own:
+            raise ValueError(f"{opened.file}: {layer} has {word} twice; {key} is one")
+        own[word] = tensor
+    if len(adapters) > 1:
+        names = ", ".join(sorted(name or "one without a name" for name in adapters))
+        raise ValueError(f"{opened.file}: several adapters, {names}; one can be read")
+    return modules
+
+
+def _configs(opened: Opened) -> dict[str, dict[str, Any]]:
+    """{component: its fields of a LoraConfig} from diffusers' metadata."""
+    if METADATA not in opened.metadata:
+        return {}
+    stored = fields(opened.metadata)[METADATA]
+    where = f"{opened.file}: {METADATA}"
+    if not isinstance(stored, dict):
+        raise ValueError(f"{where}: no JSON object")
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in stored.items():
+        component, _, field = key.partition(".")
+        configs.setdefault(component, {})[field] = value
+    want = {"r": COUNT, "lora_alpha": NUMBER, "rank_pattern": RANKS, "alpha_pattern": ALPHAS}
+    for component, config in configs.items():
+        for field, kind in want.items():
+            if field in config and not kind.fits(config[field]):
+                raise ValueError(f"{where}: {component}.{field} should be {kind.words}")
+    return configs
+
+
+def _of_config(config: dict[str, Any], module: str, file: Path) -> updates.Scale:
+    source = "metadata lora_alpha / sqrt r" if config.get("use_rslora") else ""
+    source = source or "metadata lora_alpha / r"
+
+    def scale(layer: str, rank: int | None) -> tuple[float, str]:
+        if rank is None:
+            return 1.0, "1: the kind has no scale"
+        return scale_of(config, module, rank, file), source
+
+    return scale

@@ -1,0 +1,140 @@
+"""Several updates that a file stores as one, and one that it stores as several.
+
+Flux's qkv is one matrix in kohya's files and three in diffusers'.
+
+    split_qkv   sd-scripts trains three LoRAs on its parts (four on linear1: q, k, v and the
+                feed-forward part) and saves them as one: down (3 r, in), and up zero outside its
+                blocks (out / 3, r); alpha stays that of one, so each has s = alpha / r
+                (sd-scripts, networks/lora_flux.py). Here they are three updates.
+    one A       a converter to diffusers' names gives the three parts of one LoRA copies of its A
+                (loaders/lora_conversion_utils.py). Here they are one update, counted once.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from lorax.interop.adapter import Factors
+from lorax.interop.formats import updates
+from lorax.interop.formats.contract import Update
+from lorax.interop.formats.opened import numbers, same
+from lorax.interop.formats.updates import Module
+from lorax.interop.tensors import Stored
+
+_QKV = re.compile(r".*[._]qkv")
+_LINEAR1 = re.compile(r".*[._]single_blocks[._]\d+[._]linear1")
+#: What a part of a fused module may be called, in the order of its outputs.
+_PARTS = ("to_q", "to_k", "to_v", "proj_mlp", "add_q_proj", "add_k_proj", "add_v_proj")
+_PARTS += ("q_proj", "k_proj", "v_proj", "q", "k", "v")
+
+
+def updates_of(modules: Sequence[Module]) -> tuple[Update, ...]:
+    """The updates of a file's modules, each counted once. Raises as `updates.update`."""
+    found: list[Update] = []
+    for together in _with_one_a(modules):
+        one = [updates.update(module) for module in together]
+        if len(one) > 1:
+            found.append(_joined(one))
+        else:
+            found += _split(together[0]) or one
+    return tuple(found)
+
+
+# ------------------------------------------------------------------------------------- split_qkv
+
+
+def _split(module: Module) -> list[Update]:
+    """The updates of a module that holds those of its parts, [] for any other module."""
+    down, up = (module.tensors.get(word) for word in ("lora_down", "lora_up"))
+    names = ("q", "k", "v", "mlp") if _LINEAR1.fullmatch(module.layer) else ("q", "k", "v")
+    named = len(names) == 4 or _QKV.fullmatch(module.layer)
+    if not named or set(module.tensors) != {"lora_down", "lora_up"} or len(down.shape) != 2:
+        return []
+    rank, inputs, outputs = down.shape[0] // len(names), down.shape[1], up.shape[0]
+    sizes = [outputs // 3] * 3 if len(names) == 3 else [inputs] * 3 + [outputs - 3 * inputs]
+    if down.shape[0] % len(names) or sum(sizes) != outputs or min(sizes) < 1:
+        return []
+    if len(up.shape) != 2 or up.shape[1] != down.shape[0] or not _is_sparse(up, sizes, rank):
+        return []
+    s, source = module.scale(module.layer, rank)
+    ends = [*itertools.accumulate(sizes, initial=0)]
+    warning = f"one of {len(names)} LoRAs of rank {rank} that are stored as one (split_qkv)"
+    warning += f"; a program that divides alpha by {down.shape[0]} applies 1/{len(names)} of it"
+
+    def read(i: int) -> Factors:
+        inner, rows = range(rank * i, rank * (i + 1)), range(ends[i], ends[i + 1])
+        a = numbers(down, [inner, range(inputs)])
+        b = numbers(up, [rows, inner])
+        return Factors(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), s)
+
+    return [
+        Update(f"{module.layer}.{name}", "LoRA", (inputs, sizes[i]), rank, s, source, down.kind,
+               lambda i=i: read(i), (warning,))
+        for i, name in enumerate(names)
+    ]  # fmt: skip
+
+
+def _is_sparse(up: Stored, sizes: Sequence[int], rank: int) -> bool:
+    """Whether each block of rows of `up` is zero outside its own columns, and not zero in them. A
+    row of each block is looked at first, as others hardly ever pass that."""
+    starts = [*itertools.accumulate(sizes, initial=0)][:-1]
+    for i, start in enumerate(starts):
+        row = numbers(up, [range(start, start + 1), range(up.shape[1])])[0]
+        own = row[i * rank : (i + 1) * rank].any()
+        row[i * rank : (i + 1) * rank] = 0
+        if row.any() or not own:
+            return False
+    whole = numbers(up)
+    for i, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        whole[start : start + size, i * rank : (i + 1) * rank] = 0
+    return not whole.any()
+
+
+# ----------------------------------------------------------------------------------------- one A
+
+
+def _with_one_a(modules: Sequence[Module]) -> Iterable[list[Module]]:
+    """The modules, in groups: parts of one fused module with the same A, and single ones."""
+    groups: dict[tuple, list[Module]] = {}
+    for module in modules:
+        around, _, name = module.layer.rpartition(".")
+        down = module.tensors.get("lora_down")
+        kind = (around.removesuffix(".attn"), down.kind, down.shape) if down else ()
+        key = (*kind, _first_row(down)) if down and name in _PARTS else (module.layer,)
+        group = groups.setdefault(key, [])
+        if group and not same(group[0].tensors["lora_down"], down):
+            group = groups.setdefault((module.layer,), [])
+        group.append(module)
+    return groups.values()
+
+
+def _first_row(tensor: Stored) -> bytes:
+    if 0 in tensor.shape:
+        return b""
+    size = tensor.size // tensor.shape[0]
+    return tensor.as_bytes().read([range(size)]).tobytes()
+
+
+def _joined(parts: list[Update]) -> Update:
+    """The update of a module that was split, from those of its parts in one order."""
+    parts = sorted(parts, key=lambda part: _PARTS.index(part.layer.rpartition(".")[2]))
+    if len({(part.scale, part.kind) for part in parts}) > 1:
+        raise ValueError(f"{parts[0].layer}: its A is that of other layers, with another scale")
+    first, around = parts[0], parts[0].layer.rpartition(".")[0]
+    names = [part.layer.rpartition(".")[2] for part in parts]
+    outputs = sum(part.shape[1] for part in parts)
+    warning = f"{', '.join(names)} have one A: one update of a fused module that was split"
+
+    def read() -> Factors:
+        each = [part.read() for part in parts]
+        m = None if each[0].m is None else np.concatenate([one.m for one in each])
+        b = np.concatenate([one.b for one in each], axis=1)
+        return Factors(each[0].a, b, first.scale, m)
+
+    warnings = tuple(dict.fromkeys([warning, *(text for part in parts for text in part.warnings)]))
+    return first._replace(
+        layer=f"{around}.{'+'.join(names)}", shape=(first.shape[0], outputs), read=read,
+        warnings=warnings,
+    )  # fmt: skip
