@@ -65,7 +65,7 @@ def _tensors(file: Path) -> tuple[dict[str, dict[str, pairs.Lazy]], int]:
         import h5py
     except ModuleNotFoundError:
         raise ValueError(
-            f'{file}: reading it needs the package h5py: pip install "lorax-research[formats]"'
+            f"{file}: reading it needs h5py: pip install lorax-research[formats]"
         ) from None
     try:
         with h5py.File(file, "r") as opened:

@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from mutated import survives
+from language_files import dense, draw
+from language_files import gguf_file as written
 
 from lorax.interop import formats
 from lorax.interop.formats import heads
@@ -15,41 +16,10 @@ ALPHA, R, D, KV, V = 6.0, 4, 16, 8, 40
 BASE = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-def draw(*shape):
-    return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
-
-
 def permute(weights, n):
     """LlamaModel.permute of llama.cpp's converter."""
     shape = n, 2, len(weights) // n // 2, *weights.shape[1:]
     return weights.reshape(shape).swapaxes(1, 2).reshape(weights.shape)
-
-
-def written(path, tensors, alpha=ALPHA, arch="llama", kind="adapter", quantised=None):
-    """quantised: a type for all tensors that are stored so."""
-    file = path / "adapter.gguf"
-    writer = gguf.GGUFWriter(file, arch)
-    writer.add_type(kind)
-    writer.add_string("adapter.type", "lora")
-    writer.add_array("general.tags", ["text", "a list"])
-    if alpha is not None:
-        writer.add_float32("adapter.lora.alpha", alpha)
-    for name, x in tensors.items():
-        if quantised is None:
-            writer.add_tensor(name, x)
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(x, quantised), raw_dtype=quantised)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
-
-
-def dense(update) -> np.ndarray:
-    a, b, s, _ = update.read()
-    assert a.shape[1] == update.rank and (len(a), b.shape[1]) == update.shape
-    return s * a.astype(np.float64) @ b
 
 
 def want(A, B, s=ALPHA / R):
@@ -156,9 +126,3 @@ def test_what_is_no_adapter_is_refused_by_name(tmp_path):
     file.write_bytes(file.read_bytes()[:4] + b"\0\0\0\3" + file.read_bytes()[8:])
     with pytest.raises(ValueError, match="big-endian"):
         formats.read(file)
-
-
-def test_damaged_files_are_refused_in_a_line(tmp_path):
-    names = [f"blk.0.attn_q.weight.lora_{side}" for side in "ab"]
-    file = written(tmp_path, dict(zip(names, (draw(R, D), draw(D, R)), strict=True)))
-    survives(file, lambda: [update.read() for update in formats.read(file).updates], 100)

@@ -1,34 +1,15 @@
 """Adapters of torchtune, Megatron and Tinker, by their documented layouts, against dense
 references."""
 
-import json
-
 import numpy as np
 import pytest
-import safetensors.numpy
-from mutated import survives
+from language_files import dense, draw
+from language_files import directory as written
 
 from lorax.interop import formats
 
 R, D, KV, HEADS, GROUPS = 4, 16, 8, 4, 2
 BASE = {"num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "model_type": "llama"}
-
-
-def draw(*shape):
-    return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
-
-
-def written(path, tensors, config=None):
-    safetensors.numpy.save_file(tensors, path / "adapter_model.safetensors")
-    if config is not None:
-        (path / "adapter_config.json").write_text(json.dumps(config))
-    return path
-
-
-def dense(update) -> np.ndarray:
-    a, b, s, _ = update.read()
-    assert a.shape[1] == update.rank and (len(a), b.shape[1]) == update.shape
-    return s * a.astype(np.float64) @ b
 
 
 def check(update, A, B, s):
@@ -193,12 +174,3 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, tensors, config, named):
     written(tmp_path, {name: draw(*shape) for name, shape in tensors.items()}, config)
     with pytest.raises(ValueError, match=named):
         formats.read(tmp_path)
-
-
-def test_damaged_files_are_refused_in_a_line(tmp_path):
-    layer = "decoder.layers.0.self_attention.linear_qkv.adapter"
-    tensors = {f"{layer}.linear_in.weight": draw(R, D), f"{layer}.linear_out.weight": draw(KV, R)}
-    (tmp_path / "run_config.yaml").write_text("peft: {_target_: lora.LoRA, dim: 4, alpha: 32}\n")
-    read = lambda: [update.read() for update in formats.read(tmp_path).updates]
-    survives(written(tmp_path, tensors) / "adapter_model.safetensors", read, 20)
-    survives(tmp_path / "run_config.yaml", read, 40, name=tmp_path.name)

@@ -1,0 +1,85 @@
+"""Damaged files of every format: a reader returns, or refuses the file with one clear line."""
+
+import resource
+
+import pytest
+from language_files import directory, draw, gguf_file, keras_file, nested, orbax_files
+from mutated import survives
+
+from lorax.interop import formats
+
+R, D = 3, 16
+PAIR = draw(R, D), draw(D, R)
+
+
+def mlx(path):
+    config = {"lora_parameters": {"rank": R, "scale": 20.0}}
+    tensors = {"q.lora_a": PAIR[1], "q.lora_b": PAIR[0], "e.lora_a": draw(2, R, D)}
+    directory(path, tensors | {"e.lora_b": draw(2, D, R)}, config, "adapters.safetensors")
+    return path, [path / "adapters.safetensors", path / "adapter_config.json"]
+
+
+def llama_cpp(path):
+    names = [f"blk.0.attn_q.weight.lora_{side}" for side in "ab"]
+    file = gguf_file(path, dict(zip(names, PAIR, strict=True)))
+    return file, [file]
+
+
+def torchtune(path):
+    names = [f"layers.0.attn.q_proj.lora_{side}.weight" for side in "ab"]
+    directory(path, dict(zip(names, PAIR, strict=True)), {"r": R, "lora_alpha": 8})
+    (path / "config.json").write_text('{"num_attention_heads": 4, "num_key_value_heads": 2}')
+    names = "adapter_model.safetensors", "adapter_config.json", "config.json"
+    return path, [path / name for name in names]
+
+
+def megatron(path):
+    names = [
+        f"layers.0.self_attention.linear_qkv.adapter.linear_{way}.weight" for way in ("in", "out")
+    ]
+    directory(path, dict(zip(names, PAIR, strict=True)))
+    (path / "run_config.yaml").write_text("peft: {_target_: lora.LoRA, dim: 3, alpha: 32}")
+    return path, [path / "adapter_model.safetensors", path / "run_config.yaml"]
+
+
+def tinker(path):
+    names = [f"base_model.model.layers.0.experts.w1.lora_{side}.weight" for side in "AB"]
+    pair = draw(1, R, D), draw(3, D, R)
+    config = {"peft_type": "LORA", "r": R, "lora_alpha": 8}
+    directory(path, dict(zip(names, pair, strict=True)), config)
+    return path, [path / "adapter_model.safetensors"]
+
+
+def keras_hub(path):
+    file = keras_file(path, {0: (PAIR[1], PAIR[0]), 1: (draw(4, D, R), PAIR[0])})
+    return file, [file]
+
+
+def orbax(path):
+    tree = nested(layers__0__q__w_lora_a=PAIR[1], layers__0__q__w_lora_b=PAIR[0])
+    folder = orbax_files(path / "checkpoint", tree)
+    return folder, [folder / "_METADATA", folder / "manifest.ocdbt", *sorted(folder.glob("d/*"))]
+
+
+FORMATS = [mlx, llama_cpp, torchtune, megatron, tinker, keras_hub, orbax]
+
+
+def damaged(path, written, n):
+    """n damaged copies of each file of an adapter are read as a whole."""
+    place, files = written(path)
+    for file in files:
+        read = lambda: [update.read() for update in formats.read(place).updates]
+        survives(file, read, n, 10**5 if file.suffix == ".h5" else 4096, str(path))
+
+
+@pytest.mark.parametrize("written", FORMATS)
+def test_damaged_files_are_refused_in_a_line(tmp_path, written):
+    damaged(tmp_path, written, 15)
+
+
+@pytest.mark.parametrize("written", FORMATS)
+def test_many_damaged_files_are_refused_in_bounded_memory(tmp_path, written):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    damaged(tmp_path, written, 2000)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
+    assert grown < 2**19
