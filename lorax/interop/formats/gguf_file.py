@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from lorax.interop.formats.opened import check_names
 from lorax.interop.formats.pairs import Lazy
 
 _SCALARS = dict(enumerate("BbHhIif?", 0)) | {10: "Q", 11: "q", 12: "d"}  # struct's words, by type
@@ -77,6 +78,7 @@ class _Header:
         if type(align) is not int or align < 1:
             raise ValueError(f"{self.file}: general.alignment: {align} given; should be over 0")
         start = -(-self.at // align) * align
+        check_names(self.file, [name for name, *_ in infos])
         tensors: dict[str, Lazy] = {}
         for name, shape, kind, place in infos:
             if name in tensors:

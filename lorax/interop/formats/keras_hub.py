@@ -18,7 +18,7 @@ import numpy as np
 
 from lorax.interop.formats import pairs
 from lorax.interop.formats.contract import Found, Update
-from lorax.interop.formats.opened import Opened
+from lorax.interop.formats.opened import Opened, check_names
 
 _SIDES = ("lora_kernel_a", "lora_kernel_b")
 _MOST = 2**30  # numbers of a tensor: 4 GiB of float32
@@ -72,10 +72,12 @@ def _tensors(file: Path) -> tuple[dict[str, dict[str, pairs.Lazy]], int]:
             group = _group(opened, "lora", file)
             rank = int(_dataset(_vars(group, file), "rank", file)[()])
             tensors = {}
+            check_names(file, group)
             for index in group:
                 if index in ("vars", "rank"):
                     continue
                 inner = _vars(_group(group, index, file), file)
+                check_names(file, inner)
                 tensors[index] = {name: _lazy(inner, name, file) for name in inner}
             return tensors, rank
     except ValueError as error:

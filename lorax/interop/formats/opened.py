@@ -1,7 +1,7 @@
 """Finds the file of an adapter and opens it; no numbers are read yet, nothing is unpickled."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ NAMES = (WEIGHTS, "pytorch_lora_weights.safetensors", "adapters.safetensors")
 CONTAINERS = {".safetensors": "safetensors", ".gguf": "gguf", ".h5": "h5"}
 #: A file of an orbax checkpoint: of an item, of a step with items, of a run with steps.
 _ORBAX = ("_METADATA", "*/_METADATA", "*/*/_METADATA")
+_LONGEST = 512  # characters of a tensor's name
 _UNREAD = (*PICKLES, ".distcp", ".pkl")
 _HUB = [f"*{end}" for end in CONTAINERS] + ["*.json", "*.yaml", "*METADATA*"]
 
@@ -63,7 +64,16 @@ def open_adapter(path: str | Path, base: Mapping[str, Any] | None = None) -> Ope
         return opened
     with tensors.opened(file) as handle:
         metadata = handle.metadata() or {}
-    return opened._replace(tensors=tensors.stored(file), metadata=metadata)
+    stored = tensors.stored(file)
+    check_names(file, stored)
+    return opened._replace(tensors=stored, metadata=metadata)
+
+
+def check_names(file: Path, names: Iterable[str]) -> None:
+    """Raises ValueError for names of tensors that would not fit into a line of an error."""
+    for name in names:
+        if not name.isprintable() or len(name) > _LONGEST:
+            raise ValueError(f"{file}: {name[:40]!r}... is no name of a tensor: it is damaged")
 
 
 def _fields(file: Path) -> dict[str, Any]:

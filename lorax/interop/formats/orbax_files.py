@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorax.files import read_json
+from lorax.interop.formats.opened import check_names
 from lorax.interop.formats.pairs import Lazy
 
 METADATA, CHECKPOINT = "_METADATA", "_CHECKPOINT_METADATA"
@@ -87,6 +88,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(f"{folder / METADATA}: {name}: not the name of an array")
         if keys and keys[0] not in _OTHERS:
             arrays.append(keys)
+    check_names(folder, map(".".join, arrays))
     return Checkpoint(folder, tuple(arrays), _custom(folder), metadata)
 
 
