@@ -37,9 +37,11 @@ class Gguf(NamedTuple):
 
 
 def read_header(file: Path) -> Gguf:
-    """The fields and tensors of a file. Raises ValueError that names the file if it is damaged, of
-    another version or byte order, or ends within a tensor; and ModuleNotFoundError's line for
-    quantised tensors without the `gguf` package."""
+    """The fields and tensors of a file.
+
+    Raises ValueError that names the file if it is damaged, of another version or byte order, or
+    ends within a tensor, and for quantised tensors without the `gguf` package.
+    """
     try:
         with open(file, "rb") as handle:
             data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
@@ -153,7 +155,7 @@ class _Header:
 
 def _quantised(name: str, kind: int, shape: tuple[int, ...]) -> tuple[str, int]:
     """(name, bytes) of a quantised tensor. Raises ValueError for types that can't be decoded."""
-    gguf = _package(name)
+    gguf = package(name)
     try:
         known = gguf.GGMLQuantizationType(kind)
         block, bytes_of_block = gguf.GGML_QUANT_SIZES[known]
@@ -177,12 +179,10 @@ def _decoded(raw: np.ndarray, kind: int, shape: tuple[int, ...]) -> np.ndarray:
         raise ValueError(f"the gguf package decodes no {known.name}") from None
 
 
-def _package(name: str):
+def package(name: str):
+    """The gguf package. Raises ValueError that names a file if it is missing."""
     try:
         import gguf
     except ModuleNotFoundError:
-        raise ValueError(
-            f"{name}: quantised; reading it needs the package gguf: pip install "
-            '"lorax-research[formats]"'
-        ) from None
+        raise ValueError(f"{name}: needs gguf: pip install lorax-research[formats]") from None
     return gguf

@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lorax.interop.formats.contract import Update
 from lorax.interop.formats.pairs import Side, columns
+
+_ORDER = "rotary order"
 
 
 class Heads(NamedTuple):
@@ -49,11 +52,17 @@ def in_order(b: Side, n: int | None, whose: str) -> tuple[Side, tuple[str, ...]]
     """(B of q or k in Hugging Face's order, warnings). n: heads; None: not known, B stays as it is.
     whose: the program whose order the file has."""
     if n is None:
+        said = f"rows of B are in {whose}'s {_ORDER}, which singular values don't show"
         return b, (
-            f"rows of B are in {whose}'s rotary order, which singular values don't show; with the "
-            "base's config.json beside the file they are put in Hugging Face's",
+            f"{said}; with the base's config.json beside the file they are put in Hugging Face's",
         )
     rows = b.shape[1]
     if rows % (2 * n):
-        return b, (f"{rows} rows of B are not those of the base's {n} heads: left in their order",)
+        said = f"{rows} rows of B are not those of the base's {n} heads: left in {whose}'s {_ORDER}"
+        return b, (said,)
     return columns(b, to_hugging_face(n, rows)), ()
+
+
+def is_unordered(update: Update) -> bool:
+    """Whether the rows of an update's B are in another order than Hugging Face's."""
+    return any(_ORDER in warning for warning in update.warnings)

@@ -12,11 +12,15 @@ the rows of q and k (`heads`). (llama.cpp, convert_lora_to_gguf.py and conversio
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from lorax.interop.formats import heads, pairs
+import numpy as np
+
+from lorax.files import atomically
+from lorax.interop.formats import heads, names, pairs, writing
 from lorax.interop.formats.contract import Found, Update
-from lorax.interop.formats.gguf_file import Gguf, read_header
+from lorax.interop.formats.gguf_file import Gguf, package, read_header
 from lorax.interop.formats.opened import Opened
 
 #: Architectures whose rows of q and k the converter moves: its classes with `permute`.
@@ -24,6 +28,21 @@ TURNED = frozenset(
     "llama arcee smollm3 granite granitemoe granitehybrid olmo minicpm deepseek bailingmoe deci "
     "internlm2 chameleon mistral3 nanbeige baichuan xverse arctic".split()
 )
+#: llama.cpp's names of architectures, by `model_type` of a base's config.json: those with the names
+#: of `names`, whose matrices the converter stores as they are, but for q and k.
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "smollm3": "smollm3",
+    "granite": "granite",
+    "olmo": "olmo",
+    "olmo2": "olmo2",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+}
 LOST = (
     "the converter keeps only lora_alpha: if the adapter was trained with rsLoRA or with patterns "
     "of ranks or alphas, its true scales are others"
@@ -92,3 +111,58 @@ def _scale(opened: Opened, fields: Mapping[str, Any], rank: int) -> tuple[float,
     if alpha == 0 or rank == 0:
         return 1.0, "1: adapter.lora.alpha is 0"
     return alpha / rank, "adapter.lora.alpha / r"
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def write(out: Path, found: Found, base: Mapping[str, Any]) -> Path:
+    """Write updates as a GGUF file that llama.cpp loads onto the base; the file.
+
+    base: the fields of its config.json, which say the architecture and, for q and k, the heads.
+    llama.cpp has one alpha for all matrices. Raises ValueError that says what it can't hold.
+    """
+    adapter = writing.plain(found, "GGUF", ("LoRA",))
+    refused = lambda why: ValueError(f"{found.path}: GGUF can't hold it: {why}")
+    family = (base.get("text_config") or base).get("model_type")
+    arch = ARCHITECTURES.get(family)
+    if arch is None:
+        known = ", ".join(ARCHITECTURES)
+        given = family or "no base, or one without model_type,"
+        raise refused(f"{given} given; adapters are written for bases (--base) of {known}")
+    alpha = np.float32(adapter.scale * adapter.rank)
+    if alpha == 0 or not np.isfinite(alpha):
+        raise refused(f"alpha {alpha:g}, and llama.cpp takes 0 for a scale of 1")
+    known = heads.heads(base)
+    layers = {}
+    for name, update in adapter.updates.items():
+        if (theirs := names.llama_cpp(name)) is None:
+            raise refused(f"llama.cpp's name of {name} is not known")
+        turned = arch in TURNED and theirs.endswith((".attn_q", ".attn_k"))
+        n = known and (known.q if theirs.endswith(".attn_q") else known.kv)
+        if turned and (n is None or update.shape[1] % (2 * n)):
+            raise refused(f"{update.shape[1]} rows of {name} don't fit the heads in --base")
+        layers[theirs] = name, heads.from_hugging_face(n, update.shape[1]) if turned else None
+    return atomically(out, lambda file: _write(file, adapter, layers, arch, alpha))
+
+
+def _write(file: Path, adapter: writing.Plain, layers, arch: str, alpha: np.float32) -> None:
+    """layers: {llama.cpp's name: (Hugging Face's, the order of its rows or None)}."""
+    gguf = package(str(file))
+    writer = gguf.GGUFWriter(file, arch)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+    for theirs, (name, order) in layers.items():
+        a, b, _, _ = adapter.read(name)
+        b = b if order is None else b[:, order]
+        a = a if theirs == "token_embd" else a.T
+        for side, x in (("a", a), ("b", b.T)):
+            x, kind = np.ascontiguousarray(x), None
+            if x.dtype.name == "bfloat16":
+                x, kind = x.view(np.uint8), gguf.GGMLQuantizationType.BF16
+            writer.add_tensor(f"{theirs}.weight.lora_{side}", x, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -11,13 +11,19 @@ weights. (mlx_lm/tuner/lora.py, dora.py and utils.py.)
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from lorax.interop.formats import pairs
+from lorax.files import write_bytes, write_json
+from lorax.interop.formats import pairs, writing
 from lorax.interop.formats.contract import Found, Update
 from lorax.interop.formats.opened import Opened
-from lorax.interop.peft.config import NUMBER
+from lorax.interop.peft.config import CONFIG, NUMBER
+from lorax.interop.peft.files import serialise
 
+WEIGHTS = "adapters.safetensors"
+_IN_LAYER = re.compile(r"(?P<model>.*\blayers)\.\d+\.(?P<key>.+)")
+_NAME = re.compile(r"(language_model\.)?(model\.(layers\.\d+\..+|embed_tokens)|lm_head)")
 _KEY = re.compile(r"(?P<layer>.+)\.(?P<name>lora_a|lora_b|m)")
 
 
@@ -95,3 +101,38 @@ def _scale(opened: Opened, rank: int) -> tuple[float, str, tuple[str, ...]]:
 def _notes(config: Mapping[str, Any]) -> tuple[str, ...]:
     n = config.get("num_layers", config.get("lora_layers"))
     return (f"the last {n} layers of the base were adapted",) if type(n) is int and n > 0 else ()
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def write(out: Path, found: Found, base: Mapping[str, Any]) -> Path:
+    """Write updates as the two files that mlx_lm loads; the directory.
+
+    MLX has one scale and one rank for all matrices, and adapts a module in all layers or in the
+    last few: matrices without an update get one that is 0. base: unused, as names and rows are
+    Hugging Face's. Raises ValueError that says what MLX can't hold.
+    """
+    del base
+    adapter = writing.plain(found, "MLX", ("LoRA", "DoRA"))
+    arrays, keys = {}, []
+    for name in adapter.updates:
+        if _NAME.fullmatch(name) is None or ".experts." in name:
+            raise ValueError(f"{found.path}: MLX can't hold it: its name of {name} is not known")
+        a, b, _, m = adapter.read(name)
+        arrays |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
+        arrays |= {} if m is None else {f"{name}.m": m}
+        match = _IN_LAYER.fullmatch(name)
+        keys.append(match["key"] if match else name)
+    dora = next(iter(adapter.updates.values())).kind == "DoRA"
+    parameters = {"rank": adapter.rank, "scale": adapter.scale, "dropout": 0.0}
+    config = {
+        "fine_tune_type": "dora" if dora else "lora",
+        "num_layers": -1,
+        "lora_parameters": parameters | {"keys": sorted(set(keys))},
+    }
+    if model := writing.base_name(found):
+        config["model"] = model
+    write_bytes(out / WEIGHTS, serialise(arrays, {"format": "mlx"}))
+    write_json(out / CONFIG, config)
+    return out
