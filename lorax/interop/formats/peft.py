@@ -1,38 +1,254 @@
-"""PEFT's files, read without their numbers: `lorax.interop.peft` has the layout."""
+"""PEFT's files, one module at a time; `lorax.interop.peft` has their layout and reads them whole.
 
+LoRA and DoRA, of linear layers, embeddings, convolutions and experts; AdaLoRA; LoHa and LoKr. The
+dW of PEFT's other methods needs the base, which `lorax.adapters.load` reads them onto.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lorax.files import parse_json
+from lorax.interop.adapter import Factors
 from lorax.interop.formats import fused, updates
-from lorax.interop.formats.contract import Found
-from lorax.interop.formats.opened import Opened, same
-from lorax.interop.peft.config import CONFIG, check_targets, read_config, scale_of
-from lorax.interop.peft.files import own_names
-from lorax.interop.peft.lora import FACTOR
-from lorax.interop.places import natural
+from lorax.interop.formats.contract import Found, Update
+from lorax.interop.formats.opened import Opened, numbers, same
+from lorax.interop.peft import experts
+from lorax.interop.peft.config import CONFIG, check_targets, from_patterns, read_config, scale_of
+from lorax.interop.peft.files import PREFIX, WHOLE, own_names
+from lorax.interop.peft.lora import by_module, check_lengths
+from lorax.interop.peft.metadata import index_of, own_factors
+from lorax.interop.places import Places, natural
+from lorax.interop.tensors import Stored
 
-_WORDS = {"A": "lora_down", "B": "lora_up"}
+_WORDS = {"A": "lora_down", "B": "lora_up", "m": "magnitude"}
+#: The tensors of a module, of the methods whose dW the file has.
+_KEYS = {
+    "ADALORA": re.compile(r"(?P<module>.+)\.lora_(?P<word>[ABE])"),
+    "LOHA": re.compile(r"(?P<module>.+)\.(?P<word>hada_(w[12]_[ab]|t[12]))"),
+    "LOKR": re.compile(r"(?P<module>.+)\.(?P<word>lokr_(w[12](_[ab])?|t2))"),
+}
+_NO_CONFIG = f"default 1: there is no {CONFIG}, which has it"
 
 
 def recognises(opened: Opened) -> bool:
-    """Whether a config of PEFT's is beside the file."""
-    return "peft_type" in opened.config
+    """Whether a config of PEFT's is beside the file, or tensors have its names."""
+    return "peft_type" in opened.config or any(key.startswith(PREFIX) for key in opened.tensors)
 
 
 def read(opened: Opened) -> Found:
-    """The updates of LoRA and DoRA. Raises as `lorax.interop.peft.load`."""
-    config_file = opened.file.parent / CONFIG
-    config = read_config(config_file)
+    """The updates of a file. Raises as `lorax.interop.peft.load`, and ValueError for a method whose
+    dW the file does not have."""
+    if opened.config or "lorax" in opened.metadata:
+        config = read_config(opened.file.parent / CONFIG)
+    else:
+        config = {"peft_type": "LORA"}
+    if config["peft_type"] == "LORA":
+        return _lora(opened, config)
+    if config["peft_type"] in _KEYS:
+        return _other(opened, config)
+    raise ValueError(
+        f"{opened.file.parent / CONFIG}: {config['peft_type']}: no update of weights that can be "
+        "read without its base"
+    )
+
+
+def modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, ...]]]:
+    """(the modules of a LoRA as they are stored, {name: shape} of parameters trained in full).
+    Raises ValueError for another method, and for experts."""
+    config = read_config(opened.file.parent / CONFIG)
     if config["peft_type"] != "LORA":
-        raise ValueError(f"{config_file}: peft_type {config['peft_type']!r} given; LORA is read")
-    modules: dict[str, dict] = {}
-    beside = {}
+        raise ValueError(
+            f"{opened.file.parent / CONFIG}: {config['peft_type']} given; other formats have "
+            "only LORA of it"
+        )
+    found, parts, beside = _lora_modules(opened, config)
+    if parts:
+        raise ValueError(f"{opened.file}: {next(iter(parts))}: other formats have no experts")
+    return found, beside
+
+
+# ------------------------------------------------------------------------------------------- LoRA
+
+
+def _lora(opened: Opened, config: Mapping[str, Any]) -> Found:
+    found, parts, beside = _lora_modules(opened, config)
+    source = _source(config, opened)
+    made = [_of_expert(layer, part, source) for layer, part in parts.items()]
+    entries = _entries(opened)
+    made += fused.updates_of([module for module in found if module.layer not in entries])
+    for module in found:
+        made += _parts(module, entries.pop(module.layer, {}))
+    if entries:
+        named = next(iter(entries))
+        raise ValueError(f"{opened.file}: its metadata 'lorax' does not fit: no module {named}")
+    made.sort(key=lambda update: natural(update.layer))
+    notes = () if opened.config else (f"{opened.file}: {_NO_CONFIG}; every s is taken as 1",)
+    return Found("PEFT", opened.path, tuple(made), beside, dict(config), notes)
+
+
+def _lora_modules(opened: Opened, config: Mapping[str, Any]):
+    """(modules that are single matrices, {layer: `experts.Part`}, shapes of other tensors)."""
+    folder = opened.file.parent
+    stored, whole = by_module(opened.tensors, opened.file, same)
+    stored, parts = experts.unpack(stored, config, Places({}), folder)
+    check_targets(config, stored, folder / CONFIG)
+    scale, found = _scale(config, opened), []
+    for layer in sorted(stored, key=natural):
+        tensors = {_WORDS[side]: tensor for side, tensor in stored[layer].items()}
+        found.append(updates.Module(layer, tensors, scale, opened.file))
+        outputs = found[-1].shape("lora_up")[0]
+        if opened.config:
+            check_lengths(layer, tensors.get("magnitude"), outputs, config, folder)
+    return found, parts, {name: tensor.shape for name, tensor in whole.items()}
+
+
+def _source(config: Mapping[str, Any], opened: Opened) -> str:
+    if not opened.config:
+        return _NO_CONFIG
+    alpha = "lora_alpha" if config["peft_type"] == "LORA" else "alpha"
+    return f"config {alpha} / {'sqrt r' if config.get('use_rslora') else 'r'}"
+
+
+def _scale(config: Mapping[str, Any], opened: Opened) -> updates.Scale:
+    """PEFT's rule. LoKr of two whole sides has the scale, too."""
+    file, source = opened.file.parent / CONFIG, _source(config, opened)
+    fields = dict(config)
+    if config["peft_type"] != "LORA":
+        fields["lora_alpha"] = config.get("alpha", 8)
+
+    def scale(layer: str, rank: int | None) -> tuple[float, str]:
+        if not opened.config:
+            return 1.0, source
+        if rank is None:
+            rank = from_patterns(fields.get("rank_pattern"), layer, fields.get("r", 8))
+        return float(scale_of(fields, layer, rank, file)), source
+
+    return scale
+
+
+def _of_expert(layer: str, part: experts.Part, source: str) -> Update:
+    (_, inputs), (outputs, _), rank = part.A.shape, part.B.shape, len(part.rows)
+
+    def read() -> Factors:
+        a = numbers(part.A, [part.rows, range(inputs)]).T
+        b = numbers(part.B, [range(outputs), part.columns]).T
+        return Factors(np.ascontiguousarray(a), np.ascontiguousarray(b), part.s)
+
+    shape = inputs, outputs
+    return Update(layer, "LoRA", shape, rank, float(part.s), source, part.A.kind, read)
+
+
+# ----------------------------------------------------------------------- fused modules of our files
+
+
+def _entries(opened: Opened) -> dict[str, dict[str, dict]]:
+    """{module: {our layer: its entry}} of modules with several layers of ours, from the metadata
+    that `lorax.interop.peft.save` writes. Raises ValueError for metadata that is not that."""
+    if "lorax" not in opened.metadata:
+        return {}
+    found: dict[str, dict[str, dict]] = {}
+    try:
+        stored = parse_json(opened.metadata["lorax"], "line")["factors"]
+        for layer, entry in stored.items():
+            found.setdefault(entry["module"], {})[layer] = entry
+        return {
+            module: layers
+            for module, layers in found.items()
+            if any(entry["columns"] is not None for entry in layers.values())
+        }
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{opened.file}: its metadata 'lorax' does not fit: {error!r}") from None
+
+
+def _parts(module: updates.Module, entries: Mapping[str, dict]) -> list[Update]:
+    """The updates of a module's layers, named "<module>.<last word of the layer>"."""
+    if not entries:
+        return []
+    whole = updates.update(module)
+
+    def read(layer: str) -> Factors:
+        return _fitting(
+            module, lambda: own_factors(entries, {module.layer: whole.read()}, Places({}))
+        )[layer]
+
+    made = []
+    for layer, entry in entries.items():
+        rank, outputs = _fitting(
+            module,
+            lambda entry=entry: (
+                len(np.arange(whole.rank)[index_of(entry["rows"], whole.rank)]),
+                len(np.arange(whole.shape[1])[index_of(entry["columns"], whole.shape[1])]),
+            ),
+        )
+        made.append(
+            whole._replace(
+                layer=f"{module.layer}.{layer.rpartition('/')[2]}",
+                shape=(whole.shape[0], outputs),
+                rank=rank,
+                scale=_fitting(module, lambda entry=entry: float(entry["scale"])),
+                read=lambda layer=layer: read(layer),
+            )
+        )
+    return made
+
+
+def _fitting(module: updates.Module, make):
+    """What `make` returns. Raises ValueError that names file and module for its errors."""
+    try:
+        return make()
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{module.file}: {module.layer}: its metadata 'lorax' does not fit: {error}"
+        ) from None
+
+
+# --------------------------------------------------------------------------------- other methods
+
+
+def _other(opened: Opened, config: Mapping[str, Any]) -> Found:
+    """AdaLoRA, LoHa and LoKr."""
+    key, modules, beside = _KEYS[config["peft_type"]], {}, {}
     for name, tensor in own_names(opened.tensors, opened.file, same).items():
-        if match := FACTOR.fullmatch(name):
-            word = _WORDS.get(match["side"], "magnitude")
+        if match := key.fullmatch(name):
+            word = _WORDS.get(match["word"], match["word"])
             modules.setdefault(match["module"], {})[word] = tensor
-        else:
+        elif WHOLE.fullmatch(name):
             beside[name] = tensor.shape
-    check_targets(config, modules, config_file)
-    source = "config lora_alpha / sqrt r" if config.get("use_rslora") else "config lora_alpha / r"
-    scale = lambda layer, rank: (scale_of(config, layer, rank, config_file), source)
-    names = sorted(modules, key=natural)
-    found = [updates.Module(layer, modules[layer], scale, opened.file) for layer in names]
-    return Found("PEFT", opened.path, fused.updates_of(found), beside, config)
+        else:
+            raise ValueError(f"{opened.file}: {name}: no tensor of {config['peft_type']}")
+    check_targets(config, modules, opened.file.parent / CONFIG)
+    scale = _adalora_scale(config) if config["peft_type"] == "ADALORA" else _scale(config, opened)
+    made = []
+    for layer in sorted(modules, key=natural):
+        singular = modules[layer].pop("E", None)
+        module = updates.Module(layer, modules[layer], scale, opened.file)
+        one = updates.update(module)
+        if config["peft_type"] == "ADALORA":
+            one = _with_singular(one, module, singular)
+        made.append(one)
+    return Found("PEFT", opened.path, tuple(made), beside, dict(config))
+
+
+def _adalora_scale(config: Mapping[str, Any]) -> updates.Scale:
+    """alpha / init_r, whatever the rank is after pruning (PEFT, tuners/adalora/layer.py)."""
+    r, alpha = config.get("init_r", 12), config.get("lora_alpha", 8)
+    alpha = alpha if alpha > 0 else r
+    return lambda layer, rank: (alpha / (r + 1e-5), "config lora_alpha / init_r")
+
+
+def _with_singular(one: Update, module: updates.Module, singular: Stored | None) -> Update:
+    """AdaLoRA's update a diag(E) b."""
+    if singular is None or math.prod(singular.shape) != one.rank:
+        shape = None if singular is None else singular.shape
+        raise module.error(f"need lora_E ({one.rank}, 1), it is {shape}")
+    read = one.read
+
+    def with_singular() -> Factors:
+        factors = read()
+        return factors._replace(a=factors.a * numbers(singular).reshape(-1))
+
+    return one._replace(kind="AdaLoRA", read=with_singular)

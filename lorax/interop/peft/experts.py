@@ -20,7 +20,7 @@ from __future__ import annotations
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -125,11 +125,27 @@ def stored_at(module: str, modules: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------- reading
 
 
+class Part(NamedTuple):
+    """One expert's part of the tensors of a parameter: A[rows] (r, in) and B[:, columns] (out, r),
+    of arrays or of places in a file; s: its scale."""
+
+    A: Any
+    B: Any
+    rows: range
+    columns: range
+    s: float
+
+    def factors(self) -> Factors:
+        """Those of arrays, oriented as ours."""
+        a, b = self.A[self.rows.start : self.rows.stop].T, self.B[:, self.columns].T
+        return Factors(np.ascontiguousarray(a), np.ascontiguousarray(b), self.s)
+
+
 def unpack(
     modules: Mapping[str, dict], config: Mapping[str, Any], places: Places, directory: pathlib.Path
-) -> tuple[dict[str, dict], dict[str, Factors]]:
+) -> tuple[dict[str, dict], dict[str, Part]]:
     """(the modules of a file {module: {"A", "B", "m"}} that are single matrices, {"...experts.5.
-    gate_up_proj": factors} of the experts in the others).
+    gate_up_proj": part} of the experts in the others); only shapes are looked at.
 
     Raises ValueError if experts are missing: the tensors of a targeted parameter, or the update of
     some experts of a layer.
@@ -140,7 +156,7 @@ def unpack(
         if container.endswith(".experts"):
             depths.setdefault(container, []).append(module)
             del rest[module]
-    factors: dict[str, Factors] = {}
+    parts: dict[str, Part] = {}
     for container, stored in depths.items():
         names = [name for name in PARAMETERS if _targeted(f"{container}.{name}", targets)]
         if len(names) != len(stored):
@@ -151,9 +167,9 @@ def unpack(
         for name, module in zip(names, sorted(stored, key=len, reverse=True), strict=True):
             parameter = f"{container}.{name}"
             each = _split(parameter, modules[module], config, places, directory)
-            factors |= {f"{container}.{e}.{name}": one for e, one in each.items()}
+            parts |= {f"{container}.{e}.{name}": one for e, one in each.items()}
     _check_complete(rest, places, directory / WEIGHTS)
-    return rest, factors
+    return rest, parts
 
 
 def _targeted(parameter: str, targets) -> bool:
@@ -161,21 +177,22 @@ def _targeted(parameter: str, targets) -> bool:
 
 
 def _split(parameter: str, sides: dict, config, places: Places, directory: pathlib.Path):
-    """{expert: factors} of one parameter."""
+    """{expert: its part} of one parameter."""
     file, (A, B) = directory / WEIGHTS, (sides.get(side) for side in "AB")
     r = from_patterns(config.get("rank_pattern"), parameter, config.get("r", 8))
-    if A is None or B is None or A.ndim != 2 or B.ndim != 2 or "m" in sides:
+    if A is None or B is None or len(A.shape) != 2 or len(B.shape) != 2 or "m" in sides:
         raise ValueError(f"{file}: {parameter}: need A (E r, in) and B (out, r E), and no more")
     known = places.experts.get(re.sub(r"\.\d+\.", ".{}.", parameter))
-    experts = known or len(A) // r
-    if len(A) != experts * r or B.shape[1] != experts * r or not experts:
+    experts = known or A.shape[0] // r
+    if A.shape[0] != experts * r or B.shape[1] != experts * r or not experts:
         raise ValueError(
             f"{file}: {parameter}: A {A.shape} and B {B.shape} given; "
             f"{experts} experts of rank {r} have A ({experts * r}, in), B (out, {experts * r})"
         )
     scale = scale_of(config, parameter, r, directory / CONFIG)
-    each = ((A[e * r : (e + 1) * r].T, B[:, e::experts].T) for e in range(experts))
-    return {e: Factors(*map(np.ascontiguousarray, ab), scale) for e, ab in enumerate(each)}
+    rows = lambda e: range(e * r, (e + 1) * r)
+    columns = lambda e: range(e, experts * r, experts)
+    return {e: Part(A, B, rows(e), columns(e), scale) for e in range(experts)}
 
 
 def _check_complete(modules: Mapping[str, Any], places: Places, file: pathlib.Path) -> None:

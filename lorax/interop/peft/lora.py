@@ -202,10 +202,11 @@ def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = No
         given = f"{directory / CONFIG}: peft_type {config['peft_type']!r} given"
         raise ValueError(f"{given}; LORA is read here, others by lorax.adapters.peft_methods")
     stored, metadata = files.read_tensors(file)
-    modules, whole = _sort(stored, file)
+    modules, whole = by_module(stored, file)
     places = Places(sources or {})
-    modules, updates = experts.unpack(modules, config, places, directory)
+    modules, parts = experts.unpack(modules, config, places, directory)
     check_targets(config, modules, directory / CONFIG)
+    updates = {name: part.factors() for name, part in parts.items()}
     updates |= {
         module: _update(module, sides, config, directory) for module, sides in modules.items()
     }
@@ -314,11 +315,12 @@ def _check(path: str, factor: Factors) -> None:
 # ---------------------------------------------------------------------------------------- reading
 
 
-def _sort(stored: Mapping[str, np.ndarray], file: pathlib.Path):
-    """({module: {"A", "B", "m"}}, {tensor trained in full: value}) by Hugging Face's names."""
-    modules: dict[str, dict[str, np.ndarray]] = {}
-    whole: dict[str, np.ndarray] = {}
-    for name, tensor in files.own_names(stored, file).items():
+def by_module(stored: Mapping[str, Any], file: pathlib.Path, same=np.array_equal):
+    """({module: {"A", "B", "m"}}, {tensor trained in full: value}) by Hugging Face's names. The
+    arguments are those of `own_names`."""
+    modules: dict[str, dict[str, Any]] = {}
+    whole: dict[str, Any] = {}
+    for name, tensor in files.own_names(stored, file, same).items():
         if match := FACTOR.fullmatch(name):
             modules.setdefault(match["module"], {})[match["side"] or "m"] = tensor
         elif files.WHOLE.fullmatch(name):
@@ -339,15 +341,21 @@ def _update(module: str, sides: dict, config: dict, directory: pathlib.Path) -> 
         raise ValueError(
             f"{directory / WEIGHTS}: {module}: need A (r, in) and B (out, r), got {shapes}"
         )
-    if bool(config.get("use_dora")) != (m is not None) or m is not None and m.size != len(B):
-        given = "no magnitudes" if m is None else f"magnitudes {m.shape}"
-        raise ValueError(
-            f"{directory / WEIGHTS}: {module}: {given} for {len(B)} outputs, but {CONFIG} says "
-            f"use_dora={bool(config.get('use_dora'))}"
-        )
+    check_lengths(module, m, len(B), config, directory)
     scale = scale_of(config, module, A.shape[0], directory / CONFIG)
     a, b = np.ascontiguousarray(A.T), np.ascontiguousarray(B.T)
     return Factors(a, b, scale, None if m is None else m.reshape(-1))
+
+
+def check_lengths(module: str, m, outputs: int, config: dict, directory: pathlib.Path) -> None:
+    """Raises ValueError for DoRA's lengths, an array or its place or None, if they don't fit."""
+    dora, size = bool(config.get("use_dora")), None if m is None else math.prod(m.shape)
+    if dora != (m is not None) or size not in (None, outputs):
+        given = "no magnitudes" if m is None else f"magnitudes {m.shape}"
+        raise ValueError(
+            f"{directory / WEIGHTS}: {module}: {given} for {outputs} outputs, but {CONFIG} says "
+            f"use_dora={dora}"
+        )
 
 
 def _split(module: str, update: Factors, places: Places, file: pathlib.Path) -> dict[str, Factors]:

@@ -27,7 +27,7 @@ def take_apart(updates, whole, text: str, places: Places, file: pathlib.Path):
     where = f"{file}: its metadata 'lorax' does not fit"
     try:
         entries = parse_json(text, "line")
-        factors = _own_factors(entries["factors"], updates, places)
+        factors = own_factors(entries["factors"], updates, places)
         weights = _own_weights(entries["weights"], whole, places)
         if (
             not isinstance(entries["tied"], str)
@@ -42,10 +42,12 @@ def take_apart(updates, whole, text: str, places: Places, file: pathlib.Path):
         raise ValueError(f"{where}: {error}") from error
 
 
-def _own_factors(
-    entries: dict, updates: Mapping[str, Factors], places: Places
+def own_factors(
+    entries: Mapping, updates: Mapping[str, Factors], places: Places
 ) -> dict[str, Factors]:
-    """{layer: its factors} from the modules' by the metadata's entries."""
+    """{layer: its factors} from the modules' by the metadata's entries. Raises ValueError for
+    entries that don't fit, LookupError, TypeError or AttributeError for ones that are no entries.
+    """
     scales: dict[str, list[float]] = {}
     for entry in entries.values():
         scales.setdefault(entry["module"], []).append(_number(entry["scale"]))
@@ -60,11 +62,12 @@ def _own_factors(
             raise ValueError(f"scale {common} of {path}, but {CONFIG} says {scale}")
         last = "kernel" if places.of(f"{path}/kernel") else "embedding"
         _agree(f"{path}/{last}", f"{module}.weight", entry["columns"], b.shape[1], places)
-        columns, rows = _index(entry["columns"], b.shape[1]), _index(entry["rows"], len(b))
+        columns, rows = index_of(entry["columns"], b.shape[1]), index_of(entry["rows"], len(b))
         taken[module][rows, columns] = taken[module][-1, columns] = True
         part = np.ascontiguousarray(b[rows, columns])
         own_b, own_m = rescale(part, common, s), None if m is None else m[columns]
-        if not np.isfinite(own_b).all() or part.any() and not own_b.any():
+        lost = np.isfinite(part).all() and not np.isfinite(own_b).all()
+        if lost or part.any() and not own_b.any():
             raise ValueError(f"scale {s} of {path} beside {common}")
         factors[path] = Factors(np.ascontiguousarray(a[:, rows]), own_b, s, own_m)
     for module, (a, b, _, m) in updates.items():
@@ -88,7 +91,7 @@ def _own_weights(entries: dict, whole: Mapping[str, np.ndarray], places: Places)
         _agree(path, name, entry["columns"], width, places)
         if source is not None and (source.axes and [*source.axes]) != axes:
             raise ValueError(f"axes {axes} of {path}, in the base they are {source.axes}")
-        columns = _index(entry["columns"], width)
+        columns = index_of(entry["columns"], width)
         taken[name].transpose(axes or range(tensor.ndim))[..., columns] = True
         weights[path] = ours(tensor, axes, columns)
     for name, part in taken.items():
@@ -104,7 +107,7 @@ def _number(x: Any) -> float:
     return float(x)
 
 
-def _index(part: Any, size: int) -> slice | np.ndarray:
+def index_of(part: Any, size: int) -> slice | np.ndarray:
     """`as_index` of a part of an axis in the metadata. Raises ValueError if it is not one."""
     if isinstance(part, str) and re.fullmatch(r"\d{1,9}:\d{1,9}(:[1-9])?", part):
         index = as_index(part)

@@ -39,6 +39,7 @@ def saved(lycoris, tmp_path, algorithm, arguments, conv, alpha=3.0):
 
     torch.manual_seed(0)
     layer = torch.nn.Conv2d(16, 24, 3, bias=False) if conv else torch.nn.Linear(16, 24, bias=False)
+    shape = tuple(layer.weight.shape)
     names = {"locon": "LoConModule", "loha": "LohaModule", "lokr": "LokrModule"}
     kind = importlib.import_module(f"lycoris.modules.{algorithm}")
     kind = getattr(kind, names.get(algorithm, "FullModule"))
@@ -50,7 +51,7 @@ def saved(lycoris, tmp_path, algorithm, arguments, conv, alpha=3.0):
         if hasattr(module, "get_weight"):  # of LoHa and LoKr, whose get_diff_weight scales twice
             change = module.get_weight(module.shape)
         else:
-            change = module.get_diff_weight(shape=layer.weight.shape)[0]
+            change = module.get_diff_weight(shape=shape)[0]
         tensors = {f"lora_unet_layer.{k}": v for k, v in module.custom_state_dict().items()}
     file = tmp_path / "lycoris.safetensors"
     tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
