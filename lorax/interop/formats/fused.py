@@ -19,7 +19,7 @@ import numpy as np
 from lorax.interop.adapter import Factors
 from lorax.interop.formats import updates
 from lorax.interop.formats.contract import Update
-from lorax.interop.formats.opened import numbers, same
+from lorax.interop.formats.opened import numbers, quiet, same
 from lorax.interop.formats.updates import Module
 from lorax.interop.tensors import Stored
 
@@ -76,6 +76,7 @@ def _split(module: Module) -> list[Update]:
     ]  # fmt: skip
 
 
+@quiet
 def _is_sparse(up: Stored, sizes: Sequence[int], rank: int) -> bool:
     """Whether each block of rows of `up` is zero outside its own columns, and not zero in them. A
     row of each block is looked at first, as others hardly ever pass that."""

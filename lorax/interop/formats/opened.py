@@ -1,7 +1,7 @@
 """Finds the file of an adapter and opens it; no numbers are read yet, nothing is unpickled."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,6 +160,13 @@ def refused(file: Path) -> ValueError:
 # ---------------------------------------------------------------------------------------- numbers
 
 
+def quiet(function: Callable) -> Callable:
+    """A function that computes with numbers of a file, without numpy's warnings of those that are
+    NaN or become infinite."""
+    return np.errstate(over="ignore", invalid="ignore")(function)
+
+
+@quiet
 def numbers(tensor: tensors.Stored, index: Sequence[Sequence[int]] | None = None) -> np.ndarray:
     """A tensor of floats as float32, NaN and infinity included; with `index` a part of it, as
     `Stored.read` takes it. Raises ValueError that names file and tensor for other types."""
@@ -169,8 +176,7 @@ def numbers(tensor: tensors.Stored, index: Sequence[Sequence[int]] | None = None
     else:  # 8 bits
         stored = tensor.as_bytes().read().view(FLOATS[tensor.kind]).reshape(tensor.shape)
         stored = stored if index is None else stored[np.ix_(*index)]
-    with np.errstate(over="ignore"):
-        return np.asarray(stored, np.float32)
+    return np.asarray(stored, np.float32)
 
 
 def check_floats(tensor: tensors.Stored) -> None:

@@ -4,6 +4,7 @@ LoRA and DoRA, of linear layers, embeddings, convolutions and experts; AdaLoRA; 
 dW of PEFT's other methods needs the base, which `lorax.adapters.load` reads them onto.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from lorax.files import parse_json
 from lorax.interop.adapter import Factors
 from lorax.interop.formats import fused, updates
 from lorax.interop.formats.contract import Found, Update
-from lorax.interop.formats.opened import Opened, numbers, same
+from lorax.interop.formats.opened import Opened, numbers, quiet, same
 from lorax.interop.peft import experts
 from lorax.interop.peft.config import CONFIG, check_targets, from_patterns, read_config, scale_of
 from lorax.interop.peft.files import PREFIX, WHOLE, own_names
@@ -170,30 +171,31 @@ def _parts(module: updates.Module, entries: Mapping[str, dict]) -> list[Update]:
         return []
     whole = updates.update(module)
 
+    @quiet
     def read(layer: str) -> Factors:
-        return _fitting(
-            module, lambda: own_factors(entries, {module.layer: whole.read()}, Places({}))
-        )[layer]
+        own = lambda: own_factors(entries, {module.layer: whole.read()}, Places({}))
+        return _fitting(module, own)[layer]
 
     made = []
     for layer, entry in entries.items():
-        rank, outputs = _fitting(
-            module,
-            lambda entry=entry: (
-                len(np.arange(whole.rank)[index_of(entry["rows"], whole.rank)]),
-                len(np.arange(whole.shape[1])[index_of(entry["columns"], whole.shape[1])]),
-            ),
-        )
+        rank, outputs, s = _fitting(module, lambda entry=entry: _sizes(entry, whole))
         made.append(
             whole._replace(
                 layer=f"{module.layer}.{layer.rpartition('/')[2]}",
                 shape=(whole.shape[0], outputs),
                 rank=rank,
-                scale=_fitting(module, lambda entry=entry: float(entry["scale"])),
-                read=lambda layer=layer: read(layer),
+                scale=s,
+                read=functools.partial(read, layer),
             )
         )
     return made
+
+
+def _sizes(entry: Mapping[str, Any], whole: Update) -> tuple[int, int, float]:
+    """(rank, outputs, scale) of a part of a module."""
+    size = lambda part, n: len(np.arange(n)[index_of(part, n)])
+    rank, outputs = size(entry["rows"], whole.rank), size(entry["columns"], whole.shape[1])
+    return rank, outputs, float(entry["scale"])
 
 
 def _fitting(module: updates.Module, make):
@@ -247,6 +249,7 @@ def _with_singular(one: Update, module: updates.Module, singular: Stored | None)
         raise module.error(f"need lora_E ({one.rank}, 1), it is {shape}")
     read = one.read
 
+    @quiet
     def with_singular() -> Factors:
         factors = read()
         return factors._replace(a=factors.a * numbers(singular).reshape(-1))

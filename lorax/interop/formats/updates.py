@@ -24,7 +24,7 @@ import numpy as np
 
 from lorax.interop.adapter import Factors
 from lorax.interop.formats.contract import Update
-from lorax.interop.formats.opened import check_floats, numbers
+from lorax.interop.formats.opened import check_floats, numbers, quiet
 from lorax.interop.tensors import Stored
 
 #: Numbers that a dW may have which is made of smaller tensors: 4 GiB of float32.
@@ -229,7 +229,7 @@ def _dense(module: Module, word, kind, shape, rank, s, source, read) -> Update:
 
 def _made(module: Module, word, kind, shape, rank, s, source, read, warnings) -> Update:
     dtype = module.tensors[word].kind
-    return Update(module.layer, kind, shape, rank, s, source, dtype, read, warnings)
+    return Update(module.layer, kind, shape, rank, s, source, dtype, quiet(read), warnings)
 
 
 def _first(module: Module) -> str:
