@@ -3,8 +3,8 @@
     "GGUF", version (2 or 3), number of tensors, number of fields
     fields: key, type, value; tensors: name, axes, type, place; then the data, aligned
 
-The `gguf` package reads headers too, but takes the counts in a file at their word, so that a
-damaged one fills the memory before anything is refused; here each is held against what is left of
+The `gguf` package reads headers too, but takes the counts in a file at their word, so that it reads
+on long after the end of a damaged one; here each is held against what is left of
 the file. Quantised numbers are decoded by the package. (ggml's docs/gguf.md.)
 """
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lorax.files import atomically
+from lorax.interop.adapter import Factors
 from lorax.interop.formats import heads, names, pairs, writing
 from lorax.interop.formats.contract import Found, Update
 from lorax.interop.formats.gguf_file import Gguf, package, read_header
@@ -48,6 +49,7 @@ LOST = (
     "of ranks or alphas, its true scales are others"
 )
 _KEY = re.compile(r"(?P<layer>.+?)(\.weight)?\.lora_(?P<side>[ab])")
+_OWN = re.compile(r"blk\.\d+\.[a-z_]+|token_embd|output")
 _NORM = re.compile(r".*_norm(\.weight|\.bias)?")
 
 
@@ -116,45 +118,60 @@ def _scale(opened: Opened, fields: Mapping[str, Any], rank: int) -> tuple[float,
 # ---------------------------------------------------------------------------------------- writing
 
 
-def write(out: Path, found: Found, base: Mapping[str, Any]) -> Path:
-    """Write updates as a GGUF file that llama.cpp loads onto the base; the file.
+def write(out: Path, made: Mapping[str, Factors], config: Mapping[str, Any], base=None) -> Path:
+    """Write {name: factors} as a GGUF file; the file.
 
-    base: the fields of its config.json, which say the architecture and, for q and k, the heads.
+    Names are Hugging Face's, with rows in Hugging Face's order, and `base` has the fields of the
+    base's config.json, which say the architecture and for q and k the heads; or names are
+    llama.cpp's own, with rows in its order, and `config` is that of the file that they are from.
     llama.cpp has one alpha for all matrices. Raises ValueError that says what it can't hold.
     """
-    adapter = writing.plain(found, "GGUF", ("LoRA",))
-    refused = lambda why: ValueError(f"{found.path}: GGUF can't hold it: {why}")
+    scale, rank = writing.one_scale(made, "llama.cpp")
+    alpha = np.float32(scale * rank)
+    if alpha == 0 or not np.isfinite(alpha):
+        raise ValueError(f"llama.cpp can't have alpha {alpha:g}: it takes 0 for a scale of 1")
+    if lengths := [name for name, one in made.items() if one.m is not None]:
+        raise ValueError(f"llama.cpp has no DoRA; {lengths[0]} has lengths")
+    if all(_OWN.fullmatch(name) for name in made):
+        arch, layers = config.get("general.architecture"), {name: (name, None) for name in made}
+    else:
+        arch = _architecture(base or {})
+        layers = dict(_place(name, one.b.shape[1], arch, base) for name, one in made.items())
+    padded = {name: writing.padded(one, rank) for name, one in made.items()}
+    return atomically(out, lambda file: _write(file, padded, layers, arch, alpha))
+
+
+def _architecture(base: Mapping[str, Any]) -> str:
     family = (base.get("text_config") or base).get("model_type")
-    arch = ARCHITECTURES.get(family)
-    if arch is None:
+    if family not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         given = family or "no base, or one without model_type,"
-        raise refused(f"{given} given; adapters are written for bases (--base) of {known}")
-    alpha = np.float32(adapter.scale * adapter.rank)
-    if alpha == 0 or not np.isfinite(alpha):
-        raise refused(f"alpha {alpha:g}, and llama.cpp takes 0 for a scale of 1")
+        raise ValueError(f"{given} given; llama.cpp's names are known for bases of {known}")
+    return ARCHITECTURES[family]
+
+
+def _place(name: str, rows: int, arch: str, base) -> tuple[str, tuple[str, np.ndarray | None]]:
+    """(llama.cpp's name, (Hugging Face's name, the order of its rows if it changes))."""
+    if (theirs := names.llama_cpp(name)) is None:
+        raise ValueError(f"llama.cpp's name of {name} is not known")
+    if arch not in TURNED or not theirs.endswith((".attn_q", ".attn_k")):
+        return theirs, (name, None)
     known = heads.heads(base)
-    layers = {}
-    for name, update in adapter.updates.items():
-        if (theirs := names.llama_cpp(name)) is None:
-            raise refused(f"llama.cpp's name of {name} is not known")
-        turned = arch in TURNED and theirs.endswith((".attn_q", ".attn_k"))
-        n = known and (known.q if theirs.endswith(".attn_q") else known.kv)
-        if turned and (n is None or update.shape[1] % (2 * n)):
-            raise refused(f"{update.shape[1]} rows of {name} don't fit the heads in --base")
-        layers[theirs] = name, heads.from_hugging_face(n, update.shape[1]) if turned else None
-    return atomically(out, lambda file: _write(file, adapter, layers, arch, alpha))
+    n = known and (known.q if theirs.endswith(".attn_q") else known.kv)
+    if n is None or rows % (2 * n):
+        raise ValueError(f"{rows} rows of {name} don't fit the heads of the base")
+    return theirs, (name, heads.from_hugging_face(n, rows))
 
 
-def _write(file: Path, adapter: writing.Plain, layers, arch: str, alpha: np.float32) -> None:
-    """layers: {llama.cpp's name: (Hugging Face's, the order of its rows or None)}."""
+def _write(file: Path, made: Mapping[str, Factors], layers, arch: str, alpha: np.float32) -> None:
+    """layers: {llama.cpp's name: (the name in `made`, the order of its rows or None)}."""
     gguf = package(str(file))
     writer = gguf.GGUFWriter(file, arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
     for theirs, (name, order) in layers.items():
-        a, b, _, _ = adapter.read(name)
+        a, b, _, _ = made[name]
         b = b if order is None else b[:, order]
         a = a if theirs == "token_embd" else a.T
         for side, x in (("a", a), ("b", b.T)):

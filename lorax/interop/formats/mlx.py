@@ -14,7 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lorax.files import write_bytes, write_json
+from lorax.interop.adapter import Factors
 from lorax.interop.formats import pairs, writing
 from lorax.interop.formats.contract import Found, Update
 from lorax.interop.formats.opened import Opened
@@ -106,33 +109,33 @@ def _notes(config: Mapping[str, Any]) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------------------- writing
 
 
-def write(out: Path, found: Found, base: Mapping[str, Any]) -> Path:
-    """Write updates as the two files that mlx_lm loads; the directory.
+def write(out: Path, made: Mapping[str, Factors], config: Mapping[str, Any], base=None) -> Path:
+    """Write {Hugging Face's name: factors} as the two files that mlx_lm loads; the directory.
 
     MLX has one scale and one rank for all matrices, and adapts a module in all layers or in the
-    last few: matrices without an update get one that is 0. base: unused, as names and rows are
-    Hugging Face's. Raises ValueError that says what MLX can't hold.
+    last few: matrices without an update get one that is 0. config: of the file that they are from.
+    base: unused, as names and rows are Hugging Face's. Raises ValueError that says what MLX can't
+    hold.
     """
-    del base
-    adapter = writing.plain(found, "MLX", ("LoRA", "DoRA"))
+    scale, rank = writing.one_scale(made, "MLX")
+    lengths = [one.m is not None for one in made.values()]
+    if len(set(lengths)) > 1:
+        raise ValueError("MLX has DoRA of all matrices or of none; given some with lengths")
     arrays, keys = {}, []
-    for name in adapter.updates:
+    for name, one in made.items():
         if _NAME.fullmatch(name) is None or ".experts." in name:
-            raise ValueError(f"{found.path}: MLX can't hold it: its name of {name} is not known")
-        a, b, _, m = adapter.read(name)
+            raise ValueError(f"MLX's name of {name} is not known")
+        a, b, _, m = writing.padded(one, rank)
         arrays |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
         arrays |= {} if m is None else {f"{name}.m": m}
         match = _IN_LAYER.fullmatch(name)
         keys.append(match["key"] if match else name)
-    dora = next(iter(adapter.updates.values())).kind == "DoRA"
-    parameters = {"rank": adapter.rank, "scale": adapter.scale, "dropout": 0.0}
-    config = {
-        "fine_tune_type": "dora" if dora else "lora",
-        "num_layers": -1,
-        "lora_parameters": parameters | {"keys": sorted(set(keys))},
-    }
-    if model := writing.base_name(found):
-        config["model"] = model
+    parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": sorted(set(keys))}
+    kind = "dora" if lengths[0] else "lora"
+    fields = {"fine_tune_type": kind, "num_layers": -1, "lora_parameters": parameters}
+    if model := writing.base_name(config):
+        fields["model"] = model
+    arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
     write_bytes(out / WEIGHTS, serialise(arrays, {"format": "mlx"}))
-    write_json(out / CONFIG, config)
+    write_json(out / CONFIG, fields)
     return out

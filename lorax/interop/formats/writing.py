@@ -1,7 +1,11 @@
-"""What an adapter's updates must be so that another format can hold them."""
+"""What an adapter's updates must be so that a file of another format can hold them.
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+A writer takes {name: factors}. `factors` makes it of what was read: by Hugging Face's names, with
+rows in Hugging Face's order, in the types of numbers that the file has.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,71 +20,76 @@ _OWN = ("PEFT", "MLX", "Tinker")
 _LOSES_SCALE = ("MLX", "torchtune", "Megatron", "Tinker", "tunix", "MaxText", "keras-hub")
 
 
-class Plain(NamedTuple):
-    """Low-rank updates by Hugging Face's names, with one scale and one rank.
+def factors(found: Found) -> dict[str, Factors]:
+    """{Hugging Face's name: factors} of a language model's adapter.
 
-    rank: the largest; factors of a smaller one are padded with zeros, which leaves dW as it is.
+    The arrays have the type that the file has; 8 bits and types that differ become float32.
+    Raises ValueError that names what would be lost or wrong: an update without factors, weights
+    trained beside, a matrix twice, a name, a scale or an order of rows that is not known.
     """
-
-    updates: dict[str, Update]
-    scale: float
-    rank: int
-
-    def read(self, name: str) -> Factors:
-        """a (in, rank), b (rank, out) and DoRA's lengths, in the type of the file; 8 bits and types
-        that differ become float32."""
-        update = self.updates[name]
-        a, b, s, m = update.read()
-        dtype = _DTYPES.get(update.dtype, np.float32)
-        more = self.rank - a.shape[1]
-        a, b = np.pad(a, ((0, 0), (0, more))), np.pad(b, ((0, more), (0, 0)))
-        return Factors(a.astype(dtype), b.astype(dtype), s, m)
-
-
-def plain(found: Found, format: str, kinds: Sequence[str]) -> Plain:
-    """The updates of a file for a format that holds these kinds, with one scale and one rank.
-
-    Raises ValueError that says what the format can't hold: another kind, weights trained beside,
-    several scales, a matrix twice, rows in an order that is not known.
-    """
-
-    def refused(why: str) -> ValueError:
-        return ValueError(f"{found.path}: {format} can't hold it: {why}")
-
-    by_name: dict[str, Update] = {}
+    for update in found.updates:
+        _check(found, update)
+    if found.beside:
+        raise _refused(found, f"{', '.join([*found.beside][:3])} beside the updates of matrices")
+    made: dict[str, Factors] = {}
     for update in found.updates:
         name = names.hugging_face(update.layer)
-        if update.kind not in kinds:
-            raise refused(f"{update.layer} is {update.kind}; it holds {' and '.join(kinds)}")
-        if heads.is_unordered(update):
-            raise refused(
-                f"the order of the rows of {update.layer} needs the base's heads; give --base"
-            )
-        if found.format in _LOSES_SCALE and update.source.startswith("default"):
-            raise refused(f"its scale is not known: {update.layer} has {update.source}")
-        if found.format not in _OWN and not name.startswith(("model.", "lm_head")):
-            raise refused(f"Hugging Face's name of {update.layer} is not known")
-        if name in by_name:
-            raise refused(f"{name} occurs twice, once as {update.layer}")
-        by_name[name] = update
-    if not by_name:
-        raise refused("no updates in it")
-    if found.beside:
-        raise refused(f"{', '.join([*found.beside][:3])} beside the updates of matrices")
-    if len(of_kind := {update.kind for update in by_name.values()}) > 1:
-        raise refused(f"{' and '.join(sorted(of_kind))} in one file")
-    scales = {update.scale: update.layer for update in by_name.values()}
+        if name in made:
+            raise _refused(found, f"{name} occurs twice, once as {update.layer}")
+        made[name] = in_its_type(update)
+    if not made:
+        raise _refused(found, "no updates in it")
+    return made
+
+
+def in_its_type(update: Update) -> Factors:
+    """The factors of an update in the type that the file has."""
+    dtype = _DTYPES.get(update.dtype, np.float32)
+    a, b, s, m = update.read()
+    return Factors(a.astype(dtype, copy=False), b.astype(dtype, copy=False), s, m)
+
+
+def _check(found: Found, update: Update) -> None:
+    name = names.hugging_face(update.layer)
+    if update.kind not in ("LoRA", "DoRA"):
+        raise _refused(found, f"{update.layer} is {update.kind}; expected LoRA or DoRA")
+    if heads.is_unordered(update):
+        why = f"the order of the rows of {update.layer} needs the base's heads; give --base"
+        raise _refused(found, why)
+    if found.format in _LOSES_SCALE and update.source.startswith("default"):
+        raise _refused(found, f"the scale of {update.layer} is not known ({update.source})")
+    if found.format not in _OWN and not name.startswith(("model.", "lm_head")):
+        raise _refused(found, f"Hugging Face's name of {update.layer} is not known")
+
+
+def _refused(found: Found, why: str) -> ValueError:
+    return ValueError(f"{found.path}: not converted: {why}")
+
+
+def one_scale(made: Mapping[str, Factors], format: str) -> tuple[float, int]:
+    """(the scale, the largest rank) of factors for a format that has one of each for all matrices.
+    Raises ValueError that names two matrices with different scales."""
+    if not made:
+        raise ValueError(f"{format}: nothing to write")
+    scales = {one.s: name for name, one in made.items()}
     if len(scales) > 1:
-        (s, one), (t, other) = [*scales.items()][:2]
-        raise refused(f"one scale for all, and it is {s:g} in {one}, {t:g} in {other}")
-    rank = max(update.rank for update in by_name.values())
-    return Plain(by_name, *scales, rank)
+        (s, name), (t, other) = [*scales.items()][:2]
+        raise ValueError(
+            f"{format} has one scale for all matrices; given {s:g} in {name}, {t:g} in {other}"
+        )
+    return next(iter(scales)), max(one.a.shape[1] for one in made.values())
 
 
-def base_name(found: Found) -> str | None:
-    """The base that a file names, None if it does not."""
-    for field in ("base_model_name_or_path", "model", "general.base_model.0.repo_url"):
-        name = found.config.get(field) if isinstance(found.config, Mapping) else None
-        if isinstance(name, str) and name:
+def padded(one: Factors, rank: int) -> Factors:
+    """Factors of a larger rank with the same dW: zeros are added."""
+    more = rank - one.a.shape[1]
+    a, b = np.pad(one.a, ((0, 0), (0, more))), np.pad(one.b, ((0, more), (0, 0)))
+    return one._replace(a=a, b=b)
+
+
+def base_name(config: Mapping[str, Any]) -> str | None:
+    """The base that a file's config names, None if it does not."""
+    for field in ("base_model_name_or_path", "model"):
+        if isinstance(name := config.get(field), str) and name:
             return name
     return None

@@ -8,7 +8,7 @@ import pytest
 from language_files import directory, draw, gguf_file
 
 from lorax.interop import formats
-from lorax.interop.formats import llama_cpp, mlx
+from lorax.interop.formats import llama_cpp, mlx, writing
 
 BASE = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
 CONFIG = {"peft_type": "LORA", "lora_alpha": 6, "r": 4, "base_model_name_or_path": "some/base"}
@@ -26,6 +26,14 @@ def peft_adapter(path, dtype=np.float32, rank=4, more=(), **config):
         tensors[f"{place}.lora_B.weight"] = draw(n_out, r).astype(dtype)
     directory(path, tensors, CONFIG | config)
     return formats.read(path)
+
+
+def to_mlx(out, found):
+    return mlx.write(out, writing.factors(found), found.config)
+
+
+def to_gguf(out, found, base=BASE):
+    return llama_cpp.write(out, writing.factors(found), found.config, base)
 
 
 def by_name(found):
@@ -51,7 +59,7 @@ def test_mlx_and_llama_cpp_hold_pefts_updates(tmp_path, dtype):
     found = peft_adapter(
         tmp_path, dtype, rank=2, rank_pattern={"down_proj": 2}, alpha_pattern={"down_proj": 3}
     )
-    there = formats.read(mlx.write(tmp_path / "mlx", found, {}))
+    there = formats.read(to_mlx(tmp_path / "mlx", found))
     check_same(found, there)
     config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
     assert config["lora_parameters"] == {
@@ -62,15 +70,15 @@ def test_mlx_and_llama_cpp_hold_pefts_updates(tmp_path, dtype):
     }
     assert config["model"] == "some/base" and config["num_layers"] == -1
     pytest.importorskip("gguf")
-    file = llama_cpp.write(tmp_path / "adapter.gguf", there, BASE)
+    file = to_gguf(tmp_path / "adapter.gguf", there)
     check_same(found, formats.read(file, BASE))
-    check_same(found, formats.read(mlx.write(tmp_path / "back", formats.read(file, BASE), {})))
+    check_same(found, formats.read(to_mlx(tmp_path / "back", formats.read(file, BASE))))
 
 
 def test_llama_cpp_gets_the_rows_in_its_order(tmp_path):
     gguf = pytest.importorskip("gguf")
     found = peft_adapter(tmp_path)
-    reader = gguf.GGUFReader(llama_cpp.write(tmp_path / "adapter.gguf", found, BASE))
+    reader = gguf.GGUFReader(to_gguf(tmp_path / "adapter.gguf", found))
     stored = {tensor.name: tensor.data for tensor in reader.tensors}
     for name, n in (("blk.0.attn_q", 4), ("blk.1.attn_k", 2)):
         B = draw(8 * n // 2, 4)
@@ -81,41 +89,50 @@ def test_llama_cpp_gets_the_rows_in_its_order(tmp_path):
     assert reader.fields["adapter.lora.alpha"].contents() == 6.0
 
 
+def test_llama_cpps_own_names_keep_its_order(tmp_path):
+    pytest.importorskip("gguf")
+    file = to_gguf(tmp_path / "adapter.gguf", peft_adapter(tmp_path))
+    found = formats.read(file, {})
+    made = {update.layer: writing.in_its_type(update) for update in found.updates}
+    again = llama_cpp.write(tmp_path / "again.gguf", made, found.config)
+    assert again.read_bytes() == file.read_bytes()
+
+
 def test_dora_goes_to_mlx_alone(tmp_path):
     more = {}
     for name, (_, n_out) in SIZES.items():
         more[f"base_model.model.model.layers.{name}.lora_magnitude_vector"] = draw(n_out)
     found = peft_adapter(tmp_path, more=more, use_dora=True)
-    check_same(found, formats.read(mlx.write(tmp_path / "mlx", found, {})))
-    with pytest.raises(ValueError, match="is DoRA; it holds LoRA"):
-        llama_cpp.write(tmp_path / "adapter.gguf", found, BASE)
+    check_same(found, formats.read(to_mlx(tmp_path / "mlx", found)))
+    with pytest.raises(ValueError, match="llama.cpp has no DoRA; model.layers"):
+        to_gguf(tmp_path / "adapter.gguf", found)
 
 
 def test_what_they_can_not_hold_is_refused(tmp_path):
     out = tmp_path / "out"
     found = peft_adapter(tmp_path, alpha_pattern={"down_proj": 7})
-    with pytest.raises(ValueError, match="one scale for all, and it is 1.5 in .*, 1.75 in"):
-        mlx.write(out, found, {})
+    with pytest.raises(ValueError, match="MLX has one scale .* 1.5 in .*, 1.75 in"):
+        to_mlx(out, found)
     found = peft_adapter(tmp_path, more={"base_model.model.lm_head.weight": draw(40, 16)})
     with pytest.raises(ValueError, match="lm_head.weight beside the updates"):
-        mlx.write(out, found, {})
+        to_mlx(out, found)
     found = peft_adapter(tmp_path)
     with pytest.raises(ValueError, match="no base, or one without model_type, given"):
-        llama_cpp.write(out, found, {})
+        to_gguf(out, found, {})
     with pytest.raises(ValueError, match="rows of .*q_proj don't fit the heads"):
-        llama_cpp.write(out, found, {"model_type": "llama"})
+        to_gguf(out, found, {"model_type": "llama"})
     with pytest.raises(ValueError, match="takes 0 for a scale of 1"):
-        llama_cpp.write(out, peft_adapter(tmp_path, lora_alpha=0), BASE)
+        to_gguf(out, peft_adapter(tmp_path, lora_alpha=0))
     other = tmp_path / "gpt2"
     other.mkdir()
     tensors = {
         f"base_model.model.transformer.h.0.mlp.c_fc.lora_{x}.weight": draw(4, 4) for x in "AB"
     }
     directory(other, tensors, CONFIG | {"target_modules": ["c_fc"]})
-    with pytest.raises(ValueError, match="its name of transformer.h.0.mlp.c_fc is not known"):
-        mlx.write(out, formats.read(other), {})
-    with pytest.raises(ValueError, match="name of transformer.h.0.mlp.c_fc is not known"):
-        llama_cpp.write(out, formats.read(other), BASE)
+    with pytest.raises(ValueError, match="MLX's name of transformer.h.0.mlp.c_fc is not known"):
+        to_mlx(out, formats.read(other))
+    with pytest.raises(ValueError, match="cpp's name of transformer.h.0.mlp.c_fc is not known"):
+        to_gguf(out, formats.read(other))
     assert not out.exists()
 
 
@@ -124,8 +141,8 @@ def test_rows_of_unknown_order_and_lost_scales_are_refused(tmp_path):
     names = [f"blk.0.attn_q.weight.lora_{side}" for side in "ab"]
     file = gguf_file(tmp_path, dict(zip(names, (draw(4, 16), draw(16, 4)), strict=True)))
     with pytest.raises(ValueError, match="needs the base's heads; give --base"):
-        mlx.write(tmp_path / "out", formats.read(file), {})
-    mlx.write(tmp_path / "out", formats.read(file, BASE), {})
+        to_mlx(tmp_path / "out", formats.read(file))
+    to_mlx(tmp_path / "out", formats.read(file, BASE))
     (tmp_path / "out" / "adapter_config.json").unlink()
-    with pytest.raises(ValueError, match="its scale is not known"):
-        mlx.write(tmp_path / "again", formats.read(tmp_path / "out"), {})
+    with pytest.raises(ValueError, match="the scale of .* is not known"):
+        to_mlx(tmp_path / "again", formats.read(tmp_path / "out"))
