@@ -118,25 +118,32 @@ def _scale(opened: Opened, fields: Mapping[str, Any], rank: int) -> tuple[float,
 # ---------------------------------------------------------------------------------------- writing
 
 
-def write(out: Path, made: Mapping[str, Factors], config: Mapping[str, Any], base=None) -> Path:
-    """Write {name: factors} as a GGUF file; the file.
+def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Path:
+    """Write updates as a GGUF file; the file.
 
-    Names are Hugging Face's, with rows in Hugging Face's order, and `base` has the fields of the
-    base's config.json, which say the architecture and for q and k the heads; or names are
-    llama.cpp's own, with rows in its order, and `config` is that of the file that they are from.
+    base: the fields of the base's config.json, which say the architecture and, for q and k, the
+    heads; not needed for what was read from GGUF in its own order (`read` with base {}).
     llama.cpp has one alpha for all matrices. Raises ValueError that says what it can't hold.
     """
+    own = found.format == "GGUF"
+    made = writing.factors(found, own_names=own)
     scale, rank = writing.one_scale(made, "llama.cpp")
     alpha = np.float32(scale * rank)
     if alpha == 0 or not np.isfinite(alpha):
         raise ValueError(f"llama.cpp can't have alpha {alpha:g}: it takes 0 for a scale of 1")
     if lengths := [name for name, one in made.items() if one.m is not None]:
         raise ValueError(f"llama.cpp has no DoRA; {lengths[0]} has lengths")
-    if all(_OWN.fullmatch(name) for name in made):
-        arch, layers = config.get("general.architecture"), {name: (name, None) for name in made}
-    else:
-        arch = _architecture(base or {})
-        layers = dict(_place(name, one.b.shape[1], arch, base) for name, one in made.items())
+    arch = found.config.get("general.architecture") if own else _architecture(base or {})
+    if not isinstance(arch, str):
+        raise ValueError(f"{found.path}: general.architecture is missing")
+    kept = {update.layer for update in found.updates if heads.is_unordered(update)}
+    layers = {}
+    for name, one in made.items():
+        theirs = name if own else names.llama_cpp(name)
+        if theirs is None or _OWN.fullmatch(theirs) is None:
+            raise ValueError(f"llama.cpp's name of {name} is not known")
+        order = None if name in kept else _order(theirs, one.b.shape[1], arch, base or {})
+        layers[theirs] = name, order
     padded = {name: writing.padded(one, rank) for name, one in made.items()}
     return atomically(out, lambda file: _write(file, padded, layers, arch, alpha))
 
@@ -150,17 +157,15 @@ def _architecture(base: Mapping[str, Any]) -> str:
     return ARCHITECTURES[family]
 
 
-def _place(name: str, rows: int, arch: str, base) -> tuple[str, tuple[str, np.ndarray | None]]:
-    """(llama.cpp's name, (Hugging Face's name, the order of its rows if it changes))."""
-    if (theirs := names.llama_cpp(name)) is None:
-        raise ValueError(f"llama.cpp's name of {name} is not known")
-    if arch not in TURNED or not theirs.endswith((".attn_q", ".attn_k")):
-        return theirs, (name, None)
+def _order(layer: str, rows: int, arch: str, base: Mapping[str, Any]) -> np.ndarray | None:
+    """The order of Hugging Face's rows in llama.cpp's file, None if it stays."""
+    if arch not in TURNED or not layer.endswith((".attn_q", ".attn_k")):
+        return None
     known = heads.heads(base)
-    n = known and (known.q if theirs.endswith(".attn_q") else known.kv)
+    n = known and (known.q if layer.endswith(".attn_q") else known.kv)
     if n is None or rows % (2 * n):
-        raise ValueError(f"{rows} rows of {name} don't fit the heads of the base")
-    return theirs, (name, heads.from_hugging_face(n, rows))
+        raise ValueError(f"{rows} rows of {layer} don't fit the heads of the base; give its --base")
+    return heads.from_hugging_face(n, rows)
 
 
 def _write(file: Path, made: Mapping[str, Factors], layers, arch: str, alpha: np.float32) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from lorax.files import write_bytes, write_json
-from lorax.interop.adapter import Factors
 from lorax.interop.formats import pairs, writing
 from lorax.interop.formats.contract import Found, Update
 from lorax.interop.formats.opened import Opened
@@ -109,14 +108,14 @@ def _notes(config: Mapping[str, Any]) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------------------- writing
 
 
-def write(out: Path, made: Mapping[str, Factors], config: Mapping[str, Any], base=None) -> Path:
-    """Write {Hugging Face's name: factors} as the two files that mlx_lm loads; the directory.
+def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Path:
+    """Write updates as the two files that mlx_lm loads; the directory.
 
     MLX has one scale and one rank for all matrices, and adapts a module in all layers or in the
-    last few: matrices without an update get one that is 0. config: of the file that they are from.
-    base: unused, as names and rows are Hugging Face's. Raises ValueError that says what MLX can't
-    hold.
+    last few: matrices without an update get one that is 0. base: not needed, as names and rows are
+    Hugging Face's. Raises ValueError that says what MLX can't hold.
     """
+    made = writing.factors(found)
     scale, rank = writing.one_scale(made, "MLX")
     lengths = [one.m is not None for one in made.values()]
     if len(set(lengths)) > 1:
@@ -133,7 +132,7 @@ def write(out: Path, made: Mapping[str, Factors], config: Mapping[str, Any], bas
     parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": sorted(set(keys))}
     kind = "dora" if lengths[0] else "lora"
     fields = {"fine_tune_type": kind, "num_layers": -1, "lora_parameters": parameters}
-    if model := writing.base_name(config):
+    if model := writing.base_name(found.config):
         fields["model"] = model
     arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
     write_bytes(out / WEIGHTS, serialise(arrays, {"format": "mlx"}))

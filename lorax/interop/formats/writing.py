@@ -1,8 +1,4 @@
-"""What an adapter's updates must be so that a file of another format can hold them.
-
-A writer takes {name: factors}. `factors` makes it of what was read: by Hugging Face's names, with
-rows in Hugging Face's order, in the types of numbers that the file has.
-"""
+"""What an adapter's updates must be so that a file of another format can hold them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,20 +16,23 @@ _OWN = ("PEFT", "MLX", "Tinker")
 _LOSES_SCALE = ("MLX", "torchtune", "Megatron", "Tinker", "tunix", "MaxText", "keras-hub")
 
 
-def factors(found: Found) -> dict[str, Factors]:
-    """{Hugging Face's name: factors} of a language model's adapter.
+def factors(found: Found, own_names: bool = False) -> dict[str, Factors]:
+    """{Hugging Face's name: factors} of a language model's adapter, with rows in Hugging Face's
+    order; with `own_names` names and rows are those of the file.
 
     The arrays have the type that the file has; 8 bits and types that differ become float32.
     Raises ValueError that names what would be lost or wrong: an update without factors, weights
     trained beside, a matrix twice, a name, a scale or an order of rows that is not known.
     """
-    for update in found.updates:
-        _check(found, update)
     if found.beside:
         raise _refused(found, f"{', '.join([*found.beside][:3])} beside the updates of matrices")
     made: dict[str, Factors] = {}
     for update in found.updates:
-        name = names.hugging_face(update.layer)
+        name = update.layer if own_names else _name(found, update)
+        if update.kind not in ("LoRA", "DoRA"):
+            raise _refused(found, f"{update.layer} is {update.kind}; expected LoRA or DoRA")
+        if found.format in _LOSES_SCALE and update.source.startswith("default"):
+            raise _refused(found, f"the scale of {update.layer} is not known ({update.source})")
         if name in made:
             raise _refused(found, f"{name} occurs twice, once as {update.layer}")
         made[name] = in_its_type(update)
@@ -42,24 +41,21 @@ def factors(found: Found) -> dict[str, Factors]:
     return made
 
 
+def _name(found: Found, update: Update) -> str:
+    name = names.hugging_face(update.layer)
+    if heads.is_unordered(update):
+        why = f"the order of the rows of {update.layer} needs the base's heads; give --base"
+        raise _refused(found, why)
+    if found.format not in _OWN and not name.startswith(("model.", "lm_head")):
+        raise _refused(found, f"Hugging Face's name of {update.layer} is not known")
+    return name
+
+
 def in_its_type(update: Update) -> Factors:
     """The factors of an update in the type that the file has."""
     dtype = _DTYPES.get(update.dtype, np.float32)
     a, b, s, m = update.read()
     return Factors(a.astype(dtype, copy=False), b.astype(dtype, copy=False), s, m)
-
-
-def _check(found: Found, update: Update) -> None:
-    name = names.hugging_face(update.layer)
-    if update.kind not in ("LoRA", "DoRA"):
-        raise _refused(found, f"{update.layer} is {update.kind}; expected LoRA or DoRA")
-    if heads.is_unordered(update):
-        why = f"the order of the rows of {update.layer} needs the base's heads; give --base"
-        raise _refused(found, why)
-    if found.format in _LOSES_SCALE and update.source.startswith("default"):
-        raise _refused(found, f"the scale of {update.layer} is not known ({update.source})")
-    if found.format not in _OWN and not name.startswith(("model.", "lm_head")):
-        raise _refused(found, f"Hugging Face's name of {update.layer} is not known")
 
 
 def _refused(found: Found, why: str) -> ValueError:

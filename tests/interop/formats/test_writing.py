@@ -8,7 +8,7 @@ import pytest
 from language_files import directory, draw, gguf_file
 
 from lorax.interop import formats
-from lorax.interop.formats import llama_cpp, mlx, writing
+from lorax.interop.formats import llama_cpp, mlx
 
 BASE = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
 CONFIG = {"peft_type": "LORA", "lora_alpha": 6, "r": 4, "base_model_name_or_path": "some/base"}
@@ -26,14 +26,6 @@ def peft_adapter(path, dtype=np.float32, rank=4, more=(), **config):
         tensors[f"{place}.lora_B.weight"] = draw(n_out, r).astype(dtype)
     directory(path, tensors, CONFIG | config)
     return formats.read(path)
-
-
-def to_mlx(out, found):
-    return mlx.write(out, writing.factors(found), found.config)
-
-
-def to_gguf(out, found, base=BASE):
-    return llama_cpp.write(out, writing.factors(found), found.config, base)
 
 
 def by_name(found):
@@ -59,7 +51,7 @@ def test_mlx_and_llama_cpp_hold_pefts_updates(tmp_path, dtype):
     found = peft_adapter(
         tmp_path, dtype, rank=2, rank_pattern={"down_proj": 2}, alpha_pattern={"down_proj": 3}
     )
-    there = formats.read(to_mlx(tmp_path / "mlx", found))
+    there = formats.read(mlx.write(tmp_path / "mlx", found))
     check_same(found, there)
     config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
     assert config["lora_parameters"] == {
@@ -70,15 +62,15 @@ def test_mlx_and_llama_cpp_hold_pefts_updates(tmp_path, dtype):
     }
     assert config["model"] == "some/base" and config["num_layers"] == -1
     pytest.importorskip("gguf")
-    file = to_gguf(tmp_path / "adapter.gguf", there)
+    file = llama_cpp.write(tmp_path / "adapter.gguf", there, BASE)
     check_same(found, formats.read(file, BASE))
-    check_same(found, formats.read(to_mlx(tmp_path / "back", formats.read(file, BASE))))
+    check_same(found, formats.read(mlx.write(tmp_path / "back", formats.read(file, BASE))))
 
 
 def test_llama_cpp_gets_the_rows_in_its_order(tmp_path):
     gguf = pytest.importorskip("gguf")
     found = peft_adapter(tmp_path)
-    reader = gguf.GGUFReader(to_gguf(tmp_path / "adapter.gguf", found))
+    reader = gguf.GGUFReader(llama_cpp.write(tmp_path / "adapter.gguf", found, BASE))
     stored = {tensor.name: tensor.data for tensor in reader.tensors}
     for name, n in (("blk.0.attn_q", 4), ("blk.1.attn_k", 2)):
         B = draw(8 * n // 2, 4)
@@ -91,11 +83,13 @@ def test_llama_cpp_gets_the_rows_in_its_order(tmp_path):
 
 def test_llama_cpps_own_names_keep_its_order(tmp_path):
     pytest.importorskip("gguf")
-    file = to_gguf(tmp_path / "adapter.gguf", peft_adapter(tmp_path))
-    found = formats.read(file, {})
-    made = {update.layer: writing.in_its_type(update) for update in found.updates}
-    again = llama_cpp.write(tmp_path / "again.gguf", made, found.config)
+    file = llama_cpp.write(tmp_path / "adapter.gguf", peft_adapter(tmp_path), BASE)
+    again = llama_cpp.write(tmp_path / "again.gguf", formats.read(file, {}))
     assert again.read_bytes() == file.read_bytes()
+    again = llama_cpp.write(tmp_path / "again.gguf", formats.read(file, BASE), BASE)
+    assert again.read_bytes() == file.read_bytes()
+    with pytest.raises(ValueError, match="16 rows of blk.0.attn_q don't fit the heads of the base"):
+        llama_cpp.write(tmp_path / "again.gguf", formats.read(file, BASE))
 
 
 def test_dora_goes_to_mlx_alone(tmp_path):
@@ -103,26 +97,26 @@ def test_dora_goes_to_mlx_alone(tmp_path):
     for name, (_, n_out) in SIZES.items():
         more[f"base_model.model.model.layers.{name}.lora_magnitude_vector"] = draw(n_out)
     found = peft_adapter(tmp_path, more=more, use_dora=True)
-    check_same(found, formats.read(to_mlx(tmp_path / "mlx", found)))
+    check_same(found, formats.read(mlx.write(tmp_path / "mlx", found)))
     with pytest.raises(ValueError, match="llama.cpp has no DoRA; model.layers"):
-        to_gguf(tmp_path / "adapter.gguf", found)
+        llama_cpp.write(tmp_path / "adapter.gguf", found, BASE)
 
 
 def test_what_they_can_not_hold_is_refused(tmp_path):
     out = tmp_path / "out"
     found = peft_adapter(tmp_path, alpha_pattern={"down_proj": 7})
     with pytest.raises(ValueError, match="MLX has one scale .* 1.5 in .*, 1.75 in"):
-        to_mlx(out, found)
+        mlx.write(out, found)
     found = peft_adapter(tmp_path, more={"base_model.model.lm_head.weight": draw(40, 16)})
     with pytest.raises(ValueError, match="lm_head.weight beside the updates"):
-        to_mlx(out, found)
+        mlx.write(out, found)
     found = peft_adapter(tmp_path)
     with pytest.raises(ValueError, match="no base, or one without model_type, given"):
-        to_gguf(out, found, {})
-    with pytest.raises(ValueError, match="rows of .*q_proj don't fit the heads"):
-        to_gguf(out, found, {"model_type": "llama"})
+        llama_cpp.write(out, found)
+    with pytest.raises(ValueError, match="rows of blk.0.attn_q don't fit the heads"):
+        llama_cpp.write(out, found, {"model_type": "llama"})
     with pytest.raises(ValueError, match="takes 0 for a scale of 1"):
-        to_gguf(out, peft_adapter(tmp_path, lora_alpha=0))
+        llama_cpp.write(out, peft_adapter(tmp_path, lora_alpha=0), BASE)
     other = tmp_path / "gpt2"
     other.mkdir()
     tensors = {
@@ -130,9 +124,9 @@ def test_what_they_can_not_hold_is_refused(tmp_path):
     }
     directory(other, tensors, CONFIG | {"target_modules": ["c_fc"]})
     with pytest.raises(ValueError, match="MLX's name of transformer.h.0.mlp.c_fc is not known"):
-        to_mlx(out, formats.read(other))
+        mlx.write(out, formats.read(other))
     with pytest.raises(ValueError, match="cpp's name of transformer.h.0.mlp.c_fc is not known"):
-        to_gguf(out, formats.read(other))
+        llama_cpp.write(out, formats.read(other), BASE)
     assert not out.exists()
 
 
@@ -141,8 +135,8 @@ def test_rows_of_unknown_order_and_lost_scales_are_refused(tmp_path):
     names = [f"blk.0.attn_q.weight.lora_{side}" for side in "ab"]
     file = gguf_file(tmp_path, dict(zip(names, (draw(4, 16), draw(16, 4)), strict=True)))
     with pytest.raises(ValueError, match="needs the base's heads; give --base"):
-        to_mlx(tmp_path / "out", formats.read(file))
-    to_mlx(tmp_path / "out", formats.read(file, BASE))
+        mlx.write(tmp_path / "out", formats.read(file))
+    mlx.write(tmp_path / "out", formats.read(file, BASE))
     (tmp_path / "out" / "adapter_config.json").unlink()
     with pytest.raises(ValueError, match="the scale of .* is not known"):
-        to_mlx(tmp_path / "again", formats.read(tmp_path / "out"))
+        mlx.write(tmp_path / "again", formats.read(tmp_path / "out"))
