@@ -39,8 +39,8 @@ class Losses(NamedTuple):
     def contrast(self, weights: Mapping, level: float = compare.LEVEL) -> Interval:
         """The interval of the sum over {setting: weight} of weight times loss, over seeds and rows:
         a difference is {a: 1, b: -1}."""
+        seeds = self.of_seeds(weights)
         weights = pd.Series(weights, dtype=float)
-        seeds = self.by_seed[list(weights.index)] @ weights.to_numpy()
         if not np.isfinite(seeds).all():
             raise ValueError(f"{list(weights.index)}: a seed has no test loss")
         rows = self.from_rows.loc[list(weights.index), list(weights.index)].to_numpy()
@@ -48,6 +48,11 @@ class Losses(NamedTuple):
         return compare.of_variances(
             float(seeds.mean()), by_seeds, by_rows, len(seeds), self.rows, level
         )
+
+    def of_seeds(self, weights: Mapping) -> pd.Series:
+        """The same sum of each seed."""
+        weights = pd.Series(weights, dtype=float)
+        return self.by_seed[list(weights.index)] @ weights.to_numpy()
 
     def means(self) -> pd.DataFrame:
         """A row a setting: its fields, and `loss` with its interval, `low` and `high`."""

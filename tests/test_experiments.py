@@ -6,9 +6,11 @@ import inspect
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from experiments import plotting
+from lorax.analysis import compare
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(
@@ -17,6 +19,9 @@ FOLDERS = sorted(
     if path.is_dir() and path.name[0] not in "._"
 )
 SCRIPTS = sorted((ROOT / "experiments").rglob("*.py"))
+#: Claims whose figure is drawn from their CSVs; the figure of intruders is a script of its own.
+FIGURES = sorted(file.parent.name for file in (ROOT / "experiments").glob("*/figure.py"))
+FIGURES.remove("intruders")
 #: How gpt2-nano was made, and a page of other folders' numbers: no claims of their own.
 NO_CLAIM = ("gpt2_nano", "lora_paper")
 HEADINGS = ("Claim", "Command", "Verdict")
@@ -90,7 +95,40 @@ def test_what_a_script_takes_from_lorax_is_there(script):
             assert module is None or hasattr(module, node.attr), f"{node.value.id}.{node.attr}"
 
 
-def test_a_figure_without_numbers_says_what_makes_them(tmp_path):
-    with pytest.raises(SystemExit, match="no numbers yet; python -m experiments.rerun layers --wr"):
-        with plotting.drawn(tmp_path / "layers" / "layers.png", 0):
-            pass
+@pytest.mark.parametrize("claim", FIGURES)
+def test_a_figure_without_numbers_says_what_makes_them(claim, tmp_path, monkeypatch):
+    figure = importlib.import_module(f"experiments.{claim}.figure")
+    monkeypatch.setattr(figure, "HERE", tmp_path / claim)
+    with pytest.raises(
+        SystemExit, match=f"no numbers yet; python -m experiments.rerun {claim} --w"
+    ):
+        figure.main()
+
+
+def test_a_figure_has_every_seed_the_margins_and_what_is_withdrawn(tmp_path):
+    three = compare.interval([1.0, 2.0, 4.0])
+    rows = [
+        plotting.Row("kept", three, (1.0, 2.0, 4.0), (0.5,)),
+        plotting.Row("not kept", three, doubt="one learning rate"),
+    ]
+    with plotting.drawn(tmp_path / "x.png", 2) as grid:
+        left, right = grid[0]
+        plotting.intervals(left, rows)
+        plotting.line(right, 0, pd.DataFrame([[1.0, 2.0, 4.0]], index=[8]), "LoRA")
+        plotting.line(right, 1, pd.DataFrame([[2.0, 2.0, 2.0]], index=[8]), "DoRA")
+        plotting.legend(grid)
+        means, dots = left.lines[0], [line for line in left.lines if line.get_marker() == "."]
+        assert list(means.get_xdata()) == [three.value] and means.get_fillstyle() == "full"
+        assert list(dots[0].get_xdata()) == [1.0, 2.0, 4.0]
+        assert [text.get_text() for text in left.get_yticklabels()] == [
+            "kept",
+            "not kept\n(withdrawn)",
+        ]
+        assert any(line.get_fillstyle() == "none" for line in left.lines)
+        margins = [tuple(path.vertices[:, 0]) for c in left.collections for path in c.get_paths()]
+        assert (0.5, 0.5) in margins
+        seeds = [line.get_ydata()[0] for line in right.lines if line.get_marker() == "."]
+        assert seeds == [1.0, 2.0, 4.0, 2.0, 2.0, 2.0]
+        (legend,) = left.figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["LoRA", "DoRA"]
+    assert (tmp_path / "x.png").stat().st_size
