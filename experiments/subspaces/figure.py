@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.plotting import GREY, drawn, line_style
+from experiments.plotting import GREY, drawn, legend, line_style
 from experiments.verdicts import numbers
 from lorax.analysis import chance_similarity, tables
 
@@ -24,7 +24,7 @@ def main() -> None:
 
 def two_ranks(maps: pd.DataFrame) -> None:
     """Figure 3 of the paper: phi(i, j) between the ranks, a line a base and kind of directions."""
-    lines = list(maps.groupby(["base", "directions"], sort=False))
+    lines = list(maps.groupby(["base", "directions"], sort=False)) if len(maps) else []
     with drawn(HERE / "ranks.png", 3, len(lines), size=(2.4, 1.675)) as grid:
         for panels, ((base, kind), own) in zip(grid, lines, strict=True):
             of = {
@@ -52,30 +52,30 @@ def two_seeds(curves: pd.DataFrame) -> None:
     """Figure 4 of the paper: phi(i, i) of two seeds, a line a base, a column a kind."""
     bases = list(dict.fromkeys(curves["base"]))
     file, share = HERE / "seeds.png", {"sharex": "row", "sharey": True}
-    with drawn(file, len(tables.KINDS), len(bases), size=(2.3, 2.6), **share) as grid:
+    with drawn(file, len(tables.KINDS), len(bases), size=(1.85, 2.4), **share) as grid:
         figure = grid[0, 0].figure
         for (row, base), (column, kind) in itertools.product(
             enumerate(bases), enumerate(tables.KINDS)
         ):
             panel = grid[row, column]
             own = curves[(curves["base"] == base) & (curves["directions"] == kind)]
+            powers = np.arange(int(own["i"].max()).bit_length())
             for n, (target, line) in enumerate(own.groupby("target")):
-                bars = [line["phi"] - line["phi_low"], line["phi_high"] - line["phi"]]
-                style = line_style(n) | {"capsize": 2, "markersize": 3, "label": target}
-                panel.errorbar(line["i"], line["phi"], bars, **style)
+                style = line_style(n) | {"markersize": 4, "label": target}
+                style |= {"markevery": (2**powers - 1).tolist()}  # line has every i from 1 on
+                panel.plot(line["i"], line["phi"], **style)
+                style = {"color": style["color"], "alpha": 0.25, "linewidth": 0}
+                panel.fill_between(line["i"], line["phi_low"], line["phi_high"], **style)
                 style = {"color": GREY, "alpha": 0.35, "linewidth": 0}
                 label = "two random subspaces, 5 to 95%"
                 panel.fill_between(line["i"], line["low"], line["high"], label=label, **style)
             panel.set_xscale("log", base=2)
-            powers = 2 ** np.arange(int(own["i"].max()).bit_length())
-            panel.set_xticks(powers, powers)
+            panel.set_xticks(2 ** powers[::2], 2 ** powers[::2])
             panel.set_title(TITLES[kind])
             panel.set_ylim(0, 1.02)
             grid[row, 0].set_ylabel(f"{base}\nφ(i, i), two seeds")
         figure.supxlabel("i: leading directions", fontsize=9)
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        labelled = dict(zip(labels, handles, strict=True))
-        figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=3)
+        legend(grid)
 
 
 if __name__ == "__main__":
