@@ -79,18 +79,17 @@ def of_base(base: str, table: pd.DataFrame) -> list[Verdict]:
         count = f"{negative} of {len(best)} gaps are not positive"
         why = count if negative else f"{doubts[0]} and {len(doubts) - 1} more"
         return [Verdict(part, base, WITHDRAWN, why) for part in (RANK, DATA)]
-    p, q = exponents(best, "gap")
+    p, q = (compare.interval(x, level=0.9) for x in exponents(best, "gap").values())
     return [
         Verdict(part, base, by_equivalence(x, 0.5 - NEAR, 0.5 + NEAR), f"{shown(x, 2)}, 90%", x)
         for part, x in ((RANK, p), (DATA, q))
     ]
 
 
-def exponents(best: pd.DataFrame, column: str) -> tuple[compare.Interval, compare.Interval]:
-    """90% intervals of p and q over seeds."""
+def exponents(best: pd.DataFrame, column: str) -> dict[str, np.ndarray]:
+    """p and q of every seed. best: members at their best rates."""
     fits = []
     for _, of in best.groupby("seed"):
         x = np.column_stack([np.ones(len(of)), np.log(of["rank"]), -np.log(of["n_train"])])
         fits.append(np.linalg.lstsq(x, np.log(of[column]), rcond=None)[0][1:])
-    p, q = np.transpose(fits)
-    return compare.interval(p, level=0.9), compare.interval(q, level=0.9)
+    return dict(zip("pq", np.transpose(fits), strict=True))
