@@ -30,16 +30,18 @@ __all__ = ["Found", "Update", "read"]
 FORMATS = (llama_cpp, keras_hub, einsums, kohya, dotted, mlx, torchtune, megatron, tinker, peft)
 
 
-def read(path: str | Path, base: Mapping[str, Any] | None = None) -> Found:
+def read(path: str | Path, base: Mapping[str, Any] | None = None, as_stored: bool = False) -> Found:
     """What an adapter's file holds: a file, a directory with one, or a Hub id.
 
     base: the fields of its base's config.json, whose heads some formats need to put the rows of q
         and k in Hugging Face's order; None to look for one beside the file.
+    as_stored: leaves modules of image models and of PEFT as the file has them, e.g. to write them
+        in another format; otherwise parts of a fused matrix are told apart and counted once.
 
     Raises FileNotFoundError, or ValueError with one line that names the file, for what is not
     there, not recognised, damaged, or can't be read without more than the file.
     """
-    opened = open_adapter(path, base)
+    opened = open_adapter(path, base)._replace(as_stored=as_stored)
     for format in FORMATS:
         if format.recognises(opened):
             return format.read(opened)

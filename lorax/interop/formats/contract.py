@@ -28,6 +28,7 @@ class Update(NamedTuple):
         Numbers that are NaN or infinite are returned as they are. Raises ValueError that names the
         file if its tensors can't be read.
     warnings: what a reader of the numbers must know, a line each.
+    kernel: (kh, kw) of a convolution, () of other matrices.
     """
 
     layer: str
@@ -39,6 +40,7 @@ class Update(NamedTuple):
     dtype: str
     read: Callable[[], Factors | np.ndarray]
     warnings: tuple[str, ...] = ()
+    kernel: tuple[int, ...] = ()
 
 
 class Found(NamedTuple):

@@ -11,15 +11,21 @@
 "alpha", from diffusers' metadata "lora_adapter_metadata", a `LoraConfig` for each prefix, or 1.
 """
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorax.interop.formats import fused, updates
-from lorax.interop.formats.contract import Found
+import numpy as np
+
+from lorax.files import write_bytes
+from lorax.interop.formats import factored, fused, updates
+from lorax.interop.formats.contract import Found, Update
 from lorax.interop.formats.kohya import check_readable, of_alpha, taken_beside
-from lorax.interop.formats.opened import Opened, fields
+from lorax.interop.formats.opened import Opened, fields, open_adapter
 from lorax.interop.peft.config import ALPHAS, COUNT, NUMBER, RANKS, scale_of
+from lorax.interop.peft.files import serialise
 from lorax.interop.tensors import Stored
 
 #: The first words of names, by format.
@@ -28,6 +34,7 @@ PREFIXES = {
     "ComfyUI": r"(diffusion_model|text_encoders|model\.diffusion_model)\.",
     "XLabs": r"(double|single)_blocks\.\d+\.processor\.",
 }
+FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
 _SIDES = {"down": "lora_down", "up": "lora_up", "A": "lora_down", "B": "lora_up"}
 _SIDES |= {"mid": "lora_mid", "magnitude_vector": "magnitude"}
@@ -58,7 +65,9 @@ def read(opened: Opened) -> Found:
     """The updates of a file. Raises ValueError that names file and tensor."""
     found, beside = modules(opened)
     config = fields(opened.metadata)
-    return Found(_format(opened), opened.path, fused.updates_of(found), beside, config)
+    return Found(
+        _format(opened), opened.path, fused.updates_of(found, opened.as_stored), beside, config
+    )
 
 
 def modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, ...]]]:
@@ -142,3 +151,32 @@ def _of_config(config: dict[str, Any], module: str, file: Path) -> updates.Scale
         return scale_of(config, module, rank, file), source
 
     return scale
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def write(out: Path, found: Found, base: Mapping[str, Any]) -> Path:
+    """Write updates, read as they are stored, as diffusers' file in the folder `out`; the folder.
+
+    The scales are in the header, which diffusers reads as a `LoraConfig` for each component. base:
+    unused. Raises ValueError that says what the format can't hold.
+    """
+    del base
+    refused = factored.refusal(found, "diffusers")
+    by_name = factored.named(found, "diffusers")
+    tensors: dict[str, np.ndarray] = {}
+    components: dict[str, dict[str, Update]] = {}
+    for name, update in by_name.items():
+        component, _, module = name.partition(".")
+        components.setdefault(component, {})[module] = update
+        tensors |= {f"{name}.{word}": x for word, x in factored.as_peft(update).items()}
+    configs = {
+        f"{component}.{field}": value
+        for component, modules in components.items()
+        for field, value in factored.of_all(modules, refused).items()
+    }
+    metadata = {"format": "pt", METADATA: json.dumps(configs, indent=2, sort_keys=True)}
+    file = write_bytes(out / FILE, serialise(tensors, metadata))
+    factored.check_written(by_name, read(open_adapter(file)._replace(as_stored=True)), refused)
+    return out

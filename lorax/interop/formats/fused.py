@@ -30,8 +30,11 @@ _PARTS = ("to_q", "to_k", "to_v", "proj_mlp", "add_q_proj", "add_k_proj", "add_v
 _PARTS += ("q_proj", "k_proj", "v_proj", "q", "k", "v")
 
 
-def updates_of(modules: Sequence[Module]) -> tuple[Update, ...]:
-    """The updates of a file's modules, each counted once. Raises as `updates.update`."""
+def updates_of(modules: Sequence[Module], as_stored: bool) -> tuple[Update, ...]:
+    """The updates of a file's modules, each counted once, or as they are stored. Raises as
+    `updates.update`."""
+    if as_stored:
+        return tuple(map(updates.update, modules))
     found: list[Update] = []
     for together in _with_one_a(modules):
         one = [updates.update(module) for module in together]

@@ -8,10 +8,17 @@ of a module's path are "_", which only the base's own names can undo.
 """
 
 import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
 
-from lorax.interop.formats import fused, updates
-from lorax.interop.formats.contract import Found
+import numpy as np
+
+from lorax.files import write_bytes
+from lorax.interop.formats import factored, fused, image_names, updates
+from lorax.interop.formats.contract import Found, Update
 from lorax.interop.formats.opened import Opened, fields, number
+from lorax.interop.peft.files import serialise
 from lorax.interop.tensors import Stored
 
 PREFIXES = ("lora_unet", "lora_te", "lora_transformer", "lora_prior", "lycoris", "oft_unet")
@@ -41,7 +48,7 @@ def read(opened: Opened) -> Found:
     """The updates of a file. Raises ValueError that names file and tensor."""
     found, beside = modules(opened)
     config = fields(opened.metadata)
-    return Found("kohya", opened.path, fused.updates_of(found), beside, config)
+    return Found("kohya", opened.path, fused.updates_of(found, opened.as_stored), beside, config)
 
 
 def modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, ...]]]:
@@ -74,6 +81,44 @@ def taken_beside(layer: str, tensors: dict[str, Stored]) -> dict[str, tuple[int,
     vectors = [word for word in tensors if word in BESIDE]
     vectors += ["diff"] * ("diff" in tensors and len(tensors["diff"].shape) < 2)
     return {f"{layer}.{word}": tensors.pop(word).shape for word in vectors}
+
+
+def write(out: Path, found: Found, base: Mapping[str, Any]) -> Path:
+    """Write updates, read as they are stored, as a file of kohya's; the file.
+
+    Every matrix has its alpha. base: unused. Raises ValueError that says what the format can't
+    hold: kinds other than LoRA, LoCon and DoRA, modules without a name of kohya's.
+    """
+    del base
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out}: kohya's files end in .safetensors")
+    refused = factored.refusal(found, "kohya")
+    by_name = factored.named(found, "kohya")
+    several = any(name.startswith("text_encoder_2.") for name in by_name)
+    tensors: dict[str, np.ndarray] = {}
+    for name, update in by_name.items():
+        layer = image_names.kohya(name, several)
+        if layer is None:
+            raise refused(f"its files have other modules than {name}")
+        if f"{layer}.alpha" in tensors:
+            raise refused(f"{layer} is the name of several modules, {name} is one")
+        down, up, m = factored.tensors(update)
+        alpha = np.array(factored.alpha_of(update, refused))
+        exact = float(np.float32(alpha)) == float(alpha)
+        tensors[f"{layer}.alpha"] = alpha.astype(np.float32) if exact else alpha
+        tensors |= {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}
+        if m is not None:
+            tensors[f"{layer}.dora_scale"] = m.reshape(-1, *(1 for _ in down.shape[1:]))
+    return write_bytes(out, serialise(tensors, _about(by_name.values())))
+
+
+def _about(written: Collection[Update]) -> dict[str, str]:
+    """What sd-scripts writes about ranks and alphas in the header; "Dynamic" if they differ."""
+    ranks = {update.rank for update in written}
+    alphas = {update.scale * update.rank for update in written}
+    one = lambda values: f"{values.pop():g}" if len(values) == 1 else "Dynamic"
+    about = {"ss_network_module": "networks.lora", "ss_network_dim": one(ranks)}
+    return about | {"ss_network_alpha": one(alphas)}
 
 
 def of_alpha(alpha: Stored | None) -> updates.Scale:

@@ -35,6 +35,7 @@ class Opened(NamedTuple):
     metadata: of the safetensors' header.
     config: the adapter_config.json beside the file, {} if there is none.
     base: the fields of the base's config.json, given or beside the file, {} if they are not known.
+    as_stored: whether modules are wanted as the file has them, with nothing fused told apart.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class Opened(NamedTuple):
     metadata: dict[str, str]
     config: dict[str, Any]
     base: Mapping[str, Any] = {}
+    as_stored: bool = False
 
 
 def open_adapter(path: str | Path, base: Mapping[str, Any] | None = None) -> Opened:

@@ -8,18 +8,26 @@ import functools
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lorax.files import parse_json
+from lorax.files import parse_json, write_bytes, write_json
 from lorax.interop.adapter import Factors
-from lorax.interop.formats import fused, updates
+from lorax.interop.formats import factored, fused, image_names, names, updates, writing
 from lorax.interop.formats.contract import Found, Update
-from lorax.interop.formats.opened import Opened, numbers, quiet, same
+from lorax.interop.formats.opened import Opened, numbers, open_adapter, quiet, same
 from lorax.interop.peft import experts
-from lorax.interop.peft.config import CONFIG, check_targets, from_patterns, read_config, scale_of
-from lorax.interop.peft.files import PREFIX, WHOLE, own_names
+from lorax.interop.peft.config import (
+    CONFIG,
+    WEIGHTS,
+    check_targets,
+    from_patterns,
+    read_config,
+    scale_of,
+)
+from lorax.interop.peft.files import PREFIX, WHOLE, own_names, serialise
 from lorax.interop.peft.lora import by_module, check_lengths
 from lorax.interop.peft.metadata import index_of, own_factors
 from lorax.interop.places import Places, natural
@@ -32,6 +40,8 @@ _KEYS = {
     "LOHA": re.compile(r"(?P<module>.+)\.(?P<word>hada_(w[12]_[ab]|t[12]))"),
     "LOKR": re.compile(r"(?P<module>.+)\.(?P<word>lokr_(w[12](_[ab])?|t2))"),
 }
+#: Last words of modules that are embeddings, whose tensors have names of their own.
+_EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "token_embedding")
 _NO_CONFIG = f"default 1: there is no {CONFIG}, which has it"
 
 
@@ -57,21 +67,6 @@ def read(opened: Opened) -> Found:
     )
 
 
-def modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, ...]]]:
-    """(the modules of a LoRA as they are stored, {name: shape} of parameters trained in full).
-    Raises ValueError for another method, and for experts."""
-    config = read_config(opened.file.parent / CONFIG)
-    if config["peft_type"] != "LORA":
-        raise ValueError(
-            f"{opened.file.parent / CONFIG}: {config['peft_type']} given; other formats have "
-            "only LORA of it"
-        )
-    found, parts, beside = _lora_modules(opened, config)
-    if parts:
-        raise ValueError(f"{opened.file}: {next(iter(parts))}: other formats have no experts")
-    return found, beside
-
-
 # ------------------------------------------------------------------------------------------- LoRA
 
 
@@ -79,8 +74,9 @@ def _lora(opened: Opened, config: Mapping[str, Any]) -> Found:
     found, parts, beside = _lora_modules(opened, config)
     source = _source(config, opened)
     made = [_of_expert(layer, part, source) for layer, part in parts.items()]
-    entries = _entries(opened)
-    made += fused.updates_of([module for module in found if module.layer not in entries])
+    entries = {} if opened.as_stored else _entries(opened)
+    rest = [module for module in found if module.layer not in entries]
+    made += fused.updates_of(rest, opened.as_stored)
     for module in found:
         made += _parts(module, entries.pop(module.layer, {}))
     if entries:
@@ -255,3 +251,53 @@ def _with_singular(one: Update, module: updates.Module, singular: Stored | None)
         return factors._replace(a=factors.a * numbers(singular).reshape(-1))
 
     return one._replace(kind="AdaLoRA", read=with_singular)
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def write(out: Path, found: Found, base: Mapping[str, Any]) -> Path:
+    """Write updates, read as they are stored, as the two files of PEFT's; the directory.
+
+    PEFT's directory is of one model: of the U-Net or of a text encoder alone. base: unused. Raises
+    ValueError that says what the format can't hold.
+    """
+    del base
+    refused = factored.refusal(found, "PEFT")
+    by_name = factored.named(found, "PEFT", functools.partial(_name, found.format))
+    component = ""
+    if found.format in factored.IMAGES:
+        components = {name.partition(".")[0] for name in by_name}
+        if len(components) > 1:
+            raise refused(f"one directory is of one model, and this is of {sorted(components)}")
+        component = f"{components.pop()}."
+    modules = {name.removeprefix(component): update for name, update in by_name.items()}
+    tensors: dict[str, np.ndarray] = {}
+    for name, update in modules.items():
+        words = factored.as_peft(update)
+        if name.endswith(_EMBEDDINGS):
+            words = {"lora_embedding_A": words["lora_A.weight"]} | words
+            words["lora_embedding_B"] = words["lora_B.weight"]
+            words = {word: x for word, x in words.items() if not word.endswith(".weight")}
+        tensors |= {f"{PREFIX}{name}.{word}": x for word, x in words.items()}
+    config = factored.of_all(modules, refused) | {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": writing.base_name(found),
+        "inference_mode": True,
+    }
+    write_bytes(out / WEIGHTS, serialise(tensors, {"format": "pt"}))
+    write_json(out / CONFIG, config)
+    written = read(open_adapter(out)._replace(as_stored=True))
+    factored.check_written(modules, written, refused, lambda layer: layer)
+    return out
+
+
+def _name(format: str, layer: str) -> str | None:
+    """The name that transformers and diffusers have for a matrix, None if it is not known."""
+    if re.search(r"\.experts\.\d+\.", layer):
+        return None  # PEFT's files have all experts of a layer in one tensor
+    if format in factored.IMAGES:
+        return image_names.diffusers(layer)
+    name = names.hugging_face(layer)
+    return name if format in ("PEFT", "MLX") or name.startswith(("model.", "lm_head")) else None

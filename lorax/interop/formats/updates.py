@@ -118,7 +118,8 @@ def _lora(module: Module) -> Update:
 
     kind = "LoCon" if len(down) > 2 else "LoRA"
     kind = "DoRA" if dora else kind
-    return _made(module, "lora_down", kind, shape, r, s, source, read, (ROWS,) * per_input)
+    one = _made(module, "lora_down", kind, shape, r, s, source, read, (ROWS,) * per_input)
+    return one._replace(kernel=kernel)
 
 
 def _is_per_input(module: Module, word: str, inputs: int, outputs: int) -> bool:
