@@ -2,6 +2,7 @@
 
     python -m lorax.convert show ADAPTER                        spectrum and rank of every update
     python -m lorax.convert peft ADAPTER OUT --base BASE        an adapter in PEFT's format
+    python -m lorax.convert to FORMAT ADAPTER OUT               any program's adapter as another's
     python -m lorax.convert merge BASE ADAPTER OUT              a base model with the update added
     python -m lorax.convert shrink ADAPTER OUT --base BASE --energy 0.9
                                                                 an adapter with fewer directions
@@ -14,6 +15,7 @@ ADAPTER is one of:
     scale: give --alpha.
   - a directory in lorax's own format (method.json). Without a delta.safetensors it needs --base to
     be shown. Your own method also needs --method FILE, the Python file that registers it.
+`to` reads the files of many programs (docs/formats.md), and needs --base only for GGUF.
 BASE is a shipped name, a Hugging Face directory or a Hub id. OUT must not exist yet.
 
 If BASE is in 4 bits, merging decodes its weights and writes them decoded. --onto DIR merges into
@@ -33,6 +35,7 @@ from lorax import catalogue
 from lorax.errors import fail
 
 NOTHING = "nothing changes"
+FORMATS = ("peft", "kohya", "diffusers", "mlx", "gguf")
 SHOWN = 16  # singular values in a row of `show`
 
 
@@ -40,7 +43,7 @@ def main(arguments: list[str]) -> int:
     """The command line. Exit code 0, or 2 for a mistake in the input."""
     args = _parser().parse_args(arguments)
     try:
-        if args.method:
+        if getattr(args, "method", None):
             catalogue.read(args.method)
         args.command(args)
     except (ValueError, OSError) as error:
@@ -72,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("show", show, "ADAPTER", base=False)
     sub.add_argument("--csv", help="file for all singular values: path, index, sigma")
     command("peft", to_peft, "ADAPTER", "OUT", base=True)
+    sub = commands.add_parser("to", help=to_format.__doc__.splitlines()[0])
+    sub.set_defaults(command=to_format)
+    sub.add_argument("format", metavar="FORMAT", choices=FORMATS, help=", ".join(FORMATS))
+    for argument in ("ADAPTER", "OUT"):
+        sub.add_argument(argument.lower(), metavar=argument)
+    sub.add_argument("--base", help="the model that it was trained on, whose config.json is read")
     sub = command("merge", merge, "BASE", "ADAPTER", "OUT", base=None)
     sub.add_argument(
         "--onto",
@@ -184,6 +193,27 @@ def to_peft(args) -> None:
     print(f"{args.out}: {len(trained.updates)} adapted matrices")
     if why := trained.content.idle():
         print(f"{NOTHING}: {why}")
+
+
+def to_format(args) -> None:
+    """An adapter of any program as a file of another's; its scales and numbers stay as they are."""
+    from lorax.files import read_json
+    from lorax.interop import formats
+
+    _check_new(args.out)
+    base = None
+    if args.base:
+        from lorax.models.directories import find
+
+        base = read_json(find(args.base, weights=False) / "config.json")
+    found = formats.read(args.adapter, base, as_stored=True)
+    write = formats.WRITERS[args.format]
+    if args.format in formats.FILES:
+        write(Path(args.out), found, base)
+    else:
+        with whole(args.out) as directory:
+            write(directory, found, base)
+    print(f"{args.out}: {len(found.updates)} matrices of {found.format} as {args.format}")
 
 
 def shrink(args) -> None:

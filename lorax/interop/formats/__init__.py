@@ -23,11 +23,22 @@ from lorax.interop.formats import (
 from lorax.interop.formats.contract import Found, Update
 from lorax.interop.formats.opened import open_adapter
 
-__all__ = ["Found", "Update", "read"]
+__all__ = ["FILES", "WRITERS", "Found", "Update", "read"]
 
 #: Modules with `recognises(opened) -> bool` and `read(opened) -> Found`; the first that recognises
 #: a file reads it.
 FORMATS = (llama_cpp, keras_hub, einsums, kohya, dotted, mlx, torchtune, megatron, tinker, peft)
+#: Functions (path to write, what was read as it is stored, fields of the base's config.json or
+#: None) -> path, by the format's name. They raise ValueError for what the format can't hold.
+WRITERS = {
+    "peft": peft.write,
+    "kohya": kohya.write,
+    "diffusers": dotted.write,
+    "mlx": mlx.write,
+    "gguf": llama_cpp.write,
+}
+#: Those that write one file; the others write a directory.
+FILES = ("kohya", "gguf")
 
 
 def read(path: str | Path, base: Mapping[str, Any] | None = None, as_stored: bool = False) -> Found:

@@ -156,13 +156,12 @@ def _of_config(config: dict[str, Any], module: str, file: Path) -> updates.Scale
 # ---------------------------------------------------------------------------------------- writing
 
 
-def write(out: Path, found: Found, base: Mapping[str, Any]) -> Path:
+def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Path:
     """Write updates, read as they are stored, as diffusers' file in the folder `out`; the folder.
 
-    The scales are in the header, which diffusers reads as a `LoraConfig` for each component. base:
-    unused. Raises ValueError that says what the format can't hold.
+    The scales are in the header, which diffusers reads as a `LoraConfig` for each component.
+    base: not needed. Raises ValueError that says what the format can't hold.
     """
-    del base
     refused = factored.refusal(found, "diffusers")
     by_name = factored.named(found, "diffusers")
     tensors: dict[str, np.ndarray] = {}

@@ -83,13 +83,12 @@ def taken_beside(layer: str, tensors: dict[str, Stored]) -> dict[str, tuple[int,
     return {f"{layer}.{word}": tensors.pop(word).shape for word in vectors}
 
 
-def write(out: Path, found: Found, base: Mapping[str, Any]) -> Path:
+def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Path:
     """Write updates, read as they are stored, as a file of kohya's; the file.
 
-    Every matrix has its alpha. base: unused. Raises ValueError that says what the format can't
+    Every matrix has its alpha. base: not needed. Raises ValueError that says what the format can't
     hold: kinds other than LoRA, LoCon and DoRA, modules without a name of kohya's.
     """
-    del base
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: kohya's files end in .safetensors")
     refused = factored.refusal(found, "kohya")

@@ -256,13 +256,12 @@ def _with_singular(one: Update, module: updates.Module, singular: Stored | None)
 # ---------------------------------------------------------------------------------------- writing
 
 
-def write(out: Path, found: Found, base: Mapping[str, Any]) -> Path:
+def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Path:
     """Write updates, read as they are stored, as the two files of PEFT's; the directory.
 
-    PEFT's directory is of one model: of the U-Net or of a text encoder alone. base: unused. Raises
-    ValueError that says what the format can't hold.
+    PEFT's directory is of one model: of the U-Net or of a text encoder alone. base: not needed.
+    Raises ValueError that says what the format can't hold.
     """
-    del base
     refused = factored.refusal(found, "PEFT")
     by_name = factored.named(found, "PEFT", functools.partial(_name, found.format))
     component = ""
@@ -283,7 +282,7 @@ def write(out: Path, found: Found, base: Mapping[str, Any]) -> Path:
     config = factored.of_all(modules, refused) | {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": writing.base_name(found),
+        "base_model_name_or_path": writing.base_name(found.config),
         "inference_mode": True,
     }
     write_bytes(out / WEIGHTS, serialise(tensors, {"format": "pt"}))

@@ -10,6 +10,7 @@ from format_files import draw, written
 from peft_files import foreign
 from support import require
 
+from lorax import convert
 from lorax.interop import formats
 from lorax.interop.formats import dotted, image_names, kohya, peft
 
@@ -179,6 +180,21 @@ def test_what_another_format_cannot_hold_is_named(tmp_path, change, words):
     assert words in str(error.value)
 
 
+def test_the_command(tmp_path, capsys):
+    _, file = of_kohya(tmp_path)
+    out = tmp_path / "out"
+    assert convert.main(["to", "diffusers", str(file), str(out)]) == 0
+    assert f"{out}: 6 matrices of kohya as diffusers" in capsys.readouterr().out
+    same(formats.read(file, as_stored=True), formats.read(out, as_stored=True))
+    assert convert.main(["to", "kohya", str(out), str(tmp_path / "k.safetensors")]) == 0
+    assert convert.main(["to", "peft", str(out), str(tmp_path / "p")]) == 2
+    assert not (tmp_path / "p").exists()
+    assert "one directory is of one model" in capsys.readouterr().err
+    assert convert.main(["to", "kohya", str(out), str(tmp_path / "k.safetensors")]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert set(convert.FORMATS) == set(formats.WRITERS)
+
+
 def test_one_directory_of_peft_is_of_one_model(tmp_path):
     _, file = of_kohya(tmp_path)
     found = formats.read(file, as_stored=True)
@@ -207,10 +223,15 @@ def test_diffusers_loads_what_we_write(tmp_path):
     diffusers, torch = require("diffusers"), require("torch")
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=8,
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2, norm_num_groups=4,
-    )  # fmt: skip
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
     names = [
         "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
         "mid_block.resnets.0.conv1",
