@@ -14,8 +14,10 @@ from lorax.interop.formats import (
     keras_hub,
     kohya,
     llama_cpp,
+    loralib,
     megatron,
     mlx,
+    own,
     peft,
     tinker,
     torchtune,
@@ -27,7 +29,20 @@ __all__ = ["FILES", "WRITERS", "Found", "Update", "read"]
 
 #: Modules with `recognises(opened) -> bool` and `read(opened) -> Found`; the first that recognises
 #: a file reads it.
-FORMATS = (llama_cpp, keras_hub, einsums, kohya, dotted, mlx, torchtune, megatron, tinker, peft)
+FORMATS = (
+    llama_cpp,
+    keras_hub,
+    einsums,
+    own,
+    kohya,
+    dotted,
+    mlx,
+    torchtune,
+    megatron,
+    tinker,
+    peft,
+    loralib,
+)
 #: Functions (path to write, what was read as it is stored, fields of the base's config.json or
 #: None) -> path, by the format's name. They raise ValueError for what the format can't hold.
 WRITERS = {

@@ -6,6 +6,7 @@
                 unet.down_blocks.0...attn1.to_q.lora_A.weight                third, PEFT's words
     ComfyUI     diffusion_model.layers.0.attention.to_q.lora_A.weight, .lora_down.weight, .alpha
     XLabs       double_blocks.0.processor.qkv_lora1.down.weight
+    no prefix   transformer_blocks.0.attn.to_q.lora_A.default.weight
 
 (diffusers, utils/state_dict_utils.py and loaders/lora_conversion_utils.py.) s is from a tensor
 "alpha", from diffusers' metadata "lora_adapter_metadata", a `LoraConfig` for each prefix, or 1.
@@ -33,6 +34,8 @@ PREFIXES = {
     "diffusers": r"(unet|transformer(_\d)?|text_encoder(_\d)?|prior|controlnet|decoder)\.",
     "ComfyUI": r"(diffusion_model|text_encoders|model\.diffusion_model)\.",
     "XLabs": r"(double|single)_blocks\.\d+\.processor\.",
+    "PEFT's names": r"((double_|single_|single_transformer_|transformer_|down_|up_)?blocks|layers|"
+    r"mid_block|conv_in|conv_out)\.",
 }
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -43,7 +46,8 @@ _KEY = re.compile(
     r"(?P<layer>.+?)("
     r"(?P<old>_lora\d?)\.(?P<old_side>down|up)\.weight"
     r"|\.lora(_linear_layer)?\.(?P<new_side>down|up)\.weight"
-    r"|\.lora_(?P<side>A|B|down|up|mid|magnitude_vector)(\.(?P<name>[^.]+))??(\.weight)?"
+    r"|\.lora_(?P<side>A|B|down|up|mid)(\.(?P<name>[^.]+))?\.weight"
+    r"|\.lora_(?P<m>magnitude_vector)(\.(?P<m_name>[^.]+))??(\.weight)?"
     r"|\.(?P<word>alpha|dora_scale|hada_\w+|lokr_\w+|diff|diff_b|w_norm|b_norm)"
     r")"
 )
@@ -107,10 +111,11 @@ def _by_layer(opened: Opened) -> dict[str, dict[str, Stored]]:
             layer += ".0"  # the first generation leaves the number out
         elif match["old"] not in (None, "_lora"):
             layer = f"{match['layer']}{match['old']}"
-        side = match["old_side"] or match["new_side"] or match["side"]
+        side = match["old_side"] or match["new_side"] or match["side"] or match["m"]
         word = _SIDES[side] if side else match["word"]
         word += ".bias" if bias != key else ""
         adapters |= {match["name"]} if match["side"] else set()
+        adapters |= {match["m_name"]} if match["m"] else set()
         own = modules.setdefault(layer, {})
         if word in own:
             raise ValueError(f"{opened.file}: {layer} has {word} twice; {key} is one")

@@ -47,8 +47,17 @@ def recognises(opened: Opened) -> bool:
 def read(opened: Opened) -> Found:
     """The updates of a file. Raises ValueError that names file and tensor."""
     found, beside = modules(opened)
-    config = fields(opened.metadata)
-    return Found("kohya", opened.path, fused.updates_of(found, opened.as_stored), beside, config)
+    made = fused.updates_of(found, opened.as_stored)
+    return Found("kohya", opened.path, made, beside, fields(opened.metadata), _notes(opened))
+
+
+def _notes(opened: Opened) -> tuple[str, ...]:
+    """What the header says of the scale against the file."""
+    dim, alpha = (opened.metadata.get(f"ss_network_{name}") for name in ("dim", "alpha"))
+    if alpha in (None, dim) or any(name.endswith(".alpha") for name in opened.tensors):
+        return ()
+    given = f"ss_network_alpha is {alpha[:20]}, ss_network_dim {str(dim)[:20]}"
+    return (f"{given} in the header, but the file has no alpha: programs take s = 1",)
 
 
 def modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, ...]]]:

@@ -11,12 +11,13 @@ import numpy as np
 from lorax.files import LFS, pointer_hint, read_json
 from lorax.interop import tensors
 from lorax.interop.peft.config import CONFIG, PICKLES, WEIGHTS
+from lorax.interop.states import DELTA
 
 #: Types of floats in adapter files, as safetensors call them.
 FLOATS = tensors.FLOATS | {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 _INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8}
 #: Files that a directory may hold its adapter in, the first that is there is taken.
-NAMES = (WEIGHTS, "pytorch_lora_weights.safetensors", "adapters.safetensors")
+NAMES = (WEIGHTS, "pytorch_lora_weights.safetensors", "adapters.safetensors", DELTA)
 #: By the end of a file's name.
 CONTAINERS = {".safetensors": "safetensors", ".gguf": "gguf", ".h5": "h5"}
 #: A file of an orbax checkpoint: of an item, of a step with items, of a run with steps.
@@ -91,9 +92,11 @@ def located(path: str | Path) -> Path:
         if not local.exists():
             raise FileNotFoundError(f"{path}: no such file or directory")
         return local
+    owner, model, *inside = name.split("/")
+    if inside and Path(name).suffix not in CONTAINERS:
+        raise FileNotFoundError(f"{path}: no such file or directory")
     from huggingface_hub import hf_hub_download, snapshot_download  # slow to import
 
-    owner, model, *inside = name.split("/")
     try:
         if inside:
             return Path(hf_hub_download(f"{owner}/{model}", "/".join(inside)))

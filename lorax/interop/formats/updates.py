@@ -27,8 +27,8 @@ from lorax.interop.formats.contract import Update
 from lorax.interop.formats.opened import check_floats, numbers, quiet
 from lorax.interop.tensors import Stored
 
-#: Numbers that a dW may have which is made of smaller tensors: 4 GiB of float32.
-MOST = 2**30
+#: Numbers that a dW may have which is made of smaller tensors: 1 GiB of float32.
+MOST = 2**28
 LORA = ("lora_down", "lora_up", "lora_mid", "dora_scale", "magnitude")
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")

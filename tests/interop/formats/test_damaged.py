@@ -103,13 +103,38 @@ def diffusers(path):
     return path, [file]
 
 
+def loralib(path):
+    tensors = {"q.lora_A": draw(2 * R, D), "q.lora_B": draw(2 * D, R), "q.bias": draw(D)}
+    file = written(path, tensors)
+    return file, [file]
+
+
+def own(path):
+    (path / "method.json").write_text('{"name": "full", "hp": {}}')
+    written(path, {"h/0/attn/q": draw(D, D)}, "delta.safetensors")
+    return path, [path / "delta.safetensors", path / "method.json"]
+
+
 def peft(path):
     factors = {f"h/0/attn/{part}": Factors(PAIR[1], PAIR[0], 2.0) for part in "qv"}
     lorax.interop.peft.save(path, factors, UNTIED, "gpt2")
     return path, [path / "adapter_model.safetensors", path / "adapter_config.json"]
 
 
-FORMATS = [kohya, diffusers, peft, mlx, llama_cpp, torchtune, megatron, tinker, keras_hub, orbax]
+FORMATS = [
+    kohya,
+    diffusers,
+    peft,
+    loralib,
+    own,
+    mlx,
+    llama_cpp,
+    torchtune,
+    megatron,
+    tinker,
+    keras_hub,
+    orbax,
+]
 
 
 def damaged(path, make, n):
