@@ -27,10 +27,13 @@ class Tensors(NamedTuple):
 
 
 def named(
-    found: Found, format: str, name_of: Callable[[str], str | None] = image_names.diffusers
+    found: Found,
+    format: str,
+    name_of: Callable[[str], str | None] = image_names.diffusers,
+    unordered: bool = False,
 ) -> dict[str, Update]:
     """{name: update} of a file that was read as it is stored. name_of: the name of a matrix by the
-    file's own; diffusers' by default.
+    file's own; diffusers' by default. unordered: whether rows may be in the file's own order.
 
     Raises ValueError that says what the format can't hold.
     """
@@ -40,7 +43,7 @@ def named(
         name = name_of(update.layer)
         if update.kind not in KINDS:
             raise refused(f"{update.layer} is {update.kind}; it holds {', '.join(KINDS)}")
-        if heads.is_unordered(update):
+        if heads.is_unordered(update) and not unordered:
             raise refused(f"the rows of {update.layer} need the base's heads; give --base")
         if updates.ROWS in update.warnings:
             raise refused(f"{update.layer}: DoRA with one length per input; it has one per output")

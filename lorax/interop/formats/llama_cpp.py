@@ -11,16 +11,16 @@ the rows of q and k (`heads`). (llama.cpp, convert_lora_to_gguf.py and conversio
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lorax.files import atomically
-from lorax.interop.adapter import Factors
-from lorax.interop.formats import heads, names, pairs, writing
+from lorax.interop.formats import factored, heads, names, pairs, writing
 from lorax.interop.formats.contract import Found, Update
+from lorax.interop.formats.factored import Tensors
 from lorax.interop.formats.gguf_file import Gguf, package, read_header
 from lorax.interop.formats.opened import Opened
 
@@ -107,7 +107,7 @@ def _updates(opened: Opened, layer: str, tensors, gguf: Gguf) -> list[Update]:
 def _scale(opened: Opened, fields: Mapping[str, Any], rank: int) -> tuple[float, str]:
     alpha = fields.get("adapter.lora.alpha")
     if alpha is None:
-        return 1.0, "default 1: the file has none"
+        return 1.0, "1: no adapter.lora.alpha"
     if not isinstance(alpha, float) or not math.isfinite(alpha):
         raise ValueError(f"{opened.file}: adapter.lora.alpha: {alpha!r}; it should be finite")
     if alpha == 0 or rank == 0:
@@ -125,65 +125,69 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     heads; not needed for what was read from GGUF in its own order (`read` with base {}).
     llama.cpp has one alpha for all matrices. Raises ValueError that says what it can't hold.
     """
+    refused = factored.refusal(found, "GGUF")
     own = found.format == "GGUF"
-    made = writing.factors(found, own_names=own)
-    scale, rank = writing.one_scale(made, "llama.cpp")
+    by_name = factored.named(found, "GGUF", _own_name if own else _name, unordered=own)
+    scale, rank = writing.one_scale(by_name, refused)
     alpha = np.float32(scale * rank)
     if alpha == 0 or not np.isfinite(alpha):
-        raise ValueError(f"llama.cpp can't have alpha {alpha:g}: it takes 0 for a scale of 1")
-    if lengths := [name for name, one in made.items() if one.m is not None]:
-        raise ValueError(f"llama.cpp has no DoRA; {lengths[0]} has lengths")
-    arch = found.config.get("general.architecture") if own else _architecture(base or {})
+        raise refused(f"alpha {alpha:g}, and llama.cpp takes 0 for a scale of 1")
+    if dora := [name for name, update in by_name.items() if update.kind == "DoRA"]:
+        raise refused(f"llama.cpp has no DoRA; {dora[0]} has lengths")
+    arch = found.config.get("general.architecture") if own else _architecture(base or {}, refused)
     if not isinstance(arch, str):
-        raise ValueError(f"{found.path}: general.architecture is missing")
-    kept = {update.layer for update in found.updates if heads.is_unordered(update)}
-    layers = {}
-    for name, one in made.items():
-        theirs = name if own else names.llama_cpp(name)
-        if theirs is None or _OWN.fullmatch(theirs) is None:
-            raise ValueError(f"llama.cpp's name of {name} is not known")
-        order = None if name in kept else _order(theirs, one.b.shape[1], arch, base or {})
-        layers[theirs] = name, order
-    padded = {name: writing.padded(one, rank) for name, one in made.items()}
-    return atomically(out, lambda file: _write(file, padded, layers, arch, alpha))
+        raise refused("general.architecture is missing")
+    orders = {}
+    for name, update in by_name.items():
+        stays = heads.is_unordered(update) or arch not in TURNED
+        stays |= not name.endswith((".attn_q", ".attn_k"))
+        orders[name] = None if stays else _order(name, update.shape[1], base or {}, refused)
+    padded = {name: writing.padded(update, rank) for name, update in by_name.items()}
+    return atomically(out, lambda file: _write(file, padded, orders, arch, alpha))
 
 
-def _architecture(base: Mapping[str, Any]) -> str:
+def _own_name(layer: str) -> str | None:
+    return layer if _OWN.fullmatch(layer) else None
+
+
+def _name(layer: str) -> str | None:
+    return names.llama_cpp(names.hugging_face(layer))
+
+
+def _architecture(base: Mapping[str, Any], refused: Callable[[str], ValueError]) -> str:
+    """llama.cpp's name of a base's architecture, by the fields of its config.json."""
     family = (base.get("text_config") or base).get("model_type")
     if family not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         given = family or "no base, or one without model_type,"
-        raise ValueError(f"{given} given; llama.cpp's names are known for bases of {known}")
+        raise refused(f"{given} given; llama.cpp's names are known for bases of {known}")
     return ARCHITECTURES[family]
 
 
-def _order(layer: str, rows: int, arch: str, base: Mapping[str, Any]) -> np.ndarray | None:
-    """The order of Hugging Face's rows in llama.cpp's file, None if it stays."""
-    if arch not in TURNED or not layer.endswith((".attn_q", ".attn_k")):
-        return None
+def _order(layer: str, rows: int, base: Mapping[str, Any], refused) -> np.ndarray:
+    """The order of Hugging Face's rows of q or k in llama.cpp's file."""
     known = heads.heads(base)
     n = known and (known.q if layer.endswith(".attn_q") else known.kv)
     if n is None or rows % (2 * n):
-        raise ValueError(f"{rows} rows of {layer} don't fit the heads of the base; give its --base")
+        raise refused(f"{rows} rows of {layer} don't fit the heads of the base; give its --base")
     return heads.from_hugging_face(n, rows)
 
 
-def _write(file: Path, made: Mapping[str, Factors], layers, arch: str, alpha: np.float32) -> None:
-    """layers: {llama.cpp's name: (the name in `made`, the order of its rows or None)}."""
+def _write(file: Path, made: Mapping[str, Tensors], orders, arch: str, alpha: np.float32) -> None:
+    """orders: {name: the order of up's rows, or None}."""
     gguf = package(str(file))
     writer = gguf.GGUFWriter(file, arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
-    for theirs, (name, order) in layers.items():
-        a, b, _, _ = made[name]
-        b = b if order is None else b[:, order]
-        a = a if theirs == "token_embd" else a.T
-        for side, x in (("a", a), ("b", b.T)):
+    for name, (down, up, _) in made.items():
+        up = up if orders[name] is None else up[orders[name]]
+        down = down.T if name == "token_embd" else down
+        for side, x in (("a", down), ("b", up)):
             x, kind = np.ascontiguousarray(x), None
             if x.dtype.name == "bfloat16":
                 x, kind = x.view(np.uint8), gguf.GGMLQuantizationType.BF16
-            writer.add_tensor(f"{theirs}.weight.lora_{side}", x, raw_dtype=kind)
+            writer.add_tensor(f"{name}.weight.lora_{side}", x, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

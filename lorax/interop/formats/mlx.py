@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lorax.files import write_bytes, write_json
-from lorax.interop.formats import pairs, writing
+from lorax.interop.formats import factored, names, pairs, writing
 from lorax.interop.formats.contract import Found, Update
 from lorax.interop.formats.opened import Opened
 from lorax.interop.peft.config import CONFIG, NUMBER
@@ -25,7 +25,6 @@ from lorax.interop.peft.files import serialise
 
 WEIGHTS = "adapters.safetensors"
 _IN_LAYER = re.compile(r"(?P<model>.*\blayers)\.\d+\.(?P<key>.+)")
-_NAME = re.compile(r"(language_model\.)?(model\.(layers\.\d+\..+|embed_tokens)|lm_head)")
 _KEY = re.compile(r"(?P<layer>.+)\.(?P<name>lora_a|lora_b|m)")
 
 
@@ -115,26 +114,33 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     last few: matrices without an update get one that is 0. base: not needed, as names and rows are
     Hugging Face's. Raises ValueError that says what MLX can't hold.
     """
-    made = writing.factors(found)
-    scale, rank = writing.one_scale(made, "MLX")
-    lengths = [one.m is not None for one in made.values()]
-    if len(set(lengths)) > 1:
-        raise ValueError("MLX has DoRA of all matrices or of none; given some with lengths")
+    refused = factored.refusal(found, "MLX")
+    by_name = factored.named(found, "MLX", _name)
+    scale, rank = writing.one_scale(by_name, refused)
+    kinds = {update.kind for update in by_name.values()}
+    if len(kinds) > 1:
+        raise refused("DoRA in some of its matrices; MLX has it in all or none")
     arrays, keys = {}, []
-    for name, one in made.items():
-        if _NAME.fullmatch(name) is None or ".experts." in name:
-            raise ValueError(f"MLX's name of {name} is not known")
-        a, b, _, m = writing.padded(one, rank)
-        arrays |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
+    for name, update in by_name.items():
+        down, up, m = writing.padded(update, rank)
+        arrays |= {f"{name}.lora_a": down.T, f"{name}.lora_b": up.T}
         arrays |= {} if m is None else {f"{name}.m": m}
         match = _IN_LAYER.fullmatch(name)
         keys.append(match["key"] if match else name)
     parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": sorted(set(keys))}
-    kind = "dora" if lengths[0] else "lora"
-    fields = {"fine_tune_type": kind, "num_layers": -1, "lora_parameters": parameters}
+    fields = {
+        "fine_tune_type": kinds.pop().lower(),
+        "num_layers": -1,
+        "lora_parameters": parameters,
+    }
     if model := writing.base_name(found.config):
         fields["model"] = model
     arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
     write_bytes(out / WEIGHTS, serialise(arrays, {"format": "mlx"}))
     write_json(out / CONFIG, fields)
     return out
+
+
+def _name(layer: str) -> str | None:
+    name = names.language(layer)
+    return None if name is None or ".experts." in name else name

@@ -54,6 +54,7 @@ _WHOLE = {
     "model.unembed_tokens": "lm_head",
 }
 _LAYER = re.compile(r"(?P<start>blk|layers|(?:.+\.)?decoder\.layers)\.(?P<n>\d+)\.(?P<end>.+)")
+_LANGUAGE = re.compile(r"(language_model\.)?(model\.(layers\.\d+\..+|embed_tokens)|lm_head)")
 _EXPERT = re.compile(r"(?P<start>.+\.experts\.\d+)\.(?P<end>w[123])")
 _W = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
@@ -69,6 +70,12 @@ def hugging_face(layer: str) -> str:
     if match := _EXPERT.fullmatch(layer):
         return f"{match['start']}.{_W[match['end']]}"
     return _WHOLE.get(layer, layer)
+
+
+def language(layer: str) -> str | None:
+    """Hugging Face's name of a matrix of a language model like LLaMA, None if it is not known."""
+    name = hugging_face(layer)
+    return name if _LANGUAGE.fullmatch(name) else None
 
 
 def llama_cpp(layer: str) -> str | None:

@@ -43,7 +43,7 @@ def test_scale_is_alpha_over_the_rank_in_the_file(tmp_path):
 def test_no_alpha_is_a_scale_of_one(tmp_path, alpha):
     tensors = {"blk.0.ffn_up.weight.lora_a": draw(R, D), "blk.0.ffn_up.weight.lora_b": draw(KV, R)}
     (update,) = formats.read(written(tmp_path, tensors, alpha)).updates
-    assert update.scale == 1 and ("default" in update.source) == (alpha is None)
+    assert update.scale == 1 and ("no adapter" in update.source) == (alpha is None)
 
 
 def test_rows_of_q_and_k_come_back_to_hugging_faces_order(tmp_path):
