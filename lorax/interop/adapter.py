@@ -4,6 +4,7 @@
 and `facts` for a report.
 """
 
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,45 @@ class Factors(NamedTuple):
     b: np.ndarray
     s: float
     m: np.ndarray | None = None
+
+
+Updates = Mapping[str, Factors | np.ndarray]  # of one member or adapter, by layer
+
+
+def shape_of(update: Factors | np.ndarray) -> tuple[int, ...]:
+    """(in, out, r) of factors, (in, out) of a dense update."""
+    if isinstance(update, Factors):
+        return (update.a.shape[0], update.b.shape[1], update.a.shape[1])
+    return update.shape
+
+
+def shapes_of(updates: Updates) -> dict[str, tuple[int, ...]]:
+    """{layer: `shape_of` its update}; nothing is read of updates that have `shapes`."""
+    if isinstance(updates, Unread):
+        return updates.shapes
+    return {layer: shape_of(update) for layer, update in updates.items()}
+
+
+class Unread(Mapping):
+    """{layer: its update}, each read from its file when it is asked for, and not kept.
+
+    readers: {layer: a function that returns the update}. shapes: {layer: `shape_of` its update}.
+    """
+
+    def __init__(self, readers: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]):
+        self.readers, self.shapes = dict(readers), dict(shapes)
+
+    def __getitem__(self, layer: str) -> Factors | np.ndarray:
+        return self.readers[layer]()
+
+    def __contains__(self, layer) -> bool:
+        return layer in self.readers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
 
 
 class Adapter(NamedTuple):

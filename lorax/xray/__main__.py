@@ -30,7 +30,7 @@ from lorax.console import console
 from lorax.errors import fail
 from lorax.interop import formats
 from lorax.xray import defects, keeping, terminal, together
-from lorax.xray.measured import Measured, measure
+from lorax.xray.measured import Measured, measure, unread
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def show(given: argparse.Namespace, screen) -> int:
         measured[name] = list(updates)
         _show_one(measured[name], given.all, screen)
     if len(found) > 1:
-        _show_together(found, measured, screen)
+        _show_together(measured, screen)
     return 0
 
 
@@ -91,17 +91,15 @@ def _show_one(measured: list[Measured], all_rows: bool, screen) -> None:
         screen.print(terminal.smaller(choices, sum(one.parameters for one in finite)))
 
 
-def _show_together(found: dict, measured: dict[str, list[Measured]], screen) -> None:
+def _show_together(measured: dict[str, list[Measured]], screen) -> None:
     """The directions that files share, and what becomes of them in the sum of all."""
-    finite = {
-        name: [one.update for one in of_file if not one.bad and not one.idle]
-        for name, of_file in measured.items()
-    }
-    matrices = together.common(finite)
+    files = {name: unread([x for x in found if not x.idle]) for name, found in measured.items()}
+    matrices = together.common(files)
     if not matrices:
         screen.print("nothing in common: no two files change a matrix of one name and shape")
         return
-    compared = list(_progress(together.compare(matrices), "comparing", len(matrices)))
+    compared = _progress(together.compare(files, matrices), "comparing", len(matrices))
+    compared = list(compared)
     pairs = [pair for of_matrix, _ in compared for pair in of_matrix]
     added = [of_matrix for _, of_matrix in compared]
     screen.print(terminal.pairs(together.whole(pairs)))

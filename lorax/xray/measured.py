@@ -9,7 +9,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lorax.analysis.measures import spectrum
-from lorax.interop.adapter import Factors
+from lorax.interop.adapter import Factors, Unread
 from lorax.interop.formats.contract import Update
 
 WORKERS = min(8, os.cpu_count() or 1)  # each holds one matrix
@@ -36,6 +36,11 @@ class Measured(NamedTuple):
     marks: tuple[bytes, bytes]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(in, out, r) with factors, (in, out) without."""
+        return (*self.update.shape, *[self.update.rank] * self.factored)
+
+    @property
     def norm(self) -> float:
         """||dW||_F."""
         return float(np.linalg.norm(self.sigma))
@@ -45,6 +50,13 @@ class Measured(NamedTuple):
         """Numbers in its factors, or in dW."""
         n_in, n_out = self.update.shape
         return self.update.rank * (n_in + n_out) if self.factored else n_in * n_out
+
+
+def unread(measured: Sequence[Measured]) -> Unread:
+    """The updates by layer, without those that have numbers that are not finite."""
+    finite = [one for one in measured if not one.bad]
+    readers = {one.update.layer: one.update.read for one in finite}
+    return Unread(readers, {one.update.layer: one.shape for one in finite})
 
 
 def measure(updates: Sequence[Update]) -> Iterator[Measured]:

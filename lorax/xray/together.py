@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lorax.analysis.measures import overlap, sums
-from lorax.interop.formats.contract import Update
+from lorax.interop.adapter import Factors, Updates, shapes_of
 from lorax.xray.measured import WORKERS
 
 
@@ -50,24 +50,26 @@ def same_matrix(layer: str) -> str:
     return re.sub(r"^(lora_|lycoris_|base_model_model_)+", "", flat)
 
 
-def common(files: Mapping[str, Sequence[Update]]) -> list[dict[str, Update]]:
-    """{name of a file: its update} of every matrix that at least two files have in one shape."""
-    matrices: dict[tuple, dict[str, Update]] = {}
+def common(files: Mapping[str, Updates]) -> list[dict[str, str]]:
+    """{name of a file: its layer} of every matrix that at least two files have in one shape."""
+    matrices: dict[tuple, dict[str, str]] = {}
     for name, updates in files.items():
-        for update in updates:
-            matrices.setdefault((same_matrix(update.layer), update.shape), {})[name] = update
+        for layer, shape in shapes_of(updates).items():
+            matrices.setdefault((same_matrix(layer), *shape[:2]), {})[name] = layer
     return [found for found in matrices.values() if len(found) > 1]
 
 
-def compare(matrices: Iterable[dict[str, Update]]) -> Iterator[tuple[list[Pair], Added]]:
-    """The pairs and the sum of every matrix of `common`, in its order; those with numbers that are
-    not finite must be left out before."""
+def compare(
+    files: Mapping[str, Updates], matrices: Sequence[dict[str, str]]
+) -> Iterator[tuple[list[Pair], Added]]:
+    """The pairs and the sum of every matrix of `common`, in its order, on all cores."""
+    read = lambda matrix: {name: files[name][layer] for name, layer in matrix.items()}
+    one = lambda matrix: _compare(next(iter(matrix.values())), read(matrix))
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(WORKERS) as pool:
-        yield from pool.map(_compare_one, matrices)
+        yield from pool.map(one, matrices)
 
 
-def _compare_one(updates: dict[str, Update]) -> tuple[list[Pair], Added]:
-    layer = next(iter(updates.values())).layer
+def _compare(layer: str, updates: dict[str, Factors | np.ndarray]) -> tuple[list[Pair], Added]:
     names = tuple(updates)
     found = [sums.directions(_as_delta(update)) for update in updates.values()]
     total = sums.summed(found)
@@ -78,9 +80,8 @@ def _compare_one(updates: dict[str, Update]) -> tuple[list[Pair], Added]:
     return pairs, Added(layer, names, total)
 
 
-def _as_delta(update: Update):
-    given = update.read()
-    return tuple(given[:3]) if isinstance(given, tuple) else given
+def _as_delta(update: Factors | np.ndarray):
+    return tuple(update[:3]) if isinstance(update, Factors) else update
 
 
 def _pair(layer, names, found, inner) -> Pair:

@@ -13,7 +13,7 @@ from lorax.interop import formats
 from lorax.interop.adapter import Factors
 from lorax.xray import defects, keeping, together
 from lorax.xray.__main__ import main, named
-from lorax.xray.measured import measure, measure_one
+from lorax.xray.measured import measure, measure_one, unread
 
 
 def draw(*shape, seed=0):
@@ -150,15 +150,15 @@ def test_an_update_and_its_negative_leave_nothing():
 
 
 def test_pairs_of_files_and_chance(tmp_path):
+    paths = {name: kohya(tmp_path / f"{name}.safetensors", 2, n)[0] for n, name in enumerate("ab")}
     files = {
-        name: formats.read(kohya(tmp_path / f"{name}.safetensors", 2, seed)[0]).updates
-        for seed, name in enumerate("ab")
+        name: unread(list(measure(formats.read(path).updates))) for name, path in paths.items()
     }
     matrices = together.common(files)
     assert len(matrices) == 4
-    pairs = [pair for of_matrix, _ in together.compare(matrices) for pair in of_matrix]
+    pairs = [pair for of_matrix, _ in together.compare(files, matrices) for pair in of_matrix]
     for pair, matrix in zip(pairs, matrices, strict=True):
-        one, two = (update.read() for update in matrix.values())
+        one, two = (files[name][layer] for name, layer in matrix.items())
         dense = [f.s * f.a.astype(np.float64) @ f.b for f in (one, two)]
         cosine = np.sum(dense[0] * dense[1]) / np.prod([np.linalg.norm(x) for x in dense])
         assert pair.cosine == pytest.approx(cosine, abs=1e-7)

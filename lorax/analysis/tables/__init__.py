@@ -17,6 +17,7 @@ from lorax.analysis.tables.directions import (
     bases,
     corners,
     leading,
+    pairwise,
     similarity,
 )
 from lorax.analysis.tables.intervention import Interventions, interventions
@@ -26,7 +27,9 @@ from lorax.analysis.tables.matrices import (
     kernel_shape,
     layer_and_target,
     misfit,
+    misfit_of,
     shape_of,
+    shapes_of,
     stacks,
 )
 from lorax.analysis.tables.singular_values import base_spectra, base_svds, spectra
@@ -67,10 +70,13 @@ __all__ = [
     "layer_and_target",
     "leading",
     "misfit",
+    "misfit_of",
     "over_layers",
+    "pairwise",
     "read_statistics",
     "sensitivity",
     "shape_of",
+    "shapes_of",
     "similarity",
     "spectra",
     "stacks",

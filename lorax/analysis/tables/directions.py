@@ -1,13 +1,21 @@
 """Directions of updates, and how many of them two members share."""
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from lorax.analysis.measures import overlap, spectrum
-from lorax.analysis.tables.matrices import Updates, layer_and_target, shape_of, stacked, stacks
+from lorax.analysis.tables.matrices import (
+    Updates,
+    layer_and_target,
+    shape_of,
+    shapes_of,
+    stacked,
+    stacks,
+)
 from lorax.interop.peft import Factors
 
 KINDS = ("A", "B", "dW in", "dW out")  # whose directions a subspace similarity compares
@@ -95,6 +103,31 @@ def similarity(pairs: Sequence[tuple[Bases, Bases]]) -> dict[str, dict[str, np.n
         if counts[path, kind] == len(pairs):
             means.setdefault(path, {})[kind] = total / len(pairs)
     return means
+
+
+def pairwise(
+    updates: Mapping[Hashable, Updates],
+) -> dict[tuple[Hashable, Hashable], dict[str, dict[str, np.ndarray]]]:
+    """{(member, another): `similarity` of the two} for every two members, of the matrices that both
+    have in one shape; {} for two without any. One stack of matrices is in memory at a time."""
+    shapes = {member: shapes_of(by_path) for member, by_path in updates.items()}
+    sizes = {path: shape for of_member in shapes.values() for path, shape in of_member.items()}
+    found = {pair: {} for pair in itertools.combinations(updates, 2)}
+    for stack in stacks(sizes):
+        of_stack = {
+            member: bases({path: updates[member][path] for path in stack if path in shapes[member]})
+            for member in shapes
+        }
+        for pair, phi in found.items():
+            first, second = (shapes[member] for member in pair)
+            both = [path for path in stack if path in first and path in second]
+            same = [path for path in both if first[path][:2] == second[path][:2]]
+            sides = [{path: of_stack[member][path] for path in same} for member in pair]
+            phi |= similarity([tuple(sides)])
+    return {
+        pair: {path: phi[path] for path in shapes[pair[0]] if path in phi}
+        for pair, phi in found.items()
+    }
 
 
 def angles(pairs: Sequence[tuple[Bases, Bases]], k: int | None = None) -> pd.DataFrame:

@@ -6,8 +6,7 @@ import pandas as pd
 
 from lorax import rundir
 from lorax.analysis.runs import Run
-from lorax.analysis.tables.matrices import Updates, layer_and_target
-from lorax.interop.peft import Factors
+from lorax.analysis.tables.matrices import Updates, layer_and_target, shapes_of
 
 
 def updates(run: Run, members: Iterable[int]) -> tuple[dict[int, Updates], dict[int, str]]:
@@ -31,7 +30,7 @@ def updates(run: Run, members: Iterable[int]) -> tuple[dict[int, Updates], dict[
 
 def has_factors(updates: Updates) -> bool:
     """Whether a member's updates have factors: all do, or none does."""
-    return all(isinstance(update, Factors) for update in updates.values())
+    return all(len(shape) == 3 for shape in shapes_of(updates).values())
 
 
 def sensitivity(run: Run) -> pd.DataFrame | None:

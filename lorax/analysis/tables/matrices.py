@@ -6,22 +6,58 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from lorax.interop.peft import Factors
+from lorax.interop.adapter import Factors, Updates, shape_of, shapes_of
 
+_INSIDE = r"(?:transformer_blocks[._]\d+[._])?(?P<rest>.+)"
+_UNET = re.compile(
+    r"(?:^|[._])(?P<part>down|mid|up|input|middle|output)_blocks?[._](?:(?P<i>\d+)[._])?"
+    r"(?:(?P<kind>attentions|resnets|downsamplers|upsamplers)[._])?(?:(?P<j>\d+)[._])?" + _INSIDE
+)
+_BLOCKS = re.compile(
+    r"(?:^|[._])(?P<single>single_)?(?:double|transformer|single_transformer|(?<=single_))_?blocks"
+    r"[._](?P<layer>\d+)[._](?P<rest>.+)"
+)
+_FLATTENED = re.compile(r"_(?:layers?|blocks?|h)_(?P<layer>\d+)_(?P<rest>.+)")
 TOGETHER = 2**22  # numbers in a stack of matrices: 32 MB in float64
 
-Updates = Mapping[str, Factors | np.ndarray]  # of one member, by path
 SVDs = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]  # u, sigma, vt by path, thin
 
 
 def layer_and_target(path: str) -> tuple[int, str]:
     """Layer and target of a path: "h/3/attn/q" -> (3, "q"), and of another library's module
     "encoder.layer.3.attention.query" -> (3, "query"); -1 for a matrix outside all layers. Each
-    expert is a target: "h/3/experts/5/up" -> (3, "experts.5.up")."""
+    expert is a target: "h/3/experts/5/up" -> (3, "experts.5.up").
+
+    Names of image models (`_of_image_model`) may be flattened:
+    "unet_mid_block_attentions_0_proj_in" -> (12, "proj_in")."""
+    if place := _of_image_model(path):
+        return place
     parts = re.split(r"[/.]", path)
     layer = next((int(part) for part in parts if part.isdecimal()), -1)
     of_expert = len(parts) > 2 and parts[-3] == "experts" and parts[-2].isdecimal()
     return layer, ".".join(parts[-3:]) if of_expert else parts[-1]
+
+
+def _of_image_model(path: str) -> tuple[int, str] | None:
+    """Layer and target in a U-Net, a diffusion transformer or a flattened name; None for others.
+
+    A U-Net's layers have the numbers of Stable Diffusion's original code, in which diffusers'
+    down_blocks.i.attentions.j is input block 3 i + j + 1: 0 to 11 are the input blocks, 12 is the
+    middle, 13 to 24 are the output blocks. A target begins with "single:" in a transformer's second
+    kind of blocks, and with "te2:" in a second text encoder.
+    """
+    if match := _UNET.search(path):
+        start, i, j = match["part"], int(match["i"] or 0), int(match["j"] or 0)
+        depth = {"down": 3 * i + j + 1, "input": i, "up": 13 + 3 * i + j, "output": 13 + i}
+        depth["down"] = depth["down"] + 2 * (match["kind"] == "downsamplers")
+        depth["up"] = depth["up"] + 2 * (match["kind"] == "upsamplers")
+        return depth.get(start, 12), match["rest"]
+    if match := _BLOCKS.search(path):
+        return int(match["layer"]), "single:" * bool(match["single"]) + match["rest"]
+    if not re.search("[./]", path) and (match := _FLATTENED.search(path)):
+        encoder = re.search(r"(?:^|_)(te[2-9])_", path)
+        return int(match["layer"]), (f"{encoder[1]}:" if encoder else "") + match["rest"]
+    return None
 
 
 def identity(member: Hashable, path: str) -> dict:
@@ -42,13 +78,6 @@ def stacks(shapes: Mapping[Hashable, tuple[int, ...]]) -> Iterator[list]:
     for shape, keys in by_shape.items():
         count = max(1, TOGETHER // max(1, math.prod(sorted(shape)[-2:])))
         yield from (keys[n : n + count] for n in range(0, len(keys), count))
-
-
-def shape_of(update: Factors | np.ndarray) -> tuple[int, ...]:
-    """(in, out, r) of factors, (in, out) of a dense update."""
-    if isinstance(update, Factors):
-        return (update.a.shape[0], update.b.shape[1], update.a.shape[1])
-    return update.shape
 
 
 def stacked(updates: Sequence):
@@ -75,9 +104,14 @@ def by_matrix(
 
 def misfit(path: str, update: Factors | np.ndarray, kernels: Mapping[str, np.ndarray]) -> str:
     """Why an update doesn't fit its kernel; "" if it fits."""
+    return misfit_of(path, shape_of(update), kernels)
+
+
+def misfit_of(path: str, shape: tuple[int, ...], kernels: Mapping[str, np.ndarray]) -> str:
+    """`misfit` of an update of this `shape_of`."""
     if path not in kernels:
         return f"{path}: adapted, but not among the base's kernels"
-    shape, known = shape_of(update)[:2], kernel_shape(kernels, path)
+    shape, known = shape[:2], kernel_shape(kernels, path)
     if shape != known:
         return f"{path}: an update of {shape}, but a kernel of {known}"
     return ""

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lorax.analysis.tables.matrices import SVDs, Updates, identity, kernel_shape, stacks
-from lorax.analysis.tables.statistics import each, numbers
+from lorax.analysis.tables.statistics import each, in_order, numbers
 from lorax.analysis.tables.update import BUILT_IN, Update
 
 
@@ -18,12 +18,14 @@ def spectra(updates: Mapping[Hashable, Updates]) -> tuple[pd.DataFrame, pd.DataF
     Returns two tables: (member, path, layer, target, index from 1, sigma), and (member, path,
     layer, target, rank, norm = ||dW||_F, effective, stable, energy90, numerical).
     """
-    sigmas, ranks = [], []
+    sigmas, ranks = {}, {}
     for update in each(updates):
-        row, sigma = identity(update.member, update.path), update.singular_values
-        sigmas += [{**row, "index": i, "sigma": x} for i, x in enumerate(sigma, 1)]
-        ranks.append({**row, "rank": update.rank, **built_in(update)})
-    return pd.DataFrame(sigmas), pd.DataFrame(ranks)
+        key, sigma = (update.member, update.path), update.singular_values
+        row = identity(*key)
+        sigmas[key] = [{**row, "index": i, "sigma": x} for i, x in enumerate(sigma, 1)]
+        ranks[key] = {**row, "rank": update.rank, **built_in(update)}
+    values = [row for rows in in_order(sigmas, updates) for row in rows]
+    return pd.DataFrame(values), pd.DataFrame(in_order(ranks, updates))
 
 
 def built_in(update: Update) -> dict[str, float | int]:

@@ -11,14 +11,21 @@ import inspect
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from lorax import outside
 from lorax.analysis.measures import spectrum
-from lorax.analysis.tables.matrices import Updates, by_matrix, identity, shape_of, stacked, stacks
+from lorax.analysis.tables.matrices import (
+    Updates,
+    identity,
+    shape_of,
+    shapes_of,
+    stacked,
+    stacks,
+)
 from lorax.analysis.tables.update import BUILT_IN, NoBaseError, Update
 from lorax.errors import reason
 
@@ -88,7 +95,8 @@ def each(
     kernels: Mapping[str, np.ndarray] | None = None,
     no_kernels: str = "no base was given",
 ) -> Iterable[Update]:
-    """Every update of every member, with its singular values, computed in stacks.
+    """Every update of every member, with its singular values, computed in stacks of one shape and
+    in the order of these; updates that are read when asked for are in memory a stack at a time.
 
     Args:
       updates: {member: {path: Factors, or dW (in, out)}}.
@@ -96,19 +104,30 @@ def each(
         no kernel.
       no_kernels: why there are no kernels at all.
     """
-    flat = by_matrix(updates)
-    sigmas = singular_values(flat)
-    for (member, path), given in flat.items():
-        kernel, why = (kernels or {}).get(path), no_kernels
-        if kernels is not None and kernel is None:
-            why = f"the base has no {path}"
-        elif kernel is not None and kernel.shape != shape_of(given)[:2]:
-            kernel, why = None, f"the base's {path} is {kernel.shape}"
-        yield Update(member, path, given, kernel, why, sigmas[member, path])
+    shapes = {
+        (member, path): shape
+        for member, by_path in updates.items()
+        for path, shape in shapes_of(by_path).items()
+    }
+    for keys in stacks(shapes):
+        stack = {(member, path): updates[member][path] for member, path in keys}
+        for (member, path), sigma in singular_values(stack).items():
+            given = stack.pop((member, path))
+            kernel, why = (kernels or {}).get(path), no_kernels
+            if kernels is not None and kernel is None:
+                why = f"the base has no {path}"
+            elif kernel is not None and kernel.shape != shape_of(given)[:2]:
+                kernel, why = None, f"the base's {path} is {kernel.shape}"
+            yield Update(member, path, given, kernel, why, sigma)
+
+
+def in_order(rows: Mapping[tuple[Hashable, str], Any], updates: Mapping[Hashable, Updates]) -> list:
+    """The values of `rows`, {(member, path): value}, in the order of the updates."""
+    return [rows[member, path] for member, by_path in updates.items() for path in by_path]
 
 
 def singular_values(flat: Mapping[tuple[Hashable, str], object]) -> dict:
-    """{(member, path): sigma (k,)}, descending, float64. flat: from `by_matrix`."""
+    """{(member, path): sigma (k,)}, descending, float64, of {(member, path): update}."""
     sigmas = {}
     for keys in stacks({key: shape_of(update) for key, update in flat.items()}):
         update = stacked([flat[key] for key in keys])
@@ -161,7 +180,7 @@ def statistics(
     Raises ValueError for a function that can't be a statistic (`check`).
     """
     check(functions)
-    rows: dict[str, list[dict]] = {function.__name__: [] for function in functions}
+    rows: dict[str, dict] = {function.__name__: {} for function in functions}
     missing: dict[str, dict] = {name: {} for name in rows}
     for update in each(updates, kernels, no_kernels):  # each is freed before the next
         key = update.member, update.path
@@ -176,9 +195,10 @@ def statistics(
                 missing[name][key] = f"needs the base's weights: {why}"
             except Exception as error:  # whatever it is, compute the others
                 missing[name][key] = reason(error)
-            rows[name].append(identity(*key) | values)
+            rows[name][key] = identity(*key) | values
     measured = {}
-    for name, listed in rows.items():
+    for name, by_key in rows.items():
+        listed = in_order(by_key, updates)
         columns = list(dict.fromkeys(key for row in listed for key in row if key not in COLUMNS))
         columns = columns or [name]
         table = pd.DataFrame(listed, columns=["member", "path", "layer", "target", *columns])

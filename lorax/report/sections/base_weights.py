@@ -103,9 +103,9 @@ def sections(
 def _misfit(members: Members, kernels: Kernels) -> str:
     """What is wrong with the first update that doesn't fit its kernel; "" if all fit."""
     reasons = (
-        tables.misfit(path, update, kernels)
+        tables.misfit_of(path, shape, kernels)
         for updates in members.values()
-        for path, update in updates.items()
+        for path, shape in tables.shapes_of(updates).items()
     )
     return next(filter(None, reasons), "")
 

@@ -96,18 +96,37 @@ def _of_setting(shown: pd.DataFrame, bases: Mapping[int, tables.Bases]) -> list[
 def compare(name: str, title: str, pairs: Sequence[tuple[dict, dict]]) -> Comparison | None:
     """Mean similarity over pairs of `tables.bases`; None if they have no matrix in common."""
     phi = tables.similarity(pairs) if pairs else {}
-    if not phi:
-        return None
-    first_bases = pairs[0][0]
     size = {
-        path: {kind: first_bases[path][kind].shape[0] for kind in kinds}
+        path: {kind: pairs[0][0][path][kind].shape[0] for kind in kinds}
         for path, kinds in phi.items()
     }
+    return comparison(name, title, phi, size, len(pairs)) if phi else None
+
+
+def comparison(name: str, title: str, phi: dict, size: dict, pairs: int = 1) -> Comparison:
+    """The comparison with a `tables.similarity` that is not empty. size: the dimension of the
+    space, by path and kind."""
     first = next(iter(phi))
     kind = next(iter(phi[first]))
     ranks = phi[first][kind].shape
     control = chance_similarity(size[first][kind], *ranks)
-    return Comparison(name, title, phi, size, len(pairs), ranks, control)
+    return Comparison(name, title, phi, size, pairs, ranks, control)
+
+
+def of_pairs(
+    updates: Mapping[str, tables.Updates], name: str = "", title: str = ""
+) -> dict[tuple[str, str], Comparison | None]:
+    """The comparison of every two adapters; None if they have no matrix of one name and shape."""
+    found = {}
+    for pair, phi in tables.pairwise(updates).items():
+        shapes = tables.shapes_of(updates[pair[0]])
+        sides = {path: (*shapes[path][:2],) * 2 for path in phi}  # of `tables.KINDS`
+        size = {
+            path: {kind: sides[path][tables.KINDS.index(kind)] for kind in kinds}
+            for path, kinds in phi.items()
+        }
+        found[pair] = comparison(name, title, phi, size) if phi else None
+    return found
 
 
 def fitting(first: tables.Bases, second: tables.Bases) -> tuple[tables.Bases, tables.Bases]:
