@@ -4,7 +4,7 @@
 and `facts` for a report.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +59,22 @@ class Unread(Mapping):
 
     def __len__(self) -> int:
         return len(self.readers)
+
+
+def only(updates: Updates, layers: Container[str]) -> Updates:
+    """The updates of some layers."""
+    if isinstance(updates, Unread):
+        readers = {layer: x for layer, x in updates.readers.items() if layer in layers}
+        return Unread(readers, {layer: updates.shapes[layer] for layer in readers})
+    return {layer: update for layer, update in updates.items() if layer in layers}
+
+
+def renamed(updates: Updates, names: Mapping[str, str]) -> Updates:
+    """The updates under other names: {layer: name}."""
+    if isinstance(updates, Unread):
+        readers = {names[layer]: reader for layer, reader in updates.readers.items()}
+        return Unread(readers, {names[layer]: x for layer, x in updates.shapes.items()})
+    return {names[layer]: update for layer, update in updates.items()}
 
 
 class Adapter(NamedTuple):

@@ -2,7 +2,7 @@
 
     python -m lorax.report RUN                the run's own report, in its directory
     python -m lorax.report RUN RUN...         a page that compares runs
-    python -m lorax.report ADAPTER            a PEFT adapter from anywhere, or a run's in any format
+    python -m lorax.report ADAPTER            an adapter from anywhere, as lorax.xray reads it
     python -m lorax.report ADAPTER ADAPTER... adapters compared
 
 Writes report.html, a single file that a browser opens from disk; all numbers shown, as
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from lorax import rundir
 from lorax.analysis import answer, runs
 from lorax.errors import nearest
-from lorax.interop import reading
+from lorax.interop import formats, reading
 from lorax.report import bases, page
 from lorax.report.pages import adapters, one_run, several_runs
 
@@ -145,6 +145,8 @@ def sort(name: str) -> str:
         return ADAPTER
     if rundir.is_run(path):
         return RUN
+    if path.is_file() or _holds_adapter(path):
+        return ADAPTER
     hint = ""
     if (path / "method.json").exists():
         hint = "; it is in lorax's own format: report on its run instead"
@@ -154,6 +156,14 @@ def sort(name: str) -> str:
         f"{name}: neither a run directory (with {rundir.MEMBERS}) nor an adapter (with "
         f"adapter_config.json or delta.safetensors){hint}"
     )
+
+
+def _holds_adapter(directory: pathlib.Path) -> bool:
+    """Whether a directory holds an adapter in another program's format."""
+    try:
+        return formats.recognised(directory)
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -1,14 +1,19 @@
 """The base model's kernels, for comparing updates with them. The rest of the report needs no model
 code and no JAX."""
 
+import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 import lorax
 from lorax import outside
+from lorax.files import read_json
+from lorax.interop import tensors
+from lorax.interop.formats.opened import numbers
+from lorax.xray import together
 
 Kernels = Mapping[str, np.ndarray]  # frozen (in, out) matrices by path ("h/0/attn/q")
 
@@ -43,6 +48,66 @@ def with_sources(name: str) -> tuple[Kernels, dict[str, Any]]:
 
     base = models.unread(name)
     return models.kernels(base), base.sources
+
+
+class Tensors(Mapping):
+    """{layer: (in, out) float32} of the weights in safetensors of a model that lorax doesn't know,
+    each read when it is asked for. A convolution is (in kh kw, out).
+
+    shapes: {layer: (in, out)}, for which nothing is read.
+    """
+
+    def __init__(self, stored: Mapping[str, Any]):
+        self._stored = dict(stored)
+        self.shapes = {
+            layer: (math.prod(x.shape[1:]), x.shape[0]) for layer, x in self._stored.items()
+        }
+
+    def __getitem__(self, layer: str) -> np.ndarray:
+        return numbers(self._stored[layer]).reshape(self.shapes[layer][::-1]).T
+
+    def __contains__(self, layer) -> bool:
+        return layer in self.shapes
+
+    def __iter__(self):
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def is_of_tensors(name: str) -> bool:
+    """Whether a base is only known by its tensors: a .safetensors file, or a directory with some
+    whose config.json has no model_type, as a part of a diffusers pipeline."""
+    path = pathlib.Path(name)
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    config = path / "config.json"
+    known = config.exists() and "model_type" in read_json(config)
+    return path.is_dir() and not known and any(path.glob("*.safetensors"))
+
+
+def of_tensors(name: str, layers: Iterable[str]) -> Tensors:
+    """The weights of these layers of adapters in a base that is only known by its tensors, whose
+    names must end as the layers do. Raises ValueError if it has none of them."""
+    path = pathlib.Path(name)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    by_name = {}
+    for file in files:
+        for key, tensor in tensors.stored(file).items():
+            if key.endswith(".weight") and len(tensor.shape) > 1:
+                by_name[together.same_matrix(key.removesuffix(".weight"))] = tensor
+    found = {}
+    for layer in layers:
+        words = together.same_matrix(layer).split("_")
+        ends = ("_".join(words[start:]) for start in range(3))  # without "unet", "diffusion_model"
+        tensor = next((by_name[end] for end in ends if end in by_name), None)
+        if tensor is not None:
+            found[layer] = tensor
+    if not found:
+        some = ", ".join([*by_name][:3])
+        raise ValueError(f"--base={name}: has no weight that the adapter changes; it has {some}...")
+    return Tensors(found)
 
 
 def here(name: str) -> str | None:

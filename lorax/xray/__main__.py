@@ -3,7 +3,8 @@
     python -m lorax.xray FILE                  ranks and singular values of every matrix
     python -m lorax.xray FILE FILE...          also the directions that files share, and their sum
     python -m lorax.xray FILE --out DIR        also a page, report.html, and tables in analysis/
-    python -m lorax.xray FILE --base BASE      also compared with the weights of the base
+    python -m lorax.xray FILE --out DIR --base BASE
+                                               the page also compares with the base's weights
 
 FILE is a file, a directory with one, or a Hub id (owner/name, or owner/name/file.safetensors).
 Formats: PEFT, kohya and LyCORIS, diffusers, ComfyUI, MLX, GGUF and others; pickles are never read.
@@ -20,6 +21,7 @@ No base is needed. dW is the update of a matrix with its scale s in it: s a b fo
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from lorax import naming
 from lorax.console import console
 from lorax.errors import fail
 from lorax.interop import formats
+from lorax.interop.formats.opened import located
 from lorax.xray import defects, keeping, terminal, together
 from lorax.xray.measured import Measured, measure, unread
 
@@ -47,25 +50,60 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lorax.xray", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("files", nargs="+", metavar="FILE", help="adapters of any format")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="directory for the page that lorax.report draws",
+    )
+    parser.add_argument(
+        "--base",
+        help="with --out: compare the updates with the weights of this model (a shipped one, a "
+        "directory, a Hub id or a .safetensors file)",
+    )
+    parser.add_argument(
+        "--layers", type=int, metavar="N", help="compare with the base in N evenly spaced layers"
+    )
     parser.add_argument("--all", action="store_true", help="a row for every matrix, however many")
     return parser
 
 
 def show(given: argparse.Namespace, screen) -> int:
     """Print everything about the files. Raises ValueError or OSError, as `formats.read`."""
+    for name in ("base", "layers"):
+        if getattr(given, name) is not None and given.out is None:
+            raise ValueError(f"--{name}: give --out DIR as well, where the comparison is written")
     names = dict(zip(given.files, named(given.files), strict=True))
     found = {names[file]: formats.read(file) for file in given.files}
     measured = {}
     for name, file in found.items():
         screen.print(terminal.headline(name, file), soft_wrap=True)
-        for line in terminal.about(file):
-            screen.print(f"  {line}", soft_wrap=True)
+        for fact, value in terminal.about(file).items():
+            screen.print(f"  {fact}: {value}", soft_wrap=True)
         updates = _progress(measure(file.updates), f"reading {name}", len(file.updates))
         measured[name] = list(updates)
         _show_one(measured[name], given.all, screen)
     if len(found) > 1:
         _show_together(measured, screen)
-    return 0
+    return _write(given, screen) if given.out is not None else 0
+
+
+def _write(given: argparse.Namespace, screen) -> int:
+    """Write the page; 1 if a part of it failed. What failed goes to stderr."""
+    from lorax.report import page  # slow to import
+    from lorax.report.pages import adapters
+
+    paths = [located(file) for file in given.files]
+    failed = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        written = adapters.write(paths, given.base, given.out, layers=given.layers)
+    for warning in said:
+        print(f"lorax: {warning.message}", file=sys.stderr)
+        failed += [warning] * issubclass(warning.category, page.SectionFailed)
+    for line in terminal.against_base(written.parent):
+        screen.print(line)
+    screen.print(str(written), soft_wrap=True)
+    return 1 if failed else 0
 
 
 def named(files: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lorax.analysis.measures import spectrum
-from lorax.interop.adapter import Factors, Unread
+from lorax.interop.adapter import Factors, Unread, shape_of
 from lorax.interop.formats.contract import Update
 
 WORKERS = min(8, os.cpu_count() or 1)  # each holds one matrix
@@ -19,7 +19,7 @@ class Measured(NamedTuple):
     """The numbers of one update.
 
     update: as it is in its file.
-    factored: whether it has low-rank factors; without, it is dense.
+    shape: (in, out, r) if it has low-rank factors, (in, out) if it is dense.
     sigma: (k,) float64, the singular values of dW, descending; NaN if a number in it is not finite.
         k = min(r, in, out) with factors, min(in, out) without.
     bad: how many of its stored numbers are NaN or infinite.
@@ -29,16 +29,16 @@ class Measured(NamedTuple):
     """
 
     update: Update
-    factored: bool
+    shape: tuple[int, ...]
     sigma: np.ndarray
     bad: int
     idle: str
     marks: tuple[bytes, bytes]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """(in, out, r) with factors, (in, out) without."""
-        return (*self.update.shape, *[self.update.rank] * self.factored)
+    def factored(self) -> bool:
+        """Whether it has low-rank factors."""
+        return len(self.shape) == 3
 
     @property
     def norm(self) -> float:
@@ -48,8 +48,8 @@ class Measured(NamedTuple):
     @property
     def parameters(self) -> int:
         """Numbers in its factors, or in dW."""
-        n_in, n_out = self.update.shape
-        return self.update.rank * (n_in + n_out) if self.factored else n_in * n_out
+        n_in, n_out, *rank = self.shape
+        return rank[0] * (n_in + n_out) if rank else n_in * n_out
 
 
 def unread(measured: Sequence[Measured]) -> Unread:
@@ -69,18 +69,17 @@ def measure(updates: Sequence[Update]) -> Iterator[Measured]:
 def measure_one(update: Update) -> Measured:
     """Read one update and measure it."""
     given = update.read()
-    factored = isinstance(given, Factors)
-    arrays = (given.a, given.b) if factored else (given,)
+    shape = shape_of(given)
+    arrays = (given.a, given.b) if isinstance(given, Factors) else (given,)
     bad = sum(map(_not_finite, arrays))
-    marks = _mark(*arrays), _mark(arrays[0]) if factored else b""
+    marks = _mark(*arrays), _mark(given.a) if isinstance(given, Factors) else b""
     if bad:
-        size = min(update.rank, *update.shape)
-        return Measured(update, factored, np.full(size, np.nan), bad, "", marks)
-    if factored:
+        return Measured(update, shape, np.full(min(shape), np.nan), bad, "", marks)
+    if isinstance(given, Factors):
         sigma = spectrum.factor_sigma(given.a, given.b, given.s)
     else:
         sigma = np.linalg.svd(np.asarray(given, np.float64), compute_uv=False)
-    return Measured(update, factored, sigma, 0, "" if sigma.any() else _idle(given), marks)
+    return Measured(update, shape, sigma, 0, "" if sigma.any() else _idle(given), marks)
 
 
 def _not_finite(x: np.ndarray) -> int:

@@ -3,13 +3,15 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
+from lorax import rundir
 from lorax.analysis.measures import spectrum
 from lorax.interop.formats.contract import Found
-from lorax.xray import together
+from lorax.xray import defects, together
 from lorax.xray.keeping import Kept
 from lorax.xray.measured import Measured
 
@@ -24,44 +26,47 @@ TOLD = re.compile(
 
 
 def headline(name: str, found: Found) -> str:
-    """What a file is: "style.safetensors: kohya, 264 matrices: 264 LoRA of rank 32, F16"."""
-    kinds = Counter(update.kind for update in found.updates)
+    """What a file is: "style: kohya: 264 LoRA; rank 32, F16"."""
+    return f"{name}: {found.format}: {kinds(found)}"
+
+
+def kinds(found: Found) -> str:
+    """Kinds, ranks and types of the updates: "264 LoRA; rank 4 to 32, F16"."""
+    counts = Counter(update.kind for update in found.updates)
     ranks = sorted({update.rank for update in found.updates})
-    rank = f"{ranks[0]}" if len(ranks) < 2 else f"{ranks[0]} to {ranks[-1]}"
+    rank = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else "".join(map(str, ranks))
     dtypes = ", ".join(sorted({update.dtype for update in found.updates}))
-    parts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    return f"{name}: {found.format}: {parts}; rank {rank}, {dtypes}"
+    return f"{', '.join(f'{n} {kind}' for kind, n in counts.items())}; rank {rank}, {dtypes}"
 
 
-def about(found: Found) -> list[str]:
+def about(found: Found) -> dict[str, str]:
     """What the file says about itself, where its scales are from, and what to know about it."""
-    said = []
-    sources: dict[str, set[float]] = {}
-    for update in found.updates:
-        sources.setdefault(update.source, set()).add(update.scale)
-    counts = Counter(update.source for update in found.updates)
-    for source, scales in sources.items():
-        low, high = min(scales), max(scales)
-        value = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        said.append(f"scale {value} in {counts[source]} matrices: {source}")
+    facts = {"scale": "; ".join(_scales(found))}
     told = {key: value for key, value in found.config.items() if TOLD.search(key.lower())}
-    told = {key: value for key, value in told.items() if _is_short(value)}
-    listed = [f"{key} {value}" for key, value in told.items()][:FACTS]
-    if listed:
-        said.append(f"the file says: {'; '.join(listed)}")
-    if found.beside:
-        names = ", ".join(f"{name} {tuple(shape)}" for name, shape in [*found.beside.items()][:3])
-        more = len(found.beside) - 3
-        said.append(f"also in it: {names}" + (f" and {more} more tensors" if more > 0 else ""))
-    said += found.notes
+    listed = [f"{key} {value}" for key, value in told.items() if _is_short(value)][:FACTS]
+    facts["it says"] = "; ".join(listed)
+    names = ", ".join(f"{name} {tuple(shape)}" for name, shape in [*found.beside.items()][:3])
+    more = len(found.beside) - 3
+    facts["also in it"] = names + (f" and {more} more tensors" if more > 0 else "")
     warned: dict[str, list[str]] = {}
     for update in found.updates:
         for warning in update.warnings:
             warned.setdefault(warning, []).append(update.layer)
-    said += [
-        f"{warning} ({layers[0]}" + f" and {len(layers) - 1} more" * (len(layers) > 1) + ")"
-        for warning, layers in warned.items()
-    ]
+    notes = [*found.notes, *(f"{text} ({defects.named(of)})" for text, of in warned.items())]
+    facts |= {f"note {n}" if len(notes) > 1 else "note": x for n, x in enumerate(notes, 1)}
+    return {name: value for name, value in facts.items() if value}
+
+
+def _scales(found: Found) -> list[str]:
+    """The scales and where they are from, as "2 in 64 matrices: config lora_alpha / r"."""
+    scales: dict[str, list[float]] = {}
+    for update in found.updates:
+        scales.setdefault(update.source, []).append(update.scale)
+    said = []
+    for source, values in scales.items():
+        low, high = min(values), max(values)
+        value = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        said.append(f"{value} in {len(values)} matrices: {source}")
     return said
 
 
@@ -191,3 +196,28 @@ def conflicts(rows: Sequence[together.Added], most: int = 5) -> list[str]:
 def shapes(measured: Iterable[Measured]) -> Mapping[str, tuple[int, int]]:
     """{layer: (in, out)}."""
     return {one.update.layer: one.update.shape for one in measured}
+
+
+def against_base(directory: Path) -> list[Table]:
+    """A table of a page's amplification and intruders by target; [] without a base."""
+    amplified, intruding = (
+        rundir.table(directory, name) for name in ("amplification", "intruders")
+    )
+    if not intruding.exists():
+        return []
+    import pandas as pd  # slow to import
+
+    counts = pd.read_csv(intruding)
+    counts = counts[(counts["k"] == counts["k"].max()) & (counts["epsilon"] == 0.5)]
+    k = int(counts["k"].max())
+    means = counts.groupby(["member", "target"], sort=False)[["intruders", "control"]].mean()
+    if amplified.exists():
+        of_w = pd.read_csv(amplified).groupby(["member", "target"])[["over_chance", "factor"]]
+        means = means.join(of_w.median())
+    table = Table(title="Against the base", title_justify="left", box=None, pad_edge=False)
+    heads = {"intruders": f"intruders of {k}", "control": "random", "over_chance": "W over chance"}
+    for head in ("", "target", *(heads.get(name, "amplification") for name in means)):
+        table.add_column(head, justify="left" if head in ("", "target") else "right")
+    for (name, target), row in means.iterrows():
+        table.add_row(name, target, *(f"{x:.3g}" for x in row))
+    return [table]

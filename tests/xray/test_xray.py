@@ -185,7 +185,7 @@ def test_the_command_prints_a_table_of_each_file_and_of_both(tmp_path, capsys):
     said = capsys.readouterr().out
     lines = said.splitlines()
     assert lines[0] == "one: kohya: 4 LoRA; rank 4, F32"
-    assert "scale 0.5 in 4 matrices: tensor alpha / r" in said
+    assert "scale: 0.5 in 4 matrices: tensor alpha / r" in said
     (layer, *_) = dense
     row = next(line.split() for line in lines if line.startswith(layer))
     assert row[1:6] == [str(WIDTH), "x", str(WIDTH), "4", "0.5"]

@@ -118,7 +118,8 @@ def between_layers(
         for (target, side), (layers, phi) in maps.items()
         for i, j in np.ndindex(phi.shape)
     ]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows)  # a layer may have several matrices of one target
+    table = table.groupby(["panel", "i", "j"], sort=False)["phi"].mean().reset_index()
     table["phi"] = digits(table["phi"], 3)
     layers = sorted(set(table["i"]))
     step = -(-len(layers) // 8)

@@ -29,7 +29,6 @@ from lorax.analysis.tables.matrices import (
     misfit,
     misfit_of,
     shape_of,
-    shapes_of,
     stacks,
 )
 from lorax.analysis.tables.singular_values import base_spectra, base_svds, spectra
@@ -42,6 +41,7 @@ from lorax.analysis.tables.statistics import (
 )
 from lorax.analysis.tables.update import NoBaseError, Update
 from lorax.analysis.tables.with_base import against_base, amplifications, intruder_table
+from lorax.interop.adapter import shapes_of
 
 __all__ = [
     "KINDS",

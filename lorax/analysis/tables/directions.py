@@ -12,11 +12,10 @@ from lorax.analysis.tables.matrices import (
     Updates,
     layer_and_target,
     shape_of,
-    shapes_of,
     stacked,
     stacks,
 )
-from lorax.interop.peft import Factors
+from lorax.interop.adapter import Factors, shapes_of
 
 KINDS = ("A", "B", "dW in", "dW out")  # whose directions a subspace similarity compares
 EXACT = 512  # dense updates with more rows and columns don't get a full SVD

@@ -6,7 +6,8 @@ import pandas as pd
 
 from lorax import rundir
 from lorax.analysis.runs import Run
-from lorax.analysis.tables.matrices import Updates, layer_and_target, shapes_of
+from lorax.analysis.tables.matrices import Updates, layer_and_target
+from lorax.interop.adapter import shapes_of
 
 
 def updates(run: Run, members: Iterable[int]) -> tuple[dict[int, Updates], dict[int, str]]:

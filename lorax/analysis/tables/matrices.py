@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from lorax.interop.adapter import Factors, Updates, shape_of, shapes_of
+from lorax.interop.adapter import Factors, Updates, shape_of
 
 _INSIDE = r"(?:transformer_blocks[._]\d+[._])?(?P<rest>.+)"
 _UNET = re.compile(

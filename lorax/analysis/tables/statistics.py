@@ -22,12 +22,12 @@ from lorax.analysis.tables.matrices import (
     Updates,
     identity,
     shape_of,
-    shapes_of,
     stacked,
     stacks,
 )
 from lorax.analysis.tables.update import BUILT_IN, NoBaseError, Update
 from lorax.errors import reason
+from lorax.interop.adapter import shapes_of
 
 Statistic = Callable[[Update], float | Mapping[str, float]]
 

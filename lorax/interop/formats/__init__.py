@@ -25,7 +25,7 @@ from lorax.interop.formats import (
 from lorax.interop.formats.contract import Found, Update
 from lorax.interop.formats.opened import open_adapter
 
-__all__ = ["FILES", "WRITERS", "Found", "Update", "read"]
+__all__ = ["FILES", "WRITERS", "Found", "Update", "read", "recognised"]
 
 #: Modules with `recognises(opened) -> bool` and `read(opened) -> Found`; the first that recognises
 #: a file reads it.
@@ -73,3 +73,10 @@ def read(path: str | Path, base: Mapping[str, Any] | None = None, as_stored: boo
             return format.read(opened)
     names = ", ".join([*opened.tensors][:3])
     raise ValueError(f"{opened.file}: an unknown format of adapters; its tensors are {names}...")
+
+
+def recognised(path: str | Path) -> bool:
+    """Whether the format of a file is known to `read`, which may still refuse it. Raises as `read`
+    for what is not there or is no container."""
+    opened = open_adapter(path)
+    return any(format.recognises(opened) for format in FORMATS)

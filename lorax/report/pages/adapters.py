@@ -1,13 +1,10 @@
 """The report on adapters from anywhere: PEFT directories, loralib checkpoints, and the
 dense updates that lorax writes for other methods."""
 
-import functools
-import itertools
 import pathlib
 import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,16 +13,27 @@ from threadpoolctl import threadpool_limits
 
 from lorax import naming, rundir
 from lorax.analysis import basis_similarity, figures, tables
-from lorax.interop import peft, reading
-from lorax.interop.adapter import Factors
+from lorax.files import read_json
+from lorax.interop import formats, peft, reading, states
+from lorax.interop.adapter import Updates, only, renamed
+from lorax.interop.formats.opened import open_adapter
+from lorax.interop.formats.placed import placed
+from lorax.interop.places import Places
 from lorax.report import bases, notes, page, selection
 from lorax.report.bases import Kernels
 from lorax.report.page import Picture, Section
-from lorax.report.sections import base_weights, shared_directions, spectra, user_statistics
+from lorax.report.sections import (
+    base_weights,
+    shared_directions,
+    spectra,
+    sums,
+    user_statistics,
+)
+from lorax.xray import defects, terminal, together
+from lorax.xray.measured import measure, unread
 
 LEAD = "A low-rank update: its size, its rank and its directions."
 NO_SCALE = "none in the file: s = 1, so norms are those of BA; give --alpha"
-Directions = Callable[[str], tables.Bases]  # of an adapter, by its name; computed once
 
 
 class Given(NamedTuple):
@@ -33,7 +41,7 @@ class Given(NamedTuple):
 
     name: str
     path: pathlib.Path
-    updates: dict[str, Factors] | dict[str, np.ndarray]
+    updates: Updates
     facts: dict[str, Any]
 
 
@@ -68,11 +76,16 @@ def write(
         )
     statistics = tables.read_statistics(also)
     with threadpool_limits(1, user_api="blas"):
-        kernels, sources, why = _base(paths, base)
+        by_tensors = base is not None and bases.is_of_tensors(base)
+        kernels, sources, why = (None, None, "") if by_tensors else _base(paths, base)
         names = [_name(path) for path in paths]
         names = names if len(set(names)) == len(names) else naming.names(paths)
         names = naming.shortened(names)
         given = [read(*source, sources, alpha) for source in zip(names, paths, strict=True)]
+        given = _aligned(given)
+        if by_tensors:
+            kernels = bases.of_tensors(base, (path for x in given for path in x.updates))
+            given = [_in_base(adapter, kernels, base) for adapter in given]
         for adapter in given:
             if kernels is not None:
                 _check(adapter, kernels, base or "its base")
@@ -82,6 +95,20 @@ def write(
         command = page.command(paths, **options)
         sections = _sections(given, kernels, why, command, layers, statistics)
         return page.save(directory, _title(names), LEAD, sections, command, share)
+
+
+def _aligned(given: list[Given]) -> list[Given]:
+    """The adapters with the first one's name for each matrix, which another format may call
+    otherwise ("unet.mid_block.proj" and "lora_unet_mid_block_proj")."""
+    names: dict[str, str] = {}
+    aligned = []
+    for adapter in given:
+        own = {path: names.get(together.same_matrix(path), path) for path in adapter.updates}
+        if len(set(own.values())) < len(own):
+            own = {path: path for path in own}
+        names |= {together.same_matrix(path): name for path, name in own.items()}
+        aligned.append(adapter._replace(updates=renamed(adapter.updates, own)))
+    return aligned
 
 
 def _title(names: Sequence[str]) -> str:
@@ -94,11 +121,13 @@ def _title(names: Sequence[str]) -> str:
 def read(name: str, path: pathlib.Path, sources=None, alpha: float | None = None) -> Given:
     """An adapter's updates and facts about it. sources: where in Hugging Face's tensors the base's
     parameters are; without them, layers are called by their modules' names."""
+    if not reads_whole(path, sources):
+        return _of_file(name, path, sources)
     content = reading.read(path, sources, alpha)
     changes = {layer: x for layer, x in content.updates.items() if all(tables.shape_of(x))}
     factored = any(len(tables.shape_of(x)) == 3 for x in changes.values())
     if factored and sources is None:
-        changes = _told_apart(changes)
+        changes = renamed(changes, _told_apart(changes))
     if not changes:
         raise ValueError(f"{path}: no update, ΔW = 0 in all matrices")
     facts = {"Adapter": str(path), **content.facts()}
@@ -116,6 +145,46 @@ def read(name: str, path: pathlib.Path, sources=None, alpha: float | None = None
     return Given(name, path, changes, facts)
 
 
+def reads_whole(path: pathlib.Path, sources=None) -> bool:
+    """Whether `lorax.interop.reading` reads this adapter, whole; others are read by
+    `lorax.interop.formats`, a matrix at a time."""
+    located = reading.located(path)
+    if located.suffix == ".npz" or states.is_here(located):
+        return True
+    if not _is_peft(located):
+        return not formats.recognised(path)
+    is_lora = peft.read_config(located / peft.CONFIG)["peft_type"] == "LORA"
+    return not is_lora or sources is not None or "lorax" in open_adapter(located).metadata
+
+
+def _of_file(name: str, path: pathlib.Path, sources) -> Given:
+    """An adapter of any format, whose updates are read when they are asked for."""
+    found = formats.read(path)
+    bar = page.progress(measure(found.updates), f"reading {name}", len(found.updates))
+    measured = list(bar)
+    updates = unread(measured)
+    if not updates:
+        raise ValueError(f"{path}: no update with finite numbers in it")
+    if sources is None:
+        updates = renamed(updates, _told_apart(updates))
+    else:
+        updates = placed(updates, Places(sources))
+    told = {_as_title(fact): value for fact, value in terminal.about(found).items()}
+    facts = {"Adapter": str(path), "Format": found.format, "Kind": terminal.kinds(found), **told}
+    if any(one.factored for one in measured):
+        facts["Ranks"] = ", ".join(map(str, sorted({x.update.rank for x in measured})))
+    facts |= _places(updates)
+    facts["Parameters"] = sum(one.parameters for one in measured)
+    ranks = {one.update.layer: terminal.numerical(one) for one in measured if not one.bad}
+    wrong = defects.lines(defects.defects(measured, ranks), len(measured))
+    facts |= {f"Defect {n}": line for n, line in enumerate(wrong, 1)}
+    return Given(name, path, updates, facts)
+
+
+def _as_title(fact: str) -> str:
+    return fact[0].upper() + fact[1:]
+
+
 def _places(changes) -> dict[str, Any]:
     """Facts about which matrices have an update."""
     targets = list(dict.fromkeys(tables.layer_and_target(path)[1] for path in changes))
@@ -123,15 +192,20 @@ def _places(changes) -> dict[str, Any]:
     return {"Targets": ", ".join(targets), "Layers": len(layers), "Matrices": len(changes)}
 
 
-def _told_apart(factors: dict[str, Factors]) -> dict[str, Factors]:
-    """Modules of one layer with the same last word also get the word before it:
+def _told_apart(paths: Iterable[str]) -> dict[str, str]:
+    """Their names: modules of one layer with the same last word also get the word before it:
     "h.0.attn.c_proj" and "h.0.mlp.c_proj" become "h.0.attn:c_proj" and "h.0.mlp:c_proj"."""
-    counts = Counter(tables.layer_and_target(path) for path in factors)
-    words = {target for (_, target), count in counts.items() if count > 1}
+    before: dict[tuple[int, str], set[str]] = {}
+    ends = {path: re.split(r"[./]", path)[-2:] for path in paths}
+    for path, words in ends.items():
+        place = tables.layer_and_target(path)
+        if len(words) == 2 and place[1] == words[1] and not words[0].isdecimal():
+            before.setdefault(place, set()).add(words[0])
+    ambiguous = {target for (_, target), words in before.items() if len(words) > 1}
     longer = lambda path: re.sub(r"[./](?=[^./]+$)", ":", path)
     return {
-        longer(path) if tables.layer_and_target(path)[1] in words else path: factor
-        for path, factor in factors.items()
+        path: longer(path) if tables.layer_and_target(path)[1] in ambiguous else path
+        for path in paths
     }
 
 
@@ -148,7 +222,7 @@ def _base(paths: Sequence[pathlib.Path], name: str | None) -> tuple[Kernels | No
     the adapter's own base can't be loaded."""
     give = "give it with --base=DIRECTORY"
     if name is None:
-        configs = [path / peft.CONFIG for path in paths if (path / peft.CONFIG).exists()]
+        configs = [path / peft.CONFIG for path in paths if _is_peft(path)]
         named = {peft.read_config(file).get("base_model_name_or_path") for file in configs}
         if len(named) != 1 or len(configs) < len(paths) or not (called := named.pop()):
             return None, None, f"the adapter's file names no single base; {give}"
@@ -167,11 +241,25 @@ def _base(paths: Sequence[pathlib.Path], name: str | None) -> tuple[Kernels | No
         raise ValueError(f"--base={name}: can't load this model: {error}") from error
 
 
+def _in_base(given: Given, kernels: Kernels, base: str) -> Given:
+    """With a fact on how many of the adapter's matrices are in a base known by its tensors."""
+    both = sum(path in kernels for path in given.updates)
+    said = f"{both} of {len(given.updates)} matrices are in {base}"
+    return given._replace(facts=given.facts | {"Compared with the base": said})
+
+
+def _is_peft(path: pathlib.Path) -> bool:
+    """Whether a directory has a config of PEFT's."""
+    return (path / peft.CONFIG).exists() and "peft_type" in read_json(path / peft.CONFIG)
+
+
 def _check(given: Given, kernels: Kernels, base: str) -> None:
     """Raises ValueError if an update does not fit its kernel."""
-    for path, update in given.updates.items():
-        shape = tables.shape_of(update)[:2]
+    for path, whole_shape in tables.shapes_of(given.updates).items():
+        shape = whole_shape[:2]
         known = tables.kernel_shape(kernels, path) if path in kernels else None
+        if known is None and isinstance(kernels, bases.Tensors):
+            continue  # an adapter may change parts that are in other files
         if known != shape:
             has = "is not" if known is None else f"is {known}"
             raise ValueError(
@@ -205,19 +293,25 @@ def _sections(
     sections += page.attempt("Layer by layer", _layers, ranks, also)
     sections += user_statistics.sections(measured, shown, "adapter", statistics)
     sections += page.attempt("Spectra of the updates", spectra.spectra, sigmas, "adapter")
-    directions = functools.cache(lambda name: tables.bases(updates[name]))
+    sections += page.attempt("How small it can be", sums.smaller, sigmas, updates)
+    as_given = {name: updates[name] for name in names}
     if len(given) == 2:
-        sections += page.attempt("Subspace similarity", _both, names, directions)
+        sections += page.attempt("Subspace similarity", _both, names, as_given)
     elif len(given) > 2:
-        sections += page.attempt("Subspace similarity", _pairwise, names, directions)
+        sections += page.attempt("Subspace similarity", _pairwise, names, as_given)
+    if len(given) > 1:
+        sections += page.attempt("In one sum", sums.sums, as_given)
     figure_names: list[str] = []
     for name in names:
         figure = f"between_layers_{page.slug(name)}" if len(given) > 1 else "between_layers"
         figure_names.append(page.unused(figure, figure_names))
         title = "Between layers" + f" of {name}" * (len(given) > 1)
-        arguments = (name, directions, title, figure_names[-1])
+        arguments = (updates[name], title, figure_names[-1])
         sections += page.attempt(title, _between_layers, *arguments)
-    arguments = (updates, kernels, why, shown, "adapter", layers)
+    in_base = updates
+    if isinstance(kernels, bases.Tensors):
+        in_base = {name: only(of_one, kernels) for name, of_one in updates.items()}
+    arguments = (in_base, kernels, why, shown, "adapter", layers)
     sections += page.attempt(base_weights.TITLE, base_weights.sections, *arguments)
     return [*sections, notes.section(notes.UPDATES)]
 
@@ -285,23 +379,19 @@ def _layers(ranks: pd.DataFrame, also: pd.DataFrame | None) -> Section:
     return Section("Layer by layer", content, {"layers": Picture(figures.by_layer(ranks), ranks)})
 
 
-def _both(names: list[str], directions: Directions) -> Section:
+def _both(names: list[str], updates: Mapping[str, tables.Updates]) -> Section:
     """The directions that two adapters share."""
-    first, second = shared_directions.fitting(*map(directions, names))
-    title = " and ".join(names)
-    comparison = shared_directions.compare("adapters", title, [(first, second)] if first else [])
+    (comparison,) = shared_directions.of_pairs(updates, "adapters", " and ".join(names)).values()
     if comparison is not None:
         return shared_directions.section([comparison])
     text = "Not computed: no matrix has the same name and shape in both adapters."
     return Section("Subspace similarity", page.paragraph(text))
 
 
-def _pairwise(names: list[str], directions: Directions) -> Section:
+def _pairwise(names: list[str], updates: Mapping[str, tables.Updates]) -> Section:
     """How many directions each pair of adapters shares, as a matrix."""
     rows, apart = [], []
-    for first, second in itertools.combinations(names, 2):
-        pair = shared_directions.fitting(directions(first), directions(second))
-        comparison = shared_directions.compare("", "", [pair] if pair[0] else [])
+    for (first, second), comparison in shared_directions.of_pairs(updates).items():
         if comparison is None:
             apart.append(f"{first} and {second}")
             continue
@@ -341,21 +431,21 @@ def _pairwise(names: list[str], directions: Directions) -> Section:
     return Section("Subspace similarity", content, pictures, {"overlap.csv": pairs})
 
 
-def _between_layers(adapter: str, directions: Directions, title: str, name: str) -> list[Section]:
+def _between_layers(updates: tables.Updates, title: str, name: str) -> list[Section]:
     """Whether an adapter changes its layers in the same directions. No section if no target has two
     layers of the same shape. name: of the figure."""
     maps: dict[tuple[str, str], tuple[list[int], np.ndarray]] = {}
-    bases_by_path, rows = directions(adapter), []
-    targets: dict[str, list[str]] = {}
-    for path in bases_by_path:
+    rows, targets = [], {}
+    for path in updates:
         targets.setdefault(tables.layer_and_target(path)[1], []).append(path)
     for target, paths in targets.items():
+        of_target = tables.bases({path: updates[path] for path in paths})
         for kind, side in (("dW in", "input"), ("dW out", "output")):
-            shape = bases_by_path[paths[0]][kind].shape
-            same = [path for path in paths if bases_by_path[path][kind].shape == shape]
+            shape = of_target[paths[0]][kind].shape
+            same = [path for path in paths if of_target[path][kind].shape == shape]
             if len(same) < 2:
                 continue
-            basis = np.stack([bases_by_path[path][kind] for path in same])  # (layers, n, r)
+            basis = np.stack([of_target[path][kind] for path in same])  # (layers, n, r)
             phi = basis_similarity(basis[:, None], basis[None])[..., -1, -1]
             layers = [tables.layer_and_target(path)[0] for path in same]
             maps[target, side] = layers, phi
