@@ -4,8 +4,9 @@
     python -m lorax.convert peft ADAPTER OUT --base BASE        an adapter in PEFT's format
     python -m lorax.convert to FORMAT ADAPTER OUT               any program's adapter as another's
     python -m lorax.convert merge BASE ADAPTER OUT              a base model with the update added
-    python -m lorax.convert shrink ADAPTER OUT --base BASE --energy 0.9
-                                                                an adapter with fewer directions
+    python -m lorax.convert shrink ADAPTER OUT --energy 0.9     an adapter with fewer directions
+    python -m lorax.convert add ADAPTER ADAPTER... OUT --rank 8 several adapters as one
+    python -m lorax.convert subtract ADAPTER ADAPTER OUT        the first without the second
 
 ADAPTER is one of:
   - a directory in PEFT's format, such as `runs/NAME/adapters/0`. PEFT's AdaLoRA, LoHa, VeRA,
@@ -17,6 +18,9 @@ ADAPTER is one of:
     be shown. Your own method also needs --method FILE, the Python file that registers it.
 `to` reads the files of many programs (docs/formats.md), and needs --base only for GGUF.
 BASE is a shipped name, a Hugging Face directory or a Hub id. OUT must not exist yet.
+
+shrink, add and subtract need no base: they take any format that `python -m lorax.xray` reads, and
+write it in the same format or in PEFT's (--format). With --base, shrink takes all of the above.
 
 If BASE is in 4 bits, merging decodes its weights and writes them decoded. --onto DIR merges into
 the 16-bit model that BASE was quantised from instead.
@@ -88,10 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         help="if BASE is in 4 bits: merge into its decoded weights (default), or into the model "
         "that it was quantised from",
     )
-    sub = command("shrink", shrink, "ADAPTER", "OUT", base=True)
-    how = sub.add_mutually_exclusive_group(required=True)
-    how.add_argument("--energy", type=float, help="share of every squared norm to keep, 0 to 1")
-    how.add_argument("--rank", type=int, help="directions to keep of every matrix")
+    sub = command("shrink", shrink, "ADAPTER", "OUT", base=False)
+    _add_format(sub)
+    how = _add_how(sub, required=True)
     how.add_argument(
         "--loss",
         type=float,
@@ -99,7 +102,44 @@ def _parser() -> argparse.ArgumentParser:
         "largest singular values of all matrices, as few as that takes",
     )
     sub.add_argument("--run", metavar="RUN", help="its task is used; by default the adapter's run")
+    sums = {"add": add, "subtract": subtract}
+    for name, function in sums.items():
+        sub = commands.add_parser(name, help=function.__doc__.splitlines()[0])
+        sub.set_defaults(command=function, method=None)
+        sub.add_argument("adapters", metavar="ADAPTER", nargs="+")
+        sub.add_argument("out", metavar="OUT")
+        if name == "add":
+            sub.add_argument(
+                "--weights", type=_numbers, metavar="W,W...", help="of the adapters; by default 1"
+            )
+        sub.add_argument("--base", help="for adapters with lorax's names: the model of all of them")
+        _add_format(sub)
+        _add_how(sub, required=False)
     return parser
+
+
+def _add_how(sub: argparse.ArgumentParser, required: bool):
+    """The options that say how many directions are kept, of which one is given."""
+    how = sub.add_mutually_exclusive_group(required=required)
+    how.add_argument("--energy", type=float, help="share of every squared norm to keep, 0 to 1")
+    how.add_argument("--rank", type=int, help="directions to keep of every matrix")
+    how.add_argument(
+        "--error",
+        type=float,
+        help="relative error of all matrices together, 0 to 1: keeps the largest singular values "
+        "of all matrices, as few as that takes",
+    )
+    return how
+
+
+def _add_format(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--format", help="of OUT: PEFT (a directory) or kohya (a file); by default as ADAPTER's"
+    )
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(x) for x in text.split(",")]
 
 
 # ---------------------------------------------------------------------------------------- commands
@@ -217,19 +257,118 @@ def to_format(args) -> None:
 
 
 def shrink(args) -> None:
-    """A smaller low-rank adapter in PEFT's format, with the error that this makes."""
-    from lorax import adapters, shrinking
+    """A smaller low-rank adapter, with the error that this makes."""
+    from lorax import shrinking
 
     _check_new(args.out)
     if args.run and args.loss is None:
         raise ValueError("--run: given without --loss, which alone needs validation rows")
+    if args.base is None:
+        _shrink_file(args)
+        return
+    from lorax import adapters
+
+    if args.format not in (None, "PEFT"):
+        raise ValueError(f"--format: {args.format} given; with --base PEFT's format is written")
     trained = adapters.load(args.adapter, args.base, args.alpha, weights=args.loss is not None)
     found = shrinking.shrink(trained, args)
     with whole(args.out) as directory:
         adapters.save_as_lora(directory, dataclasses.replace(trained, adapter=found.adapter))
-    for line in shrinking.lines(found):
+    _say(args.out, found)
+
+
+def _shrink_file(args) -> None:
+    """`shrink` of an adapter in any format, without its base."""
+    from lorax.interop import formats
+
+    for name in ("loss", "alpha"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name}: needs the base; give it with --base")
+    found = formats.read(args.adapter)
+    if found.beside:
+        raise ValueError(
+            f"{found.path}: {', '.join([*found.beside][:3])} were trained in full and would be "
+            "lost; give --base"
+        )
+    _write_smaller(args, found, found.updates)
+
+
+def add(args) -> None:
+    """Several adapters as one: the sum of their updates, of fewer directions if asked for."""
+    _add(args, args.weights or [1.0] * len(args.adapters))
+
+
+def subtract(args) -> None:
+    """The first adapter without the others."""
+    _add(args, [1.0] + [-1.0] * (len(args.adapters) - 1))
+
+
+def _add(args, weights: list[float]) -> None:
+    from lorax import adding
+    from lorax.interop import formats
+
+    _check_new(args.out)
+    if len(args.adapters) < 2:
+        raise ValueError("one adapter given, at least two are needed before OUT")
+    if len(set(args.adapters)) < len(args.adapters):
+        twice = next(name for name in args.adapters if args.adapters.count(name) > 1)
+        raise ValueError(f"{twice}: given twice; give it once, with a weight")
+    if args.base is not None:
+        _add_on_base(args, weights)
+        return
+    found = [formats.read(adapter) for adapter in args.adapters]
+    for file in found:
+        if file.beside:
+            names = ", ".join([*file.beside][:3])
+            raise ValueError(f"{file.path}: {names} were trained in full and can't be added")
+    updates = adding.added({file.path: file.updates for file in found}, weights)
+    _write_smaller(args, found[0], updates)
+
+
+def _add_on_base(args, weights: list[float]) -> None:
+    """The sum by the base's layers, in PEFT's format."""
+    from lorax import adapters, adding, shrinking
+
+    if args.format not in (None, "PEFT"):
+        raise ValueError(f"--format: {args.format} given; with --base PEFT's format is written")
+    trained = {name: adapters.load(name, args.base, weights=False) for name in args.adapters}
+    for name, one in trained.items():
+        if one.adapter is None or one.adapter.weights:
+            raise ValueError(f"{name}: only low-rank factors can be added")
+    updates = {name: adding.as_updates(one.adapter.factors) for name, one in trained.items()}
+    smaller = shrinking.shrink_file(adding.added(updates, weights), args)
+    first = next(iter(trained.values()))
+    with whole(args.out) as directory:
+        adapters.save_as_lora(directory, dataclasses.replace(first, adapter=smaller.adapter))
+    _say(args.out, smaller)
+
+
+def _say(out: str, smaller) -> None:
+    from lorax import shrinking
+
+    for line in shrinking.lines(smaller):
         print(line)
-    print(f"{args.out}: {shrinking.summary(found)}")
+    print(f"{out}: {shrinking.summary(smaller)}")
+
+
+def _write_smaller(args, found, updates) -> None:
+    """Write the leading directions of updates in the format of `found` or that of --format."""
+    from lorax import shrinking
+    from lorax.interop.formats import writers
+
+    format = args.format or found.format
+    if convolutions := [update.layer for update in updates if update.kind == "LoCon"]:
+        raise ValueError(f"{convolutions[0]} is a convolution, which is not written")
+    if format == "PEFT" and found.format == "kohya":
+        raise ValueError(f"{found.path}: PEFT needs names with dots, which kohya's don't have")
+    if format == "PEFT" and any("/" in update.layer for update in updates):
+        raise ValueError(f"{found.path}: its layers have lorax's names; give --base")
+    writers.check(format)
+    smaller = shrinking.shrink_file(updates, args)
+    writing = whole(args.out) if format == "PEFT" else contextlib.nullcontext(Path(args.out))
+    with writing as out:
+        writers.write(out, smaller.adapter.factors, format, found.config)
+    _say(args.out, smaller)
 
 
 def merge(args) -> None:

@@ -7,16 +7,21 @@ the norm of the other singular values. Every layer has its own k. DoRA keeps its
 parameters that were trained in full stay.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from lorax import rundir
-from lorax.adapters import Adapter, Trained
 from lorax.analysis.measures import spectrum
-from lorax.interop.adapter import Factors
+from lorax.interop.adapter import Adapter, Factors
+from lorax.interop.formats import Update
+from lorax.xray import defects, keeping
+from lorax.xray.measured import measure
+
+if TYPE_CHECKING:
+    from lorax.adapters import Trained  # which loads JAX
 
 SVDs = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]  # by layer: u, sigma, vt; float64
 
@@ -33,9 +38,9 @@ class Shrunk(NamedTuple):
     loss: tuple[float, float] | None = None
 
 
-def shrink(trained: Trained, how) -> Shrunk:
-    """The smaller adapter. how: has `energy`, `rank` and `loss`, one of them not None, and for
-    `loss` `adapter`, the adapter's path, and `run`, a run directory or None.
+def shrink(trained: "Trained", how) -> Shrunk:
+    """The smaller adapter. how: has `energy`, `rank`, `error` and `loss`, one of them not None, and
+    for `loss` `adapter`, the adapter's path, and `run`, a run directory or None.
 
     Raises ValueError for a number out of range, a method without factors, an adapter that changes
     nothing and a run whose rows can't be taken.
@@ -43,32 +48,83 @@ def shrink(trained: Trained, how) -> Shrunk:
     adapter = trained.adapter
     if adapter is None:
         raise ValueError(f"{trained.name} has no low-rank factors to shrink")
-    checked = {
-        "energy": (0, 1, "a share, above 0 and at most 1"),
-        "rank": (0, np.inf, "at least 1"),
-        "loss": (0, np.inf, "nats, above 0"),
-    }
-    for name, (low, high, right) in checked.items():
-        value = getattr(how, name)
-        if value is not None and not low < value <= high:
-            raise ValueError(f"--{name}: {value:g} given, must be {right}")
+    check(how)
     layers = {layer: f for layer, f in adapter.factors.items() if f.a.shape[1]}
     svds = {layer: spectrum.factor_svd(f.a, f.b, f.s) for layer, f in layers.items()}
     if not any(sigma.any() for _, sigma, _ in svds.values()):
         raise ValueError(f"nothing to shrink: {adapter.idle() or 'every update is 0'}")
     losses = None
-    if how.energy is not None:
-        ranks = {
-            k: int(spectrum.energy_rank(sigma, how.energy)) for k, (_, sigma, _) in svds.items()
-        }
-    elif how.rank is not None:
-        ranks = {layer: min(how.rank, _rank(svd)) for layer, svd in svds.items()}
-    else:
+    if how.loss is not None:
         loss_of = _loss_of(trained, svds, _run_of(how.adapter, how.run))
         ranks, losses = within(svds, loss_of, how.loss)
+    else:
+        shapes = {layer: (len(u), vt.shape[1]) for layer, (u, _, vt) in svds.items()}
+        ranks = kept_ranks({layer: sigma for layer, (_, sigma, _) in svds.items()}, shapes, how)
     if adapter.has_lengths:  # PEFT has no DoRA of rank 0
         ranks = {layer: max(1, k) for layer, k in ranks.items()}
     return cut(adapter, svds, ranks)._replace(loss=losses)
+
+
+def check(how) -> None:
+    """Raises ValueError for a number of `how` that is out of range."""
+    checked = {
+        "energy": (0, 1, "a share, above 0 and at most 1"),
+        "rank": (0, np.inf, "at least 1"),
+        "error": (0, 1, "a relative error, above 0 and at most 1"),
+        "loss": (0, np.inf, "nats, above 0"),
+    }
+    for name, (low, high, right) in checked.items():
+        value = getattr(how, name, None)
+        if value is not None and not low < value <= high:
+            raise ValueError(f"--{name}: {value:g} given, must be {right}")
+
+
+def kept_ranks(
+    sigmas: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, int]], how
+) -> dict[str, int]:
+    """{layer: how many directions to keep}; all that are not rounding if `how` has no number."""
+    if how.energy is not None:
+        energy_rank = lambda sigma: int(spectrum.energy_rank(sigma, how.energy))
+        return {layer: energy_rank(sigma) for layer, sigma in sigmas.items()}
+    if how.error is not None:
+        return keeping.within(sigmas, how.error)
+    most = np.inf if how.rank is None else how.rank
+    numerical = lambda layer, sigma: int(spectrum.numerical_rank(sigma, shapes[layer]))
+    return {layer: min(most, numerical(layer, sigma)) for layer, sigma in sigmas.items()}
+
+
+def shrink_file(updates: Sequence[Update], how) -> Shrunk:
+    """The smaller version of the updates in a file, without its base, a matrix at a time. how: as
+    for `shrink`, without `loss`.
+
+    Raises ValueError for a number out of range, numbers that are not finite, and if all is 0.
+    """
+    check(how)
+    measured = {one.update.layer: one for one in measure(updates)}
+    if bad := [layer for layer, one in measured.items() if one.bad]:
+        raise ValueError(f"{defects.named(bad)}: NaN or infinite numbers")
+    sigmas = {layer: one.sigma for layer, one in measured.items()}
+    if not any(sigma.any() for sigma in sigmas.values()):
+        raise ValueError("nothing to shrink: every update is 0")
+    shapes = {layer: one.update.shape for layer, one in measured.items()}
+    ranks = kept_ranks(sigmas, shapes, how)
+    if any(update.kind == "DoRA" for update in updates):  # PEFT has no DoRA of rank 0
+        ranks = {layer: max(1, k) for layer, k in ranks.items()}
+    factors = dict(_cut_each(updates, ranks))
+    before = {layer: one.update.rank for layer, one in measured.items()}
+    errors = {layer: keeping.error_of({layer: sigmas[layer]}, ranks) for layer in sigmas}
+    changed = {layer: (before[layer], ranks[layer]) for layer in sigmas}
+    return Shrunk(Adapter(factors, {}, {}), changed, errors, keeping.error_of(sigmas, ranks))
+
+
+def _cut_each(updates: Sequence[Update], ranks: Mapping[str, int]) -> Iterator[tuple[str, Factors]]:
+    """(layer, its leading directions) of the layers that keep some."""
+    for update in updates:
+        if k := ranks[update.layer]:
+            given = update.read()
+            of_factors = isinstance(given, Factors)
+            svd = spectrum.update_svd(tuple(given[:3]) if of_factors else given)
+            yield update.layer, _factors(*svd, k, given.m if of_factors else None)
 
 
 def cut(adapter: Adapter, svds: SVDs, ranks: Mapping[str, int]) -> Shrunk:
@@ -98,26 +154,17 @@ def _rank(svd) -> int:
     return int(spectrum.numerical_rank(sigma, (u.shape[0], vt.shape[1])))
 
 
-def largest(svds: SVDs, n: int) -> dict[str, int]:
-    """{layer: how many of its singular values are among the n largest of all}: for n directions
-    the smallest error of all layers together."""
-    every = [(x, layer) for layer, (_, sigma, _) in svds.items() for x in sigma]
-    ranks = dict.fromkeys(svds, 0)
-    for _, layer in sorted(every, key=lambda pair: -pair[0])[:n]:
-        ranks[layer] += 1
-    return ranks
-
-
 def within(svds: SVDs, loss_of: Callable, margin: float) -> tuple[dict, tuple[float, float]]:
     """({layer: rank}, (loss before, after)) of the fewest directions, the largest of all, that lose
     at most `margin`; found by bisection, which takes the loss to fall with the directions.
     loss_of({layer: rank}) -> the loss."""
+    sigmas = {layer: sigma for layer, (_, sigma, _) in svds.items()}
     few, many = 0, sum(map(_rank, svds.values()))
-    ranks = largest(svds, many)
+    ranks = keeping.largest(sigmas, many)
     before = after = loss_of(ranks)
     while many - few > 1:
         middle = (few + many) // 2
-        tried = largest(svds, middle)
+        tried = keeping.largest(sigmas, middle)
         loss = loss_of(tried)
         if loss - before <= margin:
             many, ranks, after = middle, tried, loss
@@ -138,7 +185,7 @@ def _run_of(adapter: str, run: str | None) -> Path:
     return directory
 
 
-def _loss_of(trained: Trained, svds: SVDs, run: Path) -> Callable:
+def _loss_of(trained: "Trained", svds: SVDs, run: Path) -> Callable:
     """f({layer: rank}) -> the loss on the run's validation rows with so many directions."""
     import jax
 

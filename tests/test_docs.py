@@ -19,6 +19,7 @@ from support import few
 import lorax
 from lorax import bench, convert, generate, launch, listing, tasks
 from lorax.report import __main__ as report
+from lorax.xray import __main__ as xray
 
 # ------------------------------------------------------------------------- commands, by their kind
 
@@ -34,7 +35,7 @@ ELSEWHERE = {
     r"kubectl apply -f docs/examples/jobset_mesh\.yaml": "a cluster",
     r"tensorboard --logdir \S+": "TensorBoard is not installed with lorax",
 }
-TESTED = ("run", "launch", "runs", "plan", "report", "convert", "generate", "bench")
+TESTED = ("run", "launch", "runs", "plan", "report", "convert", "generate", "bench", "xray")
 STUDY = "python -m lorax.run --config=configs/gpt2_rank_sweep.py"
 SMALL = (
     *("--config.train.steps=2", "--config.train.batch_size=2", "--config.train.seq_len=100"),
@@ -45,7 +46,7 @@ SMALL = (
 #: What a reader fills in, or downloads; such a command is parsed, up to the file that is missing.
 PLACEHOLDERS = re.compile(r"\b(BASE|ADAPTER|DIR|DIR_OR_HUB_ID|OUT|FILE)\b|\.zip|\.npz|oasst1|GLUE/")
 #: More than ten seconds each.
-LONG = re.compile(r"lorax\.report |lorax\.bench|lorax\.plan .*(--table|--device|65b|175b)")
+LONG = re.compile(r"lorax\.report |--out=|lorax\.bench|lorax\.plan .*(--table|--device|65b|175b)")
 
 COMMANDS = {command: where for where, command in pages.commands()}
 of = lambda module: [c for c in COMMANDS if f"{c} ".startswith(f"python -m lorax.{module} ")]
@@ -213,9 +214,12 @@ def test_runs_are_listed(command, workspace, monkeypatch, capsys):
     assert code == 0, said
 
 
-@pytest.mark.parametrize("command", parameters([*of("convert"), *of("generate")]))
+READERS = {"convert": convert.main, "generate": generate.main, "xray": xray.main}
+
+
+@pytest.mark.parametrize("command", parameters([c for name in READERS for c in of(name)]))
 def test_an_adapter_is_read(command, workspace, monkeypatch, capsys):
-    main = convert.main if command in of("convert") else generate.main
+    main = next(READERS[name] for name in READERS if command in of(name))
     if EXAMPLE.search(command):
         pytest.skip("tested with the example")
     if "--base merged" in command and not (workspace / "merged").exists():

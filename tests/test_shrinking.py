@@ -14,6 +14,7 @@ from lorax.analysis import runs
 from lorax.interop import peft
 from lorax.interop.peft import Adapter, Factors
 from lorax.train import prepare
+from lorax.xray import keeping
 
 WIDTH = 16
 BASE = "random:mlp-64-12-10"
@@ -93,12 +94,13 @@ def test_each_layer_keeps_its_leading_directions(options, base, tmp_path, capsys
 
 def test_all_energy_changes_nothing_and_the_largest_values_are_the_best_of_a_number(base, tmp_path):
     svds = {k: shrinking.spectrum.factor_svd(f.a, f.b, f.s) for k, f in FACTORS.items()}
-    whole = shrinking.cut(Adapter(FACTORS, {}, {}), svds, shrinking.largest(svds, 14))
+    sigmas = {layer: sigma for layer, (_, sigma, _) in svds.items()}
+    whole = shrinking.cut(Adapter(FACTORS, {}, {}), svds, keeping.largest(sigmas, 14))
     assert whole.error < 1e-7
     for layer, factors in whole.adapter.factors.items():
         np.testing.assert_allclose(product(factors), product(FACTORS[layer]), atol=1e-5)
     every = np.sort(np.concatenate([sigma for _, sigma, _ in svds.values()]))[::-1]
-    part = shrinking.cut(Adapter(FACTORS, {}, {}), svds, shrinking.largest(svds, 5))
+    part = shrinking.cut(Adapter(FACTORS, {}, {}), svds, keeping.largest(sigmas, 5))
     assert sum(after for _, after in part.ranks.values()) == 5
     assert part.error == pytest.approx(np.sqrt(np.sum(every[5:] ** 2) / np.sum(every**2)))
 

@@ -48,14 +48,18 @@ def kept(sigmas: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, int]]
 def within(sigmas: Mapping[str, np.ndarray], error: float) -> dict[str, int]:
     """{layer: how many directions} of the fewest directions, the largest of all matrices, whose
     relative error is at most `error`, from 0 to 1."""
-    every = np.concatenate([sigma for sigma in sigmas.values()])
-    layer = np.concatenate([np.full(len(x), n) for n, x in enumerate(sigmas.values())])
-    order = np.argsort(-every, kind="stable")
-    squares = every[order] ** 2
+    squares = np.sort(np.concatenate(list(sigmas.values())))[::-1] ** 2
     left = np.append(np.cumsum(squares[::-1])[::-1], 0.0)  # after the first 0, 1, 2...
-    count = int(np.argmax(left <= error**2 * left[0] * (1 + 1e-12)))
-    counts = np.bincount(layer[order[:count]].astype(int), minlength=len(sigmas))
-    return dict(zip(sigmas, map(int, counts), strict=True))
+    return largest(sigmas, int(np.argmax(left <= error**2 * left[0] * (1 + 1e-12))))
+
+
+def largest(sigmas: Mapping[str, np.ndarray], n: int) -> dict[str, int]:
+    """{layer: how many of its singular values are among the n largest of all}: for n directions
+    the smallest error of all layers together."""
+    every = np.concatenate(list(sigmas.values()))
+    layer = np.repeat(np.arange(len(sigmas)), [len(sigma) for sigma in sigmas.values()])
+    chosen = layer[np.argsort(-every, kind="stable")[:n]]
+    return dict(zip(sigmas, np.bincount(chosen, minlength=len(sigmas)).tolist(), strict=True))
 
 
 def error_of(sigmas: Mapping[str, np.ndarray], ranks: Mapping[str, int]) -> float:

@@ -20,7 +20,8 @@ def test_with_the_base_that_it_names(tmp_path, undrawn):
     text = adapters.write([tmp_path / "adapter"], out=tmp_path / "out").read_text()
     page = Page(text)
     assert not page.open and page.headings[0] == "adapter"
-    wanted = ["What it is", "Layer by layer", "Spectra of the updates", "Between layers"]
+    wanted = ["What it is", "Layer by layer", "Spectra of the updates", "How small it can be"]
+    wanted += ["Between layers"]
     wanted += ["Amplification", "ΔW against W", "Intruder dimensions", "Spectrum of W"]
     assert page.headings[1:] == [*wanted, "Method notes"]
     kernels = models.kernels(models.load("gpt2-nano"))

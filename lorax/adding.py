@@ -1,0 +1,90 @@
+"""`convert add` and `convert subtract`: several adapters as one, without their base.
+
+    sum of w_i s_i a_i b_i = [a_1, a_2...] [w_1 s_1 b_1; w_2 s_2 b_2...]
+
+The sum's rank is at most that of all together; `shrinking` cuts it. Matrices are matched by name
+and shape, as `lorax.xray` does, and have the names of the first file that has them.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lorax.analysis.measures import spectrum
+from lorax.interop.adapter import Factors, shape_of
+from lorax.interop.formats import Update
+from lorax.xray.together import same_matrix
+
+
+def added(files: Mapping[object, Sequence[Update]], weights: Sequence[float]) -> tuple[Update, ...]:
+    """The updates of a sum with these weights; its numbers are read when asked for.
+
+    files: {path or name: its updates}. Raises ValueError for weights that don't fit, a matrix of
+    two shapes, and DoRA.
+    """
+    if len(weights) != len(files):
+        raise ValueError(f"--weights: {len(weights)} given for {len(files)} adapters")
+    if not np.isfinite(weights).all():
+        raise ValueError(f"--weights: {', '.join(map(str, weights))}; they must be finite")
+    matrices: dict[str, list[tuple[Update, float]]] = {}
+    for (name, updates), weight in zip(files.items(), weights, strict=True):
+        for update in updates:
+            if update.kind == "DoRA":
+                raise ValueError(
+                    f"{name}: {update.layer} is DoRA, whose lengths belong to its own update on "
+                    "its base: merge it into the base instead"
+                )
+            parts = matrices.setdefault(same_matrix(update.layer), [])
+            if parts and parts[0][0].shape != update.shape:
+                raise ValueError(
+                    f"{name}: {update.layer} is {update.shape}, but {parts[0][0].shape} in "
+                    "another file; adapters of one base are needed"
+                )
+            parts.append((update, weight))
+    return tuple(_sum(parts) for parts in matrices.values())
+
+
+def as_updates(factors: Mapping[str, Factors]) -> tuple[Update, ...]:
+    """Factors by layer as the updates of a file."""
+    made = []
+    for layer, one in factors.items():
+        n_in, n_out, rank = shape_of(one)
+        kind = "LoRA" if one.m is None else "DoRA"
+        read = functools.partial(factors.get, layer)
+        made.append(Update(layer, kind, (n_in, n_out), rank, one.s, "", "F32", read))
+    return tuple(made)
+
+
+def _sum(parts: Sequence[tuple[Update, float]]) -> Update:
+    first = parts[0][0]
+    rank = min(sum(update.rank for update, _ in parts), *first.shape)
+    read = functools.partial(_read, parts)
+    return first._replace(
+        kind="LoRA", rank=rank, scale=1.0, source="of a sum", read=read, warnings=()
+    )
+
+
+def _read(parts: Sequence[tuple[Update, float]]) -> Factors | np.ndarray:
+    """The sum: factors if all have some, else dW. What is below the rounding of its parts is 0, as
+    of an update less itself."""
+    given = [(update.read(), weight) for update, weight in parts]
+    size = max(abs(weight) * _norm(one) for one, weight in given)
+    floor = max(parts[0][0].shape) * np.finfo(np.float32).eps * size
+    if not all(isinstance(one, Factors) for one, _ in given):
+        dense = lambda one: one.s * (one.a @ one.b) if isinstance(one, Factors) else one
+        total = sum(np.float32(weight) * dense(one) for one, weight in given)
+        return total if _norm(total) > floor else np.zeros_like(total)
+    a = np.concatenate([one.a for one, _ in given], axis=1)
+    b = np.concatenate([np.float32(weight * one.s) * one.b for one, weight in given])
+    u, sigma, vt = spectrum.factor_svd(a, b)
+    k = max(1, int(np.sum(sigma > floor)))
+    sigma = np.where(sigma > floor, sigma, 0.0)[:k]
+    return Factors((u[:, :k] * sigma).astype(np.float32), vt[:k].astype(np.float32), 1.0)
+
+
+def _norm(update: Factors | np.ndarray) -> float:
+    """||dW||_F."""
+    if isinstance(update, Factors):
+        return float(np.linalg.norm(spectrum.factor_sigma(*update[:3])))
+    return float(np.linalg.norm(update))
