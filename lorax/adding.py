@@ -30,7 +30,7 @@ def added(files: Mapping[object, Sequence[Update]], weights: Sequence[float]) ->
     matrices: dict[str, list[tuple[Update, float]]] = {}
     for (name, updates), weight in zip(files.items(), weights, strict=True):
         for update in updates:
-            if update.kind == "DoRA":
+            if "DoRA" in update.kind:
                 raise ValueError(
                     f"{name}: {update.layer} is DoRA, whose lengths belong to its own update on "
                     "its base: merge it into the base instead"

@@ -134,7 +134,8 @@ def _add_how(sub: argparse.ArgumentParser, required: bool):
 
 def _add_format(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--format", help="of OUT: PEFT (a directory) or kohya (a file); by default as ADAPTER's"
+        "--format",
+        help="of OUT: PEFT or MLX (directories), kohya or GGUF (files); by default as ADAPTER's",
     )
 
 
@@ -357,17 +358,14 @@ def _write_smaller(args, found, updates) -> None:
     from lorax.interop.formats import writers
 
     format = args.format or found.format
-    if convolutions := [update.layer for update in updates if update.kind == "LoCon"]:
-        raise ValueError(f"{convolutions[0]} is a convolution, which is not written")
-    if format == "PEFT" and found.format == "kohya":
-        raise ValueError(f"{found.path}: PEFT needs names with dots, which kohya's don't have")
-    if format == "PEFT" and any("/" in update.layer for update in updates):
-        raise ValueError(f"{found.path}: its layers have lorax's names; give --base")
-    writers.check(format)
+    writers.check(found._replace(updates=updates), format)
     smaller = shrinking.shrink_file(updates, args)
-    writing = whole(args.out) if format == "PEFT" else contextlib.nullcontext(Path(args.out))
-    with writing as out:
-        writers.write(out, smaller.adapter.factors, format, found.config)
+    kept = shrinking.smaller_updates(updates, smaller.adapter.factors)
+    if not kept:
+        raise ValueError("nothing to write: no matrix keeps a direction")
+    folder = format in writers.FOLDERS
+    with whole(args.out) if folder else contextlib.nullcontext(Path(args.out)) as out:
+        writers.WRITERS[format](out, found._replace(updates=tuple(kept)), {})
     _say(args.out, smaller)
 
 

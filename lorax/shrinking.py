@@ -7,6 +7,7 @@ the norm of the other singular values. Every layer has its own k. DoRA keeps its
 parameters that were trained in full stay.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -108,13 +109,28 @@ def shrink_file(updates: Sequence[Update], how) -> Shrunk:
         raise ValueError("nothing to shrink: every update is 0")
     shapes = {layer: one.update.shape for layer, one in measured.items()}
     ranks = kept_ranks(sigmas, shapes, how)
-    if any(update.kind == "DoRA" for update in updates):  # PEFT has no DoRA of rank 0
+    if any("DoRA" in update.kind for update in updates):  # PEFT has no DoRA of rank 0
         ranks = {layer: max(1, k) for layer, k in ranks.items()}
     factors = dict(_cut_each(updates, ranks))
     before = {layer: one.update.rank for layer, one in measured.items()}
     errors = {layer: keeping.error_of({layer: sigmas[layer]}, ranks) for layer in sigmas}
     changed = {layer: (before[layer], ranks[layer]) for layer in sigmas}
     return Shrunk(Adapter(factors, {}, {}), changed, errors, keeping.error_of(sigmas, ranks))
+
+
+def smaller_updates(updates: Sequence[Update], factors: Mapping[str, Factors]) -> list[Update]:
+    """The updates with these factors in their place, without those that have none."""
+    made = []
+    for update in updates:
+        if (one := factors.get(update.layer)) is not None:
+            kind, read = "LoRA" if one.m is None else "DoRA", functools.partial(_itself, one)
+            about = {"kind": kind, "rank": one.a.shape[1], "scale": one.s, "dtype": "F32"}
+            made.append(update._replace(**about, source="of a smaller one", read=read))
+    return made
+
+
+def _itself(x):
+    return x
 
 
 def _cut_each(updates: Sequence[Update], ranks: Mapping[str, int]) -> Iterator[tuple[str, Factors]]:

@@ -149,12 +149,24 @@ def _loha(module: Module) -> Update:
     ranks = [module.shape(f"hada_w{i}_b")[0] for i in "12"]
     s, source = module.scale(module.layer, ranks[0])
 
-    def read() -> np.ndarray:
+    def read() -> Factors | np.ndarray:
+        if not tucker and math.prod(ranks) < min(shapes[0]):
+            return _products(module, s)
         whole = _side(module, "hada", "1") * _side(module, "hada", "2")
         return np.ascontiguousarray((np.float32(s) * whole).T)
 
     _check_size(module, shapes[0])
     return _dense(module, "hada_w1_a", "LoHa", shapes[0], math.prod(ranks), s, source, read)
+
+
+def _products(module: Module, s: float) -> Factors:
+    """LoHa as factors of rank r^2, which are the products of each column of w1_a with each of w2_a,
+    and of each row of w1_b with each of w2_b."""
+    up1, up2 = module["hada_w1_a"], module["hada_w2_a"]
+    down1, down2 = module["hada_w1_b"], module["hada_w2_b"]
+    a = np.einsum("pi,qi->ipq", down1, down2).reshape(down1.shape[1], -1)
+    b = np.einsum("op,oq->pqo", up1, up2).reshape(-1, len(up1))
+    return Factors(a, b, s)
 
 
 def _lokr(module: Module) -> Update:
