@@ -60,9 +60,7 @@ def _sum(parts: Sequence[tuple[Update, float]]) -> Update:
     first = parts[0][0]
     rank = min(sum(update.rank for update, _ in parts), *first.shape)
     read = functools.partial(_read, parts)
-    return first._replace(
-        kind="LoRA", rank=rank, scale=1.0, source="of a sum", read=read, warnings=()
-    )
+    return first._replace(kind="LoRA", rank=rank, scale=1.0, source="of a sum", read=read)
 
 
 def _read(parts: Sequence[tuple[Update, float]]) -> Factors | np.ndarray:

@@ -285,7 +285,7 @@ def _shrink_file(args) -> None:
     for name in ("loss", "alpha"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name}: needs the base; give it with --base")
-    found = formats.read(args.adapter)
+    found = formats.read(args.adapter, base={})  # rows stay in the file's order
     if found.beside:
         raise ValueError(
             f"{found.path}: {', '.join([*found.beside][:3])} were trained in full and would be "
@@ -317,7 +317,9 @@ def _add(args, weights: list[float]) -> None:
     if args.base is not None:
         _add_on_base(args, weights)
         return
-    found = [formats.read(adapter) for adapter in args.adapters]
+    found = [formats.read(adapter, base={}) for adapter in args.adapters]
+    if len({file.format for file in found}) > 1:  # rows in one order
+        found = [formats.read(adapter) for adapter in args.adapters]
     for file in found:
         if file.beside:
             names = ", ".join([*file.beside][:3])
