@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lorax.analysis.measures import spectrum
-from lorax.interop.adapter import Factors, shape_of
+from lorax.interop.adapter import Factors
 from lorax.interop.formats import Update
 from lorax.xray.together import same_matrix
 
@@ -43,17 +43,6 @@ def added(files: Mapping[object, Sequence[Update]], weights: Sequence[float]) ->
                 )
             parts.append((update, weight))
     return tuple(_sum(parts) for parts in matrices.values())
-
-
-def as_updates(factors: Mapping[str, Factors]) -> tuple[Update, ...]:
-    """Factors by layer as the updates of a file."""
-    made = []
-    for layer, one in factors.items():
-        n_in, n_out, rank = shape_of(one)
-        kind = "LoRA" if one.m is None else "DoRA"
-        read = functools.partial(factors.get, layer)
-        made.append(Update(layer, kind, (n_in, n_out), rank, one.s, "", "F32", read))
-    return tuple(made)
 
 
 def _sum(parts: Sequence[tuple[Update, float]]) -> Update:

@@ -112,7 +112,6 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--weights", type=_numbers, metavar="W,W...", help="of the adapters; by default 1"
             )
-        sub.add_argument("--base", help="for adapters with lorax's names: the model of all of them")
         _add_format(sub)
         _add_how(sub, required=False)
     return parser
@@ -133,10 +132,7 @@ def _add_how(sub: argparse.ArgumentParser, required: bool):
 
 
 def _add_format(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--format",
-        help="of OUT: PEFT or MLX (directories), kohya or GGUF (files); by default as ADAPTER's",
-    )
+    sub.add_argument("--format", choices=FORMATS, help="of OUT; by default that of ADAPTER")
 
 
 def _numbers(text: str) -> list[float]:
@@ -269,7 +265,7 @@ def shrink(args) -> None:
         return
     from lorax import adapters
 
-    if args.format not in (None, "PEFT"):
+    if args.format not in (None, "peft"):
         raise ValueError(f"--format: {args.format} given; with --base PEFT's format is written")
     trained = adapters.load(args.adapter, args.base, args.alpha, weights=args.loss is not None)
     found = shrinking.shrink(trained, args)
@@ -285,12 +281,7 @@ def _shrink_file(args) -> None:
     for name in ("loss", "alpha"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name}: needs the base; give it with --base")
-    found = formats.read(args.adapter, base={})  # rows stay in the file's order
-    if found.beside:
-        raise ValueError(
-            f"{found.path}: {', '.join([*found.beside][:3])} were trained in full and would be "
-            "lost; give --base"
-        )
+    found = formats.read(args.adapter, {}, as_stored=True)  # rows in the file's order
     _write_smaller(args, found, found.updates)
 
 
@@ -314,35 +305,38 @@ def _add(args, weights: list[float]) -> None:
     if len(set(args.adapters)) < len(args.adapters):
         twice = next(name for name in args.adapters if args.adapters.count(name) > 1)
         raise ValueError(f"{twice}: given twice; give it once, with a weight")
-    if args.base is not None:
-        _add_on_base(args, weights)
-        return
-    found = [formats.read(adapter, base={}) for adapter in args.adapters]
-    if len({file.format for file in found}) > 1:  # rows in one order
-        found = [formats.read(adapter) for adapter in args.adapters]
+    found = [formats.read(adapter, {}, as_stored=True) for adapter in args.adapters]
+    if len({file.format for file in found}) > 1:  # rows must have one order
+        found = [formats.read(adapter, as_stored=True) for adapter in args.adapters]
     for file in found:
-        if file.beside:
-            names = ", ".join([*file.beside][:3])
-            raise ValueError(f"{file.path}: {names} were trained in full and can't be added")
-    updates = adding.added({file.path: file.updates for file in found}, weights)
-    _write_smaller(args, found[0], updates)
+        _refuse_beside(file)
+    _write_smaller(args, found[0], adding.added({x.path: x.updates for x in found}, weights))
 
 
-def _add_on_base(args, weights: list[float]) -> None:
-    """The sum by the base's layers, in PEFT's format."""
-    from lorax import adapters, adding, shrinking
+def _refuse_beside(found) -> None:
+    """Raises ValueError for parameters that were trained in full."""
+    if found.beside:
+        names = ", ".join([*found.beside][:3])
+        raise ValueError(f"{found.path}: {names}: trained in full, and would be lost")
 
-    if args.format not in (None, "PEFT"):
-        raise ValueError(f"--format: {args.format} given; with --base PEFT's format is written")
-    trained = {name: adapters.load(name, args.base, weights=False) for name in args.adapters}
-    for name, one in trained.items():
-        if one.adapter is None or one.adapter.weights:
-            raise ValueError(f"{name}: only low-rank factors can be added")
-    updates = {name: adding.as_updates(one.adapter.factors) for name, one in trained.items()}
-    smaller = shrinking.shrink_file(adding.added(updates, weights), args)
-    first = next(iter(trained.values()))
-    with whole(args.out) as directory:
-        adapters.save_as_lora(directory, dataclasses.replace(first, adapter=smaller.adapter))
+
+def _write_smaller(args, found, updates) -> None:
+    """Write the leading directions of updates in the format of `found` or that of --format."""
+    from lorax import shrinking
+    from lorax.interop import formats
+
+    _refuse_beside(found)
+    format = args.format or found.format.lower()
+    if format not in formats.WRITERS:
+        known = ", ".join(formats.WRITERS)
+        raise ValueError(f"{found.format} is not written; choose one of {known} with --format")
+    smaller = shrinking.shrink_file(updates, args)
+    kept = shrinking.smaller_updates(updates, smaller.adapter.factors)
+    if not kept:
+        raise ValueError("nothing to write: no matrix keeps a direction")
+    one_file = contextlib.nullcontext(Path(args.out))
+    with one_file if format in formats.FILES else whole(args.out) as out:
+        formats.WRITERS[format](out, found._replace(updates=tuple(kept)), None)
     _say(args.out, smaller)
 
 
@@ -352,23 +346,6 @@ def _say(out: str, smaller) -> None:
     for line in shrinking.lines(smaller):
         print(line)
     print(f"{out}: {shrinking.summary(smaller)}")
-
-
-def _write_smaller(args, found, updates) -> None:
-    """Write the leading directions of updates in the format of `found` or that of --format."""
-    from lorax import shrinking
-    from lorax.interop.formats import writers
-
-    format = args.format or found.format
-    writers.check(found._replace(updates=updates), format)
-    smaller = shrinking.shrink_file(updates, args)
-    kept = shrinking.smaller_updates(updates, smaller.adapter.factors)
-    if not kept:
-        raise ValueError("nothing to write: no matrix keeps a direction")
-    folder = format in writers.FOLDERS
-    with whole(args.out) if folder else contextlib.nullcontext(Path(args.out)) as out:
-        writers.WRITERS[format](out, found._replace(updates=tuple(kept)), {})
-    _say(args.out, smaller)
 
 
 def merge(args) -> None:

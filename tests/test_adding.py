@@ -124,8 +124,7 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
     cases = {
         ("shrink", file, out, "--loss", 0.1): "--loss: needs the base; give it with --base",
         ("shrink", file, out, "--error", 2): "--error: 2 given, must be a relative error",
-        ("shrink", file, out, "--rank", 1, "--format", "PEFT"): "PEFT needs names with dots",
-        ("shrink", file, out, "--rank", 1, "--format", "GGML"): "format GGML is not written",
+        ("shrink", file, out, "--rank", 1): "kohya's files end in .safetensors",
         ("add", file, out): "one adapter given, at least two are needed before OUT",
         ("add", file, other, out, "--weights=1"): "--weights: 1 given for 2 adapters",
         ("add", dora, file, out): "is DoRA, whose lengths belong to its own update",

@@ -96,16 +96,18 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     """Write updates, read as they are stored, as a file of kohya's; the file.
 
     Every matrix has its alpha. base: not needed. Raises ValueError that says what the format can't
-    hold: kinds other than LoRA, LoCon and DoRA, modules without a name of kohya's.
+    hold: kinds other than LoRA, LoCon and DoRA, modules without a name of kohya's. What was read
+    from such a file keeps its names and texts.
     """
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: kohya's files end in .safetensors")
     refused = factored.refusal(found, "kohya")
-    by_name = factored.named(found, "kohya")
+    own = found.format == "kohya"
+    by_name = factored.named(found, "kohya", str if own else image_names.diffusers)
     several = any(name.startswith("text_encoder_2.") for name in by_name)
     tensors: dict[str, np.ndarray] = {}
     for name, update in by_name.items():
-        layer = image_names.kohya(name, several)
+        layer = name if own else image_names.kohya(name, several)
         if layer is None:
             raise refused(f"its files have other modules than {name}")
         if f"{layer}.alpha" in tensors:
@@ -117,7 +119,8 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
         tensors |= {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}
         if m is not None:
             tensors[f"{layer}.dora_scale"] = m.reshape(-1, *(1 for _ in down.shape[1:]))
-    return write_bytes(out, serialise(tensors, _about(by_name.values())))
+    texts = {key: x for key, x in found.config.items() if isinstance(x, str)} if own else {}
+    return write_bytes(out, serialise(tensors, texts | _about(by_name.values())))
 
 
 def _about(written: Collection[Update]) -> dict[str, str]:
