@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import hub
+import numpy as np
 import pytest
+import safetensors.numpy
 from support import require
 
 READ = """
@@ -46,6 +48,29 @@ def ask(tmp_path):
 
     yield run
     server.shutdown()
+
+
+ADAPTER = """
+import json
+from lorax.interop import formats
+for path in ("me/lora", "me/lora/sub/one.safetensors", "me/none"):
+    try:
+        print(json.dumps([update.layer for update in formats.read(path).updates]))
+    except FileNotFoundError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_an_adapter_comes_by_the_name_of_its_repository_or_of_a_file_in_it(tmp_path, ask):
+    for folder, layer in (("", "lora_unet_a"), ("sub", "lora_unet_b")):
+        tensors = {f"{layer}.lora_down.weight": np.ones((2, 4), np.float32)}
+        tensors[f"{layer}.lora_up.weight"] = np.ones((4, 2), np.float32)
+        (tmp_path / "hub/me/lora" / folder).mkdir(parents=True)
+        file = tmp_path / "hub/me/lora" / folder / "one.safetensors"
+        safetensors.numpy.save_file(tensors, file)
+    whole, inside, missing = ask(ADAPTER)
+    assert (whole, inside) == (["lora_unet_a"], ["lora_unet_b"])
+    assert missing.startswith("me/none: no such file or directory, and reading it from the Hub")
 
 
 def write(folder, **files):

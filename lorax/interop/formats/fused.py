@@ -38,10 +38,10 @@ def updates_of(modules: Sequence[Module], as_stored: bool) -> tuple[Update, ...]
     found: list[Update] = []
     for together in _with_one_a(modules):
         one = [updates.update(module) for module in together]
-        if len(one) > 1:
+        if len(one) > 1 and len({(update.scale, update.kind) for update in one}) == 1:
             found.append(_joined(one))
         else:
-            found += _split(together[0]) or one
+            found += len(one) == 1 and _split(together[0]) or one
     return tuple(found)
 
 
@@ -122,10 +122,8 @@ def _first_row(tensor: Stored) -> bytes:
 
 
 def _joined(parts: list[Update]) -> Update:
-    """The update of a module that was split, from those of its parts in one order."""
+    """The update of a module that was split, from those of its parts, which have one scale."""
     parts = sorted(parts, key=lambda part: _PARTS.index(part.layer.rpartition(".")[2]))
-    if len({(part.scale, part.kind) for part in parts}) > 1:
-        raise ValueError(f"{parts[0].layer}: its A is that of other layers, with another scale")
     first, around = parts[0], parts[0].layer.rpartition(".")[0]
     names = [part.layer.rpartition(".")[2] for part in parts]
     outputs = sum(part.shape[1] for part in parts)

@@ -118,3 +118,5 @@ def test_parts_of_one_lora_are_counted_once(tmp_path):
     read = fused.read()
     want = np.concatenate([tensors[f"{around}.to_{x}.lora_B.weight"] for x in "qkv"]).T
     np.testing.assert_array_equal(read.a @ read.b, a.T @ want)
+    tensors[f"{around}.to_q.alpha"] = np.array(1.0)
+    assert len(formats.read(written(tmp_path, tensors)).updates) == 4  # one has another scale
