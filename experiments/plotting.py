@@ -51,11 +51,13 @@ def drawn(
         figure.savefig(file, dpi=150)
 
 
-def line(axes: Axes, n: int, values: pd.DataFrame, label: str) -> None:
+def line(axes: Axes, n: int, values: pd.DataFrame, label: str, doubt: str = "") -> None:
     """The n-th line of a panel: means over seeds with their 95% t intervals, and beside each mean
-    the seeds as dots. values: a row a place on the x axis, its index, and a column a seed."""
+    the seeds as dots. values: a row a place on the x axis, its index, and a column a seed. doubt:
+    why numbers are withdrawn, which have hollow markers; "" if they are not."""
     half = compare.half_width(values.sem(axis=1), values.count(axis=1))
     style = {"capsize": 3, "label": label} | line_style(n)
+    style |= {"fillstyle": "none" if doubt else "full"}
     axes.errorbar(values.index, values.mean(axis=1), half, **style)
     dots(axes, values.index, values, style["color"], right=4)
 

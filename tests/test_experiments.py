@@ -115,7 +115,7 @@ def test_a_figure_has_every_seed_the_margins_and_what_is_withdrawn(tmp_path):
         left, right = grid[0]
         plotting.intervals(left, rows)
         plotting.line(right, 0, pd.DataFrame([[1.0, 2.0, 4.0]], index=[8]), "LoRA")
-        plotting.line(right, 1, pd.DataFrame([[2.0, 2.0, 2.0]], index=[8]), "DoRA")
+        plotting.line(right, 1, pd.DataFrame([[2.0, 2.0, 2.0]], index=[8]), "DoRA", "at the edge")
         plotting.legend(grid)
         means, dots = left.lines[0], [line for line in left.lines if line.get_marker() == "."]
         assert list(means.get_xdata()) == [three.value] and means.get_fillstyle() == "full"
@@ -129,6 +129,7 @@ def test_a_figure_has_every_seed_the_margins_and_what_is_withdrawn(tmp_path):
         assert (0.5, 0.5) in margins
         seeds = [line.get_ydata()[0] for line in right.lines if line.get_marker() == "."]
         assert seeds == [1.0, 2.0, 4.0, 2.0, 2.0, 2.0]
+        assert [bar[0].get_fillstyle() for bar in right.containers] == ["full", "none"]
         (legend,) = left.figure.legends
         assert [text.get_text() for text in legend.get_texts()] == ["LoRA", "DoRA"]
     assert (tmp_path / "x.png").stat().st_size

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments import losses
 from experiments.batch_size.rule import BY, LARGE, SMALL
-from experiments.plotting import GREY, drawn, line, ticks
+from experiments.plotting import GREY, drawn, legend, line, ticks
 
 HERE = Path(__file__).parent
 
@@ -27,7 +27,7 @@ def main() -> None:
             axes.set_title(base)
             axes.set_xlabel("batch size (examples)")
             axes.set_ylabel("loss less full fine-tuning's (nats)")
-            axes.legend()
+        legend(grid)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.ticker import FuncFormatter
 
-from experiments.plotting import COLOURS, GREY, MARKERS, drawn, ticks
+from experiments.plotting import COLOURS, GREY, MARKERS, drawn, legend, ticks
 from experiments.verdicts import numbers
 from lorax.analysis import compare
 
@@ -32,7 +32,7 @@ def main() -> None:
             for panel, name in zip(panels, LABELS, strict=True):
                 draw(panel, own, name)
                 panel.set_title(base)
-        grid[0, 0].legend(fontsize=7)
+        legend(grid)
 
 
 def draw(panel, own: pd.DataFrame, name: str) -> None:

@@ -41,8 +41,7 @@ def overlap(axes, table: pd.DataFrame) -> None:
         rates = dict(best.members.groupby("rank")["lr"].first())
         at_best = own[own["lr"] == own["rank"].map(rates)]
         mean = at_best.pivot_table(index="step", columns="seed", values="above")
-        edge = ", a best rate at the edge" if best.doubts else ""
-        line(axes, n, mean, f"{NAMES[optimiser]}, s = {words(scale)}{edge}")
+        line(axes, n, mean, f"{NAMES[optimiser]}, s = {words(scale)}", best.doubt())
     axes.axhline(NEAR, **THIN)
     axes.set_xlabel("step")
     axes.set_ylabel("overlap with the first\ngradient, above chance")

@@ -44,7 +44,10 @@ def draw(axes, members: pd.DataFrame, column: str) -> None:
         x = own[column]
         if column == "log_rank":
             x = 2 ** (x + 0.1 * own["lr"].rank(method="dense"))
-        label = name(method, 0 if np.isnan(rank) else int(rank))
+        largest = rank == members["rank"].max()
+        label = (
+            "LoRA, the largest r" if largest else name(method, 0 if np.isnan(rank) else int(rank))
+        )
         style = line_style(n) | {"linestyle": "none", "alpha": 0.6, "markersize": 4}
         axes.plot(x, own["forgetting"], **style, label=label)
     if column == "log_rank":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments import losses
 from experiments.little_data.rule import BY
-from experiments.plotting import drawn, line
+from experiments.plotting import drawn, legend, line
 
 HERE = Path(__file__).parent
 NAMES = {"lora": "LoRA, r = 8", "full": "full fine-tuning", "prefix": "prefix"}
@@ -23,7 +23,7 @@ def main() -> None:
             axes.set_title(base)
             axes.set_xlabel("training examples")
             axes.set_ylabel(f"{of.split} loss (nats a token)")
-            axes.legend()
+        legend(grid)
 
 
 if __name__ == "__main__":

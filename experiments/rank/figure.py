@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.ticker import EngFormatter, NullFormatter, NullLocator
 
 from experiments import losses
-from experiments.plotting import COLOURS, drawn, line_style
+from experiments.plotting import COLOURS, dots, drawn, legend, line_style
 from experiments.rank.rule import BY
 
 HERE = Path(__file__).parent
@@ -17,10 +17,10 @@ TARGETS = ("q", "q v", "q k v o")
 
 def main() -> None:
     bases = losses.read(HERE, BY)
-    with drawn(HERE / "rank.png", len(bases), 2, size=(3.7, 2.8), sharey="col") as grid:
+    with drawn(HERE / "rank.png", len(bases), 2, size=(3.5, 2.8), sharey="col") as grid:
         for (base, of), panels in zip(bases.items(), grid.T, strict=True):
             draw(panels, base, of)
-        grid[0, 0].legend()
+        legend(grid)
 
 
 def draw(panels, base: str, of: losses.Losses) -> None:
@@ -33,7 +33,7 @@ def draw(panels, base: str, of: losses.Losses) -> None:
             label = ", ".join(targets.split())
             panel.errorbar(own[x], own["loss"], bars, capsize=3, label=label, **line_style(n))
             seeds = of.members[of.members["targets"] == targets]
-            panel.plot(seeds[x], seeds[of.split], ".", color=COLOURS[n], alpha=0.4, markersize=4)
+            dots(panel, seeds[x], seeds[of.split], COLOURS[n], right=4)
         panel.set_ylabel(f"{of.split} loss (nats a token)")
     by_rank, by_size = panels
     by_rank.set_title(base + (", one learning rate" if of.doubts else ""))

@@ -6,7 +6,7 @@ python -m experiments.targets.figure
 from pathlib import Path
 
 from experiments import losses
-from experiments.plotting import COLOURS, MARKERS, drawn
+from experiments.plotting import COLOURS, MARKERS, dots, drawn, legend
 from experiments.targets.rule import BY, ONE
 
 HERE = Path(__file__).parent
@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     bases = losses.read(HERE, BY)
-    with drawn(HERE / "targets.png", len(bases), size=(3.7, 2.9)) as grid:
+    with drawn(HERE / "targets.png", len(bases), size=(3.5, 2.9)) as grid:
         for panel, (base, of) in zip(grid[0], bases.items(), strict=True):
             rows = of.means().sort_values("loss").reset_index(drop=True)
             place = dict(zip(rows["setting"], rows.index, strict=True))
@@ -26,12 +26,12 @@ def main() -> None:
                 panel.errorbar(own["loss"], own.index, xerr=bars, label=label, **style)
                 seeds = of.members[of.members["setting"].isin(own["setting"])]
                 at = seeds["setting"].map(place)
-                panel.plot(seeds[of.split], at, "|", color=COLOURS[n], alpha=0.6, markersize=7)
+                dots(panel, seeds[of.split], at, COLOURS[n], up=5)
             panel.set_yticks(rows.index, rows["targets"] + ", r = " + rows["rank"].astype(str))
             panel.invert_yaxis()
             panel.set_title(base + (", one learning rate" if of.doubts else ""))
             panel.set_xlabel(f"{of.split} loss (nats a token)")
-        grid[0, 0].legend()
+        legend(grid)
 
 
 if __name__ == "__main__":
