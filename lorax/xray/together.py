@@ -11,6 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from lorax.analysis.measures import overlap, sums
 from lorax.interop.adapter import Factors, Updates, shapes_of
+from lorax.interop.formats.names import hugging_face
 from lorax.xray.measured import WORKERS
 
 
@@ -44,9 +45,9 @@ class Added(NamedTuple):
 
 
 def same_matrix(layer: str) -> str:
-    """What is equal for one matrix in files of different formats: its name without dots, slashes
-    and the prefix that a format adds."""
-    flat = re.sub(r"[./]", "_", layer)
+    """What is equal for one matrix in files of different formats: its name by Hugging Face without
+    dots, slashes and the prefix that a format adds."""
+    flat = re.sub(r"[./]", "_", hugging_face(layer))
     return re.sub(r"^(lora_|lycoris_|base_model_model_)+", "", flat)
 
 

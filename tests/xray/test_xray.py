@@ -173,6 +173,8 @@ def test_names_of_one_matrix_in_two_formats_are_equal():
     dotted = "down_blocks.0.attentions.1.attn1.to_q"
     flat = "lora_unet_down_blocks_0_attentions_1_attn1_to_q"
     assert together.same_matrix(f"unet.{dotted}") == together.same_matrix(flat)
+    gguf, dotted = "blk.3.attn_q", "model.layers.3.self_attn.q_proj"
+    assert together.same_matrix(gguf) == together.same_matrix(f"base_model.model.{dotted}")
 
 
 # -------------------------------------------------------------------------------------- the command

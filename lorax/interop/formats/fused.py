@@ -8,6 +8,7 @@ Flux's qkv is one matrix in kohya's files and three in diffusers'.
                 (sd-scripts, networks/lora_flux.py). Here they are three updates.
     one A       a converter to diffusers' names gives the three parts of one LoRA copies of its A
                 (loaders/lora_conversion_utils.py). Here they are one update, counted once.
+    blocks      several LoRAs of a language model's fused matrix, saved as one: `blocks`.
 """
 
 import itertools
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from lorax.interop.adapter import Factors
-from lorax.interop.formats import updates
+from lorax.interop.formats import blocks, updates
 from lorax.interop.formats.contract import Update
 from lorax.interop.formats.opened import numbers, quiet, same
 from lorax.interop.formats.updates import Module
@@ -41,7 +42,8 @@ def updates_of(modules: Sequence[Module], as_stored: bool) -> tuple[Update, ...]
         if len(one) > 1 and len({(update.scale, update.kind) for update in one}) == 1:
             found.append(_joined(one))
         else:
-            found += len(one) == 1 and _split(together[0]) or one
+            apart = len(one) == 1 and (_split(together[0]) or blocks.apart(together[0]))
+            found += apart or one
     return tuple(found)
 
 

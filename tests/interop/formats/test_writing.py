@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from language_files import directory, draw, gguf_file
 
+from lorax import convert
 from lorax.interop import formats
 from lorax.interop.formats import llama_cpp, mlx
 
@@ -140,3 +141,20 @@ def test_rows_of_unknown_order_and_lost_scales_are_refused(tmp_path):
     (tmp_path / "out" / "adapter_config.json").unlink()
     with pytest.raises(ValueError, match="its scale is not known"):
         mlx.write(tmp_path / "again", formats.read(tmp_path / "out"))
+
+
+def test_the_command_writes_for_a_base(tmp_path, capsys):
+    pytest.importorskip("gguf")
+    found = peft_adapter(tmp_path)
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(BASE))
+    out = tmp_path / "out.gguf"
+    assert convert.main(["to", "gguf", str(tmp_path), str(out), "--base", str(base)]) == 0
+    check_same(found, formats.read(out, BASE))
+    assert convert.main(["to", "mlx", str(out), str(tmp_path / "mlx"), "--base", str(base)]) == 0
+    check_same(found, formats.read(tmp_path / "mlx"))
+    assert convert.main(["to", "peft", str(out), str(tmp_path / "peft"), "--base", str(base)]) == 0
+    check_same(found, formats.read(tmp_path / "peft"))
+    assert convert.main(["to", "mlx", str(out), str(tmp_path / "again")]) == 2
+    assert "give --base" in capsys.readouterr().err and not (tmp_path / "again").exists()
