@@ -11,6 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from lorax.analysis.measures import overlap, sums
 from lorax.interop.adapter import Factors, Updates, shapes_of
+from lorax.interop.formats import image_names
 from lorax.interop.formats.names import hugging_face
 from lorax.xray.measured import WORKERS
 
@@ -45,10 +46,12 @@ class Added(NamedTuple):
 
 
 def same_matrix(layer: str) -> str:
-    """What is equal for one matrix in files of different formats: its name by Hugging Face without
-    dots, slashes and the prefix that a format adds."""
-    flat = re.sub(r"[./]", "_", hugging_face(layer))
-    return re.sub(r"^(lora_|lycoris_|base_model_model_)+", "", flat)
+    """What is equal for one matrix in files of different formats: the name that diffusers or
+    Hugging Face have for it, if it is known, without dots, slashes and a format's prefix."""
+    known = image_names.diffusers(layer) or hugging_face(layer)
+    flat = re.sub(r"[./]", "_", known)
+    prefix = r"^(lora_|lycoris_|base_model_model_|unet_|diffusion_model_)+"
+    return re.sub(prefix, "", flat)
 
 
 def common(files: Mapping[str, Updates]) -> list[dict[str, str]]:

@@ -27,6 +27,7 @@ _KEY = re.compile(r"(?P<layer>[^.]+)\.(?P<rest>.+)")
 BESIDE = ("diff_b", "w_norm", "b_norm", "lora_up.bias")
 #: Words of PEFT's, which some trainers take.
 WORDS = {"lora_A": "lora_down", "lora_B": "lora_up", "lora_magnitude_vector": "magnitude"}
+_HASHES = ("sshs_", "modelspec.hash")  # of the tensors, which are others now
 EMBEDDING = "bundle_emb."  # of trained tokens, which OneTrainer stores beside
 #: Kinds that multiply the base's weights, so dW does not follow from the file: by a tensor's word.
 NEEDS_BASE = {
@@ -119,7 +120,8 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
         tensors |= {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}
         if m is not None:
             tensors[f"{layer}.dora_scale"] = m.reshape(-1, *(1 for _ in down.shape[1:]))
-    texts = {key: x for key, x in found.config.items() if isinstance(x, str)} if own else {}
+    texts = {key: x for key, x in found.config.items() if own and isinstance(x, str)}
+    texts = {key: x for key, x in texts.items() if not key.startswith(_HASHES)}
     return write_bytes(out, serialise(tensors, texts | _about(by_name.values())))
 
 

@@ -274,14 +274,16 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     tensors: dict[str, np.ndarray] = {}
     for name, update in modules.items():
         words = factored.as_peft(update)
-        if name.endswith(_EMBEDDINGS):
+        if update.kind == "LoRA" and name.endswith(_EMBEDDINGS):
             words = {"lora_embedding_A": words["lora_A.weight"]} | words
             words["lora_embedding_B"] = words["lora_B.weight"]
             words = {word: x for word, x in words.items() if not word.endswith(".weight")}
         tensors |= {f"{PREFIX}{name}.{word}": x for word, x in words.items()}
+    own = found.config if found.format == "PEFT" else {}
     config = factored.of_all(modules, refused) | {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": own.get("task_type"),
+        "fan_in_fan_out": bool(own.get("fan_in_fan_out")),
         "base_model_name_or_path": writing.base_name(found.config),
         "inference_mode": True,
     }

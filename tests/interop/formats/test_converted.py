@@ -13,6 +13,7 @@ from support import require
 from lorax import convert
 from lorax.interop import formats
 from lorax.interop.formats import dotted, image_names, kohya, peft
+from lorax.xray import together
 
 ATTENTION = "down_blocks_1_attentions_0_transformer_blocks_0_attn1"
 #: kohya's name -> diffusers'.
@@ -255,3 +256,16 @@ def test_diffusers_loads_what_we_write(tmp_path):
         want = (s * a @ b).T.reshape(layer.weight.shape)
         got = layer.get_delta_weight(name).detach().numpy()
         np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(want).max())
+
+
+def test_one_matrix_has_one_name_in_the_x_ray():
+    """Of files of different programs, so that their directions can be compared."""
+    sgm = "input_blocks_4_1_transformer_blocks_0_attn2_to_out_0"
+    for names in (
+        [f"lora_unet_{sgm}", f"unet.{SDXL[sgm]}", SDXL[sgm]],
+        ["lora_unet_double_blocks_0_img_attn_qkv", "diffusion_model.double_blocks.0.img_attn.qkv"],
+        ["lora_te_text_model_encoder_layers_0_mlp_fc1"]
+        + [f"{x}text_model.encoder.layers.0.mlp.fc1" for x in ("text_encoder.", "")],
+        ["blk.3.attn_q", "model.layers.3.self_attn.q_proj", "layers.3.attention.wq"],
+    ):
+        assert len({together.same_matrix(name) for name in names}) == 1, names
