@@ -7,7 +7,7 @@ dW of PEFT's other methods needs the base, which `lorax.adapters.load` reads the
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -272,9 +272,10 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
         component = f"{components.pop()}."
     modules = {name.removeprefix(component): update for name, update in by_name.items()}
     tensors: dict[str, np.ndarray] = {}
+    is_embedding = _embeddings(found)
     for name, update in modules.items():
         words = factored.as_peft(update)
-        if update.kind == "LoRA" and name.endswith(_EMBEDDINGS):
+        if is_embedding(name):
             words = {"lora_embedding_A": words["lora_A.weight"]} | words
             words["lora_embedding_B"] = words["lora_B.weight"]
             words = {word: x for word, x in words.items() if not word.endswith(".weight")}
@@ -292,6 +293,15 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     written = read(open_adapter(out)._replace(as_stored=True))
     factored.check_written(modules, written, refused, lambda layer: layer)
     return out
+
+
+def _embeddings(found: Found) -> Callable[[str], bool]:
+    """Whether a module is an embedding: by the tensors of PEFT's own file, otherwise by name."""
+    if found.format != "PEFT":
+        return lambda name: name.endswith(_EMBEDDINGS)
+    stored = open_adapter(found.path).tensors
+    keys = (key.removeprefix(PREFIX).partition(".lora_embedding_") for key in stored)
+    return {module for module, word, _ in keys if word}.__contains__
 
 
 def _name(format: str, layer: str) -> str | None:

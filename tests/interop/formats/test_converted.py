@@ -203,6 +203,21 @@ def test_one_directory_of_peft_is_of_one_model(tmp_path):
         peft.write(tmp_path / "p", found, {})
 
 
+def test_an_embedding_of_pefts_stays_one(tmp_path):
+    """Whatever its name is; so does what a config says beside."""
+    tensors = {"emb.lora_embedding_A": draw(2, 30), "emb.lora_embedding_B": draw(8, 2)}
+    tensors |= {"wte.lora_A.weight": draw(2, 8), "wte.lora_B.weight": draw(6, 2)}
+    fields = dict(fan_in_fan_out=True, task_type="CAUSAL_LM", base_model_name_or_path="some/base")
+    path = foreign(tmp_path / "peft", tensors, **fields)
+    found = formats.read(path, as_stored=True)
+    there = peft.write(tmp_path / "p", found)
+    same(found, formats.read(there), lambda name: name)
+    stored = safetensors.numpy.load_file(there / "adapter_model.safetensors")
+    assert {key.removeprefix("base_model.model.") for key in stored} == set(tensors)
+    config = json.loads((there / "adapter_config.json").read_text())
+    assert {name: config[name] for name in fields} == fields
+
+
 def test_language_models_come_back_to_peft(tmp_path):
     """From MLX, whose embedding has names of its own in PEFT's files."""
     module = "model.layers.0.self_attn.q_proj"
