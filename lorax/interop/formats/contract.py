@@ -1,12 +1,13 @@
 """What every reader of adapter files returns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lorax.interop.adapter import Factors
+from lorax.interop.tensors import Stored
 
 
 class Update(NamedTuple):
@@ -29,6 +30,8 @@ class Update(NamedTuple):
         file if its tensors can't be read.
     warnings: what a reader of the numbers must know, a line each.
     kernel: (kh, kw) of a convolution, () of other matrices.
+    stored: the tensors of a LoHa, a LoKr or weights trained in full, by LyCORIS's words
+        (`updates`); {} for updates with factors.
     """
 
     layer: str
@@ -41,6 +44,7 @@ class Update(NamedTuple):
     read: Callable[[], Factors | np.ndarray]
     warnings: tuple[str, ...] = ()
     kernel: tuple[int, ...] = ()
+    stored: Mapping[str, Stored] = {}
 
 
 class Found(NamedTuple):

@@ -1,7 +1,7 @@
 """Updates of low rank for formats that hold each with its own rank and scale."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -9,9 +9,10 @@ import numpy as np
 
 from lorax.interop.formats import heads, image_names, updates
 from lorax.interop.formats.contract import Found, Update
+from lorax.interop.formats.opened import numbers
 from lorax.interop.peft.config import as_patterns
 
-KINDS = ("LoRA", "LoCon", "DoRA")
+KINDS = ("LoRA", "LoCon", "DoRA", "AdaLoRA")
 #: Formats of image models, whose programs take 1 for a scale that a file does not have.
 IMAGES = ("kohya", "diffusers", "ComfyUI", "XLabs", "PEFT's names")
 _DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
@@ -31,9 +32,11 @@ def named(
     format: str,
     name_of: Callable[[str], str | None] = image_names.diffusers,
     unordered: bool = False,
+    kinds: Sequence[str] = KINDS,
 ) -> dict[str, Update]:
     """{name: update} of a file that was read as it is stored. name_of: the name of a matrix by the
     file's own; diffusers' by default. unordered: whether rows may be in the file's own order.
+    kinds: what the format holds.
 
     Raises ValueError that says what the format can't hold.
     """
@@ -41,8 +44,8 @@ def named(
     by_name: dict[str, Update] = {}
     for update in found.updates:
         name = name_of(update.layer)
-        if update.kind not in KINDS:
-            raise refused(f"{update.layer} is {update.kind}; it holds {', '.join(KINDS)}")
+        if update.kind not in kinds:
+            raise refused(f"{update.layer} is {update.kind}; it holds {', '.join(kinds)}")
         if heads.is_unordered(update) and not unordered:
             raise refused(f"the rows of {update.layer} need the base's heads; give --base")
         if updates.ROWS in update.warnings:
@@ -68,14 +71,28 @@ def refusal(found: Found, format: str) -> Callable[[str], ValueError]:
 
 def alpha_of(update: Update, refused: Callable[[str], ValueError]) -> float:
     """The alpha that divided by the rank is the scale, to the bit. Raises ValueError if none is."""
-    product = update.scale * update.rank
+    rank = inner_rank(update)
+    product = update.scale * rank
     for alpha in (product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf)):
-        if alpha / update.rank == update.scale:
+        if alpha / rank == update.scale:
             return alpha
     raise refused(
         f"{update.layer} has the scale {update.scale!r}, which no alpha divided by its rank "
-        f"{update.rank} is exactly"
+        f"{rank} is exactly"
     )
+
+
+def inner_rank(update: Update) -> int | None:
+    """The rank that alpha is divided by, None for kinds without one."""
+    if update.kind in KINDS:
+        return update.rank
+    inner = ("hada_w1_b", "lokr_w1_b", "lokr_w2_b")
+    return next((update.stored[word].shape[0] for word in inner if word in update.stored), None)
+
+
+def as_stored(update: Update) -> dict[str, np.ndarray]:
+    """{LyCORIS's word: tensor} of an update without factors, in the file's types."""
+    return {word: _stored(numbers(x), x.kind) for word, x in update.stored.items()}
 
 
 def tensors(update: Update) -> Tensors:
@@ -111,7 +128,7 @@ def of_all(by_name: Mapping[str, Update], refused: Callable[[str], ValueError]) 
     dora = {update.kind == "DoRA" for update in by_name.values()}
     if len(dora) > 1:
         raise refused("DoRA in some of its matrices; PEFT has it in all or none")
-    r, ranks = as_patterns({name: update.rank for name, update in by_name.items()})
+    r, ranks = as_patterns({name: inner_rank(update) for name, update in by_name.items()})
     alpha, alphas = as_patterns({name: alpha_of(x, refused) for name, x in by_name.items()})
     return {
         "r": r,

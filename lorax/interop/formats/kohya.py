@@ -8,7 +8,7 @@ of a module's path are "_", which only the base's own names can undo.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ _KEY = re.compile(r"(?P<layer>[^.]+)\.(?P<rest>.+)")
 BESIDE = ("diff_b", "w_norm", "b_norm", "lora_up.bias")
 #: Words of PEFT's, which some trainers take.
 WORDS = {"lora_A": "lora_down", "lora_B": "lora_up", "lora_magnitude_vector": "magnitude"}
+HELD = (*factored.KINDS, "LoHa", "LoKr", "full")  # kinds that `write` takes
 _HASHES = ("sshs_", "modelspec.hash")  # of the tensors, which are others now
 EMBEDDING = "bundle_emb."  # of trained tokens, which OneTrainer stores beside
 #: Kinds that multiply the base's weights, so dW does not follow from the file: by a tensor's word.
@@ -97,38 +98,52 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     """Write updates, read as they are stored, as a file of kohya's; the file.
 
     Every matrix has its alpha. base: not needed. Raises ValueError that says what the format can't
-    hold: kinds other than LoRA, LoCon and DoRA, modules without a name of kohya's. What was read
-    from such a file keeps its names and texts.
+    hold: other kinds than `HELD`, modules without a name of kohya's. What was read from such a file
+    keeps its names and texts.
     """
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: kohya's files end in .safetensors")
     refused = factored.refusal(found, "kohya")
     own = found.format == "kohya"
-    by_name = factored.named(found, "kohya", str if own else image_names.diffusers)
+    name_of = str if own else image_names.diffusers
+    by_name = factored.named(found, "kohya", name_of, kinds=HELD)
     several = any(name.startswith("text_encoder_2.") for name in by_name)
     tensors: dict[str, np.ndarray] = {}
     for name, update in by_name.items():
         layer = name if own else image_names.kohya(name, several)
         if layer is None:
             raise refused(f"its files have other modules than {name}")
-        if f"{layer}.alpha" in tensors:
+        words = {f"{layer}.{word}": x for word, x in _words(update, refused).items()}
+        if tensors.keys() & words:
             raise refused(f"{layer} is the name of several modules, {name} is one")
-        down, up, m = factored.tensors(update)
-        alpha = np.array(factored.alpha_of(update, refused))
-        exact = float(np.float32(alpha)) == float(alpha)
-        tensors[f"{layer}.alpha"] = alpha.astype(np.float32) if exact else alpha
-        tensors |= {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}
-        if m is not None:
-            tensors[f"{layer}.dora_scale"] = m.reshape(-1, *(1 for _ in down.shape[1:]))
+        tensors |= words
     texts = {key: x for key, x in found.config.items() if own and isinstance(x, str)}
     texts = {key: x for key, x in texts.items() if not key.startswith(_HASHES)}
     return write_bytes(out, serialise(tensors, texts | _about(by_name.values())))
 
 
+def _words(update: Update, refused: Callable[[str], ValueError]) -> dict[str, np.ndarray]:
+    """{word below a module: tensor}."""
+    if update.kind in factored.KINDS:
+        down, up, m = factored.tensors(update)
+        words = {"lora_down.weight": down, "lora_up.weight": up}
+        if m is not None:
+            words["dora_scale"] = m.reshape(-1, *(1 for _ in down.shape[1:]))
+    else:
+        words = factored.as_stored(update)
+    if factored.inner_rank(update) is None:
+        if update.scale != 1:
+            raise refused(f"{update.layer} has the scale {update.scale:g}, and no rank: it takes 1")
+        return words
+    alpha = np.array(factored.alpha_of(update, refused))
+    exact = float(np.float32(alpha)) == float(alpha)
+    return words | {"alpha": alpha.astype(np.float32) if exact else alpha}
+
+
 def _about(written: Collection[Update]) -> dict[str, str]:
     """What sd-scripts writes about ranks and alphas in the header; "Dynamic" if they differ."""
-    ranks = {update.rank for update in written}
-    alphas = {update.scale * update.rank for update in written}
+    inner = [(factored.inner_rank(update) or 1, update.scale) for update in written]
+    ranks, alphas = {rank for rank, _ in inner}, {rank * s for rank, s in inner}
     one = lambda values: f"{values.pop():g}" if len(values) == 1 else "Dynamic"
     about = {"ss_network_module": "networks.lora", "ss_network_dim": one(ranks)}
     return about | {"ss_network_alpha": one(alphas)}

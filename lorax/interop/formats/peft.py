@@ -263,7 +263,9 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     Raises ValueError that says what the format can't hold.
     """
     refused = factored.refusal(found, "PEFT")
-    by_name = factored.named(found, "PEFT", functools.partial(_name, found.format))
+    kinds = (*factored.KINDS, "LoHa")
+    name_of = functools.partial(_name, found.format)
+    by_name = factored.named(found, "PEFT", name_of, kinds=kinds)
     component = ""
     if found.format in factored.IMAGES:
         components = {name.partition(".")[0] for name in by_name}
@@ -271,28 +273,53 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
             raise refused(f"one directory is of one model, and this is of {sorted(components)}")
         component = f"{components.pop()}."
     modules = {name.removeprefix(component): update for name, update in by_name.items()}
+    config = _config(modules, found, refused)
     tensors: dict[str, np.ndarray] = {}
     is_embedding = _embeddings(found)
     for name, update in modules.items():
-        words = factored.as_peft(update)
-        if is_embedding(name):
-            words = {"lora_embedding_A": words["lora_A.weight"]} | words
-            words["lora_embedding_B"] = words["lora_B.weight"]
-            words = {word: x for word, x in words.items() if not word.endswith(".weight")}
+        words = _words(update, is_embedding(name))
         tensors |= {f"{PREFIX}{name}.{word}": x for word, x in words.items()}
-    own = found.config if found.format == "PEFT" else {}
-    config = factored.of_all(modules, refused) | {
-        "peft_type": "LORA",
-        "task_type": own.get("task_type"),
-        "fan_in_fan_out": bool(own.get("fan_in_fan_out")),
-        "base_model_name_or_path": writing.base_name(found.config),
-        "inference_mode": True,
-    }
     write_bytes(out / WEIGHTS, serialise(tensors, {"format": "pt"}))
     write_json(out / CONFIG, config)
     written = read(open_adapter(out)._replace(as_stored=True))
     factored.check_written(modules, written, refused, lambda layer: layer)
     return out
+
+
+def _config(
+    modules: Mapping[str, Update], found: Found, refused: Callable[[str], ValueError]
+) -> dict[str, Any]:
+    """The fields of a config for {module: update}."""
+    fields = factored.of_all(modules, refused)
+    own = found.config if found.format == "PEFT" else {}
+    about = {
+        "task_type": own.get("task_type"),
+        "base_model_name_or_path": writing.base_name(found.config),
+        "inference_mode": True,
+    }
+    loha = {name for name, update in modules.items() if update.kind == "LoHa"}
+    if not loha:
+        fan = bool(own.get("fan_in_fan_out"))
+        return fields | about | {"peft_type": "LORA", "fan_in_fan_out": fan}
+    if len(loha) < len(modules):
+        raise refused("LoHa in some of its matrices; PEFT has it in all or none")
+    for name in loha:
+        if "hada_t1" in modules[name].stored:
+            raise refused(f"{name} is LoHa with Tucker's cores")
+    kept = ("r", "rank_pattern", "alpha_pattern", "target_modules")
+    fields = {field: fields[field] for field in kept} | {"alpha": fields["lora_alpha"]}
+    return fields | about | {"peft_type": "LOHA"}
+
+
+def _words(update: Update, embedding: bool) -> dict[str, np.ndarray]:
+    """{word below a module: tensor}."""
+    if update.kind == "LoHa":
+        return factored.as_stored(update)
+    words = factored.as_peft(update)
+    if embedding:
+        words["lora_embedding_A"] = words.pop("lora_A.weight")
+        words["lora_embedding_B"] = words.pop("lora_B.weight")
+    return words
 
 
 def _embeddings(found: Found) -> Callable[[str], bool]:

@@ -32,6 +32,7 @@ MOST = 2**28
 LORA = ("lora_down", "lora_up", "lora_mid", "dora_scale", "magnitude")
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+_WITH_KERNEL = ("hada_t1", "lokr_t2", "lokr_w2", "diff")
 #: The last words of a module's tensors that have a dW.
 WORDS = (*LORA, *LOHA, *LOKR, "diff")
 ROWS = "dora_scale has one length per input: W + dW has its rows rescaled, which is not in dW"
@@ -237,7 +238,10 @@ def _dense(module: Module, word, kind, shape, rank, s, source, read) -> Update:
     warning = "dora_scale: W + dW is rescaled as well, which is not in dW"
     warnings = (warning,) * ("dora_scale" in module.tensors)
     kind = f"{kind}, DoRA" if warnings else kind
-    return _made(module, word, kind, shape, min(rank, *shape), s, source, read, warnings)
+    one = _made(module, word, kind, shape, min(rank, *shape), s, source, read, warnings)
+    # The kernel of a convolution is known if a tensor has its axes.
+    axes = next((module.tensors[x].shape[2:] for x in _WITH_KERNEL if x in module.tensors), ())
+    return one._replace(kernel=axes, stored=module.tensors)
 
 
 def _made(module: Module, word, kind, shape, rank, s, source, read, warnings) -> Update:

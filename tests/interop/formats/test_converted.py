@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from format_files import draw, written
+from format_files import dense, draw, written
 from peft_files import foreign
 from support import require
 
@@ -145,6 +145,42 @@ def test_dora_and_peft(tmp_path):
     assert config["use_dora"] and config["target_modules"] == sorted(layers)
 
 
+def test_loha_and_lokr_keep_their_tensors(tmp_path):
+    """PEFT's in kohya's file, and LoHa back again."""
+    layers = ["mid_block.attentions.0.proj_in", "mid_block.attentions.0.proj_out"]
+    shapes = {"hada_w1_a": (6, 2), "hada_w1_b": (2, 8), "hada_w2_a": (6, 2), "hada_w2_b": (2, 8)}
+    tensors = {f"{x}.{word}": draw(*shape) for x in layers for word, shape in shapes.items()}
+    fields = dict(peft_type="LOHA", r=2, alpha=3)
+    path = foreign(tmp_path / "peft", tensors, **fields, alpha_pattern={layers[1]: 0.7})
+    config = json.loads((path / "adapter_config.json").read_text())
+    config.pop("lora_alpha")
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    found = formats.read(path)
+    there = formats.read(kohya.write(tmp_path / "k.safetensors", found))
+    back = formats.read(peft.write(tmp_path / "p", there))
+    for file in (there, back):
+        by_name = {image_names.diffusers(one.layer): one for one in file.updates}
+        for one in found.updates:
+            other = by_name[image_names.diffusers(one.layer)]
+            assert (other.kind, other.scale) == ("LoHa", one.scale) and one.scale in (1.5, 0.35)
+            np.testing.assert_array_equal(dense(other), dense(one))
+    tensors = {f"{layers[0]}.lokr_w1": draw(2, 2), f"{layers[0]}.lokr_w2": draw(3, 4)}
+    for alpha in (2, 3):  # both sides whole: kohya's has no scale then
+        path = foreign(tmp_path / f"lokr{alpha}", tensors, peft_type="LOKR", r=2, alpha=alpha)
+        (path / "adapter_config.json").write_text(
+            json.dumps({"peft_type": "LOKR", "r": 2, "alpha": alpha})
+        )
+        found, file = formats.read(path), tmp_path / f"lokr{alpha}.safetensors"
+        if alpha == 3:
+            with pytest.raises(ValueError, match="has the scale 1.5, and no rank: it takes 1"):
+                kohya.write(file, found)
+        else:
+            (update,) = formats.read(kohya.write(file, found)).updates
+            np.testing.assert_array_equal(update.read(), found.updates[0].read())
+            with pytest.raises(ValueError, match="is LoKr; it holds LoRA"):
+                peft.write(tmp_path / "no", formats.read(file))
+
+
 def test_scales_are_exact(tmp_path):
     """alpha is stored in 64 bits where 32 do not hold it."""
     name = "unet.mid_block.attentions.0.proj_in"
@@ -163,7 +199,7 @@ def test_scales_are_exact(tmp_path):
     [
         ({"lora_unet_x.lora_down.weight": (2, 4), "lora_unet_x.lora_up.weight": (4, 2)}, "name of"),
         ({"lora_unet_conv_in.w_norm": (4,)}, "lora_unet_conv_in.w_norm beside the updates"),
-        ({"lora_unet_conv_out.diff": (4, 4)}, "is full; it holds LoRA, LoCon, DoRA"),
+        ({"lora_unet_conv_out.diff": (4, 4)}, "is full; it holds LoRA, LoCon, DoRA, AdaLoRA"),
         ({"lora_unet_input_blocks_0_0.lora_down.weight": (2, 4)}
          | {"lora_unet_input_blocks_0_0.lora_up.weight": (4, 2)}, "unet.conv_in occurs twice"),
         ({"lora_unet_conv_in.dora_scale": (1, 4)}, "one length per input"),
