@@ -85,7 +85,7 @@ def intervals(axes: Axes, rows: Iterable[Row]) -> None:
         dots(axes, row.seeds, np.full(np.shape(row.seeds), y), COLOURS[0], up=5)
     names = [row.name + ("\n(withdrawn)" if row.doubt else "") for row in rows]
     axes.set_yticks(range(len(rows)), names)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     axes.locator_params(axis="x", nbins=5)
 
 
