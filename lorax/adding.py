@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lorax.analysis.measures import spectrum
+from lorax import spectrum
 from lorax.interop.adapter import Factors
 from lorax.interop.formats import Update
 from lorax.xray.together import same_matrix

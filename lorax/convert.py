@@ -180,7 +180,7 @@ def _singular_values(update):
     """Singular values of `Factors` or of dW (in, out), largest first."""
     import numpy as np
 
-    from lorax.analysis.measures import spectrum
+    from lorax import spectrum
     from lorax.interop.adapter import Factors
 
     if isinstance(update, Factors):
@@ -192,7 +192,7 @@ def _table(name: str, updates: dict, spectra: dict):
     """The table of updates, one row per layer."""
     from rich.table import Table
 
-    from lorax.analysis.measures import spectrum
+    from lorax import spectrum
     from lorax.analysis.tables import shape_of
 
     factored = all(len(shape_of(update)) == 3 for update in updates.values())

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lorax import rundir
-from lorax.analysis.measures import spectrum
+from lorax import rundir, spectrum
 from lorax.interop.adapter import Adapter, Factors
 from lorax.interop.formats import Update
 from lorax.xray import defects, keeping

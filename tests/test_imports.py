@@ -30,7 +30,7 @@ LAYERS = (
         "rundir",
     }
     | {"calls", "devices", "divided", "halving", "meshes", "ranges", "scales", "tree", "vocabulary"}
-    | {"lanczos", "permutations", "xla"},
+    | {"lanczos", "permutations", "spectrum", "xla"},
     {"grouped"},
     {"ops", "interop"},
     {"gather", "leaves"},

@@ -17,9 +17,8 @@ from experiments.verdicts import (
     shown,
     write,
 )
-from lorax import rundir
+from lorax import rundir, spectrum
 from lorax.analysis import compare
-from lorax.analysis.measures import spectrum
 from lorax.analysis.tables.matrices import layer_and_target
 from lorax.interop.tensors import read_arrays
 

@@ -23,7 +23,8 @@ from lorax.analysis.measures.overlap import (
     subspace_similarity,
     update_similarity,
 )
-from lorax.analysis.measures.spectrum import (
+from lorax.lanczos import Largest, largest_eigenvalues
+from lorax.spectrum import (
     RandomisedSVD,
     effective_rank,
     energy_rank,
@@ -34,7 +35,6 @@ from lorax.analysis.measures.spectrum import (
     stable_rank,
     update_svd,
 )
-from lorax.lanczos import Largest, largest_eigenvalues
 
 __all__ = [
     "Amplification",

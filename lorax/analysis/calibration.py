@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorax import rundir
+from lorax import rundir, spectrum
 from lorax.analysis import runs
-from lorax.analysis.measures import spectrum
 
 SHARE = 0.99  # a rank is large enough if it reaches this share of the best improvement
 #: fields that identify a planted task; a curve belongs to one task and one adapter seed

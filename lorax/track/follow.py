@@ -12,9 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from safetensors.numpy import load_file
 
-from lorax import config, rundir
+from lorax import config, rundir, spectrum
 from lorax.analysis import runs
-from lorax.analysis.measures import spectrum
 from lorax.files import write_json
 from lorax.train import optim
 

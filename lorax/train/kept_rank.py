@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import divided, gather, methods, tree
+from lorax import divided, gather, methods, spectrum, tree
 from lorax.models import Base
 from lorax.train import evaluation
 from lorax.train.part import Part, decimal
@@ -47,15 +47,15 @@ def measure(part: Part, trainable, trained: list[int]) -> list[list[dict]]:
     updates = [decomposed(stack.methods[i], base, *member(i)) for i in trained]
     stacked, constants = together(updates)
     constants, rows = programs.place(constants), [[] for _ in trained]
-    for k in ranks(updates):
+    own = [rank_of(update) for update in updates]
+    for k in ranks(max(own)):
         arguments = part.params, constants, programs.place(cut(stacked, k))
         on = part.group.task, part.splits["eval"]
         with divided.on(gather.mesh_of(part.params)):
             measured = evaluation.evaluate_rows(
                 programs.truncated_rows, arguments, len(updates), *on
             )
-        for i, (row, update) in enumerate(zip(rows, updates, strict=True)):
-            rank = rank_of(update)
+        for i, (row, update, rank) in enumerate(zip(rows, updates, own, strict=True)):
             if not row or row[-1]["kept"] < rank:  # else it has no further directions
                 row.append({"kept": min(k, rank), "energy": energy(update, k)})
                 row[-1] |= {"loss": decimal(measured.losses[i])}
@@ -66,10 +66,11 @@ def measure(part: Part, trainable, trained: list[int]) -> list[list[dict]]:
 def decomposed(method: methods.Method, base: Base, trainable, constants) -> Decomposed:
     """The updates of a member, decomposed."""
     factors, lengths, whole = {}, {}, {}
+    single = lambda svd: tuple(x.astype(np.float32) for x in svd)
     if method.factors is not None:
         learned = method.factors(trainable, constants, base.params, base.sites)
         for path, (a, b, s, m) in learned.items():
-            factors[path] = of_factors(*(np.asarray(x, np.float64) for x in (a, b, s)))
+            factors[path] = single(spectrum.factor_svd(a, b, s))
             lengths |= {} if m is None else {path: np.asarray(m, np.float32)}
         joined = methods.joined(trainable).items()
         whole = {path: arrays["w"] for path, arrays in joined if "w" in arrays}
@@ -77,22 +78,10 @@ def decomposed(method: methods.Method, base: Base, trainable, constants) -> Deco
     flat = tree.flatten(base.params)
     for path, dw in method.delta(trainable, constants, base.params, base.sites).items():
         if path in base.sites and path not in base.fresh:
-            matrix = np.asarray(base.sites[path].to_matrix(dw), np.float64)
-            u, sigma, vt = np.linalg.svd(matrix, full_matrices=False)
-            factors[path] = tuple(x.astype(np.float32) for x in (u, sigma, vt))
+            factors[path] = single(spectrum.update_svd(base.sites[path].to_matrix(dw)))
         else:
             whole[path] = flat[path].astype(jnp.float32) + dw
     return Decomposed(factors, lengths, whole)
-
-
-def of_factors(a, b, s) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(u, sigma, vt) float32 of s a b."""
-    qa, ra = np.linalg.qr(a)
-    qb, rb = np.linalg.qr(np.swapaxes(b, -1, -2))
-    core = s[..., None, None] * (ra @ np.swapaxes(rb, -1, -2))
-    u, sigma, vt = np.linalg.svd(core, full_matrices=False)
-    parts = qa @ u, sigma, vt @ np.swapaxes(qb, -1, -2)
-    return tuple(x.astype(np.float32) for x in parts)
 
 
 def together(members: list[Decomposed]) -> tuple[dict, dict]:
@@ -123,14 +112,13 @@ def rank_of(member: Decomposed) -> int:
     """The largest numerical rank of its updates."""
     ranks = [0]
     for u, sigma, vt in member.factors.values():
-        floor = max(u.shape[-2], vt.shape[-1]) * np.finfo(np.float32).eps * sigma[..., :1]
-        ranks.append(int((sigma > floor).sum(axis=-1).max(initial=0)))
+        of_layers = spectrum.numerical_rank(sigma, (u.shape[-2], vt.shape[-1]))
+        ranks.append(int(of_layers.max(initial=0)))
     return max(ranks)
 
 
-def ranks(members: list[Decomposed]) -> list[int]:
-    """0, the powers of two, and the largest rank of any member."""
-    most = max(map(rank_of, members))
+def ranks(most: int) -> list[int]:
+    """0, the powers of two, and `most`, the largest rank of any member."""
     return sorted({0, most, *(2**n for n in range(most.bit_length()) if 2**n <= most)})
 
 

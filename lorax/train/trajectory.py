@@ -281,6 +281,6 @@ def _of_matrix(dw) -> Spectrum:
 
 
 def _existing(u, sigma, shape):
-    """`measures.spectrum.existing` of lorax.analysis: zeros where sigma is only rounding error."""
+    """`lorax.spectrum.existing`: zeros where sigma is only rounding error."""
     floor = max(shape) * np.finfo(np.float32).eps * sigma[..., :1]
     return jnp.where((sigma[..., : u.shape[-1]] > floor)[..., None, :], u, 0)

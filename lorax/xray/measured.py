@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from lorax.analysis.measures import spectrum
+from lorax import spectrum
 from lorax.interop.adapter import Factors, Unread, shape_of
 from lorax.interop.formats.contract import Update
 

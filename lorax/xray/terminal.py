@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from lorax import rundir
-from lorax.analysis.measures import spectrum
+from lorax import rundir, spectrum
 from lorax.interop.formats.contract import Found
 from lorax.xray import defects, together
 from lorax.xray.keeping import Kept

@@ -15,7 +15,7 @@ from lorax.analysis import (
     randomised_svd,
     stable_rank,
 )
-from lorax.analysis.measures.spectrum import updated_svd
+from lorax.spectrum import updated_svd
 
 
 def planted(sigma, d_in=12, d_out=9, seed=0):

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 from quick import jit
 
 import lorax
-from lorax import config, halving, intercept, quant, tree
+from lorax import config, halving, intercept, quant, spectrum, tree
 from lorax.analysis import runs, tables
-from lorax.analysis.measures import overlap, spectrum
+from lorax.analysis.measures import overlap
 from lorax.analysis.tables import along_training
 from lorax.models import Base, gpt2, load
 from lorax.models.base import kernel

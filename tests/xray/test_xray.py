@@ -8,7 +8,8 @@ import pytest
 import safetensors.numpy
 from small_files import WIDTH, kohya
 
-from lorax.analysis.measures import overlap, spectrum, sums
+from lorax import spectrum
+from lorax.analysis.measures import overlap, sums
 from lorax.interop import formats
 from lorax.interop.adapter import Factors
 from lorax.xray import defects, keeping, together

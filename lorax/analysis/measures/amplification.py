@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lorax.analysis.measures.spectrum import existing, update_svd
+from lorax.spectrum import existing, update_svd
 
 
 class Amplification(NamedTuple):

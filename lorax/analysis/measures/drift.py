@@ -11,7 +11,7 @@ that norm in random directions stays below the bound as well, so a drift is comp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lorax.analysis.measures.spectrum import dense_update
+from lorax.spectrum import dense_update
 
 
 def spectral_drift(

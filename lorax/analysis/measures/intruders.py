@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lorax.analysis.measures import spectrum
-from lorax.analysis.measures.spectrum import dense_update, leading_svd, update_svd
+from lorax import spectrum
+from lorax.spectrum import dense_update, leading_svd, update_svd
 
 
 class Intruders(NamedTuple):

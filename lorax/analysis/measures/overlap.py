@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from lorax.analysis.measures.spectrum import existing, factor_svd
+from lorax.spectrum import existing, factor_svd
 
 
 class Band(NamedTuple):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lorax.analysis.measures import spectrum
+from lorax import spectrum
 
 EXACT, LEADING = 512, 64  # a dense update with more rows and columns has its leading directions
 

@@ -7,9 +7,9 @@ singular values and the leading input directions of every update at that step.
 import numpy as np
 import pandas as pd
 
-from lorax import rundir
+from lorax import rundir, spectrum
 from lorax.analysis import runs
-from lorax.analysis.measures import overlap, spectrum
+from lorax.analysis.measures import overlap
 from lorax.analysis.tables.matrices import layer_and_target
 from lorax.interop.tensors import read_arrays
 
@@ -26,7 +26,7 @@ GRADIENT = ("gradient_overlap", "gradient_chance")
 def trajectory(run: runs.Run) -> pd.DataFrame | None:
     """One row per member, step and matrix, with `COLUMNS`; None if the run has no trajectory.
 
-    norm: ||dW||_F. effective, stable, energy90: ranks (`measures.spectrum`), 0 for no update.
+    norm: ||dW||_F. effective, stable, energy90: ranks (`lorax.spectrum`), 0 for no update.
     overlap_final: phi(k, k) between the k leading input directions at this step and at the member's
     last step, from 0 (none in common, or no update yet) to 1. k is the number of directions at the
     last step, at most 4; NaN if there are none. Matrices that a member does not adapt have no

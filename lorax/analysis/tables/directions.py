@@ -7,7 +7,8 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from lorax.analysis.measures import overlap, spectrum
+from lorax import spectrum
+from lorax.analysis.measures import overlap
 from lorax.analysis.tables.matrices import (
     Updates,
     layer_and_target,

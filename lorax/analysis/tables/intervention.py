@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lorax.analysis.measures import intruders, spectrum
+from lorax import spectrum
+from lorax.analysis.measures import intruders
 from lorax.analysis.tables.matrices import (
     SVDs,
     Updates,

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from lorax import outside
-from lorax.analysis.measures import spectrum
+from lorax import outside, spectrum
 from lorax.analysis.tables.matrices import (
     Updates,
     identity,

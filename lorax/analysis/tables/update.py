@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lorax.analysis.measures import spectrum
+from lorax import spectrum
 from lorax.analysis.tables.matrices import layer_and_target, shape_of
 from lorax.interop.peft import Factors
 

@@ -5,7 +5,8 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from lorax.analysis.measures import intruders, overlap, spectrum
+from lorax import spectrum
+from lorax.analysis.measures import intruders, overlap
 from lorax.analysis.measures.amplification import Amplification, amplification
 from lorax.analysis.tables.directions import KINDS, LEADING, bases, similarity
 from lorax.analysis.tables.matrices import (
