@@ -123,26 +123,21 @@ def _check(hp: dict) -> None:
             raise ValueError(f"method.{field}: {hp[field]} given, must be {right}")
 
 
-def _as_lora(f):
-    """A function of `lora`, applied to the update s (a diag(e)) b."""
-
-    def of_both(trainable, *args, **kwargs):
-        folded = {
-            path: {"a": x["a"] * x["e"][..., None, :], "b": x["b"]}
-            for path, x in joined(trainable).items()
-        }
-        return f(tree.unflatten(folded), *args, **kwargs)
-
-    return of_both
+def _as_lora(trainable, constants, params, sites) -> dict:
+    """The LoRA with the same update, s (a diag(e)) b."""
+    thin = joined(trainable, constants)
+    for x in thin.values():
+        x["a"] = x["a"] * x.pop("e")[..., None, :]
+    return tree.unflatten(thin)
 
 
 #: `LowRank` leaves, and s a diag(e) b.
-bind, delta = _as_lora(lora.bind), _as_lora(lora.delta)
+bind, delta, _factors = lora.through(_as_lora)
 
 
 def factors(trainable, constants, params, sites=None):
     """{path: (a diag(e), b, s, None)}, a pruned triplet's column and row both zero."""
-    products = _as_lora(lora.factors)(trainable, constants, params)
+    products = _factors(trainable, constants, params)
     unpruned = lambda a, b: jnp.where(jnp.any(a != 0, axis=-2)[..., None], b, 0)
     return {path: (a, unpruned(a, b), s, None) for path, (a, b, s, _) in products.items()}
 

@@ -57,20 +57,12 @@ def loha(
         a, b = (n_in, pad or rank), (pad or rank, n_out)
         return {"a1": a, "b1": b, "a2": a, "b2": b}
 
-    def bind(trainable, constants, params, key=None, sites=None):
-        return lora.bind(_as_lora(trainable, constants), {}, params, key)
-
-    def delta(trainable, constants, params, sites=None):
-        return lora.delta(_as_lora(trainable, constants), {}, params, sites)
-
-    def factors(trainable, constants, params, sites=None):
-        return lora.factors(_as_lora(trainable, constants), {}, params, sites)
-
+    bind, delta, factors = lora.through(_as_lora)
     shared = _from_arrays(arrays, ("a2",), hp, most=rank)
     return Method("loha", hp, bind=bind, delta=delta, factors=factors, **shared)
 
 
-def _as_lora(trainable, constants) -> dict:
+def _as_lora(trainable, constants, params, sites) -> dict:
     """The LoRA of rank r^2 with the same update."""
     thin = {}
     for path, x in joined(trainable, constants).items():

@@ -208,6 +208,24 @@ def delta(trainable, constants, params, sites=None):
     return products(factors(trainable, constants, params), params, sites)
 
 
+def through(as_lora: Callable) -> tuple[Callable, Callable, Callable]:
+    """(bind, delta, factors) of a method whose update is that of a LoRA.
+
+    as_lora(trainable, constants, params, sites) -> the tree of that LoRA: a, b, s and dropout.
+    """
+
+    def bind_lora(trainable, constants, params, key=None, sites=None):
+        return bind(as_lora(trainable, constants, params, sites), {}, params, key)
+
+    def delta_of_lora(trainable, constants, params, sites=None):
+        return delta(as_lora(trainable, constants, params, sites), {}, params, sites)
+
+    def factors_of_lora(trainable, constants, params, sites=None):
+        return factors(as_lora(trainable, constants, params, sites), {}, params)
+
+    return bind_lora, delta_of_lora, factors_of_lora
+
+
 def products(factors: dict, params, sites=None) -> dict:
     """{path: s a b in the kernel's shape, float32} of {path: (a, b, s, ...)}."""
     sites = sites or ops.sites_from_shapes(params)

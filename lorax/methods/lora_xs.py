@@ -63,25 +63,14 @@ def lora_xs(
     return Method("lora-xs", hp, init, bind, delta, count, factors, adapts=adapts, width=rank)
 
 
-def bind(trainable, constants, params, key=None, sites=None):
-    """`params` with a `LowRank` leaf at every adapted path; dropout if a key is given."""
-    return lora.bind(_as_lora(trainable, constants), {}, params, key)
-
-
-def delta(trainable, constants, params, sites=None):
-    """{path: s a m b in the kernel's shape}."""
-    return lora.delta(_as_lora(trainable, constants), {}, params, sites)
-
-
-def factors(trainable, constants, params, sites=None):
-    """{path: (a m, b, s, None)}."""
-    return lora.factors(_as_lora(trainable, constants), {}, params, sites)
-
-
-def _as_lora(trainable, constants) -> dict:
+def _as_lora(trainable, constants, params, sites) -> dict:
     """The LoRA with the same update."""
     thin = joined(trainable, constants)
     for x in thin.values():
         m = x.pop("m")
         x["a"], x["b"] = x["a"].astype(m.dtype) @ m, x["b"].astype(m.dtype)
     return tree.unflatten(thin)
+
+
+#: `LowRank` leaves, s a m b, and (a m, b, s, None).
+bind, delta, factors = lora.through(_as_lora)

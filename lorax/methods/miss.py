@@ -68,21 +68,6 @@ def miss(
     return Method("miss", hp, init, bind, delta, count, factors, adapts=adapts, width=rank)
 
 
-def bind(trainable, constants, params, key=None, sites=None):
-    """`params` with a `LowRank` leaf at every adapted path; dropout if a key is given."""
-    return lora.bind(_as_lora(trainable, constants, params, sites), {}, params, key)
-
-
-def delta(trainable, constants, params, sites=None):
-    """{path: d repeated, in the kernel's shape}."""
-    return lora.delta(_as_lora(trainable, constants, params, sites), {}, params, sites)
-
-
-def factors(trainable, constants, params, sites=None):
-    """{path: (the identity repeated, d, 1, None)}."""
-    return lora.factors(_as_lora(trainable, constants, params, sites), {}, params, sites)
-
-
 def _as_lora(trainable, constants, params, sites) -> dict:
     """The LoRA with the same update."""
     sites = sites or ops.sites_from_shapes(params)
@@ -96,3 +81,7 @@ def _as_lora(trainable, constants, params, sites) -> dict:
         x["a"] = jax.nn.one_hot(place, d.shape[-2], dtype=d.dtype)
         x["b"] = jnp.tile(d, n_out // d.shape[-1])
     return tree.unflatten(thin)
+
+
+#: `LowRank` leaves, d repeated, and (the identity repeated, d, 1, None).
+bind, delta, factors = lora.through(_as_lora)

@@ -102,22 +102,7 @@ def groups_of(adapted: dict, tying: float) -> tuple[dict[str, np.ndarray], int]:
     return groups, n
 
 
-def bind(trainable, constants, params, key=None, sites=None):
-    """`params` with a `LowRank` leaf at every adapted path; dropout if a key is given."""
-    return lora.bind(_as_lora(trainable, constants), {}, params, key)
-
-
-def delta(trainable, constants, params, sites=None):
-    """{path: a (sum_i v_i p_i) b in the kernel's shape}."""
-    return lora.delta(_as_lora(trainable, constants), {}, params, sites)
-
-
-def factors(trainable, constants, params, sites=None):
-    """{path: (a (sum_i v_i p_i), b, 1, None)}."""
-    return lora.factors(_as_lora(trainable, constants), {}, params, sites)
-
-
-def _as_lora(trainable, constants) -> dict:
+def _as_lora(trainable, constants, params, sites) -> dict:
     """The LoRA with the same update."""
     v, thin = trainable[SHARED]["v"], joined(constants)
     for x in thin.values():
@@ -125,3 +110,7 @@ def _as_lora(trainable, constants) -> dict:
         middle = jnp.einsum("...u,...uij->...ij", own, x.pop("p").astype(v.dtype))
         x["a"], x["b"] = x["a"].astype(v.dtype) @ middle, x["b"].astype(v.dtype)
     return tree.unflatten(thin)
+
+
+#: `LowRank` leaves, a (sum_i v_i p_i) b, and (a (sum_i v_i p_i), b, 1, None).
+bind, delta, factors = lora.through(_as_lora)

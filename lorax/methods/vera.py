@@ -85,21 +85,6 @@ def _pair(drawn: list[Matrix], padded: list[Matrix], rank: int, width: int, seed
     return fill(key, (), np.array(True), {"a": (n_in, width), "b": (width, n_out)}, draw)
 
 
-def bind(trainable, constants, params, key=None, sites=None):
-    """`params` with a `LowRank` leaf at every adapted path; dropout if a key is given."""
-    return lora.bind(_as_lora(trainable, constants, params, sites), {}, params, key)
-
-
-def delta(trainable, constants, params, sites=None):
-    """{path: a d b v in the kernel's shape}."""
-    return lora.delta(_as_lora(trainable, constants, params, sites), {}, params, sites)
-
-
-def factors(trainable, constants, params, sites=None):
-    """{path: (a, d b v, 1, None)}."""
-    return lora.factors(_as_lora(trainable, constants, params, sites), {}, params, sites)
-
-
 def _as_lora(trainable, constants, params, sites) -> dict:
     """The LoRA with the same update."""
     sites = sites or ops.sites_from_shapes(params)
@@ -112,3 +97,7 @@ def _as_lora(trainable, constants, params, sites) -> dict:
         b = jnp.broadcast_to(shared["b"][:, :n_out].astype(d.dtype), (*d.shape, n_out))
         x["b"] = d[..., :, None] * b * v[..., None, :]
     return tree.unflatten(thin)
+
+
+#: `LowRank` leaves, a d b v, and (a, d b v, 1, None).
+bind, delta, factors = lora.through(_as_lora)
