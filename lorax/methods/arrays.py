@@ -100,6 +100,20 @@ def fill(key, axes, active, shapes: Mapping[str, tuple], draw: Callable, dtype=n
     return {name: stacked(name, shape) for name, shape in shapes.items()}
 
 
+def shared(
+    seed: int, rank: int, draw: Callable, drawn: Mapping[str, tuple], padded: Mapping[str, tuple]
+) -> dict:
+    """{name: float32 array} that all matrices of a method share, the same for every `seed` of a
+    run; each rank has its own.
+
+    drawn: {name: shape}. draw(key, shape) -> array of that shape. padded: {name: shape to fill up
+    to with zeros}.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), rank)
+    start = lambda key, index: {name: draw(key_for(key, name), drawn[name]) for name in drawn}
+    return fill(key, (), np.array(True), padded, start)
+
+
 def updates(bind: Callable, trainable, constants, params, sites=None) -> dict:
     """{path: dW in the kernel's shape, float32} of a method that binds to leaves with a `delta`
     (`leaves.Added`); divided like the base's over its mesh."""

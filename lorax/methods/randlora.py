@@ -26,11 +26,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lorax import grouped, leaves, ops, tree
 from lorax.methods import lora
-from lorax.methods.arrays import fill, joined, key_for, matrices, updates
+from lorax.methods.arrays import joined, matrices, shared, updates
 from lorax.methods.contract import Method, State
 from lorax.methods.targets import Default, adapted_matrices, only_linear
 
@@ -135,32 +134,27 @@ def _pair(drawn, padded, rank: int, seed: int) -> dict:
     """The shared a and b, as large as the largest matrix of `padded`; zero beyond the largest of
     `drawn`."""
 
-    def largest(group):
+    def shapes(group):
         least = max(min(m.n_in, m.n_out) for m in group)
-        return least, max(max(m.n_in, m.n_out) for m in group), -(-least // rank) * rank
+        most = max(max(m.n_in, m.n_out) for m in group)
+        return {"a": (rank, least), "b": (most, -(-least // rank) * rank)}
 
-    def draw(key, index):
-        least, most, inner = largest(drawn)
-        uniform = lambda name, *shape: jax.random.uniform(
-            key_for(key, name), shape, jnp.float32, -math.sqrt(3), math.sqrt(3)
-        )
-        return {"a": uniform("a", rank, least), "b": uniform("b", most, inner)}
+    def uniform(key, shape):
+        return jax.random.uniform(key, shape, jnp.float32, -math.sqrt(3), math.sqrt(3))
 
-    least, most, inner = largest(padded)
-    key = jax.random.fold_in(jax.random.key(seed), rank)
-    return fill(key, (), np.array(True), {"a": (rank, least), "b": (most, inner)}, draw)
+    return shared(seed, rank, uniform, shapes(drawn), shapes(padded))
 
 
 def bind(trainable, constants, params, key=None, sites=None):
     """`params` with a `Bases` leaf at every adapted path; dropout if a key is given."""
     sites = sites or ops.sites_from_shapes(params)
     flat, arrays = tree.flatten(params), joined(trainable, constants)
-    shared = arrays.pop(SHARED)
+    pair = arrays.pop(SHARED)
     for path, x in arrays.items():
         axes, n_in, n_out = sites[path].matrix_shape(ops.frozen(flat[path]).shape)
         inner = math.prod(x["lam"].shape[-2:])
-        a = shared["a"][:, : min(n_in, n_out)]
-        b = shared["b"][: max(n_in, n_out), :inner]
+        a = pair["a"][:, : min(n_in, n_out)]
+        b = pair["b"][: max(n_in, n_out), :inner]
         a, b = (jnp.broadcast_to(t, (*axes, *t.shape)) for t in (a, b))
         dropout = lora.dropout_of(path, x, key)
         flat[path] = Bases(flat[path], x["lam"], x["gamma"], a, b, x["s"], dropout)

@@ -17,11 +17,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lorax import ops, tree
 from lorax.methods import lora
-from lorax.methods.arrays import Matrix, fill, joined, key_for, matrices
+from lorax.methods.arrays import Matrix, joined, matrices, shared
 from lorax.methods.contract import Method, State
 from lorax.methods.targets import Default, adapted_matrices
 
@@ -70,31 +69,26 @@ def vera(
 def _pair(drawn: list[Matrix], padded: list[Matrix], rank: int, width: int, seed: int) -> dict:
     """The shared a and b, as large as the largest matrix of `padded`; zero beyond the largest of
     `drawn` and beyond the rank."""
-    largest = lambda group: (max(m.n_in for m in group), max(m.n_out for m in group))
 
-    def draw(key, index):
-        n_in, n_out = largest(drawn)
-        uniform = lambda name, *shape: (
-            jax.random.uniform(key_for(key, name), shape, jnp.float32, -1, 1)
-            * math.sqrt(6 / shape[0])
-        )
-        return {"a": uniform("a", n_in, rank), "b": uniform("b", rank, n_out)}
+    def shapes(group, r):
+        return {"a": (max(m.n_in for m in group), r), "b": (r, max(m.n_out for m in group))}
 
-    n_in, n_out = largest(padded)
-    key = jax.random.fold_in(jax.random.key(seed), rank)
-    return fill(key, (), np.array(True), {"a": (n_in, width), "b": (width, n_out)}, draw)
+    def uniform(key, shape):
+        return jax.random.uniform(key, shape, jnp.float32, -1, 1) * math.sqrt(6 / shape[0])
+
+    return shared(seed, rank, uniform, shapes(drawn, rank), shapes(padded, width))
 
 
 def _as_lora(trainable, constants, params, sites) -> dict:
     """The LoRA with the same update."""
     sites = sites or ops.sites_from_shapes(params)
     flat, thin = tree.flatten(params), joined(trainable, constants)
-    shared = thin.pop(SHARED)
+    pair = thin.pop(SHARED)
     for path, x in thin.items():
         d, v = x.pop("d"), x.pop("v")
         axes, n_in, n_out = sites[path].matrix_shape(ops.frozen(flat[path]).shape)
-        x["a"] = jnp.broadcast_to(shared["a"][:n_in], (*axes, n_in, d.shape[-1]))
-        b = jnp.broadcast_to(shared["b"][:, :n_out].astype(d.dtype), (*d.shape, n_out))
+        x["a"] = jnp.broadcast_to(pair["a"][:n_in], (*axes, n_in, d.shape[-1]))
+        b = jnp.broadcast_to(pair["b"][:, :n_out].astype(d.dtype), (*d.shape, n_out))
         x["b"] = d[..., :, None] * b * v[..., None, :]
     return tree.unflatten(thin)
 
