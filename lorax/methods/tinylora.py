@@ -24,6 +24,7 @@ from lorax import gather, tree
 from lorax.methods import lora
 from lorax.methods.arrays import joined, key_for, matrices
 from lorax.methods.contract import Method, State
+from lorax.methods.starts import pissa
 from lorax.methods.targets import Default, adapted_matrices, layer_of
 
 SHARED = "tinylora"  # v of all groups is at tinylora/v of the trainable tree
@@ -65,10 +66,9 @@ def tinylora(
 
             def draw(key, index, m=m):
                 w = gather.matrix(flat[m.path], m.site, index).astype(jnp.float32)
-                u, sigma, zt = jnp.linalg.svd(w, full_matrices=False)
-                root = jnp.sqrt(sigma[:rank])
+                a, b = pissa(key, w, rank, 1.0)
                 p = jax.random.normal(key_for(key, "p"), (numbers, rank, rank)) / math.sqrt(rank)
-                return {"a": u[:, :rank] * root[None], "b": root[:, None] * zt[:rank], "p": p}
+                return {"a": a, "b": b, "p": p}
 
             shapes = {"a": (m.n_in, rank), "b": (rank, m.n_out), "p": (width, rank, rank)}
             group = groups.get(m.path, np.full(m.axes, -1))
