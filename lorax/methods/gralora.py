@@ -15,7 +15,6 @@ PEFT's `hybrid_r`, a LoRA beside it, is left out.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from lorax import grouped, leaves, ops, tree
 from lorax.methods import lora
 from lorax.methods.arrays import joined, matrices, updates
 from lorax.methods.contract import Method, State
+from lorax.methods.starts import uniform
 from lorax.methods.targets import Default, adapted_matrices, only_linear
 
 
@@ -107,11 +107,9 @@ def gralora(
         width = -(-(pad or rank) // blocks)
         for m in matrices(params, adapts(params, sites), targets, key, rank):
             n_in, n_out = m.n_in // blocks, m.n_out // blocks
-            bound = 1 / math.sqrt(n_in)
 
-            def draw(key, index, n_in=n_in, bound=bound):
-                shape = (blocks, blocks, n_in, rank // blocks)
-                return {"a": jax.random.uniform(key, shape, jnp.float32, -bound, bound)}
+            def draw(key, index, n_in=n_in):
+                return {"a": uniform(key, n_in, (blocks, blocks, n_in, rank // blocks))}
 
             shapes = {"a": (n_in, width), "b": (width, n_out)}
             shapes = {name: (blocks, blocks, *shape) for name, shape in shapes.items()}

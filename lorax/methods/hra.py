@@ -14,7 +14,6 @@ are left out. A column of zeros, as padding has, is no reflection.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from lorax.methods import lora
 from lorax.methods.arrays import joined, matrices
 from lorax.methods.contract import Method, State
 from lorax.methods.elimination import inverse
+from lorax.methods.starts import uniform
 from lorax.methods.targets import Default, adapted_matrices, only_linear
 
 
@@ -86,9 +86,7 @@ def hra(
 def _start(key, n_in: int, rank: int):
     """u (in, r): PEFT's Kaiming start of (in, r / 2) with each column twice, or of (in, r)."""
     drawn = rank if rank % 2 else rank // 2
-    bound = 1 / math.sqrt(drawn)
-    u = jax.random.uniform(key, (n_in, drawn), jnp.float32, -bound, bound)
-    return jnp.repeat(u, rank // drawn, axis=1)
+    return jnp.repeat(uniform(key, drawn, (n_in, drawn)), rank // drawn, axis=1)
 
 
 def reflections(u):

@@ -77,7 +77,7 @@ DAMP = 0.01  # CorDA: share of the mean of c's diagonal; doubled until c can be 
 
 def kaiming(key, n_in: int, n_out: int, rank: int):
     """Init[A]: a as by `torch.nn.init.kaiming_uniform_(a=sqrt 5)`; b stays at zero."""
-    return {"a": _uniform(key, n_in, (n_in, rank))}
+    return {"a": uniform(key, n_in, (n_in, rank))}
 
 
 def gaussian(key, n_in: int, n_out: int, rank: int):
@@ -93,12 +93,12 @@ def orthonormal(key, n_in: int, n_out: int, rank: int):
 
 def init_b(key, n_in: int, n_out: int, rank: int):
     """Init[B]: b as by `kaiming_uniform_`, whose input is of size r; a stays at zero."""
-    return {"b": _uniform(key, rank, (rank, n_out))}
+    return {"b": uniform(key, rank, (rank, n_out))}
 
 
 def both(key, n_in: int, n_out: int, rank: int):
     """Init[AB]: a as by `kaiming` with the same key, and b of the same width."""
-    b = _uniform(jax.random.fold_in(key, 1), n_in, (rank, n_out))
+    b = uniform(jax.random.fold_in(key, 1), n_in, (rank, n_out))
     return kaiming(key, n_in, n_out, rank) | {"b": b}
 
 
@@ -118,7 +118,8 @@ def orthogonal(key, n_in: int, n_out: int, rank: int):
     return {"a": before @ q[0::2] / 10, "b": q[1::2].T @ after / 10}
 
 
-def _uniform(key, fan_in: int, shape: tuple[int, int]):
+def uniform(key, fan_in: int, shape: tuple[int, ...]):
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), float32."""
     bound = 1 / math.sqrt(fan_in)
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
