@@ -20,3 +20,10 @@ def first(size: int, n: int, seed: int) -> np.ndarray:
         order.append(numbers.get(j, j))
         numbers[j] = numbers.get(i, i)
     return np.array(order)
+
+
+def entries(n_in: int, n_out: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, columns), (n,) int64 each, of n entries of a matrix (in, out): as PEFT's FourierFT
+    draws them, by `first` from the entries of the transposed matrix in rows."""
+    columns, rows = np.divmod(first(n_in * n_out, n, seed), n_in)
+    return rows, columns

@@ -112,8 +112,9 @@ def fourierft(
             trainable[m.path] = m.fill({"values": (width,)}, draw)
             at = np.zeros((2, width), np.int32)  # padding stays at one place, and is masked
             if m.active.any():
-                chosen = permutations.first(m.n_in * m.n_out, frequencies, places_seed)
-                at[1, :frequencies], at[0, :frequencies] = np.divmod(chosen, m.n_in)
+                at[:, :frequencies] = permutations.entries(
+                    m.n_in, m.n_out, frequencies, places_seed
+                )
             rows, columns = (jnp.asarray(np.broadcast_to(x, (*m.axes, width))) for x in at)
             counts = jnp.asarray(np.where(m.active, frequencies, 0), jnp.int32)
             constants[m.path] = {"rows": rows, "columns": columns, "n": counts}

@@ -12,14 +12,6 @@ from lorax.interop.peft.config import CONFIG, WEIGHTS, as_number, as_patterns, f
 from lorax.interop.peft.modules import Arrays, fit, only_layer
 
 
-def _places(place, n: int, seed: int):
-    """(inputs, outputs) of the n numbers of a module."""
-    outputs, inputs = np.divmod(
-        permutations.first(place.inputs * place.outputs, n, seed), place.inputs
-    )
-    return inputs, outputs
-
-
 def write(modules, shared, hp):
     """`fourierft_spectrum` (n,) of every module, without padding.
 
@@ -29,7 +21,7 @@ def write(modules, shared, hp):
     for place, parts in modules:
         arrays = parts[only_layer(place, "FourierFT")]
         n = int(arrays["n"])
-        at = _places(place, n, hp["places_seed"])
+        at = permutations.entries(place.inputs, place.outputs, n, hp["places_seed"])
         if not np.array_equal(at, (arrays["rows"][:n], arrays["columns"][:n])):
             raise ValueError(f"{place.name}: its places are not those of method.places_seed")
         if arrays["s"] != np.float32(hp["spectral_scale"]):
@@ -59,7 +51,7 @@ def read(modules, shared, config, where):
             raise ValueError(f"{here}: {n} frequencies in {place.outputs} x {place.inputs} entries")
         if place.inputs * place.outputs >= permutations.TOO_MANY:
             raise ValueError(f"{here}: {place.outputs} x {place.inputs} entries are too many")
-        rows, columns = _places(place, n, seed)
+        rows, columns = permutations.entries(place.inputs, place.outputs, n, seed)
         layers[layer] = {"values": tensors["fourierft_spectrum"], "rows": rows, "columns": columns}
         layers[layer] |= {"n": np.int32(n), "s": np.float32(scale)}
     hp = {"frequencies": max(int(x["n"]) for x in layers.values()), "spectral_scale": scale}
