@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from lorax.interop.formats.opened import check_names
+from lorax.interop.formats.opened import check_names, quiet
 from lorax.interop.formats.pairs import Lazy
 
 _SCALARS = dict(enumerate("BbHhIif?", 0)) | {10: "Q", 11: "q", 12: "d"}  # struct's words, by type
@@ -147,10 +147,9 @@ class _Header:
             else:
                 values = _decoded(raw, kind, shape)
             values = values if index is None else values[np.ix_(*index)]
-            with np.errstate(over="ignore"):
-                return np.array(values, np.float32)
+            return np.array(values, np.float32)
 
-        return Lazy(whole, shape, word, read)
+        return Lazy(whole, shape, word, quiet(read))
 
 
 def _quantised(name: str, kind: int, shape: tuple[int, ...]) -> tuple[str, int]:

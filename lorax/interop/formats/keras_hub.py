@@ -18,7 +18,7 @@ import numpy as np
 
 from lorax.interop.formats import pairs
 from lorax.interop.formats.contract import Found, Update
-from lorax.interop.formats.opened import Opened, check_names
+from lorax.interop.formats.opened import Opened, check_names, quiet
 
 _SIDES = ("lora_kernel_a", "lora_kernel_b")
 _MOST = 2**30  # numbers of a tensor: 4 GiB of float32
@@ -142,4 +142,4 @@ def _lazy(group, name: str, file: Path) -> pairs.Lazy:
 
     shape = dataset.shape
     kind = "BF16" if bfloat else f"F{8 * dataset.dtype.itemsize}"
-    return pairs.Lazy(label, shape, kind, read)
+    return pairs.Lazy(label, shape, kind, quiet(read))

@@ -24,7 +24,8 @@ CONTAINERS = {".safetensors": "safetensors", ".gguf": "gguf", ".h5": "h5"}
 _ORBAX = ("_METADATA", "*/_METADATA", "*/*/_METADATA")
 _LONGEST = 512  # characters of a tensor's name
 _UNREAD = (*PICKLES, ".distcp", ".pkl")
-_HUB = [f"*{end}" for end in CONTAINERS] + ["*.json", "*.yaml", "*METADATA*"]
+_HUB = [f"*{end}" for end in CONTAINERS] + ["*.json", "*.yaml"]
+_HUB += ["*METADATA*", "*ocdbt*", "d/*", "*/d/*"]  # of orbax
 
 
 class Opened(NamedTuple):

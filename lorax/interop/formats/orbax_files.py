@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorax.files import read_json
-from lorax.interop.formats.opened import check_names
+from lorax.interop.formats.opened import check_names, quiet
 from lorax.interop.formats.pairs import Lazy
 
 METADATA, CHECKPOINT = "_METADATA", "_CHECKPOINT_METADATA"
@@ -52,7 +52,7 @@ class Checkpoint(NamedTuple):
             except Exception as error:  # of tensorstore, of any type
                 raise _unreadable(name, error) from None
 
-        return Lazy(name, tuple(stored.shape), kind, read)
+        return Lazy(name, tuple(stored.shape), kind, quiet(read))
 
     def _open(self, keys: tuple[str, ...], name: str):
         import tensorstore

@@ -101,6 +101,16 @@ def test_other_types_of_numbers_are_decoded(tmp_path, kind):
     np.testing.assert_allclose(dense(update), want(A, B, ALPHA / 32), rtol=1e-6)
 
 
+def test_numbers_that_are_not_finite_come_through(tmp_path):
+    A = draw(R, D).astype(np.float16)
+    A[0, :2] = np.inf, np.array(0x7D00, np.uint16).view(np.float16)  # a signalling NaN
+    tensors = {"blk.0.ffn_up.weight.lora_a": A, "blk.0.ffn_up.weight.lora_b": draw(KV, R)}
+    (update,) = formats.read(written(tmp_path, tensors)).updates
+    with np.errstate(all="raise"):
+        a = update.read().a
+    assert a[0, 0] == np.inf and np.isnan(a[1, 0]) and np.isfinite(a[2:]).all()
+
+
 def test_header_is_that_of_the_package(tmp_path):
     file = written(tmp_path, {"blk.0.attn_norm.weight": draw(D), "blk.1.attn_norm.weight": draw(V)})
     ours, theirs = formats.gguf_file.read_header(file), gguf.GGUFReader(file)
