@@ -28,11 +28,17 @@ class Heads(NamedTuple):
     kv: int
 
 
+def language_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of the language model in a config.json of a model that may have more parts."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
+
+
 def heads(config: Mapping[str, Any]) -> Heads | None:
     """From the fields of a base's config.json, None if they don't say it."""
-    config = config.get("text_config") or config
+    config = language_part(config)
     q = config.get("num_attention_heads")
-    kv = config.get("num_key_value_heads", q)
+    kv = config.get("num_key_value_heads") or q  # null: as many
     fits = all(type(n) is int and n > 0 for n in (q, kv))
     return Heads(q, kv) if fits and q % kv == 0 else None
 

@@ -59,8 +59,8 @@ def recognises(opened: Opened) -> bool:
 
 
 def read(opened: Opened) -> Found:
-    """The updates of a file. Raises
-    ValueError that names the file if it is damaged, a model, or has other tensors."""
+    """The updates of a file. Raises ValueError that names the file if it is damaged, a model, or
+    has other tensors."""
     gguf = read_header(opened.file)
     kind = gguf.fields.get("general.type", "model"), gguf.fields.get("adapter.type", "lora")
     if kind != ("adapter", "lora"):
@@ -156,8 +156,8 @@ def _name(layer: str) -> str | None:
 
 def _architecture(base: Mapping[str, Any], refused: Callable[[str], ValueError]) -> str:
     """llama.cpp's name of a base's architecture, by the fields of its config.json."""
-    family = (base.get("text_config") or base).get("model_type")
-    if family not in ARCHITECTURES:
+    family = heads.language_part(base).get("model_type")
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         given = family or "no base, or one without model_type,"
         raise refused(f"{given} given; llama.cpp's names are known for bases of {known}")

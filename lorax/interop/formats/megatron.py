@@ -41,8 +41,8 @@ def recognises(opened: Opened) -> bool:
 
 
 def read(opened: Opened) -> Found:
-    """The updates of a file. Raises
-    ValueError that names the file for other tensors and for a damaged run_config.yaml."""
+    """The updates of a file. Raises ValueError that names the file for other tensors and for a
+    damaged run_config.yaml."""
     config = run_config(opened)
     layers: dict[str, dict[str, pairs.Lazy]] = {}
     for key, tensor in opened.tensors.items():

@@ -32,8 +32,8 @@ def recognises(opened: Opened) -> bool:
 
 
 def read(opened: Opened) -> Found:
-    """The updates of a file. Raises
-    ValueError that names the file for tensors that it should not have."""
+    """The updates of a file. Raises ValueError that names the file for tensors that it should not
+    have."""
     layers: dict[str, dict[str, pairs.Lazy]] = {}
     for key, tensor in opened.tensors.items():
         if match := _EXPERTS.fullmatch(key):
@@ -65,7 +65,7 @@ def _updates(opened: Opened, layer: str, tensors) -> list[Update]:
         return [pairs.update(layer, pairs.as_is(a), pairs.as_is(b), scale, source)]
     m = pairs.row(tensors["magnitude"]) if "magnitude" in tensors else None
     b = pairs.transposed(b)
-    turned = not str(opened.base.get("model_type", "")).startswith(_UNTURNED)
+    turned = not str(heads.language_part(opened.base).get("model_type", "")).startswith(_UNTURNED)
     if turned and (_Q.fullmatch(layer) or _K.fullmatch(layer)):
         known = heads.heads(opened.base)
         n = known and (known.q if _Q.fullmatch(layer) else known.kv)

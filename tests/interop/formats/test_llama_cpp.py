@@ -70,6 +70,21 @@ def test_rows_of_q_and_k_come_back_to_hugging_faces_order(tmp_path):
     assert q.warnings == ()
 
 
+@pytest.mark.parametrize(
+    "config, want",
+    [
+        ({"text_config": BASE}, (4, 2)),
+        ({"text_config": "damaged", **BASE}, (4, 2)),
+        ({"num_attention_heads": 4, "num_key_value_heads": None}, (4, 4)),
+        ({"num_attention_heads": "4"}, None),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, None),
+        ({}, None),
+    ],
+)
+def test_heads_of_a_config(config, want):
+    assert heads.heads(config) == want
+
+
 def test_the_two_orders_of_rows_are_inverse():
     there, back = heads.to_hugging_face(2, 12), heads.from_hugging_face(2, 12)
     np.testing.assert_array_equal(there[back], np.arange(12))

@@ -114,6 +114,8 @@ def test_what_they_can_not_hold_is_refused(tmp_path):
     found = peft_adapter(tmp_path)
     with pytest.raises(ValueError, match="no base, or one without model_type, given"):
         llama_cpp.write(out, found)
+    with pytest.raises(ValueError, match="\\['llama'\\] given"):
+        llama_cpp.write(out, found, {"model_type": ["llama"]})
     with pytest.raises(ValueError, match="rows of blk.0.attn_q don't fit the heads"):
         llama_cpp.write(out, found, {"model_type": "llama"})
     with pytest.raises(ValueError, match="takes 0 for a scale of 1"):
