@@ -1,11 +1,14 @@
 """The page of adapters in any format: `lorax.xray --out` and `lorax.report` draw the same one."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import safetensors.numpy
 from reading import Page
 from small_files import WIDTH, kohya
+from support import data
 
 from lorax.analysis import amplification, tables
 from lorax.interop import formats, peft
@@ -148,3 +151,19 @@ def test_a_base_without_a_page_is_refused(tmp_path, capsys):
     file, _ = kohya(tmp_path / "a.safetensors", 1)
     assert main([str(file), "--base=gpt2-nano"]) == 2
     assert "--base: give --out DIR as well" in capsys.readouterr().err
+
+
+def test_an_adapter_of_mlx_on_a_base_that_lorax_knows(tmp_path, undrawn):
+    base = data("models/stories-llama-260k/config.json").parent
+    width = json.loads((base / "config.json").read_text())["hidden_size"]
+    rng, key = np.random.default_rng(0), "model.layers.0.self_attn.q_proj"
+    tensors = {f"{key}.lora_a": rng.random((width, 2)), f"{key}.lora_b": rng.random((2, width))}
+    tensors = {name: x.astype(np.float32) for name, x in tensors.items()}
+    safetensors.numpy.save_file(tensors, tmp_path / "adapters.safetensors")
+    config = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 3.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert main([str(tmp_path), f"--out={tmp_path / 'out'}", f"--base={base}"]) == 0
+    rows = pd.read_csv(tmp_path / "out/analysis/amplification.csv")
+    norm = np.linalg.norm(3 * tensors[f"{key}.lora_a"] @ tensors[f"{key}.lora_b"])
+    assert rows["path"].tolist() == ["h/0/attn/q"]
+    assert rows["delta_norm"][0] == pytest.approx(norm, rel=1e-5)

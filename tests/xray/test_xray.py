@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -54,6 +55,41 @@ def test_numbers_of_a_file_are_those_of_its_dense_updates(tmp_path):
         np.testing.assert_allclose(one.sigma, sigma[: len(one.sigma)], rtol=0, atol=1e-6)
         assert one.norm == pytest.approx(np.linalg.norm(dense[one.update.layer]), rel=1e-6)
         assert one.factored and not one.bad and not one.idle
+
+
+def test_loha_of_a_small_rank_is_measured_by_its_factors(tmp_path):
+    sides = {"w1_a": (24, 2), "w1_b": (2, 20), "w2_a": (24, 3), "w2_b": (3, 20)}
+    tensors = {f"lora_te_x.hada_{side}": draw(*shape) for side, shape in sides.items()}
+    safetensors.numpy.save_file(tensors, tmp_path / "a.safetensors")
+    (one,) = measure(formats.read(tmp_path / "a.safetensors").updates)
+    w1, w2 = (tensors[f"lora_te_x.hada_w{n}_a"] @ tensors[f"lora_te_x.hada_w{n}_b"] for n in "12")
+    sigma = np.linalg.svd((w1 * w2).astype(np.float64), compute_uv=False)[:6]
+    assert one.shape == (20, 24, 6)
+    np.testing.assert_allclose(one.sigma, sigma, rtol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_number_of_matrices(tmp_path, monkeypatch):
+    for module in ("measured", "together"):
+        monkeypatch.setattr(f"lorax.xray.{module}.WORKERS", 1)
+    tensors = {}
+    for n in range(24):
+        key = f"lora_te_text_model_encoder_layers_{n}_mlp_fc1"
+        tensors[f"{key}.lora_down.weight"] = draw(16, 512, seed=n)
+        tensors[f"{key}.lora_up.weight"] = draw(512, 16, seed=n)
+    safetensors.numpy.save_file(tensors, tmp_path / "a.safetensors")
+    updates = formats.read(tmp_path / "a.safetensors").updates
+
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        files = {name: unread(list(measure(updates[:count]))) for name in "ab"}
+        for _ in together.compare(files, together.common(files)):
+            pass
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(1)  # imports
+    assert peak(24) < 1.5 * peak(2)
 
 
 # ------------------------------------------------------------------------------------------ defects
