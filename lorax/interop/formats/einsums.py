@@ -11,7 +11,9 @@ scans over, which then lie on axis 0 or 1:
 
     (E, in, r), (E, r, out)        (in, layers, r), (r, layers, out ...)
 
-An axis of heads that only a has, as in "BTNI,NIH->BTNH", can't be told from a second axis of `in`.
+An axis that only a has, of experts in "ETD,EDF->ETF" or of heads in "BTNI,NIH->BTNH", can't be told
+by shapes from a second axis of `in`: it is taken for experts in a feed-forward part's matrices, for
+`in` in others.
 (gemma/peft/_einsum_utils.py; qwix/_src/providers/lora.py; maxtext/utils/lora_utils.py.)
 """
 
@@ -27,6 +29,7 @@ from lorax.interop.formats.scales import alpha_over_rank
 _QWIX = re.compile(r"(?P<weight>\w+)_lora_(?P<side>[ab])")
 _OLDER = re.compile(r"lora_(?P<side>[ab])\.kernel")
 _PLAIN = ("w", "kernel")  # names of the only weight of a module
+_EXPERTS = re.compile(r"(.*\.)?((\w*(moe|expert)\w*)(\..*)?|(gate|up|down)_proj|w[io](_\d)?)", re.I)
 _OUTPUTS = ("o_proj", "out", "attn_vec_einsum")  # modules whose `in` is (heads, d)
 
 
@@ -96,6 +99,11 @@ def _updates(checkpoint, program, layer, sides, config, opened: Opened) -> list[
         rank = "lora_rank" if "lora_rank" in config else "r"
         scale, source, warnings = alpha_over_rank(opened, a.shape[-1], config, ("lora_alpha", rank))
     axis = _stack(layer, a.shape, b.shape)
+    if axis is None and len(a.shape) == 3 and _EXPERTS.fullmatch(layer):
+        said = f"B is one for all {a.shape[0]} matrices of {layer}"
+        each = {pairs.numbered(layer, i): pairs.flat_a(a.at(0, i)) for i in range(a.shape[0])}
+        as_b, warnings = pairs.flat_b(b), (*warnings, said)
+        return [pairs.update(*one, as_b, scale, source, warnings=warnings) for one in each.items()]
     if axis is None and len(a.shape) > 2 and layer.rpartition(".")[2] not in _OUTPUTS:
         said = f"a {a.shape}: its axes are taken as one input; if one is of heads, each is a LoRA"
         warnings = (*warnings, said)

@@ -107,8 +107,9 @@ def test_gemma_has_no_alpha_and_flattens_axes(tmp_path):
 
 def test_tunix_has_no_alpha_in_the_arrays(tmp_path):
     q, up, out = (draw(D, R), draw(R, N, H)), (draw(D, R), draw(R, F)), (draw(N, H, R), draw(R, D))
-    experts = draw(2, D, R), draw(2, R, F)
+    experts, one_b = (draw(2, D, R), draw(2, R, F)), (draw(2, D, R), draw(R, F))
     leaves = dict(attn__q_proj__w=q, mlp__up_proj__kernel=up, attn__o_proj__w=out, moe__wi=experts)
+    leaves["mlp__gate_proj__w"] = one_b
     tree = {}
     for name, pair in leaves.items():
         for side, x in zip("ab", pair, strict=True):
@@ -119,12 +120,14 @@ def test_tunix_has_no_alpha_in_the_arrays(tmp_path):
     found = formats.read(tmp_path / "run")
     assert found.format == "tunix"
     by_layer = {update.layer.removeprefix("layers.0."): update for update in found.updates}
-    assert [*by_layer] == ["attn.o_proj", "attn.q_proj", "mlp.up_proj", "moe.wi.0", "moe.wi.1"]
+    names = ["attn.o_proj", "attn.q_proj", "mlp.gate_proj.0", "mlp.gate_proj.1", "mlp.up_proj"]
+    assert [*by_layer] == [*names, "moe.wi.0", "moe.wi.1"]
     check(by_layer["attn.q_proj"], "dr,rnh->dnh", *q)
     check(by_layer["mlp.up_proj"], "dr,rf->df", *up)
     check(by_layer["attn.o_proj"], "nhr,rd->nhd", *out)
     for e in range(2):
         check(by_layer[f"moe.wi.{e}"], "dr,rf->df", experts[0][e], experts[1][e])
+        check(by_layer[f"mlp.gate_proj.{e}"], "dr,rf->df", one_b[0][e], one_b[1])
     assert {one.source for one in found.updates} == {"default 1: the file has none"}
     assert all("lora_alpha is not known" in one.warnings[0] for one in found.updates)
 
