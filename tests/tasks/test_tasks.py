@@ -60,6 +60,13 @@ def test_orders_stacks_order():
     assert tasks.orders(100, 8, 1, []).shape == (0, 8)
 
 
+@pytest.mark.parametrize("last", ["full", "short", "drop"])
+def test_a_batch_of_all_rows_has_them_as_they_are_stored(last):
+    rows = tasks.orders(6, 6, 3, [0, 5], last=last)
+    np.testing.assert_array_equal(rows, [[0, 1, 2, 3, 4, 5]] * 2)
+    assert tasks.orders(6, 6, 3, [], last=last).shape == (0, 6)
+
+
 def test_one_row():
     np.testing.assert_array_equal(tasks.order(1, 3, 0, 5), [0, 0, 0])
 
