@@ -79,13 +79,11 @@ def collect(
     `lorax.analysis.runs.summary` that tell the settings apart. config: the study in configs/ that
     the runs are of. only: of a table of members, which the claim is about; None: all."""
     tables, covariances = [], []
-    for base, directories in given.items():
-        for directory in directories:
-            run = sweeps.load(directory, config)
-            chosen = run.table if only is None else run.table[only(run.table)]
-            table = of_members(run.run, chosen, base, by)
-            tables.append(table)
-            covariances.append(covariance(run.run, table, base, by))
+    for base, sweep in sweeps.each(given, config):
+        chosen = sweep.table if only is None else sweep.table[only(sweep.table)]
+        table = of_members(sweep.run, chosen, base, by)
+        tables.append(table)
+        covariances.append(covariance(sweep.run, table, base, by))
     verdicts.write(pd.concat(tables), folder, "losses.csv")
     verdicts.write(pd.concat(covariances), folder, "rows.csv")
 

@@ -1,7 +1,7 @@
 """Runs of the studies in configs/, as the rules' `collect` reads them, and numbers in words."""
 
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,13 @@ def load(directory: str | pathlib.Path, config: str) -> Sweep:
     table = runs.summary(run)
     table["rank"] = table["rank"].fillna(0).astype(int)
     return Sweep(pathlib.Path(run.config["config"]["base"]).name, run, table)
+
+
+def each(given: Mapping[str, list[pathlib.Path]], config: str) -> Iterator[tuple[str, Sweep]]:
+    """(base, run) of every run of configs/`config`.py. given: as for a rule's `collect`."""
+    for base, directories in given.items():
+        for directory in directories:
+            yield base, load(directory, config)
 
 
 def evals(sweep: Sweep, split: str = "eval") -> pd.DataFrame:

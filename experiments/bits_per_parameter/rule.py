@@ -47,17 +47,15 @@ PARTS = {
 def collect(runs: dict[str, list[Path]], folder: Path) -> None:
     """bits.csv: a row a member; weights is "random" for a base with random weights."""
     found = []
-    for base, directories in runs.items():
-        for directory in directories:
-            sweep = sweeps.load(directory, STUDY)
-            columns = ["method", "targets", "lr", "seed", "status", "trainable_params"]
-            scores = ["final_loss", "bits", "bits_per_parameter", "recalled"]
-            table = sweep.table.reindex(columns=[*columns, *scores]).copy()
-            drawn = str(sweep.run.config["config"]["base"]).startswith("random:")
-            table.insert(0, "base", base)
-            table.insert(1, "weights", "random" if drawn else "pretrained")
-            table.loc[table["method"] == "full", "targets"] = "o"
-            found.append(table)
+    for base, sweep in sweeps.each(runs, STUDY):
+        columns = ["method", "targets", "lr", "seed", "status", "trainable_params"]
+        scores = ["final_loss", "bits", "bits_per_parameter", "recalled"]
+        table = sweep.table.reindex(columns=[*columns, *scores]).copy()
+        drawn = str(sweep.run.config["config"]["base"]).startswith("random:")
+        table.insert(0, "base", base)
+        table.insert(1, "weights", "random" if drawn else "pretrained")
+        table.loc[table["method"] == "full", "targets"] = "o"
+        found.append(table)
     write(pd.concat(found), folder, "bits.csv")
 
 

@@ -41,13 +41,11 @@ THRESHOLD = 0.9
 def collect(runs: dict[str, list[Path]], folder: Path) -> None:
     """accuracy.csv: a row a member; dim is 0 for full fine-tuning."""
     tables = []
-    for base, directories in runs.items():
-        for directory in directories:
-            sweep = sweeps.load(directory, STUDY)
-            table = sweep.table[["dim", "lr", "seed", "status", "accuracy"]].fillna({"dim": 0})
-            table.insert(0, "base", base)
-            table.insert(1, "optimizer", sweep.run.config["config"]["train"]["optimizer"])
-            tables.append(table.astype({"dim": int}))
+    for base, sweep in sweeps.each(runs, STUDY):
+        table = sweep.table[["dim", "lr", "seed", "status", "accuracy"]].fillna({"dim": 0})
+        table.insert(0, "base", base)
+        table.insert(1, "optimizer", sweep.run.config["config"]["train"]["optimizer"])
+        tables.append(table.astype({"dim": int}))
     write(pd.concat(tables), folder, "accuracy.csv")
 
 

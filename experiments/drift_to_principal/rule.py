@@ -40,19 +40,17 @@ def collect(runs: dict[str, list[Path]], folder: Path) -> None:
     """energy.csv: a row a base, method, seed and step; means over the matrices that LoRA adapts of
     the shares of dW's energy in W's leading and last directions, and of chance."""
     found = []
-    for base, directories in runs.items():
-        for directory in directories:
-            sweep = sweeps.load(directory, STUDY)
-            finished = sweep.table[sweep.table["status"] == "finished"]
-            rows = tables.trajectory(sweep.run)
-            rows = rows[rows["member"].isin(finished.index) & (rows["step"] > 0)]
-            lora = rows[rows["member"].map(finished["method"]) == "lora"]
-            rows = rows[rows["path"].isin(set(lora["path"]))]
-            rows = rows.join(finished[["method", "seed"]], on="member")
-            columns = ["energy_top", "energy_bottom", "chance"]
-            means = rows.groupby(["method", "seed", "step"], as_index=False)[columns].mean()
-            means.insert(0, "base", base)
-            found.append(means)
+    for base, sweep in sweeps.each(runs, STUDY):
+        finished = sweep.table[sweep.table["status"] == "finished"]
+        rows = tables.trajectory(sweep.run)
+        rows = rows[rows["member"].isin(finished.index) & (rows["step"] > 0)]
+        lora = rows[rows["member"].map(finished["method"]) == "lora"]
+        rows = rows[rows["path"].isin(set(lora["path"]))]
+        rows = rows.join(finished[["method", "seed"]], on="member")
+        columns = ["energy_top", "energy_bottom", "chance"]
+        means = rows.groupby(["method", "seed", "step"], as_index=False)[columns].mean()
+        means.insert(0, "base", base)
+        found.append(means)
     write(pd.concat(found), folder, "energy.csv")
 
 

@@ -40,13 +40,11 @@ def collect(runs: dict[str, list[Path]], folder: Path) -> None:
     of the lowest validation loss (`stopped_`). Training losses are means since the evaluation
     before."""
     tables = []
-    for base, directories in runs.items():
-        for directory in directories:
-            sweep = sweeps.load(directory, STUDY)
-            table = sweep.table[["n_train", "rank", "lr", "seed", "status", "final_loss"]].copy()
-            table = table.join(losses(sweep.run.metrics)).astype({"n_train": int})
-            table.insert(0, "base", base)
-            tables.append(table)
+    for base, sweep in sweeps.each(runs, STUDY):
+        table = sweep.table[["n_train", "rank", "lr", "seed", "status", "final_loss"]].copy()
+        table = table.join(losses(sweep.run.metrics)).astype({"n_train": int})
+        table.insert(0, "base", base)
+        tables.append(table)
     write(pd.concat(tables), folder, "gaps.csv")
 
 

@@ -47,14 +47,12 @@ DRAWS = 200
 def collect(runs: dict[str, list[Path]], folder: Path) -> None:
     """reductions.csv: a row a member that was trained to the end, or stopped."""
     found = []
-    for base, directories in runs.items():
-        for directory in directories:
-            sweep = sweeps.load(directory, STUDY)
-            columns = ["rank", "lr", "seed", "status", "base_loss", "final_loss"]
-            table = sweep.table[columns].copy()
-            table.insert(0, "base", base)
-            table.insert(1, "length", sweep.table["train.seq_len"])
-            found.append(table)
+    for base, sweep in sweeps.each(runs, STUDY):
+        columns = ["rank", "lr", "seed", "status", "base_loss", "final_loss"]
+        table = sweep.table[columns].copy()
+        table.insert(0, "base", base)
+        table.insert(1, "length", sweep.table["train.seq_len"])
+        found.append(table)
     write(pd.concat(found), folder, "reductions.csv")
 
 

@@ -47,13 +47,11 @@ def collect(runs: dict[str, list[Path]], folder: Path) -> None:
     of the number of singular values with 90% of the energy, `share` of what is possible, `noise`,
     the same number of the part below the noise's edge, and `above`, how many values are above."""
     tables = []
-    for base, directories in runs.items():
-        for directory in directories:
-            sweep = sweeps.load(directory, STUDY)
-            table = pd.DataFrame(_rows(sweep))
-            table = table.groupby(["method", "seed", "step", "kind"], as_index=False).mean()
-            table.insert(0, "base", base)
-            tables.append(table)
+    for base, sweep in sweeps.each(runs, STUDY):
+        table = pd.DataFrame(_rows(sweep))
+        table = table.groupby(["method", "seed", "step", "kind"], as_index=False).mean()
+        table.insert(0, "base", base)
+        tables.append(table)
     write(pd.concat(tables), folder, "ranks.csv")
 
 

@@ -44,15 +44,13 @@ def collect(runs: dict[str, list[Path]], folder: Path) -> None:
     """losses.csv: a row a member: K outputs, N examples, rank, seed, the base's loss and the
     training loss over the last steps."""
     tables = []
-    for base, directories in runs.items():
-        for directory in directories:
-            sweep = sweeps.load(directory, STUDY)
-            table = sweep.table[["base", "n_train", "rank", "seed", "status", "base_loss"]].copy()
-            table["outputs"] = table["base"].str.rsplit("-", n=1).str[-1].astype(int)
-            train = sweep.run.metrics[sweep.run.metrics["split"] == "train"]
-            table["train_loss"] = train.sort_values("step").groupby("member")["loss"].last()
-            table["base"] = base
-            tables.append(table.astype({"n_train": int}))
+    for base, sweep in sweeps.each(runs, STUDY):
+        table = sweep.table[["base", "n_train", "rank", "seed", "status", "base_loss"]].copy()
+        table["outputs"] = table["base"].str.rsplit("-", n=1).str[-1].astype(int)
+        train = sweep.run.metrics[sweep.run.metrics["split"] == "train"]
+        table["train_loss"] = train.sort_values("step").groupby("member")["loss"].last()
+        table["base"] = base
+        tables.append(table.astype({"n_train": int}))
     write(pd.concat(tables), folder, "losses.csv")
 
 
