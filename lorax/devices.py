@@ -28,7 +28,15 @@ class Device(NamedTuple):
     links: str
 
 
-_CORES = os.cpu_count() or 1
+def cores() -> int:
+    """CPU cores that this process may use, at least 1: fewer than the machine has under taskset, in
+    a job of SLURM, or in a container that is given some."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_CORES = cores()
 _SXM = "NVLink {} GB/s both ways, a {} Gbit/s network card for each GPU"
 
 #: Peaks from the makers' data sheets, for dense matrices (the sheets of H100 and H200 give twice

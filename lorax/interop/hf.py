@@ -23,10 +23,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lorax import hosts
+from lorax.devices import cores
 from lorax.files import atomically, draft, read_json, remove, write_json
 from lorax.interop.tensors import Stored, check_finite, check_weight, opened, stored
 
-THREADS = min(8, os.cpu_count() or 1)  # that read weights
+THREADS = min(8, cores())  # that read weights
 BLOCK = 1 << 20  # bytes that are read at a time; they stay in the processor's cache
 ALIGNMENT = 64  # of the memory that JAX takes as it is on a CPU
 FILE = 5 * 10**9  # bytes of weights in a file that is written; at least one tensor

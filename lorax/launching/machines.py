@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from lorax.devices import cores
+
 WORKERS = 8  # of an engine that is not told how many
 CORES = 8  # of a CPU that one worker uses
 #: Files of machines with GPUs or TPUs.
@@ -45,13 +47,13 @@ def most_here(machine: Machine) -> int:
     """Workers that share this machine: one for each of its GPUs, or for `CORES` cores."""
     if machine.platform != "cpu":
         return machine.devices // machine.each
-    return max(1, (os.cpu_count() or 1) // CORES)
+    return max(1, cores() // CORES)
 
 
 def cpu() -> Machine:
     """This machine's CPU in as many devices as `lorax.train.layouts.split_cpu` makes of it."""
     forced = re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    devices = int(forced[1]) if forced else min(8, os.cpu_count() or 1)
+    devices = int(forced[1]) if forced else min(8, cores())
     return Machine("cpu", devices, devices)
 
 

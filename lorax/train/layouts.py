@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 
 from lorax import gather, hosts, sharding, tree
+from lorax.devices import cores
 from lorax.models import Base
 from lorax.sharding import Shape
 
@@ -16,13 +17,14 @@ CPU_COPIES = 128e6  # limit in bytes on a CPU's copies of the base, one per devi
 
 
 def split_cpu() -> None:
-    """Split a CPU into as many devices as it has cores, at most 8, unless XLA_FLAGS sets a number.
+    """Split a CPU into a device for each core that this process may use, at most 8, unless
+    XLA_FLAGS sets a number.
 
     Two members on one core each are faster than one whose small products share two cores. Must
     be called before JAX's first computation.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", min(8, os.cpu_count() or 1))
+        jax.config.update("jax_num_cpu_devices", min(8, cores()))
 
 
 class Layout(NamedTuple):

@@ -1,12 +1,13 @@
 """How members are split into parts, and parts merged: nothing runs."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from lorax import config, halving, rundir
+from lorax import config, devices, halving, rundir
 from lorax.launching import machines, merge, parts, split
 
 
@@ -29,6 +30,19 @@ def test_a_part_has_multiples_of_what_devices_compute_at_a_time(machine):
     assert sorted(map(len, found)) == [4, 4, 8]
     assert sorted(sum(found, ())) == list(range(16)) and len(found[0]) == 8
     assert all(list(part) == list(range(part[0], part[0] + len(part))) for part in found)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
+def test_a_process_counts_the_cores_that_it_may_use(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert devices.cores() == 1
+        assert machines.cpu().devices == machines.most_here(machines.cpu()) == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert devices.cores() == len(allowed)
 
 
 def test_small_groups_share_parts_and_large_ones_are_divided(machine):

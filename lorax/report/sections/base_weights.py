@@ -4,7 +4,6 @@ spectrum of W itself.
 Each kernel is decomposed once for all members and freed before the next one.
 """
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import pandas as pd
 
 from lorax.analysis import figures, tables
 from lorax.analysis.figures.maps import CELLS
+from lorax.devices import cores
 from lorax.report import page, words
 from lorax.report.bases import Kernels
 from lorax.report.page import Fixed, Picture, Section
@@ -28,7 +28,7 @@ TOP = 0.1  # share of W's directions that figure 8's text is about
 FIRST = 4  # dW's leading directions that figure 8's text is about
 SVD = 5e-10  # seconds on one core per short^2 * wide, for the thin SVD of a kernel
 LEADING = 3e-8  # seconds per short * wide, for the leading directions of W + dW
-CORES = min(8, os.cpu_count() or 1)  # each holds a stack of kernels and their SVDs in memory
+CORES = min(8, cores())  # each holds a stack of kernels and their SVDs in memory
 LONG = 60.0  # seconds; longer comparisons are announced
 TITLE = "Against the base"
 NEEDS = (
