@@ -307,9 +307,11 @@ def diverged_at(part: Part, at: Position) -> np.ndarray:
 
 
 def apart(part: Part, at: Position) -> dict[int, Position]:
-    """{member: its position, without the axis M, on the host}."""
+    """{member: its position, without the axis M, on the host}: copies, so that those of members
+    that stop here are freed."""
     host = hosts.whole(at._replace(step=None, offset=None))
-    of = lambda i: jax.tree.map(lambda x: x[i], host)._replace(step=at.step, offset=at.offset)
+    own = lambda i: jax.tree.map(lambda x: np.array(x[i]), host)
+    of = lambda i: own(i)._replace(step=at.step, offset=at.offset)
     return {member.index: of(i) for i, member in enumerate(part.stack.members)}
 
 
