@@ -15,7 +15,7 @@ from lorax.scales import scale, two_digits
 
 SCALES = (1.0, 1 / 64)  # s
 #: gradient descent's rates times s; AdamW's times sqrt(s), over the usual one
-DESCENT, ADAMW = (0.25, 1.0, 4.0, 16.0), (0.25, 0.5, 1.0, 2.0)
+DESCENT, ADAMW = (1 / 256, 1 / 64, 1 / 16, 0.25, 1.0), (0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 def get_config(arg=None):
