@@ -4,7 +4,7 @@
 
 LoRA-One (arXiv:2502.01235): from a small start the span of a does so under gradient descent. A
 small s makes a small start: with s = 1/64 the factors must grow to eight times what s = 1 asks for.
-Gradient descent without momentum and AdamW, ranks 1, 4 and 16, each at its best of four rates.
+Gradient descent without momentum and AdamW, ranks 1, 4 and 16, each at its best of five rates.
 experiments/first_gradient reads it, and configs/starts_first_steps.py.
 
     --config=configs/first_gradient.py:stories
