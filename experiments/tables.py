@@ -3,13 +3,16 @@
     python -m experiments.tables
 
 For every claim with a rule: into the README of its folder and into the table of
-experiments/README.md, between the lines MARKS. tests/test_verdicts.py asserts that they are there.
+experiments/README.md, between the lines MARKS; there also the sentences of experiments/opening.py.
+tests/test_verdicts.py asserts that they are there.
 """
 
-from collections.abc import Mapping
+import itertools
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from experiments import verdicts
+from experiments import opening, verdicts
 from experiments.lora_paper.page import tables as lora_paper
 from experiments.sweeps import markdown
 from experiments.verdicts import HERE, LADDER, NOT_RUN, Verdict
@@ -66,13 +69,17 @@ def _cell(own: list[Verdict]) -> str:
     return "; ".join(cells)
 
 
-def filled(text: str, table: str) -> str:
-    """A README with this table between MARKS. Raises ValueError if the marks are not there."""
-    before, mark, rest = text.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not (mark and end):
-        raise ValueError(f"the lines {MARKS[0]!r} and {MARKS[1]!r} are missing")
-    return f"{before}{mark}\n\n{table}\n\n{end}{after}"
+def filled(text: str, parts: Sequence[str]) -> str:
+    """A README with the nth of these parts between its nth pair of MARKS. Raises ValueError if it
+    has another number of pairs."""
+    begin, end = MARKS
+    pieces = re.split(f"{re.escape(begin)}.*?{re.escape(end)}", text, flags=re.DOTALL)
+    if len(pieces) != len(parts) + 1:
+        raise ValueError(
+            f"{len(pieces) - 1} pairs of the lines {begin!r} and {end!r}; {len(parts)} expected"
+        )
+    marked = [f"{begin}\n\n{part}\n\n{end}" for part in parts]
+    return "".join(itertools.chain(*zip(pieces, [*marked, ""], strict=True)))
 
 
 def recomputed() -> dict[str, list[Verdict]]:
@@ -80,18 +87,19 @@ def recomputed() -> dict[str, list[Verdict]]:
     return {claim: verdicts.rule(claim).verdicts(HERE / claim) for claim in verdicts.claims()}
 
 
-def pages(of_each: Mapping[str, list[Verdict]]) -> dict[Path, str]:
-    """{README: its table}: of all claims, of each, and of the LoRA paper's tables beside ours."""
-    tables = {HERE / claim / "README.md": of_claim(found) for claim, found in of_each.items()}
-    tables[HERE / "lora_paper" / "README.md"] = lora_paper()
-    return {HERE / "README.md": of_all(of_each), **tables}
+def pages(of_each: Mapping[str, list[Verdict]]) -> dict[Path, tuple[str, ...]]:
+    """{README: what stands between its marks}: of all claims, of each, and of the LoRA paper's
+    tables beside ours."""
+    found = {HERE / claim / "README.md": (of_claim(of),) for claim, of in of_each.items()}
+    found[HERE / "lora_paper" / "README.md"] = (lora_paper(),)
+    return {HERE / "README.md": (opening.lines(of_each), of_all(of_each)), **found}
 
 
 def main() -> None:
-    for page, table in pages(recomputed()).items():
+    for page, parts in pages(recomputed()).items():
         text = files.read_text(page)
         try:
-            new = filled(text, table)
+            new = filled(text, parts)
         except ValueError as error:
             raise SystemExit(f"{page}: {error}") from None
         if new != text:

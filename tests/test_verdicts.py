@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from synthetic import make_study
 
-from experiments import losses, rerun, tables, verdicts
+from experiments import losses, opening, rerun, tables, verdicts
 from experiments.verdicts import CONTRADICTED, NOT_RUN, REPRODUCED, UNDECIDED, WITHDRAWN, Verdict
 from lorax.analysis import compare
 
@@ -250,8 +250,31 @@ def test_columns_of_bases():
 
 
 def test_a_readme_without_marks_is_told():
-    with pytest.raises(ValueError, match="are missing"):
-        tables.filled("text", "| table |")
+    with pytest.raises(ValueError, match="0 pairs of the lines .*; 1 expected"):
+        tables.filled("text", ["| table |"])
+
+
+def test_parts_stand_between_their_marks():
+    begin, end = tables.MARKS
+    text = f"A {begin}old{end} B {begin}{end}"
+    written = tables.filled(text, ["one", "two"])
+    assert written == f"A {begin}\n\none\n\n{end} B {begin}\n\ntwo\n\n{end}"
+    assert tables.filled(written, ["one", "two"]) == written
+
+
+def test_a_sentence_has_the_numbers_of_the_verdicts_that_it_was_written_for():
+    sentence = opening.Sentence("c", "Rank {0} is enough.", (("p", "MiniLM", REPRODUCED),), "c.png")
+    now = {"c": [Verdict("p", "MiniLM", REPRODUCED, "8")]}
+    line = "1. Rank 8 is enough. ([claim](c/README.md), [figure](c/c.png))"
+    assert opening.lines(now, [sentence]) == line
+    changed = {"c": [Verdict("p", "MiniLM", UNDECIDED, "8")]}
+    with pytest.raises(ValueError, match="c: p .MiniLM. is undecided; .* written for reproduced"):
+        opening.lines(changed, [sentence])
+
+
+@pytest.mark.parametrize("sentence", opening.SENTENCES, ids=lambda sentence: sentence.claim)
+def test_a_sentence_has_a_figure(sentence):
+    assert (verdicts.HERE / sentence.claim / sentence.figure).exists()
 
 
 # ---------------------------------------------------------------------------------------- rerun
