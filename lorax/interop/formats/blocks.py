@@ -9,6 +9,7 @@ are k updates, so that the zeros are not part of any rank.
 """
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from lorax.interop.adapter import Factors
 from lorax.interop.formats.contract import Update
 from lorax.interop.formats.opened import numbers, quiet
 from lorax.interop.formats.updates import Module
+from lorax.interop.tensors import Stored
 
 _FUSED = re.compile(r"(.+\.)?(in_proj\w*|gate_up_proj|qkv_proj)")
 _MOST = 4  # parts
@@ -31,10 +33,23 @@ def apart(module: Module) -> list[Update]:
     ends = _ends(up)
     if len(ends) < 2:
         return []
-    inputs, whole = down.shape[1], down.shape[0]
-    rank, starts = whole // len(ends), [0, *ends[:-1]]
-    s, source = module.scale(module.layer, whole)
+    whole, rank = down.shape[0], down.shape[0] // len(ends)
     said = f"one of {len(ends)} LoRAs of rank {rank} that are stored as one of rank {whole}"
+    return parts(module, range(len(ends)), ends, module.scale(module.layer, whole), said)
+
+
+def parts(
+    module: Module,
+    names: Sequence[str | int],
+    ends: Sequence[int],
+    scale: tuple[float, str],
+    warning: str,
+) -> list[Update]:
+    """The updates, "<module>.<name>", of the parts of a LoRA, whose rows of B end at `ends`. scale:
+    (s, where it is from) of each part."""
+    down, up = (module.tensors[word] for word in ("lora_down", "lora_up"))
+    rank, inputs, starts = down.shape[0] // len(ends), down.shape[1], [0, *ends[:-1]]
+    s, source = scale
 
     def read(i: int) -> Factors:
         inner = range(rank * i, rank * (i + 1))
@@ -43,14 +58,14 @@ def apart(module: Module) -> list[Update]:
         return Factors(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), s)
 
     return [
-        Update(f"{module.layer}.{i}", "LoRA", (inputs, ends[i] - starts[i]), rank, s, source,
-               down.kind, lambda i=i: read(i), (said,))
-        for i in range(len(ends))
+        Update(f"{module.layer}.{name}", "LoRA", (inputs, ends[i] - starts[i]), rank, s, source,
+               down.kind, lambda i=i: read(i), (warning,))
+        for i, name in enumerate(names)
     ]  # fmt: skip
 
 
 @quiet
-def _ends(up) -> list[int]:
+def _ends(up: Stored) -> list[int]:
     """Where the diagonal blocks of rows of B end, [] if it has none. Its first row, which is in the
     first block, is looked at before the others are read."""
     first = numbers(up, [range(1), range(up.shape[1])])[0]

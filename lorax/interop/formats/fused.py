@@ -5,7 +5,12 @@ Flux's qkv is one matrix in kohya's files and three in diffusers'.
     split_qkv   sd-scripts trains three LoRAs on its parts (four on linear1: q, k, v and the
                 feed-forward part) and saves them as one: down (3 r, in), and up zero outside its
                 blocks (out / 3, r); alpha stays that of one, so each has s = alpha / r
-                (sd-scripts, networks/lora_flux.py). Here they are three updates.
+                (sd-scripts, networks/lora_flux.py, lora_sd3.py). Converters from diffusers' names
+                store the parts in the same way, but with an alpha for all of them: each has
+                s = alpha / (3 r) (networks/convert_flux_lora.py, where alpha is 3 r; musubi-tuner,
+                networks/convert_z_image_lora_to_comfy.py, where it is 3 times that of a part). It
+                is taken as a converter's if that s is 1 or the s of another module in the file, or
+                if sd-scripts does not train such parts. Here they are three updates.
     one A       a converter to diffusers' names gives the three parts of one LoRA copies of its A
                 (loaders/lora_conversion_utils.py). Here they are one update, counted once.
     blocks      several LoRAs of a language model's fused matrix, saved as one: `blocks`.
@@ -13,7 +18,7 @@ Flux's qkv is one matrix in kohya's files and three in diffusers'.
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import numpy as np
 
@@ -25,6 +30,8 @@ from lorax.interop.formats.updates import Module
 from lorax.interop.tensors import Stored
 
 _QKV = re.compile(r".*[._]qkv")
+#: Modules whose parts sd-scripts trains.
+_TRAINED = re.compile(r".*(double|joint|single)_blocks[._].+")
 _LINEAR1 = re.compile(r".*[._]single_blocks[._]\d+[._]linear1")
 #: What a part of a fused module may be called, in the order of its outputs.
 _PARTS = ("to_q", "to_k", "to_v", "proj_mlp", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -34,15 +41,17 @@ _PARTS += ("q_proj", "k_proj", "v_proj", "q", "k", "v")
 def updates_of(modules: Sequence[Module], as_stored: bool) -> tuple[Update, ...]:
     """The updates of a file's modules, each counted once, or as they are stored. Raises as
     `updates.update`."""
+    every = {module.layer: updates.update(module) for module in modules}
     if as_stored:
-        return tuple(map(updates.update, modules))
+        return tuple(every.values())
+    usual = {1.0, *(one.scale for layer, one in every.items() if not _names(layer))}
     found: list[Update] = []
     for together in _with_one_a(modules):
-        one = [updates.update(module) for module in together]
+        one = [every[module.layer] for module in together]
         if len(one) > 1 and len({(update.scale, update.kind) for update in one}) == 1:
             found.append(_joined(one))
         else:
-            apart = len(one) == 1 and (_split(together[0]) or blocks.apart(together[0]))
+            apart = len(one) == 1 and (_split(together[0], usual) or blocks.apart(together[0]))
             found += apart or one
     return tuple(found)
 
@@ -50,35 +59,33 @@ def updates_of(modules: Sequence[Module], as_stored: bool) -> tuple[Update, ...]
 # ------------------------------------------------------------------------------------- split_qkv
 
 
-def _split(module: Module) -> list[Update]:
-    """The updates of a module that holds those of its parts, [] for any other module."""
+def _names(layer: str) -> tuple[str, ...]:
+    """The parts of a module that may be stored as one, () for any other module."""
+    qkv = ("q", "k", "v")
+    return (*qkv, "mlp") if _LINEAR1.fullmatch(layer) else qkv if _QKV.fullmatch(layer) else ()
+
+
+def _split(module: Module, usual: Container[float]) -> list[Update]:
+    """The updates of a module that holds those of its parts, [] for any other module. usual: the
+    scales of modules that are stored whole."""
     down, up = (module.tensors.get(word) for word in ("lora_down", "lora_up"))
-    names = ("q", "k", "v", "mlp") if _LINEAR1.fullmatch(module.layer) else ("q", "k", "v")
-    named = len(names) == 4 or _QKV.fullmatch(module.layer)
-    if not named or set(module.tensors) != {"lora_down", "lora_up"} or len(down.shape) != 2:
+    names = _names(module.layer)
+    if not names or set(module.tensors) != {"lora_down", "lora_up"} or len(down.shape) != 2:
         return []
-    rank, inputs, outputs = down.shape[0] // len(names), down.shape[1], up.shape[0]
+    whole, inputs, outputs = *down.shape, up.shape[0]
     sizes = [outputs // 3] * 3 if len(names) == 3 else [inputs] * 3 + [outputs - 3 * inputs]
-    if down.shape[0] % len(names) or sum(sizes) != outputs or min(sizes) < 1:
+    rank = whole // len(names)
+    if whole % len(names) or sum(sizes) != outputs or min(sizes) < 1:
         return []
-    if len(up.shape) != 2 or up.shape[1] != down.shape[0] or not _is_sparse(up, sizes, rank):
+    if len(up.shape) != 2 or up.shape[1] != whole or not _is_sparse(up, sizes, rank):
         return []
-    s, source = module.scale(module.layer, rank)
-    ends = [*itertools.accumulate(sizes, initial=0)]
-    warning = f"one of {len(names)} LoRAs of rank {rank} that are stored as one (split_qkv)"
-    warning += f"; a program that divides alpha by {down.shape[0]} applies 1/{len(names)} of it"
-
-    def read(i: int) -> Factors:
-        inner, rows = range(rank * i, rank * (i + 1)), range(ends[i], ends[i + 1])
-        a = numbers(down, [inner, range(inputs)])
-        b = numbers(up, [rows, inner])
-        return Factors(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), s)
-
-    return [
-        Update(f"{module.layer}.{name}", "LoRA", (inputs, sizes[i]), rank, s, source, down.kind,
-               lambda i=i: read(i), (warning,))
-        for i, name in enumerate(names)
-    ]  # fmt: skip
+    s, source = module.scale(module.layer, whole)
+    warning = f"one of {len(names)} LoRAs of rank {rank} that are stored as one of rank {whole}"
+    if source == updates.OF_TENSOR and s not in usual and _TRAINED.fullmatch(module.layer):
+        s, source = module.scale(module.layer, rank)
+        warning += " (split_qkv) with the alpha of one: programs that divide it by "
+        warning += f"{whole} apply 1/{len(names)} of this"
+    return blocks.parts(module, names, [*itertools.accumulate(sizes)], (s, source), warning)
 
 
 @quiet
@@ -117,8 +124,6 @@ def _with_one_a(modules: Sequence[Module]) -> Iterable[list[Module]]:
 
 
 def _first_row(tensor: Stored) -> bytes:
-    if 0 in tensor.shape:
-        return b""
     size = tensor.size // tensor.shape[0]
     return tensor.as_bytes().read([range(size)]).tobytes()
 

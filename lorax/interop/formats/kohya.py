@@ -158,7 +158,7 @@ def of_alpha(alpha: Stored | None) -> updates.Scale:
         if alpha is None:
             return 1.0, "default 1: the file has none"
         value = number(alpha)
-        return (value / rank, "tensor alpha / r") if value else (1.0, "tensor alpha is 0: 1")
+        return (value / rank, updates.OF_TENSOR) if value else (1.0, "tensor alpha is 0: 1")
 
     return scale
 

@@ -37,6 +37,8 @@ _WITH_KERNEL = ("hada_t1", "lokr_t2", "lokr_w2", "diff")
 WORDS = (*LORA, *LOHA, *LOKR, "diff")
 ROWS = "dora_scale has one length per input: W + dW has its rows rescaled, which is not in dW"
 
+#: Where kohya's scale is from.
+OF_TENSOR = "tensor alpha / r"
 Scale = Callable[[str, int | None], tuple[float, str]]
 
 

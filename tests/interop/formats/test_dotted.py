@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from format_files import draw, written
+from format_files import dense, draw, written
 
 from lorax.interop import formats
 
@@ -86,6 +86,21 @@ def test_three_loras_that_are_stored_as_one_are_three(tmp_path):
         assert "split_qkv" in update.warnings[0]
         a, b, s, _ = update.read()
         np.testing.assert_array_equal(s * a @ b, down.T @ block.T / 2)
+    of_all = {f"{name}.alpha": np.float32(6)}  # as convert_flux_lora stores it
+    of_another = {
+        "lora_unet_x.lora_down.weight": draw(4, 8),
+        "lora_unet_x.lora_up.weight": draw(8, 4),
+    }
+    of_another |= {"lora_unet_x.alpha": np.float32(1), f"{name}.alpha": np.float32(1.5)}
+    other = "lora_unet_layers_0_attention_qkv"  # whose parts sd-scripts does not train
+    renamed = {key.replace(name, other): x for key, x in tensors.items()}
+    for converted, scale in ((tensors | of_all, 1), (tensors | of_another, 0.25), (renamed, 1 / 6)):
+        updates = formats.read(written(tmp_path, converted)).updates
+        three = [update for update in updates if update.rank == rank]
+        assert len(three) == 3 and {update.scale for update in three} == {scale}
+        assert not any("split_qkv" in update.warnings[0] for update in three)
+        for update, (down, block) in zip(three, parts, strict=True):
+            np.testing.assert_allclose(dense(update), scale * down.T @ block.T, rtol=1e-5)
     up[0, 5] = 1e-3  # no longer three
     tensors[f"{name}.lora_up.weight"] = up
     (update,) = formats.read(written(tmp_path, tensors)).updates
