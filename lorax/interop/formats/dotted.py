@@ -23,7 +23,7 @@ import numpy as np
 from lorax.files import write_bytes
 from lorax.interop.formats import factored, fused, updates
 from lorax.interop.formats.contract import Found, Update
-from lorax.interop.formats.kohya import check_readable, of_alpha, taken_beside
+from lorax.interop.formats.kohya import of_alpha, readable
 from lorax.interop.formats.opened import Opened, fields, open_adapter
 from lorax.interop.peft.config import ALPHAS, COUNT, NUMBER, RANKS, scale_of
 from lorax.interop.peft.files import serialise
@@ -77,24 +77,19 @@ def read(opened: Opened) -> Found:
 def modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, ...]]]:
     """(the modules of a file as they are stored, {name: shape} of biases and norms)."""
     configs = _configs(opened)
-    found, beside = [], {}
-    for layer, tensors in _by_layer(opened).items():
-        beside |= taken_beside(layer, tensors)
-        alpha = tensors.pop("alpha", None)
-        if not tensors:
-            continue
+
+    def scale_of(layer: str, alpha: Stored | None) -> updates.Scale:
         component, _, module = layer.partition(".")
-        if alpha is not None and component in configs:
+        if component not in configs:
+            return of_alpha(alpha)
+        if alpha is not None:
             raise ValueError(
                 f"{opened.file}: {layer}: a tensor alpha, and {METADATA} in the header; one of "
                 "them can say the scale"
             )
-        scale = of_alpha(alpha)
-        if component in configs:
-            scale = _of_config(configs[component], module, opened.file)
-        found.append(updates.Module(layer, tensors, scale, opened.file))
-        check_readable(found[-1])
-    return found, beside
+        return _of_config(configs[component], module, opened.file)
+
+    return readable(opened, _by_layer(opened), scale_of)
 
 
 def _by_layer(opened: Opened) -> dict[str, dict[str, Stored]]:

@@ -75,23 +75,34 @@ def modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, 
         else:
             word = match["rest"].removesuffix(".weight")
             by_layer.setdefault(match["layer"], {})[WORDS.get(word, word)] = tensor
-    found = []
+    found, vectors = readable(opened, by_layer, lambda layer, alpha: of_alpha(alpha))
+    return found, beside | vectors
+
+
+def readable(
+    opened: Opened,
+    by_layer: Mapping[str, dict[str, Stored]],
+    scale_of: Callable[[str, Stored | None], updates.Scale],
+) -> tuple[list[updates.Module], dict[str, tuple[int, ...]]]:
+    """(the modules that have an update, {name: shape} of tensors that change a bias or a norm) of
+    {layer: {word: tensor}}. scale_of: (layer, its tensor alpha or None) -> its scale.
+
+    Raises ValueError that names file and module for a kind whose dW the file does not have, for
+    unknown tensors, and for an alpha without an update.
+    """
+    found, beside = [], {}
     for layer, tensors in by_layer.items():
-        beside |= taken_beside(layer, tensors)
-        if set(tensors) - {"alpha"}:
-            scale = of_alpha(tensors.pop("alpha", None))
-            found.append(updates.Module(layer, tensors, scale, opened.file))
-            check_readable(found[-1])
-        elif tensors and not any(name.startswith(f"{layer}.") for name in beside):
+        vectors = [word for word in tensors if word in BESIDE]
+        vectors += ["diff"] * ("diff" in tensors and len(tensors["diff"].shape) < 2)
+        beside |= {f"{layer}.{word}": tensors[word].shape for word in vectors}
+        rest = {word: x for word, x in tensors.items() if word not in (*vectors, "alpha")}
+        module = updates.Module(layer, rest, scale_of(layer, tensors.get("alpha")), opened.file)
+        if rest:
+            _check_readable(module)
+            found.append(module)
+        elif not vectors:
             raise ValueError(f"{opened.file}: {layer}: alpha without an update")
     return found, beside
-
-
-def taken_beside(layer: str, tensors: dict[str, Stored]) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of a module's tensors that change a bias or a norm; taken out of `tensors`."""
-    vectors = [word for word in tensors if word in BESIDE]
-    vectors += ["diff"] * ("diff" in tensors and len(tensors["diff"].shape) < 2)
-    return {f"{layer}.{word}": tensors.pop(word).shape for word in vectors}
 
 
 def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Path:
@@ -163,7 +174,7 @@ def of_alpha(alpha: Stored | None) -> updates.Scale:
     return scale
 
 
-def check_readable(module: updates.Module) -> None:
+def _check_readable(module: updates.Module) -> None:
     """Raises ValueError for a kind whose dW the file does not have, and for unknown tensors."""
     for word in module.tensors:
         why = NEEDS_BASE.get(word.partition(".")[0])

@@ -97,9 +97,9 @@ def _lora_modules(opened: Opened, config: Mapping[str, Any]):
     for layer in sorted(stored, key=natural):
         tensors = {_WORDS[side]: tensor for side, tensor in stored[layer].items()}
         found.append(updates.Module(layer, tensors, scale, opened.file))
-        outputs = found[-1].shape("lora_up")[0]
-        if opened.config:
-            check_lengths(layer, tensors.get("magnitude"), outputs, config, folder)
+        up = found[-1].shape("lora_up")
+        if opened.config and up:
+            check_lengths(layer, tensors.get("magnitude"), up[0], config, folder)
     return found, parts, {name: tensor.shape for name, tensor in whole.items()}
 
 

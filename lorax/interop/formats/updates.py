@@ -97,14 +97,15 @@ def _lora(module: Module) -> Update:
     """LoRA, LoCon and their DoRA."""
     module.only(LORA)
     down, up = module.shape("lora_down"), module.shape("lora_up")
-    r, kernel = down[0], down[2:]
-    fits = len(down) >= 2 and len(up) >= 2 and up[1] == r and set(up[2:]) <= {1}
+    fits = len(down) >= 2 and len(up) >= 2 and up[1] == down[0] and set(up[2:]) <= {1}
+    kernel = down[2:]
     if "lora_mid" in module.tensors:
         mid = module.shape("lora_mid")
-        fits &= len(mid) > 2 and mid[:2] == (r, r) and set(kernel) <= {1}
+        fits &= len(mid) > 2 and mid[:2] == down[:1] * 2 and set(kernel) <= {1}
         kernel = mid[2:]
     if not fits:
         raise module.error("need lora_down (r, in, ...) and lora_up (out, r, ...)")
+    r = down[0]
     shape = down[1] * math.prod(kernel), up[0]
     s, source = module.scale(module.layer, r)
     dora = next((word for word in ("magnitude", "dora_scale") if word in module.tensors), None)
@@ -128,7 +129,7 @@ def _lora(module: Module) -> Update:
 def _is_per_input(module: Module, word: str, inputs: int, outputs: int) -> bool:
     """Whether DoRA's lengths are of the inputs: in dora_scale the place of the ones tells."""
     m = module.shape(word)
-    if math.prod(m) == outputs and (word == "magnitude" or m[0] == outputs):
+    if math.prod(m) == outputs and (word == "magnitude" or m[:1] == (outputs,)):
         return False
     if word == "dora_scale" and m[:2] == (1, inputs) and math.prod(m) == inputs:
         return True

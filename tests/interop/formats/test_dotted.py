@@ -135,3 +135,18 @@ def test_parts_of_one_lora_are_counted_once(tmp_path):
     np.testing.assert_array_equal(read.a @ read.b, a.T @ want)
     tensors[f"{around}.to_q.alpha"] = np.array(1.0)
     assert len(formats.read(written(tmp_path, tensors)).updates) == 4  # one has another scale
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        ({"to_q.lora_A.weight": (), "to_q.lora_B.weight": (4, 2)}, "need lora_down"),
+        ({"to_q.lora_A.weight": (2, 4), "to_q.lora_B.weight": ()}, "need lora_down"),
+        ({"to_q.lora.down.weight": (2, 4), "to_q.lora.up.weight": (4, 2), "to_q.lora.alpha": ()},
+         "to_q.lora: alpha without an update"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(tmp_path, words, why):
+    file = written(tmp_path, {f"unet.x.{word}": draw(*shape) for word, shape in words.items()})
+    with pytest.raises(ValueError, match=f"some lora.safetensors: unet.x.{why}|{file}.*{why}"):
+        formats.read(file)

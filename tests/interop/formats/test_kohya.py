@@ -67,6 +67,11 @@ def test_lengths_of_dora(tmp_path):
         ({"lora_down.weight": (2, 4), "lora_up.weight": (4, 3)}, "need lora_down (r, in"),
         ({"lora_down.weight": (2, 4), "lora_up.weight": (4, 2), "x": (1,)}, "unknown tensors x"),
         ({"lora_down.weight": (0, 4), "lora_up.weight": (4, 0)}, "lora_down is empty"),
+        ({"lora_down.weight": (), "lora_up.weight": (4, 3)}, "need lora_down (r, in"),
+        (
+            {"lora_down.weight": (2, 4), "lora_up.weight": (1, 2), "dora_scale": ()},
+            "need dora_scale",
+        ),
         ({"hada_w1_a": (4, 2), "hada_w1_b": (2, 4)}, "hada_w2_a is missing"),
         ({"lokr_w1": (70000, 1), "lokr_w2": (1, 70000)}, "the most is 268435456 numbers"),
         ({"diff": (4, 4), "lora_up.weight": (4, 2), "lora_down.weight": (2, 4)}, "diff can't be"),
