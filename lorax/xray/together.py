@@ -4,16 +4,18 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from lorax.analysis.measures import overlap, sums
 from lorax.interop.adapter import Factors, Updates, shapes_of
 from lorax.interop.formats import image_names
 from lorax.interop.formats.names import hugging_face
 from lorax.xray.measured import WORKERS
+
+if TYPE_CHECKING:
+    from lorax.analysis.measures import sums  # which loads scipy
 
 
 class Pair(NamedTuple):
@@ -42,7 +44,7 @@ class Added(NamedTuple):
 
     layer: str
     names: tuple[str, ...]
-    total: sums.Sum
+    total: "sums.Sum"
 
 
 def same_matrix(layer: str) -> str:
@@ -74,6 +76,8 @@ def compare(
 
 
 def _compare(layer: str, updates: dict[str, Factors | np.ndarray]) -> tuple[list[Pair], Added]:
+    from lorax.analysis.measures import sums  # slow to import
+
     names = tuple(updates)
     found = [sums.directions(_as_delta(update)) for update in updates.values()]
     total = sums.summed(found)
@@ -89,6 +93,8 @@ def _as_delta(update: Factors | np.ndarray):
 
 
 def _pair(layer, names, found, inner) -> Pair:
+    from lorax.analysis.measures import overlap  # slow to import
+
     first, second = found
     n_in, n_out = len(first.u), first.vt.shape[1]
     norms = float(inner[0]) ** 0.5, float(inner[2]) ** 0.5

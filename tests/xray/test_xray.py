@@ -36,6 +36,10 @@ def test_singular_values_without_directions_are_those_of_the_dense_product():
     wide = draw(4, 9), draw(9, 5)  # a rank above both sizes
     dense = np.linalg.svd(wide[0].astype(np.float64) @ wide[1], compute_uv=False)
     np.testing.assert_allclose(spectrum.factor_sigma(*wide), dense, rtol=1e-7)
+    padded = np.pad(a, ((0, 0), (0, 3))), np.pad(b, ((0, 3), (0, 0)))  # no a^T a = l l^T
+    np.testing.assert_allclose(
+        spectrum.factor_sigma(*padded, -0.5), [*expected, 0, 0, 0], rtol=0, atol=1e-8
+    )
 
 
 def test_where_squares_lose_the_update_its_factors_are_taken_apart():

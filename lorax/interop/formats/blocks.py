@@ -55,7 +55,7 @@ def parts(
         inner = range(rank * i, rank * (i + 1))
         a = numbers(down, [inner, range(inputs)])
         b = numbers(up, [range(starts[i], ends[i]), inner])
-        return Factors(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), s)
+        return Factors(a.T, b.T, s)
 
     return [
         Update(f"{module.layer}.{name}", "LoRA", (inputs, ends[i] - starts[i]), rank, s, source,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from lorax.interop.formats.opened import check_names, quiet
+from lorax.interop.formats.opened import check_names, quiet, single
 from lorax.interop.formats.pairs import Lazy
 
 _SCALARS = dict(enumerate("BbHhIif?", 0)) | {10: "Q", 11: "q", 12: "d"}  # struct's words, by type
@@ -147,7 +147,7 @@ class _Header:
             else:
                 values = _decoded(raw, kind, shape)
             values = values if index is None else values[np.ix_(*index)]
-            return np.array(values, np.float32)
+            return np.array(single(values))
 
         return Lazy(whole, shape, word, quiet(read))
 

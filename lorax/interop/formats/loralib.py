@@ -7,8 +7,6 @@ here, "<module>.0" and so on. Which parts they are, only the base and the script
 
 import re
 
-import numpy as np
-
 from lorax.interop.adapter import Factors
 from lorax.interop.formats.contract import Found, Update
 from lorax.interop.formats.opened import Opened, check_floats, numbers
@@ -55,7 +53,7 @@ def _updates(opened: Opened, module: str, A: Stored | None, B: Stored | None) ->
     def read(i: int) -> Factors:
         a = numbers(A, [range(i * rank, (i + 1) * rank), range(inputs)])
         b = numbers(B, [range(i * outputs, (i + 1) * outputs), range(rank)])
-        return Factors(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), 1.0)
+        return Factors(a.T, b.T, 1.0)
 
     shape, warnings = (inputs, outputs), (FUSED,) * (parts > 1)
     return [

@@ -58,7 +58,7 @@ def as_is(tensor: Lazy) -> Side:
 def transposed(tensor: Lazy) -> Side:
     """A matrix that is stored the other way round, as torch's Linear stores its weights."""
     rows, columns = _matrix(tensor)
-    return Side(tensor, (columns, rows), lambda: np.ascontiguousarray(tensor.read(None).T))
+    return Side(tensor, (columns, rows), lambda: tensor.read(None).T)
 
 
 def flat_a(tensor: Lazy) -> Side:

@@ -133,7 +133,7 @@ def _of_expert(layer: str, part: experts.Part, source: str) -> Update:
     def read() -> Factors:
         a = numbers(part.A, [part.rows, range(inputs)]).T
         b = numbers(part.B, [range(outputs), part.columns]).T
-        return Factors(np.ascontiguousarray(a), np.ascontiguousarray(b), part.s)
+        return Factors(a, b, part.s)
 
     shape = inputs, outputs
     return Update(layer, "LoRA", shape, rank, float(part.s), source, part.A.kind, read)

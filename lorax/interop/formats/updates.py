@@ -118,7 +118,7 @@ def _lora(module: Module) -> Update:
             a = np.einsum("ijk,jq->iqk", mid, a).reshape(r, -1)
         b = module["lora_up"].reshape(-1, r).T
         m = None if dora is None or per_input else module[dora].reshape(-1)
-        return Factors(np.ascontiguousarray(a.T), np.ascontiguousarray(b), s, m)
+        return Factors(a.T, b, s, m)
 
     kind = "LoCon" if len(down) > 2 else "LoRA"
     kind = "DoRA" if dora else kind

@@ -122,3 +122,13 @@ def test_names_without_a_prefix(tmp_path):
     tensors |= {f"{name}.lora_B.default.weight": draw(4, 2), f"{name}.alpha": np.array([4.0])}
     found = formats.read(written(tmp_path, tensors))
     assert [(one.layer, one.scale) for one in found.updates] == [(name, 2.0)]
+
+
+def test_every_float16_is_read_as_numpy_casts_it(tmp_path):
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(256, 256)
+    names = "lora_unet_a.lora_down.weight", "lora_unet_a.lora_up.weight"
+    factors = formats.read(written(tmp_path, dict.fromkeys(names, every))).updates[0].read()
+    cast = every.astype(np.float32)
+    for x, expected in ((factors.a, cast.T), (factors.b, cast.T)):
+        assert x.dtype == np.float32
+        np.testing.assert_array_equal(x.copy().view(np.uint32), expected.copy().view(np.uint32))
