@@ -1,6 +1,5 @@
 """The singular values of every update in a file, one matrix after the other."""
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -9,10 +8,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lorax import spectrum
+from lorax.devices import cores
 from lorax.interop.adapter import Factors, Unread, shape_of
 from lorax.interop.formats.contract import Update
 
-WORKERS = min(8, os.cpu_count() or 1)  # each holds one matrix
+WORKERS = min(8, cores())  # each holds one matrix
 
 
 class Measured(NamedTuple):
