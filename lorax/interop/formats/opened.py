@@ -18,7 +18,7 @@ from lorax.interop.states import DELTA
 FLOATS = tensors.FLOATS | {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 _INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8}
 #: Files that a directory may hold its adapter in, the first that is there is taken.
-NAMES = (WEIGHTS, "pytorch_lora_weights.safetensors", "adapters.safetensors", DELTA)
+NAMES = (DELTA, WEIGHTS, "pytorch_lora_weights.safetensors", "adapters.safetensors")
 #: By the end of a file's name.
 CONTAINERS = {".safetensors": "safetensors", ".gguf": "gguf", ".h5": "h5"}
 #: A file of an orbax checkpoint: of an item, of a step with items, of a run with steps.

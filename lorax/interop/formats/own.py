@@ -10,8 +10,9 @@ from lorax.interop.tensors import Stored
 
 
 def recognises(opened: Opened) -> bool:
-    """Whether a method's description is beside the file."""
-    return opened.container == "safetensors" and states.is_here(opened.file.parent)
+    """Whether it is a file of ours; one of PEFT's may be beside it."""
+    ours = opened.file.name in (states.DELTA, states.STATE)
+    return ours and states.is_here(opened.file.parent)
 
 
 def read(opened: Opened) -> Found:

@@ -93,6 +93,12 @@ def test_our_own_dense_updates(tmp_path):
     (update,) = found.updates
     assert (found.format, update.layer, update.shape) == ("lorax", "h/0/attn/q", (4, 6))
     np.testing.assert_array_equal(update.read(), dw)
+    pair = {f"base_model.model.q.lora_{x}": draw(*n) for x, n in (("A", (2, 4)), ("B", (6, 2)))}
+    written(tmp_path, pair | {"base_model.model.q.lora_E": draw(2, 1)}, "adapter_model.safetensors")
+    config = {"peft_type": "ADALORA", "init_r": 2, "target_modules": ["q"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert formats.read(tmp_path).format == "lorax"  # of every method, as the report reads it
+    assert formats.read(tmp_path / "adapter_model.safetensors").format == "PEFT"
 
 
 def test_loralib(tmp_path):
