@@ -16,7 +16,7 @@ from support import few, require
 
 import lorax
 from lorax import adapters, methods, tree
-from lorax.interop import peft
+from lorax.interop import formats, peft
 
 # PEFT says so of patterns for parameters, which it nevertheless reads.
 pytestmark = pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
@@ -121,6 +121,20 @@ def test_some_layers_and_some_experts(tmp_path):
     np.testing.assert_allclose(torch_logits(model), expected, rtol=0, atol=1e-4)
     again = adapters.load(tmp_path, base("mixtral"))
     np.testing.assert_allclose(logits("mixtral", again.bind()), expected, rtol=0, atol=1e-4)
+
+
+def test_gate_and_up_of_an_expert_are_updates_of_their_own(tmp_path):
+    """As they were trained, read without the base and a matrix at a time."""
+    trained = trained_here("mixtral")
+    adapters.save(tmp_path, trained)
+    found = {update.layer: update for update in formats.read(tmp_path).updates}
+    names = {"gate": "gate_up_proj.gate", "up": "gate_up_proj.up", "down": "down_proj"}
+    for layer, want in trained.updates.items():
+        if "/experts/" in layer and "router" not in layer:
+            _, block, _, expert, word = layer.split("/")
+            got = found.pop(f"model.layers.{block}.mlp.experts.{expert}.{names[word]}").read()
+            np.testing.assert_allclose(got.s * got.a @ got.b, want.s * want.a @ want.b, rtol=1e-5)
+    assert len(found) == 4  # q and the router of two layers
 
 
 # ------------------------------------------------------------------------- files of transformers 4

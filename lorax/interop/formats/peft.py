@@ -73,12 +73,13 @@ def read(opened: Opened) -> Found:
 def _lora(opened: Opened, config: Mapping[str, Any]) -> Found:
     found, parts, beside = _lora_modules(opened, config)
     source = _source(config, opened)
-    made = [_of_expert(layer, part, source) for layer, part in parts.items()]
     entries = {} if opened.as_stored else _entries(opened)
+    whole = [_of_expert(layer, part, source) for layer, part in parts.items()]
+    whole += [updates.update(module) for module in found if module.layer in entries]
     rest = [module for module in found if module.layer not in entries]
-    made += fused.updates_of(rest, opened.as_stored)
-    for module in found:
-        made += _parts(module, entries.pop(module.layer, {}))
+    made = [*fused.updates_of(rest, opened.as_stored)]
+    for update in whole:
+        made += _parts(update, entries.pop(update.layer, {}), opened.file)
     if entries:
         named = next(iter(entries))
         raise ValueError(f"{opened.file}: its metadata 'lorax' does not fit: no module {named}")
@@ -161,23 +162,31 @@ def _entries(opened: Opened) -> dict[str, dict[str, dict]]:
         raise ValueError(f"{opened.file}: its metadata 'lorax' does not fit: {error!r}") from None
 
 
-def _parts(module: updates.Module, entries: Mapping[str, dict]) -> list[Update]:
-    """The updates of a module's layers, named "<module>.<last word of the layer>"."""
+def _parts(whole: Update, entries: Mapping[str, dict], file: Path) -> list[Update]:
+    """The updates of a module's layers, named "<module>.<last word of the layer>"; the module's own
+    if it has no entries."""
     if not entries:
-        return []
-    whole = updates.update(module)
+        return [whole]
 
     @quiet
     def read(layer: str) -> Factors:
-        own = lambda: own_factors(entries, {module.layer: whole.read()}, Places({}))
-        return _fitting(module, own)[layer]
+        own = lambda: own_factors(entries, {whole.layer: whole.read()}, Places({}))
+        return fitting(own)[layer]
+
+    def fitting(make: Callable):
+        try:
+            return make()
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{file}: {whole.layer}: its metadata 'lorax' does not fit: {error}"
+            ) from None
 
     made = []
     for layer, entry in entries.items():
-        rank, outputs, s = _fitting(module, lambda entry=entry: _sizes(entry, whole))
+        rank, outputs, s = fitting(lambda entry=entry: _sizes(entry, whole))
         made.append(
             whole._replace(
-                layer=f"{module.layer}.{layer.rpartition('/')[2]}",
+                layer=f"{whole.layer}.{layer.rpartition('/')[2]}",
                 shape=(whole.shape[0], outputs),
                 rank=rank,
                 scale=s,
@@ -192,16 +201,6 @@ def _sizes(entry: Mapping[str, Any], whole: Update) -> tuple[int, int, float]:
     size = lambda part, n: len(np.arange(n)[index_of(part, n)])
     rank, outputs = size(entry["rows"], whole.rank), size(entry["columns"], whole.shape[1])
     return rank, outputs, float(entry["scale"])
-
-
-def _fitting(module: updates.Module, make):
-    """What `make` returns. Raises ValueError that names file and module for its errors."""
-    try:
-        return make()
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{module.file}: {module.layer}: its metadata 'lorax' does not fit: {error}"
-        ) from None
 
 
 # --------------------------------------------------------------------------------- other methods
