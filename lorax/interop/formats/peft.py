@@ -219,15 +219,18 @@ def _other(opened: Opened, config: Mapping[str, Any]) -> Found:
             raise ValueError(f"{opened.file}: {name}: no tensor of {config['peft_type']}")
     check_targets(config, modules, opened.file.parent / CONFIG)
     scale = _adalora_scale(config) if config["peft_type"] == "ADALORA" else _scale(config, opened)
-    made = []
+    made, notes = [], []
     for layer in sorted(modules, key=natural):
+        if config["peft_type"] == "ADALORA" and all(0 in x.shape for x in modules[layer].values()):
+            notes.append(f"{layer} has no update: AdaLoRA pruned it to rank 0")
+            continue
         singular = modules[layer].pop("E", None)
         module = updates.Module(layer, modules[layer], scale, opened.file)
         one = updates.update(module)
         if config["peft_type"] == "ADALORA":
             one = _with_singular(one, module, singular)
         made.append(one)
-    return Found("PEFT", opened.path, tuple(made), beside, dict(config))
+    return Found("PEFT", opened.path, tuple(made), beside, dict(config), tuple(notes))
 
 
 def _adalora_scale(config: Mapping[str, Any]) -> updates.Scale:

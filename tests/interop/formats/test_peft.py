@@ -98,6 +98,17 @@ def test_what_needs_its_base_is_named(tmp_path, kind):
         formats.read(path)
 
 
+def test_a_matrix_that_adalora_pruned_to_rank_0_is_named(tmp_path):
+    ranks = {"a": 0, "b": 2}
+    tensors = {f"{name}.lora_A": draw(r, 8) for name, r in ranks.items()}
+    tensors |= {f"{name}.lora_B": draw(6, r) for name, r in ranks.items()}
+    tensors |= {f"{name}.lora_E": draw(r, 1) for name, r in ranks.items()}
+    path = foreign(tmp_path / "adapter", tensors, peft_type="ADALORA", init_r=3)
+    found = formats.read(path)
+    assert [(update.layer, update.rank) for update in found.updates] == [("b", 2)]
+    assert found.notes == ("a has no update: AdaLoRA pruned it to rank 0",)
+
+
 def model():
     import torch
 
