@@ -7,6 +7,7 @@ kind (`updates`). s is the tensor alpha over the rank; without it, or if it is 0
 of a module's path are "_", which only the base's own names can undo.
 """
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -128,9 +129,11 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
         if tensors.keys() & words:
             raise refused(f"{layer} is the name of several modules, {name} is one")
         tensors |= words
-    texts = {key: x for key, x in found.config.items() if own and isinstance(x, str)}
-    texts = {key: x for key, x in texts.items() if not key.startswith(_HASHES)}
-    return write_bytes(out, serialise(tensors, texts | _about(by_name.values())))
+    texts = {"ss_network_module": _module(by_name.values())}
+    for key, x in found.config.items() if own else ():
+        if not key.startswith(_HASHES):
+            texts[key] = x if isinstance(x, str) else json.dumps(x)
+    return write_bytes(out, serialise(tensors, texts | _ranks(by_name.values())))
 
 
 def _words(update: Update, refused: Callable[[str], ValueError]) -> dict[str, np.ndarray]:
@@ -151,13 +154,18 @@ def _words(update: Update, refused: Callable[[str], ValueError]) -> dict[str, np
     return words | {"alpha": alpha.astype(np.float32) if exact else alpha}
 
 
-def _about(written: Collection[Update]) -> dict[str, str]:
+def _module(written: Collection[Update]) -> str:
+    """The code that trains such a file, as sd-scripts names it in the header."""
+    lora = all(update.kind in factored.KINDS for update in written)
+    return "networks.lora" if lora else "lycoris.kohya"
+
+
+def _ranks(written: Collection[Update]) -> dict[str, str]:
     """What sd-scripts writes about ranks and alphas in the header; "Dynamic" if they differ."""
     inner = [(factored.inner_rank(update) or 1, update.scale) for update in written]
     ranks, alphas = {rank for rank, _ in inner}, {rank * s for rank, s in inner}
     one = lambda values: f"{values.pop():g}" if len(values) == 1 else "Dynamic"
-    about = {"ss_network_module": "networks.lora", "ss_network_dim": one(ranks)}
-    return about | {"ss_network_alpha": one(alphas)}
+    return {"ss_network_dim": one(ranks), "ss_network_alpha": one(alphas)}
 
 
 def of_alpha(alpha: Stored | None) -> updates.Scale:

@@ -157,6 +157,7 @@ def test_loha_and_lokr_keep_their_tensors(tmp_path):
     (path / "adapter_config.json").write_text(json.dumps(config))
     found = formats.read(path)
     there = formats.read(kohya.write(tmp_path / "k.safetensors", found))
+    assert there.config["ss_network_module"] == "lycoris.kohya"
     back = formats.read(peft.write(tmp_path / "p", there))
     for file in (there, back):
         by_name = {image_names.diffusers(one.layer): one for one in file.updates}
@@ -192,6 +193,19 @@ def test_scales_are_exact(tmp_path):
     assert formats.read(back).updates[0].scale == found.updates[0].scale == 16 / 8**0.5
     (stored,) = (x for k, x in safetensors.numpy.load_file(back).items() if "alpha" in k)
     assert stored.dtype == np.float64
+
+
+def test_a_file_of_kohyas_keeps_its_texts(tmp_path):
+    """Also those that are JSON; not the ranks and hashes, which are the new file's."""
+    stored, _ = of_kohya(tmp_path)
+    texts = {"ss_tag_frequency": '{"cats": {"cat": 2}}', "ss_network_module": "lycoris.kohya"}
+    theirs = {"ss_network_dim": "7", "sshs_model_hash": "1", "modelspec.hash_sha256": "1"}
+    found = formats.read(written(tmp_path, stored, **texts, **theirs), as_stored=True)
+    file = kohya.write(tmp_path / "k.safetensors", found)
+    with safetensors.safe_open(file, "numpy") as handle:
+        assert handle.metadata() == texts | {
+            "ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize(
