@@ -7,9 +7,11 @@
     ComfyUI     diffusion_model.layers.0.attention.to_q.lora_A.weight, .lora_down.weight, .alpha
     XLabs       double_blocks.0.processor.qkv_lora1.down.weight
     no prefix   transformer_blocks.0.attn.to_q.lora_A.default.weight
+                also what diffusers' `save_lora_adapter` writes
 
-(diffusers, utils/state_dict_utils.py and loaders/lora_conversion_utils.py.) s is from a tensor
-"alpha", from diffusers' metadata "lora_adapter_metadata", a `LoraConfig` for each prefix, or 1.
+(diffusers, utils/state_dict_utils.py, loaders/peft.py and loaders/lora_conversion_utils.py.) s is
+from a tensor "alpha", from diffusers' metadata "lora_adapter_metadata", a `LoraConfig` for each
+prefix, or of the file if names have no prefix, or 1.
 """
 
 import json
@@ -79,7 +81,7 @@ def modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, 
     configs = _configs(opened)
 
     def scale_of(layer: str, alpha: Stored | None) -> updates.Scale:
-        component, _, module = layer.partition(".")
+        component = "" if "" in configs else layer.partition(".")[0]
         if component not in configs:
             return of_alpha(alpha)
         if alpha is not None:
@@ -87,7 +89,7 @@ def modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, 
                 f"{opened.file}: {layer}: a tensor alpha, and {METADATA} in the header; one of "
                 "them can say the scale"
             )
-        return _of_config(configs[component], module, opened.file)
+        return _of_config(configs[component], layer.removeprefix(f"{component}."), opened.file)
 
     return readable(opened, _by_layer(opened), scale_of)
 
@@ -122,7 +124,8 @@ def _by_layer(opened: Opened) -> dict[str, dict[str, Stored]]:
 
 
 def _configs(opened: Opened) -> dict[str, dict[str, Any]]:
-    """{component: its fields of a LoraConfig} from diffusers' metadata."""
+    """{component: its fields of a LoraConfig} from diffusers' metadata; the component is "" in a
+    file of one model, which `save_lora_adapter` writes."""
     if METADATA not in opened.metadata:
         return {}
     stored = fields(opened.metadata)[METADATA]
@@ -131,13 +134,14 @@ def _configs(opened: Opened) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{where}: no JSON object")
     configs: dict[str, dict[str, Any]] = {}
     for key, value in stored.items():
-        component, _, field = key.partition(".")
+        component, _, field = key.rpartition(".")
         configs.setdefault(component, {})[field] = value
     want = {"r": COUNT, "lora_alpha": NUMBER, "rank_pattern": RANKS, "alpha_pattern": ALPHAS}
     for component, config in configs.items():
         for field, kind in want.items():
             if field in config and not kind.fits(config[field]):
-                raise ValueError(f"{where}: {component}.{field} should be {kind.words}")
+                name = f"{component}.{field}".removeprefix(".")
+                raise ValueError(f"{where}: {name} should be {kind.words}")
     return configs
 
 

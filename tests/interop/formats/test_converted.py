@@ -284,11 +284,10 @@ def test_language_models_come_back_to_peft(tmp_path):
     assert "base_model.model.model.embed_tokens.lora_embedding_A" in stored
 
 
-def test_diffusers_loads_what_we_write(tmp_path):
-    """A small U-Net of the library computes W + dW with our file."""
+def small_unet():
     diffusers, torch = require("diffusers"), require("torch")
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
+    return diffusers.UNet2DConditionModel(
         sample_size=8,
         layers_per_block=1,
         block_out_channels=(8, 16),
@@ -298,6 +297,27 @@ def test_diffusers_loads_what_we_write(tmp_path):
         attention_head_dim=2,
         norm_num_groups=4,
     )
+
+
+def test_what_diffusers_saves_of_one_model(tmp_path):
+    """`save_lora_adapter` writes names and metadata without the name of a component."""
+    library, torch, unet = require("peft"), require("torch"), small_unet()
+    target = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    config = dict(r=2, lora_alpha=5, target_modules=["to_q", "to_k"], rank_pattern={target: 3})
+    unet.add_adapter(library.LoraConfig(**config, init_lora_weights=False))
+    unet.save_lora_adapter(tmp_path)
+    found = formats.read(tmp_path)
+    scales = {update.layer: update.scale for update in found.updates}
+    assert scales[target] == 5 / 3 and set(scales.values()) == {5 / 3, 2.5}
+    for update in found.updates:
+        with torch.no_grad():
+            want = unet.get_submodule(update.layer).get_delta_weight("default").numpy()
+        np.testing.assert_allclose(dense(update), want.T, atol=1e-6)
+
+
+def test_diffusers_loads_what_we_write(tmp_path):
+    """A small U-Net of the library computes W + dW with our file."""
+    unet = small_unet()
     names = [
         "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
         "mid_block.resnets.0.conv1",
