@@ -32,6 +32,7 @@ import dataclasses
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -309,34 +310,45 @@ def _add(args, weights: list[float]) -> None:
     if len({file.format for file in found}) > 1:  # rows must have one order
         found = [formats.read(adapter, as_stored=True) for adapter in args.adapters]
     for file in found:
-        _refuse_beside(file)
+        _check_known(file)
     _write_smaller(args, found[0], adding.added({x.path: x.updates for x in found}, weights))
 
 
-def _refuse_beside(found) -> None:
-    """Raises ValueError for parameters that were trained in full."""
+def _check_known(found) -> None:
+    """Raises ValueError for parameters that were trained in full, and for unknown scales."""
+    from lorax.interop.formats import factored
+
     if found.beside:
         names = ", ".join([*found.beside][:3])
         raise ValueError(f"{found.path}: {names}: trained in full, and would be lost")
+    for update in found.updates:
+        factored.check_scale(found, update, lambda why: ValueError(f"{found.path}: {why}"))
 
 
 def _write_smaller(args, found, updates) -> None:
-    """Write the leading directions of updates in the format of `found` or that of --format."""
+    """Write the leading directions of updates in the format of `found` or that of --format. An
+    empty version is written before, so that what the format can't hold is refused at once."""
     from lorax import shrinking
     from lorax.interop import formats
 
-    _refuse_beside(found)
+    shrinking.check(args)
+    _check_known(found)
     format = args.format or found.format.lower()
     if format not in formats.WRITERS:
         known = ", ".join(formats.WRITERS)
         raise ValueError(f"{found.format} is not written; choose one of {known} with --format")
+    write = lambda out, updates: formats.WRITERS[format](
+        out, found._replace(updates=tuple(updates)), None
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        write(Path(directory, Path(args.out).name), shrinking.empty(updates))
     smaller = shrinking.shrink_file(updates, args)
     kept = shrinking.smaller_updates(updates, smaller.adapter.factors)
     if not kept:
         raise ValueError("nothing to write: no matrix keeps a direction")
     one_file = contextlib.nullcontext(Path(args.out))
     with one_file if format in formats.FILES else whole(args.out) as out:
-        formats.WRITERS[format](out, found._replace(updates=tuple(kept)), None)
+        write(out, kept)
     _say(args.out, smaller)
 
 

@@ -49,14 +49,15 @@ def shrink(trained: "Trained", how) -> Shrunk:
     if adapter is None:
         raise ValueError(f"{trained.name} has no low-rank factors to shrink")
     check(how)
+    if how.loss is not None:
+        loss_of = _loss_of(trained, _run_of(how.adapter, how.run))
     layers = {layer: f for layer, f in adapter.factors.items() if f.a.shape[1]}
     svds = {layer: spectrum.factor_svd(f.a, f.b, f.s) for layer, f in layers.items()}
     if not any(sigma.any() for _, sigma, _ in svds.values()):
         raise ValueError(f"nothing to shrink: {adapter.idle() or 'every update is 0'}")
     losses = None
     if how.loss is not None:
-        loss_of = _loss_of(trained, svds, _run_of(how.adapter, how.run))
-        ranks, losses = within(svds, loss_of, how.loss)
+        ranks, losses = within(svds, functools.partial(loss_of, svds), how.loss)
     else:
         shapes = {layer: (len(u), vt.shape[1]) for layer, (u, _, vt) in svds.items()}
         ranks = kept_ranks({layer: sigma for layer, (_, sigma, _) in svds.items()}, shapes, how)
@@ -95,11 +96,10 @@ def kept_ranks(
 
 def shrink_file(updates: Sequence[Update], how) -> Shrunk:
     """The smaller version of the updates in a file, without its base, a matrix at a time. how: as
-    for `shrink`, without `loss`.
+    for `shrink`, without `loss`, and checked.
 
-    Raises ValueError for a number out of range, numbers that are not finite, and if all is 0.
+    Raises ValueError for numbers that are not finite, and if all is 0.
     """
-    check(how)
     measured = {one.update.layer: one for one in measure(updates)}
     if bad := [layer for layer, one in measured.items() if one.bad]:
         raise ValueError(f"{defects.named(bad)}: NaN or infinite numbers")
@@ -118,14 +118,28 @@ def shrink_file(updates: Sequence[Update], how) -> Shrunk:
 
 
 def smaller_updates(updates: Sequence[Update], factors: Mapping[str, Factors]) -> list[Update]:
-    """The updates with these factors in their place, without those that have none."""
+    """The updates with these factors in their place, without those that have none. What is DoRA
+    stays what it is, as its lengths are kept."""
     made = []
     for update in updates:
         if (one := factors.get(update.layer)) is not None:
-            kind, read = "LoRA" if one.m is None else "DoRA", functools.partial(_itself, one)
+            kind = update.kind if "DoRA" in update.kind else "LoRA"
+            read = functools.partial(_itself, one)
             about = {"kind": kind, "rank": one.a.shape[1], "scale": one.s, "dtype": "F32"}
             made.append(update._replace(**about, source="of a smaller one", read=read))
     return made
+
+
+def empty(updates: Sequence[Update]) -> list[Update]:
+    """Smaller versions of the updates that are 0, to see if a format holds them."""
+    factors = {}
+    for update in updates:
+        a, b = (
+            np.zeros(shape, np.float32) for shape in ((update.shape[0], 1), (1, update.shape[1]))
+        )
+        m = np.ones(update.shape[1], np.float32) if update.kind == "DoRA" else None
+        factors[update.layer] = Factors(a, b, 1.0, m)
+    return smaller_updates(updates, factors)
 
 
 def _itself(x):
@@ -200,8 +214,8 @@ def _run_of(adapter: str, run: str | None) -> Path:
     return directory
 
 
-def _loss_of(trained: "Trained", svds: SVDs, run: Path) -> Callable:
-    """f({layer: rank}) -> the loss on the run's validation rows with so many directions."""
+def _loss_of(trained: "Trained", run: Path) -> Callable:
+    """f(svds, {layer: rank}) -> the loss on the run's validation rows with so many directions."""
     import jax
 
     from lorax import adapters, tasks
@@ -224,7 +238,7 @@ def _loss_of(trained: "Trained", svds: SVDs, run: Path) -> Callable:
         rows = task.kind.rows(base.module, params, batch)
         return rows.loss.sum(), rows.weight.sum()
 
-    def loss_of(ranks: Mapping[str, int]) -> float:
+    def loss_of(svds: SVDs, ranks: Mapping[str, int]) -> float:
         kept = {}
         for layer, (u, sigma, vt) in svds.items():  # of one shape for all ranks: compiled once
             kept_sigma = np.where(np.arange(len(sigma)) < ranks[layer], sigma, 0)

@@ -8,9 +8,11 @@ import pytest
 import safetensors.numpy
 from small_files import WIDTH, kohya
 
-from lorax import convert
+from lorax import convert, shrinking
 from lorax.interop import formats
 from lorax.interop.adapter import Factors
+
+LORA = ("lora_a", "lora_b")
 
 
 def run(*arguments):
@@ -121,6 +123,7 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
     other, _ = kohya(tmp_path / "b.safetensors", layers=1, seed=1)
     same, _ = kohya(tmp_path / "c.safetensors", layers=1)
     dora, out = peft(tmp_path / "dora", dora=True), tmp_path / "o"
+    file_out = tmp_path / "o.safetensors"
     cases = {
         ("shrink", file, out, "--loss", 0.1): "--loss: needs the base; give it with --base",
         ("shrink", file, out, "--error", 2): "--error: 2 given, must be a relative error",
@@ -129,9 +132,38 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
         ("add", file, other, out, "--weights=1"): "--weights: 1 given for 2 adapters",
         ("add", dora, file, out): "is DoRA, whose lengths belong to its own update",
         ("subtract", file, file, out): "given twice",
-        ("subtract", file, same, out): "nothing to shrink: every update is 0",
+        ("subtract", file, same, file_out): "nothing to shrink: every update is 0",
     }
     for arguments, words in cases.items():
         assert run(*arguments) == 2, arguments
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1, said
+        assert not out.exists() and not file_out.exists()
+
+
+def test_what_a_format_cannot_hold_is_refused_before_the_numbers_are_read(
+    tmp_path, capsys, monkeypatch
+):
+    file, _ = kohya(tmp_path / "a.safetensors", layers=1)
+    mlx = tmp_path / "mlx"
+    mlx.mkdir()
+    tensors = {f"model.layers.0.mlp.up_proj.{x}": np.ones((4, 4), np.float32) for x in LORA}
+    safetensors.numpy.save_file(tensors, mlx / "adapters.safetensors")
+    loha, word = tmp_path / "loha.safetensors", "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    tensors = {
+        f"{word}.hada_w{i}": np.ones((4, 4), np.float32) for i in ("1_a", "1_b", "2_a", "2_b")
+    }
+    tensors[f"{word}.dora_scale"] = np.ones((4, 1), np.float32)
+    safetensors.numpy.save_file(tensors, loha)
+    monkeypatch.setattr(shrinking, "measure", None)
+    out = tmp_path / "o"
+    cases = {
+        ("shrink", file, out): "o: kohya's files end in .safetensors",
+        ("shrink", file, out, "--format=gguf"): "GGUF can't hold it",
+        ("shrink", mlx, out): "its scale is not known: model.layers.0.mlp.up_proj has default 1",
+        ("shrink", loha, out, "--format=diffusers"): "mlp_fc1 is LoHa, DoRA; it holds LoRA",
+    }
+    for arguments, words in cases.items():
+        assert run(*arguments, "--rank", 1) == 2, arguments
         said = capsys.readouterr().err
         assert words in said and said.count("\n") == 1 and not out.exists(), said

@@ -50,8 +50,7 @@ def named(
             raise refused(f"the rows of {update.layer} need the base's heads; give --base")
         if updates.ROWS in update.warnings:
             raise refused(f"{update.layer}: DoRA with one length per input; it has one per output")
-        if update.source.startswith("default") and found.format not in IMAGES:
-            raise refused(f"its scale is not known: {update.layer} has {update.source}")
+        check_scale(found, update, refused)
         if name is None:
             raise refused(f"its name of {update.layer} is not known")
         if name in by_name:
@@ -62,6 +61,12 @@ def named(
     if found.beside:
         raise refused(f"{', '.join([*found.beside][:3])} beside the updates of matrices")
     return by_name
+
+
+def check_scale(found: Found, update: Update, refused: Callable[[str], ValueError]) -> None:
+    """Raises ValueError if a file does not say the scale of an update."""
+    if update.source.startswith("default") and found.format not in IMAGES:
+        raise refused(f"its scale is not known: {update.layer} has {update.source}")
 
 
 def refusal(found: Found, format: str) -> Callable[[str], ValueError]:

@@ -114,7 +114,7 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     keeps its names and texts.
     """
     if out.suffix != ".safetensors":
-        raise ValueError(f"{out}: kohya's files end in .safetensors")
+        raise ValueError(f"{out.name}: kohya's files end in .safetensors")
     refused = factored.refusal(found, "kohya")
     own = found.format == "kohya"
     name_of = str if own else image_names.diffusers
