@@ -53,24 +53,30 @@ def ask(tmp_path):
 ADAPTER = """
 import json
 from lorax.interop import formats
-for path in ("me/lora", "me/lora/sub/one.safetensors", "me/none"):
+for path in ("me/lora", "me/lora/sub/one.safetensors", "me/none", "me/lora/no.safetensors"):
     try:
-        print(json.dumps([update.layer for update in formats.read(path).updates]))
+        print(json.dumps([(update.layer, update.scale) for update in formats.read(path).updates]))
     except FileNotFoundError as error:
         print(json.dumps(str(error)))
 """
 
 
 def test_an_adapter_comes_by_the_name_of_its_repository_or_of_a_file_in_it(tmp_path, ask):
-    for folder, layer in (("", "lora_unet_a"), ("sub", "lora_unet_b")):
-        tensors = {f"{layer}.lora_down.weight": np.ones((2, 4), np.float32)}
-        tensors[f"{layer}.lora_up.weight"] = np.ones((4, 2), np.float32)
-        (tmp_path / "hub/me/lora" / folder).mkdir(parents=True)
-        file = tmp_path / "hub/me/lora" / folder / "one.safetensors"
-        safetensors.numpy.save_file(tensors, file)
-    whole, inside, missing = ask(ADAPTER)
-    assert (whole, inside) == (["lora_unet_a"], ["lora_unet_b"])
+    folder = tmp_path / "hub/me/lora"
+    (folder / "sub").mkdir(parents=True)
+    pair = np.ones((2, 4), np.float32), np.ones((4, 2), np.float32)
+    names = {"": "lora_unet_a.lora_{}.weight", "sub": "base_model.model.b.lora_{}.weight"}
+    for (where, name), ways in zip(names.items(), (("down", "up"), "AB"), strict=True):
+        tensors = {name.format(way): x for way, x in zip(ways, pair, strict=True)}
+        safetensors.numpy.save_file(tensors, folder / where / "one.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6}
+    (folder / "sub" / "adapter_config.json").write_text(json.dumps(config))
+    for base in ("model.safetensors", "model-00001-of-00002.safetensors"):
+        (folder / base).write_bytes(b"a base, which is not fetched")
+    whole, inside, missing, not_in_it = ask(ADAPTER)
+    assert (whole, inside) == ([["lora_unet_a", 1]], [["b", 3]])
     assert missing.startswith("me/none: no such file or directory, and reading it from the Hub")
+    assert "there is no no.safetensors in me/lora" in not_in_it
 
 
 def write(folder, **files):

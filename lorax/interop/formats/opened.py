@@ -27,6 +27,7 @@ _LONGEST = 512  # characters of a tensor's name
 _UNREAD = (*PICKLES, ".distcp", ".pkl")
 _HUB = [f"*{end}" for end in CONTAINERS] + ["*.json", "*.yaml"]
 _HUB += ["*METADATA*", "*ocdbt*", "d/*", "*/d/*"]  # of orbax
+_BASES = ["*-of-*.safetensors", "model.safetensors", "tf_model.h5"]  # which are no adapters
 
 
 class Opened(NamedTuple):
@@ -97,12 +98,18 @@ def located(path: str | Path) -> Path:
     owner, model, *inside = name.split("/")
     if inside and Path(name).suffix not in CONTAINERS:
         raise FileNotFoundError(f"{path}: no such file or directory")
-    from huggingface_hub import hf_hub_download, snapshot_download  # slow to import
+    from huggingface_hub import snapshot_download  # slow to import
 
+    file = "/".join(inside)
+    around = "/".join([*inside[:-1], ""])
+    wanted = [file, f"{around}*.json", f"{around}*.yaml"] if inside else _HUB
     try:
-        if inside:
-            return Path(hf_hub_download(f"{owner}/{model}", "/".join(inside)))
-        return Path(snapshot_download(name, allow_patterns=_HUB))
+        there = snapshot_download(
+            f"{owner}/{model}", allow_patterns=wanted, ignore_patterns=[] if inside else _BASES
+        )
+        if not (Path(there) / file).exists():
+            raise FileNotFoundError(f"there is no {file} in {owner}/{model}")
+        return Path(there) / file
     except Exception as error:  # of the Hub, the network or the cache: none has it
         why = str(error).strip().partition("\n")[0] or type(error).__name__
         raise FileNotFoundError(
