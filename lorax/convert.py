@@ -1,4 +1,4 @@
-"""Show adapters, convert them to PEFT's format, or merge them into a base model.
+"""Show adapters, convert them between formats, or merge them into a base model.
 
     python -m lorax.convert show ADAPTER                        spectrum and rank of every update
     python -m lorax.convert peft ADAPTER OUT --base BASE        an adapter in PEFT's format
@@ -16,7 +16,8 @@ ADAPTER is one of:
     scale: give --alpha.
   - a directory in lorax's own format (method.json). Without a delta.safetensors it needs --base to
     be shown. Your own method also needs --method FILE, the Python file that registers it.
-`to` reads the files of many programs (docs/formats.md), and needs --base only for GGUF.
+`to` reads the files of many programs (docs/formats.md). It needs --base where a format has other
+rows of q and k than Hugging Face: from and to GGUF, and from torchtune.
 BASE is a shipped name, a Hugging Face directory or a Hub id. OUT must not exist yet.
 
 shrink, add and subtract need no base: they take any format that `python -m lorax.xray` reads, and
@@ -460,7 +461,7 @@ def _unchanged(merged, base, dtypes) -> bool:
 def _check_new(out: str) -> None:
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out}: already exists; give a new directory")
+        raise FileExistsError(f"{out}: already exists; give a new name")
 
 
 @contextlib.contextmanager

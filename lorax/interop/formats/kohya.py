@@ -43,7 +43,7 @@ NEEDS_BASE = {
 
 
 def recognises(opened: Opened) -> bool:
-    """Whether most names of tensors begin with a flattened module's name."""
+    """Whether a tensor's name begins as flattened names do."""
     return any(name.startswith(PREFIXES) for name in opened.tensors)
 
 
