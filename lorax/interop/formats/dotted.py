@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from lorax.files import write_bytes
-from lorax.interop.formats import factored, fused, updates
+from lorax.interop.formats import factored, fused, image_names, updates
 from lorax.interop.formats.contract import Found, Update
 from lorax.interop.formats.kohya import of_alpha, readable
 from lorax.interop.formats.opened import Opened, fields, open_adapter
@@ -167,7 +167,8 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     base: not needed. Raises ValueError that says what the format can't hold.
     """
     refused = factored.refusal(found, "diffusers")
-    by_name = factored.named(found, "diffusers")
+    name_of = str if found.format == "diffusers" else image_names.diffusers
+    by_name = factored.named(found, "diffusers", name_of)
     tensors: dict[str, np.ndarray] = {}
     components: dict[str, dict[str, Update]] = {}
     for name, update in by_name.items():
@@ -181,5 +182,6 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     }
     metadata = {"format": "pt", METADATA: json.dumps(configs, indent=2, sort_keys=True)}
     file = write_bytes(out / FILE, serialise(tensors, metadata))
-    factored.check_written(by_name, read(open_adapter(file)._replace(as_stored=True)), refused)
+    written = read(open_adapter(file)._replace(as_stored=True))
+    factored.check_written(by_name, written, refused)
     return out

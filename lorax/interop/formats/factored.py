@@ -151,13 +151,12 @@ def check_written(
     by_name: Mapping[str, Update],
     written: Found,
     refused: Callable[[str], ValueError],
-    name_of: Callable[[str], str | None] = image_names.diffusers,
 ) -> None:
     """Raises ValueError unless a written file has the scales and ranks of the updates that it was
     made of: in PEFT's patterns a name may be the end of another."""
     want, got = (
         {name: (one.scale, one.rank, one.shape) for name, one in file}
-        for file in (by_name.items(), ((name_of(one.layer), one) for one in written.updates))
+        for file in (by_name.items(), ((one.layer, one) for one in written.updates))
     )
     for name in want | got:
         if want.get(name) != got.get(name):

@@ -120,6 +120,15 @@ def test_kohya_to_diffusers_and_back(tmp_path, dtype):
             np.testing.assert_array_equal(stored[name], x)
 
 
+def test_a_file_of_diffusers_keeps_its_names(tmp_path):
+    """Also those of components that kohya's files do not have."""
+    names = [f"controlnet.down_blocks.0.attn1.to_{x}" for x in "qk"]
+    tensors = {f"{name}.lora_A.weight": draw(2, 8) for name in names}
+    tensors |= {f"{name}.lora_B.weight": draw(6, 2) for name in names}
+    found = formats.read(written(tmp_path, tensors), as_stored=True)
+    same(found, formats.read(dotted.write(tmp_path / "out", found)), str)
+
+
 def test_dora_and_peft(tmp_path):
     layers = {"mid_block.attentions.0.proj_in": (), "conv_in": (3, 3)}
     tensors = {}
