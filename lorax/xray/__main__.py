@@ -81,7 +81,8 @@ def show(given: argparse.Namespace, screen) -> int:
             screen.print(f"  {fact}: {value}", soft_wrap=True)
         updates = _progress(measure(file.updates), f"reading {name}", len(file.updates))
         measured[name] = list(updates)
-        _show_one(measured[name], given.all, screen)
+        if measured[name]:
+            _show_one(measured[name], given.all, screen)
     if len(found) > 1:
         _show_together(measured, screen)
     return _write(given, screen) if given.out is not None else 0

@@ -78,7 +78,7 @@ def measure_one(update: Update) -> Measured:
     if isinstance(given, Factors):
         sigma = spectrum.factor_sigma(given.a, given.b, given.s)
     else:
-        sigma = np.linalg.svd(np.asarray(given, np.float64), compute_uv=False)
+        sigma = spectrum.dense_sigma(given)
     return Measured(update, shape, sigma, 0, "" if sigma.any() else _idle(given), marks)
 
 

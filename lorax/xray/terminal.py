@@ -31,6 +31,8 @@ def headline(name: str, found: Found) -> str:
 
 def kinds(found: Found) -> str:
     """Kinds, ranks and types of the updates: "264 LoRA; rank 4 to 32, F16"."""
+    if not found.updates:
+        return "no update that the file alone has"
     counts = Counter(update.kind for update in found.updates)
     ranks = sorted({update.rank for update in found.updates})
     rank = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else "".join(map(str, ranks))

@@ -42,6 +42,15 @@ def test_singular_values_without_directions_are_those_of_the_dense_product():
     )
 
 
+def test_singular_values_of_a_dense_update():
+    rank_3 = draw(40, 3) @ draw(3, 24)
+    for matrix in (draw(40, 24), draw(24, 40), rank_3, np.zeros((4, 5), np.float32)):
+        expected = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+        found = spectrum.dense_sigma(matrix)
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-7 * expected[0])
+    assert spectrum.numerical_rank(spectrum.dense_sigma(rank_3), rank_3.shape) == 3
+
+
 def test_where_squares_lose_the_update_its_factors_are_taken_apart():
     """A B is 1e-9 of |A| |B|: below what Gram matrices can say."""
     u, v = (np.linalg.qr(draw(n, 2, seed=1).astype(np.float64))[0] for n in (16, 12))
