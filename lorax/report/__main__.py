@@ -102,8 +102,7 @@ def write(
     The arguments are those of the command line. Raises FileNotFoundError or ValueError that says
     what was given and what is expected.
     """
-    if layers is not None and layers < 0:
-        raise ValueError(f"--layers={layers}: a number of layers, 0 for none")
+    bases.check(None, layers)
     if share is not None and not share.endswith(".html"):
         raise ValueError(f"--share={share}: the name of a file that ends with .html")
     if share is not None and out is not None:

@@ -42,6 +42,17 @@ def load(name: str) -> Kernels:
     return kernels(unread(name))
 
 
+def check(base: str | None, layers: int | None) -> None:
+    """Raises ValueError or FileNotFoundError for a base that is not there and for a number of its
+    layers below 0; no weights are read."""
+    if layers is not None and layers < 0:
+        raise ValueError(f"--layers={layers}: a number of layers, 0 for none")
+    if base is not None and not is_of_tensors(base):
+        from lorax.models.load import skeleton
+
+        skeleton(base)
+
+
 def with_sources(name: str) -> tuple[Kernels, dict[str, Any]]:
     """`load`, and where in Hugging Face's tensors the model's parameters are (`Base.sources`)."""
     from lorax import models

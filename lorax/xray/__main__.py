@@ -72,6 +72,10 @@ def show(given: argparse.Namespace, screen) -> int:
     for name in ("base", "layers"):
         if getattr(given, name) is not None and given.out is None:
             raise ValueError(f"--{name}: give --out DIR as well, where the comparison is written")
+    if given.out is not None:
+        from lorax.report import bases
+
+        bases.check(given.base, given.layers)
     names = dict(zip(given.files, named(given.files), strict=True))
     found = {names[file]: formats.read(file) for file in given.files}
     measured = {}

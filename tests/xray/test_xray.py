@@ -258,10 +258,28 @@ def test_many_matrices_are_cut_and_it_says_so(tmp_path, capsys):
 def test_a_mistake_is_one_line(tmp_path, capsys):
     (tmp_path / "a.pt").write_bytes(b"x")
     file, _ = kohya(tmp_path / "b.safetensors", layers=1)
-    for arguments in (["nothing"], [tmp_path / "a.pt"], [file, file]):
+    page = [file, "--out", tmp_path / "page"]
+    for arguments in (
+        ["nothing"],
+        [tmp_path / "a.pt"],
+        [file, file],
+        [file, "--base=gpt2-nano"],
+        [*page, "--base=./nothing"],
+        [*page, "--layers=-1"],
+    ):
         assert run(*arguments) == 2
-        said = capsys.readouterr().err
+        out, said = capsys.readouterr()
         assert said.startswith("lorax: ") and said.count("\n") == 1
+        assert not out and not (tmp_path / "page").exists()  # refused before the work
+
+
+def test_a_file_of_weights_has_no_table(tmp_path, capsys):
+    tensors = {"model.layers.0.mlp.up_proj.weight": draw(4, 4)}
+    safetensors.numpy.save_file(tensors, tmp_path / "adapters.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "full"}')
+    assert run(tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "MLX: no update that the file alone has" in said and "||dW||" not in said
 
 
 def test_names_of_files_can_be_told_apart(tmp_path):
