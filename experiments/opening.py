@@ -7,7 +7,7 @@ sentence whose verdicts have changed, as its words may be wrong by then.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from experiments.verdicts import CONTRADICTED, REPRODUCED, Verdict
+from experiments.verdicts import CONTRADICTED, REPRODUCED, UNDECIDED, Verdict
 
 
 class Sentence(NamedTuple):
@@ -24,20 +24,80 @@ NANO, STORIES, SMOLLM2 = "gpt2-nano", "stories-llama-260k", "SmolLM2-135M"
 SENTENCES = (
     Sentence(
         "rank",
-        "On gpt2-nano (1 million parameters), where q and v learn a new task from little, no small "
-        "rank is enough: r = 8 is {0}.",
+        "On gpt2-nano (1 million parameters), which learns its task through q and v alone, no "
+        "small rank is enough: r = 8 is {0}.",
         (("r = 8 is enough (q, v)", NANO, CONTRADICTED),),
+        "rank.png",
+    ),
+    Sentence(
+        "rank",
+        "Which matrices are adapted matters beside the rank: on gpt2-nano q alone stays behind "
+        "q and v at every rank, {0}.",
+        (("q alone stays behind q and v", NANO, REPRODUCED),),
         "rank.png",
     ),
     Sentence(
         "learning_rate",
         "The best learning rate hardly depends on the rank: from r = 4 to the largest it moves "
-        "{0} on gpt2-nano (1 million) and {1} on stories-llama-260k (0.26 million).",
+        "{0} on gpt2-nano and {1} on stories-llama-260k (0.26 million).",
         tuple(
             ("within a factor of two from r = 4 to the largest", base, REPRODUCED)
             for base in (NANO, STORIES)
         ),
         "learning_rate.png",
+    ),
+    Sentence(
+        "learning_rate",
+        "It is not always ten times full fine-tuning's: {0} on gpt2-nano, {1} on "
+        "stories-llama-260k.",
+        tuple(("ten times full fine-tuning's", base, CONTRADICTED) for base in (NANO, STORIES)),
+        "learning_rate.png",
+    ),
+    Sentence(
+        "rank_grows",
+        "dW gains directions while it trains (gpt2-nano): the number that holds 90% of its energy "
+        "grows for LoRA of rank 64 {0}, for full fine-tuning {1}.",
+        tuple((f"{method}: grows", NANO, REPRODUCED) for method in ("LoRA", "full fine-tuning")),
+        "rank_grows.png",
+    ),
+    Sentence(
+        "drift_to_principal",
+        "dW lies in the 8 leading directions of a pretrained W far above chance (gpt2-nano, LoRA, "
+        "the share of its energy beyond chance: {0}), and leaves them over training: the share "
+        "rises {1}.",
+        (
+            ("LoRA: principal share above chance", NANO, REPRODUCED),
+            ("LoRA: principal share rises", NANO, CONTRADICTED),
+        ),
+        "drift_to_principal.png",
+    ),
+    Sentence(
+        "intruders",
+        "LoRA has intruder dimensions where full fine-tuning has hardly any ({0} directions on "
+        "gpt2-nano), but hardly more than random directions of the same singular values ({1}).",
+        (
+            ("LoRA has intruders, full fine-tuning hardly any", NANO, REPRODUCED),
+            ("more than random directions of the same singular values", NANO, UNDECIDED),
+        ),
+        "intruders.png",
+    ),
+    Sentence(
+        "first_gradient",
+        "A start in the leading directions of the first gradient pays (gpt2-nano, 25 steps): "
+        "LoRA-One's loss is lower than the default's {0}, and LoRA-GA's lower still (LoRA-One is "
+        "ahead {1}).",
+        (
+            ("LoRA-One ahead of the default", NANO, REPRODUCED),
+            ("LoRA-One ahead of LoRA-GA", NANO, CONTRADICTED),
+        ),
+        "first_gradient.png",
+    ),
+    Sentence(
+        "lora_plus",
+        "A larger rate for b than for a gains little once both have their best (gpt2-nano, r = 8): "
+        "ratio 16 is ahead of 1 {0}, which six seeds leave undecided.",
+        (("ratio 16 beats 1", NANO, UNDECIDED),),
+        "lora_plus.png",
     ),
 )
 
