@@ -14,6 +14,7 @@ import numpy as np
 from lorax import spectrum
 from lorax.interop.adapter import Factors
 from lorax.interop.formats import Update
+from lorax.interop.formats.heads import is_unordered
 from lorax.xray.together import same_matrix
 
 
@@ -21,7 +22,7 @@ def added(files: Mapping[object, Sequence[Update]], weights: Sequence[float]) ->
     """The updates of a sum with these weights; its numbers are read when asked for.
 
     files: {path or name: its updates}. Raises ValueError for weights that don't fit, a matrix of
-    two shapes, and DoRA.
+    two shapes or with rows in two orders, and DoRA.
     """
     if len(weights) != len(files):
         raise ValueError(f"--weights: {len(weights)} given for {len(files)} adapters")
@@ -40,6 +41,11 @@ def added(files: Mapping[object, Sequence[Update]], weights: Sequence[float]) ->
                 raise ValueError(
                     f"{name}: {update.layer} is {update.shape}, but {parts[0][0].shape} in "
                     "another file; adapters of one base are needed"
+                )
+            if parts and is_unordered(parts[0][0]) != is_unordered(update):
+                raise ValueError(
+                    f"{name}: the rows of {update.layer} are in another order than in another "
+                    "file; their base's config.json beside the files puts them in one order"
                 )
             parts.append((update, weight))
     return tuple(_sum(parts) for parts in matrices.values())

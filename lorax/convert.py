@@ -304,9 +304,10 @@ def _add(args, weights: list[float]) -> None:
     _check_new(args.out)
     if len(args.adapters) < 2:
         raise ValueError("one adapter given, at least two are needed before OUT")
-    if len(set(args.adapters)) < len(args.adapters):
-        twice = next(name for name in args.adapters if args.adapters.count(name) > 1)
-        raise ValueError(f"{twice}: given twice; give it once, with a weight")
+    paths = [Path(name).resolve() for name in args.adapters]
+    for name, path in zip(args.adapters, paths, strict=True):
+        if paths.count(path) > 1:
+            raise ValueError(f"{name}: given twice; give it once, with a weight")
     found = [formats.read(adapter, {}, as_stored=True) for adapter in args.adapters]
     if len({file.format for file in found}) > 1:  # rows must have one order
         found = [formats.read(adapter, as_stored=True) for adapter in args.adapters]

@@ -6,11 +6,13 @@ import re
 import numpy as np
 import pytest
 import safetensors.numpy
+from language_files import gguf_file
 from small_files import WIDTH, kohya
 
 from lorax import convert, shrinking
 from lorax.interop import formats
 from lorax.interop.adapter import Factors
+from lorax.xray import __main__ as xray
 
 LORA = ("lora_a", "lora_b")
 
@@ -131,7 +133,7 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
         ("add", file, out): "one adapter given, at least two are needed before OUT",
         ("add", file, other, out, "--weights=1"): "--weights: 1 given for 2 adapters",
         ("add", dora, file, out): "is DoRA, whose lengths belong to its own update",
-        ("subtract", file, file, out): "given twice",
+        ("subtract", file, f"{tmp_path}/./{file.name}", out): "given twice",
         ("subtract", file, same, file_out): "nothing to shrink: every update is 0",
     }
     for arguments, words in cases.items():
@@ -167,3 +169,21 @@ def test_what_a_format_cannot_hold_is_refused_before_the_numbers_are_read(
         assert run(*arguments, "--rank", 1) == 2, arguments
         said = capsys.readouterr().err
         assert words in said and said.count("\n") == 1 and not out.exists(), said
+
+
+def test_rows_in_two_orders_are_neither_added_nor_compared(tmp_path, capsys):
+    """q and k of llama.cpp's files are in another order than Hugging Face's."""
+    key = "blk.0.attn_q.weight"
+    tensors = {f"{key}.lora_a": np.ones((2, WIDTH), np.float32)}
+    tensors[f"{key}.lora_b"] = np.ones((8, 2), np.float32)
+    file, other = gguf_file(tmp_path, tensors), peft(tmp_path / "peft")
+    for arguments in ((file, other), (other, file)):
+        assert run("add", *arguments, tmp_path / "out.gguf") == 2
+        assert "are in another order than in another file" in capsys.readouterr().err
+    assert xray.main([str(file), str(other)]) == 0
+    assert "nothing in common" in capsys.readouterr().out
+    fields = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert xray.main([str(file), str(other)]) == 0
+    assert "Directions in common" in capsys.readouterr().out
+    assert run("add", other, file, tmp_path / "both") == 0

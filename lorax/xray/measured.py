@@ -11,6 +11,7 @@ from lorax import spectrum
 from lorax.devices import cores
 from lorax.interop.adapter import Factors, Unread, shape_of
 from lorax.interop.formats.contract import Update
+from lorax.interop.formats.heads import is_unordered
 
 WORKERS = min(8, cores())  # each holds one matrix
 
@@ -53,10 +54,15 @@ class Measured(NamedTuple):
 
 
 def unread(measured: Sequence[Measured]) -> Unread:
-    """The updates by layer, without those that have numbers that are not finite."""
-    finite = [one for one in measured if not one.bad]
-    readers = {one.update.layer: one.update.read for one in finite}
-    return Unread(readers, {one.update.layer: one.shape for one in finite})
+    """The updates by layer, without those that have numbers that are not finite. A layer whose rows
+    are in another order than Hugging Face's has a name that says so, and is no other file's."""
+    finite = {_named(one.update): one for one in measured if not one.bad}
+    readers = {layer: one.update.read for layer, one in finite.items()}
+    return Unread(readers, {layer: one.shape for layer, one in finite.items()})
+
+
+def _named(update: Update) -> str:
+    return f"{update.layer} (rows in another order)" if is_unordered(update) else update.layer
 
 
 def measure(updates: Sequence[Update]) -> Iterator[Measured]:
