@@ -125,4 +125,4 @@ def _peft_part(file: Path) -> Mapping[str, Any]:
         why = str(error).replace("\n", " ")[:200]
         raise ValueError(f"{file}: not readable YAML ({why})") from None
     part = fields.get("peft") if isinstance(fields, dict) else None
-    return part if isinstance(part, dict) else {}
+    return {str(key): x for key, x in part.items()} if isinstance(part, dict) else {}
