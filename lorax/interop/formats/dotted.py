@@ -25,7 +25,7 @@ import numpy as np
 from lorax.files import write_bytes
 from lorax.interop.formats import factored, fused, image_names, updates
 from lorax.interop.formats.contract import Found, Update
-from lorax.interop.formats.kohya import of_alpha, readable
+from lorax.interop.formats.kohya import of_alpha, put, readable
 from lorax.interop.formats.opened import Opened, fields, open_adapter
 from lorax.interop.peft.config import ALPHAS, COUNT, NUMBER, RANKS, scale_of
 from lorax.interop.peft.files import serialise
@@ -113,10 +113,7 @@ def _by_layer(opened: Opened) -> dict[str, dict[str, Stored]]:
         word += ".bias" if bias != key else ""
         adapters |= {match["name"]} if match["side"] else set()
         adapters |= {match["m_name"]} if match["m"] else set()
-        own = modules.setdefault(layer, {})
-        if word in own:
-            raise ValueError(f"{opened.file}: {layer} has {word} twice; {key} is one")
-        own[word] = tensor
+        put(modules, layer, word, tensor)
     if len(adapters) > 1:
         names = ", ".join(sorted(name or "one without a name" for name in adapters))
         raise ValueError(f"{opened.file}: several adapters, {names}; one can be read")

@@ -75,9 +75,17 @@ def modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, 
             raise ValueError(f"{opened.file}: {name}: no tensor of kohya's or LyCORIS")
         else:
             word = match["rest"].removesuffix(".weight")
-            by_layer.setdefault(match["layer"], {})[WORDS.get(word, word)] = tensor
+            put(by_layer, match["layer"], WORDS.get(word, word), tensor)
     found, vectors = readable(opened, by_layer, lambda layer, alpha: of_alpha(alpha))
     return found, beside | vectors
+
+
+def put(by_layer: dict[str, dict[str, Stored]], layer: str, word: str, tensor: Stored) -> None:
+    """Add a tensor to {layer: {word: tensor}}. Raises ValueError for a word that is there."""
+    own = by_layer.setdefault(layer, {})
+    if word in own:
+        raise ValueError(f"{tensor.file}: {layer} has {word} twice; {tensor.key} is one")
+    own[word] = tensor
 
 
 def readable(

@@ -76,6 +76,7 @@ def test_lengths_of_dora(tmp_path):
         ({"lokr_w1": (70000, 1), "lokr_w2": (1, 70000)}, "the most is 268435456 numbers"),
         ({"diff": (4, 4), "lora_up.weight": (4, 2), "lora_down.weight": (2, 4)}, "diff can't be"),
         ({"alpha": ()}, "alpha without an update"),
+        ({"lora_down.weight": (2, 4), "lora_A.weight": (2, 4)}, "has lora_down twice"),
         ({"diff": (4, 4), "alpha": (2,), "x": ()}, "unknown tensors x"),
     ],
 )
