@@ -15,7 +15,7 @@ from lorax.interop.peft.config import as_patterns
 KINDS = ("LoRA", "LoCon", "DoRA", "AdaLoRA")
 #: Formats of image models, whose programs take 1 for a scale that a file does not have.
 IMAGES = ("kohya", "diffusers", "ComfyUI", "XLabs", "PEFT's names")
-_DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+_DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 class Tensors(NamedTuple):
