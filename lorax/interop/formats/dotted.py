@@ -69,14 +69,14 @@ def _format(opened: Opened) -> str:
 
 def read(opened: Opened) -> Found:
     """The updates of a file. Raises ValueError that names file and tensor."""
-    found, beside = modules(opened)
+    found, beside = _modules(opened)
     config = fields(opened.metadata)
     return Found(
         _format(opened), opened.path, fused.updates_of(found, opened.as_stored), beside, config
     )
 
 
-def modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, ...]]]:
+def _modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, ...]]]:
     """(the modules of a file as they are stored, {name: shape} of biases and norms)."""
     configs = _configs(opened)
 

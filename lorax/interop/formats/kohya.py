@@ -25,14 +25,14 @@ from lorax.interop.tensors import Stored
 PREFIXES = ("lora_unet", "lora_te", "lora_transformer", "lora_prior", "lycoris", "oft_unet")
 _KEY = re.compile(r"(?P<layer>[^.]+)\.(?P<rest>.+)")
 #: Tensors that are no matrices' updates: of biases and norms.
-BESIDE = ("diff_b", "w_norm", "b_norm", "lora_up.bias")
+_BESIDE = ("diff_b", "w_norm", "b_norm", "lora_up.bias")
 #: Words of PEFT's, which some trainers take.
 WORDS = {"lora_A": "lora_down", "lora_B": "lora_up", "lora_magnitude_vector": "magnitude"}
-HELD = (*factored.KINDS, "LoHa", "LoKr", "full")  # kinds that `write` takes
+_HELD = (*factored.KINDS, "LoHa", "LoKr", "full")  # kinds that `write` takes
 _HASHES = ("sshs_", "modelspec.hash")  # of the tensors, which are others now
-EMBEDDING = "bundle_emb."  # of trained tokens, which OneTrainer stores beside
+_EMBEDDING = "bundle_emb."  # of trained tokens, which OneTrainer stores beside
 #: Kinds that multiply the base's weights, so dW does not follow from the file: by a tensor's word.
-NEEDS_BASE = {
+_NEEDS_BASE = {
     "oft_blocks": "OFT rotates the base's weights",
     "rescale": "OFT rotates the base's weights",
     "on_input": "IA3 scales the base's weights",
@@ -49,7 +49,7 @@ def recognises(opened: Opened) -> bool:
 
 def read(opened: Opened) -> Found:
     """The updates of a file. Raises ValueError that names file and tensor."""
-    found, beside = modules(opened)
+    found, beside = _modules(opened)
     made = fused.updates_of(found, opened.as_stored)
     return Found("kohya", opened.path, made, beside, fields(opened.metadata), _notes(opened))
 
@@ -63,13 +63,13 @@ def _notes(opened: Opened) -> tuple[str, ...]:
     return (f"{given} in the header, but the file has no alpha: programs take s = 1",)
 
 
-def modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, ...]]]:
+def _modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, ...]]]:
     """(the modules of a file as they are stored, {name: shape} of biases and norms)."""
     by_layer: dict[str, dict[str, Stored]] = {}
     beside = {}
     for name, tensor in opened.tensors.items():
         match = _KEY.fullmatch(name)
-        if name.startswith(EMBEDDING):
+        if name.startswith(_EMBEDDING):
             beside[name] = tensor.shape
         elif match is None or not name.startswith(PREFIXES):
             raise ValueError(f"{opened.file}: {name}: no tensor of kohya's or LyCORIS")
@@ -101,7 +101,7 @@ def readable(
     """
     found, beside = [], {}
     for layer, tensors in by_layer.items():
-        vectors = [word for word in tensors if word in BESIDE]
+        vectors = [word for word in tensors if word in _BESIDE]
         vectors += ["diff"] * ("diff" in tensors and len(tensors["diff"].shape) < 2)
         beside |= {f"{layer}.{word}": tensors[word].shape for word in vectors}
         rest = {word: x for word, x in tensors.items() if word not in (*vectors, "alpha")}
@@ -117,16 +117,16 @@ def readable(
 def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Path:
     """Write updates, read as they are stored, as a file of kohya's; the file.
 
-    Every matrix has its alpha. base: not needed. Raises ValueError that says what the format can't
-    hold: other kinds than `HELD`, modules without a name of kohya's. What was read from such a file
-    keeps its names and texts.
+    Every matrix has its alpha. base: not needed. What was read from such a file keeps its names and
+    texts. Raises ValueError that says what the format can't hold: kinds other than LoRA, LoCon,
+    DoRA, AdaLoRA, LoHa, LoKr and full weights, and modules without a name of kohya's.
     """
     if out.suffix != ".safetensors":
         raise ValueError(f"{out.name}: kohya's files end in .safetensors")
     refused = factored.refusal(found, "kohya")
     own = found.format == "kohya"
     name_of = str if own else image_names.diffusers
-    by_name = factored.named(found, "kohya", name_of, kinds=HELD)
+    by_name = factored.named(found, "kohya", name_of, kinds=_HELD)
     several = any(name.startswith("text_encoder_2.") for name in by_name)
     tensors: dict[str, np.ndarray] = {}
     for name, update in by_name.items():
@@ -193,7 +193,7 @@ def of_alpha(alpha: Stored | None) -> updates.Scale:
 def _check_readable(module: updates.Module) -> None:
     """Raises ValueError for a kind whose dW the file does not have, and for unknown tensors."""
     for word in module.tensors:
-        why = NEEDS_BASE.get(word.partition(".")[0])
+        why = _NEEDS_BASE.get(word.partition(".")[0])
         if why:
             raise module.error(f"{why}, so its dW can't be read from the file alone")
     unknown = sorted(set(module.tensors) - set(updates.WORDS))

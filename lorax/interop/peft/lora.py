@@ -58,7 +58,7 @@ from lorax.interop.places import (
 if TYPE_CHECKING:
     from lorax.interop.hf import Source  # it imports JAX, which reading an adapter can do without
 
-FACTOR = re.compile(
+_FACTOR = re.compile(
     r"(?P<module>.+)\."
     r"(lora_(embedding_)?(?P<side>[AB])(\.weight)?|(?P<m>lora_magnitude_vector)(\.weight)?)"
 )
@@ -321,7 +321,7 @@ def by_module(stored: Mapping[str, Any], file: pathlib.Path, same=np.array_equal
     modules: dict[str, dict[str, Any]] = {}
     whole: dict[str, Any] = {}
     for name, tensor in files.own_names(stored, file, same).items():
-        if match := FACTOR.fullmatch(name):
+        if match := _FACTOR.fullmatch(name):
             modules.setdefault(match["module"], {})[match["side"] or "m"] = tensor
         elif files.WHOLE.fullmatch(name):
             whole[name] = tensor
