@@ -53,12 +53,14 @@ def check(base: str | None, layers: int | None) -> None:
         skeleton(base)
 
 
-def with_sources(name: str) -> tuple[Kernels, dict[str, Any]]:
-    """`load`, and where in Hugging Face's tensors the model's parameters are (`Base.sources`)."""
+def with_sources(name: str) -> tuple[Kernels, dict[str, Any], dict[str, Any] | None]:
+    """`load`, where in Hugging Face's tensors the model's parameters are (`Base.sources`), and the
+    fields of its config.json, None if it has none."""
     from lorax import models
 
     base = models.unread(name)
-    return models.kernels(base), base.sources
+    fields = read_json(base.directory / "config.json") if base.directory else None
+    return models.kernels(base), base.sources, fields
 
 
 class Tensors(Mapping):

@@ -13,6 +13,7 @@ from support import data
 from lorax.analysis import amplification, tables
 from lorax.interop import formats, peft
 from lorax.interop.adapter import Factors, only, renamed, shapes_of
+from lorax.interop.formats import llama_cpp
 from lorax.interop.formats.placed import placed
 from lorax.interop.places import Places
 from lorax.models import gpt2
@@ -153,17 +154,39 @@ def test_a_base_without_a_page_is_refused(tmp_path, capsys):
     assert "--base: give --out DIR as well" in capsys.readouterr().err
 
 
-def test_an_adapter_of_mlx_on_a_base_that_lorax_knows(tmp_path, undrawn):
-    base = data("models/stories-llama-260k/config.json").parent
+def mlx_adapter(folder, base):
+    """An adapter of MLX in a folder: its dW of one matrix."""
     width = json.loads((base / "config.json").read_text())["hidden_size"]
     rng, key = np.random.default_rng(0), "model.layers.0.self_attn.q_proj"
     tensors = {f"{key}.lora_a": rng.random((width, 2)), f"{key}.lora_b": rng.random((2, width))}
     tensors = {name: x.astype(np.float32) for name, x in tensors.items()}
-    safetensors.numpy.save_file(tensors, tmp_path / "adapters.safetensors")
+    safetensors.numpy.save_file(tensors, folder / "adapters.safetensors")
     config = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 3.0}}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    assert main([str(tmp_path), f"--out={tmp_path / 'out'}", f"--base={base}"]) == 0
-    rows = pd.read_csv(tmp_path / "out/analysis/amplification.csv")
-    norm = np.linalg.norm(3 * tensors[f"{key}.lora_a"] @ tensors[f"{key}.lora_b"])
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return 3 * tensors[f"{key}.lora_a"] @ tensors[f"{key}.lora_b"]
+
+
+def amplified(adapter, base, out):
+    assert main([str(adapter), f"--out={out}", f"--base={base}"]) == 0
+    return pd.read_csv(out / "analysis/amplification.csv")
+
+
+def test_an_adapter_of_mlx_on_a_base_that_lorax_knows(tmp_path, undrawn):
+    base = data("models/stories-llama-260k/config.json").parent
+    dw = mlx_adapter(tmp_path, base)
+    rows = amplified(tmp_path, base, tmp_path / "out")
     assert rows["path"].tolist() == ["h/0/attn/q"]
-    assert rows["delta_norm"][0] == pytest.approx(norm, rel=1e-5)
+    assert rows["delta_norm"][0] == pytest.approx(np.linalg.norm(dw), rel=1e-5)
+
+
+def test_an_adapter_of_llama_cpp_is_compared_by_the_names_and_rows_of_its_base(tmp_path, undrawn):
+    pytest.importorskip("gguf")
+    base = data("models/stories-llama-260k/config.json").parent
+    mlx_adapter(tmp_path, base)
+    rows = amplified(tmp_path, base, tmp_path / "mlx")
+    file, fields = tmp_path / "adapter.gguf", json.loads((base / "config.json").read_text())
+    llama_cpp.write(file, formats.read(tmp_path), fields)
+    same = amplified(file, base, tmp_path / "gguf")
+    numbers = ["delta_norm", "w_in_delta", "factor"]
+    assert same["path"].tolist() == rows["path"].tolist()
+    np.testing.assert_allclose(same[numbers], rows[numbers], rtol=1e-5)

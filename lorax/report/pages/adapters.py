@@ -16,6 +16,7 @@ from lorax.analysis import basis_similarity, figures, tables
 from lorax.files import read_json
 from lorax.interop import formats, peft, reading, states
 from lorax.interop.adapter import Updates, only, renamed
+from lorax.interop.formats.names import hugging_face
 from lorax.interop.formats.opened import open_adapter
 from lorax.interop.formats.placed import placed
 from lorax.interop.places import Places
@@ -77,11 +78,12 @@ def write(
     statistics = tables.read_statistics(also)
     with threadpool_limits(1, user_api="blas"):
         by_tensors = base is not None and bases.is_of_tensors(base)
-        kernels, sources, why = (None, None, "") if by_tensors else _base(paths, base)
+        nothing = None, None, None, ""
+        kernels, sources, fields, why = nothing if by_tensors else _base(paths, base)
         names = [_name(path) for path in paths]
         names = names if len(set(names)) == len(names) else naming.names(paths)
         names = naming.shortened(names)
-        given = [read(*source, sources, alpha) for source in zip(names, paths, strict=True)]
+        given = [read(*x, sources, alpha, fields) for x in zip(names, paths, strict=True)]
         given = _aligned(given)
         if by_tensors:
             kernels = bases.of_tensors(base, (path for x in given for path in x.updates))
@@ -118,11 +120,14 @@ def _title(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-def read(name: str, path: pathlib.Path, sources=None, alpha: float | None = None) -> Given:
+def read(
+    name: str, path: pathlib.Path, sources=None, alpha: float | None = None, fields=None
+) -> Given:
     """An adapter's updates and facts about it. sources: where in Hugging Face's tensors the base's
-    parameters are; without them, layers are called by their modules' names."""
+    parameters are; without them, layers are called by their modules' names. fields: of the base's
+    config.json, None if they are not known."""
     if not reads_whole(path, sources):
-        return _of_file(name, path, sources)
+        return _of_file(name, path, sources, fields)
     content = reading.read(path, sources, alpha)
     changes = {layer: x for layer, x in content.updates.items() if all(tables.shape_of(x))}
     factored = any(len(tables.shape_of(x)) == 3 for x in changes.values())
@@ -157,9 +162,9 @@ def reads_whole(path: pathlib.Path, sources=None) -> bool:
     return not is_lora or sources is not None or "lorax" in open_adapter(located).metadata
 
 
-def _of_file(name: str, path: pathlib.Path, sources) -> Given:
+def _of_file(name: str, path: pathlib.Path, sources, fields) -> Given:
     """An adapter of any format, whose updates are read when they are asked for."""
-    found = formats.read(path)
+    found = formats.read(path, fields)
     bar = page.progress(measure(found.updates), f"reading {name}", len(found.updates))
     measured = list(bar)
     updates = unread(measured)
@@ -168,6 +173,7 @@ def _of_file(name: str, path: pathlib.Path, sources) -> Given:
     if sources is None:
         updates = renamed(updates, _told_apart(updates))
     else:
+        updates = renamed(updates, {layer: hugging_face(layer) for layer in updates})
         updates = placed(updates, Places(sources))
     told = {_as_title(fact): value for fact, value in terminal.about(found).items()}
     facts = {"Adapter": str(path), "Format": found.format, "Kind": terminal.kinds(found), **told}
@@ -217,22 +223,23 @@ def _name(path: pathlib.Path) -> str:
     return path.stem if path.is_file() else path.name
 
 
-def _base(paths: Sequence[pathlib.Path], name: str | None) -> tuple[Kernels | None, Any, str]:
-    """(kernels, sources, "") of the base, or (None, None, the reason) if --base was not given and
-    the adapter's own base can't be loaded."""
+def _base(paths: Sequence[pathlib.Path], name: str | None) -> tuple[Kernels | None, Any, Any, str]:
+    """(kernels, sources, fields, "") of the base as `bases.with_sources` has them, or three times
+    None and the reason if --base was not given and the adapter's own base can't be loaded."""
     give = "give it with --base=DIRECTORY"
+    none = None, None, None
     if name is None:
         configs = [path / peft.CONFIG for path in paths if _is_peft(path)]
         named = {peft.read_config(file).get("base_model_name_or_path") for file in configs}
         if len(named) != 1 or len(configs) < len(paths) or not (called := named.pop()):
-            return None, None, f"the adapter's file names no single base; {give}"
+            return *none, f"the adapter's file names no single base; {give}"
         name = bases.here(called)
         if name is None:
-            return None, None, f"its base {called} is not on this machine; {give}"
+            return *none, f"its base {called} is not on this machine; {give}"
         try:
             return *bases.with_sources(name), ""
         except Exception as error:  # the rest of the report needs no base
-            return None, None, f"its base {name} could not be loaded ({error}); {give}"
+            return *none, f"its base {name} could not be loaded ({error}); {give}"
     try:
         return *bases.with_sources(name), ""
     except (FileNotFoundError, ValueError):
