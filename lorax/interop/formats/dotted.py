@@ -166,17 +166,18 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     refused = factored.refusal(found, "diffusers")
     name_of = str if found.format == "diffusers" else image_names.diffusers
     by_name = factored.named(found, "diffusers", name_of)
-    tensors: dict[str, np.ndarray] = {}
     components: dict[str, dict[str, Update]] = {}
     for name, update in by_name.items():
         component, _, module = name.partition(".")
         components.setdefault(component, {})[module] = update
-        tensors |= {f"{name}.{word}": x for word, x in factored.as_peft(update).items()}
     configs = {
         f"{component}.{field}": value
         for component, modules in components.items()
         for field, value in factored.of_all(modules, refused).items()
     }
+    tensors: dict[str, np.ndarray] = {}
+    for name, update in by_name.items():
+        tensors |= {f"{name}.{word}": x for word, x in factored.as_peft(update).items()}
     metadata = {"format": "pt", METADATA: json.dumps(configs, indent=2, sort_keys=True)}
     file = write_bytes(out / FILE, serialise(tensors, metadata))
     written = read(open_adapter(file)._replace(as_stored=True))

@@ -128,15 +128,18 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     name_of = str if own else image_names.diffusers
     by_name = factored.named(found, "kohya", name_of, kinds=_HELD)
     several = any(name.startswith("text_encoder_2.") for name in by_name)
-    tensors: dict[str, np.ndarray] = {}
+    layers: dict[str, Update] = {}
     for name, update in by_name.items():
         layer = name if own else image_names.kohya(name, several)
         if layer is None:
             raise refused(f"its files have other modules than {name}")
-        words = {f"{layer}.{word}": x for word, x in _words(update, refused).items()}
-        if tensors.keys() & words:
+        if layer in layers:
             raise refused(f"{layer} is the name of several modules, {name} is one")
-        tensors |= words
+        layers[layer] = update
+    alphas = {layer: _alpha(update, refused) for layer, update in layers.items()}
+    tensors: dict[str, np.ndarray] = {}
+    for layer, update in layers.items():
+        tensors |= {f"{layer}.{word}": x for word, x in (_words(update) | alphas[layer]).items()}
     texts = {"ss_network_module": _module(by_name.values())}
     for key, x in found.config.items() if own else ():
         if not key.startswith(_HASHES):
@@ -144,22 +147,26 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     return write_bytes(out, serialise(tensors, texts | _ranks(by_name.values())))
 
 
-def _words(update: Update, refused: Callable[[str], ValueError]) -> dict[str, np.ndarray]:
-    """{word below a module: tensor}."""
-    if update.kind in factored.KINDS:
-        down, up, m = factored.tensors(update)
-        words = {"lora_down.weight": down, "lora_up.weight": up}
-        if m is not None:
-            words["dora_scale"] = m.reshape(-1, *(1 for _ in down.shape[1:]))
-    else:
-        words = factored.as_stored(update)
+def _words(update: Update) -> dict[str, np.ndarray]:
+    """{word below a module: tensor}, without its alpha."""
+    if update.kind not in factored.KINDS:
+        return factored.as_stored(update)
+    down, up, m = factored.tensors(update)
+    words = {"lora_down.weight": down, "lora_up.weight": up}
+    if m is not None:
+        words["dora_scale"] = m.reshape(-1, *(1 for _ in down.shape[1:]))
+    return words
+
+
+def _alpha(update: Update, refused: Callable[[str], ValueError]) -> dict[str, np.ndarray]:
+    """{"alpha": tensor}, in 64 bits if 32 do not hold it; {} for a kind without a rank."""
     if factored.inner_rank(update) is None:
         if update.scale != 1:
             raise refused(f"{update.layer} has the scale {update.scale:g}, and no rank: it takes 1")
-        return words
+        return {}
     alpha = np.array(factored.alpha_of(update, refused))
     exact = float(np.float32(alpha)) == float(alpha)
-    return words | {"alpha": alpha.astype(np.float32) if exact else alpha}
+    return {"alpha": alpha.astype(np.float32) if exact else alpha}
 
 
 def _module(written: Collection[Update]) -> str:
