@@ -24,17 +24,37 @@ NANO, STORIES, SMOLLM2 = "gpt2-nano", "stories-llama-260k", "SmolLM2-135M"
 SENTENCES = (
     Sentence(
         "rank",
-        "On gpt2-nano (1 million parameters), which learns its task through q and v alone, no "
-        "small rank is enough: r = 8 is {0}.",
+        "On a pretrained model of 135 million parameters a small rank is enough, as the LoRA paper "
+        "says: SmolLM2-135M's r = 8 on q and v is {0}, and r = 1 {1}.",
+        (
+            ("r = 8 is enough (q, v)", SMOLLM2, REPRODUCED),
+            ("r = 1 is enough (q, v)", SMOLLM2, CONTRADICTED),
+        ),
+        "rank.png",
+    ),
+    Sentence(
+        "rank",
+        "On gpt2-nano (1 million), which learns its task through q and v alone, none is: r = 8 is "
+        "{0}.",
         (("r = 8 is enough (q, v)", NANO, CONTRADICTED),),
         "rank.png",
     ),
     Sentence(
         "rank",
-        "Which matrices are adapted matters beside the rank: on gpt2-nano q alone stays behind "
-        "q and v at every rank, {0}.",
-        (("q alone stays behind q and v", NANO, REPRODUCED),),
+        "What is adapted matters at both sizes: q alone stays behind q and v at every rank, on "
+        "gpt2-nano {0}, on SmolLM2-135M {1}.",
+        tuple(("q alone stays behind q and v", base, REPRODUCED) for base in (NANO, SMOLLM2)),
         "rank.png",
+    ),
+    Sentence(
+        "subspaces",
+        "Two ranks share their first direction on SmolLM2-135M, phi(1, 1) of r = 8 and 64 is {0}, "
+        "and do not on gpt2-nano: {1}.",
+        (
+            ("two ranks share the top direction: phi(1, 1) > 0.5", SMOLLM2, REPRODUCED),
+            ("two ranks share the top direction: phi(1, 1) > 0.5", NANO, CONTRADICTED),
+        ),
+        "ranks.png",
     ),
     Sentence(
         "learning_rate",
@@ -44,13 +64,6 @@ SENTENCES = (
             ("within a factor of two from r = 4 to the largest", base, REPRODUCED)
             for base in (NANO, STORIES)
         ),
-        "learning_rate.png",
-    ),
-    Sentence(
-        "learning_rate",
-        "It is not always ten times full fine-tuning's: {0} on gpt2-nano, {1} on "
-        "stories-llama-260k.",
-        tuple(("ten times full fine-tuning's", base, CONTRADICTED) for base in (NANO, STORIES)),
         "learning_rate.png",
     ),
     Sentence(
