@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import safetensors.torch
+import safetensors.numpy
 from format_files import dense
 from support import require
 
@@ -54,8 +54,8 @@ def saved(lycoris, tmp_path, algorithm, arguments, conv, alpha=3.0):
             change = module.get_diff_weight(shape=shape)[0]
         tensors = {f"lora_unet_layer.{k}": v for k, v in module.custom_state_dict().items()}
     file = tmp_path / "lycoris.safetensors"
-    tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-    safetensors.torch.save_file(tensors, file)
+    tensors = {k: v.detach().contiguous().numpy() for k, v in tensors.items()}
+    safetensors.numpy.save_file(tensors, file)
     return file, change.detach().numpy()
 
 
