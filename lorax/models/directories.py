@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lorax import vocabulary
 from lorax.errors import nearest
-from lorax.interop import hf
+from lorax.interop import hf, hub
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -25,17 +25,14 @@ def find(name: str, weights: bool = True) -> Path:
 
 
 def _from_hub(name: str, weights: bool, shipped: list[str]) -> Path:
-    from huggingface_hub import snapshot_download  # a slow import that local models do not need
-
     files = [*vocabulary.FILES, *hf.SIDE] + ["*.safetensors*"] * weights
     try:
-        return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # of the Hub, the network or the cache: none has it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return hub.snapshot(name, files)
+    except FileNotFoundError as error:
         hint = nearest(name, shipped)
         raise FileNotFoundError(
             f"base: {name!r} is neither shipped ({', '.join(shipped)}), nor a directory, and "
-            f"downloading it from the Hub failed ({type(error).__name__}: {reason[:120]}){hint}. "
+            f"downloading it from the Hub failed ({error}){hint}. "
             f"Download https://huggingface.co/{name} (config.json, model.safetensors, "
             f"tokenizer.json) and pass that directory."
         ) from None

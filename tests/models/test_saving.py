@@ -223,7 +223,7 @@ def test_the_hub_is_asked_for_the_files_beside(monkeypatch, tmp_path):
     asked = []
     theirs = directory_of(tmp_path, GPT2)
 
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, allow_patterns, ignore_patterns):
         asked.extend(allow_patterns)
         return str(theirs)
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from lorax.files import LFS, pointer_hint, read_json
-from lorax.interop import tensors
+from lorax.interop import hub, tensors
 from lorax.interop.peft.config import CONFIG, PICKLES, WEIGHTS
 from lorax.interop.states import DELTA
 
@@ -98,23 +98,17 @@ def located(path: str | Path) -> Path:
     owner, model, *inside = name.split("/")
     if inside and Path(name).suffix not in CONTAINERS:
         raise FileNotFoundError(f"{path}: no such file or directory")
-    from huggingface_hub import snapshot_download  # slow to import
-
     file = "/".join(inside)
     around = "/".join([*inside[:-1], ""])
     wanted = [file, f"{around}*.json", f"{around}*.yaml"] if inside else _HUB
     try:
-        there = snapshot_download(
-            f"{owner}/{model}", allow_patterns=wanted, ignore_patterns=[] if inside else _BASES
-        )
-        if not (Path(there) / file).exists():
-            raise FileNotFoundError(f"there is no {file} in {owner}/{model}")
-        return Path(there) / file
-    except Exception as error:  # of the Hub, the network or the cache: none has it
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        there = hub.snapshot(f"{owner}/{model}", wanted, () if inside else _BASES) / file
+        if not there.exists():
+            raise FileNotFoundError(f"FileNotFoundError: there is no {file} in {owner}/{model}")
+        return there
+    except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{path}: no such file or directory, and reading it from the Hub failed "
-            f"({type(error).__name__}: {why[:120]})"
+            f"{path}: no such file or directory, and reading it from the Hub failed ({error})"
         ) from None
 
 
