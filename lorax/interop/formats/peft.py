@@ -22,6 +22,7 @@ from lorax.interop.peft import experts
 from lorax.interop.peft.config import (
     CONFIG,
     WEIGHTS,
+    adalora_scale,
     check_targets,
     from_patterns,
     read_config,
@@ -218,7 +219,11 @@ def _other(opened: Opened, config: Mapping[str, Any]) -> Found:
         else:
             raise ValueError(f"{opened.file}: {name}: no tensor of {config['peft_type']}")
     check_targets(config, modules, opened.file.parent / CONFIG)
-    scale = _adalora_scale(config) if config["peft_type"] == "ADALORA" else _scale(config, opened)
+    if config["peft_type"] == "ADALORA":
+        s = adalora_scale(config)[0]
+        scale = lambda layer, rank: (s, "config lora_alpha / init_r")
+    else:
+        scale = _scale(config, opened)
     made, notes = [], []
     for layer in sorted(modules, key=natural):
         if config["peft_type"] == "ADALORA" and all(0 in x.shape for x in modules[layer].values()):
@@ -231,13 +236,6 @@ def _other(opened: Opened, config: Mapping[str, Any]) -> Found:
             one = _with_singular(one, module, singular)
         made.append(one)
     return Found("PEFT", opened.path, tuple(made), beside, dict(config), tuple(notes))
-
-
-def _adalora_scale(config: Mapping[str, Any]) -> updates.Scale:
-    """alpha / init_r, whatever the rank is after pruning (PEFT, tuners/adalora/layer.py)."""
-    r, alpha = config.get("init_r", 12), config.get("lora_alpha", 8)
-    alpha = alpha if alpha > 0 else r
-    return lambda layer, rank: (alpha / (r + 1e-5), "config lora_alpha / init_r")
 
 
 def _with_singular(one: Update, module: updates.Module, singular: Stored | None) -> Update:

@@ -298,6 +298,14 @@ def scale_of(config: dict[str, Any], module: str, rank: int, file: pathlib.Path)
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
+def adalora_scale(config: Mapping[str, Any]) -> tuple[float, int, float]:
+    """(s, init_r, alpha): s = alpha / init_r, whatever the rank is after pruning (PEFT,
+    tuners/adalora/layer.py). An alpha of at most 0 is the rank."""
+    r, alpha = config.get("init_r", 12), config.get("lora_alpha", 8)
+    alpha = float(alpha if alpha > 0 else r)
+    return alpha / (r + 1e-5), r, alpha
+
+
 def from_patterns(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first of PEFT's patterns, regexes for a name's end, that matches."""
     for end, value in (patterns or {}).items():

@@ -36,6 +36,7 @@ from lorax.interop.peft import fourierft, gralora, hira, hra, miss, oft, randlor
 from lorax.interop.peft.config import (
     CONFIG,
     WEIGHTS,
+    adalora_scale,
     as_number,
     as_patterns,
     from_patterns,
@@ -91,8 +92,7 @@ def read_adalora(modules, shared, config, where):
 
     Raises ValueError for shapes that don't fit, a rank that the config contradicts, and if all
     updates are zero."""
-    init_r, alpha = config.get("init_r", 12), config.get("lora_alpha", 8)
-    alpha = float(alpha if alpha > 0 else init_r)
+    scale, init_r, alpha = adalora_scale(config)
     patterns = config.get("rank_pattern") or {}
     layers = {}
     for place, tensors in modules:
@@ -111,7 +111,6 @@ def read_adalora(modules, shared, config, where):
     for arrays in layers.values():
         arrays["real"] = np.ones(len(arrays["e"]), bool)
     rank = widest(layers, "e", where)
-    scale = alpha / (init_r + 1e-5)  # PEFT's scale does not change with pruning
     hp = {"rank": rank, "alpha": alpha if rank == init_r else scale * (rank + 1e-5)}
     hp["target_rank"] = min(config.get("target_r", 8), rank)
     return hp | {n: config[field] for n, field in ADALORA.items() if field in config}, layers, {}
