@@ -40,9 +40,9 @@ def shapes_of(updates: Updates) -> dict[str, tuple[int, ...]]:
 
 
 class Unread(Mapping):
-    """{layer: its update}, each read from its file when it is asked for, and not kept.
+    """{layer: its update}, or its weight, each read when it is asked for, and not kept.
 
-    readers: {layer: a function that returns the update}. shapes: {layer: `shape_of` its update}.
+    readers: {layer: a function that returns it}. shapes: {layer: its `shape_of`}.
     """
 
     def __init__(self, readers: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]):

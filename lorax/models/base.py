@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from lorax import gather, ops, tree
+from lorax.interop.adapter import Unread
 from lorax.interop.hf import Source
 from lorax.interop.places import Places, in_one_layer
 from lorax.models.families import FAMILIES, Traits, traits
@@ -181,31 +182,13 @@ def kernel(base: Base, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
     return np.asarray(gather.matrix(leaf, base.sites[path], index), np.float32)
 
 
-class Kernels(Mapping):
-    """{layer: (in, out) float32} of a base's adaptable weights, each read when it is asked for.
+def kernels(base: Base) -> Unread:
+    """{layer: (in, out) float32} of every adaptable weight, each read when it is asked for.
 
     Stacked weights are split: "h/attn/q/kernel" (L, in, out) gives "h/0/attn/q", "h/1/attn/q"...
-    shapes: {layer: (in, out)}, for which nothing is read.
     """
-
-    def __init__(self, base: Base):
-        flat, self._base = tree.flatten(base.params), base
-        size = lambda path: base.sites[path].matrix_shape(flat[path].shape)[1:]
-        self.shapes = {layer: size(path) for layer, (path, _) in base.layers.items()}
-
-    def __getitem__(self, layer: str) -> np.ndarray:
-        return kernel(self._base, *self._base.layers[layer])
-
-    def __contains__(self, layer) -> bool:
-        return layer in self.shapes
-
-    def __iter__(self):
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-def kernels(base: Base) -> Kernels:
-    """{layer: (in, out) float32} of every adaptable weight."""
-    return Kernels(base)
+    flat = tree.flatten(base.params)
+    size = lambda path: base.sites[path].matrix_shape(flat[path].shape)[1:]
+    places = base.layers.items()
+    readers = {layer: functools.partial(kernel, base, path, i) for layer, (path, i) in places}
+    return Unread(readers, {layer: size(path) for layer, (path, _) in places})

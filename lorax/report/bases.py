@@ -1,6 +1,7 @@
 """The base model's kernels, for comparing updates with them. The rest of the report needs no model
 code and no JAX."""
 
+import functools
 import math
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ import lorax
 from lorax import outside
 from lorax.files import read_json
 from lorax.interop import tensors
+from lorax.interop.adapter import Unread
 from lorax.interop.formats.opened import numbers
 from lorax.xray import together
 
@@ -63,30 +65,9 @@ def with_sources(name: str) -> tuple[Kernels, dict[str, Any], dict[str, Any] | N
     return models.kernels(base), base.sources, fields
 
 
-class Tensors(Mapping):
-    """{layer: (in, out) float32} of the weights in safetensors of a model that lorax doesn't know,
-    each read when it is asked for. A convolution is (in kh kw, out).
-
-    shapes: {layer: (in, out)}, for which nothing is read.
-    """
-
-    def __init__(self, stored: Mapping[str, Any]):
-        self._stored = dict(stored)
-        self.shapes = {
-            layer: (math.prod(x.shape[1:]), x.shape[0]) for layer, x in self._stored.items()
-        }
-
-    def __getitem__(self, layer: str) -> np.ndarray:
-        return numbers(self._stored[layer]).reshape(self.shapes[layer][::-1]).T
-
-    def __contains__(self, layer) -> bool:
-        return layer in self.shapes
-
-    def __iter__(self):
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
+class Tensors(Unread):
+    """{layer: (in, out) float32} of a model that lorax doesn't know, from its safetensors. It may
+    lack layers that an adapter changes."""
 
 
 def is_of_tensors(name: str) -> bool:
@@ -102,7 +83,8 @@ def is_of_tensors(name: str) -> bool:
 
 def of_tensors(name: str, layers: Iterable[str]) -> Tensors:
     """The weights of these layers of adapters in a base that is only known by its tensors, whose
-    names must end as the layers do. Raises ValueError if it has none of them."""
+    names must end as the layers do, each read when it is asked for. A convolution is (in kh kw,
+    out). Raises ValueError if it has none of them."""
     path = pathlib.Path(name)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     by_name = {}
@@ -120,7 +102,16 @@ def of_tensors(name: str, layers: Iterable[str]) -> Tensors:
     if not found:
         some = ", ".join([*by_name][:3])
         raise ValueError(f"--base={name}: has no weight that the adapter changes; it has {some}...")
-    return Tensors(found)
+    readers = {layer: functools.partial(_matrix, tensor) for layer, tensor in found.items()}
+    return Tensors(readers, {layer: _matrix_shape(tensor) for layer, tensor in found.items()})
+
+
+def _matrix_shape(tensor: tensors.Stored) -> tuple[int, int]:
+    return math.prod(tensor.shape[1:]), tensor.shape[0]
+
+
+def _matrix(tensor: tensors.Stored) -> np.ndarray:
+    return numbers(tensor).reshape(_matrix_shape(tensor)[::-1]).T
 
 
 def here(name: str) -> str | None:

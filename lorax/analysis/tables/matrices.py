@@ -118,7 +118,7 @@ def misfit_of(path: str, shape: tuple[int, ...], kernels: Mapping[str, np.ndarra
 
 
 def kernel_shape(kernels: Mapping[str, np.ndarray], path: str) -> tuple[int, int]:
-    """(in, out) of a kernel. `lorax.models.Kernels` says it without reading the weight."""
+    """(in, out) of a kernel. `lorax.models.kernels` says it without reading the weight."""
     shapes = getattr(kernels, "shapes", None)
     return kernels[path].shape if shapes is None else shapes[path]
 
