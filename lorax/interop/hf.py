@@ -1,4 +1,5 @@
 """Hugging Face's model directory: config.json, model.safetensors (or shards), tokenizer.json.
+diffusers' has diffusion_pytorch_model.safetensors instead.
 
 Weights are read in small blocks into the final arrays, so peak memory is the tree itself, and only
 the parts that are asked for are read. The files are not mapped into memory as a whole: their pages
@@ -33,6 +34,7 @@ ALIGNMENT = 64  # of the memory that JAX takes as it is on a CPU
 FILE = 5 * 10**9  # bytes of weights in a file that is written; at least one tensor
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DIFFUSERS = "diffusion_pytorch_model"  # in place of "model" in the names of these files
 
 #: Files besides config.json and the weights: tokenizer, image processor, chat templates, generation
 #: settings and licence.
@@ -88,21 +90,22 @@ class Source(NamedTuple):
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory: the single file, which transformers prefers too,
-    or the shards of an index in order.
+    """The safetensors files of a model directory: the single file, which transformers and diffusers
+    prefer too, or the shards of an index in order.
 
     Raises FileNotFoundError if there is none (with advice if there are only pickles), and
     ValueError for an index with anything other than names of files in the folder.
     """
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
-    if (directory / INDEX).exists():
-        names = sorted(set(_weight_map(directory).values()))
+    for single in _of_both(SINGLE):
+        if (directory / single).is_file():
+            return [directory / single]
+    if index := _index(directory):
+        names = sorted(set(_weight_map(index).values()))
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             others = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise FileNotFoundError(
-                f"{directory}: shards {missing[:3]}{others} of {INDEX} are missing"
+                f"{directory}: shards {missing[:3]}{others} of {index.name} are missing"
             )
         return [directory / name for name in names]
     if list(directory.glob("*.bin")):
@@ -111,13 +114,23 @@ def weight_files(directory: Path) -> list[Path]:
             f'python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{directory}').save_pretrained('{directory}')\""
         )
-    raise FileNotFoundError(f"{directory}: no {SINGLE}")
+    raise FileNotFoundError(f"{directory}: no {' or '.join(_of_both(SINGLE))}")
 
 
-def _weight_map(directory: Path) -> dict[str, str]:
+def _of_both(name: str) -> tuple[str, str]:
+    """The name of a file of weights in transformers' directories and in diffusers'."""
+    return name, name.replace("model", DIFFUSERS, 1)
+
+
+def _index(directory: Path) -> Path | None:
+    """The index of a model directory with shards."""
+    indices = (directory / name for name in _of_both(INDEX))
+    return next((index for index in indices if index.exists()), None)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     """{tensor: name of its file} of an index. The file may be a symbolic link, as in the Hub's
     cache, but a name can't lead out of the folder otherwise."""
-    index = directory / INDEX
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise ValueError(f"{index}: no 'weight_map' from tensors to files")
@@ -144,11 +157,12 @@ def tensors(directory: Path) -> dict[str, Stored]:
             if key in where:
                 raise ValueError(f"{directory}: {key} is in {where[key].file.name} and {file.name}")
             where[key] = place
-    listed = {} if files == [directory / SINGLE] else _weight_map(directory)
-    for key, name in listed.items():
+    single = len(files) == 1 and files[0].name in _of_both(SINGLE)
+    index = None if single else _index(directory)
+    for key, name in _weight_map(index).items() if index else ():
         if key in where and where[key].file.name != name:
             raise ValueError(
-                f"{directory}: {key} is in {where[key].file.name}, and {INDEX} says in {name}"
+                f"{directory}: {key} is in {where[key].file.name}, and {index.name} says in {name}"
             )
     return where
 
@@ -358,8 +372,8 @@ def write(
     dtypes: Mapping | None = None,
     beside: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write {path: array} and config.json so that transformers loads them; inverse of
-    `parameters`.
+    """Write {path: array} and config.json so that transformers loads them, or diffusers if the
+    config has its `_class_name`; inverse of `parameters`.
 
     params: each has a `shape` and gives its layers by `[index]`, which are asked for one at a time.
     More than `FILE` bytes make several files and an index; only one file is in memory at a time.
@@ -396,7 +410,9 @@ def write(
 
     beside = dict(beside or {})
     sizes = {name: x.nbytes for name, x in beside.items()} | {name: size(name) for name in parts}
-    _write_files(directory, sizes, lambda name: beside[name] if name in beside else tensor(name))
+    single, index = (_of_both(name)["_class_name" in config] for name in (SINGLE, INDEX))
+    value = lambda name: beside[name] if name in beside else tensor(name)
+    _write_files(directory, single, index, sizes, value)
     write_json(directory / "config.json", config)
 
 
@@ -404,9 +420,11 @@ def _is_fused(pieces: list[tuple]) -> bool:
     return pieces[0][0].part is not None
 
 
-def _write_files(directory: Path, sizes: Mapping[str, int], tensor: Callable) -> None:
-    """Write the tensors of a model, in one file if they are no more than `FILE` bytes. sizes:
-    {name: bytes}. tensor(name) -> it."""
+def _write_files(
+    directory: Path, single: str, index: str, sizes: Mapping[str, int], tensor: Callable
+) -> None:
+    """Write the tensors of a model, in the file `single` if they are no more than `FILE` bytes,
+    otherwise in several, which `index` lists. sizes: {name: bytes}. tensor(name) -> it."""
     groups: list[list[str]] = [[]]
     for name, size in sizes.items():
         if groups[-1] and sum(sizes[other] for other in groups[-1]) + size > FILE:
@@ -418,9 +436,10 @@ def _write_files(directory: Path, sizes: Mapping[str, int], tensor: Callable) ->
         atomically(file, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
 
     if len(groups) == 1:
-        write(directory / SINGLE, groups[0])
+        write(directory / single, groups[0])
         return
-    files = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
+    numbered = lambda i: f"-{i:05}-of-{len(groups):05}.safetensors"
+    files = [single.replace(".safetensors", numbered(i)) for i in range(1, len(groups) + 1)]
     drafts = draft(directory / "weights")
     try:
         for file, names in zip(files, groups, strict=True):
@@ -432,5 +451,5 @@ def _write_files(directory: Path, sizes: Mapping[str, int], tensor: Callable) ->
         shutil.rmtree(drafts, ignore_errors=True)
     named = {name: file for file, names in zip(files, groups, strict=True) for name in names}
     total = {"total_size": sum(sizes.values())}
-    write_json(directory / INDEX, {"metadata": total, "weight_map": named})
-    remove(directory / SINGLE)  # which would be read first
+    write_json(directory / index, {"metadata": total, "weight_map": named})
+    remove(directory / single)  # which would be read first

@@ -395,7 +395,7 @@ def _vocabulary(request: Given, base: Base) -> Vocabulary | None:
 
 
 def _logits(base: Base) -> int:
-    example = jax.eval_shape(base.traits.example)
+    example = jax.eval_shape(base.traits.examples)[0]
     out = jax.eval_shape(lambda p, x: base.module.apply({"params": p}, x), base.params, example)
     return out.shape[-1]
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from lorax.interop.hf import Source
 from lorax.models import bert, deberta, decoder, decoder_families, falcon, gpt2, vision, vit
 
-#: Hugging Face's model_type -> (module with its Hugging Face layout, its Linen class)
+#: Hugging Face's model_type, or diffusers' _class_name -> (module with its layout in their files,
+#: its Linen class)
 FAMILIES = {
     "gpt2": (gpt2, gpt2.GPT2),
     **dict.fromkeys(decoder_families.FAMILIES, (decoder_families, decoder.Decoder)),
@@ -21,8 +22,10 @@ FAMILIES = {
     "lenet": (vision, vision.LeNet),
 }
 CAUSAL = ("gpt2", *decoder_families.FAMILIES, "falcon")
+#: Diffusion models: called as module(x, t, condition), with a `condition` in their configs.
+DIFFUSION = ()
 #: Families that read images.
-IMAGES = ("vit", "mlp", "lenet")
+IMAGES = ("vit", "mlp", "lenet", *DIFFUSION)
 #: Families without pretrained weights: the whole network is initialised at random, not just a head.
 WHOLE = ("mlp", "lenet")
 
@@ -36,9 +39,14 @@ class Traits(NamedTuple):
         reads.
     input_shape: shape of one float32 input array; None for a model that reads tokens.
     flat: whether it takes an array of any shape with as many numbers as `input_shape`.
+    condition: shape and dtype of what one image of a diffusion model is made from, None for other
+        models. Such a model is called with noisy images x (B, height, width, channels), timesteps
+        t (B,), from 0 to 999, and conditions (B, ...): classes () int32, or the hidden states
+        (tokens, features) float32 of a text.
     outputs: number of scores, (B, outputs) float32; None for a model without scores.
     positions: the longest input in tokens, None without a limit.
-    array_positions: positions that one array becomes inside (ViT: its patches and the class token).
+    array_positions: positions that one array becomes inside (ViT: its patches and the class token;
+        a diffusion model: its patches or pixels).
     stream: whether the outputs of its layers can be captured (`nn.scan`ned, called "h").
     head: first path components of the parameters that turn hidden states into logits.
     packs: whether it takes `segments`, so that several texts share a row without seeing each other.
@@ -52,6 +60,7 @@ class Traits(NamedTuple):
     causal: bool = False
     input_shape: tuple[int, ...] | None = None
     flat: bool = False
+    condition: jax.ShapeDtypeStruct | None = None
     outputs: int | None = None
     positions: int | None = None
     array_positions: int = 1
@@ -63,25 +72,31 @@ class Traits(NamedTuple):
     whole: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def example(self) -> jax.Array:
-        """The smallest input of the model, all zeros: a batch of one array or one token."""
+    def examples(self) -> tuple[jax.Array, ...]:
+        """The smallest inputs of the model, all zeros: a batch of one token, or of one array, with
+        its timestep and condition for a diffusion model."""
         if self.input_shape is None:
-            return jnp.zeros((1, 1), jnp.int32)
-        return jnp.zeros((1, *self.input_shape), jnp.float32)
+            return (jnp.zeros((1, 1), jnp.int32),)
+        array = jnp.zeros((1, *self.input_shape), jnp.float32)
+        if self.condition is None:
+            return (array,)
+        condition = jnp.zeros((1, *self.condition.shape), self.condition.dtype)
+        return array, jnp.zeros(1, jnp.int32), condition
 
 
 def traits(family: str, config) -> Traits:
     """The traits of a shipped family's model; config: the family's Config."""
     layout, model = FAMILIES[family]
-    images, causal = family in IMAGES, family in CAUSAL
-    scores = images or getattr(config, "head", None) == "classification"
+    images, causal, diffusion = (family in kind for kind in (IMAGES, CAUSAL, DIFFUSION))
+    scores = images and not diffusion or getattr(config, "head", None) == "classification"
     return Traits(
         causal=causal,
         input_shape=config.image_shape if images else None,
         flat=family == "mlp",
+        condition=config.condition if diffusion else None,
         outputs=config.labels if scores else None,
         positions=None if images else _positions(config),
-        array_positions=config.positions if family == "vit" else 1,
+        array_positions=getattr(config, "positions", 1) if images else 1,
         stream=not images,
         head=() if images else model.head,
         sources=layout.hf_tensors(config),

@@ -23,6 +23,7 @@ from lorax.quant import bnb, nf4
 #: Fields read from any family's config.json, and from its "quantization_config".
 DESCRIBED = {
     "model_type": fields.TEXT,
+    "_class_name": fields.TEXT,
     "architectures": fields.optional(fields.TEXTS),
     "quantization_config": fields.optional(fields.OBJECT),
 }
@@ -43,11 +44,12 @@ def load(
 ) -> Base:
     """Load a base model.
 
-    name: a shipped model ("gpt2-nano"), a directory in Hugging Face's layout, or a Hub id. With
-    "random:" in front, builds the architecture with random weights, initialised as its authors do,
-    from seed 0, or from seed 3 for "random:mnist-fc@3"; this also works for the names that
-    `shapes.architecture` knows. A function that returns a Linen module, or its name
-    "FILE.py:function", is a model of your own (`models.custom`).
+    name: a shipped model ("gpt2-nano"), a directory in Hugging Face's or diffusers' layout (that of
+    a pipeline means its U-Net or transformer), or a Hub id. With "random:" in front, builds the
+    architecture with random weights, initialised as its authors do, from seed 0, or from seed 3 for
+    "random:mnist-fc@3"; this also works for the names that `shapes.architecture` knows. A function
+    that returns a Linen module, or its name "FILE.py:function", is a model of your own
+    (`models.custom`).
     dtype: of the computation. param_dtype: of the weights. place: (shapes of the params, sites) ->
     tree of shardings, to divide the weights over devices (`lorax.sharding`); the same numbers, and
     no process reads or holds more than its devices' parts. None: JAX's default device. quant,
@@ -165,10 +167,10 @@ def _build(name: str, weights: bool, dtype, param_dtype, run: dict):
     module = model(config)
     # Traced, not computed: images may be large.
     model_traits = traits(family, config)
-    init = lambda: module.init(jax.random.key(seed), model_traits.example())["params"]
+    init = lambda: module.init(jax.random.key(seed), *model_traits.examples())["params"]
     stored = lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype)
     params = jax.tree.map(stored, jax.eval_shape(init))
-    sites = intercept.sites(module, params, jax.eval_shape(model_traits.example))
+    sites = intercept.sites(module, params, *jax.eval_shape(model_traits.examples))
     in_files = "SequenceClassification" in str(raw.get("architectures"))
     has_head = not random and (in_files or getattr(config, "head", None) != "classification")
     head = tuple(p for p in tree.flatten(params) if p.startswith("head/"))
@@ -177,12 +179,14 @@ def _build(name: str, weights: bool, dtype, param_dtype, run: dict):
 
 
 def family_of(name: str, raw: Mapping) -> str:
-    """Hugging Face's model_type from the fields of a `config.json`, one of `FAMILIES`.
+    """Hugging Face's model_type, or diffusers' _class_name, from the fields of a `config.json`; one
+    of `FAMILIES`.
 
     Raises ValueError for any other, and for weights in a format that can't be read."""
     place = f"base: {name}"
     described = fields.read(raw, DESCRIBED, place)
-    family = described.get("model_type")
+    said = "_class_name" if "_class_name" in described else "model_type"
+    family = described.get(said)
     if family == custom.MODEL_TYPE:
         raise ValueError(
             f"{place}: holds the weights of a user's module, whose code a file may not choose; "
@@ -190,7 +194,7 @@ def family_of(name: str, raw: Mapping) -> str:
         )
     if family not in FAMILIES:
         known = f"{', '.join(FAMILIES)}{nearest(str(family), FAMILIES)}"
-        raise ValueError(f"{place}: model_type {family!r} is not one of {known}{_in_the_way(raw)}")
+        raise ValueError(f"{place}: {said} {family!r} is not one of {known}{_in_the_way(raw)}")
     coded = described.get("quantization_config") or {}
     coded = fields.read(coded, CODED, f"{place}: quantization_config")
     if described.get("quantization_config") and not coded.get("load_in_4bit"):

@@ -50,7 +50,7 @@ def save(directory: str | Path, base: Base, dtype=None) -> None:
         config = _carried(theirs, config, base)
         if dtype is None:
             stated = theirs.get("dtype") or theirs.get("torch_dtype") or stated
-    if base.directory is not None or stated != "float32":
+    if "_class_name" not in config and (base.directory is not None or stated != "float32"):
         config |= {"dtype": stated, "torch_dtype": stated}  # the key of transformers 5, and of 4
     ids = _special_ids(base.vocabulary) if _new_vocabulary(base) else {}
     hf.write(directory, config | ids, base.sources, flat, dtypes, images)
