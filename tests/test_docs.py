@@ -17,7 +17,8 @@ from pages import PAGES, ROOT
 from support import few
 
 import lorax
-from lorax import bench, convert, generate, launch, listing, tasks
+from lorax import convert, generate, launch, listing, tasks
+from lorax.bench import __main__ as bench
 from lorax.report import __main__ as report
 from lorax.xray import __main__ as xray
 

@@ -27,7 +27,8 @@ from matplotlib.figure import Figure
 
 import lorax
 from experiments.plotting import COLOURS, GREY, MARKERS, STYLE
-from lorax import bench, decode
+from lorax import decode
+from lorax.bench import timing
 
 HERE = Path(__file__).parent
 PROMPT = 128
@@ -70,7 +71,7 @@ def main():
         for shape, n in rounds.items():
             make = functools.partial(forward, base, read, clock, *SHAPES[shape])
             sides = {side: make(own) for side, own in params.items()}
-            seconds = bench._measure(sides, n)
+            seconds = timing.measure(sides, n)
             for side, own in seconds.items():
                 short = Path(name).name.removeprefix("random:")
                 about = {"base": short, "shape": shape, "side": side}

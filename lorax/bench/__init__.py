@@ -1,0 +1,1 @@
+"""Measuring lorax on a machine, beside the alternatives: `python -m lorax.bench`."""
