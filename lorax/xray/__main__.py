@@ -2,9 +2,8 @@
 
     python -m lorax.xray FILE                  ranks and singular values of every matrix
     python -m lorax.xray FILE FILE...          also the directions that files share, and their sum
+    python -m lorax.xray FILE --base BASE      also amplification and intruders in its weights
     python -m lorax.xray FILE --out DIR        also a page, report.html, and tables in analysis/
-    python -m lorax.xray FILE --out DIR --base BASE
-                                               the page also compares with the base's weights
 
 FILE is a file, a directory with one, or a Hub id (owner/name, or owner/name/file.safetensors).
 Formats: PEFT, kohya and LyCORIS, diffusers, ComfyUI, MLX, GGUF and others; pickles are never read.
@@ -21,6 +20,7 @@ No base is needed. dW is the update of a matrix with its scale s in it: s a b fo
 
 import argparse
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--base",
-        help="with --out: compare the updates with the weights of this model (a shipped one, a "
-        "directory, a Hub id or a .safetensors file)",
+        help="compare the updates with the weights of this model (a shipped one, a directory, a "
+        "Hub id or a .safetensors file)",
     )
     parser.add_argument(
         "--layers", type=int, metavar="N", help="compare with the base in N evenly spaced layers"
@@ -69,10 +69,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def show(given: argparse.Namespace, screen) -> int:
     """Print everything about the files. Raises ValueError or OSError, as `formats.read`."""
-    for name in ("base", "layers"):
-        if getattr(given, name) is not None and given.out is None:
-            raise ValueError(f"--{name}: give --out DIR as well, where the comparison is written")
-    if given.out is not None:
+    if given.layers is not None and given.base is None and given.out is None:
+        raise ValueError("--layers: give --base as well, with whose layers to compare")
+    if given.base is not None or given.out is not None:
         from lorax.report import bases
 
         bases.check(given.base, given.layers)
@@ -89,11 +88,17 @@ def show(given: argparse.Namespace, screen) -> int:
             _show_one(measured[name], given.all, screen)
     if len(found) > 1:
         _show_together(measured, screen)
-    return _write(given, screen) if given.out is not None else 0
+    if given.out is not None:
+        return _write(given, given.out, screen)
+    if given.base is not None:
+        with tempfile.TemporaryDirectory() as unseen:
+            return _write(given, unseen, screen)
+    return 0
 
 
-def _write(given: argparse.Namespace, screen) -> int:
-    """Write the page; 1 if a part of it failed. What failed goes to stderr."""
+def _write(given: argparse.Namespace, out: str, screen) -> int:
+    """Write the page into the directory `out`, and print what it says of the base; 1 if a part of
+    it failed. What failed goes to stderr."""
     from lorax.report import page  # slow to import
     from lorax.report.pages import adapters
 
@@ -101,13 +106,14 @@ def _write(given: argparse.Namespace, screen) -> int:
     failed = []
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        written = adapters.write(paths, given.base, given.out, layers=given.layers)
+        written = adapters.write(paths, given.base, out, layers=given.layers)
     for warning in said:
         print(f"lorax: {warning.message}", file=sys.stderr)
         failed += [warning] * issubclass(warning.category, page.SectionFailed)
     for line in terminal.against_base(written.parent):
         screen.print(line)
-    screen.print(str(written), soft_wrap=True)
+    if given.out is not None:
+        screen.print(str(written), soft_wrap=True)
     return 1 if failed else 0
 
 

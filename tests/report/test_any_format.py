@@ -148,10 +148,21 @@ def test_updates_under_other_names_are_still_unread(tmp_path):
     assert "x" in other and [*only(other, {"y"})] == ["y"]
 
 
-def test_a_base_without_a_page_is_refused(tmp_path, capsys):
-    file, _ = kohya(tmp_path / "a.safetensors", 1)
-    assert main([str(file), "--base=gpt2-nano"]) == 2
-    assert "--base: give --out DIR as well" in capsys.readouterr().err
+def test_a_base_without_a_page(tmp_path, undrawn, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file, _ = kohya(tmp_path / "one.safetensors", layers=1)
+    rng = np.random.default_rng(0)
+    weights = {
+        f"text_model.encoder.layers.0.{place}.weight": rng.standard_normal(
+            (WIDTH, WIDTH), dtype=np.float32
+        )
+        for place in ("mlp.fc1", "self_attn.q_proj")
+    }
+    safetensors.numpy.save_file(weights, tmp_path / "base.safetensors")
+    assert main([str(file), f"--base={tmp_path / 'base.safetensors'}"]) == 0
+    said = capsys.readouterr().out
+    assert "Against the base" in said and "report.html" not in said
+    assert {x.name for x in tmp_path.iterdir()} == {"one.safetensors", "base.safetensors"}
 
 
 def mlx_adapter(folder, base):

@@ -263,7 +263,7 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
         ["nothing"],
         [tmp_path / "a.pt"],
         [file, file],
-        [file, "--base=gpt2-nano"],
+        [file, "--layers=2"],
         [*page, "--base=./nothing"],
         [*page, "--layers=-1"],
     ):
