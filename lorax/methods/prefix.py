@@ -39,6 +39,7 @@ from lorax.methods.arrays import Matrix, joined, key_for, matrices
 from lorax.methods.contract import Method, State
 from lorax.methods.targets import adapted_matrices, matching
 from lorax.models import layers as model_layers
+from lorax.models import masks
 
 # ------------------------------------------------------------------------------------------- leaves
 
@@ -122,13 +123,14 @@ class Prefix:
     method: ClassVar[str] = "__call__"
 
     def __call__(self, module, call, q, k, v, mask, scale, kv=None, at=None, sinks=None):
+        causal = module.causal and kv is None
         k, v, kv = model_layers.remember(k, v, kv, at)
         k, v = (
             jnp.concatenate([_heads(new, x), x], axis=1) for new, x in ((self.k, k), (self.v, v))
         )
-        seen = jnp.broadcast_to(self.on > 0, (*mask.shape[:2], len(self.k)))
-        mask = jnp.concatenate([seen, mask], -1)
-        return model_layers.attention(q, k, v, mask, scale, module.cap, sinks), kv
+        mask = masks.ahead(mask, len(self.k), self.on > 0)
+        attend = model_layers.causal_attention if causal else model_layers.attention
+        return attend(q, k, v, mask, scale, module.cap, sinks), kv
 
 
 @jax.tree_util.register_dataclass
@@ -144,7 +146,7 @@ class Gated:
 
     def __call__(self, module, call, q, k, v, mask, scale, kv=None, at=None, sinks=None):
         o, kv = call(q, k, v, mask, scale, kv, at, sinks)
-        everyone = jnp.ones((1, q.shape[1], len(self.k)), bool)
+        everyone = masks.everyone(q.shape[1], len(self.k))
         k, v = _heads(self.k, k), _heads(self.v, v)
         extra = model_layers.attention(q, k, v, everyone, scale, module.cap)
         return o + self.gate.astype(o.dtype) * extra, kv

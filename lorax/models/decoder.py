@@ -31,6 +31,7 @@ from lorax.models.layers import (
     returned,
     soft_cap,
 )
+from lorax.models.masks import dense as dense_mask
 from lorax.models.rope import Rope, frequencies, query_growth, rope, rotate
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -227,7 +228,7 @@ class Block(nn.Module):
         c = self.config
         before = lambda name, x: x if c.norms == "post" else _norm(c, name)(x)
         after = lambda name, x: x if c.norms == "pre" else _norm(c, f"post_{name}")(x)
-        mask = masks if mask_of is None else masks[mask_of]
+        mask = masks if mask_of is None else jax.tree.map(lambda x: x[mask_of], masks)
         turn = turns if turn_of is None else tuple(x[turn_of] for x in turns)
         read, kv = Attention(c, name="attn")(before("norm_1", x), mask, turn, kv, (layer, column))
         x = x + _times(after("norm_1", read), c.residual_multiplier)
@@ -281,7 +282,7 @@ class Decoder(nn.Module):
         near = lambda: causal_context(tokens, segments, cache, c.sliding_window).mask
         kinds, mask_of = _distinct(c.types)
         masks = [context.mask if kind == FULL else near() for kind in kinds]
-        masks = masks[0] if mask_of is None else jnp.stack(masks)  # or (kinds, B or 1, T, S)
+        masks = masks[0] if mask_of is None else jax.tree.map(lambda *x: jnp.stack(x), *masks)
         kinds, turn_of = _distinct(c.rope_kinds)
         turns = [_turn(c, c.ropes[kind], context, room, cache is not None) for kind in kinds]
         turns = turns[0] if turn_of is None else tuple(map(jnp.stack, zip(*turns, strict=True)))
@@ -347,7 +348,9 @@ def _turn(config: Config, r: Rope | None, context, room: int, cached: bool):
                 f"keys of a text that grows beyond {limit} tokens; give it room for {limit}"
             )
         # The last token that sees a given token is the last of its text.
-        last = jnp.max(jnp.where(context.mask, context.positions[:, :, None], 0), axis=1)
+        last = jnp.max(
+            jnp.where(dense_mask(context.mask), context.positions[:, :, None], 0), axis=1
+        )
         lengths = last + 1
     turning = frequencies(r, config.head_dim, config.max_position_embeddings, lengths)
     turn = rope(context.positions, *turning)

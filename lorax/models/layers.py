@@ -15,6 +15,8 @@ from flax import linen as nn
 
 from lorax import fields, grouped
 from lorax.errors import nearest
+from lorax.models import blockwise, masks
+from lorax.models.masks import Mask, Places
 
 # --------------------------------------------------------------------------------------- attention
 
@@ -48,24 +50,30 @@ def soft_cap(x, cap):
     return cap * jnp.tanh(x / cap)
 
 
-def attention(q, k, v, mask, scale, cap=None, sinks=None):
+def attention(q, k, v, mask, scale, cap=None, sinks=None, causal=False):
     """Scaled dot-product attention (arXiv:1706.03762, equation 1), grouped-query where K < H
     (arXiv:2305.13245).
 
     q: (B, T, H, D); k, v: (B, S, K, D), K a divisor of H; one floating dtype. mask: (B or 1, T, S)
-    bool, True where a query may attend (a query with no True attends to all keys equally). scale:
-    float. cap: of the scaled scores before the mask (`soft_cap`), None for none. sinks: (H,), for
-    each head one more score of every query, whose value is zero (arXiv:2309.17453, section 3.3);
-    None for none. Returns (B, T, H, D) in that dtype; the softmax is in float32.
+    bool, True where a query may attend (a query with no True attends to all keys equally), or a
+    `masks.Mask`. scale: float. cap: of the scaled scores before the mask (`soft_cap`), None for
+    none. sinks: (H,), for each head one more score of every query, whose value is zero
+    (arXiv:2309.17453, section 3.3); None for none. causal: as in `blockwise.attention`, which
+    computes it if the mask is a `Mask`. Returns (B, T, H, D) in that dtype; the softmax is in
+    float32.
 
     For long sequences the backward pass recomputes the probabilities from q and k, as
     FlashAttention does (arXiv:2205.14135, section 3.1); for short ones storing them is cheaper.
     """
     # Queries that share keys become rows of one product, which contracts a single axis.
     t, heads = q.shape[1], k.shape[2]
-    q = rearrange(q, "b t (k g) d -> b k (g t) d", k=heads)
     k, v = (rearrange(x, "b s k d -> b k s d") for x in (k, v))
     sinks = None if sinks is None else sinks.reshape(heads, -1)
+    if isinstance(mask, Mask):
+        q = rearrange(q, "b t (k g) d -> b k g t d", k=heads)
+        o = blockwise.attention(q, k, v, mask, sinks, scale, cap, causal)
+        return rearrange(o, "b k g t d -> b t (k g) d")
+    q = rearrange(q, "b t (k g) d -> b k (g t) d", k=heads)
     o = _attention(q, k, v, mask, sinks, scale, cap)
     return rearrange(o, "b k (g t) d -> b t (k g) d", t=t)
 
@@ -103,19 +111,21 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def causal_attention(q, k, v, mask, scale, cap=None, sinks=None):
-    """Self-attention (S = T) in which no token sees later ones; `mask` must say so.
+    """Self-attention in which no token sees later ones; `mask` must say so. The queries are the
+    last T of the S tokens, or of these and keys in front of them.
 
     Queries are split into `BLOCKS` blocks, each multiplied only with the keys up to its last query:
     this skips three quarters of the products in the upper half of (T, T).
     """
-    t = q.shape[1]
-    size = max(1, -(-t // BLOCKS))
-    ends = [(start, min(start + size, t)) for start in range(0, t, size)]
     settings = scale, cap, sinks
-    blocks = [
-        attention(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end], *settings)
-        for start, end in ends
-    ]
+    if isinstance(mask, Mask):
+        return attention(q, k, v, mask, *settings, causal=True)
+    t, before = q.shape[1], k.shape[1] - q.shape[1]
+    size = max(1, -(-t // BLOCKS))
+    blocks = []
+    for start in range(0, t, size):
+        rows, keys = slice(start, min(start + size, t)), slice(before + min(start + size, t))
+        blocks.append(attention(q[:, rows], k[:, keys], v[:, keys], mask[:, rows, keys], *settings))
     return jnp.concatenate(blocks, axis=1)
 
 
@@ -193,7 +203,8 @@ class Attend(nn.Module):
 class Context(NamedTuple):
     """Positions and attention mask, the same for every layer.
 
-    positions: (B or 1, T) int32, from 0 at the start of each text. mask: (B or 1, T, S) bool.
+    positions: (B or 1, T) int32, from 0 at the start of each text. mask: (B or 1, T, S) bool, or a
+    `masks.Mask` of long sequences.
     cache: the `Cache` with `real` and `length` updated to after this call, or None.
     """
 
@@ -227,39 +238,42 @@ def causal_context(
     """
     b, t = tokens.shape
     if cache is None:
-        at = jnp.arange(t)[None]
-        mask = at[:, :, None] >= at[:, None, :]  # (1, T, T)
+        at, texts = jnp.arange(t)[None], jnp.ones((1, t), jnp.int32)
         positions = at
         if segments is not None:
             begins = jnp.concatenate(
                 [jnp.ones((b, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1
             )
             start = jax.lax.cummax(jnp.where(begins, at, 0), axis=1)
-            common = segments < 0
+            common, texts = segments < 0, segments
             positions = at - start
             positions += jnp.where(common, 0, jnp.sum(common, axis=1, keepdims=True))
-            mask = mask & padding_mask(tokens, segments)
+        queries = keys = _places(at, texts, positions)
     else:
         written = jnp.ones((b, t), bool) if segments is None else segments != 0
         real = jax.lax.dynamic_update_slice_in_dim(cache.real, written, cache.length, axis=1)
         count = jnp.cumsum(real, axis=1, dtype=jnp.int32)  # (B, S)
         columns = cache.length + jnp.arange(t)
         positions = jnp.maximum(jnp.take(count, columns, axis=1) - 1, 0)  # (B, T)
-        mask = (jnp.arange(real.shape[1])[None, None] <= columns[None, :, None]) & real[:, None]
+        queries = _places(columns[None], jnp.ones((1, t)), positions)
+        keys = _places(jnp.arange(real.shape[1])[None], real, jnp.maximum(count - 1, 0))
         cache = cache._replace(real=real, length=cache.length + t)
-    if window is not None:
-        key_positions = positions if cache is None else jnp.maximum(count - 1, 0)
-        mask = mask & (positions[:, :, None] - key_positions[:, None, :] < window)
+    mask = masks.mask_of(queries, keys, window)
     return Context(positions.astype(jnp.int32) + first, mask, cache)
 
 
+def _places(*of_tokens) -> Places:
+    return Places(*(x.astype(jnp.int32) for x in of_tokens))
+
+
 def padding_mask(tokens, segments=None):
-    """(B or 1, T, T) bool: which tokens see which in an encoder; `segments` as in
-    `causal_context`."""
+    """Which tokens see which in an encoder, as in `Context`; `segments` as in `causal_context`."""
+    t = tokens.shape[1]
     if segments is None:
-        return jnp.ones((1, tokens.shape[1], tokens.shape[1]), bool)
-    query, key = segments[:, :, None], segments[:, None, :]
-    return (query == key) | (key < 0) | ((query < 0) & (key != 0))
+        return masks.everyone(t, t)
+    nowhere = jnp.zeros((1, t), jnp.int32)  # no token is after another
+    places = _places(nowhere, segments, nowhere)
+    return masks.mask_of(places, places)
 
 
 # ------------------------------------------------------------------------------------------- norms

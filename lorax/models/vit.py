@@ -15,6 +15,7 @@ from flax import linen as nn
 from lorax import fields
 from lorax.interop.hf import Source
 from lorax.models.layers import ACTIVATION, ACTIVATIONS, LayerNorm, attention, over_layers
+from lorax.models.masks import everyone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +68,7 @@ class Attention(nn.Module):
         dense = functools.partial(nn.Dense, c.hidden_size, dtype=c.dtype, kernel_init=_normal)
         heads = lambda x: rearrange(x, "b t (h d) -> b t h d", h=c.num_attention_heads)
         q, k, v = (heads(dense(use_bias=c.qkv_bias, name=name)(x)) for name in "qkv")
-        everyone = jnp.ones((1, x.shape[1], x.shape[1]), bool)
-        o = attention(q, k, v, everyone, q.shape[-1] ** -0.5)
+        o = attention(q, k, v, everyone(x.shape[1], x.shape[1]), q.shape[-1] ** -0.5)
         return dense(name="o")(rearrange(o, "b t h d -> b t (h d)"))
 
 
