@@ -496,35 +496,46 @@ class FrozenWeight(Leaf):
 class BFloat16Weight(FrozenWeight):
     """A frozen weight that multiplies in bfloat16 with float32 sums: y = bf16(x) @ w.
 
-    w: bfloat16, (in, out), or an embedding (V, features), layer axes first. by: (static) axes of a
-    mesh that divide it.
+    bits: uint16, those of w in bfloat16, (in, out), or an embedding (V, features), layer axes
+    first. Sliced as bfloat16 by a loop over layers, it would become float32 on a CPU before the
+    loop, and bfloat16 again for each layer. by: (static) axes of a mesh that divide it.
     """
 
-    w: Array
+    bits: Array
     by: tuple[str, str] = dataclasses.field(default=divided.LINEAR, metadata={"static": True})
+
+    @staticmethod
+    def of(w: Array, by: tuple[str, str] = divided.LINEAR) -> "BFloat16Weight":
+        """The leaf of an array, which is rounded if it is wider."""
+        return BFloat16Weight(jax.lax.bitcast_convert_type(w.astype(jnp.bfloat16), jnp.uint16), by)
 
     @property
     def shape(self):
-        return self.w.shape
+        return self.bits.shape
 
     @property
     def dtype(self):
-        return self.w.dtype
+        return jnp.dtype(jnp.bfloat16)
 
     def product(self, x, axis: int):
-        return bfloat16_product(x, self.w, axis, self.by)
+        return bfloat16_product(x, self.bits, axis, self.by)
 
     def ragged(self, x, sizes):
-        return grouped.product(x.astype(jnp.bfloat16), self.w, sizes, self.by).astype(x.dtype)
+        w = self.decoded()
+        return grouped.product(x.astype(jnp.bfloat16), w, sizes, self.by).astype(x.dtype)
 
     def rows(self, ids):
-        return divided.rows(self.w, ids)
+        return _from_bits(divided.rows(self.bits, ids))
 
     def decoded(self):
-        return self.w
+        return _from_bits(self.bits)
 
     def as_matrix(self, site):
-        return dataclasses.replace(self, w=site.to_matrix(self.w))
+        return dataclasses.replace(self, bits=site.to_matrix(self.bits))
+
+
+def _from_bits(bits):
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
 def to_bfloat16(params, sites: Mapping[str, Site]):
@@ -533,7 +544,7 @@ def to_bfloat16(params, sites: Mapping[str, Site]):
     for path, site in sites.items():
         if site.kind in ("linear", "experts", "embed") and not isinstance(flat[path], FrozenWeight):
             by = divided.axes_of(path, site.kind)
-            flat[path] = BFloat16Weight(flat[path].astype(jnp.bfloat16), by)
+            flat[path] = BFloat16Weight.of(flat[path], by)
     return tree.unflatten(flat)
 
 
@@ -597,21 +608,21 @@ merged_linear.defvjp(_merged_linear_forward, _merged_linear_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def bfloat16_product(x, w, axis: int, by=divided.LINEAR):
-    """The product of x (..., n) with axis `axis` of a bfloat16 matrix w: operands in bfloat16, sums
-    in float32, in both directions. Returns x's dtype. w gets no gradient. by: axes of a mesh that
-    divide w."""
-    x, w = divided.gathered_for(x, w, by)
+def bfloat16_product(x, bits, axis: int, by=divided.LINEAR):
+    """The product of x (..., n) with axis `axis` of a matrix of the bits (uint16) of bfloat16
+    numbers: operands in bfloat16, sums in float32, in both directions. Returns x's dtype. The
+    matrix gets no gradient. by: axes of a mesh that divide it."""
+    x, bits = divided.gathered_for(x, bits, by)
     dimensions = (((x.ndim - 1,), (axis,)), ((), ()))
     y = jax.lax.dot_general(
-        x.astype(jnp.bfloat16), w, dimensions, preferred_element_type=jnp.float32
+        x.astype(jnp.bfloat16), _from_bits(bits), dimensions, preferred_element_type=jnp.float32
     )
     return y.astype(x.dtype)
 
 
 bfloat16_product.defvjp(
-    lambda x, w, axis, by: (bfloat16_product(x, w, axis, by), w),
-    lambda axis, by, w, dy: (bfloat16_product(dy, w, 1 - axis, by), None),
+    lambda x, bits, axis, by: (bfloat16_product(x, bits, axis, by), bits),
+    lambda axis, by, bits, dy: (bfloat16_product(dy, bits, 1 - axis, by), None),
 )
 
 

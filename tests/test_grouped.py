@@ -140,7 +140,7 @@ def test_a_leaf_computes_with_the_kernel_that_it_represents(name):
 def test_a_leaf_in_bfloat16_sums_in_float32():
     w = jnp.asarray(W, jnp.bfloat16)
     x = jnp.asarray(X, jnp.bfloat16).astype(jnp.float32)
-    y = ops.ragged(x, leaves.BFloat16Weight(w), jnp.asarray(SIZES))
+    y = ops.ragged(x, leaves.BFloat16Weight.of(w), jnp.asarray(SIZES))
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y, one_by_one(x, np.asarray(w, np.float32), SIZES), rtol=2e-2)
 

@@ -615,7 +615,7 @@ def test_half_multiplies_in_bfloat16_and_sums_in_float32():
         jnp.asarray(rng.standard_normal(s), "float32") for s in ((3, 5, 64), (64, 7), (3, 5, 7))
     )
     wide = lambda t: np.asarray(t.astype(jnp.bfloat16), np.float64)
-    leaf = leaves.BFloat16Weight(w.astype(jnp.bfloat16))
+    leaf = leaves.BFloat16Weight.of(w)
     y, pull = jax.vjp(lambda x: ops.linear(x, leaf), x)
     assert y.dtype == pull(dy)[0].dtype == jnp.float32
     np.testing.assert_allclose(y, wide(x) @ wide(w), rtol=0, atol=1e-5)
@@ -631,10 +631,27 @@ def test_an_adapter_on_a_half_weight_is_added_in_float32():
     rng = np.random.default_rng(1)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), "float32")
     x, w, a, b = draw(4, 16), draw(16, 6), draw(16, 2), 1e-3 * draw(2, 6)
-    plain = leaves.BFloat16Weight(w.astype(jnp.bfloat16))
+    plain = leaves.BFloat16Weight.of(w)
     adapted = leaves.LowRank(plain, a, b, jnp.float32(0.5), merge=True)
     update = ops.linear(x, adapted) - ops.linear(x, plain)
     np.testing.assert_allclose(update, 0.5 * x @ a @ b, rtol=0, atol=1e-5)
+
+
+def test_a_loop_over_layers_makes_no_float32_copy_of_half_weights():
+    """What XLA does with bfloat16 arrays that a loop slices on a CPU."""
+    stack, x = jnp.ones((3, 32, 32), jnp.bfloat16), jnp.ones((4, 32))
+
+    def loss(x, stack, linear):
+        return jnp.sum(jax.lax.scan(lambda x, w: (linear(x, w), None), x, stack)[0])
+
+    def compiled(stack, linear):
+        f = jax.jit(lambda x, stack: jax.grad(loss)(x, stack, linear))
+        return f.lower(x, stack).compile().as_text()
+
+    assert "f32[3,32,32]" not in compiled(leaves.BFloat16Weight.of(stack), ops.linear)
+    if jax.default_backend() == "cpu":
+        half = lambda x, w: jnp.dot(x.astype(w.dtype), w, preferred_element_type=x.dtype)
+        assert "f32[3,32,32]" in compiled(stack, half)
 
 
 LAYERS = {

@@ -104,7 +104,7 @@ a, b = jnp.ones((64, 2)), jnp.ones((2, 32))
 KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), jnp.float32)
 PRODUCTS = {
     "nf4": (ops.linear, quant.quantise(KERNEL, "nf4", double=True)),
-    "half": (ops.linear, leaves.BFloat16Weight(KERNEL.astype(jnp.bfloat16))),
+    "half": (ops.linear, leaves.BFloat16Weight.of(KERNEL)),
     "merged": (lambda x, w: leaves.merged_linear(x, w, a, b, jnp.float32(2)), KERNEL),
 }
 
