@@ -63,7 +63,8 @@ def _task() -> ConfigDict:
     """The data."""
     c = ConfigDict()
     # restaurants | e2e | text | glue | instruct | wikisql | samsum; random_strings; images: mnist |
-    # digits; planted; or your own function (docs/tasks.md), on the command line FILE.py:function
+    # digits, or diffusion, to denoise them; planted; or your own function (docs/tasks.md), on the
+    # command line FILE.py:function
     c.name = config_dict.FieldReference("restaurants", field_type=object)
     c.path = config_dict.placeholder(str)  # file or folder, for tasks that read one
     # glue: cola sst2 mrpc qnli qqp rte mnli stsb; instruct: a configuration of a Hub data set
@@ -89,6 +90,11 @@ def _task() -> ConfigDict:
     c.inputs = config_dict.placeholder(int)  # planted: dimension that inputs span; None: all
     c.examples = 4096  # planted: training examples; random_strings: how many
     c.alphabet = 2048  # random_strings: different tokens in them; fewer if the base has fewer
+    c.classes = ()  # diffusion: numbers of the classes of images to train on; (): all
+    c.prediction = config_dict.placeholder(str)  # diffusion: epsilon | v; None: as the base's files
+    c.min_snr = 0.0  # diffusion: gamma of Min-SNR weights, e.g. 5.0; 0: equal weights
+    # diffusion: share of training rows without their class, for `eval.guidance`
+    c.class_dropout = 0.1
     return c
 
 
@@ -162,6 +168,11 @@ def _eval() -> ConfigDict:
     c.new_tokens = 64
     c.length_penalty = 1.0
     c.no_repeat_ngram = 0
+    # Images of each of `task.classes` that each member makes after training, to be scored; 0: none
+    c.samples = 0
+    c.sample_steps = 50  # of DDIM
+    # Prediction without class + this times what the class adds to it (classifier-free guidance)
+    c.guidance = 1.0
     # Tasks of lm-evaluation-harness that each member does after training: names or YAML files
     c.harness = ()
     # Your own score, beside the task's: a function or "FILE.py:function" (docs/tasks.md)
@@ -315,6 +326,9 @@ REVISABLE = (
     "eval.new_tokens",
     "eval.length_penalty",
     "eval.no_repeat_ngram",
+    "eval.samples",
+    "eval.sample_steps",
+    "eval.guidance",
     "eval.harness",
     "analysis.report",
     "analysis.cka",

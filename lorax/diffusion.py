@@ -109,8 +109,8 @@ def clean_and_noise(output, x, a, prediction: str):
 def ddim_step(output, x, a, a_next, schedule: Schedule, eta: float = 0.0, noise=None):
     """x at the next, smaller timestep (DDIM: Song et al. 2020, arXiv:2010.02502, equation 12).
 
-    output: of the model for x, (B, ...). a, a_next: levels of this timestep and the next. eta: share
-    of the noise that is drawn anew, `noise`; 0 is deterministic.
+    output: of the model for x, (B, ...). a, a_next: levels of this timestep and the next. eta:
+    share of the noise that is drawn anew, `noise`; 0 is deterministic.
     """
     clean, predicted = clean_and_noise(output, x, a, schedule.prediction)
     clean = _clipped(clean, schedule)

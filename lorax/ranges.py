@@ -31,6 +31,11 @@ def _is_rank(value) -> bool:
     return value == "auto" or (whole and value >= 1)
 
 
+def _are_classes(value) -> bool:
+    whole = lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 0
+    return isinstance(value, tuple) and all(map(whole, value)) and len({*value}) == len(value)
+
+
 RULES = (
     Rule(
         "must be the name of a base, or a function that returns a module",
@@ -41,13 +46,14 @@ RULES = (
         "must be at least 1",
         lambda v: v >= 1,
         _in("train", "batch_size", "seq_len", "accumulate")
-        + _in("eval", "every", "batch_size", "examples", "beams", "new_tokens"),
+        + _in("eval", "every", "batch_size", "examples", "beams", "new_tokens", "sample_steps"),
     ),
     Rule(
         "must not be negative",
         lambda v: v >= 0,
         _in("train", "epochs", "warmup", "width", "memory_gb", "weight_decay", "clip", "lr")
-        + _in("eval", "generate", "no_repeat_ngram")
+        + _in("eval", "generate", "no_repeat_ngram", "samples", "guidance")
+        + _in("task", "min_snr")
         + _in("analysis", "cka", "subspaces", "sharpness"),
     ),
     Rule(
@@ -64,6 +70,11 @@ RULES = (
         'must be a tuple of pairs like ("stories", {"name": "text", "path": FILE})',
         lambda v: isinstance(v, tuple),
         ("eval.also", "sequence"),
+    ),
+    Rule(
+        "must be a tuple of different classes, whole numbers from 0 on, such as (8, 9)",
+        _are_classes,
+        ("task.classes",),
     ),
     Rule(
         'must be functions of an update, or "FILE.py:function"',
@@ -89,7 +100,7 @@ RULES = (
     Rule(
         "must be in [0, 1)",
         lambda v: 0 <= v <= BELOW_1,
-        _in("train", "label_smoothing", "warmup_ratio") + ("method.dropout",),
+        _in("train", "label_smoothing", "warmup_ratio") + ("method.dropout", "task.class_dropout"),
     ),
     Rule(
         "must be in [0, 1), or None",
@@ -118,6 +129,7 @@ WORDS = {
     **dict.fromkeys(("dtype", "param_dtype", "operands"), ("float32", "bfloat16")),
     "quant": (None, "nf4", "fp4", "int8"),
     "task.loss_on": ("completions", "all"),
+    "task.prediction": (None, "epsilon", "v"),
     "train.remat": ("none", "full", "dots"),  # see `lorax.models.layers.over_layers`
     "train.offload": (None, "optimizer"),
     "train.last_batch": ("full", "short", "drop"),

@@ -8,6 +8,8 @@ adapters/MEMBER/      what a member has learned; LoRA factors in PEFT's format
 rows/MEMBER.npz       losses and scores of a member's test rows, before and after training
 texts/MEMBER.jsonl    the prompts that a member completed after training
 texts/base.jsonl      the same prompts, completed by the base without an adapter
+samples/MEMBER.npz    images that a diffusion model made after training, and their classes
+samples/base-GROUP.npz  the same of a group's base without an adapter
 parts/I/              what one worker of `lorax.launch` has trained, as a run directory of its own
 merged/MEMBER/        a member's model with its update added, where a sequence of tasks goes on
 checkpoints/PART/     the last two checkpoints of the members trained in one program
@@ -27,6 +29,7 @@ began), and it has no adapter. No other module spells these names.
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -36,6 +39,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lorax import hosts
 from lorax.errors import of_machine, reason
 from lorax.files import DRAFTS, parse_json, read_json, write_bytes, write_json
@@ -43,6 +48,7 @@ from lorax.files import DRAFTS, parse_json, read_json, write_bytes, write_json
 CONFIG, MEMBERS, METRICS = "config.json", "members.jsonl", "metrics.jsonl"
 STATUS, REPORT, ERRORS, LOCK = "status.json", "report.html", "errors.txt", ".lock"
 ADAPTERS, ROWS, TEXTS, MERGED = "adapters", "rows", "texts", "merged"
+SAMPLES = "samples"
 SEQUENCE = "sequence.csv"  # beside the runs of a sequence of tasks: losses on every task after each
 CHECKPOINTS, TRAJECTORY = "checkpoints", "trajectory"
 PARTS, PART = "parts", "part.json"  # of a run that was launched; `lorax.launching.parts`
@@ -50,8 +56,8 @@ BASE = "base"  # in place of a member's number, for the texts of the base itself
 ANALYSIS, FIGURES, TENSORBOARD, TRACK = "analysis", "figures", "tb", "track"
 FILES = (LOCK, CONFIG, MEMBERS, METRICS, STATUS, REPORT)
 FOLDERS = (
-    ADAPTERS, ANALYSIS, CHECKPOINTS, FIGURES, MERGED, PARTS, ROWS, TENSORBOARD, TEXTS, TRACK,
-    TRAJECTORY,
+    ADAPTERS, ANALYSIS, CHECKPOINTS, FIGURES, MERGED, PARTS, ROWS, SAMPLES, TENSORBOARD, TEXTS,
+    TRACK, TRAJECTORY,
 )  # fmt: skip
 ALSO = "also:"  # and a name: the split of a further task's measurements (`eval.also`)
 RUNS = Path("runs")  # where run directories are, unless --workdir says otherwise
@@ -76,6 +82,17 @@ def rows(directory: Path, member: int) -> Path:
 def texts(directory: Path, member: int | str) -> Path:
     """The file of the completions of a member, or of the base (`BASE`)."""
     return Path(directory) / TEXTS / f"{member}.jsonl"
+
+
+def samples(directory: Path, member: int) -> Path:
+    """The file of a member's images: an .npz of "images" (N, height, width, channels) uint8 and
+    "classes" (N,) int32."""
+    return Path(directory) / SAMPLES / f"{member}.npz"
+
+
+def base_samples(directory: Path, group: int) -> Path:
+    """The same of the images of a group's base."""
+    return Path(directory) / SAMPLES / f"{BASE}-{group}.npz"
 
 
 def writer(base: str, quant: str | None, decoding: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,6 +321,14 @@ def metrics_size(directory: Path) -> int:
     """Bytes of metrics.jsonl, 0 where it does not exist."""
     file = Path(directory) / METRICS
     return file.stat().st_size if file.exists() else 0
+
+
+def write_samples(file: Path, images: np.ndarray, classes: np.ndarray) -> None:
+    """Write a file of `samples`."""
+    arrays = {"classes": np.asarray(classes, np.int32), "images": np.asarray(images, np.uint8)}
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays)
+    write_bytes(file, packed.getvalue())
 
 
 def keep_error(directory: Path, error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -96,9 +95,7 @@ def test_a_trajectory_of_ddpm_with_given_noise(name, monkeypatch):
 
     theirs, ours = pair(name, "DDPMScheduler")
     drawn = iter(normal(3, (20, *SHAPE)))
-    monkeypatch.setattr(
-        scheduling_ddpm, "randn_tensor", lambda *_, **__: torch.tensor(next(drawn))
-    )
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: torch.tensor(next(drawn)))
     x = y = normal(2)
     times = [*range(999, 989, -1), *range(4, -1, -1)]
     given, step = iter(normal(3, (20, *SHAPE))), jit(diffusion.ddpm_step, static_argnums=4)

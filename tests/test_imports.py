@@ -30,14 +30,15 @@ LAYERS = (
         "rundir",
     }
     | {"calls", "devices", "divided", "halving", "meshes", "ranges", "scales", "tree", "vocabulary"}
-    | {"lanczos", "permutations", "spectrum", "xla"},
+    | {"diffusion", "lanczos", "permutations", "spectrum", "xla"},
     {"grouped"},
     {"ops", "interop"},
     {"gather", "leaves"},
     {"intercept", "interpret"},
     {"losses"},
+    {"denoising"},
     {"quant", "methods", "models", "sharding"},
-    {"adapters", "decode", "generation_config"},
+    {"adapters", "decode", "generation_config", "sampling"},
     {"tasks"},
     {"train"},
 )

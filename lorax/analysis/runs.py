@@ -112,6 +112,31 @@ class Run:
         lines = rundir.read_texts(rundir.texts(self.directory, rundir.BASE))
         return {x["prompt"]: x["text"] for x in lines if all(x.get(k) == of[k] for k in of)}
 
+    def samples(self, member: int) -> dict[str, np.ndarray] | None:
+        """The images that a member made (`eval.samples`): "images" (N, height, width, channels)
+        uint8 and "classes" (N,); None if it made none. Raises ValueError that names a damaged
+        file."""
+        return _samples(rundir.samples(self.directory, member))
+
+    def base_samples(self, member: int) -> dict[str, np.ndarray] | None:
+        """The same of the images that the member's base made of the same noise."""
+        group = self.members.loc[member].get("group", 0)
+        return _samples(rundir.base_samples(self.directory, group))
+
+
+def _samples(file: pathlib.Path) -> dict[str, np.ndarray] | None:
+    if not file.exists():
+        return None
+    arrays = tensors.read_npz(file, ("images", "classes"))
+    images, classes = arrays["images"], arrays["classes"]
+    right = images.dtype == np.uint8 and images.ndim == 4 and classes.shape == images.shape[:1]
+    if not right or images.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"{file}: {images.dtype} of {images.shape} and classes of {classes.shape}; expected "
+            "uint8 images (N, height, width, 1 or 3) and a class of each"
+        )
+    return arrays
+
 
 def _is_empty(update: Factors | np.ndarray) -> bool:
     """Whether the update is factors of rank 0: DoRA's lengths for a layer that is not adapted."""
@@ -290,8 +315,8 @@ def _exported(evals: pd.DataFrame, after: pd.DataFrame, status: dict) -> pd.Seri
 
 
 def scores(run: Run) -> list[str]:
-    """Names of the scores measured in addition to the loss: of a classifier or of generated
-    texts."""
+    """Names of the scores measured in addition to the loss: of a classifier, of generated texts or
+    of images."""
     of_members = run.status.get("members", {}).values()
     return list(dict.fromkeys(name for m in of_members for name in m.get("scores", {})))
 
@@ -302,8 +327,11 @@ def loss_name(run: Run) -> str:
 
 
 def loss_unit(run: Run) -> str:
-    """The loss is in nats, except for a planted task, whose labels are values."""
-    return "squared error" if "planted" in run.members else "nats"
+    """The loss is in nats, except for a planted task, whose labels are values, and for images that
+    are denoised."""
+    task = (run.config.get("config") or {}).get("task") or {}
+    denoises = isinstance(task, dict) and task.get("name") == "diffusion"
+    return "squared error" if denoises or "planted" in run.members else "nats"
 
 
 def axes(run: Run, table: pd.DataFrame) -> Axes:

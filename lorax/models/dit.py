@@ -89,9 +89,9 @@ class Condition(nn.Module):
         dense = functools.partial(nn.Dense, c.hidden_size, dtype=c.dtype, kernel_init=_normal)
         t = dense(name="time_2")(nn.silu(dense(name="time_1")(sines)))
         rows = c.num_embeds_ada_norm + 1
-        classes = nn.Embed(rows, c.hidden_size, dtype=c.dtype, embedding_init=_normal, name="embed")(
-            classes
-        )
+        classes = nn.Embed(
+            rows, c.hidden_size, dtype=c.dtype, embedding_init=_normal, name="embed"
+        )(classes)
         return t + classes
 
 

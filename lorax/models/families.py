@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax.interop.hf import Source
-from lorax.models import bert, deberta, decoder, decoder_families, falcon, gpt2, vision, vit
+from lorax.models import bert, deberta, decoder, decoder_families, dit, falcon, gpt2, vision, vit
 
 #: Hugging Face's model_type, or diffusers' _class_name -> (module with its layout in their files,
 #: its Linen class)
@@ -20,10 +20,13 @@ FAMILIES = {
     "vit": (vit, vit.ViT),
     "mlp": (vision, vision.MLP),
     "lenet": (vision, vision.LeNet),
+    "DiTTransformer2DModel": (dit, dit.DiT),
 }
+#: Names that older files give a family.
+ALIASES = {"Transformer2DModel": "DiTTransformer2DModel"}
 CAUSAL = ("gpt2", *decoder_families.FAMILIES, "falcon")
 #: Diffusion models: called as module(x, t, condition), with a `condition` in their configs.
-DIFFUSION = ()
+DIFFUSION = ("DiTTransformer2DModel",)
 #: Families that read images.
 IMAGES = ("vit", "mlp", "lenet", *DIFFUSION)
 #: Families without pretrained weights: the whole network is initialised at random, not just a head.
@@ -42,7 +45,9 @@ class Traits(NamedTuple):
     condition: shape and dtype of what one image of a diffusion model is made from, None for other
         models. Such a model is called with noisy images x (B, height, width, channels), timesteps
         t (B,), from 0 to 999, and conditions (B, ...): classes () int32, or the hidden states
-        (tokens, features) float32 of a text.
+        (tokens, features) float32 of a text. It returns an array like x, or one of twice the
+        channels, of which the second half says what the variance is.
+    no_class: the class "none" of a diffusion model that has one, for rows whose class is dropped.
     outputs: number of scores, (B, outputs) float32; None for a model without scores.
     positions: the longest input in tokens, None without a limit.
     array_positions: positions that one array becomes inside (ViT: its patches and the class token;
@@ -61,6 +66,7 @@ class Traits(NamedTuple):
     input_shape: tuple[int, ...] | None = None
     flat: bool = False
     condition: jax.ShapeDtypeStruct | None = None
+    no_class: int | None = None
     outputs: int | None = None
     positions: int | None = None
     array_positions: int = 1
@@ -94,6 +100,7 @@ def traits(family: str, config) -> Traits:
         input_shape=config.image_shape if images else None,
         flat=family == "mlp",
         condition=config.condition if diffusion else None,
+        no_class=getattr(config, "no_class", None),
         outputs=config.labels if scores else None,
         positions=None if images else _positions(config),
         array_positions=getattr(config, "positions", 1) if images else 1,

@@ -16,7 +16,7 @@ from lorax.interop import hf
 from lorax.models import custom, decoder_families, room, streaming
 from lorax.models.base import Base
 from lorax.models.directories import find
-from lorax.models.families import FAMILIES, WHOLE, traits
+from lorax.models.families import ALIASES, FAMILIES, WHOLE, traits
 from lorax.models.shapes import architecture
 from lorax.quant import bnb, nf4
 
@@ -186,7 +186,7 @@ def family_of(name: str, raw: Mapping) -> str:
     place = f"base: {name}"
     described = fields.read(raw, DESCRIBED, place)
     said = "_class_name" if "_class_name" in described else "model_type"
-    family = described.get(said)
+    family = ALIASES.get(described.get(said), described.get(said))
     if family == custom.MODEL_TYPE:
         raise ValueError(
             f"{place}: holds the weights of a user's module, whose code a file may not choose; "

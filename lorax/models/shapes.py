@@ -5,8 +5,9 @@ its own; LLaMA arXiv:2302.13971, table 2; LLaMA 2 arXiv:2307.09288, table 1, wit
 released models; Gemma 1, 2 and 3 (arXiv:2403.08295, 2408.00118, 2503.19786), Phi-3 and 4
 (arXiv:2404.14219, 2412.08905) and other newer decoders as released; Falcon arXiv:2311.16867, table
 16; RoBERTa arXiv:1907.11692, section 5; DeBERTa v2 XXL as its authors released it
-(arXiv:2006.03654); the fully connected networks and LeNets arXiv:1804.08838, sections 3.1 and 3.2.
-Other fully connected networks are named by their widths.
+(arXiv:2006.03654); DiT, for latents of 32 x 32, arXiv:2212.09748, table 1; the fully connected
+networks and LeNets arXiv:1804.08838, sections 3.1 and 3.2. Other fully connected networks are named
+by their widths.
 """
 
 import re
@@ -172,6 +173,8 @@ _DEBERTA = {
     "conv_act": "gelu",
 }
 
+_DIT = {"model_type": "DiTTransformer2DModel", "out_channels": 8}
+
 #: name -> fields of a config.json; other fields have the family's defaults (`config_from_hf`).
 ARCHITECTURES: dict[str, dict] = {
     **{name: {"model_type": "gpt2"} | fields for name, fields in gpt2.SIZES.items()},
@@ -261,6 +264,9 @@ ARCHITECTURES: dict[str, dict] = {
     "roberta-large": _roberta(24, 1024, 16),
     "deberta-v2-xxlarge": _DEBERTA,
     "vit-base": {"model_type": "vit"},
+    "dit-b-2": _DIT | {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
+    "dit-l-2": _DIT | {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},
+    "dit-xl-2": _DIT,
     "mnist-fc": {"model_type": "mlp", "widths": [784, 200, 200, 10]},  # 199,210
     "cifar-fc": {"model_type": "mlp", "widths": [3072, 200, 200, 10]},  # 656,810
     "mnist-lenet": {"model_type": "lenet"},  # 44,426

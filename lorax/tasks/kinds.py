@@ -1,10 +1,11 @@
 """Kinds of rows: what the engine asks of a batch, whatever the task.
 
-There are four: texts of a language model, random strings to be memorised by one, texts with a
-label, and arrays with a class or with values. Axes: B rows, T tokens, k outputs. A row of zeros has
-no weight in any kind, so zeros fill up the last batch of an evaluation.
+There are five: texts of a language model, random strings to be memorised by one, texts with a
+label, arrays with a class or with values, and images to be denoised. Axes: B rows, T tokens, k
+outputs. A row of zeros has no weight in any kind, so zeros fill up the last batch of an evaluation.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,14 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lorax import losses
+from lorax import denoising, losses
 
 
 class Kind(NamedTuple):
     """What the engine needs to know about rows. All functions are pure and can be traced.
 
-    name: "texts", "strings", "labelled" or "arrays". reads: what the base must read, "tokens" or
-    "arrays".
+    name: "texts", "strings", "labelled", "arrays" or "noisy", with the settings of the loss if
+        there are any. reads: what the base must read, "tokens", "arrays" or "noisy arrays".
     causal: whether the base must be a causal language model.
     per_token: names of the arrays (N, T) that have a column for each token; () for arrays.
     ahead: columns of a row that the model does not read: a language model's last token is only
@@ -35,6 +36,9 @@ class Kind(NamedTuple):
     inputs(batch) -> the arguments of the model's `hidden`; None where it has none.
     counted(rows) -> (N, T) bool: the columns that count in training or as context.
     scored: whether an evaluation returns the outputs, for `Task.scores`.
+    drawn(batch, generator) -> the batch of a training step, leaves (A, B, ...), with what is drawn
+        anew at every step by a `numpy.random.Generator`; None for rows that are trained on as they
+        are.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Kind(NamedTuple):
     inputs: Callable | None
     counted: Callable | None
     scored: bool = False
+    drawn: Callable | None = None
 
 
 def _text_inputs(batch) -> list[jax.Array]:
@@ -106,9 +111,33 @@ ARRAYS = Kind(
 )
 
 
+def noisy(settings: denoising.Settings) -> Kind:
+    """The kind of images to be denoised (`lorax.denoising`)."""
+    of = lambda function: functools.partial(function, settings)
+    return Kind(
+        name=f"noisy {settings}",
+        reads="noisy arrays",
+        causal=False,
+        per_token=(),
+        ahead=0,
+        loss=of(denoising.loss),
+        rows=of(denoising.rows),
+        states=of(denoising.predicted),
+        real=lambda batch: batch["weight"][:, None] > 0,
+        inputs=None,
+        counted=None,
+        drawn=of(denoising.drawn),
+    )
+
+
+NOISY = noisy(denoising.Settings())
+
+
 def has_probabilities(kind: Kind, rows: Mapping[str, Any]) -> bool:
     """Whether the outputs of a model of such rows are logits, of tokens or classes, not values."""
-    return kind.causal or np.issubdtype(rows["label"].dtype, np.integer)
+    if kind.causal:
+        return True
+    return "label" in rows and np.issubdtype(rows["label"].dtype, np.integer)
 
 
 # ------------------------------------------------------------------------------------------ columns
@@ -177,4 +206,18 @@ def array_shapes(
     put = lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype)
     return {"inputs": put(inputs), "label": put(label)} | {
         "weight": jax.ShapeDtypeStruct(lead, np.float32)
+    }
+
+
+def noisy_shapes(
+    lead: tuple[int, ...], inputs: jax.ShapeDtypeStruct, condition: jax.ShapeDtypeStruct
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of batches of images to be denoised; inputs, condition: of one row."""
+    put = lambda shape, dtype: jax.ShapeDtypeStruct((*lead, *shape), dtype)
+    return {
+        "inputs": put(inputs.shape, inputs.dtype),
+        "condition": put(condition.shape, condition.dtype),
+        "weight": put((), np.float32),
+        "t": put((), np.int32),
+        "draw": put((), np.uint32),
     }

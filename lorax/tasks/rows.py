@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lorax.diffusion import Schedule
 from lorax.tasks.kinds import TEXTS, Kind
 from lorax.vocabulary import Vocabulary
 
@@ -25,6 +26,18 @@ class Prompt(NamedTuple):
     references: tuple[str, ...]
 
 
+class Pictures(NamedTuple):
+    """Images that a diffusion model is asked for.
+
+    classes: of which it makes images. schedule: of the noise that they are made of. score(images
+    (N, height, width, channels) uint8, classes (N,)) -> {metric: float}.
+    """
+
+    classes: tuple[int, ...]
+    schedule: Schedule
+    score: Callable
+
+
 class Task(NamedTuple):
     """What to train and evaluate on. A language model reads `tokens[:, :-1]` and predicts
     `tokens[:, 1:]`, weighted by `mask[:, 1:]`. A model of arrays reads `inputs`, predicts `label`.
@@ -38,7 +51,10 @@ class Task(NamedTuple):
         start. Rows of a text classifier are `sentences.encode`'s.
         Rows of an array task: {"inputs": (N, ...) uint8, pixels that the device scales to [0, 1],
         or float32 as they are; "label": (N,) int32, a class, or (N, k) float32, values; "weight":
-        (N,) float32, ones, so that zero rows that fill up a batch have no weight}.
+        (N,) float32, ones, so that zero rows that fill up a batch have no weight}. Rows of images
+        to be denoised: {"inputs": (N, height, width, channels) uint8, scaled to [-1, 1], or
+        float32; "condition": (N, ...); "weight"; "t": (N,) int32 and "draw": (N,) uint32, timestep
+        and number of the noise, which training draws anew}.
     note: one line for the terminal: counts, and what was dropped and why.
     prompts: to complete and score; () if the task generates no texts.
     outputs: number of outputs per row that are scored; 0 for texts.
@@ -51,6 +67,7 @@ class Task(NamedTuple):
         task's.
     facts: {name: value}, the true properties of a planted task; written to the members' lines.
     kind: of the rows.
+    pictures: what members make images of after training (`eval.samples`), and their score.
     memorised: whether the rows to evaluate are the train rows: then all of them are trained on.
     """
 
@@ -68,6 +85,7 @@ class Task(NamedTuple):
     own_score: Callable | None = None
     test: Rows | None = None
     per_parameter: tuple[str, ...] = ()
+    pictures: Pictures | None = None
     memorised: bool = False
 
     @property

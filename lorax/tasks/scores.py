@@ -96,6 +96,10 @@ def with_own(task: Task, name: str, generates: bool) -> Task:
     number or {name: number}, that has the name of a score of the task, or that nothing is given to.
     """
     function = outside.resolve(name, "eval.score")
+    if task.kind.reads == "noisy arrays":
+        raise ValueError(
+            f"eval.score: {name} given, but task {task.name} has no outputs to score; leave it out"
+        )
     if task.kind.causal and not (generates and task.prompts):
         why = "set eval.generate to how many prompts to complete" if task.prompts else "it has none"
         raise ValueError(

@@ -20,6 +20,7 @@ from lorax.tasks import (
     glue,
     instruct,
     kinds,
+    noisy_images,
     planted,
     random_strings,
     restaurants,
@@ -73,6 +74,7 @@ TASKS = {
     "mnist": Row(vision.mnist, kinds.ARRAYS, vision.shapes, ("shuffle",)),
     "digits": Row(vision.digits, kinds.ARRAYS, vision.shapes, ("shuffle",)),
     "planted": Row(planted.load, kinds.ARRAYS, planted.shapes, _PLANTED),
+    "diffusion": Row(noisy_images.load, kinds.NOISY, noisy_images.shapes, noisy_images.KEYS),
 }
 #: {key of `config.task`: tasks that use it}, for keys that not every task uses.
 ONLY = {
@@ -259,6 +261,11 @@ def outputs(config: Mapping[str, Any]) -> int:
 def check_base(config: Mapping[str, Any], base: Base, seq_len: int) -> None:
     """Raises ValueError if a base is of the wrong kind for the task that `config` names."""
     name, kind, named = config["name"], row(config).kind, f"base: {base.name} ({base.family})"
+    if kind.reads == "noisy arrays":
+        noisy_images.check_base(base)
+        return
+    if base.traits.condition is not None:
+        raise ValueError(f"{named} is a diffusion model: its task is 'diffusion', not {name!r}")
     if kind.reads == "arrays" and base.input_shape is None:
         raise ValueError(
             f"{named} reads tokens, but task {name!r} has arrays: it needs a base like "

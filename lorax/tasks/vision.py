@@ -33,25 +33,32 @@ def mnist(config: Mapping[str, Any]) -> Data:
         x_test and y_test; other images of these shapes and classes work too.
     Raises FileNotFoundError; ValueError naming the field, or the file.
     """
+    whole = _arrays(config, *mnist_sets(config, apart=False))
+
+    def build(*arguments, apart=False):
+        data = _arrays(config, *mnist_sets(config, apart=True)) if apart else whole
+        return data.build(*arguments, apart=apart)
+
+    return whole._replace(build=build)
+
+
+def mnist_sets(config: Mapping[str, Any], apart: bool):
+    """(train set, evaluation set, name of the file, test set), each set (images (N, 28, 28) uint8,
+    labels (N,)); see `mnist`. apart: whether there are test rows; without, the last is None."""
     file = check_path(config, EXPECTED)
     x_train, y_train, x_test, y_test = read(file)
     test, held_out = (x_test, y_test), len(x_train) // 6
-    whole = _arrays(config, (x_train, y_train), test, file.name)
-
-    def build(*arguments, apart=False):
-        if not apart:
-            return whole.build(*arguments)
-        if not held_out:
-            raise ValueError(
-                f"task.path: {file} has {len(x_train)} train images, and one in six of them is for "
-                "validation; give at least 6, or set eval.test to 0"
-            )
-        train, evaluation = (
-            (x_train[i], y_train[i]) for i in (slice(None, -held_out), slice(-held_out, None))
+    if not apart:
+        return (x_train, y_train), test, file.name, None
+    if not held_out:
+        raise ValueError(
+            f"task.path: {file} has {len(x_train)} train images, and one in six of them is for "
+            "validation; give at least 6, or set eval.test to 0"
         )
-        return _arrays(config, train, evaluation, file.name, test).build(*arguments, apart=True)
-
-    return whole._replace(build=build)
+    train, evaluation = (
+        (x_train[i], y_train[i]) for i in (slice(None, -held_out), slice(-held_out, None))
+    )
+    return train, evaluation, file.name, test
 
 
 def digits(config: Mapping[str, Any]) -> Data:
@@ -62,6 +69,11 @@ def digits(config: Mapping[str, Any]) -> Data:
     360 is always the same: `train_test_split` with random_state 0, stratified, so that both parts
     have all classes in equal shares; train images are in its random order.
     """
+    return _arrays(config, *digit_sets(), "scikit-learn's digits")
+
+
+def digit_sets():
+    """(train set, evaluation set), each (images (N, 8, 8) uint8, labels (N,)); see `digits`."""
     from sklearn.datasets import load_digits  # a second of imports
     from sklearn.model_selection import train_test_split
 
@@ -69,8 +81,7 @@ def digits(config: Mapping[str, Any]) -> Data:
     images, labels = np.round(dataset.images * (255 / 16)).astype(np.uint8), dataset.target
     split = dict(test_size=DIGITS_EVAL, stratify=labels, random_state=0)
     train, evaluation = train_test_split(np.arange(len(labels)), **split)
-    sets = ((images[index], labels[index]) for index in (train, evaluation))
-    return _arrays(config, *sets, "scikit-learn's digits")
+    return tuple((images[index], labels[index]) for index in (train, evaluation))
 
 
 def permutation(pixels: int, seed: int) -> np.ndarray:

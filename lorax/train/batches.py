@@ -21,7 +21,8 @@ def train_batches(
 ) -> dict:
     """The batches of steps first .. first + k - 1: leaves (M, K, A, B, ...), on the host.
 
-    A member's rows depend only on the seed of its order and the step. Rows that are grouped by
+    A member's rows, and what is drawn for them (`Kind.drawn`), depend only on the seed of its order
+    and the step. Rows that are grouped by
     length are cut to the smallest of `tasks.widths` that holds the longest of them. Rows of zeros
     fill up a short batch (`train.last_batch`). needed: the part of (M, K, A, B) that is read; the
     rest is left zeros, which take no memory. None: all of it.
@@ -38,9 +39,22 @@ def train_batches(
         width = min(w for w in tasks.widths(task) if w >= lengths[rows[rows >= 0]].max())
     read = kinds.narrowed(task.kind, task.train, width)
     batches = {name: _taken(x, rows, needed) for name, x in read.items()}
+    if task.kind.drawn:
+        _draw(batches, stacked, task.kind, first)
     for x in batches.values():
         x[rows < 0] = 0
     return batches
+
+
+def _draw(batches: dict, stacked: Stack, kind: kinds.Kind, first: int) -> None:
+    """Write what is drawn at steps `first` and after into batches, leaves (M, K, A, B, ...)."""
+    for m, member in enumerate(stacked.members):
+        seed = seed_of(member.config, "order")
+        for k in range(len(batches["weight"][m])):
+            at = {name: x[m, k] for name, x in batches.items()}
+            drawn = kind.drawn(at, np.random.default_rng((seed, first + k)))
+            for name, x in drawn.items():
+                batches[name][m, k] = x
 
 
 def _taken(x: np.ndarray, rows: np.ndarray, needed: tuple[slice, ...] | None) -> np.ndarray:

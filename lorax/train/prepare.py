@@ -15,7 +15,7 @@ from lorax.methods import prefix
 from lorax.models import Base, load
 from lorax.models.load import skeleton
 from lorax.tasks import kinds, scores
-from lorax.train import activations, benchmarks, evidence, fitting, stacks, texts
+from lorax.train import activations, benchmarks, evidence, fitting, pictures, stacks, texts
 
 
 class Group(NamedTuple):
@@ -125,6 +125,11 @@ def group_of(
     stacks.build_methods([m for m in members if m not in automatic], base)  # raises on mistakes
 
     task = task_of(members, base, loaded.tasks, say)
+    if c.train.label_smoothing and not kinds.has_probabilities(task.kind, task.eval):
+        raise ValueError(
+            f"train.label_smoothing: {c.train.label_smoothing:g} given, but task {c.task.name} has "
+            "values, not classes; it must be 0"
+        )
     also = also_of(c, task, base, loaded.tasks, say)
     if automatic:
         say(f"group {index}: choosing targets and ranks of {len(automatic)} members")
@@ -142,6 +147,7 @@ def group_of(
     check_positions(group)
     if tasks.prompts(task, c.eval.generate):
         texts.check_texts(base, task, c.eval, virtual_tokens(group), say)
+    pictures.check(base, task, c.eval, say)
     if c.eval.harness:
         benchmarks.check(base, c.eval.harness)
     if c.analysis.cka:
@@ -274,6 +280,11 @@ def _further(
         right = f"{further.outputs} outputs, and the model of {c.task.name!r} {task.outputs}"
         raise ValueError(f"task {name!r} has {right}")
     sets = (task.kind, task.eval), (further.kind, further.eval)
+    if further.kind.reads == "noisy arrays" and further.kind.name != task.kind.name:
+        raise ValueError(
+            f"task {name!r} is denoised with other settings than the run's own: give it the same "
+            "prediction, min_snr and class_dropout"
+        )
     if len({kinds.has_probabilities(*of_rows) for of_rows in sets}) > 1:
         raise ValueError(f"one of the tasks {name!r} and {c.task.name!r} has values, not classes")
     return further

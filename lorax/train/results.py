@@ -1,4 +1,4 @@
-"""Results of trained members: adapters, final rows, CKA and texts."""
+"""Results of trained members: adapters, final rows, CKA, texts and images."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import jax
 from lorax import adapters, gather, hosts, methods, rundir, tasks
 from lorax.errors import of_machine, reason
 from lorax.files import remove
-from lorax.train import activations, benchmarks, kept_rank, sharpness, stacks
+from lorax.train import activations, benchmarks, kept_rank, pictures, sharpness, stacks
 from lorax.train.evaluation import Measured
 from lorax.train.part import Part, Position, decimal, diverged_at, exported
 from lorax.train.texts import write_base_texts, write_texts
@@ -38,11 +38,20 @@ def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[
         measure_base_texts(part, trained, rows)
     elif not generates:
         remove(rundir.texts(part.workdir, rundir.BASE))
+    draws = bool(part.group.task.pictures and part.stack.config.eval.samples)
+    if draws and trained:
+        measure_base_pictures(part, trained, rows)
+    elif not draws:
+        remove(rundir.base_samples(part.workdir, part.group.index))
     for i, member in enumerate(part.stack.members):
         if generates and i in trained:
             measure_texts(part, trainable, i, rows)
         else:  # left over from an evaluation that is no longer configured
             remove(rundir.texts(part.workdir, member.index))
+        if draws and i in trained:
+            measure_pictures(part, trainable, i, rows)
+        else:
+            remove(rundir.samples(part.workdir, member.index))
         if part.stack.config.eval.harness and i in trained:
             measure_tasks(part, trainable, i, rows)
         finished({"member": member.index, "name": member.name} | rows[member.index])
@@ -188,6 +197,32 @@ def measure_texts(part: Part, trainable, i: int, rows: dict[int, dict]) -> None:
     arguments = part.workdir, member, base, part.group.task, bound, part.say
     write = functools.partial(write_texts, *arguments)
     rows[member.index]["scores"] |= attempt(part, "eval.generate", [member], rows, write) or {}
+
+
+def measure_base_pictures(part: Part, trained: list[int], rows: dict[int, dict]) -> None:
+    """Let the base make images, and add "base_scores", their scores, to the rows of the members
+    that did not diverge."""
+    members, base = [part.stack.members[i] for i in trained], part.group.base
+    file = rundir.base_samples(part.workdir, part.group.index)
+    values = _pictures(part, file, members, rows, base.params, f"base {base.name}")
+    for member in members if values else ():
+        rows[member.index]["base_scores"] = values
+
+
+def measure_pictures(part: Part, trainable, i: int, rows: dict[int, dict]) -> None:
+    """Let member i make images, and add their scores to its row."""
+    member, bound = part.stack.members[i], bound_to(part, trainable, i)
+    file = rundir.samples(part.workdir, member.index)
+    values = _pictures(part, file, [member], rows, bound, f"member {member.name}")
+    rows[member.index]["scores"] |= values or {}
+
+
+def _pictures(part: Part, file: Path, members, rows: dict[int, dict], params, named: str):
+    """The scores of images made with these parameters, None if that failed."""
+    say = lambda line: part.say(f"{named}: {line}")
+    arguments = file, part.group.base, part.group.task, part.stack.config.eval, params, say
+    write = functools.partial(pictures.write, *arguments)
+    return attempt(part, "eval.samples", members, rows, write)
 
 
 def measure_tasks(part: Part, trainable, i: int, rows: dict[int, dict]) -> None:

@@ -103,7 +103,10 @@ def test_however_the_layers_are_run_and_adapted():
     params = jax.tree.map(noise, shapes)
     sites = intercept.sites(module, params, *inputs)
     assert sites["patches/kernel"].kind == "conv" and sites["h/attn/q/kernel"].stack == 1
-    assert {*targets.resolve(("modulation",), sites)} == {"h/modulation/kernel", "modulation/kernel"}
+    assert {*targets.resolve(("modulation",), sites)} == {
+        "h/modulation/kernel",
+        "modulation/kernel",
+    }
     assert len(targets.resolve(("attention", "mlp"), sites)) == 6
     linear = {path for path, site in sites.items() if site.kind in ("linear", "conv")}
     assert {*targets.resolve(("all-linear",), sites)} == linear
@@ -131,7 +134,9 @@ def test_however_the_layers_are_run_and_adapted():
     for path, want in tree.flatten(grads).items():
         assert np.abs(want).max() > 0, path
         got = tree.flatten(other_grads)[path]
-        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5 * np.abs(want).max(), err_msg=path)
+        np.testing.assert_allclose(
+            got, want, rtol=1e-3, atol=1e-5 * np.abs(want).max(), err_msg=path
+        )
     half = apply(dit.DiT(dataclasses.replace(config, dtype="bfloat16")), params, *inputs)
     full = apply(module, params, *inputs)
     assert half.dtype == jnp.float32

@@ -53,22 +53,29 @@ OTHERS = {
         WIDTHS | dict(image_size=8, patch_size=4, num_labels=3),
     ),
 }  # fmt: skip
+#: Diffusion models of diffusers: fields of their config.
+DENOISING = {
+    "DiTTransformer2DModel": dict(
+        num_attention_heads=2, attention_head_dim=12, num_layers=2, sample_size=4, in_channels=3,
+        num_embeds_ada_norm=5,
+    ),
+}  # fmt: skip
 #: Networks that have no model in transformers, by name.
 NAMED = {"mlp": "mlp-64-12-10", "lenet": "mnist-lenet"}
 
 
 class Made(NamedTuple):
-    """A family's tiny model of random weights. theirs: transformers' model, None without one;
-    inputs: a batch that it reads; expected: its outputs."""
+    """A family's tiny model of random weights. theirs: transformers' or diffusers' model, None
+    without one; inputs: a batch that it reads; expected: its outputs."""
 
     base: models.Base
     theirs: object
-    inputs: np.ndarray
+    inputs: tuple[np.ndarray, ...]
     expected: np.ndarray | None
 
     def logits(self, params) -> np.ndarray:
         """Ours with these parameters."""
-        return np.asarray(self.run(params, jnp.asarray(self.inputs)))
+        return np.asarray(self.run(params, *map(jnp.asarray, self.inputs)))
 
     @property
     def run(self):
@@ -99,7 +106,9 @@ def make(tmp_path_factory):
 
 
 def random_model(family):
-    """transformers' model, with weights and biases large enough to matter."""
+    """transformers' or diffusers' model, with weights and biases large enough to matter."""
+    if family in DENOISING:
+        return disturbed(getattr(require("diffusers"), family)(**DENOISING[family]))
     if family not in OTHERS:
         names = [case.name for case in decoders.CASES.values() if case.model_type == family]
         return decoders.reference(names[0])
@@ -107,28 +116,49 @@ def random_model(family):
     torch.manual_seed(0)
     head, fields = OTHERS[family]
     described = transformers.AutoConfig.for_model(family, **fields)
-    model = getattr(transformers, f"AutoModelFor{head}").from_config(described).eval()
+    model = getattr(transformers, f"AutoModelFor{head}").from_config(described)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(5 * parameter + 0.1 * torch.randn_like(parameter))
-    return model
+            parameter.mul_(5)
+    return disturbed(model)
 
 
-def draw(base) -> np.ndarray:
-    """A batch of three tokens' rows or of three images."""
+def disturbed(model):
+    """The model with noise on every parameter."""
+    torch = require("torch")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def draw(base) -> tuple[np.ndarray, ...]:
+    """A batch of three tokens' rows or of three images, with timesteps and conditions for a
+    diffusion model."""
     rng = np.random.default_rng(0)
     if base.input_shape is None:
-        return rng.integers(3, 40, (3, 10), np.int32)
-    return rng.standard_normal((3, *base.input_shape)).astype(np.float32)
+        return (rng.integers(3, 40, (3, 10), np.int32),)
+    images = rng.standard_normal((3, *base.input_shape)).astype(np.float32)
+    condition = base.traits.condition
+    if condition is None:
+        return (images,)
+    given = rng.integers(0, 5, (3, *condition.shape)).astype(condition.dtype)
+    return images, np.array([0, 20, 50], np.int32), given
 
 
 def outputs(model, inputs) -> np.ndarray:
-    """Logits or scores of transformers' model."""
-    torch = require("torch")
-    images = inputs.ndim == 4
-    given = torch.from_numpy(inputs.transpose(0, 3, 1, 2).copy() if images else inputs)
+    """Logits or scores of transformers' model, or what diffusers' predicts."""
+    torch, (first, *others) = require("torch"), inputs
+    images = first.ndim == 4
+    first = torch.from_numpy(first.transpose(0, 3, 1, 2).copy() if images else first)
+    others = [
+        torch.from_numpy(x).long() if x.dtype == np.int32 else torch.tensor(x) for x in others
+    ]
     with torch.no_grad():
-        return model(given if images else given.long()).logits.numpy()
+        if others:
+            return model(first, *others).sample.numpy().transpose(0, 2, 3, 1)
+        return model(first if images else first.long()).logits.numpy()
 
 
 # ------------------------------------------------------------------------------------ the columns
@@ -156,6 +186,7 @@ def sweep(made, tmp_path):
     has the same losses."""
     kind = kinds.ARRAYS if made.base.input_shape else kinds.LABELLED
     kind = kinds.TEXTS if made.base.causal else kind
+    kind = kinds.NOISY if made.base.family in DENOISING else kind
     lora = functools.partial(lorax.method, "lora", alpha=4, targets=("all-linear",))
     built = [lora(rank=rank) for rank in (1, 3)]
     batches = batch(made, kind)
@@ -168,12 +199,15 @@ def sweep(made, tmp_path):
 
 def batch(made, kind) -> dict:
     """The same batch for three steps: leaves (3, 1, 3, ...)."""
-    rows = {"inputs": made.inputs, "weight": np.ones(3, np.float32)}
-    if kind is not kinds.ARRAYS:
-        ones, zeros = np.ones_like(made.inputs), np.zeros_like(made.inputs)
-        rows = {"tokens": made.inputs, "segments": ones, "types": zeros}
+    inputs, *others = made.inputs
+    rows = {"inputs": inputs, "weight": np.ones(3, np.float32)}
+    if kind is kinds.LABELLED:
+        ones, zeros = np.ones_like(inputs), np.zeros_like(inputs)
+        rows = {"tokens": inputs, "segments": ones, "types": zeros}
     if kind is kinds.TEXTS:
-        rows = {"tokens": made.inputs, "mask": np.ones(made.inputs.shape, np.float32)}
+        rows = {"tokens": inputs, "mask": np.ones(inputs.shape, np.float32)}
+    elif kind is kinds.NOISY:
+        rows |= {"t": others[0], "condition": others[1], "draw": np.arange(3, dtype=np.uint32)}
     else:
         rows["label"] = np.arange(3, dtype=np.int32)
     return {name: jnp.asarray(np.tile(x, (3, 1, *[1] * x.ndim))) for name, x in rows.items()}
@@ -184,8 +218,13 @@ def peft_in(made, tmp_path):
     peft = require("peft")
     theirs = copy.deepcopy(made.theirs)
     task = {True: "CAUSAL_LM", False: "SEQ_CLS"}[made.base.causal]
+    every = "all-linear"
+    if made.base.family in DENOISING:  # of which PEFT can't tell what "all-linear" is
+        torch = require("torch")
+        linear = theirs.named_modules()
+        every = [name for name, module in linear if isinstance(module, torch.nn.Linear)]
     wanted = peft.LoraConfig(
-        r=2, lora_alpha=6, target_modules="all-linear",
+        r=2, lora_alpha=6, target_modules=every,
         task_type=None if made.base.input_shape else task,
     )  # fmt: skip
     model = peft.get_peft_model(theirs, wanted).eval()
@@ -200,7 +239,9 @@ def peft_in(made, tmp_path):
 def peft_out(made, tmp_path):
     """PEFT opens an adapter of ours on all linear layers and computes the same logits."""
     peft, base = require("peft"), made.base
-    method = lorax.method("lora", rank=2, alpha=6, targets=("all-linear",))
+    linear = [f"re:{re.escape(path)}" for path, site in base.sites.items() if site.kind != "conv"]
+    words = linear if base.family in DENOISING else ["all-linear"]  # PEFT's files have no patches
+    method = lorax.method("lora", rank=2, alpha=6, targets=tuple(words))
     state = method.init(jax.random.key(0), base.params, base.sites)
     state = state._replace(trainable=small.noisy(state.trainable))
     assert not adapters.save(tmp_path, adapters.from_training(base, method, state))
@@ -229,7 +270,8 @@ def plan(made, tmp_path):
     c.base, c.method.targets, c.method.rank = f"random:{name}", ("all-linear",), 2
     if not made.base.causal:
         texts = made.base.input_shape is None
-        c.task.update(dict(name="glue", subset="cola") if texts else dict(name="mnist"))
+        images = "diffusion" if family in DENOISING else "mnist"
+        c.task.update(dict(name="glue", subset="cola") if texts else dict(name=images))
     with pytest.MonkeyPatch.context() as patch:
         nothing = compiled.Measured(0, 0, 0, 0)
         patch.setattr(compiled, "measure", lambda *_: {(1, False): nothing})

@@ -61,6 +61,8 @@ SMALL = {
     "deberta-v2 relative": ENCODER | RELATIVE | {"conv_kernel_size": 3},
     "vit": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     | {"intermediate_size": 12, "image_size": [8, 12], "patch_size": 4},
+    "DiTTransformer2DModel": {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 2}
+    | {"sample_size": 4},
     "mlp": {"widths": [8, 6, 4]},
     "lenet": {"image_size": 20},
 }  # fmt: skip

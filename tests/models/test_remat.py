@@ -26,6 +26,8 @@ SMALL = {
     | {"pos_att_type": ["c2p", "p2c"], "architectures": ["DebertaV2ForMaskedLM"]},
     "vit": {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     | {"intermediate_size": 256, "image_size": 16, "patch_size": 4},
+    "DiTTransformer2DModel": {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 4}
+    | {"sample_size": 16, "patch_size": 4},
 }
 
 
@@ -40,13 +42,15 @@ def program(name, remat, shape, **run):
     """(gradient with respect to LoRA factors on all linear layers, what it takes)."""
     source, model = FAMILIES[name]
     config = source.config_from_hf(SMALL[name] | {"model_type": name}, remat=remat, **run)
-    module, vision = model(config), name == "vit"
+    module, vision = model(config), hasattr(config, "image_shape")
     rng = np.random.default_rng(0)
     size = (shape[0], *config.image_shape) if vision else shape
     x = rng.normal(size=size).astype(np.float32) if vision else rng.integers(1, 64, size)
-    x = jnp.asarray(x, None if vision else jnp.int32)
-    params = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
-    sites = intercept.sites(module, params, x)
+    x = (jnp.asarray(x, None if vision else jnp.int32),)
+    if hasattr(config, "condition"):  # timesteps and classes
+        x += (jnp.arange(shape[0]),) * 2
+    params = jax.eval_shape(module.init, jax.random.key(0), *x)["params"]
+    sites = intercept.sites(module, params, *x)
     params = jax.tree.map(lambda p: jnp.asarray(0.2 * rng.normal(size=p.shape), p.dtype), params)
     method = methods.method("lora", rank=2, targets=("all-linear",))
     trainable, constants = method.init(jax.random.key(0), params, sites)
@@ -54,7 +58,7 @@ def program(name, remat, shape, **run):
 
     def loss(trainable):
         bound = method.bind(trainable, constants, params, sites=sites)
-        outputs = intercept.apply(module, bound, x)
+        outputs = intercept.apply(module, bound, *x)
         return jnp.mean(jnp.square(jax.nn.logsumexp(outputs, axis=-1)))
 
     return jax.grad(loss), jax.tree.map(noise, trainable)

@@ -20,6 +20,7 @@ from lorax.report.sections import (
     losses,
     members,
     outcome,
+    samples,
     setup,
     several_axes,
     shared_directions,
@@ -124,6 +125,7 @@ def of_sweep(
         *listed,
         *curves,
         *attempt(texts.TITLE, texts.texts, run, table),
+        *attempt(samples.TITLE, samples.samples, run, table, by),
         *failed,
     ]
     if updates:

@@ -1,0 +1,44 @@
+"""Images that trained diffusion models make (`eval.samples`), and their scores."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from lorax import rundir, sampling, tasks
+from lorax.models import Base
+
+
+def check(base: Base, task: tasks.Task, c, say: Callable[[str], None]) -> None:
+    """Raises ValueError if members can't make the images that the config asks for; says so where
+    the task has none. c: the config's `eval` section."""
+    if not c.samples:
+        return
+    if task.pictures is None:
+        say(f"eval.samples: {c.samples} given, but task {task.name} has no images to make")
+        return
+    try:
+        sampling.check(base, c.sample_steps, c.guidance, task.pictures.schedule)
+    except ValueError as error:
+        raise ValueError(f"eval.samples: {error}") from None
+
+
+def write(file: Path, base: Base, task: tasks.Task, c, params, say) -> dict[str, float]:
+    """Make the images that the config asks for, the same noise for everyone, and write them;
+    {metric: value}. c: the config's `eval` section. say: prints a line."""
+    asked = np.repeat(task.pictures.classes, c.samples)
+    began = told = time.monotonic()
+
+    def tell(done, total):
+        nonlocal told
+        if time.monotonic() - told > 10 and 0 < done < total:
+            told = time.monotonic()
+            say(f"{done} of {total} images, {(told - began) * (total - done) / done:.0f} s left")
+
+    images = sampling.sample(
+        base, asked, params, schedule=task.pictures.schedule, steps=c.sample_steps,
+        guidance=c.guidance, batch_size=c.batch_size, progress=tell,
+    )  # fmt: skip
+    rundir.write_samples(file, images, asked)
+    return {name: round(value, 5) for name, value in task.pictures.score(images, asked).items()}
