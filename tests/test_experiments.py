@@ -23,7 +23,7 @@ SCRIPTS = sorted((ROOT / "experiments").rglob("*.py"))
 FIGURES = sorted(file.parent.name for file in (ROOT / "experiments").glob("*/figure.py"))
 FIGURES.remove("intruders")
 #: How gpt2-nano was made, and a page of other folders' numbers: no claims of their own.
-NO_CLAIM = ("gpt2_nano", "lora_paper")
+NO_CLAIM = ("dit_digits", "gpt2_nano", "lora_paper")
 HEADINGS = ("Claim", "Command", "Verdict")
 WITH_RULE = ("Claim", "Rule", "Command", "Verdict")
 IMAGES, TABLES = r"!\[[^\]]*\]\(([^)]+)\)", r"`([\w./-]+\.csv)`"

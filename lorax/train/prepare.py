@@ -280,10 +280,11 @@ def _further(
         right = f"{further.outputs} outputs, and the model of {c.task.name!r} {task.outputs}"
         raise ValueError(f"task {name!r} has {right}")
     sets = (task.kind, task.eval), (further.kind, further.eval)
-    if further.kind.reads == "noisy arrays" and further.kind.name != task.kind.name:
+    if task.pictures and further.pictures.schedule != task.pictures.schedule:
+        predicted = [x.pictures.schedule.prediction for x in (further, task)]
         raise ValueError(
-            f"task {name!r} is denoised with other settings than the run's own: give it the same "
-            "prediction, min_snr and class_dropout"
+            f"a model predicts {predicted[0]} for task {name!r}, and {predicted[1]} for the run's "
+            "own; give both the same task.prediction"
         )
     if len({kinds.has_probabilities(*of_rows) for of_rows in sets}) > 1:
         raise ValueError(f"one of the tasks {name!r} and {c.task.name!r} has values, not classes")

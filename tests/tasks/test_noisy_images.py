@@ -201,7 +201,7 @@ def test_images_of_another_size():
         ("train.label_smoothing", 0.1, "label_smoothing: 0.1 given, but task diffusion has values"),
         ("eval.sample_steps", 2000, "eval.samples: 2000 steps given, must be from 1 to 1000"),
         ("eval.also", (("a", {"name": "diffusion", "prediction": "epsilon"}),),
-         "eval.also: a: .* denoised with other settings"),
+         "eval.also: a: a model predicts epsilon for task .diffusion., and v for"),
     ],
 )  # fmt: skip
 def test_configs_that_do_not_fit(directory, tmp_path, key, value, message):
