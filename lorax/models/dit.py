@@ -11,6 +11,7 @@ Axes: B batch, T patches (row by row), H heads, D features of one head.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -203,15 +204,17 @@ def sines_of(t, features: int):
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def positions(side: int, features: int) -> np.ndarray:
+def positions(side: int, features: int):
     """(1, side * side, features) float32: sines and cosines of each patch's column, then those of
-    its row."""
+    its row. Traced, as a constant would be as large as a config says."""
     quarter = features // 4
-    frequencies = 1e4 ** -(np.arange(quarter) / quarter)
-    angles = np.arange(side)[:, None] * frequencies[None, :]
-    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (side, features / 2)
-    columns, rows = np.tile(axis, (side, 1)), np.repeat(axis, side, axis=0)
-    return np.concatenate([columns, rows], axis=1).astype(np.float32)[None]
+    frequencies = jnp.exp(-math.log(1e4) / quarter * jnp.arange(quarter, dtype=jnp.float32))
+    angles = jnp.arange(side, dtype=jnp.float32)[:, None] * frequencies[None, :]
+    axis = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)  # (side, features / 2)
+    square = (side, side, features // 2)
+    columns = jnp.broadcast_to(axis[None], square)
+    rows = jnp.broadcast_to(axis[:, None], square)
+    return jnp.concatenate([columns, rows], axis=2).reshape(1, side * side, features)
 
 
 _normal, _xavier = nn.initializers.normal(0.02), nn.initializers.xavier_uniform()

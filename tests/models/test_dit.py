@@ -57,7 +57,6 @@ def of_torch(model, x, t, classes):
 
 def read(directory, **run):
     """(module, params) of a directory that diffusers wrote."""
-    (directory / "diffusion_pytorch_model.safetensors").rename(directory / hf.SINGLE)
     config = dit.config_from_hf(read_json(directory / "config.json"), **run)
     module = dit.DiT(config)
     shapes = jax.eval_shape(module.init, jax.random.key(0), *draw(config))["params"]
@@ -83,9 +82,6 @@ def test_outputs_are_those_of_diffusers_there_and_back(name, tmp_path):
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-4)
     config, sources = dit.hf_config(module.config), dit.hf_tensors(module.config)
     hf.write(tmp_path / "ours", config, sources, tree.flatten(params))
-    (tmp_path / "ours" / hf.SINGLE).rename(
-        tmp_path / "ours" / "diffusion_pytorch_model.safetensors"
-    )
     back, info = diffusers.DiTTransformer2DModel.from_pretrained(
         tmp_path / "ours", output_loading_info=True
     )
