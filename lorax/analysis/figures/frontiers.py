@@ -9,7 +9,7 @@ COLUMNS = 2
 WIDTH, HEIGHT = 300, 260  # pixels of a panel beside others
 
 
-def frontier(points: pd.DataFrame, means: pd.DataFrame) -> alt.TopLevelMixin:
+def frontier(points: pd.DataFrame, means: pd.DataFrame, unit: str = "nats") -> alt.TopLevelMixin:
     """Forgetting against the loss on the task, a panel for each further task; down and to the left
     is better. Thin lines are members from the first step to the last; thick ones the frontiers of
     `means`, with their intervals.
@@ -17,12 +17,13 @@ def frontier(points: pd.DataFrame, means: pd.DataFrame) -> alt.TopLevelMixin:
     Args:
       points: of `analysis.forgetting.points`.
       means: columns task, line, loss, forgetting, low, high, n (seeds); may be empty.
+      unit: of losses.
     """
     tasks = list(dict.fromkeys(points["task"]))
     order = list(dict.fromkeys(points["line"]))
     size = {"width": WIDTH if len(tasks) > 1 else "container", "height": HEIGHT}
     charts = [
-        _panel(*(table[table["task"] == task] for table in (points, means)), task, order)
+        _panel(*(table[table["task"] == task] for table in (points, means)), task, order, unit)
         .properties(**size)
         for task in tasks
     ]  # fmt: skip
@@ -31,11 +32,11 @@ def frontier(points: pd.DataFrame, means: pd.DataFrame) -> alt.TopLevelMixin:
 
 
 def _panel(
-    points: pd.DataFrame, means: pd.DataFrame, task: str, order: list[str]
+    points: pd.DataFrame, means: pd.DataFrame, task: str, order: list[str], unit: str
 ) -> alt.LayerChart:
     scale = alt.Scale(zero=False)
-    x = alt.X("loss:Q", title="validation loss (nats)", scale=scale)
-    y = alt.Y("forgetting:Q", title=f"forgetting of {task} (nats)", scale=scale)
+    x = alt.X("loss:Q", title=f"validation loss ({unit})", scale=scale)
+    y = alt.Y("forgetting:Q", title=f"forgetting of {task} ({unit})", scale=scale)
     lines = lambda marks: style.lines_of("line", order, marks)
     numbers = {"loss": ("validation loss", ".4f"), "forgetting": ("forgetting", ".4f")}
     member = {"line": "", "member": "member", "step": "step"} | numbers

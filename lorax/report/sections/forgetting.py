@@ -30,10 +30,13 @@ def section(run: runs.Run, table: pd.DataFrame) -> list[Section]:
     ends = learned.groupby("line")["forgetting"].mean()
     alt = f"Chart of forgetting by validation loss: {ends.idxmin()} forgets least on average."
     content = page.aid("Down and to the left is better. Compare lines at the same loss.")
-    content += page.figure("frontier", caption, alt) + _table(points, tasks)
+    content += page.figure("frontier", caption, alt)
+    content += _table(points, tasks, runs.loss_unit(run))
     drawn = points[["task", "line", "member", "lr", "seed", "step", "loss", "forgetting", "kl"]]
     files = {"forgetting.csv": drawn, "frontier.csv": means}
-    picture = Picture(figures.frontier(points.drop(columns="kl"), means), means)
+    picture = Picture(
+        figures.frontier(points.drop(columns="kl"), means, runs.loss_unit(run)), means
+    )
     return [Section(TITLE, content, {"frontier": picture}, files)]
 
 
@@ -53,7 +56,7 @@ def _means(points: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["line", "loss", "forgetting", "low", "high", "n"])
 
 
-def _table(points: pd.DataFrame, tasks: list[str]) -> str:
+def _table(points: pd.DataFrame, tasks: list[str], unit: str) -> str:
     """Every line's lowest loss, and its forgetting at the lowest loss that all of them reach."""
     lines = list(dict.fromkeys(points["line"]))
     common = forgetting.lowest_common(points, lines)
@@ -68,8 +71,8 @@ def _table(points: pd.DataFrame, tasks: list[str]) -> str:
             row.append(_with_interval(at))
         rows.append(row)
     caption = (
-        "The least forgetting, in nats a target, at the lowest loss that every seed of every line "
-        "reaches: means over seeds, with half the width of their 95% intervals."
+        f"The least forgetting, in {unit} a target, at the lowest loss that every seed of every "
+        "line reaches: means over seeds, with half the width of their 95% intervals."
     )
     return page.table(header, rows, caption)
 

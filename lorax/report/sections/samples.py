@@ -89,9 +89,10 @@ def _strip(caption: str, arrays: dict[str, np.ndarray]) -> str:
     code = base64.b64encode(_png(whole)).decode()
     scale = SCALE if width < 32 else 1
     return (
-        f'<figure><img src="data:image/png;base64,{code}" width="{scale * whole.shape[1]}" '
+        f'<div class="strip"><img src="data:image/png;base64,{code}" '
+        f'width="{scale * whole.shape[1]}" '
         f'height="{scale * height}" alt="{page.escape(f"{len(images)} images: {caption}")}">'
-        f"<figcaption>{page.escape(caption)}</figcaption></figure>"
+        f"<p>{page.escape(caption)}</p></div>"
     )
 
 
