@@ -31,6 +31,7 @@ ELSEWHERE = {
     r"pip install -e \"\.\[(\w+)\]\"": "the gate; the extra is looked up below",
     r"pytest( tests/\w+)?( -n 2)?( -m \w+)?( --cov=lorax)?": "this is pytest",
     r"\.ci/run": "the gate",
+    r"pip (download|install) --no-deps .* -r docs/gpu_wheels\.txt": "the list is read below",
     r"mkdocs (serve|build --strict)": "the gate",
     r"(srun|mpirun|gcloud) .*": "a cluster; tests/train/test_hosts.py starts several processes",
     r"kubectl apply -f docs/examples/jobset_mesh\.yaml": "a cluster",
@@ -237,14 +238,17 @@ def test_an_adapter_is_read(command, workspace, monkeypatch, capsys):
         assert code == 0, said
 
 
-@pytest.mark.parametrize("command", few(of("bench"), [], of("bench")[-1:]))
+@pytest.mark.parametrize("command", few(of("bench"), [], of("bench")[-2:]))
 def test_a_bench_measures(command, workspace):
     """The smallest model in one round; what takes minutes or needs torch is known by name."""
     names = [word for word in arguments(command) if not word.startswith("--")]
     options = [word for word in arguments(command) if word.startswith("--")]
-    assert set(names) <= set(bench.BENCHES)
-    options += ["--shapes=d64", "--rounds=1"]
-    done = python("-m", "lorax.bench", "sweep", *options, cwd=workspace)
+    assert set(names) <= {*bench.BENCHES, bench.GPU}
+    if names == [bench.GPU]:
+        options += ["--small", "--only=ceilings"]
+    else:
+        names, options = ["sweep"], [*options, "--shapes=d64", "--rounds=1"]
+    done = python("-m", "lorax.bench", *names, *options, cwd=workspace)
     assert done.returncode == 0, done.stderr
 
 
@@ -255,6 +259,19 @@ def test_an_extra_that_is_named_is_there():
     named = {extra for page in PAGES for extra in install.findall(page.read_text())}
     assert named >= {"cuda", "docs", "eval", "parity", "test"}
     assert not [extra for extra in named if not re.search(rf"^{extra} = ", extras, re.M)]
+
+
+def test_wheels_for_a_gpu_are_what_lorax_or_a_comparison_needs():
+    """Each line is a package, and every one of setup.cfg's that `lorax.bench` imports is there."""
+    lines = (ROOT / "docs/gpu_wheels.txt").read_text().splitlines()
+    names = [line for line in lines if not line.startswith("#")]
+    assert len(set(names)) == len(names) and all(re.fullmatch(r"[\w-]+", name) for name in names)
+    code = "import sys, lorax.bench.__main__, lorax.bench.gpu.worker; print(sorted(sys.modules))"
+    loaded = python("-c", code, cwd=ROOT).stdout
+    for name in ("einops", "safetensors", "tokenizers", "ml_collections", "threadpoolctl", "grain"):
+        assert name in names and f"'{name}'" in loaded
+    others = ("pandas", "altair", "sklearn", "vl_convert", "tensorboardX", "torch")
+    assert not [name for name in others if f"'{name}'" in loaded]
 
 
 # ----------------------------------------------------------------------------------------- examples

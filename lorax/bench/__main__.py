@@ -4,10 +4,15 @@
     python -m lorax.bench step mixed
     python -m lorax.bench load --rounds=3
     python -m lorax.bench sweep --shapes=nano --rounds=5 --json=sweep.json
+    python -m lorax.bench gpu --minutes=8 --json=gpu.json
 
-A row has a time, what it is compared with, and the median ratio over rounds (above 1: faster than
-the baseline) with its range in brackets. The two sides of a ratio take turns within each round,
-because a machine's speed drifts; compare only rows of the same run.
+`gpu` is all that an accelerator can say in a few minutes (docs/speed.md): products in 4 bits,
+steps, generation, beside torch where it is installed. Its file has each number as soon as it is
+known. Exit codes: 0; 1 if a measurement failed; 3 if time was too short for some.
+
+A row of the others has a time, what it is compared with, and the median ratio over rounds (above 1:
+faster than the baseline) with its range in brackets. The two sides of a ratio take turns within
+each round, because a machine's speed drifts; compare only rows of the same run.
 """
 
 import argparse
@@ -19,6 +24,7 @@ import jax
 from rich.table import Table
 
 from lorax.bench import bases, four_bits, loading, mixed, svd, timing, training
+from lorax.bench.gpu import command as gpu
 from lorax.console import console
 from lorax.files import write_bytes
 from lorax.train import layouts
@@ -34,6 +40,8 @@ BENCHES = {
     "load": loading.bench_load,
 }
 
+GPU = "gpu"  # measures in a process of its own, so that this one starts no device
+
 
 def main(arguments: list[str]) -> int:
     """The command line: measure, print a table and, if asked, write its rows as JSON."""
@@ -42,20 +50,35 @@ def main(arguments: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="+", choices=BENCHES, help="what to measure")
-    parser.add_argument(
-        "--shapes", default=",".join(bases.SHAPES), help=f"of {', '.join(bases.SHAPES)}"
-    )
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of each comparison")
+    parser.add_argument("name", nargs="+", choices=[*BENCHES, GPU], help="what to measure")
+    parser.add_argument("--shapes", help=f"of {', '.join(bases.SHAPES)} (default: all)")
+    parser.add_argument("--rounds", type=int, help="rounds of each comparison (default: 7)")
     parser.add_argument("--json", help="file for the rows")
+    parser.add_argument("--minutes", type=float, help="gpu: when to be done (default: 8)")
+    parser.add_argument("--small", action="store_true", help="gpu: small shapes, as on a CPU")
+    parser.add_argument("--only", metavar="TEXT", help="gpu: measurements with TEXT in their name")
     args = parser.parse_args(arguments)
-    shapes = args.shapes.split(",")
+    if GPU in args.name:
+        others = ("--shapes", args.shapes), ("--rounds", args.rounds)
+        if given := [word for word, value in others if value is not None]:
+            parser.error(f"{given[0]}: not for {GPU}, whose shapes follow from the device")
+        if args.name != [GPU]:
+            parser.error(f"{GPU}: must be alone, it measures what the others do as well")
+        minutes = 8.0 if args.minutes is None else args.minutes
+        if not 0 < minutes < 1e4:
+            parser.error(f"--minutes: {minutes:g} given, must be above 0")
+        return gpu.main(minutes, args.json, args.small, args.only or "")
+    of_gpu = ("--minutes", args.minutes), ("--small", args.small or None), ("--only", args.only)
+    if given := [word for word, value in of_gpu if value is not None]:
+        parser.error(f"{given[0]}: only for {GPU}")
+    shapes = args.shapes.split(",") if args.shapes else list(bases.SHAPES)
+    rounds = 7 if args.rounds is None else args.rounds
     if set(shapes) - set(bases.SHAPES):
         parser.error(f"--shapes: {args.shapes!r} given; there is {', '.join(bases.SHAPES)}")
     layouts.split_cpu()
     # Otherwise torch's threads spin after each call and take cores from the side that runs next.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    rows = [row for name in args.name for row in BENCHES[name](shapes, args.rounds)]
+    rows = [row for name in args.name for row in BENCHES[name](shapes, rounds)]
     table = Table(title=f"{timing.machine()}, jax {jax.__version__}", title_justify="left")
     for heading in ("", "time", "against", "its time", "ratio"):
         table.add_column(heading, justify="left" if heading in ("", "against") else "right")

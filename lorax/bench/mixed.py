@@ -18,14 +18,14 @@ def bench_mixed(shapes: list[str], rounds: int) -> list[timing.Row]:
     rows = []
     for name, shape in (("nano", bases.SHAPES["nano"]), ("small", bases.SHAPES["small"])):
         for reads, tokens in (("prompts of 32 tokens", 32), ("the next token", 1)):
-            sides = {"lorax": _mixed(shape, tokens), "peft": peft_models.mixed(shape, tokens)}
+            sides = {"lorax": reading(shape, tokens), "peft": peft_models.mixed(shape, tokens)}
             seconds = timing.measure(sides, rounds)
             label = f"8 rows with 8 adapters, {name}, {reads}"
             rows.append(timing.row(label, seconds["lorax"], seconds["peft"], "PEFT, mixed batch"))
     return rows
 
 
-def _mixed(shape: bases.Shape, tokens: int, adapters: int = 8) -> Callable[[], float]:
+def reading(shape: bases.Shape, tokens: int, adapters: int = 8) -> Callable[[], float]:
     """Seconds of one pass over (8, tokens), row i with adapter i, after a cache of 32 tokens."""
     base, rng = bases.random(shape), np.random.default_rng(0)
     flat, n = tree.flatten(base.params), adapters

@@ -8,6 +8,7 @@ import numpy as np
 
 from lorax import config, tasks, tree
 from lorax.bench import bases, peft_models, timing
+from lorax.models import Base
 from lorax.train import fitting, stacks
 from lorax.train.batches import eval_batches, train_batches
 
@@ -23,7 +24,7 @@ def bench_sweep(shapes: list[str], rounds: int) -> list[timing.Row]:
     rows = []
     for name in shapes:
         shape = bases.SHAPES[name]
-        sides = {"together": _train(shape, MEMBERS), "alone": _train(shape, 1)}
+        sides = {"together": gpt2_stepping(shape, MEMBERS), "alone": gpt2_stepping(shape, 1)}
         if peft_models.found():
             sides["peft"] = peft_models.train(shape)
         seconds = timing.measure(sides, rounds)
@@ -38,7 +39,7 @@ def bench_step(shapes: list[str], rounds: int) -> list[timing.Row]:
     """Time of one LoRA training step (r = 8 on q and v) against PEFT's in float32: GPT-2 small with
     4 sequences of 256 tokens, in float32 and with bfloat16 operands."""
     shape = bases.STEP
-    sides = {operands: _train(shape, 1, operands) for operands in ("float32", "bfloat16")}
+    sides = {operands: gpt2_stepping(shape, 1, operands) for operands in ("float32", "bfloat16")}
     if not peft_models.found():
         raise SystemExit("bench step compares with PEFT: pip install torch peft transformers")
     sides["peft"] = peft_models.train(shape)
@@ -54,7 +55,9 @@ def bench_dora(shapes: list[str], rounds: int) -> list[timing.Row]:
     """Time of one DoRA training step against LoRA's (r = 8 on q and v), one member."""
     rows = []
     for name in shapes:
-        sides = {method: _train(bases.SHAPES[name], 1, name=method) for method in ("dora", "lora")}
+        sides = {
+            method: gpt2_stepping(bases.SHAPES[name], 1, name=method) for method in ("dora", "lora")
+        }
         seconds = timing.measure(sides, rounds)
         rows.append(timing.row(f"DoRA step, {name}", seconds["dora"], seconds["lora"], "LoRA"))
     return rows
@@ -74,30 +77,42 @@ def bench_subspace(shapes: list[str], rounds: int) -> list[timing.Row]:
         ("gpt2-nano", bases.SHAPES["nano"], kinds),
         ("GPT-2 small", bases.STEP._replace(steps=6), ("Fastfood",)),
     ):
-        sides = {kind: _train(shape, 1, dim=1000, **kinds[kind]) for kind in chosen}
-        seconds = timing.measure(sides | {"full": _train(shape, 1, name="full")}, rounds)
+        sides = {kind: gpt2_stepping(shape, 1, dim=1000, **kinds[kind]) for kind in chosen}
+        seconds = timing.measure(sides | {"full": gpt2_stepping(shape, 1, name="full")}, rounds)
         for kind in chosen:
             label = f"subspace step, {kind}, {name}, {shape.batch} x {shape.seq}"
             rows.append(timing.row(label, seconds[kind], seconds["full"], "full fine-tuning"))
     return rows
 
 
-def _train(shape: bases.Shape, members: int, operands="float32", **method) -> Callable[[], float]:
-    """A function that trains for a few steps and returns the seconds per member and step. method:
-    keys of `config.method`."""
+def gpt2_stepping(
+    shape: bases.Shape, members: int, operands="float32", **method
+) -> Callable[[], float]:
+    """`stepping` of a GPT-2."""
+    rows = shape.batch, shape.seq, shape.steps
+    return stepping(bases.random(shape, operands), rows, members, operands, **method)
+
+
+def stepping(
+    base: Base, rows: tuple[int, int, int], members: int, operands="float32", **method
+) -> Callable[[], float]:
+    """A function that trains for a few steps and returns the seconds per member and step.
+
+    rows: (sequences of a member's batch, tokens of each, steps of a call). method: keys of
+    `config.method`.
+    """
+    batch, seq, k = rows
     c = config.default()
-    c.train.update(batch_size=shape.batch, seq_len=shape.seq, steps=1_000_000, warmup=0)
+    c.train.update(batch_size=batch, seq_len=seq, steps=1_000_000, warmup=0)
     c.method.update({"rank": bases.RANK} | method)
     c.operands = c.param_dtype = operands
     c.sweep.seed = tuple(range(members))
-    base = bases.random(shape, operands)
-    tokens = np.random.default_rng(0).integers(0, shape.config.vocab_size, (256, shape.seq + 1))
-    rows = {"tokens": tokens.astype(np.int32), "mask": np.ones(tokens.shape, np.float32)}
-    task = tasks.Task("random", rows, {name: x[:1] for name, x in rows.items()}, "")
+    tokens = np.random.default_rng(0).integers(0, base.config.vocab_size, (256, seq + 1))
+    task_rows = {"tokens": tokens.astype(np.int32), "mask": np.ones(tokens.shape, np.float32)}
+    task = tasks.Task("random", task_rows, {name: x[:1] for name, x in task_rows.items()}, "")
 
     chosen = config.members(c)
     stacked = stacks.stack(chosen, stacks.build_methods(chosen, base), base)
-    k = shape.steps
     host = train_batches(stacked, task, 0, k)
     batch_shapes = tree.shapes({name: x[0] for name, x in host.items()})
     evals = tree.shapes(eval_batches(task, 1))

@@ -13,6 +13,7 @@ decoded as a whole and multiplied by the library's product (`lorax.quant.packed`
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,21 @@ from jax.custom_batching import custom_vmap
 from lorax import divided
 
 TILE = 512  # outputs decoded at a time on a CPU
+FUSED, TWO_PASSES = "fused", "two passes"
+#: How w in a kernel's order is multiplied with up to so many rows, those of all members together;
+#: the first line that holds them. `python -m lorax.bench gpu` measures both paths for each line.
+PATHS = (
+    (1, FUSED),
+    (64, FUSED),
+    (512, FUSED),
+    (1024, TWO_PASSES),
+    (math.inf, TWO_PASSES),
+)
+
+
+def path(rows: int) -> str:
+    """The path in `PATHS` for a product with so many rows."""
+    return next(path for most, path in PATHS if rows <= most)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -23,7 +23,6 @@ from jax.sharding import PartitionSpec as P
 from lorax import divided, gather, leaves, ops, sharding, tree
 from lorax.quant import matmul, nf4
 
-FUSED_ROWS = 512  # more rows use two passes
 _TRIED = 16  # rows of the product that is compiled to test the kernel
 
 
@@ -68,21 +67,25 @@ class Packed(leaves.FrozenWeight):
 
     def of_rows(self, x, axis: int):
         """(rows, n) -> (rows, the other), in x's dtype."""
-        kernel, n_out = kernels(self.on), self.n_out
-        small = jnp.bfloat16
-
-        def two_passes(x):
-            w = self.decoded().reshape(self.n_in, n_out).astype(x.dtype)
-            return matmul.dot(x, w, (1, axis))
-
-        if axis == 0 and len(x) <= FUSED_ROWS and not kernel.can_use(len(x), self.n_in, n_out, 64):
-            fused = lambda x: kernel.matmul(
-                x.astype(small), self.words, self.scales, self.table, jnp.float32
-            ).astype(x.dtype)
+        can = not kernels(self.on).can_use(len(x), self.n_in, self.n_out, 64)
+        two_passes = functools.partial(self.two_passes, axis=axis)
+        if axis == 0 and matmul.path(len(x)) == matmul.FUSED and can:
             # On another device (a run continued without this one) use the plain product.
-            on = {"cuda" if self.on == "gpu" else "tpu": fused}
+            on = {"cuda" if self.on == "gpu" else "tpu": self.fused}
             return jax.lax.platform_dependent(x, **on, default=two_passes)
         return two_passes(x)
+
+    def fused(self, x, **options):
+        """(rows, in) -> (rows, out), in x's dtype, by the kernel. options: of its `matmul`."""
+        y = kernels(self.on).matmul(
+            x.astype(jnp.bfloat16), self.words, self.scales, self.table, jnp.float32, **options
+        )
+        return y.astype(x.dtype)
+
+    def two_passes(self, x, axis: int):
+        """(rows, n) -> (rows, the other), in x's dtype: w decoded, then multiplied."""
+        w = self.decoded().reshape(self.n_in, self.n_out).astype(x.dtype)
+        return matmul.dot(x, w, (1, axis))
 
     def specs(self, by, sizes):
         """As the codes that it was made of (`nf4.Quantised.specs`), if the kernel can use a part;
@@ -95,7 +98,7 @@ class Packed(leaves.FrozenWeight):
         """The product where a mesh divides w; x (..., n)."""
         sizes = divided.here()._asdict()
         axes = _axes(self.on, self.n_in, self.n_out, self.by, sizes)
-        if x.size // x.shape[-1] <= FUSED_ROWS:
+        if matmul.path(x.size // x.shape[-1]) == matmul.FUSED:
             return self._of_parts(x, axis, axes, sizes)
         axes = tuple(name if name == "tensor" else None for name in axes)
         decode = lambda words, scales: self._part(words, scales, axes, sizes).decoded()
