@@ -229,6 +229,7 @@ PEAKS = [
     ("tiny-gpt2", 3, 1, {"quant": "nf4", **HALF}),
     ("tiny-llama", 1, 1, {"quant": "int8", "double_quant": False}),
     ("mnist-lenet", 2, 2, IMAGES),
+    ("tiny-llama", 1, 1, {"train__seq_len": 1024, "train__batch_size": 1}),
 ]
 
 
@@ -428,6 +429,12 @@ def test_what_is_made_again_costs_work_and_saves_memory():
         "recomputed except products",
         "recomputed in the backward pass",
     ]
+
+
+def test_long_rows_take_memory_as_their_length_and_not_as_its_square():
+    rows = (dict(train__seq_len=t, train__batch_size=1) for t in (1024, 2048))
+    one, two = (costs.plan(members_of("tiny-llama", **row)).at(1).temporaries for row in rows)
+    assert 1.8 * one < two < 2.1 * one
 
 
 def test_an_offloaded_state_is_shown_and_not_on_the_device(monkeypatch):

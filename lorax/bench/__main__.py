@@ -23,7 +23,7 @@ import sys
 import jax
 from rich.table import Table
 
-from lorax.bench import bases, four_bits, loading, mixed, svd, timing, training
+from lorax.bench import attention, bases, four_bits, loading, mixed, svd, timing, training
 from lorax.bench.gpu import command as gpu
 from lorax.console import console
 from lorax.files import write_bytes
@@ -32,6 +32,7 @@ from lorax.train import layouts
 BENCHES = {
     "sweep": training.bench_sweep,
     "step": training.bench_step,
+    "attention": attention.bench_attention,
     "dora": training.bench_dora,
     "subspace": training.bench_subspace,
     "mixed": mixed.bench_mixed,

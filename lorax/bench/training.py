@@ -19,12 +19,13 @@ def bench_sweep(shapes: list[str], rounds: int) -> list[timing.Row]:
     """Training time per member and step of 8 LoRA members (r = 8 on q and v) trained together.
 
     The baselines are the same program for one member, run eight times, and PEFT in float32 if torch
-    is installed.
+    is installed. With bfloat16 operands the baseline is float32.
     """
     rows = []
     for name in shapes:
         shape = bases.SHAPES[name]
         sides = {"together": gpt2_stepping(shape, MEMBERS), "alone": gpt2_stepping(shape, 1)}
+        sides["bfloat16"] = gpt2_stepping(shape, MEMBERS, "bfloat16")
         if peft_models.found():
             sides["peft"] = peft_models.train(shape)
         seconds = timing.measure(sides, rounds)
@@ -32,6 +33,8 @@ def bench_sweep(shapes: list[str], rounds: int) -> list[timing.Row]:
         rows.append(timing.row(label, seconds["together"], seconds["alone"], "lorax, one by one"))
         if "peft" in seconds:
             rows.append(timing.row(label, seconds["together"], seconds["peft"], "PEFT, one by one"))
+        halves = seconds["bfloat16"], seconds["together"]
+        rows.append(timing.row(f"{label}, bfloat16", *halves, "lorax, float32"))
     return rows
 
 
@@ -45,10 +48,12 @@ def bench_step(shapes: list[str], rounds: int) -> list[timing.Row]:
     sides["peft"] = peft_models.train(shape)
     seconds = timing.measure(sides, rounds)
     label = f"step, GPT-2 small, {shape.batch} x {shape.seq}"
-    return [
+    rows = [
         timing.row(f"{label}, {operands}", seconds[operands], seconds["peft"], "PEFT float32")
         for operands in ("float32", "bfloat16")
     ]
+    halves = seconds["bfloat16"], seconds["float32"]
+    return [*rows, timing.row(f"{label}, bfloat16", *halves, "lorax float32")]
 
 
 def bench_dora(shapes: list[str], rounds: int) -> list[timing.Row]:

@@ -11,6 +11,7 @@ Axes as in `layers`: B batch, T queries, S keys, K heads of keys, G queries that
 features. t, s: positions of a block.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -41,7 +42,8 @@ def attention(q, k, v, mask, sinks, scale: float, cap: float | None, causal: boo
     t, s, size = q.shape[3], k.shape[2], BLOCK
     extra_t, extra_s = -t % size, -s % size
     pad = lambda x, n: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, n), (0, 0))) if n else x
-    mask = mask._replace(queries=mask.queries.padded(extra_t), keys=mask.keys.padded(extra_s))
+    padded = mask.queries.padded(extra_t), mask.keys.padded(extra_s)
+    mask = dataclasses.replace(mask, queries=padded[0], keys=padded[1])
     last = lambda i: min(s, s - t + (i + 1) * size) if causal else s  # keys that block i may see
     blocks = range((t + extra_t) // size)
     pairs = tuple((i, j) for i in blocks for j in range(-(-last(i) // size)))
@@ -57,6 +59,7 @@ def _attention(q, k, v, mask, sinks, how):
 
 def _forward(q, k, v, mask, sinks, how):
     """o, and (q, k, v, mask, sinks, o, logarithms of the sums (B, K, G, T) float32)."""
+    mask = _beside(q, mask)
 
     def add(sums, pair):
         i, j = pair
@@ -91,6 +94,7 @@ def _forward(q, k, v, mask, sinks, how):
 
 def _backward(how, saved, do):
     q, k, v, mask, sinks, o, log = saved
+    mask = _beside(do, mask)
     row = _product("bkgtd,bkgtd->bkgt", do, o)
 
     def add(sums, pair):
@@ -126,6 +130,12 @@ def _backward(how, saved, do):
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _beside(x, mask):
+    """The mask, once x is there. Otherwise a loop over layers would make the masks of all pairs of
+    blocks before it starts, and keep them: (T, S) bools for every head."""
+    return jax.lax.optimization_barrier((x, mask))[1]
 
 
 def _capped(products, how: How):

@@ -32,6 +32,7 @@ from lorax.models.layers import (
     soft_cap,
 )
 from lorax.models.masks import dense as dense_mask
+from lorax.models.masks import stacked as stacked_masks
 from lorax.models.rope import Rope, frequencies, query_growth, rope, rotate
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -282,7 +283,7 @@ class Decoder(nn.Module):
         near = lambda: causal_context(tokens, segments, cache, c.sliding_window).mask
         kinds, mask_of = _distinct(c.types)
         masks = [context.mask if kind == FULL else near() for kind in kinds]
-        masks = masks[0] if mask_of is None else jax.tree.map(lambda *x: jnp.stack(x), *masks)
+        masks = masks[0] if mask_of is None else stacked_masks(masks)
         kinds, turn_of = _distinct(c.rope_kinds)
         turns = [_turn(c, c.ropes[kind], context, room, cache is not None) for kind in kinds]
         turns = turns[0] if turn_of is None else tuple(map(jnp.stack, zip(*turns, strict=True)))

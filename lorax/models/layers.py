@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from lorax import fields, grouped
 from lorax.errors import nearest
-from lorax.models import blockwise, masks
+from lorax.models import blockwise, cudnn, masks
 from lorax.models.masks import Mask, Places
 
 # --------------------------------------------------------------------------------------- attention
@@ -59,12 +59,14 @@ def attention(q, k, v, mask, scale, cap=None, sinks=None, causal=False):
     `masks.Mask`. scale: float. cap: of the scaled scores before the mask (`soft_cap`), None for
     none. sinks: (H,), for each head one more score of every query, whose value is zero
     (arXiv:2309.17453, section 3.3); None for none. causal: as in `blockwise.attention`, which
-    computes it if the mask is a `Mask`. Returns (B, T, H, D) in that dtype; the softmax is in
-    float32.
+    computes it if the mask is a `Mask` and `cudnn` can't. Returns (B, T, H, D) in that dtype; the
+    softmax is in float32.
 
     For long sequences the backward pass recomputes the probabilities from q and k, as
     FlashAttention does (arXiv:2205.14135, section 3.1); for short ones storing them is cheaper.
     """
+    if cudnn.computes(q, mask, cap, sinks):
+        return cudnn.attention(q, k, v, mask, scale)
     # Queries that share keys become rows of one product, which contracts a single axis.
     t, heads = q.shape[1], k.shape[2]
     k, v = (rearrange(x, "b s k d -> b k s d") for x in (k, v))
@@ -258,7 +260,7 @@ def causal_context(
         queries = _places(columns[None], jnp.ones((1, t)), positions)
         keys = _places(jnp.arange(real.shape[1])[None], real, jnp.maximum(count - 1, 0))
         cache = cache._replace(real=real, length=cache.length + t)
-    mask = masks.mask_of(queries, keys, window)
+    mask = masks.mask_of(queries, keys, window, alone=cache is None and segments is None)
     return Context(positions.astype(jnp.int32) + first, mask, cache)
 
 

@@ -4,6 +4,7 @@ memory grows with their length and not with its square.
 Axes: B batch, T queries, S keys.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -33,13 +34,18 @@ class Places(NamedTuple):
         return Places(*(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in self))
 
 
-class Mask(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
     """A query sees the keys of its text whose columns are not after its own, and that are less than
-    `window`, () int32, positions before it. queries: T `Places`; keys: S."""
+    `window`, () int32, positions before it. queries: T `Places`; keys: S. span: (static) the
+    window, `LAST` for none, if each row is one text and its keys are those of the queries, so that
+    causality and window say all; else None."""
 
     queries: Places
     keys: Places
     window: jax.Array
+    span: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def seen(self) -> jax.Array:
         """The mask as an array, (B or 1, T, S) bool."""
@@ -58,10 +64,11 @@ def same_text(query, key):
     return (query == key) | (key < 0) | ((query < 0) & (key != 0))
 
 
-def mask_of(queries: Places, keys: Places, window: int | None = None):
-    """The mask of these queries and keys, an array if they are few. window: None for none."""
+def mask_of(queries: Places, keys: Places, window: int | None = None, alone: bool = False):
+    """The mask of these queries and keys, an array if they are few. window: None for none. alone:
+    whether each row is one text in which no query sees later keys."""
     width = LAST if window is None else window
-    mask = Mask(queries, keys, jnp.int32(width))
+    mask = Mask(queries, keys, jnp.int32(width), width if alone else None)
     return mask.seen() if queries.column.shape[1] * keys.column.shape[1] <= SHORT else mask
 
 
@@ -79,7 +86,14 @@ def ahead(mask, n: int, on):
     column = jnp.where(on, -1, LAST)
     put = lambda x, value: jnp.concatenate([jnp.full((len(x), n), value, x.dtype), x], axis=1)
     column, text, position = map(put, mask.keys, (column, -1, LAST // 2))
-    return mask._replace(keys=Places(column, text, position))
+    return dataclasses.replace(mask, keys=Places(column, text, position), span=None)
+
+
+def stacked(masks):
+    """Masks of the same queries and keys as one, with a leading axis."""
+    if isinstance(masks[0], Mask):
+        masks = [dataclasses.replace(mask, span=None) for mask in masks]
+    return jax.tree.map(lambda *x: jnp.stack(x), *masks)
 
 
 def dense(mask) -> jax.Array:

@@ -10,7 +10,7 @@ from quick import jit
 
 from lorax import intercept, tree
 from lorax.methods import prefix
-from lorax.models import blockwise, decoder, falcon, gpt2, layers, masks
+from lorax.models import blockwise, cudnn, decoder, falcon, gpt2, layers, masks
 from lorax.models.bert import BERT
 from lorax.models.bert import Config as BERTConfig
 
@@ -192,16 +192,43 @@ def test_rows_divided_over_devices(blocks):
     assert_same(run(*divided), run(*args))
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_cudnn_is_asked_for_the_same(blocks, window):
+    """Its plain form, for the rows that its kernel takes."""
+    mask = layers.causal_context(PACKED, window=window).mask
+    args = [normal(i, 2, T, h, 8) for i, h in enumerate((4, 2, 2))]
+
+    @jit
+    def run(*args):
+        theirs = lambda *x: cudnn.attention(*x, mask, 0.7, implementation="xla")
+        ours = lambda *x: layers.causal_attention(*x, mask, 0.7)
+        return with_gradients(theirs, *args), with_gradients(ours, *args)
+
+    assert_same(*run(*args))
+    half = args[0].astype("bfloat16")
+    assert cudnn.takes(half, mask, None, None) and not cudnn.takes(args[0], mask, None, None)
+    assert not cudnn.takes(half, mask, 1.5, None) and not cudnn.takes(
+        half[..., :4], mask, None, None
+    )
+    for other in (
+        layers.causal_context(PACKED, PACKED).mask,
+        layers.padding_mask(PACKED),
+        masks.ahead(mask, 2, jnp.bool_(True)),
+        masks.dense(mask),
+    ):
+        assert not cudnn.takes(half, other, None, None)
+
+
 def temporaries(t: int) -> int:
-    """Bytes beside the arguments and results of a step of a layer of attention."""
+    """Bytes beside the arguments and results of the gradient of layers of attention."""
 
-    def loss(q, k, v):
+    def loss(x):
         mask = layers.causal_context(jnp.zeros((1, t), jnp.int32)).mask
-        return jnp.sum(layers.causal_attention(q, k, v, mask, 0.5))
+        layer = lambda x, _: (x + layers.causal_attention(x, x, x, mask, 0.5), None)
+        return jnp.sum(jax.lax.scan(layer, x, length=3)[0])
 
-    q = jax.ShapeDtypeStruct((1, t, 2, 4), jnp.float32)
-    compiled = jit(jax.grad(loss, (0, 1, 2))).lower(q, q, q).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    x = jax.ShapeDtypeStruct((1, t, 2, 4), jnp.float32)
+    return jit(jax.grad(loss)).lower(x).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square(monkeypatch):
