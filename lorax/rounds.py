@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from lorax import gather, halving, hosts, report, rundir, search, track, tree
+from lorax import gather, halving, hosts, report, rundir, search, track, tree, xla
 from lorax.analysis import answer, runs, tables
 from lorax.config import Member
 from lorax.errors import reason
@@ -53,6 +53,7 @@ def train(
     track.check(settings.track)
     with contextlib.suppress(RuntimeError):  # JAX has already started: its devices stay
         layouts.split_cpu()
+    xla.keep_compiled()
     with Screen() as screen:
         log = Log(workdir, screen)
         with contextlib.closing(log):
@@ -115,7 +116,7 @@ class Log:
 def _train(settings, members: list[Member], log: Log, command: str, launcher) -> Base:
     """Train the sweep, then the rounds of a search; the base of the first group."""
     workdir, say, loaded = log.workdir, log.screen.say, prepare.Loaded({}, {})
-    prepared = functools.partial(prepare.groups, say=say, loaded=loaded, samples=bool(launcher))
+    prepared = functools.partial(prepare.groups, say=say, loaded=loaded)
     train, groups = launcher.train if launcher else loop.train, prepared(members)
     if settings.search.threshold:
         prepare.check_metric(groups, settings.search.metric)
@@ -167,11 +168,9 @@ def check_disk(
     workdir: Path, groups: list[prepare.Group], race: halving.Race | None = None
 ) -> None:
     """Raises ValueError if the disk has no room for the groups' checkpoints and adapters."""
-    # A group may have initialised only some of its members.
-    of_all = lambda group, x: tree.nbytes(x) * len(group.members) // len(group.stack.members)
-    learned = [of_all(group, group.stack.state.trainable) for group in groups]
+    learned = [tree.nbytes(group.stack.state.trainable) for group in groups]
     kept = [size * (g.config.eval.keep == "best") for size, g in zip(learned, groups, strict=True)]
-    states = [of_all(g, g.stack.state) + size for g, size in zip(groups, kept, strict=True)]
+    states = [tree.nbytes(g.stack.state) + size for g, size in zip(groups, kept, strict=True)]
     # Two checkpoints of each group are kept while a third is written; after a rung, those of the
     # members that go on in addition.
     legs = halving.planned(race) if race else []

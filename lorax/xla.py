@@ -1,8 +1,16 @@
-"""XLA's compiler: its options, which differ between versions, and a program's memory."""
+"""XLA's compiler: its options, which differ between versions, a program's memory, and the folder
+that keeps what is compiled."""
 
 import functools
+import hashlib
+import os
+import platform
+from pathlib import Path
 
 import jax
+
+KEPT = 2_000_000_000  # bytes of compiled programs
+LEAST = 0.2  # seconds of compiling from which a program is kept
 
 
 def known(options: dict) -> dict:
@@ -19,6 +27,45 @@ def _knows(name: str, value) -> bool:
             raise
         return False
     return True
+
+
+def keep_compiled() -> None:
+    """From now on, keep compiled programs in the user's cache folder ($XDG_CACHE_HOME, ~/.cache),
+    where later processes find them: the same code, so the same results bit for bit.
+
+    Each kind of processor has a folder, as a CPU's programs use the instructions that it has. What
+    was used longest ago goes when they are more than `KEPT`. $JAX_COMPILATION_CACHE_DIR names
+    another folder, which is JAX's business alone, and JAX_ENABLE_COMPILATION_CACHE=false keeps
+    nothing. A folder that can't be written to is left alone.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:
+        return
+    try:
+        folder = cache_folder() / f"xla-{_processor()}"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # not to be written to, or no home
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_max_size", KEPT)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST)
+
+
+def cache_folder() -> Path:
+    """Where lorax keeps what it can make again."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "lorax"
+
+
+def _processor() -> str:
+    """A name of this machine's kind of processor and of what it can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    known = sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))})
+    text = "\n".join([platform.machine(), platform.processor(), *known])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def program_bytes(compiled) -> int:

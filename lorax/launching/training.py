@@ -12,10 +12,10 @@ from pathlib import Path
 
 import jax
 
-from lorax import command_line, halving, memory, rundir
+from lorax import command_line, halving, memory, rundir, xla
 from lorax.launching import parts
 from lorax.launching.machines import Machine
-from lorax.train import loop, prepare
+from lorax.train import loop, prepare, stacks
 
 
 def train(directory: Path, part: parts.Part) -> None:
@@ -27,6 +27,7 @@ def train(directory: Path, part: parts.Part) -> None:
     memory.check()
     machine = Machine(**part.layout)
     _take_devices(machine)
+    xla.keep_compiled()
     with contextlib.chdir(common.folder):  # paths in the config are from there
         settings = _settings(run, common)
         members = {n: parts.members_of(settings, lines) for n, lines in common.groups.items()}
@@ -34,10 +35,11 @@ def train(directory: Path, part: parts.Part) -> None:
         mine, loaded = set(part.members), prepare.Loaded({}, {})
         say = lambda line: print(line, flush=True)
         groups = [
-            prepare.group_of(number, group, loaded, say, mine)
+            prepare.group_of(number, group, loaded, say)
             for number, group in members.items()
             if mine & {member.index for member in group}
         ]
+        groups = [group._replace(stack=stacks.pick(group.stack, mine)) for group in groups]
         for group in groups:
             _check_base(group, common)
         lines = [line for group in groups for line in prepare.describe(group)]

@@ -40,9 +40,7 @@ def shapes(members):
     pad = stacks.padding(built, base)
     # All members have arrays of the same shapes.
     start = lambda params: stacks.start(members[0], built[0], base.replace(params=params), pad)
-    many = lambda x: jax.ShapeDtypeStruct((len(members), *x.shape), x.dtype)
-    arrays = jax.tree.map(many, jax.eval_shape(start, base.params))
-    return base, stacks.Stack(tuple(members), tuple(built), *arrays)
+    return base, stacks.described(members, built, jax.eval_shape(start, base.params))
 
 
 def with_steps(members, say=lambda line: None):

@@ -51,13 +51,13 @@ def similarity(
 def rehearse(
     base: Base, method, trainable, constants, task: tasks.Task, rows: int, batch_size: int
 ) -> None:
-    """Raises ValueError if `similarity` can't be computed; from shapes alone, before training."""
+    """Raises ValueError if `similarity` can't be computed, before training. trainable, constants:
+    shapes of one member."""
     before, compared = _programs(base, method, task.kind)
     batches = _batches(task, rows, batch_size)
-    member = jax.tree.map(lambda x: x[0], (trainable, constants))
     try:
         first = jax.eval_shape(before, base.params, batches)
-        jax.eval_shape(compared, base.params, *member, batches, first)
+        jax.eval_shape(compared, base.params, trainable, constants, batches, first)
     except Exception as error:
         raise ValueError(
             f"analysis.cka: {rows} given, but it can't be computed for method {method.name} on "

@@ -104,7 +104,7 @@ def fit(
     n = max((members for members, _ in legs), default=len(stacked.members))
     n = all_ = math.ceil(n * share)
     compiled = functools.partial(compile_programs, compared=compared)
-    given, devices, here = train, tuple(devices or jax.devices()), len(stacked.state.step)
+    given, devices, here = train, tuple(devices or jax.devices()), stacked.state.step.shape[0]
     while True:
         chosen = cut(layout(n, train, base, devices, legs), here)
         programs = compiled(stacked, base, chosen, batches, eval_batches, kind)

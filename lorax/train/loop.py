@@ -17,10 +17,21 @@ from lorax.calls import steps_per_call
 from lorax.config import Member, group_key
 from lorax.files import write_bytes
 from lorax.halving import Race
-from lorax.train import compared, evaluation, fitting, layouts, part, results, stacks, trajectory
+from lorax.train import (
+    compared,
+    evaluation,
+    fitting,
+    layouts,
+    part,
+    prepare,
+    results,
+    stacks,
+    trajectory,
+)
 from lorax.train.batches import Evaluated, batch_shapes, splits
 from lorax.train.prepare import Group
 from lorax.train.programs import Programs
+from lorax.train.step import MemberState
 
 
 class Terminal(NamedTuple):
@@ -108,7 +119,7 @@ def train(
     return rows | {i: results.stopped(workdir, i, None) for i in never}, offset
 
 
-def _losses(rows: dict[int, dict], at: dict[int, part.Position], running) -> dict[int, float]:
+def _losses(rows: dict[int, dict], at: dict[int, part.Standing], running) -> dict[int, float]:
     """{member: its loss at the end of a leg}, NaN for one that has diverged."""
     losses = {}
     for i in running:
@@ -116,7 +127,7 @@ def _losses(rows: dict[int, dict], at: dict[int, part.Position], running) -> dic
             loss = rows[i]["eval_loss"]
             losses[i] = math.nan if loss is None else loss
         else:
-            losses[i] = float(at[i].measured.losses) if at[i].state.diverged_at < 0 else math.nan
+            losses[i] = float(at[i].measured.losses) if at[i].diverged_at < 0 else math.nan
     return losses
 
 
@@ -131,9 +142,9 @@ class Place(NamedTuple):
 
 
 def _train_group(
-    place: Place, race: Race, at: dict[int, part.Position], offset: int,
+    place: Place, race: Race, at: dict[int, part.Standing], offset: int,
     terminal: Terminal, progress: Callable[[float], None],
-) -> tuple[dict[int, dict], dict[int, part.Position], int]:  # fmt: skip
+) -> tuple[dict[int, dict], dict[int, part.Standing], int]:  # fmt: skip
     """Train a leg of a group part by part; ({member: its final row}, {member: where it stands at
     the rung}, bytes of metrics.jsonl). at: where members stood after the last leg."""
     workdir, group, stack, leg, compiled = place
@@ -153,12 +164,12 @@ def _train_group(
     known = compiled.compared(group, stack)
     for number, stack in enumerate(parts):
         members = [member.index for member in stack.members]
-        start = part.together([at[i] for i in members]) if members[0] in at else None
+        state, stack = _drawn(programs, group, stack)
         current = part.Part(
             workdir=workdir,
             name=rundir.part(group.index, number, len(parts), leg),
             group=group,
-            stack=stack if start is None else stack._replace(state=start.state),
+            stack=stack,
             programs=programs,
             params=params,
             splits=evaluated,
@@ -168,21 +179,30 @@ def _train_group(
             base_states=compiled.base_states(group, programs, params, evaluated["eval"]),
             compared=[known[i] for i in members],
             until=race.ends(members[0], leg)[1],
-            start=start,
+            standing=[at[i] for i in members if i in at],
             say=terminal.say,
         )
         tell = lambda steps, before=done: progress(before + steps)
-        finals, positions, offset = _train_part(current, offset, tell, terminal.finished)
-        rows, reached = rows | finals, reached | positions
+        finals, standing, offset = _train_part(current, state, offset, tell, terminal.finished)
+        rows, reached = rows | finals, reached | standing
         done += halving.member_steps(race, members, leg)
+        del current, stack  # before the next members are drawn
     return rows, reached, offset
 
 
+def _drawn(programs: Programs, group: Group, stack: stacks.Stack) -> tuple[list, stacks.Stack]:
+    """(the only holder of the members' state on the devices, as for `part.train`; the stack with
+    their constants and hyper, and the state as shapes)."""
+    drawn = prepare.drawn(group, stack)
+    return [programs.place_state(drawn.state)], drawn._replace(state=stack.state)
+
+
 def _train_part(
-    current: part.Part, offset: int, progress, finished
-) -> tuple[dict[int, dict], dict[int, part.Position], int]:
-    """Like `_train_group`, for one part; its state on the devices is freed on return."""
-    at = part.train(current, offset, progress)
+    current: part.Part, state: list[MemberState], offset: int, progress, finished
+) -> tuple[dict[int, dict], dict[int, part.Standing], int]:
+    """Like `_train_group`, for one part; its state on the devices is freed on return. state: as for
+    `part.train`."""
+    at = part.train(current, state, offset, progress)
     if at.step < current.stack.config.train.steps:
         return {}, part.apart(current, at), at.offset
     return results.of_part(current, at, finished), {}, at.offset
@@ -329,8 +349,9 @@ def _without_spectra(group: Group) -> str:
 
 
 def _first(stack: stacks.Stack) -> tuple[dict, dict]:
-    """(constants, trainable) of the first member."""
-    return jax.tree.map(lambda x: x[0], (stack.constants, stack.state.trainable))
+    """The shapes of (constants, trainable) of one member."""
+    constants, _, state = stack.one
+    return constants, state.trainable
 
 
 def _largest(group: Group) -> float:

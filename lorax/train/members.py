@@ -94,8 +94,10 @@ def over_devices(f, layout: Layout, axes: tuple[int | None, ...], donate: int | 
 
 
 def filled(tree, size: int):
-    """A stacked tree on the host, padded to `size` members with copies of the last one."""
-    return jax.tree.map(lambda x: x[np.minimum(np.arange(size), len(x) - 1)], tree)
+    """A stacked tree, padded to `size` members with copies of the last one; as it is where it has
+    so many."""
+    fill = lambda x: x[np.minimum(np.arange(size), len(x) - 1)]
+    return jax.tree.map(lambda x: x if len(x) == size else fill(x), tree)
 
 
 def _pmapped(f, devices, axes, donate):

@@ -1,7 +1,8 @@
 """Trains one part of a group, the members of one program, from the newest checkpoint on.
 
 Where a sweep is tuned by halving (`lorax.halving`), a part ends at a rung, and those of its members
-that go on are packed into parts of the next leg (`apart`, `together`).
+that go on are packed into parts of the next leg. In between, their arrays are in checkpoints alone,
+so that memory holds those of one part, however many members there are (`apart`, `together`).
 """
 
 import shutil
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import hosts, losses, rundir, tree
+from lorax import hosts, losses, rundir
 from lorax.calls import steps_per_call
 from lorax.tasks import scores
 from lorax.train import checkpoint, evaluation, trajectory
@@ -30,12 +31,12 @@ from lorax.train.step import MemberState
 class Part(NamedTuple):
     """Everything that stays the same while a part is trained.
 
-    name: of its files in the run directory (`rundir.part`). stack: M members of the group, on the
-    host. params, splits ({"eval": rows, "test": rows, "also:NAME": rows}), constants, hyper: on the
-    devices. base_test(): `evaluation.of_base` of the test rows. base_states: as for
+    name: of its files in the run directory (`rundir.part`). stack: M members of the group, their
+    state as shapes. params, splits ({"eval": rows, "test": rows, "also:NAME": rows}), constants,
+    hyper: on the devices. base_test(): `evaluation.of_base` of the test rows. base_states: as for
     `step.compared_rows`, if the group compares its members with the base. compared: of each member,
     what its updates are compared with (`compared.of_members`). until: the step at which it ends.
-    start: where its members stood after the last leg, None at step 0. say: prints a line.
+    standing: where each member stood after the last leg, [] at step 0. say: prints a line.
     """
 
     workdir: Path
@@ -51,7 +52,7 @@ class Part(NamedTuple):
     base_states: jax.Array | None
     compared: list[dict]
     until: int
-    start: "Position | None"
+    standing: "list[Standing]"
     say: Callable[[str], None]
 
 
@@ -84,15 +85,36 @@ class Position(NamedTuple):
     kept: Kept | None = None
 
 
-def train(part: Part, offset: int, progress: Callable[[int], None]) -> Position:
-    """Train to the part's last step. offset: bytes of metrics.jsonl written so far. progress:
-    called with the steps of all members in this part so far."""
+class Standing(NamedTuple):
+    """Where a member stands at a rung, as numbers without the axis M. Its arrays are at `index` of
+    the checkpoint of `step` in `folder`. The other fields are those of a `Position`; kept_step and
+    kept: with `eval.keep` "best", else None."""
+
+    folder: Path
+    index: int
+    step: int
+    diverged_at: int
+    seconds: float
+    in_steps: float
+    measured: Measured
+    tests: tuple[Measured, ...]
+    kept_step: int | None
+    kept: Measured | None
+
+
+def train(
+    part: Part, state: list[MemberState], offset: int, progress: Callable[[int], None]
+) -> Position:
+    """Train to the part's last step. state: of its members at step 0, on the devices, the only item
+    of a list; it is taken out, so that nothing else holds what training replaces. offset: bytes of
+    metrics.jsonl written so far. progress: called with the steps of all members in this part so
+    far."""
     c, m = part.stack.config, len(part.stack.members)
-    state = part.programs.place_state(part.stack.state)
-    at = resume(part, state) or begin(part, state, offset)
-    del state
+    like = stored(part, state[0])
+    at = resume(part, like) or begin(part, state, like, offset)
+    state.clear()
     k, diverged = steps_per_call(c.eval.every, c.train.offload), diverged_at(part, at)
-    first = part.start.step if part.start else 0
+    first = part.standing[0].step if part.standing else 0
     while at.step < part.until:
         at = advance(part, at, k)
         before, diverged = diverged, diverged_at(part, at)
@@ -103,11 +125,16 @@ def train(part: Part, offset: int, progress: Callable[[int], None]) -> Position:
     return at
 
 
-def resume(part: Part, state: MemberState) -> Position | None:
-    """The position of the newest intact checkpoint, None without any."""
-    folder, steps = rundir.checkpoints(part.workdir, part.name), part.stack.config.train.steps
+def stored(part: Part, state: MemberState):
+    """The shapes and shardings of the arrays of a checkpoint. state: on the devices."""
     like = saved_state(state, state.trainable if keeps_best(part) else None)
-    restored = checkpoint.restore(folder, like if hosts.are_many() else tree.shapes(like), part.say)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+
+
+def resume(part: Part, like) -> Position | None:
+    """The position of the newest intact checkpoint, None without any. like: from `stored`."""
+    folder, steps = rundir.checkpoints(part.workdir, part.name), part.stack.config.train.steps
+    restored = checkpoint.restore(folder, like, part.say)
     if restored is None:
         return None
     step, saved, meta = restored
@@ -145,17 +172,17 @@ def _refilled(part: Part, saved):
     return filled(jax.tree.map(lambda x: x[:members], hosts.whole(saved)), size)
 
 
-def begin(part: Part, state: MemberState, offset: int) -> Position:
+def begin(part: Part, state: list[MemberState], like, offset: int) -> Position:
     """Step 0: evaluate, and write the first metrics and checkpoint. In a later leg: only the
-    checkpoint, as the last leg has measured its members where they stand."""
-    if part.start:
+    checkpoint, as the last leg has measured its members where they stand. state: as for `train`.
+    like: from `stored`."""
+    if part.standing:
+        state.clear()
+        at = together(part, like, offset)
         rundir.cut_metrics(part.workdir, offset)
-        at, kept = part.start._replace(state=state, offset=offset), part.start.kept
-        if kept:
-            placed = part.programs.place(kept.trainable)
-            at = at._replace(kept=kept._replace(trainable=placed))
         save(part, at)
         return at
+    state = state.pop()
     nothing, learned = np.zeros(len(part.stack.members)), part.programs.learned(state)
     measured, lines = validate(part, learned, 0)
     at = Position(0, state, offset, nothing, nothing, measured)
@@ -306,20 +333,43 @@ def diverged_at(part: Part, at: Position) -> np.ndarray:
     return hosts.whole(at.state.diverged_at)[: len(part.stack.members)]
 
 
-def apart(part: Part, at: Position) -> dict[int, Position]:
-    """{member: its position, without the axis M, on the host}: copies, so that those of members
-    that stop here are freed."""
-    host = hosts.whole(at._replace(step=None, offset=None))
-    own = lambda i: jax.tree.map(lambda x: np.array(x[i]), host)
-    of = lambda i: own(i)._replace(step=at.step, offset=at.offset)
-    return {member.index: of(i) for i, member in enumerate(part.stack.members)}
+def apart(part: Part, at: Position) -> dict[int, Standing]:
+    """{member: where it stands}, once the position is saved."""
+    folder, diverged = rundir.checkpoints(part.workdir, part.name), diverged_at(part, at)
+    kept = (at.kept.steps, at.kept.measured) if at.kept else (None, None)
+    numbers = at.seconds, at.in_steps, at.measured, at.tests, *kept
+    own = lambda i: jax.tree.map(lambda x: x[i], numbers)
+    return {
+        member.index: Standing(folder, i, at.step, int(diverged[i]), *own(i))
+        for i, member in enumerate(part.stack.members)
+    }
 
 
-def together(positions: list[Position]) -> Position:
-    """The position of a part whose members stand at the same step; inverse of `apart`."""
-    of_members = [at._replace(step=None, offset=None) for at in positions]
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *of_members)
-    return stacked._replace(step=positions[0].step, offset=positions[0].offset)
+def together(part: Part, like, offset: int) -> Position:
+    """The position of a part whose members stand at the same step; inverse of `apart`. like: from
+    `stored`. Raises ValueError if a checkpoint that has their arrays is gone or damaged."""
+    standing, size = part.standing, part.programs.layout.size
+    room = lambda x: np.empty((len(standing), *x.shape[1:]), x.dtype)
+    arrays, step = jax.tree.map(room, like), standing[0].step
+    for folder in dict.fromkeys(one.folder for one in standing):
+        restored = checkpoint.restore(folder, like, part.say)
+        if restored is None or restored[0] != step:
+            raise ValueError(
+                f"{folder}: the checkpoint of step {step} is gone or damaged; the same command "
+                "trains its members again"
+            )
+        saved = hosts.whole(restored[1])
+        for i, one in enumerate(standing):
+            if one.folder == folder:
+                take = lambda room, x, i=i, one=one: room.__setitem__(i, x[one.index])
+                jax.tree.map(take, arrays, saved)
+    placed = hosts.place(filled(arrays, size), jax.tree.map(lambda x: x.sharding, like))
+    numbers = jax.tree.map(lambda *x: np.stack(x), *(one[4:] for one in standing))
+    seconds, in_steps, measured, tests, kept_step, kept = numbers
+    if not keeps_best(part):
+        return Position(step, placed, offset, seconds, in_steps, measured, tests)
+    kept = Kept(placed["kept"], kept_step, kept)
+    return Position(step, placed["state"], offset, seconds, in_steps, measured, tests, kept)
 
 
 def save(part: Part, at: Position) -> None:

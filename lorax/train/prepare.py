@@ -21,8 +21,8 @@ from lorax.train import activations, benchmarks, evidence, fitting, pictures, st
 class Group(NamedTuple):
     """Members that share a compiled program, with their base and task.
 
-    stack: those that are trained here; members, methods: of all, and `stack` is padded to the
-    widest of these. rankings: {member: rows of `evidence.decide`}, for members whose targets or
+    stack: those that are trained here, not drawn yet (`drawn`). members, methods: of all. pad: to
+    the widest of these. rankings: {member: rows of `evidence.decide`}, for members whose targets or
     ranks it chose. also: {name: task} of `eval.also`, without test rows.
     """
 
@@ -32,6 +32,7 @@ class Group(NamedTuple):
     stack: stacks.Stack
     members: tuple[Member, ...]
     methods: tuple[stacks.Method, ...]
+    pad: stacks.Padding
     rankings: dict[int, list[dict]] = {}
     also: dict[str, tasks.Task] = {}
 
@@ -47,6 +48,11 @@ class Group(NamedTuple):
         return bool(self.also) and kinds.has_probabilities(self.task.kind, self.task.eval)
 
 
+def drawn(group: Group, stack: stacks.Stack) -> stacks.Stack:
+    """Some members of a group with the arrays that they start from. stack: theirs, as shapes."""
+    return stacks.stack(stack.members, stack.methods, group.base, group.pad, group.task)
+
+
 class Loaded(NamedTuple):
     """Bases and tasks that are loaded already; the rounds of a run share them."""
 
@@ -59,12 +65,10 @@ def groups(
     say: Callable[[str], None],
     first: int = 0,
     loaded: Loaded | None = None,
-    samples: bool = False,
 ) -> list[Group]:
-    """Load bases and tasks, check every member against its base, and initialise all members.
+    """Load bases and tasks, and check every member against its base; none of them is drawn yet.
 
     first: number of the first group. loaded: cache of bases and tasks; new ones are added to it.
-    samples: initialise only the first member of each group, for whoever trains none of them.
     Members with `train.epochs` get their steps. Raises ValueError, FileNotFoundError or MemoryError
     for mistakes that a user can fix, before anything is trained.
     """
@@ -73,10 +77,7 @@ def groups(
     members = with_steps(
         members, lambda c: _base(c, len(members), loaded.bases, say), loaded.tasks, say
     )
-    made = []
-    for index, part in enumerate(grouped(members), first):
-        only = {part[0].index} if samples else None
-        made.append(group_of(index, part, loaded, say, only))
+    made = [group_of(i, part, loaded, say) for i, part in enumerate(grouped(members), first)]
     for line in idle(made):
         say(line)
     return made
@@ -112,10 +113,8 @@ def members_of(groups: list[Group]) -> list[Member]:
     return sorted(members, key=lambda member: member.index)
 
 
-def group_of(
-    index: int, members: list[Member], loaded: Loaded, say: Callable, only: set[int] | None = None
-) -> Group:
-    """One group: load, check, initialise; only these members, or all."""
+def group_of(index: int, members: list[Member], loaded: Loaded, say: Callable) -> Group:
+    """One group: load, check, and describe its members."""
     c = members[0].config
     base = _base(c, len(members), loaded.bases, say)
     tasks.check_base(c.task, base, c.train.seq_len)
@@ -138,8 +137,10 @@ def group_of(
         decided = evidence.decide(member, hps[member.index], base, task, seen)
         hps[member.index], rankings[member.index] = decided
     built = stacks.build_methods(members, base, hps)
-    stack = stacks.stack(members, built, base, task, seen, only)
-    group = Group(index, base, task, stack, tuple(members), tuple(built), rankings, also)
+    pad = stacks.padding(built, base)
+    one = stacks.rehearse(members, built, base, pad, task, seen)
+    stack = stacks.described(members, built, one)
+    group = Group(index, base, task, stack, tuple(members), tuple(built), pad, rankings, also)
 
     if line := stacks.made_whole(group.stack, base):
         say(f"group {index}: {line}")
@@ -151,8 +152,9 @@ def group_of(
     if c.eval.harness:
         benchmarks.check(base, c.eval.harness)
     if c.analysis.cka:
-        state = group.stack.state.trainable, group.stack.constants
-        activations.rehearse(base, built[0], *state, task, c.analysis.cka, c.eval.batch_size)
+        constants, _, state = group.stack.one
+        arguments = state.trainable, constants, task, c.analysis.cka, c.eval.batch_size
+        activations.rehearse(base, built[0], *arguments)
     return group
 
 
@@ -320,8 +322,9 @@ def _rows_key(c, settings: dict, reads_text: bool, *more) -> str:
 def virtual_tokens(group: Group) -> int:
     """Number of positions that a group's method inserts before every text."""
     method, base = group.stack.methods[0], group.base
-    member = jax.tree.map(lambda x: x[0], (group.stack.state.trainable, group.stack.constants))
-    bound = jax.eval_shape(lambda s, p: method.bind(*s, p, sites=base.sites), member, base.params)
+    constants, _, state = group.stack.one
+    bind = lambda *trees: method.bind(*trees, sites=base.sites)
+    bound = jax.eval_shape(bind, state.trainable, constants, base.params)
     return prefix.ahead(bound).tokens
 
 

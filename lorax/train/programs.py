@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -103,18 +104,17 @@ def compile_programs(
         evaluate, rows = jax.jit(evaluate), jitted_rows
         given = described(eval_batches, known.place.of_rows(eval_batches))
         arguments = known.params, known.constants, known.state.trainable, given
-        if stacked.config.eval.test == 0:
-            evaluate = evaluate.lower(*arguments).compile()
-        else:
-            n = described(jnp.int32(0), known.place.shared)
-            rows = rows.lower(*arguments, n).compile()
-        trained = compiled(program, layout, known)
+        tests = stacked.config.eval.test != 0
+        n = (described(jnp.int32(0), known.place.shared),) if tests else ()
+        lowered = (rows if tests else evaluate).lower(*arguments, *n)
+        with ThreadPoolExecutor(1) as beside:  # XLA compiles without Python's lock
+            evaluates = beside.submit(lowered.compile)
+            if hosts.are_many():  # all of them compile in one order
+                evaluates.result()
+            trained = compiled(program, layout, known)
+        evaluate, rows = (evaluate, evaluates.result()) if tests else (evaluates.result(), rows)
     beside = kept_bytes(known, stacked.config.eval.keep)
     beside += states_bytes(program, known.params, eval_batches, compared) if compared else 0
-
-    def full(rows):  # without a copy where nothing is to be filled up
-        size = len(jax.tree.leaves(rows)[0])
-        return rows if size == layout.size else filled(rows, layout.size)
 
     def place(tree):
         return hosts.place(filled(tree, layout.size), known.place.of_members(tree))
@@ -133,7 +133,7 @@ def compile_programs(
         place=place,
         place_state=lambda state: trained.place(place(state)),
         needed=functools.partial(needed, layout.size, known.place.batches),
-        place_batches=lambda rows: hosts.place(full(rows), known.place.batches),
+        place_batches=lambda rows: hosts.place(filled(rows, layout.size), known.place.batches),
         place_rows=lambda rows: hosts.place(rows, known.place.of_rows(rows)),
         narrow=trained.narrow,
         layout=layout,

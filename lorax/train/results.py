@@ -9,9 +9,10 @@ import jax
 from lorax import adapters, gather, hosts, methods, rundir, tasks
 from lorax.errors import of_machine, reason
 from lorax.files import remove
-from lorax.train import activations, benchmarks, kept_rank, pictures, sharpness, stacks
+from lorax.train import activations, benchmarks, kept_rank, pictures, sharpness
 from lorax.train.evaluation import Measured
-from lorax.train.part import Part, Position, decimal, diverged_at, exported
+from lorax.train.part import Part, Position, Standing, decimal, diverged_at, exported
+from lorax.train.prepare import drawn
 from lorax.train.texts import write_base_texts, write_texts
 
 
@@ -87,14 +88,14 @@ def row(part: Part, at: Position, i: int, diverged: int) -> dict:
     }
 
 
-def stopped(workdir: Path, member: int, at: Position | None) -> dict:
-    """The row of a member that halving has stopped; it keeps no file of test rows. at: its own
-    position (`part.apart`), None if it never began. One that has diverged by then is "diverged"."""
+def stopped(workdir: Path, member: int, at: Standing | None) -> dict:
+    """The row of a member that halving has stopped; it keeps no file of test rows. at: where it
+    stands, None if it never began. One that has diverged by then is "diverged"."""
     remove(rundir.rows(workdir, member))
     if at is None:
         seconds, in_steps, step, diverged = 0.0, 0.0, 0, -1
     else:
-        seconds, in_steps, step, diverged = at.seconds, at.in_steps, at.step, at.state.diverged_at
+        seconds, in_steps, step, diverged = at.seconds, at.in_steps, at.step, at.diverged_at
     fine = diverged < 0
     return {
         "status": "stopped" if fine else "diverged",
@@ -160,15 +161,14 @@ def measure_kept_ranks(part: Part, trainable, trained: list[int], rows: dict[int
 def measure_sharpness(part: Part, trainable, trained: list[int], rows: dict[int, dict]) -> None:
     """Add "sharpness" at step 0 and after training to the rows of the members that did not
     diverge."""
-    if why := sharpness.why_not(part):
+    if why := sharpness.why_not(trainable):
         part.say(f"analysis.sharpness: {why}; it is not measured")
         return
     members = [part.stack.members[i] for i in trained]
-    first = stacks.pick(part.group.stack, {member.index for member in part.stack.members})
     batches = part.stack.config.analysis.sharpness
 
     def measure():
-        states = {"start": first.state.trainable, "end": trainable}
+        states = {"start": drawn(part.group, part.stack).state.trainable, "end": trainable}
         of = functools.partial(sharpness.measure, part, batches=batches, trained=trained)
         return {when: of(state) for when, state in states.items()}
 

@@ -18,9 +18,8 @@ from lorax.train.part import Part
 TOLERANCE, MOST = 1e-3, 100  # of the residual, relative to the value; products
 
 
-def why_not(part: Part) -> str:
-    """Why a part's Hessians are not measured, "" if they are."""
-    trainable = part.stack.state.trainable
+def why_not(trainable) -> str:
+    """Why the Hessians of members with these parameters are not measured, "" if they are."""
     if any(map(gather.is_divided, jax.tree.leaves(trainable))):
         return "parameters that are trained in full are divided over devices"
     if any(x.dtype != jnp.float32 for x in jax.tree.leaves(trainable)):

@@ -1,7 +1,8 @@
 """Stacks members of one shape: every array gets a leading axis M.
 
 Members are padded to the largest width (a rank, or the dimension of a subspace), and each has
-arrays for every matrix that any of them adapts.
+arrays for every matrix that any of them adapts. A group's members are stacked as shapes
+(`described`); a part of them is drawn when it trains (`stack`), as together they may be large.
 """
 
 import re
@@ -10,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lorax import catalogue, methods, ops, tasks, tree
 from lorax.config import Member, seed_of
@@ -23,7 +23,8 @@ from lorax.train import step as train_step
 class Stack(NamedTuple):
     """Members of one shape, each leaf with a leading member axis M.
 
-    methods: one per member. constants, hyper: not trained. state: `MemberState` at step 0.
+    methods: one per member. constants, hyper: not trained. state: `MemberState` at step 0. The
+    leaves of these three are arrays, or `jax.ShapeDtypeStruct` of members that are not drawn.
     """
 
     members: tuple[Member, ...]
@@ -36,6 +37,12 @@ class Stack(NamedTuple):
     def config(self):
         """The config of the first member; the others differ only in values passed as data."""
         return self.members[0].config
+
+    @property
+    def one(self) -> tuple:
+        """The shapes of (constants, hyper, state) of one member."""
+        without = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        return jax.tree.map(without, tuple(self[2:]))
 
 
 def hyperparameters(member, base: Base) -> dict:
@@ -105,29 +112,47 @@ def stack(
     members,
     built: list[Method],
     base: Base,
+    pad: Padding | None = None,
     task: tasks.Task | None = None,
-    seen: dict | None = None,
-    only: set[int] | None = None,
 ) -> Stack:
     """Initialise every member, padded to the largest width (rank, or dimension of a subspace) and
-    the union of the targets, and stack them. only: the numbers of those that are stacked, if not
-    all; the padding is that of all.
+    the union of the targets, and stack them. pad: of a group that has more members than these.
 
     In LoRA and similar methods, zero rows of b with zero columns of a have zero gradients, so
     padding stays exactly zero under AdamW and weight decay. The same holds for a matrix that a
-    member does not adapt. task, seen: needed only for initialisations that read training batches
+    member does not adapt. task: needed only for initialisations that read training batches
     (`lorax.train.evidence`).
     """
-    pad, seen = padding(built, base), {} if seen is None else seen
-    pairs = list(zip(members, built, strict=True))
-    if only is not None:
-        pairs = [(member, method) for member, method in pairs if member.index in only]
-        members, built = zip(*pairs, strict=True)
+    pad, seen = pad or padding(built, base), {}
+    pairs = zip(members, built, strict=True)
     started = [start(member, method, base, pad, task, seen) for member, method in pairs]
-    if isinstance(catalogue.row(built[0].name).where, Callable):
-        check_alike(built, base, started)
     together = lambda *leaves: jnp.stack(leaves)
     return Stack(tuple(members), tuple(built), *jax.tree.map(together, *started))
+
+
+def described(members, built: list[Method], one: tuple) -> Stack:
+    """The stack of members that are not drawn. one: (constants, hyper, state) of any of them, which
+    may be shapes: all have the same."""
+    many = lambda x: jax.ShapeDtypeStruct((len(members), *x.shape), x.dtype)
+    return Stack(tuple(members), tuple(built), *jax.tree.map(many, one))
+
+
+def rehearse(
+    members, built: list[Method], base: Base, pad: Padding, task: tasks.Task, seen: dict
+) -> tuple:
+    """The shapes of (constants, hyper, state) of one member. For every setting of the method one
+    member is drawn and dropped again, so that what can't be drawn raises before training. task,
+    seen: as for `evidence.read`."""
+    settings = {}
+    for member, method in zip(members, built, strict=True):
+        settings.setdefault(str(method.hp), (member, method))
+    started = [
+        tree.shapes(start(member, method, base, pad, task, seen))
+        for member, method in settings.values()
+    ]
+    if isinstance(catalogue.row(built[0].name).where, Callable):
+        check_alike([method for _, method in settings.values()], base, started)
+    return started[0]
 
 
 def made_whole(stacked: Stack, base: Base) -> str:
@@ -158,8 +183,8 @@ def _as_shape(x) -> jax.ShapeDtypeStruct:
 
 def check_alike(built: list[Method], base: Base, started: list[tuple]) -> None:
     """Raises ValueError if members can't share a program although their method's `varies` says so:
-    their trees have different shapes, or their functions differ. Only users' methods are checked;
-    lorax's own are tested."""
+    their trees have different shapes, or their functions differ. started: `start` of each, as
+    shapes. Only users' methods are checked; lorax's own are tested."""
     seen = {}  # how members differ from the first -> (shapes, computation)
     for method, (constants, _, state) in zip(built, started, strict=True):
         different = {k: value for k, value in method.hp.items() if value != built[0].hp.get(k)}
@@ -200,18 +225,15 @@ def _computation(f, *trees) -> str:
 
 
 def pick(stacked: Stack, chosen: set[int]) -> Stack:
-    """The stack of the chosen members, by their numbers, in its order."""
-    at = [i for i, member in enumerate(stacked.members) if member.index in chosen]
-    if len(at) == len(stacked.members):
-        return stacked
-    members, built = (tuple(x[i] for i in at) for x in stacked[:2])
-    return Stack(members, built, *jax.tree.map(lambda x: x[np.array(at, int)], stacked[2:]))
+    """The chosen members of a stack that is not drawn, by their numbers, in its order."""
+    pairs = zip(stacked.members, stacked.methods, strict=True)
+    pairs = [pair for pair in pairs if pair[0].index in chosen]
+    members, built = zip(*pairs, strict=True) if pairs else ((), ())
+    return described(members, built, stacked.one)
 
 
 def parts(stacked: Stack, size: int) -> list[Stack]:
-    """The stack in parts of at most `size` members."""
-    part = lambda tree, i: jax.tree.map(lambda x: x[i : i + size], tree)
-    return [
-        Stack(stacked.members[i : i + size], stacked.methods[i : i + size], *part(stacked[2:], i))
-        for i in range(0, len(stacked.members), size)
-    ]
+    """A stack that is not drawn, in parts of at most `size` members."""
+    starts, (members, built, *_) = range(0, len(stacked.members), size), stacked
+    cut = lambda i: (members[i : i + size], built[i : i + size])
+    return [described(*cut(i), stacked.one) for i in starts]

@@ -152,7 +152,8 @@ def test_what_does_not_come_from_the_trees_is_no_part_of_a_shared_program(peanut
         c = swept(**axes)
         c.method.name = "closed"
         members = config.members(c)
-        return stacks.stack(members, stacks.build_methods(members, base), base)
+        built = stacks.build_methods(members, base)
+        return stacks.rehearse(members, built, base, stacks.padding(built, base), None, {})
 
     stack(rank=(2, 4), seed=(0, 1))
     with pytest.raises(

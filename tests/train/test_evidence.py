@@ -141,8 +141,9 @@ def test_loftq_starts_closer_to_the_base_than_its_codes_are():
     c.task.n_train, c.train.batch_size = 64, 4
     (group,) = prepare.groups(config.members(c), lambda line: None)
     plain = lorax.load("gpt2-nano")
-    state = jax.tree.map(lambda x: x[0], group.stack.state.trainable)
-    constants = jax.tree.map(lambda x: x[0], group.stack.constants)
+    drawn = prepare.drawn(group, group.stack)
+    state = jax.tree.map(lambda x: x[0], drawn.state.trainable)
+    constants = jax.tree.map(lambda x: x[0], drawn.constants)
     bound = group.stack.methods[0].bind(state, constants, group.base.params)
     tokens = jnp.arange(24).reshape(2, 12)
     exact = intercept.apply(plain.module, plain.params, tokens)

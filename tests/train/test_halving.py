@@ -1,7 +1,12 @@
 """Halving in the training loop: who stops, what it costs, and that nothing else changes."""
 
+import gc
 import json
+import shutil
+import tracemalloc
 
+import jax
+import numpy as np
 import pytest
 
 from lorax import config, halving, rundir
@@ -193,6 +198,52 @@ def test_progress_counts_what_is_left_after_the_rungs(tmp_path):
     race = halving.race(c, config.members(c))
     assert seen[-1] == (halving.all_steps(race),) * 2
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def held() -> int:
+    """Bytes of all arrays of this process, JAX's and NumPy's; `tracemalloc` has to run."""
+    gc.collect()
+    arrays = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+    host = tracemalloc.take_snapshot().filter_traces([arrays]).traces
+    devices = {x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays()}
+    return sum(trace.size for trace in host) + sum(devices.values())
+
+
+def test_memory_holds_the_members_of_one_part(tmp_path, monkeypatch):
+    """While it trains and at rungs, no more than the program's own figure, however many members."""
+    c = study(rank=(16, 32), lr=RATES, seed=(0, 1))
+    c.base, c.halving.rungs = "random:mlp-64-256-10", (0.25, 0.5)
+    c.method.targets = ("re:(?!head).*/kernel",)
+    programs, seen, fit, apart = [], [], loop.fitting.fit, part.apart
+
+    def fitted(*given):
+        programs.append(fit(*given))
+        tracemalloc.start()  # compiling is slow with it
+        seen.append(held())
+        return programs[-1]
+
+    monkeypatch.setattr(loop.fitting, "fit", fitted)
+    monkeypatch.setattr(part, "apart", lambda *x: seen.append(held()) or apart(*x))
+    try:
+        train(tmp_path / "run", c, lambda *_: seen.append(held()))
+    finally:
+        tracemalloc.stop()
+    (program,), (before, *during) = programs, seen
+    assert len(during) > 15 and max(during) - before < program.bytes
+    of_members = 20 * 3 * 4 * 32 * (64 + 256)  # their parameters and Adam's moments
+    assert of_members > 1.5 * program.bytes
+
+
+def test_a_checkpoint_that_a_leg_needs_is_gone(tmp_path, monkeypatch):
+    c, apart = study(rank=(1, 2), lr=RATES), part.apart
+
+    def lose(current, at):
+        shutil.rmtree(rundir.checkpoints(current.workdir, current.name))
+        return apart(current, at)
+
+    monkeypatch.setattr(part, "apart", lose)
+    with pytest.raises(ValueError, match="the checkpoint of step 4 is gone or damaged; the same"):
+        train(tmp_path / "run", c)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ def prepared(c):
     """{what a seed may move: its arrays} of every member."""
     found = []
     for group in prepare.groups(config.members(c), lambda line: None):
-        rows, stack = train_batches(group.stack, group.task, 0, 7), group.stack
+        stack = prepare.drawn(group, group.stack)
+        rows = train_batches(stack, group.task, 0, 7)
         for i in range(len(stack.members)):
             of_member = lambda tree, i=i: [np.asarray(x)[i] for x in jax.tree.leaves(tree)]
             start = [*of_member(stack.state.trainable), *of_member(stack.constants)]

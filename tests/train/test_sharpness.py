@@ -89,7 +89,7 @@ def test_members_have_the_sharpness_of_their_dense_hessians_at_both_ends(tmp_pat
     run = trained(tmp_path / "run", c)
     table = runs.summary(run)
     for i in range(2):
-        expected = dense(c, group, i, group.stack.state.trainable)
+        expected = dense(c, group, i, prepare.drawn(group, group.stack).state.trainable)
         assert table["start_sharpness"][i] == pytest.approx(expected, rel=2e-3)
         assert table["start_sharpness_residual"][i] <= 1e-3 * table["start_sharpness"][i]
         learned = {}

@@ -72,7 +72,9 @@ def run(c, base, task, pick=None, devices=None, steps=7, k=4):
             stacked, base, train, abstract(batches), abstract(evals), task.kind, devices
         )
     params, losses, finals, trees = programs.place_base(base.params), [], [], []
-    for chunk in stacks.parts(stacked, programs.layout.size):
+    pad = stacks.padding(stacked.methods, base)
+    for part in stacks.parts(stacked, programs.layout.size):
+        chunk = stacks.stack(part.members, part.methods, base, pad)
         place, m = programs.place, len(chunk.members)
         constants, hyper = place(chunk.constants), place(chunk.hyper)
         state = programs.place_state(chunk.state)

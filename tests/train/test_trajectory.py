@@ -374,7 +374,8 @@ def test_devices_that_share_the_members_see_what_one_sees(tmp_path):
         c = study(True, rank=2)
         c.sweep.seed = (0, 1, 2)
         (group,) = prepare.groups(config.members(c), lambda line: None)
-        stack, train_ = group.stack, c.train.copy_and_resolve_references()
+        stack = prepare.drawn(group, group.stack)
+        train_ = c.train.copy_and_resolve_references()
         train_.parallel = mode
         batches = batch_shapes(c.train, group.task, 1)
         evals = tree.shapes(eval_batches(group.task, 25))
