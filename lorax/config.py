@@ -184,6 +184,9 @@ def _analysis() -> ConfigDict:
     """What is measured and drawn."""
     c = ConfigDict()
     c.report = True
+    # Formats in which the report's figures are drawn as images as well: "png", "pdf"; `lorax.report
+    # --figures=png,pdf` draws them later. TensorBoard and other trackers show the PNGs
+    c.figures = ()
     # Spectrum and leading directions of every update at each evaluation: analysis/trajectory.csv
     c.trajectory = False
     # Share of every update's energy in W's leading and last singular directions, this many of each,
@@ -331,6 +334,7 @@ REVISABLE = (
     "eval.guidance",
     "eval.harness",
     "analysis.report",
+    "analysis.figures",
     "analysis.cka",
     "analysis.kept_ranks",
     "analysis.sharpness",

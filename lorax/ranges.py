@@ -62,6 +62,11 @@ RULES = (
         ("track",),
     ),
     Rule(
+        'must be a tuple of formats among "png" and "pdf"',
+        lambda v: isinstance(v, tuple) and set(v) <= {"png", "pdf"},
+        ("analysis.figures",),
+    ),
+    Rule(
         "must be a tuple of names of tasks, or of YAML files",
         lambda v: isinstance(v, tuple) and all(isinstance(name, str) for name in v),
         ("eval.harness",),

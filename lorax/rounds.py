@@ -28,7 +28,7 @@ from lorax.config import Member
 from lorax.errors import reason
 from lorax.files import remove, write_bytes
 from lorax.models import Base, kernels
-from lorax.report import bases
+from lorax.report import bases, images
 from lorax.terminal import Evaluations, Screen
 from lorax.train import layouts, loop, prepare
 
@@ -255,7 +255,7 @@ def _analyse(settings: ConfigDict, base: Base, log: Log) -> None:
         log.attempt("answer", lambda: answer.write(runs.load(workdir)))
     if settings.analysis.report:
         say("analysing the updates and drawing the report")
-        log.attempt("report", lambda: _report(workdir, base, settings.analysis.also, say))
+        log.attempt("report", lambda: _report(workdir, base, settings.analysis, say))
     for name, tracker in log.trackers.items():
         log.failed.pop(name, None)  # everything is sent now
         log.attempt(name, tracker.finish)
@@ -276,12 +276,14 @@ def _write_tables(workdir: Path) -> None:
             write_bytes(file, table.to_csv(index=False).encode())
 
 
-def _report(workdir: Path, base: Base, also: tuple[str, ...], say: Callable[[str], None]) -> None:
+def _report(workdir: Path, base: Base, asked: ConfigDict, say: Callable[[str], None]) -> None:
     """Draw the report. A section that fails is replaced by a line, also printed on the screen, and
-    does not fail the run."""
+    does not fail the run. asked: the config's `analysis` section."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"report: {message}")
         # Other processes hold parts of the base and no longer take part: its files have all of it.
         alone = gather.is_here(base.params)
         read = (kernels(base), "") if alone else bases.of_config(rundir.read_config(workdir))
-        report.write(workdir, *read, also=also)
+        written = report.write(workdir, *read, also=asked.also)
+        if asked.figures:
+            images.add(written, asked.figures)

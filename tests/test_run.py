@@ -73,7 +73,7 @@ def test_the_run_directory_is_the_designs(finished):
         "adapter_model.safetensors",
         "adapter_config.json",
     }
-    assert list((workdir / "figures").glob("*.png")) and list((workdir / "analysis").glob("*.csv"))
+    assert list((workdir / "figures").glob("*.csv")) and list((workdir / "analysis").glob("*.csv"))
     assert list((workdir / "tb").rglob("events.out.tfevents.*"))
     assert sorted(p.name for p in (workdir / "checkpoints/0-0").iterdir()) == ["10", "12"]
     loaded = runs.load(workdir)
@@ -416,7 +416,7 @@ def test_a_network_of_random_weights_learns_images(tmp_path):
     assert stored("0") == {"state.safetensors", "method.json", "delta.safetensors"}
     assert stored("1") == {"adapter_model.safetensors", "adapter_config.json"}
     assert {*loaded.adapter(1)} == {"dense_1", "head"}
-    assert (workdir / "report.html").stat().st_size and list((workdir / "figures").glob("*.png"))
+    assert (workdir / "report.html").stat().st_size and list((workdir / "figures").glob("*.csv"))
 
 
 SEARCH = """

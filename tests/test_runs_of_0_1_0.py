@@ -42,7 +42,7 @@ def test_a_finished_run_opens_and_its_report_is_drawn(study, left):
     assert set(run.metrics["member"]) == set(run.members["member"])
     tables = {file.name: file.read_text() for file in (folder / "analysis").glob("*.csv")}
     page = report.write(folder)  # a section that fails warns, which is an error here
-    assert page.stat().st_size and list((folder / "figures").glob("*.png"))
+    assert page.stat().st_size and list((folder / "figures").glob("*.csv"))
     if "members.csv" in tables:
         was, now = (
             text.splitlines() for text in (tables["members.csv"], _read(folder, "members.csv"))

@@ -6,9 +6,9 @@
     python -m lorax.report ADAPTER ADAPTER... adapters compared
 
 Writes report.html, a single file that a browser opens from disk; all numbers shown, as
-analysis/*.csv and *.npz; and each figure in figures/ as PNG, PDF and CSV (the plotted numbers). It
-reads only the named directories and, if it is available, the base model, so a report can be redrawn
-at any time.
+analysis/*.csv and *.npz; and the plotted numbers as figures/*.csv, with --figures=png,pdf beside
+images of the figures. It reads only the named directories and, if it is available, the base model,
+so a report can be redrawn at any time.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from lorax import rundir
 from lorax.analysis import answer, runs
 from lorax.errors import nearest
 from lorax.interop import formats, reading
-from lorax.report import bases, page
+from lorax.report import bases, images, page
 from lorax.report.pages import adapters, one_run, several_runs
 
 RUN, ADAPTER = "a run", "an adapter"
@@ -29,6 +29,33 @@ RUN, ADAPTER = "a run", "an adapter"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Exit codes: 0; 1 if a section or the report failed; 2 for wrong input."""
+    given = _parser().parse_args(arguments)
+    if page.CONSOLE.is_terminal:
+        words = f"analysing {' and '.join(given.what)}"
+        page.CONSOLE.print(words)
+    failures = []
+
+    def say(message, category, *_, **__) -> None:
+        print(f"lorax.report: {message}", file=sys.stderr)
+        failures.extend([message] * issubclass(category, page.SectionFailed))
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = say
+            options = (given.base, given.out, given.alpha, given.layers, given.also, given.share)
+            written = write(given.what, *options, given.figures)
+            if len(given.what) == 1 and (found := answer.read(given.what[0])):
+                print(*answer.lines(found), "", sep="\n")
+            print(written)
+    except (FileNotFoundError, ValueError) as error:
+        return _fail(error, 2)
+    except (OSError, MemoryError) as error:
+        return _fail(error, 1)
+    return 1 if failures else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The command line's options."""
     parser = argparse.ArgumentParser(prog="python -m lorax.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("what", nargs="+", help="run directories, or adapters")
@@ -63,29 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="write one file to hand on instead: the page with its figures, their numbers and the "
         "config in it, without paths of this machine",
     )
-    given = parser.parse_args(arguments)
-    if page.CONSOLE.is_terminal:
-        words = f"analysing {' and '.join(given.what)}"
-        page.CONSOLE.print(words)
-    failures = []
-
-    def say(message, category, *_, **__) -> None:
-        print(f"lorax.report: {message}", file=sys.stderr)
-        failures.extend([message] * issubclass(category, page.SectionFailed))
-
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = say
-            options = (given.base, given.out, given.alpha, given.layers, given.also, given.share)
-            written = write(given.what, *options)
-            if len(given.what) == 1 and (found := answer.read(given.what[0])):
-                print(*answer.lines(found), "", sep="\n")
-            print(written)
-    except (FileNotFoundError, ValueError) as error:
-        return _fail(error, 2)
-    except (OSError, MemoryError) as error:
-        return _fail(error, 1)
-    return 1 if failures else 0
+    parser.add_argument(
+        "--figures",
+        metavar="png,pdf",
+        help="draw every figure as an image in figures/ as well, in one or both of these formats",
+    )
+    return parser
 
 
 def write(
@@ -96,12 +106,24 @@ def write(
     layers: int | None = None,
     also: Sequence[str] = (),
     share: str | None = None,
+    figures: str | None = None,
 ) -> pathlib.Path:
     """Write the report of the named runs or adapters. Returns the path of its page.
 
     The arguments are those of the command line. Raises FileNotFoundError or ValueError that says
     what was given and what is expected.
     """
+    formats = () if figures is None else images.read_formats(figures)
+    if formats and share is not None:
+        raise ValueError("--figures: files beside a page; --share writes one file, so leave it out")
+    written = _write(what, base, out, alpha, layers, also, share)
+    if formats:
+        images.add(written, formats)
+    return written
+
+
+def _write(what, base, out, alpha, layers, also, share) -> pathlib.Path:
+    """`write` without images."""
     bases.check(None, layers)
     if share is not None and not share.endswith(".html"):
         raise ValueError(f"--share={share}: the name of a file that ends with .html")

@@ -1,6 +1,7 @@
 """Charts as images for papers, and as what a page draws with Vega."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +14,14 @@ SCALE = 2  # pixels of an image per pixel on a page
 DIGITS = 6  # of the numbers that a page embeds; they are drawn, and shown with fewer
 
 
-def specification(chart: alt.TopLevelMixin) -> dict[str, Any]:
+def specification(chart: alt.TopLevelMixin, validate: bool = True) -> dict[str, Any]:
     """The chart in Vega-Lite, with its tables under "datasets".
 
-    Raises ValueError (`altair.SchemaValidationError`) if it isn't valid.
+    Raises ValueError (`altair.SchemaValidationError`) if it isn't valid. validate: whether to look,
+    which takes longer than all the rest.
     """
     with alt.data_transformers.enable("default", max_rows=None):
-        return chart.to_dict()
+        return chart.to_dict(validate=validate)
 
 
 def sized(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,6 +61,23 @@ def embedded(specs: Mapping[str, dict[str, Any]]) -> str:
     page = {"config": config, "charts": charts, "datasets": datasets, "pixels": pixels}
     text = json.dumps(page, separators=(",", ":"), ensure_ascii=False)
     return text.replace("<", "\\u003c")  # nothing in it ends the script
+
+
+def read(page: str) -> dict[str, dict[str, Any]]:
+    """{name: specification, themed for light ground} of the charts that `embedded` put into a page;
+    their numbers have `DIGITS` digits."""
+    data = re.search(r'<script type="application/json" id="charts">(.*?)</script>', page)
+    found = json.loads(data[1])
+    tables = {
+        name: [dict(zip(table["names"], row, strict=True)) for row in table["rows"]]
+        for name, table in found["datasets"].items()
+    }
+    return {
+        name: {key: value for key, value in chart.items() if key != "tables"}
+        | {"datasets": {table: tables[table] for table in chart["tables"]}}
+        | {"config": style.theme()}
+        for name, chart in found["charts"].items()
+    }
 
 
 def columns(rows: list[dict[str, Any]]) -> dict[str, list]:

@@ -1,4 +1,4 @@
-// What a page does. It is whole without this: tables, links, and images for the charts.
+// What a page does. Without this it has its tables, links and the numbers of its charts.
 
 const every = (selector, within = document) => [...within.querySelectorAll(selector)];
 const make = (tag, text, properties = {}) =>

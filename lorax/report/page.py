@@ -1,9 +1,9 @@
 """One self-contained page of HTML: its tables, figures and sections, and how it is saved.
 
-A report directory holds report.html, figures/NAME.png, NAME.pdf and NAME.csv (the plotted numbers)
-and analysis/ (all numbers: .csv tables, .npz arrays). .report.json lists the files that the page
-wrote. The page has its charts and what draws them in it; only the links below a figure lead to
-files.
+A report directory holds report.html, figures/NAME.csv (the plotted numbers) and analysis/ (all
+numbers: .csv tables, .npz arrays). .report.json lists the files that the page wrote. The page has
+its charts and what draws them in it; only the links below a figure lead to files.
+`lorax.report.images` adds figures/NAME.png and NAME.pdf.
 """
 
 import html
@@ -114,10 +114,7 @@ def _draw(
     for heading, name, picture in progress(pictures, "drawing", len(pictures)):
         files[f"{rundir.FIGURES}/{name}.csv"] = csv(picture.numbers)
         try:
-            spec = charts.specification(picture.figure)
-            files[f"{rundir.FIGURES}/{name}.png"] = charts.png(spec)
-            files[f"{rundir.FIGURES}/{name}.pdf"] = charts.pdf(spec)
-            images[name] = spec
+            images[name] = charts.specification(picture.figure, validate=False)
         except Exception as error:  # draw the other figures
             failed[f"{heading}, figure {name}"] = images[name] = error
     for section in sections:
@@ -210,6 +207,11 @@ def _write_manifest(directory: pathlib.Path, names: set[str]) -> None:
     write_json(directory / MANIFEST, {"files": sorted(names)})
 
 
+def add_to_manifest(directory: pathlib.Path, names: Iterable[str]) -> None:
+    """Note that the page has further files."""
+    _write_manifest(directory, _written(directory) | set(names))
+
+
 def progress(steps: Iterable, doing: str, total: int) -> Iterable:
     """The steps, with a progress bar on a terminal."""
     if not CONSOLE.is_terminal:
@@ -291,8 +293,8 @@ def put_together(
         lead=escape(lead),
         contents=contents,
         sections=body,
-        footer="Written by lorax.report. All numbers are in analysis/. Each figure is in "
-        "figures/ as PNG and PDF, with the plotted numbers as CSV.",
+        footer="Written by lorax.report. All numbers are in analysis/, those that figures plot in "
+        f"figures/. Figures as images: <code>{escape(command)} --figures=png,pdf</code>",
     )
 
 
@@ -364,20 +366,13 @@ def table(
 
 
 def figure(name: str, caption: str, alt: str, folded: str = "") -> str:
-    """A figure with links to its files. alt: what it shows, in words. folded: the summary line
+    """A figure with a link to its numbers. alt: what it shows, in words. folded: the summary line
     to click if the figure starts folded; it is always printed."""
-    files = ", ".join(
-        f'<a href="figures/{name}.{suffix}">{suffix.upper()}</a>'
-        for suffix in ("png", "pdf", "csv")
-    )
-    said = escape(alt)
-    # Its image is for browsers without scripts.
     shown = (
         f'<figure id="figure-{name}"><div class="chart" data-chart="{name}" role="img" '
-        f'aria-label="{said}"><noscript><img src="figures/{name}.png" alt="{said}"></noscript>'
-        "</div>"
-        f"<figcaption>{escape(caption)} "
-        f'<span class="files">{files}</span></figcaption></figure>'
+        f'aria-label="{escape(alt)}"><noscript>This chart is drawn by a script. Its numbers are '
+        f"below.</noscript></div><figcaption>{escape(caption)} "
+        f'<span class="files"><a href="figures/{name}.csv">CSV</a></span></figcaption></figure>'
     )
     return fold(folded, shown) if folded else shown
 

@@ -73,10 +73,6 @@ def _exists(path: pathlib.Path) -> bool:
 def one_file(page: str, files: Mapping[str, bytes]) -> str:
     """The page with its links to `files` (by the path in them) as the files themselves, to be saved
     by a click. Other links to files beside the page become text."""
-    # Only scripts can draw a chart; there is no image beside this page.
-    without = "<noscript>This chart is drawn by a script. Its PDF is below.</noscript>"
-    page = re.sub(r'<noscript><img src="figures/.*?</noscript>', without, page)
-    page = re.sub(r'<a href="figures/[^"]*\.png">PNG</a>, ', "", page)
 
     def link(match: re.Match) -> str:
         address, words = match[1], match[2]
@@ -93,7 +89,7 @@ def _saved_as(address: str, files: Mapping[str, bytes]) -> str:
 
 
 def _is_large(address: str, files: Mapping[str, bytes]) -> bool:
-    return len(files[address]) > LARGE and not address.endswith(".pdf")  # compressed already
+    return len(files[address]) > LARGE
 
 
 def _data(address: str, files: Mapping[str, bytes]) -> str:

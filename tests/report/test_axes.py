@@ -140,7 +140,7 @@ def test_panels_that_do_not_fit_are_folded(tmp_path, undrawn):
     assert "Panels 1 to 7 of 14." in text and "<summary>Panels 8 to 14 of 14</summary>" in text
     assert "One panel for each learning rate, the lowest loss first." in text
     files = {path.name for path in (directory / "figures").iterdir()}
-    assert {"learning_curves.png", "learning_curves_2.png"} <= files
+    assert {"learning_curves.csv", "learning_curves_2.csv"} <= files
     points = pd.read_csv(directory / "figures" / "learning_curves.csv")
     assert points["lr"].nunique() == 14
 

@@ -5,16 +5,14 @@ import pathlib
 import shlex
 import shutil
 
-import altair as alt
 import numpy as np
-import pandas as pd
 import pytest
 from reading import Page
 from synthetic import kernels, make_adapter, make_run, make_search
 
 from lorax import report
 from lorax.analysis import figures, intrinsic, tables
-from lorax.report import page
+from lorax.report import charts, images, page
 from lorax.report.__main__ import main
 from lorax.report.pages import adapters, several_runs
 from lorax.report.sections import members, outcome, setup
@@ -70,22 +68,34 @@ def test_a_section_that_fails_is_an_error_in_its_place(name, whole, tmp_path, un
     assert "in fails" in (directory / "errors.txt").read_text()
 
 
-def test_a_figure_that_cannot_be_drawn_costs_itself_alone(tmp_path, monkeypatch):
-    """Vega finds some faults only when it draws."""
+def test_a_figure_without_a_specification_costs_itself_alone(tmp_path, undrawn, monkeypatch):
     directory = make_run(tmp_path / "run", ranks=(1, 2), adapters=False)
-
-    def broken(*_, **__):
-        chart = alt.Chart(pd.DataFrame({"x": [1.0]})).mark_point().encode(x="x:Q")
-        return chart.transform_filter("nothing(datum.x)")
-
+    broken = lambda *_, **__: "no chart"
     monkeypatch.setattr(figures, "rank_curve", broken)
     with pytest.warns(page.SectionFailed, match="Loss against rank, figure rank_curve: failed"):
         text = report.write(directory).read_text()
     assert "Figure rank_curve could not be made: " in text and not Page(text).open
     assert Page(text).table("rank", "95% from")  # the table of the same section
-    assert {"figures/rank_curve.csv", "figures/learning_curves.png"} <= files(directory)
-    assert "figures/rank_curve.png" not in files(directory)
+    assert {"figures/rank_curve.csv", "figures/learning_curves.csv"} <= files(directory)
     assert "figures/rank_curve" not in text and 'data-chart="rank_curve"' not in text
+
+
+def test_an_image_that_cannot_be_drawn_costs_itself_alone(tmp_path, monkeypatch, capsys):
+    """Vega finds some faults of a chart only when it draws."""
+    directory = make_run(tmp_path / "run", ranks=(1, 2), adapters=False)
+
+    def draw(spec):
+        if spec["title"] == "rank":
+            raise ValueError("nothing(datum.x)")
+        return b"drawn"
+
+    monkeypatch.setitem(images.FORMATS, "png", draw)
+    monkeypatch.setattr("warnings.filters", [])
+    monkeypatch.setattr(charts, "read", lambda text: {"a": {"title": "rank"}, "b": {"title": ""}})
+    assert main([str(directory), "--figures=png"]) == 1
+    assert "lorax.report: figure a: failed (nothing(datum.x);" in capsys.readouterr().err
+    assert "nothing(datum.x)" in (directory / "errors.txt").read_text()
+    assert "figures/b.png" in files(directory) and "figures/a.png" not in files(directory)
 
 
 def test_pages_of_searches_runs_and_adapters_too(tmp_path, undrawn, monkeypatch):
@@ -130,7 +140,7 @@ def test_a_redrawn_page_leaves_nothing_of_another(tmp_path, undrawn):
     )
     report.write(directory, kernels())
     (directory / "figures" / "mine.png").write_bytes(b"mine")
-    assert {"figures/intruders.png", "analysis/amplification.csv"} <= files(directory)
+    assert {"figures/intruders.csv", "analysis/amplification.csv"} <= files(directory)
     text = report.write(directory).read_text()
     left = files(directory)
     assert not {name for name in left if "intruder" in name or "amplification" in name}

@@ -10,7 +10,7 @@ import pytest
 from reading import Page
 from synthetic import kernels, make_run
 
-from lorax.report import charts, sharing
+from lorax.report import sharing
 from lorax.report.__main__ import main
 from lorax.report.pages import one_run
 
@@ -24,9 +24,7 @@ def shared(tmp_path_factory):
     config["config"]["base"] = str(folder / "models" / "a base")
     config["command"] = f"python -m lorax.run --workdir='{directory}' '--config={folder}/sweep.py'"
     (directory / "config.json").write_text(json.dumps(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(charts, "pdf", lambda spec: b"%PDF")
-        written = one_run.write(directory, kernels(), share=folder / "page.html")
+    written = one_run.write(directory, kernels(), share=folder / "page.html")
     return directory, written.read_text()
 
 
@@ -48,7 +46,7 @@ def test_a_shared_page_has_its_files_in_it(shared, tmp_path):
     addresses = [a["href"] for tag, a in Page(text).tags if tag == "a"]
     assert all(address.startswith(("#", "https:", "data:")) for address in addresses)
     files = inside(text)
-    assert {"rank_curve.csv", "rank_curve.pdf", "settings.csv", "config.json"} <= set(files)
+    assert {"rank_curve.csv", "settings.csv", "config.json"} <= set(files)
     (tmp_path / "curve.csv").write_bytes(files["rank_curve.csv"])
     assert set(pd.read_csv(tmp_path / "curve.csv")["rank"]) == {1, 2}
     assert json.loads(files["config.json"])["config"]["base"] == "a base"
@@ -85,3 +83,7 @@ def test_wrong_names_of_a_shared_page_are_said(tmp_path, capsys):
     assert "--share=page.pdf: the name of a file that ends with .html" in capsys.readouterr().err
     assert main([run, "--share=page.html", "--out=there"]) == 2
     assert "leave --out away" in capsys.readouterr().err
+    assert main([run, "--share=page.html", "--figures=png"]) == 2
+    assert "--figures: files beside a page" in capsys.readouterr().err
+    assert main([run, "--figures=png,gif"]) == 2
+    assert "--figures: 'gif' given, must be some of png, pdf" in capsys.readouterr().err

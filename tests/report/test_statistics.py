@@ -258,7 +258,7 @@ def test_the_example_runs_from_its_file(tmp_path):
     for name in ("condition_number", "against_w"):
         table = pd.read_csv(tmp_path / "run" / "analysis" / f"{name}.csv")
         assert len(table) > 4 and table.notna().all(axis=None)
-        assert (tmp_path / "run" / "figures" / f"{name}.png").exists()
+        assert (tmp_path / "run" / "figures" / f"{name}.csv").exists()
     text = (tmp_path / "run/report.html").read_text()
     assert {"Condition number", "Against w"} <= set(Page(text).headings)
     assert "could not be made" not in text

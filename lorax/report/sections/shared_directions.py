@@ -447,20 +447,23 @@ def _table(comparison: Comparison) -> str:
     header = ["target", "directions of"]
     for i, j in points:
         header += [f"φ({i}, {j})", "by chance"]
+    names = [f"phi_{i}_{j}" for i, j in points]
+    table, sizes = [], {}
+    for path, kinds in comparison.phi.items():
+        layer, target = tables.layer_and_target(path)
+        for kind, phi in kinds.items():
+            sizes.setdefault((target, kind), comparison.size[path][kind])
+            values = [at(phi, i, j) for i, j in points]
+            table.append((target, kind, layer, *values))
+    table = pd.DataFrame(table, columns=["target", "kind", "layer", *names])
+    means = tables.over_layers(table, ["target", "kind"], names).set_index(["target", "kind"])
     rows = []
-    for target in dict.fromkeys(tables.layer_and_target(path)[1] for path in comparison.phi):
-        paths = [path for path in comparison.phi if tables.layer_and_target(path)[1] == target]
-        for kind in comparison.phi[paths[0]]:
-            row: list[Any] = [target, kind.replace("dW", "ΔW")]
-            for i, j in points:
-                values = [at(comparison.phi[path][kind], i, j) for path in paths]
-                layers = [tables.layer_and_target(path)[0] for path in paths]
-                table = pd.DataFrame({"target": target, "layer": layers, "phi": values})
-                (mean,) = tables.over_layers(table, ["target"], ["phi"]).itertuples()
-                n = comparison.size[paths[0]][kind]
-                chance = expected_similarity(min(i, n), min(j, n), n)
-                row += [page.Fixed(mean.phi, 3, mean.phi_half), page.Fixed(chance, 3)]
-            rows.append(row)
+    for (target, kind), n in sizes.items():
+        mean, row = means.loc[(target, kind)], [target, kind.replace("dW", "ΔW")]
+        for (i, j), name in zip(points, names, strict=True):
+            chance = expected_similarity(min(i, n), min(j, n), n)
+            row += [page.Fixed(mean[name], 3, mean[f"{name}_half"]), page.Fixed(chance, 3)]
+        rows.append(row)
     caption = f"Means over layers; by chance: max(i, j)/n. {OVER_LAYERS}"
     return page.table(header, rows, caption)
 
