@@ -34,9 +34,10 @@ def merge(workdir: Path, directories: Sequence[Path]) -> dict[int, dict]:
         rows = rundir.read_status(part)["members"]
         results |= {int(member): row for member, row in rows.items()}
         for member in map(int, rows):
-            for of in (rundir.adapter, rundir.rows, rundir.texts):
+            for of in (rundir.adapter, rundir.rows, rundir.samples, rundir.texts):
                 _put(of(part, member), of(workdir, member))
     _merge_base_texts(workdir, done)
+    _merge_base_samples(workdir, done)
     _merge_spectra(workdir, done)
     return results
 
@@ -170,6 +171,15 @@ def _merge_base_texts(workdir: Path, done: list[Path]) -> None:
         write_bytes(target, b"".join(in_order))
     else:
         target.unlink(missing_ok=True)
+
+
+def _merge_base_samples(workdir: Path, done: list[Path]) -> None:
+    """samples/base-GROUP.npz: of one part of a group, as all of them have the same."""
+    for part in done:
+        for group in {row["group"] for row in rundir.read_members(part)}:
+            file = rundir.base_samples(part, group)
+            if file.exists():
+                _put(file, rundir.base_samples(workdir, group))
 
 
 def _merge_spectra(workdir: Path, done: list[Path]) -> None:

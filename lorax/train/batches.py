@@ -22,10 +22,10 @@ def train_batches(
     """The batches of steps first .. first + k - 1: leaves (M, K, A, B, ...), on the host.
 
     A member's rows, and what is drawn for them (`Kind.drawn`), depend only on the seed of its order
-    and the step. Rows that are grouped by
-    length are cut to the smallest of `tasks.widths` that holds the longest of them. Rows of zeros
-    fill up a short batch (`train.last_batch`). needed: the part of (M, K, A, B) that is read; the
-    rest is left zeros, which take no memory. None: all of it.
+    and the step. Rows that are grouped by length are cut to the smallest of `tasks.widths` that
+    holds the longest of them. Rows of zeros fill up a short batch (`train.last_batch`). needed: the
+    part of (M, K, A, B) that is read; the rest is left zeros, which take no memory. None: all of
+    it.
     """
     c, lengths, rows = stacked.config.train, task.lengths, []
     for member in stacked.members:
