@@ -8,6 +8,11 @@ denoise 9s, at ranks 1 to 16 with three seeds. Each rank's rate is chosen by hal
 with the first seed. Every member then makes 40 images of a 9 of the same noise, and
 `sample_accuracy` is the share that a classifier takes for one; the digits 0 to 8 are evaluated too,
 to see what is forgotten.
+
+Expected: all ranks are alike. Losses of 0.0872 (rank 1) to 0.0866 (rank 8), where the base has
+0.1085; 86 to 89% of the images are recognised, of the base's 10%; the loss on the old digits rises
+by 0.026 to 0.029. Whether rank 1 is as good as the best three seeds don't decide. Four minutes of
+CPU time, the report included.
 """
 
 from lorax.config import default
