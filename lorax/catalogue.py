@@ -83,7 +83,7 @@ KEYS = {
     "targets": Key(
         tuple,
         None,
-        "q k v o up gate down embed head, attention mlp all-linear, re:REGEX; auto:N: the N "
+        "q k v o up gate down embed head, attention mlp conv all-linear, re:REGEX; auto:N: the N "
         "highest-ranked by the first batches, among those that the other words select",
     ),
     "budget": Key(int, None, "number of trainable parameters, for auto"),

@@ -2,6 +2,7 @@
 
 directories of PEFT's       LoRA, DoRA, and PEFT's other methods that lorax has
 checkpoints of loralib      the LoRA authors' code, .npz or .safetensors
+files of image models       diffusers', kohya's and ComfyUI's, onto one model of a pipeline
 lorax's own format          any method; a user's method once the file that registers it has run
 """
 
@@ -49,7 +50,7 @@ def load(
     match reading.format_of(path):
         case "lorax":
             return from_training(onto := whole(), *states.load(path, onto))
-        case "loralib" | "LORA":
+        case "loralib" | "images" | "LORA":
             adapter = reading.read(path, shapes.sources, alpha)
             try:
                 binding.check(shapes, adapter)

@@ -68,6 +68,8 @@ class Source(NamedTuple):
     files, read if the first one is not there. experts: their number if the tensor has all experts
     of a layer along its first axis, and the name no "{}" for them. linear: whether a kernel with
     more than two axes is that of a linear layer, whose inputs or outputs have several axes.
+    window: (height, width) of a convolution's kernel, which is (height, width, in, out) here and
+    (out, in, height, width) there; of any number of axes.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Source(NamedTuple):
     linear: bool = False
     other: "Source | None" = None
     experts: int | None = None
+    window: tuple[int, ...] | None = None
 
     @property
     def axes_stacked(self) -> int:

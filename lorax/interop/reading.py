@@ -2,6 +2,7 @@
 
     a directory of PEFT's       factors of LoRA and DoRA, and weights trained in full
     a checkpoint of loralib     the same, except the scale, which is not in the file
+    a file of an image model's  factors: diffusers', kohya's and ComfyUI's (`image_files`)
     lorax's own format          dense updates, saved by any other method
 
 `lorax.adapters.load` reads all of these, and PEFT's other methods, onto a base.
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorax.interop import loralib, peft, states
+from lorax.interop import image_files, loralib, peft, states
 from lorax.interop.adapter import Adapter, Dense
 
 if TYPE_CHECKING:
@@ -25,11 +26,14 @@ _CLASSIFIERS = ("classifier.weight", "classifier.out_proj.weight")
 
 def located(path: str | os.PathLike) -> Path:
     """The file or directory that holds an adapter: for PEFT's tensors file its directory, for a
-    directory with only one .npz that checkpoint, otherwise the path itself."""
+    directory with only one .npz that checkpoint, for one with diffusers' file that, otherwise the
+    path itself."""
     path = Path(path)
     if path.name == peft.WEIGHTS:
         return path.parent
     if path.is_dir() and not (path / peft.CONFIG).exists() and not states.is_here(path):
+        if (path / image_files.FILE).is_file():
+            return path / image_files.FILE
         checkpoints = sorted(path.glob("*.npz"))
         return checkpoints[0] if len(checkpoints) == 1 else path
     return path
@@ -39,17 +43,19 @@ def is_here(path: str | os.PathLike) -> bool:
     """Whether there is something for `read` to read."""
     path = located(path)
     known = path / peft.CONFIG, path / states.DELTA
-    return any(file.exists() for file in known) or path.is_file() and is_checkpoint(path)
+    return any(file.exists() for file in known) or path.is_file() and path.suffix in CHECKPOINTS
 
 
 def is_checkpoint(path: str | os.PathLike) -> bool:
     """Whether a path is a checkpoint of loralib, or a directory with one."""
-    return located(path).suffix in CHECKPOINTS
+    path = located(path)
+    return path.suffix in CHECKPOINTS and not image_files.is_here(path)
 
 
 def format_of(path: Path) -> str:
-    """The format of a path returned by `located`: "loralib", PEFT's word for a method ("LORA",
-    "VERA"...), or "lorax" for a directory that is only in lorax's own format.
+    """The format of a path returned by `located`: "loralib", "images" for a file of an image
+    model's, PEFT's word for a method ("LORA", "VERA"...), or "lorax" for a directory that is only
+    in lorax's own format.
 
     Raises FileNotFoundError, or ValueError for a config that can't be read.
     """
@@ -58,8 +64,8 @@ def format_of(path: Path) -> str:
 
 def _format_and_config(path: Path) -> tuple[str, dict[str, Any]]:
     """(`format_of` the path, the fields of PEFT's config or {})."""
-    if is_checkpoint(path):
-        return "loralib", {}
+    if path.suffix in CHECKPOINTS:
+        return "images" if image_files.is_here(path) else "loralib", {}
     if not (path / peft.CONFIG).exists() and states.is_here(path):
         return "lorax", {}
     config = peft.read_config(path / peft.CONFIG)
@@ -97,6 +103,8 @@ def read(
     path = located(path)
     if is_checkpoint(path):
         return loralib.load(path, alpha, sources)
+    if path.suffix in CHECKPOINTS:
+        return image_files.load(path, sources)
     if (path / states.DELTA).exists():
         return states.read(path)
     if (kind := format_of(path)) != "LORA":
@@ -117,6 +125,8 @@ def classes(path: Path) -> int | None:
     match format_of(path):
         case "lorax":
             return states.classes(path)
+        case "images":
+            return None
         case "loralib":
             weights = loralib.load(path).weights
         case _:

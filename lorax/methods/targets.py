@@ -25,6 +25,8 @@ WORDS = {
 #: Further words for parameters that are trained in full (`full`); "norms" are the scale and bias of
 #: every norm.
 FULL_WORDS = {"all": r".*", "classifier": r"head/.*", "biases": r"(.*/)?bias", "norms": None}
+#: Groups of kernels by their kind, without heads.
+KINDS = {"all-linear": ("linear", "conv", "experts"), "conv": ("conv",)}
 GROUPS = {
     "attention": ("q", "k", "v", "o"),
     "mlp": ("up", "gate", "down"),
@@ -50,7 +52,7 @@ def resolve(
 
     A word is canonical (`WORDS` or `Site.word`), a group ("attention", "mlp", "experts",
     "all-linear": every linear and convolution kernel except the heads, with experts and their
-    routers), the name of a module ("query" for
+    routers; "conv": every convolution kernel), the name of a module ("query" for
     "blocks/query/kernel"), or "re:" and a regex that matches a whole path.
     Raises ValueError for a word that matches nothing, with a list of what there is. field: the key
     that holds the words, for messages.
@@ -71,7 +73,7 @@ def resolve(
             tied = " (a tied head is adapted through 'embed')" if word == "head" else ""
             raise ValueError(
                 f"{field}: {word!r} matches nothing{tied}; there is {_available(sites)}"
-                f"{_hint(word, sites, (*WORDS, *GROUPS, 'all-linear'))}"
+                f"{_hint(word, sites, (*WORDS, *GROUPS, *KINDS))}"
             )
         chosen.update(hits)
     return {path: site for path, site in sites.items() if path in chosen}
@@ -79,10 +81,9 @@ def resolve(
 
 def matching(word: str, sites: Mapping[str, ops.Site], field: str = "method.targets") -> list[str]:
     """Paths among `sites` that a word of `resolve` means; an empty list if there are none."""
-    if word == "all-linear":
+    if word in KINDS:
         is_head = lambda path: re.fullmatch(rf"head/.*|{WORDS['head']}", path)
-        kinds = "linear", "conv", "experts"
-        return [p for p, site in sites.items() if site.kind in kinds and not is_head(p)]
+        return [p for p, site in sites.items() if site.kind in KINDS[word] and not is_head(p)]
     meant = GROUPS.get(word, (word,))
     patterns = _patterns(word) or [rf"(.*/)?{re.escape(word)}/(kernel|embedding)"]
     hits = _matches(patterns, sites, f"{field}: {word!r}")

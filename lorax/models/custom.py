@@ -247,7 +247,10 @@ def _shapes(request: Given, param_dtype, run: Mapping):
     module = about.module
     if causal and not model.cached:
         module = Plain(module, about.packs)
-    source = lambda path: _source(path, about.sites.get(path), *about.stacks[path])
+    shapes = tree.flatten(about.shapes)
+    source = lambda path: _source(
+        path, about.sites.get(path), *about.stacks[path], shapes[path].shape
+    )
     with outside.blame(request.function, place):
         sources = {path: source(path) for path in about.stacks}
     traits = Traits(
@@ -451,7 +454,7 @@ def _stacks(module: nn.Module, params: dict, *inputs) -> dict[str, tuple[int, in
     return stacks
 
 
-def _source(path: str, site, axes: int, depth: int) -> hf.Source:
+def _source(path: str, site, axes: int, depth: int, shape: tuple[int, ...]) -> hf.Source:
     """The tensor in a torch module with the same layer names: a stacked "blocks/mlp/up/kernel" is
     "blocks.{}.mlp.up.weight", and "block_3/mlp/up/kernel" is "block.3.mlp.up.weight"."""
     words = path.split("/")
@@ -473,7 +476,10 @@ def _source(path: str, site, axes: int, depth: int) -> hf.Source:
     last = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
     words[-1] = last.get(words[-1], words[-1])
     linear = site is not None and site.kind in ("linear", "other")
-    return hf.Source(".".join(words), order, layer=layer, linear=linear)
+    window = None
+    if site is not None and site.kind == "conv":
+        window = tuple(shape[axes + i] for i in site.ins[:-1])
+    return hf.Source(".".join(words), order, layer=layer, linear=linear, window=window)
 
 
 class Plain(nn.Module):

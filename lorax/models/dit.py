@@ -21,7 +21,7 @@ from flax import linen as nn
 
 from lorax import fields
 from lorax.interop.hf import Source
-from lorax.models.layers import ACTIVATIONS, attention, over_layers
+from lorax.models.layers import ACTIVATIONS, attention, over_layers, sines_of
 
 TIME_FEATURES = 256  # of a timestep's sines and cosines
 #: Ours by diffusers' names, of those that DiT is published with.
@@ -174,7 +174,7 @@ class DiT(nn.Module):
         side = c.sample_size // c.patch_size
         x = rearrange(self.patches(x), "b h w d -> b (h w) d")
         x = x + positions(side, c.hidden_size).astype(x.dtype)
-        sines = sines_of(t, TIME_FEATURES).astype(x.dtype)
+        sines = sines_of(t, TIME_FEATURES, shift=1.0).astype(x.dtype)
         x, conditions = self.h(x, sines, classes)
         shift, scale = _per_row(self.modulation(nn.silu(conditions[0])), 2)
         x = self.out(_normalised(x, 1e-6) * (1 + scale) + shift)
@@ -193,15 +193,6 @@ def _normalised(x, eps: float):
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     return y.astype(x.dtype)
-
-
-def sines_of(t, features: int):
-    """Sinusoidal embedding of timesteps t (B,): (B, features) float32, cosines first, with
-    frequencies from 1 to 1/10,000 (as in diffusers with downscale_freq_shift=1)."""
-    half = features // 2
-    frequencies = np.exp(-np.log(1e4) * np.arange(half) / (half - 1)).astype(np.float32)
-    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def positions(side: int, features: int):

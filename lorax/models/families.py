@@ -7,7 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from lorax.interop.hf import Source
-from lorax.models import bert, deberta, decoder, decoder_families, dit, falcon, gpt2, vision, vit
+from lorax.models import (
+    bert,
+    clip,
+    deberta,
+    decoder,
+    decoder_families,
+    dit,
+    falcon,
+    gpt2,
+    unet,
+    vision,
+    vit,
+)
 
 #: Hugging Face's model_type, or diffusers' _class_name -> (module with its layout in their files,
 #: its Linen class)
@@ -17,16 +29,18 @@ FAMILIES = {
     "falcon": (falcon, falcon.Falcon),
     **dict.fromkeys(("bert", "roberta"), (bert, bert.BERT)),
     "deberta-v2": (deberta, deberta.DeBERTa),
+    "clip_text_model": (clip, clip.TextEncoder),
     "vit": (vit, vit.ViT),
     "mlp": (vision, vision.MLP),
     "lenet": (vision, vision.LeNet),
     "DiTTransformer2DModel": (dit, dit.DiT),
+    "UNet2DConditionModel": (unet, unet.UNet),
 }
 #: Names that older files give a family.
 ALIASES = {"Transformer2DModel": "DiTTransformer2DModel"}
 CAUSAL = ("gpt2", *decoder_families.FAMILIES, "falcon")
 #: Diffusion models: called as module(x, t, condition), with a `condition` in their configs.
-DIFFUSION = ("DiTTransformer2DModel",)
+DIFFUSION = ("DiTTransformer2DModel", "UNet2DConditionModel")
 #: Families that read images.
 IMAGES = ("vit", "mlp", "lenet", *DIFFUSION)
 #: Families without pretrained weights: the whole network is initialised at random, not just a head.

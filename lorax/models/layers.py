@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
@@ -401,6 +402,7 @@ ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # GELU by a sigmoid (CLIP)
 }
 #: The activations that a config.json may name.
 ACTIVATION = fields.one_of(ACTIVATIONS)
@@ -437,23 +439,43 @@ def over_layers(block, config, layers: int, features: int, in_axes=0):
 
     Raises ValueError for any other remat.
     """
-    remat = config.remat
-    if remat == "none":
-        turn = config.unroll or (min(4, layers) if features <= 256 else 1)
-    elif isinstance(remat, str) and remat in POLICIES:
-        turn = config.unroll or 1
-        block = nn.remat(block, prevent_cse=False, policy=POLICIES[remat])
-    else:
-        meant = {True: '; did you mean "full"?', False: '; did you mean "none"?'}
-        hint = meant[remat] if isinstance(remat, bool) else nearest(str(remat), POLICIES)
-        known = ", ".join(("none", *POLICIES))
-        raise ValueError(f"remat: {remat!r} given, must be one of {known}{hint}")
+    few = min(4, layers) if features <= 256 and config.remat == "none" else 1
     return nn.scan(
-        block,
+        recomputed(block, config.remat, prevent_cse=False),
         # The layers' outputs, if a caller asks for them (`capture_intermediates`).
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=in_axes,
         length=layers,
-        unroll=turn,
+        unroll=config.unroll or few,
     )(config)
+
+
+def recomputed(block, remat: str, prevent_cse: bool = True):
+    """A class of modules whose activations are recomputed in the backward pass, as `over_layers`
+    says. prevent_cse: as in `jax.checkpoint`; False inside a loop. Raises ValueError for a remat
+    that does not exist."""
+    if remat == "none":
+        return block
+    if isinstance(remat, str) and remat in POLICIES:
+        return nn.remat(block, prevent_cse=prevent_cse, policy=POLICIES[remat])
+    meant = {True: '; did you mean "full"?', False: '; did you mean "none"?'}
+    hint = meant[remat] if isinstance(remat, bool) else nearest(str(remat), POLICIES)
+    known = ", ".join(("none", *POLICIES))
+    raise ValueError(f"remat: {remat!r} given, must be one of {known}{hint}")
+
+
+# ------------------------------------------------------------------------------- diffusion models
+
+
+def sines_of(t, features: int, cosines_first: bool = True, shift: float = 0.0):
+    """Sinusoidal embedding of timesteps (arXiv:1706.03762, section 3.5): t (B,) -> (B, features)
+    float32, for half = features / 2 frequencies 10,000^(-i / (half - shift)), i = 0 to half - 1.
+
+    features: even. cosines_first, shift: diffusers' `flip_sin_to_cos` and `freq_shift`.
+    """
+    half = features // 2
+    frequencies = np.exp(-math.log(1e4) * np.arange(half) / (half - shift)).astype(np.float32)
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None]
+    pair = jnp.sin(angles), jnp.cos(angles)
+    return jnp.concatenate(pair[::-1] if cosines_first else pair, axis=-1)

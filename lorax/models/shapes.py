@@ -267,6 +267,17 @@ ARCHITECTURES: dict[str, dict] = {
     "dit-b-2": _DIT | {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
     "dit-l-2": _DIT | {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},
     "dit-xl-2": _DIT,
+    "stable-diffusion-1-unet": {  # 859,520,964 parameters
+        "model_type": "UNet2DConditionModel",
+        "sample_size": 64,
+        "cross_attention_dim": 768,
+    },
+    "stable-diffusion-1-text": {  # 123,060,480: the text encoder of clip-vit-large-patch14
+        "model_type": "clip_text_model",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+    },
     "mnist-fc": {"model_type": "mlp", "widths": [784, 200, 200, 10]},  # 199,210
     "cifar-fc": {"model_type": "mlp", "widths": [3072, 200, 200, 10]},  # 656,810
     "mnist-lenet": {"model_type": "lenet"},  # 44,426

@@ -160,5 +160,9 @@ def hf_tensors(config: MLPConfig | LeNetConfig) -> dict[str, Source]:
     axes = {f"dense_{i}": (1, 0) for i in range(1, hidden + 1)} | {"head": (1, 0)}
     if isinstance(config, LeNetConfig):
         axes |= {"conv_1": (2, 3, 1, 0), "conv_2": (2, 3, 1, 0)}
-    names = {f"{layer}/kernel": Source(f"{layer}.weight", x) for layer, x in axes.items()}
+    window = lambda x: (5, 5) if len(x) == 4 else None
+    names = {
+        f"{layer}/kernel": Source(f"{layer}.weight", x, window=window(x))
+        for layer, x in axes.items()
+    }
     return names | {f"{layer}/bias": Source(f"{layer}.bias") for layer in axes}

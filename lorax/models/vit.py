@@ -202,7 +202,11 @@ def hf_tensors(config: Config) -> dict[str, Source]:
     names = {
         "cls": Source("vit.embeddings.cls_token"),
         "positions": Source("vit.embeddings.position_embeddings"),
-        "patches/kernel": Source("vit.embeddings.patch_embeddings.projection.weight", (2, 3, 1, 0)),
+        "patches/kernel": Source(
+            "vit.embeddings.patch_embeddings.projection.weight",
+            (2, 3, 1, 0),
+            window=_pair(config.patch_size),
+        ),
         "patches/bias": Source("vit.embeddings.patch_embeddings.projection.bias"),
     }
     layer = "vit.encoder.layer.{}"

@@ -19,7 +19,7 @@ from support import require
 import lorax
 from lorax import adapters, config, models, quant, tree
 from lorax.models.families import FAMILIES
-from lorax.models.load import skeleton
+from lorax.models.load import config_fields, skeleton
 from lorax.models.shapes import ARCHITECTURES
 from lorax.planning import compiled
 from lorax.tasks import kinds
@@ -48,6 +48,13 @@ OTHERS = {
         "SequenceClassification",
         SEQUENCE | dict(relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=4),
     ),
+    "clip_text_model": (
+        "",
+        WIDTHS | dict(
+            vocab_size=40, max_position_embeddings=16, bos_token_id=1, eos_token_id=2,
+            initializer_factor=0.2,
+        ),
+    ),
     "vit": (
         "ImageClassification",
         WIDTHS | dict(image_size=8, patch_size=4, num_labels=3),
@@ -58,6 +65,12 @@ DENOISING = {
     "DiTTransformer2DModel": dict(
         num_attention_heads=2, attention_head_dim=12, num_layers=2, sample_size=4, in_channels=3,
         num_embeds_ada_norm=5,
+    ),
+    "UNet2DConditionModel": dict(
+        sample_size=8, in_channels=3, block_out_channels=(8, 16), norm_num_groups=4,
+        cross_attention_dim=12, attention_head_dim=2, layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ),
 }  # fmt: skip
 #: Networks that have no model in transformers, by name.
@@ -99,7 +112,8 @@ def make(tmp_path_factory):
             return Made(lorax.load(str(directory)), None, draw(base), None)
         theirs = random_model(family)
         theirs.save_pretrained(directory := tmp_path_factory.mktemp(family))
-        base = lorax.load(str(directory), unroll=1)  # a program of one layer compiles sooner
+        layers = {"unroll": 1} if "unroll" in config_fields(family) else {}
+        base = lorax.load(str(directory), **layers)  # a program of one layer compiles sooner
         return Made(base, theirs, inputs := draw(base), outputs(theirs, inputs))
 
     return made
@@ -116,7 +130,8 @@ def random_model(family):
     torch.manual_seed(0)
     head, fields = OTHERS[family]
     described = transformers.AutoConfig.for_model(family, **fields)
-    model = getattr(transformers, f"AutoModelFor{head}").from_config(described)
+    kind = f"AutoModelFor{head}" if head else "AutoModel"
+    model = getattr(transformers, kind).from_config(described)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5)
@@ -158,7 +173,8 @@ def outputs(model, inputs) -> np.ndarray:
     with torch.no_grad():
         if others:
             return model(first, *others).sample.numpy().transpose(0, 2, 3, 1)
-        return model(first if images else first.long()).logits.numpy()
+        made = model(first if images else first.long())
+        return (made.logits if "logits" in made else made.last_hidden_state).numpy()
 
 
 # ------------------------------------------------------------------------------------ the columns
@@ -217,7 +233,8 @@ def peft_in(made, tmp_path):
     """An adapter that PEFT saved, on all linear layers, gives the logits of PEFT's own model."""
     peft = require("peft")
     theirs = copy.deepcopy(made.theirs)
-    task = {True: "CAUSAL_LM", False: "SEQ_CLS"}[made.base.causal]
+    task = "CAUSAL_LM" if made.base.causal else None
+    task = "SEQ_CLS" if made.base.traits.outputs else task
     every = "all-linear"
     if made.base.family in DENOISING:  # of which PEFT can't tell what "all-linear" is
         torch = require("torch")

@@ -63,6 +63,11 @@ SMALL = {
     | {"intermediate_size": 12, "image_size": [8, 12], "patch_size": 4},
     "DiTTransformer2DModel": {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 2}
     | {"sample_size": 4},
+    "clip_text_model": ENCODER,
+    "UNet2DConditionModel": {"block_out_channels": [8, 16], "norm_num_groups": 4}
+    | {"cross_attention_dim": 12, "attention_head_dim": 2, "layers_per_block": 1}
+    | {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]}
+    | {"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]},
     "mlp": {"widths": [8, 6, 4]},
     "lenet": {"image_size": 20},
 }  # fmt: skip
@@ -121,7 +126,9 @@ def test_sizes_cost_nothing_before_the_weights(name, tmp_path):
             with contextlib.suppress(ValueError):
                 module.config_from_hf(config | {field: value})
                 config[field] = value
-    config = config | {"widths": [2**31 - 1] * 3} if name == "mlp" else config
+    lists = {"mlp": {"widths": [2**31 - 1] * 3}}
+    lists |= {"UNet2DConditionModel": {"block_out_channels": [2**20] * 2}}
+    config = config | lists.get(name, {})
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert tree.count(skeleton(f"random:{tmp_path}").params) > 2**40
 

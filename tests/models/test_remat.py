@@ -9,7 +9,7 @@ from support import few
 
 import lorax
 from lorax import intercept, leaves, methods, ops, quant, tree
-from lorax.models import layers, vision
+from lorax.models import layers, unet, vision
 from lorax.models.families import FAMILIES
 
 #: One a file of `lorax.models`: what transformers' config.json would say.
@@ -28,14 +28,15 @@ SMALL = {
     | {"intermediate_size": 256, "image_size": 16, "patch_size": 4},
     "DiTTransformer2DModel": {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 4}
     | {"sample_size": 16, "patch_size": 4},
+    "clip_text_model": {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    | {"intermediate_size": 256, "vocab_size": 64},
 }
 
 
 def test_every_family_is_here():
     sources = {source for source, _ in FAMILIES.values()}
-    assert {FAMILIES[name][0] for name in SMALL} == sources - {
-        vision
-    }  # which has no stacked layers
+    # which have no stacked layers; the U-Net's test is in its file
+    assert {FAMILIES[name][0] for name in SMALL} == sources - {vision, unet}
 
 
 def program(name, remat, shape, **run):
@@ -47,8 +48,9 @@ def program(name, remat, shape, **run):
     size = (shape[0], *config.image_shape) if vision else shape
     x = rng.normal(size=size).astype(np.float32) if vision else rng.integers(1, 64, size)
     x = (jnp.asarray(x, None if vision else jnp.int32),)
-    if hasattr(config, "condition"):  # timesteps and classes
-        x += (jnp.arange(shape[0]),) * 2
+    if hasattr(config, "condition"):  # timesteps, and classes or the states of texts
+        given = rng.uniform(0, 5, (shape[0], *config.condition.shape))
+        x += jnp.arange(shape[0]), jnp.asarray(given, config.condition.dtype)
     params = jax.eval_shape(module.init, jax.random.key(0), *x)["params"]
     sites = intercept.sites(module, params, *x)
     params = jax.tree.map(lambda p: jnp.asarray(0.2 * rng.normal(size=p.shape), p.dtype), params)

@@ -6,6 +6,7 @@
                names these are
     ComfyUI    diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q
     PEFT       down_blocks.1..., without the component
+               encoder.layers.1... of CLIP's text encoder in transformers 5, elsewhere text_model.
 
 A flattened name gets its dots back by the words that U-Nets of Stable Diffusion and text encoders
 of CLIP are made of. Transformers (Flux, SD3) have other modules in kohya's files than in
@@ -29,6 +30,8 @@ _COMPONENTS |= {"lora_te2_": "text_encoder_2"}
 _FIRST = {"down_blocks": "unet", "up_blocks": "unet", "mid_block": "unet", "conv_in": "unet"}
 _FIRST |= {"conv_out": "unet", "time_embedding": "unet", "add_embedding": "unet"}
 _FIRST |= {"text_model": "text_encoder"}
+#: Modules of CLIP's text encoder by transformers 5's names.
+_CLIP = re.compile(r"encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
 #: Names of the authors' U-Net that are not in its blocks, and those in a block's layers.
 _OUTER = {"input_blocks_0_0": "conv_in", "out_2": "conv_out"}
 _OUTER |= {"time_embed_0": "time_embedding.linear_1", "time_embed_2": "time_embedding.linear_2"}
@@ -50,6 +53,8 @@ def diffusers(layer: str) -> str | None:
         if layer.startswith(prefix):
             path = _dotted(layer.removeprefix(prefix))
             return path and f"{component}.{path}"
+    if _CLIP.fullmatch(layer):
+        return f"text_encoder.text_model.{layer}"
     component = _FIRST.get(layer.partition(".")[0])
     return component and f"{component}.{layer}"
 

@@ -3,7 +3,9 @@
 A directory holds `adapter_model.safetensors` and `adapter_config.json`. PEFT stores, for a module
 with y = W x, `lora_A.weight` (r, in) and `lora_B.weight` (out, r) and scales by lora_alpha / r;
 ours are y = x @ w + s * (x @ a) @ b, so A = a^T, B = b^T and lora_alpha = s * r. Neither is ever
-stored transposed, whatever `fan_in_fan_out` says about the base's own weight.
+stored transposed, whatever `fan_in_fan_out` says about the base's own weight. Of a convolution, A
+is (r, in, height, width) and B is (out, r, 1, 1); the rows of our a are those of our kernel
+(height, width, in, out).
 
 A fused module (GPT-2's c_attn holds q, k and v side by side) is joined exactly: A has the rows of
 all parts one after the other (only once if parts share them) and B is block-diagonal. PEFT reads
@@ -206,6 +208,9 @@ def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = No
     places = Places(sources or {})
     modules, parts = experts.unpack(modules, config, places, directory)
     check_targets(config, modules, directory / CONFIG)
+    for module, sides in modules.items() if sources else ():
+        A = sides.get("A")
+        check_window(module, () if A is None else A.shape[2:], places, file)
     updates = {name: part.factors() for name, part in parts.items()}
     updates |= {
         module: _update(module, sides, config, directory) for module, sides in modules.items()
@@ -221,7 +226,7 @@ def load(directory: str | os.PathLike, sources: Mapping[str, Source] | None = No
     else:
         factors, weights = {}, {}
         for module, update in updates.items():
-            factors |= _split(module, update, places, file)
+            factors |= split(module, update, places, file)
         for name, tensor in whole.items():
             weights |= oriented(name, tensor, places, file)
     adapter = Adapter(factors, weights, config)
@@ -248,8 +253,9 @@ def _join(module: str, places: Places, parts: dict[str, Factors]) -> Joined:
     embedding = next(iter(sources)).endswith("/embedding")
     layers = {path.rsplit("/", 1)[0]: source for path, source in sources.items()}
     is_linear = lambda source: source.linear or source.axes in (None, (1, 0))
-    if not all(map(is_linear, layers.values())):
-        raise ValueError(f"{', '.join(parts)}: {module} is a convolution, which can't be stored")
+    window = next(iter(layers.values())).window
+    if window is None and not all(map(is_linear, layers.values())):
+        raise ValueError(f"{', '.join(parts)}: {module} is no linear layer or convolution")
     n_in, n_out = next(iter(parts.values())).a.shape[0], fused_width(sources)
     # The module has the largest scale; B is multiplied by each part's ratio to it, at most 1.
     scale = max((float(parts[layer].s) for layer in layers if layer in parts), key=abs)
@@ -281,8 +287,25 @@ def _join(module: str, places: Places, parts: dict[str, Factors]) -> Joined:
         tensors = {"lora_A.weight": np.concatenate(A), "lora_B.weight": B}
     if next(iter(parts.values())).m is not None:
         tensors["lora_magnitude_vector"] = _magnitudes(module, layers, parts)
+    if window is not None:
+        tensors = _of_convolution(tensors, window)
     conv1d = not embedding and all(source.axes is None for source in layers.values())
     return Joined(tensors, rank, scale * rank, conv1d, entries)
+
+
+def _of_convolution(tensors: dict[str, np.ndarray], window: tuple[int, ...]) -> dict:
+    """A, B and lengths of a matrix as those of the convolution that it is."""
+    ones = (1,) * len(window)
+    A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
+    A = np.moveaxis(A.reshape(len(A), *window, -1), -1, 1)  # (r, in, height, width)
+    tensors |= {
+        "lora_A.weight": np.ascontiguousarray(A),
+        "lora_B.weight": B.reshape(*B.shape, *ones),
+    }
+    if "lora_magnitude_vector" in tensors:
+        lengths = tensors["lora_magnitude_vector"]
+        tensors["lora_magnitude_vector"] = lengths.reshape(1, -1, *ones)
+    return tensors
 
 
 def _magnitudes(module: str, layers: dict[str, Source], parts: dict[str, Factors]) -> np.ndarray:
@@ -335,15 +358,16 @@ def by_module(stored: Mapping[str, Any], file: pathlib.Path, same=np.array_equal
 def _update(module: str, sides: dict, config: dict, directory: pathlib.Path) -> Factors:
     """The factors of one module of Hugging Face, oriented as ours."""
     A, B, m = (sides.get(side) for side in ("A", "B", "m"))
-    fits = A is not None and B is not None and A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
-    if not fits or A.size == 0 or B.size == 0:
+    fits = A is not None and B is not None and 2 <= A.ndim == B.ndim and A.shape[0] == B.shape[1]
+    if not fits or A.size == 0 or B.size == 0 or B.size != B.shape[0] * B.shape[1]:
         shapes = {side: tensor.shape for side, tensor in sides.items()}
         raise ValueError(
             f"{directory / WEIGHTS}: {module}: need A (r, in) and B (out, r), got {shapes}"
         )
     check_lengths(module, m, len(B), config, directory)
     scale = scale_of(config, module, A.shape[0], directory / CONFIG)
-    a, b = np.ascontiguousarray(A.T), np.ascontiguousarray(B.T)
+    a = np.ascontiguousarray(np.moveaxis(A, 1, -1).reshape(len(A), -1).T)
+    b = np.ascontiguousarray(B.reshape(B.shape[:2]).T)
     return Factors(a, b, scale, None if m is None else m.reshape(-1))
 
 
@@ -358,7 +382,17 @@ def check_lengths(module: str, m, outputs: int, config: dict, directory: pathlib
         )
 
 
-def _split(module: str, update: Factors, places: Places, file: pathlib.Path) -> dict[str, Factors]:
+def check_window(module: str, window: tuple, places: Places, file: pathlib.Path) -> None:
+    """Raises ValueError for a convolution's window, () for no convolution, that is not the base's.
+    One of single pixels is a linear layer."""
+    sources = places.at(f"{module}.weight").values()
+    right = next((source.window for source in sources if source.window), ())
+    larger = lambda window: window if set(window) - {1} else ()
+    if sources and larger(window) != larger(right):
+        raise ValueError(f"{file}: {module}: its window is {window}, the base's {right}")
+
+
+def split(module: str, update: Factors, places: Places, file: pathlib.Path) -> dict[str, Factors]:
     """The factors of a module's parts, by our paths."""
     sources = places.at(f"{module}.weight")
     if not sources:
