@@ -29,7 +29,7 @@ SMALL = {
     "DiTTransformer2DModel": {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 4}
     | {"sample_size": 16, "patch_size": 4},
     "clip_text_model": {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-    | {"intermediate_size": 256, "vocab_size": 64},
+    | {"intermediate_size": 256, "vocab_size": 64, "max_position_embeddings": 128},
 }
 
 
