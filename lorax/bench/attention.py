@@ -24,7 +24,7 @@ def bench_attention(shapes: list[str], rounds: int) -> list[timing.Row]:
         ]
         at = jnp.arange(tokens)[None]
         places = masks.Places(at, jnp.ones_like(at), at)
-        mask = masks.Mask(places, places, jnp.int32(masks.LAST))
+        mask = masks.Mask(places, places, jnp.int32(masks.LAST), span=masks.LAST)
         sides = {"in blocks": mask, "at once": masks.dense(mask)}
         programs = {name: _program(mask).lower(*qkv).compile() for name, mask in sides.items()}
         runs = {name: functools.partial(run, *qkv) for name, run in programs.items()}
