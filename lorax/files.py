@@ -64,6 +64,19 @@ def write_json(path: str | os.PathLike, value) -> Path:
     return write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
+def check_can_write(file: str, option: str) -> None:
+    """Raises ValueError if no file can be written to that path. option: that it was given for, for
+    messages."""
+    path = Path(file).absolute()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{option}: {file!r} is not a regular file; expected a file's path")
+    folder = next(folder for folder in path.parents if folder.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{option}: {str(folder)!r} is not a folder, so {file!r} can't be in it")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{option}: {file!r} can't be written: no write access to {str(folder)!r}")
+
+
 def read_text(path: str | os.PathLike) -> str:
     """A text file's content without a byte order mark.
 

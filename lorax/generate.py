@@ -19,12 +19,11 @@ text ends at each of its eos_token_id. --temperature 0 takes the likeliest token
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 from lorax.errors import fail
-from lorax.files import read_text, write_bytes
+from lorax.files import check_can_write, read_text, write_bytes
 
 
 def main(arguments: list[str]) -> int:
@@ -36,7 +35,7 @@ def main(arguments: list[str]) -> int:
         check_chat(args, talks)
         prompts = [] if talks else read_prompts(args.prompt, args.prompts)
         if args.out is not None:
-            check_out(args.out)
+            check_can_write(args.out, "--out")
         print(f"loading {args.base}", file=sys.stderr, flush=True)
         if talks:
             talk(args)
@@ -136,18 +135,6 @@ def read_prompts(texts: list[str], file: str | None) -> list[str]:
     if not prompts:
         raise ValueError("--prompt: none given; pass --prompt TEXT or --prompts FILE")
     return prompts
-
-
-def check_out(file: str) -> None:
-    """Raises ValueError if no file can be written to that path."""
-    path = Path(file).absolute()
-    if path.exists() and not path.is_file():
-        raise ValueError(f"--out: {file!r} is not a regular file; expected a file's path")
-    folder = next(folder for folder in path.parents if folder.exists())
-    if not folder.is_dir():
-        raise ValueError(f"--out: {str(folder)!r} is not a folder, so {file!r} can't be in it")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"--out: {file!r} can't be written: no write access to {str(folder)!r}")
 
 
 def check_chat(args, talks: bool) -> None:

@@ -8,7 +8,8 @@
 
 `gpu` is all that an accelerator can say in a few minutes (docs/speed.md): products in 4 bits,
 steps, generation, beside torch where it is installed. Its file has each number as soon as it is
-known. Exit codes: 0; 1 if a measurement failed; 3 if time was too short for some.
+known. Exit codes: 0; 1 if a measurement failed; 2 without a device; 3 if time was too short for
+some; 130 after Ctrl-C.
 
 A row of the others has a time, what it is compared with, and the median ratio over rounds (above 1:
 faster than the baseline) with its range in brackets. The two sides of a ratio take turns within
@@ -26,7 +27,7 @@ from rich.table import Table
 from lorax.bench import attention, bases, four_bits, loading, mixed, svd, timing, training
 from lorax.bench.gpu import command as gpu
 from lorax.console import console
-from lorax.files import write_bytes
+from lorax.files import check_can_write, write_bytes
 from lorax.train import layouts
 
 BENCHES = {
@@ -59,6 +60,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--small", action="store_true", help="gpu: small shapes, as on a CPU")
     parser.add_argument("--only", metavar="TEXT", help="gpu: measurements with TEXT in their name")
     args = parser.parse_args(arguments)
+    if args.json is not None:
+        try:
+            check_can_write(args.json, "--json")
+        except ValueError as error:
+            parser.error(str(error))
     if GPU in args.name:
         others = ("--shapes", args.shapes), ("--rounds", args.rounds)
         if given := [word for word, value in others if value is not None]:
@@ -74,6 +80,8 @@ def main(arguments: list[str]) -> int:
         parser.error(f"{given[0]}: only for {GPU}")
     shapes = args.shapes.split(",") if args.shapes else list(bases.SHAPES)
     rounds = 7 if args.rounds is None else args.rounds
+    if rounds < 1:
+        parser.error(f"--rounds: {rounds} given, must be at least 1")
     if set(shapes) - set(bases.SHAPES):
         parser.error(f"--shapes: {args.shapes!r} given; there is {', '.join(bases.SHAPES)}")
     layouts.split_cpu()
@@ -87,7 +95,7 @@ def main(arguments: list[str]) -> int:
         times = (f"{row.value:.2f} {row.unit}", row.against, f"{row.baseline:.2f} {row.unit}")
         table.add_row(row.name, *times, f"{row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]")
     console(width=None if sys.stdout.isatty() else 130).print(table)
-    if args.json:
+    if args.json is not None:
         text = json.dumps([row._asdict() for row in rows], indent=1) + "\n"
         write_bytes(args.json, text.encode())
     return 0

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from lorax.bench import __main__ as bench
-from lorax.bench.gpu import schedule
+from lorax.bench.gpu import command, schedule
 from lorax.bench.gpu.measurements import Measurement
 
 WORKER = """
@@ -100,6 +100,29 @@ def test_only_some_are_measured_or_the_names_are_said(measure):
         measure(1, ("product", "jax", 0), ("step", "jax", 0), only="x")
 
 
+def test_ctrl_c_ends_the_process_and_is_one_line(measure, tmp_path, monkeypatch, capsys):
+    ended, close = [], schedule.Worker.close
+    monkeypatch.setattr(schedule.Worker, "close", lambda self: ended.append(self) or close(self))
+
+    def interrupt(self, name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(schedule.Worker, "ask", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        measure(1, ("a", "jax", 0))
+    assert len(ended) == 1
+    for file in (None, str(tmp_path / "x.json")):
+        assert command.main(1, file, True, "") == 130
+        said = f"; what was measured is in {file}" if file else ""
+        assert capsys.readouterr().err == f"lorax: stopped{said}\n"
+    assert (tmp_path / "x.json").exists()
+
+    monkeypatch.setattr(schedule.Worker, "line", interrupt)  # while the process starts
+    with pytest.raises(KeyboardInterrupt):
+        measure(1, ("a", "jax", 0))
+    assert ended[-1].process.returncode is not None and len(ended) == 4
+
+
 def test_no_device_is_one_line(measure, monkeypatch):
     monkeypatch.setattr(schedule, "JAX", "no device")
     with pytest.raises(RuntimeError, match="exit code 1: RuntimeError: no device found$"):
@@ -114,6 +137,9 @@ def test_no_device_is_one_line(measure, monkeypatch):
         (["gpu", "--minutes=0"], "--minutes: 0 given, must be above 0"),
         (["sweep", "--minutes=3"], "--minutes: only for gpu"),
         (["sweep", "--only=x"], "--only: only for gpu"),
+        (["sweep", "--rounds=0"], "--rounds: 0 given, must be at least 1"),
+        (["gpu", f"--json={__file__}/x"], "--json: "),
+        (["sweep", "--json=/dev/null"], "--json: '/dev/null' is not a regular file"),
     ],
 )
 def test_an_option_that_does_not_belong_is_refused(arguments, why, capsys):

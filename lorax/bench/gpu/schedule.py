@@ -140,10 +140,13 @@ def run(
 def _started(side: str, small: bool, end: float) -> tuple[Worker, dict]:
     """A process and its first line. Raises RuntimeError."""
     worker = Worker(side, "small" if small else "auto")
-    hello = worker.line(min(end, time.monotonic() + 10 * START))
-    if "machine" not in hello:
+    try:
+        hello = worker.line(min(end, time.monotonic() + 10 * START))
+        if "machine" not in hello:
+            raise RuntimeError(hello["why"] or "the process did not start in time")
+    except BaseException:  # Ctrl-C too
         worker.close()
-        raise RuntimeError(hello["why"] or "the process did not start in time")
+        raise
     return worker, hello
 
 
