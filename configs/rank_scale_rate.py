@@ -35,7 +35,8 @@ def get_config(arg=None):
     rates = [two_digits(lr * factor) for factor in FACTORS]
     points = [("kaiming", r, s, rate) for r, s in (*CELLS, *ALPHA_IS_R) for rate in rates]
     points += [("kaiming", r, s, rates[0]) for r in (2, 8, 32) for s in SCALES_AT_SMALL_RATE]
-    points += [("init-b", r, s, two_digits(rate / 4)) for r, s in CELLS for rate in rates]
+    of_b = [rates[0] / 4, rates[1] / 4, *rates]  # the best of b are smaller
+    points += [("init-b", r, s, two_digits(rate)) for r, s in CELLS for rate in of_b]
     sweep = config.sweep
     sweep.init, sweep.rank, sweep.alpha, sweep.lr = zip(*dict.fromkeys(points), strict=True)
     sweep.zip = (("init", "rank", "alpha", "lr"),)
