@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-KEPT = 2_000_000_000  # bytes of compiled programs
+KEPT = 2_000_000_000  # bytes of a folder of compiled programs
 LEAST = 0.2  # seconds of compiling from which a program is kept
 
 
@@ -34,9 +34,10 @@ def keep_compiled() -> None:
     where later processes find them: the same code, so the same results bit for bit.
 
     Each kind of processor has a folder, as a CPU's programs use the instructions that it has. What
-    was used longest ago goes when they are more than `KEPT`. $JAX_COMPILATION_CACHE_DIR names
+    was used longest ago goes when a folder has more than `KEPT`. $JAX_COMPILATION_CACHE_DIR names
     another folder, which is JAX's business alone, and JAX_ENABLE_COMPILATION_CACHE=false keeps
-    nothing. A folder that can't be written to is left alone.
+    nothing; JAX's variables for size and least time count as well. A folder that can't be written
+    to is left alone.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:
         return
@@ -47,8 +48,11 @@ def keep_compiled() -> None:
         return
     if os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_compilation_cache_max_size", KEPT)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST)
+        limits = {"compilation_cache_max_size": KEPT}
+        limits["persistent_cache_min_compile_time_secs"] = LEAST
+        for name, value in limits.items():
+            if f"JAX_{name.upper()}" not in os.environ:
+                jax.config.update(f"jax_{name}", value)
 
 
 def cache_folder() -> Path:

@@ -40,6 +40,12 @@ def test_programs_are_kept_in_the_users_cache_folder_unless_jax_has_one(tmp_path
         folder = Path(jax.config.jax_compilation_cache_dir)
         assert folder.parent == tmp_path / "lorax" and folder.name.startswith("xla-")
         assert jax.config.jax_compilation_cache_max_size == xla.KEPT
+        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_compilation_cache_max_size", 5)  # as JAX reads the variable
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "5")
+        xla.keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == str(folder)
+        assert jax.config.jax_compilation_cache_max_size == 5
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
