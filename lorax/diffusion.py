@@ -132,11 +132,17 @@ def ddpm_step(output, x, a, a_next, schedule: Schedule, noise):
 
 
 def timesteps(schedule: Schedule, n: int) -> np.ndarray:
-    """(n,) int32, descending: the timesteps of n steps of DDIM. Raises ValueError if there are
-    fewer."""
+    """(n,) int32, descending: the timesteps of n steps of DDIM. Raises ValueError if the schedule
+    has fewer, or its offset leads beyond its last."""
     if not 1 <= n <= schedule.steps:
         raise ValueError(f"{n} steps given, must be from 1 to {schedule.steps}")
-    return (np.arange(n)[::-1] * (schedule.steps // n) + schedule.offset).astype(np.int32)
+    at = np.arange(n)[::-1] * (schedule.steps // n) + schedule.offset
+    if at[0] >= schedule.steps:
+        raise ValueError(
+            f"{n} steps given: with steps_offset {schedule.offset} they begin at timestep {at[0]}, "
+            f"and the last is {schedule.steps - 1}; give another number of steps"
+        )
+    return at.astype(np.int32)
 
 
 def ddim(predict: Callable, noise, schedule: Schedule, n: int):
@@ -172,11 +178,12 @@ _SUPPORTED = {
     "rescale_betas_zero_snr": "false",
     "trained_betas": "null",
 }
+_BETA = fields.Kind("from 0 to below 1", lambda x: type(x) in (int, float) and 0 <= x < 1, float)
 #: Fields read from a scheduler_config.json.
 FIELDS = {
     "num_train_timesteps": fields.whole(1, 2**20),
-    "beta_start": fields.NOT_NEGATIVE,
-    "beta_end": fields.NOT_NEGATIVE,
+    "beta_start": _BETA,
+    "beta_end": _BETA,
     "beta_schedule": fields.one_of(BETAS),
     "prediction_type": fields.one_of(_PREDICTION_TYPES),
     "clip_sample": fields.FLAG,
@@ -194,8 +201,9 @@ _NAMES = {
 def from_diffusers(config: dict, place="") -> Schedule:
     """The schedule of a `scheduler_config.json` of DDPM, DDIM or another scheduler of diffusers.
 
-    Raises ValueError for fields that change the numbers in a way that lorax doesn't compute, and as
-    `fields.read` does. place: for messages.
+    Its sampler does not count (`solver_order`, `timestep_spacing`...): images are made by `ddim`.
+    Raises ValueError for schedules that lorax doesn't compute, and as `fields.read` does. place:
+    for messages.
     """
     read = fields.read(config, FIELDS, place)
     schedule = Schedule(**{_NAMES[name]: read[name] for name in _NAMES.keys() & read.keys()})
@@ -207,10 +215,10 @@ def from_diffusers(config: dict, place="") -> Schedule:
 def to_diffusers(schedule: Schedule) -> dict:
     """The fields of a `scheduler_config.json` of a DDIMScheduler; inverse of `from_diffusers`."""
     words = {ours: theirs for theirs, ours in _PREDICTION_TYPES.items()}
-    fields = {theirs: getattr(schedule, ours) for theirs, ours in _NAMES.items()}
-    fields |= {"prediction_type": words[schedule.prediction]}
-    fields |= {"clip_sample": schedule.clip is not None, "clip_sample_range": schedule.clip or 1.0}
-    return {"_class_name": "DDIMScheduler", "timestep_spacing": "leading"} | fields
+    described = {theirs: getattr(schedule, ours) for theirs, ours in _NAMES.items()}
+    described |= {"prediction_type": words[schedule.prediction]}
+    clips = {"clip_sample": schedule.clip is not None, "clip_sample_range": schedule.clip or 1.0}
+    return {"_class_name": "DDIMScheduler", "timestep_spacing": "leading"} | described | clips
 
 
 def read(directory: Path | None) -> Schedule | None:

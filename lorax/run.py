@@ -88,7 +88,8 @@ def _carry_out(
         return End(2, reason(error), whole=False)
     print(f"lorax {__version__}: {command_line.summary(settings, members)}", flush=True)
     if hosts.agreed(rundir.has_finished(workdir)) and not changed:
-        print(f"{workdir} is finished. Report: {workdir / rundir.REPORT}")
+        report = workdir / rundir.REPORT
+        print(f"{workdir} is finished." + f" Report: {report}" * report.exists())
         show_answer(workdir, settings)
         return End(0)
     try:

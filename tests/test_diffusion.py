@@ -154,6 +154,7 @@ def test_files_of_schedulers(tmp_path):
         (dict(prediction_type="sample"), "prediction_type: .sample. given, must be one of"),
         (dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr: true given, must be false"),
         (dict(trained_betas=[0.1]), r"trained_betas: \[0.1\] given, must be null"),
+        (dict(beta_end=1.0), "beta_end: 1.0 given, must be from 0 to below 1"),
     ],
 )
 def test_schedulers_that_are_not_computed_are_refused(fields, message):
@@ -164,3 +165,7 @@ def test_schedulers_that_are_not_computed_are_refused(fields, message):
 def test_more_steps_than_there_are_timesteps():
     with pytest.raises(ValueError, match="1001 steps given, must be from 1 to 1000"):
         diffusion.timesteps(Schedule(), 1001)
+    shifted = Schedule(offset=1)
+    assert diffusion.timesteps(shifted, 999)[0] == 999
+    with pytest.raises(ValueError, match="1000 steps .* steps_offset 1 .* begin at timestep 1000"):
+        diffusion.timesteps(shifted, 1000)

@@ -245,6 +245,11 @@ def config_from_hf(hf: dict, **run) -> Config:
     if hf.get("_class_name") == "Transformer2DModel" and "norm_type" not in read:
         raise ValueError(f"norm_type: none given, must be {_ONLY_ADA_NORM_ZERO.right}")
     config = Config(**{name: read[name] for name in _DIFFUSERS_FIELDS if name in read} | run)
+    if config.out_channels not in (None, config.in_channels, 2 * config.in_channels):
+        raise ValueError(
+            f"out_channels: {config.out_channels} given, must be in_channels {config.in_channels}, "
+            "or twice as many if the model also predicts variances"
+        )
     if config.sample_size % config.patch_size:
         raise ValueError(
             f"sample_size {config.sample_size} is not a multiple of patch_size {config.patch_size}"

@@ -361,7 +361,8 @@ _OURS = [f.name for f in dataclasses.fields(Config) if f.name not in ("dtype", "
 def _only(*values) -> fields.Kind:
     """One of a few values, of an option that is not computed with others."""
     right = f"{' or '.join(map(json.dumps, values))}, which alone is computed here"
-    return fields.Kind(right, lambda x: any(x == y and type(x) is type(y) for y in values))
+    same = lambda x, y: x == y and isinstance(x, bool) == isinstance(y, bool)
+    return fields.Kind(right, lambda x: any(same(x, y) for y in values))
 
 
 #: Layers are traced one by one, so their number is limited; SDXL has 10 in a transformer.
@@ -386,11 +387,11 @@ FIELDS = {
     "norm_eps": fields.POSITIVE,
     **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), _only(1, 3, 5, 7)),
     "act_fn": _only("silu", "swish"),
-    "dropout": _only(0, 0.0),
+    "dropout": _only(0),
     "resnet_time_scale_shift": _only("default"),
     "time_embedding_type": _only("positional"),
     "attention_type": _only("default"),
-    **dict.fromkeys(("mid_block_scale_factor", "resnet_out_scale_factor"), _only(1, 1.0)),
+    **dict.fromkeys(("mid_block_scale_factor", "resnet_out_scale_factor"), _only(1)),
     "upcast_attention": fields.FLAG,  # the softmax is always in float32
     "addition_embed_type_num_heads": fields.SIZE,  # of an option that is off
 }
@@ -418,13 +419,8 @@ def config_from_hf(hf: dict, **run) -> Config:
         if isinstance(value, tuple) and len(value) != n:
             raise ValueError(f"{name}: {len(value)} values given, and block_out_channels has {n}")
     for level in config.levels:
-        for name, parts in (
-            ("norm_num_groups", config.norm_num_groups),
-            (
-                "attention_head_dim",
-                level.heads,
-            ),
-        ):
+        divisors = {"norm_num_groups": config.norm_num_groups, "attention_head_dim": level.heads}
+        for name, parts in divisors.items():
             if level.channels % parts:
                 raise ValueError(
                     f"block_out_channels: {level.channels} is not a multiple of {name} {parts}"

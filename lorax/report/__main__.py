@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--figures",
+        default=(),
         metavar="png,pdf",
         help="draw every figure as an image in figures/ as well, in one or both of these formats",
     )
@@ -106,14 +107,14 @@ def write(
     layers: int | None = None,
     also: Sequence[str] = (),
     share: str | None = None,
-    figures: str | None = None,
+    figures: str | Sequence[str] = (),
 ) -> pathlib.Path:
     """Write the report of the named runs or adapters. Returns the path of its page.
 
     The arguments are those of the command line. Raises FileNotFoundError or ValueError that says
     what was given and what is expected.
     """
-    formats = () if figures is None else images.read_formats(figures)
+    formats = images.read_formats(figures)
     if formats and share is not None:
         raise ValueError("--figures: files beside a page; --share writes one file, so leave it out")
     written = _write(what, base, out, alpha, layers, also, share)

@@ -16,9 +16,11 @@ from lorax.report import charts, page
 FORMATS = {"png": charts.png, "pdf": charts.pdf}
 
 
-def read_formats(words: str) -> tuple[str, ...]:
-    """The formats of a list with commas, as --figures has it. Raises ValueError for another one."""
-    formats = tuple(dict.fromkeys(word.strip() for word in words.split(",")))
+def read_formats(given: str | Sequence[str]) -> tuple[str, ...]:
+    """The formats of a list, or of words with commas between them, as --figures has them. Raises
+    ValueError for another one."""
+    words = given.split(",") if isinstance(given, str) else given
+    formats = tuple(dict.fromkeys(word.strip() for word in words))
     unknown = [word for word in formats if word not in FORMATS]
     if unknown:
         known = ", ".join(FORMATS)

@@ -161,6 +161,7 @@ def test_at_its_start_a_model_predicts_zeros_and_its_blocks_are_the_identity():
         (dict(activation_fn="geglu"), "activation_fn: .geglu. given, must be one of"),
         (dict(sample_size=5), "sample_size 5 is not a multiple of patch_size 2"),
         (dict(attention_head_dim=3), "is not a multiple of 4"),
+        (dict(in_channels=3, out_channels=1), "out_channels: 1 given, must be in_channels 3, or"),
     ],
 )
 def test_what_the_module_does_not_compute_is_refused(fields, message):

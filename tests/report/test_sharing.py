@@ -10,6 +10,7 @@ import pytest
 from reading import Page
 from synthetic import kernels, make_run
 
+from lorax import report
 from lorax.report import sharing
 from lorax.report.__main__ import main
 from lorax.report.pages import one_run
@@ -87,3 +88,5 @@ def test_wrong_names_of_a_shared_page_are_said(tmp_path, capsys):
     assert "--figures: files beside a page" in capsys.readouterr().err
     assert main([run, "--figures=png,gif"]) == 2
     assert "--figures: 'gif' given, must be some of png, pdf" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--figures: 'gif' given, must be some of png, pdf"):
+        report.draw(run, figures=("png", "gif"))
