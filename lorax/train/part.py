@@ -349,8 +349,8 @@ def together(part: Part, like, offset: int) -> Position:
     """The position of a part whose members stand at the same step; inverse of `apart`. like: from
     `stored`. Raises ValueError if a checkpoint that has their arrays is gone or damaged."""
     standing, size = part.standing, part.programs.layout.size
-    room = lambda x: np.empty((len(standing), *x.shape[1:]), x.dtype)
-    arrays, step = jax.tree.map(room, like), standing[0].step
+    empty = lambda x: np.empty((len(standing), *x.shape[1:]), x.dtype)
+    arrays, step = jax.tree.map(empty, like), standing[0].step
     for folder in dict.fromkeys(one.folder for one in standing):
         restored = checkpoint.restore(folder, like, part.say)
         if restored is None or restored[0] != step:
@@ -361,8 +361,8 @@ def together(part: Part, like, offset: int) -> Position:
         saved = hosts.whole(restored[1])
         for i, one in enumerate(standing):
             if one.folder == folder:
-                take = lambda room, x, i=i, one=one: room.__setitem__(i, x[one.index])
-                jax.tree.map(take, arrays, saved)
+                for room, x in zip(*map(jax.tree.leaves, (arrays, saved)), strict=True):
+                    room[i] = x[one.index]
     placed = hosts.place(filled(arrays, size), jax.tree.map(lambda x: x.sharding, like))
     numbers = jax.tree.map(lambda *x: np.stack(x), *(one[4:] for one in standing))
     seconds, in_steps, measured, tests, kept_step, kept = numbers
