@@ -19,7 +19,8 @@ def check(base: Base, task: tasks.Task, c, say: Callable[[str], None]) -> None:
         say(f"eval.samples: {c.samples} given, but task {task.name} has no images to make")
         return
     try:
-        sampling.check(base, c.sample_steps, c.guidance, task.pictures.schedule)
+        of_task = task.pictures.schedule, base.traits.no_class
+        sampling.check(base, c.sample_steps, c.guidance, *of_task)
     except ValueError as error:
         raise ValueError(f"eval.samples: {error}") from None
 
