@@ -122,6 +122,7 @@ def make(tmp_path_factory):
 def random_model(family):
     """transformers' or diffusers' model, with weights and biases large enough to matter."""
     if family in DENOISING:
+        require("torch").manual_seed(0)
         return disturbed(getattr(require("diffusers"), family)(**DENOISING[family]))
     if family not in OTHERS:
         names = [case.name for case in decoders.CASES.values() if case.model_type == family]
@@ -141,7 +142,6 @@ def random_model(family):
 def disturbed(model):
     """The model with noise on every parameter."""
     torch = require("torch")
-    torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
