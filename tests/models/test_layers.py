@@ -213,6 +213,7 @@ def test_gelu_tanh():
         ("gelu", 0.841345),
         ("relu", 1.0),
         ("silu", 0.731059),
+        ("quick_gelu", 0.845796),
     ],
 )
 def test_activations_by_hugging_faces_names(name, at_one):
