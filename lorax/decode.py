@@ -1,27 +1,93 @@
 """Text from a causal model: greedy, sampled or by beam search, with a cache of keys and values.
 
 Everything after the prompt is one compiled loop. Options have the meaning of Hugging Face's
-`generate`, and greedy and beam search choose the same tokens. Axes: B prompts, K beams, N = B or
-B K rows that the model sees, S columns (prompt, then generated tokens), V vocabulary.
+`generate`, and greedy and beam search choose the same tokens. Axes: B prompts, or M B rows of
+prompts of M members (`Several`), K beams, S columns (prompt, then generated tokens), V vocabulary.
+
+The beams of a prompt share one row of the cache: each step adds a column for each beam, and
+`Cache.real` says which columns a beam has. A beam that goes on from another takes over what that
+one has, so no key and no value is ever copied.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from lorax import divided, gather, hosts, intercept, leaves
+from lorax import divided, gather, hosts, intercept, leaves, tree
 from lorax.files import check_unicode
 from lorax.methods import prefix
-from lorax.models import Base
+from lorax.models import Base, room
+from lorax.models import layers as model_layers
 
 NEVER = -1e9  # a score that no text has
 TINY = 1e-30
 SEEDS = 2**32  # JAX's keys keep 32 bits of a seed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Several:
+    """Parameters of M members that share a base, to decode with all of them in one batch.
+
+    params: a tree of one member's structure, with the operator leaves of its method. A leaf that
+    differs between members has an axis M in front. own: (static) whether it does, for each leaf.
+    members: (static) M.
+    """
+
+    params: dict
+    own: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+    members: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, members: Sequence[dict]) -> "Several":
+        """Of bound parameters of one structure and with leaves of equal shapes. A leaf that is one
+        and the same array in all members is shared."""
+        flat = [jax.tree.leaves(params) for params in members]
+        own = tuple(any(x is not of_one[0] for x in of_one) for of_one in zip(*flat, strict=True))
+        stacked = [
+            jnp.stack(of_one) if apart else of_one[0]
+            for of_one, apart in zip(zip(*flat, strict=True), own, strict=True)
+        ]
+        return cls(jax.tree.unflatten(jax.tree.structure(members[0]), stacked), own, len(members))
+
+    def specs(self) -> "Several":
+        """How the arrays are divided over a mesh whose axis "member" divides the members."""
+        flat = [P("member") if own else P() for own in self.own]
+        params = jax.tree.unflatten(jax.tree.structure(self.params), flat)
+        return dataclasses.replace(self, params=params)
+
+    def one(self) -> dict:
+        """The parameters of the first member."""
+        flat, structure = jax.tree.flatten(self.params)
+        first = [x[0] if own else x for x, own in zip(flat, self.own, strict=True)]
+        return jax.tree.unflatten(structure, first)
+
+    def each(self, function: Callable, rows, cache):
+        """function(params, rows, cache) of every member, with its part of rows (M B, ...), a tree,
+        and of the cache: the results with their rows in one axis. A product with a shared weight
+        sees the rows of all members."""
+        m, (flat, structure) = self.members, jax.tree.flatten(self.params)
+        axes = [0 if own else None for own in self.own]
+        split = lambda x: x.reshape(m, -1, *x.shape[1:])
+        whole = lambda x: x.reshape(-1, *x.shape[2:])
+        length, rest = cache.length, dataclasses.replace(cache, length=None)
+
+        def of_member(flat, rows, rest):
+            own = dataclasses.replace(rest, length=length)
+            y, own = function(jax.tree.unflatten(structure, flat), rows, own)
+            return y, dataclasses.replace(own, length=None)
+
+        split_rows, split_cache = jax.tree.map(split, (rows, rest))
+        y, new = jax.vmap(of_member, in_axes=(axes, 0, 0))(flat, split_rows, split_cache)
+        y, new = jax.tree.map(whole, (y, new))
+        return y, dataclasses.replace(new, length=length + rows[0].shape[1])
 
 
 class DecodingOptions(NamedTuple):
@@ -116,30 +182,30 @@ def complete(
     rows: Sequence[int] | None = None,
     batch_size: int = 32,
     seed: int = 0,
+    over: Mesh | None = None,
     progress=lambda done, total: None,
-) -> list[str]:
+) -> list:
     """The model's continuation of each prompt, without special tokens. Prompt + text is the whole
     text, so a continuation that starts a new word begins with a space.
 
-    params: for `lorax.apply` (default: the base's). options: if `ends` is empty, `ends` and `pad`
-    are those of the base's vocabulary. rows: the adapter of each prompt, if params has
-    `leaves.Mixed` leaves. progress: called with (prompts done, prompts in all).
+    params: for `lorax.apply` (default: the base's); of `Several` members, a list of texts for each.
+    options: if `ends` is empty, `ends` and `pad` are those of the base's vocabulary. rows: the
+    adapter of each prompt, if params has `leaves.Mixed` leaves. batch_size: prompts in a batch.
+    seed: of sampling; a prompt's samples depend on its number, not on the batch. over: as for
+    `generate`. progress: called with (texts done, texts in all).
     Raises ValueError as `encode` does.
     """
     params = base.params if params is None else params
-    mesh = gather.mesh_of(params)
+    one, members = (params.one(), params.members) if isinstance(params, Several) else (params, 1)
+    mesh = gather.mesh_of(one)
     options, vocabulary = check(options or DecodingOptions(), batch_size, seed), base.vocabulary
-    ahead = prefix.ahead(params).tokens
+    ahead = prefix.ahead(one).tokens
     ids = encode(base, prompts, options.max_new_tokens, ahead)
-    if not options.ends:
-        # Small LLaMA models mark the end of a story with the start token of the next.
-        ends = tuple(dict.fromkeys((*vocabulary.ends, *vocabulary.start)))
-        options = options._replace(ends=ends, pad=vocabulary.pad)
-    longest, most = max(map(len, ids), default=0), base.positions
-    room = most and most - ahead
-    width = min(-(-longest // 16) * 16, room - options.max_new_tokens) if room else longest
+    options, width = _ending(options, vocabulary), _width(base, ids, options, ahead)
     batch_size = min(batch_size, max(len(ids), 1))
-    texts = []
+    apart = mesh is None and _fits_apart(base.module, params)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))
+    texts = [[] for _ in range(members)]
     for start in range(0, len(ids), batch_size):
         part = ids[start : start + batch_size]
         part = part + [part[-1]] * (batch_size - len(part))  # one shape, one program
@@ -152,30 +218,69 @@ def complete(
         if rows is not None:
             which = list(rows[start : start + batch_size])
             which = np.asarray(which + which[-1:] * (batch_size - len(which)), np.int32)
-            chosen = _rows(params, lambda _, which=which: which)
-        key = jax.random.fold_in(jax.random.key(seed), start)
+            chosen = _rows(params, which)
+        key = keys(np.arange(start, start + batch_size))
         rows_of = gather.side_by_side((tokens, segments), mesh, axis=0)
         with divided.on(mesh):
-            written = generate(base.module, chosen, *rows_of, key, options, mesh)
-        written = hosts.whole(written)
+            written = generate(base.module, chosen, *rows_of, key, options, mesh, apart, over)
+        written = hosts.whole(written).reshape(members, batch_size, -1)
         left = len(ids) - start
-        texts += [
-            _continuation(vocabulary, prompt, _until(row, options.ends))
-            for prompt, row in zip(part[:left], written, strict=False)
-        ]
-        progress(len(texts), len(ids))
-    return texts
+        for of_member, its in zip(texts, written, strict=True):
+            of_member += [
+                _continuation(vocabulary, prompt, _until(row, options.ends))
+                for prompt, row in zip(part[:left], its, strict=False)
+            ]
+        progress(members * len(texts[0]), members * len(ids))
+    return texts if isinstance(params, Several) else texts[0]
 
 
-def _rows(params, new):
-    """`params` with the rows (..., B) of every `leaves.Mixed` leaf replaced by new(rows)."""
+def _ending(options: DecodingOptions, vocabulary) -> DecodingOptions:
+    """The options with the vocabulary's `ends` and `pad`, if they have no ends."""
+    if options.ends:
+        return options
+    # Small LLaMA models mark the end of a story with the start token of the next.
+    ends = tuple(dict.fromkeys((*vocabulary.ends, *vocabulary.start)))
+    return options._replace(ends=ends, pad=vocabulary.pad)
+
+
+def _width(base: Base, ids: list[list[int]], options: DecodingOptions, ahead: int) -> int:
+    """Columns for the prompts: a multiple of 16 where the model has the positions."""
+    longest, most = max(map(len, ids), default=0), base.positions
+    room = most and most - ahead
+    return min(-(-longest // 16) * 16, room - options.max_new_tokens) if room else longest
+
+
+def _fits_apart(module, params) -> bool:
+    """Whether there is memory to spare for a copy of the parameters of the layers, each apart."""
+    params = params.params if isinstance(params, Several) else params
+    return 2 * tree.nbytes(params.get(getattr(module, "stack", ""), {})) < room.free().bytes
+
+
+def batch_bytes(
+    base: Base, prompts: Sequence[str], options: DecodingOptions, batch_size: int
+) -> int:
+    """Bytes of a batch of prompts of one member while it is decoded: the cache, and what is
+    computed of the logits. Parameters are not counted."""
+    ids = encode(base, prompts, options.max_new_tokens)
+    b, k = min(batch_size, max(len(ids), 1)), options.num_beams
+    columns = _width(base, ids, options, 0) + k * options.max_new_tokens
+    cache = jax.eval_shape(lambda: base.module.empty_cache(b, columns))
+    last = jax.ShapeDtypeStruct((b * k, 1), jnp.int32)
+    step = jax.eval_shape(lambda: base.module.empty_cache(b * k, 1))
+    of_step = functools.partial(read, base.module)
+    logits, _ = jax.eval_shape(of_step, base.params, last, None, step)
+    # A loop's state exists twice while it is written; scores are a handful of arrays like logits.
+    return 2 * tree.nbytes(cache) + 6 * tree.nbytes(logits)
+
+
+def _rows(params, rows):
+    """`params` with rows (B,) in every `leaves.Mixed` leaf."""
 
     def replace(leaf):
         if not isinstance(leaf, leaves.Mixed):
             return leaf
-        rows = new(leaf.rows)
         return dataclasses.replace(
-            leaf, rows=jnp.broadcast_to(rows, (*leaf.rows.shape[:-1], rows.shape[-1]))
+            leaf, rows=jnp.broadcast_to(rows, (*leaf.rows.shape[:-1], len(rows)))
         )
 
     return jax.tree.map(replace, params, is_leaf=lambda leaf: isinstance(leaf, leaves.Mixed))
@@ -193,35 +298,70 @@ def _until(row, ends) -> list[int]:
     return list(row[: positions[0]] if len(positions) else row)
 
 
-@functools.partial(jax.jit, static_argnames=("module", "options", "mesh"))
-def generate(module, params, tokens, segments, key, options: DecodingOptions, mesh=None):
-    """(B, max_new_tokens) int32: the continuation of each prompt, `options.pad` after an end.
+@functools.partial(jax.jit, static_argnames=("module", "options", "mesh", "apart", "over"))
+def generate(
+    module,
+    params,
+    tokens,
+    segments,
+    key,
+    options: DecodingOptions,
+    mesh: Mesh | None = None,
+    apart: bool = True,
+    over: Mesh | None = None,
+):
+    """(B, max_new_tokens) int32: the continuation of each prompt, `options.pad` after an end; of
+    `Several` members (M B, max_new_tokens), all prompts of the first member first.
 
     tokens, segments: (B, T) int32, prompts padded on the left, segments 0 on padding and 1 on text.
-    mesh: that the base is divided over (`gather.mesh_of`); rows and heads of the cache are too.
+    key: of sampling, one for each prompt (B,), or one (). mesh: that the base is divided over
+    (`gather.mesh_of`); rows and heads of the cache are too. apart: whether to copy the parameters
+    of each layer out of their stack once, and not for every token. over: a mesh whose axis
+    "member" divides `Several` members, each device with its own loop.
     """
+    if not key.ndim:
+        key = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(tokens)))
+    of_prompts = functools.partial(_generate, module, options, mesh, apart)
+    if over is None:
+        return of_prompts(params, tokens, segments, key)
+
+    def of_device(params, *rows):
+        return of_prompts(dataclasses.replace(params, members=params.members // over.size), *rows)
+
+    specs = params.specs(), P(), P(), P()
+    of_devices = jax.shard_map(
+        of_device, mesh=over, in_specs=specs, out_specs=P("member"), check_vma=False
+    )
+    return of_devices(params, tokens, segments, key)
+
+
+def _generate(module, options: DecodingOptions, mesh, apart: bool, params, tokens, segments, keys):
+    """`generate` of what one device has."""
+    ahead = prefix.ahead(params.one() if isinstance(params, Several) else params)
+    if isinstance(params, Several):
+        of_prompt = jnp.tile(jnp.arange(len(tokens)), params.members)
+        tokens, segments, keys = (x[of_prompt] for x in (tokens, segments, keys))
     b, t = tokens.shape
-    ahead = prefix.ahead(params)
     begun = ahead.before(tokens, segments)
     cache = _divided(module.empty_cache(b, begun[0].shape[1] + options.max_new_tokens), mesh)
     logits, cache = read(module, params, *begun, cache)
+    params = _apart(module, params, len(cache.k)) if apart else params
     if options.num_beams > 1:
         return _beams(module, params, tokens, segments, logits, cache, options)
 
     def write(state):
-        n, text, real, logits, cache, done, key = state
-        key, now = jax.random.split(key)
+        n, text, real, logits, cache, done = state
         scores = _without_repeats(logits, text, real, t + n, options)
-        chosen = jnp.where(done, options.pad, _choose(scores, now, options))
+        chosen = jnp.where(done, options.pad, _choose(scores, keys, n, options))
         text = jax.lax.dynamic_update_slice(text, chosen[:, None], (0, t + n))
         real = jax.lax.dynamic_update_slice(real, ~done[:, None], (0, t + n))
         done = done | jnp.isin(chosen, jnp.array(options.ends, jnp.int32))
         logits, cache = read(module, params, chosen[:, None], None, cache)
-        return n + 1, text, real, logits, cache, done, key
+        return n + 1, text, real, logits, cache, done
 
     unfinished = lambda state: (state[0] < options.max_new_tokens) & ~jnp.all(state[5])
     text, real = _room(tokens, options.pad, options), _room(segments > 0, False, options)
-    state = (jnp.int32(0), text, real, logits, cache, jnp.zeros(b, bool), key)
+    state = (jnp.int32(0), text, real, logits, cache, jnp.zeros(b, bool))
     return jax.lax.while_loop(unfinished, write, state)[1][:, t:]
 
 
@@ -229,17 +369,38 @@ def _divided(cache, mesh):
     """A cache with its rows and heads divided over a mesh; as it is without a mesh."""
     if mesh is None:
         return cache
-    place = gather.fitting(mesh, cache.k.shape, None, gather.ROWS, None, "tensor", None)
-    k, v = (jax.lax.with_sharding_constraint(x, place) for x in (cache.k, cache.v))
-    return cache._replace(k=k, v=v)
+    place = gather.fitting(mesh, cache.k[0].shape, gather.ROWS, "tensor", None, None)
+    k, v = (
+        tuple(jax.lax.with_sharding_constraint(x, place) for x in xs) for xs in (cache.k, cache.v)
+    )
+    return dataclasses.replace(cache, k=k, v=v)
 
 
-def read(module, params, tokens, segments, cache):
-    """Logits (N, V) after the last token of (N, T), and the cache with the tokens in it."""
+def _apart(module, params, layers: int):
+    """The parameters with those of the layers `models.layers.apart`, if the module has a stack."""
+    name = getattr(module, "stack", None)
+    if name is None:
+        return params
+    if not isinstance(params, Several):
+        return params | {name: model_layers.apart(params[name], layers)}
+    flat, structure = jax.tree.flatten(params.params)
+    own = jax.tree.unflatten(structure, params.own)
+    of_layers = model_layers.apart(params.params[name], layers, jax.tree.map(int, own[name]))
+    own |= {name: {i: own[name] for i in of_layers}}
+    own = tuple(jax.tree.leaves(own))
+    return dataclasses.replace(params, params=params.params | {name: of_layers}, own=own)
+
+
+def read(module, params, tokens, segments, cache, every: bool = False):
+    """Logits (N, V) after the last token of (N, T), or (N, T, V) after every one, and the cache
+    with the tokens in it."""
+    if isinstance(params, Several):
+        of_member = lambda params, rows, cache: read(module, params, *rows, cache, every)
+        return params.each(of_member, (tokens, segments), cache)
     with intercept.interceptor():
         call = functools.partial(module.apply, {"params": params})
         hidden, cache = call(tokens, segments, cache, method="hidden")
-        return call(hidden[:, -1], method="logits"), cache
+        return call(hidden if every else hidden[:, -1], method="logits"), cache
 
 
 def _room(x, fill, options):
@@ -263,10 +424,12 @@ def warp(logits, options: DecodingOptions):
     return logits
 
 
-def _choose(logits, key, options):
+def _choose(logits, keys, n, options):
+    """Token n of each row, (N,) int32. keys: (N,)."""
     if options.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, warp(logits, options), axis=-1).astype(jnp.int32)
+    draw = lambda key, logits: jax.random.categorical(jax.random.fold_in(key, n), logits)
+    return jax.vmap(draw)(keys, warp(logits, options)).astype(jnp.int32)
 
 
 def _without_repeats(scores, text, real, length, options):
@@ -335,12 +498,9 @@ def _beams(module, params, tokens, segments, logits, cache, options):
     ends = jnp.array(options.ends, jnp.int32)
     many = max(2, 1 + len(options.ends)) * k
     copies = lambda x, axis=0: jnp.repeat(x, k, axis=axis)
-    params = _rows(params, lambda rows: jnp.repeat(rows, k, axis=-1))
-    cache = cache._replace(
-        k=copies(cache.k, 1), v=copies(cache.v, 1), real=copies(cache.real)
-    )  # (L, N, S, ...)
+    cache = cache.shared(k, options.max_new_tokens)
     text = copies(_room(tokens, options.pad, options)[:, None], 1)  # (B, K, S)
-    # (N, S); columns not yet written are masked by the length
+    # (B K, S); columns not yet written are masked by the length
     real = copies(_room(segments > 0, True, options))
 
     def write(s: _Beams) -> _Beams:
@@ -362,14 +522,13 @@ def _beams(module, params, tokens, segments, logits, cache, options):
         length = (s.n + 1).astype(jnp.float32)
 
         # ---------------------------------------------------------------------- read and go on
-        flat = (chosen + k * jnp.arange(b)[:, None]).reshape(-1)  # (N,)
-        cache = s.cache._replace(k=s.cache.k[:, flat], v=s.cache.v[:, flat])
-        logits, cache = read(module, params, _take(token, go).reshape(-1, 1), None, cache)
+        cache = dataclasses.replace(s.cache, real=_take(s.cache.real, chosen))
+        logits, cache = read(module, params, _take(token, go), None, cache, every=True)
         worst = jnp.where(finished, jnp.min(best_score, axis=1, keepdims=True), NEVER)
         possible = running[:, :1] / length**options.length_penalty
         hopeful = s.hopeful & jnp.any(possible > worst, axis=1)
         return _Beams(
-            s.n + 1, _take(text, go), running, logits.reshape(b, k, v), cache, best, best_score,
+            s.n + 1, _take(text, go), running, logits, cache, best, best_score,
             finished, hopeful, jnp.all(ended),
         )  # fmt: skip
 

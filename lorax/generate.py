@@ -151,8 +151,9 @@ def check_chat(args, talks: bool) -> None:
 def prepared(args):
     """(base, names of the adapters, what is loaded of them, decoding options)."""
     import lorax
-    from lorax import adapters, catalogue, decode, generation_config
+    from lorax import adapters, catalogue, decode, generation_config, xla
 
+    xla.keep_compiled()
     given = {name: getattr(args, name) for name in generation_config.OPTIONS if name in args}
     decode.check(generation_config.merged(given, {})[0], args.batch_size, args.seed)
     if args.method:

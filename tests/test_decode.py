@@ -6,10 +6,12 @@ import math
 import jax
 import numpy as np
 import pytest
+from small import noisy, three_layers
 from support import data, require
 
 import lorax
-from lorax import decode
+from lorax import decode, sharding
+from lorax.train import stacks
 
 END, NEW = 5, 12
 ENDS = (END, 8, 13, 20)
@@ -169,6 +171,83 @@ def test_a_story_of_the_real_model_stops_where_the_next_begins(stories):
         base, ["Once upon a time"], options=decode.DecodingOptions(max_new_tokens=400)
     )
     assert 300 < len(base.vocabulary.encode(text)) < 400
+
+
+# ----------------------------------------------------------------------------------------- members
+
+#: Members that share a program: a method, and what differs.
+PROGRAMS = {
+    "lora": dict(rank=(1, 3), targets=(("q", "v"), ("up",))),
+    "dora": dict(rank=(1, 2)),
+    "prefix": dict(tokens=(2, 2)),
+    "full": {},
+    "bitfit": {},
+}
+HOW = {
+    "greedy": {},
+    "beams": dict(num_beams=3, no_repeat_ngram_size=2),
+    "sampled": dict(temperature=1.5),
+}
+
+
+def program(name):
+    """(a small model, the bound parameters of the members of a program, moved off the start)."""
+    base, varied = three_layers(), PROGRAMS[name]
+    hp = [dict(zip(varied, values, strict=True)) for values in zip(*varied.values(), strict=True)]
+    hp = hp or [{}, {}]
+    built = [lorax.method(name, **x) for x in hp]
+    pad = stacks.padding(built, base)
+    bound = []
+    for i, method in enumerate(built):
+        state = method.init(jax.random.key(i), base.params, base.sites, *pad)
+        learned = noisy(state.trainable, 0.3, i)
+        bound.append(method.bind(learned, state.constants, base.params, sites=base.sites))
+    return base, bound
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [*(("lora", how) for how in HOW), *((name, "beams") for name in list(PROGRAMS)[1:])],
+)
+def test_members_write_together_what_each_writes_alone(name, how):
+    """Greedily, by beams and sampled, with ranks and targets of their own, also over devices."""
+    base, bound = program(name)
+    rng = np.random.default_rng(0)
+    tokens, segments = rng.integers(2, 20, (5, 3)).astype(np.int32), np.ones((5, 3), np.int32)
+    segments[1, :2] = 0
+    options = decode.DecodingOptions(
+        max_new_tokens=5 - 2 * (name == "prefix"), ends=(1,), **HOW[how]
+    )
+    write = lambda params, **more: np.asarray(
+        decode.generate(base.module, params, tokens, segments, jax.random.key(4), options, **more)
+    )
+    alone = [write(params) for params in bound]
+    several = decode.Several.of(bound)
+    np.testing.assert_array_equal(write(several), np.concatenate(alone))
+    assert len({x.tobytes() for x in alone}) == len(alone)
+    if how == "greedy":
+        over = sharding.mesh(sharding.Shape(member=2), jax.devices()[:2])
+        np.testing.assert_array_equal(write(several, over=over), np.concatenate(alone))
+        np.testing.assert_array_equal(write(several, apart=False), np.concatenate(alone))
+
+
+def test_only_what_differs_is_stacked():
+    base, bound = program("lora")
+    several = decode.Several.of(bound)
+    assert several.members == 2
+    shared = {id(x) for x in jax.tree.leaves(base.params)}
+    pairs = zip(jax.tree.leaves(several.params), several.own, strict=True)
+    assert all(own != (id(x) in shared) for x, own in pairs)
+    assert decode.Several.of(bound[:1] * 2).members == 2
+
+
+def test_samples_do_not_depend_on_the_batch():
+    base = lorax.load("gpt2-nano")
+    how = decode.DecodingOptions(max_new_tokens=4, temperature=2.0)
+    few, many = (
+        decode.complete(base, REAL, options=how, batch_size=size, seed=5) for size in (2, 3)
+    )
+    assert few == many
 
 
 # ------------------------------------------------------------------------------------------- input

@@ -24,7 +24,7 @@ import sys
 import jax
 from rich.table import Table
 
-from lorax.bench import attention, bases, four_bits, loading, mixed, svd, timing, training
+from lorax.bench import attention, bases, decoding, four_bits, loading, mixed, svd, timing, training
 from lorax.bench.gpu import command as gpu
 from lorax.console import console
 from lorax.files import check_can_write, write_bytes
@@ -37,6 +37,8 @@ BENCHES = {
     "dora": training.bench_dora,
     "subspace": training.bench_subspace,
     "mixed": mixed.bench_mixed,
+    "texts": decoding.bench_texts,
+    "generate": decoding.bench_generate,
     "nf4": four_bits.bench_nf4,
     "svd": svd.bench_svd,
     "load": loading.bench_load,

@@ -122,9 +122,9 @@ class Prefix:
     on: jax.Array
     method: ClassVar[str] = "__call__"
 
-    def __call__(self, module, call, q, k, v, mask, scale, kv=None, at=None, sinks=None):
+    def __call__(self, module, call, q, k, v, mask, scale, kv=None, column=None, sinks=None):
         causal = module.causal and kv is None
-        k, v, kv = model_layers.remember(k, v, kv, at)
+        k, v, kv = model_layers.remember(k, v, kv, column)
         k, v = (
             jnp.concatenate([_heads(new, x), x], axis=1) for new, x in ((self.k, k), (self.v, v))
         )
@@ -144,8 +144,8 @@ class Gated:
     gate: jax.Array
     method: ClassVar[str] = "__call__"
 
-    def __call__(self, module, call, q, k, v, mask, scale, kv=None, at=None, sinks=None):
-        o, kv = call(q, k, v, mask, scale, kv, at, sinks)
+    def __call__(self, module, call, q, k, v, mask, scale, kv=None, column=None, sinks=None):
+        o, kv = call(q, k, v, mask, scale, kv, column, sinks)
         everyone = masks.everyone(q.shape[1], len(self.k))
         k, v = _heads(self.k, k), _heads(self.v, v)
         extra = model_layers.attention(q, k, v, everyone, scale, module.cap)

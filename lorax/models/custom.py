@@ -8,6 +8,7 @@ random weights from seed 0 ("FILE.py:tiny@3": seed 3). A function that returns a
 more: where its weights come from, which tokenizer it uses, what its layers are called.
 """
 
+import dataclasses
 import functools
 import hashlib
 import re
@@ -30,7 +31,7 @@ from lorax.models import room, streaming
 from lorax.models.base import Base
 from lorax.models.directories import find
 from lorax.models.families import Traits
-from lorax.models.layers import Cache
+from lorax.models.layers import Cache, causal_context, empty_cache, put
 from lorax.vocabulary import Vocabulary
 
 #: model_type in the config.json that `save` writes for a user's module.
@@ -501,19 +502,18 @@ class Plain(nn.Module):
         if cache is None:
             extra = (segments,) if self.packs and segments is not None else ()
             return self.model(tokens, *extra).astype(jnp.float32)
-        at, t = cache.length, tokens.shape[1]
-        write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(0, at))
-        text = write(cache.k[0, :, :, 0, 0], tokens)
-        new = jnp.ones(tokens.shape, bool) if segments is None else segments > 0
-        real = write(cache.real, new)
-        # Move padding after the text, where no causal model sees it.
-        order = jnp.argsort(~real, axis=1, stable=True)
-        logits = self.model(jnp.take_along_axis(text, order, axis=1)).astype(jnp.float32)
-        column = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
-        column = jax.lax.dynamic_slice_in_dim(column, at, t, axis=1)
-        logits = jnp.take_along_axis(logits, column[..., None], axis=1)
-        k = text[None, :, :, None, None]
-        return logits, Cache(k, k, real, at + t)
+        context = causal_context(tokens, segments, cache)
+        text = put(cache.k[0], tokens[:, None, :, None], cache.length)
+        real, columns = context.cache.real, context.positions
+        flat = real.reshape(-1, real.shape[-1])  # a row for each text
+        texts = jnp.repeat(text[:, 0, :, 0], len(flat) // len(text), axis=0)
+        # Move what is not of the text behind it, where no causal model sees it.
+        order = jnp.argsort(~flat, axis=1, stable=True)[:, : cache.room]
+        logits = self.model(jnp.take_along_axis(texts, order, axis=1)).astype(jnp.float32)
+        columns = columns.reshape(len(flat), -1)
+        logits = jnp.take_along_axis(logits, columns[..., None], axis=1)
+        logits = logits.reshape(*tokens.shape, -1)
+        return logits, dataclasses.replace(context.cache, k=(text,), v=(text,))
 
     def logits(self, hidden):
         """The logits themselves: `hidden` returns them already."""
@@ -522,5 +522,4 @@ class Plain(nn.Module):
     @nn.nowrap
     def empty_cache(self, batch: int, room: int) -> Cache:
         """A cache of `room` columns with nothing in it."""
-        k = jnp.zeros((1, batch, room, 1, 1), jnp.int32)
-        return Cache(k, k, jnp.zeros((batch, room), bool), jnp.int32(0))
+        return empty_cache(1, batch, room, 1, 1, jnp.int32)

@@ -26,10 +26,10 @@ from lorax.models.layers import (
     RMSNorm,
     causal_context,
     empty_cache,
-    of_layers,
     over_layers,
     returned,
     soft_cap,
+    through,
 )
 from lorax.models.masks import dense as dense_mask
 from lorax.models.masks import stacked as stacked_masks
@@ -164,13 +164,13 @@ class Config:
 
 
 class Attention(nn.Module):
-    """Causal self-attention: x, mask, turn, kv, at -> (o, kv); turn: (cos, sin) of `rope`, and
+    """Causal self-attention: x, mask, turn, kv, column -> (o, kv); turn: (cos, sin) of `rope`, and
     `query_growth` if queries grow; the rest as in `cached_attention`."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, x, mask, turn, kv, at):
+    def __call__(self, x, mask, turn, kv, column):
         c = self.config
         dense = functools.partial(nn.Dense, dtype=c.dtype, kernel_init=_normal)
         bias = c.attention_bias or c.qkv_bias
@@ -194,7 +194,7 @@ class Attention(nn.Module):
         sinks = None
         if c.attention_sinks:
             sinks = self.param("sinks", _normal, (c.num_attention_heads,), jnp.float32)
-        o, kv = attend(q, k, v, mask, c.attention_scale, kv, at, sinks)
+        o, kv = attend(q, k, v, mask, c.attention_scale, kv, column, sinks)
         o = rearrange(o, "b t h d -> b t (h d)")
         return dense(c.hidden_size, use_bias=c.attention_bias, name="o")(o), kv
 
@@ -217,21 +217,21 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: (x, kv), layer number, the number of its mask and of its turn (None: there is one
+    """One layer: (x, kv), the number of its mask and of its turn (None: there is one
     for all layers), masks and turns (as in `Decoder.hidden`), column -> ((x, kv), logits of the
     router or None); see `cached_attention`."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, carry, layer, mask_of, turn_of, masks, turns, column):
+    def __call__(self, carry, mask_of, turn_of, masks, turns, column):
         x, kv = carry
         c = self.config
         before = lambda name, x: x if c.norms == "post" else _norm(c, name)(x)
         after = lambda name, x: x if c.norms == "pre" else _norm(c, f"post_{name}")(x)
         mask = masks if mask_of is None else jax.tree.map(lambda x: x[mask_of], masks)
         turn = turns if turn_of is None else tuple(x[turn_of] for x in turns)
-        read, kv = Attention(c, name="attn")(before("norm_1", x), mask, turn, kv, (layer, column))
+        read, kv = Attention(c, name="attn")(before("norm_1", x), mask, turn, kv, column)
         x = x + _times(after("norm_1", read), c.residual_multiplier)
         if c.num_experts:
             fed, router = Experts(c, name="experts")(before("norm_2", x))
@@ -253,12 +253,13 @@ class Decoder(nn.Module):
     config: Config
     #: The parameters that `logits` reads.
     head: ClassVar[tuple[str, ...]] = ("embed", "lm_head")
+    stack: ClassVar[str] = "h"
 
     def setup(self):
         c = self.config
         self.embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=c.dtype, embedding_init=_normal)
         self.h = over_layers(
-            Block, c, c.num_hidden_layers, c.hidden_size, (0, 0, 0, *[nn.broadcast] * 3)
+            Block, c, c.num_hidden_layers, c.hidden_size, (0, 0, *[nn.broadcast] * 3)
         )
         self.norm = _norm(c)
         if not c.tie_word_embeddings:
@@ -279,7 +280,7 @@ class Decoder(nn.Module):
         """
         c = self.config
         context = causal_context(tokens, segments, cache, first=first)
-        room = first + (tokens.shape[1] if cache is None else cache.k.shape[2])
+        room = first + (tokens.shape[1] if cache is None else cache.room)
         near = lambda: causal_context(tokens, segments, cache, c.sliding_window).mask
         kinds, mask_of = _distinct(c.types)
         masks = [context.mask if kind == FULL else near() for kind in kinds]
@@ -288,11 +289,11 @@ class Decoder(nn.Module):
         turns = [_turn(c, c.ropes[kind], context, room, cache is not None) for kind in kinds]
         turns = turns[0] if turn_of is None else tuple(map(jnp.stack, zip(*turns, strict=True)))
 
-        layers, kv, column = of_layers(cache, c.num_hidden_layers)
         x = _times(self.embed(tokens), c.embedding_multiplier)
         if c.scale_embeddings:  # rounded as Gemma rounds it
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
-        (x, kv), router = self.h((x, kv), layers, mask_of, turn_of, masks, turns, column)
+        each, shared = (mask_of, turn_of), (masks, turns)
+        x, kv, router = through(self.h, Block, x, cache, each, shared)
         if c.num_experts and c.output_router_logits:
             how = routed(router, c.num_experts_per_tok, c.router_aux_loss_coef)
             self.sow(ROUTED, "router", how)  # only in training

@@ -27,9 +27,9 @@ from lorax.models.layers import (
     LayerNorm,
     causal_context,
     empty_cache,
-    of_layers,
     over_layers,
     returned,
+    through,
 )
 from lorax.models.rope import rope, rope_frequencies, rotate
 
@@ -79,13 +79,13 @@ class Config:
 
 
 class Attention(nn.Module):
-    """Causal self-attention: x, mask, place, kv, at -> (o, kv); place: the result of
+    """Causal self-attention: x, mask, place, kv, column -> (o, kv); place: the result of
     `_place`; the rest as in `cached_attention`."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, x, mask, place, kv, at):
+    def __call__(self, x, mask, place, kv, column):
         c = self.config
         features = c.hidden_size // c.num_attention_heads
 
@@ -98,7 +98,7 @@ class Attention(nn.Module):
             q, k, v = _with_alibi(q, k, v, place)
         else:
             q, k = rotate(q, *place), rotate(k, *place)
-        o, kv = Attend(name="attend")(q, k, v, mask, features**-0.5, kv, at)
+        o, kv = Attend(name="attend")(q, k, v, mask, features**-0.5, kv, column)
         o = rearrange(o[..., :features], "b t h d -> b t (h d)")
         return _dense(c, c.hidden_size, "o")(o), kv
 
@@ -116,18 +116,18 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: (x, kv), layer number, mask, place, column -> ((x, kv), None). place: the result
+    """One layer: (x, kv), mask, place, column -> ((x, kv), None). place: the result
     of `_place`; the rest as in `gpt2.Block`."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, carry, layer, mask, place, column):
+    def __call__(self, carry, mask, place, column):
         x, kv = carry
         c = self.config
         norm = functools.partial(LayerNorm, c.layer_norm_epsilon)
         seen = norm(name="norm_1")(x)
-        read, kv = Attention(c, name="attn")(seen, mask, place, kv, (layer, column))
+        read, kv = Attention(c, name="attn")(seen, mask, place, kv, column)
         if not (c.parallel_attn or c.new_decoder_architecture):
             x = x + read
             return (x + MLP(c, name="mlp")(norm(name="norm_2")(x)), kv), None
@@ -142,11 +142,12 @@ class Falcon(nn.Module):
     config: Config
     #: The parameters that `logits` reads.
     head: ClassVar[tuple[str, ...]] = ("embed", "lm_head")
+    stack: ClassVar[str] = "h"
 
     def setup(self):
         c = self.config
         self.embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=c.dtype, embedding_init=_normal)
-        self.h = over_layers(Block, c, c.num_hidden_layers, c.hidden_size, (0, *[nn.broadcast] * 3))
+        self.h = over_layers(Block, c, c.num_hidden_layers, c.hidden_size, (nn.broadcast,) * 3)
         self.norm = LayerNorm(c.layer_norm_epsilon)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Dense(
@@ -164,9 +165,8 @@ class Falcon(nn.Module):
         """
         c = self.config
         context = causal_context(tokens, segments, cache, first=first)
-        layers, kv, column = of_layers(cache, c.num_hidden_layers)
-        place = _place(c, context.positions)
-        (x, kv), _ = self.h((self.embed(tokens), kv), layers, context.mask, place, column)
+        shared = context.mask, _place(c, context.positions)
+        x, kv, _ = through(self.h, Block, self.embed(tokens), cache, shared=shared)
         return returned(self.norm(x), context, kv)
 
     def logits(self, hidden):

@@ -23,9 +23,9 @@ from lorax.models.layers import (
     LayerNorm,
     causal_context,
     empty_cache,
-    of_layers,
     over_layers,
     returned,
+    through,
 )
 
 
@@ -79,18 +79,18 @@ SIZES = {
 
 
 class Attention(nn.Module):
-    """Causal self-attention: x, mask, kv, at -> (o, kv); see `cached_attention`."""
+    """Causal self-attention: x, mask, kv, column -> (o, kv); see `cached_attention`."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, x, mask, kv, at):
+    def __call__(self, x, mask, kv, column):
         c = self.config
         dense = functools.partial(nn.Dense, c.n_embd, dtype=c.dtype, kernel_init=_normal)
         heads = lambda x: rearrange(x, "b t (h d) -> b t h d", h=c.n_head)
         q, k, v = (heads(dense(name=name)(x)) for name in "qkv")
         scale = q.shape[-1] ** -0.5 if c.scale_attn_weights else 1.0
-        o, kv = Attend(name="attend")(q, k, v, mask, scale, kv, at)
+        o, kv = Attend(name="attend")(q, k, v, mask, scale, kv, column)
         return dense(name="o")(rearrange(o, "b t h d -> b t (h d)")), kv
 
 
@@ -108,16 +108,16 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: (x, kv), layer number, mask, column -> ((x, kv), None); see `cached_attention`."""
+    """One layer: (x, kv), mask, column -> ((x, kv), None); see `cached_attention`."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, carry, layer, mask, column):
+    def __call__(self, carry, mask, column):
         x, kv = carry
         epsilon = self.config.layer_norm_epsilon
         read, kv = Attention(self.config, name="attn")(
-            LayerNorm(epsilon, name="ln_1")(x), mask, kv, (layer, column)
+            LayerNorm(epsilon, name="ln_1")(x), mask, kv, column
         )
         x = x + read
         x = x + MLP(self.config, name="mlp")(LayerNorm(epsilon, name="ln_2")(x))
@@ -130,6 +130,8 @@ class GPT2(nn.Module):
     config: Config
     #: The parameters that `logits` reads.
     head: ClassVar[tuple[str, ...]] = ("wte", "lm_head")
+    #: The parameters of the layers, with a leading layer axis, that `through` reads.
+    stack: ClassVar[str] = "h"
 
     def setup(self):
         c = self.config
@@ -138,7 +140,7 @@ class GPT2(nn.Module):
         )
         self.wte = embed(c.vocab_size)
         self.wpe = embed(c.n_positions)
-        self.h = over_layers(Block, c, c.n_layer, c.n_embd, (0, nn.broadcast, nn.broadcast))
+        self.h = over_layers(Block, c, c.n_layer, c.n_embd, (nn.broadcast, nn.broadcast))
         self.ln_f = LayerNorm(c.layer_norm_epsilon)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Dense(
@@ -160,8 +162,7 @@ class GPT2(nn.Module):
             raise ValueError(f"{t} tokens{after}, but n_positions is {c.n_positions}")
         context = causal_context(tokens, segments, cache, first=first)
         x = self.wte(tokens) + self.wpe(context.positions)
-        layers, kv, column = of_layers(cache, c.n_layer)
-        (x, kv), _ = self.h((x, kv), layers, context.mask, column)
+        x, kv, _ = through(self.h, Block, x, cache, shared=(context.mask,))
         return returned(self.ln_f(x), context, kv)
 
     def logits(self, hidden):

@@ -4,6 +4,7 @@ Each has the parameters of its Flax counterpart. Axes: B batch, T positions (que
 (keys), H heads, K heads of keys and values, G = H / K queries that share one, D features of a head.
 """
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
+from flax.core.scope import Scope
 
 from lorax import fields, grouped
 from lorax.errors import nearest
@@ -132,60 +134,83 @@ def causal_attention(q, k, v, mask, scale, cap=None, sinks=None):
     return jnp.concatenate(blocks, axis=1)
 
 
-class Cache(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
     """Keys and values of the tokens that a causal model has read.
 
-    k, v: (L, B, S, K, D), with room for S tokens. real: (B, S) bool, False for padding and for
-    empty columns. length: () int32, columns written so far, the same for all rows.
+    k, v: an array (B, K, S, D) for each layer, with S columns. length: () int32, columns written so
+    far, the same for all rows. real: (B, S) bool, False for padding and for empty columns; or
+    (B, N, S) if every row has N texts that share columns (the beams of a prompt): those of each.
+    room: (static) the most tokens of one text.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
     real: jax.Array
     length: jax.Array
+    room: int = dataclasses.field(metadata={"static": True})
+
+    def shared(self, texts: int, tokens: int) -> "Cache":
+        """The cache for so many texts a row, each of which begins with what the row has and may
+        grow by so many tokens."""
+        more = (texts - 1) * tokens
+        wider = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))
+        real = jnp.pad(self.real, ((0, 0), (0, more)))
+        real = jnp.broadcast_to(real[:, None], (len(real), texts, real.shape[1]))
+        k, v = (tuple(map(wider, x)) for x in (self.k, self.v))
+        return dataclasses.replace(self, k=k, v=v, real=real)
 
 
 def empty_cache(layers: int, batch: int, room: int, heads: int, features: int, dtype) -> Cache:
     """An empty cache with `room` columns."""
-    kv = jnp.zeros((layers, batch, room, heads, features), dtype)
-    return Cache(kv, kv, jnp.zeros((batch, room), bool), jnp.int32(0))
+    k, v = (
+        tuple(jnp.zeros((batch, heads, room, features), dtype) for _ in range(layers))
+        for _ in range(2)
+    )
+    return Cache(k, v, jnp.zeros((batch, room), bool), jnp.int32(0), room)
 
 
-def of_layers(cache: Cache | None, layers: int):
-    """What the layers of a causal model take of a cache: (their numbers (layers,) int32, (k, v),
-    the column to write), each None without a cache."""
-    if cache is None:
-        return None, None, None
-    return jnp.arange(layers), (cache.k, cache.v), cache.length
-
-
-def cached_attention(q, k, v, mask, scale, kv, at, cap=None, sinks=None):
+def cached_attention(q, k, v, mask, scale, kv, column, cap=None, sinks=None):
     """Causal attention that also sees the cached tokens: (o (B, T, H, D), kv with k and v added);
     shapes as in `attention`.
 
-    kv: (k, v) of a `Cache`, for all layers, or None for no cache. at: (layer, column), () int32
-    each, where k and v (B, T, K, D) are written.
+    kv: (k, v) of one layer of a `Cache`, or None for no cache. column: () int32, where k and v
+    (B, T, K, D) are written.
     """
     if kv is None:
         return causal_attention(q, k, v, mask, scale, cap, sinks), None
-    k, v, kv = remember(k, v, kv, at)
+    k, v, kv = remember(k, v, kv, column)
     return attention(q, k, v, mask, scale, cap, sinks), kv
 
 
-def remember(k, v, kv, at):
+def remember(k, v, kv, column):
     """(k, v, kv): keys and values (B, S, K, D) of all tokens that the layer has read, and `kv` with
     the new ones added; without a cache, (k, v, None). Arguments as in `cached_attention`."""
     if kv is None:
         return k, v, None
-    where = (at[0], 0, at[1], 0, 0)
-    put = lambda stack, new: jax.lax.dynamic_update_slice(
-        stack, new[None].astype(stack.dtype), where
+    dtype, by_head = k.dtype, lambda x: rearrange(x, "b t k d -> b k t d")
+    pairs = zip(kv, (k, v), strict=True)
+    kv = tuple(put(x, by_head(new).astype(x.dtype), column) for x, new in pairs)
+    return *(rearrange(x, "b k s d -> b s k d").astype(dtype) for x in kv), kv
+
+
+@jax.custom_batching.custom_vmap
+def put(x, new, column):
+    """x (..., S, D) with new (..., T, D) written from a column () on, in place where XLA can."""
+    return jax.lax.dynamic_update_slice_in_dim(x, new, column, axis=x.ndim - 2)
+
+
+@put.def_vmap
+def _put_of_each(size, batched, x, new, column):
+    # JAX's own rule makes a scatter of it, which writes the whole cache anew.
+    if batched[2]:
+        raise ValueError("column: all members of a batch write the same one")
+    x, new = (
+        y if has_axis else jnp.broadcast_to(y, (size, *y.shape))
+        for y, has_axis in ((x, batched[0]), (new, batched[1]))
     )
-    kv = (put(kv[0], k), put(kv[1], v))
-    layer_of = lambda stack, new: jax.lax.dynamic_index_in_dim(stack, at[0], keepdims=False).astype(
-        new.dtype
-    )
-    return layer_of(kv[0], k), layer_of(kv[1], v), kv
+    return put(x, new, column), True
 
 
 class Attend(nn.Module):
@@ -197,9 +222,9 @@ class Attend(nn.Module):
     causal: bool = True
     cap: float | None = None
 
-    def __call__(self, q, k, v, mask, scale, kv=None, at=None, sinks=None):
+    def __call__(self, q, k, v, mask, scale, kv=None, column=None, sinks=None):
         if self.causal:
-            return cached_attention(q, k, v, mask, scale, kv, at, self.cap, sinks)
+            return cached_attention(q, k, v, mask, scale, kv, column, self.cap, sinks)
         return attention(q, k, v, mask, scale, self.cap, sinks), None
 
 
@@ -221,7 +246,7 @@ def returned(hidden, context: Context, kv):
     cache with kv, the keys and values of all layers)."""
     if context.cache is None:
         return hidden
-    return hidden, context.cache._replace(k=kv[0], v=kv[1])
+    return hidden, dataclasses.replace(context.cache, k=kv[0], v=kv[1])
 
 
 def causal_context(
@@ -236,9 +261,11 @@ def causal_context(
     tokens: (B, T). segments: (B, T) int32 or None; tokens of one text share a number above 0, 0 is
     padding, on either side; tokens with a negative number, at the start of a row, are a prefix that
     all texts of the row share. With a cache the new tokens continue the text of their row (any
-    number except 0 works). window: a token sees only the last `window` tokens (Mistral). first:
-    position of a text's first token.
+    number except 0 works); if a row of the cache has N texts, T is N, a token for each. window: a
+    token sees only the last `window` tokens (Mistral). first: position of a text's first token.
     """
+    if cache is not None and cache.real.ndim == 3:
+        return _context_of_each(cache, window, first)
     b, t = tokens.shape
     if cache is None:
         at, texts = jnp.arange(t)[None], jnp.ones((1, t), jnp.int32)
@@ -253,16 +280,35 @@ def causal_context(
             positions += jnp.where(common, 0, jnp.sum(common, axis=1, keepdims=True))
         queries = keys = _places(at, texts, positions)
     else:
-        written = jnp.ones((b, t), bool) if segments is None else segments != 0
-        real = jax.lax.dynamic_update_slice_in_dim(cache.real, written, cache.length, axis=1)
-        count = jnp.cumsum(real, axis=1, dtype=jnp.int32)  # (B, S)
         columns = cache.length + jnp.arange(t)
+        new = jnp.ones((b, t), bool) if segments is None else segments != 0
+        written = _written(cache, t)[None] & new[:, :, None]
+        real = cache.real | jnp.any(written, axis=1)
+        count = jnp.cumsum(real, axis=1, dtype=jnp.int32)  # (B, S)
         positions = jnp.maximum(jnp.take(count, columns, axis=1) - 1, 0)  # (B, T)
         queries = _places(columns[None], jnp.ones((1, t)), positions)
         keys = _places(jnp.arange(real.shape[1])[None], real, jnp.maximum(count - 1, 0))
-        cache = cache._replace(real=real, length=cache.length + t)
+        cache = dataclasses.replace(cache, real=real, length=cache.length + t)
     mask = masks.mask_of(queries, keys, window, alone=cache is None and segments is None)
     return Context(positions.astype(jnp.int32) + first, mask, cache)
+
+
+def _context_of_each(cache: Cache, window: int | None, first: int) -> Context:
+    """`causal_context` of one more token of each of the N texts that share a row of the cache."""
+    texts = cache.real.shape[1]
+    real = cache.real | _written(cache, texts)[None]  # (B, N, S), also the mask
+    count = jnp.cumsum(real, axis=2, dtype=jnp.int32)
+    positions, mask = count[:, :, -1] - 1, real
+    if window is not None:
+        mask = mask & (count[:, :, -1:] - count < window)
+    cache = dataclasses.replace(cache, real=real, length=cache.length + texts)
+    return Context(positions + first, mask, cache)
+
+
+def _written(cache: Cache, tokens: int):
+    """(T, S) bool: the column of the cache that each of T new tokens takes."""
+    columns = cache.length + jnp.arange(tokens)
+    return jnp.arange(cache.real.shape[-1])[None] == columns[:, None]
 
 
 def _places(*of_tokens) -> Places:
@@ -449,6 +495,52 @@ def over_layers(block, config, layers: int, features: int, in_axes=0):
         length=layers,
         unroll=config.unroll or few,
     )(config)
+
+
+def through(stack, block, x, cache: Cache | None, each=(), shared=()):
+    """x through a stack of layers, `stack` = `over_layers(block, ...)`: (x, (k, v) of the layers or
+    None, what else they return, with a leading layer axis).
+
+    each: inputs with a layer axis, shared: inputs of all layers; a block takes (x, its (k, v)),
+    these, and the column to write. With a cache, a prompt goes through a loop over layers, of which
+    XLA compiles one. New tokens go through the layers one by one, as a loop would copy the keys and
+    values of each; parameters are then sliced from the stack, which copies them for every call,
+    unless they are `apart`.
+    """
+    if cache is None:
+        (x, _), out = stack((x, None), *each, *shared, None)
+        return x, None, out
+    params = stack.variables["params"]
+
+    def layer(x, inputs, *number):
+        own, kv, own_inputs = inputs
+        module = block(stack.config, parent=Scope({"params": own}, path=(*stack.path, *number)))
+        (x, kv), out = module((x, kv), *own_inputs, *shared, cache.length)
+        return x, (kv, out)
+
+    are_apart, is_prompt = "0" in params, x.shape[1] > 1 and cache.real.ndim == 2
+    if is_prompt and not are_apart:
+        kv = jnp.stack(cache.k), jnp.stack(cache.v)
+        x, (kv, out) = jax.lax.scan(layer, x, (params, kv, each))
+        return x, tuple(map(tuple, kv)), out
+    results = []
+    for i, kv in enumerate(zip(cache.k, cache.v, strict=True)):
+        own = params[str(i)] if are_apart else jax.tree.map(lambda y, i=i: y[i], params)
+        own_inputs = jax.tree.map(lambda y, i=i: y[i], each)
+        x, result = layer(x, (own, kv, own_inputs), *[str(i)] * are_apart)
+        results.append(result)
+    kv, out = zip(*results, strict=True)
+    return x, tuple(zip(*kv, strict=True)), jax.tree.map(lambda *y: jnp.stack(y), *out)
+
+
+def apart(params: dict, layers: int, axes=None) -> dict:
+    """The parameters of a stack as {"0": those of the first layer, ...}, for `through`. axes: a
+    tree of the layer axis of each array, 0 if it is None."""
+    axes = jax.tree.map(lambda _: 0, params) if axes is None else axes
+    of_layer = lambda i: jax.tree.map(
+        lambda x, axis: jax.lax.index_in_dim(x, i, axis, keepdims=False), params, axes
+    )
+    return {str(i): of_layer(i) for i in range(layers)}
 
 
 def recomputed(block, remat: str, prevent_cse: bool = True):

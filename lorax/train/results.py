@@ -13,7 +13,7 @@ from lorax.train import activations, benchmarks, kept_rank, pictures, sharpness
 from lorax.train.evaluation import Measured
 from lorax.train.part import Part, Position, Standing, decimal, diverged_at, exported
 from lorax.train.prepare import drawn
-from lorax.train.texts import write_base_texts, write_texts
+from lorax.train.texts import scored, side_by_side, write_base_texts, write_texts
 
 
 def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[int, dict]:
@@ -37,6 +37,7 @@ def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[
     generates = bool(tasks.prompts(part.group.task, part.stack.config.eval.generate))
     if generates and trained:
         measure_base_texts(part, trained, rows)
+        measure_texts(part, trainable, trained, rows)
     elif not generates:
         remove(rundir.texts(part.workdir, rundir.BASE))
     draws = bool(part.group.task.pictures and part.stack.config.eval.samples)
@@ -45,9 +46,7 @@ def of_part(part: Part, at: Position, finished: Callable[[dict], None]) -> dict[
     elif not draws:
         remove(rundir.base_samples(part.workdir, part.group.index))
     for i, member in enumerate(part.stack.members):
-        if generates and i in trained:
-            measure_texts(part, trainable, i, rows)
-        else:  # left over from an evaluation that is no longer configured
+        if not (generates and i in trained):  # of an evaluation that is no longer configured
             remove(rundir.texts(part.workdir, member.index))
         if draws and i in trained:
             measure_pictures(part, trainable, i, rows)
@@ -191,12 +190,41 @@ def measure_base_texts(part: Part, trained: list[int], rows: dict[int, dict]) ->
         rows[member.index]["base_scores"] = values
 
 
-def measure_texts(part: Part, trainable, i: int, rows: dict[int, dict]) -> None:
-    """Let member i complete the task's prompts, and add the scores of its texts to its row."""
-    base, member, bound = part.group.base, part.stack.members[i], bound_to(part, trainable, i)
-    arguments = part.workdir, member, base, part.group.task, bound, part.say
-    write = functools.partial(write_texts, *arguments)
-    rows[member.index]["scores"] |= attempt(part, "eval.generate", [member], rows, write) or {}
+def measure_texts(part: Part, trainable, trained: list[int], rows: dict[int, dict]) -> None:
+    """Let the members that did not diverge complete the task's prompts, side by side, and add the
+    scores of their texts to their rows. If that fails, each does so alone, and only those that fail
+    then have no texts."""
+    layout, base, task = part.programs.layout, part.group.base, part.group.task
+    members = [part.stack.members[i] for i in trained]
+
+    def write(its: list[int], params: dict, over=None) -> list[list[str]]:
+        bind = lambda j: bound_to(part, trainable, its[j], params)
+        of_program = [part.stack.members[i] for i in its]
+        return write_texts(part.workdir, of_program, base, task, bind, over, part.say)
+
+    spread = side_by_side() and layout.mode == "members" and len(layout.devices) > 1
+    spread = spread and not hosts.are_many()
+    texts = None
+    if len(trained) > 1:
+        try:
+            texts = write(trained, *((part.params, layout.mesh) if spread else (base.params,)))
+        except Exception as error:
+            if is_of_one(error):
+                raise
+            message = rundir.keep_error(part.workdir, error)
+            part.say(f"eval.generate of {len(trained)} members together: {message}; now one by one")
+    if texts is None:
+        alone = lambda i: write([i], base.params)[0]
+        texts = [
+            attempt(part, "eval.generate", [member], rows, functools.partial(alone, i))
+            for i, member in zip(trained, members, strict=True)
+        ]
+    prompts = tasks.prompts(task, part.stack.config.eval.generate)
+    for member, its in zip(members, texts, strict=True):
+        if its is not None:
+            score = functools.partial(scored, task, prompts, its)
+            values = attempt(part, "eval.generate", [member], rows, score)
+            rows[member.index]["scores"] |= values or {}
 
 
 def measure_base_pictures(part: Part, trained: list[int], rows: dict[int, dict]) -> None:
@@ -233,25 +261,31 @@ def measure_tasks(part: Part, trainable, i: int, rows: dict[int, dict]) -> None:
     rows[member.index]["scores"] |= attempt(part, "eval.harness", [member], rows, measure) or {}
 
 
-def bound_to(part: Part, trainable, i: int) -> dict:
-    """The parameters of member i: the base's, with its adapter."""
+def bound_to(part: Part, trainable, i: int, params: dict | None = None) -> dict:
+    """The parameters of member i: the base's, with its adapter. params: the base's, None for those
+    that it was loaded with."""
     base, method = part.group.base, part.stack.methods[i]
-    return method.bind(*state_of(part, trainable, i), base.params, sites=base.sites)
+    params = base.params if params is None else params
+    return method.bind(*state_of(part, trainable, i), params, sites=base.sites)
 
 
 def attempt(part: Part, key: str, members, rows: dict[int, dict], work: Callable):
-    """work(), or None if it fails; then prints a line and adds "failed" to the members' rows.
-
-    Several processes do the same work and fail alike, except for what is wrong with one machine:
-    that ends the run, as the others would wait for its process forever.
-    """
+    """work(), or None if it fails; then prints a line and adds "failed" to the members' rows,
+    unless the error is one that ends the run (`is_of_one`)."""
     try:
         return work()
     except Exception as error:
-        of_one = of_machine(error) or isinstance(error, jax.errors.JaxRuntimeError)
-        if hosts.are_many() and of_one:
+        if is_of_one(error):
             raise
         message = rundir.keep_error(part.workdir, error)
         part.say(f"{key} of member {members[0].name}: {message}")
         for member in members:
             rows[member.index].setdefault("failed", {})[key] = reason(error)
+
+
+def is_of_one(error: Exception) -> bool:
+    """Whether an error is one process's alone, where there are several. They do the same work and
+    fail alike, except for what is wrong with one machine: that must end the run, as the others
+    would wait for its process forever."""
+    of_one = of_machine(error) or isinstance(error, jax.errors.JaxRuntimeError)
+    return hosts.are_many() and of_one

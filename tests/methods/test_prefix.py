@@ -84,8 +84,9 @@ def test_a_prefix_of_what_layers_keep_of_tokens_is_those_tokens(name):
     method = prefix(tokens=n)
     ((path, own),) = methods.joined(method.init(jax.random.key(0), params).trainable).items()
     assert path == "h/attn/attend"
-    width = own["k"].shape[-1] // cache.k.shape[3]
-    kept = {f"{path}/{x}": getattr(cache, x)[:, 0, ..., :width].reshape(own[x].shape) for x in "kv"}
+    width = own["k"].shape[-1] // cache.k[0].shape[1]
+    of = lambda x: np.stack([layer[0, ..., :width].swapaxes(0, 1) for layer in x])
+    kept = {f"{path}/{x}": of(getattr(cache, x)).reshape(own[x].shape) for x in "kv"}
     state = parity.filled(method.init(jax.random.key(0), params), kept)
     read = np.concatenate([np.repeat(before, 3, axis=0), TOKENS], axis=1)
     plain, adapted = forward(name)(params, read)[:, n:], bound(name, method, state)

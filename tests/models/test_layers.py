@@ -114,14 +114,14 @@ def test_every_way_to_attend_caps_the_scores():
         first = lambda x: jnp.broadcast_to(x[:1, :3], (2, 3, 2, 3))
         want = layers.attention(q, k, v, mask, 2.0, 1.5)
         extra = layers.attention(q, first(k), first(v), everyone, 2.0, 1.5)
-        cache = layers.empty_cache(1, 2, 8, 2, 3, "float32")[:2]
+        cache = layers.empty_cache(1, 2, 8, 2, 3, "float32")
         tokens = (x[0, :3].reshape(3, 6) for x in (k, v))
         off = prefix.Prefix(k[0, :1].reshape(1, 6), v[0, :1].reshape(1, 6), jnp.float32(0))
         gated = prefix.Gated(*tokens, jnp.float32(1))
         call = functools.partial(module.apply, {})
         ways = {
             "blocks": call(q, k, v, mask, 2.0),
-            "cache": call(q, k, v, mask, 2.0, cache, (0, 0)),
+            "cache": call(q, k, v, mask, 2.0, (cache.k[0], cache.v[0]), 0),
             "encoder": encoder.apply({}, q, k, v, mask, 2.0),
             "prefix": off(module, call, q, k, v, mask, 2.0),
             "gated": gated(module, call, q, k, v, mask, 2.0),

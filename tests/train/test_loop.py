@@ -350,22 +350,28 @@ def test_scores_and_prompts_that_are_missing_are_said(members, monkeypatch):
 
 
 def test_all_adapters_are_there_before_texts_and_cka_fail(members, tmp_path, monkeypatch):
-    """And a later group is trained all the same."""
+    """And a later group is trained all the same. Where only one member fails, the others have
+    texts."""
     members.train.steps = 2
     members.sweep.method = ("lora", "bitfit")
     members.eval.generate, members.eval.new_tokens, members.analysis.cka = 1, 2, 4
     there = []
 
-    def fails(workdir, member, *_):
+    def fails(workdir, members, *_):
         there.append(sorted(p.name for p in (workdir / "adapters").iterdir()))
-        raise RuntimeError("no texts")
+        if [member.index for member in members] != [1]:
+            raise RuntimeError("no texts")
+        return [["a text"]]
 
     monkeypatch.setattr("lorax.train.results.write_texts", fails)
     monkeypatch.setattr("lorax.train.activations.similarity", lambda *_: 1 / 0)
     rows, said = train(tmp_path, members)
-    assert there == [["0", "1"]] * 2 + [["0", "1", "2", "3"]] * 2
-    why = {"analysis.cka": "ZeroDivisionError: division by zero", "eval.generate": "no texts"}
-    assert [row["failed"] for row in rows.values()] == [why] * 4
+    assert there == [["0", "1"]] * 3 + [["0", "1", "2", "3"]] * 3
+    cka, no_texts = {"analysis.cka": "ZeroDivisionError: division by zero"}, "no texts"
+    why = cka | {"eval.generate": no_texts}
+    assert [row["failed"] for row in rows.values()] == [why, cka, why, why]
+    assert ["nist" in row["scores"] for row in rows.values()] == [False, True, False, False]
+    assert any("eval.generate of 2 members together: " in line for line in said)
     assert any("eval.generate of member" in line and "errors.txt)" in line for line in said)
     assert "no texts" in (tmp_path / "errors.txt").read_text()
 
