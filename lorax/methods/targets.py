@@ -52,8 +52,8 @@ def resolve(
 
     A word is canonical (`WORDS` or `Site.word`), a group ("attention", "mlp", "experts",
     "all-linear": every linear and convolution kernel except the heads, with experts and their
-    routers; "conv": every convolution kernel), the name of a module ("query" for
-    "blocks/query/kernel"), or "re:" and a regex that matches a whole path.
+    routers; "conv": every convolution kernel, and modules of that name), the name of a module
+    ("query" for "blocks/query/kernel"), or "re:" and a regex that matches a whole path.
     Raises ValueError for a word that matches nothing, with a list of what there is. field: the key
     that holds the words, for messages.
     """
@@ -81,13 +81,16 @@ def resolve(
 
 def matching(word: str, sites: Mapping[str, ops.Site], field: str = "method.targets") -> list[str]:
     """Paths among `sites` that a word of `resolve` means; an empty list if there are none."""
-    if word in KINDS:
-        is_head = lambda path: re.fullmatch(rf"head/.*|{WORDS['head']}", path)
-        return [p for p, site in sites.items() if site.kind in KINDS[word] and not is_head(p)]
     meant = GROUPS.get(word, (word,))
     patterns = _patterns(word) or [rf"(.*/)?{re.escape(word)}/(kernel|embedding)"]
     hits = _matches(patterns, sites, f"{field}: {word!r}")
-    return [path for path, site in sites.items() if path in hits or site.word in meant]
+    is_head = lambda path: re.fullmatch(rf"head/.*|{WORDS['head']}", path)
+    of_kind = lambda path, site: site.kind in KINDS.get(word, ()) and not is_head(path)
+    return [
+        path
+        for path, site in sites.items()
+        if path in hits or site.word in meant or of_kind(path, site)
+    ]
 
 
 def _matches(patterns: list[str], paths: Iterable[str], place: str = "") -> list[str]:
