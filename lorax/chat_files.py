@@ -64,8 +64,14 @@ def special_tokens(directory: Path) -> dict[str, str]:
     found = {}
     for name in TOKENS:
         if (directory / name).is_file():
-            found |= fields.read(read_json(directory / name), _TOKEN, directory / name)
+            found |= tokens_of(read_json(directory / name), directory / name)
     return {name: text for name, text in found.items() if text is not None}
+
+
+def tokens_of(config: Mapping, place: str | Path) -> dict[str, str | None]:
+    """The special tokens among the fields of one such file; None where it says that there is none.
+    place: for messages. Raises ValueError naming the field if one is no token."""
+    return fields.read(config, _TOKEN, place)
 
 
 def write(directory: Path, texts: Mapping[str, str], special: Mapping[str, str]) -> None:

@@ -93,8 +93,11 @@ def _task() -> ConfigDict:
     c.classes = ()  # diffusion: numbers of the classes of images to train on; (): all
     c.prediction = config_dict.placeholder(str)  # diffusion: epsilon | v; None: as the base's files
     c.min_snr = 0.0  # diffusion: gamma of Min-SNR weights, e.g. 5.0; 0: equal weights
-    # diffusion: share of training rows without their class, for `eval.guidance`
+    # diffusion: share of training rows without their class or caption, for `eval.guidance`
     c.class_dropout = 0.1
+    # diffusion: folder of the text encoder that reads the captions of `task.path`; None: the
+    # text_encoder/ beside the base's unet/
+    c.text_encoder = config_dict.placeholder(str)
     return c
 
 
@@ -168,7 +171,8 @@ def _eval() -> ConfigDict:
     c.new_tokens = 64
     c.length_penalty = 1.0
     c.no_repeat_ngram = 0
-    # Images of each of `task.classes` that each member makes after training, to be scored; 0: none
+    # Images of each of `task.classes`, or of 8 captions, that each member makes after training; 0:
+    # none. Those of classes are scored
     c.samples = 0
     c.sample_steps = 50  # of DDIM
     # Prediction without class + this times what the class adds to it (classifier-free guidance)

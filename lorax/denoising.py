@@ -22,13 +22,12 @@ from lorax.losses import Rows
 
 class Settings(NamedTuple):
     """schedule: of the noise. min_snr: gamma, 0 for equal weights. dropout: share of the training
-    rows whose class is replaced by `no_class`, for guidance without a classifier (Ho & Salimans
-    2022, arXiv:2207.12598); none if that is None."""
+    rows whose condition is replaced by "none", for guidance without a classifier (Ho & Salimans
+    2022, arXiv:2207.12598)."""
 
     schedule: diffusion.Schedule = diffusion.Schedule()
     min_snr: float = 0.0
     dropout: float = 0.0
-    no_class: int | None = None
 
 
 def fixed(settings: Settings, n: int, seed: int) -> dict[str, np.ndarray]:
@@ -39,14 +38,17 @@ def fixed(settings: Settings, n: int, seed: int) -> dict[str, np.ndarray]:
     return {"t": rng.permutation(t.astype(np.int32)), "draw": _numbers(rng, n)}
 
 
-def drawn(settings: Settings, batch: Mapping, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """New timesteps, uniform, noise and dropped classes of a batch's rows, whatever its axes."""
+def drawn(
+    settings: Settings, none: np.ndarray | None, batch: Mapping, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """New timesteps, uniform, noise and dropped conditions of a batch's rows, whatever its axes.
+    none: the condition in place of those that are dropped; None: all stay."""
     shape, condition = batch["weight"].shape, batch["condition"]
     new = {"t": rng.integers(0, settings.schedule.steps, shape, np.int32)}
     new["draw"] = _numbers(rng, shape)
-    if settings.no_class is not None:
+    if none is not None:
         dropped = rng.random(shape) < settings.dropout
-        new["condition"] = np.where(dropped, np.int32(settings.no_class), condition)
+        new["condition"] = np.where(dropped.reshape(*shape, *(1,) * none.ndim), none, condition)
     return new
 
 

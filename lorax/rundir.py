@@ -8,7 +8,7 @@ adapters/MEMBER/      what a member has learned; LoRA factors in PEFT's format
 rows/MEMBER.npz       losses and scores of a member's test rows, before and after training
 texts/MEMBER.jsonl    the prompts that a member completed after training
 texts/base.jsonl      the same prompts, completed by the base without an adapter
-samples/MEMBER.npz    images that a diffusion model made after training, and their classes
+samples/MEMBER.npz    images that a diffusion model made, and their classes or captions
 samples/base-GROUP.npz  the same of a group's base without an adapter
 parts/I/              what one worker of `lorax.launch` has trained, as a run directory of its own
 merged/MEMBER/        a member's model with its update added, where a sequence of tasks goes on
@@ -323,9 +323,10 @@ def metrics_size(directory: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def write_samples(file: Path, images: np.ndarray, classes: np.ndarray) -> None:
-    """Write a file of `samples`."""
-    arrays = {"classes": np.asarray(classes, np.int32), "images": np.asarray(images, np.uint8)}
+def write_samples(file: Path, images: np.ndarray, asked: np.ndarray) -> None:
+    """Write a file of `samples`. asked: of each image, integers, its class, or its caption."""
+    arrays = {"captions": asked} if asked.dtype.kind == "U" else {"classes": np.int32(asked)}
+    arrays["images"] = np.asarray(images, np.uint8)
     packed = io.BytesIO()
     np.savez_compressed(packed, **arrays)
     write_bytes(file, packed.getvalue())

@@ -114,8 +114,8 @@ class Run:
 
     def samples(self, member: int) -> dict[str, np.ndarray] | None:
         """The images that a member made (`eval.samples`): "images" (N, height, width, channels)
-        uint8 and "classes" (N,); None if it made none. Raises ValueError that names a damaged
-        file."""
+        uint8, and "classes" (N,) int32 or "captions" (N,) texts; None if it made none. Raises
+        ValueError that names a damaged file."""
         return _samples(rundir.samples(self.directory, member))
 
     def base_samples(self, member: int) -> dict[str, np.ndarray] | None:
@@ -127,13 +127,15 @@ class Run:
 def _samples(file: pathlib.Path) -> dict[str, np.ndarray] | None:
     if not file.exists():
         return None
-    arrays = tensors.read_npz(file, ("images", "classes"))
-    images, classes = arrays["images"], arrays["classes"]
-    right = images.dtype == np.uint8 and images.ndim == 4 and classes.shape == images.shape[:1]
+    arrays = tensors.read_npz(file)
+    if not ("images" in arrays and arrays.keys() & {"classes", "captions"}):
+        raise ValueError(f"{file}: it has {', '.join(arrays)}; expected images and their classes")
+    images, asked = arrays["images"], arrays.get("classes", arrays.get("captions"))
+    right = images.dtype == np.uint8 and images.ndim == 4 and asked.shape == images.shape[:1]
     if not right or images.shape[-1] not in (1, 3):
         raise ValueError(
-            f"{file}: {images.dtype} of {images.shape} and classes of {classes.shape}; expected "
-            "uint8 images (N, height, width, 1 or 3) and a class of each"
+            f"{file}: {images.dtype} of {images.shape} and classes of {asked.shape}; expected "
+            "uint8 images (N, height, width, 1 or 3) and a class or caption of each"
         )
     return arrays
 

@@ -111,8 +111,8 @@ ARRAYS = Kind(
 )
 
 
-def noisy(settings: denoising.Settings) -> Kind:
-    """The kind of images to be denoised (`lorax.denoising`)."""
+def noisy(settings: denoising.Settings, none: np.ndarray | None = None) -> Kind:
+    """The kind of images to be denoised (`lorax.denoising`). none: see `denoising.drawn`."""
     of = lambda function: functools.partial(function, settings)
     return Kind(
         name=f"noisy {settings}",
@@ -126,7 +126,7 @@ def noisy(settings: denoising.Settings) -> Kind:
         real=lambda batch: batch["weight"][:, None] > 0,
         inputs=None,
         counted=None,
-        drawn=of(denoising.drawn),
+        drawn=functools.partial(denoising.drawn, settings, none),
     )
 
 

@@ -29,11 +29,15 @@ class Prompt(NamedTuple):
 class Pictures(NamedTuple):
     """Images that a diffusion model is asked for.
 
-    classes: of which it makes images. schedule: of the noise that they are made of. score(images
-    (N, height, width, channels) uint8, classes (N,)) -> {metric: float}.
+    asked: classes or captions of which it makes images. conditions: what the model reads for each
+    of these, (len(asked), ...). none: the condition "none", for guidance; None: there is none.
+    schedule: of the noise that they are made of. score(images (N, height, width, channels) uint8,
+    asked (N,)) -> {metric: float}.
     """
 
-    classes: tuple[int, ...]
+    asked: tuple[int, ...] | tuple[str, ...]
+    conditions: np.ndarray
+    none: np.ndarray | None
     schedule: Schedule
     score: Callable
 

@@ -19,7 +19,7 @@ def check(base: Base, task: tasks.Task, c, say: Callable[[str], None]) -> None:
         say(f"eval.samples: {c.samples} given, but task {task.name} has no images to make")
         return
     try:
-        of_task = task.pictures.schedule, base.traits.no_class
+        of_task = task.pictures.schedule, task.pictures.none
         sampling.check(base, c.sample_steps, c.guidance, *of_task)
     except ValueError as error:
         raise ValueError(f"eval.samples: {error}") from None
@@ -28,7 +28,9 @@ def check(base: Base, task: tasks.Task, c, say: Callable[[str], None]) -> None:
 def write(file: Path, base: Base, task: tasks.Task, c, params, say) -> dict[str, float]:
     """Make the images that the config asks for, the same noise for everyone, and write them;
     {metric: value}. c: the config's `eval` section. say: prints a line."""
-    asked = np.repeat(task.pictures.classes, c.samples)
+    of = task.pictures
+    index = np.repeat(np.arange(len(of.asked)), c.samples)
+    asked = np.array(of.asked)[index]
     began = told = time.monotonic()
 
     def tell(done, total):
@@ -38,8 +40,8 @@ def write(file: Path, base: Base, task: tasks.Task, c, params, say) -> dict[str,
             say(f"{done} of {total} images, {(told - began) * (total - done) / done:.0f} s left")
 
     images = sampling.sample(
-        base, asked, params, schedule=task.pictures.schedule, steps=c.sample_steps,
-        guidance=c.guidance, batch_size=c.batch_size, progress=tell,
+        base, of.conditions[index], params, schedule=of.schedule, steps=c.sample_steps,
+        guidance=c.guidance, none=of.none, batch_size=c.batch_size, progress=tell,
     )  # fmt: skip
     rundir.write_samples(file, images, asked)
-    return {name: round(value, 5) for name, value in task.pictures.score(images, asked).items()}
+    return {name: round(value, 5) for name, value in of.score(images, asked).items()}

@@ -29,12 +29,16 @@ def samples(run: runs.Run, table: pd.DataFrame, by: runs.Axes) -> list[Section]:
     order = [name for name in (by.main, *by.others, "seed") if name in table]
     members = list(table.loc[list(made)].sort_values(order, kind="stable").index)
     strips = {member: _strip(_called(table, member, by), made[member]) for member in members}
-    first = made[members[0]]["classes"]
-    classes = ", ".join(map(str, dict.fromkeys(first.tolist())))
+    first, score = made[members[0]], ""
+    first = first.get("captions", first.get("classes"))
+    asked = ", ".join(map(str, dict.fromkeys(first.tolist())))
+    if first.dtype.kind != "U":
+        asked = f"class {asked}"
+        score = " The score is the share of a member's images that a classifier takes for the class"
+        score += " that was asked for."
     content = page.aid(
-        f"Images of class {classes} that the base and the members made after training, all of the "
-        "same noise. The score is the share of a member's images that a classifier takes for the "
-        "class that was asked for."
+        f"Images of {asked} that the base and the members made after training, all of "
+        f"the same noise.{score}"
     )
     chosen = spread(members, OPEN)
     content += _bases(run, table, members)
