@@ -311,7 +311,7 @@ def test_what_is_recomputed_is_not_kept(make):
     assert full < 0.8 * dots and dots < 0.8 * none
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # the family table has a quicker case
 def test_four_bits(make):
     """Linear kernels are coded, convolutions stay as they are; LoRA on both works."""
     _, base = make(FIRST)

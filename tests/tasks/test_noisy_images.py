@@ -248,6 +248,7 @@ def test_a_run_and_its_page(directory, tmp_path):
     np.testing.assert_allclose(alone["final_loss"][0], table["final_loss"][1], rtol=1e-5)
 
 
+@pytest.mark.soak  # the family table has a quicker case
 def test_a_base_in_4_bits(base):
     coded = lorax.quantize(base)
     assert tree.nbytes(coded.params) < tree.nbytes(base.params)
