@@ -1,6 +1,8 @@
 """The shipped diffusion model draws the digits that it was trained on, and diffusers opens it."""
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +47,15 @@ def test_diffusers_opens_it():
     assert model.num_parameters() == 234_772
     scheduler = diffusers.DDIMScheduler.from_pretrained(ASSETS / "dit-digits")
     assert diffusion.from_diffusers(dict(scheduler.config)) == diffusion.Schedule()
+
+
+@pytest.mark.slow
+def test_it_is_made_by_its_script(tmp_path):
+    """With fewer steps than the shipped one."""
+    flags = f"--output={tmp_path / 'model'}", f"--workdir={tmp_path}", "--steps=250"
+    command = [sys.executable, "-m", "experiments.dit_digits.pretrain", *flags]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "1,293 training images, 324 held out" in said and "sample_accuracy" in said
+    made = lorax.load(str(tmp_path / "model"))
+    assert tree.count(made.params) == 234_772
+    assert (tmp_path / "samples.png").is_file() and (tmp_path / "curve.csv").is_file()

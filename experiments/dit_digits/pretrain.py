@@ -35,7 +35,7 @@ CONFIG = dit.Config(
     num_embeds_ada_norm=10,
 )  # fmt: skip
 HELD_OUT = 9
-SETTINGS = denoising.Settings(diffusion.Schedule(), dropout=0.1, no_class=CONFIG.no_class)
+SETTINGS = denoising.Settings(diffusion.Schedule(), dropout=0.1)
 BATCH, LEARNING_RATE, WARMUP, CLIP, AVERAGE, SEED = 64, 2e-3, 200, 1.0, 0.998, 0
 SAMPLES, SAMPLE_STEPS = 100, 50  # of each digit; of DDIM
 
@@ -85,7 +85,7 @@ def main(_):
     for step in range(k, FLAGS.steps + 1, k):
         at = rng.integers(0, len(rows["weight"]), (k, BATCH))
         batches = {name: x[at] for name, x in rows.items()}
-        batches |= denoising.drawn(SETTINGS, batches, rng)
+        batches |= denoising.drawn(SETTINGS, np.int32(CONFIG.no_class), batches, rng)
         params, average, opt_state, loss = steps(params, average, opt_state, batches)
         if step % 250 == 0:
             curve.append((step, float(loss), float(evaluate(average, held_out))))
