@@ -12,15 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
-from einops import rearrange
 from flax import linen as nn
 
 from lorax import fields
 from lorax.interop.hf import Source
+from lorax.models.blocks import MLP, SelfAttention
 from lorax.models.layers import (
     ACTIVATION,
     ACTIVATIONS,
-    Attend,
     LayerNorm,
     causal_context,
     over_layers,
@@ -61,34 +60,6 @@ class Config:
         return self.pad_token_id + 1 if self.model_type == "roberta" else 0
 
 
-class Attention(nn.Module):
-    """Self-attention: x (B, T, hidden_size), mask (B or 1, T, S) bool -> (B, T, hidden_size)."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x, mask):
-        c = self.config
-        dense = functools.partial(nn.Dense, c.hidden_size, dtype=c.dtype, kernel_init=normal)
-        heads = lambda x: rearrange(x, "b t (h d) -> b t h d", h=c.num_attention_heads)
-        q, k, v = (heads(dense(name=name)(x)) for name in "qkv")
-        o, _ = Attend(causal=False, name="attend")(q, k, v, mask, q.shape[-1] ** -0.5)
-        return dense(name="o")(rearrange(o, "b t h d -> b t (h d)"))
-
-
-class MLP(nn.Module):
-    """Feed-forward: down(act(up(x)))."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        dense = functools.partial(nn.Dense, dtype=c.dtype, kernel_init=normal)
-        x = dense(c.intermediate_size, name="up")(x)
-        return dense(c.hidden_size, name="down")(ACTIVATIONS[c.hidden_act](x))
-
-
 class Block(nn.Module):
     """One layer, post-norm: x (B, T, hidden_size) -> (x, None)."""
 
@@ -98,8 +69,11 @@ class Block(nn.Module):
     def __call__(self, x, mask):
         c = self.config
         norm = functools.partial(LayerNorm, c.layer_norm_eps)
-        x = norm(name="norm_1")(x + Attention(c, name="attn")(x, mask))
-        return norm(name="norm_2")(x + MLP(c, name="mlp")(x)), None
+        how = c.dtype, normal
+        read = SelfAttention(c.num_attention_heads, False, *how, name="attn")(x, mask)
+        x = norm(name="norm_1")(x + read)
+        mlp = MLP(c.intermediate_size, c.hidden_act, *how, name="mlp")
+        return norm(name="norm_2")(x + mlp(x)), None
 
 
 class MLMHead(nn.Module):

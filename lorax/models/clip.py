@@ -1,7 +1,7 @@
 """CLIP's text encoder (Radford et al. 2021, arXiv:2103.00020, section 2.4), from whose hidden
 states Stable Diffusion makes images, as a plain Linen module, and its Hugging Face layout.
 
-Axes: B batch, T positions, H heads, D features of one head.
+Axes: B batch, T positions.
 """
 
 import dataclasses
@@ -9,19 +9,12 @@ import functools
 from typing import ClassVar
 
 import jax.numpy as jnp
-from einops import rearrange
 from flax import linen as nn
 
 from lorax import fields
 from lorax.interop.hf import Source
-from lorax.models.layers import (
-    ACTIVATION,
-    ACTIVATIONS,
-    Attend,
-    LayerNorm,
-    causal_context,
-    over_layers,
-)
+from lorax.models.blocks import MLP, SelfAttention
+from lorax.models.layers import ACTIVATION, LayerNorm, causal_context, over_layers
 
 OLDEST_END = 2  # eos_token_id of files from before transformers had the right one
 
@@ -52,34 +45,6 @@ class Config:
         return "none"
 
 
-class Attention(nn.Module):
-    """Causal self-attention: x (B, T, hidden_size), mask (B or 1, T, T) -> (B, T, hidden_size)."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x, mask):
-        c = self.config
-        dense = functools.partial(nn.Dense, c.hidden_size, dtype=c.dtype, kernel_init=_normal)
-        heads = lambda x: rearrange(x, "b t (h d) -> b t h d", h=c.num_attention_heads)
-        q, k, v = (heads(dense(name=name)(x)) for name in "qkv")
-        o, _ = Attend(name="attend")(q, k, v, mask, q.shape[-1] ** -0.5)
-        return dense(name="o")(rearrange(o, "b t h d -> b t (h d)"))
-
-
-class MLP(nn.Module):
-    """Feed-forward: down(act(up(x)))."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        dense = functools.partial(nn.Dense, dtype=c.dtype, kernel_init=_normal)
-        x = dense(c.intermediate_size, name="up")(x)
-        return dense(c.hidden_size, name="down")(ACTIVATIONS[c.hidden_act](x))
-
-
 class Block(nn.Module):
     """One layer: x (B, T, hidden_size) -> (x, None)."""
 
@@ -89,8 +54,11 @@ class Block(nn.Module):
     def __call__(self, x, mask):
         c = self.config
         norm = functools.partial(LayerNorm, c.layer_norm_eps)
-        x = x + Attention(c, name="attn")(norm(name="norm_1")(x), mask)
-        return x + MLP(c, name="mlp")(norm(name="norm_2")(x)), None
+        how = c.dtype, _normal
+        attend = SelfAttention(c.num_attention_heads, True, *how, name="attn")
+        x = x + attend(norm(name="norm_1")(x), mask)
+        mlp = MLP(c.intermediate_size, c.hidden_act, *how, name="mlp")
+        return x + mlp(norm(name="norm_2")(x)), None
 
 
 class TextEncoder(nn.Module):

@@ -18,6 +18,7 @@ from flax import linen as nn
 from lorax import fields
 from lorax.interop.hf import Source
 from lorax.models import bert
+from lorax.models.blocks import MLP
 from lorax.models.layers import (
     ACTIVATION,
     ACTIVATIONS,
@@ -158,7 +159,8 @@ class Block(nn.Module):
         c = self.config
         after = functools.partial(LayerNorm, c.layer_norm_eps)
         x = after(name="norm_1")(x + Attention(c, name="attn")(x, mask, relative, rows))
-        x = after(name="norm_2")(x + bert.MLP(c, name="mlp")(x))
+        mlp = MLP(c.intermediate_size, c.hidden_act, c.dtype, bert.normal, name="mlp")
+        x = after(name="norm_2")(x + mlp(x))
         if near is not None:
             scale, bias = (norm[name].astype(jnp.float32) for name in ("scale", "bias"))
             add = lambda x: layer_norm(

@@ -6,7 +6,7 @@ that of block 0. Labels are as given: `lorax.losses` drops some of them in train
 without a classifier (Ho & Salimans 2022, arXiv:2207.12598), and the last row of the embedding is
 the class "none".
 
-Axes: B batch, T patches (row by row), H heads, D features of one head.
+Axes: B batch, T patches (row by row).
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ from flax import linen as nn
 
 from lorax import fields
 from lorax.interop.hf import Source
-from lorax.models.layers import ACTIVATIONS, attention, over_layers, sines_of
+from lorax.models.blocks import MLP, UnmaskedAttention
+from lorax.models.layers import over_layers, sines_of
 
 TIME_FEATURES = 256  # of a timestep's sines and cosines
 #: Ours by diffusers' names, of those that DiT is published with.
@@ -96,35 +97,6 @@ class Condition(nn.Module):
         return t + classes
 
 
-class Attention(nn.Module):
-    """Self-attention without a mask: x (B, T, hidden_size) -> (B, T, hidden_size)."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        dense = functools.partial(nn.Dense, c.hidden_size, dtype=c.dtype, kernel_init=_xavier)
-        heads = lambda x: rearrange(x, "b t (h d) -> b t h d", h=c.num_attention_heads)
-        q, k, v = (heads(dense(use_bias=c.attention_bias, name=name)(x)) for name in "qkv")
-        everyone = jnp.ones((1, x.shape[1], x.shape[1]), bool)
-        o = attention(q, k, v, everyone, q.shape[-1] ** -0.5)
-        return dense(name="o")(rearrange(o, "b t h d -> b t (h d)"))
-
-
-class MLP(nn.Module):
-    """Feed-forward: down(act(up(x)))."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        dense = functools.partial(nn.Dense, dtype=c.dtype, kernel_init=_xavier)
-        x = ACTIVATIONS[_ACTIVATIONS[c.activation_fn]](dense(4 * c.hidden_size, name="up")(x))
-        return dense(c.hidden_size, name="down")(x)
-
-
 class Block(nn.Module):
     """One layer: x -> (x, condition (B, hidden_size)). Shifts, scales and gates of both halves are
     a linear function of the condition, at first zero, so that a block starts as the identity."""
@@ -139,10 +111,13 @@ class Block(nn.Module):
             6 * c.hidden_size, dtype=c.dtype, kernel_init=nn.initializers.zeros, name="modulation"
         )(nn.silu(condition))
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = _per_row(modulation, 6)
+        how = c.dtype, _xavier
+        attend = UnmaskedAttention(c.num_attention_heads, c.attention_bias, *how, name="attn")
         y = _normalised(x, 1e-6) * (1 + scale) + shift
-        x = x + gate * Attention(c, name="attn")(y)
+        x = x + gate * attend(y)
+        mlp = MLP(4 * c.hidden_size, _ACTIVATIONS[c.activation_fn], *how, name="mlp")
         y = _normalised(x, c.norm_eps) * (1 + scale_mlp) + shift_mlp
-        return x + gate_mlp * MLP(c, name="mlp")(y), condition
+        return x + gate_mlp * mlp(y), condition
 
 
 class DiT(nn.Module):

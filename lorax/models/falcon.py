@@ -19,9 +19,9 @@ from flax import linen as nn
 
 from lorax import fields
 from lorax.interop.hf import Source
+from lorax.models.blocks import MLP
 from lorax.models.layers import (
     ACTIVATION,
-    ACTIVATIONS,
     Attend,
     Cache,
     LayerNorm,
@@ -103,18 +103,6 @@ class Attention(nn.Module):
         return _dense(c, c.hidden_size, "o")(o), kv
 
 
-class MLP(nn.Module):
-    """Feed-forward: down(act(up(x)))."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        x = _dense(c, c.ffn_hidden_size or 4 * c.hidden_size, "up")(x)
-        return _dense(c, c.hidden_size, "down")(ACTIVATIONS[c.activation](x))
-
-
 class Block(nn.Module):
     """One layer: (x, kv), mask, place, column -> ((x, kv), None). place: the result
     of `_place`; the rest as in `gpt2.Block`."""
@@ -126,14 +114,16 @@ class Block(nn.Module):
         x, kv = carry
         c = self.config
         norm = functools.partial(LayerNorm, c.layer_norm_epsilon)
+        hidden = c.ffn_hidden_size or 4 * c.hidden_size
+        mlp = MLP(hidden, c.activation, c.dtype, _normal, c.bias, name="mlp")
         seen = norm(name="norm_1")(x)
         read, kv = Attention(c, name="attn")(seen, mask, place, kv, column)
         if not (c.parallel_attn or c.new_decoder_architecture):
             x = x + read
-            return (x + MLP(c, name="mlp")(norm(name="norm_2")(x)), kv), None
+            return (x + mlp(norm(name="norm_2")(x)), kv), None
         if c.two_norms:
             seen = norm(name="norm_2")(x)
-        return (x + read + MLP(c, name="mlp")(seen), kv), None
+        return (x + read + mlp(seen), kv), None
 
 
 class Falcon(nn.Module):

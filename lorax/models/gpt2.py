@@ -15,9 +15,9 @@ from flax import linen as nn
 
 from lorax import fields
 from lorax.interop.hf import Source
+from lorax.models.blocks import MLP
 from lorax.models.layers import (
     ACTIVATION,
-    ACTIVATIONS,
     Attend,
     Cache,
     LayerNorm,
@@ -94,19 +94,6 @@ class Attention(nn.Module):
         return dense(name="o")(rearrange(o, "b t h d -> b t (h d)")), kv
 
 
-class MLP(nn.Module):
-    """Feed-forward: down(act(up(x)))."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        dense = functools.partial(nn.Dense, dtype=c.dtype, kernel_init=_normal)
-        x = dense(c.n_inner or 4 * c.n_embd, name="up")(x)
-        return dense(c.n_embd, name="down")(ACTIVATIONS[c.activation_function](x))
-
-
 class Block(nn.Module):
     """One layer: (x, kv), mask, column -> ((x, kv), None); see `cached_attention`."""
 
@@ -114,14 +101,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry, mask, column):
-        x, kv = carry
-        epsilon = self.config.layer_norm_epsilon
-        read, kv = Attention(self.config, name="attn")(
-            LayerNorm(epsilon, name="ln_1")(x), mask, kv, column
-        )
+        (x, kv), c = carry, self.config
+        norm = functools.partial(LayerNorm, c.layer_norm_epsilon)
+        read, kv = Attention(c, name="attn")(norm(name="ln_1")(x), mask, kv, column)
         x = x + read
-        x = x + MLP(self.config, name="mlp")(LayerNorm(epsilon, name="ln_2")(x))
-        return (x, kv), None
+        hidden = c.n_inner or 4 * c.n_embd
+        mlp = MLP(hidden, c.activation_function, c.dtype, _normal, name="mlp")
+        return (x + mlp(norm(name="ln_2")(x)), kv), None
 
 
 class GPT2(nn.Module):

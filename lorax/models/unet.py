@@ -5,7 +5,7 @@ Images are (batch, height, width, channels); diffusers' are (batch, channels, he
 modules have diffusers' names, with "_" before a number in a list; below them the project's words:
 q, k, v and o of an attention, up, gate and down of a feed-forward layer.
 
-Axes: B batch, T positions of an image, S tokens of the condition, H heads, D features of one head.
+Axes: B batch, T positions of an image, S tokens of the condition.
 """
 
 import dataclasses
@@ -22,7 +22,8 @@ from flax import linen as nn
 
 from lorax import fields, tree
 from lorax.interop.hf import Source
-from lorax.models.layers import LayerNorm, attention, recomputed, sines_of
+from lorax.models.blocks import UnmaskedAttention
+from lorax.models.layers import LayerNorm, recomputed, sines_of
 
 #: Blocks on the way down and up: whether they have attention.
 DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
@@ -120,24 +121,6 @@ class Resnet(nn.Module):
         return x + h
 
 
-class Attention(nn.Module):
-    """x (B, T, C) reads context (B, S, ...): (B, T, C)."""
-
-    config: Config
-    heads: int
-
-    @nn.compact
-    def __call__(self, x, context):
-        c, channels = self.config, x.shape[-1]
-        heads = lambda x: rearrange(x, "b t (h d) -> b t h d", h=self.heads)
-        dense = functools.partial(_dense, c, channels)
-        read = {"q": x, "k": context, "v": context}
-        q, k, v = (heads(dense(use_bias=False, name=name)(x)) for name, x in read.items())
-        everyone = jnp.ones((1, q.shape[1], k.shape[1]), bool)
-        o = attention(q, k, v, everyone, q.shape[-1] ** -0.5)
-        return dense(name="o")(rearrange(o, "b t h d -> b t (h d)"))
-
-
 class MLP(nn.Module):
     """Feed-forward: down(up(x) * GELU(gate(x))) (GEGLU: arXiv:2002.05202, equation 6)."""
 
@@ -159,9 +142,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, context):
         c = self.config
-        y = LayerNorm(name="norm1")(x)
-        x = x + Attention(c, self.heads, name="attn1")(y, y)
-        x = x + Attention(c, self.heads, name="attn2")(LayerNorm(name="norm2")(x), context)
+        attend = functools.partial(UnmaskedAttention, self.heads, False, c.dtype, _uniform)
+        x = x + attend(name="attn1")(LayerNorm(name="norm1")(x))
+        x = x + attend(name="attn2")(LayerNorm(name="norm2")(x), context)
         return x + MLP(c, name="ff")(LayerNorm(name="norm3")(x))
 
 

@@ -14,8 +14,8 @@ from flax import linen as nn
 
 from lorax import fields
 from lorax.interop.hf import Source
-from lorax.models.layers import ACTIVATION, ACTIVATIONS, LayerNorm, attention, over_layers
-from lorax.models.masks import everyone
+from lorax.models.blocks import MLP, UnmaskedAttention
+from lorax.models.layers import ACTIVATION, LayerNorm, over_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,34 +57,6 @@ def _pair(size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-class Attention(nn.Module):
-    """Self-attention without a mask: x (B, T, hidden_size) -> (B, T, hidden_size)."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        dense = functools.partial(nn.Dense, c.hidden_size, dtype=c.dtype, kernel_init=_normal)
-        heads = lambda x: rearrange(x, "b t (h d) -> b t h d", h=c.num_attention_heads)
-        q, k, v = (heads(dense(use_bias=c.qkv_bias, name=name)(x)) for name in "qkv")
-        o = attention(q, k, v, everyone(x.shape[1], x.shape[1]), q.shape[-1] ** -0.5)
-        return dense(name="o")(rearrange(o, "b t h d -> b t (h d)"))
-
-
-class MLP(nn.Module):
-    """Feed-forward: down(act(up(x)))."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        dense = functools.partial(nn.Dense, dtype=c.dtype, kernel_init=_normal)
-        x = dense(c.intermediate_size, name="up")(x)
-        return dense(c.hidden_size, name="down")(ACTIVATIONS[c.hidden_act](x))
-
-
 class Block(nn.Module):
     """One layer: x -> (x, None)."""
 
@@ -93,9 +65,12 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _):
         c = self.config
-        x = x + Attention(c, name="attn")(LayerNorm(c.layer_norm_eps, name="norm_1")(x))
-        x = x + MLP(c, name="mlp")(LayerNorm(c.layer_norm_eps, name="norm_2")(x))
-        return x, None
+        norm = functools.partial(LayerNorm, c.layer_norm_eps)
+        how = c.dtype, _normal
+        attend = UnmaskedAttention(c.num_attention_heads, c.qkv_bias, *how, name="attn")
+        x = x + attend(norm(name="norm_1")(x))
+        mlp = MLP(c.intermediate_size, c.hidden_act, *how, name="mlp")
+        return x + mlp(norm(name="norm_2")(x)), None
 
 
 class ViT(nn.Module):
