@@ -8,7 +8,6 @@ caption are the hidden states of a frozen text encoder, computed once for every 
 
 import functools
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import numpy as np
 from lorax import intercept, models
 from lorax.models import Base, clip_tokens
 from lorax.models.load import skeleton
+from lorax.progress import telling
 from lorax.tasks import records
 from lorax.tasks.rows import check_path, count
 
@@ -186,11 +186,9 @@ def held_out(images: np.ndarray, seed: int) -> np.ndarray:
 
 def _told(items, what: str):
     """The items; on a terminal, how many are done and the time left after some seconds."""
-    items, began = list(items), time.monotonic()
-    told = began
+    items = list(items)
+    say = lambda line: print(line, file=sys.stderr) if sys.stderr.isatty() else None
+    tell = telling(say, what, every=5)
     for done, item in enumerate(items):
-        if done and time.monotonic() - told > 5 and sys.stderr.isatty():
-            told = time.monotonic()
-            left = (told - began) * (len(items) - done) / done
-            print(f"{done} of {len(items)} {what}, {left:.0f} s left", file=sys.stderr)
+        tell(done, len(items))
         yield item

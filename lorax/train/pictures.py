@@ -1,6 +1,5 @@
 """Images that trained diffusion models make (`eval.samples`), and their scores."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from lorax import rundir, sampling, tasks
 from lorax.models import Base
+from lorax.progress import telling
 
 
 def check(base: Base, task: tasks.Task, c, say: Callable[[str], None]) -> None:
@@ -31,17 +31,10 @@ def write(file: Path, base: Base, task: tasks.Task, c, params, say) -> dict[str,
     of = task.pictures
     index = np.repeat(np.arange(len(of.asked)), c.samples)
     asked = np.array(of.asked)[index]
-    began = told = time.monotonic()
-
-    def tell(done, total):
-        nonlocal told
-        if time.monotonic() - told > 10 and 0 < done < total:
-            told = time.monotonic()
-            say(f"{done} of {total} images, {(told - began) * (total - done) / done:.0f} s left")
-
     images = sampling.sample(
         base, of.conditions[index], params, schedule=of.schedule, steps=c.sample_steps,
-        guidance=c.guidance, none=of.none, batch_size=c.batch_size, progress=tell,
+        guidance=c.guidance, none=of.none, batch_size=c.batch_size,
+        progress=telling(say, "images"),
     )  # fmt: skip
     rundir.write_samples(file, images, asked)
     return {name: round(value, 5) for name, value in of.score(images, asked).items()}

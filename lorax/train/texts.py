@@ -16,6 +16,7 @@ from lorax import decode, gather, rundir, tasks
 from lorax.config import Member
 from lorax.files import write_bytes
 from lorax.models import Base, room
+from lorax.progress import telling
 from lorax.tasks import scores
 
 
@@ -141,17 +142,9 @@ def _completed(
 ) -> list[list[str]]:
     """The prompts' completions by each member of params. c: the config's `eval` section. say:
     prints the progress. over: as for `decode.generate`."""
-    began = told = time.monotonic()
-
-    def tell(done, total):
-        nonlocal told
-        if time.monotonic() - told > 10 and done < total:
-            told = time.monotonic()
-            left = (told - began) * (total - done) / done
-            say(f"{done} of {total} texts, {left:.0f} s left")
-
+    began = time.monotonic()
     asked, options = [p.text for p in prompts], decoding_options(c)
-    how = dict(batch_size=c.batch_size, over=over, progress=tell)
+    how = dict(batch_size=c.batch_size, over=over, progress=telling(say, "texts"))
     texts = decode.complete(base, asked, params, options, **how)
     of_members = texts if isinstance(params, decode.Several) else [texts]
     say(f"{sum(map(len, of_members))} texts in {time.monotonic() - began:.0f} s")
