@@ -36,6 +36,7 @@ def measure(sides: dict[str, Callable], rounds: int) -> dict[str, np.ndarray]:
 
 
 def row(name, seconds, baseline, against) -> Row:
+    """A row of what each side took in each round, in seconds (`measure`)."""
     ratios = baseline / seconds
     middle = float(np.median(ratios))
     times = float(np.median(seconds)) * 1e3, float(np.median(baseline)) * 1e3
@@ -64,6 +65,7 @@ def timed(run: Callable) -> Callable[[], float]:
 
 
 def machine() -> str:
+    """The name of the accelerator, or of the processor with its number of cores."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind

@@ -83,7 +83,10 @@ def in_batches(base: Base, prompts, bind: Callable[[int], dict], count: int, c, 
     have one structure and equal shapes, as those of a program have, and as many of them as half of
     the free memory allows with `eval.batch_size` prompts of each. On a base that a mesh divides,
     or where it would be slower (`side_by_side`), each member is alone."""
-    batch, alone = [], gather.mesh_of(base.params) is not None or not side_by_side()
+    if gather.mesh_of(base.params) is not None or not side_by_side():
+        yield from ([bind(i)] for i in range(count))
+        return
+    batch = []
     asked, options = [p.text for p in prompts], decoding_options(c)
     each, most = decode.batch_bytes(base, asked, options, c.batch_size), room.free().bytes // 2
     for i in range(count):
@@ -96,7 +99,7 @@ def in_batches(base: Base, prompts, bind: Callable[[int], dict], count: int, c, 
             ]
             size = each + 2 * sum(differs)  # each member's own parameters, and these stacked
             full = (len(batch) + 1) * size > most and len(batch) % devices == 0
-            if alone or full or _shape(params) != _shape(batch[0]):
+            if full or _shape(params) != _shape(batch[0]):
                 yield batch
                 batch = []
         batch.append(params)
