@@ -221,6 +221,12 @@ def to_diffusers(schedule: Schedule) -> dict:
     return {"_class_name": "DDIMScheduler", "timestep_spacing": "leading"} | described | clips
 
 
+def of_model(directory: Path | None) -> Schedule:
+    """The schedule of a model's files (`read`), or the default one. directory: None for a model
+    without files."""
+    return read(directory) or Schedule()
+
+
 def read(directory: Path | None) -> Schedule | None:
     """The schedule in a model's directory or, in a pipeline's, beside it in scheduler/; None if
     there is none."""

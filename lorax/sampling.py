@@ -48,9 +48,9 @@ def sample(
     Raises ValueError as `check`, and for conditions of another shape.
     """
     none = base.traits.no_class if none is None else none
+    schedule = schedule or diffusion.of_model(base.directory)
     check(base, steps, guidance, schedule, none)
     conditions, none = _conditions(base, conditions, none)
-    schedule = schedule or diffusion.read(base.directory) or diffusion.Schedule()
     params = base.params if params is None else params
     make = _program(base.module, schedule, steps, float(guidance))
     size, images = min(batch_size, len(conditions)), []
@@ -65,15 +65,13 @@ def sample(
     return np.concatenate(images)[: len(conditions)]
 
 
-def check(
-    base: Base, steps: int, guidance: float, schedule: diffusion.Schedule | None = None, none=None
-) -> None:
+def check(base: Base, steps: int, guidance: float, schedule: diffusion.Schedule, none=None) -> None:
     """Raises ValueError for a base that makes no images, more steps than the schedule has
     timesteps, or guidance without the condition "none"."""
     condition, named = base.traits.condition, f"base: {base.name} ({base.family})"
     if condition is None:
         raise ValueError(f"{named} makes no images")
-    diffusion.timesteps(schedule or diffusion.read(base.directory) or diffusion.Schedule(), steps)
+    diffusion.timesteps(schedule, steps)
     if guidance != 1 and none is None:
         lacks = "reads texts: give `none`, the hidden states of the empty one"
         lacks = lacks if condition.shape else 'has no class "none"'

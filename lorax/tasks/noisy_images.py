@@ -165,7 +165,7 @@ def _check_fit(base: Base, shape: tuple[int, ...], parts, name: str) -> None:
 
 
 def _settings(config: Mapping[str, Any], base: Base) -> denoising.Settings:
-    schedule = diffusion.read(base.directory) or diffusion.Schedule()
+    schedule = diffusion.of_model(base.directory)
     if config.get("prediction"):
         schedule = schedule._replace(prediction=config["prediction"])
     weights, dropout = config.get("min_snr") or 0.0, config.get("class_dropout") or 0.0
