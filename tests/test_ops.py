@@ -648,10 +648,8 @@ def test_a_loop_over_layers_makes_no_float32_copy_of_half_weights():
         f = jax.jit(lambda x, stack: jax.grad(loss)(x, stack, linear))
         return f.lower(x, stack).compile().as_text()
 
+    # Without the leaf, XLA of jaxlib 0.10 widens the whole stack; that of 0.12 no longer does.
     assert "f32[3,32,32]" not in compiled(leaves.BFloat16Weight.of(stack), ops.linear)
-    if jax.default_backend() == "cpu":
-        half = lambda x, w: jnp.dot(x.astype(w.dtype), w, preferred_element_type=x.dtype)
-        assert "f32[3,32,32]" in compiled(stack, half)
 
 
 LAYERS = {
