@@ -1,4 +1,5 @@
-"""Atomic file writing, and reading of text and JSON with errors that name the file.
+"""Atomic file writing, reading of text and JSON with errors that name the file, and the folder for
+what can be made again.
 
 Of a program's processes (`lorax.hosts`), only the first one writes.
 """
@@ -46,6 +47,12 @@ def atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> Path
 def draft(path: Path) -> Path:
     """Where a process writes what it then renames to `path`; it stays if the process is killed."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def cache_folder() -> Path:
+    """Where lorax keeps what it can make again: $XDG_CACHE_HOME/lorax or ~/.cache/lorax."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "lorax"
 
 
 def remove(path: str | os.PathLike) -> None:

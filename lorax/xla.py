@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from lorax import files
+
 KEPT = 2_000_000_000  # bytes of a folder of compiled programs
 LEAST = 0.2  # seconds of compiling from which a program is kept
 
@@ -42,7 +44,7 @@ def keep_compiled() -> None:
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:
         return
     try:
-        folder = cache_folder() / f"xla-{_processor()}"
+        folder = files.cache_folder() / f"xla-{_processor()}"
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # not to be written to, or no home
         return
@@ -53,12 +55,6 @@ def keep_compiled() -> None:
         for name, value in limits.items():
             if f"JAX_{name.upper()}" not in os.environ:
                 jax.config.update(f"jax_{name}", value)
-
-
-def cache_folder() -> Path:
-    """Where lorax keeps what it can make again."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "lorax"
 
 
 def _processor() -> str:

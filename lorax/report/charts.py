@@ -1,5 +1,6 @@
 """Charts as images for papers, and as what a page draws with Vega."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
+from lorax import files
 from lorax.analysis.figures import style
 
 SCALE = 2  # pixels of an image per pixel on a page
@@ -40,8 +42,17 @@ def pdf(spec: Mapping[str, Any]) -> bytes:
 
 
 def library() -> str:
-    """The JavaScript of Vega and Vega-Lite, as the function `vegaEmbed`."""
-    return vl_convert.javascript_bundle()
+    """The JavaScript of Vega and Vega-Lite, as the function `vegaEmbed`. Bundling it takes two
+    seconds, so it is kept in the user's cache folder if that can be written to."""
+    kept = None
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home
+        kept = files.cache_folder() / f"vega-{vl_convert.__version__}.js"
+        return kept.read_text(encoding="utf-8")
+    bundle = vl_convert.javascript_bundle()
+    if kept is not None:
+        with contextlib.suppress(OSError):
+            files.write_bytes(kept, bundle.encode())
+    return bundle
 
 
 def embedded(specs: Mapping[str, dict[str, Any]]) -> str:

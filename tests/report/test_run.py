@@ -363,3 +363,13 @@ def test_images_are_the_same_bytes_every_time():
     png, pdf = draw()
     assert png == draw()[0] and png.startswith(b"\x89PNG")
     assert b"/Type0" in pdf or b"/TrueType" in pdf  # text stays text
+
+
+def test_what_draws_charts_is_bundled_once(tmp_path, monkeypatch):
+    bundles = iter(["one", "two", "three"])
+    monkeypatch.setattr("vl_convert.javascript_bundle", lambda: next(bundles))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert [charts.library(), charts.library()] == ["one", "one"]
+    (tmp_path / "lorax").rename(tmp_path / "elsewhere")
+    (tmp_path / "lorax").write_text("no folder can be made here")
+    assert [charts.library(), charts.library()] == ["two", "three"]
