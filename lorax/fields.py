@@ -1,6 +1,7 @@
 """Checks of the fields of JSON objects from outside, declared once and done before any use.
 
-A reader lists the fields that it reads, each with a `Kind`; other fields are ignored:
+A reader lists the fields that it reads, each with a `Kind`; other fields are ignored, unless
+`refuse_others` looks at them:
 
     FIELDS = {"hidden_size": SIZE, "rope_theta": POSITIVE, "head_dim": optional(SIZE)}
     hf = fields.read(hf, FIELDS)
@@ -39,6 +40,13 @@ def one_of(names: Collection[str]) -> Kind:
     """Strings from a list."""
     right = f"one of {', '.join(map(repr, names))}"
     return Kind(right, lambda x: isinstance(x, str) and x in names)
+
+
+def only(*values) -> Kind:
+    """The values of an option that is not computed with others."""
+    right = f"{' or '.join(map(json.dumps, values))}, which alone is computed here"
+    same = lambda x, y: x == y and isinstance(x, bool) == isinstance(y, bool)
+    return Kind(right, lambda x: any(same(x, y) for y in values))
 
 
 def optional(kind: Kind) -> Kind:
@@ -94,6 +102,19 @@ def read(given: Mapping, kinds: Mapping[str, Kind], place: str | Path = "") -> d
             )
         values[name] = kind.read(given[name])
     return values
+
+
+def refuse_others(given: Mapping, kinds: Mapping[str, Kind]) -> None:
+    """Raises ValueError for a field that `kinds` does not list and that is neither null nor false,
+    for a model whose further options would change what it computes. diffusers' own notes (_...) and
+    `model_type` are none."""
+    for name, value in given.items():
+        known = name in kinds or name.startswith("_") or name == "model_type"
+        if not known and value is not None and value is not False:
+            raise ValueError(
+                f"{name}: {shown(value)} given, but this option is computed only if it is null or "
+                "false"
+            )
 
 
 def shown(value) -> str:

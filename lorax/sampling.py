@@ -45,8 +45,11 @@ def sample(
     False returns float32 as it is, such as latents for an autoencoder. progress: called with the
     images done and their number.
 
-    Raises ValueError as `check`, and for conditions of another shape.
+    Raises ValueError as `check`, for conditions of another shape, classes that the base doesn't
+    know, and a batch size below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size} given, must be 1 or more")
     none = base.traits.no_class if none is None else none
     schedule = schedule or diffusion.of_model(base.directory)
     check(base, steps, guidance, schedule, none)
@@ -92,9 +95,11 @@ def _noise(shape: tuple[int, ...], seed: int, numbers):
 
 def _conditions(base: Base, conditions, none) -> tuple[np.ndarray, np.ndarray]:
     """(conditions (N, ...), the condition "none", zeros if there is none), of the base's dtype.
-    Raises ValueError if they have other shapes than the base reads."""
-    right = base.traits.condition
-    conditions = np.asarray(conditions, right.dtype)
+    Raises ValueError if they have other shapes than the base reads, or are classes that it doesn't
+    know."""
+    right, last = base.traits.condition, base.traits.no_class
+    given = np.asarray(conditions)
+    conditions = given.astype(right.dtype)
     each = conditions.shape[1:]
     # Texts have any number of tokens.
     if not conditions.size or len(each) != len(right.shape) or each[1:] != right.shape[1:]:
@@ -102,6 +107,12 @@ def _conditions(base: Base, conditions, none) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"conditions: {conditions.shape} given, must be ({', '.join(map(str, expected))})"
         )
+    if right.dtype == np.int32:
+        most = np.inf if last is None else last
+        wrong = given[(given != conditions) | (given < 0) | (given > most)]
+        if wrong.size:
+            known = "from 0" if last is None else f'from 0 to {last - 1}, or {last} for "none"'
+            raise ValueError(f"conditions: class {wrong[0]} given, must be a whole number {known}")
     none = np.zeros(each, right.dtype) if none is None else np.asarray(none, right.dtype)
     if none.shape != each:
         raise ValueError(f"none: {none.shape} given, must be {each}, as each of the conditions")

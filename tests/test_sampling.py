@@ -119,6 +119,7 @@ def test_an_adapter_of_a_pipeline_makes_its_images_here(made, tmp_path):
         ([1, 2], {}, r"conditions: \(2,\) given, must be \(N, tokens, 12\)"),
         (TEXTS[..., :5], {}, r"conditions: \(2, 7, 5\) given, must be \(N, tokens, 12\)"),
         (TEXTS, {"none": EMPTY[:3]}, r"none: \(3, 12\) given, must be \(7, 12\)"),
+        (TEXTS, {"batch_size": 0}, "batch_size: 0 given, must be 1 or more"),
         (TEXTS, {"guidance": 2.0}, "guidance: 2 given, but .* reads texts: give `none`"),
     ],
 )
@@ -128,3 +129,13 @@ def test_conditions_that_do_not_fit(conditions, settings, message, tmp_path):
     base = skeleton(f"random:{tmp_path}")
     with pytest.raises(ValueError, match=message):
         sampling.sample(base, conditions, **settings)
+
+
+@pytest.mark.parametrize("wrong", [-1, 11, 1.5])
+def test_classes_that_the_base_does_not_know(wrong):
+    base = lorax.load("dit-digits")
+    message = (
+        f'conditions: class {wrong} given, must be a whole number from 0 to 9, or 10 for "none"'
+    )
+    with pytest.raises(ValueError, match=message):
+        sampling.sample(base, [1, wrong])

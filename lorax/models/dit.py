@@ -196,7 +196,7 @@ def _xavier_patches(key, shape, dtype=jnp.float32):
 _DIFFUSERS_FIELDS = [
     f.name for f in dataclasses.fields(Config) if f.name not in ("dtype", "remat", "unroll")
 ]
-_ONLY_ADA_NORM_ZERO = fields.Kind('"ada_norm_zero", as in DiT', lambda x: x == "ada_norm_zero")
+_ONLY_ADA_NORM_ZERO = fields.only("ada_norm_zero")
 #: Fields read from a config.json.
 FIELDS = {
     **dict.fromkeys(("num_attention_heads", "attention_head_dim", "in_channels"), fields.SIZE),
@@ -207,16 +207,22 @@ FIELDS = {
     "activation_fn": fields.one_of(_ACTIVATIONS),
     "norm_eps": fields.POSITIVE,
     "norm_type": _ONLY_ADA_NORM_ZERO,
-    "norm_elementwise_affine": fields.Kind("false, as in DiT", lambda x: x is False),
+    "norm_elementwise_affine": fields.only(False),
+    "attention_type": fields.only("default"),
+    "dropout": fields.only(0),
+    "norm_num_groups": fields.SIZE,  # of a layer that this norm_type has not
+    "upcast_attention": fields.FLAG,  # the softmax is always in float32
 }
 
 
 def config_from_hf(hf: dict, **run) -> Config:
     """Config from the fields of a `config.json`; run: `dtype`, `remat`, `unroll`.
 
-    Raises ValueError for options that this module does not compute, and as `fields.read` does.
+    Raises ValueError for options that this module does not compute, unknown ones included unless
+    they are null or false, and as `fields.read` does.
     """
     read = fields.read(hf, FIELDS)
+    fields.refuse_others(hf, FIELDS)
     if hf.get("_class_name") == "Transformer2DModel" and "norm_type" not in read:
         raise ValueError(f"norm_type: none given, must be {_ONLY_ADA_NORM_ZERO.right}")
     config = Config(**{name: read[name] for name in _DIFFUSERS_FIELDS if name in read} | run)

@@ -10,7 +10,6 @@ Axes: B batch, T positions of an image, S tokens of the condition.
 
 import dataclasses
 import functools
-import json
 import re
 from typing import NamedTuple
 
@@ -341,13 +340,6 @@ def _norm(c: Config):
 _OURS = [f.name for f in dataclasses.fields(Config) if f.name not in ("dtype", "remat")]
 
 
-def _only(*values) -> fields.Kind:
-    """One of a few values, of an option that is not computed with others."""
-    right = f"{' or '.join(map(json.dumps, values))}, which alone is computed here"
-    same = lambda x, y: x == y and isinstance(x, bool) == isinstance(y, bool)
-    return fields.Kind(right, lambda x: any(same(x, y) for y in values))
-
-
 #: Layers are traced one by one, so their number is limited; SDXL has 10 in a transformer.
 _LAYERS = fields.whole(1, 128)
 _LEVELS = 1, 16
@@ -368,13 +360,13 @@ FIELDS = {
     "downsample_padding": fields.whole(0, 1),
     "norm_num_groups": fields.SIZE,
     "norm_eps": fields.POSITIVE,
-    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), _only(1, 3, 5, 7)),
-    "act_fn": _only("silu", "swish"),
-    "dropout": _only(0),
-    "resnet_time_scale_shift": _only("default"),
-    "time_embedding_type": _only("positional"),
-    "attention_type": _only("default"),
-    **dict.fromkeys(("mid_block_scale_factor", "resnet_out_scale_factor"), _only(1)),
+    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), fields.only(1, 3, 5, 7)),
+    "act_fn": fields.only("silu", "swish"),
+    "dropout": fields.only(0),
+    "resnet_time_scale_shift": fields.only("default"),
+    "time_embedding_type": fields.only("positional"),
+    "attention_type": fields.only("default"),
+    **dict.fromkeys(("mid_block_scale_factor", "resnet_out_scale_factor"), fields.only(1)),
     "upcast_attention": fields.FLAG,  # the softmax is always in float32
     "addition_embed_type_num_heads": fields.SIZE,  # of an option that is off
 }
@@ -387,13 +379,7 @@ def config_from_hf(hf: dict, **run) -> Config:
     ones included unless they are null or false, and as `fields.read` does.
     """
     given = fields.read(hf, FIELDS)
-    for name, value in hf.items():
-        known = name in FIELDS or name.startswith("_") or name == "model_type"
-        if not known and value is not None and value is not False:
-            raise ValueError(
-                f"{name}: {fields.shown(value)} given, but this option is computed only if it is "
-                "null or false"
-            )
+    fields.refuse_others(hf, FIELDS)
     config = Config(**{name: given[name] for name in _OURS if name in given} | run)
     n = len(config.block_out_channels)
     lists = ("down_block_types", "up_block_types", "layers_per_block", "attention_head_dim")

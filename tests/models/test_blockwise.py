@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from quick import jit
 
 from lorax import intercept, tree
@@ -13,6 +14,7 @@ from lorax.methods import prefix
 from lorax.models import blockwise, cudnn, decoder, falcon, gpt2, layers, masks
 from lorax.models.bert import BERT
 from lorax.models.bert import Config as BERTConfig
+from lorax.models.blocks import UnmaskedAttention
 
 T = 11
 PACKED = jnp.array([[-1, -1, 1, 1, 1, 1, 2, 2, 2, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1]])
@@ -69,6 +71,22 @@ def test_any_mask_with_grouped_heads(blocks, name, cap, sinks):
         functools.partial(with_gradients, functools.partial(attend, mask, causal))
     )(*args)
     assert_same(run(mask, causal), run(masks.dense(mask), causal))
+
+
+@pytest.mark.parametrize("keys", [T, 6])
+def test_attention_of_diffusion_models(monkeypatch, keys):
+    """Of themselves, and to a text of another length."""
+    attend = UnmaskedAttention(2, False, "float32", nn.initializers.normal(1.0))
+    x, context = normal(0, 2, T, 4), normal(1, 2, keys, 6)
+    given = (x,) if keys == T else (x, context)
+    params = attend.init(jax.random.key(0), *given)
+    run = lambda: jax.tree.leaves(
+        jit(functools.partial(with_gradients, attend.apply))(params, *given)
+    )
+    right = run()
+    monkeypatch.setattr(blockwise, "BLOCK", 4)
+    monkeypatch.setattr(masks, "SHORT", 0)
+    assert_same(run(), right)
 
 
 def test_operands_in_bfloat16_have_float32_sums(blocks):

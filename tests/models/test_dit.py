@@ -158,6 +158,8 @@ def test_at_its_start_a_model_predicts_zeros_and_its_blocks_are_the_identity():
         (dict(norm_type="layer_norm"), 'norm_type: "layer_norm" given, must be "ada_norm_zero"'),
         (dict(_class_name="Transformer2DModel"), "norm_type: none given, must be"),
         (dict(norm_elementwise_affine=True), "norm_elementwise_affine: true given, must be false"),
+        (dict(dropout=0.1), "dropout: 0.1 given, must be 0, which alone is computed here"),
+        (dict(an_option_of_next_year=1), "an_option_of_next_year: 1 given, but this option"),
         (dict(activation_fn="geglu"), "activation_fn: .geglu. given, must be one of"),
         (dict(sample_size=5), "sample_size 5 is not a multiple of patch_size 2"),
         (dict(attention_head_dim=3), "is not a multiple of 4"),

@@ -29,9 +29,9 @@ def samples(run: runs.Run, table: pd.DataFrame, by: runs.Axes) -> list[Section]:
     order = [name for name in (by.main, *by.others, "seed") if name in table]
     members = list(table.loc[list(made)].sort_values(order, kind="stable").index)
     strips = {member: _strip(_called(table, member, by), made[member]) for member in members}
-    first, score = made[members[0]], ""
-    first = first.get("captions", first.get("classes"))
-    asked = ", ".join(map(str, dict.fromkeys(first.tolist())))
+    asked_of = [made[member].get("captions", made[member].get("classes")) for member in members]
+    asked = ", ".join(map(str, dict.fromkeys(x for of in asked_of for x in of.tolist())))
+    first, score = asked_of[0], ""
     if first.dtype.kind != "U":
         asked = f"class {asked}"
         score = " The score is the share of a member's images that a classifier takes for the class"
