@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 LARGE = 256  # rows and columns; from here on, a few eigenvectors are cheaper than all
 SQUARED = 1e-3  # times sigma_1: smaller values are inaccurate if computed from their squares
+BLOCK = 1024  # rows of which a copy stays in a core's cache
 ROUNDED = 1e-6  # times sigma_1: an error below it is below the rounding of float32 factors
 
 
@@ -52,9 +53,12 @@ def factor_sigma(a: ArrayLike, b: ArrayLike, s: float = 1.0) -> np.ndarray:
     Args:
       a: (in, r). b: (r, out).
 
-    Returns (k,) float64 descending, k = min(r, in, out).
+    Returns (k,) float64 descending, k = min(r, in, out); NaN if a number in them is not finite.
     """
     of_a, of_b = _gram(np.asarray(a)), _gram(np.asarray(b).T)
+    k = min(*np.shape(a), np.shape(b)[1])
+    if not (np.isfinite(of_a).all() and np.isfinite(of_b).all()):
+        return np.full(k, np.nan)
     try:
         low = np.linalg.cholesky(of_a)
     except np.linalg.LinAlgError:
@@ -65,7 +69,7 @@ def factor_sigma(a: ArrayLike, b: ArrayLike, s: float = 1.0) -> np.ndarray:
     lost = np.sqrt(np.finfo(np.float64).eps) * abs(float(s)) * math.prod(norms)
     if lost > ROUNDED * sigma[0]:
         return factor_svd(a, b, s)[1]
-    return sigma[: min(len(a), b.shape[1])]
+    return sigma[:k]
 
 
 def dense_sigma(matrix: ArrayLike) -> np.ndarray:
@@ -76,18 +80,26 @@ def dense_sigma(matrix: ArrayLike) -> np.ndarray:
     Args:
       matrix: (in, out), dense.
 
-    Returns (k,) float64 descending, k = min(in, out).
+    Returns (k,) float64 descending, k = min(in, out); NaN if a number in it is not finite.
     """
     matrix = np.asarray(matrix)
     n_in, n_out = matrix.shape
-    squares = np.linalg.eigvalsh(_gram(matrix if n_in >= n_out else matrix.T))[::-1]
+    gram = _gram(matrix if n_in >= n_out else matrix.T)
+    if not np.isfinite(gram).all():
+        return np.full(len(gram), np.nan)
+    squares = np.linalg.eigvalsh(gram)[::-1]
     return np.sqrt(np.maximum(squares, 0.0))
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def _gram(x: np.ndarray) -> np.ndarray:
-    """x^T x, float64."""
-    x = np.asarray(x, np.float64)
-    return x.T @ x
+    """x^T x, float64, of x (n, k), in blocks of rows: fresh memory for all of x in float64 would
+    take longer than the products."""
+    gram = np.zeros((x.shape[1], x.shape[1]))
+    for start in range(0, len(x), BLOCK):
+        rows = np.asarray(x[start : start + BLOCK], np.float64)
+        gram += rows.T @ rows
+    return gram
 
 
 def update_svd(

@@ -111,6 +111,14 @@ def test_import_without_jax(module):
     assert in_a_fresh_process(code) == "[]"
 
 
+@pytest.mark.parametrize("module", ["lorax.xray.__main__", "lorax.convert"])
+def test_help_without_numpy(module):
+    code = f"import atexit, sys, {module} as command; heavy = 'numpy', 'rich', 'safetensors'; "
+    code += "atexit.register(lambda: print([m for m in heavy if m in sys.modules])); "
+    said = in_a_fresh_process(code + "command.main(['--help'])")
+    assert said.startswith("usage: ") and said.splitlines()[-1] == "[]"
+
+
 def test_a_run_is_read_without_what_takes_a_second_to_import():
     heavy = ("jax", "scipy.stats", "sklearn", "matplotlib")
     code = "import sys; from lorax.analysis import answer, figures, intrinsic, runs, tables; "

@@ -77,22 +77,15 @@ def measure_one(update: Update) -> Measured:
     given = update.read()
     shape = shape_of(given)
     arrays = (given.a, given.b) if isinstance(given, Factors) else (given,)
-    bad = sum(map(_not_finite, arrays))
     marks = _mark(*arrays), _mark(given.a) if isinstance(given, Factors) else b""
-    if bad:
-        return Measured(update, shape, np.full(min(shape), np.nan), bad, "", marks)
     if isinstance(given, Factors):
         sigma = spectrum.factor_sigma(given.a, given.b, given.s)
     else:
         sigma = spectrum.dense_sigma(given)
+    if np.isnan(sigma).any():  # which only numbers that are not finite give
+        bad = sum(x.size - int(np.count_nonzero(np.isfinite(x))) for x in arrays)
+        return Measured(update, shape, sigma, bad, "", marks)
     return Measured(update, shape, sigma, 0, "" if sigma.any() else _idle(given), marks)
-
-
-def _not_finite(x: np.ndarray) -> int:
-    """How many numbers are NaN or infinite."""
-    if np.isfinite(x.max()) and np.isfinite(x.min()):
-        return 0
-    return x.size - int(np.count_nonzero(np.isfinite(x)))
 
 
 def _idle(given: Factors | np.ndarray) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from lorax import rundir, spectrum
+from lorax import spectrum
 from lorax.interop.formats.contract import Found
 from lorax.xray import defects, together
 from lorax.xray.keeping import Kept
@@ -201,6 +201,8 @@ def shapes(measured: Iterable[Measured]) -> Mapping[str, tuple[int, int]]:
 
 def against_base(directory: Path) -> list[Table]:
     """A table of a page's amplification and intruders by target; [] without a base."""
+    from lorax import rundir
+
     amplified, intruding = (
         rundir.table(directory, name) for name in ("amplification", "intruders")
     )

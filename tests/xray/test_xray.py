@@ -14,7 +14,8 @@ from lorax.analysis.measures import overlap, sums
 from lorax.interop import formats
 from lorax.interop.adapter import Factors
 from lorax.xray import defects, keeping, together
-from lorax.xray.__main__ import main, named
+from lorax.xray.__main__ import main
+from lorax.xray.command import named
 from lorax.xray.measured import measure, measure_one, unread
 
 
@@ -40,6 +41,18 @@ def test_singular_values_without_directions_are_those_of_the_dense_product():
     np.testing.assert_allclose(
         spectrum.factor_sigma(*padded, -0.5), [*expected, 0, 0, 0], rtol=0, atol=1e-8
     )
+
+
+def test_singular_values_of_many_rows_and_of_numbers_that_are_none():
+    """The last block of rows is shorter than the others."""
+    a, b = draw(2 * spectrum.BLOCK + 5, 3), draw(3, 40)
+    dense = a.astype(np.float64) @ b
+    expected = np.linalg.svd(dense, compute_uv=False)[:3]
+    np.testing.assert_allclose(spectrum.factor_sigma(a, b), expected, rtol=1e-7)
+    for bad in (np.nan, np.inf, -np.inf):
+        b[1, -1] = bad
+        assert np.isnan(spectrum.factor_sigma(a, b)).all()
+        assert np.isnan(spectrum.dense_sigma(b)).all() and len(spectrum.dense_sigma(b)) == 3
 
 
 def test_singular_values_of_a_dense_update():
@@ -292,7 +305,8 @@ def test_names_of_files_can_be_told_apart(tmp_path):
 
 def test_the_table_needs_no_jax(tmp_path):
     file, _ = kohya(tmp_path / "a.safetensors", layers=1)
-    heavy = ("jax", "pandas", "altair", "sklearn", "torch", "huggingface_hub")
+    heavy = ("jax", "pandas", "altair", "scipy", "sklearn", "torch", "huggingface_hub")
+    heavy += ("rich.progress", "transformers", "yaml", "h5py", "gguf", "orbax", "tensorstore")
     code = f"import sys; from lorax.xray.__main__ import main; main([{str(file)!r}]); "
     code += f"print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

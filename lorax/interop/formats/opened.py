@@ -23,6 +23,7 @@ NAMES = (DELTA, WEIGHTS, "pytorch_lora_weights.safetensors", "adapters.safetenso
 CONTAINERS = {".safetensors": "safetensors", ".gguf": "gguf", ".h5": "h5"}
 #: A file of an orbax checkpoint: of an item, of a step with items, of a run with steps.
 _ORBAX = ("_METADATA", "*/_METADATA", "*/*/_METADATA")
+_BLOCK = 2**14  # numbers that are converted at once: take makes indices of 64 bits of them
 _LONGEST = 512  # characters of a tensor's name
 _UNREAD = (*PICKLES, ".distcp", ".pkl")
 _HUB = [f"*{end}" for end in CONTAINERS] + ["*.json", "*.yaml"]
@@ -189,9 +190,14 @@ def numbers(tensor: tensors.Stored, index: Sequence[Sequence[int]] | None = None
 
 def single(x: np.ndarray) -> np.ndarray:
     """Floats as float32, the array itself if it is."""
-    if x.dtype == np.float16:
-        return np.take(_halves(), x.view(np.uint16))
-    return np.asarray(x, np.float32)
+    if x.dtype != np.float16:
+        return np.asarray(x, np.float32)
+    out = np.empty(x.shape, np.float32)
+    bits, flat = np.ravel(x).view(np.uint16), out.reshape(-1)
+    for start in range(0, len(flat), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        np.take(_halves(), bits[part], out=flat[part], mode="clip")
+    return out
 
 
 @functools.cache
