@@ -30,7 +30,9 @@ flags.DEFINE_string(
 
 
 def read(argv: list[str]) -> tuple[ConfigDict, list[config.Member], Path]:
-    """(config, members, run directory). Raises for any mistake in the flags or the config."""
+    """(config, members, run directory). `--config.KEY=None` sets a key that may be None, which
+    ml_collections can't. Raises for any mistake in the flags or the config."""
+    argv, unset = _without_nones(argv)
     script = re.search(r"\0--?config[=\0]([^:\0]+)", "\0".join(["", *argv[1:]]))
     if script:
         outside.reach(script[1])
@@ -60,11 +62,27 @@ def read(argv: list[str]) -> tuple[ConfigDict, list[config.Member], Path]:
         raise ValueError(
             f"--config={file}:{argument}: the script ignores {argument!r}; expected --config={file}"
         )
+    given = config_flags.get_override_values(FLAGS["config"])
+    if twice := next((key for key in unset if key in given), None):
+        raise ValueError(f"--config.{twice}: {given[twice]!r} and None given, must be one of them")
+    settings.update_from_flattened_dict(dict.fromkeys(unset))
     members = search.members(settings)
     if FLAGS.workdir:
         return settings, members, Path(FLAGS.workdir)
-    given = config_flags.get_override_values(FLAGS["config"])
+    given |= dict.fromkeys(unset)
     return settings, members, run_names.workdir(Path(file).stem, argument, given)
+
+
+def _without_nones(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(the arguments that don't set a key to None, the keys that the others do)."""
+    kept, unset = [], []
+    for flag in argv:
+        key = re.fullmatch(r"--?config\.([\w.]+)=None", flag)
+        if key and config.may_be_none(key[1]):
+            unset.append(key[1])
+        else:
+            kept.append(flag)
+    return kept, unset
 
 
 @contextlib.contextmanager

@@ -667,6 +667,11 @@ def check_key(key: str, where: str = "") -> None:
         raise ValueError(f"{where}config has no key {key!r}{nearest(str(key), _defaults())}")
 
 
+def may_be_none(key: str) -> bool:
+    """Whether None is a value of a key: those whose default it is."""
+    return _defaults().get(key, "") is None
+
+
 def check_keys(config) -> None:
     """Raises ValueError if a config lacks a key of the default or has an unknown one."""
     have = flat(config)

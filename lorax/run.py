@@ -7,9 +7,9 @@
         --config.task.path=e2e-dataset.zip
     python -m lorax.run --config=configs/gpt2_rank_sweep.py --config.method.targets="('attention',)"
 
-Any key of the config can be set this way; lorax/config.py lists them all, lorax/catalogue.py those
-of the methods. Repeating the command resumes an unfinished run from its last checkpoint, and leaves
-a finished one alone.
+Any key of the config can be set this way, to None where that is its default; lorax/config.py lists
+them all, lorax/catalogue.py those of the methods. Repeating the command resumes an unfinished run
+from its last checkpoint, and leaves a finished one alone.
 
 With `config.search.threshold` (0.9 for d90) the run searches for the intrinsic dimension: it trains
 `config.sweep.dim` and full fine-tuning, then dimensions in between in further rounds.

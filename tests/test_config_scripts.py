@@ -51,3 +51,14 @@ IGNORING |= {"diffusion_rank"}
 @pytest.mark.parametrize("script", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_a_script_that_ignores_its_argument_is_known(script):
     assert command_line.ignores_argument(str(script)) == (script.stem in IGNORING)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module.*:DeprecationWarning")  # of ml_collections
+def test_a_key_whose_default_is_none_is_set_to_it(tmp_path):
+    """What the script sets: rates that are tuned, with four-bit weights."""
+    script, lines = tmp_path / "tuned.py", "    c.sweep.lr, c.sweep.tune = (1e-3, 1e-2), 'lr'\n"
+    script.write_text(HEAD + lines + "    c.quant = 'nf4'\n    return c\n")
+    given = ["--config.sweep.tune=None", "--config.quant=None"]
+    settings, members, folder = command_line.read(["lorax.run", f"--config={script}", *given])
+    assert settings.sweep.tune is None and settings.quant is None and len(members) == 2
+    assert folder.name == "tuned-quant=none,tune=none"

@@ -223,6 +223,8 @@ MISTAKES = {
     "seq_len": (["--config.train.seq_len=1024"], "256 positions"),
     "flag": (["--confg.train.steps=5"], "confg"),
     "argument": (["train.steps=5"], "unexpected argument"),
+    "None": (["--config.train.lr=None"], "train.lr"),
+    "None and more": (["--config.quant=nf4", "--config.quant=None"], "'nf4' and None given"),
     "workdir": (["--workdir=README.md"], "README.md"),
 }
 
